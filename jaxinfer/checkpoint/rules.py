@@ -1,0 +1,177 @@
+"""The weight table: which checkpoint tensor becomes which rows of which parameter, held strictly."""
+
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from tqdm.auto import tqdm
+
+from jaxinfer.errors import CheckpointError
+from jaxinfer.sharding import rules as sharding_rules
+
+log = logging.getLogger(__name__)
+
+IGNORED = (re.compile(r".*\.rotary_emb\.(inv_freq|cos_cached|sin_cached)"), re.compile(r".*\.attention\.masked_bias"))
+"""Buffers that old checkpoints carry and that are computed here."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One tensor of the checkpoint."""
+
+    source: str
+    """Its name there; `{i}` stands for the layer."""
+    target: str | None
+    """The path of the parameter; None: known, and not needed (a tied head)."""
+    parts: tuple[str, ...] = ()
+    """For a fused parameter: the outputs whose rows the tensor stacks, in its order."""
+
+
+class Source(Protocol):
+    """Where tensors are read from (`checkpoint.safetensors.SafetensorsReader`)."""
+
+    def names(self) -> list[str]: ...
+    def info(self, name: str) -> "Info": ...
+    def read(self, name: str, slices: tuple[slice, ...] | None = None) -> np.ndarray: ...
+    def release(self) -> None: ...
+
+
+class Info(Protocol):
+    """What is known of a tensor before it is read."""
+
+    shape: tuple[int, ...]
+
+
+def expand(table: Iterable[Rule], layers: int) -> list[Rule]:
+    """The table with `{i}` written out for every layer."""
+    rows = []
+    for rule in table:
+        for i in range(layers) if "{i}" in rule.source else (0,):
+            target = None if rule.target is None else rule.target.replace("{i}", str(i))
+            rows.append(Rule(rule.source.replace("{i}", str(i)), target, rule.parts))
+    return rows
+
+
+def parameters(module: nnx.Module) -> dict[str, nnx.Param]:
+    """Every parameter of a module by its dotted path, values or shapes."""
+    flat = nnx.to_flat_state(nnx.state(module, nnx.Param))
+    return {".".join(map(str, path)): param for path, param in flat}
+
+
+def load(module: nnx.Module, table: Sequence[Rule], source: Source, mesh: Mesh, *, progress: bool = True) -> None:
+    """Fills an abstract module from a checkpoint, tensor by tensor, each shard read for the device that owns it.
+
+    The table is held against the checkpoint before anything is read.
+
+    Raises:
+        CheckpointError: a tensor that is missing, extra or misshaped: its name, expected and found.
+    """
+    wanted = parameters(module)
+    plan = _plan(wanted, table, source)
+    total = sum(_bytes(param) for param in wanted.values())
+    with tqdm(total=total, unit="B", unit_scale=True, desc="Loading weights", disable=not progress) as bar:
+        for path, sources in plan.items():
+            param = wanted[path]
+            bar.update(_bytes(param))
+            param.set_value(_place(path, param, sources, source, mesh))
+            source.release()  # pages of the file that were read count as our memory until then
+    nnx.update(module, nnx.from_flat_state([(_key(path), param) for path, param in wanted.items()]))
+
+
+def _key(path: str) -> tuple[str | int, ...]:
+    return tuple(int(part) if part.isdigit() else part for part in path.split("."))
+
+
+def _bytes(param: nnx.Param) -> int:
+    return int(np.prod(param.shape)) * np.dtype(param.dtype).itemsize
+
+
+def _plan(wanted: Mapping[str, nnx.Param], table: Sequence[Rule], source: Source) -> dict[str, list[Rule]]:
+    """Parameter path -> the rules that fill it, after every name and shape was checked."""
+    by_name: dict[str, Rule] = {}
+    for rule in table:
+        if rule.source in by_name:
+            raise CheckpointError(f"the weight table names tensor {rule.source!r} twice")
+        by_name[rule.source] = rule
+    names = set(source.names())
+    extra = [n for n in sorted(names - set(by_name)) if not any(p.fullmatch(n) for p in IGNORED)]
+    if extra:
+        raise CheckpointError(f"the checkpoint has {len(extra)} tensor(s) this model does not know: {_some(extra)}")
+    missing = sorted(name for name, rule in by_name.items() if rule.target is not None and name not in names)
+    if missing:
+        raise CheckpointError(f"the checkpoint lacks {len(missing)} tensor(s) of this model: {_some(missing)}")
+    plan: dict[str, list[Rule]] = {path: [] for path in wanted}
+    for rule in by_name.values():
+        if rule.target is None:
+            continue
+        if rule.target not in plan:
+            raise CheckpointError(f"the weight table fills {rule.target!r}, which the model does not have")
+        _check_shape(rule, wanted[rule.target], source)
+        plan[rule.target].append(rule)
+    for path, filled in plan.items():
+        outputs = [o.name for o in wanted[path].get_metadata().get("outputs", ())]
+        if sorted(part for rule in filled for part in rule.parts) != sorted(outputs) or not filled:
+            raise CheckpointError(f"the weight table fills {path!r} from {[r.source for r in filled]}, not wholly")
+    return plan
+
+
+def _some(names: Sequence[str], most: int = 8) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(repr, names[:most])) + more
+
+
+def _check_shape(rule: Rule, param: nnx.Param, source: Source) -> None:
+    metadata = param.get_metadata()
+    if rule.parts:
+        rows = {output.name: output.rows for output in metadata["outputs"]}
+        expected = (sum(rows[part] for part in rule.parts), *param.shape[2:])
+    else:
+        expected = metadata.get("unpadded") or tuple(param.shape)
+    found = tuple(source.info(rule.source).shape)
+    if found != expected:
+        raise CheckpointError(f"tensor {rule.source!r}: expected shape {list(expected)}, found {list(found)}")
+
+
+def _place(path: str, param: nnx.Param, filled: list[Rule], source: Source, mesh: Mesh) -> jax.Array:
+    """The parameter as one array, each shard read from the checkpoint for its own device."""
+    metadata = param.get_metadata()
+    placed = sharding_rules.sharding(mesh, metadata["logical_axes"], param.shape, path)
+    dtype = np.dtype(param.dtype)
+
+    def shard(index: tuple[slice, ...]) -> np.ndarray:
+        if "outputs" in metadata:
+            shards = range(*index[0].indices(param.shape[0]))
+            return np.stack([_fused_shard(metadata["outputs"], s, param.shape[0], filled, source) for s in shards])
+        bounds = metadata.get("unpadded") or param.shape
+        whole = tuple(slice(*i.indices(n)) for i, n in zip(index, param.shape, strict=True))
+        read = source.read(filled[0].source, tuple(slice(i.start, min(i.stop, n)) for i, n in zip(whole, bounds)))
+        padding = [(0, i.stop - i.start - have) for i, have in zip(whole, read.shape)]
+        return np.pad(read, padding) if any(p for _, p in padding) else read
+
+    # A copy, never a view: the file may be replaced while the weights live.
+    return jax.make_array_from_callback(
+        tuple(param.shape), placed, lambda index: np.array(shard(index), dtype=dtype, order="C", copy=True)
+    )
+
+
+def _fused_shard(outputs: Sequence, shard: int, tp: int, filled: list[Rule], source: Source) -> np.ndarray:
+    """`[columns, in]` of one shard: each output's own rows, one below the other."""
+    rows = {}
+    sizes = {output.name: output.rows for output in outputs}
+    for rule in filled:
+        offset = 0
+        for part in rule.parts:
+            rows[part] = (rule.source, offset)
+            offset += sizes[part]
+    pieces = []
+    for output in outputs:
+        name, offset = rows[output.name]
+        own = output.shard_rows(shard, tp)
+        pieces.append(source.read(name, (slice(offset + own.start, offset + own.stop),)))
+    return np.concatenate(pieces)

@@ -1,0 +1,92 @@
+"""Settings of the engine: one frozen value, each field with its unit and default."""
+
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from typing import Any
+
+from jaxinfer.errors import ConfigError
+
+CPU_CACHE_BYTES = 1 << 30
+"""The cache's default size on a CPU: a fixed share, as the host has other work."""
+MAX_MODEL_LEN = 1 << 22
+MAX_SEQS = 1 << 14
+MAX_BATCHED_TOKENS = 1 << 20
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How the engine runs a model. None means: chosen from the model and the device, and logged."""
+
+    dtype: str = "auto"
+    """Of weights, activations and cache: "auto" (the checkpoint's), "float32", "bfloat16" or "float16"."""
+    tensor_parallel_size: int = 1
+    """Devices over which weights and kv heads are divided."""
+    max_model_len: int | None = None
+    """Tokens a sequence may have, prompt included; by default what the model allows and the pool holds."""
+    max_num_seqs: int | None = None
+    """Sequences that run at a time; by default 64 on a CPU, 256 on a GPU."""
+    max_num_batched_tokens: int | None = None
+    """Tokens of one step, prefill and decode together; by default 512 on a CPU, 2048 on a GPU."""
+    block_size: int = 16
+    """Positions in a block of the cache."""
+    kv_cache_memory_bytes: int | None = None
+    """Bytes of the cache over all devices; by default 1 GiB on a CPU, a fraction of what is free on a GPU."""
+    gpu_memory_utilization: float = 0.9
+    """On a GPU: the fraction of the memory JAX's allocator may still give that the cache takes."""
+    pool_blocks: int | None = None
+    """Blocks of the cache the host uses of those there are; changes no array."""
+    enable_prefix_caching: bool = True
+    """Whether prompts reuse the blocks of prefixes computed before."""
+    enable_block_sharing: bool = True
+    """Whether the samples of a request share its prompt's blocks."""
+    decode_buckets: tuple[int, ...] | None = field(default=None)
+    """Numbers of sequences a decode step is compiled for; by default powers of two."""
+    prefill_buckets: tuple[int, ...] | None = field(default=None)
+    """Numbers of tokens a prefill step is compiled for; by default powers of two."""
+    max_logprobs: int = 20
+    """The most log-probabilities a position that a request may ask for."""
+    seed: int = 0
+    """Seeds the requests that bring no seed of their own."""
+    check_invariants: bool = False
+    """Whether the block accounting is checked after every step (slow; for tests and for hunting bugs)."""
+    log_interval: float = 10.0
+    """Seconds between log lines of throughput and cache use while there is work."""
+
+    def __post_init__(self) -> None:
+        limits = {
+            "tensor_parallel_size": (1, 4096), "max_model_len": (2, MAX_MODEL_LEN), "max_num_seqs": (1, MAX_SEQS),
+            "max_num_batched_tokens": (1, MAX_BATCHED_TOKENS), "block_size": (1, 1024),
+            "kv_cache_memory_bytes": (1, 1 << 50), "pool_blocks": (1, 1 << 31), "max_logprobs": (0, 1000),
+            "seed": (0, 2**63 - 1),
+        }  # fmt: skip
+        for name, (least, most) in limits.items():
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ConfigError(f"{name} must be an integer, got {value!r}")
+            if not least <= value <= most:
+                raise ConfigError(f"{name} must be in [{least}, {most}], got {value}")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}")
+        for name in ("decode_buckets", "prefill_buckets"):
+            sizes = getattr(self, name)
+            if sizes is not None and (not sizes or any(not isinstance(s, int) or s < 1 for s in sizes)):
+                raise ConfigError(f"{name} must be positive integers, got {sizes!r}")
+        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
+            raise ConfigError(f"dtype must be auto, float32, bfloat16 or float16, got {self.dtype!r}")
+
+    @classmethod
+    def of(cls, settings: dict[str, Any]) -> "EngineConfig":
+        """From keywords; an unknown one is named, with the closest that exists.
+
+        Raises:
+            TypeError: a keyword that is no field.
+        """
+        known = [f.name for f in fields(cls)]
+        for name in settings:
+            if name not in known:
+                close = get_close_matches(name, known, 1)
+                hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+                raise TypeError(f"unknown setting {name!r}{hint}")
+        return cls(**settings)

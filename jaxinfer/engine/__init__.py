@@ -1,0 +1,1 @@
+"""Requests, the scheduler, the runner of compiled steps and the sampler."""

@@ -1,0 +1,276 @@
+"""The engine: requests in, tokens out, step by step."""
+
+import logging
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from jaxinfer.config import EngineConfig
+from jaxinfer.engine.batch import spans
+from jaxinfer.engine.metrics import Metric, Metrics
+from jaxinfer.engine.request import Request, Sequence, Status
+from jaxinfer.engine.runner import Flight, Runner
+from jaxinfer.engine.sampler import BAD_TOKEN, Logprobs
+from jaxinfer.engine.scheduler import Limits, Plan, Scheduler
+from jaxinfer.errors import CapacityError, EngineError
+from jaxinfer.kv.manager import BlockManager
+
+log = logging.getLogger(__name__)
+
+RETRIES = 2
+"""How often in a row a step may fail before those in it are given up."""
+
+
+@dataclass(frozen=True)
+class HostSettings:
+    """What of the configuration changes no array: several engines may share one runner in turn."""
+
+    pool_blocks: int
+    token_budget: int
+    prefix_caching: bool = True
+    block_sharing: bool = True
+    check_invariants: bool = False
+    log_interval: float = 10.0
+
+    @classmethod
+    def of(cls, config: EngineConfig, runner: Runner) -> "HostSettings":
+        """From the engine's configuration."""
+        blocks = min(config.pool_blocks or runner.shapes.num_blocks, runner.shapes.num_blocks)
+        return cls(
+            blocks, runner.shapes.prefill_buckets[-1], config.enable_prefix_caching, config.enable_block_sharing,
+            config.check_invariants, config.log_interval,
+        )  # fmt: skip
+
+
+class Engine:
+    """Continuous batching over a runner. Not thread-safe: `LLM` holds a lock around each call."""
+
+    def __init__(self, runner: Runner, settings: HostSettings):
+        self.runner, self.settings = runner, settings
+        self.requests: dict[str, Request] = {}
+        self.metrics = Metrics(settings.log_interval)
+        self._flight: Flight | None = None
+        self._failures = 0
+        self._start()
+
+    def _start(self) -> None:
+        shapes, settings = self.runner.shapes, self.settings
+        self.manager = BlockManager(
+            settings.pool_blocks, shapes.rows, shapes.width, shapes.block_size, prefix_caching=settings.prefix_caching
+        )
+        limits = Limits(settings.token_budget, shapes.prefill_rows, settings.block_sharing)
+        self.scheduler = Scheduler(self.manager, limits)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens the pool holds: more no sequence can have."""
+        return self.settings.pool_blocks * self.runner.shapes.block_size
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has anything to do."""
+        return self._flight is not None or self.scheduler.has_work
+
+    def add(self, request: Request) -> None:
+        """Queues a request.
+
+        Raises:
+            ValueError: its id is in use.
+            CapacityError: its prompt can never fit in the pool.
+        """
+        if request.id in self.requests:
+            raise ValueError(f"request id {request.id!r} is in use; choose another, or wait until it has finished")
+        if len(request.prompt) + 1 > self.capacity:
+            raise CapacityError(
+                f"a prompt of {len(request.prompt)} tokens can never fit in the cache: it holds {self.capacity} tokens "
+                f"({self.settings.pool_blocks} blocks of {self.runner.shapes.block_size}); raise kv_cache_memory_bytes"
+            )
+        request.limit = min(request.limit, self.capacity)
+        self.requests[request.id] = request
+        self.scheduler.add(request)
+        self.metrics.add("prompt_tokens", len(request.prompt))
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request wherever it is, its blocks released; unknown or finished ids are passed over."""
+        request = self.requests.get(request_id)
+        if request is not None:
+            for sequence in request.sequences:
+                self._finish(sequence, "abort")
+
+    def step(self) -> None:
+        """Schedule, run, commit: the step is dispatched before the one before it is read."""
+        plan = Plan()
+        try:
+            if self.scheduler.needs_history:
+                self._commit(self._take_flight())
+            plan = self.scheduler.schedule()
+            flight = self._run(plan) if plan else None
+            self._commit(self._take_flight())
+            self._flight = flight
+            self._failures = 0
+        except BaseException as error:
+            self._recover(plan, error)
+            if not isinstance(error, Exception):
+                raise
+        self._observe(plan)
+
+    def _run(self, plan: Plan) -> Flight:
+        now = time.monotonic()
+        for chunk in plan.chunks:
+            if chunk.sequence.request.first_scheduled_time is None:
+                chunk.sequence.request.first_scheduled_time = now
+                self._count_hits(chunk.sequence.request)
+        flight = self.runner.run(plan, self.manager.tables)
+        for chunk in plan.chunks:
+            self.scheduler.publish(chunk.sequence)
+        return flight
+
+    def _take_flight(self) -> Flight | None:
+        flight, self._flight = self._flight, None
+        return flight
+
+    def _commit(self, flight: Flight | None) -> None:
+        """Reads a step's tokens, gives them to their sequences and ends those that are done."""
+        if flight is None:
+            return
+        size = self.runner.shapes.block_size
+        for sequences, sampled in flight.results:
+            tokens = np.asarray(sampled.tokens).tolist()
+            beside = None if sampled.logprobs is None else Logprobs(*map(np.asarray, sampled.logprobs))
+            if sampled.prompt_logprobs is not None:
+                self._take_prompt_logprobs(flight.plan, Logprobs(*map(np.asarray, sampled.prompt_logprobs)))
+            for i, sequence in enumerate(sequences):
+                sequence.pending -= 1
+                if sequence.status is Status.FINISHED:
+                    continue
+                self._take_token(sequence, tokens[i], beside, i)
+                if sequence.length % size == 0:
+                    self.scheduler.publish(sequence)
+
+    def _take_token(self, sequence: Sequence, token: int, beside: Logprobs | None, i: int) -> None:
+        request = sequence.request
+        if token == BAD_TOKEN:
+            self._fail(sequence, "the model's logits are not finite, or every token is masked")
+            return
+        if beside is not None and request.params.logprobs is not None:
+            sequence.cumulative_logprob += float(beside.chosen[i])
+            sequence.logprobs.append(
+                (float(beside.chosen[i]), int(beside.rank[i]), beside.top_ids[i], beside.top[i])
+            )
+        if request.first_token_time is None:
+            request.first_token_time = time.monotonic()
+        self.metrics.counters["generation_tokens"] += 1
+        try:
+            reason = sequence.add(token)
+        except Exception as error:  # a listener's; it is the request's own, its neighbours go on
+            log.exception("request %s: its listener failed", request.id)
+            self._fail(sequence, f"listener failed: {error}")
+            return
+        if reason is not None:
+            self._finish(sequence, reason)
+
+    def _take_prompt_logprobs(self, plan: Plan, found: Logprobs) -> None:
+        for span, chunk in zip(spans(plan), plan.chunks, strict=True):
+            request = chunk.sequence.request
+            if request.params.prompt_logprobs is None or chunk.sequence.index or chunk.sequence.made:
+                continue
+            span = slice(span.start, span.start + min(chunk.count, len(request.prompt) - 1 - chunk.start))
+            request.prompt_logprobs.append(Logprobs(*(column[span] for column in found)))
+
+    def _fail(self, sequence: Sequence, message: str) -> None:
+        """Ends a sequence in error; what it wrote is no longer found by others."""
+        sequence.request.error = message
+        if sequence.status is Status.RUNNING:
+            self.manager.withdraw(sequence.row, sequence.hit_blocks)
+        self._finish(sequence, "error")
+
+    def _finish(self, sequence: Sequence, reason: str) -> None:
+        if sequence.status is Status.FINISHED:
+            return
+        self.scheduler.publish(sequence)
+        self.scheduler.finish(sequence, reason)
+        self.metrics.success[reason] = self.metrics.success.get(reason, 0) + 1
+        request = sequence.request
+        if request.finished:
+            request.finished_time = time.monotonic()
+            self._time(request)
+            del self.requests[request.id]
+
+    def _recover(self, plan: Plan, error: BaseException) -> None:
+        """After a failed step the donated cache may be gone: a new one, and everybody is computed again.
+
+        Those in a plan that fails again and again end in error, so that the others go on.
+        """
+        self._failures += 1
+        log.error("a step failed (%s: %s); the cache is rebuilt", type(error).__name__, error)
+        self._flight = None
+        doomed = set(map(id, plan.sequences)) if self._failures >= RETRIES else set()
+        again = [s for r in self.requests.values() for s in r.sequences if s.status is not Status.FINISHED]
+        self._start()
+        self.runner.reset()
+        for sequence in sorted(again, key=lambda s: s.age):
+            sequence.status, sequence.row, sequence.computed, sequence.pending = Status.WAITING, -1, 0, 0
+            self.scheduler.waiting.append(sequence)
+            if id(sequence) in doomed:
+                self._fail(sequence, f"its step failed {self._failures} times: {type(error).__name__}: {error}")
+        if doomed:
+            self._failures = 0
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets all cached prefixes, as after new weights."""
+        self.manager.reset_index()
+        for sequence in self.scheduler.active:
+            sequence.published = sequence.hit_blocks = 0
+
+    def close(self) -> None:
+        """Ends every request and drops the cache.
+
+        Raises:
+            EngineError: blocks are still held, which is a bug; the message carries the accounting.
+        """
+        for request_id in list(self.requests):
+            self.abort(request_id)
+        self._flight = None
+        held = int(self.manager.pool.num_held)
+        if held:
+            raise EngineError(f"{held} blocks are held with nothing running: {self.manager.pool}")
+
+    def _count_hits(self, request: Request) -> None:
+        self.metrics.add("prefix_cache_queries", len(request.prompt))
+        self.metrics.add("prefix_cache_hits", request.cached_tokens)
+        self.metrics.add("prompt_tokens_cached", request.cached_tokens)
+
+    def _time(self, request: Request) -> None:
+        first, scheduled, end = request.first_token_time, request.first_scheduled_time, request.finished_time
+        if first is None or scheduled is None or end is None:
+            return
+        observe, made = self.metrics.observe, sum(s.made for s in request.sequences)
+        observe("time_to_first_token_seconds", first - request.arrival_time)
+        observe("e2e_request_latency_seconds", end - request.arrival_time)
+        observe("request_queue_time_seconds", scheduled - request.arrival_time)
+        observe("request_prefill_time_seconds", first - scheduled)
+        observe("request_decode_time_seconds", end - first)
+        steps = made // len(request.sequences) - 1
+        if steps > 0:
+            observe("inter_token_latency_seconds", (end - first) / steps)
+
+    def _observe(self, plan: Plan) -> None:
+        if plan:
+            self.metrics.observe("iteration_tokens_total", sum(c.count for c in plan.chunks) + len(plan.decodes))
+        self.metrics.counters["num_preemptions"] = self.scheduler.preempted
+        pool = self.manager.pool
+        running = self.scheduler.rows_in_use
+        self.metrics.maybe_log(running, len(self.scheduler.waiting), int(pool.num_held) / pool.num_blocks)
+        if self.settings.check_invariants:
+            self.manager.check()
+
+    def readings(self) -> list[Metric]:
+        """All metrics as they are now."""
+        pool = self.manager.pool
+        return self.metrics.readings({
+            "num_requests_running": self.scheduler.rows_in_use, "num_requests_waiting": len(self.scheduler.waiting),
+            "kv_cache_usage_perc": int(pool.num_held) / pool.num_blocks,
+            "compiled_steps": len(self.runner.compile_seconds),
+            "compile_seconds": sum(self.runner.compile_seconds.values()),
+        })  # fmt: skip

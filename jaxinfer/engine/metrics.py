@@ -1,0 +1,84 @@
+"""Counters, gauges and histograms with vLLM's names, and the log line made of them."""
+
+import logging
+import time
+from bisect import bisect_left
+from dataclasses import dataclass, field
+
+log = logging.getLogger(__name__)
+
+SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+PREFIX = "jaxinfer:"
+
+
+@dataclass
+class Histogram:
+    """Counts by upper bound, with their sum."""
+
+    bounds: tuple[float, ...]
+    counts: list[int] = field(init=False)
+    total: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.counts = [0] * (len(self.bounds) + 1)
+
+    def observe(self, value: float) -> None:
+        """Adds one value."""
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One reading: a number, or a histogram."""
+
+    name: str
+    value: float | Histogram
+    labels: tuple[tuple[str, str], ...] = ()
+
+
+class Metrics:
+    """What the engine counts."""
+
+    def __init__(self, interval: float):
+        self.counters = dict.fromkeys(
+            ("prompt_tokens", "prompt_tokens_cached", "generation_tokens", "num_preemptions",
+             "prefix_cache_queries", "prefix_cache_hits"), 0)  # fmt: skip
+        self.success: dict[str, int] = {}
+        self.histograms = {name: Histogram(SECONDS) for name in (
+            "time_to_first_token_seconds", "inter_token_latency_seconds", "e2e_request_latency_seconds",
+            "request_queue_time_seconds", "request_prefill_time_seconds", "request_decode_time_seconds")}  # fmt: skip
+        self.histograms["iteration_tokens_total"] = Histogram(TOKENS)
+        self._interval = interval
+        self._last = time.monotonic()
+        self._seen = (0, 0)
+
+    def add(self, name: str, amount: int = 1) -> None:
+        """Raises a counter."""
+        self.counters[name] += amount
+
+    def observe(self, name: str, value: float) -> None:
+        """Adds a value to a histogram."""
+        self.histograms[name].observe(value)
+
+    def readings(self, gauges: dict[str, float]) -> list[Metric]:
+        """Everything, as `LLM.get_metrics` returns it."""
+        rows = [Metric(PREFIX + name, value) for name, value in (gauges | self.counters).items()]
+        rows += [Metric(f"{PREFIX}request_success", n, (("finished_reason", r),)) for r, n in self.success.items()]
+        return rows + [Metric(PREFIX + name, histogram) for name, histogram in self.histograms.items()]
+
+    def maybe_log(self, running: int, waiting: int, usage: float) -> None:
+        """A line every interval, while there is work."""
+        now = time.monotonic()
+        if now - self._last < self._interval:
+            return
+        seen = self.counters["prompt_tokens"], self.counters["generation_tokens"]
+        prompt, made = ((b - a) / (now - self._last) for a, b in zip(self._seen, seen, strict=True))
+        asked = self.counters["prefix_cache_queries"]
+        rate = self.counters["prefix_cache_hits"] / asked if asked else 0.0
+        log.info(
+            "prompt %.1f tok/s, generation %.1f tok/s, running %d, waiting %d, cache use %.1f%%, prefix hits %.1f%%",
+            prompt, made, running, waiting, 100 * usage, 100 * rate,
+        )  # fmt: skip
+        self._last, self._seen = now, seen

@@ -1,0 +1,200 @@
+"""What the engine is asked for and how far it is: a request and its sequences."""
+
+import itertools
+import time
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Protocol
+
+import numpy as np
+
+from jaxinfer.engine.sampler import Level, Logprobs
+from jaxinfer.sampling_params import SamplingParams
+
+_arrivals = itertools.count()
+
+
+class Status(Enum):
+    """The states of a sequence. A preempted one is waiting again."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class Listener(Protocol):
+    """Who wants tokens as they come: streaming and stop strings. It runs for its own request alone."""
+
+    def on_token(self, sequence: "Sequence") -> str | None:
+        """Called after a token was added; a stop string it completed, or None."""
+        ...
+
+
+@dataclass(eq=False)
+class Request:
+    """One prompt and how to continue it; validated before it comes here."""
+
+    id: str
+    prompt: np.ndarray
+    """`[L]` int32."""
+    params: SamplingParams
+    """Resolved against the model."""
+    limit: int
+    """Tokens each sequence may reach, prompt included."""
+    eos_ids: frozenset[int] = frozenset()
+    salt: bytes = b""
+    """Told apart in the prefix cache by it: model, lengths that change keys, the caller's own."""
+    seed: int = 0
+    listener: Listener | None = None
+    sequences: list["Sequence"] = field(default_factory=list)
+    prompt_logprobs: list[Logprobs] = field(default_factory=list)
+    """One a chunk, each `[T, ...]`; of the tokens from the second on."""
+    arrival: int = field(default_factory=lambda: next(_arrivals))
+    arrival_time: float = field(default_factory=time.monotonic)
+    first_scheduled_time: float | None = None
+    first_token_time: float | None = None
+    finished_time: float | None = None
+    preemptions: int = 0
+    cached_tokens: int = 0
+    """Tokens of the prompt found in the prefix cache."""
+    miss_reason: str | None = None
+    error: str | None = None
+
+    def __post_init__(self) -> None:
+        self.sequences = [Sequence(self, index) for index in range(self.params.n)]
+
+    @property
+    def finished(self) -> bool:
+        """Whether all its sequences are."""
+        return all(s.status is Status.FINISHED for s in self.sequences)
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Tokens that end a sequence."""
+        eos = frozenset() if self.params.ignore_eos else self.eos_ids
+        return eos | frozenset(self.params.stop_token_ids or ())
+
+    @property
+    def level(self) -> Level:
+        """The least sampler level that serves it."""
+        p = self.params
+        if (p.repetition_penalty, p.presence_penalty, p.frequency_penalty) != (1, 0, 0) or self.masks:
+            return Level.EDITED
+        if p.temperature == 0:
+            return Level.GREEDY
+        return Level.TRUNCATED if p.top_k > 0 or p.top_p < 1 else Level.RANDOM
+
+    @property
+    def masks(self) -> bool:
+        """Whether some tokens are biased or forbidden, at least for a while."""
+        p = self.params
+        early = p.min_tokens > 0 and bool(self.stop_ids)
+        return bool(p.logit_bias or p.allowed_token_ids is not None or p.bad_words_token_ids or early)
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One sample of a request."""
+
+    request: Request
+    index: int
+    status: Status = Status.WAITING
+    row: int = -1
+    """Its place in the tables and in the sampler's state while it runs."""
+    tokens: np.ndarray = field(init=False)
+    """`[limit]` int32, the first `length` of them known: the prompt and what was made."""
+    length: int = field(init=False)
+    computed: int = 0
+    """Tokens whose keys and values a dispatched prefill wrote or a hit brought."""
+    prefilled: int = 0
+    """Tokens to compute before it decodes: all that were known when it was admitted."""
+    digests: list[bytes] = field(default_factory=list)
+    published: int = 0
+    """Its first blocks that are in the prefix index."""
+    hit_blocks: int = 0
+    """Of them, those it found there."""
+    pending: int = 0
+    """Tokens sampled by dispatched steps and not seen by the host yet."""
+    bias_version: int = -1
+    key: np.ndarray = field(init=False)
+    """`[2]` uint32: seed and index, hashed."""
+    cumulative_logprob: float = 0.0
+    logprobs: list[tuple[float, int, np.ndarray, np.ndarray]] = field(default_factory=list)
+    """One a token: log-probability, rank, ids and log-probabilities of the most likely."""
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+    def __post_init__(self) -> None:
+        prompt = self.request.prompt
+        self.tokens = np.empty(max(self.request.limit, len(prompt)), np.int32)
+        self.tokens[: len(prompt)] = prompt
+        self.length = len(prompt)
+        self.key = np.random.SeedSequence([self.request.seed, self.index]).generate_state(2)
+
+    @property
+    def output_ids(self) -> np.ndarray:
+        """`[made]` the tokens made so far."""
+        return self.tokens[len(self.request.prompt) : self.length]
+
+    @property
+    def made(self) -> int:
+        """Tokens made so far."""
+        return self.length - len(self.request.prompt)
+
+    @property
+    def age(self) -> tuple[int, int]:
+        """Orders sequences by arrival; the youngest is the largest."""
+        return self.request.arrival, self.index
+
+    def add(self, token: int) -> str | None:
+        """Takes a sampled token; the reason it ends the sequence, or None.
+
+        A stop string is looked for by the request's listener, which may end it as well.
+        """
+        self.tokens[self.length] = token
+        self.length += 1
+        request = self.request
+        if token in request.stop_ids and self.made > request.params.min_tokens:
+            self.stop_reason = None if token in request.eos_ids and not request.params.ignore_eos else token
+            reason = "stop"
+        else:
+            reason = "length" if self.length >= request.limit else None
+        if request.listener is not None:
+            stop = request.listener.on_token(self)
+            if stop is not None:
+                self.stop_reason, reason = stop, "stop"
+        return reason
+
+
+def bias_row(sequence: Sequence, position: int, vocab: int) -> tuple[int, Items[Any] | np.ndarray]:
+    """The bias for the token at `position`, and a version that changes whenever the bias does.
+
+    The version of a row that changes once, when `min_tokens` is reached, is 0 and then 1; that of a row whose
+    bad words depend on the tokens before is the position.
+    """
+    request, params = sequence.request, sequence.request.params
+    early = position - len(request.prompt) < params.min_tokens
+    phrases = [words for words in params.bad_words_token_ids or () if len(words) > 1]
+    version = position + 2 if phrases else int(not early)
+    if version == sequence.bias_version:
+        return version, ()
+    bias = np.zeros(vocab, np.float32)
+    if params.allowed_token_ids is not None:
+        bias[:] = -np.inf
+        bias[list(params.allowed_token_ids)] = 0
+    for token, value in (params.logit_bias or {}).items():
+        bias[token] += value
+    known = sequence.tokens[len(request.prompt) : position]
+    for words in params.bad_words_token_ids or ():
+        head = len(words) - 1
+        if head <= len(known) and (head == 0 or np.array_equal(known[-head:], words[:-1])):
+            bias[words[-1]] = -np.inf
+    if early:
+        bias[list(request.stop_ids)] = -np.inf
+    return version, bias
+
+
+def follows_history(request: Request) -> bool:
+    """Whether the host must know every token before it can say what the next may be."""
+    return any(len(words) > 1 for words in request.params.bad_words_token_ids or ())

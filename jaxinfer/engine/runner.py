@@ -1,0 +1,257 @@
+"""The device's side of the engine: parameters, cache and sampler state, and the compiled steps over them."""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxinfer import functional
+from jaxinfer.engine import batch as batches
+from jaxinfer.engine.batch import Bucket
+from jaxinfer.engine.request import Sequence as Sample
+from jaxinfer.engine.request import bias_row
+from jaxinfer.engine.sampler import Edits, Level, Logprobs, logprobs, sample, unpack_rows
+from jaxinfer.engine.scheduler import Plan
+from jaxinfer.functional import DecodeBatch, PrefillBatch, Program
+from jaxinfer.kv import cache as kv_cache
+from jaxinfer.kv.tables import Tables
+
+log = logging.getLogger(__name__)
+
+COPY_BUCKET = 16
+"""Block copies are padded to powers of this."""
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What fixes the shapes of the compiled steps."""
+
+    num_blocks: int
+    """N."""
+    block_size: int
+    """P."""
+    rows: int
+    """R: sequences that run at a time."""
+    width: int
+    """W of the longest sequence."""
+    decode_buckets: tuple[int, ...]
+    prefill_buckets: tuple[int, ...]
+    prefill_rows: int
+    """Sequences of one prefill at most."""
+    max_logprobs: int
+
+    @property
+    def width_buckets(self) -> list[int]:
+        """Table widths of decode: 256 positions and doublings."""
+        sizes, width = [], max(1, 256 // self.block_size)
+        while width < self.width:
+            sizes.append(width)
+            width *= 2
+        return [*sizes, self.width]
+
+
+class Sampled(NamedTuple):
+    """What a step leaves for the host."""
+
+    tokens: jax.Array
+    """`[B]`, `BAD_TOKEN` where the logits were not numbers."""
+    logprobs: Logprobs | None
+    prompt_logprobs: Logprobs | None = None
+    """`[T, ...]` of every token's successor in the prompt."""
+
+
+@dataclass(frozen=True)
+class Flight:
+    """A dispatched step: who was in it, and what it will say."""
+
+    plan: Plan
+    results: list[tuple[Sequence[Sample], Sampled]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for array in jax.tree.leaves([sampled for _, sampled in self.results]):
+            array.copy_to_host_async()
+
+
+class Runner:
+    """Runs plans. The cache and the sampler's state are values: donated to each step and replaced by what it returns."""
+
+    def __init__(self, program: Program, params: list[jax.Array], shapes: Shapes):
+        self.program, self.params, self.shapes = program, params, shapes
+        self.compile_seconds: dict[Bucket, float] = {}
+        """Of each bucket met so far, its first call: trace and compilation."""
+        self._steps: dict[Bucket, Callable[..., Any]] = {}
+        self._lanes = kv_cache.abstract(
+            program.specs, shapes.num_blocks, shapes.block_size, program.dtype, program.mesh
+        )
+        self._whole = NamedSharding(program.mesh, PartitionSpec())
+        self._copy = jax.jit(kv_cache.copy_blocks, donate_argnums=0, out_shardings=self._lane_shardings)
+        self._install = jax.jit(_install, donate_argnums=0, out_shardings=self._whole)
+        self.reset()
+
+    def reset(self) -> None:
+        """A new, empty cache and sampler state: at the start, and when a failed step has consumed the old ones."""
+        self.cache: list[kv_cache.Lane] = []  # the old one goes before the new one is made
+        self.cache = kv_cache.allocate(self._lanes)
+        self.tokens = jax.device_put(np.zeros(self.shapes.rows, np.int32), self._whole)
+        self.edits: Edits | None = None
+
+    @property
+    def _lane_shardings(self) -> list[kv_cache.Lane]:
+        return jax.tree.map(lambda array: array.sharding, self._lanes)
+
+    def run(self, plan: Plan, tables: Tables) -> Flight:
+        """Dispatches a plan: block copies, then the prefill, then the decode. Returns before they have run."""
+        self._copy_blocks(*plan.copies)
+        results = []
+        if plan.chunks:
+            samples = [s for _, s in plan.samples]
+            results.append((samples, self._dispatch(self._prefill_bucket(plan), samples, plan, tables)))
+        if plan.decodes:
+            results.append((plan.decodes, self._dispatch(self._decode_bucket(plan), plan.decodes, plan, tables)))
+        return Flight(plan, results)
+
+    def _copy_blocks(self, sources: np.ndarray, targets: np.ndarray) -> None:
+        if not len(sources):
+            return
+        width = COPY_BUCKET
+        while width < len(sources):
+            width *= COPY_BUCKET
+        padding = (0, width - len(sources))
+        targets = np.pad(targets, padding, constant_values=self.shapes.num_blocks)
+        self.cache = self._copy(self.cache, np.pad(sources, padding), targets)
+
+    def _dispatch(self, bucket: Bucket, samples: Sequence[Sample], plan: Plan, tables: Tables) -> Sampled:
+        edited = bucket.level >= Level.EDITED
+        if edited:
+            self._install_edits(samples)
+        parts = batches.prefill_parts if bucket.kind == "prefill" else batches.decode_parts
+        packed = batches.pack(bucket, parts(plan, bucket, tables))
+        step, started = self._steps.get(bucket), time.perf_counter()
+        if step is None:
+            step = self._steps[bucket] = self.compile(bucket)
+        self.cache, self.tokens, edits, sampled = step(
+            self.params, self.cache, self.tokens, self.edits if edited else None, packed
+        )
+        if edited:
+            self.edits = edits
+        if bucket not in self.compile_seconds:
+            self.compile_seconds[bucket] = time.perf_counter() - started
+            log.info("compiled %s in %.1f s", bucket, self.compile_seconds[bucket])
+        return sampled
+
+    def compile(self, bucket: Bucket) -> Callable[..., Any]:
+        """The jitted step of a bucket: (params, cache, tokens, edits, packed) -> (cache, tokens, edits, Sampled)."""
+        body = prefill_step if bucket.kind == "prefill" else decode_step
+        outputs = (self._lane_shardings, self._whole, self._whole, self._whole)
+        return jax.jit(partial(body, self.program, bucket), donate_argnums=(1, 2, 3), out_shardings=outputs)
+
+    def abstract_arguments(self, bucket: Bucket) -> tuple[Any, ...]:
+        """Shapes and shardings of a step's arguments, to lower it for devices that are not here."""
+        whole = partial(jax.ShapeDtypeStruct, sharding=self._whole)
+        size = sum(int(np.prod(shape)) for shape in bucket.shapes.values())
+        edits = None
+        if bucket.level >= Level.EDITED:
+            history, bias = self._edit_shapes
+            edits = Edits(whole(history, jnp.int32), whole(bias, jnp.float32))
+        tokens = whole((self.shapes.rows,), jnp.int32)
+        return self.params, self._lanes, tokens, edits, whole((size,), jnp.int32)
+
+    @property
+    def _edit_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Of history `[R, L]` and bias `[R, V']`."""
+        rows = self.shapes.rows
+        return (rows, self.shapes.width * self.shapes.block_size), (rows, self.program.vocab)
+
+    def _level(self, samples: Sequence[Sample]) -> tuple[Level, int]:
+        level = max((s.request.level for s in samples), default=Level.GREEDY)
+        wanted = any(s.request.params.logprobs is not None for s in samples)
+        return level, self.shapes.max_logprobs if wanted else -1
+
+    def _prefill_bucket(self, plan: Plan) -> Bucket:
+        tokens = sum(chunk.count for chunk in plan.chunks)
+        tokens = _least(self.shapes.prefill_buckets, tokens)
+        asked = any(c.sequence.request.params.prompt_logprobs is not None and not c.sequence.made for c in plan.chunks)
+        level, count = self._level([s for _, s in plan.samples])
+        beside = self.shapes.max_logprobs if asked else -1
+        return Bucket("prefill", tokens, self.shapes.prefill_rows, self.shapes.width, level, count, beside)
+
+    def _decode_bucket(self, plan: Plan) -> Bucket:
+        rows = _least(self.shapes.decode_buckets, len(plan.decodes))
+        width = _least(self.shapes.width_buckets, int(plan.positions.max()) // self.shapes.block_size + 1)
+        return Bucket("decode", rows, rows, width, *self._level(plan.decodes))
+
+    def _install_edits(self, samples: Sequence[Sample]) -> None:
+        """Brings histories and biases of edited rows up to date, where they changed."""
+        if self.edits is None:
+            make = partial(jnp.zeros, device=self._whole)
+            history, bias = self._edit_shapes
+            self.edits = Edits(make(history, jnp.int32), make(bias, jnp.float32))
+        for sequence in samples:
+            if sequence.request.level < Level.EDITED:
+                continue
+            vocab = self.edits.bias.shape[1]
+            position = sequence.length + sequence.pending - 1
+            version, bias = bias_row(sequence, position, vocab)
+            if version != sequence.bias_version:
+                history = np.zeros(self.edits.history.shape[1], np.int32)
+                history[: sequence.length] = sequence.tokens[: sequence.length]
+                known = np.int32(sequence.length)
+                self.edits = self._install(self.edits, np.int32(sequence.row), history, known, bias)
+                sequence.bias_version = version
+
+
+def _install(edits: Edits, row: jax.Array, history: jax.Array, known: jax.Array, bias: jax.Array) -> Edits:
+    """Sets a row's bias and the first `known` tokens of its history; later ones are the device's own."""
+    kept = jnp.where(jnp.arange(history.shape[0]) < known, history, edits.history[row])
+    return Edits(edits.history.at[row].set(kept), edits.bias.at[row].set(bias))
+
+
+def _least(sizes: Sequence[int], needed: int) -> int:
+    return next(size for size in sizes if size >= needed)
+
+
+def decode_step(
+    program: Program, bucket: Bucket, params: list[jax.Array], cache: list[kv_cache.Lane], tokens: jax.Array,
+    edits: Edits | None, packed: jax.Array,
+) -> tuple[list[kv_cache.Lane], jax.Array, Edits | None, Sampled]:  # fmt: skip
+    """One token for every row: `tokens` `[R]` holds the last one of each, and is where the new ones go."""
+    parts = batches.unpack(bucket, packed)
+    rows = unpack_rows(parts["sampling"])
+    last = tokens.at[rows.row].get(mode="clip")
+    logits, cache = functional.decode(
+        program, params, cache, DecodeBatch(last, parts["positions"], parts["tables"])
+    )
+    new, edits = sample(logits, rows, edits, bucket.level)
+    beside = logprobs(logits, new, bucket.logprobs) if bucket.logprobs >= 0 else None
+    return cache, tokens.at[rows.row].set(new, mode="drop"), edits, Sampled(new, beside)
+
+
+def prefill_step(
+    program: Program, bucket: Bucket, params: list[jax.Array], cache: list[kv_cache.Lane], tokens: jax.Array,
+    edits: Edits | None, packed: jax.Array,
+) -> tuple[list[kv_cache.Lane], jax.Array, Edits | None, Sampled]:  # fmt: skip
+    """Chunks of prompts, and a token for each sequence whose prompt ends here."""
+    parts = batches.unpack(bucket, packed)
+    rows, targets = unpack_rows(parts.pop("sampling")), parts.pop("targets")
+    hidden, cache = functional.prefill_hidden(program, params, cache, PrefillBatch(**parts))
+    module = program.module(params)
+    logits = module.logits(hidden[parts["last"]])
+    new, edits = sample(logits, rows, edits, bucket.level)
+    beside = logprobs(logits, new, bucket.logprobs) if bucket.logprobs >= 0 else None
+    prompt = None
+    if bucket.prompt_logprobs >= 0:
+        # A few rows at a time: all logits of a chunk would be `[T, V]`.
+        prompt = jax.lax.map(
+            lambda one: jax.tree.map(
+                lambda a: a[0], logprobs(module.logits(one[0][None]), one[1][None], bucket.prompt_logprobs)
+            ),
+            (hidden, targets), batch_size=min(64, bucket.tokens),
+        )  # fmt: skip
+    return cache, tokens.at[rows.row].set(new, mode="drop"), edits, Sampled(new, beside, prompt)

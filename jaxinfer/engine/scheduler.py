@@ -1,0 +1,248 @@
+"""Which sequences run in the next step, with which tokens, in which blocks.
+
+A step is planned while the one before may still run: tokens may be unknown, their number is not. Sequences
+that decode are chosen first, then chunks of prompts fill the token budget. When blocks run out the youngest
+sequence is preempted: its blocks are released and it is computed again later.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from jaxinfer.engine.request import Request, Sequence, Status, follows_history
+from jaxinfer.kv.manager import BlockManager
+from jaxinfer.kv.prefix import root
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The next tokens of one prompt: positions [start, start + count)."""
+
+    sequence: Sequence
+    start: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One step, decided."""
+
+    chunks: list[Chunk] = field(default_factory=list)
+    """Prompts, or what of them fits."""
+    samples: list[tuple[int, Sequence]] = field(default_factory=list)
+    """(chunk, sequence): who samples after a chunk that ends its prompt, the forks included."""
+    decodes: list[Sequence] = field(default_factory=list)
+    rows: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
+    """`[B]` rows of `decodes`."""
+    positions: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
+    """`[B]` positions that `decodes` write."""
+    copies: tuple[np.ndarray, np.ndarray] = field(
+        default_factory=lambda: (np.empty(0, np.int32), np.empty(0, np.int32))
+    )
+    """Block copies that run before anything is written."""
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        """Everyone in it."""
+        return [chunk.sequence for chunk in self.chunks] + [s for _, s in self.samples] + self.decodes
+
+    def __bool__(self) -> bool:
+        return bool(self.chunks or self.decodes)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one step may hold."""
+
+    tokens: int
+    """Of prefill and decode together."""
+    prefill_rows: int
+    """Sequences, and samples, of one prefill."""
+    share_blocks: bool = True
+    """Whether samples fork."""
+
+
+class Scheduler:
+    """The queue, the rows and their states."""
+
+    def __init__(self, manager: BlockManager, limits: Limits):
+        self.manager = manager
+        self.limits = limits
+        self.waiting: deque[Sequence] = deque()
+        rows = manager.tables.rows
+        self.running: list[Sequence | None] = [None] * rows
+        self.free_rows = list(range(rows - 1, -1, -1))
+        self.decoding = np.zeros(rows, bool)
+        """Rows whose prompt is computed."""
+        self.remaining = np.zeros(rows, np.int64)
+        """Tokens each row may still sample, those in flight taken off."""
+        self.preempted = 0
+
+    def add(self, request: Request) -> None:
+        """Queues all sequences of a request."""
+        self.waiting.extend(request.sequences)
+
+    @property
+    def active(self) -> list[Sequence]:
+        """The sequences that hold rows."""
+        return [s for s in self.running if s is not None]
+
+    @property
+    def rows_in_use(self) -> int:
+        """Sequences that hold rows."""
+        return len(self.running) - len(self.free_rows)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether there is anything to schedule, now or after the step in flight."""
+        return bool(self.waiting) or self.rows_in_use > 0
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether some running sequence's next choice depends on tokens the host must have seen."""
+        return any(follows_history(s.request) for s in self.active)
+
+    def schedule(self) -> Plan:
+        """Plans the next step; the state is afterwards as if it had been dispatched."""
+        rows, copies = self._decodes()
+        tables = self.manager.tables
+        positions = tables.lengths[rows].copy()
+        tables.lengths[rows] += 1
+        self.remaining[rows] -= 1
+        decodes = [self.running[row] for row in rows]
+        for sequence in decodes:
+            sequence.pending += 1
+        chunks, samples = self._prefills(self.limits.tokens - len(rows))
+        self.manager.take_evicted()
+        return Plan(chunks, samples, decodes, rows.astype(np.int32), positions.astype(np.int32), copies)
+
+    def _decodes(self) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
+        """Rows that decode, as many as the budget allows, each with a place for its next token."""
+        while True:
+            rows = np.flatnonzero(self.decoding & (self.remaining > 0))[: self.limits.tokens]
+            copies = self.manager.grow(rows)
+            if copies is not None:
+                return rows, copies
+            self.preempt(max(self.active, key=lambda s: s.age))
+
+    def _prefills(self, budget: int) -> tuple[list[Chunk], list[tuple[int, Sequence]]]:
+        """Chunks for sequences half done, then for those that wait and fit; first come, first served."""
+        chunks: list[Chunk] = []
+        samples: list[tuple[int, Sequence]] = []
+        half_done = sorted((s for s in self.active if s.computed < s.prefilled), key=lambda s: s.age)
+        for sequence in half_done:
+            if budget <= 0 or len(chunks) >= self.limits.prefill_rows:
+                break
+            budget -= self._chunk(sequence, budget, chunks, samples)
+        while self.waiting and budget > 0 and max(len(chunks), len(samples)) < self.limits.prefill_rows:
+            sequence = self.waiting[0]
+            # One preempted a moment ago still has a token in flight, which it must be computed with.
+            if sequence.pending or not self.free_rows or not self._admit(sequence):
+                break
+            self.waiting.popleft()
+            budget -= self._chunk(sequence, budget, chunks, samples)
+        return chunks, samples
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Gives a waiting sequence a row and the blocks of all its known tokens, if they are there."""
+        manager, request = self.manager, sequence.request
+        tokens = sequence.tokens[: sequence.length]
+        base = root(request.salt)
+        if manager.prefix_caching:
+            sequence.digests = manager.digests(tokens, base, sequence.digests)
+        # Log-probabilities of a prompt need all of it computed.
+        skip = request.params.prompt_logprobs is not None and sequence.made == 0
+        hit = manager.lookup(tokens[:0] if skip else tokens, sequence.digests, base)
+        row = self.free_rows[-1]
+        if not manager.admit(row, hit, sequence.length):
+            return False
+        self._take_row(sequence)
+        sequence.computed = len(hit.ids) * manager.block_size
+        sequence.prefilled = sequence.length
+        sequence.published = sequence.hit_blocks = len(hit.ids)
+        if sequence.made == 0 and sequence.index == 0:
+            request.cached_tokens = sequence.computed
+            request.miss_reason = "prompt_logprobs needs the whole prompt" if skip else hit.reason
+        return True
+
+    def _take_row(self, sequence: Sequence) -> None:
+        sequence.row = self.free_rows.pop()
+        sequence.status, sequence.bias_version = Status.RUNNING, -1
+        self.running[sequence.row] = sequence
+        self.remaining[sequence.row] = sequence.request.limit - sequence.length
+
+    def _chunk(
+        self, sequence: Sequence, budget: int, chunks: list[Chunk], samples: list[tuple[int, Sequence]]
+    ) -> int:
+        """Plans the next tokens of a prompt, and after the last of them whoever samples; the tokens taken."""
+        count = min(budget, sequence.prefilled - sequence.computed)
+        chunks.append(Chunk(sequence, sequence.computed, count))
+        sequence.computed += count
+        self.manager.tables.lengths[sequence.row] = sequence.computed
+        if sequence.computed == sequence.prefilled:
+            self._start_decoding(sequence, len(chunks) - 1, samples)
+            if sequence.made == 0 and self.limits.share_blocks:
+                self._fork(sequence, len(chunks) - 1, samples)
+        return count
+
+    def _start_decoding(self, sequence: Sequence, chunk: int, samples: list[tuple[int, Sequence]]) -> None:
+        samples.append((chunk, sequence))
+        sequence.pending += 1
+        self.decoding[sequence.row] = True
+        self.remaining[sequence.row] -= 1
+
+    def _fork(self, parent: Sequence, chunk: int, samples: list[tuple[int, Sequence]]) -> None:
+        """Lets the parent's waiting siblings share its blocks, as many as there are rows for."""
+        for child in parent.request.sequences:
+            if child.status is not Status.WAITING or child.made:
+                continue
+            if not self.free_rows or len(samples) >= self.limits.prefill_rows:
+                break
+            self.waiting.remove(child)
+            self._take_row(child)
+            self.manager.fork(parent.row, child.row)
+            child.computed = child.prefilled = parent.computed
+            child.digests, child.published = list(parent.digests), parent.published
+            child.hit_blocks = parent.hit_blocks
+            self._start_decoding(child, chunk, samples)
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Takes a running sequence's blocks; it waits at the head of the queue to be computed again."""
+        self.preempted += 1
+        sequence.request.preemptions += 1
+        self._leave(sequence)
+        sequence.status, sequence.computed = Status.WAITING, 0
+        self.waiting.appendleft(sequence)
+
+    def finish(self, sequence: Sequence, reason: str) -> None:
+        """Ends a sequence wherever it is; a second time does nothing."""
+        if sequence.status is Status.FINISHED:
+            return
+        if sequence.status is Status.RUNNING:
+            self._leave(sequence)
+        else:
+            self.waiting.remove(sequence)
+        sequence.status, sequence.finish_reason = Status.FINISHED, reason
+
+    def _leave(self, sequence: Sequence) -> None:
+        row = sequence.row
+        self.manager.free(row)
+        self.running[row], self.decoding[row], self.remaining[row] = None, False, 0
+        self.free_rows.append(row)
+        sequence.row = -1
+
+    def publish(self, sequence: Sequence) -> None:
+        """Enters the sequence's full blocks whose tokens are known and whose writing steps were dispatched."""
+        manager = self.manager
+        if not manager.prefix_caching or sequence.status is not Status.RUNNING:
+            return
+        written = min(int(manager.tables.lengths[sequence.row]), sequence.length)
+        full = written // manager.block_size
+        if full <= sequence.published:
+            return
+        base = root(sequence.request.salt)
+        tokens = sequence.tokens[: full * manager.block_size]
+        sequence.digests = manager.digests(tokens, base, sequence.digests[:full])
+        manager.publish(sequence.row, tokens, sequence.digests, base, sequence.published, full)
+        sequence.published = full

@@ -1,0 +1,6 @@
+"""The paged cache: host state as values (`pool`, `prefix`), device state as donated arrays (`cache`)."""
+
+from jaxinfer.kv import cache as cache
+from jaxinfer.kv import pool as pool
+from jaxinfer.kv import prefix as prefix
+from jaxinfer.kv import spec as spec

@@ -1,0 +1,52 @@
+"""The device side of the paged cache: lanes made once, donated to every step, blocks copied in place."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxinfer.kernels.paged_attention import Lane
+from jaxinfer.kv.spec import Full
+from jaxinfer.sharding import axes, rules
+from jaxinfer.sharding import mesh as meshes
+
+LANE_AXES = (axes.BLOCKS, axes.KV_HEADS, axes.BLOCK, axes.HEAD_DIM)
+"""The logical axes of one lane array `[N, K, P, D]`."""
+
+
+def abstract(
+    specs: Sequence[Full], num_blocks: int, block_size: int, dtype: jnp.dtype, mesh: Mesh
+) -> list[Lane]:
+    """Shapes and shardings of the cache, one lane a layer: nothing is allocated."""
+    lanes = []
+    for layer, spec in enumerate(specs):
+        shape = (num_blocks, spec.heads_on(meshes.size(mesh)), block_size, spec.head_dim)
+        placed = rules.sharding(mesh, LANE_AXES, shape, f"cache of layer {layer}")
+        array = jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
+        lanes.append(Lane(array, array))
+    return lanes
+
+
+def allocate(lanes: list[Lane]) -> list[Lane]:
+    """Zeroed arrays of these shapes, each made on the devices that own it."""
+    return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype, device=a.sharding), lanes)
+
+
+def block_bytes(specs: Sequence[Full], block_size: int, dtype: jnp.dtype, mesh: Mesh) -> int:
+    """Bytes one block id takes in all layers, over all devices."""
+    tp, itemsize = meshes.size(mesh), jnp.dtype(dtype).itemsize
+    return sum(spec.block_bytes(block_size, itemsize, tp) for spec in specs)
+
+
+def copy_blocks(lanes: list[Lane], sources: jax.Array, targets: jax.Array) -> list[Lane]:
+    """Copies block `sources[i]` to `targets[i]` in every lane; a target of N or more is dropped.
+
+    All of a step's copy-on-write in one call, before the step writes. Sources are read before any target is
+    written, so a source may be the target of none.
+    """
+
+    def copy(array: jax.Array) -> jax.Array:
+        return array.at[targets].set(array.at[sources].get(mode="clip"), mode="drop")
+
+    return jax.tree.map(copy, lanes)

@@ -1,0 +1,157 @@
+"""The host's view of the paged cache: the pool, the prefix index and the tables, changed together.
+
+Every method either succeeds as a whole or changes nothing. What a step evicts is collected, and leaves the
+index when the step is committed to (`take_evicted`); until then a hit on such a block is cut off here, as
+the pool no longer calls it published.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from jaxinfer.kv import pool as pools
+from jaxinfer.kv.pool import BlockPool
+from jaxinfer.kv.prefix import MatchEnd, PrefixIndex
+from jaxinfer.kv.tables import Tables
+
+
+@dataclass(frozen=True)
+class Hit:
+    """What a prompt found in the prefix index."""
+
+    ids: np.ndarray
+    """The blocks, first first."""
+    reason: str
+    """Why there are no more."""
+
+
+class BlockManager:
+    """One pool of blocks, what is known of their contents, and who names them."""
+
+    def __init__(self, num_blocks: int, rows: int, width: int, block_size: int, *, prefix_caching: bool = True):
+        self.pool = BlockPool.create(num_blocks)
+        self.index = PrefixIndex(block_size)
+        self.tables = Tables(rows, width, block_size)
+        self.block_size = block_size
+        self.prefix_caching = prefix_caching
+        self._evicted: list[np.ndarray] = []
+
+    def blocks_for(self, tokens: int) -> int:
+        """Blocks that hold this many positions."""
+        return -(-tokens // self.block_size)
+
+    def digests(self, tokens: np.ndarray, root: bytes, known: Sequence[bytes] = ()) -> list[bytes]:
+        """The chained digests of the full blocks of `tokens`; those already known are not computed again."""
+        return self.index.chain(tokens, root, known)
+
+    def lookup(self, tokens: np.ndarray, digests: Sequence[bytes], root: bytes) -> Hit:
+        """The longest usable prefix: at most floor((L - 1) / P) blocks, so that one token is left to compute."""
+        if not self.prefix_caching:
+            return Hit(np.empty(0, np.int32), "prefix caching is off")
+        most = max(0, (len(tokens) - 1) // self.block_size)
+        found = self.index.match(digests[:most], tokens, root)
+        ids = np.asarray(found.ids, np.int32)
+        live = self.pool.published[ids] if len(ids) else np.empty(0, bool)
+        if not live.all():
+            return Hit(ids[: int(np.argmin(live))], str(MatchEnd.EVICTED))
+        return Hit(ids, str(found.reason))
+
+    def admit(self, row: int, hit: Hit, tokens: int) -> bool:
+        """Gives a row the blocks of its hit and new ones for the rest of `tokens` positions, or nothing at all."""
+        shared = pools.share(self.pool, hit.ids)
+        pool, ids, evicted, fits = pools.allocate(shared, self.blocks_for(tokens) - len(hit.ids))
+        if not fits:
+            return False
+        self.pool = pool
+        self._evicted.append(evicted)
+        self.tables.assign(row, np.concatenate([hit.ids, ids]), len(hit.ids) * self.block_size)
+        return True
+
+    def grow(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+        """Makes place for one more position in each row; None if the blocks do not suffice.
+
+        A row at the end of its blocks gets a new one. A row about to write a block that others name as well
+        gets a copy (copy-on-write), but the last of them writes in place.
+
+        Returns:
+            Sources and targets of the block copies that must run before the rows write.
+        """
+        tables, at = self.tables, self.tables.lengths[rows] // self.block_size
+        fresh = at >= tables.counts[rows]
+        current = np.where(fresh, -1, tables.blocks[rows, np.minimum(at, tables.blocks.shape[1] - 1)])
+        copied = self._must_copy(current)
+        pool, ids, evicted, fits = pools.allocate(self.pool, int(fresh.sum() + copied.sum()))
+        if not fits:
+            return None
+        self._evicted.append(evicted)
+        new, targets = ids[: fresh.sum()], ids[fresh.sum() :]
+        tables.blocks[rows[fresh], at[fresh]] = new
+        tables.counts[rows[fresh]] += 1
+        tables.blocks[rows[copied], at[copied]] = targets
+        sources = current[copied]
+        self.pool = pools.release(pool, sources) if len(sources) else pool
+        return sources, targets
+
+    def _must_copy(self, current: np.ndarray) -> np.ndarray:
+        """Which of the rows that write blocks `current` may not write in place."""
+        shared = np.flatnonzero((current >= 0) & (self.pool.refs[current] > 1))
+        copied = np.zeros(len(current), bool)
+        if len(shared):
+            copied[shared] = True
+            blocks, first, writers = np.unique(current[shared], return_index=True, return_counts=True)
+            # Where all that name a block are about to write it, the first keeps it.
+            copied[shared[first[writers == self.pool.refs[blocks]]]] = False
+        return copied
+
+    def fork(self, source: int, target: int) -> None:
+        """Lets row `target` share every block of row `source`."""
+        self.pool = pools.share(self.pool, self.tables.fork(source, target))
+
+    def free(self, row: int) -> None:
+        """Releases all that a row names; published blocks stay findable until they are evicted."""
+        self.pool = pools.release(self.pool, self.tables.clear(row))
+
+    def take_evicted(self) -> None:
+        """Takes what was evicted since the last call out of the index."""
+        for ids in self._evicted:
+            if len(ids):
+                self.index.evict(ids)
+        self._evicted.clear()
+
+    def publish(
+        self, row: int, tokens: np.ndarray, digests: Sequence[bytes], root: bytes, start: int, stop: int
+    ) -> None:
+        """Enters blocks [start, stop) of a row, whose writing steps were dispatched and whose tokens are known."""
+        size, entered = self.block_size, []
+        for number in range(start, stop):
+            parent = digests[number - 1] if number else root
+            block = int(self.tables.blocks[row, number])
+            known = tokens[number * size : (number + 1) * size]
+            if self.index.insert(digests[number], parent, known, block):
+                entered.append(block)
+        if entered:
+            self.pool = pools.publish(self.pool, np.array(entered, np.int32))
+
+    def withdraw(self, row: int, start: int) -> None:
+        """Takes the blocks of a row from number `start` on out of the index: their content was found bad."""
+        ids = self.tables.of(row)[start:]
+        self.index.evict(ids)
+        self.pool = pools.unpublish(self.pool, ids)
+
+    def reset_index(self) -> None:
+        """Forgets all that was published."""
+        self.index.clear()
+        self._evicted.clear()
+        self.pool = pools.reset_published(self.pool)
+
+    def check(self) -> None:
+        """The invariants of the accounting.
+
+        Raises:
+            PoolInvariantError: one does not hold; the message carries the accounting.
+        """
+        tables = self.tables
+        pools.check(self.pool, [tables.of(row) for row in np.flatnonzero(tables.counts)])
+        self.take_evicted()
+        self.index.check(self.pool)

@@ -1,0 +1,21 @@
+"""What a layer keeps: stated by the model, one entry a layer."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Full:
+    """Keys and values of every position, in blocks that never change once full."""
+
+    kv_heads: int
+    """K in the checkpoint; the cache repeats heads where there are more shards."""
+    head_dim: int
+    """D."""
+
+    def heads_on(self, tp: int) -> int:
+        """K as stored over `tp` shards."""
+        return max(self.kv_heads, tp)
+
+    def block_bytes(self, block_size: int, itemsize: int, tp: int) -> int:
+        """Bytes of one block of this layer, keys and values, over all `tp` shards."""
+        return 2 * self.heads_on(tp) * block_size * self.head_dim * itemsize

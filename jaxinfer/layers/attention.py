@@ -1,0 +1,117 @@
+"""Self-attention over the paged cache, and the context of a step that it reads."""
+
+from dataclasses import dataclass, field
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
+
+from jaxinfer.kernels import paged_attention as paged
+from jaxinfer.kernels.paged_attention import DecodeRows, Lane, PrefillTiles
+from jaxinfer.layers.linear import FusedLinear, Output, RowLinear
+from jaxinfer.layers.norms import RMSNorm
+from jaxinfer.layers.params import Build
+from jaxinfer.layers.rope import apply_rope
+from jaxinfer.sharding import axes
+from jaxinfer.sharding import mesh as meshes
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["positions", "rope_lengths", "blocks", "offsets", "rows"],
+         meta_fields=["mesh", "tile"])  # fmt: skip
+@dataclass(frozen=True)
+class StepContext:
+    """Where the tokens of one step stand: the same for every layer."""
+
+    positions: jax.Array
+    """`[T]` position of each token in its sequence; 0 for padding."""
+    rope_lengths: jax.Array
+    """`[T]` the sequence length that rope's frequencies follow (`layers.rope.cos_sin`)."""
+    blocks: jax.Array
+    """`[T]` the block each token's keys and values go to; N for padding, which writes nothing."""
+    offsets: jax.Array
+    """`[T]` the position within that block."""
+    rows: DecodeRows | PrefillTiles
+    """Block tables, and which tokens read which."""
+    mesh: Mesh = field(metadata={"static": True})
+    tile: int = field(default=1, metadata={"static": True})
+    """Queries a prefill tile holds at most."""
+
+
+def attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, lane: Lane, step: StepContext, scale: float
+) -> tuple[jax.Array, Lane]:
+    """Writes the step's keys and values to the lane, then attends.
+
+    On local shapes in `jax.shard_map`: the fast gather of the cache adds all-gathers under Auto axes.
+
+    Args:
+        q: `[T, tp, H / tp, D]`.
+        k, v: `[T, tp, K / tp, D]`.
+        lane: `[N, K, P, D]` keys and values, divided on K.
+        step: positions, slots and tables.
+        scale: multiplies the scores.
+
+    Returns:
+        `[T, tp, H / tp, D]` and the lane as it now is.
+    """
+
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, lane: Lane, step: StepContext) -> tuple[jax.Array, Lane]:
+        lane = paged.write(lane, k[:, 0], v[:, 0], step.blocks, step.offsets)
+        if isinstance(step.rows, DecodeRows):
+            out = paged.decode(q[:, 0], lane, step.rows, scale)
+        else:
+            out = paged.prefill(q[:, 0], lane, step.rows, scale, step.tile)
+        return out[:, None], lane
+
+    if meshes.size(step.mesh) == 1:
+        return local(q, k, v, lane, step)
+    shards, heads, whole = PartitionSpec(None, axes.MODEL), PartitionSpec(None, axes.MODEL), PartitionSpec()
+    return jax.shard_map(
+        local, mesh=step.mesh, in_specs=(shards, shards, shards, heads, whole), out_specs=(shards, heads),
+        check_vma=False,
+    )(q, k, v, lane, step)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """The shape of one self-attention layer."""
+
+    width: int
+    """M."""
+    heads: int
+    """H."""
+    kv_heads: int
+    """K; divides H."""
+    head_dim: int
+    """D, apart from M / H."""
+    qkv_bias: bool = False
+    out_bias: bool = False
+    norm_eps: float | None = None
+    """Epsilon of a per-head RMSNorm on queries and keys; None: there is none."""
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention (arXiv:2305.13245) with rotary positions."""
+
+    def __init__(self, build: Build, spec: AttentionSpec):
+        self.spec = spec
+        heads = Output("q", spec.heads, spec.head_dim)
+        kv = [Output(name, spec.kv_heads, spec.head_dim, repeat=True) for name in ("k", "v")]
+        self.qkv = FusedLinear(build, spec.width, (heads, *kv), bias=spec.qkv_bias)
+        self.out = RowLinear(build, axes.HEADS, spec.heads * spec.head_dim, spec.width, bias=spec.out_bias)
+        normed = spec.norm_eps is not None
+        self.q_norm = RMSNorm(build, spec.head_dim, spec.norm_eps, axes.HEAD_DIM) if normed else None
+        self.k_norm = RMSNorm(build, spec.head_dim, spec.norm_eps, axes.HEAD_DIM) if normed else None
+
+    def __call__(
+        self, x: jax.Array, lane: Lane, rope: tuple[jax.Array, jax.Array], step: StepContext
+    ) -> tuple[jax.Array, Lane]:
+        """`[T, M]` -> `[T, M]` and the lane with this step's keys and values in it."""
+        q, k, v = (y.reshape(*y.shape[:2], -1, self.spec.head_dim) for y in self.qkv(x))
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        y, lane = attend(q, k, v, lane, step, self.spec.head_dim**-0.5)
+        return self.out(y.reshape(*y.shape[:2], -1)), lane

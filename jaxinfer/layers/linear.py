@@ -1,0 +1,105 @@
+"""Fused projections: one GEMM, several named outputs, each sharded or replicated.
+
+A weight is stored shard-major, `[tp, columns, in]`: the columns that one device owns of every output lie
+together, so that the split after the GEMM is local (a plain `[q | k | v]` on Auto axes compiles to 16 extra
+collective-permutes a layer on eight devices). It is always multiplied as a matrix, `[tp * columns, in]`.
+QKV, gate/up and the other fused projections are declarations of this mechanism, not classes of their own.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxinfer.errors import ConfigError
+from jaxinfer.layers.params import Build, constant, weight
+from jaxinfer.sharding import axes
+
+
+@dataclass(frozen=True)
+class Output:
+    """One named output of a fused projection: `units` things of `width` columns each."""
+
+    name: str
+    units: int
+    """Heads, or columns where `width` is 1: what a device takes a whole number of."""
+    width: int = 1
+    """Columns a unit."""
+    sharded: bool = True
+    """Divided over the shards by units; False: every shard has all of it."""
+    repeat: bool = False
+    """Where there are more shards than units, each unit serves several shards (k and v heads)."""
+
+    @property
+    def rows(self) -> int:
+        """Rows of this output's own weight `[rows, in]` in a checkpoint."""
+        return self.units * self.width
+
+    def shard_rows(self, shard: int, tp: int) -> slice:
+        """The half-open interval of checkpoint rows that shard `shard` of `tp` holds.
+
+        Raises:
+            ConfigError: `units` and `tp` do not divide; names both and the remedy.
+        """
+        if not self.sharded:
+            return slice(0, self.rows)
+        if self.units % tp == 0:
+            span = self.units // tp * self.width
+            return slice(shard * span, (shard + 1) * span)
+        if self.repeat and tp % self.units == 0:
+            unit = shard * self.units // tp
+            return slice(unit * self.width, (unit + 1) * self.width)
+        raise ConfigError(
+            f"projection {self.name!r} has {self.units} units, which {tp} shards do not divide; choose a "
+            f"tensor_parallel_size that divides {self.units}"
+        )
+
+    def columns(self, tp: int) -> int:
+        """Columns of this output on one shard."""
+        rows = self.shard_rows(0, tp)
+        return rows.stop - rows.start
+
+
+class FusedLinear(nnx.Module):
+    """`y_i = x W_i^T (+ b_i)` for several outputs `i`, as one GEMM."""
+
+    def __init__(self, build: Build, in_features: int, outputs: Sequence[Output], *, bias: bool = False):
+        self.outputs = tuple(outputs)
+        self.tp = build.tp
+        columns = sum(output.columns(self.tp) for output in self.outputs)
+        shape, names = (self.tp, columns, in_features), (axes.SHARD, axes.COLUMNS, axes.EMBED)
+        self.weight = weight(build, shape, names, in_features**-0.5, outputs=self.outputs)
+        self.bias = constant(build, shape[:2], names[:2], 0.0, outputs=self.outputs) if bias else None
+
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, ...]:
+        """`[T, in]` -> one `[T, tp, columns_i]` an output, in the order declared."""
+        matrix = self.weight[...]
+        y = matmul(x, matrix.reshape(-1, matrix.shape[-1])).reshape(x.shape[0], self.tp, -1)
+        if self.bias is not None:
+            y = y + self.bias[...]
+        ends, end = [], 0
+        for output in self.outputs[:-1]:
+            end += output.columns(self.tp)
+            ends.append(end)
+        return tuple(jnp.split(y, ends, axis=-1))
+
+
+class RowLinear(nnx.Module):
+    """`y = x W^T (+ b)` with the input divided over shards: the one all-reduce of a block."""
+
+    def __init__(self, build: Build, in_axis: str, in_features: int, out_features: int, *, bias: bool = False):
+        self.weight = weight(build, (out_features, in_features), (axes.EMBED, in_axis), in_features**-0.5)
+        self.bias = constant(build, (out_features,), (axes.EMBED,), 0.0) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[T, tp, in / tp]` -> `[T, out]`."""
+        y = matmul(x.reshape(x.shape[0], -1), self.weight[...])
+        return y if self.bias is None else y + self.bias[...]
+
+
+def matmul(x: jax.Array, matrix: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
+    """`[T, in] x [out, in]^T -> [T, out]`; float32 at full precision, as TF32 would break parity on a GPU."""
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jax.lax.dot_general(x, matrix, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=dtype)

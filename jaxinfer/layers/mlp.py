@@ -1,0 +1,34 @@
+"""The gated feed-forward block."""
+
+from collections.abc import Callable, Mapping
+
+import jax
+from flax import nnx
+
+from jaxinfer.layers.linear import FusedLinear, Output, RowLinear
+from jaxinfer.layers.params import Build
+from jaxinfer.sharding import axes
+
+ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+}
+"""Hugging Face's `hidden_act` names."""
+
+
+class GatedMLP(nnx.Module):
+    """`down(act(gate(x)) * up(x))`, gate and up as one GEMM (arXiv:2002.05202)."""
+
+    def __init__(self, build: Build, width: int, ffn: int, activation: str, *, bias: bool = False):
+        self.gate_up = FusedLinear(build, width, (Output("gate", ffn), Output("up", ffn)), bias=bias)
+        self.down = RowLinear(build, axes.FFN, ffn, width, bias=bias)
+        self.activation = activation
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[T, M]` -> `[T, M]`."""
+        gate, up = self.gate_up(x)
+        return self.down(ACTIVATIONS[self.activation](gate) * up)

@@ -1,0 +1,164 @@
+"""The decoder stack that Llama and its relatives share: pre-norm attention and gated MLP, unrolled."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+from flax import nnx
+
+from jaxinfer.checkpoint.hf import ConfigReader
+from jaxinfer.checkpoint.rules import Rule, expand
+from jaxinfer.errors import ConfigError
+from jaxinfer.kernels.paged_attention import Lane
+from jaxinfer.kv.spec import Full
+from jaxinfer.layers.attention import Attention, AttentionSpec, StepContext
+from jaxinfer.layers.embedding import Embedding
+from jaxinfer.layers.mlp import ACTIVATIONS, GatedMLP
+from jaxinfer.layers.norms import RMSNorm
+from jaxinfer.layers.params import Build
+from jaxinfer.layers.rope import RopeConfig, cos_sin
+from jaxinfer.sharding import axes
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """A decoder of this stack, every number that shapes it."""
+
+    vocab_size: int
+    """V."""
+    num_layers: int
+    ffn: int
+    """F."""
+    activation: str
+    norm_eps: float
+    attention: AttentionSpec
+    rope: RopeConfig
+    max_position: int
+    """Positions the model was made for."""
+    window: int | None = None
+    """Sliding window of its attention; sequences no longer than it are not changed by it."""
+    mlp_bias: bool = False
+    tied: bool = False
+    """The head is the embedding."""
+
+    @property
+    def max_length(self) -> int:
+        """The longest sequence whose numbers are the model's own."""
+        stretch = self.rope.factor if self.rope.kind in ("linear", "dynamic") else 1.0
+        return min(int(self.max_position * stretch), self.window or 2**31)
+
+    def length_key(self, prompt_length: int) -> bytes:
+        """What of a prompt's length changes its keys (rope scalings that follow the length)."""
+        return self.rope.length_key(prompt_length)
+
+
+def read_config(
+    reader: ConfigReader, *, qkv_bias: bool = False, out_bias: bool = False, qk_norm: bool = False,
+    mlp_bias: bool = False, window: int | None = None,
+) -> DecoderConfig:  # fmt: skip
+    """The attributes that all families of this stack name alike.
+
+    Raises:
+        ConfigError: sizes that do not fit each other, an unknown activation or rope.
+    """
+    width, heads = reader.get_int("hidden_size"), reader.get_int("num_attention_heads")
+    kv_heads = reader.get_int("num_key_value_heads", heads)
+    head_dim = reader.get_int("head_dim", None) or _divide("hidden_size", width, "num_attention_heads", heads)
+    _divide("num_attention_heads", heads, "num_key_value_heads", kv_heads)
+    activation = reader.get_str("hidden_act", "silu")
+    if activation not in ACTIVATIONS:
+        raise ConfigError(f"config.json: hidden_act is {activation!r}; supported: {', '.join(ACTIVATIONS)}")
+    eps = reader.get_float("rms_norm_eps", 1e-6)
+    spec = AttentionSpec(width, heads, kv_heads, head_dim, qkv_bias, out_bias, eps if qk_norm else None)
+    return DecoderConfig(
+        vocab_size=reader.get_int("vocab_size"), num_layers=reader.get_int("num_hidden_layers"),
+        ffn=reader.get_int("intermediate_size"), activation=activation, norm_eps=eps, attention=spec,
+        rope=reader.rope(head_dim), max_position=reader.get_int("max_position_embeddings"), window=window,
+        mlp_bias=mlp_bias, tied=reader.get_bool("tie_word_embeddings", False),
+    )  # fmt: skip
+
+
+def _divide(name: str, size: int, by_name: str, by: int) -> int:
+    if size % by:
+        raise ConfigError(f"config.json: {name} is {size}, which {by_name} = {by} does not divide")
+    return size // by
+
+
+class Layer(nnx.Module):
+    """One block: `x + attention(norm(x))`, then `x + mlp(norm(x))`."""
+
+    def __init__(self, build: Build, config: DecoderConfig):
+        width = config.attention.width
+        self.attention_norm = RMSNorm(build, width, config.norm_eps, axes.EMBED)
+        self.attention = Attention(build, config.attention)
+        self.mlp_norm = RMSNorm(build, width, config.norm_eps, axes.EMBED)
+        self.mlp = GatedMLP(build, width, config.ffn, config.activation, bias=config.mlp_bias)
+
+    def __call__(
+        self, x: jax.Array, lane: Lane, rope: tuple[jax.Array, jax.Array], step: StepContext
+    ) -> tuple[jax.Array, Lane]:
+        """`[T, M]` -> `[T, M]` and the layer's lane."""
+        y, lane = self.attention(self.attention_norm(x), lane, rope, step)
+        x = x + y
+        return x + self.mlp(self.mlp_norm(x)), lane
+
+
+class Decoder(nnx.Module):
+    """Embedding, layers, final norm, head. Unrolled: a scan over stacked weights is three times slower."""
+
+    def __init__(self, build: Build, config: DecoderConfig):
+        self.config = config
+        self.embedding = Embedding(build, config.vocab_size, config.attention.width)
+        self.layers = nnx.List([Layer(build, config) for _ in range(config.num_layers)])
+        self.norm = RMSNorm(build, config.attention.width, config.norm_eps, axes.EMBED)
+        self.head = None if config.tied else Embedding(build, config.vocab_size, config.attention.width)
+
+    def __call__(
+        self, tokens: jax.Array, step: StepContext, lanes: list[Lane]
+    ) -> tuple[jax.Array, list[Lane]]:
+        """Token ids `[T]` -> hidden states `[T, M]` after the last norm, and the lanes as they now are."""
+        x = self.embedding(tokens)
+        rope = cos_sin(self.config.rope, step.positions, step.rope_lengths)
+        written = []
+        for layer, lane in zip(self.layers, lanes, strict=True):
+            x, lane = layer(x, lane, rope, step)
+            written.append(lane)
+        return self.norm(x), written
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Hidden states `[B, M]` -> float32 logits `[B, V']`."""
+        return (self.embedding if self.head is None else self.head).attend(hidden)
+
+    def cache_specs(self) -> Sequence[Full]:
+        """Full attention in every layer."""
+        spec = self.config.attention
+        return [Full(spec.kv_heads, spec.head_dim)] * self.config.num_layers
+
+
+def weight_rules(config: DecoderConfig, *, fused: bool = False) -> list[Rule]:
+    """The names of the Llama lineage; `fused`: the checkpoint stacks qkv and gate/up itself (Phi-3)."""
+    spec, layer = config.attention, "model.layers.{i}"
+    qkv = [("qkv", ("q", "k", "v"))] if fused else [(part, (part,)) for part in ("q", "k", "v")]
+    gate_up = [("gate_up", ("gate", "up"))] if fused else [(part, (part,)) for part in ("gate", "up")]
+    table = [
+        Rule("model.embed_tokens.weight", "embedding.weight"),
+        Rule("model.norm.weight", "norm.scale"),
+        Rule("lm_head.weight", None if config.tied else "head.weight"),
+        Rule(f"{layer}.input_layernorm.weight", "layers.{i}.attention_norm.scale"),
+        Rule(f"{layer}.post_attention_layernorm.weight", "layers.{i}.mlp_norm.scale"),
+    ]
+
+    def linear(sources: str, target: str, parts: tuple[str, ...], bias: bool) -> None:
+        for kind in ("weight", "bias") if bias else ("weight",):
+            table.append(Rule(f"{layer}.{sources}.{kind}", f"layers.{{i}}.{target}.{kind}", parts))
+
+    for name, parts in qkv:
+        linear(f"self_attn.{name}_proj", "attention.qkv", parts, spec.qkv_bias)
+    for name, parts in gate_up:
+        linear(f"mlp.{name}_proj", "mlp.gate_up", parts, config.mlp_bias)
+    linear("self_attn.o_proj", "attention.out", (), spec.out_bias)
+    linear("mlp.down_proj", "mlp.down", (), config.mlp_bias)
+    if spec.norm_eps is not None:
+        for part in ("q", "k"):
+            table.append(Rule(f"{layer}.self_attn.{part}_norm.weight", f"layers.{{i}}.attention.{part}_norm.scale"))
+    return expand(table, config.num_layers)

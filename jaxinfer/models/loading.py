@@ -1,0 +1,107 @@
+"""From a checkpoint's folder to a module with its weights on their devices."""
+
+import logging
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from jaxinfer.checkpoint import rules
+from jaxinfer.checkpoint.hf import ConfigReader, check_sizes, read_config
+from jaxinfer.checkpoint.safetensors import SafetensorsReader
+from jaxinfer.layers.params import Build
+from jaxinfer.models.base import Family, LanguageModel
+from jaxinfer.models.registry import family
+from jaxinfer.sharding import rules as sharding_rules
+
+log = logging.getLogger(__name__)
+
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+         "num_key_value_heads", "head_dim", "max_position_embeddings")  # fmt: skip
+
+
+def load(
+    directory: Path, mesh: Mesh, *, dtype: str = "auto", overrides: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> LanguageModel:  # fmt: skip
+    """Reads a Hugging Face folder; each weight goes straight to the device that owns it.
+
+    Raises:
+        ConfigError: an architecture, attribute or size that is not served.
+        CheckpointError: files or tensors that do not fit the configuration.
+    """
+    hf = read_config(directory, overrides)
+    served, config = parse(hf)
+    with SafetensorsReader(directory) as reader:
+        stored = str(hf.get("dtype") or hf.get("torch_dtype") or _stored_dtype(reader))
+        module = abstract(served, config, resolve_dtype(dtype, stored, mesh.devices.flat[0].platform), mesh)
+        rules.load(module, served.weight_rules(config), reader, mesh, progress=progress)
+    return module
+
+
+def parse(hf: Mapping[str, Any]) -> tuple[Family, Any]:
+    """The family and the model configuration of a config.json.
+
+    Raises:
+        ConfigError: as `load`.
+    """
+    served = family(hf)
+    check_sizes(hf, *SIZES)
+    reader = ConfigReader(hf, str((hf.get("architectures") or ["?"])[0]))
+    config = served.read_config(reader)
+    reader.finish()
+    return served, config
+
+
+def abstract(served: Family, config: Any, dtype: jnp.dtype, mesh: Mesh) -> LanguageModel:
+    """The module with shapes in the place of arrays."""
+    return nnx.eval_shape(lambda: served.build(Build(nnx.Rngs(0), dtype, mesh), config))
+
+
+def random(hf: Mapping[str, Any], mesh: Mesh, *, dtype: str = "auto", seed: int = 0) -> LanguageModel:
+    """A model of this configuration with random weights, made where they will lie: for benchmarks."""
+    served, config = parse(hf)
+    kind = resolve_dtype(dtype, str(hf.get("dtype", "bfloat16")), mesh.devices.flat[0].platform)
+    module = abstract(served, config, kind, mesh)
+    graph, state = nnx.split(module)
+    shardings = [
+        sharding_rules.sharding(mesh, param.get_metadata()["logical_axes"], param.shape, path)
+        for path, param in rules.parameters(module).items()
+    ]
+
+    def make() -> list[jax.Array]:
+        made = served.build(Build(nnx.Rngs(seed), kind, mesh), config)
+        return jax.tree.leaves(nnx.split(made)[1])
+
+    return nnx.merge(graph, jax.tree.unflatten(jax.tree.structure(state), jax.jit(make, out_shardings=shardings)()))
+
+
+def resolve_dtype(asked: str, stored: str, platform: str) -> jnp.dtype:
+    """The dtype to run in: what was asked for, or the checkpoint's where the device is good at it."""
+    name = stored.removeprefix("torch.") if asked == "auto" else asked
+    kind = jnp.dtype({"float64": "float32"}.get(name, name))
+    if asked != "auto" or platform != "cpu" or kind == jnp.float32:
+        return kind
+    if kind == jnp.float16 or jax.__version_info__ < (0, 11):
+        _say_float32(str(kind))
+        return jnp.dtype(jnp.float32)
+    return kind
+
+
+@cache
+def _say_float32(stored: str) -> None:
+    log.warning(
+        "a %s checkpoint runs in float32: on this CPU with jax %s that is faster; dtype=%r keeps it",
+        stored, jax.__version__, stored,
+    )  # fmt: skip
+
+
+def _stored_dtype(reader: SafetensorsReader) -> str:
+    names = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+    found = [names[i.dtype] for i in map(reader.info, reader.names()) if i.dtype in names]
+    return found[0] if found else "float32"

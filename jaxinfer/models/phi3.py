@@ -1,0 +1,17 @@
+"""Phi-3, 3.5 and 4-mini (`Phi3ForCausalLM`): a checkpoint that is already fused (arXiv:2404.14219)."""
+
+from functools import partial
+
+from jaxinfer.checkpoint.hf import ConfigReader
+from jaxinfer.models.base import Family
+from jaxinfer.models.decoder import Decoder, DecoderConfig, read_config, weight_rules
+
+
+def config(reader: ConfigReader) -> DecoderConfig:
+    """Dropouts do nothing at inference; a window limits the length served, as for Mistral."""
+    for name in ("resid_pdrop", "embd_pdrop"):
+        reader.skip(name)
+    return read_config(reader, window=reader.get_int("sliding_window", None))
+
+
+FAMILY = Family(config, Decoder, partial(weight_rules, fused=True))

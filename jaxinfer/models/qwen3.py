@@ -1,0 +1,15 @@
+"""Qwen3 dense (`Qwen3ForCausalLM`): an RMSNorm on each query and key head (arXiv:2505.09388)."""
+
+from jaxinfer.checkpoint.hf import ConfigReader
+from jaxinfer.models.base import Family
+from jaxinfer.models.decoder import Decoder, DecoderConfig, read_config, weight_rules
+from jaxinfer.models.qwen2 import sliding_window
+
+
+def config(reader: ConfigReader) -> DecoderConfig:
+    """`attention_bias` puts a bias on q, k, v and o alike."""
+    bias = reader.get_bool("attention_bias", False)
+    return read_config(reader, qkv_bias=bias, out_bias=bias, qk_norm=True, window=sliding_window(reader))
+
+
+FAMILY = Family(config, Decoder, weight_rules)

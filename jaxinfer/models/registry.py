@@ -1,0 +1,32 @@
+"""Which family serves which architecture; a family's file is imported when it is asked for."""
+
+import importlib
+from collections.abc import Mapping
+
+from jaxinfer.errors import ConfigError
+from jaxinfer.models.base import Family
+
+ARCHITECTURES: Mapping[str, str] = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "Phi3ForCausalLM": "phi3",
+}
+"""`architectures` in config.json -> the file in this folder, whose `FAMILY` is used."""
+
+
+def family(config: Mapping[str, object]) -> Family:
+    """The family of a checkpoint by its config.json.
+
+    Raises:
+        ConfigError: an architecture that is not in the table; lists what is.
+    """
+    named = config.get("architectures") or []
+    for name in named if isinstance(named, list) else []:
+        if name in ARCHITECTURES:
+            return importlib.import_module(f"jaxinfer.models.{ARCHITECTURES[name]}").FAMILY
+    raise ConfigError(
+        f"config.json: architectures is {named!r} (model_type {config.get('model_type')!r}), which is not supported; "
+        f"supported: {', '.join(ARCHITECTURES)}"
+    )

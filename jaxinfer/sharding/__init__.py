@@ -1,0 +1,6 @@
+"""Named axes, the mesh, and the one table between them. Knows no model."""
+
+from jaxinfer.sharding import axes as axes
+from jaxinfer.sharding import mesh as mesh
+from jaxinfer.sharding import rules as rules
+from jaxinfer.sharding.mesh import make_mesh as make_mesh

@@ -1,0 +1,55 @@
+"""The one table from logical axes to mesh axes, and what follows from it."""
+
+from collections.abc import Mapping, Sequence
+
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxinfer.errors import ConfigError
+from jaxinfer.sharding import axes
+
+RULES: Mapping[str, str | None] = {
+    axes.SHARD: axes.MODEL,
+    axes.HEADS: axes.MODEL,
+    axes.KV_HEADS: axes.MODEL,
+    axes.FFN: axes.MODEL,
+    axes.VOCAB: axes.MODEL,
+    axes.EXPERT: axes.MODEL,
+    axes.COLUMNS: None,
+    axes.EMBED: None,
+    axes.HEAD_DIM: None,
+    axes.BLOCKS: None,
+    axes.BLOCK: None,
+}
+
+
+def spec(logical: Sequence[str | None], rules: Mapping[str, str | None] = RULES) -> PartitionSpec:
+    """The partition spec of an array whose axes carry these logical names (None: not divided).
+
+    Raises:
+        ConfigError: a name outside the glossary, or two axes of one array on one mesh axis.
+    """
+    mapped = []
+    for name in logical:
+        if name is not None and name not in rules:
+            raise ConfigError(f"logical axis {name!r} is not in the rules; known: {sorted(rules)}")
+        mapped.append(rules[name] if name is not None else None)
+    used = [name for name in mapped if name is not None]
+    if len(used) != len(set(used)):
+        raise ConfigError(f"logical axes {tuple(logical)} put one mesh axis twice on one array: {mapped}")
+    return PartitionSpec(*mapped)
+
+
+def sharding(mesh: Mesh, logical: Sequence[str | None], shape: Sequence[int], where: str) -> NamedSharding:
+    """The sharding of the array `where` (a module path); each divided axis must divide evenly.
+
+    Raises:
+        ConfigError: a size that the mesh axis does not divide; names path, axis and sizes.
+    """
+    partition = spec(logical)
+    for name, mesh_axis, size in zip(logical, partition, shape, strict=True):
+        if mesh_axis is not None and size % mesh.shape[mesh_axis]:
+            raise ConfigError(
+                f"{where}: axis {name!r} of size {size} does not divide over mesh axis {mesh_axis!r} of size "
+                f"{mesh.shape[mesh_axis]}; choose a tensor_parallel_size that divides {size}"
+            )
+    return NamedSharding(mesh, partition)
