@@ -72,8 +72,8 @@ class Engine:
         """Whether `step` has anything to do."""
         return self._flight is not None or self.scheduler.has_work
 
-    def add(self, request: Request) -> None:
-        """Queues a request.
+    def check(self, request: Request) -> None:
+        """Whether a request can be queued; nothing is changed.
 
         Raises:
             ValueError: its id is in use.
@@ -86,6 +86,10 @@ class Engine:
                 f"a prompt of {len(request.prompt)} tokens can never fit in the cache: it holds {self.capacity} tokens "
                 f"({self.settings.pool_blocks} blocks of {self.runner.shapes.block_size}); raise kv_cache_memory_bytes"
             )
+
+    def add(self, request: Request) -> None:
+        """Queues a request, its length clamped to what the pool holds; raises as `check`."""
+        self.check(request)
         request.limit = min(request.limit, self.capacity)
         self.requests[request.id] = request
         self.scheduler.add(request)

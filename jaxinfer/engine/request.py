@@ -26,8 +26,11 @@ class Status(Enum):
 class Listener(Protocol):
     """Who wants tokens as they come: streaming and stop strings. It runs for its own request alone."""
 
-    def on_token(self, sequence: "Sequence") -> str | None:
-        """Called after a token was added; a stop string it completed, or None."""
+    def on_token(self, sequence: "Sequence", ending: bool) -> str | None:
+        """Called after a token was added; a stop string it completed, or None.
+
+        `ending`: the token is an EOS or stop token, which is no part of the text.
+        """
         ...
 
 
@@ -42,7 +45,6 @@ class Request:
     """Resolved against the model."""
     limit: int
     """Tokens each sequence may reach, prompt included."""
-    eos_ids: frozenset[int] = frozenset()
     salt: bytes = b""
     """Told apart in the prefix cache by it: model, lengths that change keys, the caller's own."""
     seed: int = 0
@@ -60,20 +62,18 @@ class Request:
     """Tokens of the prompt found in the prefix cache."""
     miss_reason: str | None = None
     error: str | None = None
+    stop_ids: frozenset[int] = field(init=False)
+    """Tokens that end a sequence."""
 
     def __post_init__(self) -> None:
         self.sequences = [Sequence(self, index) for index in range(self.params.n)]
+
+        self.stop_ids = self.params.all_stop_token_ids
 
     @property
     def finished(self) -> bool:
         """Whether all its sequences are."""
         return all(s.status is Status.FINISHED for s in self.sequences)
-
-    @property
-    def stop_ids(self) -> frozenset[int]:
-        """Tokens that end a sequence."""
-        eos = frozenset() if self.params.ignore_eos else self.eos_ids
-        return eos | frozenset(self.params.stop_token_ids or ())
 
     @property
     def level(self) -> Level:
@@ -155,13 +155,12 @@ class Sequence:
         self.tokens[self.length] = token
         self.length += 1
         request = self.request
+        reason = "length" if self.length >= request.limit else None
         if token in request.stop_ids and self.made > request.params.min_tokens:
-            self.stop_reason = None if token in request.eos_ids and not request.params.ignore_eos else token
+            self.stop_reason = None if token in request.params.eos_token_ids else token
             reason = "stop"
-        else:
-            reason = "length" if self.length >= request.limit else None
         if request.listener is not None:
-            stop = request.listener.on_token(self)
+            stop = request.listener.on_token(self, reason == "stop")
             if stop is not None:
                 self.stop_reason, reason = stop, "stop"
         return reason

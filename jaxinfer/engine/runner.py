@@ -46,6 +46,10 @@ class Shapes:
     prefill_rows: int
     """Sequences of one prefill at most."""
     max_logprobs: int
+    max_length: int
+    """Tokens of the longest sequence, at most W * P."""
+    sampled_vocab: int
+    """Token ids from here on are never sampled: the embedding has more rows than the tokenizer has ids."""
 
     @property
     def width_buckets(self) -> list[int]:
@@ -150,7 +154,7 @@ class Runner:
         """The jitted step of a bucket: (params, cache, tokens, edits, packed) -> (cache, tokens, edits, Sampled)."""
         body = prefill_step if bucket.kind == "prefill" else decode_step
         outputs = (self._lane_shardings, self._whole, self._whole, self._whole)
-        return jax.jit(partial(body, self.program, bucket), donate_argnums=(1, 2, 3), out_shardings=outputs)
+        return jax.jit(partial(body, self.program, bucket, self.shapes.sampled_vocab), donate_argnums=(1, 2, 3), out_shardings=outputs)
 
     def abstract_arguments(self, bucket: Bucket) -> tuple[Any, ...]:
         """Shapes and shardings of a step's arguments, to lower it for devices that are not here."""
@@ -213,13 +217,21 @@ def _install(edits: Edits, row: jax.Array, history: jax.Array, known: jax.Array,
     return Edits(edits.history.at[row].set(kept), edits.bias.at[row].set(bias))
 
 
+def _mask_padding(logits: jax.Array, vocab: int) -> jax.Array:
+    """`[B, V']` with the columns that no tokenizer knows at -inf."""
+    if vocab >= logits.shape[-1]:
+        return logits
+    # Added, not selected, so that a row of NaN stays one.
+    return logits + jnp.where(jnp.arange(logits.shape[-1]) < vocab, 0.0, -jnp.inf)
+
+
 def _least(sizes: Sequence[int], needed: int) -> int:
     return next(size for size in sizes if size >= needed)
 
 
 def decode_step(
-    program: Program, bucket: Bucket, params: list[jax.Array], cache: list[kv_cache.Lane], tokens: jax.Array,
-    edits: Edits | None, packed: jax.Array,
+    program: Program, bucket: Bucket, sampled_vocab: int, params: list[jax.Array], cache: list[kv_cache.Lane],
+    tokens: jax.Array, edits: Edits | None, packed: jax.Array,
 ) -> tuple[list[kv_cache.Lane], jax.Array, Edits | None, Sampled]:  # fmt: skip
     """One token for every row: `tokens` `[R]` holds the last one of each, and is where the new ones go."""
     parts = batches.unpack(bucket, packed)
@@ -228,14 +240,14 @@ def decode_step(
     logits, cache = functional.decode(
         program, params, cache, DecodeBatch(last, parts["positions"], parts["tables"])
     )
-    new, edits = sample(logits, rows, edits, bucket.level)
+    new, edits = sample(_mask_padding(logits, sampled_vocab), rows, edits, bucket.level)
     beside = logprobs(logits, new, bucket.logprobs) if bucket.logprobs >= 0 else None
     return cache, tokens.at[rows.row].set(new, mode="drop"), edits, Sampled(new, beside)
 
 
 def prefill_step(
-    program: Program, bucket: Bucket, params: list[jax.Array], cache: list[kv_cache.Lane], tokens: jax.Array,
-    edits: Edits | None, packed: jax.Array,
+    program: Program, bucket: Bucket, sampled_vocab: int, params: list[jax.Array], cache: list[kv_cache.Lane],
+    tokens: jax.Array, edits: Edits | None, packed: jax.Array,
 ) -> tuple[list[kv_cache.Lane], jax.Array, Edits | None, Sampled]:  # fmt: skip
     """Chunks of prompts, and a token for each sequence whose prompt ends here."""
     parts = batches.unpack(bucket, packed)
@@ -243,7 +255,7 @@ def prefill_step(
     hidden, cache = functional.prefill_hidden(program, params, cache, PrefillBatch(**parts))
     module = program.module(params)
     logits = module.logits(hidden[parts["last"]])
-    new, edits = sample(logits, rows, edits, bucket.level)
+    new, edits = sample(_mask_padding(logits, sampled_vocab), rows, edits, bucket.level)
     beside = logprobs(logits, new, bucket.logprobs) if bucket.logprobs >= 0 else None
     prompt = None
     if bucket.prompt_logprobs >= 0:

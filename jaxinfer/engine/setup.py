@@ -1,0 +1,168 @@
+"""From a model and the settings to an engine: sizes chosen, checked and logged."""
+
+import logging
+import math
+import os
+from dataclasses import replace
+
+import jax
+
+from jaxinfer.config import CPU_CACHE_BYTES, EngineConfig
+from jaxinfer.engine.engine import Engine, HostSettings
+from jaxinfer.engine.runner import Runner, Shapes
+from jaxinfer.errors import CapacityError, ConfigError
+from jaxinfer.functional import Program, split
+from jaxinfer.kv import cache as kv_cache
+from jaxinfer.models.base import LanguageModel, ModelConfig
+from jaxinfer.sharding import Mesh
+from jaxinfer.sharding import mesh as meshes
+
+log = logging.getLogger(__name__)
+
+
+def build_engine(
+    module: LanguageModel, config: EngineConfig, mesh: Mesh, *, sampled_vocab: int | None = None
+) -> Engine:
+    """An engine for a module whose weights are in place.
+
+    `sampled_vocab`: token ids from there on are padding of the embedding and are never sampled.
+
+    Raises:
+        ConfigError: settings that contradict each other or the model.
+        CapacityError: a cache too small, or too large for the memory; names the sizes and the setting.
+    """
+    program, params = split(module, mesh)
+    shapes = choose_shapes(module.config, program, config)
+    shapes = replace(shapes, sampled_vocab=min(sampled_vocab or program.vocab, program.vocab))
+    try:
+        runner = Runner(program, params, shapes)
+    except (RuntimeError, MemoryError, ValueError) as error:
+        if "RESOURCE_EXHAUSTED" not in str(error) and "memory" not in str(error).lower():
+            raise
+        needed = shapes.num_blocks * _block_bytes(program, config)
+        raise CapacityError(
+            f"the cache of {shapes.num_blocks} blocks ({_size(needed)}) does not fit in the device's memory; "
+            "lower kv_cache_memory_bytes or gpu_memory_utilization"
+        ) from error
+    return Engine(runner, HostSettings.of(config, runner))
+
+
+def choose_shapes(model: ModelConfig, program: Program, config: EngineConfig) -> Shapes:
+    """What fixes the compiled steps, from the settings, the model and the memory."""
+    gpu = _platform(program) != "cpu"
+    rows = config.max_num_seqs or min(256 if gpu else 64, config.max_num_batched_tokens or 1 << 30)
+    budget = config.max_num_batched_tokens or max(2048 if gpu else 512, rows)
+    if budget < rows:
+        raise ConfigError(
+            f"max_num_batched_tokens is {budget}, less than max_num_seqs = {rows}: each running sequence takes a token "
+            "of every step; raise the first or lower the second"
+        )
+    block = config.block_size
+    longest = _longest(model, config)
+    budget_bytes, source = _cache_bytes(program, config)
+    num_blocks = min(budget_bytes // _block_bytes(program, config), rows * math.ceil(longest / block))
+    length = _check_length(num_blocks * block, longest, budget_bytes, source, program, config)
+    used = num_blocks * _block_bytes(program, config)
+    log.info(
+        "cache: %d blocks of %d tokens, %s of %s (%s); max_model_len %d", num_blocks, block, _size(used),
+        _size(budget_bytes), source, length,
+    )  # fmt: skip
+    return Shapes(
+        num_blocks=num_blocks, block_size=block, rows=rows, width=math.ceil(length / block),
+        decode_buckets=_buckets(config.decode_buckets, rows, 1 if gpu else 4, "decode_buckets"),
+        prefill_buckets=_buckets(config.prefill_buckets, budget, 32, "prefill_buckets"),
+        prefill_rows=min(rows, 64 if gpu else 16), max_logprobs=config.max_logprobs, max_length=length, sampled_vocab=program.vocab,
+    )  # fmt: skip
+
+
+def _platform(program: Program) -> str:
+    return program.mesh.devices.flat[0].platform
+
+
+def _block_bytes(program: Program, config: EngineConfig) -> int:
+    return kv_cache.block_bytes(program.specs, config.block_size, program.dtype, program.mesh)
+
+
+def _longest(model: ModelConfig, config: EngineConfig) -> int:
+    asked = config.max_model_len
+    if asked is not None and asked > model.max_length:
+        raise ConfigError(
+            f"max_model_len is {asked}, but the model's numbers hold for {model.max_length} tokens "
+            "(max_position_embeddings, or its sliding window, which is not served beyond its length); lower it"
+        )
+    return asked or model.max_length
+
+
+def _cache_bytes(program: Program, config: EngineConfig) -> tuple[int, str]:
+    """The memory the cache may take over all devices, and why as much."""
+    if config.kv_cache_memory_bytes is not None:
+        _check_host(program, config.kv_cache_memory_bytes)
+        return config.kv_cache_memory_bytes, "kv_cache_memory_bytes"
+    if _platform(program) == "cpu":
+        return CPU_CACHE_BYTES, "the default on a CPU; kv_cache_memory_bytes sets it"
+    free = min(_free(device) for device in program.mesh.devices.flat)
+    share = config.gpu_memory_utilization
+    total = int(free * share) * meshes.size(program.mesh)
+    reason = (
+        f"gpu_memory_utilization {share} of the {_size(free)} a device that JAX's allocator may still give; it takes "
+        "75% of the memory at start, XLA_CLIENT_MEM_FRACTION changes that"
+    )
+    return total, reason
+
+
+def _free(device: jax.Device) -> int:
+    stats = device.memory_stats() or {}
+    return max(0, stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0))
+
+
+def _check_host(program: Program, size: int) -> None:
+    """On a CPU the system would hand out memory it does not have, and kill the process later."""
+    if _platform(program) != "cpu" or not hasattr(os, "sysconf"):
+        return
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if size > memory:
+        raise CapacityError(
+            f"kv_cache_memory_bytes is {size} ({_size(size)}), more than this machine's memory of {_size(memory)}; lower it"
+        )
+
+
+def _check_length(
+    capacity: int, longest: int, given: int, source: str, program: Program, config: EngineConfig
+) -> int:
+    """The longest sequence that can be served."""
+    block = _block_bytes(program, config)
+    if capacity < 2:
+        raise CapacityError(
+            f"the cache may take {_size(given)} ({source}), less than one block of {_size(block)}; raise "
+            "kv_cache_memory_bytes"
+        )
+    if capacity >= longest:
+        return longest
+    if config.max_model_len is not None:
+        needed = math.ceil(longest / config.block_size) * block
+        raise CapacityError(
+            f"the cache of {_size(given)} ({source}) holds {capacity} tokens, less than max_model_len = {longest}, which "
+            f"needs {_size(needed)}; raise kv_cache_memory_bytes or lower max_model_len"
+        )
+    log.warning("max_model_len is %d, as many tokens as the cache holds; the model allows %d", capacity, longest)
+    return capacity
+
+
+def _buckets(asked: tuple[int, ...] | None, largest: int, least: int, name: str) -> tuple[int, ...]:
+    if asked is not None:
+        if max(asked) < largest:
+            raise ConfigError(f"{name} ends at {max(asked)}, but up to {largest} are needed; add a bucket of {largest}")
+        return tuple(sorted(set(asked)))
+    sizes, size = [], min(least, largest)
+    while size < largest:
+        sizes.append(size)
+        size *= 2
+    return (*sizes, largest)
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:.4g} GiB"

@@ -1,0 +1,45 @@
+"""Loading a tokenizer, and what is known of it before text comes."""
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from jaxinfer.checkpoint.hub import resolve_model
+from jaxinfer.errors import CheckpointError
+
+
+def load_tokenizer(source: str | Path | Any) -> Any:
+    """A transformers tokenizer from a directory or Hub id; a tokenizer is given back as it is.
+
+    No code of the checkpoint is run: a tokenizer class that only exists there is replaced by its
+    tokenizer.json.
+
+    Raises:
+        CheckpointError: there is none to load.
+    """
+    if not isinstance(source, (str, Path)):
+        return source
+    directory = resolve_model(source)
+    # Imported here: transformers takes seconds, and serving token ids needs none of it.
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    try:
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    except Exception as error:  # transformers raises many kinds
+        if (directory / "tokenizer.json").is_file():
+            return PreTrainedTokenizerFast.from_pretrained(directory)
+        raise CheckpointError(
+            f"no tokenizer in {directory}: {type(error).__name__}: {error}. Pass tokenizer=DIR, or "
+            "skip_tokenizer_init=True to serve token ids"
+        ) from error
+
+
+def id_bound(tokenizer: Any) -> int:
+    """One more than the highest token id the tokenizer knows."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
+@lru_cache(maxsize=4)
+def longest_token(tokenizer: Any) -> int:
+    """Characters of the longest token."""
+    return max(map(len, tokenizer.get_vocab()), default=1)
