@@ -9,6 +9,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,9 @@ from jaxinfer.layers.attention import StepContext
 from jaxinfer.models.base import LanguageModel
 from jaxinfer.sharding import make_mesh
 from jaxinfer.sharding import mesh as meshes
+
+Array: TypeAlias = Any
+"""On the host a NumPy array, under jit a tracer, before compilation a shape: what a pytree is rebuilt with."""
 
 TILE = 64
 """Queries a prefill tile holds at most."""
@@ -73,11 +77,11 @@ _pytree = partial(jax.tree_util.register_dataclass, meta_fields=[])
 class DecodeBatch:
     """One new token a sequence."""
 
-    tokens: jax.Array
+    tokens: Array
     """`[B]` the last token of each sequence, whose keys and values are not in the cache yet."""
-    positions: jax.Array
+    positions: Array
     """`[B]` its position; -1 for a padding row."""
-    tables: jax.Array
+    tables: Array
     """`[B, W]` block ids."""
 
 
@@ -86,21 +90,21 @@ class DecodeBatch:
 class PrefillBatch:
     """A chunk of one or more sequences, their tokens one after another."""
 
-    tokens: jax.Array
+    tokens: Array
     """`[T]` token ids."""
-    positions: jax.Array
+    positions: Array
     """`[T]` the position of each in its sequence; -1 for padding."""
-    rows: jax.Array
+    rows: Array
     """`[T]` the row of `tables` it belongs to."""
-    rope_lengths: jax.Array
+    rope_lengths: Array
     """`[T]` the sequence length rope's frequencies follow: the prompt's for its tokens, position + 1 after it."""
-    tables: jax.Array
+    tables: Array
     """`[B, W]` block ids."""
-    tiles: jax.Array
+    tiles: Array
     """`[NT, 4]`, see `PrefillTiles`."""
-    count: jax.Array
+    count: Array
     """`[]` tiles in use."""
-    last: jax.Array
+    last: Array
     """`[S]` indices of the tokens whose logits are wanted."""
 
 

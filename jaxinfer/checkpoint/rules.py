@@ -4,7 +4,7 @@ import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -33,6 +33,7 @@ class Rule:
     """For a fused parameter: the outputs whose rows the tensor stacks, in its order."""
 
 
+@runtime_checkable
 class Source(Protocol):
     """Where tensors are read from (`checkpoint.safetensors.SafetensorsReader`)."""
 
@@ -42,6 +43,7 @@ class Source(Protocol):
     def release(self) -> None: ...
 
 
+@runtime_checkable
 class Info(Protocol):
     """What is known of a tensor before it is read."""
 

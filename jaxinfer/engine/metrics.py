@@ -16,7 +16,7 @@ PREFIX = "jaxinfer:"
 class Histogram:
     """Counts by upper bound, with their sum."""
 
-    bounds: tuple[float, ...]
+    bounds: tuple[int | float, ...]
     counts: list[int] = field(init=False)
     total: float = 0.0
 

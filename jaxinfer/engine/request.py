@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -23,6 +23,7 @@ class Status(Enum):
     FINISHED = "finished"
 
 
+@runtime_checkable
 class Listener(Protocol):
     """Who wants tokens as they come: streaming and stop strings. It runs for its own request alone."""
 

@@ -123,7 +123,7 @@ def _yarn(config: RopeConfig) -> np.ndarray:
         turns = config.original_max_position / (rotations * 2 * math.pi)
         return dim * math.log(turns) / (2 * math.log(config.theta))
 
-    low, high = dim_of(config.beta_fast or 32), dim_of(config.beta_slow or 1)
+    low, high = dim_of(config.beta_fast or 32.0), dim_of(config.beta_slow or 1.0)
     if config.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)

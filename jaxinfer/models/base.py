@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 from flax import nnx
@@ -15,6 +15,7 @@ from jaxinfer.layers.attention import StepContext
 from jaxinfer.layers.params import Build
 
 
+@runtime_checkable
 class ModelConfig(Protocol):
     """What the engine reads of a model's configuration."""
 
@@ -31,6 +32,7 @@ class ModelConfig(Protocol):
         ...
 
 
+@runtime_checkable
 class LanguageModel(Protocol):
     """An NNX module that the engine can run. All state lies in the lanes that go in and out."""
 

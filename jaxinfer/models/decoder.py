@@ -54,7 +54,7 @@ class DecoderConfig:
 
 def read_config(
     reader: ConfigReader, *, qkv_bias: bool = False, out_bias: bool = False, qk_norm: bool = False,
-    mlp_bias: bool = False, window: int | None = None,
+    mlp_bias: bool = False, window: int | None = None, partial_rotary: bool = False,
 ) -> DecoderConfig:  # fmt: skip
     """The attributes that all families of this stack name alike.
 
@@ -69,11 +69,17 @@ def read_config(
     if activation not in ACTIVATIONS:
         raise ConfigError(f"config.json: hidden_act is {activation!r}; supported: {', '.join(ACTIVATIONS)}")
     eps = reader.get_float("rms_norm_eps", 1e-6)
+    rope = reader.rope(head_dim)
+    if rope.rotary_dim != head_dim and not partial_rotary:
+        raise ConfigError(
+            f"config.json: rope turns {rope.rotary_dim} of {head_dim} dimensions (partial_rotary_factor), which "
+            f"{reader.family} does not know; leave it out or use a family that does (Phi3ForCausalLM)"
+        )
     spec = AttentionSpec(width, heads, kv_heads, head_dim, qkv_bias, out_bias, eps if qk_norm else None)
     return DecoderConfig(
         vocab_size=reader.get_int("vocab_size"), num_layers=reader.get_int("num_hidden_layers"),
         ffn=reader.get_int("intermediate_size"), activation=activation, norm_eps=eps, attention=spec,
-        rope=reader.rope(head_dim), max_position=reader.get_int("max_position_embeddings"), window=window,
+        rope=rope, max_position=reader.get_int("max_position_embeddings"), window=window,
         mlp_bias=mlp_bias, tied=reader.get_bool("tie_word_embeddings", False),
     )  # fmt: skip
 

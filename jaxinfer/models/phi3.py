@@ -11,7 +11,7 @@ def config(reader: ConfigReader) -> DecoderConfig:
     """Dropouts do nothing at inference; a window limits the length served, as for Mistral."""
     for name in ("resid_pdrop", "embd_pdrop"):
         reader.skip(name)
-    return read_config(reader, window=reader.get_int("sliding_window", None))
+    return read_config(reader, window=reader.get_int("sliding_window", None), partial_rotary=True)
 
 
 FAMILY = Family(config, Decoder, partial(weight_rules, fused=True))

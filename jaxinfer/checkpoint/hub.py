@@ -1,0 +1,88 @@
+"""Finds a model's folder: a local directory, or a Hub id through huggingface_hub and its own cache."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+from jaxinfer.errors import CheckpointError, OfflineError
+
+ALLOW_PATTERNS = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt")
+"""What is fetched of a repository: configurations, weights, tokenizers, chat templates. No code."""
+
+IGNORE_PATTERNS = ("*/*.json", "*/*.safetensors", "*/*.model", "*/*.txt", "consolidated*.safetensors")
+"""Copies of the weights in other formats that some repositories carry beside the ones that are read."""
+
+
+def resolve_model(model: str | Path, revision: str | None = None) -> Path:
+    """Returns the folder of `model`: a local directory as it is, else a Hub id fetched into the Hub's cache.
+
+    HF_HOME, HF_HUB_OFFLINE and HF_TOKEN are honoured by huggingface_hub. Raises CheckpointError for a local
+    path that is not a directory, OfflineError (saying what to do) when the Hub cannot serve the model.
+    """
+    if not isinstance(model, (str, Path)):
+        raise TypeError(f"model must be a directory or a Hub id, found {type(model).__name__}.")
+    path = Path(model).expanduser()
+    if str(model) and path.is_dir():
+        return path
+    if path.is_file():
+        raise CheckpointError(f"model={str(model)!r} is a file; pass the directory that holds config.json.")
+    if not str(model) or isinstance(model, Path) or _looks_local(model):
+        raise CheckpointError(f"model={str(model)!r}: the directory does not exist (seen from {Path.cwd()}).")
+    return _fetch(model, revision)
+
+
+def _looks_local(model: str) -> bool:
+    return model.startswith((".", "/", "~", os.sep)) or model.endswith("/") or model.count("/") > 1
+
+
+def _fetch(model: str, revision: str | None) -> Path:
+    # Imported here: a local directory needs neither the library nor the time it takes to import.
+    import huggingface_hub
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(huggingface_hub.snapshot_download(
+            model, revision=revision, allow_patterns=[*ALLOW_PATTERNS], ignore_patterns=[*IGNORE_PATTERNS]))
+    except HFValidationError as error:
+        raise CheckpointError(f"model={model!r} is neither a directory nor a Hub id (owner/name).") from error
+    except Exception as error:  # The client, its HTTP library and its transfer library each have their own.
+        raise OfflineError(
+            f"model={model!r} is not a directory here and cannot be had from the Hugging Face Hub: "
+            f"{_reason(error, model, revision)} Or fetch it on another machine "
+            f"(`hf download {model} --local-dir DIR`), copy DIR here and pass its path as the model."
+        ) from error
+
+
+def _reason(error: Exception, model: str, revision: str | None) -> str:
+    """One cause and its remedy, in two sentences."""
+    from huggingface_hub import constants, errors
+
+    cache = constants.HF_HUB_CACHE
+    if _errno(error) in (errno.ENOSPC, errno.EDQUOT):
+        return (f"the disk that holds {cache} is full. Make room there, or set HF_HOME to a folder on "
+                "another disk; the download goes on where it stopped.")
+    if isinstance(error, errors.GatedRepoError):
+        return (f"access to it is gated. Accept its conditions at https://huggingface.co/{model}, then run "
+                "`hf auth login` or set HF_TOKEN.")
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return ("there is no such public model. Check the name; if it is private, run `hf auth login` or set "
+                "HF_TOKEN.")
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"it has no revision {revision!r}. Pass a branch, tag or commit that it has."
+    if constants.HF_HUB_OFFLINE:
+        return (f"HF_HUB_OFFLINE is set and {cache} does not hold all of it. Unset HF_HUB_OFFLINE, or set "
+                "HF_HOME to the folder of a cache that does.")
+    cause = (str(error).strip() or "no message").splitlines()[0]
+    return (f"{type(error).__name__}: {cause} Check the connection (HF_ENDPOINT and proxies included), or "
+            "set HF_HOME to the folder of a cache that holds it.")
+
+
+def _errno(error: BaseException | None) -> int | None:
+    """The first operating system error number in a chain of causes."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno is not None:
+            return error.errno
+        error = error.__cause__ or error.__context__
+    return None

@@ -1,0 +1,266 @@
+"""Reads safetensors folders: every header checked before the first tensor, then only the bytes asked for.
+
+Format: https://huggingface.co/docs/safetensors. An own reader because the library accepts a tensor named
+twice in a header, and because every fault has to name its file and its tensor.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import mmap
+import os
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from jaxinfer.checkpoint.hf import read_json, refuse_duplicates
+from jaxinfer.errors import CheckpointError
+
+MAX_HEADER_BYTES = 100_000_000
+"""Largest header accepted, as in the safetensors library."""
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+DTYPES: dict[str, np.dtype] = {name: np.dtype(dtype) for name, dtype in {
+    "BOOL": np.bool_, "U8": np.uint8, "I8": np.int8, "U16": np.uint16, "I16": np.int16, "U32": np.uint32,
+    "I32": np.int32, "U64": np.uint64, "I64": np.int64, "F16": np.float16, "F32": np.float32,
+    "F64": np.float64, "BF16": ml_dtypes.bfloat16, "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2, "F8_E8M0": ml_dtypes.float8_e8m0fnu,
+}.items()}
+"""Names of safetensors to NumPy dtypes."""
+
+_OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".gguf", ".npz")
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies."""
+
+    file: Path
+    dtype: str
+    """A name of `DTYPES`."""
+    shape: tuple[int, ...]
+    offset: int
+    """First byte, counted from the start of the file."""
+    nbytes: int
+
+
+class SafetensorsReader:
+    """The tensors of a folder: model.safetensors, else the shards of model.safetensors.index.json.
+
+    Opening reads and checks every header and raises CheckpointError naming file and tensor. A context
+    manager; arrays it returned stay valid after `close`.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = Path(directory)
+        self._maps: dict[Path, mmap.mmap] = {}
+        self._closed = False
+        if (self.directory / SINGLE).is_file():
+            self._tensors = _read_header(self.directory / SINGLE)
+        elif (self.directory / INDEX).is_file():
+            self._tensors = _read_shards(self.directory)
+        else:
+            raise CheckpointError(_nothing_to_read(self.directory))
+
+    def names(self) -> list[str]:
+        """Every tensor's name, in the order of the bytes on disk."""
+        return list(self._tensors)
+
+    def info(self, name: str) -> TensorInfo:
+        """Where `name` lies, its dtype and shape. Raises CheckpointError for an unknown name."""
+        if name not in self._tensors:
+            raise CheckpointError(f"{self.directory} has no tensor {name!r}.")
+        return self._tensors[name]
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors together."""
+        return sum(info.nbytes for info in self._tensors.values())
+
+    def read(self, name: str, slices: tuple[slice, ...] | None = None) -> np.ndarray:
+        """Returns `name`, or the part of it that `slices` (one a leading axis, step 1) select.
+
+        The array is a read-only view of the file: bytes are read when they are used, and only those. Copy
+        it before the file may change. `jax.device_put` on CPU may keep such a view; `jnp.array` copies.
+        """
+        info = self.info(name)
+        if self._closed:
+            raise CheckpointError(f"{name!r} was asked for after the reader of {self.directory} was closed.")
+        whole = np.frombuffer(self._map(info.file) if info.nbytes else b"", DTYPES[info.dtype],
+                              math.prod(info.shape), info.offset if info.nbytes else 0).reshape(info.shape)
+        if slices is None:
+            return whole
+        _check_slices(name, info.shape, slices)
+        return whole[(*slices, ...)]
+
+    def release(self) -> None:
+        """Gives back the memory of file pages read so far; arrays stay valid and read their bytes again.
+
+        Pages of a mapped file count as the process's memory until then, so a loader calls this after each
+        group of tensors it has copied.
+        """
+        if hasattr(mmap, "MADV_DONTNEED"):
+            for mapped in self._maps.values():
+                mapped.madvise(mmap.MADV_DONTNEED)
+
+    def close(self) -> None:
+        """Ends reading. A file stays mapped for as long as an array of it lives."""
+        self.release()
+        self._maps.clear()
+        self._closed = True
+
+    def __enter__(self) -> SafetensorsReader:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _map(self, file: Path) -> mmap.mmap:
+        if file not in self._maps:
+            with open(file, "rb") as opened:
+                self._maps[file] = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+        return self._maps[file]
+
+
+def _read_shards(directory: Path) -> dict[str, TensorInfo]:
+    """Reads the index and every shard it names, and holds the two against each other."""
+    index = directory / INDEX
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} has no weight_map from tensor names to files.")
+    first_of: dict[str, str] = {}
+    for name, file in weight_map.items():
+        _check_file_name(index, name, file)
+        first_of.setdefault(file, name)
+    tensors: dict[str, TensorInfo] = {}
+    for file, name in first_of.items():
+        if not (directory / file).is_file():
+            raise CheckpointError(f"{index} says that tensor {name!r} is in {file!r}, which is absent. "
+                                  "Fetch the missing file.")
+        for found, info in _read_header(directory / file).items():
+            if found in tensors:
+                both = f"{tensors[found].file} and {info.file}"
+                raise CheckpointError(f"tensor {found!r} is in two files: {both}.")
+            tensors[found] = info
+    for name, file in weight_map.items():
+        if name not in tensors or tensors[name].file != directory / file:
+            raise CheckpointError(f"{index} says that tensor {name!r} is in {file!r}, which lacks it.")
+    return tensors
+
+
+def _check_file_name(index: Path, name: str, file: Any) -> None:
+    """Refuses whatever could lead out of the folder, or to a file that is not safetensors."""
+    plain = isinstance(file, str) and file.endswith(".safetensors") and "\\" not in file and "\0" not in file
+    if not plain or PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts or ":" in file:
+        raise CheckpointError(f"{index} says that tensor {name!r} is in {file!r}; only the name of a "
+                              ".safetensors file inside the folder is accepted.")
+
+
+def _read_header(file: Path) -> dict[str, TensorInfo]:
+    """Reads and checks one file's header; tensors in the order of their bytes."""
+    try:
+        size = os.path.getsize(file)
+        with open(file, "rb") as opened:
+            length_bytes = opened.read(8)
+            length = int.from_bytes(length_bytes, "little")
+            _check_header_length(file, size, length_bytes, length)
+            text = opened.read(length)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {file}: {error.strerror or error}.") from error
+    try:
+        header = json.loads(text.decode(), object_pairs_hook=refuse_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} has a bad header: {error}.") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{file} has a bad header: expected an object, found {type(header).__name__}.")
+    header.pop("__metadata__", None)
+    tensors = {name: _tensor_info(file, name, entry, 8 + length) for name, entry in header.items()}
+    tensors = dict(sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)))
+    _check_contiguous(file, size, 8 + length, tensors)
+    return tensors
+
+
+def _check_header_length(file: Path, size: int, length_bytes: bytes, length: int) -> None:
+    if length_bytes == b"version ":
+        raise CheckpointError(f"{file} is a Git LFS pointer, not tensors; run `git lfs pull` in its folder.")
+    if size < 8:
+        raise CheckpointError(f"{file} is truncated: a header needs 8 bytes, found {size}.")
+    if length > MAX_HEADER_BYTES:
+        raise CheckpointError(f"{file} has a bad header: it claims {length} bytes, and at most "
+                              f"{MAX_HEADER_BYTES} are accepted.")
+    if 8 + length > size:
+        raise CheckpointError(f"{file} is truncated: its header needs {8 + length} bytes, found {size}.")
+
+
+def _tensor_info(file: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
+    """Checks one header entry by itself."""
+    entry = entry if isinstance(entry, dict) else {}
+    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise CheckpointError(f"{file}: tensor {name!r} has dtype {dtype!r}; supported: {', '.join(DTYPES)}.")
+    if not _are_sizes(shape):
+        raise CheckpointError(f"{file}: tensor {name!r} has shape {shape!r}; expected a list of sizes.")
+    if not _are_sizes(offsets) or len(offsets) != 2:
+        raise CheckpointError(f"{file}: tensor {name!r} has data_offsets {offsets!r}; expected [begin, end].")
+    expected, found = math.prod(shape) * DTYPES[dtype].itemsize, offsets[1] - offsets[0]
+    if expected != found:
+        raise CheckpointError(f"{file}: tensor {name!r} of dtype {dtype} and shape {shape} needs {expected} "
+                              f"bytes, found data_offsets {offsets}, which is {found}.")
+    return TensorInfo(file, dtype, tuple(shape), data_start + offsets[0], expected)
+
+
+def _are_sizes(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**63 for value in values)
+
+
+def _check_contiguous(file: Path, size: int, data_start: int, tensors: dict[str, TensorInfo]) -> None:
+    """Every byte after the header belongs to exactly one tensor."""
+    end = data_start
+    for name, info in tensors.items():
+        if info.offset != end:
+            fault = "overlaps the one before it" if info.offset < end else "leaves a gap before it"
+            raise CheckpointError(f"{file}: tensor {name!r} {fault}: expected at byte {end}, found at "
+                                  f"{info.offset}.")
+        end += info.nbytes
+        if end > size:
+            raise CheckpointError(f"{file} is truncated: tensor {name!r} ends at byte {end}, the file at "
+                                  f"{size}. Fetch it again.")
+    if end != size:
+        raise CheckpointError(f"{file}: the tensors end at byte {end}, found {size} bytes.")
+
+
+def _check_slices(name: str, shape: tuple[int, ...], slices: tuple[slice, ...]) -> None:
+    """Refuses what NumPy would silently clip: a shard of the wrong size is a wrong weight.
+
+    A start beyond its stop is an empty part, as a shard that is all padding asks for.
+    """
+    def fits(part: slice, size: int) -> bool:
+        stop = size if part.stop is None else part.stop
+        return part.step in (None, 1) and (part.start or 0) >= 0 and 0 <= stop <= size
+
+    if len(slices) > len(shape) or not all(map(fits, slices, shape)):
+        raise CheckpointError(f"tensor {name!r} of shape {shape} has no part {slices}.")
+
+
+def _nothing_to_read(directory: Path) -> str:
+    found = sorted(entry.name for entry in _entries(directory))
+    weights = [name for name in found if name.endswith(".safetensors")]
+    others = [name for name in found if name.endswith(_OTHER_FORMATS)]
+    if weights:
+        return f"{directory} has neither {SINGLE} nor {INDEX}; found {', '.join(weights[:8])}."
+    if others:
+        return (f"{directory} has no safetensors, only {', '.join(others[:8])}. Reading such files can run "
+                "code that they carry, so they are never opened. Convert them where you trust them: load the "
+                "model with transformers and write it with save_pretrained(path, safe_serialization=True).")
+    names = ", ".join(found[:8]) or "nothing"
+    return f"{directory} has no weights: expected {SINGLE} or {INDEX}, found {names}."
+
+
+def _entries(directory: Path) -> Iterator[Path]:
+    return directory.iterdir() if directory.is_dir() else iter(())

@@ -1,0 +1,116 @@
+"""Strict checks of values that users pass: exact types, finite numbers, messages that name the field."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+MAX_INT32 = 2**31 - 1
+"""Largest count, position or token id: they are int32 on the device."""
+
+
+def describe(value: Any) -> str:
+    """A value for an error message: its type, and the value itself where that is plain.
+
+    Long values are cut, and the reprs of arbitrary objects left out: they may be huge, and they show
+    addresses.
+    """
+    if value is None:
+        return "None"
+    kind = type(value).__name__
+    if isinstance(value, (bool, float, str, np.number, np.bool_)):
+        return f"{kind} {_cut(str(value) if isinstance(value, np.generic) else repr(value))}"
+    return f"{kind} {show_int(value)}" if isinstance(value, int) else kind
+
+
+def show_int(value: int) -> str:
+    """An integer for an error message; Python refuses to print those of thousands of digits."""
+    return str(value) if abs(value) < 10**40 else f"one of {value.bit_length()} bits"
+
+
+def as_int(name: str, value: Any) -> int:
+    """`value` as a Python int.
+
+    Raises:
+        TypeError: not an integer of Python or NumPy, or a bool.
+    """
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name} must be an integer, got {describe(value)}.")
+    return int(value)
+
+
+def as_float(name: str, value: Any) -> float:
+    """`value` as a finite Python float.
+
+    Raises:
+        TypeError: not a number of Python or NumPy, or a bool.
+        ValueError: NaN or infinite.
+    """
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise TypeError(f"{name} must be a number, got {describe(value)}.")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be a finite number, got {number}.")
+    return number
+
+
+def as_strings(name: str, values: Any, *, most: int, longest: int) -> tuple[str, ...]:
+    """A list of at most `most` non-empty strings of at most `longest` characters, as a tuple; None is none.
+
+    Raises:
+        TypeError: not a list or tuple of strings.
+        ValueError: too many, too long, or empty.
+    """
+    if values is None:
+        return ()
+    if not isinstance(values, (list, tuple)):
+        raise TypeError(f"{name} must be a list of strings, got {describe(values)}.")
+    if len(values) > most:
+        raise ValueError(f"{name} can have at most {most} strings, got {len(values)}.")
+    for index, value in enumerate(values):
+        if not isinstance(value, str):
+            raise TypeError(f"{name}[{index}] must be a string, got {describe(value)}.")
+        if not value:
+            raise ValueError(f"{name} cannot contain an empty string.")
+        if len(value) > longest:
+            raise ValueError(f"{name}[{index}] can have at most {longest} characters, got {len(value)}.")
+    return tuple(values)
+
+
+def as_token_ids(name: str, values: Any) -> tuple[int, ...]:
+    """Token ids as a tuple without repeats, in order; None is none. The vocabulary is checked elsewhere.
+
+    Raises:
+        TypeError: not a collection of integers.
+        ValueError: an id that no vocabulary can hold.
+    """
+    if values is None:
+        return ()
+    if isinstance(values, np.ndarray) and values.ndim == 1:
+        values = list(values)
+    if not isinstance(values, (list, tuple, set, frozenset, range)):
+        raise TypeError(f"{name} must be a list of token ids, got {describe(values)}.")
+    ids = dict.fromkeys(as_token_id(f"every id in {name}", value) for value in values)
+    return tuple(ids)
+
+
+def as_token_id(name: str, value: Any) -> int:
+    """One token id, 0 to 2**31 - 1.
+
+    Raises:
+        TypeError: not an integer.
+        ValueError: out of that range.
+    """
+    token = as_int(name, value)
+    if not 0 <= token <= MAX_INT32:
+        raise ValueError(f"{name} must be between 0 and {MAX_INT32}, got {show_int(token)}.")
+    return token
+
+
+def _cut(shown: str) -> str:
+    return shown if len(shown) <= 48 else shown[:45] + "..."

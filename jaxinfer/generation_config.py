@@ -1,0 +1,159 @@
+"""Sampling parameters out of transformers' `GenerationConfig` and a model's generation_config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxinfer.checks import as_int, as_token_id, as_token_ids, describe
+from jaxinfer.sampling_params import SamplingParams
+
+_RENAMED = {
+    "max_new_tokens": "max_tokens",
+    "min_new_tokens": "min_tokens",
+    "num_return_sequences": "n",
+    "repetition_penalty": "repetition_penalty",
+    "stop_strings": "stop",
+}
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p")
+
+# Attributes that change which tokens come out and are not supported, each with the values that mean "off".
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "assistant_early_exit": (),
+    "begin_suppress_tokens": ([],),
+    "constraints": ([],),
+    "diversity_penalty": (0.0,),
+    "dola_layers": (),
+    "encoder_no_repeat_ngram_size": (0,),
+    "encoder_repetition_penalty": (1.0,),
+    "epsilon_cutoff": (0.0,),
+    "eta_cutoff": (0.0,),
+    "exponential_decay_length_penalty": (),
+    "force_words_ids": ([],),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "guidance_scale": (1.0,),
+    "max_time": (),
+    "no_repeat_ngram_size": (0,),
+    "num_beam_groups": (1,),
+    "num_beams": (1,),
+    "penalty_alpha": (0.0,),
+    "sequence_bias": ({}, []),
+    "token_healing": (False,),
+    "top_h": (),
+    "typical_p": (1.0,),
+    "watermarking_config": (),
+}
+_TRANSFORMERS_MAX_LENGTH = 20
+_TRANSFORMERS_TOP_K = 50
+
+
+def from_generation_config(config: Any) -> SamplingParams:
+    """The `SamplingParams` that mean what a transformers `GenerationConfig` means there.
+
+    Sampling is greedy unless `do_sample` is true, and then `top_k` defaults to 50, as in transformers.
+    `eos_token_id` replaces the model's EOS ids. `max_length`, which counts the prompt, is refused unless it
+    is transformers' default of 20 or `max_new_tokens` is there too; with neither, `max_tokens` keeps its
+    default. Attributes about speed, memory and extra outputs are ignored.
+
+    Args:
+        config: a `GenerationConfig`, or anything with `to_dict()`, or its dict.
+
+    Raises:
+        TypeError: something else.
+        ValueError: attributes that change the result and are not supported (all are listed), or values out of
+            range.
+    """
+    values = _to_dict(config)
+    _refuse_unsupported(values)
+    _refuse_total_lengths(values)
+    fields = {ours: values[theirs] for theirs, ours in _RENAMED.items() if theirs in values}
+    if values.get("do_sample"):
+        fields |= {name: values[name] for name in _SAMPLING if name in values}
+        fields.setdefault("top_k", _TRANSFORMERS_TOP_K)
+    else:
+        fields["temperature"] = 0.0
+    if "eos_token_id" in values:
+        fields |= {"stop_token_ids": _ids("eos_token_id", values["eos_token_id"]), "ignore_eos": True}
+    return SamplingParams(**fields, _bad_words_token_ids=_banned(values))
+
+
+def default_params(generation_config: Mapping[str, Any]) -> SamplingParams:
+    """The parameters a request gets when the user passes none, from a model's generation_config.json.
+
+    temperature, top_p, top_k, min_p, repetition_penalty and max_new_tokens are taken where they are given,
+    whatever `do_sample` says (as vLLM does); everything else keeps the defaults of `SamplingParams`.
+
+    Args:
+        generation_config: the file as plain JSON; empty where a model has none.
+
+    Raises:
+        TypeError, ValueError: a value `SamplingParams` refuses; the message names the file.
+    """
+    names = {name: name for name in (*_SAMPLING, "repetition_penalty")} | {"max_new_tokens": "max_tokens"}
+    fields = {ours: generation_config[theirs] for theirs, ours in names.items()
+              if generation_config.get(theirs) is not None}
+    try:
+        return SamplingParams(**fields)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"generation_config.json: {error}") from error
+
+
+def eos_ids(config: Mapping[str, Any], generation_config: Mapping[str, Any]) -> tuple[int, ...]:
+    """The ids that end an output: of generation_config.json, else of config.json, as in transformers.
+
+    Args:
+        config: config.json as plain JSON; `text_config` is looked into when the top level names no id.
+        generation_config: generation_config.json as plain JSON; empty where a model has none.
+
+    Raises:
+        TypeError: `eos_token_id` is not an integer or a list of integers.
+    """
+    for source in (generation_config, config, config.get("text_config") or {}):
+        if source.get("eos_token_id") is not None:
+            return _ids("eos_token_id", source["eos_token_id"])
+    return ()
+
+
+def _banned(values: Mapping[str, Any]) -> tuple[tuple[int, ...], ...]:
+    """`bad_words_ids`, and the `suppress_tokens` as words of one token."""
+    words = values.get("bad_words_ids", ())
+    for index, word in enumerate(words):
+        if not isinstance(word, (list, tuple)) or not word:
+            raise ValueError(f"bad_words_ids[{index}] must be a list of token ids, not empty.")
+    sequences = [tuple(as_token_id("every id in bad_words_ids", token) for token in word) for word in words]
+    sequences += [(token,) for token in as_token_ids("suppress_tokens", values.get("suppress_tokens"))]
+    return tuple(sequences)
+
+
+def _ids(name: str, value: Any) -> tuple[int, ...]:
+    """One id or a list of them; negative ones mean none in transformers, and are dropped."""
+    ids = value if isinstance(value, (list, tuple)) else [value]
+    return as_token_ids(name, [i for i in ids if as_int(f"every id in {name}", i) >= 0])
+
+
+def _to_dict(config: Any) -> dict[str, Any]:
+    if isinstance(config, Mapping):
+        values = dict(config)
+    elif callable(getattr(config, "to_dict", None)):
+        values = config.to_dict()
+    else:
+        raise TypeError("sampling_params must be a SamplingParams or a GenerationConfig, "
+                        f"got {describe(config)}.")
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _refuse_unsupported(values: Mapping[str, Any]) -> None:
+    found = [f"{name}={describe(values[name])}" for name, neutral in _UNSUPPORTED.items()
+             if name in values and not any(values[name] == off for off in neutral)]
+    if found:
+        raise ValueError(f"GenerationConfig sets what is not supported: {', '.join(found)}. Leave them out.")
+
+
+def _refuse_total_lengths(values: Mapping[str, Any]) -> None:
+    longest = values.get("max_length", _TRANSFORMERS_MAX_LENGTH)
+    if longest != _TRANSFORMERS_MAX_LENGTH and "max_new_tokens" not in values:
+        raise ValueError(f"max_length={describe(longest)} counts the prompt too: set max_new_tokens instead.")
+    if values.get("min_length", 0) != 0 and "min_new_tokens" not in values:
+        raise ValueError(f"min_length={describe(values['min_length'])} counts the prompt too: "
+                         "set min_new_tokens instead.")

@@ -1,0 +1,315 @@
+"""How the tokens of one request are chosen and when it stops: vLLM's names and defaults, strictly checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import enum
+import functools
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+
+from jaxinfer.checks import (
+    MAX_INT32,
+    as_float,
+    as_int,
+    as_strings,
+    as_token_id,
+    as_token_ids,
+    describe,
+    show_int,
+)
+
+MAX_N = 1024
+"""Most samples of one request: each needs its own row and blocks, so a huge `n` is refused before fan-out."""
+MAX_STOP_STRINGS = 64
+"""Most entries of `stop`."""
+MAX_STOP_LENGTH = 1024
+"""Most characters of one entry of `stop` or `bad_words`."""
+MAX_BAD_WORDS = 256
+"""Most entries of `bad_words`."""
+MAX_LOGIT_BIAS = 1024
+"""Most entries of `logit_bias`."""
+LOGIT_BIAS_LIMIT = 100.0
+"""A bias is clamped to plus or minus this, as in the OpenAI and vLLM interfaces."""
+MAX_LOGPROBS = 20
+"""Most alternatives reported a position by `logprobs` and `prompt_logprobs`."""
+MAX_SEED = 2**63 - 1
+"""Largest seed: one that every integer type on the way to the device holds without wrapping."""
+MAX_TOKENS = MAX_INT32
+"""Largest `max_tokens` or `min_tokens`; the model's length clamps long before."""
+MIN_TEMPERATURE = 0.01
+"""Smallest temperature that is not greedy: below it the scaled logits overflow, so it is raised to this."""
+MAX_TEMPERATURE = 1e6
+"""Largest temperature: far beyond uniform sampling, and finite in float32 with its inverse."""
+MAX_REPETITION_PENALTY = 100.0
+"""Largest `repetition_penalty`: it multiplies logits, which must stay finite."""
+
+_REPLACED = {
+    "best_of": "best_of is gone: use n (all n samples are returned)",
+    "do_sample": "use temperature=0 for greedy decoding",
+    "early_stopping": "beam search is not supported: use n",
+    "eos_token_id": "use stop_token_ids",
+    "guided_decoding": "structured output is not supported",
+    "length_penalty": "beam search is not supported: use n",
+    "logits_processors": "use logit_bias, allowed_token_ids or bad_words",
+    "max_length": "use max_tokens, which counts new tokens only",
+    "max_new_tokens": "use max_tokens",
+    "min_new_tokens": "use min_tokens",
+    "num_return_sequences": "use n",
+    "stop_strings": "use stop",
+    "structured_outputs": "structured output is not supported",
+    "temp": "use temperature",
+    "use_beam_search": "beam search is not supported: use n",
+}
+
+logger = logging.getLogger(__name__)
+_C = TypeVar("_C", bound=type)
+
+
+class RequestOutputKind(enum.Enum):
+    """What each streamed output of a request carries."""
+
+    CUMULATIVE = 0
+    """All text and tokens so far, every time."""
+    DELTA = 1
+    """Only what is new since the last output; the sum of the deltas is the final text."""
+    FINAL_ONLY = 2
+    """Nothing until the request has finished."""
+
+
+def _refuse_unknown_keywords(cls: _C) -> _C:
+    """Make the constructor's TypeError name the unknown field and its replacement."""
+    generated = cls.__init__
+
+    @functools.wraps(generated)
+    def __init__(self: Any, *args: Any, **fields: Any) -> None:
+        if args:
+            raise TypeError(f"{cls.__name__} takes keywords only, e.g. {cls.__name__}(temperature=0.8), "
+                            f"got {len(args)} positional argument(s).")
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in fields:
+            if name not in known:
+                raise TypeError(_unknown_field(cls.__name__, name, known))
+        generated(self, **fields)
+
+    cls.__init__ = __init__
+    return cls
+
+
+def _unknown_field(owner: str, name: str, known: Sequence[str]) -> str:
+    hint = _REPLACED.get(name)
+    if hint is None:
+        public = [field for field in known if not field.startswith("_")]
+        close = difflib.get_close_matches(name, public, n=1)
+        hint = f"did you mean {close[0]}?" if close else "the fields are " + ", ".join(public)
+    return f"{owner} has no field {name!r}: {hint}"
+
+
+@_refuse_unknown_keywords
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
+class SamplingParams:
+    """How one request is sampled. Immutable; checked when made, and against a model by `resolve`.
+
+    Integers may be NumPy integers; bool is never taken for an integer or a number, NaN and infinities are
+    refused. Lists become tuples.
+
+    Raises:
+        TypeError: an unknown field, a positional argument, or a value of the wrong type.
+        ValueError: a value out of its range. Both name the field, the value and the limit.
+    """
+
+    n: int = 1
+    """Samples drawn for the prompt, 1 to `MAX_N`; they share the prompt's blocks. Must be 1 when greedy."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logit of every token already generated; -2 to 2."""
+    frequency_penalty: float = 0.0
+    """Subtracted once for every time a token was generated; -2 to 2."""
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of tokens in prompt or output; above 0, 1 is off."""
+    temperature: float = 1.0
+    """Divides the logits. 0 is greedy; values in (0, `MIN_TEMPERATURE`) are raised to `MIN_TEMPERATURE`."""
+    top_p: float = 1.0
+    """Keep the smallest set of likeliest tokens whose probability reaches this; in (0, 1]."""
+    top_k: int = 0
+    """Keep this many likeliest tokens; 0 (or -1, stored as 0) keeps all, above the vocabulary is clamped."""
+    min_p: float = 0.0
+    """Drop tokens less likely than this share of the likeliest; in [0, 1]."""
+    seed: int | None = None
+    """0 to 2**63 - 1. The same seed gives the same tokens whatever else runs; None draws a fresh one."""
+    stop: Sequence[str] | str | None = ()
+    """Strings that end the output; at most `MAX_STOP_STRINGS` of `MAX_STOP_LENGTH` characters."""
+    stop_token_ids: Sequence[int] | None = ()
+    """Token ids that end the output, besides the model's EOS."""
+    bad_words: Sequence[str] | None = ()
+    """Strings whose tokens may not be completed; at most `MAX_BAD_WORDS`."""
+    ignore_eos: bool = False
+    """Go on past the model's EOS ids."""
+    max_tokens: int | None = 16
+    """Most new tokens; None runs to the model's length, which also clamps larger values."""
+    min_tokens: int = 0
+    """EOS, stop ids and stop strings are not acted on before this many new tokens."""
+    logprobs: int | None = None
+    """Report the log-probabilities of this many likeliest tokens and the chosen one; 0 to `MAX_LOGPROBS`."""
+    prompt_logprobs: int | None = None
+    """The same for the prompt's tokens."""
+    detokenize: bool = True
+    """Make text from the tokens."""
+    skip_special_tokens: bool = True
+    """Leave special tokens out of the text."""
+    spaces_between_special_tokens: bool = True
+    """Put spaces between special tokens (acted on by tokenizers without a Rust backend only)."""
+    include_stop_str_in_output: bool = False
+    """Keep the matched stop string at the end of the text."""
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+    """What each streamed output carries."""
+    logit_bias: Mapping[int, float] | None = dataclasses.field(default=None, hash=False)
+    """Added to the logits of at most `MAX_LOGIT_BIAS` token ids; clamped to +-`LOGIT_BIAS_LIMIT`."""
+    allowed_token_ids: Sequence[int] | None = None
+    """Only these token ids may be chosen; None allows all."""
+    _bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
+    _eos_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        self._check_numbers()
+        self._check_counts()
+        self._check_flags()
+        self._check_strings()
+        self._check_token_ids()
+        self._check_together()
+
+    def _check_numbers(self) -> None:
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = self._number(name)
+            if not -2.0 <= value <= 2.0:
+                raise ValueError(f"{name} must be in [-2, 2], got {value}.")
+        value = self._number("repetition_penalty")
+        if not 0.0 < value <= MAX_REPETITION_PENALTY:
+            raise ValueError(f"repetition_penalty must be in (0, {MAX_REPETITION_PENALTY:g}], got {value}.")
+        value = self._number("temperature")
+        if value < 0.0:
+            raise ValueError(f"temperature must be non-negative, got {value}.")
+        if value > MAX_TEMPERATURE:
+            raise ValueError(f"temperature must be at most {MAX_TEMPERATURE:g}, got {value}.")
+        if 0.0 < value < MIN_TEMPERATURE:
+            _say_temperature_raised()
+            self._set("temperature", MIN_TEMPERATURE)
+        value = self._number("top_p")
+        if not 0.0 < value <= 1.0:
+            raise ValueError(f"top_p must be in (0, 1], got {value}.")
+        value = self._number("min_p")
+        if not 0.0 <= value <= 1.0:
+            raise ValueError(f"min_p must be in [0, 1], got {value}.")
+
+    def _check_counts(self) -> None:
+        self._integer("n", 1, MAX_N)
+        top_k = as_int("top_k", self.top_k)
+        if top_k < -1:
+            raise ValueError(f"top_k must be 0 (disable), or at least 1, got {show_int(top_k)}.")
+        self._set("top_k", min(max(top_k, 0), MAX_INT32))
+        self._integer("min_tokens", 0, MAX_TOKENS)
+        for name, low, high in (("seed", 0, MAX_SEED), ("max_tokens", 1, MAX_TOKENS),
+                                ("logprobs", 0, MAX_LOGPROBS), ("prompt_logprobs", 0, MAX_LOGPROBS)):
+            if getattr(self, name) is not None:
+                self._integer(name, low, high)
+
+    def _check_flags(self) -> None:
+        for name in ("ignore_eos", "detokenize", "skip_special_tokens", "spaces_between_special_tokens",
+                     "include_stop_str_in_output"):
+            value = getattr(self, name)
+            if not isinstance(value, (bool, np.bool_)):
+                raise TypeError(f"{name} must be True or False, got {describe(value)}.")
+            self._set(name, bool(value))
+        if not isinstance(self.output_kind, RequestOutputKind):
+            raise TypeError("output_kind must be RequestOutputKind.CUMULATIVE, .DELTA or .FINAL_ONLY, "
+                            f"got {describe(self.output_kind)}.")
+
+    def _check_strings(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        self._set("stop", as_strings("stop", stop, most=MAX_STOP_STRINGS, longest=MAX_STOP_LENGTH))
+        words = as_strings("bad_words", self.bad_words, most=MAX_BAD_WORDS, longest=MAX_STOP_LENGTH)
+        self._set("bad_words", words)
+
+    def _check_token_ids(self) -> None:
+        self._set("stop_token_ids", as_token_ids("stop_token_ids", self.stop_token_ids))
+        if self.allowed_token_ids is not None:
+            allowed = as_token_ids("allowed_token_ids", self.allowed_token_ids)
+            if not allowed:
+                raise ValueError("allowed_token_ids cannot be empty: leave it None to allow every token.")
+            self._set("allowed_token_ids", allowed)
+        if self.logit_bias is not None:
+            self._set("logit_bias", _as_logit_bias(self.logit_bias))
+
+    def _check_together(self) -> None:
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens must be less than or equal to max_tokens={self.max_tokens}, "
+                             f"got {self.min_tokens}.")
+        if self.stop and not self.detokenize:
+            raise ValueError("stop strings are matched in the text: set detokenize=True to use stop, "
+                             "or use stop_token_ids.")
+        if self.greedy and self.n > 1:
+            raise ValueError(f"n must be 1 when using greedy sampling, got {self.n}.")
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def _number(self, name: str) -> float:
+        value = as_float(name, getattr(self, name))
+        self._set(name, value)
+        return value
+
+    def _integer(self, name: str, low: int, high: int) -> None:
+        value = as_int(name, getattr(self, name))
+        if value < low and "logprobs" not in name:
+            raise ValueError(f"{name} must be at least {low}, got {show_int(value)}.")
+        if not low <= value <= high:
+            raise ValueError(f"{name} must be between {low} and {high}, got {show_int(value)}.")
+        self._set(name, value)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is always chosen."""
+        return self.temperature == 0.0
+
+    @property
+    def bad_words_token_ids(self) -> tuple[tuple[int, ...], ...]:
+        """Token sequences whose last token is masked when the others precede it; complete after `resolve`."""
+        return self._bad_words_token_ids
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The model's EOS ids that end this request: filled by `resolve`, empty with `ignore_eos`."""
+        return self._eos_token_ids
+
+    @property
+    def all_stop_token_ids(self) -> frozenset[int]:
+        """EOS and stop ids together: masked before `min_tokens`, ending the output after."""
+        return frozenset(self._eos_token_ids).union(self.stop_token_ids or ())
+
+    def __repr__(self) -> str:
+        changed = [f"{field.name}={getattr(self, field.name)!r}" for field in dataclasses.fields(self)
+                   if not field.name.startswith("_") and getattr(self, field.name) != field.default]
+        return f"SamplingParams({', '.join(changed)})"
+
+
+def _as_logit_bias(values: Any) -> dict[int, float]:
+    if not isinstance(values, Mapping):
+        raise TypeError(f"logit_bias must be a dict from token id to bias, got {describe(values)}.")
+    if len(values) > MAX_LOGIT_BIAS:
+        raise ValueError(f"logit_bias can have at most {MAX_LOGIT_BIAS} entries, got {len(values)}.")
+    bias = {}
+    for key, value in values.items():
+        token = as_token_id("every key of logit_bias", key)
+        number = as_float(f"logit_bias[{token}]", value)
+        bias[token] = max(-LOGIT_BIAS_LIMIT, min(LOGIT_BIAS_LIMIT, number))
+    return bias
+
+
+@functools.cache
+def _say_temperature_raised() -> None:
+    # Cached so that it is said once a process, not once a request.
+    logger.warning("temperatures above 0 and below %s overflow the logits and are raised to it; 0 is greedy.",
+                   MIN_TEMPERATURE)

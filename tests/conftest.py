@@ -1,0 +1,56 @@
+"""Runs every test on eight virtual CPU devices with type checks on, and counts compilations."""
+
+import os
+import sys
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import jax
+import pytest
+from jaxtyping import install_import_hook
+
+sys.path.insert(0, os.path.dirname(__file__))
+# Annotations are checked at run time, in the tests only.
+install_import_hook("jaxinfer", "support.checked")
+
+COMPILATIONS = "/jax/core/compile/backend_compile_duration"
+COMPILE_BUDGET = 2500
+"""Programs the whole suite may compile: a test that needs one of its own shape pays for it here."""
+
+_compiled = [0]
+_total = [0]
+
+
+def _count(name: str, _seconds: float, **_labels: object) -> None:
+    if name == COMPILATIONS:
+        _compiled[0] += 1
+
+
+jax.monitoring.register_event_duration_secs_listener(_count)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Adds up the workers' counts; a total above the budget fails the run."""
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["compilations"] = _compiled[0]
+        return
+    _total[0] += _compiled[0]
+    if _total[0] > COMPILE_BUDGET and session.exitstatus == 0:
+        session.exitstatus = 1
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: object) -> None:
+    """A worker has finished."""
+    _total[0] += getattr(node, "workeroutput", {}).get("compilations", 0)
+
+
+def pytest_terminal_summary(terminalreporter: object) -> None:
+    """Says how many programs were compiled."""
+    verdict = "within" if _total[0] <= COMPILE_BUDGET else "ABOVE"
+    terminalreporter.write_line(f"compilations: {_total[0]}, {verdict} the budget of {COMPILE_BUDGET}")

@@ -1,0 +1,77 @@
+"""Tiny models: one compiled prefill and one decode bucket for each, however the host is set."""
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from jaxinfer.engine.engine import Engine, HostSettings
+from jaxinfer.engine.request import Request
+from jaxinfer.engine.runner import Runner, Shapes
+from jaxinfer.functional import split
+from jaxinfer.models import loading
+from jaxinfer.resolve import ModelLimits, resolve
+from jaxinfer.sampling_params import SamplingParams
+from jaxinfer.sharding import make_mesh
+
+VOCAB, BLOCK, CHUNK, ROWS, LENGTH = 97, 4, 16, 8, 128
+"""Of every tiny model; blocks and chunks are small, so that short prompts cross many of them."""
+
+CONFIG = dict(
+    vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=16, max_position_embeddings=256, rms_norm_eps=1e-5, dtype="float32",
+)  # fmt: skip
+"""config.json of a Llama; head_dim is apart from hidden_size / heads."""
+
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM", "phi3": "Phi3ForCausalLM",
+}  # fmt: skip
+
+
+def shapes(**changes: Any) -> Shapes:
+    """The shapes of a tiny model's steps."""
+    values = dict(
+        num_blocks=ROWS * LENGTH // BLOCK, block_size=BLOCK, rows=ROWS, width=LENGTH // BLOCK, decode_buckets=(ROWS,),
+        prefill_buckets=(CHUNK,), prefill_rows=ROWS, max_logprobs=5, max_length=LENGTH, sampled_vocab=VOCAB,
+    )  # fmt: skip
+    return Shapes(**values | changes)
+
+
+@cache
+def random_runner(family: str = "llama", tp: int = 1) -> Runner:
+    """A model with random weights, and its steps: one for all tests of a worker."""
+    mesh = make_mesh(tp)
+    module = loading.random(CONFIG | {"architectures": [ARCHITECTURES[family]]}, mesh)
+    program, params = split(module, mesh)
+    return Runner(program, params, shapes())
+
+
+def make_engine(runner: Runner, *, pool_blocks: int | None = None, budget: int = CHUNK, **host: Any) -> Engine:
+    """A fresh engine over a runner; only host settings, nothing is compiled again."""
+    runner.reset()
+    settings = HostSettings(pool_blocks or runner.shapes.num_blocks, budget, check_invariants=True, **host)
+    return Engine(runner, settings)
+
+
+def make_request(name: str, prompt: Sequence[int], params: SamplingParams, **fields: Any) -> Request:
+    """A request as `LLM` would make it of a prompt of token ids."""
+    own = resolve(params, ModelLimits(VOCAB, LENGTH), prompt_len=len(prompt))
+    limit = len(prompt) + own.max_tokens
+    return Request(id=name, prompt=np.array(prompt, np.int32), params=own, limit=limit, **{"seed": own.seed or 0} | fields)
+
+
+def run(engine: Engine, requests: Sequence[Request]) -> list[list[list[int]]]:
+    """Runs requests to their end: for each request, for each sample, the tokens made. Nothing may stay held."""
+    for request in requests:
+        engine.add(request)
+    while engine.has_work:
+        engine.step()
+    assert int(engine.manager.pool.num_held) == 0
+    return [[s.output_ids.tolist() for s in request.sequences] for request in requests]
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    """Token ids that differ from seed to seed from the first on."""
+    return np.random.default_rng(seed).integers(3, VOCAB, length).tolist()
