@@ -28,7 +28,7 @@ from jaxinfer.sharding import mesh as meshes
 Array: TypeAlias = Any
 """On the host a NumPy array, under jit a tracer, before compilation a shape: what a pytree is rebuilt with."""
 
-TILE = 64
+TILE = 32
 """Queries a prefill tile holds at most."""
 
 

@@ -164,8 +164,8 @@ class SamplingParams:
     """Put spaces between special tokens (acted on by tokenizers without a Rust backend only)."""
     include_stop_str_in_output: bool = False
     """Keep the matched stop string at the end of the text."""
-    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
-    """What each streamed output carries."""
+    output_kind: RequestOutputKind = RequestOutputKind.DELTA
+    """What each output of `LLM.stream` carries; `generate` and `chat` return whole results whatever it says."""
     logit_bias: Mapping[int, float] | None = dataclasses.field(default=None, hash=False)
     """Added to the logits of at most `MAX_LOGIT_BIAS` token ids; clamped to +-`LOGIT_BIAS_LIMIT`."""
     allowed_token_ids: Sequence[int] | None = None

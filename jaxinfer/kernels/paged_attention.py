@@ -11,8 +11,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-PREFILL_KEYS = 512
-"""Key positions that one step of the prefill's online softmax reads."""
+PREFILL_KEYS = 128
+"""Key positions that one step of the prefill's online softmax reads: on a CPU 128 with tiles of 32 queries was
+the fastest over prompts of 16 to 512 tokens."""
 
 
 class Lane(NamedTuple):

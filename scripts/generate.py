@@ -1,0 +1,207 @@
+#!/usr/bin/env python
+"""Generates text from the command line; without --model, from the checkpoint that comes with the package."""
+
+import argparse
+import json
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxinfer import LLM, RequestOutput, SamplingParams, demo
+from jaxinfer.errors import JaxInferError
+
+DEFAULT_PROMPTS = ("What is 17 plus 25?", "What is the capital of France?")
+"""Asked of the packaged checkpoint when no prompt is given."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; 2 for bad input, said in one line."""
+    args = parse(argv)
+    try:
+        if args.samples:
+            return compare(args)
+        return generate(args)
+    except (JaxInferError, ValueError, TypeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("--model", help="a checkpoint's directory or Hub id; by default the packaged one")
+    add("--prompt", action="append", default=[], help="repeatable")
+    add("--prompts-file", type=Path, help="a text file with a prompt a line")
+    add("--max-tokens", type=int, default=None, help="by default to the end for chat, else 128")
+    add("--temperature", type=float, default=0.0, help="0 is greedy")
+    add("--top-p", type=float, default=1.0)
+    add("--top-k", type=int, default=0)
+    add("--seed", type=int, default=None)
+    add("--n", type=int, default=1, help="samples a prompt")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    add("--max-model-len", type=int, default=None)
+    add("--tensor-parallel-size", type=int, default=1)
+    add("--chat", action="store_true", help="put each prompt through the chat template")
+    add("--json", action="store_true", help="one object a request on stdout, everything else on stderr")
+    add("--samples", type=int, default=0, metavar="N", help="ask N built-in questions (at most 20)")
+    add("--add-prefix", action="store_true", help="with --samples: put a shared prefix before each question")
+    add("--compare", action="store_true", help="with --samples: again without sharing and prefix reuse, side by side")
+    args = parser.parse_args(argv)
+    args.chat |= args.model is None and not args.prompt and args.prompts_file is None
+    return args
+
+
+def make_llm(args: argparse.Namespace, **settings: Any) -> LLM:
+    """The model of the command line."""
+    return LLM(
+        args.model or demo.path(), dtype=args.dtype, max_model_len=args.max_model_len,
+        tensor_parallel_size=args.tensor_parallel_size, **settings,
+    )  # fmt: skip
+
+
+def params_of(args: argparse.Namespace) -> SamplingParams:
+    """The sampling parameters of the command line."""
+    return SamplingParams(
+        n=args.n, temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, seed=args.seed,
+        max_tokens=args.max_tokens or (None if args.chat else 128),
+    )  # fmt: skip
+
+
+def generate(args: argparse.Namespace) -> int:
+    """Continues the prompts, streaming."""
+    prompts = list(args.prompt)
+    if args.prompts_file is not None:
+        prompts += [line for line in args.prompts_file.read_text().splitlines() if line.strip()]
+    prompts = prompts or list(DEFAULT_PROMPTS)
+    params = params_of(args)
+    with make_llm(args) as llm:
+        start = time.perf_counter()
+        if args.json:
+            chats = [[{"role": "user", "content": p}] for p in prompts]
+            outputs = llm.chat(chats, params) if args.chat else llm.generate(prompts, params)
+            for output in outputs:
+                print(json.dumps(as_json(output)), flush=True)
+        else:
+            outputs = show(llm, prompts, params, args.chat)
+        report(outputs, time.perf_counter() - start)
+    return 1 if any(c.finish_reason == "error" for output in outputs for c in output.outputs) else 0
+
+
+def show(llm: LLM, prompts: Sequence[str], params: SamplingParams, chat: bool) -> list[RequestOutput]:
+    """Prints each prompt with its continuation as it is made, one request after another."""
+    finished = []
+    for prompt in prompts:
+        print(f"\033[1m{prompt}\033[0m" if sys.stdout.isatty() else prompt, end="\n" if chat or params.n > 1 else "")
+        stream = llm.stream_chat([{"role": "user", "content": prompt}], params) if chat else llm.stream(prompt, params)
+        finished.append(follow(stream, params.n))
+    return finished
+
+
+def follow(stream: Any, n: int) -> RequestOutput:
+    """Prints deltas; several samples are printed one below the other when they are done."""
+    texts, tokens, last = [""] * n, [[] for _ in range(n)], None
+    for last in stream:
+        for part in last.outputs:
+            texts[part.index] += part.text
+            tokens[part.index] += part.token_ids
+            if n == 1:
+                print(part.text, end="", flush=True)
+    print() if n == 1 else [print(f"[{i}] {text.strip()}") for i, text in enumerate(texts)]
+    print()
+    return last if last is None else whole(last, tokens)
+
+
+def whole(last: RequestOutput, tokens: list[list[int]]) -> RequestOutput:
+    """The last update with all tokens in it, for counting."""
+    from dataclasses import replace
+
+    parts = [replace(last.outputs[0], index=i, token_ids=ids) for i, ids in enumerate(tokens)]
+    return replace(last, outputs=parts)
+
+
+def as_json(output: RequestOutput) -> dict[str, Any]:
+    """What --json prints of a request."""
+    return {
+        "prompt_token_ids": list(output.prompt_token_ids),
+        "outputs": [
+            {"index": c.index, "token_ids": list(c.token_ids), "text": c.text, "finish_reason": c.finish_reason}
+            for c in output.outputs
+        ],
+        "num_cached_tokens": output.num_cached_tokens,
+    }
+
+
+def report(outputs: Sequence[RequestOutput], seconds: float) -> None:
+    """Speed and memory, on stderr. The first request's time holds compilation."""
+    prompt = sum(len(o.prompt_token_ids) for o in outputs)
+    made = sum(len(c.token_ids) for o in outputs for c in o.outputs)
+    waits = [(o.metrics.first_token_time - o.metrics.first_scheduled_time) for o in outputs if o.metrics.first_token_time]
+    spans = [(o.metrics.finished_time - o.metrics.first_token_time) for o in outputs if o.metrics.first_token_time]
+    prefill = sum(len(o.prompt_token_ids) for o in outputs) / max(sum(waits), 1e-9)
+    later = sum(max(len(c.token_ids) - 1, 0) for o in outputs for c in o.outputs) / max(sum(spans), 1e-9)
+    print(f"prompt: {prompt} tokens, {prefill:.1f} tok/s; generation: {made} tokens, {later:.1f} tok/s; "
+          f"all in {seconds:.1f} s, compilation included; peak memory {peak_memory()}", file=sys.stderr)  # fmt: skip
+
+
+def peak_memory() -> str:
+    """Of the host process, and of the device where it is another."""
+    import jax
+
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    text = f"{host / 2**30:.2f} GiB host"
+    stats = jax.devices()[0].memory_stats() or {}
+    peak = stats.get("peak_bytes_in_use")
+    return text if peak is None else f"{text}, {peak / 2**30:.2f} GiB {jax.devices()[0].platform}"
+
+
+def compare(args: argparse.Namespace) -> int:
+    """The sanity run of transformers' PR #42877: built-in questions, with sharing and prefix reuse on and off."""
+    questions = demo.sample_questions()[: args.samples]
+    prefix = demo.shared_prefix() if args.add_prefix else ""
+    messages = [
+        ([{"role": "system", "content": prefix}] if prefix else []) + [{"role": "user", "content": question}]
+        for question, _ in questions
+    ]
+    params, runs = params_of(args), []
+    modes = (True, False) if args.compare else (True,)
+    for on in modes:
+        with make_llm(args, enable_prefix_caching=on, enable_block_sharing=on) as llm:
+            llm.chat(messages[0], params, use_tqdm=False)  # compiles, and puts the prefix into the cache
+            start = time.perf_counter()
+            outputs = llm.chat(messages, params)
+            runs.append((outputs, time.perf_counter() - start))
+    print_comparison(questions, runs)
+    return 0
+
+
+def print_comparison(questions: Sequence[tuple[str, str]], runs: Sequence[tuple[list[RequestOutput], float]]) -> None:
+    """Both outputs of every question side by side, the differences and the hits."""
+    different = correct = 0
+    for i, (question, answer) in enumerate(questions):
+        columns = [" | ".join(c.text.strip() for c in outputs[i].outputs) for outputs, _ in runs]
+        same = len(set(columns)) == 1
+        different += not same
+        correct += answer.lower() in columns[0].lower()
+        hit = runs[0][0][i].num_cached_tokens
+        print(f"{i + 1:2d}. {question}  [{hit} of {len(runs[0][0][i].prompt_token_ids)} prompt tokens from the cache]")
+        for name, column in zip(("on ", "off"), columns):
+            print(f"    {name} {column}")
+        if not same:
+            print("    ^ they differ")
+    hits, asked = (sum(values) for values in zip(*[
+        (o.num_cached_tokens, len(o.prompt_token_ids)) for o in runs[0][0]
+    ]))  # fmt: skip
+    print(f"\n{correct} of {len(questions)} answers as expected; {hits} of {asked} prompt tokens from the cache")
+    if len(runs) > 1:
+        print(f"{different} of {len(questions)} differ between sharing on and off")
+    for name, (outputs, seconds) in zip(("on", "off"), runs):
+        made = sum(len(c.token_ids) for o in outputs for c in o.outputs)
+        print(f"sharing {name}: {made / seconds:.1f} tok/s generated")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
