@@ -264,11 +264,12 @@ class LLM:
             raise ValueError(f"prompt {index}: stop strings need a tokenizer; use stop_token_ids")
         encode = None if self._tokenizer is None else self._encode
         own = resolve(params, limits, prompt_len=len(ids), encode=encode)
-        salts = (self._salt, self._module.config.length_key(len(ids)), (prompt.cache_salt or "").encode())
+        salts, config = (self._salt, (prompt.cache_salt or "").encode()), self._module.config
         number = next(self._ids)
         return Request(
             id=str(number), prompt=np.array(ids, np.int32), params=own, limit=len(ids) + own.max_tokens,
             salt=b"".join(hashlib.sha256(salt).digest() for salt in salts),
+            length_key=config.length_key, recompute_after=config.recompute_after,
             seed=self._seed(number) if own.seed is None else own.seed,
         )  # fmt: skip
 

@@ -111,7 +111,7 @@ def decode_parts(plan: Plan, bucket: Bucket, tables: Tables) -> dict[str, np.nda
 def prefill_parts(plan: Plan, bucket: Bucket, tables: Tables) -> dict[str, np.ndarray]:
     """The prefill half of a plan."""
     chunks = [
-        (c.sequence.tokens[c.start : c.start + c.count], c.start, len(c.sequence.request.prompt)) for c in plan.chunks
+        (c.sequence.tokens[c.start : c.start + c.count], c.start, c.sequence.rope_base) for c in plan.chunks
     ]
     rows = [c.sequence.row for c in plan.chunks]
     batch = functional.prefill_batch(

@@ -173,6 +173,8 @@ class Engine:
             return
         if reason is not None:
             self._finish(sequence, reason)
+        elif sequence.length == sequence.stage_limit:
+            self.scheduler.recompute(sequence)
 
     def _take_prompt_logprobs(self, plan: Plan, found: Logprobs) -> None:
         for span, chunk in zip(spans(plan), plan.chunks, strict=True):

@@ -2,6 +2,7 @@
 
 import itertools
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from enum import Enum
@@ -10,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from jaxinfer.engine.sampler import Level, Logprobs
+from jaxinfer.kv.prefix import root
 from jaxinfer.sampling_params import SamplingParams
 
 _arrivals = itertools.count()
@@ -47,7 +49,11 @@ class Request:
     limit: int
     """Tokens each sequence may reach, prompt included."""
     salt: bytes = b""
-    """Told apart in the prefix cache by it: model, lengths that change keys, the caller's own."""
+    """Told apart in the prefix cache by it: model and the caller's own."""
+    length_key: Callable[[int], bytes] = lambda length: b""
+    """What of the length that rope followed changes the keys (`ModelConfig.length_key`)."""
+    recompute_after: int | None = None
+    """Tokens after which rope changes for the whole sequence (`ModelConfig.recompute_after`)."""
     seed: int = 0
     listener: Listener | None = None
     sequences: list["Sequence"] = field(default_factory=list)
@@ -106,6 +112,8 @@ class Sequence:
     tokens: np.ndarray = field(init=False)
     """`[limit]` int32, the first `length` of them known: the prompt and what was made."""
     length: int = field(init=False)
+    rope_base: int = field(init=False)
+    """Tokens whose rope follows one length, this one: the prompt's, or all that were recomputed for a new rope."""
     computed: int = 0
     """Tokens whose keys and values a dispatched prefill wrote or a hit brought."""
     prefilled: int = 0
@@ -130,7 +138,7 @@ class Sequence:
         prompt = self.request.prompt
         self.tokens = np.empty(max(self.request.limit, len(prompt)), np.int32)
         self.tokens[: len(prompt)] = prompt
-        self.length = len(prompt)
+        self.length = self.rope_base = len(prompt)
         self.key = np.random.SeedSequence([self.request.seed, self.index]).generate_state(2)
 
     @property
@@ -142,6 +150,17 @@ class Sequence:
     def made(self) -> int:
         """Tokens made so far."""
         return self.length - len(self.request.prompt)
+
+    @property
+    def root(self) -> bytes:
+        """The parent of its first block in the prefix index."""
+        return root(self.request.salt, self.request.length_key(self.rope_base))
+
+    @property
+    def stage_limit(self) -> int:
+        """Tokens it may reach before it ends or must be recomputed."""
+        after, limit = self.request.recompute_after, self.request.limit
+        return limit if after is None or self.rope_base > after else min(limit, after + 1)
 
     @property
     def age(self) -> tuple[int, int]:

@@ -91,11 +91,9 @@ class Runner:
         self.compile_seconds: dict[Bucket, float] = {}
         """Of each bucket met so far, its first call: trace and compilation."""
         self._steps: dict[Bucket, Callable[..., Any]] = {}
-        self._lanes = kv_cache.abstract(
-            program.specs, shapes.num_blocks, shapes.block_size, program.dtype, program.mesh
-        )
-        self._whole = NamedSharding(program.mesh, PartitionSpec())
-        self._copy = jax.jit(kv_cache.copy_blocks, donate_argnums=0, out_shardings=self._lane_shardings)
+        self._lanes = abstract_cache(program, shapes)
+        self._whole = replicated(program)
+        self._copy = jax.jit(kv_cache.copy_blocks, donate_argnums=0, out_shardings=_shardings(self._lanes))
         self._install = jax.jit(_install, donate_argnums=0, out_shardings=self._whole)
         self.reset()
 
@@ -105,10 +103,6 @@ class Runner:
         self.cache = kv_cache.allocate(self._lanes)
         self.tokens = jax.device_put(np.zeros(self.shapes.rows, np.int32), self._whole)
         self.edits: Edits | None = None
-
-    @property
-    def _lane_shardings(self) -> list[kv_cache.Lane]:
-        return jax.tree.map(lambda array: array.sharding, self._lanes)
 
     def run(self, plan: Plan, tables: Tables) -> Flight:
         """Dispatches a plan: block copies, then the prefill, then the decode. Returns before they have run."""
@@ -139,7 +133,7 @@ class Runner:
         packed = batches.pack(bucket, parts(plan, bucket, tables))
         step, started = self._steps.get(bucket), time.perf_counter()
         if step is None:
-            step = self._steps[bucket] = self.compile(bucket)
+            step = self._steps[bucket] = make_step(self.program, self.shapes, bucket)
         self.cache, self.tokens, edits, sampled = step(
             self.params, self.cache, self.tokens, self.edits if edited else None, packed
         )
@@ -149,29 +143,6 @@ class Runner:
             self.compile_seconds[bucket] = time.perf_counter() - started
             log.info("compiled %s in %.1f s", bucket, self.compile_seconds[bucket])
         return sampled
-
-    def compile(self, bucket: Bucket) -> Callable[..., Any]:
-        """The jitted step of a bucket: (params, cache, tokens, edits, packed) -> (cache, tokens, edits, Sampled)."""
-        body = prefill_step if bucket.kind == "prefill" else decode_step
-        outputs = (self._lane_shardings, self._whole, self._whole, self._whole)
-        return jax.jit(partial(body, self.program, bucket, self.shapes.sampled_vocab), donate_argnums=(1, 2, 3), out_shardings=outputs)
-
-    def abstract_arguments(self, bucket: Bucket) -> tuple[Any, ...]:
-        """Shapes and shardings of a step's arguments, to lower it for devices that are not here."""
-        whole = partial(jax.ShapeDtypeStruct, sharding=self._whole)
-        size = sum(int(np.prod(shape)) for shape in bucket.shapes.values())
-        edits = None
-        if bucket.level >= Level.EDITED:
-            history, bias = self._edit_shapes
-            edits = Edits(whole(history, jnp.int32), whole(bias, jnp.float32))
-        tokens = whole((self.shapes.rows,), jnp.int32)
-        return self.params, self._lanes, tokens, edits, whole((size,), jnp.int32)
-
-    @property
-    def _edit_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Of history `[R, L]` and bias `[R, V']`."""
-        rows = self.shapes.rows
-        return (rows, self.shapes.width * self.shapes.block_size), (rows, self.program.vocab)
 
     def _level(self, samples: Sequence[Sample]) -> tuple[Level, int]:
         level = max((s.request.level for s in samples), default=Level.GREEDY)
@@ -195,7 +166,7 @@ class Runner:
         """Brings histories and biases of edited rows up to date, where they changed."""
         if self.edits is None:
             make = partial(jnp.zeros, device=self._whole)
-            history, bias = self._edit_shapes
+            history, bias = _edit_shapes(self.program, self.shapes)
             self.edits = Edits(make(history, jnp.int32), make(bias, jnp.float32))
         for sequence in samples:
             if sequence.request.level < Level.EDITED:
@@ -209,6 +180,47 @@ class Runner:
                 known = np.int32(sequence.length)
                 self.edits = self._install(self.edits, np.int32(sequence.row), history, known, bias)
                 sequence.bias_version = version
+
+
+def replicated(program: Program) -> NamedSharding:
+    """Whole on every device: of all a step takes and gives but parameters and cache."""
+    return NamedSharding(program.mesh, PartitionSpec())
+
+
+def abstract_cache(program: Program, shapes: Shapes) -> list[kv_cache.Lane]:
+    """Shapes and shardings of the cache; nothing is allocated."""
+    return kv_cache.abstract(program.specs, shapes.num_blocks, shapes.block_size, program.dtype, program.mesh)
+
+
+def make_step(program: Program, shapes: Shapes, bucket: Bucket) -> Callable[..., Any]:
+    """The jitted step of a bucket: (params, cache, tokens, edits, packed) -> (cache, tokens, edits, Sampled)."""
+    body = prefill_step if bucket.kind == "prefill" else decode_step
+    whole = replicated(program)
+    return jax.jit(
+        partial(body, program, bucket, shapes.sampled_vocab), donate_argnums=(1, 2, 3),
+        out_shardings=(_shardings(abstract_cache(program, shapes)), whole, whole, whole),
+    )  # fmt: skip
+
+
+def abstract_arguments(program: Program, shapes: Shapes, bucket: Bucket) -> tuple[Any, ...]:
+    """Shapes and shardings of what follows the parameters in a step's call, to compile it where no such device is."""
+    whole = partial(jax.ShapeDtypeStruct, sharding=replicated(program))
+    size = sum(int(np.prod(shape)) for shape in bucket.shapes.values())
+    edits = None
+    if bucket.level >= Level.EDITED:
+        history, bias = _edit_shapes(program, shapes)
+        edits = Edits(whole(history, jnp.int32), whole(bias, jnp.float32))
+    tokens = whole((shapes.rows,), jnp.int32)
+    return abstract_cache(program, shapes), tokens, edits, whole((size,), jnp.int32)
+
+
+def _shardings(lanes: list[kv_cache.Lane]) -> list[kv_cache.Lane]:
+    return jax.tree.map(lambda array: array.sharding, lanes)
+
+
+def _edit_shapes(program: Program, shapes: Shapes) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Of history `[R, L]` and bias `[R, V']`."""
+    return (shapes.rows, shapes.width * shapes.block_size), (shapes.rows, program.vocab)
 
 
 def _install(edits: Edits, row: jax.Array, history: jax.Array, known: jax.Array, bias: jax.Array) -> Edits:

@@ -12,7 +12,6 @@ import numpy as np
 
 from jaxinfer.engine.request import Request, Sequence, Status, follows_history
 from jaxinfer.kv.manager import BlockManager
-from jaxinfer.kv.prefix import root
 
 
 @dataclass(frozen=True)
@@ -148,7 +147,7 @@ class Scheduler:
         """Gives a waiting sequence a row and the blocks of all its known tokens, if they are there."""
         manager, request = self.manager, sequence.request
         tokens = sequence.tokens[: sequence.length]
-        base = root(request.salt)
+        base = sequence.root
         if manager.prefix_caching:
             sequence.digests = manager.digests(tokens, base, sequence.digests)
         # Log-probabilities of a prompt need all of it computed.
@@ -170,7 +169,7 @@ class Scheduler:
         sequence.row = self.free_rows.pop()
         sequence.status, sequence.bias_version = Status.RUNNING, -1
         self.running[sequence.row] = sequence
-        self.remaining[sequence.row] = sequence.request.limit - sequence.length
+        self.remaining[sequence.row] = sequence.stage_limit - sequence.length
 
     def _chunk(
         self, sequence: Sequence, budget: int, chunks: list[Chunk], samples: list[tuple[int, Sequence]]
@@ -211,6 +210,16 @@ class Scheduler:
         """Takes a running sequence's blocks; it waits at the head of the queue to be computed again."""
         self.preempted += 1
         sequence.request.preemptions += 1
+        self._requeue(sequence)
+
+    def recompute(self, sequence: Sequence) -> None:
+        """Starts a sequence over with all its tokens: its rope changes with its length (longrope)."""
+        if sequence.status is Status.RUNNING:
+            self._requeue(sequence)
+        sequence.rope_base = sequence.length
+        sequence.digests = []
+
+    def _requeue(self, sequence: Sequence) -> None:
         self._leave(sequence)
         sequence.status, sequence.computed = Status.WAITING, 0
         self.waiting.appendleft(sequence)
@@ -241,7 +250,7 @@ class Scheduler:
         full = written // manager.block_size
         if full <= sequence.published:
             return
-        base = root(sequence.request.salt)
+        base = sequence.root
         tokens = sequence.tokens[: full * manager.block_size]
         sequence.digests = manager.digests(tokens, base, sequence.digests[:full])
         manager.publish(sequence.row, tokens, sequence.digests, base, sequence.published, full)

@@ -31,6 +31,11 @@ class ModelConfig(Protocol):
         """What of a prompt's length changes its keys, so that prefixes are told apart by it."""
         ...
 
+    @property
+    def recompute_after(self) -> int | None:
+        """Tokens after which the positions of the whole sequence change, so that it is computed again; or None."""
+        ...
+
 
 @runtime_checkable
 class LanguageModel(Protocol):

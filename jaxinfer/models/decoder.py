@@ -51,6 +51,11 @@ class DecoderConfig:
         """What of a prompt's length changes its keys (rope scalings that follow the length)."""
         return self.rope.length_key(prompt_length)
 
+    @property
+    def recompute_after(self) -> int | None:
+        """longrope has other frequencies beyond its original length: transformers computes all again there."""
+        return self.rope.original_max_position if self.rope.kind == "longrope" else None
+
 
 def read_config(
     reader: ConfigReader, *, qkv_bias: bool = False, out_bias: bool = False, qk_norm: bool = False,
