@@ -11,21 +11,65 @@ from jaxinfer.sampling_params import RequestOutputKind
 from jaxinfer.text import Detokenizer, StopStrings, TextStream
 
 
+class Sample:
+    """One sequence as its user sees it: its text as it grows, and what of it was given out."""
+
+    def __init__(self, sequence: Sequence, text: TextStream | None):
+        self.sequence, self._text = sequence, text
+        self._taken = 0
+        """Tokens that the text has taken."""
+        self._flushed = False
+        self._fresh: list[str] = []
+        """Text made since the last delta."""
+        self.given = 0
+        """Tokens in deltas so far."""
+        self.ended = False
+        """Whether its end was given out."""
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return "" if self._text is None else self._text.text
+
+    @property
+    def matched(self) -> str | None:
+        """The stop string that ended it."""
+        return None if self._text is None else self._text.matched
+
+    def take(self, ending: bool) -> None:
+        """Hands new tokens to the text; `ending`: the last of them ends the sequence and is no part of the text."""
+        hidden = ending and not self.sequence.request.params.include_stop_str_in_output
+        tokens = self.sequence.output_ids[self._taken : self.sequence.made - hidden]
+        self._taken = self.sequence.made
+        if len(tokens):
+            self._fresh.append(self._text.push(tokens.tolist()))
+
+    def settle(self) -> None:
+        """Once the sequence has ended: takes what nobody listened to, and flushes what was held back."""
+        if self._text is None or self._flushed or self.sequence.status is not Status.FINISHED:
+            return
+        if self._taken < self.sequence.made:
+            self.take(self.sequence.finish_reason == "stop" and not isinstance(self.sequence.stop_reason, str))
+        self._fresh.append(self._text.finish())
+        self._flushed = True
+
+    def take_fresh(self) -> str:
+        """The text made since the last call."""
+        text = "".join(self._fresh)
+        self._fresh.clear()
+        return text
+
+
 class Handle:
     """Follows a request; listens to its tokens where text is needed before the end."""
 
     def __init__(self, request: Request, text: str | None, tokenizer: Any, *, streaming: bool):
         self.request, self.text = request, text
         self._tokenizer = tokenizer
-        params = request.params
-        stop = StopStrings(params.stop) if params.stop else None
-        self._streams = [self._stream(stop) for _ in request.sequences]
-        self._read = [0] * params.n
-        """Tokens of each sample that its text stream has taken."""
-        self._given = [(0, 0, None)] * params.n
-        """Of each sample: characters, tokens and end that were given out as deltas."""
+        stop = StopStrings(request.params.stop) if request.params.stop else None
+        self._samples = [Sample(sequence, self._stream(stop)) for sequence in request.sequences]
         self._words: dict[int, str] = {}
-        if (streaming or stop) and self._streams[0] is not None:
+        if (streaming or stop) and tokenizer is not None and request.params.detokenize:
             request.listener = self
 
     def _stream(self, stop: StopStrings | None) -> TextStream | None:
@@ -47,34 +91,25 @@ class Handle:
 
     def on_token(self, sequence: Sequence, ending: bool) -> str | None:
         """Called by the engine for each token; a stop string that it completed."""
-        self._take(sequence, ending)
-        return self._streams[sequence.index].matched
-
-    def _take(self, sequence: Sequence, ending: bool) -> None:
-        """Hands the sample's new tokens to its text; the token that ends it is no part of the text."""
-        stream, start = self._streams[sequence.index], self._read[sequence.index]
-        hidden = ending and not self.request.params.include_stop_str_in_output
-        tokens = sequence.output_ids[start : sequence.made - hidden]
-        self._read[sequence.index] = sequence.made
-        if len(tokens):
-            stream.push(tokens.tolist())
+        sample = self._samples[sequence.index]
+        sample.take(ending)
+        return sample.matched
 
     def output(self) -> RequestOutput:
         """Everything so far."""
-        return self._wrap([self._completion(sequence) for sequence in self.request.sequences])
+        return self._wrap([self._completion(sample) for sample in self._samples])
 
     def update(self, kind: RequestOutputKind) -> RequestOutput | None:
         """What is new since the last update, in the form asked for; None if nothing is."""
         if kind is RequestOutputKind.FINAL_ONLY and not self.finished:
             return None
         fresh = []
-        for sequence in self.request.sequences:
-            whole = self._completion(sequence)
-            chars, tokens, end = self._given[sequence.index]
-            if (len(whole.text), len(whole.token_ids), whole.finish_reason) == (chars, tokens, end):
+        for sample in self._samples:
+            made, done = sample.sequence.made, sample.sequence.status is Status.FINISHED
+            if made == sample.given and done == sample.ended:
                 continue
-            self._given[sequence.index] = len(whole.text), len(whole.token_ids), whole.finish_reason
-            fresh.append(_delta(whole, chars, tokens) if kind is RequestOutputKind.DELTA else whole)
+            fresh.append(self._completion(sample, delta=kind is RequestOutputKind.DELTA))
+            sample.given, sample.ended = made, done
         return self._wrap(fresh) if fresh else None
 
     def _wrap(self, outputs: list[CompletionOutput]) -> RequestOutput:
@@ -85,23 +120,17 @@ class Handle:
             num_cached_tokens=request.cached_tokens,
         )  # fmt: skip
 
-    def _completion(self, sequence: Sequence) -> CompletionOutput:
-        stream = self._streams[sequence.index]
-        done = sequence.status is Status.FINISHED
-        if stream is not None and done and self._read[sequence.index] >= 0:
-            ending = sequence.finish_reason == "stop" and not isinstance(sequence.stop_reason, str)
-            if self._read[sequence.index] < sequence.made:
-                self._take(sequence, ending)
-            stream.finish()
-            self._read[sequence.index] = -1
-        logprobs = None
+    def _completion(self, sample: Sample, *, delta: bool = False) -> CompletionOutput:
+        sample.settle()
+        sequence, start = sample.sequence, sample.given if delta else 0
+        tokens, logprobs = sequence.output_ids[start:].tolist(), None
         if self.request.params.logprobs is not None:
             logprobs = [
-                self._candidates(int(token), *entry, count=self.request.params.logprobs)
-                for token, entry in zip(sequence.output_ids, sequence.logprobs, strict=True)
+                self._candidates(token, *entry, count=self.request.params.logprobs)
+                for token, entry in zip(tokens, sequence.logprobs[start:], strict=True)
             ]
         return CompletionOutput(
-            index=sequence.index, text="" if stream is None else stream.text, token_ids=sequence.output_ids.tolist(),
+            index=sequence.index, text=sample.take_fresh() if delta else sample.text, token_ids=tokens,
             cumulative_logprob=None if logprobs is None else sequence.cumulative_logprob, logprobs=logprobs,
             finish_reason=sequence.finish_reason,
             stop_reason=self.request.error if sequence.finish_reason == "error" else sequence.stop_reason,
@@ -140,11 +169,3 @@ class Handle:
             r.cached_tokens, r.miss_reason,
         )  # fmt: skip
 
-
-def _delta(whole: CompletionOutput, chars: int, tokens: int) -> CompletionOutput:
-    """What of a sample lies beyond what was given before."""
-    logprobs = None if whole.logprobs is None else whole.logprobs[tokens:]
-    return CompletionOutput(
-        whole.index, whole.text[chars:], whole.token_ids[tokens:], whole.cumulative_logprob, logprobs,
-        whole.finish_reason, whole.stop_reason,
-    )  # fmt: skip

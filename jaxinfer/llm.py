@@ -3,11 +3,8 @@
 import dataclasses
 import hashlib
 import itertools
-import logging
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +25,7 @@ from jaxinfer.generation_config import default_params, eos_ids, from_generation_
 from jaxinfer.handle import Handle
 from jaxinfer.models import loading
 from jaxinfer.outputs import RequestOutput
+from jaxinfer.progress import Progress, say_if_cut
 from jaxinfer.resolve import ModelLimits, resolve, spread
 from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.sharding import make_mesh
@@ -40,8 +38,6 @@ from jaxinfer.text import (
     render_chat,
 )
 from jaxinfer.text.tokenizer import id_bound, load_tokenizer, longest_token
-
-log = logging.getLogger(__name__)
 
 Params = SamplingParams | Sequence[SamplingParams] | Any | None
 """One for all prompts or one a prompt; a transformers `GenerationConfig` serves as well."""
@@ -109,7 +105,7 @@ class LLM:
         Raises:
             TypeError, ValueError: a prompt or parameter that cannot be served; nothing was queued then.
         """
-        handles = self._submit(parse_prompts(prompts, max_chars=self._max_chars()), sampling_params)
+        handles = self._prepare(parse_prompts(prompts, max_chars=self._max_chars()), sampling_params)
         return self._finish(handles, use_tqdm)
 
     def chat(
@@ -125,14 +121,14 @@ class LLM:
             ChatTemplateError: no template, or one that fails; otherwise as `generate`.
         """
         prompts = self._render(messages, chat_template, add_generation_prompt, chat_template_kwargs)
-        return self._finish(self._submit(prompts, self._chat_params(sampling_params)), use_tqdm)
+        return self._finish(self._prepare(prompts, self._chat_params(sampling_params)), use_tqdm)
 
     def stream(self, prompts: Any, sampling_params: Params = None) -> Iterator[RequestOutput]:
         """Continues prompts and yields what is new as it is made, in the form `output_kind` says.
 
         The deltas of a sample add up to its final text. Closing the iterator aborts what is unfinished.
         """
-        return self._watch(self._submit(
+        return self._watch(self._prepare(
             parse_prompts(prompts, max_chars=self._max_chars()), sampling_params, streaming=True
         ))  # fmt: skip
 
@@ -142,7 +138,7 @@ class LLM:
     ) -> Iterator[RequestOutput]:  # fmt: skip
         """`chat`, streaming."""
         prompts = self._render(messages, chat_template, True, chat_template_kwargs)
-        return self._watch(self._submit(prompts, self._chat_params(sampling_params), streaming=True))
+        return self._watch(self._prepare(prompts, self._chat_params(sampling_params), streaming=True))
 
     def abort(self, request_id: str | Sequence[str]) -> None:
         """Ends requests, wherever they are; their outputs say "abort". Unknown and finished ids do nothing."""
@@ -232,8 +228,8 @@ class LLM:
     def _encode(self, text: str, special: bool = False) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=special)
 
-    def _submit(self, prompts: Sequence[Prompt], params: Params, *, streaming: bool = False) -> list[Handle]:
-        """Checks the whole call, then queues it."""
+    def _prepare(self, prompts: Sequence[Prompt], params: Params, *, streaming: bool = False) -> list[Handle]:
+        """Checks the whole call; nothing is queued yet."""
         self._check_open()
         if params is not None and hasattr(params, "to_dict"):
             params = from_generation_config(params)
@@ -243,13 +239,16 @@ class LLM:
             self._check_open()
             for request in requests:
                 self._engine.check(request)
-            handles = [
-                Handle(request, prompt.text, self._tokenizer, streaming=streaming)
-                for request, prompt in zip(requests, prompts, strict=True)
-            ]
-            for request in requests:
-                self._engine.add(request)
-        return handles
+        return [
+            Handle(request, prompt.text, self._tokenizer, streaming=streaming)
+            for request, prompt in zip(requests, prompts, strict=True)
+        ]
+
+    def _queue(self, handles: Sequence[Handle]) -> None:
+        with self._lock:
+            self._check_open()
+            for handle in handles:
+                self._engine.add(handle.request)
 
     def _request(self, index: int, prompt: Prompt, params: SamplingParams) -> Request:
         if prompt.token_ids is None and self._tokenizer is None:
@@ -293,17 +292,19 @@ class LLM:
 
     def _finish(self, handles: list[Handle], use_tqdm: bool) -> list[RequestOutput]:
         try:
+            self._queue(handles)
             with tqdm(total=len(handles), desc="Processed prompts", disable=not use_tqdm, dynamic_ncols=True) as bar:
-                progress = _Progress(bar, handles)
+                progress = Progress(bar, handles)
                 self._drive(progress.unfinished)
         finally:
             self._abandon(handles)
-        _say_if_cut(handles)
+        say_if_cut(handles)
         return [handle.output() for handle in handles]
 
     def _watch(self, handles: list[Handle]) -> Iterator[RequestOutput]:
         left = list(handles)
         try:
+            self._queue(handles)
             while left:
                 with self._lock:
                     self._check_open()
@@ -314,40 +315,3 @@ class LLM:
                 yield from (update for update in updates if update is not None)
         finally:
             self._abandon(handles)
-
-
-class _Progress:
-    """The bar over a call: prompts done, tokens a second."""
-
-    def __init__(self, bar: tqdm, handles: Sequence[Handle]):
-        self._bar, self._left = bar, list(handles)
-        self._start, self._prompt, self._made = time.perf_counter(), 0, 0
-
-    def unfinished(self) -> bool:
-        """Takes note of what has finished; whether anything is left."""
-        done = [handle for handle in self._left if handle.finished]
-        if done:
-            self._left = [handle for handle in self._left if not handle.finished]
-            self._prompt += sum(len(handle.request.prompt) for handle in done)
-            self._made += sum(s.made for handle in done for s in handle.request.sequences)
-            passed = max(time.perf_counter() - self._start, 1e-9)
-            self._bar.set_postfix_str(
-                f"est. speed input: {self._prompt / passed:.2f} toks/s, output: {self._made / passed:.2f} toks/s",
-                refresh=False,
-            )
-            self._bar.update(len(done))
-        return bool(self._left)
-
-
-def _say_if_cut(handles: Sequence[Handle]) -> None:
-    default = SamplingParams().max_tokens
-    for handle in handles:
-        cut = any(s.finish_reason == "length" and s.made == default for s in handle.request.sequences)
-        if cut and handle.request.params.max_tokens == default:
-            _say_cut(default)
-            return
-
-
-@cache
-def _say_cut(count: int) -> None:
-    log.warning("results were cut at max_tokens=%d, the default; pass SamplingParams(max_tokens=...) for more", count)
