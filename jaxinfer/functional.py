@@ -49,7 +49,7 @@ class Program:
         return nnx.merge(self.graph, jax.tree.unflatten(self.tree, params))
 
 
-def split(module: LanguageModel, mesh: Mesh | None = None) -> tuple[Program, list[jax.Array]]:
+def split(module: LanguageModel, mesh: Mesh | None = None) -> tuple[Program, list[Array]]:
     """A module as a static program and the flat list of its parameters (values, or shapes if it is abstract).
 
     A flat list, because dispatch costs 0.08 ms with it and 11.6 ms through `nnx.jit`.

@@ -68,6 +68,7 @@ class Handle:
         self._tokenizer = tokenizer
         stop = StopStrings(request.params.stop) if request.params.stop else None
         self._samples = [Sample(sequence, self._stream(stop)) for sequence in request.sequences]
+        self._prompt_ids = request.prompt.tolist()
         self._words: dict[int, str] = {}
         if (streaming or stop) and tokenizer is not None and request.params.detokenize:
             request.listener = self
@@ -115,7 +116,7 @@ class Handle:
     def _wrap(self, outputs: list[CompletionOutput]) -> RequestOutput:
         request = self.request
         return RequestOutput(
-            request_id=request.id, prompt=self.text, prompt_token_ids=request.prompt.tolist(), outputs=outputs,
+            request_id=request.id, prompt=self.text, prompt_token_ids=self._prompt_ids, outputs=outputs,
             finished=request.finished, prompt_logprobs=self._prompt_logprobs(), metrics=self._metrics(),
             num_cached_tokens=request.cached_tokens,
         )  # fmt: skip

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxinfer import functional
 from jaxinfer.engine.request import Sequence as Sample
-from jaxinfer.engine.sampler import WIDTH, Level, SamplingRows, pack_rows
+from jaxinfer.engine.sampler import POSITION, ROW, WIDTH, Level, SamplingRows, pack_rows
 from jaxinfer.engine.scheduler import Plan
 from jaxinfer.functional import PrefillBatch
 from jaxinfer.kv.tables import Tables
@@ -68,33 +68,31 @@ def unpack(bucket: Bucket, packed: jax.Array) -> dict[str, jax.Array]:
     return parts
 
 
-def sampling_rows(samples: Sequence[Sample], positions: np.ndarray, size: int, no_row: int) -> SamplingRows:
-    """The settings of each sampled sequence, padded to `size` rows; `positions` are those the tokens will have."""
-    count = len(samples)
+def sampling_rows(samples: Sequence[Sample], positions: np.ndarray, size: int, no_row: int) -> np.ndarray:
+    """`[size, WIDTH]` packed settings of each sampled sequence; `positions` are those the tokens will have.
 
-    def column(values: Sequence[float] | np.ndarray, fill: float, dtype: type) -> np.ndarray:
-        padded = np.full(size, fill, dtype)
-        padded[:count] = values
-        return padded
+    What of a sequence does not change is packed once; its row and position are written over it.
+    """
+    packed = np.zeros((size, WIDTH), np.int32)
+    packed[:, ROW] = no_row
+    for i, sequence in enumerate(samples):
+        if sequence.packed is None:
+            sequence.packed = _settings(sequence)
+        packed[i] = sequence.packed
+        packed[i, ROW] = sequence.row
+    packed[: len(samples), POSITION] = positions
+    return packed
 
-    params = [s.request.params for s in samples]
-    keys = np.zeros((size, 2), np.uint32)
-    if count:
-        keys[:count] = [s.key for s in samples]
-    return SamplingRows(
-        row=column([s.row for s in samples], no_row, np.int32),
-        position=column(positions, 0, np.int32),
-        key=keys,
-        temperature=column([p.temperature for p in params], 0, np.float32),
-        top_k=column([p.top_k for p in params], 0, np.int32),
-        top_p=column([p.top_p for p in params], 1, np.float32),
-        min_p=column([p.min_p for p in params], 0, np.float32),
-        presence=column([p.presence_penalty for p in params], 0, np.float32),
-        frequency=column([p.frequency_penalty for p in params], 0, np.float32),
-        repetition=column([p.repetition_penalty for p in params], 1, np.float32),
-        edited=column([s.request.level >= Level.EDITED for s in samples], 0, np.int32),
-        prompt_length=column([len(s.request.prompt) for s in samples], 0, np.int32),
-    )
+
+def _settings(sequence: Sample) -> np.ndarray:
+    """`[WIDTH]` what a sequence asks of the sampler."""
+    request, p = sequence.request, sequence.request.params
+    values = SamplingRows(
+        row=0, position=0, key=sequence.key[None], temperature=p.temperature, top_k=p.top_k, top_p=p.top_p,
+        min_p=p.min_p, presence=p.presence_penalty, frequency=p.frequency_penalty, repetition=p.repetition_penalty,
+        edited=request.level >= Level.EDITED, prompt_length=len(request.prompt),
+    )  # fmt: skip
+    return pack_rows(SamplingRows(*map(np.atleast_1d, values)))[0]
 
 
 def decode_parts(plan: Plan, bucket: Bucket, tables: Tables) -> dict[str, np.ndarray]:
@@ -105,7 +103,7 @@ def decode_parts(plan: Plan, bucket: Bucket, tables: Tables) -> dict[str, np.nda
     blocks = np.zeros((bucket.rows, bucket.width), np.int32)
     blocks[:count] = tables.blocks[plan.rows, : bucket.width]
     sampling = sampling_rows(plan.decodes, plan.positions + 1, bucket.rows, tables.rows)
-    return {"sampling": pack_rows(sampling), "positions": positions, "tables": blocks}
+    return {"sampling": sampling, "positions": positions, "tables": blocks}
 
 
 def prefill_parts(plan: Plan, bucket: Bucket, tables: Tables) -> dict[str, np.ndarray]:
@@ -121,7 +119,7 @@ def prefill_parts(plan: Plan, bucket: Bucket, tables: Tables) -> dict[str, np.nd
     parts = {f.name: getattr(batch, f.name) for f in fields(PrefillBatch)}
     samples = [s for _, s in plan.samples]
     positions = np.array([s.prefilled for s in samples], np.int32)
-    parts["sampling"] = pack_rows(sampling_rows(samples, positions, bucket.rows, tables.rows))
+    parts["sampling"] = sampling_rows(samples, positions, bucket.rows, tables.rows)
     targets = np.zeros(bucket.shapes["targets"], np.int32)
     if len(targets):
         for span, chunk in zip(spans(plan), plan.chunks, strict=True):

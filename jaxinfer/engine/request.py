@@ -126,6 +126,10 @@ class Sequence:
     pending: int = 0
     """Tokens sampled by dispatched steps and not seen by the host yet."""
     bias_version: int = -1
+    packed: np.ndarray | None = None
+    """Its settings as the sampler reads them, once they were needed."""
+    root: bytes = field(init=False)
+    """The parent of its first block in the prefix index."""
     key: np.ndarray = field(init=False)
     """`[2]` uint32: seed and index, hashed."""
     cumulative_logprob: float = 0.0
@@ -138,7 +142,8 @@ class Sequence:
         prompt = self.request.prompt
         self.tokens = np.empty(max(self.request.limit, len(prompt)), np.int32)
         self.tokens[: len(prompt)] = prompt
-        self.length = self.rope_base = len(prompt)
+        self.length = len(prompt)
+        self.start_over()
         self.key = np.random.SeedSequence([self.request.seed, self.index]).generate_state(2)
 
     @property
@@ -151,10 +156,10 @@ class Sequence:
         """Tokens made so far."""
         return self.length - len(self.request.prompt)
 
-    @property
-    def root(self) -> bytes:
-        """The parent of its first block in the prefix index."""
-        return root(self.request.salt, self.request.length_key(self.rope_base))
+    def start_over(self) -> None:
+        """Lets rope follow the length it has now: at the start, and when that changes all its keys."""
+        self.rope_base, self.digests = self.length, []
+        self.root = root(self.request.salt, self.request.length_key(self.rope_base))
 
     @property
     def stage_limit(self) -> int:

@@ -65,6 +65,8 @@ class SamplingRows(NamedTuple):
 INTEGERS = ("row", "position", "key", "top_k", "edited", "prompt_length")
 WIDTH = len(SamplingRows._fields) + 1
 """Columns of the packed form: one a field, two for the key."""
+ROW, POSITION = 0, 1
+"""Of them, those that change from step to step."""
 
 
 def pack_rows(rows: SamplingRows) -> np.ndarray:

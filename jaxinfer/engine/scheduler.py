@@ -216,8 +216,7 @@ class Scheduler:
         """Starts a sequence over with all its tokens: its rope changes with its length (longrope)."""
         if sequence.status is Status.RUNNING:
             self._requeue(sequence)
-        sequence.rope_base = sequence.length
-        sequence.digests = []
+        sequence.start_over()
 
     def _requeue(self, sequence: Sequence) -> None:
         self._leave(sequence)

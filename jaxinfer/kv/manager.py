@@ -36,6 +36,19 @@ class BlockManager:
         self.block_size = block_size
         self.prefix_caching = prefix_caching
         self._evicted: list[np.ndarray] = []
+        self._entered: list[int] = []
+
+    @property
+    def pool(self) -> BlockPool:
+        """The pool as it is now. What was published since it was last looked at is marked in one go."""
+        if self._entered:
+            self._pool = pools.publish(self._pool, np.array(self._entered, np.int32))
+            self._entered = []
+        return self._pool
+
+    @pool.setter
+    def pool(self, pool: BlockPool) -> None:
+        self._pool = pool
 
     def blocks_for(self, tokens: int) -> int:
         """Blocks that hold this many positions."""
@@ -123,15 +136,13 @@ class BlockManager:
         self, row: int, tokens: np.ndarray, digests: Sequence[bytes], root: bytes, start: int, stop: int
     ) -> None:
         """Enters blocks [start, stop) of a row, whose writing steps were dispatched and whose tokens are known."""
-        size, entered = self.block_size, []
+        size = self.block_size
         for number in range(start, stop):
             parent = digests[number - 1] if number else root
             block = int(self.tables.blocks[row, number])
             known = tokens[number * size : (number + 1) * size]
             if self.index.insert(digests[number], parent, known, block):
-                entered.append(block)
-        if entered:
-            self.pool = pools.publish(self.pool, np.array(entered, np.int32))
+                self._entered.append(block)
 
     def withdraw(self, row: int, start: int) -> None:
         """Takes the blocks of a row from number `start` on out of the index: their content was found bad."""
@@ -152,6 +163,6 @@ class BlockManager:
             PoolInvariantError: one does not hold; the message carries the accounting.
         """
         tables = self.tables
-        pools.check(self.pool, [tables.of(row) for row in np.flatnonzero(tables.counts)])
+        pools.check(self.pool, [tables.of(row) for row in np.flatnonzero(tables.counts).tolist()])
         self.take_evicted()
         self.index.check(self.pool)

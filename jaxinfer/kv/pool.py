@@ -28,6 +28,7 @@ from jaxinfer.kv.arrays import Array, Count, add, count_true, last_of_each, only
 
 Ids: TypeAlias = np.ndarray | jax.Array | Sequence[int]
 
+
 class PoolInvariantError(JaxInferError, RuntimeError):
     """The accounting of the pool does not add up; the message carries all of it."""
 
@@ -37,8 +38,8 @@ class PoolInvariantError(JaxInferError, RuntimeError):
 class BlockPool:
     """The state of N blocks. Q is the length of the queue's buffer, at least N.
 
-    Fields are `Any` in the type checker's eyes only because a pytree is rebuilt with other leaves too
-    (tracers, shapes, shardings); the values are NumPy arrays and ints, or jnp arrays.
+    The leaves are NumPy arrays and ints, or jnp arrays; the fields are annotated `Any` because jax
+    rebuilds a pytree with other leaves too (shapes, shardings).
     """
 
     refs: Any

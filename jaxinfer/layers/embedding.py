@@ -23,7 +23,7 @@ class Embedding(nnx.Module):
 
     def attend(self, hidden: jax.Array) -> jax.Array:
         """Hidden states `[B, M]` -> float32 logits `[B, V']`, the rows of padding at -inf."""
-        logits = matmul(hidden, self.weight[...], jnp.float32)
+        logits = matmul(hidden, self.weight[...], jnp.dtype("float32"))
         if logits.shape[-1] == self.vocab:
             return logits
         return jnp.where(jnp.arange(logits.shape[-1]) < self.vocab, logits, -jnp.inf)

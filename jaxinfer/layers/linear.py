@@ -99,7 +99,7 @@ class RowLinear(nnx.Module):
         return y if self.bias is None else y + self.bias[...]
 
 
-def matmul(x: jax.Array, matrix: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
+def matmul(x: jax.Array, matrix: jax.Array, dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
     """`[T, in] x [out, in]^T -> [T, out]`; float32 at full precision, as TF32 would break parity on a GPU."""
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     return jax.lax.dot_general(x, matrix, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=dtype)

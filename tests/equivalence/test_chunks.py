@@ -1,0 +1,28 @@
+"""A prompt computed in chunks of any size gives what it gives whole."""
+
+import pytest
+from support.cases import EDGES, alone, mixed
+from support.tiny import CHUNK, make_engine, random_runner, run
+
+pytestmark = pytest.mark.xdist_group("llama")
+
+QUICK = (1, 3, 4, 5, CHUNK - 1, CHUNK)
+
+
+@pytest.mark.parametrize(
+    "budget", [b if b in QUICK else pytest.param(b, marks=pytest.mark.slow) for b in range(1, CHUNK + 1)]
+)
+def test_every_token_budget_gives_the_same_tokens(budget):
+    runner = random_runner()
+    engine = make_engine(runner, budget=budget)
+    assert run(engine, mixed(EDGES)) == alone(runner, mixed(EDGES))
+
+
+def test_the_budget_is_kept():
+    """Chunks were cut as the test above means: no step takes more tokens than the budget."""
+    runner = random_runner()
+    engine = make_engine(runner, budget=3)
+    run(engine, mixed(EDGES[-4:]))
+    tokens = engine.metrics.histograms["iteration_tokens_total"]
+    assert dict(zip(tokens.bounds, tokens.counts, strict=False))[4] > 0
+    assert sum(tokens.counts[3:]) == 0

@@ -1,0 +1,39 @@
+"""Every family once: chunks, forks, preemption and prefix reuse in one run, against each request alone."""
+
+import pytest
+from support.cases import alone, poison
+from support.tiny import ARCHITECTURES, BLOCK, CHUNK, make_engine, make_request, prompt, random_runner, run
+
+from jaxinfer.sampling_params import SamplingParams
+
+OTHERS = [
+    pytest.param(family, marks=(pytest.mark.slow, pytest.mark.xdist_group(family)))
+    for family in ARCHITECTURES if family != "llama"
+]  # fmt: skip
+
+
+def requests():
+    """Prompts with a common prefix of three blocks, one to three samples each."""
+    prefix = prompt(3 * BLOCK, 7)
+    return [
+        make_request(
+            str(i), prefix + prompt(i * 3 + 1, 10 + i),
+            SamplingParams(temperature=0.2, seed=i, max_tokens=12, n=1 + i % 3),
+        )
+        for i in range(7)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_everything_together_is_alone(family):
+    runner = random_runner(family)
+    engine = make_engine(runner, pool_blocks=15, budget=CHUNK - 5)
+    poison(runner)
+    first = requests()
+    expected = alone(runner, first)
+    engine = make_engine(runner, pool_blocks=15, budget=CHUNK - 5)
+    poison(runner)
+    assert run(engine, first) == expected
+    assert run(engine, requests()) == expected
+    assert engine.scheduler.preempted > 0
+    assert sum(r.cached_tokens > 0 for r in first) > 3

@@ -1,0 +1,54 @@
+"""The engine gives what the public functions give: every token from a prefill of the whole text before it."""
+
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+from support.cases import EDGES, GREEDY, requests
+from support.tiny import BLOCK, make_engine, random_runner, run
+
+from jaxinfer import functional
+
+pytestmark = pytest.mark.xdist_group("llama")
+
+WIDTH = 64 // BLOCK
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """Token ids -> the likeliest next token, nothing cached before."""
+    runner = random_runner()
+    step = jax.jit(partial(functional.prefill, runner.program))
+
+    def next_token(ids: list[int]) -> int:
+        cache = functional.init_cache(runner.program, WIDTH, BLOCK)
+        tables = np.arange(WIDTH, dtype=np.int32)[::-1][None]
+        batch = functional.prefill_batch([(np.array(ids, np.int32), 0, len(ids))], tables, tokens=64)
+        logits, _ = step(runner.params, cache, batch)
+        return int(logits[0].argmax())
+
+    return next_token
+
+
+def test_the_engine_is_its_functions(whole):
+    runner = random_runner()
+    wanted = requests(EDGES, GREEDY)
+    for request, [made] in zip(wanted, run(make_engine(runner, budget=7), wanted), strict=True):
+        ids = request.prompt.tolist()
+        assert made == [whole(ids + made[:i]) for i in range(len(made))]
+
+
+def test_decode_after_prefill_is_prefill_of_all(whole):
+    runner = random_runner()
+    step = jax.jit(partial(functional.decode, runner.program))
+    prefill = jax.jit(partial(functional.prefill, runner.program))
+    ids = np.arange(5, 5 + 2 * BLOCK + 3, dtype=np.int32)
+    tables = np.arange(WIDTH, dtype=np.int32)[None]
+    cache = functional.init_cache(runner.program, WIDTH, BLOCK)
+    batch = functional.prefill_batch([(ids[:BLOCK], 0, BLOCK)], tables, tokens=64)
+    _, cache = prefill(runner.params, cache, batch)
+    for at in range(BLOCK, len(ids)):
+        batch = functional.DecodeBatch(ids[at : at + 1], np.array([at], np.int32), tables)
+        logits, cache = step(runner.params, cache, batch)
+        assert int(logits[0].argmax()) == whole(ids[: at + 1].tolist())

@@ -1,0 +1,207 @@
+"""Every family and every option against transformers: logits at all positions, 64 greedy tokens, and that each tells.
+
+Tiny checkpoints are made on the spot, written by `save_pretrained` and read by the real loader.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support import checkpoints
+from support.tiny import prompt
+
+pytest.importorskip("torch", reason="the reference of the parity tests; it comes with the extra `test`")
+
+from support import reference as ref
+
+TOLERANCE = 1e-4
+"""Of a float32 logit; an option that is overlooked must move the logits by 100 times as much."""
+GREEDY = 64
+LENGTHS = (3, 17, 40, 1)
+"""Of the prompts of one batch: a part of a chunk, more than one, several, a single token."""
+
+Change = Callable[[ref.Model], ref.Model]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A checkpoint with some options on."""
+
+    family: str
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    """Of config.json, against the tiny Llama of `support.tiny`."""
+    without: Mapping[str, Change] = field(default_factory=dict)
+    """Option -> the reference of a program that overlooks it."""
+    lengths: tuple[int, ...] = LENGTHS
+    head: float = 0.7
+    slow: bool = True
+
+
+def rope(kind: str, **parameters: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_theta": 10000.0, "rope_type": kind, **parameters}}
+
+
+PLAIN = ref.with_config(**rope("default"))
+LINEAR = rope("linear", factor=4.0)
+DYNAMIC = rope("dynamic", factor=4.0) | {"max_position_embeddings": 32}
+LLAMA3 = rope(
+    "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
+)
+YARN = rope("yarn", factor=8.0, original_max_position_embeddings=32)
+SHORT, LONG = [1.0 + 0.2 * i for i in range(8)], [2.0 + 0.5 * i for i in range(8)]
+
+
+def longrope(original: int, **changed: Any) -> dict[str, Any]:
+    factors = {"short_factor": SHORT, "long_factor": LONG} | changed
+    # Phi-3 keeps the original length beside the rope's parameters, the others within them.
+    parameters = rope("longrope", original_max_position_embeddings=original, **factors)
+    return parameters | {"original_max_position_embeddings": original, "max_position_embeddings": 256}
+
+
+PHI3_HEADS = {"hidden_size": 64, "head_dim": None}
+"""transformers checks the factors of Phi-3's longrope against hidden_size / heads."""
+
+
+def activation(name: str) -> Change:
+    return ref.with_config(hidden_act=name)
+
+
+NORMS = {
+    f"weight of {name}": ref.with_weights(f"{name}.weight", 1.0)
+    for name in ("input_layernorm", "post_attention_layernorm", "model.norm")
+}
+GROUPS = {"groups of query heads": ref.other_groups}
+HEAD_DIM = {"head_dim": ref.with_attention(ref.scale_of_width)}
+
+CASES = {
+    "llama": Case("llama", {}, {**GROUPS, **HEAD_DIM, **NORMS, "head": ref.with_config(tie_word_embeddings=True)}, slow=False),
+    "llama mqa, gelu": Case(
+        "llama", {"num_key_value_heads": 1, "hidden_act": "gelu"},
+        {"one kv head for all": ref.first_head_only, "gelu": activation("silu"), "exact gelu": activation("gelu_new")},
+        head=1.5,
+    ),
+    "llama mha, relu": Case(
+        "llama", {"num_key_value_heads": 4, "head_dim": None, "hidden_act": "relu"}, {"relu": activation("silu")}
+    ),
+    "llama biases, gelu_pytorch_tanh": Case(
+        "llama", {"attention_bias": True, "mlp_bias": True, "hidden_act": "gelu_pytorch_tanh"},
+        {
+            **{f"bias of {name}": ref.with_weights(f"{name}_proj.bias", 0.0)
+               for name in ("q", "k", "v", "o", "gate", "up", "down")},
+            "gelu_pytorch_tanh": activation("gelu"),
+        },
+        head=1.5,
+    ),
+    "llama tied, theta, epsilon, gelu_new": Case(
+        "llama",
+        {"tie_word_embeddings": True, "rms_norm_eps": 0.1, "hidden_act": "gelu_new", **rope("default", rope_theta=500.0)},
+        {"rope_theta": PLAIN, "rms_norm_eps": ref.with_config(rms_norm_eps=1e-5), "gelu_new": activation("silu")},
+    ),
+    "llama linear": Case("llama", LINEAR, {"linear": PLAIN}),
+    "llama dynamic": Case("llama", DYNAMIC, {"dynamic": PLAIN}),
+    "llama llama3": Case("llama", LLAMA3, {"llama3": PLAIN}, slow=False),
+    "llama yarn": Case(
+        "llama", YARN, {"yarn": PLAIN, "attention factor": ref.with_config(**rope("yarn", factor=8.0, original_max_position_embeddings=32, attention_factor=1.0))},
+    ),
+    "llama longrope": Case(
+        "llama", longrope(32),
+        {"short": ref.with_config(**longrope(32, short_factor=LONG)), "long": ref.with_config(**longrope(32, long_factor=SHORT))},
+    ),
+    "mistral": Case("mistral", {}, {**GROUPS, **HEAD_DIM, **NORMS}),
+    "mistral yarn": Case("mistral", YARN, {"yarn": PLAIN}),
+    "qwen2": Case(
+        "qwen2", {}, {**GROUPS, **HEAD_DIM, **{f"bias of {n}": ref.with_weights(f"{n}_proj.bias", 0.0) for n in "qkv"}}
+    ),
+    "qwen2 tied": Case("qwen2", {"tie_word_embeddings": True, "head_dim": None}),
+    "qwen3": Case(
+        "qwen3", {},
+        {**GROUPS, "q and k norm": ref.with_attention(ref.without_qk_norm),
+         **{f"weight of {n}_norm": ref.with_weights(f"{n}_norm.weight", 1.0) for n in "qk"}},
+    ),
+    "qwen3 attention_bias, tied": Case(
+        "qwen3", {"attention_bias": True, "tie_word_embeddings": True},
+        {f"bias of {n}": ref.with_weights(f"{n}_proj.bias", 0.0) for n in "qkvo"},
+    ),
+    "phi3": Case("phi3", {}, {**GROUPS, **HEAD_DIM, **NORMS}),
+    "phi3 partial rotary": Case(
+        "phi3", rope("default", partial_rotary_factor=0.5), {"partial rotary": PLAIN}
+    ),
+    # transformers throws Phi-3's cache away where a sequence grows past the original length: wholly below, wholly above.
+    "phi3 longrope short": Case(
+        "phi3", longrope(128) | PHI3_HEADS, {"short": ref.with_config(**longrope(128, short_factor=LONG))}
+    ),
+    "phi3 longrope long": Case(
+        "phi3", longrope(8) | PHI3_HEADS, {"long": ref.with_config(**longrope(8, long_factor=SHORT))}, (9, 17, 38)
+    ),
+}
+
+
+def cases(names: list[str] | None = None) -> pytest.MarkDecorator:
+    """Parametrises over cases: those of a family on one worker, all but a few out of the quick tier."""
+    return pytest.mark.parametrize("name", [
+        pytest.param(name, marks=[pytest.mark.xdist_group(case.family), *[pytest.mark.slow] * case.slow])
+        for name, case in CASES.items() if names is None or name in names
+    ])  # fmt: skip
+
+
+@cache
+def model(name: str) -> ref.Model:
+    case = CASES[name]
+    return ref.model(case.family, head=case.head, **case.changes)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The checkpoint of a case, written once a worker."""
+    return cache(lambda name: ref.save(model(name), tmp_path_factory.mktemp("checkpoint")))
+
+
+def prompts(name: str) -> list[list[int]]:
+    return [prompt(length, seed) for seed, length in enumerate(CASES[name].lengths)]
+
+
+FOLLOWING = [prompt(4, 10), prompt(2, 11), prompt(4, 12), prompt(1, 13)]
+"""Tokens fed to the decode step after each prompt: rows leave it at different times."""
+
+
+@cases()
+def test_logits_at_every_position_equal_transformers(name, folder):
+    asked = prompts(name)
+    following = FOLLOWING[: len(asked)]
+    found = checkpoints.logits(folder(name), asked, following)
+    for ids, after, ours in zip(asked, following, found, strict=True):
+        np.testing.assert_allclose(ours, ref.logits(model(name), ids, after), rtol=0, atol=TOLERANCE)
+
+
+@cases()
+def test_greedy_tokens_equal_transformers(name, folder):
+    asked = prompts(name)
+    found = checkpoints.greedy(folder(name), asked, GREEDY)
+    expected = [ref.greedy(model(name), ids, GREEDY) for ids in asked]
+    assert found == expected
+    assert len(set(sum(expected, []))) > 15, "the tokens must differ for this to tell anything"
+
+
+@cases()
+def test_an_option_overlooked_moves_the_logits(name):
+    asked = prompts(name)
+    whole = [ref.logits(model(name), ids) for ids in asked]
+    for option, change in CASES[name].without.items():
+        other = change(model(name))
+        moved = max(np.abs(ref.logits(other, ids) - a).max() for ids, a in zip(asked, whole, strict=True))
+        assert moved > 100 * TOLERANCE, option
+
+
+def test_every_family_and_option_has_a_case():
+    from jaxinfer.layers.mlp import ACTIVATIONS
+    from jaxinfer.layers.rope_config import ROPE_KINDS
+    from jaxinfer.models.registry import ARCHITECTURES
+
+    configs = [model(name).config for name in CASES]
+    assert {case.family for case in CASES.values()} == set(ARCHITECTURES.values())
+    assert {config.hidden_act for config in configs} | {"swish"} == set(ACTIVATIONS)
+    assert {config.rope_parameters["rope_type"] for config in configs} == set(ROPE_KINDS)

@@ -1,0 +1,85 @@
+"""Tiny Hugging Face checkpoints with a tokenizer, written without torch."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from jaxinfer.checkpoint.rules import parameters
+from jaxinfer.models import loading
+from jaxinfer.sharding import make_mesh
+
+PADDED_VOCAB = 320
+"""Rows of the embedding: more than the tokenizer has ids."""
+SPECIAL = ("<s>", "</s>", "<|end|>")
+"""Ids 0, 1 and 2; the last two end an output."""
+CHAT = (
+    "<s>{% for m in messages %}{{ m.role }}: {{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+CONFIG = dict(
+    architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=PADDED_VOCAB, hidden_size=32,
+    intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+    max_position_embeddings=256, rms_norm_eps=1e-5, dtype="float32", bos_token_id=0, eos_token_id=1,
+)  # fmt: skip
+"""config.json; generation_config.json names a second EOS."""
+
+
+def tensors(hf: Mapping[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
+    """Random weights of a model under the names of its checkpoint, by way of its weight table."""
+    served, config = loading.parse(hf)
+    params = parameters(loading.random(hf, make_mesh(1), dtype="float32", seed=seed))
+    found = {}
+    for rule in served.weight_rules(config):
+        if rule.target is None:
+            continue
+        param = params[rule.target]
+        values = np.asarray(param[...])
+        if rule.parts:
+            outputs = param.get_metadata()["outputs"]
+            ends = np.cumsum([output.rows for output in outputs])[:-1]
+            pieces = dict(zip((o.name for o in outputs), np.split(values[0], ends), strict=True))
+            values = np.concatenate([pieces[part] for part in rule.parts])
+        found[rule.source] = np.ascontiguousarray(values)
+    return found
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE over two sentences, with a chat template: every character beyond ASCII takes several tokens."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=alphabet, special_tokens=list(SPECIAL), show_progress=False
+    )
+    backend.train_from_iterator(["hello world, the cat sat on the mat"] * 3, trainer)
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    made.chat_template = CHAT
+    return made
+
+
+def write(
+    folder: Path, changes: Mapping[str, Any] | None = None, *, seed: int = 0, with_tokenizer: bool = True,
+    scale: float = 1.0,
+) -> Path:  # fmt: skip
+    """A checkpoint in `folder`: weights, both configurations and, unless told, the tokenizer.
+
+    `scale` multiplies the head: with more, the model is surer of its next token.
+    """
+    hf = CONFIG | dict(changes or {})
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = tensors(hf, seed)
+    if "lm_head.weight" in weights:
+        weights["lm_head.weight"] = weights["lm_head.weight"] * np.float32(scale)
+    save_file(weights, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(hf))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2], "max_new_tokens": 16}))
+    if with_tokenizer:
+        tokenizer().save_pretrained(folder)
+    return folder

@@ -1,0 +1,81 @@
+"""A checkpoint's folder as what the tests run: the module the real loader makes, its logits, its steps."""
+
+from collections.abc import Sequence
+from functools import cache, partial
+from pathlib import Path
+
+import jax
+import numpy as np
+from support.tiny import BLOCK, LENGTH, VOCAB, make_engine, make_request, run, shapes
+
+from jaxinfer import functional
+from jaxinfer.engine.runner import Runner
+from jaxinfer.functional import DecodeBatch, PrefillBatch, Program
+from jaxinfer.kernels.paged_attention import Lane
+from jaxinfer.models import loading
+from jaxinfer.sampling_params import SamplingParams
+from jaxinfer.sharding import make_mesh
+
+PROMPT_TOKENS = 64
+"""T of the one program that gives logits at every position of up to `PROMPTS` prompts."""
+PROMPTS = 4
+
+
+@cache
+def load(folder: Path, dtype: str = "float32", tp: int = 1) -> tuple[Program, list[jax.Array]]:
+    """The checkpoint through the real loader, split for `jaxinfer.functional`."""
+    mesh = make_mesh(tp)
+    return functional.split(loading.load(folder, mesh, dtype=dtype, progress=False), mesh)
+
+
+@cache
+def checkpoint_runner(folder: Path) -> Runner:
+    """The steps of a checkpoint in the shapes of all tiny models."""
+    return Runner(*load(folder), shapes())
+
+
+def greedy(folder: Path, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+    """Greedy tokens of all prompts in one engine: their chunks and their decode steps are mixed."""
+    params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
+    requests = [make_request(str(i), prompt, params) for i, prompt in enumerate(prompts)]
+    return [samples[0] for samples in run(make_engine(checkpoint_runner(folder)), requests)]
+
+
+@partial(jax.jit, static_argnums=0)
+def _prompt_logits(
+    program: Program, params: list[jax.Array], cache: list[Lane], batch: PrefillBatch
+) -> tuple[jax.Array, list[Lane]]:
+    hidden, cache = functional.prefill_hidden(program, params, cache, batch)
+    return program.module(params).logits(hidden), cache
+
+
+_decode = jax.jit(functional.decode, static_argnums=0)
+
+
+def logits(
+    folder: Path, prompts: Sequence[Sequence[int]], following: Sequence[Sequence[int]], dtype: str = "float32"
+) -> list[np.ndarray]:
+    """For each prompt the logits `[T, V]` at all its positions, then of its following tokens, decoded one by one.
+
+    All prompts go in one prefill, side by side, and in the same decode steps.
+    """
+    program, params = load(folder, dtype)
+    width = LENGTH // BLOCK
+    # Blocks of the sequences interleaved and none at its own number, so that only the tables can be right.
+    tables = np.arange(PROMPTS * width, dtype=np.int32)[::-1].reshape(width, PROMPTS).T.copy()
+    cache = functional.init_cache(program, PROMPTS * width, BLOCK)
+    chunks = [(np.array(prompt, np.int32), 0, len(prompt)) for prompt in prompts]
+    batch = functional.prefill_batch(chunks, tables[: len(prompts)], tokens=PROMPT_TOKENS, rows=PROMPTS)
+    flat, cache = _prompt_logits(program, params, cache, batch)
+    ends = np.cumsum([len(prompt) for prompt in prompts])
+    found = [[part] for part in np.split(np.asarray(flat[: ends[-1]]), ends[:-1])]
+    for step in range(max(map(len, following))):
+        tokens, positions = np.zeros(PROMPTS, np.int32), np.full(PROMPTS, -1, np.int32)
+        for row, (prompt, after) in enumerate(zip(prompts, following, strict=True)):
+            if step < len(after):
+                tokens[row], positions[row] = after[step], len(prompt) + step
+        rows, cache = _decode(program, params, cache, DecodeBatch(tokens, positions, tables))
+        for row, after in enumerate(following):
+            if step < len(after):
+                found[row].append(np.asarray(rows[row : row + 1]))
+    return [np.concatenate(parts)[:, :VOCAB] for parts in found]

@@ -1,0 +1,142 @@
+import sys
+import time
+
+import pytest
+from jaxinfer.errors import ChatTemplateError
+from jaxinfer.text import render_chat
+
+TEMPLATE = ("{{ bos_token }}{% for message in messages %}"
+            "{% if message.role not in ('user', 'assistant', 'system') %}"
+            "{{ raise_exception('unknown role ' ~ message.role) }}{% endif %}"
+            "[{{ message.role }}] {{ message.content }}\n{% endfor %}"
+            "{% if add_generation_prompt %}[assistant]{% if quiet %} /q{% endif %}{% endif %}")
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+def render(tokenizer, messages=HELLO, chat_template=TEMPLATE, **options):
+    return render_chat(tokenizer, messages, chat_template=chat_template, **options)
+
+
+def test_a_conversation(byte_bpe):
+    assert render(byte_bpe) == "<s>[user] hello\n[assistant]"
+    assert render(byte_bpe, add_generation_prompt=False) == "<s>[user] hello\n"
+    assert render(byte_bpe, chat_template_kwargs={"quiet": True}).endswith("[assistant] /q")
+
+
+def test_several_conversations(byte_bpe):
+    other = [{"role": "user", "content": "bye"}]
+    assert render(byte_bpe, [HELLO, other]) == ["<s>[user] hello\n[assistant]", "<s>[user] bye\n[assistant]"]
+
+
+def test_the_tokenizers_own_template(byte_bpe, monkeypatch):
+    monkeypatch.setattr(byte_bpe, "chat_template", TEMPLATE)
+    assert render(byte_bpe, chat_template=None) == "<s>[user] hello\n[assistant]"
+
+
+def test_parts_of_text_are_joined(byte_bpe):
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}, "c"]
+    assert "[user] a\nb\nc\n" in render(byte_bpe, [{"role": "user", "content": parts}])
+
+
+def test_an_assistant_may_call_tools_without_content(byte_bpe):
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
+    assert "[assistant] \n" in render(byte_bpe, [*HELLO, call])
+
+
+@pytest.mark.parametrize(("messages", "error", "message"), [
+    (None, TypeError, "messages must be a list of dicts"),
+    ("hello", TypeError, "messages must be a list of dicts .* got str 'hello'"),
+    ([], ValueError, "messages cannot be empty"),
+    ([HELLO, []], ValueError, r"messages\[1\] cannot be empty"),
+    ([HELLO[0], "x"], TypeError, r"messages\[1\] must be a dict"),
+    ([HELLO, ["x"]], TypeError, r"messages\[1\]\[0\] must be a dict"),
+    ([{"content": "x"}], TypeError, r"messages\[0\]\['role'\] must be a string, got None"),
+    ([{"role": "user"}], TypeError, r"messages\[0\]\['content'\] must be a string .* got None"),
+    ([{"role": "user", "content": 3}], TypeError, r"\['content'\] must be a string .* got int 3"),
+    ([{"role": "user", "content": [{"type": "image"}]}], ValueError, r"\['content'\]\[0\].*takes text only"),
+    ([{"role": "user", "content": [{"type": "text"}]}], TypeError, r"\[0\]\['text'\] must be a string"),
+    ([{"role": "user", "content": [3]}], TypeError, r"\['content'\]\[0\] must be a dict"),
+])
+def test_messages_are_checked(byte_bpe, messages, error, message):
+    with pytest.raises(error, match=message):
+        render(byte_bpe, messages)
+
+
+@pytest.mark.parametrize("key", ["tokenize", "chat_template", "messages", "conversation", "conversations",
+                                 "add_generation_prompt", "return_tensors", "return_dict", "self", "_x",
+                                 "padding", "truncation", "max_length", "tokenizer_kwargs",
+                                 "return_assistant_tokens_mask", "sanitize_control_tokens"])
+def test_reserved_template_variables_are_refused(byte_bpe, key):
+    with pytest.raises(ValueError, match=f"chat_template_kwargs cannot set '{key}'"):
+        render(byte_bpe, chat_template_kwargs={key: True})
+
+
+def test_arguments_are_checked(byte_bpe):
+    with pytest.raises(TypeError, match="chat_template_kwargs must be a dict"):
+        render(byte_bpe, chat_template_kwargs=[1])
+    with pytest.raises(TypeError, match="every key of chat_template_kwargs must be a string"):
+        render(byte_bpe, chat_template_kwargs={1: 2})
+    with pytest.raises(TypeError, match="chat_template must be a string"):
+        render(byte_bpe, chat_template=3)
+    with pytest.raises(TypeError, match="add_generation_prompt must be True or False"):
+        render(byte_bpe, add_generation_prompt="yes")
+
+
+def test_no_template(byte_bpe):
+    with pytest.raises(ChatTemplateError, match="no chat template: pass chat_template="):
+        render(byte_bpe, chat_template=None)
+
+
+def test_named_templates_without_a_default(byte_bpe, monkeypatch):
+    monkeypatch.setattr(byte_bpe, "chat_template", {"a": TEMPLATE, "b": TEMPLATE})
+    with pytest.raises(ChatTemplateError, match="no chat template could be chosen"):
+        render(byte_bpe, chat_template=None)
+    assert render(byte_bpe, chat_template="a") == "<s>[user] hello\n[assistant]"
+
+
+@pytest.mark.parametrize(("template", "message"), [
+    ("{{ raise_exception('roles must alternate') }}", "failed: roles must alternate"),
+    ("{% if %}", "the chat template"),
+    ("{{ 'x }}", "the chat template"),
+    ("{{ messages[0].a.b }}", "no attribute 'a'"),
+    ("{{ messages.append(1) }}", "the chat template failed"),
+    ("{{ ().__class__.__base__.__subclasses__() }}", "the chat template failed"),
+    ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "the chat template failed"),
+])
+def test_templates_that_fail(byte_bpe, template, message):
+    with pytest.raises(ChatTemplateError, match=message):
+        render(byte_bpe, chat_template=template)
+
+
+def test_an_unknown_role_is_the_templates_error(byte_bpe):
+    with pytest.raises(ChatTemplateError, match="unknown role robot"):
+        render(byte_bpe, [{"role": "robot", "content": "x"}])
+
+
+def test_templates_that_do_not_end_are_ended(byte_bpe):
+    loops = "{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}"
+    start = time.perf_counter()
+    with pytest.raises(ChatTemplateError, match=r"did not finish in 0\.5 s"):
+        render(byte_bpe, chat_template=loops, timeout_s=0.5)
+    assert time.perf_counter() - start < 5
+
+
+@pytest.mark.parametrize("template", [
+    "{{ 10 ** (10 ** 9) }}",
+    "{% set n = namespace(x=9) %}{% for i in range(99) %}{% set n.x = n.x * n.x %}{% endfor %}",
+    "{{ x * 99999999 }}",
+])
+def test_arithmetic_that_no_deadline_stops_is_refused(byte_bpe, template):
+    with pytest.raises(ChatTemplateError, match="line 1 has .* whose size is not bounded"):
+        render(byte_bpe, chat_template=template)
+
+
+def test_harmless_stars_are_allowed(byte_bpe):
+    template = "{{ '-' * 3 }}{{ 2 * messages|length }}{# a ** b #}**{{ 'a*b' }}{{ dict(**{'k': 1}).k }}"
+    assert render(byte_bpe, chat_template=template) == "---2**a*b1"
+
+
+def test_without_jinja_the_error_says_what_to_install(byte_bpe, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(ChatTemplateError, match="pip install 'jinja2"):
+        render(byte_bpe)
