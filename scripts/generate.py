@@ -7,10 +7,11 @@ import resource
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from jaxinfer import LLM, RequestOutput, SamplingParams, demo
+from jaxinfer import LLM, CompletionOutput, RequestOutput, SamplingParams, demo
 from jaxinfer.errors import JaxInferError
 
 DEFAULT_PROMPTS = ("What is 17 plus 25?", "What is the capital of France?")
@@ -51,7 +52,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--add-prefix", action="store_true", help="with --samples: put a shared prefix before each question")
     add("--compare", action="store_true", help="with --samples: again without sharing and prefix reuse, side by side")
     args = parser.parse_args(argv)
-    args.chat |= args.model is None and not args.prompt and args.prompts_file is None
+    args.chat |= args.samples > 0 or (args.model is None and not args.prompt and args.prompts_file is None)
     return args
 
 
@@ -92,35 +93,66 @@ def generate(args: argparse.Namespace) -> int:
 
 
 def show(llm: LLM, prompts: Sequence[str], params: SamplingParams, chat: bool) -> list[RequestOutput]:
-    """Prints each prompt with its continuation as it is made, one request after another."""
-    finished = []
-    for prompt in prompts:
-        print(f"\033[1m{prompt}\033[0m" if sys.stdout.isatty() else prompt, end="\n" if chat or params.n > 1 else "")
-        stream = llm.stream_chat([{"role": "user", "content": prompt}], params) if chat else llm.stream(prompt, params)
-        finished.append(follow(stream, params.n))
-    return finished
+    """Prints each prompt with its continuation as it is made. All run at once; what is not in turn yet waits."""
+    if chat:
+        updates = llm.stream_chat([[{"role": "user", "content": p}] for p in prompts], params)
+    else:
+        updates = llm.stream(prompts, params)
+    printer = Printer(prompts, params.n, chat)
+    for update in updates:
+        printer.take(update)
+    return printer.results()
 
 
-def follow(stream: Any, n: int) -> RequestOutput:
-    """Prints deltas; several samples are printed one below the other when they are done."""
-    texts, tokens, last = [""] * n, [[] for _ in range(n)], None
-    for last in stream:
-        for part in last.outputs:
-            texts[part.index] += part.text
-            tokens[part.index] += part.token_ids
-            if n == 1:
-                print(part.text, end="", flush=True)
-    print() if n == 1 else [print(f"[{i}] {text.strip()}") for i, text in enumerate(texts)]
-    print()
-    return last if last is None else whole(last, tokens)
+class Printer:
+    """Prints texts in the order of their prompts, the one in turn as it grows."""
 
+    def __init__(self, prompts: Sequence[str], n: int, chat: bool):
+        self._prompts, self._n, self._chat = prompts, n, chat
+        self._last: dict[str, RequestOutput] = {}
+        self._parts: dict[str, list[list[CompletionOutput]]] = {}
+        self._turn = self._printed = 0
 
-def whole(last: RequestOutput, tokens: list[list[int]]) -> RequestOutput:
-    """The last update with all tokens in it, for counting."""
-    from dataclasses import replace
+    def take(self, update: RequestOutput) -> None:
+        """Keeps an update, and prints what is in turn."""
+        self._last[update.request_id] = update
+        parts = self._parts.setdefault(update.request_id, [[] for _ in range(self._n)])
+        for part in update.outputs:
+            parts[part.index].append(part)
+        while self._turn < len(self._prompts):
+            name = sorted(self._parts, key=int)[self._turn : self._turn + 1]
+            if not name or not self._print(name[0]):
+                break
+            self._turn, self._printed = self._turn + 1, 0
 
-    parts = [replace(last.outputs[0], index=i, token_ids=ids) for i, ids in enumerate(tokens)]
-    return replace(last, outputs=parts)
+    def _print(self, name: str) -> bool:
+        """Prints what is new of the request in turn; whether that is all of it."""
+        parts, done = self._parts[name], self._last[name].finished
+        if not self._printed and (self._n == 1 or done):
+            prompt = self._prompts[self._turn]
+            shown = f"\033[1m{prompt}\033[0m" if sys.stdout.isatty() else prompt
+            print(shown, end="\n" if self._chat or self._n > 1 else "")
+        if self._n == 1:
+            print("".join(part.text for part in parts[0][self._printed :]), end="", flush=True)
+            self._printed = len(parts[0])
+            if done:
+                print("\n")
+        elif done:
+            for index, sample in enumerate(parts):
+                print(f"[{index}] {''.join(part.text for part in sample).strip()}")
+            print()
+        return done
+
+    def results(self) -> list[RequestOutput]:
+        """Every request with all its tokens."""
+        whole = []
+        for name in sorted(self._parts, key=int):
+            outputs = [
+                replace(sample[-1], token_ids=[token for part in sample for token in part.token_ids])
+                for sample in self._parts[name]
+            ]
+            whole.append(replace(self._last[name], outputs=outputs))
+        return whole
 
 
 def as_json(output: RequestOutput) -> dict[str, Any]:
@@ -136,15 +168,21 @@ def as_json(output: RequestOutput) -> dict[str, Any]:
 
 
 def report(outputs: Sequence[RequestOutput], seconds: float) -> None:
-    """Speed and memory, on stderr. The first request's time holds compilation."""
+    """Speed and memory, on stderr: prompts until the last first token, generation from the first token on."""
+    timed = [o.metrics for o in outputs if o.metrics is not None and o.metrics.first_token_time is not None]
     prompt = sum(len(o.prompt_token_ids) for o in outputs)
     made = sum(len(c.token_ids) for o in outputs for c in o.outputs)
-    waits = [(o.metrics.first_token_time - o.metrics.first_scheduled_time) for o in outputs if o.metrics.first_token_time]
-    spans = [(o.metrics.finished_time - o.metrics.first_token_time) for o in outputs if o.metrics.first_token_time]
-    prefill = sum(len(o.prompt_token_ids) for o in outputs) / max(sum(waits), 1e-9)
-    later = sum(max(len(c.token_ids) - 1, 0) for o in outputs for c in o.outputs) / max(sum(spans), 1e-9)
-    print(f"prompt: {prompt} tokens, {prefill:.1f} tok/s; generation: {made} tokens, {later:.1f} tok/s; "
-          f"all in {seconds:.1f} s, compilation included; peak memory {peak_memory()}", file=sys.stderr)  # fmt: skip
+    if timed:
+        start = min(m.arrival_time for m in timed)
+        reading = max(m.first_token_time for m in timed) - start
+        writing = max(m.finished_time for m in timed) - min(m.first_token_time for m in timed)
+        rates = f"prompt: {prompt / max(reading, 1e-9):.1f} tok/s, generation: {made / max(writing, 1e-9):.1f} tok/s"
+    else:
+        rates = "nothing was generated"
+    print(
+        f"{rates} ({prompt} + {made} tokens in {seconds:.1f} s, compilation included); peak memory: {peak_memory()}",
+        file=sys.stderr,
+    )
 
 
 def peak_memory() -> str:
@@ -170,7 +208,9 @@ def compare(args: argparse.Namespace) -> int:
     modes = (True, False) if args.compare else (True,)
     for on in modes:
         with make_llm(args, enable_prefix_caching=on, enable_block_sharing=on) as llm:
-            llm.chat(messages[0], params, use_tqdm=False)  # compiles, and puts the prefix into the cache
+            llm.chat(messages, params, use_tqdm=False)  # compiles
+            llm.reset_prefix_cache()
+            llm.chat(messages[0], params, use_tqdm=False)  # puts the prefix into the cache
             start = time.perf_counter()
             outputs = llm.chat(messages, params)
             runs.append((outputs, time.perf_counter() - start))

@@ -1,5 +1,6 @@
 """Loading a tokenizer, and what is known of it before text comes."""
 
+import logging
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,18 +21,28 @@ def load_tokenizer(source: str | Path | Any) -> Any:
     if not isinstance(source, (str, Path)):
         return source
     directory = resolve_model(source)
-    # Imported here: transformers takes seconds, and serving token ids needs none of it.
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
+    auto, fast = _classes()
     try:
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        return auto.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds
         if (directory / "tokenizer.json").is_file():
-            return PreTrainedTokenizerFast.from_pretrained(directory)
+            return fast.from_pretrained(directory)
         raise CheckpointError(
             f"no tokenizer in {directory}: {type(error).__name__}: {error}. Pass tokenizer=DIR, or "
             "skip_tokenizer_init=True to serve token ids"
         ) from error
+
+
+def _classes() -> tuple[Any, Any]:
+    """Imported when needed: transformers takes seconds, and serving token ids needs none of it."""
+    disabled = logging.root.manager.disable
+    # It warns on import that there is no torch, of which nothing here has need.
+    logging.disable(logging.WARNING)
+    try:
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    finally:
+        logging.disable(disabled)
+    return AutoTokenizer, PreTrainedTokenizerFast
 
 
 def id_bound(tokenizer: Any) -> int:

@@ -1,0 +1,72 @@
+"""The command line, run in this process on the packaged checkpoint."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.xdist_group("demo")
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def command():
+    """`main` of scripts/generate.py."""
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "scripts" / "generate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+def test_with_no_arguments_it_asks_the_packaged_checkpoint(command, capsys):
+    assert command([]) == 0
+    out, err = capsys.readouterr()
+    assert "17 plus 25 is 42" in out and "Paris" in out
+    assert "tok/s" in err and "peak memory" in err
+
+
+def test_json_is_one_object_a_request_and_nothing_else(command, capsys):
+    prompts = ["Question: What is 3 plus 4?\nAnswer:", "Question: What is the capital of Japan?\nAnswer:"]
+    assert command(["--json", "--prompt", prompts[0], "--prompt", prompts[1], "--max-tokens", "24"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert len(rows) == 2
+    for row, answer in zip(rows, ("7", "Tokyo")):
+        assert set(row) == {"prompt_token_ids", "outputs", "num_cached_tokens"}
+        assert set(row["outputs"][0]) == {"index", "token_ids", "text", "finish_reason"}
+        assert answer in row["outputs"][0]["text"] and row["outputs"][0]["finish_reason"] == "stop"
+
+
+def test_prompts_come_from_a_file_and_samples_are_listed(command, capsys, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("What is 1 plus 1?\n\nWhat is 2 plus 2?\n")
+    arguments = ["--prompts-file", str(file), "--chat", "--n", "2", "--temperature", "0.5", "--seed", "1"]
+    assert command(arguments) == 0
+    out = capsys.readouterr().out
+    assert out.index("What is 1 plus 1?") < out.index("What is 2 plus 2?")
+    assert out.count("[0]") == out.count("[1]") == 2
+
+
+def test_the_sanity_run_shows_both_outputs_the_differences_and_the_hits(command, capsys):
+    assert command(["--samples", "20", "--add-prefix", "--compare"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("    on  ") == out.count("    off ") == 20
+    assert "0 of 20 differ between sharing on and off" in out
+    hits = int(out.split("answers as expected; ")[1].split(" of ")[0])
+    assert hits >= 20 * 16, "each question reuses at least a block of the shared prefix"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--prompt", "x", "--top-p", "3"], "top_p must be in (0, 1], got 3.0."),
+        (["--prompt", "x", "--n", "2"], "n must be 1 when using greedy sampling, got 2."),
+        (["--model", "./no-such-folder"], "the directory does not exist"),
+        (["--model", "nobody/nothing"], "cannot be had from the Hugging Face Hub"),
+    ],
+)
+def test_bad_input_is_one_line(command, capsys, arguments, words):
+    assert command(arguments) == 2
+    out, err = capsys.readouterr()
+    assert not out and words in err.splitlines()[-1]
