@@ -72,7 +72,7 @@ def init_cache(program: Program, num_blocks: int, block_size: int = 16) -> list[
 _pytree = partial(jax.tree_util.register_dataclass, meta_fields=[])
 
 
-@partial(_pytree, data_fields=["tokens", "positions", "tables"])
+@partial(jax.tree_util.register_dataclass, data_fields=["tokens", "positions", "tables"], meta_fields=["items"])
 @dataclass(frozen=True)
 class DecodeBatch:
     """One new token a sequence."""
@@ -83,6 +83,9 @@ class DecodeBatch:
     """`[B]` its position; -1 for a padding row."""
     tables: Array
     """`[B, W]` block ids."""
+    items: int | None = None
+    """Static: pieces of the rows' keys there is room for (`kernels.paged_attention.decode_items`); by default as
+    many as the tables could hold."""
 
 
 @partial(_pytree, data_fields=["tokens", "positions", "rows", "rope_lengths", "tables", "tiles", "count", "last"])
@@ -174,7 +177,7 @@ def decode(
 ) -> tuple[jax.Array, list[Lane]]:
     """One step of every sequence -> float32 logits `[B, V']`, and the cache with the new tokens in."""
     rows = DecodeRows(batch.tables, batch.positions + 1)
-    step = _context(program, cache, batch.positions, batch.tables, batch.positions + 1, rows)
+    step = _context(program, cache, batch.positions, batch.tables, batch.positions + 1, rows, batch.items)
     module = program.module(params)
     hidden, cache = module(batch.tokens, step, cache)
     return module.logits(hidden), cache
@@ -182,7 +185,7 @@ def decode(
 
 def _context(
     program: Program, cache: list[Lane], positions: jax.Array, tables: jax.Array, rope_lengths: jax.Array,
-    rows: DecodeRows | PrefillTiles,
+    rows: DecodeRows | PrefillTiles, items: int | None = None,
 ) -> StepContext:  # fmt: skip
     """`tables` `[T, W]`: the row of each token."""
     blocks, _, block_size, _ = cache[0].keys.shape
@@ -190,5 +193,5 @@ def _context(
     owner = jnp.take_along_axis(tables, (at // block_size)[:, None], axis=1)[:, 0]
     return StepContext(
         positions=at, rope_lengths=rope_lengths, blocks=jnp.where(positions >= 0, owner, blocks),
-        offsets=at % block_size, rows=rows, mesh=program.mesh, tile=TILE,
+        offsets=at % block_size, rows=rows, mesh=program.mesh, tile=TILE, items=items,
     )  # fmt: skip

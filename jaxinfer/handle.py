@@ -149,7 +149,8 @@ class Handle:
         return table
 
     def _candidates(
-        self, token: int, chosen: float, rank: int, ids: np.ndarray, top: np.ndarray, *, count: int
+        self, token: int, chosen: float | np.floating, rank: int | np.integer, ids: np.ndarray, top: np.ndarray, *,
+        count: int,
     ) -> dict[int, Logprob]:
         rows = {token: Logprob(float(chosen), int(rank), self._word(token))}
         for place, (other, value) in enumerate(zip(ids[:count].tolist(), top[:count].tolist(), strict=True)):

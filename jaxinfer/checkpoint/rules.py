@@ -1,6 +1,7 @@
 """The weight table: which checkpoint tensor becomes which rows of which parameter, held strictly."""
 
 import logging
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,11 @@ log = logging.getLogger(__name__)
 
 IGNORED = (re.compile(r".*\.rotary_emb\.(inv_freq|cos_cached|sin_cached)"), re.compile(r".*\.attention\.masked_bias"))
 """Buffers that old checkpoints carry and that are computed here."""
+
+ALIGNMENT = 64
+"""Bytes: JAX on a CPU keeps a NumPy buffer that starts at a multiple of this, and copies any other."""
+COPY_BYTES = 8 << 20
+"""Bytes copied from the file at a time."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,6 @@ def load(module: nnx.Module, table: Sequence[Rule], source: Source, mesh: Mesh, 
             param = wanted[path]
             bar.update(_bytes(param))
             param.set_value(_place(path, param, sources, source, mesh))
-            source.release()  # pages of the file that were read count as our memory until then
     nnx.update(module, nnx.from_flat_state([(_key(path), param) for path, param in wanted.items()]))
 
 
@@ -144,36 +149,60 @@ def _place(path: str, param: nnx.Param, filled: list[Rule], source: Source, mesh
     """The parameter as one array, each shard read from the checkpoint for its own device."""
     metadata = param.get_metadata()
     placed = sharding_rules.sharding(mesh, metadata["logical_axes"], param.shape, path)
-    dtype = np.dtype(param.dtype)
 
     def shard(index: tuple[slice, ...]) -> np.ndarray:
+        own = [slice(*i.indices(n)) for i, n in zip(index, param.shape, strict=True)]
+        made = _aligned([i.stop - i.start for i in own], np.dtype(param.dtype))
         if "outputs" in metadata:
-            shards = range(*index[0].indices(param.shape[0]))
-            return np.stack([_fused_shard(metadata["outputs"], s, param.shape[0], filled, source) for s in shards])
-        bounds = metadata.get("unpadded") or param.shape
-        whole = tuple(slice(*i.indices(n)) for i, n in zip(index, param.shape, strict=True))
-        read = source.read(filled[0].source, tuple(slice(i.start, min(i.stop, n)) for i, n in zip(whole, bounds)))
-        padding = [(0, i.stop - i.start - have) for i, have in zip(whole, read.shape)]
-        return np.pad(read, padding) if any(p for _, p in padding) else read
+            for part, number in zip(made, range(own[0].start, own[0].stop), strict=True):
+                _copy_fused(part, metadata["outputs"], number, param.shape[0], filled, source)
+        else:
+            bounds = metadata.get("unpadded") or param.shape
+            _copy(made, source, filled[0].source, [slice(i.start, min(i.stop, n)) for i, n in zip(own, bounds)])
+        return made
 
-    # A copy, never a view: the file may be replaced while the weights live.
-    return jax.make_array_from_callback(
-        tuple(param.shape), placed, lambda index: np.array(shard(index), dtype=dtype, order="C", copy=True)
-    )
+    return jax.make_array_from_callback(tuple(param.shape), placed, shard)
 
 
-def _fused_shard(outputs: Sequence, shard: int, tp: int, filled: list[Rule], source: Source) -> np.ndarray:
-    """`[columns, in]` of one shard: each output's own rows, one below the other."""
-    rows = {}
+def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """Zeroes at an address that JAX on a CPU takes over as it is, so that a weight is never there twice."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.zeros(size + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def _copy(target: np.ndarray, source: Source, name: str, part: Sequence[slice]) -> None:
+    """Copies a part of a tensor to the start of `target`, a few rows at a time.
+
+    A copy, never a view: the file may be replaced while the weights live. Pages of it that were read count as our
+    memory until they are released.
+    """
+    rows, *others = part
+    step = max(1, COPY_BYTES * target.shape[0] // max(1, target.nbytes))
+    for first in range(rows.start, rows.stop, step):
+        piece = source.read(name, (slice(first, min(first + step, rows.stop)), *others))
+        at = (first - rows.start, *[0] * len(others))
+        target[tuple(slice(start, start + n) for start, n in zip(at, piece.shape, strict=True))] = piece
+        source.release()
+
+
+def _copy_fused(
+    target: np.ndarray, outputs: Sequence, shard: int, tp: int, filled: list[Rule], source: Source
+) -> None:
+    """Fills `[columns, in]` of one shard: each output's own rows, one below the other."""
+    found = {}
     sizes = {output.name: output.rows for output in outputs}
     for rule in filled:
         offset = 0
         for part in rule.parts:
-            rows[part] = (rule.source, offset)
+            found[part] = (rule.source, offset)
             offset += sizes[part]
-    pieces = []
+    column = 0
     for output in outputs:
-        name, offset = rows[output.name]
+        name, offset = found[output.name]
         own = output.shard_rows(shard, tp)
-        pieces.append(source.read(name, (slice(offset + own.start, offset + own.stop),)))
-    return np.concatenate(pieces)
+        count = own.stop - own.start
+        rows = slice(offset + own.start, offset + own.stop)
+        _copy(target[column : column + count], source, name, [rows, *map(slice, target.shape[1:])])
+        column += count

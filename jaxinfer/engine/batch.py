@@ -32,9 +32,12 @@ class Bucket:
     """How many log-probabilities a sampled token comes with; -1 for none."""
     prompt_logprobs: int = -1
     """The same for the tokens of the prompt."""
+    items: int | None = None
+    """Decode: pieces of cached keys there is room for."""
 
     def __str__(self) -> str:
-        return f"{self.kind} T={self.tokens} rows={self.rows} W={self.width} {self.level.name.lower()}"
+        keys = "" if self.items is None else f" items={self.items}"
+        return f"{self.kind} T={self.tokens} rows={self.rows}{keys} {self.level.name.lower()}"
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -19,7 +19,7 @@ from jaxinfer.kv.manager import BlockManager
 log = logging.getLogger(__name__)
 
 RETRIES = 2
-"""How often in a row a step may fail before those in it are given up."""
+"""How often a sequence is computed again after steps that failed in a row, before it is given up."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Engine:
         self.requests: dict[str, Request] = {}
         self.metrics = Metrics(settings.log_interval)
         self._flight: Flight | None = None
-        self._failures = 0
+        self._suspect = Plan()
         self._start()
 
     def _start(self) -> None:
@@ -104,7 +104,7 @@ class Engine:
 
     def step(self) -> None:
         """Schedule, run, commit: the step is dispatched before the one before it is read."""
-        plan = Plan()
+        plan = self._suspect = Plan()
         try:
             if self.scheduler.needs_history:
                 self._commit(self._take_flight())
@@ -112,15 +112,14 @@ class Engine:
             flight = self._run(plan) if plan else None
             self._commit(self._take_flight())
             self._flight = flight
-            self._failures = 0
         except BaseException as error:
-            self._recover(plan, error)
+            self._recover(error)
             if not isinstance(error, Exception):
                 raise
         self._observe(plan)
 
     def _run(self, plan: Plan) -> Flight:
-        now = time.monotonic()
+        self._suspect, now = plan, time.monotonic()
         for chunk in plan.chunks:
             if chunk.sequence.request.first_scheduled_time is None:
                 chunk.sequence.request.first_scheduled_time = now
@@ -138,7 +137,7 @@ class Engine:
         """Reads a step's tokens, gives them to their sequences and ends those that are done."""
         if flight is None:
             return
-        size = self.runner.shapes.block_size
+        self._suspect, size = flight.plan, self.runner.shapes.block_size
         for sequences, sampled in flight.results:
             tokens = np.asarray(sampled.tokens).tolist()
             beside = None if sampled.logprobs is None else Logprobs(*map(np.asarray, sampled.logprobs))
@@ -181,8 +180,12 @@ class Engine:
             request = chunk.sequence.request
             if request.params.prompt_logprobs is None or chunk.sequence.index or chunk.sequence.made:
                 continue
-            span = slice(span.start, span.start + min(chunk.count, len(request.prompt) - 1 - chunk.start))
-            request.prompt_logprobs.append(Logprobs(*(column[span] for column in found)))
+            # Some are known when the prompt was preempted half way and starts over.
+            known = sum(len(part.chosen) for part in request.prompt_logprobs)
+            first, end = max(0, known - chunk.start), min(chunk.count, len(request.prompt) - 1 - chunk.start)
+            if first < end:
+                span = slice(span.start + first, span.start + end)
+                request.prompt_logprobs.append(Logprobs(*(column[span] for column in found)))
 
     def _fail(self, sequence: Sequence, message: str) -> None:
         """Ends a sequence in error; what it wrote is no longer found by others."""
@@ -194,7 +197,8 @@ class Engine:
     def _finish(self, sequence: Sequence, reason: str) -> None:
         if sequence.status is Status.FINISHED:
             return
-        self.scheduler.publish(sequence)
+        if reason != "error":
+            self.scheduler.publish(sequence)
         self.scheduler.finish(sequence, reason)
         self.metrics.success[reason] = self.metrics.success.get(reason, 0) + 1
         request = sequence.request
@@ -203,25 +207,34 @@ class Engine:
             self._time(request)
             del self.requests[request.id]
 
-    def _recover(self, plan: Plan, error: BaseException) -> None:
+    def _recover(self, error: BaseException) -> None:
         """After a failed step the donated cache may be gone: a new one, and everybody is computed again.
 
-        Those in a plan that fails again and again end in error, so that the others go on.
+        Those in steps that fail again and again end in error, so that the others go on. An interrupt is nobody's
+        fault, but it may have come anywhere.
         """
-        self._failures += 1
         log.error("a step failed (%s: %s); the cache is rebuilt", type(error).__name__, error)
-        self._flight = None
-        doomed = set(map(id, plan.sequences)) if self._failures >= RETRIES else set()
+        blamed = {id(s): s.blame() for s in set(self._suspect.sequences)} if isinstance(error, Exception) else {}
+        self._flight, self._suspect, preempted = None, Plan(), self.scheduler.preempted
+        self.requests = {name: request for name, request in self.requests.items() if not request.finished}
         again = [s for r in self.requests.values() for s in r.sequences if s.status is not Status.FINISHED]
         self._start()
+        self.scheduler.preempted = preempted
         self.runner.reset()
         for sequence in sorted(again, key=lambda s: s.age):
             sequence.status, sequence.row, sequence.computed, sequence.pending = Status.WAITING, -1, 0, 0
             self.scheduler.waiting.append(sequence)
-            if id(sequence) in doomed:
-                self._fail(sequence, f"its step failed {self._failures} times: {type(error).__name__}: {error}")
-        if doomed:
-            self._failures = 0
+            self._resume(sequence, blamed.get(id(sequence), 0), error)
+
+    def _resume(self, sequence: Sequence, failures: int, error: BaseException) -> None:
+        """Ends a sequence that is to be computed again, if it failed too often or had just come to its end."""
+        reason = sequence.end() if sequence.made else None
+        if reason is not None:
+            self._finish(sequence, reason)
+        elif failures > RETRIES:
+            self._fail(sequence, f"its step failed {failures} times: {type(error).__name__}: {error}")
+        elif sequence.length == sequence.stage_limit:
+            sequence.start_over()
 
     def reset_prefix_cache(self) -> None:
         """Forgets all cached prefixes, as after new weights."""

@@ -135,6 +135,10 @@ class Sequence:
     cumulative_logprob: float = 0.0
     logprobs: list[tuple[float, int, np.ndarray, np.ndarray]] = field(default_factory=list)
     """One a token: log-probability, rank, ids and log-probabilities of the most likely."""
+    failures: int = 0
+    """Steps it was in that failed, in a row."""
+    failed_at: int = 0
+    """Tokens made when the last of them did."""
     finish_reason: str | None = None
     stop_reason: int | str | None = None
 
@@ -172,6 +176,23 @@ class Sequence:
         """Orders sequences by arrival; the youngest is the largest."""
         return self.request.arrival, self.index
 
+    def end(self) -> str | None:
+        """The reason its last token ends it, stop strings aside; None: it goes on."""
+        request, token = self.request, int(self.tokens[self.length - 1])
+        if self.made > request.params.min_tokens and token in request.stop_ids:
+            self.stop_reason = None if token in request.params.eos_token_ids else token
+            return "stop"
+        return "length" if self.length >= request.limit else None
+
+    def blame(self) -> int:
+        """Notes that a step it was in failed; how many did in a row.
+
+        A token between two failures is no success: it is that of the prefill, where every decode fails.
+        """
+        self.failures = self.failures + 1 if self.made <= self.failed_at + 1 else 1
+        self.failed_at = self.made
+        return self.failures
+
     def add(self, token: int) -> str | None:
         """Takes a sampled token; the reason it ends the sequence, or None.
 
@@ -179,11 +200,7 @@ class Sequence:
         """
         self.tokens[self.length] = token
         self.length += 1
-        request = self.request
-        reason = "length" if self.length >= request.limit else None
-        if token in request.stop_ids and self.made > request.params.min_tokens:
-            self.stop_reason = None if token in request.params.eos_token_ids else token
-            reason = "stop"
+        request, reason = self.request, self.end()
         if request.listener is not None:
             stop = request.listener.on_token(self, reason == "stop")
             if stop is not None:

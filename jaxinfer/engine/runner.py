@@ -20,6 +20,7 @@ from jaxinfer.engine.request import bias_row
 from jaxinfer.engine.sampler import Edits, Level, Logprobs, logprobs, sample, unpack_rows
 from jaxinfer.engine.scheduler import Plan
 from jaxinfer.functional import DecodeBatch, PrefillBatch, Program
+from jaxinfer.kernels.paged_attention import decode_items, item_keys
 from jaxinfer.kv import cache as kv_cache
 from jaxinfer.kv.tables import Tables
 
@@ -51,14 +52,12 @@ class Shapes:
     sampled_vocab: int
     """Token ids from here on are never sampled: the embedding has more rows than the tokenizer has ids."""
 
-    @property
-    def width_buckets(self) -> list[int]:
-        """Table widths of decode: 256 positions and doublings."""
-        sizes, width = [], max(1, 256 // self.block_size)
-        while width < self.width:
-            sizes.append(width)
-            width *= 2
-        return [*sizes, self.width]
+    def items_bucket(self, rows: int, items: int) -> int:
+        """The work items a decode step of `rows` rows is compiled for: their number and its doublings."""
+        size = rows
+        while size < items:
+            size *= 2
+        return min(size, decode_items(rows, self.width * self.block_size, self.block_size))
 
 
 class Sampled(NamedTuple):
@@ -159,8 +158,9 @@ class Runner:
 
     def _decode_bucket(self, plan: Plan) -> Bucket:
         rows = _least(self.shapes.decode_buckets, len(plan.decodes))
-        width = _least(self.shapes.width_buckets, int(plan.positions.max()) // self.shapes.block_size + 1)
-        return Bucket("decode", rows, rows, width, *self._level(plan.decodes))
+        needed = int((plan.positions // item_keys(self.shapes.block_size) + 1).sum())
+        items = self.shapes.items_bucket(rows, needed)
+        return Bucket("decode", rows, rows, self.shapes.width, *self._level(plan.decodes), items=items)
 
     def _install_edits(self, samples: Sequence[Sample]) -> None:
         """Brings histories and biases of edited rows up to date, where they changed."""
@@ -250,7 +250,7 @@ def decode_step(
     rows = unpack_rows(parts["sampling"])
     last = tokens.at[rows.row].get(mode="clip")
     logits, cache = functional.decode(
-        program, params, cache, DecodeBatch(last, parts["positions"], parts["tables"])
+        program, params, cache, DecodeBatch(last, parts["positions"], parts["tables"], bucket.items)
     )
     new, edits = sample(_mask_padding(logits, sampled_vocab), rows, edits, bucket.level)
     beside = logprobs(logits, new, bucket.logprobs) if bucket.logprobs >= 0 else None

@@ -16,6 +16,10 @@ PREFILL_KEYS = 128
 the fastest over prompts of 16 to 512 tokens."""
 
 
+DECODE_KEYS = 128
+"""Key positions of one work item of decode."""
+
+
 class Lane(NamedTuple):
     """The cache of one layer: keys and values, `[N, K, P, D]` each."""
 
@@ -55,11 +59,11 @@ def write(lane: Lane, keys: jax.Array, values: jax.Array, blocks: jax.Array, off
 def _gather(cache: jax.Array, tables: jax.Array) -> jax.Array:
     """`[N, K, P, D]` by `[..., W]` -> `[..., K, W * P, D]`, each (block, head) tile moved as a whole.
 
-    Indexed per (block, head), which XLA's CPU gather does eight times faster than per block.
+    Indexed per (block, head), as rows of a matrix: the fastest of the ways to say it to XLA's CPU gather.
     """
     blocks, heads, positions, dim = cache.shape
     tiles = jnp.arange(heads)[:, None] + jnp.clip(tables, 0, blocks - 1)[..., None, :] * heads
-    picked = cache.reshape(blocks * heads, positions, dim).at[tiles].get(mode="promise_in_bounds")
+    picked = cache.reshape(blocks * heads, positions * dim).at[tiles].get(mode="promise_in_bounds")
     return picked.reshape(*tables.shape[:-1], heads, tables.shape[-1] * positions, dim)
 
 
@@ -67,27 +71,73 @@ def _precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
-def decode(q: jax.Array, lane: Lane, rows: DecodeRows, scale: float) -> jax.Array:
-    """Queries `[B, H, D]` -> `[B, H, D]`: softmax(scale q K^T) V over each row's own positions."""
+def item_keys(block: int) -> int:
+    """Key positions of one work item of decode: whole blocks, `DECODE_KEYS` or a little less."""
+    return max(1, DECODE_KEYS // block) * block
+
+
+def decode_items(rows: int, longest: int, block: int) -> int:
+    """The most work items that `rows` sequences of at most `longest` positions can take."""
+    return rows * -(-longest // item_keys(block))
+
+
+def _decode_work(step: DecodeRows, items: int, block: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The step's keys cut into `items` pieces of `item_keys` positions, each of one row.
+
+    Returns the row of each item `[I]` (B where there is none), the position of its first key `[I]`, and its
+    blocks `[I, C]`. It is the same for every layer, and compiled once.
+    """
+    batch, width = step.tables.shape
+    span = item_keys(block) // block
+    counts = -(-step.lengths // (span * block))
+    ends = jnp.cumsum(counts)
+    at = jnp.arange(items)
+    rows = jnp.searchsorted(ends, at, side="right", method="compare_all").astype(jnp.int32)
+    owner = jnp.minimum(rows, batch - 1)
+    first = (at - (ends - counts)[owner]) * span
+    columns = jnp.clip(first[:, None] + jnp.arange(span), 0, width - 1)
+    return rows, first * block, step.tables[owner[:, None], columns]
+
+
+def decode(q: jax.Array, lane: Lane, step: DecodeRows, scale: float, items: int | None = None) -> jax.Array:
+    """Queries `[B, H, D]` -> `[B, H, D]`: softmax(scale q K^T) V over each row's own positions.
+
+    The rows' live keys are cut into pieces of equal size, attended to apart and put together (split-K), so
+    that the work follows what is in the cache, not the longest row.
+
+    Args:
+        q: one query a row.
+        lane: the cache.
+        step: tables and lengths.
+        scale: multiplies the scores.
+        items: pieces there is room for; by default as many as the tables could hold.
+    """
     batch, heads, dim = q.shape
-    keys, values = _gather(lane.keys, rows.tables), _gather(lane.values, rows.tables)
+    block = lane.keys.shape[2]
+    items = items or decode_items(batch, step.tables.shape[1] * block, block)
+    rows, starts, blocks = _decode_work(step, items, block)
+    keys, values = _gather(lane.keys, blocks), _gather(lane.values, blocks)
     kv_heads, span = keys.shape[1:3]
-    grouped = q.reshape(batch, kv_heads, heads // kv_heads, dim)
-    live = jnp.arange(span) < rows.lengths[:, None, None]
+    grouped = q.reshape(batch, kv_heads, heads // kv_heads, dim).at[rows].get(mode="clip")
+    lengths = step.lengths.at[rows].get(mode="fill", fill_value=0)
+    live = starts[:, None] + jnp.arange(span) < lengths[:, None]
     precision = _precision(q.dtype)
     scores = scale * jnp.einsum(
-        "bkgd,bksd->bkgs", grouped, keys, precision=precision, preferred_element_type=jnp.float32
+        "ikgd,iksd->ikgs", grouped, keys, precision=precision, preferred_element_type=jnp.float32
     )
-    scores = jnp.where(live[:, None], scores, -jnp.inf)
-    top = jnp.maximum(scores.max(axis=-1, keepdims=True), -1e30)
-    weights = jnp.exp(scores - top)
-    total = jnp.maximum(weights.sum(axis=-1, keepdims=True), 1e-30)
-    values = jnp.where(live[..., None], values, 0)
-    out = jnp.einsum(
-        "bkgs,bksd->bkgd", (weights / total).astype(q.dtype), values, precision=precision,
-        preferred_element_type=jnp.float32,
-    )  # fmt: skip
-    return out.reshape(batch, heads, dim).astype(q.dtype)
+    scores = jnp.where(live[:, None, None], scores, -jnp.inf)
+    mine = rows == jnp.arange(batch)[:, None]
+    # Finite, so that a row with nothing to see gives exp(-inf - -1e30) and not NaN.
+    top = jnp.where(mine[..., None, None], scores.max(axis=-1), -1e30).max(axis=1)
+    weights = jnp.exp(scores - top.at[rows].get(mode="clip")[..., None])
+    values = jnp.where(live[:, None, :, None], values, 0)
+    parts = jnp.einsum(
+        "ikgs,iksd->ikgd", weights.astype(q.dtype), values, precision=precision, preferred_element_type=jnp.float32
+    )
+    # A row's pieces are added by a product with ones and zeros: a scatter-add has no fixed order on a GPU.
+    parts = jnp.concatenate([parts, weights.sum(axis=-1, keepdims=True)], axis=-1)
+    whole = jnp.einsum("bi,ikgd->bkgd", mine.astype(jnp.float32), parts, precision=jax.lax.Precision.HIGHEST)
+    return (whole[..., :-1] / jnp.maximum(whole[..., -1:], 1e-30)).reshape(q.shape).astype(q.dtype)
 
 
 def prefill(q: jax.Array, lane: Lane, step: PrefillTiles, scale: float, tile: int) -> jax.Array:

@@ -19,7 +19,7 @@ from jaxinfer.sharding import mesh as meshes
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["positions", "rope_lengths", "blocks", "offsets", "rows"],
-         meta_fields=["mesh", "tile"])  # fmt: skip
+         meta_fields=["mesh", "tile", "items"])  # fmt: skip
 @dataclass(frozen=True)
 class StepContext:
     """Where the tokens of one step stand: the same for every layer."""
@@ -37,6 +37,8 @@ class StepContext:
     mesh: Mesh = field(metadata={"static": True})
     tile: int = field(default=1, metadata={"static": True})
     """Queries a prefill tile holds at most."""
+    items: int | None = field(default=None, metadata={"static": True})
+    """Work items that decode has room for (`kernels.paged_attention.decode`)."""
 
 
 def attend(
@@ -60,7 +62,7 @@ def attend(
     def local(q: jax.Array, k: jax.Array, v: jax.Array, lane: Lane, step: StepContext) -> tuple[jax.Array, Lane]:
         lane = paged.write(lane, k[:, 0], v[:, 0], step.blocks, step.offsets)
         if isinstance(step.rows, DecodeRows):
-            out = paged.decode(q[:, 0], lane, step.rows, scale)
+            out = paged.decode(q[:, 0], lane, step.rows, scale, step.items)
         else:
             out = paged.prefill(q[:, 0], lane, step.rows, scale, step.tile)
         return out[:, None], lane
