@@ -5,22 +5,22 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxinfer import functional
 from jaxinfer.engine import batch as batches
 from jaxinfer.engine.batch import Bucket
 from jaxinfer.engine.request import Sequence as Sample
 from jaxinfer.engine.request import bias_row
-from jaxinfer.engine.sampler import Edits, Level, Logprobs, logprobs, sample, unpack_rows
+from jaxinfer.engine.sampler import Edits, Level
 from jaxinfer.engine.scheduler import Plan
-from jaxinfer.functional import DecodeBatch, PrefillBatch, Program
-from jaxinfer.kernels.paged_attention import decode_items, item_keys
+from jaxinfer.engine.steps import Sampled, Shapes, abstract_cache, edit_shapes, make_step, replicated, shardings
+from jaxinfer.errors import EngineError
+from jaxinfer.functional import Program
+from jaxinfer.kernels.paged_attention import item_keys
 from jaxinfer.kv import cache as kv_cache
 from jaxinfer.kv.tables import Tables
 
@@ -28,46 +28,6 @@ log = logging.getLogger(__name__)
 
 COPY_BUCKET = 16
 """Block copies are padded to powers of this."""
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """What fixes the shapes of the compiled steps."""
-
-    num_blocks: int
-    """N."""
-    block_size: int
-    """P."""
-    rows: int
-    """R: sequences that run at a time."""
-    width: int
-    """W of the longest sequence."""
-    decode_buckets: tuple[int, ...]
-    prefill_buckets: tuple[int, ...]
-    prefill_rows: int
-    """Sequences of one prefill at most."""
-    max_logprobs: int
-    max_length: int
-    """Tokens of the longest sequence, at most W * P."""
-    sampled_vocab: int
-    """Token ids from here on are never sampled: the embedding has more rows than the tokenizer has ids."""
-
-    def items_bucket(self, rows: int, items: int) -> int:
-        """The work items a decode step of `rows` rows is compiled for: their number and its doublings."""
-        size = rows
-        while size < items:
-            size *= 2
-        return min(size, decode_items(rows, self.width * self.block_size, self.block_size))
-
-
-class Sampled(NamedTuple):
-    """What a step leaves for the host."""
-
-    tokens: jax.Array
-    """`[B]`, `BAD_TOKEN` where the logits were not numbers."""
-    logprobs: Logprobs | None
-    prompt_logprobs: Logprobs | None = None
-    """`[T, ...]` of every token's successor in the prompt."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +52,7 @@ class Runner:
         self._steps: dict[Bucket, Callable[..., Any]] = {}
         self._lanes = abstract_cache(program, shapes)
         self._whole = replicated(program)
-        self._copy = jax.jit(kv_cache.copy_blocks, donate_argnums=0, out_shardings=_shardings(self._lanes))
+        self._copy = jax.jit(kv_cache.copy_blocks, donate_argnums=0, out_shardings=shardings(self._lanes))
         self._install = jax.jit(_install, donate_argnums=0, out_shardings=self._whole)
         self.reset()
 
@@ -133,9 +93,12 @@ class Runner:
         step, started = self._steps.get(bucket), time.perf_counter()
         if step is None:
             step = self._steps[bucket] = make_step(self.program, self.shapes, bucket)
-        self.cache, self.tokens, edits, sampled = step(
-            self.params, self.cache, self.tokens, self.edits if edited else None, packed
-        )
+        try:
+            self.cache, self.tokens, edits, sampled = step(
+                self.params, self.cache, self.tokens, self.edits if edited else None, packed
+            )
+        except Exception as error:
+            raise EngineError(f"the step {bucket} failed: {type(error).__name__}: {error}") from error
         if edited:
             self.edits = edits
         if bucket not in self.compile_seconds:
@@ -166,7 +129,7 @@ class Runner:
         """Brings histories and biases of edited rows up to date, where they changed."""
         if self.edits is None:
             make = partial(jnp.zeros, device=self._whole)
-            history, bias = _edit_shapes(self.program, self.shapes)
+            history, bias = edit_shapes(self.program, self.shapes)
             self.edits = Edits(make(history, jnp.int32), make(bias, jnp.float32))
         for sequence in samples:
             if sequence.request.level < Level.EDITED:
@@ -182,100 +145,11 @@ class Runner:
                 sequence.bias_version = version
 
 
-def replicated(program: Program) -> NamedSharding:
-    """Whole on every device: of all a step takes and gives but parameters and cache."""
-    return NamedSharding(program.mesh, PartitionSpec())
-
-
-def abstract_cache(program: Program, shapes: Shapes) -> list[kv_cache.Lane]:
-    """Shapes and shardings of the cache; nothing is allocated."""
-    return kv_cache.abstract(program.specs, shapes.num_blocks, shapes.block_size, program.dtype, program.mesh)
-
-
-def make_step(program: Program, shapes: Shapes, bucket: Bucket) -> Callable[..., Any]:
-    """The jitted step of a bucket: (params, cache, tokens, edits, packed) -> (cache, tokens, edits, Sampled)."""
-    body = prefill_step if bucket.kind == "prefill" else decode_step
-    whole = replicated(program)
-    return jax.jit(
-        partial(body, program, bucket, shapes.sampled_vocab), donate_argnums=(1, 2, 3),
-        out_shardings=(_shardings(abstract_cache(program, shapes)), whole, whole, whole),
-    )  # fmt: skip
-
-
-def abstract_arguments(program: Program, shapes: Shapes, bucket: Bucket) -> tuple[Any, ...]:
-    """Shapes and shardings of what follows the parameters in a step's call, to compile it where no such device is."""
-    whole = partial(jax.ShapeDtypeStruct, sharding=replicated(program))
-    size = sum(int(np.prod(shape)) for shape in bucket.shapes.values())
-    edits = None
-    if bucket.level >= Level.EDITED:
-        history, bias = _edit_shapes(program, shapes)
-        edits = Edits(whole(history, jnp.int32), whole(bias, jnp.float32))
-    tokens = whole((shapes.rows,), jnp.int32)
-    return abstract_cache(program, shapes), tokens, edits, whole((size,), jnp.int32)
-
-
-def _shardings(lanes: list[kv_cache.Lane]) -> list[kv_cache.Lane]:
-    return jax.tree.map(lambda array: array.sharding, lanes)
-
-
-def _edit_shapes(program: Program, shapes: Shapes) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Of history `[R, L]` and bias `[R, V']`."""
-    return (shapes.rows, shapes.width * shapes.block_size), (shapes.rows, program.vocab)
-
-
 def _install(edits: Edits, row: jax.Array, history: jax.Array, known: jax.Array, bias: jax.Array) -> Edits:
     """Sets a row's bias and the first `known` tokens of its history; later ones are the device's own."""
     kept = jnp.where(jnp.arange(history.shape[0]) < known, history, edits.history[row])
     return Edits(edits.history.at[row].set(kept), edits.bias.at[row].set(bias))
 
 
-def _mask_padding(logits: jax.Array, vocab: int) -> jax.Array:
-    """`[B, V']` with the columns that no tokenizer knows at -inf."""
-    if vocab >= logits.shape[-1]:
-        return logits
-    # Added, not selected, so that a row of NaN stays one.
-    return logits + jnp.where(jnp.arange(logits.shape[-1]) < vocab, 0.0, -jnp.inf)
-
-
 def _least(sizes: Sequence[int], needed: int) -> int:
     return next(size for size in sizes if size >= needed)
-
-
-def decode_step(
-    program: Program, bucket: Bucket, sampled_vocab: int, params: list[jax.Array], cache: list[kv_cache.Lane],
-    tokens: jax.Array, edits: Edits | None, packed: jax.Array,
-) -> tuple[list[kv_cache.Lane], jax.Array, Edits | None, Sampled]:  # fmt: skip
-    """One token for every row: `tokens` `[R]` holds the last one of each, and is where the new ones go."""
-    parts = batches.unpack(bucket, packed)
-    rows = unpack_rows(parts["sampling"])
-    last = tokens.at[rows.row].get(mode="clip")
-    logits, cache = functional.decode(
-        program, params, cache, DecodeBatch(last, parts["positions"], parts["tables"], bucket.items)
-    )
-    new, edits = sample(_mask_padding(logits, sampled_vocab), rows, edits, bucket.level)
-    beside = logprobs(logits, new, bucket.logprobs) if bucket.logprobs >= 0 else None
-    return cache, tokens.at[rows.row].set(new, mode="drop"), edits, Sampled(new, beside)
-
-
-def prefill_step(
-    program: Program, bucket: Bucket, sampled_vocab: int, params: list[jax.Array], cache: list[kv_cache.Lane],
-    tokens: jax.Array, edits: Edits | None, packed: jax.Array,
-) -> tuple[list[kv_cache.Lane], jax.Array, Edits | None, Sampled]:  # fmt: skip
-    """Chunks of prompts, and a token for each sequence whose prompt ends here."""
-    parts = batches.unpack(bucket, packed)
-    rows, targets = unpack_rows(parts.pop("sampling")), parts.pop("targets")
-    hidden, cache = functional.prefill_hidden(program, params, cache, PrefillBatch(**parts))
-    module = program.module(params)
-    logits = module.logits(hidden[parts["last"]])
-    new, edits = sample(_mask_padding(logits, sampled_vocab), rows, edits, bucket.level)
-    beside = logprobs(logits, new, bucket.logprobs) if bucket.logprobs >= 0 else None
-    prompt = None
-    if bucket.prompt_logprobs >= 0:
-        # A few rows at a time: all logits of a chunk would be `[T, V]`.
-        prompt = jax.lax.map(
-            lambda one: jax.tree.map(
-                lambda a: a[0], logprobs(module.logits(one[0][None]), one[1][None], bucket.prompt_logprobs)
-            ),
-            (hidden, targets), batch_size=min(64, bucket.tokens),
-        )  # fmt: skip
-    return cache, tokens.at[rows.row].set(new, mode="drop"), edits, Sampled(new, beside, prompt)

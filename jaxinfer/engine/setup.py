@@ -9,7 +9,8 @@ import jax
 
 from jaxinfer.config import CPU_CACHE_BYTES, EngineConfig
 from jaxinfer.engine.engine import Engine, HostSettings
-from jaxinfer.engine.runner import Runner, Shapes
+from jaxinfer.engine.runner import Runner
+from jaxinfer.engine.steps import Shapes
 from jaxinfer.errors import CapacityError, ConfigError
 from jaxinfer.functional import Program, split
 from jaxinfer.kv import cache as kv_cache

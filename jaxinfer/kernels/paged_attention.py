@@ -134,10 +134,20 @@ def decode(q: jax.Array, lane: Lane, step: DecodeRows, scale: float, items: int 
     parts = jnp.einsum(
         "ikgs,iksd->ikgd", weights.astype(q.dtype), values, precision=precision, preferred_element_type=jnp.float32
     )
-    # A row's pieces are added by a product with ones and zeros: a scatter-add has no fixed order on a GPU.
-    parts = jnp.concatenate([parts, weights.sum(axis=-1, keepdims=True)], axis=-1)
-    whole = jnp.einsum("bi,ikgd->bkgd", mine.astype(jnp.float32), parts, precision=jax.lax.Precision.HIGHEST)
+    whole = _add_pieces(jnp.concatenate([parts, weights.sum(axis=-1, keepdims=True)], axis=-1), mine)
     return (whole[..., :-1] / jnp.maximum(whole[..., -1:], 1e-30)).reshape(q.shape).astype(q.dtype)
+
+
+def _add_pieces(parts: jax.Array, mine: jax.Array) -> jax.Array:
+    """`[I, K, G, X]` pieces and who owns them `[B, I]` -> their sums `[B, K, G, X]`.
+
+    By a product with ones and zeros, as a scatter-add has no fixed order on a GPU. What is not finite is kept
+    out of it, 0 x NaN being NaN, and comes back in its own row only.
+    """
+    sane = jnp.isfinite(parts).all(axis=(1, 2, 3))
+    parts = jnp.where(sane[:, None, None, None], parts, 0)
+    whole = jnp.einsum("bi,ikgd->bkgd", mine.astype(jnp.float32), parts, precision=jax.lax.Precision.HIGHEST)
+    return jnp.where((mine & ~sane).any(axis=1)[:, None, None, None], jnp.nan, whole)
 
 
 def prefill(q: jax.Array, lane: Lane, step: PrefillTiles, scale: float, tile: int) -> jax.Array:

@@ -13,10 +13,11 @@ def test_copies_are_seen_by_size_in_any_computation_and_layout():
     %copy.1 = bf16[64,4,16]{2,1,0} copy(%p), metadata={scheduling_name="copy.1"}
     ROOT %copy.2 = f32[2,4]{0,1} copy(%p)
     %copy-start.1 = (f32[4096]{0:S(5)}, f32[4096]{0}, u32[]) copy-start(%p)
+    %convert.1 = f32[64,64]{1,0} convert(%p)
     %fusion = f32[4096]{0} fusion(%p), calls=%copy_fusion
     """
-    assert [found.split()[0] for found in large_copies(text, 4096)] == ["%copy.1", "%copy-start.1"]
-    assert len(large_copies(text, 8)) == 3
+    assert [found.split()[0] for found in large_copies(text, 4096)] == ["%copy.1", "%copy-start.1", "%convert.1"]
+    assert len(large_copies(text, 8)) == 4
 
 
 def test_an_array_that_is_not_donated_is_seen_as_a_copy():

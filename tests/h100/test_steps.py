@@ -7,7 +7,7 @@ import pytest
 from support.lowering import MEDIUM, Compiled, abstract_model, compile_step, h100_mesh, require_cuda_compiler
 
 from jaxinfer.engine.batch import Bucket
-from jaxinfer.engine.runner import Shapes
+from jaxinfer.engine.steps import Shapes
 from jaxinfer.engine.sampler import Level
 
 pytestmark = [pytest.mark.xdist_group("h100"), pytest.mark.usefixtures("cuda_compiler")]

@@ -46,7 +46,10 @@ def alone(runner: Runner, wanted: Sequence[Request]) -> list[list[list[int]]]:
 @cache
 def _alone(runner: Runner, name: str, ids: tuple[int, ...], params: SamplingParams, seed: int) -> list[list[int]]:
     engine = make_engine(runner, prefix_caching=False, block_sharing=False)
-    return run(engine, [make_request(name, ids, params, seed=seed)])[0]
+    request = make_request(name, ids, params, seed=seed)
+    [made] = run(engine, [request])
+    assert all(s.finish_reason != "error" for s in request.sequences)
+    return made
 
 
 def poison(runner: Runner) -> None:

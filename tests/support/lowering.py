@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from jaxinfer.checkpoint import rules
 from jaxinfer.engine.batch import Bucket
-from jaxinfer.engine.runner import Shapes, abstract_arguments, make_step
+from jaxinfer.engine.steps import Shapes, abstract_arguments, make_step
 from jaxinfer.functional import Program, split
 from jaxinfer.models import loading
 from jaxinfer.sharding import make_mesh
@@ -37,7 +37,8 @@ MEDIUM = dict(
 )  # fmt: skip
 """config.json of a Llama of 0.25 B parameters."""
 
-_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?\S+ = .*?\b(copy|copy-start)\(", re.MULTILINE)
+# A conversion or a transposition of a whole array moves as much as a copy does.
+_COPY = re.compile(r"^\s*(?:ROOT )?%?\S+ = .*? (?:copy|copy-start|convert|transpose)\(", re.MULTILINE)
 _ARRAY = re.compile(r"\w+\[([\d,]*)\]")
 _COLLECTIVE = re.compile(
     r"\b(all-reduce|all-gather|collective-permute|collective-broadcast|all-to-all|reduce-scatter)(?:-start)?\("
@@ -114,9 +115,9 @@ class Compiled:
 
 
 def large_copies(program: str, elements: int) -> list[str]:
-    """The copy instructions of a program's text that write arrays of at least `elements` elements."""
+    """The instructions of a program's text that copy, convert or transpose at least `elements` elements."""
     found = []
-    for match in _INSTRUCTION.finditer(program):
+    for match in _COPY.finditer(program):
         sizes = [math.prod(map(int, filter(None, dims.split(",")))) for dims in _ARRAY.findall(match[0])]
         if max(sizes, default=0) >= elements:
             found.append(match[0].strip())

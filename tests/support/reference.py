@@ -1,7 +1,6 @@
 """The reference: tiny transformers models whose every option shows in the logits. Needs torch."""
 
 import copy
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,7 +42,7 @@ def model(family: str, *, seed: int = 0, head: float = 0.7, **changes: Any) -> M
                 value.copy_(head * noise)
             elif "embed" in name:
                 # Tied, a large embedding would have every token predict itself.
-                value.copy_((0.5 if tied else 1.0) * noise)
+                value.copy_((0.25 if tied else 1.0) * noise)
             else:
                 # The MLP outweighs the embedding, so that the kinds of gelu can be told apart.
                 scale = 3.0 if "down_proj" in name else 1.5
@@ -51,13 +50,9 @@ def model(family: str, *, seed: int = 0, head: float = 0.7, **changes: Any) -> M
     return made
 
 
-def save(reference: Model, folder: Path, *, changes: dict[str, Any] | None = None, **how: Any) -> Path:
-    """`save_pretrained`, then `changes` laid over config.json; a change to None takes the attribute out."""
+def save(reference: Model, folder: Path, **how: Any) -> Path:
+    """`save_pretrained`; gives the folder."""
     reference.save_pretrained(folder, **how)
-    if changes:
-        path = folder / "config.json"
-        values = json.loads(path.read_text()) | changes
-        path.write_text(json.dumps({name: value for name, value in values.items() if value is not None}))
     return folder
 
 
@@ -105,8 +100,8 @@ def with_config(**changes: Any) -> Callable[[Model], Model]:
     return change
 
 
-def with_weights(ending: str, value: float | Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Model], Model]:
-    """Weights whose names end so set to one value, or to a function of themselves."""
+def with_weights(ending: str, value: float) -> Callable[[Model], Model]:
+    """Weights whose names end so set to one value."""
 
     @torch.no_grad()
     def change(reference: Model) -> Model:
@@ -114,8 +109,7 @@ def with_weights(ending: str, value: float | Callable[[torch.Tensor], torch.Tens
         names = [name for name, _ in made.named_parameters() if name.endswith(ending)]
         assert names, ending
         for name in names:
-            weight = made.get_parameter(name)
-            weight.copy_(value(weight) if callable(value) else torch.full_like(weight, value))
+            made.get_parameter(name).fill_(value)
         return made
 
     return change

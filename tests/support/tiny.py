@@ -8,7 +8,8 @@ import numpy as np
 
 from jaxinfer.engine.engine import Engine, HostSettings
 from jaxinfer.engine.request import Request
-from jaxinfer.engine.runner import Runner, Shapes
+from jaxinfer.engine.runner import Runner
+from jaxinfer.engine.steps import Shapes
 from jaxinfer.functional import split
 from jaxinfer.models import loading
 from jaxinfer.resolve import ModelLimits, resolve
