@@ -37,6 +37,8 @@ class DecoderConfig:
     """Positions the model was made for."""
     window: int | None = None
     """Sliding window of its attention; sequences no longer than it are not changed by it."""
+    recomputed: bool = False
+    """Whether a sequence is computed again where longrope's frequencies change (Phi-3)."""
     mlp_bias: bool = False
     tied: bool = False
     """The head is the embedding."""
@@ -53,8 +55,8 @@ class DecoderConfig:
 
     @property
     def recompute_after(self) -> int | None:
-        """longrope has other frequencies beyond its original length: transformers computes all again there."""
-        return self.rope.original_max_position if self.rope.kind == "longrope" else None
+        """longrope has other frequencies beyond its original length."""
+        return self.rope.original_max_position if self.recomputed and self.rope.kind == "longrope" else None
 
 
 def read_config(

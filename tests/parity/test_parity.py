@@ -1,6 +1,7 @@
-"""Every family and every option against transformers: logits at all positions, 64 greedy tokens, and that each tells.
+"""Every family and every option against transformers: logits at all positions, 64 greedy tokens.
 
-Tiny checkpoints are made on the spot, written by `save_pretrained` and read by the real loader.
+That each option tells is shown by taking it away from the reference. Tiny checkpoints are made on the spot,
+written by `save_pretrained` and read by the real loader.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import checkpoints
+from support import loaded
 from support.tiny import prompt
 
 pytest.importorskip("torch", reason="the reference of the parity tests; it comes with the extra `test`")
@@ -38,7 +39,6 @@ class Case:
     """Option -> the reference of a program that overlooks it."""
     lengths: tuple[int, ...] = LENGTHS
     head: float = 0.7
-    slow: bool = True
 
 
 def rope(kind: str, **parameters: Any) -> dict[str, Any]:
@@ -51,8 +51,11 @@ DYNAMIC = rope("dynamic", factor=4.0) | {"max_position_embeddings": 32}
 LLAMA3 = rope(
     "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
 )
-YARN = rope("yarn", factor=8.0, original_max_position_embeddings=32)
 SHORT, LONG = [1.0 + 0.2 * i for i in range(8)], [2.0 + 0.5 * i for i in range(8)]
+
+
+def yarn(**changed: Any) -> dict[str, Any]:
+    return rope("yarn", factor=8.0, original_max_position_embeddings=32, **changed)
 
 
 def longrope(original: int, **changed: Any) -> dict[str, Any]:
@@ -78,7 +81,9 @@ GROUPS = {"groups of query heads": ref.other_groups}
 HEAD_DIM = {"head_dim": ref.with_attention(ref.scale_of_width)}
 
 CASES = {
-    "llama": Case("llama", {}, {**GROUPS, **HEAD_DIM, **NORMS, "head": ref.with_config(tie_word_embeddings=True)}, slow=False),
+    "llama": Case(
+        "llama", {}, {**GROUPS, **HEAD_DIM, **NORMS, "head": ref.with_config(tie_word_embeddings=True)}
+    ),
     "llama mqa, gelu": Case(
         "llama", {"num_key_value_heads": 1, "hidden_act": "gelu"},
         {"one kv head for all": ref.first_head_only, "gelu": activation("silu"), "exact gelu": activation("gelu_new")},
@@ -98,21 +103,23 @@ CASES = {
     ),
     "llama tied, theta, epsilon, gelu_new": Case(
         "llama",
-        {"tie_word_embeddings": True, "rms_norm_eps": 0.1, "hidden_act": "gelu_new", **rope("default", rope_theta=500.0)},
+        {"tie_word_embeddings": True, "rms_norm_eps": 0.1, "hidden_act": "gelu_new",
+         **rope("default", rope_theta=500.0)},
         {"rope_theta": PLAIN, "rms_norm_eps": ref.with_config(rms_norm_eps=1e-5), "gelu_new": activation("silu")},
     ),
     "llama linear": Case("llama", LINEAR, {"linear": PLAIN}),
     "llama dynamic": Case("llama", DYNAMIC, {"dynamic": PLAIN}),
-    "llama llama3": Case("llama", LLAMA3, {"llama3": PLAIN}, slow=False),
+    "llama llama3": Case("llama", LLAMA3, {"llama3": PLAIN}),
     "llama yarn": Case(
-        "llama", YARN, {"yarn": PLAIN, "attention factor": ref.with_config(**rope("yarn", factor=8.0, original_max_position_embeddings=32, attention_factor=1.0))},
+        "llama", yarn(), {"yarn": PLAIN, "attention factor": ref.with_config(**yarn(attention_factor=1.0))}
     ),
     "llama longrope": Case(
         "llama", longrope(32),
-        {"short": ref.with_config(**longrope(32, short_factor=LONG)), "long": ref.with_config(**longrope(32, long_factor=SHORT))},
+        {"short": ref.with_config(**longrope(32, short_factor=LONG)),
+         "long": ref.with_config(**longrope(32, long_factor=SHORT))},
     ),
     "mistral": Case("mistral", {}, {**GROUPS, **HEAD_DIM, **NORMS}),
-    "mistral yarn": Case("mistral", YARN, {"yarn": PLAIN}),
+    "mistral yarn": Case("mistral", yarn(), {"yarn": PLAIN}),
     "qwen2": Case(
         "qwen2", {}, {**GROUPS, **HEAD_DIM, **{f"bias of {n}": ref.with_weights(f"{n}_proj.bias", 0.0) for n in "qkv"}}
     ),
@@ -130,7 +137,8 @@ CASES = {
     "phi3 partial rotary": Case(
         "phi3", rope("default", partial_rotary_factor=0.5), {"partial rotary": PLAIN}
     ),
-    # transformers throws Phi-3's cache away where a sequence grows past the original length: wholly below, wholly above.
+    # transformers throws Phi-3's cache away where a sequence grows past the original length, and so do we.
+    "phi3 longrope across": Case("phi3", longrope(32) | PHI3_HEADS),
     "phi3 longrope short": Case(
         "phi3", longrope(128) | PHI3_HEADS, {"short": ref.with_config(**longrope(128, short_factor=LONG))}
     ),
@@ -140,11 +148,11 @@ CASES = {
 }
 
 
-def cases(names: list[str] | None = None) -> pytest.MarkDecorator:
+def cases(quick: tuple[str, ...] = ("llama", "llama llama3")) -> pytest.MarkDecorator:
     """Parametrises over cases: those of a family on one worker, all but a few out of the quick tier."""
     return pytest.mark.parametrize("name", [
-        pytest.param(name, marks=[pytest.mark.xdist_group(case.family), *[pytest.mark.slow] * case.slow])
-        for name, case in CASES.items() if names is None or name in names
+        pytest.param(name, marks=[pytest.mark.xdist_group(case.family), *[pytest.mark.slow] * (name not in quick)])
+        for name, case in CASES.items()
     ])  # fmt: skip
 
 
@@ -172,15 +180,15 @@ FOLLOWING = [prompt(4, 10), prompt(2, 11), prompt(4, 12), prompt(1, 13)]
 def test_logits_at_every_position_equal_transformers(name, folder):
     asked = prompts(name)
     following = FOLLOWING[: len(asked)]
-    found = checkpoints.logits(folder(name), asked, following)
+    found = loaded.logits(folder(name), asked, following)
     for ids, after, ours in zip(asked, following, found, strict=True):
         np.testing.assert_allclose(ours, ref.logits(model(name), ids, after), rtol=0, atol=TOLERANCE)
 
 
-@cases()
+@cases(quick=("llama",))
 def test_greedy_tokens_equal_transformers(name, folder):
     asked = prompts(name)
-    found = checkpoints.greedy(folder(name), asked, GREEDY)
+    found = loaded.greedy(folder(name), asked, GREEDY)
     expected = [ref.greedy(model(name), ids, GREEDY) for ids in asked]
     assert found == expected
     assert len(set(sum(expected, []))) > 15, "the tokens must differ for this to tell anything"

@@ -37,8 +37,11 @@ def checkpoint_runner(folder: Path) -> Runner:
 def greedy(folder: Path, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
     """Greedy tokens of all prompts in one engine: their chunks and their decode steps are mixed."""
     params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
-    requests = [make_request(str(i), prompt, params) for i, prompt in enumerate(prompts)]
-    return [samples[0] for samples in run(make_engine(checkpoint_runner(folder)), requests)]
+    runner = checkpoint_runner(folder)
+    config = runner.program.module(runner.params).config
+    rope = {"length_key": config.length_key, "recompute_after": config.recompute_after}
+    requests = [make_request(str(i), prompt, params, **rope) for i, prompt in enumerate(prompts)]
+    return [samples[0] for samples in run(make_engine(runner), requests)]
 
 
 @partial(jax.jit, static_argnums=0)

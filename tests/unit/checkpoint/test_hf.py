@@ -41,6 +41,7 @@ def downloads(monkeypatch):
         return calls["answer"]
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     return calls
 
 

@@ -1,0 +1,74 @@
+"""One tiny checkpoint and one LLM for all fault tests; other host settings are laid over it, nothing is compiled again."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from support import checkpoint
+
+from jaxinfer import LLM
+from jaxinfer.engine.engine import Engine
+
+SETTINGS = dict(
+    max_model_len=128, max_num_seqs=8, max_num_batched_tokens=32, block_size=4, decode_buckets=(8,), prefill_buckets=(32,),
+    kv_cache_memory_bytes=1 << 20, check_invariants=True, use_tqdm=False,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A checkpoint with tokenizer, chat template and two EOS ids."""
+    return checkpoint.write(tmp_path_factory.mktemp("tiny"), scale=4.0)
+
+
+@pytest.fixture(scope="session")
+def make_llm(folder) -> Callable[..., LLM]:
+    """An LLM of its own; it compiles its own steps."""
+    return lambda **settings: LLM(folder, **SETTINGS | settings)
+
+
+@pytest.fixture(scope="session")
+def shared_llm(make_llm) -> Iterator[LLM]:
+    """The LLM that `llm` hands out."""
+    with make_llm() as llm:
+        yield llm
+
+
+@pytest.fixture
+def llm(shared_llm) -> Iterator[LLM]:
+    """The shared LLM with nothing cached; afterwards nothing may run and no block be held."""
+    shared_llm.reset_prefix_cache()
+    yield shared_llm
+    assert_idle(shared_llm)
+
+
+def assert_idle(llm: LLM) -> None:
+    """Nothing runs, waits or is held; the accounting adds up."""
+    engine = llm._engine
+    while engine.has_work and not engine.requests:  # a last step in flight of what was aborted
+        engine.step()
+    assert not engine.requests and not engine.has_work
+    assert int(engine.manager.pool.num_held) == 0
+    engine.manager.check()
+
+
+@pytest.fixture
+def host(llm) -> Callable[..., Any]:
+    """`with host(pool_blocks=3): ...`: the shared LLM with other settings of the host."""
+
+    @contextmanager
+    def laid_over(**settings: Any) -> Iterator[Engine]:
+        before = llm._engine
+        before.runner.reset()
+        llm._engine = Engine(before.runner, replace(before.settings, **settings))
+        try:
+            yield llm._engine
+            assert_idle(llm)
+        finally:
+            llm._engine = before
+            before.runner.reset()
+            before.reset_prefix_cache()
+
+    return laid_over

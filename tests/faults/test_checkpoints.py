@@ -1,0 +1,103 @@
+"""Checkpoints that do not fit, met through `LLM`; each part of reading is tested in unit/checkpoint."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from support import checkpoint
+
+from jaxinfer import LLM
+from jaxinfer.errors import CheckpointError, ConfigError
+
+
+@pytest.fixture
+def copy(folder, tmp_path):
+    return shutil.copytree(folder, tmp_path / "copy")
+
+
+def edit(folder, change):
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors")
+
+
+def config(folder, **fields):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+NORM = "model.layers.1.input_layernorm.weight"
+DOWN = "model.layers.0.mlp.down_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.pop(NORM), f"lacks 1 tensor.*{NORM}"),
+        (lambda w: w.update(extra=np.zeros(3, np.float32)), "1 tensor.*does not know: 'extra'"),
+        (lambda w: w.update({DOWN: np.zeros((48, 32), np.float32)}),
+         rf"'{DOWN}': expected shape \[32, 48\], found \[48, 32\]"),
+    ],
+)  # fmt: skip
+def test_tensors_that_do_not_fit(copy, change, message):
+    edit(copy, change)
+    with pytest.raises(CheckpointError, match=message):
+        LLM(copy, use_tqdm=False)
+
+
+def test_a_truncated_file(copy):
+    path = copy / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="model.safetensors"):
+        LLM(copy, use_tqdm=False)
+
+
+def test_an_index_that_names_an_absent_file(copy):
+    index = {"weight_map": {NORM: "model-00002-of-00002.safetensors"}}
+    (copy / "model.safetensors").unlink()
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="model-00002-of-00002.safetensors"):
+        LLM(copy, use_tqdm=False)
+
+
+def test_only_pickles(copy):
+    (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=".bin"):
+        LLM(copy, use_tqdm=False)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(architectures=["T5ForConditionalGeneration"]), "T5.*not supported; supported: LlamaForCausalLM"),
+        (dict(hidden_size=0), "hidden_size"),
+        (dict(num_hidden_layers=-1), "num_hidden_layers"),
+        (dict(vocab_size=10**12), "vocab_size"),
+        (dict(num_key_value_heads=3), "num_attention_heads is 4, which num_key_value_heads = 3 does not divide"),
+        (dict(rope_scaling={"rope_type": "spiral", "factor": 2.0}), "spiral"),
+        (dict(quantization_config={"quant_method": "gptq"}), "gptq"),
+        (dict(attn_logit_softcapping=50.0), "attn_logit_softcapping"),
+    ],
+)
+def test_configurations_that_are_not_served(copy, fields, message):
+    config(copy, **fields)
+    with pytest.raises(ConfigError, match=message):
+        LLM(copy, use_tqdm=False)
+
+
+def test_heads_that_do_not_divide_over_devices(folder):
+    with pytest.raises(ConfigError, match="(?s)4.*3|3.*4"):
+        LLM(folder, tensor_parallel_size=3, use_tqdm=False)
+
+
+def test_overrides_are_laid_over_the_configuration(folder):
+    with pytest.raises(ConfigError, match="num_key_value_heads = 3"):
+        LLM(folder, hf_overrides={"num_key_value_heads": 3}, use_tqdm=False)
+
+
+def test_no_tokenizer(tmp_path):
+    folder = checkpoint.write(tmp_path / "bare", with_tokenizer=False)
+    with pytest.raises(CheckpointError, match="tokenizer=DIR, or skip_tokenizer_init=True"):
+        LLM(folder, use_tqdm=False)

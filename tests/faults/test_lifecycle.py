@@ -1,0 +1,245 @@
+"""Requests that end before their time, interrupts, threads, two engines, closing."""
+
+import threading
+import time
+
+import pytest
+from flax import nnx
+
+from jaxinfer import LLM, SamplingParams
+from jaxinfer.errors import EngineClosedError
+from jaxinfer.text import parse_prompts
+
+LONG = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
+SHORT = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+IDS = [10, 11, 12, 13, 14]
+
+
+def tokens(results):
+    return [list(r.outputs[0].token_ids) for r in results]
+
+
+def test_a_consumer_that_stops(llm):
+    expected = tokens(llm.generate([IDS], SHORT))
+    stream = llm.stream([IDS, [9] * 30], LONG)
+    next(stream)
+    stream.close()
+    assert not llm._engine.requests
+    for update in llm.stream([IDS], LONG):
+        break
+    del update
+    assert tokens(llm.generate([IDS], SHORT)) == expected
+
+
+def test_a_stream_that_nobody_reads(llm):
+    """It is checked at once, and queued when it is first read."""
+    stream = llm.stream([IDS], LONG)
+    assert not llm._engine.requests
+    del stream
+    stream = llm.stream([IDS], LONG)
+    next(stream)
+    assert llm._engine.requests
+    del stream
+    assert not llm._engine.requests
+
+
+def test_a_slow_consumer_makes_the_engine_wait(llm):
+    """Nothing runs ahead of a stream that is not read, so nothing piles up."""
+    stream = llm.stream([IDS], LONG)
+    next(stream)
+    made = llm._engine.metrics.counters["generation_tokens"]
+    time.sleep(0.05)
+    assert llm._engine.metrics.counters["generation_tokens"] == made
+    assert len(next(stream).outputs[0].token_ids) == 1
+    stream.close()
+
+
+@pytest.mark.parametrize("steps", range(6))
+@pytest.mark.parametrize("n", [1, 3])
+def test_abort_wherever_it_is(llm, n, steps):
+    """Waiting, in the chunks of its prompt, decoding, with a step in flight."""
+    params = SamplingParams(temperature=0.5, seed=1, n=n, max_tokens=40, ignore_eos=True)
+    [expected] = tokens(llm.generate([IDS], SHORT))
+    handles = llm._prepare(parse_prompts([[9] * 70, IDS]), [params, SHORT])
+    llm._queue(handles)
+    for _ in range(steps):
+        llm._engine.step()
+    llm.abort(handles[0].request.id)
+    llm.abort(handles[0].request.id)
+    while not all(handle.finished for handle in handles):
+        llm._engine.step()
+    aborted, other = (handle.output() for handle in handles)
+    assert [o.finish_reason for o in aborted.outputs] == ["abort"] * n
+    assert list(other.outputs[0].token_ids) == expected
+
+
+def test_abort_of_what_is_not_there(llm):
+    [result] = llm.generate([IDS], SHORT)
+    llm.abort(result.request_id)
+    llm.abort(["no such id", result.request_id])
+    llm.abort([])
+    assert llm.generate([IDS], SHORT)[0].finished
+
+
+def test_abort_from_another_thread(llm):
+    done = []
+    thread = threading.Thread(target=lambda: done.append(llm.generate([IDS], LONG, use_tqdm=False)))
+    thread.start()
+    while not llm._engine.requests and thread.is_alive():
+        time.sleep(0.001)
+    llm.abort(list(llm._engine.requests))
+    thread.join(60)
+    [[result]] = done
+    assert result.outputs[0].finish_reason in ("abort", "length")
+
+
+@pytest.mark.parametrize("at", ["schedule", "run", "commit"])
+def test_an_interrupted_call_and_the_next(llm, monkeypatch, at):
+    expected = tokens(llm.generate([IDS, [9] * 40], SHORT))
+    engine = llm._engine
+    owner, name = {
+        "schedule": (engine.scheduler, "_prefills"), "run": (engine.runner, "run"), "commit": (engine, "_take_token"),
+    }[at]  # fmt: skip
+    whole, calls = getattr(owner, name), []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return whole(*args)
+
+    monkeypatch.setattr(owner, name, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate([IDS, [9] * 40], LONG)
+    monkeypatch.undo()
+    assert not engine.requests
+    assert int(engine.manager.pool.num_held) == 0
+    assert tokens(llm.generate([IDS, [9] * 40], SHORT)) == expected
+
+
+def test_an_interrupt_leaves_another_threads_call_whole(llm, monkeypatch):
+    """Whoever is interrupted, the other's requests are computed again."""
+    expected = tokens(llm.generate([IDS], LONG))
+    stream = llm.stream([IDS], LONG)
+    got = list(next(stream).outputs[0].token_ids)
+    run, calls = llm._engine.runner.run, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) % 4 == 3:
+            raise KeyboardInterrupt
+        return run(*args)
+
+    monkeypatch.setattr(llm._engine.runner, "run", interrupted)
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate([[9] * 40], LONG)
+    monkeypatch.undo()
+    for update in stream:
+        got += update.outputs[0].token_ids
+    assert [got] == expected
+
+
+def test_four_threads(llm):
+    prompts = [[[20 + t, i, 5] * (1 + (t + i) % 7) for i in range(6)] for t in range(4)]
+    params = [SamplingParams(temperature=0.3, seed=t, max_tokens=8 + t, ignore_eos=True) for t in range(4)]
+    expected = [tokens(llm.generate(p, q)) for p, q in zip(prompts, params, strict=True)]
+    results: dict[int, list] = {}
+
+    def work(t: int) -> None:
+        results[t] = [tokens(llm.generate(prompts[t], params[t], use_tqdm=False)) for _ in range(3)]
+
+    threads = [threading.Thread(target=work, args=(t,)) for t in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert results == {t: [expected[t]] * 3 for t in range(4)}
+
+
+def test_threads_with_text(llm):
+    """Tokenising and detokenising at the same time."""
+    words = ["hello world", "the cat \U0001f600", "sat on", "the mat"]
+    expected = [llm.generate(word, LONG)[0].outputs[0].text for word in words]
+    results: dict[int, list[str]] = {}
+
+    def work(t: int) -> None:
+        results[t] = [llm.generate(words[t], LONG, use_tqdm=False)[0].outputs[0].text for _ in range(3)]
+
+    threads = [threading.Thread(target=work, args=(t,)) for t in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert results == {t: [expected[t]] * 3 for t in range(4)}
+
+
+def test_a_short_call_does_not_wait_for_a_long_one(llm):
+    """Whoever holds the lock steps for all, and lets the others in between steps."""
+    prompts = [[30 + i] * 3 for i in range(4)]
+    order = []
+
+    def work() -> None:
+        llm.generate(prompts, SamplingParams(temperature=0, max_tokens=120, ignore_eos=True), use_tqdm=False)
+        order.append("long")
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    while not llm._engine.requests:
+        time.sleep(0.001)
+    llm.generate([IDS], SHORT)
+    order.append("short")
+    thread.join(120)
+    assert order == ["short", "long"]
+
+
+def test_two_engines(llm, make_llm):
+    expected = tokens(llm.generate([IDS, [9] * 20], LONG))
+    with make_llm(max_num_seqs=4, max_num_batched_tokens=16, prefill_buckets=(16,), decode_buckets=(4,)) as other:
+        streams = [one.stream([IDS, [9] * 20], LONG) for one in (llm, other)]
+        last: list[dict[str, list[int]]] = [{}, {}]
+        for _ in range(200):
+            for which, stream in enumerate(streams):
+                update = next(stream, None)
+                if update is not None:
+                    last[which].setdefault(update.request_id, []).extend(update.outputs[0].token_ids)
+        assert [list(found.values()) for found in last] == [expected, expected]
+
+
+def test_use_after_close(folder, make_llm):
+    with make_llm() as llm:
+        stream = llm.stream([IDS], LONG)
+    for call in (
+        lambda: llm.generate([IDS]), lambda: llm.generate("text"), lambda: llm.chat([{"role": "user", "content": "x"}]),
+        lambda: llm.stream([IDS]), lambda: llm.abort("0"), llm.get_metrics, llm.reset_prefix_cache,
+        lambda: next(stream), lambda: llm.update_weights(nnx.State({})),
+    ):  # fmt: skip
+        with pytest.raises(EngineClosedError, match="closed"):
+            call()
+    llm.close()
+    stream.close()
+
+
+def test_close_while_another_thread_generates(make_llm):
+    llm = make_llm()
+    seen = []
+
+    def work() -> None:
+        try:
+            llm.generate([[9] * 3] * 8, SamplingParams(temperature=0, max_tokens=120, ignore_eos=True), use_tqdm=False)
+        except EngineClosedError as error:
+            seen.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    while not llm._engine.requests:
+        time.sleep(0.001)
+    llm.close()
+    thread.join(120)
+    assert not thread.is_alive()
+    assert len(seen) <= 1
+
+
+def test_an_unknown_setting_is_named(folder):
+    with pytest.raises(TypeError, match="max_num_seq.*max_num_seqs"):
+        LLM(folder, max_num_seq=3)

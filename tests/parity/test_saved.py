@@ -1,0 +1,85 @@
+"""However transformers saves a checkpoint, the loader reads the same weights."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support import loaded
+from support.tiny import ARCHITECTURES, prompt
+
+torch = pytest.importorskip("torch", reason="the reference of the parity tests; it comes with the extra `test`")
+
+from support import reference as ref
+
+from jaxinfer.checkpoint.hf import read_config
+from jaxinfer.models import loading
+
+FAMILIES = [
+    pytest.param(family, marks=[pytest.mark.xdist_group(family), *[pytest.mark.slow] * (family != "llama")])
+    for family in ARCHITECTURES
+]
+
+
+def assert_same_weights(found: Path, expected: Path) -> None:
+    (ours, values), (theirs, others) = loaded.load(found), loaded.load(expected)
+    assert ours.tree == theirs.tree
+    for value, other in zip(values, others, strict=True):
+        np.testing.assert_array_equal(value, other)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shards_by_index_are_the_same_weights(family, tmp_path):
+    model = ref.model(family)
+    whole = ref.save(model, tmp_path / "whole")
+    sharded = ref.save(model, tmp_path / "sharded", max_shard_size="10KB")
+    assert len(list(sharded.glob("model-*.safetensors"))) > 3
+    assert_same_weights(sharded, whole)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_both_formats_of_names_are_the_same_weights(family, tmp_path):
+    model = ref.model(family)
+    formats = [ref.save(model, tmp_path / str(own), save_original_format=own) for own in (True, False)]
+    assert_same_weights(*formats)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_bfloat16_checkpoint_is_read_exactly_into_float32(family, tmp_path):
+    model = ref.model(family).bfloat16()
+    short = ref.save(model, tmp_path / "bfloat16")
+    assert read_config(short)["dtype"] == "bfloat16"
+    assert_same_weights(short, ref.save(model.float(), tmp_path / "float32"))
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("llama")
+def test_logits_of_a_bfloat16_checkpoint_in_float32_equal_transformers(tmp_path):
+    model = ref.model("llama").bfloat16()
+    folder = ref.save(model, tmp_path, max_shard_size="10KB")
+    ids, after = prompt(17), prompt(2, 1)
+    (found,) = loaded.logits(folder, [ids], [after])
+    np.testing.assert_allclose(found, ref.logits(model.float(), ids, after), rtol=0, atol=1e-4)
+
+
+def old_style(values: dict) -> dict:
+    """config.json as transformers 4 wrote it: rope at the top, `torch_dtype`."""
+    rope = dict(values.pop("rope_parameters"))
+    values |= {"rope_theta": rope.pop("rope_theta"), "torch_dtype": values.pop("dtype")}
+    partial = rope.pop("partial_rotary_factor", None)
+    if partial is not None:
+        values["partial_rotary_factor"] = partial
+    return values | {"rope_scaling": None if rope["rope_type"] == "default" else rope}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_config_in_the_style_of_transformers_4_says_the_same(family, tmp_path):
+    # Of Phi-3, transformers takes longrope alone.
+    rope = {"rope_type": "default"} if family == "phi3" else {"rope_type": "linear", "factor": 2.0}
+    saved = ref.config(family, rope_parameters={"rope_theta": 5e5, **rope})
+    saved.architectures = [ARCHITECTURES[family]]
+    saved.save_pretrained(tmp_path)
+    new = json.loads((tmp_path / "config.json").read_text())
+    old = old_style(dict(new))
+    assert "rope_parameters" in new and "rope_parameters" not in old
+    assert loading.parse(old) == loading.parse(new)

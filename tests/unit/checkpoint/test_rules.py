@@ -1,0 +1,249 @@
+"""The weight table through the real loader: the right rows on the right device, every fault named by its tensor."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from support.tiny import ARCHITECTURES, CONFIG
+
+from jaxinfer.checkpoint import rules
+from jaxinfer.checkpoint.rules import Rule
+from jaxinfer.errors import CheckpointError
+from jaxinfer.models import loading
+from jaxinfer.sharding import make_mesh
+
+M, F, V, H, K, D = 32, 48, 97, 4, 2, 16
+"""Sizes of `support.tiny.CONFIG`."""
+LAYER = "model.layers.0"
+
+
+def tensors(family: str = "llama", *, dtype: type = np.float32, tied: bool = False) -> dict[str, np.ndarray]:
+    """A one-layer checkpoint written out by hand; no two numbers in it are equal."""
+    shapes = {
+        "model.embed_tokens.weight": (V, M), "model.norm.weight": (M,), "lm_head.weight": (V, M),
+        f"{LAYER}.input_layernorm.weight": (M,), f"{LAYER}.post_attention_layernorm.weight": (M,),
+        f"{LAYER}.self_attn.o_proj.weight": (M, H * D), f"{LAYER}.mlp.down_proj.weight": (M, F),
+    }  # fmt: skip
+    if tied:
+        del shapes["lm_head.weight"]
+    if family == "phi3":
+        shapes[f"{LAYER}.self_attn.qkv_proj.weight"] = ((H + 2 * K) * D, M)
+        shapes[f"{LAYER}.mlp.gate_up_proj.weight"] = (2 * F, M)
+    else:
+        shapes |= {f"{LAYER}.self_attn.{name}_proj.weight": (n * D, M) for name, n in (("q", H), ("k", K), ("v", K))}
+        shapes |= {f"{LAYER}.mlp.{name}_proj.weight": (F, M) for name in ("gate", "up")}
+    rng = np.random.default_rng(0)
+    return {name: rng.normal(size=shape).astype(dtype) for name, shape in shapes.items()}
+
+
+def checkpoint(folder: Path, content: dict[str, np.ndarray], family: str = "llama", **changes: object) -> Path:
+    save_file(content, folder / "model.safetensors")
+    config = CONFIG | {"num_hidden_layers": 1, "architectures": [ARCHITECTURES[family]]} | changes
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def load(folder: Path, tp: int = 1, dtype: str = "auto") -> dict[str, object]:
+    return rules.parameters(loading.load(folder, make_mesh(tp), dtype=dtype, progress=False))
+
+
+def refused(folder: Path, *named: str) -> None:
+    with pytest.raises(CheckpointError) as error:
+        load(folder)
+    for text in named:
+        assert text in str(error.value)
+
+
+def shards(parameter) -> list[np.ndarray]:
+    """What each device holds, in the order of the devices."""
+    held = sorted(parameter.get_value().addressable_shards, key=lambda shard: shard.device.id)
+    return [np.asarray(shard.data) for shard in held]
+
+
+def rows(weight: np.ndarray, units: int, shard: int, tp: int) -> np.ndarray:
+    """The rows of a projection of `units` heads that a shard owns: its heads, or the one head it shares."""
+    heads = weight.reshape(units, -1, weight.shape[-1])
+    own = heads[shard * units // tp :][: max(1, units // tp)]
+    return own.reshape(-1, weight.shape[-1])
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_each_device_holds_its_rows_and_no_others(family, tp, tmp_path):
+    content = tensors(family)
+    loaded = load(checkpoint(tmp_path, content, family), tp)
+    attention, mlp = f"{LAYER}.self_attn", f"{LAYER}.mlp"
+    if family == "phi3":
+        q, k, v = np.split(content[f"{attention}.qkv_proj.weight"], [H * D, (H + K) * D])
+        gate, up = np.split(content[f"{mlp}.gate_up_proj.weight"], 2)
+    else:
+        q, k, v = (content[f"{attention}.{name}_proj.weight"] for name in "qkv")
+        gate, up = (content[f"{mlp}.{name}_proj.weight"] for name in ("gate", "up"))
+    out, down = content[f"{attention}.o_proj.weight"], content[f"{mlp}.down_proj.weight"]
+    head = content["lm_head.weight"]
+    padded = np.concatenate([head, np.zeros((-V % tp, M), np.float32)])
+    for s in range(tp):
+        qkv = np.concatenate([rows(q, H, s, tp), rows(k, K, s, tp), rows(v, K, s, tp)])
+        expected = {
+            "attention.qkv": qkv[None], "mlp.gate_up": np.concatenate([rows(gate, F, s, tp), rows(up, F, s, tp)])[None],
+            "attention.out": np.split(out, tp, axis=1)[s], "mlp.down": np.split(down, tp, axis=1)[s],
+        }  # fmt: skip
+        for name, values in expected.items():
+            np.testing.assert_array_equal(shards(loaded[f"layers.0.{name}.weight"])[s], values, name)
+        np.testing.assert_array_equal(shards(loaded["head.weight"])[s], np.split(padded, tp)[s])
+        np.testing.assert_array_equal(shards(loaded["norm.scale"])[s], content["model.norm.weight"])
+
+
+def test_bfloat16_becomes_float32_exactly_and_the_other_way_rounded(tmp_path):
+    content = tensors(dtype=ml_dtypes.bfloat16)
+    folder = checkpoint(tmp_path, content, dtype="bfloat16")
+    wide, own = load(folder, dtype="float32")["head.weight"], load(folder, dtype="bfloat16")["head.weight"]
+    assert (wide.dtype, own.dtype) == (np.float32, ml_dtypes.bfloat16)
+    expected = content["lm_head.weight"].astype(np.float32)
+    for found in (wide, own):
+        np.testing.assert_array_equal(np.asarray(found.get_value(), np.float32), expected)
+    exact = tensors()["lm_head.weight"]
+    save_file(tensors(), folder / "model.safetensors")
+    rounded = load(folder, dtype="bfloat16")["head.weight"].get_value()
+    np.testing.assert_array_equal(np.asarray(rounded), exact.astype(ml_dtypes.bfloat16))
+
+
+def test_the_weights_outlive_the_file(tmp_path):
+    content = tensors()
+    loaded = load(checkpoint(tmp_path, content))
+    with open(tmp_path / "model.safetensors", "r+b") as opened:
+        opened.write(b"\0" * os.path.getsize(tmp_path / "model.safetensors"))
+    np.testing.assert_array_equal(loaded["embedding.weight"].get_value(), content["model.embed_tokens.weight"])
+
+
+def test_an_unknown_tensor_is_named(tmp_path):
+    content = tensors() | {f"{LAYER}.self_attn.q_proj.bias": np.zeros(H * D, np.float32)}
+    refused(checkpoint(tmp_path, content), f"'{LAYER}.self_attn.q_proj.bias'", "1 tensor", "does not know")
+
+
+def test_more_unknown_tensors_than_fit_a_message_are_counted(tmp_path):
+    extra = {f"other.{i}": np.zeros(1, np.float32) for i in range(11)}
+    refused(checkpoint(tmp_path, tensors() | extra), "11 tensor", "'other.0'", "and 3 more")
+
+
+@pytest.mark.parametrize("name", tensors())
+def test_a_missing_tensor_is_named(name, tmp_path):
+    content = tensors()
+    del content[name]
+    refused(checkpoint(tmp_path, content), f"'{name}'", "lacks 1 tensor")
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_a_misshaped_tensor_is_named_with_expected_and_found(family, tmp_path):
+    for name, value in tensors(family).items():
+        content = tensors(family)
+        content[name] = np.concatenate([value, value[:1]])
+        found = content[name].shape
+        refused(checkpoint(tmp_path, content, family), f"'{name}'", str(list(value.shape)), str(list(found)))
+
+
+def test_a_transposed_tensor_is_refused(tmp_path):
+    content = tensors()
+    name = f"{LAYER}.mlp.down_proj.weight"
+    content[name] = np.ascontiguousarray(content[name].T)
+    refused(checkpoint(tmp_path, content), f"'{name}'", "[32, 48]", "[48, 32]")
+
+
+def test_layers_beyond_the_config_are_unknown_and_those_short_of_it_missing(tmp_path):
+    content = tensors()
+    refused(checkpoint(tmp_path, content, num_hidden_layers=2), "lacks 9 tensor", "'model.layers.1.")
+    content |= {name.replace("layers.0", "layers.1"): value for name, value in content.items() if "layers.0" in name}
+    refused(checkpoint(tmp_path, content, num_hidden_layers=1), "9 tensor", "does not know", "'model.layers.1.")
+
+
+def test_a_tied_head_is_the_embedding_and_its_tensor_may_be_there(tmp_path):
+    content = tensors(tied=True)
+    without = load(checkpoint(tmp_path, content, tie_word_embeddings=True))
+    head = {"lm_head.weight": np.ones((V, M), np.float32)}
+    there = load(checkpoint(tmp_path, content | head, tie_word_embeddings=True))
+    assert "head.weight" not in without and without.keys() == there.keys()
+    np.testing.assert_array_equal(there["embedding.weight"].get_value(), content["model.embed_tokens.weight"])
+    refused(checkpoint(tmp_path, content), "'lm_head.weight'", "lacks")
+
+
+@pytest.mark.parametrize("buffer", ["rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached"])
+def test_buffers_of_old_checkpoints_are_ignored(buffer, tmp_path):
+    content = tensors() | {f"{LAYER}.self_attn.{buffer}": np.zeros(8, np.float32)}
+    loaded = load(checkpoint(tmp_path, content))
+    assert not [path for path in loaded if "rotary" in path]
+
+
+def test_a_table_that_is_wrong_itself_is_refused(tmp_path):
+    """Faults of a new family's author, not of a checkpoint."""
+    folder = checkpoint(tmp_path, tensors())
+    config = json.loads((folder / "config.json").read_text())
+    served, parsed = loading.parse(config)
+    table = list(served.weight_rules(parsed))
+
+    def load_with(table: list[Rule]) -> None:
+        mesh = make_mesh()
+        module = loading.abstract(served, parsed, np.dtype("float32"), mesh)
+        with loading.SafetensorsReader(folder) as reader:
+            rules.load(module, table, reader, mesh, progress=False)
+
+    load_with(table)
+    with pytest.raises(CheckpointError, match="'model.norm.weight' twice"):
+        load_with([*table, Rule("model.norm.weight", "norm.scale")])
+    with pytest.raises(CheckpointError, match="'norm.other', which the model does not have"):
+        load_with([Rule(r.source, "norm.other" if r.target == "norm.scale" else r.target, r.parts) for r in table])
+    with pytest.raises(CheckpointError, match="'norm.scale' from \\[\\], not wholly"):
+        load_with([Rule(r.source, None if r.target == "norm.scale" else r.target, r.parts) for r in table])
+    with pytest.raises(CheckpointError, match="'layers.0.attention.qkv.weight'"):
+        load_with([Rule(r.source, None if r.source.endswith("k_proj.weight") else r.target, r.parts) for r in table])
+
+
+PEAK = """
+import sys
+from pathlib import Path
+from jaxinfer.models import loading
+from jaxinfer.sharding import make_mesh
+
+def status(name):
+    return int(next(l for l in open("/proc/self/status") if l.startswith(name)).split()[1]) * 1024
+
+mesh = make_mesh(int(sys.argv[1]))
+kept = loading.load(Path(sys.argv[2]), mesh, dtype="float32", progress=False)
+before = status("VmRSS")
+module = loading.load(Path(sys.argv[3]), mesh, dtype="float32", progress=False)
+print(status("VmHWM") - before)
+"""
+"""A first, tiny checkpoint brings in what any loading needs; then the highest resident memory of a large one."""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("stored", [np.float32, ml_dtypes.bfloat16])
+def test_loading_takes_little_more_memory_than_the_weights(tp, stored, tmp_path):
+    """At most 1.3 x the largest group of tensors beside the weights, whatever the checkpoint's dtype."""
+    width, ffn, layers, vocab = 1024, 4096, 3, 4096
+    rng = np.random.default_rng(0)
+    content = {}
+    for name, value in tensors().items():
+        sizes = {M: width, F: ffn, V: vocab, H * D: 2 * width}  # K x D is M, here and there
+        for i in range(layers) if "layers" in name else (0,):
+            shape = tuple(sizes[n] for n in value.shape)
+            content[name.replace("layers.0", f"layers.{i}")] = rng.random(shape, np.float32).astype(stored)
+    changes = dict(hidden_size=width, intermediate_size=ffn, vocab_size=vocab, head_dim=64, num_attention_heads=32,
+                   num_key_value_heads=16, num_hidden_layers=layers)  # fmt: skip
+    for name in ("tiny", "large"):
+        (tmp_path / name).mkdir()
+    tiny, large = checkpoint(tmp_path / "tiny", tensors()), checkpoint(tmp_path / "large", content, **changes)
+    weights = 4 * sum(value.size for value in content.values())
+    largest = 4 * 2 * ffn * width
+    del content
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={tp}"}
+    command = [sys.executable, "-c", PEAK, str(tp), str(tiny), str(large)]
+    taken = int(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
+    assert weights * 0.9 < taken < weights + 1.3 * largest, (taken, weights, largest)

@@ -1,0 +1,293 @@
+"""Faults inside the engine: one request's own, a step's, and an interrupt at any point."""
+
+import logging
+
+import pytest
+from support.cases import GREEDY, SEEDED, alone, mixed
+from support.tiny import BLOCK, CHUNK, make_engine, make_request, prompt, run
+
+from jaxinfer.engine import runner as runners
+from jaxinfer.engine.request import Status
+from jaxinfer.engine.sampler import Level
+from jaxinfer.sampling_params import SamplingParams
+
+pytestmark = pytest.mark.xdist_group("llama")
+
+
+def outputs(requests):
+    return [[s.output_ids.tolist() for s in r.sequences] for r in requests]
+
+
+def reasons(requests):
+    return [s.finish_reason for r in requests for s in r.sequences]
+
+
+LENGTHS = (3, 9, 18, 5)
+
+
+@pytest.mark.parametrize("at", [0, 7, 20])
+def test_nan_in_a_prompt_is_that_requests_error(runner, nan_token, at):
+    ids = prompt(21, 5)
+    ids[at] = nan_token
+    expected = alone(runner, mixed(LENGTHS))
+    engine = make_engine(runner)
+    bad = make_request("bad", ids, GREEDY)
+    requests = mixed(LENGTHS)
+    requests.insert(2, bad)
+    results = run(engine, requests)
+    assert reasons([bad]) == ["error"] and "not finite" in bad.error
+    assert results[2] == [[]]
+    assert results[:2] + results[3:] == expected
+    assert engine.manager.pool.published.sum() == len(engine.manager.index)
+    again = make_request("again", ids[:20], GREEDY)
+    run(engine, [again])
+    assert again.cached_tokens <= at // BLOCK * BLOCK, "no block at or after the NaN is found"
+    assert run(engine, mixed(LENGTHS)) == expected, "what the NaN left in freed blocks hurts nobody"
+
+
+@pytest.mark.parametrize("history", [False, True])
+@pytest.mark.parametrize("length", [BLOCK, 2 * BLOCK - 1, 2 * BLOCK])
+def test_nan_while_decoding_takes_its_blocks_out_of_the_index(runner, nan_token, length, history):
+    """The step after reads the NaN token; no block it wrote may be found afterwards.
+
+    With multi-token bad words the host sees every token before the next step is planned.
+    """
+    params = SamplingParams(
+        temperature=0, max_tokens=20, logit_bias={nan_token: 100.0},
+        _bad_words_token_ids=((1, 2),) if history else (),
+    )  # fmt: skip
+    bad = make_request("bad", prompt(length, 5), params)
+    others = mixed(LENGTHS)
+    engine = make_engine(runner)
+    results = run(engine, [bad, *others])
+    assert reasons([bad]) == ["error"]
+    assert results[0] == [[nan_token]]
+    assert results[1:] == alone(runner, mixed(LENGTHS))
+    follow = make_request("follow", [*prompt(length, 5), nan_token, *prompt(BLOCK, 6)], GREEDY)
+    run(engine, [follow])
+    assert follow.cached_tokens == 0, "all the bad request had written was withdrawn"
+
+
+def test_nan_after_a_hit_leaves_the_hit_published(runner, nan_token):
+    engine = make_engine(runner)
+    shared = prompt(2 * BLOCK + 1, 8)
+    run(engine, [make_request("first", shared, GREEDY)])
+    bad = make_request("bad", [*shared[: 2 * BLOCK], nan_token, 5], GREEDY)
+    run(engine, [bad])
+    assert reasons([bad]) == ["error"]
+    again = make_request("again", shared, GREEDY)
+    assert run(engine, [again]) == alone(runner, [again])
+    assert again.cached_tokens == 2 * BLOCK
+
+
+def test_nan_ends_one_sample_and_leaves_its_siblings(runner, nan_token):
+    """Samples part ways; only those that read the NaN token end in error."""
+    params = SamplingParams(temperature=1, seed=3, n=8, max_tokens=12, logit_bias={nan_token: 3.0})
+    separate, request = (make_request("x", prompt(6), params) for _ in range(2))
+    expected = run(make_engine(runner, block_sharing=False, prefix_caching=False), [separate])
+    assert run(make_engine(runner), [request]) == expected
+    assert {"error", "length"} == set(reasons([request]))
+
+
+class Fails:
+    """A runner's `run` that raises at the calls asked for."""
+
+    def __init__(self, runner, *calls, error=RuntimeError("device lost"), when=lambda plan: True):
+        self.run, self.calls, self.error, self.when, self.count = runner.run, calls, error, when, 0
+
+    def __call__(self, plan, tables):
+        if self.when(plan):
+            self.count += 1
+            if not self.calls or self.count in self.calls:
+                raise self.error
+        return self.run(plan, tables)
+
+
+@pytest.mark.parametrize("call", range(1, 12, 2))
+def test_a_failed_step_is_computed_again(runner, monkeypatch, caplog, call):
+    expected = alone(runner, mixed(LENGTHS))
+    engine = make_engine(runner)
+    monkeypatch.setattr(runner, "run", Fails(runner, call))
+    with caplog.at_level(logging.ERROR, "jaxinfer"):
+        assert run(engine, mixed(LENGTHS)) == expected
+    assert "a step failed (RuntimeError: device lost)" in caplog.text
+
+
+def test_a_failure_that_shows_when_the_step_is_read(runner, monkeypatch):
+    """A device's error may come with its results, while the step after is already planned."""
+    expected = alone(runner, mixed(LENGTHS))
+    engine = make_engine(runner)
+    take, calls = engine._take_token, []
+
+    def fails(*args):
+        calls.append(1)
+        if len(calls) == 9:
+            raise RuntimeError("device lost")
+        take(*args)
+
+    monkeypatch.setattr(engine, "_take_token", fails)
+    assert run(engine, mixed(LENGTHS)) == expected
+
+
+def test_failures_far_apart_end_nobody(runner, monkeypatch):
+    expected = alone(runner, mixed(LENGTHS))
+    for request, result in zip(mixed(LENGTHS), expected, strict=True):
+        engine = make_engine(runner)
+        monkeypatch.setattr(runner, "run", Fails(runner, 3))
+        assert run(engine, [request]) == [result]
+        monkeypatch.undo()
+
+
+def test_prompts_that_always_fail_end_and_the_others_go_on(runner, monkeypatch):
+    """The long prompt's step fails whenever it is run alone or beside others."""
+    engine = make_engine(runner, budget=CHUNK)
+    bad = make_request("bad", prompt(CHUNK, 3), GREEDY)
+    others = mixed(LENGTHS)
+    fails = Fails(runner, when=lambda plan: any(c.sequence.request is bad for c in plan.chunks))
+    monkeypatch.setattr(runner, "run", fails)
+    run(engine, [bad])
+    assert reasons([bad]) == ["error"]
+    assert "device lost" in bad.error
+    assert fails.count <= 4
+    assert run(engine, others) == alone(runner, others)
+
+
+@pytest.mark.parametrize("kind", ["decode", "prefill"])
+def test_a_kind_of_step_that_always_fails(runner, monkeypatch, kind):
+    """As when a bucket does not compile. Everyone who needs it ends; the engine lives on."""
+    monkeypatch.setattr(runner, "run", Fails(runner, when=lambda p: p.decodes if kind == "decode" else p.chunks))
+    engine = make_engine(runner)
+    requests = mixed(LENGTHS)
+    for request in requests:
+        engine.add(request)
+    for _ in range(40):
+        engine.step()
+    assert reasons(requests) == ["error"] * 4
+    assert not engine.has_work and not engine.requests
+    assert all("failed" in r.error and "device lost" in r.error for r in requests)
+    monkeypatch.undo()
+    assert run(engine, mixed(LENGTHS)) == alone(runner, mixed(LENGTHS))
+
+
+def test_a_bucket_that_does_not_compile(runner, monkeypatch):
+    """Requests that need the bucket end in error; those that come without it are served."""
+    params = SamplingParams(temperature=0.5, top_k=3, max_tokens=5, seed=1)
+    make_step = runners.make_step
+
+    def fails(program, shapes, bucket):
+        if bucket.level is Level.TRUNCATED:
+            raise RuntimeError("no kernel for this shape")
+        return make_step(program, shapes, bucket)
+
+    monkeypatch.setattr(runners, "make_step", fails)
+    others = {bucket: step for bucket, step in runner._steps.items() if bucket.level is not Level.TRUNCATED}
+    monkeypatch.setattr(runner, "_steps", others)
+    engine = make_engine(runner)
+    bad = make_request("bad", prompt(5), params)
+    run(engine, [bad])
+    assert reasons([bad]) == ["error"]
+    assert "no kernel for this shape" in bad.error
+    assert run(engine, mixed(LENGTHS)) == alone(runner, mixed(LENGTHS))
+
+
+@pytest.mark.parametrize("call", range(1, 8))
+def test_an_interrupt_and_the_next_call(runner, monkeypatch, call):
+    expected = alone(runner, mixed(LENGTHS))
+    engine = make_engine(runner)
+    monkeypatch.setattr(runner, "run", Fails(runner, call, error=KeyboardInterrupt()))
+    requests = mixed(LENGTHS)
+    for request in requests:
+        engine.add(request)
+    with pytest.raises(KeyboardInterrupt):
+        for _ in range(20):
+            engine.step()
+    while engine.has_work:
+        engine.step()
+    assert outputs(requests) == expected
+
+
+def test_many_interrupts_end_nobody(runner, monkeypatch):
+    """They are the user's, not a fault of who happened to run."""
+    expected = alone(runner, mixed(LENGTHS))
+    engine = make_engine(runner)
+    requests = mixed(LENGTHS)
+    for request in requests:
+        engine.add(request)
+    monkeypatch.setattr(runner, "run", Fails(runner, *range(1, 11), error=KeyboardInterrupt()))
+    for _ in range(10):
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()
+    while engine.has_work:
+        engine.step()
+    assert outputs(requests) == expected
+
+
+class Listens:
+    """A listener that raises at its third token."""
+
+    def __init__(self, error):
+        self.error, self.seen = error, []
+
+    def on_token(self, sequence, ending):
+        self.seen.append(int(sequence.tokens[sequence.length - 1]))
+        if len(self.seen) == 3:
+            raise self.error
+        return None
+
+
+def test_a_listener_that_raises_is_its_own_requests_error(runner):
+    expected = alone(runner, mixed(LENGTHS))
+    bad = make_request("bad", prompt(7), GREEDY, listener=Listens(ValueError("user's own")))
+    engine = make_engine(runner)
+    requests = [*mixed(LENGTHS)[:2], bad, *mixed(LENGTHS)[2:]]
+    results = run(engine, requests)
+    assert reasons([bad]) == ["error"] and "user's own" in bad.error
+    assert results[:2] + results[3:] == expected
+
+
+def test_a_listener_interrupted_at_a_sequences_last_token(runner):
+    """The token was taken: the sequence is at its end, and must not be made longer."""
+    params = SamplingParams(temperature=0, max_tokens=3)
+    request = make_request("x", prompt(7), params, listener=Listens(KeyboardInterrupt()))
+    engine = make_engine(runner)
+    engine.add(request)
+    with pytest.raises(KeyboardInterrupt):
+        for _ in range(10):
+            engine.step()
+    while engine.has_work:
+        engine.step()
+    assert outputs([request]) == alone(runner, [make_request("x", prompt(7), params)])
+    assert reasons([request]) == ["length"]
+
+
+def test_a_listener_interrupted_at_a_stop_token(runner):
+    plain = make_request("x", prompt(7), GREEDY)
+    [[made]] = alone(runner, [plain])
+    stop = SamplingParams(temperature=0, max_tokens=10, stop_token_ids=[made[2]])
+    request = make_request("x", prompt(7), stop, listener=Listens(KeyboardInterrupt()))
+    engine = make_engine(runner)
+    engine.add(request)
+    with pytest.raises(KeyboardInterrupt):
+        for _ in range(10):
+            engine.step()
+    while engine.has_work:
+        engine.step()
+    assert outputs([request]) == [[made[: made.index(made[2]) + 1]]]
+    assert reasons([request]) == ["stop"]
+
+
+def test_counters_do_not_go_back_with_a_failure(runner, monkeypatch):
+    engine = make_engine(runner, pool_blocks=7)
+    requests = [make_request(str(i), prompt(9, i), SEEDED) for i in range(5)]
+    for request in requests:
+        engine.add(request)
+    while not engine.scheduler.preempted:
+        engine.step()
+    monkeypatch.setattr(runner, "run", Fails(runner, 1))
+    engine.step()
+    engine.step()
+    assert engine.metrics.counters["num_preemptions"] >= 1
+    while engine.has_work:
+        engine.step()
+    assert engine.metrics.counters["num_preemptions"] == sum(r.preemptions for r in requests)
+    assert all(s.status is Status.FINISHED for r in requests for s in r.sequences)

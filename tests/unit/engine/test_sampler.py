@@ -1,0 +1,277 @@
+"""The sampler against the same thing written out in NumPy, a row at a time."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxinfer.engine.sampler import (
+    BAD_TOKEN,
+    Edits,
+    Level,
+    SamplingRows,
+    logprobs,
+    pack_rows,
+    sample,
+    unpack_rows,
+)
+
+V, R, L = 40, 64, 24
+MARGIN = 1e-4
+"""Rows in which a filter decides by less than this are left out: float32 may decide otherwise."""
+
+step = jax.jit(sample, static_argnums=3)
+
+
+def rows(batch: int, **values) -> SamplingRows:
+    """Rows that ask for nothing, with these values; each row has its own key."""
+    fields = dict(
+        row=np.arange(batch), position=np.full(batch, 10), key=np.arange(2 * batch).reshape(batch, 2) * 7919,
+        temperature=np.ones(batch), top_k=np.zeros(batch), top_p=np.ones(batch), min_p=np.zeros(batch),
+        presence=np.zeros(batch), frequency=np.zeros(batch), repetition=np.ones(batch), edited=np.zeros(batch),
+        prompt_length=np.full(batch, 4),
+    ) | {name: np.broadcast_to(value, (batch, *np.shape(value)[1:])) for name, value in values.items()}  # fmt: skip
+    return unpack_rows(jnp.asarray(pack_rows(SamplingRows(**fields))))
+
+
+def one(settings: SamplingRows, i: int) -> SamplingRows:
+    return SamplingRows(*(np.asarray(field)[i] for field in settings))
+
+
+def noise(r: SamplingRows) -> np.ndarray:
+    key = jax.random.fold_in(jax.random.wrap_key_data(jnp.asarray(r.key), impl="threefry2x32"), r.position)
+    return np.asarray(jax.random.gumbel(key, (V,)))
+
+
+def filtered(logits: np.ndarray, r: SamplingRows) -> tuple[np.ndarray, float]:
+    """The logits that temperature, min-p, top-k and top-p leave, -inf elsewhere; and by how much it was decided."""
+    scaled = (logits / r.temperature).astype(np.float64)
+    kept = np.ones(V, bool)
+    ratio = np.exp(scaled - scaled.max())
+    kept &= ratio >= r.min_p
+    margin = np.abs(ratio - r.min_p).min() if r.min_p > 0 else 1.0
+    if r.top_k > 0:  # with all that tie with the last
+        kept &= scaled >= np.sort(scaled)[::-1][min(r.top_k, V) - 1]
+    if r.top_p < 1:
+        left = np.where(kept, np.exp(scaled - scaled.max()), 0)
+        left /= left.sum()
+        nucleus = np.zeros(V, bool)
+        for token in np.argsort(-left, kind="stable"):
+            before = left[nucleus].sum()
+            margin = min(margin, abs(before - r.top_p))
+            if before >= r.top_p:
+                break
+            nucleus[token] = True
+        kept &= scaled >= scaled[nucleus].min()  # with all that tie with the last
+    return np.where(kept, logits / np.float32(r.temperature), -np.inf), margin
+
+
+def edited(logits: np.ndarray, r: SamplingRows, history: np.ndarray, bias: np.ndarray) -> np.ndarray:
+    logits = (logits + bias).astype(np.float32)
+    known, made = history[: r.position], history[r.prompt_length : r.position]
+    for token in range(V):
+        if token in known:
+            logits[token] = logits[token] / r.repetition if logits[token] > 0 else logits[token] * r.repetition
+        count = int((made == token).sum())
+        logits[token] -= r.frequency * count
+        logits[token] -= r.presence * (count > 0)
+    return logits
+
+
+def hold(tokens, logits, settings, edit=None) -> int:
+    """Compares every clear row; how many those were."""
+    clear = 0
+    for i, token in enumerate(np.asarray(tokens)):
+        r = one(settings, i)
+        own = np.asarray(logits)[i]
+        if edit is not None and r.edited:
+            own = edited(own, r, *(np.asarray(part)[int(r.row)] for part in edit))
+        if r.temperature == 0:
+            expected, margin = own, 1.0
+        else:
+            left, margin = filtered(own, r)
+            expected = left + noise(r)
+        best = np.sort(expected)[::-1]
+        if margin > MARGIN and (best[0] - best[1] > MARGIN or r.temperature == 0):
+            clear += 1
+            assert token == int(np.argmax(expected)), (i, r)
+    return clear
+
+
+def random_logits(batch: int, seed: int, *, ties: bool = False) -> np.ndarray:
+    values = np.random.default_rng(seed).normal(0, 2, (batch, V)).astype(np.float32)
+    return np.round(values) if ties else values
+
+
+@pytest.mark.parametrize("level", Level)
+def test_greedy_is_the_largest_logit_at_every_level(level):
+    logits = random_logits(R, 0)
+    edits = Edits(jnp.zeros((R, L), jnp.int32), jnp.zeros((R, V)))
+    tokens, _ = step(logits, rows(R, temperature=0, top_k=3, min_p=0.5), edits, level)
+    np.testing.assert_array_equal(tokens, logits.argmax(axis=-1))
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_filters_are_their_definition(seed, ties):
+    rng = np.random.default_rng(seed)
+    batch = 256
+    settings = rows(
+        batch, temperature=rng.choice([0, 0.3, 1.0, 2.5], batch), top_k=rng.choice([0, 1, 2, 5, V, 10 * V], batch),
+        top_p=rng.choice([1.0, 0.999, 0.8, 0.37, 1e-3], batch), min_p=rng.choice([0, 0.03, 0.41, 1.0], batch),
+        position=rng.integers(1, 1000, batch),
+    )  # fmt: skip
+    logits = random_logits(batch, seed + 10, ties=ties)
+    tokens, _ = step(logits, settings, None, Level.TRUNCATED)
+    assert hold(tokens, logits, settings) > batch // 2
+
+
+def test_min_p_alone_needs_no_sorting():
+    rng = np.random.default_rng(4)
+    settings = rows(128, temperature=rng.choice([0.5, 1.5], 128), min_p=rng.choice([0, 0.1, 0.6], 128))
+    logits = random_logits(128, 5)
+    low, _ = step(logits, settings, None, Level.RANDOM)
+    high, _ = step(logits, settings, None, Level.TRUNCATED)
+    np.testing.assert_array_equal(low, high)
+    assert hold(low, logits, settings) > 64
+
+
+@pytest.mark.parametrize(
+    ("fields", "left"),
+    [
+        (dict(top_k=3), {0, 1, 2, 3}),  # 2 and 3 tie for the third place
+        (dict(top_k=2), {0, 1}),
+        (dict(top_p=0.5), {0}),
+        (dict(top_p=0.8), {0, 1}),
+        (dict(top_p=0.95), {0, 1, 2, 3}),  # 2 is needed, 3 ties with it
+        (dict(top_k=2, top_p=0.9), {0, 1}),  # of what top-k left
+        (dict(min_p=0.15), {0, 1}),
+        (dict(min_p=1.0), {0}),
+        (dict(min_p=0.09, top_k=1), {0}),
+        (dict(temperature=0.25, top_p=0.97), {0}),
+    ],
+)
+def test_what_is_left_of_a_written_out_distribution(fields, left):
+    """Probabilities 0.6, 0.24, 0.06, 0.06 and 0.04, drawn often enough to meet all that are left."""
+    logits = np.full((1, V), -1e9, np.float32)
+    logits[0, :5] = np.log([0.6, 0.24, 0.06, 0.06, 0.04])
+    batch = 512
+    tokens, _ = step(np.repeat(logits, batch, axis=0), rows(batch, **fields), None, Level.TRUNCATED)
+    assert set(np.asarray(tokens).tolist()) == left
+
+
+def test_penalties_and_biases_are_their_definition():
+    rng = np.random.default_rng(7)
+    batch = R
+    edits = Edits(
+        jnp.asarray(rng.integers(0, 12, (R, L)), jnp.int32),
+        jnp.asarray(rng.choice([0, 0, 0, 1.5, -2.0, -np.inf], (R, V)), jnp.float32),
+    )
+    settings = rows(
+        batch, row=rng.permutation(batch), temperature=rng.choice([0, 0.7], batch), edited=rng.choice([0, 1, 1], batch),
+        presence=rng.choice([0, 0.9, -1.1], batch), frequency=rng.choice([0, 0.4, -0.3], batch),
+        repetition=rng.choice([1.0, 1.7, 0.6], batch), position=rng.integers(4, L, batch),
+        prompt_length=rng.integers(1, 5, batch), top_k=rng.choice([0, 6], batch), top_p=rng.choice([1, 0.9], batch),
+    )  # fmt: skip
+    logits = random_logits(batch, 8)
+    tokens, after = step(logits, settings, edits, Level.EDITED)
+    assert hold(tokens, logits, settings, edits) > batch // 2
+    written = np.array(edits.history)
+    written[np.asarray(settings.row), np.asarray(settings.position)] = np.asarray(tokens)
+    np.testing.assert_array_equal(after.history, written)
+    np.testing.assert_array_equal(after.bias, edits.bias)
+
+
+def test_a_row_of_padding_writes_no_history():
+    edits = Edits(jnp.full((R, L), 3, jnp.int32), jnp.zeros((R, V)))
+    _, after = step(random_logits(4, 0), rows(4, row=R, position=0), edits, Level.EDITED)
+    np.testing.assert_array_equal(after.history, edits.history)
+
+
+@pytest.mark.parametrize("level", Level)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_rows_that_are_no_numbers_are_bad_and_their_neighbours_are_not(level, value):
+    logits = random_logits(8, 1)
+    edits = Edits(jnp.zeros((R, L), jnp.int32), jnp.zeros((R, V)))
+    settings = rows(8, temperature=np.array([0, 1] * 4))
+    good, _ = step(logits, settings, edits, level)
+    ruined = logits.copy()
+    ruined[3] = value
+    if value != -np.inf:
+        ruined[6, 5] = value
+    tokens = np.asarray(step(ruined, settings, edits, level)[0])
+    bad = [3] if value == -np.inf else [3, 6]
+    assert (tokens[bad] == BAD_TOKEN).all()
+    rest = [i for i in range(8) if i not in bad]
+    np.testing.assert_array_equal(tokens[rest], np.asarray(good)[rest])
+
+
+def test_a_row_with_every_token_masked_is_bad():
+    edits = Edits(jnp.zeros((R, L), jnp.int32), jnp.full((R, V), -jnp.inf))
+    tokens, _ = step(random_logits(2, 1), rows(2, edited=np.array([1, 0])), edits, Level.EDITED)
+    assert tokens[0] == BAD_TOKEN and tokens[1] >= 0
+
+
+def test_noise_depends_on_key_and_position_alone():
+    """Not on the place in the batch, on the row of the state, or on what the neighbours ask for."""
+    logits = np.repeat(random_logits(1, 2), 6, axis=0)
+    keys = np.array([[1, 2], [1, 2], [1, 3], [2, 2], [1, 2], [1, 2]])
+    settings = rows(6, key=keys, position=np.array([5, 5, 5, 5, 6, 5]), row=np.array([0, 9, 2, 3, 4, 5]), temperature=3)
+    draws = [np.asarray(step(logits, settings, None, Level.RANDOM)[0])]
+    for extra in range(1, 20):
+        more = settings._replace(position=settings.position + 10 * extra)
+        draws.append(np.asarray(step(logits, more, None, Level.RANDOM)[0]))
+    table = np.stack(draws, axis=1)
+    assert (table[0] == table[1]).all() and (table[0] == table[5]).all()
+    for other in (2, 3, 4):
+        assert (table[0] != table[other]).any()
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.6])
+def test_random_draws_follow_the_distribution(temperature):
+    """Chi square over all tokens, 20,000 draws; keys as the engine makes them."""
+    count = 20000
+    logits = random_logits(1, 3)[0]
+    keys = np.stack([np.random.SeedSequence([seed, 0]).generate_state(2) for seed in range(count // 100)])
+    settings = rows(
+        count, key=np.repeat(keys, 100, axis=0), position=np.tile(np.arange(100), count // 100),
+        temperature=temperature,
+    )
+    tokens, _ = step(np.repeat(logits[None], count, axis=0), settings, None, Level.RANDOM)
+    found = np.bincount(np.asarray(tokens), minlength=V)
+    weights = np.exp(logits / temperature - (logits / temperature).max())
+    expected = count * weights / weights.sum()
+    common = expected >= 5
+    found = np.append(found[common], found[~common].sum())
+    expected = np.append(expected[common], expected[~common].sum())
+    chi = ((found - expected) ** 2 / np.maximum(expected, 1e-9))[expected > 1].sum()
+    freedom = len(expected) - 1
+    assert chi < freedom + 5 * np.sqrt(2 * freedom)
+
+
+def test_logprobs_and_ranks():
+    logits = random_logits(16, 6)
+    tokens = np.random.default_rng(0).integers(0, V, 16).astype(np.int32)
+    found = jax.jit(partial(logprobs, count=4))(logits, tokens)
+    exact = logits.astype(np.float64)
+    exact -= np.log(np.exp(exact).sum(axis=-1, keepdims=True))
+    order = np.argsort(-exact, axis=-1, kind="stable")
+    np.testing.assert_allclose(found.chosen, exact[np.arange(16), tokens], atol=1e-5)
+    np.testing.assert_array_equal(found.rank, [1 + (exact[i] > exact[i, t]).sum() for i, t in enumerate(tokens)])
+    np.testing.assert_array_equal(found.top_ids, order[:, :4])
+    np.testing.assert_allclose(found.top, np.take_along_axis(exact, order[:, :4], axis=-1), atol=1e-5)
+
+
+def test_packing_keeps_every_bit():
+    settings = dict(
+        row=np.array([3, R]), position=np.array([0, 2**31 - 1]), key=np.array([[0, 2**32 - 1], [5, 2**31]], np.uint32),
+        temperature=np.array([0, 1e-2], np.float32), top_k=np.array([0, 7]), top_p=np.array([1, 0.1], np.float32),
+        min_p=np.array([0, 1], np.float32), presence=np.array([-2, 2], np.float32),
+        frequency=np.array([0.1, -0.1], np.float32), repetition=np.array([1, 1e-3], np.float32),
+        edited=np.array([0, 1]), prompt_length=np.array([1, 9]),
+    )  # fmt: skip
+    back = unpack_rows(jnp.asarray(pack_rows(SamplingRows(**settings))))
+    for name, value in settings.items():
+        np.testing.assert_array_equal(getattr(back, name), value, err_msg=name)

@@ -1,0 +1,233 @@
+"""The scheduler alone: a host that pretends to run its plans, with tokens that follow from nothing."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.tiny import BLOCK, make_request, prompt
+
+from jaxinfer.engine.request import Status
+from jaxinfer.engine.scheduler import Limits, Scheduler
+from jaxinfer.kv.manager import BlockManager
+from jaxinfer.sampling_params import SamplingParams
+
+ROWS = 4
+
+
+def make(blocks=32, tokens=16, rows=ROWS, **limits):
+    manager = BlockManager(blocks, rows, 32, BLOCK)
+    return Scheduler(manager, Limits(tokens, rows, **limits))
+
+
+def new(name, length, n=1, made=6):
+    return make_request(name, prompt(length, hash(name) % 1000), SamplingParams(seed=1, n=n, max_tokens=made))
+
+
+class Host:
+    """Runs plans as the engine does, one step behind: each sequence's token is its position."""
+
+    def __init__(self, scheduler):
+        self.scheduler, self.flight, self.plans = scheduler, None, []
+
+    def step(self):
+        plan = self.scheduler.schedule()
+        self.plans.append(plan)
+        for chunk in plan.chunks:
+            self.scheduler.publish(chunk.sequence)
+        self.commit()
+        self.flight = plan
+        self.scheduler.manager.check()
+        return plan
+
+    def commit(self):
+        plan, self.flight = self.flight, None
+        for sequence in [] if plan is None else [s for _, s in plan.samples] + plan.decodes:
+            sequence.pending -= 1
+            if sequence.status is not Status.FINISHED:
+                reason = sequence.add(sequence.length % 90)
+                if reason is not None:
+                    self.scheduler.finish(sequence, reason)
+
+    def run(self, most=500):
+        for _ in range(most):
+            if not (self.scheduler.has_work or self.flight):
+                return
+            self.step()
+        raise AssertionError(f"no end after {most} steps")
+
+
+def test_states_of_a_sequence():
+    scheduler = make()
+    host, request = Host(scheduler), new("a", 6, made=2)
+    [sequence] = request.sequences
+    scheduler.add(request)
+    assert sequence.status is Status.WAITING and scheduler.has_work and not scheduler.active
+    host.step()
+    assert sequence.status is Status.RUNNING and scheduler.rows_in_use == 1
+    scheduler.preempt(sequence)
+    assert sequence.status is Status.WAITING and sequence.row == -1 and request.preemptions == 1
+    assert int(scheduler.manager.pool.num_held) == 0
+    host.step()  # a token is in flight: not admitted yet
+    assert sequence.status is Status.WAITING
+    host.run()
+    assert sequence.status is Status.FINISHED and sequence.finish_reason == "length"
+    assert sequence.output_ids.tolist() == [6, 7]
+    scheduler.finish(sequence, "abort")
+    assert sequence.finish_reason == "length", "a second end does nothing"
+
+
+def test_first_come_first_served():
+    scheduler = make(tokens=8)
+    requests = [new(str(i), 7) for i in range(6)]
+    for request in requests:
+        scheduler.add(request)
+    host = Host(scheduler)
+    host.run()
+    order = []
+    for plan in host.plans:
+        order += [c.sequence.request.id for c in plan.chunks if c.sequence.request.id not in order]
+    assert order == [r.id for r in requests]
+
+
+def test_one_that_does_not_fit_waits_and_nobody_passes_it():
+    scheduler = make(blocks=6)
+    for name, length in (("first", 12), ("large", 16), ("small", 2)):
+        scheduler.add(new(name, length, made=2))
+    plan = scheduler.schedule()
+    assert [c.sequence.request.id for c in plan.chunks] == ["first"]
+    assert [s.request.id for s in scheduler.waiting] == ["large", "small"]
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 5, 16])
+def test_the_budget_is_respected(tokens):
+    scheduler = make(tokens=tokens)
+    for i, length in enumerate((11, 3, 20, 7, 1, 9)):
+        scheduler.add(new(str(i), length))
+    host = Host(scheduler)
+    host.run()
+    used = [sum(c.count for c in plan.chunks) + len(plan.decodes) for plan in host.plans]
+    assert max(used) == tokens or tokens == 16
+    assert max(used) <= tokens
+
+
+def test_chunks_of_a_prompt_follow_each_other():
+    scheduler = make(tokens=5)
+    scheduler.add(new("a", 13))
+    host = Host(scheduler)
+    host.run()
+    spans = [(c.start, c.count) for plan in host.plans for c in plan.chunks]
+    assert spans == [(0, 5), (5, 5), (10, 3)]
+    assert [len(plan.samples) for plan in host.plans[:4]] == [0, 0, 1, 0]
+
+
+def test_admission_is_a_transaction():
+    scheduler = make(blocks=5)
+    scheduler.add(new("a", 12))
+    scheduler.schedule()
+    manager = scheduler.manager
+    pool, blocks, counts = manager.pool, manager.tables.blocks.copy(), manager.tables.counts.copy()
+    large = new("b", 12).sequences[0]
+    assert not scheduler._admit(large)
+    assert manager.pool is pool
+    np.testing.assert_array_equal(manager.tables.blocks, blocks)
+    np.testing.assert_array_equal(manager.tables.counts, counts)
+    assert large.status is Status.WAITING and large.row == -1 and scheduler.rows_in_use == 1
+
+
+def test_the_youngest_is_preempted_and_comes_back_first():
+    scheduler = make(blocks=7)
+    requests = [new(name, 3, made=12) for name in "abc"]
+    for request in requests:
+        scheduler.add(request)
+    host = Host(scheduler)
+    while not scheduler.preempted:
+        host.step()
+    assert [r.preemptions for r in requests] == [0, 0, 1]
+    assert scheduler.waiting[0].request.id == "c"
+    host.run()
+    assert requests[0].preemptions == 0
+    assert all(r.sequences[0].output_ids.tolist() == list(range(3, 15)) for r in requests)
+    assert scheduler.preempted == sum(r.preemptions for r in requests)
+
+
+def test_forks_share_and_take_only_the_rows_there_are():
+    scheduler = make()
+    scheduler.add(new("a", 3))
+    request = new("n", 6, n=5)
+    scheduler.add(request)
+    plan = scheduler.schedule()
+    states = [s.status for s in request.sequences]
+    assert states == [Status.RUNNING] * 3 + [Status.WAITING] * 2
+    assert [(chunk, s.index) for chunk, s in plan.samples[1:]] == [(1, 0), (1, 1), (1, 2)]
+    refs = scheduler.manager.pool.refs
+    assert sorted(refs[refs > 0].tolist()) == [1, 3, 3]
+    host = Host(scheduler)
+    host.flight = plan
+    host.run()
+    assert request.finished and all(s.made == 6 for s in request.sequences)
+
+
+def test_no_fork_without_sharing():
+    scheduler = make(share_blocks=False)
+    request = new("n", 6, n=3)
+    scheduler.add(request)
+    plan = scheduler.schedule()
+    assert [(c.sequence.index, c.count) for c in plan.chunks] == [(0, 6), (1, 6), (2, 4)]
+    assert [s.index for _, s in plan.samples] == [0, 1]
+    assert (scheduler.manager.pool.refs <= 1).all()
+
+
+def test_copies_come_with_the_first_write_after_a_fork():
+    scheduler = make()
+    scheduler.add(new("n", 6, n=3))
+    scheduler.schedule()
+    shared = scheduler.manager.tables.blocks[:, 1].copy()
+    plan = scheduler.schedule()
+    sources, targets = plan.copies
+    rows = plan.rows.tolist()
+    assert len(rows) == 3 and sources.tolist() == [shared[rows[0]]] * 2
+    now = scheduler.manager.tables.blocks[rows, 1].tolist()
+    assert len(set(now)) == 3 and set(targets.tolist()) == set(now) - {int(sources[0])}
+    assert not len(scheduler.schedule().copies[0]), "only once"
+
+
+def test_no_copies_when_the_prompt_ends_with_its_block():
+    scheduler = make()
+    scheduler.add(new("n", 2 * BLOCK, n=3))
+    scheduler.schedule()
+    plan = scheduler.schedule()
+    assert len(plan.rows) == 3 and not len(plan.copies[0])
+
+
+def test_a_lone_sequence_that_fills_the_pool_ends():
+    scheduler = make(blocks=4)
+    scheduler.add(new("a", 8, made=8))
+    Host(scheduler).run()
+    assert not scheduler.preempted
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 20), st.integers(1, 5), st.integers(1, 9), st.integers(0, 3)), min_size=1, max_size=7),
+    st.integers(9, 20), st.integers(1, 20), st.booleans(), st.booleans(),
+)  # fmt: skip
+def test_every_mix_ends_with_every_token_and_nothing_held(wanted, blocks, tokens, sharing, caching):
+    """Arrivals over time, any budget, small pools; `Host` checks the accounting after every step."""
+    manager = BlockManager(blocks, ROWS, 32, BLOCK, prefix_caching=caching)
+    scheduler = Scheduler(manager, Limits(tokens, ROWS, sharing))
+    host, requests = Host(scheduler), []
+    for i, (length, n, made, pause) in enumerate(wanted):
+        request = make_request(str(i), prompt(length, i % 2), SamplingParams(seed=1, n=n, max_tokens=made))
+        requests.append(request)
+        scheduler.add(request)
+        for _ in range(pause):
+            host.step()
+    host.run(3000)
+    for request in requests:
+        start = len(request.prompt)
+        for sequence in request.sequences:
+            assert sequence.output_ids.tolist() == [t % 90 for t in range(start, request.limit)]
+    assert int(manager.pool.num_held) == 0 and len(scheduler.free_rows) == ROWS
+    used = [sum(c.count for c in plan.chunks) + len(plan.decodes) for plan in host.plans]
+    assert max(used) <= tokens
+    assert all(max(len(p.samples), len(p.chunks), len(p.decodes)) <= ROWS for p in host.plans)

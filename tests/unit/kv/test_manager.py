@@ -1,0 +1,207 @@
+"""The block manager as a Hypothesis state machine: what is written where, modelled token by token."""
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from jaxinfer.kv.manager import BlockManager
+from jaxinfer.kv.prefix import root
+
+P, ROWS, WIDTH = 2, 5, 8
+ROOT = root(b"salt")
+
+
+class ManagerMachine(RuleBasedStateMachine):
+    """`written[block][offset]` is the whole text up to the token whose keys lie there; a row must read its own."""
+
+    @initialize(blocks=st.integers(1, 14), caching=st.booleans())
+    def start(self, blocks, caching):
+        self.manager = BlockManager(blocks, ROWS, WIDTH, P, prefix_caching=caching)
+        self.written: dict[tuple[int, int], tuple[int, ...]] = {}
+        self.texts: dict[int, list[int]] = {}
+        self.published: dict[int, int] = {}
+
+    def write(self, row, position):
+        """The step writes a position: never into a block that another names too."""
+        block = int(self.manager.tables.blocks[row, position // P])
+        assert self.manager.pool.refs[block] == 1, "a shared block is never written"
+        self.written[block, position % P] = tuple(self.texts[row][: position + 1])
+
+    @rule(row=st.integers(0, ROWS - 1), text=st.lists(st.integers(0, 1), min_size=1, max_size=P * 4))
+    def admit(self, row, text):
+        if row in self.texts:
+            return
+        manager = self.manager
+        tokens = np.array(text, np.int32)
+        hit = manager.lookup(tokens, manager.digests(tokens, ROOT), ROOT)
+        assert len(hit.ids) <= (len(text) - 1) // P
+        pool, counts = manager.pool, manager.tables.counts.copy()
+        if not manager.admit(row, hit, len(text)):
+            assert manager.pool is pool and (manager.tables.counts == counts).all(), "all or nothing"
+            assert manager.blocks_for(len(text)) - len(hit.ids) > int(pool.num_available) - sum(
+                pool.refs[hit.ids] == 0
+            )
+            return
+        self.texts[row], self.published[row] = list(text), len(hit.ids)
+        for position in range(len(hit.ids) * P, len(text)):
+            self.write(row, position)
+        manager.tables.lengths[row] = len(text)
+
+    @rule(data=st.data())
+    def grow(self, data):
+        manager = self.manager
+        fits = [r for r in self.texts if len(self.texts[r]) < P * WIDTH]
+        rows = data.draw(st.lists(st.sampled_from(fits), unique=True)) if fits else []
+        rows = np.array(sorted(rows), np.int64)
+        before, pool = manager.tables.blocks.copy(), manager.pool
+        copies = manager.grow(rows)
+        if copies is None:
+            assert manager.pool is pool and (manager.tables.blocks == before).all(), "all or nothing"
+            return
+        sources, targets = copies
+        assert not set(sources.tolist()) & set(targets.tolist())
+        assert len(set(targets.tolist())) == len(targets)
+        for source, target in zip(sources.tolist(), targets.tolist(), strict=True):
+            assert pool.refs[source] > 1, "only what is shared is copied"
+            for offset in range(P):
+                if (source, offset) in self.written:
+                    self.written[target, offset] = self.written[source, offset]
+        for row in rows.tolist():
+            self.texts[row].append(data.draw(st.integers(0, 1)))
+            self.write(row, len(self.texts[row]) - 1)
+        manager.tables.lengths[rows] += 1
+
+    @precondition(lambda self: self.texts)
+    @rule(data=st.data())
+    def fork(self, data):
+        free = [r for r in range(ROWS) if r not in self.texts]
+        if free:
+            source, target = data.draw(st.sampled_from(sorted(self.texts))), free[0]
+            self.manager.fork(source, target)
+            self.texts[target], self.published[target] = list(self.texts[source]), self.published[source]
+
+    @precondition(lambda self: self.texts)
+    @rule(data=st.data())
+    def free(self, data):
+        row = data.draw(st.sampled_from(sorted(self.texts)))
+        self.manager.free(row)
+        del self.texts[row], self.published[row]
+
+    @precondition(lambda self: self.texts)
+    @rule(data=st.data())
+    def publish(self, data):
+        row = data.draw(st.sampled_from(sorted(self.texts)))
+        full = len(self.texts[row]) // P
+        if full > self.published[row] and self.manager.prefix_caching:
+            self.manager.take_evicted()
+            tokens = np.array(self.texts[row], np.int32)
+            digests = self.manager.digests(tokens, ROOT)
+            self.manager.publish(row, tokens[: full * P], digests, ROOT, self.published[row], full)
+            self.published[row] = full
+
+    @precondition(lambda self: self.texts)
+    @rule(data=st.data())
+    def withdraw(self, data):
+        row = data.draw(st.sampled_from(sorted(self.texts)))
+        start = data.draw(st.integers(0, self.published[row]))
+        self.manager.take_evicted()
+        self.manager.withdraw(row, start)
+        ids = self.manager.tables.of(row)[start:]
+        assert not self.manager.pool.published[ids].any()
+
+    @rule()
+    def take_evicted(self):
+        self.manager.take_evicted()
+
+    @rule()
+    def reset(self):
+        self.manager.reset_index()
+        assert len(self.manager.index) == 0
+
+    @invariant()
+    def every_row_reads_its_own_text(self):
+        if not hasattr(self, "manager"):
+            return
+        tables = self.manager.tables
+        for row, text in self.texts.items():
+            assert int(tables.counts[row]) == self.manager.blocks_for(len(text))
+            for position in range(len(text)):
+                block = int(tables.blocks[row, position // P])
+                assert self.written[block, position % P] == tuple(text[: position + 1])
+
+    @invariant()
+    def the_accounting_adds_up(self):
+        if hasattr(self, "manager"):
+            self.manager.check()
+            assert (int(self.manager.pool.num_held) == 0) == (not self.texts)
+
+
+TestManager = ManagerMachine.TestCase
+TestManager.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+def manager(blocks=8):
+    return BlockManager(blocks, ROWS, WIDTH, P)
+
+
+def hit(m, text):
+    tokens = np.array(text, np.int32)
+    return m.lookup(tokens, m.digests(tokens, ROOT), ROOT)
+
+
+def admit(m, row, text):
+    tokens = np.array(text, np.int32)
+    assert m.admit(row, hit(m, text), len(text))
+    m.tables.lengths[row] = len(text)
+    digests = m.digests(tokens, ROOT)
+    m.publish(row, tokens, digests, ROOT, 0, len(text) // P)
+
+
+def test_a_block_evicted_in_this_step_is_no_hit_before_the_index_knows():
+    m = manager(blocks=2)
+    admit(m, 0, [1, 2, 3])
+    m.free(0)
+    assert m.admit(1, hit(m, [7, 7, 7]), 3)
+    found = hit(m, [1, 2, 3])
+    assert (len(found.ids), found.reason) == (0, "evicted")
+    m.take_evicted()
+    assert hit(m, [1, 2, 3]).reason == "evicted"
+
+
+def test_the_last_token_is_always_left_to_compute():
+    m = manager()
+    admit(m, 0, [1, 2, 3, 4])
+    assert [len(hit(m, [1, 2, 3, 4][:n]).ids) for n in range(5)] == [0, 0, 0, 1, 1]
+    assert len(hit(m, [1, 2, 3, 4, 5]).ids) == 2
+
+
+def test_withdrawn_blocks_are_found_no_more_and_the_prefix_before_them_is():
+    m = manager()
+    admit(m, 0, [1, 2, 3, 4, 5, 6, 7])
+    m.withdraw(0, 1)
+    assert len(hit(m, [1, 2, 3, 4, 5, 6, 7]).ids) == 1
+    m.check()
+
+
+@pytest.mark.parametrize(("sharers", "writers", "copies"), [(2, 2, 1), (3, 3, 2), (3, 2, 2), (3, 1, 1), (1, 1, 0)])
+def test_the_last_to_write_a_shared_block_keeps_it(sharers, writers, copies):
+    m = manager()
+    admit(m, 0, [1, 2, 3])
+    for row in range(1, sharers):
+        m.fork(0, row)
+    shared = int(m.tables.blocks[0, 1])
+    sources, targets = m.grow(np.arange(writers))
+    assert sources.tolist() == [shared] * copies and len(targets) == copies
+    assert int(m.pool.refs[shared]) == sharers - copies
+    m.check()
+
+
+def test_nothing_changes_where_the_blocks_do_not_suffice():
+    m = manager(blocks=2)
+    admit(m, 0, [1, 2, 3])
+    m.fork(0, 1)
+    pool, blocks = m.pool, m.tables.blocks.copy()
+    assert m.grow(np.array([0, 1])) is None
+    assert m.pool is pool and (m.tables.blocks == blocks).all()
