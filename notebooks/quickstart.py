@@ -82,7 +82,7 @@ print(answer.outputs[0].text, "-", f"{answer.num_cached_tokens} of {len(answer.p
 # One seed gives the same samples, whatever else is running.
 
 # %%
-sampled = llm.chat(chat[:1], SamplingParams(n=6, temperature=2.0, seed=7, max_tokens=32))[0]
+sampled = llm.chat(chat[:1], SamplingParams(n=6, temperature=1.9, seed=7, max_tokens=32))[0]
 for sample in sampled.outputs:
     print(sample.index, sample.text.strip())
 
@@ -92,7 +92,7 @@ for sample in sampled.outputs:
 # `logprobs=3` reports the three likeliest tokens beside the chosen one. Green tokens were certain, red ones were not; hover to see the candidates.
 
 # %%
-unsure = llm.chat(chat[:1], SamplingParams(temperature=2.0, seed=11, max_tokens=32, logprobs=3, prompt_logprobs=0))[0]
+unsure = llm.chat(chat[:1], SamplingParams(temperature=1.9, seed=11, max_tokens=32, logprobs=3, prompt_logprobs=0))[0]
 unsure
 
 # %%
