@@ -163,8 +163,8 @@ class LLM:
             self._check_open()
             self._engine.reset_prefix_cache()
 
-    def update_weights(self, weights: nnx.Module | nnx.State) -> None:
-        """Replaces all weights by those of a module or state of the same structure; cached prefixes are forgotten.
+    def update_weights(self, weights: Any) -> None:
+        """Replaces all weights by those of an NNX module or state of the same structure; cached prefixes are forgotten.
 
         Raises:
             ConfigError: another structure, shape or dtype.

@@ -1,0 +1,86 @@
+"""What a system did with the work, and the figures that follow: the same formulas for all systems."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean, median
+from typing import Any
+
+import numpy as np
+
+from benchmarks.work import Work
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One pass over the work. Times are seconds since its start."""
+
+    seconds: float
+    """Until the last token."""
+    tokens: list[list[int]]
+    """The new tokens of each request."""
+    arrivals: list[float]
+    """Of each request."""
+    times: list[list[float]]
+    """Of each request, of each token; empty where the system was not asked for them."""
+
+    @classmethod
+    def of(cls, reply: Mapping[str, Any]) -> "Trace":
+        """From what a peer answered."""
+        return cls(reply["seconds"], reply["tokens"], reply["arrivals"], reply["times"])
+
+
+def throughput(work: Work, trace: Trace) -> dict[str, float]:
+    """Requests and tokens a second."""
+    return {
+        "elapsed_time": trace.seconds,
+        "requests_per_second": len(work.prompts) / trace.seconds,
+        "tokens_per_second": (work.prompt_tokens + work.new_tokens) / trace.seconds,
+        "output_tokens_per_second": work.new_tokens / trace.seconds,
+    }
+
+
+def latency(traces: Sequence[Trace]) -> dict[str, float]:
+    """Seconds that one batch takes, over all passes."""
+    seconds = [trace.seconds for trace in traces]
+    parts = {f"p{q}_latency": float(np.percentile(seconds, q)) for q in (50, 90, 99)}
+    return {"avg_latency": mean(seconds), "best_latency": min(seconds), **parts}
+
+
+def serving(work: Work, trace: Trace) -> dict[str, float]:
+    """Throughput, time to the first token, time a token after it, and the longest silence while others prefill."""
+    first = [times[0] - arrival for times, arrival in zip(trace.times, trace.arrivals, strict=True)]
+    after = [(times[-1] - times[0]) / (len(times) - 1) for times in trace.times if len(times) > 1]
+    figures = throughput(work, trace) | _spread("ttft", first) | _spread("tpot", after or [0.0])
+    return figures | {
+        "longest_gap_ms": 1e3 * max((end - start for _, start, end in _gaps(trace)), default=0.0),
+        "longest_gap_while_others_prefill_ms": 1e3 * _longest_gap_beside_prefill(trace),
+    }
+
+
+def _spread(name: str, seconds: Sequence[float]) -> dict[str, float]:
+    figures = {"mean": mean(seconds), "median": median(seconds), "p99": float(np.percentile(seconds, 99))}
+    return {f"{kind}_{name}_ms": 1e3 * value for kind, value in figures.items()}
+
+
+def _gaps(trace: Trace) -> Iterator[tuple[int, float, float]]:
+    """(request, start, end) between any two tokens that follow one another."""
+    for index, times in enumerate(trace.times):
+        for start, end in zip(times, times[1:], strict=False):
+            yield index, start, end
+
+
+def _longest_gap_beside_prefill(trace: Trace) -> float:
+    """The longest time between two tokens of a request, part of which another one waited for its first token."""
+    waits = [(arrival, times[0]) for arrival, times in zip(trace.arrivals, trace.times, strict=True)]
+    longest = 0.0
+    for index, start, end in _gaps(trace):
+        if end - start > longest and any(
+            arrival < end and first > start for other, (arrival, first) in enumerate(waits) if other != index
+        ):
+            longest = end - start
+    return longest
+
+
+def medians(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Of each figure, its median over the passes."""
+    return {name: median(run[name] for run in runs) for name in runs[0]}
