@@ -4,7 +4,7 @@
 
 makes the tokenizer, trains a two-million-parameter Llama on text that `jaxinfer.demo` generates,
 writes it to DIR in bfloat16, reads it back and prints its accuracy on questions it never saw.
-About ten minutes on two CPU cores. Needs torch and transformers (the extra `test`).
+It takes about 17 minutes of CPU time. Needs torch and transformers (the extra `test`).
 """
 
 from __future__ import annotations

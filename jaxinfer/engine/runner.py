@@ -43,7 +43,7 @@ class Flight:
 
 
 class Runner:
-    """Runs plans. The cache and the sampler's state are values: donated to each step and replaced by what it returns."""
+    """Runs plans. Cache and sampler state are values: donated to each step and replaced by what it returns."""
 
     def __init__(self, program: Program, params: list[jax.Array], shapes: Shapes):
         self.program, self.params, self.shapes = program, params, shapes

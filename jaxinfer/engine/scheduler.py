@@ -194,7 +194,7 @@ class Scheduler:
     def _fork(self, parent: Sequence, chunk: int, samples: list[tuple[int, Sequence]]) -> None:
         """Lets the parent's waiting siblings share its blocks, as many as there are rows for."""
         for child in parent.request.sequences:
-            if child.status is not Status.WAITING or child.made:
+            if child.status is not Status.WAITING or child.made or child.pending:
                 continue
             if not self.free_rows or len(samples) >= self.limits.prefill_rows:
                 break

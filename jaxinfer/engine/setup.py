@@ -72,7 +72,8 @@ def choose_shapes(model: ModelConfig, program: Program, config: EngineConfig) ->
         num_blocks=num_blocks, block_size=block, rows=rows, width=math.ceil(length / block),
         decode_buckets=_buckets(config.decode_buckets, rows, 1 if gpu else 4, "decode_buckets"),
         prefill_buckets=_buckets(config.prefill_buckets, budget, 32, "prefill_buckets"),
-        prefill_rows=min(rows, 64 if gpu else 16), max_logprobs=config.max_logprobs, max_length=length, sampled_vocab=program.vocab,
+        prefill_rows=min(rows, 64 if gpu else 16), max_logprobs=config.max_logprobs, max_length=length,
+        sampled_vocab=program.vocab,
     )  # fmt: skip
 
 

@@ -154,7 +154,8 @@ def prefill(q: jax.Array, lane: Lane, step: PrefillTiles, scale: float, tile: in
     """Queries `[T, H, D]` -> `[T, H, D]`, causal within each sequence and over all it has in the cache.
 
     An online softmax (arXiv:2205.14135) over the blocks that a tile can see: only live blocks are read, and
-    what is read of a sequence's cache is read once a tile of `tile` queries. Rows of padding give 0.
+    what is read of a sequence's cache is read once a tile of `tile` queries. Rows of padding give finite values
+    that nobody reads.
     """
     tokens, heads, dim = q.shape
     kv_heads, block = lane.keys.shape[1], lane.keys.shape[2]

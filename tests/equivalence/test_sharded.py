@@ -2,11 +2,13 @@
 
 from functools import cache
 
+import numpy as np
 import pytest
 from support import checkpoint
 from support.cases import EDGES, alone, mixed
 from support.tiny import CONFIG, make_engine, make_request, prompt, run, shapes
 
+from jaxinfer.checkpoint.rules import parameters
 from jaxinfer.engine.runner import Runner
 from jaxinfer.functional import split
 from jaxinfer.models import loading
@@ -35,9 +37,6 @@ def sharded(tmp_path_factory):
 
 def test_the_checkpoint_read_for_one_device_holds_the_weights_written(sharded, tmp_path):
     """Two meshes that agree could both be wrong."""
-    import numpy as np
-    from jaxinfer.checkpoint.rules import parameters
-
     made = parameters(loading.random(HEADS, make_mesh(1), dtype="float32"))
     read = parameters(sharded(1).program.module(sharded(1).params))
     assert made.keys() == read.keys()

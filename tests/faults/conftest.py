@@ -1,4 +1,4 @@
-"""One tiny checkpoint and one LLM for all fault tests; other host settings are laid over it, nothing is compiled again."""
+"""One tiny checkpoint and one LLM for all fault tests; other host settings are laid over it without compiling."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,8 +12,8 @@ from jaxinfer import LLM
 from jaxinfer.engine.engine import Engine
 
 SETTINGS = dict(
-    max_model_len=128, max_num_seqs=8, max_num_batched_tokens=32, block_size=4, decode_buckets=(8,), prefill_buckets=(32,),
-    kv_cache_memory_bytes=1 << 20, check_invariants=True, use_tqdm=False,
+    max_model_len=128, max_num_seqs=8, max_num_batched_tokens=32, block_size=4, decode_buckets=(8,),
+    prefill_buckets=(32,), kv_cache_memory_bytes=1 << 20, check_invariants=True, use_tqdm=False,
 )  # fmt: skip
 
 

@@ -7,6 +7,8 @@ from jaxinfer import SamplingParams
 from jaxinfer.models import loading
 from jaxinfer.sharding import make_mesh
 
+pytestmark = pytest.mark.xdist_group("faults")
+
 SHORT = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
 PREFIX = list(range(40, 64))
 

@@ -11,6 +11,8 @@ from support import checkpoint
 from jaxinfer import LLM
 from jaxinfer.errors import CheckpointError, ConfigError
 
+pytestmark = pytest.mark.xdist_group("faults")
+
 
 @pytest.fixture
 def copy(folder, tmp_path):

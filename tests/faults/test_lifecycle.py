@@ -10,6 +10,8 @@ from jaxinfer import LLM, SamplingParams
 from jaxinfer.errors import EngineClosedError
 from jaxinfer.text import parse_prompts
 
+pytestmark = pytest.mark.xdist_group("faults")
+
 LONG = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
 SHORT = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
 IDS = [10, 11, 12, 13, 14]
@@ -206,7 +208,7 @@ def test_two_engines(llm, make_llm):
         assert [list(found.values()) for found in last] == [expected, expected]
 
 
-def test_use_after_close(folder, make_llm):
+def test_use_after_close(make_llm):
     with make_llm() as llm:
         stream = llm.stream([IDS], LONG)
     for call in (

@@ -6,6 +6,8 @@ from jaxinfer import LLM
 from jaxinfer.engine import setup
 from jaxinfer.errors import CapacityError, ConfigError
 
+pytestmark = pytest.mark.xdist_group("faults")
+
 BLOCK_BYTES = 2 * 2 * 2 * 4 * 16 * 4
 """Of the tiny model: keys and values, layers, kv heads, positions, head dim, float32."""
 

@@ -51,6 +51,8 @@ import pytest
 from jaxinfer import SamplingParams
 from jaxinfer.sampling_params import MAX_N
 
+pytestmark = pytest.mark.xdist_group("faults")
+
 SHORT = SamplingParams(temperature=0, max_tokens=4)
 IDS = [10, 11, 12, 13, 14]
 

@@ -9,6 +9,8 @@ from transformers import GenerationConfig
 from jaxinfer import LLM, SamplingParams
 from jaxinfer.sampling_params import RequestOutputKind
 
+pytestmark = pytest.mark.xdist_group("faults")
+
 WARM = SamplingParams(temperature=2.0, seed=5, max_tokens=40, ignore_eos=True)
 DELTA = RequestOutputKind.DELTA
 EMOJI = "\U0001f600"
@@ -195,6 +197,7 @@ def test_templates_that_fail_are_the_calls_own(llm, kwargs, error, message):
     assert llm.generate("hello", SamplingParams(max_tokens=1))[0].finished
 
 
+@pytest.mark.slow
 def test_token_ids_only(llm, make_llm):
     bare = make_llm(skip_tokenizer_init=True)
     try:

@@ -42,7 +42,7 @@ def test_a_prompt_that_never_fits_is_refused_and_the_queue_moves_on(runner):
 
 @pytest.mark.parametrize("steps", range(8))
 @pytest.mark.parametrize("params", [GREEDY, N])
-@pytest.mark.parametrize("budget", [5, CHUNK])
+@pytest.mark.parametrize("budget", [5, pytest.param(CHUNK, marks=pytest.mark.slow)])
 def test_abort_in_every_state(runner, steps, params, budget):
     engine = make_engine(runner, budget=budget)
     others = mixed((6, 9))

@@ -2,6 +2,7 @@
 
 import logging
 
+import numpy as np
 import pytest
 from support.cases import GREEDY, SEEDED, alone, mixed
 from support.tiny import BLOCK, CHUNK, make_engine, make_request, prompt, run
@@ -20,6 +21,14 @@ def outputs(requests):
 
 def reasons(requests):
     return [s.finish_reason for r in requests for s in r.sequences]
+
+
+def assert_published_is_finite(engine):
+    """What others may find holds numbers."""
+    published = np.flatnonzero(engine.manager.pool.published)
+    assert len(published)
+    for lane in engine.runner.cache:
+        assert np.isfinite(np.asarray(lane.keys)[published]).all()
 
 
 LENGTHS = (3, 9, 18, 5)
@@ -42,6 +51,7 @@ def test_nan_in_a_prompt_is_that_requests_error(runner, nan_token, at):
     again = make_request("again", ids[:20], GREEDY)
     run(engine, [again])
     assert again.cached_tokens <= at // BLOCK * BLOCK, "no block at or after the NaN is found"
+    assert_published_is_finite(engine)
     assert run(engine, mixed(LENGTHS)) == expected, "what the NaN left in freed blocks hurts nobody"
 
 
@@ -66,6 +76,13 @@ def test_nan_while_decoding_takes_its_blocks_out_of_the_index(runner, nan_token,
     follow = make_request("follow", [*prompt(length, 5), nan_token, *prompt(BLOCK, 6)], GREEDY)
     run(engine, [follow])
     assert follow.cached_tokens == 0, "all the bad request had written was withdrawn"
+    never = SamplingParams(temperature=0, max_tokens=2, logit_bias={nan_token: -100.0})
+    healthy = make_request("healthy", [*prompt(length, 5), 7], never)
+    run(engine, [healthy])
+    assert reasons([healthy]) == ["length"]
+    again = make_request("again", follow.prompt.tolist(), GREEDY)
+    run(engine, [again])
+    assert again.cached_tokens == length // BLOCK * BLOCK, "nothing bad behind what is healthy again"
 
 
 def test_nan_after_a_hit_leaves_the_hit_published(runner, nan_token):
@@ -85,8 +102,13 @@ def test_nan_ends_one_sample_and_leaves_its_siblings(runner, nan_token):
     params = SamplingParams(temperature=1, seed=3, n=8, max_tokens=12, logit_bias={nan_token: 3.0})
     separate, request = (make_request("x", prompt(6), params) for _ in range(2))
     expected = run(make_engine(runner, block_sharing=False, prefix_caching=False), [separate])
-    assert run(make_engine(runner), [request]) == expected
+    engine = make_engine(runner)
+    assert run(engine, [request]) == expected
     assert {"error", "length"} == set(reasons([request]))
+    # Those whose NaN token was the last of its block had published it before the NaN was seen.
+    made = [s.output_ids for s in request.sequences if s.finish_reason == "error"]
+    assert any((6 + len(tokens)) % BLOCK == 0 for tokens in made)
+    assert_published_is_finite(engine)
 
 
 class Fails:

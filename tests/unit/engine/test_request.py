@@ -101,7 +101,8 @@ def bias(sequence):
 
 
 def test_biases_and_masks():
-    [sequence] = request(logit_bias={3: 1.5, 4: -2}, allowed_token_ids=[3, 4, 9], _bad_words_token_ids=((9,),)).sequences
+    allowed = dict(allowed_token_ids=[3, 4, 9], _bad_words_token_ids=((9,),))
+    [sequence] = request(logit_bias={3: 1.5, 4: -2}, **allowed).sequences
     row = bias(sequence)
     assert (row[3], row[4], row[9], row[10]) == (1.5, -2, -np.inf, -np.inf)
     assert np.isfinite(row).sum() == 2

@@ -208,7 +208,7 @@ def test_a_lone_sequence_that_fills_the_pool_ends():
 
 @settings(max_examples=40, deadline=None)
 @given(
-    st.lists(st.tuples(st.integers(1, 20), st.integers(1, 5), st.integers(1, 9), st.integers(0, 3)), min_size=1, max_size=7),
+    st.lists(st.tuples(*(st.integers(*ends) for ends in ((1, 20), (1, 5), (1, 9), (0, 3)))), min_size=1, max_size=7),
     st.integers(9, 20), st.integers(1, 20), st.booleans(), st.booleans(),
 )  # fmt: skip
 def test_every_mix_ends_with_every_token_and_nothing_held(wanted, blocks, tokens, sharing, caching):

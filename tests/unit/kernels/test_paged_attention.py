@@ -1,5 +1,7 @@
 """The fast paths over a paged cache against the oracle, and the oracle against attention without a cache."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,9 @@ D, P = 8, 4
 HEADS = [(4, 4), (6, 2), (8, 1)]
 """Query heads and kv heads: one to one, groups of three, all on one."""
 TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2}
+
+
+oracle = jax.jit(partial(paged.reference, scale=D**-0.5))
 
 
 class Case:
@@ -32,11 +37,11 @@ class Case:
             self.dense.append(rng.normal(size=(2, length, kv_heads, D)).astype(np.float32))
             for at in range(length):
                 lanes[:, self.tables[row, at // P], :, at % P] = self.dense[row][:, at]
-        self.lane = Lane(*(jnp.asarray(lane, self.dtype) for lane in lanes))
+        self.lane = Lane(*lanes.astype(self.dtype))
         self.rng = rng
 
     def queries(self, count):
-        return jnp.asarray(self.rng.normal(size=(count, self.heads, D)), self.dtype)
+        return self.rng.normal(size=(count, self.heads, D)).astype(self.dtype)
 
     def close(self, found, expected):
         assert found.dtype == self.dtype
@@ -46,7 +51,7 @@ class Case:
 
 
 def reference(case, q, rows, positions):
-    return paged.reference(q, case.lane, jnp.asarray(case.tables), jnp.asarray(rows), jnp.asarray(positions), D**-0.5)
+    return oracle(q, case.lane, case.tables, rows, positions)
 
 
 def dense(case, q, row, position):
@@ -70,7 +75,10 @@ def test_the_oracle_is_attention_without_a_cache(heads, kv_heads):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
-@pytest.mark.parametrize(("width", "keys", "spare"), [(None, paged.DECODE_KEYS, None), (7, P, 0), (None, 2 * P + 1, 3)])
+@pytest.mark.parametrize(
+    ("width", "keys", "spare"),
+    [pytest.param(None, paged.DECODE_KEYS, None, marks=pytest.mark.slow), (7, P, 0), (None, 2 * P + 1, 3)],
+)
 def test_decode_is_the_oracle(monkeypatch, dtype, heads, kv_heads, width, keys, spare):
     """Every length around the ends of blocks, and rows of padding whose tables name anything.
 
@@ -81,13 +89,14 @@ def test_decode_is_the_oracle(monkeypatch, dtype, heads, kv_heads, width, keys, 
     case = Case(lengths, heads, kv_heads, dtype, width=width)
     q = case.queries(len(lengths) + 2)
     tables = np.concatenate([case.tables, np.zeros((1, case.tables.shape[1]), np.int32), case.tables[:1]])
-    rows = DecodeRows(jnp.asarray(tables), jnp.asarray([*lengths, 0, 0]))
+    rows = DecodeRows(tables, np.array([*lengths, 0, 0], np.int32))
     items = None if spare is None else sum(-(-n // paged.item_keys(P)) for n in lengths) + spare
     # A new function, as what was traced before read pieces of another size.
     found = jax.jit(lambda *args: paged.decode(*args, D**-0.5, items))(q, case.lane, rows)
-    expected = reference(case, q[: len(lengths)], np.arange(len(lengths)), np.array(lengths) - 1)
-    case.close(found[: len(lengths)], expected)
-    assert not np.asarray(found[len(lengths) :], np.float32).any(), "padding gives 0"
+    expected = reference(case, q[: len(lengths)], np.arange(len(lengths), dtype=np.int32), np.array(lengths) - 1)
+    found = np.asarray(found)
+    case.close(found[: len(lengths)], np.asarray(expected))
+    assert not found[len(lengths) :].astype(np.float32).any(), "padding gives 0"
 
 
 CHUNKS = {
@@ -105,7 +114,7 @@ CHUNKS = {
     [(chunks, 6, 2, "float32") for chunks in CHUNKS]
     + [("several", *heads, dtype) for heads in HEADS for dtype in ("float32", "bfloat16")],
 )
-@pytest.mark.parametrize("keys", [paged.PREFILL_KEYS, 2 * P])
+@pytest.mark.parametrize("keys", [pytest.param(paged.PREFILL_KEYS, marks=pytest.mark.slow), 2 * P])
 def test_prefill_is_the_oracle(monkeypatch, dtype, heads, kv_heads, chunks, keys):
     """Chunks of several sequences beside padding tokens and padding rows; the online softmax in one part or in many."""
     monkeypatch.setattr(paged, "PREFILL_KEYS", keys)
@@ -117,9 +126,10 @@ def test_prefill_is_the_oracle(monkeypatch, dtype, heads, kv_heads, chunks, keys
         rows=len(chunks) + 2,
     )  # fmt: skip
     q = case.queries(tokens + 5)
-    step = PrefillTiles(jnp.asarray(batch.tables), jnp.asarray(batch.tiles), jnp.asarray(batch.count))
+    step = PrefillTiles(batch.tables, batch.tiles, batch.count)
     found = jax.jit(lambda *args: paged.prefill(*args, scale=D**-0.5, tile=TILE))(q, case.lane, step)
     expected = reference(case, q, batch.rows, batch.positions)
+    found, expected = np.asarray(found), np.asarray(expected)
     case.close(found[:tokens], expected[:tokens])
     assert np.isfinite(np.asarray(found, np.float32)).all(), "padding is a number"
 

@@ -16,7 +16,7 @@ ROOT = root(b"salt")
 class ManagerMachine(RuleBasedStateMachine):
     """`written[block][offset]` is the whole text up to the token whose keys lie there; a row must read its own."""
 
-    @initialize(blocks=st.integers(1, 14), caching=st.booleans())
+    @initialize(blocks=st.integers(4, 30), caching=st.booleans())
     def start(self, blocks, caching):
         self.manager = BlockManager(blocks, ROWS, WIDTH, P, prefix_caching=caching)
         self.written: dict[tuple[int, int], tuple[int, ...]] = {}
@@ -29,11 +29,10 @@ class ManagerMachine(RuleBasedStateMachine):
         assert self.manager.pool.refs[block] == 1, "a shared block is never written"
         self.written[block, position % P] = tuple(self.texts[row][: position + 1])
 
-    @rule(row=st.integers(0, ROWS - 1), text=st.lists(st.integers(0, 1), min_size=1, max_size=P * 4))
-    def admit(self, row, text):
-        if row in self.texts:
-            return
-        manager = self.manager
+    @precondition(lambda self: len(self.texts) < ROWS and int(self.manager.pool.num_available))
+    @rule(text=st.lists(st.integers(0, 1), min_size=1, max_size=P * 4))
+    def admit(self, text):
+        manager, row = self.manager, next(r for r in range(ROWS) if r not in self.texts)
         tokens = np.array(text, np.int32)
         hit = manager.lookup(tokens, manager.digests(tokens, ROOT), ROOT)
         assert len(hit.ids) <= (len(text) - 1) // P
@@ -49,12 +48,13 @@ class ManagerMachine(RuleBasedStateMachine):
             self.write(row, position)
         manager.tables.lengths[row] = len(text)
 
-    @rule(data=st.data())
-    def grow(self, data):
+    @precondition(lambda self: self.texts)
+    @rule(resting=st.sets(st.integers(0, ROWS - 1)), token=st.integers(0, 1))
+    def grow(self, resting, token):
+        """A decode step of the rows that do not rest."""
         manager = self.manager
-        fits = [r for r in self.texts if len(self.texts[r]) < P * WIDTH]
-        rows = data.draw(st.lists(st.sampled_from(fits), unique=True)) if fits else []
-        rows = np.array(sorted(rows), np.int64)
+        rows = [r for r in sorted(self.texts) if r not in resting and len(self.texts[r]) < P * WIDTH]
+        rows = np.array(rows, np.int64)
         before, pool = manager.tables.blocks.copy(), manager.pool
         copies = manager.grow(rows)
         if copies is None:
@@ -69,18 +69,17 @@ class ManagerMachine(RuleBasedStateMachine):
                 if (source, offset) in self.written:
                     self.written[target, offset] = self.written[source, offset]
         for row in rows.tolist():
-            self.texts[row].append(data.draw(st.integers(0, 1)))
+            self.texts[row].append(token)
             self.write(row, len(self.texts[row]) - 1)
         manager.tables.lengths[rows] += 1
 
-    @precondition(lambda self: self.texts)
+    @precondition(lambda self: 0 < len(self.texts) < ROWS)
     @rule(data=st.data())
     def fork(self, data):
-        free = [r for r in range(ROWS) if r not in self.texts]
-        if free:
-            source, target = data.draw(st.sampled_from(sorted(self.texts))), free[0]
-            self.manager.fork(source, target)
-            self.texts[target], self.published[target] = list(self.texts[source]), self.published[source]
+        source = data.draw(st.sampled_from(sorted(self.texts)))
+        target = next(r for r in range(ROWS) if r not in self.texts)
+        self.manager.fork(source, target)
+        self.texts[target], self.published[target] = list(self.texts[source]), self.published[source]
 
     @precondition(lambda self: self.texts)
     @rule(data=st.data())
@@ -89,12 +88,12 @@ class ManagerMachine(RuleBasedStateMachine):
         self.manager.free(row)
         del self.texts[row], self.published[row]
 
-    @precondition(lambda self: self.texts)
+    @precondition(lambda self: any(len(text) // P > self.published[row] for row, text in self.texts.items()))
     @rule(data=st.data())
     def publish(self, data):
-        row = data.draw(st.sampled_from(sorted(self.texts)))
+        row = data.draw(st.sampled_from([r for r, text in self.texts.items() if len(text) // P > self.published[r]]))
         full = len(self.texts[row]) // P
-        if full > self.published[row] and self.manager.prefix_caching:
+        if self.manager.prefix_caching:
             self.manager.take_evicted()
             tokens = np.array(self.texts[row], np.int32)
             digests = self.manager.digests(tokens, ROOT)
@@ -111,14 +110,18 @@ class ManagerMachine(RuleBasedStateMachine):
         ids = self.manager.tables.of(row)[start:]
         assert not self.manager.pool.published[ids].any()
 
-    @rule()
-    def take_evicted(self):
-        self.manager.take_evicted()
-
+    @precondition(lambda self: len(self.manager.index))
     @rule()
     def reset(self):
         self.manager.reset_index()
         assert len(self.manager.index) == 0
+
+    @precondition(lambda self: self.texts)
+    @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=3))
+    def several_steps(self, tokens):
+        for token in tokens:
+            self.grow(set(), token)
+            self.manager.take_evicted()
 
     @invariant()
     def every_row_reads_its_own_text(self):
@@ -139,7 +142,7 @@ class ManagerMachine(RuleBasedStateMachine):
 
 
 TestManager = ManagerMachine.TestCase
-TestManager.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestManager.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
 
 
 def manager(blocks=8):
