@@ -1,10 +1,14 @@
 """Settings of the engine: one frozen value, each field with its unit and default."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from typing import Any
 
+import numpy as np
+
 from jaxinfer.errors import ConfigError
+from jaxinfer.sampling_params import MAX_LOGPROBS
 
 CPU_CACHE_BYTES = 1 << 30
 """The cache's default size on a CPU: a fixed share, as the host has other work."""
@@ -39,12 +43,12 @@ class EngineConfig:
     """Whether prompts reuse the blocks of prefixes computed before."""
     enable_block_sharing: bool = True
     """Whether the samples of a request share its prompt's blocks."""
-    decode_buckets: tuple[int, ...] | None = field(default=None)
+    decode_buckets: Sequence[int] | None = field(default=None)
     """Numbers of sequences a decode step is compiled for; by default powers of two."""
-    prefill_buckets: tuple[int, ...] | None = field(default=None)
+    prefill_buckets: Sequence[int] | None = field(default=None)
     """Numbers of tokens a prefill step is compiled for; by default powers of two."""
     max_logprobs: int = 20
-    """The most log-probabilities a position that a request may ask for."""
+    """The most log-probabilities a position that a request may ask for, at most 20."""
     seed: int = 0
     """Seeds the requests that bring no seed of their own."""
     check_invariants: bool = False
@@ -56,7 +60,7 @@ class EngineConfig:
         limits = {
             "tensor_parallel_size": (1, 4096), "max_model_len": (2, MAX_MODEL_LEN), "max_num_seqs": (1, MAX_SEQS),
             "max_num_batched_tokens": (1, MAX_BATCHED_TOKENS), "block_size": (1, 1024),
-            "kv_cache_memory_bytes": (1, 1 << 50), "pool_blocks": (1, 1 << 31), "max_logprobs": (0, 1000),
+            "kv_cache_memory_bytes": (1, 1 << 50), "pool_blocks": (1, 1 << 31), "max_logprobs": (0, MAX_LOGPROBS),
             "seed": (0, 2**63 - 1),
         }  # fmt: skip
         for name, (least, most) in limits.items():
@@ -67,12 +71,18 @@ class EngineConfig:
                 raise ConfigError(f"{name} must be an integer, got {value!r}")
             if not least <= value <= most:
                 raise ConfigError(f"{name} must be in [{least}, {most}], got {value}")
-        if not 0 < self.gpu_memory_utilization <= 1:
-            raise ConfigError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}")
+        for name, most in (("gpu_memory_utilization", 1), ("log_interval", 1e9)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:
+                raise ConfigError(f"{name} must be a number in (0, {most:g}], got {value!r}")
+        for name in ("enable_prefix_caching", "enable_block_sharing", "check_invariants"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
         for name in ("decode_buckets", "prefill_buckets"):
             sizes = getattr(self, name)
-            if sizes is not None and (not sizes or any(not isinstance(s, int) or s < 1 for s in sizes)):
-                raise ConfigError(f"{name} must be positive integers, got {sizes!r}")
+            whole = isinstance(sizes, list | tuple) and sizes and all(isinstance(s, int) and s > 0 for s in sizes)
+            if sizes is not None and not whole:
+                raise ConfigError(f"{name} must be a list of positive integers, got {sizes!r}")
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ConfigError(f"dtype must be auto, float32, bfloat16 or float16, got {self.dtype!r}")
 
@@ -89,4 +99,14 @@ class EngineConfig:
                 close = get_close_matches(name, known, 1)
                 hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
                 raise TypeError(f"unknown setting {name!r}{hint}")
+        if "dtype" in settings and not isinstance(settings["dtype"], str):
+            settings = settings | {"dtype": _dtype_name(settings["dtype"])}
         return cls(**settings)
+
+
+def _dtype_name(value: Any) -> str:
+    """The name of a NumPy or jax.numpy dtype, which may stand for it."""
+    try:
+        return np.dtype(value).name
+    except TypeError:
+        raise ConfigError(f"dtype must be a name or a NumPy dtype, got {value!r}") from None

@@ -1,9 +1,22 @@
 """The pure functions the engine runs, for people who write JAX: params, cache and batch in, logits and cache out.
 
-    program, params = functional.split(module)
+    from jaxinfer import demo, functional, sharding
+    from jaxinfer.models import loading
+
+    mesh = sharding.make_mesh()
+    program, params = functional.split(loading.load(demo.path(), mesh), mesh)
     cache = functional.init_cache(program, num_blocks=64, block_size=16)
-    batch = functional.prefill_batch([(tokens, 0, len(tokens))], tables, block_size=16)
-    logits, cache = jax.jit(functional.prefill, static_argnums=0, donate_argnums=2)(program, params, cache, batch)
+    prefill = jax.jit(functional.prefill, static_argnums=0, donate_argnums=2)
+    decode = jax.jit(functional.decode, static_argnums=0, donate_argnums=2)
+
+    tokens = [1, 5, 9]
+    tables = np.arange(4)[None]  # one sequence, whose positions 0 to 63 lie in blocks 0 to 3
+    logits, cache = prefill(program, params, cache, functional.prefill_batch([(tokens, 0, len(tokens))], tables))
+    for position in range(len(tokens), 20):
+        last = logits.argmax(axis=-1)
+        logits, cache = decode(program, params, cache, functional.DecodeBatch(last, np.array([position]), tables))
+
+Token ids, positions and block ids are the caller's to get right: under jit nothing can be checked.
 """
 
 from collections.abc import Sequence
@@ -112,7 +125,7 @@ class PrefillBatch:
 
 
 def prefill_batch(
-    chunks: Sequence[tuple[np.ndarray, int, int]], tables: np.ndarray, *, tokens: int | None = None,
+    chunks: Sequence[tuple[Any, int, int]], tables: Any, *, tokens: int | None = None,
     rows: int | None = None, samples: np.ndarray | None = None,
 ) -> PrefillBatch:  # fmt: skip
     """Lays chunks of sequences side by side, in NumPy.
@@ -125,6 +138,7 @@ def prefill_batch(
         rows: B to pad to, and the length of `last`.
         samples: `[S]` for each wanted logit the index of its chunk; every chunk once by default.
     """
+    tables = np.asarray(tables, np.int32)
     sizes = np.array([len(ids) for ids, _, _ in chunks], np.int32)
     starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
     total, batch = tokens or int(starts[-1]), rows or len(chunks)

@@ -72,6 +72,8 @@ class LLM:
         self._closed = False
         self._ids = itertools.count()
         self._chat_template = chat_template
+        if mesh is not None and not isinstance(mesh, Mesh):
+            raise TypeError(f"mesh must be a jax.sharding.Mesh, got {type(mesh).__name__}")
         self._mesh = mesh or make_mesh(self.config.tensor_parallel_size)
         if isinstance(model, nnx.Module):
             self._module, directory, self.default_params, ends = model, None, SamplingParams(), ()
@@ -84,6 +86,8 @@ class LLM:
             )
         source = None if skip_tokenizer_init else directory if tokenizer is None else tokenizer
         self._tokenizer = None if source is None else load_tokenizer(source)
+        if directory is None and getattr(self._tokenizer, "eos_token_id", None) is not None:
+            ends = (self._tokenizer.eos_token_id,)  # a module brings no configuration that would name them
         known = None if self._tokenizer is None else id_bound(self._tokenizer)
         self._engine = build_engine(self._module, self.config, self._mesh, sampled_vocab=known)
         self._salt = f"{model if directory else id(model)}|{revision}".encode()
@@ -140,11 +144,17 @@ class LLM:
         prompts = self._render(messages, chat_template, True, chat_template_kwargs)
         return self._watch(self._prepare(prompts, self._chat_params(sampling_params), streaming=True))
 
-    def abort(self, request_id: str | Sequence[str]) -> None:
-        """Ends requests, wherever they are; their outputs say "abort". Unknown and finished ids do nothing."""
+    def abort(self, request_id: Any) -> None:
+        """Ends one request or a list of them, wherever they are; their outputs say "abort".
+
+        Ids that are unknown or finished do nothing.
+        """
+        ids = [request_id] if isinstance(request_id, str) else request_id
+        if not isinstance(ids, (list, tuple, set)) or not all(isinstance(one, str) for one in ids):
+            raise TypeError(f"request_id must be a string or a list of strings, got {request_id!r}")
         with self._lock:
             self._check_open()
-            for one in [request_id] if isinstance(request_id, str) else request_id:
+            for one in ids:
                 self._engine.abort(one)
 
     def get_tokenizer(self) -> Any:
@@ -172,7 +182,7 @@ class LLM:
         """
         with self._lock:
             self._check_open()
-            if self._engine.has_work:
+            if not self._engine.settle():
                 raise RuntimeError("update_weights while requests are running; finish or abort them first")
             state = nnx.state(weights) if isinstance(weights, nnx.Module) else weights
             runner = self._engine.runner
@@ -261,6 +271,12 @@ class LLM:
         check_prompt_length(len(ids), limits.max_model_len, index)
         if params.stop and self._tokenizer is None:
             raise ValueError(f"prompt {index}: stop strings need a tokenizer; use stop_token_ids")
+        for name in ("logprobs", "prompt_logprobs"):
+            if (getattr(params, name) or 0) > self.config.max_logprobs:
+                raise ValueError(
+                    f"prompt {index}: {name} is {getattr(params, name)}, more than max_logprobs = "
+                    f"{self.config.max_logprobs} of this LLM; ask for fewer, or make it with a larger max_logprobs"
+                )
         encode = None if self._tokenizer is None else self._encode
         own = resolve(params, limits, prompt_len=len(ids), encode=encode)
         salts, config = (self._salt, (prompt.cache_salt or "").encode()), self._module.config

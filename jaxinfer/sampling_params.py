@@ -139,7 +139,8 @@ class SamplingParams:
     min_p: float = 0.0
     """Drop tokens less likely than this share of the likeliest; in [0, 1]."""
     seed: int | None = None
-    """0 to 2**63 - 1. The same seed gives the same tokens whatever else runs; None draws a fresh one."""
+    """0 to 2**63 - 1. The same seed gives the same tokens whatever else runs; None takes one
+    that follows from the engine's seed and the request's number, so that a program repeats itself."""
     stop: Sequence[str] | str | None = ()
     """Strings that end the output; at most `MAX_STOP_STRINGS` of `MAX_STOP_LENGTH` characters."""
     stop_token_ids: Sequence[int] | None = ()

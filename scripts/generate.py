@@ -3,6 +3,7 @@
 
 import argparse
 import json
+import os
 import resource
 import sys
 import time
@@ -22,12 +23,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; 2 for bad input, said in one line."""
     args = parse(argv)
     try:
-        if args.samples:
-            return compare(args)
-        return generate(args)
+        return compare(args) if args.samples else generate(args)
     except (JaxInferError, ValueError, TypeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output has gone; the interpreter's own flush at the end must not fail as well.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -41,7 +47,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--temperature", type=float, default=0.0, help="0 is greedy")
     add("--top-p", type=float, default=1.0)
     add("--top-k", type=int, default=0)
-    add("--seed", type=int, default=None)
+    add("--seed", type=int, default=None, help="by default one that is the same for every run")
     add("--n", type=int, default=1, help="samples a prompt")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     add("--max-model-len", type=int, default=None)
@@ -52,8 +58,40 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--add-prefix", action="store_true", help="with --samples: put a shared prefix before each question")
     add("--compare", action="store_true", help="with --samples: again without sharing and prefix reuse, side by side")
     args = parser.parse_args(argv)
+    check(parser, args)
     args.chat |= args.samples > 0 or (args.model is None and not args.prompt and args.prompts_file is None)
     return args
+
+
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuses flags that contradict each other."""
+    most = len(demo.sample_questions())
+    if not 0 <= args.samples <= most:
+        parser.error(f"--samples must be from 1 to {most}, got {args.samples}")
+    if args.samples and (args.prompt or args.prompts_file or args.json):
+        parser.error("--samples asks built-in questions and prints a comparison: no --prompt, --prompts-file or --json")
+    if not args.samples and (args.add_prefix or args.compare):
+        parser.error("--add-prefix and --compare go with --samples")
+    if args.model == "":
+        parser.error("--model is empty; leave it out for the packaged checkpoint")
+
+
+def read_prompts(file: Path) -> list[str]:
+    """The lines of a file that are not blank.
+
+    Raises:
+        ValueError: it cannot be read, is not UTF-8, or has none.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except OSError as error:
+        raise ValueError(f"--prompts-file {file}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompts-file {file} is not UTF-8 text: byte {error.start} is wrong") from error
+    prompts = [line.rstrip("\r") for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError(f"--prompts-file {file} has no prompt in it; write one a line")
+    return prompts
 
 
 def make_llm(args: argparse.Namespace, **settings: Any) -> LLM:
@@ -66,9 +104,10 @@ def make_llm(args: argparse.Namespace, **settings: Any) -> LLM:
 
 def params_of(args: argparse.Namespace) -> SamplingParams:
     """The sampling parameters of the command line."""
+    default = None if args.chat else 128
     return SamplingParams(
         n=args.n, temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, seed=args.seed,
-        max_tokens=args.max_tokens or (None if args.chat else 128),
+        max_tokens=default if args.max_tokens is None else args.max_tokens,
     )  # fmt: skip
 
 
@@ -76,7 +115,7 @@ def generate(args: argparse.Namespace) -> int:
     """Continues the prompts, streaming."""
     prompts = list(args.prompt)
     if args.prompts_file is not None:
-        prompts += [line for line in args.prompts_file.read_text().splitlines() if line.strip()]
+        prompts += read_prompts(args.prompts_file)
     prompts = prompts or list(DEFAULT_PROMPTS)
     params = params_of(args)
     with make_llm(args) as llm:

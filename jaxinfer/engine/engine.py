@@ -84,7 +84,8 @@ class Engine:
         if len(request.prompt) + 1 > self.capacity:
             raise CapacityError(
                 f"a prompt of {len(request.prompt)} tokens can never fit in the cache: it holds {self.capacity} tokens "
-                f"({self.settings.pool_blocks} blocks of {self.runner.shapes.block_size}); raise kv_cache_memory_bytes"
+                f"({self.settings.pool_blocks} blocks of {self.runner.shapes.block_size}); raise kv_cache_memory_bytes, or "
+                "pool_blocks where that is set"
             )
 
     def add(self, request: Request) -> None:
@@ -213,7 +214,10 @@ class Engine:
         Those in steps that fail again and again end in error, so that the others go on. An interrupt is nobody's
         fault, but it may have come anywhere.
         """
-        log.error("a step failed (%s: %s); the cache is rebuilt", type(error).__name__, error)
+        if isinstance(error, Exception):
+            log.error("a step failed (%s: %s); the cache is rebuilt", type(error).__name__, error)
+        else:
+            log.info("interrupted (%s); the cache is rebuilt", type(error).__name__)
         blamed = {id(s): s.blame() for s in set(self._suspect.sequences)} if isinstance(error, Exception) else {}
         self._flight, self._suspect, preempted = None, Plan(), self.scheduler.preempted
         self.requests = {name: request for name, request in self.requests.items() if not request.finished}
@@ -235,6 +239,11 @@ class Engine:
             self._fail(sequence, f"its step failed {failures} times: {type(error).__name__}: {error}")
         elif sequence.length == sequence.stage_limit:
             sequence.start_over()
+
+    def settle(self) -> bool:
+        """Reads the step in flight; whether nothing is left to do."""
+        self._commit(self._take_flight())
+        return not self.has_work
 
     def reset_prefix_cache(self) -> None:
         """Forgets all cached prefixes, as after new weights."""

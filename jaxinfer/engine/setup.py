@@ -45,7 +45,13 @@ def build_engine(
             f"the cache of {shapes.num_blocks} blocks ({_size(needed)}) does not fit in the device's memory; "
             "lower kv_cache_memory_bytes or gpu_memory_utilization"
         ) from error
-    return Engine(runner, HostSettings.of(config, runner))
+    engine = Engine(runner, HostSettings.of(config, runner))
+    if engine.capacity < shapes.max_length:
+        log.warning(
+            "pool_blocks=%d lets a sequence have %d tokens, less than max_model_len = %d",
+            config.pool_blocks, engine.capacity, shapes.max_length,
+        )  # fmt: skip
+    return engine
 
 
 def choose_shapes(model: ModelConfig, program: Program, config: EngineConfig) -> Shapes:

@@ -17,10 +17,16 @@ def load_tokenizer(source: str | Path | Any) -> Any:
 
     Raises:
         CheckpointError: there is none to load.
+        TypeError: something else.
     """
     if not isinstance(source, (str, Path)):
+        if not hasattr(source, "get_vocab"):
+            raise TypeError(f"tokenizer must be a directory, a Hub id or a tokenizer, got {type(source).__name__}")
         return source
-    directory = resolve_model(source)
+    try:
+        directory = resolve_model(source)
+    except CheckpointError as error:
+        raise CheckpointError(f"tokenizer={str(source)!r}: {error}") from error
     auto, fast = _classes()
     try:
         return auto.from_pretrained(directory, trust_remote_code=False)

@@ -105,6 +105,13 @@ def test_weights_are_not_replaced_under_running_requests(llm):
     with pytest.raises(RuntimeError, match="running"):
         llm.update_weights(other)
     stream.close()
+    # The step of the aborted request is still in flight; nothing runs all the same.
+    before = llm._engine.runner.params
+    try:
+        llm.update_weights(other)
+    finally:
+        llm._engine.runner.params = before
+        llm.reset_prefix_cache()
 
 
 def test_weights_of_another_shape_are_refused(llm):

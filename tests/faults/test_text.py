@@ -222,3 +222,25 @@ def test_the_module_itself_is_taken(llm):
         assert own.generate("hello", greedy, use_tqdm=False)[0].outputs[0].text == (
             llm.generate("hello", greedy)[0].outputs[0].text
         )
+
+
+def test_more_logprobs_than_the_llm_was_made_for_are_refused(make_llm):
+    with make_llm(max_logprobs=2) as llm:
+        for name in ("logprobs", "prompt_logprobs"):
+            with pytest.raises(ValueError, match=f"{name} is 3, more than max_logprobs = 2"):
+                llm.generate([[5, 6, 7]], SamplingParams(**{name: 3}))
+
+
+@pytest.mark.parametrize("wrong", [5, None, [5]])
+def test_abort_wants_ids(llm, wrong):
+    with pytest.raises(TypeError, match="request_id must be a string or a list of strings"):
+        llm.abort(wrong)
+
+
+def test_a_module_with_a_tokenizer_stops_at_its_end(llm):
+    from jaxinfer import LLM
+
+    with LLM(llm._module, tokenizer=llm.get_tokenizer(), use_tqdm=False) as other:
+        assert other._limits.eos_token_ids == (llm.get_tokenizer().eos_token_id,)
+    with pytest.raises(TypeError, match="tokenizer must be a directory, a Hub id or a tokenizer, got int"):
+        LLM(llm._module, tokenizer=5)

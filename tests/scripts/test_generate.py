@@ -62,6 +62,9 @@ def test_the_sanity_run_shows_both_outputs_the_differences_and_the_hits(command,
     [
         (["--prompt", "x", "--top-p", "3"], "top_p must be in (0, 1], got 3.0."),
         (["--prompt", "x", "--n", "2"], "n must be 1 when using greedy sampling, got 2."),
+        (["--prompt", "x", "--max-tokens", "0"], "max_tokens must be at least 1"),
+        (["--prompts-file", "/nowhere/prompts.txt"], "/nowhere/prompts.txt: No such file or directory"),
+        (["--prompts-file", "/dev/null"], "has no prompt in it"),
         (["--model", "./no-such-folder"], "the directory does not exist"),
         (["--model", "nobody/nothing"], "cannot be had from the Hugging Face Hub"),
     ],
@@ -70,3 +73,19 @@ def test_bad_input_is_one_line(command, capsys, arguments, words):
     assert command(arguments) == 2
     out, err = capsys.readouterr()
     assert not out and words in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--samples", "21"], "--samples must be from 1 to 20, got 21"),
+        (["--samples", "-1"], "--samples must be from 1 to 20, got -1"),
+        (["--samples", "3", "--json"], "--samples asks built-in questions"),
+        (["--compare", "--prompt", "x"], "go with --samples"),
+        (["--model", ""], "--model is empty"),
+    ],
+)
+def test_flags_that_contradict_each_other_are_refused(command, capsys, arguments, words):
+    with pytest.raises(SystemExit) as stop:
+        command(arguments)
+    assert stop.value.code == 2 and words in capsys.readouterr().err

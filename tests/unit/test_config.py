@@ -1,0 +1,60 @@
+"""Engine settings: each wrong one is named with its value and limit."""
+
+import re
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import pytest
+
+from jaxinfer.config import EngineConfig
+
+
+CASES = [
+    ({"max_model_len": 1}, r"max_model_len must be in \[2, "),
+    ({"max_num_seqs": True}, "max_num_seqs must be an integer, got True"),
+    ({"block_size": 1.5}, "block_size must be an integer, got 1.5"),
+    ({"max_logprobs": 21}, r"max_logprobs must be in \[0, 20\], got 21"),
+    ({"gpu_memory_utilization": "x"}, r"gpu_memory_utilization must be a number in \(0, 1\], got 'x'"),
+    ({"gpu_memory_utilization": 0}, r"gpu_memory_utilization must be a number in \(0, 1\], got 0"),
+    ({"log_interval": "x"}, "log_interval must be a number"),
+    ({"enable_prefix_caching": "no"}, "enable_prefix_caching must be True or False, got 'no'"),
+    ({"decode_buckets": 5}, "decode_buckets must be a list of positive integers, got 5"),
+    ({"prefill_buckets": (0,)}, "prefill_buckets must be a list of positive integers"),
+    ({"dtype": "int8"}, "dtype must be auto, float32, bfloat16 or float16, got 'int8'"),
+    ({"dtype": 5.5}, "dtype must be a name or a NumPy dtype, got 5.5"),
+]
+
+SCRIPT = """
+import ast, sys
+from jaxinfer.config import EngineConfig
+from jaxinfer.errors import ConfigError
+for settings in ast.literal_eval(sys.argv[1]):
+    try:
+        EngineConfig.of(settings)
+        print("accepted")
+    except ConfigError as error:
+        print(error)
+"""
+
+
+@pytest.fixture(scope="module")
+def messages() -> list[str]:
+    """What a user is told of each case. In a process of its own: here annotations are checked before the values."""
+    command = [sys.executable, "-c", SCRIPT, repr([settings for settings, _ in CASES])]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+@pytest.mark.parametrize("number", range(len(CASES)))
+def test_a_wrong_value_is_named(number, messages):
+    assert re.search(CASES[number][1], messages[number])
+
+
+def test_an_unknown_setting_is_named_with_the_closest():
+    with pytest.raises(TypeError, match="unknown setting 'max_num_seq'; did you mean 'max_num_seqs'?"):
+        EngineConfig.of({"max_num_seq": 4})
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.dtype("bfloat16"), "bfloat16"])
+def test_a_dtype_may_be_one(dtype):
+    assert EngineConfig.of({"dtype": dtype}).dtype == "bfloat16"

@@ -1,0 +1,28 @@
+"""The examples in the README and in docstrings run as they stand."""
+
+import re
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from jaxinfer import functional
+
+pytestmark = pytest.mark.xdist_group("demo")
+README = Path(__file__).parents[2] / "README.md"
+
+
+def test_the_ten_lines_of_the_readme(capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    exec(compile(code, "README.md", "exec"), {})
+    out = capsys.readouterr().out
+    assert "17 plus 25 is 42." in out and out.count("capital of France is Paris") >= 1
+    assert len(code.strip().splitlines()) <= 12
+
+
+def test_the_example_of_functional():
+    lines = functional.__doc__.splitlines()
+    code = textwrap.dedent("\n".join(line for line in lines if line.startswith("    ") or not line.strip()))
+    names = {}
+    exec(compile("import jax, numpy as np\n" + code, "functional", "exec"), names)
+    assert names["position"] == 19 and names["logits"].shape == (1, names["program"].vocab)
