@@ -9,6 +9,8 @@ import numpy as np
 
 MAX_INT32 = 2**31 - 1
 """Largest count, position or token id: they are int32 on the device."""
+MAX_LOGPROBS = 20
+"""Most alternatives reported a position by `logprobs` and `prompt_logprobs`."""
 
 
 def describe(value: Any) -> str:

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxinfer.checks import MAX_LOGPROBS
 from jaxinfer.errors import ConfigError
-from jaxinfer.sampling_params import MAX_LOGPROBS
 
 CPU_CACHE_BYTES = 1 << 30
 """The cache's default size on a CPU: a fixed share, as the host has other work."""

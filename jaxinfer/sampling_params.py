@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxinfer.checks import (
     MAX_INT32,
+    MAX_LOGPROBS,
     as_float,
     as_int,
     as_strings,
@@ -35,8 +36,6 @@ MAX_LOGIT_BIAS = 1024
 """Most entries of `logit_bias`."""
 LOGIT_BIAS_LIMIT = 100.0
 """A bias is clamped to plus or minus this, as in the OpenAI and vLLM interfaces."""
-MAX_LOGPROBS = 20
-"""Most alternatives reported a position by `logprobs` and `prompt_logprobs`."""
 MAX_SEED = 2**63 - 1
 """Largest seed: one that every integer type on the way to the device holds without wrapping."""
 MAX_TOKENS = MAX_INT32
