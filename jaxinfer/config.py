@@ -31,6 +31,8 @@ class EngineConfig:
     """Sequences that run at a time; by default 64 on a CPU, 256 on a GPU."""
     max_num_batched_tokens: int | None = None
     """Tokens of one step, prefill and decode together; by default 512 on a CPU, 2048 on a GPU."""
+    attention_kernel: str = "auto"
+    """"triton" (NVIDIA GPUs, with the extra `cuda13` or `cuda12`), "xla" (everywhere), or "auto": triton where it can be."""
     block_size: int = 16
     """Positions in a block of the cache."""
     kv_cache_memory_bytes: int | None = None

@@ -30,7 +30,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxinfer.kernels.paged_attention import DecodeRows, Lane, PrefillTiles
+from jaxinfer.kernels import attention
+from jaxinfer.kernels.paged import DecodeRows, Lane, PrefillTiles, Slots
 from jaxinfer.kv import cache as kv_cache
 from jaxinfer.kv.spec import Full
 from jaxinfer.layers.attention import StepContext
@@ -56,23 +57,34 @@ class Program:
     """V': columns of the logits."""
     dtype: jnp.dtype
     mesh: Mesh
+    kernel: str = "xla"
+    """The implementation of attention (`kernels.attention.choose`)."""
+    tile: int = TILE
+    """Queries of a prefill tile that suit it best."""
 
     def module(self, params: Sequence[jax.Array]) -> LanguageModel:
         """The module with these parameters in it; under a trace this costs nothing at run time."""
         return nnx.merge(self.graph, jax.tree.unflatten(self.tree, params))
 
 
-def split(module: LanguageModel, mesh: Mesh | None = None) -> tuple[Program, list[Array]]:
+def split(
+    module: LanguageModel, mesh: Mesh | None = None, *, kernel: str = attention.AUTO
+) -> tuple[Program, list[Array]]:
     """A module as a static program and the flat list of its parameters (values, or shapes if it is abstract).
 
     A flat list, because dispatch costs 0.08 ms with it and 11.6 ms through `nnx.jit`.
+
+    Raises:
+        ConfigError: an attention kernel that is not known, or not for these devices.
     """
     graph, state = nnx.split(module)
     params, tree = jax.tree.flatten(state)
     dtype = next(p.dtype for p in params if jnp.issubdtype(p.dtype, jnp.floating))
     mesh = mesh or make_mesh()
     vocab = -(-module.config.vocab_size // meshes.size(mesh)) * meshes.size(mesh)
-    return Program(graph, tree, tuple(module.cache_specs()), vocab, dtype, mesh), params
+    return Program(
+        graph, tree, tuple(module.cache_specs()), vocab, dtype, mesh, attention.choose(kernel, mesh)
+    ), params
 
 
 def init_cache(program: Program, num_blocks: int, block_size: int = 16) -> list[Lane]:
@@ -80,9 +92,6 @@ def init_cache(program: Program, num_blocks: int, block_size: int = 16) -> list[
     return kv_cache.allocate(
         kv_cache.abstract(program.specs, num_blocks, block_size, program.dtype, program.mesh)
     )
-
-
-_pytree = partial(jax.tree_util.register_dataclass, meta_fields=[])
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["tokens", "positions", "tables"], meta_fields=["items"])
@@ -97,11 +106,14 @@ class DecodeBatch:
     tables: Array
     """`[B, W]` block ids."""
     items: int | None = None
-    """Static: pieces of the rows' keys there is room for (`kernels.paged_attention.decode_items`); by default as
+    """Static: pieces of the rows' keys there is room for (`kernels.xla_attention.decode_items`); by default as
     many as the tables could hold."""
 
 
-@partial(_pytree, data_fields=["tokens", "positions", "rows", "rope_lengths", "tables", "tiles", "count", "last"])
+@partial(
+    jax.tree_util.register_dataclass, meta_fields=["tile"],
+    data_fields=["tokens", "positions", "rows", "rope_lengths", "tables", "tiles", "count", "last"],
+)  # fmt: skip
 @dataclass(frozen=True)
 class PrefillBatch:
     """A chunk of one or more sequences, their tokens one after another."""
@@ -122,11 +134,13 @@ class PrefillBatch:
     """`[]` tiles in use."""
     last: Array
     """`[S]` indices of the tokens whose logits are wanted."""
+    tile: int = TILE
+    """Static: queries a tile holds at most."""
 
 
 def prefill_batch(
     chunks: Sequence[tuple[Any, int, int]], tables: Any, *, tokens: int | None = None,
-    rows: int | None = None, samples: np.ndarray | None = None,
+    rows: int | None = None, samples: np.ndarray | None = None, tile: int = TILE,
 ) -> PrefillBatch:  # fmt: skip
     """Lays chunks of sequences side by side, in NumPy.
 
@@ -137,6 +151,7 @@ def prefill_batch(
         tokens: T to pad to; all tokens of the chunks by default.
         rows: B to pad to, and the length of `last`.
         samples: `[S]` for each wanted logit the index of its chunk; every chunk once by default.
+        tile: queries of one tile at most; `Program.tile` is the best for its devices.
     """
     tables = np.asarray(tables, np.int32)
     sizes = np.array([len(ids) for ids, _, _ in chunks], np.int32)
@@ -144,15 +159,15 @@ def prefill_batch(
     total, batch = tokens or int(starts[-1]), rows or len(chunks)
     columns = {name: np.full(total, fill, np.int32) for name, fill in
                (("tokens", 0), ("positions", -1), ("rows", 0), ("rope_lengths", 1))}  # fmt: skip
-    tiles = np.zeros((tile_count(total, batch), 4), np.int32)
+    tiles = np.zeros((tile_count(total, batch, tile), 4), np.int32)
     count = 0
     for row, (ids, position, prompt) in enumerate(chunks):
         span = slice(starts[row], starts[row + 1])
         at = np.arange(position, position + len(ids), dtype=np.int32)
         columns["tokens"][span], columns["positions"][span], columns["rows"][span] = ids, at, row
         columns["rope_lengths"][span] = np.where(at < prompt, prompt, at + 1)
-        for first in range(0, len(ids), TILE):
-            size = min(TILE, len(ids) - first)
+        for first in range(0, len(ids), tile):
+            size = min(tile, len(ids) - first)
             tiles[count] = row, starts[row] + first, position + first, size
             count += 1
     padded = np.zeros((batch, tables.shape[1]), np.int32)
@@ -160,12 +175,12 @@ def prefill_batch(
     samples = np.arange(len(chunks)) if samples is None else samples
     last = np.zeros(batch, np.int32)
     last[: len(samples)] = starts[1:][samples] - 1
-    return PrefillBatch(**columns, tables=padded, tiles=tiles, count=np.int32(count), last=last)
+    return PrefillBatch(**columns, tables=padded, tiles=tiles, count=np.int32(count), last=last, tile=tile)
 
 
-def tile_count(tokens: int, rows: int) -> int:
+def tile_count(tokens: int, rows: int, tile: int = TILE) -> int:
     """The most tiles that `tokens` tokens of `rows` sequences can take."""
-    return -(-tokens // TILE) + rows
+    return -(-tokens // tile) + rows
 
 
 def prefill(
@@ -181,8 +196,7 @@ def prefill_hidden(
 ) -> tuple[jax.Array, list[Lane]]:
     """As `prefill`, but the hidden states `[T, M]` of all tokens."""
     rows = PrefillTiles(batch.tables, batch.tiles, batch.count)
-    tables = batch.tables[batch.rows]
-    step = _context(program, cache, batch.positions, tables, batch.rope_lengths, rows)
+    step = _context(program, cache, batch.positions, batch.rows, batch.rope_lengths, rows, tile=batch.tile)
     return program.module(params)(batch.tokens, step, cache)
 
 
@@ -191,21 +205,22 @@ def decode(
 ) -> tuple[jax.Array, list[Lane]]:
     """One step of every sequence -> float32 logits `[B, V']`, and the cache with the new tokens in."""
     rows = DecodeRows(batch.tables, batch.positions + 1)
-    step = _context(program, cache, batch.positions, batch.tables, batch.positions + 1, rows, batch.items)
+    owners = jnp.arange(batch.tables.shape[0])
+    step = _context(program, cache, batch.positions, owners, batch.positions + 1, rows, items=batch.items)
     module = program.module(params)
     hidden, cache = module(batch.tokens, step, cache)
     return module.logits(hidden), cache
 
 
 def _context(
-    program: Program, cache: list[Lane], positions: jax.Array, tables: jax.Array, rope_lengths: jax.Array,
-    rows: DecodeRows | PrefillTiles, items: int | None = None,
+    program: Program, cache: list[Lane], positions: jax.Array, owners: jax.Array, rope_lengths: jax.Array,
+    rows: DecodeRows | PrefillTiles, *, items: int | None = None, tile: int = TILE,
 ) -> StepContext:  # fmt: skip
-    """`tables` `[T, W]`: the row of each token."""
+    """`owners` `[T]`: the row of the tables that each token belongs to."""
     blocks, _, block_size, _ = cache[0].keys.shape
     at = jnp.maximum(positions, 0)
-    owner = jnp.take_along_axis(tables, (at // block_size)[:, None], axis=1)[:, 0]
+    own = rows.tables[owners, at // block_size]
     return StepContext(
-        positions=at, rope_lengths=rope_lengths, blocks=jnp.where(positions >= 0, owner, blocks),
-        offsets=at % block_size, rows=rows, mesh=program.mesh, tile=TILE, items=items,
+        positions=at, rope_lengths=rope_lengths, rows=rows, mesh=program.mesh, kernel=program.kernel, tile=tile,
+        slots=Slots(jnp.where(positions >= 0, own, blocks), at % block_size), items=items,
     )  # fmt: skip

@@ -34,6 +34,8 @@ class Bucket:
     """The same for the tokens of the prompt."""
     items: int | None = None
     """Decode: pieces of cached keys there is room for."""
+    tile: int = functional.TILE
+    """Prefill: queries of one tile."""
 
     def __str__(self) -> str:
         keys = "" if self.items is None else f" items={self.items}"
@@ -51,7 +53,7 @@ class Bucket:
         tokens = {name: (self.tokens,) for name in ("tokens", "positions", "rows", "rope_lengths")}
         return {
             "sampling": (self.rows, WIDTH), **tokens, "tables": (self.rows, self.width),
-            "tiles": (functional.tile_count(self.tokens, self.rows), 4), "count": (), "last": (self.rows,),
+            "tiles": (functional.tile_count(self.tokens, self.rows, self.tile), 4), "count": (), "last": (self.rows,),
             "targets": (self.tokens if self.prompt_logprobs >= 0 else 0,),
         }  # fmt: skip
 
@@ -117,9 +119,9 @@ def prefill_parts(plan: Plan, bucket: Bucket, tables: Tables) -> dict[str, np.nd
     rows = [c.sequence.row for c in plan.chunks]
     batch = functional.prefill_batch(
         chunks, tables.blocks[rows, : bucket.width], tokens=bucket.tokens, rows=bucket.rows,
-        samples=np.array([chunk for chunk, _ in plan.samples], np.int32),
+        samples=np.array([chunk for chunk, _ in plan.samples], np.int32), tile=bucket.tile,
     )  # fmt: skip
-    parts = {f.name: getattr(batch, f.name) for f in fields(PrefillBatch)}
+    parts = {f.name: getattr(batch, f.name) for f in fields(PrefillBatch) if f.name != "tile"}
     samples = [s for _, s in plan.samples]
     positions = np.array([s.prefilled for s in samples], np.int32)
     parts["sampling"] = sampling_rows(samples, positions, bucket.rows, tables.rows)

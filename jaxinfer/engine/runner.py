@@ -20,7 +20,7 @@ from jaxinfer.engine.scheduler import Plan
 from jaxinfer.engine.steps import Sampled, Shapes, abstract_cache, edit_shapes, make_step, replicated, shardings
 from jaxinfer.errors import EngineError
 from jaxinfer.functional import Program
-from jaxinfer.kernels.paged_attention import item_keys
+from jaxinfer.kernels.xla_attention import item_keys
 from jaxinfer.kv import cache as kv_cache
 from jaxinfer.kv.tables import Tables
 
@@ -117,7 +117,9 @@ class Runner:
         asked = any(c.sequence.request.params.prompt_logprobs is not None and not c.sequence.made for c in plan.chunks)
         level, count = self._level([s for _, s in plan.samples])
         beside = self.shapes.max_logprobs if asked else -1
-        return Bucket("prefill", tokens, self.shapes.prefill_rows, self.shapes.width, level, count, beside)
+        return Bucket(
+            "prefill", tokens, self.shapes.prefill_rows, self.shapes.width, level, count, beside, tile=self.program.tile
+        )
 
     def _decode_bucket(self, plan: Plan) -> Bucket:
         rows = _least(self.shapes.decode_buckets, len(plan.decodes))

@@ -32,7 +32,7 @@ def build_engine(
         ConfigError: settings that contradict each other or the model.
         CapacityError: a cache too small, or too large for the memory; names the sizes and the setting.
     """
-    program, params = split(module, mesh)
+    program, params = split(module, mesh, kernel=config.attention_kernel)
     shapes = choose_shapes(module.config, program, config)
     shapes = replace(shapes, sampled_vocab=min(sampled_vocab or program.vocab, program.vocab))
     try:

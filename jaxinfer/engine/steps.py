@@ -15,7 +15,7 @@ from jaxinfer.engine import batch as batches
 from jaxinfer.engine.batch import Bucket
 from jaxinfer.engine.sampler import Edits, Level, Logprobs, logprobs, sample, unpack_rows
 from jaxinfer.functional import DecodeBatch, PrefillBatch, Program
-from jaxinfer.kernels.paged_attention import decode_items
+from jaxinfer.kernels.xla_attention import decode_items
 from jaxinfer.kv import cache as kv_cache
 
 
@@ -131,7 +131,7 @@ def prefill_step(
     """Chunks of prompts, and a token for each sequence whose prompt ends here."""
     parts = batches.unpack(bucket, packed)
     rows, targets = unpack_rows(parts.pop("sampling")), parts.pop("targets")
-    hidden, cache = functional.prefill_hidden(program, params, cache, PrefillBatch(**parts))
+    hidden, cache = functional.prefill_hidden(program, params, cache, PrefillBatch(**parts, tile=bucket.tile))
     module = program.module(params)
     logits = module.logits(hidden[parts["last"]])
     new, edits = sample(_mask_padding(logits, sampled_vocab), rows, edits, bucket.level)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxinfer.kernels.paged_attention import Lane
+from jaxinfer.kernels.paged import Lane
 from jaxinfer.kv.spec import Full
 from jaxinfer.sharding import axes, rules
 from jaxinfer.sharding import mesh as meshes

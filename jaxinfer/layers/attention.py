@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxinfer.kernels import paged_attention as paged
-from jaxinfer.kernels.paged_attention import DecodeRows, Lane, PrefillTiles
+from jaxinfer.kernels import attention
+from jaxinfer.kernels.paged import DecodeRows, Lane, PrefillTiles, Scoring, Slots
 from jaxinfer.layers.linear import FusedLinear, Output, RowLinear
 from jaxinfer.layers.norms import RMSNorm
 from jaxinfer.layers.params import Build
@@ -18,8 +18,8 @@ from jaxinfer.sharding import axes
 from jaxinfer.sharding import mesh as meshes
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["positions", "rope_lengths", "blocks", "offsets", "rows"],
-         meta_fields=["mesh", "tile", "items"])  # fmt: skip
+@partial(jax.tree_util.register_dataclass, data_fields=["positions", "rope_lengths", "slots", "rows"],
+         meta_fields=["mesh", "kernel", "tile", "items"])  # fmt: skip
 @dataclass(frozen=True)
 class StepContext:
     """Where the tokens of one step stand: the same for every layer."""
@@ -28,52 +28,58 @@ class StepContext:
     """`[T]` position of each token in its sequence; 0 for padding."""
     rope_lengths: jax.Array
     """`[T]` the sequence length that rope's frequencies follow (`layers.rope.cos_sin`)."""
-    blocks: jax.Array
-    """`[T]` the block each token's keys and values go to; N for padding, which writes nothing."""
-    offsets: jax.Array
-    """`[T]` the position within that block."""
+    slots: Slots
+    """Where each token's keys and values go."""
     rows: DecodeRows | PrefillTiles
     """Block tables, and which tokens read which."""
     mesh: Mesh = field(metadata={"static": True})
+    kernel: str = field(default="xla", metadata={"static": True})
+    """Which implementation attends (`kernels.attention.choose`)."""
     tile: int = field(default=1, metadata={"static": True})
     """Queries a prefill tile holds at most."""
     items: int | None = field(default=None, metadata={"static": True})
-    """Work items that decode has room for (`kernels.paged_attention.decode`)."""
+    """Work items that decode has room for (`kernels.xla_attention.decode`)."""
 
 
 def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, lane: Lane, step: StepContext, scale: float
-) -> tuple[jax.Array, Lane]:
+    q: jax.Array, k: jax.Array, v: jax.Array | None, lane: Lane, step: StepContext, scoring: Scoring,
+    sinks: jax.Array | None = None,
+) -> tuple[jax.Array, Lane]:  # fmt: skip
     """Writes the step's keys and values to the lane, then attends.
 
     On local shapes in `jax.shard_map`: the fast gather of the cache adds all-gathers under Auto axes.
 
     Args:
         q: `[T, tp, H / tp, D]`.
-        k, v: `[T, tp, K / tp, D]`.
+        k: `[T, tp, K / tp, D]`.
+        v: `[T, tp, K / tp, Dv]`; None where the values are columns of the keys.
         lane: `[N, K, P, D]` keys and values, divided on K.
         step: positions, slots and tables.
-        scale: multiplies the scores.
+        scoring: scale, window, softcap.
+        sinks: `[tp, H / tp]` a logit a head beside the keys'.
 
     Returns:
-        `[T, tp, H / tp, D]` and the lane as it now is.
+        `[T, tp, H / tp, Dv]` and the lane as it now is.
     """
+    kernel = attention.implementation(step.kernel)
 
-    def local(q: jax.Array, k: jax.Array, v: jax.Array, lane: Lane, step: StepContext) -> tuple[jax.Array, Lane]:
-        lane = paged.write(lane, k[:, 0], v[:, 0], step.blocks, step.offsets)
+    def local(
+        q: jax.Array, k: jax.Array, v: jax.Array | None, lane: Lane, sinks: jax.Array | None, step: StepContext
+    ) -> tuple[jax.Array, Lane]:
+        q, k, v, sinks = q[:, 0], k[:, 0], None if v is None else v[:, 0], None if sinks is None else sinks[0]
         if isinstance(step.rows, DecodeRows):
-            out = paged.decode(q[:, 0], lane, step.rows, scale, step.items)
+            out, lane = kernel.decode(q, k, v, lane, step.slots, step.rows, scoring, sinks, items=step.items)
         else:
-            out = paged.prefill(q[:, 0], lane, step.rows, scale, step.tile)
+            out, lane = kernel.prefill(q, k, v, lane, step.slots, step.rows, scoring, sinks, tile=step.tile)
         return out[:, None], lane
 
     if meshes.size(step.mesh) == 1:
-        return local(q, k, v, lane, step)
-    shards, heads, whole = PartitionSpec(None, axes.MODEL), PartitionSpec(None, axes.MODEL), PartitionSpec()
+        return local(q, k, v, lane, sinks, step)
+    heads, first, whole = PartitionSpec(None, axes.MODEL), PartitionSpec(axes.MODEL), PartitionSpec()
     return jax.shard_map(
-        local, mesh=step.mesh, in_specs=(shards, shards, shards, heads, whole), out_specs=(shards, heads),
+        local, mesh=step.mesh, in_specs=(heads, heads, heads, heads, first, whole), out_specs=(heads, heads),
         check_vma=False,
-    )(q, k, v, lane, step)  # fmt: skip
+    )(q, k, v, lane, sinks, step)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -115,5 +121,5 @@ class Attention(nnx.Module):
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-        y, lane = attend(q, k, v, lane, step, self.spec.head_dim**-0.5)
+        y, lane = attend(q, k, v, lane, step, Scoring(self.spec.head_dim**-0.5))
         return self.out(y.reshape(*y.shape[:2], -1)), lane

@@ -11,7 +11,7 @@ from support.tiny import BLOCK, LENGTH, VOCAB, make_engine, make_request, run, s
 from jaxinfer import functional
 from jaxinfer.engine.runner import Runner
 from jaxinfer.functional import DecodeBatch, PrefillBatch, Program
-from jaxinfer.kernels.paged_attention import Lane
+from jaxinfer.kernels.paged import Lane
 from jaxinfer.models import loading
 from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.sharding import make_mesh

@@ -1,0 +1,129 @@
+"""Random work for the attention kernels: sequences in a paged cache whose every other place is NaN."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxinfer.functional import prefill_batch
+from jaxinfer.kernels import paged
+from jaxinfer.kernels.paged import DecodeRows, Lane, PrefillTiles, Scoring, Slots
+
+TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2, "float16": 4e-3}
+CAPACITY = 3
+"""Blocks the cache has beyond what its sequences hold."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The shape of one attention layer and how it scores."""
+
+    heads: int = 6
+    kv_heads: int = 2
+    dim: int = 8
+    block: int = 4
+    dtype: str = "float32"
+    window: int | None = None
+    softcap: float | None = None
+    sinks: bool = False
+    value_dim: int | None = None
+    """Dv; None: as the keys."""
+    latent: bool = False
+    """The values are the first `value_dim` columns of the keys."""
+
+    @property
+    def scoring(self) -> Scoring:
+        scale = self.dim**-0.5
+        return Scoring(scale, self.window, self.softcap, self.value_dim if self.latent else None)
+
+
+class Case:
+    """Sequences of given lengths; `fresh` of each are the tokens of the step, not in the cache yet."""
+
+    def __init__(self, shape: Shape, lengths: Sequence[int], fresh: Sequence[int], *, width: int | None = None, seed=0):
+        self.shape, self.lengths, self.fresh = shape, list(lengths), list(fresh)
+        self.rng = rng = np.random.default_rng(seed)
+        width = width or max(1, -(-max(lengths) // shape.block))
+        self.blocks = len(lengths) * width + CAPACITY
+        self.tables = np.zeros((len(lengths), width), np.int32)
+        ids = rng.permutation(self.blocks)
+        dims = [shape.dim] if shape.latent else [shape.dim, shape.value_dim or shape.dim]
+        cached = [np.full((self.blocks, shape.kv_heads, shape.block, d), np.nan, np.float32) for d in dims]
+        self.dense = []
+        for row, (length, new) in enumerate(zip(lengths, fresh, strict=True)):
+            self.tables[row] = ids[row * width : (row + 1) * width]
+            own = [rng.normal(size=(length, shape.kv_heads, d)).astype(np.float32) for d in dims]
+            self.dense.append(own)
+            for lane, values in zip(cached, own, strict=True):
+                # Behind the window nothing is kept.
+                first = 0 if shape.window is None else max(0, length - new - shape.window + 1)
+                for at in range(first, length - new):
+                    lane[self.tables[row, at // shape.block], :, at % shape.block] = values[at]
+        lanes = [jax.device_put(lane.astype(jnp.dtype(shape.dtype))) for lane in cached]
+        self.lane = Lane(lanes[0], None if shape.latent else lanes[1])
+        sinks = rng.normal(size=shape.heads).astype(jnp.dtype(shape.dtype))
+        self.sinks = jax.device_put(sinks) if shape.sinks else None
+
+    def step(self, padding: int = 0) -> tuple[jax.Array, jax.Array, jax.Array | None, np.ndarray, np.ndarray]:
+        """q, k, v of the fresh tokens and `padding` more, the row and position (-1: padding) of each."""
+        shape = self.shape
+        rows = np.concatenate([np.full(new, row) for row, new in enumerate(self.fresh)] + [np.zeros(padding)])
+        positions = np.concatenate(
+            [np.arange(n - new, n) for n, new in zip(self.lengths, self.fresh, strict=True)] + [np.full(padding, -1)]
+        )
+        q = self.rng.normal(size=(len(rows), shape.heads, shape.dim)).astype(np.float32)
+        new = [np.concatenate([own[i][n - f :] for own, n, f in zip(self.dense, self.lengths, self.fresh, strict=True)])
+               for i in range(len(self.dense[0]))]  # fmt: skip
+        new = [np.pad(a, ((0, padding), (0, 0), (0, 0)), constant_values=7.0) for a in new]
+        q, *kv = (jax.device_put(a.astype(jnp.dtype(shape.dtype))) for a in (q, *new))
+        return q, kv[0], None if shape.latent else kv[1], rows.astype(np.int32), positions.astype(np.int32)
+
+    def slots(self, rows: np.ndarray, positions: np.ndarray) -> Slots:
+        at = np.maximum(positions, 0)
+        blocks = np.where(positions >= 0, self.tables[rows, at // self.shape.block], self.blocks)
+        return Slots(*jax.device_put((blocks, at % self.shape.block)))
+
+    def decode_rows(self, padding: int = 0) -> DecodeRows:
+        tables = np.concatenate([self.tables, np.resize(self.tables, (padding, self.tables.shape[1]))])
+        lengths = np.array([*self.lengths, *[0] * padding], np.int32)
+        return DecodeRows(*jax.device_put((tables, lengths)))
+
+    def prefill_tiles(self, tile: int, padding: int = 0) -> PrefillTiles:
+        chunks = [(np.zeros(new, np.int32), n - new, 0) for n, new in zip(self.lengths, self.fresh, strict=True)]
+        batch = prefill_batch(
+            chunks, self.tables, tokens=sum(self.fresh) + padding, rows=len(chunks) + 2, tile=tile
+        )
+        return PrefillTiles(*jax.device_put((batch.tables, batch.tiles, batch.count)))
+
+    def expected(
+        self, q: jax.Array, k: jax.Array, v: jax.Array | None, rows: np.ndarray, positions: np.ndarray
+    ) -> tuple[np.ndarray, Lane]:
+        """The oracle's result and the lane it leaves."""
+        out, lane = _oracle(
+            q, k, v, self.lane, self.slots(rows, positions), self.tables, rows, positions, self.sinks,
+            scoring=self.shape.scoring,
+        )  # fmt: skip
+        return np.asarray(out, np.float32), lane
+
+    def close(self, found: jax.Array, expected: np.ndarray) -> None:
+        assert found.dtype == jnp.dtype(self.shape.dtype)
+        np.testing.assert_allclose(
+            np.asarray(found, np.float32), expected, atol=TOLERANCE[self.shape.dtype], rtol=TOLERANCE[self.shape.dtype]
+        )
+
+
+@partial(jax.jit, static_argnames="scoring")
+def _oracle(q, k, v, lane, slots, tables, rows, positions, sinks, *, scoring):
+    lane = paged.write(lane, k, v, slots)
+    return paged.reference(q, lane, tables, rows, positions, scoring, sinks), lane
+
+
+def same_lane(found: Lane, expected: Lane) -> None:
+    """Bit for bit, NaN where NaN was."""
+    for one, other in zip(found, expected, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            np.testing.assert_array_equal(np.asarray(one, np.float32), np.asarray(other, np.float32))
