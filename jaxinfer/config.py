@@ -1,6 +1,6 @@
 """Settings of the engine: one frozen value, each field with its unit and default."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from typing import Any
@@ -12,8 +12,11 @@ from jaxinfer.errors import ConfigError
 
 CPU_CACHE_BYTES = 1 << 30
 """The cache's default size on a CPU: a fixed share, as the host has other work."""
+QUANTIZATIONS = ("int8",)
+"""What matrices may be kept in beside `dtype`."""
 MAX_MODEL_LEN = 1 << 22
 MAX_SEQS = 1 << 14
+MAX_DECODE_STEPS = 64
 MAX_BATCHED_TOKENS = 1 << 20
 
 
@@ -23,6 +26,8 @@ class EngineConfig:
 
     dtype: str = "auto"
     """Of weights, activations and cache: "auto" (the checkpoint's), "float32", "bfloat16" or "float16"."""
+    quantization: str | None = None
+    """"int8": matrices are kept in int8, a scale an output channel, and multiplied in int8; None: in `dtype`."""
     tensor_parallel_size: int = 1
     """Devices over which weights and kv heads are divided."""
     max_model_len: int | None = None
@@ -32,7 +37,10 @@ class EngineConfig:
     max_num_batched_tokens: int | None = None
     """Tokens of one step, prefill and decode together; by default 512 on a CPU, 2048 on a GPU."""
     attention_kernel: str = "auto"
-    """"triton" (NVIDIA GPUs, with the extra `cuda13` or `cuda12`), "xla" (everywhere), or "auto": triton where it can be."""
+    """"triton" (NVIDIA GPUs, with the extra `cuda13` or `cuda12`), "native" (CPUs with AVX-512 and a C++ compiler), "xla"
+    (everywhere), or "auto": the first of these that can be."""
+    matmul_kernel: str = "auto"
+    """"native" (CPUs, as above, on one device), "xla" (everywhere), or "auto": native where it can be."""
     block_size: int = 16
     """Positions in a block of the cache."""
     kv_cache_memory_bytes: int | None = None
@@ -46,17 +54,26 @@ class EngineConfig:
     enable_block_sharing: bool = True
     """Whether the samples of a request share its prompt's blocks."""
     decode_buckets: Sequence[int] | None = field(default=None)
-    """Numbers of sequences a decode step is compiled for; by default powers of two."""
+    """Numbers of sequences a decode step is compiled for; by default chosen for the device (`engine.setup`)."""
     prefill_buckets: Sequence[int] | None = field(default=None)
-    """Numbers of tokens a prefill step is compiled for; by default powers of two."""
+    """Numbers of tokens a prefill step is compiled for; by default chosen for the device (`engine.setup`)."""
+    compilation_cache_dir: str | None = "auto"
+    """Folder in which JAX keeps compiled programs from one process to the next: "auto" is the user's cache folder
+    (`~/.cache/jaxinfer/xla`), unless JAX was given one; None leaves JAX's settings as they are."""
     max_logprobs: int = 20
     """The most log-probabilities a position that a request may ask for, at most 20."""
+    decode_steps: int | str = "auto"
+    """Decode steps dispatched at once when nothing waits, so that the host works once for all of them; "auto": as many
+    as take 0.1 s, at most 8. Tokens are the same; they, and requests that come meanwhile, wait for the last step."""
     seed: int = 0
     """Seeds the requests that bring no seed of their own."""
     check_invariants: bool = False
     """Whether the block accounting is checked after every step (slow; for tests and for hunting bugs)."""
     log_interval: float = 10.0
     """Seconds between log lines of throughput and cache use while there is work."""
+    compiler_options: Mapping[str, bool | int | float | str] | None = None
+    """XLA's options for the compilation of the steps, by name; None: none. They are passed with each compilation,
+    so that the environment stays as it is."""
 
     def __post_init__(self) -> None:
         limits = {
@@ -85,8 +102,26 @@ class EngineConfig:
             whole = isinstance(sizes, list | tuple) and sizes and all(isinstance(s, int) and s > 0 for s in sizes)
             if sizes is not None and not whole:
                 raise ConfigError(f"{name} must be a list of positive integers, got {sizes!r}")
+        steps = self.decode_steps
+        if steps != "auto" and (
+            isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MAX_DECODE_STEPS
+        ):
+            raise ConfigError(f"decode_steps must be 'auto' or an integer in [1, {MAX_DECODE_STEPS}], got {steps!r}")
+        folder = self.compilation_cache_dir
+        if folder is not None and (not isinstance(folder, str) or not folder):
+            raise ConfigError(f"compilation_cache_dir must be 'auto', a folder or None, got {folder!r}")
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ConfigError(f"dtype must be auto, float32, bfloat16 or float16, got {self.dtype!r}")
+        options = self.compiler_options or {}
+        if not isinstance(options, Mapping) or not all(
+            isinstance(k, str) and isinstance(v, bool | int | float | str) for k, v in options.items()
+        ):
+            raise ConfigError(
+                "compiler_options must map names to booleans, numbers or strings, such as "
+                f"{{'xla_gpu_autotune_level': 4}}; got {options!r}"
+            )
+        if self.quantization not in (None, *QUANTIZATIONS):
+            raise ConfigError(f"quantization must be None or {', '.join(QUANTIZATIONS)}, got {self.quantization!r}")
 
     @classmethod
     def of(cls, settings: dict[str, Any]) -> "EngineConfig":

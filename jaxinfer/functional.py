@@ -30,20 +30,19 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxinfer.kernels import attention
+from jaxinfer.kernels import attention, matmul
 from jaxinfer.kernels.paged import DecodeRows, Lane, PrefillTiles, Slots
+from jaxinfer.kernels.xla_attention import TILE
 from jaxinfer.kv import cache as kv_cache
 from jaxinfer.kv.spec import Full
 from jaxinfer.layers.attention import StepContext
+from jaxinfer.layers.linear import use_kernel
 from jaxinfer.models.base import LanguageModel
 from jaxinfer.sharding import make_mesh
 from jaxinfer.sharding import mesh as meshes
 
 Array: TypeAlias = Any
 """On the host a NumPy array, under jit a tracer, before compilation a shape: what a pytree is rebuilt with."""
-
-TILE = 32
-"""Queries a prefill tile holds at most."""
 
 
 @dataclass(frozen=True)
@@ -68,23 +67,27 @@ class Program:
 
 
 def split(
-    module: LanguageModel, mesh: Mesh | None = None, *, kernel: str = attention.AUTO
-) -> tuple[Program, list[Array]]:
+    module: LanguageModel, mesh: Mesh | None = None, *, attention_kernel: str = attention.AUTO,
+    matmul_kernel: str = attention.AUTO,
+) -> tuple[Program, list[Array]]:  # fmt: skip
     """A module as a static program and the flat list of its parameters (values, or shapes if it is abstract).
 
     A flat list, because dispatch costs 0.08 ms with it and 11.6 ms through `nnx.jit`.
 
     Raises:
-        ConfigError: an attention kernel that is not known, or not for these devices.
+        ConfigError: a kernel that is not known, or not for these devices.
     """
+    mesh = mesh or make_mesh()
+    use_kernel(module, matmul.choose(matmul_kernel, mesh))
     graph, state = nnx.split(module)
     params, tree = jax.tree.flatten(state)
-    dtype = next(p.dtype for p in params if jnp.issubdtype(p.dtype, jnp.floating))
-    mesh = mesh or make_mesh()
+    # The scales of quantised weights are float32, whatever the model runs in.
+    dtype = min((p.dtype for p in params if jnp.issubdtype(p.dtype, jnp.floating)), key=lambda d: d.itemsize)
     vocab = -(-module.config.vocab_size // meshes.size(mesh)) * meshes.size(mesh)
-    return Program(
-        graph, tree, tuple(module.cache_specs()), vocab, dtype, mesh, attention.choose(kernel, mesh)
-    ), params
+    specs, kernel = tuple(module.cache_specs()), attention.choose(attention_kernel, mesh)
+    widest = max(spec.head_dim for spec in specs)
+    tile = attention.prefill_tile(kernel, module.config.query_group, widest, dtype.itemsize)
+    return Program(graph, tree, specs, vocab, dtype, mesh, kernel, tile), params
 
 
 def init_cache(program: Program, num_blocks: int, block_size: int = 16) -> list[Lane]:

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import itertools
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,15 @@ from flax import nnx
 from jax.sharding import Mesh
 from tqdm.auto import tqdm
 
+from jaxinfer import compilation_cache
 from jaxinfer.checkpoint.hf import read_config, read_generation_config
 from jaxinfer.checkpoint.hub import resolve_model
 from jaxinfer.config import EngineConfig
 from jaxinfer.engine.metrics import Metric
 from jaxinfer.engine.request import Request
+from jaxinfer.engine.buckets import SAMPLING
 from jaxinfer.engine.setup import build_engine
+from jaxinfer.engine.warmup import Warmup, check_sampling, warm_up
 from jaxinfer.errors import ConfigError, EngineClosedError
 from jaxinfer.generation_config import default_params, eos_ids, from_generation_config
 from jaxinfer.handle import Handle
@@ -74,16 +77,19 @@ class LLM:
         self._chat_template = chat_template
         if mesh is not None and not isinstance(mesh, Mesh):
             raise TypeError(f"mesh must be a jax.sharding.Mesh, got {type(mesh).__name__}")
+        compilation_cache.enable(self.config.compilation_cache_dir)
         self._mesh = mesh or make_mesh(self.config.tensor_parallel_size)
         if isinstance(model, nnx.Module):
+            _check_module(self.config)
             self._module, directory, self.default_params, ends = model, None, SamplingParams(), ()
         else:
             directory = resolve_model(model, revision)
             self.default_params = default_params(read_generation_config(directory))
             ends = eos_ids(read_config(directory, hf_overrides), read_generation_config(directory))
             self._module = loading.load(
-                directory, self._mesh, dtype=self.config.dtype, overrides=hf_overrides, progress=use_tqdm
-            )
+                directory, self._mesh, dtype=self.config.dtype, quantization=self.config.quantization,
+                overrides=hf_overrides, progress=use_tqdm,
+            )  # fmt: skip
         source = None if skip_tokenizer_init else directory if tokenizer is None else tokenizer
         self._tokenizer = None if source is None else load_tokenizer(source)
         if directory is None and getattr(self._tokenizer, "eos_token_id", None) is not None:
@@ -166,6 +172,29 @@ class LLM:
         with self._lock:
             self._check_open()
             return self._engine.readings()
+
+    def warmup(
+        self, *, sampling: Collection[str] = SAMPLING, threads: int | None = None, use_tqdm: bool = True
+    ) -> Warmup:
+        """Compiles every step that requests can need, so that none of them waits for the compiler.
+
+        Requests may be served meanwhile. With the compilation cache filled, programs are read from it.
+
+        Args:
+            sampling: what requests will ask for, where the sampler's variants are programs of their own (GPUs; on a CPU
+                one program serves all): "greedy", "random" (temperature, min-p), "truncated" (top-k, top-p), "edited"
+                (penalties, biases, masks), "logprobs", "prompt_logprobs"; by default everything.
+            threads: that compile, by default as many as there are processors, at most 16.
+            use_tqdm: whether a progress bar is shown.
+
+        Raises:
+            ValueError: another name in `sampling`.
+        """
+        names = check_sampling(sampling)
+        with self._lock:
+            self._check_open()
+            programs = self._engine.runner.prepare(names)
+        return warm_up(programs, names, threads=threads, use_tqdm=use_tqdm)
 
     def reset_prefix_cache(self) -> None:
         """Forgets all cached prefixes."""
@@ -331,3 +360,12 @@ class LLM:
                 yield from (update for update in updates if update is not None)
         finally:
             self._abandon(handles)
+
+
+def _check_module(config: EngineConfig) -> None:
+    """Refuses what only a checkpoint that is still to be loaded can be given."""
+    if config.quantization is not None:
+        raise ConfigError(
+            f"quantization is {config.quantization!r}, but a module has its weights already; leave it out, and make "
+            f"the module with models.loading.load(directory, mesh, quantization={config.quantization!r})"
+        )

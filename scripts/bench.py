@@ -1,8 +1,16 @@
-"""Throughput, latency and serving figures of jaxinfer, beside those of peers on the same work in the same run.
+"""Figures of jaxinfer, beside those of peers on the same work in the same run, and where its time goes.
 
+    python scripts/bench.py --work W1 W2 W3 W4 W5 --peer openvino --openvino-python /path/to/python/with/openvino-genai
     python scripts/bench.py throughput --peer hf --peer hf-cb --peer-python /path/to/python/with/torch
     python scripts/bench.py latency --batch-size 8 --input-len 128 --output-len 64
     python scripts/bench.py serving --concurrency 8 32 128 --scale 1.0 --json
+    python scripts/bench.py host
+    python scripts/bench.py startup
+    python scripts/bench.py soak --minutes 10
+    python scripts/bench.py roofline W1 W2
+    python scripts/bench.py profile --steps 16 --out trace
+    python scripts/bench.py gpu --out results
+    python scripts/bench.py compiled
 
 Without `--model` a random Llama of 0.25 B parameters is written once and used by all.
 """

@@ -50,6 +50,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=None, help="by default one that is the same for every run")
     add("--n", type=int, default=1, help="samples a prompt")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    add("--quantization", default=None, choices=("int8",), help="keep the weights in int8")
     add("--max-model-len", type=int, default=None)
     add("--tensor-parallel-size", type=int, default=1)
     add("--chat", action="store_true", help="put each prompt through the chat template")
@@ -97,8 +98,8 @@ def read_prompts(file: Path) -> list[str]:
 def make_llm(args: argparse.Namespace, **settings: Any) -> LLM:
     """The model of the command line."""
     return LLM(
-        args.model or demo.path(), dtype=args.dtype, max_model_len=args.max_model_len,
-        tensor_parallel_size=args.tensor_parallel_size, **settings,
+        args.model or demo.path(), dtype=args.dtype, quantization=args.quantization,
+        max_model_len=args.max_model_len, tensor_parallel_size=args.tensor_parallel_size, **settings,
     )  # fmt: skip
 
 

@@ -1,11 +1,16 @@
-"""Runs every test on eight virtual CPU devices with type checks on, and counts compilations."""
+"""Runs every test on eight virtual CPU devices with type checks on, and counts compilations.
+
+With JAXINFER_TEST_GPU=1 JAX keeps its GPU instead: for the tests in `tests/gpu`.
+"""
 
 import os
 import sys
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+if os.environ.get("JAXINFER_TEST_GPU") != "1":
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # nothing is left in the user's folders
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import jax

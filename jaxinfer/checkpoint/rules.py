@@ -5,7 +5,6 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -13,6 +12,8 @@ from flax import nnx
 from jax.sharding import Mesh
 from tqdm.auto import tqdm
 
+from jaxinfer.checkpoint.quantised import Int8Source
+from jaxinfer.checkpoint.source import Source
 from jaxinfer.errors import CheckpointError
 from jaxinfer.sharding import rules as sharding_rules
 
@@ -23,8 +24,8 @@ IGNORED = (re.compile(r".*\.rotary_emb\.(inv_freq|cos_cached|sin_cached)"), re.c
 
 ALIGNMENT = 64
 """Bytes: JAX on a CPU keeps a NumPy buffer that starts at a multiple of this, and copies any other."""
-COPY_BYTES = 8 << 20
-"""Bytes copied from the file at a time."""
+COPY_ELEMENTS = 1 << 21
+"""Numbers copied from the file at a time: 8 MiB of float32, in which they are quantised."""
 
 
 @dataclass(frozen=True)
@@ -37,23 +38,6 @@ class Rule:
     """The path of the parameter; None: known, and not needed (a tied head)."""
     parts: tuple[str, ...] = ()
     """For a fused parameter: the outputs whose rows the tensor stacks, in its order."""
-
-
-@runtime_checkable
-class Source(Protocol):
-    """Where tensors are read from (`checkpoint.safetensors.SafetensorsReader`)."""
-
-    def names(self) -> list[str]: ...
-    def info(self, name: str) -> "Info": ...
-    def read(self, name: str, slices: tuple[slice, ...] | None = None) -> np.ndarray: ...
-    def release(self) -> None: ...
-
-
-@runtime_checkable
-class Info(Protocol):
-    """What is known of a tensor before it is read."""
-
-    shape: tuple[int, ...]
 
 
 def expand(table: Iterable[Rule], layers: int) -> list[Rule]:
@@ -83,11 +67,13 @@ def load(module: nnx.Module, table: Sequence[Rule], source: Source, mesh: Mesh, 
     wanted = parameters(module)
     plan = _plan(wanted, table, source)
     total = sum(_bytes(param) for param in wanted.values())
+    int8 = Int8Source(source)
     with tqdm(total=total, unit="B", unit_scale=True, desc="Loading weights", disable=not progress) as bar:
         for path, sources in plan.items():
             param = wanted[path]
             bar.update(_bytes(param))
-            param.set_value(_place(path, param, sources, source, mesh))
+            quantised = param.dtype == np.int8 or "scales_of" in param.get_metadata()
+            param.set_value(_place(path, param, sources, int8 if quantised else source, mesh))
     nnx.update(module, nnx.from_flat_state([(_key(path), param) for path, param in wanted.items()]))
 
 
@@ -113,7 +99,8 @@ def _plan(wanted: Mapping[str, nnx.Param], table: Sequence[Rule], source: Source
     missing = sorted(name for name, rule in by_name.items() if rule.target is not None and name not in names)
     if missing:
         raise CheckpointError(f"the checkpoint lacks {len(missing)} tensor(s) of this model: {_some(missing)}")
-    plan: dict[str, list[Rule]] = {path: [] for path in wanted}
+    scales = {path: _sibling(path, param) for path, param in wanted.items() if "scales_of" in param.get_metadata()}
+    plan: dict[str, list[Rule]] = {path: [] for path in wanted if path not in scales}
     for rule in by_name.values():
         if rule.target is None:
             continue
@@ -125,7 +112,12 @@ def _plan(wanted: Mapping[str, nnx.Param], table: Sequence[Rule], source: Source
         outputs = [o.name for o in wanted[path].get_metadata().get("outputs", ())]
         if sorted(part for rule in filled for part in rule.parts) != sorted(outputs) or not filled:
             raise CheckpointError(f"the weight table fills {path!r} from {[r.source for r in filled]}, not wholly")
-    return plan
+    return plan | {path: plan[weight] for path, weight in scales.items()}
+
+
+def _sibling(path: str, scales: nnx.Param) -> str:
+    """The path of the weight whose rows these are the scales of."""
+    return ".".join([*path.split(".")[:-1], scales.get_metadata()["scales_of"]])
 
 
 def _some(names: Sequence[str], most: int = 8) -> str:
@@ -179,7 +171,7 @@ def _copy(target: np.ndarray, source: Source, name: str, part: Sequence[slice]) 
     memory until they are released.
     """
     rows, *others = part
-    step = max(1, COPY_BYTES * target.shape[0] // max(1, target.nbytes))
+    step = max(1, COPY_ELEMENTS * target.shape[0] // max(1, target.size))
     for first in range(rows.start, rows.stop, step):
         piece = source.read(name, (slice(first, min(first + step, rows.stop)), *others))
         at = (first - rows.start, *[0] * len(others))

@@ -1,16 +1,15 @@
 """A plan as arrays: padded to a bucket and packed into one int32 vector, so that a step has one transfer."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 import jax
 import numpy as np
 
 from jaxinfer import functional
-from jaxinfer.engine.request import Sequence as Sample
-from jaxinfer.engine.sampler import POSITION, ROW, WIDTH, Level, SamplingRows, pack_rows
-from jaxinfer.engine.scheduler import Plan
+from jaxinfer.engine.sampler import POSITION, ROW, WIDTH, Level
+from jaxinfer.engine.scheduler import Chunk, Plan
 from jaxinfer.functional import PrefillBatch
 from jaxinfer.kv.tables import Tables
 
@@ -36,6 +35,9 @@ class Bucket:
     """Decode: pieces of cached keys there is room for."""
     tile: int = functional.TILE
     """Prefill: queries of one tile."""
+    switched: bool = False
+    """Whether what no row asks for is skipped at run time; then `level`, `logprobs` and `prompt_logprobs` say what
+    the program can do, not what this step must."""
 
     def __str__(self) -> str:
         keys = "" if self.items is None else f" items={self.items}"
@@ -48,11 +50,11 @@ class Bucket:
             return {
                 "sampling": (self.rows, WIDTH),
                 "positions": (self.rows,),
-                "tables": (self.rows, self.width),
+                "blocks": (self.rows,),
             }
         tokens = {name: (self.tokens,) for name in ("tokens", "positions", "rows", "rope_lengths")}
         return {
-            "sampling": (self.rows, WIDTH), **tokens, "tables": (self.rows, self.width),
+            "sampling": (self.rows, WIDTH), **tokens, "owners": (self.rows,),
             "tiles": (functional.tile_count(self.tokens, self.rows, self.tile), 4), "count": (), "last": (self.rows,),
             "targets": (self.tokens if self.prompt_logprobs >= 0 else 0,),
         }  # fmt: skip
@@ -73,65 +75,66 @@ def unpack(bucket: Bucket, packed: jax.Array) -> dict[str, jax.Array]:
     return parts
 
 
-def sampling_rows(samples: Sequence[Sample], positions: np.ndarray, size: int, no_row: int) -> np.ndarray:
-    """`[size, WIDTH]` packed settings of each sampled sequence; `positions` are those the tokens will have.
+def lanes(rows: np.ndarray, size: int, all_rows: int) -> np.ndarray:
+    """Where in a step of `size` sequences each of `rows` is computed: where all fit, in its own place.
 
-    What of a sequence does not change is packed once; its row and position are written over it.
+    Then a step reads the device's tables and tokens as they lie.
     """
+    return rows if size == all_rows else np.arange(len(rows))
+
+
+def sampling_rows(
+    settings: np.ndarray, rows: np.ndarray, lanes: np.ndarray, positions: np.ndarray, size: int
+) -> np.ndarray:
+    """`[size, WIDTH]` of `settings` `[R, WIDTH]` each of `rows` in its lane; `positions`: where the tokens will be."""
     packed = np.zeros((size, WIDTH), np.int32)
-    packed[:, ROW] = no_row
-    for i, sequence in enumerate(samples):
-        if sequence.packed is None:
-            sequence.packed = _settings(sequence)
-        packed[i] = sequence.packed
-        packed[i, ROW] = sequence.row
-    packed[: len(samples), POSITION] = positions
+    packed[:, ROW] = len(settings)
+    packed[lanes] = settings[rows]
+    packed[lanes, POSITION] = positions
     return packed
 
 
-def _settings(sequence: Sample) -> np.ndarray:
-    """`[WIDTH]` what a sequence asks of the sampler."""
-    request, p = sequence.request, sequence.request.params
-    values = SamplingRows(
-        row=0, position=0, key=sequence.key[None], temperature=p.temperature, top_k=p.top_k, top_p=p.top_p,
-        min_p=p.min_p, presence=p.presence_penalty, frequency=p.frequency_penalty, repetition=p.repetition_penalty,
-        edited=request.level >= Level.EDITED, prompt_length=len(request.prompt),
-    )  # fmt: skip
-    return pack_rows(SamplingRows(*map(np.atleast_1d, values)))[0]
+def decode_parts(
+    plan: Plan, bucket: Bucket, tables: Tables, settings: np.ndarray, ahead: int
+) -> dict[str, np.ndarray]:
+    """The decode half of a plan, in the step that is `ahead` of its first."""
+    rows, now = plan.rows, plan.positions + ahead
+    at = lanes(rows, bucket.rows, tables.rows)
+    positions, blocks = np.full(bucket.rows, -1, np.int32), np.zeros(bucket.rows, np.int32)
+    positions[at] = now
+    blocks[at] = tables.blocks[rows, now // tables.block_size]
+    sampling = sampling_rows(settings, rows, at, now + 1, bucket.rows)
+    return {"sampling": sampling, "positions": positions, "blocks": blocks}
 
 
-def decode_parts(plan: Plan, bucket: Bucket, tables: Tables) -> dict[str, np.ndarray]:
-    """The decode half of a plan."""
-    count = len(plan.decodes)
-    positions = np.full(bucket.rows, -1, np.int32)
-    positions[:count] = plan.positions
-    blocks = np.zeros((bucket.rows, bucket.width), np.int32)
-    blocks[:count] = tables.blocks[plan.rows, : bucket.width]
-    sampling = sampling_rows(plan.decodes, plan.positions + 1, bucket.rows, tables.rows)
-    return {"sampling": sampling, "positions": positions, "tables": blocks}
-
-
-def prefill_parts(plan: Plan, bucket: Bucket, tables: Tables) -> dict[str, np.ndarray]:
+def prefill_parts(plan: Plan, bucket: Bucket, settings: np.ndarray) -> dict[str, np.ndarray]:
     """The prefill half of a plan."""
     chunks = [
         (c.sequence.tokens[c.start : c.start + c.count], c.start, c.sequence.rope_base) for c in plan.chunks
     ]
-    rows = [c.sequence.row for c in plan.chunks]
     batch = functional.prefill_batch(
-        chunks, tables.blocks[rows, : bucket.width], tokens=bucket.tokens, rows=bucket.rows,
-        samples=np.array([chunk for chunk, _ in plan.samples], np.int32), tile=bucket.tile,
+        chunks, np.empty((len(chunks), 0), np.int32),  # the device has the tables
+        tokens=bucket.tokens, rows=bucket.rows, samples=np.array([chunk for chunk, _ in plan.samples], np.int32),
+        tile=bucket.tile,
     )  # fmt: skip
-    parts = {f.name: getattr(batch, f.name) for f in fields(PrefillBatch) if f.name != "tile"}
-    samples = [s for _, s in plan.samples]
-    positions = np.array([s.prefilled for s in samples], np.int32)
-    parts["sampling"] = sampling_rows(samples, positions, bucket.rows, tables.rows)
-    targets = np.zeros(bucket.shapes["targets"], np.int32)
-    if len(targets):
-        for span, chunk in zip(spans(plan), plan.chunks, strict=True):
+    parts = {f.name: getattr(batch, f.name) for f in fields(PrefillBatch) if f.name not in ("tile", "tables")}
+    parts["owners"] = np.zeros(bucket.rows, np.int32)
+    parts["owners"][: len(chunks)] = [c.sequence.row for c in plan.chunks]
+    rows = np.array([s.row for _, s in plan.samples], np.int32)
+    positions = np.array([s.prefilled for _, s in plan.samples], np.int32)
+    parts["sampling"] = sampling_rows(settings, rows, np.arange(len(rows)), positions, bucket.rows)
+    targets = np.full(bucket.shapes["targets"], -1, np.int32)
+    for span, chunk in zip(spans(plan), plan.chunks, strict=True):
+        if asks_prompt_logprobs(chunk):
             tokens = chunk.sequence.tokens[: chunk.sequence.length]
             known = tokens[chunk.start + 1 : chunk.start + chunk.count + 1]
             targets[span][: len(known)] = known
     return parts | {"targets": targets}
+
+
+def asks_prompt_logprobs(chunk: Chunk) -> bool:
+    """Whether the log-probabilities of a chunk's tokens are wanted."""
+    return chunk.sequence.request.params.prompt_logprobs is not None and not chunk.sequence.made
 
 
 def spans(plan: Plan) -> list[slice]:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from jaxinfer.config import EngineConfig
-from jaxinfer.engine.batch import spans
+from jaxinfer.engine.batch import asks_prompt_logprobs, spans
 from jaxinfer.engine.metrics import Metric, Metrics
+from jaxinfer.engine.pace import Pace
 from jaxinfer.engine.request import Request, Sequence, Status
-from jaxinfer.engine.runner import Flight, Runner
+from jaxinfer.engine.runner import Flight, Result, Runner
 from jaxinfer.engine.sampler import BAD_TOKEN, Logprobs
 from jaxinfer.engine.scheduler import Limits, Plan, Scheduler
 from jaxinfer.errors import CapacityError, EngineError
@@ -32,6 +33,7 @@ class HostSettings:
     block_sharing: bool = True
     check_invariants: bool = False
     log_interval: float = 10.0
+    decode_steps: int | str = 1
 
     @classmethod
     def of(cls, config: EngineConfig, runner: Runner) -> "HostSettings":
@@ -39,7 +41,7 @@ class HostSettings:
         blocks = min(config.pool_blocks or runner.shapes.num_blocks, runner.shapes.num_blocks)
         return cls(
             blocks, runner.shapes.prefill_buckets[-1], config.enable_prefix_caching, config.enable_block_sharing,
-            config.check_invariants, config.log_interval,
+            config.check_invariants, config.log_interval, config.decode_steps,
         )  # fmt: skip
 
 
@@ -50,6 +52,7 @@ class Engine:
         self.runner, self.settings = runner, settings
         self.requests: dict[str, Request] = {}
         self.metrics = Metrics(settings.log_interval)
+        self._pace = Pace(settings.decode_steps)
         self._flight: Flight | None = None
         self._suspect = Plan()
         self._start()
@@ -104,12 +107,12 @@ class Engine:
                 self._finish(sequence, "abort")
 
     def step(self) -> None:
-        """Schedule, run, commit: the step is dispatched before the one before it is read."""
+        """Schedule, run, commit: a step, or several decode steps, are dispatched before those before them are read."""
         plan = self._suspect = Plan()
         try:
             if self.scheduler.needs_history:
                 self._commit(self._take_flight())
-            plan = self.scheduler.schedule()
+            plan = self.scheduler.schedule(self._pace.steps)
             flight = self._run(plan) if plan else None
             self._commit(self._take_flight())
             self._flight = flight
@@ -138,21 +141,38 @@ class Engine:
         """Reads a step's tokens, gives them to their sequences and ends those that are done."""
         if flight is None:
             return
-        self._suspect, size = flight.plan, self.runner.shapes.block_size
-        for sequences, sampled in flight.results:
-            tokens = np.asarray(sampled.tokens).tolist()
-            beside = None if sampled.logprobs is None else Logprobs(*map(np.asarray, sampled.logprobs))
-            if sampled.prompt_logprobs is not None:
-                self._take_prompt_logprobs(flight.plan, Logprobs(*map(np.asarray, sampled.prompt_logprobs)))
-            for i, sequence in enumerate(sequences):
-                sequence.pending -= 1
-                if sequence.status is Status.FINISHED:
-                    continue
-                self._take_token(sequence, tokens[i], beside, i)
-                if sequence.length % size == 0:
-                    self.scheduler.publish(sequence)
+        self._suspect = flight.plan
+        late = flight.results[-1].ready
+        for result in flight.results:
+            if result.sampled.prompt_logprobs is not None:
+                self._take_prompt_logprobs(flight.plan, Logprobs(*map(np.asarray, result.sampled.prompt_logprobs)))
+            self._take_tokens(result)
+        self._pace.note(0 if flight.plan.chunks else flight.plan.steps, flight.started, time.monotonic(), late=late)
+
+    def _take_tokens(self, result: Result) -> None:
+        """Gives each sequence its token. Where it means no more than that, as for most, in as few words as can be."""
+        sampled, lanes, size = result.sampled, result.lanes, self.runner.shapes.block_size
+        tokens = np.asarray(sampled.tokens)[lanes].tolist()
+        beside = None if sampled.logprobs is None else Logprobs(*(np.asarray(c)[lanes] for c in sampled.logprobs))
+        finished, made = Status.FINISHED, 0
+        for i, (sequence, token) in enumerate(zip(result.samples, tokens, strict=True)):
+            sequence.pending -= 1
+            if sequence.status is finished:
+                continue
+            request, length = sequence.request, sequence.length + 1
+            if result.first or token < 0 or sequence.watched or length >= sequence.bound or token in request.stop_ids:
+                made += token != BAD_TOKEN
+                self._take_token(sequence, token, beside, i)
+            else:
+                made += 1
+                sequence.tokens[length - 1] = token
+                sequence.length = length
+            if sequence.length % size == 0:
+                self.scheduler.publish(sequence)
+        self.metrics.add("generation_tokens", made)
 
     def _take_token(self, sequence: Sequence, token: int, beside: Logprobs | None, i: int) -> None:
+        """The same with everything a token may mean: an end, an error, a first one, something to be told."""
         request = sequence.request
         if token == BAD_TOKEN:
             self._fail(sequence, "the model's logits are not finite, or every token is masked")
@@ -164,7 +184,6 @@ class Engine:
             )
         if request.first_token_time is None:
             request.first_token_time = time.monotonic()
-        self.metrics.counters["generation_tokens"] += 1
         try:
             reason = sequence.add(token)
         except Exception as error:  # a listener's; it is the request's own, its neighbours go on
@@ -179,7 +198,7 @@ class Engine:
     def _take_prompt_logprobs(self, plan: Plan, found: Logprobs) -> None:
         for span, chunk in zip(spans(plan), plan.chunks, strict=True):
             request = chunk.sequence.request
-            if request.params.prompt_logprobs is None or chunk.sequence.index or chunk.sequence.made:
+            if not asks_prompt_logprobs(chunk) or chunk.sequence.index:
                 continue
             # Some are known when the prompt was preempted half way and starts over.
             known = sum(len(part.chosen) for part in request.prompt_logprobs)
@@ -285,7 +304,9 @@ class Engine:
 
     def _observe(self, plan: Plan) -> None:
         if plan:
-            self.metrics.observe("iteration_tokens_total", sum(c.count for c in plan.chunks) + len(plan.decodes))
+            prompts = sum(chunk.count for chunk in plan.chunks)
+            for _ in range(plan.steps):
+                self.metrics.observe("iteration_tokens_total", prompts + len(plan.decodes))
         self.metrics.counters["num_preemptions"] = self.scheduler.preempted
         pool = self.manager.pool
         running = self.scheduler.rows_in_use
@@ -301,4 +322,6 @@ class Engine:
             "kv_cache_usage_perc": int(pool.num_held) / pool.num_blocks,
             "compiled_steps": len(self.runner.compile_seconds),
             "compile_seconds": sum(self.runner.compile_seconds.values()),
+            "step_tokens": self.runner.places, "padding_tokens": self.runner.padding,
+            "padding_perc": self.runner.padding / max(1, self.runner.places),
         })  # fmt: skip

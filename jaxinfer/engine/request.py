@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from jaxinfer.engine.sampler import Level, Logprobs
+from jaxinfer.engine.sampler import Level, Logprobs, SamplingRows, pack_rows
 from jaxinfer.kv.prefix import root
 from jaxinfer.sampling_params import SamplingParams
 
@@ -126,8 +126,10 @@ class Sequence:
     pending: int = 0
     """Tokens sampled by dispatched steps and not seen by the host yet."""
     bias_version: int = -1
-    packed: np.ndarray | None = None
-    """Its settings as the sampler reads them, once they were needed."""
+    bound: int = 0
+    """While it runs: tokens at which the host must look at it (`stage_limit`)."""
+    watched: bool = False
+    """While it runs: whether each token means more to the host than to be kept."""
     root: bytes = field(init=False)
     """The parent of its first block in the prefix index."""
     key: np.ndarray = field(init=False)
@@ -159,6 +161,11 @@ class Sequence:
     def made(self) -> int:
         """Tokens made so far."""
         return self.length - len(self.request.prompt)
+
+    def prepare(self) -> None:
+        """Notes what a step's commit asks of each token, once it has a row."""
+        self.bound = self.stage_limit
+        self.watched = self.request.listener is not None or self.request.params.logprobs is not None
 
     def start_over(self) -> None:
         """Lets rope follow the length it has now: at the start, and when that changes all its keys."""
@@ -206,6 +213,17 @@ class Sequence:
             if stop is not None:
                 self.stop_reason, reason = stop, "stop"
         return reason
+
+
+def settings(sequence: Sequence) -> np.ndarray:
+    """`[WIDTH]` what a sequence that has a row asks of the sampler; the position is the step's own."""
+    request, p = sequence.request, sequence.request.params
+    values = SamplingRows(
+        row=sequence.row, position=0, key=sequence.key[None], temperature=p.temperature, top_k=p.top_k, top_p=p.top_p,
+        min_p=p.min_p, presence=p.presence_penalty, frequency=p.frequency_penalty, repetition=p.repetition_penalty,
+        edited=request.level >= Level.EDITED, prompt_length=len(request.prompt), logprobs=p.logprobs is not None,
+    )  # fmt: skip
+    return pack_rows(SamplingRows(*map(np.atleast_1d, values)))[0]
 
 
 def bias_row(sequence: Sequence, position: int, vocab: int) -> tuple[int, Items[Any] | np.ndarray]:

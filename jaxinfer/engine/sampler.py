@@ -1,16 +1,21 @@
 """Choosing the next token, on the device, inside the step.
 
-A step is compiled for the least `Level` that serves all its rows, so that a greedy step draws no random
-numbers, and nothing is sorted unless a request truncates. A row's token never depends on the level that
-its neighbours ask for: every level computes the same function of a row's own logits and settings.
+A greedy step draws no random numbers, and nothing is sorted unless a request truncates. Either a step is
+compiled for a `Level` and does what that level may need, or one program has all of it and leaves out at run
+time what no row asks for (`switched`). A row's token never depends on what its neighbours ask for: every
+level computes the same function of a row's own logits and settings.
 """
 
+from collections.abc import Callable
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+BLOCK = 128
+"""Neighbouring tokens of the vocabulary that are summed up first."""
 
 BAD_TOKEN = -1
 """What a row whose logits are not numbers samples."""
@@ -38,6 +43,12 @@ class Edits(NamedTuple):
     """`[R, V']` float32 added to the logits; -inf forbids."""
 
 
+def install(edits: Edits, row: jax.Array, history: jax.Array, known: jax.Array, bias: jax.Array) -> Edits:
+    """Sets a row's bias `[V']` and the first `known` tokens of its history `[L]`; later ones are the device's own."""
+    kept = jnp.where(jnp.arange(history.shape[0]) < known, history, edits.history[row])
+    return Edits(edits.history.at[row].set(kept), edits.bias.at[row].set(bias))
+
+
 class SamplingRows(NamedTuple):
     """One entry a sampled sequence, `[B]` each unless said."""
 
@@ -60,9 +71,11 @@ class SamplingRows(NamedTuple):
     """1 where the row's `Edits` hold."""
     prompt_length: jax.Array
     """Tokens of the prompt, at the head of the history."""
+    logprobs: jax.Array
+    """1 where log-probabilities are asked for."""
 
 
-INTEGERS = ("row", "position", "key", "top_k", "edited", "prompt_length")
+INTEGERS = ("row", "position", "key", "top_k", "edited", "prompt_length", "logprobs")
 WIDTH = len(SamplingRows._fields) + 1
 """Columns of the packed form: one a field, two for the key."""
 ROW, POSITION = 0, 1
@@ -117,41 +130,133 @@ def logprobs(logits: jax.Array, tokens: jax.Array, count: int) -> Logprobs:
 
 
 def sample(
-    logits: jax.Array, rows: SamplingRows, edits: Edits | None, level: Level
+    logits: jax.Array, rows: SamplingRows, edits: Edits | None, level: Level, *, switched: bool = False
 ) -> tuple[jax.Array, Edits | None]:
     """Logits `[B, V']` -> token ids `[B]` int32 and the edits with the new tokens in their histories.
 
     A row with a logit that is not a number, or with every token masked, gives `BAD_TOKEN`.
     The order of the settings is vLLM's: bias and masks, penalties, temperature, min-p, top-k, top-p. A
-    random token is the argmax of logits plus Gumbel noise, keyed by seed, sample and position alone.
+    random token follows from one random number, keyed by seed, sample and position alone.
+
+    Args:
+        logits: of the rows.
+        rows: what each asks for; none may need more than `level`.
+        edits: None below `Level.EDITED`.
+        level: static; what the program can do.
+        switched: static; what no row asks for is skipped at run time. A program for all levels, where a branch
+            costs little: on a CPU, not on a GPU, whose host would have to wait for each condition.
     """
-    sane = jnp.isfinite(logits.max(axis=-1))
-    if level >= Level.EDITED:
-        logits = jnp.where((rows.edited > 0)[:, None], _edit(logits, rows, edits), logits)
-        sane &= jnp.isfinite(logits.max(axis=-1))
-    tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    if level >= Level.RANDOM:
-        tokens = jnp.where(rows.temperature > 0, _draw(logits, rows, level), tokens)
-    tokens = jnp.where(sane, tokens, BAD_TOKEN)
+    if level == Level.GREEDY:
+        return _largest(logits, switched), edits
+    # A branch gives tokens alone: what leaves or enters one is copied, and logits are large.
+    plain = ~((rows.temperature > 0).any() | (rows.edited > 0).any())
+    tokens = _either(
+        switched, plain, lambda: _largest(logits, switched),
+        lambda: _choose_edited(logits, rows, edits, switched) if level >= Level.EDITED
+        else _choose(logits, rows, level, switched),
+    )  # fmt: skip
     if level >= Level.EDITED:
         history = edits.history.at[rows.row, rows.position].set(tokens, mode="drop")
         edits = edits._replace(history=history)
     return tokens, edits
 
 
-def _draw(logits: jax.Array, rows: SamplingRows, level: Level) -> jax.Array:
+def _either(switched: bool, skip: jax.Array, least: Callable[[], Any], whole: Callable[[], Any]) -> Any:
+    """`whole()`; `least()` where at run time the scalar `skip` says that it gives the same."""
+    return jax.lax.cond(skip, least, whole) if switched else whole()
+
+
+def _blocks(values: jax.Array, fill: float) -> jax.Array:
+    """`[B, V']` -> `[B, n, BLOCK]`, filled up at the end."""
+    padding = -values.shape[1] % BLOCK
+    if padding:
+        values = jnp.pad(values, ((0, 0), (0, padding)), constant_values=fill)
+    return values.reshape(values.shape[0], -1, BLOCK)
+
+
+def _pick(blocks: jax.Array, which: jax.Array) -> jax.Array:
+    """`[B, n, BLOCK]` and `[B]` -> one block a row, `[B, BLOCK]`."""
+    return jnp.take_along_axis(blocks, which[:, None, None], axis=1)[:, 0]
+
+
+def _largest(logits: jax.Array, by_blocks: bool) -> jax.Array:
+    """`[B]` the token of the largest logit, the first of several; `BAD_TOKEN` where there is none.
+
+    XLA's argmax on a CPU looks at one number at a time: there it is taken of the blocks' maxima and within one
+    block. Not on a GPU, where it is fused, and where blocks would not lie whole in a shard of the vocabulary.
+    """
+    if by_blocks:
+        blocks = _blocks(logits, -jnp.inf)
+        tops = blocks.max(axis=-1)
+        best, top = jnp.argmax(tops, axis=-1), tops.max(axis=-1)
+        token = best * BLOCK + jnp.argmax(_pick(blocks, best), axis=-1)
+        # A maximum of maxima may lose a NaN there, a sum does not; -inf, where tokens are masked, does not make one.
+        top = jnp.where(jnp.isnan(logits.sum(axis=-1)), jnp.nan, top)
+    else:
+        token, top = jnp.argmax(logits, axis=-1), logits.max(axis=-1)
+    return jnp.where(jnp.isfinite(top), token.astype(jnp.int32), BAD_TOKEN)
+
+
+def _choose_edited(logits: jax.Array, rows: SamplingRows, edits: Edits, switched: bool) -> jax.Array:
+    """`[B]` the tokens, where some row may be edited."""
+
+    def edit() -> jax.Array:
+        changed = jnp.where((rows.edited > 0)[:, None], _edit(logits, rows, edits), logits)
+        tokens = _choose(changed, rows, Level.TRUNCATED, switched)
+        # A mask may hide what is not a number, but such a row is ill.
+        return jnp.where(_largest(logits, switched) != BAD_TOKEN, tokens, BAD_TOKEN)
+
+    return _either(
+        switched, ~(rows.edited > 0).any(), lambda: _choose(logits, rows, Level.TRUNCATED, switched), edit
+    )
+
+
+def _choose(logits: jax.Array, rows: SamplingRows, level: Level, switched: bool) -> jax.Array:
+    """`[B]` the tokens, where some row may ask for more than the largest logit."""
+    largest = _largest(logits, switched)
+    random = (rows.temperature > 0) & (largest != BAD_TOKEN)
+    return jnp.where(random, _draw(logits, rows, level, switched), largest)
+
+
+def _draw(logits: jax.Array, rows: SamplingRows, level: Level, switched: bool) -> jax.Array:
     """One token a row from its tempered and truncated distribution."""
     scaled = logits / jnp.where(rows.temperature > 0, rows.temperature, 1.0)[:, None]
     floor = scaled.max(axis=-1) + jnp.log(rows.min_p)  # log 0 = -inf: no floor
     if level >= Level.TRUNCATED:
-        floor = jnp.maximum(floor, _truncation(scaled, floor, rows))
-    kept = jnp.where(scaled >= floor[:, None], scaled, -jnp.inf)
+        least, truncated = floor, (rows.temperature > 0) & ((rows.top_k > 0) | (rows.top_p < 1))
+        floor = _either(
+            switched, ~truncated.any(), lambda: least, lambda: jnp.maximum(least, _truncation(scaled, least, rows))
+        )
+    weights = jnp.where(scaled >= floor[:, None], jnp.exp(scaled - scaled.max(axis=-1, keepdims=True)), 0)
 
-    def noise(key: jax.Array, position: jax.Array) -> jax.Array:
-        folded = jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), position)
-        return jax.random.gumbel(folded, logits.shape[-1:])
+    def uniform(key: jax.Array, position: jax.Array) -> jax.Array:
+        return jax.random.uniform(jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), position))
 
-    return jnp.argmax(kept + jax.vmap(noise)(rows.key, rows.position), axis=-1).astype(jnp.int32)
+    return _invert(weights, jax.vmap(uniform)(rows.key, rows.position))
+
+
+def _invert(weights: jax.Array, uniform: jax.Array) -> jax.Array:
+    """`[B]` the tokens at which the running sums of `weights` `[B, V']` pass `uniform` `[B]` of their whole.
+
+    Inverse transform sampling, by blocks: a running sum over the vocabulary is taken in one block only, and a row
+    draws one random number, not one a token.
+    """
+    blocks = _blocks(weights, 0)
+    sums = blocks.sum(axis=-1)
+    ends = jnp.cumsum(sums, axis=-1)
+    target = (uniform * ends[:, -1])[:, None]
+    # Rounding may leave the target at the very end: the last that weighs anything is the answer there.
+    which = jnp.minimum((ends <= target).sum(axis=-1), _last(sums > 0))
+    before = jnp.take_along_axis(ends - sums, which[:, None], axis=-1)
+    inner = _pick(blocks, which)
+    passed = (before + jnp.cumsum(inner, axis=-1) <= target) | (inner == 0)
+    found = jnp.where(passed.all(axis=-1), _last(inner > 0), jnp.argmin(passed, axis=-1))
+    return (which * BLOCK + found).astype(jnp.int32)
+
+
+def _last(marks: jax.Array) -> jax.Array:
+    """`[B, n]` -> `[B]` the last place of a mark."""
+    return marks.shape[-1] - 1 - jnp.argmax(marks[:, ::-1], axis=-1)
 
 
 def _truncation(scaled: jax.Array, floor: jax.Array, rows: SamplingRows) -> jax.Array:

@@ -1,8 +1,9 @@
 """Which sequences run in the next step, with which tokens, in which blocks.
 
 A step is planned while the one before may still run: tokens may be unknown, their number is not. Sequences
-that decode are chosen first, then chunks of prompts fill the token budget. When blocks run out the youngest
-sequence is preempted: its blocks are released and it is computed again later.
+that decode are chosen first, then chunks of prompts fill the token budget. Where nothing waits a plan may hold
+several decode steps of the same sequences, so that the host works once for all of them. When blocks run out the
+youngest sequence is preempted: its blocks are released and it is computed again later.
 """
 
 from collections import deque
@@ -35,7 +36,9 @@ class Plan:
     rows: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
     """`[B]` rows of `decodes`."""
     positions: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
-    """`[B]` positions that `decodes` write."""
+    """`[B]` positions that `decodes` write, in the first of the steps."""
+    steps: int = 1
+    """Decode steps, one position further each."""
     copies: tuple[np.ndarray, np.ndarray] = field(
         default_factory=lambda: (np.empty(0, np.int32), np.empty(0, np.int32))
     )
@@ -74,8 +77,14 @@ class Scheduler:
         self.free_rows = list(range(rows - 1, -1, -1))
         self.decoding = np.zeros(rows, bool)
         """Rows whose prompt is computed."""
+        self.prefilling: list[Sequence] = []
+        """The sequences of the other rows in use."""
         self.remaining = np.zeros(rows, np.int64)
         """Tokens each row may still sample, those in flight taken off."""
+        self.masked = np.zeros(rows, np.int64)
+        """Of them, those before the row's bias changes (`min_tokens`); 0 or less where it no longer does."""
+        self._historians = 0
+        """Rows whose next choice depends on tokens the host must have seen."""
         self.preempted = 0
 
     def add(self, request: Request) -> None:
@@ -100,37 +109,49 @@ class Scheduler:
     @property
     def needs_history(self) -> bool:
         """Whether some running sequence's next choice depends on tokens the host must have seen."""
-        return any(follows_history(s.request) for s in self.active)
+        return self._historians > 0
 
-    def schedule(self) -> Plan:
-        """Plans the next step; the state is afterwards as if it had been dispatched."""
-        rows, copies = self._decodes()
-        tables = self.manager.tables
-        positions = tables.lengths[rows].copy()
-        tables.lengths[rows] += 1
-        self.remaining[rows] -= 1
-        decodes = [self.running[row] for row in rows]
+    def schedule(self, most: int = 1) -> Plan:
+        """Plans the next step, or up to `most` decode steps; the state is afterwards as if it had been dispatched."""
+        rows, steps, copies = self._decodes(most)
+        tables, running = self.manager.tables, self.running
+        positions = tables.lengths[rows]
+        tables.lengths[rows] += steps
+        self.remaining[rows] -= steps
+        self.masked[rows] -= steps
+        decodes = [running[row] for row in rows.tolist()]
         for sequence in decodes:
-            sequence.pending += 1
+            sequence.pending += steps
         chunks, samples = self._prefills(self.limits.tokens - len(rows))
         self.manager.take_evicted()
-        return Plan(chunks, samples, decodes, rows.astype(np.int32), positions.astype(np.int32), copies)
+        return Plan(chunks, samples, decodes, rows.astype(np.int32), positions, steps, copies)
 
-    def _decodes(self) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
-        """Rows that decode, as many as the budget allows, each with a place for its next token."""
+    def _decodes(self, most: int) -> tuple[np.ndarray, int, tuple[np.ndarray, np.ndarray]]:
+        """Rows that decode, as many as the budget allows, in how many steps, each with places for its next tokens."""
         while True:
             rows = np.flatnonzero(self.decoding & (self.remaining > 0))[: self.limits.tokens]
-            copies = self.manager.grow(rows)
+            steps = self._steps(rows, most)
+            copies = self.manager.grow(rows, steps)
+            while copies is None and steps > 1:  # nobody is preempted so that others need not stop
+                steps //= 2
+                copies = self.manager.grow(rows, steps)
             if copies is not None:
-                return rows, copies
+                return rows, steps, copies
             self.preempt(max(self.active, key=lambda s: s.age))
+
+    def _steps(self, rows: np.ndarray, most: int) -> int:
+        """Decode steps until the host has to do something: to admit, to compute a prompt, to end a row at its limit,
+        to change a bias."""
+        if most == 1 or not len(rows) or self.waiting or self.prefilling or self.needs_history:
+            return 1
+        masked = self.masked[rows]
+        return min(most, int(self.remaining[rows].min()), int(masked[masked > 0].min(initial=most)))
 
     def _prefills(self, budget: int) -> tuple[list[Chunk], list[tuple[int, Sequence]]]:
         """Chunks for sequences half done, then for those that wait and fit; first come, first served."""
         chunks: list[Chunk] = []
         samples: list[tuple[int, Sequence]] = []
-        half_done = sorted((s for s in self.active if s.computed < s.prefilled), key=lambda s: s.age)
-        for sequence in half_done:
+        for sequence in sorted(self.prefilling, key=lambda s: s.age):
             if budget <= 0 or len(chunks) >= self.limits.prefill_rows:
                 break
             budget -= self._chunk(sequence, budget, chunks, samples)
@@ -168,8 +189,13 @@ class Scheduler:
     def _take_row(self, sequence: Sequence) -> None:
         sequence.row = self.free_rows.pop()
         sequence.status, sequence.bias_version = Status.RUNNING, -1
-        self.running[sequence.row] = sequence
-        self.remaining[sequence.row] = sequence.stage_limit - sequence.length
+        sequence.prepare()
+        row, request = sequence.row, sequence.request
+        self.running[row] = sequence
+        self.prefilling.append(sequence)
+        self.remaining[row] = sequence.stage_limit - sequence.length
+        self.masked[row] = request.params.min_tokens - sequence.made if request.stop_ids else 0
+        self._historians += follows_history(request)
 
     def _chunk(
         self, sequence: Sequence, budget: int, chunks: list[Chunk], samples: list[tuple[int, Sequence]]
@@ -188,8 +214,10 @@ class Scheduler:
     def _start_decoding(self, sequence: Sequence, chunk: int, samples: list[tuple[int, Sequence]]) -> None:
         samples.append((chunk, sequence))
         sequence.pending += 1
+        self.prefilling.remove(sequence)
         self.decoding[sequence.row] = True
         self.remaining[sequence.row] -= 1
+        self.masked[sequence.row] -= 1
 
     def _fork(self, parent: Sequence, chunk: int, samples: list[tuple[int, Sequence]]) -> None:
         """Lets the parent's waiting siblings share its blocks, as many as there are rows for."""
@@ -235,6 +263,9 @@ class Scheduler:
 
     def _leave(self, sequence: Sequence) -> None:
         row = sequence.row
+        if not self.decoding[row]:
+            self.prefilling.remove(sequence)
+        self._historians -= follows_history(sequence.request)
         self.manager.free(row)
         self.running[row], self.decoding[row], self.remaining[row] = None, False, 0
         self.free_rows.append(row)
@@ -246,11 +277,11 @@ class Scheduler:
         if not manager.prefix_caching or sequence.status is not Status.RUNNING:
             return
         written = min(int(manager.tables.lengths[sequence.row]), sequence.length)
-        full = written // manager.block_size
+        full, digests = written // manager.block_size, sequence.digests
         if full <= sequence.published:
             return
-        base = sequence.root
         tokens = sequence.tokens[: full * manager.block_size]
-        sequence.digests = manager.digests(tokens, base, sequence.digests[:full])
-        manager.publish(sequence.row, tokens, sequence.digests, base, sequence.published, full)
+        # Only what is new is hashed and copied, however long the sequence is.
+        manager.extend_digests(digests, tokens, sequence.root)
+        manager.publish(sequence.row, tokens, digests, sequence.root, sequence.published, full)
         sequence.published = full

@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 
 import jax
@@ -13,12 +14,18 @@ from jaxinfer.engine.runner import Runner
 from jaxinfer.engine.steps import Shapes
 from jaxinfer.errors import CapacityError, ConfigError
 from jaxinfer.functional import Program, split
+from jaxinfer.kernels import matmul
 from jaxinfer.kv import cache as kv_cache
 from jaxinfer.models.base import LanguageModel, ModelConfig
 from jaxinfer.sharding import Mesh
 from jaxinfer.sharding import mesh as meshes
 
 log = logging.getLogger(__name__)
+
+CPU_DECODE, CPU_PREFILL = (1, 2, 4, 8, 16), (32, 64)
+"""The first sizes of steps. On a CPU a step takes as long as it has places, so that half steps pay from some size on."""
+GPU_DECODE, GPU_PREFILL = (1, 8, 32), (256, 512)
+"""On a GPU a small step takes as long as reading the weights, however few its places are."""
 
 
 def build_engine(
@@ -32,11 +39,13 @@ def build_engine(
         ConfigError: settings that contradict each other or the model.
         CapacityError: a cache too small, or too large for the memory; names the sizes and the setting.
     """
-    program, params = split(module, mesh, kernel=config.attention_kernel)
+    program, params = split(
+        module, mesh, attention_kernel=config.attention_kernel, matmul_kernel=config.matmul_kernel
+    )
     shapes = choose_shapes(module.config, program, config)
     shapes = replace(shapes, sampled_vocab=min(sampled_vocab or program.vocab, program.vocab))
     try:
-        runner = Runner(program, params, shapes)
+        runner = Runner(program, params, shapes, compiler_options=config.compiler_options)
     except (RuntimeError, MemoryError, ValueError) as error:
         if "RESOURCE_EXHAUSTED" not in str(error) and "memory" not in str(error).lower():
             raise
@@ -57,6 +66,7 @@ def build_engine(
 def choose_shapes(model: ModelConfig, program: Program, config: EngineConfig) -> Shapes:
     """What fixes the compiled steps, from the settings, the model and the memory."""
     gpu = _platform(program) != "cpu"
+    native = matmul.choose(config.matmul_kernel, program.mesh) == matmul.NATIVE
     rows = config.max_num_seqs or min(256 if gpu else 64, config.max_num_batched_tokens or 1 << 30)
     budget = config.max_num_batched_tokens or max(2048 if gpu else 512, rows)
     if budget < rows:
@@ -74,12 +84,15 @@ def choose_shapes(model: ModelConfig, program: Program, config: EngineConfig) ->
         "cache: %d blocks of %d tokens, %s of %s (%s); max_model_len %d", num_blocks, block, _size(used),
         _size(budget_bytes), source, length,
     )  # fmt: skip
+    decode, prefill = (GPU_DECODE, GPU_PREFILL) if gpu else (CPU_DECODE, CPU_PREFILL)
+    if not gpu and not native:
+        decode = CPU_DECODE[2:]  # XLA on a CPU takes ten times as long for one row of bfloat16 as for four
     return Shapes(
         num_blocks=num_blocks, block_size=block, rows=rows, width=math.ceil(length / block),
-        decode_buckets=_buckets(config.decode_buckets, rows, 1 if gpu else 4, "decode_buckets"),
-        prefill_buckets=_buckets(config.prefill_buckets, budget, 32, "prefill_buckets"),
+        decode_buckets=_buckets(config.decode_buckets, rows, decode, "decode_buckets", halves=not gpu),
+        prefill_buckets=_buckets(config.prefill_buckets, budget, prefill, "prefill_buckets", halves=True),
         prefill_rows=min(rows, 64 if gpu else 16), max_logprobs=config.max_logprobs, max_length=length,
-        sampled_vocab=program.vocab,
+        sampled_vocab=program.vocab, switched=not gpu,
     )  # fmt: skip
 
 
@@ -156,16 +169,19 @@ def _check_length(
     return capacity
 
 
-def _buckets(asked: tuple[int, ...] | None, largest: int, least: int, name: str) -> tuple[int, ...]:
+def _buckets(
+    asked: Sequence[int] | None, largest: int, first: Sequence[int], name: str, *, halves: bool
+) -> tuple[int, ...]:
+    """What was asked for; by default the first sizes, doubled on and on, with those half-way between if `halves`."""
     if asked is not None:
         if max(asked) < largest:
             raise ConfigError(f"{name} ends at {max(asked)}, but up to {largest} are needed; add a bucket of {largest}")
         return tuple(sorted(set(asked)))
-    sizes, size = [], min(least, largest)
-    while size < largest:
-        sizes.append(size)
-        size *= 2
-    return (*sizes, largest)
+    sizes = list(first)
+    while (size := sizes[-1]) < largest:
+        sizes += [size * 3 // 2, size * 2] if halves else [size * 2]
+    # One that is nearly the largest spares little.
+    return (*(size for size in sizes if size * 4 <= largest * 3), largest)
 
 
 def _size(count: float) -> str:

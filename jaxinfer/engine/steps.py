@@ -1,6 +1,6 @@
 """The compiled steps: what fixes their shapes, the functions themselves, and how they are jitted."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,10 +13,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxinfer import functional
 from jaxinfer.engine import batch as batches
 from jaxinfer.engine.batch import Bucket
-from jaxinfer.engine.sampler import Edits, Level, Logprobs, logprobs, sample, unpack_rows
+from jaxinfer.engine.sampler import Edits, Level, Logprobs, SamplingRows, logprobs, sample, unpack_rows
 from jaxinfer.functional import DecodeBatch, PrefillBatch, Program
 from jaxinfer.kernels.xla_attention import decode_items
 from jaxinfer.kv import cache as kv_cache
+from jaxinfer.models.base import LanguageModel
+
+
+PROMPT_ROWS = 64
+"""Rows of logits that the log-probabilities of a prompt take at a time."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,8 @@ class Shapes:
     """Tokens of the longest sequence, at most W * P."""
     sampled_vocab: int
     """Token ids from here on are never sampled: the embedding has more rows than the tokenizer has ids."""
+    switched: bool = False
+    """Whether one program a bucket has the whole sampler and skips at run time what no row asks for."""
 
     def items_bucket(self, rows: int, items: int) -> int:
         """The work items a decode step of `rows` rows is compiled for: their number and its doublings."""
@@ -47,6 +54,15 @@ class Shapes:
         while size < items:
             size *= 2
         return min(size, decode_items(rows, self.width * self.block_size, self.block_size))
+
+
+class RowState(NamedTuple):
+    """What the device keeps of each row from step to step."""
+
+    tokens: jax.Array
+    """`[R]` int32: the last token."""
+    tables: jax.Array
+    """`[R, W]` int32: the blocks of the sequence there; anything where there are none."""
 
 
 class Sampled(NamedTuple):
@@ -69,13 +85,19 @@ def abstract_cache(program: Program, shapes: Shapes) -> list[kv_cache.Lane]:
     return kv_cache.abstract(program.specs, shapes.num_blocks, shapes.block_size, program.dtype, program.mesh)
 
 
-def make_step(program: Program, shapes: Shapes, bucket: Bucket) -> Callable[..., Any]:
-    """The jitted step of a bucket: (params, cache, tokens, edits, packed) -> (cache, tokens, edits, Sampled)."""
+def make_step(
+    program: Program, shapes: Shapes, bucket: Bucket, compiler_options: Mapping[str, Any] | None = None
+) -> Callable[..., Any]:
+    """The jitted step of a bucket: (params, cache, rows, edits, packed) -> (cache, rows, edits, Sampled).
+
+    `compiler_options` are XLA's, for this compilation alone.
+    """
     body = prefill_step if bucket.kind == "prefill" else decode_step
     whole = replicated(program)
     return jax.jit(
         partial(body, program, bucket, shapes.sampled_vocab), donate_argnums=(1, 2, 3),
         out_shardings=(shardings(abstract_cache(program, shapes)), whole, whole, whole),
+        compiler_options=None if compiler_options is None else dict(compiler_options),
     )  # fmt: skip
 
 
@@ -85,19 +107,30 @@ def abstract_arguments(program: Program, shapes: Shapes, bucket: Bucket) -> tupl
     size = sum(int(np.prod(shape)) for shape in bucket.shapes.values())
     edits = None
     if bucket.level >= Level.EDITED:
-        history, bias = edit_shapes(program, shapes)
-        edits = Edits(whole(history, jnp.int32), whole(bias, jnp.float32))
-    tokens = whole((shapes.rows,), jnp.int32)
-    return abstract_cache(program, shapes), tokens, edits, whole((size,), jnp.int32)
+        edits = abstract_edits(program, shapes)
+    return abstract_cache(program, shapes), abstract_rows(program, shapes), edits, whole((size,), jnp.int32)
 
 
 def shardings(lanes: list[kv_cache.Lane]) -> list[kv_cache.Lane]:
     return jax.tree.map(lambda array: array.sharding, lanes)
 
 
-def edit_shapes(program: Program, shapes: Shapes) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Of history `[R, L]` and bias `[R, V']`."""
-    return (shapes.rows, shapes.width * shapes.block_size), (shapes.rows, program.vocab)
+def abstract_rows(program: Program, shapes: Shapes) -> RowState:
+    """Shapes and shardings of the rows' state."""
+    whole = partial(jax.ShapeDtypeStruct, sharding=replicated(program))
+    return RowState(whole((shapes.rows,), jnp.int32), whole((shapes.rows, shapes.width), jnp.int32))
+
+
+def abstract_edits(program: Program, shapes: Shapes) -> Edits:
+    """Shapes and shardings of history `[R, L]` and bias `[R, V']`."""
+    whole, length = partial(jax.ShapeDtypeStruct, sharding=replicated(program)), shapes.width * shapes.block_size
+    return Edits(whole((shapes.rows, length), jnp.int32), whole((shapes.rows, program.vocab), jnp.float32))
+
+
+def install_tables(rows: RowState, entries: jax.Array) -> RowState:
+    """Tables with `entries` `[3, n]` in: row, column and block id of each; one whose row does not exist is dropped."""
+    row, column, block = entries
+    return rows._replace(tables=rows.tables.at[row, column].set(block, mode="drop"))
 
 
 def _mask_padding(logits: jax.Array, vocab: int) -> jax.Array:
@@ -108,41 +141,84 @@ def _mask_padding(logits: jax.Array, vocab: int) -> jax.Array:
     return logits + jnp.where(jnp.arange(logits.shape[-1]) < vocab, 0.0, -jnp.inf)
 
 
+def _sample(
+    bucket: Bucket, sampled_vocab: int, logits: jax.Array, rows: SamplingRows, edits: Edits | None
+) -> tuple[jax.Array, Edits | None, Logprobs | None]:
+    """The tokens of logits `[B, V']`, and their log-probabilities where the bucket has them."""
+    new, edits = sample(
+        _mask_padding(logits, sampled_vocab), rows, edits, bucket.level, switched=bucket.switched
+    )
+    if bucket.logprobs < 0:
+        return new, edits, None
+    beside = _if_asked(
+        bucket, (rows.logprobs > 0).any(), bucket.rows, bucket.logprobs, lambda: logprobs(logits, new, bucket.logprobs)
+    )
+    return new, edits, beside
+
+
+def _if_asked(
+    bucket: Bucket, asked: jax.Array, rows: int, count: int, compute: Callable[[], Logprobs]
+) -> Logprobs:
+    """Log-probabilities; zeros where the program is for all and nobody asked."""
+    if not bucket.switched:
+        return compute()
+    one, few = jax.ShapeDtypeStruct((rows,), jnp.float32), jax.ShapeDtypeStruct((rows, count), jnp.float32)
+    none = Logprobs(one, one.update(dtype=jnp.int32), few.update(dtype=jnp.int32), few)
+    return jax.lax.cond(asked, compute, lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), none))
+
+
+def _prompt_logprobs(
+    module: LanguageModel, hidden: jax.Array, targets: jax.Array, count: int
+) -> Logprobs:
+    """Of the targets `[T]`, each after its hidden state `[T, M]`; a few rows at a time, as all logits were `[T, V]`."""
+    tokens = len(targets)
+    size = min(PROMPT_ROWS, tokens)
+    padding = -tokens % size
+    parts = (
+        jnp.pad(hidden, ((0, padding), (0, 0))).reshape(-1, size, hidden.shape[1]),
+        jnp.pad(targets, (0, padding)).reshape(-1, size),
+    )
+    found = jax.lax.map(lambda part: logprobs(module.logits(part[0]), part[1], count), parts)
+    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:tokens], found)
+
+
 def decode_step(
     program: Program, bucket: Bucket, sampled_vocab: int, params: list[jax.Array], cache: list[kv_cache.Lane],
-    tokens: jax.Array, edits: Edits | None, packed: jax.Array,
-) -> tuple[list[kv_cache.Lane], jax.Array, Edits | None, Sampled]:  # fmt: skip
-    """One token for every row: `tokens` `[R]` holds the last one of each, and is where the new ones go."""
+    rows: RowState, edits: Edits | None, packed: jax.Array,
+) -> tuple[list[kv_cache.Lane], RowState, Edits | None, Sampled]:  # fmt: skip
+    """One token for every sequence: `rows` holds the last one of each, and is where the new ones go."""
     parts = batches.unpack(bucket, packed)
-    rows = unpack_rows(parts["sampling"])
-    last = tokens.at[rows.row].get(mode="clip")
-    logits, cache = functional.decode(
-        program, params, cache, DecodeBatch(last, parts["positions"], parts["tables"], bucket.items)
-    )
-    new, edits = sample(_mask_padding(logits, sampled_vocab), rows, edits, bucket.level)
-    beside = logprobs(logits, new, bucket.logprobs) if bucket.logprobs >= 0 else None
-    return cache, tokens.at[rows.row].set(new, mode="drop"), edits, Sampled(new, beside)
+    asked, positions = unpack_rows(parts["sampling"]), parts["positions"]
+    # The block written is the only entry of a table that may have changed since the step before.
+    number = jnp.maximum(positions, 0) // cache[0].keys.shape[2]
+    tables = rows.tables.at[asked.row, number].set(parts["blocks"], mode="drop")
+    last, own = rows.tokens, tables
+    if bucket.rows < len(last):  # else each sequence lies in its row's place (`batch.lanes`)
+        last, own = last.at[asked.row].get(mode="clip"), tables.at[asked.row].get(mode="clip")
+    logits, cache = functional.decode(program, params, cache, DecodeBatch(last, positions, own, bucket.items))
+    new, edits, beside = _sample(bucket, sampled_vocab, logits, asked, edits)
+    return cache, RowState(rows.tokens.at[asked.row].set(new, mode="drop"), tables), edits, Sampled(new, beside)
 
 
 def prefill_step(
     program: Program, bucket: Bucket, sampled_vocab: int, params: list[jax.Array], cache: list[kv_cache.Lane],
-    tokens: jax.Array, edits: Edits | None, packed: jax.Array,
-) -> tuple[list[kv_cache.Lane], jax.Array, Edits | None, Sampled]:  # fmt: skip
+    rows: RowState, edits: Edits | None, packed: jax.Array,
+) -> tuple[list[kv_cache.Lane], RowState, Edits | None, Sampled]:  # fmt: skip
     """Chunks of prompts, and a token for each sequence whose prompt ends here."""
     parts = batches.unpack(bucket, packed)
-    rows, targets = unpack_rows(parts.pop("sampling")), parts.pop("targets")
-    hidden, cache = functional.prefill_hidden(program, params, cache, PrefillBatch(**parts, tile=bucket.tile))
+    asked, targets = unpack_rows(parts.pop("sampling")), parts.pop("targets")
+    tables = rows.tables[parts.pop("owners")]
+    hidden, cache = functional.prefill_hidden(
+        program, params, cache, PrefillBatch(**parts, tables=tables, tile=bucket.tile)
+    )
     module = program.module(params)
     logits = module.logits(hidden[parts["last"]])
-    new, edits = sample(_mask_padding(logits, sampled_vocab), rows, edits, bucket.level)
-    beside = logprobs(logits, new, bucket.logprobs) if bucket.logprobs >= 0 else None
+    new, edits, beside = _sample(bucket, sampled_vocab, logits, asked, edits)
     prompt = None
     if bucket.prompt_logprobs >= 0:
-        # A few rows at a time: all logits of a chunk would be `[T, V]`.
-        prompt = jax.lax.map(
-            lambda one: jax.tree.map(
-                lambda a: a[0], logprobs(module.logits(one[0][None]), one[1][None], bucket.prompt_logprobs)
-            ),
-            (hidden, targets), batch_size=min(64, bucket.tokens),
+        prompt = _if_asked(
+            bucket, (targets >= 0).any(), bucket.tokens, bucket.prompt_logprobs,
+            lambda: _prompt_logprobs(module, hidden, targets, bucket.prompt_logprobs),
         )  # fmt: skip
-    return cache, tokens.at[rows.row].set(new, mode="drop"), edits, Sampled(new, beside, prompt)
+    rows = rows._replace(tokens=rows.tokens.at[asked.row].set(new, mode="drop"))
+    return cache, rows, edits, Sampled(new, beside, prompt)

@@ -1,32 +1,68 @@
 """Which implementation of attention serves a mesh. Each has `decode` and `prefill`, which write and attend."""
 
-import importlib
-import importlib.util
 import logging
-from types import ModuleType
+from functools import cache
+from typing import Any
 
 from jax.sharding import Mesh
 
 from jaxinfer.errors import ConfigError
+from jaxinfer.kernels import native_attention, triton_attention, triton_launch, triton_tiles, xla_attention
+from jaxinfer.kernels.native import build
 
 log = logging.getLogger(__name__)
 
-MODULES = {"xla": "jaxinfer.kernels.xla_attention"}
-"""Name -> module, imported when it is chosen."""
-AUTO = "auto"
+AUTO, XLA, TRITON, NATIVE = "auto", "xla", "triton", "native"
 
 
 def choose(asked: str, mesh: Mesh) -> str:
-    """The implementation for the devices of a mesh.
+    """The implementation for the devices of a mesh: a GPU's Triton, a CPU's native one; XLA's where they cannot run.
 
     Raises:
-        ConfigError: an implementation that is not known.
+        ConfigError: an implementation that is not known, or one that cannot run here.
     """
-    if asked != AUTO and asked not in MODULES:
-        raise ConfigError(f"attention_kernel must be {AUTO}, {' or '.join(MODULES)}, got {asked!r}")
-    return "xla" if asked == AUTO else asked
+    if asked not in (AUTO, XLA, TRITON, NATIVE):
+        raise ConfigError(f"attention_kernel must be {AUTO}, {XLA}, {NATIVE} or {TRITON}, got {asked!r}")
+    if asked == XLA:
+        return XLA
+    device = mesh.devices.flat[0]
+    if asked == NATIVE or asked == AUTO and device.platform == "cpu":
+        return build.choose("attention_kernel", asked, mesh)
+    if triton_launch.target(mesh) is None:
+        if asked == TRITON:
+            raise ConfigError(
+                f"attention_kernel is {TRITON!r}, but the device is {device.device_kind} ({device.platform}), not an "
+                f"NVIDIA GPU of compute capability {triton_launch.LEAST_CAPABILITY / 10} or more; {AUTO!r} chooses what it can run"
+            )
+        return XLA
+    lacking = triton_launch.lacking()
+    if lacking is None:
+        return TRITON
+    if asked == TRITON:
+        raise ConfigError(f"attention_kernel is {TRITON!r}, but {lacking}")
+    _warn(lacking)
+    return XLA
 
 
-def implementation(name: str) -> ModuleType:
-    """The module of a name that `choose` gave."""
-    return importlib.import_module(MODULES[name])
+@cache
+def _warn(lacking: str) -> None:
+    log.warning("attention runs in XLA, which copies what it reads of the cache: %s", lacking)
+
+
+def implementation(name: str, mesh: Mesh) -> Any:
+    """What has `decode` and `prefill` for a name that `choose` gave."""
+    if name in (XLA, NATIVE):
+        return xla_attention if name == XLA else native_attention
+    return triton_attention.TritonAttention(triton_launch.target(mesh))
+
+
+def prefill_tile(name: str, group: int, value_dim: int, itemsize: int) -> int:
+    """Queries of one prefill tile that suit an implementation.
+
+    Args:
+        name: what `choose` gave.
+        group: query heads a kv head, G.
+        value_dim: Dv.
+        itemsize: bytes of an element of the cache.
+    """
+    return xla_attention.TILE if name in (XLA, NATIVE) else triton_tiles.tile(group, value_dim, itemsize)

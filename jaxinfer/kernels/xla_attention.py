@@ -10,6 +10,9 @@ PREFILL_KEYS = 128
 """Key positions that one step of the prefill's online softmax reads: on a CPU 128 with tiles of 32 queries was
 the fastest over prompts of 16 to 512 tokens."""
 
+TILE = 32
+"""Queries of a prefill tile; see `PREFILL_KEYS`."""
+
 DECODE_KEYS = 128
 """Key positions of one work item of decode."""
 

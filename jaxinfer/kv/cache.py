@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jaxinfer.kernels import native_attention
 from jaxinfer.kernels.paged import Lane
 from jaxinfer.kv.spec import Full
 from jaxinfer.sharding import axes, rules
@@ -39,14 +40,18 @@ def block_bytes(specs: Sequence[Full], block_size: int, dtype: jnp.dtype, mesh: 
     return sum(spec.block_bytes(block_size, itemsize, tp) for spec in specs)
 
 
-def copy_blocks(lanes: list[Lane], sources: jax.Array, targets: jax.Array) -> list[Lane]:
+def copy_blocks(
+    lanes: list[Lane], sources: jax.Array, targets: jax.Array, *, native: bool = False
+) -> list[Lane]:
     """Copies block `sources[i]` to `targets[i]` in every lane; a target of N or more is dropped.
 
-    All of a step's copy-on-write in one call, before the step writes. Sources are read before any target is
-    written, so a source may be the target of none.
+    All of a step's copy-on-write in one call, before the step writes. A block that is a target is the source of
+    none. `native`: by the CPU's own kernel, which sees one device's arrays.
     """
 
     def copy(array: jax.Array) -> jax.Array:
+        if native:
+            return native_attention.copy_blocks(array, sources, targets)
         return array.at[targets].set(array.at[sources].get(mode="clip"), mode="drop")
 
     return jax.tree.map(copy, lanes)

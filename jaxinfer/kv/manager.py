@@ -58,6 +58,11 @@ class BlockManager:
         """The chained digests of the full blocks of `tokens`; those already known are not computed again."""
         return self.index.chain(tokens, root, known)
 
+    def extend_digests(self, digests: list[bytes], tokens: np.ndarray, root: bytes) -> None:
+        """Adds those of the full blocks of `tokens` that are missing at the end of `digests`, in place."""
+        rest = tokens[len(digests) * self.block_size :]
+        digests.extend(self.index.chain(rest, digests[-1] if digests else root))
+
     def lookup(self, tokens: np.ndarray, digests: Sequence[bytes], root: bytes) -> Hit:
         """The longest usable prefix: at most floor((L - 1) / P) blocks, so that one token is left to compute."""
         if not self.prefix_caching:
@@ -81,41 +86,52 @@ class BlockManager:
         self.tables.assign(row, np.concatenate([hit.ids, ids]), len(hit.ids) * self.block_size)
         return True
 
-    def grow(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-        """Makes place for one more position in each row; None if the blocks do not suffice.
+    def grow(self, rows: np.ndarray, steps: int = 1) -> tuple[np.ndarray, np.ndarray] | None:
+        """Makes place for `steps` more positions in each row; None if the blocks do not suffice.
 
-        A row at the end of its blocks gets a new one. A row about to write a block that others name as well
+        A row at the end of its blocks gets new ones. A row about to write a block that others name as well
         gets a copy (copy-on-write), but the last of them writes in place.
 
         Returns:
             Sources and targets of the block copies that must run before the rows write.
         """
-        tables, at = self.tables, self.tables.lengths[rows] // self.block_size
-        fresh = at >= tables.counts[rows]
-        current = np.where(fresh, -1, tables.blocks[rows, np.minimum(at, tables.blocks.shape[1] - 1)])
+        tables, counts = self.tables, self.tables.counts[rows]
+        lengths = tables.lengths[rows]
+        at = lengths // self.block_size
+        added = np.maximum((lengths + (steps - 1)) // self.block_size + 1 - counts, 0)
+        current = np.where(at >= counts, -1, tables.blocks[rows, np.minimum(at, tables.blocks.shape[1] - 1)])
         copied = self._must_copy(current)
-        pool, ids, evicted, fits = pools.allocate(self.pool, int(fresh.sum() + copied.sum()))
+        new = int(added.sum())
+        if not new and not len(copied):
+            return current[copied], current[copied]
+        pool, ids, evicted, fits = pools.allocate(self.pool, new + len(copied))
         if not fits:
             return None
         self._evicted.append(evicted)
-        new, targets = ids[: fresh.sum()], ids[fresh.sum() :]
-        tables.blocks[rows[fresh], at[fresh]] = new
-        tables.counts[rows[fresh]] += 1
-        tables.blocks[rows[copied], at[copied]] = targets
-        sources = current[copied]
-        self.pool = pools.release(pool, sources) if len(sources) else pool
+        if new:
+            self._append(rows, counts, added, ids[:new])
+        targets, sources = ids[new:], current[copied]
+        if len(copied):
+            tables.blocks[rows[copied], at[copied]] = targets
+            pool = pools.release(pool, sources)
+        self.pool = pool
         return sources, targets
 
+    def _append(self, rows: np.ndarray, counts: np.ndarray, added: np.ndarray, ids: np.ndarray) -> None:
+        """Gives each row that many of the ids, behind the `counts` it has."""
+        owners = np.repeat(rows, added)
+        first = np.repeat(counts - (np.cumsum(added) - added), added)
+        self.tables.blocks[owners, first + np.arange(len(ids))] = ids
+        self.tables.counts[rows] += added
+
     def _must_copy(self, current: np.ndarray) -> np.ndarray:
-        """Which of the rows that write blocks `current` may not write in place."""
+        """Which of the rows that write blocks `current` may not write in place: their places in it."""
         shared = np.flatnonzero((current >= 0) & (self.pool.refs[current] > 1))
-        copied = np.zeros(len(current), bool)
-        if len(shared):
-            copied[shared] = True
-            blocks, first, writers = np.unique(current[shared], return_index=True, return_counts=True)
-            # Where all that name a block are about to write it, the first keeps it.
-            copied[shared[first[writers == self.pool.refs[blocks]]]] = False
-        return copied
+        if not len(shared):
+            return shared
+        blocks, first, writers = np.unique(current[shared], return_index=True, return_counts=True)
+        # Where all that name a block are about to write it, the first keeps it.
+        return np.delete(shared, first[writers == self.pool.refs[blocks]])
 
     def fork(self, source: int, target: int) -> None:
         """Lets row `target` share every block of row `source`."""

@@ -61,7 +61,7 @@ def attend(
     Returns:
         `[T, tp, H / tp, Dv]` and the lane as it now is.
     """
-    kernel = attention.implementation(step.kernel)
+    kernel = attention.implementation(step.kernel, step.mesh)
 
     def local(
         q: jax.Array, k: jax.Array, v: jax.Array | None, lane: Lane, sinks: jax.Array | None, step: StepContext

@@ -2,28 +2,35 @@
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
-from jaxinfer.layers.linear import matmul
-from jaxinfer.layers.params import Build, weight
+from jaxinfer.layers.linear import Multiplying
+from jaxinfer.layers.params import Build, matrix
 from jaxinfer.sharding import axes
 
 
-class Embedding(nnx.Module):
+class Embedding(Multiplying):
     """`[V', M]`, V padded up to V' so that every shard has as many rows."""
 
     def __init__(self, build: Build, vocab: int, width: int):
         self.vocab = vocab
         padded = -(-vocab // build.tp) * build.tp
-        self.weight = weight(build, (padded, width), (axes.VOCAB, axes.EMBED), 0.02, unpadded=(vocab, width))
+        self.dtype = build.dtype
+        shape, names = (padded, width), (axes.VOCAB, axes.EMBED)
+        self.weight, self.weight_scale = matrix(
+            build, shape, names, 0.02, whole_scales=True, unpadded=(vocab, width)
+        )
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Token ids `[T]` -> `[T, M]`; ids of padding rows are clamped, what they give is never used."""
-        return jnp.take(self.weight[...], tokens, axis=0, mode="clip")
+        rows = jnp.take(self.weight[...], tokens, axis=0, mode="clip")
+        if self.weight_scale is None:
+            return rows
+        scales = jnp.take(self.weight_scale[...], tokens, mode="clip")
+        return (rows.astype(jnp.float32) * scales[:, None]).astype(self.dtype)
 
     def attend(self, hidden: jax.Array) -> jax.Array:
         """Hidden states `[B, M]` -> float32 logits `[B, V']`, the rows of padding at -inf."""
-        logits = matmul(hidden, self.weight[...], jnp.dtype("float32"))
+        logits = self.product(hidden, self.weight, self.weight_scale, jnp.dtype("float32"))
         if logits.shape[-1] == self.vocab:
             return logits
         return jnp.where(jnp.arange(logits.shape[-1]) < self.vocab, logits, -jnp.inf)

@@ -14,7 +14,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxinfer.errors import ConfigError
-from jaxinfer.layers.params import Build, constant, weight
+from jaxinfer.kernels import int8_matmul
+from jaxinfer.kernels.matmul import XLA, matmul
+from jaxinfer.layers.params import Build, constant, matrix
 from jaxinfer.sharding import axes
 
 
@@ -62,7 +64,39 @@ class Output:
         return rows.stop - rows.start
 
 
-class FusedLinear(nnx.Module):
+class Multiplying(nnx.Module):
+    """A module that multiplies rows of activations with what `params.matrix` made."""
+
+    kernel: str = XLA
+    """The implementation (`kernels.matmul.choose`); `use_kernel` sets it."""
+
+    def product(
+        self, x: jax.Array, weight: nnx.Param, scales: nnx.Param | None, dtype: jax.typing.DTypeLike | None = None
+    ) -> jax.Array:
+        """`x W^T` in `dtype` or that of `x`.
+
+        Args:
+            x: `[T, in]`, or `[T, tp, in / tp]` where the columns are divided over shards.
+            weight: `[..., in]`, the axes before the last taken as one.
+            scales: `[...]` of an int8 weight; None: it is not quantised.
+
+        Returns:
+            `[T, out]`.
+        """
+        rows = weight[...].reshape(-1, weight.shape[-1])
+        if scales is None:
+            return matmul(x.reshape(x.shape[0], -1), rows, dtype, kernel=self.kernel)
+        return int8_matmul.matmul(x, rows, scales[...].reshape(-1), dtype, kernel=self.kernel)
+
+
+def use_kernel(module: nnx.Module, kernel: str) -> None:
+    """Lets all of a module multiply with this implementation."""
+    for _, part in nnx.iter_modules(module):
+        if isinstance(part, Multiplying):
+            part.kernel = kernel
+
+
+class FusedLinear(Multiplying):
     """`y_i = x W_i^T (+ b_i)` for several outputs `i`, as one GEMM."""
 
     def __init__(self, build: Build, in_features: int, outputs: Sequence[Output], *, bias: bool = False):
@@ -70,13 +104,12 @@ class FusedLinear(nnx.Module):
         self.tp = build.tp
         columns = sum(output.columns(self.tp) for output in self.outputs)
         shape, names = (self.tp, columns, in_features), (axes.SHARD, axes.COLUMNS, axes.EMBED)
-        self.weight = weight(build, shape, names, in_features**-0.5, outputs=self.outputs)
+        self.weight, self.weight_scale = matrix(build, shape, names, in_features**-0.5, outputs=self.outputs)
         self.bias = constant(build, shape[:2], names[:2], 0.0, outputs=self.outputs) if bias else None
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, ...]:
         """`[T, in]` -> one `[T, tp, columns_i]` an output, in the order declared."""
-        matrix = self.weight[...]
-        y = matmul(x, matrix.reshape(-1, matrix.shape[-1])).reshape(x.shape[0], self.tp, -1)
+        y = self.product(x, self.weight, self.weight_scale).reshape(x.shape[0], self.tp, -1)
         if self.bias is not None:
             y = y + self.bias[...]
         ends, end = [], 0
@@ -86,20 +119,15 @@ class FusedLinear(nnx.Module):
         return tuple(jnp.split(y, ends, axis=-1))
 
 
-class RowLinear(nnx.Module):
+class RowLinear(Multiplying):
     """`y = x W^T (+ b)` with the input divided over shards: the one all-reduce of a block."""
 
     def __init__(self, build: Build, in_axis: str, in_features: int, out_features: int, *, bias: bool = False):
-        self.weight = weight(build, (out_features, in_features), (axes.EMBED, in_axis), in_features**-0.5)
+        shape, names = (out_features, in_features), (axes.EMBED, in_axis)
+        self.weight, self.weight_scale = matrix(build, shape, names, in_features**-0.5)
         self.bias = constant(build, (out_features,), (axes.EMBED,), 0.0) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[T, tp, in / tp]` -> `[T, out]`."""
-        y = matmul(x.reshape(x.shape[0], -1), self.weight[...])
+        y = self.product(x, self.weight, self.weight_scale)
         return y if self.bias is None else y + self.bias[...]
-
-
-def matmul(x: jax.Array, matrix: jax.Array, dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
-    """`[T, in] x [out, in]^T -> [T, out]`; float32 at full precision, as TF32 would break parity on a GPU."""
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jax.lax.dot_general(x, matrix, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=dtype)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from jaxinfer.kernels import int8_matmul
 from jaxinfer.sharding import mesh as meshes
 
 
@@ -17,6 +18,8 @@ class Build(NamedTuple):
     dtype: jnp.dtype
     """Of weights and activations."""
     mesh: Mesh
+    quantization: str | None = None
+    """What the matrices that `matrix` makes are kept in: "int8"; None: in `dtype`."""
 
     @property
     def tp(self) -> int:
@@ -33,6 +36,27 @@ def weight(
     """
     values = scale * jax.random.normal(build.rngs.params(), shape, build.dtype)
     return nnx.Param(values, logical_axes=axes, **metadata)
+
+
+def matrix(
+    build: Build, shape: tuple[int, ...], axes: tuple[str | None, ...], scale: float, *,
+    whole_scales: bool = False, **metadata: Any,
+) -> tuple[nnx.Param, nnx.Param | None]:  # fmt: skip
+    """A `weight` to multiply activations with and, where weights are quantised, the scales of its rows `shape[:-1]`.
+
+    The loader makes the scales of the weight's own tensors. They lie where their rows do, or with `whole_scales`
+    all on every device, for rows that are looked up from everywhere.
+    """
+    made = weight(build, shape, axes, scale, **metadata)
+    if build.quantization is None:
+        return made, None
+    values, scales = int8_matmul.quantise(made[...])
+    names = (None,) * scales.ndim if whole_scales else axes[:-1]
+    own = {name: value[:-1] if name == "unpadded" else value for name, value in metadata.items()}
+    return (
+        nnx.Param(values, logical_axes=axes, **metadata),
+        nnx.Param(scales, logical_axes=names, scales_of="weight", **own),
+    )
 
 
 def constant(

@@ -23,6 +23,11 @@ class ModelConfig(Protocol):
     num_layers: int
 
     @property
+    def query_group(self) -> int:
+        """Query heads that share a kv head, in the layer where they are fewest; decides the tiles of a prefill."""
+        ...
+
+    @property
     def max_length(self) -> int:
         """The longest sequence whose numbers are the model's own."""
         ...

@@ -44,6 +44,11 @@ class DecoderConfig:
     """The head is the embedding."""
 
     @property
+    def query_group(self) -> int:
+        """Query heads that share a kv head."""
+        return self.attention.heads // self.attention.kv_heads
+
+    @property
     def max_length(self) -> int:
         """The longest sequence whose numbers are the model's own."""
         stretch = self.rope.factor if self.rope.kind in ("linear", "dynamic") else 1.0
@@ -121,7 +126,9 @@ class Decoder(nnx.Module):
 
     def __init__(self, build: Build, config: DecoderConfig):
         self.config = config
-        self.embedding = Embedding(build, config.vocab_size, config.attention.width)
+        # A table that is only looked up gains nothing from int8.
+        lookup = build if config.tied else build._replace(quantization=None)
+        self.embedding = Embedding(lookup, config.vocab_size, config.attention.width)
         self.layers = nnx.List([Layer(build, config) for _ in range(config.num_layers)])
         self.norm = RMSNorm(build, config.attention.width, config.norm_eps, axes.EMBED)
         self.head = None if config.tied else Embedding(build, config.vocab_size, config.attention.width)

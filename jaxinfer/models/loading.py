@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from jaxinfer.checkpoint import rules
 from jaxinfer.checkpoint.hf import ConfigReader, check_sizes, read_config
 from jaxinfer.checkpoint.safetensors import SafetensorsReader
+from jaxinfer.kernels.native import build
 from jaxinfer.layers.params import Build
 from jaxinfer.models.base import Family, LanguageModel
 from jaxinfer.models.registry import family
@@ -26,10 +27,12 @@ SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", 
 
 
 def load(
-    directory: Path, mesh: Mesh, *, dtype: str = "auto", overrides: Mapping[str, Any] | None = None,
-    progress: bool = True,
+    directory: Path, mesh: Mesh, *, dtype: str = "auto", quantization: str | None = None,
+    overrides: Mapping[str, Any] | None = None, progress: bool = True,
 ) -> LanguageModel:  # fmt: skip
     """Reads a Hugging Face folder; each weight goes straight to the device that owns it.
+
+    With `quantization="int8"` matrices are quantised as they are read (`kernels.int8_matmul`).
 
     Raises:
         ConfigError: an architecture, attribute or size that is not served.
@@ -39,7 +42,8 @@ def load(
     served, config = parse(hf)
     with SafetensorsReader(directory) as reader:
         stored = str(hf.get("dtype") or hf.get("torch_dtype") or _stored_dtype(reader))
-        module = abstract(served, config, resolve_dtype(dtype, stored, mesh.devices.flat[0].platform), mesh)
+        kind = resolve_dtype(dtype, stored, mesh.devices.flat[0].platform)
+        module = abstract(served, config, kind, mesh, quantization=quantization)
         rules.load(module, served.weight_rules(config), reader, mesh, progress=progress)
     return module
 
@@ -58,16 +62,20 @@ def parse(hf: Mapping[str, Any]) -> tuple[Family, Any]:
     return served, config
 
 
-def abstract(served: Family, config: Any, dtype: jnp.dtype, mesh: Mesh) -> LanguageModel:
+def abstract(
+    served: Family, config: Any, dtype: jnp.dtype, mesh: Mesh, *, quantization: str | None = None
+) -> LanguageModel:
     """The module with shapes in the place of arrays."""
-    return nnx.eval_shape(lambda: served.build(Build(nnx.Rngs(0), dtype, mesh), config))
+    return nnx.eval_shape(lambda: served.build(Build(nnx.Rngs(0), dtype, mesh, quantization), config))
 
 
-def random(hf: Mapping[str, Any], mesh: Mesh, *, dtype: str = "auto", seed: int = 0) -> LanguageModel:
+def random(
+    hf: Mapping[str, Any], mesh: Mesh, *, dtype: str = "auto", quantization: str | None = None, seed: int = 0
+) -> LanguageModel:
     """A model of this configuration with random weights, made where they will lie: for benchmarks."""
     served, config = parse(hf)
     kind = resolve_dtype(dtype, str(hf.get("dtype", "bfloat16")), mesh.devices.flat[0].platform)
-    module = abstract(served, config, kind, mesh)
+    module = abstract(served, config, kind, mesh, quantization=quantization)
     graph, state = nnx.split(module)
     shardings = [
         sharding_rules.sharding(mesh, param.get_metadata()["logical_axes"], param.shape, path)
@@ -75,7 +83,7 @@ def random(hf: Mapping[str, Any], mesh: Mesh, *, dtype: str = "auto", seed: int 
     ]
 
     def make() -> list[jax.Array]:
-        made = served.build(Build(nnx.Rngs(seed), kind, mesh), config)
+        made = served.build(Build(nnx.Rngs(seed), kind, mesh, quantization), config)
         return jax.tree.leaves(nnx.split(made)[1])
 
     return nnx.merge(graph, jax.tree.unflatten(jax.tree.structure(state), jax.jit(make, out_shardings=shardings)()))
@@ -87,7 +95,7 @@ def resolve_dtype(asked: str, stored: str, platform: str) -> jnp.dtype:
     kind = jnp.dtype({"float64": "float32"}.get(name, name))
     if asked != "auto" or platform != "cpu" or kind == jnp.float32:
         return kind
-    if kind == jnp.float16 or jax.__version_info__ < (0, 11):
+    if kind == jnp.float16 or jax.__version_info__ < (0, 11) and build.lacking() is not None:
         _say_float32(str(kind))
         return jnp.dtype(jnp.float32)
     return kind

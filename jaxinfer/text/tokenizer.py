@@ -1,5 +1,7 @@
 """Loading a tokenizer, and what is known of it before text comes."""
 
+import importlib
+import json
 import logging
 from functools import lru_cache
 from pathlib import Path
@@ -7,6 +9,10 @@ from typing import Any
 
 from jaxinfer.checkpoint.hub import resolve_model
 from jaxinfer.errors import CheckpointError
+
+
+GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
+"""Names of the class that is what tokenizer.json says and nothing else."""
 
 
 def load_tokenizer(source: str | Path | Any) -> Any:
@@ -27,28 +33,42 @@ def load_tokenizer(source: str | Path | Any) -> Any:
         directory = resolve_model(source)
     except CheckpointError as error:
         raise CheckpointError(f"tokenizer={str(source)!r}: {error}") from error
-    auto, fast = _classes()
     try:
-        return auto.from_pretrained(directory, trust_remote_code=False)
+        loader = _import("PreTrainedTokenizerFast" if _is_generic(directory) else "AutoTokenizer")
+        return loader.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds
         if (directory / "tokenizer.json").is_file():
-            return fast.from_pretrained(directory)
+            return _import("PreTrainedTokenizerFast").from_pretrained(directory)
         raise CheckpointError(
             f"no tokenizer in {directory}: {type(error).__name__}: {error}. Pass tokenizer=DIR, or "
             "skip_tokenizer_init=True to serve token ids"
         ) from error
 
 
-def _classes() -> tuple[Any, Any]:
-    """Imported when needed: transformers takes seconds, and serving token ids needs none of it."""
+def _is_generic(directory: Path) -> bool:
+    """Whether `AutoTokenizer` would take tokenizer.json as it is; importing it brings in torch, which takes seconds.
+
+    For some types of models it puts a class of its own in the place of the generic one, for Llama never.
+    """
+    try:
+        model, declared = (
+            json.loads((directory / name).read_text()) for name in ("config.json", "tokenizer_config.json")
+        )
+        own = declared.get("auto_map") or declared.get("tokenizer_class") not in GENERIC
+        return not own and model.get("model_type") == "llama" and (directory / "tokenizer.json").is_file()
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _import(name: str) -> Any:
+    """A class of transformers, imported when needed: serving token ids needs none of it."""
     disabled = logging.root.manager.disable
     # It warns on import that there is no torch, of which nothing here has need.
     logging.disable(logging.WARNING)
     try:
-        from transformers import AutoTokenizer, PreTrainedTokenizerFast
+        return getattr(importlib.import_module("transformers"), name)
     finally:
         logging.disable(disabled)
-    return AutoTokenizer, PreTrainedTokenizerFast
 
 
 def id_bound(tokenizer: Any) -> int:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,11 @@ def write(folder: Path, config: dict[str, Any], seed: int) -> None:
         raise ValueError(f"--checkpoint-dir {folder} holds something else than this checkpoint; name an empty one")
     folder.mkdir(parents=True, exist_ok=True)
     kind = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32, "float16": np.float16}[config["dtype"]]
-    rng = np.random.default_rng(seed)
-    tensors = {name: _values(rng, shape).astype(kind) for name, shape in shapes(config)}
+    names, sizes = zip(*shapes(config), strict=True)
+    with ThreadPoolExecutor() as pool:  # NumPy draws outside of Python's lock; each tensor has a stream of its own
+        streams = map(np.random.default_rng, np.random.SeedSequence(seed).spawn(len(names)))
+        made = pool.map(lambda stream, shape: _values(stream, shape).astype(kind), streams, sizes)
+        tensors = dict(zip(names, made, strict=True))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     sidecar.write_text(json.dumps(made_from))
@@ -49,7 +53,8 @@ def shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
     queries = config["num_attention_heads"] * config["head_dim"]
     keys = config["num_key_value_heads"] * config["head_dim"]
     yield "model.embed_tokens.weight", (config["vocab_size"], model)
-    yield "lm_head.weight", (config["vocab_size"], model)
+    if not config.get("tie_word_embeddings"):
+        yield "lm_head.weight", (config["vocab_size"], model)
     yield "model.norm.weight", (model,)
     for layer in range(config["num_hidden_layers"]):
         at = f"model.layers.{layer}"

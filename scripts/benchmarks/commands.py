@@ -1,29 +1,15 @@
-"""The three subcommands: each makes its work, has it done, and reports."""
+"""The subcommands: each has something done, and reports."""
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+import json
 
 from benchmarks import trace as traces
 from benchmarks.measure import agreement, alternate
-from benchmarks.peer import Peer
 from benchmarks.report import Report
+from benchmarks.standard import STANDARDS
+from benchmarks.systems import Subject, compare, finish, systems, versions
 from benchmarks.trace import Trace
 from benchmarks.work import Work, spread
-
-Measured = dict[str, list[Trace]]
-
-
-@dataclass(frozen=True)
-class Subject:
-    """The model that is measured."""
-
-    folder: Path
-    vocab: int
-    title: str
 
 
 def throughput(args: argparse.Namespace, model: Subject) -> Report:
@@ -31,11 +17,11 @@ def throughput(args: argparse.Namespace, model: Subject) -> Report:
     inputs = (args.min_input_len, args.max_input_len)
     work = spread(args.num_prompts, inputs, (args.output_len, args.output_len), vocab=model.vocab, seed=args.seed)
     report = Report({"command": "throughput", **work.describe(), "repeats": args.repeats})
-    with _systems(args, model, [work]) as (ours, peers):
+    with systems(args, model, [work]) as (ours, peers):
         measured = alternate(ours, peers, work, repeats=args.repeats)
-        figures = _figures(measured, ours, lambda runs: _medians(traces.throughput, work, runs))
+        figures = compare(measured, ours, lambda runs: _medians(traces.throughput, work, runs))
         report.add(figures, ours.name, fast="output_tokens_per_second")
-        _finish(report, model, ours, peers)
+        finish(report, model, ours, peers)
     return report
 
 
@@ -44,10 +30,10 @@ def latency(args: argparse.Namespace, model: Subject) -> Report:
     lengths = (args.input_len, args.input_len), (args.output_len, args.output_len)
     work = spread(args.batch_size, *lengths, vocab=model.vocab, seed=args.seed)
     report = Report({"command": "latency", **work.describe(), "repeats": args.num_iters})
-    with _systems(args, model, [work]) as (ours, peers):
+    with systems(args, model, [work]) as (ours, peers):
         measured = alternate(ours, peers, work, repeats=args.num_iters, warmup=args.num_iters_warmup)
-        report.add(_figures(measured, ours, traces.latency), ours.name, fast="p50_latency", invert=True)
-        _finish(report, model, ours, peers)
+        report.add(compare(measured, ours, traces.latency), ours.name, fast="p50_latency", invert=True)
+        finish(report, model, ours, peers)
     return report
 
 
@@ -55,14 +41,14 @@ def serving(args: argparse.Namespace, model: Subject) -> Report:
     """Requests that arrive as others finish, at each concurrency; medians over the passes."""
     works = [_served(args, concurrency, model.vocab) for concurrency in args.concurrency]
     report = Report({"command": "serving", "scale": args.scale, "repeats": args.repeats})
-    with _systems(args, model, works, online=True) as (ours, peers):
+    with systems(args, model, works, online=True) as (ours, peers):
         for work in works:
             label = f"@{work.concurrency}"
             report.work[f"requests{label}"] = work.describe()
             measured = alternate(ours, peers, work, repeats=args.repeats)
-            figures = _figures(measured, ours, lambda runs, work=work: _medians(traces.serving, work, runs))
+            figures = compare(measured, ours, lambda runs, work=work: _medians(traces.serving, work, runs))
             report.add(figures, ours.name, fast="output_tokens_per_second", label=label)
-        _finish(report, model, ours, peers)
+        finish(report, model, ours, peers)
     return report
 
 
@@ -79,51 +65,98 @@ def _served(args: argparse.Namespace, concurrency: int, vocab: int) -> Work:
     )
 
 
-@contextmanager
-def _systems(
-    args: argparse.Namespace, model: Subject, works: Sequence[Work], *, online: bool = False
-) -> Iterator[tuple[Any, list[Peer]]]:
-    """jaxinfer and the peers, each with the model loaded; all closed in the end."""
-    from benchmarks import ours  # after the command line was understood: it imports jax
-
-    settings = {"max_model_len": max(work.longest for work in works)}
-    if online:
-        settings["max_num_seqs"] = max(work.at_once for work in works)
-    settings |= args.settings
-    opened: list[Any] = []
-    try:
-        for name in args.peer:
-            opened.append(Peer(name, args.peer_python, model.folder, args.peer_dtype))
-        opened.append((ours.Online if online else ours.Offline)(model.folder, settings))
-        yield opened[-1], opened[:-1]
-    finally:
-        for system in opened:
-            system.close()
-
-
-def _figures(
-    measured: Measured, ours: Any, of: Callable[[list[Trace]], dict[str, float]]
-) -> dict[str, dict[str, float]]:
-    """Each system's, and how far the peers' tokens are jaxinfer's."""
-    figures = {name: of(runs) for name, runs in measured.items()}
-    for name, runs in measured.items():
-        if name != ours.name:
-            figures[name]["same_tokens"] = agreement(measured[ours.name], runs)
-    return figures
-
-
-def _medians(of: Callable[[Work, Trace], dict[str, float]], work: Work, runs: list[Trace]) -> dict[str, float]:
+def _medians(of: traces.Figures, work: Work, runs: list[Trace]) -> dict[str, float]:
     return traces.medians([of(work, run) for run in runs])
 
 
-def _finish(report: Report, model: Subject, ours: Any, peers: Sequence[Peer]) -> None:
-    """What is not in the figures: compilation, settings, versions."""
-    import jax
+def work(args: argparse.Namespace, model: Subject) -> Report:
+    """The standard works W1 to W5, each with its own figures: median, least and most over the passes."""
+    works = {name: STANDARDS[name].work(vocab=model.vocab, seed=args.seed, scale=args.scale) for name in args.works}
+    report = Report({"command": "work", "scale": args.scale, "repeats": args.repeats})
+    with systems(args, model, list(works.values()), online=True) as (ours, peers):
+        for name, asked in works.items():
+            report.work[name] = STANDARDS[name].what
+            measured = alternate(ours, peers, asked, repeats=args.repeats)
+            for figure in STANDARDS[name].figures:
+                found = {
+                    system: traces.span([figure.of(asked, run) for run in runs]) for system, runs in measured.items()
+                }
+                label = f"@{name}_{figure.name}"
+                report.add(found, ours.name, fast="median", label=label, invert=figure.less_is_faster)
+            if asked.temperature == 0:
+                for peer in peers:
+                    report.peers[peer.name][f"same_tokens@{name}"] = agreement(measured[ours.name], measured[peer.name])
+        finish(report, model, ours, peers)
+    return report
 
-    steps, seconds = ours.compiled()
-    report.jaxinfer |= {"compiled_steps": steps, "compile_seconds": seconds}
-    report.work |= {
-        "model": model.title, "settings": ours.settings,
-        "versions": {"jax": jax.__version__, "device": jax.devices()[0].device_kind, **{
-            peer.name: " ".join(f"{key} {value}" for key, value in peer.versions.items()) for peer in peers}},
-    }  # fmt: skip
+
+def roofline(args: argparse.Namespace, model: Subject) -> Report:
+    """What the machine reads and multiplies a second, and which share of it the works' steps reach."""
+    from benchmarks import machine, shares
+
+    works = {name: STANDARDS[name].work(vocab=model.vocab, seed=args.seed, scale=args.scale) for name in args.works}
+    report = Report({"command": "roofline", "scale": args.scale, "repeats": args.repeats})
+    rates = machine.measure(args.mebibytes << 20, args.matmul_size, args.repeats)
+    report.jaxinfer |= rates
+    with systems(args, model, list(works.values()), online=True) as (ours, _):
+        costs = shares.Costs.of(ours.llm)
+        for name, asked in works.items():
+            report.work[name] = STANDARDS[name].what
+            runs = alternate(ours, [], asked, repeats=args.repeats)[ours.name]
+            found = traces.medians([shares.of(asked, run, costs, rates) for run in runs])
+            report.jaxinfer |= {f"{metric}@{name}": value for metric, value in found.items()}
+        finish(report, model, ours, [])
+    return report
+
+
+def profile(args: argparse.Namespace, model: Subject) -> Report:
+    """A trace of N decode steps and the prefill before them, and where a decode step's time goes."""
+    from benchmarks import breakdown
+
+    lengths = (args.input_len, args.input_len), (args.steps + 1, args.steps + 1)
+    asked = spread(args.batch_size, *lengths, vocab=model.vocab, seed=args.seed)
+    report = Report({"command": "profile", **asked.describe(), "steps": args.steps, "out": str(args.out)})
+    with systems(args, model, [asked], online=True) as (ours, _):
+        report.jaxinfer |= breakdown.profile(ours, asked, args.steps, args.out)
+        finish(report, model, ours, [])
+    return report
+
+
+def host(args: argparse.Namespace, model: Subject | None) -> Report:
+    """Python's share of a pure decode step, with a device that does nothing; milliseconds over many steps."""
+    from benchmarks import hosttime
+
+    report = Report({"command": "host", "rows": args.rows, "layers": args.num_hidden_layers, "steps": args.steps})
+    for length in args.lengths:
+        found = hosttime.measure(args.rows, length, args.steps, args.num_hidden_layers)
+        report.jaxinfer |= {f"{metric}@{length}": value for metric, value in found.items()}
+    report.jaxinfer |= hosttime.text(args.rows, args.steps)
+    report.work |= versions()
+    return report
+
+
+def startup(args: argparse.Namespace, model: Subject | None) -> Report:
+    """Seconds from a fresh process to its first token, with an empty and with a filled compilation cache."""
+    from benchmarks import start
+
+    folder = start.checkpoint() if model is None else model.folder
+    report = Report({"command": "startup", "model": str(folder), "settings": args.settings, "repeats": args.repeats})
+    found = start.measure(folder, args.settings, args.repeats)
+    for name, values in found.items():
+        report.jaxinfer |= {f"{kind}@{name}": value for kind, value in traces.span(values).items()}
+    first = {state: report.jaxinfer[f"median@{state}_first_token_seconds"] for state in start.STATES}
+    report.jaxinfer["filled_over_empty"] = first["filled"] / first["empty"]
+    report.work |= versions()
+    return report
+
+
+def soak(args: argparse.Namespace, model: Subject | None) -> Report:
+    """A random workload of every kind of request, after a warm-up: how many programs compile then."""
+    from benchmarks import soaking, start
+
+    folder = start.checkpoint() if model is None else model.folder
+    vocab = json.loads((folder / "config.json").read_text())["vocab_size"]
+    report = Report({"command": "soak", "model": str(folder), "settings": args.settings, "minutes": args.minutes})
+    report.jaxinfer |= soaking.measure(folder, vocab, args.settings, 60 * args.minutes, args.seed)
+    report.work |= versions()
+    return report

@@ -1,15 +1,16 @@
-"""transformers as a peer: `python hf_server.py (hf|hf-cb) FOLDER DTYPE`, lines of JSON in and out.
+"""transformers as a peer: `python hf_server.py (hf|hf-static|hf-cb) FOLDER DTYPE`, lines of JSON in and out.
 
 Needs torch and transformers and nothing of jaxinfer, so that any interpreter that has them will do.
 """
 
-import json
 import os
-import sys
 import time
 from collections import deque
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
+
+from peer_server import serve
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -17,31 +18,43 @@ PAGE = 256
 """Tokens in a page of transformers' paged cache: its default."""
 
 
+def _sampling(samples: int, temperature: float) -> dict[str, Any]:
+    """Fields of a `GenerationConfig`; the defaults of transformers would cut off to the 50 most likely tokens."""
+    if temperature == 0:
+        return {"do_sample": False}
+    return {
+        "do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0, "num_return_sequences": samples
+    }  # fmt: skip
+
+
 class Static:
     """`generate` over batches padded on the left; what arrives meanwhile waits for the next batch."""
 
-    def __init__(self, model: Any):
-        self.model = model
+    def __init__(self, model: Any, **cache: str):
+        self.model, self.cache = model, cache
 
-    def run(self, prompts: list[list[int]], lengths: list[int], concurrency: int | None) -> dict[str, Any]:
-        """One pass: seconds, and of each request its tokens, arrival and token times."""
+    def run(
+        self, prompts: list[list[int]], lengths: list[int], concurrency: int | None, samples: int, temperature: float
+    ) -> dict[str, Any]:
+        """One pass: seconds, arrivals of the requests, and of each sample its tokens and their times."""
         size = concurrency or len(prompts)
         start = time.perf_counter()
         tokens, times, arrivals = [], [], [0.0] * min(size, len(prompts))
         for first in range(0, len(prompts), size):
             batch = slice(first, first + size)
-            made, at = self._generate(prompts[batch], max(lengths[batch]), timed=concurrency is not None)
-            for row, length in zip(made, lengths[batch], strict=True):
-                tokens.append(row[:length])
-                times.append([t - start for t in at[:length]])
+            made, at = self._generate(prompts[batch], max(lengths[batch]), _sampling(samples, temperature))
+            kept = [length for length in lengths[batch] for _ in range(samples)]
+            tokens += [row[:length] for row, length in zip(made, kept, strict=True)]
+            times += [[t - start for t in at[:length]] for length in kept]
             # Whoever is served asks again at once.
-            arrivals += sorted(own[-1] for own in times[batch]) if at else []
+            arrivals += sorted(at[length - 1] - start for length in lengths[batch])
         seconds = time.perf_counter() - start
-        arrivals = (arrivals + [0.0] * len(prompts))[: len(prompts)]
-        return {"seconds": seconds, "tokens": tokens, "arrivals": arrivals, "times": times}
+        return {"seconds": seconds, "tokens": tokens, "arrivals": arrivals[: len(prompts)], "times": times}
 
-    def _generate(self, prompts: Sequence[list[int]], new: int, timed: bool) -> tuple[list[list[int]], list[float]]:
-        """The new tokens of each prompt, and when each step was done."""
+    def _generate(
+        self, prompts: Sequence[list[int]], new: int, sampling: dict[str, Any]
+    ) -> tuple[list[list[int]], list[float]]:
+        """The new tokens of each sample of each prompt, and when each step was done."""
         import torch
         from transformers import StoppingCriteria, StoppingCriteriaList
 
@@ -57,8 +70,8 @@ class Static:
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.model.device)
         with torch.inference_mode():
             made = self.model.generate(
-                input_ids=ids, attention_mask=mask, max_new_tokens=new, do_sample=False, pad_token_id=0,
-                stopping_criteria=StoppingCriteriaList([Clock()] if timed else []),
+                input_ids=ids, attention_mask=mask, max_new_tokens=new, pad_token_id=0,
+                stopping_criteria=StoppingCriteriaList([Clock()]), **self.cache, **sampling,
             )  # fmt: skip
         return made[:, width:].tolist(), at
 
@@ -68,53 +81,63 @@ class Continuous:
 
     def __init__(self, model: Any):
         self.model, self.manager, self.pages = model, None, 0
+        self.sampling: dict[str, Any] = {}
 
-    def run(self, prompts: list[list[int]], lengths: list[int], concurrency: int | None) -> dict[str, Any]:
-        """One pass: seconds, and of each request its tokens, arrival and token times."""
+    def run(
+        self, prompts: list[list[int]], lengths: list[int], concurrency: int | None, samples: int, temperature: float
+    ) -> dict[str, Any]:
+        """One pass: seconds, arrivals of the requests, and of each sample its tokens and their times."""
         size = min(concurrency or len(prompts), len(prompts))
         pages = [-(-(len(prompt) + new) // PAGE) for prompt, new in zip(prompts, lengths, strict=True)]
-        self._prepare(sum(sorted(pages)[-size:]))
-        waiting, running, results = deque(range(len(prompts))), set(), {}
+        self._prepare(samples * sum(sorted(pages)[-size:]), _sampling(samples, temperature))
+        waiting, running, results = deque(range(len(prompts))), {}, {}
         arrivals = []
         start = time.perf_counter()
         while waiting or running:
             while waiting and len(running) < size:
                 index = waiting.popleft()
                 arrivals.append(time.perf_counter() - start)
-                running.add(self.manager.add_request(
+                request = self.manager.add_request(
                     prompts[index], request_id=f"{start}-{index}", max_new_tokens=lengths[index],
-                    record_timestamps=concurrency is not None,
-                ))  # fmt: skip
+                    record_timestamps=True,
+                )  # fmt: skip
+                running[request] = samples
             result = self.manager.get_result(timeout=1)
             if result is None and not self.manager.is_running():
                 raise RuntimeError("the manager's thread ended")
             if result is not None and result.is_finished():
                 if result.error is not None:
                     raise RuntimeError(result.error)
-                running.remove(result.request_id)
-                results[int(result.request_id.rsplit("-", 1)[1])] = result
+                request, _, child = result.request_id.partition("__child#")
+                results[int(request.rsplit("-", 1)[1]), int(child or -1)] = result
+                running[request] -= 1
+                running = {name: left for name, left in running.items() if left}
         seconds = time.perf_counter() - start
-        ordered = [results[index] for index in range(len(prompts))]
+        ordered = [results[key] for key in sorted(results)]
         return {
             "seconds": seconds, "tokens": [list(r.generated_tokens) for r in ordered], "arrivals": arrivals,
             "times": [[t - start for t in r.timestamps or ()] for r in ordered],
         }  # fmt: skip
 
-    def _prepare(self, pages: int) -> None:
+    def _prepare(self, pages: int, sampling: dict[str, Any]) -> None:
         """A manager whose cache holds all that is in flight."""
-        if self.manager is not None and self.pages >= pages:
+        if self.manager is not None and self.pages >= pages and self.sampling == sampling:
             return
         from transformers import ContinuousBatchingConfig, GenerationConfig
 
         self.close()
-        self.pages = pages + 1
+        self.pages, self.sampling = pages + 1, sampling
         self.manager = self.model.init_continuous_batching(
-            generation_config=GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=16),
-            continuous_batching_config=ContinuousBatchingConfig(
-                page_size=PAGE, num_blocks=self.pages, max_batch_tokens=512, allow_block_sharing=False
-            ),
+            generation_config=GenerationConfig(eos_token_id=-1, pad_token_id=0, max_new_tokens=16, **sampling),
+            continuous_batching_config=ContinuousBatchingConfig(allow_block_sharing=False, **self._sizes()),
         )  # fmt: skip
         self.manager.start()
+
+    def _sizes(self) -> dict[str, int]:
+        """On a GPU what transformers itself takes of the memory there is; elsewhere it would take the whole machine."""
+        if self.model.device.type != "cpu":
+            return {}
+        return {"page_size": PAGE, "num_blocks": self.pages, "max_batch_tokens": 512}
 
     def close(self) -> None:
         """Ends the manager's thread."""
@@ -122,30 +145,21 @@ class Continuous:
             self.manager.stop(block=True, timeout=10)
 
 
-def main() -> None:
-    """Serves until stdin ends. What libraries print goes to stderr; stdout carries the answers alone."""
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    mode, folder, dtype = sys.argv[1:]
-
-    def say(reply: dict[str, Any]) -> None:
-        out.write(json.dumps(reply) + "\n")
-        out.flush()
-
+def load(mode: str, folder: str, dtype: str) -> tuple[Static | Continuous, dict[str, str]]:
+    """The model, to be run as `mode` says."""
     import torch
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     model.generation_config.eos_token_id = None  # every request runs to its length
-    system = {"hf": Static, "hf-cb": Continuous}[mode](model)
-    say({"ready": {"torch": torch.__version__, "transformers": transformers.__version__, "dtype": str(model.dtype)}})
-    for line in sys.stdin:
-        try:
-            say(system.run(**json.loads(line)))
-        except Exception as error:
-            say({"error": f"{type(error).__name__}: {error}"})
+    # A static cache is what transformers compiles `generate` for, on a GPU.
+    systems = {"hf": Static, "hf-static": partial(Static, cache_implementation="static"), "hf-cb": Continuous}
+    system = systems[mode](model)
+    return system, {
+        "torch": torch.__version__, "transformers": transformers.__version__, "dtype": str(model.dtype)
+    }  # fmt: skip
 
 
 if __name__ == "__main__":
-    main()
+    serve(load)

@@ -1,30 +1,16 @@
-"""jaxinfer under measurement: a whole call of `LLM.generate`, or the engine with requests that keep arriving."""
+"""jaxinfer under measurement: a whole call of `LLM.generate`, or its engine with requests that keep arriving."""
 
 import time
 from collections import deque
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from benchmarks.trace import Trace
 from benchmarks.work import Work
-from jaxinfer import LLM, EngineConfig, SamplingParams
-from jaxinfer.engine.metrics import PREFIX, Metric
-from jaxinfer.engine.request import Request, Sequence
-from jaxinfer.engine.setup import build_engine
-from jaxinfer.models import loading
-from jaxinfer.resolve import ModelLimits, resolve
-from jaxinfer.sharding import make_mesh
-
-
-def _params(new: int) -> SamplingParams:
-    return SamplingParams(temperature=0, max_tokens=new, ignore_eos=True)
-
-
-def _compiled(readings: list[Metric]) -> tuple[int, float]:
-    values = {metric.name.removeprefix(PREFIX): metric.value for metric in readings}
-    return int(values["compiled_steps"]), float(values["compile_seconds"])
+from jaxinfer import LLM, SamplingParams
+from jaxinfer.engine.metrics import PREFIX
+from jaxinfer.engine.request import Request
+from jaxinfer.text import parse_prompts
 
 
 class Offline:
@@ -34,59 +20,43 @@ class Offline:
 
     def __init__(self, folder: Path, settings: dict[str, Any]):
         self.settings = settings
-        self._llm = LLM(folder, skip_tokenizer_init=True, use_tqdm=False, **settings)
+        self.llm = LLM(folder, skip_tokenizer_init=True, use_tqdm=False, **settings)
 
     def run(self, work: Work) -> Trace:
         """One pass, with nothing in the prefix cache."""
-        prompts = [{"prompt_token_ids": prompt} for prompt in work.prompts]
-        params = [_params(new) for new in work.lengths]
-        self._llm.reset_prefix_cache()
+        prompts, params = _asked(work)
+        self.llm.reset_prefix_cache()
         start = time.perf_counter()
-        results = self._llm.generate(prompts, params, use_tqdm=False)
+        results = self.llm.generate(prompts, params, use_tqdm=False)
         seconds = time.perf_counter() - start
-        tokens = [list(result.outputs[0].token_ids) for result in results]
-        return Trace(seconds, tokens, [0.0] * len(tokens), [])
+        tokens = [list(sample.token_ids) for result in results for sample in result.outputs]
+        return Trace(seconds, tokens, [0.0] * len(results), [])
 
     def compiled(self) -> tuple[int, float]:
         """Steps compiled so far, and the seconds that took."""
-        return _compiled(self._llm.get_metrics())
+        values = {metric.name.removeprefix(PREFIX): metric.value for metric in self.llm.get_metrics()}
+        return int(values["compiled_steps"]), float(values["compile_seconds"])
 
     def close(self) -> None:
         """Gives the memory back."""
-        self._llm.close()
+        self.llm.close()
 
 
-class Clock:
-    """Listens to a request: when each token came."""
+class Online(Offline):
+    """The engine under a closed loop: a new request arrives whenever one has finished.
 
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def on_token(self, sequence: Sequence, ending: bool) -> str | None:
-        """Called by the engine."""
-        self.times.append(time.perf_counter())
-        return None
-
-
-class Online:
-    """The engine under a closed loop: a new request arrives whenever one has finished."""
-
-    name = "jaxinfer"
-
-    def __init__(self, folder: Path, settings: dict[str, Any]):
-        self.settings = settings
-        config = EngineConfig.of(settings)
-        mesh = make_mesh(config.tensor_parallel_size)
-        module = loading.load(folder, mesh, dtype=config.dtype, progress=False)
-        self._engine = build_engine(module, config, mesh)
-        self._limits = ModelLimits(module.config.vocab_size, self._engine.runner.shapes.max_length)
+    It takes the LLM's own engine and requests, and steps it as `LLM.generate` does; only so can requests arrive
+    between steps, and tokens be seen when the host has them without a listener that the engine would know of.
+    """
 
     def run(self, work: Work) -> Trace:
         """One pass, with nothing in the prefix cache."""
-        engine = self._engine
-        engine.reset_prefix_cache()
-        requests = [self._request(work, index) for index in range(len(work.prompts))]
+        engine = self.llm._engine
+        prompts, params = _asked(work)
+        self.llm.reset_prefix_cache()
+        requests = [handle.request for handle in self.llm._prepare(parse_prompts(prompts, max_chars=None), params)]
         waiting, running, arrivals = deque(requests), [], []
+        times: dict[str, list[list[float]]] = {request.id: [[] for _ in request.sequences] for request in requests}
         start = time.perf_counter()
         while waiting or engine.has_work:
             while waiting and len(running) < work.at_once:
@@ -94,29 +64,26 @@ class Online:
                 arrivals.append(time.perf_counter() - start)
                 engine.add(running[-1])
             engine.step()
+            now = time.perf_counter() - start
+            for request in running:
+                for sequence, seen in zip(request.sequences, times[request.id], strict=True):
+                    seen += [now] * (sequence.made - len(seen))
             running = [request for request in running if not request.finished]
         seconds = time.perf_counter() - start
-        return Trace(
-            seconds, [_tokens(request) for request in requests], arrivals,
-            [[at - start for at in request.listener.times] for request in requests],
-        )  # fmt: skip
-
-    def _request(self, work: Work, index: int) -> Request:
-        prompt = work.prompts[index]
-        params = resolve(_params(work.lengths[index]), self._limits, prompt_len=len(prompt))
-        limit = len(prompt) + work.lengths[index]
-        return Request(str(index), np.array(prompt, np.int32), params, limit, listener=Clock())
-
-    def compiled(self) -> tuple[int, float]:
-        """Steps compiled so far, and the seconds that took."""
-        return _compiled(self._engine.readings())
-
-    def close(self) -> None:
-        """Ends the engine."""
-        self._engine.close()
+        tokens = [own for request in requests for own in _tokens(request)]
+        return Trace(seconds, tokens, arrivals, [own for request in requests for own in times[request.id]])
 
 
-def _tokens(request: Request) -> list[int]:
+def _asked(work: Work) -> tuple[list[dict[str, Any]], list[SamplingParams]]:
+    """Prompts and parameters for `LLM.generate`."""
+    params = [
+        SamplingParams(temperature=work.temperature, n=work.samples, max_tokens=new, ignore_eos=True)
+        for new in work.lengths
+    ]
+    return [{"prompt_token_ids": prompt} for prompt in work.prompts], params
+
+
+def _tokens(request: Request) -> list[list[int]]:
     if request.error is not None:
         raise RuntimeError(f"jaxinfer: request {request.id} failed: {request.error}")
-    return request.sequences[0].output_ids.tolist()
+    return [sequence.output_ids.tolist() for sequence in request.sequences]

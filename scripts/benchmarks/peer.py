@@ -3,30 +3,47 @@
 import json
 import subprocess
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.trace import Trace
 from benchmarks.work import Work
 
-SERVER = Path(__file__).with_name("hf_server.py")
-PEERS = ("hf", "hf-cb")
-"""transformers' `generate` with left padding; its continuous batching."""
+FOLDER = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A sort of peer: its program, the flag that names its interpreter, and what that needs."""
+
+    server: Path
+    flag: str
+    needs: str
+
+
+_TRANSFORMERS = Kind(FOLDER / "hf_server.py", "--peer-python", "torch and transformers")
+_OPENVINO = Kind(FOLDER / "openvino_server.py", "--openvino-python", "openvino-genai and optimum-intel")
+PEERS = {
+    "hf": _TRANSFORMERS, "hf-static": _TRANSFORMERS, "hf-cb": _TRANSFORMERS,
+    "openvino": _OPENVINO, "openvino-int8": _OPENVINO,
+}  # fmt: skip
+"""transformers' `generate` with left padding, the same with a static cache, and its continuous batching;
+openvino-genai's, and with int8 weights."""
 
 
 class Peer:
-    """The same `run` as jaxinfer's."""
+    """The same `run` as jaxinfer's. `more` are further arguments of its program."""
 
-    def __init__(self, name: str, python: str, folder: Path, dtype: str):
-        self.name = name
+    def __init__(self, name: str, python: str, folder: Path, dtype: str, *more: str):
+        self.name, self._kind = name, PEERS[name]
         try:
             self._process = subprocess.Popen(
-                [python, str(SERVER), name, str(folder), dtype],
+                [python, str(self._kind.server), name, str(folder), dtype, *more],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             )  # fmt: skip
         except OSError as error:
-            raise RuntimeError(f"peer {name}: cannot start {python}: {error}; see --peer-python") from error
+            raise RuntimeError(f"peer {name}: cannot start {python}: {error}; see {self._kind.flag}") from error
         self.versions: Mapping[str, str] = self._read()["ready"]
 
     def run(self, work: Work) -> Trace:
@@ -39,8 +56,8 @@ class Peer:
         self._process.stdin.flush()
         trace = Trace.of(self._read())
         made = [len(tokens) for tokens in trace.tokens]
-        if made != work.lengths:
-            raise RuntimeError(f"peer {self.name} made {made} tokens a request, not {work.lengths}")
+        if made != work.sample_lengths:
+            raise RuntimeError(f"peer {self.name} made {made} tokens a request, not {work.sample_lengths}")
         return trace
 
     def _read(self) -> dict[str, Any]:
@@ -48,8 +65,8 @@ class Peer:
         if not line:
             code = self._process.wait()
             raise RuntimeError(
-                f"peer {self.name} ended with code {code}, see above; it needs torch and transformers: name an "
-                "interpreter that has them with --peer-python"
+                f"peer {self.name} ended with code {code}, see above; it needs {self._kind.needs}: name an "
+                f"interpreter that has them with {self._kind.flag}"
             )
         reply = json.loads(line)
         if "error" in reply:

@@ -1,6 +1,6 @@
 """What a system did with the work, and the figures that follow: the same formulas for all systems."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, median
 from typing import Any
@@ -17,16 +17,20 @@ class Trace:
     seconds: float
     """Until the last token."""
     tokens: list[list[int]]
-    """The new tokens of each request."""
+    """The new tokens of each sample, those of a request one after another."""
     arrivals: list[float]
     """Of each request."""
     times: list[list[float]]
-    """Of each request, of each token; empty where the system was not asked for them."""
+    """Of each sample, of each token; empty where the system does not tell them."""
 
     @classmethod
     def of(cls, reply: Mapping[str, Any]) -> "Trace":
         """From what a peer answered."""
         return cls(reply["seconds"], reply["tokens"], reply["arrivals"], reply["times"])
+
+
+Figures = Callable[[Work, Trace], dict[str, float]]
+"""What several figures of one pass are computed by."""
 
 
 def throughput(work: Work, trace: Trace) -> dict[str, float]:
@@ -37,6 +41,31 @@ def throughput(work: Work, trace: Trace) -> dict[str, float]:
         "tokens_per_second": (work.prompt_tokens + work.new_tokens) / trace.seconds,
         "output_tokens_per_second": work.new_tokens / trace.seconds,
     }
+
+
+def first_tokens(trace: Trace) -> float:
+    """When every sample had its first token."""
+    return max(times[0] for times in trace.times)
+
+
+def prefill_rate(work: Work, trace: Trace) -> float:
+    """Prompt tokens a second until every sample has its first token."""
+    return work.prompt_tokens / first_tokens(trace)
+
+
+def decode_rate(work: Work, trace: Trace) -> float:
+    """Tokens a second after that, while nothing but decoding is left.
+
+    For one sequence: all but the first token, over the time from the first to the last. Of several, those that are
+    ahead bring tokens while others prefill, which do not count.
+    """
+    start, end = first_tokens(trace), max(times[-1] for times in trace.times)
+    return sum(at > start for times in trace.times for at in times) / (end - start)
+
+
+def span(values: Sequence[float]) -> dict[str, float]:
+    """Median and extremes of one figure over the passes."""
+    return {"median": median(values), "min": min(values), "max": max(values)}
 
 
 def latency(traces: Sequence[Trace]) -> dict[str, float]:

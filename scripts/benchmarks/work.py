@@ -12,9 +12,13 @@ class Work:
     prompts: list[list[int]]
     """Token ids."""
     lengths: list[int]
-    """New tokens of each."""
+    """New tokens of each sample of each."""
     concurrency: int | None = None
     """Requests in flight: the next arrives when one of them has finished. None: all arrive at once."""
+    samples: int = 1
+    """Continuations of each prompt."""
+    temperature: float = 0.0
+    """0: greedy."""
 
     @property
     def prompt_tokens(self) -> int:
@@ -23,8 +27,13 @@ class Work:
 
     @property
     def new_tokens(self) -> int:
-        """Of all requests."""
-        return sum(self.lengths)
+        """Of all samples of all requests."""
+        return sum(self.sample_lengths)
+
+    @property
+    def sample_lengths(self) -> list[int]:
+        """New tokens of every sample, those of a request one after another."""
+        return [length for length in self.lengths for _ in range(self.samples)]
 
     @property
     def longest(self) -> int:
@@ -41,13 +50,14 @@ class Work:
         sizes = [len(prompt) for prompt in self.prompts]
         return {
             "requests": len(sizes), "prompt_tokens": self.prompt_tokens, "shortest_prompt": min(sizes),
-            "longest_prompt": max(sizes), "new_tokens": self.new_tokens, "concurrency": self.at_once,
+            "longest_prompt": max(sizes), "samples": self.samples, "new_tokens": self.new_tokens,
+            "concurrency": self.at_once,
         }  # fmt: skip
 
 
 def spread(
     count: int, inputs: tuple[int, int], outputs: tuple[int, int], *, vocab: int, seed: int,
-    concurrency: int | None = None,
+    concurrency: int | None = None, samples: int = 1, temperature: float = 0.0,
 ) -> Work:  # fmt: skip
     """`count` requests with prompt lengths and new tokens drawn evenly from the two ranges, ends included.
 
@@ -62,4 +72,4 @@ def spread(
     new = rng.integers(outputs[0], outputs[1] + 1, count)
     # The first ids are special tokens in most vocabularies.
     prompts = [rng.integers(min(3, vocab - 1), vocab, size).tolist() for size in sizes]
-    return Work(prompts, new.tolist(), concurrency)
+    return Work(prompts, new.tolist(), concurrency, samples, temperature)

@@ -1,4 +1,4 @@
-"""Every family once: chunks, forks, preemption and prefix reuse in one run, against each request alone."""
+"""Every family once, one of them in int8: chunks, forks, preemption and prefix reuse together are each alone."""
 
 import pytest
 from support.cases import alone, poison
@@ -7,8 +7,9 @@ from support.tiny import ARCHITECTURES, BLOCK, CHUNK, make_engine, make_request,
 from jaxinfer.sampling_params import SamplingParams
 
 OTHERS = [
-    pytest.param(family, marks=(pytest.mark.slow, pytest.mark.xdist_group(family)))
-    for family in ARCHITECTURES if family != "llama"
+    *(pytest.param(family, None, marks=(pytest.mark.slow, pytest.mark.xdist_group(family)))
+      for family in ARCHITECTURES if family != "llama"),
+    pytest.param("llama", "int8", marks=pytest.mark.xdist_group("int8")),
 ]  # fmt: skip
 
 
@@ -24,9 +25,9 @@ def requests():
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("family", OTHERS)
-def test_everything_together_is_alone(family):
-    runner = random_runner(family)
+@pytest.mark.parametrize(("family", "quantization"), OTHERS)
+def test_everything_together_is_alone(family, quantization):
+    runner = random_runner(family, quantization=quantization)
     engine = make_engine(runner, pool_blocks=15, budget=CHUNK - 5)
     poison(runner)
     first = requests()

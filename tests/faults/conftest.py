@@ -14,6 +14,7 @@ from jaxinfer.engine.engine import Engine
 SETTINGS = dict(
     max_model_len=128, max_num_seqs=8, max_num_batched_tokens=32, block_size=4, decode_buckets=(8,),
     prefill_buckets=(32,), kv_cache_memory_bytes=1 << 20, check_invariants=True, use_tqdm=False,
+    decode_steps=1,
 )  # fmt: skip
 
 

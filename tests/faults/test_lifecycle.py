@@ -56,6 +56,28 @@ def test_a_slow_consumer_makes_the_engine_wait(llm):
     stream.close()
 
 
+def test_a_stream_of_several_steps_at_once(llm, host):
+    """Its deltas carry several tokens, and add up to what one at a time gives, stop strings and all."""
+    params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
+    [whole] = llm.generate([IDS], params)
+    text = whole.outputs[0].text
+    stop = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True, stop=text[len(text) // 2 :][:2])
+    [stopped] = llm.generate([IDS], stop)
+    assert stopped.outputs[0].finish_reason == "stop" and 1 < len(stopped.outputs[0].token_ids) < 30
+    with host(decode_steps=8):
+        for asked, expected in ((params, whole), (stop, stopped)):
+            deltas = [update.outputs[0] for update in llm.stream([IDS], asked)]
+            assert max(len(delta.token_ids) for delta in deltas) > 1
+            assert "".join(delta.text for delta in deltas) == expected.outputs[0].text
+            assert [token for delta in deltas for token in delta.token_ids] == list(expected.outputs[0].token_ids)
+            assert deltas[-1].finish_reason == expected.outputs[0].finish_reason
+        stream = llm.stream([IDS], LONG)
+        next(stream)
+        next(stream)
+        stream.close()
+        assert tokens(llm.generate([IDS], params)) == tokens([whole])
+
+
 @pytest.mark.parametrize("steps", range(6))
 @pytest.mark.parametrize("n", [1, 3])
 def test_abort_wherever_it_is(llm, n, steps):

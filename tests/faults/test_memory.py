@@ -34,7 +34,7 @@ def test_a_pool_larger_than_the_machine(make_llm):
 
 
 def test_out_of_memory_at_start(make_llm, monkeypatch):
-    def full(*_args):
+    def full(*_args, **options):
         raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 42 bytes")
 
     monkeypatch.setattr(setup, "Runner", full)
@@ -43,7 +43,7 @@ def test_out_of_memory_at_start(make_llm, monkeypatch):
 
 
 def test_another_failure_at_start_is_not_called_memory(make_llm, monkeypatch):
-    def broken(*_args):
+    def broken(*_args, **options):
         raise RuntimeError("INTERNAL: something else")
 
     monkeypatch.setattr(setup, "Runner", broken)

@@ -42,3 +42,10 @@ def test_transformers_is_as_accurate(answers):
         out = model.generate(ids, do_sample=False, max_new_tokens=PARAMS.max_tokens)
         texts.append(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
     assert accuracy(questions, texts) == accuracy(questions, plain)
+
+
+def test_int8_weights_lose_at_most_a_point(answers):
+    questions, plain, _ = answers
+    with LLM(demo.path(), quantization="int8", use_tqdm=False) as llm:
+        outputs = llm.generate([q.prompt for q in questions], PARAMS, use_tqdm=False)
+    assert accuracy(questions, [o.outputs[0].text for o in outputs]) >= accuracy(questions, plain) - 0.01

@@ -38,6 +38,12 @@ def test_json_is_one_object_a_request_and_nothing_else(command, capsys):
         assert answer in row["outputs"][0]["text"] and row["outputs"][0]["finish_reason"] == "stop"
 
 
+def test_weights_in_int8_answer_too(command, capsys):
+    assert command(["--quantization", "int8"]) == 0
+    out = capsys.readouterr().out
+    assert "17 plus 25 is 42" in out and "Paris" in out
+
+
 def test_prompts_come_from_a_file_and_samples_are_listed(command, capsys, tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_text("What is 1 plus 1?\n\nWhat is 2 plus 2?\n")

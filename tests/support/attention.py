@@ -1,14 +1,14 @@
 """Random work for the attention kernels: sequences in a paged cache whose every other place is NaN."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinfer.functional import prefill_batch
+from jaxinfer.functional import TILE, prefill_batch
 from jaxinfer.kernels import paged
 from jaxinfer.kernels.paged import DecodeRows, Lane, PrefillTiles, Scoring, Slots
 
@@ -38,6 +38,33 @@ class Shape:
     def scoring(self) -> Scoring:
         scale = self.dim**-0.5
         return Scoring(scale, self.window, self.softcap, self.value_dim if self.latent else None)
+
+
+PLAIN = Shape()
+SHAPES = {
+    "plain": PLAIN,
+    "one to one": replace(PLAIN, heads=4, kv_heads=4),
+    "all on one": replace(PLAIN, heads=8, kv_heads=1),
+    "bfloat16": replace(PLAIN, dtype="bfloat16"),
+    "softcap": replace(PLAIN, softcap=1.5),
+    "sinks": replace(PLAIN, sinks=True),
+    "window": replace(PLAIN, window=5),
+    "window of one block, sinks, softcap": replace(PLAIN, window=PLAIN.block, sinks=True, softcap=2.0),
+    "window of one token": replace(PLAIN, window=1),
+    "narrow values": replace(PLAIN, value_dim=5),
+    "latent": replace(PLAIN, kv_heads=1, value_dim=6, latent=True),
+}
+"""What every implementation must serve."""
+
+CHUNKS = {
+    "one whole prompt": [(0, 11)],
+    "one token": [(0, 1)],
+    "the rest of a prompt": [(5, 6)],
+    "several": [(0, 4), (0, 5), (8, 1), (3, 9), (12, 8)],
+    "more than a tile": [(3, TILE + 5), (0, 2)],
+    "exactly a tile": [(0, TILE), (1, TILE - 1), (2, TILE + 1)],
+}
+"""Where a step's chunks begin, and their tokens: around the ends of blocks of 4 and of tiles."""
 
 
 class Case:

@@ -45,11 +45,11 @@ def alone(runner: Runner, wanted: Sequence[Request]) -> list[list[list[int]]]:
 
 @cache
 def _alone(runner: Runner, name: str, ids: tuple[int, ...], params: SamplingParams, seed: int) -> list[list[int]]:
-    state = runner.cache, runner.tokens, runner.edits  # of the engine that is being tested
+    state = runner.cache, runner.rows, runner.edits, runner.asked  # of the engine that is being tested
     request = make_request(name, ids, params, seed=seed)
     [made] = run(make_engine(runner, prefix_caching=False, block_sharing=False), [request])
     assert all(s.finish_reason != "error" for s in request.sequences)
-    runner.cache, runner.tokens, runner.edits = state
+    runner.cache, runner.rows, runner.edits, runner.asked = state
     return made
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import jax
@@ -40,6 +41,10 @@ MEDIUM = dict(
 # A conversion or a transposition of a whole array moves as much as a copy does.
 _COPY = re.compile(r"^\s*(?:ROOT )?%?\S+ = .*? (?:copy|copy-start|convert|transpose)\(", re.MULTILINE)
 _ARRAY = re.compile(r"\w+\[([\d,]*)\]")
+_THUNK = re.compile(r"^ *\d+: k(\w+) *\[[^\]]*\] (\S+)", re.MULTILINE)
+_NO_KERNELS = ("CommandBuffer", "AsyncStart", "AsyncDone", "PartitionId", "ReplicaId")
+_INSTRUCTION = re.compile(r"^ *(?:ROOT )?%([\w.-]+) = (\([^=]*?\)|\S+) ([\w-]+)\((.*)$", re.MULTILINE)
+_BITS = {"bf16": 16, "f16": 16, "f64": 64, "s64": 64, "u64": 64, "s8": 8, "u8": 8, "pred": 8}
 _COLLECTIVE = re.compile(
     r"\b(all-reduce|all-gather|collective-permute|collective-broadcast|all-to-all|reduce-scatter)(?:-start)?\("
 )
@@ -71,10 +76,12 @@ def h100_mesh(tp: int) -> Mesh:
     return make_mesh(tp, devices=list(topology.devices))
 
 
-def abstract_model(hf: Mapping[str, Any], mesh: Mesh) -> tuple[Program, list[jax.ShapeDtypeStruct]]:
+def abstract_model(
+    hf: Mapping[str, Any], mesh: Mesh, *, quantization: str | None = None
+) -> tuple[Program, list[jax.ShapeDtypeStruct]]:
     """A model of this config.json as a program and the shapes and shardings of its parameters."""
     served, config = loading.parse(hf)
-    module = loading.abstract(served, config, jnp.dtype(hf["dtype"]), mesh)
+    module = loading.abstract(served, config, jnp.dtype(hf["dtype"]), mesh, quantization=quantization)
     program, leaves = split(module, mesh)
     params = []
     for leaf, (path, param) in zip(leaves, rules.parameters(module).items(), strict=True):
@@ -92,6 +99,29 @@ class Compiled:
     """Of all lanes."""
     lane_elements: int
     """Of one array of keys or values."""
+    thunks: str = ""
+    """What XLA launches, in order and grouped into command buffers, as it writes it; of programs for a GPU only."""
+
+    @property
+    def kernels(self) -> list[str]:
+        """Names of what the device runs: kernels, copies and collectives."""
+        return [name for kind, name in _THUNK.findall(self.thunks) if kind not in _NO_KERNELS]
+
+    @property
+    def command_buffers(self) -> int:
+        """CUDA graphs, each of which is one launch for the host."""
+        return self.thunks.count("kCommandBuffer")
+
+    @property
+    def launched_alone(self) -> list[str]:
+        """Those that lie in no command buffer, so that the host launches each of them."""
+        alone = "\n".join(line for line in self.thunks.splitlines() if not line.startswith(" "))
+        return [name for kind, name in _THUNK.findall(alone) if kind not in _NO_KERNELS]
+
+    @property
+    def moved_bytes(self) -> int:
+        """Operands and results of all that is launched, custom kernels apart (they read what they choose to)."""
+        return moved_bytes(self.executable.as_text())
 
     @property
     def aliased_bytes(self) -> int:
@@ -124,12 +154,40 @@ def large_copies(program: str, elements: int) -> list[str]:
     return found
 
 
+def moved_bytes(program: str) -> int:
+    """Bytes of the operands and results of the instructions of a program's entry, custom calls apart.
+
+    A fusion that gathers or slices reads as much of its largest operand as it writes.
+    """
+    bodies = dict(re.findall(r"^%(\S+) [^\n]*\{\n(.*?)^\}", program, re.MULTILINE | re.DOTALL))
+    sizes, total = {}, 0
+    for name, shape, op, rest in _INSTRUCTION.findall(program[program.index("\nENTRY") :]):
+        sizes[name] = sum(
+            _BITS.get(kind, 32) // 8 * math.prod(map(int, filter(None, dims.split(","))))
+            for kind, dims in re.findall(r"(\w+)\[([\d,]*)\]", shape)
+        )
+        if op in ("parameter", "constant", "bitcast", "tuple", "get-tuple-element", "custom-call"):
+            continue
+        read = [sizes[operand] for operand in dict.fromkeys(re.findall(r"%([\w.-]+)", rest.split(")")[0]))]
+        called = re.search(r"calls=%([\w.-]+)", rest)
+        within = set(re.findall(r" (gather|dynamic-slice|slice|dot)\(", bodies[called[1]])) if called else set()
+        if within and "dot" not in within and max(read) > sizes[name]:
+            read.remove(max(read))
+            read.append(sizes[name])
+        total += sizes[name] + sum(read)
+    return total
+
+
 def compile_step(program: Program, params: list[Any], shapes: Shapes, bucket: Bucket) -> Compiled:
     """The engine's own step for a bucket, compiled for the devices of the program's mesh."""
     arguments = abstract_arguments(program, shapes, bucket)
     lanes = jax.tree.leaves(arguments[0])
     local = [math.prod(lane.sharding.shard_shape(lane.shape)) for lane in lanes]
-    return Compiled(
-        make_step(program, shapes, bucket).lower(params, *arguments).compile(),
-        sum(np.dtype(lane.dtype).itemsize * count for lane, count in zip(lanes, local, strict=True)), min(local),
-    )  # fmt: skip
+    lowered = make_step(program, shapes, bucket).lower(params, *arguments)
+    size = sum(np.dtype(lane.dtype).itemsize * count for lane, count in zip(lanes, local, strict=True))
+    if program.mesh.devices.flat[0].platform == "cpu":
+        return Compiled(lowered.compile(), size, min(local))
+    with TemporaryDirectory() as folder:
+        executable = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        (thunks,) = Path(folder).glob("*.thunk_sequence_after_thunk_passes.txt")
+        return Compiled(executable, size, min(local), thunks.read_text())

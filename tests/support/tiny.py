@@ -36,15 +36,20 @@ def shapes(**changes: Any) -> Shapes:
     values = dict(
         num_blocks=ROWS * LENGTH // BLOCK, block_size=BLOCK, rows=ROWS, width=LENGTH // BLOCK, decode_buckets=(ROWS,),
         prefill_buckets=(CHUNK,), prefill_rows=ROWS, max_logprobs=5, max_length=LENGTH, sampled_vocab=VOCAB,
+        switched=True,
     )  # fmt: skip
     return Shapes(**values | changes)
 
 
-@cache
-def random_runner(family: str = "llama", tp: int = 1) -> Runner:
+def random_runner(family: str = "llama", tp: int = 1, quantization: str | None = None) -> Runner:
     """A model with random weights, and its steps: one for all tests of a worker."""
+    return _random_runner(family, tp, quantization)
+
+
+@cache  # by all three arguments, however a test writes them
+def _random_runner(family: str, tp: int, quantization: str | None) -> Runner:
     mesh = make_mesh(tp)
-    module = loading.random(CONFIG | {"architectures": [ARCHITECTURES[family]]}, mesh)
+    module = loading.random(CONFIG | {"architectures": [ARCHITECTURES[family]]}, mesh, quantization=quantization)
     program, params = split(module, mesh)
     return Runner(program, params, shapes())
 

@@ -6,8 +6,11 @@ import sys
 
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 
+from jaxinfer import LLM
 from jaxinfer.config import EngineConfig
+from jaxinfer.errors import ConfigError
 
 
 CASES = [
@@ -20,9 +23,18 @@ CASES = [
     ({"log_interval": "x"}, "log_interval must be a number"),
     ({"enable_prefix_caching": "no"}, "enable_prefix_caching must be True or False, got 'no'"),
     ({"decode_buckets": 5}, "decode_buckets must be a list of positive integers, got 5"),
+    ({"decode_steps": "many"}, r"decode_steps must be 'auto' or an integer in \[1, 64\], got 'many'"),
+    ({"decode_steps": 0}, r"decode_steps must be 'auto' or an integer in \[1, 64\], got 0"),
+    ({"decode_steps": True}, "decode_steps must be 'auto' or an integer in .* got True"),
     ({"prefill_buckets": (0,)}, "prefill_buckets must be a list of positive integers"),
     ({"dtype": "int8"}, "dtype must be auto, float32, bfloat16 or float16, got 'int8'"),
+    ({"quantization": "int4"}, "quantization must be None or int8, got 'int4'"),
+    ({"quantization": ["int8"]}, r"quantization must be None or int8, got \['int8'\]"),
     ({"dtype": 5.5}, "dtype must be a name or a NumPy dtype, got 5.5"),
+    ({"compilation_cache_dir": 5}, "compilation_cache_dir must be 'auto', a folder or None, got 5"),
+    ({"compilation_cache_dir": ""}, "compilation_cache_dir must be 'auto', a folder or None, got ''"),
+    ({"compiler_options": ["xla_gpu_autotune_level"]}, "compiler_options must map names to .* got "),
+    ({"compiler_options": {"xla_gpu_autotune_level": [4]}}, "compiler_options must map names to"),
 ]
 
 SCRIPT = """
@@ -58,3 +70,8 @@ def test_an_unknown_setting_is_named_with_the_closest():
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.dtype("bfloat16"), "bfloat16"])
 def test_a_dtype_may_be_one(dtype):
     assert EngineConfig.of({"dtype": dtype}).dtype == "bfloat16"
+
+
+def test_a_module_that_has_its_weights_is_not_quantised():
+    with pytest.raises(ConfigError, match=r"quantization is 'int8', but a module has its weights.*load\(directory, mesh"):
+        LLM(nnx.Module(), quantization="int8")

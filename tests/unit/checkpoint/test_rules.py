@@ -213,9 +213,9 @@ def status(name):
     return int(next(l for l in open("/proc/self/status") if l.startswith(name)).split()[1]) * 1024
 
 mesh = make_mesh(int(sys.argv[1]))
-kept = loading.load(Path(sys.argv[2]), mesh, dtype="float32", progress=False)
+kept = loading.load(Path(sys.argv[2]), mesh, dtype="float32", quantization=sys.argv[4] or None, progress=False)
 before = status("VmRSS")
-module = loading.load(Path(sys.argv[3]), mesh, dtype="float32", progress=False)
+module = loading.load(Path(sys.argv[3]), mesh, dtype="float32", quantization=sys.argv[4] or None, progress=False)
 print(status("VmHWM") - before)
 """
 """A first, tiny checkpoint brings in what any loading needs; then the highest resident memory of a large one."""
@@ -224,8 +224,10 @@ print(status("VmHWM") - before)
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 @pytest.mark.parametrize("tp", [1, 2])
-@pytest.mark.parametrize("stored", [np.float32, ml_dtypes.bfloat16])
-def test_loading_takes_little_more_memory_than_the_weights(tp, stored, tmp_path):
+@pytest.mark.parametrize(
+    ("stored", "quantization"), [(np.float32, ""), (ml_dtypes.bfloat16, ""), (ml_dtypes.bfloat16, "int8")]
+)
+def test_loading_takes_little_more_memory_than_the_weights(tp, stored, quantization, tmp_path):
     """At most 1.3 x the largest group of tensors beside the weights, whatever the checkpoint's dtype."""
     width, ffn, layers, vocab = 1024, 4096, 3, 4096
     rng = np.random.default_rng(0)
@@ -241,9 +243,11 @@ def test_loading_takes_little_more_memory_than_the_weights(tp, stored, tmp_path)
         (tmp_path / name).mkdir()
     tiny, large = checkpoint(tmp_path / "tiny", tensors()), checkpoint(tmp_path / "large", content, **changes)
     weights = 4 * sum(value.size for value in content.values())
+    if quantization:  # all that has rows and columns, but for the table of the embedding
+        weights = sum(value.size for value in content.values()) + 3 * vocab * width
     largest = 4 * 2 * ffn * width
     del content
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={tp}"}
-    command = [sys.executable, "-c", PEAK, str(tp), str(tiny), str(large)]
+    command = [sys.executable, "-c", PEAK, str(tp), str(tiny), str(large), quantization]
     taken = int(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
     assert weights * 0.9 < taken < weights + 1.3 * largest, (taken, weights, largest)

@@ -7,9 +7,8 @@ import pytest
 from support.cases import GREEDY, SEEDED, alone, mixed
 from support.tiny import BLOCK, CHUNK, make_engine, make_request, prompt, run
 
-from jaxinfer.engine import runner as runners
+from jaxinfer.engine import programs
 from jaxinfer.engine.request import Status
-from jaxinfer.engine.sampler import Level
 from jaxinfer.sampling_params import SamplingParams
 
 pytestmark = pytest.mark.xdist_group("llama")
@@ -135,20 +134,21 @@ def test_a_failed_step_is_computed_again(runner, monkeypatch, caplog, call):
     assert "a step failed (RuntimeError: device lost)" in caplog.text
 
 
-def test_a_failure_that_shows_when_the_step_is_read(runner, monkeypatch):
+def test_a_failure_that_shows_when_the_step_is_read(runner, monkeypatch, caplog):
     """A device's error may come with its results, while the step after is already planned."""
     expected = alone(runner, mixed(LENGTHS))
     engine = make_engine(runner)
-    take, calls = engine._take_token, []
+    take, calls = engine._take_tokens, []
 
-    def fails(*args):
+    def fails(result):
         calls.append(1)
-        if len(calls) == 9:
+        if len(calls) == 5:
             raise RuntimeError("device lost")
-        take(*args)
+        take(result)
 
-    monkeypatch.setattr(engine, "_take_token", fails)
+    monkeypatch.setattr(engine, "_take_tokens", fails)
     assert run(engine, mixed(LENGTHS)) == expected
+    assert "device lost" in caplog.text
 
 
 def test_failures_far_apart_end_nobody(runner, monkeypatch):
@@ -191,25 +191,28 @@ def test_a_kind_of_step_that_always_fails(runner, monkeypatch, kind):
     assert run(engine, mixed(LENGTHS)) == alone(runner, mixed(LENGTHS))
 
 
-def test_a_bucket_that_does_not_compile(runner, monkeypatch):
-    """Requests that need the bucket end in error; those that come without it are served."""
-    params = SamplingParams(temperature=0.5, top_k=3, max_tokens=5, seed=1)
-    make_step = runners.make_step
+def test_a_program_that_does_not_compile(runner, monkeypatch):
+    """Requests that need the program end in error; those that come without it are served."""
+    params = SamplingParams(temperature=0.5, presence_penalty=1.0, max_tokens=5, seed=1)
 
-    def fails(program, shapes, bucket):
-        if bucket.level is Level.TRUNCATED:
-            raise RuntimeError("no kernel for this shape")
-        return make_step(program, shapes, bucket)
+    def fails(*arguments):
+        raise RuntimeError("no kernel for this shape")
 
-    monkeypatch.setattr(runners, "make_step", fails)
-    others = {bucket: step for bucket, step in runner._steps.items() if bucket.level is not Level.TRUNCATED}
-    monkeypatch.setattr(runner, "_steps", others)
+    monkeypatch.setattr(programs, "install", fails)
+    fresh = programs.Programs(runner.program, runner.shapes, runner.params)
+    others = {key: made for key, made in runner.programs._ready.items() if not isinstance(key, programs.Install)}
+    monkeypatch.setattr(fresh, "_ready", others)
+    monkeypatch.setattr(runner, "programs", fresh)
     engine = make_engine(runner)
     bad = make_request("bad", prompt(5), params)
     run(engine, [bad])
     assert reasons([bad]) == ["error"]
     assert "no kernel for this shape" in bad.error
     assert run(engine, mixed(LENGTHS)) == alone(runner, mixed(LENGTHS))
+    monkeypatch.undo()
+    again = make_request("again", prompt(5), params)
+    run(engine, [again])
+    assert reasons([again]) == ["length"]
 
 
 @pytest.mark.parametrize("call", range(1, 8))

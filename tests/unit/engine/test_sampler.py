@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxinfer.engine import sampler
 from jaxinfer.engine.sampler import (
     BAD_TOKEN,
+    BLOCK,
     Edits,
     Level,
     SamplingRows,
@@ -22,7 +24,7 @@ V, R, L = 40, 64, 24
 MARGIN = 1e-4
 """Rows in which a filter decides by less than this are left out: float32 may decide otherwise."""
 
-step = jax.jit(sample, static_argnums=3)
+step = jax.jit(sample, static_argnums=3, static_argnames="switched")
 
 
 def rows(batch: int, **values) -> SamplingRows:
@@ -31,7 +33,7 @@ def rows(batch: int, **values) -> SamplingRows:
         row=np.arange(batch), position=np.full(batch, 10), key=np.arange(2 * batch).reshape(batch, 2) * 7919,
         temperature=np.ones(batch), top_k=np.zeros(batch), top_p=np.ones(batch), min_p=np.zeros(batch),
         presence=np.zeros(batch), frequency=np.zeros(batch), repetition=np.ones(batch), edited=np.zeros(batch),
-        prompt_length=np.full(batch, 4),
+        prompt_length=np.full(batch, 4), logprobs=np.zeros(batch),
     ) | {name: np.broadcast_to(value, (batch, *np.shape(value)[1:])) for name, value in values.items()}  # fmt: skip
     return unpack_rows(jnp.asarray(pack_rows(SamplingRows(**fields))))
 
@@ -40,9 +42,13 @@ def one(settings: SamplingRows, i: int) -> SamplingRows:
     return SamplingRows(*(np.asarray(field)[i] for field in settings))
 
 
-def noise(r: SamplingRows) -> np.ndarray:
+def inverted(left: np.ndarray, r: SamplingRows) -> tuple[int, float]:
+    """The token at which the running sum of exp(left) passes a random share of it; by how much it was decided."""
     key = jax.random.fold_in(jax.random.wrap_key_data(jnp.asarray(r.key), impl="threefry2x32"), r.position)
-    return np.asarray(jax.random.gumbel(key, (V,)))
+    weights = np.exp(left.astype(np.float64) - left.max())
+    ends = np.cumsum(weights) / weights.sum()
+    uniform = float(jax.random.uniform(key))
+    return int(np.argmax(ends > uniform)), np.abs(ends - uniform).min()
 
 
 def filtered(logits: np.ndarray, r: SamplingRows) -> tuple[np.ndarray, float]:
@@ -88,15 +94,14 @@ def hold(tokens, logits, settings, edit=None) -> int:
         own = np.asarray(logits)[i]
         if edit is not None and r.edited:
             own = edited(own, r, *(np.asarray(part)[int(r.row)] for part in edit))
-        if r.temperature == 0:
-            expected, margin = own, 1.0
-        else:
+        expected, margin = int(np.argmax(own)), 1.0
+        if r.temperature > 0:
             left, margin = filtered(own, r)
-            expected = left + noise(r)
-        best = np.sort(expected)[::-1]
-        if margin > MARGIN and (best[0] - best[1] > MARGIN or r.temperature == 0):
+            expected, apart = inverted(left, r)
+            margin = min(margin, apart)
+        if margin > MARGIN:
             clear += 1
-            assert token == int(np.argmax(expected)), (i, r)
+            assert token == expected, (i, r)
     return clear
 
 
@@ -111,6 +116,28 @@ def test_greedy_is_the_largest_logit_at_every_level(level):
     edits = Edits(jnp.zeros((R, L), jnp.int32), jnp.zeros((R, V)))
     tokens, _ = step(logits, rows(R, temperature=0, top_k=3, min_p=0.5), edits, level)
     np.testing.assert_array_equal(tokens, logits.argmax(axis=-1))
+
+
+@pytest.mark.parametrize("by_blocks", [False, True])
+def test_the_largest_is_the_first_of_several(by_blocks):
+    """Over several blocks of the vocabulary and a part of one."""
+    rng = np.random.default_rng(7)
+    logits = rng.integers(-3, 4, (64, 2 * BLOCK + 37)).astype(np.float32)
+    logits[3], logits[4, 200], logits[5, :] = -np.inf, np.nan, -1e30
+    found = jax.jit(sampler._largest, static_argnums=1)(logits, by_blocks)
+    expected = logits.argmax(axis=-1)
+    expected[[3, 4]] = BAD_TOKEN
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_a_random_number_picks_the_token_at_which_the_running_sum_passes_it():
+    """At both ends, in empty blocks, and where rounding leaves it beyond the last."""
+    weights = np.zeros((7, 3 * BLOCK + 5), np.float32)
+    weights[:, BLOCK + 3], weights[:, BLOCK + 7], weights[:, 3 * BLOCK + 2] = 1, 2, 1
+    uniform = np.array([0, 0.2499, 0.2501, 0.7499, 0.7501, 0.99999, 1.0], np.float32)
+    found = jax.jit(sampler._invert)(weights, uniform)
+    first, second, last = BLOCK + 3, BLOCK + 7, 3 * BLOCK + 2
+    np.testing.assert_array_equal(found, [first, first, second, second, last, last, last])
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -182,6 +209,38 @@ def test_penalties_and_biases_are_their_definition():
     written[np.asarray(settings.row), np.asarray(settings.position)] = np.asarray(tokens)
     np.testing.assert_array_equal(after.history, written)
     np.testing.assert_array_equal(after.bias, edits.bias)
+
+
+ASKED = {
+    "nothing": dict(temperature=0),
+    "random": dict(temperature=np.array([0, 0.7, 1.5, 1] * (R // 4)), min_p=0.02),
+    "truncated": dict(temperature=np.array([0, 0.7, 1.5, 1] * (R // 4)), top_k=5, top_p=0.9),
+    "edited": dict(temperature=0, edited=np.array([0, 1] * (R // 2)), presence=1.5),
+    "all": dict(temperature=np.array([0, 0.7] * (R // 2)), top_k=np.array([0, 9, 3, 0] * (R // 4)),
+                edited=np.array([1, 1, 0, 0] * (R // 4)), frequency=0.9),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("asked", ASKED)
+def test_what_is_skipped_at_run_time_changes_no_token(asked):
+    rng = np.random.default_rng(9)
+    edits = Edits(jnp.asarray(rng.integers(0, 12, (R, L)), jnp.int32), jnp.asarray(rng.normal(0, 1, (R, V)), jnp.float32))
+    settings, logits = rows(R, **ASKED[asked]), random_logits(R, 11)
+    logits[5, 3] = np.nan
+    tokens, after = step(logits, settings, edits, Level.EDITED, switched=True)
+    expected, history = step(logits, settings, edits, Level.EDITED)
+    np.testing.assert_array_equal(tokens, expected)
+    np.testing.assert_array_equal(after.history, history.history)
+    assert tokens[5] == BAD_TOKEN
+
+
+def test_a_greedy_step_of_the_switched_sampler_does_not_sort():
+    """Its text has the sort in a branch only, none outside."""
+    edits = Edits(jnp.zeros((R, L), jnp.int32), jnp.zeros((R, V)))
+    closed = jax.make_jaxpr(partial(sample, level=Level.EDITED, switched=True))(random_logits(R, 1), rows(R), edits)
+    outside = {equation.primitive.name for equation in closed.jaxpr.eqns}
+    assert "cond" in outside and not outside & {"sort", "random_bits", "threefry2x32", "random_fold_in"}
+    assert "sort" in str(closed)
 
 
 def test_a_row_of_padding_writes_no_history():
@@ -270,7 +329,7 @@ def test_packing_keeps_every_bit():
         temperature=np.array([0, 1e-2], np.float32), top_k=np.array([0, 7]), top_p=np.array([1, 0.1], np.float32),
         min_p=np.array([0, 1], np.float32), presence=np.array([-2, 2], np.float32),
         frequency=np.array([0.1, -0.1], np.float32), repetition=np.array([1, 1e-3], np.float32),
-        edited=np.array([0, 1]), prompt_length=np.array([1, 9]),
+        edited=np.array([0, 1]), prompt_length=np.array([1, 9]), logprobs=np.array([1, 0]),
     )  # fmt: skip
     back = unpack_rows(jnp.asarray(pack_rows(SamplingRows(**settings))))
     for name, value in settings.items():

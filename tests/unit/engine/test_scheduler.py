@@ -26,11 +26,11 @@ def new(name, length, n=1, made=6):
 class Host:
     """Runs plans as the engine does, one step behind: each sequence's token is its position."""
 
-    def __init__(self, scheduler):
-        self.scheduler, self.flight, self.plans = scheduler, None, []
+    def __init__(self, scheduler, most=1):
+        self.scheduler, self.flight, self.plans, self.most = scheduler, None, [], most
 
     def step(self):
-        plan = self.scheduler.schedule()
+        plan = self.scheduler.schedule(self.most)
         self.plans.append(plan)
         for chunk in plan.chunks:
             self.scheduler.publish(chunk.sequence)
@@ -41,7 +41,7 @@ class Host:
 
     def commit(self):
         plan, self.flight = self.flight, None
-        for sequence in [] if plan is None else [s for _, s in plan.samples] + plan.decodes:
+        for sequence in [] if plan is None else [s for _, s in plan.samples] + plan.decodes * plan.steps:
             sequence.pending -= 1
             if sequence.status is not Status.FINISHED:
                 reason = sequence.add(sequence.length % 90)
@@ -199,6 +199,47 @@ def test_no_copies_when_the_prompt_ends_with_its_block():
     assert len(plan.rows) == 3 and not len(plan.copies[0])
 
 
+def steps(scheduler, *requests, most=8):
+    """The decode steps of each plan, to the end."""
+    for request in requests:
+        scheduler.add(request)
+    host = Host(scheduler, most)
+    host.run()
+    return [plan.steps for plan in host.plans if plan.decodes]
+
+
+def test_several_steps_end_where_a_row_reaches_its_limit():
+    assert steps(make(), new("a", 6, made=21)) == [8, 8, 4]
+    assert steps(make(), new("a", 6, made=4), new("b", 6, made=9)) == [3, 5]
+
+
+def test_one_step_while_somebody_waits_or_is_prefilled():
+    scheduler = make(rows=1)
+    assert steps(scheduler, new("a", 3, made=6), new("b", 3, made=6)) == [1] * 5 + [5]
+    assert steps(make(tokens=5), new("a", 3, made=9), new("b", 9, made=2))[0] == 1
+
+
+def test_nobody_is_preempted_for_several_steps():
+    """A pool that does not hold what eight steps would take."""
+    requests = [new("a", 3, made=12), new("b", 3, made=12)]
+    scheduler = make(blocks=5)
+    taken = steps(scheduler, *requests)
+    single = make(blocks=5)
+    steps(single, new("a", 3, made=12), new("b", 3, made=12), most=1)
+    assert scheduler.preempted == single.preempted > 0
+    assert taken[0] == 4, "as many as there are blocks for"
+    assert all(s.output_ids.tolist() == list(range(3, 15)) for r in requests for s in r.sequences)
+
+
+def test_blocks_of_several_steps_hold_no_more_than_they_need():
+    scheduler = make()
+    scheduler.add(new("a", 3, made=30))
+    Host(scheduler, 8).step()
+    plan = scheduler.schedule(8)
+    assert (plan.steps, plan.positions.tolist()) == (8, [3])
+    assert scheduler.manager.tables.counts[plan.rows].tolist() == [3] and BLOCK == 4
+
+
 def test_a_lone_sequence_that_fills_the_pool_ends():
     scheduler = make(blocks=4)
     scheduler.add(new("a", 8, made=8))
@@ -209,13 +250,13 @@ def test_a_lone_sequence_that_fills_the_pool_ends():
 @settings(max_examples=40, deadline=None)
 @given(
     st.lists(st.tuples(*(st.integers(*ends) for ends in ((1, 20), (1, 5), (1, 9), (0, 3)))), min_size=1, max_size=7),
-    st.integers(9, 20), st.integers(1, 20), st.booleans(), st.booleans(),
+    st.integers(9, 20), st.integers(1, 20), st.booleans(), st.booleans(), st.integers(1, 9),
 )  # fmt: skip
-def test_every_mix_ends_with_every_token_and_nothing_held(wanted, blocks, tokens, sharing, caching):
+def test_every_mix_ends_with_every_token_and_nothing_held(wanted, blocks, tokens, sharing, caching, most):
     """Arrivals over time, any budget, small pools; `Host` checks the accounting after every step."""
     manager = BlockManager(blocks, ROWS, 32, BLOCK, prefix_caching=caching)
     scheduler = Scheduler(manager, Limits(tokens, ROWS, sharing))
-    host, requests = Host(scheduler), []
+    host, requests = Host(scheduler, most), []
     for i, (length, n, made, pause) in enumerate(wanted):
         request = make_request(str(i), prompt(length, i % 2), SamplingParams(seed=1, n=n, max_tokens=made))
         requests.append(request)

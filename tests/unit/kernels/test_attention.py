@@ -1,32 +1,16 @@
 """The XLA path over a paged cache against the oracle, and the oracle against attention without a cache."""
 
-from dataclasses import replace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.attention import Case, Shape, same_lane
+from support.attention import CHUNKS, PLAIN, SHAPES, Case, same_lane
 
 from jaxinfer.functional import TILE
 from jaxinfer.kernels import paged, xla_attention
 from jaxinfer.kernels.paged import Lane, Slots
 
-PLAIN = Shape()
 P = PLAIN.block
-SHAPES = {
-    "plain": PLAIN,
-    "one to one": replace(PLAIN, heads=4, kv_heads=4),
-    "all on one": replace(PLAIN, heads=8, kv_heads=1),
-    "bfloat16": replace(PLAIN, dtype="bfloat16"),
-    "softcap": replace(PLAIN, softcap=1.5),
-    "sinks": replace(PLAIN, sinks=True),
-    "window": replace(PLAIN, window=5),
-    "window of one block, sinks, softcap": replace(PLAIN, window=P, sinks=True, softcap=2.0),
-    "window of one token": replace(PLAIN, window=1),
-    "narrow values": replace(PLAIN, value_dim=5),
-    "latent": replace(PLAIN, kv_heads=1, value_dim=6, latent=True),
-}
 
 
 def dense(case: Case, q: np.ndarray, row: int, position: int) -> np.ndarray:
@@ -79,16 +63,6 @@ def test_decode_is_the_oracle(monkeypatch: pytest.MonkeyPatch, name: str, width,
     case.close(found, expected)
     same_lane(lane, expected_lane)
     assert not np.asarray(found[-2:], np.float32).any(), "padding gives 0"
-
-
-CHUNKS = {
-    "one whole prompt": [(0, 11)],
-    "one token": [(0, 1)],
-    "the rest of a prompt": [(P + 1, 6)],
-    "several": [(0, P), (0, P + 1), (2 * P, 1), (P - 1, 9), (3 * P, 2 * P)],
-    "more than a tile": [(3, TILE + 5), (0, 2)],
-    "exactly a tile": [(0, TILE), (1, TILE - 1), (2, TILE + 1)],
-}
 
 
 @pytest.mark.parametrize(

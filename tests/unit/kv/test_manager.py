@@ -22,6 +22,12 @@ class ManagerMachine(RuleBasedStateMachine):
         self.written: dict[tuple[int, int], tuple[int, ...]] = {}
         self.texts: dict[int, list[int]] = {}
         self.published: dict[int, int] = {}
+        self.device = np.full((ROWS, WIDTH), -7)
+
+    def send(self):
+        """What a step tells the device before it runs: the rows that are new."""
+        row, column, block = self.manager.tables.take_unsent()
+        self.device[row, column] = block
 
     def write(self, row, position):
         """The step writes a position: never into a block that another names too."""
@@ -49,14 +55,16 @@ class ManagerMachine(RuleBasedStateMachine):
         manager.tables.lengths[row] = len(text)
 
     @precondition(lambda self: self.texts)
-    @rule(resting=st.sets(st.integers(0, ROWS - 1)), token=st.integers(0, 1))
-    def grow(self, resting, token):
-        """A decode step of the rows that do not rest."""
-        manager = self.manager
-        rows = [r for r in sorted(self.texts) if r not in resting and len(self.texts[r]) < P * WIDTH]
+    @rule(
+        resting=st.sets(st.integers(0, ROWS - 1)), tokens=st.lists(st.integers(0, 1), min_size=1, max_size=2 * P + 1)
+    )
+    def grow(self, resting, tokens):
+        """Decode steps of the rows that do not rest."""
+        manager, room = self.manager, P * WIDTH - len(tokens)
+        rows = [r for r in sorted(self.texts) if r not in resting and len(self.texts[r]) <= room]
         rows = np.array(rows, np.int64)
         before, pool = manager.tables.blocks.copy(), manager.pool
-        copies = manager.grow(rows)
+        copies = manager.grow(rows, len(tokens))
         if copies is None:
             assert manager.pool is pool and (manager.tables.blocks == before).all(), "all or nothing"
             return
@@ -68,10 +76,15 @@ class ManagerMachine(RuleBasedStateMachine):
             for offset in range(P):
                 if (source, offset) in self.written:
                     self.written[target, offset] = self.written[source, offset]
+        self.send()
         for row in rows.tolist():
-            self.texts[row].append(token)
-            self.write(row, len(self.texts[row]) - 1)
-        manager.tables.lengths[rows] += 1
+            for token in tokens:
+                self.texts[row].append(token)
+                position = len(self.texts[row]) - 1
+                self.write(row, position)
+                # A step names the block it writes, and no other.
+                self.device[row, position // P] = manager.tables.blocks[row, position // P]
+        manager.tables.lengths[rows] += len(tokens)
 
     @precondition(lambda self: 0 < len(self.texts) < ROWS)
     @rule(data=st.data())
@@ -120,7 +133,7 @@ class ManagerMachine(RuleBasedStateMachine):
     @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=3))
     def several_steps(self, tokens):
         for token in tokens:
-            self.grow(set(), token)
+            self.grow(set(), [token])
             self.manager.take_evicted()
 
     @invariant()
@@ -133,6 +146,14 @@ class ManagerMachine(RuleBasedStateMachine):
             for position in range(len(text)):
                 block = int(tables.blocks[row, position // P])
                 assert self.written[block, position % P] == tuple(text[: position + 1])
+
+    @invariant()
+    def the_device_knows_every_table(self):
+        if hasattr(self, "manager"):
+            self.send()
+            for row in self.texts:
+                known = self.manager.tables.of(row)
+                assert self.device[row, : len(known)].tolist() == known.tolist()
 
     @invariant()
     def the_accounting_adds_up(self):
@@ -201,10 +222,33 @@ def test_the_last_to_write_a_shared_block_keeps_it(sharers, writers, copies):
     m.check()
 
 
+def test_several_steps_take_their_blocks_at_once():
+    m = manager()
+    admit(m, 0, [1, 2, 3])
+    m.fork(0, 1)
+    sources, _ = m.grow(np.array([0, 1]), P + 2)  # positions 3 to 6, in blocks 1 to 3
+    assert m.tables.counts[:2].tolist() == [4, 4] and len(sources) == 1
+    assert len({*m.tables.blocks[0, 1:4].tolist(), *m.tables.blocks[1, 1:4].tolist()}) == 6
+    m.check()
+
+
+def test_a_row_is_sent_once_and_whole():
+    m = manager()
+    admit(m, 0, [1, 2, 3])
+    m.fork(0, 1)
+    admit(m, 2, [4, 5])
+    m.free(2)
+    rows, columns, blocks = m.tables.take_unsent()
+    assert (rows.tolist(), columns.tolist()) == ([0, 0, 1, 1], [0, 1, 0, 1])
+    assert blocks.tolist() == m.tables.of(0).tolist() * 2
+    assert m.tables.take_unsent().shape == (3, 0)
+
+
 def test_nothing_changes_where_the_blocks_do_not_suffice():
     m = manager(blocks=2)
     admit(m, 0, [1, 2, 3])
     m.fork(0, 1)
     pool, blocks = m.pool, m.tables.blocks.copy()
     assert m.grow(np.array([0, 1])) is None
+    assert m.grow(np.array([1]), P + 2) is None
     assert m.pool is pool and (m.tables.blocks == blocks).all()

@@ -1,92 +1,37 @@
 """`scripts/bench.py` on a toy model: the shape of its results, the formulas, the peers' protocol."""
 
-import contextlib
-import io
-import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from benchmarks import checkpoint, commands, measure, trace
+from benchmarks.peer import Peer
+from benchmarks.report import Report
+from benchmarks.trace import Trace
+from benchmarks.work import Work, spread
+
+from jaxinfer.checkpoint import SafetensorsReader
 
 pytestmark = pytest.mark.xdist_group("bench")
 
 SCRIPTS = Path(__file__).resolve().parents[3] / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-
-from benchmarks import checkpoint, commands, measure, peer, trace  # noqa: E402
-from benchmarks.cli import main  # noqa: E402
-from benchmarks.peer import Peer  # noqa: E402
-from benchmarks.report import Report  # noqa: E402
-from benchmarks.trace import Trace  # noqa: E402
-from benchmarks.work import Work, spread  # noqa: E402
-
-from jaxinfer.checkpoint import SafetensorsReader  # noqa: E402
-
-SIZES = {
-    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "intermediate_size": 48, "vocab_size": 97, "max_position_embeddings": 256,
-}  # fmt: skip
-TOY = [f"--{name.replace('_', '-')}={size}" for name, size in SIZES.items()] + ["--checkpoint-dtype=float32"]
 COMMANDS = {
     "throughput": ["--num-prompts=3", "--max-input-len=20", "--output-len=5", "--repeats=1"],
     "latency": ["--batch-size=2", "--input-len=9", "--output-len=5", "--num-iters=2", "--num-iters-warmup=1"],
     "serving": ["--concurrency", "1", "2", "--scale=0.004"],
 }
-CONFIG = SIZES | {"head_dim": 8, "dtype": "bfloat16"}
-
-@pytest.fixture(scope="module", autouse=True)
-def no_pauses() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measure, "PAUSE", 0.0)
-        yield
+INSIDE = ("work", "host", "startup", "roofline", "profile")
+"""The other subcommands."""
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("bench") / "toy"
-
-
-def bench(folder: Path, command: str, *flags: str) -> tuple[int, str, str]:
-    """A subcommand on the toy, in this process: exit code, stdout, stderr."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main([command, *TOY, f"--checkpoint-dir={folder}", *COMMANDS[command], *flags])
-    return code, out.getvalue(), err.getvalue()
-
-
-def result(folder: Path, command: str, *flags: str) -> dict:
-    """The one JSON object on stdout."""
-    code, out, err = bench(folder, command, "--json", *flags)
-    assert code == 0, err
-    assert out.count("\n") == 1
-    assert "warm-up 1: jaxinfer took" in err
-    found = json.loads(out)
-    assert list(found) == ["work", "jaxinfer", "peers", "ratio"]
-    return found
-
-
-FAKE = """
-import json, sys
-print(json.dumps({"ready": {"fake": "1"}}), flush=True)
-for line in sys.stdin:
-    work = json.loads(line)
-    tokens = [[0] * (n + EXTRA) for n in work["lengths"]]
-    print(json.dumps({"seconds": 100.0, "tokens": tokens, "arrivals": [0.0] * len(tokens),
-                      "times": [[50.0, 100.0]] * len(tokens)}), flush=True)
-"""
-
-
-@pytest.fixture(scope="module")
-def results(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+def results(result: Callable[..., dict], install_peer: Callable[..., None]) -> dict[str, dict]:
     """Each subcommand beside a peer that needs 100 s for anything."""
-    server = tmp_path_factory.mktemp("peer") / "server.py"
-    server.write_text(FAKE.replace("EXTRA", "0"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(peer, "SERVER", server)
-        return {command: result(folder, command, "--peer=hf") for command in COMMANDS}
+    install_peer()
+    return {command: result(command, *flags, "--peer=hf") for command, flags in COMMANDS.items()}
 
 
 def test_throughput(results: dict[str, dict]):
@@ -130,10 +75,10 @@ def test_a_peer_has_its_own_figures_and_a_ratio(results: dict[str, dict], comman
     assert theirs[f"same_tokens{label}"] == 0
 
 
-def test_without_json_a_table_is_printed(folder: Path, monkeypatch: pytest.MonkeyPatch):
+def test_without_json_a_table_is_printed(bench: Callable[..., tuple], monkeypatch: pytest.MonkeyPatch):
     report = Report({"requests": 3}, {"rate": 6.0}, {"hf": {"rate": 2.0, "other": 1.0}}, {"hf": 3.0})
     monkeypatch.setattr(commands, "throughput", lambda args, model: report)
-    code, out, _ = bench(folder, "throughput")
+    code, out, _ = bench("throughput")
     assert code == 0
     assert [line.split() for line in out.splitlines()] == [
         ["requests:", "3"], ["jaxinfer", "hf"], ["rate", "6", "2"], ["other", "-", "1"],
@@ -147,8 +92,8 @@ def test_without_json_a_table_is_printed(folder: Path, monkeypatch: pytest.Monke
      (["--hidden-size=34"], "not divided by"), ([f"--checkpoint-dir={SCRIPTS}"], "name an empty one"),
      (["--model=/no/such/folder"], "No such file")],
 )  # fmt: skip
-def test_what_cannot_be_done_is_said_on_one_line(folder: Path, flags: list[str], message: str):
-    code, out, err = bench(folder, "throughput", *flags)
+def test_what_cannot_be_done_is_said_on_one_line(bench: Callable[..., tuple], flags: list[str], message: str):
+    code, out, err = bench("throughput", *COMMANDS["throughput"], *flags)
     assert (code, out) == (1, "")
     assert err.splitlines()[-1].startswith("error: ") and message in err
 
@@ -156,29 +101,19 @@ def test_what_cannot_be_done_is_said_on_one_line(folder: Path, flags: list[str],
 def test_the_script_starts_without_jax():
     command = [sys.executable, "-X", "importtime", str(SCRIPTS / "bench.py"), "--help"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    assert all(name in done.stdout for name in COMMANDS)
+    assert all(name in done.stdout for name in (*COMMANDS, *INSIDE))
     assert not any(line.split("|")[-1].strip() == "jax" for line in done.stderr.splitlines())
-
-
-@pytest.fixture
-def fake_peer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Puts a program in the place of transformers."""
-
-    def install(program: str) -> None:
-        path = tmp_path / "server.py"
-        path.write_text(program)
-        monkeypatch.setattr(peer, "SERVER", path)
-
-    return install
 
 
 @pytest.mark.parametrize(
     ("program", "message"),
-    [("raise SystemExit(3)", "code 3.*--peer-python"), (FAKE.replace("EXTRA", "1"), "tokens a request"),
+    [("raise SystemExit(3)", "code 3.*--peer-python"), (None, "tokens a request"),
      ("""print('{"ready": {}}\\n{"error": "no memory"}', flush=True); input()""", "no memory")],
 )  # fmt: skip
-def test_a_peer_that_fails_is_named(fake_peer: Callable[[str], None], program: str, message: str, tmp_path: Path):
-    fake_peer(program)
+def test_a_peer_that_fails_is_named(
+    install_peer: Callable[..., None], fake_peer: str, program: str | None, message: str, tmp_path: Path
+):
+    install_peer(fake_peer.replace("EXTRA", "1") if program is None else program)
     with pytest.raises(RuntimeError, match=f"peer hf.*{message}"):
         Peer("hf", sys.executable, tmp_path, "auto").run(Work([[1]], [2]))
 
@@ -190,9 +125,9 @@ def test_a_peer_without_an_interpreter_is_named(tmp_path: Path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
-def test_transformers_makes_the_same_tokens_of_the_same_work(folder: Path, command: str):
+def test_transformers_makes_the_same_tokens_of_the_same_work(result: Callable[..., dict], command: str):
     pytest.importorskip("torch")
-    found = result(folder, command, "--peer=hf", "--peer=hf-cb")
+    found = result(command, *COMMANDS[command], "--peer=hf", "--peer=hf-cb")
     assert set(found["peers"]) == {"hf", "hf-cb"}
     for figures in found["peers"].values():
         assert {value for key, value in figures.items() if key.startswith("same_tokens")} == {1.0}
@@ -264,15 +199,16 @@ def test_a_pass_that_compiles_does_not_count(monkeypatch: pytest.MonkeyPatch):
         measure.alternate(Compiling(100), [], Work([[1]], [1]), repeats=1)
 
 
-def test_the_checkpoint_has_the_names_of_hugging_face_and_is_made_once(tmp_path: Path):
-    checkpoint.write(tmp_path / "toy", CONFIG, 0)
+def test_the_checkpoint_has_the_names_of_hugging_face_and_is_made_once(tmp_path: Path, sizes: dict[str, int]):
+    config = sizes | {"head_dim": 8, "dtype": "bfloat16"}
+    checkpoint.write(tmp_path / "toy", config, 0)
     stamp = (tmp_path / "toy" / "model.safetensors").stat().st_mtime_ns
-    checkpoint.write(tmp_path / "toy", CONFIG, 0)
+    checkpoint.write(tmp_path / "toy", config, 0)
     assert (tmp_path / "toy" / "model.safetensors").stat().st_mtime_ns == stamp
     with SafetensorsReader(tmp_path / "toy") as reader:
         found = {name: reader.info(name) for name in reader.names()}
     assert found["model.layers.1.self_attn.k_proj.weight"].shape == (16, 32)
     assert {info.dtype for info in found.values()} == {"BF16"}
-    assert sum(int(np.prod(info.shape)) for info in found.values()) == checkpoint.parameters(CONFIG)
+    assert sum(int(np.prod(info.shape)) for info in found.values()) == checkpoint.parameters(config)
     with pytest.raises(ValueError, match="something else"):
-        checkpoint.write(tmp_path / "toy", CONFIG, 1)
+        checkpoint.write(tmp_path / "toy", config, 1)

@@ -1,0 +1,30 @@
+"""What the running sequences ask of the sampler, by rows: a step reads it without a look at any of them."""
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from jaxinfer.engine.buckets import Needs
+from jaxinfer.engine.request import Sequence, settings
+from jaxinfer.engine.sampler import WIDTH, Level
+
+
+class Asked:
+    """One entry a row, written when its sequence starts to sample."""
+
+    def __init__(self, rows: int):
+        self.settings = np.zeros((rows, WIDTH), np.int32)
+        """`[R, WIDTH]` as `sampler.pack_rows` has them."""
+        self._levels = np.zeros(rows, np.int8)
+        self._logprobs = np.zeros(rows, bool)
+
+    def write(self, samples: Iterable[Sequence]) -> None:
+        """Takes over the rows of these sequences."""
+        for sequence in samples:
+            row, request = sequence.row, sequence.request
+            self.settings[row] = settings(sequence)
+            self._levels[row], self._logprobs[row] = request.level, request.params.logprobs is not None
+
+    def needs(self, rows: np.ndarray) -> Needs:
+        """The least that serves all these rows."""
+        return Needs(Level(int(self._levels[rows].max(initial=Level.GREEDY))), bool(self._logprobs[rows].any()))

@@ -1,0 +1,48 @@
+"""Rows of activations times a weight `[out, in]`: XLA's product, or on a CPU the native one (`native/matmul.cc`)."""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxinfer.errors import ConfigError
+from jaxinfer.kernels.native import build
+
+XLA, NATIVE = "xla", "native"
+
+MATRIX_UNIT_ROWS = 16
+"""Rows up to which the native product of bfloat16 serves on a CPU with matrix units (AMX), which XLA uses beyond:
+there reading the weights is what takes the time, and XLA reads them at a little over half the speed."""
+
+
+def choose(asked: str, mesh: Mesh) -> str:
+    """The implementation for the devices of a mesh.
+
+    Raises:
+        ConfigError: one that is not known, or that cannot run here.
+    """
+    if asked not in ("auto", XLA, NATIVE):
+        raise ConfigError(f"matmul_kernel must be auto, {XLA} or {NATIVE}, got {asked!r}")
+    # XLA cannot divide a call of ours over devices.
+    return XLA if asked == "auto" and mesh.devices.size > 1 else build.choose("matmul_kernel", asked, mesh)
+
+
+def matmul(
+    x: jax.Array, weight: jax.Array, dtype: jax.typing.DTypeLike | None = None, *, kernel: str = XLA
+) -> jax.Array:
+    """`[T, in] x [out, in]^T -> [T, out]` in `dtype` or that of `x`; sums are taken in float32."""
+    dtype = jnp.dtype(x.dtype if dtype is None else dtype)
+    if kernel == NATIVE and _native(x, weight, dtype):
+        result = jax.ShapeDtypeStruct((x.shape[0], weight.shape[0]), dtype)
+        return jax.ffi.ffi_call("jaxinfer_matmul", result)(x, weight)
+    # TF32 would break parity on a GPU.
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jax.lax.dot_general(x, weight, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=dtype)
+
+
+def _native(x: jax.Array, weight: jax.Array, dtype: jnp.dtype) -> bool:
+    if x.dtype != weight.dtype or dtype not in (x.dtype, jnp.float32):
+        return False
+    if x.dtype == jnp.float32:
+        return True
+    units = "amx_bf16" in build.cpu_flags()
+    return x.dtype == jnp.bfloat16 and x.shape[1] % 2 == 0 and not (units and x.shape[0] > MATRIX_UNIT_ROWS)

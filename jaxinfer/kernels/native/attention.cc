@@ -1,0 +1,360 @@
+// Attention over the paged cache, for decode (tiles of one query) and for chunks of prompts alike.
+//
+// A tile is some queries of one sequence; with the G query heads of one kv head they are the rows that read the same
+// keys. For kChunk key positions at a time: keys and values of live positions are gathered into panels (dead ones
+// are zero, so that what lies there is never seen), scores = rows x keys, an online softmax (arXiv:2205.14135), and
+// sums of weights x values. Reference: jaxinfer.kernels.paged.reference.
+
+#include <cmath>
+#include <limits>
+#include <type_traits>
+#include <vector>
+
+#include "parallel.h"
+#include "simd.h"
+
+namespace jaxinfer {
+namespace {
+
+namespace ffi = xla::ffi;
+
+constexpr int kChunk = 128;                // key positions of one turn
+constexpr int kRows = 4;                   // rows that go through a panel together
+constexpr int kPanel = 4;                  // vectors of a panel that they meet at a time
+constexpr int kWide = kPanel * kLanes;     // its columns
+constexpr int64_t kTilesPerThread = 4;     // from here on a task is a tile, not one kv head of it
+constexpr float kLeast = -1e30f;           // where maxima start: finite, so that -inf minus it is -inf
+
+struct Scoring {
+  float scale, softcap;  // softcap 0: none
+  int64_t window;        // 0: none
+};
+
+template <typename Kind>
+struct Lanes {
+  typename Kind::Element *keys, *values;  // values null: the first value_dim columns of the keys
+  int64_t blocks, heads, block, dim, value_dim;
+
+  int64_t At(int64_t id, int64_t head, int64_t offset) const { return (id * heads + head) * block + offset; }
+  const typename Kind::Element* Key(int64_t place) const { return keys + place * dim; }
+  const typename Kind::Element* Value(int64_t place) const { return values ? values + place * value_dim : Key(place); }
+};
+
+// What one thread works in.
+template <typename Kind>
+struct Scratch {
+  std::vector<uint32_t> keys, values;
+  std::vector<float> sums;    // [rows, stride]
+  std::vector<float> tops, totals;
+  alignas(64) float scores[kRows][kChunk];
+  alignas(64) typename Kind::Element weights[kRows][kChunk];
+};
+
+struct Tile {
+  int64_t row, start, position, count;
+};
+
+inline int64_t RoundUp(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+// Values of `kPerWord` positions interleaved, so that a word has the same column of each.
+inline void PackValues(const BF16* const rows[2], int64_t dim, uint32_t* line) {
+  for (int64_t d = 0; d < dim; d += kLanes) {
+    const __mmask16 mask = FirstLanes(dim - d);
+    __m512i pair = rows[0] ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, rows[0] + d)) : _mm512_setzero_si512();
+    if (rows[1]) {
+      const __m512i second = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, rows[1] + d));
+      pair = _mm512_or_si512(pair, _mm512_slli_epi32(second, 16));
+    }
+    _mm512_storeu_si512(line + d, pair);
+  }
+}
+
+inline void PackValues(const float* const rows[1], int64_t dim, uint32_t* line) {
+  for (int64_t d = 0; d < dim; d += kLanes) {
+    const __m512 x = rows[0] ? Load(rows[0] + d, FirstLanes(dim - d)) : _mm512_setzero_ps();
+    _mm512_storeu_si512(line + d, _mm512_castps_si512(x));
+  }
+}
+
+// The places of key positions [first, first + kChunk) in a lane; -1 where they are not in [begin, end).
+template <typename Kind>
+void Find(const Lanes<Kind>& lanes, const int32_t* table, int64_t head, int64_t first, int64_t begin, int64_t end,
+          int64_t places[kChunk]) {
+  for (int64_t i = 0; i < kChunk; ++i) {
+    const int64_t at = first + i;
+    if (at < begin || at >= end) {
+      places[i] = -1;
+      continue;
+    }
+    const int64_t id = std::min<int64_t>(std::max<int64_t>(table[at / lanes.block], 0), lanes.blocks - 1);
+    places[i] = lanes.At(id, head, at % lanes.block);
+  }
+}
+
+inline void Prefetch(const void* row, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += 64) _mm_prefetch(static_cast<const char*>(row) + at, _MM_HINT_T0);
+}
+
+// The panels of the positions at `places`. Those at `next` are asked for meanwhile: they lie wherever their blocks
+// are, so that the processor does not guess them.
+template <typename Kind>
+void Gather(const Lanes<Kind>& lanes, const int64_t places[kChunk], const int64_t next[kChunk],
+            Scratch<Kind>& scratch) {
+  using Element = typename Kind::Element;
+  const int64_t bytes = lanes.dim * sizeof(Element), words = bytes / 4;
+  for (int64_t i = 0; i < kChunk; i += kLanes) {
+    const char* rows[kLanes];
+    for (int j = 0; j < kLanes; ++j) {
+      rows[j] = places[i + j] < 0 ? nullptr : reinterpret_cast<const char*>(lanes.Key(places[i + j]));
+      if (next[i + j] >= 0) Prefetch(lanes.Key(next[i + j]), bytes);
+    }
+    PackColumns(rows, words, bytes, scratch.keys.data() + i, kChunk);
+  }
+  const int64_t stride = RoundUp(lanes.value_dim, kWide);
+  for (int64_t i = 0; i < kChunk; i += Kind::kPerWord) {
+    const Element* rows[Kind::kPerWord];
+    for (int j = 0; j < Kind::kPerWord; ++j) {
+      rows[j] = places[i + j] < 0 ? nullptr : lanes.Value(places[i + j]);
+      if (next[i + j] >= 0) Prefetch(lanes.Value(next[i + j]), lanes.value_dim * sizeof(Element));
+    }
+    PackValues(rows, lanes.value_dim, scratch.values.data() + i / Kind::kPerWord * stride);
+  }
+}
+
+inline __m512 Capped(__m512 x, float cap) {  // cap * tanh(x / cap)
+  const __m512 e = Exp(_mm512_mul_ps(x, _mm512_set1_ps(2.0f / cap)));
+  const __m512 one = _mm512_set1_ps(1.0f);
+  const __m512 t = _mm512_sub_ps(one, _mm512_div_ps(_mm512_set1_ps(2.0f), _mm512_add_ps(e, one)));
+  return _mm512_mul_ps(t, _mm512_set1_ps(cap));
+}
+
+// Scores of one row become weights, of which lanes [low, high) of the chunk are seen; top and total follow. Returns
+// what the row's sums so far are to be multiplied with.
+template <typename Element>
+inline float Soften(float* scores, Element* weights, int64_t low, int64_t high, const Scoring& scoring, float& top,
+                    float& total) {
+  const __m512 never = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+  __m512 most = _mm512_set1_ps(top);
+  for (int64_t i = 0; i < kChunk; i += kLanes) {
+    const __mmask16 seen = FirstLanes(high - i) & static_cast<__mmask16>(~FirstLanes(low - i));
+    __m512 x = _mm512_mul_ps(_mm512_load_ps(scores + i), _mm512_set1_ps(scoring.scale));
+    if (scoring.softcap > 0) x = Capped(x, scoring.softcap);
+    x = _mm512_mask_blend_ps(seen, never, x);
+    _mm512_store_ps(scores + i, x);
+    most = _mm512_max_ps(x, most);  // a NaN among the scores does not become the maximum, but is one of the weights
+  }
+  const float peak = _mm512_reduce_max_ps(most), shrink = std::exp(top - peak);
+  __m512 sum = _mm512_setzero_ps();
+  for (int64_t i = 0; i < kChunk; i += kLanes) {
+    const __mmask16 seen = FirstLanes(high - i) & static_cast<__mmask16>(~FirstLanes(low - i));
+    const __m512 x = _mm512_sub_ps(_mm512_load_ps(scores + i), _mm512_set1_ps(peak));
+    const __m512 w = _mm512_maskz_mov_ps(seen, Exp(x));
+    sum = _mm512_add_ps(sum, w);
+    Store(weights + i, w, 0xffff);
+  }
+  top = peak;
+  total = total * shrink + _mm512_reduce_add_ps(sum);
+  return shrink;
+}
+
+// Up to kRows rows of a tile against one chunk.
+template <typename Kind, int R>
+void Turn(const uint32_t* const q[R], const int64_t low[R], const int64_t high[R], int64_t row, int64_t words,
+          int64_t stride, const Scoring& scoring, Scratch<Kind>& scratch) {
+  using Sum = typename Kind::Sum;
+  for (int64_t c = 0; c < kChunk; c += kWide) {
+    Sum sums[R][kPanel] = {};
+    RowsTimesPanel<Kind, R, kPanel>(q, scratch.keys.data() + c, kChunk, words, sums);
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < kPanel; ++v) _mm512_store_ps(scratch.scores[r] + c + v * kLanes, sums[r][v]);
+  }
+  float shrink[R];
+  const uint32_t* weights[R];
+  for (int r = 0; r < R; ++r) {
+    shrink[r] = Soften(scratch.scores[r], scratch.weights[r], low[r], high[r], scoring, scratch.tops[row + r],
+                       scratch.totals[row + r]);
+    weights[r] = reinterpret_cast<const uint32_t*>(scratch.weights[r]);
+  }
+  for (int64_t d = 0; d < stride; d += kWide) {
+    Sum sums[R][kPanel];
+    float* kept = scratch.sums.data() + row * stride + d;
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < kPanel; ++v)
+        sums[r][v] = _mm512_mul_ps(_mm512_loadu_ps(kept + r * stride + v * kLanes), _mm512_set1_ps(shrink[r]));
+    RowsTimesPanel<Kind, R, kPanel>(weights, scratch.values.data() + d, stride, kChunk / Kind::kPerWord, sums);
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < kPanel; ++v) _mm512_storeu_ps(kept + r * stride + v * kLanes, sums[r][v]);
+  }
+}
+
+// The queries of a tile and the G heads of one kv head. `more`: the next kv head follows.
+template <typename Kind>
+void Attend(const typename Kind::Element* q, const Lanes<Kind>& lanes, const int32_t* table, const Tile& tile,
+            int64_t heads, int64_t head, bool more, const Scoring& scoring, const float* sinks,
+            typename Kind::Element* out) {
+  thread_local Scratch<Kind> scratch;
+  const int64_t group = heads / lanes.heads, rows = tile.count * group;
+  const int64_t stride = RoundUp(lanes.value_dim, kWide), words = lanes.dim * sizeof(*q) / 4;
+  scratch.keys.resize(words * kChunk);
+  scratch.values.assign(kChunk / Kind::kPerWord * stride, 0);
+  scratch.sums.assign(rows * stride, 0);
+  scratch.tops.assign(rows, kLeast);
+  scratch.totals.assign(rows, 0);
+  auto place = [&](int64_t row) { return (tile.start + row / group) * heads + head * group + row % group; };
+  if (sinks) {
+    for (int64_t row = 0; row < rows; ++row) {
+      scratch.tops[row] = sinks[head * group + row % group];
+      scratch.totals[row] = 1;
+    }
+  }
+  auto first_key = [&](int64_t position) {
+    return scoring.window ? std::max<int64_t>(position - scoring.window + 1, 0) : 0;
+  };
+  const int64_t begin = first_key(tile.position), end = tile.position + tile.count;
+  int64_t found[2][kChunk];
+  int64_t *places = found[0], *next = found[1];
+  const int64_t start = begin / lanes.block * lanes.block;
+  Find(lanes, table, head, start, begin, end, places);
+  for (int64_t first = start; first < end; first += kChunk, std::swap(places, next)) {
+    const bool last = first + kChunk >= end;
+    if (last && more) Find(lanes, table, head + 1, start, begin, end, next);
+    else Find(lanes, table, head, first + kChunk, begin, end, next);
+    Gather(lanes, places, next, scratch);
+    auto turn = [&](int64_t row, auto count) {
+      constexpr int R = decltype(count)::value;
+      const uint32_t* qs[R];
+      int64_t low[R], high[R];
+      for (int r = 0; r < R; ++r) {
+        const int64_t position = tile.position + (row + r) / group;
+        qs[r] = reinterpret_cast<const uint32_t*>(q + place(row + r) * lanes.dim);
+        low[r] = first_key(position) - first;
+        high[r] = position + 1 - first;
+      }
+      Turn<Kind, R>(qs, low, high, row, words, stride, scoring, scratch);
+    };
+    int64_t row = 0;
+    for (; row + kRows <= rows; row += kRows) turn(row, std::integral_constant<int, kRows>{});
+    for (; row < rows; ++row) turn(row, std::integral_constant<int, 1>{});
+  }
+  for (int64_t row = 0; row < rows; ++row) {
+    const float* sums = scratch.sums.data() + row * stride;
+    const __m512 total = _mm512_set1_ps(scratch.totals[row]);
+    for (int64_t d = 0; d < lanes.value_dim; d += kLanes)
+      Store(out + place(row) * lanes.value_dim + d, _mm512_div_ps(_mm512_loadu_ps(sums + d), total),
+            FirstLanes(lanes.value_dim - d));
+  }
+}
+
+struct Step {
+  ffi::AnyBuffer q, k, v;
+  ffi::Buffer<ffi::S32> blocks, offsets, tables, tiles, count;
+  ffi::Buffer<ffi::F32> sinks;  // of size 0: none
+};
+
+template <typename Kind>
+void Write(const Step& step, const Lanes<Kind>& lanes) {
+  using Element = typename Kind::Element;
+  const auto* keys = static_cast<const Element*>(step.k.untyped_data());
+  const auto* values = static_cast<const Element*>(step.v.untyped_data());
+  for (int64_t t = 0; t < step.k.dimensions()[0]; ++t) {
+    const int64_t id = step.blocks.typed_data()[t];
+    if (id < 0 || id >= lanes.blocks) continue;
+    for (int64_t head = 0; head < lanes.heads; ++head) {
+      const int64_t place = lanes.At(id, head, step.offsets.typed_data()[t]), from = t * lanes.heads + head;
+      std::memcpy(lanes.keys + place * lanes.dim, keys + from * lanes.dim, lanes.dim * sizeof(Element));
+      if (lanes.values)
+        std::memcpy(lanes.values + place * lanes.value_dim, values + from * lanes.value_dim,
+                    lanes.value_dim * sizeof(Element));
+    }
+  }
+}
+
+template <typename Kind>
+void Run(ffi::ThreadPool& pool, const Step& step, const Scoring& scoring, const Lanes<Kind>& lanes, void* result) {
+  using Element = typename Kind::Element;
+  Write(step, lanes);
+  const int64_t heads = step.q.dimensions()[1], width = step.tables.dimensions()[1];
+  const int64_t tiles = std::min<int64_t>(step.count.typed_data()[0], step.tiles.dimensions()[0]);
+  const float* sinks = step.sinks.element_count() ? step.sinks.typed_data() : nullptr;
+  auto* out = static_cast<Element*>(result);
+  std::memset(out, 0, step.q.dimensions()[0] * heads * lanes.value_dim * sizeof(Element));
+  // With enough tiles for all threads, one thread takes all heads of one: they lie side by side in a block.
+  const int64_t together = tiles >= kTilesPerThread * pool.num_threads() ? lanes.heads : 1;
+  const int64_t parts = lanes.heads / together;
+  ParallelFor(pool, tiles * parts, [&](int64_t task) {
+    // The tiles of a prompt take longer the later they stand: those first.
+    const int32_t* t = step.tiles.typed_data() + (tiles - 1 - task / parts) * 4;
+    const Tile tile{t[0], t[1], t[2], t[3]};
+    if (tile.count <= 0) return;
+    const auto* q = static_cast<const Element*>(step.q.untyped_data());
+    const int32_t* table = step.tables.typed_data() + tile.row * width;
+    for (int64_t i = 0; i < together; ++i)
+      Attend<Kind>(q, lanes, table, tile, heads, task % parts * together + i, i + 1 < together, scoring, sinks, out);
+  });
+}
+
+// The lanes come as operands and leave as the results that lie in the same memory.
+ffi::Error AttentionImpl(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
+                         ffi::Buffer<ffi::S32> blocks, ffi::Buffer<ffi::S32> offsets, ffi::Buffer<ffi::S32> tables,
+                         ffi::Buffer<ffi::S32> tiles, ffi::Buffer<ffi::S32> count, ffi::Buffer<ffi::F32> sinks,
+                         ffi::AnyBuffer, ffi::AnyBuffer, ffi::Result<ffi::AnyBuffer> out,
+                         ffi::Result<ffi::AnyBuffer> keys, ffi::Result<ffi::AnyBuffer> values, float scale,
+                         float softcap, int64_t window) {
+  const Step step{q, k, v, blocks, offsets, tables, tiles, count, sinks};
+  const Scoring scoring{scale, softcap, window};
+  const auto shape = keys->dimensions();
+  auto run = [&](auto kind) {
+    using Kind = decltype(kind);
+    using Element = typename Kind::Element;
+    auto* own = values->element_count() ? static_cast<Element*>(values->untyped_data()) : nullptr;
+    const Lanes<Kind> lanes{static_cast<Element*>(keys->untyped_data()), own, shape[0], shape[1], shape[2], shape[3],
+                            out->dimensions()[2]};
+    Run<Kind>(pool, step, scoring, lanes, out->untyped_data());
+  };
+  if (q.element_type() == ffi::DataType::BF16) run(KindBF16{});
+  else run(KindF32{});
+  return ffi::Error::Success();
+}
+
+// Copies block sources[i] of an array [N, ...] to targets[i], in place; a target of N or more is dropped.
+ffi::Error CopyBlocksImpl(ffi::AnyBuffer, ffi::Buffer<ffi::S32> sources, ffi::Buffer<ffi::S32> targets,
+                          ffi::Result<ffi::AnyBuffer> array) {
+  const int64_t blocks = array->dimensions()[0], bytes = blocks ? array->size_bytes() / blocks : 0;
+  char* base = static_cast<char*>(array->untyped_data());
+  for (size_t i = 0; i < sources.element_count(); ++i) {
+    const int64_t from = sources.typed_data()[i], to = targets.typed_data()[i];
+    if (to >= 0 && to < blocks && from >= 0 && from < blocks) std::memcpy(base + to * bytes, base + from * bytes, bytes);
+  }
+  return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace jaxinfer
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxinferCopyBlocks, jaxinfer::CopyBlocksImpl,
+                              xla::ffi::Ffi::Bind()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
+                                  .Ret<xla::ffi::AnyBuffer>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxinferAttention, jaxinfer::AttentionImpl,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Ret<xla::ffi::AnyBuffer>()
+                                  .Ret<xla::ffi::AnyBuffer>()
+                                  .Ret<xla::ffi::AnyBuffer>()
+                                  .Attr<float>("scale")
+                                  .Attr<float>("softcap")
+                                  .Attr<int64_t>("window"));

@@ -1,0 +1,140 @@
+"""Compiles the C++ kernels for this machine, once, and makes them known to XLA.
+
+They are built on first use by the machine's own compiler (C++17), for the machine's own instructions, and kept in
+the user's cache folder under a name made from all that goes in. Where that cannot be, XLA's kernels serve.
+"""
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import threading
+from functools import cache
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from jaxinfer.errors import ConfigError
+from jaxinfer.folders import cache_folder
+
+log = logging.getLogger(__name__)
+
+SOURCES = ("matmul.cc", "attention.cc")
+HEADERS = ("simd.h", "parallel.h")
+TARGETS = {
+    "jaxinfer_matmul": "JaxinferMatmul",
+    "jaxinfer_int8_matmul": "JaxinferInt8Matmul",
+    "jaxinfer_attention": "JaxinferAttention",
+    "jaxinfer_copy_blocks": "JaxinferCopyBlocks",
+}
+"""XLA's names -> the library's symbols."""
+COMPILERS = ("g++", "clang++", "c++")
+FLAGS = ("-O3", "-std=c++17", "-march=native", "-shared", "-fPIC")
+NEEDED = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "avx512_vnni"})
+"""Instructions the kernels are written in, by Linux's names."""
+
+_lock = threading.Lock()
+
+
+@cache
+def cpu_flags() -> frozenset[str]:
+    """What Linux says that this machine's processor can do."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), ()))
+
+
+def choose(setting: str, asked: str, mesh: Mesh) -> str:
+    """"native" or "xla" for the devices of a mesh, where `asked` is "auto", "native" or "xla".
+
+    Raises:
+        ConfigError: "native" where it cannot be; names the setting and the reason.
+    """
+    platform = mesh.devices.flat[0].platform
+    if asked == "xla" or asked == "auto" and platform != "cpu":
+        return "xla"
+    reason = lacking() if platform == "cpu" else f"the devices are of platform {platform!r}, not a CPU"
+    if reason is None:
+        return "native"
+    if asked == "native":
+        raise ConfigError(f"{setting} is 'native', but {reason}; 'auto' chooses what can run")
+    _say(reason)
+    return "xla"
+
+
+@cache
+def _say(reason: str) -> None:
+    log.info("the CPU kernels are not used, XLA's serve: %s", reason)
+
+
+def lacking() -> str | None:
+    """Why the kernels cannot be called on this CPU, and the remedy; None: they can. Builds them the first time."""
+    with _lock:
+        return _lacking()
+
+
+@cache
+def _lacking() -> str | None:
+    missing = sorted(NEEDED - cpu_flags())
+    if platform.system() != "Linux" or missing:
+        return f"they are for Linux on x86-64 with AVX-512; here {', '.join(missing) or platform.system()} is missing"
+    compiler = _compiler()
+    if compiler is None:
+        return f"no C++ compiler was found ({', '.join(COMPILERS)}, or CXX); install one, such as Debian's package g++"
+    try:
+        library = ctypes.CDLL(str(_built(compiler)))
+        for name, symbol in TARGETS.items():
+            jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, symbol)), platform="cpu")
+    except subprocess.CalledProcessError as error:
+        return f"{compiler} failed: {error.stderr.strip()[-500:]}"
+    except (OSError, AttributeError) as error:
+        return f"the library could not be built and loaded: {error}"
+    return None
+
+
+def _compiler() -> str | None:
+    names = (os.environ["CXX"],) if os.environ.get("CXX") else COMPILERS
+    return next((found for found in map(shutil.which, names) if found), None)
+
+
+def _built(compiler: str) -> Path:
+    """The library for this machine, built if it is not there yet."""
+    here = Path(__file__).parent
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    made_from = [version, jax.__version__, *FLAGS, *sorted(cpu_flags())]
+    made_from += [(here / name).read_text() for name in (*SOURCES, *HEADERS)]
+    name = hashlib.sha256("\0".join(made_from).encode()).hexdigest()[:16]
+    library = cache_folder("native") / f"kernels-{name}.so"
+    if not library.exists():
+        log.info("building the CPU kernels with %s, once, into %s", compiler, library)
+        _build(compiler, here, library)
+    return library
+
+
+def _build(compiler: str, sources: Path, library: Path) -> None:
+    """All sources at a time; the library appears under its name only when it is whole."""
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        options = [*FLAGS, "-isystem", jax.ffi.include_dir()]
+        objects = [Path(folder) / f"{name}.o" for name in SOURCES]
+        runs = [
+            subprocess.Popen(
+                [compiler, *options, "-c", str(sources / name), "-o", str(made)], stderr=subprocess.PIPE, text=True
+            )
+            for name, made in zip(SOURCES, objects, strict=True)
+        ]
+        for run in runs:
+            error = run.communicate()[1]
+            if run.returncode:
+                raise subprocess.CalledProcessError(run.returncode, run.args, stderr=error)
+        whole = Path(folder) / library.name
+        command = [compiler, *FLAGS, *map(str, objects), "-o", str(whole)]
+        subprocess.run(command, capture_output=True, text=True, check=True)
+        os.replace(whole, library)

@@ -1,0 +1,236 @@
+// y = x w^T: rows [M, K] times weights [N, K], both as they lie in memory.
+//
+// A few rows (decode) are bound by reading the weights: each is read once, as dot products along k. Many rows
+// (prefill) are bound by arithmetic: some weight rows at a time are transposed into a panel that stays in the
+// second-level cache, and multiplied without a sum over lanes.
+
+#include <type_traits>
+#include <vector>
+
+#include "parallel.h"
+#include "simd.h"
+
+namespace jaxinfer {
+namespace {
+
+namespace ffi = xla::ffi;
+
+// Measured on two cores of a Zen 5 with weights of 2 MB to 65 MB; see docs/results/cpu.md.
+constexpr int64_t kFewRows = 33;  // up to here as dot products: 32, and the constant one of int8
+constexpr int64_t kColumns = 48;  // of a panel, and of one task
+constexpr int kPanelRows = 8;     // rows of x that are multiplied with a panel at a time
+constexpr int kDotRows = 4, kDotColumns = 4;
+
+template <int N>
+using Constant = std::integral_constant<int, N>;
+
+template <typename Kind>
+inline const char* Row(const typename Kind::Element* base, int64_t row, int64_t k) {
+  return reinterpret_cast<const char*>(base + row * k);
+}
+
+// Dot products of R rows of x with C rows of w. `ahead`: asks for the C rows of w that follow.
+template <typename Kind, int R, int C>
+inline void Dots(const char* const x[R], const char* const w[C], int64_t bytes, bool ahead,
+                 typename Kind::Sum out[R][C]) {
+  typename Kind::Sum sums[R][C];
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < C; ++c) sums[r][c] = Kind::Zero();
+  const int64_t whole = bytes / 64 * 64;
+  for (int64_t at = 0; at < whole; at += 64) {
+    __m512i b[C];
+    for (int c = 0; c < C; ++c) b[c] = _mm512_loadu_si512(w[c] + at);
+    if (ahead)
+      for (int c = 0; c < C; ++c) _mm_prefetch(w[c] + at + C * bytes, _MM_HINT_T0);
+    for (int r = 0; r < R; ++r) {
+      const __m512i a = _mm512_loadu_si512(x[r] + at);
+      for (int c = 0; c < C; ++c) sums[r][c] = Kind::MultiplyAdd(sums[r][c], a, b[c]);
+    }
+  }
+  if (whole < bytes) {
+    for (int r = 0; r < R; ++r)
+      for (int c = 0; c < C; ++c)
+        sums[r][c] = Kind::MultiplyAdd(sums[r][c], LoadWords(x[r], whole / 4, bytes), LoadWords(w[c], whole / 4, bytes));
+  }
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < C; ++c) out[r][c] = sums[r][c];
+}
+
+// Weight rows [begin, end) times all rows of x, as dot products. `emit(row, column, sums, mask)` takes 16 columns.
+template <typename Kind, typename Emit>
+void FewRows(const typename Kind::Element* x, const typename Kind::Element* w, int64_t m, int64_t k, int64_t begin,
+             int64_t end, Emit& emit) {
+  const int64_t bytes = k * sizeof(typename Kind::Element);
+  // With a single row the processor's own prefetcher is faster.
+  const bool several = m > 1;
+  for (int64_t column = begin; column < end; column += kLanes) {
+    // What is left of 16 columns in each lane is put together before lanes are added.
+    typename Kind::Sum totals[kFewRows][kLanes] = {};
+    const int64_t columns = std::min<int64_t>(kLanes, end - column);
+    for (int64_t c = 0; c < columns; c += kDotColumns) {
+      const char* ws[kDotColumns];
+      for (int i = 0; i < kDotColumns; ++i) ws[i] = Row<Kind>(w, std::min(column + c + i, end - 1), k);
+      auto run = [&](int64_t row, auto count) {
+        constexpr int R = decltype(count)::value;
+        const char* xs[R];
+        typename Kind::Sum sums[R][kDotColumns];
+        for (int r = 0; r < R; ++r) xs[r] = Row<Kind>(x, row + r, k);
+        Dots<Kind, R, kDotColumns>(xs, ws, bytes, several && row == 0, sums);
+        for (int r = 0; r < R; ++r)
+          for (int i = 0; i < kDotColumns; ++i) totals[row + r][c + i] = sums[r][i];
+      };
+      int64_t row = 0;
+      for (; row + kDotRows <= m; row += kDotRows) run(row, Constant<kDotRows>{});
+      for (; row + 2 <= m; row += 2) run(row, Constant<2>{});
+      if (row < m) run(row, Constant<1>{});
+    }
+    for (int64_t row = 0; row < m; ++row) emit(row, column, SumLanes(totals[row]), FirstLanes(columns));
+  }
+}
+
+// The same through a panel; at most kColumns weight rows.
+template <typename Kind, typename Emit>
+void ManyRows(const typename Kind::Element* x, const typename Kind::Element* w, int64_t m, int64_t k, int64_t begin,
+              int64_t end, Emit& emit) {
+  constexpr int NV = kColumns / kLanes;
+  const int64_t bytes = k * sizeof(typename Kind::Element), words = bytes / 4;
+  thread_local std::vector<uint32_t> panel;
+  panel.resize(words * kColumns);
+  for (int64_t c = 0; c < kColumns; c += kLanes) {
+    const char* rows[kLanes];
+    for (int i = 0; i < kLanes; ++i) rows[i] = begin + c + i < end ? Row<Kind>(w, begin + c + i, k) : nullptr;
+    PackColumns(rows, words, bytes, panel.data() + c, kColumns);
+  }
+  auto run = [&](int64_t row, auto count) {
+    constexpr int R = decltype(count)::value;
+    const uint32_t* a[R];
+    typename Kind::Sum sums[R][NV];
+    for (int r = 0; r < R; ++r) {
+      a[r] = reinterpret_cast<const uint32_t*>(Row<Kind>(x, row + r, k));
+      for (int v = 0; v < NV; ++v) sums[r][v] = Kind::Zero();
+    }
+    RowsTimesPanel<Kind, R, NV>(a, panel.data(), kColumns, words, sums);
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < NV; ++v)
+        emit(row + r, begin + v * kLanes, sums[r][v], FirstLanes(end - begin - v * kLanes));
+  };
+  int64_t row = 0;
+  for (; row + kPanelRows <= m; row += kPanelRows) run(row, Constant<kPanelRows>{});
+  for (; row + 2 <= m; row += 2) run(row, Constant<2>{});
+  if (row < m) run(row, Constant<1>{});
+}
+
+// All of x w^T; `make_emit(begin)` gives the function that takes the results of one task.
+template <typename Kind, typename MakeEmit>
+void Matmul(ffi::ThreadPool& pool, const typename Kind::Element* x, const typename Kind::Element* w, int64_t m,
+            int64_t n, int64_t k, const MakeEmit& make_emit) {
+  ParallelFor(pool, (n + kColumns - 1) / kColumns, [&](int64_t task) {
+    const int64_t begin = task * kColumns, end = std::min(n, begin + kColumns);
+    auto emit = make_emit(begin);
+    if (m <= kFewRows) FewRows<Kind>(x, w, m, k, begin, end, emit);
+    else ManyRows<Kind>(x, w, m, k, begin, end, emit);
+  });
+}
+
+template <typename Kind, typename Out>
+void Floats(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const ffi::AnyBuffer& w, Out* y) {
+  using Element = typename Kind::Element;
+  const int64_t m = x.dimensions()[0], k = x.dimensions()[1], n = w.dimensions()[0];
+  Matmul<Kind>(pool, static_cast<const Element*>(x.untyped_data()), static_cast<const Element*>(w.untyped_data()), m, n,
+               k, [=](int64_t) {
+                 return [=](int64_t row, int64_t column, __m512 sums, __mmask16 mask) {
+                   Store(y + row * n + column, sums, mask);
+                 };
+               });
+}
+
+ffi::Error MatmulImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::Result<ffi::AnyBuffer> y) {
+  const bool half = x.element_type() == ffi::DataType::BF16;
+  void* out = y->untyped_data();
+  if (y->element_type() == ffi::DataType::BF16) Floats<KindBF16>(pool, x, w, static_cast<BF16*>(out));
+  else if (half) Floats<KindBF16>(pool, x, w, static_cast<float*>(out));
+  else Floats<KindF32>(pool, x, w, static_cast<float*>(out));
+  return ffi::Error::Success();
+}
+
+// Quantises a row: q = round(x / scale) + 128 with scale = max |x| / 127. A row with a NaN gives a scale of NaN.
+template <typename In>
+float QuantiseRow(const In* x, int64_t k, uint8_t* q) {
+  const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+  // As integers, NaN is larger than any number, so that it is not lost.
+  __m512i top = _mm512_setzero_si512();
+  for (int64_t i = 0; i < k; i += kLanes)
+    top = _mm512_max_epi32(top, _mm512_and_si512(_mm512_castps_si512(Load(x + i, FirstLanes(k - i))), magnitude));
+  const float most = _mm512_cvtss_f32(_mm512_castsi512_ps(_mm512_set1_epi32(_mm512_reduce_max_epi32(top))));
+  const __m512 inverse = _mm512_set1_ps(most > 0 ? 127.0f / most : 0.0f);
+  for (int64_t i = 0; i < k; i += kLanes) {
+    const __mmask16 mask = FirstLanes(k - i);
+    const __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(Load(x + i, mask), inverse));
+    _mm_mask_storeu_epi8(q + i, mask, _mm512_cvtepi32_epi8(_mm512_add_epi32(rounded, _mm512_set1_epi32(128))));
+  }
+  return most / 127.0f;
+}
+
+// One value a column of a task.
+struct Columns {
+  __m512i vectors[kColumns / kLanes];
+};
+
+// The instruction multiplies unsigned with signed bytes, so rows are moved up by 128, and a first row of 128s gives
+// what that adds to every column.
+template <typename In, typename Out>
+void Int8(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const ffi::AnyBuffer& w, const float* scales, Out* y) {
+  const int64_t m = x.dimensions()[0], k = x.dimensions()[1], n = w.dimensions()[0];
+  std::vector<uint8_t> rows((m + 1) * k, 128);
+  std::vector<float> row_scales(m);
+  const auto* in = static_cast<const In*>(x.untyped_data());
+  constexpr int64_t kRows = 16;
+  ParallelFor(pool, (m + kRows - 1) / kRows, [&](int64_t task) {
+    for (int64_t row = task * kRows; row < std::min(m, (task + 1) * kRows); ++row)
+      row_scales[row] = QuantiseRow(in + row * k, k, rows.data() + (row + 1) * k);
+  });
+  Matmul<KindInt8>(pool, reinterpret_cast<const int8_t*>(rows.data()), static_cast<const int8_t*>(w.untyped_data()),
+                   m + 1, n, k, [&](int64_t begin) {
+                     return [&, begin, added = Columns{}](int64_t row, int64_t column, __m512i sums,
+                                                          __mmask16 mask) mutable {
+                       __m512i& constant = added.vectors[(column - begin) / kLanes];
+                       if (row == 0) {
+                         constant = sums;
+                         return;
+                       }
+                       const __m512 exact = _mm512_cvtepi32_ps(_mm512_sub_epi32(sums, constant));
+                       const __m512 scale =
+                           _mm512_mul_ps(Load(scales + column, mask), _mm512_set1_ps(row_scales[row - 1]));
+                       Store(y + (row - 1) * n + column, _mm512_mul_ps(exact, scale), mask);
+                     };
+                   });
+}
+
+ffi::Error Int8MatmulImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::Buffer<ffi::F32> scales,
+                          ffi::Result<ffi::AnyBuffer> y) {
+  const bool half = x.element_type() == ffi::DataType::BF16;
+  void* out = y->untyped_data();
+  const float* s = scales.typed_data();
+  if (y->element_type() == ffi::DataType::BF16) Int8<BF16>(pool, x, w, s, static_cast<BF16*>(out));
+  else if (half) Int8<BF16>(pool, x, w, s, static_cast<float*>(out));
+  else Int8<float>(pool, x, w, s, static_cast<float*>(out));
+  return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace jaxinfer
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxinferMatmul, jaxinfer::MatmulImpl,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Ret<xla::ffi::AnyBuffer>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxinferInt8Matmul, jaxinfer::Int8MatmulImpl,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Ret<xla::ffi::AnyBuffer>());

@@ -1,0 +1,36 @@
+// A loop over the threads of XLA's own pool, so that no others compete with it.
+
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <utility>
+
+#include <immintrin.h>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace jaxinfer {
+
+// Runs body(i) for i in [0, count); returns when all have run. Threads take the next index as they come free. The
+// caller takes part, so that it never waits for a thread that has not begun.
+template <typename Body>
+void ParallelFor(xla::ffi::ThreadPool& pool, int64_t count, const Body& body) {
+  struct State {
+    std::atomic<int64_t> next{0}, done{0};
+  };
+  auto state = std::make_shared<State>();
+  // A thread that begins late finds nothing left, and does not touch `body`, which may be gone.
+  auto work = [state, count, &body] {
+    for (int64_t i; (i = state->next.fetch_add(1)) < count;) {
+      body(i);
+      state->done.fetch_add(1, std::memory_order_release);
+    }
+  };
+  const int64_t threads = std::min<int64_t>(pool.num_threads(), count);
+  for (int64_t i = 1; i < threads; ++i) pool.Schedule(decltype(work)(work));
+  work();
+  while (state->done.load(std::memory_order_acquire) < count) _mm_pause();
+}
+
+}  // namespace jaxinfer

@@ -1,0 +1,237 @@
+"""The Triton kernels of attention over the paged cache. The one file that imports triton: loaded when it is chosen.
+
+`attend` is the online softmax of FlashAttention-2 (arXiv:2307.08691) over the blocks of a table, for decode and for
+chunked prefill; `combine` puts the pieces of a row together (Flash-Decoding). What they are called with is made
+in `triton_attention`. Annotations are Triton's: `tl.constexpr` is fixed at compilation, all else is a pointer.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import triton
+import triton.language as tl
+
+LEAST = tl.constexpr(-1e30)
+"""Where maxima start. Finite, so that a query with nothing to see gives exp2(-inf - LEAST) and not NaN."""
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+def _jit(function: Callable[..., Any]) -> Any:
+    """Triton compiles from a function's source: what a type checker has put around it must go."""
+    return triton.jit(inspect.unwrap(function))
+
+
+@_jit
+def _rows(start, live, FIRST: tl.constexpr, WIDTH: tl.constexpr, LIMIT: tl.constexpr, MASKED: tl.constexpr):
+    """Columns [FIRST, FIRST + WIDTH) of rows that begin at `start` `[R]`; 0 from column LIMIT on and where not live."""
+    columns = FIRST + tl.arange(0, WIDTH)
+    at = start[:, None] + columns[None, :]
+    # A mask that is known to hold would keep the loads from being wide ones.
+    if FIRST + WIDTH > LIMIT:
+        x = tl.load(at, mask=live[:, None] & (columns < LIMIT)[None, :], other=0.0)
+    elif MASKED:
+        x = tl.load(at, mask=live[:, None], other=0.0)
+    else:
+        x = tl.load(at)
+    return x
+
+
+@_jit
+def _scan(
+    top, total, acc, first, stop, end, q, q_rest, q_at, token_of, fresh, head, tables, k, v, keys, values,
+    SCALE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
+    DV: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr, K_ALIGN: tl.constexpr, V_ALIGN: tl.constexpr,
+    MAIN: tl.constexpr, REST: tl.constexpr, V_COLUMNS: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """The online softmax over the keys [first, stop), BLOCK_N at a time; not MASKED: every query sees all of them."""
+    for start in range(first, stop, BLOCK_N):
+        at = start + tl.arange(0, BLOCK_N)
+        live = at < end
+        old = at < fresh
+        block = tl.load(tables + at // P, mask=live & old, other=0).to(tl.int64)
+        place = (block * K + head) * P + at % P  # of the cache's [N, K, P] rows
+        own = (at + token_of).to(tl.int64)
+        # The compiler does not see how far a chosen pointer is aligned, and would read element by element.
+        key_at = tl.multiple_of(tl.where(old, keys + place * D, k + own * K_ROW + head * D), K_ALIGN)
+        key = _rows(key_at, live, 0, MAIN, D, MASKED)
+        scores = tl.dot(q, tl.trans(key), input_precision=PRECISION)
+        if REST > 0:
+            rest = _rows(key_at, live, MAIN, REST, D, MASKED)
+            scores = tl.dot(q_rest, tl.trans(rest), scores, input_precision=PRECISION)
+        if SOFTCAP is None:
+            scores *= SCALE * LOG2E
+        else:
+            # tanh(x) = 1 - 2 / (exp(2 x) + 1)
+            scores = 1 - 2 / (tl.exp2(scores * (2 * LOG2E * SCALE / SOFTCAP)) + 1)
+            scores *= SOFTCAP * LOG2E
+        if MASKED:
+            seen = (at[None, :] <= q_at[:, None]) & live[None, :]
+            if WINDOW is not None:
+                seen &= at[None, :] > q_at[:, None] - WINDOW
+            scores = tl.where(seen, scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        weights = tl.exp2(scores - new_top[:, None])
+        shrink = tl.exp2(top - new_top)
+        total = total * shrink + tl.sum(weights, 1)
+        if v is None:
+            value = key
+        else:
+            value_at = tl.multiple_of(tl.where(old, values + place * DV, v + own * V_ROW + head * DV), V_ALIGN)
+            value = _rows(value_at, live, 0, V_COLUMNS, DV, MASKED)
+        acc = tl.dot(weights.to(value.dtype), value, acc * shrink[:, None], input_precision=PRECISION)
+        top = new_top
+    return top, total, acc
+
+
+@_jit
+def _keep(
+    new, cache, token, count, head, blocks, offsets, K: tl.constexpr, ROW: tl.constexpr, WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr, N: tl.constexpr, P: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Copies a head of the tokens [token, token + count) of new, ROW elements each, to the cache `[N, K, P, WIDTH]`."""
+    query = tl.arange(0, TILE)
+    columns = tl.arange(0, COLUMNS)
+    block = tl.load(blocks + token + query, mask=query < count, other=N).to(tl.int64)
+    offset = tl.load(offsets + token + query, mask=query < count, other=0)
+    kept = ((block >= 0) & (block < N))[:, None] & (columns < WIDTH)[None, :]
+    source = (token + query).to(tl.int64) * ROW + head * WIDTH
+    target = ((block * K + head) * P + offset) * WIDTH
+    x = tl.load(new + source[:, None] + columns[None, :], mask=kept, other=0.0)
+    tl.store(cache + target[:, None] + columns[None, :], x, mask=kept)
+
+
+@_jit
+def attend(
+    items, tables, blocks, offsets, q, k, v, keys, values, sinks, out, new_keys, new_values, sums, stats,
+    SCALE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, H: tl.constexpr, K: tl.constexpr,
+    MEMBERS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, Q_ROW: tl.constexpr, K_ROW: tl.constexpr,
+    V_ROW: tl.constexpr, Q_FIRST: tl.constexpr, K_FIRST: tl.constexpr, V_FIRST: tl.constexpr, K_ALIGN: tl.constexpr,
+    V_ALIGN: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, K_COLUMNS: tl.constexpr, V_COLUMNS: tl.constexpr,
+    N: tl.constexpr, P: tl.constexpr, W: tl.constexpr, TILE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One work item and one kv head: writes the item's tokens to the cache and attends to its keys.
+
+    Program (x, y): x counts kv heads and parts of MEMBERS of the G query heads of each, y items. A tile of queries has
+    BLOCK_M rows, query by query MEMBERS heads, so that all heads of a group share what is read of the cache.
+
+    Keys from position `fresh` on are taken from k and v, where they lie one after another, and never from the
+    cache: this is what lets other programs of the same launch write them there.
+
+    items `[I, 8]` int32: row of the tables, first token, its position, queries (0: nothing to do), first key, end of
+    the keys, `fresh`, whether the item is one piece of several. tables `[B, W]`, blocks and offsets `[T]` (slots),
+    q `[T, H, D]`, k `[T, K, D]`, v `[T, K, DV]` or None (columns of the keys), each beginning FIRST elements into its
+    array, a token every ROW; keys and new_keys, the same memory,
+    `[N, K, P, D]`, values and new_values likewise or None, sinks `[H]` or None, out `[T, H, DV]`.
+    Of pieces: sums `[I, H, DV]` and stats `[I, 2, H]` (maxima in base 2, totals) in float32; None where there are none.
+    """
+    index = tl.program_id(1)
+    item = items + index * 8
+    count = tl.load(item + 3)
+    if count == 0:
+        return
+    row, token, position = tl.load(item), tl.load(item + 1), tl.load(item + 2)
+    first, end, fresh = tl.load(item + 4), tl.load(item + 5), tl.load(item + 6)
+    G: tl.constexpr = H // K
+    PARTS: tl.constexpr = (G + MEMBERS - 1) // MEMBERS
+    head = tl.program_id(0) // PARTS
+    first_member = tl.program_id(0) % PARTS * MEMBERS
+
+    rows = tl.arange(0, BLOCK_M)
+    query, member = rows // MEMBERS, first_member + rows % MEMBERS
+    live = (query < count) & (member < G)
+    q_head = head * G + member
+    q_token = (token + query).to(tl.int64)
+    q_start = q + Q_FIRST + q_token * Q_ROW + q_head * D
+    q_at = position + query
+    q_tile = _rows(q_start, live, 0, MAIN, D, True)
+    q_rest = q_tile
+    if REST > 0:
+        q_rest = _rows(q_start, live, MAIN, REST, D, True)
+    k += K_FIRST
+    if v is not None:
+        v += V_FIRST
+
+    top = tl.full([BLOCK_M], LEAST, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, V_COLUMNS], tl.float32)
+    tables += row * W
+    token_of = token - position
+    masked_from = first
+    if sums is None and WINDOW is None:
+        # The keys that all queries of a prefill tile see need no mask. Decode has one loop: it is short, and a second
+        # one would wait for its first loads again.
+        masked_from = first + (position + 1 - first) // BLOCK_N * BLOCK_N
+        top, total, acc = _scan(
+            top, total, acc, first, masked_from, end, q_tile, q_rest, q_at, token_of, fresh, head, tables, k, v, keys,
+            values, SCALE, WINDOW, SOFTCAP, K, D, DV, K_ROW, V_ROW, K_ALIGN, V_ALIGN, MAIN, REST, V_COLUMNS, P, BLOCK_N,
+            PRECISION, False,
+        )  # fmt: skip
+    top, total, acc = _scan(
+        top, total, acc, masked_from, end, end, q_tile, q_rest, q_at, token_of, fresh, head, tables, k, v, keys, values,
+        SCALE, WINDOW, SOFTCAP, K, D, DV, K_ROW, V_ROW, K_ALIGN, V_ALIGN, MAIN, REST, V_COLUMNS, P, BLOCK_N, PRECISION,
+        True,
+    )  # fmt: skip
+
+    if (end == position + count) & (first_member == 0):
+        _keep(k, new_keys, token, count, head, blocks, offsets, K, K_ROW, D, K_COLUMNS, N, P, TILE)
+        if v is not None:
+            _keep(v, new_values, token, count, head, blocks, offsets, K, V_ROW, DV, V_COLUMNS, N, P, TILE)
+
+    columns = tl.arange(0, V_COLUMNS)
+    stored = live[:, None] & (columns < DV)[None, :]
+    piece = False
+    if sums is not None:
+        piece = tl.load(item + 7) != 0
+        if piece:
+            tl.store(stats + index * 2 * H + q_head, top, mask=live)
+            tl.store(stats + (index * 2 + 1) * H + q_head, total, mask=live)
+            tl.store(sums + (index * H + q_head)[:, None] * DV + columns[None, :], acc, mask=stored)
+    if sinks is not None:
+        sink = tl.load(sinks + q_head, mask=live, other=0.0).to(tl.float32) * LOG2E
+        new_top = tl.maximum(top, sink)
+        total = total * tl.exp2(top - new_top) + tl.exp2(sink - new_top)
+        acc *= tl.exp2(top - new_top)[:, None]
+    total = tl.where(total == 0, 1.0, total)  # padding has seen nothing
+    result = (acc / total[:, None]).to(out.dtype.element_ty)
+    tl.store(out + (q_token * H + q_head)[:, None] * DV + columns[None, :], result, mask=stored & (not piece))
+
+
+@_jit
+def combine(
+    spans, sums, stats, sinks, out, whole,
+    H: tl.constexpr, DV: tl.constexpr, V_COLUMNS: tl.constexpr, PIECES: tl.constexpr,
+):  # fmt: skip
+    """Puts the pieces of one row and head together, in their order, PIECES at a time.
+
+    spans `[B, 2]`: a row's first piece and how many it has; a row of one piece is in `whole` already, one of none is
+    padding and gets 0. out and whole, the same memory, `[B, H, DV]`; the rest as for `attend`.
+    """
+    head, row = tl.program_id(0), tl.program_id(1)
+    first, count = tl.load(spans + row * 2), tl.load(spans + row * 2 + 1)
+    if count == 1:
+        return
+    columns = tl.arange(0, V_COLUMNS)
+    one = tl.zeros([1], tl.float32)
+    top, total = one + LEAST, one
+    if sinks is not None:
+        top, total = one + tl.load(sinks + head).to(tl.float32) * LOG2E, one + 1.0
+    acc = tl.zeros([V_COLUMNS], tl.float32)
+    for start in range(0, count, PIECES):
+        at = start + tl.arange(0, PIECES)
+        live = at < count
+        index = first + at
+        tops = tl.load(stats + index * 2 * H + head, mask=live, other=LEAST)
+        totals = tl.load(stats + (index * 2 + 1) * H + head, mask=live, other=0.0)
+        mask = live[:, None] & (columns < DV)[None, :]
+        parts = tl.load(sums + (index * H + head)[:, None] * DV + columns[None, :], mask=mask, other=0.0)
+        new_top = tl.maximum(top, tl.max(tops, 0))
+        shrink, weights = tl.exp2(top - new_top), tl.exp2(tops - new_top)
+        total = total * shrink + tl.sum(totals * weights, 0)
+        acc = acc * shrink + tl.sum(parts * weights[:, None], 0)
+        top = new_top
+    total = tl.where(count == 0, 1.0, total)
+    result = (acc / total).to(whole.dtype.element_ty)
+    tl.store(whole + (row * H + head) * DV + columns, result, mask=columns < DV)

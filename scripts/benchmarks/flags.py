@@ -1,0 +1,151 @@
+"""The flags of `scripts/bench.py`."""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks import commands
+from benchmarks.peer import PEERS
+from benchmarks.standard import STANDARDS
+
+SIZES = {
+    "hidden_size": (1024, "M of the random Llama"),
+    "num_hidden_layers": (16, "its layers"),
+    "num_attention_heads": (16, "its query heads"),
+    "num_key_value_heads": (4, "its key and value heads"),
+    "intermediate_size": (2816, "its feed-forward width"),
+    "vocab_size": (32000, "its vocabulary"),
+    "max_position_embeddings": (8192, "its longest sequence"),
+}
+"""Flags, their defaults and what they say: 0.25 B parameters."""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Of all subcommands."""
+    parser = argparse.ArgumentParser(prog="bench.py", description="Figures of jaxinfer and of peers, in one run.")
+    subcommands = parser.add_subparsers(dest="command", required=True)
+    common = _common()
+
+    for flags in (_throughput, _latency, _serving, _work, _host, _startup, _soak, _roofline, _profile):
+        name = flags.__name__.removeprefix("_")
+        what = getattr(commands, name).__doc__
+        flags(subcommands.add_parser(
+            name, parents=[common], help=what, description=what, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        ))  # fmt: skip
+    return parser
+
+
+def _throughput(parser: argparse.ArgumentParser) -> None:
+    _positive(parser, {
+        "num_prompts": (32, "requests, all at once"), "min_input_len": (16, "tokens of the shortest prompt"),
+        "max_input_len": (256, "tokens of the longest"), "output_len": (48, "new tokens of each"),
+        "repeats": (3, "passes of each system"),
+    })  # fmt: skip
+
+
+def _latency(parser: argparse.ArgumentParser) -> None:
+    _positive(parser, {
+        "batch_size": (8, "requests"), "input_len": (32, "tokens of each prompt"), "output_len": (128, "new tokens"),
+        "num_iters": (10, "passes of each system"), "num_iters_warmup": (2, "passes that do not count"),
+    })  # fmt: skip
+
+
+def _serving(parser: argparse.ArgumentParser) -> None:
+    _positive(parser, {
+        "input_len": (4000, "mean tokens of a prompt, before scaling"),
+        "output_len": (1000, "mean new tokens, before scaling"),
+        "requests_per_client": (3, "requests, as a multiple of the concurrency"),
+        "repeats": (1, "passes of each system"),
+    })  # fmt: skip
+    parser.add_argument("--concurrency", type=_count, nargs="+", default=[8, 32, 128], help="requests in flight")
+    parser.add_argument("--scale", type=float, default=0.02, help="multiplies the input and output lengths")
+    parser.add_argument("--length-spread", type=float, default=0.25, help="lengths vary by this share of their mean")
+
+
+def _work(parser: argparse.ArgumentParser) -> None:
+    what = "; ".join(f"{name}: {standard.what}" for name, standard in STANDARDS.items())
+    parser.add_argument("works", nargs="*", type=_standard, default=list(STANDARDS), metavar="W", help=what)
+    parser.add_argument("--scale", type=float, default=1.0, help="multiplies all lengths; 1: the works as they are")
+    _positive(parser, {"repeats": (5, "passes of each system")})
+
+
+def _host(parser: argparse.ArgumentParser) -> None:
+    _positive(parser, {"rows": (256, "running sequences"), "steps": (96, "decode steps that count")})
+    parser.add_argument("--lengths", type=_count, nargs="+", default=[100, 4000], help="tokens of each sequence")
+
+
+def _startup(parser: argparse.ArgumentParser) -> None:
+    _positive(parser, {"repeats": (5, "pairs of fresh processes")})
+
+
+def _soak(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--minutes", type=float, default=10.0, help="that the workload runs after the warm-up")
+
+
+def _roofline(parser: argparse.ArgumentParser) -> None:
+    _work(parser)
+    _positive(parser, {
+        "mebibytes": (512, "size of what is read and copied"),
+        "matmul_size": (2048, "K and N of the product, of 512 rows, whose rate is measured"),
+    })  # fmt: skip
+
+
+def _profile(parser: argparse.ArgumentParser) -> None:
+    _positive(parser, {
+        "batch_size": (8, "sequences"), "input_len": (128, "tokens of each prompt"), "steps": (16, "decode steps"),
+    })  # fmt: skip
+    parser.add_argument("--out", type=Path, required=True, help="folder for the trace; xprof and perfetto read it")
+
+
+def _common() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False)
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", type=Path, help="a checkpoint's folder instead of the random Llama")
+    model.add_argument("--checkpoint-dir", type=Path, help="keeps the random Llama; by default a temporary folder")
+    model.add_argument(
+        "--checkpoint-dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16", help="its dtype"
+    )
+    _positive(model, SIZES)
+    peers = parser.add_argument_group("peers")
+    peers.add_argument("--peer", choices=PEERS, action="append", default=[], help="measured beside; may be repeated")
+    peers.add_argument("--peer-python", default=sys.executable, help="the interpreter with torch and transformers")
+    peers.add_argument("--openvino-python", default=sys.executable, help="the one with openvino-genai, optimum-intel")
+    peers.add_argument("--openvino-model", type=Path, help="keeps the exported models; by default a temporary folder")
+    peers.add_argument("--peer-dtype", default="auto", help="auto is the checkpoint's")
+    parser.add_argument("--set", dest="settings", metavar="NAME=VALUE", type=_setting, action="append", default=[],
+                        help="a field of EngineConfig, such as max_num_seqs=16; may be repeated")  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="of weights and prompts")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout, everything else on stderr")
+    return parser
+
+
+def _positive(group: Any, flags: Mapping[str, tuple[int, str]]) -> None:
+    """Flags of counts: name, default, help."""
+    for name, (default, text) in flags.items():
+        group.add_argument("--" + name.replace("_", "-"), type=_count, default=default, help=text)
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _standard(text: str) -> str:
+    if text not in STANDARDS:
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(STANDARDS)}, got {text!r}")
+    return text
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    name, separator, value = text.partition("=")
+    if not separator:
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, got {text!r}")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value

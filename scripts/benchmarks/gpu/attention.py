@@ -1,0 +1,154 @@
+"""The attention of one layer alone, over the cache of many sequences."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxinfer.errors import ConfigError
+from jaxinfer.kernels import attention, triton_attention, triton_launch
+from jaxinfer.kernels.paged import DecodeRows, Lane, Scoring, Slots
+from jaxinfer.kernels.triton_tiles import Tiling
+from jaxinfer.kernels.xla_attention import item_keys
+from jaxinfer.sharding import make_mesh
+
+from benchmarks.gpu.context import Context, Figures, bandwidth_shares
+from benchmarks.gpu.models import values
+from benchmarks.gpu.timing import measure
+
+HEADS, KV_HEADS, DIM, BLOCK = 32, 4, 128, 16
+"""GQA of 8 queries a key: H = 32, K = 4, D = 128, in blocks of 16 positions."""
+CASES = {
+    "64x4096": (4096,) * 64,
+    "1x131072": (131072,),
+    "8x512": (512,) * 8,
+    "100000_and_63_short": (100_000, *(16 + 8 * i for i in range(63))),
+    "ragged_to_8192": tuple(range(128, 8192 + 128, 128)),
+}
+"""Positions of each sequence."""
+TOY_CASES = {"64x4096": (24, 24), "ragged_to_8192": (7, 33, 0)}
+MAIN = "64x4096"
+CANDIDATES = tuple((block, warps, stages) for block in (32, 64, 128) for warps in (4, 8) for stages in (3, 5, 7))
+"""Keys a turn, warps and stages that are tried beside what `triton_tiles.tiling` chooses."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A decode call: random queries, keys and values, blocks in random order."""
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    lane: Lane
+    slots: Slots
+    rows: DecodeRows
+
+    @property
+    def live_bytes(self) -> int:
+        """Of the keys and values that must be read."""
+        positions = int(np.asarray(self.rows.lengths).sum())
+        return 2 * positions * self.lane.keys.shape[1] * self.lane.keys.shape[3] * self.lane.keys.dtype.itemsize
+
+
+def problem(lengths: Sequence[int], dtype: jnp.dtype = jnp.bfloat16, dim: int = DIM) -> Problem:
+    """One new token a sequence, which is the last of its `lengths` positions."""
+    needed = [-(-length // BLOCK) for length in lengths]
+    total, batch = sum(needed), len(lengths)
+    ids = np.random.default_rng(0).permutation(total).astype(np.int32)
+    tables = np.zeros((batch, max(needed)), np.int32)
+    start = 0
+    for row, count in enumerate(needed):
+        tables[row, :count] = ids[start : start + count]
+        start += count
+    last = np.maximum(np.array(lengths, np.int32) - 1, 0)
+    own = tables[np.arange(batch), last // BLOCK]
+    slots = Slots(np.where(np.array(lengths) > 0, own, total).astype(np.int32), last % BLOCK)
+    make = jax.jit(values, static_argnums=(1, 2))
+    arrays = [make(jnp.uint32(seed), shape, dtype) for seed, shape in enumerate((
+        (batch, HEADS, dim), (batch, KV_HEADS, dim), (batch, KV_HEADS, dim),
+        (total, KV_HEADS, BLOCK, dim), (total, KV_HEADS, BLOCK, dim),
+    ))]  # fmt: skip
+    rows = DecodeRows(tables, np.array(lengths, np.int32))
+    return Problem(*arrays[:3], Lane(*arrays[3:]), *jax.device_put((slots, rows)))
+
+
+def seconds(kernel: str, given: Problem) -> float:
+    """Of one call of an implementation, the writing of the new keys and values included."""
+    made = attention.implementation(kernel, make_mesh())
+    # XLA's path makes room for as many pieces as there are, as the engine's buckets do.
+    items = int((-(-np.asarray(given.rows.lengths) // item_keys(BLOCK))).sum())
+    scoring = Scoring(given.q.shape[-1] ** -0.5)
+    call = jax.jit(partial(made.decode, scoring=scoring, items=items), donate_argnums=3)
+    # Donated and handed on: a copy each, so that the problem can be used again.
+    lane = [jax.tree.map(jnp.copy, given.lane)]
+
+    def once() -> jax.Array:
+        out, lane[0] = call(given.q, given.k, given.v, lane[0], given.slots, given.rows)
+        return out
+
+    return measure(once).median
+
+
+def run(context: Context) -> Figures:
+    """Bytes of live keys and values a second, for each implementation that can run here."""
+    figures: Figures = dict(context.kept) | {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": DIM, "block_size": BLOCK}
+    kernels = _kernels()
+    for name, lengths in context.size(CASES, TOY_CASES).items():
+        for kernel in kernels:
+            key = f"{kernel}_{name}"
+            if f"{key}_us" in figures:
+                continue
+            given = problem(lengths, *context.size((), (jnp.float32, 16)))
+            taken = seconds(kernel, given)
+            figures |= {f"{key}_us": 1e6 * taken, **bandwidth_shares(context, key, given.live_bytes / taken)}
+            context.save(figures)
+    main = f"{kernels[-1]}_{MAIN}_"
+    shares = {key.removeprefix(main): value for key, value in figures.items() if key.startswith(f"{main}share")}
+    return figures | {"kernel": kernels[-1]} | shares
+
+
+def _kernels() -> list[str]:
+    """The implementations that can run here, the one that serves last."""
+    try:
+        return [attention.XLA, attention.choose(attention.TRITON, make_mesh())]
+    except ConfigError:
+        return [attention.XLA]
+
+
+def tiles(context: Context) -> Figures:
+    """Candidates for the tiles of `64x4096`, beside the choice made from shapes."""
+    if attention.TRITON not in _kernels():
+        if context.dry:
+            return {}
+        attention.choose(attention.TRITON, make_mesh())  # says why not
+    figures, given = dict(context.kept), problem(CASES[MAIN])
+    for block, warps, stages in CANDIDATES:
+        key = f"us keys={block} warps={warps} stages={stages}"
+        if key in figures:
+            continue
+        with _tiled(lambda chosen, b=block, w=warps, s=stages: replace(
+            chosen, block_n=b, options=triton_launch.Options(w, s)
+        )):  # fmt: skip
+            try:
+                figures[key] = 1e6 * seconds(attention.TRITON, given)
+            except Exception as error:  # more shared memory than there is, say: the others are still of interest
+                figures[key] = f"{type(error).__name__}: {error}"[:160]
+        context.save(figures)
+    best = min((key for key in figures if isinstance(figures[key], float)), key=lambda key: figures[key])
+    chosen = 1e6 * seconds(attention.TRITON, given)
+    return figures | {
+        "chosen_us": chosen, "best": best, "best_us": figures[best], "chosen_over_best": chosen / figures[best]
+    }  # fmt: skip
+
+
+@contextmanager
+def _tiled(change: Callable[[Tiling], Tiling]) -> Iterator[None]:
+    """Lets the kernel be traced with other tiles."""
+    chosen = triton_attention.tiling
+    with mock.patch.object(triton_attention, "tiling", lambda layout: change(chosen(layout))):
+        yield

@@ -1,0 +1,41 @@
+"""`bench.py gpu`: its flags."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.gpu import suite
+from benchmarks.gpu.rows import ROWS
+
+SECONDS = 460.0
+"""All rows together: less than eight minutes."""
+
+
+def main(words: Sequence[str]) -> int:
+    """Runs the rows; 0 unless one failed."""
+    args = parser().parse_args(words)
+    try:
+        return suite.run(args)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags, with every row and what it measures."""
+    table = "\n".join(f"  {row.name:<18}{row.what}" for row in ROWS)
+    made = argparse.ArgumentParser(
+        prog="bench.py gpu", formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="All figures that need a GPU. Rows with a result in --out are not run again, so that the same "
+        "command goes on where it was interrupted.",
+        epilog=f"rows:\n{table}",
+    )  # fmt: skip
+    made.add_argument("--out", type=Path, required=True, help="the folder of results, logs, the checkpoint and the "
+                      "compilation cache")  # fmt: skip
+    made.add_argument("--only", nargs="+", metavar="ROW", help="these rows, and those they need")
+    made.add_argument("--force", action="store_true", help="runs them again; with --only, those named")
+    made.add_argument("--dry-run", action="store_true", help="toy sizes, on whatever device there is")
+    made.add_argument("--seconds", type=float, default=SECONDS, help="no row is started or goes on after so many")
+    made.add_argument("--peer-python", default=sys.executable, help="the interpreter with torch and transformers")
+    return made

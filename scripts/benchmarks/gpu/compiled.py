@@ -1,0 +1,94 @@
+"""`bench.py compiled`: the engine's steps compiled for H100s without one, and what their programs say.
+
+Needs what the tests in `tests/h100` need: the CUDA plugin of jax and nvcc, no GPU.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+TESTS = Path(__file__).resolve().parents[3] / "tests"
+ROWS, POSITIONS, BLOCK, CHUNK = 8, 4096, 16, 2048
+"""Sequences and their longest; positions of a block; tokens of a prefill."""
+SHAPES = {"0.25B": "LLAMA_250M", "8B": "LLAMA_8B"}
+COLUMNS = (
+    "model", "step", "tp", "kernels", "a layer", "command buffers", "launched alone", "large copies", "temporaries",
+    "all-reduces, others", "bytes / fewest", "compile s",
+)  # fmt: skip
+
+
+def main(words: Sequence[str]) -> int:
+    """Prints the table, a line as soon as it is known."""
+    parser = argparse.ArgumentParser(prog="bench.py compiled", description=__doc__)
+    parser.add_argument("--model", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--step", nargs="+", choices=["decode", "prefill"], default=["decode", "prefill"])
+    parser.add_argument("--tp", nargs="+", type=int, default=[1, 4, 8], help="GPUs")
+    parser.add_argument("--layers", type=int, help="of each model; by default its own")
+    args = parser.parse_args(words)
+    print(_line(*COLUMNS), _line(*["---"] * len(COLUMNS)), sep="\n", flush=True)
+    for model in args.model:
+        for step in args.step:
+            for tp in args.tp:
+                print(_line(*_row(model, step, tp, args.layers)), flush=True)
+    return 0
+
+
+def _line(*cells: Any) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def _row(model: str, step: str, tp: int, layers: int | None) -> list[Any]:
+    """The cells of one program."""
+    from benchmarks.gpu import models
+
+    hf = getattr(models, SHAPES[model])
+    hf = hf if layers is None else hf | {"num_hidden_layers": layers}
+    start = time.perf_counter()
+    compiled = compile_step(hf, step, tp)
+    seconds = time.perf_counter() - start
+    fewer, more = (len(compile_step(hf | {"num_hidden_layers": count}, step, tp).kernels) for count in (2, 3))
+    counted = compiled.collectives
+    others = sum(counted.values()) - counted["all-reduce"]
+    return [
+        model, step, tp, len(compiled.kernels), more - fewer, compiled.command_buffers, len(compiled.launched_alone),
+        len(compiled.large_copies), f"{compiled.temporary_bytes / 2**20:.1f} MiB", f"{counted['all-reduce']}, {others}",
+        f"{compiled.moved_bytes / fewest_bytes(hf, step, tp):.3f}", f"{seconds:.0f}",
+    ]  # fmt: skip
+
+
+def compile_step(hf: dict[str, Any], step: str, tp: int) -> Any:
+    """A step of the engine for `tp` H100s: `support.lowering.Compiled`."""
+    if str(TESTS) not in sys.path:
+        sys.path.insert(0, str(TESTS))
+    from jaxinfer.engine.batch import Bucket
+    from jaxinfer.engine.sampler import Level
+    from jaxinfer.engine.steps import Shapes
+    from support import lowering  # the one place that knows how to compile without a device
+
+    program, params = lowering.abstract_model(hf, lowering.h100_mesh(tp))
+    width = POSITIONS // BLOCK
+    shapes = Shapes(
+        # So many that no array of activations is mistaken for one of the cache.
+        num_blocks=16 * ROWS * width, block_size=BLOCK, rows=ROWS, width=width, decode_buckets=(ROWS,),
+        prefill_buckets=(CHUNK,), prefill_rows=ROWS, max_logprobs=5, max_length=POSITIONS, sampled_vocab=hf["vocab_size"],
+    )  # fmt: skip
+    tokens = ROWS if step == "decode" else CHUNK
+    bucket = Bucket(step, tokens, ROWS, width, Level.GREEDY, -1, tile=program.tile)
+    return lowering.compile_step(program, params, shapes, bucket)
+
+
+def fewest_bytes(hf: dict[str, Any], step: str, tp: int) -> int:
+    """Bytes a device must move in a step, attention apart: weights once, each product's input and result once."""
+    tokens, logits = (ROWS, ROWS) if step == "decode" else (CHUNK, ROWS)
+    size, width, ffn, vocab = 2, hf["hidden_size"], hf["intermediate_size"] // tp, hf["vocab_size"] // tp
+    heads = hf["num_attention_heads"] // tp
+    # Where there are more shards than kv heads, each has one.
+    kv_heads = max(1, hf["num_key_value_heads"] // tp)
+    qkv = (heads + 2 * kv_heads) * hf["head_dim"]
+    products = ((width, qkv), (heads * hf["head_dim"], width), (width, 2 * ffn), (ffn, width))
+    layer = sum(one * other + tokens * (one + other) for one, other in products) + 2 * width
+    head = width * vocab + logits * width
+    return size * (hf["num_hidden_layers"] * layer + head + width + 2 * tokens * width) + 4 * logits * vocab

@@ -1,0 +1,145 @@
+"""A cache that grows a token at a time: in blocks, in one array reserved at once, and by concatenation."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from statistics import mean
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxinfer import functional
+from jaxinfer.functional import DecodeBatch, Program
+from jaxinfer.kernels import attention, paged
+from jaxinfer.kernels.paged import DecodeRows, Lane, Scoring, Slots
+from jaxinfer.models.base import LanguageModel
+from jaxinfer.sharding import make_mesh
+
+from benchmarks.gpu import models
+from benchmarks.gpu.context import Context, Figures
+from benchmarks.gpu.timing import measure
+
+BLOCK = 16
+WARM = 4
+"""Steps that do not count, the first of which compiles."""
+
+
+@dataclass(frozen=True)
+class Contiguous:
+    """Attention over caches `[B, K, S, D]`, a sequence an array: a `Lane` of B blocks of S positions."""
+
+    grows: bool
+    """Whether every step makes new arrays, as concatenation does, or writes into those there are."""
+
+    def decode(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, lane: Lane, slots: Slots, step: DecodeRows, scoring: Scoring,
+        sinks: jax.Array | None = None, *, items: int | None = None,
+    ) -> tuple[jax.Array, Lane]:  # fmt: skip
+        """As `xla_attention.decode`, with a plain softmax over all S positions."""
+        lane = self._append(lane, k, v) if self.grows else paged.write(lane, k, v, slots)
+        batch, heads, dim = q.shape
+        kv_heads, length = lane.keys.shape[1:3]
+        grouped = q.reshape(batch, kv_heads, heads // kv_heads, dim)
+        scores = scoring.scale * jnp.einsum("bkgd,bksd->bkgs", grouped, lane.keys, preferred_element_type=jnp.float32)
+        live = jnp.arange(length) < step.lengths[:, None]
+        weights = jax.nn.softmax(jnp.where(live[:, None, None], scores, -jnp.inf), axis=-1).astype(q.dtype)
+        out = jnp.einsum("bkgs,bksd->bkgd", weights, lane.values, preferred_element_type=jnp.float32)
+        return out.reshape(batch, heads, dim).astype(q.dtype), lane
+
+    def _append(self, lane: Lane, k: jax.Array, v: jax.Array) -> Lane:
+        """New arrays that end in the new token. The oldest goes, so that shapes stay and one program serves; what is
+        read and written is what a concatenation to S positions reads and writes, less one token."""
+
+        def join(array: jax.Array, new: jax.Array) -> jax.Array:
+            return jnp.concatenate([array[:, :, 1:], new[:, :, None].astype(array.dtype)], axis=2)
+
+        return Lane(join(lane.keys, k), join(lane.values, v))
+
+
+@contextmanager
+def _served_by(kernel: Any) -> Iterator[None]:
+    """Lets steps be traced with another implementation of attention."""
+    with mock.patch.object(attention, "implementation", lambda name, mesh: kernel):
+        yield
+
+
+def run(context: Context) -> Figures:
+    """Milliseconds of a decode step of a 1 B-shaped Llama from 3072 to 4096 positions, by each cache."""
+    start, new = context.size((3072, 1024), (24, 8))
+    module = models.random(context.size(models.LLAMA_1B, models.TOY), make_mesh())
+    program, params = functional.split(module, make_mesh())
+    figures: Figures = {"kernel": program.kernel, "start": start, "new": new}
+    for batch in context.size((1, 8), (2,)):
+        figures |= _compare(module, program, params, batch, start, new)
+        context.save(figures)
+    batch = context.size(8, 2)
+    return figures | {
+        "concatenation_over_paged": figures[f"concatenation_over_paged b={batch}"],
+        "static_over_paged": figures[f"static_over_paged b={batch}"],
+    }
+
+
+def _compare(
+    module: LanguageModel, program: Program, params: list[jax.Array], batch: int, start: int, new: int
+) -> Figures:
+    """All three caches for one number of sequences."""
+    width = -(-(start + new) // BLOCK)
+    tables = np.arange(batch * width, dtype=np.int32).reshape(batch, width)
+    whole = np.arange(batch, dtype=np.int32)[:, None]
+    in_blocks = _growing(program, params, _cache(program, batch * width, BLOCK), tables, start, new)
+    with _served_by(Contiguous(grows=False)):
+        program, cache = replace(program, kernel="static"), _cache(program, batch, start + new)
+        static = _growing(program, params, cache, whole, start, new)
+    lengths = sorted({start, start + new // 2, start + new})
+    with _served_by(Contiguous(grows=True)):
+        joined = [_joining(replace(program, kernel="grown"), params, batch, length) for length in lengths]
+    return {
+        f"paged_ms b={batch}": 1e3 * in_blocks, f"static_ms b={batch}": 1e3 * static,
+        **{f"concatenation_ms b={batch} at {n}": 1e3 * taken for n, taken in zip(lengths, joined, strict=True)},
+        f"concatenation_over_paged b={batch}": mean(joined) / in_blocks,
+        f"static_over_paged b={batch}": static / in_blocks,
+    }  # fmt: skip
+
+
+def _cache(program: Program, blocks: int, size: int) -> list[Lane]:
+    """Random keys and values everywhere, in the place of a prompt's."""
+    fill = jax.jit(models.values, static_argnums=(1, 2))
+    lanes = functional.init_cache(program, blocks, size)
+    flat, tree = jax.tree.flatten(lanes)
+    shape, dtype = flat[0].shape, flat[0].dtype
+    del lanes
+    return jax.tree.unflatten(tree, [fill(jnp.uint32(i), shape, dtype) for i in range(len(flat))])
+
+
+def _step(program: Program, params: Any, cache: list[Lane], batch: DecodeBatch) -> tuple[jax.Array, list[Lane]]:
+    logits, cache = functional.decode(program, params, cache, batch)
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32), cache
+
+
+def _growing(
+    program: Program, params: list[jax.Array], cache: list[Lane], tables: np.ndarray, start: int, new: int
+) -> float:
+    """Seconds a step while every sequence grows from `start` by `new` tokens; the cache is donated."""
+    step, tokens = jax.jit(_step, static_argnums=0, donate_argnums=2), jnp.zeros(len(tables), jnp.int32)
+    begun = 0.0
+    for position in range(start - WARM, start + new):
+        if position == start:
+            jax.block_until_ready(tokens)
+            begun = time.perf_counter()
+        at = np.full(len(tables), position, np.int32)
+        tokens, cache = step(program, params, cache, DecodeBatch(tokens, at, tables))
+    jax.block_until_ready(tokens)
+    return (time.perf_counter() - begun) / new
+
+
+def _joining(program: Program, params: list[jax.Array], batch: int, length: int) -> float:
+    """Seconds of a step that ends at `length` positions; nothing is donated, as concatenation keeps the old array."""
+    step, cache = jax.jit(_step, static_argnums=0), _cache(program, batch, length)
+    rows = DecodeBatch(
+        np.zeros(batch, np.int32), np.full(batch, length - 1, np.int32), np.arange(batch, dtype=np.int32)[:, None]
+    )
+    return measure(lambda: step(program, params, cache, rows)).median

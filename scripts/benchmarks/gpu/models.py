@@ -1,0 +1,104 @@
+"""Random models of well-known shapes, made on the device within seconds."""
+
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from jaxinfer.checkpoint import rules
+from jaxinfer.kv import cache as kv_cache
+from jaxinfer.models import loading
+from jaxinfer.models.base import LanguageModel
+from jaxinfer.sharding import rules as sharding_rules
+
+
+def llama(
+    hidden: int, layers: int, heads: int, kv_heads: int, ffn: int, vocab: int, *, tied: bool = False,
+    dtype: str = "bfloat16", positions: int = 131072,
+) -> dict[str, Any]:  # fmt: skip
+    """config.json of a Llama."""
+    return {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0, "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads, "head_dim": hidden // heads, "intermediate_size": ffn, "vocab_size": vocab,
+        "max_position_embeddings": positions, "tie_word_embeddings": tied, "dtype": dtype,
+    }  # fmt: skip
+
+
+LLAMA_8B = llama(4096, 32, 32, 8, 14336, 128256)
+"""The shape of Llama 3 8B."""
+LLAMA_1B = llama(2048, 16, 32, 8, 8192, 128256, tied=True)
+"""The shape of Llama 3.2 1B: heads of 64, embedding and head in one."""
+LLAMA_250M = llama(1024, 16, 16, 4, 2816, 32000)
+TOY = llama(64, 2, 4, 2, 96, 259, positions=2048, dtype="float32")
+"""For dry runs."""
+
+
+def random(hf: dict[str, Any], mesh: Mesh, seed: int = 0) -> LanguageModel:
+    """A model with weights of the usual size, each made where it lies and alone, so that memory holds one copy.
+
+    `models.loading.random` compiles one program that draws all weights, which for 32 layers takes more than a
+    minute; here a shape is compiled once, and the values come from a hash.
+    """
+    served, config = loading.parse(hf)
+    kind = loading.resolve_dtype("auto", hf["dtype"], mesh.devices.flat[0].platform)
+    module = loading.abstract(served, config, kind, mesh)
+    graph, state = nnx.split(module)
+    leaves = []
+    for number, (path, param) in enumerate(rules.parameters(module).items()):
+        placed = sharding_rules.sharding(mesh, param.get_metadata()["logical_axes"], param.shape, path)
+        make = _maker(param.shape, param.dtype, placed)
+        leaves.append(make(jnp.uint32(1000003 * seed + number)))
+    return nnx.merge(graph, jax.tree.unflatten(jax.tree.structure(state), leaves))
+
+
+@cache
+def _maker(shape: tuple[int, ...], dtype: jnp.dtype, placed: NamedSharding) -> Any:
+    return jax.jit(lambda number: values(number, shape, dtype), out_shardings=placed)
+
+
+def values(number: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    """A vector of ones (a norm's scale), or even values of standard deviation `shape[-1]^-0.5`.
+
+    A multiplicative hash of each place (murmur3's finaliser) fuses into one kernel without temporaries, where
+    JAX's own generator would lay out its counters first.
+    """
+    if len(shape) == 1:
+        return jnp.ones(shape, dtype)
+    place = jnp.zeros(shape, jnp.uint32)
+    for axis, size in enumerate(shape):
+        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+    x = place * jnp.uint32(0x9E3779B9) + number * jnp.uint32(0x85EBCA6B)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        x = (x ^ (x >> shift)) * jnp.uint32(factor)
+    even = (x ^ (x >> 16)).astype(jnp.float32) / 2.0**32 - 0.5
+    return (even * (12 / shape[-1]) ** 0.5).astype(dtype)
+
+
+def step_bytes(module: LanguageModel) -> int:
+    """Bytes of the weights that a decode step reads: all, but of an embedding apart from the head only a row."""
+    return sum(
+        param.nbytes
+        for path, param in arrays(module)
+        if not (path.startswith("embedding.") and module.head is not None)
+    )
+
+
+def matrix_sizes(module: LanguageModel) -> tuple[int, int]:
+    """Weights that every token of a prompt is multiplied with, and those of the head."""
+    sizes = {path: array.size for path, array in arrays(module) if array.ndim > 1}
+    outer = {path: size for path, size in sizes.items() if path.startswith(("embedding.", "head."))}
+    return sum(sizes.values()) - sum(outer.values()), outer.get("head.weight", outer["embedding.weight"])
+
+
+def token_bytes(module: LanguageModel, mesh: Mesh, dtype: jnp.dtype) -> int:
+    """Bytes of keys and values of one position in all layers."""
+    return kv_cache.block_bytes(module.cache_specs(), 1, dtype, mesh)
+
+
+def arrays(module: LanguageModel) -> list[tuple[str, jax.Array]]:
+    """The parameters with their paths."""
+    return [(path, param[...]) for path, param in rules.parameters(module).items()]

@@ -1,0 +1,117 @@
+"""The table: every row with its goals. Nothing here imports jax."""
+
+import importlib
+from dataclasses import dataclass
+
+from benchmarks.gpu.context import Context, Figures, Skip
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A figure of a row and what it is to reach."""
+
+    figure: str
+    text: str
+    at_least: float | None = None
+    at_most: float | None = None
+
+    def met(self, value: float) -> bool:
+        """Whether a measured value reaches the goal."""
+        return (self.at_least is None or value >= self.at_least) and (self.at_most is None or value <= self.at_most)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One thing that is measured, in a process of its own."""
+
+    name: str
+    what: str
+    function: str
+    """"module:function" in this package, called with a `Context`."""
+    limit: float
+    """Seconds it may take."""
+    goals: tuple[Goal, ...] = ()
+    needs: tuple[str, ...] = ()
+    """Rows whose figures it uses: run before it even where they were not asked for."""
+    memory: float = 0.75
+    """The share of the GPU's memory that JAX takes."""
+
+    def run(self, context: Context) -> Figures:
+        """Its figures.
+
+        Raises:
+            Skip: it cannot be run here.
+        """
+        module, _, function = self.function.partition(":")
+        return getattr(importlib.import_module(f"benchmarks.gpu.{module}"), function)(context)
+
+
+def kimi_linear(context: Context) -> Figures:
+    """Decode of Kimi-Linear-48B's widths."""
+    raise Skip("the model does not exist yet")
+
+
+ROWS = (
+    Row("roofline", "what the device can do at most", "roofline:run", 40),
+    Row("tests", "the tests that need a GPU", "gpu_tests:run", 90, (Goal("failed", "0 failed", at_most=0),)),
+    Row(
+        "decode-1", "8 B-shaped Llama, one sequence: share of peak bandwidth", "llama_8b:decode", 75,
+        (Goal("step_share_of_peak", "80%", at_least=0.8),), ("roofline",),
+    ),
+    Row(
+        "attention-decode", "attention decode, 64 sequences of 4096, GQA 8 (H = 32, K = 4, D = 128): live K/V bytes "
+        "against copy bandwidth", "attention:run", 60, (Goal("share_of_copy", "80%", at_least=0.8),), ("roofline",),
+    ),
+    Row(
+        "prefill-4096", "8 B-shaped, prefill of 4096 tokens: share of the bf16 matmul rate", "llama_8b:prefill", 75,
+        (Goal("share_of_matmul", "60%", at_least=0.6),), ("roofline",),
+    ),
+    Row(
+        "command-buffers", "decode of the 8 B shape: one command buffer a step, GPU busy",
+        "llama_8b:command_buffers", 60,
+        (Goal("busy_share", "95%", at_least=0.95), Goal("graph_launches_a_step", "1 a step", at_most=1)),
+    ),
+    Row(
+        "throughput-64", "64 requests 512 + 256 of a 1 B-shaped Llama, against transformers", "throughput:run", 200,
+        (Goal("over_hf-static", "2 x static-cache generate", at_least=2),
+         Goal("over_hf-cb", "4 x continuous batching", at_least=4)),
+    ),
+    Row(
+        "kda-decode", "KDA's decode projections at TP4 shapes, weights rotated, one row", "projections:kda_decode", 45,
+        (Goal("fused_us", "8 us", at_most=8),),
+    ),
+    Row(
+        "cross-attention", "cross-attention projections of an Mllama-11B shape, batch 16, over padded QKV",
+        "projections:cross", 30, (Goal("ratio", "2 x", at_least=2),),
+    ),
+    Row(
+        "growth", "growth 3072 + 1024, a 1 B-shaped Llama, 8 sequences", "growth:run", 75,
+        (Goal("concatenation_over_paged", "1.10 x over concatenation", at_least=1.1),
+         Goal("static_over_paged", "level with a static cache", at_least=0.97)),
+    ),
+    Row("startup", "compilation of the 8 B shape's steps, cold and from the cache on disk", "llama_8b:startup", 75),
+    Row(
+        "fused-m", "fused over separate projections at m = 1 to 16384", "projections:fused_m", 120,
+        (Goal("least_ratio", "never slower", at_least=1),),
+    ),
+    Row("attention-tiles", "tiles of the attention kernel for 64 sequences of 4096", "attention:tiles", 75),
+    Row("flags", "XLA's options, decode and prefill of 8 layers of the 8 B shape", "flags:run", 180),
+    Row("kimi-linear", "Kimi-Linear-48B widths, one sequence: share of peak bandwidth on the weights touched",
+        "rows:kimi_linear", 30, (Goal("step_share_of_peak", "60%", at_least=0.6),)),
+)  # fmt: skip
+"""In the order they are run: what the others need first, then by what is wanted most."""
+
+
+def chosen(names: list[str] | None) -> list[Row]:
+    """The rows of these names, all by default, with those they need.
+
+    Raises:
+        ValueError: a name that is not known.
+    """
+    known = {row.name: row for row in ROWS}
+    wanted = set(known if names is None else names)
+    for name in sorted(wanted):
+        if name not in known:
+            raise ValueError(f"--only {name}: no such row; there are {', '.join(known)}")
+        wanted |= set(known[name].needs)
+    return [row for row in ROWS if row.name in wanted]

@@ -1,0 +1,120 @@
+"""Runs the rows one after another, each with a time limit, and gathers what they wrote."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu import report
+from benchmarks.gpu.rows import ROWS, Row, chosen
+
+SCRIPTS = Path(__file__).resolve().parents[2]
+WORKER = (sys.executable, "-m", "benchmarks.gpu.worker")
+LEAST = 10.0
+"""Seconds that must be left for a row to be started."""
+PACKAGES = (
+    "jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "flax", "triton", "torch", "transformers", "numpy"
+)  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    """All rows that are asked for and have no result yet; 0 unless one failed.
+
+    Raises:
+        ValueError: a row that is not known, or a folder with results of the other kind (dry or not).
+    """
+    rows, out = chosen(args.only), args.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + args.seconds
+    for row in rows:
+        if _to_do(row, out / f"{row.name}.json", args):
+            left = deadline - time.monotonic()
+            if left < LEAST:
+                _say(f"{row.name}: not run, the {args.seconds:g} s are over; the same command goes on here")
+                continue
+            _run(row, out, args, min(row.limit, left))
+        _say(f"{row.name}: {report.state(_read(out / f'{row.name}.json'))}")
+    found = {row.name: result for row in ROWS if (result := _read(out / f"{row.name}.json"))}
+    (out / "report.json").write_text(json.dumps({"machine": machine(out), "rows": found}, indent=1))
+    table = report.markdown(machine(out), found)
+    (out / "report.md").write_text(table)
+    print(table)
+    return int(any(result["status"] == "failed" for result in found.values()))
+
+
+def _to_do(row: Row, path: Path, args: argparse.Namespace) -> bool:
+    """Whether a row has no result yet, or it is to be made again."""
+    before = _read(path)
+    if before and before["dry"] != args.dry_run:
+        raise ValueError(
+            f"--out {path.parent} holds results of {'a dry' if before['dry'] else 'a real'} run; name another"
+        )
+    if before and args.force and (not args.only or row.name in args.only):
+        path.unlink()
+        return True
+    return before is None or before["status"] != "done"
+
+
+def _run(row: Row, out: Path, args: argparse.Namespace, limit: float) -> None:
+    """One row in a process of its own, which is ended at the limit; what it has saved by then is kept."""
+    command = [*WORKER, row.name, str(out), args.peer_python]
+    path = out / f"{row.name}.json"
+    reason = ""
+    with (out / f"{row.name}.log").open("w") as log:
+        process = subprocess.Popen(
+            [*command, *(["dry"] if args.dry_run else [])], env=_environment(row), stdout=log, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            code = process.wait(limit)
+            if code:
+                reason = f"ended with code {code}, see {row.name}.log"
+        except BaseException as error:
+            os.killpg(process.pid, 9)  # peers and pytest are its children
+            process.wait()
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+            reason = f"ended after {limit:.0f} s"
+    if reason:
+        nothing = {"row": row.name, "what": row.what, "dry": args.dry_run, "seconds": limit, "figures": {}}
+        result = _read(path) or nothing
+        status = "partial" if result["figures"] else "failed"
+        path.write_text(json.dumps(result | {"status": status, "reason": reason}, indent=1))
+
+
+def _environment(row: Row) -> dict[str, str]:
+    """The checkout's own package, and the share of memory that JAX takes when it starts."""
+    paths = [str(SCRIPTS), str(SCRIPTS.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "XLA_CLIENT_MEM_FRACTION": str(row.memory)}
+
+
+def machine(out: Path) -> dict[str, Any]:
+    """What the figures hold for: packages, device and driver."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {**(_read(out / "device.json") or {}), "driver": _driver(), "versions": versions}
+
+
+def _driver() -> str:
+    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "nvidia-smi is not here"
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

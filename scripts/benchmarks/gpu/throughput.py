@@ -1,0 +1,83 @@
+"""A batch of requests through `LLM`, beside transformers on the same GPU in the same run."""
+
+import hashlib
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks import checkpoint
+from benchmarks.gpu.context import Context, Figures
+from benchmarks.peer import Peer
+from benchmarks.work import Work, spread
+
+PEERS = ("hf-static", "hf-cb")
+"""transformers' `generate` with a static cache, which it compiles on a GPU; its continuous batching."""
+REPEATS = 2
+
+
+def run(context: Context) -> Figures:
+    """Generated tokens a second of 64 requests of 512 + 256 tokens, a 1 B-shaped Llama: medians over the passes.
+
+    One system after the other, each with the GPU's memory to itself; the peers first, as JAX keeps what it takes.
+    """
+    from benchmarks.gpu.models import LLAMA_1B, TOY  # imports jax, which takes no memory yet
+
+    config: dict[str, Any] = context.size(LLAMA_1B, TOY)
+    requests, prompt, new = context.size((64, 512, 256), (3, 12, 6))
+    folder = _checkpoint(config)
+    work = spread(requests, (prompt, prompt), (new, new), vocab=config["vocab_size"], seed=0)
+    figures: Figures = dict(context.kept) | {"requests": requests, "prompt_tokens": prompt, "new_tokens": new}
+    for name in () if context.dry else PEERS:
+        if f"{name}_tokens_per_second" in figures:
+            continue
+        try:
+            figures |= _peer(context, name, folder, work)
+        except RuntimeError as error:  # without it the others still have their figures
+            figures[f"{name}_error"] = str(error)[:300]
+        context.save(figures)
+    figures |= _ours(folder, work)
+    mine = figures["tokens_per_second"]
+    for name in PEERS:
+        if f"{name}_tokens_per_second" in figures:
+            figures[f"over_{name}"] = mine / figures[f"{name}_tokens_per_second"]
+    return figures
+
+
+def _checkpoint(config: dict[str, Any]) -> Path:
+    """Written once to a temporary folder; what an interruption left of it is removed."""
+    name = hashlib.sha256(json.dumps(config).encode()).hexdigest()[:12]
+    folder = Path(tempfile.gettempdir()) / f"jaxinfer-bench-gpu-{name}"
+    if not (folder / checkpoint.SIDECAR).exists():
+        shutil.rmtree(folder, ignore_errors=True)
+    checkpoint.write(folder, config, 0)
+    return folder
+
+
+def _peer(context: Context, name: str, folder: Path, work: Work) -> Figures:
+    peer = Peer(name, context.peer_python, folder, "auto")
+    try:
+        first = peer.run(work).seconds
+        seconds = median(peer.run(work).seconds for _ in range(REPEATS))
+    finally:
+        peer.close()
+    return {
+        f"{name}_tokens_per_second": work.new_tokens / seconds, f"{name}_seconds": seconds,
+        f"{name}_first_pass_seconds": first, f"{name}_versions": " ".join(f"{k} {v}" for k, v in peer.versions.items()),
+    }  # fmt: skip
+
+
+def _ours(folder: Path, work: Work) -> Figures:
+    from benchmarks.ours import Offline
+
+    system = Offline(folder, {"max_model_len": work.longest, "max_num_seqs": len(work.prompts)})
+    first = system.run(work).seconds
+    seconds = median(system.run(work).seconds for _ in range(REPEATS))
+    steps, compiling = system.compiled()
+    system.close()
+    return {
+        "tokens_per_second": work.new_tokens / seconds, "seconds": seconds, "first_pass_seconds": first,
+        "compiled_steps": steps, "compile_seconds": compiling,
+    }  # fmt: skip

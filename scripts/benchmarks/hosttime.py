@@ -1,0 +1,177 @@
+"""Python's work in a decode step, part by part: the model's own computation is left out of the compiled steps."""
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import checkpoint
+from jaxinfer import LLM, SamplingParams, demo, functional
+from jaxinfer.engine.engine import Engine
+from jaxinfer.text import Detokenizer, StopStrings, TextStream, parse_prompts
+from jaxinfer.text.tokenizer import load_tokenizer
+
+BLOCK, VOCAB = 16, 97
+WARMUP = 8
+"""Decode steps that do not count."""
+PREFILLS = 16
+"""Prompts that one step has room for."""
+STOPS = ("\n\nQuestion:", "###", "</answer>")
+"""Stop strings that the text below never completes."""
+
+
+class Clock:
+    """Seconds that named calls took since the last `take`."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def wrap(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, timed."""
+
+        def timed(*arguments: Any, **keywords: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return function(*arguments, **keywords)
+            finally:
+                self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+        return timed
+
+    def take(self) -> dict[str, float]:
+        """What there is, and starts over."""
+        taken, self.seconds = self.seconds, {}
+        return taken
+
+
+@contextmanager
+def stub_device() -> Iterator[None]:
+    """Steps compiled meanwhile take and give every array a real one does, but compute no model."""
+
+    def touched(params: list[jax.Array]) -> jax.Array:
+        # jit drops arguments that nothing reads, and a dispatch costs by the argument.
+        return sum(leaf.ravel()[0].astype(jnp.float32) for leaf in params) * 0
+
+    def decode(program: Any, params: list[jax.Array], cache: Any, batch: Any) -> Any:
+        return jnp.zeros((len(batch.tokens), program.vocab)) + touched(params), cache
+
+    def prefill(program: Any, params: list[jax.Array], cache: Any, batch: Any) -> Any:
+        width = program.module(params).config.attention.width
+        return jnp.zeros((len(batch.tokens), width), program.dtype) + touched(params).astype(program.dtype), cache
+
+    with mock.patch.object(functional, "decode", decode), mock.patch.object(functional, "prefill_hidden", prefill):
+        yield
+
+
+def measure(rows: int, length: int, steps: int, layers: int) -> dict[str, float]:
+    """Milliseconds of a pure decode step of `rows` sequences of `length` tokens: medians, and the step's 90%.
+
+    Raises:
+        RuntimeError: the engine no longer calls what is timed here.
+    """
+    clock = Clock()
+    new = rows + WARMUP + steps + 2  # the first rows decode while the last are prefilled
+    with stub_device(), _llm(rows, length, new, layers) as llm:
+        engine = llm._engine
+        _queue(llm, rows, length, new)
+        _watch(engine, clock)
+        while int(engine.scheduler.decoding.sum()) < rows:
+            engine.step()
+            if not engine.has_work:
+                raise RuntimeError(f"{rows} sequences of {length} tokens never decoded together")
+        for _ in range(WARMUP):
+            engine.step()
+        clock.take()
+        found = [_parts(clock, engine) for _ in range(steps)]
+    figures = {f"{name}_ms": 1e3 * median(step[name] for step in found) for name in found[0]}
+    figures["schedule_and_commit_ms"] = 1e3 * median(step["schedule"] + step["commit"] for step in found)
+    figures["step_p90_ms"] = 1e3 * float(np.percentile([step["step"] for step in found], 90))
+    return figures
+
+
+def _watch(engine: Engine, clock: Clock) -> None:
+    """Has the parts of the engine's steps timed."""
+    programs = engine.runner.programs
+    compiled = programs.get
+    programs.get = lambda key: clock.wrap("dispatch", compiled(key))
+    engine.scheduler.schedule = clock.wrap("schedule", engine.scheduler.schedule)
+    engine.runner.run = clock.wrap("run", engine.runner.run)
+    engine._commit = clock.wrap("commit", engine._commit)
+
+
+def _parts(clock: Clock, engine: Engine) -> dict[str, float]:
+    """Seconds of one step and of its parts."""
+    started = time.perf_counter()
+    engine.step()
+    whole, seconds = time.perf_counter() - started, clock.take()
+    missing = [name for name in ("schedule", "run", "dispatch", "commit") if name not in seconds]
+    if missing:
+        raise RuntimeError(f"a decode step without {', '.join(missing)}: the engine's parts are named otherwise now")
+    parts = {
+        "schedule": seconds["schedule"], "pack": seconds["run"] - seconds["dispatch"],
+        "dispatch": seconds["dispatch"], "commit": seconds["commit"],
+    }  # fmt: skip
+    return parts | {"other": whole - sum(parts.values()), "step": whole}
+
+
+@contextmanager
+def _llm(rows: int, length: int, new: int, layers: int) -> Iterator[LLM]:
+    """A model with as many arrays as one of `layers` layers has, each of them tiny."""
+    longest, budget = length + BLOCK + new, PREFILLS * (length + BLOCK) + rows
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": VOCAB, "hidden_size": 8,
+        "intermediate_size": 8, "num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 1,
+        "head_dim": 2, "max_position_embeddings": longest + BLOCK, "tie_word_embeddings": False, "dtype": "float32",
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="jaxinfer-host-") as folder:
+        checkpoint.write(Path(folder), config, 0)
+        with LLM(
+            folder, skip_tokenizer_init=True, use_tqdm=False, max_num_seqs=rows, max_model_len=longest,
+            block_size=BLOCK, max_num_batched_tokens=budget, prefill_buckets=(budget,), decode_buckets=(rows,),
+            decode_steps=1,
+        ) as llm:  # fmt: skip
+            yield llm
+
+
+def _queue(llm: LLM, rows: int, length: int, new: int) -> None:
+    """Prompts of all phases within a block, so that every step has some rows that need a new one."""
+    rng = np.random.default_rng(0)
+    prompts = [{"prompt_token_ids": rng.integers(3, VOCAB, length + row % BLOCK).tolist()} for row in range(rows)]
+    params = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True)
+    for handle in llm._prepare(parse_prompts(prompts, max_chars=None), params):
+        llm._engine.add(handle.request)
+
+
+def text(rows: int, steps: int) -> dict[str, float]:
+    """Milliseconds of what is off the step's path, a token of each row: text, and a search for stop strings in it."""
+    tokenizer = load_tokenizer(demo.path())
+    ids = tokenizer.encode(" ".join(f"{question} {answer}." for question, answer in demo.sample_questions()))
+    stop = StopStrings(STOPS)
+    return {
+        "detokenise_ms": 1e3 * _push(partial(_stream, tokenizer, None), ids, rows, steps),
+        "detokenise_and_stop_strings_ms": 1e3 * _push(partial(_stream, tokenizer, stop), ids, rows, steps),
+    }
+
+
+def _stream(tokenizer: Any, stop: StopStrings | None) -> TextStream:
+    return TextStream(Detokenizer(tokenizer), stop)
+
+
+def _push(make: Callable[[], TextStream], ids: list[int], rows: int, steps: int) -> float:
+    """Seconds that one more token of every row takes, the median over the steps."""
+    streams, seconds = [make() for _ in range(rows)], []
+    for step in range(steps):
+        started = time.perf_counter()
+        for row, stream in enumerate(streams):
+            stream.push([ids[(step + row) % len(ids)]])
+        seconds.append(time.perf_counter() - started)
+    return median(seconds)

@@ -1,0 +1,85 @@
+"""Which share of the machine's bandwidth a decode step reaches, and of its matmul rate a prefill."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from benchmarks.trace import Trace, first_tokens
+from benchmarks.work import Work
+from jaxinfer import LLM
+from jaxinfer.checkpoint.rules import parameters
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a step of a model must read and multiply."""
+
+    weight_bytes: int
+    """Read by a step: everything but an embedding that is only looked up in."""
+    weights: int
+    """Of them, those of matrices: each is multiplied once a token."""
+    head: int
+    """Of them, the head's: multiplied once a sequence in a prefill."""
+    kv_bytes: int
+    """Keys and values of one position, all layers."""
+    attention: int
+    """Multiplications and additions of one query with one position, all layers."""
+    dtype: str
+    """That matrices are multiplied in."""
+
+    @classmethod
+    def of(cls, llm: LLM) -> "Costs":
+        """Of a model, as it is loaded."""
+        module, runner = llm._module, llm._engine.runner
+        config, found = module.config, parameters(module)
+        read = {path: p for path, p in found.items() if config.tied or not path.startswith("embedding.")}
+        matrices = {path: p.size for path, p in read.items() if path.endswith("weight")}
+        positions = runner.shapes.num_blocks * runner.shapes.block_size
+        quantised = any(p.dtype == np.int8 for p in read.values())
+        return cls(
+            weight_bytes=sum(p.size * p.dtype.itemsize for p in read.values()), weights=sum(matrices.values()),
+            head=sum(size for path, size in matrices.items() if path.startswith(("head.", "embedding."))),
+            kv_bytes=sum(array.nbytes for array in jax.tree.leaves(runner.cache)) // positions,
+            attention=4 * config.attention.heads * config.attention.head_dim * config.num_layers,
+            dtype="int8" if quantised else str(runner.program.dtype),
+        )  # fmt: skip
+
+
+def of(work: Work, trace: Trace, costs: Costs, rates: Mapping[str, float]) -> dict[str, float]:
+    """The shares of one pass: of its decode steps where there are any, of its prefill where it is one prompt's."""
+    found = {}
+    if max(work.lengths) > 1:
+        found |= _decode(work, trace, costs, rates["read_gigabytes_per_second"])
+    if len(work.prompts) == 1:
+        found |= _prefill(len(work.prompts[0]), trace, costs, rates[f"{costs.dtype}_matmul_teraops_per_second"])
+    return found
+
+
+def _decode(work: Work, trace: Trace, costs: Costs, bandwidth: float) -> dict[str, float]:
+    """Of the steps after everyone's first token: weights are read once a step, live keys and values once a sequence."""
+    start, end = first_tokens(trace), max(times[-1] for times in trace.times)
+    steps = max(sum(at > start for at in times) for times in trace.times)
+    prompts = [len(prompt) for prompt in work.prompts for _ in range(work.samples)]
+    live = sum(
+        prompt + made
+        for prompt, times in zip(prompts, trace.times, strict=True)
+        for made, at in enumerate(times) if at > start
+    )  # fmt: skip
+    gigabytes = (steps * costs.weight_bytes + live * costs.kv_bytes) / 1e9
+    return {
+        "decode_step_ms": 1e3 * (end - start) / steps, "decode_gigabytes_per_step": gigabytes / steps,
+        "decode_share_of_read_bandwidth": gigabytes / (end - start) / bandwidth,
+    }  # fmt: skip
+
+
+def _prefill(prompt: int, trace: Trace, costs: Costs, rate: float) -> dict[str, float]:
+    """Of the time to the first token: every weight once a token, the head once, and causal attention."""
+    pairs = prompt * (prompt + 1) // 2
+    operations = 2 * (costs.weights - costs.head) * prompt + 2 * costs.head + costs.attention * pairs
+    seconds = first_tokens(trace)
+    return {
+        "prefill_ms": 1e3 * seconds, "prefill_teraops": operations / 1e12,
+        "prefill_share_of_matmul_rate": operations / 1e12 / seconds / rate,
+    }  # fmt: skip

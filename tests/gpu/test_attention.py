@@ -1,0 +1,74 @@
+"""The attention kernel on the device itself, against the oracle."""
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from support.attention import CHUNKS, PLAIN, SHAPES, Case, Shape, same_lane
+
+from jaxinfer.kernels import attention
+from jaxinfer.sharding import make_mesh
+
+REAL = {
+    "GQA of 8": Shape(heads=32, kv_heads=4, dim=128, block=16, dtype="bfloat16"),
+    "heads of 64, float16": Shape(heads=32, kv_heads=8, dim=64, block=16, dtype="float16"),
+    "latent of 512 + 64": Shape(heads=16, kv_heads=1, dim=576, block=16, dtype="bfloat16", value_dim=512, latent=True),
+    "window, sinks, softcap": Shape(
+        heads=16, kv_heads=2, dim=64, block=16, dtype="bfloat16", window=100, sinks=True, softcap=20.0
+    ),
+}
+"""As models have them, beside the small shapes that all implementations share."""
+CHOSEN = {name: SHAPES[name] for name in ("plain", "window", "sinks", "narrow values", "latent")} | REAL
+PADDING = 3
+
+
+@pytest.fixture(scope="module")
+def kernel() -> Any:
+    mesh = make_mesh()
+    return attention.implementation(attention.choose(attention.TRITON, mesh), mesh)
+
+
+def check(case: Case, call: Any, step: Any, values: tuple) -> None:
+    """Runs a case; the result and the cache are the oracle's."""
+    q, k, v, rows, positions = values
+    found, lane = jax.jit(partial(call, scoring=case.shape.scoring))(
+        q, k, v, case.lane, case.slots(rows, positions), step, sinks=case.sinks
+    )
+    expected, expected_lane = case.expected(q, k, v, rows, positions)
+    case.close(found[:-PADDING], expected[:-PADDING])
+    same_lane(lane, expected_lane)
+    assert np.isfinite(np.asarray(found[-PADDING:], np.float32)).all(), "padding gives what harms nobody"
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+def test_decode_is_the_oracle(kernel: Any, name: str):
+    shape = CHOSEN[name]
+    block = shape.block
+    lengths = [1, block - 1, block, block + 1, 4 * block + 2, 700 if name in REAL else 50]
+    case = Case(shape, lengths, [1] * len(lengths))
+    check(case, kernel.decode, case.decode_rows(padding=PADDING), case.step(padding=PADDING))
+
+
+@pytest.mark.parametrize("lengths", [[20_000], [5000, 1, 17, 300]], ids=["one long", "ragged"])
+def test_decode_in_pieces_is_the_oracle(kernel: Any, lengths: list[int]):
+    case = Case(replace(REAL["GQA of 8"], heads=8, kv_heads=1, dim=64), lengths, [1] * len(lengths))
+    check(case, kernel.decode, case.decode_rows(padding=PADDING), case.step(padding=PADDING))
+
+
+@pytest.mark.parametrize(
+    ("name", "chunks"), [*((name, "several") for name in CHOSEN), ("plain", "one token"), ("plain", "more than a tile")]
+)
+def test_prefill_is_the_oracle(kernel: Any, name: str, chunks: str):
+    shape = CHOSEN[name]
+    # The chunks are in terms of the small block.
+    wide = [(start * shape.block // PLAIN.block, count) for start, count in CHUNKS[chunks]]
+    case = Case(shape, [start + count for start, count in wide], [count for _, count in wide])
+    value_dim = shape.value_dim or shape.dim
+    tile = attention.prefill_tile(
+        attention.TRITON, shape.heads // shape.kv_heads, value_dim, np.dtype(case.lane.keys.dtype).itemsize
+    )
+    call = partial(kernel.prefill, tile=tile)
+    check(case, call, case.prefill_tiles(tile, padding=PADDING), case.step(padding=PADDING))

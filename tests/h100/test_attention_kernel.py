@@ -1,0 +1,91 @@
+"""The attention kernel compiled for an H100: tensor cores, wide loads, nothing spilled, and what fits beside it."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxinfer.kernels import triton_attention, triton_launch, triton_tiles
+from jaxinfer.kernels.paged import DecodeRows, Lane, PrefillTiles, Scoring, Slots
+from jaxinfer.kernels.triton_attention import TritonAttention
+from jaxinfer.kernels.triton_launch import Binary, Target
+
+triton = pytest.importorskip("triton")
+pytestmark = pytest.mark.xdist_group("h100")
+
+H100 = Target(90, 132)
+SHARED = 227 << 10
+"""Bytes of shared memory of one multiprocessor."""
+BLOCK, BLOCKS, WIDTH = 16, 4096, 256
+# heads, kv heads, key width, value width (None: the keys' columns), dtype, scoring, sinks
+LAYERS = {
+    "Llama 3 8B": (32, 8, 128, 128, "bfloat16", Scoring(0.1), False),
+    "one kv head of 64": (71, 1, 64, 64, "float16", Scoring(0.1), False),
+    "no groups, width 96": (32, 32, 96, 96, "bfloat16", Scoring(0.1), False),
+    "latent": (32, 1, 576, None, "bfloat16", Scoring(0.1, value_dim=512), False),
+    "Gemma 2": (16, 8, 256, 256, "bfloat16", Scoring(0.1, window=4096, softcap=50.0), False),
+    "gpt-oss": (64, 8, 64, 64, "bfloat16", Scoring(0.1, window=128), True),
+    "float32": (32, 8, 128, 128, "float32", Scoring(0.1), False),
+}  # fmt: skip
+
+
+def trace(name: str, kind: str) -> None:
+    """Builds the program of one attention call, for which its kernels are compiled."""
+    heads, kv_heads, dim, value_dim, dtype, scoring, sinks = LAYERS[name]
+    tokens, array, ints = 8 if kind == "decode" else 512, jax.ShapeDtypeStruct, jnp.int32
+    lane = Lane(*(None if d is None else array((BLOCKS, kv_heads, BLOCK, d), dtype) for d in (dim, value_dim)))
+    q, k = array((tokens, heads, dim), dtype), array((tokens, kv_heads, dim), dtype)
+    v = None if value_dim is None else array((tokens, kv_heads, value_dim), dtype)
+    slots, tables = Slots(array((tokens,), ints), array((tokens,), ints)), array((8, WIDTH), ints)
+    extra = array((heads,), dtype) if sinks else None
+    kernels = TritonAttention(H100)
+    if kind == "decode":
+        rows, call = DecodeRows(tables, array((8,), ints)), kernels.decode
+        run = lambda q, k, v, lane, slots, rows, extra: call(q, k, v, lane, slots, rows, scoring, extra)  # noqa: E731
+    else:
+        rows, call = PrefillTiles(tables, array((40, 4), ints), array((), ints)), kernels.prefill
+        tile = triton_tiles.tile(heads // kv_heads, value_dim or 512, jnp.dtype(dtype).itemsize)
+        run = lambda q, k, v, lane, slots, rows, extra: call(  # noqa: E731
+            q, k, v, lane, slots, rows, scoring, extra, tile=tile
+        )
+    jax.eval_shape(run, q, k, v, lane, slots, rows, extra)
+
+
+def spilled(ptx: str, folder: Path) -> int:
+    """Bytes that the assembler of triton keeps in memory for want of registers."""
+    (folder / "kernel.ptx").write_text(ptx)
+    assembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    command = [assembler, "-v", "--gpu-name=sm_90a", folder / "kernel.ptx", "-o", folder / "kernel.cubin"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    found = re.findall(r"(\d+) bytes spill", said)
+    assert found, said
+    return sum(map(int, found))
+
+
+@pytest.mark.parametrize("kind", ["decode", "prefill"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_kernel_suits_the_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, kind: str):
+    made: list[Binary] = []
+    real = triton_launch.binary
+
+    def binary(*args: object) -> Binary:
+        made.append(real(*args))
+        return made[-1]
+
+    monkeypatch.setattr(triton_launch, "binary", binary)
+    trace(name, kind)
+    attend = made[0]
+    assert [kernel.name for kernel in made] == ["attend", "combine"][: 2 if kind == "decode" else 1]
+    at_a_time = triton_attention.SLOTS_A_CORE if kind == "decode" else 1
+    assert attend.shared_bytes * at_a_time <= SHARED
+    for kernel in made:
+        assert spilled(kernel.ptx, tmp_path) == 0
+    # Keys and values come in 16 bytes at a time, asynchronously.
+    assert re.search(r"cp\.async\.cg\.shared\.global \[[^]]*\], \[[^]]*\], (?:0x10|16)", attend.ptx)
+    if name != "float32":
+        assert re.search(r"wgmma\.mma_async|mma\.sync", attend.ptx)
+    if kind == "prefill" and name not in ("float32", "latent"):
+        assert "wgmma.mma_async" in attend.ptx

@@ -1,0 +1,117 @@
+"""Triton's interpreter in the place of a GPU: kernels run as NumPy, one program after another."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+from jaxinfer.kernels import triton_launch
+from jaxinfer.kernels.triton_launch import Options, Target
+
+
+class Memory:
+    """What the interpreter asks of a tensor, over a NumPy array."""
+
+    def __init__(self, array: np.ndarray):
+        self.array, self.dtype = array, str(array.dtype)
+
+    def data_ptr(self) -> int:
+        return self.array.ctypes.data
+
+    def untyped_storage(self) -> "Memory":
+        return self
+
+    def cpu(self) -> "Memory":
+        return self
+
+    def new_empty(self, *_size: int, **_device: str) -> "Memory":
+        return Memory(self.array[:0])
+
+    def set_(self, source: "Memory", *_shape: Any) -> None:
+        self.array = source.array
+
+    def storage_offset(self) -> int:
+        return 0
+
+    def size(self) -> tuple[int, ...]:
+        return self.array.shape
+
+    def stride(self) -> tuple[int, ...]:
+        return tuple(step // self.array.itemsize for step in self.array.strides)
+
+    def copy_(self, _other: "Memory") -> None:
+        """The kernel wrote to the array itself."""
+
+
+def launch(
+    kernel: Any, operands: Mapping[str, Any], results: Mapping[str, Any], *, aliases: Mapping[str, str],
+    constants: Mapping[str, Any], grid: tuple[int, int], target: Target, options: Options,
+) -> dict[str, Any]:  # fmt: skip
+    """As `triton_launch.launch`, also under jit."""
+    given = {name: array for name, array in operands.items() if array is not None}
+    wanted = {name: shape for name, shape in results.items() if shape is not None}
+    missing = dict.fromkeys(name for name in (*operands, *results) if name not in given and name not in wanted)
+
+    def on_host(*arrays: Any) -> list[np.ndarray]:
+        inputs = {name: np.array(array, order="C") for name, array in zip(given, arrays, strict=True)}
+        # What no program writes stays NaN.
+        outputs = {name: _unwritten(shape) for name, shape in wanted.items()}
+        outputs |= {result: inputs[operand] for operand, result in aliases.items() if operand in inputs}
+        with np.errstate(all="ignore"):
+            memory = {name: Memory(array) for name, array in (inputs | outputs).items()}
+            _interpreted(kernel.fn)[grid](**memory, **missing, **constants)
+        return [outputs[name] for name in wanted]
+
+    shapes = [jax.ShapeDtypeStruct(shape.shape, shape.dtype) for shape in wanted.values()]
+    return dict.fromkeys(results) | dict(zip(wanted, jax.pure_callback(on_host, shapes, *given.values()), strict=True))
+
+
+@cache
+def _interpreted(function: Callable[..., Any]) -> Any:
+    from triton.runtime.interpreter import InterpretedFunction
+
+    return InterpretedFunction(function)
+
+
+def _dot(_builder: Any, a: Any, b: Any, acc: Any, *_precision: Any) -> Any:
+    """a b + acc; the interpreter's own takes bfloat16 for the integers it keeps them as."""
+    return type(acc)(np.matmul(_wide(a), _wide(b)) + acc.data, acc.dtype.scalar)
+
+
+def _wide(operand: Any) -> np.ndarray:
+    bfloat16 = operand.dtype.scalar.name == "bf16"
+    return (operand.data.view(ml_dtypes.bfloat16) if bfloat16 else operand.data).astype(np.float32)
+
+
+def _unwritten(shape: jax.ShapeDtypeStruct) -> np.ndarray:
+    return np.full(shape.shape, np.nan, shape.dtype)
+
+
+@contextmanager
+def interpreted() -> Iterator[pytest.MonkeyPatch]:
+    """Kernels run here; skips the test where triton is not installed, or one whose interpreter needs an older NumPy."""
+    pytest.importorskip("triton", minversion="3.9")
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder
+    from triton.runtime.jit import JITFunction
+
+    with pytest.MonkeyPatch.context() as patch:
+        # What a kernel calls: its helpers, and the part of triton's own language that is written in it.
+        patch.setattr(JITFunction, "__call__", lambda self, *args, **kwargs: _interpreted(self.fn)(*args, **kwargs))
+        patch.setattr(InterpreterBuilder, "create_dot", _dot)
+        patch.setattr(triton_launch, "launch", launch)
+        # The interpreter replaces parts of the language, and of a nested call does not put them back.
+        places = [tl, tl.core, tl.math, tl.standard, *(c for c in vars(tl.core).values() if isinstance(c, type))]
+        language = [(place, dict(vars(place))) for place in places]
+        yield patch
+        for place, before in language:
+            for name, value in dict(vars(place)).items():
+                if name not in before:
+                    delattr(place, name)
+                elif value is not before[name]:
+                    setattr(place, name, before[name])

@@ -1,0 +1,61 @@
+"""Which programs there are: every bucket that a plan can need is among those of a warm-up, and they are few."""
+
+from dataclasses import replace
+from itertools import product
+
+import jax.numpy as jnp
+import pytest
+from support.tiny import CONFIG, shapes
+
+from jaxinfer.engine.buckets import SAMPLING, Needs, all_buckets, copy_widths, decode_bucket, prefill_bucket
+from jaxinfer.engine.sampler import Level
+from jaxinfer.functional import Program, split
+from jaxinfer.models import loading
+from jaxinfer.sharding import make_mesh
+
+SIZES = shapes(rows=20, decode_buckets=(4, 8, 20), prefill_buckets=(16, 48), switched=False)
+
+
+@pytest.fixture(scope="module")
+def program() -> Program:
+    mesh = make_mesh(1)
+    served, config = loading.parse(CONFIG | {"architectures": ["LlamaForCausalLM"]})
+    return split(loading.abstract(served, config, jnp.dtype("float32"), mesh), mesh)[0]
+
+
+@pytest.mark.parametrize("kernel", ["xla", "native"])
+@pytest.mark.parametrize("switched", [False, True])
+@pytest.mark.parametrize("sampling", [SAMPLING, ("greedy",), ("random",), ("truncated", "logprobs"), ("edited",)])
+def test_every_bucket_of_a_plan_is_among_all_buckets(program, kernel, switched, sampling):
+    program, sizes = replace(program, kernel=kernel), replace(SIZES, switched=switched)
+    known = set(all_buckets(program, sizes, sampling))
+    levels = [Level.GREEDY, *(level for level in Level if level.name.lower() in sampling)]
+    flags = [sorted({False, name in sampling}) for name in ("logprobs", "prompt_logprobs")]
+    met = set()
+    for needs in map(Needs._make, product(levels, *flags)):
+        met |= {prefill_bucket(program, sizes, tokens, needs) for tokens in range(1, 49)}
+        own = needs._replace(prompt_logprobs=False)
+        most = sizes.width * sizes.block_size // 128
+        met |= {decode_bucket(program, sizes, n, k, own) for n in range(1, 21) for k in range(n, n * most + 1)}
+    assert met == known
+
+
+def test_a_bucket_does_what_is_asked(program):
+    for needs in map(Needs._make, product(Level, [False, True], [False, True])):
+        bucket = prefill_bucket(program, SIZES, 10, needs)
+        assert (bucket.level, bucket.logprobs >= 0, bucket.prompt_logprobs >= 0) >= needs[:1]
+        assert bucket.logprobs >= 0 or not needs.logprobs
+        assert bucket.prompt_logprobs >= 0 or not needs.prompt_logprobs
+    plain = decode_bucket(program, SIZES, 3, 3, Needs())
+    assert plain.level is Level.GREEDY and plain.logprobs < 0, "the greedy program does nothing more"
+
+
+def test_a_switched_program_is_one_for_all(program):
+    sizes = replace(SIZES, switched=True)
+    native = replace(program, kernel="native")
+    assert len(all_buckets(native, sizes)) == len(sizes.decode_buckets) + len(sizes.prefill_buckets)
+
+
+@pytest.mark.parametrize(("rows", "widths"), [(4, (4,)), (16, (16,)), (64, (16, 64))])
+def test_copies_have_room_for_all_rows(rows, widths):
+    assert copy_widths(shapes(rows=rows)) == widths

@@ -1,0 +1,88 @@
+"""The block tables on the device are those of the host, for every row that runs."""
+
+import numpy as np
+import pytest
+from support.cases import EDGES, alone, mixed
+from support.tiny import CHUNK, make_engine, make_request, prompt, run
+
+from jaxinfer.engine import runner as runners
+from jaxinfer.engine.asked import Asked
+from jaxinfer.engine.batch import lanes
+from jaxinfer.engine.sampler import Level
+from jaxinfer.sampling_params import SamplingParams
+
+pytestmark = pytest.mark.xdist_group("llama")
+
+
+def check(engine):
+    """Compares what has been written so far, and a little more: a row's blocks up to its last written position."""
+    device, tables = np.asarray(engine.runner.rows.tables), engine.manager.tables
+    for row in np.flatnonzero(tables.counts).tolist():
+        if row not in tables.unsent:
+            known = tables.of(row)
+            assert device[row, : len(known)].tolist() == known.tolist()
+
+
+@pytest.mark.parametrize("steps", [1, 8])
+@pytest.mark.parametrize("widths", [(256, 4096), (8, 16)])
+def test_after_every_step(runner, monkeypatch, widths, steps):
+    """With forks, preemption and hits; in pieces where a row has more entries than are sent at once."""
+    monkeypatch.setattr(runners, "TABLE_WIDTHS", widths)
+    engine = make_engine(runner, pool_blocks=26, decode_steps=steps)
+    params = SamplingParams(temperature=0.3, seed=1, n=3, max_tokens=14)
+    wanted = [*mixed(EDGES[-3:]), make_request("long", prompt(5 * CHUNK), params), make_request("n", prompt(9), params)]
+    for request in wanted:
+        engine.add(request)
+    while engine.has_work:
+        engine.step()
+        check(engine)
+    assert engine.scheduler.preempted > 0
+    assert [[s.output_ids.tolist() for s in r.sequences] for r in wanted] == alone(runner, wanted)
+
+
+def test_a_step_that_is_not_run_leaves_nothing_half_sent(runner, monkeypatch):
+    """After a failure all is sent again, to tables that know nothing."""
+    engine = make_engine(runner)
+    wanted = mixed(EDGES[-3:])
+    expected = alone(runner, wanted)
+    for request in wanted:
+        engine.add(request)
+    for _ in range(4):
+        engine.step()
+    runner.rows = runner.rows._replace(tables=runner.rows.tables + 1)
+    engine._recover(RuntimeError("device lost"))
+    assert not np.asarray(runner.rows.tables).any()
+    while engine.has_work:
+        engine.step()
+        check(engine)
+    assert [[s.output_ids.tolist() for s in r.sequences] for r in wanted] == expected
+
+
+def test_rows_keep_their_place_where_all_fit():
+    rows = np.array([5, 0, 3])
+    assert lanes(rows, 8, 8).tolist() == [5, 0, 3]
+    assert lanes(rows, 4, 8).tolist() == [0, 1, 2]
+
+
+def test_what_rows_ask_is_of_those_that_run(runner):
+    """A row's settings are those of the sequence there now."""
+    asked, edited = Asked(4), SamplingParams(temperature=0, presence_penalty=0.5, logprobs=2, max_tokens=3)
+    plain = make_request("a", prompt(4), SamplingParams(temperature=0, max_tokens=3)).sequences[0]
+    other = make_request("b", prompt(5), edited).sequences[0]
+    plain.row, other.row = 1, 2
+    asked.write([plain, other])
+    assert asked.needs(np.array([1]))[:2] == (Level.GREEDY, False)
+    assert asked.needs(np.array([1, 2]))[:2] == (Level.EDITED, True)
+    assert asked.needs(np.array([], np.int32))[:2] == (Level.GREEDY, False)
+    other.row = 1
+    asked.write([other])
+    assert asked.needs(np.array([1]))[:2] == (Level.EDITED, True)
+
+
+def test_smaller_steps_gather_their_rows(runner):
+    """A bucket of fewer sequences than there are rows reads the same tables."""
+    small = runners.Runner(runner.program, runner.params, runner.shapes.__class__(
+        **runner.shapes.__dict__ | {"decode_buckets": (2, runner.shapes.rows)}
+    ))  # fmt: skip
+    wanted = mixed(EDGES[-2:])
+    assert run(make_engine(small, decode_steps=4), wanted) == alone(runner, wanted)
