@@ -41,7 +41,8 @@ class Bucket:
 
     def __str__(self) -> str:
         keys = "" if self.items is None else f" items={self.items}"
-        return f"{self.kind} T={self.tokens} rows={self.rows}{keys} {self.level.name.lower()}"
+        level = "" if self.switched else f" {self.level.name.lower()}"
+        return f"{self.kind} T={self.tokens} rows={self.rows}{keys}{level}"
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <memory>
+#include <thread>
 #include <utility>
 
 #include <immintrin.h>
@@ -11,6 +12,8 @@
 #include "xla/ffi/api/ffi.h"
 
 namespace jaxinfer {
+
+inline constexpr int kSpins = 1000;
 
 // Runs body(i) for i in [0, count); returns when all have run. Threads take the next index as they come free. The
 // caller takes part, so that it never waits for a thread that has not begun.
@@ -30,7 +33,11 @@ void ParallelFor(xla::ffi::ThreadPool& pool, int64_t count, const Body& body) {
   const int64_t threads = std::min<int64_t>(pool.num_threads(), count);
   for (int64_t i = 1; i < threads; ++i) pool.Schedule(decltype(work)(work));
   work();
-  while (state->done.load(std::memory_order_acquire) < count) _mm_pause();
+  // The others are about to be done, unless the machine has more to do than processors: then they need this one.
+  for (int turn = 0; state->done.load(std::memory_order_acquire) < count; ++turn) {
+    if (turn < kSpins) _mm_pause();
+    else std::this_thread::yield();
+  }
 }
 
 }  // namespace jaxinfer
