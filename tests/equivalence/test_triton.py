@@ -1,42 +1,17 @@
-"""An engine whose attention is the Triton kernel, interpreted, makes the tokens that XLA's attention makes."""
+"""The Triton kernel in an engine (`triton_engine.py`), in a process of its own."""
 
-from collections.abc import Iterator
-from dataclasses import replace
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
-from support.interpret import interpreted
-from support.tiny import ARCHITECTURES, CONFIG, make_engine, make_request, prompt, run, shapes
-
-from jaxinfer.engine.runner import Runner
-from jaxinfer.functional import split
-from jaxinfer.kernels import attention, triton_launch
-from jaxinfer.kernels.triton_launch import Target
-from jaxinfer.models import loading
-from jaxinfer.sampling_params import SamplingParams
-from jaxinfer.sharding import make_mesh
-
-pytestmark = pytest.mark.slow
 
 
-@pytest.fixture
-def runners() -> Iterator[tuple[Runner, Runner]]:
-    """Triton's and XLA's, of one model."""
-    mesh = make_mesh()
-    module = loading.random(CONFIG | {"architectures": [ARCHITECTURES["llama"]]}, mesh)
-    xla, params = split(module, mesh, attention_kernel="xla", matmul_kernel="xla")
-    tile = attention.prefill_tile("triton", module.config.query_group, CONFIG["head_dim"], 4)
-    with interpreted() as patch:
-        patch.setattr(triton_launch, "target", lambda mesh: Target(90, 2))
-        yield Runner(replace(xla, kernel="triton", tile=tile), params, shapes()), Runner(xla, params, shapes())
-
-
-def test_greedy_tokens_are_the_same(runners: tuple[Runner, Runner]):
-    """Prompts in one chunk and in several, beside each other, and a prefix that two of them share."""
-    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
-    prompts = [prompt(5), prompt(37, 1), prompt(37, 1)[:20] + prompt(4, 2)]
-    triton, xla = (
-        run(make_engine(runner), [make_request(str(i), ids, params) for i, ids in enumerate(prompts)])
-        for runner in runners
-    )
-    assert triton == xla
-    assert [len(tokens) for samples in triton for tokens in samples] == [6, 6, 6]
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_greedy_tokens_are_the_same():
+    file = Path(__file__).parent / "triton_engine.py"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0 and "passed" in done.stdout + done.stderr or "skipped" in done.stdout, done.stdout[-2000:]

@@ -95,6 +95,16 @@ def install_peer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
         yield install
 
 
+REAL_PEERS = dict(peer.PEERS)
+
+
+@pytest.fixture
+def real_peers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The peers themselves, whatever `install_peer` put in their place for the module."""
+    for name, own in REAL_PEERS.items():
+        monkeypatch.setitem(peer.PEERS, name, own)
+
+
 @pytest.fixture(scope="session")
 def fake_peer() -> str:
     """The program of a peer; EXTRA stands for tokens that it makes too many."""

@@ -123,6 +123,7 @@ def test_a_peer_without_an_interpreter_is_named(tmp_path: Path):
         Peer("hf", str(tmp_path / "no_python"), tmp_path, "auto")
 
 
+@pytest.mark.usefixtures("real_peers")
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_transformers_makes_the_same_tokens_of_the_same_work(result: Callable[..., dict], command: str):

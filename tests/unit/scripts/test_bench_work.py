@@ -68,6 +68,7 @@ def test_a_work_that_is_none_is_refused(bench: Callable[..., tuple], capsys: pyt
         bench("--work", "W6")
 
 
+@pytest.mark.usefixtures("real_peers")
 @pytest.mark.slow
 def test_all_five_beside_transformers(result: Callable[..., dict]):
     pytest.importorskip("torch")
