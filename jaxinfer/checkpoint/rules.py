@@ -140,7 +140,7 @@ def _check_shape(rule: Rule, param: nnx.Param, source: Source) -> None:
 def _place(path: str, param: nnx.Param, filled: list[Rule], source: Source, mesh: Mesh) -> jax.Array:
     """The parameter as one array, each shard read from the checkpoint for its own device."""
     metadata = param.get_metadata()
-    placed = sharding_rules.sharding(mesh, metadata["logical_axes"], param.shape, path)
+    placed = sharding_rules.of(mesh, metadata, param.shape, path)
 
     def shard(index: tuple[slice, ...]) -> np.ndarray:
         own = [slice(*i.indices(n)) for i, n in zip(index, param.shape, strict=True)]

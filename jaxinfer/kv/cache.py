@@ -23,7 +23,7 @@ def abstract(
     lanes = []
     for layer, spec in enumerate(specs):
         shape = (num_blocks, spec.heads_on(meshes.size(mesh)), block_size, spec.head_dim)
-        placed = rules.sharding(mesh, LANE_AXES, shape, f"cache of layer {layer}")
+        placed = rules.sharding(mesh, LANE_AXES, shape, f"cache of layer {layer}", replicated=spec.replicated)
         array = jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
         lanes.append(Lane(array, array))
     return lanes

@@ -11,11 +11,14 @@ class Full:
     """K in the checkpoint; the cache repeats heads where there are more shards."""
     head_dim: int
     """D."""
+    replicated: bool = False
+    """Whether the layer is computed whole on every device: each then has all heads (`sharding.policy`)."""
 
     def heads_on(self, tp: int) -> int:
-        """K as stored over `tp` shards."""
-        return max(self.kv_heads, tp)
+        """K of the array over `tp` shards."""
+        return self.kv_heads if self.replicated else max(self.kv_heads, tp)
 
     def block_bytes(self, block_size: int, itemsize: int, tp: int) -> int:
         """Bytes of one block of this layer, keys and values, over all `tp` shards."""
-        return 2 * self.heads_on(tp) * block_size * self.head_dim * itemsize
+        copies = tp if self.replicated else 1
+        return 2 * self.heads_on(tp) * copies * block_size * self.head_dim * itemsize

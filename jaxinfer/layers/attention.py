@@ -10,6 +10,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxinfer.kernels import attention
 from jaxinfer.kernels.paged import DecodeRows, Lane, PrefillTiles, Scoring, Slots
+from jaxinfer.kv.spec import Full
 from jaxinfer.layers.linear import FusedLinear, Output, RowLinear
 from jaxinfer.layers.norms import RMSNorm
 from jaxinfer.layers.params import Build
@@ -76,6 +77,8 @@ def attend(
     if meshes.size(step.mesh) == 1:
         return local(q, k, v, lane, sinks, step)
     heads, first, whole = PartitionSpec(None, axes.MODEL), PartitionSpec(axes.MODEL), PartitionSpec()
+    if q.shape[1] == 1:  # the layer is replicated: every device computes all heads
+        heads = first = whole
     return jax.shard_map(
         local, mesh=step.mesh, in_specs=(heads, heads, heads, heads, first, whole), out_specs=(heads, heads),
         check_vma=False,
@@ -103,8 +106,12 @@ class AttentionSpec:
 class Attention(nnx.Module):
     """Grouped-query attention (arXiv:2305.13245) with rotary positions."""
 
+    placed_whole = True
+    """Its parts are divided alike (`models.loading.placeable`)."""
+
     def __init__(self, build: Build, spec: AttentionSpec):
         self.spec = spec
+        self.replicated = build.replicated
         heads = Output("q", spec.heads, spec.head_dim)
         kv = [Output(name, spec.kv_heads, spec.head_dim, repeat=True) for name in ("k", "v")]
         self.qkv = FusedLinear(build, spec.width, (heads, *kv), bias=spec.qkv_bias)
@@ -112,6 +119,11 @@ class Attention(nnx.Module):
         normed = spec.norm_eps is not None
         self.q_norm = RMSNorm(build, spec.head_dim, spec.norm_eps, axes.HEAD_DIM) if normed else None
         self.k_norm = RMSNorm(build, spec.head_dim, spec.norm_eps, axes.HEAD_DIM) if normed else None
+
+    @property
+    def cache_spec(self) -> Full:
+        """What the layer keeps."""
+        return Full(self.spec.kv_heads, self.spec.head_dim, self.replicated)
 
     def __call__(
         self, x: jax.Array, lane: Lane, rope: tuple[jax.Array, jax.Array], step: StepContext

@@ -6,14 +6,18 @@ import jax.numpy as jnp
 from jaxinfer.layers.linear import Multiplying
 from jaxinfer.layers.params import Build, matrix
 from jaxinfer.sharding import axes
+from jaxinfer.sharding import mesh as meshes
 
 
 class Embedding(Multiplying):
     """`[V', M]`, V padded up to V' so that every shard has as many rows."""
 
+    placed_whole = True
+
     def __init__(self, build: Build, vocab: int, width: int):
         self.vocab = vocab
-        padded = -(-vocab // build.tp) * build.tp
+        shards = meshes.size(build.mesh)  # a replicated one is padded alike, so that logits have one width
+        padded = -(-vocab // shards) * shards
         self.dtype = build.dtype
         shape, names = (padded, width), (axes.VOCAB, axes.EMBED)
         self.weight, self.weight_scale = matrix(

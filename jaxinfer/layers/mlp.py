@@ -23,6 +23,9 @@ ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
 class GatedMLP(nnx.Module):
     """`down(act(gate(x)) * up(x))`, gate and up as one GEMM (arXiv:2002.05202)."""
 
+    placed_whole = True
+    """Its parts are divided alike (`models.loading.placeable`)."""
+
     def __init__(self, build: Build, width: int, ffn: int, activation: str, *, bias: bool = False):
         self.gate_up = FusedLinear(build, width, (Output("gate", ffn), Output("up", ffn)), bias=bias)
         self.down = RowLinear(build, axes.FFN, ffn, width, bias=bias)

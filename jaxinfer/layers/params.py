@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from jaxinfer.kernels import int8_matmul
 from jaxinfer.sharding import mesh as meshes
+from jaxinfer.sharding.policy import REPLICATE, Placement
 
 
 class Build(NamedTuple):
@@ -20,11 +21,24 @@ class Build(NamedTuple):
     mesh: Mesh
     quantization: str | None = None
     """What the matrices that `matrix` makes are kept in: "int8"; None: in `dtype`."""
+    placement: Placement = Placement()
+    """Which modules are divided over the mesh."""
+    path: str = ""
+    """Of the module that is made, from the model's root."""
+
+    def at(self, *names: str | int) -> "Build":
+        """For the module of this name within this one."""
+        return self._replace(path=".".join([*filter(None, [self.path]), *map(str, names)]))
+
+    @property
+    def replicated(self) -> bool:
+        """Whether the module is whole on every device."""
+        return self.placement.tactic(self.path) == REPLICATE
 
     @property
     def tp(self) -> int:
-        """Shards of a tensor-parallel weight."""
-        return meshes.size(self.mesh)
+        """Shards of the module's tensor-parallel weights."""
+        return 1 if self.replicated else meshes.size(self.mesh)
 
 
 def weight(
@@ -35,7 +49,12 @@ def weight(
     `metadata` is what the loader must know: `outputs` of a fused weight, `unpadded` of a padded one.
     """
     values = scale * jax.random.normal(build.rngs.params(), shape, build.dtype)
-    return nnx.Param(values, logical_axes=axes, **metadata)
+    return param(build, values, axes, **metadata)
+
+
+def param(build: Build, values: jax.Array, axes: tuple[str | None, ...], **metadata: Any) -> nnx.Param:
+    """A parameter with its logical axes, and whether they are divided at all (`sharding.rules.of`)."""
+    return nnx.Param(values, logical_axes=axes, replicated=build.replicated, **metadata)
 
 
 def matrix(
@@ -54,8 +73,8 @@ def matrix(
     names = (None,) * scales.ndim if whole_scales else axes[:-1]
     own = {name: value[:-1] if name == "unpadded" else value for name, value in metadata.items()}
     return (
-        nnx.Param(values, logical_axes=axes, **metadata),
-        nnx.Param(scales, logical_axes=names, scales_of="weight", **own),
+        param(build, values, axes, **metadata),
+        param(build, scales, names, scales_of="weight", **own),
     )
 
 
@@ -63,4 +82,4 @@ def constant(
     build: Build, shape: tuple[int, ...], axes: tuple[str | None, ...], value: float, **metadata: Any
 ) -> nnx.Param:
     """A parameter that starts at one value everywhere: norm scales, biases."""
-    return nnx.Param(jnp.full(shape, value, build.dtype), logical_axes=axes, **metadata)
+    return param(build, jnp.full(shape, value, build.dtype), axes, **metadata)

@@ -107,10 +107,10 @@ class Layer(nnx.Module):
 
     def __init__(self, build: Build, config: DecoderConfig):
         width = config.attention.width
-        self.attention_norm = RMSNorm(build, width, config.norm_eps, axes.EMBED)
-        self.attention = Attention(build, config.attention)
-        self.mlp_norm = RMSNorm(build, width, config.norm_eps, axes.EMBED)
-        self.mlp = GatedMLP(build, width, config.ffn, config.activation, bias=config.mlp_bias)
+        self.attention_norm = RMSNorm(build.at("attention_norm"), width, config.norm_eps, axes.EMBED)
+        self.attention = Attention(build.at("attention"), config.attention)
+        self.mlp_norm = RMSNorm(build.at("mlp_norm"), width, config.norm_eps, axes.EMBED)
+        self.mlp = GatedMLP(build.at("mlp"), width, config.ffn, config.activation, bias=config.mlp_bias)
 
     def __call__(
         self, x: jax.Array, lane: Lane, rope: tuple[jax.Array, jax.Array], step: StepContext
@@ -128,10 +128,10 @@ class Decoder(nnx.Module):
         self.config = config
         # A table that is only looked up gains nothing from int8.
         lookup = build if config.tied else build._replace(quantization=None)
-        self.embedding = Embedding(lookup, config.vocab_size, config.attention.width)
-        self.layers = nnx.List([Layer(build, config) for _ in range(config.num_layers)])
-        self.norm = RMSNorm(build, config.attention.width, config.norm_eps, axes.EMBED)
-        self.head = None if config.tied else Embedding(build, config.vocab_size, config.attention.width)
+        self.embedding = Embedding(lookup.at("embedding"), config.vocab_size, config.attention.width)
+        self.layers = nnx.List([Layer(build.at("layers", i), config) for i in range(config.num_layers)])
+        self.norm = RMSNorm(build.at("norm"), config.attention.width, config.norm_eps, axes.EMBED)
+        self.head = None if config.tied else Embedding(build.at("head"), config.vocab_size, config.attention.width)
 
     def __call__(
         self, tokens: jax.Array, step: StepContext, lanes: list[Lane]
@@ -151,8 +151,7 @@ class Decoder(nnx.Module):
 
     def cache_specs(self) -> Sequence[Full]:
         """Full attention in every layer."""
-        spec = self.config.attention
-        return [Full(spec.kv_heads, spec.head_dim)] * self.config.num_layers
+        return [layer.attention.cache_spec for layer in self.layers]
 
 
 def weight_rules(config: DecoderConfig, *, fused: bool = False) -> list[Rule]:

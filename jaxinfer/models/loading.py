@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from jaxinfer.checkpoint import rules
 from jaxinfer.checkpoint.hf import ConfigReader, check_sizes, read_config
@@ -19,6 +19,7 @@ from jaxinfer.layers.params import Build
 from jaxinfer.models.base import Family, LanguageModel
 from jaxinfer.models.registry import family
 from jaxinfer.sharding import rules as sharding_rules
+from jaxinfer.sharding.policy import Placement
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", 
 
 def load(
     directory: Path, mesh: Mesh, *, dtype: str = "auto", quantization: str | None = None,
-    overrides: Mapping[str, Any] | None = None, progress: bool = True,
+    overrides: Mapping[str, Any] | None = None, placement: Placement = Placement(), progress: bool = True,
 ) -> LanguageModel:  # fmt: skip
     """Reads a Hugging Face folder; each weight goes straight to the device that owns it.
 
@@ -43,7 +44,7 @@ def load(
     with SafetensorsReader(directory) as reader:
         stored = str(hf.get("dtype") or hf.get("torch_dtype") or _stored_dtype(reader))
         kind = resolve_dtype(dtype, stored, mesh.devices.flat[0].platform)
-        module = abstract(served, config, kind, mesh, quantization=quantization)
+        module = abstract(served, config, kind, mesh, quantization=quantization, placement=placement)
         rules.load(module, served.weight_rules(config), reader, mesh, progress=progress)
     return module
 
@@ -63,27 +64,49 @@ def parse(hf: Mapping[str, Any]) -> tuple[Family, Any]:
 
 
 def abstract(
-    served: Family, config: Any, dtype: jnp.dtype, mesh: Mesh, *, quantization: str | None = None
-) -> LanguageModel:
-    """The module with shapes in the place of arrays."""
-    return nnx.eval_shape(lambda: served.build(Build(nnx.Rngs(0), dtype, mesh, quantization), config))
+    served: Family, config: Any, dtype: jnp.dtype, mesh: Mesh | AbstractMesh, *, quantization: str | None = None,
+    placement: Placement = Placement(),
+) -> LanguageModel:  # fmt: skip
+    """The module with shapes in the place of arrays.
+
+    Raises:
+        ConfigError: a placement that names what is not there, or contradicts itself.
+    """
+    module = nnx.eval_shape(lambda: served.build(Build(nnx.Rngs(0), dtype, mesh, quantization, placement), config))
+    placement.check(*placeable(module))
+    return module
+
+
+def placeable(module: nnx.Module) -> tuple[list[str], list[str]]:
+    """Paths of the modules that a placement may name, and of those that lie inside one which is placed as a whole.
+
+    A module is placed as a whole if its class says so (`placed_whole`): its parts are divided alike.
+    """
+    parts = {tuple(map(str, path)): part for path, part in nnx.iter_modules(module) if path}
+    wholes = {path for path, part in parts.items() if getattr(part, "placed_whole", False)}
+    modules, inside = [], []
+    for path in sorted(parts):
+        within = any(path[:end] in wholes for end in range(1, len(path)))
+        (inside if within else modules).append(".".join(path))
+    return modules, inside
 
 
 def random(
-    hf: Mapping[str, Any], mesh: Mesh, *, dtype: str = "auto", quantization: str | None = None, seed: int = 0
-) -> LanguageModel:
+    hf: Mapping[str, Any], mesh: Mesh, *, dtype: str = "auto", quantization: str | None = None, seed: int = 0,
+    placement: Placement = Placement(),
+) -> LanguageModel:  # fmt: skip
     """A model of this configuration with random weights, made where they will lie: for benchmarks."""
     served, config = parse(hf)
     kind = resolve_dtype(dtype, str(hf.get("dtype", "bfloat16")), mesh.devices.flat[0].platform)
-    module = abstract(served, config, kind, mesh, quantization=quantization)
+    module = abstract(served, config, kind, mesh, quantization=quantization, placement=placement)
     graph, state = nnx.split(module)
     shardings = [
-        sharding_rules.sharding(mesh, param.get_metadata()["logical_axes"], param.shape, path)
+        sharding_rules.of(mesh, param.get_metadata(), param.shape, path)
         for path, param in rules.parameters(module).items()
     ]
 
     def make() -> list[jax.Array]:
-        made = served.build(Build(nnx.Rngs(seed), kind, mesh, quantization), config)
+        made = served.build(Build(nnx.Rngs(seed), kind, mesh, quantization, placement), config)
         return jax.tree.leaves(nnx.split(made)[1])
 
     return nnx.merge(graph, jax.tree.unflatten(jax.tree.structure(state), jax.jit(make, out_shardings=shardings)()))

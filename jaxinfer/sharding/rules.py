@@ -1,8 +1,9 @@
 """The one table from logical axes to mesh axes, and what follows from it."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jaxinfer.errors import ConfigError
 from jaxinfer.sharding import axes
@@ -39,17 +40,28 @@ def spec(logical: Sequence[str | None], rules: Mapping[str, str | None] = RULES)
     return PartitionSpec(*mapped)
 
 
-def sharding(mesh: Mesh, logical: Sequence[str | None], shape: Sequence[int], where: str) -> NamedSharding:
+def sharding(
+    mesh: Mesh | AbstractMesh, logical: Sequence[str | None], shape: Sequence[int], where: str, *, replicated: bool = False
+) -> NamedSharding:
     """The sharding of the array `where` (a module path); each divided axis must divide evenly.
+
+    `replicated`: it belongs to a module that is whole on every device (`sharding.policy`), whatever its axes.
 
     Raises:
         ConfigError: a size that the mesh axis does not divide; names path, axis and sizes.
     """
+    if replicated:
+        return NamedSharding(mesh, PartitionSpec())
     partition = spec(logical)
     for name, mesh_axis, size in zip(logical, partition, shape, strict=True):
         if mesh_axis is not None and size % mesh.shape[mesh_axis]:
             raise ConfigError(
                 f"{where}: axis {name!r} of size {size} does not divide over mesh axis {mesh_axis!r} of size "
-                f"{mesh.shape[mesh_axis]}; choose a tensor_parallel_size that divides {size}"
+                f"{mesh.shape[mesh_axis]}; choose a tensor_parallel_size that divides {size}, or replicate the module"
             )
     return NamedSharding(mesh, partition)
+
+
+def of(mesh: Mesh | AbstractMesh, metadata: Mapping[str, Any], shape: Sequence[int], where: str) -> NamedSharding:
+    """The sharding of a parameter by what it carries: `logical_axes` and `replicated`; raises as `sharding`."""
+    return sharding(mesh, metadata["logical_axes"], shape, where, replicated=metadata.get("replicated", False))

@@ -85,7 +85,7 @@ def abstract_model(
     program, leaves = split(module, mesh)
     params = []
     for leaf, (path, param) in zip(leaves, rules.parameters(module).items(), strict=True):
-        placed = sharding_rules.sharding(mesh, param.get_metadata()["logical_axes"], leaf.shape, path)
+        placed = sharding_rules.of(mesh, param.get_metadata(), leaf.shape, path)
         params.append(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed))
     return program, params
 

@@ -49,7 +49,7 @@ def random(hf: dict[str, Any], mesh: Mesh, seed: int = 0) -> LanguageModel:
     graph, state = nnx.split(module)
     leaves = []
     for number, (path, param) in enumerate(rules.parameters(module).items()):
-        placed = sharding_rules.sharding(mesh, param.get_metadata()["logical_axes"], param.shape, path)
+        placed = sharding_rules.of(mesh, param.get_metadata(), param.shape, path)
         make = _maker(param.shape, param.dtype, placed)
         leaves.append(make(jnp.uint32(1000003 * seed + number)))
     return nnx.merge(graph, jax.tree.unflatten(jax.tree.structure(state), leaves))
