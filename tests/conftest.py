@@ -5,6 +5,7 @@ With JAXINFER_TEST_GPU=1 JAX keeps its GPU instead: for the tests in `tests/gpu`
 
 import os
 import sys
+from collections import Counter
 
 if os.environ.get("JAXINFER_TEST_GPU") != "1":
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -25,16 +26,23 @@ COMPILATIONS = "/jax/core/compile/backend_compile_duration"
 COMPILE_BUDGET = 1200
 """Programs the whole suite may compile: a test that needs one of its own shape pays for it here."""
 
-_compiled = [0]
-_total = [0]
+_compiled: Counter[str] = Counter()
+"""Programs compiled so far by the file of the test that ran."""
+_running = ["collection"]
 
 
 def _count(name: str, _seconds: float, **_labels: object) -> None:
     if name == COMPILATIONS:
-        _compiled[0] += 1
+        _compiled[_running[0]] += 1
 
 
 jax.monitoring.register_event_duration_secs_listener(_count)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> None:
+    """What compiles from here on is this test's."""
+    _running[0] = item.location[0]
 
 
 @pytest.hookimpl(trylast=True)
@@ -42,20 +50,21 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     """Adds up the workers' counts; a total above the budget fails the run."""
     output = getattr(session.config, "workeroutput", None)
     if output is not None:
-        output["compilations"] = _compiled[0]
+        output["compilations"] = dict(_compiled)
         return
-    _total[0] += _compiled[0]
-    if _total[0] > COMPILE_BUDGET and session.exitstatus == 0:
+    if _compiled.total() > COMPILE_BUDGET and session.exitstatus == 0:
         session.exitstatus = 1
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: object) -> None:
     """A worker has finished."""
-    _total[0] += getattr(node, "workeroutput", {}).get("compilations", 0)
+    _compiled.update(getattr(node, "workeroutput", {}).get("compilations", {}))
 
 
 def pytest_terminal_summary(terminalreporter: object) -> None:
-    """Says how many programs were compiled."""
-    verdict = "within" if _total[0] <= COMPILE_BUDGET else "ABOVE"
-    terminalreporter.write_line(f"compilations: {_total[0]}, {verdict} the budget of {COMPILE_BUDGET}")
+    """Says how many programs were compiled, and which files had the most of them."""
+    total = _compiled.total()
+    verdict = "within" if total <= COMPILE_BUDGET else "ABOVE"
+    most = ", ".join(f"{file.removeprefix('tests/')} {count}" for file, count in _compiled.most_common(12))
+    terminalreporter.write_line(f"compilations: {total}, {verdict} the budget of {COMPILE_BUDGET} ({most})")

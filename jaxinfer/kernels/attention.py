@@ -65,4 +65,6 @@ def prefill_tile(name: str, group: int, value_dim: int, itemsize: int) -> int:
         value_dim: Dv.
         itemsize: bytes of an element of the cache.
     """
-    return xla_attention.TILE if name in (XLA, NATIVE) else triton_tiles.tile(group, value_dim, itemsize)
+    if name == TRITON:
+        return triton_tiles.tile(group, value_dim, itemsize)
+    return native_attention.TILE if name == NATIVE else xla_attention.TILE

@@ -19,10 +19,12 @@ namespace {
 namespace ffi = xla::ffi;
 
 constexpr int kChunk = 128;                // key positions of one turn
-constexpr int kRows = 4;                   // rows that go through a panel together
+constexpr int kRows = 6;                   // rows that go through a panel together
+constexpr int kFewer = 4;                  // the same for what is left of them
 constexpr int kPanel = 4;                  // vectors of a panel that they meet at a time
 constexpr int kWide = kPanel * kLanes;     // its columns
 constexpr int64_t kTilesPerThread = 4;     // from here on a task is a tile, not one kv head of it
+constexpr float kLog2e = 1.44269504f;
 constexpr float kLeast = -1e30f;           // where maxima start: finite, so that -inf minus it is -inf
 
 struct Scoring {
@@ -122,57 +124,55 @@ void Gather(const Lanes<Kind>& lanes, const int64_t places[kChunk], const int64_
 }
 
 inline __m512 Capped(__m512 x, float cap) {  // cap * tanh(x / cap)
-  const __m512 e = Exp(_mm512_mul_ps(x, _mm512_set1_ps(2.0f / cap)));
+  const __m512 e = Exp2<float>(_mm512_mul_ps(x, _mm512_set1_ps(2.0f * kLog2e / cap)));
   const __m512 one = _mm512_set1_ps(1.0f);
   const __m512 t = _mm512_sub_ps(one, _mm512_div_ps(_mm512_set1_ps(2.0f), _mm512_add_ps(e, one)));
   return _mm512_mul_ps(t, _mm512_set1_ps(cap));
 }
 
-// Scores of one row become weights, of which lanes [low, high) of the chunk are seen; top and total follow. Returns
-// what the row's sums so far are to be multiplied with.
-template <typename Element>
-inline float Soften(float* scores, Element* weights, int64_t low, int64_t high, const Scoring& scoring, float& top,
-                    float& total) {
-  const __m512 never = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
-  __m512 most = _mm512_set1_ps(top);
-  for (int64_t i = 0; i < kChunk; i += kLanes) {
-    const __mmask16 seen = FirstLanes(high - i) & static_cast<__mmask16>(~FirstLanes(low - i));
-    __m512 x = _mm512_mul_ps(_mm512_load_ps(scores + i), _mm512_set1_ps(scoring.scale));
-    if (scoring.softcap > 0) x = Capped(x, scoring.softcap);
-    x = _mm512_mask_blend_ps(seen, never, x);
-    _mm512_store_ps(scores + i, x);
-    most = _mm512_max_ps(x, most);  // a NaN among the scores does not become the maximum, but is one of the weights
-  }
-  const float peak = _mm512_reduce_max_ps(most), shrink = std::exp(top - peak);
-  __m512 sum = _mm512_setzero_ps();
-  for (int64_t i = 0; i < kChunk; i += kLanes) {
-    const __mmask16 seen = FirstLanes(high - i) & static_cast<__mmask16>(~FirstLanes(low - i));
-    const __m512 x = _mm512_sub_ps(_mm512_load_ps(scores + i), _mm512_set1_ps(peak));
-    const __m512 w = _mm512_maskz_mov_ps(seen, Exp(x));
-    sum = _mm512_add_ps(sum, w);
-    Store(weights + i, w, 0xffff);
-  }
-  top = peak;
-  total = total * shrink + _mm512_reduce_add_ps(sum);
-  return shrink;
-}
-
-// Up to kRows rows of a tile against one chunk.
-template <typename Kind, int R>
+// Up to kRows rows of a tile against one chunk, of which row r sees lanes [low[r], high[r]); `kAll`: all of them do.
+// Scores, maxima and sums are kept in powers of two.
+template <typename Kind, int R, bool kAll>
 void Turn(const uint32_t* const q[R], const int64_t low[R], const int64_t high[R], int64_t row, int64_t words,
           int64_t stride, const Scoring& scoring, Scratch<Kind>& scratch) {
   using Sum = typename Kind::Sum;
+  const __m512 never = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+  const __m512 scale = _mm512_set1_ps(scoring.softcap > 0 ? scoring.scale : scoring.scale * kLog2e);
+  auto seen = [&](int r, int64_t lane) {
+    return static_cast<__mmask16>(FirstLanes(high[r] - lane) & ~FirstLanes(low[r] - lane));
+  };
+  __m512 most[R];
+  for (int r = 0; r < R; ++r) most[r] = _mm512_set1_ps(scratch.tops[row + r]);
   for (int64_t c = 0; c < kChunk; c += kWide) {
     Sum sums[R][kPanel] = {};
     RowsTimesPanel<Kind, R, kPanel>(q, scratch.keys.data() + c, kChunk, words, sums);
-    for (int r = 0; r < R; ++r)
-      for (int v = 0; v < kPanel; ++v) _mm512_store_ps(scratch.scores[r] + c + v * kLanes, sums[r][v]);
+    for (int r = 0; r < R; ++r) {
+      for (int v = 0; v < kPanel; ++v) {
+        __m512 x = _mm512_mul_ps(sums[r][v], scale);
+        if (scoring.softcap > 0) x = _mm512_mul_ps(Capped(x, scoring.softcap), _mm512_set1_ps(kLog2e));
+        if (!kAll) x = _mm512_mask_blend_ps(seen(r, c + v * kLanes), never, x);
+        _mm512_store_ps(scratch.scores[r] + c + v * kLanes, x);
+        most[r] = _mm512_max_ps(x, most[r]);  // a NaN does not become the maximum, but is one of the weights
+      }
+    }
   }
-  float shrink[R];
+  alignas(64) float tops[kLanes] = {}, peaks[kLanes] = {}, shrink[kLanes];
+  for (int r = 0; r < R; ++r) {
+    tops[r] = scratch.tops[row + r];
+    peaks[r] = scratch.tops[row + r] = _mm512_reduce_max_ps(most[r]);
+  }
+  _mm512_store_ps(shrink, Exp2<float>(_mm512_sub_ps(_mm512_load_ps(tops), _mm512_load_ps(peaks))));
   const uint32_t* weights[R];
   for (int r = 0; r < R; ++r) {
-    shrink[r] = Soften(scratch.scores[r], scratch.weights[r], low[r], high[r], scoring, scratch.tops[row + r],
-                       scratch.totals[row + r]);
+    const __m512 peak = _mm512_set1_ps(peaks[r]);
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t i = 0; i < kChunk; i += kLanes) {
+      __m512 w = Exp2<typename Kind::Element>(_mm512_sub_ps(_mm512_load_ps(scratch.scores[r] + i), peak));
+      if (!kAll) w = _mm512_maskz_mov_ps(seen(r, i), w);
+      sum = _mm512_add_ps(sum, w);
+      Store(scratch.weights[r] + i, w, 0xffff);
+    }
+    scratch.totals[row + r] = scratch.totals[row + r] * shrink[r] + _mm512_reduce_add_ps(sum);
     weights[r] = reinterpret_cast<const uint32_t*>(scratch.weights[r]);
   }
   for (int64_t d = 0; d < stride; d += kWide) {
@@ -203,7 +203,7 @@ void Attend(const typename Kind::Element* q, const Lanes<Kind>& lanes, const int
   auto place = [&](int64_t row) { return (tile.start + row / group) * heads + head * group + row % group; };
   if (sinks) {
     for (int64_t row = 0; row < rows; ++row) {
-      scratch.tops[row] = sinks[head * group + row % group];
+      scratch.tops[row] = sinks[head * group + row % group] * kLog2e;
       scratch.totals[row] = 1;
     }
   }
@@ -230,10 +230,13 @@ void Attend(const typename Kind::Element* q, const Lanes<Kind>& lanes, const int
         low[r] = first_key(position) - first;
         high[r] = position + 1 - first;
       }
-      Turn<Kind, R>(qs, low, high, row, words, stride, scoring, scratch);
+      const bool all = *std::max_element(low, low + R) <= 0 && *std::min_element(high, high + R) >= kChunk;
+      if (all) Turn<Kind, R, true>(qs, low, high, row, words, stride, scoring, scratch);
+      else Turn<Kind, R, false>(qs, low, high, row, words, stride, scoring, scratch);
     };
     int64_t row = 0;
     for (; row + kRows <= rows; row += kRows) turn(row, std::integral_constant<int, kRows>{});
+    for (; row + kFewer <= rows; row += kFewer) turn(row, std::integral_constant<int, kFewer>{});
     for (; row < rows; ++row) turn(row, std::integral_constant<int, 1>{});
   }
   for (int64_t row = 0; row < rows; ++row) {

@@ -145,21 +145,24 @@ inline void Store(BF16* out, __m512 x, __mmask16 mask) { _mm256_mask_storeu_epi1
 inline __m512 Load(const float* in, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, in); }
 inline __m512 Load(const BF16* in, __mmask16 mask) { return ToFloat(_mm256_maskz_loadu_epi16(mask, in)); }
 
-// e^x to about one unit in the last place of float32 (Cephes' polynomial); NaN stays NaN.
-inline __m512 Exp(__m512 x) {
-  // The second operand is what max and min give when one is NaN.
-  x = _mm512_max_ps(_mm512_set1_ps(-87.33654f), x);
-  x = _mm512_min_ps(_mm512_set1_ps(88.72283f), x);
-  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
-  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-  __m512 p = _mm512_set1_ps(1.9875691500e-4f);
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
-  p = _mm512_fmadd_ps(_mm512_mul_ps(r, r), p, _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
+// 2^x; NaN stays NaN. To about one unit in the last place of float32, and for bfloat16 to a hundredth of one of its own.
+// Polynomials of least relative error for 2^r with r in [-1/2, 1/2].
+template <typename Element>
+inline __m512 Exp2(__m512 x) {
+  // The second operand is what max and min give when one is NaN. Weights are never above one.
+  x = _mm512_max_ps(_mm512_set1_ps(-127.0f), x);
+  if constexpr (sizeof(Element) == 4) x = _mm512_min_ps(_mm512_set1_ps(128.0f), x);
+  const __m512 n = _mm512_roundscale_ps(x, 0), r = _mm512_sub_ps(x, n);
+  auto next = [&](__m512 p, float c) { return _mm512_fmadd_ps(p, r, _mm512_set1_ps(c)); };
+  __m512 p;
+  if constexpr (sizeof(Element) == 4) {
+    p = next(_mm512_set1_ps(1.534581243e-4f), 1.339993090e-3f);
+    p = next(next(next(p, 9.618489072e-3f), 5.550328642e-2f), 2.402264625e-1f);
+    p = next(next(p, 6.931471825e-1f), 1.0f);
+  } else {
+    p = next(next(_mm512_set1_ps(5.517166853e-2f), 2.426111251e-1f), 6.932609677e-1f);
+    p = next(p, 9.999280572e-1f);
+  }
   return _mm512_scalef_ps(p, n);
 }
 
