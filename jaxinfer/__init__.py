@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jaxinfer import distributed as distributed
     from jaxinfer import functional as functional
     from jaxinfer import kv as kv
     from jaxinfer import models as models
@@ -25,7 +26,7 @@ _HOMES = {
     "EngineConfig": "config", "LLM": "llm", "CompletionOutput": "outputs", "Logprob": "outputs",
     "RequestOutput": "outputs", "RequestOutputKind": "sampling_params", "SamplingParams": "sampling_params",
 }  # fmt: skip
-_WINGS = ("demo", "functional", "kv", "models", "sharding")
+_WINGS = ("demo", "distributed", "functional", "kv", "models", "sharding")
 __all__ = [*_HOMES, *_WINGS]
 
 

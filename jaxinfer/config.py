@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 
 from jaxinfer.checks import MAX_LOGPROBS
+from jaxinfer.distributed import PEER_TIMEOUT
 from jaxinfer.errors import ConfigError
+from jaxinfer.sharding.policy import Placement
 
 CPU_CACHE_BYTES = 1 << 30
 """The cache's default size on a CPU: a fixed share, as the host has other work."""
@@ -30,6 +32,12 @@ class EngineConfig:
     """"int8": matrices are kept in int8, a scale an output channel, and multiplied in int8; None: in `dtype`."""
     tensor_parallel_size: int = 1
     """Devices over which weights and kv heads are divided."""
+    placement: Mapping[str, str] | Placement | None = None
+    """Which modules are divided and which are whole, and computed, on every device: patterns over their paths to "shard" or
+    "replicate" (`sharding.policy.Placement`); None: all are divided."""
+    pad_heads: bool = False
+    """Whether attention heads of zeroes are added where a model's heads do not divide over the devices; without, that is
+    an error. The output is the same; padded heads take memory, cache and time."""
     max_model_len: int | None = None
     """Tokens a sequence may have, prompt included; by default what the model allows and the pool holds."""
     max_num_seqs: int | None = None
@@ -53,6 +61,9 @@ class EngineConfig:
     """Whether prompts reuse the blocks of prefixes computed before."""
     enable_block_sharing: bool = True
     """Whether the samples of a request share its prompt's blocks."""
+    feature_cache_tokens: int | None = None
+    """Tokens of encoded images kept on the device, for prompts that are being computed and for images that come again; by
+    default 8 times max_num_batched_tokens, and at least 16 tiles. A prompt may have no more of them."""
     decode_buckets: Sequence[int] | None = field(default=None)
     """Numbers of sequences a decode step is compiled for; by default chosen for the device (`engine.setup`)."""
     prefill_buckets: Sequence[int] | None = field(default=None)
@@ -71,6 +82,9 @@ class EngineConfig:
     """Whether the block accounting is checked after every step (slow; for tests and for hunting bugs)."""
     log_interval: float = 10.0
     """Seconds between log lines of throughput and cache use while there is work."""
+    peer_timeout: float = PEER_TIMEOUT
+    """Where several processes serve one model (`jaxinfer.distributed`): seconds within which one that has died, hangs or
+    computes something else ends all of them. Process 0's is for all, like its other settings."""
     compiler_options: Mapping[str, bool | int | float | str] | None = None
     """XLA's options for the compilation of the steps, by name; None: none. They are passed with each compilation,
     so that the environment stays as it is."""
@@ -80,7 +94,7 @@ class EngineConfig:
             "tensor_parallel_size": (1, 4096), "max_model_len": (2, MAX_MODEL_LEN), "max_num_seqs": (1, MAX_SEQS),
             "max_num_batched_tokens": (1, MAX_BATCHED_TOKENS), "block_size": (1, 1024),
             "kv_cache_memory_bytes": (1, 1 << 50), "pool_blocks": (1, 1 << 31), "max_logprobs": (0, MAX_LOGPROBS),
-            "seed": (0, 2**63 - 1),
+            "feature_cache_tokens": (1, 1 << 30), "seed": (0, 2**63 - 1),
         }  # fmt: skip
         for name, (least, most) in limits.items():
             value = getattr(self, name)
@@ -90,11 +104,12 @@ class EngineConfig:
                 raise ConfigError(f"{name} must be an integer, got {value!r}")
             if not least <= value <= most:
                 raise ConfigError(f"{name} must be in [{least}, {most}], got {value}")
-        for name, most in (("gpu_memory_utilization", 1), ("log_interval", 1e9)):
+        for name, most in (("gpu_memory_utilization", 1), ("log_interval", 1e9), ("peer_timeout", 86400)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:
                 raise ConfigError(f"{name} must be a number in (0, {most:g}], got {value!r}")
-        for name in ("enable_prefix_caching", "enable_block_sharing", "check_invariants"):
+        Placement.of(self.placement)
+        for name in ("enable_prefix_caching", "enable_block_sharing", "check_invariants", "pad_heads"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
         for name in ("decode_buckets", "prefill_buckets"):

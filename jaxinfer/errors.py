@@ -29,5 +29,9 @@ class EngineClosedError(JaxInferError, RuntimeError):
     """The engine was used after `close()`."""
 
 
+class DistributedError(JaxInferError, RuntimeError):
+    """Several processes serve one model, and one has died, differs from the others, or was asked what it cannot do."""
+
+
 class EngineError(JaxInferError, RuntimeError):
     """A step failed on the device; the message says what was lost and what goes on."""

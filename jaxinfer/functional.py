@@ -20,7 +20,7 @@ Token ids, positions and block ids are the caller's to get right: under jit noth
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -30,6 +30,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from jaxinfer.errors import ConfigError
 from jaxinfer.kernels import attention, matmul
 from jaxinfer.kernels.paged import DecodeRows, Lane, PrefillTiles, Slots
 from jaxinfer.kernels.xla_attention import TILE
@@ -37,7 +38,7 @@ from jaxinfer.kv import cache as kv_cache
 from jaxinfer.kv.spec import Full
 from jaxinfer.layers.attention import StepContext
 from jaxinfer.layers.linear import use_kernel
-from jaxinfer.models.base import LanguageModel
+from jaxinfer.models.base import FeatureRows, Features, LanguageModel
 from jaxinfer.sharding import make_mesh
 from jaxinfer.sharding import mesh as meshes
 
@@ -60,6 +61,10 @@ class Program:
     """The implementation of attention (`kernels.attention.choose`)."""
     tile: int = TILE
     """Queries of a prefill tile that suit it best."""
+    features: Features | None = None
+    """What the model reads beside tokens."""
+    feature_width: int = 0
+    """M of the rows that its encoder makes; 0 where there is none."""
 
     def module(self, params: Sequence[jax.Array]) -> LanguageModel:
         """The module with these parameters in it; under a trace this costs nothing at run time."""
@@ -77,7 +82,7 @@ def split(
     Raises:
         ConfigError: a kernel that is not known, or not for these devices.
     """
-    mesh = mesh or make_mesh()
+    mesh = make_mesh() if mesh is None else meshes.normalise(mesh)
     use_kernel(module, matmul.choose(matmul_kernel, mesh))
     graph, state = nnx.split(module)
     params, tree = jax.tree.flatten(state)
@@ -87,7 +92,28 @@ def split(
     specs, kernel = tuple(module.cache_specs()), attention.choose(attention_kernel, mesh)
     widest = max(spec.head_dim for spec in specs)
     tile = attention.prefill_tile(kernel, module.config.query_group, widest, dtype.itemsize)
-    return Program(graph, tree, specs, vocab, dtype, mesh, kernel, tile), params
+    program = Program(graph, tree, specs, vocab, dtype, mesh, kernel, tile, module.config.features)
+    return replace(program, feature_width=_feature_width(program, params)), params
+
+
+def _feature_width(program: Program, params: Sequence[Array]) -> int:
+    """M of what the encoder makes; found by tracing it."""
+    features = program.features
+    if features is None:
+        return 0
+    inputs = jax.ShapeDtypeStruct((1, *features.shape), program.dtype)
+    made = jax.eval_shape(partial(encode, program), params, inputs).shape
+    if made[:-1] != (1, features.rows):
+        raise ConfigError(
+            f"the module's encode makes {made} of inputs {inputs.shape}, but its config.features says that each becomes "
+            f"{features.rows} rows"
+        )
+    return made[-1]
+
+
+def encode(program: Program, params: Sequence[jax.Array], inputs: jax.Array) -> jax.Array:
+    """Runs the encoder: inputs `[n, *features.shape]` -> the rows of each `[n, rows, M]`."""
+    return program.module(params).encode(inputs.astype(program.dtype))
 
 
 def init_cache(program: Program, num_blocks: int, block_size: int = 16) -> list[Lane]:
@@ -187,32 +213,43 @@ def tile_count(tokens: int, rows: int, tile: int = TILE) -> int:
 
 
 def prefill(
-    program: Program, params: Sequence[jax.Array], cache: list[Lane], batch: PrefillBatch
-) -> tuple[jax.Array, list[Lane]]:
-    """Runs the chunk -> float32 logits `[S, V']` of the tokens in `batch.last`, and the cache with it in."""
-    hidden, cache = prefill_hidden(program, params, cache, batch)
+    program: Program, params: Sequence[jax.Array], cache: list[Lane], batch: PrefillBatch,
+    features: FeatureRows | None = None,
+) -> tuple[jax.Array, list[Lane]]:  # fmt: skip
+    """Runs the chunk -> float32 logits `[S, V']` of the tokens in `batch.last`, and the cache with it in.
+
+    `features`: rows of the encoder that some of the tokens take in the place of their own embeddings.
+    """
+    hidden, cache = prefill_hidden(program, params, cache, batch, features)
     return program.module(params).logits(hidden[batch.last]), cache
 
 
 def prefill_hidden(
-    program: Program, params: Sequence[jax.Array], cache: list[Lane], batch: PrefillBatch
-) -> tuple[jax.Array, list[Lane]]:
+    program: Program, params: Sequence[jax.Array], cache: list[Lane], batch: PrefillBatch,
+    features: FeatureRows | None = None,
+) -> tuple[jax.Array, list[Lane]]:  # fmt: skip
     """As `prefill`, but the hidden states `[T, M]` of all tokens."""
     rows = PrefillTiles(batch.tables, batch.tiles, batch.count)
     step = _context(program, cache, batch.positions, batch.rows, batch.rope_lengths, rows, tile=batch.tile)
-    return program.module(params)(batch.tokens, step, cache)
+    return program.module(params)(batch.tokens, step, cache, features)
 
 
 def decode(
     program: Program, params: Sequence[jax.Array], cache: list[Lane], batch: DecodeBatch
 ) -> tuple[jax.Array, list[Lane]]:
     """One step of every sequence -> float32 logits `[B, V']`, and the cache with the new tokens in."""
+    hidden, cache = decode_hidden(program, params, cache, batch)
+    return program.module(params).logits(hidden), cache
+
+
+def decode_hidden(
+    program: Program, params: Sequence[jax.Array], cache: list[Lane], batch: DecodeBatch
+) -> tuple[jax.Array, list[Lane]]:
+    """As `decode`, but the hidden states `[B, M]`."""
     rows = DecodeRows(batch.tables, batch.positions + 1)
     owners = jnp.arange(batch.tables.shape[0])
     step = _context(program, cache, batch.positions, owners, batch.positions + 1, rows, items=batch.items)
-    module = program.module(params)
-    hidden, cache = module(batch.tokens, step, cache)
-    return module.logits(hidden), cache
+    return program.module(params)(batch.tokens, step, cache)
 
 
 def _context(

@@ -11,29 +11,37 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from tqdm.auto import tqdm
 
-from jaxinfer import compilation_cache
+from jaxinfer import compilation_cache, distributed
 from jaxinfer.checkpoint.hf import read_config, read_generation_config
 from jaxinfer.checkpoint.hub import resolve_model
 from jaxinfer.config import EngineConfig
 from jaxinfer.engine.metrics import Metric
 from jaxinfer.engine.request import Request
 from jaxinfer.engine.buckets import SAMPLING
+from jaxinfer.engine import agreement
+from jaxinfer.engine.follow import Leader, follow
 from jaxinfer.engine.setup import build_engine
 from jaxinfer.engine.warmup import Warmup, check_sampling, warm_up
-from jaxinfer.errors import ConfigError, EngineClosedError
+from jaxinfer.errors import CapacityError, ConfigError, DistributedError, EngineClosedError
 from jaxinfer.generation_config import default_params, eos_ids, from_generation_config
 from jaxinfer.handle import Handle
+from jaxinfer.media import ImageProcessor, MediaReader, PlacedInputs
 from jaxinfer.models import loading
+from jaxinfer.models.base import Features
+from jaxinfer.models.registry import family
 from jaxinfer.outputs import RequestOutput
 from jaxinfer.progress import Progress, say_if_cut
 from jaxinfer.resolve import ModelLimits, resolve, spread
 from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.sharding import make_mesh
+from jaxinfer.sharding import mesh as meshes
+from jaxinfer.sharding.policy import Placement
 from jaxinfer.text import (
     Prompt,
+    chat_images,
     check_prompt_length,
     check_token_ids,
     max_prompt_chars,
@@ -57,7 +65,8 @@ class LLM:
         revision: of the Hub id.
         chat_template: Jinja source to use instead of the tokenizer's.
         hf_overrides: values laid over config.json.
-        mesh: a mesh with the axis `model`; by default one over `tensor_parallel_size` devices.
+        mesh: a mesh with the axis `model`, and for a model with a vision tower `data` to divide images over; by default
+            one over `tensor_parallel_size` devices.
         settings: fields of `EngineConfig`.
 
     Raises:
@@ -70,32 +79,54 @@ class LLM:
         revision: str | None = None, chat_template: str | None = None, hf_overrides: Mapping[str, Any] | None = None,
         mesh: Mesh | None = None, use_tqdm: bool = True, **settings: Any,
     ):  # fmt: skip
-        self.config = EngineConfig.of(settings)
         self._lock = threading.RLock()
         self._closed = False
         self._ids = itertools.count()
         self._chat_template = chat_template
         if mesh is not None and not isinstance(mesh, Mesh):
             raise TypeError(f"mesh must be a jax.sharding.Mesh, got {type(mesh).__name__}")
-        compilation_cache.enable(self.config.compilation_cache_dir)
-        self._mesh = mesh or make_mesh(self.config.tensor_parallel_size)
+        self._group = distributed.join(mesh, settings.get("peer_timeout"))
+        with distributed.guard(self._group):
+            self.config = EngineConfig.of(settings)
+            compilation_cache.enable(self.config.compilation_cache_dir)
+            if self._group is not None:
+                self.config, hf_overrides = agreement.settings(self._group, self.config, hf_overrides)
+            self._mesh = self._make_mesh(mesh, "tensor_parallel_size" in settings)
+            self._set_up(model, tokenizer, skip_tokenizer_init, revision, hf_overrides, use_tqdm)
+
+    def _set_up(
+        self, model: str | Path | nnx.Module, tokenizer: Any, skip_tokenizer_init: bool, revision: str | None,
+        hf_overrides: Mapping[str, Any] | None, use_tqdm: bool,
+    ) -> None:  # fmt: skip
+        """The model, its tokenizer and the engine."""
         if isinstance(model, nnx.Module):
-            _check_module(self.config)
+            _check_module(model, self.config, self._mesh)
             self._module, directory, self.default_params, ends = model, None, SamplingParams(), ()
         else:
             directory = resolve_model(model, revision)
+            if self._group is not None:
+                agreement.files(self._group, directory)
             self.default_params = default_params(read_generation_config(directory))
             ends = eos_ids(read_config(directory, hf_overrides), read_generation_config(directory))
             self._module = loading.load(
                 directory, self._mesh, dtype=self.config.dtype, quantization=self.config.quantization,
-                overrides=hf_overrides, progress=use_tqdm,
+                overrides=hf_overrides, placement=Placement.of(self.config.placement),
+                pad_heads=self.config.pad_heads, progress=use_tqdm,
             )  # fmt: skip
-        source = None if skip_tokenizer_init else directory if tokenizer is None else tokenizer
+        source = None if skip_tokenizer_init or self._follows else directory if tokenizer is None else tokenizer
         self._tokenizer = None if source is None else load_tokenizer(source)
         if directory is None and getattr(self._tokenizer, "eos_token_id", None) is not None:
             ends = (self._tokenizer.eos_token_id,)  # a module brings no configuration that would name them
+        self._media = None
+        if self._module.config.features is not None:
+            self._media = _media_reader(self._module.config.features, self._tokenizer, directory, hf_overrides)
         known = None if self._tokenizer is None else id_bound(self._tokenizer)
+        if self._group is not None:
+            known = self._group.share(known)[0]
         self._engine = build_engine(self._module, self.config, self._mesh, sampled_vocab=known)
+        if self._group is not None:
+            agreement.steps(self._group, self._engine.runner)
+            self._engine.runner.leader = None if self._follows else Leader(self._group)
         self._salt = f"{model if directory else id(model)}|{revision}".encode()
         self._limits = ModelLimits(
             self._module.config.vocab_size, self._engine.runner.shapes.max_length, ends, known
@@ -108,14 +139,17 @@ class LLM:
 
         Args:
             prompts: a string, a list of token ids, `{"prompt": ...}` or `{"prompt_token_ids": ...}` with an
-                optional `"cache_salt"`, or a list of these.
+                optional `"cache_salt"`, or a list of these. For a model that reads images also with
+                `"multi_modal_data"`: `{"image": one or a list of PIL images or arrays}` (`media.images.as_rgb`) or,
+                preprocessed, `{"pixel_values": one or a list of arrays [n, C, height, width], one an image}`. A text has
+                the model's image marker where each image belongs; token ids have all of each image's tokens.
             sampling_params: one for all or one a prompt; by default what generation_config.json says.
             use_tqdm: whether a progress bar is shown.
 
         Raises:
             TypeError, ValueError: a prompt or parameter that cannot be served; nothing was queued then.
         """
-        handles = self._prepare(parse_prompts(prompts, max_chars=self._max_chars()), sampling_params)
+        handles = self._prepare(self._parse(prompts), sampling_params)
         return self._finish(handles, use_tqdm)
 
     def chat(
@@ -125,7 +159,8 @@ class LLM:
     ) -> list[RequestOutput]:  # fmt: skip
         """Answers a conversation, or each of a list of conversations.
 
-        Without parameters an answer runs to its end.
+        Without parameters an answer runs to its end. The content of a message is text or a list of parts, of which
+        `{"type": "image", "image": PIL image or array}` is an image for a model that reads them.
 
         Raises:
             ChatTemplateError: no template, or one that fails; otherwise as `generate`.
@@ -138,9 +173,7 @@ class LLM:
 
         The deltas of a sample add up to its final text. Closing the iterator aborts what is unfinished.
         """
-        return self._watch(self._prepare(
-            parse_prompts(prompts, max_chars=self._max_chars()), sampling_params, streaming=True
-        ))  # fmt: skip
+        return self._watch(self._prepare(self._parse(prompts), sampling_params, streaming=True))
 
     def stream_chat(
         self, messages: Any, sampling_params: Params = None, *, chat_template: str | None = None,
@@ -193,8 +226,14 @@ class LLM:
         names = check_sampling(sampling)
         with self._lock:
             self._check_open()
-            programs = self._engine.runner.prepare(names)
-        return warm_up(programs, names, threads=threads, use_tqdm=use_tqdm)
+            programs, leader = self._engine.runner.prepare(names), self._engine.runner.leader
+            if leader is not None:
+                leader.warm(names, threads)
+        try:
+            return warm_up(programs, names, threads=threads, use_tqdm=use_tqdm)
+        finally:
+            if leader is not None:
+                leader.warmed()
 
     def reset_prefix_cache(self) -> None:
         """Forgets all cached prefixes."""
@@ -208,9 +247,15 @@ class LLM:
         Raises:
             ConfigError: another structure, shape or dtype.
             RuntimeError: requests are running.
+            DistributedError: several processes serve the model.
         """
         with self._lock:
             self._check_open()
+            if self._group is not None:
+                raise DistributedError(
+                    "update_weights: the weights lie in several processes, and those of the others cannot be replaced from "
+                    "here; close this LLM in each of them and make a new one"
+                )
             if not self._engine.settle():
                 raise RuntimeError("update_weights while requests are running; finish or abort them first")
             state = nnx.state(weights) if isinstance(weights, nnx.Module) else weights
@@ -223,13 +268,41 @@ class LLM:
             runner.params = [jax.device_put(a, b.sharding) for a, b in zip(new, runner.params, strict=True)]
             self._engine.reset_prefix_cache()
 
+    def follow(self) -> None:
+        """In every process but 0 of several that serve one model: does what process 0 does, until that closes its `LLM`.
+
+            with LLM(model, tensor_parallel_size=jax.device_count()) as llm:
+                if jax.process_index():
+                    llm.follow()
+                else:
+                    print(llm.generate("..."))
+
+        Raises:
+            RuntimeError: this process takes the requests.
+            DistributedError: a process has died, or its tokens are not those of process 0.
+        """
+        if self._closed:
+            raise EngineClosedError("this LLM is closed; make a new one")
+        if not self._follows:
+            raise RuntimeError("follow is for processes other than 0 of several; this one takes the requests: use generate")
+        follow(self._engine.runner, self._group)
+
     def close(self) -> None:
-        """Ends all requests and gives the cache's memory back; a second time does nothing."""
+        """Ends all requests and gives the cache's memory back; a second time does nothing.
+
+        Where several processes serve the model those that `follow` return from it.
+        """
         with self._lock:
             if not self._closed:
                 self._closed = True
-                self._engine.close()
-                del self._engine, self._module
+                try:
+                    self._engine.close()
+                finally:
+                    if self._engine.runner.leader is not None:
+                        self._engine.runner.leader.end()
+                    elif self._group is not None:
+                        self._group.end_quietly()
+                    del self._engine, self._module
 
     def __enter__(self) -> "LLM":
         return self
@@ -240,12 +313,18 @@ class LLM:
     def _check_open(self) -> None:
         if self._closed:
             raise EngineClosedError("this LLM is closed; make a new one")
+        if self._follows:
+            raise DistributedError(
+                f"this is process {self._group.process} of a model on several: requests enter at process 0; call "
+                "llm.follow() here, which serves that one until it ends"
+            )
 
-    def _max_chars(self) -> int | None:
+    def _parse(self, prompts: Any) -> list[Prompt]:
         self._check_open()
-        if self._tokenizer is None:
-            return None
-        return max_prompt_chars(longest_token(self._tokenizer), self._limits.max_model_len)
+        most = None
+        if self._tokenizer is not None:
+            most = max_prompt_chars(longest_token(self._tokenizer), self._limits.max_model_len)
+        return parse_prompts(prompts, max_chars=most, media=self._media is not None)
 
     def _render(
         self, messages: Any, template: str | None, add_generation_prompt: bool, kwargs: Mapping[str, Any] | None
@@ -256,10 +335,16 @@ class LLM:
         rendered = render_chat(
             self._tokenizer, messages, chat_template=template or self._chat_template,
             add_generation_prompt=add_generation_prompt, chat_template_kwargs=kwargs,
+            image_marker=None if self._media is None else self._media.marker,
         )  # fmt: skip
-        prompts = parse_prompts(rendered, max_chars=self._max_chars())
         # The template writes the special tokens itself.
-        return [Prompt(p.text, tuple(self._encode(p.text)), p.cache_salt) for p in prompts]
+        prompts = [dataclasses.replace(prompt, special_tokens=False) for prompt in self._parse(rendered)]
+        if self._media is None:
+            return prompts
+        return [
+            dataclasses.replace(prompt, media={self._media.takes.modality: images})
+            for prompt, images in zip(prompts, chat_images(messages), strict=True)
+        ]
 
     def _chat_params(self, params: Params) -> Params:
         return dataclasses.replace(self.default_params, max_tokens=None) if params is None else params
@@ -276,8 +361,11 @@ class LLM:
         requests = [self._request(index, p, own) for index, (p, own) in enumerate(zip(prompts, each, strict=True))]
         with self._lock:
             self._check_open()
-            for request in requests:
-                self._engine.check(request)
+            for index, request in enumerate(requests):
+                try:
+                    self._engine.check(request)
+                except CapacityError as error:
+                    raise CapacityError(f"prompt {index}: {error}") from None
         return [
             Handle(request, prompt.text, self._tokenizer, streaming=streaming)
             for request, prompt in zip(requests, prompts, strict=True)
@@ -290,14 +378,8 @@ class LLM:
                 self._engine.add(handle.request)
 
     def _request(self, index: int, prompt: Prompt, params: SamplingParams) -> Request:
-        if prompt.token_ids is None and self._tokenizer is None:
-            raise ValueError(f"prompt {index} is text, but there is no tokenizer; pass prompt_token_ids")
-        ids = prompt.token_ids if prompt.token_ids is not None else self._encode(prompt.text, True)
-        if not ids:
-            raise ValueError(f"prompt {index} has no tokens")
+        ids, inputs = self._tokens(index, prompt)
         limits = self._limits
-        check_token_ids(ids, limits.vocab_size, index)
-        check_prompt_length(len(ids), limits.max_model_len, index)
         if params.stop and self._tokenizer is None:
             raise ValueError(f"prompt {index}: stop strings need a tokenizer; use stop_token_ids")
         for name in ("logprobs", "prompt_logprobs"):
@@ -314,12 +396,42 @@ class LLM:
             id=str(number), prompt=np.array(ids, np.int32), params=own, limit=len(ids) + own.max_tokens,
             salt=b"".join(hashlib.sha256(salt).digest() for salt in salts),
             length_key=config.length_key, recompute_after=config.recompute_after,
-            seed=self._seed(number) if own.seed is None else own.seed,
+            seed=self._seed(number) if own.seed is None else own.seed, inputs=inputs,
         )  # fmt: skip
+
+    def _tokens(self, index: int, prompt: Prompt) -> tuple[Sequence[int], PlacedInputs | None]:
+        """The token ids of a prompt, checked, and what of them is no text."""
+        if prompt.token_ids is None and self._tokenizer is None:
+            raise ValueError(f"prompt {index} is text, but there is no tokenizer; pass prompt_token_ids")
+        media, inputs, ids, text = self._media, (), prompt.token_ids, prompt.text
+        if media is not None:
+            inputs = media.read(prompt.media, index)
+            text = media.expand(text, inputs, index) if ids is None else text
+        ids = self._encode(text, prompt.special_tokens) if ids is None else ids
+        if not ids:
+            raise ValueError(f"prompt {index} has no tokens")
+        check_token_ids(ids, self._limits.vocab_size, index)
+        check_prompt_length(len(ids), self._limits.max_model_len, index, sum(one.length for one in inputs))
+        return ids, None if media is None else media.place(ids, inputs, index)
 
     def _seed(self, number: int) -> int:
         """Of a request that brings none: from the engine's seed and the request's number."""
         return int(np.random.SeedSequence([self.config.seed, number, 1]).generate_state(1, np.uint64)[0])
+
+    @property
+    def _follows(self) -> bool:
+        return self._group is not None and self._group.process > 0
+
+    def _make_mesh(self, given: Mesh | None, size_given: bool) -> Mesh:
+        """The user's mesh, or one over as many devices as the settings say; afterwards they say what it is."""
+        if given is None:
+            mesh = make_mesh(self.config.tensor_parallel_size)
+            if self._group is not None:
+                distributed.check_mesh(mesh)
+            return mesh
+        mesh = meshes.normalise(given, self.config.tensor_parallel_size if size_given else None)
+        self.config = dataclasses.replace(self.config, tensor_parallel_size=meshes.size(mesh))
+        return mesh
 
     def _drive(self, busy: Callable[[], bool]) -> None:
         """Steps until `busy` is false; whoever holds the lock steps for all."""
@@ -362,10 +474,36 @@ class LLM:
             self._abandon(handles)
 
 
-def _check_module(config: EngineConfig) -> None:
-    """Refuses what only a checkpoint that is still to be loaded can be given."""
-    if config.quantization is not None:
-        raise ConfigError(
-            f"quantization is {config.quantization!r}, but a module has its weights already; leave it out, and make "
-            f"the module with models.loading.load(directory, mesh, quantization={config.quantization!r})"
-        )
+def _media_reader(
+    takes: Features, tokenizer: Any, directory: Path | None, overrides: Mapping[str, Any] | None
+) -> MediaReader:
+    """Of a checkpoint, with its family's image processor; of a module, for token ids and pixel values."""
+    if directory is None:
+        return MediaReader(takes)
+    hf = read_config(directory, overrides)
+    form = family(hf).images
+    processor = None if form is None else ImageProcessor(form, directory, hf, takes.shape)
+    return MediaReader(takes, tokenizer, form, processor)
+
+
+def _check_module(module: nnx.Module, config: EngineConfig, mesh: Mesh) -> None:
+    """Refuses what only a checkpoint still to be loaded can be given, and a mesh that is not for this module."""
+    for name in ("quantization", "placement", "pad_heads"):
+        value = getattr(config, name)
+        if value not in (None, False):
+            raise ConfigError(
+                f"{name} is {value!r}, but a module has its weights already; leave it out, and make "
+                f"the module with models.loading.load(directory, mesh, {name}=...)"
+            )
+    meshes.check_data_axis(mesh, getattr(module.config, "features", None) is not None)
+    shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(nnx.state(module))]
+    for own in {sharding.mesh for sharding in shardings if isinstance(sharding, NamedSharding)}:
+        if own.shape != mesh.shape or (own.devices != mesh.devices).any():
+            raise ConfigError(
+                f"the module's weights lie on a mesh of {_axes(own)}, but it is to run on one of {_axes(mesh)}; pass "
+                "mesh= or tensor_parallel_size as it was loaded with"
+            )
+
+
+def _axes(mesh: Mesh) -> str:
+    return f"{dict(mesh.shape)} over devices {[device.id for device in mesh.devices.flat]}"

@@ -9,6 +9,7 @@
     python scripts/bench.py soak --minutes 10
     python scripts/bench.py roofline W1 W2
     python scripts/bench.py profile --steps 16 --out trace
+    python scripts/bench.py placement --num-hidden-layers 4
     python scripts/bench.py gpu --out results
     python scripts/bench.py compiled
 

@@ -7,12 +7,12 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from jaxinfer import LLM, CompletionOutput, RequestOutput, SamplingParams, demo
+from jaxinfer import LLM, CompletionOutput, RequestOutput, SamplingParams, demo, distributed
 from jaxinfer.errors import JaxInferError
 
 DEFAULT_PROMPTS = ("What is 17 plus 25?", "What is the capital of France?")
@@ -23,6 +23,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; 2 for bad input, said in one line."""
     args = parse(argv)
     try:
+        if args.coordinator is not None:
+            distributed.initialize(args.coordinator, args.num_processes, args.process_id)
+        if args.process_id:
+            return follow(args)
         return compare(args) if args.samples else generate(args)
     except (JaxInferError, ValueError, TypeError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -43,6 +47,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--model", help="a checkpoint's directory or Hub id; by default the packaged one")
     add("--prompt", action="append", default=[], help="repeatable")
     add("--prompts-file", type=Path, help="a text file with a prompt a line")
+    add("--image", type=Path, action="append", default=[], metavar="FILE", help="repeatable: an image that every prompt is "
+        "about, for a model that reads them; without --chat a prompt says <image> where it belongs")
     add("--max-tokens", type=int, default=None, help="by default to the end for chat, else 128")
     add("--temperature", type=float, default=0.0, help="0 is greedy")
     add("--top-p", type=float, default=1.0)
@@ -52,7 +58,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     add("--quantization", default=None, choices=("int8",), help="keep the weights in int8")
     add("--max-model-len", type=int, default=None)
-    add("--tensor-parallel-size", type=int, default=1)
+    add("--tensor-parallel-size", type=int, default=None, help="by default 1, or all devices of several processes")
+    add("--coordinator", metavar="HOST:PORT", help="run this on several machines: where process 0 listens, the same on all")
+    add("--num-processes", type=int, help="with --coordinator: how many there are, one a machine")
+    add("--process-id", type=int, help="with --coordinator: this one's number; 0 takes the prompts, the others end with it")
+    add("--peer-timeout", type=float, default=distributed.PEER_TIMEOUT, metavar="SECONDS",
+        help="with --coordinator: how soon a process that has died or hangs ends all of them")  # fmt: skip
     add("--chat", action="store_true", help="put each prompt through the chat template")
     add("--json", action="store_true", help="one object a request on stdout, everything else on stderr")
     add("--samples", type=int, default=0, metavar="N", help="ask N built-in questions (at most 20)")
@@ -73,6 +84,11 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error("--samples asks built-in questions and prints a comparison: no --prompt, --prompts-file or --json")
     if not args.samples and (args.add_prefix or args.compare):
         parser.error("--add-prefix and --compare go with --samples")
+    together = (args.coordinator, args.num_processes, args.process_id)
+    if None in together and together != (None,) * 3:
+        parser.error("--coordinator, --num-processes and --process-id go together")
+    if args.image and not (args.model and (args.prompt or args.prompts_file)):
+        parser.error("--image needs --model, one that reads images, and --prompt or --prompts-file")
     if args.model == "":
         parser.error("--model is empty; leave it out for the packaged checkpoint")
 
@@ -97,9 +113,14 @@ def read_prompts(file: Path) -> list[str]:
 
 def make_llm(args: argparse.Namespace, **settings: Any) -> LLM:
     """The model of the command line."""
+    if args.tensor_parallel_size is None:
+        import jax
+
+        args.tensor_parallel_size = 1 if args.coordinator is None else jax.device_count()
     return LLM(
         args.model or demo.path(), dtype=args.dtype, quantization=args.quantization,
-        max_model_len=args.max_model_len, tensor_parallel_size=args.tensor_parallel_size, **settings,
+        max_model_len=args.max_model_len, tensor_parallel_size=args.tensor_parallel_size,
+        peer_timeout=args.peer_timeout, **settings,
     )  # fmt: skip
 
 
@@ -118,27 +139,65 @@ def generate(args: argparse.Namespace) -> int:
     if args.prompts_file is not None:
         prompts += read_prompts(args.prompts_file)
     prompts = prompts or list(DEFAULT_PROMPTS)
+    asked = as_asked(prompts, [open_image(file) for file in args.image], args.chat)
     params = params_of(args)
     with make_llm(args) as llm:
         start = time.perf_counter()
         if args.json:
-            chats = [[{"role": "user", "content": p}] for p in prompts]
-            outputs = llm.chat(chats, params) if args.chat else llm.generate(prompts, params)
+            outputs = llm.chat(asked, params) if args.chat else llm.generate(asked, params)
             for output in outputs:
                 print(json.dumps(as_json(output)), flush=True)
         else:
-            outputs = show(llm, prompts, params, args.chat)
+            updates = llm.stream_chat(asked, params) if args.chat else llm.stream(asked, params)
+            outputs = show(updates, prompts, params.n, args.chat)
         report(outputs, time.perf_counter() - start)
     return 1 if any(c.finish_reason == "error" for output in outputs for c in output.outputs) else 0
 
 
-def show(llm: LLM, prompts: Sequence[str], params: SamplingParams, chat: bool) -> list[RequestOutput]:
+def follow(args: argparse.Namespace) -> int:
+    """Any process but 0: serves that one until it ends. It makes a model for each that process 0 makes."""
+    for _ in modes(args):
+        with make_llm(args) as llm:
+            llm.follow()
+    return 0
+
+
+def modes(args: argparse.Namespace) -> tuple[bool, ...]:
+    """Whether sharing and prefix reuse are on, for each model that is made."""
+    return (True, False) if args.samples and args.compare else (True,)
+
+
+def as_asked(prompts: Sequence[str], images: Sequence[Any], chat: bool) -> list[Any]:
+    """Prompts, or conversations of one message each, as `LLM` takes them, with the images of each."""
+    if not chat:
+        return [{"prompt": text, "multi_modal_data": {"image": list(images)}} if images else text for text in prompts]
+    parts = [{"type": "image", "image": image} for image in images]
+    return [
+        [{"role": "user", "content": [*parts, {"type": "text", "text": text}] if images else text}] for text in prompts
+    ]
+
+
+def open_image(file: Path) -> Any:
+    """The image of a file, upright.
+
+    Raises:
+        ValueError: it cannot be read, or Pillow is missing.
+    """
+    try:
+        from PIL import Image, ImageOps
+    except ImportError as error:
+        raise ValueError("--image needs Pillow: pip install 'jaxinfer[vision]'") from error
+    try:
+        return ImageOps.exif_transpose(Image.open(file))
+    except Exception as error:  # of many kinds: a file that is none, or broken
+        raise ValueError(f"--image {file}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def show(
+    updates: Iterable[RequestOutput], prompts: Sequence[str], n: int, chat: bool
+) -> list[RequestOutput]:
     """Prints each prompt with its continuation as it is made. All run at once; what is not in turn yet waits."""
-    if chat:
-        updates = llm.stream_chat([[{"role": "user", "content": p}] for p in prompts], params)
-    else:
-        updates = llm.stream(prompts, params)
-    printer = Printer(prompts, params.n, chat)
+    printer = Printer(prompts, n, chat)
     for update in updates:
         printer.take(update)
     return printer.results()
@@ -245,8 +304,7 @@ def compare(args: argparse.Namespace) -> int:
         for question, _ in questions
     ]
     params, runs = params_of(args), []
-    modes = (True, False) if args.compare else (True,)
-    for on in modes:
+    for on in modes(args):
         with make_llm(args, enable_prefix_caching=on, enable_block_sharing=on) as llm:
             llm.chat(messages, params, use_tqdm=False)  # compiles
             llm.reset_prefix_cache()

@@ -46,6 +46,7 @@ HARMLESS = frozenset("""
 """Attributes of config.json that do not change a forward pass at inference: names, labels, dropout,
 defaults of training and of `generate`."""
 
+_TOKENIZER_FILES = ("added_tokens.json", "tokenizer_config.json", "tokenizer.json")
 _QUANTISED = ("quantization_config", "compression_config", "quantization")
 REQUIRED: Any = object()
 """Default of a field that must be there."""
@@ -79,10 +80,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_config(directory: Path, hf_overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Reads config.json and lays `hf_overrides` on top, name by name; None means "as if it were not there".
+    """Reads config.json and lays `hf_overrides` on top (`lay_over`, whose errors it raises).
 
-    Raises CheckpointError for a missing or unreadable file, ConfigError for a quantised checkpoint, TypeError
-    for overrides that are no dict.
+    Raises CheckpointError for a missing or unreadable file.
     """
     path = directory / "config.json"
     if not path.is_file():
@@ -90,12 +90,25 @@ def read_config(directory: Path, hf_overrides: Mapping[str, Any] | None = None) 
         found = _shorten(", ".join(names)) or "nothing"
         raise CheckpointError(f"{directory} has no config.json; found {found}. Pass the folder that "
                               "save_pretrained or the Hub made.")
+    return lay_over(read_json(path), hf_overrides)
+
+
+def lay_over(config: Mapping[str, Any], hf_overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What config.json says with `hf_overrides` on top, name by name; None means "as if it were not there".
+
+    So within the configuration of a part as well: `{"vision_config": {"name": None}}`.
+
+    Raises ConfigError for a quantised checkpoint, TypeError for overrides that are no dict.
+    """
     overrides = {} if hf_overrides is None else hf_overrides
     if not isinstance(overrides, Mapping) or not all(isinstance(name, str) for name in overrides):
         raise TypeError(f"hf_overrides must be a dict of config.json names, found {_show(overrides)}.")
-    config = {**read_json(path), **overrides}
+    config = dict(config)
+    for name, value in overrides.items():
+        part = name.endswith("_config") and isinstance(value, Mapping) and isinstance(config.get(name), dict)
+        config[name] = {**config[name], **value} if part else value
     if config.get("auto_map"):
-        logger.info("%s names code of its own (auto_map): ignored, never executed.", path)
+        logger.info("config.json names code of its own (auto_map): ignored, never executed.")
     for name in _QUANTISED:
         if config.get(name):
             raise ConfigError(f"{name}={_show(config[name])}: quantised checkpoints are not supported "
@@ -109,16 +122,33 @@ def read_generation_config(directory: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def check_sizes(config: Mapping[str, Any], *fields: str) -> None:
+def added_token(directory: Path, text: str) -> int | None:
+    """The id of a token that was added to the folder's tokenizer, from its files as plain data; None: not found."""
+    found = {name: read_json(directory / name) for name in _TOKENIZER_FILES if (directory / name).is_file()}
+    ids = [found.get("added_tokens.json", {}).get(text)]
+    listed = found.get("tokenizer_config.json", {}).get("added_tokens_decoder")
+    for name, token in listed.items() if isinstance(listed, dict) else ():
+        ids += [int(name)] if isinstance(token, dict) and token.get("content") == text and name.isdecimal() else []
+    listed = found.get("tokenizer.json", {}).get("added_tokens")
+    for token in listed if isinstance(listed, list) else ():
+        ids += [token.get("id")] if isinstance(token, dict) and token.get("content") == text else []
+    return next(filter(_is_int, ids), None)
+
+
+def check_sizes(config: Mapping[str, Any], *fields: str, part: str = "") -> None:
     """Raises ConfigError unless each of `fields` that is present is a whole number from 1 to its cap.
 
     Meant to run before anything is allocated. Absent fields pass: whether a default exists is the family's
-    affair. Fields are names of `SIZE_CAPS`.
+    affair. Fields are names of `SIZE_CAPS`. The configurations of parts (`vision_config`) are checked alike;
+    `part` is what errors put before a name of theirs.
     """
     for name in fields:
         value, cap = config.get(name), SIZE_CAPS[name]
         if value is not None and (not _is_int(value) or not 1 <= value <= cap):
-            raise ConfigError(f"{name}={_show(value)} must be a whole number from 1 to {cap}.")
+            raise ConfigError(f"{part}{name}={_show(value)} must be a whole number from 1 to {cap}.")
+    for name, value in config.items() if not part else ():
+        if name.endswith("_config") and isinstance(value, Mapping):
+            check_sizes(value, *fields, part=f"{name}.")
 
 
 class ConfigReader:
@@ -132,6 +162,7 @@ class ConfigReader:
         self.config = config
         self.family = family
         self._consumed: set[str] = set()
+        self._parts: dict[str, ConfigReader] = {}
 
     def get(self, name: str, default: Any = REQUIRED) -> Any:
         """The value as it stands, or `default`."""
@@ -160,6 +191,15 @@ class ConfigReader:
         """A string."""
         return self._typed(name, default, "a string", lambda value: isinstance(value, str))
 
+    def part(self, name: str, **changed: Any) -> ConfigReader:
+        """Of the configuration of a part of the model, the object `name`, with values laid over it.
+
+        `finish` of this one finishes it as well.
+        """
+        value = self._typed(name, REQUIRED, "an object", lambda value: isinstance(value, Mapping))
+        self._parts[name] = ConfigReader({**value, **changed}, f"{self.family}, {name}")
+        return self._parts[name]
+
     def rope(self, head_dim: int) -> RopeConfig:
         """The rotary embedding that the fields of `ROPE_FIELDS` describe."""
         self.skip(*ROPE_FIELDS)
@@ -174,15 +214,19 @@ class ConfigReader:
 
         Passed over: `HARMLESS`, `ignored` (what this family knows to be harmless), None, False and empty.
         """
-        known = self._consumed.union(HARMLESS, ignored)
-        left = {name: value for name, value in self.config.items()
-                if name not in known and value is not None and value is not False and not _is_empty(value)}
+        left = {name: reader._left() for name, reader in self._parts.items()}
+        left = {**self._left(ignored), **{name: found for name, found in left.items() if found}}
         if left:
             found = ", ".join(f"{name}={_show(value)}" for name, value in left.items())
-            overrides = ", ".join(f"{name!r}: None" for name in left)
+            nothing = {name: dict.fromkeys(value) if name in self._parts else None for name, value in left.items()}
             raise ConfigError(f"{self.family}: config.json has unknown attributes, which "
                               f"may change the numbers: {found}. If they are known to be harmless, pass "
-                              f"hf_overrides={{{overrides}}}.")
+                              f"hf_overrides={nothing}.")
+
+    def _left(self, ignored: Iterable[str] = ()) -> dict[str, Any]:
+        known = self._consumed.union(HARMLESS, ignored)
+        return {name: value for name, value in self.config.items()
+                if name not in known and value is not None and value is not False and not _is_empty(value)}
 
     def _typed(self, name: str, default: Any, expected: str, accepts: Callable[[Any], bool]) -> Any:
         value = self.get(name, default)

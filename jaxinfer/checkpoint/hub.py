@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from jaxinfer.errors import CheckpointError, OfflineError
@@ -15,8 +16,12 @@ IGNORE_PATTERNS = ("*/*.json", "*/*.safetensors", "*/*.model", "*/*.txt", "conso
 """Copies of the weights in other formats that some repositories carry beside the ones that are read."""
 
 
-def resolve_model(model: str | Path, revision: str | None = None) -> Path:
+def resolve_model(
+    model: str | Path, revision: str | None = None, *, patterns: Sequence[str] = ALLOW_PATTERNS
+) -> Path:
     """Returns the folder of `model`: a local directory as it is, else a Hub id fetched into the Hub's cache.
+
+    `patterns`: the files that are fetched.
 
     HF_HOME, HF_HUB_OFFLINE and HF_TOKEN are honoured by huggingface_hub. Raises CheckpointError for a local
     path that is not a directory, OfflineError (saying what to do) when the Hub cannot serve the model.
@@ -30,21 +35,21 @@ def resolve_model(model: str | Path, revision: str | None = None) -> Path:
         raise CheckpointError(f"model={str(model)!r} is a file; pass the directory that holds config.json.")
     if not str(model) or isinstance(model, Path) or _looks_local(model):
         raise CheckpointError(f"model={str(model)!r}: the directory does not exist (seen from {Path.cwd()}).")
-    return _fetch(model, revision)
+    return _fetch(model, revision, patterns)
 
 
 def _looks_local(model: str) -> bool:
     return model.startswith((".", "/", "~", os.sep)) or model.endswith("/") or model.count("/") > 1
 
 
-def _fetch(model: str, revision: str | None) -> Path:
+def _fetch(model: str, revision: str | None, patterns: Sequence[str]) -> Path:
     # Imported here: a local directory needs neither the library nor the time it takes to import.
     import huggingface_hub
     from huggingface_hub.errors import HFValidationError
 
     try:
         return Path(huggingface_hub.snapshot_download(
-            model, revision=revision, allow_patterns=[*ALLOW_PATTERNS], ignore_patterns=[*IGNORE_PATTERNS]))
+            model, revision=revision, allow_patterns=[*patterns], ignore_patterns=[*IGNORE_PATTERNS]))
     except HFValidationError as error:
         raise CheckpointError(f"model={model!r} is neither a directory nor a Hub id (owner/name).") from error
     except Exception as error:  # The client, its HTTP library and its transfer library each have their own.

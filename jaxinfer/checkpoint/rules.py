@@ -3,8 +3,8 @@
 import logging
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import jax
 import numpy as np
@@ -38,6 +38,8 @@ class Rule:
     """The path of the parameter; None: known, and not needed (a tied head)."""
     parts: tuple[str, ...] = ()
     """For a fused parameter: the outputs whose rows the tensor stacks, in its order."""
+    also: tuple[str, ...] = ()
+    """Other names that checkpoints know it by; one has it under a single name."""
 
 
 def expand(table: Iterable[Rule], layers: int) -> list[Rule]:
@@ -46,7 +48,8 @@ def expand(table: Iterable[Rule], layers: int) -> list[Rule]:
     for rule in table:
         for i in range(layers) if "{i}" in rule.source else (0,):
             target = None if rule.target is None else rule.target.replace("{i}", str(i))
-            rows.append(Rule(rule.source.replace("{i}", str(i)), target, rule.parts))
+            source, *also = (name.replace("{i}", str(i)) for name in (rule.source, *rule.also))
+            rows.append(Rule(source, target, rule.parts, tuple(also)))
     return rows
 
 
@@ -65,34 +68,56 @@ def load(module: nnx.Module, table: Sequence[Rule], source: Source, mesh: Mesh, 
         CheckpointError: a tensor that is missing, extra or misshaped: its name, expected and found.
     """
     wanted = parameters(module)
-    plan = _plan(wanted, table, source)
-    total = sum(_bytes(param) for param in wanted.values())
-    int8 = Int8Source(source)
+    total = sum(map(nbytes, wanted.values()))
     with tqdm(total=total, unit="B", unit_scale=True, desc="Loading weights", disable=not progress) as bar:
-        for path, sources in plan.items():
-            param = wanted[path]
-            bar.update(_bytes(param))
-            quantised = param.dtype == np.int8 or "scales_of" in param.get_metadata()
-            param.set_value(_place(path, param, sources, int8 if quantised else source, mesh))
-    nnx.update(module, nnx.from_flat_state([(_key(path), param) for path, param in wanted.items()]))
+        for path, array in read(wanted, plan(wanted, table, source), source, mesh):
+            wanted[path].set_value(array)
+            bar.update(nbytes(array))
+    fill(module, wanted)
+
+
+def read(
+    wanted: Mapping[str, nnx.Param], planned: Mapping[str, list[Rule]], source: Source, mesh: Mesh,
+    int8: Source | None = None,
+) -> Iterator[tuple[str, jax.Array]]:  # fmt: skip
+    """The parameters of a `plan`, one after the other, each shard read for the device that owns it; none is kept here.
+
+    `int8`: where int8 matrices and the scales of their rows come from (`Int8Source`); by default made of `source`.
+    """
+    int8 = int8 or Int8Source(source)
+    for path, sources in planned.items():
+        param = wanted[path]
+        quantised = param.dtype == np.int8 or "scales_of" in param.get_metadata()
+        yield path, _place(path, param, sources, int8 if quantised else source, mesh)
+
+
+def fill(module: nnx.Module, filled: Mapping[str, nnx.Param]) -> None:
+    """Puts parameters that have their values into the module."""
+    nnx.update(module, nnx.from_flat_state([(_key(path), param) for path, param in filled.items()]))
 
 
 def _key(path: str) -> tuple[str | int, ...]:
     return tuple(int(part) if part.isdigit() else part for part in path.split("."))
 
 
-def _bytes(param: nnx.Param) -> int:
-    return int(np.prod(param.shape)) * np.dtype(param.dtype).itemsize
+def nbytes(param: nnx.Param | jax.Array | jax.ShapeDtypeStruct) -> int:
+    """Bytes of all shards of a parameter, each counted once."""
+    return math.prod(param.shape) * np.dtype(param.dtype).itemsize
 
 
-def _plan(wanted: Mapping[str, nnx.Param], table: Sequence[Rule], source: Source) -> dict[str, list[Rule]]:
-    """Parameter path -> the rules that fill it, after every name and shape was checked."""
+def plan(wanted: Mapping[str, nnx.Param], table: Sequence[Rule], source: Source) -> dict[str, list[Rule]]:
+    """Parameter path -> the rules that fill it, after every name and shape was checked.
+
+    Raises:
+        CheckpointError: as `load`.
+    """
     by_name: dict[str, Rule] = {}
-    for rule in table:
-        if rule.source in by_name:
-            raise CheckpointError(f"the weight table names tensor {rule.source!r} twice")
-        by_name[rule.source] = rule
     names = set(source.names())
+    for rule in table:
+        found = next((name for name in (rule.source, *rule.also) if name in names), rule.source)
+        if found in by_name:
+            raise CheckpointError(f"the weight table names tensor {found!r} twice")
+        by_name[found] = replace(rule, source=found)
     extra = [n for n in sorted(names - set(by_name)) if not any(p.fullmatch(n) for p in IGNORED)]
     if extra:
         raise CheckpointError(f"the checkpoint has {len(extra)} tensor(s) this model does not know: {_some(extra)}")
@@ -100,19 +125,19 @@ def _plan(wanted: Mapping[str, nnx.Param], table: Sequence[Rule], source: Source
     if missing:
         raise CheckpointError(f"the checkpoint lacks {len(missing)} tensor(s) of this model: {_some(missing)}")
     scales = {path: _sibling(path, param) for path, param in wanted.items() if "scales_of" in param.get_metadata()}
-    plan: dict[str, list[Rule]] = {path: [] for path in wanted if path not in scales}
+    planned: dict[str, list[Rule]] = {path: [] for path in wanted if path not in scales}
     for rule in by_name.values():
         if rule.target is None:
             continue
-        if rule.target not in plan:
+        if rule.target not in planned:
             raise CheckpointError(f"the weight table fills {rule.target!r}, which the model does not have")
         _check_shape(rule, wanted[rule.target], source)
-        plan[rule.target].append(rule)
-    for path, filled in plan.items():
+        planned[rule.target].append(rule)
+    for path, filled in planned.items():
         outputs = [o.name for o in wanted[path].get_metadata().get("outputs", ())]
         if sorted(part for rule in filled for part in rule.parts) != sorted(outputs) or not filled:
             raise CheckpointError(f"the weight table fills {path!r} from {[r.source for r in filled]}, not wholly")
-    return plan | {path: plan[weight] for path, weight in scales.items()}
+    return planned | {path: planned[weight] for path, weight in scales.items()}
 
 
 def _sibling(path: str, scales: nnx.Param) -> str:
@@ -149,8 +174,7 @@ def _place(path: str, param: nnx.Param, filled: list[Rule], source: Source, mesh
             for part, number in zip(made, range(own[0].start, own[0].stop), strict=True):
                 _copy_fused(part, metadata["outputs"], number, param.shape[0], filled, source)
         else:
-            bounds = metadata.get("unpadded") or param.shape
-            _copy(made, source, filled[0].source, [slice(i.start, min(i.stop, n)) for i, n in zip(own, bounds)])
+            _copy_plain(made, own, param, filled[0].source, source)
         return made
 
     return jax.make_array_from_callback(tuple(param.shape), placed, shard)
@@ -179,6 +203,19 @@ def _copy(target: np.ndarray, source: Source, name: str, part: Sequence[slice]) 
         source.release()
 
 
+def _copy_plain(target: np.ndarray, own: Sequence[slice], param: nnx.Param, name: str, source: Source) -> None:
+    """Fills a part of a parameter that is one tensor: what lies beyond the tensor, or in no piece of it, stays zero."""
+    metadata = param.get_metadata()
+    bounds = metadata.get("unpadded") or param.shape
+    part = [slice(i.start, min(i.stop, n)) for i, n in zip(own, bounds)]
+    if "inputs" not in metadata:
+        return _copy(target, source, name, part)
+    width = own[1].stop - own[1].start
+    for piece in metadata["inputs"].pieces(own[1].start // width, param.shape[1] // width):
+        into = target[:, piece.column : piece.column + piece.stop - piece.start]
+        _copy(into, source, name, [part[0], slice(piece.start, piece.stop)])
+
+
 def _copy_fused(
     target: np.ndarray, outputs: Sequence, shard: int, tp: int, filled: list[Rule], source: Source
 ) -> None:
@@ -193,8 +230,7 @@ def _copy_fused(
     column = 0
     for output in outputs:
         name, offset = found[output.name]
-        own = output.shard_rows(shard, tp)
-        count = own.stop - own.start
-        rows = slice(offset + own.start, offset + own.stop)
-        _copy(target[column : column + count], source, name, [rows, *map(slice, target.shape[1:])])
-        column += count
+        for piece in output.pieces(shard, tp):
+            at, rows = column + piece.column, slice(offset + piece.start, offset + piece.stop)
+            _copy(target[at : at + rows.stop - rows.start], source, name, [rows, *map(slice, target.shape[1:])])
+        column += output.columns(tp)

@@ -38,11 +38,23 @@ class Bucket:
     switched: bool = False
     """Whether what no row asks for is skipped at run time; then `level`, `logprobs` and `prompt_logprobs` say what
     the program can do, not what this step must."""
+    features: bool = False
+    """Prefill: whether tokens may take rows of the feature pool."""
 
     def __str__(self) -> str:
         keys = "" if self.items is None else f" items={self.items}"
         level = "" if self.switched else f" {self.level.name.lower()}"
         return f"{self.kind} T={self.tokens} rows={self.rows}{keys}{level}"
+
+    @property
+    def takes(self) -> tuple[str | None, ...]:
+        """The runner's state that the step is called with (`programs.Key`)."""
+        return ("params", *self.gives, *(["features"] if self.features else []))
+
+    @property
+    def gives(self) -> tuple[str | None, ...]:
+        """What of it the step returns before `Sampled`."""
+        return ("cache", "rows", "edits" if self.level >= Level.EDITED else None)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -53,7 +65,8 @@ class Bucket:
                 "positions": (self.rows,),
                 "blocks": (self.rows,),
             }
-        tokens = {name: (self.tokens,) for name in ("tokens", "positions", "rows", "rope_lengths")}
+        names = ("tokens", "positions", "rows", "rope_lengths", *(["features"] if self.features else []))
+        tokens = {name: (self.tokens,) for name in names}
         return {
             "sampling": (self.rows, WIDTH), **tokens, "owners": (self.rows,),
             "tiles": (functional.tile_count(self.tokens, self.rows, self.tile), 4), "count": (), "last": (self.rows,),
@@ -130,6 +143,11 @@ def prefill_parts(plan: Plan, bucket: Bucket, settings: np.ndarray) -> dict[str,
             tokens = chunk.sequence.tokens[: chunk.sequence.length]
             known = tokens[chunk.start + 1 : chunk.start + chunk.count + 1]
             targets[span][: len(known)] = known
+    if bucket.features:
+        parts["features"] = np.full(bucket.tokens, -1, np.int32)
+        for span, chunk in zip(spans(plan), plan.chunks, strict=True):
+            if chunk.features is not None:
+                parts["features"][span] = chunk.features
     return parts | {"targets": targets}
 
 

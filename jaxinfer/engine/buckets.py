@@ -45,8 +45,9 @@ VARIANTS = (
 def prefill_bucket(program: Program, shapes: Shapes, tokens: int, needs: Needs) -> Bucket:
     """For chunks of this many tokens together."""
     return _bucket(
-        shapes, "prefill", least(shapes.prefill_buckets, tokens), shapes.prefill_rows, needs, tile=program.tile
-    )
+        shapes, "prefill", least(shapes.prefill_buckets, tokens), shapes.prefill_rows, needs, tile=program.tile,
+        features=program.features is not None,
+    )  # fmt: skip
 
 
 def decode_bucket(program: Program, shapes: Shapes, rows: int, items: int, needs: Needs) -> Bucket:
@@ -56,7 +57,7 @@ def decode_bucket(program: Program, shapes: Shapes, rows: int, items: int, needs
     return _bucket(shapes, "decode", rows, rows, needs, items=room)
 
 
-def _bucket(shapes: Shapes, kind: str, tokens: int, rows: int, needs: Needs, **own: int | None) -> Bucket:
+def _bucket(shapes: Shapes, kind: str, tokens: int, rows: int, needs: Needs, **own: int | bool | None) -> Bucket:
     if shapes.switched:
         can = Needs(Level.EDITED, True, kind == "prefill")
     else:
@@ -92,6 +93,14 @@ def _items(shapes: Shapes, rows: int) -> Iterator[int]:
 def copy_widths(shapes: Shapes) -> tuple[int, ...]:
     """What a step's block copies are padded to: a row copies one at most."""
     return (COPY_WIDTH, shapes.rows) if shapes.rows > COPY_WIDTH else (shapes.rows,)
+
+
+def encode_pieces(shapes: Shapes, count: int) -> Iterator[int]:
+    """The encoder steps, by their buckets, that so many inputs are encoded in: none is padded but the last."""
+    while count > 0:
+        size = max((size for size in shapes.encode_buckets if size <= count), default=shapes.encode_buckets[0])
+        yield size
+        count -= size
 
 
 def least(sizes: Sequence[int], needed: int) -> int:

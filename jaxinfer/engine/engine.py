@@ -16,6 +16,7 @@ from jaxinfer.engine.sampler import BAD_TOKEN, Logprobs
 from jaxinfer.engine.scheduler import Limits, Plan, Scheduler
 from jaxinfer.errors import CapacityError, EngineError
 from jaxinfer.kv.manager import BlockManager
+from jaxinfer.media import PlacedInputs
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ class Engine:
         self.manager = BlockManager(
             settings.pool_blocks, shapes.rows, shapes.width, shapes.block_size, prefix_caching=settings.prefix_caching
         )
-        limits = Limits(settings.token_budget, shapes.prefill_rows, settings.block_sharing)
+        limits = Limits(settings.token_budget, shapes.prefill_rows, settings.block_sharing, shapes.feature_slots)
         self.scheduler = Scheduler(self.manager, limits)
 
     @property
@@ -80,7 +81,7 @@ class Engine:
 
         Raises:
             ValueError: its id is in use.
-            CapacityError: its prompt can never fit in the pool.
+            CapacityError: its prompt can never fit in the pool, or its images in the feature pool.
         """
         if request.id in self.requests:
             raise ValueError(f"request id {request.id!r} is in use; choose another, or wait until it has finished")
@@ -89,6 +90,18 @@ class Engine:
                 f"a prompt of {len(request.prompt)} tokens can never fit in the cache: it holds {self.capacity} tokens "
                 f"({self.settings.pool_blocks} blocks of {self.runner.shapes.block_size}); raise kv_cache_memory_bytes, or "
                 "pool_blocks where that is set"
+            )
+        if request.inputs is not None:
+            self._check_inputs(request.inputs)
+
+    def _check_inputs(self, inputs: PlacedInputs) -> None:
+        slots, needed = self.runner.shapes.feature_slots, sum(one.count for one in inputs.distinct().values())
+        if needed > slots:
+            rows = inputs.inputs[0].rows
+            raise CapacityError(
+                f"a prompt whose images have {needed} tiles ({needed * rows} tokens) can never fit in the feature cache: it "
+                f"holds {slots} tiles of {rows} tokens; pass fewer or smaller images, or make the LLM with "
+                f"feature_cache_tokens={needed * rows}"
             )
 
     def add(self, request: Request) -> None:
@@ -129,8 +142,8 @@ class Engine:
                 chunk.sequence.request.first_scheduled_time = now
                 self._count_hits(chunk.sequence.request)
         flight = self.runner.run(plan, self.manager.tables)
-        for chunk in plan.chunks:
-            self.scheduler.publish(chunk.sequence)
+        self.scheduler.dispatched(plan)
+        self._count_inputs(plan)
         return flight
 
     def _take_flight(self) -> Flight | None:
@@ -231,23 +244,28 @@ class Engine:
         """After a failed step the donated cache may be gone: a new one, and everybody is computed again.
 
         Those in steps that fail again and again end in error, so that the others go on. An interrupt is nobody's
-        fault, but it may have come anywhere.
+        fault, but it may have come anywhere. Where several processes serve the model none of them goes on.
         """
+        leader = self.runner.leader
+        fate = "the cache is rebuilt" if leader is None else "all processes end"
         if isinstance(error, Exception):
-            log.error("a step failed (%s: %s); the cache is rebuilt", type(error).__name__, error)
+            log.error("a step failed (%s: %s); %s", type(error).__name__, error, fate)
         else:
-            log.info("interrupted (%s); the cache is rebuilt", type(error).__name__)
+            log.info("interrupted (%s); %s", type(error).__name__, fate)
         blamed = {id(s): s.blame() for s in set(self._suspect.sequences)} if isinstance(error, Exception) else {}
         self._flight, self._suspect, preempted = None, Plan(), self.scheduler.preempted
         self.requests = {name: request for name, request in self.requests.items() if not request.finished}
         again = [s for r in self.requests.values() for s in r.sequences if s.status is not Status.FINISHED]
         self._start()
         self.scheduler.preempted = preempted
-        self.runner.reset()
+        if leader is None:
+            self.runner.reset()
         for sequence in sorted(again, key=lambda s: s.age):
             sequence.status, sequence.row, sequence.computed, sequence.pending = Status.WAITING, -1, 0, 0
             self.scheduler.waiting.append(sequence)
             self._resume(sequence, blamed.get(id(sequence), 0), error)
+        if leader is not None:
+            leader.give_up(error)
 
     def _resume(self, sequence: Sequence, failures: int, error: BaseException) -> None:
         """Ends a sequence that is to be computed again, if it failed too often or had just come to its end."""
@@ -265,8 +283,9 @@ class Engine:
         return not self.has_work
 
     def reset_prefix_cache(self) -> None:
-        """Forgets all cached prefixes, as after new weights."""
+        """Forgets all cached prefixes and encoded images, as after new weights."""
         self.manager.reset_index()
+        self.scheduler.encoding.forget()
         for sequence in self.scheduler.active:
             sequence.published = sequence.hit_blocks = 0
 
@@ -287,6 +306,11 @@ class Engine:
         self.metrics.add("prefix_cache_queries", len(request.prompt))
         self.metrics.add("prefix_cache_hits", request.cached_tokens)
         self.metrics.add("prompt_tokens_cached", request.cached_tokens)
+
+    def _count_inputs(self, plan: Plan) -> None:
+        self.metrics.add("mm_cache_queries", len(plan.encodes) + plan.reused)
+        self.metrics.add("mm_cache_hits", plan.reused)
+        self.metrics.add("encoder_inputs", sum(one.count for one, _ in plan.encodes))
 
     def _time(self, request: Request) -> None:
         first, scheduled, end = request.first_token_time, request.first_scheduled_time, request.finished_time
@@ -313,6 +337,7 @@ class Engine:
         self.metrics.maybe_log(running, len(self.scheduler.waiting), int(pool.num_held) / pool.num_blocks)
         if self.settings.check_invariants:
             self.manager.check()
+            self.scheduler.encoding.check()
 
     def readings(self) -> list[Metric]:
         """All metrics as they are now."""

@@ -44,7 +44,8 @@ class Metrics:
     def __init__(self, interval: float):
         self.counters = dict.fromkeys(
             ("prompt_tokens", "prompt_tokens_cached", "generation_tokens", "num_preemptions",
-             "prefix_cache_queries", "prefix_cache_hits"), 0)  # fmt: skip
+             "prefix_cache_queries", "prefix_cache_hits", "mm_cache_queries", "mm_cache_hits",
+             "encoder_inputs"), 0)  # fmt: skip
         self.success: dict[str, int] = {}
         self.histograms = {name: Histogram(SECONDS) for name in (
             "time_to_first_token_seconds", "inter_token_latency_seconds", "e2e_request_latency_seconds",

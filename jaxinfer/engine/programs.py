@@ -20,7 +20,9 @@ from jaxinfer.engine.steps import (
     abstract_arguments,
     abstract_cache,
     abstract_edits,
+    abstract_features,
     abstract_rows,
+    encode_step,
     install_tables,
     make_step,
     replicated,
@@ -29,7 +31,6 @@ from jaxinfer.engine.steps import (
 from jaxinfer.functional import Program
 from jaxinfer.kernels import attention
 from jaxinfer.kv import cache as kv_cache
-from jaxinfer.sharding import mesh as meshes
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ log = logging.getLogger(__name__)
 class Copies:
     """Key of the program that copies so many blocks."""
 
+    takes = gives = ("cache",)
     width: int
 
 
@@ -45,15 +47,28 @@ class Copies:
 class Install:
     """Key of the program that sets one row's edits."""
 
+    takes = gives = ("edits",)
+
 
 @dataclass(frozen=True)
 class InstallTables:
     """Key of the program that sets so many entries of the block tables."""
 
+    takes = gives = ("rows",)
     width: int
 
 
-Key = Bucket | Copies | Install | InstallTables
+@dataclass(frozen=True)
+class Encode:
+    """Key of the program that encodes so many inputs into the feature pool."""
+
+    takes, gives = ("params", "features"), ("features",)
+    count: int
+
+
+Key = Bucket | Copies | Install | InstallTables | Encode
+"""What a program is known by. `takes` names the runner's state that comes before a call's arrays, `gives` what of it the
+program returns first, alone where that is one; None stands in the place of what this program does without."""
 
 
 class Programs:
@@ -86,7 +101,8 @@ class Programs:
         copies = [Copies(width) for width in copy_widths(self._shapes)]
         tables = [InstallTables(width) for width in TABLE_WIDTHS]
         edits = [Install()] if "edited" in sampling else []
-        return [*all_buckets(self._program, self._shapes, sampling), *copies, *tables, *edits]
+        encodes = [Encode(count) for count in self._shapes.encode_buckets]
+        return [*all_buckets(self._program, self._shapes, sampling), *encodes, *copies, *tables, *edits]
 
     def get(self, key: Key) -> jax.stages.Compiled:
         """The program of a key, compiled if need be. What tracing or compiling it raises goes to all who ask."""
@@ -138,9 +154,16 @@ class Programs:
             return step.lower(self._params, *abstract_arguments(program, shapes, key))
         whole = replicated(program)
         array = partial(jax.ShapeDtypeStruct, sharding=whole)
+        if isinstance(key, Encode):
+            pool, inputs = abstract_features(program, shapes), array((key.count, *program.features.shape), np.float32)
+            options = None if self._options is None else dict(self._options)
+            step = jax.jit(
+                partial(encode_step, program), donate_argnums=1, out_shardings=whole, compiler_options=options
+            )
+            return step.lower(self._params, pool, inputs, array((key.count,), np.int32))
         if isinstance(key, Copies):
             lanes, ids = abstract_cache(program, shapes), array((key.width,), np.int32)
-            native = program.kernel == attention.NATIVE and meshes.size(program.mesh) == 1
+            native = program.kernel == attention.NATIVE and program.mesh.size == 1
             copy = partial(kv_cache.copy_blocks, native=native)
             copy = jax.jit(copy, donate_argnums=0, out_shardings=shardings(lanes))
             return copy.lower(lanes, ids, ids)

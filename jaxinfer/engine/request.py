@@ -11,7 +11,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from jaxinfer.engine.sampler import Level, Logprobs, SamplingRows, pack_rows
-from jaxinfer.kv.prefix import root
+from jaxinfer.kv.prefix import NO_EXTRAS, Extras, root
+from jaxinfer.media import PlacedInputs
 from jaxinfer.sampling_params import SamplingParams
 
 _arrivals = itertools.count()
@@ -55,6 +56,10 @@ class Request:
     recompute_after: int | None = None
     """Tokens after which rope changes for the whole sequence (`ModelConfig.recompute_after`)."""
     seed: int = 0
+    inputs: PlacedInputs | None = None
+    """What of the prompt is no text: images, and the tokens whose places they take."""
+    extras: Extras = field(default_factory=lambda: NO_EXTRAS)
+    """What beside their tokens its blocks hold: set when it is queued."""
     listener: Listener | None = None
     sequences: list["Sequence"] = field(default_factory=list)
     prompt_logprobs: list[Logprobs] = field(default_factory=list)

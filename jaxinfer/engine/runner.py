@@ -4,7 +4,7 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +13,29 @@ import numpy as np
 from jaxinfer.engine import batch as batches
 from jaxinfer.engine.asked import Asked
 from jaxinfer.engine.batch import Bucket
-from jaxinfer.engine.buckets import TABLE_WIDTHS, Needs, copy_widths, decode_bucket, least, prefill_bucket
-from jaxinfer.engine.programs import Copies, Install, InstallTables, Key, Programs
+from jaxinfer.engine.buckets import (
+    TABLE_WIDTHS,
+    Needs,
+    copy_widths,
+    decode_bucket,
+    encode_pieces,
+    least,
+    prefill_bucket,
+)
+from jaxinfer.engine.programs import Copies, Encode, Install, InstallTables, Key, Programs
 from jaxinfer.engine.request import Sequence as Sample
 from jaxinfer.engine.request import bias_row
 from jaxinfer.engine.sampler import Edits, Level
 from jaxinfer.engine.scheduler import Plan
-from jaxinfer.engine.steps import RowState, Sampled, Shapes, abstract_cache, abstract_edits, replicated
+from jaxinfer.engine.steps import (
+    RowState,
+    Sampled,
+    Shapes,
+    abstract_cache,
+    abstract_edits,
+    abstract_features,
+    replicated,
+)
 from jaxinfer.errors import EngineError
 from jaxinfer.functional import Program
 from jaxinfer.kernels.xla_attention import item_keys
@@ -57,6 +73,34 @@ class Flight:
     started: float = field(default_factory=time.monotonic)
 
 
+class Leader(Protocol):
+    """What has each dispatch replayed in other processes (`engine.follow`)."""
+
+    def launch(self, key: Key, arrays: Sequence[np.ndarray]) -> None:
+        """A program is about to be dispatched with these arrays."""
+        ...
+
+    def watch(self, result: Sampled | None) -> None:
+        """It has been, and will give this: the others must get the same."""
+        ...
+
+    def warm(self, sampling: Collection[str], threads: int | None) -> None:
+        """Has the others compile what this process is about to; `warmed` waits for them."""
+        ...
+
+    def warmed(self) -> None:
+        """Waits until all have compiled."""
+        ...
+
+    def end(self) -> None:
+        """Ends the others, once they have done everything; raises if something was wrong."""
+        ...
+
+    def give_up(self, error: BaseException) -> None:
+        """A step has failed: all processes end. Raises why, unless it was an interrupt."""
+        ...
+
+
 class Runner:
     """Runs plans. Cache and sampler state are values: donated to each step and replaced by what it returns."""
 
@@ -66,6 +110,8 @@ class Runner:
     ):  # fmt: skip
         self.program, self.params, self.shapes = program, params, shapes
         self.programs = Programs(program, shapes, params, compiler_options)
+        self.leader: Leader | None = None
+        """Tells the other processes of a mesh that lies on several what is dispatched here."""
         self.places = self.padding = 0
         """Tokens that the steps so far had room for, and those of them that were padding."""
         self._lanes = abstract_cache(program, shapes)
@@ -73,11 +119,15 @@ class Runner:
         self.reset()
 
     def reset(self) -> None:
-        """A new, empty cache and sampler state: at the start, and when a failed step has consumed the old ones."""
+        """Cache, sampler state and feature pool, empty: at the start, and when a failed step has consumed the old."""
         self.cache: list[kv_cache.Lane] = []  # the old one goes before the new one is made
         self.cache = kv_cache.allocate(self._lanes)
         rows, width = self.shapes.rows, self.shapes.width
         self.rows = jax.device_put(RowState(np.zeros(rows, np.int32), np.zeros((rows, width), np.int32)), self._whole)
+        self.features: jax.Array | None = None
+        if self.program.features is not None:
+            pool = abstract_features(self.program, self.shapes)
+            self.features = jnp.zeros(pool.shape, pool.dtype, device=pool.sharding)
         self.asked = Asked(rows)
         self.edits: Edits | None = None
         if self.shapes.switched:
@@ -96,10 +146,12 @@ class Runner:
         return self.programs
 
     def run(self, plan: Plan, tables: Tables) -> Flight:
-        """Dispatches a plan: block copies, then the prefill, then the decode steps. Returns before they have run."""
+        """Dispatches a plan: block copies, encoders, the prefill, the decode steps. Returns before they have run."""
         started = time.monotonic()
         self._copy_blocks(*plan.copies)
         self._send_tables(tables.take_unsent())
+        if plan.encodes:
+            self._encode(plan)
         results = [self._prefill(plan)] if plan.chunks else []
         if plan.decodes:
             results += [self._decode(plan, tables, ahead) for ahead in range(plan.steps)]
@@ -113,7 +165,7 @@ class Runner:
             width = least(widths, count)
             ids = np.zeros(width, np.int32), np.full(width, self.shapes.num_blocks, np.int32)
             ids[0][:count], ids[1][:count] = sources[some], targets[some]
-            self.cache = self.programs.get(Copies(width))(self.cache, *ids)
+            self._launch(Copies(width), *ids)
 
     def _send_tables(self, entries: np.ndarray) -> None:
         """`entries` `[3, n]`: see `Tables.take_unsent`."""
@@ -121,8 +173,25 @@ class Runner:
             width = least(TABLE_WIDTHS, min(count, TABLE_WIDTHS[-1]))
             padded = np.full((3, width), self.shapes.rows, np.int32)
             padded[:, :count] = entries[:, :width]
-            self.rows = self.programs.get(InstallTables(width))(self.rows, padded)
+            self._launch(InstallTables(width), padded)
             entries = entries[:, width:]
+
+    def _encode(self, plan: Plan) -> None:
+        """Encodes all inputs of a plan together, whatever prompts they are of."""
+        values = np.concatenate([one.values for one, _ in plan.encodes])
+        slots = np.concatenate([np.asarray(slots, np.int32) for _, slots in plan.encodes])
+        start = 0
+        for size in encode_pieces(self.shapes, len(slots)):
+            some = slice(start, start + size)
+            inputs, targets = values[some], slots[some]
+            padding = size - len(targets)
+            inputs = np.pad(inputs, [(0, padding), *[(0, 0)] * (inputs.ndim - 1)])
+            targets = np.pad(targets, (0, padding), constant_values=self.shapes.feature_slots)
+            try:
+                self._launch(Encode(size), inputs, targets)
+            except Exception as error:
+                raise EngineError(f"the encoder step of {size} failed: {type(error).__name__}: {error}") from error
+            start += size
 
     def _prefill(self, plan: Plan) -> Result:
         samples, tokens = [s for _, s in plan.samples], sum(chunk.count for chunk in plan.chunks)
@@ -148,23 +217,36 @@ class Runner:
         return Result(plan.decodes, lanes, self._dispatch(bucket, needs, parts), first=False)
 
     def _dispatch(self, bucket: Bucket, needs: Needs, parts: Mapping[str, np.ndarray]) -> Sampled:
-        edited, packed = bucket.level >= Level.EDITED, batches.pack(bucket, parts)
-        if edited and self.edits is None:
-            self._make_edits()
         try:
-            step = self.programs.get(bucket)
-            self.cache, self.rows, edits, sampled = step(
-                self.params, self.cache, self.rows, self.edits if edited else None, packed
-            )
+            sampled = self._launch(bucket, batches.pack(bucket, parts))
         except Exception as error:
             raise EngineError(f"the step {bucket} failed: {type(error).__name__}: {error}") from error
-        if edited:
-            self.edits = edits
         self.places += bucket.tokens
         return Sampled(
             sampled.tokens, sampled.logprobs if needs.logprobs else None,
             sampled.prompt_logprobs if needs.prompt_logprobs else None,
         )  # fmt: skip
+
+    def _launch(self, key: Key, *arrays: np.ndarray) -> Any:
+        """Dispatches a program, as `replay`; where other processes hold a part of the mesh they are told to before."""
+        if self.leader is None:
+            return self.replay(key, arrays)
+        self.leader.launch(key, arrays)
+        result = self.replay(key, arrays)
+        self.leader.watch(result)
+        return result
+
+    def replay(self, key: Key, arrays: Sequence[np.ndarray]) -> Any:
+        """Runs a program on what its key takes of this runner's state, keeps what it gives, and returns what is left."""
+        program = self.programs.get(key)
+        if "edits" in key.takes and self.edits is None:
+            self._make_edits()
+        made = program(*(None if name is None else getattr(self, name) for name in key.takes), *arrays)
+        made = (made,) if len(key.gives) == 1 else made
+        for name, value in zip(key.gives, made):
+            if name is not None:
+                setattr(self, name, value)
+        return made[-1] if len(made) > len(key.gives) else None
 
     def _make_edits(self) -> None:
         make = partial(jnp.zeros, device=self._whole)
@@ -181,8 +263,7 @@ class Runner:
             if version != sequence.bias_version:
                 history = np.zeros(self.edits.history.shape[1], np.int32)
                 history[: sequence.length] = sequence.tokens[: sequence.length]
-                known = np.int32(sequence.length)
-                install = self.programs.get(Install())
-                self.edits = install(self.edits, np.int32(sequence.row), history, known, bias)
+                known = np.array(sequence.length, np.int32)
+                self._launch(Install(), np.array(sequence.row, np.int32), history, known, bias)
                 sequence.bias_version = version
 

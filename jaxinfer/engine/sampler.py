@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxinfer.sharding.collectives import ALL_GATHER, SAMPLE, Collective
+
 BLOCK = 128
 """Neighbouring tokens of the vocabulary that are summed up first."""
 
@@ -159,6 +161,16 @@ def sample(
         history = edits.history.at[rows.row, rows.position].set(tokens, mode="drop")
         edits = edits._replace(history=history)
     return tokens, edits
+
+
+def collectives(shards: int) -> list[Collective]:
+    """What a greedy step exchanges where the logits are divided over `shards`: each shard's largest logit and its token.
+
+    Where a row asks for more, XLA decides how the divided logits are summed and sorted.
+    """
+    if shards <= 1:
+        return []
+    return [Collective(ALL_GATHER, "largest logits and their tokens", shards, arrays=2, rows=SAMPLE, itemsize=4)]
 
 
 def _either(switched: bool, skip: jax.Array, least: Callable[[], Any], whole: Callable[[], Any]) -> Any:

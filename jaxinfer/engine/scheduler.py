@@ -11,8 +11,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from jaxinfer.engine.encoding import Encoding
 from jaxinfer.engine.request import Request, Sequence, Status, follows_history
+from jaxinfer.kv.features import Slots
 from jaxinfer.kv.manager import BlockManager
+from jaxinfer.media import EncoderInput
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,8 @@ class Chunk:
     sequence: Sequence
     start: int
     count: int
+    features: np.ndarray | None = None
+    """`[count]` int32: for each token the row of the feature pool it takes, -1 for none; None: none does."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,10 @@ class Plan:
         default_factory=lambda: (np.empty(0, np.int32), np.empty(0, np.int32))
     )
     """Block copies that run before anything is written."""
+    encodes: list[tuple[EncoderInput, Slots]] = field(default_factory=list)
+    """What is encoded before the chunks run, and the slots of the feature pool it goes to."""
+    reused: int = 0
+    """Inputs that the chunks read and that were in the feature pool already."""
 
     @property
     def sequences(self) -> list[Sequence]:
@@ -63,6 +72,8 @@ class Limits:
     """Sequences, and samples, of one prefill."""
     share_blocks: bool = True
     """Whether samples fork."""
+    feature_slots: int = 0
+    """Of the feature pool, not of one step."""
 
 
 class Scheduler:
@@ -86,9 +97,12 @@ class Scheduler:
         self._historians = 0
         """Rows whose next choice depends on tokens the host must have seen."""
         self.preempted = 0
+        self.encoding = Encoding(limits.feature_slots)
 
     def add(self, request: Request) -> None:
         """Queues all sequences of a request."""
+        if request.inputs is not None:
+            request.extras = request.inputs.extras(self.manager.block_size)
         self.waiting.extend(request.sequences)
 
     @property
@@ -124,7 +138,9 @@ class Scheduler:
             sequence.pending += steps
         chunks, samples = self._prefills(self.limits.tokens - len(rows))
         self.manager.take_evicted()
-        return Plan(chunks, samples, decodes, rows.astype(np.int32), positions, steps, copies)
+        return Plan(
+            chunks, samples, decodes, rows.astype(np.int32), positions, steps, copies, *self.encoding.take()
+        )
 
     def _decodes(self, most: int) -> tuple[np.ndarray, int, tuple[np.ndarray, np.ndarray]]:
         """Rows that decode, as many as the budget allows, in how many steps, each with places for its next tokens."""
@@ -170,14 +186,16 @@ class Scheduler:
         tokens = sequence.tokens[: sequence.length]
         base = sequence.root
         if manager.prefix_caching:
-            sequence.digests = manager.digests(tokens, base, sequence.digests)
+            sequence.digests = manager.digests(tokens, base, sequence.digests, request.extras)
         # Log-probabilities of a prompt need all of it computed.
         skip = request.params.prompt_logprobs is not None and sequence.made == 0
-        hit = manager.lookup(tokens[:0] if skip else tokens, sequence.digests, base)
+        hit = manager.lookup(tokens[:0] if skip else tokens, sequence.digests, base, request.extras)
         row = self.free_rows[-1]
-        if not manager.admit(row, hit, sequence.length):
+        offer = self.encoding.offer(sequence, len(hit.ids) * manager.block_size)
+        if not offer.fits or not manager.admit(row, hit, sequence.length):
             return False
         self._take_row(sequence)
+        self.encoding.accept(sequence, offer)
         sequence.computed = len(hit.ids) * manager.block_size
         sequence.prefilled = sequence.length
         sequence.published = sequence.hit_blocks = len(hit.ids)
@@ -202,7 +220,8 @@ class Scheduler:
     ) -> int:
         """Plans the next tokens of a prompt, and after the last of them whoever samples; the tokens taken."""
         count = min(budget, sequence.prefilled - sequence.computed)
-        chunks.append(Chunk(sequence, sequence.computed, count))
+        index = self.encoding.index(sequence.row, sequence.computed, count)
+        chunks.append(Chunk(sequence, sequence.computed, count, index))
         sequence.computed += count
         self.manager.tables.lengths[sequence.row] = sequence.computed
         if sequence.computed == sequence.prefilled:
@@ -266,10 +285,18 @@ class Scheduler:
         if not self.decoding[row]:
             self.prefilling.remove(sequence)
         self._historians -= follows_history(sequence.request)
+        self.encoding.release(row)
         self.manager.free(row)
         self.running[row], self.decoding[row], self.remaining[row] = None, False, 0
         self.free_rows.append(row)
         sequence.row = -1
+
+    def dispatched(self, plan: Plan) -> None:
+        """Once a plan's steps are dispatched, later ones may use what its chunks write and overwrite what they read."""
+        for chunk in plan.chunks:
+            if chunk.start + chunk.count == chunk.sequence.prefilled:
+                self.encoding.release(chunk.sequence.row)
+            self.publish(chunk.sequence)
 
     def publish(self, sequence: Sequence) -> None:
         """Enters the sequence's full blocks whose tokens are known and whose writing steps were dispatched."""
@@ -282,6 +309,7 @@ class Scheduler:
             return
         tokens = sequence.tokens[: full * manager.block_size]
         # Only what is new is hashed and copied, however long the sequence is.
-        manager.extend_digests(digests, tokens, sequence.root)
-        manager.publish(sequence.row, tokens, digests, sequence.root, sequence.published, full)
+        extras = sequence.request.extras
+        manager.extend_digests(digests, tokens, sequence.root, extras)
+        manager.publish(sequence.row, tokens, digests, sequence.root, sequence.published, full, extras)
         sequence.published = full

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from jaxinfer.config import CPU_CACHE_BYTES, EngineConfig
 from jaxinfer.engine.engine import Engine, HostSettings
@@ -19,11 +21,14 @@ from jaxinfer.kv import cache as kv_cache
 from jaxinfer.models.base import LanguageModel, ModelConfig
 from jaxinfer.sharding import Mesh
 from jaxinfer.sharding import mesh as meshes
+from jaxinfer.units import size_text
 
 log = logging.getLogger(__name__)
 
 CPU_DECODE, CPU_PREFILL = (1, 2, 4, 8, 16), (32, 64)
 """The first sizes of steps. On a CPU a step takes as long as it has places, so that half steps pay from some size on."""
+CPU_ENCODE, GPU_ENCODE = (1, 2, 4, 8), (1, 2, 4, 8, 16, 32)
+"""Inputs of an encoder step: each is whole, so that what is left is encoded in a smaller step, not padded."""
 GPU_DECODE, GPU_PREFILL = (1, 8, 32), (256, 512)
 """On a GPU a small step takes as long as reading the weights, however few its places are."""
 
@@ -51,7 +56,7 @@ def build_engine(
             raise
         needed = shapes.num_blocks * _block_bytes(program, config)
         raise CapacityError(
-            f"the cache of {shapes.num_blocks} blocks ({_size(needed)}) does not fit in the device's memory; "
+            f"the cache of {shapes.num_blocks} blocks ({size_text(needed)}) does not fit in the device's memory; "
             "lower kv_cache_memory_bytes or gpu_memory_utilization"
         ) from error
     engine = Engine(runner, HostSettings.of(config, runner))
@@ -76,13 +81,14 @@ def choose_shapes(model: ModelConfig, program: Program, config: EngineConfig) ->
         )
     block = config.block_size
     longest = _longest(model, config)
-    budget_bytes, source = _cache_bytes(program, config)
+    features = _feature_bytes(program, feature_slots(program, config, budget))
+    budget_bytes, source = _cache_bytes(program, config, features)
     num_blocks = min(budget_bytes // _block_bytes(program, config), rows * math.ceil(longest / block))
     length = _check_length(num_blocks * block, longest, budget_bytes, source, program, config)
     used = num_blocks * _block_bytes(program, config)
     log.info(
-        "cache: %d blocks of %d tokens, %s of %s (%s); max_model_len %d", num_blocks, block, _size(used),
-        _size(budget_bytes), source, length,
+        "cache: %d blocks of %d tokens, %s of %s (%s); max_model_len %d", num_blocks, block, size_text(used),
+        size_text(budget_bytes), source, length,
     )  # fmt: skip
     decode, prefill = (GPU_DECODE, GPU_PREFILL) if gpu else (CPU_DECODE, CPU_PREFILL)
     if not gpu and not native:
@@ -92,7 +98,8 @@ def choose_shapes(model: ModelConfig, program: Program, config: EngineConfig) ->
         decode_buckets=_buckets(config.decode_buckets, rows, decode, "decode_buckets", halves=not gpu),
         prefill_buckets=_buckets(config.prefill_buckets, budget, prefill, "prefill_buckets", halves=True),
         prefill_rows=min(rows, 64 if gpu else 16), max_logprobs=config.max_logprobs, max_length=length,
-        sampled_vocab=program.vocab, switched=not gpu,
+        sampled_vocab=program.vocab, switched=not gpu, feature_slots=feature_slots(program, config, budget),
+        encode_buckets=() if program.features is None else GPU_ENCODE if gpu else CPU_ENCODE,
     )  # fmt: skip
 
 
@@ -114,21 +121,53 @@ def _longest(model: ModelConfig, config: EngineConfig) -> int:
     return asked or model.max_length
 
 
-def _cache_bytes(program: Program, config: EngineConfig) -> tuple[int, str]:
-    """The memory the cache may take over all devices, and why as much."""
+def feature_slots(program: Program, config: EngineConfig, budget: int) -> int:
+    """Inputs of the encoder whose rows the feature pool holds, where a step takes `budget` tokens; 0 without an encoder.
+
+    Raises:
+        ConfigError: a pool that does not hold one.
+    """
+    if program.features is None:
+        return 0
+    rows, asked = program.features.rows, config.feature_cache_tokens
+    if asked is not None and asked < rows:
+        raise ConfigError(f"feature_cache_tokens is {asked}, but one tile of an image takes {rows}; raise it")
+    return max(8 * budget // rows, 16) if asked is None else asked // rows
+
+
+def _feature_bytes(program: Program, slots: int) -> int:
+    """Bytes of the feature pool on each device."""
+    if not slots:
+        return 0
+    rows = slots * program.features.rows
+    size = rows * program.feature_width * program.dtype.itemsize
+    log.info("feature cache: %d tiles of images, %d tokens, %s a device (feature_cache_tokens)", slots, rows, size_text(size))
+    return size
+
+
+def _cache_bytes(program: Program, config: EngineConfig, features: int) -> tuple[int, str]:
+    """The memory the cache may take over all devices, and why as much; on a GPU `features` bytes a device are left."""
     if config.kv_cache_memory_bytes is not None:
         _check_host(program, config.kv_cache_memory_bytes)
         return config.kv_cache_memory_bytes, "kv_cache_memory_bytes"
     if _platform(program) == "cpu":
         return CPU_CACHE_BYTES, "the default on a CPU; kv_cache_memory_bytes sets it"
-    free = min(_free(device) for device in program.mesh.devices.flat)
+    free = max(0, _least_free(program.mesh) - features)
     share = config.gpu_memory_utilization
-    total = int(free * share) * meshes.size(program.mesh)
+    total = int(free * share) * program.mesh.size
     reason = (
-        f"gpu_memory_utilization {share} of the {_size(free)} a device that JAX's allocator may still give; it takes "
+        f"gpu_memory_utilization {share} of the {size_text(free)} a device that JAX's allocator may still give; it takes "
         "75% of the memory at start, XLA_CLIENT_MEM_FRACTION changes that"
     )
     return total, reason
+
+
+def _least_free(mesh: Mesh) -> int:
+    """Of the mesh's devices; each process sees its own, and all must come to the same number."""
+    free = min(_free(device) for device in mesh.local_devices)
+    if meshes.processes(mesh) > 1:
+        free = int(np.min(multihost_utils.process_allgather(np.int32(free >> 20)))) << 20  # JAX's integers have 32 bits
+    return free
 
 
 def _free(device: jax.Device) -> int:
@@ -143,7 +182,7 @@ def _check_host(program: Program, size: int) -> None:
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if size > memory:
         raise CapacityError(
-            f"kv_cache_memory_bytes is {size} ({_size(size)}), more than this machine's memory of {_size(memory)}; lower it"
+            f"kv_cache_memory_bytes is {size} ({size_text(size)}), more than this machine's memory of {size_text(memory)}; lower it"
         )
 
 
@@ -154,7 +193,7 @@ def _check_length(
     block = _block_bytes(program, config)
     if capacity < 2:
         raise CapacityError(
-            f"the cache may take {_size(given)} ({source}), less than one block of {_size(block)}; raise "
+            f"the cache may take {size_text(given)} ({source}), less than one block of {size_text(block)}; raise "
             "kv_cache_memory_bytes"
         )
     if capacity >= longest:
@@ -162,8 +201,8 @@ def _check_length(
     if config.max_model_len is not None:
         needed = math.ceil(longest / config.block_size) * block
         raise CapacityError(
-            f"the cache of {_size(given)} ({source}) holds {capacity} tokens, less than max_model_len = {longest}, which "
-            f"needs {_size(needed)}; raise kv_cache_memory_bytes or lower max_model_len"
+            f"the cache of {size_text(given)} ({source}) holds {capacity} tokens, less than max_model_len = {longest}, which "
+            f"needs {size_text(needed)}; raise kv_cache_memory_bytes or lower max_model_len"
         )
     log.warning("max_model_len is %d, as many tokens as the cache holds; the model allows %d", capacity, longest)
     return capacity
@@ -182,11 +221,3 @@ def _buckets(
         sizes += [size * 3 // 2, size * 2] if halves else [size * 2]
     # One that is nearly the largest spares little.
     return (*(size for size in sizes if size * 4 <= largest * 3), largest)
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.4g} {unit}"
-        count /= 1024
-    return f"{count:.4g} GiB"

@@ -12,12 +12,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxinfer import functional
 from jaxinfer.engine import batch as batches
+from jaxinfer.engine import drift
 from jaxinfer.engine.batch import Bucket
 from jaxinfer.engine.sampler import Edits, Level, Logprobs, SamplingRows, logprobs, sample, unpack_rows
 from jaxinfer.functional import DecodeBatch, PrefillBatch, Program
 from jaxinfer.kernels.xla_attention import decode_items
 from jaxinfer.kv import cache as kv_cache
-from jaxinfer.models.base import LanguageModel
+from jaxinfer.models.base import FeatureRows, LanguageModel
+from jaxinfer.sharding import mesh as meshes
 
 
 PROMPT_ROWS = 64
@@ -47,6 +49,10 @@ class Shapes:
     """Token ids from here on are never sampled: the embedding has more rows than the tokenizer has ids."""
     switched: bool = False
     """Whether one program a bucket has the whole sampler and skips at run time what no row asks for."""
+    feature_slots: int = 0
+    """Inputs of the encoder whose rows the feature pool holds; 0 where the model has no encoder."""
+    encode_buckets: tuple[int, ...] = ()
+    """Numbers of inputs that an encoder step is compiled for."""
 
     def items_bucket(self, rows: int, items: int) -> int:
         """The work items a decode step of `rows` rows is compiled for: their number and its doublings."""
@@ -73,6 +79,8 @@ class Sampled(NamedTuple):
     logprobs: Logprobs | None
     prompt_logprobs: Logprobs | None = None
     """`[T, ...]` of every token's successor in the prompt."""
+    summary: jax.Array | None = None
+    """Of the hidden states the tokens were sampled from (`engine.drift`), where several processes have them."""
 
 
 def replicated(program: Program) -> NamedSharding:
@@ -90,13 +98,14 @@ def make_step(
 ) -> Callable[..., Any]:
     """The jitted step of a bucket: (params, cache, rows, edits, packed) -> (cache, rows, edits, Sampled).
 
+    The prefill of a model with an encoder takes the feature pool as well, before `packed`, and leaves it as it is.
     `compiler_options` are XLA's, for this compilation alone.
     """
     body = prefill_step if bucket.kind == "prefill" else decode_step
-    whole = replicated(program)
+    whole, each = replicated(program), NamedSharding(program.mesh, PartitionSpec(program.mesh.axis_names))
     return jax.jit(
         partial(body, program, bucket, shapes.sampled_vocab), donate_argnums=(1, 2, 3),
-        out_shardings=(shardings(abstract_cache(program, shapes)), whole, whole, whole),
+        out_shardings=(shardings(abstract_cache(program, shapes)), whole, whole, Sampled(whole, whole, whole, each)),
         compiler_options=None if compiler_options is None else dict(compiler_options),
     )  # fmt: skip
 
@@ -108,7 +117,8 @@ def abstract_arguments(program: Program, shapes: Shapes, bucket: Bucket) -> tupl
     edits = None
     if bucket.level >= Level.EDITED:
         edits = abstract_edits(program, shapes)
-    return abstract_cache(program, shapes), abstract_rows(program, shapes), edits, whole((size,), jnp.int32)
+    pool = (abstract_features(program, shapes),) if bucket.features else ()
+    return abstract_cache(program, shapes), abstract_rows(program, shapes), edits, *pool, whole((size,), jnp.int32)
 
 
 def shardings(lanes: list[kv_cache.Lane]) -> list[kv_cache.Lane]:
@@ -125,6 +135,24 @@ def abstract_edits(program: Program, shapes: Shapes) -> Edits:
     """Shapes and shardings of history `[R, L]` and bias `[R, V']`."""
     whole, length = partial(jax.ShapeDtypeStruct, sharding=replicated(program)), shapes.width * shapes.block_size
     return Edits(whole((shapes.rows, length), jnp.int32), whole((shapes.rows, program.vocab), jnp.float32))
+
+
+def abstract_features(program: Program, shapes: Shapes) -> jax.ShapeDtypeStruct:
+    """Shape and sharding of the feature pool `[F, M]`, `rows` rows a slot."""
+    rows = 0 if program.features is None else program.features.rows
+    shape = (shapes.feature_slots * rows, program.feature_width)
+    return jax.ShapeDtypeStruct(shape, program.dtype, sharding=replicated(program))
+
+
+def encode_step(
+    program: Program, params: list[jax.Array], pool: jax.Array, inputs: jax.Array, slots: jax.Array
+) -> jax.Array:
+    """The feature pool `[F, M]` with what the encoder makes of inputs `[n, *shape]` in slots `[n]`.
+
+    A slot that there is not is that of padding, and dropped.
+    """
+    made = functional.encode(program, params, inputs)
+    return pool.reshape(-1, *made.shape[1:]).at[slots].set(made.astype(pool.dtype), mode="drop").reshape(pool.shape)
 
 
 def install_tables(rows: RowState, entries: jax.Array) -> RowState:
@@ -195,24 +223,28 @@ def decode_step(
     last, own = rows.tokens, tables
     if bucket.rows < len(last):  # else each sequence lies in its row's place (`batch.lanes`)
         last, own = last.at[asked.row].get(mode="clip"), tables.at[asked.row].get(mode="clip")
-    logits, cache = functional.decode(program, params, cache, DecodeBatch(last, positions, own, bucket.items))
-    new, edits, beside = _sample(bucket, sampled_vocab, logits, asked, edits)
-    return cache, RowState(rows.tokens.at[asked.row].set(new, mode="drop"), tables), edits, Sampled(new, beside)
+    hidden, cache = functional.decode_hidden(program, params, cache, DecodeBatch(last, positions, own, bucket.items))
+    new, edits, beside = _sample(bucket, sampled_vocab, program.module(params).logits(hidden), asked, edits)
+    sampled = Sampled(new, beside, summary=_summary(program, hidden))
+    return cache, RowState(rows.tokens.at[asked.row].set(new, mode="drop"), tables), edits, sampled
 
 
 def prefill_step(
     program: Program, bucket: Bucket, sampled_vocab: int, params: list[jax.Array], cache: list[kv_cache.Lane],
-    rows: RowState, edits: Edits | None, packed: jax.Array,
+    rows: RowState, edits: Edits | None, *pool_and_packed: jax.Array,
 ) -> tuple[list[kv_cache.Lane], RowState, Edits | None, Sampled]:  # fmt: skip
-    """Chunks of prompts, and a token for each sequence whose prompt ends here."""
+    """Chunks of prompts, and a token for each sequence whose prompt ends here; the feature pool is there where the bucket has it."""
+    *pool, packed = pool_and_packed
     parts = batches.unpack(bucket, packed)
+    features = FeatureRows(pool[0], parts.pop("features")) if bucket.features else None
     asked, targets = unpack_rows(parts.pop("sampling")), parts.pop("targets")
     tables = rows.tables[parts.pop("owners")]
     hidden, cache = functional.prefill_hidden(
-        program, params, cache, PrefillBatch(**parts, tables=tables, tile=bucket.tile)
+        program, params, cache, PrefillBatch(**parts, tables=tables, tile=bucket.tile), features
     )
     module = program.module(params)
-    logits = module.logits(hidden[parts["last"]])
+    last = hidden[parts["last"]]
+    logits = module.logits(last)
     new, edits, beside = _sample(bucket, sampled_vocab, logits, asked, edits)
     prompt = None
     if bucket.prompt_logprobs >= 0:
@@ -221,4 +253,8 @@ def prefill_step(
             lambda: _prompt_logprobs(module, hidden, targets, bucket.prompt_logprobs),
         )  # fmt: skip
     rows = rows._replace(tokens=rows.tokens.at[asked.row].set(new, mode="drop"))
-    return cache, rows, edits, Sampled(new, beside, prompt)
+    return cache, rows, edits, Sampled(new, beside, prompt, _summary(program, last))
+
+
+def _summary(program: Program, hidden: jax.Array) -> jax.Array | None:
+    return drift.summary(program.mesh, hidden) if meshes.processes(program.mesh) > 1 else None

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from jaxinfer.kernels import native_attention
 from jaxinfer.kernels.paged import Lane
@@ -17,7 +17,7 @@ LANE_AXES = (axes.BLOCKS, axes.KV_HEADS, axes.BLOCK, axes.HEAD_DIM)
 
 
 def abstract(
-    specs: Sequence[Full], num_blocks: int, block_size: int, dtype: jnp.dtype, mesh: Mesh
+    specs: Sequence[Full], num_blocks: int, block_size: int, dtype: jnp.dtype, mesh: Mesh | AbstractMesh
 ) -> list[Lane]:
     """Shapes and shardings of the cache, one lane a layer: nothing is allocated."""
     lanes = []
@@ -37,7 +37,7 @@ def allocate(lanes: list[Lane]) -> list[Lane]:
 def block_bytes(specs: Sequence[Full], block_size: int, dtype: jnp.dtype, mesh: Mesh) -> int:
     """Bytes one block id takes in all layers, over all devices."""
     tp, itemsize = meshes.size(mesh), jnp.dtype(dtype).itemsize
-    return sum(spec.block_bytes(block_size, itemsize, tp) for spec in specs)
+    return meshes.copies(mesh) * sum(spec.block_bytes(block_size, itemsize, tp) for spec in specs)
 
 
 def copy_blocks(

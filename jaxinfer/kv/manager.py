@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxinfer.kv import pool as pools
 from jaxinfer.kv.pool import BlockPool
-from jaxinfer.kv.prefix import MatchEnd, PrefixIndex
+from jaxinfer.kv.prefix import NO_EXTRAS, Extras, MatchEnd, PrefixIndex
 from jaxinfer.kv.tables import Tables
 
 
@@ -54,21 +54,26 @@ class BlockManager:
         """Blocks that hold this many positions."""
         return -(-tokens // self.block_size)
 
-    def digests(self, tokens: np.ndarray, root: bytes, known: Sequence[bytes] = ()) -> list[bytes]:
+    def digests(
+        self, tokens: np.ndarray, root: bytes, known: Sequence[bytes] = (), extras: Extras = NO_EXTRAS
+    ) -> list[bytes]:
         """The chained digests of the full blocks of `tokens`; those already known are not computed again."""
-        return self.index.chain(tokens, root, known)
+        return self.index.chain(tokens, root, known, extras)
 
-    def extend_digests(self, digests: list[bytes], tokens: np.ndarray, root: bytes) -> None:
+    def extend_digests(
+        self, digests: list[bytes], tokens: np.ndarray, root: bytes, extras: Extras = NO_EXTRAS
+    ) -> None:
         """Adds those of the full blocks of `tokens` that are missing at the end of `digests`, in place."""
-        rest = tokens[len(digests) * self.block_size :]
-        digests.extend(self.index.chain(rest, digests[-1] if digests else root))
+        self.index.extend(digests, tokens, root, extras)
 
-    def lookup(self, tokens: np.ndarray, digests: Sequence[bytes], root: bytes) -> Hit:
+    def lookup(
+        self, tokens: np.ndarray, digests: Sequence[bytes], root: bytes, extras: Extras = NO_EXTRAS
+    ) -> Hit:
         """The longest usable prefix: at most floor((L - 1) / P) blocks, so that one token is left to compute."""
         if not self.prefix_caching:
             return Hit(np.empty(0, np.int32), "prefix caching is off")
         most = max(0, (len(tokens) - 1) // self.block_size)
-        found = self.index.match(digests[:most], tokens, root)
+        found = self.index.match(digests[:most], tokens, root, extras)
         ids = np.asarray(found.ids, np.int32)
         live = self.pool.published[ids] if len(ids) else np.empty(0, bool)
         if not live.all():
@@ -149,15 +154,16 @@ class BlockManager:
         self._evicted.clear()
 
     def publish(
-        self, row: int, tokens: np.ndarray, digests: Sequence[bytes], root: bytes, start: int, stop: int
-    ) -> None:
+        self, row: int, tokens: np.ndarray, digests: Sequence[bytes], root: bytes, start: int, stop: int,
+        extras: Extras = NO_EXTRAS,
+    ) -> None:  # fmt: skip
         """Enters blocks [start, stop) of a row, whose writing steps were dispatched and whose tokens are known."""
         size = self.block_size
         for number in range(start, stop):
             parent = digests[number - 1] if number else root
             block = int(self.tables.blocks[row, number])
             known = tokens[number * size : (number + 1) * size]
-            if self.index.insert(digests[number], parent, known, block):
+            if self.index.insert(digests[number], parent, known, block, extras.get(number, b"")):
                 self._entered.append(block)
 
     def withdraw(self, row: int, start: int) -> None:

@@ -2,17 +2,20 @@
 
 A full block never changes, so its content is named by a chained digest: sha256 over the parent block's
 digest and the block's tokens. The first parent is the root, derived from everything else the content
-depends on (model, adapter, images, the caller's salt), so that nothing is found across two of those.
+depends on (model, adapter, the caller's salt), so that nothing is found across two of those.
 
-    root = sha256(salt) -> d0 = sha256(root | tokens[0:P]) -> d1 = sha256(d0 | tokens[P:2P]) -> ...
+    root = sha256(salt) -> d0 = sha256(root | tokens[0:P] | extra[0]) -> d1 = sha256(d0 | tokens[P:2P] | extra[1]) -> ...
 
-The digest finds a block; whether it is the right one is decided on its tokens and its parent.
+What only some of the blocks depend on is their extra: that of a block with tokens of an image names the image. Of text it
+is empty.
+
+The digest finds a block; whether it is the right one is decided on its tokens, its extra and its parent.
 The index is mutable, and the engine changes it only when it commits a step. sha256 is the same in every
 process, which Python's own `hash` is not.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import NamedTuple, TypeAlias
 
@@ -23,6 +26,10 @@ from jaxinfer.kv.pool import BlockPool, Ids, PoolInvariantError
 Tokens: TypeAlias = np.ndarray | bytes
 """Token ids as an integer array, or as the bytes of little-endian int32."""
 
+Extras: TypeAlias = Mapping[int, bytes]
+"""What beside its tokens decides a block's content, by its number in the sequence; nothing where it is not named."""
+
+NO_EXTRAS: Extras = {}
 _TOKEN_BYTES = 4
 
 
@@ -51,12 +58,13 @@ class Match(NamedTuple):
 class _Entry(NamedTuple):
     block_id: int
     parent: bytes
-    tokens: bytes
+    content: bytes
+    """Its tokens and its extra."""
 
 
-def block_digest(parent: bytes, tokens: Tokens) -> bytes:
+def block_digest(parent: bytes, tokens: Tokens, extra: bytes = b"") -> bytes:
     """The 32-byte digest of a block of tokens [P] that follows the block (or the root) `parent`."""
-    return hashlib.sha256(parent + _as_bytes(tokens)).digest()
+    return hashlib.sha256(parent + _as_bytes(tokens) + extra).digest()
 
 
 def root(*salt: bytes) -> bytes:
@@ -88,26 +96,36 @@ class PrefixIndex:
     def __contains__(self, digest: bytes) -> bool:
         return digest in self._entries
 
-    def chain(self, tokens: np.ndarray, root: bytes, start_digests: Sequence[bytes] = ()) -> list[bytes]:
+    def chain(
+        self, tokens: np.ndarray, root: bytes, start_digests: Sequence[bytes] = (), extras: Extras = NO_EXTRAS
+    ) -> list[bytes]:
         """The digests of all full blocks of tokens [T]; only those after `start_digests` are computed.
 
         `start_digests` are the digests of the first blocks of the same tokens after the same root.
         """
-        size = self.block_size
         digests = list(start_digests)
-        start, stop = len(digests) * size, len(tokens) // size * size
-        data, width = _as_bytes(tokens[start:stop]), size * _TOKEN_BYTES
-        parent = digests[-1] if digests else root
-        for at in range(0, len(data), width):
-            parent = block_digest(parent, data[at : at + width])
-            digests.append(parent)
+        self.extend(digests, tokens, root, extras)
         return digests
 
-    def match(self, digests: Sequence[bytes], tokens: np.ndarray, root: bytes) -> Match:
+    def extend(
+        self, digests: list[bytes], tokens: np.ndarray, root: bytes, extras: Extras = NO_EXTRAS
+    ) -> None:
+        """Adds those of the full blocks of tokens [T] that are missing at the end of `digests`, in place."""
+        size, first = self.block_size, len(digests)
+        data, width = _as_bytes(tokens[first * size : len(tokens) // size * size]), size * _TOKEN_BYTES
+        parent = digests[-1] if digests else root
+        for number in range(len(data) // width):
+            block = data[number * width : (number + 1) * width]
+            parent = block_digest(parent, block, extras.get(first + number, b""))
+            digests.append(parent)
+
+    def match(
+        self, digests: Sequence[bytes], tokens: np.ndarray, root: bytes, extras: Extras = NO_EXTRAS
+    ) -> Match:
         """The published blocks of the longest prefix of tokens [T] whose blocks have these digests.
 
         The caller passes the digests of at most floor((T - 1) / P) blocks, so that at least one token
-        is left to compute. Every block is compared on its tokens and on its parent's digest.
+        is left to compute. Every block is compared on its tokens, its extra and its parent's digest.
         """
         if not digests:
             return Match([], MatchEnd.NO_FULL_BLOCK)
@@ -119,14 +137,15 @@ class PrefixIndex:
             entry = self._entries.get(digest)
             if entry is None:
                 return Match(ids, MatchEnd.EVICTED if digest in self._evicted else MatchEnd.ABSENT)
-            if entry.parent != parent or entry.tokens != data[number * width : (number + 1) * width]:
+            content = data[number * width : (number + 1) * width] + extras.get(number, b"")
+            if entry.parent != parent or entry.content != content:
                 return Match(ids, MatchEnd.COLLISION)
             ids.append(entry.block_id)
             parent = digest
         return Match(ids, MatchEnd.COMPLETE)
 
-    def insert(self, digest: bytes, parent: bytes, tokens: Tokens, block_id: int) -> bool:
-        """Enters a block with its tokens [P]; False if the digest is there already: the first one stays.
+    def insert(self, digest: bytes, parent: bytes, tokens: Tokens, block_id: int, extra: bytes = b"") -> bool:
+        """Enters a block with its tokens [P] and its extra; False if the digest is there already: the first one stays.
 
         After True the caller publishes the block in the pool. Raises ValueError if there are not P
         tokens, and PoolInvariantError if the block is here under another digest, which means that it
@@ -140,7 +159,7 @@ class PrefixIndex:
             raise PoolInvariantError(f"block {block_id} is in the prefix index with another content.")
         if digest in self._entries:
             return False
-        self._entries[digest] = _Entry(block_id, bytes(parent), data)
+        self._entries[digest] = _Entry(block_id, bytes(parent), data + extra)
         self._digests[block_id] = digest
         self._evicted.pop(digest, None)
         return True

@@ -8,7 +8,7 @@ class Full:
     """Keys and values of every position, in blocks that never change once full."""
 
     kv_heads: int
-    """K in the checkpoint; the cache repeats heads where there are more shards."""
+    """K of the layer, padded ones included; the cache repeats heads where there are more shards."""
     head_dim: int
     """D."""
     replicated: bool = False
@@ -16,7 +16,7 @@ class Full:
 
     def heads_on(self, tp: int) -> int:
         """K of the array over `tp` shards."""
-        return self.kv_heads if self.replicated else max(self.kv_heads, tp)
+        return self.kv_heads if self.replicated or tp % self.kv_heads else tp
 
     def block_bytes(self, block_size: int, itemsize: int, tp: int) -> int:
         """Bytes of one block of this layer, keys and values, over all `tp` shards."""

@@ -4,19 +4,18 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxinfer.kernels import attention
 from jaxinfer.kernels.paged import DecodeRows, Lane, PrefillTiles, Scoring, Slots
 from jaxinfer.kv.spec import Full
-from jaxinfer.layers.linear import FusedLinear, Output, RowLinear
+from jaxinfer.layers.heads import HeadLayout
+from jaxinfer.layers.linear import FusedLinear, RowLinear
 from jaxinfer.layers.norms import RMSNorm
 from jaxinfer.layers.params import Build
 from jaxinfer.layers.rope import apply_rope
 from jaxinfer.sharding import axes
-from jaxinfer.sharding import mesh as meshes
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["positions", "rope_lengths", "slots", "rows"],
@@ -74,7 +73,7 @@ def attend(
             out, lane = kernel.prefill(q, k, v, lane, step.slots, step.rows, scoring, sinks, tile=step.tile)
         return out[:, None], lane
 
-    if meshes.size(step.mesh) == 1:
+    if step.mesh.size == 1:
         return local(q, k, v, lane, sinks, step)
     heads, first, whole = PartitionSpec(None, axes.MODEL), PartitionSpec(axes.MODEL), PartitionSpec()
     if q.shape[1] == 1:  # the layer is replicated: every device computes all heads
@@ -112,10 +111,10 @@ class Attention(nnx.Module):
     def __init__(self, build: Build, spec: AttentionSpec):
         self.spec = spec
         self.replicated = build.replicated
-        heads = Output("q", spec.heads, spec.head_dim)
-        kv = [Output(name, spec.kv_heads, spec.head_dim, repeat=True) for name in ("k", "v")]
-        self.qkv = FusedLinear(build, spec.width, (heads, *kv), bias=spec.qkv_bias)
-        self.out = RowLinear(build, axes.HEADS, spec.heads * spec.head_dim, spec.width, bias=spec.out_bias)
+        self.layout = HeadLayout.of(build, spec.heads, spec.kv_heads)
+        heads = self.layout.outputs(spec.head_dim)
+        self.qkv = FusedLinear(build, spec.width, heads, bias=spec.qkv_bias)
+        self.out = RowLinear(build, axes.HEADS, heads[0], spec.width, bias=spec.out_bias)
         normed = spec.norm_eps is not None
         self.q_norm = RMSNorm(build, spec.head_dim, spec.norm_eps, axes.HEAD_DIM) if normed else None
         self.k_norm = RMSNorm(build, spec.head_dim, spec.norm_eps, axes.HEAD_DIM) if normed else None
@@ -123,7 +122,7 @@ class Attention(nnx.Module):
     @property
     def cache_spec(self) -> Full:
         """What the layer keeps."""
-        return Full(self.spec.kv_heads, self.spec.head_dim, self.replicated)
+        return Full(self.layout.stored_kv_heads, self.spec.head_dim, self.replicated)
 
     def __call__(
         self, x: jax.Array, lane: Lane, rope: tuple[jax.Array, jax.Array], step: StepContext

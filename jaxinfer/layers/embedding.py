@@ -7,15 +7,19 @@ from jaxinfer.layers.linear import Multiplying
 from jaxinfer.layers.params import Build, matrix
 from jaxinfer.sharding import axes
 from jaxinfer.sharding import mesh as meshes
+from jaxinfer.sharding.collectives import ALL_REDUCE, Collective
 
 
 class Embedding(Multiplying):
-    """`[V', M]`, V padded up to V' so that every shard has as many rows."""
+    """`[V', M]`, V padded up to V' so that every shard has as many rows.
+
+    `lookup`, `head`: which of the two ends of a model it is; both where they are tied.
+    """
 
     placed_whole = True
 
-    def __init__(self, build: Build, vocab: int, width: int):
-        self.vocab = vocab
+    def __init__(self, build: Build, vocab: int, width: int, *, lookup: bool = True, head: bool = False):
+        self.vocab, self.tp, self.lookup, self.head = vocab, build.tp, lookup, head
         shards = meshes.size(build.mesh)  # a replicated one is padded alike, so that logits have one width
         padded = -(-vocab // shards) * shards
         self.dtype = build.dtype
@@ -38,3 +42,12 @@ class Embedding(Multiplying):
         if logits.shape[-1] == self.vocab:
             return logits
         return jnp.where(jnp.arange(logits.shape[-1]) < self.vocab, logits, -jnp.inf)
+
+    def collectives(self) -> list[Collective]:
+        """Each shard looks up the rows it has, zeroes for others, and they are added. What compares logits says so itself."""
+        return [Collective(ALL_REDUCE, "rows looked up", self.weight.shape[1])] if self.lookup and self.tp > 1 else []
+
+    @property
+    def logit_shards(self) -> int:
+        """Shards over which logits are divided; 0: this is no head."""
+        return self.tp if self.head else 0

@@ -8,16 +8,29 @@ QKV, gate/up and the other fused projections are declarations of this mechanism,
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxinfer.errors import ConfigError
 from jaxinfer.kernels import int8_matmul
 from jaxinfer.kernels.matmul import XLA, matmul
 from jaxinfer.layers.params import Build, constant, matrix
 from jaxinfer.sharding import axes
+from jaxinfer.sharding.collectives import ALL_REDUCE, Collective
+from jaxinfer.sharding.rules import indivisible
+
+
+class Piece(NamedTuple):
+    """An interval of a checkpoint's rows and where it lies on a shard; columns that no piece fills are zero."""
+
+    column: int
+    """The first of the shard's columns of this output that it fills."""
+    start: int
+    stop: int
+    """Half-open, in rows of the output's own weight."""
 
 
 @dataclass(frozen=True)
@@ -33,35 +46,53 @@ class Output:
     """Divided over the shards by units; False: every shard has all of it."""
     repeat: bool = False
     """Where there are more shards than units, each unit serves several shards (k and v heads)."""
+    stored: tuple[int | None, ...] | None = None
+    """The checkpoint's units in the order in which they are kept, None for one of zeroes (`layers.heads`); by default
+    they are kept as they are."""
 
     @property
     def rows(self) -> int:
         """Rows of this output's own weight `[rows, in]` in a checkpoint."""
         return self.units * self.width
 
-    def shard_rows(self, shard: int, tp: int) -> slice:
-        """The half-open interval of checkpoint rows that shard `shard` of `tp` holds.
+    @property
+    def stored_units(self) -> int:
+        """Units that are kept, those of zeroes included, each counted once."""
+        return self.units if self.stored is None else len(self.stored)
+
+    def columns(self, tp: int, where: str = "") -> int:
+        """Columns of this output on one shard of `tp`.
 
         Raises:
-            ConfigError: `units` and `tp` do not divide; names both and the remedy.
+            ConfigError: the units do not divide; names the module `where`, the axis, the sizes and the remedies.
         """
         if not self.sharded:
-            return slice(0, self.rows)
-        if self.units % tp == 0:
-            span = self.units // tp * self.width
-            return slice(shard * span, (shard + 1) * span)
-        if self.repeat and tp % self.units == 0:
-            unit = shard * self.units // tp
-            return slice(unit * self.width, (unit + 1) * self.width)
-        raise ConfigError(
-            f"projection {self.name!r} has {self.units} units, which {tp} shards do not divide; choose a "
-            f"tensor_parallel_size that divides {self.units}"
-        )
+            return self.stored_units * self.width
+        if self.stored_units % tp == 0:
+            return self.stored_units // tp * self.width
+        if self.repeat and tp % self.stored_units == 0:
+            return self.width
+        what = f"projection {self.name!r} of {self.stored_units} {'columns' if self.width == 1 else 'heads'}"
+        raise indivisible(where or "a projection", what, tp, lambda count: self.stored_units % count == 0, module=where)
 
-    def columns(self, tp: int) -> int:
-        """Columns of this output on one shard."""
-        rows = self.shard_rows(0, tp)
-        return rows.stop - rows.start
+    def pieces(self, shard: int, tp: int) -> list[Piece]:
+        """The checkpoint's rows that shard `shard` of `tp` holds, in the order of its columns.
+
+        Raises:
+            ConfigError: as `columns`.
+        """
+        count = self.columns(tp) // self.width
+        first = shard * self.stored_units // tp if self.sharded else 0
+        if self.stored is None:
+            return [Piece(0, first * self.width, (first + count) * self.width)]
+        own, found = enumerate(self.stored[first : first + count]), []
+        # Units that follow each other here and there are one piece.
+        for offset, run in groupby(own, lambda pair: None if pair[1] is None else pair[1] - pair[0]):
+            if offset is not None:
+                places = [at for at, _ in run]
+                start, stop = places[0] + offset, places[-1] + 1 + offset
+                found.append(Piece(places[0] * self.width, start * self.width, stop * self.width))
+        return found
 
 
 class Multiplying(nnx.Module):
@@ -102,7 +133,7 @@ class FusedLinear(Multiplying):
     def __init__(self, build: Build, in_features: int, outputs: Sequence[Output], *, bias: bool = False):
         self.outputs = tuple(outputs)
         self.tp = build.tp
-        columns = sum(output.columns(self.tp) for output in self.outputs)
+        columns = sum(output.columns(self.tp, build.path) for output in self.outputs)
         shape, names = (self.tp, columns, in_features), (axes.SHARD, axes.COLUMNS, axes.EMBED)
         self.weight, self.weight_scale = matrix(build, shape, names, in_features**-0.5, outputs=self.outputs)
         self.bias = constant(build, shape[:2], names[:2], 0.0, outputs=self.outputs) if bias else None
@@ -120,14 +151,26 @@ class FusedLinear(Multiplying):
 
 
 class RowLinear(Multiplying):
-    """`y = x W^T (+ b)` with the input divided over shards: the one all-reduce of a block."""
+    """`y = x W^T (+ b)` with the input divided over shards: the one all-reduce of a block.
 
-    def __init__(self, build: Build, in_axis: str, in_features: int, out_features: int, *, bias: bool = False):
-        shape, names = (out_features, in_features), (axes.EMBED, in_axis)
-        self.weight, self.weight_scale = matrix(build, shape, names, in_features**-0.5)
+    `inputs`: how many columns the input has, or the output of the projection before that they are: one that is kept with
+    units of zeroes has as many columns of zeroes here.
+    """
+
+    def __init__(self, build: Build, in_axis: str, inputs: int | Output, out_features: int, *, bias: bool = False):
+        inputs = Output(in_axis, inputs) if isinstance(inputs, int) else inputs
+        self.tp = build.tp
+        shape, names = (out_features, inputs.columns(build.tp, build.path) * build.tp), (axes.EMBED, in_axis)
+        self.weight, self.weight_scale = matrix(
+            build, shape, names, inputs.rows**-0.5, unpadded=(out_features, inputs.rows), inputs=inputs
+        )
         self.bias = constant(build, (out_features,), (axes.EMBED,), 0.0) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[T, tp, in / tp]` -> `[T, out]`."""
         y = self.product(x, self.weight, self.weight_scale)
         return y if self.bias is None else y + self.bias[...]
+
+    def collectives(self) -> list[Collective]:
+        """The sum over shards of what each makes of its columns."""
+        return [] if self.tp == 1 else [Collective(ALL_REDUCE, "partial sums", self.weight.shape[0])]

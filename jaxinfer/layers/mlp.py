@@ -1,4 +1,4 @@
-"""The gated feed-forward block."""
+"""The feed-forward blocks, gated and plain."""
 
 from collections.abc import Callable, Mapping
 
@@ -27,11 +27,29 @@ class GatedMLP(nnx.Module):
     """Its parts are divided alike (`models.loading.placeable`)."""
 
     def __init__(self, build: Build, width: int, ffn: int, activation: str, *, bias: bool = False):
-        self.gate_up = FusedLinear(build, width, (Output("gate", ffn), Output("up", ffn)), bias=bias)
-        self.down = RowLinear(build, axes.FFN, ffn, width, bias=bias)
+        outputs = Output("gate", ffn), Output("up", ffn)
+        self.gate_up = FusedLinear(build, width, outputs, bias=bias)
+        self.down = RowLinear(build, axes.FFN, outputs[0], width, bias=bias)
         self.activation = activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[T, M]` -> `[T, M]`."""
         gate, up = self.gate_up(x)
         return self.down(ACTIVATIONS[self.activation](gate) * up)
+
+
+class MLP(nnx.Module):
+    """`down(act(up(x)))` with biases."""
+
+    placed_whole = True
+
+    def __init__(self, build: Build, width: int, ffn: int, out: int, activation: str):
+        hidden = Output("up", ffn)
+        self.up = FusedLinear(build, width, (hidden,), bias=True)
+        self.down = RowLinear(build, axes.FFN, hidden, out, bias=True)
+        self.activation = activation
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[T, width]` -> `[T, out]`."""
+        (hidden,) = self.up(x)
+        return self.down(ACTIVATIONS[self.activation](hidden))

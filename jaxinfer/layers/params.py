@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from jaxinfer.kernels import int8_matmul
 from jaxinfer.sharding import mesh as meshes
@@ -18,13 +18,15 @@ class Build(NamedTuple):
     rngs: nnx.Rngs
     dtype: jnp.dtype
     """Of weights and activations."""
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     quantization: str | None = None
     """What the matrices that `matrix` makes are kept in: "int8"; None: in `dtype`."""
     placement: Placement = Placement()
     """Which modules are divided over the mesh."""
     path: str = ""
     """Of the module that is made, from the model's root."""
+    pad_heads: bool = False
+    """Whether attention gets heads of zeroes where its own do not divide (`layers.heads`)."""
 
     def at(self, *names: str | int) -> "Build":
         """For the module of this name within this one."""
@@ -46,15 +48,16 @@ def weight(
 ) -> nnx.Param:
     """A matrix of normal values of standard deviation `scale`, named axis by axis.
 
-    `metadata` is what the loader must know: `outputs` of a fused weight, `unpadded` of a padded one.
+    `metadata` is what the loader must know: `outputs` of a fused weight, `unpadded`, the shape in the checkpoint where it
+    is another, and `inputs`, the output whose columns those of the weight are.
     """
     values = scale * jax.random.normal(build.rngs.params(), shape, build.dtype)
     return param(build, values, axes, **metadata)
 
 
 def param(build: Build, values: jax.Array, axes: tuple[str | None, ...], **metadata: Any) -> nnx.Param:
-    """A parameter with its logical axes, and whether they are divided at all (`sharding.rules.of`)."""
-    return nnx.Param(values, logical_axes=axes, replicated=build.replicated, **metadata)
+    """A parameter with its logical axes, whether they are divided (`sharding.rules.of`), and its module's path."""
+    return nnx.Param(values, logical_axes=axes, replicated=build.replicated, module=build.path, **metadata)
 
 
 def matrix(
@@ -71,10 +74,12 @@ def matrix(
         return made, None
     values, scales = int8_matmul.quantise(made[...])
     names = (None,) * scales.ndim if whole_scales else axes[:-1]
-    own = {name: value[:-1] if name == "unpadded" else value for name, value in metadata.items()}
+    rows = {
+        name: value[:-1] if name == "unpadded" else value for name, value in metadata.items() if name != "inputs"
+    }
     return (
         param(build, values, axes, **metadata),
-        param(build, scales, names, scales_of="weight", **own),
+        param(build, scales, names, scales_of="weight", **rows),
     )
 
 

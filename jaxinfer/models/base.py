@@ -1,7 +1,9 @@
 """The contract between a model family and the engine."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -13,6 +15,32 @@ from jaxinfer.kernels.paged import Lane
 from jaxinfer.kv.spec import Full
 from jaxinfer.layers.attention import StepContext
 from jaxinfer.layers.params import Build
+from jaxinfer.media import ImageFormat
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a model reads beside tokens: an encoder turns each input into rows that take the places of tokens."""
+
+    modality: str
+    """The name under `multi_modal_data`: "image"."""
+    shape: tuple[int, ...]
+    """Of one input: pixel values `(C, height, width)` of a tile, as transformers' processor gives them."""
+    rows: int
+    """Embeddings `[rows, M]` that one input becomes, in the order of the tokens whose places they take."""
+    placeholder: int
+    """The token id in whose places they go; -1: the checkpoint does not say which."""
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["pool", "index"], meta_fields=[])
+@dataclass(frozen=True)
+class FeatureRows:
+    """Which tokens of a step take an encoder's row in the place of their own embedding."""
+
+    pool: Any
+    """`[F, M]` rows that encoders have made."""
+    index: Any
+    """`[T]` int32 row of the pool of each token; -1: the token's own embedding."""
 
 
 @runtime_checkable
@@ -21,6 +49,11 @@ class ModelConfig(Protocol):
 
     vocab_size: int
     num_layers: int
+
+    @property
+    def features(self) -> Features | None:
+        """What the model reads beside tokens; None: nothing."""
+        ...
 
     @property
     def query_group(self) -> int:
@@ -49,7 +82,7 @@ class LanguageModel(Protocol):
     config: ModelConfig
 
     def __call__(
-        self, tokens: jax.Array, step: StepContext, lanes: list[Lane]
+        self, tokens: jax.Array, step: StepContext, lanes: list[Lane], features: FeatureRows | None = None
     ) -> tuple[jax.Array, list[Lane]]:
         """Token ids `[T]` -> hidden states `[T, M]` after the last norm, and the lanes as they now are."""
         ...
@@ -63,6 +96,19 @@ class LanguageModel(Protocol):
         ...
 
 
+@runtime_checkable
+class MultimodalModel(LanguageModel, Protocol):
+    """A language model whose `config.features` is not None."""
+
+    def encode(self, inputs: jax.Array) -> jax.Array:
+        """Inputs `[n, *features.shape]` -> embeddings `[n, features.rows, M]` in the model's dtype.
+
+        Under jit. Where the mesh has an axis `data` the n inputs are divided over it, with others of zeroes until it
+        divides them; the result is whole on every device.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Family:
     """One family of checkpoints: how its config is read, its module built, its tensors named."""
@@ -70,3 +116,7 @@ class Family:
     read_config: Callable[[ConfigReader], Any]
     build: Callable[[Build, Any], nnx.Module]
     weight_rules: Callable[[Any], Sequence[Rule]]
+    from_folder: Callable[[Path], Mapping[str, Any]] = lambda _: {}
+    """Fields of config.json that other files of the folder say where it does not."""
+    images: ImageFormat | None = None
+    """How its prompts name images, and its images become tiles; None: the family reads none."""

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from jaxinfer.checkpoint.hf import ConfigReader
@@ -17,6 +18,7 @@ from jaxinfer.layers.mlp import ACTIVATIONS, GatedMLP
 from jaxinfer.layers.norms import RMSNorm
 from jaxinfer.layers.params import Build
 from jaxinfer.layers.rope import RopeConfig, cos_sin
+from jaxinfer.models.base import FeatureRows, Features
 from jaxinfer.sharding import axes
 
 
@@ -42,6 +44,8 @@ class DecoderConfig:
     mlp_bias: bool = False
     tied: bool = False
     """The head is the embedding."""
+    features: Features | None = None
+    """Nothing is read beside tokens."""
 
     @property
     def query_group(self) -> int:
@@ -128,16 +132,24 @@ class Decoder(nnx.Module):
         self.config = config
         # A table that is only looked up gains nothing from int8.
         lookup = build if config.tied else build._replace(quantization=None)
-        self.embedding = Embedding(lookup.at("embedding"), config.vocab_size, config.attention.width)
+        self.embedding = Embedding(lookup.at("embedding"), config.vocab_size, config.attention.width, head=config.tied)
         self.layers = nnx.List([Layer(build.at("layers", i), config) for i in range(config.num_layers)])
         self.norm = RMSNorm(build.at("norm"), config.attention.width, config.norm_eps, axes.EMBED)
-        self.head = None if config.tied else Embedding(build.at("head"), config.vocab_size, config.attention.width)
+        self.head = None if config.tied else Embedding(
+            build.at("head"), config.vocab_size, config.attention.width, lookup=False, head=True
+        )
 
     def __call__(
-        self, tokens: jax.Array, step: StepContext, lanes: list[Lane]
+        self, tokens: jax.Array, step: StepContext, lanes: list[Lane], features: FeatureRows | None = None
     ) -> tuple[jax.Array, list[Lane]]:
-        """Token ids `[T]` -> hidden states `[T, M]` after the last norm, and the lanes as they now are."""
+        """Token ids `[T]` -> hidden states `[T, M]` after the last norm, and the lanes as they now are.
+
+        `features`: rows that some of the tokens take in the place of their own embedding.
+        """
         x = self.embedding(tokens)
+        if features is not None:
+            rows = jnp.take(features.pool, features.index, axis=0, mode="clip").astype(x.dtype)
+            x = jnp.where((features.index >= 0)[:, None], rows, x)
         rope = cos_sin(self.config.rope, step.positions, step.rope_lengths)
         written = []
         for layer, lane in zip(self.layers, lanes, strict=True):

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
-from jaxinfer.checkpoint import rules
+from jaxinfer.checkpoint import orbax, rules
 from jaxinfer.checkpoint.hf import ConfigReader, check_sizes, read_config
+from jaxinfer.checkpoint.manifest import Manifest
 from jaxinfer.checkpoint.safetensors import SafetensorsReader
-from jaxinfer.kernels.native import build
+from jaxinfer.kernels.native import build as native
+from jaxinfer.kv import cache as kv_cache
 from jaxinfer.layers.params import Build
 from jaxinfer.models.base import Family, LanguageModel
 from jaxinfer.models.registry import family
+from jaxinfer.sharding import mesh as meshes
 from jaxinfer.sharding import rules as sharding_rules
 from jaxinfer.sharding.policy import Placement
 
@@ -29,33 +32,51 @@ SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", 
 
 def load(
     directory: Path, mesh: Mesh, *, dtype: str = "auto", quantization: str | None = None,
-    overrides: Mapping[str, Any] | None = None, placement: Placement = Placement(), progress: bool = True,
+    overrides: Mapping[str, Any] | None = None, placement: Placement = Placement(), pad_heads: bool = False,
+    progress: bool = True,
 ) -> LanguageModel:  # fmt: skip
     """Reads a Hugging Face folder; each weight goes straight to the device that owns it.
 
-    With `quantization="int8"` matrices are quantised as they are read (`kernels.int8_matmul`).
+    With `quantization="int8"` matrices are quantised as they are read (`kernels.int8_matmul`), with `pad_heads` heads of
+    zeroes are added where the checkpoint's do not divide (`layers.heads`). Sizes and placement are checked from
+    config.json and the mesh, before a weight is read or memory taken for one.
+
+    A folder that `models.converting.convert` wrote is restored as it is: its own dtype, quantisation, placement and padding
+    hold for what is not asked for. Another mesh or placement gets the same numbers, laid out anew.
 
     Raises:
-        ConfigError: an architecture, attribute or size that is not served.
+        ConfigError: an architecture, attribute, size, mesh or placement that is not served, or a dtype or quantisation whose
+            numbers a converted folder has not.
         CheckpointError: files or tensors that do not fit the configuration.
     """
     hf = read_config(directory, overrides)
-    served, config = parse(hf)
+    served, config = parse(hf, directory)
+    mesh = meshes.normalise(mesh)
+    platform, how = mesh.devices.flat[0].platform, dict(quantization=quantization, placement=placement, pad_heads=pad_heads)
+    manifest = Manifest.read(directory)
+    if manifest is not None:
+        kind = resolve_dtype(dtype, manifest.dtype, platform)
+        module = abstract(served, config, kind, mesh, **manifest.settle(directory, kind, asked=dtype != "auto", **how))
+        orbax.restore(module, served.weight_rules(config), directory, manifest, mesh, progress=progress)
+        return module
+    said = said_dtype(hf)
+    module = abstract(served, config, resolve_dtype(dtype, said or "float32", platform), mesh, **how)
     with SafetensorsReader(directory) as reader:
-        stored = str(hf.get("dtype") or hf.get("torch_dtype") or _stored_dtype(reader))
-        kind = resolve_dtype(dtype, stored, mesh.devices.flat[0].platform)
-        module = abstract(served, config, kind, mesh, quantization=quantization, placement=placement)
+        if not said:
+            module = abstract(served, config, resolve_dtype(dtype, stored_dtype(reader), platform), mesh, **how)
         rules.load(module, served.weight_rules(config), reader, mesh, progress=progress)
     return module
 
 
-def parse(hf: Mapping[str, Any]) -> tuple[Family, Any]:
-    """The family and the model configuration of a config.json.
+def parse(hf: Mapping[str, Any], directory: Path | None = None) -> tuple[Family, Any]:
+    """The family and the model configuration of a config.json, with what other files of its folder add to it.
 
     Raises:
         ConfigError: as `load`.
     """
     served = family(hf)
+    added = {} if directory is None else served.from_folder(directory)
+    hf = {**hf, **{name: value for name, value in added.items() if hf.get(name) is None}}
     check_sizes(hf, *SIZES)
     reader = ConfigReader(hf, str((hf.get("architectures") or ["?"])[0]))
     config = served.read_config(reader)
@@ -65,15 +86,22 @@ def parse(hf: Mapping[str, Any]) -> tuple[Family, Any]:
 
 def abstract(
     served: Family, config: Any, dtype: jnp.dtype, mesh: Mesh | AbstractMesh, *, quantization: str | None = None,
-    placement: Placement = Placement(),
+    placement: Placement = Placement(), pad_heads: bool = False,
 ) -> LanguageModel:  # fmt: skip
     """The module with shapes in the place of arrays.
 
     Raises:
-        ConfigError: a placement that names what is not there, or contradicts itself.
+        ConfigError: a placement that names what is not there or contradicts itself, a mesh that is not for this model,
+            or something that does not divide over it.
     """
-    module = nnx.eval_shape(lambda: served.build(Build(nnx.Rngs(0), dtype, mesh, quantization, placement), config))
+    mesh = meshes.normalise(mesh)
+    meshes.check_data_axis(mesh, config.features is not None)
+    build = partial(Build, dtype=dtype, mesh=mesh, quantization=quantization, placement=placement, pad_heads=pad_heads)
+    module = nnx.eval_shape(lambda: served.build(build(nnx.Rngs(0)), config))
     placement.check(*placeable(module))
+    for path, param in rules.parameters(module).items():
+        sharding_rules.of(mesh, param.get_metadata(), param.shape, path)
+    kv_cache.abstract(module.cache_specs(), 1, 1, dtype, mesh)
     return module
 
 
@@ -93,12 +121,17 @@ def placeable(module: nnx.Module) -> tuple[list[str], list[str]]:
 
 def random(
     hf: Mapping[str, Any], mesh: Mesh, *, dtype: str = "auto", quantization: str | None = None, seed: int = 0,
-    placement: Placement = Placement(),
+    placement: Placement = Placement(), pad_heads: bool = False,
 ) -> LanguageModel:  # fmt: skip
-    """A model of this configuration with random weights, made where they will lie: for benchmarks."""
+    """A model of this configuration with random weights, made where they will lie: for benchmarks.
+
+    Heads of padding are random as well: they cost what they will, and the numbers mean nothing anyway.
+    """
+    mesh = meshes.normalise(mesh)
     served, config = parse(hf)
     kind = resolve_dtype(dtype, str(hf.get("dtype", "bfloat16")), mesh.devices.flat[0].platform)
-    module = abstract(served, config, kind, mesh, quantization=quantization, placement=placement)
+    how = dict(quantization=quantization, placement=placement, pad_heads=pad_heads)
+    module = abstract(served, config, kind, mesh, **how)
     graph, state = nnx.split(module)
     shardings = [
         sharding_rules.of(mesh, param.get_metadata(), param.shape, path)
@@ -106,7 +139,7 @@ def random(
     ]
 
     def make() -> list[jax.Array]:
-        made = served.build(Build(nnx.Rngs(seed), kind, mesh, quantization, placement), config)
+        made = served.build(Build(nnx.Rngs(seed), kind, mesh, **how), config)
         return jax.tree.leaves(nnx.split(made)[1])
 
     return nnx.merge(graph, jax.tree.unflatten(jax.tree.structure(state), jax.jit(make, out_shardings=shardings)()))
@@ -118,7 +151,7 @@ def resolve_dtype(asked: str, stored: str, platform: str) -> jnp.dtype:
     kind = jnp.dtype({"float64": "float32"}.get(name, name))
     if asked != "auto" or platform != "cpu" or kind == jnp.float32:
         return kind
-    if kind == jnp.float16 or jax.__version_info__ < (0, 11) and build.lacking() is not None:
+    if kind == jnp.float16 or jax.__version_info__ < (0, 11) and native.lacking() is not None:
         _say_float32(str(kind))
         return jnp.dtype(jnp.float32)
     return kind
@@ -132,7 +165,13 @@ def _say_float32(stored: str) -> None:
     )  # fmt: skip
 
 
-def _stored_dtype(reader: SafetensorsReader) -> str:
+def said_dtype(hf: Mapping[str, Any]) -> str:
+    """What config.json says that the weights are; empty: nothing."""
+    return str(hf.get("dtype") or hf.get("torch_dtype") or "")
+
+
+def stored_dtype(reader: SafetensorsReader) -> str:
+    """That of the first tensor of floating-point numbers."""
     names = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
     found = [names[i.dtype] for i in map(reader.info, reader.names()) if i.dtype in names]
     return found[0] if found else "float32"

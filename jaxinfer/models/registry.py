@@ -12,6 +12,8 @@ ARCHITECTURES: Mapping[str, str] = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
     "Phi3ForCausalLM": "phi3",
+    "InternVLForConditionalGeneration": "internvl",
+    "InternVLChatModel": "internvl",
 }
 """`architectures` in config.json -> the file in this folder, whose `FAMILY` is used."""
 

@@ -38,3 +38,5 @@ LOGICAL_AXES = frozenset(
 
 MODEL = "model"
 """The mesh axis over which tensor-parallel weights are divided."""
+DATA = "data"
+"""The mesh axis over which images are divided; what is not of a vision tower has a copy on each of its devices."""

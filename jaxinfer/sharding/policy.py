@@ -90,5 +90,9 @@ def _matches(pattern: str, path: str) -> bool:
 
 def _some(paths: list[str]) -> str:
     """Paths with the numbers of layers left out, each once."""
-    kinds = list(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", path) for path in paths))
-    return ", ".join(kinds[:24])
+    return ", ".join(list(dict.fromkeys(map(any_layer, paths)))[:24])
+
+
+def any_layer(path: str) -> str:
+    """The pattern of the modules that differ from this one in the numbers of their layers."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", path)

@@ -1,12 +1,13 @@
 """The one table from logical axes to mesh axes, and what follows from it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jaxinfer.errors import ConfigError
 from jaxinfer.sharding import axes
+from jaxinfer.sharding.policy import any_layer
 
 RULES: Mapping[str, str | None] = {
     axes.SHARD: axes.MODEL,
@@ -41,11 +42,15 @@ def spec(logical: Sequence[str | None], rules: Mapping[str, str | None] = RULES)
 
 
 def sharding(
-    mesh: Mesh | AbstractMesh, logical: Sequence[str | None], shape: Sequence[int], where: str, *, replicated: bool = False
-) -> NamedSharding:
-    """The sharding of the array `where` (a module path); each divided axis must divide evenly.
+    mesh: Mesh | AbstractMesh, logical: Sequence[str | None], shape: Sequence[int], where: str, *,
+    replicated: bool = False, module: str = "",
+) -> NamedSharding:  # fmt: skip
+    """The sharding of the array `where` (its path); each divided axis must divide evenly.
 
-    `replicated`: it belongs to a module that is whole on every device (`sharding.policy`), whatever its axes.
+    Args:
+        mesh, logical, shape, where: where it lies, its axes' names and sizes, what an error calls it.
+        replicated: it belongs to a module that is whole on every device (`sharding.policy`), whatever its axes.
+        module: path of that module, for the error's remedy.
 
     Raises:
         ConfigError: a size that the mesh axis does not divide; names path, axis and sizes.
@@ -55,13 +60,38 @@ def sharding(
     partition = spec(logical)
     for name, mesh_axis, size in zip(logical, partition, shape, strict=True):
         if mesh_axis is not None and size % mesh.shape[mesh_axis]:
-            raise ConfigError(
-                f"{where}: axis {name!r} of size {size} does not divide over mesh axis {mesh_axis!r} of size "
-                f"{mesh.shape[mesh_axis]}; choose a tensor_parallel_size that divides {size}, or replicate the module"
-            )
+            what, shards = f"axis {name!r} of size {size}", mesh.shape[mesh_axis]
+            raise indivisible(where, what, shards, lambda count, n=size: n % count == 0, module=module)
     return NamedSharding(mesh, partition)
+
+
+def indivisible(
+    where: str, what: str, tp: int, fits: Callable[[int], bool], *, module: str = "", more: str = ""
+) -> ConfigError:
+    """The error about something that `tp` shards cannot share evenly, with the remedies.
+
+    Args:
+        where: the array or module.
+        what: its axis and size.
+        tp: shards.
+        fits: whether another number of shards can.
+        module: path of the module that a placement could keep whole.
+        more: another remedy.
+    """
+    fitting = [str(count) for count in range(1, 65) if fits(count)]
+    whole = f"keep the module whole on every device with placement={{{any_layer(module)!r}: 'replicate'}}"
+    remedies = [
+        f"choose a tensor_parallel_size that does ({', '.join(fitting)})", whole if module else "replicate its module",
+        *filter(None, [more]),
+    ]  # fmt: skip
+    return ConfigError(
+        f"{where}: {what} does not divide over mesh axis {axes.MODEL!r} of size {tp}; {', or '.join(remedies)}"
+    )
 
 
 def of(mesh: Mesh | AbstractMesh, metadata: Mapping[str, Any], shape: Sequence[int], where: str) -> NamedSharding:
     """The sharding of a parameter by what it carries: `logical_axes` and `replicated`; raises as `sharding`."""
-    return sharding(mesh, metadata["logical_axes"], shape, where, replicated=metadata.get("replicated", False))
+    return sharding(
+        mesh, metadata["logical_axes"], shape, where, replicated=metadata.get("replicated", False),
+        module=metadata.get("module", ""),
+    )  # fmt: skip

@@ -1,5 +1,6 @@
 """Text in and out: prompts, chat templates, detokenisation, stop strings. Needs no device."""
 
+from jaxinfer.text.chat import chat_images as chat_images
 from jaxinfer.text.chat import render_chat as render_chat
 from jaxinfer.text.detokenizer import Detokenizer as Detokenizer
 from jaxinfer.text.detokenizer import TextStream as TextStream

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,8 +12,8 @@ import numpy as np
 from jaxinfer.checks import describe, show_int
 
 _KEYS = ("prompt", "prompt_token_ids", "cache_salt")
-_NOT_TEXT = ("multi_modal_data", "multi_modal_uuids", "mm_processor_kwargs", "prompt_embeds",
-             "encoder_prompt", "decoder_prompt")
+_MEDIA = "multi_modal_data"
+_NOT_TEXT = (_MEDIA, "multi_modal_uuids", "mm_processor_kwargs", "prompt_embeds", "encoder_prompt", "decoder_prompt")
 
 
 @dataclass(frozen=True)
@@ -24,18 +24,23 @@ class Prompt:
     token_ids: tuple[int, ...] | None = None
     cache_salt: str | None = None
     """Prompts share cached blocks only with prompts of the same salt."""
+    media: Mapping[str, Any] | None = field(default=None, compare=False)
+    """What of it is no text, as the user passed it."""
+    special_tokens: bool = True
+    """Whether the tokenizer adds its special tokens to the text."""
 
 
-def parse_prompts(prompts: Any, *, max_chars: int | None = None) -> list[Prompt]:
+def parse_prompts(prompts: Any, *, max_chars: int | None = None, media: bool = False) -> list[Prompt]:
     """Every accepted form of prompts as a list of `Prompt`, in order.
 
     A prompt is a string, a list of token ids, or a dict with "prompt" or "prompt_token_ids" (or both: the ids
-    are used, the text is shown) and optionally "cache_salt". `prompts` is one prompt or a list or tuple of
+    are used, the text is shown) and optionally "cache_salt" and "multi_modal_data". `prompts` is one prompt or a list or tuple of
     them; a list of numbers is one prompt of token ids, an empty list no prompt.
 
     Args:
         prompts: what the user passed.
         max_chars: longest text, in characters, that can fit the model (`max_prompt_chars`); None: no limit.
+        media: whether the model takes anything beside text; what that is, is checked elsewhere (`media.MediaReader`).
 
     Raises:
         TypeError: a form that is none of these.
@@ -47,7 +52,7 @@ def parse_prompts(prompts: Any, *, max_chars: int | None = None) -> list[Prompt]
     elif not _is_sequence(prompts):
         raise TypeError("prompts must be a string, token ids, a dict, or a list of these, "
                         f"got {describe(prompts)}.")
-    return [_parse(prompt, index, max_chars) for index, prompt in enumerate(prompts)]
+    return [_parse(prompt, index, max_chars, media) for index, prompt in enumerate(prompts)]
 
 
 def check_token_ids(token_ids: Sequence[int], vocab_size: int, index: int) -> None:
@@ -63,8 +68,8 @@ def check_token_ids(token_ids: Sequence[int], vocab_size: int, index: int) -> No
                      f"vocabulary: ids run from 0 to {vocab_size - 1} (vocab_size={vocab_size}).")
 
 
-def check_prompt_length(length: int, max_model_len: int, index: int) -> None:
-    """Refuse a prompt of `length` tokens that leaves no room for one new token.
+def check_prompt_length(length: int, max_model_len: int, index: int, of_images: int = 0) -> None:
+    """Refuse a prompt of `length` tokens, `of_images` of them for images, that leaves no room for one new token.
 
     Raises:
         ValueError: names the prompt's index, both lengths and the remedy.
@@ -72,8 +77,10 @@ def check_prompt_length(length: int, max_model_len: int, index: int) -> None:
     if length < max_model_len:
         return
     asked = "" if length > max_model_len else " plus the number of requested output tokens (at least 1)"
-    raise ValueError(f"prompt {index}: The decoder prompt (length {length}){asked} is longer than the "
-                     f"maximum model length of {max_model_len}. Shorten the prompt, or raise max_model_len "
+    images = f", {of_images} of it images" if of_images else ""
+    shorten = "Pass fewer or smaller images" if of_images else "Shorten the prompt"
+    raise ValueError(f"prompt {index}: The decoder prompt (length {length}{images}){asked} is longer than the "
+                     f"maximum model length of {max_model_len}. {shorten}, or raise max_model_len "
                      "if the model allows.")
 
 
@@ -96,23 +103,29 @@ def _is_numbers(value: Any) -> bool:
     return _is_sequence(value) and len(value) > 0 and all(isinstance(item, numbers.Number) for item in value)
 
 
-def _parse(prompt: Any, index: int, max_chars: int | None) -> Prompt:
+def _parse(prompt: Any, index: int, max_chars: int | None, media: bool) -> Prompt:
     if isinstance(prompt, str):
         return Prompt(text=_text(prompt, index, max_chars))
     if _is_sequence(prompt):
         return Prompt(token_ids=_token_ids(prompt, index))
     if isinstance(prompt, Mapping):
-        return _parse_dict(prompt, index, max_chars)
+        return _parse_dict(prompt, index, max_chars, media)
     raise TypeError(f"prompt {index} must be a string, a list of token ids or a dict, "
                     f"got {describe(prompt)}.")
 
 
-def _parse_dict(prompt: Mapping[Any, Any], index: int, max_chars: int | None) -> Prompt:
+def _parse_dict(prompt: Mapping[Any, Any], index: int, max_chars: int | None, media: bool) -> Prompt:
+    keys = (*_KEYS, _MEDIA) if media else _KEYS
     for key in prompt:
+        if key in keys:
+            continue
         if key in _NOT_TEXT:
-            raise ValueError(f"prompt {index}: this model takes text only, leave out {key!r}.")
-        if key not in _KEYS:
-            raise ValueError(f"prompt {index}: unknown key {describe(key)}; the keys are {', '.join(_KEYS)}.")
+            takes = f"text and {_MEDIA}" if media else "text only"
+            raise ValueError(f"prompt {index}: this model takes {takes}, leave out {key!r}.")
+        raise ValueError(f"prompt {index}: unknown key {describe(key)}; the keys are {', '.join(keys)}.")
+    data = prompt.get(_MEDIA)
+    if data is not None and not isinstance(data, Mapping):
+        raise TypeError(f"prompt {index}: {_MEDIA!r} must be a dict such as {{'image': ...}}, got {describe(data)}.")
     text, ids, salt = (prompt.get(key) for key in _KEYS)
     if text is None and ids is None:
         raise ValueError(f"prompt {index}: a dict needs 'prompt' or 'prompt_token_ids'.")
@@ -125,6 +138,7 @@ def _parse_dict(prompt: Mapping[Any, Any], index: int, max_chars: int | None) ->
         text=None if text is None or (ids is not None and text == "") else _text(text, index, max_chars),
         token_ids=None if ids is None else _token_ids(ids, index),
         cache_salt=None if salt is None else _salt(salt, index),
+        media=data,
     )
 
 

@@ -9,15 +9,13 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from benchmarks import checkpoint, commands
-from benchmarks.flags import SIZES, make_parser
+from benchmarks import checkpoint, commands, flags
 from benchmarks.gpu import cli as gpu
 from benchmarks.gpu import compiled
 from benchmarks.systems import Subject
 
-WITHOUT_MODEL = ("host", "startup", "soak")
+WITHOUT_MODEL = ("host", "startup", "soak", "placement")
 """Subcommands that need no random checkpoint: a model of their own, or the packaged one."""
 
 
@@ -30,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return gpu.main(words[1:])
     if words[:1] == ["compiled"]:
         return compiled.main(words[1:])
-    args = make_parser().parse_args(words)
+    args = flags.make_parser().parse_args(words)
     args.settings = dict(args.settings)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
@@ -50,24 +48,9 @@ def _subject(args: argparse.Namespace) -> Subject | None:
         return Subject(args.model, config["vocab_size"], str(args.model))
     if args.command in WITHOUT_MODEL:
         return None
-    config = random_config(args)
+    config = flags.random_config(args)
     name = hashlib.sha256(json.dumps([config, args.seed]).encode()).hexdigest()[:12]
     folder = args.checkpoint_dir or Path(tempfile.gettempdir()) / f"jaxinfer-bench-{name}"
     checkpoint.write(folder, config, args.seed)
     millions = checkpoint.parameters(config) / 1e6
     return Subject(folder, config["vocab_size"], f"random Llama, {millions:.4g} M parameters, {config['dtype']}")
-
-
-def random_config(args: argparse.Namespace) -> dict[str, Any]:
-    """config.json of the random Llama."""
-    sizes = {name: getattr(args, name) for name in SIZES}
-    if sizes["hidden_size"] % sizes["num_attention_heads"]:
-        raise ValueError(
-            f"--hidden-size {sizes['hidden_size']} is not divided by --num-attention-heads "
-            f"{sizes['num_attention_heads']}"
-        )
-    return sizes | {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5,
-        "head_dim": sizes["hidden_size"] // sizes["num_attention_heads"], "rope_theta": 10000.0,
-        "tie_word_embeddings": False, "dtype": args.checkpoint_dtype,
-    }  # fmt: skip

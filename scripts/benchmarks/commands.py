@@ -150,6 +150,19 @@ def startup(args: argparse.Namespace, model: Subject | None) -> Report:
     return report
 
 
+def placement(args: argparse.Namespace, model: Subject | None) -> Report:
+    """A decode step on virtual CPU devices under four placements, in turns; ratios to the one that divides all."""
+    from benchmarks import flags, placed
+
+    hf = flags.random_config(args) if model is None else json.loads((model.folder / "config.json").read_text())
+    named = "random Llama" if model is None else str(model.folder)
+    shape = {"rows": args.batch_size, "context": args.context, "layers": hf.get("num_hidden_layers")}
+    report = Report({"command": "placement", "model": named, "devices": args.devices, **shape, "repeats": args.repeats})
+    report.jaxinfer |= placed.measure(hf, args.devices, args.batch_size, args.context, args.repeats)
+    report.work |= versions()
+    return report
+
+
 def soak(args: argparse.Namespace, model: Subject | None) -> Report:
     """A random workload of every kind of request, after a warm-up: how many programs compile then."""
     from benchmarks import soaking, start

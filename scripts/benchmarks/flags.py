@@ -29,7 +29,7 @@ def make_parser() -> argparse.ArgumentParser:
     subcommands = parser.add_subparsers(dest="command", required=True)
     common = _common()
 
-    for flags in (_throughput, _latency, _serving, _work, _host, _startup, _soak, _roofline, _profile):
+    for flags in (_throughput, _latency, _serving, _work, _host, _startup, _soak, _roofline, _profile, _placement):
         name = flags.__name__.removeprefix("_")
         what = getattr(commands, name).__doc__
         flags(subcommands.add_parser(
@@ -100,6 +100,13 @@ def _profile(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the trace; xprof and perfetto read it")
 
 
+def _placement(parser: argparse.ArgumentParser) -> None:
+    _positive(parser, {
+        "devices": (8, "virtual CPU devices over which the model is divided"), "batch_size": (8, "rows of the step"),
+        "context": (512, "tokens of each sequence"), "repeats": (15, "passes of each placement, in turns"),
+    })  # fmt: skip
+
+
 def _common() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
     model = parser.add_argument_group("model")
@@ -149,3 +156,18 @@ def _setting(text: str) -> tuple[str, Any]:
         return name, json.loads(value)
     except json.JSONDecodeError:
         return name, value
+
+
+def random_config(args: argparse.Namespace) -> dict[str, Any]:
+    """config.json of the random Llama."""
+    sizes = {name: getattr(args, name) for name in SIZES}
+    if sizes["hidden_size"] % sizes["num_attention_heads"]:
+        raise ValueError(
+            f"--hidden-size {sizes['hidden_size']} is not divided by --num-attention-heads "
+            f"{sizes['num_attention_heads']}"
+        )
+    return sizes | {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5,
+        "head_dim": sizes["hidden_size"] // sizes["num_attention_heads"], "rope_theta": 10000.0,
+        "tie_word_embeddings": False, "dtype": args.checkpoint_dtype,
+    }  # fmt: skip

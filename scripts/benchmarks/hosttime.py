@@ -64,7 +64,7 @@ def stub_device() -> Iterator[None]:
     def decode(program: Any, params: list[jax.Array], cache: Any, batch: Any) -> Any:
         return jnp.zeros((len(batch.tokens), program.vocab)) + touched(params), cache
 
-    def prefill(program: Any, params: list[jax.Array], cache: Any, batch: Any) -> Any:
+    def prefill(program: Any, params: list[jax.Array], cache: Any, batch: Any, features: None = None) -> Any:
         width = program.module(params).config.attention.width
         return jnp.zeros((len(batch.tokens), width), program.dtype) + touched(params).astype(program.dtype), cache
 

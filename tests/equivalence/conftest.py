@@ -1,8 +1,20 @@
-"""No step of these tests may fail: the engine would compute again and hide it."""
+"""No step of these tests may fail: the engine would compute again and hide it. And models over several devices."""
 
+import json
 import logging
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any
 
 import pytest
+from support import checkpoint
+from support.tiny import ARCHITECTURES, CONFIG, shapes
+
+from jaxinfer.engine.runner import Runner
+from jaxinfer.functional import split
+from jaxinfer.models import loading
+from jaxinfer.sharding import make_mesh
+from jaxinfer.sharding.policy import Placement
 
 
 @pytest.fixture(autouse=True)
@@ -12,3 +24,31 @@ def no_failed_steps(caplog):
         yield
         failed = [r.getMessage() for r in caplog.get_records("call") if r.levelno >= logging.ERROR]
     assert not failed, failed[0]
+
+
+@pytest.fixture(scope="session")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Runner]:
+    """The runner of a family's checkpoint over `tp` devices: the same weights for every mesh, read by the real loader.
+
+    Eight query heads and two of keys and values, which are repeated over four and eight devices; a vocabulary of 97,
+    padded on all but one.
+    """
+
+    @cache
+    def folder(family: str, changes: str):
+        hf = CONFIG | {"architectures": [ARCHITECTURES[family]], "num_attention_heads": 8} | json.loads(changes)
+        return checkpoint.write(tmp_path_factory.mktemp(family), hf, with_tokenizer=False)
+
+    @cache
+    def made(family: str, tp: int, placement: str, pad_heads: bool, changes: str) -> Runner:
+        mesh, policy = make_mesh(tp), Placement(json.loads(placement))
+        module = loading.load(folder(family, changes), mesh, placement=policy, pad_heads=pad_heads, progress=False)
+        return Runner(*split(module, mesh), shapes())
+
+    def runner(
+        family: str = "llama", tp: int = 1, placement: Mapping[str, str] | None = None, *, pad_heads: bool = False,
+        **changes: Any,
+    ) -> Runner:  # fmt: skip
+        return made(family, tp, json.dumps(placement or {}), pad_heads, json.dumps(changes))
+
+    return runner

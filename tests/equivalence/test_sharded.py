@@ -1,69 +1,140 @@
-"""A model over several devices gives what it gives on one: the same checkpoint, read for each mesh."""
+"""A model over several devices gives what it gives on one: the same checkpoint, read for each mesh and placement."""
 
-from functools import cache
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 from support import checkpoint
-from support.cases import EDGES, alone, mixed
-from support.tiny import CONFIG, make_engine, make_request, prompt, run, shapes
+from support.cases import EDGES, mixed
+from support.plans import compiled
+from support.tiny import ARCHITECTURES, CONFIG, make_engine, make_request, prompt, run, shapes
 
+from jaxinfer.checkpoint import rules
 from jaxinfer.checkpoint.rules import parameters
+from jaxinfer.checkpoint.safetensors import SafetensorsReader
+from jaxinfer.engine.request import Request
 from jaxinfer.engine.runner import Runner
 from jaxinfer.functional import split
 from jaxinfer.models import loading
+from jaxinfer.models.base import Features
 from jaxinfer.sampling_params import SamplingParams
-from jaxinfer.sharding import make_mesh
+from jaxinfer.sharding import axes, make_mesh
 
 pytestmark = pytest.mark.xdist_group("sharded")
 
-HEADS = CONFIG | dict(architectures=["LlamaForCausalLM"], num_attention_heads=8)
-"""Eight query heads, two of keys and values: over four and eight devices the latter are repeated."""
+Sharded = Callable[..., Runner]
+
+PLACEMENTS = {
+    "attention replicated": {"*.attention": "replicate"},
+    "mlp replicated": {"*.mlp": "replicate"},
+    "ends replicated": {"embedding": "replicate", "head": "replicate"},
+    "all replicated": {"*": "replicate"},
+    "one layer replicated": {"layers.0": "replicate"},
+    "only mlp sharded": {"layers": "replicate", "*.mlp": "shard"},
+}
 
 
-@pytest.fixture(scope="session")
-def sharded(tmp_path_factory):
-    """The checkpoint's runner over `tp` devices; the vocabulary of 97 is padded on all but one."""
-    folder = checkpoint.write(tmp_path_factory.mktemp("sharded"), HEADS, with_tokenizer=False)
-
-    @cache
-    def runner(tp: int) -> Runner:
-        mesh = make_mesh(tp)
-        program, params = split(loading.load(folder, mesh, progress=False), mesh)
-        return Runner(program, params, shapes())
-
-    return runner
+def wanted() -> list[Request]:
+    """Greedy and seeded requests at the ends of blocks and chunks, and one that forks."""
+    fork = SamplingParams(temperature=0.3, seed=5, n=3, max_tokens=10)
+    return [*mixed(EDGES), make_request("fork", prompt(18, 50), fork)]
 
 
-def test_the_checkpoint_read_for_one_device_holds_the_weights_written(sharded, tmp_path):
+def check(found: Runner, single: Runner, **host: Any) -> None:
+    """Every token is the same."""
+    assert run(make_engine(found, **host), wanted()) == run(make_engine(single), wanted())
+
+
+def test_the_checkpoint_read_for_one_device_holds_the_weights_written(sharded: Sharded):
     """Two meshes that agree could both be wrong."""
-    made = parameters(loading.random(HEADS, make_mesh(1), dtype="float32"))
-    read = parameters(sharded(1).program.module(sharded(1).params))
+    hf = checkpoint.CONFIG | CONFIG | dict(architectures=["LlamaForCausalLM"], num_attention_heads=8)
+    made = parameters(loading.random(hf, make_mesh(1), dtype="float32"))
+    read = parameters(sharded().program.module(sharded().params))
     assert made.keys() == read.keys()
     for path in made:
         np.testing.assert_array_equal(made[path][...], read[path][...])
 
 
-@pytest.mark.parametrize("tp", [2, pytest.param(4, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)])
-def test_sharded_is_single(sharded, tp):
-    greedy = SamplingParams(temperature=0, max_tokens=10)
+@pytest.mark.parametrize("tp", [2, pytest.param(4, marks=pytest.mark.slow), 8])
+def test_sharded_is_single(sharded: Sharded, tp: int):
+    check(sharded("llama", tp), sharded())
 
-    def wanted():
-        return [make_request(str(i), prompt(length, i), greedy) for i, length in enumerate(EDGES)]
 
-    expected = run(make_engine(sharded(1)), wanted())
-    assert run(make_engine(sharded(tp)), wanted()) == expected
-    assert run(make_engine(sharded(tp), pool_blocks=13, budget=7), wanted()) == expected
+@pytest.mark.slow
+@pytest.mark.parametrize("tp", [2, 4, 8])
+@pytest.mark.parametrize("family", [family for family in ARCHITECTURES if family != "llama"])
+def test_every_family_sharded_is_single(sharded: Sharded, family: str, tp: int):
+    check(sharded(family, tp), sharded(family))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tp", [2, 8])
-def test_sampling_over_a_padded_vocabulary(sharded, tp):
-    assert run(make_engine(sharded(tp)), mixed(EDGES)) == run(make_engine(sharded(1)), mixed(EDGES))
+def test_with_few_blocks_and_short_chunks_sharded_is_single(sharded: Sharded, tp: int):
+    check(sharded("llama", tp), sharded(), pool_blocks=13, budget=7)
+
+
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=() if name == "only mlp sharded" else pytest.mark.slow) for name in PLACEMENTS
+])  # fmt: skip
+def test_each_placement_is_single(sharded: Sharded, name: str):
+    check(sharded("llama", 4, PLACEMENTS[name]), sharded())
+
+
+# Beside the layers' own: the rows looked up and the logits of the sampler, where the ends of the model are divided.
+@pytest.mark.parametrize(
+    ("case", "layers", "ends"),
+    [("all replicated", 0, 0), *(pytest.param(*case, marks=pytest.mark.slow) for case in
+     [("sharded", 4, 2), ("attention replicated", 2, 2), ("mlp replicated", 2, 2), ("first layer replicated", 2, 2),
+      ("ends replicated", 4, 0)])],
+)  # fmt: skip
+def test_a_replicated_module_has_no_collective(case: str, layers: int, ends: int):
+    found = compiled(case, "decode", make_mesh(8)).collectives
+    assert found == +Counter({"all-reduce": layers + ends, "all-gather": ends})
+
+
+def zero_heads(runner: Runner) -> int:
+    """Query heads whose rows are all zero, in the first layer."""
+    weight = parameters(runner.program.module(runner.params))["layers.0.attention.qkv.weight"]
+    layout = runner.program.module(runner.params).layers[0].attention.layout
+    queries = np.asarray(weight[...])[:, : layout.stored_heads // weight.shape[0] * 16]
+    return int((queries.reshape(layout.stored_heads, -1) == 0).all(axis=1).sum())
+
+
+# Groups made larger (14 around 2 as in Qwen2-0.5B), kv heads added, both, no groups at all (25 as in InternViT-6B).
+@pytest.mark.parametrize(
+    ("family", "heads", "kv_heads", "tp", "added"),
+    [("llama", 6, 3, 4, 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in
+     [("llama", 6, 2, 4, 2), ("qwen2", 14, 2, 8, 2), ("qwen3", 9, 3, 8, 7), ("llama", 5, 5, 4, 3)])],
+)  # fmt: skip
+def test_heads_of_zeroes_change_nothing(sharded: Sharded, family: str, heads: int, kv_heads: int, tp: int, added: int):
+    sizes = dict(num_attention_heads=heads, num_key_value_heads=kv_heads)
+    padded = sharded(family, tp, pad_heads=True, **sizes)
+    assert zero_heads(padded) == added
+    check(padded, sharded(family, **sizes))
 
 
 @pytest.mark.slow
-def test_forks_over_devices(sharded):
-    params = SamplingParams(temperature=0.3, seed=5, n=3, max_tokens=10)
-    one, four = (make_request("all", prompt(18), params) for _ in range(2))
-    assert run(make_engine(sharded(4)), [four]) == alone(sharded(1), [one])
+def test_a_decoder_beside_a_vision_tower_has_a_copy_on_each_device_of_the_axis_data(sharded: Sharded, tmp_path: Path):
+    hf = CONFIG | dict(architectures=["LlamaForCausalLM"], num_attention_heads=8)
+    folder = checkpoint.write(tmp_path, hf, with_tokenizer=False)
+    mesh = jax.make_mesh((2, 2), (axes.DATA, axes.MODEL), axis_types=(AxisType.Auto,) * 2)
+    served, config = loading.parse(hf)
+    seeing = replace(config, features=Features("image", (3, 8, 8), rows=4, placeholder=-1))
+    module = loading.abstract(served, seeing, np.dtype("float32"), mesh)
+    module.config = config  # the decoder alone
+    with SafetensorsReader(folder) as reader:
+        rules.load(module, served.weight_rules(config), reader, mesh, progress=False)
+    runner = Runner(*split(module, mesh), shapes())
+    assert {len(param.sharding.device_set) for param in runner.params} == {4}
+    check(runner, sharded())
+
+
+def test_padding_that_nothing_needs_adds_nothing(sharded: Sharded):
+    padded = sharded("llama", 4, pad_heads=True)
+    assert [a.shape for a in padded.params] == [a.shape for a in sharded("llama", 4).params]

@@ -1,6 +1,7 @@
 """Checkpoints that do not fit, met through `LLM`; each part of reading is tested in unit/checkpoint."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -10,6 +11,8 @@ from support import checkpoint
 
 from jaxinfer import LLM
 from jaxinfer.errors import CheckpointError, ConfigError
+from jaxinfer.models.converting import convert
+from jaxinfer.sharding import make_mesh
 
 pytestmark = pytest.mark.xdist_group("faults")
 
@@ -103,3 +106,43 @@ def test_no_tokenizer(tmp_path):
     folder = checkpoint.write(tmp_path / "bare", with_tokenizer=False)
     with pytest.raises(CheckpointError, match="tokenizer=DIR, or skip_tokenizer_init=True"):
         LLM(folder, use_tqdm=False)
+
+
+@pytest.fixture
+def converted(folder, tmp_path):
+    convert(folder, tmp_path / "converted", make_mesh(2), progress=False)
+    return tmp_path / "converted"
+
+
+def weights_of(folder):
+    """The files of a converted folder's weights, the largest first."""
+    files = (path for path in (folder / "weights").rglob("*") if path.is_file())
+    return sorted(files, key=lambda path: path.stat().st_size, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: weights_of(folder)[0].unlink(), "weights/.* is missing; copy the folder again"),
+        (lambda folder: os.truncate(weights_of(folder)[0], 100), "weights/.*: expected [0-9]+ bytes, found 100"),
+        (lambda folder: (folder / "weights/state/manifest.ocdbt").write_bytes(b"x" * (
+            folder / "weights/state/manifest.ocdbt").stat().st_size), "manifest.ocdbt was changed or damaged"),
+        (lambda folder: shutil.rmtree(folder / "weights"), "weights/.* is missing"),
+        (lambda folder: (folder / "jaxinfer.json").unlink(), "jaxinfer.json is missing"),
+        (lambda folder: (folder / "jaxinfer.json").write_text((folder / "jaxinfer.json").read_text().replace(
+            '"tensor_parallel_size": 2', '"tensor_parallel_size": 4')), "jaxinfer.json was changed after the conversion"),
+        (lambda folder: (folder / "jaxinfer.json").write_text('{"format": "jaxinfer", "version": 99}'),
+         "jaxinfer.json has format version 99.*newer jaxinfer"),
+        (lambda folder: config(folder, num_hidden_layers=1), "holds 6 parameter.* layers.1"),
+    ],
+)  # fmt: skip
+def test_converted_folders_that_were_spoilt(converted, spoil, message):
+    spoil(converted)
+    with pytest.raises(CheckpointError, match=message):
+        LLM(converted, use_tqdm=False)
+
+
+def test_a_converted_folder_that_was_rounded(folder, tmp_path):
+    convert(folder, tmp_path / "rounded", make_mesh(), dtype="bfloat16", progress=False)
+    with pytest.raises(ConfigError, match="dtype is 'float32', but .*rounded.*of float32 to bfloat16.*--dtype float32"):
+        LLM(tmp_path / "rounded", dtype="float32", use_tqdm=False)

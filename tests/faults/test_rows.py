@@ -29,7 +29,7 @@ The inputs and faults to survive, and the tests that hold them (`unit/` where th
 | 35 | NaN in unused cache | equivalence/test_padding.py |
 | 36, 37 | the pool runs dry, again and again | equivalence/test_preemption.py |
 | 38, 39 | one prefix 64 times, eviction | equivalence/test_prefix.py; test_cache.py |
-| 40 | another salt or weights | equivalence/test_prefix.py; test_cache.py |
+| 40 | another salt, weights or image | equivalence/test_prefix.py, equivalence/test_images.py; test_cache.py, test_images.py |
 | 42 | a hash collision | unit/kv/test_prefix.py |
 | 43 | lengths at the ends of blocks and chunks | every test of equivalence/ |
 | 44 | a fork whose parent ends | equivalence/test_fork.py |

@@ -9,6 +9,7 @@ from support.lowering import MEDIUM, Compiled, abstract_model, compile_step, h10
 from jaxinfer.engine.batch import Bucket
 from jaxinfer.engine.steps import Shapes
 from jaxinfer.engine.sampler import Level
+from jaxinfer.sharding.policy import REPLICATE, Placement
 
 pytestmark = [pytest.mark.xdist_group("h100"), pytest.mark.usefixtures("cuda_compiler")]
 
@@ -28,9 +29,14 @@ def cuda_compiler() -> None:
 
 @cache
 def step(
-    kind: str, layers: int, tp: int = 1, level: Level = Level.GREEDY, quantization: str | None = None
-) -> Compiled:
-    program, params = abstract_model(MEDIUM | {"num_hidden_layers": layers}, h100_mesh(tp), quantization=quantization)
+    kind: str, layers: int, tp: int = 1, level: Level = Level.GREEDY, quantization: str | None = None,
+    replicated: str | None = None, heads: int = 16, kv_heads: int = 4,
+) -> Compiled:  # fmt: skip
+    hf = MEDIUM | dict(num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads)
+    placement = Placement({replicated: REPLICATE} if replicated else {})
+    program, params = abstract_model(
+        hf, h100_mesh(tp), quantization=quantization, placement=placement, pad_heads=heads != 16
+    )
     tokens = ROWS if kind == "decode" else CHUNK
     assert program.kernel == "triton"
     return compile_step(program, params, SHAPES, Bucket(kind, tokens, ROWS, WIDTH, level, -1, tile=program.tile))
@@ -105,3 +111,35 @@ def test_a_layer_has_two_all_reduces_and_nothing_else(kind: str, tp: int, quanti
     assert three.collectives - two.collectives == Counter({"all-reduce": 2})
     # Beside the layers: the embedding's rows are added up, and each shard's best token is compared.
     assert two.collectives == Counter({"all-reduce": 2 * 2 + 1, "all-gather": 1})
+
+
+# A replicated lane is whole on every device: four times the bytes of a divided one.
+@pytest.mark.parametrize(
+    ("kind", "replicated", "reduces", "share"),
+    [("decode", "*.attention", 1, 1), *(pytest.param(*case, marks=pytest.mark.slow) for case in
+     [("prefill", "*.attention", 1, 1), ("decode", "*.mlp", 1, 1 / 4), ("decode", "layers.*", 0, 1),
+      ("prefill", "layers.*", 0, 1)])],
+)  # fmt: skip
+def test_a_replicated_module_has_no_collective_and_its_lane_stays_in_place(
+    kind: str, replicated: str, reduces: int, share: float
+):
+    two, three = (step(kind, layers, 4, replicated=replicated) for layers in (2, 3))
+    check_in_place(three)
+    assert three.collectives - two.collectives == Counter({"all-reduce": reduces} if reduces else {})
+    assert two.collectives == Counter({"all-reduce": 2 * reduces + 1, "all-gather": 1})
+    assert three.cache_bytes == 3 * SHAPES.num_blocks * 2 * 4 * BLOCK * 64 * 2 * share
+
+
+@pytest.mark.slow
+def test_a_step_with_everything_replicated_has_no_collective():
+    compiled = step("decode", 2, 4, replicated="*")
+    check_in_place(compiled)
+    assert compiled.collectives == Counter()
+
+
+@pytest.mark.slow
+def test_heads_of_zeroes_add_no_collective_and_no_copy():
+    """14 heads around 2 over eight devices, two a device."""
+    compiled = step("decode", 2, 8, heads=14, kv_heads=2)
+    check_in_place(compiled)
+    assert compiled.collectives == step("decode", 2, 8).collectives

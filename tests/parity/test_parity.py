@@ -210,6 +210,7 @@ def test_every_family_and_option_has_a_case():
     from jaxinfer.models.registry import ARCHITECTURES
 
     configs = [model(name).config for name in CASES]
-    assert {case.family for case in CASES.values()} == set(ARCHITECTURES.values())
+    elsewhere = {"internvl"}  # test_internvl.py
+    assert {case.family for case in CASES.values()} == set(ARCHITECTURES.values()) - elsewhere
     assert {config.hidden_act for config in configs} | {"swish"} == set(ACTIVATIONS)
     assert {config.rope_parameters["rope_type"] for config in configs} == set(ROPE_KINDS)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ from jaxinfer.engine.runner import Runner
 from jaxinfer.functional import DecodeBatch, PrefillBatch, Program
 from jaxinfer.kernels.paged import Lane
 from jaxinfer.models import loading
+from jaxinfer.models.base import FeatureRows
 from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.sharding import make_mesh
 
@@ -22,10 +24,12 @@ PROMPTS = 4
 
 
 @cache
-def load(folder: Path, dtype: str = "float32", tp: int = 1) -> tuple[Program, list[jax.Array]]:
+def load(
+    folder: Path, dtype: str = "float32", tp: int = 1, quantization: str | None = None
+) -> tuple[Program, list[jax.Array]]:
     """The checkpoint through the real loader, split for `jaxinfer.functional`."""
     mesh = make_mesh(tp)
-    return functional.split(loading.load(folder, mesh, dtype=dtype, progress=False), mesh)
+    return functional.split(loading.load(folder, mesh, dtype=dtype, quantization=quantization, progress=False), mesh)
 
 
 @cache
@@ -46,9 +50,9 @@ def greedy(folder: Path, prompts: Sequence[Sequence[int]], count: int) -> list[l
 
 @partial(jax.jit, static_argnums=0)
 def _prompt_logits(
-    program: Program, params: list[jax.Array], cache: list[Lane], batch: PrefillBatch
+    program: Program, params: list[jax.Array], cache: list[Lane], batch: PrefillBatch, features: FeatureRows | None
 ) -> tuple[jax.Array, list[Lane]]:
-    hidden, cache = functional.prefill_hidden(program, params, cache, batch)
+    hidden, cache = functional.prefill_hidden(program, params, cache, batch, features)
     return program.module(params).logits(hidden), cache
 
 
@@ -56,20 +60,22 @@ _decode = jax.jit(functional.decode, static_argnums=0)
 
 
 def logits(
-    folder: Path, prompts: Sequence[Sequence[int]], following: Sequence[Sequence[int]], dtype: str = "float32"
-) -> list[np.ndarray]:
+    folder: Path, prompts: Sequence[Sequence[int]], following: Sequence[Sequence[int]], dtype: str = "float32",
+    features: FeatureRows | None = None, **how: Any,
+) -> list[np.ndarray]:  # fmt: skip
     """For each prompt the logits `[T, V]` at all its positions, then of its following tokens, decoded one by one.
 
-    All prompts go in one prefill, side by side, and in the same decode steps.
+    All prompts go in one prefill, side by side, and in the same decode steps. `features` are for the `PROMPT_TOKENS`
+    tokens of the prefill.
     """
-    program, params = load(folder, dtype)
+    program, params = load(folder, dtype, **how)
     width = LENGTH // BLOCK
     # Blocks of the sequences interleaved and none at its own number, so that only the tables can be right.
     tables = np.arange(PROMPTS * width, dtype=np.int32)[::-1].reshape(width, PROMPTS).T.copy()
     cache = functional.init_cache(program, PROMPTS * width, BLOCK)
     chunks = [(np.array(prompt, np.int32), 0, len(prompt)) for prompt in prompts]
     batch = functional.prefill_batch(chunks, tables[: len(prompts)], tokens=PROMPT_TOKENS, rows=PROMPTS)
-    flat, cache = _prompt_logits(program, params, cache, batch)
+    flat, cache = _prompt_logits(program, params, cache, batch, features)
     ends = np.cumsum([len(prompt) for prompt in prompts])
     found = [[part] for part in np.split(np.asarray(flat[: ends[-1]]), ends[:-1])]
     for step in range(max(map(len, following))):

@@ -77,11 +77,14 @@ def h100_mesh(tp: int) -> Mesh:
 
 
 def abstract_model(
-    hf: Mapping[str, Any], mesh: Mesh, *, quantization: str | None = None
+    hf: Mapping[str, Any], mesh: Mesh, **how: Any
 ) -> tuple[Program, list[jax.ShapeDtypeStruct]]:
-    """A model of this config.json as a program and the shapes and shardings of its parameters."""
+    """A model of this config.json as a program and the shapes and shardings of its parameters.
+
+    `how`: quantisation and placement, as `loading.abstract` takes them.
+    """
     served, config = loading.parse(hf)
-    module = loading.abstract(served, config, jnp.dtype(hf["dtype"]), mesh, quantization=quantization)
+    module = loading.abstract(served, config, jnp.dtype(hf["dtype"]), mesh, **how)
     program, leaves = split(module, mesh)
     params = []
     for leaf, (path, param) in zip(leaves, rules.parameters(module).items(), strict=True):
@@ -141,7 +144,12 @@ class Compiled:
     @property
     def collectives(self) -> Counter[str]:
         """How often each kind occurs in the program."""
-        return Counter(_COLLECTIVE.findall(self.executable.as_text()))
+        return collectives(self.executable.as_text())
+
+
+def collectives(program: str) -> Counter[str]:
+    """How often each kind occurs in a program's text."""
+    return Counter(_COLLECTIVE.findall(program))
 
 
 def large_copies(program: str, elements: int) -> list[str]:

@@ -11,6 +11,7 @@ from flax import nnx
 from jaxinfer import LLM
 from jaxinfer.config import EngineConfig
 from jaxinfer.errors import ConfigError
+from jaxinfer.sharding.policy import Placement
 
 
 CASES = [
@@ -33,6 +34,11 @@ CASES = [
     ({"dtype": 5.5}, "dtype must be a name or a NumPy dtype, got 5.5"),
     ({"compilation_cache_dir": 5}, "compilation_cache_dir must be 'auto', a folder or None, got 5"),
     ({"compilation_cache_dir": ""}, "compilation_cache_dir must be 'auto', a folder or None, got ''"),
+    ({"placement": ["*.mlp"]}, r"placement must map patterns of module paths to tactics, got \['\*.mlp'\]"),
+    ({"placement": {"*.mlp": "sharded"}}, r"placement: '\*.mlp' is given 'sharded'; a tactic is one of shard, replicate"),
+    ({"placement": {"*.mlp": None}}, r"placement: '\*.mlp' is given None"),
+    ({"placement": {3: "shard"}}, "placement: a pattern must be a string such as 'layers.*.mlp', got 3"),
+    ({"pad_heads": 1}, "pad_heads must be True or False, got 1"),
     ({"compiler_options": ["xla_gpu_autotune_level"]}, "compiler_options must map names to .* got "),
     ({"compiler_options": {"xla_gpu_autotune_level": [4]}}, "compiler_options must map names to"),
 ]
@@ -72,6 +78,14 @@ def test_a_dtype_may_be_one(dtype):
     assert EngineConfig.of({"dtype": dtype}).dtype == "bfloat16"
 
 
-def test_a_module_that_has_its_weights_is_not_quantised():
-    with pytest.raises(ConfigError, match=r"quantization is 'int8', but a module has its weights.*load\(directory, mesh"):
-        LLM(nnx.Module(), quantization="int8")
+@pytest.mark.parametrize("setting", [{"quantization": "int8"}, {"placement": {"*": "replicate"}}, {"pad_heads": True}])
+def test_a_module_that_has_its_weights_is_neither_quantised_nor_placed(setting):
+    [(name, value)] = setting.items()
+    expected = re.escape(f"{name} is {value!r}, but a module has its weights already")
+    with pytest.raises(ConfigError, match=rf"{expected}.*load\(directory, mesh, {name}="):
+        LLM(nnx.Module(), **setting)
+
+
+@pytest.mark.parametrize("given", [{"*.mlp": "replicate"}, Placement({"*.mlp": "replicate"}), None, {}])
+def test_a_placement_is_a_mapping_or_made_of_one(given):
+    assert EngineConfig.of({"placement": given}).placement == given

@@ -17,19 +17,26 @@ PACKAGE = Path(jaxinfer.__file__).parent
 
 TIERS = (
     {"errors", "folders"},
-    {"checks", "compilation_cache"},
-    {"config", "demo", "kernels", "outputs", "sampling_params", "sharding"},
-    {"generation_config", "kv", "layers", "resolve"},
+    {"checks", "compilation_cache", "distributed", "units"},
+    {"sharding"},
+    {"config", "demo", "kernels", "outputs", "sampling_params"},
+    {"generation_config", "kv", "resolve"},
+    {"layers"},
     {"checkpoint"},
+    {"media"},
     {"models", "text"},
     {"functional"},
     {"engine"},
-    {"handle"},
+    {"handle", "planning"},
     {"progress"},
     {"llm"},
     {"jaxinfer"},
 )
 """The files and folders of the package: each knows those above it in this list, and none beside or below."""
+
+LATER = {"jaxinfer.sharding": "jaxinfer.planning"}
+"""The one exception: `sharding.plan` is found there by its users, but made of models. It is imported when it is first
+asked for, so that `sharding` itself knows none (docs/decisions.md)."""
 
 
 def files() -> dict[str, Path]:
@@ -54,6 +61,13 @@ def imported(tree: ast.AST, known: dict[str, Path]) -> Iterator[str]:
                     yield whole if whole in known else str(node.module)
 
 
+def imported_later(tree: ast.AST) -> Iterator[str]:
+    """The modules that `importlib.import_module` is given by name."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "import_module":
+            yield from (arg.value for arg in node.args if isinstance(arg, ast.Constant))
+
+
 def graph() -> dict[str, set[str]]:
     """For each module those it imports."""
     known = files()
@@ -75,6 +89,21 @@ def test_every_import_goes_up_the_list():
         if name.split(".")[1:2] != other.split(".")[1:2] and tier(other) >= tier(name)
     ]
     assert wrong == []
+
+
+def test_what_is_imported_when_it_is_asked_for_is_known():
+    later = {
+        name: other for name, path in files().items() for other in imported_later(ast.parse(path.read_text()))
+        if other.startswith("jaxinfer")
+    }  # fmt: skip
+    assert later == LATER
+
+
+def test_sharding_knows_no_model_until_it_is_asked_for_a_plan():
+    found = "os.environ['MODELS'] = str('jaxinfer.models' in sys.modules)"
+    loaded = f"import sys, os; from jaxinfer import sharding; {{}}; {found}"
+    assert ["MODELS", "False"] in report(loaded.format("pass"))["changed"]
+    assert ["MODELS", "True"] in report(loaded.format("sharding.plan"))["changed"]
 
 
 def test_no_file_needs_itself():

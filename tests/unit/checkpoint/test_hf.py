@@ -11,7 +11,15 @@ from huggingface_hub import constants, errors
 from huggingface_hub.utils import filter_repo_objects
 
 from jaxinfer.checkpoint import hf, hub
-from jaxinfer.checkpoint.hf import ConfigReader, check_sizes, read_config, read_generation_config, read_json
+from jaxinfer.checkpoint.hf import (
+    ConfigReader,
+    added_token,
+    check_sizes,
+    lay_over,
+    read_config,
+    read_generation_config,
+    read_json,
+)
 from jaxinfer.checkpoint.hub import resolve_model
 from jaxinfer.errors import CheckpointError, ConfigError, OfflineError
 
@@ -302,3 +310,58 @@ def test_what_transformers_saves_by_default_needs_nothing_more(family):
 
 def test_the_patterns_fetch_no_code():
     assert not any(pattern.endswith((".py", ".bin", ".pt")) for pattern in hub.ALLOW_PATTERNS)
+
+
+# --- The configurations of parts ----------------------------------------------------------------------
+
+
+def test_the_sizes_of_parts_are_checked_under_their_name():
+    with pytest.raises(ConfigError, match=r"^text_config\.vocab_size=0 must be"):
+        check_sizes({"vocab_size": 4, "text_config": {"vocab_size": 0}}, "vocab_size")
+
+
+def test_a_part_is_finished_with_the_whole():
+    config = {"size": 1, "vision_config": {"size": 2, "unread": 3}, "text_config": {"size": 4}}
+    reader = ConfigReader(config, "internvl")
+    vision, text = reader.part("vision_config"), reader.part("text_config", size=5)
+    assert [part.get_int("size") for part in (reader, vision, text)] == [1, 2, 5]
+    with pytest.raises(ConfigError) as error:
+        reader.finish()
+    named(error, "vision_config={'unread': 3}", "hf_overrides={'vision_config': {'unread': None}}")
+    vision.skip("unread")
+    reader.finish()
+
+
+@pytest.mark.parametrize("value", [None, [], "x"])
+def test_a_part_that_is_no_object_is_refused(value):
+    with pytest.raises(ConfigError, match="internvl.*text_config"):
+        ConfigReader({"text_config": value}, "internvl").part("text_config")
+
+
+def test_overrides_of_a_part_leave_the_rest_of_it():
+    config = {"text_config": {"a": 1, "b": 2}, "rope_scaling": {"a": 1}}
+    assert lay_over(config, {"text_config": {"b": None}, "rope_scaling": {"b": 2}}) == {
+        "text_config": {"a": 1, "b": None}, "rope_scaling": {"b": 2},
+    }  # fmt: skip
+    assert config["text_config"] == {"a": 1, "b": 2}
+
+
+@pytest.mark.parametrize(("name", "content"), [
+    ("added_tokens.json", {"<x>": 7, "<y>": 8}),
+    ("tokenizer_config.json", {"added_tokens_decoder": {"7": {"content": "<x>"}, "8": {"content": "<y>"}}}),
+    ("tokenizer.json", {"added_tokens": [{"id": 8, "content": "<y>"}, {"id": 7, "content": "<x>"}]}),
+])
+def test_the_id_of_an_added_token_is_read_from_whichever_file_has_it(tmp_path, name, content):
+    write(tmp_path, name, **content)
+    assert added_token(tmp_path, "<x>") == 7 and added_token(tmp_path, "<z>") is None
+
+
+@pytest.mark.parametrize("content", [
+    {"added_tokens_decoder": [1]}, {"added_tokens_decoder": {"seven": {"content": "<x>"}}},
+    {"added_tokens_decoder": {"7": "<x>"}},
+])
+def test_files_of_another_shape_name_no_token(tmp_path, content):
+    write(tmp_path, "tokenizer_config.json", **content)
+    write(tmp_path, "tokenizer.json", added_tokens={"<x>": 7})
+    write(tmp_path, "added_tokens.json", **{"<x>": "7"})
+    assert added_token(tmp_path, "<x>") is None

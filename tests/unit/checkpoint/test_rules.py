@@ -14,6 +14,7 @@ from support.tiny import ARCHITECTURES, CONFIG
 
 from jaxinfer.checkpoint import rules
 from jaxinfer.checkpoint.rules import Rule
+from jaxinfer.checkpoint.safetensors import SafetensorsReader
 from jaxinfer.errors import CheckpointError
 from jaxinfer.models import loading
 from jaxinfer.sharding import make_mesh
@@ -98,6 +99,37 @@ def test_each_device_holds_its_rows_and_no_others(family, tp, tmp_path):
             np.testing.assert_array_equal(shards(loaded[f"layers.0.{name}.weight"])[s], values, name)
         np.testing.assert_array_equal(shards(loaded["head.weight"])[s], np.split(padded, tp)[s])
         np.testing.assert_array_equal(shards(loaded["norm.scale"])[s], content["model.norm.weight"])
+
+
+# Beside the two kv heads, each with two query heads around it, a third group; in each group two more query heads.
+@pytest.mark.parametrize(
+    ("tp", "queries", "keys"), [(3, [0, 1, 2, 3, None, None], [0, 1, None]),
+                                (8, [0, 1, None, None, 2, 3, None, None], [0, 0, 0, 0, 1, 1, 1, 1])],
+)  # fmt: skip
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_heads_of_zeroes_are_zero_in_every_tensor(quantization, tp, queries, keys, tmp_path):
+    folder = checkpoint(tmp_path, tensors())
+
+    def read(mesh) -> dict:
+        module = loading.load(folder, mesh, quantization=quantization, pad_heads=True, progress=False)
+        return rules.parameters(module)
+
+    def heads(part: np.ndarray, wanted: list[int | None]) -> np.ndarray:
+        """`[heads, D, ...]`, those that are None zero."""
+        own = part.reshape(-1, D, *part.shape[1:])
+        return np.stack([np.zeros_like(own[0]) if head is None else own[head] for head in wanted])
+
+    whole, padded, attention = read(make_mesh()), read(make_mesh(tp)), "layers.0.attention"
+    kinds = ("weight", "weight_scale") if quantization else ("weight",)
+    for kind in kinds:
+        q, k, v = np.split(np.asarray(whole[f"{attention}.qkv.{kind}"][...])[0], [H * D, (H + K) * D])
+        cut = [np.split(heads(part, wanted), tp) for part, wanted in ((q, queries), (k, keys), (v, keys))]
+        for found, *parts in zip(shards(padded[f"{attention}.qkv.{kind}"]), *cut, strict=True):
+            np.testing.assert_array_equal(found[0], np.concatenate(parts).reshape(found[0].shape))
+    columns = heads(np.asarray(whole[f"{attention}.out.weight"][...]).T, queries).reshape(len(queries) * D, M).T
+    np.testing.assert_array_equal(padded[f"{attention}.out.weight"][...], columns)
+    if quantization:
+        np.testing.assert_array_equal(*(read[f"{attention}.out.weight_scale"][...] for read in (whole, padded)))
 
 
 def test_bfloat16_becomes_float32_exactly_and_the_other_way_rounded(tmp_path):
@@ -251,3 +283,29 @@ def test_loading_takes_little_more_memory_than_the_weights(tp, stored, quantizat
     command = [sys.executable, "-c", PEAK, str(tp), str(tiny), str(large), quantization]
     taken = int(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
     assert weights * 0.9 < taken < weights + 1.3 * largest, (taken, weights, largest)
+
+
+NAMES = [
+    Rule("norm.weight", "norm.scale", also=("model.norm.weight",)),
+    Rule("layer.{i}.x", "layers.{i}.x", also=("h.{i}.x",)),
+]
+
+
+def test_a_tensor_is_found_by_any_of_its_names_and_may_have_only_one(tmp_path):
+    expanded = rules.expand(NAMES, 2)
+    assert [(rule.source, rule.also) for rule in expanded[1:]] == [("layer.0.x", ("h.0.x",)), ("layer.1.x", ("h.1.x",))]
+    content = tensors()
+    folder = checkpoint(tmp_path, content)
+    served, config = loading.parse(json.loads((folder / "config.json").read_text()))
+    module = loading.abstract(served, config, np.dtype("float32"), make_mesh(1))
+    table = [rule for rule in served.weight_rules(config) if rule.source != "model.norm.weight"]
+
+    def fill() -> None:
+        with SafetensorsReader(folder) as reader:
+            rules.load(module, [*table, NAMES[0]], reader, make_mesh(1), progress=False)
+
+    fill()
+    np.testing.assert_array_equal(rules.parameters(module)["norm.scale"][...], content["model.norm.weight"])
+    save_file(content | {"norm.weight": content["model.norm.weight"]}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"does not know: 'model.norm.weight'"):
+        fill()

@@ -212,7 +212,7 @@ class PoolMachine(RuleBasedStateMachine):
 class CollidingMachine(PoolMachine):
     """The same, with a digest that is equal for all blocks: hits are right or do not happen."""
 
-    digest = staticmethod(lambda parent, tokens: bytes(32))
+    digest = staticmethod(lambda parent, tokens, extra: bytes(32))
 
 
 # A busy machine is no fault of the pool's.

@@ -136,7 +136,7 @@ def test_clear_forgets_everything() -> None:
 
 
 def test_a_collision_of_different_tokens_is_a_miss(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefix, "block_digest", lambda parent, tokens: bytes(32))
+    monkeypatch.setattr(prefix, "block_digest", lambda parent, tokens, extra: bytes(32))
     index = filled(TOKENS, [7])
     assert look_up(index, TOKENS) == ([7], MatchEnd.COLLISION)
     assert look_up(index, TOKENS + 1) == ([], MatchEnd.COLLISION)
@@ -145,7 +145,7 @@ def test_a_collision_of_different_tokens_is_a_miss(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_collision_of_different_prefixes_is_a_miss(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefix, "block_digest", lambda parent, tokens: hashlib.sha256(tokens).digest())
+    monkeypatch.setattr(prefix, "block_digest", lambda parent, tokens, extra: hashlib.sha256(tokens).digest())
     tokens = np.concatenate([TOKENS[:P], TOKENS[P : 2 * P]])
     index = filled(tokens, [1, 2])
     assert look_up(index, tokens).ids == [1, 2]

@@ -100,9 +100,9 @@ def logits(tmp_path_factory):
         return checkpoint.write(tmp_path_factory.mktemp("quantised"), changes, with_tokenizer=False)
 
     @cache
-    def of(tp: int, quantization: str | None, tied: bool = False) -> np.ndarray:
+    def of(tp: int, quantization: str | None, tied: bool = False, pad_heads: bool = False) -> np.ndarray:
         mesh = make_mesh(tp)
-        module = loading.load(folder(tied), mesh, quantization=quantization, progress=False)
+        module = loading.load(folder(tied), mesh, quantization=quantization, pad_heads=pad_heads, progress=False)
         program, params = functional.split(module, mesh)
         width = 2 * CHUNK // BLOCK
         batch = functional.prefill_batch([(prompt(CHUNK), 0, CHUNK)], np.arange(width)[None])
@@ -120,6 +120,14 @@ def test_a_model_in_int8_is_near_its_own_weights_over_any_number_of_devices(logi
     distance = np.linalg.norm(found - plain) / np.linalg.norm(plain)
 
     assert 0 < distance < 0.15  # another prompt is at 1.4
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_heads_of_zeroes_change_no_logits(logits, quantization):
+    """Over three devices, which the eight heads around two do not divide."""
+    plain, found = logits(1, None), logits(3, quantization, pad_heads=True)
+    distance = np.linalg.norm(found - plain) / np.linalg.norm(plain)
+    assert distance < (0.15 if quantization else 1e-5)
 
 
 @pytest.mark.parametrize("tied", [False, True])

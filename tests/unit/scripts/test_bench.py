@@ -23,7 +23,7 @@ COMMANDS = {
     "latency": ["--batch-size=2", "--input-len=9", "--output-len=5", "--num-iters=2", "--num-iters-warmup=1"],
     "serving": ["--concurrency", "1", "2", "--scale=0.004"],
 }
-INSIDE = ("work", "host", "startup", "roofline", "profile")
+INSIDE = ("work", "host", "startup", "roofline", "profile", "placement")
 """The other subcommands."""
 
 

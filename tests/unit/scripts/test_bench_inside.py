@@ -4,8 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import pytest
-from benchmarks import breakdown, checkpoint, hlo, hosttime, machine, shares, start
+from benchmarks import breakdown, checkpoint, hlo, hosttime, machine, placed, shares, start
 from benchmarks.shares import Costs
 from benchmarks.trace import Trace
 from benchmarks.work import Work
@@ -191,3 +192,24 @@ def test_a_profile_finds_every_category(result: Callable[..., dict], tmp_path: P
         for category in ("attention", "gemms", "rest", "sampling", "elapsed"):
             assert found[f"{kind}_{category}_ms"] > 0
     assert list(tmp_path.rglob("*.xplane.pb"))
+
+
+@pytest.mark.slow
+def test_placements_are_ratios_to_all_sharded(result: Callable[..., dict]):
+    jax.devices()  # JAX has started, so that this makes no other devices for the tests after it
+    found = result("placement", "--devices=2", "--batch-size=2", "--context=16", "--repeats=3")
+    assert (found["work"]["devices"], found["work"]["rows"]) == (2, 2)
+    figures, names = found["jaxinfer"], ("attention_replicated", "mlp_replicated", "replicated")
+    assert set(figures) == {f"step_ms@{name}" for name in ("sharded", *names)} | {f"over_sharded@{name}" for name in names}
+    assert all(value > 0 for value in figures.values())
+
+
+def test_a_ratio_is_of_the_same_round(monkeypatch: pytest.MonkeyPatch):
+    jax.devices()
+    rounds = {"sharded": [1.0, 2.0, 4.0], "attention_replicated": [2.0, 4.0, 8.0], "mlp_replicated": [1.0, 2.0, 4.0],
+              "replicated": [4.0, 2.0, 8.0]}  # fmt: skip
+    monkeypatch.setattr(placed.steptime, "Model", lambda *given: None)
+    monkeypatch.setattr(placed.steptime, "measure", lambda *given: rounds)
+    found = placed.measure({}, 2, 8, 16, 3)
+    assert found["step_ms@sharded"] == 2000
+    assert found["over_sharded@attention_replicated"] == found["over_sharded@replicated"] == 2

@@ -3,7 +3,7 @@ import time
 
 import pytest
 from jaxinfer.errors import ChatTemplateError
-from jaxinfer.text import render_chat
+from jaxinfer.text import chat_images, render_chat
 
 TEMPLATE = ("{{ bos_token }}{% for message in messages %}"
             "{% if message.role not in ('user', 'assistant', 'system') %}"
@@ -36,6 +36,39 @@ def test_the_tokenizers_own_template(byte_bpe, monkeypatch):
 def test_parts_of_text_are_joined(byte_bpe):
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}, "c"]
     assert "[user] a\nb\nc\n" in render(byte_bpe, [{"role": "user", "content": parts}])
+
+
+IMAGE = object()
+PICTURE = [{"type": "image", "image": IMAGE}, {"type": "text", "text": "what?"}]
+PARTS = ("{% for m in messages %}[{{ m.role }}] {% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}"
+         "{% if p.type == 'image' %}<{{ p.keys() | list }}>{% else %}{{ p.text }}{% endif %}{% endfor %}{% endif %}"
+         "{% endfor %}")
+
+
+def test_a_template_that_knows_of_images_gets_the_parts_without_them(byte_bpe):
+    chat = [*HELLO, {"role": "user", "content": [*PICTURE, "now"]}]
+    made = render(byte_bpe, chat, PARTS, image_marker="<I>")
+    assert made == "[user] hello[user] <['type']>what?now"
+
+
+def test_another_gets_the_marker(byte_bpe):
+    assert "[user] <I>\nwhat?\n" in render(byte_bpe, [{"role": "user", "content": PICTURE}], image_marker="<I>")
+
+
+def test_the_images_of_conversations_in_order(byte_bpe):
+    others = [{"role": "user", "content": [{"type": "image", "image": at} for at in (1, 2)]}, {"role": "user", "content": "x"}]
+    assert chat_images([{"role": "user", "content": PICTURE}, *others]) == [[IMAGE, 1, 2]]
+    assert chat_images([HELLO, others]) == [[], [1, 2]]
+
+
+@pytest.mark.parametrize(("part", "message"), [
+    ({"type": "image"}, r"messages\[0\]\['content'\]\[0\] has no 'image': pass a PIL image"),
+    ({"type": "image", "url": "http://x"}, "nothing is read from paths or URLs"),
+    ({"type": "image_url", "image_url": {}}, "of type str 'image_url': this model takes text and images"),
+])
+def test_parts_that_are_no_image(byte_bpe, part, message):
+    with pytest.raises(ValueError, match=message):
+        render(byte_bpe, [{"role": "user", "content": [part]}], image_marker="<I>")
 
 
 def test_an_assistant_may_call_tools_without_content(byte_bpe):

@@ -68,6 +68,17 @@ def test_refused_types(prompts, message):
         parse_prompts(prompts)
 
 
+def test_a_model_of_images_takes_their_data():
+    data = {"image": object()}
+    parsed = parse_prompts(["a", {"prompt": "b", "multi_modal_data": data}], media=True)
+    assert parsed == [Prompt("a"), Prompt("b")]
+    assert [prompt.media for prompt in parsed] == [None, data]
+    with pytest.raises(TypeError, match="prompt 0: 'multi_modal_data' must be a dict .* got list"):
+        parse_prompts({"prompt": "a", "multi_modal_data": [1]}, media=True)
+    with pytest.raises(ValueError, match="prompt 0: this model takes text and multi_modal_data, leave out 'mm_proc"):
+        parse_prompts({"prompt": "a", "mm_processor_kwargs": {}}, media=True)
+
+
 def test_token_ids_are_checked_against_the_vocabulary():
     check_token_ids((0, 9), 10, 0)
     with pytest.raises(ValueError, match=r"prompt 2: token id -1 at position 1 .*ids run from 0 to 9"):
@@ -85,6 +96,8 @@ def test_prompts_that_leave_no_room():
         check_prompt_length(11, 10, 1)
     with pytest.raises(ValueError, match=r"\(length 10\) plus the number of requested output tokens"):
         check_prompt_length(10, 10, 1)
+    with pytest.raises(ValueError, match=r"\(length 11, 8 of it images\) is longer .* Pass fewer or smaller images"):
+        check_prompt_length(11, 10, 1, 8)
 
 
 def test_ten_megabytes_of_text_are_refused_or_taken_quickly():

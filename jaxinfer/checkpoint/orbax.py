@@ -1,0 +1,229 @@
+"""Weights as they lie on devices, written and restored with Orbax, each shard a chunk of its own.
+
+https://orbax.readthedocs.io; the folder is a `dict` of the parameters by their paths, which Orbax alone can read too.
+A parameter whose layout is the same where it is loaded goes straight to its devices. Any other is taken apart into the
+tensors of the checkpoint it came from (`StoredSource`) and put together anew by the weight table, like a checkpoint.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from tqdm.auto import tqdm
+
+from jaxinfer.checkpoint import rules
+from jaxinfer.checkpoint.manifest import REMEDY, WEIGHTS, Manifest, Stored
+from jaxinfer.errors import CheckpointError
+from jaxinfer.sharding import rules as sharding_rules
+
+GROUP_BYTES = 1 << 27
+"""Parameters are restored together up to this size: their files are read at the same time, and little memory is needed
+beside the weights."""
+
+
+def groups(params: Mapping[str, nnx.Param], most: int) -> Iterator[list[str]]:
+    """Their paths in order, cut where more than `most` bytes would come together; a larger parameter is alone."""
+    group, size = [], 0
+    for path, param in params.items():
+        if group and size + rules.nbytes(param) > most:
+            yield group
+            group, size = [], 0
+        group.append(path)
+        size += rules.nbytes(param)
+    if group:
+        yield group
+
+
+def save(weights: Path, arrays: Mapping[str, jax.Array]) -> None:
+    """Writes some parameters of a folder that is not there before `finalize`.
+
+    Raises:
+        CheckpointError: they cannot be written: the folder and the reason.
+    """
+    from orbax.checkpoint.experimental.v1 import partial
+
+    with _context(), _named(f"{weights} cannot be written"):
+        partial.save(weights.absolute(), dict(arrays))
+
+
+def finalize(weights: Path) -> None:
+    """Makes one folder of all that was saved; raises as `save`."""
+    from orbax.checkpoint.experimental.v1 import partial
+
+    with _context(), _named(f"{weights} cannot be written"):
+        partial.finalize(weights.absolute())
+
+
+def restore(
+    module: nnx.Module, table: Sequence[rules.Rule], directory: Path, manifest: Manifest, mesh: Mesh, *,
+    progress: bool = True,
+) -> None:  # fmt: skip
+    """Fills an abstract module from a converted folder.
+
+    Raises:
+        CheckpointError: files that are missing or changed, or parameters that are not this model's.
+    """
+    manifest.check_files(directory)
+    wanted = rules.parameters(module)
+    extra = sorted(set(manifest.parameters) - set(wanted))
+    if extra:
+        raise CheckpointError(
+            f"{directory} holds {len(extra)} parameter(s) that the model of its config.json does not have: "
+            f"{', '.join(extra[:8])}; {REMEDY}."
+        )
+    source = StoredSource(directory / WEIGHTS, manifest, table)
+    planned = rules.plan(wanted, table, source)
+    same = {path for path, param in wanted.items() if _same(path, param, mesh, manifest)}
+    total = sum(map(rules.nbytes, wanted.values()))
+    with tqdm(total=total, unit="B", unit_scale=True, desc="Loading weights", disable=not progress) as bar:
+        others = {path: planned[path] for path in planned if path not in same}
+        quantised = None if manifest.quantization is None else source
+        for arrays in (_direct(directory / WEIGHTS, {p: wanted[p] for p in planned if p in same}, mesh),
+                       rules.read(wanted, others, source, mesh, quantised)):  # fmt: skip
+            for path, array in arrays:
+                wanted[path].set_value(array)
+                bar.update(rules.nbytes(array))
+    rules.fill(module, wanted)
+
+
+def _same(path: str, param: nnx.Param, mesh: Mesh, manifest: Manifest) -> bool:
+    stored = manifest.parameters.get(path)
+    return stored is not None and stored.same_as(Stored.of(path, param, mesh))
+
+
+def _direct(weights: Path, params: Mapping[str, nnx.Param], mesh: Mesh) -> Iterator[tuple[str, jax.Array]]:
+    """Each shard read to its device, as it lies in the file."""
+    for group in groups(params, GROUP_BYTES):
+        wanted = {path: params[path] for path in group}
+        yield from _load(weights, {
+            path: jax.ShapeDtypeStruct(
+                tuple(param.shape), param.dtype,
+                sharding=sharding_rules.of(mesh, param.get_metadata(), param.shape, path),
+            )
+            for path, param in wanted.items()
+        }).items()  # fmt: skip
+
+
+def _load(weights: Path, abstract: Mapping[str, Any]) -> dict[str, Any]:
+    """Some of the parameters, as arrays of the kind of their stand-ins: `ShapeDtypeStruct` or NumPy arrays."""
+    import orbax.checkpoint.experimental.v1 as ocp
+
+    with _context(), _named(f"{weights} cannot be read"):
+        return ocp.load(weights.absolute(), dict(abstract))
+
+
+class Tensor(NamedTuple):
+    """A tensor of the checkpoint."""
+
+    shape: tuple[int, ...]
+
+
+class StoredSource:
+    """The tensors of the checkpoint that a folder was made from, put together again from its parameters.
+
+    One parameter is held in the host's memory at a time. Of int8 parameters it gives values and scales as
+    `checkpoint.quantised.Int8Source` does.
+    """
+
+    def __init__(self, weights: Path, manifest: Manifest, table: Sequence[rules.Rule]):
+        self._weights = weights
+        self._stored = manifest.parameters
+        self._rules = {rule.source: rule for rule in table if rule.target in manifest.parameters}
+        self._scales = {stored.scales_of: path for path, stored in self._stored.items() if stored.scales_of}
+        self._held: dict[str, np.ndarray] = {}
+        """The parameter that was read last, by its path."""
+
+    def names(self) -> list[str]:
+        return list(self._rules)
+
+    def info(self, name: str) -> Tensor:
+        rule = self._rules[name]
+        stored = self._stored[rule.target]
+        if stored.rows is None:
+            shape = stored.unpadded or stored.shape
+        else:
+            shape = (sum(self._rows(rule.target, part) for part in rule.parts), *stored.shape[2:])
+        return Tensor(tuple(shape))
+
+    def release(self) -> None:
+        """What is held is needed until another parameter is."""
+
+    def read(self, name: str, slices: tuple[slice, ...] | None = None) -> np.ndarray:
+        """A part of a tensor; for a slice of rows alone of an int8 matrix the scales of these rows."""
+        rule, shape = self._rules[name], self.info(name).shape
+        rows, *columns = slices or tuple(map(slice, shape))
+        path = self._scales.get(rule.target, rule.target) if len(shape) > 1 and not columns else rule.target
+        if self._stored[path].rows is not None:
+            return self._fused(path, rule, rows, columns)
+        values = self._values(path)[rows]
+        pieces = self._stored[path].columns
+        if pieces is None or not columns:
+            return values[(slice(None), *columns)]
+        own = slice(*columns[0].indices(shape[1]))
+        made = np.zeros((values.shape[0], own.stop - own.start), values.dtype)
+        for column, first, last in pieces:
+            _overlap(made.T, own, values.T, column, first, last)
+        return made
+
+    def _fused(self, path: str, rule: rules.Rule, rows: slice, columns: Sequence[slice]) -> np.ndarray:
+        """Rows of a tensor that stacks outputs of a fused parameter."""
+        values = self._values(path)[(slice(None), slice(None), *columns)]
+        rows = slice(*rows.indices(sum(self._rows(path, part) for part in rule.parts)))
+        made = np.zeros((rows.stop - rows.start, *values.shape[2:]), values.dtype)
+        offset = 0
+        for part in rule.parts:
+            for shard, column, first, last in self._stored[path].rows[part]:
+                _overlap(made, rows, values[shard], column, offset + first, offset + last)
+            offset += self._rows(path, part)
+        return made
+
+    def _rows(self, path: str, part: str) -> int:
+        return max(last for _, _, _, last in self._stored[path].rows[part])
+
+    def _values(self, path: str) -> np.ndarray:
+        if path not in self._held:
+            stored = self._stored[path]
+            self._held = {}
+            like = np.broadcast_to(np.zeros((), jnp.dtype(stored.dtype)), stored.shape)
+            self._held = _load(self._weights, {path: like})
+        return self._held[path]
+
+
+def _overlap(made: np.ndarray, own: slice, values: np.ndarray, column: int, first: int, last: int) -> None:
+    """Copies what `first:last`, whose rows start at `values[column]`, has of `own`, whose rows are `made`."""
+    start, stop = max(first, own.start), min(last, own.stop)
+    if start < stop:
+        made[start - own.start : stop - own.start] = values[column + start - first : column + stop - first]
+
+
+@contextmanager
+def _context() -> Iterator[None]:
+    """Arrays are written as they are: random bits do not compress, and unpacking would take longer than reading."""
+    import orbax.checkpoint.experimental.v1 as ocp
+
+    context = ocp.Context()
+    context.array_options.saving.use_compression = False
+    context.memory_options.deepcopy_host_arrays = False
+    context.pytree_options.loading.partial_load = True
+    with context:
+        yield
+
+
+@contextmanager
+def _named(what: str) -> Iterator[None]:
+    """Says in one line what Orbax says in many; a device that has no memory left is another matter."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:  # Orbax, TensorStore and the file system each have their own
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            raise
+        cause = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        raise CheckpointError(f"{what}: {cause}") from error

@@ -1,0 +1,190 @@
+"""What travels between processes: frames of a kind and bytes, with arrays as plain bytes beside their shapes, never pickle.
+
+All of it is checked when it is read: a kind that is known, a length that is possible, arrays that fill their frame exactly.
+"""
+
+import hashlib
+import hmac
+import json
+import math
+import secrets
+import select
+import socket
+import struct
+import threading
+import time
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from jaxinfer.errors import DistributedError
+
+MAX_BYTES = 1 << 30
+"""Of one frame: a step's integers are kilobytes, the pixels of a prompt's images megabytes."""
+HANDSHAKE_SECONDS = 20.0
+DTYPES = tuple(np.dtype(kind) for kind in (
+    np.int32, np.float32, np.bool_, np.uint8, np.int8, np.uint32, np.int64, np.float16, ml_dtypes.bfloat16, np.float64
+))  # fmt: skip
+"""What arrays may be of; a frame has the number."""
+_FRAME, _ARRAY, _HELLO, _NONCE = struct.Struct("<BI"), struct.Struct("<BB"), struct.Struct("<II"), 16
+
+
+class Kind(IntEnum):
+    """What a frame is."""
+
+    BEAT = 0
+    """A sign of life."""
+    SHARE = 1
+    """A value for all, or those of all."""
+    KEY = 2
+    """The key that the next number stands for."""
+    LAUNCH = 3
+    """A program is dispatched: number of its key, and arrays."""
+    CHECK = 4
+    """What a launch has given: its number and a digest."""
+    WARM = 5
+    """Programs are to be compiled."""
+    FAIL = 6
+    """Something is wrong, in words: all end."""
+    END = 7
+    """Regular end."""
+
+
+def pack_arrays(arrays: Sequence[np.ndarray]) -> bytes:
+    """Arrays one after another: number of the dtype, number of axes, sizes, bytes."""
+    parts = []
+    for array in map(np.asarray, arrays):
+        parts.append(_ARRAY.pack(DTYPES.index(array.dtype), array.ndim))
+        parts.append(struct.pack(f"<{array.ndim}I", *array.shape))
+        parts.append(array.tobytes())
+    return b"".join(parts)
+
+
+def unpack_arrays(data: bytes) -> list[np.ndarray]:
+    """The reverse of `pack_arrays`.
+
+    Raises:
+        DistributedError: bytes that are none.
+    """
+    arrays, at = [], 0
+    try:
+        while at < len(data):
+            number, axes = _ARRAY.unpack_from(data, at)
+            shape = struct.unpack_from(f"<{axes}I", data, at + _ARRAY.size)
+            at += _ARRAY.size + 4 * axes
+            kind, count = DTYPES[number], math.prod(shape)
+            arrays.append(np.frombuffer(data, kind, count, at).reshape(shape).copy())  # aligned, as JAX wants it
+            at += count * kind.itemsize
+    except (struct.error, IndexError, ValueError) as error:
+        raise DistributedError(f"a frame of {len(data)} bytes holds no arrays at byte {at}: {error}") from error
+    return arrays
+
+
+class Peer:
+    """The connection to another process. Several threads may send; one receives."""
+
+    def __init__(self, process: int, where: str, connection: socket.socket):
+        self.process, self.where, self._socket = process, where, connection
+        self._lock = threading.Lock()
+        self.heard = time.monotonic()
+        """When it was last heard."""
+        self.ended = False
+        """Whether it has said that it ends."""
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.settimeout(None)
+
+    def __str__(self) -> str:
+        return f"process {self.process} ({self.where})"
+
+    def send(self, kind: Kind, data: bytes = b"") -> None:
+        """Sends a frame, waiting for room.
+
+        Raises:
+            OSError: the connection is gone.
+            DistributedError: it is too long.
+        """
+        if len(data) > MAX_BYTES:
+            raise DistributedError(f"a step's arrays take {len(data)} bytes, more than the {MAX_BYTES} of one message")
+        with self._lock:
+            self._socket.sendall(_FRAME.pack(kind, len(data)) + data)
+
+    def send_json(self, kind: Kind, value: Any) -> None:
+        """As `send`."""
+        self.send(kind, json.dumps(value).encode())
+
+    def beat(self) -> None:
+        """A sign of life, unless something is on its way already or there is no room."""
+        if self._lock.acquire(blocking=False):
+            try:
+                poll = select.poll()
+                poll.register(self._socket, select.POLLOUT)
+                if poll.poll(0):
+                    self._socket.sendall(_FRAME.pack(Kind.BEAT, 0))
+            finally:
+                self._lock.release()
+
+    def receive(self) -> tuple[Kind, bytes]:
+        """The next frame.
+
+        Raises:
+            OSError: the connection is gone (EOFError is none: it is said as ConnectionError).
+            DistributedError: what came is no frame.
+        """
+        kind, size = _FRAME.unpack(read(self._socket, _FRAME.size))
+        self.heard = time.monotonic()
+        if kind not in set(Kind) or size > MAX_BYTES:
+            raise DistributedError(f"{self} sent what is no frame: kind {kind}, {size} bytes")
+        return Kind(kind), read(self._socket, size)
+
+    def close(self) -> None:
+        """Ends the connection; whoever waits in `receive` is woken."""
+        try:
+            self._socket.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # it is gone already
+        self._socket.close()
+
+
+def read(connection: socket.socket, size: int) -> bytes:
+    """So many bytes; ConnectionError where there are fewer."""
+    data, at = bytearray(size), 0
+    while at < size:
+        count = connection.recv_into(memoryview(data)[at:])
+        if not count:
+            raise ConnectionError("the connection was closed")
+        at += count
+    return bytes(data)
+
+
+def _answer(token: bytes, *parts: bytes) -> bytes:
+    return hmac.digest(token, b"".join(parts), hashlib.sha256)
+
+
+def admit(connection: socket.socket, token: bytes) -> tuple[int, int]:
+    """Process 0's side of the handshake: each shows the other that it knows the token -> process and its pid.
+
+    Raises:
+        OSError, DistributedError: whoever called is none of ours.
+    """
+    connection.settimeout(HANDSHAKE_SECONDS)
+    nonce = secrets.token_bytes(_NONCE)
+    connection.sendall(nonce)
+    hello = read(connection, _HELLO.size + _NONCE)
+    if not hmac.compare_digest(read(connection, 32), _answer(token, nonce, hello)):
+        raise DistributedError("a connection did not know the token")
+    connection.sendall(_answer(token, hello, nonce))
+    process, pid = _HELLO.unpack_from(hello)
+    return process, pid
+
+
+def introduce(connection: socket.socket, token: bytes, process: int, pid: int) -> None:
+    """The other side of `admit`; raises as it does."""
+    connection.settimeout(HANDSHAKE_SECONDS)
+    nonce = read(connection, _NONCE)
+    hello = _HELLO.pack(process, pid) + secrets.token_bytes(_NONCE)
+    connection.sendall(hello + _answer(token, nonce, hello))
+    if not hmac.compare_digest(read(connection, 32), _answer(token, hello, nonce)):
+        raise DistributedError("what listens there did not know the token")

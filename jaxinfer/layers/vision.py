@@ -1,0 +1,246 @@
+"""A vision transformer over the tiles of images: InternViT (arXiv:2312.14238), a ViT (arXiv:2010.11929) with options.
+
+Letters beside those of `sharding.axes`: n tiles, C channels, t = 1 + g * g tokens of a tile of g by g patches, the
+first of them the CLS token.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxinfer.kernels.matmul import matmul
+from jaxinfer.layers.heads import HeadLayout
+from jaxinfer.layers.linear import FusedLinear, Multiplying, RowLinear
+from jaxinfer.layers.mlp import MLP
+from jaxinfer.layers.norms import LayerNorm, RMSNorm
+from jaxinfer.layers.params import Build, constant, weight
+from jaxinfer.sharding import axes
+from jaxinfer.sharding.collectives import ALL_REDUCE, ENCODE, Collective
+
+NORMS: Mapping[str, Callable[..., nnx.Module]] = {"layer_norm": LayerNorm, "rms_norm": RMSNorm}
+"""Hugging Face's `norm_type` names."""
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """A tower, every number that shapes it."""
+
+    width: int
+    """M of the tower."""
+    layers: int
+    """Layers that are computed; a checkpoint may have more."""
+    heads: int
+    """H; divides the width."""
+    ffn: int
+    """F."""
+    activation: str
+    channels: int
+    """C."""
+    image_size: int
+    """Pixels a side of the images that the learned positions are for."""
+    patch_size: int
+    """Pixels a side of a patch."""
+    norm: str
+    """One of `NORMS`."""
+    norm_eps: float
+    qkv_bias: bool = False
+    qk_norm_eps: float | None = None
+    """Epsilon of an RMSNorm of queries and of keys over the whole width, before the split into heads; None: none."""
+    positions: bool = True
+    """Whether patches carry learned positions."""
+    final_norm: bool = False
+    """Whether a LayerNorm follows the last layer."""
+
+    @property
+    def grid(self) -> int:
+        """Patches a side of an image of `image_size`."""
+        return self.image_size // self.patch_size
+
+
+class PatchEmbedding(Multiplying):
+    """Pixels to tokens: patches, the CLS token before them, learned positions."""
+
+    placed_whole = True
+
+    def __init__(self, build: Build, config: VisionConfig):
+        self.config = config
+        # In the shapes of a convolution's checkpoint.
+        shape = (config.width, config.channels, config.patch_size, config.patch_size)
+        self.weight = weight(build, shape, (axes.EMBED, None, None, None), (shape[1] * shape[2] ** 2) ** -0.5)
+        self.bias = constant(build, shape[:1], (axes.EMBED,), 0.0)
+        names = (None, None, axes.EMBED)
+        self.cls = weight(build, (1, 1, config.width), names, 0.02)
+        places = (1, 1 + config.grid**2, config.width)
+        self.positions = weight(build, places, names, 0.02) if config.positions else None
+
+    def __call__(self, pixels: jax.Array) -> jax.Array:
+        """`[n, C, height, width]`, whole patches a side -> `[n, t, M]`."""
+        count, channels, size = *pixels.shape[:2], self.config.patch_size
+        grid = pixels.shape[2] // size, pixels.shape[3] // size
+        patches = pixels.astype(self.weight.dtype).reshape(count, channels, grid[0], size, grid[1], size)
+        patches = patches.transpose(0, 2, 4, 1, 3, 5).reshape(count * grid[0] * grid[1], -1)
+        kernel = self.weight[...].reshape(self.config.width, -1)
+        x = (matmul(patches, kernel, kernel=self.kernel) + self.bias[...]).reshape(count, -1, self.config.width)
+        cls = jnp.broadcast_to(self.cls[...], (count, 1, self.config.width))
+        x = jnp.concatenate([cls, x], axis=1)
+        return x if self.positions is None else x + self._positions(grid)
+
+    def _positions(self, grid: tuple[int, int]) -> jax.Array:
+        """`[1, t, M]` for this grid; bicubic from the checkpoint's where it is another."""
+        learned, side = self.positions[...], self.config.grid
+        if grid == (side, side):
+            return learned
+        down, across = (jnp.asarray(bicubic(side, new)) for new in grid)
+        table = learned[0, 1:].astype(jnp.float32).reshape(side, side, -1)
+        table = jnp.einsum("ih,jw,hwm->ijm", down, across, table, precision=jax.lax.Precision.HIGHEST)
+        table = table.reshape(1, grid[0] * grid[1], -1).astype(learned.dtype)
+        return jnp.concatenate([learned[:, :1], table], axis=1)
+
+
+def bicubic(old: int, new: int) -> np.ndarray:
+    """`[new, old]` float32: the matrix that resamples `old` points to `new`.
+
+    Cubic convolution (R. Keys, 1981) with a = -0.75, pixel centres at halves and the edge repeated:
+    `torch.nn.functional.interpolate` with mode "bicubic", align_corners false and no antialiasing.
+    """
+    a, made = -0.75, np.zeros((new, old))
+    for row in range(new):
+        at = (row + 0.5) * old / new - 0.5
+        first = int(np.floor(at))
+        for place in range(first - 1, first + 3):
+            x = abs(at - place)
+            near = ((a + 2) * x - (a + 3)) * x * x + 1
+            far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
+            made[row, min(max(place, 0), old - 1)] += near if x <= 1 else far
+    return made.astype(np.float32)
+
+
+def attend_whole(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Every token attends to all of its own tile, with a softmax in float32: `[n, t, H, D]` each -> `[n, t, H, D]`."""
+    precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+    scores = jnp.einsum("nqhd,nkhd->nhqk", q, k, precision=precision, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(scores * q.shape[-1] ** -0.5, axis=-1).astype(v.dtype)
+    return jnp.einsum("nhqk,nkhd->nqhd", weights, v, precision=precision)
+
+
+class VisionAttention(nnx.Module):
+    """Bidirectional attention, with queries and keys normalised over the whole width where the model asks for it."""
+
+    placed_whole = True
+
+    def __init__(self, build: Build, config: VisionConfig):
+        self.mesh, self.config = build.mesh, config
+        outputs = HeadLayout.of(build, config.heads, config.heads).outputs(config.width // config.heads)
+        self.qkv = FusedLinear(build, config.width, outputs, bias=config.qkv_bias)
+        self.out = RowLinear(build, axes.HEADS, outputs[0], config.width, bias=True)
+        # Of queries and of keys, one after the other, divided as their columns are.
+        shape = (build.tp, sum(output.columns(build.tp) for output in outputs[:2]))
+        scale = constant(build, shape, (axes.SHARD, axes.COLUMNS), 1.0, outputs=outputs[:2])
+        self.norm_scale = None if config.qk_norm_eps is None else scale
+
+    def collectives(self) -> list[Collective]:
+        """That of the norm, whose width is divided."""
+        if self.norm_scale is None or self.norm_scale.shape[0] == 1:
+            return []
+        return [Collective(ALL_REDUCE, "squares of q and k", 2, itemsize=4)]
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[n, t, M]` -> `[n, t, M]`."""
+        q, k, v = self.qkv(x.reshape(-1, x.shape[-1]))
+        scale = None if self.norm_scale is None else self.norm_scale[...]
+        return self.out(self._attend(q, k, v, scale, x.shape[1])).reshape(x.shape)
+
+    def _attend(self, q: jax.Array, k: jax.Array, v: jax.Array, scale: jax.Array | None, tokens: int) -> jax.Array:
+        """`[n * t, tp, columns]` each -> the same.
+
+        On local shapes in `jax.shard_map`: each device has whole heads of whole tiles, so that nothing is exchanged.
+        """
+        divided, head_dim = q.shape[1] > 1, self.config.width // self.config.heads
+
+        def local(q: jax.Array, k: jax.Array, v: jax.Array, scale: jax.Array | None) -> jax.Array:
+            if scale is not None:
+                q, k = self._normalise(q, k, scale, axes.MODEL if divided else None)
+            q, k, v = (y.reshape(-1, tokens, y.shape[-1] // head_dim, head_dim) for y in (q, k, v))
+            return attend_whole(q, k, v).reshape(q.shape[0] * tokens, 1, -1)
+
+        if self.mesh.size == 1:
+            return local(q, k, v, scale)
+        data = axes.DATA if axes.DATA in self.mesh.shape else None
+        model = axes.MODEL if divided else None
+        rows = PartitionSpec(data, model)
+        return jax.shard_map(
+            local, mesh=self.mesh, in_specs=(rows, rows, rows, PartitionSpec(model)), out_specs=rows, check_vma=False
+        )(q, k, v, scale)
+
+    def _normalise(
+        self, q: jax.Array, k: jax.Array, scale: jax.Array, over: str | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Both over the whole width, which lies on all devices of the axis `over`: one sum of two numbers a token.
+
+        Heads of padding are zero, so they add nothing to it.
+        """
+        wide = [y.astype(jnp.float32) for y in (q, k)]
+        squares = jnp.stack([jnp.sum(y * y, axis=-1) for y in wide], axis=-1)
+        squares = squares if over is None else jax.lax.psum(squares, over)
+        inverse = jnp.split(jax.lax.rsqrt(squares / self.config.width + self.config.qk_norm_eps), 2, axis=-1)
+        own = jnp.split(scale, 2, axis=-1)
+        return tuple((y * i).astype(q.dtype) * s for y, i, s in zip(wide, inverse, own, strict=True))
+
+
+class VisionLayer(nnx.Module):
+    """`x + a * attention(norm(x))`, then `x + b * mlp(norm(x))`: LayerScale (arXiv:2103.17239)."""
+
+    def __init__(self, build: Build, config: VisionConfig):
+        norm, width = NORMS[config.norm], config.width
+        self.attention_norm = norm(build.at("attention_norm"), width, config.norm_eps, axes.EMBED)
+        self.attention = VisionAttention(build.at("attention"), config)
+        self.attention_scale = constant(build, (width,), (axes.EMBED,), 0.1)
+        self.mlp_norm = norm(build.at("mlp_norm"), width, config.norm_eps, axes.EMBED)
+        self.mlp = MLP(build.at("mlp"), width, config.ffn, width, config.activation)
+        self.mlp_scale = constant(build, (width,), (axes.EMBED,), 0.1)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[n, t, M]` -> `[n, t, M]`."""
+        x = x + self.attention_scale[...] * self.attention(self.attention_norm(x))
+        y = self.mlp(self.mlp_norm(x).reshape(-1, x.shape[-1])).reshape(x.shape)
+        return x + self.mlp_scale[...] * y
+
+
+class VisionTower(nnx.Module):
+    """Embedding and layers; a LayerNorm at the end where the checkpoint has one."""
+
+    steps = (ENCODE,)
+
+    def __init__(self, build: Build, config: VisionConfig):
+        self.embedding = PatchEmbedding(build.at("embedding"), config)
+        self.layers = nnx.List([VisionLayer(build.at("layers", i), config) for i in range(config.layers)])
+        final = LayerNorm(build.at("norm"), config.width, config.norm_eps, axes.EMBED) if config.final_norm else None
+        self.norm = final
+
+    def __call__(self, pixels: jax.Array) -> jax.Array:
+        """`[n, C, height, width]` -> `[n, t, M]`."""
+        x = self.embedding(pixels)
+        for layer in self.layers:
+            x = layer(x)
+        return x if self.norm is None else self.norm(x)
+
+
+def divide(inputs: jax.Array, mesh: jax.sharding.Mesh) -> jax.Array:
+    """`[n, ...]` -> `[n', ...]`, divided over the mesh axis `data` where there is one, with zeroes until it divides."""
+    if axes.DATA not in mesh.shape:
+        return inputs
+    missing = -inputs.shape[0] % mesh.shape[axes.DATA]
+    inputs = jnp.pad(inputs, ((0, missing), *[(0, 0)] * (inputs.ndim - 1)))
+    return jax.lax.with_sharding_constraint(inputs, NamedSharding(mesh, PartitionSpec(axes.DATA)))
+
+
+def gather(rows: jax.Array, count: int, mesh: jax.sharding.Mesh) -> jax.Array:
+    """The first `count` of what was made of `divide`d inputs, whole on every device."""
+    if axes.DATA not in mesh.shape:
+        return rows
+    return jax.lax.with_sharding_constraint(rows, NamedSharding(mesh, PartitionSpec()))[:count]

@@ -1,0 +1,8 @@
+"""What of a prompt is no text: checked, preprocessed, and given its places among the tokens. Needs no device."""
+
+from jaxinfer.media.inputs import EncoderInput as EncoderInput
+from jaxinfer.media.inputs import PlacedInputs as PlacedInputs
+from jaxinfer.media.processor import ImageFormat as ImageFormat
+from jaxinfer.media.processor import ImageProcessor as ImageProcessor
+from jaxinfer.media.processor import Tiling as Tiling
+from jaxinfer.media.reader import MediaReader as MediaReader

@@ -1,0 +1,126 @@
+"""Images as users pass them, checked and made RGB; pixel values that were preprocessed elsewhere, checked."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+
+from jaxinfer.checks import describe
+
+MAX_PIXELS = 2**27
+"""Of one image: 128 megapixels take 400 MB as RGB."""
+MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB")
+"""Of PIL images: those of 8 bits a channel, which have one meaning as RGB. Alpha is dropped, as transformers does."""
+
+
+def as_rgb(image: Any, where: str) -> np.ndarray:
+    """A PIL image or an array as uint8 `[height, width, 3]`.
+
+    Arrays are `[height, width]`, `[height, width, C]` or `[C, height, width]` with C of 1, 3 or 4 (where both could be,
+    the channels are last), with integers from 0 to 255 or floats from 0 to 1.
+
+    Args:
+        image: what the user passed.
+        where: "prompt 0, image 0", for messages.
+
+    Raises:
+        TypeError: something else, such as a path or the bytes of a file.
+        ValueError: an image that cannot be decoded, or has no pixels, too many, another mode, shape or range.
+    """
+    if _is_pil(image):
+        return _decode(image, where)
+    if _is_array(image):
+        return _channels_last(np.asarray(image), where)
+    if isinstance(image, (bytes, bytearray, memoryview)):
+        hint = "; open it: PIL.Image.open(io.BytesIO(data))"
+    elif isinstance(image, str) or hasattr(image, "__fspath__"):
+        hint = "; nothing is read from paths or URLs: PIL.Image.open(path)"
+    else:
+        hint = "; of a tensor pass .numpy()" if hasattr(image, "numpy") else ""
+    kind = type(image).__name__ if isinstance(image, str) else describe(image)
+    raise TypeError(f"{where} must be a PIL image or a NumPy array, got {kind}{hint}.")
+
+
+def as_values(values: Any, shape: tuple[int, ...], where: str) -> np.ndarray:
+    """Preprocessed tiles as float32 `[n, *shape]`.
+
+    Raises:
+        TypeError: no array of floats.
+        ValueError: another shape, no tile, a value that is not finite.
+    """
+    if not _is_array(values):
+        raise TypeError(f"{where} must be a NumPy array of pixel values, got {describe(values)}.")
+    made, expected = np.asarray(values), f"[n, {', '.join(map(str, shape))}]"
+    if made.dtype.kind != "f" and made.dtype.name != "bfloat16":
+        raise TypeError(f"{where} must have floats, as the model's processor makes them, got {made.dtype}.")
+    if made.shape[1:] != shape or not len(made):
+        raise ValueError(f"{where} has shape {list(made.shape)}; this model takes tiles {expected} with n of 1 or more.")
+    made = made.astype(np.float32)
+    _check_finite(made, where)
+    return made
+
+
+def _is_pil(value: Any) -> bool:
+    """Without importing Pillow: whoever has such an image has it imported."""
+    module = sys.modules.get("PIL.Image")
+    return module is not None and isinstance(value, module.Image)
+
+
+def _is_array(value: Any) -> bool:
+    jax = sys.modules.get("jax")
+    return isinstance(value, np.ndarray) or (jax is not None and isinstance(value, jax.Array))
+
+
+def _decode(image: Any, where: str) -> np.ndarray:
+    if image.mode not in MODES:
+        raise ValueError(f"{where} has mode {image.mode!r}; supported: {', '.join(MODES)}. Scale it to 8 bits a channel "
+                         "and convert it to RGB.")
+    _check_pixels(image.height, image.width, where)
+    try:
+        return np.asarray(image.convert("RGB"))
+    except Exception as error:  # of many kinds: PIL decodes a file when its pixels are needed
+        raise ValueError(f"{where} cannot be decoded, it is truncated or corrupt: {str(error) or type(error).__name__}.") from error
+
+
+def _channels_last(array: np.ndarray, where: str) -> np.ndarray:
+    if array.ndim == 2:
+        array = array[..., None]
+    elif array.ndim == 3 and array.shape[-1] not in (1, 3, 4) and array.shape[0] in (1, 3, 4):
+        array = array.transpose(1, 2, 0)
+    if array.ndim != 3 or array.shape[-1] not in (1, 3, 4):
+        raise ValueError(f"{where} has shape {list(array.shape)}; an array must be [height, width], "
+                         "[height, width, C] or [C, height, width] with C of 1, 3 or 4.")
+    _check_pixels(*array.shape[:2], where)
+    whole = _as_bytes(array[..., :3], where)
+    return np.broadcast_to(whole, (*whole.shape[:2], 3))
+
+
+def _as_bytes(array: np.ndarray, where: str) -> np.ndarray:
+    given, most = array.dtype, 255
+    if given == np.uint8:
+        return array
+    if given.kind not in "iuf" and given.name != "bfloat16":
+        raise TypeError(f"{where} has dtype {given}; it must be integers from 0 to 255 or floats from 0 to 1.")
+    if given.kind not in "iu":
+        array, most = array.astype(np.float32), 1
+        _check_finite(array, where)
+    low, high = array.min(), array.max()
+    if low < 0 or high > most:
+        raise ValueError(f"{where} has values from {low} to {high}; {given} arrays must lie in 0 to {most}. What a "
+                         "processor has normalised goes in as pixel_values.")
+    return array.astype(np.uint8) if most == 255 else np.rint(array * 255).astype(np.uint8)
+
+
+def _check_finite(array: np.ndarray, where: str) -> None:
+    if not np.isfinite(array).all():
+        count = int((~np.isfinite(array)).sum())
+        raise ValueError(f"{where} has {count} values that are NaN or infinite, of {array.size}.")
+
+
+def _check_pixels(height: int, width: int, where: str) -> None:
+    if not height or not width:
+        raise ValueError(f"{where} has no pixels: it is {height} high and {width} wide.")
+    if height * width > MAX_PIXELS:
+        raise ValueError(f"{where} has {height} x {width} pixels; at most {MAX_PIXELS} are taken. Scale it down.")

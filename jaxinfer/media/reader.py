@@ -1,0 +1,126 @@
+"""`multi_modal_data` of a prompt: read, preprocessed, and put into the prompt's text or found in its tokens."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from jaxinfer.checks import describe
+from jaxinfer.errors import CheckpointError
+from jaxinfer.media.images import as_rgb, as_values
+from jaxinfer.media.inputs import EncoderInput, PlacedInputs
+from jaxinfer.media.processor import ImageFormat, ImageProcessor
+
+PREPROCESSED = "pixel_values"
+
+
+@runtime_checkable
+class Takes(Protocol):
+    """What is known of the encoder (`models.base.Features`)."""
+
+    modality: str
+    shape: tuple[int, ...]
+    rows: int
+    placeholder: int
+
+
+class MediaReader:
+    """Of one model, which takes images beside text.
+
+    Args:
+        takes: `config.features` of the model.
+        tokenizer: of transformers, or None.
+        form: how its prompts name images; None where only tokens and pixel values are taken.
+        processor: of its images; None likewise.
+    """
+
+    def __init__(
+        self, takes: Takes, tokenizer: Any = None, form: ImageFormat | None = None,
+        processor: ImageProcessor | None = None,
+    ):  # fmt: skip
+        self.takes, self.form, self._processor = takes, form, processor
+        known = {} if tokenizer is None or form is None else tokenizer.get_vocab()
+        self.placeholder = known.get(form.placeholder, -1) if takes.placeholder < 0 and form else takes.placeholder
+
+    @property
+    def marker(self) -> str | None:
+        """What stands for an image in a prompt's text."""
+        return None if self.form is None else self.form.placeholder
+
+    def read(self, data: Mapping[str, Any] | None, index: int) -> tuple[EncoderInput, ...]:
+        """The images of prompt number `index`, checked and preprocessed.
+
+        Raises:
+            TypeError, ValueError: something that is no image of this model; names prompt and image.
+        """
+        given, keys = data or {}, (self.takes.modality, PREPROCESSED)
+        for key in given:
+            if key not in keys:
+                raise ValueError(f"prompt {index}: multi_modal_data has {describe(key)}; this model takes {keys[0]!r}, or "
+                                 f"{keys[1]!r} that are preprocessed.")  # fmt: skip
+        if len(given) > 1:
+            raise ValueError(f"prompt {index}: multi_modal_data has both {keys[0]!r} and {keys[1]!r}; pass one of them.")
+        for key, value in given.items():
+            several = value if isinstance(value, (list, tuple)) else [value]
+            return tuple(self._input(one, key, f"prompt {index}, image {at}") for at, one in enumerate(several))
+        return ()
+
+    def _input(self, value: Any, key: str, where: str) -> EncoderInput:
+        takes = self.takes
+        if key == PREPROCESSED:
+            return EncoderInput(takes.modality, as_values(value, takes.shape, f"{where}: pixel_values"), takes.rows)
+        rgb = as_rgb(value, where)
+        if self._processor is None:
+            raise ValueError(f"{where}: there is no checkpoint whose processor would take it; pass {PREPROCESSED!r}.")
+        try:
+            tiles = self._processor(rgb)
+        except (CheckpointError, ImportError):
+            raise
+        except Exception as error:  # whatever transformers or Pillow make of it
+            raise ValueError(
+                f"{where} of {rgb.shape[0]} x {rgb.shape[1]} pixels cannot be preprocessed: {type(error).__name__}: {error}."
+            ) from error
+        return EncoderInput(takes.modality, tiles, takes.rows)
+
+    def expand(self, text: str, inputs: Sequence[EncoderInput], index: int) -> str:
+        """Text with each image's marker made as many placeholders as the image has rows, in order.
+
+        Raises:
+            ValueError: another number of markers than of images.
+        """
+        if not inputs or self.form is None:
+            return text
+        form, names = self.form, (self.form.placeholder, *self.form.aliases)
+        parts = re.split("|".join(map(re.escape, names)), text)
+        if len(parts) - 1 != len(inputs):
+            raise ValueError(f"prompt {index}: the text has {_count(len(parts) - 1, 'image marker')} ({' or '.join(names)}) "
+                             f"for {_count(len(inputs), 'image')}; put one where each image belongs.")  # fmt: skip
+        made = [form.before + form.placeholder * one.length + form.after for one in inputs]
+        return "".join(piece for pair in zip(parts, [*made, ""], strict=True) for piece in pair)
+
+    def place(self, token_ids: Sequence[int], inputs: tuple[EncoderInput, ...], index: int) -> PlacedInputs | None:
+        """Where among the tokens the images' rows go; None where there are none.
+
+        Raises:
+            ValueError: another number of image tokens than the images have rows.
+        """
+        if self.placeholder < 0 and not inputs:
+            return None
+        if self.placeholder < 0:
+            raise ValueError(f"prompt {index}: neither config.json nor the tokenizer says which token stands for images; pass "
+                             "tokenizer= with that token.")  # fmt: skip
+        places = np.flatnonzero(np.asarray(token_ids, np.int64) == self.placeholder)
+        wanted = sum(one.length for one in inputs)
+        if len(places) == wanted:
+            return PlacedInputs(inputs, places) if inputs else None
+        found = f"prompt {index} has {_count(len(places), 'image token')} (id {self.placeholder})"
+        if not inputs:
+            raise ValueError(f"{found}, but no image is given; pass multi_modal_data={{{self.takes.modality!r}: ...}}.")
+        tiles = " + ".join(str(one.count) for one in inputs)
+        raise ValueError(f"{found}, but {_count(len(inputs), 'image')} of {tiles} tiles x {self.takes.rows} tokens take "
+                         f"{wanted}; prompt_token_ids must hold them all.")  # fmt: skip
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"

@@ -1,0 +1,208 @@
+"""InternVL's config.json, of transformers' own checkpoints and of the original ones, whose code is never executed."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+from jaxinfer.checkpoint.hf import ConfigReader
+from jaxinfer.errors import ConfigError
+from jaxinfer.layers.mlp import ACTIVATIONS
+from jaxinfer.layers.vision import NORMS, VisionConfig
+from jaxinfer.models import registry
+from jaxinfer.models.base import Features
+from jaxinfer.models.decoder import DecoderConfig
+
+LANGUAGE_MODELS = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
+"""`model_type` -> architecture of the decoders that are served."""
+
+MAX_SIDE = 2**13
+"""Pixels a side of an image, a tile or a patch, at most; far above any real model."""
+
+CHAT_ONLY = (
+    "template", "system_message", "use_backbone_lora", "use_llm_lora", "use_thumbnail", "dynamic_image_size",
+    "pad2square", "min_dynamic_patch", "max_dynamic_patch", "image_fold", "hidden_size",
+)  # fmt: skip
+"""Of the original config.json: how prompts and tiles are made (`internvl_images`), and what repeats a part's size."""
+
+TRAINING_ONLY = (
+    "drop_path_rate", "initializer_factor", "use_flash_attn", "capacity_factor", "eval_capacity_factor",
+    "laux_allreduce", "moe_coeff_ratio", "moe_intermediate_size", "moe_output_scale", "noisy_gate_policy",
+    "num_experts", "num_routed_experts", "num_shared_experts", "shared_expert_intermediate_size", "use_residual",
+)  # fmt: skip
+"""Of the original vision_config: training, and the experts of a tower that `use_moe` would switch on."""
+
+
+@dataclass(frozen=True)
+class InternVLConfig:
+    """The two halves and what lies between them."""
+
+    vision: VisionConfig
+    text: DecoderConfig
+    image_size: int
+    """Pixels a side of the tiles that images are cut into."""
+    image_token: int
+    """The token in whose places an image's rows go; -1: not known."""
+    shuffle: int
+    """Patches a side that become one row."""
+    transposed: bool
+    """Whether rows run down the columns of a tile (the original's `ps_version` "v1")."""
+    activation: str
+    """Of the projector."""
+    stored_layers: int
+    """Layers of the checkpoint's tower; those after `vision.layers` are not needed."""
+    original: bool
+    """Whether tensors have the names of the original checkpoints."""
+
+    @property
+    def features(self) -> Features:
+        """Tiles of images."""
+        side = self.image_size // self.vision.patch_size // self.shuffle
+        return Features("image", (self.vision.channels, self.image_size, self.image_size), side**2, self.image_token)
+
+    @property
+    def vocab_size(self) -> int:
+        """V of the language model."""
+        return self.text.vocab_size
+
+    @property
+    def num_layers(self) -> int:
+        """Of the language model."""
+        return self.text.num_layers
+
+    @property
+    def query_group(self) -> int:
+        """Query heads that share a kv head."""
+        return self.text.query_group
+
+    @property
+    def max_length(self) -> int:
+        """The longest sequence whose numbers are the model's own."""
+        return self.text.max_length
+
+    def length_key(self, prompt_length: int) -> bytes:
+        """What of a prompt's length changes its keys."""
+        return self.text.length_key(prompt_length)
+
+    @property
+    def recompute_after(self) -> int | None:
+        """Tokens after which the positions of the whole sequence change."""
+        return self.text.recompute_after
+
+
+def read_config(reader: ConfigReader) -> InternVLConfig:
+    """Either kind of config.json.
+
+    Raises:
+        ConfigError: sizes that do not fit each other, a part or an option that is not served.
+    """
+    original = "llm_config" in reader.config
+    text = _language_model(reader, "llm_config" if original else "text_config")
+    part = reader.part("vision_config")
+    shuffle = _shuffle(reader.get_float("downsample_ratio", 0.5))
+    if original:
+        vision, total = _vision(part, reader.get("select_layer", -1), "qkv_bias", "qk_normalization", original=True)
+        transposed = _served("ps_version", reader.get_str("ps_version", "v1"), ("v1", "v2")) == "v1"
+        size, token, activation = reader.get_int("force_image_size", vision.image_size), -1, "gelu"
+        reader.skip(*CHAT_ONLY)
+        part.skip(*TRAINING_ONLY)
+    else:
+        layer = reader.get("vision_feature_layer", -1)
+        vision, total = _vision(part, layer, "attention_bias", "use_qk_norm", original=False)
+        strategy = reader.get_str("vision_feature_select_strategy", "default")
+        _served("vision_feature_select_strategy", strategy, ("default",))
+        size, token, transposed = _tile(vision, shuffle, reader.get_int("image_seq_length", 256)), 151667, False
+        activation = _served("projector_hidden_act", reader.get_str("projector_hidden_act", "gelu"), ACTIVATIONS)
+        part.skip("layer_scale_init_value", "projection_dropout", "use_mask_token")
+    token = reader.get_int("image_token_id", token, least=0)
+    if token >= text.vocab_size:
+        raise ConfigError(f"config.json: image_token_id is {token}, but the vocabulary has {text.vocab_size} ids")
+    if size % (vision.patch_size * shuffle) or size > MAX_SIDE:
+        raise ConfigError(
+            f"config.json: a tile is {size} pixels a side (force_image_size, image_seq_length); it must be a multiple "
+            f"of patch_size / downsample_ratio = {vision.patch_size * shuffle}, up to {MAX_SIDE}"
+        )
+    return InternVLConfig(vision, text, size, token, shuffle, transposed, activation, total, original)
+
+
+def _served(name: str, value: str, among: Collection[str]) -> str:
+    if value not in among:
+        raise ConfigError(f"config.json: {name} is {value!r}, which is not supported; supported: {', '.join(among)}")
+    return value
+
+
+def _language_model(reader: ConfigReader, name: str) -> DecoderConfig:
+    """The decoder's own configuration, by its family's reader."""
+    tied = reader.get_bool("tie_word_embeddings", None)  # the whole model's goes before the part's
+    part = reader.part(name, **({} if tied is None else {"tie_word_embeddings": tied}))
+    listed, kind = part.get("architectures", []), part.get_str("model_type", "qwen2")
+    named = listed[0] if isinstance(listed, list) and listed else LANGUAGE_MODELS.get(kind)
+    if named not in LANGUAGE_MODELS.values():
+        raise ConfigError(
+            f"config.json: {name} has architectures {listed!r} and model_type {kind!r}, which is not supported as the "
+            f"language model of {reader.family}; supported: {', '.join(LANGUAGE_MODELS.values())}"
+        )
+    part.skip("moe_config")  # null wherever these architectures have it
+    return registry.family({"architectures": [named]}).read_config(part)
+
+
+def _vision(
+    reader: ConfigReader, layer: Any, qkv_bias: str, qk_norm: str, *, original: bool
+) -> tuple[VisionConfig, int]:
+    """The tower up to the layer whose output is asked for, and how many layers the checkpoint has."""
+    width, heads = reader.get_int("hidden_size"), reader.get_int("num_attention_heads")
+    image, patch = _side(reader, "image_size"), _side(reader, "patch_size")
+    sizes = ("hidden_size", width, "num_attention_heads", heads), ("image_size", image, "patch_size", patch)
+    for name, size, by_name, by in sizes:
+        if size % by:
+            raise ConfigError(f"{reader.family}: {name} is {size}, which {by_name} = {by} does not divide")
+    eps, stored = reader.get_float("layer_norm_eps", 1e-6), reader.get_int("num_hidden_layers")
+    normed = reader.get_bool(qk_norm, original)
+    pooled = original or reader.get_bool("use_mean_pooling", True)
+    return VisionConfig(
+        width=width, layers=_computed(layer, stored), heads=heads, ffn=reader.get_int("intermediate_size"),
+        activation=_served("vision_config.hidden_act", reader.get_str("hidden_act", "gelu"), ACTIVATIONS),
+        channels=reader.get_int("num_channels", 3), image_size=image, patch_size=patch,
+        norm=_served("norm_type", reader.get_str("norm_type", "rms_norm" if original else "layer_norm"), NORMS),
+        norm_eps=eps, qkv_bias=reader.get_bool(qkv_bias, False),
+        # transformers keeps the epsilon of queries and keys apart from the layers'.
+        qk_norm_eps=(eps if original else 1e-6) if normed else None,
+        positions=original or reader.get_bool("use_absolute_position_embeddings", True),
+        final_norm=not pooled and layer == -1,
+    ), stored  # fmt: skip
+
+
+def _computed(layer: Any, stored: int) -> int:
+    """How many layers run until the output that is asked for: -1 is that of the last, 0 what the first one reads."""
+    if not isinstance(layer, int) or isinstance(layer, bool) or not -stored - 1 <= layer <= stored:
+        raise ConfigError(
+            f"config.json: vision_feature_layer (or select_layer) is {layer!r}; it must be one whole number from "
+            f"{-stored - 1} to {stored}, as the tower has {stored} layers"
+        )
+    return layer + stored + 1 if layer < 0 else layer
+
+
+def _shuffle(ratio: float) -> int:
+    """Patches a side that become one row."""
+    whole = round(1 / ratio) if 2**-10 <= ratio <= 1 else 0
+    if whole * ratio != 1:
+        raise ConfigError(f"config.json: downsample_ratio is {ratio}; it must be 1 over a power of two up to 1024")
+    return whole
+
+
+def _side(reader: ConfigReader, name: str) -> int:
+    """A size in pixels, given as one number or as a pair of equal ones."""
+    value = reader.get(name)
+    sides = value if isinstance(value, list) and len(value) == 2 else [value, value]
+    if sides[0] != sides[1] or any(type(side) is not int or not 1 <= side <= MAX_SIDE for side in sides):
+        raise ConfigError(
+            f"{reader.family}: {name}={str(value)[:80]} must be a whole number from 1 to {MAX_SIDE}, or two equal ones"
+        )
+    return sides[0]
+
+
+def _tile(vision: VisionConfig, shuffle: int, rows: int) -> int:
+    """Pixels a side of the tiles that become so many rows (`image_seq_length`)."""
+    side = round(rows**0.5)
+    if side * side != rows:
+        raise ConfigError(f"config.json: image_seq_length is {rows}; it must be a square number, as tiles are square")
+    return side * shuffle * vision.patch_size

@@ -1,0 +1,43 @@
+"""How InternVL's prompts name images, and how images are cut into tiles, in checkpoints of either kind.
+
+Both cut an image into tiles of one size, as many as its sides' ratio asks for, and add a thumbnail: "dynamic high
+resolution" of InternVL 1.5 (arXiv:2404.16821). transformers' processor for it is GOT-OCR2's.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxinfer.checkpoint.hf import ConfigReader
+from jaxinfer.errors import ConfigError
+from jaxinfer.media import ImageFormat, Tiling
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Of ImageNet, as the original code normalises with."""
+BICUBIC = 3
+"""PIL's number of it."""
+MOST_TILES = 4096
+
+
+def tiling(hf: Mapping[str, Any]) -> Tiling | None:
+    """Of an original checkpoint, whose own code cuts images by config.json; its preprocessor_config.json says less."""
+    if "llm_config" not in hf:
+        return None
+    reader = ConfigReader(hf, "InternVLChatModel")
+    if reader.get_bool("pad2square", False):
+        raise ConfigError("config.json: pad2square is true, which is not supported; only tiles are (pad2square false)")
+    vision = hf.get("vision_config") or {}
+    side = reader.get_int("force_image_size", None) or ConfigReader(vision, "vision_config").get_int("image_size")
+    least, most = reader.get_int("min_dynamic_patch", 1), reader.get_int("max_dynamic_patch", 12)
+    dynamic = reader.get_bool("dynamic_image_size", True)
+    settings = dict(
+        size={"height": side, "width": side}, crop_to_patches=dynamic, min_patches=min(least, MOST_TILES),
+        max_patches=min(most, MOST_TILES), image_mean=MEAN, image_std=STD, resample=BICUBIC,
+    )  # fmt: skip
+    return Tiling("GotOcr2ImageProcessor", settings, thumbnail=reader.get_bool("use_thumbnail", True))
+
+
+IMAGES = ImageFormat(
+    placeholder="<IMG_CONTEXT>", before="<img>", after="</img>", aliases=("<image>",), tiling=tiling,
+    options={"crop_to_patches": True},
+)  # fmt: skip
+"""The markers of its tokenizers; "<image>" is what the original code replaces."""

@@ -1,0 +1,138 @@
+"""The plan of a model from its config.json: no weights, no devices of that number, seconds for any size."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType, Mesh
+
+from jaxinfer.checkpoint.hf import lay_over, read_config
+from jaxinfer.checkpoint.hub import resolve_model
+from jaxinfer.checkpoint.manifest import NAME, Manifest
+from jaxinfer.config import EngineConfig
+from jaxinfer.engine import sampler
+from jaxinfer.errors import ConfigError
+from jaxinfer.kv import cache as kv_cache
+from jaxinfer.models import loading
+from jaxinfer.models.base import LanguageModel
+from jaxinfer.sharding import axes, placement
+from jaxinfer.sharding import mesh as meshes
+from jaxinfer.sharding.collectives import STEPS
+from jaxinfer.sharding.placement import Plan
+from jaxinfer.sharding.placement_rows import CacheLayer, CachePlan, Exchange
+from jaxinfer.sharding.policy import Placement
+
+FILES = ("config.json", NAME)
+"""All that is fetched of a Hub id."""
+
+
+def plan(
+    model: str | Path | Mapping[str, Any], *, tensor_parallel_size: int | None = None, mesh: Any = None,
+    memory: int | None = None, revision: str | None = None, hf_overrides: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> Plan:  # fmt: skip
+    """Where every weight would lie, what each device would hold and what a step would exchange.
+
+    `LLM` with the same arguments places its weights so.
+
+    Args:
+        model: a folder with a config.json, a Hub id whose config.json is in the cache or can be fetched, or what
+            config.json says.
+        tensor_parallel_size: devices over which weights and kv heads are divided; 1 if neither it nor a mesh is given.
+        mesh: a `Mesh` or `AbstractMesh`, which needs no devices, or the sizes of its axes: `{"data": 2, "model": 4}`.
+        memory: bytes of a device; the plan then says how many tokens the cache holds.
+        revision: of the Hub id.
+        hf_overrides: values laid over config.json.
+        settings: `placement`, `pad_heads`, `dtype`, `quantization`, `block_size`, `gpu_memory_utilization` of
+            `EngineConfig`.
+
+    Raises:
+        ConfigError: an architecture, size, mesh or placement that is not served, or what does not divide over the mesh.
+        CheckpointError, OfflineError: there is no config.json.
+        TypeError: a setting that does not exist.
+    """
+    directory, hf = _find(model, revision, hf_overrides)
+    if tensor_parallel_size is not None:
+        settings = settings | {"tensor_parallel_size": tensor_parallel_size}
+    config = EngineConfig.of(settings)
+    if memory is not None and (isinstance(memory, bool) or not isinstance(memory, int) or memory < 1):
+        raise ConfigError(f"memory must be a whole number of bytes of a device, at least 1, got {memory!r}")
+    mesh = meshes.normalise(_mesh(mesh, config.tensor_parallel_size), tensor_parallel_size)
+    dtype, how = _settings(config, hf, directory)
+    module = loading.abstract(*loading.parse(hf, directory), dtype, mesh, **how)
+    return placement.plan(
+        module, mesh, itemsize=dtype.itemsize, more=_sampling(module, dtype),
+        cache=cache_plan(module, config.block_size, dtype, mesh), model=_title(model, hf),
+        patterns=how["placement"].patterns, memory=memory, cache_share=config.gpu_memory_utilization,
+    )  # fmt: skip
+
+
+def cache_plan(module: LanguageModel, block_size: int, dtype: jnp.dtype, mesh: Mesh | AbstractMesh) -> CachePlan:
+    """What the cache of a model takes."""
+    lanes = kv_cache.abstract(module.cache_specs(), 1, block_size, dtype, mesh)
+    layers = [
+        CacheLayer(layer, all(array.sharding.is_fully_replicated for array in lane),
+                   sum(placement.device_bytes(array) for array in lane))
+        for layer, lane in enumerate(lanes)
+    ]  # fmt: skip
+    return CachePlan(block_size, tuple(layers))
+
+
+def _sampling(module: LanguageModel, dtype: jnp.dtype) -> list[Exchange]:
+    """What the sampler exchanges to compare the logits that a head leaves divided."""
+    shards = max(getattr(part, "logit_shards", 0) for _, part, _ in placement.walk(module))
+    return [placement.exchange("sampler", made, STEPS, dtype.itemsize) for made in sampler.collectives(shards)]
+
+
+def read_model_config(
+    model: str | Path | Mapping[str, Any], revision: str | None = None, overrides: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What config.json says, of a folder, a Hub id or given as it is; raises as `plan`."""
+    return _find(model, revision, overrides)[1]
+
+
+def _find(
+    model: str | Path | Mapping[str, Any], revision: str | None, overrides: Mapping[str, Any] | None
+) -> tuple[Path | None, dict[str, Any]]:
+    """The folder, if there is one, and config.json."""
+    if isinstance(model, Mapping):
+        return None, lay_over(model, overrides)
+    directory = resolve_model(model, revision, patterns=FILES)
+    return directory, read_config(directory, overrides)
+
+
+def _settings(
+    config: EngineConfig, hf: Mapping[str, Any], directory: Path | None
+) -> tuple[jnp.dtype, dict[str, Any]]:
+    """The dtype, on a device that is good at it as a GPU is, and how the module is built; as `loading.load` would."""
+    how = {
+        "quantization": config.quantization, "placement": Placement.of(config.placement), "pad_heads": config.pad_heads
+    }  # fmt: skip
+    manifest = None if directory is None else Manifest.read(directory)
+    stored = loading.said_dtype(hf) if manifest is None else manifest.dtype
+    if config.dtype == "auto" and not stored:
+        raise ConfigError(
+            "config.json does not say its dtype, and weights are not read; pass dtype, for instance 'bfloat16'"
+        )
+    dtype = loading.resolve_dtype(config.dtype, stored, "gpu")
+    if manifest is not None and directory is not None:
+        how = manifest.settle(directory, dtype, asked=config.dtype != "auto", **how)
+    return dtype, how
+
+
+def _mesh(mesh: Any, shards: int) -> Mesh | AbstractMesh:
+    if isinstance(mesh, Mesh | AbstractMesh):
+        return mesh
+    sizes = {axes.MODEL: shards} if mesh is None else mesh
+    if not isinstance(sizes, Mapping) or not sizes:
+        raise TypeError(f"mesh must be a jax.sharding.Mesh or the sizes of its axes by name, got {mesh!r}")
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ConfigError(f"mesh: axis {name!r} must have a whole number of devices, at least 1, got {size!r}")
+    return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def _title(model: Any, hf: Mapping[str, Any]) -> str:
+    kind = ", ".join(map(str, hf.get("architectures") or []))
+    return kind if isinstance(model, Mapping) else f"{model} ({kind})"

@@ -1,0 +1,193 @@
+"""A plan as a picture: HTML and CSS that need nothing else, for notebooks light and dark, and for a file."""
+
+from collections.abc import Iterator
+from html import escape
+
+from jaxinfer.sharding.collectives import DECODE, PREFILL, STEPS, TOKEN
+from jaxinfer.sharding.placement_rows import EVERYWHERE, Placed, Row
+from jaxinfer.sharding.placement_tree import Node, tree
+from jaxinfer.units import size_text
+
+# Colours are of the marks alone, and lines half transparent: text and ground are the notebook's own, light or dark.
+STYLE = """
+.jxp{--shard:#4a8cf7;--copy:#ee9a2f;--cache:#3fae7b;--line:rgba(128,128,128,.28);--soft:rgba(128,128,128,.12);
+ font:13px/1.45 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;max-width:1080px;color:inherit;text-align:left}
+.jxp *{box-sizing:border-box}
+.jxp code{font:12px/1.4 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;background:none;color:inherit;padding:0}
+.jxp h4{font-size:16px;margin:0;font-weight:600}.jxp p{margin:3px 0}.jxp .dim{opacity:.68}
+.jxp .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(140px,1fr));gap:8px;margin:12px 0}
+.jxp .tile{border:1px solid var(--line);border-radius:8px;padding:8px 12px}
+.jxp .tile b{display:block;font-size:17px;font-weight:600;font-variant-numeric:tabular-nums}
+.jxp .bar{display:flex;height:10px;border-radius:5px;background:var(--soft);overflow:hidden;width:100%}
+.jxp .bar i{height:100%;flex:none;min-width:1px}.jxp .device{height:20px;border-radius:6px;margin:5px 0 6px}
+.jxp .s{background:var(--shard)}.jxp .c{background:var(--copy)}.jxp .k{background:var(--cache)}
+.jxp .key>span{margin-right:18px;white-space:nowrap}
+.jxp .key i{display:inline-block;width:10px;height:10px;border-radius:3px;margin-right:6px}
+.jxp .tree{border-top:1px solid var(--line);margin:14px 0 8px}
+.jxp .row{display:grid;grid-template-columns:minmax(230px,1fr) 92px 140px 140px 150px;gap:12px;align-items:center;
+ padding:4px 8px;border-bottom:1px solid var(--line)}
+.jxp .row>:nth-child(1){overflow-wrap:anywhere}
+.jxp .head{font-size:11px;letter-spacing:.04em;text-transform:uppercase;opacity:.68}
+.jxp summary{cursor:pointer;list-style:none}.jxp summary::-webkit-details-marker{display:none}
+.jxp summary:hover{background:var(--soft)}.jxp .n{display:flex;align-items:baseline;gap:6px}
+.jxp summary .n::before{content:"\\25b8";opacity:.6;width:.9em;flex:none}
+.jxp details[open]>summary .n::before{content:"\\25be"}
+.jxp .leaf .n::before{content:"";width:.9em;flex:none}
+.jxp .num{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+.jxp .num small,.jxp .n small{opacity:.68;font-size:11px;white-space:nowrap}
+.jxp .tag{justify-self:start;font-size:11px;line-height:1;padding:4px 9px 4px 8px;border-radius:9px;
+ background:var(--soft);white-space:nowrap}
+.jxp .tag::before{content:"";display:inline-block;width:8px;height:8px;border-radius:50%;margin-right:6px}
+.jxp .tag.sharded::before{background:var(--shard)}.jxp .tag.replicated::before{background:var(--copy)}
+.jxp .tag.both::before{background:linear-gradient(90deg,var(--shard) 50%,var(--copy) 50%)}
+.jxp .param{grid-template-columns:minmax(230px,1fr) 244px 140px 150px;background:var(--soft)}
+.jxp .note{border-left:3px solid var(--copy);padding:2px 10px;margin:10px 0 0}
+"""
+
+
+def render(plan: Placed) -> str:
+    """The plan as one element of HTML."""
+    root = tree(plan)
+    head = (
+        '<div class="row head"><span>module</span><span>placed</span><span class="num">on each device</span>'
+        '<span></span><span class="num">in each step</span></div>'
+    )
+    body = "".join(_node(child, plan, 0, 1, root.device_bytes) for child in root.children)
+    return (
+        f'<div class="jxp"><style>{STYLE}</style>{_title(plan)}{_tiles(plan)}{_device(plan)}'
+        f'<div class="tree">{head}{body}</div><p class="note">{escape(EVERYWHERE)}</p></div>'
+    )
+
+
+def page(plan: Placed) -> str:
+    """The same as a document of its own."""
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="color-scheme" content="light dark">'
+        f"<title>{escape(plan.model or 'Placement')}</title></head>"
+        f'<body style="margin:24px">{render(plan)}</body></html>\n'
+    )
+
+
+def counts(plan: Placed, step: str) -> str:
+    """What a step exchanges, in words."""
+    return " + ".join(f"{count} {kind}" for kind, count in plan.collectives(step).items()) or "nothing exchanged"
+
+
+def token_bytes(plan: Placed, step: str) -> int:
+    """What the exchanges of a step come to for each token, on each device."""
+    return sum(e.row_bytes for e in plan.exchanges if step in e.steps and e.collective.rows == TOKEN)
+
+
+def mesh_text(plan: Placed) -> str:
+    """The mesh in words."""
+    axes = " x ".join(f"{name} {size}" for name, size in plan.mesh.items())
+    return f"{plan.devices} device{'s' if plan.devices > 1 else ''} (mesh: {axes})"
+
+
+def _title(plan: Placed) -> str:
+    asked = ", ".join(f"{pattern}={tactic}" for pattern, tactic in plan.patterns.items())
+    asked = f"placement: <code>{escape(asked)}</code>" if asked else "every module sharded"
+    return f'<h4>{escape(plan.model)}</h4><p class="dim">{escape(mesh_text(plan))}, {asked}</p>'
+
+
+def _tiles(plan: Placed) -> str:
+    sizes = {step: f"{size_text(token_bytes(plan, step))} a token on each device" for step in plan.steps}
+    steps = [(counts(plan, step), f"in each {step} step: {size}") for step, size in sizes.items()]
+    if steps[0] == (steps[1][0], steps[1][1].replace(STEPS[1], STEPS[0])):
+        steps[:2] = [(steps[0][0], steps[0][1].replace(STEPS[0], " or ".join(STEPS)))]
+    tiles = [
+        (size_text(plan.device_bytes), "of weights on each device"),
+        (size_text(plan.checkpoint_bytes), "in the checkpoint, in these dtypes"), *steps,
+    ]  # fmt: skip
+    if plan.cache is not None:
+        per = size_text(plan.cache.block_device_bytes / plan.cache.block_size)
+        tiles.append((per, "of cache a token on each device"))
+    if plan.tokens is not None:
+        tiles.append((f"{plan.tokens:,}", f"tokens fit beside the weights in {size_text(plan.memory or 0)}"))
+    made = "".join(
+        f'<div class="tile"><b>{escape(big)}</b><span class="dim">{escape(small)}</span></div>' for big, small in tiles
+    )
+    return f'<div class="tiles">{made}</div>'
+
+
+def _device(plan: Placed) -> str:
+    """What each device holds, of its memory where that is known."""
+    parts = [
+        ("s", plan.device_bytes - plan.copied_bytes, "weights, divided over the devices"),
+        ("c", plan.copied_bytes, "weights, the same on every device"),
+    ]
+    if plan.cache_bytes is not None:
+        parts.append(("k", plan.cache_bytes, "cache"))
+    whole = max(plan.memory or 0, sum(size for _, size, _ in parts), 1)
+    bars = "".join(f'<i class="{kind}" style="width:{100 * size / whole:.4f}%"></i>' for kind, size, _ in parts if size)
+    keys = "".join(
+        f'<span><i class="{kind}"></i><span class="dim">{escape(what)}: {size_text(size)}</span></span>'
+        for kind, size, what in parts
+    )
+    where = "the device" if plan.devices == 1 else f"each of the {plan.devices} devices, all alike"
+    return f'<p class="dim">On {where}</p><div class="bar device">{bars}</div><p class="key">{keys}</p>'
+
+
+def _node(node: Node, plan: Placed, depth: int, times: int, whole: int) -> str:
+    """`times`: how many equal ones this stands for beside those it folds; `whole`: bytes of a full bar."""
+    several, of_all = node.alike * times, node.device_bytes * times
+    alike = f"<small>({node.alike} alike)</small>" if node.alike > 1 else ""
+    each = f"<br><small>{several} x {size_text(of_all / several)}</small>" if several > 1 and of_all else ""
+    placed = node.placed if plan.devices > 1 else ""
+    tag = f'<span class="tag {placed}">{placed}</span>' if placed else "<span></span>"
+    size = size_text(of_all) if of_all else ""
+    what = escape(", ".join(exchange.collective.what for exchange in node.exchanges), quote=True)
+    causes = "<br>".join(_causes(node, plan, times))
+    cells = (
+        f'<span class="n" style="padding-left:{depth * 1.15:.2f}em" title="{escape(node.name, quote=True)}">'
+        f'<code>{escape(node.label)}</code>{alike}</span>{tag}<span class="num">{size}{each}</span>'
+        f'{_bar(node, times, whole)}<span class="num" title="{what}">{causes}</span>'
+    )
+    inside = "".join(_param(row, plan, depth + 1) for row in node.rows)
+    inside += "".join(_node(child, plan, depth + 1, several, whole) for child in node.children)
+    if not inside:
+        return f'<div class="row leaf">{cells}</div>'
+    folds = node.alike > 1 or any(child.alike > 1 for child in node.children)
+    opened = " open" if node.children and (depth == 0 or folds) else ""
+    return f'<details{opened}><summary class="row">{cells}</summary>{inside}</details>'
+
+
+def _causes(node: Node, plan: Placed, times: int) -> Iterator[str]:
+    """The collectives of each step, named where it is not one that every model has; prefill has those of decode."""
+    for step in plan.steps:
+        named = "" if step in STEPS else f" <small>{escape(step)}</small>"
+        if step != PREFILL or node.collectives(DECODE) != node.collectives(PREFILL):
+            for kind, count in node.collectives(step).items():
+                yield f"{count * times} {escape(kind)}{named}"
+
+
+def _bar(node: Node, times: int, whole: int) -> str:
+    """What is divided and what is the same everywhere, of all weights."""
+    parts = (("s", node.device_bytes - node.copied_bytes), ("c", node.copied_bytes))
+    bars = "".join(f'<i class="{kind}" style="width:{100 * n * times / whole:.4f}%"></i>' for kind, n in parts if n)
+    return f'<span class="bar">{bars}</span>' if bars else "<span></span>"
+
+
+def axes_text(row: Row, plan: Placed) -> str:
+    """The sizes of a parameter's axes with their names, and what each is divided by."""
+    parts = []
+    for index, (size, name) in enumerate(zip(row.shape, row.logical_axes, strict=True)):
+        over = row.spec[index] if index < len(row.spec) else None
+        names = over if isinstance(over, tuple) else () if over is None else (over,)
+        by = 1
+        for axis in names:
+            by *= plan.mesh[axis]
+        parts.append(f"{size} {name or ''}".rstrip() + (f" /{by}" if by > 1 else ""))
+    return f"[{', '.join(parts)}]"
+
+
+def _param(row: Row, plan: Placed, depth: int) -> str:
+    name = escape(row.path.split(".")[-1])
+    copies = f"{row.copies} copies" if row.copies > 1 else "1 copy"
+    title = escape(f"{row.path}: {row.logical_axes} as {row.spec}", quote=True)
+    return (
+        f'<div class="row leaf param" title="{title}"><span class="n" style="padding-left:{depth * 1.15:.2f}em">'
+        f'<code>{name}</code></span><code>{escape(axes_text(row, plan))}</code>'
+        f'<span class="num">{size_text(row.device_bytes)} <small>{escape(row.dtype)}</small></span>'
+        f'<span class="num">{copies}</span></div>'
+    )

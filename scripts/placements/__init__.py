@@ -1,0 +1,1 @@
+"""What `scripts/placement.py` is made of."""

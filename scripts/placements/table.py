@@ -1,0 +1,181 @@
+"""A plan, and what was measured, as tables and sentences for a terminal."""
+
+import sys
+from collections.abc import Iterator
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from jaxinfer.sharding import Plan
+from jaxinfer.sharding.collectives import DECODE, SAMPLE, TOKEN
+from jaxinfer.sharding.placement_html import axes_text, counts, mesh_text, token_bytes
+from jaxinfer.sharding.placement_rows import EVERYWHERE, Row
+from jaxinfer.sharding.placement_tree import Node, tree
+from jaxinfer.units import size_text
+from placements.tuned import Tuned
+
+COLOURS = {"sharded": "blue", "replicated": "yellow", "both": "magenta", "": ""}
+WIDTH = 150
+"""Of what goes to no terminal."""
+
+
+def console() -> Console:
+    """For stdout, wide enough for a table where that is a file."""
+    made = Console(soft_wrap=False, highlight=False)
+    return made if sys.stdout.isatty() else Console(width=WIDTH, highlight=False)
+
+
+def show(plan: Plan) -> None:
+    """The parameters, the sums of modules, and what they mean."""
+    out, root = console(), tree(plan)
+    out.print(Text(f"{plan.model}, {mesh_text(plan)}", style="bold"))
+    out.print(_parameters(plan, root))
+    out.print(_modules(plan, root))
+    for line in sentences(plan):
+        out.print(Text(line))
+
+
+def _parameters(plan: Plan, root: Node) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, title="parameters", title_justify="left")
+    table.add_column("path", overflow="fold")
+    table.add_column("shape and axes", overflow="fold")
+    for name in ("dtype", "spec", "a device"):
+        table.add_column(name, no_wrap=True, justify="right" if name == "a device" else "left")
+    table.add_column("copies", justify="right")
+    for path, row in _rows(root, ""):
+        style = COLOURS["replicated" if row.copies == plan.devices > 1 else "sharded"]
+        spec = str(tuple(row.spec)).replace("'", "").replace("None", "-") if any(row.spec) else "whole"
+        shape = Text(axes_text(row, plan))
+        table.add_row(Text(path, style=style), shape, row.dtype, spec, size_text(row.device_bytes), str(row.copies))
+    return table
+
+
+def _rows(node: Node, path: str) -> Iterator[tuple[str, Row]]:
+    """Each parameter once where layers are alike: `layers.{0..79}.mlp.down.weight`."""
+    for row in node.rows:
+        yield f"{path}{row.path.rsplit('.', 1)[-1]}", row
+    for child in node.children:
+        first, last = (end.rsplit(".", 1)[-1] for end in (child.path, child.last))
+        yield from _rows(child, f"{path}{first if child.alike == 1 else f'{{{first}..{last}}}'}.")
+
+
+def _modules(plan: Plan, root: Node) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, title="modules", title_justify="left", show_footer=True)
+    table.add_column("module", footer="all")
+    table.add_column("placed")
+    table.add_column("alike", justify="right")
+    table.add_column("a device, all of them", justify="right", footer=size_text(plan.device_bytes))
+    for step in plan.steps:
+        table.add_column(f"each {step} step", footer=counts(plan, step))
+    for node, depth, times in _nodes(root, 0, 1):
+        found = [node.collectives(step).items() for step in plan.steps]
+        causes = (", ".join(f"{count * times} {kind}" for kind, count in own) for own in found)
+        several = node.alike * times
+        table.add_row(
+            "  " * depth + node.label, Text(node.placed, style=COLOURS[node.placed]),
+            str(several) if several > 1 else "",
+            size_text(node.device_bytes * times) if node.device_bytes else "", *causes,
+        )  # fmt: skip
+    return table
+
+
+def _nodes(node: Node, depth: int, times: int) -> Iterator[tuple[Node, int, int]]:
+    for child in node.children:
+        yield child, depth, times
+        yield from _nodes(child, depth + 1, times * child.alike)
+
+
+def sentences(plan: Plan) -> Iterator[str]:
+    """What the tables mean, one line each."""
+    yield (
+        f"Each device holds {size_text(plan.device_bytes)} of weights, "
+        f"{size_text(plan.device_bytes * plan.devices)} on all {plan.devices}; once, in these dtypes, they are "
+        f"{size_text(plan.checkpoint_bytes)}."
+    )
+    if plan.devices > 1:
+        yield f"{size_text(plan.copied_bytes)} of it is the same on every device. {EVERYWHERE}"
+    for step in plan.steps:
+        what = f"{counts(plan, step)}, {size_text(token_bytes(plan, step))} a token on each device"
+        yield f"Each {step} step exchanges {what if plan.collectives(step) else 'nothing'}."
+    if any(e.collective.rows == SAMPLE and DECODE in e.steps for e in plan.exchanges):
+        yield f"The sampler's is for greedy rows; what is exchanged a sampled sequence is not counted as a {TOKEN}'s."
+    if plan.cache is not None:
+        yield from _cache(plan)
+
+
+def _cache(plan: Plan) -> Iterator[str]:
+    cache = plan.cache
+    token = size_text(cache.block_device_bytes / cache.block_size)
+    block = f"{size_text(cache.block_device_bytes)} a block of {cache.block_size} tokens"
+    yield f"The cache takes {block} on each device, {token} a token."
+    if cache.replicated_layers and plan.devices > 1:
+        names = _ranges(cache.replicated_layers)
+        yield f"Keys and values of layer(s) {names} are whole on every device, as these layers are."
+    if plan.tokens is not None and plan.memory is not None:
+        share = f"{plan.cache_share:g} of what the weights leave of {size_text(plan.memory)}"
+        if plan.memory < plan.device_bytes:
+            yield f"The weights do not fit: {size_text(plan.memory)} is what a device has."
+        else:
+            yield f"{plan.tokens:,} tokens fit in {share}, with all devices alike."
+
+
+def _ranges(numbers: tuple[int, ...]) -> str:
+    """`0-3, 7`."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
+
+
+def show_tuned(found: Tuned) -> None:
+    """What was measured, kind by kind, and the placement that follows."""
+    out = console()
+    out.print(_timings(found))
+    for line in conclusions(found):
+        out.print(Text(line))
+    if found.flags:
+        print(found.flags)  # a line to paste, whatever its length
+
+
+def _timings(found: Tuned) -> Table:
+    title = "milliseconds a step that replicating all of a kind saves"
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", show_footer=True)
+    table.add_column("kind", footer="the step, all sharded")
+    table.add_column("modules", justify="right")
+    table.add_column("a device, sharded", justify="right")
+    table.add_column("replicated", justify="right")
+    for timing in found.timings:
+        table.add_column(str(timing.step), justify="right", footer=f"{1e3 * timing.seconds:.4g} ms")
+    for kind in found.kinds:
+        saved = (timing.saved.get(kind.pattern) for timing in found.timings)
+        table.add_row(
+            kind.pattern, str(kind.count), size_text(kind.sharded_bytes), size_text(kind.replicated_bytes),
+            *("" if value is None else f"{1e3 * value:+.4g}" if value else "0" for value in saved),
+        )  # fmt: skip
+    return table
+
+
+def conclusions(found: Tuned) -> Iterator[str]:
+    """What the figures say, one line each."""
+    yield "Times are of all layers, from those of a few with random weights; 0 is where the passes do not agree."
+    if found.devices == 1:
+        yield "There is one device: nothing is divided, so sharded and replicated are the same."
+        return
+    size = f"{size_text(found.plan.device_bytes)} of weights on each device"
+    if not found.fits:
+        yield f"No placement fits: with all sharded {size}, and no room for a cache of {found.needed_tokens:,} tokens."
+    elif not found.proposal:
+        yield f"All sharded is the fastest that fits: {size}."
+    else:
+        yield f"The fastest that fits replicates {', '.join(found.proposal)}: {size}. {EVERYWHERE}"
+        for timing in found.timings:
+            again = found.confirmed[str(timing.step)]
+            yield (
+                f"  {timing.step}: {timing.ratio(found.proposal):.3f} of the time by the figures above; measured "
+                f"together, in the model of few layers, {again:.3f}."
+            )

@@ -1,0 +1,141 @@
+"""`placement.py --tune`: modules measured sharded and replicated where they run, in a model of a few of their layers.
+
+A kind of module (`layers.*.attention`) is measured as the difference that replicating it makes to a whole step, so that
+what it exchanges, and what XLA makes of it beside its neighbours, is in the figure. Steps of one layer more tell what a
+layer takes; so the figures of the few layers become those of all.
+"""
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from statistics import median
+from typing import Any
+
+import numpy as np
+from benchmarks.steptime import Model, Step, in_turns, runner
+
+from jaxinfer.sharding import Plan
+from jaxinfer.sharding.collectives import ENCODE
+from jaxinfer.sharding.policy import REPLICATE, any_layer
+from placements.tuned import Kind, Timing, Tuned
+
+FEW = 2
+"""Layers of the model that is measured."""
+LAYERS = "num_hidden_layers"
+MOST_KINDS = 12
+"""All subsets of so many are looked at."""
+
+
+def tune(
+    hf: Mapping[str, Any], model: Callable[[Mapping[str, Any]], Model], plan: Callable[..., Plan],
+    steps: Sequence[Step], repeats: int,
+) -> Tuned:  # fmt: skip
+    """Measures, and chooses.
+
+    Args:
+        hf: config.json.
+        model: random weights for one.
+        plan: of a config.json and a placement.
+        steps: to measure.
+        repeats: passes of each.
+    """
+    few, fewer = shortened(hf, FEW), shortened(hf, FEW - 1)
+    made = model(few)
+    found = kinds(plan, hf, few)
+    deep, shallow = plan(hf, {}), plan(few, {})
+    timings = [
+        _timing(made, few, fewer, found, step, depth(deep, step.kind) - depth(shallow, step.kind), repeats)
+        for step in steps
+    ]
+    tokens = max((step.size * step.context for step in steps if step.kind != ENCODE), default=1)
+    proposal, chosen, fits = choose(found, timings, lambda placement: plan(hf, placement), tokens)
+    return Tuned(
+        chosen.devices, found, tuple(timings), proposal, chosen, fits, tokens,
+        _confirm(made, few, proposal, steps, repeats) if proposal else {},
+    )  # fmt: skip
+
+
+def shortened(hf: Mapping[str, Any], layers: int) -> dict[str, Any]:
+    """The config.json of the same model with at most so many layers, in each of its parts."""
+    short = {name: shortened(value, layers) if name.endswith("_config") and isinstance(value, Mapping) else value
+             for name, value in hf.items()}  # fmt: skip
+    if isinstance(short.get(LAYERS), int):
+        short[LAYERS] = min(short[LAYERS], layers)
+    return short
+
+
+def depth(plan: Plan, step: str) -> int:
+    """Layers of a model that are part of a step."""
+    modules = {row.module for row in plan.rows if step in row.steps}
+    return max(Counter(any_layer(path) for path in modules).values(), default=0)
+
+
+def kinds(plan: Callable[..., Plan], hf: Mapping[str, Any], few: Mapping[str, Any]) -> tuple[Kind, ...]:
+    """Those that are divided where they are sharded."""
+    sharded, whole, measured = plan(hf, {}), plan(hf, {"*": REPLICATE}), plan(few, {})
+    sizes = [Counter(), Counter()]
+    for size, made in zip(sizes, (sharded, whole), strict=True):
+        for row in made.rows:
+            size[any_layer(row.module)] += row.device_bytes
+    counts = [Counter(any_layer(path) for path in {row.module for row in made.rows}) for made in (sharded, measured)]
+    steps = {any_layer(row.module): row.steps for row in sharded.rows}
+    return tuple(
+        Kind(pattern, steps[pattern], counts[0][pattern], counts[1][pattern], own, sizes[1][pattern])
+        for pattern, own in sizes[0].items() if own != sizes[1][pattern]
+    )  # fmt: skip
+
+
+def _timing(
+    model: Model, few: Mapping[str, Any], fewer: Mapping[str, Any], found: Sequence[Kind], step: Step, missing: int,
+    repeats: int,
+) -> Timing:  # fmt: skip
+    """`missing`: layers that the whole model has and the one measured has not."""
+    own = [kind for kind in found if step.kind in kind.steps]
+    variants = {"sharded": (few, {}), "fewer": (fewer, {})}
+    variants |= {kind.pattern: (few, {kind.pattern: REPLICATE}) for kind in own}
+    runs = {name: runner(*model.program(hf, placement), step) for name, (hf, placement) in variants.items()}
+    passes = {name: np.array(seconds) for name, seconds in in_turns(runs, repeats).items()}
+    base = median(passes["sharded"])
+    layer = max(0.0, median(passes["sharded"] - passes["fewer"]))
+    saved = {k.pattern: agreed(passes["sharded"] - passes[k.pattern]) * k.count / k.measured for k in own}
+    return Timing(step, base + missing * layer, saved)
+
+
+def agreed(differences: np.ndarray) -> float:
+    """The median, or 0 where not three quarters of the passes have its sign."""
+    low, middle, high = np.percentile(differences, (25, 50, 75))
+    return float(middle) if low > 0 or high < 0 else 0.0
+
+
+def choose(
+    found: Sequence[Kind], timings: Sequence[Timing], plan: Callable[[Mapping[str, str]], Plan], tokens: int
+) -> tuple[tuple[str, ...], Plan, bool]:
+    """The kinds to replicate, the plan with them, and whether it fits.
+
+    The one with the least mean over the steps of their ratios to all sharded, of those whose cache holds `tokens`
+    tokens beside the weights. Where none does, all sharded.
+    """
+    worth = [kind.pattern for kind in found if any(timing.saved.get(kind.pattern, 0.0) > 0 for timing in timings)]
+    if len(worth) > MOST_KINDS:
+        raise RuntimeError(f"the model has {len(worth)} kinds of modules to choose from, more than {MOST_KINDS}")
+    subsets = [subset for size in range(len(worth) + 1) for subset in itertools.combinations(worth, size)]
+
+    def cost(subset: Sequence[str]) -> float:
+        return sum(timing.ratio(subset) for timing in timings)
+
+    for subset in sorted(subsets, key=lambda subset: (round(cost(subset), 6), len(subset))):
+        made = plan({pattern: REPLICATE for pattern in subset})
+        if made.tokens is None or made.tokens >= tokens:
+            return subset, made, True
+    return (), plan({}), False
+
+
+def _confirm(
+    model: Model, few: Mapping[str, Any], proposal: Sequence[str], steps: Sequence[Step], repeats: int
+) -> dict[str, float]:
+    placement, found = {pattern: REPLICATE for pattern in proposal}, {}
+    for step in steps:
+        runs = {name: runner(*model.program(few, p), step) for name, p in (("sharded", {}), ("proposal", placement))}
+        passes = {name: np.array(seconds) for name, seconds in in_turns(runs, repeats).items()}
+        found[str(step)] = median(passes["proposal"] / passes["sharded"])
+    return found

@@ -1,0 +1,59 @@
+"""A converted folder gives the tokens of the checkpoint it was made from, over as many devices or over others."""
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+from support import checkpoint
+from support.cases import EDGES
+from support.tiny import CONFIG, prompt
+
+from jaxinfer import LLM, SamplingParams
+from jaxinfer.models import converting
+from jaxinfer.sharding import make_mesh
+
+pytestmark = [pytest.mark.xdist_group("converted"), pytest.mark.slow]
+
+HEADS = CONFIG | dict(architectures=["LlamaForCausalLM"], num_attention_heads=8)
+"""Eight query heads, two of keys and values: over four devices the latter are repeated."""
+SETTINGS = dict(
+    max_model_len=128, max_num_seqs=8, max_num_batched_tokens=32, block_size=4, decode_buckets=(8,), prefill_buckets=(32,),
+    kv_cache_memory_bytes=1 << 20, decode_steps=1, use_tqdm=False, skip_tokenizer_init=True, dtype="float32",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """The checkpoint, and what it was converted to for `tp` devices."""
+    base = tmp_path_factory.mktemp("converted")
+    source = checkpoint.write(base / "source", HEADS, with_tokenizer=False)
+
+    @cache
+    def converted(tp: int, quantization: str | None) -> Path:
+        out = base / f"{tp}-{quantization}"
+        converting.convert(source, out, make_mesh(tp), quantization=quantization, progress=False)
+        return out
+
+    return source, converted
+
+
+def tokens(folder: Path, **settings: object) -> list[list[int]]:
+    prompts = [prompt(length, i) for i, length in enumerate(EDGES)]
+    with LLM(folder, **SETTINGS | settings) as llm:
+        found = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=10, ignore_eos=True), use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in found]
+
+
+@pytest.fixture(scope="module")
+def expected(folders):
+    """The tokens of the checkpoint itself."""
+    return cache(lambda tp, quantization: tokens(folders[0], tensor_parallel_size=tp, quantization=quantization))
+
+
+@pytest.mark.parametrize(
+    ("before", "tp", "quantization"),
+    [(1, 1, None), (2, 1, None), (2, 2, None), (2, 4, None), (1, 1, "int8"), (2, 2, "int8"), (2, 4, "int8")],
+)
+def test_converted_is_original(folders, expected, before, tp, quantization):
+    folder = folders[1](before, quantization)
+    assert tokens(folder, tensor_parallel_size=tp) == expected(tp, quantization)

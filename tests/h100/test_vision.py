@@ -1,0 +1,41 @@
+"""InternVL's encoder compiled for eight H100s with none present: the collectives of the plan, and no others."""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from support import internvl
+from support.lowering import abstract_model, collectives, h100_mesh, require_cuda_compiler
+from support.plans import on_gpu
+
+from jaxinfer import functional
+from jaxinfer.models import loading
+from jaxinfer.sharding import placement
+from jaxinfer.sharding.collectives import ENCODE
+from jaxinfer.sharding.policy import Placement
+
+pytestmark = [pytest.mark.xdist_group("h100"), pytest.mark.usefixtures("cuda_compiler"), pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def cuda_compiler() -> None:
+    require_cuda_compiler()
+
+
+@pytest.mark.parametrize(
+    ("patterns", "reduces"), [({}, 7), ({"vision_tower.*.attention": "replicate"}, 3), ({"*": "replicate"}, 0)]
+)
+def test_encoding_has_the_collectives_of_the_plan(patterns: Mapping[str, str], reduces: int):
+    vision = dict(use_qk_norm=True, hidden_size=128, intermediate_size=256, norm_type="rms_norm")
+    hf = internvl.config(vision=vision, text={"num_attention_heads": 8}, dtype="bfloat16")
+    mesh = h100_mesh(8)
+    program, params = abstract_model(hf, mesh, placement=Placement(patterns))
+    whole = NamedSharding(mesh, PartitionSpec())
+    pixels = jax.ShapeDtypeStruct((3, *program.features.shape), jnp.bfloat16, sharding=whole)
+    compiled = jax.jit(functional.encode, static_argnums=0).lower(program, params, pixels).compile()
+    found = collectives(compiled.as_text())
+    module = loading.abstract(*loading.parse(hf), jnp.dtype("bfloat16"), mesh, placement=Placement(patterns))
+    assert found == on_gpu(placement.plan(module, mesh, itemsize=2), ENCODE)
+    assert found == ({"all-reduce": reduces} if reduces else {})

@@ -1,0 +1,76 @@
+"""Plans beside the programs that they are about."""
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+from jax.sharding import Mesh
+
+from jaxinfer.engine.batch import Bucket
+from jaxinfer.engine.sampler import Level
+from jaxinfer.sharding import Plan, plan
+from jaxinfer.sharding.collectives import DECODE
+from jaxinfer.sharding.policy import Placement
+from support.lowering import Compiled, abstract_model, compile_step
+from support.tiny import BLOCK, CHUNK, CONFIG, LENGTH, ROWS, shapes
+
+LLAMA = CONFIG | {"architectures": ["LlamaForCausalLM"], "num_attention_heads": 8, "dtype": "bfloat16"}
+"""Eight query heads, two of keys and values, a vocabulary of 97 that is padded."""
+TIED = LLAMA | {"tie_word_embeddings": True}
+
+CASES: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
+    "sharded": (LLAMA, {}),
+    "attention replicated": (LLAMA, {"placement": {"*.attention": "replicate"}}),
+    "mlp replicated": (LLAMA, {"placement": {"*.mlp": "replicate"}}),
+    "first layer replicated": (LLAMA, {"placement": {"layers.0": "replicate"}}),
+    "ends replicated": (LLAMA, {"placement": {"embedding": "replicate", "head": "replicate"}}),
+    "all replicated": (LLAMA, {"placement": {"*": "replicate"}}),
+    "tied": (TIED, {}),
+    "tied, int8": (TIED, {"quantization": "int8"}),
+    "int8": (LLAMA, {"quantization": "int8"}),
+}
+"""config.json and settings."""
+
+
+def planned(case: str, tp: int) -> Plan:
+    """The plan, which sees no device."""
+    hf, settings = CASES[case]
+    return plan(hf, tensor_parallel_size=tp, **settings)
+
+
+@cache
+def compiled(case: str, kind: str, mesh: Mesh) -> Compiled:
+    """The engine's own greedy step, compiled for the devices of the mesh."""
+    hf, settings = CASES[case]
+    how = settings | {"placement": Placement.of(settings.get("placement"))}
+    program, params = abstract_model(hf, mesh, **how)
+    tokens = ROWS if kind == DECODE else CHUNK
+    bucket = Bucket(kind, tokens, ROWS, LENGTH // BLOCK, Level.GREEDY, -1, tile=program.tile)
+    return compile_step(program, params, shapes(switched=False), bucket)
+
+
+def on_gpu(made: Plan, step: str) -> Counter[str]:
+    """The collectives of a program for GPUs: those of the plan, no others."""
+    return Counter(made.collectives(step))
+
+
+def on_cpu(made: Plan, step: str) -> Counter[str]:
+    """The collectives of a program for CPUs, whose compiler differs in two things.
+
+    It does not let arrays that could go together do so: each array is a collective. And the sampler's largest logits,
+    which a GPU has of the search for their tokens, it looks for a second time, with an all-reduce.
+    """
+    found = Counter()
+    for exchange in made.exchanges:
+        if step in exchange.steps:
+            found[exchange.collective.kind] += exchange.collective.arrays
+            found["all-reduce"] += exchange.module == "sampler"
+    return found
+
+
+def payloads(program: str) -> list[tuple[str, int, int]]:
+    """Of every all-reduce of a program's text: the dtype, rows and numbers a row of what it adds up."""
+    found = re.findall(r"= (\w+)\[(\d+),(\d+)\]\S* all-reduce(?:-start)?\(", program)
+    return [(kind, int(rows), int(width)) for kind, rows, width in found]

@@ -1,0 +1,108 @@
+"""Several processes on this machine that serve one model, each with two virtual devices."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+WORKER = Path(__file__).with_name("worker.py")
+SETTINGS = dict(
+    tensor_parallel_size=4, max_num_seqs=8, max_model_len=256, max_num_batched_tokens=32, dtype="float32",
+    kv_cache_memory_bytes=1 << 22, compilation_cache_dir=None,
+)  # fmt: skip
+WAIT = 500
+"""Seconds before a test gives a process up: the machine may have other work."""
+
+
+def free_port() -> int:
+    """One that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@dataclass
+class Process:
+    """A process whose output is collected while it runs."""
+
+    popen: subprocess.Popen
+    out: list[str] = field(default_factory=list)
+    err: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._readers = [
+            threading.Thread(target=into.extend, args=(stream,), daemon=True)
+            for into, stream in ((self.out, self.popen.stdout), (self.err, self.popen.stderr))
+        ]
+        for reader in self._readers:
+            reader.start()
+
+    @property
+    def stdout(self) -> str:
+        """What it has printed."""
+        return "".join(self.out)
+
+    @property
+    def stderr(self) -> str:
+        """The same of its errors."""
+        return "".join(self.err)
+
+    def said(self) -> dict[str, Any]:
+        """All lines of JSON that it has printed, as one mapping."""
+        lines = [json.loads(line) for line in self.out if line.startswith("{")]
+        return {name: value for line in lines for name, value in line.items()}
+
+    def wait_for(self, text: str) -> None:
+        """Until it has printed this."""
+        deadline = time.monotonic() + WAIT
+        while text not in self.stdout:
+            assert self.popen.poll() is None and time.monotonic() < deadline, self.stdout + self.stderr
+            time.sleep(0.05)
+
+    def wait(self) -> int:
+        """Its exit status."""
+        status = self.popen.wait(WAIT)
+        for reader in self._readers:
+            reader.join(10)
+        return status
+
+
+def start(commands: Sequence[Sequence[str]]) -> list[Process]:
+    """Starts a Python program with arguments for each process."""
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1",
+    }  # fmt: skip
+    return [
+        Process(subprocess.Popen(
+            [sys.executable, *command], env=environment, cwd=ROOT, text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        ))
+        for command in commands
+    ]  # fmt: skip
+
+
+def serve(models: Sequence[Path], acts: Sequence[str] = ("", ""), *, timeout: float = 120) -> list[Process]:
+    """Starts `worker.py` once for each of these folders, with what it shall do."""
+    address = f"127.0.0.1:{free_port()}"
+    told = [
+        dict(coordinator=address, count=len(models), process=i, timeout=timeout, model=str(model), act=act, settings=SETTINGS)
+        for i, (model, act) in enumerate(zip(models, acts, strict=True))
+    ]
+    return start([[str(WORKER), json.dumps(one)] for one in told])
+
+
+def end(processes: Sequence[Process]) -> None:
+    """Ends those that still run."""
+    for process in processes:
+        if process.popen.poll() is None:
+            process.popen.kill()
+            process.popen.wait(30)

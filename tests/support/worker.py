@@ -1,0 +1,85 @@
+"""One of several processes that serve a model, as a user would write it; what a test wants of it comes as JSON.
+
+Prints what it made as lines of JSON. `act` is what this process does beside, or what goes wrong in it.
+"""
+
+import json
+import sys
+
+from jaxinfer import LLM, SamplingParams, distributed
+from jaxinfer.engine import setup
+
+PROMPTS = ([5, 6, 7, 8, 9, 10, 11], [40, 41], list(range(20, 60)))
+
+
+def requests(**more: object) -> list[SamplingParams]:
+    """Greedy, random with every setting, and several samples of one prompt."""
+    common = dict(max_tokens=12, ignore_eos=True) | more
+    return [
+        SamplingParams(temperature=0.0, **common),
+        SamplingParams(temperature=0.9, seed=3, top_p=0.9, repetition_penalty=1.2, logit_bias={7: 1.5}, **common),
+        SamplingParams(temperature=0.8, seed=5, n=3, **common),
+    ]
+
+
+def change_a_weight(llm: LLM) -> None:
+    """Of the last norm, which is whole on every device: what this process computes from here on is its own."""
+    runner = llm._engine.runner
+    at = max(i for i, p in enumerate(runner.params) if p.is_fully_replicated and p.ndim == 1)
+    runner.params[at] = -runner.params[at]
+
+
+def lead(llm: LLM, act: str) -> None:
+    """Process 0."""
+    if act == "warm":
+        assert llm.warmup(sampling=["greedy"], use_tqdm=False).compiled
+        llm.reset_prefix_cache()
+        try:
+            llm.update_weights(None)
+        except RuntimeError as error:
+            print(json.dumps({"refused": str(error)}), flush=True)
+    outputs = llm.generate([{"prompt_token_ids": list(p)} for p in PROMPTS], requests(), use_tqdm=False)
+    again = llm.generate([{"prompt_token_ids": list(p)} for p in PROMPTS], requests(), use_tqdm=False)
+    found = [[list(c.token_ids) for c in output.outputs] for output in outputs]
+    assert found == [[list(c.token_ids) for c in output.outputs] for output in again]
+    print(json.dumps({"tokens": found, "cached": [o.num_cached_tokens for o in again]}), flush=True)
+    if act == "long":
+        print("RUNNING", flush=True)
+        while True:
+            llm.generate([{"prompt_token_ids": [5]}] * 4, requests(max_tokens=200)[0], use_tqdm=False)
+
+
+def main() -> None:
+    """See above."""
+    told = json.loads(sys.argv[1])
+    distributed.initialize(told["coordinator"], told["count"], told["process"])
+    act = told["act"]
+    # Only process 0's settings count.
+    settings = told["settings"] if not told["process"] else dict(max_num_seqs=3, compilation_cache_dir=None)
+    with LLM(
+        told["model"], skip_tokenizer_init=True, use_tqdm=False, peer_timeout=told["timeout"], **settings
+    ) as llm:
+        if act in ("warm", "generate"):
+            setup._free = lambda device: (5 + told["process"]) << 30
+            print(json.dumps({"free": setup._least_free(llm._mesh)}), flush=True)
+        if not told["process"]:
+            try:
+                lead(llm, act)
+            except KeyboardInterrupt:
+                print(json.dumps({"interrupted": True}), flush=True)
+                return
+        else:
+            if act == "generate":
+                try:
+                    llm.generate("no")
+                except RuntimeError as error:
+                    print(json.dumps({"refused": str(error)}), flush=True)
+            if act == "change":
+                change_a_weight(llm)
+            if act != "leave":
+                llm.follow()
+    print(json.dumps({"ended": told["process"]}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

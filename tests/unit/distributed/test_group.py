@@ -1,0 +1,185 @@
+"""Processes that watch each other, here as threads of one process; nothing may end it."""
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from jaxinfer.distributed import initialize
+from jaxinfer.distributed.group import Group
+from jaxinfer.distributed.wire import Kind, Peer
+from jaxinfer.errors import ConfigError, DistributedError
+
+
+@pytest.fixture
+def exits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The processes that would have been ended."""
+    found: list[int] = []
+    monkeypatch.setattr(Group, "_exit_after", lambda group, seconds, code: found.append(group.process))
+    return found
+
+
+@pytest.fixture
+def make(exits: list[int]) -> Iterator[Callable[..., list[Group]]]:
+    """Makes groups of so many processes."""
+    groups: list[Group] = []
+
+    def build(count: int = 3, limit: float = 600.0) -> list[Group]:
+        leaders = []
+        for process in range(1, count):
+            with socket.create_server(("127.0.0.1", 0)) as listener:
+                mine, theirs = socket.create_connection(listener.getsockname()), listener.accept()[0]
+            groups.append(Group(process, [Peer(0, "a", mine)], limit))
+            leaders.append(Peer(process, "b", theirs))
+        groups.insert(0, Group(0, leaders, limit))
+        return groups
+
+    yield build
+    for group in groups:
+        group.leave()
+    for group in groups:
+        for peer in group.peers:
+            peer.close()
+    for thread in threading.enumerate():  # one that still ends its process must do so before that is real again
+        if thread.name.startswith(("from-", "watch", "leave")):
+            thread.join(120)
+
+
+def together(*calls: Callable[[], Any]) -> list[Any]:
+    """What calls give that wait for each other, or the exceptions they raise."""
+    found: list[Any] = [None] * len(calls)
+
+    def run(i: int) -> None:
+        try:
+            found[i] = calls[i]()
+        except Exception as error:
+            found[i] = error
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert not any(thread.is_alive() for thread in threads)
+    return found
+
+
+def until(condition: Callable[[], Any]) -> None:
+    """Waits for it."""
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_every_process_gets_every_value(make):
+    groups = make()
+    assert together(*[lambda g=g: g.share({"from": g.process}) for g in groups]) == [[{"from": i} for i in range(3)]] * 3
+
+
+def test_what_differs_is_named_in_every_process_and_ends_none_by_force(make, exits):
+    groups = make()
+    facts = [{"its dtype": "float32", "x": 1}, {"its dtype": "float32", "x": 1}, {"its dtype": "bfloat16", "x": 1}]
+    found = together(*[lambda g=g: g.agree(facts[g.process]) for g in groups])
+    text = "process 2 differs from process 0 in its dtype: 'bfloat16' against 'float32'"
+    assert all(isinstance(error, DistributedError) and text in str(error) for error in found)
+    assert exits == []
+
+
+def test_a_process_that_is_gone_is_named_in_all_others(make, exits, capsys):
+    first, second, third = make()
+    second.leave()  # its own watch is none of this
+    second.peers[0].close()
+    until(lambda: first.failure and third.failure)
+    assert first.failure == third.failure and first.failure.startswith("process 1 (b) has died")
+    with pytest.raises(DistributedError, match="process 1 .b. has died"):
+        first.tell(Kind.LAUNCH)
+    with pytest.raises(DistributedError, match="process 1 .b. has died"):
+        third.take(third.peers[0], Kind.LAUNCH)
+    assert sorted(exits) == [0, 2]
+    assert "jaxinfer: process 2 ends: process 1 (b) has died" in capsys.readouterr().err
+
+
+def test_a_process_that_is_silent_is_named(make, exits, monkeypatch):
+    beat = Peer.beat
+    monkeypatch.setattr(Peer, "beat", lambda peer: None if peer.where == "a" and peer is quiet else beat(peer))
+    quiet = None
+    groups = make(limit=2.0)
+    quiet = groups[2].peers[0]
+    until(lambda: groups[0].failure)
+    assert groups[0].failure.startswith("process 2 (b) has not been heard for")
+
+
+def test_a_process_that_was_stopped_itself_blames_nobody(make, monkeypatch):
+    groups = make(limit=2.0)
+    now = time.monotonic
+    skipped = [0.0]
+    clock = SimpleNamespace(monotonic=lambda: now() + skipped[0], sleep=time.sleep)
+    for module in ("group", "wire"):
+        monkeypatch.setattr(f"jaxinfer.distributed.{module}.time", clock)
+    time.sleep(0.3)
+    skipped[0] = 1000.0  # heard was before it
+    time.sleep(0.5)
+    assert [group.failure for group in groups] == [None] * 3
+
+
+def test_an_error_in_one_process_reaches_the_others_and_stays_what_it_is(make):
+    first, second, third = make()
+    with pytest.raises(ValueError, match="mine"), second.guard():
+        raise ValueError("mine")
+    until(lambda: first.failure and third.failure)
+    assert first.failure == third.failure == "process 1 failed: ValueError: mine"
+
+
+def test_the_end_waits_for_all_and_comes_once(make, exits):
+    first, *others = make()
+
+    def serve(group: Group) -> Kind:
+        kind, _ = group.take(group.peers[0], Kind.LAUNCH, Kind.END)
+        while kind != Kind.END:
+            kind, _ = group.take(group.peers[0], Kind.LAUNCH, Kind.END)
+        group.answer_end()
+        return kind
+
+    first.tell(Kind.LAUNCH)
+    assert together(first.end, *[lambda g=g: serve(g) for g in others]) == [None, Kind.END, Kind.END]
+    first.end()
+    with pytest.raises(DistributedError, match="have ended"):
+        first.tell(Kind.LAUNCH)
+    assert exits == []
+
+
+def test_an_end_that_is_not_answered_names_who_did_not(make, exits, monkeypatch):
+    groups = make(count=2, limit=4.0)
+    monkeypatch.setattr("jaxinfer.distributed.group.END_LIMITS", 0.05)
+    with pytest.raises(DistributedError, match="process 1 .b. did not end within 0.2 s"):
+        groups[0].end()
+
+
+def test_a_process_that_waits_for_an_interrupted_one_is_ended(make, exits):
+    first, _, third = make(limit=0.4)
+    third.fail = lambda text: None  # of the silence of the one that was interrupted
+    first.end_quietly()
+    until(lambda: 2 in exits)
+
+
+def test_a_message_that_is_not_due_is_an_error(make, exits):
+    first, second, _ = make()
+    first.tell(Kind.CHECK)
+    with pytest.raises(DistributedError, match="process 0 .a. sent CHECK where LAUNCH or END was due"):
+        second.take(second.peers[0], Kind.LAUNCH, Kind.END)
+
+
+@pytest.mark.parametrize(
+    "arguments, match",
+    [(("host", 2, 0), "HOST:PORT"), (("host:0", 2, 0), "HOST:PORT"), (("host:99999", 2, 0), "HOST:PORT"),
+     (("h:1", 2, 2), r"process_id must be in \[0, num_processes\), got 2 of 2"), (("h:1", True, 0), "num_processes must be an integer"),
+     (("h:1", 2, True), "process_id must be an integer")],
+)  # fmt: skip
+def test_arguments_are_checked_before_anything_starts(arguments, match):
+    with pytest.raises(ConfigError, match=match):
+        initialize(*arguments)

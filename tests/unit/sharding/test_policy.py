@@ -1,0 +1,86 @@
+"""Patterns over module paths: which module gets which tactic, and which patterns are refused."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxinfer.errors import ConfigError
+from jaxinfer.sharding.policy import REPLICATE, SHARD, TACTICS, Placement, any_layer
+
+MODULES = ["embedding", "layers", "layers.0", "layers.0.attention", "layers.0.mlp", "layers.1", "layers.1.mlp", "norm"]
+INSIDE = ["layers.0.attention.qkv", "layers.0.mlp.down"]
+
+
+@pytest.mark.parametrize(
+    ("patterns", "replicated"),
+    [
+        ({}, []),
+        ({"*": "shard"}, []),
+        ({"*": "replicate"}, MODULES),
+        ({"*.mlp": "replicate"}, ["layers.0.mlp", "layers.1.mlp"]),
+        ({"layers.0": "replicate"}, ["layers.0", "layers.0.attention", "layers.0.mlp"]),
+        ({"layers.?.mlp": "replicate", "layers.1": "shard"}, ["layers.0.mlp", "layers.1.mlp"]),
+        ({"layers": "replicate", "*.mlp": "shard"}, ["layers", "layers.0", "layers.0.attention", "layers.1"]),
+        ({"layers.[1-9]*": "replicate"}, ["layers.1", "layers.1.mlp"]),
+        ({"norm": "replicate", "n*": "replicate"}, ["norm"]),
+    ],
+)  # fmt: skip
+def test_a_pattern_is_for_all_within_unless_another_names_a_module_further_inside(patterns, replicated):
+    placement = Placement(patterns)
+    placement.check(MODULES, INSIDE)
+    assert [path for path in MODULES if placement.tactic(path) == REPLICATE] == replicated
+
+
+names = st.sampled_from(["a", "b", "0", "1", "mlp"])
+paths = st.lists(names, min_size=1, max_size=4).map(".".join)
+
+
+@given(st.dictionaries(paths, st.sampled_from(TACTICS)), paths)
+def test_of_plain_paths_the_longest_around_a_module_decides(patterns, path):
+    around = [pattern for pattern in patterns if path == pattern or path.startswith(f"{pattern}.")]
+    expected = patterns[max(around, key=len)] if around else SHARD
+    assert Placement(patterns).tactic(path) == expected
+
+
+@given(st.permutations([("layers", "replicate"), ("*.mlp", "shard"), ("layers.0.*", "shard"), ("norm", "replicate")]))
+def test_the_order_of_patterns_decides_nothing(patterns):
+    same = Placement(dict(sorted(patterns)))
+    assert [Placement(dict(patterns)).tactic(path) for path in MODULES] == [same.tactic(path) for path in MODULES]
+
+
+def test_two_patterns_that_contradict_each_other_about_one_module_are_both_named():
+    with pytest.raises(ConfigError, match=r"'layers.0.mlp' is named by '\*.mlp' \(shard\) and by 'layers.0.\*' \(replicate"):
+        Placement({"*.mlp": "shard", "layers.0.*": "replicate"}).tactic("layers.0.mlp")
+
+
+def test_a_pattern_that_names_nothing_is_refused_with_what_there_is():
+    with pytest.raises(ConfigError, match=r"'\*.mpl' names no module; there are .*layers.\*.mlp, norm"):
+        Placement({"*.mpl": "shard"}).check(MODULES, INSIDE)
+
+
+def test_a_pattern_for_a_part_of_what_is_placed_as_a_whole_names_the_whole():
+    with pytest.raises(ConfigError, match="'layers.0.mlp.down', which lies inside .* name that one: 'layers.0.mlp'"):
+        Placement({"*.down": "replicate"}).check(MODULES, INSIDE)
+
+
+@pytest.mark.parametrize(
+    ("patterns", "message"),
+    [({"*.mlp": "sharded"}, r"'\*.mlp' is given 'sharded'; a tactic is one of shard, replicate"),
+     ({"": "shard"}, "a pattern must be a string such as .* got ''")],
+)  # fmt: skip
+def test_a_wrong_pattern_or_tactic_is_named(patterns, message):
+    with pytest.raises(ConfigError, match=message):
+        Placement(patterns)
+
+
+def test_a_placement_is_made_of_what_a_user_passes():
+    given = Placement({"norm": "replicate"})
+    assert Placement.of(given) is given
+    assert Placement.of({"norm": "replicate"}) == given
+    assert Placement.of(None) == Placement()
+
+
+def test_the_numbers_of_layers_are_left_out_of_a_path():
+    assert any_layer("layers.11.attention") == "layers.*.attention"
+    assert any_layer("layers.3") == "layers.*"
+    assert any_layer("block2.norm") == "block2.norm"
