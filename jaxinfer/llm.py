@@ -1,57 +1,31 @@
 """Text in, text out."""
 
-import dataclasses
-import hashlib
-import itertools
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from tqdm.auto import tqdm
 
 from jaxinfer import compilation_cache, distributed
-from jaxinfer.checkpoint.hf import read_config, read_generation_config
-from jaxinfer.checkpoint.hub import resolve_model
 from jaxinfer.config import EngineConfig
-from jaxinfer.engine.metrics import Metric
-from jaxinfer.engine.request import Request
-from jaxinfer.engine.buckets import SAMPLING
 from jaxinfer.engine import agreement
+from jaxinfer.engine.buckets import SAMPLING
 from jaxinfer.engine.follow import Leader, follow
+from jaxinfer.engine.metrics import Metric
 from jaxinfer.engine.setup import build_engine
 from jaxinfer.engine.warmup import Warmup, check_sampling, warm_up
 from jaxinfer.errors import CapacityError, ConfigError, DistributedError, EngineClosedError
-from jaxinfer.generation_config import default_params, eos_ids, from_generation_config
 from jaxinfer.handle import Handle
-from jaxinfer.media import ImageProcessor, MediaReader, PlacedInputs
-from jaxinfer.models import loading
-from jaxinfer.models.base import Features
-from jaxinfer.models.registry import family
+from jaxinfer.intake import Intake, Params
+from jaxinfer.opening import Named, open_model, place
 from jaxinfer.outputs import RequestOutput
 from jaxinfer.progress import Progress, say_if_cut
-from jaxinfer.resolve import ModelLimits, resolve, spread
-from jaxinfer.sampling_params import SamplingParams
-from jaxinfer.sharding import make_mesh
-from jaxinfer.sharding import mesh as meshes
-from jaxinfer.sharding.policy import Placement
-from jaxinfer.text import (
-    Prompt,
-    chat_images,
-    check_prompt_length,
-    check_token_ids,
-    max_prompt_chars,
-    parse_prompts,
-    render_chat,
-)
-from jaxinfer.text.tokenizer import id_bound, load_tokenizer, longest_token
-
-Params = SamplingParams | Sequence[SamplingParams] | Any | None
-"""One for all prompts or one a prompt; a transformers `GenerationConfig` serves as well."""
+from jaxinfer.resolve import ModelLimits
+from jaxinfer.text import Prompt
 
 
 class LLM:
@@ -81,56 +55,34 @@ class LLM:
     ):  # fmt: skip
         self._lock = threading.RLock()
         self._closed = False
-        self._ids = itertools.count()
-        self._chat_template = chat_template
         if mesh is not None and not isinstance(mesh, Mesh):
             raise TypeError(f"mesh must be a jax.sharding.Mesh, got {type(mesh).__name__}")
         self._group = distributed.join(mesh, settings.get("peer_timeout"))
         with distributed.guard(self._group):
-            self.config = EngineConfig.of(settings)
-            compilation_cache.enable(self.config.compilation_cache_dir)
+            config = EngineConfig.of(settings)
+            compilation_cache.enable(config.compilation_cache_dir)
             if self._group is not None:
-                self.config, hf_overrides = agreement.settings(self._group, self.config, hf_overrides)
-            self._mesh = self._make_mesh(mesh, "tensor_parallel_size" in settings)
-            self._set_up(model, tokenizer, skip_tokenizer_init, revision, hf_overrides, use_tqdm)
+                config, hf_overrides = agreement.settings(self._group, config, hf_overrides)
+            self._mesh, self.config = place(mesh, config, "tensor_parallel_size" in settings, self._group)
+            named = Named(model, tokenizer, skip_tokenizer_init, revision, hf_overrides)
+            self._start(named, chat_template, use_tqdm)
 
-    def _set_up(
-        self, model: str | Path | nnx.Module, tokenizer: Any, skip_tokenizer_init: bool, revision: str | None,
-        hf_overrides: Mapping[str, Any] | None, use_tqdm: bool,
-    ) -> None:  # fmt: skip
-        """The model, its tokenizer and the engine."""
-        if isinstance(model, nnx.Module):
-            _check_module(model, self.config, self._mesh)
-            self._module, directory, self.default_params, ends = model, None, SamplingParams(), ()
-        else:
-            directory = resolve_model(model, revision)
-            if self._group is not None:
-                agreement.files(self._group, directory)
-            self.default_params = default_params(read_generation_config(directory))
-            ends = eos_ids(read_config(directory, hf_overrides), read_generation_config(directory))
-            self._module = loading.load(
-                directory, self._mesh, dtype=self.config.dtype, quantization=self.config.quantization,
-                overrides=hf_overrides, placement=Placement.of(self.config.placement),
-                pad_heads=self.config.pad_heads, progress=use_tqdm,
-            )  # fmt: skip
-        source = None if skip_tokenizer_init or self._follows else directory if tokenizer is None else tokenizer
-        self._tokenizer = None if source is None else load_tokenizer(source)
-        if directory is None and getattr(self._tokenizer, "eos_token_id", None) is not None:
-            ends = (self._tokenizer.eos_token_id,)  # a module brings no configuration that would name them
-        self._media = None
-        if self._module.config.features is not None:
-            self._media = _media_reader(self._module.config.features, self._tokenizer, directory, hf_overrides)
-        known = None if self._tokenizer is None else id_bound(self._tokenizer)
-        if self._group is not None:
-            known = self._group.share(known)[0]
-        self._engine = build_engine(self._module, self.config, self._mesh, sampled_vocab=known)
-        if self._group is not None:
-            agreement.steps(self._group, self._engine.runner)
-            self._engine.runner.leader = None if self._follows else Leader(self._group)
-        self._salt = f"{model if directory else id(model)}|{revision}".encode()
-        self._limits = ModelLimits(
-            self._module.config.vocab_size, self._engine.runner.shapes.max_length, ends, known
-        )
+    def _start(self, named: Named, chat_template: str | None, use_tqdm: bool) -> None:
+        """The model and its engine."""
+        group = self._group
+        self._opened = open_model(named, self.config, self._mesh, group, progress=use_tqdm)
+        module, known = self._opened.module, self._opened.tokenizer_len
+        self._tokenizer = self._opened.tokenizer
+        self.default_params = self._opened.default_params
+        if group is not None:
+            known = group.share(known)[0]
+        self._engine = build_engine(module, self.config, self._mesh, sampled_vocab=known)
+        if group is not None:
+            agreement.steps(group, self._engine.runner)
+            self._engine.runner.leader = None if self._follows else Leader(group)
+        longest = self._engine.runner.shapes.max_length
+        limits = ModelLimits(module.config.vocab_size, longest, self._opened.eos_token_ids, known)
+        self._intake = Intake(self._opened, self.config, limits, chat_template)
 
     def generate(
         self, prompts: Any, sampling_params: Params = None, *, use_tqdm: bool = True
@@ -149,8 +101,7 @@ class LLM:
         Raises:
             TypeError, ValueError: a prompt or parameter that cannot be served; nothing was queued then.
         """
-        handles = self._prepare(self._parse(prompts), sampling_params)
-        return self._finish(handles, use_tqdm)
+        return self._finish(self._prepare(prompts, sampling_params), use_tqdm)
 
     def chat(
         self, messages: Any, sampling_params: Params = None, *, use_tqdm: bool = True,
@@ -165,23 +116,26 @@ class LLM:
         Raises:
             ChatTemplateError: no template, or one that fails; otherwise as `generate`.
         """
-        prompts = self._render(messages, chat_template, add_generation_prompt, chat_template_kwargs)
-        return self._finish(self._prepare(prompts, self._chat_params(sampling_params)), use_tqdm)
+        handles = self._prepare_chat(
+            messages, sampling_params, chat_template, chat_template_kwargs, add_generation_prompt=add_generation_prompt
+        )
+        return self._finish(handles, use_tqdm)
 
     def stream(self, prompts: Any, sampling_params: Params = None) -> Iterator[RequestOutput]:
         """Continues prompts and yields what is new as it is made, in the form `output_kind` says.
 
         The deltas of a sample add up to its final text. Closing the iterator aborts what is unfinished.
         """
-        return self._watch(self._prepare(self._parse(prompts), sampling_params, streaming=True))
+        return self._watch(self._prepare(prompts, sampling_params, streaming=True))
 
     def stream_chat(
         self, messages: Any, sampling_params: Params = None, *, chat_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Iterator[RequestOutput]:  # fmt: skip
         """`chat`, streaming."""
-        prompts = self._render(messages, chat_template, True, chat_template_kwargs)
-        return self._watch(self._prepare(prompts, self._chat_params(sampling_params), streaming=True))
+        return self._watch(
+            self._prepare_chat(messages, sampling_params, chat_template, chat_template_kwargs, streaming=True)
+        )
 
     def abort(self, request_id: Any) -> None:
         """Ends one request or a list of them, wherever they are; their outputs say "abort".
@@ -302,7 +256,7 @@ class LLM:
                         self._engine.runner.leader.end()
                     elif self._group is not None:
                         self._group.end_quietly()
-                    del self._engine, self._module
+                    del self._engine, self._opened, self._intake
 
     def __enter__(self) -> "LLM":
         return self
@@ -319,46 +273,22 @@ class LLM:
                 "llm.follow() here, which serves that one until it ends"
             )
 
-    def _parse(self, prompts: Any) -> list[Prompt]:
-        self._check_open()
-        most = None
-        if self._tokenizer is not None:
-            most = max_prompt_chars(longest_token(self._tokenizer), self._limits.max_model_len)
-        return parse_prompts(prompts, max_chars=most, media=self._media is not None)
-
-    def _render(
-        self, messages: Any, template: str | None, add_generation_prompt: bool, kwargs: Mapping[str, Any] | None
-    ) -> list[Prompt]:
-        self._check_open()
-        if self._tokenizer is None:
-            raise ValueError("chat needs the tokenizer, which was skipped; pass tokenizer=")
-        rendered = render_chat(
-            self._tokenizer, messages, chat_template=template or self._chat_template,
-            add_generation_prompt=add_generation_prompt, chat_template_kwargs=kwargs,
-            image_marker=None if self._media is None else self._media.marker,
-        )  # fmt: skip
-        # The template writes the special tokens itself.
-        prompts = [dataclasses.replace(prompt, special_tokens=False) for prompt in self._parse(rendered)]
-        if self._media is None:
-            return prompts
-        return [
-            dataclasses.replace(prompt, media={self._media.takes.modality: images})
-            for prompt, images in zip(prompts, chat_images(messages), strict=True)
-        ]
-
-    def _chat_params(self, params: Params) -> Params:
-        return dataclasses.replace(self.default_params, max_tokens=None) if params is None else params
-
-    def _encode(self, text: str, special: bool = False) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=special)
-
-    def _prepare(self, prompts: Sequence[Prompt], params: Params, *, streaming: bool = False) -> list[Handle]:
+    def _prepare(self, prompts: Any, params: Params, *, streaming: bool = False) -> list[Handle]:
         """Checks the whole call; nothing is queued yet."""
         self._check_open()
-        if params is not None and hasattr(params, "to_dict"):
-            params = from_generation_config(params)
-        each = spread(self.default_params if params is None else params, len(prompts))
-        requests = [self._request(index, p, own) for index, (p, own) in enumerate(zip(prompts, each, strict=True))]
+        return self._handles(self._intake.parse(prompts), params, streaming)
+
+    def _prepare_chat(
+        self, messages: Any, params: Params, template: str | None, kwargs: Mapping[str, Any] | None, *,
+        add_generation_prompt: bool = True, streaming: bool = False,
+    ) -> list[Handle]:  # fmt: skip
+        """The same for conversations."""
+        self._check_open()
+        prompts = self._intake.render(messages, template, add_generation_prompt, kwargs)
+        return self._handles(prompts, self._intake.chat_params(params), streaming)
+
+    def _handles(self, prompts: Sequence[Prompt], params: Params, streaming: bool) -> list[Handle]:
+        requests = self._intake.requests(prompts, params)
         with self._lock:
             self._check_open()
             for index, request in enumerate(requests):
@@ -377,61 +307,9 @@ class LLM:
             for handle in handles:
                 self._engine.add(handle.request)
 
-    def _request(self, index: int, prompt: Prompt, params: SamplingParams) -> Request:
-        ids, inputs = self._tokens(index, prompt)
-        limits = self._limits
-        if params.stop and self._tokenizer is None:
-            raise ValueError(f"prompt {index}: stop strings need a tokenizer; use stop_token_ids")
-        for name in ("logprobs", "prompt_logprobs"):
-            if (getattr(params, name) or 0) > self.config.max_logprobs:
-                raise ValueError(
-                    f"prompt {index}: {name} is {getattr(params, name)}, more than max_logprobs = "
-                    f"{self.config.max_logprobs} of this LLM; ask for fewer, or make it with a larger max_logprobs"
-                )
-        encode = None if self._tokenizer is None else self._encode
-        own = resolve(params, limits, prompt_len=len(ids), encode=encode)
-        salts, config = (self._salt, (prompt.cache_salt or "").encode()), self._module.config
-        number = next(self._ids)
-        return Request(
-            id=str(number), prompt=np.array(ids, np.int32), params=own, limit=len(ids) + own.max_tokens,
-            salt=b"".join(hashlib.sha256(salt).digest() for salt in salts),
-            length_key=config.length_key, recompute_after=config.recompute_after,
-            seed=self._seed(number) if own.seed is None else own.seed, inputs=inputs,
-        )  # fmt: skip
-
-    def _tokens(self, index: int, prompt: Prompt) -> tuple[Sequence[int], PlacedInputs | None]:
-        """The token ids of a prompt, checked, and what of them is no text."""
-        if prompt.token_ids is None and self._tokenizer is None:
-            raise ValueError(f"prompt {index} is text, but there is no tokenizer; pass prompt_token_ids")
-        media, inputs, ids, text = self._media, (), prompt.token_ids, prompt.text
-        if media is not None:
-            inputs = media.read(prompt.media, index)
-            text = media.expand(text, inputs, index) if ids is None else text
-        ids = self._encode(text, prompt.special_tokens) if ids is None else ids
-        if not ids:
-            raise ValueError(f"prompt {index} has no tokens")
-        check_token_ids(ids, self._limits.vocab_size, index)
-        check_prompt_length(len(ids), self._limits.max_model_len, index, sum(one.length for one in inputs))
-        return ids, None if media is None else media.place(ids, inputs, index)
-
-    def _seed(self, number: int) -> int:
-        """Of a request that brings none: from the engine's seed and the request's number."""
-        return int(np.random.SeedSequence([self.config.seed, number, 1]).generate_state(1, np.uint64)[0])
-
     @property
     def _follows(self) -> bool:
         return self._group is not None and self._group.process > 0
-
-    def _make_mesh(self, given: Mesh | None, size_given: bool) -> Mesh:
-        """The user's mesh, or one over as many devices as the settings say; afterwards they say what it is."""
-        if given is None:
-            mesh = make_mesh(self.config.tensor_parallel_size)
-            if self._group is not None:
-                distributed.check_mesh(mesh)
-            return mesh
-        mesh = meshes.normalise(given, self.config.tensor_parallel_size if size_given else None)
-        self.config = dataclasses.replace(self.config, tensor_parallel_size=meshes.size(mesh))
-        return mesh
 
     def _drive(self, busy: Callable[[], bool]) -> None:
         """Steps until `busy` is false; whoever holds the lock steps for all."""
@@ -472,38 +350,3 @@ class LLM:
                 yield from (update for update in updates if update is not None)
         finally:
             self._abandon(handles)
-
-
-def _media_reader(
-    takes: Features, tokenizer: Any, directory: Path | None, overrides: Mapping[str, Any] | None
-) -> MediaReader:
-    """Of a checkpoint, with its family's image processor; of a module, for token ids and pixel values."""
-    if directory is None:
-        return MediaReader(takes)
-    hf = read_config(directory, overrides)
-    form = family(hf).images
-    processor = None if form is None else ImageProcessor(form, directory, hf, takes.shape)
-    return MediaReader(takes, tokenizer, form, processor)
-
-
-def _check_module(module: nnx.Module, config: EngineConfig, mesh: Mesh) -> None:
-    """Refuses what only a checkpoint still to be loaded can be given, and a mesh that is not for this module."""
-    for name in ("quantization", "placement", "pad_heads"):
-        value = getattr(config, name)
-        if value not in (None, False):
-            raise ConfigError(
-                f"{name} is {value!r}, but a module has its weights already; leave it out, and make "
-                f"the module with models.loading.load(directory, mesh, {name}=...)"
-            )
-    meshes.check_data_axis(mesh, getattr(module.config, "features", None) is not None)
-    shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(nnx.state(module))]
-    for own in {sharding.mesh for sharding in shardings if isinstance(sharding, NamedSharding)}:
-        if own.shape != mesh.shape or (own.devices != mesh.devices).any():
-            raise ConfigError(
-                f"the module's weights lie on a mesh of {_axes(own)}, but it is to run on one of {_axes(mesh)}; pass "
-                "mesh= or tensor_parallel_size as it was loaded with"
-            )
-
-
-def _axes(mesh: Mesh) -> str:
-    return f"{dict(mesh.shape)} over devices {[device.id for device in mesh.devices.flat]}"

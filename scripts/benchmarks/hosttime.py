@@ -17,7 +17,7 @@ import numpy as np
 from benchmarks import checkpoint
 from jaxinfer import LLM, SamplingParams, demo, functional
 from jaxinfer.engine.engine import Engine
-from jaxinfer.text import Detokenizer, StopStrings, TextStream, parse_prompts
+from jaxinfer.text import Detokenizer, StopStrings, TextStream
 from jaxinfer.text.tokenizer import load_tokenizer
 
 BLOCK, VOCAB = 16, 97
@@ -147,7 +147,7 @@ def _queue(llm: LLM, rows: int, length: int, new: int) -> None:
     rng = np.random.default_rng(0)
     prompts = [{"prompt_token_ids": rng.integers(3, VOCAB, length + row % BLOCK).tolist()} for row in range(rows)]
     params = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True)
-    for handle in llm._prepare(parse_prompts(prompts, max_chars=None), params):
+    for handle in llm._prepare(prompts, params):
         llm._engine.add(handle.request)
 
 

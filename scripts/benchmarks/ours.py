@@ -10,7 +10,6 @@ from benchmarks.work import Work
 from jaxinfer import LLM, SamplingParams
 from jaxinfer.engine.metrics import PREFIX
 from jaxinfer.engine.request import Request
-from jaxinfer.text import parse_prompts
 
 
 class Offline:
@@ -54,7 +53,7 @@ class Online(Offline):
         engine = self.llm._engine
         prompts, params = _asked(work)
         self.llm.reset_prefix_cache()
-        requests = [handle.request for handle in self.llm._prepare(parse_prompts(prompts, max_chars=None), params)]
+        requests = [handle.request for handle in self.llm._prepare(prompts, params)]
         waiting, running, arrivals = deque(requests), [], []
         times: dict[str, list[list[float]]] = {request.id: [[] for _ in request.sequences] for request in requests}
         start = time.perf_counter()

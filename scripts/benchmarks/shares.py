@@ -32,7 +32,7 @@ class Costs:
     @classmethod
     def of(cls, llm: LLM) -> "Costs":
         """Of a model, as it is loaded."""
-        module, runner = llm._module, llm._engine.runner
+        module, runner = llm._opened.module, llm._engine.runner
         config, found = module.config, parameters(module)
         read = {path: p for path, p in found.items() if config.tied or not path.startswith("embedding.")}
         matrices = {path: p.size for path, p in read.items() if path.endswith("weight")}

@@ -67,7 +67,7 @@ def ids(llm: LLM, count: int) -> list[int]:
 def test_every_accepted_form_gives_the_same(llm):
     tokenizer, array = llm.get_tokenizer(), np.asarray(PICTURE)
     text = f"hello <img>{IMAGE_MARKERS[2] * 3 * ROWS}</img> world"
-    [values] = [one.values for one in llm._media.read({"image": PICTURE}, 0)]
+    [values] = [one.values for one in llm._opened.media.read({"image": PICTURE}, 0)]
     forms = [
         prompt(PICTURE), prompt([PICTURE]), prompt(array), prompt(array / 255), prompt(PICTURE, f"hello {IMAGE_MARKERS[2]} world"),
         prompt(pixel_values=values), prompt(pixel_values=[values]),
@@ -163,7 +163,7 @@ def test_new_weights_forget_encoded_images(llm):
     from flax import nnx
 
     before = tokens(llm.generate([prompt(PICTURE)], PARAMS))
-    own = nnx.state(llm._module)
+    own = nnx.state(llm._opened.module)
     changed = jax.tree.map_with_path(lambda path, a: -a if "vision_tower" in str(path) else a, own)
     try:
         llm.update_weights(changed)

@@ -8,7 +8,6 @@ from flax import nnx
 
 from jaxinfer import LLM, SamplingParams
 from jaxinfer.errors import EngineClosedError
-from jaxinfer.text import parse_prompts
 
 pytestmark = pytest.mark.xdist_group("faults")
 
@@ -84,7 +83,7 @@ def test_abort_wherever_it_is(llm, n, steps):
     """Waiting, in the chunks of its prompt, decoding, with a step in flight."""
     params = SamplingParams(temperature=0.5, seed=1, n=n, max_tokens=40, ignore_eos=True)
     [expected] = tokens(llm.generate([IDS], SHORT))
-    handles = llm._prepare(parse_prompts([[9] * 70, IDS]), [params, SHORT])
+    handles = llm._prepare([[9] * 70, IDS], [params, SHORT])
     llm._queue(handles)
     for _ in range(steps):
         llm._engine.step()

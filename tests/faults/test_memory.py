@@ -24,7 +24,7 @@ def test_a_pool_too_small_for_the_length_asked_for(make_llm):
 
 def test_without_a_length_asked_for_the_pool_sets_it(make_llm, caplog):
     with make_llm(kv_cache_memory_bytes=3 * BLOCK_BYTES, max_model_len=None) as llm:
-        assert llm._limits.max_model_len == 12
+        assert llm._intake.limits.max_model_len == 12
     assert "max_model_len is 12" in caplog.text
 
 

@@ -216,7 +216,7 @@ def test_token_ids_only(llm, make_llm):
 
 
 def test_the_module_itself_is_taken(llm):
-    with LLM(llm._module, tokenizer=llm.get_tokenizer(), max_model_len=64, max_num_seqs=2,
+    with LLM(llm._opened.module, tokenizer=llm.get_tokenizer(), max_model_len=64, max_num_seqs=2,
              max_num_batched_tokens=8) as own:  # fmt: skip
         greedy = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
         assert own.generate("hello", greedy, use_tqdm=False)[0].outputs[0].text == (
@@ -240,7 +240,7 @@ def test_abort_wants_ids(llm, wrong):
 def test_a_module_with_a_tokenizer_stops_at_its_end(llm):
     from jaxinfer import LLM
 
-    with LLM(llm._module, tokenizer=llm.get_tokenizer(), use_tqdm=False) as other:
-        assert other._limits.eos_token_ids == (llm.get_tokenizer().eos_token_id,)
+    with LLM(llm._opened.module, tokenizer=llm.get_tokenizer(), use_tqdm=False) as other:
+        assert other._intake.limits.eos_token_ids == (llm.get_tokenizer().eos_token_id,)
     with pytest.raises(TypeError, match="tokenizer must be a directory, a Hub id or a tokenizer, got int"):
-        LLM(llm._module, tokenizer=5)
+        LLM(llm._opened.module, tokenizer=5)

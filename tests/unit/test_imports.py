@@ -28,7 +28,8 @@ TIERS = (
     {"functional"},
     {"engine"},
     {"handle", "planning"},
-    {"progress"},
+    {"opening"},
+    {"intake", "progress"},
     {"llm"},
     {"jaxinfer"},
 )
