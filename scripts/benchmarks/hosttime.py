@@ -61,15 +61,21 @@ def stub_device() -> Iterator[None]:
         # jit drops arguments that nothing reads, and a dispatch costs by the argument.
         return sum(leaf.ravel()[0].astype(jnp.float32) for leaf in params) * 0
 
-    def decode(program: Any, params: list[jax.Array], cache: Any, batch: Any) -> Any:
-        return jnp.zeros((len(batch.tokens), program.vocab)) + touched(params), cache
+    traced = set()
 
-    def prefill(program: Any, params: list[jax.Array], cache: Any, batch: Any, features: None = None) -> Any:
-        width = program.module(params).config.attention.width
-        return jnp.zeros((len(batch.tokens), width), program.dtype) + touched(params).astype(program.dtype), cache
+    def stub(name: str) -> Callable[..., Any]:
+        def hidden(program: Any, params: list[jax.Array], cache: Any, batch: Any, features: None = None) -> Any:
+            traced.add(name)
+            width = program.module(params).config.attention.width
+            return jnp.zeros((len(batch.tokens), width), program.dtype) + touched(params).astype(program.dtype), cache
 
-    with mock.patch.object(functional, "decode", decode), mock.patch.object(functional, "prefill_hidden", prefill):
+        return hidden
+
+    stubs = {name: stub(name) for name in ("decode_hidden", "prefill_hidden")}
+    with mock.patch.multiple(functional, **stubs):
         yield
+    if traced != set(stubs):
+        raise RuntimeError(f"the steps no longer call {', '.join(set(stubs) - traced)}: the model was computed in what was timed")
 
 
 def measure(rows: int, length: int, steps: int, layers: int) -> dict[str, float]:
