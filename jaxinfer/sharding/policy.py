@@ -50,28 +50,35 @@ class Placement:
         """
         parts = path.split(".")
         for end in range(len(parts), 0, -1):
-            inner = ".".join(parts[:end])
-            found = {pattern: tactic for pattern, tactic in self.patterns.items() if _matches(pattern, inner)}
-            if len(set(found.values())) > 1:
-                raise ConfigError(
-                    f"placement: {inner!r} is named by {' and by '.join(f'{p!r} ({t})' for p, t in found.items())}; "
-                    "let one pattern name it, or patterns of one tactic"
-                )
-            if found:
-                return next(iter(found.values()))
+            tactic = self._named(".".join(parts[:end]))
+            if tactic is not None:
+                return tactic
         return SHARD
 
+    def _named(self, path: str) -> str | None:
+        """What the patterns that name this very module say of it; None: none does."""
+        found = {pattern: tactic for pattern, tactic in self.patterns.items() if _matches(pattern, path)}
+        if len(set(found.values())) > 1:
+            raise ConfigError(
+                f"placement: {path!r} is named by {' and by '.join(f'{p!r} ({t})' for p, t in found.items())}; "
+                "let one pattern name it, or patterns of one tactic"
+            )
+        return next(iter(found.values()), None)
+
     def check(self, modules: Iterable[str], inside: Iterable[str] = ()) -> None:
-        """Whether every pattern names something, and something that is placed as a whole.
+        """Whether every pattern names something, and something that is placed as a whole, and none contradicts another.
 
         Args:
             modules: paths of what can be placed and of all around it.
             inside: paths of what lies within one such module and follows it.
 
         Raises:
-            ConfigError: a pattern that names nothing, or only what lies inside a module that is placed as one.
+            ConfigError: a pattern that names nothing, or only what lies inside a module that is placed as one; two that
+                contradict each other, also about a module of which another pattern names all parts.
         """
         modules, inside = list(modules), list(inside)
+        for path in modules:
+            self._named(path)
         for pattern in self.patterns:
             if any(_matches(pattern, path) for path in modules):
                 continue

@@ -84,3 +84,10 @@ def test_the_numbers_of_layers_are_left_out_of_a_path():
     assert any_layer("layers.11.attention") == "layers.*.attention"
     assert any_layer("layers.3") == "layers.*"
     assert any_layer("block2.norm") == "block2.norm"
+
+
+def test_a_contradiction_about_what_is_around_named_parts_is_found_too():
+    """`layers.*` names layers and all within them, so that `layers.0` would be passed over in silence."""
+    placement = Placement({"layers.*": "replicate", "layers.0": "shard"})
+    with pytest.raises(ConfigError, match=r"'layers.0' is named by 'layers.\*' \(replicate\) and by 'layers.0' \(shard\)"):
+        placement.check(["layers", "layers.0", "layers.0.mlp", "layers.1", "layers.1.mlp"])
