@@ -9,6 +9,7 @@ from jaxinfer.sampling_params import SamplingParams
 pytestmark = pytest.mark.xdist_group("llama")
 
 
+@pytest.mark.slow
 def test_prompts_differ_and_so_do_their_continuations():
     """Otherwise nothing here could fail."""
     results = alone(random_runner(), requests(EDGES, GREEDY)) + alone(random_runner(), requests(EDGES, SEEDED))

@@ -9,7 +9,7 @@ from jaxinfer.sampling_params import SamplingParams
 OTHERS = [
     *(pytest.param(family, None, marks=(pytest.mark.slow, pytest.mark.xdist_group(family)))
       for family in ARCHITECTURES if family != "llama"),
-    pytest.param("llama", "int8", marks=pytest.mark.xdist_group("int8")),
+    pytest.param("llama", "int8", marks=(pytest.mark.slow, pytest.mark.xdist_group("int8"))),
 ]  # fmt: skip
 
 

@@ -36,7 +36,7 @@ def settled(engine: Engine) -> None:
     assert engine.scheduler.encoding.pool.num_pinned == 0 and not engine.scheduler.encoding.rows
 
 
-@pytest.mark.parametrize("budget", [pytest.param(3, marks=pytest.mark.slow), 7, pytest.param(CHUNK, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("budget", [pytest.param(size, marks=pytest.mark.slow) for size in (3, 7, CHUNK)])
 def test_a_mixed_batch_in_chunks_that_cut_images(budget):
     wanted = requests()
     expected = alone(wanted)
@@ -55,6 +55,7 @@ def test_the_order_of_images_matters():
     assert one != other
 
 
+@pytest.mark.slow
 def test_a_distinct_image_is_encoded_once():
     wanted = [image_request(str(i), (i + 1, A, 2, LARGE, 3), GREEDY, seed=50 * i) for i in range(5)]
     expected = alone(wanted)

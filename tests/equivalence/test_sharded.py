@@ -61,7 +61,7 @@ def test_the_checkpoint_read_for_one_device_holds_the_weights_written(sharded: S
         np.testing.assert_array_equal(made[path][...], read[path][...])
 
 
-@pytest.mark.parametrize("tp", [2, pytest.param(4, marks=pytest.mark.slow), 8])
+@pytest.mark.parametrize("tp", [2, *(pytest.param(tp, marks=pytest.mark.slow) for tp in (4, 8))])
 def test_sharded_is_single(sharded: Sharded, tp: int):
     check(sharded("llama", tp), sharded())
 
@@ -79,9 +79,8 @@ def test_with_few_blocks_and_short_chunks_sharded_is_single(sharded: Sharded, tp
     check(sharded("llama", tp), sharded(), pool_blocks=13, budget=7)
 
 
-@pytest.mark.parametrize("name", [
-    pytest.param(name, marks=() if name == "only mlp sharded" else pytest.mark.slow) for name in PLACEMENTS
-])  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PLACEMENTS)
 def test_each_placement_is_single(sharded: Sharded, name: str):
     check(sharded("llama", 4, PLACEMENTS[name]), sharded())
 
@@ -109,9 +108,9 @@ def zero_heads(runner: Runner) -> int:
 # Groups made larger (14 around 2 as in Qwen2-0.5B), kv heads added, both, no groups at all (25 as in InternViT-6B).
 @pytest.mark.parametrize(
     ("family", "heads", "kv_heads", "tp", "added"),
-    [("llama", 6, 3, 4, 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in
-     [("llama", 6, 2, 4, 2), ("qwen2", 14, 2, 8, 2), ("qwen3", 9, 3, 8, 7), ("llama", 5, 5, 4, 3)])],
-)  # fmt: skip
+    [("llama", 6, 3, 4, 2), ("llama", 6, 2, 4, 2), ("qwen2", 14, 2, 8, 2), ("qwen3", 9, 3, 8, 7), ("llama", 5, 5, 4, 3)],
+)
+@pytest.mark.slow
 def test_heads_of_zeroes_change_nothing(sharded: Sharded, family: str, heads: int, kv_heads: int, tp: int, added: int):
     sizes = dict(num_attention_heads=heads, num_key_value_heads=kv_heads)
     padded = sharded(family, tp, pad_heads=True, **sizes)

@@ -87,9 +87,8 @@ def load(saved: Path, case: Case) -> tuple[Program, list[jax.Array]]:
     return functional.split(loading.load(saved, case.mesh, progress=False, **how), case.mesh)
 
 
-@pytest.mark.parametrize("name", [
-    pytest.param(name, marks=() if name == "sharded" else pytest.mark.slow) for name in CASES
-])  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
 def test_each_placement_is_single_and_has_the_collectives_of_the_plan(name, folder):
     case = CASES[name]
     saved = folder(case.heads)

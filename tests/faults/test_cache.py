@@ -17,6 +17,7 @@ def tokens(results):
     return [list(r.outputs[0].token_ids) for r in results]
 
 
+@pytest.mark.slow
 def test_64_prompts_with_one_prefix_in_one_step(llm, host):
     prompts = [[*PREFIX, 100 + i] for i in range(64)]
     with host(prefix_caching=False):
@@ -29,6 +30,7 @@ def test_64_prompts_with_one_prefix_in_one_step(llm, host):
         assert counters["prefix_cache_hits"] == sum(r.num_cached_tokens for r in results)
 
 
+@pytest.mark.slow
 def test_a_pool_of_three_blocks(llm, host):
     """A prefix is evicted by the next prompt, then sent again."""
     prompts = [[50 + i] * 7 for i in (0, 1, 0, 0, 2, 0, 1)]
@@ -80,6 +82,7 @@ def test_prompt_logprobs_of_a_sequence_preempted_half_way(llm, host):
     assert preempted is not None
 
 
+@pytest.mark.slow
 def test_new_weights_forget_the_cache(llm):
     other = loading.random(checkpoint.CONFIG, make_mesh(1), seed=3)
     old = loading.random(checkpoint.CONFIG, make_mesh(1), seed=4)

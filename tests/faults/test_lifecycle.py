@@ -216,6 +216,7 @@ def test_a_short_call_does_not_wait_for_a_long_one(llm):
     assert order == ["short", "long"]
 
 
+@pytest.mark.slow
 def test_two_engines(llm, make_llm):
     expected = tokens(llm.generate([IDS, [9] * 20], LONG))
     with make_llm(max_num_seqs=4, max_num_batched_tokens=16, prefill_buckets=(16,), decode_buckets=(4,)) as other:

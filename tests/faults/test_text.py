@@ -215,6 +215,7 @@ def test_token_ids_only(llm, make_llm):
         bare.close()
 
 
+@pytest.mark.slow
 def test_the_module_itself_is_taken(llm):
     with LLM(llm._opened.module, tokenizer=llm.get_tokenizer(), max_model_len=64, max_num_seqs=2,
              max_num_batched_tokens=8) as own:  # fmt: skip

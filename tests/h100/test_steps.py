@@ -114,11 +114,11 @@ def test_a_layer_has_two_all_reduces_and_nothing_else(kind: str, tp: int, quanti
 
 
 # A replicated lane is whole on every device: four times the bytes of a divided one.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "replicated", "reduces", "share"),
-    [("decode", "*.attention", 1, 1), *(pytest.param(*case, marks=pytest.mark.slow) for case in
-     [("prefill", "*.attention", 1, 1), ("decode", "*.mlp", 1, 1 / 4), ("decode", "layers.*", 0, 1),
-      ("prefill", "layers.*", 0, 1)])],
+    [("decode", "*.attention", 1, 1), ("prefill", "*.attention", 1, 1), ("decode", "*.mlp", 1, 1 / 4),
+     ("decode", "layers.*", 0, 1), ("prefill", "layers.*", 0, 1)],
 )  # fmt: skip
 def test_a_replicated_module_has_no_collective_and_its_lane_stays_in_place(
     kind: str, replicated: str, reduces: int, share: float

@@ -26,6 +26,7 @@ def test_with_no_arguments_it_asks_the_packaged_checkpoint(command, capsys):
     assert "tok/s" in err and "peak memory" in err
 
 
+@pytest.mark.slow
 def test_json_is_one_object_a_request_and_nothing_else(command, capsys):
     prompts = ["Question: What is 3 plus 4?\nAnswer:", "Question: What is the capital of Japan?\nAnswer:"]
     assert command(["--json", "--prompt", prompts[0], "--prompt", prompts[1], "--max-tokens", "24"]) == 0
@@ -38,12 +39,14 @@ def test_json_is_one_object_a_request_and_nothing_else(command, capsys):
         assert answer in row["outputs"][0]["text"] and row["outputs"][0]["finish_reason"] == "stop"
 
 
+@pytest.mark.slow
 def test_weights_in_int8_answer_too(command, capsys):
     assert command(["--quantization", "int8"]) == 0
     out = capsys.readouterr().out
     assert "17 plus 25 is 42" in out and "Paris" in out
 
 
+@pytest.mark.slow
 def test_prompts_come_from_a_file_and_samples_are_listed(command, capsys, tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_text("What is 1 plus 1?\n\nWhat is 2 plus 2?\n")
@@ -54,6 +57,7 @@ def test_prompts_come_from_a_file_and_samples_are_listed(command, capsys, tmp_pa
     assert out.count("[0]") == out.count("[1]") == 2
 
 
+@pytest.mark.slow
 def test_the_sanity_run_shows_both_outputs_the_differences_and_the_hits(command, capsys):
     assert command(["--samples", "20", "--add-prefix", "--compare"]) == 0
     out = capsys.readouterr().out

@@ -18,6 +18,8 @@ from jaxinfer.kernels import int8_matmul
 from jaxinfer.models import loading
 from jaxinfer.sharding import make_mesh
 
+pytestmark = pytest.mark.slow
+
 HEADS = dict(vocab_size=97, num_attention_heads=4, num_key_value_heads=2)
 """An odd vocabulary, so that over several devices the head has rows of padding."""
 

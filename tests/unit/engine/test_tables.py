@@ -79,6 +79,7 @@ def test_what_rows_ask_is_of_those_that_run(runner):
     assert asked.needs(np.array([1]))[:2] == (Level.EDITED, True)
 
 
+@pytest.mark.slow
 def test_smaller_steps_gather_their_rows(runner):
     """A bucket of fewer sequences than there are rows reads the same tables."""
     small = runners.Runner(runner.program, runner.params, runner.shapes.__class__(

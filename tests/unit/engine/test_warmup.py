@@ -61,7 +61,8 @@ def random_request(number: int, rng: np.random.Generator):
     return make_request(str(number), ids, params)
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
 def test_a_random_workload_compiles_nothing_after_warm_up(compilations, seed):
     runner, rng = warm_runner(), np.random.default_rng(seed)
     compilations.clear()
@@ -93,6 +94,7 @@ def test_a_random_workload_compiles_nothing_after_warm_up(compilations, seed):
     assert 0 < runner.padding < runner.places
 
 
+@pytest.mark.slow
 def test_the_counter_sees_a_program_that_was_not_compiled_ahead(compilations):
     runner = warm_runner()
     compilations.clear()
@@ -101,6 +103,7 @@ def test_the_counter_sees_a_program_that_was_not_compiled_ahead(compilations):
     assert len(compilations) == 1
 
 
+@pytest.mark.slow
 def test_a_second_warm_up_has_nothing_to_do():
     runner = warm_runner()
     done = warm_up(runner.programs, SAMPLING, use_tqdm=False)

@@ -21,7 +21,7 @@ from jaxinfer.layers.params import Build
 from jaxinfer.models import loading
 from jaxinfer.sharding import axes, make_mesh
 
-pytestmark = pytest.mark.xdist_group("sharded")
+pytestmark = [pytest.mark.xdist_group("sharded"), pytest.mark.slow]
 
 HEADS = CONFIG | dict(architectures=["LlamaForCausalLM"], num_attention_heads=8)
 

@@ -34,6 +34,7 @@ def results(result: Callable[..., dict], install_peer: Callable[..., None]) -> d
     return {command: result(command, *flags, "--peer=hf") for command, flags in COMMANDS.items()}
 
 
+@pytest.mark.slow
 def test_throughput(results: dict[str, dict]):
     work, figures = results["throughput"]["work"], results["throughput"]["jaxinfer"]
     assert (work["requests"], work["new_tokens"]) == (3, 15)
@@ -44,12 +45,14 @@ def test_throughput(results: dict[str, dict]):
     assert figures["elapsed_time"] < figures["compile_seconds"]
 
 
+@pytest.mark.slow
 def test_latency(results: dict[str, dict]):
     work, figures = results["latency"]["work"], results["latency"]["jaxinfer"]
     assert (work["requests"], work["prompt_tokens"], work["repeats"]) == (2, 18, 2)
     assert 0 < figures["best_latency"] <= figures["p50_latency"] <= figures["p99_latency"]
 
 
+@pytest.mark.slow
 def test_serving(results: dict[str, dict]):
     found = results["serving"]
     assert found["work"]["requests@2"]["requests"] == 6
@@ -62,6 +65,7 @@ def test_serving(results: dict[str, dict]):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.slow
 def test_a_peer_has_its_own_figures_and_a_ratio(results: dict[str, dict], command: str):
     found, label = results[command], "@2" if command == "serving" else ""
     ours, theirs = found["jaxinfer"], found["peers"]["hf"]

@@ -44,6 +44,7 @@ def dry(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_rows_write_their_figures_and_a_report(dry: Path):
     results = {name: json.loads((dry / f"{name}.json").read_text()) for name in QUICK}
     assert {name: result["status"] for name, result in results.items()} == dict(
@@ -59,6 +60,7 @@ def test_rows_write_their_figures_and_a_report(dry: Path):
     assert "reached" not in table, "toy sizes reach nothing"
 
 
+@pytest.mark.slow
 def test_what_is_done_is_not_done_again_unless_forced(dry: Path, capsys: pytest.CaptureFixture[str]):
     stamps = [(dry / f"{name}.json").stat().st_mtime_ns for name in QUICK[:2]]
     args = ["--out", str(dry), "--dry-run", "--only", *QUICK[:2], "--seconds", "0"]
@@ -69,6 +71,7 @@ def test_what_is_done_is_not_done_again_unless_forced(dry: Path, capsys: pytest.
     assert "kda-decode: not run, the 0 s are over" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_wrong_requests_are_said_on_one_line(dry: Path, capsys: pytest.CaptureFixture[str]):
     assert cli.main(["--out", str(dry), "--only", "nothing"]) == 1
     assert "no such row; there are roofline," in capsys.readouterr().err
@@ -235,6 +238,7 @@ def test_a_decode_problem_counts_its_live_bytes():
     assert given.rows.tables.shape == (3, 2)
 
 
+@pytest.mark.slow
 def test_a_timed_step_is_a_decode_step(monkeypatch: pytest.MonkeyPatch):
     """Between the clock's two readings all rows decode in every step; what is said of their positions is so."""
     made = engines.build(models.TOY, max_num_seqs=4, max_model_len=64, max_num_batched_tokens=32)

@@ -16,6 +16,7 @@ from jaxinfer import LLM
 pytestmark = pytest.mark.xdist_group("bench")
 
 
+@pytest.mark.slow
 def test_host_work_is_divided_without_rest(result: Callable[..., dict]):
     found = result("host", "--rows=5", "--lengths", "20", "--steps=12")["jaxinfer"]
     parts = ("schedule", "pack", "dispatch", "commit", "other")

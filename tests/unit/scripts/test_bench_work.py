@@ -45,6 +45,7 @@ def test_the_figures_by_hand():
     assert trace.span([3.0, 1.0, 2.0]) == {"median": 2.0, "min": 1.0, "max": 3.0}
 
 
+@pytest.mark.slow
 def test_each_figure_has_its_span_and_ratio(result: Callable[..., dict], install_peer: Callable[..., None]):
     install_peer()
     found = result("--work", "W1", "W4", "--scale=0.01", "--repeats=2", "--peer=hf")
