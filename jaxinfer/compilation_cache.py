@@ -14,7 +14,9 @@ log = logging.getLogger(__name__)
 
 AUTO = "auto"
 LEAST_SECONDS = 0.1
-"""Programs that compile faster are not kept: reading them takes as long. JAX's own limit, 1 s, is above a small step."""
+"""Programs that compile faster are not kept: reading them takes as long. JAX's own limit is above a small step."""
+JAX_LEAST_SECONDS = 1.0
+"""JAX's own limit, where the user set none."""
 
 
 def enable(setting: str | None) -> None:
@@ -41,7 +43,8 @@ def enable(setting: str | None) -> None:
         return
     if configured != str(folder):
         jax.config.update("jax_compilation_cache_dir", str(folder))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_SECONDS)
+        if jax.config.jax_persistent_cache_min_compile_time_secs == JAX_LEAST_SECONDS:
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_SECONDS)
         compilation_cache.reset_cache()  # JAX looks at the setting once
     _say(str(folder))
 

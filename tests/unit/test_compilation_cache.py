@@ -87,6 +87,7 @@ def test_a_folder_that_cannot_be_written_is_a_warning(settings, tmp_path, caplog
 def test_a_second_process_reads_all_programs_and_gives_the_same_tokens(tmp_path):
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "JAX_ENABLE_COMPILATION_CACHE": "true"}
     environment.pop("XLA_FLAGS")  # one device
+    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # fast machines compile small ones in less than ours
     runs = []
     for _ in range(2):
         done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True)
@@ -94,5 +95,5 @@ def test_a_second_process_reads_all_programs_and_gives_the_same_tokens(tmp_path)
         runs.append((json.loads(done.stdout.splitlines()[-1]), done.stderr))
     (first, _), (second, said) = runs
     assert second["tokens"] == first["tokens"]
-    assert first["hits"] == 0 and second["hits"] >= second["programs"] - 2  # copies may compile too fast to be kept
+    assert first["hits"] == 0 and second["hits"] >= second["programs"]  # and those that loading compiles
     assert said == "", "XLA's loader finds nothing to complain about"
