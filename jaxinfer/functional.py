@@ -11,6 +11,7 @@
 
     tokens = [1, 5, 9]
     tables = np.arange(4)[None]  # one sequence, whose positions 0 to 63 lie in blocks 0 to 3
+                                 # (of a model with several groups of layers: one table a group, no block in two)
     logits, cache = prefill(program, params, cache, functional.prefill_batch([(tokens, 0, len(tokens))], tables))
     for position in range(len(tokens), 20):
         last = logits.argmax(axis=-1)
@@ -35,8 +36,9 @@ from jaxinfer.kernels import attention, matmul
 from jaxinfer.kernels.paged import DecodeRows, Lane, PrefillTiles, Slots
 from jaxinfer.kernels.xla_attention import TILE
 from jaxinfer.kv import cache as kv_cache
+from jaxinfer.kv.groups import Layout, layout
 from jaxinfer.kv.spec import Full
-from jaxinfer.layers.attention import StepContext
+from jaxinfer.layers.attention import GroupStep, StepContext
 from jaxinfer.layers.linear import use_kernel
 from jaxinfer.models.base import FeatureRows, Features, LanguageModel
 from jaxinfer.sharding import make_mesh
@@ -65,6 +67,11 @@ class Program:
     """What the model reads beside tokens."""
     feature_width: int = 0
     """M of the rows that its encoder makes; 0 where there is none."""
+
+    @property
+    def layout(self) -> Layout:
+        """Which layers share arrays and block tables."""
+        return layout(self.specs)
 
     def module(self, params: Sequence[jax.Array]) -> LanguageModel:
         """The module with these parameters in it; under a trace this costs nothing at run time."""
@@ -117,9 +124,12 @@ def encode(program: Program, params: Sequence[jax.Array], inputs: jax.Array) -> 
 
 
 def init_cache(program: Program, num_blocks: int, block_size: int = 16) -> list[Lane]:
-    """A cache of zeroes: keys and values `[N, K, P, D]` a layer, on the program's mesh."""
+    """A cache of zeroes: keys and values `[N, K, P, D]` a lane, on the program's mesh.
+
+    A layer has a lane for itself, or shares it with layers of other groups (`Program.layout`).
+    """
     return kv_cache.allocate(
-        kv_cache.abstract(program.specs, num_blocks, block_size, program.dtype, program.mesh)
+        kv_cache.abstract(program.layout.lanes, num_blocks, block_size, program.dtype, program.mesh)
     )
 
 
@@ -133,7 +143,7 @@ class DecodeBatch:
     positions: Array
     """`[B]` its position; -1 for a padding row."""
     tables: Array
-    """`[B, W]` block ids."""
+    """`[B, W]` block ids; of a model with G groups of layers `[G, B, W]`."""
     items: int | None = None
     """Static: pieces of the rows' keys there is room for (`kernels.xla_attention.decode_items`); by default as
     many as the tables could hold."""
@@ -156,7 +166,7 @@ class PrefillBatch:
     rope_lengths: Array
     """`[T]` the sequence length rope's frequencies follow: the prompt's for its tokens, position + 1 after it."""
     tables: Array
-    """`[B, W]` block ids."""
+    """`[B, W]` block ids; of a model with G groups of layers `[G, B, W]`."""
     tiles: Array
     """`[NT, 4]`, see `PrefillTiles`."""
     count: Array
@@ -176,7 +186,7 @@ def prefill_batch(
     Args:
         chunks: one a sequence: its token ids in this step, the position of the first of them, and the length
             of its prompt (longer than what is here when the prompt comes in several chunks).
-        tables: `[len(chunks), W]` block ids.
+        tables: `[len(chunks), W]` block ids, or `[G, len(chunks), W]`.
         tokens: T to pad to; all tokens of the chunks by default.
         rows: B to pad to, and the length of `last`.
         samples: `[S]` for each wanted logit the index of its chunk; every chunk once by default.
@@ -199,8 +209,8 @@ def prefill_batch(
             size = min(tile, len(ids) - first)
             tiles[count] = row, starts[row] + first, position + first, size
             count += 1
-    padded = np.zeros((batch, tables.shape[1]), np.int32)
-    padded[: len(chunks)] = tables
+    padded = np.zeros((*tables.shape[:-2], batch, tables.shape[-1]), np.int32)
+    padded[..., : len(chunks), :] = tables
     samples = np.arange(len(chunks)) if samples is None else samples
     last = np.zeros(batch, np.int32)
     last[: len(samples)] = starts[1:][samples] - 1
@@ -229,7 +239,11 @@ def prefill_hidden(
     features: FeatureRows | None = None,
 ) -> tuple[jax.Array, list[Lane]]:  # fmt: skip
     """As `prefill`, but the hidden states `[T, M]` of all tokens."""
-    rows = PrefillTiles(batch.tables, batch.tiles, batch.count)
+    tables, size = _flat(program, batch.tables)
+    rows = [
+        PrefillTiles(tables, batch.tiles.at[:, 0].add(group * size) if group else batch.tiles, batch.count)
+        for group in range(program.layout.groups)
+    ]
     step = _context(program, cache, batch.positions, batch.rows, batch.rope_lengths, rows, tile=batch.tile)
     return program.module(params)(batch.tokens, step, cache, features)
 
@@ -246,21 +260,44 @@ def decode_hidden(
     program: Program, params: Sequence[jax.Array], cache: list[Lane], batch: DecodeBatch
 ) -> tuple[jax.Array, list[Lane]]:
     """As `decode`, but the hidden states `[B, M]`."""
-    rows = DecodeRows(batch.tables, batch.positions + 1)
-    owners = jnp.arange(batch.tables.shape[0])
+    tables, size = _flat(program, batch.tables)
+    rows = [DecodeRows(tables, batch.positions + 1, group * size) for group in range(program.layout.groups)]
+    owners = jnp.arange(size)
     step = _context(program, cache, batch.positions, owners, batch.positions + 1, rows, items=batch.items)
     return program.module(params)(batch.tokens, step, cache)
 
 
+def _flat(program: Program, tables: jax.Array) -> tuple[jax.Array, int]:
+    """The tables of all groups one after another `[G * B, W]`, and B.
+
+    Raises:
+        ValueError: the model has another number of groups.
+    """
+    *groups, rows, width = tables.shape
+    if groups != [program.layout.groups] and (groups or program.layout.groups > 1):
+        kinds = ", ".join(f"{kind.count} of {kind.kind.name}" for kind in program.layout.kinds)
+        raise ValueError(
+            f"tables are {list(tables.shape)}, but this model has {program.layout.groups} groups of layers ({kinds}): pass "
+            f"[{program.layout.groups}, {rows}, {width}], no block in two groups"
+        )
+    return tables.reshape(-1, width), rows
+
+
 def _context(
     program: Program, cache: list[Lane], positions: jax.Array, owners: jax.Array, rope_lengths: jax.Array,
-    rows: DecodeRows | PrefillTiles, *, items: int | None = None, tile: int = TILE,
+    rows: Sequence[DecodeRows | PrefillTiles], *, items: int | None = None, tile: int = TILE,
 ) -> StepContext:  # fmt: skip
-    """`owners` `[T]`: the row of the tables that each token belongs to."""
+    """`rows`: of each group; `owners` `[T]`: the row of the first group's tables that each token belongs to."""
     blocks, _, block_size, _ = cache[0].keys.shape
     at = jnp.maximum(positions, 0)
-    own = rows.tables[owners, at // block_size]
+    tables, number, offsets = rows[0].tables, at // block_size, at % block_size
+    size = tables.shape[0] // len(rows)
+
+    def slots(group: int) -> Slots:
+        own = tables[owners + group * size, number]
+        return Slots(jnp.where(positions >= 0, own, blocks), offsets)
+
     return StepContext(
-        positions=at, rope_lengths=rope_lengths, rows=rows, mesh=program.mesh, kernel=program.kernel, tile=tile,
-        slots=Slots(jnp.where(positions >= 0, own, blocks), at % block_size), items=items,
+        positions=at, rope_lengths=rope_lengths, mesh=program.mesh, kernel=program.kernel, tile=tile, items=items,
+        groups=tuple(GroupStep(slots(group), own) for group, own in enumerate(rows)), places=program.layout.places,
     )  # fmt: skip

@@ -168,6 +168,6 @@ class Handle:
         r = self.request
         return RequestMetrics(
             r.arrival_time, r.first_scheduled_time, r.first_token_time, r.finished_time, r.preemptions,
-            r.cached_tokens, r.miss_reason,
+            r.cached_tokens, r.miss_reason, r.hits,
         )  # fmt: skip
 

@@ -24,6 +24,18 @@ class Logprob:
 
 
 @dataclass(frozen=True)
+class KindHit:
+    """What the layers of one kind could have served of a prompt by themselves; the hit is what all of them can."""
+
+    kind: str
+    """"full", or "sliding(W)" of layers with a window of W positions."""
+    tokens: int
+    """Prompt tokens."""
+    reason: str
+    """Why no more."""
+
+
+@dataclass(frozen=True)
 class RequestMetrics:
     """When what happened to a request. Times are seconds of `time.monotonic`; None: it has not happened."""
 
@@ -40,7 +52,10 @@ class RequestMetrics:
     cached_tokens: int = 0
     """Prompt tokens found in the prefix cache."""
     cache_miss_reason: str | None = None
-    """Why no more of the prompt was found there."""
+    """Why no more of the prompt was found there: "below one block", "absent", "evicted under pressure", "window evicted",
+    "salt differs", "collision" or "complete"."""
+    cache_hits: tuple[KindHit, ...] = ()
+    """The same for each kind of layer."""
 
 
 @dataclass(frozen=True, repr=False)

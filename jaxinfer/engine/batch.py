@@ -33,6 +33,8 @@ class Bucket:
     """The same for the tokens of the prompt."""
     items: int | None = None
     """Decode: pieces of cached keys there is room for."""
+    groups: int = 1
+    """Decode: block tables a sequence has."""
     tile: int = functional.TILE
     """Prefill: queries of one tile."""
     switched: bool = False
@@ -63,7 +65,7 @@ class Bucket:
             return {
                 "sampling": (self.rows, WIDTH),
                 "positions": (self.rows,),
-                "blocks": (self.rows,),
+                "blocks": (self.groups, self.rows),
             }
         names = ("tokens", "positions", "rows", "rope_lengths", *(["features"] if self.features else []))
         tokens = {name: (self.tokens,) for name in names}
@@ -114,9 +116,9 @@ def decode_parts(
     """The decode half of a plan, in the step that is `ahead` of its first."""
     rows, now = plan.rows, plan.positions + ahead
     at = lanes(rows, bucket.rows, tables.rows)
-    positions, blocks = np.full(bucket.rows, -1, np.int32), np.zeros(bucket.rows, np.int32)
+    positions, blocks = np.full(bucket.rows, -1, np.int32), np.zeros((bucket.groups, bucket.rows), np.int32)
     positions[at] = now
-    blocks[at] = tables.blocks[rows, now // tables.block_size]
+    blocks[:, at] = tables.at(rows, now // tables.block_size)
     sampling = sampling_rows(settings, rows, at, now + 1, bucket.rows)
     return {"sampling": sampling, "positions": positions, "blocks": blocks}
 

@@ -54,7 +54,7 @@ def decode_bucket(program: Program, shapes: Shapes, rows: int, items: int, needs
     """For this many rows; `items`: pieces of keys they have, where attention is compiled for their number."""
     rows = least(shapes.decode_buckets, rows)
     room = shapes.items_bucket(rows, items) if program.kernel == "xla" else None
-    return _bucket(shapes, "decode", rows, rows, needs, items=room)
+    return _bucket(shapes, "decode", rows, rows, needs, items=room, groups=program.layout.groups)
 
 
 def _bucket(shapes: Shapes, kind: str, tokens: int, rows: int, needs: Needs, **own: int | bool | None) -> Bucket:
@@ -91,8 +91,9 @@ def _items(shapes: Shapes, rows: int) -> Iterator[int]:
 
 
 def copy_widths(shapes: Shapes) -> tuple[int, ...]:
-    """What a step's block copies are padded to: a row copies one at most."""
-    return (COPY_WIDTH, shapes.rows) if shapes.rows > COPY_WIDTH else (shapes.rows,)
+    """What a step's block copies are padded to: a row copies one at most in each group."""
+    most = shapes.rows * shapes.groups
+    return (*(width for width in (COPY_WIDTH, COPY_WIDTH**2) if width < most), most)
 
 
 def encode_pieces(shapes: Shapes, count: int) -> Iterator[int]:

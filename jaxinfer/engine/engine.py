@@ -15,6 +15,7 @@ from jaxinfer.engine.runner import Flight, Result, Runner
 from jaxinfer.engine.sampler import BAD_TOKEN, Logprobs
 from jaxinfer.engine.scheduler import Limits, Plan, Scheduler
 from jaxinfer.errors import CapacityError, EngineError
+from jaxinfer.kv.groups import KindGroups, longest
 from jaxinfer.kv.manager import BlockManager
 from jaxinfer.media import PlacedInputs
 
@@ -61,15 +62,22 @@ class Engine:
     def _start(self) -> None:
         shapes, settings = self.runner.shapes, self.settings
         self.manager = BlockManager(
-            settings.pool_blocks, shapes.rows, shapes.width, shapes.block_size, prefix_caching=settings.prefix_caching
-        )
+            settings.pool_blocks, shapes.rows, shapes.width, shapes.block_size, prefix_caching=settings.prefix_caching,
+            kinds=self._kinds,
+        )  # fmt: skip
         limits = Limits(settings.token_budget, shapes.prefill_rows, settings.block_sharing, shapes.feature_slots)
         self.scheduler = Scheduler(self.manager, limits)
 
     @property
+    def _kinds(self) -> tuple[KindGroups, ...]:
+        return self.runner.program.layout.kinds
+
+    @property
     def capacity(self) -> int:
-        """Tokens the pool holds: more no sequence can have."""
-        return self.settings.pool_blocks * self.runner.shapes.block_size
+        """The most tokens a sequence can have whose blocks the pool holds."""
+        shapes, settings = self.runner.shapes, self.settings
+        most = max(settings.pool_blocks * shapes.block_size, shapes.max_length)
+        return longest(self._kinds, settings.pool_blocks, shapes.block_size, settings.token_budget, most)
 
     @property
     def has_work(self) -> bool:
@@ -224,7 +232,7 @@ class Engine:
         """Ends a sequence in error; what it wrote is no longer found by others."""
         sequence.request.error = message
         if sequence.status is Status.RUNNING:
-            self.manager.withdraw(sequence.row, sequence.hit_blocks)
+            self.manager.withdraw(sequence.digests[sequence.hit_blocks : sequence.published])
         self._finish(sequence, "error")
 
     def _finish(self, sequence: Sequence, reason: str) -> None:
@@ -252,10 +260,12 @@ class Engine:
             log.error("a step failed (%s: %s); %s", type(error).__name__, error, fate)
         else:
             log.info("interrupted (%s); %s", type(error).__name__, fate)
-        blamed = {id(s): s.blame() for s in set(self._suspect.sequences)} if isinstance(error, Exception) else {}
-        self._flight, self._suspect, preempted = None, Plan(), self.scheduler.preempted
         self.requests = {name: request for name, request in self.requests.items() if not request.finished}
         again = [s for r in self.requests.values() for s in r.sequences if s.status is not Status.FINISHED]
+        # Where no step could be planned it may have been anybody.
+        suspects = set(self._suspect.sequences or again) if isinstance(error, Exception) else set()
+        blamed = {id(s): s.blame() for s in suspects}
+        self._flight, self._suspect, preempted = None, Plan(), self.scheduler.preempted
         self._start()
         self.scheduler.preempted = preempted
         if leader is None:

@@ -168,7 +168,7 @@ class Programs:
             copy = jax.jit(copy, donate_argnums=0, out_shardings=shardings(lanes))
             return copy.lower(lanes, ids, ids)
         if isinstance(key, InstallTables):
-            entries = array((3, key.width), np.int32)
+            entries = array((4, key.width), np.int32)
             fill = jax.jit(install_tables, donate_argnums=0, out_shardings=whole)
             return fill.lower(abstract_rows(program, shapes), entries)
         edits, number = abstract_edits(program, shapes), array((), np.int32)

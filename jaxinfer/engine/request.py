@@ -13,6 +13,7 @@ import numpy as np
 from jaxinfer.engine.sampler import Level, Logprobs, SamplingRows, pack_rows
 from jaxinfer.kv.prefix import NO_EXTRAS, Extras, root
 from jaxinfer.media import PlacedInputs
+from jaxinfer.outputs import KindHit
 from jaxinfer.sampling_params import SamplingParams
 
 _arrivals = itertools.count()
@@ -73,6 +74,8 @@ class Request:
     cached_tokens: int = 0
     """Tokens of the prompt found in the prefix cache."""
     miss_reason: str | None = None
+    hits: tuple[KindHit, ...] = ()
+    """What each kind of layer could have served of the prompt from the prefix cache."""
     error: str | None = None
     stop_ids: frozenset[int] = field(init=False)
     """Tokens that end a sequence."""
@@ -128,6 +131,10 @@ class Sequence:
     """Its first blocks that are in the prefix index."""
     hit_blocks: int = 0
     """Of them, those it found there."""
+    announced: int = 0
+    """Its first blocks that others may wait for, until they are published."""
+    awaits: bytes | None = None
+    """While it waits: the last block of its prompt that another sequence is computing."""
     pending: int = 0
     """Tokens sampled by dispatched steps and not seen by the host yet."""
     bias_version: int = -1

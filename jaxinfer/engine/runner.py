@@ -122,8 +122,8 @@ class Runner:
         """Cache, sampler state and feature pool, empty: at the start, and when a failed step has consumed the old."""
         self.cache: list[kv_cache.Lane] = []  # the old one goes before the new one is made
         self.cache = kv_cache.allocate(self._lanes)
-        rows, width = self.shapes.rows, self.shapes.width
-        self.rows = jax.device_put(RowState(np.zeros(rows, np.int32), np.zeros((rows, width), np.int32)), self._whole)
+        rows, tables = self.shapes.rows, (self.shapes.groups, self.shapes.rows, self.shapes.width)
+        self.rows = jax.device_put(RowState(np.zeros(rows, np.int32), np.zeros(tables, np.int32)), self._whole)
         self.features: jax.Array | None = None
         if self.program.features is not None:
             pool = abstract_features(self.program, self.shapes)
@@ -168,10 +168,10 @@ class Runner:
             self._launch(Copies(width), *ids)
 
     def _send_tables(self, entries: np.ndarray) -> None:
-        """`entries` `[3, n]`: see `Tables.take_unsent`."""
+        """`entries` `[4, n]`: see `Tables.take_unsent`."""
         while count := entries.shape[1]:
             width = least(TABLE_WIDTHS, min(count, TABLE_WIDTHS[-1]))
-            padded = np.full((3, width), self.shapes.rows, np.int32)
+            padded = np.full((4, width), self.shapes.rows, np.int32)
             padded[:, :count] = entries[:, :width]
             self._launch(InstallTables(width), padded)
             entries = entries[:, width:]

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from jaxinfer.engine.computing import LEAST_SHARED, Computing
 from jaxinfer.engine.encoding import Encoding
 from jaxinfer.engine.request import Request, Sequence, Status, follows_history
 from jaxinfer.kv.features import Slots
@@ -96,6 +97,7 @@ class Scheduler:
         """Of them, those before the row's bias changes (`min_tokens`); 0 or less where it no longer does."""
         self._historians = 0
         """Rows whose next choice depends on tokens the host must have seen."""
+        self.computing = Computing()
         self.preempted = 0
         self.encoding = Encoding(limits.feature_slots)
 
@@ -137,6 +139,10 @@ class Scheduler:
         for sequence in decodes:
             sequence.pending += steps
         chunks, samples = self._prefills(self.limits.tokens - len(rows))
+        while not chunks and len(self.prefilling) > 1 and not self.decoding.any():
+            # Each holds blocks that the others need for their next chunk.
+            self.preempt(max(self.prefilling, key=lambda s: s.age))
+            chunks, samples = self._prefills(self.limits.tokens)
         self.manager.take_evicted()
         return Plan(
             chunks, samples, decodes, rows.astype(np.int32), positions, steps, copies, *self.encoding.take()
@@ -170,37 +176,66 @@ class Scheduler:
         for sequence in sorted(self.prefilling, key=lambda s: s.age):
             if budget <= 0 or len(chunks) >= self.limits.prefill_rows:
                 break
-            budget -= self._chunk(sequence, budget, chunks, samples)
-        while self.waiting and budget > 0 and max(len(chunks), len(samples)) < self.limits.prefill_rows:
-            sequence = self.waiting[0]
+            count, start = min(budget, sequence.prefilled - sequence.computed), sequence.computed
+            if not self.manager.extend(sequence.row, start, start + count):
+                return chunks, samples  # those that decode will give blocks back
+            budget -= self._chunk(sequence, count, chunks, samples)
+        place = 0
+        while place < len(self.waiting) and budget > 0 and max(len(chunks), len(samples)) < self.limits.prefill_rows:
+            sequence = self.waiting[place]
+            if self._waits(sequence):
+                place += 1
+                continue
             # One preempted a moment ago still has a token in flight, which it must be computed with.
-            if sequence.pending or not self.free_rows or not self._admit(sequence):
+            if sequence.pending or not self.free_rows or not self._admit(sequence, budget):
                 break
-            self.waiting.popleft()
-            budget -= self._chunk(sequence, budget, chunks, samples)
+            del self.waiting[place]
+            count = min(budget, sequence.prefilled - sequence.computed)
+            budget -= self._chunk(sequence, count, chunks, samples)
         return chunks, samples
 
-    def _admit(self, sequence: Sequence) -> bool:
-        """Gives a waiting sequence a row and the blocks of all its known tokens, if they are there."""
+    def _waits(self, sequence: Sequence) -> bool:
+        """Whether a waiting sequence had better wait for what another request is computing."""
+        if self.computing.still_has(sequence):
+            return True
+        if not self.computing or sequence.pending or self._needs_all(sequence):
+            return False
+        self._chain(sequence)
+        size = self.manager.block_size
+        return self.computing.has(sequence, (sequence.length - 1) // size, LEAST_SHARED * self.limits.tokens / size)
+
+    def _needs_all(self, sequence: Sequence) -> bool:
+        """Log-probabilities of a prompt need all of it computed."""
+        return sequence.request.params.prompt_logprobs is not None and sequence.made == 0
+
+    def _chain(self, sequence: Sequence) -> None:
+        """Brings the digests of all tokens known up to date."""
+        if self.manager.prefix_caching:
+            tokens = sequence.tokens[: sequence.length]
+            extras = sequence.request.extras
+            sequence.digests = self.manager.digests(tokens, sequence.root, sequence.digests, extras)
+
+    def _admit(self, sequence: Sequence, budget: int) -> bool:
+        """Gives a waiting sequence a row and the blocks of all its known tokens, if they are there.
+
+        Of layers with a window those of the first chunk.
+        """
         manager, request = self.manager, sequence.request
-        tokens = sequence.tokens[: sequence.length]
-        base = sequence.root
-        if manager.prefix_caching:
-            sequence.digests = manager.digests(tokens, base, sequence.digests, request.extras)
-        # Log-probabilities of a prompt need all of it computed.
-        skip = request.params.prompt_logprobs is not None and sequence.made == 0
-        hit = manager.lookup(tokens[:0] if skip else tokens, sequence.digests, base, request.extras)
-        row = self.free_rows[-1]
-        offer = self.encoding.offer(sequence, len(hit.ids) * manager.block_size)
-        if not offer.fits or not manager.admit(row, hit, sequence.length):
+        tokens, skip = sequence.tokens[: sequence.length], self._needs_all(sequence)
+        self._chain(sequence)
+        hit = manager.lookup(tokens[:0] if skip else tokens, sequence.digests, sequence.root, request.extras)
+        row, found = self.free_rows[-1], hit.blocks * manager.block_size
+        offer = self.encoding.offer(sequence, found)
+        if not offer.fits or not manager.admit(row, hit, sequence.length, min(sequence.length, found + budget)):
             return False
         self._take_row(sequence)
         self.encoding.accept(sequence, offer)
-        sequence.computed = len(hit.ids) * manager.block_size
+        sequence.computed = found
         sequence.prefilled = sequence.length
-        sequence.published = sequence.hit_blocks = len(hit.ids)
+        sequence.published = sequence.hit_blocks = hit.blocks
+        self.computing.announce(sequence)
         if sequence.made == 0 and sequence.index == 0:
-            request.cached_tokens = sequence.computed
+            request.cached_tokens, request.hits = found, hit.kinds
             request.miss_reason = "prompt_logprobs needs the whole prompt" if skip else hit.reason
         return True
 
@@ -216,10 +251,9 @@ class Scheduler:
         self._historians += follows_history(request)
 
     def _chunk(
-        self, sequence: Sequence, budget: int, chunks: list[Chunk], samples: list[tuple[int, Sequence]]
+        self, sequence: Sequence, count: int, chunks: list[Chunk], samples: list[tuple[int, Sequence]]
     ) -> int:
-        """Plans the next tokens of a prompt, and after the last of them whoever samples; the tokens taken."""
-        count = min(budget, sequence.prefilled - sequence.computed)
+        """Plans the next `count` tokens of a prompt, and after the last of them whoever samples; the tokens taken."""
         index = self.encoding.index(sequence.row, sequence.computed, count)
         chunks.append(Chunk(sequence, sequence.computed, count, index))
         sequence.computed += count
@@ -250,7 +284,7 @@ class Scheduler:
             self.manager.fork(parent.row, child.row)
             child.computed = child.prefilled = parent.computed
             child.digests, child.published = list(parent.digests), parent.published
-            child.hit_blocks = parent.hit_blocks
+            child.hit_blocks, child.announced = parent.hit_blocks, 0
             self._start_decoding(child, chunk, samples)
 
     def preempt(self, sequence: Sequence) -> None:
@@ -285,8 +319,9 @@ class Scheduler:
         if not self.decoding[row]:
             self.prefilling.remove(sequence)
         self._historians -= follows_history(sequence.request)
+        self.computing.retract(sequence, sequence.announced)
         self.encoding.release(row)
-        self.manager.free(row)
+        self.manager.free(row, sequence.digests)
         self.running[row], self.decoding[row], self.remaining[row] = None, False, 0
         self.free_rows.append(row)
         sequence.row = -1
@@ -312,4 +347,6 @@ class Scheduler:
         extras = sequence.request.extras
         manager.extend_digests(digests, tokens, sequence.root, extras)
         manager.publish(sequence.row, tokens, digests, sequence.root, sequence.published, full, extras)
+        if self.computing:
+            self.computing.retract(sequence, full)
         sequence.published = full

@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import jax
 import numpy as np
@@ -18,6 +19,7 @@ from jaxinfer.errors import CapacityError, ConfigError
 from jaxinfer.functional import Program, split
 from jaxinfer.kernels import matmul
 from jaxinfer.kv import cache as kv_cache
+from jaxinfer.kv import groups as kv_groups
 from jaxinfer.models.base import LanguageModel, ModelConfig
 from jaxinfer.sharding import Mesh
 from jaxinfer.sharding import mesh as meshes
@@ -83,8 +85,11 @@ def choose_shapes(model: ModelConfig, program: Program, config: EngineConfig) ->
     longest = _longest(model, config)
     features = _feature_bytes(program, feature_slots(program, config, budget))
     budget_bytes, source = _cache_bytes(program, config, features)
-    num_blocks = min(budget_bytes // _block_bytes(program, config), rows * math.ceil(longest / block))
-    length = _check_length(num_blocks * block, longest, budget_bytes, source, program, config)
+    needed = partial(kv_groups.blocks_needed, program.layout.kinds, block_size=block, chunk=budget)
+    most = rows * program.layout.groups * math.ceil(longest / block)  # with all that windows leave behind cached
+    num_blocks = min(budget_bytes // _block_bytes(program, config), most)
+    capacity = kv_groups.longest(program.layout.kinds, num_blocks, block, budget, longest)
+    length = _check_length(capacity, longest, needed(longest), budget_bytes, source, program, config)
     used = num_blocks * _block_bytes(program, config)
     log.info(
         "cache: %d blocks of %d tokens, %s of %s (%s); max_model_len %d", num_blocks, block, size_text(used),
@@ -98,7 +103,8 @@ def choose_shapes(model: ModelConfig, program: Program, config: EngineConfig) ->
         decode_buckets=_buckets(config.decode_buckets, rows, decode, "decode_buckets", halves=not gpu),
         prefill_buckets=_buckets(config.prefill_buckets, budget, prefill, "prefill_buckets", halves=True),
         prefill_rows=min(rows, 64 if gpu else 16), max_logprobs=config.max_logprobs, max_length=length,
-        sampled_vocab=program.vocab, switched=not gpu, feature_slots=feature_slots(program, config, budget),
+        sampled_vocab=program.vocab, groups=program.layout.groups, switched=not gpu,
+        feature_slots=feature_slots(program, config, budget),
         encode_buckets=() if program.features is None else GPU_ENCODE if gpu else CPU_ENCODE,
     )  # fmt: skip
 
@@ -108,7 +114,7 @@ def _platform(program: Program) -> str:
 
 
 def _block_bytes(program: Program, config: EngineConfig) -> int:
-    return kv_cache.block_bytes(program.specs, config.block_size, program.dtype, program.mesh)
+    return kv_cache.block_bytes(program.layout.lanes, config.block_size, program.dtype, program.mesh)
 
 
 def _longest(model: ModelConfig, config: EngineConfig) -> int:
@@ -116,7 +122,7 @@ def _longest(model: ModelConfig, config: EngineConfig) -> int:
     if asked is not None and asked > model.max_length:
         raise ConfigError(
             f"max_model_len is {asked}, but the model's numbers hold for {model.max_length} tokens "
-            "(max_position_embeddings, or its sliding window, which is not served beyond its length); lower it"
+            "(max_position_embeddings); lower it"
         )
     return asked or model.max_length
 
@@ -187,19 +193,19 @@ def _check_host(program: Program, size: int) -> None:
 
 
 def _check_length(
-    capacity: int, longest: int, given: int, source: str, program: Program, config: EngineConfig
+    capacity: int, longest: int, blocks: int, given: int, source: str, program: Program, config: EngineConfig
 ) -> int:
-    """The longest sequence that can be served."""
+    """The longest sequence that can be served: `longest`, which takes so many blocks, or `capacity`."""
     block = _block_bytes(program, config)
     if capacity < 2:
         raise CapacityError(
-            f"the cache may take {size_text(given)} ({source}), less than one block of {size_text(block)}; raise "
-            "kv_cache_memory_bytes"
+            f"the cache may take {size_text(given)} ({source}), less than one block of "
+            f"{size_text(block * program.layout.groups)}; raise kv_cache_memory_bytes"
         )
     if capacity >= longest:
         return longest
     if config.max_model_len is not None:
-        needed = math.ceil(longest / config.block_size) * block
+        needed = blocks * block
         raise CapacityError(
             f"the cache of {size_text(given)} ({source}) holds {capacity} tokens, less than max_model_len = {longest}, which "
             f"needs {size_text(needed)}; raise kv_cache_memory_bytes or lower max_model_len"

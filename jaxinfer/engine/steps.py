@@ -47,6 +47,8 @@ class Shapes:
     """Tokens of the longest sequence, at most W * P."""
     sampled_vocab: int
     """Token ids from here on are never sampled: the embedding has more rows than the tokenizer has ids."""
+    groups: int = 1
+    """G: block tables a sequence has."""
     switched: bool = False
     """Whether one program a bucket has the whole sampler and skips at run time what no row asks for."""
     feature_slots: int = 0
@@ -68,7 +70,7 @@ class RowState(NamedTuple):
     tokens: jax.Array
     """`[R]` int32: the last token."""
     tables: jax.Array
-    """`[R, W]` int32: the blocks of the sequence there; anything where there are none."""
+    """`[G, R, W]` int32: the blocks of the sequence there in each group of layers; anything where there are none."""
 
 
 class Sampled(NamedTuple):
@@ -90,7 +92,7 @@ def replicated(program: Program) -> NamedSharding:
 
 def abstract_cache(program: Program, shapes: Shapes) -> list[kv_cache.Lane]:
     """Shapes and shardings of the cache; nothing is allocated."""
-    return kv_cache.abstract(program.specs, shapes.num_blocks, shapes.block_size, program.dtype, program.mesh)
+    return kv_cache.abstract(program.layout.lanes, shapes.num_blocks, shapes.block_size, program.dtype, program.mesh)
 
 
 def make_step(
@@ -128,7 +130,8 @@ def shardings(lanes: list[kv_cache.Lane]) -> list[kv_cache.Lane]:
 def abstract_rows(program: Program, shapes: Shapes) -> RowState:
     """Shapes and shardings of the rows' state."""
     whole = partial(jax.ShapeDtypeStruct, sharding=replicated(program))
-    return RowState(whole((shapes.rows,), jnp.int32), whole((shapes.rows, shapes.width), jnp.int32))
+    tables = whole((shapes.groups, shapes.rows, shapes.width), jnp.int32)
+    return RowState(whole((shapes.rows,), jnp.int32), tables)
 
 
 def abstract_edits(program: Program, shapes: Shapes) -> Edits:
@@ -156,9 +159,9 @@ def encode_step(
 
 
 def install_tables(rows: RowState, entries: jax.Array) -> RowState:
-    """Tables with `entries` `[3, n]` in: row, column and block id of each; one whose row does not exist is dropped."""
-    row, column, block = entries
-    return rows._replace(tables=rows.tables.at[row, column].set(block, mode="drop"))
+    """Tables with `entries` `[4, n]` in: group, row, column and block id; one whose row does not exist is dropped."""
+    group, row, column, block = entries
+    return rows._replace(tables=rows.tables.at[group, row, column].set(block, mode="drop"))
 
 
 def _mask_padding(logits: jax.Array, vocab: int) -> jax.Array:
@@ -217,12 +220,13 @@ def decode_step(
     """One token for every sequence: `rows` holds the last one of each, and is where the new ones go."""
     parts = batches.unpack(bucket, packed)
     asked, positions = unpack_rows(parts["sampling"]), parts["positions"]
-    # The block written is the only entry of a table that may have changed since the step before.
+    # The block written is the only entry of a table that is read and may have changed since the step before.
     number = jnp.maximum(positions, 0) // cache[0].keys.shape[2]
-    tables = rows.tables.at[asked.row, number].set(parts["blocks"], mode="drop")
+    group = jnp.arange(bucket.groups)[:, None]
+    tables = rows.tables.at[group, asked.row, number].set(parts["blocks"], mode="drop")
     last, own = rows.tokens, tables
     if bucket.rows < len(last):  # else each sequence lies in its row's place (`batch.lanes`)
-        last, own = last.at[asked.row].get(mode="clip"), tables.at[asked.row].get(mode="clip")
+        last, own = last.at[asked.row].get(mode="clip"), tables.at[:, asked.row].get(mode="clip")
     hidden, cache = functional.decode_hidden(program, params, cache, DecodeBatch(last, positions, own, bucket.items))
     new, edits, beside = _sample(bucket, sampled_vocab, program.module(params).logits(hidden), asked, edits)
     sampled = Sampled(new, beside, summary=_summary(program, hidden))
@@ -238,7 +242,7 @@ def prefill_step(
     parts = batches.unpack(bucket, packed)
     features = FeatureRows(pool[0], parts.pop("features")) if bucket.features else None
     asked, targets = unpack_rows(parts.pop("sampling")), parts.pop("targets")
-    tables = rows.tables[parts.pop("owners")]
+    tables = rows.tables[:, parts.pop("owners")]
     hidden, cache = functional.prefill_hidden(
         program, params, cache, PrefillBatch(**parts, tables=tables, tile=bucket.tile), features
     )

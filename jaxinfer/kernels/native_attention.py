@@ -29,7 +29,7 @@ def decode(
     if not _served(q, lane):
         return xla_attention.decode(q, k, v, lane, slots, step, scoring, sinks, items=items)
     rows = jnp.arange(q.shape[0], dtype=jnp.int32)
-    tiles = jnp.stack([rows, rows, step.lengths - 1, (step.lengths > 0).astype(jnp.int32)], axis=1)
+    tiles = jnp.stack([rows + step.first, rows, step.lengths - 1, (step.lengths > 0).astype(jnp.int32)], axis=1)
     return _call(q, k, v, lane, slots, PrefillTiles(step.tables, tiles, jnp.int32(q.shape[0])), scoring, sinks)
 
 

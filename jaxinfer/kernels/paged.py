@@ -35,9 +35,11 @@ class DecodeRows(NamedTuple):
     """One new token a sequence, against everything its table names."""
 
     tables: jax.Array
-    """`[B, W]` block ids; what lies past `lengths` is never used."""
+    """`[B, W]` block ids; what lies past `lengths` is never used. Or more rows, see `first`."""
     lengths: jax.Array
     """`[B]` positions each sequence has, the new one included; 0 for a padding row."""
+    first: int | jax.Array = 0
+    """The row of `tables` that is the first sequence's: the tables of several groups of layers lie in one array."""
 
 
 class PrefillTiles(NamedTuple):

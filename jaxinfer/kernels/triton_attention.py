@@ -41,7 +41,8 @@ class TritonAttention:
         tiles = tiling(layout)
         batch, group = q.shape[0], layout.heads // layout.kv_heads
         running = max(1, SLOTS_A_CORE * self.target.cores // (layout.kv_heads * tiles.parts(group)))
-        items = decode_items(batch, step.tables.shape[1] * lane.keys.shape[2], running, tiles.block_n)
+        longest = step.tables.shape[1] * lane.keys.shape[2]
+        items = decode_items(batch, min(longest, scoring.window or longest), running, tiles.block_n)
         work, spans = decode_work(step, scoring, items=items, running=running, block_n=tiles.block_n)
         found = self._attend((q, k, v), lane, slots, step.tables, work, scoring, sinks, layout)
         whole = self._launch(

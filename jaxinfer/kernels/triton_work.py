@@ -59,7 +59,7 @@ def decode_work(
     used = owner < batch
     end, size, position = ends[row], piece[row], ends[row] - 1
     first = firsts[row] + (at - starts[row]) * size
-    columns = [row, row, position, used, first, jnp.minimum(first + size, end), position, counts[row] > 1]
+    columns = [row + step.first, row, position, used, first, jnp.minimum(first + size, end), position, counts[row] > 1]
     return _columns(columns), _columns([starts, counts])
 
 

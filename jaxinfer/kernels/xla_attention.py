@@ -42,7 +42,7 @@ def _decode_work(
     Returns the row of each item `[I]` (B where there is none), the position of its first key `[I]`, and its
     blocks `[I, C]`. It is the same for every layer of a kind, and compiled once.
     """
-    batch, width = step.tables.shape
+    batch, width = step.lengths.shape[0], step.tables.shape[1]
     span = item_keys(block) // block
     skipped = scoring.first_key(step.lengths - 1) // block
     counts = -(-(step.lengths - skipped * block) // (span * block))
@@ -52,7 +52,7 @@ def _decode_work(
     owner = jnp.minimum(rows, batch - 1)
     first = skipped[owner] + (at - (ends - counts)[owner]) * span
     columns = jnp.clip(first[:, None] + jnp.arange(span), 0, width - 1)
-    return rows, first * block, step.tables[owner[:, None], columns]
+    return rows, first * block, step.tables[owner[:, None] + step.first, columns]
 
 
 def decode(
@@ -82,6 +82,9 @@ def decode(
     batch, heads, dim = q.shape
     block = lane.keys.shape[2]
     items = items or decode_items(batch, step.tables.shape[1] * block, block)
+    if scoring.window is not None:
+        # A window and what of its first block lies before it.
+        items = min(items, decode_items(batch, scoring.window + block - 1, block))
     rows, starts, blocks = _decode_work(step, items, block, scoring)
     keys, values = paged.gather_lane(lane, blocks, scoring)
     kv_heads, span = keys.shape[1:3]

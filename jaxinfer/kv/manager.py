@@ -3,38 +3,45 @@
 Every method either succeeds as a whole or changes nothing. What a step evicts is collected, and leaves the
 index when the step is committed to (`take_evicted`); until then a hit on such a block is cut off here, as
 the pool no longer calls it published.
+
+Which blocks a sequence needs is up to the kinds of its layers (`kv.spec.Kind`): what lies before `first_needed` is
+released, and a prefix is served by a kind where all from there to its end is kept.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
+from jaxinfer.kv import hits
 from jaxinfer.kv import pool as pools
+from jaxinfer.kv.cold import Cold
+from jaxinfer.kv.groups import SINGLE, KindGroups, count
+from jaxinfer.kv.hits import Hit
 from jaxinfer.kv.pool import BlockPool
-from jaxinfer.kv.prefix import NO_EXTRAS, Extras, MatchEnd, PrefixIndex
+from jaxinfer.kv.prefix import NO_EXTRAS, Extras, PrefixIndex
 from jaxinfer.kv.tables import Tables
-
-
-@dataclass(frozen=True)
-class Hit:
-    """What a prompt found in the prefix index."""
-
-    ids: np.ndarray
-    """The blocks, first first."""
-    reason: str
-    """Why there are no more."""
 
 
 class BlockManager:
     """One pool of blocks, what is known of their contents, and who names them."""
 
-    def __init__(self, num_blocks: int, rows: int, width: int, block_size: int, *, prefix_caching: bool = True):
+    def __init__(
+        self, num_blocks: int, rows: int, width: int, block_size: int, *, prefix_caching: bool = True,
+        kinds: Sequence[KindGroups] = SINGLE,
+    ):  # fmt: skip
         self.pool = BlockPool.create(num_blocks)
-        self.index = PrefixIndex(block_size)
-        self.tables = Tables(rows, width, block_size)
+        self.kinds = tuple(kinds)
+        self.index = PrefixIndex(block_size, kinds=len(self.kinds))
+        self.tables = Tables(rows, width, block_size, kinds)
         self.block_size = block_size
         self.prefix_caching = prefix_caching
+        self.boundaries = np.zeros((2, rows), np.int32)
+        """Ends of prefixes of each row's prompt that others may have too: where it parts from prompts before it, and all
+        of it but its last token, in blocks. The windows before them stay findable."""
+        self._groups, self._spans = count(self.kinds), [kind.span for kind in self.kinds]
+        self._moving = [k for k, kind in enumerate(self.kinds) if not kind.kind.whole]
+        """The kinds whose first needed position moves on."""
+        self._cold = Cold()
         self._evicted: list[np.ndarray] = []
         self._entered: list[int] = []
 
@@ -51,7 +58,7 @@ class BlockManager:
         self._pool = pool
 
     def blocks_for(self, tokens: int) -> int:
-        """Blocks that hold this many positions."""
+        """Logical blocks that hold this many positions."""
         return -(-tokens // self.block_size)
 
     def digests(
@@ -71,111 +78,243 @@ class BlockManager:
     ) -> Hit:
         """The longest usable prefix: at most floor((L - 1) / P) blocks, so that one token is left to compute."""
         if not self.prefix_caching:
-            return Hit(np.empty(0, np.int32), "prefix caching is off")
+            return hits.nothing(self.kinds, "prefix caching is off")
         most = max(0, (len(tokens) - 1) // self.block_size)
         found = self.index.match(digests[:most], tokens, root, extras)
-        ids = np.asarray(found.ids, np.int32)
-        live = self.pool.published[ids] if len(ids) else np.empty(0, bool)
-        if not live.all():
-            return Hit(ids[: int(np.argmin(live))], str(MatchEnd.EVICTED))
-        return Hit(ids, str(found.reason))
+        return hits.longest(self.kinds, found, self.pool.published, most, self.block_size)
 
-    def admit(self, row: int, hit: Hit, tokens: int) -> bool:
-        """Gives a row the blocks of its hit and new ones for the rest of `tokens` positions, or nothing at all."""
-        shared = pools.share(self.pool, hit.ids)
-        pool, ids, evicted, fits = pools.allocate(shared, self.blocks_for(tokens) - len(hit.ids))
-        if not fits:
+    def admit(self, row: int, hit: Hit, tokens: int, reach: int | None = None) -> bool:
+        """Gives a row the blocks of its hit and new ones for the rest of `tokens` positions, or nothing at all.
+
+        Of kinds that do not need all at the same time only those up to position `reach` are taken (`extend`).
+        """
+        shared = hit.ids.T.ravel()
+        shared = shared[shared >= 0]
+        pool = pools.share(self.pool, shared)
+        reach = tokens if reach is None else reach
+        ends = [self.blocks_for(tokens if kind.kind.whole else reach) for kind in self.kinds]
+        wanted = [kind.count * (end - hit.blocks) for kind, end in zip(self.kinds, ends, strict=True)]
+        taken = self._allocate(pool, sum(wanted))
+        if taken is None:
             return False
-        self.pool = pool
-        self._evicted.append(evicted)
-        self.tables.assign(row, np.concatenate([hit.ids, ids]), len(hit.ids) * self.block_size)
+        self.pool, ids = taken
+        self._cold.drop(shared)
+        table = np.full((self._groups, max(hit.blocks, *ends)), -1, np.int32)
+        table[:, : hit.blocks] = hit.ids
+        for kind, end, some in zip(self.kinds, ends, np.split(ids, np.cumsum(wanted)[:-1]), strict=True):
+            table[kind.span, hit.blocks : end] = some.reshape(-1, kind.count).T
+        self.tables.assign(row, table, hit.blocks * self.block_size)
+        self.boundaries[:, row] = hit.known, max(0, (tokens - 1) // self.block_size)
+        return True
+
+    def extend(self, row: int, start: int, stop: int) -> bool:
+        """Before positions [start, stop) of a row's prompt are computed: releases what they do not need, and takes the
+        blocks that were not taken at admission. Whether there were enough; if not, nothing has changed.
+        """
+        if not self._moving:
+            return True
+        tables, end = self.tables, self.blocks_for(stop)
+        pool, behind = self._release_behind(self.pool, np.array([row]), np.array([start]))
+        added = [max(0, end - int(tables.counts[k, row])) for k in self._moving]
+        wanted = [self.kinds[k].count * n for k, n in zip(self._moving, added, strict=True)]
+        taken = self._allocate(pool, sum(wanted))
+        if taken is None:
+            return False
+        self.pool, ids = taken
+        self._forget(behind)
+        for k, n, some in zip(self._moving, added, np.split(ids, np.cumsum(wanted)[:-1]), strict=True):
+            if n:
+                tables.append(k, row, some.reshape(n, -1).T)
         return True
 
     def grow(self, rows: np.ndarray, steps: int = 1) -> tuple[np.ndarray, np.ndarray] | None:
         """Makes place for `steps` more positions in each row; None if the blocks do not suffice.
 
-        A row at the end of its blocks gets new ones. A row about to write a block that others name as well
-        gets a copy (copy-on-write), but the last of them writes in place.
+        Blocks behind a row's window are released. A row at the end of its blocks gets new ones. A row about to write
+        blocks that others name as well gets copies (copy-on-write), but the last of them writes in place.
 
         Returns:
             Sources and targets of the block copies that must run before the rows write.
         """
-        tables, counts = self.tables, self.tables.counts[rows]
+        tables = self.tables
         lengths = tables.lengths[rows]
+        pool, behind = self.pool, []
+        if self._moving:
+            pool, behind = self._release_behind(pool, rows, lengths)
         at = lengths // self.block_size
-        added = np.maximum((lengths + (steps - 1)) // self.block_size + 1 - counts, 0)
-        current = np.where(at >= counts, -1, tables.blocks[rows, np.minimum(at, tables.blocks.shape[1] - 1)])
-        copied = self._must_copy(current)
-        new = int(added.sum())
+        last = (lengths + (steps - 1)) // self.block_size + 1
+        added = [np.maximum(last - counts[rows], 0) for counts in tables.counts]
+        news = [kind.count * int(more.sum()) for kind, more in zip(self.kinds, added, strict=True)]
+        # `[G * B]`; -1 where a row has no such block yet.
+        current = tables.at(rows, at).ravel()
+        copied = self._must_copy(pool, current)
+        new = sum(news)
         if not new and not len(copied):
+            self.pool = pool
+            self._forget(behind)
             return current[copied], current[copied]
-        pool, ids, evicted, fits = pools.allocate(self.pool, new + len(copied))
-        if not fits:
+        taken = self._allocate(pool, new + len(copied))
+        if taken is None:
             return None
-        self._evicted.append(evicted)
-        if new:
-            self._append(rows, counts, added, ids[:new])
+        pool, ids = taken
+        self._forget(behind)
+        start = 0
+        for k, (more, n) in enumerate(zip(added, news, strict=True)):
+            if n:
+                self._append(k, rows, more, ids[start : start + n])
+            start += n
         targets, sources = ids[new:], current[copied]
         if len(copied):
-            tables.blocks[rows[copied], at[copied]] = targets
+            groups, owners = np.divmod(copied, len(rows))
+            tables.blocks[groups, rows[owners], at[owners]] = targets
             pool = pools.release(pool, sources)
         self.pool = pool
         return sources, targets
 
-    def _append(self, rows: np.ndarray, counts: np.ndarray, added: np.ndarray, ids: np.ndarray) -> None:
-        """Gives each row that many of the ids, behind the `counts` it has."""
+    def _append(self, k: int, rows: np.ndarray, added: np.ndarray, ids: np.ndarray) -> None:
+        """Gives each row that many blocks of a kind, behind those it has; an id for each of the kind's groups."""
+        tables, kind, before = self.tables, self.kinds[k], self.tables.counts[k, rows]
         owners = np.repeat(rows, added)
-        first = np.repeat(counts - (np.cumsum(added) - added), added)
-        self.tables.blocks[owners, first + np.arange(len(ids))] = ids
-        self.tables.counts[rows] += added
+        first = np.repeat(before - (np.cumsum(added) - added), added)
+        columns = first + np.arange(len(owners))
+        for group, some in enumerate(ids.reshape(-1, kind.count).T, kind.first):
+            tables.blocks[group, owners, columns] = some
+        tables.counts[k, rows] += added
 
-    def _must_copy(self, current: np.ndarray) -> np.ndarray:
-        """Which of the rows that write blocks `current` may not write in place: their places in it."""
-        shared = np.flatnonzero((current >= 0) & (self.pool.refs[current] > 1))
+    def _must_copy(self, pool: BlockPool, current: np.ndarray) -> np.ndarray:
+        """Which of the blocks `current` that rows write they may not write in place: their places in it."""
+        shared = np.flatnonzero((current >= 0) & (pool.refs[current] > 1))
         if not len(shared):
             return shared
         blocks, first, writers = np.unique(current[shared], return_index=True, return_counts=True)
         # Where all that name a block are about to write it, the first keeps it.
-        return np.delete(shared, first[writers == self.pool.refs[blocks]])
+        return np.delete(shared, first[writers == pool.refs[blocks]])
+
+    def _release_behind(
+        self, pool: BlockPool, rows: np.ndarray, starts: np.ndarray
+    ) -> tuple[BlockPool, list[tuple[int, np.ndarray, np.ndarray, np.ndarray]]]:
+        """Releases what tokens from positions `starts` on no longer read.
+
+        Returns:
+            The pool, and what is to be forgotten in the tables if it is kept: kind, rows, columns, ids `[m, n]`.
+        """
+        tables, found = self.tables, []
+        for k in self._moving:
+            firsts = tables.firsts[k, rows]
+            needed = self.kinds[k].kind.first_needed(starts) // self.block_size
+            behind = np.maximum(np.minimum(needed, tables.counts[k, rows]) - firsts, 0)
+            if not behind.any():
+                continue
+            owners = np.repeat(rows, behind)
+            columns = np.repeat(firsts - (np.cumsum(behind) - behind), behind) + np.arange(len(owners))
+            ids = tables.blocks[self.kinds[k].span, owners, columns]
+            pool = pools.release(pool, ids.T.ravel())
+            found.append((k, owners, columns, ids))
+        return pool, found
+
+    def _forget(self, behind: Sequence[tuple[int, np.ndarray, np.ndarray, np.ndarray]]) -> None:
+        """Takes what was released behind windows out of the tables; what is cached of it is cold."""
+        tables = self.tables
+        for k, owners, columns, ids in behind:
+            tables.blocks[self.kinds[k].span, owners, columns] = -1
+            np.maximum.at(tables.firsts[k], owners, columns + 1)
+            ends = self.boundaries[:, owners]
+            starts = self.kinds[k].kind.first_block(ends, self.block_size)
+            cold = ((columns >= ends) | (columns < starts)).all(axis=0)
+            self._cold.add(ids[:, cold].T.ravel().tolist())
+
+    def _allocate(self, pool: BlockPool, n: int) -> tuple[BlockPool, np.ndarray] | None:
+        """Takes n blocks, cold ones before others that are cached; None if there are too few."""
+        if n > pool.num_available:
+            return None
+        if self._cold and n > pool.num_free:
+            chosen = self._cold.take(pool, n - int(pool.num_free))
+            self._evicted.append(chosen)
+            pool = pools.unpublish(pool, chosen)
+        pool, ids, evicted, _ = pools.allocate(pool, n)
+        self._evicted.append(evicted)
+        self._cold.drop(ids)
+        return pool, ids
 
     def fork(self, source: int, target: int) -> None:
         """Lets row `target` share every block of row `source`."""
         self.pool = pools.share(self.pool, self.tables.fork(source, target))
+        self.boundaries[:, target] = self.boundaries[:, source]
 
-    def free(self, row: int) -> None:
-        """Releases all that a row names; published blocks stay findable until they are evicted."""
-        self.pool = pools.release(self.pool, self.tables.clear(row))
+    def free(self, row: int, digests: Sequence[bytes] = ()) -> None:
+        """Releases all that a row names; published blocks stay findable until they are evicted.
+
+        Blocks are evicted from the end of a prefix to its start. With the row's `digests`, the windows before the ends of
+        prefixes that others may have stay as long as what lies before those ends.
+        """
+        ends = sorted(set(self.boundaries[:, row].tolist()), reverse=True) if self._moving and digests else []
+        blocks = self.tables.blocks[:, row].copy() if ends else None
+        ids = self.tables.clear(row)
+        for end in ends:
+            count = int((blocks[:, end:] >= 0).sum())
+            blocks[:, end:] = -1
+            self.pool, ids = pools.release(self.pool, ids[:count]), ids[count:]
+            self._touch(digests[:end])
+        self.pool = pools.release(self.pool, ids)
+
+    def _touch(self, digests: Sequence[bytes]) -> None:
+        """Makes the windows before the end of a prefix the last to be evicted."""
+        for k in self._moving:
+            start = self.kinds[k].kind.first_block(len(digests), self.block_size)
+            ids = [i for node in self.index.nodes(digests[start:]) for i in node.ids[k]]
+            self._cold.drop(ids)
+            self.pool = pools.touch(self.pool, ids)
 
     def take_evicted(self) -> None:
-        """Takes what was evicted since the last call out of the index."""
-        for ids in self._evicted:
-            if len(ids):
-                self.index.evict(ids)
+        """Takes what was evicted since the last call out of the index, and with it what was published together."""
+        ids = [some for some in self._evicted if len(some)]
+        if ids:
+            self._unpublish(self.index.evict(np.concatenate(ids)))
         self._evicted.clear()
+
+    def _unpublish(self, ids: list[int]) -> None:
+        if ids:
+            self.pool = pools.unpublish(self.pool, ids)
 
     def publish(
         self, row: int, tokens: np.ndarray, digests: Sequence[bytes], root: bytes, start: int, stop: int,
         extras: Extras = NO_EXTRAS,
     ) -> None:  # fmt: skip
-        """Enters blocks [start, stop) of a row, whose writing steps were dispatched and whose tokens are known."""
+        """Enters blocks [start, stop) of a row, whose writing steps were dispatched and whose tokens are known.
+
+        Kinds whose window has moved on meanwhile have none to enter.
+        """
+        if start < stop and self._moving:
+            self._make_nodes(tokens, digests, root, start, extras)
         size = self.block_size
         for number in range(start, stop):
-            parent = digests[number - 1] if number else root
-            block = int(self.tables.blocks[row, number])
-            known = tokens[number * size : (number + 1) * size]
-            if self.index.insert(digests[number], parent, known, block, extras.get(number, b"")):
-                self._entered.append(block)
+            parent, extra = digests[number - 1] if number else root, extras.get(number, b"")
+            known, blocks = tokens[number * size : (number + 1) * size], self.tables.blocks[:, row, number].tolist()
+            for k, span in enumerate(self._spans):
+                ids = blocks[span]
+                if ids[0] >= 0 and self.index.insert(digests[number], parent, known, ids, k, extra):
+                    self._entered += ids
 
-    def withdraw(self, row: int, start: int) -> None:
-        """Takes the blocks of a row from number `start` on out of the index: their content was found bad."""
-        ids = self.tables.of(row)[start:]
-        self.index.evict(ids)
-        self.pool = pools.unpublish(self.pool, ids)
+    def _make_nodes(
+        self, tokens: np.ndarray, digests: Sequence[bytes], root: bytes, stop: int, extras: Extras
+    ) -> None:
+        """The nodes of blocks [0, stop), of which those may be gone whose blocks are."""
+        start, size = stop, self.block_size
+        while start and digests[start - 1] not in self.index:
+            start -= 1
+        for number in range(start, stop):
+            known, parent = tokens[number * size : (number + 1) * size], digests[number - 1] if number else root
+            self.index.insert(digests[number], parent, known, extra=extras.get(number, b""))
+
+    def withdraw(self, digests: Sequence[bytes]) -> None:
+        """Takes the blocks of these digests out of the index: their content was found bad."""
+        self._unpublish(self.index.withdraw(digests))
 
     def reset_index(self) -> None:
         """Forgets all that was published."""
         self.index.clear()
         self._evicted.clear()
+        self._cold.clear()
         self.pool = pools.reset_published(self.pool)
 
     def check(self) -> None:
@@ -185,6 +324,7 @@ class BlockManager:
             PoolInvariantError: one does not hold; the message carries the accounting.
         """
         tables = self.tables
-        pools.check(self.pool, [tables.of(row) for row in np.flatnonzero(tables.counts).tolist()])
+        pools.check(self.pool, [tables.of(row) for row in tables.used()])
         self.take_evicted()
         self.index.check(self.pool)
+        tables.check(self.pool.num_blocks)

@@ -199,6 +199,15 @@ def unpublish(pool: BlockPool, ids: Ids) -> BlockPool:
     return _push_free(pool, ids, freed)
 
 
+def touch(pool: BlockPool, ids: Ids) -> BlockPool:
+    """Moves those of the blocks ids [n] that are cached to the end of the queue, as if released now."""
+    ids = _as_ids(pool, ids)
+    cached = only(ids, pool.slot[ids] >= 0)
+    moved = last_of_each(cached, pool.num_blocks)
+    pool = replace(pool, slot=put(pool.slot, cached, -1), num_cached=pool.num_cached - count_true(moved))
+    return _push_queue(pool, ids, moved)
+
+
 def reset_published(pool: BlockPool) -> BlockPool:
     """Forgets all content: every cached block becomes free, and no block is published."""
     live, _ = _live(pool)

@@ -10,11 +10,13 @@ What only some of the blocks depend on is their extra: that of a block with toke
 is empty.
 
 The digest finds a block; whether it is the right one is decided on its tokens, its extra and its parent.
+Layers of all kinds share the tree; at each node every kind has its own blocks, or none.
 The index is mutable, and the engine changes it only when it commits a step. sha256 is the same in every
 process, which Python's own `hash` is not.
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import NamedTuple, TypeAlias
@@ -38,28 +40,42 @@ class MatchEnd(StrEnum):
 
     COMPLETE = "complete"
     """Every block that was asked for is there."""
-    NO_FULL_BLOCK = "no full block"
+    NO_FULL_BLOCK = "below one block"
     """The prompt is too short to be looked up."""
     ABSENT = "absent"
     """The next block was never published, or that was long ago."""
-    EVICTED = "evicted"
+    EVICTED = "evicted under pressure"
     """The next block was here and has been evicted: a larger pool would have kept it."""
+    WINDOW = "window evicted"
+    """The prefix is known, but of the blocks that a window before its end needs one has been evicted."""
+    SALT = "salt differs"
+    """The first block's tokens are here, under another model, adapter, image or salt."""
     COLLISION = "collision"
     """The digest is here with another content: refused."""
 
 
+class Node:
+    """A block of tokens after a prefix, and where its keys and values are kept; the nodes form a tree of prefixes."""
+
+    __slots__ = ("children", "content", "digest", "ids", "linked", "parent")
+
+    def __init__(self, digest: bytes, parent: bytes, content: bytes, kinds: int) -> None:
+        self.digest, self.parent = digest, parent
+        self.content = content
+        """Its tokens and its extra."""
+        self.ids: list[tuple[int, ...]] = [()] * kinds
+        """A kind's blocks, one a group; () where it has none, as behind a window."""
+        self.children = 0
+        """Nodes that follow it."""
+        self.linked = False
+        """Whether its parent is a node, which counts it; not where it is the first block of a prefix."""
+
+
 class Match(NamedTuple):
-    """The blocks of the longest published prefix, first block first, and why it ends there."""
+    """The nodes of the longest known prefix, first block first, and why it ends there."""
 
-    ids: list[int]
+    nodes: list[Node]
     reason: MatchEnd
-
-
-class _Entry(NamedTuple):
-    block_id: int
-    parent: bytes
-    content: bytes
-    """Its tokens and its extra."""
 
 
 def block_digest(parent: bytes, tokens: Tokens, extra: bytes = b"") -> bytes:
@@ -75,26 +91,30 @@ def root(*salt: bytes) -> bytes:
 
 
 class PrefixIndex:
-    """Published blocks by digest; one block a digest and one digest a block.
+    """The tree of published prefixes: of each node the blocks of every kind of layer that has them.
 
-    `remember_evicted` digests of evicted blocks are kept, the latest, so that a miss can be told from a
-    block that did not fit.
+    A node stays while it or one that follows it has blocks, so that a hit whose first blocks are gone, as behind a
+    window, is still compared token by token. `remember_evicted` digests of nodes that went are kept, the latest, so
+    that a miss can be told from a block that did not fit.
     """
 
-    def __init__(self, block_size: int, remember_evicted: int = 65536) -> None:
+    def __init__(self, block_size: int, remember_evicted: int = 65536, kinds: int = 1) -> None:
         if block_size < 1:
             raise ValueError(f"block_size must be at least 1, got {block_size}.")
         self.block_size = block_size
         self._remember = remember_evicted
-        self._entries: dict[bytes, _Entry] = {}
-        self._digests: dict[int, bytes] = {}
+        self._kinds = kinds
+        self._nodes: dict[bytes, Node] = {}
+        self._owners: dict[int, tuple[Node, int]] = {}
+        self._heads: Counter[bytes] = Counter()
         self._evicted: dict[bytes, None] = {}
 
     def __len__(self) -> int:
-        return len(self._entries)
+        """Blocks in it."""
+        return len(self._owners)
 
     def __contains__(self, digest: bytes) -> bool:
-        return digest in self._entries
+        return digest in self._nodes
 
     def chain(
         self, tokens: np.ndarray, root: bytes, start_digests: Sequence[bytes] = (), extras: Extras = NO_EXTRAS
@@ -122,7 +142,7 @@ class PrefixIndex:
     def match(
         self, digests: Sequence[bytes], tokens: np.ndarray, root: bytes, extras: Extras = NO_EXTRAS
     ) -> Match:
-        """The published blocks of the longest prefix of tokens [T] whose blocks have these digests.
+        """The nodes of the longest known prefix of tokens [T] whose blocks have these digests.
 
         The caller passes the digests of at most floor((T - 1) / P) blocks, so that at least one token
         is left to compute. Every block is compared on its tokens, its extra and its parent's digest.
@@ -131,62 +151,132 @@ class PrefixIndex:
             return Match([], MatchEnd.NO_FULL_BLOCK)
         width = self.block_size * _TOKEN_BYTES
         data = _as_bytes(tokens[: len(digests) * self.block_size])
-        ids: list[int] = []
+        found: list[Node] = []
         parent = root
         for number, digest in enumerate(digests):
-            entry = self._entries.get(digest)
-            if entry is None:
-                return Match(ids, MatchEnd.EVICTED if digest in self._evicted else MatchEnd.ABSENT)
+            node = self._nodes.get(digest)
             content = data[number * width : (number + 1) * width] + extras.get(number, b"")
-            if entry.parent != parent or entry.content != content:
-                return Match(ids, MatchEnd.COLLISION)
-            ids.append(entry.block_id)
+            if node is None:
+                return Match(found, self._missing(digest, content, number))
+            if node.parent != parent or node.content != content:
+                return Match(found, MatchEnd.COLLISION)
+            found.append(node)
             parent = digest
-        return Match(ids, MatchEnd.COMPLETE)
+        return Match(found, MatchEnd.COMPLETE)
 
-    def insert(self, digest: bytes, parent: bytes, tokens: Tokens, block_id: int, extra: bytes = b"") -> bool:
-        """Enters a block with its tokens [P] and its extra; False if the digest is there already: the first one stays.
+    def _missing(self, digest: bytes, content: bytes, number: int) -> MatchEnd:
+        if digest in self._evicted:
+            return MatchEnd.EVICTED
+        return MatchEnd.SALT if number == 0 and self._heads[content] else MatchEnd.ABSENT
 
-        After True the caller publishes the block in the pool. Raises ValueError if there are not P
-        tokens, and PoolInvariantError if the block is here under another digest, which means that it
-        was handed out again without having been evicted here.
+    def nodes(self, digests: Sequence[bytes]) -> list[Node]:
+        """Those of the nodes of these digests that are here."""
+        return [self._nodes[digest] for digest in digests if digest in self._nodes]
+
+    def insert(
+        self, digest: bytes, parent: bytes, tokens: Tokens, ids: Sequence[int] = (), kind: int = 0, extra: bytes = b"",
+    ) -> bool:  # fmt: skip
+        """Enters a block of tokens [P] and its extra with its ids in the groups of a kind; False if it has some: the first stay.
+
+        Without ids the node is only made. After True the caller publishes the blocks in the pool. Raises ValueError if
+        there are not P tokens, and PoolInvariantError if a block is here under another digest, which means that it was
+        handed out again without having been evicted here.
         """
-        block_id, data = int(block_id), _as_bytes(tokens)
+        data, node = _as_bytes(tokens), self._nodes.get(digest)
         if len(data) != self.block_size * _TOKEN_BYTES:
             found = len(data) // _TOKEN_BYTES
             raise ValueError(f"tokens must be a full block of {self.block_size}, got {found} tokens.")
-        if self._digests.get(block_id, digest) != digest:
-            raise PoolInvariantError(f"block {block_id} is in the prefix index with another content.")
-        if digest in self._entries:
+        for block_id in ids:
+            owner = self._owners.get(block_id)
+            if owner is not None and (owner[0] is not node or owner[1] != kind):
+                raise PoolInvariantError(f"block {block_id} is in the prefix index with another content.")
+        if node is None:
+            node = self._add(Node(digest, bytes(parent), data + extra, self._kinds))
+        if node.ids[kind] or not ids:
             return False
-        self._entries[digest] = _Entry(block_id, bytes(parent), data + extra)
-        self._digests[block_id] = digest
-        self._evicted.pop(digest, None)
+        node.ids[kind], owner = tuple(ids), (node, kind)
+        for block_id in ids:
+            self._owners[block_id] = owner
         return True
 
-    def evict(self, ids: Ids) -> None:
-        """Takes the blocks out; ids that are not here (-1 among them) are passed over."""
-        for block_id in np.asarray(ids, np.int64).tolist():
-            digest = self._digests.pop(block_id, None)
-            if digest is not None:
-                del self._entries[digest]
-                self._evicted[digest] = None
+    def _add(self, node: Node) -> Node:
+        above = self._nodes.get(node.parent)
+        if above is None:
+            self._heads[node.content] += 1
+        else:
+            above.children += 1
+            node.linked = True
+        self._nodes[node.digest] = node
+        self._evicted.pop(node.digest, None)
+        return node
+
+    def evict(self, ids: Ids) -> list[int]:
+        """Takes the blocks out; ids that are not here (-1 among them) are passed over.
+
+        Returns the other blocks of the same nodes and kinds, which go as well: the caller unpublishes them.
+        """
+        gone, asked = [], np.asarray(ids, np.int64).tolist()
+        for block_id in asked:
+            owner = self._owners.get(block_id)
+            if owner is not None:
+                gone += self._strip(*owner)
         while len(self._evicted) > self._remember:
             del self._evicted[next(iter(self._evicted))]
+        return list(set(gone) - set(asked)) if len(gone) > 1 else []
+
+    def _strip(self, node: Node, kind: int) -> tuple[int, ...]:
+        """Takes a kind's blocks from a node, and the node where nothing is left of it; the blocks."""
+        ids, node.ids[kind] = node.ids[kind], ()
+        for block_id in ids:
+            del self._owners[block_id]
+        self._prune(node)
+        return ids
+
+    def _prune(self, node: Node) -> None:
+        while not node.children and not any(node.ids):
+            del self._nodes[node.digest]
+            self._evicted[node.digest] = None
+            if node.linked:
+                node = self._nodes[node.parent]
+                node.children -= 1
+                continue
+            self._heads[node.content] -= 1
+            if not self._heads[node.content]:
+                del self._heads[node.content]
+            return
+
+    def withdraw(self, digests: Sequence[bytes]) -> list[int]:
+        """Takes all blocks of these nodes, and of those that follow them, out: their content was found bad.
+
+        The caller unpublishes what it returns.
+        """
+        following: dict[bytes, list[Node]] = {}
+        for node in self._nodes.values():
+            following.setdefault(node.parent, []).append(node)
+        bad = {node.digest: node for node in self.nodes(digests)}
+        waiting = list(bad)
+        while waiting:
+            more = [node for node in following.get(waiting.pop(), ()) if node.digest not in bad]
+            bad |= {node.digest: node for node in more}
+            waiting += [node.digest for node in more]
+        found = [(node, kind) for node in bad.values() for kind, ids in enumerate(node.ids) if ids]
+        return [i for node, kind in found for i in self._strip(node, kind)]
 
     def clear(self) -> None:
         """Forgets everything; the caller resets what the pool has published."""
-        self._entries.clear()
-        self._digests.clear()
+        self._nodes.clear()
+        self._owners.clear()
+        self._heads.clear()
         self._evicted.clear()
 
     def check(self, pool: BlockPool) -> None:
         """Raises PoolInvariantError unless each published block of the pool has one digest, and no other."""
-        listed = {entry.block_id: digest for digest, entry in self._entries.items()}
-        if listed != self._digests or len(listed) != len(self._entries):
+        named = [(i, node, kind) for node in self._nodes.values() for kind in range(self._kinds) for i in node.ids[kind]]
+        listed = {i: (node, kind) for i, node, kind in named}
+        if listed != self._owners or len(listed) != len(named):
             raise PoolInvariantError(
-                f"{len(self._entries)} digests in the prefix index name {len(listed)} blocks, "
-                f"{len(self._digests)} blocks name a digest: they must be the same pairs."
+                f"{len(named)} entries of the prefix index name {len(listed)} blocks, "
+                f"{len(self._owners)} blocks name an entry: they must be the same pairs."
             )
         published = set(np.flatnonzero(np.asarray(pool.published)).tolist())
         if published != listed.keys():

@@ -1,7 +1,8 @@
 """Self-attention over the paged cache, and the context of a step that it reads."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import NamedTuple
 
 import jax
 from flax import nnx
@@ -9,7 +10,8 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxinfer.kernels import attention
 from jaxinfer.kernels.paged import DecodeRows, Lane, PrefillTiles, Scoring, Slots
-from jaxinfer.kv.spec import Full
+from jaxinfer.kv.groups import Place
+from jaxinfer.kv.spec import Full, Sliding
 from jaxinfer.layers.heads import HeadLayout
 from jaxinfer.layers.linear import FusedLinear, RowLinear
 from jaxinfer.layers.norms import RMSNorm
@@ -18,20 +20,27 @@ from jaxinfer.layers.rope import apply_rope
 from jaxinfer.sharding import axes
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["positions", "rope_lengths", "slots", "rows"],
-         meta_fields=["mesh", "kernel", "tile", "items"])  # fmt: skip
+class GroupStep(NamedTuple):
+    """Where the tokens of one step stand in the cache of one group of layers."""
+
+    slots: Slots
+    """Where each token's keys and values go."""
+    rows: DecodeRows | PrefillTiles
+    """Block tables, and which tokens read which."""
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["positions", "rope_lengths", "groups"],
+         meta_fields=["mesh", "kernel", "tile", "items", "places"])  # fmt: skip
 @dataclass(frozen=True)
 class StepContext:
-    """Where the tokens of one step stand: the same for every layer."""
+    """Where the tokens of one step stand; a layer takes what `of` gives for it."""
 
     positions: jax.Array
     """`[T]` position of each token in its sequence; 0 for padding."""
     rope_lengths: jax.Array
     """`[T]` the sequence length that rope's frequencies follow (`layers.rope.cos_sin`)."""
-    slots: Slots
-    """Where each token's keys and values go."""
-    rows: DecodeRows | PrefillTiles
-    """Block tables, and which tokens read which."""
+    groups: tuple[GroupStep, ...]
+    """One a group of layers; one alone where a layer has it."""
     mesh: Mesh = field(metadata={"static": True})
     kernel: str = field(default="xla", metadata={"static": True})
     """Which implementation attends (`kernels.attention.choose`)."""
@@ -39,6 +48,26 @@ class StepContext:
     """Queries a prefill tile holds at most."""
     items: int | None = field(default=None, metadata={"static": True})
     """Work items that decode has room for (`kernels.xla_attention.decode`)."""
+    places: tuple[Place, ...] = field(default=(), metadata={"static": True})
+    """Group and lane of every layer."""
+
+    @property
+    def slots(self) -> Slots:
+        """Of a layer's group."""
+        return self.groups[0].slots
+
+    @property
+    def rows(self) -> DecodeRows | PrefillTiles:
+        """Of a layer's group."""
+        return self.groups[0].rows
+
+    def lane(self, layer: int) -> int:
+        """Which of the lanes is the layer's, maybe with layers of other groups."""
+        return self.places[layer].lane
+
+    def of(self, layer: int) -> "StepContext":
+        """As the layer sees it."""
+        return replace(self, groups=(self.groups[self.places[layer].group],), places=())
 
 
 def attend(
@@ -100,6 +129,8 @@ class AttentionSpec:
     out_bias: bool = False
     norm_eps: float | None = None
     """Epsilon of a per-head RMSNorm on queries and keys; None: there is none."""
+    window: int | None = None
+    """Positions a token sees, itself included; None: all before it."""
 
 
 class Attention(nnx.Module):
@@ -122,7 +153,10 @@ class Attention(nnx.Module):
     @property
     def cache_spec(self) -> Full:
         """What the layer keeps."""
-        return Full(self.layout.stored_kv_heads, self.spec.head_dim, self.replicated)
+        spec = Full(self.layout.stored_kv_heads, self.spec.head_dim, self.replicated)
+        if self.spec.window is None:
+            return spec
+        return Sliding(spec.kv_heads, spec.head_dim, spec.replicated, window=self.spec.window)
 
     def __call__(
         self, x: jax.Array, lane: Lane, rope: tuple[jax.Array, jax.Array], step: StepContext
@@ -132,5 +166,5 @@ class Attention(nnx.Module):
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-        y, lane = attend(q, k, v, lane, step, Scoring(self.spec.head_dim**-0.5))
+        y, lane = attend(q, k, v, lane, step, Scoring(self.spec.head_dim**-0.5, self.spec.window))
         return self.out(y.reshape(*y.shape[:2], -1)), lane

@@ -1,7 +1,7 @@
 """The decoder stack that Llama and its relatives share: pre-norm attention and gated MLP, unrolled."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,10 @@ from jaxinfer.models.base import FeatureRows, Features
 from jaxinfer.sharding import axes
 
 
+FULL, SLIDING = "full_attention", "sliding_attention"
+"""Kinds of layers, by the names that config.json has for them in `layer_types`."""
+
+
 @dataclass(frozen=True)
 class DecoderConfig:
     """A decoder of this stack, every number that shapes it."""
@@ -38,7 +42,9 @@ class DecoderConfig:
     max_position: int
     """Positions the model was made for."""
     window: int | None = None
-    """Sliding window of its attention; sequences no longer than it are not changed by it."""
+    """Positions that a token sees in layers of kind `SLIDING`, itself included."""
+    kinds: tuple[str, ...] = ()
+    """One a layer, `FULL` or `SLIDING`; none: all are full."""
     recomputed: bool = False
     """Whether a sequence is computed again where longrope's frequencies change (Phi-3)."""
     mlp_bias: bool = False
@@ -56,7 +62,12 @@ class DecoderConfig:
     def max_length(self) -> int:
         """The longest sequence whose numbers are the model's own."""
         stretch = self.rope.factor if self.rope.kind in ("linear", "dynamic") else 1.0
-        return min(int(self.max_position * stretch), self.window or 2**31)
+        return int(self.max_position * stretch)
+
+    def attention_of(self, layer: int) -> AttentionSpec:
+        """The shape of one layer's attention."""
+        slides = self.kinds and self.kinds[layer] == SLIDING
+        return replace(self.attention, window=self.window) if slides else self.attention
 
     def length_key(self, prompt_length: int) -> bytes:
         """What of a prompt's length changes its keys (rope scalings that follow the length)."""
@@ -70,9 +81,11 @@ class DecoderConfig:
 
 def read_config(
     reader: ConfigReader, *, qkv_bias: bool = False, out_bias: bool = False, qk_norm: bool = False,
-    mlp_bias: bool = False, window: int | None = None, partial_rotary: bool = False,
+    mlp_bias: bool = False, window: int | None = None, kinds: Sequence[str] = (), partial_rotary: bool = False,
 ) -> DecoderConfig:  # fmt: skip
     """The attributes that all families of this stack name alike.
+
+    `kinds`: of the layers, where a window is not that of all of them (`layer_kinds`).
 
     Raises:
         ConfigError: sizes that do not fit each other, an unknown activation or rope.
@@ -92,12 +105,34 @@ def read_config(
             f"{reader.family} does not know; leave it out or use a family that does (Phi3ForCausalLM)"
         )
     spec = AttentionSpec(width, heads, kv_heads, head_dim, qkv_bias, out_bias, eps if qk_norm else None)
+    layers = reader.get_int("num_hidden_layers")
+    if window is None and SLIDING in kinds:
+        raise ConfigError(f"config.json: layer_types names {SLIDING}, but there is no sliding_window in use; give its size")
     return DecoderConfig(
-        vocab_size=reader.get_int("vocab_size"), num_layers=reader.get_int("num_hidden_layers"),
+        vocab_size=reader.get_int("vocab_size"), num_layers=layers,
         ffn=reader.get_int("intermediate_size"), activation=activation, norm_eps=eps, attention=spec,
         rope=rope, max_position=reader.get_int("max_position_embeddings"), window=window,
+        kinds=tuple(kinds) or ((SLIDING if window else FULL),) * layers,
         mlp_bias=mlp_bias, tied=reader.get_bool("tie_word_embeddings", False),
     )  # fmt: skip
+
+
+def layer_kinds(reader: ConfigReader, default: Sequence[str]) -> tuple[str, ...]:
+    """`layer_types` of config.json, one a layer; `default` where it is absent.
+
+    Raises:
+        ConfigError: of another length, or with a kind that this stack has not.
+    """
+    kinds, layers = reader.get("layer_types", list(default)), reader.get_int("num_hidden_layers")
+    if not isinstance(kinds, list) or len(kinds) != layers:
+        raise ConfigError(f"config.json: layer_types must be a list of num_hidden_layers = {layers} kinds, got {kinds!r}")
+    for number, kind in enumerate(kinds):
+        if kind not in (FULL, SLIDING):
+            raise ConfigError(
+                f"config.json: layer_types[{number}] is {kind!r}, which {reader.family} does not know; it may be {FULL!r} "
+                f"or {SLIDING!r}"
+            )
+    return tuple(kinds)
 
 
 def _divide(name: str, size: int, by_name: str, by: int) -> int:
@@ -109,10 +144,10 @@ def _divide(name: str, size: int, by_name: str, by: int) -> int:
 class Layer(nnx.Module):
     """One block: `x + attention(norm(x))`, then `x + mlp(norm(x))`."""
 
-    def __init__(self, build: Build, config: DecoderConfig):
+    def __init__(self, build: Build, config: DecoderConfig, number: int):
         width = config.attention.width
         self.attention_norm = RMSNorm(build.at("attention_norm"), width, config.norm_eps, axes.EMBED)
-        self.attention = Attention(build.at("attention"), config.attention)
+        self.attention = Attention(build.at("attention"), config.attention_of(number))
         self.mlp_norm = RMSNorm(build.at("mlp_norm"), width, config.norm_eps, axes.EMBED)
         self.mlp = GatedMLP(build.at("mlp"), width, config.ffn, config.activation, bias=config.mlp_bias)
 
@@ -133,7 +168,7 @@ class Decoder(nnx.Module):
         # A table that is only looked up gains nothing from int8.
         lookup = build if config.tied else build._replace(quantization=None)
         self.embedding = Embedding(lookup.at("embedding"), config.vocab_size, config.attention.width, head=config.tied)
-        self.layers = nnx.List([Layer(build.at("layers", i), config) for i in range(config.num_layers)])
+        self.layers = nnx.List([Layer(build.at("layers", i), config, i) for i in range(config.num_layers)])
         self.norm = RMSNorm(build.at("norm"), config.attention.width, config.norm_eps, axes.EMBED)
         self.head = None if config.tied else Embedding(
             build.at("head"), config.vocab_size, config.attention.width, lookup=False, head=True
@@ -151,18 +186,18 @@ class Decoder(nnx.Module):
             rows = jnp.take(features.pool, features.index, axis=0, mode="clip").astype(x.dtype)
             x = jnp.where((features.index >= 0)[:, None], rows, x)
         rope = cos_sin(self.config.rope, step.positions, step.rope_lengths)
-        written = []
-        for layer, lane in zip(self.layers, lanes, strict=True):
-            x, lane = layer(x, lane, rope, step)
-            written.append(lane)
-        return self.norm(x), written
+        lanes = list(lanes)
+        for number, layer in enumerate(self.layers):
+            lane = step.lane(number)
+            x, lanes[lane] = layer(x, lanes[lane], rope, step.of(number))
+        return self.norm(x), lanes
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Hidden states `[B, M]` -> float32 logits `[B, V']`."""
         return (self.embedding if self.head is None else self.head).attend(hidden)
 
     def cache_specs(self) -> Sequence[Full]:
-        """Full attention in every layer."""
+        """By the kind of each layer's attention."""
         return [layer.attention.cache_spec for layer in self.layers]
 
 

@@ -2,12 +2,14 @@
 
 from jaxinfer.checkpoint.hf import ConfigReader
 from jaxinfer.models.base import Family
-from jaxinfer.models.decoder import Decoder, DecoderConfig, read_config, weight_rules
+from jaxinfer.models.decoder import FULL, SLIDING, Decoder, DecoderConfig, layer_kinds, read_config, weight_rules
 
 
 def config(reader: ConfigReader) -> DecoderConfig:
-    """A window limits the length served until sliding layers are: shorter sequences are not changed by it."""
-    return read_config(reader, window=reader.get_int("sliding_window", None))
+    """Where there is a window, all layers have it, unless `layer_types` says which."""
+    window = reader.get_int("sliding_window", None)
+    default = [SLIDING if window else FULL] * reader.get_int("num_hidden_layers")
+    return read_config(reader, window=window, kinds=layer_kinds(reader, default))
 
 
 FAMILY = Family(config, Decoder, weight_rules)

@@ -9,7 +9,7 @@ from jaxinfer.models.decoder import Decoder, DecoderConfig, read_config, weight_
 
 
 def config(reader: ConfigReader) -> DecoderConfig:
-    """Dropouts do nothing at inference; a window limits the length served, as for Mistral.
+    """Dropouts do nothing at inference; a window is that of all layers, as for Mistral.
 
     A sequence that outgrows longrope's original length is computed again, as transformers' `generate` does for
     this family: keys of both kinds beside each other would mean nothing.

@@ -3,13 +3,13 @@
 from jaxinfer.checkpoint.hf import ConfigReader
 from jaxinfer.models.base import Family
 from jaxinfer.models.decoder import Decoder, DecoderConfig, read_config, weight_rules
-from jaxinfer.models.qwen2 import sliding_window
+from jaxinfer.models.qwen2 import windows
 
 
 def config(reader: ConfigReader) -> DecoderConfig:
     """`attention_bias` puts a bias on q, k, v and o alike."""
     bias = reader.get_bool("attention_bias", False)
-    return read_config(reader, qkv_bias=bias, out_bias=bias, qk_norm=True, window=sliding_window(reader))
+    return read_config(reader, qkv_bias=bias, out_bias=bias, qk_norm=True, **windows(reader))
 
 
 FAMILY = Family(config, Decoder, weight_rules)

@@ -49,8 +49,8 @@ def test_forks_share_the_prompt_and_copy_what_they_write():
     assert int(pool.num_held) == 3, "after the prefill all name the same blocks"
     engine.step()
     assert int(engine.manager.pool.num_held) == 2 + 4, "each writes its own copy of the last"
-    assert len({int(tables.blocks[row, 2]) for row in rows}) == 4
-    assert len({int(tables.blocks[row, 1]) for row in rows}) == 1
+    assert len({int(tables.blocks[0, row, 2]) for row in rows}) == 4
+    assert len({int(tables.blocks[0, row, 1]) for row in rows}) == 1
     while engine.has_work:
         engine.step()
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 from support.interpret import interpreted
-from support.tiny import ARCHITECTURES, CONFIG, make_engine, make_request, prompt, run, shapes
+from support.tiny import ARCHITECTURES, CONFIG, HYBRIDS, make_engine, make_request, prompt, run, shapes
 
 from jaxinfer.engine.runner import Runner
 from jaxinfer.functional import split
@@ -21,16 +21,17 @@ from jaxinfer.sharding import make_mesh
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture
-def runners() -> Iterator[tuple[Runner, Runner]]:
+@pytest.fixture(params=["llama", "alternating"])
+def runners(request: pytest.FixtureRequest) -> Iterator[tuple[Runner, Runner]]:
     """Triton's and XLA's, of one model."""
     mesh = make_mesh()
-    module = loading.random(CONFIG | {"architectures": [ARCHITECTURES["llama"]]}, mesh)
+    module = loading.random(CONFIG | HYBRIDS.get(request.param, {"architectures": [ARCHITECTURES["llama"]]}), mesh)
     xla, params = split(module, mesh, attention_kernel="xla", matmul_kernel="xla")
     tile = attention.prefill_tile("triton", module.config.query_group, CONFIG["head_dim"], 4)
     with interpreted() as patch:
         patch.setattr(triton_launch, "target", lambda mesh: Target(90, 2))
-        yield Runner(replace(xla, kernel="triton", tile=tile), params, shapes()), Runner(xla, params, shapes())
+        sizes = shapes(groups=xla.layout.groups)
+        yield Runner(replace(xla, kernel="triton", tile=tile), params, sizes), Runner(xla, params, sizes)
 
 
 def test_greedy_tokens_are_the_same(runners: tuple[Runner, Runner]):

@@ -1,6 +1,7 @@
 """The engine's steps compiled for H100s, with none present: the cache stays in place, layers have two all-reduces."""
 
 from collections import Counter
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -42,6 +43,27 @@ def step(
     return compile_step(program, params, SHAPES, Bucket(kind, tokens, ROWS, WIDTH, level, -1, tile=program.tile))
 
 
+WINDOWS = {
+    "alternating": ["sliding_attention", "full_attention"] * 6, "five to one": (["sliding_attention"] * 5 + ["full_attention"]) * 2,
+}  # fmt: skip
+
+
+@cache
+def hybrid(kind: str, name: str, tp: int = 1) -> Compiled:
+    """A step of 12 layers, some of which see a window of 256 positions."""
+    kinds = WINDOWS[name]
+    hf = MEDIUM | dict(
+        architectures=["Qwen2ForCausalLM"], num_hidden_layers=len(kinds), layer_types=kinds, sliding_window=256,
+        use_sliding_window=True,
+    )  # fmt: skip
+    program, params = abstract_model(hf, h100_mesh(tp))
+    groups = program.layout.groups
+    shapes = replace(SHAPES, groups=groups, num_blocks=SHAPES.num_blocks * groups)
+    tokens = ROWS if kind == "decode" else CHUNK
+    own = {"groups": groups} if kind == "decode" else {"tile": program.tile}
+    return compile_step(program, params, shapes, Bucket(kind, tokens, ROWS, WIDTH, Level.GREEDY, -1, **own))
+
+
 def check_in_place(compiled: Compiled) -> None:
     assert compiled.aliased_bytes >= compiled.cache_bytes
     assert compiled.large_copies == []
@@ -65,6 +87,25 @@ def test_a_step_is_one_command_buffer_of_11_kernels_a_layer(kind: str, layers: i
     names = Counter(compiled.kernels)
     assert names["attend"] == layers and names["combine"] == (layers if kind == "decode" else 0)
     assert len(compiled.kernels) <= 11 * layers + 16
+
+
+@pytest.mark.parametrize("kind", ["decode", pytest.param("prefill", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", WINDOWS)
+def test_layers_that_share_arrays_update_them_in_place(kind: str, name: str):
+    """12 layers on 6 lanes in 2 groups, or on 2 lanes in 6: each kind of layer takes its work items from its own tables."""
+    compiled = hybrid(kind, name)
+    check_in_place(compiled)
+    assert compiled.temporary_bytes < (8 << 20 if kind == "decode" else 32 << 20)
+    assert compiled.launched_alone == [] and compiled.thunks.count("kCommandBuffer") == 1
+    groups = 2 if name == "alternating" else 6
+    assert len(compiled.kernels) <= 11 * 12 + 16 + 5 * groups
+
+
+@pytest.mark.slow
+def test_layers_that_share_arrays_do_so_on_several_devices():
+    compiled = hybrid("decode", "five to one", 4)
+    check_in_place(compiled)
+    assert compiled.collectives == Counter({"all-reduce": 2 * 12 + 1, "all-gather": 1})
 
 
 def test_a_decode_step_moves_its_weights_and_10_percent_more():

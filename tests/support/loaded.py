@@ -35,7 +35,8 @@ def load(
 @cache
 def checkpoint_runner(folder: Path) -> Runner:
     """The steps of a checkpoint in the shapes of all tiny models."""
-    return Runner(*load(folder), shapes())
+    program, params = load(folder)
+    return Runner(program, params, shapes(groups=program.layout.groups))
 
 
 def greedy(folder: Path, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
@@ -69,12 +70,13 @@ def logits(
     tokens of the prefill.
     """
     program, params = load(folder, dtype, **how)
-    width = LENGTH // BLOCK
+    width, groups = LENGTH // BLOCK, program.layout.groups
     # Blocks of the sequences interleaved and none at its own number, so that only the tables can be right.
-    tables = np.arange(PROMPTS * width, dtype=np.int32)[::-1].reshape(width, PROMPTS).T.copy()
-    cache = functional.init_cache(program, PROMPTS * width, BLOCK)
+    tables = np.arange(groups * PROMPTS * width, dtype=np.int32)[::-1].reshape(width, groups, PROMPTS)
+    tables = tables.transpose(1, 2, 0).copy()
+    cache = functional.init_cache(program, tables.size, BLOCK)
     chunks = [(np.array(prompt, np.int32), 0, len(prompt)) for prompt in prompts]
-    batch = functional.prefill_batch(chunks, tables[: len(prompts)], tokens=PROMPT_TOKENS, rows=PROMPTS)
+    batch = functional.prefill_batch(chunks, tables[:, : len(prompts)], tokens=PROMPT_TOKENS, rows=PROMPTS)
     flat, cache = _prompt_logits(program, params, cache, batch, features)
     ends = np.cumsum([len(prompt) for prompt in prompts])
     found = [[part] for part in np.split(np.asarray(flat[: ends[-1]]), ends[:-1])]

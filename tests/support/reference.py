@@ -64,9 +64,16 @@ def _fresh(reference: Model) -> Model:
 
 
 @torch.no_grad()
-def logits(reference: Model, prompt: Sequence[int], following: Sequence[int] = ()) -> np.ndarray:
-    """Float32 logits `[T, V]` at every position of the prompt, then of each following token, decoded one by one."""
+def logits(
+    reference: Model, prompt: Sequence[int], following: Sequence[int] = (), *, cached: bool = True
+) -> np.ndarray:
+    """Float32 logits `[T, V]` at every position of the prompt, then of each following token, decoded one by one.
+
+    Not `cached`: all in one call.
+    """
     _fresh(reference)
+    if not cached:
+        return reference(torch.tensor([[*prompt, *following]]), use_cache=False).logits[0].float().numpy()
     out = reference(torch.tensor([prompt]), use_cache=True)
     found = [out.logits[0]]
     for token in following:
@@ -75,9 +82,11 @@ def logits(reference: Model, prompt: Sequence[int], following: Sequence[int] = (
     return torch.cat(found).float().numpy()
 
 
-def greedy(reference: Model, prompt: Sequence[int], count: int) -> list[int]:
+def greedy(reference: Model, prompt: Sequence[int], count: int, *, cached: bool = True) -> list[int]:
     """The tokens `generate` makes without sampling; no token ends it."""
-    settings = transformers.GenerationConfig(do_sample=False, max_new_tokens=count, eos_token_id=None, pad_token_id=0)
+    settings = transformers.GenerationConfig(
+        do_sample=False, max_new_tokens=count, eos_token_id=None, pad_token_id=0, use_cache=cached
+    )
     reference.generation_config = settings
     ids = torch.tensor([prompt])
     out = _fresh(reference).generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)

@@ -31,10 +31,32 @@ ARCHITECTURES = {
 }  # fmt: skip
 
 
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+def layers(kinds: Sequence[str], window: int) -> dict[str, Any]:
+    """config.json of a Qwen2 whose layers are of these kinds."""
+    return dict(
+        architectures=["Qwen2ForCausalLM"], num_hidden_layers=len(kinds), layer_types=list(kinds),
+        sliding_window=window, use_sliding_window=True,
+    )  # fmt: skip
+
+
+HYBRIDS = {
+    "alternating": layers([SLIDING, FULL] * 2, 10),
+    "five to one": layers([*[SLIDING] * 5, FULL], 7),
+    "all sliding": layers([SLIDING] * 2, 6),
+    "window of one": layers([SLIDING, FULL], 1),
+    "window of a block": layers([FULL, SLIDING], BLOCK),
+    "window above all": layers([FULL, SLIDING], 4 * LENGTH),
+}
+"""Models with layers that see only a window, most of them less than a chunk: config.json, on top of `CONFIG`."""
+
+
 def shapes(**changes: Any) -> Shapes:
     """The shapes of a tiny model's steps."""
     values = dict(
-        num_blocks=ROWS * LENGTH // BLOCK, block_size=BLOCK, rows=ROWS, width=LENGTH // BLOCK, decode_buckets=(ROWS,),
+        num_blocks=changes.get("groups", 1) * ROWS * LENGTH // BLOCK, block_size=BLOCK, rows=ROWS, width=LENGTH // BLOCK, decode_buckets=(ROWS,),
         prefill_buckets=(CHUNK,), prefill_rows=ROWS, max_logprobs=5, max_length=LENGTH, sampled_vocab=VOCAB,
         switched=True,
     )  # fmt: skip
@@ -51,7 +73,15 @@ def _random_runner(family: str, tp: int, quantization: str | None) -> Runner:
     mesh = make_mesh(tp)
     module = loading.random(CONFIG | {"architectures": [ARCHITECTURES[family]]}, mesh, quantization=quantization)
     program, params = split(module, mesh)
-    return Runner(program, params, shapes())
+    return Runner(program, params, shapes(groups=program.layout.groups))
+
+
+@cache
+def hybrid_runner(name: str) -> Runner:
+    """One of `HYBRIDS` with random weights."""
+    mesh = make_mesh(1)
+    program, params = split(loading.random(CONFIG | HYBRIDS[name], mesh), mesh)
+    return Runner(program, params, shapes(groups=program.layout.groups))
 
 
 def make_engine(runner: Runner, *, pool_blocks: int | None = None, budget: int = CHUNK, **host: Any) -> Engine:

@@ -316,3 +316,17 @@ def test_counters_do_not_go_back_with_a_failure(runner, monkeypatch):
         engine.step()
     assert engine.metrics.counters["num_preemptions"] == sum(r.preemptions for r in requests)
     assert all(s.status is Status.FINISHED for r in requests for s in r.sequences)
+
+
+def test_a_fault_in_planning_ends_all_it_may_be_about_and_not_the_engine(runner, monkeypatch):
+    """Nobody can be blamed alone where no step was planned; it must not be tried for ever."""
+    engine, bad = make_engine(runner), mixed(LENGTHS)
+    with monkeypatch.context() as broken:
+        broken.setattr(engine.manager.__class__, "admit", lambda *_: 1 / 0)
+        for request in bad:
+            engine.add(request)
+        for _ in range(20):
+            engine.step()
+        assert not engine.has_work
+    assert reasons(bad) == ["error"] * len(LENGTHS) and "ZeroDivisionError" in bad[0].error
+    assert run(engine, mixed(LENGTHS)) == alone(runner, mixed(LENGTHS))

@@ -8,7 +8,9 @@ from support.tiny import BLOCK, make_request, prompt
 
 from jaxinfer.engine.request import Status
 from jaxinfer.engine.scheduler import Limits, Scheduler
+from jaxinfer.kv.groups import SINGLE, KindGroups, blocks_needed
 from jaxinfer.kv.manager import BlockManager
+from jaxinfer.kv.spec import Kind, Window
 from jaxinfer.sampling_params import SamplingParams
 
 ROWS = 4
@@ -127,7 +129,7 @@ def test_admission_is_a_transaction():
     manager = scheduler.manager
     pool, blocks, counts = manager.pool, manager.tables.blocks.copy(), manager.tables.counts.copy()
     large = new("b", 12).sequences[0]
-    assert not scheduler._admit(large)
+    assert not scheduler._admit(large, 16)
     assert manager.pool is pool
     np.testing.assert_array_equal(manager.tables.blocks, blocks)
     np.testing.assert_array_equal(manager.tables.counts, counts)
@@ -181,12 +183,12 @@ def test_copies_come_with_the_first_write_after_a_fork():
     scheduler = make()
     scheduler.add(new("n", 6, n=3))
     scheduler.schedule()
-    shared = scheduler.manager.tables.blocks[:, 1].copy()
+    shared = scheduler.manager.tables.blocks[0, :, 1].copy()
     plan = scheduler.schedule()
     sources, targets = plan.copies
     rows = plan.rows.tolist()
     assert len(rows) == 3 and sources.tolist() == [shared[rows[0]]] * 2
-    now = scheduler.manager.tables.blocks[rows, 1].tolist()
+    now = scheduler.manager.tables.blocks[0, rows, 1].tolist()
     assert len(set(now)) == 3 and set(targets.tolist()) == set(now) - {int(sources[0])}
     assert not len(scheduler.schedule().copies[0]), "only once"
 
@@ -237,7 +239,68 @@ def test_blocks_of_several_steps_hold_no_more_than_they_need():
     Host(scheduler, 8).step()
     plan = scheduler.schedule(8)
     assert (plan.steps, plan.positions.tolist()) == (8, [3])
-    assert scheduler.manager.tables.counts[plan.rows].tolist() == [3] and BLOCK == 4
+    assert scheduler.manager.tables.counts[0, plan.rows].tolist() == [3] and BLOCK == 4
+
+
+def waiting_prefixes(scheduler, shared, others=3):
+    """Queues prompts with a common beginning."""
+    requests = [
+        make_request(str(i), [*prompt(shared), 90 + i, 80], SamplingParams(temperature=0, max_tokens=2))
+        for i in range(others)
+    ]
+    for request in requests:
+        scheduler.add(request)
+    return requests
+
+
+def test_a_prefix_is_computed_once_and_others_pass_who_waits_for_it():
+    scheduler = make(blocks=64, tokens=16, rows=8)
+    requests = waiting_prefixes(scheduler, 24)
+    scheduler.add(new("other", 4))
+    host = Host(scheduler)
+    first, second, third = (
+        [(c.sequence.request.id, c.start, c.count) for c in host.step().chunks] for _ in range(3)
+    )
+    assert first == [("0", 0, 16)]
+    assert second == [("0", 16, 10), ("other", 0, 4)], "the two that wait are passed"
+    assert third == [("1", 24, 2), ("2", 24, 2)], "and go on behind what was published"
+    host.run()
+    assert [r.cached_tokens for r in requests] == [0, 24, 24]
+
+
+def test_a_prefix_too_short_to_wait_for_is_computed_again():
+    scheduler = make(blocks=64, tokens=256, rows=8)
+    requests = waiting_prefixes(scheduler, BLOCK)
+    assert len(Host(scheduler).step().chunks) == 3
+    assert not any(r.cached_tokens for r in requests)
+
+
+def test_nobody_waits_without_a_prefix_cache_or_for_what_was_preempted():
+    manager = BlockManager(64, 8, 32, BLOCK, prefix_caching=False)
+    scheduler = Scheduler(manager, Limits(64, 8))
+    waiting_prefixes(scheduler, 12)
+    assert len(Host(scheduler).step().chunks) == 3
+    scheduler = make(blocks=64, tokens=16, rows=8)
+    requests = waiting_prefixes(scheduler, 24)
+    host = Host(scheduler)
+    host.step()
+    scheduler.preempt(requests[0].sequences[0])
+    assert not scheduler.computing, "what it was about to publish is up for the next"
+    host.run()
+    assert all(r.finished for r in requests)
+
+
+def test_the_chunks_of_a_window_take_blocks_as_they_go():
+    kinds = (KindGroups(Kind(), 0, 1), KindGroups(Window(5), 1, 2))
+    manager = BlockManager(40, ROWS, 32, BLOCK, kinds=kinds)
+    scheduler = Scheduler(manager, Limits(8, ROWS))
+    scheduler.add(new("a", 40, made=3))
+    host, held = Host(scheduler), []
+    for _ in range(5):
+        host.step()
+        held.append((manager.tables.blocks[:, 0] >= 0).sum(axis=1).tolist())
+    assert held == [[10, 2, 2]] + [[10, 3, 3]] * 4, "all of the full kind at once; of a window no more than it sees"
+    host.run()
 
 
 def test_a_lone_sequence_that_fills_the_pool_ends():
@@ -247,14 +310,22 @@ def test_a_lone_sequence_that_fills_the_pool_ends():
     assert not scheduler.preempted
 
 
-@settings(max_examples=40, deadline=None)
+KINDS = st.sampled_from([
+    SINGLE, (KindGroups(Kind(), 0, 1), KindGroups(Window(5), 1, 2)), (KindGroups(Window(3), 0, 2),),
+    (KindGroups(Window(1), 0, 1), KindGroups(Kind(), 1, 1), KindGroups(Window(9), 2, 1)),
+])  # fmt: skip
+
+
+@settings(max_examples=80, deadline=None)
 @given(
     st.lists(st.tuples(*(st.integers(*ends) for ends in ((1, 20), (1, 5), (1, 9), (0, 3)))), min_size=1, max_size=7),
-    st.integers(9, 20), st.integers(1, 20), st.booleans(), st.booleans(), st.integers(1, 9),
+    st.integers(0, 11), st.integers(1, 20), st.booleans(), st.booleans(), st.integers(1, 9), KINDS,
 )  # fmt: skip
-def test_every_mix_ends_with_every_token_and_nothing_held(wanted, blocks, tokens, sharing, caching, most):
-    """Arrivals over time, any budget, small pools; `Host` checks the accounting after every step."""
-    manager = BlockManager(blocks, ROWS, 32, BLOCK, prefix_caching=caching)
+def test_every_mix_ends_with_every_token_and_nothing_held(wanted, spare, tokens, sharing, caching, most, kinds):
+    """Arrivals over time, any budget, pools that just hold the longest; `Host` checks the accounting after every step."""
+    longest = max(length + made for length, _, made, _ in wanted)
+    blocks = blocks_needed(kinds, longest, BLOCK, tokens) + spare
+    manager = BlockManager(blocks, ROWS, 32, BLOCK, prefix_caching=caching, kinds=kinds)
     scheduler = Scheduler(manager, Limits(tokens, ROWS, sharing))
     host, requests = Host(scheduler, most), []
     for i, (length, n, made, pause) in enumerate(wanted):

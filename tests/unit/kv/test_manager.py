@@ -1,58 +1,114 @@
-"""The block manager as a Hypothesis state machine: what is written where, modelled token by token."""
+"""The block manager as a Hypothesis state machine: what is written where, modelled token by token, for kinds of layers
+that need all positions and such as need the last few."""
 
 import numpy as np
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from jaxinfer.kv import pool as pools
+from jaxinfer.kv.groups import SINGLE, KindGroups, blocks_needed, count
 from jaxinfer.kv.manager import BlockManager
+from jaxinfer.kv.pool import PoolInvariantError
 from jaxinfer.kv.prefix import root
+from jaxinfer.kv.spec import Kind, Window
 
 P, ROWS, WIDTH = 2, 5, 8
 ROOT = root(b"salt")
 
 
-class ManagerMachine(RuleBasedStateMachine):
-    """`written[block][offset]` is the whole text up to the token whose keys lie there; a row must read its own."""
+def kinds(*counts, windows=()):
+    """Groups: so many of full attention, then of each window."""
+    found, first = [], 0
+    for kind, number in zip([Kind(), *map(Window, windows)], counts, strict=True):
+        if number:
+            found.append(KindGroups(kind, first, number))
+            first += number
+    return tuple(found)
 
-    @initialize(blocks=st.integers(4, 30), caching=st.booleans())
-    def start(self, blocks, caching):
-        self.manager = BlockManager(blocks, ROWS, WIDTH, P, prefix_caching=caching)
+
+HYBRIDS = [
+    SINGLE, kinds(1, 1, windows=[3]), kinds(2, 1, windows=[1]), kinds(0, 2, windows=[4]), kinds(1, 2, 1, windows=[2, 5]),
+]  # fmt: skip
+
+
+class ManagerMachine(RuleBasedStateMachine):
+    """`written[block][offset]` is the group and the whole text up to the token whose keys lie there; a row must read its
+    own, of what its kinds still need."""
+
+    @initialize(blocks=st.integers(4, 60), caching=st.booleans(), layout=st.sampled_from(HYBRIDS))
+    def start(self, blocks, caching, layout):
+        self.kinds, self.groups = layout, count(layout)
+        self.manager = BlockManager(blocks, ROWS, WIDTH, P, prefix_caching=caching, kinds=layout)
         self.written: dict[tuple[int, int], tuple[int, ...]] = {}
         self.texts: dict[int, list[int]] = {}
+        self.read: dict[int, int] = {}
         self.published: dict[int, int] = {}
-        self.device = np.full((ROWS, WIDTH), -7)
+        self.device = np.full((self.groups, ROWS, WIDTH), -7)
 
     def send(self):
         """What a step tells the device before it runs: the rows that are new."""
-        row, column, block = self.manager.tables.take_unsent()
-        self.device[row, column] = block
+        group, row, column, block = self.manager.tables.take_unsent()
+        self.device[group, row, column] = block
 
     def write(self, row, position):
-        """The step writes a position: never into a block that another names too."""
-        block = int(self.manager.tables.blocks[row, position // P])
-        assert self.manager.pool.refs[block] == 1, "a shared block is never written"
-        self.written[block, position % P] = tuple(self.texts[row][: position + 1])
+        """The step writes a position: never into a block that another names too; and it reads all it needs."""
+        for group in range(self.groups):
+            block = int(self.manager.tables.blocks[group, row, position // P])
+            assert self.manager.pool.refs[block] == 1, "a shared block is never written"
+            assert not self.manager.pool.published[block], "a published block is never written"
+            self.written[block, position % P] = (group, *self.texts[row][: position + 1])
+        self.read[row] = position
+        self.check_row(row, position)
+
+    def check_row(self, row, position):
+        """A token at this position, already written, finds every key it sees on the device."""
+        for kind in self.kinds:
+            for group in range(kind.first, kind.first + kind.count):
+                for at in range(int(kind.kind.first_needed(position)), position + 1):
+                    block = int(self.manager.tables.blocks[group, row, at // P])
+                    assert self.written[block, at % P] == (group, *self.texts[row][: at + 1])
+
+    def digests(self, row):
+        tokens = np.array(self.texts[row], np.int32)
+        return self.manager.digests(tokens, ROOT) if self.manager.prefix_caching else []
 
     @precondition(lambda self: len(self.texts) < ROWS and int(self.manager.pool.num_available))
-    @rule(text=st.lists(st.integers(0, 1), min_size=1, max_size=P * 4))
-    def admit(self, text):
+    @rule(text=st.lists(st.integers(0, 1), min_size=1, max_size=P * 5), chunk=st.integers(1, P * 5))
+    def admit(self, text, chunk):
+        """A prompt in chunks; it gives up where one finds no blocks."""
         manager, row = self.manager, next(r for r in range(ROWS) if r not in self.texts)
         tokens = np.array(text, np.int32)
         hit = manager.lookup(tokens, manager.digests(tokens, ROOT), ROOT)
-        assert len(hit.ids) <= (len(text) - 1) // P
+        assert hit.blocks <= (len(text) - 1) // P
         pool, counts = manager.pool, manager.tables.counts.copy()
-        if not manager.admit(row, hit, len(text)):
+        reach = min(len(text), hit.blocks * P + chunk)
+        if not manager.admit(row, hit, len(text), reach):
             assert manager.pool is pool and (manager.tables.counts == counts).all(), "all or nothing"
-            assert manager.blocks_for(len(text)) - len(hit.ids) > int(pool.num_available) - sum(
-                pool.refs[hit.ids] == 0
-            )
+            ids = hit.ids[hit.ids >= 0]
+            ends = [manager.blocks_for(len(text) if kind.kind.whole else reach) for kind in self.kinds]
+            new = sum(kind.count * (end - hit.blocks) for kind, end in zip(self.kinds, ends, strict=True))
+            assert new > int(pool.num_available) - sum(pool.refs[ids] == 0)
             return
-        self.texts[row], self.published[row] = list(text), len(hit.ids)
-        for position in range(len(hit.ids) * P, len(text)):
-            self.write(row, position)
-        manager.tables.lengths[row] = len(text)
+        self.texts[row], self.published[row] = list(text), hit.blocks
+        for start in range(hit.blocks * P, len(text), chunk):
+            stop = min(start + chunk, len(text))
+            before, pool = manager.tables.blocks.copy(), manager.pool
+            if not manager.extend(row, start, stop):
+                assert manager.pool is pool and (manager.tables.blocks == before).all(), "all or nothing"
+                self.manager.free(row, self.digests(row))
+                del self.texts[row], self.published[row]
+                return
+            self.send()
+            for position in range(start, stop):
+                self.write(row, position)
+            manager.tables.lengths[row] = stop
+            held = int((manager.tables.blocks[:, row] >= 0).sum())
+            assert held <= blocks_needed(self.kinds, len(text), P, chunk)
+            manager.take_evicted()
+            if manager.prefix_caching:
+                self.enter(row, stop // P)
 
     @precondition(lambda self: self.texts)
     @rule(
@@ -82,9 +138,10 @@ class ManagerMachine(RuleBasedStateMachine):
                 self.texts[row].append(token)
                 position = len(self.texts[row]) - 1
                 self.write(row, position)
-                # A step names the block it writes, and no other.
-                self.device[row, position // P] = manager.tables.blocks[row, position // P]
+                # A step names the blocks it writes, and no other.
+                self.device[:, row, position // P] = manager.tables.blocks[:, row, position // P]
         manager.tables.lengths[rows] += len(tokens)
+        manager.take_evicted()
 
     @precondition(lambda self: 0 < len(self.texts) < ROWS)
     @rule(data=st.data())
@@ -93,35 +150,36 @@ class ManagerMachine(RuleBasedStateMachine):
         target = next(r for r in range(ROWS) if r not in self.texts)
         self.manager.fork(source, target)
         self.texts[target], self.published[target] = list(self.texts[source]), self.published[source]
+        self.read[target] = self.read[source]
 
     @precondition(lambda self: self.texts)
-    @rule(data=st.data())
-    def free(self, data):
+    @rule(data=st.data(), keep=st.booleans())
+    def free(self, data, keep):
         row = data.draw(st.sampled_from(sorted(self.texts)))
-        self.manager.free(row)
+        self.manager.free(row, self.digests(row) if keep else ())
         del self.texts[row], self.published[row]
 
     @precondition(lambda self: any(len(text) // P > self.published[row] for row, text in self.texts.items()))
     @rule(data=st.data())
     def publish(self, data):
         row = data.draw(st.sampled_from([r for r, text in self.texts.items() if len(text) // P > self.published[r]]))
-        full = len(self.texts[row]) // P
         if self.manager.prefix_caching:
-            self.manager.take_evicted()
-            tokens = np.array(self.texts[row], np.int32)
-            digests = self.manager.digests(tokens, ROOT)
-            self.manager.publish(row, tokens[: full * P], digests, ROOT, self.published[row], full)
-            self.published[row] = full
+            self.enter(row, len(self.texts[row]) // P)
+
+    def enter(self, row, full):
+        tokens = np.array(self.texts[row], np.int32)
+        self.manager.publish(row, tokens[: full * P], self.digests(row), ROOT, self.published[row], full)
+        self.published[row] = full
 
     @precondition(lambda self: self.texts)
     @rule(data=st.data())
     def withdraw(self, data):
         row = data.draw(st.sampled_from(sorted(self.texts)))
         start = data.draw(st.integers(0, self.published[row]))
-        self.manager.take_evicted()
-        self.manager.withdraw(row, start)
-        ids = self.manager.tables.of(row)[start:]
-        assert not self.manager.pool.published[ids].any()
+        self.manager.withdraw(self.digests(row)[start : self.published[row]])
+        tokens = np.array([*self.texts[row], 0], np.int32)
+        if start < self.published[row]:
+            assert self.manager.lookup(tokens, self.digests(row), ROOT).blocks <= start
 
     @precondition(lambda self: len(self.manager.index))
     @rule()
@@ -134,26 +192,36 @@ class ManagerMachine(RuleBasedStateMachine):
     def several_steps(self, tokens):
         for token in tokens:
             self.grow(set(), [token])
-            self.manager.take_evicted()
 
     @invariant()
     def every_row_reads_its_own_text(self):
-        if not hasattr(self, "manager"):
+        if hasattr(self, "manager"):
+            for row, text in self.texts.items():
+                assert (self.manager.tables.counts[:, row] == self.manager.blocks_for(len(text))).all()
+                self.check_row(row, self.read[row])
+
+    @invariant()
+    def a_hit_is_of_the_text_asked_for(self):
+        if not hasattr(self, "manager") or not self.manager.prefix_caching:
             return
-        tables = self.manager.tables
         for row, text in self.texts.items():
-            assert int(tables.counts[row]) == self.manager.blocks_for(len(text))
-            for position in range(len(text)):
-                block = int(tables.blocks[row, position // P])
-                assert self.written[block, position % P] == tuple(text[: position + 1])
+            hit = self.manager.lookup(np.array(text, np.int32), self.digests(row), ROOT)
+            for kind in self.kinds:
+                first = int(kind.kind.first_needed(hit.blocks * P)) // P
+                ids = hit.ids[kind.span]
+                assert (ids[:, :first] == -1).all() and (ids[:, first:] >= 0).all()
+                for number in range(first, hit.blocks):
+                    for group, block in zip(range(self.groups)[kind.span], ids[:, number].tolist(), strict=True):
+                        for at in range(P):
+                            assert self.written[block, at] == (group, *text[: number * P + at + 1])
 
     @invariant()
     def the_device_knows_every_table(self):
         if hasattr(self, "manager"):
             self.send()
             for row in self.texts:
-                known = self.manager.tables.of(row)
-                assert self.device[row, : len(known)].tolist() == known.tolist()
+                own = self.manager.tables.blocks[:, row]
+                assert (self.device[:, row][own >= 0] == own[own >= 0]).all()
 
     @invariant()
     def the_accounting_adds_up(self):
@@ -163,11 +231,13 @@ class ManagerMachine(RuleBasedStateMachine):
 
 
 TestManager = ManagerMachine.TestCase
-TestManager.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
+TestManager.settings = settings(
+    max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 
 
-def manager(blocks=8):
-    return BlockManager(blocks, ROWS, WIDTH, P)
+def manager(blocks=8, layout=SINGLE, width=WIDTH):
+    return BlockManager(blocks, ROWS, width, P, kinds=layout)
 
 
 def hit(m, text):
@@ -175,12 +245,25 @@ def hit(m, text):
     return m.lookup(tokens, m.digests(tokens, ROOT), ROOT)
 
 
-def admit(m, row, text):
+def admit(m, row, text, chunk=None):
+    """A prompt computed, in chunks, and published."""
     tokens = np.array(text, np.int32)
-    assert m.admit(row, hit(m, text), len(text))
-    m.tables.lengths[row] = len(text)
-    digests = m.digests(tokens, ROOT)
-    m.publish(row, tokens, digests, ROOT, 0, len(text) // P)
+    digests, found = m.digests(tokens, ROOT), hit(m, text)
+    start, published = found.blocks * P, found.blocks
+    assert m.admit(row, found, len(text), min(len(text), start + (chunk or len(text))))
+    while start < len(text):
+        stop = min(len(text), start + (chunk or len(text)))
+        assert m.extend(row, start, stop)
+        m.take_evicted()
+        m.tables.lengths[row] = start = stop
+        m.publish(row, tokens, digests, ROOT, published, stop // P)
+        published = stop // P
+    m.check()
+    return found
+
+
+def end(m, row, text):
+    m.free(row, m.digests(np.array(text, np.int32), ROOT))
 
 
 def test_a_block_evicted_in_this_step_is_no_hit_before_the_index_knows():
@@ -189,36 +272,38 @@ def test_a_block_evicted_in_this_step_is_no_hit_before_the_index_knows():
     m.free(0)
     assert m.admit(1, hit(m, [7, 7, 7]), 3)
     found = hit(m, [1, 2, 3])
-    assert (len(found.ids), found.reason) == (0, "evicted")
+    assert (found.blocks, found.reason) == (0, "evicted under pressure")
     m.take_evicted()
-    assert hit(m, [1, 2, 3]).reason == "evicted"
+    assert hit(m, [1, 2, 3]).reason == "evicted under pressure"
 
 
 def test_the_last_token_is_always_left_to_compute():
     m = manager()
     admit(m, 0, [1, 2, 3, 4])
-    assert [len(hit(m, [1, 2, 3, 4][:n]).ids) for n in range(5)] == [0, 0, 0, 1, 1]
-    assert len(hit(m, [1, 2, 3, 4, 5]).ids) == 2
+    assert [hit(m, [1, 2, 3, 4][:n]).blocks for n in range(5)] == [0, 0, 0, 1, 1]
+    assert hit(m, [1, 2, 3, 4, 5]).blocks == 2
 
 
 def test_withdrawn_blocks_are_found_no_more_and_the_prefix_before_them_is():
     m = manager()
-    admit(m, 0, [1, 2, 3, 4, 5, 6, 7])
-    m.withdraw(0, 1)
-    assert len(hit(m, [1, 2, 3, 4, 5, 6, 7]).ids) == 1
+    text = [1, 2, 3, 4, 5, 6, 7]
+    admit(m, 0, text)
+    m.withdraw(m.digests(np.array(text, np.int32), ROOT)[1:])
+    assert hit(m, text).blocks == 1
     m.check()
 
 
+@pytest.mark.parametrize("layout", [SINGLE, kinds(1, 2, windows=[3])])
 @pytest.mark.parametrize(("sharers", "writers", "copies"), [(2, 2, 1), (3, 3, 2), (3, 2, 2), (3, 1, 1), (1, 1, 0)])
-def test_the_last_to_write_a_shared_block_keeps_it(sharers, writers, copies):
-    m = manager()
+def test_the_last_to_write_a_shared_block_keeps_it(sharers, writers, copies, layout):
+    m, groups = manager(30, layout), count(layout)
     admit(m, 0, [1, 2, 3])
     for row in range(1, sharers):
         m.fork(0, row)
-    shared = int(m.tables.blocks[0, 1])
+    shared = m.tables.blocks[:, 0, 1].copy()
     sources, targets = m.grow(np.arange(writers))
-    assert sources.tolist() == [shared] * copies and len(targets) == copies
-    assert int(m.pool.refs[shared]) == sharers - copies
+    assert sorted(sources.tolist()) == sorted(shared.tolist() * copies) and len(targets) == copies * groups
+    assert set(m.pool.refs[shared].tolist()) == {sharers - copies}
     m.check()
 
 
@@ -227,8 +312,8 @@ def test_several_steps_take_their_blocks_at_once():
     admit(m, 0, [1, 2, 3])
     m.fork(0, 1)
     sources, _ = m.grow(np.array([0, 1]), P + 2)  # positions 3 to 6, in blocks 1 to 3
-    assert m.tables.counts[:2].tolist() == [4, 4] and len(sources) == 1
-    assert len({*m.tables.blocks[0, 1:4].tolist(), *m.tables.blocks[1, 1:4].tolist()}) == 6
+    assert m.tables.counts[0, :2].tolist() == [4, 4] and len(sources) == 1
+    assert len({*m.tables.blocks[0, 0, 1:4].tolist(), *m.tables.blocks[0, 1, 1:4].tolist()}) == 6
     m.check()
 
 
@@ -238,10 +323,22 @@ def test_a_row_is_sent_once_and_whole():
     m.fork(0, 1)
     admit(m, 2, [4, 5])
     m.free(2)
-    rows, columns, blocks = m.tables.take_unsent()
+    groups, rows, columns, blocks = m.tables.take_unsent()
     assert (rows.tolist(), columns.tolist()) == ([0, 0, 1, 1], [0, 1, 0, 1])
-    assert blocks.tolist() == m.tables.of(0).tolist() * 2
-    assert m.tables.take_unsent().shape == (3, 0)
+    assert blocks.tolist() == m.tables.of(0).tolist() * 2 and not groups.any()
+    assert m.tables.take_unsent().shape == (4, 0)
+
+
+def test_of_a_prompt_in_chunks_only_what_is_new_is_sent():
+    m = manager(20, kinds(1, 1, windows=[3]))
+    text = list(range(8))
+    m.admit(0, hit(m, text), 8, 4)
+    groups, _, columns, _ = m.tables.take_unsent()
+    assert list(zip(groups.tolist(), columns.tolist(), strict=True)) == [(0, i) for i in range(4)] + [(1, 0), (1, 1)]
+    m.tables.lengths[0] = 4
+    assert m.extend(0, 4, 8)
+    groups, _, columns, _ = m.tables.take_unsent()
+    assert list(zip(groups.tolist(), columns.tolist(), strict=True)) == [(1, 2), (1, 3)]
 
 
 def test_nothing_changes_where_the_blocks_do_not_suffice():
@@ -252,3 +349,123 @@ def test_nothing_changes_where_the_blocks_do_not_suffice():
     assert m.grow(np.array([0, 1])) is None
     assert m.grow(np.array([1]), P + 2) is None
     assert m.pool is pool and (m.tables.blocks == blocks).all()
+
+
+# Windows. P is 2; a window of 4 before the end of block n needs blocks n - 2 (its second position) and n - 1.
+
+LAYOUT = kinds(1, 2, windows=[4])
+
+
+def held(m, row, group):
+    return np.flatnonzero(m.tables.blocks[group, row] >= 0).tolist()
+
+
+def test_blocks_behind_a_window_are_released_and_stay_findable():
+    m = manager(40, LAYOUT, width=16)
+    text = list(range(12))
+    admit(m, 0, text, chunk=4)
+    assert held(m, 0, 0) == list(range(6))
+    assert held(m, 0, 1) == held(m, 0, 2) == [2, 3, 4, 5], "a window before the last chunk's start, and the chunk"
+    assert m.grow(np.array([0]))
+    assert held(m, 0, 1) == [4, 5, 6], "position 12 sees 9 to 12"
+    assert hit(m, [*text[:8], 99, 98]).blocks == 4, "what was released is cached"
+    assert int(m.pool.num_cached) == 2 * 4
+    m.check()
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 4, 7])
+def test_a_sequence_never_holds_more_than_a_window_a_chunk_and_a_block(chunk):
+    m = manager(200, kinds(0, 1, windows=[4]), width=40)
+    text = list(range(64))
+    assert m.admit(0, hit(m, text), len(text), chunk)
+    most = -(-(3 + chunk) // P) + 1
+    for start in range(0, 64, chunk):
+        assert m.extend(0, start, min(64, start + chunk))
+        m.tables.lengths[0] = min(64, start + chunk)
+        assert len(held(m, 0, 0)) <= most
+    for position in range(64, 72):
+        m.grow(np.array([0]))
+        m.tables.lengths[0] = position + 1
+        assert len(held(m, 0, 0)) <= 3
+    assert int(m.pool.num_free) == 200 - len(held(m, 0, 0)), "nothing was published"
+
+
+def test_a_window_of_one_needs_nothing_before_it():
+    m = manager(40, kinds(1, 1, windows=[1]), width=16)
+    admit(m, 0, list(range(9)), chunk=3)
+    end(m, 0, list(range(9)))
+    found = hit(m, [*range(6), 50, 51])
+    assert found.blocks == 3 and (found.ids[1] == -1).all() and (found.ids[0] >= 0).all()
+
+
+def test_the_hit_is_what_every_kind_serves_and_each_says_why():
+    m = manager(23, LAYOUT, width=16)
+    text = list(range(12))
+    admit(m, 0, text, chunk=4)
+    end(m, 0, text)  # 6 blocks full, 2 x 6 sliding, all cached
+    found = hit(m, [*text, 99])
+    assert [(h.kind, h.tokens, h.reason) for h in found.kinds] == [("full", 12, "complete"), ("sliding(4)", 12, "complete")]
+    assert found.ids.shape == (3, 6) and (found.ids[1:, :4] == -1).all() and (found.ids[1:, 4:] >= 0).all()
+    other = hit(m, [*text[:6], 99, 98, 97])
+    assert (other.blocks, other.reason, other.known) == (3, "absent", 3)
+    # Another prompt takes the cold ones first: those of blocks 0 and 1, which no prompt is known to need.
+    admit(m, 1, [50, 51, 52, 53, 54, 55], chunk=6)
+    assert [(h.tokens, h.reason) for h in hit(m, [*text[:6], 99, 98, 97]).kinds] == [(6, "absent"), (0, "window evicted")]
+    assert hit(m, [*text[:6], 99, 98, 97]).reason == "window evicted"
+    assert hit(m, [*text, 99]).blocks == 6, "the end of the prompt is still a hit"
+
+
+def test_a_window_where_prompts_part_stays_with_what_lies_before_it():
+    """The second prompt finds that they part after 6 tokens, but no window there; the third one hits."""
+    m = manager(24, LAYOUT, width=16)
+    first, common = list(range(12)), list(range(6))
+    admit(m, 0, first, chunk=4)
+    end(m, 0, first)
+    admit(m, 0, list(range(70, 82)), chunk=4)  # takes the first one's cold blocks
+    end(m, 0, list(range(70, 82)))
+    second = [*common, 40, 41, 42, 43, 44, 45]
+    found = hit(m, second)
+    assert (found.blocks, found.known, found.reason) == (0, 3, "window evicted")
+    admit(m, 0, second, chunk=4)
+    end(m, 0, second)
+    admit(m, 0, [90 + i for i in range(8)], chunk=4)
+    end(m, 0, [90 + i for i in range(8)])
+    third = [*common, 60, 61, 62]
+    assert hit(m, third).blocks == 3
+
+
+def test_the_end_of_a_prefix_is_evicted_before_its_start_in_all_kinds():
+    m = manager(18, LAYOUT, width=16)
+    text = list(range(12))
+    admit(m, 0, text, chunk=12)
+    end(m, 0, text)
+    served = []
+    for row in range(4):
+        admit(m, row, [50 + row, 60])  # three blocks each
+        served.append(hit(m, [*text, 99]).blocks)
+    assert served == sorted(served, reverse=True) and served[-1] >= 2
+
+
+def test_blocks_published_together_are_evicted_together():
+    m = manager(9, kinds(0, 3, windows=[8]))
+    admit(m, 0, [1, 2, 3, 4, 5])
+    end(m, 0, [1, 2, 3, 4, 5])
+    assert int(m.pool.num_cached) == 6
+    taken = pools.allocate(m.pool, 4)[1:]  # one of the second block's three
+    m.pool = pools.allocate(m.pool, 4)[0]
+    m._evicted.append(taken[1])
+    m.take_evicted()
+    assert int(m.pool.num_cached) == 3 and int(m.pool.num_free) == 2
+    assert hit(m, [1, 2, 3, 4, 5]).blocks == 1
+
+
+def test_check_finds_a_row_without_what_it_needs_and_a_block_of_two_groups():
+    m = manager(40, LAYOUT, width=16)
+    admit(m, 0, list(range(12)), chunk=4)
+    m.tables.firsts[1, 0] = 6
+    with pytest.raises(PoolInvariantError, match=r"row 0 of 12 positions holds .* of sliding\(4\)"):
+        m.check()
+    m.tables.firsts[1, 0] = 2
+    m.tables.blocks[1, 0, 3] = m.tables.blocks[0, 0, 3]
+    with pytest.raises(PoolInvariantError, match="block|count"):
+        m.check()

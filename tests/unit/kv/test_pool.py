@@ -24,13 +24,14 @@ from jaxinfer.kv.pool import (
     release,
     reset_published,
     share,
+    touch,
     unpublish,
 )
 
 NUM_BLOCKS = 6
 WIDTH = 8
 
-FUNCTIONS = {f.__name__: f for f in (allocate, share, release, publish, unpublish, reset_published)}
+FUNCTIONS = {f.__name__: f for f in (allocate, share, release, publish, unpublish, touch, reset_published)}
 JITTED = {name: jax.jit(f, static_argnames="width" if f is allocate else ()) for name, f in FUNCTIONS.items()}
 
 
@@ -136,6 +137,7 @@ def test_functions_leave_the_value_they_are_given_alone() -> None:
     release(pool, [3, 4])
     publish(pool, [4])
     unpublish(pool, [0, 4])
+    touch(pool, [0, 4])
     reset_published(pool)
     jax.tree.map(np.testing.assert_array_equal, pool, before)
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -294,6 +296,11 @@ class PlainPool:
                 del self.cached[i]
                 self.free.append(i)
 
+    def touch(self, ids: list[int]) -> None:
+        for i in ids:
+            if i in self.cached:
+                self.cached.move_to_end(i)
+
     def reset_published(self) -> None:
         self.free += self.cached
         self.cached.clear()
@@ -318,7 +325,8 @@ def draw_ids(data: st.DataObject, plain: PlainPool, name: str) -> list[int]:
     if name == "release":
         entries = data.draw(st.permutations(sorted(plain.refs.elements())))
         return entries[: data.draw(st.integers(0, WIDTH))]
-    allowed = {"share": held + sorted(plain.cached), "publish": held, "unpublish": list(range(NUM_BLOCKS))}
+    allowed = {"share": held + sorted(plain.cached), "publish": held, "unpublish": list(range(NUM_BLOCKS)),
+               "touch": list(range(NUM_BLOCKS))}  # fmt: skip
     return data.draw(st.lists(st.sampled_from(allowed[name]), max_size=WIDTH)) if allowed[name] else []
 
 

@@ -66,7 +66,11 @@ class PoolMachine(RuleBasedStateMachine):
         seq = Sequence(salt, tokens)
         array = np.array(tokens, np.int32)
         digests = self.index.chain(array, seq.root)[: (len(tokens) - 1) // P]
-        hits = self.index.match(digests, array, seq.root).ids
+        hits = []
+        for node in self.index.match(digests, array, seq.root).nodes:
+            if not node.ids[0]:
+                break
+            hits += node.ids[0]
         trial = kv.share(self.pool, hits)
         trial, ids, evicted, ok = kv.allocate(trial, -(-len(tokens) // P) - len(hits))
         if not ok:
@@ -140,6 +144,14 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool = kv.release(self.pool, seq.table[:behind])
         seq.table[:behind] = [-1] * behind
 
+    @rule(data=st.data())
+    def touch(self, data: st.DataObject) -> None:
+        """What is cached is used again before it is held."""
+        ids = data.draw(st.lists(st.integers(0, self.pool.num_blocks - 1), max_size=4))
+        order = [i for i in kv.cached_ids(self.pool).tolist() if i not in ids]
+        self.pool = kv.touch(self.pool, ids)
+        assert kv.cached_ids(self.pool).tolist()[: len(order)] == order
+
     @precondition(lambda self: self.running)
     @rule(data=st.data())
     def find_bad(self, data: st.DataObject) -> None:
@@ -176,7 +188,7 @@ class PoolMachine(RuleBasedStateMachine):
             seq.table[n]
             for n in numbers
             if self.index.insert(
-                digests[n], digests[n - 1] if n else seq.root, tokens[n * P : (n + 1) * P], seq.table[n]
+                digests[n], digests[n - 1] if n else seq.root, tokens[n * P : (n + 1) * P], (seq.table[n],)
             )
         ]
         self.pool = kv.publish(self.pool, new)
@@ -205,7 +217,7 @@ class PoolMachine(RuleBasedStateMachine):
         for block in np.flatnonzero(self.pool.published).tolist():
             salt, *tokens = self.cells[block][-1]
             digests = self.index.chain(np.array(tokens, np.int32), prefix.root(b"%d" % salt))
-            assert self.index._digests[block] == digests[-1]
+            assert self.index._owners[block][0].digest == digests[-1]
             assert self.cells[block] == [(salt, *tokens[:-1]), (salt, *tokens)]
 
 

@@ -24,13 +24,17 @@ def put(index: PrefixIndex, tokens: np.ndarray, ids: list[int], start: bytes = R
     """Inserts the first len(ids) blocks of the tokens."""
     parent, done = start, []
     for number, (digest, block_id) in enumerate(zip(index.chain(tokens, start), ids, strict=False)):
-        done.append(index.insert(digest, parent, tokens[number * P : (number + 1) * P], block_id))
+        done.append(index.insert(digest, parent, tokens[number * P : (number + 1) * P], (block_id,)))
         parent = digest
     return done
 
 
 def look_up(index: PrefixIndex, tokens: np.ndarray, start: bytes = ROOT) -> tuple[list[int], MatchEnd]:
-    return index.match(index.chain(tokens, start), tokens, start)
+    found = index.match(index.chain(tokens, start), tokens, start)
+    ids = [node.ids[0][0] if node.ids[0] else None for node in found.nodes]
+    if None in ids:
+        return ids[: ids.index(None)], MatchEnd.EVICTED
+    return ids, found.reason
 
 
 def test_a_digest_is_the_chained_sha256_of_little_endian_tokens() -> None:
@@ -73,11 +77,16 @@ def test_the_longest_published_prefix_is_found() -> None:
     other[0] = 1
     assert look_up(index, other) == ([], MatchEnd.ABSENT)
     assert look_up(index, TOKENS[:3]) == ([], MatchEnd.NO_FULL_BLOCK)
-    assert index.match(index.chain(TOKENS, ROOT)[:1], TOKENS, ROOT) == ([7], MatchEnd.COMPLETE)
+    [node], reason = index.match(index.chain(TOKENS, ROOT)[:1], TOKENS, ROOT)
+    assert (node.ids, reason) == ([(7,)], MatchEnd.COMPLETE)
 
 
 def test_another_salt_is_never_a_hit() -> None:
-    assert look_up(filled(TOKENS, [7, 5, 6]), TOKENS, root(b"other")) == ([], MatchEnd.ABSENT)
+    index = filled(TOKENS, [7, 5, 6])
+    assert look_up(index, TOKENS, root(b"other")) == ([], MatchEnd.SALT)
+    assert look_up(index, TOKENS + 1, root(b"other")) == ([], MatchEnd.ABSENT)
+    index.evict([6, 5, 7])
+    assert look_up(index, TOKENS, root(b"other")) == ([], MatchEnd.ABSENT)
 
 
 def test_the_same_tokens_after_another_prefix_are_not_a_hit() -> None:
@@ -88,7 +97,7 @@ def test_the_same_tokens_after_another_prefix_are_not_a_hit() -> None:
 def test_the_first_block_of_a_digest_stays() -> None:
     index = filled(TOKENS, [7, 5])
     assert put(index, TOKENS, [1, 2, 3]) == [False, False, True]
-    assert look_up(index, TOKENS).ids == [7, 5, 3] and len(index) == 3
+    assert look_up(index, TOKENS)[0] == [7, 5, 3] and len(index) == 3
 
 
 def test_an_evicted_block_is_a_miss_that_says_so_and_can_come_back() -> None:
@@ -97,7 +106,7 @@ def test_an_evicted_block_is_a_miss_that_says_so_and_can_come_back() -> None:
     assert look_up(index, TOKENS) == ([7], MatchEnd.EVICTED) and len(index) == 2
     other = TOKENS + 1
     assert put(index, other, [5]) == [True]
-    assert look_up(index, other).ids == [5] and look_up(index, TOKENS).ids == [7]
+    assert look_up(index, other)[0] == [5] and look_up(index, TOKENS)[0] == [7]
     assert put(index, TOKENS, [7, 8]) == [False, True]
     assert look_up(index, TOKENS) == ([7, 8, 6], MatchEnd.COMPLETE)
     index.evict([8])
@@ -108,13 +117,13 @@ def test_the_memory_of_evictions_is_bounded() -> None:
     index = PrefixIndex(P, remember_evicted=1)
     put(index, TOKENS, [0, 1])
     index.evict([1, 0])
-    assert look_up(index, TOKENS).reason is MatchEnd.EVICTED
+    assert look_up(index, TOKENS)[1] is MatchEnd.EVICTED
     put(index, TOKENS, [0])
     index.evict([0])
     put(index, TOKENS + 1, [1])
     index.evict([1])
-    assert look_up(index, TOKENS).reason is MatchEnd.ABSENT
-    assert look_up(index, TOKENS + 1).reason is MatchEnd.EVICTED
+    assert look_up(index, TOKENS)[1] is MatchEnd.ABSENT
+    assert look_up(index, TOKENS + 1)[1] is MatchEnd.EVICTED
 
 
 def test_the_latest_evictions_are_remembered() -> None:
@@ -123,7 +132,7 @@ def test_the_latest_evictions_are_remembered() -> None:
     for tokens in (first, second, first, third):
         put(index, tokens, [0])
         index.evict([0])
-    reasons = [look_up(index, tokens).reason for tokens in (first, second, third)]
+    reasons = [look_up(index, tokens)[1] for tokens in (first, second, third)]
     assert reasons == [MatchEnd.EVICTED, MatchEnd.ABSENT, MatchEnd.EVICTED]
 
 
@@ -141,14 +150,14 @@ def test_a_collision_of_different_tokens_is_a_miss(monkeypatch: pytest.MonkeyPat
     assert look_up(index, TOKENS) == ([7], MatchEnd.COLLISION)
     assert look_up(index, TOKENS + 1) == ([], MatchEnd.COLLISION)
     assert put(index, TOKENS + 1, [3]) == [False]
-    assert look_up(index, TOKENS[:P]).ids == [7]
+    assert look_up(index, TOKENS[:P])[0] == [7]
 
 
 def test_a_collision_of_different_prefixes_is_a_miss(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefix, "block_digest", lambda parent, tokens, extra: hashlib.sha256(tokens).digest())
     tokens = np.concatenate([TOKENS[:P], TOKENS[P : 2 * P]])
     index = filled(tokens, [1, 2])
-    assert look_up(index, tokens).ids == [1, 2]
+    assert look_up(index, tokens)[0] == [1, 2]
     assert look_up(index, tokens[P:]) == ([], MatchEnd.COLLISION)
     assert look_up(index, tokens, root(b"other")) == ([], MatchEnd.COLLISION)
     assert look_up(index, np.concatenate([tokens[:P], tokens[:P]])) == ([1], MatchEnd.COLLISION)
@@ -159,7 +168,7 @@ def test_a_block_id_with_another_content_was_not_evicted() -> None:
     with pytest.raises(PoolInvariantError, match="block 7 is in the prefix index with another content"):
         put(index, TOKENS + 1, [7])
     with pytest.raises(ValueError, match="tokens must be a full block of 4, got 3 tokens"):
-        index.insert(b"digest", ROOT, TOKENS[:3], 1)
+        index.insert(b"digest", ROOT, TOKENS[:3], (1,))
     with pytest.raises(ValueError, match="block_size must be at least 1, got 0"):
         PrefixIndex(0)
 
@@ -172,6 +181,32 @@ def test_check_holds_the_index_against_the_pool() -> None:
         index.check(publish(pool, ids))
     with pytest.raises(PoolInvariantError, match=r"only in the index: \[1\]"):
         index.check(publish(pool, [0]))
-    index._digests[3] = b"stale"
-    with pytest.raises(PoolInvariantError, match="name 2 blocks, 3 blocks name a digest"):
+    index._owners[3] = index._owners[0]
+    with pytest.raises(PoolInvariantError, match="name 2 blocks, 3 blocks name an entry"):
         index.check(publish(pool, [0, 1]))
+
+
+def test_kinds_have_their_own_blocks_of_a_node() -> None:
+    index = PrefixIndex(P, kinds=2)
+    digests, data = index.chain(TOKENS, ROOT), [TOKENS[i * P : (i + 1) * P] for i in range(3)]
+    parents = [ROOT, *digests]
+    for number in range(3):
+        assert index.insert(digests[number], parents[number], data[number], (number,), 0)
+    assert index.insert(digests[2], parents[2], data[2], (7, 8), 1)
+    assert not index.insert(digests[2], parents[2], data[2], (5, 6), 1)
+    assert [node.ids for node in index.nodes(digests)] == [[(0,), ()], [(1,), ()], [(2,), (7, 8)]]
+    assert index.evict([7]) == [8], "what was published together goes together"
+    assert index.evict([0, 1]) == [] and len(index) == 1
+    found = index.match(digests, TOKENS, ROOT)
+    assert [node.ids[0] for node in found.nodes] == [(), (), (2,)], "still there to be compared"
+    assert index.evict([2]) == [] and digests[0] not in index and len(index) == 0
+    assert index.match(digests, TOKENS, ROOT) == ([], MatchEnd.EVICTED)
+
+
+def test_blocks_found_bad_go_with_all_that_was_published_with_them() -> None:
+    index = PrefixIndex(P, kinds=2)
+    put(index, TOKENS, [0, 1, 2])
+    digests = index.chain(TOKENS, ROOT)
+    index.insert(digests[1], digests[0], TOKENS[P : 2 * P], (5, 6), 1)
+    assert sorted(index.withdraw(digests[1:])) == [1, 2, 5, 6]
+    assert look_up(index, TOKENS) == ([0], MatchEnd.EVICTED)

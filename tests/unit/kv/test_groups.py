@@ -1,0 +1,72 @@
+"""Which layers share lanes and tables, and how many blocks a sequence takes."""
+
+import pytest
+
+from jaxinfer.errors import ConfigError
+from jaxinfer.kv.groups import MOST_PADDING, KindGroups, Place, blocks_needed, layout, longest
+from jaxinfer.kv.spec import Full, Kind, Sliding, Window
+
+FULL, SLIDING = Full(2, 16), Sliding(2, 16, window=8)
+
+
+@pytest.mark.parametrize(
+    ("specs", "lanes", "counts"),
+    [
+        ([FULL] * 16, 16, [1]),
+        ([SLIDING] * 7, 7, [1]),
+        ([SLIDING, FULL] * 12, 12, [1, 1]),
+        (([SLIDING] * 5 + [FULL]) * 8, 8, [5, 1]),
+        ([SLIDING] * 5 + [FULL], 1, [5, 1]),
+        (([SLIDING] * 5 + [FULL]) * 4 + [SLIDING] * 2, 2, [11, 2]),  # 22 and 4: four lanes would pad 2 of 26
+        (([SLIDING] * 5 + [FULL]) * 10 + [SLIDING] * 2, 2, [26, 5]),  # 52 and 10
+        ([FULL] * 33 + [SLIDING] * 34, 34, [1, 1]),  # one place of 67 without a layer
+    ],
+)
+def test_lanes_are_as_many_as_little_padding_allows(specs, lanes, counts):
+    made = layout(tuple(specs))
+    assert (len(made.lanes), sorted(kind.count for kind in made.kinds)) == (lanes, sorted(counts))
+    assert len(set(made.places)) == len(specs), "no two layers in one place"
+    assert made.groups * lanes - len(specs) <= MOST_PADDING * len(specs)
+    for place, spec in zip(made.places, specs, strict=True):
+        [kind] = [kind for kind in made.kinds if place.group in range(made.groups)[kind.span]]
+        assert kind.kind == spec.kind
+
+
+def test_a_model_of_one_kind_has_a_lane_a_layer_and_one_table():
+    made = layout((FULL, Full(4, 8), Full(2, 16, replicated=True)))
+    assert made.places == (Place(0, 0), Place(0, 1), Place(0, 2)) and made.kinds == (KindGroups(Kind()),)
+    assert made.lanes == (FULL, Full(4, 8), Full(2, 16, replicated=True)), "each of its own shape"
+
+
+def test_layers_of_other_shapes_do_not_share_a_lane():
+    """With fewer lanes, the same shapes may meet."""
+    narrow = Sliding(1, 16, window=8)
+    made = layout((FULL, FULL, SLIDING, SLIDING))
+    assert len(made.lanes) == 2
+    with pytest.raises(ConfigError, match="layers 0 and 1 keep arrays of different shapes.*place all attention layers alike"):
+        layout((FULL, narrow))
+
+
+@pytest.mark.parametrize(
+    ("length", "first"), [(0, 0), (1, 0), (7, 0), (8, 1), (9, 2), (100, 93)]
+)
+def test_a_window_ends_with_the_token_that_sees_it(length, first):
+    assert Window(8).first_needed(length) == first
+    assert Kind().first_needed(length) == 0
+    assert Window(1).first_needed(length) == length
+
+
+def test_blocks_needed():
+    kinds = layout((SLIDING, SLIDING, FULL)).kinds
+    assert blocks_needed(kinds, 4, 4, 16) == 3
+    assert blocks_needed(kinds, 400, 4, 16) == 100 + 2 * (-(-(7 + 16) // 4) + 1)
+    assert blocks_needed(kinds, 400, 4, 1) == 100 + 2 * 3
+    assert blocks_needed((KindGroups(Kind()),), 401, 4, 16) == 101
+
+
+@pytest.mark.parametrize("blocks", [0, 2, 3, 20, 21, 30, 99, 100, 114, 300])
+def test_the_longest_sequence_is_the_last_that_fits(blocks):
+    kinds = layout((SLIDING, SLIDING, FULL)).kinds
+    found = longest(kinds, blocks, 4, 16, 500)
+    assert found == 0 or blocks_needed(kinds, found, 4, 16) <= blocks
+    assert found == 500 or blocks_needed(kinds, found + 1, 4, 16) > blocks
