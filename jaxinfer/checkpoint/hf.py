@@ -24,6 +24,8 @@ MAX_JSON_BYTES = 64 * 2**20
 SIZE_CAPS = {
     "vocab_size": 2**22, "hidden_size": 2**17, "intermediate_size": 2**20, "moe_intermediate_size": 2**20,
     "num_hidden_layers": 1024, "num_attention_heads": 4096, "num_key_value_heads": 4096, "head_dim": 2**14,
+    "d_model": 2**17, "encoder_layers": 1024, "decoder_layers": 1024, "encoder_attention_heads": 4096,
+    "decoder_attention_heads": 4096, "encoder_ffn_dim": 2**20, "decoder_ffn_dim": 2**20,
     "num_experts": 2**14, "num_local_experts": 2**14, "max_position_embeddings": 2**27,
 }
 """Largest value accepted of each size in a config.json; far above any real model, far below an overflow."""
@@ -47,6 +49,8 @@ HARMLESS = frozenset("""
 defaults of training and of `generate`."""
 
 _TOKENIZER_FILES = ("added_tokens.json", "tokenizer_config.json", "tokenizer.json")
+READ_QUANTISED = ("mxfp4",)
+"""Quantisations of checkpoints that a family can read (gpt-oss, `checkpoint.interleaved`), by their `quant_method`."""
 _QUANTISED = ("quantization_config", "compression_config", "quantization")
 REQUIRED: Any = object()
 """Default of a field that must be there."""
@@ -110,9 +114,10 @@ def lay_over(config: Mapping[str, Any], hf_overrides: Mapping[str, Any] | None =
     if config.get("auto_map"):
         logger.info("config.json names code of its own (auto_map): ignored, never executed.")
     for name in _QUANTISED:
-        if config.get(name):
+        method = config[name].get("quant_method") if isinstance(config.get(name), Mapping) else None
+        if config.get(name) and method not in READ_QUANTISED:  # which family reads it is the family's affair
             raise ConfigError(f"{name}={_show(config[name])}: quantised checkpoints are not supported "
-                              "(supported: none yet). Use the unquantised checkpoint of this model.")
+                              f"(supported: {', '.join(READ_QUANTISED)}). Use the unquantised checkpoint of this model.")
     return config
 
 
@@ -200,10 +205,14 @@ class ConfigReader:
         self._parts[name] = ConfigReader({**value, **changed}, f"{self.family}, {name}")
         return self._parts[name]
 
-    def rope(self, head_dim: int) -> RopeConfig:
-        """The rotary embedding that the fields of `ROPE_FIELDS` describe."""
+    def defaults(self, **values: Any) -> None:
+        """What config.json means where it does not have these fields at all."""
+        self.config = {**values, **self.config}
+
+    def rope(self, head_dim: int, **changed: Any) -> RopeConfig:
+        """The rotary embedding that the fields of `ROPE_FIELDS` describe, with values laid over them."""
         self.skip(*ROPE_FIELDS)
-        return RopeConfig.from_hf(self.config, head_dim)
+        return RopeConfig.from_hf({**self.config, **changed}, head_dim)
 
     def skip(self, *names: str) -> None:
         """Marks fields that the family knows and does not need."""

@@ -51,6 +51,8 @@ class Stored:
     """Of one whose last axis has columns of zeroes: (first column, start, stop) of the intervals of the tensor's own."""
     scales_of: str | None = None
     """The path of the int8 parameter whose rows these are the scales of."""
+    stacked: bool = False
+    """Whether the first axis is one of several such parameters, to which `unpadded`, `rows` and `columns` apply alone."""
 
     @classmethod
     def of(cls, path: str, param: nnx.Param, mesh: Mesh) -> "Stored":
@@ -61,7 +63,7 @@ class Stored:
             tuple(param.shape), jnp.dtype(param.dtype).name,
             tuple(sharding_rules.of(mesh, metadata, param.shape, path).spec),
             _unpadded(param), _rows(param), _columns(param, mesh),
-            None if scaled is None else ".".join([*path.split(".")[:-1], scaled]),
+            None if scaled is None else ".".join([*path.split(".")[:-1], scaled]), bool(metadata.get("stacked")),
         )  # fmt: skip
 
     @classmethod
@@ -86,7 +88,7 @@ def _rows(param: nnx.Param) -> dict[str, list[list[int]]] | None:
     outputs = param.get_metadata().get("outputs")
     if outputs is None:
         return None
-    found, tp, first = {}, param.shape[0], 0
+    found, tp, first = {}, param.shape[1 if param.get_metadata().get("stacked") else 0], 0
     for output in outputs:
         found[output.name] = [
             [shard, first + piece.column, piece.start, piece.stop]

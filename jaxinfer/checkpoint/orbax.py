@@ -145,24 +145,35 @@ class StoredSource:
     def info(self, name: str) -> Tensor:
         rule = self._rules[name]
         stored = self._stored[rule.target]
+        stack, shape = (stored.shape[:1], stored.shape[1:]) if stored.stacked else ((), stored.shape)
         if stored.rows is None:
-            shape = stored.unpadded or stored.shape
+            shape = stored.unpadded or shape
         else:
-            shape = (sum(self._rows(rule.target, part) for part in rule.parts), *stored.shape[2:])
-        return Tensor(tuple(shape))
+            shape = (sum(self._rows(rule.target, part) for part in rule.parts), *shape[2:])
+        return Tensor((*stack, *shape))
 
     def release(self) -> None:
         """What is held is needed until another parameter is."""
 
     def read(self, name: str, slices: tuple[slice, ...] | None = None) -> np.ndarray:
-        """A part of a tensor; for a slice of rows alone of an int8 matrix the scales of these rows."""
+        """A part of a tensor; for slices of all axes but the last of an int8 matrix the scales of these rows."""
         rule, shape = self._rules[name], self.info(name).shape
-        rows, *columns = slices or tuple(map(slice, shape))
-        path = self._scales.get(rule.target, rule.target) if len(shape) > 1 and not columns else rule.target
+        slices = slices or tuple(map(slice, shape))
+        path = self._scales.get(rule.target, rule.target) if len(slices) < len(shape) else rule.target
+        values = self._values(path)
+        if not self._stored[path].stacked:
+            return self._part(path, rule, values, shape, slices)
+        stack, *rest = slices
+        return np.stack([self._part(path, rule, one, shape[1:], rest) for one in values[stack]])
+
+    def _part(
+        self, path: str, rule: rules.Rule, values: np.ndarray, shape: Sequence[int], slices: Sequence[slice]
+    ) -> np.ndarray:
+        """Of the tensor of this shape, or one of a stack, whose parameter is `values`."""
+        rows, *columns = slices
         if self._stored[path].rows is not None:
-            return self._fused(path, rule, rows, columns)
-        values = self._values(path)[rows]
-        pieces = self._stored[path].columns
+            return self._fused(path, rule, values, rows, columns)
+        values, pieces = values[rows], self._stored[path].columns
         if pieces is None or not columns:
             return values[(slice(None), *columns)]
         own = slice(*columns[0].indices(shape[1]))
@@ -171,9 +182,11 @@ class StoredSource:
             _overlap(made.T, own, values.T, column, first, last)
         return made
 
-    def _fused(self, path: str, rule: rules.Rule, rows: slice, columns: Sequence[slice]) -> np.ndarray:
+    def _fused(
+        self, path: str, rule: rules.Rule, values: np.ndarray, rows: slice, columns: Sequence[slice]
+    ) -> np.ndarray:
         """Rows of a tensor that stacks outputs of a fused parameter."""
-        values = self._values(path)[(slice(None), slice(None), *columns)]
+        values = values[(slice(None), slice(None), *columns)]
         rows = slice(*rows.indices(sum(self._rows(path, part) for part in rule.parts)))
         made = np.zeros((rows.stop - rows.start, *values.shape[2:]), values.dtype)
         offset = 0

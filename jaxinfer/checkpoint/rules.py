@@ -3,8 +3,10 @@
 import logging
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,7 +15,7 @@ from jax.sharding import Mesh
 from tqdm.auto import tqdm
 
 from jaxinfer.checkpoint.quantised import Int8Source
-from jaxinfer.checkpoint.source import Source
+from jaxinfer.checkpoint.source import Info, Source
 from jaxinfer.errors import CheckpointError
 from jaxinfer.sharding import rules as sharding_rules
 
@@ -40,17 +42,21 @@ class Rule:
     """For a fused parameter: the outputs whose rows the tensor stacks, in its order."""
     also: tuple[str, ...] = ()
     """Other names that checkpoints know it by; one has it under a single name."""
+    index: int | None = None
+    """Of a stacked parameter: which of the stack it is; None: the tensor is a stack itself, of all of them."""
+    instead: tuple["Rule", ...] = ()
+    """The tensors that hold the same numbers in checkpoints that do not have this one (`models.moe_rules`)."""
+
+    def of_layer(self, i: int) -> "Rule":
+        """With the layer's number written out."""
+        source, *also = (name.replace("{i}", str(i)) for name in (self.source, *self.also))
+        target = None if self.target is None else self.target.replace("{i}", str(i))
+        return Rule(source, target, self.parts, tuple(also), self.index, tuple(r.of_layer(i) for r in self.instead))
 
 
 def expand(table: Iterable[Rule], layers: int) -> list[Rule]:
     """The table with `{i}` written out for every layer."""
-    rows = []
-    for rule in table:
-        for i in range(layers) if "{i}" in rule.source else (0,):
-            target = None if rule.target is None else rule.target.replace("{i}", str(i))
-            source, *also = (name.replace("{i}", str(i)) for name in (rule.source, *rule.also))
-            rows.append(Rule(source, target, rule.parts, tuple(also)))
-    return rows
+    return [rule.of_layer(i) for rule in table for i in (range(layers) if "{i}" in rule.source else (0,))]
 
 
 def parameters(module: nnx.Module) -> dict[str, nnx.Param]:
@@ -113,7 +119,7 @@ def plan(wanted: Mapping[str, nnx.Param], table: Sequence[Rule], source: Source)
     """
     by_name: dict[str, Rule] = {}
     names = set(source.names())
-    for rule in table:
+    for rule in _present(table, names):
         found = next((name for name in (rule.source, *rule.also) if name in names), rule.source)
         if found in by_name:
             raise CheckpointError(f"the weight table names tensor {found!r} twice")
@@ -134,10 +140,29 @@ def plan(wanted: Mapping[str, nnx.Param], table: Sequence[Rule], source: Source)
         _check_shape(rule, wanted[rule.target], source)
         planned[rule.target].append(rule)
     for path, filled in planned.items():
-        outputs = [o.name for o in wanted[path].get_metadata().get("outputs", ())]
-        if sorted(part for rule in filled for part in rule.parts) != sorted(outputs) or not filled:
-            raise CheckpointError(f"the weight table fills {path!r} from {[r.source for r in filled]}, not wholly")
+        _check_whole(path, wanted[path], filled)
     return planned | {path: planned[weight] for path, weight in scales.items()}
+
+
+def _present(table: Sequence[Rule], names: set[str]) -> Iterator[Rule]:
+    """The rules of the tensors that this checkpoint has, where it may have others instead."""
+    for rule in table:
+        absent = rule.instead and names.isdisjoint((rule.source, *rule.also))
+        yield from _present(rule.instead, names) if absent else (rule,)
+
+
+def _check_whole(path: str, param: nnx.Param, filled: Sequence[Rule]) -> None:
+    """Whether the rules fill all outputs of a parameter, of each of a stack, once."""
+    metadata = param.get_metadata()
+    outputs = [output.name for output in metadata.get("outputs", ())] or [""]
+    stack = range(param.shape[0]) if metadata.get("stacked") else (None,)
+    found: Counter[tuple[int | None, str]] = Counter()
+    for rule in filled:
+        for index in stack if rule.index is None else (rule.index,):
+            found.update((index, part) for part in rule.parts or ("",))
+    if found != Counter((index, name) for index in stack for name in outputs):
+        sources = _some([rule.source for rule in filled]) or "nothing"
+        raise CheckpointError(f"the weight table fills {path!r} from {sources}, not wholly or not once")
 
 
 def _sibling(path: str, scales: nnx.Param) -> str:
@@ -152,11 +177,14 @@ def _some(names: Sequence[str], most: int = 8) -> str:
 
 def _check_shape(rule: Rule, param: nnx.Param, source: Source) -> None:
     metadata = param.get_metadata()
+    stack, shape = (param.shape[:1], param.shape[1:]) if metadata.get("stacked") else ((), tuple(param.shape))
     if rule.parts:
         rows = {output.name: output.rows for output in metadata["outputs"]}
-        expected = (sum(rows[part] for part in rule.parts), *param.shape[2:])
+        expected = (sum(rows[part] for part in rule.parts), *shape[2:])
     else:
-        expected = metadata.get("unpadded") or tuple(param.shape)
+        expected = metadata.get("unpadded") or shape
+    if rule.index is None:
+        expected = (*stack, *expected)
     found = tuple(source.info(rule.source).shape)
     if found != expected:
         raise CheckpointError(f"tensor {rule.source!r}: expected shape {list(expected)}, found {list(found)}")
@@ -170,14 +198,48 @@ def _place(path: str, param: nnx.Param, filled: list[Rule], source: Source, mesh
     def shard(index: tuple[slice, ...]) -> np.ndarray:
         own = [slice(*i.indices(n)) for i, n in zip(index, param.shape, strict=True)]
         made = _aligned([i.stop - i.start for i in own], np.dtype(param.dtype))
-        if "outputs" in metadata:
-            for part, number in zip(made, range(own[0].start, own[0].stop), strict=True):
-                _copy_fused(part, metadata["outputs"], number, param.shape[0], filled, source)
-        else:
-            _copy_plain(made, own, param, filled[0].source, source)
+        if not metadata.get("stacked"):
+            _fill(made, own, tuple(param.shape), metadata, filled, source)
+            return made
+        stack, *rest = own
+        for one, number in zip(made, range(stack.start, stack.stop), strict=True):
+            alone = [rule for rule in filled if rule.index == number]
+            parts = (alone, source) if alone else (filled, OneOf(source, number))
+            _fill(one, rest, tuple(param.shape[1:]), metadata, *parts)
         return made
 
     return jax.make_array_from_callback(tuple(param.shape), placed, shard)
+
+
+class OneOf:
+    """The tensors of a source that are stacks, as one of each stack."""
+
+    def __init__(self, source: Source, number: int):
+        self._source, self._number = source, number
+
+    def names(self) -> list[str]:
+        return self._source.names()
+
+    def info(self, name: str) -> Info:
+        return self._source.info(name)
+
+    def release(self) -> None:
+        self._source.release()
+
+    def read(self, name: str, slices: tuple[slice, ...] | None = None) -> np.ndarray:
+        """A part of the one, by slices of its own axes."""
+        return self._source.read(name, (slice(self._number, self._number + 1), *(slices or ())))[0]
+
+
+def _fill(
+    made: np.ndarray, own: Sequence[slice], shape: tuple[int, ...], metadata: Mapping[str, Any], filled: list[Rule],
+    source: Source,
+) -> None:  # fmt: skip
+    """Fills the part `own` of a parameter, or one of a stack, of this shape."""
+    if "outputs" not in metadata:
+        return _copy_plain(made, own, shape, metadata, filled[0].source, source)
+    for part, number in zip(made, range(own[0].start, own[0].stop), strict=True):
+        _copy_fused(part, metadata["outputs"], number, shape[0], filled, source)
 
 
 def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
@@ -203,15 +265,17 @@ def _copy(target: np.ndarray, source: Source, name: str, part: Sequence[slice]) 
         source.release()
 
 
-def _copy_plain(target: np.ndarray, own: Sequence[slice], param: nnx.Param, name: str, source: Source) -> None:
+def _copy_plain(
+    target: np.ndarray, own: Sequence[slice], shape: tuple[int, ...], metadata: Mapping[str, Any], name: str,
+    source: Source,
+) -> None:  # fmt: skip
     """Fills a part of a parameter that is one tensor: what lies beyond the tensor, or in no piece of it, stays zero."""
-    metadata = param.get_metadata()
-    bounds = metadata.get("unpadded") or param.shape
+    bounds = metadata.get("unpadded") or shape
     part = [slice(i.start, min(i.stop, n)) for i, n in zip(own, bounds)]
     if "inputs" not in metadata:
         return _copy(target, source, name, part)
     width = own[1].stop - own[1].start
-    for piece in metadata["inputs"].pieces(own[1].start // width, param.shape[1] // width):
+    for piece in metadata["inputs"].pieces(own[1].start // width, shape[1] // width):
         into = target[:, piece.column : piece.column + piece.stop - piece.start]
         _copy(into, source, name, [part[0], slice(piece.start, piece.stop)])
 

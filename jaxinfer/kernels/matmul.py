@@ -5,9 +5,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxinfer.errors import ConfigError
+from jaxinfer.kernels import triton_launch
 from jaxinfer.kernels.native import build
 
-XLA, NATIVE = "xla", "native"
+XLA, NATIVE, TRITON = "xla", "native", "triton"
+"""Triton's is for products of groups alone (`kernels.grouped`); all others are XLA's beside it."""
 
 MATRIX_UNIT_ROWS = 16
 """Rows up to which the native product of bfloat16 serves on a CPU with matrix units (AMX), which XLA uses beyond:
@@ -20,8 +22,10 @@ def choose(asked: str, mesh: Mesh) -> str:
     Raises:
         ConfigError: one that is not known, or that cannot run here.
     """
-    if asked not in ("auto", XLA, NATIVE):
-        raise ConfigError(f"matmul_kernel must be auto, {XLA} or {NATIVE}, got {asked!r}")
+    if asked not in ("auto", XLA, NATIVE, TRITON):
+        raise ConfigError(f"matmul_kernel must be auto, {XLA}, {NATIVE} or {TRITON}, got {asked!r}")
+    if asked == TRITON or asked == "auto" and mesh.devices.flat[0].platform != "cpu":
+        return TRITON if triton_launch.serves("matmul_kernel", asked, mesh)[0] else XLA
     # XLA cannot divide a call of ours over devices.
     return XLA if asked == "auto" and mesh.devices.size > 1 else build.choose("matmul_kernel", asked, mesh)
 

@@ -18,11 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxinfer.errors import ConfigError
+
 OLDEST = (3, 6)
 """The triton that the kernels were first compiled with."""
 LEAST_CAPABILITY = 80
 """Ampere: the first with bfloat16 and asynchronous copies to shared memory."""
-TYPES = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32", "int32": "*i32"}
+TYPES = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32", "int32": "*i32", "int8": "*i8"}
 """What an array's dtype is called in a kernel's signature."""
 ALIGNED = [["tt.divisibility", 16]]
 """XLA aligns every buffer to more than 16 bytes."""
@@ -79,6 +81,24 @@ def target(mesh: Mesh) -> Target | None:
         return None
     found = Target(int(capability[1]) * 10 + int(capability[2]), device.core_count)
     return found if found.capability >= LEAST_CAPABILITY else None
+
+
+def serves(setting: str, asked: str, mesh: Mesh) -> tuple[bool, str]:
+    """Whether Triton's kernels serve the devices of a mesh, where `asked` is "auto" or "triton"; if not, why.
+
+    Raises:
+        ConfigError: "triton" where it cannot be; names the setting and the reason.
+    """
+    device = mesh.devices.flat[0]
+    reason = lacking()
+    if target(mesh) is None:
+        reason = (
+            f"the device is {device.device_kind} ({device.platform}), not an NVIDIA GPU of compute capability "
+            f"{LEAST_CAPABILITY / 10} or more; 'auto' chooses what it can run"
+        )
+    if reason is not None and asked == "triton":
+        raise ConfigError(f"{setting} is 'triton', but {reason}")
+    return reason is None, reason or ""
 
 
 def _ptx_version(capability: int) -> int:

@@ -21,21 +21,25 @@ ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
 
 
 class GatedMLP(nnx.Module):
-    """`down(act(gate(x)) * up(x))`, gate and up as one GEMM (arXiv:2002.05202)."""
+    """`down(act(gate(x)) * up(x))`, gate and up as one GEMM (arXiv:2002.05202); `summed` as `RowLinear`."""
 
     placed_whole = True
     """Its parts are divided alike (`models.loading.placeable`)."""
 
-    def __init__(self, build: Build, width: int, ffn: int, activation: str, *, bias: bool = False):
+    def __init__(self, build: Build, width: int, ffn: int, activation: str, *, bias: bool = False, summed: bool = True):
         outputs = Output("gate", ffn), Output("up", ffn)
         self.gate_up = FusedLinear(build, width, outputs, bias=bias)
-        self.down = RowLinear(build, axes.FFN, outputs[0], width, bias=bias)
+        self.down = RowLinear(build, axes.FFN, outputs[0], width, bias=bias, summed=summed)
         self.activation = activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[T, M]` -> `[T, M]`."""
+        return self.down(self.hidden(x))
+
+    def hidden(self, x: jax.Array) -> jax.Array:
+        """`[T, M]` -> `[T, tp, F / tp]`, what down takes."""
         gate, up = self.gate_up(x)
-        return self.down(ACTIVATIONS[self.activation](gate) * up)
+        return ACTIVATIONS[self.activation](gate) * up
 
 
 class MLP(nnx.Module):

@@ -1,15 +1,17 @@
 """Qwen3 dense (`Qwen3ForCausalLM`): an RMSNorm on each query and key head (arXiv:2505.09388)."""
 
+from typing import Any
+
 from jaxinfer.checkpoint.hf import ConfigReader
 from jaxinfer.models.base import Family
 from jaxinfer.models.decoder import Decoder, DecoderConfig, read_config, weight_rules
 from jaxinfer.models.qwen2 import windows
 
 
-def config(reader: ConfigReader) -> DecoderConfig:
-    """`attention_bias` puts a bias on q, k, v and o alike."""
+def config(reader: ConfigReader, **more: Any) -> DecoderConfig:
+    """`attention_bias` puts a bias on q, k, v and o alike; `more`: of `models.decoder.read_config`."""
     bias = reader.get_bool("attention_bias", False)
-    return read_config(reader, qkv_bias=bias, out_bias=bias, qk_norm=True, **windows(reader))
+    return read_config(reader, qkv_bias=bias, out_bias=bias, qk_norm=True, **windows(reader), **more)
 
 
 FAMILY = Family(config, Decoder, weight_rules)

@@ -30,9 +30,10 @@ VOCAB = "vocab"
 EXPERT = "expert"
 BLOCKS = "blocks"
 BLOCK = "block"
+SLOTS = "slots"
 
 LOGICAL_AXES = frozenset(
-    {SHARD, COLUMNS, EMBED, HEADS, KV_HEADS, HEAD_DIM, FFN, VOCAB, EXPERT, BLOCKS, BLOCK}
+    {SHARD, COLUMNS, EMBED, HEADS, KV_HEADS, HEAD_DIM, FFN, VOCAB, EXPERT, BLOCKS, BLOCK, SLOTS}
 )
 """Every logical name a parameter or a cache array may carry."""
 

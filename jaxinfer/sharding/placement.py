@@ -12,11 +12,11 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
-from jaxinfer.sharding import rules
+from jaxinfer.sharding import axes, rules
 from jaxinfer.sharding.collectives import STEPS, Collective, Exchanging
 from jaxinfer.sharding.placement_html import render
 from jaxinfer.sharding.placement_rows import Exchange, Placed, Row
-from jaxinfer.sharding.policy import REPLICATE, SHARD
+from jaxinfer.sharding.policy import EXPERTS, REPLICATE, SHARD
 
 
 @dataclass(frozen=True, repr=False)
@@ -110,11 +110,17 @@ def _rows(
         metadata, where, shape = param.get_metadata(), ".".join([*path, name]), tuple(param.shape)
         placed = rules.of(mesh, metadata, shape, where)
         yield Row(
-            path=where, module=metadata["module"], tactic=REPLICATE if metadata["replicated"] else SHARD, shape=shape,
+            path=where, module=metadata["module"], tactic=_tactic(metadata), shape=shape,
             dtype=np.dtype(param.dtype).name, logical_axes=tuple(metadata["logical_axes"]), spec=placed.spec,
             device_bytes=array_bytes(placed.shard_shape(shape), param.dtype), copies=_copies(placed, mesh),
             checkpoint_bytes=array_bytes(_own_shape(metadata, shape), param.dtype), steps=steps,
         )  # fmt: skip
+
+
+def _tactic(metadata: Mapping[str, Any]) -> str:
+    if metadata["replicated"]:
+        return REPLICATE
+    return EXPERTS if axes.EXPERT in metadata["logical_axes"] else SHARD
 
 
 def _copies(placed: NamedSharding, mesh: Mesh | AbstractMesh) -> int:
@@ -125,6 +131,9 @@ def _copies(placed: NamedSharding, mesh: Mesh | AbstractMesh) -> int:
 
 def _own_shape(metadata: Mapping[str, Any], shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of what the checkpoint has of a parameter."""
+    if metadata.get("stacked"):
+        one = {name: value for name, value in metadata.items() if name != "stacked"}
+        return (shape[0], *_own_shape(one, shape[1:]))
     if "outputs" in metadata:  # `[tp, columns, ...]`, the columns of all outputs
         return (sum(output.rows for output in metadata["outputs"]), *shape[2:])
     return tuple(metadata.get("unpadded") or shape)

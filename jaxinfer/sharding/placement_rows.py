@@ -25,7 +25,7 @@ class Row:
     module: str
     """The module around it that a placement may name."""
     tactic: str
-    """Of that module: "shard" or "replicate"."""
+    """Of that module: "shard" or "replicate"; of experts that lie whole on one device each, "experts"."""
     shape: tuple[int, ...]
     """Over all devices."""
     dtype: str

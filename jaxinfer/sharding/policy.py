@@ -4,6 +4,8 @@
 
 A module that is "shard"ed has its parameters divided where their logical axes say so (`sharding.rules`). One that is
 "replicate"d has all of them copied to every device and is computed on every device; none lies on the first alone.
+One that is divided by "experts" has whole experts on each device, where a sharded one has a part of each; whatever else lies
+within it is sharded.
 """
 
 import re
@@ -14,8 +16,8 @@ from typing import Any
 
 from jaxinfer.errors import ConfigError
 
-SHARD, REPLICATE = "shard", "replicate"
-TACTICS = (SHARD, REPLICATE)
+SHARD, REPLICATE, EXPERTS = "shard", "replicate", "experts"
+TACTICS = (SHARD, REPLICATE, EXPERTS)
 
 
 @dataclass(frozen=True)
@@ -65,22 +67,29 @@ class Placement:
             )
         return next(iter(found.values()), None)
 
-    def check(self, modules: Iterable[str], inside: Iterable[str] = ()) -> None:
+    def check(self, modules: Iterable[str], inside: Iterable[str] = (), experts: Iterable[str] = ()) -> None:
         """Whether every pattern names something, and something that is placed as a whole, and none contradicts another.
 
         Args:
             modules: paths of what can be placed and of all around it.
             inside: paths of what lies within one such module and follows it.
+            experts: paths of the modules that have experts.
 
         Raises:
             ConfigError: a pattern that names nothing, or only what lies inside a module that is placed as one; two that
-                contradict each other, also about a module of which another pattern names all parts.
+                contradict each other, also about a module of which another pattern names all parts; one that divides
+                by experts what has none.
         """
-        modules, inside = list(modules), list(inside)
+        modules, inside, experts = list(modules), list(inside), list(experts)
         for path in modules:
             self._named(path)
         for pattern in self.patterns:
             if any(_matches(pattern, path) for path in modules):
+                if self.patterns[pattern] == EXPERTS and not any(_matches_around(pattern, path) for path in experts):
+                    raise ConfigError(
+                        f"placement: {pattern!r} is given {EXPERTS!r}, and names nothing that has experts; "
+                        f"{f'there are {_some(experts)}' if experts else f'this model has none: leave it {SHARD!r}'}"
+                    )
                 continue
             within = [path for path in inside if _matches(pattern, path)]
             if within:
@@ -93,6 +102,12 @@ class Placement:
 
 def _matches(pattern: str, path: str) -> bool:
     return re.match(translate(pattern), path) is not None
+
+
+def _matches_around(pattern: str, path: str) -> bool:
+    """Whether it names the module or one around it."""
+    parts = path.split(".")
+    return any(_matches(pattern, ".".join(parts[:end])) for end in range(1, len(parts) + 1))
 
 
 def _some(paths: list[str]) -> str:

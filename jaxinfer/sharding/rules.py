@@ -21,6 +21,7 @@ RULES: Mapping[str, str | None] = {
     axes.HEAD_DIM: None,
     axes.BLOCKS: None,
     axes.BLOCK: None,
+    axes.SLOTS: None,
 }
 
 

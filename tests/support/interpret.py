@@ -80,7 +80,7 @@ def _interpreted(function: Callable[..., Any]) -> Any:
 
 def _dot(_builder: Any, a: Any, b: Any, acc: Any, *_precision: Any) -> Any:
     """a b + acc; the interpreter's own takes bfloat16 for the integers it keeps them as."""
-    return type(acc)(np.matmul(_wide(a), _wide(b)) + acc.data, acc.dtype.scalar)
+    return type(acc)((np.matmul(_wide(a), _wide(b)) + acc.data).astype(acc.data.dtype), acc.dtype.scalar)
 
 
 def _wide(operand: Any) -> np.ndarray:

@@ -14,11 +14,15 @@ from jaxinfer.sharding import Plan, plan
 from jaxinfer.sharding.collectives import DECODE
 from jaxinfer.sharding.policy import Placement
 from support.lowering import Compiled, abstract_model, compile_step
-from support.tiny import BLOCK, CHUNK, CONFIG, LENGTH, ROWS, shapes
+from support.tiny import BLOCK, CHUNK, CONFIG, FULL, LENGTH, ROWS, config, shapes
 
 LLAMA = CONFIG | {"architectures": ["LlamaForCausalLM"], "num_attention_heads": 8, "dtype": "bfloat16"}
 """Eight query heads, two of keys and values, a vocabulary of 97 that is padded."""
+MOE = config("qwen3_moe") | {"num_attention_heads": 8, "dtype": "bfloat16"}
+"""Eight experts in every layer."""
 TIED = LLAMA | {"tie_word_embeddings": True}
+OLMO = config("olmo3") | {"num_attention_heads": 8, "dtype": "bfloat16", "layer_types": [FULL] * 2}
+"""Queries and keys are normalised over their whole width; kv heads serve several devices."""
 
 CASES: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
     "sharded": (LLAMA, {}),
@@ -30,6 +34,11 @@ CASES: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
     "tied": (TIED, {}),
     "tied, int8": (TIED, {"quantization": "int8"}),
     "int8": (LLAMA, {"quantization": "int8"}),
+    "norms over the whole width": (OLMO, {}),
+    "norms over the whole width, attention replicated": (OLMO, {"placement": {"*.attention": "replicate"}}),
+    "experts": (MOE, {}),
+    "by experts": (MOE, {"placement": {"*.mlp": "experts"}}),
+    "experts replicated, int8": (MOE, {"placement": {"*.mlp": "replicate"}, "quantization": "int8"}),
 }
 """config.json and settings."""
 

@@ -53,7 +53,7 @@ struct Scratch {
 };
 
 struct Tile {
-  int64_t row, start, position, count;
+  int64_t row, start, position, count, first, end;  // of the keys that its queries may see, [first, end)
 };
 
 inline int64_t RoundUp(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
@@ -210,7 +210,8 @@ void Attend(const typename Kind::Element* q, const Lanes<Kind>& lanes, const int
   auto first_key = [&](int64_t position) {
     return scoring.window ? std::max<int64_t>(position - scoring.window + 1, 0) : 0;
   };
-  const int64_t begin = first_key(tile.position), end = tile.position + tile.count;
+  const int64_t begin = std::max(first_key(tile.position), tile.first);
+  const int64_t end = std::min(tile.position + tile.count, tile.end);
   int64_t found[2][kChunk];
   int64_t *places = found[0], *next = found[1];
   const int64_t start = begin / lanes.block * lanes.block;
@@ -227,8 +228,8 @@ void Attend(const typename Kind::Element* q, const Lanes<Kind>& lanes, const int
       for (int r = 0; r < R; ++r) {
         const int64_t position = tile.position + (row + r) / group;
         qs[r] = reinterpret_cast<const uint32_t*>(q + place(row + r) * lanes.dim);
-        low[r] = first_key(position) - first;
-        high[r] = position + 1 - first;
+        low[r] = std::max(first_key(position), tile.first) - first;
+        high[r] = std::min(position + 1, tile.end) - first;
       }
       const bool all = *std::max_element(low, low + R) <= 0 && *std::min_element(high, high + R) >= kChunk;
       if (all) Turn<Kind, R, true>(qs, low, high, row, words, stride, scoring, scratch);
@@ -286,9 +287,9 @@ void Run(ffi::ThreadPool& pool, const Step& step, const Scoring& scoring, const 
   const int64_t parts = lanes.heads / together;
   ParallelFor(pool, tiles * parts, [&](int64_t task) {
     // The tiles of a prompt take longer the later they stand: those first.
-    const int32_t* t = step.tiles.typed_data() + (tiles - 1 - task / parts) * 4;
-    const Tile tile{t[0], t[1], t[2], t[3]};
-    if (tile.count <= 0) return;
+    const int32_t* t = step.tiles.typed_data() + (tiles - 1 - task / parts) * 6;
+    const Tile tile{t[0], t[1], t[2], t[3], t[4], t[5]};
+    if (tile.count <= 0 || tile.end <= tile.first) return;
     const auto* q = static_cast<const Element*>(step.q.untyped_data());
     const int32_t* table = step.tables.typed_data() + tile.row * width;
     for (int64_t i = 0; i < together; ++i)

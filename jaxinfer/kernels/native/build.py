@@ -29,6 +29,8 @@ HEADERS = ("simd.h", "parallel.h")
 TARGETS = {
     "jaxinfer_matmul": "JaxinferMatmul",
     "jaxinfer_int8_matmul": "JaxinferInt8Matmul",
+    "jaxinfer_grouped_matmul": "JaxinferGroupedMatmul",
+    "jaxinfer_grouped_int8_matmul": "JaxinferGroupedInt8Matmul",
     "jaxinfer_attention": "JaxinferAttention",
     "jaxinfer_copy_blocks": "JaxinferCopyBlocks",
 }

@@ -1,4 +1,4 @@
-// y = x w^T: rows [M, K] times weights [N, K], both as they lie in memory.
+// y = x w^T: rows [M, K] times weights [N, K], both as they lie in memory; or groups of rows, each times its own weights.
 //
 // A few rows (decode) are bound by reading the weights: each is read once, as dot products along k. Many rows
 // (prefill) are bound by arithmetic: some weight rows at a time are transposed into a panel that stays in the
@@ -120,36 +120,72 @@ void ManyRows(const typename Kind::Element* x, const typename Kind::Element* w, 
   if (row < m) run(row, Constant<1>{});
 }
 
-// All of x w^T; `make_emit(begin)` gives the function that takes the results of one task.
+// Rows of x that are multiplied with one matrix.
+struct Group {
+  int64_t first;   // of its rows in x
+  int64_t rows;
+  int64_t result;  // the row of y that is made of the first
+  int64_t matrix;
+};
+
+// All of x w^T; `make_emit(group, begin)` gives the function that takes the results of one task.
 template <typename Kind, typename MakeEmit>
-void Matmul(ffi::ThreadPool& pool, const typename Kind::Element* x, const typename Kind::Element* w, int64_t m,
-            int64_t n, int64_t k, const MakeEmit& make_emit) {
-  ParallelFor(pool, (n + kColumns - 1) / kColumns, [&](int64_t task) {
-    const int64_t begin = task * kColumns, end = std::min(n, begin + kColumns);
-    auto emit = make_emit(begin);
-    if (m <= kFewRows) FewRows<Kind>(x, w, m, k, begin, end, emit);
-    else ManyRows<Kind>(x, w, m, k, begin, end, emit);
+void Matmul(ffi::ThreadPool& pool, const typename Kind::Element* x, const typename Kind::Element* w,
+            const std::vector<Group>& groups, int64_t n, int64_t k, const MakeEmit& make_emit) {
+  const int64_t tasks = (n + kColumns - 1) / kColumns;
+  ParallelFor(pool, groups.size() * tasks, [&](int64_t task) {
+    const Group& group = groups[task / tasks];
+    const int64_t begin = task % tasks * kColumns, end = std::min(n, begin + kColumns);
+    const auto* rows = x + group.first * k;
+    const auto* matrix = w + group.matrix * n * k;
+    auto emit = make_emit(group, begin);
+    if (group.rows <= kFewRows) FewRows<Kind>(rows, matrix, group.rows, k, begin, end, emit);
+    else ManyRows<Kind>(rows, matrix, group.rows, k, begin, end, emit);
   });
 }
 
 template <typename Kind, typename Out>
-void Floats(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const ffi::AnyBuffer& w, Out* y) {
+void Floats(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const ffi::AnyBuffer& w, const std::vector<Group>& groups,
+            Out* y) {
   using Element = typename Kind::Element;
-  const int64_t m = x.dimensions()[0], k = x.dimensions()[1], n = w.dimensions()[0];
-  Matmul<Kind>(pool, static_cast<const Element*>(x.untyped_data()), static_cast<const Element*>(w.untyped_data()), m, n,
-               k, [=](int64_t) {
-                 return [=](int64_t row, int64_t column, __m512 sums, __mmask16 mask) {
-                   Store(y + row * n + column, sums, mask);
+  const int64_t k = x.dimensions()[1], n = w.dimensions()[w.dimensions().size() - 2];
+  Matmul<Kind>(pool, static_cast<const Element*>(x.untyped_data()), static_cast<const Element*>(w.untyped_data()),
+               groups, n, k, [=](const Group& group, int64_t) {
+                 return [=, to = y + group.result * n](int64_t row, int64_t column, __m512 sums, __mmask16 mask) {
+                   Store(to + row * n + column, sums, mask);
                  };
                });
 }
 
-ffi::Error MatmulImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::Result<ffi::AnyBuffer> y) {
+void AnyFloats(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const ffi::AnyBuffer& w,
+               const std::vector<Group>& groups, ffi::Result<ffi::AnyBuffer>& y) {
   const bool half = x.element_type() == ffi::DataType::BF16;
   void* out = y->untyped_data();
-  if (y->element_type() == ffi::DataType::BF16) Floats<KindBF16>(pool, x, w, static_cast<BF16*>(out));
-  else if (half) Floats<KindBF16>(pool, x, w, static_cast<float*>(out));
-  else Floats<KindF32>(pool, x, w, static_cast<float*>(out));
+  if (y->element_type() == ffi::DataType::BF16) Floats<KindBF16>(pool, x, w, groups, static_cast<BF16*>(out));
+  else if (half) Floats<KindBF16>(pool, x, w, groups, static_cast<float*>(out));
+  else Floats<KindF32>(pool, x, w, groups, static_cast<float*>(out));
+}
+
+// All rows of x times the one matrix.
+std::vector<Group> OneGroup(const ffi::AnyBuffer& x) { return {{0, x.dimensions()[0], 0, 0}}; }
+
+// Rows [offsets[e], offsets[e + 1]) times matrix e; those without rows are left out.
+std::vector<Group> Groups(const ffi::Buffer<ffi::S32>& offsets) {
+  const int32_t* at = offsets.typed_data();
+  std::vector<Group> groups;
+  for (int64_t e = 0; e + 1 < offsets.dimensions()[0]; ++e)
+    if (at[e] < at[e + 1]) groups.push_back({at[e], at[e + 1] - at[e], at[e], e});
+  return groups;
+}
+
+ffi::Error MatmulImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::Result<ffi::AnyBuffer> y) {
+  AnyFloats(pool, x, w, OneGroup(x), y);
+  return ffi::Error::Success();
+}
+
+ffi::Error GroupedMatmulImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::Buffer<ffi::S32> offsets,
+                             ffi::Result<ffi::AnyBuffer> y) {
+  AnyFloats(pool, x, w, Groups(offsets), y);
   return ffi::Error::Success();
 }
 
@@ -176,21 +212,30 @@ struct Columns {
   __m512i vectors[kColumns / kLanes];
 };
 
-// The instruction multiplies unsigned with signed bytes, so rows are moved up by 128, and a first row of 128s gives
-// what that adds to every column.
+// The instruction multiplies unsigned with signed bytes, so rows are moved up by 128, and a first row of 128s in each
+// group gives what that adds to every column.
 template <typename In, typename Out>
-void Int8(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const ffi::AnyBuffer& w, const float* scales, Out* y) {
-  const int64_t m = x.dimensions()[0], k = x.dimensions()[1], n = w.dimensions()[0];
-  std::vector<uint8_t> rows((m + 1) * k, 128);
-  std::vector<float> row_scales(m);
+void Int8(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const ffi::AnyBuffer& w, const float* scales,
+          std::vector<Group> groups, Out* y) {
+  const int64_t k = x.dimensions()[1], n = w.dimensions()[w.dimensions().size() - 2];
+  std::vector<int64_t> from;  // the row of x that each quantised one is made of; -1: the constant row
+  for (Group& group : groups) {
+    const int64_t first = from.size();
+    from.push_back(-1);
+    for (int64_t row = 0; row < group.rows; ++row) from.push_back(group.first + row);
+    group = {first, group.rows + 1, group.result - 1, group.matrix};
+  }
+  const int64_t count = from.size();
+  std::vector<uint8_t> rows(count * k, 128);
+  std::vector<float> row_scales(count);
   const auto* in = static_cast<const In*>(x.untyped_data());
   constexpr int64_t kRows = 16;
-  ParallelFor(pool, (m + kRows - 1) / kRows, [&](int64_t task) {
-    for (int64_t row = task * kRows; row < std::min(m, (task + 1) * kRows); ++row)
-      row_scales[row] = QuantiseRow(in + row * k, k, rows.data() + (row + 1) * k);
+  ParallelFor(pool, (count + kRows - 1) / kRows, [&](int64_t task) {
+    for (int64_t row = task * kRows; row < std::min(count, (task + 1) * kRows); ++row)
+      if (from[row] >= 0) row_scales[row] = QuantiseRow(in + from[row] * k, k, rows.data() + row * k);
   });
   Matmul<KindInt8>(pool, reinterpret_cast<const int8_t*>(rows.data()), static_cast<const int8_t*>(w.untyped_data()),
-                   m + 1, n, k, [&](int64_t begin) {
+                   groups, n, k, [&](const Group& group, int64_t begin) {
                      return [&, begin, added = Columns{}](int64_t row, int64_t column, __m512i sums,
                                                           __mmask16 mask) mutable {
                        __m512i& constant = added.vectors[(column - begin) / kLanes];
@@ -199,21 +244,32 @@ void Int8(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const ffi::AnyBuffer& 
                          return;
                        }
                        const __m512 exact = _mm512_cvtepi32_ps(_mm512_sub_epi32(sums, constant));
-                       const __m512 scale =
-                           _mm512_mul_ps(Load(scales + column, mask), _mm512_set1_ps(row_scales[row - 1]));
-                       Store(y + (row - 1) * n + column, _mm512_mul_ps(exact, scale), mask);
+                       const __m512 scale = _mm512_mul_ps(Load(scales + group.matrix * n + column, mask),
+                                                          _mm512_set1_ps(row_scales[group.first + row]));
+                       Store(y + (group.result + row) * n + column, _mm512_mul_ps(exact, scale), mask);
                      };
                    });
 }
 
-ffi::Error Int8MatmulImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::Buffer<ffi::F32> scales,
-                          ffi::Result<ffi::AnyBuffer> y) {
+void AnyInt8(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const ffi::AnyBuffer& w, const ffi::Buffer<ffi::F32>& scales,
+             const std::vector<Group>& groups, ffi::Result<ffi::AnyBuffer>& y) {
   const bool half = x.element_type() == ffi::DataType::BF16;
   void* out = y->untyped_data();
   const float* s = scales.typed_data();
-  if (y->element_type() == ffi::DataType::BF16) Int8<BF16>(pool, x, w, s, static_cast<BF16*>(out));
-  else if (half) Int8<BF16>(pool, x, w, s, static_cast<float*>(out));
-  else Int8<float>(pool, x, w, s, static_cast<float*>(out));
+  if (y->element_type() == ffi::DataType::BF16) Int8<BF16>(pool, x, w, s, groups, static_cast<BF16*>(out));
+  else if (half) Int8<BF16>(pool, x, w, s, groups, static_cast<float*>(out));
+  else Int8<float>(pool, x, w, s, groups, static_cast<float*>(out));
+}
+
+ffi::Error Int8MatmulImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::Buffer<ffi::F32> scales,
+                          ffi::Result<ffi::AnyBuffer> y) {
+  AnyInt8(pool, x, w, scales, OneGroup(x), y);
+  return ffi::Error::Success();
+}
+
+ffi::Error GroupedInt8MatmulImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::Buffer<ffi::F32> scales,
+                                 ffi::Buffer<ffi::S32> offsets, ffi::Result<ffi::AnyBuffer> y) {
+  AnyInt8(pool, x, w, scales, Groups(offsets), y);
   return ffi::Error::Success();
 }
 
@@ -233,4 +289,21 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxinferInt8Matmul, jaxinfer::Int8MatmulImpl,
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Ret<xla::ffi::AnyBuffer>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxinferGroupedMatmul, jaxinfer::GroupedMatmulImpl,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
+                                  .Ret<xla::ffi::AnyBuffer>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxinferGroupedInt8Matmul, jaxinfer::GroupedInt8MatmulImpl,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
                                   .Ret<xla::ffi::AnyBuffer>());

@@ -221,7 +221,7 @@ def test_a_quantised_checkpoint_is_refused(tmp_path, name):
     write(tmp_path, **{name: {"quant_method": "gptq", "bits": 4}})
     with pytest.raises(ConfigError) as error:
         read_config(tmp_path)
-    named(error, name, "gptq", "supported: none yet")
+    named(error, name, "gptq", "supported: mxfp4")
 
 
 def test_generation_config_is_optional(tmp_path):

@@ -75,5 +75,7 @@ def test_what_it_does_not_serve_goes_to_xla():
 def test_the_choice():
     assert matmul.choose("auto", make_mesh()) == NATIVE and matmul.choose("xla", make_mesh()) == "xla"
     assert matmul.choose("auto", make_mesh(2)) == "xla", "XLA cannot divide the call"
-    with pytest.raises(ConfigError, match="matmul_kernel must be auto, xla or native, got 'cublas'"):
+    with pytest.raises(ConfigError, match="matmul_kernel must be auto, xla, native or triton, got 'cublas'"):
         matmul.choose("cublas", make_mesh())
+    with pytest.raises(ConfigError, match="matmul_kernel is 'triton', but the device is .*, not an NVIDIA GPU"):
+        matmul.choose("triton", make_mesh())

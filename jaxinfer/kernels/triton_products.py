@@ -1,0 +1,58 @@
+"""The Triton kernel of grouped products. It imports triton: loaded when it is launched (`triton_grouped`)."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import triton
+import triton.language as tl
+
+
+def _jit(function: Callable[..., Any]) -> Any:
+    """Triton compiles from a function's source: what a type checker has put around it must go."""
+    return triton.jit(inspect.unwrap(function))
+
+
+@_jit
+def grouped(
+    tiles, x, weight, x_scales, scales, y, K: tl.constexpr, N: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of rows of one group times BLOCK_N rows of its matrix.
+
+    `tiles` `[*, 3]`: group, first row, rows (0: none); `x` `[R, K]`, `weight` `[E, N, K]`, `x_scales` `[R]` and `scales`
+    `[E, N]` of int8, `y` `[R, N]`.
+    """
+    tile = tl.program_id(1)
+    count = tl.load(tiles + tile * 3 + 2)
+    if count > 0:
+        group = tl.load(tiles + tile * 3).to(tl.int64)
+        row = tl.load(tiles + tile * 3 + 1).to(tl.int64) + tl.arange(0, BLOCK_M)
+        live = tl.arange(0, BLOCK_M) < count
+        column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        inside = column < N
+        # Columns that are not there read the first one's: a mask would keep the loads from being wide ones.
+        matrix_row = group * N + tl.where(inside, column, 0)
+        within = tl.arange(0, BLOCK_K)
+        x_at = x + row[:, None] * K + within[None, :]
+        weight_at = weight + matrix_row[None, :] * K + within[:, None]
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32 if scales is None else tl.int32)
+        for start in range(0, K, BLOCK_K):
+            if K % BLOCK_K == 0:
+                rows = tl.load(x_at, mask=live[:, None], other=0)
+                columns = tl.load(weight_at)
+            else:
+                left = within < K - start
+                rows = tl.load(x_at, mask=live[:, None] & left[None, :], other=0)
+                columns = tl.load(weight_at, mask=left[:, None], other=0)
+            if scales is None:
+                acc = tl.dot(rows, columns, acc, input_precision=PRECISION)
+            else:
+                acc = tl.dot(rows, columns, acc, out_dtype=tl.int32)
+            x_at += BLOCK_K
+            weight_at += BLOCK_K
+        if scales is not None:
+            own = tl.load(x_scales + row, mask=live, other=0.0)
+            acc = acc.to(tl.float32) * own[:, None] * tl.load(scales + matrix_row)[None, :]
+        at = y + row[:, None] * N + column[None, :]
+        tl.store(at, acc.to(y.dtype.element_ty), mask=live[:, None] & inside[None, :])

@@ -1,0 +1,230 @@
+"""Mixture of experts: a router, experts as grouped products, shared experts, and one sum over devices for all of it.
+
+    MoEConfig(experts=128, per_token=8, ffn=768)                                           # Qwen3-MoE
+    MoEConfig(8, 2, 14336)                                                                 # Mixtral
+    MoEConfig(32, 4, 2880, RouterConfig(bias=True), ClampedSwiGLU(), bias=True)            # gpt-oss
+    MoEConfig(256, 8, 2048, RouterConfig("sigmoid", scale=2.5, correction=True, groups=8, chosen_groups=4), shared=2048)
+    MoEConfig(512, 10, 512, shared=512, shared_gate=True)                                  # Qwen3-Next
+
+A model makes `MoE(build.at("mlp"), width, config)` in the place of its MLP, calls it with the step's context, and names its
+tensors with `models.moe_rules`. No token is dropped, whatever expert it goes to; rows of padding go to none.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from jaxinfer.errors import ConfigError
+from jaxinfer.kernels import grouped, triton_launch
+from jaxinfer.kernels.grouped import Dispatch
+from jaxinfer.kernels.triton_launch import Target
+from jaxinfer.layers.attention import StepContext
+from jaxinfer.layers.linear import Multiplying, Output
+from jaxinfer.layers.mlp import ACTIVATIONS, GatedMLP
+from jaxinfer.layers.params import Build, constant, matrix, weight
+from jaxinfer.layers.router import Router, RouterConfig
+from jaxinfer.sharding import axes
+from jaxinfer.sharding.collectives import ALL_REDUCE, Collective
+from jaxinfer.sharding.policy import EXPERTS, SHARD, any_layer
+from jaxinfer.sharding.rules import indivisible, spec
+
+Arrays: TypeAlias = dict[str, jax.Array]
+"""Parameters of a module by their names."""
+
+
+@dataclass(frozen=True)
+class ClampedSwiGLU:
+    """gpt-oss's activation: `(min(max(up, -limit), limit) + 1) * g * sigmoid(alpha * g)` with `g = min(gate, limit)`."""
+
+    alpha: float = 1.702
+    limit: float = 7.0
+
+    def __call__(self, gate: jax.Array, up: jax.Array) -> jax.Array:
+        """Elementwise."""
+        gate, up = jnp.minimum(gate, self.limit), jnp.clip(up, -self.limit, self.limit)
+        return (up + 1) * gate * jax.nn.sigmoid(self.alpha * gate)
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """A mixture of experts, every number that shapes it.
+
+    Raises:
+        ConfigError: numbers that do not fit each other, an unknown activation.
+    """
+
+    experts: int
+    """E."""
+    per_token: int
+    """k: experts that each token goes to."""
+    ffn: int
+    """F of one expert."""
+    router: RouterConfig = RouterConfig()
+    activation: str | ClampedSwiGLU = "silu"
+    """Of `layers.mlp.ACTIVATIONS`, on the gate, which then multiplies up; or one of both."""
+    bias: bool = False
+    """Whether gate, up and down of the experts have biases."""
+    shared: int = 0
+    """F of the experts that every token goes to, all together; 0: there are none."""
+    shared_gate: bool = False
+    """Whether what the shared experts make is multiplied by a sigmoid that each token has for it."""
+
+    def __post_init__(self) -> None:
+        self.router.check(self.experts, self.per_token)
+        if isinstance(self.activation, str) and self.activation not in ACTIVATIONS:
+            raise ConfigError(f"experts: activation is {self.activation!r}; supported: {', '.join(ACTIVATIONS)}")
+        if self.shared_gate and not self.shared:
+            raise ConfigError("experts: shared_gate is set, and there are no shared experts; give their width, shared")
+
+    def activate(self, gate: jax.Array, up: jax.Array) -> jax.Array:
+        """`[..., F]` of both -> `[..., F]`."""
+        if isinstance(self.activation, str):
+            return ACTIVATIONS[self.activation](gate) * up
+        return self.activation(gate, up)
+
+
+class ExpertLinear(Multiplying):
+    """The weights of one projection of all experts, an expert after another. Multiplies on local shapes alone."""
+
+    def __init__(
+        self, build: Build, shape: tuple[int, ...], names: tuple[str | None, ...], *, bias: int, **metadata: Any
+    ):
+        """`bias`: how many of the first axes a bias has; 0: there is none."""
+        self.weight, self.weight_scale = matrix(build, shape, names, shape[-1] ** -0.5, stacked=True, **metadata)
+        kept = {name: value for name, value in metadata.items() if name == "outputs"}
+        self.bias = constant(build, shape[:bias], names[:bias], 0.0, stacked=True, **kept) if bias else None
+
+    def rows(self, x: jax.Array, laid: Dispatch, own: Arrays, target: Target | None) -> jax.Array:
+        """`[R, in]` by places -> `[R, out]`, without the bias; `own`: the parameters as the device `target` has them."""
+        weight, scales = own["weight"], own.get("weight_scale")
+        weight = weight.reshape(weight.shape[0], -1, weight.shape[-1])
+        scales = None if scales is None else scales.reshape(weight.shape[:2])
+        return grouped.matmul(x, weight, laid.offsets, scales, kernel=self.kernel, target=target)
+
+
+class MoE(Multiplying):
+    """`sum_j w_j down_j(act(gate_j(x), up_j(x)))` over each token's experts j, and the shared ones.
+
+    Sharded, each device has a part of every expert's width F, as of an MLP's; or with the tactic "experts" of a placement
+    E / tp whole experts. Either way router and tokens are on every device, and one all-reduce adds up what each made.
+    """
+
+    placed_whole = True
+    """Its parts are divided alike (`models.loading.placeable`)."""
+    has_experts = True
+    """The tactic "experts" of a placement is for such modules."""
+
+    def __init__(self, build: Build, width: int, config: MoEConfig):
+        self.config, self.tp = config, build.tp
+        self.by_expert = build.by_expert and build.tp > 1
+        _check_divides(build, config)
+        self.router = Router(build.at("router"), width, config.experts, config.per_token, config.router)
+        shards, stack, ffn = (1, axes.EXPERT, None) if self.by_expert else (build.tp, None, axes.FFN)
+        outputs = Output("gate", config.ffn), Output("up", config.ffn)
+        columns = sum(output.columns(shards) for output in outputs)
+        self.gate_up = ExpertLinear(
+            build.at("gate_up"), (config.experts, shards, columns, width),
+            (stack, None if self.by_expert else axes.SHARD, axes.COLUMNS, axes.EMBED),
+            bias=3 if config.bias else 0, outputs=outputs,
+        )  # fmt: skip
+        self.down = ExpertLinear(
+            build.at("down"), (config.experts, width, config.ffn), (stack, axes.EMBED, ffn),
+            bias=2 if config.bias else 0,
+        )  # fmt: skip
+        self.shared = (
+            GatedMLP(build.at("shared"), width, config.shared, str(config.activation), summed=False)
+            if config.shared else None
+        )  # fmt: skip
+        self.shared_gate = weight(build, (1, width), (None, axes.EMBED), width**-0.5) if config.shared_gate else None
+
+    def __call__(self, x: jax.Array, step: StepContext) -> jax.Array:
+        """`[T, M]` -> `[T, M]`; of rows of padding what the shared experts make."""
+        chosen, weights = self.router(x)
+        chosen = jnp.where(step.real[:, None], chosen, self.config.experts)
+        hidden = None if self.shared is None else self._gated(x, self.shared.hidden(x))
+        parts = {"gate_up": self.gate_up, "down": self.down}
+        if self.shared is not None:
+            parts["shared"] = self.shared.down
+        operands = x, chosen, weights, hidden, {name: _arrays(part) for name, part in parts.items()}
+        local = partial(self._local, triton_launch.target(step.mesh))
+        if step.mesh.size == 1:
+            return local(*operands)
+        whole = PartitionSpec()
+        shards = whole if self.tp == 1 else PartitionSpec(None, axes.MODEL)
+        specs = whole, whole, whole, shards, {name: _specs(part) for name, part in parts.items()}
+        return jax.shard_map(
+            local, mesh=step.mesh, in_specs=specs, out_specs=whole, check_vma=False
+        )(*operands)  # fmt: skip
+
+    def _gated(self, x: jax.Array, hidden: jax.Array) -> jax.Array:
+        """The shared experts' `[T, tp, F / tp]`, weighted by the token: down has no bias, so it may be done before it."""
+        if self.shared_gate is None:
+            return hidden
+        gate = jax.nn.sigmoid(self.product(x, self.shared_gate, None, jnp.float32))
+        return (hidden * gate[..., None]).astype(hidden.dtype)
+
+    def _local(
+        self, target: Target | None, x: jax.Array, chosen: jax.Array, weights: jax.Array, hidden: jax.Array | None,
+        own: dict[str, Arrays],
+    ) -> jax.Array:  # fmt: skip
+        """On this device's part of the weights; the sum over devices where they are divided."""
+        experts = own["down"]["weight"].shape[0]
+        if self.by_expert:
+            chosen = chosen - jax.lax.axis_index(axes.MODEL) * experts
+        laid = grouped.dispatch(chosen, experts)
+        y = self.gate_up.rows(x[laid.tokens], laid, own["gate_up"], target)
+        if self.config.bias:
+            y = y + own["gate_up"]["bias"].reshape(experts, -1)[laid.experts]
+        y = self.down.rows(self.config.activate(*jnp.split(y, 2, axis=-1)), laid, own["down"], target)
+        if self.config.bias:
+            y = y + self._once(own["down"]["bias"])[laid.experts]
+        y = grouped.combine(y, weights, laid.places, laid.offsets[-1])
+        if self.shared is not None and hidden is not None:
+            y = y + self.shared.down.product(hidden[:, 0], own["shared"]["weight"], own["shared"].get("weight_scale"))
+        return y if self.tp == 1 else jax.lax.psum(y, axes.MODEL)
+
+    def _once(self, bias: jax.Array) -> jax.Array:
+        """A bias on that device alone whose sum counts, where all have part of the expert."""
+        if self.tp == 1 or self.by_expert:
+            return bias
+        return jnp.where(jax.lax.axis_index(axes.MODEL) == 0, bias, 0)
+
+    def collectives(self) -> list[Collective]:
+        """The sum over shards of what their experts made, shared ones included."""
+        return [] if self.tp == 1 else [Collective(ALL_REDUCE, "partial sums", self.down.weight.shape[1])]
+
+
+def _check_divides(build: Build, config: MoEConfig) -> None:
+    """Raises ConfigError where the shards cannot share experts, or their widths, evenly."""
+    by_expert = build.by_expert
+    name, size = (axes.EXPERT, config.experts) if by_expert else (axes.FFN, config.ffn)
+    if size % build.tp == 0:
+        return
+    other = SHARD if by_expert else EXPERTS
+    divided = config.ffn if by_expert else config.experts
+    more = (
+        f"divide {'within' if by_expert else 'by'} the experts with placement={{{any_layer(build.path)!r}: {other!r}}}"
+    )
+    raise indivisible(
+        build.path or "experts", f"axis {name!r} of size {size}{'' if by_expert else ' (of each expert)'}", build.tp,
+        lambda count: size % count == 0, module=build.path, more=more if divided % build.tp == 0 else "",
+    )  # fmt: skip
+
+
+def _arrays(part: nnx.Module) -> Arrays:
+    """The parameters of a module by their names."""
+    return {name: value[...] for name, value in vars(part).items() if isinstance(value, nnx.Param)}
+
+
+def _specs(part: nnx.Module) -> dict[str, PartitionSpec]:
+    """How they are divided."""
+    params = {name: value.get_metadata() for name, value in vars(part).items() if isinstance(value, nnx.Param)}
+    return {
+        name: PartitionSpec() if metadata["replicated"] else spec(metadata["logical_axes"])
+        for name, metadata in params.items()
+    }

@@ -1,0 +1,84 @@
+"""Every kind of router against a plain loop over tokens."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxinfer.errors import ConfigError
+from jaxinfer.layers.router import RouterConfig, route
+
+EXPERTS, TOKENS = 8, 40
+KINDS = {
+    "mixtral": RouterConfig(),
+    "qwen3_moe": RouterConfig(renormalise=False),
+    "deepseek_v3": RouterConfig("sigmoid", scale=2.5, correction=True, groups=4, chosen_groups=2),
+    "kimi": RouterConfig("sigmoid", scale=2.446, correction=True),
+    "sigmoid alone": RouterConfig("sigmoid", renormalise=False),
+    "deepseek_v2": RouterConfig(renormalise=False, scale=16.0, groups=4, chosen_groups=1, group_best=1),
+    "softmax, corrected": RouterConfig(correction=True),
+}
+
+
+def plain(
+    logits: np.ndarray, count: int, config: RouterConfig, correction: np.ndarray
+) -> tuple[list[int], list[float]]:
+    """Of one token, in float64."""
+    exact = logits.astype(np.float64)
+    scores = 1 / (1 + np.exp(-exact)) if config.score == "sigmoid" else np.exp(exact) / np.exp(exact).sum()
+    ranks = scores + correction if config.correction else scores
+    if config.groups > 1:
+        grouped = ranks.reshape(config.groups, -1)
+        sums = np.sort(grouped, axis=1)[:, -config.group_best :].sum(axis=1)
+        for group in np.argsort(-sums)[config.chosen_groups :]:
+            grouped[group] = -np.inf
+        ranks = grouped.reshape(-1)
+    chosen = np.argsort(-ranks, kind="stable")[:count]
+    weights = scores[chosen]
+    if config.renormalise:
+        weights = weights / weights.sum()
+    return chosen.tolist(), (config.scale * weights).tolist()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_choice_and_the_weights(kind: str, count: int):
+    config, rng = KINDS[kind], np.random.default_rng(0)
+    logits = (2 * rng.standard_normal((TOKENS, EXPERTS))).astype(np.float32)
+    correction = rng.standard_normal(EXPERTS).astype(np.float32) * 0.3
+    given = jnp.asarray(correction) if config.correction else None
+    chosen, weights = jax.jit(route, static_argnums=(1, 2))(logits, count, config, given)
+    assert (chosen.dtype, weights.dtype, chosen.shape) == (jnp.int32, jnp.float32, (TOKENS, count))
+    for row in range(TOKENS):
+        experts, expected = plain(logits[row], count, config, correction)
+        assert np.asarray(chosen)[row].tolist() == experts
+        np.testing.assert_allclose(np.asarray(weights)[row], expected, rtol=2e-5)
+
+
+def test_a_softmax_over_the_chosen_logits_is_the_softmax_of_all_renormalised_and_does_not_overflow():
+    logits = np.array([[300.0, -300.0, 299.0, 0.0], [-500.0, -500.0, -501.0, -900.0]], np.float32)  # gpt-oss
+    chosen, weights = route(jnp.asarray(logits), 2, RouterConfig())
+    assert np.asarray(chosen).tolist() == [[0, 2], [0, 1]]
+    np.testing.assert_allclose(weights, [[0.7310586, 0.2689414], [0.5, 0.5]], rtol=1e-5)
+
+
+def test_sigmoids_that_are_all_zero_give_no_nan():
+    _, weights = route(jnp.full((1, 4), -200.0), 2, RouterConfig("sigmoid"))
+    assert np.isfinite(weights).all()
+
+
+@pytest.mark.parametrize(
+    ("config", "experts", "count", "message"),
+    [
+        (RouterConfig("tanh"), 8, 2, "score is 'tanh'; it may be softmax or sigmoid"),
+        (RouterConfig(), 8, 9, "a token takes 9 experts, and there are 8"),
+        (RouterConfig(), 8, 0, "a token takes 0 experts"),
+        (RouterConfig(groups=3), 8, 2, r"8 experts do not divide into 3 groups \(n_group\)"),
+        (RouterConfig(groups=4, chosen_groups=5), 8, 2, "5 groups of 4"),
+        (RouterConfig(groups=8, chosen_groups=8), 8, 2, "by the best 2 of 1 experts each"),
+        (RouterConfig(groups=4, chosen_groups=1), 8, 3, r"a token takes 3 experts, and 1 groups \(topk_group\) have 2"),
+    ],
+)
+def test_what_cannot_choose_is_named(config: RouterConfig, experts: int, count: int, message: str):
+    with pytest.raises(ConfigError, match=message):
+        config.check(experts, count)
