@@ -10,26 +10,28 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxinfer.kernels import attention
 from jaxinfer.kernels.paged import DecodeRows, Lane, PrefillTiles, Scoring, Slots
+from jaxinfer.kernels.state import DecodeSlots, Segments
 from jaxinfer.kv.groups import Place
 from jaxinfer.kv.spec import Full, Sliding
 from jaxinfer.layers.heads import HeadLayout
-from jaxinfer.layers.linear import FusedLinear, RowLinear
-from jaxinfer.layers.norms import RMSNorm
-from jaxinfer.layers.params import Build
+from jaxinfer.layers.linear import FusedLinear, Output, RowLinear
+from jaxinfer.layers.norms import RMSNorm, Scaling, normalise_together
+from jaxinfer.layers.params import Build, constant
 from jaxinfer.layers.rope import apply_rope
 from jaxinfer.sharding import axes
+from jaxinfer.sharding.collectives import ALL_REDUCE, Collective
 
 
 class GroupStep(NamedTuple):
     """Where the tokens of one step stand in the cache of one group of layers."""
 
-    slots: Slots
-    """Where each token's keys and values go."""
+    slots: Slots | None
+    """Where each token's keys and values go; None: they are those of an encoder, and there already."""
     rows: DecodeRows | PrefillTiles
     """Block tables, and which tokens read which."""
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["positions", "rope_lengths", "groups"],
+@partial(jax.tree_util.register_dataclass, data_fields=["positions", "real", "rope_lengths", "groups", "seen", "states"],
          meta_fields=["mesh", "kernel", "tile", "items", "places"])  # fmt: skip
 @dataclass(frozen=True)
 class StepContext:
@@ -37,6 +39,8 @@ class StepContext:
 
     positions: jax.Array
     """`[T]` position of each token in its sequence; 0 for padding."""
+    real: jax.Array
+    """`[T]` bool: which are tokens, and not padding."""
     rope_lengths: jax.Array
     """`[T]` the sequence length that rope's frequencies follow (`layers.rope.cos_sin`)."""
     groups: tuple[GroupStep, ...]
@@ -50,9 +54,14 @@ class StepContext:
     """Work items that decode has room for (`kernels.xla_attention.decode`)."""
     places: tuple[Place, ...] = field(default=(), metadata={"static": True})
     """Group and lane of every layer."""
+    states: DecodeSlots | Segments | None = None
+    """Which slots recurrent layers read and write."""
+    seen: jax.Array | None = None
+    """`[T, 2]` int32 in a model with cross-attention: the first and the end of the encoder positions that each token sees;
+    (0, 0): none, what attention to them gives is 0."""
 
     @property
-    def slots(self) -> Slots:
+    def slots(self) -> Slots | None:
         """Of a layer's group."""
         return self.groups[0].slots
 
@@ -67,21 +76,22 @@ class StepContext:
 
     def of(self, layer: int) -> "StepContext":
         """As the layer sees it."""
-        return replace(self, groups=(self.groups[self.places[layer].group],), places=())
+        group = self.places[layer].group
+        return replace(self, groups=() if group < 0 else (self.groups[group],), places=())
 
 
 def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array | None, lane: Lane, step: StepContext, scoring: Scoring,
+    q: jax.Array, k: jax.Array | None, v: jax.Array | None, lane: Lane, step: StepContext, scoring: Scoring,
     sinks: jax.Array | None = None,
 ) -> tuple[jax.Array, Lane]:  # fmt: skip
-    """Writes the step's keys and values to the lane, then attends.
+    """Writes the step's keys and values to the lane, if it has any of its own, then attends.
 
     On local shapes in `jax.shard_map`: the fast gather of the cache adds all-gathers under Auto axes.
 
     Args:
         q: `[T, tp, H / tp, D]`.
-        k: `[T, tp, K / tp, D]`.
-        v: `[T, tp, K / tp, Dv]`; None where the values are columns of the keys.
+        k: `[T, tp, K / tp, D]`; None where all keys are in the lane (cross-attention).
+        v: `[T, tp, K / tp, Dv]`; None where there are no keys, or the values are columns of them.
         lane: `[N, K, P, D]` keys and values, divided on K.
         step: positions, slots and tables.
         scoring: scale, window, softcap.
@@ -93,9 +103,10 @@ def attend(
     kernel = attention.implementation(step.kernel, step.mesh)
 
     def local(
-        q: jax.Array, k: jax.Array, v: jax.Array | None, lane: Lane, sinks: jax.Array | None, step: StepContext
+        q: jax.Array, k: jax.Array | None, v: jax.Array | None, lane: Lane, sinks: jax.Array | None, step: StepContext
     ) -> tuple[jax.Array, Lane]:
-        q, k, v, sinks = q[:, 0], k[:, 0], None if v is None else v[:, 0], None if sinks is None else sinks[0]
+        q, k, v = (None if x is None else x[:, 0] for x in (q, k, v))
+        sinks = None if sinks is None else sinks[0]
         if isinstance(step.rows, DecodeRows):
             out, lane = kernel.decode(q, k, v, lane, step.slots, step.rows, scoring, sinks, items=step.items)
         else:
@@ -125,16 +136,34 @@ class AttentionSpec:
     """K; divides H."""
     head_dim: int
     """D, apart from M / H."""
-    qkv_bias: bool = False
+    qkv_bias: bool | tuple[str, ...] = False
+    """Whether there is one, or the names of those of "q", "k" and "v" that have one."""
     out_bias: bool = False
     norm_eps: float | None = None
-    """Epsilon of a per-head RMSNorm on queries and keys; None: there is none."""
+    """Epsilon of an RMSNorm on queries and keys; None: there is none."""
+    norm_whole: bool = False
+    """Whether it is over the width of all heads together; False: over each head's."""
+    norm_scaling: Scaling = Scaling()
     window: int | None = None
     """Positions a token sees, itself included; None: all before it."""
+    scale: float | None = None
+    """Multiplies the scores; None: D ** -0.5."""
+    softcap: float | None = None
+    """`kernels.paged.Scoring.softcap`."""
+    gated: bool = False
+    """Whether what a head attends to is multiplied by a sigmoid, whose columns are beside its queries (arXiv:2505.06708)."""
+    sinks: bool = False
+    """Whether each head has a logit beside those of the keys, which takes part of their weight (arXiv:2309.17453)."""
+
+    @property
+    def scoring(self) -> Scoring:
+        """How scores are made."""
+        scale = self.head_dim**-0.5 if self.scale is None else self.scale
+        return Scoring(scale, self.window, self.softcap)
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention (arXiv:2305.13245) with rotary positions."""
+    """Grouped-query attention (arXiv:2305.13245), with rotary positions where the model has them."""
 
     placed_whole = True
     """Its parts are divided alike (`models.loading.placeable`)."""
@@ -144,11 +173,17 @@ class Attention(nnx.Module):
         self.replicated = build.replicated
         self.layout = HeadLayout.of(build, spec.heads, spec.kv_heads)
         heads = self.layout.outputs(spec.head_dim)
-        self.qkv = FusedLinear(build, spec.width, heads, bias=spec.qkv_bias)
+        queries = replace(heads[0], width=2 * spec.head_dim) if spec.gated else heads[0]
+        self.qkv = FusedLinear(build, spec.width, (queries, *heads[1:]), bias=spec.qkv_bias)
         self.out = RowLinear(build, axes.HEADS, heads[0], spec.width, bias=spec.out_bias)
-        normed = spec.norm_eps is not None
-        self.q_norm = RMSNorm(build, spec.head_dim, spec.norm_eps, axes.HEAD_DIM) if normed else None
-        self.k_norm = RMSNorm(build, spec.head_dim, spec.norm_eps, axes.HEAD_DIM) if normed else None
+        normed, scaling = spec.norm_eps is not None, spec.norm_scaling
+        each = normed and not spec.norm_whole
+        self.q_norm = RMSNorm(build, spec.head_dim, spec.norm_eps, axes.HEAD_DIM, scaling) if each else None
+        self.k_norm = RMSNorm(build, spec.head_dim, spec.norm_eps, axes.HEAD_DIM, scaling) if each else None
+        # Of queries and of keys, one after the other, divided as their columns are.
+        whole = normed and spec.norm_whole
+        self.norm_scale = _by_columns(build, heads[:2], 1.0 - scaling.offset) if whole else None
+        self.sinks = _by_columns(build, (replace(heads[0], name="sinks", width=1),), 0.0) if spec.sinks else None
 
     @property
     def cache_spec(self) -> Full:
@@ -159,12 +194,50 @@ class Attention(nnx.Module):
         return Sliding(spec.kv_heads, spec.head_dim, spec.replicated, window=self.spec.window)
 
     def __call__(
-        self, x: jax.Array, lane: Lane, rope: tuple[jax.Array, jax.Array], step: StepContext
+        self, x: jax.Array, lane: Lane, rope: tuple[jax.Array, jax.Array] | None, step: StepContext
     ) -> tuple[jax.Array, Lane]:
-        """`[T, M]` -> `[T, M]` and the lane with this step's keys and values in it."""
-        q, k, v = (y.reshape(*y.shape[:2], -1, self.spec.head_dim) for y in self.qkv(x))
+        """`[T, M]` -> `[T, M]` and the lane with this step's keys and values in it; `rope` None: positions are not its affair."""
+        q, k, v = self.qkv(x)
+        if self.norm_scale is not None:
+            q, k = self._normalise(q, k, step.mesh)
+        q, k, v = (y.reshape(*y.shape[:2], -1, self.spec.head_dim) for y in (q, k, v))
+        gate = None
+        if self.spec.gated:
+            q, gate = q[:, :, ::2], q[:, :, 1::2]
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-        y, lane = attend(q, k, v, lane, step, Scoring(self.spec.head_dim**-0.5, self.spec.window))
+        if rope is not None:
+            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        sinks = None if self.sinks is None else self.sinks[...]
+        y, lane = attend(q, k, v, lane, step, self.spec.scoring, sinks)
+        if gate is not None:
+            y = y * jax.nn.sigmoid(gate)
         return self.out(y.reshape(*y.shape[:2], -1)), lane
+
+    def _normalise(self, q: jax.Array, k: jax.Array, mesh: Mesh) -> tuple[jax.Array, ...]:
+        """`[T, tp, columns]` of both, each over its whole width."""
+        shards, layout = q.shape[1], self.layout
+        # Where a kv head serves several shards its columns are in the sum once for each.
+        copies = max(1, shards // layout.stored_kv_heads)
+        widths = [layout.heads * self.spec.head_dim, copies * layout.kv_heads * self.spec.head_dim]
+        local = partial(
+            normalise_together, widths=widths, eps=self.spec.norm_eps, over=None if shards == 1 else axes.MODEL,
+            scaling=self.spec.norm_scaling,
+        )  # fmt: skip
+        if shards > 1:
+            divided = PartitionSpec(None, axes.MODEL)
+            specs = (divided, divided), PartitionSpec(axes.MODEL)
+            local = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(divided, divided), check_vma=False)
+        return local((q, k), self.norm_scale[...])
+
+    def collectives(self) -> list[Collective]:
+        """That of a norm whose width is divided."""
+        if self.norm_scale is None or self.norm_scale.shape[0] == 1:
+            return []
+        return [Collective(ALL_REDUCE, "squares of q and k", 2, itemsize=4)]
+
+
+def _by_columns(build: Build, outputs: tuple[Output, ...], value: float) -> nnx.Param:
+    """`[tp, columns]`: a number for each column of these outputs, which lie as they do."""
+    shape = build.tp, sum(output.columns(build.tp) for output in outputs)
+    return constant(build, shape, (axes.SHARD, axes.COLUMNS), value, outputs=outputs)

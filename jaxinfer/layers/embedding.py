@@ -2,9 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from jaxinfer.layers.linear import Multiplying
-from jaxinfer.layers.params import Build, matrix
+from jaxinfer.layers.params import Build, matrix, weight
 from jaxinfer.sharding import axes
 from jaxinfer.sharding import mesh as meshes
 from jaxinfer.sharding.collectives import ALL_REDUCE, Collective
@@ -14,12 +15,18 @@ class Embedding(Multiplying):
     """`[V', M]`, V padded up to V' so that every shard has as many rows.
 
     `lookup`, `head`: which of the two ends of a model it is; both where they are tied.
+    `scale`: multiplies the rows looked up, rounded to their dtype, as transformers does; None: they stay.
+    `softcap`: logits x become cap * tanh(x / cap); None: they stay.
     """
 
     placed_whole = True
 
-    def __init__(self, build: Build, vocab: int, width: int, *, lookup: bool = True, head: bool = False):
+    def __init__(
+        self, build: Build, vocab: int, width: int, *, lookup: bool = True, head: bool = False,
+        scale: float | None = None, softcap: float | None = None,
+    ):  # fmt: skip
         self.vocab, self.tp, self.lookup, self.head = vocab, build.tp, lookup, head
+        self.scale, self.softcap = scale, softcap
         shards = meshes.size(build.mesh)  # a replicated one is padded alike, so that logits have one width
         padded = -(-vocab // shards) * shards
         self.dtype = build.dtype
@@ -31,14 +38,16 @@ class Embedding(Multiplying):
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Token ids `[T]` -> `[T, M]`; ids of padding rows are clamped, what they give is never used."""
         rows = jnp.take(self.weight[...], tokens, axis=0, mode="clip")
-        if self.weight_scale is None:
-            return rows
-        scales = jnp.take(self.weight_scale[...], tokens, mode="clip")
-        return (rows.astype(jnp.float32) * scales[:, None]).astype(self.dtype)
+        if self.weight_scale is not None:
+            scales = jnp.take(self.weight_scale[...], tokens, mode="clip")
+            rows = (rows.astype(jnp.float32) * scales[:, None]).astype(self.dtype)
+        return rows if self.scale is None else rows * jnp.asarray(self.scale, rows.dtype)
 
     def attend(self, hidden: jax.Array) -> jax.Array:
         """Hidden states `[B, M]` -> float32 logits `[B, V']`, the rows of padding at -inf."""
         logits = self.product(hidden, self.weight, self.weight_scale, jnp.dtype("float32"))
+        if self.softcap is not None:
+            logits = self.softcap * jnp.tanh(logits / self.softcap)
         if logits.shape[-1] == self.vocab:
             return logits
         return jnp.where(jnp.arange(logits.shape[-1]) < self.vocab, logits, -jnp.inf)
@@ -51,3 +60,17 @@ class Embedding(Multiplying):
     def logit_shards(self) -> int:
         """Shards over which logits are divided; 0: this is no head."""
         return self.tp if self.head else 0
+
+
+class LearnedPositions(nnx.Module):
+    """A row of its own for each position; the table has `offset` rows before that of position 0."""
+
+    placed_whole = True
+
+    def __init__(self, build: Build, count: int, width: int, *, offset: int = 0):
+        self.offset = offset
+        self.weight = weight(build, (count + offset, width), (None, axes.EMBED), 0.02)
+
+    def __call__(self, positions: jax.Array) -> jax.Array:
+        """`[T]` -> `[T, M]`."""
+        return jnp.take(self.weight[...], positions + self.offset, axis=0, mode="clip")

@@ -6,9 +6,9 @@ collective-permutes a layer on eight devices). It is always multiplied as a matr
 QKV, gate/up and the other fused projections are declarations of this mechanism, not classes of their own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import accumulate, groupby, pairwise
 from typing import NamedTuple
 
 import jax
@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxinfer.kernels import int8_matmul
-from jaxinfer.kernels.matmul import XLA, matmul
+from jaxinfer.kernels.matmul import NATIVE, XLA, matmul
+from jaxinfer.layers.fusion import ALWAYS
 from jaxinfer.layers.params import Build, constant, matrix
 from jaxinfer.sharding import axes
 from jaxinfer.sharding.collectives import ALL_REDUCE, Collective
@@ -102,8 +103,9 @@ class Multiplying(nnx.Module):
     """The implementation (`kernels.matmul.choose`); `use_kernel` sets it."""
 
     def product(
-        self, x: jax.Array, weight: nnx.Param, scales: nnx.Param | None, dtype: jax.typing.DTypeLike | None = None
-    ) -> jax.Array:
+        self, x: jax.Array, weight: nnx.Param | jax.Array, scales: nnx.Param | jax.Array | None,
+        dtype: jax.typing.DTypeLike | None = None,
+    ) -> jax.Array:  # fmt: skip
         """`x W^T` in `dtype` or that of `x`.
 
         Args:
@@ -127,27 +129,100 @@ def use_kernel(module: nnx.Module, kernel: str) -> None:
             part.kernel = kernel
 
 
-class FusedLinear(Multiplying):
-    """`y_i = x W_i^T (+ b_i)` for several outputs `i`, as one GEMM."""
+def use_fusion(module: nnx.Module, rows: float) -> None:
+    """Lets all of a module multiply as one GEMM up to so many rows (`layers.fusion.rows_fused`), as several above."""
+    for _, part in nnx.iter_modules(module):
+        if isinstance(part, FusedLinear | BatchedLinear):
+            part.rows_fused = rows
 
-    def __init__(self, build: Build, in_features: int, outputs: Sequence[Output], *, bias: bool = False):
+
+class FusedLinear(Multiplying):
+    """`y_i = x W_i^T (+ b_i)` for several outputs `i`, as one GEMM, or as one an output above `rows_fused` rows."""
+
+    rows_fused: float = ALWAYS
+    """`use_fusion` sets it."""
+
+    def __init__(
+        self, build: Build, in_features: int, outputs: Sequence[Output], *, bias: bool | Collection[str] = False
+    ):
+        """`bias`: whether there is one, or the names of the outputs that have one."""
         self.outputs = tuple(outputs)
         self.tp = build.tp
         columns = sum(output.columns(self.tp, build.path) for output in self.outputs)
         shape, names = (self.tp, columns, in_features), (axes.SHARD, axes.COLUMNS, axes.EMBED)
         self.weight, self.weight_scale = matrix(build, shape, names, in_features**-0.5, outputs=self.outputs)
-        self.bias = constant(build, shape[:2], names[:2], 0.0, outputs=self.outputs) if bias else None
+        named = [output.name for output in self.outputs] if bias is True else bias or ()
+        biased = tuple(output for output in self.outputs if output.name in named)
+        sizes = [output.columns(self.tp) for output in biased]
+        self.bias = constant(build, (self.tp, sum(sizes)), names[:2], 0.0, outputs=biased) if biased else None
+        self.biased = tuple(output.name for output in biased)
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, ...]:
         """`[T, in]` -> one `[T, tp, columns_i]` an output, in the order declared."""
-        y = self.product(x, self.weight, self.weight_scale).reshape(x.shape[0], self.tp, -1)
-        if self.bias is not None:
-            y = y + self.bias[...]
-        ends, end = [], 0
-        for output in self.outputs[:-1]:
-            end += output.columns(self.tp)
-            ends.append(end)
-        return tuple(jnp.split(y, ends, axis=-1))
+        if x.shape[0] > self.rows_fused:
+            parts = self._apart(x)
+        else:
+            y = self.product(x, self.weight, self.weight_scale).reshape(x.shape[0], self.tp, -1)
+            if self.bias is not None and len(self.biased) == len(self.outputs):
+                return self._split(y + self.bias[...], self.outputs)
+            parts = self._split(y, self.outputs)
+        if self.bias is None:
+            return parts
+        having = [output for output in self.outputs if output.name in self.biased]
+        biases = dict(zip(self.biased, self._split(self.bias[...], having), strict=True))
+        parts = zip(self.outputs, parts, strict=True)
+        return tuple(part + biases[output.name] if output.name in biases else part for output, part in parts)
+
+    def _apart(self, x: jax.Array) -> tuple[jax.Array, ...]:
+        """A GEMM an output, by its own columns of the one weight."""
+        ends = accumulate((output.columns(self.tp) for output in self.outputs), initial=0)
+        own = [
+            [None if p is None else p[...][:, start:end] for p in (self.weight, self.weight_scale)]
+            for start, end in pairwise(ends)
+        ]
+        return tuple(self.product(x, *part).reshape(x.shape[0], self.tp, -1) for part in own)
+
+    def _split(self, y: jax.Array, outputs: Sequence[Output]) -> tuple[jax.Array, ...]:
+        """`[..., columns]` by outputs."""
+        ends = list(accumulate(output.columns(self.tp) for output in outputs))
+        return tuple(jnp.split(y, ends[:-1], axis=-1))
+
+
+class BatchedLinear(Multiplying):
+    """`y_i = x_i W_i^T` for several inputs of one width, as one batched GEMM, or one by one above `rows_fused` rows.
+
+    The inputs are such outputs of a fused projection as every shard has all of; each shard uses its own copy.
+    """
+
+    rows_fused: float = ALWAYS
+    """`use_fusion` sets it."""
+
+    def __init__(self, build: Build, in_features: int, outputs: Sequence[Output]):
+        self.outputs, self.tp = tuple(outputs), build.tp
+        widths = {output.columns(self.tp, build.path) for output in self.outputs}
+        if len(widths) > 1:
+            raise ValueError(f"{build.path}: the outputs of a batched GEMM are of one width, got {sorted(widths)}")
+        shape, names = (self.tp, len(self.outputs) * widths.pop(), in_features), (axes.SHARD, axes.COLUMNS, axes.EMBED)
+        self.weight, self.weight_scale = matrix(build, shape, names, in_features**-0.5, outputs=self.outputs)
+
+    def __call__(self, *inputs: jax.Array) -> tuple[jax.Array, ...]:
+        """`[T, tp, in]` each -> `[T, tp, columns]` each."""
+        shape = self.tp, len(self.outputs), -1
+        weight = self.weight[...].reshape(*shape, self.weight.shape[-1])
+        operands = (weight,) if self.weight_scale is None else (weight, self.weight_scale[...].reshape(shape))
+        # The native product of a CPU has no batches, and gains nothing by them.
+        if inputs[0].shape[0] > self.rows_fused or len(inputs) == 1 or self.kernel == NATIVE:
+            return tuple(self._shards(x, *(own[:, i] for own in operands)) for i, x in enumerate(inputs))
+        batched = jax.vmap(self._shards, in_axes=(2, *[1] * len(operands)), out_axes=2)
+        return tuple(jnp.unstack(batched(jnp.stack(inputs, axis=2), *operands), axis=2))
+
+    def _shards(self, x: jax.Array, *operands: jax.Array) -> jax.Array:
+        """`[T, tp, in]` by `[tp, columns, in]`, and scales `[tp, columns]` of int8 -> `[T, tp, columns]`."""
+        if self.kernel == NATIVE:  # of one shard, as XLA cannot divide it
+            weight, *scales = (own[0] for own in operands)
+            return self.product(x[:, 0], weight, *(scales or [None]))[:, None]
+        multiply = matmul if len(operands) == 1 else int8_matmul.matmul
+        return jax.vmap(multiply, in_axes=(1, *[0] * len(operands)), out_axes=1)(x, *operands)
 
 
 class RowLinear(Multiplying):
@@ -155,11 +230,15 @@ class RowLinear(Multiplying):
 
     `inputs`: how many columns the input has, or the output of the projection before that they are: one that is kept with
     units of zeroes has as many columns of zeroes here.
+    `summed`: whether a call gives the sum over shards; if not, the caller takes `product` of what a shard has, and sums.
     """
 
-    def __init__(self, build: Build, in_axis: str, inputs: int | Output, out_features: int, *, bias: bool = False):
+    def __init__(
+        self, build: Build, in_axis: str, inputs: int | Output, out_features: int, *, bias: bool = False,
+        summed: bool = True,
+    ):  # fmt: skip
         inputs = Output(in_axis, inputs) if isinstance(inputs, int) else inputs
-        self.tp = build.tp
+        self.tp, self.summed = build.tp, summed
         shape, names = (out_features, inputs.columns(build.tp, build.path) * build.tp), (axes.EMBED, in_axis)
         self.weight, self.weight_scale = matrix(
             build, shape, names, inputs.rows**-0.5, unpadded=(out_features, inputs.rows), inputs=inputs
@@ -173,4 +252,4 @@ class RowLinear(Multiplying):
 
     def collectives(self) -> list[Collective]:
         """The sum over shards of what each makes of its columns."""
-        return [] if self.tp == 1 else [Collective(ALL_REDUCE, "partial sums", self.weight.shape[0])]
+        return [Collective(ALL_REDUCE, "partial sums", self.weight.shape[0])] if self.tp > 1 and self.summed else []

@@ -1,5 +1,8 @@
 """Normalisation."""
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -7,18 +10,60 @@ from flax import nnx
 from jaxinfer.layers.params import Build, constant
 
 
+class Scaling(NamedTuple):
+    """How the scale of an RMSNorm is kept and applied; the defaults are Llama's."""
+
+    offset: float = 0.0
+    """Added to what the checkpoint has: 1 for Gemma, whose scales are kept less one."""
+    wide: bool = False
+    """Whether it multiplies in float32, before the result is rounded to the dtype of the activations; False: after."""
+
+    def __call__(self, wide: jax.Array, scale: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """The normalised float32 `wide`, scaled, in `dtype`."""
+        if self.wide:
+            return (wide * (self.offset + scale.astype(jnp.float32))).astype(dtype)
+        return (self.offset + scale if self.offset else scale) * wide.astype(dtype)
+
+
 class RMSNorm(nnx.Module):
     """`x / sqrt(mean(x^2) + eps) * scale` over the last axis, in float32 (arXiv:1910.07467)."""
 
-    def __init__(self, build: Build, size: int, eps: float, axis: str | None):
-        self.scale = constant(build, (size,), (axis,), 1.0)
-        self.eps = eps
+    def __init__(self, build: Build, size: int, eps: float, axis: str | None, scaling: Scaling = Scaling()):
+        self.scale = constant(build, (size,), (axis,), 1.0 - scaling.offset)
+        self.eps, self.scaling = eps, scaling
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[..., size]` -> `[..., size]`, in the dtype of `x`."""
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return self.scale[...] * wide.astype(x.dtype)
+        return self.scaling(wide, self.scale[...], x.dtype)
+
+
+def normalise_together(
+    parts: Sequence[jax.Array], scale: jax.Array, widths: Sequence[int], eps: float, *, over: str | None,
+    scaling: Scaling = Scaling(),
+) -> tuple[jax.Array, ...]:  # fmt: skip
+    """An RMSNorm of each of several arrays over its whole width, which lies on all devices of a mesh axis.
+
+    The sums of squares travel as one all-reduce. Columns of padding are zero, and add nothing.
+
+    Args:
+        parts: `[..., columns]` of each what this device has; inside `jax.shard_map` where `over` is not None.
+        scale: `[..., all columns]` of all parts, one after the other.
+        widths: what each sum of squares is divided by.
+        eps: added to the mean.
+        over: the mesh axis; None: each part is whole.
+        scaling: how the scale is applied.
+    """
+    wide = [part.astype(jnp.float32) for part in parts]
+    squares = jnp.stack([jnp.sum(part * part, axis=-1) for part in wide], axis=-1)
+    squares = squares if over is None else jax.lax.psum(squares, over)
+    inverse = jnp.split(jax.lax.rsqrt(squares / jnp.array(widths, jnp.float32) + eps), len(parts), axis=-1)
+    ends = [sum(part.shape[-1] for part in parts[:count]) for count in range(1, len(parts))]
+    own = jnp.split(scale, ends, axis=-1)
+    return tuple(
+        scaling(part * i, s, given.dtype) for given, part, i, s in zip(parts, wide, inverse, own, strict=True)
+    )
 
 
 class LayerNorm(nnx.Module):

@@ -9,7 +9,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from jaxinfer.kernels import int8_matmul
 from jaxinfer.sharding import mesh as meshes
-from jaxinfer.sharding.policy import REPLICATE, Placement
+from jaxinfer.sharding.policy import EXPERTS, REPLICATE, Placement
 
 
 class Build(NamedTuple):
@@ -38,6 +38,11 @@ class Build(NamedTuple):
         return self.placement.tactic(self.path) == REPLICATE
 
     @property
+    def by_expert(self) -> bool:
+        """Whether the module's experts, if it has any, lie whole on one device each."""
+        return self.placement.tactic(self.path) == EXPERTS
+
+    @property
     def tp(self) -> int:
         """Shards of the module's tensor-parallel weights."""
         return 1 if self.replicated else meshes.size(self.mesh)
@@ -49,7 +54,8 @@ def weight(
     """A matrix of normal values of standard deviation `scale`, named axis by axis.
 
     `metadata` is what the loader must know: `outputs` of a fused weight, `unpadded`, the shape in the checkpoint where it
-    is another, and `inputs`, the output whose columns those of the weight are.
+    is another, `inputs`, the output whose columns those of the weight are, and `stacked`: the first axis is one of several
+    such weights, to which all else applies alone.
     """
     values = scale * jax.random.normal(build.rngs.params(), shape, build.dtype)
     return param(build, values, axes, **metadata)

@@ -17,7 +17,7 @@ from jaxinfer.kernels.matmul import matmul
 from jaxinfer.layers.heads import HeadLayout
 from jaxinfer.layers.linear import FusedLinear, Multiplying, RowLinear
 from jaxinfer.layers.mlp import MLP
-from jaxinfer.layers.norms import LayerNorm, RMSNorm
+from jaxinfer.layers.norms import LayerNorm, RMSNorm, normalise_together
 from jaxinfer.layers.params import Build, constant, weight
 from jaxinfer.sharding import axes
 from jaxinfer.sharding.collectives import ALL_REDUCE, ENCODE, Collective
@@ -55,6 +55,8 @@ class VisionConfig:
     """Whether patches carry learned positions."""
     final_norm: bool = False
     """Whether a LayerNorm follows the last layer."""
+    out_bias: bool = True
+    """Whether the projection behind attention has a bias."""
 
     @property
     def grid(self) -> int:
@@ -80,12 +82,11 @@ class PatchEmbedding(Multiplying):
 
     def __call__(self, pixels: jax.Array) -> jax.Array:
         """`[n, C, height, width]`, whole patches a side -> `[n, t, M]`."""
-        count, channels, size = *pixels.shape[:2], self.config.patch_size
+        count, size = pixels.shape[0], self.config.patch_size
         grid = pixels.shape[2] // size, pixels.shape[3] // size
-        patches = pixels.astype(self.weight.dtype).reshape(count, channels, grid[0], size, grid[1], size)
-        patches = patches.transpose(0, 2, 4, 1, 3, 5).reshape(count * grid[0] * grid[1], -1)
         kernel = self.weight[...].reshape(self.config.width, -1)
-        x = (matmul(patches, kernel, kernel=self.kernel) + self.bias[...]).reshape(count, -1, self.config.width)
+        x = matmul(patches(pixels.astype(self.weight.dtype), size), kernel, kernel=self.kernel) + self.bias[...]
+        x = x.reshape(count, -1, self.config.width)
         cls = jnp.broadcast_to(self.cls[...], (count, 1, self.config.width))
         x = jnp.concatenate([cls, x], axis=1)
         return x if self.positions is None else x + self._positions(grid)
@@ -100,6 +101,13 @@ class PatchEmbedding(Multiplying):
         table = jnp.einsum("ih,jw,hwm->ijm", down, across, table, precision=jax.lax.Precision.HIGHEST)
         table = table.reshape(1, grid[0] * grid[1], -1).astype(learned.dtype)
         return jnp.concatenate([learned[:, :1], table], axis=1)
+
+
+def patches(pixels: jax.Array, size: int) -> jax.Array:
+    """`[n, C, height, width]` -> `[n * patches, C * size * size]`, row by row of the grid: what a convolution reads."""
+    count, channels, height, width = pixels.shape
+    pixels = pixels.reshape(count, channels, height // size, size, width // size, size)
+    return pixels.transpose(0, 2, 4, 1, 3, 5).reshape(-1, channels * size * size)
 
 
 def bicubic(old: int, new: int) -> np.ndarray:
@@ -120,11 +128,41 @@ def bicubic(old: int, new: int) -> np.ndarray:
     return made.astype(np.float32)
 
 
-def attend_whole(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Every token attends to all of its own tile, with a softmax in float32: `[n, t, H, D]` each -> `[n, t, H, D]`."""
+QUERIES = 1024
+"""Queries that are scored at a time where an image has more than twice as many tokens: all scores at once would take
+gigabytes."""
+
+
+def attend_whole(q: jax.Array, k: jax.Array, v: jax.Array, padding: jax.Array | None = None) -> jax.Array:
+    """Every token attends to all of its own tile, with a softmax in float32: `[n, t, H, D]` each -> `[n, t, H, D]`.
+
+    `padding`: `[n, t]` bool; where it is True a token does not attend to others of the kind, while the rest does.
+    """
+    count, tokens = q.shape[:2]
+    if tokens <= 2 * QUERIES:
+        return _attend(q, k, v, padding, padding)
+    filled = -tokens % QUERIES
+
+    def pieces(x: jax.Array | None) -> jax.Array | None:
+        if x is None:
+            return None
+        x = jnp.pad(x, ((0, 0), (0, filled), *[(0, 0)] * (x.ndim - 2)))
+        return x.reshape(count, -1, QUERIES, *x.shape[2:]).swapaxes(0, 1)
+
+    out = jax.lax.map(lambda piece: _attend(piece[0], k, v, piece[1], padding), (pieces(q), pieces(padding)))
+    return out.swapaxes(0, 1).reshape(count, tokens + filled, *out.shape[3:])[:, :tokens]
+
+
+def _attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, of_queries: jax.Array | None, of_keys: jax.Array | None
+) -> jax.Array:
+    """The same for some of the queries, `[n, q, H, D]`; the padding of these and of the keys."""
     precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
     scores = jnp.einsum("nqhd,nkhd->nhqk", q, k, precision=precision, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(scores * q.shape[-1] ** -0.5, axis=-1).astype(v.dtype)
+    scores = scores * q.shape[-1] ** -0.5
+    if of_keys is not None:
+        scores = jnp.where((of_queries[:, :, None] & of_keys[:, None])[:, None], -jnp.inf, scores)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("nhqk,nkhd->nqhd", weights, v, precision=precision)
 
 
@@ -137,7 +175,7 @@ class VisionAttention(nnx.Module):
         self.mesh, self.config = build.mesh, config
         outputs = HeadLayout.of(build, config.heads, config.heads).outputs(config.width // config.heads)
         self.qkv = FusedLinear(build, config.width, outputs, bias=config.qkv_bias)
-        self.out = RowLinear(build, axes.HEADS, outputs[0], config.width, bias=True)
+        self.out = RowLinear(build, axes.HEADS, outputs[0], config.width, bias=config.out_bias)
         # Of queries and of keys, one after the other, divided as their columns are.
         shape = (build.tp, sum(output.columns(build.tp) for output in outputs[:2]))
         scale = constant(build, shape, (axes.SHARD, axes.COLUMNS), 1.0, outputs=outputs[:2])
@@ -149,47 +187,40 @@ class VisionAttention(nnx.Module):
             return []
         return [Collective(ALL_REDUCE, "squares of q and k", 2, itemsize=4)]
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """`[n, t, M]` -> `[n, t, M]`."""
+    def __call__(self, x: jax.Array, padding: jax.Array | None = None) -> jax.Array:
+        """`[n, t, M]` -> `[n, t, M]`; `padding`: `[n, t]`, as in `attend_whole`."""
         q, k, v = self.qkv(x.reshape(-1, x.shape[-1]))
         scale = None if self.norm_scale is None else self.norm_scale[...]
-        return self.out(self._attend(q, k, v, scale, x.shape[1])).reshape(x.shape)
+        return self.out(self._attend(q, k, v, scale, x.shape[1], padding)).reshape(x.shape)
 
-    def _attend(self, q: jax.Array, k: jax.Array, v: jax.Array, scale: jax.Array | None, tokens: int) -> jax.Array:
+    def _attend(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, scale: jax.Array | None, tokens: int, padding: jax.Array | None
+    ) -> jax.Array:
         """`[n * t, tp, columns]` each -> the same.
 
         On local shapes in `jax.shard_map`: each device has whole heads of whole tiles, so that nothing is exchanged.
         """
         divided, head_dim = q.shape[1] > 1, self.config.width // self.config.heads
 
-        def local(q: jax.Array, k: jax.Array, v: jax.Array, scale: jax.Array | None) -> jax.Array:
+        def local(
+            q: jax.Array, k: jax.Array, v: jax.Array, scale: jax.Array | None, padding: jax.Array | None
+        ) -> jax.Array:
             if scale is not None:
-                q, k = self._normalise(q, k, scale, axes.MODEL if divided else None)
+                widths = [self.config.width] * 2
+                over = axes.MODEL if divided else None
+                q, k = normalise_together((q, k), scale, widths, self.config.qk_norm_eps, over=over)
             q, k, v = (y.reshape(-1, tokens, y.shape[-1] // head_dim, head_dim) for y in (q, k, v))
-            return attend_whole(q, k, v).reshape(q.shape[0] * tokens, 1, -1)
+            return attend_whole(q, k, v, padding).reshape(q.shape[0] * tokens, 1, -1)
 
         if self.mesh.size == 1:
-            return local(q, k, v, scale)
+            return local(q, k, v, scale, padding)
         data = axes.DATA if axes.DATA in self.mesh.shape else None
         model = axes.MODEL if divided else None
         rows = PartitionSpec(data, model)
         return jax.shard_map(
-            local, mesh=self.mesh, in_specs=(rows, rows, rows, PartitionSpec(model)), out_specs=rows, check_vma=False
-        )(q, k, v, scale)
-
-    def _normalise(
-        self, q: jax.Array, k: jax.Array, scale: jax.Array, over: str | None
-    ) -> tuple[jax.Array, jax.Array]:
-        """Both over the whole width, which lies on all devices of the axis `over`: one sum of two numbers a token.
-
-        Heads of padding are zero, so they add nothing to it.
-        """
-        wide = [y.astype(jnp.float32) for y in (q, k)]
-        squares = jnp.stack([jnp.sum(y * y, axis=-1) for y in wide], axis=-1)
-        squares = squares if over is None else jax.lax.psum(squares, over)
-        inverse = jnp.split(jax.lax.rsqrt(squares / self.config.width + self.config.qk_norm_eps), 2, axis=-1)
-        own = jnp.split(scale, 2, axis=-1)
-        return tuple((y * i).astype(q.dtype) * s for y, i, s in zip(wide, inverse, own, strict=True))
+            local, mesh=self.mesh, in_specs=(rows, rows, rows, PartitionSpec(model), PartitionSpec(data)), out_specs=rows,
+            check_vma=False,
+        )(q, k, v, scale, padding)  # fmt: skip
 
 
 class VisionLayer(nnx.Module):

@@ -26,8 +26,9 @@ from jaxinfer.sharding.policy import Placement
 
 log = logging.getLogger(__name__)
 
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-         "num_key_value_heads", "head_dim", "max_position_embeddings")  # fmt: skip
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers",
+         "num_attention_heads", "num_key_value_heads", "head_dim", "num_experts", "num_local_experts",
+         "max_position_embeddings")  # fmt: skip
 
 
 def load(
@@ -64,7 +65,7 @@ def load(
     with SafetensorsReader(directory) as reader:
         if not said:
             module = abstract(served, config, resolve_dtype(dtype, stored_dtype(reader), platform), mesh, **how)
-        rules.load(module, served.weight_rules(config), reader, mesh, progress=progress)
+        rules.load(module, served.weight_rules(config), served.source(reader), mesh, progress=progress)
     return module
 
 
@@ -98,7 +99,7 @@ def abstract(
     meshes.check_data_axis(mesh, config.features is not None)
     build = partial(Build, dtype=dtype, mesh=mesh, quantization=quantization, placement=placement, pad_heads=pad_heads)
     module = nnx.eval_shape(lambda: served.build(build(nnx.Rngs(0)), config))
-    placement.check(*placeable(module))
+    placement.check(*placeable(module), with_experts(module))
     for path, param in rules.parameters(module).items():
         sharding_rules.of(mesh, param.get_metadata(), param.shape, path)
     kv_cache.abstract(module.cache_specs(), 1, 1, dtype, mesh)
@@ -117,6 +118,13 @@ def placeable(module: nnx.Module) -> tuple[list[str], list[str]]:
         within = any(path[:end] in wholes for end in range(1, len(path)))
         (inside if within else modules).append(".".join(path))
     return modules, inside
+
+
+def with_experts(module: nnx.Module) -> list[str]:
+    """Paths of the modules that have experts (`has_experts` on their class)."""
+    return [
+        ".".join(map(str, path)) for path, part in nnx.iter_modules(module) if getattr(part, "has_experts", False)
+    ]
 
 
 def random(

@@ -1,0 +1,50 @@
+"""Gemma 3 (`Gemma3ForCausalLM`): five sliding layers for a full one, each kind with its own rope, and norms of queries and
+keys in the place of Gemma 2's caps (arXiv:2503.19786). Of checkpoints that read images (`Gemma3ForConditionalGeneration`)
+the text model alone is served.
+"""
+
+from jaxinfer.checkpoint.hf import ConfigReader
+from jaxinfer.checkpoint.part import Part
+from jaxinfer.checkpoint.source import Source
+from jaxinfer.models.base import Family
+from jaxinfer.models.decoder import FULL, SLIDING, Decoder, DecoderConfig, weight_rules
+from jaxinfer.models.gemma2 import gemma
+
+THETA, LOCAL_THETA = 1_000_000.0, 10_000.0
+"""Of full and of sliding layers, where config.json does not say."""
+IMAGES = ("vision_config", "mm_tokens_per_image", "image_token_index", "boi_token_index", "eoi_token_index",
+          "image_token_id", "boi_token_id", "eoi_token_id")  # fmt: skip
+"""Fields of config.json about images."""
+TEXT = {"language_model.model.": "model.", "language_model.lm_head.": "lm_head.", "model.language_model.": "model."}
+"""What tensors of the text model begin with in checkpoints that read images, of the Hub and of transformers 5."""
+NOT_TEXT = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+
+
+def config(reader: ConfigReader) -> DecoderConfig:
+    """Every `sliding_window_pattern`-th layer is full; `rope_scaling` is that of full layers alone.
+
+    The `text_config` of a whole model may lack whatever is as in the smallest one.
+    """
+    if "text_config" in reader.config:
+        tied = reader.get_bool("tie_word_embeddings", None)
+        reader.skip(*IMAGES)
+        reader = reader.part("text_config", **{} if tied is None else {"tie_word_embeddings": tied})
+    reader.defaults(
+        vocab_size=262_208, num_attention_heads=8, num_key_value_heads=4, head_dim=256, max_position_embeddings=131_072,
+        query_pre_attn_scalar=256, sliding_window=4096, hidden_activation="gelu_pytorch_tanh", tie_word_embeddings=True,
+    )  # fmt: skip
+    each, layers = reader.get_int("sliding_window_pattern", 6), reader.get_int("num_hidden_layers")
+    reader.skip("_sliding_window_pattern")  # a copy, beside layer_types
+    if not reader.get("rope_parameters", None):
+        reader.defaults(rope_theta=THETA)
+    local = {"rope_theta": reader.get_float("rope_local_base_freq", LOCAL_THETA), "rope_scaling": None}
+    kinds = [SLIDING if number % each else FULL for number in range(1, layers + 1)]
+    return gemma(reader, kinds, qk_norm=True, local_rope=local)
+
+
+def text_model(source: Source) -> Source:
+    """The tensors of the text model, whatever checkpoint it is in."""
+    return Part(source, TEXT, NOT_TEXT)
+
+
+FAMILY = Family(config, Decoder, weight_rules, source=text_model)
