@@ -1,0 +1,140 @@
+"""What layers of linear attention share: their state, and convolution and recurrence on local shapes.
+
+Letters beside those of `sharding.axes`: H heads of values, K heads of queries and keys, Dk and Dv their dims, W the taps of
+the convolution, N slots.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+from jaxinfer.kernels import delta, short_conv
+from jaxinfer.kernels.state import DecodeSlots, Segments
+from jaxinfer.kv.spec import State, StateArray
+from jaxinfer.layers.linear import Output
+from jaxinfer.sharding import axes
+
+EPS = 1e-6
+"""Of the l2 norm of queries and keys."""
+
+
+class DeltaState(NamedTuple):
+    """What one layer remembers, by slots (`kernels.state`); of `kv.spec.State` the shapes, of shard_map the specs."""
+
+    recurrent: Any
+    """`[N, H, Dk, Dv]` float32, divided over heads."""
+    conv: Any
+    """`[N, W - 1, columns]`: the last inputs of the convolution, divided over columns, those of a shard together."""
+
+
+@dataclass(frozen=True)
+class DeltaSpec:
+    """The shape of one layer."""
+
+    width: int
+    """M."""
+    key_heads: int
+    """K; divides H."""
+    key_dim: int
+    """Dk."""
+    value_heads: int
+    """H."""
+    value_dim: int
+    """Dv."""
+    taps: int
+    """W."""
+    norm_eps: float
+
+    @property
+    def convolved(self) -> tuple[Output, Output, Output]:
+        """The columns of the convolution: q, k and v, each divided by heads."""
+        return (
+            Output("q", self.key_heads, self.key_dim), Output("k", self.key_heads, self.key_dim),
+            Output("v", self.value_heads, self.value_dim),
+        )  # fmt: skip
+
+    def kept(self, dtype: jnp.dtype, replicated: bool) -> State:
+        """What the layer keeps; `dtype`: of the activations, in which the convolution's inputs are kept."""
+        columns = sum(output.rows for output in self.convolved)
+        heads, names = (self.value_heads, self.key_dim, self.value_dim), (axes.HEADS, axes.HEAD_DIM, axes.HEAD_DIM)
+        recurrent = StateArray(heads, names, jnp.dtype("float32"))
+        conv = StateArray((self.taps - 1, columns), (None, axes.HEADS), jnp.dtype(dtype))
+        return State(DeltaState(recurrent, conv), replicated)
+
+
+def run(
+    columns: jax.Array, weight: jax.Array, g: jax.Array, beta: jax.Array, spec: DeltaSpec, state: DeltaState,
+    rows: DecodeSlots | Segments, one_by_one: bool,
+) -> tuple[jax.Array, DeltaState]:  # fmt: skip
+    """Convolution, l2 norms and the delta rule, all that lies between a layer's projections, on local shapes.
+
+    Args:
+        columns: `[T, columns]` q, k and v of this shard.
+        weight: `[columns, W]`.
+        g: `[T, H, Dk]` or `[T, H, 1]` float32 log-decays.
+        beta: `[T, H]` float32.
+        spec: the layer; how many heads are here follows from the columns.
+        state: this shard's.
+        rows: which slots the step reads and writes.
+        one_by_one: `kernels.delta.prefill`.
+
+    Returns:
+        `[T, H, Dv]` float32 and the state.
+    """
+    decoding = isinstance(rows, DecodeSlots)
+    convolve, attend = (short_conv.decode, delta.decode) if decoding else (short_conv.prefill, delta.prefill)
+    y, conv = convolve(columns, weight, state.conv, rows)
+    here, group = g.shape[1], spec.value_heads // spec.key_heads
+    keys = here // group * spec.key_dim
+    q, k = (part.reshape(-1, here // group, spec.key_dim) for part in (y[:, :keys], y[:, keys : 2 * keys]))
+    q, k = delta.normalise(q, EPS) * spec.key_dim**-0.5, delta.normalise(k, EPS)
+    q, k = (jnp.repeat(part, group, axis=1) for part in (q, k))
+    tokens = delta.Tokens(q, k, y[:, 2 * keys :].reshape(-1, here, spec.value_dim), g, beta[..., None])
+    out, recurrent = attend(tokens, state.recurrent, rows, one_by_one=one_by_one)
+    return out, DeltaState(recurrent, conv)
+
+
+def gated_norm(
+    x: jax.Array, gate: jax.Array, scale: jax.Array, eps: float, activation: Callable[[jax.Array], jax.Array]
+) -> jax.Array:
+    """`x / sqrt(mean(x^2) + eps) * scale * activation(gate)` over the last axis, float32."""
+    x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+    return x * scale.astype(jnp.float32) * activation(gate.astype(jnp.float32))
+
+
+def on_shards(
+    local: Callable[..., tuple[jax.Array, DeltaState]], mesh: Mesh, by_token: tuple[jax.Array, ...],
+    by_shard: tuple[jax.Array, ...], whole: Any, state: DeltaState, rows: DecodeSlots | Segments,
+) -> tuple[jax.Array, DeltaState]:  # fmt: skip
+    """Calls `local(by_token, by_shard, whole, state, rows, one_by_one)` on each shard's own.
+
+    Args:
+        local: gives `[T, 1, columns]` and the state.
+        mesh: the devices.
+        by_token: activations `[T, tp, ...]`; local gets `[T, ...]`.
+        by_shard: parameters `[tp, ...]`; local gets `[...]`.
+        whole: parameters that every shard has all of.
+        state: of all slots.
+        rows: which slots the step reads and writes.
+    """
+    one_by_one = mesh.devices.flat[0].platform == "cpu"
+
+    def inside(
+        by_token: tuple[jax.Array, ...], by_shard: tuple[jax.Array, ...], whole: Any, state: DeltaState,
+        rows: DecodeSlots | Segments,
+    ) -> tuple[jax.Array, DeltaState]:  # fmt: skip
+        own = tuple(a[:, 0] for a in by_token), tuple(a[0] for a in by_shard)
+        return local(*own, whole, state, rows, one_by_one)
+
+    if mesh.size == 1:
+        return inside(by_token, by_shard, whole, state, rows)
+    model = axes.MODEL if by_token[0].shape[1] > 1 else None  # else the layer is replicated: each device has all heads
+    tokens, states = PartitionSpec(None, model), DeltaState(PartitionSpec(None, model), PartitionSpec(None, None, model))
+    return jax.shard_map(
+        inside, mesh=mesh, in_specs=(tokens, PartitionSpec(model), PartitionSpec(), states, PartitionSpec()),
+        out_specs=(tokens, states), check_vma=False,
+    )(by_token, by_shard, whole, state, rows)  # fmt: skip

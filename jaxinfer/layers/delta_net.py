@@ -1,0 +1,79 @@
+"""Gated DeltaNet (arXiv:2412.06464) as in Qwen3-Next: one decay a head, and several heads of values around one of keys.
+
+`in_proj_qkvz` and `in_proj_ba` are one GEMM. Their rows lie by heads of keys, each with its query, key, values and gates
+together, so that a shard's rows are an interval of the checkpoint's.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxinfer.kernels.state import DecodeSlots, Segments
+from jaxinfer.kv.spec import State
+from jaxinfer.layers.delta import DeltaSpec, DeltaState, gated_norm, on_shards, run
+from jaxinfer.layers.linear import FusedLinear, Output, RowLinear
+from jaxinfer.layers.params import Build, constant, param, weight
+from jaxinfer.sharding import axes
+
+
+class DeltaNetSpec(DeltaSpec):
+    """The shape of one layer of gated DeltaNet."""
+
+
+class GatedDeltaNet(nnx.Module):
+    """One layer; the heads of values are a multiple of those of keys."""
+
+    placed_whole = True
+    """Its parts are divided alike (`models.loading.placeable`)."""
+
+    def __init__(self, build: Build, spec: DeltaSpec):
+        """The layer.
+
+        Raises:
+            ConfigError: heads of keys that do not divide over the shards; none are added.
+        """
+        self.spec, self.mesh, self.dtype, self.replicated = spec, build.mesh, build.dtype, build.replicated
+        self.group = spec.value_heads // spec.key_heads
+        a_head = 2 * spec.key_dim + 2 * self.group * spec.value_dim
+        outputs = Output("qkvz", spec.key_heads, a_head), Output("ba", spec.key_heads, 2 * self.group)
+        self.projection = FusedLinear(build, spec.width, outputs)
+        columns = sum(output.columns(build.tp) for output in spec.convolved)
+        # In the shape of a convolution's checkpoint.
+        shape, names = (build.tp, columns, 1, spec.taps), (axes.SHARD, axes.COLUMNS, None, None)
+        self.conv = weight(build, shape, names, spec.taps**-0.5, outputs=spec.convolved)
+        self.decay = param(build, jnp.zeros((spec.value_heads,)), (axes.HEADS,))
+        self.decay_bias = param(build, jnp.zeros((spec.value_heads,)), (axes.HEADS,))
+        self.norm = constant(build, (spec.value_dim,), (axes.HEAD_DIM,), 1.0)
+        self.out = RowLinear(build, axes.HEADS, Output("v", spec.value_heads, spec.value_dim), spec.width)
+
+    @property
+    def cache_spec(self) -> State:
+        """What the layer keeps."""
+        return self.spec.kept(self.dtype, self.replicated)
+
+    def __call__(
+        self, x: jax.Array, state: DeltaState, rows: DecodeSlots | Segments
+    ) -> tuple[jax.Array, DeltaState]:
+        """`[T, M]` -> `[T, M]` and the state after the step's tokens."""
+        by_token = self.projection(x)
+        tp = by_token[0].shape[1]
+        by_shard = self.conv[...][:, :, 0], self.decay[...].reshape(tp, -1), self.decay_bias[...].reshape(tp, -1)
+        y, state = on_shards(self._local, self.mesh, by_token, by_shard, self.norm[...], state, rows)
+        return self.out(y), state
+
+    def _local(
+        self, by_token: tuple[jax.Array, ...], by_shard: tuple[jax.Array, ...], norm: jax.Array, state: DeltaState,
+        rows: DecodeSlots | Segments, one_by_one: bool,
+    ) -> tuple[jax.Array, DeltaState]:  # fmt: skip
+        """`[T, 1, H Dv]`, of the heads that are here."""
+        (qkvz, ba), (conv, decay, bias) = by_token, by_shard
+        spec, count, values = self.spec, qkvz.shape[0], self.group * self.spec.value_dim
+        heads = decay.shape[0] // self.group
+        ends = spec.key_dim, 2 * spec.key_dim, 2 * spec.key_dim + values
+        q, k, v, z = (y.reshape(count, -1) for y in jnp.split(qkvz.reshape(count, heads, -1), ends, axis=-1))
+        b, a = (y.reshape(count, -1).astype(jnp.float32) for y in jnp.split(ba.reshape(count, heads, -1), 2, axis=-1))
+        g = -jnp.exp(decay) * jax.nn.softplus(a + bias)
+        columns = jnp.concatenate([q, k, v], axis=-1)
+        y, state = run(columns, conv, g[..., None], jax.nn.sigmoid(b), spec, state, rows, one_by_one)
+        y = gated_norm(y, z.reshape(y.shape), norm, spec.norm_eps, jax.nn.silu)
+        return y.astype(columns.dtype).reshape(count, 1, -1), state

@@ -1,0 +1,77 @@
+"""Kimi Delta Attention (arXiv:2510.26692): linear attention whose state decays channel by channel.
+
+Six projections of one input are one GEMM, `q k v b | f_a g_a`: the first four divided by heads, the last two, low-rank,
+whole on every shard; the two that follow from those are one batched GEMM (SGLang #17801). The output projection's sum is
+the only thing that shards say to each other.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxinfer.kernels.state import DecodeSlots, Segments
+from jaxinfer.kv.spec import State
+from jaxinfer.layers.delta import DeltaSpec, DeltaState, gated_norm, on_shards, run
+from jaxinfer.layers.linear import BatchedLinear, FusedLinear, Output, RowLinear
+from jaxinfer.layers.params import Build, constant, param, weight
+from jaxinfer.sharding import axes
+
+
+class KdaSpec(DeltaSpec):
+    """The shape of one layer of Kimi Delta Attention."""
+
+
+class KimiDeltaAttention(nnx.Module):
+    """One layer; queries, keys and values have as many heads of one dim (`spec.key_heads == spec.value_heads`)."""
+
+    placed_whole = True
+    """Its parts are divided alike (`models.loading.placeable`)."""
+
+    def __init__(self, build: Build, spec: DeltaSpec):
+        """The layer.
+
+        Raises:
+            ConfigError: heads that do not divide over the shards; none are added.
+        """
+        heads, dim = spec.value_heads, spec.value_dim
+        self.spec, self.mesh, self.dtype, self.replicated = spec, build.mesh, build.dtype, build.replicated
+        low_rank = Output("f_a", 1, dim, sharded=False), Output("g_a", 1, dim, sharded=False)
+        self.projection = FusedLinear(build, spec.width, (*spec.convolved, Output("b", heads), *low_rank))
+        self.gates = BatchedLinear(build, dim, (Output("f_b", heads, dim), Output("g_b", heads, dim)))
+        columns = sum(output.columns(build.tp) for output in spec.convolved)
+        # In the shape of a convolution's checkpoint.
+        shape, names = (build.tp, columns, 1, spec.taps), (axes.SHARD, axes.COLUMNS, None, None)
+        self.conv = weight(build, shape, names, spec.taps**-0.5, outputs=spec.convolved)
+        self.decay = param(build, jnp.zeros((1, 1, heads, 1)), (None, None, axes.HEADS, None))
+        self.decay_bias = param(build, jnp.zeros((heads * dim,)), (axes.HEADS,))
+        self.norm = constant(build, (dim,), (axes.HEAD_DIM,), 1.0)
+        self.out = RowLinear(build, axes.HEADS, Output("v", heads, dim), spec.width)
+
+    @property
+    def cache_spec(self) -> State:
+        """What the layer keeps."""
+        return self.spec.kept(self.dtype, self.replicated)
+
+    def __call__(
+        self, x: jax.Array, state: DeltaState, rows: DecodeSlots | Segments
+    ) -> tuple[jax.Array, DeltaState]:
+        """`[T, M]` -> `[T, M]` and the state after the step's tokens."""
+        q, k, v, b, f, g = self.projection(x)
+        forget, gate = self.gates(f, g)
+        tp, dim = q.shape[1], self.spec.value_dim
+        by_token = jnp.concatenate([q, k, v], axis=-1), b, *(y.reshape(*y.shape[:2], -1, dim) for y in (forget, gate))
+        by_shard = self.conv[...][:, :, 0], self.decay[...].reshape(tp, -1), self.decay_bias[...].reshape(tp, -1, dim)
+        y, state = on_shards(self._local, self.mesh, by_token, by_shard, self.norm[...], state, rows)
+        return self.out(y), state
+
+    def _local(
+        self, by_token: tuple[jax.Array, ...], by_shard: tuple[jax.Array, ...], norm: jax.Array, state: DeltaState,
+        rows: DecodeSlots | Segments, one_by_one: bool,
+    ) -> tuple[jax.Array, DeltaState]:  # fmt: skip
+        """`[T, 1, H Dv]`, of the heads that are here."""
+        (columns, b, forget, gate), (conv, decay, bias) = by_token, by_shard
+        g = -jnp.exp(decay)[:, None] * jax.nn.softplus(forget.astype(jnp.float32) + bias)
+        beta = jax.nn.sigmoid(b.astype(jnp.float32))
+        y, state = run(columns, conv, g, beta, self.spec, state, rows, one_by_one)
+        y = gated_norm(y, gate, norm, self.spec.norm_eps, jax.nn.sigmoid)
+        return y.astype(columns.dtype).reshape(y.shape[0], 1, -1), state

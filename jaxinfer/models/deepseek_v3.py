@@ -1,0 +1,96 @@
+"""DeepSeek-V3 (`DeepseekV3ForCausalLM`): latent attention, and experts chosen in groups (arXiv:2412.19437)."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
+from jaxinfer.checkpoint.hf import ConfigReader
+from jaxinfer.errors import ConfigError
+from jaxinfer.layers.mla import LatentSpec
+from jaxinfer.layers.mlp import ACTIVATIONS
+from jaxinfer.layers.moe import MoEConfig
+from jaxinfer.layers.rope import RopeConfig
+from jaxinfer.layers.router import SIGMOID, RouterConfig
+from jaxinfer.models.base import Family
+from jaxinfer.models.decoder import FULL, Decoder, DecoderConfig, weight_rules
+from jaxinfer.models.moe_rules import MoENames
+
+NAMES = MoENames()
+TRAINING = (
+    "output_router_logits", "aux_loss_alpha", "seq_aux", "ep_size", "pretraining_tp", "num_nextn_predict_layers",
+    "num_mtp_layers", "moe_layer_freq", "scoring_func", "topk_method", "head_dim", "qk_head_dim",
+)  # fmt: skip
+"""Attributes of training, of layers that predict further tokens, and those that follow from others or have one value."""
+
+
+def latent_spec(reader: ConfigReader, *, eps: float, rotated: bool) -> LatentSpec:
+    """The attention of the lineage; `rotated`: whether its shared columns are."""
+    own, shared = reader.get_int("qk_nope_head_dim", 128), reader.get_int("qk_rope_head_dim", 64)
+    heads = reader.get_int("num_attention_heads")
+    kv_heads = reader.get_int("num_key_value_heads", heads)
+    if kv_heads != heads:
+        raise ConfigError(
+            f"config.json: num_key_value_heads is {kv_heads}, but all {heads} heads read one latent; set it to "
+            "num_attention_heads"
+        )
+    return LatentSpec(
+        reader.get_int("hidden_size"), heads, rank=reader.get_int("kv_lora_rank", 512), key_dim=own, shared_dim=shared,
+        value_dim=reader.get_int("v_head_dim", 128), scale=(own + shared) ** -0.5,
+        query_rank=reader.get_int("q_lora_rank", None), norm_eps=eps,
+        interleaved=rotated and reader.get_bool("rope_interleave", True), bias=reader.get_bool("attention_bias", False),
+    )  # fmt: skip
+
+
+def experts(reader: ConfigReader, *, count: str, per_token: str, shared: str, groups: str, renormalise: str) -> MoEConfig:
+    """The experts of the lineage; the attributes' names are not the same everywhere."""
+    width, one = reader.get_int("moe_intermediate_size"), reader.get_int(groups, 1)
+    router = RouterConfig(
+        SIGMOID, reader.get_bool(renormalise, True), reader.get_float("routed_scaling_factor", 1.0), correction=True,
+        groups=one, chosen_groups=reader.get_int("topk_group", 1),
+    )  # fmt: skip
+    return MoEConfig(
+        reader.get_int(count), reader.get_int(per_token, 8), width, router, reader.get_str("hidden_act", "silu"),
+        shared=width * reader.get_int(shared, 1, least=0),
+    )  # fmt: skip
+
+
+def stack(
+    reader: ConfigReader, attention: LatentSpec, moe: MoEConfig, dense: Sequence[int], *, max_position: int,
+    rope: RopeConfig | None,
+) -> DecoderConfig:  # fmt: skip
+    """The decoder around them; `dense`: the layers that have an MLP."""
+    layers, activation = reader.get_int("num_hidden_layers"), reader.get_str("hidden_act", "silu")
+    if activation not in ACTIVATIONS:
+        raise ConfigError(f"config.json: hidden_act is {activation!r}; supported: {', '.join(ACTIVATIONS)}")
+    return DecoderConfig(
+        vocab_size=reader.get_int("vocab_size"), num_layers=layers, ffn=reader.get_int("intermediate_size"),
+        activation=activation, norm_eps=attention.norm_eps, attention=attention, rope=rope, max_position=max_position,
+        kinds=(FULL,) * layers, moe=moe, dense_layers=tuple(dense),
+        tied=reader.get_bool("tie_word_embeddings", False),
+    )  # fmt: skip
+
+
+def config(reader: ConfigReader) -> DecoderConfig:
+    """The first layers are dense. yarn's factor is in the scores as well, squared."""
+    reader.skip(*TRAINING)
+    eps, layers = reader.get_float("rms_norm_eps", 1e-6), reader.get_int("num_hidden_layers")
+    attention = latent_spec(reader, eps=eps, rotated=True)
+    moe = experts(
+        reader, count="n_routed_experts", per_token="num_experts_per_tok", shared="n_shared_experts", groups="n_group",
+        renormalise="norm_topk_prob",
+    )  # fmt: skip
+    rope = reader.rope(attention.shared_dim)
+    dense = range(min(layers, reader.get_int("first_k_dense_replace", 3, least=0)))
+    attention = replace(attention, scale=attention.scale * _score_factor(rope) ** 2)
+    return stack(reader, attention, moe, dense, max_position=reader.get_int("max_position_embeddings", 4096), rope=rope)
+
+
+def _score_factor(rope: RopeConfig) -> float:
+    """What yarn's `mscale_all_dim` multiplies queries and keys by, of which only some columns are rotated."""
+    if rope.kind == "default" or not rope.mscale_all_dim or rope.factor <= 1:
+        return 1.0
+    return 0.1 * rope.mscale_all_dim * math.log(rope.factor) + 1.0
+
+
+FAMILY = Family(config, Decoder, partial(weight_rules, names=NAMES))

@@ -1,0 +1,106 @@
+"""Kimi-Linear (`KimiLinearForCausalLM`): three layers of Kimi Delta Attention to one of latent attention, without rotary
+positions, and experts (arXiv:2510.26692).
+
+config.json is read as it is on the Hub (`linear_attn_config`, layers counted from one) and as transformers writes it
+(`layer_types`).
+"""
+
+from dataclasses import replace
+from functools import partial
+
+from jaxinfer.checkpoint.hf import ConfigReader
+from jaxinfer.errors import ConfigError
+from jaxinfer.layers.kda import KdaSpec
+from jaxinfer.models.base import Family
+from jaxinfer.models.decoder import FULL, LINEAR, Decoder, DecoderConfig, layer_kinds, weight_rules
+from jaxinfer.models.deepseek_v3 import TRAINING, experts, latent_spec, stack
+from jaxinfer.models.moe_rules import MoENames
+
+NAMES = MoENames(("block_sparse_moe", "mlp"), gate="w1", up="w3", down="w2")
+HUB = {
+    "num_experts": "num_local_experts", "num_experts_per_token": "num_experts_per_tok",
+    "num_shared_experts": "n_shared_experts", "num_expert_group": "n_group", "moe_renormalize": "norm_topk_prob",
+    "model_max_length": "max_position_embeddings",
+}  # fmt: skip
+"""Names on the Hub and those of transformers."""
+
+
+def config(reader: ConfigReader) -> DecoderConfig:
+    """`qk_rope_head_dim` columns are shared by all heads, and not rotated."""
+    reader.skip(*TRAINING, "rope_theta", "rope_scaling", "rope_parameters", "moe_router_activation_func", "use_grouped_topk")
+    if not reader.get_bool("mla_use_nope", True):
+        raise ConfigError("config.json: mla_use_nope is false, but this family's latent attention is not rotated; set it to true")
+    names = {hub: hub if hub in reader.config else own for hub, own in HUB.items()}
+    reader.skip(*HUB, *HUB.values())
+    reader.defaults(routed_scaling_factor=2.446, num_experts=256, num_local_experts=256)
+    eps, layers = reader.get_float("rms_norm_eps", 1e-5), reader.get_int("num_hidden_layers")
+    moe = experts(
+        reader, count=names["num_experts"], per_token=names["num_experts_per_token"],
+        shared=names["num_shared_experts"], groups=names["num_expert_group"], renormalise=names["moe_renormalize"],
+    )  # fmt: skip
+    made = stack(
+        reader, latent_spec(reader, eps=eps, rotated=False), moe, _dense(reader, layers),
+        max_position=reader.get_int(names["model_max_length"], 1048576), rope=None,
+    )  # fmt: skip
+    linear, kinds = _linear(reader, layers, eps)
+    return replace(made, linear=linear, kinds=kinds)
+
+
+def _dense(reader: ConfigReader, layers: int) -> tuple[int, ...]:
+    """Layers with an MLP."""
+    kinds, first = reader.get("mlp_layer_types", None), reader.get_int("first_k_dense_replace", 1, least=0)
+    if kinds is None:
+        return tuple(range(min(first, layers)))
+    if not isinstance(kinds, list) or len(kinds) != layers or not set(kinds) <= {"dense", "sparse"}:
+        raise ConfigError(
+            f"config.json: mlp_layer_types must be a list of num_hidden_layers = {layers} of 'dense' or 'sparse', got {kinds!r}"
+        )
+    return tuple(i for i, kind in enumerate(kinds) if kind == "dense")
+
+
+def _linear(reader: ConfigReader, layers: int, eps: float) -> tuple[KdaSpec, tuple[str, ...]]:
+    """The shape of the linear layers, and the kind of every layer."""
+    shape = {"head_dim": "linear_head_dim", "num_heads": "linear_num_heads", "short_conv_kernel_size": "linear_conv_kernel_dim"}
+    reader.skip(*shape.values())
+    nested = reader.get("linear_attn_config", None)
+    if nested is None:
+        part, names = reader, shape
+        kinds = layer_kinds(reader, [FULL if i and i % 4 == 0 else LINEAR for i in range(layers)], known=(FULL, LINEAR))
+    else:
+        part, names = reader.part("linear_attn_config"), dict(zip(shape, shape, strict=True))
+        kinds = _listed(part, layers)
+        if reader.get("layer_types", None) not in (None, list(kinds)):
+            raise ConfigError("config.json: layer_types and linear_attn_config differ about the kinds of layers; remove one")
+    heads, dim = part.get_int(names["num_heads"], 32), part.get_int(names["head_dim"], 128)
+    taps = part.get_int(names["short_conv_kernel_size"], 4, least=2)
+    return KdaSpec(reader.get_int("hidden_size"), heads, dim, heads, dim, taps, eps), kinds
+
+
+def _listed(part: ConfigReader, layers: int) -> tuple[str, ...]:
+    """Of `full_attn_layers` and `kda_layers`, which count from one.
+
+    Raises:
+        ConfigError: a layer that is in neither list or in both, or that there is not.
+    """
+    found: dict[int, str] = {}
+    for name, kind in (("full_attn_layers", FULL), ("kda_layers", LINEAR)):
+        listed = part.get(name)
+        if not isinstance(listed, list) or not all(type(i) is int and 1 <= i <= layers for i in listed):
+            raise ConfigError(
+                f"config.json: linear_attn_config.{name} must be a list of layers from 1 to {layers} "
+                f"(num_hidden_layers), got {listed!r}"
+            )
+        twice = [i for i in listed if i in found or listed.count(i) > 1]
+        if twice:
+            raise ConfigError(f"config.json: linear_attn_config names layer {twice[0]} twice (counted from 1); leave it in one list")
+        found |= dict.fromkeys(listed, kind)
+    absent = [i for i in range(1, layers + 1) if i not in found]
+    if absent:
+        raise ConfigError(
+            f"config.json: layer {absent[0]} (counted from 1) is in neither full_attn_layers nor kda_layers of "
+            "linear_attn_config; add it to one"
+        )
+    return tuple(found[i] for i in range(1, layers + 1))
+
+
+FAMILY = Family(config, Decoder, partial(weight_rules, names=NAMES))

@@ -1,0 +1,49 @@
+"""Qwen3-Next (`Qwen3NextForCausalLM`): three layers of gated DeltaNet to one of gated attention, and experts
+(arXiv:2412.06464, arXiv:2505.06708).
+"""
+
+from dataclasses import replace
+from functools import partial
+
+from jaxinfer.checkpoint.hf import ConfigReader
+from jaxinfer.layers.delta_net import DeltaNetSpec
+from jaxinfer.layers.moe import MoEConfig
+from jaxinfer.layers.norms import Scaling
+from jaxinfer.layers.router import RouterConfig
+from jaxinfer.models.base import Family
+from jaxinfer.models.decoder import FULL, LINEAR, Decoder, DecoderConfig, layer_kinds, read_config, weight_rules
+from jaxinfer.models.moe_rules import MoENames
+from jaxinfer.models.qwen3_moe import dense_layers
+
+NAMES = MoENames(shared="shared_expert")
+SCALING = Scaling(offset=1.0, wide=True)
+
+
+def config(reader: ConfigReader) -> DecoderConfig:
+    """A quarter of a head's columns is rotated; the gate of attention's output is beside its queries."""
+    reader.skip("output_router_logits", "router_aux_loss_coef")  # of training
+    reader.defaults(head_dim=256)
+    if "partial_rotary_factor" not in (reader.get("rope_parameters", None) or {}):
+        reader.defaults(partial_rotary_factor=0.25)
+    layers, every = reader.get_int("num_hidden_layers"), reader.get_int("full_attention_interval", 4)
+    kinds = layer_kinds(reader, [LINEAR if (i + 1) % every else FULL for i in range(layers)], known=(FULL, LINEAR))
+    moe = MoEConfig(
+        reader.get_int("num_experts", 512), reader.get_int("num_experts_per_tok", 10),
+        reader.get_int("moe_intermediate_size", 512), RouterConfig(renormalise=reader.get_bool("norm_topk_prob", True)),
+        reader.get_str("hidden_act", "silu"), shared=reader.get_int("shared_expert_intermediate_size", 512), shared_gate=True,
+    )  # fmt: skip
+    bias = reader.get_bool("attention_bias", False)
+    made = read_config(
+        reader, qkv_bias=bias, out_bias=bias, qk_norm=True, kinds=kinds, partial_rotary=True, moe=moe,
+        dense_layers=dense_layers(reader),
+    )  # fmt: skip
+    linear = DeltaNetSpec(
+        made.attention.width, reader.get_int("linear_num_key_heads", 16), reader.get_int("linear_key_head_dim", 128),
+        reader.get_int("linear_num_value_heads", 32), reader.get_int("linear_value_head_dim", 128),
+        reader.get_int("linear_conv_kernel_dim", 4, least=2), made.norm_eps,
+    )  # fmt: skip
+    attention = replace(made.attention, gated=True, norm_scaling=SCALING)
+    return replace(made, attention=attention, linear=linear, norm_scaling=SCALING)
+
+
+FAMILY = Family(config, Decoder, partial(weight_rules, names=NAMES))

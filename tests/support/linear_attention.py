@@ -1,0 +1,142 @@
+"""Layers of linear attention: transformers' modules with random weights, ours with the same, and how both are run."""
+
+from collections.abc import Mapping
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from flax import nnx
+from jax.sharding import Mesh
+from transformers import KimiLinearConfig, Qwen3NextConfig
+from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearDeltaAttention
+from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
+
+from jaxinfer.checkpoint import rules
+from jaxinfer.kernels.state import DecodeSlots, Segments
+from jaxinfer.layers.delta import DeltaSpec, DeltaState
+from jaxinfer.layers.delta_net import GatedDeltaNet
+from jaxinfer.layers.kda import KimiDeltaAttention
+from jaxinfer.layers.linear import use_fusion
+from jaxinfer.layers.params import Build
+from jaxinfer.models.delta_rules import delta_net_rules, kda_rules
+from jaxinfer.sharding import make_mesh
+from jaxinfer.sharding import rules as sharding_rules
+from jaxinfer.sharding.policy import Placement
+
+M, SLOTS = 32, 6
+KDA, NET = "kda", "delta net"
+SPECS = {
+    KDA: DeltaSpec(M, 4, 8, 4, 8, 4, 1e-5),
+    NET: DeltaSpec(M, 4, 8, 8, 12, 4, 1e-6),
+}
+MODULES = {KDA: KimiDeltaAttention, NET: GatedDeltaNet}
+RULES = {KDA: kda_rules("a", "layer"), NET: delta_net_rules("a", "layer")}
+
+
+@cache
+def reference(kind: str) -> torch.nn.Module:
+    """transformers' layer; all activations of order one, decays from weak to strong."""
+    spec = SPECS[kind]
+    if kind == KDA:
+        config = KimiLinearConfig(
+            hidden_size=M, linear_num_heads=spec.value_heads, linear_head_dim=spec.value_dim,
+            linear_conv_kernel_dim=spec.taps, rms_norm_eps=spec.norm_eps, num_hidden_layers=2,
+        )  # fmt: skip
+        made = KimiLinearDeltaAttention(config, 0)
+    else:
+        config = Qwen3NextConfig(
+            hidden_size=M, linear_num_key_heads=spec.key_heads, linear_key_head_dim=spec.key_dim,
+            linear_num_value_heads=spec.value_heads, linear_value_head_dim=spec.value_dim,
+            linear_conv_kernel_dim=spec.taps, rms_norm_eps=spec.norm_eps, num_hidden_layers=2,
+        )  # fmt: skip
+        made = Qwen3NextGatedDeltaNet(config, 0)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, value in made.named_parameters():
+            noise = torch.randn(value.shape, generator=generator)
+            if "norm" in name:
+                value.copy_(1 + 0.4 * noise)
+            elif "A_log" in name:
+                value.copy_(1.5 * noise)
+            elif "dt_bias" in name:
+                value.copy_(noise - 2)
+            else:
+                value.copy_(1.5 * (value.numel() / value.shape[0]) ** -0.5 * noise)
+    return made.float().eval()
+
+
+@torch.no_grad()
+def expected(kind: str, x: np.ndarray) -> np.ndarray:
+    """What transformers makes of one sequence `[T, M]`, all at once."""
+    return reference(kind)(torch.from_numpy(x)[None])[0].numpy()
+
+
+def tensors(kind: str, hub: bool = False) -> dict[str, np.ndarray]:
+    """The layer's checkpoint under the prefix "a", by transformers' names or, `hub`, by those of Kimi-Linear on the Hub."""
+    found = {f"a.{name}": value.numpy() for name, value in reference(kind).state_dict().items()}
+    if not hub:
+        return found
+    found = {name.replace("forget_gate.", ""): value for name, value in found.items()}
+    packed = found.pop("a.conv1d.weight")
+    return found | {f"a.{part}_conv1d.weight": own for part, own in zip("qkv", np.split(packed, 3), strict=True)}
+
+
+class Arrays:
+    """Tensors in memory, as the loader reads them."""
+
+    def __init__(self, content: Mapping[str, np.ndarray]):
+        self.content = content
+
+    def names(self) -> list[str]:
+        return list(self.content)
+
+    def info(self, name: str) -> np.ndarray:
+        return self.content[name]
+
+    def read(self, name: str, slices: tuple[slice, ...] | None = None) -> np.ndarray:
+        return self.content[name][slices or ()]
+
+    def release(self) -> None:
+        pass
+
+
+class Holder(nnx.Module):
+    """The layer at a path."""
+
+    def __init__(self, build: Build, kind: str, spec: DeltaSpec | None = None):
+        self.layer = MODULES[kind](build.at("layer"), spec or SPECS[kind])
+
+
+def layer(
+    kind: str, tp: int = 1, *, hub: bool = False, rows_fused: float = float("inf"), quantization: str | None = None,
+    placement: Mapping[str, str] | None = None,
+) -> nnx.Module:  # fmt: skip
+    """Ours with the reference's weights, read by the real loader."""
+    mesh = make_mesh(tp)
+    build = partial(
+        Build, dtype=jnp.dtype("float32"), mesh=mesh, quantization=quantization, placement=Placement.of(placement)
+    )
+    holder = nnx.eval_shape(lambda: Holder(build(nnx.Rngs(0)), kind))
+    rules.load(holder, RULES[kind], Arrays(tensors(kind, hub)), mesh, progress=False)
+    use_fusion(holder, rows_fused)
+    return holder.layer
+
+
+def empty(made: nnx.Module, mesh: Mesh, slots: int = SLOTS, value: float = np.nan) -> DeltaState:
+    """State of all slots where it belongs, filled with what nobody may read."""
+    arrays = []
+    for own in made.cache_spec.arrays:
+        shape = slots, *own.shape
+        placed = sharding_rules.sharding(mesh, (None, *own.axes), shape, "state", replicated=made.replicated)
+        arrays.append(jax.device_put(np.full(shape, value, own.dtype), placed))
+    return DeltaState(*arrays)
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=3)
+def step(
+    graph: nnx.GraphDef, params: nnx.State, x: jax.Array, state: DeltaState, rows: DecodeSlots | Segments
+) -> tuple[jax.Array, DeltaState]:
+    """One step of the layer."""
+    return nnx.merge(graph, params)(x, state, rows)
