@@ -1,5 +1,12 @@
 """What of a prompt is no text: checked, preprocessed, and given its places among the tokens. Needs no device."""
 
+from jaxinfer.media.audio import read_wav as read_wav
+from jaxinfer.media.cross import CrossPrompt as CrossPrompt
+from jaxinfer.media.cross import CrossReader as CrossReader
+from jaxinfer.media.cross import Forms as Forms
+from jaxinfer.media.cross import ReaderSources as ReaderSources
+from jaxinfer.media.cross import TextReader as TextReader
+from jaxinfer.media.inputs import CrossInputs as CrossInputs
 from jaxinfer.media.inputs import EncoderInput as EncoderInput
 from jaxinfer.media.inputs import PlacedInputs as PlacedInputs
 from jaxinfer.media.processor import ImageFormat as ImageFormat

@@ -1,7 +1,6 @@
 """How a family's images become tiles: by transformers' own image processor, in its PIL version."""
 
 import importlib
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxinfer.checkpoint.hf import read_json
 from jaxinfer.errors import CheckpointError
+from jaxinfer.media.described import described, of_transformers
 
 
 @dataclass(frozen=True)
@@ -63,11 +62,7 @@ class ImageProcessor:
             CheckpointError: no usable description of the processor, or one that is not for this model.
             ImportError: Pillow or transformers' processor is missing; says what to install.
         """
-        if self._made is None:
-            self._made = self._make()
-        options = self._form.options if self._tiling is None else {}
-        out = self._made([rgb], return_tensors="np", input_data_format="channels_last", **options)
-        tiles = np.asarray(out["pixel_values"], np.float32)
+        tiles = np.asarray(self.outputs(rgb)["pixel_values"], np.float32)
         if self._tiling is not None and not self._tiling.thumbnail and len(tiles) > 1:
             tiles = tiles[:-1]
         if tiles.shape[1:] != self._shape:
@@ -76,6 +71,13 @@ class ImageProcessor:
                 f"{list(self._shape)}; preprocessor_config.json and config.json do not belong together"
             )
         return tiles
+
+    def outputs(self, rgb: np.ndarray) -> Mapping[str, Any]:
+        """All that transformers' processor makes of an image `[height, width, 3]` uint8; raises as a call."""
+        if self._made is None:
+            self._made = self._make()
+        options = self._form.options if self._tiling is None else {}
+        return self._made([rgb], return_tensors="np", input_data_format="channels_last", **options)
 
     def _make(self) -> Any:
         name, settings = self._described()
@@ -95,30 +97,15 @@ class ImageProcessor:
         """The class and its settings: of config.json, processor_config.json or preprocessor_config.json."""
         if self._tiling is not None:
             return self._tiling.name, dict(self._tiling.settings)
-        for file, part in (("processor_config.json", "image_processor"), ("preprocessor_config.json", None)):
-            path = self._directory / file
-            found = read_json(path) if path.is_file() else {}
-            found = found.get(part) if part else found
-            if isinstance(found, dict) and isinstance(found.get("image_processor_type"), str):
-                return found["image_processor_type"], {k: v for k, v in found.items() if k not in _NO_SETTINGS}
+        found = described(self._directory, "image_processor")
+        if found is not None:
+            return found
         raise CheckpointError(
             f"{self._directory} has no preprocessor_config.json or processor_config.json that names an image processor; add "
             "the model's own, or pass multi_modal_data={'pixel_values': ...}"
         )
 
 
-_NO_SETTINGS = ("image_processor_type", "processor_class", "auto_map", "feature_extractor_type")
-"""What these files hold beside settings. Code that they name is not executed."""
-
-
 def _find(name: str) -> Any:
     """transformers' class that needs no torch: the one in PIL, which older versions have under the plain name."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # it warns on import that there is no torch
-    try:
-        transformers = importlib.import_module("transformers")
-        if not name.endswith("ImageProcessor"):
-            return None
-        return getattr(transformers, f"{name}Pil", None) or getattr(transformers, name, None)
-    finally:
-        logging.disable(disabled)
+    return of_transformers([f"{name}Pil", name]) if name.endswith("ImageProcessor") else None

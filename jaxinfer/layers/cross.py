@@ -1,0 +1,100 @@
+"""Cross-attention: tokens of a decoder attend to what an encoder made of another input.
+
+Queries are projected from the decoder's stream, keys and values from the encoder's, each stream by one GEMM that
+computes what it needs and no more (vLLM PR #12325; before it all three were computed of both). Keys and values are
+computed once an input, in the encoder's step, and stay in blocks of the cache (`kv.spec.Cross`); after that a token
+costs its query and the attention.
+"""
+
+from dataclasses import dataclass
+
+import jax
+from flax import nnx
+
+from jaxinfer.kernels import paged
+from jaxinfer.kernels.paged import Lane, Scoring
+from jaxinfer.kv.spec import Cross
+from jaxinfer.layers.attention import StepContext, attend
+from jaxinfer.layers.encoder import EncodeStep, on_shards
+from jaxinfer.layers.heads import HeadLayout
+from jaxinfer.layers.linear import FusedLinear, Output, RowLinear
+from jaxinfer.layers.norms import RMSNorm
+from jaxinfer.layers.params import Build
+from jaxinfer.sharding import axes
+from jaxinfer.sharding.collectives import ENCODE
+
+
+@dataclass(frozen=True)
+class CrossSpec:
+    """The shape of one cross-attention layer."""
+
+    width: int
+    """M of the decoder."""
+    heads: int
+    """H."""
+    kv_heads: int
+    """K; divides H."""
+    head_dim: int
+    """D."""
+    encoder_width: int | None = None
+    """M of the encoder; None: the decoder's."""
+    biases: tuple[str, ...] = ()
+    """Those of "q", "k" and "v" that have one."""
+    out_bias: bool = False
+    norm_eps: float | None = None
+    """Epsilon of a per-head RMSNorm on queries and keys; None: there is none."""
+
+
+class CrossQKV(nnx.Module):
+    """q of one stream, k and v of another: two fused projections, of `heads` (`HeadLayout.outputs`).
+
+    The checkpoint's q_proj fills `q`, k_proj and v_proj the parts of `kv`, as they would those of one fused QKV.
+    """
+
+    def __init__(self, build: Build, spec: CrossSpec, heads: tuple[Output, Output, Output]):
+        q, *kv = heads
+        self.q = FusedLinear(build, spec.width, (q,), bias=spec.biases)
+        self.kv = FusedLinear(build, spec.encoder_width or spec.width, kv, bias=spec.biases)
+        self.kv.steps = (ENCODE,)
+
+
+class CrossAttention(nnx.Module):
+    """Grouped-query attention to the positions of an encoder, without positions of its own."""
+
+    placed_whole = True
+    """Its parts are divided alike (`models.loading.placeable`)."""
+
+    def __init__(self, build: Build, spec: CrossSpec):
+        self.spec, self.replicated = spec, build.replicated
+        self.layout = HeadLayout.of(build, spec.heads, spec.kv_heads)
+        heads = self.layout.outputs(spec.head_dim)
+        self.qkv = CrossQKV(build, spec, heads)
+        self.out = RowLinear(build, axes.HEADS, heads[0], spec.width, bias=spec.out_bias)
+        normed = spec.norm_eps is not None
+        self.q_norm = RMSNorm(build, spec.head_dim, spec.norm_eps, axes.HEAD_DIM) if normed else None
+        self.k_norm = RMSNorm(build, spec.head_dim, spec.norm_eps, axes.HEAD_DIM) if normed else None
+
+    @property
+    def cache_spec(self) -> Cross:
+        """What the layer keeps."""
+        return Cross(self.layout.stored_kv_heads, self.spec.head_dim, self.replicated)
+
+    def __call__(self, x: jax.Array, lane: Lane, step: StepContext) -> tuple[jax.Array, Lane]:
+        """`[T, M]` -> `[T, M]` and the lane as it was; a token that sees no position gets the output's bias alone."""
+        (q,) = self.qkv.q(x)
+        q = q.reshape(*q.shape[:2], -1, self.spec.head_dim)
+        if self.q_norm is not None:
+            q = self.q_norm(q)
+        y, lane = attend(q, None, None, lane, step, Scoring(self.spec.head_dim**-0.5))
+        return self.out(y.reshape(*y.shape[:2], -1)), lane
+
+    def keep(self, encoded: jax.Array, lane: Lane, step: EncodeStep) -> Lane:
+        """The lane with keys and values of what an encoder made, `[S, M]`, where `step` says; in the encoder's step."""
+        k, v = (y.reshape(*y.shape[:2], -1, self.spec.head_dim) for y in self.qkv.kv(encoded))
+        if self.k_norm is not None:
+            k = self.k_norm(k)
+
+        def local(k: jax.Array, v: jax.Array, lane: Lane, step: EncodeStep) -> Lane:
+            return paged.write(lane, k[:, 0], v[:, 0], step.slots[0])
+
+        return on_shards(local, step.mesh, (k, v, lane), step, whole=k.shape[1] == 1)

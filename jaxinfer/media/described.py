@@ -1,0 +1,37 @@
+"""What a checkpoint's folder says of its preprocessing, and the class of transformers that does it."""
+
+import importlib
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxinfer.checkpoint.hf import read_json
+
+NO_SETTINGS = ("image_processor_type", "processor_class", "auto_map", "feature_extractor_type")
+"""What these files hold beside settings. Code that they name is not executed."""
+
+
+def described(directory: Path, part: str) -> tuple[str, dict[str, Any]] | None:
+    """Class and settings of a part ("image_processor", "feature_extractor"); None: no file names one.
+
+    Of processor_config.json, where it is nested, or preprocessor_config.json.
+    """
+    for file, nested in (("processor_config.json", True), ("preprocessor_config.json", False)):
+        path = directory / file
+        found = read_json(path) if path.is_file() else {}
+        found = found.get(part) if nested else found
+        if isinstance(found, dict) and isinstance(found.get(f"{part}_type"), str):
+            return found[f"{part}_type"], {k: v for k, v in found.items() if k not in NO_SETTINGS}
+    return None
+
+
+def of_transformers(names: Sequence[str]) -> Any:
+    """The first of these classes that transformers has, or None."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # it warns on import that there is no torch
+    try:
+        transformers = importlib.import_module("transformers")
+        return next((found for name in names if (found := getattr(transformers, name, None)) is not None), None)
+    finally:
+        logging.disable(disabled)

@@ -1,0 +1,105 @@
+"""Audio to log-mel features, by transformers' own feature extractor. Needs no torch."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxinfer.checks import as_int
+from jaxinfer.errors import CheckpointError
+from jaxinfer.media.audio import Audio, resample
+from jaxinfer.media.described import described, of_transformers
+
+EXTRACTOR = "WhisperFeatureExtractor"
+MAX_BINS = 2**12
+
+
+class AudioProcessor:
+    """What a model hears: features of one window of time, or of audio of any length.
+
+    Args:
+        directory: of the checkpoint.
+        shape: of the features that the model takes, `(mel bins, frames)`: one window.
+    """
+
+    def __init__(self, directory: Path, shape: tuple[int, ...]):
+        self._directory, self._shape = directory, shape
+        self._made: Any = None
+
+    def window(self, audio: Audio, where: str) -> np.ndarray:
+        """Audio that fits one window, as `[mel bins, frames]` float32: silence follows it.
+
+        Raises:
+            ValueError: it is longer; names both lengths and the remedy.
+            CheckpointError: no usable description of the extractor, or one that is not for this model.
+        """
+        samples, extractor = resample(audio, self.rate), self._extractor
+        if len(samples) > extractor.n_samples:
+            raise ValueError(f"{where} is {audio.seconds:.2f} s long, and the model takes {extractor.n_samples / self.rate:g} s "
+                             "at once; LLM.transcribe takes audio of any length.")  # fmt: skip
+        return self._features(samples, "max_length")
+
+    def whole(self, audio: Audio) -> np.ndarray:
+        """Audio of any length as `[mel bins, frames]` float32: what fits one window has silence after it, up to its end.
+
+        Raises:
+            CheckpointError: as `window`.
+        """
+        samples = resample(audio, self.rate)
+        return self._features(samples, "max_length" if len(samples) <= self._extractor.n_samples else "longest")
+
+    def frames(self, audio: Audio) -> int:
+        """How many frames of it are no silence that was put after it."""
+        samples = -(-len(audio.samples) * self.rate // audio.rate)
+        return max(1, samples // self._extractor.hop_length)
+
+    @property
+    def rate(self) -> int:
+        """Samples a second that the model hears."""
+        return self._extractor.sampling_rate
+
+    @property
+    def frame_seconds(self) -> float:
+        """What one frame stands for."""
+        return self._extractor.hop_length / self.rate
+
+    @property
+    def _extractor(self) -> Any:
+        if self._made is None:
+            self._made = self._make()
+        return self._made
+
+    def _features(self, samples: np.ndarray, padding: str) -> np.ndarray:
+        out = self._extractor(
+            samples, sampling_rate=self.rate, padding=padding, truncation=False, return_tensors="np"
+        )  # fmt: skip
+        return np.asarray(out["input_features"], np.float32)[0]
+
+    def _make(self) -> Any:
+        name, settings = described(self._directory, "feature_extractor") or (EXTRACTOR, {"feature_size": self._shape[0]})
+        cls = of_transformers([EXTRACTOR]) if name == EXTRACTOR else None
+        if cls is None:
+            raise CheckpointError(
+                f"{self._directory}: feature_extractor_type is {name!r}; {EXTRACTOR} is supported. Pass "
+                "multi_modal_data={'input_features': ...}"
+            )
+        _check(self._directory, settings)
+        made = cls(**settings)
+        found = made.feature_size, made.nb_max_frames
+        if found != self._shape:
+            raise CheckpointError(
+                f"{self._directory}: the feature extractor makes windows of {list(found)} (mel bins, frames), but the model "
+                f"takes {list(self._shape)}; preprocessor_config.json and config.json do not belong together"
+            )
+        return made
+
+
+def _check(directory: Path, settings: Mapping[str, Any]) -> None:
+    """Refuses sizes from which tables of any size would be made, or none."""
+    most = {"feature_size": MAX_BINS, "sampling_rate": 10**6, "hop_length": 2**16, "chunk_length": 3600, "n_fft": 2**16}
+    for name, limit in most.items():
+        if name in settings and not 1 <= as_int(f"preprocessor_config.json: {name}", settings[name]) <= limit:
+            raise CheckpointError(
+                f"{directory}: preprocessor_config.json has {name} = {settings[name]}; it must be from 1 to {limit}"
+            )

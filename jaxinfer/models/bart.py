@@ -1,0 +1,311 @@
+"""BART (arXiv:1910.13461) and mBART (arXiv:2001.08210): an encoder of text, and a decoder that attends to it.
+
+They differ in where the norms stand: BART's follow what they normalise, mBART's come before it, and one more after the
+last layer of either half.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxinfer.checkpoint.hf import ConfigReader
+from jaxinfer.checkpoint.rules import Rule, expand
+from jaxinfer.errors import ConfigError
+from jaxinfer.kernels.paged import Lane
+from jaxinfer.kv.spec import Full
+from jaxinfer.layers.attention import Attention, AttentionSpec, StepContext
+from jaxinfer.layers.cross import CrossAttention, CrossSpec
+from jaxinfer.layers.embedding import Embedding, LearnedPositions
+from jaxinfer.layers.encoder import EncoderAttention, EncodeStep
+from jaxinfer.layers.mlp import ACTIVATIONS, MLP
+from jaxinfer.layers.norms import LayerNorm
+from jaxinfer.layers.params import Build, constant
+from jaxinfer.models.base import CrossSource, Family, FeatureRows
+from jaxinfer.sharding import axes
+from jaxinfer.sharding.collectives import ENCODE, STEPS
+
+NORM_EPS = 1e-5
+OFFSET = 2
+"""Rows of the tables of positions before that of position 0."""
+BIASES, HALVES = ("q", "k", "v"), ("encoder", "decoder")
+
+
+@dataclass(frozen=True)
+class StackConfig:
+    """One of the halves."""
+
+    layers: int
+    heads: int
+    ffn: int
+    """F."""
+
+
+@dataclass(frozen=True)
+class BartConfig:
+    """Both halves, every number that shapes them."""
+
+    vocab_size: int
+    """V."""
+    width: int
+    """M of both halves."""
+    encoder: StackConfig
+    decoder: StackConfig
+    activation: str
+    max_position: int
+    """Positions of either half."""
+    embedding_scale: float
+    """Multiplies the embeddings of tokens."""
+    norm_first: bool
+    """Whether norms come before what they normalise (mBART)."""
+    features: None = None
+    """Nothing takes the places of tokens."""
+    recompute_after: None = None
+    """Positions do not change with the length."""
+    query_group: int = 1
+    """Query heads that share a kv head."""
+
+    @property
+    def num_layers(self) -> int:
+        """Of the decoder."""
+        return self.decoder.layers
+
+    @property
+    def cross(self) -> CrossSource:
+        """A text of up to `max_position` tokens, which see each other."""
+        return CrossSource("text", (), 1, self.max_position, joint=True)
+
+    @property
+    def max_length(self) -> int:
+        """The longest sequence of the decoder."""
+        return self.max_position
+
+    def length_key(self, prompt_length: int) -> bytes:
+        """A prompt's length changes no key."""
+        return b""
+
+
+def read_config(reader: ConfigReader, *, norm_first: bool) -> BartConfig:
+    """config.json of either.
+
+    Raises:
+        ConfigError: sizes that do not fit each other, or an unknown activation.
+    """
+    width, activation = reader.get_int("d_model"), reader.get_str("activation_function", "gelu")
+    if activation not in ACTIVATIONS:
+        raise ConfigError(f"config.json: activation_function is {activation!r}; supported: {', '.join(ACTIVATIONS)}")
+
+    def stack(name: str) -> StackConfig:
+        layers, heads, ffn = (reader.get_int(f"{name}_{part}") for part in ("layers", "attention_heads", "ffn_dim"))
+        if width % heads:
+            raise ConfigError(f"config.json: d_model is {width}, which {name}_attention_heads = {heads} does not divide")
+        return StackConfig(layers, heads, ffn)
+
+    if not reader.get_bool("tie_word_embeddings", True):
+        raise ConfigError(
+            "config.json: tie_word_embeddings is false, and each half has an embedding of its own, which is not "
+            "supported; supported: one embedding for both halves and the head"
+        )
+    # Of training, of other tasks, or the same again; transformers reads none of them either.
+    reader.skip(
+        "activation_dropout", "encoder_layerdrop", "decoder_layerdrop", "init_std", "is_encoder_decoder", "classif_dropout",
+        "num_hidden_layers", "normalize_before", "normalize_embedding", "add_final_layer_norm", "add_bias_logits",
+        "static_position_embeddings", "extra_pos_embeddings", "force_bos_token_to_be_generated", "output_past", "_num_labels",
+    )  # fmt: skip
+    scaled = reader.get_bool("scale_embedding", False)
+    return BartConfig(
+        vocab_size=reader.get_int("vocab_size"), width=width, encoder=stack("encoder"), decoder=stack("decoder"),
+        activation=activation, max_position=reader.get_int("max_position_embeddings"),
+        embedding_scale=math.sqrt(width) if scaled else 1.0, norm_first=norm_first,
+    )  # fmt: skip
+
+
+class Stack(nnx.Module):
+    """What both halves begin and end with: positions, a norm of the embedding, in mBART one after the last layer."""
+
+    def __init__(self, build: Build, config: BartConfig, layer: Callable[[Build], nnx.Module], count: int):
+        norm = partial(LayerNorm, size=config.width, eps=NORM_EPS, axis=axes.EMBED)
+        self.positions = LearnedPositions(build.at("positions"), config.max_position, config.width, offset=OFFSET)
+        self.embedding_norm = norm(build.at("embedding_norm"))
+        self.layers = nnx.List([layer(build.at("layers", i)) for i in range(count)])
+        self.norm = norm(build.at("norm")) if config.norm_first else None
+
+    def enter(self, embedded: jax.Array, positions: jax.Array) -> jax.Array:
+        """Embeddings `[T, M]` of tokens at `positions` `[T]` -> what the first layer reads."""
+        return self.embedding_norm(embedded + self.positions(positions))
+
+    def leave(self, x: jax.Array) -> jax.Array:
+        """What the last layer made -> what comes of it all."""
+        return x if self.norm is None else self.norm(x)
+
+
+class Residual(nnx.Module):
+    """A layer of either half: `norm(x + f(x))`, or `x + f(norm(x))` where norms come first."""
+
+    def __init__(self, build: Build, config: BartConfig, ffn: int):
+        self.first = config.norm_first
+        norm = partial(LayerNorm, size=config.width, eps=NORM_EPS, axis=axes.EMBED)
+        self.attention_norm, self.mlp_norm = norm(build.at("attention_norm")), norm(build.at("mlp_norm"))
+        self.mlp = MLP(build.at("mlp"), config.width, ffn, config.width, config.activation)
+
+    def before(self, x: jax.Array, norm: LayerNorm) -> jax.Array:
+        """What f reads."""
+        return norm(x) if self.first else x
+
+    def after(self, x: jax.Array, y: jax.Array, norm: LayerNorm) -> jax.Array:
+        """With what f made, y."""
+        return x + y if self.first else norm(x + y)
+
+    def feed_forward(self, x: jax.Array) -> jax.Array:
+        """The second half of the layer: `[T, M]` -> `[T, M]`."""
+        return self.after(x, self.mlp(self.before(x, self.mlp_norm)), self.mlp_norm)
+
+
+class EncoderLayer(Residual):
+    """Attention in both directions, then the MLP."""
+
+    def __init__(self, build: Build, config: BartConfig):
+        stack = config.encoder
+        super().__init__(build, config, stack.ffn)
+        self.attention = EncoderAttention(build.at("attention"), config.width, stack.heads, config.width // stack.heads)
+
+    def __call__(self, x: jax.Array, step: EncodeStep) -> jax.Array:
+        """`[S, M]` -> `[S, M]`."""
+        y = self.attention(self.before(x, self.attention_norm), step)
+        return self.feed_forward(self.after(x, y, self.attention_norm))
+
+
+class DecoderLayer(Residual):
+    """Causal attention, attention to the encoder, then the MLP."""
+
+    def __init__(self, build: Build, config: BartConfig):
+        width, stack = config.width, config.decoder
+        super().__init__(build, config, stack.ffn)
+        shape = (width, stack.heads, stack.heads, width // stack.heads)
+        self.attention = Attention(build.at("attention"), AttentionSpec(*shape, qkv_bias=True, out_bias=True))
+        self.cross_norm = LayerNorm(build.at("cross_norm"), width, NORM_EPS, axes.EMBED)
+        self.cross = CrossAttention(build.at("cross"), CrossSpec(*shape, biases=BIASES, out_bias=True))
+
+    def __call__(
+        self, x: jax.Array, lanes: list[Lane], own: int, read: int, step: StepContext
+    ) -> tuple[jax.Array, list[Lane]]:
+        """`[T, M]` -> `[T, M]` and the lanes; `own` and `read`: the numbers of its two attentions in `cache_specs`."""
+        lanes, lane = list(lanes), step.lane(own)
+        y, lanes[lane] = self.attention(self.before(x, self.attention_norm), lanes[lane], None, step.of(own))
+        x, lane = self.after(x, y, self.attention_norm), step.lane(read)
+        y, lanes[lane] = self.cross(self.before(x, self.cross_norm), lanes[lane], step.of(read))
+        return self.feed_forward(self.after(x, y, self.cross_norm)), lanes
+
+
+class Bart(nnx.Module):
+    """One embedding, which is the head as well, and both halves.
+
+    In the list of what is kept self-attentions come first, then those to the encoder.
+    """
+
+    def __init__(self, build: Build, config: BartConfig):
+        self.config = config
+        self.embedding = Embedding(build.at("embedding"), config.vocab_size, config.width, head=True)
+        self.embedding.steps = (*STEPS, ENCODE)
+        self.encoder = Stack(
+            build.at("encoder"), config, partial(EncoderLayer, config=config), config.encoder.layers
+        )
+        self.encoder.steps = (ENCODE,)
+        self.decoder = Stack(
+            build.at("decoder"), config, partial(DecoderLayer, config=config), config.decoder.layers
+        )
+        rows = self.embedding.weight.shape[0]
+        names, whole = (None, axes.VOCAB), (1, config.vocab_size)
+        self.logits_bias = constant(build.at("embedding"), (1, rows), names, 0.0, unpadded=whole)
+
+    def _embed(self, tokens: jax.Array) -> jax.Array:
+        return self.embedding(tokens) * self.config.embedding_scale
+
+    def encode(self, tokens: jax.Array, step: EncodeStep) -> jax.Array:
+        """Token ids `[S]` of texts -> what comes of the encoder, `[S, M]`."""
+        x = self.encoder.enter(self._embed(tokens), step.positions)
+        for layer in self.encoder.layers:
+            x = layer(x, step)
+        return self.encoder.leave(x)
+
+    def encode_cross(
+        self, inputs: jax.Array, numbers: jax.Array, step: EncodeStep, lanes: list[Lane]
+    ) -> list[Lane]:
+        """Token ids `[S]` -> the lanes with the keys and values that all layers of the decoder attend to."""
+        encoded, lanes = self.encode(inputs, step), list(lanes)
+        for number, layer in enumerate(self.decoder.layers, self.config.num_layers):
+            lane = step.lane(number)
+            lanes[lane] = layer.cross.keep(encoded, lanes[lane], step.of(number))
+        return lanes
+
+    def __call__(
+        self, tokens: jax.Array, step: StepContext, lanes: list[Lane], features: FeatureRows | None = None
+    ) -> tuple[jax.Array, list[Lane]]:
+        """Token ids `[T]` -> hidden states `[T, M]` after the last norm, and the lanes as they now are."""
+        x = self.decoder.enter(self._embed(tokens), step.positions)
+        for number, layer in enumerate(self.decoder.layers):
+            x, lanes = layer(x, lanes, number, number + self.config.num_layers, step)
+        return self.decoder.leave(x), lanes
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Hidden states `[B, M]` -> float32 logits `[B, V']`."""
+        return self.embedding.attend(hidden) + self.logits_bias[...].astype(jnp.float32)
+
+    def cache_specs(self) -> Sequence[Full]:
+        """What self-attentions keep, then what attentions to the encoder keep."""
+        layers = self.decoder.layers
+        return [layer.attention.cache_spec for layer in layers] + [layer.cross.cache_spec for layer in layers]
+
+
+NAMES: Mapping[str, str] = {
+    "self_attn_layer_norm": "attention_norm",
+    "encoder_attn_layer_norm": "cross_norm",
+    "final_layer_norm": "mlp_norm",
+    "self_attn.out_proj": "attention.out",
+    "encoder_attn.out_proj": "cross.out",
+    "fc2": "mlp.down",
+}
+"""Of a layer: the checkpoint's parts that are one part of ours."""
+PARTS: Mapping[str, tuple[str, str]] = {
+    **{f"self_attn.{part}_proj": ("attention.qkv", part) for part in BIASES},
+    "encoder_attn.q_proj": ("cross.qkv.q", "q"),
+    **{f"encoder_attn.{part}_proj": ("cross.qkv.kv", part) for part in ("k", "v")},
+    "fc1": ("mlp.up", "up"),
+}
+"""Those that are part of a fused projection, and which."""
+
+
+def weight_rules(config: BartConfig) -> list[Rule]:
+    """All tensors. Some checkpoints have the tied ones several times."""
+    table = [
+        Rule("model.shared.weight", "embedding.weight"),
+        Rule("final_logits_bias", "logits_bias"),
+        Rule("lm_head.weight", None),
+        *(Rule(f"model.{half}.{name}", None) for half in HALVES for name in ("embed_tokens.weight", "version")),
+    ]
+    for half, stack in zip(HALVES, (config.encoder, config.decoder), strict=True):
+        own = [Rule(f"model.{half}.embed_positions.weight", f"{half}.positions.weight")]
+        own += _both(f"model.{half}.layernorm_embedding", f"{half}.embedding_norm")
+        own += _both(f"model.{half}.layer_norm", f"{half}.norm") if config.norm_first else []
+        source, target = f"model.{half}.layers.{{i}}.", f"{half}.layers.{{i}}."
+        for theirs, ours in NAMES.items():
+            if half == "decoder" or not theirs.startswith("encoder_attn"):
+                own += _both(source + theirs, target + ours)
+        for theirs, (ours, part) in PARTS.items():
+            if half == "decoder" or not theirs.startswith("encoder_attn"):
+                own += _both(source + theirs, target + ours, (part,))
+        table += expand(own, stack.layers)
+    return table
+
+
+def _both(source: str, target: str, parts: tuple[str, ...] = ()) -> list[Rule]:
+    """Weight and bias of a projection or a norm, whose weight is called its scale."""
+    weight = "scale" if target.endswith("norm") else "weight"
+    return [Rule(f"{source}.weight", f"{target}.{weight}", parts), Rule(f"{source}.bias", f"{target}.bias", parts)]
+
+
+FAMILY = Family(partial(read_config, norm_first=False), Bart, weight_rules)

@@ -1,0 +1,8 @@
+"""mBART and mBART-50 (`MBartForConditionalGeneration`): BART whose norms come first (arXiv:2001.08210, arXiv:2008.00401)."""
+
+from functools import partial
+
+from jaxinfer.models.bart import Bart, read_config, weight_rules
+from jaxinfer.models.base import Family
+
+FAMILY = Family(partial(read_config, norm_first=True), Bart, weight_rules)

@@ -1,0 +1,110 @@
+"""The steps of an encoder-decoder compiled for H100s with none present: in place, in one command buffer, and what is done when."""
+
+import re
+from collections import Counter
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+from support.lowering import Compiled, abstract_model, compile_lowered, compile_step, h100_mesh, require_cuda_compiler
+from support.plans import on_gpu
+
+from jaxinfer import functional
+from jaxinfer.checkpoint.rules import parameters
+from jaxinfer.engine.buckets import Needs, decode_bucket, encode_shape, prefill_bucket
+from jaxinfer.engine.setup import encoder_bytes
+from jaxinfer.engine.steps import Shapes, abstract_encode_arguments, make_encode_step
+from jaxinfer.functional import DecodeBatch
+from jaxinfer.models import loading
+from jaxinfer.sharding import placement
+from jaxinfer.sharding.collectives import DECODE, ENCODE, PREFILL
+
+pytestmark = [pytest.mark.xdist_group("h100"), pytest.mark.usefixtures("cuda_compiler"), pytest.mark.slow]
+
+LAYERS, ROWS, POSITIONS, BLOCK, CHUNK, READ = 2, 8, 1024, 16, 512, 1024
+CONFIG = dict(
+    architectures=["BartForConditionalGeneration"], vocab_size=50264, d_model=1024, encoder_layers=LAYERS,
+    decoder_layers=LAYERS, encoder_attention_heads=16, decoder_attention_heads=16, encoder_ffn_dim=4096,
+    decoder_ffn_dim=4096, max_position_embeddings=POSITIONS, dtype="bfloat16",
+)  # fmt: skip
+"""The shape of bart-large, with fewer layers."""
+SHAPES = Shapes(
+    num_blocks=4 * ROWS * POSITIONS // BLOCK, block_size=BLOCK, rows=ROWS, width=POSITIONS // BLOCK, decode_buckets=(ROWS,),
+    prefill_buckets=(CHUNK,), prefill_rows=ROWS, max_logprobs=5, max_length=POSITIONS, sampled_vocab=CONFIG["vocab_size"],
+    groups=2, cross_buckets=(READ,),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def cuda_compiler() -> None:
+    require_cuda_compiler()
+
+
+@cache
+def step(kind: str, tp: int = 1, quantization: str | None = None) -> Compiled:
+    program, params = abstract_model(CONFIG, h100_mesh(tp), quantization=quantization)
+    assert program.kernel == "triton"
+    if kind == ENCODE:
+        shape = encode_shape(program, SHAPES, READ)
+        lowered = make_encode_step(program, SHAPES, shape).lower(params, *abstract_encode_arguments(program, SHAPES, shape))
+        return compile_lowered(lowered, abstract_encode_arguments(program, SHAPES, shape)[0])
+    if kind == DECODE:
+        return compile_step(program, params, SHAPES, decode_bucket(program, SHAPES, ROWS, 0, Needs()))
+    return compile_step(program, params, SHAPES, prefill_bucket(program, SHAPES, CHUNK, Needs()))
+
+
+@pytest.mark.parametrize("kind", [DECODE, PREFILL, ENCODE])
+def test_the_cache_stays_in_place_in_one_command_buffer(kind: str):
+    compiled = step(kind)
+    assert compiled.aliased_bytes >= compiled.cache_bytes and compiled.large_copies == []
+    assert compiled.launched_alone == [] and compiled.command_buffers == 1
+    assert compiled.temporary_bytes < (8 << 20 if kind == DECODE else 128 << 20)
+    # The encoder attends in one direction after the other half: a layer of the decoder twice, one of its own once.
+    assert compiled.kernels.count("attend") == (LAYERS if kind == ENCODE else 2 * LAYERS)
+
+
+def test_the_encoder_needs_no_more_than_is_left_for_it():
+    program, params = abstract_model(CONFIG, h100_mesh(1))
+    estimate = encoder_bytes(program, params, READ)
+    assert step(ENCODE).temporary_bytes <= estimate < 100 << 20
+
+
+def products(compiled: Compiled) -> int:
+    """Of matrices, in a program's text."""
+    return len(re.findall(r" dot\(", compiled.executable.as_text()))
+
+
+# A layer of the decoder: qkv, out, q, out, up, down. One of the encoder: qkv, out, up, down; and for each of the decoder's kv,
+# which XLA may put together, as their input is the same.
+@pytest.mark.parametrize(("kind", "least", "most"), [
+    (DECODE, 6 * LAYERS + 1, 6 * LAYERS + 1), (PREFILL, 6 * LAYERS + 1, 6 * LAYERS + 1), (ENCODE, 4 * LAYERS + 1, 5 * LAYERS),
+])  # fmt: skip
+def test_products_are_those_that_are_needed(kind: str, least: int, most: int):
+    assert least <= products(step(kind)) <= most
+
+
+def test_a_decoded_token_touches_nothing_of_the_encoder():
+    """Neither its weights nor those that project its positions are read."""
+    program, params = abstract_model(CONFIG, h100_mesh(1))
+    cache = functional.kv_cache.abstract(program.layout.lanes, 64, BLOCK, program.dtype, program.mesh)
+    whole = partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+    batch = DecodeBatch(whole((ROWS,)), whole((ROWS,)), whole((2, ROWS, 4)), seen=whole((ROWS, 2)))
+    closed = jax.make_jaxpr(partial(functional.decode, program))(params, cache, batch).jaxpr
+    read = {id(var) for equation in closed.eqns for var in equation.invars}
+    module = loading.abstract(*loading.parse(CONFIG), jnp.dtype("bfloat16"), h100_mesh(1))
+    names = list(parameters(module))
+    unread = {name for name, var in zip(names, closed.invars, strict=False) if id(var) not in read}
+    assert unread == {name for name in names if name.startswith("encoder.") or ".cross.qkv.kv." in name}
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+@pytest.mark.parametrize("kind", [DECODE, PREFILL, ENCODE])
+def test_collectives_are_those_of_the_plan(kind: str, quantization: str | None):
+    found = step(kind, 8, quantization).collectives
+    module = loading.abstract(*loading.parse(CONFIG), jnp.dtype("bfloat16"), h100_mesh(8), quantization=quantization)
+    planned = on_gpu(placement.plan(module, h100_mesh(8), itemsize=2), kind)
+    sampler = Counter() if kind == ENCODE else Counter({"all-gather": 1})
+    assert found == Counter(planned) + sampler
+    # A layer of the decoder has three, one of the encoder two; and the rows of the embedding are added up.
+    assert found["all-reduce"] == (2 if kind == ENCODE else 3) * LAYERS + 1

@@ -1,0 +1,105 @@
+"""A tiny encoder-decoder with random weights, and requests to it."""
+
+import json
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+from support.checkpoint import tensors, tokenizer
+from support.tiny import BLOCK, LENGTH, VOCAB, make_engine, make_request, run, shapes
+
+from jaxinfer.engine.engine import Engine
+from jaxinfer.engine.request import Request
+from jaxinfer.engine.runner import Runner
+from jaxinfer.functional import split
+from jaxinfer.media import CrossInputs, EncoderInput
+from jaxinfer.models import loading
+from jaxinfer.sampling_params import SamplingParams
+from jaxinfer.sharding import make_mesh
+
+START = 2
+"""What decoders start with."""
+UNITS = (32, LENGTH)
+"""Tokens of an encoder step."""
+
+CONFIG = dict(
+    architectures=["BartForConditionalGeneration"], vocab_size=VOCAB, d_model=32, encoder_layers=2, decoder_layers=2,
+    encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=40,
+    max_position_embeddings=LENGTH, scale_embedding=True, dtype="float32", decoder_start_token_id=START,
+)  # fmt: skip
+"""config.json of a BART; the halves differ in what may differ."""
+
+LOUDER = {"shared": 12, "embed_positions": 40, "encoder_attn.out": 3, "encoder_attn": 4}
+"""Factors of random weights: what a request reads, and in which order, is to show in every token."""
+
+
+@cache
+def folder(*, with_tokenizer: bool = False, **changes: Any) -> Path:
+    """A checkpoint of it, kept as long as the process."""
+    _folders.append(TemporaryDirectory(prefix="cross"))
+    hf, made = CONFIG | changes, Path(_folders[-1].name)
+    weights = {
+        name: value * np.float32(next((factor for part, factor in LOUDER.items() if part in name), 1))
+        for name, value in tensors(hf).items()
+    }
+    save_file(weights, made / "model.safetensors")
+    (made / "config.json").write_text(json.dumps(hf))
+    if with_tokenizer:
+        tokenizer().save_pretrained(made)
+    return made
+
+
+_folders: list[TemporaryDirectory] = []
+
+
+def cross_runner(tp: int = 1, quantization: str | None = None) -> Runner:
+    """Its steps over `tp` devices."""
+    return _cross_runner(tp, quantization)
+
+
+@cache  # by both arguments, however a test writes them
+def _cross_runner(tp: int, quantization: str | None) -> Runner:
+    mesh = make_mesh(tp)
+    module = loading.load(folder(), mesh, quantization=quantization, progress=False)
+    program, params = split(module, mesh)
+    return Runner(program, params, shapes(groups=program.layout.groups, cross_buckets=UNITS))
+
+
+def text(length: int, seed: int = 0) -> EncoderInput:
+    """One that differs from seed to seed."""
+    return EncoderInput("text", np.random.default_rng(seed).integers(3, VOCAB, length).astype(np.int32), 1)
+
+
+def cross_request(
+    name: str, read: EncoderInput | CrossInputs | None, params: SamplingParams, prompt: Sequence[int] = (START,),
+    **fields: Any,
+) -> Request:  # fmt: skip
+    """A request as `LLM` would make it."""
+    cross = CrossInputs((read,)) if isinstance(read, EncoderInput) else read
+    return make_request(name, prompt, params, cross=cross, **fields)
+
+
+def alone(requests: Sequence[Request], runner: Runner | None = None) -> list[list[list[int]]]:
+    """What each gives by itself, on an engine of its own."""
+    return [run(make_engine(runner or cross_runner()), [again(request)])[0] for request in requests]
+
+
+def again(request: Request, name: str | None = None) -> Request:
+    """The same request, not begun, maybe under another id."""
+    names = ("params", "limit", "salt", "seed", "cross", "rule")
+    return Request(name or request.id, request.prompt, **{name: getattr(request, name) for name in names})
+
+
+def count(engine: Engine, name: str) -> int:
+    """A counter."""
+    return engine.metrics.counters[name]
+
+
+def blocks(length: int) -> int:
+    """Ids that a text's positions take."""
+    return -(-length // BLOCK) * cross_runner().program.layout.kinds[-1].count
+

@@ -1,0 +1,100 @@
+"""Prompts of models with cross-attention through the pure functions: logits, several prompts side by side."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from support import loaded
+
+from jaxinfer import functional
+from jaxinfer.encoders import EncodeBatch, EncodeJob, encode_batch
+from jaxinfer.functional import DecodeBatch, PrefillBatch, Program
+from jaxinfer.kernels.paged import Lane, PrefillTiles
+from jaxinfer.layers.encoder import EncodeStep
+from jaxinfer.media import CrossInputs, EncoderInput
+
+BLOCK, WIDTH, PROMPTS, TOKENS = 4, 64, 4, 64
+"""Positions of a block, blocks of a table, prompts of a batch, tokens of its prefill."""
+
+
+class Asked(NamedTuple):
+    """A prompt, what its encoder reads, and the tokens that follow."""
+
+    ids: Sequence[int]
+    cross: CrossInputs | None
+    following: Sequence[int] = ()
+
+
+_encode = jax.jit(functional.encode_cross, static_argnums=0)
+_decode = jax.jit(functional.decode, static_argnums=0)
+
+
+@partial(jax.jit, static_argnums=0)
+def _prefill(
+    program: Program, params: list[jax.Array], cache: list[Lane], batch: PrefillBatch
+) -> tuple[jax.Array, list[Lane]]:
+    hidden, cache = functional.prefill_hidden(program, params, cache, batch)
+    return program.module(params).logits(hidden), cache
+
+
+def _seen(asked: Asked, start: int, count: int) -> np.ndarray:
+    return np.zeros((count, 2), np.int32) if asked.cross is None else asked.cross.seen(start, count)
+
+
+@partial(jax.jit, static_argnums=0)
+def _rows(program: Program, params: list[jax.Array], batch: EncodeBatch) -> jax.Array:
+    tables = jnp.arange(batch.positions.shape[0], dtype=jnp.int32)[None]
+    step = EncodeStep(
+        batch.positions, PrefillTiles(tables, batch.tiles, batch.count, batch.spans), (), program.mesh, program.kernel,
+        batch.tile,
+    )  # fmt: skip
+    return program.module(params).encoder(batch.inputs, step)
+
+
+def encoder_rows(folder: Path, one: EncoderInput, **how: Any) -> np.ndarray:
+    """What the module's `encoder` makes of all values of an input, `[S, M]`."""
+    program, params = loaded.load(folder, **how)
+    job = EncodeJob(one, np.zeros((1, one.length // BLOCK + 1), np.int32), 0)
+    return np.asarray(_rows(program, params, encode_batch(program.cross, [job], BLOCK, 1)))
+
+
+def logits(folder: Path, prompts: Sequence[Asked], **how: Any) -> list[np.ndarray]:
+    """For each prompt the logits `[T, V]` at all its positions, then of its following tokens, decoded one by one."""
+    program, params = loaded.load(folder, **how)
+    kinds = program.layout.kinds
+    groups = program.layout.groups
+    # Blocks of the prompts interleaved, and none at its own number, so that only the tables can be right.
+    tables = np.arange(groups * PROMPTS * WIDTH, dtype=np.int32)[::-1].reshape(WIDTH, groups, PROMPTS)
+    tables = tables.transpose(1, 2, 0).copy()
+    cache = functional.init_cache(program, tables.size, BLOCK)
+    own = functional.kv_groups.encoded(kinds).span
+    for row, asked in enumerate(prompts):
+        first = 0
+        for one in () if asked.cross is None else asked.cross.inputs:
+            job = EncodeJob(one, tables[own, row], first)
+            cache = _encode(program, params, cache, encode_batch(program.cross, [job], BLOCK, tables.size))
+            first += one.length
+    chunks = [(np.array(asked.ids, np.int32), 0, len(asked.ids)) for asked in prompts]
+    seen = np.concatenate([_seen(asked, 0, len(asked.ids)) for asked in prompts])
+    batch = functional.prefill_batch(
+        chunks, tables[:, : len(prompts)], tokens=TOKENS, rows=2 * PROMPTS, seen=seen, tile=program.tile
+    )
+    flat, cache = _prefill(program, params, cache, batch)
+    ends = np.cumsum([len(asked.ids) for asked in prompts])
+    found = [[part] for part in np.split(np.asarray(flat[: ends[-1]]), ends[:-1])]
+    for step in range(max(len(asked.following) for asked in prompts)):
+        tokens, positions = np.zeros(PROMPTS, np.int32), np.full(PROMPTS, -1, np.int32)
+        sees = np.zeros((PROMPTS, 2), np.int32)
+        for row, asked in enumerate(prompts):
+            if step < len(asked.following):
+                tokens[row], positions[row] = asked.following[step], len(asked.ids) + step
+                sees[row] = _seen(asked, len(asked.ids) + step, 1)[0]
+        rows, cache = _decode(program, params, cache, DecodeBatch(tokens, positions, tables, seen=sees))
+        for row, asked in enumerate(prompts):
+            if step < len(asked.following):
+                found[row].append(np.asarray(rows[row : row + 1]))
+    return [np.concatenate(parts) for parts in found]
