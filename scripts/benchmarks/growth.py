@@ -1,0 +1,243 @@
+"""`bench.py growth`: what a decode step costs as its cache grows: by concatenation, contiguous, and paged.
+
+One generation is run, a prompt and then a token a step. At some of its lengths every method takes the same step from the
+same keys and values, in turns and several times:
+
+- `concatenation`: a plain loop whose step makes every layer's keys and values anew, a position longer (`jnp.concatenate`),
+  and frees the old ones, as PaddleNLP's did before its PR #9126. There, without a compiler, lengths cost nothing; here each
+  is a program of its own, and compiling it is left out of the times. Padding to fewer lengths would be reserving.
+  Asking the system for fresh memory is in them. All but the cache, the attention kernel too, is as in the others.
+- `contiguous`: rows with room reserved from the start, tokens written in place (`kv.contiguous`).
+- `contiguous_x4`: the same with four times the room.
+- `paged`: blocks of 16 positions anywhere in a pool, found through a table (`kv.manager`).
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.steptime import greedy
+from jaxinfer import functional
+from jaxinfer.functional import Array, DecodeBatch, Program
+from jaxinfer.growing import GrowingCache
+from jaxinfer.kernels.paged import Lane
+from jaxinfer.kernels.xla_attention import decode_items, item_keys
+from jaxinfer.kv import contiguous
+from jaxinfer.models import loading
+from jaxinfer.sharding import make_mesh
+
+CONCATENATION, CONTIGUOUS, ROOMY, PAGED = METHODS = ("concatenation", "contiguous", "contiguous_x4", "paged")
+BLOCK = 16
+"""Positions of a block of the paged cache: the engine's default."""
+CHUNK = 256
+"""Tokens of a row's prompt that are computed at a time."""
+MEBIBYTE = 1 << 20
+Params = Sequence[Array]
+Figures = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is generated, and where it is measured."""
+
+    rows: int
+    prompt: int
+    new: int
+    step: int
+    """Positions by which the read length of the contiguous cache grows."""
+    lengths: int
+    """That are measured, those of the first and the last step among them."""
+    repeats: int
+
+    @property
+    def end(self) -> int:
+        """Positions of a row at last."""
+        return self.prompt + self.new
+
+    @cached_property
+    def measured(self) -> tuple[int, ...]:
+        """Positions that the cache has before each measured step."""
+        places = np.linspace(self.prompt, self.end - 1, min(self.lengths, self.new))
+        return tuple(sorted({round(place) for place in places.tolist()}))
+
+
+class Step:
+    """A step of one method at one length, compiled: `lanes, tables` and what it makes of them."""
+
+    def __init__(
+        self, program: Program, params: Params, lanes: list[Lane], tables: Array, *, items: int | None = None,
+        longer: bool = False,
+    ):  # fmt: skip
+        self._params, self._lanes, self._tables, self._longer = params, lanes, tables, longer
+        step = jax.jit(partial(_step, program, items, longer), donate_argnums=() if longer else 1)
+        self._compiled = step.lower(params, lanes, tables, *[jax.ShapeDtypeStruct((len(tables),), np.int32)] * 2).compile()
+
+    def run(self, tokens: np.ndarray, position: int) -> tuple[float, np.ndarray]:
+        """Seconds, and the next token of each row; may be run again, as it writes what it wrote."""
+        positions = np.full(len(tokens), position, np.int32)
+        start = time.perf_counter()
+        made, lanes = jax.block_until_ready(self._compiled(self._params, self._lanes, self._tables, tokens, positions))
+        if not self._longer:
+            self._lanes = lanes
+        del lanes  # a loop that concatenates frees the old ones each step; the new ones are as large
+        return time.perf_counter() - start, np.asarray(made)
+
+    def figures(self) -> Figures:
+        """Read off the compiled program: what lies in the memory of an argument, what is made anew, the most there is at
+        once beside the weights."""
+        memory = self._compiled.memory_analysis()
+        anew = memory.output_size_in_bytes - memory.alias_size_in_bytes
+        weights = sum(array.nbytes for array in self._params)
+        peak = memory.argument_size_in_bytes - weights + anew + memory.temp_size_in_bytes
+        aliased, temporary = memory.alias_size_in_bytes, memory.temp_size_in_bytes
+        sizes = {"aliased": aliased, "made_anew": anew, "temporary": temporary, "peak": peak}
+        return {f"{name}_mib": size / MEBIBYTE for name, size in sizes.items()}
+
+
+def _step(
+    program: Program, items: int | None, longer: bool, params: Params, lanes: list[Lane], tables: Array, tokens: Array,
+    positions: Array,
+) -> tuple[jax.Array, list[Lane]]:  # fmt: skip
+    if longer:
+        lanes = jax.tree.map(lambda a: jnp.concatenate([a, jnp.zeros_like(a[:, :, :1])], axis=2), lanes)
+    return greedy(program, params, lanes, DecodeBatch(tokens, positions, tables, items))
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A model and what is run on it."""
+
+    program: Program
+    params: Params
+    work: Work
+
+    def begin(self, seed: int) -> tuple[GrowingCache, np.ndarray]:
+        """The cache of prompts `[R, S]`, some hundred tokens at a time, and the first token of each row."""
+        work, vocab = self.work, self.program.vocab
+        prompts = np.random.default_rng(seed).integers(3, vocab, (work.rows, work.prompt))
+        cache = GrowingCache.reserve(self.program, work.rows, work.end, work.step)
+        for start in range(0, work.prompt, CHUNK):
+            logits, cache = cache.append(self.params, prompts[:, start : start + CHUNK])
+        return cache, np.asarray(logits.argmax(axis=-1), np.int32)
+
+    def steps(self, layers: list[Lane]) -> dict[str, Step]:
+        """Of each method, over caches with these keys and values `[R, K, S, D]` in them."""
+        length = layers[0].keys.shape[2]
+        return {
+            CONCATENATION: Step(
+                self.program, self.params, layers, jnp.arange(self.work.rows, dtype=jnp.int32)[:, None], longer=True
+            ),
+            CONTIGUOUS: self._contiguous(layers, length, 1),
+            ROOMY: self._contiguous(layers, length, 4),
+            PAGED: self._paged(layers, length),
+        }  # fmt: skip
+
+    def _contiguous(self, layers: list[Lane], length: int, room: int) -> Step:
+        cache = GrowingCache.adopt(self.program, layers, self.work.end * room, self.work.step)
+        tables = cache.regions.tables(jnp.arange(self.work.rows), cache.read_width(length + 1))[0]
+        return Step(self.program, self.params, cache.lanes, tables)
+
+    def _paged(self, layers: list[Lane], length: int) -> Step:
+        work, width = self.work, -(-self.work.end // BLOCK)
+        # As a pool gives them that has served others before.
+        tables = np.random.default_rng(0).permutation(work.rows * width).astype(np.int32).reshape(work.rows, width)
+        lanes = functional.init_cache(self.program, work.rows * width, BLOCK)
+        fill = jax.jit(partial(jax.tree.map, lambda array, given: contiguous.fill(array, given, tables)), donate_argnums=0)
+        items = None
+        if self.program.kernel == "xla":  # as the engine does (`Shapes.items_bucket`)
+            items, needed = work.rows, work.rows * (length // item_keys(BLOCK) + 1)
+            while items < needed:
+                items *= 2
+            items = min(items, decode_items(work.rows, width * BLOCK, BLOCK))
+        return Step(self.program, self.params, fill(lanes, layers), jnp.asarray(tables), items=items)
+
+
+def measure(
+    hf: Mapping[str, Any], work: Work, *, dtype: str = "auto", seed: int = 0, kernel: str = "auto", say: Any = print
+) -> Figures:
+    """Generates, and measures on the way."""
+    mesh = make_mesh(1)
+    program, params = functional.split(loading.random(hf, mesh, dtype=dtype), mesh, attention_kernel=kernel)
+    if program.layout.groups > 1:
+        raise ValueError("growth compares caches of a model whose layers all keep every position; this one has others")
+    bench = Bench(program, params, work)
+    cache, tokens = bench.begin(seed)
+    seconds: dict[str, list[list[float]]] = {name: [] for name in METHODS}
+    found: Figures = {"cache_mib": cache.nbytes / MEBIBYTE}
+    for position in range(work.prompt, work.end):
+        if position in work.measured:
+            layers = [Lane(*cache.layer(number)) for number in range(len(program.specs))]
+            steps = bench.steps(layers)
+            del layers
+            times, made = _in_turns(steps, tokens, position, work.repeats)
+            for name, own in times.items():
+                seconds[name].append(own)
+                found[f"step_ms@{name}_{position}"] = 1e3 * median(own)
+                found[f"same_tokens@{name}"] = min(
+                    found.get(f"same_tokens@{name}", 1.0), float((made[name] == made[CONTIGUOUS]).mean())
+                )
+            if position == work.measured[-1]:
+                found |= {f"{key}@{name}": value for name, step in steps.items() for key, value in step.figures().items()}
+            del steps
+            say(f"{position} positions: " + ", ".join(f"{name} {1e3 * median(own):.1f} ms" for name, own in times.items()))
+        logits, cache = cache.append(params, tokens[:, None])
+        tokens = np.asarray(logits.argmax(axis=-1), np.int32)
+    return found | _summary(seconds, work)
+
+
+def _in_turns(
+    steps: Mapping[str, Step], tokens: np.ndarray, position: int, repeats: int
+) -> tuple[dict[str, list[float]], dict[str, np.ndarray]]:
+    """Seconds of each, by round, and the tokens that each makes; a pass before does not count."""
+    made = {name: step.run(tokens, position)[1] for name, step in steps.items()}
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(repeats):
+        for name in list(steps)[:: -1 if number % 2 else 1]:
+            times[name].append(steps[name].run(tokens, position)[0])
+    return times, made
+
+
+def _summary(seconds: Mapping[str, Sequence[Sequence[float]]], work: Work) -> Figures:
+    """Over all measured lengths: medians, ratios of the same round, and what a thousand positions more cost."""
+
+    def ratio(one: str, other: str) -> float:
+        return median(a / b for ours, theirs in zip(seconds[one], seconds[other]) for a, b in zip(ours, theirs))
+
+    found = {}
+    for name, own in seconds.items():
+        medians = [1e3 * median(times) for times in own]
+        found[f"step_ms@{name}"] = median(medians)
+        if len(medians) > 1:
+            found[f"ms_per_1000_positions@{name}"] = 1e3 * float(np.polyfit(work.measured, medians, 1)[0])
+    for name in (CONTIGUOUS, PAGED):
+        found[f"times_as_fast_as_concatenation@{name}"] = ratio(CONCATENATION, name)
+    found["contiguous_over_paged"] = ratio(CONTIGUOUS, PAGED)
+    found["four_times_the_room_over_once"] = ratio(ROOMY, CONTIGUOUS)
+    return found
+
+
+def plot(found: Figures, work: Work, path: Path) -> None:
+    """Step time against length.
+
+    Raises:
+        RuntimeError: matplotlib is not there.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise RuntimeError("--plot needs matplotlib, of the extra `notebook`: pip install '.[notebook]'") from error
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for name in METHODS:
+        axes.plot(work.measured, [found[f"step_ms@{name}_{place}"] for place in work.measured], marker=".", label=name)
+    axes.set(xlabel=f"positions of each of {work.rows} rows", ylabel="ms a decode step", ylim=(0, None))
+    axes.legend()
+    figure.savefig(path)
