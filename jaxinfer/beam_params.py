@@ -1,0 +1,80 @@
+"""How a beam search is run: transformers' names and meanings, strictly checked."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from jaxinfer.checks import as_float, as_int, describe, show_int
+from jaxinfer.sampling_params import SamplingParams
+
+MAX_WIDTH = 256
+"""Most beams of one prompt: each has a row and blocks of its own."""
+MAX_LENGTH_PENALTY = 5.0
+"""Largest absolute `length_penalty`: lengths of millions raised to it are finite in float32."""
+
+_UNUSED = {"n": 1, "temperature": (0.0, 1.0), "top_p": 1.0, "top_k": 0, "min_p": 0.0, "stop": (), "logprobs": None,
+           "prompt_logprobs": None}
+"""Of `SamplingParams`: what a beam search has no use for, with the values that ask for nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BeamParams:
+    """A beam search as `transformers.GenerationMixin.generate(num_beams=...)` runs it.
+
+    Raises:
+        TypeError: a value of the wrong type.
+        ValueError: a value out of its range. Both name the field, the value and the limit.
+    """
+
+    width: int
+    """Beams that go on at each step, 1 to `MAX_WIDTH`: `num_beams`."""
+    length_penalty: float = 1.0
+    """A finished beam's score is the sum of its tokens' log-probabilities over their number raised to this."""
+    early_stopping: bool | str = False
+    """When to stop, once there are `width` finished beams. True: at once. False: when the best running beam, with the length
+    it has, would score no better than the worst of them. "never": when it cannot, whatever its length will be."""
+    num_return_sequences: int | None = None
+    """Beams to return, the best ones; None for all `width`."""
+
+    def __post_init__(self) -> None:
+        self._integer("width", MAX_WIDTH, "")
+        if self.num_return_sequences is None:
+            object.__setattr__(self, "num_return_sequences", self.width)
+        self._integer("num_return_sequences", self.width, ", the width")
+        penalty = as_float("length_penalty", self.length_penalty)
+        if abs(penalty) > MAX_LENGTH_PENALTY:
+            raise ValueError(f"length_penalty must be in [-{MAX_LENGTH_PENALTY:g}, {MAX_LENGTH_PENALTY:g}], got {penalty}.")
+        object.__setattr__(self, "length_penalty", penalty)
+        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
+            raise ValueError(f"early_stopping must be True, False or 'never', got {describe(self.early_stopping)}.")
+
+    def _integer(self, name: str, most: int, what: str) -> None:
+        value = as_int(name, getattr(self, name))
+        if not 1 <= value <= most:
+            raise ValueError(f"{name} must be between 1 and {most}{what}, got {show_int(value)}.")
+        object.__setattr__(self, name, value)
+
+
+def beam_sampling(params: Any, default: SamplingParams, max_tokens: int | None) -> SamplingParams:
+    """What else applies to a beam search: masks, penalties, stop tokens and text settings of `params`.
+
+    Args:
+        params: the caller's; None: those of the model's own defaults that mean anything without sampling.
+        default: the model's own.
+        max_tokens: most new tokens, in the place of what these say.
+
+    Raises:
+        TypeError: `params` are no `SamplingParams`.
+        ValueError: they ask for what a beam search has no use for.
+    """
+    if params is not None and not isinstance(params, SamplingParams):
+        raise TypeError(f"sampling_params of a beam search must be a SamplingParams, got {describe(params)}.")
+    for name, neutral in _UNUSED.items():
+        value = getattr(params, name, neutral)
+        if value != neutral and (not isinstance(neutral, tuple) or value not in neutral):
+            raise ValueError(f"a beam search has no use for {name}, got {name}={value!r}; leave it out.")
+    plain = {"n": 1, "temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+    own = default if params is None else params
+    # `min_tokens` of the model's own may be more than what the caller asks for in all.
+    least = own.min_tokens if max_tokens is None or params is not None else min(own.min_tokens, as_int("max_tokens", max_tokens))
+    return dataclasses.replace(own, **plain, max_tokens=max_tokens, min_tokens=least)

@@ -1,0 +1,47 @@
+"""How many blocks an engine's steps hold, and how many they need."""
+
+from types import TracebackType
+
+import numpy as np
+
+from jaxinfer.engine.engine import Engine
+from jaxinfer.engine.runner import Flight
+from jaxinfer.engine.scheduler import Plan
+from jaxinfer.kv.tables import Tables
+
+
+class Counted:
+    """While it is entered: the most blocks that are held in a step, and the most that a step cannot do without.
+
+    Without are the blocks of the positions that its tokens see or write, in every layer; those of a prompt that several
+    sequences have in common are counted once, but for a block that they do not have in common to its end.
+    """
+
+    def __init__(self, engine: Engine):
+        self.held = self.fewest = 0
+        self._engine, self._run = engine, engine.runner.run
+
+    def __enter__(self) -> "Counted":
+        self._engine.runner.run = self._count
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None) -> None:
+        del self._engine.runner.run
+
+    def _count(self, plan: Plan, tables: Tables) -> Flight:
+        self.held = max(self.held, int(self._engine.manager.pool.num_held))
+        self.fewest = max(self.fewest, self._needed(plan))
+        return self._run(plan, tables)
+
+    def _needed(self, plan: Plan) -> int:
+        size, needed = self._engine.manager.block_size, set()
+        spans = [(chunk.sequence, chunk.start, chunk.start + chunk.count) for chunk in plan.chunks]
+        spans += [(sequence, at, at + 1) for sequence, at in zip(plan.decodes, plan.positions.tolist(), strict=True)]
+        for number, kind in enumerate(self._engine.manager.kinds):
+            for sequence, start, stop in spans:
+                first, request = int(kind.kind.first_needed(start)) // size, sequence.request
+                columns = np.arange(first, -(-stop // size))
+                whole = (columns + 1) * size <= len(request.prompt)
+                needed |= {(number, request.id, column) for column in columns[whole].tolist()}
+                needed |= {(number, sequence, column) for column in columns[~whole].tolist()}
+        return sum(self._engine.manager.kinds[number].count for number, *_ in needed)

@@ -1,0 +1,224 @@
+"""`bench.py sharing`: what hybrids' sequences share: blocks of samples, prefixes of prompts; and what sharing costs.
+
+On random models with the layers of Gemma 3 (five sliding for a full one) and of gpt-oss (sliding and full in turn, sinks,
+experts), small ones:
+
+- samples: the most blocks that are held at a time while n samples of one prompt are drawn, against the fewest possible: for
+  each layer the blocks that the tokens of the step see or write, each counted once; and against no sharing.
+- prefixes: the requests of vLLM #45238, whose prompts begin alike and then part; one after another and all at once. Of each
+  but the first, how much of what it has in common with the others was computed again, and when its first token came.
+- speed: tokens a second of prompts that have nothing in common, and of samples, with sharing and without, in turns.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import mean, median
+from typing import Any
+
+import numpy as np
+
+from benchmarks.blocks import Counted
+from jaxinfer import EngineConfig, SamplingParams
+from jaxinfer.engine.engine import Engine, HostSettings
+from jaxinfer.engine.request import Request
+from jaxinfer.engine.runner import Runner
+from jaxinfer.engine.setup import build_engine
+from jaxinfer.engine.warmup import warm_up
+from jaxinfer.kv.groups import blocks_needed
+from jaxinfer.models import loading
+from jaxinfer.resolve import ModelLimits, resolve
+from jaxinfer.sharding import make_mesh
+
+VOCAB = 4096
+COMMON: Mapping[str, Any] = {
+    "vocab_size": VOCAB, "num_hidden_layers": 12, "hidden_size": 256, "num_attention_heads": 8, "head_dim": 32,
+    "num_key_value_heads": 2, "max_position_embeddings": 8192, "rms_norm_eps": 1e-6,
+}  # fmt: skip
+MODELS: Mapping[str, Mapping[str, Any]] = {
+    "gemma3": {
+        "architectures": ["Gemma3ForCausalLM"], "intermediate_size": 512, "sliding_window": 512,
+        "query_pre_attn_scalar": 32,
+    },
+    "gpt_oss": {
+        "architectures": ["GptOssForCausalLM"], "intermediate_size": 128, "num_local_experts": 8, "num_experts_per_tok": 2,
+        "sliding_window": 128,
+    },
+}  # fmt: skip
+"""Of each config.json what `COMMON` has not: the windows of Gemma 3 1B and of gpt-oss."""
+NEW = 4
+"""Tokens that each request of a prefix workload makes."""
+SAMPLING = ("greedy", "random")
+"""What requests ask of the sampler, and chunks that do not end a prompt."""
+Figures = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Work:
+    """Sizes of the three parts, in tokens unless said."""
+
+    samples: int
+    """n."""
+    prompt: int
+    """Of which samples are drawn."""
+    new: int
+    """That each of them makes."""
+    requests: int
+    """Of a prefix workload."""
+    prefixes: tuple[tuple[int, int], ...]
+    """Of each prefix workload: what all prompts have in common, and what each has of its own."""
+    pool: int
+    """Requests of a prefix workload that the cache has blocks for, without sharing."""
+    throughput: tuple[int, int, int]
+    """Requests that have nothing in common, tokens of each prompt, and new ones."""
+    repeats: int
+    """Passes with and without sharing."""
+
+
+WORK = Work(16, 1024, 256, 64, ((1600, 600), (1500, 700)), 8, (32, 256, 64), 5)
+
+
+SMALL = 8
+"""What lengths and windows are divided by for a quick look."""
+
+
+def config(name: str, *, small: bool = False) -> dict[str, Any]:
+    """config.json of a model; `small`: with windows to go with `smaller`."""
+    values = COMMON | MODELS[name]
+    return {**values, "sliding_window": values["sliding_window"] // (SMALL if small else 1)}
+
+
+def smaller(work: Work) -> Work:
+    """An eighth of all lengths and a quarter of the requests."""
+    count, prompt, new = work.throughput
+    return replace(
+        work, prompt=work.prompt // SMALL, new=work.new // SMALL, requests=max(2, work.requests // 4),
+        prefixes=tuple((shared // SMALL, own // SMALL) for shared, own in work.prefixes),
+        throughput=(max(2, count // 4), prompt // SMALL, new // SMALL),
+    )  # fmt: skip
+
+
+def measure(config: Mapping[str, Any], work: Work, settings: Mapping[str, Any], *, dtype: str, seed: int) -> Figures:
+    """The figures of one model."""
+    mesh = make_mesh(1)
+    module = loading.random(dict(config), mesh, dtype=dtype, seed=seed)
+    lengths = *map(sum, work.prefixes), work.prompt + work.new, sum(work.throughput[1:])
+    rows = max(work.samples, work.requests, work.throughput[0])
+    own = {"max_model_len": max(lengths) + NEW, "max_num_seqs": rows} | dict(settings)
+    engine = build_engine(module, EngineConfig.of(own), mesh)
+    warm_up(engine.runner.prepare(SAMPLING), SAMPLING, use_tqdm=False)
+    bench = Bench(engine, seed)
+    return bench.samples(work) | bench.prefixes(work) | bench.speed(work)
+
+
+class Bench:
+    """One model's compiled steps, under engines with and without sharing."""
+
+    def __init__(self, engine: Engine, seed: int):
+        self.runner: Runner = engine.runner
+        self._settings: HostSettings = engine.settings
+        self._seed, self._names = seed, 0
+        program = self.runner.program
+        self._limits = ModelLimits(program.vocab, self.runner.shapes.max_length)
+
+    def samples(self, work: Work) -> Figures:
+        """Blocks held at a time by the samples of one prompt."""
+        peaks = {}
+        for share in (True, False):
+            engine = self._engine(share=share, decode_steps=1)
+            with Counted(engine) as counted:
+                self._serve(engine, self._requests(1, work.prompt, 0, work.new, samples=work.samples))
+            peaks[share] = counted.held
+            fewest = counted.fewest if share else fewest
+        return {
+            "peak_blocks": peaks[True], "fewest_blocks": fewest, "peak_over_fewest": peaks[True] / fewest,
+            "peak_blocks_unshared": peaks[False], "unshared_over_shared": peaks[False] / peaks[True],
+        }  # fmt: skip
+
+    def prefixes(self, work: Work) -> Figures:
+        """What of the prompts' common beginning was found, and when the first tokens came, in a pool of a few requests."""
+        figures: Figures = {}
+        for shared, own in work.prefixes:
+            pool = work.pool * self._blocks(shared + own + NEW)
+            for name, at_once in (("one_by_one", 1), ("at_once", work.requests)):
+                label, waits = f"@{shared}+{own}_{name}", {}
+                for share in (True, False):
+                    requests = self._requests(work.requests, shared, own, NEW)
+                    self._serve(self._engine(share=share, pool_blocks=pool), requests, at_once)
+                    waits[share] = mean(r.first_token_time - r.arrival_time for r in requests)
+                    if share:
+                        block, found = self.runner.shapes.block_size, [r.cached_tokens for r in requests[1:]]
+                        figures[f"requests_with_whole_prefix{label}"] = sum(hit > shared - block for hit in found)
+                        figures[f"least_hit_tokens{label}"] = min(found)
+                figures |= {
+                    f"first_token_seconds{label}": waits[True], f"first_token_seconds_unshared{label}": waits[False],
+                    f"unshared_over_shared{label}": waits[False] / waits[True],
+                }  # fmt: skip
+        return figures
+
+    def speed(self, work: Work) -> Figures:
+        """Tokens a second with sharing and without, in turns; medians, and that of the ratios."""
+        count, prompt, new = work.throughput
+        figures = {}
+        for name, samples in (("distinct", 1), ("samples", work.samples)):
+            requests = max(1, count // samples)
+            rates: dict[bool, list[float]] = {True: [], False: []}
+            for number in range(work.repeats):
+                for share in (True, False)[:: -1 if number % 2 else 1]:
+                    asked = self._requests(requests, 0, prompt, new, samples=samples)
+                    seconds = self._serve(self._engine(share=share), asked)
+                    rates[share].append(requests * samples * new / seconds)
+            figures |= {
+                f"tokens_per_second@{name}": median(rates[True]),
+                f"tokens_per_second_unshared@{name}": median(rates[False]),
+                f"shared_over_unshared@{name}": median(a / b for a, b in zip(rates[True], rates[False], strict=True)),
+            }  # fmt: skip
+        return figures
+
+    def _engine(self, *, share: bool, **settings: Any) -> Engine:
+        """A fresh one, with nothing cached."""
+        self.runner.reset()
+        return Engine(
+            self.runner, replace(self._settings, prefix_caching=share, block_sharing=share, **settings)
+        )
+
+    def _blocks(self, tokens: int) -> int:
+        """That a sequence takes at most."""
+        shapes, kinds = self.runner.shapes, self.runner.program.layout.kinds
+        return blocks_needed(kinds, tokens, shapes.block_size, self._settings.token_budget)
+
+    def _requests(self, count: int, shared: int, own: int, new: int, *, samples: int = 1) -> list[Request]:
+        """Prompts of random tokens, the first `shared` of which they have in common; never seen before."""
+        self._names += 1
+        rng = np.random.default_rng([self._seed, self._names])
+        head = rng.integers(3, VOCAB, shared)
+        params = SamplingParams(n=samples, max_tokens=new, seed=self._names, ignore_eos=True)
+        params = resolve(params, self._limits, prompt_len=shared + own)
+        return [
+            Request(
+                id=f"{self._names}.{number}", prompt=np.append(head, rng.integers(3, VOCAB, own)).astype(np.int32),
+                params=params, limit=shared + own + new, seed=number,
+            )
+            for number in range(count)
+        ]  # fmt: skip
+
+    def _serve(self, engine: Engine, requests: Sequence[Request], at_once: int | None = None) -> float:
+        """Seconds until the last token, where so many requests are there at a time, or all.
+
+        Raises:
+            RuntimeError: one of them failed.
+        """
+        waiting, running = list(requests)[::-1], []
+        start = time.perf_counter()
+        while waiting or engine.has_work:
+            while waiting and len(running) < (at_once or len(requests)):
+                running.append(waiting.pop())
+                running[-1].arrival_time = time.monotonic()
+                engine.add(running[-1])
+            engine.step()
+            running = [request for request in running if not request.finished]
+        seconds = time.perf_counter() - start
+        for request in requests:
+            if request.error is not None:
+                raise RuntimeError(f"request {request.id} failed: {request.error}")
+        return seconds
