@@ -19,12 +19,15 @@ if TYPE_CHECKING:
     from jaxinfer.outputs import RequestOutput as RequestOutput
     from jaxinfer.sampling_params import RequestOutputKind as RequestOutputKind
     from jaxinfer.sampling_params import SamplingParams as SamplingParams
+    from jaxinfer.transcription import Segment as Segment
+    from jaxinfer.transcription import Transcript as Transcript
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "EngineConfig": "config", "LLM": "llm", "CompletionOutput": "outputs", "Logprob": "outputs",
     "RequestOutput": "outputs", "RequestOutputKind": "sampling_params", "SamplingParams": "sampling_params",
+    "Segment": "transcription", "Transcript": "transcription",
 }  # fmt: skip
 _WINGS = ("demo", "distributed", "functional", "kv", "models", "sharding")
 __all__ = [*_HOMES, *_WINGS]

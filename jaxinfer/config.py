@@ -14,6 +14,8 @@ from jaxinfer.sharding.policy import Placement
 
 CPU_CACHE_BYTES = 1 << 30
 """The cache's default size on a CPU: a fixed share, as the host has other work."""
+CACHES = (PAGED, CONTIGUOUS) = ("paged", "contiguous")
+"""Implementations of the cache."""
 QUANTIZATIONS = ("int8",)
 """What matrices may be kept in beside `dtype`."""
 MAX_MODEL_LEN = 1 << 22
@@ -33,8 +35,8 @@ class EngineConfig:
     tensor_parallel_size: int = 1
     """Devices over which weights and kv heads are divided."""
     placement: Mapping[str, str] | Placement | None = None
-    """Which modules are divided and which are whole, and computed, on every device: patterns over their paths to "shard" or
-    "replicate" (`sharding.policy.Placement`); None: all are divided."""
+    """Which modules are divided and which are whole, and computed, on every device: patterns over their paths to "shard",
+    "replicate" or, of mixtures of experts, "experts" (`sharding.policy.Placement`); None: all are divided."""
     pad_heads: bool = False
     """Whether attention heads of zeroes are added where a model's heads do not divide over the devices; without, that is
     an error. The output is the same; padded heads take memory, cache and time."""
@@ -48,9 +50,17 @@ class EngineConfig:
     """"triton" (NVIDIA GPUs, with the extra `cuda13` or `cuda12`), "native" (CPUs with AVX-512 and a C++ compiler), "xla"
     (everywhere), or "auto": the first of these that can be."""
     matmul_kernel: str = "auto"
-    """"native" (CPUs, as above, on one device), "xla" (everywhere), or "auto": native where it can be."""
+    """"native" (CPUs, as above, on one device), "triton" (GPUs, as above, for the products of experts; XLA's for all others),
+    "xla" (everywhere), or "auto": the first of these that can be."""
+    fuse_projections: str | bool = "auto"
+    """Whether projections of one input are one GEMM; "auto": in steps of up to as many tokens as that is faster for
+    (`layers.fusion`). The output is the same."""
+    cache: str = "paged"
+    """"paged": sequences take blocks as they grow, share them, and find those of prefixes again. "contiguous": each of
+    `max_num_seqs` rows has room for `max_model_len` positions reserved from the start (`kv.contiguous`): no block is shared,
+    no prefix found again, and samples of a prompt copy what it has written."""
     block_size: int = 16
-    """Positions in a block of the cache."""
+    """Positions in a block of the cache; of a contiguous one the step by which rows grow."""
     kv_cache_memory_bytes: int | None = None
     """Bytes of the cache over all devices; by default 1 GiB on a CPU, a fraction of what is free on a GPU."""
     gpu_memory_utilization: float = 0.9
@@ -61,6 +71,9 @@ class EngineConfig:
     """Whether prompts reuse the blocks of prefixes computed before."""
     enable_block_sharing: bool = True
     """Whether the samples of a request share its prompt's blocks."""
+    snapshot_memory_fraction: float = 0.1
+    """Of a model with recurrent layers: the fraction of the cache's memory for states that prompts go on from. It is beside two
+    slots for each of max_num_seqs, and nothing else uses it."""
     feature_cache_tokens: int | None = None
     """Tokens of encoded images kept on the device, for prompts that are being computed and for images that come again; by
     default 8 times max_num_batched_tokens, and at least 16 tiles. A prompt may have no more of them."""
@@ -104,7 +117,8 @@ class EngineConfig:
                 raise ConfigError(f"{name} must be an integer, got {value!r}")
             if not least <= value <= most:
                 raise ConfigError(f"{name} must be in [{least}, {most}], got {value}")
-        for name, most in (("gpu_memory_utilization", 1), ("log_interval", 1e9), ("peer_timeout", 86400)):
+        fractions = ("gpu_memory_utilization", 1), ("snapshot_memory_fraction", 0.9)
+        for name, most in (*fractions, ("log_interval", 1e9), ("peer_timeout", 86400)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:
                 raise ConfigError(f"{name} must be a number in (0, {most:g}], got {value!r}")
@@ -125,6 +139,15 @@ class EngineConfig:
         folder = self.compilation_cache_dir
         if folder is not None and (not isinstance(folder, str) or not folder):
             raise ConfigError(f"compilation_cache_dir must be 'auto', a folder or None, got {folder!r}")
+        if self.cache not in CACHES:
+            raise ConfigError(f"cache must be {' or '.join(map(repr, CACHES))}, got {self.cache!r}")
+        if self.cache == CONTIGUOUS and self.pool_blocks is not None:
+            raise ConfigError(
+                f"pool_blocks is {self.pool_blocks}, but the rows of cache='contiguous' take no blocks of a pool; set "
+                "max_num_seqs and max_model_len, or leave it out"
+            )
+        if not isinstance(self.fuse_projections, bool) and self.fuse_projections != "auto":
+            raise ConfigError(f"fuse_projections must be 'auto', True or False, got {self.fuse_projections!r}")
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ConfigError(f"dtype must be auto, float32, bfloat16 or float16, got {self.dtype!r}")
         options = self.compiler_options or {}
@@ -144,6 +167,7 @@ class EngineConfig:
 
         Raises:
             TypeError: a keyword that is no field.
+            ConfigError: a value that cannot be, or that contradicts another.
         """
         known = [f.name for f in fields(cls)]
         for name in settings:
@@ -151,6 +175,10 @@ class EngineConfig:
                 close = get_close_matches(name, known, 1)
                 hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
                 raise TypeError(f"unknown setting {name!r}{hint}")
+        if settings.get("cache") == CONTIGUOUS and settings.get("enable_prefix_caching"):
+            raise ConfigError(
+                "enable_prefix_caching is True, but cache='contiguous' keeps no prefixes; leave it out, or use cache='paged'"
+            )
         if "dtype" in settings and not isinstance(settings["dtype"], str):
             settings = settings | {"dtype": _dtype_name(settings["dtype"])}
         return cls(**settings)

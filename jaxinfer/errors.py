@@ -35,3 +35,7 @@ class DistributedError(JaxInferError, RuntimeError):
 
 class EngineError(JaxInferError, RuntimeError):
     """A step failed on the device; the message says what was lost and what goes on."""
+
+
+class CacheConsumedError(JaxInferError, RuntimeError):
+    """A cache was used after a step that took its memory."""

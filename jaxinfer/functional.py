@@ -23,6 +23,7 @@ Token ids, positions and block ids are the caller's to get right: under jit noth
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 import jax
@@ -31,16 +32,21 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from jaxinfer.encoders import EncodeBatch
 from jaxinfer.errors import ConfigError
 from jaxinfer.kernels import attention, matmul
-from jaxinfer.kernels.paged import DecodeRows, Lane, PrefillTiles, Slots
+from jaxinfer.kernels.paged import Cache, DecodeRows, PrefillTiles, Slots
+from jaxinfer.kernels.state import DecodeSlots, Segments
 from jaxinfer.kernels.xla_attention import TILE
 from jaxinfer.kv import cache as kv_cache
-from jaxinfer.kv.groups import Layout, layout
-from jaxinfer.kv.spec import Full
+from jaxinfer.kv import groups as kv_groups
+from jaxinfer.kv.groups import Layout, Place, layout
+from jaxinfer.kv.spec import Full, State
+from jaxinfer.layers import fusion
 from jaxinfer.layers.attention import GroupStep, StepContext
-from jaxinfer.layers.linear import use_kernel
-from jaxinfer.models.base import FeatureRows, Features, LanguageModel
+from jaxinfer.layers.encoder import EncodeStep
+from jaxinfer.layers.linear import use_fusion, use_kernel
+from jaxinfer.models.base import CrossSource, FeatureRows, Features, LanguageModel
 from jaxinfer.sharding import make_mesh
 from jaxinfer.sharding import mesh as meshes
 
@@ -54,7 +60,7 @@ class Program:
 
     graph: nnx.GraphDef
     tree: jax.tree_util.PyTreeDef
-    specs: tuple[Full, ...]
+    specs: tuple[Full | State, ...]
     vocab: int
     """V': columns of the logits."""
     dtype: jnp.dtype
@@ -67,6 +73,8 @@ class Program:
     """What the model reads beside tokens."""
     feature_width: int = 0
     """M of the rows that its encoder makes; 0 where there is none."""
+    cross: CrossSource | None = None
+    """What the encoder reads that tokens attend to."""
 
     @property
     def layout(self) -> Layout:
@@ -80,27 +88,28 @@ class Program:
 
 def split(
     module: LanguageModel, mesh: Mesh | None = None, *, attention_kernel: str = attention.AUTO,
-    matmul_kernel: str = attention.AUTO,
+    matmul_kernel: str = attention.AUTO, fuse_projections: str | bool = fusion.AUTO,
 ) -> tuple[Program, list[Array]]:  # fmt: skip
     """A module as a static program and the flat list of its parameters (values, or shapes if it is abstract).
 
     A flat list, because dispatch costs 0.08 ms with it and 11.6 ms through `nnx.jit`.
 
     Raises:
-        ConfigError: a kernel that is not known, or not for these devices.
+        ConfigError: a kernel that is not known, or not for these devices; `fuse_projections` that is no choice.
     """
     mesh = make_mesh() if mesh is None else meshes.normalise(mesh)
     use_kernel(module, matmul.choose(matmul_kernel, mesh))
+    use_fusion(module, fusion.rows_fused(fuse_projections, mesh))
     graph, state = nnx.split(module)
     params, tree = jax.tree.flatten(state)
     # The scales of quantised weights are float32, whatever the model runs in.
     dtype = min((p.dtype for p in params if jnp.issubdtype(p.dtype, jnp.floating)), key=lambda d: d.itemsize)
     vocab = -(-module.config.vocab_size // meshes.size(mesh)) * meshes.size(mesh)
     specs, kernel = tuple(module.cache_specs()), attention.choose(attention_kernel, mesh)
-    widest = max(spec.head_dim for spec in specs)
+    widest = max(spec.head_dim for spec in specs if isinstance(spec, Full))
     tile = attention.prefill_tile(kernel, module.config.query_group, widest, dtype.itemsize)
     program = Program(graph, tree, specs, vocab, dtype, mesh, kernel, tile, module.config.features)
-    return replace(program, feature_width=_feature_width(program, params)), params
+    return replace(program, feature_width=_feature_width(program, params), cross=module.config.cross), params
 
 
 def _feature_width(program: Program, params: Sequence[Array]) -> int:
@@ -123,17 +132,48 @@ def encode(program: Program, params: Sequence[jax.Array], inputs: jax.Array) -> 
     return program.module(params).encode(inputs.astype(program.dtype))
 
 
-def init_cache(program: Program, num_blocks: int, block_size: int = 16) -> list[Lane]:
+def encode_cross(
+    program: Program, params: Sequence[jax.Array], cache: Cache, batch: EncodeBatch
+) -> Cache:
+    """Runs the encoder of a model with cross-attention -> the cache with keys and values of its positions in.
+
+    `encoders.encode_batch` makes the batch; tokens then see what `seen` of their own batches says.
+    """
+    inputs = batch.inputs if jnp.issubdtype(batch.inputs.dtype, jnp.integer) else batch.inputs.astype(program.dtype)
+    return program.module(params).encode_cross(inputs, batch.numbers, encode_step(program, batch), cache)
+
+
+def encode_step(program: Program, batch: EncodeBatch) -> EncodeStep:
+    """Where the positions of a batch of inputs stand."""
+    first = kv_groups.encoded(program.layout.kinds).first
+    tables = jnp.arange(batch.positions.shape[0], dtype=jnp.int32)[None]
+    return EncodeStep(
+        positions=batch.positions, rows=PrefillTiles(tables, batch.tiles, batch.count, batch.spans),
+        slots=tuple(Slots(blocks, batch.offsets) for blocks in batch.blocks), mesh=program.mesh, kernel=program.kernel,
+        tile=batch.tile, places=tuple(Place(place.group - first, place.lane) for place in program.layout.places),
+    )  # fmt: skip
+
+
+def init_cache(program: Program, num_blocks: int, block_size: int = 16, slots: int = 1) -> Cache:
     """A cache of zeroes: keys and values `[N, K, P, D]` a lane, on the program's mesh.
 
-    A layer has a lane for itself, or shares it with layers of other groups (`Program.layout`).
+    A layer has a lane for itself, or shares it with layers of other groups (`Program.layout`). A recurrent layer has its
+    own arrays, `[slots, ...]`.
     """
-    return kv_cache.allocate(
-        kv_cache.abstract(program.layout.lanes, num_blocks, block_size, program.dtype, program.mesh)
+    return kv_cache.allocate(abstract_cache(program, num_blocks, block_size, slots))
+
+
+def abstract_cache(program: Program, num_blocks: int, block_size: int, slots: int = 1) -> Cache:
+    """Its shapes and shardings; nothing is allocated."""
+    kept = program.layout
+    return kv_cache.abstract(
+        (*kept.lanes, *kept.states), num_blocks, block_size, program.dtype, program.mesh, slots
     )
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["tokens", "positions", "tables"], meta_fields=["items"])
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["tokens", "positions", "tables", "seen", "states"], meta_fields=["items"]
+)
 @dataclass(frozen=True)
 class DecodeBatch:
     """One new token a sequence."""
@@ -147,11 +187,15 @@ class DecodeBatch:
     items: int | None = None
     """Static: pieces of the rows' keys there is room for (`kernels.xla_attention.decode_items`); by default as
     many as the tables could hold."""
+    seen: Array | None = None
+    """`[B, 2]` of a model with cross-attention: the first and the end of the encoder positions that each token sees."""
+    states: DecodeSlots | None = None
+    """Of a model with recurrent layers: the slot of each sequence's state."""
 
 
 @partial(
     jax.tree_util.register_dataclass, meta_fields=["tile"],
-    data_fields=["tokens", "positions", "rows", "rope_lengths", "tables", "tiles", "count", "last"],
+    data_fields=["tokens", "positions", "rows", "rope_lengths", "tables", "tiles", "count", "last", "seen", "states"],
 )  # fmt: skip
 @dataclass(frozen=True)
 class PrefillBatch:
@@ -175,11 +219,16 @@ class PrefillBatch:
     """`[S]` indices of the tokens whose logits are wanted."""
     tile: int = TILE
     """Static: queries a tile holds at most."""
+    seen: Array | None = None
+    """`[T, 2]` of a model with cross-attention: the first and the end of the encoder positions that each token sees, the
+    same for all tokens of a tile."""
+    states: Segments | None = None
+    """Of a model with recurrent layers: which tokens go on from which slots, and where the states after them go."""
 
 
 def prefill_batch(
     chunks: Sequence[tuple[Any, int, int]], tables: Any, *, tokens: int | None = None,
-    rows: int | None = None, samples: np.ndarray | None = None, tile: int = TILE,
+    rows: int | None = None, samples: np.ndarray | None = None, tile: int = TILE, seen: np.ndarray | None = None,
 ) -> PrefillBatch:  # fmt: skip
     """Lays chunks of sequences side by side, in NumPy.
 
@@ -191,6 +240,8 @@ def prefill_batch(
         rows: B to pad to, and the length of `last`.
         samples: `[S]` for each wanted logit the index of its chunk; every chunk once by default.
         tile: queries of one tile at most; `Program.tile` is the best for its devices.
+        seen: `[., 2]` of a model with cross-attention, of all tokens of the chunks. Where it changes within chunks, their parts
+            count as rows.
     """
     tables = np.asarray(tables, np.int32)
     sizes = np.array([len(ids) for ids, _, _ in chunks], np.int32)
@@ -200,15 +251,20 @@ def prefill_batch(
                (("tokens", 0), ("positions", -1), ("rows", 0), ("rope_lengths", 1))}  # fmt: skip
     tiles = np.zeros((tile_count(total, batch, tile), 4), np.int32)
     count = 0
+    if seen is not None:
+        columns["seen"] = np.zeros((total, 2), np.int32)
+        columns["seen"][: len(seen)] = seen
+    turns = [] if seen is None else (np.flatnonzero((np.diff(seen, axis=0) != 0).any(axis=1)) + 1).tolist()
     for row, (ids, position, prompt) in enumerate(chunks):
         span = slice(starts[row], starts[row + 1])
         at = np.arange(position, position + len(ids), dtype=np.int32)
         columns["tokens"][span], columns["positions"][span], columns["rows"][span] = ids, at, row
         columns["rope_lengths"][span] = np.where(at < prompt, prompt, at + 1)
-        for first in range(0, len(ids), tile):
-            size = min(tile, len(ids) - first)
-            tiles[count] = row, starts[row] + first, position + first, size
-            count += 1
+        parts = [0, *(turn - starts[row] for turn in turns if starts[row] < turn < starts[row + 1]), len(ids)]
+        for begin, end in pairwise(parts):
+            for first in range(begin, end, tile):
+                tiles[count] = row, starts[row] + first, position + first, min(tile, end - first)
+                count += 1
     padded = np.zeros((*tables.shape[:-2], batch, tables.shape[-1]), np.int32)
     padded[..., : len(chunks), :] = tables
     samples = np.arange(len(chunks)) if samples is None else samples
@@ -223,9 +279,9 @@ def tile_count(tokens: int, rows: int, tile: int = TILE) -> int:
 
 
 def prefill(
-    program: Program, params: Sequence[jax.Array], cache: list[Lane], batch: PrefillBatch,
+    program: Program, params: Sequence[jax.Array], cache: Cache, batch: PrefillBatch,
     features: FeatureRows | None = None,
-) -> tuple[jax.Array, list[Lane]]:  # fmt: skip
+) -> tuple[jax.Array, Cache]:  # fmt: skip
     """Runs the chunk -> float32 logits `[S, V']` of the tokens in `batch.last`, and the cache with it in.
 
     `features`: rows of the encoder that some of the tokens take in the place of their own embeddings.
@@ -235,35 +291,40 @@ def prefill(
 
 
 def prefill_hidden(
-    program: Program, params: Sequence[jax.Array], cache: list[Lane], batch: PrefillBatch,
+    program: Program, params: Sequence[jax.Array], cache: Cache, batch: PrefillBatch,
     features: FeatureRows | None = None,
-) -> tuple[jax.Array, list[Lane]]:  # fmt: skip
+) -> tuple[jax.Array, Cache]:  # fmt: skip
     """As `prefill`, but the hidden states `[T, M]` of all tokens."""
     tables, size = _flat(program, batch.tables)
+    tiles = [batch.tiles.at[:, 0].add(group * size) if group else batch.tiles for group in range(program.layout.groups)]
     rows = [
-        PrefillTiles(tables, batch.tiles.at[:, 0].add(group * size) if group else batch.tiles, batch.count)
-        for group in range(program.layout.groups)
+        PrefillTiles(tables, tiles[group], batch.count, batch.seen[batch.tiles[:, 1]] if reads else None)
+        for group, reads in enumerate(_reading(program, batch.seen))
     ]
-    step = _context(program, cache, batch.positions, batch.rows, batch.rope_lengths, rows, tile=batch.tile)
+    step = _context(program, cache, batch, batch.rows, batch.rope_lengths, rows, tile=batch.tile)
     return program.module(params)(batch.tokens, step, cache, features)
 
 
 def decode(
-    program: Program, params: Sequence[jax.Array], cache: list[Lane], batch: DecodeBatch
-) -> tuple[jax.Array, list[Lane]]:
+    program: Program, params: Sequence[jax.Array], cache: Cache, batch: DecodeBatch
+) -> tuple[jax.Array, Cache]:
     """One step of every sequence -> float32 logits `[B, V']`, and the cache with the new tokens in."""
     hidden, cache = decode_hidden(program, params, cache, batch)
     return program.module(params).logits(hidden), cache
 
 
 def decode_hidden(
-    program: Program, params: Sequence[jax.Array], cache: list[Lane], batch: DecodeBatch
-) -> tuple[jax.Array, list[Lane]]:
+    program: Program, params: Sequence[jax.Array], cache: Cache, batch: DecodeBatch
+) -> tuple[jax.Array, Cache]:
     """As `decode`, but the hidden states `[B, M]`."""
     tables, size = _flat(program, batch.tables)
-    rows = [DecodeRows(tables, batch.positions + 1, group * size) for group in range(program.layout.groups)]
+    rows = [
+        DecodeRows(tables, batch.seen[:, 1], group * size, batch.seen[:, 0]) if reads
+        else DecodeRows(tables, batch.positions + 1, group * size)
+        for group, reads in enumerate(_reading(program, batch.seen))
+    ]  # fmt: skip
     owners = jnp.arange(size)
-    step = _context(program, cache, batch.positions, owners, batch.positions + 1, rows, items=batch.items)
+    step = _context(program, cache, batch, owners, batch.positions + 1, rows, items=batch.items)
     return program.module(params)(batch.tokens, step, cache)
 
 
@@ -283,11 +344,24 @@ def _flat(program: Program, tables: jax.Array) -> tuple[jax.Array, int]:
     return tables.reshape(-1, width), rows
 
 
+def _reading(program: Program, seen: Array | None) -> list[bool]:
+    """Of each group, whether it keeps what an encoder read.
+
+    Raises:
+        ValueError: some do, and the batch does not say what tokens see.
+    """
+    kinds = program.layout.kinds
+    if seen is None and kv_groups.encoded(kinds) is not None:
+        raise ValueError("this model's tokens attend to what an encoder read: pass `seen`, [tokens, 2]")
+    return [kind.kind.encoded for kind in kinds for _ in range(kind.count)]
+
+
 def _context(
-    program: Program, cache: list[Lane], positions: jax.Array, owners: jax.Array, rope_lengths: jax.Array,
+    program: Program, cache: Cache, batch: PrefillBatch | DecodeBatch, owners: jax.Array, rope_lengths: jax.Array,
     rows: Sequence[DecodeRows | PrefillTiles], *, items: int | None = None, tile: int = TILE,
 ) -> StepContext:  # fmt: skip
     """`rows`: of each group; `owners` `[T]`: the row of the first group's tables that each token belongs to."""
+    positions = batch.positions
     blocks, _, block_size, _ = cache[0].keys.shape
     at = jnp.maximum(positions, 0)
     tables, number, offsets = rows[0].tables, at // block_size, at % block_size
@@ -298,6 +372,11 @@ def _context(
         return Slots(jnp.where(positions >= 0, own, blocks), offsets)
 
     return StepContext(
-        positions=at, rope_lengths=rope_lengths, mesh=program.mesh, kernel=program.kernel, tile=tile, items=items,
-        groups=tuple(GroupStep(slots(group), own) for group, own in enumerate(rows)), places=program.layout.places,
+        positions=at, real=positions >= 0, rope_lengths=rope_lengths, mesh=program.mesh, kernel=program.kernel,
+        tile=tile, items=items,
+        groups=tuple(
+            GroupStep(None if reads else slots(group), own)
+            for group, (own, reads) in enumerate(zip(rows, _reading(program, batch.seen), strict=True))
+        ),
+        places=program.layout.places, seen=batch.seen, states=batch.states,
     )  # fmt: skip

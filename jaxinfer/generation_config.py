@@ -13,6 +13,7 @@ _RENAMED = {
     "min_new_tokens": "min_tokens",
     "num_return_sequences": "n",
     "repetition_penalty": "repetition_penalty",
+    "no_repeat_ngram_size": "no_repeat_ngram_size",
     "stop_strings": "stop",
 }
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p")
@@ -30,11 +31,8 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "eta_cutoff": (0.0,),
     "exponential_decay_length_penalty": (),
     "force_words_ids": ([],),
-    "forced_bos_token_id": (),
-    "forced_eos_token_id": (),
     "guidance_scale": (1.0,),
     "max_time": (),
-    "no_repeat_ngram_size": (0,),
     "num_beam_groups": (1,),
     "num_beams": (1,),
     "penalty_alpha": (0.0,),
@@ -73,30 +71,58 @@ def from_generation_config(config: Any) -> SamplingParams:
         fields.setdefault("top_k", _TRANSFORMERS_TOP_K)
     else:
         fields["temperature"] = 0.0
+    fields |= {name: token for name in FORCED if (token := forced_id(values, name)) is not None}
     if "eos_token_id" in values:
         fields |= {"stop_token_ids": _ids("eos_token_id", values["eos_token_id"]), "ignore_eos": True}
     return SamplingParams(**fields, _bad_words_token_ids=_banned(values))
 
 
-def default_params(generation_config: Mapping[str, Any]) -> SamplingParams:
+def default_params(generation_config: Mapping[str, Any], *, encoder_decoder: bool = False) -> SamplingParams:
     """The parameters a request gets when the user passes none, from a model's generation_config.json.
 
-    temperature, top_p, top_k, min_p, repetition_penalty and max_new_tokens are taken where they are given,
+    temperature, top_p, top_k, min_p, repetition_penalty, no_repeat_ngram_size and max_new_tokens are taken where they are given,
     whatever `do_sample` says (as vLLM does); everything else keeps the defaults of `SamplingParams`.
 
     Args:
         generation_config: the file as plain JSON; empty where a model has none.
+        encoder_decoder: a model with an encoder is greedy unless `do_sample` is true, and `max_length` and `min_length`, which count the
+            decoder's start token, are taken too.
 
     Raises:
         TypeError, ValueError: a value `SamplingParams` refuses; the message names the file.
     """
-    names = {name: name for name in (*_SAMPLING, "repetition_penalty")} | {"max_new_tokens": "max_tokens"}
+    names = {name: name for name in (*_SAMPLING, "repetition_penalty", "no_repeat_ngram_size")}
+    names |= {"max_new_tokens": "max_tokens"}
     fields = {ours: generation_config[theirs] for theirs, ours in names.items()
               if generation_config.get(theirs) is not None}
+    if encoder_decoder:
+        fields |= {} if generation_config.get("do_sample") else {"temperature": 0.0}
+        for theirs, ours in (("max_length", "max_tokens"), ("min_length", "min_tokens")):
+            total = generation_config.get(theirs)
+            if ours not in fields and isinstance(total, int) and total > 1:
+                fields[ours] = total - 1
     try:
         return SamplingParams(**fields)
     except (TypeError, ValueError) as error:
         raise type(error)(f"generation_config.json: {error}") from error
+
+
+FORCED = ("forced_bos_token_id", "forced_eos_token_id")
+
+
+def forced_id(source: Mapping[str, Any], name: str) -> int | None:
+    """The token that one of `FORCED` names in a generation configuration or config.json; None: it names none.
+
+    Raises:
+        TypeError: it is no integer or list of integers.
+        ValueError: it names several.
+    """
+    if source.get(name) is None:
+        return None
+    ids = _ids(name, source[name])
+    if len(ids) > 1:
+        raise ValueError(f"{name} may be a single token, got {describe(source[name])}: pass one of them.")
+    return ids[0] if ids else None
 
 
 def eos_ids(config: Mapping[str, Any], generation_config: Mapping[str, Any]) -> tuple[int, ...]:

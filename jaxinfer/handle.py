@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxinfer.engine.beams import Finished
 from jaxinfer.engine.request import Request, Sequence, Status
 from jaxinfer.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from jaxinfer.sampling_params import RequestOutputKind
@@ -65,6 +66,8 @@ class Handle:
 
     def __init__(self, request: Request, text: str | None, tokenizer: Any, *, streaming: bool):
         self.request, self.text = request, text
+        self.read: str | None = None
+        """The text that its encoder reads."""
         self._tokenizer = tokenizer
         stop = StopStrings(request.params.stop) if request.params.stop else None
         self._samples = [Sample(sequence, self._stream(stop)) for sequence in request.sequences]
@@ -118,6 +121,7 @@ class Handle:
         return RequestOutput(
             request_id=request.id, prompt=self.text, prompt_token_ids=self._prompt_ids, outputs=outputs,
             finished=request.finished, prompt_logprobs=self._prompt_logprobs(), metrics=self._metrics(),
+            encoder_prompt=self.read, encoder_prompt_token_ids=None if request.cross is None else request.cross.token_ids,
             num_cached_tokens=request.cached_tokens,
         )  # fmt: skip
 
@@ -171,3 +175,27 @@ class Handle:
             r.cached_tokens, r.miss_reason, r.hits,
         )  # fmt: skip
 
+
+class BeamHandle(Handle):
+    """Follows a beam search, whose results are known at its end."""
+
+    def __init__(self, request: Request, text: str | None, tokenizer: Any):
+        super().__init__(request, text, tokenizer, streaming=False)
+
+    def output(self) -> RequestOutput:
+        """The best beams; of a search that was cut short or failed a single one, without tokens, that says so."""
+        request, [first, *_] = self.request, self.request.sequences
+        outputs = [self._beam(index, beam) for index, beam in enumerate(request.beams.best)]
+        if request.error is not None or not outputs:
+            outputs = [CompletionOutput(0, "", [], finish_reason=first.finish_reason, stop_reason=request.error)]
+        return self._wrap(outputs)
+
+    def _beam(self, index: int, beam: Finished) -> CompletionOutput:
+        params, text, last = self.request.params, self._stream(None), int(beam.tokens[-1])
+        hidden = beam.stopped and not params.include_stop_str_in_output
+        return CompletionOutput(
+            index=index, text="" if text is None else text.push(beam.tokens[: len(beam.tokens) - hidden].tolist()) + text.finish(),
+            token_ids=beam.tokens.tolist(), cumulative_logprob=beam.logprob,
+            finish_reason="stop" if beam.stopped else "length",
+            stop_reason=last if beam.stopped and last not in params.eos_token_ids else None, score=float(beam.score),
+        )  # fmt: skip

@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from jaxinfer.beam_params import BeamParams, beam_sampling
 from jaxinfer.config import EngineConfig
+from jaxinfer.engine.beams import Beams
 from jaxinfer.engine.request import Request
 from jaxinfer.generation_config import from_generation_config
-from jaxinfer.media import PlacedInputs
+from jaxinfer.media import CrossInputs, CrossPrompt, Forms, PlacedInputs
 from jaxinfer.opening import Opened
 from jaxinfer.resolve import ModelLimits, resolve, spread
 from jaxinfer.sampling_params import SamplingParams
@@ -43,35 +45,57 @@ class Intake:
 
     def parse(self, prompts: Any) -> list[Prompt]:
         """Prompts in any of the accepted forms; raises as `text.parse_prompts`."""
-        opened, most = self._opened, None
+        opened, most, cross = self._opened, None, self._opened.module.config.cross
+        longest = self.limits.max_model_len if cross is None else max(self.limits.max_model_len, cross.longest)
         if opened.tokenizer is not None:
-            most = max_prompt_chars(longest_token(opened.tokenizer), self.limits.max_model_len)
-        return parse_prompts(prompts, max_chars=most, media=opened.media is not None)
+            most = max_prompt_chars(longest_token(opened.tokenizer), longest)
+        forms = Forms(media=opened.media is not None) if opened.cross is None else opened.cross.forms
+        return parse_prompts(prompts, max_chars=most, forms=forms)
 
     def render(
         self, messages: Any, template: str | None, add_generation_prompt: bool, kwargs: Mapping[str, Any] | None
     ) -> list[Prompt]:
         """Conversations as prompts, their images beside them; raises as `text.render_chat`."""
-        tokenizer, media = self._opened.tokenizer, self._opened.media
+        tokenizer, marker, modality = self._opened.tokenizer, *self._marked()
         if tokenizer is None:
             raise ValueError("chat needs the tokenizer, which was skipped; pass tokenizer=")
         rendered = render_chat(
             tokenizer, messages, chat_template=template or self._chat_template,
             add_generation_prompt=add_generation_prompt, chat_template_kwargs=kwargs,
-            image_marker=None if media is None else media.marker,
+            image_marker=marker,
         )  # fmt: skip
         # The template writes the special tokens itself.
         prompts = [dataclasses.replace(prompt, special_tokens=False) for prompt in self.parse(rendered)]
-        if media is None:
+        if modality is None:
             return prompts
         return [
-            dataclasses.replace(prompt, media={media.takes.modality: images})
+            dataclasses.replace(prompt, media={modality: images} if images else None)
             for prompt, images in zip(prompts, chat_images(messages), strict=True)
         ]
+
+    def _marked(self) -> tuple[str | None, str | None]:
+        """What stands for an image in a chat's text, and the name of images; None: the model's chats have none."""
+        media, cross = self._opened.media, self._opened.cross
+        if media is not None:
+            return media.marker, media.takes.modality
+        return (None, None) if cross is None or cross.marker is None else (cross.marker, cross.modality)
 
     def chat_params(self, params: Params) -> Params:
         """Without parameters an answer runs to its end."""
         return dataclasses.replace(self._opened.default_params, max_tokens=None) if params is None else params
+
+    def beams(self, prompts: Sequence[Prompt], params: SamplingParams | None, search: BeamParams, most: int | None) -> list[Request]:
+        """One request a prompt, each a beam search of at most `most` new tokens; raises as `requests` and `beam_sampling`."""
+        requests = self.requests(prompts, beam_sampling(params, self._opened.default_params, most))
+        for index, request in enumerate(requests):
+            request.beams = beams = Beams(search, request.limit - len(request.prompt), request.stop_ids)
+            if beams.count > self.limits.usable:
+                raise ValueError(
+                    f"prompt {index}: width must be at most {self.limits.usable * search.width // beams.count} with {len(request.stop_ids)} "
+                    f"tokens that end a beam, got {search.width}: a step looks at {beams.count} of the {self.limits.usable} tokens of "
+                    "the vocabulary."
+                )
+        return requests
 
     def requests(self, prompts: Sequence[Prompt], params: Params) -> list[Request]:
         """One request a prompt.
@@ -86,8 +110,10 @@ class Intake:
 
     def _request(self, index: int, prompt: Prompt, params: SamplingParams) -> Request:
         opened, limits = self._opened, self.limits
-        ids, inputs = self._tokens(index, prompt)
+        (ids, cross, rule, extra), inputs = self._read(index, prompt)
         self._check_params(index, params)
+        if extra and params.max_tokens is not None:
+            params = dataclasses.replace(params, max_tokens=params.max_tokens + extra)
         encode = None if opened.tokenizer is None else self._encode
         own = resolve(params, limits, prompt_len=len(ids), encode=encode)
         salts, config = (opened.salt, (prompt.cache_salt or "").encode()), opened.module.config
@@ -96,7 +122,8 @@ class Intake:
             id=str(number), prompt=np.array(ids, np.int32), params=own, limit=len(ids) + own.max_tokens,
             salt=b"".join(hashlib.sha256(salt).digest() for salt in salts),
             length_key=config.length_key, recompute_after=config.recompute_after,
-            seed=self._seed(number) if own.seed is None else own.seed, inputs=inputs,
+            seed=self._seed(number) if own.seed is None else own.seed, inputs=inputs, cross=cross,
+            rule=rule,
         )  # fmt: skip
 
     def _check_params(self, index: int, params: SamplingParams) -> None:
@@ -110,20 +137,39 @@ class Intake:
                     "ask for fewer, or make it with a larger max_logprobs"
                 )
 
-    def _tokens(self, index: int, prompt: Prompt) -> tuple[Sequence[int], PlacedInputs | None]:
-        """The token ids of a prompt, checked, and what of them is no text."""
+    def _read(self, index: int, prompt: Prompt) -> tuple[CrossPrompt, PlacedInputs | None]:
+        """The token ids of a prompt, checked, with what they attend to, and what of them is no text."""
         media, inputs, ids, text = self._opened.media, (), prompt.token_ids, prompt.text
-        if ids is None and self._opened.tokenizer is None:
-            raise ValueError(f"prompt {index} is text, but there is no tokenizer; pass prompt_token_ids")
+        read, known = CrossPrompt([], None), self.limits.vocab_size
+        for one in (prompt, prompt.encoder):
+            if one is not None and one.text and one.token_ids is None and self._opened.tokenizer is None:
+                raise ValueError(f"prompt {index} is text, but there is no tokenizer; pass prompt_token_ids")
+        if self._opened.cross is not None:
+            read = self._opened.cross.read(prompt, index, self._encode)
+            self._check_cross(index, read.cross)
+            ids, known = read.token_ids, known + self._opened.module.config.cross.beyond
         if media is not None:
             inputs = media.read(prompt.media, index)
             text = media.expand(text, inputs, index) if ids is None else text
         ids = self._encode(text, prompt.special_tokens) if ids is None else ids
         if not ids:
             raise ValueError(f"prompt {index} has no tokens")
-        check_token_ids(ids, self.limits.vocab_size, index)
+        check_token_ids(ids, known, index)
         check_prompt_length(len(ids), self.limits.max_model_len, index, sum(one.length for one in inputs))
-        return ids, None if media is None else media.place(ids, inputs, index)
+        return read._replace(token_ids=list(ids)), None if media is None else media.place(ids, inputs, index)
+
+    def _check_cross(self, index: int, cross: CrossInputs | None) -> None:
+        """What an encoder is to read, against its limits."""
+        source, length = self._opened.module.config.cross, 0 if cross is None else cross.length
+        if length > source.longest:
+            raise ValueError(
+                f"prompt {index}: The encoder prompt (length {length}) is longer than the {source.longest} positions that the "
+                "model's encoder takes. Shorten it"
+            )
+        if cross is not None and not length:
+            raise ValueError(f"prompt {index}: The encoder prompt cannot be empty")
+        for one in () if cross is None or source.shape else cross.inputs:
+            check_token_ids(one.values.tolist(), self.limits.vocab_size, index)
 
     def _encode(self, text: str, special: bool = False) -> list[int]:
         return self._opened.tokenizer.encode(text, add_special_tokens=special)

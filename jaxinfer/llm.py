@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +12,25 @@ from jax.sharding import Mesh
 from tqdm.auto import tqdm
 
 from jaxinfer import compilation_cache, distributed
+from jaxinfer.beam_params import BeamParams
 from jaxinfer.config import EngineConfig
 from jaxinfer.engine import agreement
 from jaxinfer.engine.buckets import SAMPLING
 from jaxinfer.engine.follow import Leader, follow
 from jaxinfer.engine.metrics import Metric
+from jaxinfer.engine.request import Request
 from jaxinfer.engine.setup import build_engine
 from jaxinfer.engine.warmup import Warmup, check_sampling, warm_up
 from jaxinfer.errors import CapacityError, ConfigError, DistributedError, EngineClosedError
-from jaxinfer.handle import Handle
+from jaxinfer.handle import BeamHandle, Handle
 from jaxinfer.intake import Intake, Params
 from jaxinfer.opening import Named, open_model, place
 from jaxinfer.outputs import RequestOutput
 from jaxinfer.progress import Progress, say_if_cut
 from jaxinfer.resolve import ModelLimits
+from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.text import Prompt
+from jaxinfer.transcription import Transcript, Transcribing, begin
 
 
 class LLM:
@@ -81,7 +86,9 @@ class LLM:
             agreement.steps(group, self._engine.runner)
             self._engine.runner.leader = None if self._follows else Leader(group)
         longest = self._engine.runner.shapes.max_length
-        limits = ModelLimits(module.config.vocab_size, longest, self._opened.eos_token_ids, known)
+        limits = ModelLimits(
+            module.config.vocab_size, longest, self._opened.eos_token_ids, tokenizer_len=known, **self._opened.forced
+        )
         self._intake = Intake(self._opened, self.config, limits, chat_template)
 
     def generate(
@@ -95,6 +102,8 @@ class LLM:
                 `"multi_modal_data"`: `{"image": one or a list of PIL images or arrays}` (`media.images.as_rgb`) or,
                 preprocessed, `{"pixel_values": one or a list of arrays [n, C, height, width], one an image}`. A text has
                 the model's image marker where each image belongs; token ids have all of each image's tokens.
+                Of an encoder-decoder of text a prompt is the encoder's, and the decoder begins by itself; both are given by
+                `{"encoder_prompt": ..., "decoder_prompt": ...}`, each a string, token ids or such a dict.
             sampling_params: one for all or one a prompt; by default what generation_config.json says.
             use_tqdm: whether a progress bar is shown.
 
@@ -121,6 +130,37 @@ class LLM:
         )
         return self._finish(handles, use_tqdm)
 
+    def beam_search(
+        self, prompts: Any, width: int, max_tokens: int | None = 16, length_penalty: float = 1.0, *,
+        early_stopping: bool | str = False, num_return_sequences: int | None = None,
+        sampling_params: SamplingParams | None = None, use_tqdm: bool = True,
+    ) -> list[RequestOutput]:  # fmt: skip
+        """The most likely continuations of each prompt that a search with `width` beams finds, best first.
+
+        Tokens and scores are those of transformers' `generate(num_beams=width)`, the same for each prompt whatever others
+        there are; `CompletionOutput.score` is its `sequences_scores`.
+
+        Args:
+            prompts: as of `generate`.
+            width, length_penalty, early_stopping, num_return_sequences: see `BeamParams`.
+            max_tokens: most new tokens; None runs to the model's length.
+            sampling_params: what else applies: masks, penalties, `min_tokens`, `stop_token_ids`, `ignore_eos`, text settings.
+                Its `max_tokens` is not looked at.
+            use_tqdm: whether a progress bar is shown.
+
+        Raises:
+            TypeError, ValueError: a prompt or parameter that cannot be served; nothing was queued then.
+            CapacityError: more beams than sequences run at a time, or than the cache has blocks for; likewise.
+        """
+        search = BeamParams(
+            width=width, length_penalty=length_penalty, early_stopping=early_stopping,
+            num_return_sequences=num_return_sequences,
+        )  # fmt: skip
+        self._check_open()
+        parsed = self._intake.parse(prompts)
+        requests = self._intake.beams(parsed, sampling_params, search, max_tokens)
+        return self._finish(self._checked(requests, parsed, BeamHandle), use_tqdm)
+
     def stream(self, prompts: Any, sampling_params: Params = None) -> Iterator[RequestOutput]:
         """Continues prompts and yields what is new as it is made, in the form `output_kind` says.
 
@@ -136,6 +176,50 @@ class LLM:
         return self._watch(
             self._prepare_chat(messages, sampling_params, chat_template, chat_template_kwargs, streaming=True)
         )
+
+    def transcribe(
+        self, audio: Any, sampling_params: Params = None, *, language: str | None = None,
+        task: str | None = None, use_tqdm: bool = True,
+    ) -> list[Transcript]:  # fmt: skip
+        """What is said in audio of any length, and when, by a model that transcribes; results in the order of the audio.
+
+        Window by window (`jaxinfer.transcription`), all audio at the same time. `generate` takes one window.
+
+        Args:
+            audio: `(array, sampling_rate)` or a list of these (`media.audio.as_audio`).
+            sampling_params: of each window; by default greedy, to its end. n must be 1.
+            language: of all audio: its code, name or token; by default that of each one's first window is detected.
+            task: "transcribe", the default, or "translate", into English.
+            use_tqdm: whether a progress bar is shown, in seconds of audio.
+
+        Raises:
+            TypeError, ValueError: audio or an option that cannot be served, or a model that does not transcribe; nothing was
+                queued then.
+        """
+        self._check_open()
+        params = SamplingParams(temperature=0, max_tokens=None) if sampling_params is None else sampling_params
+        options = {name: value for name, value in (("language", language), ("task", task)) if value is not None}
+        jobs = begin(self._opened.cross, audio, params, options)
+        running = dict(zip(jobs, self._prepare([job.prompt() for job in jobs], params), strict=True))
+        with tqdm(total=sum(job.total for job in jobs), unit="s", desc="Transcribed", disable=not use_tqdm) as bar:
+            try:
+                self._queue(list(running.values()))
+                while running:
+                    self._drive(lambda: not any(handle.finished for handle in running.values()))
+                    self._next_windows(running, params)
+                    bar.update(sum(job.seconds for job in jobs) - bar.n)
+            finally:
+                self._abandon(list(running.values()))
+        return [job.transcript(self._tokenizer) for job in jobs]
+
+    def _next_windows(self, running: dict[Transcribing, Handle], params: Params) -> None:
+        """Takes what finished windows gave, and queues those that follow them."""
+        for job, handle in [(job, handle) for job, handle in running.items() if handle.finished]:
+            job.take(handle.output(), handle.request.rule)
+            del running[job]
+            if job.left:
+                [running[job]] = self._prepare([job.prompt()], params)
+                self._queue([running[job]])
 
     def abort(self, request_id: Any) -> None:
         """Ends one request or a list of them, wherever they are; their outputs say "abort".
@@ -288,7 +372,11 @@ class LLM:
         return self._handles(prompts, self._intake.chat_params(params), streaming)
 
     def _handles(self, prompts: Sequence[Prompt], params: Params, streaming: bool) -> list[Handle]:
-        requests = self._intake.requests(prompts, params)
+        return self._checked(self._intake.requests(prompts, params), prompts, partial(Handle, streaming=streaming))
+
+    def _checked(
+        self, requests: Sequence[Request], prompts: Sequence[Prompt], follow: Callable[..., Handle]
+    ) -> list[Handle]:
         with self._lock:
             self._check_open()
             for index, request in enumerate(requests):
@@ -296,10 +384,11 @@ class LLM:
                     self._engine.check(request)
                 except CapacityError as error:
                     raise CapacityError(f"prompt {index}: {error}") from None
-        return [
-            Handle(request, prompt.text, self._tokenizer, streaming=streaming)
-            for request, prompt in zip(requests, prompts, strict=True)
-        ]
+        handles = []
+        for request, prompt in zip(requests, prompts, strict=True):
+            handles.append(follow(request, prompt.text, self._tokenizer))
+            handles[-1].read = None if prompt.encoder is None else prompt.encoder.text
+        return handles
 
     def _queue(self, handles: Sequence[Handle]) -> None:
         with self._lock:

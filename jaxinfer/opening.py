@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,8 @@ from jaxinfer.config import EngineConfig
 from jaxinfer.distributed.group import Group
 from jaxinfer.engine import agreement
 from jaxinfer.errors import ConfigError
-from jaxinfer.generation_config import default_params, eos_ids
-from jaxinfer.media import ImageProcessor, MediaReader
+from jaxinfer.generation_config import FORCED, default_params, eos_ids, forced_id
+from jaxinfer.media import CrossReader, ImageProcessor, MediaReader, ReaderSources, TextReader
 from jaxinfer.models import loading
 from jaxinfer.models.base import Features, LanguageModel
 from jaxinfer.models.registry import family
@@ -48,16 +48,25 @@ class Opened:
     tokenizer: Any
     """None: only token ids are served."""
     media: MediaReader | None
-    """What reads the model's other inputs; None: it has none."""
+    """What reads the inputs that take the places of tokens; None: the model has none."""
+    cross: CrossReader | None
+    """What reads the prompts of a model with cross-attention; None: it is none."""
     default_params: SamplingParams
     eos_token_ids: tuple[int, ...]
     salt: bytes
     """Tells its prefixes from those of other models."""
+    forced: Mapping[str, int | None] = field(default_factory=dict)
+    """The tokens that come first and last, by the names of `SamplingParams`."""
 
     @property
     def tokenizer_len(self) -> int | None:
-        """One more than the highest id the tokenizer knows."""
-        return None if self.tokenizer is None else id_bound(self.tokenizer)
+        """One more than the highest id the tokenizer knows; None: none, or a rule makes tokens that it may not know, as the
+        timestamps of Whisper's older tokenizers.
+        """
+        cross = self.module.config.cross
+        if self.tokenizer is None or (cross is not None and cross.rule is not None):
+            return None
+        return id_bound(self.tokenizer)
 
 
 def place(given: Mesh | None, config: EngineConfig, size_given: bool, group: Group | None) -> tuple[Mesh, EngineConfig]:
@@ -86,12 +95,14 @@ def open_model(named: Named, config: EngineConfig, mesh: Mesh, group: Group | No
     if isinstance(named.model, nnx.Module):
         _check_module(named.model, config, mesh)
         module, directory, params, ends = named.model, None, SamplingParams(), ()
+        hf, generation = {}, {}
     else:
         directory = resolve_model(named.model, named.revision)
         if group is not None:
             agreement.files(group, directory)
-        params = default_params(read_generation_config(directory))
-        ends = eos_ids(read_config(directory, named.overrides), read_generation_config(directory))
+        hf, generation = read_config(directory, named.overrides), read_generation_config(directory)
+        params = default_params(generation, encoder_decoder=bool(hf.get("is_encoder_decoder")))
+        ends = eos_ids(hf, generation)
         module = loading.load(
             directory, mesh, dtype=config.dtype, quantization=config.quantization, overrides=named.overrides,
             placement=Placement.of(config.placement), pad_heads=config.pad_heads, progress=progress,
@@ -103,7 +114,12 @@ def open_model(named: Named, config: EngineConfig, mesh: Mesh, group: Group | No
     features = module.config.features
     media = None if features is None else _media_reader(features, tokenizer, directory, named.overrides)
     salt = f"{id(module) if directory is None else named.model}|{named.revision}".encode()
-    return Opened(module, tokenizer, media, params, ends, salt)
+    sources = ReaderSources(module.config, hf, generation, tokenizer, directory)
+    reader = None
+    if module.config.cross is not None:
+        reader = (TextReader if directory is None else family(hf).reader)(sources)
+    forced = {name: forced_id({name: sources.said(name)}, name) for name in FORCED}
+    return Opened(module, tokenizer, media, reader, params, ends, salt, forced)
 
 
 def _media_reader(

@@ -53,7 +53,7 @@ class RequestMetrics:
     """Prompt tokens found in the prefix cache."""
     cache_miss_reason: str | None = None
     """Why no more of the prompt was found there: "below one block", "absent", "evicted under pressure", "window evicted",
-    "salt differs", "collision" or "complete"."""
+    "no snapshot at that boundary", "salt differs", "collision" or "complete"."""
     cache_hits: tuple[KindHit, ...] = ()
     """The same for each kind of layer."""
 
@@ -76,6 +76,8 @@ class CompletionOutput:
     """"stop", "length", "abort", "error"; None while it runs."""
     stop_reason: int | str | None = None
     """The stop token id or stop string that ended it; None for EOS and everything else."""
+    score: float | None = None
+    """Of a beam search: `cumulative_logprob` over the number of tokens to the power of the length penalty."""
 
     @property
     def finished(self) -> bool:

@@ -20,6 +20,10 @@ class ModelLimits:
     """Most tokens of a sequence, prompt and output together."""
     eos_token_ids: tuple[int, ...] = ()
     """Ids that end an output unless `ignore_eos`."""
+    forced_bos_token_id: int | None = None
+    """The token that comes first after a prompt of one token; None: any may."""
+    forced_eos_token_id: int | None = None
+    """The token that comes last where an output reaches its greatest length."""
     tokenizer_len: int | None = None
     """One more than the highest id the tokenizer knows; ids from there on are padding, never sampled."""
 
@@ -64,9 +68,20 @@ def resolve(params: SamplingParams, limits: ModelLimits, *, prompt_len: int,
         top_k=min(params.top_k, limits.vocab_size),
         _bad_words_token_ids=params._bad_words_token_ids + _encode_bad_words(params, limits, encode),
         _eos_token_ids=eos,
+        **{name: _forced(name, params, limits) for name in ("forced_bos_token_id", "forced_eos_token_id")},
     )
     _check_something_left(resolved, limits.usable)
     return resolved
+
+
+def _forced(name: str, params: SamplingParams, limits: ModelLimits) -> int | None:
+    """The request's own, else the model's; None for none."""
+    own, model = getattr(params, name), getattr(limits, name)
+    token = model if own is None else own
+    if token is None or token < 0:
+        return None
+    _check_in_vocabulary(name, (token,), limits.vocab_size)
+    return token
 
 
 def spread(params: Any, count: int) -> list[SamplingParams]:

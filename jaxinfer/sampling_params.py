@@ -44,16 +44,18 @@ MIN_TEMPERATURE = 0.01
 """Smallest temperature that is not greedy: below it the scaled logits overflow, so it is raised to this."""
 MAX_TEMPERATURE = 1e6
 """Largest temperature: far beyond uniform sampling, and finite in float32 with its inverse."""
+MAX_NGRAM = 16
+"""Largest `no_repeat_ngram_size`: the sampler compares so many tokens of each place of a sequence."""
 MAX_REPETITION_PENALTY = 100.0
 """Largest `repetition_penalty`: it multiplies logits, which must stay finite."""
 
 _REPLACED = {
     "best_of": "best_of is gone: use n (all n samples are returned)",
     "do_sample": "use temperature=0 for greedy decoding",
-    "early_stopping": "beam search is not supported: use n",
+    "early_stopping": "use LLM.beam_search(early_stopping=...)",
     "eos_token_id": "use stop_token_ids",
     "guided_decoding": "structured output is not supported",
-    "length_penalty": "beam search is not supported: use n",
+    "length_penalty": "use LLM.beam_search(length_penalty=...)",
     "logits_processors": "use logit_bias, allowed_token_ids or bad_words",
     "max_length": "use max_tokens, which counts new tokens only",
     "max_new_tokens": "use max_tokens",
@@ -62,7 +64,7 @@ _REPLACED = {
     "stop_strings": "use stop",
     "structured_outputs": "structured output is not supported",
     "temp": "use temperature",
-    "use_beam_search": "beam search is not supported: use n",
+    "use_beam_search": "use LLM.beam_search(width=...)",
 }
 
 logger = logging.getLogger(__name__)
@@ -170,6 +172,13 @@ class SamplingParams:
     """Added to the logits of at most `MAX_LOGIT_BIAS` token ids; clamped to +-`LOGIT_BIAS_LIMIT`."""
     allowed_token_ids: Sequence[int] | None = None
     """Only these token ids may be chosen; None allows all."""
+    no_repeat_ngram_size: int = 0
+    """No so many tokens, prompt included, may come a second time in this order; 0 is off, at most `MAX_NGRAM`."""
+    forced_bos_token_id: int | None = None
+    """The token that comes first where the prompt is a single one, as that of an encoder-decoder model is; -1 for none, None is
+    what the model's generation_config.json says."""
+    forced_eos_token_id: int | None = None
+    """The token that comes last where the output reaches its greatest length; -1 and None likewise."""
     _bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
     _eos_token_ids: tuple[int, ...] = ()
 
@@ -211,6 +220,10 @@ class SamplingParams:
             raise ValueError(f"top_k must be 0 (disable), or at least 1, got {show_int(top_k)}.")
         self._set("top_k", min(max(top_k, 0), MAX_INT32))
         self._integer("min_tokens", 0, MAX_TOKENS)
+        self._integer("no_repeat_ngram_size", 0, MAX_NGRAM)
+        for name in ("forced_bos_token_id", "forced_eos_token_id"):
+            if getattr(self, name) is not None:
+                self._integer(name, -1, MAX_INT32)
         for name, low, high in (("seed", 0, MAX_SEED), ("max_tokens", 1, MAX_TOKENS),
                                 ("logprobs", 0, MAX_LOGPROBS), ("prompt_logprobs", 0, MAX_LOGPROBS)):
             if getattr(self, name) is not None:

@@ -10,6 +10,8 @@
     python scripts/bench.py roofline W1 W2
     python scripts/bench.py profile --steps 16 --out trace
     python scripts/bench.py placement --num-hidden-layers 4
+    python scripts/bench.py growth --plot growth.png
+    python scripts/bench.py sharing --small
     python scripts/bench.py gpu --out results
     python scripts/bench.py compiled
 

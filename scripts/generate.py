@@ -8,12 +8,13 @@ import resource
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from jaxinfer import LLM, CompletionOutput, RequestOutput, SamplingParams, demo, distributed
 from jaxinfer.errors import JaxInferError
+from jaxinfer.media import read_wav
 
 DEFAULT_PROMPTS = ("What is 17 plus 25?", "What is the capital of France?")
 """Asked of the packaged checkpoint when no prompt is given."""
@@ -27,6 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             distributed.initialize(args.coordinator, args.num_processes, args.process_id)
         if args.process_id:
             return follow(args)
+        if args.audio:
+            return transcribe(args)
         return compare(args) if args.samples else generate(args)
     except (JaxInferError, ValueError, TypeError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -49,7 +52,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--prompts-file", type=Path, help="a text file with a prompt a line")
     add("--image", type=Path, action="append", default=[], metavar="FILE", help="repeatable: an image that every prompt is "
         "about, for a model that reads them; without --chat a prompt says <image> where it belongs")
-    add("--max-tokens", type=int, default=None, help="by default to the end for chat, else 128")
+    add("--audio", type=Path, action="append", default=[], metavar="FILE.wav", help="repeatable: sound of any length, which a "
+        "model that does so transcribes, with times")
+    add("--language", help="with --audio: its code or name; by default it is detected")
+    add("--task", choices=("transcribe", "translate"), help="with --audio: translate is into English")
+    add("--max-tokens", type=int, default=None, help="by default to the end for chat and --audio, else 128")
     add("--temperature", type=float, default=0.0, help="0 is greedy")
     add("--top-p", type=float, default=1.0)
     add("--top-k", type=int, default=0)
@@ -89,6 +96,12 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error("--coordinator, --num-processes and --process-id go together")
     if args.image and not (args.model and (args.prompt or args.prompts_file)):
         parser.error("--image needs --model, one that reads images, and --prompt or --prompts-file")
+    if args.audio and (args.prompt or args.prompts_file or args.image or args.chat or args.samples or args.n > 1):
+        parser.error("--audio is transcribed, window by window: no --prompt, --prompts-file, --image, --chat, --samples or --n")
+    if args.audio and not args.model:
+        parser.error("--audio needs --model, one that transcribes")
+    if not args.audio and (args.language or args.task):
+        parser.error("--language and --task go with --audio")
     if args.model == "":
         parser.error("--model is empty; leave it out for the packaged checkpoint")
 
@@ -126,7 +139,7 @@ def make_llm(args: argparse.Namespace, **settings: Any) -> LLM:
 
 def params_of(args: argparse.Namespace) -> SamplingParams:
     """The sampling parameters of the command line."""
-    default = None if args.chat else 128
+    default = None if args.chat or args.audio else 128
     return SamplingParams(
         n=args.n, temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, seed=args.seed,
         max_tokens=default if args.max_tokens is None else args.max_tokens,
@@ -152,6 +165,22 @@ def generate(args: argparse.Namespace) -> int:
             outputs = show(updates, prompts, params.n, args.chat)
         report(outputs, time.perf_counter() - start)
     return 1 if any(c.finish_reason == "error" for output in outputs for c in output.outputs) else 0
+
+
+def transcribe(args: argparse.Namespace) -> int:
+    """Says what is said in sound, and when."""
+    sounds = [read_wav(file) for file in args.audio]
+    with make_llm(args) as llm:
+        found = llm.transcribe(sounds, params_of(args), language=args.language, task=args.task)
+    for file, transcript in zip(args.audio, found, strict=True):
+        if args.json:
+            print(json.dumps({"file": str(file), **asdict(transcript)}), flush=True)
+            continue
+        print(f"{file} ({transcript.duration:.1f} s{f', {transcript.language}' if transcript.language else ''})")
+        for segment in transcript.segments:
+            print(f"[{segment.start:.2f} - {segment.end:.2f}]{segment.text}")
+        print()
+    return 1 if any(transcript.finish_reason == "error" for transcript in found) else 0
 
 
 def follow(args: argparse.Namespace) -> int:

@@ -17,6 +17,7 @@ class Asked:
         """`[R, WIDTH]` as `sampler.pack_rows` has them."""
         self._levels = np.zeros(rows, np.int8)
         self._logprobs = np.zeros(rows, bool)
+        self._candidates = np.zeros(rows, np.int32)
 
     def write(self, samples: Iterable[Sequence]) -> None:
         """Takes over the rows of these sequences."""
@@ -24,7 +25,11 @@ class Asked:
             row, request = sequence.row, sequence.request
             self.settings[row] = settings(sequence)
             self._levels[row], self._logprobs[row] = request.level, request.params.logprobs is not None
+            self._candidates[row] = 0 if request.beams is None else request.beams.count
 
     def needs(self, rows: np.ndarray) -> Needs:
         """The least that serves all these rows."""
-        return Needs(Level(int(self._levels[rows].max(initial=Level.GREEDY))), bool(self._logprobs[rows].any()))
+        return Needs(
+            Level(int(self._levels[rows].max(initial=Level.GREEDY))), bool(self._logprobs[rows].any()),
+            candidates=int(self._candidates[rows].max(initial=0)),
+        )  # fmt: skip

@@ -8,10 +8,17 @@ import jax
 import numpy as np
 
 from jaxinfer import functional
+from jaxinfer.encoders import EncodeShape
 from jaxinfer.engine.sampler import POSITION, ROW, WIDTH, Level
 from jaxinfer.engine.scheduler import Chunk, Plan
 from jaxinfer.functional import PrefillBatch
+from jaxinfer.kernels.state import Segments
 from jaxinfer.kv.tables import Tables
+
+PARTS = 3
+"""Of a chunk, at most, where recurrent layers keep a state after each: a prompt has two boundaries (`kv.manager`)."""
+NO_SLOT = 2**30
+"""A slot that there is not (`kernels.state`)."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,7 @@ class Bucket:
     items: int | None = None
     """Decode: pieces of cached keys there is room for."""
     groups: int = 1
-    """Decode: block tables a sequence has."""
+    """Decode: block tables a sequence has that grow with it."""
     tile: int = functional.TILE
     """Prefill: queries of one tile."""
     switched: bool = False
@@ -42,9 +49,20 @@ class Bucket:
     the program can do, not what this step must."""
     features: bool = False
     """Prefill: whether tokens may take rows of the feature pool."""
+    contiguous: bool = False
+    """Whether tables follow from the rows (`kv.contiguous`); `width` is then what of them a step can read."""
+    states: bool = False
+    """Whether there are recurrent layers."""
+    candidates: int = 0
+    """How many continuations of each row a step finds, for beam searches; 0: none, and nobody searches. The tokens of beams
+    come from the host then, as it has chosen them."""
+    cross: bool = False
+    """Whether tokens attend to what an encoder read."""
 
     def __str__(self) -> str:
         keys = "" if self.items is None else f" items={self.items}"
+        keys += f" width={self.width}" if self.contiguous else ""
+        keys += f" candidates={self.candidates}" if self.candidates else ""
         level = "" if self.switched else f" {self.level.name.lower()}"
         return f"{self.kind} T={self.tokens} rows={self.rows}{keys}{level}"
 
@@ -61,27 +79,37 @@ class Bucket:
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The parts of the packed vector, in order."""
+        seen = {"seen": (self.tokens, 2)} if self.cross else {}
+        if self.states:
+            seen["states"] = (2, self.rows) if self.kind == "decode" else (len(Segments._fields), self.segments)
         if self.kind == "decode":
             return {
                 "sampling": (self.rows, WIDTH),
                 "positions": (self.rows,),
-                "blocks": (self.groups, self.rows),
-            }
+                **({} if self.contiguous else {"blocks": (self.groups, self.rows)}), **seen,
+                **({"tokens": (self.rows,)} if self.candidates else {}),
+            }  # fmt: skip
         names = ("tokens", "positions", "rows", "rope_lengths", *(["features"] if self.features else []))
         tokens = {name: (self.tokens,) for name in names}
         return {
             "sampling": (self.rows, WIDTH), **tokens, "owners": (self.rows,),
             "tiles": (functional.tile_count(self.tokens, self.rows, self.tile), 4), "count": (), "last": (self.rows,),
-            "targets": (self.tokens if self.prompt_logprobs >= 0 else 0,),
+            "targets": (self.tokens if self.prompt_logprobs >= 0 else 0,), **seen,
         }  # fmt: skip
 
 
-def pack(bucket: Bucket, parts: Mapping[str, np.ndarray]) -> np.ndarray:
+    @property
+    def segments(self) -> int:
+        """Prefill: parts of chunks, at most so many of each (`kv.recurrent`)."""
+        return PARTS * self.rows
+
+
+def pack(bucket: Bucket | EncodeShape, parts: Mapping[str, np.ndarray]) -> np.ndarray:
     """The parts of a bucket, one after another."""
     return np.concatenate([np.asarray(parts[name], np.int32).ravel() for name in bucket.shapes])
 
 
-def unpack(bucket: Bucket, packed: jax.Array) -> dict[str, jax.Array]:
+def unpack(bucket: Bucket | EncodeShape, packed: jax.Array) -> dict[str, jax.Array]:
     """The reverse of `pack`; under jit its slices cost nothing."""
     parts, start = {}, 0
     for name, shape in bucket.shapes.items():
@@ -118,9 +146,19 @@ def decode_parts(
     at = lanes(rows, bucket.rows, tables.rows)
     positions, blocks = np.full(bucket.rows, -1, np.int32), np.zeros((bucket.groups, bucket.rows), np.int32)
     positions[at] = now
-    blocks[:, at] = tables.at(rows, now // tables.block_size)
+    if not bucket.contiguous:
+        blocks[:, at] = tables.at(rows, now // tables.block_size)
     sampling = sampling_rows(settings, rows, at, now + 1, bucket.rows)
-    return {"sampling": sampling, "positions": positions, "blocks": blocks}
+    seen = np.zeros((bucket.rows, 2), np.int32)
+    seen[at] = tables.seen[rows]
+    parts = {"sampling": sampling, "positions": positions, "blocks": blocks, "seen": seen}
+    if bucket.states:
+        parts["states"] = np.full((2, bucket.rows), NO_SLOT, np.int32)
+        parts["states"][:, at] = plan.slots[ahead]
+    if bucket.candidates:
+        parts["tokens"] = np.full(bucket.rows, -1, np.int32)
+        parts["tokens"][at] = [-1 if s.request.beams is None else s.tokens[s.length - 1] for s in plan.decodes]
+    return parts
 
 
 def prefill_parts(plan: Plan, bucket: Bucket, settings: np.ndarray) -> dict[str, np.ndarray]:
@@ -128,10 +166,11 @@ def prefill_parts(plan: Plan, bucket: Bucket, settings: np.ndarray) -> dict[str,
     chunks = [
         (c.sequence.tokens[c.start : c.start + c.count], c.start, c.sequence.rope_base) for c in plan.chunks
     ]
+    seen = np.concatenate([c.seen for c in plan.chunks]) if bucket.cross else None
     batch = functional.prefill_batch(
         chunks, np.empty((len(chunks), 0), np.int32),  # the device has the tables
         tokens=bucket.tokens, rows=bucket.rows, samples=np.array([chunk for chunk, _ in plan.samples], np.int32),
-        tile=bucket.tile,
+        tile=bucket.tile, seen=seen,
     )  # fmt: skip
     parts = {f.name: getattr(batch, f.name) for f in fields(PrefillBatch) if f.name not in ("tile", "tables")}
     parts["owners"] = np.zeros(bucket.rows, np.int32)
@@ -150,7 +189,23 @@ def prefill_parts(plan: Plan, bucket: Bucket, settings: np.ndarray) -> dict[str,
         for span, chunk in zip(spans(plan), plan.chunks, strict=True):
             if chunk.features is not None:
                 parts["features"][span] = chunk.features
+    if bucket.states:
+        parts["states"] = segments(plan, bucket)
     return parts | {"targets": targets}
+
+
+def segments(plan: Plan, bucket: Bucket) -> np.ndarray:
+    """`[fields, segments]` of `kernels.state.Segments`: the parts of all chunks, in their order."""
+    listed, start = [], 0
+    for chunk in plan.chunks:
+        for part in chunk.segments:
+            source = NO_SLOT if part.source < 0 else part.source
+            listed.append(Segments(start, part.count, source, part.target, part.continues))
+            start += part.count
+    packed = np.zeros((len(Segments._fields), bucket.segments), np.int32)
+    packed[2:4] = NO_SLOT
+    packed[:, : len(listed)] = np.array(listed, np.int32).T
+    return packed
 
 
 def asks_prompt_logprobs(chunk: Chunk) -> bool:

@@ -9,16 +9,22 @@ from collections.abc import Collection, Iterator, Sequence
 from itertools import product
 from typing import NamedTuple
 
+import numpy as np
+
+from jaxinfer.encoders import EncodeJob, EncodeShape
 from jaxinfer.engine.batch import Bucket
 from jaxinfer.engine.sampler import Level
 from jaxinfer.engine.steps import Shapes
 from jaxinfer.functional import Program
-from jaxinfer.kernels.xla_attention import decode_items
+from jaxinfer.kernels.xla_attention import decode_items, item_keys
+from jaxinfer.kv import groups as kv_groups
 
 SAMPLING = (*(level.name.lower() for level in Level), "logprobs", "prompt_logprobs")
 """What a warm-up can be told that requests will ask for."""
 COPY_WIDTH = 16
 """Block copies of a step are padded to this many, or to as many as there are rows."""
+LEAST_CANDIDATES = 16
+"""Continuations of a row that a step finds at least, where it finds any."""
 TABLE_WIDTHS = (256, 4096)
 """Entries of block tables are sent in pieces padded to one of these."""
 
@@ -29,10 +35,12 @@ class Needs(NamedTuple):
     level: Level = Level.GREEDY
     logprobs: bool = False
     prompt_logprobs: bool = False
+    candidates: int = 0
+    """Continuations that beam searches look at: not a matter of variants, but a number of the bucket."""
 
     def serve(self, other: "Needs") -> bool:
         """Whether a program of these does what the other asks."""
-        return all(mine >= theirs for mine, theirs in zip(self, other, strict=True))
+        return all(mine >= theirs for mine, theirs in zip(self[:3], other[:3], strict=True))
 
 
 VARIANTS = (
@@ -46,15 +54,33 @@ def prefill_bucket(program: Program, shapes: Shapes, tokens: int, needs: Needs) 
     """For chunks of this many tokens together."""
     return _bucket(
         shapes, "prefill", least(shapes.prefill_buckets, tokens), shapes.prefill_rows, needs, tile=program.tile,
-        features=program.features is not None,
+        features=program.features is not None, cross=program.cross is not None, states=bool(program.layout.states),
     )  # fmt: skip
 
 
-def decode_bucket(program: Program, shapes: Shapes, rows: int, items: int, needs: Needs) -> Bucket:
-    """For this many rows; `items`: pieces of keys they have, where attention is compiled for their number."""
-    rows = least(shapes.decode_buckets, rows)
-    room = shapes.items_bucket(rows, items) if program.kernel == "xla" else None
-    return _bucket(shapes, "decode", rows, rows, needs, items=room, groups=program.layout.groups)
+def reach(shapes: Shapes, positions: np.ndarray, seen: np.ndarray) -> int:
+    """What a decode step of tokens at `positions` `[B]` reads: pieces of keys, or of a contiguous cache blocks of the
+    longest row. `seen` `[B, 2]`: the first and the end of the encoder positions that they see.
+    """
+    block, (first, end) = shapes.block_size, seen.T
+    if shapes.contiguous:
+        return max(int(positions.max()) // block + 1, -(-int(end.max()) // block))
+    size = item_keys(block)
+    return max(int((positions // size + 1).sum()), int((-(-(end - first // block * block) // size)).sum()))
+
+
+def decode_bucket(program: Program, shapes: Shapes, rows: int, reach: int, needs: Needs) -> Bucket:
+    """For this many rows; `reach`: what they read, where attention is compiled for as much."""
+    rows, own, xla = least(shapes.decode_buckets, rows), {}, program.kernel == "xla"
+    if xla and shapes.contiguous:
+        own["width"] = least([*_widths(shapes)], reach)
+    elif xla:
+        own["items"] = shapes.items_bucket(rows, reach)
+    groups = kv_groups.count(kv_groups.own(program.layout.kinds))
+    return _bucket(
+        shapes, "decode", rows, rows, needs, groups=groups, cross=program.cross is not None,
+        states=bool(program.layout.states), **own,
+    )  # fmt: skip
 
 
 def _bucket(shapes: Shapes, kind: str, tokens: int, rows: int, needs: Needs, **own: int | bool | None) -> Bucket:
@@ -63,7 +89,10 @@ def _bucket(shapes: Shapes, kind: str, tokens: int, rows: int, needs: Needs, **o
     else:
         can = next(variant for variant in VARIANTS if variant.serve(needs))
     counts = [shapes.max_logprobs if asked else -1 for asked in (can.logprobs, can.prompt_logprobs)]
-    return Bucket(kind, tokens, rows, shapes.width, can.level, *counts, switched=shapes.switched, **own)
+    own = {"width": shapes.width, "switched": shapes.switched, "contiguous": shapes.contiguous} | own
+    if needs.candidates:  # a power of two, so that searches of several widths share a program
+        own["candidates"] = min(max(LEAST_CANDIDATES, 1 << (needs.candidates - 1).bit_length()), shapes.sampled_vocab)
+    return Bucket(kind, tokens, rows, **own, level=can.level, logprobs=counts[0], prompt_logprobs=counts[1])
 
 
 def all_buckets(program: Program, shapes: Shapes, sampling: Collection[str] = SAMPLING) -> list[Bucket]:
@@ -75,14 +104,22 @@ def all_buckets(program: Program, shapes: Shapes, sampling: Collection[str] = SA
     found = {
         prefill_bucket(program, shapes, tokens, needs) for tokens in shapes.prefill_buckets for needs in mixtures
     } | {
-        decode_bucket(program, shapes, rows, items, needs._replace(prompt_logprobs=False))
-        for rows in shapes.decode_buckets for items in _items(shapes, rows) for needs in mixtures
+        decode_bucket(program, shapes, rows, reach, needs._replace(prompt_logprobs=False))
+        for rows in shapes.decode_buckets for reach in _reaches(shapes, rows) for needs in mixtures
     }  # fmt: skip
-    return sorted(found, key=lambda b: (b.tokens, b.items or 0, b.level, b.logprobs), reverse=True)
+    return sorted(found, key=lambda b: (b.tokens, b.items or 0, b.width, b.level, b.logprobs), reverse=True)
 
 
-def _items(shapes: Shapes, rows: int) -> Iterator[int]:
-    """Numbers of pieces that reach each of a row bucket's sizes."""
+def _widths(shapes: Shapes) -> Iterator[int]:
+    """Of a contiguous cache, the read lengths that decode is compiled for, in blocks."""
+    return shapes.regions.widths(item_keys(shapes.block_size) // shapes.block_size)
+
+
+def _reaches(shapes: Shapes, rows: int) -> Iterator[int]:
+    """What reaches each of a row bucket's sizes."""
+    if shapes.contiguous:
+        yield from _widths(shapes)
+        return
     most, items = decode_items(rows, shapes.width * shapes.block_size, shapes.block_size), rows
     while items < most:
         yield items
@@ -91,7 +128,9 @@ def _items(shapes: Shapes, rows: int) -> Iterator[int]:
 
 
 def copy_widths(shapes: Shapes) -> tuple[int, ...]:
-    """What a step's block copies are padded to: a row copies one at most in each group."""
+    """What a step's block copies are padded to: a row copies one at most in each group, of a contiguous cache all it has."""
+    if shapes.contiguous:
+        return COPY_WIDTH, COPY_WIDTH**2
     most = shapes.rows * shapes.groups
     return (*(width for width in (COPY_WIDTH, COPY_WIDTH**2) if width < most), most)
 
@@ -102,6 +141,27 @@ def encode_pieces(shapes: Shapes, count: int) -> Iterator[int]:
         size = max((size for size in shapes.encode_buckets if size <= count), default=shapes.encode_buckets[0])
         yield size
         count -= size
+
+
+def encode_shape(program: Program, shapes: Shapes, units: int) -> EncodeShape:
+    """Of a step that encodes so many values for cross-attention; a bucket, or the least that has room."""
+    source, units = program.cross, least(shapes.cross_buckets, units)
+    groups = kv_groups.encoded(program.layout.kinds).count
+    inputs = min(units, shapes.prefill_rows) if source.joint else units
+    return EncodeShape(units, source.rows, groups, inputs, program.tile)
+
+
+def encode_steps(jobs: Sequence[EncodeJob], shape: EncodeShape) -> Iterator[list[EncodeJob]]:
+    """Jobs in their order, as many a step as the largest shape has room for."""
+    step: list[EncodeJob] = []
+    for job in jobs:
+        units = sum(other.input.count for other in step) + job.input.count
+        if step and (units > shape.units or len(step) == shape.inputs):
+            yield step
+            step = []
+        step.append(job)
+    if step:
+        yield step
 
 
 def least(sizes: Sequence[int], needed: int) -> int:

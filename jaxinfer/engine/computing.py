@@ -43,7 +43,8 @@ class Computing:
         waits for the last of them.
         """
         owners = [(digest, self._owners.get(digest)) for digest in sequence.digests[:usable]]
-        shared = [digest for digest, owner in owners if owner is not None and owner.request is not sequence.request]
+        mine = None if sequence.request.beams else sequence.request  # samples share what they can as forks
+        shared = [digest for digest, owner in owners if owner is not None and owner.request is not mine]
         if not shared or len(shared) < least:
             return False
         sequence.awaits = shared[-1]

@@ -1,13 +1,16 @@
-"""What running prompts read of the feature pool: pinned while they are computed, encoded first where it is not there."""
+"""What running prompts read of encoders: pinned in the feature pool while they are computed, or kept in the cache as long
+as they run (`kv.encoded`); encoded first where it is not there.
+"""
 
 from typing import NamedTuple
 
 import numpy as np
 
+from jaxinfer.encoders import EncodeJob
 from jaxinfer.engine.request import Sequence
 from jaxinfer.kv import features
 from jaxinfer.kv.features import FeaturePool, Held, Slots
-from jaxinfer.media import EncoderInput
+from jaxinfer.media import CrossInputs, EncoderInput
 
 
 class Offer(NamedTuple):
@@ -29,6 +32,7 @@ class Encoding:
         self.pool = FeaturePool.create(slots)
         self.rows: dict[int, tuple[tuple[bytes, ...], np.ndarray]] = {}
         self._encodes: list[tuple[EncoderInput, Slots]] = []
+        self._reads: list[EncodeJob] = []
         self._reused = 0
 
     def offer(self, sequence: Sequence, start: int) -> Offer:
@@ -56,10 +60,28 @@ class Encoding:
         if row in self.rows:
             self.pool = features.release(self.pool, self.rows.pop(row)[0])
 
-    def take(self) -> tuple[list[tuple[EncoderInput, Slots]], int]:
-        """What was accepted since the last call: the inputs to encode with their slots, and how many were there already."""
-        taken = self._encodes, self._reused
-        self._encodes, self._reused = [], 0
+    def has_room(self, cross: CrossInputs, most: int) -> bool:
+        """Whether a step that encodes `most` values for cross-attention can have another request's; one alone always."""
+        units = sum(job.input.count for job in self._reads)
+        return not units or units + sum(one.count for one in cross.inputs) <= most
+
+    def read(self, cross: CrossInputs | None, blocks: np.ndarray | None) -> None:
+        """A prompt was admitted that attends to these inputs, in blocks `[m, n]`; None: they are there already."""
+        if cross is None:
+            return
+        if blocks is None:
+            self._reused += len(cross.inputs)
+            return
+        first = 0
+        for one in cross.inputs:
+            self._reads.append(EncodeJob(one, blocks, first))
+            first += one.length
+
+    def take(self) -> tuple[list[tuple[EncoderInput, Slots]], list[EncodeJob], int]:
+        """What was accepted since the last call: the inputs to encode with their slots, those with their blocks, and how many
+        were there already."""
+        taken = self._encodes, self._reads, self._reused
+        self._encodes, self._reads, self._reused = [], [], 0
         return taken
 
     def forget(self) -> None:

@@ -7,15 +7,18 @@ from dataclasses import dataclass
 import numpy as np
 
 from jaxinfer.config import EngineConfig
+from jaxinfer.engine import branching
 from jaxinfer.engine.batch import asks_prompt_logprobs, spans
 from jaxinfer.engine.metrics import Metric, Metrics
 from jaxinfer.engine.pace import Pace
 from jaxinfer.engine.request import Request, Sequence, Status
 from jaxinfer.engine.runner import Flight, Result, Runner
-from jaxinfer.engine.sampler import BAD_TOKEN, Logprobs
+from jaxinfer.engine.sampler import BAD_TOKEN, Candidates, Logprobs
 from jaxinfer.engine.scheduler import Limits, Plan, Scheduler
 from jaxinfer.errors import CapacityError, EngineError
-from jaxinfer.kv.groups import KindGroups, longest
+from jaxinfer.kv.contiguous import RowManager
+from jaxinfer.kv.groups import KindGroups, blocks_of_beams, longest
+from jaxinfer.kv.interface import CacheManager
 from jaxinfer.kv.manager import BlockManager
 from jaxinfer.media import PlacedInputs
 
@@ -23,6 +26,7 @@ log = logging.getLogger(__name__)
 
 RETRIES = 2
 """How often a sequence is computed again after steps that failed in a row, before it is given up."""
+NOT_FINITE = "the model's logits are not finite, or every token is masked"
 
 
 @dataclass(frozen=True)
@@ -61,12 +65,21 @@ class Engine:
 
     def _start(self) -> None:
         shapes, settings = self.runner.shapes, self.settings
-        self.manager = BlockManager(
-            settings.pool_blocks, shapes.rows, shapes.width, shapes.block_size, prefix_caching=settings.prefix_caching,
-            kinds=self._kinds,
+        self.manager = self._make_manager()
+        limits = Limits(
+            settings.token_budget, shapes.prefill_rows, settings.block_sharing, shapes.feature_slots,
+            max(shapes.cross_buckets, default=0),
         )  # fmt: skip
-        limits = Limits(settings.token_budget, shapes.prefill_rows, settings.block_sharing, shapes.feature_slots)
         self.scheduler = Scheduler(self.manager, limits)
+
+    def _make_manager(self) -> CacheManager:
+        shapes, settings = self.runner.shapes, self.settings
+        if shapes.contiguous:
+            return RowManager(shapes.regions, shapes.block_size, self._kinds, shapes.state_slots)
+        return BlockManager(
+            settings.pool_blocks, shapes.rows, shapes.width, shapes.block_size, prefix_caching=settings.prefix_caching,
+            kinds=self._kinds, state_slots=shapes.state_slots,
+        )  # fmt: skip
 
     @property
     def _kinds(self) -> tuple[KindGroups, ...]:
@@ -74,10 +87,16 @@ class Engine:
 
     @property
     def capacity(self) -> int:
-        """The most tokens a sequence can have whose blocks the pool holds."""
+        """The most tokens a sequence can have whose blocks the pool holds, with all that its encoder may read."""
+        return self._capacity(0 if self.runner.program.cross is None else self.runner.program.cross.longest)
+
+    def _capacity(self, read: int) -> int:
+        """The same with so many positions of an encoder."""
         shapes, settings = self.runner.shapes, self.settings
+        if shapes.contiguous:
+            return shapes.max_length
         most = max(settings.pool_blocks * shapes.block_size, shapes.max_length)
-        return longest(self._kinds, settings.pool_blocks, shapes.block_size, settings.token_budget, most)
+        return longest(self._kinds, settings.pool_blocks, shapes.block_size, settings.token_budget, most, read)
 
     @property
     def has_work(self) -> bool:
@@ -93,14 +112,38 @@ class Engine:
         """
         if request.id in self.requests:
             raise ValueError(f"request id {request.id!r} is in use; choose another, or wait until it has finished")
-        if len(request.prompt) + 1 > self.capacity:
+        read = 0 if request.cross is None else request.cross.length
+        capacity = self._capacity(read)
+        if len(request.prompt) + 1 > capacity:
+            beside = f" beside the {read} positions that its encoder reads" if read else ""
             raise CapacityError(
-                f"a prompt of {len(request.prompt)} tokens can never fit in the cache: it holds {self.capacity} tokens "
+                f"a prompt of {len(request.prompt)} tokens can never fit in the cache: it holds {capacity} tokens{beside} "
                 f"({self.settings.pool_blocks} blocks of {self.runner.shapes.block_size}); raise kv_cache_memory_bytes, or "
                 "pool_blocks where that is set"
             )
+        if request.beams is not None:
+            self._check_beams(request, read)
         if request.inputs is not None:
             self._check_inputs(request.inputs)
+
+    def _check_beams(self, request: Request, read: int) -> None:
+        shapes, width = self.runner.shapes, request.beams.params.width
+        if width > shapes.rows:
+            raise CapacityError(
+                f"a beam search of width {width} takes as many of the sequences that run at a time, of which there are "
+                f"{shapes.rows}; lower width, or make the LLM with max_num_seqs={width}"
+            )
+        if shapes.contiguous:
+            return
+        size, pool = shapes.block_size, self.settings.pool_blocks
+        lengths = len(request.prompt), request.limit, read
+        needed = blocks_of_beams(self._kinds, lengths, width, size, self.settings.token_budget)
+        if needed > pool:
+            raise CapacityError(
+                f"a beam search of width {width} over a prompt of {len(request.prompt)} tokens and "
+                f"{request.limit - len(request.prompt)} more takes up to {needed} blocks of {size}, and the cache has {pool}; "
+                "lower width or max_tokens, or raise kv_cache_memory_bytes, or pool_blocks where that is set"
+            )
 
     def _check_inputs(self, inputs: PlacedInputs) -> None:
         slots, needed = self.runner.shapes.feature_slots, sum(one.count for one in inputs.distinct().values())
@@ -115,7 +158,7 @@ class Engine:
     def add(self, request: Request) -> None:
         """Queues a request, its length clamped to what the pool holds; raises as `check`."""
         self.check(request)
-        request.limit = min(request.limit, self.capacity)
+        request.limit = min(request.limit, self._capacity(0 if request.cross is None else request.cross.length))
         self.requests[request.id] = request
         self.scheduler.add(request)
         self.metrics.add("prompt_tokens", len(request.prompt))
@@ -175,6 +218,7 @@ class Engine:
         sampled, lanes, size = result.sampled, result.lanes, self.runner.shapes.block_size
         tokens = np.asarray(sampled.tokens)[lanes].tolist()
         beside = None if sampled.logprobs is None else Logprobs(*(np.asarray(c)[lanes] for c in sampled.logprobs))
+        offers = None if sampled.candidates is None else [np.asarray(c)[lanes] for c in sampled.candidates]
         finished, made = Status.FINISHED, 0
         for i, (sequence, token) in enumerate(zip(result.samples, tokens, strict=True)):
             sequence.pending -= 1
@@ -183,7 +227,11 @@ class Engine:
             request, length = sequence.request, sequence.length + 1
             if result.first or token < 0 or sequence.watched or length >= sequence.bound or token in request.stop_ids:
                 made += token != BAD_TOKEN
-                self._take_token(sequence, token, beside, i)
+                if request.beams is None:
+                    self._take_token(sequence, token, beside, i)
+                else:
+                    self._take_candidates(sequence, Candidates(*(column[i] for column in offers)))
+                    continue
             else:
                 made += 1
                 sequence.tokens[length - 1] = token
@@ -196,7 +244,7 @@ class Engine:
         """The same with everything a token may mean: an end, an error, a first one, something to be told."""
         request = sequence.request
         if token == BAD_TOKEN:
-            self._fail(sequence, "the model's logits are not finite, or every token is masked")
+            self._fail(sequence, NOT_FINITE)
             return
         if beside is not None and request.params.logprobs is not None:
             sequence.cumulative_logprob += float(beside.chosen[i])
@@ -216,6 +264,30 @@ class Engine:
         elif sequence.length == sequence.stage_limit:
             self.scheduler.recompute(sequence)
 
+    def _take_candidates(self, sequence: Sequence, found: Candidates) -> None:
+        """Notes how a beam may go on. Once all beams of its search have come so far, the search takes a step."""
+        request, sequence.candidates = sequence.request, found
+        if np.isnan(found.scores).any():
+            self._fail(sequence, NOT_FINITE)
+            return
+        if request.first_token_time is None:
+            request.first_token_time = time.monotonic()
+        if not branching.complete(request):
+            return
+        beams, running = request.beams, branching.running(request)
+        chosen = beams.advance([beam.candidates for beam in running])
+        if chosen:
+            self.runner.asked.write(s for s in branching.regroup(self.scheduler, request, chosen) if s.row >= 0)
+        else:
+            self._end_search(request)
+
+    def _end_search(self, request: Request) -> None:
+        for beam in branching.running(request):
+            if request.beams.best:
+                self._finish(beam, "stop" if request.beams.best[0].stopped else "length")
+            else:
+                self._fail(beam, NOT_FINITE)
+
     def _take_prompt_logprobs(self, plan: Plan, found: Logprobs) -> None:
         for span, chunk in zip(spans(plan), plan.chunks, strict=True):
             request = chunk.sequence.request
@@ -233,7 +305,12 @@ class Engine:
         sequence.request.error = message
         if sequence.status is Status.RUNNING:
             self.manager.withdraw(sequence.digests[sequence.hit_blocks : sequence.published])
+            if sequence.request.encoded is not None:
+                self.manager.withdraw(sequence.request.encoded.digests)
         self._finish(sequence, "error")
+        if sequence.request.beams is not None:
+            for beam in branching.running(sequence.request):
+                self._finish(beam, "error")
 
     def _finish(self, sequence: Sequence, reason: str) -> None:
         if sequence.status is Status.FINISHED:
@@ -261,6 +338,9 @@ class Engine:
         else:
             log.info("interrupted (%s); %s", type(error).__name__, fate)
         self.requests = {name: request for name, request in self.requests.items() if not request.finished}
+        for request in self.requests.values():
+            if request.beams is not None:
+                branching.restore(request)
         again = [s for r in self.requests.values() for s in r.sequences if s.status is not Status.FINISHED]
         # Where no step could be planned it may have been anybody.
         suspects = set(self._suspect.sequences or again) if isinstance(error, Exception) else set()
@@ -270,15 +350,21 @@ class Engine:
         self.scheduler.preempted = preempted
         if leader is None:
             self.runner.reset()
-        for sequence in sorted(again, key=lambda s: s.age):
+        again.sort(key=lambda s: s.age)
+        for sequence in again:
             sequence.status, sequence.row, sequence.computed, sequence.pending = Status.WAITING, -1, 0, 0
-            self.scheduler.waiting.append(sequence)
-            self._resume(sequence, blamed.get(id(sequence), 0), error)
+        self.scheduler.waiting.extend(again)
+        for sequence in again:
+            if sequence.status is Status.WAITING:
+                self._resume(sequence, blamed.get(id(sequence), 0), error)
         if leader is not None:
             leader.give_up(error)
 
     def _resume(self, sequence: Sequence, failures: int, error: BaseException) -> None:
         """Ends a sequence that is to be computed again, if it failed too often or had just come to its end."""
+        if sequence.request.beams is not None and not sequence.request.beams.state.running:
+            self._end_search(sequence.request)
+            return
         reason = sequence.end() if sequence.made else None
         if reason is not None:
             self._finish(sequence, reason)
@@ -318,9 +404,9 @@ class Engine:
         self.metrics.add("prompt_tokens_cached", request.cached_tokens)
 
     def _count_inputs(self, plan: Plan) -> None:
-        self.metrics.add("mm_cache_queries", len(plan.encodes) + plan.reused)
+        self.metrics.add("mm_cache_queries", len(plan.encodes) + len(plan.reads) + plan.reused)
         self.metrics.add("mm_cache_hits", plan.reused)
-        self.metrics.add("encoder_inputs", sum(one.count for one, _ in plan.encodes))
+        self.metrics.add("encoder_inputs", sum(one.count for one, _ in plan.encodes) + len(plan.reads))
 
     def _time(self, request: Request) -> None:
         first, scheduled, end = request.first_token_time, request.first_scheduled_time, request.finished_time

@@ -12,18 +12,21 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxinfer.encoders import EncodeShape
 from jaxinfer.engine.batch import Bucket
-from jaxinfer.engine.buckets import SAMPLING, TABLE_WIDTHS, all_buckets, copy_widths
+from jaxinfer.engine.buckets import SAMPLING, TABLE_WIDTHS, all_buckets, copy_widths, encode_shape
 from jaxinfer.engine.sampler import install
 from jaxinfer.engine.steps import (
     Shapes,
     abstract_arguments,
     abstract_cache,
     abstract_edits,
+    abstract_encode_arguments,
     abstract_features,
     abstract_rows,
     encode_step,
     install_tables,
+    make_encode_step,
     make_step,
     replicated,
     shardings,
@@ -66,7 +69,14 @@ class Encode:
     count: int
 
 
-Key = Bucket | Copies | Install | InstallTables | Encode
+@dataclass(frozen=True)
+class EncodeCross(EncodeShape):
+    """Key of the program that encodes inputs of such a shape for cross-attention, into the cache."""
+
+    takes, gives = ("params", "cache"), ("cache",)
+
+
+Key = Bucket | Copies | Install | InstallTables | Encode | EncodeCross
 """What a program is known by. `takes` names the runner's state that comes before a call's arrays, `gives` what of it the
 program returns first, alone where that is one; None stands in the place of what this program does without."""
 
@@ -99,9 +109,12 @@ class Programs:
     def keys(self, sampling: Collection[str] = SAMPLING) -> list[Key]:
         """Of all programs that a workload can need whose requests ask for nothing but `sampling`."""
         copies = [Copies(width) for width in copy_widths(self._shapes)]
-        tables = [InstallTables(width) for width in TABLE_WIDTHS]
+        tables = [] if self._shapes.contiguous else [InstallTables(width) for width in TABLE_WIDTHS]
         edits = [Install()] if "edited" in sampling else []
         encodes = [Encode(count) for count in self._shapes.encode_buckets]
+        encodes += [
+            EncodeCross(**vars(encode_shape(self._program, self._shapes, units))) for units in self._shapes.cross_buckets
+        ]
         return [*all_buckets(self._program, self._shapes, sampling), *encodes, *copies, *tables, *edits]
 
     def get(self, key: Key) -> jax.stages.Compiled:
@@ -161,6 +174,9 @@ class Programs:
                 partial(encode_step, program), donate_argnums=1, out_shardings=whole, compiler_options=options
             )
             return step.lower(self._params, pool, inputs, array((key.count,), np.int32))
+        if isinstance(key, EncodeCross):
+            step = make_encode_step(program, shapes, key, self._options)
+            return step.lower(self._params, *abstract_encode_arguments(program, shapes, key))
         if isinstance(key, Copies):
             lanes, ids = abstract_cache(program, shapes), array((key.width,), np.int32)
             native = program.kernel == attention.NATIVE and program.mesh.size == 1

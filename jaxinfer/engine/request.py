@@ -10,9 +10,11 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from jaxinfer.engine.sampler import Level, Logprobs, SamplingRows, pack_rows
+from jaxinfer.engine.beams import Beams
+from jaxinfer.engine.sampler import Candidates, Level, Logprobs, SamplingRows, pack_rows
+from jaxinfer.kv.encoded import Encoded
 from jaxinfer.kv.prefix import NO_EXTRAS, Extras, root
-from jaxinfer.media import PlacedInputs
+from jaxinfer.media import CrossInputs, PlacedInputs
 from jaxinfer.outputs import KindHit
 from jaxinfer.sampling_params import SamplingParams
 
@@ -59,8 +61,16 @@ class Request:
     seed: int = 0
     inputs: PlacedInputs | None = None
     """What of the prompt is no text: images, and the tokens whose places they take."""
+    cross: CrossInputs | None = None
+    """What its encoder reads, and its tokens attend to."""
+    rule: int = 0
+    """What the model's rule over tokens is told of it (`models.base.TokenRule`); 0: it does not hold."""
     extras: Extras = field(default_factory=lambda: NO_EXTRAS)
     """What beside their tokens its blocks hold: set when it is queued."""
+    encoded: Encoded | None = None
+    """`cross` as the cache knows it: likewise."""
+    beams: Beams | None = None
+    """Of a beam search: its sequences are the beams that run, at first one; they end together."""
     listener: Listener | None = None
     sequences: list["Sequence"] = field(default_factory=list)
     prompt_logprobs: list[Logprobs] = field(default_factory=list)
@@ -94,7 +104,8 @@ class Request:
     def level(self) -> Level:
         """The least sampler level that serves it."""
         p = self.params
-        if (p.repetition_penalty, p.presence_penalty, p.frequency_penalty) != (1, 0, 0) or self.masks:
+        penalties = p.repetition_penalty, p.presence_penalty, p.frequency_penalty, p.no_repeat_ngram_size
+        if penalties != (1, 0, 0, 0) or self.masks or self.rule:
             return Level.EDITED
         if p.temperature == 0:
             return Level.GREEDY
@@ -137,6 +148,8 @@ class Sequence:
     """While it waits: the last block of its prompt that another sequence is computing."""
     pending: int = 0
     """Tokens sampled by dispatched steps and not seen by the host yet."""
+    candidates: Candidates | None = None
+    """Of a beam that has had its step: its likeliest continuations, until all beams have theirs."""
     bias_version: int = -1
     bound: int = 0
     """While it runs: tokens at which the host must look at it (`stage_limit`)."""
@@ -177,12 +190,22 @@ class Sequence:
     def prepare(self) -> None:
         """Notes what a step's commit asks of each token, once it has a row."""
         self.bound = self.stage_limit
-        self.watched = self.request.listener is not None or self.request.params.logprobs is not None
+        request = self.request
+        self.watched = request.listener is not None or request.params.logprobs is not None or request.beams is not None
 
     def start_over(self) -> None:
         """Lets rope follow the length it has now: at the start, and when that changes all its keys."""
         self.rope_base, self.digests = self.length, []
-        self.root = root(self.request.salt, self.request.length_key(self.rope_base))
+        request = self.request
+        read = () if request.cross is None else (request.cross.digest,)
+        self.root = root(request.salt, request.length_key(self.rope_base), *read)
+
+    def adopt(self, other: "Sequence") -> None:
+        """Goes on from where another sequence of its request is."""
+        self.tokens[: other.length], self.length = other.tokens[: other.length], other.length
+        self.rope_base, self.root, self.digests = other.rope_base, other.root, list(other.digests)
+        self.computed, self.prefilled = other.computed, other.prefilled
+        self.published, self.hit_blocks, self.announced = other.published, other.hit_blocks, 0
 
     @property
     def stage_limit(self) -> int:
@@ -234,8 +257,16 @@ def settings(sequence: Sequence) -> np.ndarray:
         row=sequence.row, position=0, key=sequence.key[None], temperature=p.temperature, top_k=p.top_k, top_p=p.top_p,
         min_p=p.min_p, presence=p.presence_penalty, frequency=p.frequency_penalty, repetition=p.repetition_penalty,
         edited=request.level >= Level.EDITED, prompt_length=len(request.prompt), logprobs=p.logprobs is not None,
+        ngram=p.no_repeat_ngram_size, forced_first=_forced(p.forced_bos_token_id if len(request.prompt) == 1 else None),
+        forced_last=_forced(p.forced_eos_token_id), last_position=request.limit - 1,
+        rule=request.rule,
     )  # fmt: skip
     return pack_rows(SamplingRows(*map(np.atleast_1d, values)))[0]
+
+
+def _forced(token: int | None) -> int:
+    """A token as the sampler is told of it: 0 for none."""
+    return 0 if token is None or token < 0 else token + 1
 
 
 def bias_row(sequence: Sequence, position: int, vocab: int) -> tuple[int, Items[Any] | np.ndarray]:
@@ -268,4 +299,4 @@ def bias_row(sequence: Sequence, position: int, vocab: int) -> tuple[int, Items[
 
 def follows_history(request: Request) -> bool:
     """Whether the host must know every token before it can say what the next may be."""
-    return any(len(words) > 1 for words in request.params.bad_words_token_ids or ())
+    return request.beams is not None or any(len(words) > 1 for words in request.params.bad_words_token_ids or ())

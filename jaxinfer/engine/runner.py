@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxinfer.encoders import EncodeJob, encode_batch
 from jaxinfer.engine import batch as batches
 from jaxinfer.engine.asked import Asked
 from jaxinfer.engine.batch import Bucket
@@ -19,26 +20,29 @@ from jaxinfer.engine.buckets import (
     copy_widths,
     decode_bucket,
     encode_pieces,
+    encode_shape,
+    encode_steps,
     least,
     prefill_bucket,
+    reach,
 )
-from jaxinfer.engine.programs import Copies, Encode, Install, InstallTables, Key, Programs
+from jaxinfer.engine.programs import Copies, Encode, EncodeCross, Install, InstallTables, Key, Programs
 from jaxinfer.engine.request import Sequence as Sample
 from jaxinfer.engine.request import bias_row
 from jaxinfer.engine.sampler import Edits, Level
 from jaxinfer.engine.scheduler import Plan
 from jaxinfer.engine.steps import (
-    RowState,
     Sampled,
     Shapes,
     abstract_cache,
     abstract_edits,
     abstract_features,
+    abstract_rows,
     replicated,
 )
 from jaxinfer.errors import EngineError
 from jaxinfer.functional import Program
-from jaxinfer.kernels.xla_attention import item_keys
+from jaxinfer.kernels.paged import Cache
 from jaxinfer.kv import cache as kv_cache
 from jaxinfer.kv.tables import Tables
 
@@ -120,10 +124,11 @@ class Runner:
 
     def reset(self) -> None:
         """Cache, sampler state and feature pool, empty: at the start, and when a failed step has consumed the old."""
-        self.cache: list[kv_cache.Lane] = []  # the old one goes before the new one is made
+        self.cache: Cache = []  # the old one goes before the new one is made
         self.cache = kv_cache.allocate(self._lanes)
-        rows, tables = self.shapes.rows, (self.shapes.groups, self.shapes.rows, self.shapes.width)
-        self.rows = jax.device_put(RowState(np.zeros(rows, np.int32), np.zeros(tables, np.int32)), self._whole)
+        rows = self.shapes.rows
+        empty = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), abstract_rows(self.program, self.shapes))
+        self.rows = jax.device_put(empty, self._whole)
         self.features: jax.Array | None = None
         if self.program.features is not None:
             pool = abstract_features(self.program, self.shapes)
@@ -152,6 +157,8 @@ class Runner:
         self._send_tables(tables.take_unsent())
         if plan.encodes:
             self._encode(plan)
+        if plan.reads:
+            self._encode_cross(plan.reads)
         results = [self._prefill(plan)] if plan.chunks else []
         if plan.decodes:
             results += [self._decode(plan, tables, ahead) for ahead in range(plan.steps)]
@@ -193,6 +200,18 @@ class Runner:
                 raise EngineError(f"the encoder step of {size} failed: {type(error).__name__}: {error}") from error
             start += size
 
+    def _encode_cross(self, jobs: Sequence[EncodeJob]) -> None:
+        """Encodes what the prompts of a plan attend to, into the cache."""
+        program, shapes = self.program, self.shapes
+        for step in encode_steps(jobs, encode_shape(program, shapes, shapes.cross_buckets[-1])):
+            key = EncodeCross(**vars(encode_shape(program, shapes, sum(job.input.count for job in step))))
+            batch = encode_batch(program.cross, step, shapes.block_size, shapes.num_blocks, key)
+            packed = batches.pack(key, {name: getattr(batch, name) for name in key.shapes})
+            try:
+                self._launch(key, batch.inputs, batch.numbers, packed)
+            except Exception as error:
+                raise EngineError(f"the encoder step of {key.units} failed: {type(error).__name__}: {error}") from error
+
     def _prefill(self, plan: Plan) -> Result:
         samples, tokens = [s for _, s in plan.samples], sum(chunk.count for chunk in plan.chunks)
         self.asked.write(samples)
@@ -209,8 +228,8 @@ class Runner:
         needs, count = self.asked.needs(plan.rows), len(plan.rows)
         if needs.level >= Level.EDITED and not ahead:  # no plan goes on where a bias changes
             self._install_edits(plan.decodes, (plan.positions + 1).tolist())
-        items = int(((plan.positions + ahead) // item_keys(self.shapes.block_size) + 1).sum())
-        bucket = decode_bucket(self.program, self.shapes, count, items, needs)
+        reached = reach(self.shapes, plan.positions + ahead, tables.seen[plan.rows])
+        bucket = decode_bucket(self.program, self.shapes, count, reached, needs)
         self.padding += bucket.tokens - count
         parts = batches.decode_parts(plan, bucket, tables, self.asked.settings, ahead)
         lanes = batches.lanes(plan.rows, bucket.rows, tables.rows)
@@ -224,7 +243,7 @@ class Runner:
         self.places += bucket.tokens
         return Sampled(
             sampled.tokens, sampled.logprobs if needs.logprobs else None,
-            sampled.prompt_logprobs if needs.prompt_logprobs else None,
+            sampled.prompt_logprobs if needs.prompt_logprobs else None, sampled.candidates,
         )  # fmt: skip
 
     def _launch(self, key: Key, *arrays: np.ndarray) -> Any:

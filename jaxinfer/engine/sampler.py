@@ -8,14 +8,17 @@ level computes the same function of a row's own logits and settings.
 
 from collections.abc import Callable
 from enum import IntEnum
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxinfer.sampling_params import MAX_NGRAM
 from jaxinfer.sharding.collectives import ALL_GATHER, SAMPLE, Collective
 
+Rule: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+"""Of a model: (logits, history, position, prompt_length, rule) -> logits, -inf for tokens that may not come."""
 BLOCK = 128
 """Neighbouring tokens of the vocabulary that are summed up first."""
 
@@ -75,9 +78,22 @@ class SamplingRows(NamedTuple):
     """Tokens of the prompt, at the head of the history."""
     logprobs: jax.Array
     """1 where log-probabilities are asked for."""
+    ngram: jax.Array
+    """n where no n tokens may come twice; 0 for no such rule."""
+    forced_first: jax.Array
+    """1 + the token that comes first after the prompt; 0: any may."""
+    forced_last: jax.Array
+    """1 + the token that comes at `last_position`; 0: any may."""
+    last_position: jax.Array
+    """That of the last token there may be."""
+    rule: jax.Array
+    """What the model's rule over tokens is told; 0: it does not hold."""
 
 
-INTEGERS = ("row", "position", "key", "top_k", "edited", "prompt_length", "logprobs")
+INTEGERS = (
+    "row", "position", "key", "top_k", "edited", "prompt_length", "logprobs", "ngram", "forced_first", "forced_last",
+    "last_position", "rule",
+)  # fmt: skip
 WIDTH = len(SamplingRows._fields) + 1
 """Columns of the packed form: one a field, two for the key."""
 ROW, POSITION = 0, 1
@@ -109,6 +125,15 @@ def unpack_rows(packed: jax.Array) -> SamplingRows:
     return SamplingRows(**fields)
 
 
+class Candidates(NamedTuple):
+    """The likeliest continuations of a beam; on the host of one, without the axis B."""
+
+    ids: jax.Array | np.ndarray
+    """`[B, n]` int32 tokens, the likeliest first."""
+    scores: jax.Array | np.ndarray
+    """`[B, n]` float32 their log-probabilities; -inf for one that is forbidden."""
+
+
 class Logprobs(NamedTuple):
     """Log-probabilities of the model's own distribution, before any setting changes it."""
 
@@ -123,21 +148,24 @@ class Logprobs(NamedTuple):
 
 
 def logprobs(logits: jax.Array, tokens: jax.Array, count: int) -> Logprobs:
-    """Of `tokens` `[B]` under `logits` `[B, V']`, with the `count` most likely beside them."""
+    """Of `tokens` `[B]` under `logits` `[B, V']`, with the `count` most likely beside them; beyond V' they are impossible."""
     normal = logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    chosen = jnp.take_along_axis(normal, jnp.maximum(tokens, 0)[:, None], axis=-1)
+    # A prompt may have tokens that are never made, such as that of an image.
+    chosen = jnp.take_along_axis(normal, jnp.maximum(tokens, 0)[:, None], axis=-1, mode="fill", fill_value=-jnp.inf)
     rank = (normal > chosen).sum(axis=-1) + 1
     top, top_ids = jax.lax.top_k(normal, count)
     return Logprobs(chosen[:, 0], rank, top_ids, top)
 
 
 def sample(
-    logits: jax.Array, rows: SamplingRows, edits: Edits | None, level: Level, *, switched: bool = False
-) -> tuple[jax.Array, Edits | None]:
+    logits: jax.Array, rows: SamplingRows, edits: Edits | None, level: Level, *, switched: bool = False,
+    rule: Rule | None = None,
+) -> tuple[jax.Array, Edits | None]:  # fmt: skip
     """Logits `[B, V']` -> token ids `[B]` int32 and the edits with the new tokens in their histories.
 
     A row with a logit that is not a number, or with every token masked, gives `BAD_TOKEN`.
-    The order of the settings is vLLM's: bias and masks, penalties, temperature, min-p, top-k, top-p. A
+    The order of the settings is vLLM's: bias and masks, penalties, n-grams that may not come again, the model's rule,
+    temperature, min-p, top-k, top-p; a token that is forced comes whatever they say. A
     random token follows from one random number, keyed by seed, sample and position alone.
 
     Args:
@@ -147,20 +175,63 @@ def sample(
         level: static; what the program can do.
         switched: static; what no row asks for is skipped at run time. A program for all levels, where a branch
             costs little: on a CPU, not on a GPU, whose host would have to wait for each condition.
+        rule: static; of the model (`models.base.TokenRule`). Rows for which it holds are edited.
     """
     if level == Level.GREEDY:
-        return _largest(logits, switched), edits
+        return _force(_largest(logits, switched), rows), edits
     # A branch gives tokens alone: what leaves or enters one is copied, and logits are large.
     plain = ~((rows.temperature > 0).any() | (rows.edited > 0).any())
     tokens = _either(
         switched, plain, lambda: _largest(logits, switched),
-        lambda: _choose_edited(logits, rows, edits, switched) if level >= Level.EDITED
+        lambda: _choose_edited(logits, rows, edits, switched, rule) if level >= Level.EDITED
         else _choose(logits, rows, level, switched),
     )  # fmt: skip
+    tokens = _force(tokens, rows)
     if level >= Level.EDITED:
         history = edits.history.at[rows.row, rows.position].set(tokens, mode="drop")
         edits = edits._replace(history=history)
     return tokens, edits
+
+
+def _force(tokens: jax.Array, rows: SamplingRows) -> jax.Array:
+    """Tokens `[B]`, but those that are forced at their places."""
+    forced = _forced(rows)
+    return jnp.where((forced >= 0) & (tokens != BAD_TOKEN), forced, tokens)
+
+
+def _forced(rows: SamplingRows) -> jax.Array:
+    """`[B]` the token that must come; -1: any may."""
+    first = (rows.forced_first > 0) & (rows.position == rows.prompt_length)
+    last = (rows.forced_last > 0) & (rows.position == rows.last_position)
+    return jnp.where(last, rows.forced_last, jnp.where(first, rows.forced_first, 0)) - 1
+
+
+def candidates(
+    logits: jax.Array, rows: SamplingRows, edits: Edits | None, count: int, usable: int, *, switched: bool = False,
+    rule: Rule | None = None,
+) -> Candidates:  # fmt: skip
+    """The `count` likeliest continuations of each row, for a beam search.
+
+    Masks and penalties change log-probabilities, which are not normalised again, as in transformers; a forced token's is 0.
+
+    Args:
+        logits: `[B, V']`.
+        rows: what each asks for.
+        edits: None where no row is edited.
+        count: static; at most `usable`.
+        usable: token ids from here on are never offered.
+        switched, rule: static; as of `sample`.
+    """
+    scores = jax.nn.log_softmax(logits, axis=-1)
+    if edits is not None:
+        plain = scores
+        scores = _either(
+            switched, ~(rows.edited > 0).any(), lambda: plain, lambda: _edited(plain, rows, edits, switched, rule)
+        )
+    forced, tokens = _forced(rows)[:, None], jnp.arange(logits.shape[-1])
+    scores = jnp.where(forced < 0, scores, jnp.where(tokens == forced, 0.0, -jnp.inf))
+    scores, ids = jax.lax.top_k(jnp.where(tokens < usable, scores, -jnp.inf), count)
+    return Candidates(ids, scores)
 
 
 def collectives(shards: int) -> list[Collective]:
@@ -209,18 +280,33 @@ def _largest(logits: jax.Array, by_blocks: bool) -> jax.Array:
     return jnp.where(jnp.isfinite(top), token.astype(jnp.int32), BAD_TOKEN)
 
 
-def _choose_edited(logits: jax.Array, rows: SamplingRows, edits: Edits, switched: bool) -> jax.Array:
+def _choose_edited(
+    logits: jax.Array, rows: SamplingRows, edits: Edits, switched: bool, rule: Rule | None
+) -> jax.Array:
     """`[B]` the tokens, where some row may be edited."""
 
     def edit() -> jax.Array:
-        changed = jnp.where((rows.edited > 0)[:, None], _edit(logits, rows, edits), logits)
-        tokens = _choose(changed, rows, Level.TRUNCATED, switched)
+        tokens = _choose(_edited(logits, rows, edits, switched, rule), rows, Level.TRUNCATED, switched)
         # A mask may hide what is not a number, but such a row is ill.
         return jnp.where(_largest(logits, switched) != BAD_TOKEN, tokens, BAD_TOKEN)
 
     return _either(
         switched, ~(rows.edited > 0).any(), lambda: _choose(logits, rows, Level.TRUNCATED, switched), edit
     )
+
+
+def _edited(
+    logits: jax.Array, rows: SamplingRows, edits: Edits, switched: bool, rule: Rule | None
+) -> jax.Array:
+    """Logits `[B, V']` with what edited rows ask for."""
+    changed = jnp.where((rows.edited > 0)[:, None], _edit(logits, rows, edits), logits)
+    changed = _either(
+        switched, ~(rows.ngram > 0).any(), lambda: changed, lambda: _forbid_repeats(changed, rows, edits.history)
+    )
+    if rule is not None:
+        own = edits.history[jnp.clip(rows.row, 0, edits.history.shape[0] - 1)]
+        changed = rule(changed, own, rows.position, rows.prompt_length, rows.rule)
+    return changed
 
 
 def _choose(logits: jax.Array, rows: SamplingRows, level: Level, switched: bool) -> jax.Array:
@@ -302,3 +388,20 @@ def _edit(logits: jax.Array, rows: SamplingRows, edits: Edits) -> jax.Array:
     repetition = rows.repetition[:, None]
     logits = jnp.where(seen, jnp.where(logits > 0, logits / repetition, logits * repetition), logits)
     return logits - rows.frequency[:, None] * counts - rows.presence[:, None] * (counts > 0)
+
+
+def _forbid_repeats(logits: jax.Array, rows: SamplingRows, history: jax.Array) -> jax.Array:
+    """Logits `[B, V']`, -inf for each token that would make the last n tokens of a row ones that it has already
+    (arXiv:1705.04304, section 2.5); prompt included, as in transformers.
+    """
+    own = history[jnp.clip(rows.row, 0, history.shape[0] - 1)]
+    at, length = jnp.arange(own.shape[1]), rows.position[:, None]
+    repeats = (at < length) & (at >= rows.ngram[:, None] - 1) & (rows.ngram[:, None] > 0)
+    for back in range(1, MAX_NGRAM):
+        # Where a token stands, those before it are compared with those before the new one.
+        before = jnp.pad(own, ((0, 0), (back, 0)))[:, : own.shape[1]]
+        tail = jnp.take_along_axis(own, jnp.maximum(length - back, 0), axis=1)
+        repeats &= (before == tail) | (back >= rows.ngram[:, None])
+    rank = jnp.arange(len(own))[:, None]
+    forbidden = jnp.zeros(logits.shape, jnp.int32).at[rank, own].max(repeats.astype(jnp.int32), mode="drop")
+    return jnp.where(forbidden > 0, -jnp.inf, logits)

@@ -11,11 +11,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from jaxinfer.encoders import EncodeJob
 from jaxinfer.engine.computing import LEAST_SHARED, Computing
 from jaxinfer.engine.encoding import Encoding
 from jaxinfer.engine.request import Request, Sequence, Status, follows_history
+from jaxinfer.kv.encoded import Encoded
 from jaxinfer.kv.features import Slots
-from jaxinfer.kv.manager import BlockManager
+from jaxinfer.kv.interface import CacheManager
+from jaxinfer.kv.recurrent import Segment
 from jaxinfer.media import EncoderInput
 
 
@@ -26,8 +29,22 @@ class Chunk:
     sequence: Sequence
     start: int
     count: int
+    segments: tuple[Segment, ...] = ()
+    """Its parts after which recurrent layers keep a state."""
     features: np.ndarray | None = None
     """`[count]` int32: for each token the row of the feature pool it takes, -1 for none; None: none does."""
+
+    @property
+    def seen(self) -> np.ndarray:
+        """`[count, 2]` int32: the first and the end of the encoder positions that each token sees."""
+        cross = self.sequence.request.cross
+        return np.zeros((self.count, 2), np.int32) if cross is None else cross.seen(self.start, self.count)
+
+    @property
+    def parts(self) -> int:
+        """Runs of tokens that see the same: a step has room for so many of all its chunks."""
+        cross = self.sequence.request.cross
+        return 1 if cross is None else cross.parts(self.start, self.count)
 
 
 @dataclass(frozen=True)
@@ -49,10 +66,14 @@ class Plan:
         default_factory=lambda: (np.empty(0, np.int32), np.empty(0, np.int32))
     )
     """Block copies that run before anything is written."""
+    slots: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+    """Of each step, where recurrent layers have a state: the slots `[B]` that `decodes` read and write."""
     encodes: list[tuple[EncoderInput, Slots]] = field(default_factory=list)
     """What is encoded before the chunks run, and the slots of the feature pool it goes to."""
     reused: int = 0
-    """Inputs that the chunks read and that were in the feature pool already."""
+    """Inputs that the chunks read and that were in the feature pool, or in the cache, already."""
+    reads: list[EncodeJob] = field(default_factory=list)
+    """What is encoded into the cache before the chunks run."""
 
     @property
     def sequences(self) -> list[Sequence]:
@@ -75,12 +96,14 @@ class Limits:
     """Whether samples fork."""
     feature_slots: int = 0
     """Of the feature pool, not of one step."""
+    encode_units: int = 0
+    """Values that are encoded for cross-attention; one request may have more."""
 
 
 class Scheduler:
     """The queue, the rows and their states."""
 
-    def __init__(self, manager: BlockManager, limits: Limits):
+    def __init__(self, manager: CacheManager, limits: Limits):
         self.manager = manager
         self.limits = limits
         self.waiting: deque[Sequence] = deque()
@@ -103,8 +126,12 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queues all sequences of a request."""
+        size, cross = self.manager.block_size, request.cross
         if request.inputs is not None:
-            request.extras = request.inputs.extras(self.manager.block_size)
+            request.extras = request.inputs.extras(size)
+        if cross is not None:
+            request.extras = cross.extras(size)
+            request.encoded = Encoded(request.salt, cross.digest, cross.identity, cross.length, size)
         self.waiting.extend(request.sequences)
 
     @property
@@ -129,7 +156,11 @@ class Scheduler:
 
     def schedule(self, most: int = 1) -> Plan:
         """Plans the next step, or up to `most` decode steps; the state is afterwards as if it had been dispatched."""
+        states = self.manager.states
+        if states is not None:
+            states.begin()
         rows, steps, copies = self._decodes(most)
+        slots = [] if states is None else [states.step(rows) for _ in range(steps)]
         tables, running = self.manager.tables, self.running
         positions = tables.lengths[rows]
         tables.lengths[rows] += steps
@@ -139,13 +170,13 @@ class Scheduler:
         for sequence in decodes:
             sequence.pending += steps
         chunks, samples = self._prefills(self.limits.tokens - len(rows))
-        while not chunks and len(self.prefilling) > 1 and not self.decoding.any():
-            # Each holds blocks that the others need for their next chunk.
-            self.preempt(max(self.prefilling, key=lambda s: s.age))
+        while not chunks and not len(rows) and (blocking := self._blocking()) is not None:
+            self.preempt(blocking)
             chunks, samples = self._prefills(self.limits.tokens)
         self.manager.take_evicted()
+        encodes, reads, reused = self.encoding.take()
         return Plan(
-            chunks, samples, decodes, rows.astype(np.int32), positions, steps, copies, *self.encoding.take()
+            chunks, samples, decodes, rows.astype(np.int32), positions, steps, copies, slots, encodes, reused, reads
         )
 
     def _decodes(self, most: int) -> tuple[np.ndarray, int, tuple[np.ndarray, np.ndarray]]:
@@ -161,6 +192,15 @@ class Scheduler:
                 return rows, steps, copies
             self.preempt(max(self.active, key=lambda s: s.age))
 
+    def _blocking(self) -> Sequence | None:
+        """The youngest of those that hold what others need for their next chunk, where nobody else will give it back."""
+        chosen = [s for s in self.active if s.candidates is not None]
+        if np.count_nonzero(self.decoding) > len(chosen) or any(s.pending for s in self.waiting):
+            return None
+        if chosen and (self.prefilling or any(s.candidates is None for s in self.waiting)):
+            return max(chosen, key=lambda s: s.age)  # beams that wait for those of their search
+        return max(self.prefilling, key=lambda s: s.age) if len(self.prefilling) > 1 else None
+
     def _steps(self, rows: np.ndarray, most: int) -> int:
         """Decode steps until the host has to do something: to admit, to compute a prompt, to end a row at its limit,
         to change a bias."""
@@ -174,14 +214,14 @@ class Scheduler:
         chunks: list[Chunk] = []
         samples: list[tuple[int, Sequence]] = []
         for sequence in sorted(self.prefilling, key=lambda s: s.age):
-            if budget <= 0 or len(chunks) >= self.limits.prefill_rows:
+            if budget <= 0 or not self._room(chunks):
                 break
-            count, start = min(budget, sequence.prefilled - sequence.computed), sequence.computed
+            count, start = self._fitting(sequence, budget, chunks), sequence.computed
             if not self.manager.extend(sequence.row, start, start + count):
                 return chunks, samples  # those that decode will give blocks back
             budget -= self._chunk(sequence, count, chunks, samples)
         place = 0
-        while place < len(self.waiting) and budget > 0 and max(len(chunks), len(samples)) < self.limits.prefill_rows:
+        while place < len(self.waiting) and budget > 0 and self._room(chunks) and self._room(samples):
             sequence = self.waiting[place]
             if self._waits(sequence):
                 place += 1
@@ -190,13 +230,24 @@ class Scheduler:
             if sequence.pending or not self.free_rows or not self._admit(sequence, budget):
                 break
             del self.waiting[place]
-            count = min(budget, sequence.prefilled - sequence.computed)
+            count = self._fitting(sequence, budget, chunks)
             budget -= self._chunk(sequence, count, chunks, samples)
         return chunks, samples
 
+    def _room(self, taken: list[Chunk] | list[tuple[int, Sequence]]) -> int:
+        """How many more parts of chunks, or samples, the prefill has room for."""
+        parts = sum(one.parts if isinstance(one, Chunk) else 1 for one in taken)
+        return max(0, self.limits.prefill_rows - parts)
+
+    def _fitting(self, sequence: Sequence, budget: int, chunks: list[Chunk]) -> int:
+        """How many tokens the next chunk of a prompt has."""
+        count, cross = min(budget, sequence.prefilled - sequence.computed), sequence.request.cross
+        reach = None if cross is None else cross.reach(sequence.computed, self._room(chunks))
+        return count if reach is None else min(count, reach)
+
     def _waits(self, sequence: Sequence) -> bool:
         """Whether a waiting sequence had better wait for what another request is computing."""
-        if self.computing.still_has(sequence):
+        if sequence.candidates is not None or self.computing.still_has(sequence):
             return True
         if not self.computing or sequence.pending or self._needs_all(sequence):
             return False
@@ -225,11 +276,15 @@ class Scheduler:
         self._chain(sequence)
         hit = manager.lookup(tokens[:0] if skip else tokens, sequence.digests, sequence.root, request.extras)
         row, found = self.free_rows[-1], hit.blocks * manager.block_size
-        offer = self.encoding.offer(sequence, found)
-        if not offer.fits or not manager.admit(row, hit, sequence.length, min(sequence.length, found + budget)):
+        offer, encoded = self.encoding.offer(sequence, found), manager.lookup_encoded(request.encoded)
+        reach = min(sequence.length, found + budget)
+        if encoded.missing and not self.encoding.has_room(request.cross, self.limits.encode_units):
+            return False
+        if not offer.fits or not manager.admit(row, hit, sequence.length, reach, encoded):
             return False
         self._take_row(sequence)
         self.encoding.accept(sequence, offer)
+        self.encoding.read(request.cross, manager.encoded.writes(row))
         sequence.computed = found
         sequence.prefilled = sequence.length
         sequence.published = sequence.hit_blocks = hit.blocks
@@ -246,8 +301,11 @@ class Scheduler:
         row, request = sequence.row, sequence.request
         self.running[row] = sequence
         self.prefilling.append(sequence)
-        self.remaining[row] = sequence.stage_limit - sequence.length
+        # A beam samples one token; what comes next is chosen among all of them.
+        self.remaining[row] = sequence.stage_limit - sequence.length if request.beams is None else 1
         self.masked[row] = request.params.min_tokens - sequence.made if request.stop_ids else 0
+        if request.cross is not None:
+            self.manager.tables.seen[row] = request.cross.seen(len(request.prompt), 1)[0]
         self._historians += follows_history(request)
 
     def _chunk(
@@ -255,7 +313,9 @@ class Scheduler:
     ) -> int:
         """Plans the next `count` tokens of a prompt, and after the last of them whoever samples; the tokens taken."""
         index = self.encoding.index(sequence.row, sequence.computed, count)
-        chunks.append(Chunk(sequence, sequence.computed, count, index))
+        states, stop = self.manager.states, sequence.computed + count
+        segments = () if states is None else tuple(states.chunk(sequence.row, stop))
+        chunks.append(Chunk(sequence, sequence.computed, count, segments, index))
         sequence.computed += count
         self.manager.tables.lengths[sequence.row] = sequence.computed
         if sequence.computed == sequence.prefilled:
@@ -282,10 +342,25 @@ class Scheduler:
             self.waiting.remove(child)
             self._take_row(child)
             self.manager.fork(parent.row, child.row)
-            child.computed = child.prefilled = parent.computed
-            child.digests, child.published = list(parent.digests), parent.published
-            child.hit_blocks, child.announced = parent.hit_blocks, 0
+            child.adopt(parent)
             self._start_decoding(child, chunk, samples)
+
+    def branch(self, source: Sequence, target: Sequence) -> None:
+        """Lets a beam go on from where another one is. It shares all of that one's blocks, if those are there and it has a row
+        or gets one; otherwise it waits to be computed.
+        """
+        shares = self.limits.share_blocks and source.row >= 0 and (target.row >= 0 or bool(self.free_rows))
+        if target.row >= 0 and not shares:
+            self._requeue(target)
+        target.adopt(source)
+        if not shares:
+            return
+        if target.row < 0:
+            self.waiting.remove(target)
+            self._take_row(target)
+            self.prefilling.remove(target)
+            self.decoding[target.row] = True
+        self.manager.fork(source.row, target.row)
 
     def preempt(self, sequence: Sequence) -> None:
         """Takes a running sequence's blocks; it waits at the head of the queue to be computed again."""
@@ -331,6 +406,7 @@ class Scheduler:
         for chunk in plan.chunks:
             if chunk.start + chunk.count == chunk.sequence.prefilled:
                 self.encoding.release(chunk.sequence.row)
+            self.manager.publish_encoded(chunk.sequence.row)
             self.publish(chunk.sequence)
 
     def publish(self, sequence: Sequence) -> None:

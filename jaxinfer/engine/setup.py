@@ -6,17 +6,22 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxinfer.config import CPU_CACHE_BYTES, EngineConfig
+from jaxinfer.config import CONTIGUOUS, CPU_CACHE_BYTES, EngineConfig
+from jaxinfer.encoders import EncodeBatch, EncodeShape
 from jaxinfer.engine.engine import Engine, HostSettings
+from jaxinfer.engine.reserve import reserve
 from jaxinfer.engine.runner import Runner
+from jaxinfer.engine.slots import state_slots
 from jaxinfer.engine.steps import Shapes
+from jaxinfer.engine.workspace import peak_bytes
 from jaxinfer.errors import CapacityError, ConfigError
-from jaxinfer.functional import Program, split
+from jaxinfer.functional import Program, encode_cross, split
 from jaxinfer.kernels import matmul
 from jaxinfer.kv import cache as kv_cache
 from jaxinfer.kv import groups as kv_groups
@@ -31,6 +36,8 @@ CPU_DECODE, CPU_PREFILL = (1, 2, 4, 8, 16), (32, 64)
 """The first sizes of steps. On a CPU a step takes as long as it has places, so that half steps pay from some size on."""
 CPU_ENCODE, GPU_ENCODE = (1, 2, 4, 8), (1, 2, 4, 8, 16, 32)
 """Inputs of an encoder step: each is whole, so that what is left is encoded in a smaller step, not padded."""
+CPU_CROSS, GPU_CROSS = (1, 2, 4), (1, 2, 4, 8, 16)
+"""The same for cross-attention, of audio and images; texts have the sizes of prefill steps, up to the longest."""
 GPU_DECODE, GPU_PREFILL = (1, 8, 32), (256, 512)
 """On a GPU a small step takes as long as reading the weights, however few its places are."""
 
@@ -47,9 +54,10 @@ def build_engine(
         CapacityError: a cache too small, or too large for the memory; names the sizes and the setting.
     """
     program, params = split(
-        module, mesh, attention_kernel=config.attention_kernel, matmul_kernel=config.matmul_kernel
-    )
-    shapes = choose_shapes(module.config, program, config)
+        module, mesh, attention_kernel=config.attention_kernel, matmul_kernel=config.matmul_kernel,
+        fuse_projections=config.fuse_projections,
+    )  # fmt: skip
+    shapes = choose_shapes(module.config, program, config, params)
     shapes = replace(shapes, sampled_vocab=min(sampled_vocab or program.vocab, program.vocab))
     try:
         runner = Runner(program, params, shapes, compiler_options=config.compiler_options)
@@ -70,8 +78,13 @@ def build_engine(
     return engine
 
 
-def choose_shapes(model: ModelConfig, program: Program, config: EngineConfig) -> Shapes:
-    """What fixes the compiled steps, from the settings, the model and the memory."""
+def choose_shapes(
+    model: ModelConfig, program: Program, config: EngineConfig, params: Sequence[jax.Array] = ()
+) -> Shapes:
+    """What fixes the compiled steps, from the settings, the model and the memory.
+
+    `params`: of the model, whose encoder's step is measured by them where the memory is to be divided.
+    """
     gpu = _platform(program) != "cpu"
     native = matmul.choose(config.matmul_kernel, program.mesh) == matmul.NATIVE
     rows = config.max_num_seqs or min(256 if gpu else 64, config.max_num_batched_tokens or 1 << 30)
@@ -84,29 +97,82 @@ def choose_shapes(model: ModelConfig, program: Program, config: EngineConfig) ->
     block = config.block_size
     longest = _longest(model, config)
     features = _feature_bytes(program, feature_slots(program, config, budget))
-    budget_bytes, source = _cache_bytes(program, config, features)
-    needed = partial(kv_groups.blocks_needed, program.layout.kinds, block_size=block, chunk=budget)
-    most = rows * program.layout.groups * math.ceil(longest / block)  # with all that windows leave behind cached
-    num_blocks = min(budget_bytes // _block_bytes(program, config), most)
-    capacity = kv_groups.longest(program.layout.kinds, num_blocks, block, budget, longest)
-    length = _check_length(capacity, longest, needed(longest), budget_bytes, source, program, config)
-    used = num_blocks * _block_bytes(program, config)
-    log.info(
-        "cache: %d blocks of %d tokens, %s of %s (%s); max_model_len %d", num_blocks, block, size_text(used),
-        size_text(budget_bytes), source, length,
-    )  # fmt: skip
+    beside = features
+    if gpu and params and program.cross is not None and config.kv_cache_memory_bytes is None:
+        beside += encoder_bytes(program, params, max(_cross_buckets(program, budget, gpu=gpu)))
+    budget_bytes, source = _cache_bytes(program, config, beside)
+    rows, slots, taken = state_slots(program, config, rows, (budget_bytes, source))
+    budget_bytes -= taken
+    read = 0 if program.cross is None else program.cross.longest
+    if config.cache == CONTIGUOUS:
+        block_bytes = program.layout.groups * _block_bytes(program, config)
+        rows, length = reserve(config, rows, longest, read, (budget_bytes, source), block_bytes)
+        num_blocks = rows * program.layout.groups * math.ceil(max(length, read) / block)
+    else:
+        num_blocks, length = _pool(program, config, rows, longest, read, budget, (budget_bytes, source))
     decode, prefill = (GPU_DECODE, GPU_PREFILL) if gpu else (CPU_DECODE, CPU_PREFILL)
     if not gpu and not native:
         decode = CPU_DECODE[2:]  # XLA on a CPU takes ten times as long for one row of bfloat16 as for four
     return Shapes(
-        num_blocks=num_blocks, block_size=block, rows=rows, width=math.ceil(length / block),
+        num_blocks=num_blocks, block_size=block, rows=rows, width=math.ceil(max(length, read) / block),
         decode_buckets=_buckets(config.decode_buckets, rows, decode, "decode_buckets", halves=not gpu),
         prefill_buckets=_buckets(config.prefill_buckets, budget, prefill, "prefill_buckets", halves=True),
         prefill_rows=min(rows, 64 if gpu else 16), max_logprobs=config.max_logprobs, max_length=length,
         sampled_vocab=program.vocab, groups=program.layout.groups, switched=not gpu,
         feature_slots=feature_slots(program, config, budget),
         encode_buckets=() if program.features is None else GPU_ENCODE if gpu else CPU_ENCODE,
+        cross_buckets=_cross_buckets(program, budget, gpu=gpu), contiguous=config.cache == CONTIGUOUS,
+        state_slots=slots,
     )  # fmt: skip
+
+
+def _pool(
+    program: Program, config: EngineConfig, rows: int, longest: int, read: int, budget: int, memory: tuple[int, str]
+) -> tuple[int, int]:
+    """Blocks of the paged cache, and the longest sequence that they hold, where a step takes `budget` tokens."""
+    (budget_bytes, source), block = memory, config.block_size
+    needed = partial(kv_groups.blocks_needed, program.layout.kinds, block_size=block, chunk=budget, read=read)
+    lengths = [read if kind.kind.encoded else longest for kind in program.layout.kinds]
+    # With all that windows leave behind cached.
+    most = rows * sum(
+        kind.count * math.ceil(length / block) for kind, length in zip(program.layout.kinds, lengths, strict=True)
+    )
+    num_blocks = min(budget_bytes // _block_bytes(program, config), most)
+    capacity = kv_groups.longest(program.layout.kinds, num_blocks, block, budget, longest, read)
+    length = _check_length(capacity, longest, needed(longest), budget_bytes, source, program, config)
+    used = num_blocks * _block_bytes(program, config)
+    log.info(
+        "cache: %d blocks of %d tokens, %s of %s (%s); max_model_len %d", num_blocks, block, size_text(used),
+        size_text(budget_bytes), source, length,
+    )  # fmt: skip
+    return num_blocks, length
+
+
+def encoder_bytes(program: Program, params: Sequence[Any], units: int) -> int:
+    """Bytes that a step of so many values needs on a device, at most, to encode them for cross-attention.
+
+    `params`: of the model, or their shapes.
+    """
+    source, groups = program.cross, kv_groups.encoded(program.layout.kinds).count
+    shape = EncodeShape(units, source.rows, groups, units, program.tile)
+    array, lanes = jax.ShapeDtypeStruct, kv_cache.abstract(program.layout.lanes, 1, 1, program.dtype, program.mesh)
+    integers = {name: array(size, np.int32) for name, size in shape.shapes.items()}
+    inputs = array((units, *source.shape), np.float32 if source.shape else np.int32)
+    batch = EncodeBatch(inputs, array((units, source.numbers), np.int32), **integers, tile=shape.tile)
+    shapes = [array(param.shape, param.dtype) for param in params]
+    size = peak_bytes(jax.make_jaxpr(partial(encode_cross, program))(shapes, lanes, batch))
+    log.info("encoder: up to %s for a step of %d positions", size_text(size), shape.positions)
+    return size
+
+
+def _cross_buckets(program: Program, budget: int, *, gpu: bool) -> tuple[int, ...]:
+    """Values of an encoder step for cross-attention: a whole text fits in the largest, and several short ones."""
+    if program.cross is None:
+        return ()
+    if not program.cross.joint:
+        return GPU_CROSS if gpu else CPU_CROSS
+    largest = max(budget, program.cross.longest // program.cross.rows)
+    return _buckets(None, largest, GPU_PREFILL if gpu else CPU_PREFILL, "cross_buckets", halves=True)
 
 
 def _platform(program: Program) -> str:
@@ -151,14 +217,14 @@ def _feature_bytes(program: Program, slots: int) -> int:
     return size
 
 
-def _cache_bytes(program: Program, config: EngineConfig, features: int) -> tuple[int, str]:
-    """The memory the cache may take over all devices, and why as much; on a GPU `features` bytes a device are left."""
+def _cache_bytes(program: Program, config: EngineConfig, beside: int) -> tuple[int, str]:
+    """The memory the cache may take over all devices, and why as much; on a GPU `beside` bytes a device are left."""
     if config.kv_cache_memory_bytes is not None:
         _check_host(program, config.kv_cache_memory_bytes)
         return config.kv_cache_memory_bytes, "kv_cache_memory_bytes"
     if _platform(program) == "cpu":
         return CPU_CACHE_BYTES, "the default on a CPU; kv_cache_memory_bytes sets it"
-    free = max(0, _least_free(program.mesh) - features)
+    free = max(0, _least_free(program.mesh) - beside)
     share = config.gpu_memory_utilization
     total = int(free * share) * program.mesh.size
     reason = (
@@ -198,9 +264,11 @@ def _check_length(
     """The longest sequence that can be served: `longest`, which takes so many blocks, or `capacity`."""
     block = _block_bytes(program, config)
     if capacity < 2:
+        read = 0 if program.cross is None else program.cross.longest
+        least = block * kv_groups.blocks_needed(program.layout.kinds, 2, config.block_size, 2, read)
+        what = f"the {read} positions that an encoder may read, {size_text(least)}" if read else f"one block of {size_text(least)}"
         raise CapacityError(
-            f"the cache may take {size_text(given)} ({source}), less than one block of "
-            f"{size_text(block * program.layout.groups)}; raise kv_cache_memory_bytes"
+            f"the cache may take {size_text(given)} ({source}), less than {what}; raise kv_cache_memory_bytes"
         )
     if capacity >= longest:
         return longest

@@ -1,5 +1,6 @@
 """The compiled steps: what fixes their shapes, the functions themselves, and how they are jitted."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -11,13 +12,26 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxinfer import functional
+from jaxinfer.encoders import EncodeBatch, EncodeShape
 from jaxinfer.engine import batch as batches
 from jaxinfer.engine import drift
 from jaxinfer.engine.batch import Bucket
-from jaxinfer.engine.sampler import Edits, Level, Logprobs, SamplingRows, logprobs, sample, unpack_rows
+from jaxinfer.engine.sampler import (
+    Candidates,
+    Edits,
+    Level,
+    Logprobs,
+    SamplingRows,
+    candidates,
+    logprobs,
+    sample,
+    unpack_rows,
+)
 from jaxinfer.functional import DecodeBatch, PrefillBatch, Program
+from jaxinfer.kernels.paged import Cache
+from jaxinfer.kernels.state import DecodeSlots, Segments
 from jaxinfer.kernels.xla_attention import decode_items
-from jaxinfer.kv import cache as kv_cache
+from jaxinfer.kv.contiguous import Regions
 from jaxinfer.models.base import FeatureRows, LanguageModel
 from jaxinfer.sharding import mesh as meshes
 
@@ -55,6 +69,17 @@ class Shapes:
     """Inputs of the encoder whose rows the feature pool holds; 0 where the model has no encoder."""
     encode_buckets: tuple[int, ...] = ()
     """Numbers of inputs that an encoder step is compiled for."""
+    cross_buckets: tuple[int, ...] = ()
+    """The same of an encoder whose positions tokens attend to: values, such as the tokens of a text."""
+    state_slots: int = 0
+    """Slots of recurrent state; 0 where no layer has one."""
+    contiguous: bool = False
+    """Whether each row has W blocks of its own (`kv.contiguous`), and not those of a table."""
+
+    @property
+    def regions(self) -> Regions:
+        """Where they lie."""
+        return Regions(self.rows, self.width, self.groups)
 
     def items_bucket(self, rows: int, items: int) -> int:
         """The work items a decode step of `rows` rows is compiled for: their number and its doublings."""
@@ -69,8 +94,9 @@ class RowState(NamedTuple):
 
     tokens: jax.Array
     """`[R]` int32: the last token."""
-    tables: jax.Array
-    """`[G, R, W]` int32: the blocks of the sequence there in each group of layers; anything where there are none."""
+    tables: jax.Array | None
+    """`[G, R, W]` int32: the blocks of the sequence there in each group of layers; anything where there are none. None: they
+    follow from the row (`kv.contiguous`)."""
 
 
 class Sampled(NamedTuple):
@@ -81,6 +107,8 @@ class Sampled(NamedTuple):
     logprobs: Logprobs | None
     prompt_logprobs: Logprobs | None = None
     """`[T, ...]` of every token's successor in the prompt."""
+    candidates: Candidates | None = None
+    """Of every row, where some are beams of a search."""
     summary: jax.Array | None = None
     """Of the hidden states the tokens were sampled from (`engine.drift`), where several processes have them."""
 
@@ -90,9 +118,9 @@ def replicated(program: Program) -> NamedSharding:
     return NamedSharding(program.mesh, PartitionSpec())
 
 
-def abstract_cache(program: Program, shapes: Shapes) -> list[kv_cache.Lane]:
+def abstract_cache(program: Program, shapes: Shapes) -> Cache:
     """Shapes and shardings of the cache; nothing is allocated."""
-    return kv_cache.abstract(program.layout.lanes, shapes.num_blocks, shapes.block_size, program.dtype, program.mesh)
+    return functional.abstract_cache(program, shapes.num_blocks, shapes.block_size, shapes.state_slots)
 
 
 def make_step(
@@ -107,7 +135,7 @@ def make_step(
     whole, each = replicated(program), NamedSharding(program.mesh, PartitionSpec(program.mesh.axis_names))
     return jax.jit(
         partial(body, program, bucket, shapes.sampled_vocab), donate_argnums=(1, 2, 3),
-        out_shardings=(shardings(abstract_cache(program, shapes)), whole, whole, Sampled(whole, whole, whole, each)),
+        out_shardings=(shardings(abstract_cache(program, shapes)), whole, whole, Sampled(whole, whole, whole, whole, each)),
         compiler_options=None if compiler_options is None else dict(compiler_options),
     )  # fmt: skip
 
@@ -123,14 +151,14 @@ def abstract_arguments(program: Program, shapes: Shapes, bucket: Bucket) -> tupl
     return abstract_cache(program, shapes), abstract_rows(program, shapes), edits, *pool, whole((size,), jnp.int32)
 
 
-def shardings(lanes: list[kv_cache.Lane]) -> list[kv_cache.Lane]:
+def shardings(lanes: Cache) -> Cache:
     return jax.tree.map(lambda array: array.sharding, lanes)
 
 
 def abstract_rows(program: Program, shapes: Shapes) -> RowState:
     """Shapes and shardings of the rows' state."""
     whole = partial(jax.ShapeDtypeStruct, sharding=replicated(program))
-    tables = whole((shapes.groups, shapes.rows, shapes.width), jnp.int32)
+    tables = None if shapes.contiguous else whole((shapes.groups, shapes.rows, shapes.width), jnp.int32)
     return RowState(whole((shapes.rows,), jnp.int32), tables)
 
 
@@ -158,6 +186,34 @@ def encode_step(
     return pool.reshape(-1, *made.shape[1:]).at[slots].set(made.astype(pool.dtype), mode="drop").reshape(pool.shape)
 
 
+def encode_cross_step(
+    program: Program, shape: EncodeShape, params: list[jax.Array], cache: Cache, inputs: jax.Array,
+    numbers: jax.Array, packed: jax.Array,
+) -> Cache:  # fmt: skip
+    """The cache with keys and values of what the encoder makes of inputs `[U, *shape]` with numbers `[U, A]`."""
+    batch = EncodeBatch(inputs, numbers, **batches.unpack(shape, packed), tile=shape.tile)
+    return functional.encode_cross(program, params, cache, batch)
+
+
+def make_encode_step(
+    program: Program, shapes: Shapes, shape: EncodeShape, compiler_options: Mapping[str, Any] | None = None
+) -> Callable[..., Any]:
+    """The jitted step that encodes for cross-attention: (params, cache, inputs, numbers, packed) -> cache."""
+    return jax.jit(
+        partial(encode_cross_step, program, shape), donate_argnums=1,
+        out_shardings=shardings(abstract_cache(program, shapes)),
+        compiler_options=None if compiler_options is None else dict(compiler_options),
+    )  # fmt: skip
+
+
+def abstract_encode_arguments(program: Program, shapes: Shapes, shape: EncodeShape) -> tuple[Any, ...]:
+    """Shapes and shardings of what follows the parameters in its call."""
+    source, array = program.cross, partial(jax.ShapeDtypeStruct, sharding=replicated(program))
+    inputs = array((shape.units, *source.shape), jnp.float32 if source.shape else jnp.int32)
+    packed = array((sum(map(math.prod, shape.shapes.values())),), jnp.int32)
+    return abstract_cache(program, shapes), inputs, array((shape.units, source.numbers), jnp.int32), packed
+
+
 def install_tables(rows: RowState, entries: jax.Array) -> RowState:
     """Tables with `entries` `[4, n]` in: group, row, column and block id; one whose row does not exist is dropped."""
     group, row, column, block = entries
@@ -173,18 +229,19 @@ def _mask_padding(logits: jax.Array, vocab: int) -> jax.Array:
 
 
 def _sample(
-    bucket: Bucket, sampled_vocab: int, logits: jax.Array, rows: SamplingRows, edits: Edits | None
-) -> tuple[jax.Array, Edits | None, Logprobs | None]:
-    """The tokens of logits `[B, V']`, and their log-probabilities where the bucket has them."""
-    new, edits = sample(
-        _mask_padding(logits, sampled_vocab), rows, edits, bucket.level, switched=bucket.switched
-    )
+    program: Program, bucket: Bucket, sampled_vocab: int, logits: jax.Array, rows: SamplingRows, edits: Edits | None
+) -> tuple[Edits | None, Sampled]:
+    """The tokens of logits `[B, V']`, and what the bucket has beside them."""
+    how, offered = {"switched": bucket.switched, "rule": None if program.cross is None else program.cross.rule}, None
+    if bucket.candidates:
+        offered = candidates(logits, rows, edits, bucket.candidates, sampled_vocab, **how)
+    new, edits = sample(_mask_padding(logits, sampled_vocab), rows, edits, bucket.level, **how)
     if bucket.logprobs < 0:
-        return new, edits, None
+        return edits, Sampled(new, None, candidates=offered)
     beside = _if_asked(
         bucket, (rows.logprobs > 0).any(), bucket.rows, bucket.logprobs, lambda: logprobs(logits, new, bucket.logprobs)
     )
-    return new, edits, beside
+    return edits, Sampled(new, beside, candidates=offered)
 
 
 def _if_asked(
@@ -213,51 +270,72 @@ def _prompt_logprobs(
     return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:tokens], found)
 
 
+def _reserved(
+    program: Program, bucket: Bucket, cache: Cache, rows: RowState, owners: jax.Array | None
+) -> jax.Array:
+    """`[G, B, W]` the first blocks that are reserved for rows `owners` `[B]`, or for all, as many as the step reads."""
+    groups, size = program.layout.groups, len(rows.tokens)
+    regions = Regions(size, cache[0].keys.shape[0] // (groups * size), groups)
+    return regions.tables(jnp.arange(size) if owners is None else owners, bucket.width)
+
+
 def decode_step(
-    program: Program, bucket: Bucket, sampled_vocab: int, params: list[jax.Array], cache: list[kv_cache.Lane],
+    program: Program, bucket: Bucket, sampled_vocab: int, params: list[jax.Array], cache: Cache,
     rows: RowState, edits: Edits | None, packed: jax.Array,
-) -> tuple[list[kv_cache.Lane], RowState, Edits | None, Sampled]:  # fmt: skip
+) -> tuple[Cache, RowState, Edits | None, Sampled]:  # fmt: skip
     """One token for every sequence: `rows` holds the last one of each, and is where the new ones go."""
     parts = batches.unpack(bucket, packed)
     asked, positions = unpack_rows(parts["sampling"]), parts["positions"]
-    # The block written is the only entry of a table that is read and may have changed since the step before.
-    number = jnp.maximum(positions, 0) // cache[0].keys.shape[2]
-    group = jnp.arange(bucket.groups)[:, None]
-    tables = rows.tables.at[group, asked.row, number].set(parts["blocks"], mode="drop")
-    last, own = rows.tokens, tables
+    last, tables, owners = rows.tokens, rows.tables, None
     if bucket.rows < len(last):  # else each sequence lies in its row's place (`batch.lanes`)
-        last, own = last.at[asked.row].get(mode="clip"), tables.at[:, asked.row].get(mode="clip")
-    hidden, cache = functional.decode_hidden(program, params, cache, DecodeBatch(last, positions, own, bucket.items))
-    new, edits, beside = _sample(bucket, sampled_vocab, program.module(params).logits(hidden), asked, edits)
-    sampled = Sampled(new, beside, summary=_summary(program, hidden))
-    return cache, RowState(rows.tokens.at[asked.row].set(new, mode="drop"), tables), edits, sampled
+        last, owners = last.at[asked.row].get(mode="clip"), asked.row
+    if bucket.candidates:
+        last = jnp.where(parts["tokens"] < 0, last, parts["tokens"])
+    if bucket.contiguous:
+        own = _reserved(program, bucket, cache, rows, owners)
+    else:
+        # The block written is the only entry of a table that is read and may have changed since the step before.
+        number = jnp.maximum(positions, 0) // cache[0].keys.shape[2]
+        group = jnp.arange(bucket.groups)[:, None]
+        tables = tables.at[group, asked.row, number].set(parts["blocks"], mode="drop")
+        own = tables if owners is None else tables.at[:, owners].get(mode="clip")
+    states = DecodeSlots(*parts["states"]) if bucket.states else None
+    batch = DecodeBatch(last, positions, own, bucket.items, parts.get("seen"), states)
+    hidden, cache = functional.decode_hidden(program, params, cache, batch)
+    logits = program.module(params).logits(hidden)
+    edits, sampled = _sample(program, bucket, sampled_vocab, logits, asked, edits)
+    rows = RowState(rows.tokens.at[asked.row].set(sampled.tokens, mode="drop"), tables)
+    return cache, rows, edits, sampled._replace(summary=_summary(program, hidden))
 
 
 def prefill_step(
-    program: Program, bucket: Bucket, sampled_vocab: int, params: list[jax.Array], cache: list[kv_cache.Lane],
+    program: Program, bucket: Bucket, sampled_vocab: int, params: list[jax.Array], cache: Cache,
     rows: RowState, edits: Edits | None, *pool_and_packed: jax.Array,
-) -> tuple[list[kv_cache.Lane], RowState, Edits | None, Sampled]:  # fmt: skip
+) -> tuple[Cache, RowState, Edits | None, Sampled]:  # fmt: skip
     """Chunks of prompts, and a token for each sequence whose prompt ends here; the feature pool is there where the bucket has it."""
     *pool, packed = pool_and_packed
     parts = batches.unpack(bucket, packed)
     features = FeatureRows(pool[0], parts.pop("features")) if bucket.features else None
     asked, targets = unpack_rows(parts.pop("sampling")), parts.pop("targets")
-    tables = rows.tables[:, parts.pop("owners")]
+    owners = parts.pop("owners")
+    if bucket.states:
+        parts["states"] = Segments(*parts["states"])
+    tables = _reserved(program, bucket, cache, rows, owners) if bucket.contiguous else rows.tables[:, owners]
     hidden, cache = functional.prefill_hidden(
         program, params, cache, PrefillBatch(**parts, tables=tables, tile=bucket.tile), features
     )
     module = program.module(params)
     last = hidden[parts["last"]]
     logits = module.logits(last)
-    new, edits, beside = _sample(bucket, sampled_vocab, logits, asked, edits)
+    edits, sampled = _sample(program, bucket, sampled_vocab, logits, asked, edits)
     prompt = None
     if bucket.prompt_logprobs >= 0:
         prompt = _if_asked(
             bucket, (targets >= 0).any(), bucket.tokens, bucket.prompt_logprobs,
             lambda: _prompt_logprobs(module, hidden, targets, bucket.prompt_logprobs),
         )  # fmt: skip
-    rows = rows._replace(tokens=rows.tokens.at[asked.row].set(new, mode="drop"))
-    return cache, rows, edits, Sampled(new, beside, prompt, _summary(program, last))
+    rows = rows._replace(tokens=rows.tokens.at[asked.row].set(sampled.tokens, mode="drop"))
+    return cache, rows, edits, sampled._replace(prompt_logprobs=prompt, summary=_summary(program, last))
 
 
 def _summary(program: Program, hidden: jax.Array) -> jax.Array | None:

@@ -28,19 +28,11 @@ def choose(asked: str, mesh: Mesh) -> str:
     device = mesh.devices.flat[0]
     if asked == NATIVE or asked == AUTO and device.platform == "cpu":
         return build.choose("attention_kernel", asked, mesh)
-    if triton_launch.target(mesh) is None:
-        if asked == TRITON:
-            raise ConfigError(
-                f"attention_kernel is {TRITON!r}, but the device is {device.device_kind} ({device.platform}), not an "
-                f"NVIDIA GPU of compute capability {triton_launch.LEAST_CAPABILITY / 10} or more; {AUTO!r} chooses what it can run"
-            )
-        return XLA
-    lacking = triton_launch.lacking()
-    if lacking is None:
+    served, lacking = triton_launch.serves("attention_kernel", asked, mesh)
+    if served:
         return TRITON
-    if asked == TRITON:
-        raise ConfigError(f"attention_kernel is {TRITON!r}, but {lacking}")
-    _warn(lacking)
+    if triton_launch.target(mesh) is not None:
+        _warn(lacking)
     return XLA
 
 

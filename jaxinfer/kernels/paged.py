@@ -7,7 +7,7 @@ All functions see local shapes: under tensor parallelism they run inside `jax.sh
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,10 @@ class Lane(NamedTuple):
     """`[N, K, P, D]`."""
     values: jax.Array | None
     """`[N, K, P, Dv]`; None: the values are the first `Scoring.value_dim` columns of the keys (MLA's latent)."""
+
+
+Cache: TypeAlias = list[Any]
+"""All that is kept of all sequences: a `Lane` for each lane, then the arrays of each recurrent layer (`kernels.state`)."""
 
 
 class Slots(NamedTuple):
@@ -40,6 +44,13 @@ class DecodeRows(NamedTuple):
     """`[B]` positions each sequence has, the new one included; 0 for a padding row."""
     first: int | jax.Array = 0
     """The row of `tables` that is the first sequence's: the tables of several groups of layers lie in one array."""
+    starts: jax.Array | None = None
+    """`[B]` where the step keeps nothing: the first key each token sees, of `lengths` that are in the cache; none where
+    that is its length."""
+
+    def first_keys(self, scoring: "Scoring") -> jax.Array:
+        """`[B]` the first key position that each row sees."""
+        return scoring.first_key(self.lengths - 1) if self.starts is None else self.starts
 
 
 class PrefillTiles(NamedTuple):
@@ -52,6 +63,9 @@ class PrefillTiles(NamedTuple):
     Tiles are in the order of their tokens."""
     count: jax.Array
     """`[]` how many tiles there are."""
+    spans: jax.Array | None = None
+    """`[NT, 2]` where the step keeps nothing: the first key and the end of those in the cache that all queries of a tile
+    see, whatever its position."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +92,10 @@ class Scoring:
         return scores if self.softcap is None else self.softcap * jnp.tanh(scores / self.softcap)
 
 
-def write(lane: Lane, keys: jax.Array, values: jax.Array | None, slots: Slots) -> Lane:
-    """Puts `[T, K, D]` keys and `[T, K, Dv]` values into their slots."""
+def write(lane: Lane, keys: jax.Array | None, values: jax.Array | None, slots: Slots | None) -> Lane:
+    """Puts `[T, K, D]` keys and `[T, K, Dv]` values into their slots; without keys nothing."""
+    if keys is None:
+        return lane
 
     def put(array: jax.Array, new: jax.Array) -> jax.Array:
         return array.at[slots.blocks, :, slots.offsets].set(new.astype(array.dtype), mode="drop")
@@ -106,7 +122,7 @@ def gather_lane(lane: Lane, tables: jax.Array, scoring: Scoring) -> tuple[jax.Ar
 
 def reference(
     q: jax.Array, lane: Lane, tables: jax.Array, rows: jax.Array, positions: jax.Array, scoring: Scoring,
-    sinks: jax.Array | None = None,
+    sinks: jax.Array | None = None, spans: jax.Array | None = None,
 ) -> jax.Array:  # fmt: skip
     """The oracle: every token gathers all its sequence's blocks and takes a plain softmax.
 
@@ -118,6 +134,7 @@ def reference(
         positions: `[T]` its position; it sees keys up to it. Negative: padding, gives 0.
         scoring: scale, window, softcap.
         sinks: `[H]` a logit a head that joins the softmax and is dropped (gpt-oss).
+        spans: `[T, 2]` the first key and the end of those that each token sees, whatever its position.
 
     Returns:
         `[T, H, Dv]`.
@@ -126,12 +143,15 @@ def reference(
     group = q.shape[1] // keys.shape[1]
     keys, values = (jnp.repeat(a, group, axis=1).astype(jnp.float32) for a in (keys, values))
     at, last = jnp.arange(keys.shape[2]), positions[:, None]
-    seen = ((at <= last) & (at >= scoring.first_key(last)))[:, None]
+    if spans is None:
+        seen = ((at <= last) & (at >= scoring.first_key(last)))[:, None]
+    else:
+        seen = ((at >= spans[:, :1]) & (at < spans[:, 1:]))[:, None]
     scores = jnp.einsum("thd,thsd->ths", q.astype(jnp.float32), keys, precision="highest")
     scores = jnp.where(seen, scoring.cap(scoring.scale * scores), -jnp.inf)
     if sinks is not None:
         extra = jnp.broadcast_to(sinks.astype(jnp.float32)[:, None], (*scores.shape[:2], 1))
         scores = jnp.concatenate([scores, extra], axis=-1)
-    weights = jax.nn.softmax(scores, axis=-1)[..., : keys.shape[2]]
+    weights = jax.nn.softmax(scores, axis=-1)[..., : keys.shape[2]]  # NaN where nothing is seen, and then masked
     values = jnp.where(seen[..., None], values, 0)
     return jnp.einsum("ths,thsd->thd", jnp.where(seen, weights, 0), values, precision="highest").astype(q.dtype)

@@ -33,8 +33,8 @@ class TritonAttention:
     target: Target
 
     def decode(
-        self, q: jax.Array, k: jax.Array, v: jax.Array | None, lane: Lane, slots: Slots, step: DecodeRows,
-        scoring: Scoring, sinks: jax.Array | None = None, *, items: int | None = None,
+        self, q: jax.Array, k: jax.Array | None, v: jax.Array | None, lane: Lane, slots: Slots | None, 
+        step: DecodeRows, scoring: Scoring, sinks: jax.Array | None = None, *, items: int | None = None,
     ) -> tuple[jax.Array, Lane]:  # fmt: skip
         """As `xla_attention.decode`; `items` is not needed: the pieces follow from the lengths on the device."""
         layout = _layout(q, lane, scoring, tile=1, decode=True)
@@ -51,21 +51,21 @@ class TritonAttention:
             options=Options(4, 2),
             constants=dict(H=layout.heads, DV=layout.value_dim, V_COLUMNS=power(layout.value_dim), PIECES=PIECES),
         )  # fmt: skip
-        return whole["whole"], Lane(found["new_keys"], found["new_values"])
+        return whole["whole"], lane if k is None else Lane(found["new_keys"], found["new_values"])
 
     def prefill(
-        self, q: jax.Array, k: jax.Array, v: jax.Array | None, lane: Lane, slots: Slots, step: PrefillTiles,
-        scoring: Scoring, sinks: jax.Array | None = None, *, tile: int,
+        self, q: jax.Array, k: jax.Array | None, v: jax.Array | None, lane: Lane, slots: Slots | None, 
+        step: PrefillTiles, scoring: Scoring, sinks: jax.Array | None = None, *, tile: int,
     ) -> tuple[jax.Array, Lane]:  # fmt: skip
         """As `xla_attention.prefill`; a `tile` of `tile()` queries suits best, and padding gives 0."""
         layout = _layout(q, lane, scoring, tile=tile, decode=False)
         work = prefill_work(step, scoring, tokens=q.shape[0], tile=tile)
         found = self._attend((q, k, v), lane, slots, step.tables, work, scoring, sinks, layout)
-        return found["out"], Lane(found["new_keys"], found["new_values"])
+        return found["out"], lane if k is None else Lane(found["new_keys"], found["new_values"])
 
     def _attend(
-        self, qkv: tuple[jax.Array, jax.Array, jax.Array | None], lane: Lane, slots: Slots, tables: jax.Array,
-        work: jax.Array, scoring: Scoring, sinks: jax.Array | None, layout: Layout,
+        self, qkv: tuple[jax.Array, jax.Array | None, jax.Array | None], lane: Lane, slots: Slots | None,
+        tables: jax.Array, work: jax.Array, scoring: Scoring, sinks: jax.Array | None, layout: Layout,
     ) -> dict[str, Any]:  # fmt: skip
         """Launches the kernel over work items."""
         (q, k, v), tiles, dtype = qkv, tiling(layout), lane.keys.dtype
@@ -74,13 +74,14 @@ class TritonAttention:
         heads, value_dim = layout.heads, layout.value_dim
         out_shape = shape((q.shape[0], heads, value_dim), q.dtype)
         q, k, v, places = _beside(*(None if x is None else x.astype(dtype) for x in (q, k, v)))
+        blocks_of, offsets = (None, None) if slots is None else slots
         operands = dict(
-            items=work, tables=tables, blocks=slots.blocks, offsets=slots.offsets, q=q, k=k, v=v, keys=lane.keys,
+            items=work, tables=tables, blocks=blocks_of, offsets=offsets, q=q, k=k, v=v, keys=lane.keys,
             values=lane.values, sinks=sinks,
         )  # fmt: skip
+        written = [None if array is None or k is None else _shape(array) for array in lane]
         results = dict(
-            out=out_shape, new_keys=_shape(lane.keys),
-            new_values=None if lane.values is None else _shape(lane.values),
+            out=out_shape, new_keys=written[0], new_values=written[1],
             sums=shape((items, heads, value_dim), jnp.float32) if layout.decode else None,
             stats=shape((items, 2, heads), jnp.float32) if layout.decode else None,
         )  # fmt: skip
@@ -92,7 +93,8 @@ class TritonAttention:
             BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, PRECISION="ieee" if layout.itemsize == 4 else "tf32",
         )  # fmt: skip
         return self._launch(
-            "attend", operands, results, aliases={"keys": "new_keys", "values": "new_values"}, constants=constants,
+            "attend", operands, results, aliases={} if k is None else {"keys": "new_keys", "values": "new_values"},
+            constants=constants,
             grid=(kv_heads * tiles.parts(heads // kv_heads), items), options=tiles.options,
         )  # fmt: skip
 
@@ -103,8 +105,8 @@ class TritonAttention:
 
 
 def _beside(
-    q: jax.Array, k: jax.Array, v: jax.Array | None
-) -> tuple[jax.Array, jax.Array, jax.Array | None, dict[str, int]]:
+    q: jax.Array, k: jax.Array | None, v: jax.Array | None
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None, dict[str, int]]:
     """Queries, keys and values for the kernel, and where each lies: in one array where they have one width.
 
     They come from one GEMM through rope: as one array they are one kernel of XLA, as three they are three.
@@ -117,7 +119,7 @@ def _beside(
         q = k = v = jnp.concatenate(parts, axis=1)
         rows = [sum(rows)] * 3
     # Keys stand for the values they hold.
-    firsts, rows = (firsts + firsts[-1:])[:3], (rows + rows[-1:])[:3]
+    firsts, rows = (firsts + firsts[-1:] * 2)[:3], (rows + rows[-1:] * 2)[:3]
     names = ("Q", "K", "V")
     return q, k, v, {
         **{f"{name}_FIRST": first for name, first in zip(names, firsts, strict=True)},

@@ -54,7 +54,10 @@ def _scan(
         place = (block * K + head) * P + at % P  # of the cache's [N, K, P] rows
         own = (at + token_of).to(tl.int64)
         # The compiler does not see how far a chosen pointer is aligned, and would read element by element.
-        key_at = tl.multiple_of(tl.where(old, keys + place * D, k + own * K_ROW + head * D), K_ALIGN)
+        key_at = keys + place * D
+        if k is not None:
+            key_at = tl.where(old, key_at, k + own * K_ROW + head * D)
+        key_at = tl.multiple_of(key_at, K_ALIGN)
         key = _rows(key_at, live, 0, MAIN, D, MASKED)
         scores = tl.dot(q, tl.trans(key), input_precision=PRECISION)
         if REST > 0:
@@ -75,10 +78,13 @@ def _scan(
         weights = tl.exp2(scores - new_top[:, None])
         shrink = tl.exp2(top - new_top)
         total = total * shrink + tl.sum(weights, 1)
-        if v is None:
+        if values is None:
             value = key
         else:
-            value_at = tl.multiple_of(tl.where(old, values + place * DV, v + own * V_ROW + head * DV), V_ALIGN)
+            value_at = values + place * DV
+            if v is not None:
+                value_at = tl.where(old, value_at, v + own * V_ROW + head * DV)
+            value_at = tl.multiple_of(value_at, V_ALIGN)
             value = _rows(value_at, live, 0, V_COLUMNS, DV, MASKED)
         acc = tl.dot(weights.to(value.dtype), value, acc * shrink[:, None], input_precision=PRECISION)
         top = new_top
@@ -118,7 +124,8 @@ def attend(
     BLOCK_M rows, query by query MEMBERS heads, so that all heads of a group share what is read of the cache.
 
     Keys from position `fresh` on are taken from k and v, where they lie one after another, and never from the
-    cache: this is what lets other programs of the same launch write them there.
+    cache: this is what lets other programs of the same launch write them there. Without k and v (and blocks, offsets, new_keys and
+    new_values) all keys are in the cache, and nothing is written.
 
     items `[I, 8]` int32: row of the tables, first token, its position, queries (0: nothing to do), first key, end of
     the keys, `fresh`, whether the item is one piece of several. tables `[B, W]`, blocks and offsets `[T]` (slots),
@@ -150,7 +157,8 @@ def attend(
     q_rest = q_tile
     if REST > 0:
         q_rest = _rows(q_start, live, MAIN, REST, D, True)
-    k += K_FIRST
+    if k is not None:
+        k += K_FIRST
     if v is not None:
         v += V_FIRST
 
@@ -175,10 +183,11 @@ def attend(
         True,
     )  # fmt: skip
 
-    if (end == position + count) & (first_member == 0):
-        _keep(k, new_keys, token, count, head, blocks, offsets, K, K_ROW, D, K_COLUMNS, N, P, TILE)
-        if v is not None:
-            _keep(v, new_values, token, count, head, blocks, offsets, K, V_ROW, DV, V_COLUMNS, N, P, TILE)
+    if k is not None:
+        if (end == position + count) & (first_member == 0):
+            _keep(k, new_keys, token, count, head, blocks, offsets, K, K_ROW, D, K_COLUMNS, N, P, TILE)
+            if v is not None:
+                _keep(v, new_values, token, count, head, blocks, offsets, K, V_ROW, DV, V_COLUMNS, N, P, TILE)
 
     columns = tl.arange(0, V_COLUMNS)
     stored = live[:, None] & (columns < DV)[None, :]

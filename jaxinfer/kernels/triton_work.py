@@ -12,11 +12,6 @@ LONG_PIECE = 1024
 part of the whole; shorter ones for one, as each piece pays for its first loads."""
 
 
-def _first_keys(lengths: jax.Array, scoring: Scoring) -> jax.Array:
-    """`[B]` the first position that the last one of each row sees; 0 for padding."""
-    return jnp.where(lengths > 0, scoring.first_key(lengths - 1), 0)
-
-
 def decode_items(rows: int, longest: int, running: int, block_n: int) -> int:
     """The most pieces that `decode_work` cuts: one a row and `WAVES` a slot, and no more than there are tiles."""
     return min(rows + WAVES * running, rows * -(-longest // block_n))
@@ -41,7 +36,7 @@ def decode_work(
         Work items `[I, 8]` (`triton_kernels.attend`), and for each row its first piece and their count `[B, 2]`.
     """
     ends, batch = step.lengths, step.lengths.shape[0]
-    firsts = _first_keys(ends, scoring)
+    firsts = jnp.where(ends > 0, step.first_keys(scoring), 0)
     live = ends - firsts
     fair = _ceil(live.sum(), running)
     piece = jnp.maximum(jnp.minimum(fair, LONG_PIECE), _ceil(fair, WAVES))
@@ -59,7 +54,8 @@ def decode_work(
     used = owner < batch
     end, size, position = ends[row], piece[row], ends[row] - 1
     first = firsts[row] + (at - starts[row]) * size
-    columns = [row + step.first, row, position, used, first, jnp.minimum(first + size, end), position, counts[row] > 1]
+    fresh = position if step.starts is None else end
+    columns = [row + step.first, row, position, used, first, jnp.minimum(first + size, end), fresh, counts[row] > 1]
     return _columns(columns), _columns([starts, counts])
 
 
@@ -77,10 +73,14 @@ def prefill_work(step: PrefillTiles, scoring: Scoring, *, tokens: int, tile: int
     fresh = jnp.where(same, position, jnp.iinfo(jnp.int32).max).min(axis=1)
     used = jnp.where(live, count, 0).sum()
     padding = used + (at - step.count) * tile
+    first, end = scoring.first_key(position), position + count
+    if step.spans is not None:  # from its last key on a query sees all before it
+        (first, end), fresh = step.spans.T, step.spans[:, 1]
+        position = end - 1
     columns = [
         row, jnp.where(live, token, padding), position,
         jnp.where(live, count, jnp.clip(tokens - padding, 0, tile)),
-        jnp.where(live, scoring.first_key(position), 0), jnp.where(live, position + count, 0), fresh, live,
+        jnp.where(live, first, 0), jnp.where(live, end, 0), fresh, live,
     ]  # fmt: skip
     return _columns(columns)[::-1]
 

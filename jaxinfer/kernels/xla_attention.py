@@ -44,7 +44,7 @@ def _decode_work(
     """
     batch, width = step.lengths.shape[0], step.tables.shape[1]
     span = item_keys(block) // block
-    skipped = scoring.first_key(step.lengths - 1) // block
+    skipped = step.first_keys(scoring) // block
     counts = -(-(step.lengths - skipped * block) // (span * block))
     ends = jnp.cumsum(counts)
     at = jnp.arange(items)
@@ -56,8 +56,8 @@ def _decode_work(
 
 
 def decode(
-    q: jax.Array, k: jax.Array, v: jax.Array | None, lane: Lane, slots: Slots, step: DecodeRows, scoring: Scoring,
-    sinks: jax.Array | None = None, items: int | None = None,
+    q: jax.Array, k: jax.Array | None, v: jax.Array | None, lane: Lane, slots: Slots | None, 
+    step: DecodeRows, scoring: Scoring, sinks: jax.Array | None = None, items: int | None = None,
 ) -> tuple[jax.Array, Lane]:  # fmt: skip
     """Writes a new token's keys and values a row, then softmax(score(q K^T)) V over each row's own positions.
 
@@ -66,7 +66,7 @@ def decode(
 
     Args:
         q: `[B, H, D]`.
-        k: `[B, K, D]`.
+        k: `[B, K, D]`; None with `step.starts`: nothing is written, all keys are in the cache (cross-attention).
         v: `[B, K, Dv]`, None where the lane keeps none.
         lane: the cache.
         slots: where the new tokens go.
@@ -91,7 +91,7 @@ def decode(
     grouped = q.reshape(batch, kv_heads, heads // kv_heads, dim).at[rows].get(mode="clip")
     lengths = step.lengths.at[rows].get(mode="fill", fill_value=0)[:, None]
     at = starts[:, None] + jnp.arange(span)
-    live = (at < lengths) & (at >= scoring.first_key(lengths - 1))
+    live = (at < lengths) & (at >= step.first_keys(scoring).at[rows].get(mode="fill", fill_value=0)[:, None])
     precision = _precision(q.dtype)
     scores = scoring.cap(scoring.scale * jnp.einsum(
         "ikgd,iksd->ikgs", grouped, keys, precision=precision, preferred_element_type=jnp.float32
@@ -126,8 +126,8 @@ def _add_pieces(parts: jax.Array, mine: jax.Array) -> jax.Array:
 
 
 def prefill(
-    q: jax.Array, k: jax.Array, v: jax.Array | None, lane: Lane, slots: Slots, step: PrefillTiles, scoring: Scoring,
-    sinks: jax.Array | None = None, *, tile: int,
+    q: jax.Array, k: jax.Array | None, v: jax.Array | None, lane: Lane, slots: Slots | None, 
+    step: PrefillTiles, scoring: Scoring, sinks: jax.Array | None = None, *, tile: int,
 ) -> tuple[jax.Array, Lane]:  # fmt: skip
     """Writes the chunk's keys and values, then attends: causal within each sequence and over all it has cached.
 
@@ -137,7 +137,7 @@ def prefill(
 
     Args:
         q: `[T, H, D]`.
-        k: `[T, K, D]`.
+        k: `[T, K, D]`; None with `step.spans`: nothing is written, all keys are in the cache.
         v: `[T, K, Dv]`, None where the lane keeps none.
         lane, slots, scoring, sinks: as for `decode`.
         step: tables and tiles.
@@ -159,7 +159,12 @@ def prefill(
         row, start, position, count = step.tiles[index]
         queries = jax.lax.dynamic_slice(padded, (start, 0, 0), (tile, heads, dim))
         queries = queries.reshape(tile, kv_heads, heads // kv_heads, dim)
-        result = _tile(queries, lane, tables[row], (position, position + count), scoring, sinks, width)
+        q_at = position + jnp.arange(tile)
+        span = (scoring.first_key(q_at), q_at, position + count)
+        if step.spans is not None:
+            first, end = step.spans[index]
+            span = (jnp.full(tile, first), jnp.full(tile, end - 1), end)
+        result = _tile(queries, lane, tables[row], span, scoring, sinks, width)
         # A tile's tail beyond `count` is overwritten by the tile that follows.
         return jax.lax.dynamic_update_slice(out, result.reshape(tile, heads, value_dim), (start, 0, 0))
 
@@ -168,16 +173,17 @@ def prefill(
 
 
 def _tile(
-    q: jax.Array, lane: Lane, table: jax.Array, span: tuple[jax.Array, jax.Array], scoring: Scoring,
+    q: jax.Array, lane: Lane, table: jax.Array, span: tuple[jax.Array, jax.Array, jax.Array], scoring: Scoring,
     sinks: jax.Array | None, width: int,
 ) -> jax.Array:  # fmt: skip
-    """Queries `[C, K, G, D]` at positions [`span`) against the keys up to them, `width` blocks at a time."""
+    """Queries `[C, K, G, D]` against the keys they see, `width` blocks at a time.
+
+    `span`: the first and the last key that each query sees `[C]`, and the end of all keys.
+    """
     count, kv_heads, group, dim = q.shape
-    position, length = span
+    least, q_at, length = span[0][:, None], span[1][:, None], span[2]
     keys_read = width * lane.keys.shape[2]
     precision = _precision(q.dtype)
-    q_at = (position + jnp.arange(count))[:, None]
-    least = scoring.first_key(q_at)
 
     def body(chunk: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
         top, total, acc = carry
@@ -204,7 +210,7 @@ def _tile(
     if sinks is not None:
         top, total = jnp.broadcast_to(sinks[..., None], lead), jnp.ones(lead)
     start = (top, total, jnp.zeros((*lead, value_dim)))
-    first = scoring.first_key(position) // keys_read
+    first = span[0][0] // keys_read
     _, total, acc = jax.lax.fori_loop(first, (length + keys_read - 1) // keys_read, body, start)
     out = acc / jnp.maximum(total, 1e-30)[..., None]
     return jnp.moveaxis(out, 2, 0).astype(q.dtype)

@@ -71,17 +71,17 @@ def _ids(kinds: Sequence[KindGroups], found: Match) -> np.ndarray:
     """`[G, n]` the nodes' blocks, -1 where a kind has none there."""
     ids = np.empty((count(kinds), len(found.nodes)), np.int32)
     for k, kind in enumerate(kinds):
-        absent = (-1,) * kind.count
+        absent, k = (-1,) * kind.count, -1 if kind.kind.slots else k
         ids[kind.span] = np.array([node.ids[k] or absent for node in found.nodes], np.int32).T
     return ids
 
 
 def _alone(kind: Kind, served: np.ndarray, end: MatchEnd, most: int, block_size: int) -> KindHit:
     blocks = int(np.flatnonzero(served)[-1])
-    reason = MatchEnd.EVICTED if kind.whole else MatchEnd.WINDOW
+    reason = kind.absent
     if blocks == len(served) - 1:
-        reason = MatchEnd.COMPLETE if blocks == most else end
-    return KindHit(kind.name, blocks * block_size, str(reason))
+        reason = str(MatchEnd.COMPLETE if blocks == most else end)
+    return KindHit(kind.name, blocks * block_size, reason)
 
 
 def _reason(blocks: int, most: int, alone: Sequence[KindHit], block_size: int) -> str:

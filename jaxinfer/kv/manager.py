@@ -15,10 +15,13 @@ import numpy as np
 from jaxinfer.kv import hits
 from jaxinfer.kv import pool as pools
 from jaxinfer.kv.cold import Cold
-from jaxinfer.kv.groups import SINGLE, KindGroups, count
+from jaxinfer.kv.encoded import NOTHING_READ, Encoded, EncodedBlocks, EncodedHit
+from jaxinfer.kv.groups import SINGLE, KindGroups, count, own
 from jaxinfer.kv.hits import Hit
 from jaxinfer.kv.pool import BlockPool
 from jaxinfer.kv.prefix import NO_EXTRAS, Extras, PrefixIndex
+from jaxinfer.kv.recurrent import RecurrentStates
+from jaxinfer.kv.spec import Recurrent
 from jaxinfer.kv.tables import Tables
 
 
@@ -27,18 +30,24 @@ class BlockManager:
 
     def __init__(
         self, num_blocks: int, rows: int, width: int, block_size: int, *, prefix_caching: bool = True,
-        kinds: Sequence[KindGroups] = SINGLE,
+        kinds: Sequence[KindGroups] = SINGLE, state_slots: int = 0,
     ):  # fmt: skip
         self.pool = BlockPool.create(num_blocks)
-        self.kinds = tuple(kinds)
-        self.index = PrefixIndex(block_size, kinds=len(self.kinds))
+        self.kinds = own(kinds)
+        """Those of the sequences' own positions."""
+        self.index = PrefixIndex(block_size, kinds=len(kinds) + 1)
         self.tables = Tables(rows, width, block_size, kinds)
+        self.encoded = EncodedBlocks(kinds, self.index, prefix_caching=prefix_caching)
+        self.states: RecurrentStates | None = None
+        """Where the states of recurrent layers are, if there are such."""
+        if state_slots:
+            self.states = RecurrentStates(state_slots, rows, self.index, num_blocks, keep=prefix_caching)
         self.block_size = block_size
         self.prefix_caching = prefix_caching
         self.boundaries = np.zeros((2, rows), np.int32)
         """Ends of prefixes of each row's prompt that others may have too: where it parts from prompts before it, and all
         of it but its last token, in blocks. The windows before them stay findable."""
-        self._groups, self._spans = count(self.kinds), [kind.span for kind in self.kinds]
+        self._groups, self._spans = count(kinds), [kind.span for kind in self.kinds]
         self._moving = [k for k, kind in enumerate(self.kinds) if not kind.kind.whole]
         """The kinds whose first needed position moves on."""
         self._cold = Cold()
@@ -81,30 +90,47 @@ class BlockManager:
             return hits.nothing(self.kinds, "prefix caching is off")
         most = max(0, (len(tokens) - 1) // self.block_size)
         found = self.index.match(digests[:most], tokens, root, extras)
-        return hits.longest(self.kinds, found, self.pool.published, most, self.block_size)
+        kinds, published = self.kinds, self.pool.published
+        if self.states is not None:
+            kinds = *kinds, KindGroups(Recurrent(), count(kinds))
+            published = np.concatenate([published, self.states.published])
+        return hits.longest(kinds, found, published, most, self.block_size)
 
-    def admit(self, row: int, hit: Hit, tokens: int, reach: int | None = None) -> bool:
-        """Gives a row the blocks of its hit and new ones for the rest of `tokens` positions, or nothing at all.
+    def lookup_encoded(self, content: Encoded | None) -> EncodedHit:
+        """The blocks of what a sequence's encoder reads (None: nothing); all of them or none."""
+        return self.encoded.lookup(content, self.pool.published)
+
+    def admit(
+        self, row: int, hit: Hit, tokens: int, reach: int | None = None, encoded: EncodedHit = NOTHING_READ
+    ) -> bool:
+        """Gives a row the blocks of its hits and new ones for the rest of `tokens` positions, or nothing at all.
 
         Of kinds that do not need all at the same time only those up to position `reach` are taken (`extend`).
         """
-        shared = hit.ids.T.ravel()
+        own = hit.ids[: count(self.kinds)]
+        shared = np.concatenate([own.T.ravel(), encoded.ids.T.ravel()])
         shared = shared[shared >= 0]
         pool = pools.share(self.pool, shared)
         reach = tokens if reach is None else reach
         ends = [self.blocks_for(tokens if kind.kind.whole else reach) for kind in self.kinds]
         wanted = [kind.count * (end - hit.blocks) for kind, end in zip(self.kinds, ends, strict=True)]
-        taken = self._allocate(pool, sum(wanted))
+        taken = self._allocate(pool, sum(wanted) + encoded.missing)
         if taken is None:
             return False
         self.pool, ids = taken
         self._cold.drop(shared)
-        table = np.full((self._groups, max(hit.blocks, *ends)), -1, np.int32)
-        table[:, : hit.blocks] = hit.ids
-        for kind, end, some in zip(self.kinds, ends, np.split(ids, np.cumsum(wanted)[:-1]), strict=True):
+        *own_ids, read = np.split(ids, np.cumsum(wanted))
+        read = self.encoded.take(row, encoded, read)
+        table = np.full((self._groups, max(hit.blocks, *ends, read.shape[1])), -1, np.int32)
+        table[: len(own), : hit.blocks] = own
+        for kind, end, some in zip(self.kinds, ends, own_ids, strict=True):
             table[kind.span, hit.blocks : end] = some.reshape(-1, kind.count).T
-        self.tables.assign(row, table, hit.blocks * self.block_size)
+        table[len(own) :, : read.shape[1]] = read
+        self.tables.assign(row, table, hit.blocks * self.block_size, encoded.length)
         self.boundaries[:, row] = hit.known, max(0, (tokens - 1) // self.block_size)
+        if self.states is not None:
+            snapshot = int(hit.ids[-1, -1]) if hit.blocks else None
+            self.states.admit(row, snapshot, hit.blocks, self.boundaries[:, row].tolist())
         return True
 
     def extend(self, row: int, start: int, stop: int) -> bool:
@@ -143,9 +169,9 @@ class BlockManager:
             pool, behind = self._release_behind(pool, rows, lengths)
         at = lengths // self.block_size
         last = (lengths + (steps - 1)) // self.block_size + 1
-        added = [np.maximum(last - counts[rows], 0) for counts in tables.counts]
+        added = [np.maximum(last - counts[rows], 0) for counts in tables.counts[: len(self.kinds)]]
         news = [kind.count * int(more.sum()) for kind, more in zip(self.kinds, added, strict=True)]
-        # `[G * B]`; -1 where a row has no such block yet.
+        # Of all groups that grow, one after another; -1 where a row has no such block yet.
         current = tables.at(rows, at).ravel()
         copied = self._must_copy(pool, current)
         new = sum(news)
@@ -237,9 +263,14 @@ class BlockManager:
         return pool, ids
 
     def fork(self, source: int, target: int) -> None:
-        """Lets row `target` share every block of row `source`."""
-        self.pool = pools.share(self.pool, self.tables.fork(source, target))
+        """Lets row `target` share every block of row `source`; what it had itself is released."""
+        own = self.tables.of(target)[::-1].copy()
+        pool = pools.share(self.pool, self.tables.fork(source, target))
+        self.pool = pools.release(pool, own)
         self.boundaries[:, target] = self.boundaries[:, source]
+        if self.states is not None:
+            self.states.free(target)
+            self.states.fork(source, target)
 
     def free(self, row: int, digests: Sequence[bytes] = ()) -> None:
         """Releases all that a row names; published blocks stay findable until they are evicted.
@@ -247,6 +278,9 @@ class BlockManager:
         Blocks are evicted from the end of a prefix to its start. With the row's `digests`, the windows before the ends of
         prefixes that others may have stay as long as what lies before those ends.
         """
+        self.encoded.leave(row)
+        if self.states is not None:
+            self.states.free(row)
         ends = sorted(set(self.boundaries[:, row].tolist()), reverse=True) if self._moving and digests else []
         blocks = self.tables.blocks[:, row].copy() if ends else None
         ids = self.tables.clear(row)
@@ -268,13 +302,18 @@ class BlockManager:
     def take_evicted(self) -> None:
         """Takes what was evicted since the last call out of the index, and with it what was published together."""
         ids = [some for some in self._evicted if len(some)]
+        if self.states is not None:
+            ids += self.states.take_evicted()
         if ids:
             self._unpublish(self.index.evict(np.concatenate(ids)))
         self._evicted.clear()
 
     def _unpublish(self, ids: list[int]) -> None:
-        if ids:
-            self.pool = pools.unpublish(self.pool, ids)
+        blocks = [i for i in ids if i < self._pool.num_blocks]
+        if blocks:
+            self.pool = pools.unpublish(self.pool, blocks)
+        if self.states is not None:
+            self.states.withdraw(ids)
 
     def publish(
         self, row: int, tokens: np.ndarray, digests: Sequence[bytes], root: bytes, start: int, stop: int,
@@ -294,6 +333,12 @@ class BlockManager:
                 ids = blocks[span]
                 if ids[0] >= 0 and self.index.insert(digests[number], parent, known, ids, k, extra):
                     self._entered += ids
+        if self.states is not None:
+            self.states.publish(row, tokens, digests, root, stop, extras)
+
+    def publish_encoded(self, row: int) -> None:
+        """Enters the blocks of what a row's encoder read, once the step that fills them is dispatched."""
+        self._entered += self.encoded.publish(row)
 
     def _make_nodes(
         self, tokens: np.ndarray, digests: Sequence[bytes], root: bytes, stop: int, extras: Extras
@@ -316,6 +361,8 @@ class BlockManager:
         self._evicted.clear()
         self._cold.clear()
         self.pool = pools.reset_published(self.pool)
+        if self.states is not None:
+            self.states.reset_published()
 
     def check(self) -> None:
         """The invariants of the accounting.
@@ -326,5 +373,5 @@ class BlockManager:
         tables = self.tables
         pools.check(self.pool, [tables.of(row) for row in tables.used()])
         self.take_evicted()
-        self.index.check(self.pool)
+        self.index.check(self.pool, [] if self.states is None else self.states.check())
         tables.check(self.pool.num_blocks)

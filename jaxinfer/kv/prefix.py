@@ -103,7 +103,7 @@ class PrefixIndex:
             raise ValueError(f"block_size must be at least 1, got {block_size}.")
         self.block_size = block_size
         self._remember = remember_evicted
-        self._kinds = kinds
+        self.kinds = kinds
         self._nodes: dict[bytes, Node] = {}
         self._owners: dict[int, tuple[Node, int]] = {}
         self._heads: Counter[bytes] = Counter()
@@ -191,7 +191,7 @@ class PrefixIndex:
             if owner is not None and (owner[0] is not node or owner[1] != kind):
                 raise PoolInvariantError(f"block {block_id} is in the prefix index with another content.")
         if node is None:
-            node = self._add(Node(digest, bytes(parent), data + extra, self._kinds))
+            node = self._add(Node(digest, bytes(parent), data + extra, self.kinds))
         if node.ids[kind] or not ids:
             return False
         node.ids[kind], owner = tuple(ids), (node, kind)
@@ -269,16 +269,19 @@ class PrefixIndex:
         self._heads.clear()
         self._evicted.clear()
 
-    def check(self, pool: BlockPool) -> None:
-        """Raises PoolInvariantError unless each published block of the pool has one digest, and no other."""
-        named = [(i, node, kind) for node in self._nodes.values() for kind in range(self._kinds) for i in node.ids[kind]]
+    def check(self, pool: BlockPool, others: Sequence[int] = ()) -> None:
+        """Raises PoolInvariantError unless each published block of the pool has one digest, and no other.
+
+        `others`: numbers that are published elsewhere (`kv.recurrent`).
+        """
+        named = [(i, node, kind) for node in self._nodes.values() for kind in range(self.kinds) for i in node.ids[kind]]
         listed = {i: (node, kind) for i, node, kind in named}
         if listed != self._owners or len(listed) != len(named):
             raise PoolInvariantError(
                 f"{len(named)} entries of the prefix index name {len(listed)} blocks, "
                 f"{len(self._owners)} blocks name an entry: they must be the same pairs."
             )
-        published = set(np.flatnonzero(np.asarray(pool.published)).tolist())
+        published = {*np.flatnonzero(np.asarray(pool.published)).tolist(), *others}
         if published != listed.keys():
             raise PoolInvariantError(
                 f"the pool has {len(published)} published blocks, the prefix index {len(listed)}; only in "

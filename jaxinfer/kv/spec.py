@@ -4,8 +4,11 @@ A kind says how long a layer needs what it keeps, and that is all that tables, r
 of it: a new kind is one more class with `first_needed`. A spec is a kind with the shape of what is kept.
 """
 
+import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
 
 
 @dataclass(frozen=True)
@@ -15,6 +18,12 @@ class Kind:
     whole: ClassVar[bool] = True
     """Whether a prompt's blocks are all needed at the same time; they are then taken at its admission, and otherwise
     chunk by chunk."""
+    absent: ClassVar[str] = "evicted under pressure"
+    """Why a known prefix cannot be gone on from where some of what is needed is gone."""
+    slots: ClassVar[bool] = False
+    """Whether it is kept in slots of its own and not in blocks (`kv.recurrent`)."""
+    encoded: ClassVar[bool] = False
+    """Whether what is kept is of an encoder's positions, and not of the sequence's own (`kv.encoded`)."""
 
     @property
     def name(self) -> str:
@@ -39,6 +48,7 @@ class Window(Kind):
     """The positions (p - size, p] that a token at p sees."""
 
     whole: ClassVar[bool] = False
+    absent: ClassVar[str] = "window evicted"
 
     size: int
     """Positions, the token's own among them; at least 1."""
@@ -51,6 +61,37 @@ class Window(Kind):
     def first_needed(self, length: Any) -> Any:
         """The first position that the token at `length` sees."""
         behind = length - self.size + 1
+        return behind * (behind > 0)
+
+
+@dataclass(frozen=True)
+class Encoded(Kind):
+    """The positions of what an encoder read: written once, all before the first token is computed, and needed to the end."""
+
+    encoded: ClassVar[bool] = True
+
+    @property
+    def name(self) -> str:
+        """In metrics and messages."""
+        return "cross"
+
+
+@dataclass(frozen=True)
+class Recurrent(Kind):
+    """One state for all positions up to some, kept in slots of its own at some block boundaries (`kv.recurrent`)."""
+
+    whole: ClassVar[bool] = False
+    slots: ClassVar[bool] = True
+    absent: ClassVar[str] = "no snapshot at that boundary"
+
+    @property
+    def name(self) -> str:
+        """In metrics and messages."""
+        return "recurrent"
+
+    def first_needed(self, length: Any) -> Any:
+        """The last position: the state after it is kept with its block."""
+        behind = length - 1
         return behind * (behind > 0)
 
 
@@ -96,3 +137,63 @@ class Sliding(Full):
     def kind(self) -> Kind:
         """How long it is needed."""
         return Window(self.window)
+
+
+@dataclass(frozen=True)
+class Cross(Full):
+    """Keys and values of an encoder's positions, which the tokens of a decoder attend to."""
+
+    @property
+    def kind(self) -> Kind:
+        """How long it is needed."""
+        return Encoded()
+
+
+@dataclass(frozen=True)
+class Latent(Full):
+    """One latent a position, of `head_dim` columns: keys for all heads, and values in its first columns (`kernels.latent`).
+
+    It is whole on every device, as all heads there are need it.
+    """
+
+    kv_heads: int = field(default=1, init=False)
+    replicated: bool = field(default=True, init=False)
+
+    def block_bytes(self, block_size: int, itemsize: int, tp: int) -> int:
+        """Bytes of one block of this layer, over all `tp` shards."""
+        return tp * block_size * self.head_dim * itemsize
+
+    @property
+    def lane(self) -> "Full":
+        """The array it needs."""
+        return self
+
+
+class StateArray(NamedTuple):
+    """One array of a recurrent layer's state, of one slot."""
+
+    shape: tuple[int, ...]
+    """Over all shards."""
+    axes: tuple[str | None, ...]
+    """Logical, as on a parameter."""
+    dtype: np.dtype
+
+
+@dataclass(frozen=True)
+class State:
+    """What a recurrent layer keeps: not of each position but of all up to one."""
+
+    arrays: tuple[StateArray, ...]
+    """A named tuple of the layer's own; its arrays in the cache, `[N, *shape]` over slots, are another of the same type."""
+    replicated: bool = False
+    """Whether the layer is computed whole on every device."""
+
+    @property
+    def kind(self) -> Kind:
+        """How long it is needed."""
+        return Recurrent()
+
+    def slot_bytes(self, tp: int) -> int:
+        """Bytes of one slot of this layer, over all `tp` shards."""
+        copies = tp if self.replicated else 1
+        return copies * sum(math.prod(a.shape) * np.dtype(a.dtype).itemsize for a in self.arrays)

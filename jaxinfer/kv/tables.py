@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxinfer.kv.groups import SINGLE, KindGroups, count
+from jaxinfer.kv.groups import SINGLE, KindGroups, count, own
 from jaxinfer.kv.pool import PoolInvariantError
 
 
@@ -18,6 +18,9 @@ class Tables:
     The device keeps a copy of `blocks`. Rows in `unsent` have blocks that are new to it (`take_unsent`). Where a
     row changes otherwise, it changes in the blocks that the next decode step writes: each step says which those are.
     What was released stays in the device's copy, where nobody reads it.
+
+    Of a kind that keeps what an encoder read (`kv.encoded`), the last one, a row holds the blocks of `read[r]` positions,
+    whatever its own length is.
     """
 
     def __init__(self, rows: int, width: int, block_size: int, kinds: Sequence[KindGroups] = SINGLE):
@@ -28,7 +31,12 @@ class Tables:
         self.firsts = np.zeros((len(kinds), rows), np.int32)
         self.counts = np.zeros((len(kinds), rows), np.int32)
         self.lengths = np.zeros(rows, np.int32)
+        self.read = np.zeros(rows, np.int32)
+        self.seen = np.zeros((rows, 2), np.int32)
+        """The first and the end of the encoder positions that the next tokens of each row see."""
         self.unsent: set[int] = set()
+        self._own = count(own(kinds))
+        """Groups that grow with the sequence: the first ones."""
         self._sent = np.zeros((len(kinds), rows), np.int32)
         """Blocks of the rows in `unsent` that the device knows."""
 
@@ -41,16 +49,17 @@ class Tables:
         """The rows that hold blocks."""
         return np.flatnonzero(self.counts.any(axis=0)).tolist()
 
-    def assign(self, row: int, ids: np.ndarray, length: int) -> None:
+    def assign(self, row: int, ids: np.ndarray, length: int, read: int = 0) -> None:
         """Gives an empty row its first blocks `[G, n]`, of which the first `length` positions are written.
 
-        -1 where a group needs none; those it needs, at least one, lie together.
+        -1 where a group needs none; those it needs lie together. `read`: positions of what its encoder reads.
         """
         self.blocks[:, row, : ids.shape[1]] = ids
         for k, kind in enumerate(self.kinds):
             held = np.flatnonzero(ids[kind.first] >= 0)
-            self.firsts[k, row], self.counts[k, row] = held[0], held[-1] + 1
-        self.lengths[row] = length
+            if len(held):
+                self.firsts[k, row], self.counts[k, row] = held[0], held[-1] + 1
+        self.lengths[row], self.read[row] = length, read
         self._sent[:, row] = 0
         self.unsent.add(row)
 
@@ -64,26 +73,33 @@ class Tables:
         self.counts[k, row] = stop
 
     def fork(self, source: int, target: int) -> np.ndarray:
-        """Lets row `target` name all that `source` names; the ids, to be shared in the pool."""
+        """Lets row `target` name all that `source` names, and no more what it named; the ids, to be shared in the pool."""
+        for k, kind in enumerate(self.kinds):
+            # What both have at their beginning the device knows.
+            same = (self.blocks[kind.span, source] == self.blocks[kind.span, target]).all(axis=0)
+            sent = self._sent[k, target] if target in self.unsent else self.counts[k, target]
+            self._sent[k, target] = min(int(np.argmin(np.append(same, False))), sent)
         for array in (self.firsts, self.counts):
             array[:, target] = array[:, source]
         self.blocks[:, target] = self.blocks[:, source]
-        self.lengths[target] = self.lengths[source]
-        self._sent[:, target] = 0
+        for array in (self.lengths, self.read, self.seen):
+            array[target] = array[source]
         self.unsent.add(target)
         return self.of(target)
 
     def clear(self, row: int) -> np.ndarray:
         """Empties a row; its ids, last block first, as they are to be released."""
         ids = self.of(row)[::-1].copy()
-        self.blocks[:, row], self.firsts[:, row], self.counts[:, row], self.lengths[row] = -1, 0, 0, 0
+        for array in (self.firsts.T, self.counts.T, self.lengths, self.read, self.seen):
+            array[row] = 0
+        self.blocks[:, row] = -1
         self.unsent.discard(row)
         return ids
 
     def at(self, rows: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-        """`[G, B]` the ids of one block of each row; -1 where it has none."""
+        """The ids of one block of each row, `[., B]` over the groups that grow; -1 where it has none."""
         groups, _, width = self.blocks.shape
-        return self.blocks.reshape(groups, -1).take(rows * width + numbers, axis=1)
+        return self.blocks.reshape(groups, -1)[: self._own].take(rows * width + numbers, axis=1)
 
     def of(self, row: int) -> np.ndarray:
         """The ids of one row, block by block: those of all groups beside each other."""
@@ -105,14 +121,15 @@ class Tables:
             owners[ids] = group
         columns = np.arange(self.blocks.shape[2])
         for kind, firsts, counts in zip(self.kinds, self.firsts, self.counts, strict=True):
+            lengths = self.read if kind.kind.encoded else self.lengths
             held = (columns >= firsts[:, None]) & (columns < counts[:, None])
-            needed = np.minimum(kind.kind.first_needed(self.lengths) // self.block_size, counts)
+            needed = np.minimum(kind.kind.first_needed(lengths) // self.block_size, counts)
             wrong = ((self.blocks[kind.span] >= 0) != held).any(axis=(0, 2))
-            wrong |= (firsts > needed) | (self.lengths > counts * self.block_size)
+            wrong |= (firsts > needed) | (lengths > counts * self.block_size)
             if wrong.any():
                 row = int(np.flatnonzero(wrong)[0])
                 raise PoolInvariantError(
-                    f"row {row} of {self.lengths[row]} positions holds blocks {self.blocks[kind.span, row].tolist()} of "
+                    f"row {row} of {lengths[row]} positions holds blocks {self.blocks[kind.span, row].tolist()} of "
                     f"{kind.kind.name}, said to be those from {firsts[row]} to before {counts[row]}; it needs those from "
                     f"{needed[row]} on."
                 )

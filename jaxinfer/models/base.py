@@ -11,11 +11,13 @@ from flax import nnx
 
 from jaxinfer.checkpoint.hf import ConfigReader
 from jaxinfer.checkpoint.rules import Rule
-from jaxinfer.kernels.paged import Lane
-from jaxinfer.kv.spec import Full
+from jaxinfer.checkpoint.source import Source
+from jaxinfer.kernels.paged import Cache
+from jaxinfer.kv.spec import Full, State
 from jaxinfer.layers.attention import StepContext
+from jaxinfer.layers.encoder import EncodeStep
 from jaxinfer.layers.params import Build
-from jaxinfer.media import ImageFormat
+from jaxinfer.media import CrossReader, ImageFormat, ReaderSources, TextReader
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,47 @@ class Features:
     """Embeddings `[rows, M]` that one input becomes, in the order of the tokens whose places they take."""
     placeholder: int
     """The token id in whose places they go; -1: the checkpoint does not say which."""
+
+
+@runtime_checkable
+class TokenRule(Protocol):
+    """Which tokens may come next, on the device. Static: compiled steps close over it, so it is hashable."""
+
+    def __call__(
+        self, logits: jax.Array, history: jax.Array, position: jax.Array, begin: jax.Array, says: jax.Array
+    ) -> jax.Array:
+        """`[B, V']` -> `[B, V']`, -inf for what may not come.
+
+        Args:
+            logits: `[B, V']`.
+            history: `[B, L]` the tokens of each row, prompt first.
+            position: `[B]` of the token to be made.
+            begin: `[B]` tokens of the prompt.
+            says: `[B]` what the prompt's reader tells it (`media.CrossPrompt.rule`); rows of 0 are left as they are.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class CrossSource:
+    """What the encoder reads whose positions the decoder's tokens attend to."""
+
+    modality: str
+    """"text"; or the name under `multi_modal_data`: "audio", "image"."""
+    shape: tuple[int, ...]
+    """Of one value: () of a token id, `(mel bins, frames)`, `(tiles, C, height, width)`. Token ids are int32, all else float32."""
+    rows: int
+    """Positions that one value becomes, at most (`media.EncoderInput.kept`)."""
+    longest: int
+    """The most positions of one request."""
+    joint: bool = False
+    """Whether the values of an input are encoded together, as the tokens of a text are; otherwise each by itself."""
+    numbers: int = 0
+    """A: integers that come with each value."""
+    beyond: int = 0
+    """Token ids from the vocabulary's end on that prompts may have: they have embeddings, and are never made."""
+    rule: TokenRule | None = None
+    """What decides, beside the logits, which token may come next."""
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["pool", "index"], meta_fields=[])
@@ -53,6 +96,11 @@ class ModelConfig(Protocol):
     @property
     def features(self) -> Features | None:
         """What the model reads beside tokens; None: nothing."""
+        ...
+
+    @property
+    def cross(self) -> CrossSource | None:
+        """What the encoder reads that tokens attend to; None: there is none."""
         ...
 
     @property
@@ -82,8 +130,8 @@ class LanguageModel(Protocol):
     config: ModelConfig
 
     def __call__(
-        self, tokens: jax.Array, step: StepContext, lanes: list[Lane], features: FeatureRows | None = None
-    ) -> tuple[jax.Array, list[Lane]]:
+        self, tokens: jax.Array, step: StepContext, lanes: Cache, features: FeatureRows | None = None
+    ) -> tuple[jax.Array, Cache]:
         """Token ids `[T]` -> hidden states `[T, M]` after the last norm, and the lanes as they now are."""
         ...
 
@@ -91,7 +139,7 @@ class LanguageModel(Protocol):
         """Hidden states `[B, M]` -> float32 logits `[B, V']`; columns past the vocabulary are -inf."""
         ...
 
-    def cache_specs(self) -> Sequence[Full]:
+    def cache_specs(self) -> Sequence[Full | State]:
         """What each layer keeps."""
         ...
 
@@ -109,6 +157,20 @@ class MultimodalModel(LanguageModel, Protocol):
         ...
 
 
+@runtime_checkable
+class CrossModel(LanguageModel, Protocol):
+    """A language model whose `config.cross` is not None: some of its `cache_specs` are `kv.spec.Cross`."""
+
+    def encode_cross(
+        self, inputs: jax.Array, numbers: jax.Array, step: EncodeStep, lanes: Cache
+    ) -> Cache:
+        """Inputs `[U, *cross.shape]` and `[U, cross.numbers]` int32 -> the lanes with keys and values of all cross layers.
+
+        Under jit. Integers are as they came, floats in the dtype of the activations.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Family:
     """One family of checkpoints: how its config is read, its module built, its tensors named."""
@@ -120,3 +182,7 @@ class Family:
     """Fields of config.json that other files of the folder say where it does not."""
     images: ImageFormat | None = None
     """How its prompts name images, and its images become tiles; None: the family reads none."""
+    reader: Callable[[ReaderSources], CrossReader] = TextReader
+    """What reads the prompts of a model with cross-attention."""
+    source: Callable[[Source], Source] = lambda source: source
+    """A checkpoint's tensors as the weight table knows them, where they are kept otherwise."""

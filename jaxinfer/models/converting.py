@@ -16,6 +16,7 @@ from jaxinfer.checkpoint.hf import read_config
 from jaxinfer.checkpoint.manifest import NAME, WEIGHTS, Manifest, Stored, files_of, fingerprint
 from jaxinfer.checkpoint.quantised import Int8Source
 from jaxinfer.checkpoint.safetensors import DTYPES, SafetensorsReader
+from jaxinfer.checkpoint.source import Source
 from jaxinfer.errors import CheckpointError
 from jaxinfer.models import loading
 from jaxinfer.sharding import mesh as meshes
@@ -50,12 +51,13 @@ def convert(
         kind = loading.resolve_dtype(dtype, loading.said_dtype(hf) or loading.stored_dtype(reader), "")
         module = loading.abstract(served, config, kind, mesh, **how)
         wanted = rules.parameters(module)
-        planned = rules.plan(wanted, served.weight_rules(config), reader)
-        _write(folder, wanted, planned, reader, mesh, progress)
+        source = served.source(reader)
+        planned = rules.plan(wanted, served.weight_rules(config), source)
+        _write(folder, wanted, planned, source, mesh, progress)
         _copy_others(directory, folder)
         manifest = Manifest(
             meshes.size(mesh), dict(placement.patterns), pad_heads, quantization, kind.name,
-            sorted({DTYPES[reader.info(rule.source).dtype].name for filled in planned.values() for rule in filled}),
+            sorted({DTYPES[source.info(rule.source).dtype].name for filled in planned.values() for rule in filled}),
             fingerprint(reader),
             {path: Stored.of(path, param, mesh) for path, param in wanted.items()}, dict(files_of(folder)),
         )  # fmt: skip
@@ -64,7 +66,7 @@ def convert(
 
 
 def _write(
-    folder: Path, wanted: Mapping[str, nnx.Param], planned: Mapping[str, list[rules.Rule]], reader: SafetensorsReader,
+    folder: Path, wanted: Mapping[str, nnx.Param], planned: Mapping[str, list[rules.Rule]], source: Source,
     mesh: Mesh, progress: bool,
 ) -> None:  # fmt: skip
     """The weights, read and written a group of parameters at a time."""
@@ -74,11 +76,11 @@ def _write(
         raise CheckpointError(
             f"{folder.parent} has {free} bytes free, and the weights take {total}; make room, or write elsewhere."
         )
-    int8 = Int8Source(reader)
+    int8 = Int8Source(source)
     with tqdm(total=total, unit="B", unit_scale=True, desc="Converting weights", disable=not progress) as bar:
         for group in orbax.groups({path: wanted[path] for path in planned}, max(sizes.values())):
             parts = {path: planned[path] for path in group}
-            orbax.save(folder / WEIGHTS, dict(rules.read(wanted, parts, reader, mesh, int8)))
+            orbax.save(folder / WEIGHTS, dict(rules.read(wanted, parts, source, mesh, int8)))
             bar.update(sum(sizes[path] for path in group))
     orbax.finalize(folder / WEIGHTS)
 

@@ -13,8 +13,8 @@ from flax import nnx
 
 from jaxinfer.checkpoint.hf import added_token
 from jaxinfer.checkpoint.rules import Rule
-from jaxinfer.kernels.paged import Lane
-from jaxinfer.kv.spec import Full
+from jaxinfer.kernels.paged import Cache
+from jaxinfer.kv.spec import Full, State
 from jaxinfer.layers.attention import StepContext
 from jaxinfer.layers.mlp import MLP
 from jaxinfer.layers.norms import LayerNorm
@@ -69,8 +69,8 @@ class InternVL(nnx.Module):
         return self.projector(x, inputs.shape[0])
 
     def __call__(
-        self, tokens: jax.Array, step: StepContext, lanes: list[Lane], features: FeatureRows | None = None
-    ) -> tuple[jax.Array, list[Lane]]:
+        self, tokens: jax.Array, step: StepContext, lanes: Cache, features: FeatureRows | None = None
+    ) -> tuple[jax.Array, Cache]:
         """Token ids `[T]` -> hidden states `[T, M]` after the last norm, and the lanes as they now are."""
         return self.language_model(tokens, step, lanes, features)
 
@@ -78,7 +78,7 @@ class InternVL(nnx.Module):
         """Hidden states `[B, M]` -> float32 logits `[B, V']`."""
         return self.language_model.logits(hidden)
 
-    def cache_specs(self) -> Sequence[Full]:
+    def cache_specs(self) -> Sequence[Full | State]:
         """Those of the language model; the tower keeps nothing."""
         return self.language_model.cache_specs()
 

@@ -9,7 +9,7 @@ from jaxinfer.errors import ConfigError
 from jaxinfer.layers.mlp import ACTIVATIONS
 from jaxinfer.layers.vision import NORMS, VisionConfig
 from jaxinfer.models import registry
-from jaxinfer.models.base import Features
+from jaxinfer.models.base import CrossSource, Features
 from jaxinfer.models.decoder import DecoderConfig
 
 LANGUAGE_MODELS = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
@@ -52,6 +52,8 @@ class InternVLConfig:
     """Layers of the checkpoint's tower; those after `vision.layers` are not needed."""
     original: bool
     """Whether tensors have the names of the original checkpoints."""
+    cross: CrossSource | None = None
+    """There is no cross-attention."""
 
     @property
     def features(self) -> Features:
@@ -150,7 +152,7 @@ def _vision(
 ) -> tuple[VisionConfig, int]:
     """The tower up to the layer whose output is asked for, and how many layers the checkpoint has."""
     width, heads = reader.get_int("hidden_size"), reader.get_int("num_attention_heads")
-    image, patch = _side(reader, "image_size"), _side(reader, "patch_size")
+    image, patch = side(reader, "image_size"), side(reader, "patch_size")
     sizes = ("hidden_size", width, "num_attention_heads", heads), ("image_size", image, "patch_size", patch)
     for name, size, by_name, by in sizes:
         if size % by:
@@ -189,7 +191,7 @@ def _shuffle(ratio: float) -> int:
     return whole
 
 
-def _side(reader: ConfigReader, name: str) -> int:
+def side(reader: ConfigReader, name: str) -> int:
     """A size in pixels, given as one number or as a pair of equal ones."""
     value = reader.get(name)
     sides = value if isinstance(value, list) and len(value) == 2 else [value, value]

@@ -12,8 +12,22 @@ ARCHITECTURES: Mapping[str, str] = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
     "Phi3ForCausalLM": "phi3",
+    "MixtralForCausalLM": "mixtral",
+    "DeepseekV3ForCausalLM": "deepseek_v3",
+    "KimiLinearForCausalLM": "kimi_linear",
+    "Qwen3NextForCausalLM": "qwen3_next",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+    "Gemma2ForCausalLM": "gemma2",
+    "Gemma3ForCausalLM": "gemma3",
+    "Gemma3ForConditionalGeneration": "gemma3",
+    "Olmo3ForCausalLM": "olmo3",
+    "GptOssForCausalLM": "gpt_oss",
+    "BartForConditionalGeneration": "bart",
+    "MBartForConditionalGeneration": "mbart",
     "InternVLForConditionalGeneration": "internvl",
     "InternVLChatModel": "internvl",
+    "WhisperForConditionalGeneration": "whisper",
+    "MllamaForConditionalGeneration": "mllama",
 }
 """`architectures` in config.json -> the file in this folder, whose `FAMILY` is used."""
 

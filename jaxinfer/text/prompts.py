@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from jaxinfer.checks import describe, show_int
+from jaxinfer.media import Forms
 
 _KEYS = ("prompt", "prompt_token_ids", "cache_salt")
 _MEDIA = "multi_modal_data"
-_NOT_TEXT = (_MEDIA, "multi_modal_uuids", "mm_processor_kwargs", "prompt_embeds", "encoder_prompt", "decoder_prompt")
+_PAIR = ("encoder_prompt", "decoder_prompt")
+_ENCODER, _DECODER = "encoder", "decoder"
+_NOT_TEXT = (_MEDIA, "multi_modal_uuids", "mm_processor_kwargs", "prompt_embeds", *_PAIR)
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt. At least one of `text` and `token_ids` is given; token ids win where both are."""
+    """One prompt. At least one of `text` and `token_ids` is given; token ids win where both are.
+
+    Of a model with an encoder that reads prompts, it is the decoder's, and may be empty.
+    """
 
     text: str | None = None
     token_ids: tuple[int, ...] | None = None
@@ -28,19 +34,27 @@ class Prompt:
     """What of it is no text, as the user passed it."""
     special_tokens: bool = True
     """Whether the tokenizer adds its special tokens to the text."""
+    encoder: Prompt | None = None
+    """What the encoder reads."""
+    options: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    """Further keys of the dict, as the user passed them (`Forms.options`)."""
 
 
-def parse_prompts(prompts: Any, *, max_chars: int | None = None, media: bool = False) -> list[Prompt]:
+def parse_prompts(prompts: Any, *, max_chars: int | None = None, forms: Forms = Forms()) -> list[Prompt]:
     """Every accepted form of prompts as a list of `Prompt`, in order.
 
     A prompt is a string, a list of token ids, or a dict with "prompt" or "prompt_token_ids" (or both: the ids
     are used, the text is shown) and optionally "cache_salt" and "multi_modal_data". `prompts` is one prompt or a list or tuple of
     them; a list of numbers is one prompt of token ids, an empty list no prompt.
 
+    Of a model whose encoder reads prompts, such a prompt is the encoder's. Both are given by a dict with "encoder_prompt"
+    and "decoder_prompt", each a string, token ids, or a dict with "prompt" or "prompt_token_ids"; the decoder's may be
+    None or left out.
+
     Args:
         prompts: what the user passed.
         max_chars: longest text, in characters, that can fit the model (`max_prompt_chars`); None: no limit.
-        media: whether the model takes anything beside text; what that is, is checked elsewhere (`media.MediaReader`).
+        forms: what prompts of the model may have; of "multi_modal_data" the rest is checked elsewhere (`media`).
 
     Raises:
         TypeError: a form that is none of these.
@@ -52,7 +66,7 @@ def parse_prompts(prompts: Any, *, max_chars: int | None = None, media: bool = F
     elif not _is_sequence(prompts):
         raise TypeError("prompts must be a string, token ids, a dict, or a list of these, "
                         f"got {describe(prompts)}.")
-    return [_parse(prompt, index, max_chars, media) for index, prompt in enumerate(prompts)]
+    return [_parse(prompt, index, max_chars, forms) for index, prompt in enumerate(prompts)]
 
 
 def check_token_ids(token_ids: Sequence[int], vocab_size: int, index: int) -> None:
@@ -103,31 +117,66 @@ def _is_numbers(value: Any) -> bool:
     return _is_sequence(value) and len(value) > 0 and all(isinstance(item, numbers.Number) for item in value)
 
 
-def _parse(prompt: Any, index: int, max_chars: int | None, media: bool) -> Prompt:
+def _parse(prompt: Any, index: int, max_chars: int | None, forms: Forms) -> Prompt:
+    if forms.encoder:
+        return _parse_pair(prompt, index, max_chars)
     if isinstance(prompt, str):
         return Prompt(text=_text(prompt, index, max_chars))
     if _is_sequence(prompt):
         return Prompt(token_ids=_token_ids(prompt, index))
     if isinstance(prompt, Mapping):
-        return _parse_dict(prompt, index, max_chars, media)
+        return _parse_dict(prompt, index, max_chars, forms)
     raise TypeError(f"prompt {index} must be a string, a list of token ids or a dict, "
                     f"got {describe(prompt)}.")
 
 
-def _parse_dict(prompt: Mapping[Any, Any], index: int, max_chars: int | None, media: bool) -> Prompt:
-    keys = (*_KEYS, _MEDIA) if media else _KEYS
+def _parse_pair(prompt: Any, index: int, max_chars: int | None) -> Prompt:
+    """Of a model whose encoder reads prompts."""
+    if not isinstance(prompt, Mapping) or not any(key in prompt for key in _PAIR):
+        whole = _parse_side(prompt, index, max_chars, _ENCODER)
+        return Prompt(cache_salt=whole.cache_salt, encoder=replace(whole, cache_salt=None))
+    for key in prompt:
+        if key not in (*_PAIR, "cache_salt"):
+            raise ValueError(f"prompt {index}: unknown key {describe(key)}; beside {_PAIR[0]!r} the keys are {_PAIR[1]!r}, cache_salt.")
+    if prompt.get(_PAIR[0]) is None:
+        raise ValueError(f"prompt {index}: a dict with {_PAIR[1]!r} needs {_PAIR[0]!r}.")
+    encoder = _parse_side(prompt[_PAIR[0]], index, max_chars, _ENCODER)
+    given = prompt.get(_PAIR[1])
+    decoder = Prompt() if given is None else _parse_side(given, index, max_chars, _DECODER)
+    salts = [prompt.get("cache_salt"), encoder.cache_salt, decoder.cache_salt]
+    salt = next((one for one in salts if one is not None), None)
+    return replace(
+        decoder, encoder=replace(encoder, cache_salt=None), cache_salt=None if salt is None else _salt(salt, index)
+    )
+
+
+def _parse_side(prompt: Any, index: int, max_chars: int | None, side: str) -> Prompt:
+    """The encoder's prompt or the decoder's."""
+    if isinstance(prompt, str):
+        return Prompt(text=_text(prompt, index, max_chars, side))
+    if _is_sequence(prompt):
+        return Prompt(token_ids=_token_ids(prompt, index, side))
+    if isinstance(prompt, Mapping):
+        return _parse_dict(prompt, index, max_chars, Forms(), side)
+    raise TypeError(f"prompt {index}: the {side} prompt must be a string, a list of token ids or a dict, got {describe(prompt)}.")
+
+
+def _parse_dict(
+    prompt: Mapping[Any, Any], index: int, max_chars: int | None, forms: Forms, side: str = _DECODER
+) -> Prompt:
+    keys = (*_KEYS, *([_MEDIA] if forms.media else []), *forms.options)
     for key in prompt:
         if key in keys:
             continue
         if key in _NOT_TEXT:
-            takes = f"text and {_MEDIA}" if media else "text only"
+            takes = f"text and {_MEDIA}" if forms.media else "text only"
             raise ValueError(f"prompt {index}: this model takes {takes}, leave out {key!r}.")
         raise ValueError(f"prompt {index}: unknown key {describe(key)}; the keys are {', '.join(keys)}.")
     data = prompt.get(_MEDIA)
     if data is not None and not isinstance(data, Mapping):
         raise TypeError(f"prompt {index}: {_MEDIA!r} must be a dict such as {{'image': ...}}, got {describe(data)}.")
     text, ids, salt = (prompt.get(key) for key in _KEYS)
-    if text is None and ids is None:
+    if text is None and ids is None and not (forms.promptless and data):
         raise ValueError(f"prompt {index}: a dict needs 'prompt' or 'prompt_token_ids'.")
     if text is not None and not isinstance(text, str):
         raise TypeError(f"prompt {index}: 'prompt' must be a string, got {describe(text)}.")
@@ -135,16 +184,17 @@ def _parse_dict(prompt: Mapping[Any, Any], index: int, max_chars: int | None, me
         raise TypeError(f"prompt {index}: 'prompt_token_ids' must be a list of token ids, "
                         f"got {describe(ids)}.")
     return Prompt(
-        text=None if text is None or (ids is not None and text == "") else _text(text, index, max_chars),
-        token_ids=None if ids is None else _token_ids(ids, index),
+        text=None if text is None or (ids is not None and text == "") else _text(text, index, max_chars, side),
+        token_ids=None if ids is None else _token_ids(ids, index, side),
         cache_salt=None if salt is None else _salt(salt, index),
         media=data,
+        options={name: prompt[name] for name in forms.options if prompt.get(name) is not None},
     )
 
 
-def _text(text: str, index: int, max_chars: int | None) -> str:
+def _text(text: str, index: int, max_chars: int | None, side: str = _DECODER) -> str:
     if not text:
-        raise ValueError(f"prompt {index}: The decoder prompt cannot be empty.")
+        raise ValueError(f"prompt {index}: The {side} prompt cannot be empty.")
     if max_chars is not None and len(text) > max_chars:
         raise ValueError(f"prompt {index}: the text has {len(text)} characters, more than the {max_chars} "
                          "that the maximum model length can hold. Shorten the prompt, or raise max_model_len "
@@ -163,11 +213,11 @@ def _check_unicode(text: str, where: str) -> None:
                          "Decode your bytes with errors='replace'.") from None
 
 
-def _token_ids(ids: Any, index: int) -> tuple[int, ...]:
+def _token_ids(ids: Any, index: int, side: str = _DECODER) -> tuple[int, ...]:
     if isinstance(ids, np.ndarray):
         ids = ids.tolist()
     if len(ids) == 0:
-        raise ValueError(f"prompt {index}: The decoder prompt cannot be empty.")
+        raise ValueError(f"prompt {index}: The {side} prompt cannot be empty.")
     if set(map(type, ids)) == {int}:
         return tuple(ids)
     for position, token in enumerate(ids):

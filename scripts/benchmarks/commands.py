@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import asdict, replace
 
 from benchmarks import trace as traces
 from benchmarks.measure import agreement, alternate
@@ -159,6 +160,42 @@ def placement(args: argparse.Namespace, model: Subject | None) -> Report:
     shape = {"rows": args.batch_size, "context": args.context, "layers": hf.get("num_hidden_layers")}
     report = Report({"command": "placement", "model": named, "devices": args.devices, **shape, "repeats": args.repeats})
     report.jaxinfer |= placed.measure(hf, args.devices, args.batch_size, args.context, args.repeats)
+    report.work |= versions()
+    return report
+
+
+def growth(args: argparse.Namespace, model: Subject | None) -> Report:
+    """A decode step as its cache grows: concatenated every step, contiguous, and paged; on the same work, in turns."""
+    from benchmarks import flags, growth
+
+    hf = flags.random_config(args) if model is None else json.loads((model.folder / "config.json").read_text())
+    work = growth.Work(args.batch_size, args.input_len, args.output_len, args.step, args.lengths, args.repeats)
+    if args.small:
+        work = replace(work, prompt=max(1, work.prompt // 4), new=max(2, work.new // 4))
+        hf |= {"num_hidden_layers": max(1, hf["num_hidden_layers"] // 4)}
+    shape = {"layers": hf["num_hidden_layers"], "dtype": args.dtype, **asdict(work)}
+    report = Report({"command": "growth", "model": "random weights of this shape", **shape})
+    kernel = args.settings.get("attention_kernel", "auto")
+    report.jaxinfer |= growth.measure(hf, work, dtype=args.dtype, seed=args.seed, kernel=kernel)
+    if args.plot is not None:
+        growth.plot(report.jaxinfer, work, args.plot)
+    report.work |= versions()
+    return report
+
+
+def sharing(args: argparse.Namespace, model: Subject | None) -> Report:
+    """What the sequences of hybrid models share: blocks of samples, prefixes of prompts; and what sharing costs."""
+    from benchmarks import sharing
+
+    work = replace(
+        sharing.WORK, samples=args.samples, requests=args.requests, pool=args.pool_requests, repeats=args.repeats
+    )
+    work = sharing.smaller(work) if args.small else work
+    report = Report({"command": "sharing", "dtype": args.checkpoint_dtype, "settings": args.settings, **asdict(work)})
+    for name in args.models:
+        report.work[f"model@{name}"] = hf = sharing.config(name, small=args.small)
+        found = sharing.measure(hf, work, args.settings, dtype=args.checkpoint_dtype, seed=args.seed)
+        report.jaxinfer |= {f"{metric}@{name}": value for metric, value in found.items()}
     report.work |= versions()
     return report
 

@@ -29,7 +29,10 @@ def make_parser() -> argparse.ArgumentParser:
     subcommands = parser.add_subparsers(dest="command", required=True)
     common = _common()
 
-    for flags in (_throughput, _latency, _serving, _work, _host, _startup, _soak, _roofline, _profile, _placement):
+    for flags in (
+        _throughput, _latency, _serving, _work, _host, _startup, _soak, _roofline, _profile, _placement, _growth,
+        _sharing,
+    ):  # fmt: skip
         name = flags.__name__.removeprefix("_")
         what = getattr(commands, name).__doc__
         flags(subcommands.add_parser(
@@ -105,6 +108,28 @@ def _placement(parser: argparse.ArgumentParser) -> None:
         "devices": (8, "virtual CPU devices over which the model is divided"), "batch_size": (8, "rows of the step"),
         "context": (512, "tokens of each sequence"), "repeats": (15, "passes of each placement, in turns"),
     })  # fmt: skip
+
+
+def _growth(parser: argparse.ArgumentParser) -> None:
+    _positive(parser, {
+        "batch_size": (8, "rows"), "input_len": (3072, "tokens of each prompt"), "output_len": (1024, "new tokens of each"),
+        "lengths": (9, "that are measured, of those that the rows have on the way"),
+        "step": (128, "positions by which the read length of the contiguous cache grows"),
+        "repeats": (7, "passes of each method at each length, in turns"),
+    })  # fmt: skip
+    parser.add_argument("--small", action="store_true", help="a quarter of the lengths and of the layers")
+    parser.add_argument("--dtype", default="auto", help="auto is the checkpoint's")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="step time against length; needs matplotlib")
+
+
+def _sharing(parser: argparse.ArgumentParser) -> None:
+    names = ("gemma3", "gpt_oss")
+    parser.add_argument("models", nargs="*", default=list(names), metavar="MODEL", help=f"{' and '.join(names)}: their layers, small")
+    _positive(parser, {
+        "samples": (16, "of one prompt"), "requests": (64, "of a prefix workload"),
+        "pool_requests": (8, "of them that the cache has blocks for"), "repeats": (5, "passes with sharing and without, in turns"),
+    })  # fmt: skip
+    parser.add_argument("--small", action="store_true", help="an eighth of the lengths and windows, a quarter of the requests")
 
 
 def _common() -> argparse.ArgumentParser:

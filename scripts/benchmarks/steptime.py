@@ -116,7 +116,7 @@ def runner(program: Program, params: Sequence[jax.Array], step: Step) -> Run:
     else:
         batch = functional.prefill_batch([(np.zeros(length, np.int32), 0, length)], tables, tile=program.tile)
     placed = jax.tree.map(lambda array: array.sharding, cache)
-    compiled = jax.jit(partial(_greedy, program), donate_argnums=1, out_shardings=(None, placed))
+    compiled = jax.jit(partial(greedy, program), donate_argnums=1, out_shardings=(None, placed))
     lanes = [cache]
 
     def run() -> float:
@@ -129,9 +129,10 @@ def runner(program: Program, params: Sequence[jax.Array], step: Step) -> Run:
     return run
 
 
-def _greedy(
+def greedy(
     program: Program, params: Sequence[Array], cache: list[Lane], batch: DecodeBatch | PrefillBatch
 ) -> tuple[jax.Array, list[Lane]]:
+    """The likeliest next tokens, and the cache."""
     body = functional.decode if isinstance(batch, DecodeBatch) else functional.prefill
     logits, cache = body(program, params, cache, batch)
     unasked = SamplingRows(*[jnp.zeros(len(logits))] * len(SamplingRows._fields))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from support import checkpoint
-from support.tiny import ARCHITECTURES, CONFIG, shapes
+from support.tiny import config, shapes_of
 
 from jaxinfer.engine.runner import Runner
 from jaxinfer.functional import split
@@ -36,14 +36,17 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Runner]:
 
     @cache
     def folder(family: str, changes: str):
-        hf = CONFIG | {"architectures": [ARCHITECTURES[family]], "num_attention_heads": 8} | json.loads(changes)
+        own = config(family)
+        every = {"num_key_value_heads": 8} if own["num_key_value_heads"] == own["num_attention_heads"] else {}
+        hf = own | {"num_attention_heads": 8, **every} | json.loads(changes)
         return checkpoint.write(tmp_path_factory.mktemp(family), hf, with_tokenizer=False)
 
     @cache
     def made(family: str, tp: int, placement: str, pad_heads: bool, changes: str) -> Runner:
         mesh, policy = make_mesh(tp), Placement(json.loads(placement))
         module = loading.load(folder(family, changes), mesh, placement=policy, pad_heads=pad_heads, progress=False)
-        return Runner(*split(module, mesh), shapes())
+        program, params = split(module, mesh)
+        return Runner(program, params, shapes_of(program))
 
     def runner(
         family: str = "llama", tp: int = 1, placement: Mapping[str, str] | None = None, *, pad_heads: bool = False,

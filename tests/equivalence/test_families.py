@@ -4,6 +4,7 @@ import pytest
 from support.cases import alone, poison
 from support.tiny import ARCHITECTURES, BLOCK, CHUNK, make_engine, make_request, prompt, random_runner, run
 
+from jaxinfer.kv import groups as kv_groups
 from jaxinfer.sampling_params import SamplingParams
 
 OTHERS = [
@@ -28,11 +29,12 @@ def requests():
 @pytest.mark.parametrize(("family", "quantization"), OTHERS)
 def test_everything_together_is_alone(family, quantization):
     runner = random_runner(family, quantization=quantization)
-    engine = make_engine(runner, pool_blocks=15, budget=CHUNK - 5)
-    poison(runner)
-    first = requests()
+    first, chunk = requests(), CHUNK - 5
+    longest = max(len(request.prompt) + request.params.max_tokens for request in first)
+    # The longest alone, and little more.
+    pool = kv_groups.blocks_needed(runner.program.layout.kinds, longest, BLOCK, chunk) + 4
     expected = alone(runner, first)
-    engine = make_engine(runner, pool_blocks=15, budget=CHUNK - 5)
+    engine = make_engine(runner, pool_blocks=pool, budget=chunk)
     poison(runner)
     assert run(engine, first) == expected
     assert run(engine, requests()) == expected

@@ -66,11 +66,28 @@ def test_sharded_is_single(sharded: Sharded, tp: int):
     check(sharded("llama", tp), sharded())
 
 
+FEWER = {
+    "gemma2": (2,), "gemma3": (2,), "olmo3": (2, 8), "gpt_oss": (2, 8), "deepseek_v3": (2,), "kimi_linear": (2, 4),
+    "qwen3_next": (2,),
+}  # fmt: skip
+"""Families whose parts another one has as well are not divided in every way."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("tp", [2, 4, 8])
-@pytest.mark.parametrize("family", [family for family in ARCHITECTURES if family != "llama"])
+@pytest.mark.parametrize(("family", "tp"), [
+    (family, tp) for family in ARCHITECTURES if family != "llama" for tp in FEWER.get(family, (2, 4, 8))])  # fmt: skip
 def test_every_family_sharded_is_single(sharded: Sharded, family: str, tp: int):
     check(sharded(family, tp), sharded(family))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "tp", "placement"),
+    [("mixtral", 2, "experts"), ("qwen3_moe", 2, "experts"), ("qwen3_moe", 8, "experts"), ("qwen3_moe", 4, "replicate")],
+)
+def test_experts_divided_otherwise_are_single(sharded: Sharded, family: str, tp: int, placement: str):
+    """Whole ones on each device, or all of them on every device."""
+    check(sharded(family, tp, {"*.mlp": placement}), sharded(family))
 
 
 @pytest.mark.slow
@@ -108,8 +125,9 @@ def zero_heads(runner: Runner) -> int:
 # Groups made larger (14 around 2 as in Qwen2-0.5B), kv heads added, both, no groups at all (25 as in InternViT-6B).
 @pytest.mark.parametrize(
     ("family", "heads", "kv_heads", "tp", "added"),
-    [("llama", 6, 3, 4, 2), ("llama", 6, 2, 4, 2), ("qwen2", 14, 2, 8, 2), ("qwen3", 9, 3, 8, 7), ("llama", 5, 5, 4, 3)],
-)
+    [("llama", 6, 3, 4, 2), ("llama", 6, 2, 4, 2), ("qwen2", 14, 2, 8, 2), ("qwen3", 9, 3, 8, 7), ("llama", 5, 5, 4, 3),
+     ("olmo3", 6, 3, 4, 2), ("olmo3", 6, 2, 4, 2), ("gpt_oss", 6, 2, 4, 2)],
+)  # fmt: skip
 @pytest.mark.slow
 def test_heads_of_zeroes_change_nothing(sharded: Sharded, family: str, heads: int, kv_heads: int, tp: int, added: int):
     sizes = dict(num_attention_heads=heads, num_key_value_heads=kv_heads)

@@ -117,12 +117,12 @@ def test_over_images_a_device_computes_only_its_own_tiles(folder):
 @pytest.mark.slow
 def test_a_norm_of_each_shard_apart_would_show(folder, monkeypatch):
     """What the sum over shards is for."""
-    from jaxinfer.layers.vision import VisionAttention
+    from jaxinfer.layers import vision
 
     saved, pixels = folder(8), internvl.tiles(1)
     expected = np.asarray(_encode(*load(saved, Case(1)), pixels))
-    alone = VisionAttention._normalise
-    monkeypatch.setattr(VisionAttention, "_normalise", lambda self, q, k, scale, over: alone(self, q, k, scale, None))
+    alone = vision.normalise_together
+    monkeypatch.setattr(vision, "normalise_together", lambda *parts, over: alone(*parts, over=None))
     program, params = load(saved, Case(2))
     other = np.asarray(jax.jit(partial(functional.encode, program))(params, pixels))
     assert np.abs(other - expected).max() > 1e-2

@@ -3,12 +3,27 @@
 import numpy as np
 import pytest
 from support.cases import GREEDY, alone
-from support.tiny import BLOCK, CHUNK, hybrid_runner, make_engine, make_request, prompt, run
+from support.tiny import (
+    BLOCK,
+    CHUNK,
+    LENGTH,
+    config,
+    hybrid_runner,
+    make_engine,
+    make_request,
+    prompt,
+    run,
+    shapes,
+)
 
+from jaxinfer.engine.runner import Runner
 from jaxinfer.errors import CapacityError
+from jaxinfer.functional import split
 from jaxinfer.kv import groups as kv_groups
 from jaxinfer.kv import prefix
+from jaxinfer.models import loading
 from jaxinfer.sampling_params import SamplingParams
+from jaxinfer.sharding import make_mesh
 
 pytestmark = pytest.mark.xdist_group("alternating")
 
@@ -188,3 +203,22 @@ def test_the_first_of_those_that_share_a_prefix_ends_early(runner):
         engine.step()
     assert [[s.output_ids.tolist() for s in r.sequences] for r in others] == alone(runner, others)
     assert others[1].cached_tokens == len(SHARED)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "window"), [("gpt_oss", 1), ("gemma2", 8 * LENGTH)])
+def test_odd_windows(family, window):
+    """A window of one, where a sink takes part of the only weight there is, and one that no sequence ever fills."""
+    mesh = make_mesh(1)
+    program, params = split(loading.random(config(family) | {"sliding_window": window}, mesh), mesh)
+    runner = Runner(program, params, shapes(groups=program.layout.groups))
+    kinds = runner.program.layout.kinds
+    forks = SamplingParams(temperature=0.3, seed=3, max_tokens=10, n=2)
+    wanted = [make_request(str(i), [*SHARED, 3 + i], forks) for i in range(4)]
+    longest = len(SHARED) + 1 + forks.max_tokens
+    blocks = kv_groups.blocks_needed(kinds, longest, BLOCK, CHUNK - 5)
+    assert blocks == {1: -(-longest // BLOCK) + 4, 8 * LENGTH: 2 * -(-longest // BLOCK)}[window]
+    engine = make_engine(runner, pool_blocks=blocks + 5, budget=CHUNK - 5)
+    assert run(engine, wanted) == alone(runner, wanted)
+    assert engine.scheduler.preempted > 0
+    assert sum(request.cached_tokens > 0 for request in wanted) > 1

@@ -1,19 +1,19 @@
 """The attention kernel compiled for an H100: tensor cores, wide loads, nothing spilled, and what fits beside it."""
 
 import re
-import subprocess
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
+from support.ptx import compiled_kernels, spilled
 
-from jaxinfer.kernels import triton_attention, triton_launch, triton_tiles
+from jaxinfer.kernels import triton_attention, triton_tiles
 from jaxinfer.kernels.paged import DecodeRows, Lane, PrefillTiles, Scoring, Slots
 from jaxinfer.kernels.triton_attention import TritonAttention
-from jaxinfer.kernels.triton_launch import Binary, Target
+from jaxinfer.kernels.triton_launch import Target
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 pytestmark = pytest.mark.xdist_group("h100")
 
 H100 = Target(90, 132)
@@ -54,29 +54,11 @@ def trace(name: str, kind: str) -> None:
     jax.eval_shape(run, q, k, v, lane, slots, rows, extra)
 
 
-def spilled(ptx: str, folder: Path) -> int:
-    """Bytes that the assembler of triton keeps in memory for want of registers."""
-    (folder / "kernel.ptx").write_text(ptx)
-    assembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-    command = [assembler, "-v", "--gpu-name=sm_90a", folder / "kernel.ptx", "-o", folder / "kernel.cubin"]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    found = re.findall(r"(\d+) bytes spill", said)
-    assert found, said
-    return sum(map(int, found))
-
-
 @pytest.mark.parametrize("kind", ["decode", "prefill"])
 @pytest.mark.parametrize("name", LAYERS)
-def test_the_kernel_suits_the_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, kind: str):
-    made: list[Binary] = []
-    real = triton_launch.binary
-
-    def binary(*args: object) -> Binary:
-        made.append(real(*args))
-        return made[-1]
-
-    monkeypatch.setattr(triton_launch, "binary", binary)
-    trace(name, kind)
+def test_the_kernel_suits_the_device(tmp_path: Path, name: str, kind: str):
+    with compiled_kernels() as made:
+        trace(name, kind)
     attend = made[0]
     assert [kernel.name for kernel in made] == ["attend", "combine"][: 2 if kind == "decode" else 1]
     at_a_time = triton_attention.SLOTS_A_CORE if kind == "decode" else 1

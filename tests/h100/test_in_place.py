@@ -26,18 +26,21 @@ from jaxinfer.sharding import make_mesh
 pytestmark = pytest.mark.xdist_group("llama")
 
 
-def step(kind: str, level: Level, dtype: str = "float32") -> Compiled:
+def step(kind: str, level: Level, dtype: str = "float32", *, contiguous: bool = False) -> Compiled:
     hf = CONFIG | {"architectures": [ARCHITECTURES["llama"]], "dtype": dtype}
     program, params = abstract_model(hf, make_mesh())
-    wide = shapes(num_blocks=4 * ROWS * LENGTH // BLOCK)  # more than a step gathers
+    # More than a step gathers; of a contiguous cache four times as much for each row as the step reads.
+    wide = shapes(num_blocks=4 * ROWS * LENGTH // BLOCK, contiguous=contiguous)
     tokens = ROWS if kind == "decode" else CHUNK
-    return compile_step(program, params, wide, Bucket(kind, tokens, ROWS, LENGTH // BLOCK, level, -1))
+    bucket = Bucket(kind, tokens, ROWS, LENGTH // BLOCK, level, -1, contiguous=contiguous)
+    return compile_step(program, params, wide, bucket)
 
 
+@pytest.mark.parametrize("contiguous", [False, True])
 @pytest.mark.parametrize("level", [Level.GREEDY, Level.EDITED])
 @pytest.mark.parametrize("kind", ["decode", "prefill"])
-def test_the_program_updates_the_cache_in_place(kind: str, level: Level):
-    compiled = step(kind, level)
+def test_the_program_updates_the_cache_in_place(kind: str, level: Level, contiguous: bool):
+    compiled = step(kind, level, contiguous=contiguous)
     assert compiled.aliased_bytes >= compiled.cache_bytes
     assert compiled.large_copies == []
 

@@ -31,7 +31,7 @@ def cuda_compiler() -> None:
 @cache
 def step(
     kind: str, layers: int, tp: int = 1, level: Level = Level.GREEDY, quantization: str | None = None,
-    replicated: str | None = None, heads: int = 16, kv_heads: int = 4,
+    replicated: str | None = None, heads: int = 16, kv_heads: int = 4, contiguous: bool = False,
 ) -> Compiled:  # fmt: skip
     hf = MEDIUM | dict(num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads)
     placement = Placement({replicated: REPLICATE} if replicated else {})
@@ -40,7 +40,8 @@ def step(
     )
     tokens = ROWS if kind == "decode" else CHUNK
     assert program.kernel == "triton"
-    return compile_step(program, params, SHAPES, Bucket(kind, tokens, ROWS, WIDTH, level, -1, tile=program.tile))
+    bucket = Bucket(kind, tokens, ROWS, WIDTH, level, -1, tile=program.tile, contiguous=contiguous)
+    return compile_step(program, params, replace(SHAPES, contiguous=contiguous), bucket)
 
 
 WINDOWS = {
@@ -49,7 +50,7 @@ WINDOWS = {
 
 
 @cache
-def hybrid(kind: str, name: str, tp: int = 1) -> Compiled:
+def hybrid(kind: str, name: str, tp: int = 1, *, contiguous: bool = False) -> Compiled:
     """A step of 12 layers, some of which see a window of 256 positions."""
     kinds = WINDOWS[name]
     hf = MEDIUM | dict(
@@ -58,9 +59,10 @@ def hybrid(kind: str, name: str, tp: int = 1) -> Compiled:
     )  # fmt: skip
     program, params = abstract_model(hf, h100_mesh(tp))
     groups = program.layout.groups
-    shapes = replace(SHAPES, groups=groups, num_blocks=SHAPES.num_blocks * groups)
+    shapes = replace(SHAPES, groups=groups, num_blocks=SHAPES.num_blocks * groups, contiguous=contiguous)
     tokens = ROWS if kind == "decode" else CHUNK
     own = {"groups": groups} if kind == "decode" else {"tile": program.tile}
+    own["contiguous"] = contiguous
     return compile_step(program, params, shapes, Bucket(kind, tokens, ROWS, WIDTH, Level.GREEDY, -1, **own))
 
 
@@ -74,6 +76,24 @@ def test_a_decode_step_of_16_layers_updates_the_cache_in_place_in_little_memory(
     check_in_place(compiled)
     assert compiled.temporary_bytes < 8 << 20
     assert compiled.collectives == Counter()
+
+
+@pytest.mark.parametrize("kind", ["decode", pytest.param("prefill", marks=pytest.mark.slow)])
+def test_a_contiguous_cache_is_updated_in_place_with_no_kernel_more(kind: str):
+    """Tables follow from the rows: what writes and reads them in a step over a paged cache falls away."""
+    paged, contiguous = step(kind, 2), step(kind, 2, contiguous=True)
+    check_in_place(contiguous)
+    assert contiguous.cache_bytes == paged.cache_bytes
+    assert contiguous.aliased_bytes < paged.aliased_bytes  # which has the tables of all rows in place as well
+    assert contiguous.launched_alone == [] and contiguous.command_buffers == 1
+    assert len(contiguous.kernels) <= len(paged.kernels)
+
+
+@pytest.mark.slow
+def test_layers_of_a_contiguous_cache_that_share_arrays_update_them_in_place():
+    compiled = hybrid("decode", "five to one", contiguous=True)
+    check_in_place(compiled)
+    assert compiled.launched_alone == [] and compiled.command_buffers == 1
 
 
 # A layer of decode: GEMM of qkv, rope, attend, combine, GEMM, residual, norm, GEMM of gate and up, activation, GEMM,

@@ -40,6 +40,10 @@ CASES = [
     # More shards than the two kv heads: each head serves two shards.
     pytest.param("qwen3", 4, marks=pytest.mark.xdist_group("qwen3")),
     pytest.param("phi3", 4, marks=pytest.mark.xdist_group("phi3")),
+    pytest.param("gemma2", 2, marks=pytest.mark.xdist_group("gemma2")),
+    pytest.param("gemma3", 2, marks=pytest.mark.xdist_group("gemma3")),
+    pytest.param("olmo3", 4, marks=pytest.mark.xdist_group("olmo3")),
+    pytest.param("gpt_oss", 2, marks=pytest.mark.xdist_group("gpt_oss")),
 ]
 
 

@@ -28,6 +28,7 @@ CONFIG = dict(
     max_position_embeddings=256, rms_norm_eps=1e-5, dtype="float32", bos_token_id=0, eos_token_id=1,
 )  # fmt: skip
 """config.json; generation_config.json names a second EOS."""
+GPT_OSS = ["GptOssForCausalLM"]
 
 
 def tensors(hf: Mapping[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
@@ -41,12 +42,20 @@ def tensors(hf: Mapping[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
         param = params[rule.target]
         values = np.asarray(param[...])
         if rule.parts:
-            outputs = param.get_metadata()["outputs"]
+            outputs, stacked = param.get_metadata()["outputs"], int(param.get_metadata().get("stacked", False))
             ends = np.cumsum([output.rows for output in outputs])[:-1]
-            pieces = dict(zip((o.name for o in outputs), np.split(values[0], ends), strict=True))
-            values = np.concatenate([pieces[part] for part in rule.parts])
+            pieces = np.split(np.take(values, 0, axis=stacked), ends, axis=stacked)
+            pieces = dict(zip((o.name for o in outputs), pieces, strict=True))
+            values = np.concatenate([pieces[part] for part in rule.parts], axis=stacked)
         found[rule.source] = np.ascontiguousarray(values)
-    return found
+    return {name: _interleaved(name, value) for name, value in found.items()} if hf["architectures"] == GPT_OSS else found
+
+
+def _interleaved(name: str, values: np.ndarray) -> np.ndarray:
+    """As gpt-oss has its experts: `[E, in, out]`, gate and up in turns."""
+    if ".experts.gate_up_proj" in name:
+        values = np.stack(np.split(values, 2, axis=1), axis=2).reshape(values.shape)
+    return np.ascontiguousarray(values.swapaxes(1, 2)) if ".experts." in name and values.ndim == 3 else values
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

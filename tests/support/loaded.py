@@ -1,18 +1,20 @@
 """A checkpoint's folder as what the tests run: the module the real loader makes, its logits, its steps."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from support.tiny import BLOCK, LENGTH, VOCAB, make_engine, make_request, run, shapes
+from support.tiny import BLOCK, LENGTH, VOCAB, make_engine, make_request, run, shapes_of
 
 from jaxinfer import functional
 from jaxinfer.engine.runner import Runner
 from jaxinfer.functional import DecodeBatch, PrefillBatch, Program
-from jaxinfer.kernels.paged import Lane
+from jaxinfer.kernels.paged import Cache
+from jaxinfer.kernels.state import DecodeSlots, Segments
 from jaxinfer.models import loading
 from jaxinfer.models.base import FeatureRows
 from jaxinfer.sampling_params import SamplingParams
@@ -36,7 +38,7 @@ def load(
 def checkpoint_runner(folder: Path) -> Runner:
     """The steps of a checkpoint in the shapes of all tiny models."""
     program, params = load(folder)
-    return Runner(program, params, shapes(groups=program.layout.groups))
+    return Runner(program, params, shapes_of(program))
 
 
 def greedy(folder: Path, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
@@ -51,10 +53,17 @@ def greedy(folder: Path, prompts: Sequence[Sequence[int]], count: int) -> list[l
 
 @partial(jax.jit, static_argnums=0)
 def _prompt_logits(
-    program: Program, params: list[jax.Array], cache: list[Lane], batch: PrefillBatch, features: FeatureRows | None
-) -> tuple[jax.Array, list[Lane]]:
+    program: Program, params: list[jax.Array], cache: Cache, batch: PrefillBatch, features: FeatureRows | None
+) -> tuple[jax.Array, Cache]:
     hidden, cache = functional.prefill_hidden(program, params, cache, batch, features)
     return program.module(params).logits(hidden), cache
+
+
+def _beginnings(lengths: Sequence[int]) -> Segments:
+    """Of prompts side by side, whose states go to the slots in their order."""
+    counts = np.array([*lengths, *[0] * (PROMPTS - len(lengths))])
+    nowhere, none = np.full(PROMPTS, PROMPTS), np.zeros(PROMPTS, bool)
+    return Segments(np.cumsum(counts) - counts, counts, nowhere, np.arange(PROMPTS), none)
 
 
 _decode = jax.jit(functional.decode, static_argnums=0)
@@ -74,9 +83,12 @@ def logits(
     # Blocks of the sequences interleaved and none at its own number, so that only the tables can be right.
     tables = np.arange(groups * PROMPTS * width, dtype=np.int32)[::-1].reshape(width, groups, PROMPTS)
     tables = tables.transpose(1, 2, 0).copy()
-    cache = functional.init_cache(program, tables.size, BLOCK)
+    cache = functional.init_cache(program, tables.size, BLOCK, slots=PROMPTS)
     chunks = [(np.array(prompt, np.int32), 0, len(prompt)) for prompt in prompts]
     batch = functional.prefill_batch(chunks, tables[:, : len(prompts)], tokens=PROMPT_TOKENS, rows=PROMPTS)
+    recurrent = bool(program.layout.states)
+    if recurrent:
+        batch = replace(batch, states=_beginnings([len(prompt) for prompt in prompts]))
     flat, cache = _prompt_logits(program, params, cache, batch, features)
     ends = np.cumsum([len(prompt) for prompt in prompts])
     found = [[part] for part in np.split(np.asarray(flat[: ends[-1]]), ends[:-1])]
@@ -85,7 +97,9 @@ def logits(
         for row, (prompt, after) in enumerate(zip(prompts, following, strict=True)):
             if step < len(after):
                 tokens[row], positions[row] = after[step], len(prompt) + step
-        rows, cache = _decode(program, params, cache, DecodeBatch(tokens, positions, tables))
+        slots = np.where(positions >= 0, np.arange(PROMPTS), PROMPTS)
+        states = DecodeSlots(slots, slots) if recurrent else None
+        rows, cache = _decode(program, params, cache, DecodeBatch(tokens, positions, tables, states=states))
         for row, after in enumerate(following):
             if step < len(after):
                 found[row].append(np.asarray(rows[row : row + 1]))

@@ -189,11 +189,15 @@ def moved_bytes(program: str) -> int:
 def compile_step(program: Program, params: list[Any], shapes: Shapes, bucket: Bucket) -> Compiled:
     """The engine's own step for a bucket, compiled for the devices of the program's mesh."""
     arguments = abstract_arguments(program, shapes, bucket)
-    lanes = jax.tree.leaves(arguments[0])
+    return compile_lowered(make_step(program, shapes, bucket).lower(params, *arguments), arguments[0])
+
+
+def compile_lowered(lowered: jax.stages.Lowered, cache: Any) -> Compiled:
+    """A program that takes this cache."""
+    lanes = jax.tree.leaves(cache)
     local = [math.prod(lane.sharding.shard_shape(lane.shape)) for lane in lanes]
-    lowered = make_step(program, shapes, bucket).lower(params, *arguments)
     size = sum(np.dtype(lane.dtype).itemsize * count for lane, count in zip(lanes, local, strict=True))
-    if program.mesh.devices.flat[0].platform == "cpu":
+    if lanes[0].sharding.mesh.devices.flat[0].platform == "cpu":
         return Compiled(lowered.compile(), size, min(local))
     with TemporaryDirectory() as folder:
         executable = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})

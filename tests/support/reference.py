@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from support.tiny import ARCHITECTURES, CONFIG
+from support.tiny import ARCHITECTURES, CONFIG, OWN
 
 Model = transformers.PreTrainedModel
 
@@ -18,9 +18,9 @@ COMMON = dict(CONFIG, bos_token_id=1, eos_token_id=2, pad_token_id=0)
 
 def config(family: str, **changes: Any) -> transformers.PreTrainedConfig:
     """A tiny configuration of the family; a change to None leaves the attribute out."""
-    values = {name: value for name, value in (COMMON | changes).items() if value is not None}
-    kind = ARCHITECTURES[family].removesuffix("ForCausalLM") + "Config"
-    return getattr(transformers, kind)(**values, attn_implementation="eager")
+    own = COMMON | OWN.get(family, {}) | changes
+    values = {name: value for name, value in own.items() if value is not None}
+    return getattr(transformers, ARCHITECTURES[family]).config_class(**values, attn_implementation="eager")
 
 
 def model(family: str, *, seed: int = 0, head: float = 0.7, **changes: Any) -> Model:
@@ -35,19 +35,31 @@ def model(family: str, *, seed: int = 0, head: float = 0.7, **changes: Any) -> M
         for name, value in made.named_parameters():
             noise = torch.randn(value.shape, generator=generator)
             if name.endswith("norm.weight"):
-                value.copy_(1 + 0.4 * noise)
-            elif name.endswith("bias"):
+                value.copy_(_norm_weight(made, name) + 0.4 * noise)
+            elif name.endswith("bias") or name.endswith("A_log"):
                 value.copy_(0.5 * noise)
             elif name == "lm_head.weight":
                 value.copy_(head * noise)
             elif "embed" in name:
                 # Tied, a large embedding would have every token predict itself.
                 value.copy_((0.25 if tied else 1.0) * noise)
+            elif name.endswith("sinks"):
+                value.copy_(1 + noise)
             else:
                 # The MLP outweighs the embedding, so that the kinds of gelu can be told apart.
                 scale = 3.0 if "down_proj" in name else 1.5
                 value.copy_(scale * value.shape[1] ** -0.5 * noise)
     return made
+
+
+def _norm_weight(reference: Model, name: str) -> float:
+    """What the weights of a norm lie around: 1, which Gemma keeps less one.
+
+    Gemma's tied embedding is scaled up, and its layers give what their last norm makes of it: so that makes more.
+    """
+    if not reference.config.model_type.startswith("gemma"):
+        return 1.0
+    return 3.0 if ".post_" in name else 0.0
 
 
 def save(reference: Model, folder: Path, **how: Any) -> Path:
@@ -58,8 +70,9 @@ def save(reference: Model, folder: Path, **how: Any) -> Path:
 
 def _fresh(reference: Model) -> Model:
     """Forgets the lengths that a rope scaled by length has seen in other prompts."""
-    rotary = reference.model.rotary_emb
-    reference.model.rotary_emb = type(rotary)(reference.config)
+    rotary = getattr(reference.model, "rotary_emb", None)
+    if rotary is not None:
+        reference.model.rotary_emb = type(rotary)(reference.config)
     return reference
 
 
@@ -134,6 +147,37 @@ def with_attention(change_one: Callable[[torch.nn.Module], None]) -> Callable[[M
         return made
 
     return change
+
+
+def without(name: str) -> Callable[[Model], Model]:
+    """The part of this name of every layer left out."""
+
+    def change(reference: Model) -> Model:
+        made = copy.deepcopy(reference)
+        for layer in made.model.layers:
+            assert hasattr(layer, name)
+            setattr(layer, name, torch.nn.Identity())
+        return made
+
+    return change
+
+
+@torch.no_grad()
+def without_embedding_scale(reference: Model) -> Model:
+    """Embeddings as the table has them."""
+    made = copy.deepcopy(reference)
+    made.model.embed_tokens.embed_scale.fill_(1.0)
+    return made
+
+
+@torch.no_grad()
+def norms_as_kept(reference: Model) -> Model:
+    """The weights of all norms, with nothing added to them."""
+    made = copy.deepcopy(reference)
+    for name, value in made.named_parameters():
+        if name.endswith("norm.weight"):
+            value.sub_(1.0)
+    return made
 
 
 def without_qk_norm(attention: torch.nn.Module) -> None:

@@ -10,7 +10,7 @@ from jaxinfer.engine.engine import Engine, HostSettings
 from jaxinfer.engine.request import Request
 from jaxinfer.engine.runner import Runner
 from jaxinfer.engine.steps import Shapes
-from jaxinfer.functional import split
+from jaxinfer.functional import Program, split
 from jaxinfer.models import loading
 from jaxinfer.resolve import ModelLimits, resolve
 from jaxinfer.sampling_params import SamplingParams
@@ -18,6 +18,8 @@ from jaxinfer.sharding import make_mesh
 
 VOCAB, BLOCK, CHUNK, ROWS, LENGTH = 97, 4, 16, 8, 128
 """Of every tiny model; blocks and chunks are small, so that short prompts cross many of them."""
+SNAPSHOTS = 6
+"""Of recurrent state, beside two slots a row: so few that they are evicted."""
 
 CONFIG = dict(
     vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -28,10 +30,45 @@ CONFIG = dict(
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM", "phi3": "Phi3ForCausalLM",
+    "mixtral": "MixtralForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM",
+    "gemma2": "Gemma2ForCausalLM", "gemma3": "Gemma3ForCausalLM", "olmo3": "Olmo3ForCausalLM",
+    "gpt_oss": "GptOssForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM", "kimi_linear": "KimiLinearForCausalLM",
+    "qwen3_next": "Qwen3NextForCausalLM",
 }  # fmt: skip
 
+FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
+LATENT = dict(
+    num_key_value_heads=4, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=12, num_experts_per_tok=2,
+    moe_intermediate_size=24, n_shared_experts=1, routed_scaling_factor=1.5, head_dim=None,
+)  # fmt: skip
+"""Latent attention and experts of the DeepSeek lineage."""
 
-FULL, SLIDING = "full_attention", "sliding_attention"
+OWN: dict[str, dict[str, Any]] = {
+    "mixtral": dict(num_local_experts=6, num_experts_per_tok=2),
+    "qwen3_moe": dict(num_experts=8, num_experts_per_tok=3, moe_intermediate_size=24, norm_topk_prob=True),
+    # A sliding and a full layer: two groups on one lane.
+    "gemma2": dict(sliding_window=10, query_pre_attn_scalar=8, attn_logit_softcapping=2.0, final_logit_softcapping=4.0),
+    "gemma3": dict(sliding_window=7, query_pre_attn_scalar=8, layer_types=[SLIDING, FULL]),
+    "olmo3": dict(sliding_window=9, layer_types=[SLIDING, FULL]),
+    "gpt_oss": dict(sliding_window=8, num_local_experts=6, num_experts_per_tok=2),
+    "deepseek_v3": LATENT | dict(
+        n_routed_experts=8, n_group=4, topk_group=2, q_lora_rank=20, first_k_dense_replace=1, attention_bias=False,
+    ),
+    "kimi_linear": LATENT | dict(
+        num_local_experts=6, linear_num_heads=4, linear_head_dim=8, layer_types=[LINEAR, FULL],
+    ),
+    "qwen3_next": dict(
+        num_experts=6, num_experts_per_tok=2, moe_intermediate_size=24, shared_expert_intermediate_size=20,
+        linear_num_key_heads=2, linear_key_head_dim=8, linear_num_value_heads=4, linear_value_head_dim=12,
+        layer_types=[LINEAR, FULL],
+    ),
+}  # fmt: skip
+"""What a family's config.json has beside `CONFIG`."""
+
+
+def config(family: str) -> dict[str, Any]:
+    """config.json of a family's tiny model."""
+    return CONFIG | OWN.get(family, {}) | {"architectures": [ARCHITECTURES[family]]}
 
 
 def layers(kinds: Sequence[str], window: int) -> dict[str, Any]:
@@ -63,6 +100,12 @@ def shapes(**changes: Any) -> Shapes:
     return Shapes(**values | changes)
 
 
+def shapes_of(program: Program, **changes: Any) -> Shapes:
+    """The same of a model with several groups of layers, or with recurrent ones."""
+    slots = 2 * ROWS + SNAPSHOTS if program.layout.states else 0
+    return shapes(groups=program.layout.groups, state_slots=slots, **changes)
+
+
 def random_runner(family: str = "llama", tp: int = 1, quantization: str | None = None) -> Runner:
     """A model with random weights, and its steps: one for all tests of a worker."""
     return _random_runner(family, tp, quantization)
@@ -71,9 +114,9 @@ def random_runner(family: str = "llama", tp: int = 1, quantization: str | None =
 @cache  # by all three arguments, however a test writes them
 def _random_runner(family: str, tp: int, quantization: str | None) -> Runner:
     mesh = make_mesh(tp)
-    module = loading.random(CONFIG | {"architectures": [ARCHITECTURES[family]]}, mesh, quantization=quantization)
+    module = loading.random(config(family), mesh, quantization=quantization)
     program, params = split(module, mesh)
-    return Runner(program, params, shapes(groups=program.layout.groups))
+    return Runner(program, params, shapes_of(program))
 
 
 @cache
@@ -81,7 +124,7 @@ def hybrid_runner(name: str) -> Runner:
     """One of `HYBRIDS` with random weights."""
     mesh = make_mesh(1)
     program, params = split(loading.random(CONFIG | HYBRIDS[name], mesh), mesh)
-    return Runner(program, params, shapes(groups=program.layout.groups))
+    return Runner(program, params, shapes_of(program))
 
 
 def make_engine(runner: Runner, *, pool_blocks: int | None = None, budget: int = CHUNK, **host: Any) -> Engine:

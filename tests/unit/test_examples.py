@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxinfer import functional
+from jaxinfer import functional, growing
 
 pytestmark = pytest.mark.xdist_group("demo")
 README = Path(__file__).parents[2] / "README.md"
@@ -20,9 +20,20 @@ def test_the_ten_lines_of_the_readme(capsys):
     assert len(code.strip().splitlines()) <= 12
 
 
-def test_the_example_of_functional():
-    lines = functional.__doc__.splitlines()
+def run_example(module):
+    """The names that the indented lines of a module's docstring leave."""
+    lines = module.__doc__.splitlines()
     code = textwrap.dedent("\n".join(line for line in lines if line.startswith("    ") or not line.strip()))
     names = {}
-    exec(compile("import jax, numpy as np\n" + code, "functional", "exec"), names)
+    exec(compile("import jax, numpy as np\n" + code, module.__name__, "exec"), names)
+    return names
+
+
+def test_the_example_of_functional():
+    names = run_example(functional)
     assert names["position"] == 19 and names["logits"].shape == (1, names["program"].vocab)
+
+
+def test_the_example_of_growing():
+    names = run_example(growing)
+    assert names["cache"].lengths == (3 + 20,) and names["logits"].shape == (1, names["program"].vocab)

@@ -20,7 +20,8 @@ def test_defaults():
                     ignore_eos=False, max_tokens=16, min_tokens=0, logprobs=None, prompt_logprobs=None,
                     detokenize=True, skip_special_tokens=True, spaces_between_special_tokens=True,
                     include_stop_str_in_output=False, output_kind=RequestOutputKind.DELTA,
-                    logit_bias=None, allowed_token_ids=None)
+                    logit_bias=None, allowed_token_ids=None, no_repeat_ngram_size=0, forced_bos_token_id=None,
+                    forced_eos_token_id=None)
     assert {name: getattr(params, name) for name in expected} == expected
     fields = {field.name for field in dataclasses.fields(params) if not field.name.startswith("_")}
     assert fields == set(expected)

@@ -1,13 +1,14 @@
 """Which programs there are: every bucket that a plan can need is among those of a warm-up, and they are few."""
 
 from dataclasses import replace
-from itertools import product
+from itertools import product, starmap
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from support.tiny import CONFIG, shapes
 
-from jaxinfer.engine.buckets import SAMPLING, Needs, all_buckets, copy_widths, decode_bucket, prefill_bucket
+from jaxinfer.engine.buckets import SAMPLING, Needs, all_buckets, copy_widths, decode_bucket, prefill_bucket, reach
 from jaxinfer.engine.sampler import Level
 from jaxinfer.functional import Program, split
 from jaxinfer.models import loading
@@ -24,24 +25,25 @@ def program() -> Program:
 
 
 @pytest.mark.parametrize("kernel", ["xla", "native"])
-@pytest.mark.parametrize("switched", [False, True])
+@pytest.mark.parametrize(("switched", "contiguous"), [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("sampling", [SAMPLING, ("greedy",), ("random",), ("truncated", "logprobs"), ("edited",)])
-def test_every_bucket_of_a_plan_is_among_all_buckets(program, kernel, switched, sampling):
-    program, sizes = replace(program, kernel=kernel), replace(SIZES, switched=switched)
+def test_every_bucket_of_a_plan_is_among_all_buckets(program, kernel, switched, contiguous, sampling):
+    program, sizes = replace(program, kernel=kernel), replace(SIZES, switched=switched, contiguous=contiguous)
     known = set(all_buckets(program, sizes, sampling))
     levels = [Level.GREEDY, *(level for level in Level if level.name.lower() in sampling)]
     flags = [sorted({False, name in sampling}) for name in ("logprobs", "prompt_logprobs")]
     met = set()
-    for needs in map(Needs._make, product(levels, *flags)):
+    for needs in starmap(Needs, product(levels, *flags)):
         met |= {prefill_bucket(program, sizes, tokens, needs) for tokens in range(1, 49)}
         own = needs._replace(prompt_logprobs=False)
         most = sizes.width * sizes.block_size // 128
-        met |= {decode_bucket(program, sizes, n, k, own) for n in range(1, 21) for k in range(n, n * most + 1)}
+        reaches = {n: range(1, sizes.width + 1) if contiguous else range(n, n * most + 1) for n in range(1, 21)}
+        met |= {decode_bucket(program, sizes, n, k, own) for n, reach in reaches.items() for k in reach}
     assert met == known
 
 
 def test_a_bucket_does_what_is_asked(program):
-    for needs in map(Needs._make, product(Level, [False, True], [False, True])):
+    for needs in starmap(Needs, product(Level, [False, True], [False, True])):
         bucket = prefill_bucket(program, SIZES, 10, needs)
         assert (bucket.level, bucket.logprobs >= 0, bucket.prompt_logprobs >= 0) >= needs[:1]
         assert bucket.logprobs >= 0 or not needs.logprobs
@@ -59,3 +61,14 @@ def test_a_switched_program_is_one_for_all(program):
 @pytest.mark.parametrize(("rows", "widths"), [(4, (4,)), (16, (16,)), (64, (16, 64))])
 def test_copies_have_room_for_all_rows(rows, widths):
     assert copy_widths(shapes(rows=rows)) == widths
+
+
+def test_a_contiguous_step_reads_as_far_as_its_longest_row_needs(program):
+    sizes = replace(SIZES, contiguous=True, width=200, block_size=4)
+    nothing = np.zeros((3, 2), np.int32)
+    for longest, width in ((1, 32), (127, 32), (128, 64), (600, 200), (799, 200)):
+        found = reach(sizes, np.array([3, longest, 0]), nothing)
+        assert decode_bucket(replace(program, kernel="xla"), sizes, 3, found, Needs()).width == width
+        assert decode_bucket(replace(program, kernel="native"), sizes, 3, found, Needs()).width == 200
+    assert reach(sizes, np.array([3]), np.array([[0, 41]])) == 11, "what an encoder read lies in the row too"
+    assert copy_widths(sizes) == (16, 256)

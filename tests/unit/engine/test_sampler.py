@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxinfer.engine import sampler
+from jaxinfer.sampling_params import MAX_NGRAM
 from jaxinfer.engine.sampler import (
     BAD_TOKEN,
     BLOCK,
@@ -33,7 +34,8 @@ def rows(batch: int, **values) -> SamplingRows:
         row=np.arange(batch), position=np.full(batch, 10), key=np.arange(2 * batch).reshape(batch, 2) * 7919,
         temperature=np.ones(batch), top_k=np.zeros(batch), top_p=np.ones(batch), min_p=np.zeros(batch),
         presence=np.zeros(batch), frequency=np.zeros(batch), repetition=np.ones(batch), edited=np.zeros(batch),
-        prompt_length=np.full(batch, 4), logprobs=np.zeros(batch),
+        prompt_length=np.full(batch, 4), logprobs=np.zeros(batch), ngram=np.zeros(batch), forced_first=np.zeros(batch),
+        forced_last=np.zeros(batch), last_position=np.zeros(batch), rule=np.zeros(batch),
     ) | {name: np.broadcast_to(value, (batch, *np.shape(value)[1:])) for name, value in values.items()}  # fmt: skip
     return unpack_rows(jnp.asarray(pack_rows(SamplingRows(**fields))))
 
@@ -243,6 +245,45 @@ def test_a_greedy_step_of_the_switched_sampler_does_not_sort():
     assert "sort" in str(closed)
 
 
+def repeats(known: list[int], n: int) -> set[int]:
+    """The tokens that would complete n tokens which `known` has already, looked for one by one."""
+    grams = {tuple(known[i : i + n]) for i in range(len(known) - n + 1)}
+    return {token for token in range(V) if n and (*known[len(known) - n + 1 :], token) in grams}
+
+
+@pytest.mark.parametrize("switched", [False, True])
+def test_no_tokens_come_twice_in_the_same_order(switched):
+    """Of rows with rules of their own, or none, and histories from nothing to all there is room for."""
+    rng = np.random.default_rng(3)
+    history, position = rng.integers(0, 3, (R, L)).astype(np.int32), np.arange(R) % (L + 1)
+    position[-1], ngram = L - 1, np.arange(R) % 6
+    history[-1], ngram[-1] = np.arange(L) % 4, MAX_NGRAM  # the longest rule there is
+    logits = random_logits(R, 4)
+    logits[:, :4] += 50
+    edits = Edits(jnp.asarray(history), jnp.zeros((R, V)))
+    asked = rows(R, position=position, ngram=ngram, temperature=0, edited=1, prompt_length=0)
+    tokens, _ = step(logits, asked, edits, Level.EDITED, switched=switched)
+    forbidden = [repeats(history[i, :at].tolist(), int(n)) for i, (at, n) in enumerate(zip(position, ngram, strict=True))]
+    for row, (token, banned) in enumerate(zip(np.asarray(tokens).tolist(), forbidden, strict=True)):
+        left = logits[row].copy()
+        left[list(banned)] = -np.inf
+        assert token == left.argmax(), (row, banned)
+    assert forbidden[-1] == {(L - 1) % 4} and sum(map(bool, forbidden)) > R // 4
+
+
+@pytest.mark.parametrize("level", Level)
+def test_forced_tokens_come_at_their_places_alone(level):
+    logits = random_logits(5, 8)
+    logits[3] = np.nan
+    edits = Edits(jnp.zeros((R, L), jnp.int32), jnp.zeros((R, V)))
+    asked = rows(
+        5, temperature=np.array([0, 1, 0, 0, 0]), prompt_length=4, position=np.array([4, 4, 5, 4, 9]),
+        forced_first=8, forced_last=np.array([0, 0, 0, 0, 1]), last_position=9,
+    )  # fmt: skip
+    tokens, _ = step(logits, asked, edits, level)
+    assert np.asarray(tokens).tolist() == [7, 7, int(logits[2].argmax()), BAD_TOKEN, 0]
+
+
 def test_a_row_of_padding_writes_no_history():
     edits = Edits(jnp.full((R, L), 3, jnp.int32), jnp.zeros((R, V)))
     _, after = step(random_logits(4, 0), rows(4, row=R, position=0), edits, Level.EDITED)
@@ -329,7 +370,9 @@ def test_packing_keeps_every_bit():
         temperature=np.array([0, 1e-2], np.float32), top_k=np.array([0, 7]), top_p=np.array([1, 0.1], np.float32),
         min_p=np.array([0, 1], np.float32), presence=np.array([-2, 2], np.float32),
         frequency=np.array([0.1, -0.1], np.float32), repetition=np.array([1, 1e-3], np.float32),
-        edited=np.array([0, 1]), prompt_length=np.array([1, 9]), logprobs=np.array([1, 0]),
+        edited=np.array([0, 1]), prompt_length=np.array([1, 9]), logprobs=np.array([1, 0]), ngram=np.array([0, 3]),
+        forced_first=np.array([0, 7]), forced_last=np.array([2**31 - 1, 0]), last_position=np.array([0, 99]),
+        rule=np.array([0, 31]),
     )  # fmt: skip
     back = unpack_rows(jnp.asarray(pack_rows(SamplingRows(**settings))))
     for name, value in settings.items():

@@ -37,10 +37,17 @@ class ManagerMachine(RuleBasedStateMachine):
     """`written[block][offset]` is the group and the whole text up to the token whose keys lie there; a row must read its
     own, of what its kinds still need."""
 
-    @initialize(blocks=st.integers(4, 60), caching=st.booleans(), layout=st.sampled_from(HYBRIDS))
-    def start(self, blocks, caching, layout):
+    @initialize(
+        blocks=st.integers(4, 60), caching=st.booleans(), layout=st.sampled_from(HYBRIDS),
+        slots=st.one_of(st.just(0), st.integers(2 * ROWS, 3 * ROWS)),
+    )  # fmt: skip
+    def start(self, blocks, caching, layout, slots):
         self.kinds, self.groups = layout, count(layout)
-        self.manager = BlockManager(blocks, ROWS, WIDTH, P, prefix_caching=caching, kinds=layout)
+        self.manager = BlockManager(
+            blocks, ROWS, WIDTH, P, prefix_caching=caching, kinds=layout, state_slots=slots
+        )
+        self.memory: dict[int, tuple[int, ...]] = {}
+        """By slot: the text whose state is there."""
         self.written: dict[tuple[int, int], tuple[int, ...]] = {}
         self.texts: dict[int, list[int]] = {}
         self.read: dict[int, int] = {}
@@ -51,6 +58,37 @@ class ManagerMachine(RuleBasedStateMachine):
         """What a step tells the device before it runs: the rows that are new."""
         group, row, column, block = self.manager.tables.take_unsent()
         self.device[group, row, column] = block
+
+    def plan(self, decoding=(), steps=0, chunks=()):
+        """The states of a plan: rows that decode so many tokens, and rows whose prompts are computed up to a position."""
+        states = self.manager.states
+        if states is None:
+            return
+        states.begin()
+        moves = [states.step(np.array(decoding, np.int64)) for _ in range(steps)]
+        parts = [states.chunk(row, stop) for row, stop in chunks]
+        starts = {row: int(states.at[row]) - sum(part.count for part in some) for (row, _), some in zip(chunks, parts)}
+        written, read = [], []
+        for (row, _), some in zip(chunks, parts, strict=True):  # a step computes prompts first
+            text, at = (), starts[row]
+            for part in some:
+                if not part.continues:
+                    text = () if part.source < 0 else self.memory[part.source]
+                    read.append(part.source)
+                assert text == tuple(self.texts[row][:at]), "a chunk goes on from where its sequence is"
+                at += part.count
+                text = self.memory[part.target] = tuple(self.texts[row][:at])
+                written.append(part.target)
+        assert len(set(written)) == len(written)
+        for step, (sources, targets) in enumerate(moves):
+            assert not set(written) & {*sources.tolist(), *targets.tolist()}, "what a plan reads no other part writes"
+            assert len(set(targets.tolist())) == len(targets)
+            old = [self.memory[slot] for slot in sources.tolist()]
+            for row, text, target in zip(decoding, old, targets.tolist(), strict=True):
+                length = int(states.at[row]) - steps + step
+                assert text == tuple(self.texts[row][:length]), "a step goes on from where its sequence is"
+                assert not states.published[target], "a snapshot is never written"
+                self.memory[target] = tuple(self.texts[row][: length + 1])
 
     def write(self, row, position):
         """The step writes a position: never into a block that another names too; and it reads all it needs."""
@@ -86,7 +124,7 @@ class ManagerMachine(RuleBasedStateMachine):
         reach = min(len(text), hit.blocks * P + chunk)
         if not manager.admit(row, hit, len(text), reach):
             assert manager.pool is pool and (manager.tables.counts == counts).all(), "all or nothing"
-            ids = hit.ids[hit.ids >= 0]
+            ids = hit.ids[: self.groups][hit.ids[: self.groups] >= 0]
             ends = [manager.blocks_for(len(text) if kind.kind.whole else reach) for kind in self.kinds]
             new = sum(kind.count * (end - hit.blocks) for kind, end in zip(self.kinds, ends, strict=True))
             assert new > int(pool.num_available) - sum(pool.refs[ids] == 0)
@@ -101,6 +139,7 @@ class ManagerMachine(RuleBasedStateMachine):
                 del self.texts[row], self.published[row]
                 return
             self.send()
+            self.plan(chunks=[(row, stop)])
             for position in range(start, stop):
                 self.write(row, position)
             manager.tables.lengths[row] = stop
@@ -116,14 +155,23 @@ class ManagerMachine(RuleBasedStateMachine):
     )
     def grow(self, resting, tokens):
         """Decode steps of the rows that do not rest."""
-        manager, room = self.manager, P * WIDTH - len(tokens)
+        room = P * WIDTH - len(tokens)
         rows = [r for r in sorted(self.texts) if r not in resting and len(self.texts[r]) <= room]
         rows = np.array(rows, np.int64)
+        for row in rows.tolist():
+            self.texts[row] += tokens
+        if not self.grown(rows, tokens):
+            for row in rows.tolist():
+                del self.texts[row][-len(tokens) :]
+
+    def grown(self, rows, tokens):
+        """Whether there was room."""
+        manager = self.manager
         before, pool = manager.tables.blocks.copy(), manager.pool
         copies = manager.grow(rows, len(tokens))
         if copies is None:
             assert manager.pool is pool and (manager.tables.blocks == before).all(), "all or nothing"
-            return
+            return False
         sources, targets = copies
         assert not set(sources.tolist()) & set(targets.tolist())
         assert len(set(targets.tolist())) == len(targets)
@@ -133,21 +181,23 @@ class ManagerMachine(RuleBasedStateMachine):
                 if (source, offset) in self.written:
                     self.written[target, offset] = self.written[source, offset]
         self.send()
+        self.plan(rows.tolist(), len(tokens))
         for row in rows.tolist():
-            for token in tokens:
-                self.texts[row].append(token)
-                position = len(self.texts[row]) - 1
+            length = len(self.texts[row]) - len(tokens)
+            for position in range(length, length + len(tokens)):
                 self.write(row, position)
                 # A step names the blocks it writes, and no other.
                 self.device[:, row, position // P] = manager.tables.blocks[:, row, position // P]
         manager.tables.lengths[rows] += len(tokens)
         manager.take_evicted()
+        return True
 
-    @precondition(lambda self: 0 < len(self.texts) < ROWS)
+    @precondition(lambda self: self.texts)
     @rule(data=st.data())
     def fork(self, data):
+        """To an empty row, or as a beam does that takes the place of another."""
         source = data.draw(st.sampled_from(sorted(self.texts)))
-        target = next(r for r in range(ROWS) if r not in self.texts)
+        target = data.draw(st.sampled_from([row for row in range(ROWS) if row != source]))
         self.manager.fork(source, target)
         self.texts[target], self.published[target] = list(self.texts[source]), self.published[source]
         self.read[target] = self.read[source]
@@ -214,6 +264,9 @@ class ManagerMachine(RuleBasedStateMachine):
                     for group, block in zip(range(self.groups)[kind.span], ids[:, number].tolist(), strict=True):
                         for at in range(P):
                             assert self.written[block, at] == (group, *text[: number * P + at + 1])
+            if self.manager.states is not None and hit.blocks:
+                slot = int(hit.ids[-1, -1]) - self.manager.pool.num_blocks
+                assert self.memory[slot] == tuple(text[: hit.blocks * P]), "a snapshot is of the text asked for"
 
     @invariant()
     def the_device_knows_every_table(self):
@@ -228,6 +281,9 @@ class ManagerMachine(RuleBasedStateMachine):
         if hasattr(self, "manager"):
             self.manager.check()
             assert (int(self.manager.pool.num_held) == 0) == (not self.texts)
+            if self.manager.states is not None and not self.texts:
+                self.manager.states.begin()
+                assert int(self.manager.states.pool.num_held) == 0
 
 
 TestManager = ManagerMachine.TestCase

@@ -1,12 +1,14 @@
 """`scripts/bench.py host`, `startup`, `roofline` and `profile` on toys: shapes, formulas, joins."""
 
+import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import pytest
-from benchmarks import breakdown, checkpoint, hlo, hosttime, machine, placed, shares, start
+from benchmarks import breakdown, checkpoint, growth, hlo, hosttime, machine, placed, shares, start
 from benchmarks.shares import Costs
 from benchmarks.trace import Trace
 from benchmarks.work import Work
@@ -203,6 +205,51 @@ def test_placements_are_ratios_to_all_sharded(result: Callable[..., dict]):
     figures, names = found["jaxinfer"], ("attention_replicated", "mlp_replicated", "replicated")
     assert set(figures) == {f"step_ms@{name}" for name in ("sharded", *names)} | {f"over_sharded@{name}" for name in names}
     assert all(value > 0 for value in figures.values())
+
+
+GROWTH = ("growth", "--batch-size=2", "--input-len=37", "--output-len=23", "--lengths=3", "--repeats=2", "--step=16")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", ["auto", "xla"])
+def test_growth_makes_a_cache_anew_where_it_concatenates_alone(result: Callable[..., dict], tmp_path: Path, kernel: str):
+    plot = [f"--plot={tmp_path / 'growth.png'}"] if find_spec("matplotlib") else []
+    found = result(*GROWTH, "--max-position-embeddings=512", f"--set=attention_kernel={kernel}", *plot)["jaxinfer"]
+    assert [name for name in found if name.startswith("step_ms@paged_")] == [f"step_ms@paged_{n}" for n in (37, 48, 59)]
+    assert all(found[f"same_tokens@{name}"] == 1 for name in growth.METHODS)
+    cache = found["cache_mib"]
+    assert cache == 2 * 64 * 2 * 2 * 2 * 8 * 4 / 2**20  # rows, positions, layers, keys and values, heads, dim, float32
+    for name, aliased in ((growth.CONTIGUOUS, cache), (growth.ROOMY, 240 / 64 * cache), (growth.PAGED, cache)):
+        assert found[f"aliased_mib@{name}"] == aliased and found[f"made_anew_mib@{name}"] < cache / 20
+    assert found["aliased_mib@concatenation"] == 0
+    assert found["made_anew_mib@concatenation"] == pytest.approx(60 / 64 * cache, rel=0.02)
+    # What XLA's attention gathers is temporary.
+    peaks = {name: found[f"peak_mib@{name}"] - found[f"temporary_mib@{name}"] for name in growth.METHODS}
+    assert peaks["concatenation"] > peaks["contiguous"] + 0.8 * cache
+    assert found["times_as_fast_as_concatenation@contiguous"] > 0 and found["four_times_the_room_over_once"] > 0
+    assert not plot or (tmp_path / "growth.png").stat().st_size > 1000
+
+
+def test_a_plot_without_matplotlib_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(RuntimeError, match="matplotlib, of the extra `notebook`"):
+        growth.plot({}, growth.Work(1, 2, 3, 4, 5, 6), tmp_path / "growth.png")
+
+
+def test_what_is_measured_begins_and_ends_with_the_generation():
+    assert growth.Work(8, 3072, 1024, 128, 9, 7).measured == (3072, 3200, 3328, 3456, 3584, 3711, 3839, 3967, 4095)
+    assert growth.Work(8, 5, 3, 128, 9, 7).measured == (5, 6, 7)
+
+
+def test_growth_by_hand():
+    """Two lengths, two rounds each; a round of concatenation takes twice as long as contiguous in three of four."""
+    seconds = {"concatenation": [[2.0, 4.0], [6.0, 3.0]], "contiguous": [[1.0, 2.0], [3.0, 3.0]],
+               "contiguous_x4": [[1.0, 2.0], [3.0, 3.0]], "paged": [[2.0, 4.0], [6.0, 6.0]]}  # fmt: skip
+    found = growth._summary(seconds, growth.Work(1, 1000, 501, 4, 2, 2))
+    assert found["times_as_fast_as_concatenation@contiguous"] == 2 and found["times_as_fast_as_concatenation@paged"] == 1
+    assert found["contiguous_over_paged"] == 0.5 and found["four_times_the_room_over_once"] == 1
+    assert found["step_ms@contiguous"] == (1500 + 3000) / 2
+    assert found["ms_per_1000_positions@contiguous"] == pytest.approx((3000 - 1500) / 0.5)
 
 
 def test_a_ratio_is_of_the_same_round(monkeypatch: pytest.MonkeyPatch):

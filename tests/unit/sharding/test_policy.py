@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxinfer.errors import ConfigError
-from jaxinfer.sharding.policy import REPLICATE, SHARD, TACTICS, Placement, any_layer
+from jaxinfer.sharding.policy import EXPERTS, REPLICATE, SHARD, TACTICS, Placement, any_layer
 
 MODULES = ["embedding", "layers", "layers.0", "layers.0.attention", "layers.0.mlp", "layers.1", "layers.1.mlp", "norm"]
 INSIDE = ["layers.0.attention.qkv", "layers.0.mlp.down"]
@@ -61,6 +61,21 @@ def test_a_pattern_that_names_nothing_is_refused_with_what_there_is():
 def test_a_pattern_for_a_part_of_what_is_placed_as_a_whole_names_the_whole():
     with pytest.raises(ConfigError, match="'layers.0.mlp.down', which lies inside .* name that one: 'layers.0.mlp'"):
         Placement({"*.down": "replicate"}).check(MODULES, INSIDE)
+
+
+@pytest.mark.parametrize("pattern", ["*", "layers", "layers.1", "*.mlp", "layers.1.mlp"])
+def test_experts_are_divided_by_patterns_that_name_them_or_what_is_around_them(pattern: str):
+    placement = Placement({pattern: "experts"})
+    placement.check(MODULES, INSIDE, ["layers.1.mlp"])
+    assert placement.tactic("layers.1.mlp") == EXPERTS
+
+
+@pytest.mark.parametrize("pattern", ["norm", "layers.0", "*.attention"])
+def test_a_pattern_that_divides_by_experts_what_has_none_is_refused(pattern: str):
+    with pytest.raises(ConfigError, match=r"is given 'experts', and names nothing that has experts; there are layers.\*.mlp"):
+        Placement({pattern: "experts"}).check(MODULES, INSIDE, ["layers.1.mlp"])
+    with pytest.raises(ConfigError, match="this model has none: leave it 'shard'"):
+        Placement({pattern: "experts"}).check(MODULES, INSIDE)
 
 
 @pytest.mark.parametrize(

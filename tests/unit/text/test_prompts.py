@@ -2,6 +2,7 @@ import time
 
 import numpy as np
 import pytest
+from jaxinfer.media import Forms
 from jaxinfer.text import Prompt, check_prompt_length, check_token_ids, max_prompt_chars, parse_prompts
 
 
@@ -70,13 +71,13 @@ def test_refused_types(prompts, message):
 
 def test_a_model_of_images_takes_their_data():
     data = {"image": object()}
-    parsed = parse_prompts(["a", {"prompt": "b", "multi_modal_data": data}], media=True)
+    parsed = parse_prompts(["a", {"prompt": "b", "multi_modal_data": data}], forms=Forms(media=True))
     assert parsed == [Prompt("a"), Prompt("b")]
     assert [prompt.media for prompt in parsed] == [None, data]
     with pytest.raises(TypeError, match="prompt 0: 'multi_modal_data' must be a dict .* got list"):
-        parse_prompts({"prompt": "a", "multi_modal_data": [1]}, media=True)
+        parse_prompts({"prompt": "a", "multi_modal_data": [1]}, forms=Forms(media=True))
     with pytest.raises(ValueError, match="prompt 0: this model takes text and multi_modal_data, leave out 'mm_proc"):
-        parse_prompts({"prompt": "a", "mm_processor_kwargs": {}}, media=True)
+        parse_prompts({"prompt": "a", "mm_processor_kwargs": {}}, forms=Forms(media=True))
 
 
 def test_token_ids_are_checked_against_the_vocabulary():
