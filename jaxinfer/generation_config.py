@@ -173,7 +173,8 @@ def _refuse_unsupported(values: Mapping[str, Any]) -> None:
     found = [f"{name}={describe(values[name])}" for name, neutral in _UNSUPPORTED.items()
              if name in values and not any(values[name] == off for off in neutral)]
     if found:
-        raise ValueError(f"GenerationConfig sets what is not supported: {', '.join(found)}. Leave them out.")
+        hint = " LLM.beam_search searches with beams." if any(name.startswith("num_beams=") for name in found) else ""
+        raise ValueError(f"GenerationConfig sets what is not supported: {', '.join(found)}. Leave them out.{hint}")
 
 
 def _refuse_total_lengths(values: Mapping[str, Any]) -> None:

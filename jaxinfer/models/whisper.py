@@ -5,17 +5,12 @@ positions of the encoder.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxinfer.checkpoint.hf import ConfigReader, read_generation_config
 from jaxinfer.checkpoint.rules import Rule, expand
-from jaxinfer.errors import ConfigError
 from jaxinfer.kernels.matmul import matmul
 from jaxinfer.kernels.paged import Lane
 from jaxinfer.kv.spec import Full
@@ -27,127 +22,15 @@ from jaxinfer.layers.linear import Multiplying
 from jaxinfer.layers.mlp import ACTIVATIONS, MLP
 from jaxinfer.layers.norms import LayerNorm
 from jaxinfer.layers.params import Build, constant, weight
-from jaxinfer.models.base import CrossSource, Family, FeatureRows
+from jaxinfer.models.base import Family, FeatureRows
+from jaxinfer.models.whisper_config import STRIDE, WhisperConfig, from_folder, read_config
 from jaxinfer.models.whisper_prompt import WhisperReader
-from jaxinfer.models.whisper_tokens import WhisperTokens
 from jaxinfer.sharding import axes
 from jaxinfer.sharding.collectives import ENCODE
 
 NORM_EPS = 1e-5
 BIASED = ("q", "v")
 """Projections with a bias: keys have none."""
-STRIDE = 2
-"""Frames that become one position of the encoder."""
-
-
-@dataclass(frozen=True)
-class StackConfig:
-    """The layers of the encoder, or of the decoder."""
-
-    layers: int
-    heads: int
-    """H."""
-    ffn: int
-    """F."""
-    positions: int
-    """Positions it has."""
-
-
-@dataclass(frozen=True)
-class WhisperConfig:
-    """The model, every number that shapes it."""
-
-    vocab_size: int
-    """V."""
-    width: int
-    """M."""
-    encoder: StackConfig
-    decoder: StackConfig
-    bins: int
-    """C."""
-    activation: str
-    rule: WhisperTokens | None
-    """What may be said next; None: neither file says which tokens are special."""
-
-    @property
-    def cross(self) -> CrossSource:
-        """Windows of log-mel frames."""
-        rows = self.encoder.positions
-        return CrossSource("audio", (self.bins, STRIDE * rows), rows, rows, rule=self.rule)
-
-    @property
-    def features(self) -> None:
-        """No token's embedding is replaced."""
-        return None
-
-    @property
-    def num_layers(self) -> int:
-        """Of the decoder."""
-        return self.decoder.layers
-
-    @property
-    def query_group(self) -> int:
-        """Every query head has a kv head of its own."""
-        return 1
-
-    @property
-    def max_length(self) -> int:
-        """Tokens of the decoder."""
-        return self.decoder.positions
-
-    def length_key(self, prompt_length: int) -> bytes:
-        """Positions are learned, whatever the length."""
-        return b""
-
-    @property
-    def recompute_after(self) -> None:
-        """Never."""
-        return None
-
-
-def read_whisper(reader: ConfigReader) -> WhisperConfig:
-    """config.json, with what `from_folder` adds to it.
-
-    Raises:
-        ConfigError: sizes that do not fit each other, or an option that is not served.
-    """
-    width = reader.get_int("d_model")
-
-    def stack(name: str, positions: str) -> StackConfig:
-        heads = reader.get_int(f"{name}_attention_heads")
-        if width % heads:
-            raise ConfigError(f"config.json: d_model is {width}, which {name}_attention_heads = {heads} does not divide")
-        return StackConfig(
-            reader.get_int(f"{name}_layers"), heads, reader.get_int(f"{name}_ffn_dim"), reader.get_int(positions)
-        )
-
-    activation = reader.get_str("activation_function", "gelu")
-    if activation not in ACTIVATIONS:
-        raise ConfigError(f"config.json: activation_function is {activation!r}; supported: {', '.join(ACTIVATIONS)}")
-    if not reader.get_bool("tie_word_embeddings", True):
-        raise ConfigError("config.json: tie_word_embeddings is false; Whisper's head is its embedding, set it to true")
-    said = reader.get("special_tokens", {})
-    # What only training and classification read, repeated sizes, and embed_scale, which transformers never multiplies with.
-    reader.skip(*UNUSED)
-    return WhisperConfig(
-        reader.get_int("vocab_size"), width, stack("encoder", "max_source_positions"),
-        stack("decoder", "max_target_positions"), reader.get_int("num_mel_bins"), activation,
-        WhisperTokens.of(said, reader.config) if said or "decoder_start_token_id" in reader.config else None,
-    )  # fmt: skip
-
-
-UNUSED = (
-    "activation_dropout", "apply_spec_augment", "classifier_proj_size", "decoder_layerdrop", "encoder_layerdrop",
-    "forced_decoder_ids", "init_std", "is_encoder_decoder", "mask_feature_length", "mask_feature_min_masks",
-    "mask_feature_prob", "mask_time_length", "mask_time_min_masks", "mask_time_prob", "median_filter_width",
-    "num_hidden_layers", "scale_embedding", "use_weighted_layer_sum", "max_length",
-)  # fmt: skip
-
-
-def from_folder(directory: Path) -> Mapping[str, Any]:
-    """The special tokens, which generation_config.json names."""
-    found = read_generation_config(directory)
-    return {"special_tokens": found} if found else {}
 
 
 class Convolution(Multiplying):
@@ -324,4 +207,4 @@ def _in_layers(table: Sequence[Rule], layers: int) -> list[Rule]:
     return expand([Rule(f"layers.{{i}}.{r.source}", f"layers.{{i}}.{r.target}", r.parts) for r in table], layers)
 
 
-FAMILY = Family(read_whisper, Whisper, weight_rules, from_folder, reader=WhisperReader)
+FAMILY = Family(read_config, Whisper, weight_rules, from_folder, reader=WhisperReader)

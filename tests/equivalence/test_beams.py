@@ -7,7 +7,7 @@ import pytest
 from support import checkpoint
 from support.beams import Found, beam_request, found, search
 from support.cases import GREEDY, alone
-from support.tiny import BLOCK, CHUNK, CONFIG, HYBRIDS, ROWS, hybrid_runner, make_engine, make_request, prompt, random_runner, run, shapes
+from support.tiny import BLOCK, CHUNK, CONFIG, HYBRIDS, ROWS, hybrid_runner, make_engine, make_request, prompt, random_runner, run, shapes_of
 
 from jaxinfer.engine.runner import Runner
 from jaxinfer.functional import split
@@ -19,10 +19,10 @@ NEW, WIDTH, EOS = 14, 4, (7, 30, 61)
 """More than three blocks; half of the rows."""
 HYBRID, RECURRENT = "five to one", "qwen3_next"
 
-each_model = pytest.mark.parametrize("name", [
-    pytest.param("llama", marks=pytest.mark.xdist_group("llama")),
-    *(pytest.param(name, marks=[pytest.mark.xdist_group(name), pytest.mark.slow]) for name in (HYBRID, RECURRENT)),
-])  # fmt: skip
+LLAMA = pytest.param("llama", marks=pytest.mark.xdist_group("llama"))
+OTHERS = [pytest.param(name, marks=[pytest.mark.xdist_group(name), pytest.mark.slow]) for name in (HYBRID, RECURRENT)]
+every_kind = pytest.mark.parametrize("name", [LLAMA, *OTHERS])
+each_model = pytest.mark.parametrize("name", [LLAMA, OTHERS[0]])
 
 
 def runner_of(name):
@@ -32,7 +32,7 @@ def runner_of(name):
 @cache
 def contiguous(name):
     paged = runner_of(name)
-    return Runner(paged.program, paged.params, shapes(groups=paged.program.layout.groups, contiguous=True))
+    return Runner(paged.program, paged.params, shapes_of(paged.program, contiguous=True))
 
 
 def searches(lengths=(1, CHUNK, 2 * CHUNK + 2), **how):
@@ -52,7 +52,7 @@ def by_hand(runner: Runner, ids: list[int], *, new: int, width: int, eos: tuple[
             offered = None
             while engine.has_work:
                 engine.step()
-            offered = request.beams.finished
+            offered = request.beams.state.finished
             options += [(total + beam.logprob, [*tokens, int(beam.tokens[-1])]) for beam in offered]
         options = sorted(options, key=lambda option: -option[0])[: (1 + len(eos)) * width]
         done = [option for option in options[:width] if option[1][-1] in eos or length == new]
@@ -64,7 +64,7 @@ def by_hand(runner: Runner, ids: list[int], *, new: int, width: int, eos: tuple[
 
 
 @pytest.mark.slow
-@each_model
+@every_kind
 def test_beams_are_what_a_search_by_hand_finds(name):
     runner, ids = runner_of(name), prompt(CHUNK + 1, 3)
     expected = by_hand(runner, ids, new=6, width=3, eos=EOS)
@@ -84,7 +84,7 @@ def test_hosts_settings_change_nothing(name, host):
     assert search(make_engine(runner, **host), searches()) == expected
 
 
-@each_model
+@every_kind
 def test_searches_beside_others_are_as_alone(name):
     """Rows for two of five searches and a few requests at a time; the requests are as alone, too."""
     runner = runner_of(name)
@@ -209,7 +209,7 @@ def test_sharded_is_single(tmp_path):
     def results(tp: int) -> list[Found]:
         mesh = make_mesh(tp)
         program, params = split(loading.load(folder, mesh, progress=False), mesh)
-        return search(make_engine(Runner(program, params, shapes(groups=program.layout.groups))), searches())
+        return search(make_engine(Runner(program, params, shapes_of(program))), searches())
 
     one, two = results(1), results(2)
     assert [[tokens for tokens, _ in result] for result in two] == [[tokens for tokens, _ in result] for result in one]

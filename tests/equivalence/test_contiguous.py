@@ -37,8 +37,9 @@ from jaxinfer.sharding import make_mesh
 QUICK = "llama"
 MODELS = [
     pytest.param(name, marks=[pytest.mark.xdist_group(name), *[pytest.mark.slow] * (name != QUICK)])
-    for name in (*ARCHITECTURES, *HYBRIDS)
+    for name in (QUICK, "five to one", "all sliding", "gpt_oss", "deepseek_v3", "kimi_linear")
 ]
+"""A model of each kind of layer; what is in a family beside does not see which cache it is."""
 MOST = [model for model in MODELS if model.values[0] in (QUICK, "five to one")]
 
 
