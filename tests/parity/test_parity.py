@@ -390,4 +390,5 @@ def test_every_family_and_option_has_a_case():
     elsewhere = {"internvl", "bart", "mbart", "whisper", "mllama"}  # in files of their own
     assert {case.family for case in CASES.values()} == set(ARCHITECTURES.values()) - elsewhere
     assert {getattr(config, "hidden_act", "silu") for config in configs} | {"swish"} == set(ACTIVATIONS)
-    assert {config.rope_parameters.get("rope_type", "default") for config in configs} == set(ROPE_KINDS)
+    ropes = [getattr(config, "rope_parameters", {}) for config in configs]
+    assert {rope.get("rope_type", "default") for rope in ropes} == set(ROPE_KINDS)

@@ -97,9 +97,12 @@ def interpreted() -> Iterator[pytest.MonkeyPatch]:
     """Kernels run here; skips the test where triton is not installed, or one whose interpreter needs an older NumPy."""
     pytest.importorskip("triton", minversion="3.9")
     import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder
+    from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
     from triton.runtime.jit import JITFunction
 
+    # Those rewritten before found names in the language that were put back below.
+    _interpreted.cache_clear()
+    InterpretedFunction.rewritten_fn.clear()
     with pytest.MonkeyPatch.context() as patch:
         # What a kernel calls: its helpers, and the part of triton's own language that is written in it.
         patch.setattr(JITFunction, "__call__", lambda self, *args, **kwargs: _interpreted(self.fn)(*args, **kwargs))
