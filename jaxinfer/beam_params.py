@@ -12,8 +12,10 @@ MAX_WIDTH = 256
 MAX_LENGTH_PENALTY = 5.0
 """Largest absolute `length_penalty`: lengths of millions raised to it are finite in float32."""
 
-_UNUSED = {"n": 1, "temperature": (0.0, 1.0), "top_p": 1.0, "top_k": 0, "min_p": 0.0, "stop": (), "logprobs": None,
-           "prompt_logprobs": None}
+_UNUSED = {
+    "n": 1, "temperature": (0.0, 1.0), "top_p": 1.0, "top_k": 0, "min_p": 0.0, "stop": (), "logprobs": None,
+    "prompt_logprobs": None,
+}  # fmt: skip
 """Of `SamplingParams`: what a beam search has no use for, with the values that ask for nothing."""
 
 
@@ -43,7 +45,8 @@ class BeamParams:
         self._integer("num_return_sequences", self.width, ", the width")
         penalty = as_float("length_penalty", self.length_penalty)
         if abs(penalty) > MAX_LENGTH_PENALTY:
-            raise ValueError(f"length_penalty must be in [-{MAX_LENGTH_PENALTY:g}, {MAX_LENGTH_PENALTY:g}], got {penalty}.")
+            most = f"{MAX_LENGTH_PENALTY:g}"
+            raise ValueError(f"length_penalty must be in [-{most}, {most}], got {penalty}.")
         object.__setattr__(self, "length_penalty", penalty)
         if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
             raise ValueError(f"early_stopping must be True, False or 'never', got {describe(self.early_stopping)}.")
@@ -74,7 +77,8 @@ def beam_sampling(params: Any, default: SamplingParams, max_tokens: int | None) 
         if value != neutral and (not isinstance(neutral, tuple) or value not in neutral):
             raise ValueError(f"a beam search has no use for {name}, got {name}={value!r}; leave it out.")
     plain = {"n": 1, "temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
-    own = default if params is None else params
-    # `min_tokens` of the model's own may be more than what the caller asks for in all.
-    least = own.min_tokens if max_tokens is None or params is not None else min(own.min_tokens, as_int("max_tokens", max_tokens))
-    return dataclasses.replace(own, **plain, max_tokens=max_tokens, min_tokens=least)
+    if params is not None:
+        return dataclasses.replace(params, **plain, max_tokens=max_tokens)
+    least = default.min_tokens  # which may be more than what the caller asks for in all
+    least = least if max_tokens is None else min(least, as_int("max_tokens", max_tokens))
+    return dataclasses.replace(default, **plain, max_tokens=max_tokens, min_tokens=least)

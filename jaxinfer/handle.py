@@ -191,10 +191,10 @@ class BeamHandle(Handle):
         return self._wrap(outputs)
 
     def _beam(self, index: int, beam: Finished) -> CompletionOutput:
-        params, text, last = self.request.params, self._stream(None), int(beam.tokens[-1])
-        hidden = beam.stopped and not params.include_stop_str_in_output
+        params, stream, last = self.request.params, self._stream(None), int(beam.tokens[-1])
+        shown = len(beam.tokens) - (beam.stopped and not params.include_stop_str_in_output)
         return CompletionOutput(
-            index=index, text="" if text is None else text.push(beam.tokens[: len(beam.tokens) - hidden].tolist()) + text.finish(),
+            index=index, text="" if stream is None else stream.push(beam.tokens[:shown].tolist()) + stream.finish(),
             token_ids=beam.tokens.tolist(), cumulative_logprob=beam.logprob,
             finish_reason="stop" if beam.stopped else "length",
             stop_reason=last if beam.stopped and last not in params.eos_token_ids else None, score=float(beam.score),

@@ -84,16 +84,18 @@ class Intake:
         """Without parameters an answer runs to its end."""
         return dataclasses.replace(self._opened.default_params, max_tokens=None) if params is None else params
 
-    def beams(self, prompts: Sequence[Prompt], params: SamplingParams | None, search: BeamParams, most: int | None) -> list[Request]:
+    def beams(
+        self, prompts: Sequence[Prompt], params: SamplingParams | None, search: BeamParams, most: int | None
+    ) -> list[Request]:
         """One request a prompt, each a beam search of at most `most` new tokens; raises as `requests` and `beam_sampling`."""
         requests = self.requests(prompts, beam_sampling(params, self._opened.default_params, most))
         for index, request in enumerate(requests):
             request.beams = beams = Beams(search, request.limit - len(request.prompt), request.stop_ids)
-            if beams.count > self.limits.usable:
+            known, stops = self.limits.usable, len(request.stop_ids)
+            if beams.count > known:
                 raise ValueError(
-                    f"prompt {index}: width must be at most {self.limits.usable * search.width // beams.count} with {len(request.stop_ids)} "
-                    f"tokens that end a beam, got {search.width}: a step looks at {beams.count} of the {self.limits.usable} tokens of "
-                    "the vocabulary."
+                    f"prompt {index}: width must be at most {known * search.width // beams.count} with {stops} tokens that end "
+                    f"a beam, got {search.width}: a step looks at {beams.count} of the {known} tokens of the vocabulary."
                 )
         return requests
 

@@ -82,9 +82,8 @@ class Beams:
         ends = stops | (length >= self.limit)
         scores = totals / np.float32(length**self.params.length_penalty)
         longer = [np.append(made[beam], token).astype(np.int32) for beam, token in zip(beams, tokens, strict=True)]
-        new = [
-            Finished(longer[i], float(totals[i]), scores[i], bool(stops[i])) for i in np.flatnonzero(ends[:width]).tolist()
-        ]
+        ended = np.flatnonzero(ends[:width]).tolist()
+        new = [Finished(longer[i], float(totals[i]), scores[i], bool(stops[i])) for i in ended]
         finished = tuple(sorted([*self.state.finished, *new], key=lambda beam: -beam.score)[:width])
         going = np.flatnonzero(~ends)[:width]
         if self._over(totals[going], finished, length):

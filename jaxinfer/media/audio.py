@@ -125,8 +125,8 @@ def _rate(value: Any, where: str) -> int:
         raise TypeError(f"{where}: the sampling rate must be an integer, in samples a second, got {describe(value)}.")
     low, high = RATES
     if not low <= value <= high or value != int(value):
-        raise ValueError(f"{where}: the sampling rate is {describe(value)}; it must be a whole number of samples a second from {low} "
-                         f"to {high}, such as 16000.")
+        raise ValueError(f"{where}: the sampling rate is {describe(value)}; it must be a whole number of samples a second "
+                         f"from {low} to {high}, such as 16000.")
     return int(value)
 
 

@@ -111,7 +111,7 @@ class Mllama(nnx.Module):
     def encode_cross(
         self, inputs: jax.Array, numbers: jax.Array, step: EncodeStep, lanes: list[Lane]
     ) -> list[Lane]:
-        """Images `[U, t, C, height, width]` with the numbers of their canvases `[U, 1]` -> the lanes with their keys and values."""
+        """Images `[U, t, C, height, width]` and the numbers of their canvases `[U, 1]` -> the lanes with keys and values."""
         encoded, lanes = self.projector(self.vision_model(inputs, numbers[:, 0])), list(lanes)
         for number in sorted(self.config.cross_layers):
             lane = step.lane(number)

@@ -1,7 +1,5 @@
 """How many blocks an engine's steps hold, and how many they need."""
 
-from types import TracebackType
-
 import numpy as np
 
 from jaxinfer.engine.engine import Engine
@@ -25,7 +23,7 @@ class Counted:
         self._engine.runner.run = self._count
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None) -> None:
+    def __exit__(self, *exception: object) -> None:
         del self._engine.runner.run
 
     def _count(self, plan: Plan, tables: Tables) -> Flight:

@@ -124,12 +124,15 @@ def _growth(parser: argparse.ArgumentParser) -> None:
 
 def _sharing(parser: argparse.ArgumentParser) -> None:
     names = ("gemma3", "gpt_oss")
-    parser.add_argument("models", nargs="*", default=list(names), metavar="MODEL", help=f"{' and '.join(names)}: their layers, small")
+    what = f"{' and '.join(names)}: their layers, small"
+    parser.add_argument("models", nargs="*", type=_shape, default=list(names), metavar="MODEL", help=what)
     _positive(parser, {
         "samples": (16, "of one prompt"), "requests": (64, "of a prefix workload"),
-        "pool_requests": (8, "of them that the cache has blocks for"), "repeats": (5, "passes with sharing and without, in turns"),
+        "pool_requests": (8, "of them that the cache has blocks for"),
+        "repeats": (5, "passes with sharing and without, in turns"),
     })  # fmt: skip
-    parser.add_argument("--small", action="store_true", help="an eighth of the lengths and windows, a quarter of the requests")
+    what = "an eighth of the lengths and windows, a quarter of the requests"
+    parser.add_argument("--small", action="store_true", help=what)
 
 
 def _common() -> argparse.ArgumentParser:
@@ -170,6 +173,12 @@ def _count(text: str) -> int:
 def _standard(text: str) -> str:
     if text not in STANDARDS:
         raise argparse.ArgumentTypeError(f"must be one of {', '.join(STANDARDS)}, got {text!r}")
+    return text
+
+
+def _shape(text: str) -> str:
+    if text not in ("gemma3", "gpt_oss"):
+        raise argparse.ArgumentTypeError(f"must be gemma3 or gpt_oss, got {text!r}")
     return text
 
 

@@ -7,7 +7,20 @@ import pytest
 from support import checkpoint
 from support.beams import Found, beam_request, found, search
 from support.cases import GREEDY, alone
-from support.tiny import BLOCK, CHUNK, CONFIG, HYBRIDS, ROWS, hybrid_runner, make_engine, make_request, prompt, random_runner, run, shapes_of
+from support.tiny import (
+    BLOCK,
+    CHUNK,
+    CONFIG,
+    HYBRIDS,
+    ROWS,
+    hybrid_runner,
+    make_engine,
+    make_request,
+    prompt,
+    random_runner,
+    run,
+    shapes_of,
+)
 
 from jaxinfer.engine.runner import Runner
 from jaxinfer.functional import split

@@ -1,4 +1,4 @@
-"""A Llama 3.2 Vision with a tokenizer: texts and chats with images; bad ones are errors that name the prompt, the others go on."""
+"""A Llama 3.2 Vision with a tokenizer: chats with images; bad ones are errors that name the prompt, the others go on."""
 
 import io
 from collections.abc import Iterator
