@@ -31,7 +31,7 @@ KINDS = (
 def warm_runner() -> Runner:
     """Over the shared model, with buckets of its own, all compiled ahead."""
     model = random_runner()
-    sizes = shapes(decode_buckets=(2, ROWS), prefill_buckets=(CHUNK // 2, CHUNK))
+    sizes = shapes(decode_buckets=(2, ROWS), prefill_buckets=(CHUNK // 2, CHUNK), switched=True)
     runner = Runner(model.program, model.params, sizes)
     done = warm_up(runner.prepare(SAMPLING), SAMPLING, threads=2, use_tqdm=False)
     assert done.programs == done.compiled == len(runner.programs.seconds) == 2 + 2 + 2 + 2
