@@ -11,6 +11,8 @@ from jaxinfer.checks import describe
 
 MAX_PIXELS = 2**27
 """Of one image: 128 megapixels take 400 MB as RGB."""
+MIN_PIXELS = 2
+"""Of one image: a single pixel has no shape to see, and processors disagree about which of its axes are channels."""
 MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB")
 """Of PIL images: those of 8 bits a channel, which have one meaning as RGB. Alpha is dropped, as transformers does."""
 
@@ -27,7 +29,7 @@ def as_rgb(image: Any, where: str) -> np.ndarray:
 
     Raises:
         TypeError: something else, such as a path or the bytes of a file.
-        ValueError: an image that cannot be decoded, or has no pixels, too many, another mode, shape or range.
+        ValueError: an image that cannot be decoded, or has no pixels, one, too many, another mode, shape or range.
     """
     if _is_pil(image):
         return _decode(image, where)
@@ -122,5 +124,8 @@ def _check_finite(array: np.ndarray, where: str) -> None:
 def _check_pixels(height: int, width: int, where: str) -> None:
     if not height or not width:
         raise ValueError(f"{where} has no pixels: it is {height} high and {width} wide.")
+    if height * width < MIN_PIXELS:
+        raise ValueError(f"{where} has {height} x {width} pixels; at least {MIN_PIXELS} are taken: a single one is a placeholder "
+                         "or a failed download, not a picture. Pass the whole image, or none.")
     if height * width > MAX_PIXELS:
         raise ValueError(f"{where} has {height} x {width} pixels; at most {MAX_PIXELS} are taken. Scale it down.")

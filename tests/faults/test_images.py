@@ -146,7 +146,7 @@ def test_a_wrong_number_of_image_tokens(llm, count):
 
 
 def test_tiny_images_are_images(llm):
-    outputs = llm.generate([prompt(Image.new(mode, size)) for mode in ("1", "P", "RGBA") for size in ((1, 1), (3, 300))], PARAMS)
+    outputs = llm.generate([prompt(Image.new(mode, size)) for mode in ("1", "P", "RGBA") for size in ((1, 2), (3, 300))], PARAMS)
     assert all(output.outputs[0].finish_reason == "length" for output in outputs)
 
 

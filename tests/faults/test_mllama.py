@@ -95,9 +95,9 @@ def test_a_conversation_with_images(llm):
     assert plain.outputs[0].token_ids
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1), (SIDE, SIDE), (3, 2)])
+@pytest.mark.parametrize("size", [(1, 2), (1, 300), (300, 1), (SIDE, SIDE), (3, 2)])
 def test_images_of_every_size_are_served(llm, size):
-    """One pixel is an image: the processor scales it up."""
+    """Two pixels are an image: the processor scales it up."""
     [output] = llm.generate(prompt(Image.new("RGB", size, (200, 10, 90))), PARAMS)
     assert output.finished and output.outputs[0].finish_reason == "length"
 
@@ -110,6 +110,7 @@ GOOD = preprocessed()
     (prompt(None), TypeError, "prompt 1, image 0 .* got None"),
     (prompt(Image.new("RGB", (5, 0))), ValueError, "prompt 1, image 0 has no pixels"),
     (prompt(Image.new("F", (5, 5))), ValueError, "prompt 1, image 0 has mode 'F'"),
+    (prompt(Image.new("RGB", (1, 1))), ValueError, "prompt 1, image 0 has 1 x 1 pixels; at least 2 are taken"),
     (prompt(opened("PNG", 0.6)), ValueError, "prompt 1, image 0 cannot be decoded, it is truncated or corrupt"),
     (prompt(opened("JPEG", 0.6)), ValueError, "prompt 1, image 0 cannot be decoded, it is truncated or corrupt"),
     (prompt(np.full((4, 4, 3), np.nan)), ValueError, "prompt 1, image 0 has 48 values that are NaN"),

@@ -32,7 +32,7 @@ def file(kind: str) -> bytes:
     (RGB.transpose(2, 0, 1), RGB), (np.dstack([RGB, GREY]), RGB),
     (RGB / 255, RGB), ((RGB / 255).astype(np.float32), RGB),
     (np.zeros((3, 4, 3), np.uint8), np.zeros((3, 4, 3), np.uint8)),
-    (np.full((1, 1), 200, np.uint8), np.full((1, 1, 3), 200, np.uint8)),
+    (np.full((1, 2), 200, np.uint8), np.full((1, 2, 3), 200, np.uint8)),
 ])  # fmt: skip
 def test_accepted_images(image, expected):
     found = as_rgb(image, "prompt 0, image 0")
@@ -61,6 +61,8 @@ def test_every_mode_is_what_pil_makes_of_it(mode):
     (None, TypeError, "got None"), (3, TypeError, "got int 3"), ([[0]], TypeError, "got list"),
     (Image.new("RGB", (0, 3)), ValueError, "no pixels: it is 3 high and 0 wide"),
     (np.zeros((4, 0, 3), np.uint8), ValueError, "no pixels: it is 4 high and 0 wide"),
+    (Image.new("L", (1, 1)), ValueError, "1 x 1 pixels; at least 2 are taken"),
+    (np.zeros((1, 1, 3), np.uint8), ValueError, "1 x 1 pixels; at least 2 are taken"),
     (Image.new("F", (2, 2)), ValueError, "mode 'F'; supported: 1, L"),
     (Image.new("I;16", (2, 2)), ValueError, "mode 'I;16'"),
     (np.zeros((2, 2, 2), np.uint8), ValueError, r"shape \[2, 2, 2\]; an array must be"),
