@@ -39,6 +39,17 @@ def _count(name: str, _seconds: float, **_labels: object) -> None:
 jax.monitoring.register_event_duration_secs_listener(_count)
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Fails where groups are asked for and ignored: every worker would compile every model."""
+    if not getattr(config.option, "loadgroup", False):
+        return
+    for item in items:
+        groups = sorted({marker.args[0] for marker in item.iter_markers("xdist_group")})
+        if groups and not item.nodeid.endswith(f"@{'_'.join(groups)}"):
+            raise pytest.UsageError(f"--dist loadgroup: pytest-xdist ignores the group of {item.nodeid}; install pytest<9.2")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> None:
     """What compiles from here on is this test's."""

@@ -4,6 +4,7 @@ Prints what it made as lines of JSON. `act` is what this process does beside, or
 """
 
 import json
+import signal
 import sys
 
 from jaxinfer import LLM, SamplingParams, distributed
@@ -52,6 +53,8 @@ def lead(llm: LLM, act: str) -> None:
 def main() -> None:
     """See above."""
     told = json.loads(sys.argv[1])
+    # What starts the tests in the background of a shell has them ignore it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     distributed.initialize(told["coordinator"], told["count"], told["process"])
     act = told["act"]
     # Only process 0's settings count.
