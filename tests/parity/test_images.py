@@ -39,7 +39,7 @@ PROMPTS = (
     (f"{MARKER}\nhello world", [picture(90, 50)]),
     (f"the cat {MARKER} sat on {MARKER} the mat", [picture(20, 70, seed=1), picture(9, 9)]),
     ("hello world, the cat", []), (f"the {MARKER}", [picture(40, 40, "RGBA", 2)]),
-    (f"{MARKER}{MARKER}", [picture(30, 29, "L"), picture(64, 16, "P", 3)]), (f"a {MARKER}", [picture(1, 1)]),
+    (f"{MARKER}{MARKER}", [picture(30, 29, "L"), picture(64, 16, "P", 3)]), (f"a {MARKER}", [picture(1, 2)]),
 )  # fmt: skip
 
 
