@@ -1,5 +1,6 @@
 """The steps of a model of Kimi-Linear's widths compiled for H100s with none present: state and latents in place, what shards say."""
 
+import re
 from collections import Counter
 from functools import cache
 
@@ -55,3 +56,13 @@ def test_states_and_latents_stay_in_place(kind: str):
 def test_shards_add_up_what_rows_make_and_nothing_else():
     """Of each layer attention and MLP, and the rows of the embedding; the sampler gathers its columns."""
     assert step(DECODE, 4).collectives == Counter({"all-reduce": 2 * 4 + 1, "all-gather": 1})
+
+
+def test_a_kda_layer_has_one_product_for_six_projections_and_one_for_two():
+    """q, k, v, b, f_a and g_a; f_b and g_b. Beside them its recurrence, and what comes out of it."""
+    kda, experts = 3, 3
+    dims = re.findall(r"= \w+\[([\d,]+)\]\S* dot\(", step(DECODE).executable.as_text())
+    assert dims.count(f"{3 * 4096 + 32 + 2 * 128},{ROWS}") == kda
+    assert dims.count(f"2,4096,{ROWS}") == kda
+    # Of the others: latents and queries, the two halves of absorbed attention, its end; MLPs, routers, the head.
+    assert len(dims) == 4 * kda + 4 + 2 + 3 * experts + 1
