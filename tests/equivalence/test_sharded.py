@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 from support import checkpoint
-from support.cases import EDGES, mixed
+from support.cases import EDGES, GREEDY, mixed, requests
 from support.plans import compiled
 from support.tiny import ARCHITECTURES, CONFIG, make_engine, make_request, prompt, run, shapes
 
@@ -40,13 +40,18 @@ PLACEMENTS = {
 }
 
 
-def wanted() -> list[Request]:
+def everything() -> list[Request]:
     """Greedy and seeded requests at the ends of blocks and chunks, and one that forks."""
     fork = SamplingParams(temperature=0.3, seed=5, n=3, max_tokens=10)
     return [*mixed(EDGES), make_request("fork", prompt(18, 50), fork)]
 
 
-def check(found: Runner, single: Runner, **host: Any) -> None:
+def greedy() -> list[Request]:
+    """What models are asked that differ from Llama in their layers alone: how tokens are chosen is the same."""
+    return requests(EDGES, GREEDY)
+
+
+def check(found: Runner, single: Runner, wanted: Callable[[], list[Request]] = everything, **host: Any) -> None:
     """Every token is the same."""
     assert run(make_engine(found, **host), wanted()) == run(make_engine(single), wanted())
 
@@ -74,7 +79,7 @@ MORE = {"olmo3": (2, 8), "gpt_oss": (2, 8), "kimi_linear": (2, 4), "qwen3_moe": 
 @pytest.mark.parametrize(("family", "tp"), [
     (family, tp) for family in ARCHITECTURES if family != "llama" for tp in MORE.get(family, (2,))])  # fmt: skip
 def test_every_family_sharded_is_single(sharded: Sharded, family: str, tp: int):
-    check(sharded(family, tp), sharded(family))
+    check(sharded(family, tp), sharded(family), greedy)
 
 
 @pytest.mark.slow
@@ -84,7 +89,7 @@ def test_every_family_sharded_is_single(sharded: Sharded, family: str, tp: int):
 )
 def test_experts_divided_otherwise_are_single(sharded: Sharded, family: str, tp: int, placement: str):
     """Whole ones on each device, or all of them on every device."""
-    check(sharded(family, tp, {"*.mlp": placement}), sharded(family))
+    check(sharded(family, tp, {"*.mlp": placement}), sharded(family), greedy)
 
 
 @pytest.mark.slow
@@ -96,7 +101,7 @@ def test_with_few_blocks_and_short_chunks_sharded_is_single(sharded: Sharded, tp
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PLACEMENTS)
 def test_each_placement_is_single(sharded: Sharded, name: str):
-    check(sharded("llama", 4, PLACEMENTS[name]), sharded())
+    check(sharded("llama", 4, PLACEMENTS[name]), sharded(), greedy)
 
 
 # Beside the layers' own: the rows looked up and the logits of the sampler, where the ends of the model are divided.
@@ -130,7 +135,7 @@ def test_heads_of_zeroes_change_nothing(sharded: Sharded, family: str, heads: in
     sizes = dict(num_attention_heads=heads, num_key_value_heads=kv_heads)
     padded = sharded(family, tp, pad_heads=True, **sizes)
     assert zero_heads(padded) == added
-    check(padded, sharded(family, **sizes))
+    check(padded, sharded(family, **sizes), greedy)
 
 
 @pytest.mark.slow
@@ -146,7 +151,7 @@ def test_a_decoder_beside_a_vision_tower_has_a_copy_on_each_device_of_the_axis_d
         rules.load(module, served.weight_rules(config), reader, mesh, progress=False)
     runner = Runner(*split(module, mesh), shapes())
     assert {len(param.sharding.device_set) for param in runner.params} == {4}
-    check(runner, sharded())
+    check(runner, sharded(), greedy)
 
 
 def test_padding_that_nothing_needs_adds_nothing(sharded: Sharded):

@@ -129,7 +129,7 @@ def test_a_peer_without_an_interpreter_is_named(tmp_path: Path):
 
 @pytest.mark.usefixtures("real_peers")
 @pytest.mark.slow
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", ["throughput", "serving"])
 def test_transformers_makes_the_same_tokens_of_the_same_work(result: Callable[..., dict], command: str):
     pytest.importorskip("torch")
     found = result(command, *COMMANDS[command], "--peer=hf", "--peer=hf-cb")

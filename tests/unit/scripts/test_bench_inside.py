@@ -211,10 +211,9 @@ GROWTH = ("growth", "--batch-size=2", "--input-len=37", "--output-len=23", "--le
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kernel", ["auto", "xla"])
-def test_growth_makes_a_cache_anew_where_it_concatenates_alone(result: Callable[..., dict], tmp_path: Path, kernel: str):
+def test_growth_makes_a_cache_anew_where_it_concatenates_alone(result: Callable[..., dict], tmp_path: Path):
     plot = [f"--plot={tmp_path / 'growth.png'}"] if find_spec("matplotlib") else []
-    found = result(*GROWTH, "--max-position-embeddings=512", f"--set=attention_kernel={kernel}", *plot)["jaxinfer"]
+    found = result(*GROWTH, "--max-position-embeddings=512", *plot)["jaxinfer"]
     assert [name for name in found if name.startswith("step_ms@paged_")] == [f"step_ms@paged_{n}" for n in (37, 48, 59)]
     assert all(found[f"same_tokens@{name}"] == 1 for name in growth.METHODS)
     cache = found["cache_mib"]
@@ -223,7 +222,6 @@ def test_growth_makes_a_cache_anew_where_it_concatenates_alone(result: Callable[
         assert found[f"aliased_mib@{name}"] == aliased and found[f"made_anew_mib@{name}"] < cache / 20
     assert found["aliased_mib@concatenation"] == 0
     assert found["made_anew_mib@concatenation"] == pytest.approx(60 / 64 * cache, rel=0.02)
-    # What XLA's attention gathers is temporary.
     peaks = {name: found[f"peak_mib@{name}"] - found[f"temporary_mib@{name}"] for name in growth.METHODS}
     assert peaks["concatenation"] > peaks["contiguous"] + 0.8 * cache
     assert found["times_as_fast_as_concatenation@contiguous"] > 0 and found["four_times_the_room_over_once"] > 0
