@@ -1,5 +1,6 @@
 """Random models of well-known shapes, made on the device within seconds."""
 
+import re
 from functools import cache
 from typing import Any
 
@@ -37,6 +38,31 @@ TOY = llama(64, 2, 4, 2, 96, 259, positions=2048, dtype="float32")
 """For dry runs."""
 
 
+def kimi_linear(
+    hidden: int, ffn: int, heads: int, dim: int, rank: int, experts: int, expert_ffn: int, vocab: int, layers: int,
+    dtype: str = "bfloat16",
+) -> dict[str, Any]:  # fmt: skip
+    """config.json of a Kimi-Linear: of four layers the last has attention over latents, all but the first have experts."""
+    full = [n for n in range(1, layers + 1) if n % 4 == 0]
+    return {
+        "architectures": ["KimiLinearForCausalLM"], "model_type": "kimi_linear", "vocab_size": vocab, "hidden_size": hidden,
+        "intermediate_size": ffn, "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": heads,
+        "kv_lora_rank": rank, "qk_nope_head_dim": dim, "qk_rope_head_dim": dim // 2, "v_head_dim": dim,
+        "num_experts": experts, "num_experts_per_token": min(8, experts // 2), "num_shared_experts": 1,
+        "moe_intermediate_size": expert_ffn, "first_k_dense_replace": 1, "rms_norm_eps": 1e-5, "dtype": dtype,
+        "model_max_length": 1048576, "routed_scaling_factor": 2.446,
+        "linear_attn_config": {
+            "num_heads": heads, "head_dim": dim, "short_conv_kernel_size": 4, "full_attn_layers": full,
+            "kda_layers": [n for n in range(1, layers + 1) if n not in full],
+        },
+    }  # fmt: skip
+
+
+KIMI_LINEAR = kimi_linear(2304, 9216, 32, 128, 512, 256, 1024, 163840, layers=12)
+"""The widths of Kimi-Linear-48B-A3B; all of its 27 layers do not fit on one device."""
+KIMI_LINEAR_TOY = kimi_linear(32, 48, 4, 8, 16, 6, 24, 97, layers=4, dtype="float32")
+
+
 def random(hf: dict[str, Any], mesh: Mesh, seed: int = 0) -> LanguageModel:
     """A model with weights of the usual size, each made where it lies and alone, so that memory holds one copy.
 
@@ -53,6 +79,9 @@ def random(hf: dict[str, Any], mesh: Mesh, seed: int = 0) -> LanguageModel:
         make = _maker(param.shape, param.dtype, placed)
         leaves.append(make(jnp.uint32(1000003 * seed + number)))
     return nnx.merge(graph, jax.tree.unflatten(jax.tree.structure(state), leaves))
+
+
+_MLP = re.compile(r"^layers\.(\d+)\.mlp\.(gate_up|down)\.")
 
 
 @cache
@@ -85,6 +114,14 @@ def step_bytes(module: LanguageModel) -> int:
         for path, param in arrays(module)
         if not (path.startswith("embedding.") and module.head is not None)
     )
+
+
+def touched_bytes(module: LanguageModel) -> int:
+    """Of `step_bytes` those that one token needs: of each layer's experts the few it is routed to."""
+    moe, dense = module.config.moe, {str(layer) for layer in module.config.dense_layers}
+    found = ((_MLP.search(path), array.nbytes) for path, array in arrays(module))
+    routed = sum(size for match, size in found if match and match[1] not in dense)
+    return step_bytes(module) - routed + routed * moe.per_token // moe.experts
 
 
 def matrix_sizes(module: LanguageModel) -> tuple[int, int]:

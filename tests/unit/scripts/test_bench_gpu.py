@@ -48,7 +48,7 @@ def dry(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_rows_write_their_figures_and_a_report(dry: Path):
     results = {name: json.loads((dry / f"{name}.json").read_text()) for name in QUICK}
     assert {name: result["status"] for name, result in results.items()} == dict(
-        zip(QUICK, ("done", "done", "skipped"), strict=True)
+        zip(QUICK, ("done", "done", "done"), strict=True)
     )
     assert results["roofline"]["figures"]["copy_gb_per_second"] > 0
     assert results["kda-decode"]["figures"]["fused_us"] > 0
@@ -56,7 +56,7 @@ def test_rows_write_their_figures_and_a_report(dry: Path):
     assert set(whole["rows"]) == set(QUICK)
     assert whole["machine"]["platform"] == "cpu" and whole["machine"]["versions"]["jax"] == jax.__version__
     table = (dry / "report.md").read_text()
-    assert "dry run" in table and "the model does not exist yet" in table
+    assert "dry run" in table
     assert "reached" not in table, "toy sizes reach nothing"
 
 
@@ -211,6 +211,12 @@ def test_a_step_reads_every_weight_but_an_embedding_apart(tied: bool):
     assert head == 64 * 259 and each == sum(s // 4 for p, s in sizes.items() if "layers" in p and "norm" not in p)
 
 
+def test_a_token_touches_of_the_experts_those_it_is_routed_to():
+    module = models.random(models.KIMI_LINEAR_TOY, make_mesh(1))
+    experts, chosen, layers, weights = 6, 3, 3, 3 * 24 * 32
+    assert models.step_bytes(module) - models.touched_bytes(module) == layers * (experts - chosen) * weights * 4
+
+
 @pytest.mark.parametrize("grows", [False, True])
 def test_contiguous_caches_attend_as_the_oracle(grows: bool):
     rng, batch, length = np.random.default_rng(0), 2, 6
@@ -289,8 +295,8 @@ def test_every_row_runs_at_toy_sizes(tmp_path: Path):
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "report.json").read_text())["rows"]
     assert set(results) == {row.name for row in ROWS}
-    assert {name for name, row in results.items() if row["status"] != "done"} == {"kimi-linear"}
+    assert {row["status"] for row in results.values()} == {"done"}
     for row in ROWS:
         # What only a GPU has is missing, and nothing takes its place.
         assert all(goal.figure in results[row.name]["figures"] or "share" in goal.figure or row.name in (
-            "command-buffers", "throughput-64", "kimi-linear") for goal in row.goals), row.name  # fmt: skip
+            "command-buffers", "throughput-64") for goal in row.goals), row.name  # fmt: skip
