@@ -197,6 +197,7 @@ def test_a_long_sequence_holds_a_window_a_chunk_and_a_block(name):
     assert most <= -(-(window + CHUNK) // BLOCK) + 1
 
 
+@pytest.mark.slow
 @every(*MOST)
 def test_sharded_is_single(name, tmp_path):
     folder = checkpoint.write(tmp_path, CONFIG | HYBRIDS[name], with_tokenizer=False)

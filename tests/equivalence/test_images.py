@@ -200,6 +200,7 @@ def test_a_random_workload():
     settled(engine)
 
 
+@pytest.mark.slow
 def test_token_ids_that_are_made_keep_their_own_embedding():
     """The image token may be made as any other; computed again it is no image."""
     params = SamplingParams(temperature=0, max_tokens=12, allowed_token_ids=[90])

@@ -7,7 +7,7 @@ from jaxinfer import SamplingParams
 from jaxinfer.engine.metrics import PREFIX
 from jaxinfer.errors import CapacityError
 
-pytestmark = pytest.mark.xdist_group("faults")
+pytestmark = [pytest.mark.xdist_group("faults"), pytest.mark.slow]
 
 IDS = [10, 11, 12, 13, 14]
 

@@ -25,6 +25,7 @@ def tokens(llm, params=PARAMS):
     return [[sample.token_ids for sample in output.outputs] for output in llm.generate(PROMPTS, params, use_tqdm=False)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("params", [PARAMS, MANY])
 def test_the_tokens_are_those_of_the_paged_cache(contiguous, llm, params):
     assert tokens(contiguous, params) == tokens(llm, params)

@@ -9,7 +9,7 @@ from support.cross import START, folder
 from jaxinfer import LLM, SamplingParams
 from jaxinfer.errors import CapacityError
 
-pytestmark = pytest.mark.xdist_group("cross faults")
+pytestmark = [pytest.mark.xdist_group("cross faults"), pytest.mark.slow]
 
 VOCAB = 320
 LONGEST = 48

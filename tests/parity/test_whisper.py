@@ -45,7 +45,7 @@ def test_the_encoder(folder: Path, tp: int):
     np.testing.assert_allclose(found, ref.encoded(model(), windows), atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("tp", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_decoder_reads_what_the_encoder_makes(folder: Path, tp: int):
     """Several windows and prompts of several lengths side by side, then tokens one by one."""
     windows, generator = whisper.features(3), np.random.default_rng(1)

@@ -37,6 +37,7 @@ def test_samples_and_prefixes_are_shared_as_far_as_can_be(result: Callable[..., 
     assert figures["tokens_per_second@distinct"] > 0 and figures["shared_over_unshared@samples"] > 0
 
 
+@pytest.mark.slow
 def test_the_fewest_blocks_are_those_that_the_layers_of_a_step_see():
     """Three samples of a prompt of 17 tokens, six new ones, blocks of 4 and a window of 7 in five layers of six."""
     runner = hybrid_runner("five to one")
