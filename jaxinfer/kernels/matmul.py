@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from jaxinfer.errors import ConfigError
@@ -31,13 +32,19 @@ def choose(asked: str, mesh: Mesh) -> str:
 
 
 def matmul(
-    x: jax.Array, weight: jax.Array, dtype: jax.typing.DTypeLike | None = None, *, kernel: str = XLA
-) -> jax.Array:
-    """`[T, in] x [out, in]^T -> [T, out]` in `dtype` or that of `x`; sums are taken in float32."""
+    x: jax.Array, weight: jax.Array, dtype: jax.typing.DTypeLike | None = None, *, kernel: str = XLA,
+    part: tuple[int, int] | None = None,
+) -> jax.Array:  # fmt: skip
+    """`[T, in] x [out, in]^T -> [T, out]` in `dtype` or that of `x`; sums are taken in float32.
+
+    `part`: the first and the end of the weight's rows to multiply with, of which no copy is made; None: all of them.
+    """
     dtype = jnp.dtype(x.dtype if dtype is None else dtype)
+    first, end = part or (0, weight.shape[0])
     if kernel == NATIVE and _native(x, weight, dtype):
-        result = jax.ShapeDtypeStruct((x.shape[0], weight.shape[0]), dtype)
-        return jax.ffi.ffi_call("jaxinfer_matmul", result)(x, weight)
+        result = jax.ShapeDtypeStruct((x.shape[0], end - first), dtype)
+        return jax.ffi.ffi_call("jaxinfer_matmul", result)(x, weight, first=np.int64(first))
+    weight = weight[first:end]
     # TF32 would break parity on a GPU.
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     return jax.lax.dot_general(x, weight, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=dtype)

@@ -104,7 +104,7 @@ class Multiplying(nnx.Module):
 
     def product(
         self, x: jax.Array, weight: nnx.Param | jax.Array, scales: nnx.Param | jax.Array | None,
-        dtype: jax.typing.DTypeLike | None = None,
+        dtype: jax.typing.DTypeLike | None = None, part: tuple[int, int] | None = None,
     ) -> jax.Array:  # fmt: skip
         """`x W^T` in `dtype` or that of `x`.
 
@@ -112,14 +112,15 @@ class Multiplying(nnx.Module):
             x: `[T, in]`, or `[T, tp, in / tp]` where the columns are divided over shards.
             weight: `[..., in]`, the axes before the last taken as one.
             scales: `[...]` of an int8 weight; None: it is not quantised.
+            part: the first and the end of the weight's rows, where it is not multiplied whole.
 
         Returns:
             `[T, out]`.
         """
         rows = weight[...].reshape(-1, weight.shape[-1])
         if scales is None:
-            return matmul(x.reshape(x.shape[0], -1), rows, dtype, kernel=self.kernel)
-        return int8_matmul.matmul(x, rows, scales[...].reshape(-1), dtype, kernel=self.kernel)
+            return matmul(x.reshape(x.shape[0], -1), rows, dtype, kernel=self.kernel, part=part)
+        return int8_matmul.matmul(x, rows, scales[...].reshape(-1), dtype, kernel=self.kernel, part=part)
 
 
 def use_kernel(module: nnx.Module, kernel: str) -> None:
@@ -175,12 +176,11 @@ class FusedLinear(Multiplying):
 
     def _apart(self, x: jax.Array) -> tuple[jax.Array, ...]:
         """A GEMM an output, by its own columns of the one weight."""
-        ends = accumulate((output.columns(self.tp) for output in self.outputs), initial=0)
-        own = [
-            [None if p is None else p[...][:, start:end] for p in (self.weight, self.weight_scale)]
-            for start, end in pairwise(ends)
-        ]
-        return tuple(self.product(x, *part).reshape(x.shape[0], self.tp, -1) for part in own)
+        parts = pairwise(accumulate((output.columns(self.tp) for output in self.outputs), initial=0))
+        if self.tp == 1:
+            return tuple(self.product(x, self.weight, self.weight_scale, part=part)[:, None] for part in parts)
+        own = ([None if p is None else p[...][:, start:end] for p in (self.weight, self.weight_scale)] for start, end in parts)
+        return tuple(self.product(x, *pair).reshape(x.shape[0], self.tp, -1) for pair in own)
 
     def _split(self, y: jax.Array, outputs: Sequence[Output]) -> tuple[jax.Array, ...]:
         """`[..., columns]` by outputs."""
@@ -207,20 +207,21 @@ class BatchedLinear(Multiplying):
 
     def __call__(self, *inputs: jax.Array) -> tuple[jax.Array, ...]:
         """`[T, tp, in]` each -> `[T, tp, columns]` each."""
+        if self.kernel == NATIVE:  # of one shard, as XLA cannot divide it; it has no batches, and gains nothing by them
+            width = self.weight.shape[1] // len(self.outputs)
+            parts = ((i * width, (i + 1) * width) for i in range(len(inputs)))
+            made = (self.product(x[:, 0], self.weight, self.weight_scale, part=p) for x, p in zip(inputs, parts, strict=True))
+            return tuple(y[:, None] for y in made)
         shape = self.tp, len(self.outputs), -1
         weight = self.weight[...].reshape(*shape, self.weight.shape[-1])
         operands = (weight,) if self.weight_scale is None else (weight, self.weight_scale[...].reshape(shape))
-        # The native product of a CPU has no batches, and gains nothing by them.
-        if inputs[0].shape[0] > self.rows_fused or len(inputs) == 1 or self.kernel == NATIVE:
+        if inputs[0].shape[0] > self.rows_fused or len(inputs) == 1:
             return tuple(self._shards(x, *(own[:, i] for own in operands)) for i, x in enumerate(inputs))
         batched = jax.vmap(self._shards, in_axes=(2, *[1] * len(operands)), out_axes=2)
         return tuple(jnp.unstack(batched(jnp.stack(inputs, axis=2), *operands), axis=2))
 
     def _shards(self, x: jax.Array, *operands: jax.Array) -> jax.Array:
         """`[T, tp, in]` by `[tp, columns, in]`, and scales `[tp, columns]` of int8 -> `[T, tp, columns]`."""
-        if self.kernel == NATIVE:  # of one shard, as XLA cannot divide it
-            weight, *scales = (own[0] for own in operands)
-            return self.product(x[:, 0], weight, *(scales or [None]))[:, None]
         multiply = matmul if len(operands) == 1 else int8_matmul.matmul
         return jax.vmap(multiply, in_axes=(1, *[0] * len(operands)), out_axes=1)(x, *operands)
 

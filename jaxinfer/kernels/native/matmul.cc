@@ -125,7 +125,7 @@ struct Group {
   int64_t first;   // of its rows in x
   int64_t rows;
   int64_t result;  // the row of y that is made of the first
-  int64_t matrix;
+  int64_t matrix;  // the first row of w that it has
 };
 
 // All of x w^T; `make_emit(group, begin)` gives the function that takes the results of one task.
@@ -137,7 +137,7 @@ void Matmul(ffi::ThreadPool& pool, const typename Kind::Element* x, const typena
     const Group& group = groups[task / tasks];
     const int64_t begin = task % tasks * kColumns, end = std::min(n, begin + kColumns);
     const auto* rows = x + group.first * k;
-    const auto* matrix = w + group.matrix * n * k;
+    const auto* matrix = w + group.matrix * k;
     auto emit = make_emit(group, begin);
     if (group.rows <= kFewRows) FewRows<Kind>(rows, matrix, group.rows, k, begin, end, emit);
     else ManyRows<Kind>(rows, matrix, group.rows, k, begin, end, emit);
@@ -146,9 +146,9 @@ void Matmul(ffi::ThreadPool& pool, const typename Kind::Element* x, const typena
 
 template <typename Kind, typename Out>
 void Floats(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const ffi::AnyBuffer& w, const std::vector<Group>& groups,
-            Out* y) {
+            int64_t n, Out* y) {
   using Element = typename Kind::Element;
-  const int64_t k = x.dimensions()[1], n = w.dimensions()[w.dimensions().size() - 2];
+  const int64_t k = x.dimensions()[1];
   Matmul<Kind>(pool, static_cast<const Element*>(x.untyped_data()), static_cast<const Element*>(w.untyped_data()),
                groups, n, k, [=](const Group& group, int64_t) {
                  return [=, to = y + group.result * n](int64_t row, int64_t column, __m512 sums, __mmask16 mask) {
@@ -161,31 +161,33 @@ void AnyFloats(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const ffi::AnyBuf
                const std::vector<Group>& groups, ffi::Result<ffi::AnyBuffer>& y) {
   const bool half = x.element_type() == ffi::DataType::BF16;
   void* out = y->untyped_data();
-  if (y->element_type() == ffi::DataType::BF16) Floats<KindBF16>(pool, x, w, groups, static_cast<BF16*>(out));
-  else if (half) Floats<KindBF16>(pool, x, w, groups, static_cast<float*>(out));
-  else Floats<KindF32>(pool, x, w, groups, static_cast<float*>(out));
+  const int64_t n = y->dimensions()[1];
+  if (y->element_type() == ffi::DataType::BF16) Floats<KindBF16>(pool, x, w, groups, n, static_cast<BF16*>(out));
+  else if (half) Floats<KindBF16>(pool, x, w, groups, n, static_cast<float*>(out));
+  else Floats<KindF32>(pool, x, w, groups, n, static_cast<float*>(out));
 }
 
-// All rows of x times the one matrix.
-std::vector<Group> OneGroup(const ffi::AnyBuffer& x) { return {{0, x.dimensions()[0], 0, 0}}; }
+// All rows of x times the rows of w from `first` on.
+std::vector<Group> OneGroup(const ffi::AnyBuffer& x, int64_t first) { return {{0, x.dimensions()[0], 0, first}}; }
 
-// Rows [offsets[e], offsets[e + 1]) times matrix e; those without rows are left out.
-std::vector<Group> Groups(const ffi::Buffer<ffi::S32>& offsets) {
+// Rows [offsets[e], offsets[e + 1]) times matrix e of n rows; those without rows are left out.
+std::vector<Group> Groups(const ffi::Buffer<ffi::S32>& offsets, int64_t n) {
   const int32_t* at = offsets.typed_data();
   std::vector<Group> groups;
   for (int64_t e = 0; e + 1 < offsets.dimensions()[0]; ++e)
-    if (at[e] < at[e + 1]) groups.push_back({at[e], at[e + 1] - at[e], at[e], e});
+    if (at[e] < at[e + 1]) groups.push_back({at[e], at[e + 1] - at[e], at[e], e * n});
   return groups;
 }
 
-ffi::Error MatmulImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::Result<ffi::AnyBuffer> y) {
-  AnyFloats(pool, x, w, OneGroup(x), y);
+ffi::Error MatmulImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::Result<ffi::AnyBuffer> y,
+                      int64_t first) {
+  AnyFloats(pool, x, w, OneGroup(x, first), y);
   return ffi::Error::Success();
 }
 
 ffi::Error GroupedMatmulImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::Buffer<ffi::S32> offsets,
                              ffi::Result<ffi::AnyBuffer> y) {
-  AnyFloats(pool, x, w, Groups(offsets), y);
+  AnyFloats(pool, x, w, Groups(offsets, y->dimensions()[1]), y);
   return ffi::Error::Success();
 }
 
@@ -216,8 +218,8 @@ struct Columns {
 // group gives what that adds to every column.
 template <typename In, typename Out>
 void Int8(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const ffi::AnyBuffer& w, const float* scales,
-          std::vector<Group> groups, Out* y) {
-  const int64_t k = x.dimensions()[1], n = w.dimensions()[w.dimensions().size() - 2];
+          std::vector<Group> groups, int64_t n, Out* y) {
+  const int64_t k = x.dimensions()[1];
   std::vector<int64_t> from;  // the row of x that each quantised one is made of; -1: the constant row
   for (Group& group : groups) {
     const int64_t first = from.size();
@@ -244,7 +246,7 @@ void Int8(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const ffi::AnyBuffer& 
                          return;
                        }
                        const __m512 exact = _mm512_cvtepi32_ps(_mm512_sub_epi32(sums, constant));
-                       const __m512 scale = _mm512_mul_ps(Load(scales + group.matrix * n + column, mask),
+                       const __m512 scale = _mm512_mul_ps(Load(scales + group.matrix + column, mask),
                                                           _mm512_set1_ps(row_scales[group.first + row]));
                        Store(y + (group.result + row) * n + column, _mm512_mul_ps(exact, scale), mask);
                      };
@@ -256,20 +258,21 @@ void AnyInt8(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const ffi::AnyBuffe
   const bool half = x.element_type() == ffi::DataType::BF16;
   void* out = y->untyped_data();
   const float* s = scales.typed_data();
-  if (y->element_type() == ffi::DataType::BF16) Int8<BF16>(pool, x, w, s, groups, static_cast<BF16*>(out));
-  else if (half) Int8<BF16>(pool, x, w, s, groups, static_cast<float*>(out));
-  else Int8<float>(pool, x, w, s, groups, static_cast<float*>(out));
+  const int64_t n = y->dimensions()[1];
+  if (y->element_type() == ffi::DataType::BF16) Int8<BF16>(pool, x, w, s, groups, n, static_cast<BF16*>(out));
+  else if (half) Int8<BF16>(pool, x, w, s, groups, n, static_cast<float*>(out));
+  else Int8<float>(pool, x, w, s, groups, n, static_cast<float*>(out));
 }
 
 ffi::Error Int8MatmulImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::Buffer<ffi::F32> scales,
-                          ffi::Result<ffi::AnyBuffer> y) {
-  AnyInt8(pool, x, w, scales, OneGroup(x), y);
+                          ffi::Result<ffi::AnyBuffer> y, int64_t first) {
+  AnyInt8(pool, x, w, scales, OneGroup(x, first), y);
   return ffi::Error::Success();
 }
 
 ffi::Error GroupedInt8MatmulImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::Buffer<ffi::F32> scales,
                                  ffi::Buffer<ffi::S32> offsets, ffi::Result<ffi::AnyBuffer> y) {
-  AnyInt8(pool, x, w, scales, Groups(offsets), y);
+  AnyInt8(pool, x, w, scales, Groups(offsets, y->dimensions()[1]), y);
   return ffi::Error::Success();
 }
 
@@ -281,7 +284,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxinferMatmul, jaxinfer::MatmulImpl,
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::AnyBuffer>()
-                                  .Ret<xla::ffi::AnyBuffer>());
+                                  .Ret<xla::ffi::AnyBuffer>()
+                                  .Attr<int64_t>("first"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxinferInt8Matmul, jaxinfer::Int8MatmulImpl,
                               xla::ffi::Ffi::Bind()
@@ -289,7 +293,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxinferInt8Matmul, jaxinfer::Int8MatmulImpl,
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
-                                  .Ret<xla::ffi::AnyBuffer>());
+                                  .Ret<xla::ffi::AnyBuffer>()
+                                  .Attr<int64_t>("first"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxinferGroupedMatmul, jaxinfer::GroupedMatmulImpl,
                               xla::ffi::Ffi::Bind()

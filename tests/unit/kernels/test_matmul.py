@@ -53,6 +53,18 @@ def test_int8_products(rows: int, columns: int, inner: int, dtype: str):
     assert not np.asarray(found)[0].any()
 
 
+@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.parametrize(("first", "end"), [(0, 50), (3, 52), (37, 120)])
+def test_a_part_of_the_weight_is_not_copied(first: int, end: int, quantised: bool):
+    x, weight = jnp.asarray(numbers(5, 64)), numbers(120, 64, seed=1)
+    operands = [jnp.asarray(a) for a in (int8_matmul.quantise(weight) if quantised else (weight,))]
+    multiply = int8_matmul.matmul if quantised else matmul.matmul
+    step = jax.jit(partial(multiply, kernel=NATIVE, part=(first, end))).lower(x, *operands).compile()
+    np.testing.assert_array_equal(step(x, *operands), multiply(x, *operands, kernel=NATIVE)[:, first:end])
+    np.testing.assert_allclose(step(x, *operands), multiply(x, *operands, part=(first, end)), rtol=1e-5, atol=1e-4)
+    assert "slice" not in step.as_text()
+
+
 @pytest.mark.parametrize("rows", [3, 40])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_row_that_is_not_finite_stays_alone(rows: int, value: float):
