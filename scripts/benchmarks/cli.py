@@ -15,7 +15,7 @@ from benchmarks.gpu import cli as gpu
 from benchmarks.gpu import compiled
 from benchmarks.systems import Subject
 
-WITHOUT_MODEL = ("host", "startup", "soak", "placement", "growth", "sharing")
+WITHOUT_MODEL = ("host", "startup", "soak", "placement", "growth", "sharing", "projections")
 """Subcommands that need no random checkpoint: a model of their own, or the packaged one."""
 
 

@@ -200,6 +200,25 @@ def sharing(args: argparse.Namespace, model: Subject | None) -> Report:
     return report
 
 
+def projections(args: argparse.Namespace, model: Subject | None) -> Report:
+    """Projections of one input as one product and as several, by rows, beside the figures of SGLang #17801."""
+    from benchmarks import projections
+
+    groups = {name: projections.GROUPS[name] for name in args.groups}
+    if args.small:
+        groups = {name: projections.smaller(group) for name, group in groups.items()}
+    report = Report({"command": "projections", "dtype": args.checkpoint_dtype, "repeats": args.repeats})
+    report.work |= {f"shape@{name}": str(group) for name, group in groups.items()}
+    kernel = args.settings.get("matmul_kernel", "auto")
+    report.jaxinfer |= projections.measure(groups, args.m, args.repeats, dtype=args.checkpoint_dtype, kernel=kernel)
+    if args.h100:
+        report.jaxinfer |= projections.h100()
+    if "kda" in groups and not args.small:
+        report.peers[projections.SOURCE] = projections.published(report.jaxinfer)
+    report.work |= versions()
+    return report
+
+
 def soak(args: argparse.Namespace, model: Subject | None) -> Report:
     """A random workload of every kind of request, after a warm-up: how many programs compile then."""
     from benchmarks import soaking, start

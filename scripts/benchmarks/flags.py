@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     for flags in (
         _throughput, _latency, _serving, _work, _host, _startup, _soak, _roofline, _profile, _placement, _growth,
-        _sharing,
+        _sharing, _projections,
     ):  # fmt: skip
         name = flags.__name__.removeprefix("_")
         what = getattr(commands, name).__doc__
@@ -70,7 +70,7 @@ def _serving(parser: argparse.ArgumentParser) -> None:
 
 def _work(parser: argparse.ArgumentParser) -> None:
     what = "; ".join(f"{name}: {standard.what}" for name, standard in STANDARDS.items())
-    parser.add_argument("works", nargs="*", type=_standard, default=list(STANDARDS), metavar="W", help=what)
+    parser.add_argument("works", nargs="*", type=_one_of(*STANDARDS), default=list(STANDARDS), metavar="W", help=what)
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies all lengths; 1: the works as they are")
     _positive(parser, {"repeats": (5, "passes of each system")})
 
@@ -125,7 +125,7 @@ def _growth(parser: argparse.ArgumentParser) -> None:
 def _sharing(parser: argparse.ArgumentParser) -> None:
     names = ("gemma3", "gpt_oss")
     what = f"{' and '.join(names)}: their layers, small"
-    parser.add_argument("models", nargs="*", type=_shape, default=list(names), metavar="MODEL", help=what)
+    parser.add_argument("models", nargs="*", type=_one_of(*names), default=list(names), metavar="MODEL", help=what)
     _positive(parser, {
         "samples": (16, "of one prompt"), "requests": (64, "of a prefix workload"),
         "pool_requests": (8, "of them that the cache has blocks for"),
@@ -133,6 +133,17 @@ def _sharing(parser: argparse.ArgumentParser) -> None:
     })  # fmt: skip
     what = "an eighth of the lengths and windows, a quarter of the requests"
     parser.add_argument("--small", action="store_true", help=what)
+
+
+def _projections(parser: argparse.ArgumentParser) -> None:
+    names = ("kda", "qkv", "gate_up")
+    what = "kda: six projections, then two, of SGLang #17801; qkv, gate_up: of a Llama of 1.1 B parameters"
+    parser.add_argument("groups", nargs="*", type=_one_of(*names), default=list(names), metavar="GROUP", help=what)
+    parser.add_argument("--m", type=_count, nargs="+", help="rows of the input; default: 1 8 64 512 4096, and on a GPU 8192 16384")
+    _positive(parser, {"repeats": (7, "passes of each variant at each m, in turns")})
+    parser.add_argument("--small", action="store_true", help="an eighth of all widths")
+    what = "count kernels of a decode step of Kimi-Linear's widths, compiled for an H100 without one"
+    parser.add_argument("--h100", action="store_true", help=what)
 
 
 def _common() -> argparse.ArgumentParser:
@@ -170,16 +181,15 @@ def _count(text: str) -> int:
     return value
 
 
-def _standard(text: str) -> str:
-    if text not in STANDARDS:
-        raise argparse.ArgumentTypeError(f"must be one of {', '.join(STANDARDS)}, got {text!r}")
-    return text
+def _one_of(*names: str) -> Callable[[str], str]:
+    """argparse's own `choices` refuse the default of an argument that may be left out."""
 
+    def parse(text: str) -> str:
+        if text not in names:
+            raise argparse.ArgumentTypeError(f"must be one of {', '.join(names)}, got {text!r}")
+        return text
 
-def _shape(text: str) -> str:
-    if text not in ("gemma3", "gpt_oss"):
-        raise argparse.ArgumentTypeError(f"must be gemma3 or gpt_oss, got {text!r}")
-    return text
+    return parse
 
 
 def _setting(text: str) -> tuple[str, Any]:
