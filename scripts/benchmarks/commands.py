@@ -219,6 +219,26 @@ def projections(args: argparse.Namespace, model: Subject | None) -> Report:
     return report
 
 
+def cross(args: argparse.Namespace, model: Subject | None) -> Report:
+    """Cross-attention of a model of bart-large's shape: what its projections save, how fast it is, what it shares."""
+    from benchmarks import cross, documents
+
+    hf = cross.config(args.checkpoint_dtype, small=args.small) if model is None else documents.config(model)
+    work = cross.Work(args.batch_size, args.input_len, args.output_len, args.repeats)
+    asked = documents.Work(args.num_prompts, (args.min_input_len, args.max_input_len), args.output_len)
+    if args.small:
+        work, asked = cross.smaller(work), documents.smaller(asked)
+    report = Report({"command": "cross", "parts": args.parts, "repeats": args.repeats})
+    if "steps" in args.parts:
+        report.work["step"] = asdict(work)
+        kernel = args.settings.get("matmul_kernel", "auto")
+        report.jaxinfer |= cross.measure(hf, work, dtype=args.checkpoint_dtype, seed=args.seed, kernel=kernel)
+    if {"documents", "int8", "shared"} & set(args.parts):
+        documents.add(report, args, model or documents.subject(hf, args), asked)
+    report.work |= versions()
+    return report
+
+
 def soak(args: argparse.Namespace, model: Subject | None) -> Report:
     """A random workload of every kind of request, after a warm-up: how many programs compile then."""
     from benchmarks import soaking, start

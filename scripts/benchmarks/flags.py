@@ -31,7 +31,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     for flags in (
         _throughput, _latency, _serving, _work, _host, _startup, _soak, _roofline, _profile, _placement, _growth,
-        _sharing, _projections,
+        _sharing, _projections, _cross,
     ):  # fmt: skip
         name = flags.__name__.removeprefix("_")
         what = getattr(commands, name).__doc__
@@ -144,6 +144,22 @@ def _projections(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--small", action="store_true", help="an eighth of all widths")
     what = "count kernels of a decode step of Kimi-Linear's widths, compiled for an H100 without one"
     parser.add_argument("--h100", action="store_true", help=what)
+
+
+def _cross(parser: argparse.ArgumentParser) -> None:
+    parts = ("steps", "documents", "int8", "shared")
+    what = (
+        "steps: against projections padded to q, k and v of both streams; documents: tokens a second, beside peers; "
+        "int8: the same with int8 weights; shared: encoder runs and blocks of samples and beams"
+    )
+    parser.add_argument("parts", nargs="*", type=_one_of(*parts), default=list(parts), metavar="PART", help=what)
+    _positive(parser, {
+        "batch_size": (8, "documents of a step"), "input_len": (256, "tokens of each"), "repeats": (5, "passes, in turns"),
+        "num_prompts": (32, "documents, all at once"), "min_input_len": (64, "tokens of the shortest"),
+        "max_input_len": (960, "tokens of the longest"), "output_len": (64, "new tokens of each"),
+        "samples": (8, "of each document"), "beams": (4, "of each document"),
+    })  # fmt: skip
+    parser.add_argument("--small", action="store_true", help="a small model, an eighth of the lengths, a quarter of the documents")
 
 
 def _common() -> argparse.ArgumentParser:
