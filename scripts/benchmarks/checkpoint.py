@@ -61,7 +61,7 @@ def _values(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.n
 
 def shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Name and shape of every tensor."""
-    return _bart(config) if config["model_type"] == "bart" else _llama(config)
+    return _bart(config) if config.get("model_type") == "bart" else _llama(config)
 
 
 def _llama(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -83,7 +83,7 @@ def config(dtype: str, *, small: bool = False) -> dict[str, Any]:
 
 
 class Whole(FusedLinear):
-    """One whose product is made whole, whatever is used of it: XLA would shrink it."""
+    """One whose product is made whole, whatever is used of it: XLA may shrink it."""
 
     def product(self, *arguments: Any) -> jax.Array:
         """As that of all."""
@@ -158,7 +158,8 @@ class Bench:
 
         chosen = matmul.choose(self._asked, self.mesh)
         runs = {variant: calls(variant, chosen).timer() for variant in (OURS, PADDED)}
-        found = {variant: [self.layers * s for s in seconds] for variant, seconds in in_turns(runs, self.work.repeats).items()}
+        measured = in_turns(runs, self.work.repeats)
+        found = {variant: [self.layers * each for each in seconds] for variant, seconds in measured.items()}
         return _compared(found, {variant: cost(calls(variant, matmul.XLA).compiled) for variant in found})
 
     def steps(self, step: str) -> Figures:
@@ -170,10 +171,10 @@ class Bench:
         """A step and its arguments: parameters, cache, batches."""
         program, params = self.program(variant, kernel)
         cache = functional.init_cache(program, _blocks(program, self.work)[1], BLOCK)
-        encode, prefill, decode = _batches(program, self.work)
-        body, batches = (partial(_begin, program), (encode, prefill)) if step == PREFILL else (partial(greedy, program), (decode,))
+        *begin, decode = _batches(program, self.work)
+        body, batches = (_begin, begin) if step == PREFILL else (greedy, [decode])
         placed = jax.tree.map(lambda array: array.sharding, cache)
-        jitted = jax.jit(body, donate_argnums=1, out_shardings=(None, placed))
+        jitted = jax.jit(partial(body, program), donate_argnums=1, out_shardings=(None, placed))
         return jitted.lower(params, cache, *batches).compile(), [params, cache, *batches]
 
     def runner(self, step: str, variant: str) -> Run:

@@ -139,7 +139,7 @@ def _projections(parser: argparse.ArgumentParser) -> None:
     names = ("kda", "qkv", "gate_up")
     what = "kda: six projections, then two, of SGLang #17801; qkv, gate_up: of a Llama of 1.1 B parameters"
     parser.add_argument("groups", nargs="*", type=_one_of(*names), default=list(names), metavar="GROUP", help=what)
-    parser.add_argument("--m", type=_count, nargs="+", help="rows of the input; default: 1 8 64 512 4096, and on a GPU 8192 16384")
+    parser.add_argument("--m", type=_count, nargs="+", help="rows; default: 1 8 64 512 4096, on a GPU also 8192 16384")
     _positive(parser, {"repeats": (7, "passes of each variant at each m, in turns")})
     parser.add_argument("--small", action="store_true", help="an eighth of all widths")
     what = "count kernels of a decode step of Kimi-Linear's widths, compiled for an H100 without one"
@@ -159,7 +159,8 @@ def _cross(parser: argparse.ArgumentParser) -> None:
         "max_input_len": (960, "tokens of the longest"), "output_len": (64, "new tokens of each"),
         "samples": (8, "of each document"), "beams": (4, "of each document"),
     })  # fmt: skip
-    parser.add_argument("--small", action="store_true", help="a small model, an eighth of the lengths, a quarter of the documents")
+    what = "a small model, an eighth of the lengths, a quarter of the documents"
+    parser.add_argument("--small", action="store_true", help=what)
 
 
 def _common() -> argparse.ArgumentParser:

@@ -77,6 +77,7 @@ SMALL = 8
 
 def smaller(group: Group) -> Group:
     """An eighth of the width and of each head."""
+
     def less(outputs: Sequence[Output]) -> tuple[Output, ...]:
         return tuple(
             Output(o.name, o.units if o.width > 1 else max(1, o.units // SMALL), max(1, o.width // SMALL), o.sharded)
@@ -125,6 +126,7 @@ class Bench:
 
     def calls(self, variant: str, rows: int) -> Calls:
         """The program of a variant."""
+
         def make() -> Projections:
             return Projections(Build(nnx.Rngs(0), self.dtype, self.mesh), self.group, apart=variant == UNFUSED)
 

@@ -18,10 +18,10 @@ from jaxinfer.sharding.collectives import DECODE, PREFILL
 
 pytestmark = pytest.mark.xdist_group("bench")
 
-TOY = dict(
-    vocab_size=97, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
-    encoder_ffn_dim=48, decoder_ffn_dim=40, max_position_embeddings=64,
-)  # fmt: skip
+TOY = {
+    "vocab_size": 97, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 40, "max_position_embeddings": 64,
+}  # fmt: skip
 WORK = Work(rows=3, document=20, context=5, repeats=1)
 
 
@@ -87,10 +87,10 @@ def test_blocks_of_inputs_are_those_of_distinct_ones():
 def test_the_report_has_all_parts(result: Callable[..., dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(cross, "SMALL", TOY)
     monkeypatch.setattr(calls, "PASS", 0.0)
-    sizes = ["--set=decode_buckets=[8]", "--set=prefill_buckets=[64]", "--set=max_num_seqs=8", "--set=max_num_batched_tokens=64"]
+    settings = ("decode_buckets=[8]", "prefill_buckets=[64]", "max_num_seqs=8", "max_num_batched_tokens=64")
     found = result(
         "cross", "--small", "--repeats=1", "--num-prompts=12", "--max-input-len=400", "--samples=3", "--beams=2",
-        f"--checkpoint-dir={tmp_path / 'bart'}", *sizes,
+        f"--checkpoint-dir={tmp_path / 'bart'}", *[f"--set={setting}" for setting in settings],
     )  # fmt: skip
     figures = found["jaxinfer"]
     assert found["work"]["documents"] == {"count": 3, "document": [8, 50], "new": 8}

@@ -56,7 +56,9 @@ def test_auto_is_what_the_table_of_crossovers_says(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.slow
-def test_the_report_has_every_variant_and_the_source_beside(result: Callable[..., dict], monkeypatch: pytest.MonkeyPatch):
+def test_the_report_has_every_variant_and_the_source_beside(
+    result: Callable[..., dict], monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(projections, "GROUPS", TOYS)
     monkeypatch.setattr(calls, "PASS", 0.0)
     found = result("projections", "kda", "--m", "1", str(M), "--repeats=1", "--checkpoint-dtype=float32")
