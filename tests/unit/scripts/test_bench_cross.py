@@ -102,3 +102,19 @@ def test_the_report_has_all_parts(result: Callable[..., dict], tmp_path: Path, m
     for name in ("samples", "beams"):
         assert figures[f"encoder_runs@{name}"] == figures[f"fewest_encoder_runs@{name}"] == 3
         assert figures[f"cross_blocks@{name}"] == figures[f"fewest_cross_blocks@{name}"] > 3
+
+
+@pytest.mark.usefixtures("real_peers")
+@pytest.mark.slow
+def test_transformers_makes_the_same_tokens_of_documents(
+    result: Callable[..., dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """It pads the short ones on the right, behind a mask."""
+    pytest.importorskip("torch")
+    monkeypatch.setattr(cross, "SMALL", TOY)
+    settings = ("decode_buckets=[4]", "prefill_buckets=[64]", "max_num_seqs=4", "max_num_batched_tokens=64")
+    found = result(
+        "cross", "documents", "--small", "--repeats=1", "--num-prompts=16", "--max-input-len=400", "--peer=hf",
+        f"--checkpoint-dir={tmp_path / 'bart'}", *[f"--set={setting}" for setting in settings],
+    )  # fmt: skip
+    assert found["peers"]["hf"]["same_tokens"] == 1.0 and found["ratio"]["hf"] > 0
