@@ -12,6 +12,8 @@
     python scripts/bench.py placement --num-hidden-layers 4
     python scripts/bench.py growth --plot growth.png
     python scripts/bench.py sharing --small
+    python scripts/bench.py projections kda --m 1 64 4096 --h100
+    python scripts/bench.py cross --peer hf --peer-python /path/to/python/with/torch
     python scripts/bench.py gpu --out results
     python scripts/bench.py compiled
 

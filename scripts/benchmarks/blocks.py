@@ -27,9 +27,12 @@ class Counted:
         del self._engine.runner.run
 
     def _count(self, plan: Plan, tables: Tables) -> Flight:
-        self.held = max(self.held, int(self._engine.manager.pool.num_held))
+        self.held = max(self.held, self._holding(plan, tables))
         self.fewest = max(self.fewest, self._needed(plan))
         return self._run(plan, tables)
+
+    def _holding(self, plan: Plan, tables: Tables) -> int:
+        return int(self._engine.manager.pool.num_held)
 
     def _needed(self, plan: Plan) -> int:
         size, needed = self._engine.manager.block_size, set()
@@ -43,3 +46,17 @@ class Counted:
                 needed |= {(number, request.id, column) for column in columns[whole].tolist()}
                 needed |= {(number, sequence, column) for column in columns[~whole].tolist()}
         return sum(self._engine.manager.kinds[number].count for number, *_ in needed)
+
+
+class Read(Counted):
+    """The same of the blocks of what encoders read alone: those of a step's sequences, and those of its distinct inputs."""
+
+    def _holding(self, plan: Plan, tables: Tables) -> int:
+        rows = sorted({sequence.row for sequence in plan.sequences})
+        ids = tables.blocks[self._engine.manager.encoded.kind.span, rows]
+        return len(np.unique(ids[ids >= 0]))
+
+    def _needed(self, plan: Plan) -> int:
+        read = (sequence.request.encoded for sequence in plan.sequences)
+        inputs = {(one.salt, one.identity): one.blocks for one in read if one is not None}
+        return self._engine.manager.encoded.kind.count * sum(inputs.values())

@@ -1,6 +1,8 @@
-"""A random Llama checkpoint with Hugging Face's names, written without torch."""
+"""Random checkpoints with Hugging Face's names, of a Llama or a BART, written without torch."""
 
+import hashlib
 import json
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +16,14 @@ SCALE = 0.02
 """Standard deviation of the weights, as transformers initialises them."""
 SIDECAR = "bench.json"
 """Written last: says what the folder was made from."""
+
+
+def kept(config: dict[str, Any], seed: int, folder: Path | None) -> Path:
+    """The folder of the checkpoint, which is made if it is not there yet; by default a temporary one of its own."""
+    name = hashlib.sha256(json.dumps([config, seed]).encode()).hexdigest()[:12]
+    folder = folder or Path(tempfile.gettempdir()) / f"jaxinfer-bench-{name}"
+    write(folder, config, seed)
+    return folder
 
 
 def write(folder: Path, config: dict[str, Any], seed: int) -> None:
@@ -33,22 +43,28 @@ def write(folder: Path, config: dict[str, Any], seed: int) -> None:
     names, sizes = zip(*shapes(config), strict=True)
     with ThreadPoolExecutor() as pool:  # NumPy draws outside of Python's lock; each tensor has a stream of its own
         streams = map(np.random.default_rng, np.random.SeedSequence(seed).spawn(len(names)))
-        made = pool.map(lambda stream, shape: _values(stream, shape).astype(kind), streams, sizes)
+        made = pool.map(lambda *tensor: _values(*tensor).astype(kind), streams, names, sizes)
         tensors = dict(zip(names, made, strict=True))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     sidecar.write_text(json.dumps(made_from))
 
 
-def _values(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """Norm scales are ones, matrices are normal."""
+def _values(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Norm scales are ones, biases zeroes, matrices are normal."""
+    if name.endswith("bias"):
+        return np.zeros(shape, np.float32)
     if len(shape) == 1:
         return np.ones(shape, np.float32)
     return SCALE * rng.standard_normal(shape, np.float32)
 
 
 def shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of every tensor of a Llama."""
+    """Name and shape of every tensor."""
+    return _bart(config) if config.get("model_type") == "bart" else _llama(config)
+
+
+def _llama(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
     model, ffn = config["hidden_size"], config["intermediate_size"]
     queries = config["num_attention_heads"] * config["head_dim"]
     keys = config["num_key_value_heads"] * config["head_dim"]
@@ -66,6 +82,30 @@ def shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield f"{at}.mlp.down_proj.weight", (model, ffn)
         for name in ("input_layernorm", "post_attention_layernorm"):
             yield f"{at}.{name}.weight", (model,)
+
+
+def _bart(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    model = config["d_model"]
+    yield "model.shared.weight", (config["vocab_size"], model)
+    yield "final_logits_bias", (1, config["vocab_size"])
+
+    def affine(name: str, *shape: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+        yield f"{name}.weight", shape
+        yield f"{name}.bias", shape[:1]
+
+    for half in ("encoder", "decoder"):
+        yield f"model.{half}.embed_positions.weight", (config["max_position_embeddings"] + 2, model)
+        yield from affine(f"model.{half}.layernorm_embedding", model)
+        attentions = ("self_attn",) if half == "encoder" else ("self_attn", "encoder_attn")
+        for layer in range(config[f"{half}_layers"]):
+            at, ffn = f"model.{half}.layers.{layer}", config[f"{half}_ffn_dim"]
+            for attention in attentions:
+                for name in ("q", "k", "v", "out"):
+                    yield from affine(f"{at}.{attention}.{name}_proj", model, model)
+                yield from affine(f"{at}.{attention}_layer_norm", model)
+            yield from affine(f"{at}.fc1", ffn, model)
+            yield from affine(f"{at}.fc2", model, ffn)
+            yield from affine(f"{at}.final_layer_norm", model)
 
 
 def parameters(config: dict[str, Any]) -> int:

@@ -2,20 +2,17 @@
 
 import argparse
 import contextlib
-import hashlib
 import json
 import logging
 import sys
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 from benchmarks import checkpoint, commands, flags
 from benchmarks.gpu import cli as gpu
 from benchmarks.gpu import compiled
 from benchmarks.systems import Subject
 
-WITHOUT_MODEL = ("host", "startup", "soak", "placement", "growth", "sharing")
+WITHOUT_MODEL = ("host", "startup", "soak", "placement", "growth", "sharing", "projections", "cross")
 """Subcommands that need no random checkpoint: a model of their own, or the packaged one."""
 
 
@@ -49,8 +46,6 @@ def _subject(args: argparse.Namespace) -> Subject | None:
     if args.command in WITHOUT_MODEL:
         return None
     config = flags.random_config(args)
-    name = hashlib.sha256(json.dumps([config, args.seed]).encode()).hexdigest()[:12]
-    folder = args.checkpoint_dir or Path(tempfile.gettempdir()) / f"jaxinfer-bench-{name}"
-    checkpoint.write(folder, config, args.seed)
+    folder = checkpoint.kept(config, args.seed, args.checkpoint_dir)
     millions = checkpoint.parameters(config) / 1e6
     return Subject(folder, config["vocab_size"], f"random Llama, {millions:.4g} M parameters, {config['dtype']}")

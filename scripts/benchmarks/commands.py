@@ -200,6 +200,45 @@ def sharing(args: argparse.Namespace, model: Subject | None) -> Report:
     return report
 
 
+def projections(args: argparse.Namespace, model: Subject | None) -> Report:
+    """Projections of one input as one product and as several, by rows, beside the figures of SGLang #17801."""
+    from benchmarks import projections
+
+    groups = {name: projections.GROUPS[name] for name in args.groups}
+    if args.small:
+        groups = {name: projections.smaller(group) for name, group in groups.items()}
+    report = Report({"command": "projections", "dtype": args.checkpoint_dtype, "repeats": args.repeats})
+    report.work |= {f"shape@{name}": str(group) for name, group in groups.items()}
+    kernel = args.settings.get("matmul_kernel", "auto")
+    report.jaxinfer |= projections.measure(groups, args.m, args.repeats, dtype=args.checkpoint_dtype, kernel=kernel)
+    if args.h100:
+        report.jaxinfer |= projections.h100()
+    if "kda" in groups and not args.small:
+        report.peers[projections.SOURCE] = projections.published(report.jaxinfer)
+    report.work |= versions()
+    return report
+
+
+def cross(args: argparse.Namespace, model: Subject | None) -> Report:
+    """Cross-attention of a model of bart-large's shape: what its projections save, how fast it is, what it shares."""
+    from benchmarks import cross, documents
+
+    hf = cross.config(args.checkpoint_dtype, small=args.small) if model is None else documents.config(model)
+    work = cross.Work(args.batch_size, args.input_len, args.output_len, args.repeats)
+    asked = documents.Work(args.num_prompts, (args.min_input_len, args.max_input_len), args.output_len)
+    if args.small:
+        work, asked = cross.smaller(work), documents.smaller(asked)
+    report = Report({"command": "cross", "parts": args.parts, "repeats": args.repeats})
+    if "steps" in args.parts:
+        report.work["step"] = asdict(work)
+        kernel = args.settings.get("matmul_kernel", "auto")
+        report.jaxinfer |= cross.measure(hf, work, dtype=args.checkpoint_dtype, seed=args.seed, kernel=kernel)
+    if {"documents", "int8", "shared"} & set(args.parts):
+        documents.add(report, args, model or documents.subject(hf, args), asked)
+    report.work |= versions()
+    return report
+
+
 def soak(args: argparse.Namespace, model: Subject | None) -> Report:
     """A random workload of every kind of request, after a warm-up: how many programs compile then."""
     from benchmarks import soaking, start

@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     for flags in (
         _throughput, _latency, _serving, _work, _host, _startup, _soak, _roofline, _profile, _placement, _growth,
-        _sharing,
+        _sharing, _projections, _cross,
     ):  # fmt: skip
         name = flags.__name__.removeprefix("_")
         what = getattr(commands, name).__doc__
@@ -70,7 +70,7 @@ def _serving(parser: argparse.ArgumentParser) -> None:
 
 def _work(parser: argparse.ArgumentParser) -> None:
     what = "; ".join(f"{name}: {standard.what}" for name, standard in STANDARDS.items())
-    parser.add_argument("works", nargs="*", type=_standard, default=list(STANDARDS), metavar="W", help=what)
+    parser.add_argument("works", nargs="*", type=_one_of(*STANDARDS), default=list(STANDARDS), metavar="W", help=what)
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies all lengths; 1: the works as they are")
     _positive(parser, {"repeats": (5, "passes of each system")})
 
@@ -125,13 +125,41 @@ def _growth(parser: argparse.ArgumentParser) -> None:
 def _sharing(parser: argparse.ArgumentParser) -> None:
     names = ("gemma3", "gpt_oss")
     what = f"{' and '.join(names)}: their layers, small"
-    parser.add_argument("models", nargs="*", type=_shape, default=list(names), metavar="MODEL", help=what)
+    parser.add_argument("models", nargs="*", type=_one_of(*names), default=list(names), metavar="MODEL", help=what)
     _positive(parser, {
         "samples": (16, "of one prompt"), "requests": (64, "of a prefix workload"),
         "pool_requests": (8, "of them that the cache has blocks for"),
         "repeats": (5, "passes with sharing and without, in turns"),
     })  # fmt: skip
     what = "an eighth of the lengths and windows, a quarter of the requests"
+    parser.add_argument("--small", action="store_true", help=what)
+
+
+def _projections(parser: argparse.ArgumentParser) -> None:
+    names = ("kda", "qkv", "gate_up")
+    what = "kda: six projections, then two, of SGLang #17801; qkv, gate_up: of a Llama of 1.1 B parameters"
+    parser.add_argument("groups", nargs="*", type=_one_of(*names), default=list(names), metavar="GROUP", help=what)
+    parser.add_argument("--m", type=_count, nargs="+", help="rows; default: 1 8 64 512 4096, on a GPU also 8192 16384")
+    _positive(parser, {"repeats": (7, "passes of each variant at each m, in turns")})
+    parser.add_argument("--small", action="store_true", help="an eighth of all widths")
+    what = "count kernels of a decode step of Kimi-Linear's widths, compiled for an H100 without one"
+    parser.add_argument("--h100", action="store_true", help=what)
+
+
+def _cross(parser: argparse.ArgumentParser) -> None:
+    parts = ("steps", "documents", "int8", "shared")
+    what = (
+        "steps: against projections padded to q, k and v of both streams; documents: tokens a second, beside peers; "
+        "int8: the same with int8 weights; shared: encoder runs and blocks of samples and beams"
+    )
+    parser.add_argument("parts", nargs="*", type=_one_of(*parts), default=list(parts), metavar="PART", help=what)
+    _positive(parser, {
+        "batch_size": (8, "documents of a step"), "input_len": (256, "tokens of each"), "repeats": (5, "passes, in turns"),
+        "num_prompts": (32, "documents, all at once"), "min_input_len": (64, "tokens of the shortest"),
+        "max_input_len": (960, "tokens of the longest"), "output_len": (64, "new tokens of each"),
+        "samples": (8, "of each document"), "beams": (4, "of each document"),
+    })  # fmt: skip
+    what = "a small model, an eighth of the lengths, a quarter of the documents"
     parser.add_argument("--small", action="store_true", help=what)
 
 
@@ -170,16 +198,15 @@ def _count(text: str) -> int:
     return value
 
 
-def _standard(text: str) -> str:
-    if text not in STANDARDS:
-        raise argparse.ArgumentTypeError(f"must be one of {', '.join(STANDARDS)}, got {text!r}")
-    return text
+def _one_of(*names: str) -> Callable[[str], str]:
+    """argparse's own `choices` refuse the default of an argument that may be left out."""
 
+    def parse(text: str) -> str:
+        if text not in names:
+            raise argparse.ArgumentTypeError(f"must be one of {', '.join(names)}, got {text!r}")
+        return text
 
-def _shape(text: str) -> str:
-    if text not in ("gemma3", "gpt_oss"):
-        raise argparse.ArgumentTypeError(f"must be gemma3 or gpt_oss, got {text!r}")
-    return text
+    return parse
 
 
 def _setting(text: str) -> tuple[str, Any]:

@@ -28,7 +28,7 @@ def _sampling(samples: int, temperature: float) -> dict[str, Any]:
 
 
 class Static:
-    """`generate` over batches padded on the left; what arrives meanwhile waits for the next batch."""
+    """`generate` over batches padded on the left, or for an encoder on the right; what arrives meanwhile waits for the next."""
 
     def __init__(self, model: Any, **cache: str):
         self.model, self.cache = model, cache
@@ -65,15 +65,21 @@ class Static:
                 at.append(time.perf_counter())
                 return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
-        width = max(map(len, prompts))
-        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=self.model.device)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.model.device)
+        width, encoder = max(map(len, prompts)), self.model.config.is_encoder_decoder
+
+        def batch(rows: Sequence[list[int]]) -> torch.Tensor:
+            padding = [[0] * (width - len(row)) for row in rows]
+            padded = [row + more if encoder else more + row for row, more in zip(rows, padding, strict=True)]
+            return torch.tensor(padded, device=self.model.device)
+
+        ids, mask = batch(prompts), batch([[1] * len(prompt) for prompt in prompts])
         with torch.inference_mode():
             made = self.model.generate(
                 input_ids=ids, attention_mask=mask, max_new_tokens=new, pad_token_id=0,
                 stopping_criteria=StoppingCriteriaList([Clock()]), **self.cache, **sampling,
             )  # fmt: skip
-        return made[:, width:].tolist(), at
+        # The prompts, or what the decoder starts with.
+        return made[:, 1 if encoder else width :].tolist(), at
 
 
 class Continuous:
@@ -150,9 +156,11 @@ def load(mode: str, folder: str, dtype: str) -> tuple[Static | Continuous, dict[
     import torch
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    encoder = transformers.AutoConfig.from_pretrained(folder).is_encoder_decoder
+    auto = transformers.AutoModelForSeq2SeqLM if encoder else transformers.AutoModelForCausalLM
+    model = auto.from_pretrained(folder, dtype=dtype).eval().to("cuda" if torch.cuda.is_available() else "cpu")
     model.generation_config.eos_token_id = None  # every request runs to its length
+    model.generation_config.forced_eos_token_id = None  # BART's end by themselves otherwise
     # A static cache is what transformers compiles `generate` for, on a GPU.
     systems = {"hf": Static, "hf-static": partial(Static, cache_implementation="static"), "hf-cb": Continuous}
     system = systems[mode](model)

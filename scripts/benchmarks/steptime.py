@@ -106,7 +106,7 @@ def runner(program: Program, params: Sequence[jax.Array], step: Step) -> Run:
         features = program.module(params).config.features
         inputs = jnp.zeros((step.size, *features.shape), program.dtype)
         encode = jax.jit(functional.encode, static_argnums=0)
-        return lambda: _seconds(lambda: encode(program, params, inputs))
+        return lambda: timed(lambda: encode(program, params, inputs))
     rows, length = (step.size, step.context) if step.kind == DECODE else (1, step.size)
     width = -(-length // BLOCK)
     cache = functional.init_cache(program, rows * width, BLOCK)
@@ -124,7 +124,7 @@ def runner(program: Program, params: Sequence[jax.Array], step: Step) -> Run:
             tokens, lanes[0] = compiled(params, lanes[0], batch)
             return tokens
 
-        return _seconds(call)
+        return timed(call)
 
     return run
 
@@ -139,7 +139,8 @@ def greedy(
     return sample(logits, unasked, None, Level.GREEDY)[0], cache
 
 
-def _seconds(call: Callable[[], jax.Array]) -> float:
+def timed(call: Callable[[], Any]) -> float:
+    """Seconds until what it gives is there."""
     start = time.perf_counter()
     jax.block_until_ready(call())
     return time.perf_counter() - start

@@ -77,7 +77,7 @@ def h100_mesh(tp: int) -> Mesh:
 
 
 def abstract_model(
-    hf: Mapping[str, Any], mesh: Mesh, **how: Any
+    hf: Mapping[str, Any], mesh: Mesh, *, fuse_projections: str | bool = "auto", **how: Any
 ) -> tuple[Program, list[jax.ShapeDtypeStruct]]:
     """A model of this config.json as a program and the shapes and shardings of its parameters.
 
@@ -85,7 +85,7 @@ def abstract_model(
     """
     served, config = loading.parse(hf)
     module = loading.abstract(served, config, jnp.dtype(hf["dtype"]), mesh, **how)
-    program, leaves = split(module, mesh)
+    program, leaves = split(module, mesh, fuse_projections=fuse_projections)
     params = []
     for leaf, (path, param) in zip(leaves, rules.parameters(module).items(), strict=True):
         placed = sharding_rules.of(mesh, param.get_metadata(), leaf.shape, path)
@@ -186,20 +186,21 @@ def moved_bytes(program: str) -> int:
     return total
 
 
-def compile_step(program: Program, params: list[Any], shapes: Shapes, bucket: Bucket) -> Compiled:
-    """The engine's own step for a bucket, compiled for the devices of the program's mesh."""
+def compile_step(program: Program, params: list[Any], shapes: Shapes, bucket: Bucket, **options: Any) -> Compiled:
+    """The engine's own step for a bucket, compiled for the devices of the program's mesh; `options` of the compiler."""
     arguments = abstract_arguments(program, shapes, bucket)
-    return compile_lowered(make_step(program, shapes, bucket).lower(params, *arguments), arguments[0])
+    return compile_lowered(make_step(program, shapes, bucket).lower(params, *arguments), arguments[0], **options)
 
 
-def compile_lowered(lowered: jax.stages.Lowered, cache: Any) -> Compiled:
+def compile_lowered(lowered: jax.stages.Lowered, cache: Any, **options: Any) -> Compiled:
     """A program that takes this cache."""
     lanes = jax.tree.leaves(cache)
     local = [math.prod(lane.sharding.shard_shape(lane.shape)) for lane in lanes]
     size = sum(np.dtype(lane.dtype).itemsize * count for lane, count in zip(lanes, local, strict=True))
     if lanes[0].sharding.mesh.devices.flat[0].platform == "cpu":
-        return Compiled(lowered.compile(), size, min(local))
+        return Compiled(lowered.compile(compiler_options=options or None), size, min(local))
     with TemporaryDirectory() as folder:
-        executable = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True} | options
+        executable = lowered.compile(compiler_options=options)
         (thunks,) = Path(folder).glob("*.thunk_sequence_after_thunk_passes.txt")
         return Compiled(executable, size, min(local), thunks.read_text())

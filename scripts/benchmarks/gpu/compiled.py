@@ -59,25 +59,29 @@ def _row(model: str, step: str, tp: int, layers: int | None) -> list[Any]:
     ]  # fmt: skip
 
 
-def compile_step(hf: dict[str, Any], step: str, tp: int) -> Any:
-    """A step of the engine for `tp` H100s: `support.lowering.Compiled`."""
+def compile_step(
+    hf: dict[str, Any], step: str, tp: int, *, fuse_projections: str | bool = "auto", **options: Any
+) -> Any:
+    """A step of the engine for `tp` H100s: `support.lowering.Compiled`; `options` of the compiler."""
     if str(TESTS) not in sys.path:
         sys.path.insert(0, str(TESTS))
-    from jaxinfer.engine.batch import Bucket
-    from jaxinfer.engine.sampler import Level
+    from jaxinfer.engine.buckets import Needs, decode_bucket, prefill_bucket
     from jaxinfer.engine.steps import Shapes
     from support import lowering  # the one place that knows how to compile without a device
 
-    program, params = lowering.abstract_model(hf, lowering.h100_mesh(tp))
+    program, params = lowering.abstract_model(hf, lowering.h100_mesh(tp), fuse_projections=fuse_projections)
     width = POSITIONS // BLOCK
     shapes = Shapes(
         # So many that no array of activations is mistaken for one of the cache.
         num_blocks=16 * ROWS * width, block_size=BLOCK, rows=ROWS, width=width, decode_buckets=(ROWS,),
         prefill_buckets=(CHUNK,), prefill_rows=ROWS, max_logprobs=5, max_length=POSITIONS, sampled_vocab=hf["vocab_size"],
+        groups=program.layout.groups, state_slots=4 * ROWS if program.layout.states else 0,
     )  # fmt: skip
-    tokens = ROWS if step == "decode" else CHUNK
-    bucket = Bucket(step, tokens, ROWS, width, Level.GREEDY, -1, tile=program.tile)
-    return lowering.compile_step(program, params, shapes, bucket)
+    if step == "decode":
+        bucket = decode_bucket(program, shapes, ROWS, 0, Needs())
+    else:
+        bucket = prefill_bucket(program, shapes, CHUNK, Needs())
+    return lowering.compile_step(program, params, shapes, bucket, **options)
 
 
 def fewest_bytes(hf: dict[str, Any], step: str, tp: int) -> int:

@@ -88,9 +88,16 @@ def chained(way: Way) -> Any:
 
 
 def copies_for(context: Context, shapes: Sequence[tuple[int, ...]], rows: int) -> int:
-    """Enough for weights to leave the cache between two uses; fewer where rows, not weights, fill the memory."""
-    size = 2 * sum(map(math.prod, shapes))
-    return context.size(max(2, min(32, -(-COPIES // size), -(-65536 // rows))), 2)
+    """Copies of bfloat16 weights of these shapes; two in a dry run."""
+    return context.size(copies_of(2 * sum(map(math.prod, shapes)), rows), 2)
+
+
+def copies_of(size: int, rows: int) -> int:
+    """Calls with weights of `size` bytes that one program makes, each with its own.
+
+    Enough for weights to leave the cache between two uses; fewer where rows, not weights, fill the memory.
+    """
+    return max(2, min(32, -(-COPIES // size), -(-65536 // rows)))
 
 
 def fused_m(context: Context) -> Figures:

@@ -1,0 +1,95 @@
+"""Calls of one layer in one program, each with weights of its own: what a layer alone costs, timed and counted."""
+
+import math
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from benchmarks.gpu.models import values
+from benchmarks.gpu.projections import Way, chained, copies_of
+from jaxinfer.layers.linear import use_fusion, use_kernel
+
+PASS = 0.05
+"""Seconds that a pass takes at least, so that the host's own time hides behind the device's."""
+_PRODUCT = re.compile(r' dot\(|custom_call_target="(?:__cublas|__onednn|jaxinfer_)[^"]*(?:gemm|matmul)')
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A module whose parameters are random, and how the engine would run it."""
+
+    make: Callable[[], nnx.Module]
+    kernel: str
+    """Of its products (`kernels.matmul`)."""
+    rows_fused: float
+    """`layers.linear.use_fusion`."""
+    options: Mapping[str, Any]
+    """The compiler's."""
+
+
+@dataclass(frozen=True)
+class Calls:
+    """A compiled program of several calls, with its arguments."""
+
+    compiled: jax.stages.Compiled
+    arguments: tuple[Any, ...]
+    count: int
+    """Calls in it."""
+
+    @classmethod
+    def of(cls, layer: Layer, shapes: Sequence[tuple[int, ...]], dtype: jnp.dtype, count: int | None = None) -> "Calls":
+        """`layer(*inputs)` with inputs of these shapes; by default so often that weights leave the caches in between."""
+        module = nnx.eval_shape(layer.make)
+        use_kernel(module, layer.kernel)
+        use_fusion(module, layer.rows_fused)
+        graph, state = nnx.split(module)
+        leaves, tree = jax.tree.flatten(state)
+        way = Way(lambda x, weights: nnx.merge(graph, jax.tree.unflatten(tree, weights))(*x), dict(layer.options))
+        count = count or copies_of(sum(leaf.dtype.itemsize * math.prod(leaf.shape) for leaf in leaves), shapes[0][0])
+        make = jax.jit(values, static_argnums=(1, 2))
+        inputs = [tuple(make(jnp.uint32(call), shape, dtype) for shape in shapes) for call in range(count)]
+        weights = [
+            [make(jnp.uint32(count + call * len(leaves) + i), leaf.shape, leaf.dtype) for i, leaf in enumerate(leaves)]
+            for call in range(count)
+        ]
+        lowered = chained(way).lower(inputs, weights)
+        return cls(lowered.compile(compiler_options=way.options or None), (inputs, weights), count)
+
+    @property
+    def products(self) -> float:
+        """Products of matrices a call."""
+        return products(self.compiled) / self.count
+
+    def timer(self) -> Callable[[], float]:
+        """Passes of at least `PASS`: seconds a call."""
+        passes: list[int] = []
+
+        def run() -> float:
+            start = time.perf_counter()
+            for _ in range(passes[0] if passes else 1):
+                result = self.compiled(*self.arguments)
+            jax.block_until_ready(result)
+            seconds = time.perf_counter() - start
+            if passes:
+                return seconds / passes[0] / self.count
+            passes.append(max(1, round(PASS / seconds)))
+            return seconds / self.count
+
+        return run
+
+
+def products(compiled: jax.stages.Compiled) -> int:
+    """Products of matrices in a program, batched ones counted once."""
+    return len(_PRODUCT.findall(compiled.as_text()))
+
+
+def cost(compiled: jax.stages.Compiled) -> dict[str, float]:
+    """Operations, and bytes that instructions read and write, as XLA counts them; 0 for calls of our own kernels."""
+    found = compiled.cost_analysis()
+    return {"gflops": found["flops"] / 1e9, "gigabytes": found["bytes accessed"] / 1e9}

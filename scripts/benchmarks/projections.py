@@ -1,0 +1,190 @@
+"""`bench.py projections`: projections of one input as one GEMM and as several, by the number of rows.
+
+The layers are those that the engine runs (`layers.linear`), with the implementation of products that it chooses:
+
+- `unfused`: a layer, and so a weight, an output; where XLA would put products together itself, it may not.
+- `fused`: one layer for all of them, as one GEMM at any number of rows.
+- `apart`: the same layer, its one weight cut up for a GEMM an output, as the engine does above the crossover.
+- `auto`: whichever of these two `layers.fusion` says for so many rows: its figures are those of the same program.
+
+Of Kimi Delta Attention it is the microbenchmark of SGLang #17801, whose figures stand beside: six projections of the hidden
+state, then two low-rank ones of the last two results.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from benchmarks.calls import Calls, Layer, products
+from benchmarks.gpu.projections import SEPARATE, SERIAL
+from benchmarks.steptime import in_turns
+from benchmarks.trace import span
+from jaxinfer.kernels import matmul
+from jaxinfer.layers import fusion
+from jaxinfer.layers.linear import BatchedLinear, FusedLinear, Output
+from jaxinfer.layers.params import Build
+from jaxinfer.sharding import make_mesh
+
+UNFUSED, FUSED, APART, AUTO = "unfused", "fused", "apart", "auto"
+ROWS = (1, 8, 64, 512, 4096, 8192, 16384)
+CPU_ROWS = (1, 8, 64, 512, 4096)
+"""By default on a CPU, where twice as many rows take twice as long and nothing else changes."""
+SOURCE = "sglang#17801"
+PUBLISHED: Mapping[str, float] = {
+    "unfused_ms@kda_m4096": 0.57, "fused_ms@kda_m4096": 0.50, "unfused_ms@kda_m8192": 1.03, "fused_ms@kda_m8192": 0.98,
+    "unfused_ms@kda_m16384": 1.99, "fused_ms@kda_m16384": 1.91, "unfused_ms@kda_decode": 0.0388, "fused_ms@kda_decode": 0.0117,
+}  # fmt: skip
+"""By the pull request; the GPU is not named, nor the rows of decode. What it calls before is `unfused` here."""
+Figures = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Projections of one input `[m, width]`; `behind`: projections of the last results, one of each."""
+
+    width: int
+    outputs: tuple[Output, ...]
+    behind: tuple[Output, ...] = ()
+
+    def __str__(self) -> str:
+        first, last = (", ".join(str(output.rows) for output in outputs) for outputs in (self.outputs, self.behind))
+        return f"{self.width} -> {first}" + (f"; {self.outputs[-1].rows} -> {last}" if last else "")
+
+
+def _heads(width: int, dim: int, **columns: int) -> Group:
+    return Group(width, tuple(Output(name, count // dim, dim) for name, count in columns.items()))
+
+
+GROUPS: Mapping[str, Group] = {
+    "kda": Group(
+        2304,
+        (*(Output(name, 8, 128) for name in ("q", "k", "v")), Output("b", 8),
+         *(Output(name, 1, 128, sharded=False) for name in ("f_a", "g_a"))),
+        (Output("f_b", 8, 128), Output("g_b", 8, 128)),
+    ),
+    "qkv": _heads(2048, 64, q=2048, k=512, v=512),
+    "gate_up": _heads(2048, 1, gate=5632, up=5632),
+}  # fmt: skip
+"""KDA of Kimi-Linear-48B over four shards; attention and MLP of a Llama of 1.1 B parameters."""
+SMALL = 8
+"""What all sizes are divided by for a quick look."""
+
+
+def smaller(group: Group) -> Group:
+    """An eighth of the width and of each head."""
+
+    def less(outputs: Sequence[Output]) -> tuple[Output, ...]:
+        return tuple(
+            Output(o.name, o.units if o.width > 1 else max(1, o.units // SMALL), max(1, o.width // SMALL), o.sharded)
+            for o in outputs
+        )
+
+    return Group(group.width // SMALL, less(group.outputs), less(group.behind))
+
+
+class Projections(nnx.Module):
+    """A group, `[m, width]` -> its results; `apart`: as layers of one output each."""
+
+    def __init__(self, build: Build, group: Group, *, apart: bool):
+        def layers(outputs: Sequence[Output]) -> list[Sequence[Output]]:
+            return [(output,) for output in outputs] if apart else [outputs]
+
+        self.first = nnx.List([FusedLinear(build, group.width, own) for own in layers(group.outputs)])
+        inputs = len(group.behind)
+        depth = group.outputs[-1].columns(1)
+        self.behind = nnx.List([BatchedLinear(build, depth, own) for own in layers(group.behind)] if inputs else [])
+        self.inputs = inputs
+
+    def __call__(self, x: jax.Array) -> list[jax.Array]:
+        """All results, those that the layers behind take included."""
+        made = [y for layer in self.first for y in layer(x)]
+        low, last = made[len(made) - self.inputs :], []
+        for layer in self.behind:
+            count = len(layer.outputs)
+            last += layer(*low[:count])
+            low = low[count:]
+        whole = len(self.first) == 1 and x.shape[0] <= self.first[0].rows_fused
+        # What one GEMM made is one array, which a layer reads parts of: as results of a program they would be copied.
+        first = [jnp.concatenate(made, axis=-1)] if whole else made
+        if whole and last and self.behind[0].kernel != matmul.NATIVE:
+            last = [jnp.stack(last, axis=2)]
+        return [y.reshape(x.shape[0], -1) for y in (*first, *last)]
+
+
+class Bench:
+    """The layers of one group in one dtype, ready to be run with any number of rows."""
+
+    def __init__(self, group: Group, mesh: Mesh, dtype: str, kernel: str = "auto"):
+        self.group, self.mesh, self.dtype = group, mesh, jnp.dtype(dtype)
+        self.kernel = matmul.choose(kernel, mesh)
+        self.auto = fusion.rows_fused(fusion.AUTO, mesh)
+
+    def calls(self, variant: str, rows: int) -> Calls:
+        """The program of a variant."""
+
+        def make() -> Projections:
+            return Projections(Build(nnx.Rngs(0), self.dtype, self.mesh), self.group, apart=variant == UNFUSED)
+
+        options = (SEPARATE if variant == UNFUSED else SERIAL) if self.mesh.devices.flat[0].platform != "cpu" else {}
+        layer = Layer(make, self.kernel, fusion.rows_fused(variant != APART, self.mesh), options)
+        return Calls.of(layer, [(rows, self.group.width)], self.dtype)
+
+    def measure(self, rows: int, repeats: int) -> Figures:
+        """Milliseconds of each variant at so many rows, and ratios by round, which all ran in."""
+        made = {variant: self.calls(variant, rows) for variant in (UNFUSED, FUSED, APART)}
+        found = in_turns({variant: calls.timer() for variant, calls in made.items()}, repeats)
+        found[AUTO] = found[FUSED if rows <= self.auto else APART]
+        figures = {f"{variant}_ms": 1e3 * median(seconds) for variant, seconds in found.items()}
+        figures |= {f"{variant}_products": calls.products for variant, calls in made.items()}
+        for variant in (FUSED, AUTO):
+            ratios = [one / other for one, other in zip(found[UNFUSED], found[variant], strict=True)]
+            for kind, value in span(ratios).items():
+                figures[f"unfused_over_{variant}" + ("" if kind == "median" else f"_{kind}")] = value
+        return figures | {"apart_over_fused": median(a / f for a, f in zip(found[APART], found[FUSED], strict=True))}
+
+
+def measure(
+    groups: Mapping[str, Group], rows: Sequence[int] | None, repeats: int, *, dtype: str, kernel: str = "auto"
+) -> Figures:
+    """The figures of all groups; `rows` by default what suits the device, `kernel` as `EngineConfig.matmul_kernel`."""
+    mesh = make_mesh(1)
+    sizes = rows or (CPU_ROWS if mesh.devices.flat[0].platform == "cpu" else ROWS)
+    figures: Figures = {}
+    for name, group in groups.items():
+        bench = Bench(group, mesh, dtype, kernel)
+        for count in sizes:
+            figures |= {f"{metric}@{name}_m{count}": value for metric, value in bench.measure(count, repeats).items()}
+    ratios = [value for name, value in figures.items() if name.startswith("unfused_over_auto@")]
+    return figures | {"least_unfused_over_auto": min(ratios)}
+
+
+def h100() -> Figures:
+    """Of a greedy decode step of `gpu.models.KIMI_LINEAR`, compiled for an H100 without one: what it launches.
+
+    Before: projections apart, and XLA not to put them together again; after: fused, with XLA's defaults.
+    """
+    from benchmarks.gpu.compiled import compile_step
+    from benchmarks.gpu.models import KIMI_LINEAR
+
+    merging_off = {name: value for name, value in SEPARATE.items() if name not in SERIAL}
+    figures: Figures = {}
+    for variant, fused, options in ((APART, False, merging_off), (FUSED, True, {})):
+        step = compile_step(KIMI_LINEAR, "decode", 1, fuse_projections=fused, **options)
+        figures[f"{variant}_kernels@h100_decode"] = len(step.kernels)
+        figures[f"{variant}_products@h100_decode"] = products(step.executable)
+    return figures
+
+
+def published(figures: Figures) -> Figures:
+    """The source's own figures of what was measured, and its ratios."""
+    own = {name: value for name, value in PUBLISHED.items() if name in figures or name.endswith("_decode")}
+    ratios = {
+        name.replace("unfused_ms", "unfused_over_fused"): value / own[name.replace("unfused", "fused")]
+        for name, value in own.items() if name.startswith("unfused")
+    }  # fmt: skip
+    return own | ratios
