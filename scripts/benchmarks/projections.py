@@ -164,7 +164,7 @@ def measure(
 
 
 def h100() -> Figures:
-    """Of a greedy decode step of `gpu.models.KIMI_LINEAR`, compiled for an H100 without one: what it launches.
+    """Of a greedy decode step of `gpu.models.KIMI_LINEAR_4`, compiled for an H100 without one: what it launches.
 
     Before: projections apart, and XLA not to put them together again; after: fused, with XLA's defaults.
     """

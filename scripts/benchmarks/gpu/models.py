@@ -34,16 +34,6 @@ LLAMA_8B = llama(4096, 32, 32, 8, 14336, 128256)
 LLAMA_1B = llama(2048, 16, 32, 8, 8192, 128256, tied=True)
 """The shape of Llama 3.2 1B: heads of 64, embedding and head in one."""
 LLAMA_250M = llama(1024, 16, 16, 4, 2816, 32000)
-KIMI_LINEAR = {
-    "architectures": ["KimiLinearForCausalLM"], "vocab_size": 163840, "hidden_size": 2304, "intermediate_size": 9216,
-    "num_hidden_layers": 4, "num_attention_heads": 32, "num_key_value_heads": 32, "kv_lora_rank": 512,
-    "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "num_experts": 256, "num_experts_per_token": 8,
-    "num_shared_experts": 1, "moe_intermediate_size": 1024, "first_k_dense_replace": 1, "model_max_length": 1048576,
-    "rms_norm_eps": 1e-5, "dtype": "bfloat16", "linear_attn_config": {
-        "num_heads": 32, "head_dim": 128, "short_conv_kernel_size": 4, "kda_layers": [1, 2, 3], "full_attn_layers": [4],
-    },
-}  # fmt: skip
-"""Kimi-Linear-48B-A3B with four of its layers, three of them KDA."""
 TOY = llama(64, 2, 4, 2, 96, 259, positions=2048, dtype="float32")
 """For dry runs."""
 
@@ -70,6 +60,8 @@ def kimi_linear(
 
 KIMI_LINEAR = kimi_linear(2304, 9216, 32, 128, 512, 256, 1024, 163840, layers=12)
 """The widths of Kimi-Linear-48B-A3B; all of its 27 layers do not fit on one device."""
+KIMI_LINEAR_4 = kimi_linear(2304, 9216, 32, 128, 512, 256, 1024, 163840, layers=4)
+"""Four of its layers, three of them KDA: for compilations."""
 KIMI_LINEAR_TOY = kimi_linear(32, 48, 4, 8, 16, 6, 24, 97, layers=4, dtype="float32")
 
 
