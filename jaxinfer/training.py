@@ -1,4 +1,4 @@
-"""A model's logits as a differentiable function of its weights: the layers that serve it, over whole sequences, with no cache.
+"""A model's logits as a differentiable function of its weights: the layers that serve it, over whole sequences.
 
     module = models.loading.random(config, mesh, dtype="float32")
     training.prepare(module)

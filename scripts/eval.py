@@ -107,7 +107,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         questions = read(args.questions, None if args.limit is None else args.limit + args.shots)
         if len(questions) <= args.shots:
-            raise ValueError(f"--shots {args.shots} takes the first lines as examples, but there are {len(questions)}; ask for fewer")
+            raise ValueError(
+                f"--shots {args.shots} takes the first lines as examples, but there are {len(questions)}; ask for fewer"
+            )
         result = ask(args, questions[: args.shots], questions[args.shots :])
     except (JaxInferError, ValueError, TypeError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -6,7 +6,8 @@ of the key in KDA, one a head in gated DeltaNet) and strength beta does
     S <- diag(exp g) S;  S <- S + beta k (v - S^T k)^T;  o = S^T q
 
 `recurrence` says it so, token by token; `decode` is one such step for many sequences; `prefill` computes chunks of tokens
-by products of matrices (arXiv:2406.06484), and `whole` the same for whole sequences, differentiable. Within a chunk with state S before it, the updates u of its tokens solve
+by products of matrices (arXiv:2406.06484), and `whole` the same for whole sequences, differentiable. Within a chunk with
+state S before it, the updates u of its tokens solve
 
     (1 + A) U = beta (V - K^ S),  A_ij = beta_i sum_d k_id k_jd exp(g_j+1 + ... + g_i)_d  for j < i
 

@@ -21,7 +21,7 @@ def tensors(module: nnx.Module, table: Sequence[Rule]) -> dict[str, np.ndarray]:
     params, found = parameters(module), {}
     for path, param in params.items():
         if "scales_of" in param.get_metadata():
-            raise ValueError(f"{path}: a module in int8 has not the numbers of its checkpoint; load it without quantization")
+            raise ValueError(f"{path}: int8 has not the numbers of the checkpoint; load the module without quantization")
     for rule in table:
         if rule.target is None:
             continue

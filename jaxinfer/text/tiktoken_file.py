@@ -93,9 +93,12 @@ def read_ranks(path: Path) -> dict[bytes, int]:
             text, rank = line.split()
             token, place = base64.b64decode(text, validate=True), int(rank)
         except (ValueError, binascii.Error) as error:
-            raise CheckpointError(f"{path}, line {number} is {line[:80]!r}; it must be a token in base64 and a rank.") from error
+            raise CheckpointError(
+                f"{path}, line {number} is {line[:80]!r}; it must be a token in base64 and a rank."
+            ) from error
         if not token or token in ranks:
-            raise CheckpointError(f"{path}, line {number}: the token {token[:40]!r} is {'there twice' if token else 'empty'}.")
+            what = "there twice" if token else "empty"
+            raise CheckpointError(f"{path}, line {number}: the token {token[:40]!r} is {what}.")
         ranks[token] = place
     if sorted(ranks.values()) != list(range(len(ranks))):
         raise CheckpointError(f"{path}: the ranks of its {len(ranks)} tokens must be 0 to {len(ranks) - 1}, each once.")
@@ -138,7 +141,9 @@ def _added(listed: Any, first: int, path: Path) -> list[AddedToken]:
     texts: dict[int, Mapping[str, Any]] = {}
     for name, token in listed.items() if isinstance(listed, Mapping) else ():
         if not str(name).isdecimal() or not isinstance(token, Mapping) or not isinstance(token.get("content"), str):
-            raise CheckpointError(f"{path}: added_tokens_decoder has {name!r}: {token!r}; it must be an id and an object with content.")
+            raise CheckpointError(
+                f"{path}: added_tokens_decoder has {name!r}: {token!r}; it must be an id and an object with content."
+            )
         if not first <= int(name) < first + ADDED:
             raise CheckpointError(
                 f"{path}: added_tokens_decoder names id {name}; behind the {first} tokens of {FILE} there are {first} to "
