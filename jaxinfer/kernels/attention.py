@@ -7,12 +7,21 @@ from typing import Any
 from jax.sharding import Mesh
 
 from jaxinfer.errors import ConfigError
-from jaxinfer.kernels import native_attention, triton_attention, triton_launch, triton_tiles, xla_attention
+from jaxinfer.kernels import (
+    native_attention,
+    triton_attention,
+    triton_launch,
+    triton_tiles,
+    whole_attention,
+    xla_attention,
+)
 from jaxinfer.kernels.native import build
 
 log = logging.getLogger(__name__)
 
 AUTO, XLA, TRITON, NATIVE = "auto", "xla", "triton", "native"
+WHOLE = "whole"
+"""What is differentiated (`jaxinfer.training`); no user chooses it."""
 
 
 def choose(asked: str, mesh: Mesh) -> str:
@@ -42,7 +51,9 @@ def _warn(lacking: str) -> None:
 
 
 def implementation(name: str, mesh: Mesh) -> Any:
-    """What has `decode` and `prefill` for a name that `choose` gave."""
+    """What has `decode` and `prefill` for a name that `choose` gave, or `prefill` alone for `WHOLE`."""
+    if name == WHOLE:
+        return whole_attention
     if name in (XLA, NATIVE):
         return xla_attention if name == XLA else native_attention
     return triton_attention.TritonAttention(triton_launch.target(mesh))

@@ -6,7 +6,8 @@ of the key in KDA, one a head in gated DeltaNet) and strength beta does
     S <- diag(exp g) S;  S <- S + beta k (v - S^T k)^T;  o = S^T q
 
 `recurrence` says it so, token by token; `decode` is one such step for many sequences; `prefill` computes chunks of tokens
-by products of matrices (arXiv:2406.06484). Within a chunk with state S before it, the updates u of its tokens solve
+by products of matrices (arXiv:2406.06484), and `whole` the same for whole sequences, differentiable. Within a chunk with
+state S before it, the updates u of its tokens solve
 
     (1 + A) U = beta (V - K^ S),  A_ij = beta_i sum_d k_id k_jd exp(g_j+1 + ... + g_i)_d  for j < i
 
@@ -20,7 +21,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxinfer.kernels.state import DecodeSlots, Segments
+from jaxinfer.kernels.state import DecodeSlots, Segments, Whole
 from jaxinfer.kernels.state import read as read_slots
 from jaxinfer.kernels.state import write as write_slots
 
@@ -248,6 +249,44 @@ def prefill(
     last = jnp.max(jnp.where(segments.counts > 0, jnp.arange(chunks.shape[0]) + 1, 0))
     outputs, states, _ = jax.lax.fori_loop(0, last, one_segment, begin)
     return outputs[:count], states
+
+
+def whole(
+    tokens: Tokens, states: jax.Array, rows: Whole, *, one_by_one: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Whole sequences, each from a state of zeroes, by the chunks of `prefill`; their number is known, so that it can be
+    differentiated.
+
+    Args:
+        tokens: those of all sequences, one after another.
+        states: stay as they are.
+        rows: how long the sequences are.
+        one_by_one: which size of chunks suits.
+
+    Returns:
+        `[T, H, Dv]` and the states.
+    """
+    count, heads, value_dim = tokens.v.shape
+    length = rows.length
+    size = min(CPU_CHUNK if one_by_one else CHUNK, 1 << (length - 1).bit_length())
+    chunks = -(-length // size)
+
+    def cut(a: jax.Array) -> jax.Array:
+        """`[T, H, .]` -> `[chunks * sequences, H, C, .]`."""
+        a = jnp.pad(a.reshape(-1, length, *a.shape[1:]), ((0, 0), (0, chunks * size - length), (0, 0), (0, 0)))
+        a = a.reshape(a.shape[0], chunks, size, *a.shape[2:]).transpose(1, 0, 3, 2, 4)
+        return a.reshape(-1, *a.shape[2:])
+
+    def one(state: jax.Array, chunk: _Chunk) -> tuple[jax.Array, jax.Array]:
+        made, state = jax.vmap(_advance)(chunk, state)
+        return state, made
+
+    # With an axis more, of chunks and sequences each, the derivative compiled for a CPU ends the process (jax 0.10.2).
+    made = _chunk(jax.tree.map(cut, tokens))
+    made = jax.tree.map(lambda a: a.reshape(chunks, -1, *a.shape[1:]), made)
+    _, outputs = jax.lax.scan(one, jnp.zeros((count // length, *states.shape[1:])), made)
+    outputs = outputs.transpose(1, 0, 3, 2, 4).reshape(-1, chunks * size, heads, value_dim)
+    return outputs[:, :length].reshape(count, heads, value_dim), states
 
 
 def _each(

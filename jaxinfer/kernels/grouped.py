@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinfer.kernels import int8_matmul, triton_grouped
-from jaxinfer.kernels.matmul import NATIVE, TRITON, XLA
+from jaxinfer.kernels.matmul import NATIVE, RAGGED, TRITON, XLA
 from jaxinfer.kernels.matmul import matmul as dense
 from jaxinfer.kernels.triton_launch import Target
 
@@ -80,7 +80,7 @@ def matmul(
         weight: `[E, out, in]`; int8 with `scales`, else in the dtype of `x`.
         offsets: `[E + 1]` int32, ascending from 0 to at most R.
         scales: `[E, out]` float32, of an int8 weight's rows (`kernels.int8_matmul`).
-        kernel: "native", "triton" or "xla" (`kernels.matmul.choose`).
+        kernel: "native", "triton" or "xla" (`kernels.matmul.choose`), or "ragged", without scales.
         target: the device, for "triton".
 
     Returns:
@@ -93,6 +93,10 @@ def matmul(
         if scales is None:
             return jax.ffi.ffi_call("jaxinfer_grouped_matmul", result)(x, weight, offsets)
         return jax.ffi.ffi_call("jaxinfer_grouped_int8_matmul", result)(x, weight, scales, offsets)
+
+    if kernel == RAGGED:
+        precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+        return jax.lax.ragged_dot(x, weight.swapaxes(1, 2), jnp.diff(offsets), precision=precision)
 
     def product(rows: jax.Array, group: jax.Array) -> jax.Array:
         if scales is None:

@@ -11,6 +11,8 @@ from jaxinfer.kernels.native import build
 
 XLA, NATIVE, TRITON = "xla", "native", "triton"
 """Triton's is for products of groups alone (`kernels.grouped`); all others are XLA's beside it."""
+RAGGED = "ragged"
+"""XLA's, and for products of groups its own, which is differentiable (`jaxinfer.training`); no user chooses it."""
 
 MATRIX_UNIT_ROWS = 16
 """Rows up to which the native product of bfloat16 serves on a CPU with matrix units (AMX), which XLA uses beyond:

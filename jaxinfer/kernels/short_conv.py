@@ -9,7 +9,7 @@ is a row of the step. In the dtype of the inputs, which it keeps as they are; su
 import jax
 import jax.numpy as jnp
 
-from jaxinfer.kernels.state import DecodeSlots, Segments, read, write
+from jaxinfer.kernels.state import DecodeSlots, Segments, Whole, read, write
 
 
 def _weighted(inputs: list[jax.Array], weight: jax.Array) -> jax.Array:
@@ -59,6 +59,17 @@ def prefill(
     new = [_input(x, past, starts, place) for place in last]
     targets = jnp.where(segments.counts > 0, segments.targets, states.shape[0])
     return jax.nn.silu(y), write(states, targets, jnp.stack(new, axis=1))
+
+
+def whole(
+    x: jax.Array, weight: jax.Array, states: jax.Array, rows: Whole
+) -> tuple[jax.Array, jax.Array]:
+    """Whole sequences, differentiable: `[T, columns]` and `[columns, W]` -> float32 `[T, columns]`; the states stay."""
+    count, length = x.shape[0], rows.length
+    kept = states.shape[1]
+    padded = jnp.pad(x.reshape(-1, length, x.shape[1]), ((0, 0), (kept, 0), (0, 0)))
+    y = _weighted([padded[:, back : back + length] for back in range(kept + 1)], weight)
+    return jax.nn.silu(y).reshape(count, -1), states
 
 
 def _input(x: jax.Array, past: jax.Array, starts: jax.Array, place: jax.Array) -> jax.Array:

@@ -6,6 +6,7 @@ attention's prefill; slots of N or more are nobody's: read as zeroes, never writ
 All functions see local shapes: under tensor parallelism they run inside `jax.shard_map`.
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -49,6 +50,15 @@ class Segments(NamedTuple):
         """`[R]` the segment at which the run of segments that continue each other begins."""
         own = jnp.arange(self.starts.shape[0])
         return jax.lax.cummax(jnp.where(self.continues, 0, own))
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Whole:
+    """Sequences of one length, from their beginning to their end, of which nothing is kept: what is differentiated."""
+
+    length: int
+    """Tokens of each; those of all lie one after another."""
 
 
 def read(states: jax.Array, slots: jax.Array) -> jax.Array:

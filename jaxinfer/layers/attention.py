@@ -10,7 +10,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxinfer.kernels import attention
 from jaxinfer.kernels.paged import DecodeRows, Lane, PrefillTiles, Scoring, Slots
-from jaxinfer.kernels.state import DecodeSlots, Segments
+from jaxinfer.kernels.state import DecodeSlots, Segments, Whole
 from jaxinfer.kv.groups import Place
 from jaxinfer.kv.spec import Full, Sliding
 from jaxinfer.layers.heads import HeadLayout
@@ -27,7 +27,7 @@ class GroupStep(NamedTuple):
 
     slots: Slots | None
     """Where each token's keys and values go; None: they are those of an encoder, and there already."""
-    rows: DecodeRows | PrefillTiles
+    rows: DecodeRows | PrefillTiles | Whole
     """Block tables, and which tokens read which."""
 
 
@@ -54,7 +54,7 @@ class StepContext:
     """Work items that decode has room for (`kernels.xla_attention.decode`)."""
     places: tuple[Place, ...] = field(default=(), metadata={"static": True})
     """Group and lane of every layer."""
-    states: DecodeSlots | Segments | None = None
+    states: DecodeSlots | Segments | Whole | None = None
     """Which slots recurrent layers read and write."""
     seen: jax.Array | None = None
     """`[T, 2]` int32 in a model with cross-attention: the first and the end of the encoder positions that each token sees;
@@ -66,7 +66,7 @@ class StepContext:
         return self.groups[0].slots
 
     @property
-    def rows(self) -> DecodeRows | PrefillTiles:
+    def rows(self) -> DecodeRows | PrefillTiles | Whole:
         """Of a layer's group."""
         return self.groups[0].rows
 

@@ -4,22 +4,31 @@ Letters beside those of `sharding.axes`: H heads of values, K heads of queries a
 the convolution, N slots.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxinfer.kernels import delta, short_conv
-from jaxinfer.kernels.state import DecodeSlots, Segments
+from jaxinfer.kernels.state import DecodeSlots, Segments, Whole
 from jaxinfer.kv.spec import State, StateArray
 from jaxinfer.layers.linear import Output
 from jaxinfer.sharding import axes
 
 EPS = 1e-6
 """Of the l2 norm of queries and keys."""
+
+Rows: TypeAlias = DecodeSlots | Segments | Whole
+"""Which tokens a step has, and which slots it reads and writes for them."""
+
+KERNELS: Mapping[type, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    DecodeSlots: (short_conv.decode, delta.decode), Segments: (short_conv.prefill, delta.prefill),
+    Whole: (short_conv.whole, delta.whole),
+}  # fmt: skip
+"""Convolution and recurrence of each."""
 
 
 class DeltaState(NamedTuple):
@@ -68,7 +77,7 @@ class DeltaSpec:
 
 def run(
     columns: jax.Array, weight: jax.Array, g: jax.Array, beta: jax.Array, spec: DeltaSpec, state: DeltaState,
-    rows: DecodeSlots | Segments, one_by_one: bool,
+    rows: Rows, one_by_one: bool,
 ) -> tuple[jax.Array, DeltaState]:  # fmt: skip
     """Convolution, l2 norms and the delta rule, all that lies between a layer's projections, on local shapes.
 
@@ -85,8 +94,7 @@ def run(
     Returns:
         `[T, H, Dv]` float32 and the state.
     """
-    decoding = isinstance(rows, DecodeSlots)
-    convolve, attend = (short_conv.decode, delta.decode) if decoding else (short_conv.prefill, delta.prefill)
+    convolve, attend = KERNELS[type(rows)]
     y, conv = convolve(columns, weight, state.conv, rows)
     here, group = g.shape[1], spec.value_heads // spec.key_heads
     keys = here // group * spec.key_dim
@@ -108,7 +116,7 @@ def gated_norm(
 
 def on_shards(
     local: Callable[..., tuple[jax.Array, DeltaState]], mesh: Mesh, by_token: tuple[jax.Array, ...],
-    by_shard: tuple[jax.Array, ...], whole: Any, state: DeltaState, rows: DecodeSlots | Segments,
+    by_shard: tuple[jax.Array, ...], whole: Any, state: DeltaState, rows: Rows,
 ) -> tuple[jax.Array, DeltaState]:  # fmt: skip
     """Calls `local(by_token, by_shard, whole, state, rows, one_by_one)` on each shard's own.
 
@@ -125,7 +133,7 @@ def on_shards(
 
     def inside(
         by_token: tuple[jax.Array, ...], by_shard: tuple[jax.Array, ...], whole: Any, state: DeltaState,
-        rows: DecodeSlots | Segments,
+        rows: Rows,
     ) -> tuple[jax.Array, DeltaState]:  # fmt: skip
         own = tuple(a[:, 0] for a in by_token), tuple(a[0] for a in by_shard)
         return local(*own, whole, state, rows, one_by_one)

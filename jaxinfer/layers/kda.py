@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxinfer.kernels.state import DecodeSlots, Segments
 from jaxinfer.kv.spec import State
-from jaxinfer.layers.delta import DeltaSpec, DeltaState, gated_norm, on_shards, run
+from jaxinfer.layers.delta import DeltaSpec, DeltaState, Rows, gated_norm, on_shards, run
 from jaxinfer.layers.linear import BatchedLinear, FusedLinear, Output, RowLinear
 from jaxinfer.layers.params import Build, constant, param, weight
 from jaxinfer.sharding import axes
@@ -53,7 +52,7 @@ class KimiDeltaAttention(nnx.Module):
         return self.spec.kept(self.dtype, self.replicated)
 
     def __call__(
-        self, x: jax.Array, state: DeltaState, rows: DecodeSlots | Segments
+        self, x: jax.Array, state: DeltaState, rows: Rows
     ) -> tuple[jax.Array, DeltaState]:
         """`[T, M]` -> `[T, M]` and the state after the step's tokens."""
         q, k, v, b, f, g = self.projection(x)
@@ -66,7 +65,7 @@ class KimiDeltaAttention(nnx.Module):
 
     def _local(
         self, by_token: tuple[jax.Array, ...], by_shard: tuple[jax.Array, ...], norm: jax.Array, state: DeltaState,
-        rows: DecodeSlots | Segments, one_by_one: bool,
+        rows: Rows, one_by_one: bool,
     ) -> tuple[jax.Array, DeltaState]:  # fmt: skip
         """`[T, 1, H Dv]`, of the heads that are here."""
         (columns, b, forget, gate), (conv, decay, bias) = by_token, by_shard

@@ -54,16 +54,15 @@ class RouterConfig:
             raise ConfigError(
                 f"router: a token takes {per_token} experts, and there are {experts}; choose 1 to {experts}"
             )
+        if not 1 <= self.chosen_groups <= self.groups:
+            raise ConfigError(f"router: {self.chosen_groups} groups of {self.groups} cannot be chosen (topk_group of n_group)")
         if self.groups == 1:
             return
         if experts % self.groups:
             raise ConfigError(f"router: {experts} experts do not divide into {self.groups} groups (n_group)")
         size = experts // self.groups
-        if not 1 <= self.chosen_groups <= self.groups or not 1 <= self.group_best <= size:
-            raise ConfigError(
-                f"router: {self.chosen_groups} groups of {self.groups} (topk_group of n_group) by the best {self.group_best} "
-                f"of {size} experts each cannot be chosen"
-            )
+        if not 1 <= self.group_best <= size:
+            raise ConfigError(f"router: groups cannot be chosen by the best {self.group_best} of {size} experts each (n_group)")
         if per_token > self.chosen_groups * size:
             raise ConfigError(
                 f"router: a token takes {per_token} experts, and {self.chosen_groups} groups (topk_group) have "

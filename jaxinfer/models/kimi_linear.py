@@ -11,6 +11,7 @@ from functools import partial
 from jaxinfer.checkpoint.hf import ConfigReader
 from jaxinfer.errors import ConfigError
 from jaxinfer.layers.kda import KdaSpec
+from jaxinfer.layers.router import SIGMOID
 from jaxinfer.models.base import Family
 from jaxinfer.models.decoder import FULL, LINEAR, Decoder, DecoderConfig, layer_kinds, weight_rules
 from jaxinfer.models.deepseek_v3 import TRAINING, experts, latent_spec, stack
@@ -27,7 +28,10 @@ HUB = {
 
 def config(reader: ConfigReader) -> DecoderConfig:
     """`qk_rope_head_dim` columns are shared by all heads, and not rotated."""
-    reader.skip(*TRAINING, "rope_theta", "rope_scaling", "rope_parameters", "moe_router_activation_func", "use_grouped_topk")
+    reader.skip(*TRAINING, "rope_theta", "rope_scaling", "rope_parameters", "use_grouped_topk")
+    score = reader.get_str("moe_router_activation_func", SIGMOID)
+    if score != SIGMOID:
+        raise ConfigError(f"config.json: moe_router_activation_func is {score!r}, but this family's router knows {SIGMOID!r} alone")
     if not reader.get_bool("mla_use_nope", True):
         raise ConfigError("config.json: mla_use_nope is false, but this family's latent attention is not rotated; set it to true")
     names = {hub: hub if hub in reader.config else own for hub, own in HUB.items()}
@@ -71,6 +75,11 @@ def _linear(reader: ConfigReader, layers: int, eps: float) -> tuple[KdaSpec, tup
         kinds = _listed(part, layers)
         if reader.get("layer_types", None) not in (None, list(kinds)):
             raise ConfigError("config.json: layer_types and linear_attn_config differ about the kinds of layers; remove one")
+        for own, flat in shape.items():
+            if None not in (said := (part.get(own, None), reader.get(flat, None))) and said[0] != said[1]:
+                raise ConfigError(
+                    f"config.json: linear_attn_config.{own} is {said[0]!r} and {flat} is {said[1]!r}; remove one of them"
+                )
     heads, dim = part.get_int(names["num_heads"], 32), part.get_int(names["head_dim"], 128)
     taps = part.get_int(names["short_conv_kernel_size"], 4, least=2)
     return KdaSpec(reader.get_int("hidden_size"), heads, dim, heads, dim, taps, eps), kinds

@@ -9,7 +9,9 @@ from typing import Any
 
 from jaxinfer.checkpoint.hub import resolve_model
 from jaxinfer.errors import CheckpointError
+from jaxinfer.text import tiktoken_file
 
+log = logging.getLogger(__name__)
 
 GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
 """Names of the class that is what tokenizer.json says and nothing else."""
@@ -18,8 +20,8 @@ GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
 def load_tokenizer(source: str | Path | Any) -> Any:
     """A transformers tokenizer from a directory or Hub id; a tokenizer is given back as it is.
 
-    No code of the checkpoint is run: a tokenizer class that only exists there is replaced by its
-    tokenizer.json.
+    No code of the checkpoint is run: a tokenizer class that only exists there is replaced by its tokenizer.json or, of
+    Moonshot's, by what its tiktoken.model says (`tiktoken_file`).
 
     Raises:
         CheckpointError: there is none to load.
@@ -33,6 +35,8 @@ def load_tokenizer(source: str | Path | Any) -> Any:
         directory = resolve_model(source)
     except CheckpointError as error:
         raise CheckpointError(f"tokenizer={str(source)!r}: {error}") from error
+    if tiktoken_file.is_kept_so(directory):
+        return _from_ranks(directory)
     try:
         loader = _import("PreTrainedTokenizerFast" if _is_generic(directory) else "AutoTokenizer")
         return loader.from_pretrained(directory, trust_remote_code=False)
@@ -43,6 +47,16 @@ def load_tokenizer(source: str | Path | Any) -> Any:
             f"no tokenizer in {directory}: {type(error).__name__}: {error}. Pass tokenizer=DIR, or "
             "skip_tokenizer_init=True to serve token ids"
         ) from error
+
+
+def _from_ranks(directory: Path) -> Any:
+    """The tokenizer of a folder with tiktoken.model."""
+    backend, known = tiktoken_file.backend(directory)
+    template = directory / "chat_template.jinja"
+    if template.is_file():
+        known["chat_template"] = template.read_text(encoding="utf-8")
+    log.info("%s names code of its own for its tokenizer: not run; %s is read as data.", directory, tiktoken_file.FILE)
+    return _import("PreTrainedTokenizerFast")(tokenizer_object=backend, **known)
 
 
 def _is_generic(directory: Path) -> bool:

@@ -169,12 +169,12 @@ def h100() -> Figures:
     Before: projections apart, and XLA not to put them together again; after: fused, with XLA's defaults.
     """
     from benchmarks.gpu.compiled import compile_step
-    from benchmarks.gpu.models import KIMI_LINEAR
+    from benchmarks.gpu.models import KIMI_LINEAR_4
 
     merging_off = {name: value for name, value in SEPARATE.items() if name not in SERIAL}
     figures: Figures = {}
     for variant, fused, options in ((APART, False, merging_off), (FUSED, True, {})):
-        step = compile_step(KIMI_LINEAR, "decode", 1, fuse_projections=fused, **options)
+        step = compile_step(KIMI_LINEAR_4, "decode", 1, fuse_projections=fused, **options)
         figures[f"{variant}_kernels@h100_decode"] = len(step.kernels)
         figures[f"{variant}_products@h100_decode"] = products(step.executable)
     return figures

@@ -3,13 +3,15 @@
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 from support import checkpoint
 from support.cases import EDGES
-from support.tiny import CONFIG, prompt
+from support.tiny import CONFIG, config, prompt
 
 from jaxinfer import LLM, SamplingParams
-from jaxinfer.models import converting
+from jaxinfer.checkpoint.rules import parameters
+from jaxinfer.models import converting, loading
 from jaxinfer.sharding import make_mesh
 
 pytestmark = [pytest.mark.xdist_group("converted"), pytest.mark.slow]
@@ -57,3 +59,24 @@ def expected(folders):
 def test_converted_is_original(folders, expected, before, tp, quantization):
     folder = folders[1](before, quantization)
     assert tokens(folder, tensor_parallel_size=tp) == expected(tp, quantization)
+
+
+@pytest.mark.parametrize(("family", "quantization", "before", "tp"), [
+    ("kimi_linear", None, 2, 2), ("kimi_linear", None, 2, 1), ("kimi_linear", None, 4, 2), ("kimi_linear", "int8", 4, 2),
+    ("qwen3_next", None, 4, 2),
+])  # fmt: skip
+def test_the_weights_of_recurrent_layers_latents_and_experts_are_read_back(family, quantization, before, tp, tmp_path):
+    """Bit by bit: fused projections and convolutions, decays in float32, stacks of experts."""
+    heads = {"linear_num_key_heads": 4} if family == "qwen3_next" else {}
+    source = checkpoint.write(tmp_path / "source", config(family) | heads, with_tokenizer=False)
+    converting.convert(source, tmp_path / "out", make_mesh(before), quantization=quantization, progress=False)
+
+    def read(folder: Path) -> dict[str, np.ndarray]:
+        made = loading.load(folder, make_mesh(tp), quantization=quantization, progress=False)
+        return {path: np.asarray(param[...]) for path, param in parameters(made).items()}
+
+    expected, found = read(source), read(tmp_path / "out")
+    assert list(found) == list(expected) and any("decay" in path for path in found)
+    for path, values in expected.items():
+        assert found[path].dtype == values.dtype
+        np.testing.assert_array_equal(found[path], values, err_msg=path)

@@ -10,8 +10,7 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from jaxinfer.checkpoint.rules import parameters
-from jaxinfer.models import loading
+from jaxinfer.models import loading, saving
 from jaxinfer.sharding import make_mesh
 
 PADDED_VOCAB = 320
@@ -34,20 +33,7 @@ GPT_OSS = ["GptOssForCausalLM"]
 def tensors(hf: Mapping[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
     """Random weights of a model under the names of its checkpoint, by way of its weight table."""
     served, config = loading.parse(hf)
-    params = parameters(loading.random(hf, make_mesh(1), dtype="float32", seed=seed))
-    found = {}
-    for rule in served.weight_rules(config):
-        if rule.target is None:
-            continue
-        param = params[rule.target]
-        values = np.asarray(param[...])
-        if rule.parts:
-            outputs, stacked = param.get_metadata()["outputs"], int(param.get_metadata().get("stacked", False))
-            ends = np.cumsum([output.rows for output in outputs])[:-1]
-            pieces = np.split(np.take(values, 0, axis=stacked), ends, axis=stacked)
-            pieces = dict(zip((o.name for o in outputs), pieces, strict=True))
-            values = np.concatenate([pieces[part] for part in rule.parts], axis=stacked)
-        found[rule.source] = np.ascontiguousarray(values)
+    found = saving.tensors(loading.random(hf, make_mesh(1), dtype="float32", seed=seed), served.weight_rules(config))
     return {name: _interleaved(name, value) for name, value in found.items()} if hf["architectures"] == GPT_OSS else found
 
 

@@ -26,7 +26,7 @@ TIERS = (
     {"media"},
     {"models", "text"},
     {"encoders"},
-    {"functional"},
+    {"functional", "training"},
     {"engine", "growing"},
     {"handle", "planning", "transcription"},
     {"opening"},

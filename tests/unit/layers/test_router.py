@@ -75,6 +75,7 @@ def test_sigmoids_that_are_all_zero_give_no_nan():
         (RouterConfig(), 8, 0, "a token takes 0 experts"),
         (RouterConfig(groups=3), 8, 2, r"8 experts do not divide into 3 groups \(n_group\)"),
         (RouterConfig(groups=4, chosen_groups=5), 8, 2, "5 groups of 4"),
+        (RouterConfig(chosen_groups=2), 8, 2, "2 groups of 1"),
         (RouterConfig(groups=8, chosen_groups=8), 8, 2, "by the best 2 of 1 experts each"),
         (RouterConfig(groups=4, chosen_groups=1), 8, 3, r"a token takes 3 experts, and 1 groups \(topk_group\) have 2"),
     ],

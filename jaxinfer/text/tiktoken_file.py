@@ -1,0 +1,158 @@
+"""Tokenizers kept as a file of tiktoken ranks, `tiktoken.model`, whose class is code of the checkpoint: Moonshot's (Kimi).
+
+The file has a line a token: its bytes in base64, and its rank, which is its id. What else that class does is stated here as
+data, so that none of it is run: how text is divided before bytes are merged, and which ids are added tokens.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+from jaxinfer.checkpoint.hf import read_json
+from jaxinfer.errors import CheckpointError
+
+FILE = "tiktoken.model"
+CLASS = "TikTokenTokenizer"
+"""What tokenizer_config.json calls Moonshot's class."""
+ADDED = 256
+"""Ids behind the ranks; those that tokenizer_config.json gives no text are `<|reserved_token_ID|>`."""
+MAX_BYTES = 64 * 2**20
+"""Largest file read; that of 163,584 tokens has 2.8 MiB."""
+
+_ENDING = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_BEFORE = r"[^\r\n\p{L}\p{N}]?"
+_UPPER, _LOWER = (rf"[{kinds}\p{{Lm}}\p{{Lo}}\p{{M}}&&[^\p{{Han}}]]" for kinds in (r"\p{Lu}\p{Lt}", r"\p{Ll}"))
+SPLIT = "|".join([
+    r"[\p{Han}]+", f"{_BEFORE}{_UPPER}*{_LOWER}+{_ENDING}", f"{_BEFORE}{_UPPER}+{_LOWER}*{_ENDING}",
+    r"\p{N}{1,3}", r" ?[^\s\p{L}\p{N}]+[\r\n]*", r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+",
+])  # fmt: skip
+"""Pieces that no merge crosses: runs of Han characters, words by their case with an English ending, up to three digits,
+punctuation, white space."""
+
+_NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
+_SETTINGS = ("model_max_length", "chat_template")
+
+
+def is_kept_so(directory: Path) -> bool:
+    """Whether the folder has its tokenizer as a file of ranks and in no form that says more."""
+    return (directory / FILE).is_file() and not (directory / "tokenizer.json").is_file()
+
+
+def backend(directory: Path) -> tuple[Tokenizer, dict[str, Any]]:
+    """The tokenizer, and what `PreTrainedTokenizerFast` is to know beside it.
+
+    Raises:
+        CheckpointError: a class whose way to divide text is not known, or a file that is not as described above.
+    """
+    path = directory / "tokenizer_config.json"
+    settings = read_json(path) if path.is_file() else {}
+    named = settings.get("tokenizer_class")
+    if named != CLASS:
+        raise CheckpointError(
+            f"{directory / FILE} says nothing of how text is divided before it, and tokenizer_class in tokenizer_config.json "
+            f"is {named!r}; known is {CLASS!r}. Give a tokenizer.json, made by who trusts the checkpoint's own code."
+        )
+    ranks = read_ranks(directory / FILE)
+    made = Tokenizer(models.BPE(*_as_pairs(ranks), fuse_unk=False, ignore_merges=True))
+    made.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(SPLIT), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])  # fmt: skip
+    made.decoder = decoders.ByteLevel()
+    made.add_tokens(_added(settings.get("added_tokens_decoder"), len(ranks), path))
+    known = {name: settings[name] for name in _SETTINGS if settings.get(name) is not None}
+    for name in _NAMED:
+        text = settings.get(name)
+        text = text.get("content") if isinstance(text, Mapping) else text
+        if text is None:
+            continue
+        if not isinstance(text, str) or made.token_to_id(text) is None:
+            raise CheckpointError(f"{path}: {name} is {text!r}, which is no token of {FILE} or added_tokens_decoder.")
+        known[name] = text
+    return made, {**known, "clean_up_tokenization_spaces": False}
+
+
+def read_ranks(path: Path) -> dict[bytes, int]:
+    """Bytes of each token -> its rank, which are 0 to n - 1.
+
+    Raises:
+        CheckpointError: names the file and the line, or what is missing.
+    """
+    if path.stat().st_size > MAX_BYTES:
+        raise CheckpointError(f"{path} has {path.stat().st_size} bytes; a file of ranks may have {MAX_BYTES}.")
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        if not line:
+            continue
+        try:
+            text, rank = line.split()
+            token, place = base64.b64decode(text, validate=True), int(rank)
+        except (ValueError, binascii.Error) as error:
+            raise CheckpointError(
+                f"{path}, line {number} is {line[:80]!r}; it must be a token in base64 and a rank."
+            ) from error
+        if not token or token in ranks:
+            what = "there twice" if token else "empty"
+            raise CheckpointError(f"{path}, line {number}: the token {token[:40]!r} is {what}.")
+        ranks[token] = place
+    if sorted(ranks.values()) != list(range(len(ranks))):
+        raise CheckpointError(f"{path}: the ranks of its {len(ranks)} tokens must be 0 to {len(ranks) - 1}, each once.")
+    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    if missing:
+        raise CheckpointError(f"{path} has no token for the byte {missing[0]}, so that not every text can be read.")
+    return ranks
+
+
+def _as_pairs(ranks: Mapping[bytes, int]) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """The vocabulary and the merges of byte-level BPE.
+
+    tiktoken joins whichever neighbours make the token of the lowest rank: that is every way to divide a token in two, in the
+    order of what they make.
+    """
+    letters = _letters()
+
+    def spelt(token: bytes) -> str:
+        return "".join(letters[byte] for byte in token)
+
+    def ways(token: bytes) -> Iterator[tuple[bytes, bytes]]:
+        pairs = ((token[:at], token[at:]) for at in range(1, len(token)))
+        found = [pair for pair in pairs if pair[0] in ranks and pair[1] in ranks]
+        return iter(sorted(found, key=lambda pair: (ranks[pair[0]], ranks[pair[1]])))
+
+    ordered = sorted(ranks, key=ranks.__getitem__)
+    merges = [(spelt(first), spelt(second)) for token in ordered for first, second in ways(token)]
+    return {spelt(token): ranks[token] for token in ordered}, merges
+
+
+def _letters() -> list[str]:
+    """A visible character for each byte, as GPT-2 has it (`tokenizers`' ByteLevel): its own, or one from 256 on."""
+    own = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = iter(range(256, 512))
+    return [chr(byte if byte in own else next(others)) for byte in range(256)]
+
+
+def _added(listed: Any, first: int, path: Path) -> list[AddedToken]:
+    """The tokens behind the ranks, in the order of their ids."""
+    texts: dict[int, Mapping[str, Any]] = {}
+    for name, token in listed.items() if isinstance(listed, Mapping) else ():
+        if not str(name).isdecimal() or not isinstance(token, Mapping) or not isinstance(token.get("content"), str):
+            raise CheckpointError(
+                f"{path}: added_tokens_decoder has {name!r}: {token!r}; it must be an id and an object with content."
+            )
+        if not first <= int(name) < first + ADDED:
+            raise CheckpointError(
+                f"{path}: added_tokens_decoder names id {name}; behind the {first} tokens of {FILE} there are {first} to "
+                f"{first + ADDED - 1}."
+            )
+        texts[int(name)] = token
+    named = [texts.get(at, {"content": f"<|reserved_token_{at}|>"}) for at in range(first, first + ADDED)]
+    contents = [token["content"] for token in named]
+    twice = next((text for text in contents if contents.count(text) > 1), None)
+    if twice is not None:
+        raise CheckpointError(f"{path}: added_tokens_decoder has {twice!r} twice.")
+    return [AddedToken(token["content"], special=bool(token.get("special", True)), normalized=False) for token in named]

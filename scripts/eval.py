@@ -1,0 +1,184 @@
+#!/usr/bin/env python
+"""Asks a model the questions of a file and prints the share that it answers rightly.
+
+    python scripts/eval.py --model DIR --questions gsm8k_test.jsonl --shots 5 --max-tokens 512
+    python scripts/eval.py --questions demo          # held-out questions of the packaged checkpoint
+
+FILE has a JSON object a line with "question" and "answer", as GSM8K's has (arXiv:2110.14168). Answers are greedy. An answer with
+"#### 72" in it is right if the number is the same: of what the model says the one behind its last "####", else the last number
+(commas, a dollar sign and zeroes behind the point do not count). Any other answer is right if the text is the same, but for white
+space around it.
+"""
+
+import argparse
+import json
+import re
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from decimal import Decimal
+from pathlib import Path
+
+from jaxinfer import LLM, SamplingParams, demo
+from jaxinfer.errors import JaxInferError
+
+MARK = "####"
+DEMO = "demo"
+FUSE = {"auto": "auto", "true": True, "false": False}
+NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?")
+STOP = ["\nQuestion:"]
+"""Where a base model goes on to ask itself."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A line of the file."""
+
+    question: str
+    answer: str
+
+    @property
+    def prompt(self) -> str:
+        """To be continued by the answer."""
+        return f"Question: {self.question}\nAnswer:"
+
+    def is_right(self, said: str) -> bool:
+        """Whether this counts as its answer."""
+        if MARK not in self.answer:
+            return said.strip() == self.answer.strip()
+        return number(said) == number(self.answer)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of it."""
+
+    accuracy: float
+    right: int
+    questions: int
+    cut_off: int
+    """Answers that were not at their end after `--max-tokens`."""
+    seconds: float
+
+
+def number(text: str) -> Decimal | None:
+    """The number behind the last mark, or the last one of a text without; None: there is none."""
+    marked = MARK in text
+    found = NUMBER.findall(text.rpartition(MARK)[2] if marked else text)
+    return Decimal(re.sub(r"[,$]", "", found[0 if marked else -1])) if found else None
+
+
+def read(name: str, limit: int | None) -> list[Question]:
+    """The questions of a file, or of the packaged checkpoint; at most `limit`.
+
+    Raises:
+        ValueError: it cannot be read, or a line is not as it must be; names file, line and field.
+    """
+    if name == DEMO:
+        return [Question(one.text, one.answer) for one in demo.heldout_questions(limit or 400)]
+    try:
+        lines = Path(name).read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--questions {name}: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}") from error
+    found = [_line(name, place, line) for place, line in enumerate(lines, 1) if line.strip()]
+    if not found:
+        raise ValueError(f"--questions {name} has no question in it; write one JSON object a line")
+    return found[:limit]
+
+
+def _line(name: str, place: int, line: str) -> Question:
+    where = f"--questions {name}, line {place}"
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where} is not JSON: {error}") from error
+    for field in ("question", "answer"):
+        if not isinstance(value, dict) or not isinstance(value.get(field), str) or not value[field].strip():
+            raise ValueError(f'{where}: "{field}" must be text; a line is {{"question": "...", "answer": "..."}}')
+    if MARK in value["answer"] and number(value["answer"]) is None:
+        raise ValueError(f'{where}: "answer" has no number behind {MARK}, got {value["answer"][-80:]!r}')
+    return Question(value["question"], value["answer"])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; 2 for bad input, said in one line."""
+    args = parse(argv)
+    try:
+        questions = read(args.questions, None if args.limit is None else args.limit + args.shots)
+        if len(questions) <= args.shots:
+            raise ValueError(
+                f"--shots {args.shots} takes the first lines as examples, but there are {len(questions)}; ask for fewer"
+            )
+        result = ask(args, questions[: args.shots], questions[args.shots :])
+    except (JaxInferError, ValueError, TypeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    if args.json:
+        settings = {name: value for name, value in vars(args).items() if name not in ("json", "wrong")}
+        print(json.dumps(asdict(result) | {"settings": settings}))
+    else:
+        cut = f", {result.cut_off} cut off by --max-tokens {args.max_tokens}" if result.cut_off else ""
+        print(f"accuracy {result.accuracy:.4f} ({result.right} of {result.questions} right{cut}) in {result.seconds:.1f} s")
+    return 0
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", help="a checkpoint's directory or Hub id; by default the packaged one")
+    add("--questions", required=True, metavar="FILE", help=f"a JSON object a line, or {DEMO!r}")
+    add("--limit", type=int, metavar="N", help=f"ask the first N; by default all (of {DEMO!r} 400)")
+    add("--shots", type=int, default=0, metavar="N", help="put the first N before each of the others, with their answers")
+    add("--chat", action="store_true", help="put questions through the chat template")
+    add("--max-tokens", type=int, default=256, help="of an answer (default: %(default)s)")
+    add("--fuse-projections", choices=FUSE, default="auto", help="projections of one input as one product (default: %(default)s)")
+    add("--tensor-parallel-size", type=int, default=1, metavar="N", help="devices (default: %(default)s)")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    add("--quantization", default=None, choices=("int8",), help="keep the matrices in int8")
+    add("--max-model-len", type=int, default=None)
+    add("--wrong", type=int, default=0, metavar="N", help="show the first N wrong answers, on stderr")
+    add("--json", action="store_true", help="one object with the result and the settings")
+    args = parser.parse_args(argv)
+    for name, least in (("limit", 1), ("shots", 0), ("max_tokens", 1), ("wrong", 0)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    return args
+
+
+def ask(args: argparse.Namespace, shots: Sequence[Question], questions: Sequence[Question]) -> Result:
+    """Has the model answer all questions, and counts."""
+    settings = dict(
+        dtype=args.dtype, quantization=args.quantization, max_model_len=args.max_model_len,
+        tensor_parallel_size=args.tensor_parallel_size, fuse_projections=FUSE[args.fuse_projections],
+    )  # fmt: skip
+    params = SamplingParams(temperature=0, max_tokens=args.max_tokens, stop=None if args.chat else STOP)
+    with LLM(args.model or demo.path(), **settings, use_tqdm=False) as llm:
+        start = time.perf_counter()
+        if args.chat:
+            turns = [turn for shot in shots for turn in (_said("user", shot.question), _said("assistant", shot.answer))]
+            outputs = llm.chat([[*turns, _said("user", one.question)] for one in questions], params, use_tqdm=False)
+        else:
+            before = "".join(f"{shot.prompt} {shot.answer}\n\n" for shot in shots)
+            outputs = llm.generate([before + one.prompt for one in questions], params, use_tqdm=False)
+        seconds = time.perf_counter() - start
+    answers = [output.outputs[0] for output in outputs]
+    wrong = [(one, made.text) for one, made in zip(questions, answers, strict=True) if not one.is_right(made.text)]
+    for one, text in wrong[: args.wrong]:
+        print(f"{one.question!r}: {text!r}, not {one.answer!r}", file=sys.stderr)
+    right = len(questions) - len(wrong)
+    cut_off = sum(made.finish_reason == "length" for made in answers)
+    return Result(right / len(questions), right, len(questions), cut_off, seconds)
+
+
+def _said(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
