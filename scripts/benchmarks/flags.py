@@ -123,8 +123,8 @@ def _growth(parser: argparse.ArgumentParser) -> None:
 
 
 def _sharing(parser: argparse.ArgumentParser) -> None:
-    names = ("gemma3", "gpt_oss")
-    what = f"{' and '.join(names)}: their layers, small"
+    names = ("gemma3", "gpt_oss", "kimi_linear")
+    what = f"{', '.join(names)}: their layers, small"
     parser.add_argument("models", nargs="*", type=_one_of(*names), default=list(names), metavar="MODEL", help=what)
     _positive(parser, {
         "samples": (16, "of one prompt"), "requests": (64, "of a prefix workload"),

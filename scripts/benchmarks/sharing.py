@@ -1,12 +1,13 @@
 """`bench.py sharing`: what hybrids' sequences share: blocks of samples, prefixes of prompts; and what sharing costs.
 
-On random models with the layers of Gemma 3 (five sliding for a full one) and of gpt-oss (sliding and full in turn, sinks,
-experts), small ones:
+On random models with the layers of Gemma 3 (five sliding for a full one), of gpt-oss (sliding and full in turn, sinks,
+experts) and of Kimi-Linear (three recurrent for one that attends to latents), small ones:
 
 - samples: the most blocks that are held at a time while n samples of one prompt are drawn, against the fewest possible: for
   each layer the blocks that the tokens of the step see or write, each counted once; and against no sharing.
 - prefixes: the requests of vLLM #45238, whose prompts begin alike and then part; one after another and all at once. Of each
-  but the first, how much of what it has in common with the others was computed again, and when its first token came.
+  but the first, how much of what it has in common with the others was computed again, and when its first token came. Where
+  layers are recurrent the second one leaves the state at the point where it parts, so that those from the third on count.
 - speed: tokens a second of prompts that have nothing in common, and of samples, with sharing and without, in turns.
 """
 
@@ -25,6 +26,7 @@ from jaxinfer.engine.request import Request
 from jaxinfer.engine.runner import Runner
 from jaxinfer.engine.setup import build_engine
 from jaxinfer.engine.warmup import warm_up
+from jaxinfer.kv.cache import slot_bytes
 from jaxinfer.kv.groups import blocks_needed
 from jaxinfer.models import loading
 from jaxinfer.resolve import ModelLimits, resolve
@@ -43,6 +45,11 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
     "gpt_oss": {
         "architectures": ["GptOssForCausalLM"], "intermediate_size": 128, "num_local_experts": 8, "num_experts_per_tok": 2,
         "sliding_window": 128,
+    },
+    "kimi_linear": {
+        "architectures": ["KimiLinearForCausalLM"], "intermediate_size": 512, "kv_lora_rank": 64, "qk_nope_head_dim": 32,
+        "qk_rope_head_dim": 16, "v_head_dim": 32, "num_experts": 8, "num_experts_per_token": 2, "num_shared_experts": 1,
+        "moe_intermediate_size": 128, "first_k_dense_replace": 1, "model_max_length": 8192,
     },
 }  # fmt: skip
 """Of each config.json what `COMMON` has not: the windows of Gemma 3 1B and of gpt-oss."""
@@ -84,8 +91,18 @@ SMALL = 8
 
 def config(name: str, *, small: bool = False) -> dict[str, Any]:
     """config.json of a model; `small`: with windows to go with `smaller`."""
-    values = COMMON | MODELS[name]
-    return {**values, "sliding_window": values["sliding_window"] // (SMALL if small else 1)}
+    values = dict(COMMON | MODELS[name])
+    if "sliding_window" in values:
+        values["sliding_window"] //= SMALL if small else 1
+    if name == "kimi_linear":
+        layers = range(1, values["num_hidden_layers"] + 1)
+        full = [layer for layer in layers if layer % 4 == 0]
+        values["num_key_value_heads"] = values["num_attention_heads"]
+        values["linear_attn_config"] = {
+            "num_heads": values["num_attention_heads"], "head_dim": values["head_dim"], "short_conv_kernel_size": 4,
+            "full_attn_layers": full, "kda_layers": [layer for layer in layers if layer not in full],
+        }  # fmt: skip
+    return values
 
 
 def smaller(work: Work) -> Work:
@@ -144,16 +161,28 @@ class Bench:
                 label, waits = f"@{shared}+{own}_{name}", {}
                 for share in (True, False):
                     requests = self._requests(work.requests, shared, own, NEW)
-                    self._serve(self._engine(share=share, pool_blocks=pool), requests, at_once)
+                    engine = self._engine(share=share, pool_blocks=pool)
+                    self._serve(engine, requests, at_once)
                     waits[share] = mean(r.first_token_time - r.arrival_time for r in requests)
                     if share:
-                        block, found = self.runner.shapes.block_size, [r.cached_tokens for r in requests[1:]]
-                        figures[f"requests_with_whole_prefix{label}"] = sum(hit > shared - block for hit in found)
-                        figures[f"least_hit_tokens{label}"] = min(found)
+                        figures |= {name + label: value for name, value in self._found(engine, requests, shared).items()}
                 figures |= {
                     f"first_token_seconds{label}": waits[True], f"first_token_seconds_unshared{label}": waits[False],
                     f"unshared_over_shared{label}": waits[False] / waits[True],
                 }  # fmt: skip
+        return figures
+
+    def _found(self, engine: Engine, requests: Sequence[Request], shared: int) -> Figures:
+        """How much of their common beginning the requests found that could, and what snapshots of states that took."""
+        states = engine.manager.states
+        block, found = self.runner.shapes.block_size, [r.cached_tokens for r in requests[1 if states is None else 2 :]]
+        figures = {
+            "requests_that_could_hit": len(found), "requests_with_whole_prefix": sum(hit > shared - block for hit in found),
+            "least_hit_tokens": min(found),
+        }  # fmt: skip
+        if states is not None:
+            program, count = self.runner.program, int(states.published.sum())
+            figures |= {"snapshots": count, "snapshot_mib": count * slot_bytes(program.layout.states, program.mesh) / 2**20}
         return figures
 
     def speed(self, work: Work) -> Figures:

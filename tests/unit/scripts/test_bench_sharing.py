@@ -26,11 +26,13 @@ def test_samples_and_prefixes_are_shared_as_far_as_can_be(result: Callable[..., 
     )  # fmt: skip
     work, figures = found["work"], {metric.removesuffix(f"@{name}"): value for metric, value in found["jaxinfer"].items()}
     assert work["prefixes"] == [[200, 75], [187, 87]] and work["requests"] == 5
-    assert work[f"model@{name}"]["sliding_window"] in (512 // 8, 128 // 8)
+    recurrent = "linear_attn_config" in work[f"model@{name}"]
+    assert recurrent or work[f"model@{name}"]["sliding_window"] in (512 // 8, 128 // 8)
     assert figures["peak_over_fewest"] == figures["peak_blocks"] / figures["fewest_blocks"] <= 1.05
     assert figures["unshared_over_shared"] == figures["peak_blocks_unshared"] / figures["peak_blocks"] > 1.5
     for label in (f"@{shared}+{own}_{order}" for shared, own in work["prefixes"] for order in ("one_by_one", "at_once")):
-        assert figures[f"requests_with_whole_prefix{label}"] == 4
+        assert figures[f"requests_with_whole_prefix{label}"] == figures[f"requests_that_could_hit{label}"] == 4 - recurrent
+        assert not recurrent or figures[f"snapshots{label}"] > 0 < figures[f"snapshot_mib{label}"]
         assert figures[f"least_hit_tokens{label}"] == int(label[1:4]) // 16 * 16
         waits = figures[f"first_token_seconds{label}"], figures[f"first_token_seconds_unshared{label}"]
         assert figures[f"unshared_over_shared{label}"] == pytest.approx(waits[1] / waits[0])
@@ -60,6 +62,6 @@ def test_the_fewest_blocks_are_those_that_the_layers_of_a_step_see():
 
 def test_a_quick_look_keeps_windows_shorter_than_prefixes():
     work = sharing.smaller(sharing.WORK)
-    for name in sharing.MODELS:
+    for name in ("gemma3", "gpt_oss"):
         assert sharing.config(name, small=True)["sliding_window"] < min(shared for shared, _ in work.prefixes)
         assert sharing.config(name)["sliding_window"] < min(shared for shared, _ in sharing.WORK.prefixes)
