@@ -28,7 +28,7 @@ class KindHit:
     """What the layers of one kind could have served of a prompt by themselves; the hit is what all of them can."""
 
     kind: str
-    """"full", or "sliding(W)" of layers with a window of W positions."""
+    """"full", "sliding(W)" of layers with a window of W positions, or "recurrent" of layers with a state."""
     tokens: int
     """Prompt tokens."""
     reason: str
