@@ -30,9 +30,10 @@ def run(args: argparse.Namespace) -> int:
     """
     rows, out = chosen(args.only), args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + args.seconds
-    for row in rows:
-        if _to_do(row, out / f"{row.name}.json", args):
+    deadline, paths = time.monotonic() + args.seconds, [out / f"{row.name}.json" for row in rows]
+    to_do = [_to_do(row, path, args) for row, path in zip(rows, paths, strict=True)]
+    for row, wanted in zip(rows, to_do, strict=True):
+        if wanted:
             left = deadline - time.monotonic()
             if left < LEAST:
                 _say(f"{row.name}: not run, the {args.seconds:g} s are over; the same command goes on here")
