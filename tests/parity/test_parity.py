@@ -4,7 +4,7 @@ That each option tells is shown by taking it away from the reference. Tiny check
 written by `save_pretrained` and read by the real loader.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support import loaded
-from support.tiny import prompt
+from support.tiny import ARCHITECTURES, prompt
 
 pytest.importorskip("torch", reason="the reference of the parity tests; it comes with the extra `test`")
 
@@ -324,11 +324,20 @@ CASES = {
 }
 
 
-def cases(quick: tuple[str, ...] = ("llama", "llama llama3")) -> pytest.MarkDecorator:
+ENGINE = {next(name for name, case in CASES.items() if case.family == family) for family in ARCHITECTURES} | {
+    "llama dynamic", "llama longrope", "phi3 longrope across", "mistral window", "mistral window of a chunk",
+    "mistral window of one", "qwen2 windows from layer 1", "qwen3 alternating",
+}  # fmt: skip
+"""Cases that run through the engine as well: each family, and what its steps depend on. Of other options the logits say all."""
+
+
+def cases(
+    names: Collection[str] = tuple(CASES), quick: tuple[str, ...] = ("llama", "llama llama3")
+) -> pytest.MarkDecorator:
     """Parametrises over cases: those of a family on one worker, all but a few out of the quick tier."""
     return pytest.mark.parametrize("name", [
         pytest.param(name, marks=[pytest.mark.xdist_group(case.family), *[pytest.mark.slow] * (name not in quick)])
-        for name, case in CASES.items()
+        for name, case in CASES.items() if name in names
     ])  # fmt: skip
 
 
@@ -362,7 +371,7 @@ def test_logits_at_every_position_equal_transformers(name, folder):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=CASES[name].tolerance)
 
 
-@cases(quick=("llama",))
+@cases(ENGINE, quick=("llama",))
 def test_greedy_tokens_equal_transformers(name, folder):
     asked = prompts(name)
     found = loaded.greedy(folder(name), asked, GREEDY)

@@ -50,6 +50,7 @@ def test_what_counts_as_right(script):
     assert plain.is_right(" It is 4.\n") and not plain.is_right("4") and not plain.is_right("It is 4. And")
 
 
+@pytest.mark.slow
 def test_accuracy_is_that_of_the_answers(script, asked, tmp_path, capsys):
     """Every fourth line has an answer that nobody gives; by text and, with the mark, by number."""
     rows = [{"question": one.text, "answer": one.answer if i % 4 else "nobody says so"} for i, one in enumerate(asked)]
