@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support import loaded
-from support.tiny import ARCHITECTURES, prompt
+from support.tiny import ARCHITECTURES, FULL, SLIDING, prompt
 
 torch = pytest.importorskip("torch", reason="the reference of the parity tests; it comes with the extra `test`")
 
@@ -62,9 +62,17 @@ def test_logits_of_a_bfloat16_checkpoint_in_float32_equal_transformers(tmp_path)
     np.testing.assert_allclose(found, ref.logits(model.float(), ids, after), rtol=0, atol=1e-4)
 
 
+LOCAL = {"gemma3": 2e4, "olmo3": 5e5}
+"""Base of the sliding layers' rope; Olmo 3 had one for all layers."""
+
+
 def old_style(values: dict) -> dict:
     """config.json as transformers 4 wrote it: rope at the top, `torch_dtype`."""
     rope = dict(values.pop("rope_parameters"))
+    if FULL in rope:
+        local, rope = rope[SLIDING]["rope_theta"], dict(rope[FULL])
+        if local != rope["rope_theta"]:
+            values["rope_local_base_freq"] = local
     values |= {"rope_theta": rope.pop("rope_theta"), "torch_dtype": values.pop("dtype")}
     partial = rope.pop("partial_rotary_factor", None)
     if partial is not None:
@@ -76,7 +84,10 @@ def old_style(values: dict) -> dict:
 def test_a_config_in_the_style_of_transformers_4_says_the_same(family, tmp_path):
     # Of Phi-3, transformers takes longrope alone.
     rope = {"rope_type": "default"} if family == "phi3" else {"rope_type": "linear", "factor": 2.0}
-    saved = ref.config(family, rope_parameters={"rope_theta": 5e5, **rope})
+    rope["rope_theta"] = 5e5
+    if family in LOCAL:  # a rope for each kind of layers
+        rope = {FULL: rope, SLIDING: {"rope_type": "default", "rope_theta": LOCAL[family]}}
+    saved = ref.config(family, rope_parameters=rope)
     saved.architectures = [ARCHITECTURES[family]]
     saved.save_pretrained(tmp_path)
     new = json.loads((tmp_path / "config.json").read_text())
