@@ -3,9 +3,11 @@
 With JAXINFER_TEST_GPU=1 JAX keeps its GPU instead: for the tests in `tests/gpu`.
 """
 
+import gc
 import os
 import sys
 from collections import Counter
+from pathlib import Path
 
 if os.environ.get("JAXINFER_TEST_GPU") != "1":
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -45,7 +47,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not getattr(config.option, "loadgroup", False):
         return
     for item in items:
-        groups = sorted({marker.args[0] for marker in item.iter_markers("xdist_group")})
+        groups = sorted(_groups(item))
         if groups and not item.nodeid.endswith(f"@{'_'.join(groups)}"):
             raise pytest.UsageError(f"--dist loadgroup: pytest-xdist ignores the group of {item.nodeid}; install pytest<9.2")
 
@@ -71,6 +73,35 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 def pytest_testnodedown(node: object) -> None:
     """A worker has finished."""
     _compiled.update(getattr(node, "workeroutput", {}).get("compilations", {}))
+
+
+MAPPINGS = 20_000
+"""Memory mappings of a process from which programs are dropped. Each compiled program has about thirty, and Linux ends a
+process that has 65,530 (vm.max_map_count) in the midst of compiling another."""
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Behind a group's last test what it has compiled is of no more use: programs, and the runners that hold them."""
+    if nextitem is None or _groups(item) == _groups(nextitem) or _mappings() < MAPPINGS:
+        return
+    for name, module in list(sys.modules.items()):
+        if name.startswith("support."):
+            for kept in vars(module).values():
+                if hasattr(kept, "cache_clear"):
+                    kept.cache_clear()
+    jax.clear_caches()
+    gc.collect()
+
+
+def _groups(item: pytest.Item) -> set[str]:
+    return {marker.args[0] for marker in item.iter_markers("xdist_group")}
+
+
+def _mappings() -> int:
+    """Of this process; 0 where it cannot be known."""
+    path = Path("/proc/self/maps")
+    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def pytest_terminal_summary(terminalreporter: object) -> None:
