@@ -85,9 +85,9 @@ def config(dtype: str, *, small: bool = False) -> dict[str, Any]:
 class Whole(FusedLinear):
     """One whose product is made whole, whatever is used of it: XLA may shrink it."""
 
-    def product(self, *arguments: Any) -> jax.Array:
+    def product(self, *arguments: Any, **named: Any) -> jax.Array:
         """As that of all."""
-        return jax.lax.optimization_barrier(super().product(*arguments))
+        return jax.lax.optimization_barrier(super().product(*arguments, **named))
 
 
 class PaddedQKV(nnx.Module):
