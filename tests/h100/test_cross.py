@@ -2,20 +2,16 @@
 
 import re
 from collections import Counter
-from functools import cache, partial
+from functools import cache
 
-import jax
 import jax.numpy as jnp
 import pytest
-from support.lowering import Compiled, abstract_model, compile_lowered, compile_step, h100_mesh, require_cuda_compiler
+from support.lowering import Compiled, abstract_model, compile_lowered, compile_step, h100_mesh, require_cuda_compiler, unread_in_decode
 from support.plans import on_gpu
 
-from jaxinfer import functional
-from jaxinfer.checkpoint.rules import parameters
 from jaxinfer.engine.buckets import Needs, decode_bucket, encode_shape, prefill_bucket
 from jaxinfer.engine.setup import encoder_bytes
 from jaxinfer.engine.steps import Shapes, abstract_encode_arguments, make_encode_step
-from jaxinfer.functional import DecodeBatch
 from jaxinfer.models import loading
 from jaxinfer.sharding import placement
 from jaxinfer.sharding.collectives import DECODE, ENCODE, PREFILL
@@ -86,15 +82,7 @@ def test_products_are_those_that_are_needed(kind: str, least: int, most: int):
 
 def test_a_decoded_token_touches_nothing_of_the_encoder():
     """Neither its weights nor those that project its positions are read."""
-    program, params = abstract_model(CONFIG, h100_mesh(1))
-    cache = functional.kv_cache.abstract(program.layout.lanes, 64, BLOCK, program.dtype, program.mesh)
-    whole = partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
-    batch = DecodeBatch(whole((ROWS,)), whole((ROWS,)), whole((2, ROWS, 4)), seen=whole((ROWS, 2)))
-    closed = jax.make_jaxpr(partial(functional.decode, program))(params, cache, batch).jaxpr
-    read = {id(var) for equation in closed.eqns for var in equation.invars}
-    module = loading.abstract(*loading.parse(CONFIG), jnp.dtype("bfloat16"), h100_mesh(1))
-    names = list(parameters(module))
-    unread = {name for name, var in zip(names, closed.invars, strict=False) if id(var) not in read}
+    unread, names = unread_in_decode(CONFIG, h100_mesh(1))
     assert unread == {name for name in names if name.startswith("encoder.") or ".cross.qkv.kv." in name}
 
 

@@ -1,19 +1,21 @@
 """Whisper and Llama 3.2 Vision, at their widths and with few layers, compiled for an H100 with none present."""
 
 import re
-from functools import cache, partial
+from functools import cache
 
-import jax
-import jax.numpy as jnp
 import pytest
-from support.lowering import Compiled, abstract_model, compile_lowered, compile_step, h100_mesh, require_cuda_compiler
+from support.lowering import (
+    Compiled,
+    abstract_model,
+    compile_lowered,
+    compile_step,
+    h100_mesh,
+    require_cuda_compiler,
+    unread_in_decode,
+)
 
-from jaxinfer import functional
-from jaxinfer.checkpoint.rules import parameters
 from jaxinfer.engine.buckets import Needs, decode_bucket, encode_shape
 from jaxinfer.engine.steps import Shapes, abstract_encode_arguments, make_encode_step
-from jaxinfer.functional import DecodeBatch
-from jaxinfer.models import loading
 from jaxinfer.sharding.collectives import DECODE, ENCODE
 
 pytestmark = [pytest.mark.xdist_group("h100"), pytest.mark.usefixtures("cuda_compiler"), pytest.mark.slow]
@@ -90,13 +92,5 @@ def test_a_decode_step_has_the_products_of_the_decoder(name: str):
 @pytest.mark.parametrize("name", MODELS)
 def test_a_decoded_token_touches_nothing_of_the_encoder(name: str):
     """Neither its weights nor those that project its positions are read."""
-    hf, _ = MODELS[name]
-    program, params = abstract_model(hf, h100_mesh(1))
-    cache = functional.kv_cache.abstract(program.layout.lanes, 64, BLOCK, program.dtype, program.mesh)
-    whole = partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
-    batch = DecodeBatch(whole((ROWS,)), whole((ROWS,)), whole((program.layout.groups, ROWS, 4)), seen=whole((ROWS, 2)))
-    closed = jax.make_jaxpr(partial(functional.decode, program))(params, cache, batch).jaxpr
-    read = {id(var) for equation in closed.eqns for var in equation.invars}
-    names = list(parameters(loading.abstract(*loading.parse(hf), jnp.dtype("bfloat16"), h100_mesh(1))))
-    unread = {name for name, var in zip(names, closed.invars, strict=False) if id(var) not in read}
+    unread, names = unread_in_decode(MODELS[name][0], h100_mesh(1))
     assert unread == {name for name in names if _OF_THE_ENCODER.search(name)} and any(".kv." in name for name in unread)

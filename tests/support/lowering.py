@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,7 +22,8 @@ from jax.sharding import Mesh
 from jaxinfer.checkpoint import rules
 from jaxinfer.engine.batch import Bucket
 from jaxinfer.engine.steps import Shapes, abstract_arguments, make_step
-from jaxinfer.functional import Program, split
+from jaxinfer.functional import DecodeBatch, Program, decode, split
+from jaxinfer.kv import cache as kv_cache
 from jaxinfer.models import loading
 from jaxinfer.sharding import make_mesh
 from jaxinfer.sharding import rules as sharding_rules
@@ -190,6 +191,19 @@ def compile_step(program: Program, params: list[Any], shapes: Shapes, bucket: Bu
     """The engine's own step for a bucket, compiled for the devices of the program's mesh; `options` of the compiler."""
     arguments = abstract_arguments(program, shapes, bucket)
     return compile_lowered(make_step(program, shapes, bucket).lower(params, *arguments), arguments[0], **options)
+
+
+def unread_in_decode(hf: Mapping[str, Any], mesh: Mesh, rows: int = 8) -> tuple[set[str], list[str]]:
+    """Of an encoder-decoder the parameters that a decode step does not read, and all there are."""
+    program, params = abstract_model(hf, mesh)
+    cache = kv_cache.abstract(program.layout.lanes, 64, 16, program.dtype, mesh)
+    whole = partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+    tables = whole((program.layout.groups, rows, 4))
+    batch = DecodeBatch(whole((rows,)), whole((rows,)), tables, seen=whole((rows, 2)))
+    closed = jax.make_jaxpr(partial(decode, program))(params, cache, batch).jaxpr
+    read = {id(var) for equation in closed.eqns for var in equation.invars}
+    names = list(rules.parameters(loading.abstract(*loading.parse(hf), jnp.dtype(hf["dtype"]), mesh)))
+    return {name for name, var in zip(names, closed.invars, strict=False) if id(var) not in read}, names
 
 
 def compile_lowered(lowered: jax.stages.Lowered, cache: Any, **options: Any) -> Compiled:
