@@ -9,9 +9,12 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+sys.path.insert(0, os.path.dirname(__file__))
+from support import compiler
+
 if os.environ.get("JAXINFER_TEST_GPU") != "1":
     os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    os.environ["XLA_FLAGS"] = f"{compiler.flags(8)} {os.environ.get('XLA_FLAGS', '')}"  # the last one wins
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # nothing is left in the user's folders
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -20,7 +23,6 @@ import jax
 import pytest
 from jaxtyping import install_import_hook
 
-sys.path.insert(0, os.path.dirname(__file__))
 # Annotations are checked at run time, in the tests only.
 install_import_hook("jaxinfer", "support.checked")
 

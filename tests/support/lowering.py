@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from jax.experimental import topologies
 from jax.sharding import Mesh
+from support import compiler
 
 from jaxinfer.checkpoint import rules
 from jaxinfer.engine.batch import Bucket
@@ -214,7 +215,7 @@ def compile_lowered(lowered: jax.stages.Lowered, cache: Any, **options: Any) -> 
     if lanes[0].sharding.mesh.devices.flat[0].platform == "cpu":
         return Compiled(lowered.compile(compiler_options=options or None), size, min(local))
     with TemporaryDirectory() as folder:
-        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True} | options
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True} | compiler.GPU | options
         executable = lowered.compile(compiler_options=options)
         (thunks,) = Path(folder).glob("*.thunk_sequence_after_thunk_passes.txt")
         return Compiled(executable, size, min(local), thunks.read_text())

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from support import compiler
+
 ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("worker.py")
 SETTINGS = dict(
@@ -78,7 +80,7 @@ class Process:
 def start(commands: Sequence[Sequence[str]]) -> list[Process]:
     """Starts a Python program with arguments for each process."""
     environment = os.environ | {
-        "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "OMP_NUM_THREADS": "1",
+        "JAX_PLATFORMS": "cpu", "XLA_FLAGS": compiler.flags(2), "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1",
     }  # fmt: skip
     return [

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache as jax_cache
+from support.compiler import flags
 
 from jaxinfer import compilation_cache
 from jaxinfer.compilation_cache import enable
@@ -86,7 +87,7 @@ def test_a_folder_that_cannot_be_written_is_a_warning(settings, tmp_path, caplog
 @pytest.mark.slow
 def test_a_second_process_reads_all_programs_and_gives_the_same_tokens(tmp_path):
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "JAX_ENABLE_COMPILATION_CACHE": "true"}
-    environment.pop("XLA_FLAGS")  # one device
+    environment["XLA_FLAGS"] = flags(1)
     environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # fast machines compile small ones in less than ours
     runs = []
     for _ in range(2):

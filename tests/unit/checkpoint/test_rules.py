@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from support.compiler import flags
 from support.tiny import ARCHITECTURES, CONFIG
 
 from jaxinfer.checkpoint import rules
@@ -279,7 +280,7 @@ def test_loading_takes_little_more_memory_than_the_weights(tp, stored, quantizat
         weights = sum(value.size for value in content.values()) + 3 * vocab * width
     largest = 4 * 2 * ffn * width
     del content
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={tp}"}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags(tp)}
     command = [sys.executable, "-c", PEAK, str(tp), str(tiny), str(large), quantization]
     taken = int(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
     assert weights * 0.9 < taken < weights + 1.3 * largest, (taken, weights, largest)
