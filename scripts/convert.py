@@ -14,27 +14,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ending import status_of
+
 if TYPE_CHECKING:
     from jaxinfer.checkpoint.manifest import Manifest
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; 2 for bad input, said in one line."""
+    """Runs the command."""
     args = parse(argv)
     # Read by JAX when it starts: as many virtual devices as there are shards, and no GPU taken.
     os.environ["JAX_PLATFORMS"] = "cpu"
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={args.tensor_parallel_size}"
-    from jaxinfer.errors import JaxInferError
-
-    try:
-        return verify(args.verify) if args.verify else convert(args)
-    except (JaxInferError, ValueError, TypeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
+    return status_of(lambda: verify(args.verify) if args.verify else convert(args), "interrupted; nothing was written")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

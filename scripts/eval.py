@@ -20,8 +20,8 @@ from dataclasses import asdict, dataclass
 from decimal import Decimal
 from pathlib import Path
 
+from ending import status_of
 from jaxinfer import LLM, SamplingParams, demo
-from jaxinfer.errors import JaxInferError
 
 MARK = "####"
 DEMO = "demo"
@@ -102,21 +102,19 @@ def _line(name: str, place: int, line: str) -> Question:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; 2 for bad input, said in one line."""
+    """Runs the command."""
     args = parse(argv)
-    try:
-        questions = read(args.questions, None if args.limit is None else args.limit + args.shots)
-        if len(questions) <= args.shots:
-            raise ValueError(
-                f"--shots {args.shots} takes the first lines as examples, but there are {len(questions)}; ask for fewer"
-            )
-        result = ask(args, questions[: args.shots], questions[args.shots :])
-    except (JaxInferError, ValueError, TypeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    return status_of(lambda: run(args))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Asks the questions and prints what became of them."""
+    questions = read(args.questions, None if args.limit is None else args.limit + args.shots)
+    if len(questions) <= args.shots:
+        raise ValueError(
+            f"--shots {args.shots} takes the first lines as examples, but there are {len(questions)}; ask for fewer"
+        )
+    result = ask(args, questions[: args.shots], questions[args.shots :])
     if args.json:
         settings = {name: value for name, value in vars(args).items() if name not in ("json", "wrong")}
         print(json.dumps(asdict(result) | {"settings": settings}))

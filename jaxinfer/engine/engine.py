@@ -2,25 +2,24 @@
 
 import logging
 import time
-from dataclasses import dataclass
 
 import numpy as np
 
-from jaxinfer.config import EngineConfig
 from jaxinfer.engine import branching
 from jaxinfer.engine.batch import asks_prompt_logprobs, spans
+from jaxinfer.engine.capacity import Capacity
 from jaxinfer.engine.metrics import Metric, Metrics
 from jaxinfer.engine.pace import Pace
+from jaxinfer.engine.plan import Plan
 from jaxinfer.engine.request import Request, Sequence, Status
 from jaxinfer.engine.runner import Flight, Result, Runner
 from jaxinfer.engine.sampler import BAD_TOKEN, Candidates, Logprobs
-from jaxinfer.engine.scheduler import Limits, Plan, Scheduler
-from jaxinfer.errors import CapacityError, EngineError
+from jaxinfer.engine.scheduler import Limits, Scheduler
+from jaxinfer.engine.settings import HostSettings
+from jaxinfer.errors import EngineError
 from jaxinfer.kv.contiguous import RowManager
-from jaxinfer.kv.groups import KindGroups, blocks_of_beams, longest
 from jaxinfer.kv.interface import CacheManager
 from jaxinfer.kv.manager import BlockManager
-from jaxinfer.media import PlacedInputs
 
 log = logging.getLogger(__name__)
 
@@ -29,33 +28,12 @@ RETRIES = 2
 NOT_FINITE = "the model's logits are not finite, or every token is masked"
 
 
-@dataclass(frozen=True)
-class HostSettings:
-    """What of the configuration changes no array: several engines may share one runner in turn."""
-
-    pool_blocks: int
-    token_budget: int
-    prefix_caching: bool = True
-    block_sharing: bool = True
-    check_invariants: bool = False
-    log_interval: float = 10.0
-    decode_steps: int | str = 1
-
-    @classmethod
-    def of(cls, config: EngineConfig, runner: Runner) -> "HostSettings":
-        """From the engine's configuration."""
-        blocks = min(config.pool_blocks or runner.shapes.num_blocks, runner.shapes.num_blocks)
-        return cls(
-            blocks, runner.shapes.prefill_buckets[-1], config.enable_prefix_caching, config.enable_block_sharing,
-            config.check_invariants, config.log_interval, config.decode_steps,
-        )  # fmt: skip
-
-
 class Engine:
     """Continuous batching over a runner. Not thread-safe: `LLM` holds a lock around each call."""
 
     def __init__(self, runner: Runner, settings: HostSettings):
         self.runner, self.settings = runner, settings
+        self.capacity = Capacity(runner, settings)
         self.requests: dict[str, Request] = {}
         self.metrics = Metrics(settings.log_interval)
         self._pace = Pace(settings.decode_steps)
@@ -75,28 +53,11 @@ class Engine:
     def _make_manager(self) -> CacheManager:
         shapes, settings = self.runner.shapes, self.settings
         if shapes.contiguous:
-            return RowManager(shapes.regions, shapes.block_size, self._kinds, shapes.state_slots)
+            return RowManager(shapes.regions, shapes.block_size, self.runner.program.layout.kinds, shapes.state_slots)
         return BlockManager(
             settings.pool_blocks, shapes.rows, shapes.width, shapes.block_size, prefix_caching=settings.prefix_caching,
-            kinds=self._kinds, state_slots=shapes.state_slots,
+            kinds=self.runner.program.layout.kinds, state_slots=shapes.state_slots,
         )  # fmt: skip
-
-    @property
-    def _kinds(self) -> tuple[KindGroups, ...]:
-        return self.runner.program.layout.kinds
-
-    @property
-    def capacity(self) -> int:
-        """The most tokens a sequence can have whose blocks the pool holds, with all that its encoder may read."""
-        return self._capacity(0 if self.runner.program.cross is None else self.runner.program.cross.longest)
-
-    def _capacity(self, read: int) -> int:
-        """The same with so many positions of an encoder."""
-        shapes, settings = self.runner.shapes, self.settings
-        if shapes.contiguous:
-            return shapes.max_length
-        most = max(settings.pool_blocks * shapes.block_size, shapes.max_length)
-        return longest(self._kinds, settings.pool_blocks, shapes.block_size, settings.token_budget, most, read)
 
     @property
     def has_work(self) -> bool:
@@ -108,57 +69,16 @@ class Engine:
 
         Raises:
             ValueError: its id is in use.
-            CapacityError: its prompt can never fit in the pool, or its images in the feature pool.
+            CapacityError: there is never room for it (`Capacity.check`).
         """
         if request.id in self.requests:
             raise ValueError(f"request id {request.id!r} is in use; choose another, or wait until it has finished")
-        read = 0 if request.cross is None else request.cross.length
-        capacity = self._capacity(read)
-        if len(request.prompt) + 1 > capacity:
-            beside = f" beside the {read} positions that its encoder reads" if read else ""
-            raise CapacityError(
-                f"a prompt of {len(request.prompt)} tokens can never fit in the cache: it holds {capacity} tokens{beside} "
-                f"({self.settings.pool_blocks} blocks of {self.runner.shapes.block_size}); raise kv_cache_memory_bytes, or "
-                "pool_blocks where that is set"
-            )
-        if request.beams is not None:
-            self._check_beams(request, read)
-        if request.inputs is not None:
-            self._check_inputs(request.inputs)
-
-    def _check_beams(self, request: Request, read: int) -> None:
-        shapes, width = self.runner.shapes, request.beams.params.width
-        if width > shapes.rows:
-            raise CapacityError(
-                f"a beam search of width {width} takes as many of the sequences that run at a time, of which there are "
-                f"{shapes.rows}; lower width, or make the LLM with max_num_seqs={width}"
-            )
-        if shapes.contiguous:
-            return
-        size, pool = shapes.block_size, self.settings.pool_blocks
-        lengths = len(request.prompt), request.limit, read
-        needed = blocks_of_beams(self._kinds, lengths, width, size, self.settings.token_budget)
-        if needed > pool:
-            raise CapacityError(
-                f"a beam search of width {width} over a prompt of {len(request.prompt)} tokens and "
-                f"{request.limit - len(request.prompt)} more takes up to {needed} blocks of {size}, and the cache has {pool}; "
-                "lower width or max_tokens, or raise kv_cache_memory_bytes, or pool_blocks where that is set"
-            )
-
-    def _check_inputs(self, inputs: PlacedInputs) -> None:
-        slots, needed = self.runner.shapes.feature_slots, sum(one.count for one in inputs.distinct().values())
-        if needed > slots:
-            rows = inputs.inputs[0].rows
-            raise CapacityError(
-                f"a prompt whose images have {needed} tiles ({needed * rows} tokens) can never fit in the feature cache: it "
-                f"holds {slots} tiles of {rows} tokens; pass fewer or smaller images, or make the LLM with "
-                f"feature_cache_tokens={needed * rows}"
-            )
+        self.capacity.check(request)
 
     def add(self, request: Request) -> None:
         """Queues a request, its length clamped to what the pool holds; raises as `check`."""
         self.check(request)
-        request.limit = min(request.limit, self._capacity(0 if request.cross is None else request.cross.length))
+        request.limit = min(request.limit, self.capacity.tokens(0 if request.cross is None else request.cross.length))
         self.requests[request.id] = request
         self.scheduler.add(request)
         self.metrics.add("prompt_tokens", len(request.prompt))
@@ -191,10 +111,10 @@ class Engine:
         for chunk in plan.chunks:
             if chunk.sequence.request.first_scheduled_time is None:
                 chunk.sequence.request.first_scheduled_time = now
-                self._count_hits(chunk.sequence.request)
+                self.metrics.count_hits(chunk.sequence.request)
         flight = self.runner.run(plan, self.manager.tables)
         self.scheduler.dispatched(plan)
-        self._count_inputs(plan)
+        self.metrics.count_inputs(plan)
         return flight
 
     def _take_flight(self) -> Flight | None:
@@ -322,7 +242,7 @@ class Engine:
         request = sequence.request
         if request.finished:
             request.finished_time = time.monotonic()
-            self._time(request)
+            self.metrics.time(request)
             del self.requests[request.id]
 
     def _recover(self, error: BaseException) -> None:
@@ -398,35 +318,8 @@ class Engine:
         if held:
             raise EngineError(f"{held} blocks are held with nothing running: {self.manager.pool}")
 
-    def _count_hits(self, request: Request) -> None:
-        self.metrics.add("prefix_cache_queries", len(request.prompt))
-        self.metrics.add("prefix_cache_hits", request.cached_tokens)
-        self.metrics.add("prompt_tokens_cached", request.cached_tokens)
-
-    def _count_inputs(self, plan: Plan) -> None:
-        self.metrics.add("mm_cache_queries", len(plan.encodes) + len(plan.reads) + plan.reused)
-        self.metrics.add("mm_cache_hits", plan.reused)
-        self.metrics.add("encoder_inputs", sum(one.count for one, _ in plan.encodes) + len(plan.reads))
-
-    def _time(self, request: Request) -> None:
-        first, scheduled, end = request.first_token_time, request.first_scheduled_time, request.finished_time
-        if first is None or scheduled is None or end is None:
-            return
-        observe, made = self.metrics.observe, sum(s.made for s in request.sequences)
-        observe("time_to_first_token_seconds", first - request.arrival_time)
-        observe("e2e_request_latency_seconds", end - request.arrival_time)
-        observe("request_queue_time_seconds", scheduled - request.arrival_time)
-        observe("request_prefill_time_seconds", first - scheduled)
-        observe("request_decode_time_seconds", end - first)
-        steps = made // len(request.sequences) - 1
-        if steps > 0:
-            observe("inter_token_latency_seconds", (end - first) / steps)
-
     def _observe(self, plan: Plan) -> None:
-        if plan:
-            prompts = sum(chunk.count for chunk in plan.chunks)
-            for _ in range(plan.steps):
-                self.metrics.observe("iteration_tokens_total", prompts + len(plan.decodes))
+        self.metrics.count_step(plan)
         self.metrics.counters["num_preemptions"] = self.scheduler.preempted
         pool = self.manager.pool
         running = self.scheduler.rows_in_use

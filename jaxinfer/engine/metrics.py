@@ -5,6 +5,9 @@ import time
 from bisect import bisect_left
 from dataclasses import dataclass, field
 
+from jaxinfer.engine.plan import Plan
+from jaxinfer.engine.request import Request
+
 log = logging.getLogger(__name__)
 
 SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
@@ -62,6 +65,39 @@ class Metrics:
     def observe(self, name: str, value: float) -> None:
         """Adds a value to a histogram."""
         self.histograms[name].observe(value)
+
+    def count_step(self, plan: Plan) -> None:
+        """Notes how many tokens a plan's steps compute."""
+        if plan:
+            prompts = sum(chunk.count for chunk in plan.chunks)
+            for _ in range(plan.steps):
+                self.observe("iteration_tokens_total", prompts + len(plan.decodes))
+
+    def count_hits(self, request: Request) -> None:
+        """Notes what of a request's prompt was found."""
+        self.add("prefix_cache_queries", len(request.prompt))
+        self.add("prefix_cache_hits", request.cached_tokens)
+        self.add("prompt_tokens_cached", request.cached_tokens)
+
+    def count_inputs(self, plan: Plan) -> None:
+        """Notes what a plan's encoders read, and what they need not read again."""
+        self.add("mm_cache_queries", len(plan.encodes) + len(plan.reads) + plan.reused)
+        self.add("mm_cache_hits", plan.reused)
+        self.add("encoder_inputs", sum(one.count for one, _ in plan.encodes) + len(plan.reads))
+
+    def time(self, request: Request) -> None:
+        """Notes when a finished request was where."""
+        first, scheduled, end = request.first_token_time, request.first_scheduled_time, request.finished_time
+        if first is None or scheduled is None or end is None:
+            return
+        self.observe("time_to_first_token_seconds", first - request.arrival_time)
+        self.observe("e2e_request_latency_seconds", end - request.arrival_time)
+        self.observe("request_queue_time_seconds", scheduled - request.arrival_time)
+        self.observe("request_prefill_time_seconds", first - scheduled)
+        self.observe("request_decode_time_seconds", end - first)
+        steps = sum(s.made for s in request.sequences) // len(request.sequences) - 1
+        if steps > 0:
+            self.observe("inter_token_latency_seconds", (end - first) / steps)
 
     def readings(self, gauges: dict[str, float]) -> list[Metric]:
         """Everything, as `LLM.get_metrics` returns it."""

@@ -128,8 +128,16 @@ class Programs:
             Exception: what the first of them raised; those not begun are left out.
         """
         pool = ThreadPoolExecutor(threads, thread_name_prefix="compile")
+
+        def stop_on_failure(future: Future) -> None:
+            """In the thread that failed, which begins no other then."""
+            if not future.cancelled() and future.exception():
+                pool.shutdown(wait=False, cancel_futures=True)
+
         try:
             futures = {pool.submit(self.get, key): key for key in keys}
+            for future in futures:
+                future.add_done_callback(stop_on_failure)
             for future in as_completed(futures):
                 future.result()
                 done(futures[future])

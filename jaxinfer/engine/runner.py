@@ -26,11 +26,11 @@ from jaxinfer.engine.buckets import (
     prefill_bucket,
     reach,
 )
+from jaxinfer.engine.plan import Plan
 from jaxinfer.engine.programs import Copies, Encode, EncodeCross, Install, InstallTables, Key, Programs
 from jaxinfer.engine.request import Sequence as Sample
 from jaxinfer.engine.request import bias_row
 from jaxinfer.engine.sampler import Edits, Level
-from jaxinfer.engine.scheduler import Plan
 from jaxinfer.engine.steps import (
     Sampled,
     Shapes,

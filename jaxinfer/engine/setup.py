@@ -14,9 +14,10 @@ from jax.experimental import multihost_utils
 
 from jaxinfer.config import CONTIGUOUS, CPU_CACHE_BYTES, EngineConfig
 from jaxinfer.encoders import EncodeBatch, EncodeShape
-from jaxinfer.engine.engine import Engine, HostSettings
+from jaxinfer.engine.engine import Engine
 from jaxinfer.engine.reserve import reserve
 from jaxinfer.engine.runner import Runner
+from jaxinfer.engine.settings import HostSettings
 from jaxinfer.engine.slots import state_slots
 from jaxinfer.engine.steps import Shapes
 from jaxinfer.engine.workspace import peak_bytes
@@ -70,10 +71,10 @@ def build_engine(
             "lower kv_cache_memory_bytes or gpu_memory_utilization"
         ) from error
     engine = Engine(runner, HostSettings.of(config, runner))
-    if engine.capacity < shapes.max_length:
+    if engine.capacity.longest < shapes.max_length:
         log.warning(
             "pool_blocks=%d lets a sequence have %d tokens, less than max_model_len = %d",
-            config.pool_blocks, engine.capacity, shapes.max_length,
+            config.pool_blocks, engine.capacity.longest, shapes.max_length,
         )  # fmt: skip
     return engine
 

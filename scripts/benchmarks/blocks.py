@@ -3,8 +3,8 @@
 import numpy as np
 
 from jaxinfer.engine.engine import Engine
+from jaxinfer.engine.plan import Plan
 from jaxinfer.engine.runner import Flight
-from jaxinfer.engine.scheduler import Plan
 from jaxinfer.kv.tables import Tables
 
 

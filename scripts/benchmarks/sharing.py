@@ -21,9 +21,10 @@ import numpy as np
 
 from benchmarks.blocks import Counted
 from jaxinfer import EngineConfig, SamplingParams
-from jaxinfer.engine.engine import Engine, HostSettings
+from jaxinfer.engine.engine import Engine
 from jaxinfer.engine.request import Request
 from jaxinfer.engine.runner import Runner
+from jaxinfer.engine.settings import HostSettings
 from jaxinfer.engine.setup import build_engine
 from jaxinfer.engine.warmup import warm_up
 from jaxinfer.kv.cache import slot_bytes

@@ -49,7 +49,7 @@ def devices(count: int | None) -> None:
     """Makes `count` virtual CPU devices; None: those there are serve.
 
     Raises:
-        RuntimeError: JAX has started already, with fewer.
+        ValueError: JAX has started already, with fewer.
     """
     if count is None:
         return
@@ -59,7 +59,7 @@ def devices(count: int | None) -> None:
     except RuntimeError:  # it has started: what it has may be enough
         pass
     if len(jax.devices()) < count:
-        raise RuntimeError(
+        raise ValueError(
             f"--devices {count}: JAX has started with {len(jax.devices())} device(s); run this in a process of its own"
         )
 

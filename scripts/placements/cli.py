@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ending import status_of
 from jaxinfer import demo
 from jaxinfer.planning import read_model_config
 from jaxinfer.sharding import Plan, plan
@@ -23,16 +24,9 @@ UNITS = {"": 1, "B": 1} | {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; 2 for bad input, said in one line. stdout carries the result alone."""
+    """Runs the command. stdout carries the result alone."""
     args = parse(argv)
-    try:
-        return tune(args) if args.tune else show(args)
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    return status_of(lambda: tune(args) if args.tune else show(args))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

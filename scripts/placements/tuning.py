@@ -117,7 +117,7 @@ def choose(
     """
     worth = [kind.pattern for kind in found if any(timing.saved.get(kind.pattern, 0.0) > 0 for timing in timings)]
     if len(worth) > MOST_KINDS:
-        raise RuntimeError(f"the model has {len(worth)} kinds of modules to choose from, more than {MOST_KINDS}")
+        raise ValueError(f"the model has {len(worth)} kinds of modules to choose from, more than {MOST_KINDS}")
     subsets = [subset for size in range(len(worth) + 1) for subset in itertools.combinations(worth, size)]
 
     def cost(subset: Sequence[str]) -> float:

@@ -69,7 +69,7 @@ def test_refused_before_anything_is_queued(llm, arguments, error, message):
 def test_a_search_that_never_fits_the_pool(llm, host):
     """What fits one sequence may not fit four beams; the error says what would."""
     with host(pool_blocks=20) as engine:
-        assert engine.capacity == 80
+        assert engine.capacity.longest == 80
         with pytest.raises(CapacityError, match="prompt 0: .* 9 tokens and 40 more takes up to 46 blocks of 4, and the cache has 20"):
             llm.beam_search([[9] * 9], 4, 40)
         assert not engine.requests

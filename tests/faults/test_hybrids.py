@@ -173,7 +173,7 @@ def test_a_prompt_that_never_fits_is_refused_and_one_that_just_does_runs(runner)
     blocks = kv_groups.blocks_needed(kinds, long, BLOCK, CHUNK)
     assert blocks < 2 * -(-long // BLOCK), "less than if all layers were full"
     engine = make_engine(runner, pool_blocks=blocks)
-    assert engine.capacity == long
+    assert engine.capacity.longest == long
     with pytest.raises(CapacityError, match=f"holds {long} tokens"):
         engine.add(make_request("never", [3] * long, GREEDY))
     fits = make_request("fits", prompt(long - 10), GREEDY)

@@ -10,7 +10,8 @@ from support import checkpoint
 from support.tiny import HYBRIDS
 
 from jaxinfer import LLM, EngineConfig, SamplingParams
-from jaxinfer.engine.engine import Engine, HostSettings
+from jaxinfer.engine.engine import Engine
+from jaxinfer.engine.settings import HostSettings
 from jaxinfer.kv.prefix import MatchEnd
 
 pytestmark = [pytest.mark.xdist_group("hybrid faults"), pytest.mark.slow]

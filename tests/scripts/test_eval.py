@@ -1,27 +1,23 @@
 """Accuracy from a file of questions, on the packaged checkpoint; how numbers are read."""
 
-import importlib.util
 import json
 import re
 from decimal import Decimal
 from pathlib import Path
 
 import pytest
+from support import scripts
 
 from jaxinfer import demo
 
 pytestmark = pytest.mark.xdist_group("demo")
-ROOT = Path(__file__).parents[2]
 COUNT = 40
 
 
 @pytest.fixture(scope="module")
 def script():
     """scripts/eval.py."""
-    spec = importlib.util.spec_from_file_location("eval_script", ROOT / "scripts" / "eval.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return scripts.load("eval")
 
 
 @pytest.fixture(scope="module")

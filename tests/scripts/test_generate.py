@@ -1,22 +1,17 @@
 """The command line, run in this process on the packaged checkpoint."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
+from support import scripts
 
 pytestmark = pytest.mark.xdist_group("demo")
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def command():
     """`main` of scripts/generate.py."""
-    spec = importlib.util.spec_from_file_location("generate", ROOT / "scripts" / "generate.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    return scripts.load("generate").main
 
 
 def test_with_no_arguments_it_asks_the_packaged_checkpoint(command, capsys):

@@ -1,25 +1,20 @@
 """The command line with images, on a tiny InternVL."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from support import scripts
 from support.images import ROWS, write_folder
 
 pytestmark = [pytest.mark.xdist_group("internvl"), pytest.mark.slow]
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def command():
     """`main` of scripts/generate.py."""
-    spec = importlib.util.spec_from_file_location("generate", ROOT / "scripts" / "generate.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    return scripts.load("generate").main
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from jaxinfer.engine.engine import Engine, HostSettings
+from jaxinfer.engine.engine import Engine
 from jaxinfer.engine.request import Request
 from jaxinfer.engine.runner import Runner
+from jaxinfer.engine.settings import HostSettings
 from jaxinfer.engine.steps import Shapes
 from jaxinfer.functional import Program, split
 from jaxinfer.models import loading

@@ -1,7 +1,6 @@
 """Converted folders: the same weights on every device whatever they were converted for, and every fault by its name."""
 
 import hashlib
-import importlib.util
 import json
 import os
 import re
@@ -19,6 +18,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from support import scripts
 from support.tiny import ARCHITECTURES, CONFIG
 
 from jaxinfer.checkpoint import orbax, rules
@@ -527,10 +527,7 @@ def command(monkeypatch):
     """`main` of scripts/convert.py; JAX has its devices already."""
     for name in ("JAX_PLATFORMS", "XLA_FLAGS"):
         monkeypatch.setenv(name, os.environ.get(name, ""))
-    spec = importlib.util.spec_from_file_location("convert", ROOT / "scripts" / "convert.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    return scripts.load("convert").main
 
 
 def test_the_command_converts_and_verifies(command, make, tmp_path, capsys):

@@ -1,0 +1,1 @@
+"""What `scripts/generate.py` is made of."""

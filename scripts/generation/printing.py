@@ -1,0 +1,111 @@
+"""Results on a terminal: texts as they grow, one object a request, speed and memory."""
+
+import resource
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from jaxinfer import CompletionOutput, RequestOutput
+
+
+def show(
+    updates: Iterable[RequestOutput], prompts: Sequence[str], n: int, chat: bool
+) -> list[RequestOutput]:
+    """Prints each prompt with its continuation as it is made. All run at once; what is not in turn yet waits."""
+    printer = Printer(prompts, n, chat)
+    for update in updates:
+        printer.take(update)
+    return printer.results()
+
+
+class Printer:
+    """Prints texts in the order of their prompts, the one in turn as it grows."""
+
+    def __init__(self, prompts: Sequence[str], n: int, chat: bool):
+        self._prompts, self._n, self._chat = prompts, n, chat
+        self._last: dict[str, RequestOutput] = {}
+        self._parts: dict[str, list[list[CompletionOutput]]] = {}
+        self._turn = self._printed = 0
+
+    def take(self, update: RequestOutput) -> None:
+        """Keeps an update, and prints what is in turn."""
+        self._last[update.request_id] = update
+        parts = self._parts.setdefault(update.request_id, [[] for _ in range(self._n)])
+        for part in update.outputs:
+            parts[part.index].append(part)
+        while self._turn < len(self._prompts):
+            name = sorted(self._parts, key=int)[self._turn : self._turn + 1]
+            if not name or not self._print(name[0]):
+                break
+            self._turn, self._printed = self._turn + 1, 0
+
+    def _print(self, name: str) -> bool:
+        """Prints what is new of the request in turn; whether that is all of it."""
+        parts, done = self._parts[name], self._last[name].finished
+        if not self._printed and (self._n == 1 or done):
+            prompt = self._prompts[self._turn]
+            shown = f"\033[1m{prompt}\033[0m" if sys.stdout.isatty() else prompt
+            print(shown, end="\n" if self._chat or self._n > 1 else "")
+        if self._n == 1:
+            print("".join(part.text for part in parts[0][self._printed :]), end="", flush=True)
+            self._printed = len(parts[0])
+            if done:
+                print("\n")
+        elif done:
+            for index, sample in enumerate(parts):
+                print(f"[{index}] {''.join(part.text for part in sample).strip()}")
+            print()
+        return done
+
+    def results(self) -> list[RequestOutput]:
+        """Every request with all its tokens."""
+        whole = []
+        for name in sorted(self._parts, key=int):
+            outputs = [
+                replace(sample[-1], token_ids=[token for part in sample for token in part.token_ids])
+                for sample in self._parts[name]
+            ]
+            whole.append(replace(self._last[name], outputs=outputs))
+        return whole
+
+
+def as_json(output: RequestOutput) -> dict[str, Any]:
+    """What --json prints of a request."""
+    return {
+        "prompt_token_ids": list(output.prompt_token_ids),
+        "outputs": [
+            {"index": c.index, "token_ids": list(c.token_ids), "text": c.text, "finish_reason": c.finish_reason}
+            for c in output.outputs
+        ],
+        "num_cached_tokens": output.num_cached_tokens,
+    }
+
+
+def report(outputs: Sequence[RequestOutput], seconds: float) -> None:
+    """Speed and memory, on stderr: prompts until the last first token, generation from the first token on."""
+    timed = [o.metrics for o in outputs if o.metrics is not None and o.metrics.first_token_time is not None]
+    prompt = sum(len(o.prompt_token_ids) for o in outputs)
+    made = sum(len(c.token_ids) for o in outputs for c in o.outputs)
+    if timed:
+        start = min(m.arrival_time for m in timed)
+        reading = max(m.first_token_time for m in timed) - start
+        writing = max(m.finished_time for m in timed) - min(m.first_token_time for m in timed)
+        rates = f"prompt: {prompt / max(reading, 1e-9):.1f} tok/s, generation: {made / max(writing, 1e-9):.1f} tok/s"
+    else:
+        rates = "nothing was generated"
+    print(
+        f"{rates} ({prompt} + {made} tokens in {seconds:.1f} s, compilation included); peak memory: {peak_memory()}",
+        file=sys.stderr,
+    )
+
+
+def peak_memory() -> str:
+    """Of the host process, and of the device where it is another."""
+    import jax
+
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    text = f"{host / 2**30:.2f} GiB host"
+    stats = jax.devices()[0].memory_stats() or {}
+    peak = stats.get("peak_bytes_in_use")
+    return text if peak is None else f"{text}, {peak / 2**30:.2f} GiB {jax.devices()[0].platform}"
