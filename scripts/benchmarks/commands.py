@@ -194,7 +194,7 @@ def sharing(args: argparse.Namespace, model: Subject | None) -> Report:
     report = Report({"command": "sharing", "dtype": args.checkpoint_dtype, "settings": args.settings, **asdict(work)})
     for name in args.models:
         report.work[f"model@{name}"] = hf = sharing.config(name, small=args.small)
-        found = sharing.measure(hf, work, args.settings, dtype=args.checkpoint_dtype, seed=args.seed)
+        found = sharing.measure(hf, work, args.settings, args.parts, dtype=args.checkpoint_dtype, seed=args.seed)
         report.jaxinfer |= {f"{metric}@{name}": value for metric, value in found.items()}
     report.work |= versions()
     return report

@@ -129,8 +129,10 @@ def _sharing(parser: argparse.ArgumentParser) -> None:
     _positive(parser, {
         "samples": (16, "of one prompt"), "requests": (64, "of a prefix workload"),
         "pool_requests": (8, "of them that the cache has blocks for"),
-        "repeats": (5, "passes with sharing and without, in turns"),
+        "repeats": (25, "passes with sharing and without, in turns"),
     })  # fmt: skip
+    parts = ("samples", "prefixes", "speed")
+    parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts), help="what is measured, by default all of it")
     what = "an eighth of the lengths and windows, a quarter of the requests"
     parser.add_argument("--small", action="store_true", help=what)
 

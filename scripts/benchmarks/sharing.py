@@ -83,8 +83,7 @@ class Work:
     """Passes with and without sharing."""
 
 
-WORK = Work(16, 1024, 256, 64, ((1600, 600), (1500, 700)), 8, (32, 256, 64), 5)
-
+WORK = Work(16, 1024, 256, 64, ((1600, 600), (1500, 700)), 8, (32, 256, 64), 25)
 
 SMALL = 8
 """What lengths and windows are divided by for a quick look."""
@@ -116,8 +115,10 @@ def smaller(work: Work) -> Work:
     )  # fmt: skip
 
 
-def measure(config: Mapping[str, Any], work: Work, settings: Mapping[str, Any], *, dtype: str, seed: int) -> Figures:
-    """The figures of one model."""
+def measure(
+    config: Mapping[str, Any], work: Work, settings: Mapping[str, Any], parts: Sequence[str], *, dtype: str, seed: int
+) -> Figures:
+    """The figures of one model, by methods of `Bench`."""
     mesh = make_mesh(1)
     module = loading.random(dict(config), mesh, dtype=dtype, seed=seed)
     lengths = *map(sum, work.prefixes), work.prompt + work.new, sum(work.throughput[1:])
@@ -126,7 +127,10 @@ def measure(config: Mapping[str, Any], work: Work, settings: Mapping[str, Any], 
     engine = build_engine(module, EngineConfig.of(own), mesh)
     warm_up(engine.runner.prepare(SAMPLING), SAMPLING, use_tqdm=False)
     bench = Bench(engine, seed)
-    return bench.samples(work) | bench.prefixes(work) | bench.speed(work)
+    figures: Figures = {}
+    for part in parts:
+        figures |= getattr(bench, part)(work)
+    return figures
 
 
 class Bench:

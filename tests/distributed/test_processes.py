@@ -46,6 +46,7 @@ def in_this_process(model: Path) -> list[list[list[int]]]:
         return [[list(c.token_ids) for c in output.outputs] for output in outputs]
 
 
+@pytest.mark.slow
 def test_another_model_in_one_process_is_an_error_that_names_it_in_both(serve, model, tmp_path):
     other = shutil.copytree(model, tmp_path / "other")
     weights = load_file(other / "model.safetensors")

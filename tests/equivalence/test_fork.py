@@ -61,6 +61,7 @@ def test_more_samples_than_rows():
     assert run(make_engine(runner), [wanted]) == alone(runner, [wanted])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("caching", [True, False])
 @pytest.mark.parametrize("pool_blocks", [12, 15])
 def test_forks_that_are_preempted(pool_blocks, caching):

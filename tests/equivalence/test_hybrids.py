@@ -63,6 +63,7 @@ def poison_unused(engine):
     engine.runner.cache = jax.tree.map(lambda a: jnp.where(unused, jnp.nan, a), engine.runner.cache)
 
 
+@pytest.mark.slow
 @every()
 def test_batched_is_alone_and_cached_is_cold(name):
     runner = hybrid_runner(name)

@@ -66,6 +66,7 @@ def test_generated_tokens_are_reused_as_well():
         ids = ids + made + added
 
 
+@pytest.mark.slow
 def test_many_prompts_with_one_prefix_in_one_step():
     runner = random_runner()
     engine = make_engine(runner)

@@ -63,6 +63,7 @@ def test_prompt_logprobs_are_complete_with_a_hit(llm):
     assert all(token in found for token, found in zip(ids[1:], after.prompt_logprobs[1:], strict=True))
 
 
+@pytest.mark.slow
 def test_prompt_logprobs_of_a_sequence_preempted_half_way(llm, host):
     """What was computed before the preemption is not reported twice."""
     ask = SamplingParams(temperature=0, max_tokens=3, prompt_logprobs=0)

@@ -120,6 +120,7 @@ def weights_of(folder):
     return sorted(files, key=lambda path: path.stat().st_size, reverse=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [

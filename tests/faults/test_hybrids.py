@@ -102,6 +102,7 @@ def test_nan_in_a_row_is_that_requests_error_and_no_hit(runner, nan_token, at):
     assert run(engine, [make_request("good", prompt(34, 6), GREEDY)]) == [expected]
 
 
+@pytest.mark.slow
 def test_64_prompts_with_one_prefix_in_one_step(runner):
     wanted = [make_request(str(i), [*SHARED[: 2 * BLOCK], 3 + i], GREEDY) for i in range(64)]
     assert run(make_engine(runner), wanted) == alone(runner, wanted)
@@ -148,6 +149,7 @@ def test_a_forced_hash_collision_is_a_miss(runner, monkeypatch):
         assert request.cached_tokens <= BLOCK
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["alternating", "all sliding"])
 def test_a_forgotten_prefix_is_never_a_hit(name):
     """As after new weights, while something runs."""

@@ -54,6 +54,7 @@ def trace(name: str, kind: str) -> None:
     jax.eval_shape(run, q, k, v, lane, slots, rows, extra)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["decode", "prefill"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_the_kernel_suits_the_device(tmp_path: Path, name: str, kind: str):

@@ -71,6 +71,7 @@ def check_in_place(compiled: Compiled) -> None:
     assert compiled.large_copies == []
 
 
+@pytest.mark.slow
 def test_a_decode_step_of_16_layers_updates_the_cache_in_place_in_little_memory():
     compiled = step("decode", 16)
     check_in_place(compiled)

@@ -206,6 +206,7 @@ def speaking(name: str) -> ref.Model:
     return ref.model(text=TEXT[name], tie_word_embeddings=name == "tied")
 
 
+@pytest.mark.slow
 @texts()
 def test_logits_at_every_position_equal_transformers(name, tmp_path):
     reference, pixels = speaking(name), tiles(4)

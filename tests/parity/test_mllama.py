@@ -54,7 +54,8 @@ def rows(folder: Path, tp: int = 1) -> np.ndarray:
     return np.asarray(_rows(program, params, pixels, canvases[:, 0])).reshape(3, mllama.TILES, mllama.PATCHES, -1)
 
 
-@pytest.mark.parametrize("tp", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("tp", [1, 2])
 def test_the_tower(folder: Path, tp: int):
     """Images of several numbers of tiles in one step; rows of tiles that an image has not are of no use to anybody."""
     for found, expected, one in zip(rows(folder, tp), ref.rows(model(), IMAGES), IMAGES, strict=True):
@@ -87,7 +88,8 @@ def check(folder: Path, reference: ref.Model, prompts: Sequence[tuple], tp: int 
         np.testing.assert_allclose(found[:, : mllama.VOCAB], expected, atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("tp", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("tp", [1, 2])
 def test_prompts_with_and_without_images_side_by_side(folder: Path, tp: int):
     """As transformers' own processor writes them: the image tokens come first."""
     one, two, three = IMAGES

@@ -37,6 +37,7 @@ def heard(features: np.ndarray) -> EncoderInput:
     return EncoderInput("audio", features, whisper.POSITIONS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tp", [1, 2])
 def test_the_encoder(folder: Path, tp: int):
     """Of two windows in one step; another kernel's float32 sums differ in the last digits."""
@@ -45,7 +46,8 @@ def test_the_encoder(folder: Path, tp: int):
     np.testing.assert_allclose(found, ref.encoded(model(), windows), atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("tp", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("tp", [1, 2])
 def test_the_decoder_reads_what_the_encoder_makes(folder: Path, tp: int):
     """Several windows and prompts of several lengths side by side, then tokens one by one."""
     windows, generator = whisper.features(3), np.random.default_rng(1)

@@ -97,6 +97,7 @@ def test_windows_are_masked(name):
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_another_cache_is_adopted(model):
     """As arrays `[R, K, S, D]`, whatever lies beyond a row's length; those go on being the caller's."""
     program, params = model

@@ -104,6 +104,7 @@ def test_what_is_imported_when_it_is_asked_for_is_known():
     assert later == LATER
 
 
+@pytest.mark.slow
 def test_sharding_knows_no_model_until_it_is_asked_for_a_plan():
     found = "os.environ['MODELS'] = str('jaxinfer.models' in sys.modules)"
     loaded = f"import sys, os; from jaxinfer import sharding; {{}}; {found}"

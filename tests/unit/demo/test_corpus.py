@@ -28,6 +28,7 @@ def trained_texts() -> list[str]:
     return [piece.text for document in made for piece in document.pieces]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "pattern"), [("sum", PAIR), ("compare", COMPARED)], ids=["sum", "compare"])
 def test_held_out_pairs_are_in_no_training_text(trained_texts, kind, pattern):
     seen = {tuple(map(int, pair)) for text in trained_texts for pair in pattern.findall(text)}

@@ -316,6 +316,7 @@ KINDS = st.sampled_from([
 ])  # fmt: skip
 
 
+@pytest.mark.slow
 @settings(max_examples=80, deadline=None)
 @given(
     st.lists(st.tuples(*(st.integers(*ends) for ends in ((1, 20), (1, 5), (1, 9), (0, 3)))), min_size=1, max_size=7),

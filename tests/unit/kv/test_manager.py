@@ -286,7 +286,7 @@ class ManagerMachine(RuleBasedStateMachine):
                 assert int(self.manager.states.pool.num_held) == 0
 
 
-TestManager = ManagerMachine.TestCase
+TestManager = pytest.mark.slow(ManagerMachine.TestCase)
 TestManager.settings = settings(
     max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )

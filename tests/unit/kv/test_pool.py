@@ -369,6 +369,7 @@ class Three:
         check(self.device, tables)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_numpy_jitted_jnp_and_plain_python_agree(data: st.DataObject) -> None:

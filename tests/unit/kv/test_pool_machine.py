@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import jax
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -229,7 +230,7 @@ class CollidingMachine(PoolMachine):
 
 # A busy machine is no fault of the pool's.
 UNTIMED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], stateful_step_count=40)
-TestPool = PoolMachine.TestCase
+TestPool = pytest.mark.slow(PoolMachine.TestCase)
 TestPool.settings = settings(UNTIMED, max_examples=200)
 TestColliding = CollidingMachine.TestCase
 TestColliding.settings = settings(UNTIMED, max_examples=40)

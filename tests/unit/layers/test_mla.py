@@ -207,6 +207,7 @@ def test_the_only_collective_is_the_sum_behind_the_layer(kind):
         assert collectives(compiled.as_text()) == Counter({"all-reduce": 1})
 
 
+@pytest.mark.slow
 def test_what_is_not_a_number_stays_in_its_sequence():
     rng = np.random.default_rng(0)
     q, latents = rng.normal(size=(T, H, DN + R)), rng.normal(size=(T, RANK + R))

@@ -61,6 +61,7 @@ def test_kimi_linear():
     assert (found.dense_layers, found.ffn, found.norm_eps, found.tied) == ((0,), 9216, 1e-5, False)
 
 
+@pytest.mark.slow
 def test_what_it_keeps():
     """Of each of 20 layers a state, of seven a latent of 512 + 64 columns a token."""
     kept = layout(tuple(abstract(1).cache_specs()))

@@ -30,6 +30,7 @@ def toy() -> Bench:
     return Bench({**cross.LARGE, **TOY, "dtype": "float32"}, WORK, dtype="float32", seed=0, kernel="xla")
 
 
+@pytest.mark.slow
 def test_both_ways_of_projecting_give_the_same_numbers(toy: Bench):
     x = jnp.asarray(np.random.default_rng(0).standard_normal((5, 32), np.float32))
     for ours, padded in zip(*(toy._modules[variant].decoder.layers for variant in (OURS, PADDED)), strict=True):

@@ -155,6 +155,7 @@ def test_passes_that_do_not_agree_say_nothing():
     assert tuning.agreed(np.array([-1.0, 2.0, -1.0, 2.0])) == 0.0
 
 
+@pytest.mark.slow
 def test_the_fastest_that_fits_is_chosen():
     kinds = tuning.kinds(planned(), HF, tuning.shortened(HF, 2))
     saved = [{ATTENTION: 0.2, MLP: 0.3, "head": -0.1, "embedding": 0.0}, {ATTENTION: 0.1, MLP: -0.2}]

@@ -45,6 +45,7 @@ def large() -> Plan:
     return sharding.plan(LLAMA_70B, tensor_parallel_size=TP, memory=80 << 30)
 
 
+@pytest.mark.slow
 def test_the_weights_of_llama_70b_sum_to_the_bytes_that_one_computes_by_hand(large: Plan):
     vocabulary = V // TP * M * BF16  # 16032 rows of 8192: 262,668,288, once for the embedding and once for the head
     qkv = (64 + 8 + 8) // TP * D * M * BF16  # ten heads of 128 columns: 20,971,520
@@ -130,6 +131,7 @@ def test_one_device_has_one_copy_of_everything_and_exchanges_nothing():
     assert alone.collectives("decode") == {} and alone.cache.block_device_bytes > 0
 
 
+@pytest.mark.slow
 def test_layers_that_are_alike_are_one_node_of_the_tree(large: Plan, mixed: Plan):
     def nodes(node: Node) -> list[Node]:
         return [node, *(inner for child in node.children for inner in nodes(child))]
