@@ -19,7 +19,7 @@ from jaxinfer.kv.encoded import NOTHING_READ, Encoded, EncodedBlocks, EncodedHit
 from jaxinfer.kv.groups import SINGLE, KindGroups, count, own
 from jaxinfer.kv.hits import Hit
 from jaxinfer.kv.pool import BlockPool
-from jaxinfer.kv.prefix import NO_EXTRAS, Extras, PrefixIndex
+from jaxinfer.kv.prefix import NO_EXTRAS, TOKEN_BYTES, Extras, PrefixIndex, as_bytes
 from jaxinfer.kv.recurrent import RecurrentStates
 from jaxinfer.kv.spec import Recurrent
 from jaxinfer.kv.tables import Tables
@@ -284,20 +284,26 @@ class BlockManager:
         ends = sorted(set(self.boundaries[:, row].tolist()), reverse=True) if self._moving and digests else []
         blocks = self.tables.blocks[:, row].copy() if ends else None
         ids = self.tables.clear(row)
+        released: list[np.ndarray] = []
         for end in ends:
             count = int((blocks[:, end:] >= 0).sum())
             blocks[:, end:] = -1
-            self.pool, ids = pools.release(self.pool, ids[:count]), ids[count:]
-            self._touch(digests[:end])
-        self.pool = pools.release(self.pool, ids)
+            released.append(ids[:count])
+            ids = ids[count:]
+            if len(window := self._window_before(digests[:end])):
+                self.pool = pools.touch(pools.release(self.pool, np.concatenate(released)), window)
+                released = []
+        self.pool = pools.release(self.pool, np.concatenate([*released, ids]))
 
-    def _touch(self, digests: Sequence[bytes]) -> None:
-        """Makes the windows before the end of a prefix the last to be evicted."""
+    def _window_before(self, digests: Sequence[bytes]) -> np.ndarray:
+        """Of the windows before the end of a prefix what nobody holds: from here on it is the last to be evicted."""
+        ids: list[int] = []
         for k in self._moving:
             start = self.kinds[k].kind.first_block(len(digests), self.block_size)
-            ids = [i for node in self.index.nodes(digests[start:]) for i in node.ids[k]]
-            self._cold.drop(ids)
-            self.pool = pools.touch(self.pool, ids)
+            ids += [i for node in self.index.nodes(digests[start:]) for i in node.ids[k]]
+        self._cold.drop(ids)
+        window = np.array(ids, np.int32)
+        return window[self.pool.slot[window] >= 0]
 
     def take_evicted(self) -> None:
         """Takes what was evicted since the last call out of the index, and with it what was published together."""
@@ -325,10 +331,12 @@ class BlockManager:
         """
         if start < stop and self._moving:
             self._make_nodes(tokens, digests, root, start, extras)
-        size = self.block_size
-        for number in range(start, stop):
+        width = self.block_size * TOKEN_BYTES
+        data = as_bytes(tokens[start * self.block_size : stop * self.block_size])
+        columns = self.tables.blocks[:, row, start:stop].T.tolist()
+        for number, blocks in enumerate(columns, start):
             parent, extra = digests[number - 1] if number else root, extras.get(number, b"")
-            known, blocks = tokens[number * size : (number + 1) * size], self.tables.blocks[:, row, number].tolist()
+            known = data[(number - start) * width : (number - start + 1) * width]
             for k, span in enumerate(self._spans):
                 ids = blocks[span]
                 if ids[0] >= 0 and self.index.insert(digests[number], parent, known, ids, k, extra):

@@ -32,7 +32,8 @@ Extras: TypeAlias = Mapping[int, bytes]
 """What beside its tokens decides a block's content, by its number in the sequence; nothing where it is not named."""
 
 NO_EXTRAS: Extras = {}
-_TOKEN_BYTES = 4
+TOKEN_BYTES = 4
+"""Of a token's id, as it is hashed and compared."""
 
 
 class MatchEnd(StrEnum):
@@ -80,7 +81,7 @@ class Match(NamedTuple):
 
 def block_digest(parent: bytes, tokens: Tokens, extra: bytes = b"") -> bytes:
     """The 32-byte digest of a block of tokens [P] that follows the block (or the root) `parent`."""
-    return hashlib.sha256(parent + _as_bytes(tokens) + extra).digest()
+    return hashlib.sha256(parent + as_bytes(tokens) + extra).digest()
 
 
 def root(*salt: bytes) -> bytes:
@@ -105,7 +106,7 @@ class PrefixIndex:
         self._remember = remember_evicted
         self.kinds = kinds
         self._nodes: dict[bytes, Node] = {}
-        self._owners: dict[int, tuple[Node, int]] = {}
+        self._owners: dict[int, Node] = {}
         self._heads: Counter[bytes] = Counter()
         self._evicted: dict[bytes, None] = {}
 
@@ -132,7 +133,7 @@ class PrefixIndex:
     ) -> None:
         """Adds those of the full blocks of tokens [T] that are missing at the end of `digests`, in place."""
         size, first = self.block_size, len(digests)
-        data, width = _as_bytes(tokens[first * size : len(tokens) // size * size]), size * _TOKEN_BYTES
+        data, width = as_bytes(tokens[first * size : len(tokens) // size * size]), size * TOKEN_BYTES
         parent = digests[-1] if digests else root
         for number in range(len(data) // width):
             block = data[number * width : (number + 1) * width]
@@ -149,8 +150,8 @@ class PrefixIndex:
         """
         if not digests:
             return Match([], MatchEnd.NO_FULL_BLOCK)
-        width = self.block_size * _TOKEN_BYTES
-        data = _as_bytes(tokens[: len(digests) * self.block_size])
+        width = self.block_size * TOKEN_BYTES
+        data = as_bytes(tokens[: len(digests) * self.block_size])
         found: list[Node] = []
         parent = root
         for number, digest in enumerate(digests):
@@ -182,22 +183,26 @@ class PrefixIndex:
         there are not P tokens, and PoolInvariantError if a block is here under another digest, which means that it was
         handed out again without having been evicted here.
         """
-        data, node = _as_bytes(tokens), self._nodes.get(digest)
-        if len(data) != self.block_size * _TOKEN_BYTES:
-            found = len(data) // _TOKEN_BYTES
+        data, node = as_bytes(tokens), self._nodes.get(digest)
+        if len(data) != self.block_size * TOKEN_BYTES:
+            found = len(data) // TOKEN_BYTES
             raise ValueError(f"tokens must be a full block of {self.block_size}, got {found} tokens.")
-        for block_id in ids:
-            owner = self._owners.get(block_id)
-            if owner is not None and (owner[0] is not node or owner[1] != kind):
-                raise PoolInvariantError(f"block {block_id} is in the prefix index with another content.")
+        if not self._owners.keys().isdisjoint(ids):
+            self._require(ids, node, kind)
         if node is None:
             node = self._add(Node(digest, bytes(parent), data + extra, self.kinds))
         if node.ids[kind] or not ids:
             return False
-        node.ids[kind], owner = tuple(ids), (node, kind)
-        for block_id in ids:
-            self._owners[block_id] = owner
+        node.ids[kind] = tuple(ids)
+        self._owners.update(dict.fromkeys(ids, node))
         return True
+
+    def _require(self, ids: Sequence[int], node: Node | None, kind: int) -> None:
+        """That what of these is here is this node's."""
+        for block_id in ids:
+            owner = self._owners.get(block_id)
+            if owner is not None and (owner is not node or block_id not in owner.ids[kind]):
+                raise PoolInvariantError(f"block {block_id} is in the prefix index with another content.")
 
     def _add(self, node: Node) -> Node:
         above = self._nodes.get(node.parent)
@@ -217,9 +222,9 @@ class PrefixIndex:
         """
         gone, asked = [], np.asarray(ids, np.int64).tolist()
         for block_id in asked:
-            owner = self._owners.get(block_id)
-            if owner is not None:
-                gone += self._strip(*owner)
+            node = self._owners.get(block_id)
+            if node is not None:
+                gone += self._strip(node, next(kind for kind, some in enumerate(node.ids) if block_id in some))
         while len(self._evicted) > self._remember:
             del self._evicted[next(iter(self._evicted))]
         return list(set(gone) - set(asked)) if len(gone) > 1 else []
@@ -274,8 +279,8 @@ class PrefixIndex:
 
         `others`: numbers that are published elsewhere (`kv.recurrent`).
         """
-        named = [(i, node, kind) for node in self._nodes.values() for kind in range(self.kinds) for i in node.ids[kind]]
-        listed = {i: (node, kind) for i, node, kind in named}
+        named = [(i, node) for node in self._nodes.values() for ids in node.ids for i in ids]
+        listed = dict(named)
         if listed != self._owners or len(listed) != len(named):
             raise PoolInvariantError(
                 f"{len(named)} entries of the prefix index name {len(listed)} blocks, "
@@ -290,6 +295,6 @@ class PrefixIndex:
             )
 
 
-def _as_bytes(tokens: Tokens) -> bytes:
+def as_bytes(tokens: Tokens) -> bytes:
     """Little-endian int32, so that a digest does not depend on the machine or the array's type."""
     return tokens if isinstance(tokens, bytes) else np.asarray(tokens, "<i4").tobytes()
