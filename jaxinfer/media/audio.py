@@ -71,8 +71,7 @@ def as_features(value: Any, shape: tuple[int, ...], where: str) -> np.ndarray:
     if made.shape != shape:
         raise ValueError(f"{where} has shape {list(made.shape)}; this model takes {list(shape)}: mel bins by frames of one "
                          "window, padded to its end.")
-    _check_finite(made, where)
-    return made.astype(np.float32)
+    return _finite(made, where)
 
 
 def resample(audio: Audio, rate: int) -> np.ndarray:
@@ -143,18 +142,24 @@ def _samples(array: np.ndarray, where: str) -> np.ndarray:
         array = _scaled(array)
     elif array.dtype.kind != "f" and array.dtype.name != "bfloat16":
         raise TypeError(f"{where} has dtype {array.dtype}; samples are floats with full scale at 1, or {', '.join(PCM)}.")
-    _check_finite(array, where)
-    array = array.astype(np.float32)
+    array = _finite(array, where)
     if not array.any():
         raise ValueError(f"{where} is silent: all of its {array.size} samples are 0, and what a model hears in them it makes "
                          "up. Leave it out.")
     return array
 
 
-def _check_finite(array: np.ndarray, where: str) -> None:
+def _finite(array: np.ndarray, where: str) -> np.ndarray:
+    """In float32, as it is computed with."""
+    with np.errstate(over="ignore"):
+        array = array.astype(np.float32)
     finite = np.isfinite(array)
     if not finite.all():
-        raise ValueError(f"{where} has {int((~finite).sum())} values that are NaN or infinite, of {array.size}.")
+        raise ValueError(
+            f"{where} has {int((~finite).sum())} values that are NaN or infinite, of {array.size} (the first at "
+            f"{int(np.argmin(finite))}); replace them, for instance by np.nan_to_num, or leave it out."
+        )
+    return array
 
 
 def _is_array(value: Any) -> bool:

@@ -133,13 +133,14 @@ def _parse(prompt: Any, index: int, max_chars: int | None, forms: Forms) -> Prom
 def _parse_pair(prompt: Any, index: int, max_chars: int | None) -> Prompt:
     """Of a model whose encoder reads prompts."""
     if not isinstance(prompt, Mapping) or not any(key in prompt for key in _PAIR):
-        whole = _parse_side(prompt, index, max_chars, _ENCODER)
+        whole = _parse_side(prompt, index, max_chars, _ENCODER, f", or {_PAIR[0]} and {_PAIR[1]}")
         return Prompt(cache_salt=whole.cache_salt, encoder=replace(whole, cache_salt=None))
     for key in prompt:
         if key not in (*_PAIR, "cache_salt"):
             raise ValueError(f"prompt {index}: unknown key {describe(key)}; beside {_PAIR[0]!r} the keys are {_PAIR[1]!r}, cache_salt.")
     if prompt.get(_PAIR[0]) is None:
-        raise ValueError(f"prompt {index}: a dict with {_PAIR[1]!r} needs {_PAIR[0]!r}.")
+        found = f"a dict with {_PAIR[1]!r}" if prompt.get(_PAIR[1]) is not None else "a dict of an encoder-decoder"
+        raise ValueError(f"prompt {index}: {found} needs {_PAIR[0]!r}: a string, token ids or a dict of either.")
     encoder = _parse_side(prompt[_PAIR[0]], index, max_chars, _ENCODER)
     given = prompt.get(_PAIR[1])
     decoder = Prompt() if given is None else _parse_side(given, index, max_chars, _DECODER)
@@ -150,19 +151,19 @@ def _parse_pair(prompt: Any, index: int, max_chars: int | None) -> Prompt:
     )
 
 
-def _parse_side(prompt: Any, index: int, max_chars: int | None, side: str) -> Prompt:
-    """The encoder's prompt or the decoder's."""
+def _parse_side(prompt: Any, index: int, max_chars: int | None, side: str, others: str = "") -> Prompt:
+    """The encoder's prompt or the decoder's; `others`: keys that a dict could have had instead, as they are said."""
     if isinstance(prompt, str):
         return Prompt(text=_text(prompt, index, max_chars, side))
     if _is_sequence(prompt):
         return Prompt(token_ids=_token_ids(prompt, index, side))
     if isinstance(prompt, Mapping):
-        return _parse_dict(prompt, index, max_chars, Forms(), side)
+        return _parse_dict(prompt, index, max_chars, Forms(), side, others)
     raise TypeError(f"prompt {index}: the {side} prompt must be a string, a list of token ids or a dict, got {describe(prompt)}.")
 
 
 def _parse_dict(
-    prompt: Mapping[Any, Any], index: int, max_chars: int | None, forms: Forms, side: str = _DECODER
+    prompt: Mapping[Any, Any], index: int, max_chars: int | None, forms: Forms, side: str = _DECODER, others: str = "",
 ) -> Prompt:
     keys = (*_KEYS, *([_MEDIA] if forms.media else []), *forms.options)
     for key in prompt:
@@ -171,13 +172,13 @@ def _parse_dict(
         if key in _NOT_TEXT:
             takes = f"text and {_MEDIA}" if forms.media else "text only"
             raise ValueError(f"prompt {index}: this model takes {takes}, leave out {key!r}.")
-        raise ValueError(f"prompt {index}: unknown key {describe(key)}; the keys are {', '.join(keys)}.")
+        raise ValueError(f"prompt {index}: unknown key {describe(key)}; the keys are {', '.join(keys)}{others}.")
     data = prompt.get(_MEDIA)
     if data is not None and not isinstance(data, Mapping):
         raise TypeError(f"prompt {index}: {_MEDIA!r} must be a dict such as {{'image': ...}}, got {describe(data)}.")
     text, ids, salt = (prompt.get(key) for key in _KEYS)
     if text is None and ids is None and not (forms.promptless and data):
-        raise ValueError(f"prompt {index}: a dict needs 'prompt' or 'prompt_token_ids'.")
+        raise ValueError(f"prompt {index}: a dict needs 'prompt' or 'prompt_token_ids'{others}.")
     if text is not None and not isinstance(text, str):
         raise TypeError(f"prompt {index}: 'prompt' must be a string, got {describe(text)}.")
     if ids is not None and not _is_sequence(ids):

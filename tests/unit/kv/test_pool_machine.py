@@ -218,7 +218,7 @@ class PoolMachine(RuleBasedStateMachine):
         for block in np.flatnonzero(self.pool.published).tolist():
             salt, *tokens = self.cells[block][-1]
             digests = self.index.chain(np.array(tokens, np.int32), prefix.root(b"%d" % salt))
-            assert self.index._owners[block][0].digest == digests[-1]
+            assert self.index._owners[block].digest == digests[-1]
             assert self.cells[block] == [(salt, *tokens[:-1]), (salt, *tokens)]
 
 
