@@ -26,6 +26,10 @@ log = logging.getLogger(__name__)
 RETRIES = 2
 """How often a sequence is computed again after steps that failed in a row, before it is given up."""
 NOT_FINITE = "the model's logits are not finite, or every token is masked"
+STUCK = (
+    "nothing else is running and the cache still has no room for it, of which nothing was said when it was queued: a bug "
+    "of the engine, worth a report with the request and the engine's settings"
+)
 
 
 class Engine:
@@ -96,15 +100,24 @@ class Engine:
         try:
             if self.scheduler.needs_history:
                 self._commit(self._take_flight())
+            idle = self._flight is None
             plan = self.scheduler.schedule(self._pace.steps)
             flight = self._run(plan) if plan else None
             self._commit(self._take_flight())
             self._flight = flight
+            if idle and not plan:
+                self._end_stuck()
         except BaseException as error:
             self._recover(error)
             if not isinstance(error, Exception):
                 raise
         self._observe(plan)
+
+    def _end_stuck(self) -> None:
+        """Ends the next in line where nothing was planned and nothing in flight could change that: no step ever would."""
+        stuck = next(iter([*self.scheduler.active, *self.scheduler.waiting]), None)
+        if stuck is not None:
+            self._fail(stuck, STUCK)
 
     def _run(self, plan: Plan) -> Flight:
         self._suspect, now = plan, time.monotonic()

@@ -127,22 +127,25 @@ class Programs:
         Raises:
             Exception: what the first of them raised; those not begun are left out.
         """
-        pool = ThreadPoolExecutor(threads, thread_name_prefix="compile")
+        failed = threading.Event()
 
-        def stop_on_failure(future: Future) -> None:
-            """In the thread that failed, which begins no other then."""
-            if not future.cancelled() and future.exception():
-                pool.shutdown(wait=False, cancel_futures=True)
+        def make(key: Key) -> Key | None:
+            if failed.is_set():
+                return None
+            try:
+                self.get(key)
+            except BaseException:
+                failed.set()
+                raise
+            return key
 
-        try:
-            futures = {pool.submit(self.get, key): key for key in keys}
-            for future in futures:
-                future.add_done_callback(stop_on_failure)
-            for future in as_completed(futures):
-                future.result()
-                done(futures[future])
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+        with ThreadPoolExecutor(threads, thread_name_prefix="compile") as pool:
+            try:
+                for future in as_completed([pool.submit(make, key) for key in keys]):
+                    if (key := future.result()) is not None:
+                        done(key)
+            finally:
+                failed.set()  # an interrupt, too, leaves out what is not begun
 
     def _make(self, key: Key) -> jax.stages.Compiled:
         with self._lock:

@@ -109,19 +109,11 @@ def test_the_longest_of_both_is_served(llm):
     assert len(output.outputs[0].token_ids) == 1 and output.outputs[0].finish_reason == "length"
 
 
-def test_what_can_never_fit_beside_what_it_reads_is_refused(llm):
-    engine, settings = llm._engine, llm._engine.settings
-    from dataclasses import replace
-
-    try:
-        engine.settings = replace(settings, pool_blocks=LONGEST // 4)
-        engine._start()
+def test_what_can_never_fit_beside_what_it_reads_is_refused(llm, host):
+    with host(pool_blocks=LONGEST // 4):
         with pytest.raises(CapacityError, match=rf"prompt 1: .* 1 tokens can never fit .* beside the {LONGEST} positions"):
             llm.generate([TEXT, [7] * LONGEST], PARAMS)
         assert len(llm.generate([[7] * (LONGEST - 8)], SamplingParams(max_tokens=30, ignore_eos=True))[0].outputs[0].token_ids) == 7
-    finally:
-        engine.settings = settings
-        engine._start()
 
 
 @pytest.mark.parametrize(("params", "message"), [

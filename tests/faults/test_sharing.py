@@ -2,15 +2,12 @@
 what was found and why no more was."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
 
 import pytest
 from support import checkpoint
 from support.tiny import HYBRIDS
 
 from jaxinfer import LLM, EngineConfig, SamplingParams
-from jaxinfer.engine.engine import Engine
 from jaxinfer.engine.settings import HostSettings
 from jaxinfer.kv.prefix import MatchEnd
 
@@ -31,19 +28,6 @@ def llm(tmp_path_factory) -> Iterator[LLM]:
         yield made
 
 
-@contextmanager
-def host(llm: LLM, **settings: object) -> Iterator[Engine]:
-    """Other settings of the host over the same compiled steps."""
-    before = llm._engine
-    before.runner.reset()
-    llm._engine = Engine(before.runner, replace(before.settings, **settings))
-    yield llm._engine
-    assert int(llm._engine.manager.pool.num_held) == 0
-    llm._engine = before
-    before.runner.reset()
-    before.reset_prefix_cache()
-
-
 def ids(length: int, seed: int = 0) -> list[int]:
     return [3 + (7 * seed + 5 * i * i + i) % 200 for i in range(length)]
 
@@ -54,7 +38,7 @@ def samples(llm: LLM) -> list[list[int]]:
     return [list(sample.token_ids) for sample in result.outputs]
 
 
-def test_sharing_changes_no_token(llm):
+def test_sharing_changes_no_token(llm, host):
     """Sixteen samples in eight rows; and prefixes, and beams."""
     def all_of_it() -> list[object]:
         prefixes = llm.generate([[*ids(25), 5 + i] for i in range(4)], GREEDY, use_tqdm=False)
@@ -64,7 +48,7 @@ def test_sharing_changes_no_token(llm):
     expected = all_of_it()
     assert len({tuple(sample) for sample in expected[0]}) > 4
     for settings in (dict(block_sharing=False), dict(prefix_caching=False), dict(block_sharing=False, prefix_caching=False)):
-        with host(llm, **settings):
+        with host(**settings):
             assert all_of_it() == expected
 
 
@@ -76,7 +60,7 @@ def test_the_switches_reach_the_engine(llm):
     assert (settings.prefix_caching, settings.block_sharing, settings.check_invariants) == (True, True, False)
 
 
-def test_every_reason_is_told(llm):
+def test_every_reason_is_told(llm, host):
     """What each kind of layer could have served, and why no more: in a pool of 60 blocks, of which a prompt of 61 tokens and
     its last window take 16 in the full layers and 3 in the sliding ones."""
     told = {}
@@ -90,7 +74,7 @@ def test_every_reason_is_told(llm):
         return metrics
 
     long = ids(61)
-    with host(llm, pool_blocks=60):
+    with host(pool_blocks=60):
         assert ask([5, 6, 7]).cache_miss_reason == MatchEnd.NO_FULL_BLOCK
         assert ask(long).cache_miss_reason == MatchEnd.ABSENT
         assert ask(long, cache_salt="other").cache_miss_reason == MatchEnd.SALT

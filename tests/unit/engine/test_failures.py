@@ -330,3 +330,23 @@ def test_a_fault_in_planning_ends_all_it_may_be_about_and_not_the_engine(runner,
         assert not engine.has_work
     assert reasons(bad) == ["error"] * len(LENGTHS) and "ZeroDivisionError" in bad[0].error
     assert run(engine, mixed(LENGTHS)) == alone(runner, mixed(LENGTHS))
+
+
+@pytest.mark.parametrize("place", [0, 2])
+def test_what_nothing_would_ever_schedule_ends_in_error(runner, monkeypatch, place):
+    """Checks say beforehand what has no room; were one of them wrong, its neighbours go on and nobody steps for ever."""
+    expected = alone(runner, mixed(LENGTHS))
+    engine = make_engine(runner, pool_blocks=30 // BLOCK)
+    monkeypatch.setattr(engine.capacity, "check", lambda request: None)
+    requests = mixed(LENGTHS)
+    bad = make_request("bad", prompt(40, 5), GREEDY)
+    requests.insert(place, bad)
+    for request in requests:
+        engine.add(request)
+    for _ in range(500):
+        if not engine.has_work:
+            break
+        engine.step()
+    assert not engine.has_work and reasons([bad]) == ["error"] and "nothing else is running" in bad.error
+    requests.remove(bad)
+    assert outputs(requests) == expected
