@@ -78,7 +78,7 @@ def restore(
             f"{', '.join(extra[:8])}; {REMEDY}."
         )
     source = StoredSource(directory / WEIGHTS, manifest, table)
-    planned = rules.plan(wanted, table, source)
+    planned = rules.plan(wanted, table, source, directory)
     same = {path for path, param in wanted.items() if _same(path, param, mesh, manifest)}
     total = sum(map(rules.nbytes, wanted.values()))
     with tqdm(total=total, unit="B", unit_scale=True, desc="Loading weights", disable=not progress) as bar:

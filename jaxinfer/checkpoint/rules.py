@@ -65,10 +65,18 @@ def parameters(module: nnx.Module) -> dict[str, nnx.Param]:
     return {".".join(map(str, path)): param for path, param in flat}
 
 
-def load(module: nnx.Module, table: Sequence[Rule], source: Source, mesh: Mesh, *, progress: bool = True) -> None:
+CHECKPOINT = "the checkpoint"
+"""Where a source's tensors are from, for messages, if nothing more is known."""
+REMEDY = "the weights are incomplete, or config.json is another model's: fetch both again"
+
+
+def load(
+    module: nnx.Module, table: Sequence[Rule], source: Source, mesh: Mesh, *, progress: bool = True,
+    where: object = CHECKPOINT,
+) -> None:  # fmt: skip
     """Fills an abstract module from a checkpoint, tensor by tensor, each shard read for the device that owns it.
 
-    The table is held against the checkpoint before anything is read.
+    The table is held against the checkpoint before anything is read. `where`: the folder, for messages.
 
     Raises:
         CheckpointError: a tensor that is missing, extra or misshaped: its name, expected and found.
@@ -76,7 +84,7 @@ def load(module: nnx.Module, table: Sequence[Rule], source: Source, mesh: Mesh, 
     wanted = parameters(module)
     total = sum(map(nbytes, wanted.values()))
     with tqdm(total=total, unit="B", unit_scale=True, desc="Loading weights", disable=not progress) as bar:
-        for path, array in read(wanted, plan(wanted, table, source), source, mesh):
+        for path, array in read(wanted, plan(wanted, table, source, where), source, mesh):
             wanted[path].set_value(array)
             bar.update(nbytes(array))
     fill(module, wanted)
@@ -111,7 +119,9 @@ def nbytes(param: nnx.Param | jax.Array | jax.ShapeDtypeStruct) -> int:
     return math.prod(param.shape) * np.dtype(param.dtype).itemsize
 
 
-def plan(wanted: Mapping[str, nnx.Param], table: Sequence[Rule], source: Source) -> dict[str, list[Rule]]:
+def plan(
+    wanted: Mapping[str, nnx.Param], table: Sequence[Rule], source: Source, where: object = CHECKPOINT
+) -> dict[str, list[Rule]]:
     """Parameter path -> the rules that fill it, after every name and shape was checked.
 
     Raises:
@@ -126,10 +136,10 @@ def plan(wanted: Mapping[str, nnx.Param], table: Sequence[Rule], source: Source)
         by_name[found] = replace(rule, source=found)
     extra = [n for n in sorted(names - set(by_name)) if not any(p.fullmatch(n) for p in IGNORED)]
     if extra:
-        raise CheckpointError(f"the checkpoint has {len(extra)} tensor(s) this model does not know: {_some(extra)}")
+        raise CheckpointError(f"{where} has {len(extra)} tensor(s) this model does not know: {_some(extra)}; {REMEDY}")
     missing = sorted(name for name, rule in by_name.items() if rule.target is not None and name not in names)
     if missing:
-        raise CheckpointError(f"the checkpoint lacks {len(missing)} tensor(s) of this model: {_some(missing)}")
+        raise CheckpointError(f"{where} lacks {len(missing)} tensor(s) of this model: {_some(missing)}; {REMEDY}")
     scales = {path: _sibling(path, param) for path, param in wanted.items() if "scales_of" in param.get_metadata()}
     planned: dict[str, list[Rule]] = {path: [] for path in wanted if path not in scales}
     for rule in by_name.values():
@@ -137,7 +147,7 @@ def plan(wanted: Mapping[str, nnx.Param], table: Sequence[Rule], source: Source)
             continue
         if rule.target not in planned:
             raise CheckpointError(f"the weight table fills {rule.target!r}, which the model does not have")
-        _check_shape(rule, wanted[rule.target], source)
+        _check_shape(rule, wanted[rule.target], source, where)
         planned[rule.target].append(rule)
     for path, filled in planned.items():
         _check_whole(path, wanted[path], filled)
@@ -175,7 +185,7 @@ def _some(names: Sequence[str], most: int = 8) -> str:
     return ", ".join(map(repr, names[:most])) + more
 
 
-def _check_shape(rule: Rule, param: nnx.Param, source: Source) -> None:
+def _check_shape(rule: Rule, param: nnx.Param, source: Source, where: object) -> None:
     metadata = param.get_metadata()
     stack, shape = (param.shape[:1], param.shape[1:]) if metadata.get("stacked") else ((), tuple(param.shape))
     if rule.parts:
@@ -187,7 +197,9 @@ def _check_shape(rule: Rule, param: nnx.Param, source: Source) -> None:
         expected = (*stack, *expected)
     found = tuple(source.info(rule.source).shape)
     if found != expected:
-        raise CheckpointError(f"tensor {rule.source!r}: expected shape {list(expected)}, found {list(found)}")
+        raise CheckpointError(
+            f"{where}: tensor {rule.source!r}: expected shape {list(expected)}, found {list(found)}; {REMEDY}"
+        )
 
 
 def _place(path: str, param: nnx.Param, filled: list[Rule], source: Source, mesh: Mesh) -> jax.Array:

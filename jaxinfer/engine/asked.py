@@ -6,7 +6,7 @@ import numpy as np
 
 from jaxinfer.engine.buckets import Needs
 from jaxinfer.engine.request import Sequence, settings
-from jaxinfer.engine.sampler import WIDTH, Level
+from jaxinfer.engine.sampling_rows import WIDTH, Level
 
 
 class Asked:

@@ -10,7 +10,7 @@ import numpy as np
 from jaxinfer import functional
 from jaxinfer.encoders import EncodeShape
 from jaxinfer.engine.plan import Chunk, Plan
-from jaxinfer.engine.sampler import POSITION, ROW, WIDTH, Level
+from jaxinfer.engine.sampling_rows import POSITION, ROW, WIDTH, Level
 from jaxinfer.functional import PrefillBatch
 from jaxinfer.kernels.state import Segments
 from jaxinfer.kv.tables import Tables

@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxinfer.encoders import EncodeJob, EncodeShape
 from jaxinfer.engine.batch import Bucket
-from jaxinfer.engine.sampler import Level
+from jaxinfer.engine.sampling_rows import Level
 from jaxinfer.engine.steps import Shapes
 from jaxinfer.functional import Program
 from jaxinfer.kernels.xla_attention import decode_items, item_keys

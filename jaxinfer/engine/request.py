@@ -11,7 +11,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from jaxinfer.engine.beams import Beams
-from jaxinfer.engine.sampler import Candidates, Level, Logprobs, SamplingRows, pack_rows
+from jaxinfer.engine.sampler import Candidates, Logprobs
+from jaxinfer.engine.sampling_rows import Level, SamplingRows, pack_rows
 from jaxinfer.kv.encoded import Encoded
 from jaxinfer.kv.prefix import NO_EXTRAS, Extras, root
 from jaxinfer.media import CrossInputs, PlacedInputs

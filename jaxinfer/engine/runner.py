@@ -30,7 +30,8 @@ from jaxinfer.engine.plan import Plan
 from jaxinfer.engine.programs import Copies, Encode, EncodeCross, Install, InstallTables, Key, Programs
 from jaxinfer.engine.request import Sequence as Sample
 from jaxinfer.engine.request import bias_row
-from jaxinfer.engine.sampler import Edits, Level
+from jaxinfer.engine.sampler import Edits
+from jaxinfer.engine.sampling_rows import Level
 from jaxinfer.engine.steps import (
     Sampled,
     Shapes,

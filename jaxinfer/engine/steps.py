@@ -16,17 +16,8 @@ from jaxinfer.encoders import EncodeBatch, EncodeShape
 from jaxinfer.engine import batch as batches
 from jaxinfer.engine import drift
 from jaxinfer.engine.batch import Bucket
-from jaxinfer.engine.sampler import (
-    Candidates,
-    Edits,
-    Level,
-    Logprobs,
-    SamplingRows,
-    candidates,
-    logprobs,
-    sample,
-    unpack_rows,
-)
+from jaxinfer.engine.sampler import Candidates, Edits, Logprobs, candidates, logprobs, sample
+from jaxinfer.engine.sampling_rows import Level, SamplingRows, unpack_rows
 from jaxinfer.functional import DecodeBatch, PrefillBatch, Program
 from jaxinfer.kernels.paged import Cache
 from jaxinfer.kernels.state import DecodeSlots, Segments

@@ -17,8 +17,9 @@ ALWAYS, NEVER = float("inf"), 0
 CROSSOVERS: Mapping[str, float] = {"cpu": ALWAYS, "gpu": ALWAYS}
 """By platform: the most rows for which one GEMM is at least as fast as several.
 
-CPU: a KDA layer of width 1024 with 8 heads of 128, bfloat16, native products, one against eight and two: 2.7 against 4.0 ms
-at 32 rows, 15 against 24 at 512, no difference at 8 (jax 0.12, two cores of an AMD EPYC with other work on them).
+CPU: a call costs little, so that little is won and little lost. Of the projections of a KDA, an attention and an MLP layer at 1 to
+64 rows several took 1.00 to 1.07 of the time of one in bfloat16, and 0.96 to 1.03 in float32 (medians of 150 to 300 rounds), where
+KDA's second product waits for the whole first one (`scripts/bench.py projections`, docs/results/cpu.md; jax 0.12, two cores).
 GPU: not measured yet.
 """
 

@@ -12,6 +12,9 @@ from jaxinfer.sharding import axes
 
 SOFTMAX, SIGMOID = "softmax", "sigmoid"
 SCORES = (SOFTMAX, SIGMOID)
+COUNTS, TAKEN = "num_experts, num_local_experts or n_routed_experts", "num_experts_per_tok or num_experts_per_token"
+GROUPS = "n_group or num_expert_group"
+"""What config.json calls the number of experts, of those a token takes, and of groups, by family."""
 
 
 @dataclass(frozen=True)
@@ -52,21 +55,29 @@ class RouterConfig:
             raise ConfigError(f"router: score is {self.score!r}; it may be {' or '.join(SCORES)}")
         if not 1 <= per_token <= experts:
             raise ConfigError(
-                f"router: a token takes {per_token} experts, and there are {experts}; choose 1 to {experts}"
+                f"router: a token takes {per_token} experts ({TAKEN}), and there are {experts} ({COUNTS}); choose 1 to {experts}"
             )
         if not 1 <= self.chosen_groups <= self.groups:
-            raise ConfigError(f"router: {self.chosen_groups} groups of {self.groups} cannot be chosen (topk_group of n_group)")
+            raise ConfigError(
+                f"router: {self.chosen_groups} groups (topk_group) of {self.groups} ({GROUPS}) cannot be chosen; topk_group must "
+                f"be 1 to {max(1, self.groups)}"
+            )
         if self.groups == 1:
             return
         if experts % self.groups:
-            raise ConfigError(f"router: {experts} experts do not divide into {self.groups} groups (n_group)")
+            raise ConfigError(
+                f"router: {experts} experts ({COUNTS}) do not divide into {self.groups} groups ({GROUPS}); choose a divisor"
+            )
         size = experts // self.groups
         if not 1 <= self.group_best <= size:
-            raise ConfigError(f"router: groups cannot be chosen by the best {self.group_best} of {size} experts each (n_group)")
+            raise ConfigError(
+                f"router: groups cannot be chosen by the best {self.group_best} of {size} experts each; choose at most "
+                f"{experts // self.group_best} groups ({GROUPS})"
+            )
         if per_token > self.chosen_groups * size:
             raise ConfigError(
-                f"router: a token takes {per_token} experts, and {self.chosen_groups} groups (topk_group) have "
-                f"{self.chosen_groups * size}"
+                f"router: a token takes {per_token} experts ({TAKEN}), and {self.chosen_groups} groups (topk_group) have "
+                f"{self.chosen_groups * size}; lower the one or raise the other"
             )
 
 

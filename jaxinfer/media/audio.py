@@ -16,6 +16,8 @@ RATES = (1_000, 768_000)
 """Samples a second, least and most; what lies outside is a mistake, of units most often."""
 MAX_SAMPLES = 2**29
 """Of one input: two hours at 48 kHz take 1.3 GB as float32."""
+LOUDEST = 2.0**31
+"""Of floats: full scale of the largest integers that sound is kept in. What is beyond it is no sound, and its spectrum overflows."""
 PCM = {"uint8": (128, 2.0**7), "int16": (0, 2.0**15), "int32": (0, 2.0**31)}
 """Integers that WAV files hold: what silence is, and what full scale is."""
 
@@ -46,7 +48,7 @@ def as_audio(value: Any, where: str) -> Audio:
 
     Raises:
         TypeError: something else, such as a path, an array without its rate, or a list of numbers.
-        ValueError: no samples, several channels, samples that are not finite or all silent, an impossible rate.
+        ValueError: no samples, several channels, samples that are not finite, beyond any scale or all silent, an impossible rate.
     """
     if not isinstance(value, tuple) or len(value) != 2:
         raise TypeError(f"{where} must be a pair (array, sampling_rate), got {_shown(value)}.")
@@ -143,6 +145,9 @@ def _samples(array: np.ndarray, where: str) -> np.ndarray:
     elif array.dtype.kind != "f" and array.dtype.name != "bfloat16":
         raise TypeError(f"{where} has dtype {array.dtype}; samples are floats with full scale at 1, or {', '.join(PCM)}.")
     array = _finite(array, where)
+    if (loudest := float(np.abs(array).max())) > LOUDEST:
+        raise ValueError(f"{where} has samples of up to {loudest:.3g}, and full scale is 1; at most {LOUDEST:.0f} is taken. "
+                         "Divide by what full scale is in it.")
     if not array.any():
         raise ValueError(f"{where} is silent: all of its {array.size} samples are 0, and what a model hears in them it makes "
                          "up. Leave it out.")

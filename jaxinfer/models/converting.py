@@ -52,7 +52,7 @@ def convert(
         module = loading.abstract(served, config, kind, mesh, **how)
         wanted = rules.parameters(module)
         source = served.source(reader)
-        planned = rules.plan(wanted, served.weight_rules(config), source)
+        planned = rules.plan(wanted, served.weight_rules(config), source, directory)
         _write(folder, wanted, planned, source, mesh, progress)
         _copy_others(directory, folder)
         manifest = Manifest(

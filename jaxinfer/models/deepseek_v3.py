@@ -13,7 +13,8 @@ from jaxinfer.layers.moe import MoEConfig
 from jaxinfer.layers.rope import RopeConfig
 from jaxinfer.layers.router import SIGMOID, RouterConfig
 from jaxinfer.models.base import Family
-from jaxinfer.models.decoder import FULL, Decoder, DecoderConfig, weight_rules
+from jaxinfer.models.decoder import Decoder, weight_rules
+from jaxinfer.models.decoder_config import FULL, DecoderConfig
 from jaxinfer.models.moe_rules import MoENames
 
 NAMES = MoENames()

@@ -7,24 +7,15 @@ from typing import Any
 from jaxinfer.checkpoint.hf import ConfigReader
 from jaxinfer.layers.norms import Scaling
 from jaxinfer.models.base import Family
-from jaxinfer.models.decoder import (
-    AFTER,
-    BEFORE,
-    FULL,
-    SLIDING,
-    Decoder,
-    DecoderConfig,
-    layer_kinds,
-    read_config,
-    weight_rules,
-)
+from jaxinfer.models.decoder import Decoder, weight_rules
+from jaxinfer.models.decoder_config import AFTER, BEFORE, FULL, SLIDING, DecoderConfig, layer_kinds, read_config
 
 SCALING = Scaling(offset=1.0, wide=True)
 """Of Gemma's norms."""
 
 
 def gemma(reader: ConfigReader, kinds: Sequence[str], **more: Any) -> DecoderConfig:
-    """What Gemma 2 and 3 have in common; `more`: of `models.decoder.read_config`.
+    """What Gemma 2 and 3 have in common; `more`: of `models.decoder_config.read_config`.
 
     `hidden_act` is in old files and was never used; `cache_implementation` is about transformers' own cache.
     """

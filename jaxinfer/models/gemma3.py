@@ -7,7 +7,8 @@ from jaxinfer.checkpoint.hf import ConfigReader
 from jaxinfer.checkpoint.part import Part
 from jaxinfer.checkpoint.source import Source
 from jaxinfer.models.base import Family
-from jaxinfer.models.decoder import FULL, SLIDING, Decoder, DecoderConfig, weight_rules
+from jaxinfer.models.decoder import Decoder, weight_rules
+from jaxinfer.models.decoder_config import FULL, SLIDING, DecoderConfig
 from jaxinfer.models.gemma2 import gemma
 
 THETA, LOCAL_THETA = 1_000_000.0, 10_000.0

@@ -9,7 +9,8 @@ from jaxinfer.layers.moe import ClampedSwiGLU, MoEConfig
 from jaxinfer.layers.norms import Scaling
 from jaxinfer.layers.router import RouterConfig
 from jaxinfer.models.base import Family
-from jaxinfer.models.decoder import FULL, SLIDING, Decoder, DecoderConfig, layer_kinds, read_config, weight_rules
+from jaxinfer.models.decoder import Decoder, weight_rules
+from jaxinfer.models.decoder_config import FULL, SLIDING, DecoderConfig, layer_kinds, read_config
 from jaxinfer.models.moe_rules import MoENames
 
 NAMES = MoENames(router="router")

@@ -10,7 +10,7 @@ from jaxinfer.layers.mlp import ACTIVATIONS
 from jaxinfer.layers.vision import NORMS, VisionConfig
 from jaxinfer.models import registry
 from jaxinfer.models.base import CrossSource, Features
-from jaxinfer.models.decoder import DecoderConfig
+from jaxinfer.models.decoder_config import DecoderConfig
 
 LANGUAGE_MODELS = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
 """`model_type` -> architecture of the decoders that are served."""

@@ -13,7 +13,8 @@ from jaxinfer.errors import ConfigError
 from jaxinfer.layers.kda import KdaSpec
 from jaxinfer.layers.router import SIGMOID
 from jaxinfer.models.base import Family
-from jaxinfer.models.decoder import FULL, LINEAR, Decoder, DecoderConfig, layer_kinds, weight_rules
+from jaxinfer.models.decoder import Decoder, weight_rules
+from jaxinfer.models.decoder_config import FULL, LINEAR, DecoderConfig, layer_kinds
 from jaxinfer.models.deepseek_v3 import TRAINING, experts, latent_spec, stack
 from jaxinfer.models.moe_rules import MoENames
 

@@ -2,7 +2,8 @@
 
 from jaxinfer.checkpoint.hf import ConfigReader
 from jaxinfer.models.base import Family
-from jaxinfer.models.decoder import Decoder, DecoderConfig, read_config, weight_rules
+from jaxinfer.models.decoder import Decoder, weight_rules
+from jaxinfer.models.decoder_config import DecoderConfig, read_config
 
 
 def config(reader: ConfigReader) -> DecoderConfig:

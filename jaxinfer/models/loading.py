@@ -65,7 +65,7 @@ def load(
     with SafetensorsReader(directory) as reader:
         if not said:
             module = abstract(served, config, resolve_dtype(dtype, stored_dtype(reader), platform), mesh, **how)
-        rules.load(module, served.weight_rules(config), served.source(reader), mesh, progress=progress)
+        rules.load(module, served.weight_rules(config), served.source(reader), mesh, progress=progress, where=directory)
     return module
 
 

@@ -26,8 +26,9 @@ from jaxinfer.layers.params import Build, constant
 from jaxinfer.layers.rope import cos_sin
 from jaxinfer.models import mllama_vision
 from jaxinfer.models.base import Family, FeatureRows
-from jaxinfer.models.decoder import DecoderConfig, Layer
+from jaxinfer.models.decoder import Layer
 from jaxinfer.models.decoder import weight_rules as decoder_rules
+from jaxinfer.models.decoder_config import DecoderConfig
 from jaxinfer.models.mllama_config import EXTRA_TOKENS, MllamaConfig, read_config
 from jaxinfer.models.mllama_prompt import IMAGES, MllamaReader
 from jaxinfer.models.mllama_vision import MllamaVision

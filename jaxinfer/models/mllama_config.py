@@ -8,9 +8,9 @@ from jaxinfer.checkpoint.hf import ConfigReader
 from jaxinfer.errors import ConfigError
 from jaxinfer.layers.mlp import ACTIVATIONS
 from jaxinfer.layers.vision import VisionConfig
-from jaxinfer.models import decoder
 from jaxinfer.models.base import CrossSource
-from jaxinfer.models.decoder import DecoderConfig
+from jaxinfer.models.decoder_config import DecoderConfig
+from jaxinfer.models.decoder_config import read_config as read_decoder_config
 from jaxinfer.models.internvl_config import side
 from jaxinfer.models.mllama_vision import MllamaVisionConfig
 
@@ -88,7 +88,7 @@ def read_config(reader: ConfigReader) -> MllamaConfig:
     """
     text = reader.part("text_config")
     layers = tuple(text.get("cross_attention_layers", list(CROSS_LAYERS)))
-    config = decoder.read_config(text)
+    config = read_decoder_config(text)
     _indices("cross_attention_layers", layers, 0, config.num_layers)
     if config.tied or reader.get_bool("tie_word_embeddings", False):
         raise ConfigError("config.json: tie_word_embeddings is true, which is not supported: the embedding has rows that the "

@@ -7,7 +7,8 @@ from dataclasses import replace
 from jaxinfer.checkpoint.hf import ConfigReader
 from jaxinfer.layers.norms import Scaling
 from jaxinfer.models.base import Family
-from jaxinfer.models.decoder import AFTER, FULL, SLIDING, Decoder, DecoderConfig, layer_kinds, read_config, weight_rules
+from jaxinfer.models.decoder import Decoder, weight_rules
+from jaxinfer.models.decoder_config import AFTER, FULL, SLIDING, DecoderConfig, layer_kinds, read_config
 
 SCALING = Scaling(wide=True)
 

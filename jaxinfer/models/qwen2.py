@@ -4,7 +4,8 @@ from typing import Any
 
 from jaxinfer.checkpoint.hf import ConfigReader
 from jaxinfer.models.base import Family
-from jaxinfer.models.decoder import FULL, SLIDING, Decoder, DecoderConfig, layer_kinds, read_config, weight_rules
+from jaxinfer.models.decoder import Decoder, weight_rules
+from jaxinfer.models.decoder_config import FULL, SLIDING, DecoderConfig, layer_kinds, read_config
 
 
 def windows(reader: ConfigReader) -> dict[str, Any]:

@@ -4,12 +4,13 @@ from typing import Any
 
 from jaxinfer.checkpoint.hf import ConfigReader
 from jaxinfer.models.base import Family
-from jaxinfer.models.decoder import Decoder, DecoderConfig, read_config, weight_rules
+from jaxinfer.models.decoder import Decoder, weight_rules
+from jaxinfer.models.decoder_config import DecoderConfig, read_config
 from jaxinfer.models.qwen2 import windows
 
 
 def config(reader: ConfigReader, **more: Any) -> DecoderConfig:
-    """`attention_bias` puts a bias on q, k, v and o alike; `more`: of `models.decoder.read_config`."""
+    """`attention_bias` puts a bias on q, k, v and o alike; `more`: of `models.decoder_config.read_config`."""
     bias = reader.get_bool("attention_bias", False)
     return read_config(reader, qkv_bias=bias, out_bias=bias, qk_norm=True, **windows(reader), **more)
 

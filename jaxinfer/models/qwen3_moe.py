@@ -6,7 +6,8 @@ from jaxinfer.layers.moe import MoEConfig
 from jaxinfer.layers.router import RouterConfig
 from jaxinfer.models import qwen3
 from jaxinfer.models.base import Family
-from jaxinfer.models.decoder import Decoder, DecoderConfig, weight_rules
+from jaxinfer.models.decoder import Decoder, weight_rules
+from jaxinfer.models.decoder_config import DecoderConfig
 
 
 def dense_layers(reader: ConfigReader) -> tuple[int, ...]:

@@ -11,7 +11,8 @@ from jaxinfer.layers.moe import MoEConfig
 from jaxinfer.layers.norms import Scaling
 from jaxinfer.layers.router import RouterConfig
 from jaxinfer.models.base import Family
-from jaxinfer.models.decoder import FULL, LINEAR, Decoder, DecoderConfig, layer_kinds, read_config, weight_rules
+from jaxinfer.models.decoder import Decoder, weight_rules
+from jaxinfer.models.decoder_config import FULL, LINEAR, DecoderConfig, layer_kinds, read_config
 from jaxinfer.models.moe_rules import MoENames
 from jaxinfer.models.qwen3_moe import dense_layers
 

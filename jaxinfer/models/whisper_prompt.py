@@ -116,10 +116,11 @@ class WhisperReader:
             if key not in (AUDIO, FEATURES):
                 raise ValueError(f"prompt {index}: multi_modal_data has {describe(key)}; this model takes {AUDIO!r}, or "
                                  f"{FEATURES!r} that are preprocessed.")  # fmt: skip
+        if not given:
+            raise ValueError(f"prompt {index} has no audio, and this model takes speech: pass "
+                             f"{{'multi_modal_data': {{{AUDIO!r}: (array, sampling_rate)}}}}, or {FEATURES!r} in its place.")
         if len(given) != 1:
-            which = "both; pass one of them" if given else "neither"
-            raise ValueError(f"prompt {index}: multi_modal_data must have {AUDIO!r}, (array, sampling_rate), or {FEATURES!r}; "
-                             f"it has {which}.")  # fmt: skip
+            raise ValueError(f"prompt {index}: multi_modal_data has both {AUDIO!r} and {FEATURES!r}; pass one of them.")
         [(key, value)] = given.items()
         if isinstance(value, list):
             if len(value) != 1:

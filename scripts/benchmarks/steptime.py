@@ -13,7 +13,8 @@ from jax.sharding import AxisType, Mesh
 
 from jaxinfer import functional
 from jaxinfer.checkpoint import rules
-from jaxinfer.engine.sampler import Level, SamplingRows, sample
+from jaxinfer.engine.sampler import sample
+from jaxinfer.engine.sampling_rows import Level, SamplingRows
 from jaxinfer.functional import Array, DecodeBatch, PrefillBatch, Program
 from jaxinfer.kernels.paged import Lane
 from jaxinfer.models import loading

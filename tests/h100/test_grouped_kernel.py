@@ -11,7 +11,7 @@ from support.lowering import Compiled, abstract_model, compile_step, h100_mesh, 
 from support.ptx import compiled_kernels, spilled
 
 from jaxinfer.engine.batch import Bucket
-from jaxinfer.engine.sampler import Level
+from jaxinfer.engine.sampling_rows import Level
 from jaxinfer.engine.steps import Shapes
 from jaxinfer.kernels import grouped
 from jaxinfer.kernels.matmul import TRITON

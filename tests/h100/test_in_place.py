@@ -18,7 +18,7 @@ from support.tiny import (
 )
 
 from jaxinfer.engine.batch import Bucket
-from jaxinfer.engine.sampler import Level
+from jaxinfer.engine.sampling_rows import Level
 from jaxinfer.kernels.native import build
 from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.sharding import make_mesh

@@ -9,7 +9,7 @@ from support.lowering import MEDIUM, Compiled, abstract_model, compile_step, h10
 
 from jaxinfer.engine.batch import Bucket
 from jaxinfer.engine.steps import Shapes
-from jaxinfer.engine.sampler import Level
+from jaxinfer.engine.sampling_rows import Level
 from jaxinfer.sharding.policy import REPLICATE, Placement
 
 pytestmark = [pytest.mark.xdist_group("h100"), pytest.mark.usefixtures("cuda_compiler")]

@@ -2,10 +2,12 @@
 
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <memory>
 #include <thread>
 #include <utility>
+#include <vector>
 
 #include <immintrin.h>
 
@@ -15,22 +17,37 @@ namespace jaxinfer {
 
 inline constexpr int kSpins = 1000;
 
-// Runs body(i) for i in [0, count); returns when all have run. Threads take the next index as they come free. The
-// caller takes part, so that it never waits for a thread that has not begun.
+// Runs body(i) for i in [0, count); returns when all have run. Each thread begins in a part of its own and goes through it in
+// order, so that what it reads lies together; one that is done helps in the parts of the others. The caller takes part, so
+// that it never waits for a thread that has not begun.
 template <typename Body>
 void ParallelFor(xla::ffi::ThreadPool& pool, int64_t count, const Body& body) {
-  struct State {
-    std::atomic<int64_t> next{0}, done{0};
+  const int64_t threads = std::min<int64_t>(pool.num_threads(), count);
+  struct alignas(64) Part {
+    std::atomic<int64_t> next;
+    int64_t end;
   };
-  auto state = std::make_shared<State>();
+  struct State {
+    explicit State(int64_t threads) : parts(threads) {}
+    std::vector<Part> parts;
+    std::atomic<int64_t> begun{0}, done{0};
+  };
+  auto state = std::make_shared<State>(threads);
+  for (int64_t p = 0; p < threads; ++p) {
+    state->parts[p].next = p * count / threads;
+    state->parts[p].end = (p + 1) * count / threads;
+  }
   // A thread that begins late finds nothing left, and does not touch `body`, which may be gone.
-  auto work = [state, count, &body] {
-    for (int64_t i; (i = state->next.fetch_add(1)) < count;) {
-      body(i);
-      state->done.fetch_add(1, std::memory_order_release);
+  auto work = [state, threads, &body] {
+    const int64_t own = state->begun.fetch_add(1);
+    for (int64_t p = 0; p < threads; ++p) {
+      Part& part = state->parts[(own + p) % threads];
+      for (int64_t i; (i = part.next.fetch_add(1)) < part.end;) {
+        body(i);
+        state->done.fetch_add(1, std::memory_order_release);
+      }
     }
   };
-  const int64_t threads = std::min<int64_t>(pool.num_threads(), count);
   for (int64_t i = 1; i < threads; ++i) pool.Schedule(decltype(work)(work));
   work();
   // The others are about to be done, unless the machine has more to do than processors: then they need this one.

@@ -169,7 +169,7 @@ def test_more_unknown_tensors_than_fit_a_message_are_counted(tmp_path):
 def test_a_missing_tensor_is_named(name, tmp_path):
     content = tensors()
     del content[name]
-    refused(checkpoint(tmp_path, content), f"'{name}'", "lacks 1 tensor")
+    refused(checkpoint(tmp_path, content), f"{tmp_path} lacks 1 tensor", f"'{name}'", "the weights are incomplete")
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3"])

@@ -9,7 +9,7 @@ import pytest
 from support.tiny import CONFIG, shapes
 
 from jaxinfer.engine.buckets import SAMPLING, Needs, all_buckets, copy_widths, decode_bucket, prefill_bucket, reach
-from jaxinfer.engine.sampler import Level
+from jaxinfer.engine.sampling_rows import Level
 from jaxinfer.functional import Program, split
 from jaxinfer.models import loading
 from jaxinfer.sharding import make_mesh

@@ -5,7 +5,7 @@ import pytest
 from support.tiny import make_request, prompt
 
 from jaxinfer.engine.request import Status, bias_row, follows_history
-from jaxinfer.engine.sampler import Level
+from jaxinfer.engine.sampling_rows import Level
 from jaxinfer.resolve import ModelLimits, resolve
 from jaxinfer.sampling_params import SamplingParams
 

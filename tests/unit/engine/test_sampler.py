@@ -9,17 +9,8 @@ import pytest
 
 from jaxinfer.engine import sampler
 from jaxinfer.sampling_params import MAX_NGRAM
-from jaxinfer.engine.sampler import (
-    BAD_TOKEN,
-    BLOCK,
-    Edits,
-    Level,
-    SamplingRows,
-    logprobs,
-    pack_rows,
-    sample,
-    unpack_rows,
-)
+from jaxinfer.engine.sampler import BAD_TOKEN, BLOCK, Edits, logprobs, sample
+from jaxinfer.engine.sampling_rows import Level, SamplingRows, pack_rows, unpack_rows
 
 V, R, L = 40, 64, 24
 MARGIN = 1e-4

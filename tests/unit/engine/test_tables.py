@@ -8,7 +8,7 @@ from support.tiny import CHUNK, make_engine, make_request, prompt, run
 from jaxinfer.engine import runner as runners
 from jaxinfer.engine.asked import Asked
 from jaxinfer.engine.batch import lanes
-from jaxinfer.engine.sampler import Level
+from jaxinfer.engine.sampling_rows import Level
 from jaxinfer.sampling_params import SamplingParams
 
 pytestmark = pytest.mark.xdist_group("llama")

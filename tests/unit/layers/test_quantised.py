@@ -14,7 +14,7 @@ from support.tiny import BLOCK, CHUNK, CONFIG, ROWS, VOCAB, prompt, shapes
 
 from jaxinfer import functional
 from jaxinfer.engine.batch import Bucket
-from jaxinfer.engine.sampler import Level
+from jaxinfer.engine.sampling_rows import Level
 from jaxinfer.layers.embedding import Embedding
 from jaxinfer.layers.linear import FusedLinear, Output, RowLinear
 from jaxinfer.layers.params import Build

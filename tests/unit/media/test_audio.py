@@ -78,6 +78,7 @@ def test_rates_are_whole_numbers_of_any_type(rate):
     ((np.stack([SOUND, SOUND]), RATE), ValueError, r"shape \[2, 800\]; .*array\.mean\(axis=0\)"),
     ((np.float32(1), RATE), TypeError, "NumPy array"), ((np.zeros((1, 2, 3)), RATE), ValueError, r"shape \[1, 2, 3\]"),
     ((np.array([0.5, np.nan, np.inf]), RATE), ValueError, r"has 2 values that are NaN or infinite, of 3 \(the first at 1\)"),
+    ((np.array([0.5, -3e9]), RATE), ValueError, r"has samples of up to 3e\+09, and full scale is 1; at most 2147483648"),
     ((np.array([0.5, 1e300]), RATE), ValueError, "has 1 values that are NaN or infinite, of 2"),
     ((np.array([1, 2]), RATE), TypeError, "dtype int64; samples are floats with full scale at 1, or uint8, int16, int32"),
     ((np.array([True]), RATE), TypeError, "dtype bool"), ((np.array([1j]), RATE), TypeError, "dtype complex128"),
