@@ -210,7 +210,9 @@ def projections(args: argparse.Namespace, model: Subject | None) -> Report:
     report = Report({"command": "projections", "dtype": args.checkpoint_dtype, "repeats": args.repeats})
     report.work |= {f"shape@{name}": str(group) for name, group in groups.items()}
     kernel = args.settings.get("matmul_kernel", "auto")
-    report.jaxinfer |= projections.measure(groups, args.m, args.repeats, dtype=args.checkpoint_dtype, kernel=kernel)
+    seconds = projections.SECONDS / (projections.SMALL if args.small else 1)
+    how = {"dtype": args.checkpoint_dtype, "kernel": kernel, "seconds": seconds}
+    report.jaxinfer |= projections.measure(groups, args.m, args.repeats, **how)
     if args.h100:
         report.jaxinfer |= projections.h100()
     if "kda" in groups and not args.small:

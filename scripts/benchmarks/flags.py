@@ -142,7 +142,7 @@ def _projections(parser: argparse.ArgumentParser) -> None:
     what = "kda: six projections, then two, of SGLang #17801; qkv, gate_up: of a Llama of 1.1 B parameters"
     parser.add_argument("groups", nargs="*", type=_one_of(*names), default=list(names), metavar="GROUP", help=what)
     parser.add_argument("--m", type=_count, nargs="+", help="rows; default: 1 8 64 512 4096, on a GPU also 8192 16384")
-    _positive(parser, {"repeats": (7, "passes of each variant at each m, in turns")})
+    _positive(parser, {"repeats": (7, "passes of each variant at each m, in turns, at least: as many as fit into three seconds")})
     parser.add_argument("--small", action="store_true", help="an eighth of all widths")
     what = "count kernels of a decode step of Kimi-Linear's widths, compiled for an H100 without one"
     parser.add_argument("--h100", action="store_true", help=what)

@@ -17,13 +17,13 @@ from statistics import median
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
 from benchmarks.calls import Calls, Layer, products
 from benchmarks.gpu.projections import SEPARATE, SERIAL
 from benchmarks.steptime import in_turns
-from benchmarks.trace import span
 from jaxinfer.kernels import matmul
 from jaxinfer.layers import fusion
 from jaxinfer.layers.linear import BatchedLinear, FusedLinear, Output
@@ -71,6 +71,8 @@ GROUPS: Mapping[str, Group] = {
     "gate_up": _heads(2048, 1, gate=5632, up=5632),
 }  # fmt: skip
 """KDA of Kimi-Linear-48B over four shards; attention and MLP of a Llama of 1.1 B parameters."""
+SECONDS = 3.0
+"""For which each number of rows is measured at least."""
 SMALL = 8
 """What all sizes are divided by for a quick look."""
 
@@ -134,31 +136,36 @@ class Bench:
         layer = Layer(make, self.kernel, fusion.rows_fused(variant != APART, self.mesh), options)
         return Calls.of(layer, [(rows, self.group.width)], self.dtype)
 
-    def measure(self, rows: int, repeats: int) -> Figures:
-        """Milliseconds of each variant at so many rows, and ratios by round, which all ran in."""
+    def measure(self, rows: int, repeats: int, seconds: float = 0.0) -> Figures:
+        """Milliseconds of each variant at so many rows, and ratios by round, which all ran in: median and quartiles."""
         made = {variant: self.calls(variant, rows) for variant in (UNFUSED, FUSED, APART)}
-        found = in_turns({variant: calls.timer() for variant, calls in made.items()}, repeats)
+        found = in_turns({variant: calls.timer() for variant, calls in made.items()}, repeats, seconds)
         found[AUTO] = found[FUSED if rows <= self.auto else APART]
-        figures = {f"{variant}_ms": 1e3 * median(seconds) for variant, seconds in found.items()}
+        figures = {f"{variant}_ms": 1e3 * median(passes) for variant, passes in found.items()}
         figures |= {f"{variant}_products": calls.products for variant, calls in made.items()}
         for variant in (FUSED, AUTO):
             ratios = [one / other for one, other in zip(found[UNFUSED], found[variant], strict=True)]
-            for kind, value in span(ratios).items():
-                figures[f"unfused_over_{variant}" + ("" if kind == "median" else f"_{kind}")] = value
+            low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75)).tolist()
+            name = f"unfused_over_{variant}"
+            figures |= {name: middle, f"{name}_q25": low, f"{name}_q75": high}
         return figures | {"apart_over_fused": median(a / f for a, f in zip(found[APART], found[FUSED], strict=True))}
 
 
 def measure(
-    groups: Mapping[str, Group], rows: Sequence[int] | None, repeats: int, *, dtype: str, kernel: str = "auto"
-) -> Figures:
-    """The figures of all groups; `rows` by default what suits the device, `kernel` as `EngineConfig.matmul_kernel`."""
+    groups: Mapping[str, Group], rows: Sequence[int] | None, repeats: int, *, dtype: str, kernel: str = "auto",
+    seconds: float = 0.0,
+) -> Figures:  # fmt: skip
+    """The figures of all groups; `rows` by default what suits the device, `kernel` as `EngineConfig.matmul_kernel`.
+
+    Each is measured for `seconds` at least.
+    """
     mesh = make_mesh(1)
     sizes = rows or (CPU_ROWS if mesh.devices.flat[0].platform == "cpu" else ROWS)
     figures: Figures = {}
     for name, group in groups.items():
         bench = Bench(group, mesh, dtype, kernel)
         for count in sizes:
-            figures |= {f"{metric}@{name}_m{count}": value for metric, value in bench.measure(count, repeats).items()}
+            figures |= {f"{metric}@{name}_m{count}": value for metric, value in bench.measure(count, repeats, seconds).items()}
     ratios = [value for name, value in figures.items() if name.startswith("unfused_over_auto@")]
     return figures | {"least_unfused_over_auto": min(ratios)}
 

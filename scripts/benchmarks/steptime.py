@@ -147,15 +147,20 @@ def timed(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def in_turns(runs: Mapping[str, Run], repeats: int) -> dict[str, list[float]]:
-    """Seconds of `repeats` passes of each, by round: what disturbs the machine for a while disturbs all alike."""
+def in_turns(runs: Mapping[str, Run], repeats: int, seconds: float = 0.0) -> dict[str, list[float]]:
+    """Seconds of `repeats` passes of each, by round: what disturbs the machine for a while disturbs all alike.
+
+    `seconds`: rounds go on for as long, where `repeats` of them take less.
+    """
     for run in runs.values():
         for _ in range(WARMUP):
             run()
     found: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(repeats):
+    number, end = 0, time.perf_counter() + seconds
+    while number < repeats or time.perf_counter() < end:
         for name in list(runs)[:: -1 if number % 2 else 1]:
             found[name].append(runs[name]())
+        number += 1
     return found
 
 

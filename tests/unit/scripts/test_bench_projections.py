@@ -45,13 +45,13 @@ def test_shapes_are_those_of_the_source():
 
 def test_auto_is_what_the_table_of_crossovers_says(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(fusion, "CROSSOVERS", {"cpu": M})
-    seconds = {UNFUSED: [6.0, 4.0], FUSED: [2.0, 2.0], APART: [3.0, 1.0]}
-    monkeypatch.setattr(projections, "in_turns", lambda runs, repeats: dict(seconds))
+    found = {UNFUSED: [6.0, 4.0], FUSED: [2.0, 2.0], APART: [3.0, 1.0]}
+    monkeypatch.setattr(projections, "in_turns", lambda runs, repeats, seconds: dict(found))
     bench = Bench(TOYS["qkv"], make_mesh(1), "float32", matmul.XLA)
     few, many = bench.measure(M, 2), bench.measure(M + 1, 2)
     assert few[f"{AUTO}_ms"] == few[f"{FUSED}_ms"] == 2000 and many[f"{AUTO}_ms"] == many[f"{APART}_ms"] == 2000
-    assert [few[f"unfused_over_auto{kind}"] for kind in ("", "_min", "_max")] == [2.5, 2.0, 3.0]
-    assert [many[f"unfused_over_auto{kind}"] for kind in ("", "_min", "_max")] == [3.0, 2.0, 4.0]
+    assert [few[f"unfused_over_auto{kind}"] for kind in ("", "_q25", "_q75")] == [2.5, 2.25, 2.75]
+    assert [many[f"unfused_over_auto{kind}"] for kind in ("", "_q25", "_q75")] == [3.0, 2.5, 3.5]
     assert few["apart_over_fused"] == 1.0
 
 
@@ -61,6 +61,7 @@ def test_the_report_has_every_variant_and_the_source_beside(
 ):
     monkeypatch.setattr(projections, "GROUPS", TOYS)
     monkeypatch.setattr(calls, "PASS", 0.0)
+    monkeypatch.setattr(projections, "SECONDS", 0.0)
     found = result("projections", "kda", "--m", "1", str(M), "--repeats=1", "--checkpoint-dtype=float32")
     figures = found["jaxinfer"]
     for m in (1, M):
