@@ -115,6 +115,41 @@ class DecoderConfig:
         return self.rope.original_max_position if longrope else None
 
 
+class AroundDecoder:
+    """Of a model whose text goes through a decoder of this stack: what the decoder's configuration says of both."""
+
+    text: DecoderConfig
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return self.text.vocab_size
+
+    @property
+    def num_layers(self) -> int:
+        """Of the decoder."""
+        return self.text.num_layers
+
+    @property
+    def query_group(self) -> int:
+        """Query heads that share a kv head."""
+        return self.text.query_group
+
+    @property
+    def max_length(self) -> int:
+        """The longest sequence whose numbers are the model's own."""
+        return self.text.max_length
+
+    def length_key(self, prompt_length: int) -> bytes:
+        """What of a prompt's length changes its keys."""
+        return self.text.length_key(prompt_length)
+
+    @property
+    def recompute_after(self) -> int | None:
+        """Tokens after which the positions of the whole sequence change."""
+        return self.text.recompute_after
+
+
 def read_config(
     reader: ConfigReader, *, qkv_bias: bool = False, out_bias: bool = False, qk_norm: bool = False,
     mlp_bias: bool = False, window: int | None = None, kinds: Sequence[str] = (), partial_rotary: bool = False,

@@ -10,7 +10,7 @@ from jaxinfer.layers.mlp import ACTIVATIONS
 from jaxinfer.layers.vision import NORMS, VisionConfig
 from jaxinfer.models import registry
 from jaxinfer.models.base import CrossSource, Features
-from jaxinfer.models.decoder_config import DecoderConfig
+from jaxinfer.models.decoder_config import AroundDecoder, DecoderConfig
 
 LANGUAGE_MODELS = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
 """`model_type` -> architecture of the decoders that are served."""
@@ -33,7 +33,7 @@ TRAINING_ONLY = (
 
 
 @dataclass(frozen=True)
-class InternVLConfig:
+class InternVLConfig(AroundDecoder):
     """The two halves and what lies between them."""
 
     vision: VisionConfig
@@ -60,35 +60,6 @@ class InternVLConfig:
         """Tiles of images."""
         side = self.image_size // self.vision.patch_size // self.shuffle
         return Features("image", (self.vision.channels, self.image_size, self.image_size), side**2, self.image_token)
-
-    @property
-    def vocab_size(self) -> int:
-        """V of the language model."""
-        return self.text.vocab_size
-
-    @property
-    def num_layers(self) -> int:
-        """Of the language model."""
-        return self.text.num_layers
-
-    @property
-    def query_group(self) -> int:
-        """Query heads that share a kv head."""
-        return self.text.query_group
-
-    @property
-    def max_length(self) -> int:
-        """The longest sequence whose numbers are the model's own."""
-        return self.text.max_length
-
-    def length_key(self, prompt_length: int) -> bytes:
-        """What of a prompt's length changes its keys."""
-        return self.text.length_key(prompt_length)
-
-    @property
-    def recompute_after(self) -> int | None:
-        """Tokens after which the positions of the whole sequence change."""
-        return self.text.recompute_after
 
 
 def read_config(reader: ConfigReader) -> InternVLConfig:

@@ -9,7 +9,7 @@ from jaxinfer.errors import ConfigError
 from jaxinfer.layers.mlp import ACTIVATIONS
 from jaxinfer.layers.vision import VisionConfig
 from jaxinfer.models.base import CrossSource
-from jaxinfer.models.decoder_config import DecoderConfig
+from jaxinfer.models.decoder_config import AroundDecoder, DecoderConfig
 from jaxinfer.models.decoder_config import read_config as read_decoder_config
 from jaxinfer.models.internvl_config import side
 from jaxinfer.models.mllama_vision import MllamaVisionConfig
@@ -27,7 +27,7 @@ and in the original, it named layers whose inputs are (docs/decisions.md)."""
 
 
 @dataclass(frozen=True)
-class MllamaConfig:
+class MllamaConfig(AroundDecoder):
     """The tower, the decoder, and which layers of the latter read the former."""
 
     vision: MllamaVisionConfig
@@ -49,35 +49,6 @@ class MllamaConfig:
     def features(self) -> None:
         """No token's embedding is replaced."""
         return None
-
-    @property
-    def vocab_size(self) -> int:
-        """V."""
-        return self.text.vocab_size
-
-    @property
-    def num_layers(self) -> int:
-        """Of the decoder, of both kinds."""
-        return self.text.num_layers
-
-    @property
-    def query_group(self) -> int:
-        """Query heads that share a kv head."""
-        return self.text.query_group
-
-    @property
-    def max_length(self) -> int:
-        """The longest sequence whose numbers are the model's own."""
-        return self.text.max_length
-
-    def length_key(self, prompt_length: int) -> bytes:
-        """What of a prompt's length changes its keys."""
-        return self.text.length_key(prompt_length)
-
-    @property
-    def recompute_after(self) -> int | None:
-        """Tokens after which the positions of the whole sequence change."""
-        return self.text.recompute_after
 
 
 def read_config(reader: ConfigReader) -> MllamaConfig:

@@ -32,7 +32,7 @@ def make_llm(folder) -> Callable[..., LLM]:
 
 @pytest.fixture(scope="session")
 def shared_llm(make_llm) -> Iterator[LLM]:
-    """The LLM that `llm` hands out."""
+    """The LLM that `llm` hands out; a file that is about another model has its own."""
     with make_llm() as llm:
         yield llm
 
@@ -52,6 +52,7 @@ def assert_idle(llm: LLM) -> None:
         engine.step()
     assert not engine.requests and not engine.has_work
     assert int(engine.manager.pool.num_held) == 0
+    assert engine.scheduler.encoding.pool.num_pinned == 0
     engine.manager.check()
 
 

@@ -29,16 +29,6 @@ def shared_llm(folder) -> Iterator[LLM]:
         yield llm
 
 
-@pytest.fixture
-def llm(shared_llm) -> Iterator[LLM]:
-    shared_llm.reset_prefix_cache()
-    yield shared_llm
-    engine = shared_llm._engine
-    while engine.has_work and not engine.requests:  # a last step in flight of what was aborted
-        engine.step()
-    assert not engine.requests and not engine.has_work and int(engine.manager.pool.num_held) == 0
-
-
 def ask(audio: Any = (SOUND, RATE), **options: Any) -> dict[str, Any]:
     return {"multi_modal_data": {"audio": audio}, **options}
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
-from faults.conftest import SETTINGS, assert_idle
+from faults.conftest import SETTINGS
 from support.cross import START, folder
 
 from jaxinfer import LLM, SamplingParams
@@ -18,17 +18,10 @@ TEXT = "the cat sat on the mat"
 
 
 @pytest.fixture(scope="module")
-def shared() -> Iterator[LLM]:
+def shared_llm() -> Iterator[LLM]:
     made = folder(vocab_size=VOCAB, max_position_embeddings=LONGEST, bos_token_id=0, eos_token_id=1, with_tokenizer=True)
     with LLM(made, **SETTINGS | dict(max_model_len=40)) as llm:
         yield llm
-
-
-@pytest.fixture
-def llm(shared: LLM) -> Iterator[LLM]:
-    shared.reset_prefix_cache()
-    yield shared
-    assert_idle(shared)
 
 
 def tokens(outputs) -> list[list[int]]:

@@ -34,17 +34,6 @@ def shared_llm(tmp_path_factory) -> Iterator[LLM]:
         yield llm
 
 
-@pytest.fixture
-def llm(shared_llm) -> Iterator[LLM]:
-    shared_llm.reset_prefix_cache()
-    yield shared_llm
-    engine = shared_llm._engine
-    while engine.has_work and not engine.requests:  # a last step in flight of what was aborted
-        engine.step()
-    assert not engine.requests and not engine.has_work and int(engine.manager.pool.num_held) == 0
-    assert engine.scheduler.encoding.pool.num_pinned == 0
-
-
 def prompt(image=None, text: str = "hello <image> world", **data) -> dict:
     return {"prompt": text, "multi_modal_data": data or {"image": image}}
 

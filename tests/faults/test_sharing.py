@@ -22,7 +22,7 @@ GREEDY = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
-def llm(tmp_path_factory) -> Iterator[LLM]:
+def shared_llm(tmp_path_factory) -> Iterator[LLM]:
     folder = checkpoint.write(tmp_path_factory.mktemp("hybrid"), HYBRIDS["alternating"], scale=4.0)
     with LLM(folder, **SETTINGS) as made:
         yield made
