@@ -17,9 +17,9 @@ ALWAYS, NEVER = float("inf"), 0
 CROSSOVERS: Mapping[str, float] = {"cpu": ALWAYS, "gpu": ALWAYS}
 """By platform: the most rows for which one GEMM is at least as fast as several.
 
-CPU: a call costs little, so that little is won and little lost. Of the projections of a KDA, an attention and an MLP layer at 1 to
-64 rows several took 1.00 to 1.07 of the time of one in bfloat16, and 0.96 to 1.03 in float32 (medians of 150 to 300 rounds), where
-KDA's second product waits for the whole first one (`scripts/bench.py projections`, docs/results/cpu.md; jax 0.12, two cores).
+CPU: of the projections of a KDA, an attention and an MLP layer at 1 to 4096 rows several took 1.00 to 1.12 of the time of one in
+bfloat16, and 0.96 to 1.09 in float32, where no upper quartile lies below 1.00 (`scripts/bench.py projections`,
+docs/results/cpu.md; jax 0.12, two cores of an AMD EPYC).
 GPU: not measured yet.
 """
 

@@ -34,13 +34,14 @@ from jaxinfer.resolve import ModelLimits, resolve
 from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.sharding import make_mesh
 
-QUICK = "llama"
+pytestmark = pytest.mark.slow
+
 MODELS = [
-    pytest.param(name, marks=[pytest.mark.xdist_group(name), *[pytest.mark.slow] * (name != QUICK)])
-    for name in (QUICK, "five to one", "all sliding", "gpt_oss", "deepseek_v3", "kimi_linear")
+    pytest.param(name, marks=pytest.mark.xdist_group(name))
+    for name in ("llama", "five to one", "all sliding", "gpt_oss", "deepseek_v3", "kimi_linear")
 ]
 """A model of each kind of layer; what is in a family beside does not see which cache it is."""
-MOST = [model for model in MODELS if model.values[0] in (QUICK, "five to one")]
+MOST = [model for model in MODELS if model.values[0] in ("llama", "five to one")]
 
 
 @cache
@@ -82,9 +83,9 @@ def test_forks_copy_or_compute_again(name, host):
     assert any(len({tuple(tokens) for tokens in samples}) > 1 for samples in expected)
 
 
-@pytest.mark.xdist_group(QUICK)
+@pytest.mark.xdist_group("llama")
 def test_a_fork_shares_nothing_and_its_copies_are_made_once():
-    engine = make_engine(runners(QUICK)[1])
+    engine = make_engine(runners("llama")[1])
     request = make_request("all", prompt(CHUNK - 1), SamplingParams(temperature=0.3, seed=1, n=4, max_tokens=10))
     engine.add(request)
     engine.step()
@@ -93,12 +94,11 @@ def test_a_fork_shares_nothing_and_its_copies_are_made_once():
     assert len(set(plan.copies[1].tolist()) | set(plan.copies[0].tolist())) == 16
 
 
-@pytest.mark.xdist_group(QUICK)
-@pytest.mark.slow
+@pytest.mark.xdist_group("llama")
 def test_it_grows_through_several_read_lengths():
     """With XLA's attention, compiled for a read length: a row is read in a larger step when it needs it, and not before."""
     mesh = make_mesh(1)
-    hf = config(QUICK) | dict(max_position_embeddings=1024)
+    hf = config("llama") | dict(max_position_embeddings=1024)
     program, params = split(loading.random(hf, mesh), mesh, attention_kernel="xla")
     sizes = dict(block_size=32, width=18, max_length=576, num_blocks=ROWS * 18, prefill_buckets=(64,))
     paged = Runner(program, params, shapes(**sizes))
@@ -126,7 +126,6 @@ def test_it_grows_through_several_read_lengths():
         assert widths() == wanted_widths
 
 
-@pytest.mark.slow
 @pytest.mark.xdist_group("five to one")
 def test_divided_over_devices():
     mesh = make_mesh(2)
@@ -136,9 +135,9 @@ def test_divided_over_devices():
     assert run(make_engine(two), mixed(EDGES)) == run(make_engine(paged), mixed(EDGES))
 
 
-@pytest.mark.xdist_group(QUICK)
+@pytest.mark.xdist_group("llama")
 def test_an_aborted_request_leaves_its_row():
-    _, contiguous = runners(QUICK)
+    _, contiguous = runners("llama")
     engine = make_engine(contiguous)
     request = make_request("all", prompt(9), SamplingParams(temperature=0.3, seed=1, n=3, max_tokens=30))
     other = make_request("other", prompt(20), GREEDY)
@@ -152,7 +151,6 @@ def test_an_aborted_request_leaves_its_row():
     assert engine.manager.pool.num_held == 0 and other.sequences[0].finish_reason == "length"
 
 
-@pytest.mark.slow
 @pytest.mark.xdist_group("cross")
 def test_what_an_encoder_read_lies_in_the_row():
     """And is computed for each request, and copied by forks, where a paged cache has it once."""

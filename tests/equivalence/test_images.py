@@ -10,7 +10,7 @@ from jaxinfer.engine.engine import Engine
 from jaxinfer.engine.request import Request
 from jaxinfer.sampling_params import SamplingParams
 
-pytestmark = pytest.mark.xdist_group("internvl")
+pytestmark = [pytest.mark.xdist_group("internvl"), pytest.mark.slow]
 
 A, B, LARGE = image(1, 1), image(1, 2), image(3, 3)
 PROMPTS = (
@@ -36,7 +36,7 @@ def settled(engine: Engine) -> None:
     assert engine.scheduler.encoding.pool.num_pinned == 0 and not engine.scheduler.encoding.rows
 
 
-@pytest.mark.parametrize("budget", [pytest.param(size, marks=pytest.mark.slow) for size in (3, 7, CHUNK)])
+@pytest.mark.parametrize("budget", [3, 7, CHUNK])
 def test_a_mixed_batch_in_chunks_that_cut_images(budget):
     wanted = requests()
     expected = alone(wanted)
@@ -55,7 +55,6 @@ def test_the_order_of_images_matters():
     assert one != other
 
 
-@pytest.mark.slow
 def test_a_distinct_image_is_encoded_once():
     wanted = [image_request(str(i), (i + 1, A, 2, LARGE, 3), GREEDY, seed=50 * i) for i in range(5)]
     expected = alone(wanted)
@@ -141,7 +140,6 @@ def test_preempted_and_computed_again():
     settled(engine)
 
 
-@pytest.mark.slow
 def test_a_feature_pool_too_small_for_all_images_at_once():
     wanted = [image_request(str(i), (2, image(SLOTS - 2, 60 + i % 3), 4), GREEDY) for i in range(6)]
     expected = alone(wanted)
@@ -167,7 +165,6 @@ def test_a_failed_step_makes_a_new_pool():
     settled(engine)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("steps", range(5))
 def test_an_abort_lets_go_of_its_images_and_harms_nobody(steps):
     kept, gone = image_request("kept", (3, A, 8), GREEDY), image_request("gone", (1, LARGE, 9), GREEDY)
@@ -185,7 +182,6 @@ def test_an_abort_lets_go_of_its_images_and_harms_nobody(steps):
     settled(engine)
 
 
-@pytest.mark.slow
 def test_a_random_workload():
     rng = np.random.default_rng(0)
     wanted = [
@@ -200,7 +196,6 @@ def test_a_random_workload():
     settled(engine)
 
 
-@pytest.mark.slow
 def test_token_ids_that_are_made_keep_their_own_embedding():
     """The image token may be made as any other; computed again it is no image."""
     params = SamplingParams(temperature=0, max_tokens=12, allowed_token_ids=[90])
@@ -211,7 +206,6 @@ def test_token_ids_that_are_made_keep_their_own_embedding():
     assert set(wanted[0].sequences[0].output_ids.tolist()) == {90}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("tp", [2])
 def test_divided_over_devices(tp):
     wanted = requests(parts=PROMPTS[:6])

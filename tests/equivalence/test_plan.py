@@ -5,22 +5,19 @@ from support.plans import CASES, compiled, on_cpu, payloads, planned
 
 from jaxinfer.sharding import make_mesh
 
-pytestmark = pytest.mark.xdist_group("plan")
+pytestmark = [pytest.mark.xdist_group("plan"), pytest.mark.slow]
 
 
-@pytest.mark.parametrize("case", ["attention replicated", *(
-    pytest.param(case, marks=pytest.mark.slow) for case in CASES if case != "attention replicated")])  # fmt: skip
+@pytest.mark.parametrize("case", CASES)
 def test_a_decode_step_has_the_collectives_of_the_plan(case: str):
     assert compiled(case, "decode", make_mesh(8)).collectives == on_cpu(planned(case, 8), "decode")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", ["sharded", "mlp replicated", "tied"])
 def test_a_prefill_step_has_the_collectives_of_the_plan(case: str):
     assert compiled(case, "prefill", make_mesh(8)).collectives == on_cpu(planned(case, 8), "prefill")
 
 
-@pytest.mark.slow
 def test_a_step_on_fewer_devices_has_them_too_and_one_on_one_device_none():
     assert compiled("sharded", "decode", make_mesh(2)).collectives == on_cpu(planned("sharded", 2), "decode")
     assert planned("sharded", 1).exchanges == ()

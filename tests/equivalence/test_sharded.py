@@ -26,7 +26,7 @@ from jaxinfer.models.base import Features
 from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.sharding import axes, make_mesh
 
-pytestmark = pytest.mark.xdist_group("sharded")
+pytestmark = [pytest.mark.xdist_group("sharded"), pytest.mark.slow]
 
 Sharded = Callable[..., Runner]
 
@@ -66,7 +66,6 @@ def test_the_checkpoint_read_for_one_device_holds_the_weights_written(sharded: S
         np.testing.assert_array_equal(made[path][...], read[path][...])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("tp", [2, 4, 8])
 def test_sharded_is_single(sharded: Sharded, tp: int):
     check(sharded("llama", tp), sharded())
@@ -76,14 +75,12 @@ MORE = {"olmo3": (2, 8), "gpt_oss": (2, 8), "kimi_linear": (2, 4), "qwen3_moe": 
 """Families that stand for a kind of layer: norms over all heads, sinks, states, experts. Llama has 2, 4 and 8 above."""
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("family", "tp"), [
     (family, tp) for family in ARCHITECTURES if family != "llama" for tp in MORE.get(family, (2,))])  # fmt: skip
 def test_every_family_sharded_is_single(sharded: Sharded, family: str, tp: int):
     check(sharded(family, tp), sharded(family), greedy)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "tp", "placement"),
     [("mixtral", 2, "experts"), ("qwen3_moe", 2, "experts"), ("qwen3_moe", 8, "experts"), ("qwen3_moe", 4, "replicate")],
@@ -93,13 +90,11 @@ def test_experts_divided_otherwise_are_single(sharded: Sharded, family: str, tp:
     check(sharded(family, tp, {"*.mlp": placement}), sharded(family), greedy)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("tp", [2, 8])
 def test_with_few_blocks_and_short_chunks_sharded_is_single(sharded: Sharded, tp: int):
     check(sharded("llama", tp), sharded(), pool_blocks=13, budget=7)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", PLACEMENTS)
 def test_each_placement_is_single(sharded: Sharded, name: str):
     check(sharded("llama", 4, PLACEMENTS[name]), sharded(), greedy)
@@ -108,9 +103,8 @@ def test_each_placement_is_single(sharded: Sharded, name: str):
 # Beside the layers' own: the rows looked up and the logits of the sampler, where the ends of the model are divided.
 @pytest.mark.parametrize(
     ("case", "layers", "ends"),
-    [("all replicated", 0, 0), *(pytest.param(*case, marks=pytest.mark.slow) for case in
-     [("sharded", 4, 2), ("attention replicated", 2, 2), ("mlp replicated", 2, 2), ("first layer replicated", 2, 2),
-      ("ends replicated", 4, 0)])],
+    [("all replicated", 0, 0), ("sharded", 4, 2), ("attention replicated", 2, 2), ("mlp replicated", 2, 2),
+     ("first layer replicated", 2, 2), ("ends replicated", 4, 0)],
 )  # fmt: skip
 def test_a_replicated_module_has_no_collective(case: str, layers: int, ends: int):
     found = compiled(case, "decode", make_mesh(8)).collectives
@@ -131,7 +125,6 @@ def zero_heads(runner: Runner) -> int:
     [("llama", 6, 3, 4, 2), ("llama", 6, 2, 4, 2), ("qwen2", 14, 2, 8, 2), ("qwen3", 9, 3, 8, 7), ("llama", 5, 5, 4, 3),
      ("olmo3", 6, 2, 4, 2), ("gpt_oss", 6, 2, 4, 2)],
 )  # fmt: skip
-@pytest.mark.slow
 def test_heads_of_zeroes_change_nothing(sharded: Sharded, family: str, heads: int, kv_heads: int, tp: int, added: int):
     sizes = dict(num_attention_heads=heads, num_key_value_heads=kv_heads)
     padded = sharded(family, tp, pad_heads=True, **sizes)
@@ -139,7 +132,6 @@ def test_heads_of_zeroes_change_nothing(sharded: Sharded, family: str, heads: in
     check(padded, sharded(family, **sizes), greedy)
 
 
-@pytest.mark.slow
 def test_a_decoder_beside_a_vision_tower_has_a_copy_on_each_device_of_the_axis_data(sharded: Sharded, tmp_path: Path):
     hf = CONFIG | dict(architectures=["LlamaForCausalLM"], num_attention_heads=8)
     folder = checkpoint.write(tmp_path, hf, with_tokenizer=False)

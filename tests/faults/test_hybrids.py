@@ -25,7 +25,7 @@ from jaxinfer.models import loading
 from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.sharding import make_mesh
 
-pytestmark = pytest.mark.xdist_group("alternating")
+pytestmark = [pytest.mark.xdist_group("alternating"), pytest.mark.slow]
 
 SHARED = prompt(2 * CHUNK, 70)
 
@@ -102,7 +102,6 @@ def test_nan_in_a_row_is_that_requests_error_and_no_hit(runner, nan_token, at):
     assert run(engine, [make_request("good", prompt(34, 6), GREEDY)]) == [expected]
 
 
-@pytest.mark.slow
 def test_64_prompts_with_one_prefix_in_one_step(runner):
     wanted = [make_request(str(i), [*SHARED[: 2 * BLOCK], 3 + i], GREEDY) for i in range(64)]
     assert run(make_engine(runner), wanted) == alone(runner, wanted)
@@ -149,7 +148,6 @@ def test_a_forced_hash_collision_is_a_miss(runner, monkeypatch):
         assert request.cached_tokens <= BLOCK
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["alternating", "all sliding"])
 def test_a_forgotten_prefix_is_never_a_hit(name):
     """As after new weights, while something runs."""
@@ -207,7 +205,6 @@ def test_the_first_of_those_that_share_a_prefix_ends_early(runner):
     assert others[1].cached_tokens == len(SHARED)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("family", "window"), [("gpt_oss", 1), ("gemma2", 8 * LENGTH)])
 def test_odd_windows(family, window):
     """A window of one, where a sink takes part of the only weight there is, and one that no sequence ever fills."""

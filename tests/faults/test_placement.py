@@ -13,7 +13,7 @@ from jaxinfer.models import loading
 from jaxinfer.sharding import make_mesh
 from jaxinfer.sharding.policy import Placement
 
-pytestmark = pytest.mark.xdist_group("placed")
+pytestmark = [pytest.mark.xdist_group("placed"), pytest.mark.slow]
 
 HEADS = r"layers.0.attention: axis 'heads' of size 4 \(around 2 kv heads\) does not divide over mesh axis 'model' of size 3"
 
@@ -67,7 +67,6 @@ def test_a_module_runs_on_the_mesh_that_it_was_loaded_for(folder: Path):
         LLM(module)
 
 
-@pytest.mark.slow
 def test_a_users_mesh_and_placement_give_the_tokens_of_one_device(make_llm, llm):
     prompts = ["hello world, the cat", "sat on", "the mat"]
     greedy = SamplingParams(temperature=0, max_tokens=12)
@@ -78,7 +77,6 @@ def test_a_users_mesh_and_placement_give_the_tokens_of_one_device(make_llm, llm)
     assert found == expected
 
 
-@pytest.mark.slow
 def test_three_devices_share_four_heads_with_padding(folder: Path, make_llm, llm):
     greedy = SamplingParams(temperature=0, max_tokens=12)
     with make_llm(tensor_parallel_size=3, pad_heads=True) as padded:
@@ -88,7 +86,6 @@ def test_three_devices_share_four_heads_with_padding(folder: Path, make_llm, llm
     assert found == llm.generate("hello world", greedy, use_tqdm=False)[0].outputs[0].token_ids
 
 
-@pytest.mark.slow
 def test_replaced_weights_of_a_placed_model_are_never_met_in_its_cache(make_llm, llm, tmp_path: Path):
     """Prefixes computed with the old weights are forgotten, and the new ones lie as the old did."""
     other = checkpoint.write(tmp_path, seed=3, scale=4.0)

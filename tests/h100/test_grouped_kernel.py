@@ -19,7 +19,7 @@ from jaxinfer.kernels.triton_launch import Target
 from jaxinfer.sharding.policy import Placement
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.xdist_group("h100")
+pytestmark = [pytest.mark.xdist_group("h100"), pytest.mark.slow]
 
 H100 = Target(90, 132)
 SHARED = 227 << 10
@@ -80,7 +80,6 @@ def step(kind: str, tp: int = 1, placement: str = "shard", quantization: str | N
     return compile_step(program, params, SHAPES, Bucket(kind, tokens, ROWS, WIDTH, Level.GREEDY, -1, tile=program.tile))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("quantization", [None, "int8"])
 @pytest.mark.parametrize("kind", ["decode", "prefill"])
 def test_a_step_with_experts_is_one_command_buffer_and_copies_no_weights(kind: str, quantization: str | None):
@@ -91,7 +90,6 @@ def test_a_step_with_experts_is_one_command_buffer_and_copies_no_weights(kind: s
     assert compiled.collectives == Counter()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("placement", ["shard", "experts"])
 def test_a_layer_has_two_all_reduces_and_nothing_else(placement: str):
     assert step("decode", 4, placement).collectives == Counter({"all-reduce": 2 * LAYERS + 1, "all-gather": 1})

@@ -23,7 +23,7 @@ from jaxinfer.kernels.native import build
 from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.sharding import make_mesh
 
-pytestmark = pytest.mark.xdist_group("llama")
+pytestmark = [pytest.mark.xdist_group("llama"), pytest.mark.slow]
 
 
 def step(kind: str, level: Level, dtype: str = "float32", *, contiguous: bool = False) -> Compiled:

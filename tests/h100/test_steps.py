@@ -12,7 +12,7 @@ from jaxinfer.engine.steps import Shapes
 from jaxinfer.engine.sampling_rows import Level
 from jaxinfer.sharding.policy import REPLICATE, Placement
 
-pytestmark = [pytest.mark.xdist_group("h100"), pytest.mark.usefixtures("cuda_compiler")]
+pytestmark = [pytest.mark.xdist_group("h100"), pytest.mark.usefixtures("cuda_compiler"), pytest.mark.slow]
 
 ROWS, POSITIONS, BLOCK, CHUNK = 8, 1024, 16, 512
 WIDTH = POSITIONS // BLOCK
@@ -71,7 +71,6 @@ def check_in_place(compiled: Compiled) -> None:
     assert compiled.large_copies == []
 
 
-@pytest.mark.slow
 def test_a_decode_step_of_16_layers_updates_the_cache_in_place_in_little_memory():
     compiled = step("decode", 16)
     check_in_place(compiled)
@@ -79,7 +78,6 @@ def test_a_decode_step_of_16_layers_updates_the_cache_in_place_in_little_memory(
     assert compiled.collectives == Counter()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["decode", "prefill"])
 def test_a_contiguous_cache_is_updated_in_place_with_no_kernel_more(kind: str):
     """Tables follow from the rows: what writes and reads them in a step over a paged cache falls away."""
@@ -91,7 +89,6 @@ def test_a_contiguous_cache_is_updated_in_place_with_no_kernel_more(kind: str):
     assert len(contiguous.kernels) <= len(paged.kernels)
 
 
-@pytest.mark.slow
 def test_layers_of_a_contiguous_cache_that_share_arrays_update_them_in_place():
     compiled = hybrid("decode", "five to one", contiguous=True)
     check_in_place(compiled)
@@ -112,8 +109,8 @@ def test_a_step_is_one_command_buffer_of_11_kernels_a_layer(kind: str, layers: i
 
 
 @pytest.mark.parametrize(("kind", "name"), [
-    ("decode", "alternating"), *(pytest.param(*case, marks=pytest.mark.slow) for case in
-     [("decode", "five to one"), ("prefill", "alternating"), ("prefill", "five to one")])])  # fmt: skip
+    ("decode", "alternating"), ("decode", "five to one"), ("prefill", "alternating"), ("prefill", "five to one"),
+])  # fmt: skip
 def test_layers_that_share_arrays_update_them_in_place(kind: str, name: str):
     """12 layers on 6 lanes in 2 groups, or on 2 lanes in 6: each kind of layer takes its work items from its own tables."""
     compiled = hybrid(kind, name)
@@ -124,7 +121,6 @@ def test_layers_that_share_arrays_update_them_in_place(kind: str, name: str):
     assert len(compiled.kernels) <= 11 * 12 + 16 + 5 * groups
 
 
-@pytest.mark.slow
 def test_layers_that_share_arrays_do_so_on_several_devices():
     compiled = hybrid("decode", "five to one", 4)
     check_in_place(compiled)
@@ -137,7 +133,6 @@ def test_a_decode_step_moves_its_weights_and_10_percent_more():
     assert step("decode", 16).moved_bytes < 1.1 * 2 * weights
 
 
-@pytest.mark.slow
 def test_all_but_collectives_lies_in_command_buffers_on_several_devices():
     two, three = (Counter(step("decode", layers, 4).launched_alone) for layers in (2, 3))
     assert three["kAllReduce"] - two["kAllReduce"] == 2
@@ -146,7 +141,7 @@ def test_all_but_collectives_lies_in_command_buffers_on_several_devices():
     assert step("decode", 3, 4).kernels.count("attend") == 3
 
 
-@pytest.mark.parametrize("layers", [2, pytest.param(16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("layers", [2, 16])
 def test_a_prefill_step_updates_the_cache_in_place(layers: int):
     compiled = step("prefill", layers)
     check_in_place(compiled)
@@ -154,7 +149,6 @@ def test_a_prefill_step_updates_the_cache_in_place(layers: int):
     assert compiled.collectives == Counter()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["decode", "prefill"])
 def test_a_step_with_every_sampler_setting_updates_cache_and_histories_in_place(kind: str):
     compiled = step(kind, 2, level=Level.EDITED)
@@ -168,7 +162,6 @@ def test_a_step_with_every_sampler_setting_updates_cache_and_histories_in_place(
     ("kind", "tp", "quantization"),
     [("decode", 4, None), ("decode", 8, None), ("prefill", 8, None), ("decode", 8, "int8"), ("prefill", 8, "int8")],
 )
-@pytest.mark.slow
 def test_a_layer_has_two_all_reduces_and_nothing_else(kind: str, tp: int, quantization: str | None):
     two, three = (step(kind, layers, tp, quantization=quantization) for layers in (2, 3))
     check_in_place(three)
@@ -178,7 +171,6 @@ def test_a_layer_has_two_all_reduces_and_nothing_else(kind: str, tp: int, quanti
 
 
 # A replicated lane is whole on every device: four times the bytes of a divided one.
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "replicated", "reduces", "share"),
     [("decode", "*.attention", 1, 1), ("prefill", "*.attention", 1, 1), ("decode", "*.mlp", 1, 1 / 4),
@@ -194,14 +186,12 @@ def test_a_replicated_module_has_no_collective_and_its_lane_stays_in_place(
     assert three.cache_bytes == 3 * SHAPES.num_blocks * 2 * 4 * BLOCK * 64 * 2 * share
 
 
-@pytest.mark.slow
 def test_a_step_with_everything_replicated_has_no_collective():
     compiled = step("decode", 2, 4, replicated="*")
     check_in_place(compiled)
     assert compiled.collectives == Counter()
 
 
-@pytest.mark.slow
 def test_heads_of_zeroes_add_no_collective_and_no_copy():
     """14 heads around 2 over eight devices, two a device."""
     compiled = step("decode", 2, 8, heads=14, kv_heads=2)

@@ -22,7 +22,7 @@ from jaxinfer.functional import Program
 from jaxinfer.layers.mlp import ACTIVATIONS
 from jaxinfer.models.base import FeatureRows
 
-pytestmark = pytest.mark.xdist_group("internvl")
+pytestmark = [pytest.mark.xdist_group("internvl"), pytest.mark.slow]
 
 TOLERANCE = 1e-4
 """Of a float32 number; an option that is overlooked must move the rows by 100 times as much."""
@@ -126,13 +126,7 @@ def _encode(program: Program, params: list[jax.Array], pixels: jax.Array) -> tup
     return program.module(params).vision_tower(pixels), functional.encode(program, params, pixels)
 
 
-def cases(quick: tuple[str, ...] = ("rms_norm, norm of q and k",)) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("name", [
-        pytest.param(name, marks=[] if name in quick else pytest.mark.slow) for name in CASES
-    ])  # fmt: skip
-
-
-@cases()
+@pytest.mark.parametrize("name", CASES)
 def test_the_tower_and_the_projector_equal_transformers(name, folder):
     program, params = loaded.load(folder(name))
     pixels = tiles(3, CASES[name].side)
@@ -144,7 +138,7 @@ def test_the_tower_and_the_projector_equal_transformers(name, folder):
     np.testing.assert_allclose(rows, ref.rows(model(name), pixels), rtol=0, atol=TOLERANCE)
 
 
-@cases()
+@pytest.mark.parametrize("name", CASES)
 def test_an_option_overlooked_moves_the_rows(name):
     pixels = tiles(3, CASES[name].side)
     whole = ref.rows(model(name), pixels)
@@ -195,19 +189,12 @@ TEXT = {
 }  # fmt: skip
 
 
-def texts() -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("name", [
-        pytest.param(name, marks=[] if name == "qwen2" else pytest.mark.slow) for name in TEXT
-    ])  # fmt: skip
-
-
 @cache
 def speaking(name: str) -> ref.Model:
     return ref.model(text=TEXT[name], tie_word_embeddings=name == "tied")
 
 
-@pytest.mark.slow
-@texts()
+@pytest.mark.parametrize("name", TEXT)
 def test_logits_at_every_position_equal_transformers(name, tmp_path):
     reference, pixels = speaking(name), tiles(4)
     reference.save_pretrained(tmp_path)
@@ -217,7 +204,6 @@ def test_logits_at_every_position_equal_transformers(name, tmp_path):
     assert (np.array(moved) > 1e-2).tolist() == [True, False, True, False]
 
 
-@pytest.mark.slow
 def test_both_formats_of_transformers_are_the_same_weights(tmp_path):
     reference = model("rms_norm, norm of q and k")
     for own in (True, False):
@@ -252,7 +238,6 @@ ORIGINALS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ORIGINALS)
 def test_an_original_checkpoint_gives_what_transformers_gives(name, tmp_path):
     case, pixels = ORIGINALS[name], tiles(4)
@@ -266,7 +251,6 @@ def test_an_original_checkpoint_gives_what_transformers_gives(name, tmp_path):
             np.testing.assert_allclose(ours, theirs, rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.slow
 def test_an_original_checkpoint_with_larger_tiles(tmp_path):
     made = ref.model()
     saved, pixels = ref.save_original(made, tmp_path, force_image_size=42), tiles(2, 42)
@@ -275,7 +259,6 @@ def test_an_original_checkpoint_with_larger_tiles(tmp_path):
     np.testing.assert_allclose(_encode(program, params, pixels)[1], ref.rows(made, pixels), rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.slow
 def test_int8_is_of_the_language_model_alone(tmp_path):
     reference, pixels = speaking("qwen2"), tiles(4)
     reference.save_pretrained(tmp_path)

@@ -21,7 +21,7 @@ from jaxinfer import LLM, SamplingParams
 from jaxinfer.functional import Program
 from jaxinfer.media import EncoderInput
 
-pytestmark = pytest.mark.xdist_group("mllama")
+pytestmark = [pytest.mark.xdist_group("mllama"), pytest.mark.slow]
 
 TOLERANCE = 1e-4
 """Of a float32 number; what is overlooked must move the numbers by 100 times as much."""
@@ -54,7 +54,6 @@ def rows(folder: Path, tp: int = 1) -> np.ndarray:
     return np.asarray(_rows(program, params, pixels, canvases[:, 0])).reshape(3, mllama.TILES, mllama.PATCHES, -1)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("tp", [1, 2])
 def test_the_tower(folder: Path, tp: int):
     """Images of several numbers of tiles in one step; rows of tiles that an image has not are of no use to anybody."""
@@ -88,7 +87,6 @@ def check(folder: Path, reference: ref.Model, prompts: Sequence[tuple], tp: int 
         np.testing.assert_allclose(found[:, : mllama.VOCAB], expected, atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("tp", [1, 2])
 def test_prompts_with_and_without_images_side_by_side(folder: Path, tp: int):
     """As transformers' own processor writes them: the image tokens come first."""
@@ -127,7 +125,6 @@ def test_other_images_and_orders_tell():
         assert np.abs(ref.logits(changed, ids, [one, two]) - expected).max() > 100 * TOLERANCE, option
 
 
-@pytest.mark.slow
 def test_checkpoints_from_before_kept_what_layers_read(tmp_path: Path):
     """Written by transformers before 4.56, as those on the Hub: `intermediate_layers_indices` names inputs of layers."""
     names = ref.model(vision={"intermediate_layers_indices": [1, 2]})
@@ -165,7 +162,6 @@ def ask(ids: list[int], images: Sequence[EncoderInput]) -> dict[str, Any]:
 MADE = 24
 
 
-@pytest.mark.slow
 def test_greedy_tokens_of_a_mixed_batch(llm: LLM):
     """With no, one and several images, of all lengths, chunked; an image that comes again is not encoded again."""
     one, two, three = IMAGES

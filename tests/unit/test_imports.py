@@ -155,7 +155,8 @@ def test_importing_the_package_loads_nothing_else():
 
 @pytest.mark.parametrize(
     "statement",
-    ["from jaxinfer import LLM, EngineConfig, SamplingParams", "from jaxinfer import models, sharding, kv, functional",
+    [pytest.param("from jaxinfer import LLM, EngineConfig, SamplingParams", marks=pytest.mark.slow),
+     pytest.param("from jaxinfer import models, sharding, kv, functional", marks=pytest.mark.slow),
      "import importlib; [importlib.import_module(name) for name in {modules!r}]"],
     ids=["names", "wings", "every module"],
 )  # fmt: skip

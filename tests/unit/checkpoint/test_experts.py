@@ -25,7 +25,7 @@ from jaxinfer.models import converting, loading
 from jaxinfer.sharding import make_mesh
 from jaxinfer.sharding.policy import Placement
 
-pytestmark = pytest.mark.xdist_group("experts")
+pytestmark = [pytest.mark.xdist_group("experts"), pytest.mark.slow]
 
 STACKED = re.compile(r"(.*\.experts)\.(gate_up|down)_proj")
 EACH = {"qwen3_moe": ("gate_proj", "up_proj", "down_proj"), "mixtral": ("w1", "w3", "w2")}
@@ -75,10 +75,8 @@ def assert_same(found: Mapping[str, nnx.Param], expected: Mapping[str, nnx.Param
         np.testing.assert_array_equal(ours, theirs, path)
 
 
-@pytest.mark.parametrize(("family", "way"), [
-    pytest.param(family, way, marks=[] if (family, way) == ("mixtral", "by experts") else pytest.mark.slow)
-    for family in EACH for way in WAYS
-])  # fmt: skip
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("family", EACH)
 def test_one_by_one_they_are_what_they_are_in_stacks(family: str, way: str, stacked, tmp_path: Path):
     each = one_by_one(family, stacked[family], tmp_path / "each")
     assert_same(load(each, way), load(stacked[family], way))
@@ -119,7 +117,6 @@ def test_int8_is_each_experts_rows_quantised(way: str, stacked):
 @pytest.mark.parametrize("quantization", [None, "int8"])
 @pytest.mark.parametrize(("before", "after"), [("sharded", "one"), ("one", "sharded"), ("by experts", "sharded"),
                                                ("sharded", "by experts"), ("by experts", "by experts")])  # fmt: skip
-@pytest.mark.slow
 def test_a_converted_folder_gives_them_back_laid_out_otherwise(before, after, quantization, stacked, tmp_path: Path):
     tp, placement = WAYS[before]
     out, source = tmp_path / "out", stacked["qwen3_moe"]
@@ -232,7 +229,6 @@ def test_mxfp4_is_quantised_to_int8_from_its_own_numbers():
     np.testing.assert_array_equal(source.read(name, (slice(1, 2), slice(3, 40), slice(5, 50))), values[1:2, 3:40, 5:50])
 
 
-@pytest.mark.slow
 def test_mxfp4_is_what_transformers_makes_of_it():
     torch = pytest.importorskip("torch", reason="the reference; it comes with the extra `test`")
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors

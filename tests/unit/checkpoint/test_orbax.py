@@ -28,7 +28,7 @@ from jaxinfer.models import converting, loading
 from jaxinfer.sharding import make_mesh
 from jaxinfer.sharding.policy import Placement
 
-pytestmark = pytest.mark.xdist_group("orbax")
+pytestmark = [pytest.mark.xdist_group("orbax"), pytest.mark.slow]
 ROOT = Path(__file__).parents[3]
 
 
@@ -100,7 +100,6 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
             np.testing.assert_array_equal(np.asarray(a.data), np.asarray(b.data), path)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "after", "family", "quantization"),
     [(*sizes, family, quantization)
@@ -148,7 +147,7 @@ def test_a_placement_holds_until_another_is_asked_for(make):
         load(folder, 2, placement=Placement({"nothing.like.it": "shard"}))
 
 
-@pytest.mark.parametrize("quantization", [None, pytest.param("int8", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("quantization", [None, "int8"])
 def test_heads_of_zeroes_are_left_out_where_they_are_not_needed(make, quantization):
     source, folder = make("qwen2", 3, quantization=quantization, pad_heads=True)
     for tp in (3, 2):
@@ -156,7 +155,6 @@ def test_heads_of_zeroes_are_left_out_where_they_are_not_needed(make, quantizati
     assert np.count_nonzero(load(folder, 3)["layers.0.attention.out.weight"].get_value()[:, -1]) == 0
 
 
-@pytest.mark.slow
 def test_another_dtype_where_nothing_was_rounded(make):
     source, folder = make(tp=2, stored=ml_dtypes.bfloat16)
     assert Manifest.read(folder).dtype == "bfloat16"
@@ -217,7 +215,6 @@ def test_what_lies_beside_the_weights_is_taken_over(tmp_path):
     assert list(tmp_path.glob(".*")) == []
 
 
-@pytest.mark.slow
 def test_the_fingerprint_follows_names_and_numbers(tmp_path):
     source = write(tmp_path / "source")
 
@@ -458,7 +455,6 @@ for point, patch in POINTS.items():
 """Conversions that are killed, each at its point."""
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_killed_conversion_leaves_nothing_that_loads_and_the_next_one_works(tmp_path):
     source = write(tmp_path / "source")
@@ -505,7 +501,6 @@ for source, name in ((tiny, "tiny"), (large, "large")):
 """A first, tiny checkpoint brings in what any conversion needs; then the growth of resident memory with a large one."""
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs /proc")
 def test_conversion_takes_less_memory_than_three_times_the_largest_tensor(tmp_path):
     """And restoring little more than the weights."""

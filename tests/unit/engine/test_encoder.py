@@ -17,7 +17,7 @@ from jaxinfer.engine.setup import choose_shapes
 from jaxinfer.engine.steps import abstract_arguments
 from jaxinfer.errors import CapacityError, ConfigError
 
-pytestmark = pytest.mark.xdist_group("internvl")
+pytestmark = [pytest.mark.xdist_group("internvl"), pytest.mark.slow]
 
 
 def test_a_text_models_steps_take_what_they_took_before():

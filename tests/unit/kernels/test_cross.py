@@ -17,6 +17,8 @@ from jaxinfer.kernels.paged import DecodeRows, PrefillTiles
 from jaxinfer.kernels.triton_attention import TritonAttention
 from jaxinfer.kernels.triton_launch import Target
 
+pytestmark = pytest.mark.slow
+
 P = PLAIN.block
 SHAPES = {
     "plain": PLAIN,

@@ -11,6 +11,8 @@ from jaxinfer.kernels import delta
 from jaxinfer.kernels.delta import Tokens
 from jaxinfer.kernels.state import DecodeSlots, Segments
 
+pytestmark = pytest.mark.slow
+
 H, DK, DV, SLOTS = 2, 16, 12, 7
 NOWHERE = 99
 STRENGTHS = {"none": 0.0, "weak": 1e-3, "strong": 30.0, "mixed": None}
@@ -59,11 +61,9 @@ def close(found, expected) -> None:
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("per_head", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["channels", "heads"])
+@pytest.mark.parametrize("per_head", [False, True], ids=["channels", "heads"])
 @pytest.mark.parametrize("strength", STRENGTHS)
-@pytest.mark.parametrize(
-    "one_by_one", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["one by one", "at once"]
-)
+@pytest.mark.parametrize("one_by_one", [True, False], ids=["one by one", "at once"])
 def test_chunks_are_the_recurrence_over_thousands_of_tokens(one_by_one, strength, per_head):
     made = tokens(4096, strength, per_head)
     expected, last = _recurrence(made, states()[3])

@@ -15,6 +15,8 @@ from jaxinfer.kernels import triton_tiles
 from jaxinfer.kernels.triton_attention import TritonAttention
 from jaxinfer.kernels.triton_launch import Target
 
+pytestmark = pytest.mark.slow
+
 P = PLAIN.block
 MORE_SHAPES = {
     "nothing is padded": Shape(heads=32, kv_heads=2, dim=16, block=16),
@@ -26,8 +28,7 @@ MORE_SHAPES = {
     "blocks of one": Shape(block=1, window=9),
 }
 ALL = SHAPES | MORE_SHAPES
-QUICK = ("plain", "bfloat16", "window of one block, sinks, softcap", "latent", "keys in two parts", "nothing is padded")
-NAMES = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in ALL if name not in QUICK)]
+NAMES = list(ALL)
 """The interpreter takes a second or so for each."""
 
 
@@ -73,7 +74,7 @@ def test_decode_is_the_oracle(name: str):
     check_decode(Case(ALL[name], lengths, [1] * len(lengths)), cores=4, padding=1)
 
 
-@pytest.mark.parametrize("cores", [2, *(pytest.param(count, marks=pytest.mark.slow) for count in (1, 64))])
+@pytest.mark.parametrize("cores", [1, 2, 64])
 def test_decode_in_one_piece_a_row_and_in_as_many_as_there_can_be(cores: int):
     case = Case(PLAIN, [80, 2, 49, 33], [1] * 4, width=23)
     check_decode(case, cores=cores, padding=1)
@@ -86,9 +87,8 @@ def test_prefill_of_several_chunks_is_the_oracle(name: str):
 
 @pytest.mark.parametrize(
     ("chunks", "tile"),
-    [("more than a tile", 32),
-     *(pytest.param(chunks, size, marks=pytest.mark.slow) for chunks in CHUNKS for size in (32, 1))],
-)  # fmt: skip
+    [(chunks, size) for chunks in CHUNKS for size in (32, 1)],
+)
 def test_prefill_in_tiles_of_any_size_is_the_oracle(chunks: str, tile: int):
     check_prefill(chunked("plain", chunks), tile=tile)
 
@@ -111,14 +111,12 @@ ANY = settings(
 )
 
 
-@pytest.mark.slow
 @ANY
 @given(shape=shapes(), lengths=st.lists(st.integers(1, 90), min_size=1, max_size=4), cores=st.integers(1, 8))
 def test_any_decode_is_the_oracle(shape: Shape, lengths: list[int], cores: int):
     check_decode(Case(shape, lengths, [1] * len(lengths)), cores=cores)
 
 
-@pytest.mark.slow
 @ANY
 @given(
     shape=shapes(), tile=st.sampled_from([1, 3, 8]),

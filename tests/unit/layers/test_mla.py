@@ -30,7 +30,7 @@ from jaxinfer.layers.rope_config import RopeConfig
 from jaxinfer.models.mla_rules import mla_rules
 from jaxinfer.sharding import make_mesh
 
-pytestmark = pytest.mark.xdist_group("linear attention")
+pytestmark = [pytest.mark.xdist_group("linear attention"), pytest.mark.slow]
 
 M, H, RANK, DN, R, DV = 32, 4, 24, 16, 8, 12
 BLOCK, BLOCKS, WIDTH, ROWS, T = 4, 40, 12, 4, 48
@@ -149,7 +149,7 @@ def run(made: LatentAttention, tp: int = 1) -> list[np.ndarray]:
     return [np.concatenate(parts) for parts in found]
 
 
-@pytest.fixture(params=[256, pytest.param(6, marks=pytest.mark.slow)])
+@pytest.fixture(params=[256, 6])
 def turns(request, monkeypatch):
     """Keys and queries in one turn, or in many."""
     monkeypatch.setattr(latent, "KEYS", request.param)
@@ -166,7 +166,6 @@ def test_a_layer_is_that_of_transformers(kind, turns):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-4)
 
 
-@pytest.mark.slow
 @kinds
 def test_absorbed_in_prefill_it_is_the_same(kind, monkeypatch):
     """As with Triton's kernel."""
@@ -177,7 +176,6 @@ def test_absorbed_in_prefill_it_is_the_same(kind, monkeypatch):
     step.clear_cache()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("tp", [2, 4])
 @kinds
 def test_over_several_devices_too(kind, tp):
@@ -185,7 +183,6 @@ def test_over_several_devices_too(kind, tp):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-4)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("tp", [1, 2])
 @kinds
 def test_int8_is_near(kind, tp):
@@ -193,7 +190,6 @@ def test_int8_is_near(kind, tp):
         assert 0 < np.linalg.norm(one - other) / np.linalg.norm(other) < 0.1
 
 
-@pytest.mark.slow
 @kinds
 def test_the_only_collective_is_the_sum_behind_the_layer(kind):
     graph, params = nnx.split(layer(kind, 2))
@@ -207,7 +203,6 @@ def test_the_only_collective_is_the_sum_behind_the_layer(kind):
         assert collectives(compiled.as_text()) == Counter({"all-reduce": 1})
 
 
-@pytest.mark.slow
 def test_what_is_not_a_number_stays_in_its_sequence():
     rng = np.random.default_rng(0)
     q, latents = rng.normal(size=(T, H, DN + R)), rng.normal(size=(T, RANK + R))

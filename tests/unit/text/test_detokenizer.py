@@ -34,6 +34,7 @@ def test_deltas_add_up_for_text_that_ends_anywhere(byte_bpe, text, junk):
         assert "".join(deltas(byte_bpe, ids[:end] + junk)) == whole(byte_bpe, ids[:end] + junk)
 
 
+@pytest.mark.slow
 @few
 @given(ids=st.lists(st.one_of(st.integers(0, 263), st.integers(0x80, 0xC4).map(lambda byte: byte + 2)),
                     max_size=60), skip=st.booleans())
@@ -41,6 +42,7 @@ def test_deltas_add_up_with_byte_fallback(byte_fallback, ids, skip):
     assert "".join(deltas(byte_fallback, ids, skip_special_tokens=skip)) == whole(byte_fallback, ids, skip)
 
 
+@pytest.mark.slow
 @few
 @given(ids=st.lists(st.integers(3, 258), max_size=30), text=st.text(max_size=10))
 def test_deltas_add_up_without_a_rust_backend(ids, text):
