@@ -145,7 +145,7 @@ def _samples(array: np.ndarray, where: str) -> np.ndarray:
     elif array.dtype.kind != "f" and array.dtype.name != "bfloat16":
         raise TypeError(f"{where} has dtype {array.dtype}; samples are floats with full scale at 1, or {', '.join(PCM)}.")
     array = _finite(array, where)
-    if (loudest := float(np.abs(array).max())) > LOUDEST:
+    if (loudest := max(float(array.max()), -float(array.min()))) > LOUDEST:  # no copy of hours of sound
         raise ValueError(f"{where} has samples of up to {loudest:.3g}, and full scale is 1; at most {LOUDEST:.0f} is taken. "
                          "Divide by what full scale is in it.")
     if not array.any():
