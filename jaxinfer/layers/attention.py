@@ -17,7 +17,7 @@ from jaxinfer.layers.heads import HeadLayout
 from jaxinfer.layers.linear import FusedLinear, Output, RowLinear
 from jaxinfer.layers.norms import RMSNorm, Scaling, normalise_together
 from jaxinfer.layers.params import Build, constant
-from jaxinfer.layers.rope import apply_rope
+from jaxinfer.layers.rope import apply_rope, deinterleave
 from jaxinfer.sharding import axes
 from jaxinfer.sharding.collectives import ALL_REDUCE, Collective
 
@@ -152,6 +152,8 @@ class AttentionSpec:
     """`kernels.paged.Scoring.softcap`."""
     gated: bool = False
     """Whether what a head attends to is multiplied by a sigmoid, whose columns are beside its queries (arXiv:2505.06708)."""
+    interleaved: bool = False
+    """Whether rope rotates columns 2i and 2i + 1 of a head against each other (GPT-J, Cohere); False: i and i + R/2."""
     sinks: bool = False
     """Whether each head has a logit beside those of the keys, which takes part of their weight (arXiv:2309.17453)."""
 
@@ -207,6 +209,8 @@ class Attention(nnx.Module):
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
+            if self.spec.interleaved:
+                q, k = deinterleave(q), deinterleave(k)
             q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         sinks = None if self.sinks is None else self.sinks[...]
         y, lane = attend(q, k, v, lane, step, self.spec.scoring, sinks)

@@ -2,9 +2,11 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jaxinfer.layers.linear import Multiplying
+from jaxinfer.layers.norms import scale_by
 from jaxinfer.layers.params import Build, matrix, weight
 from jaxinfer.sharding import axes
 from jaxinfer.sharding import mesh as meshes
@@ -12,21 +14,30 @@ from jaxinfer.sharding.collectives import ALL_REDUCE, Collective
 
 
 class Embedding(Multiplying):
-    """`[V', M]`, V padded up to V' so that every shard has as many rows.
+    """A table `[V', M]` of token embeddings, a language-model head, or both; V is padded up to V', a multiple of the shards.
 
-    `lookup`, `head`: which of the two ends of a model it is; both where they are tied.
-    `scale`: multiplies the rows looked up, rounded to their dtype, as transformers does; None: they stay.
-    `softcap`: logits x become cap * tanh(x / cap); None: they stay.
+    Args:
+        build: dtype, mesh and path of the parameters.
+        vocab: V.
+        width: M.
+        lookup: whether the table embeds tokens.
+        head: whether the table makes logits. Both are True where embedding and head are tied.
+        scale: multiplies the rows that are looked up; None: they stay.
+        round_scale: whether `scale` is rounded to the dtype of the rows first, as Gemma's is in transformers.
+        softcap: logits x become cap * tanh(x / cap); None: they stay.
+        logit_scale: multiplies the logits before the softcap; None: they stay.
     """
 
     placed_whole = True
 
     def __init__(
         self, build: Build, vocab: int, width: int, *, lookup: bool = True, head: bool = False,
-        scale: float | None = None, softcap: float | None = None,
+        scale: float | None = None, round_scale: bool = True, softcap: float | None = None, logit_scale: float | None = None,
     ):  # fmt: skip
         self.vocab, self.tp, self.lookup, self.head = vocab, build.tp, lookup, head
-        self.scale, self.softcap = scale, softcap
+        rounded = scale is not None and round_scale
+        self.scale = float(np.asarray(scale, np.dtype(build.dtype))) if rounded else scale
+        self.softcap, self.logit_scale = softcap, logit_scale
         shards = meshes.size(build.mesh)  # a replicated one is padded alike, so that logits have one width
         padded = -(-vocab // shards) * shards
         self.dtype = build.dtype
@@ -41,11 +52,13 @@ class Embedding(Multiplying):
         if self.weight_scale is not None:
             scales = jnp.take(self.weight_scale[...], tokens, mode="clip")
             rows = (rows.astype(jnp.float32) * scales[:, None]).astype(self.dtype)
-        return rows if self.scale is None else rows * jnp.asarray(self.scale, rows.dtype)
+        return rows if self.scale is None else scale_by(rows, self.scale)
 
     def attend(self, hidden: jax.Array) -> jax.Array:
         """Hidden states `[B, M]` -> float32 logits `[B, V']`, the rows of padding at -inf."""
         logits = self.product(hidden, self.weight, self.weight_scale, jnp.dtype("float32"))
+        if self.logit_scale is not None:
+            logits = logits * self.logit_scale
         if self.softcap is not None:
             logits = self.softcap * jnp.tanh(logits / self.softcap)
         if logits.shape[-1] == self.vocab:

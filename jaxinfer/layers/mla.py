@@ -20,7 +20,7 @@ from jaxinfer.layers.attention import StepContext
 from jaxinfer.layers.linear import BatchedLinear, FusedLinear, Output, RowLinear
 from jaxinfer.layers.norms import RMSNorm
 from jaxinfer.layers.params import Build, weight
-from jaxinfer.layers.rope import apply_rope
+from jaxinfer.layers.rope import apply_rope, deinterleave
 from jaxinfer.sharding import axes
 
 
@@ -116,10 +116,8 @@ class LatentAttention(nnx.Module):
         return self.out(y), lane
 
     def _rotate(self, x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-        """`[T, ..., R]`; pairs that lie side by side become halves, in queries and keys alike, so that scores stay."""
-        if self.spec.interleaved:
-            x = jnp.concatenate([x[..., ::2], x[..., 1::2]], axis=-1)
-        return apply_rope(x, *rope)
+        """Rotate the shared columns `[T, ..., R]` of queries or keys."""
+        return apply_rope(deinterleave(x) if self.spec.interleaved else x, *rope)
 
     def _attend(
         self, q: jax.Array, latents: jax.Array, lane: Lane, step: StepContext

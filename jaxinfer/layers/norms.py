@@ -1,4 +1,4 @@
-"""Normalisation."""
+"""Norms and scalings of activations."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -23,6 +23,11 @@ class Scaling(NamedTuple):
         if self.wide:
             return (wide * (self.offset + scale.astype(jnp.float32))).astype(dtype)
         return (self.offset + scale if self.offset else scale) * wide.astype(dtype)
+
+
+def scale_by(x: jax.Array, factor: float) -> jax.Array:
+    """Multiply by a Python number in float32 and round once to the dtype of `x`, as torch does."""
+    return (x.astype(jnp.float32) * jnp.float32(factor)).astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -67,11 +72,19 @@ def normalise_together(
 
 
 class LayerNorm(nnx.Module):
-    """`(x - mean(x)) / sqrt(var(x) + eps) * scale + bias` over the last axis, in float32 (arXiv:1607.06450)."""
+    """Normalise as `(x - mean(x)) / sqrt(var(x) + eps) * scale + bias` over the last axis, in float32 (arXiv:1607.06450).
 
-    def __init__(self, build: Build, size: int, eps: float, axis: str | None):
+    Args:
+        build: dtype, mesh and path of the parameters.
+        size: the length of the last axis.
+        eps: added to the variance.
+        axis: the logical name of the last axis.
+        bias: whether there is a bias; Cohere's norms have none.
+    """
+
+    def __init__(self, build: Build, size: int, eps: float, axis: str | None, *, bias: bool = True):
         self.scale = constant(build, (size,), (axis,), 1.0)
-        self.bias = constant(build, (size,), (axis,), 0.0)
+        self.bias = constant(build, (size,), (axis,), 0.0) if bias else None
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -79,4 +92,7 @@ class LayerNorm(nnx.Module):
         wide = x.astype(jnp.float32)
         wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
         wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return (wide * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+        wide = wide * self.scale[...].astype(jnp.float32)
+        if self.bias is not None:
+            wide = wide + self.bias[...].astype(jnp.float32)
+        return wide.astype(x.dtype)

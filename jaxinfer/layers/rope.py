@@ -86,6 +86,15 @@ def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
 
 
+def deinterleave(x: jax.Array) -> jax.Array:
+    """Reorder the last axis `[..., R]` so that rotary pairs that lie side by side become its two halves.
+
+    Checkpoints of GPT-J's convention rotate columns 2i and 2i + 1 against each other, `apply_rope` columns i and i + R/2.
+    Scores are sums over columns, so they stay the same when queries and keys are reordered alike.
+    """
+    return jnp.concatenate([x[..., ::2], x[..., 1::2]], axis=-1)
+
+
 def _wavelengths(config: RopeConfig) -> np.ndarray:
     """theta ** (2 i / rotary_dim), [R/2] float32; radians of position a cycle is spread over."""
     exponents = np.arange(0, config.rotary_dim, 2, dtype=np.float32) / np.float32(config.rotary_dim)

@@ -18,7 +18,7 @@ from jaxinfer.layers.kda import KdaSpec, KimiDeltaAttention
 from jaxinfer.layers.mla import LatentAttention, LatentSpec
 from jaxinfer.layers.mlp import GatedMLP
 from jaxinfer.layers.moe import MoE
-from jaxinfer.layers.norms import RMSNorm
+from jaxinfer.layers.norms import LayerNorm, RMSNorm
 from jaxinfer.layers.params import Build
 from jaxinfer.layers.rope import cos_sin
 from jaxinfer.models.base import FeatureRows
@@ -35,66 +35,97 @@ MIXERS: Mapping[type, type[nnx.Module]] = {
 
 
 class Layer(nnx.Module):
-    """One block: `x + attention(x)`, then `x + mlp(x)`, both with the norms that the config declares."""
+    """Run one block: `x + attention(norm(x))`, then `x + mlp(norm(x))`, with the norms that the config declares.
+
+    A family whose blocks are put together otherwise subclasses it: `__call__` for another order of the parts, `add` for
+    another residual, `norm_names` for other norms. It passes the class to `Decoder` and to `weight_rules`.
+    """
 
     def __init__(self, build: Build, config: DecoderConfig, number: int):
-        width = config.attention.width
+        width, norms = config.attention.width, self.norm_names(config)
 
-        def norm(name: str, where: str) -> RMSNorm | None:
-            return _norm(build.at(name), config) if where in config.norms else None
+        def norm(name: str) -> RMSNorm | LayerNorm | None:
+            return _norm(build.at(name), config) if name in norms else None
 
-        self.attention_norm = norm("attention_norm", BEFORE)
+        self.attention_norm = norm("attention_norm")
         spec = config.attention_of(number)
         self.attention = MIXERS[type(spec)](build.at("attention"), spec)
-        self.attention_post_norm = norm("attention_post_norm", AFTER)
-        self.mlp_norm = norm("mlp_norm", BEFORE)
+        self.attention_post_norm = norm("attention_post_norm")
+        self.mlp_norm = norm("mlp_norm")
         moe = config.moe_of(number)
         self.mlp = (
             GatedMLP(build.at("mlp"), width, config.ffn, config.activation, bias=config.mlp_bias) if moe is None
             else MoE(build.at("mlp"), width, moe)
         )  # fmt: skip
-        self.mlp_post_norm = norm("mlp_post_norm", AFTER)
+        self.mlp_post_norm = norm("mlp_post_norm")
+
+    @staticmethod
+    def norm_names(config: DecoderConfig) -> Mapping[str, str]:
+        """Return the norms of a block by their attribute names, each with its name in checkpoints."""
+        return _norm_names(config.norms)
 
     def __call__(
         self, x: jax.Array, lane: Any, rope: tuple[jax.Array, jax.Array] | None, step: StepContext
     ) -> tuple[jax.Array, Any]:
-        """`[T, M]` -> `[T, M]` and the layer's lane, or its state."""
-        y = _normed(self.attention_norm, x)
+        """Map hidden states `[T, M]` to `[T, M]`, and the layer's cache or state to its new value."""
+        y, lane = self.attend(_normed(self.attention_norm, x), lane, rope, step)
+        x = self.add(x, _normed(self.attention_post_norm, y))
+        y = self.feed_forward(_normed(self.mlp_norm, x), step)
+        return self.add(x, _normed(self.mlp_post_norm, y)), lane
+
+    def add(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        """Add what attention or the MLP gave, `[T, M]`, to the residual `[T, M]`."""
+        return x + y
+
+    def attend(
+        self, x: jax.Array, lane: Any, rope: tuple[jax.Array, jax.Array] | None, step: StepContext
+    ) -> tuple[jax.Array, Any]:
+        """Mix the tokens `[T, M]` of each sequence; returns `[T, M]` and the layer's new cache or state."""
         if isinstance(self.attention.spec, DeltaSpec):
-            y, lane = self.attention(y, lane, step.states)
-        else:
-            y, lane = self.attention(y, lane, rope, step)
-        x = x + _normed(self.attention_post_norm, y)
-        y = _normed(self.mlp_norm, x)
-        y = self.mlp(y, step) if isinstance(self.mlp, MoE) else self.mlp(y)
-        return x + _normed(self.mlp_post_norm, y), lane
+            return self.attention(x, lane, step.states)
+        return self.attention(x, lane, rope, step)
+
+    def feed_forward(self, x: jax.Array, step: StepContext) -> jax.Array:
+        """Run the MLP or the mixture of experts over `[T, M]`."""
+        return self.mlp(x, step) if isinstance(self.mlp, MoE) else self.mlp(x)
 
 
-def _norm(build: Build, config: DecoderConfig) -> RMSNorm:
-    """One of the model's width."""
-    return RMSNorm(build, config.attention.width, config.norm_eps, axes.EMBED, config.norm_scaling)
+def _norm(build: Build, config: DecoderConfig) -> RMSNorm | LayerNorm:
+    """Make a norm of the model's width."""
+    width = config.attention.width
+    if config.centred_norms:
+        return LayerNorm(build, width, config.norm_eps, axes.EMBED, bias=False)
+    return RMSNorm(build, width, config.norm_eps, axes.EMBED, config.norm_scaling)
 
 
-def _normed(norm: RMSNorm | None, x: jax.Array) -> jax.Array:
-    """As it is where there is no norm."""
+def _normed(norm: nnx.Module | None, x: jax.Array) -> jax.Array:
+    """Apply a norm; None returns `x`."""
     return x if norm is None else norm(x)
 
 
 class Decoder(nnx.Module):
-    """Embedding, layers, final norm, head. Unrolled: a scan over stacked weights is three times slower."""
+    """Run a decoder: embedding, layers, final norm, head. Layers are unrolled: a scan is three times slower.
 
-    def __init__(self, build: Build, config: DecoderConfig):
+    Args:
+        build: dtype, mesh and path of the parameters.
+        config: the shape of the decoder.
+        block: the class of its layers.
+    """
+
+    def __init__(self, build: Build, config: DecoderConfig, block: type[Layer] = Layer):
         self.config = config
         # A table that is only looked up gains nothing from int8.
         lookup = build if config.tied else build._replace(quantization=None)
-        sizes, softcap = (config.vocab_size, config.attention.width), config.logit_softcap
+        sizes = config.vocab_size, config.attention.width
+        logits = {"softcap": config.logit_softcap, "logit_scale": config.logit_scale}
         self.embedding = Embedding(
-            lookup.at("embedding"), *sizes, head=config.tied, scale=config.embedding_scale, softcap=softcap
-        )
-        self.layers = nnx.List([Layer(build.at("layers", i), config, i) for i in range(config.num_layers)])
+            lookup.at("embedding"), *sizes, head=config.tied, scale=config.embedding_scale,
+            round_scale=config.round_embedding_scale, **logits,
+        )  # fmt: skip
+        self.layers = nnx.List([block(build.at("layers", i), config, i) for i in range(config.num_layers)])
         self.norm = _norm(build.at("norm"), config)
         self.head = None if config.tied else Embedding(
-            build.at("head"), *sizes, lookup=False, head=True, softcap=softcap
+            build.at("head"), *sizes, lookup=False, head=True, **logits
         )
 
     def __call__(
@@ -127,13 +158,16 @@ class Decoder(nnx.Module):
         return [layer.attention.cache_spec for layer in self.layers]
 
 
-def weight_rules(config: DecoderConfig, *, fused: bool = False, names: MoENames = MoENames()) -> list[Rule]:
-    """The names of the Llama lineage.
+def weight_rules(
+    config: DecoderConfig, *, fused: bool = False, names: MoENames = MoENames(), block: type[Layer] = Layer
+) -> list[Rule]:
+    """Return the weight table of the Llama lineage.
 
     Args:
-        config: what the model consists of.
-        fused: the checkpoint stacks qkv and gate/up itself (Phi-3).
-        names: of layers with experts.
+        config: the shape of the decoder.
+        fused: whether the checkpoint stacks q, k, v and gate, up itself (Phi-3).
+        names: what checkpoints call the parts of layers with experts.
+        block: the class of the layers, which names its norms.
     """
     layer = "model.layers.{i}"
     gate_up = [("gate_up", ("gate", "up"))] if fused else [(part, (part,)) for part in ("gate", "up")]
@@ -141,7 +175,7 @@ def weight_rules(config: DecoderConfig, *, fused: bool = False, names: MoENames 
         Rule("model.embed_tokens.weight", "embedding.weight"),
         Rule("model.norm.weight", "norm.scale"),
         Rule("lm_head.weight", None if config.tied else "head.weight"),
-        *(Rule(f"{layer}.{name}.weight", f"layers.{{i}}.{norm}.scale") for norm, name in _norm_names(config.norms)),
+        *(Rule(f"{layer}.{name}.weight", f"layers.{{i}}.{norm}.scale") for norm, name in block.norm_names(config).items()),
     ]
 
     def linear(name: str, target: str, parts: tuple[str, ...]) -> None:
@@ -185,10 +219,10 @@ def _attention_rules(spec: AttentionSpec, *, fused: bool) -> list[Rule]:
     return table
 
 
-def _norm_names(norms: Sequence[str]) -> list[tuple[str, str]]:
-    """Of the layer's norms: their paths here and their names in checkpoints, which say after or before what they stand."""
-    before = [("attention_norm", "input_layernorm")]
+def _norm_names(norms: Sequence[str]) -> dict[str, str]:
+    """Return the norms of a layer by their attribute names, each with its name in checkpoints."""
+    before = {"attention_norm": "input_layernorm"}
     if AFTER not in norms:
-        return [*before, ("mlp_norm", "post_attention_layernorm")]
-    after = [("attention_post_norm", "post_attention_layernorm"), ("mlp_post_norm", "post_feedforward_layernorm")]
-    return [*before, ("mlp_norm", "pre_feedforward_layernorm"), *after] if BEFORE in norms else after
+        return before | {"mlp_norm": "post_attention_layernorm"}
+    after = {"attention_post_norm": "post_attention_layernorm", "mlp_post_norm": "post_feedforward_layernorm"}
+    return before | {"mlp_norm": "pre_feedforward_layernorm"} | after if BEFORE in norms else after

@@ -48,8 +48,14 @@ class DecoderConfig:
     """Where attention and the MLP have one: `BEFORE`, `AFTER`, or both (Gemma 2)."""
     norm_scaling: Scaling = Scaling()
     """Of all norms of the model's width."""
+    centred_norms: bool = False
+    """Whether norms of the model's width subtract the mean first (a LayerNorm without a bias, Cohere); False: RMSNorm."""
     embedding_scale: float | None = None
-    """Multiplies the rows of tokens, rounded to their dtype; None: they stay."""
+    """Multiplies the embeddings of tokens; None: they stay."""
+    round_embedding_scale: bool = True
+    """Whether `embedding_scale` is rounded to the dtype of the embeddings first (Gemma)."""
+    logit_scale: float | None = None
+    """Multiplies the logits (Cohere, Granite); None: they stay."""
     logit_softcap: float | None = None
     """Logits x become cap * tanh(x / cap) (Gemma 2, arXiv:2408.00118); None: they stay."""
     window: int | None = None
@@ -71,6 +77,31 @@ class DecoderConfig:
     """Nothing is read beside tokens."""
     cross: CrossSource | None = None
     """There is no cross-attention."""
+
+    def __post_init__(self) -> None:
+        """Refuse combinations of fields that no model can have.
+
+        Raises:
+            ValueError: the fields and their values. These are faults of a family's code: what config.json says wrong is
+                refused by `read_config` before.
+        """
+        layers = self.num_layers
+        if self.kinds and len(self.kinds) != layers:
+            raise ValueError(f"kinds has {len(self.kinds)} entries for num_layers={layers}; give one a layer")
+        if SLIDING in self.kinds and self.window is None:
+            raise ValueError("kinds has sliding layers, but window is None; give the window")
+        if LINEAR in self.kinds and self.linear is None:
+            raise ValueError("kinds has linear layers, but linear is None; give their spec")
+        if self.dense_layers and self.moe is None:
+            raise ValueError(f"dense_layers={self.dense_layers}, but moe is None: every layer is dense then")
+        if not all(0 <= layer < layers for layer in self.dense_layers):
+            raise ValueError(f"dense_layers={self.dense_layers} must be layers from 0 to {layers - 1}")
+        if not self.norms or not set(self.norms) <= {BEFORE, AFTER}:
+            raise ValueError(f"norms={self.norms} must be {BEFORE!r}, {AFTER!r} or both")
+        if self.centred_norms and self.norm_scaling != Scaling():
+            raise ValueError(f"norm_scaling={self.norm_scaling} is for RMSNorm, but centred_norms is set")
+        if self.recomputed and self.rope is None:
+            raise ValueError("recomputed is for models whose rope changes with length, but rope is None")
 
     @property
     def query_group(self) -> int:
@@ -154,7 +185,7 @@ def read_config(
     reader: ConfigReader, *, qkv_bias: bool = False, out_bias: bool = False, qk_norm: bool = False,
     mlp_bias: bool = False, window: int | None = None, kinds: Sequence[str] = (), partial_rotary: bool = False,
     moe: MoEConfig | None = None, dense_layers: Sequence[int] = (), activation: str = "hidden_act",
-    local_rope: Mapping[str, Any] | None = None,
+    local_rope: Mapping[str, Any] | None = None, norm_eps: tuple[str, float] = ("rms_norm_eps", 1e-6),
 ) -> DecoderConfig:  # fmt: skip
     """The attributes that all families of this stack name alike.
 
@@ -162,6 +193,7 @@ def read_config(
     `moe`: the experts of all but the `dense_layers`.
     `activation`: what config.json calls it.
     `local_rope`: what is different about the rope of sliding layers, where config.json has not one of each kind.
+    `norm_eps`: what config.json calls the epsilon of norms, and its default.
 
     Raises:
         ConfigError: sizes that do not fit each other, an unknown activation or rope.
@@ -173,7 +205,7 @@ def read_config(
     chosen = reader.get_str(activation, "silu")
     if chosen not in ACTIVATIONS:
         raise ConfigError(f"config.json: {activation} is {chosen!r}; supported: {', '.join(ACTIVATIONS)}")
-    eps = reader.get_float("rms_norm_eps", 1e-6)
+    eps = reader.get_float(*norm_eps)
     rope, local = _ropes(reader, head_dim, local_rope)
     turned = min(one.rotary_dim for one in (rope, local) if one is not None)
     if turned != head_dim and not partial_rotary:

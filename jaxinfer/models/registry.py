@@ -21,6 +21,8 @@ ARCHITECTURES: Mapping[str, str] = {
     "Gemma3ForCausalLM": "gemma3",
     "Gemma3ForConditionalGeneration": "gemma3",
     "Olmo3ForCausalLM": "olmo3",
+    "GraniteForCausalLM": "granite",
+    "Cohere2ForCausalLM": "cohere2",
     "GptOssForCausalLM": "gpt_oss",
     "BartForConditionalGeneration": "bart",
     "MBartForConditionalGeneration": "mbart",

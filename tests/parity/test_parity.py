@@ -241,6 +241,27 @@ CASES = {
         {**BIASES, "yarn": ref.with_config(**ropes(LOCAL, LOCAL)), "of full layers": ref.with_config(**ropes(yarn(), yarn()))},
         lengths=(15, 16, 17, 9),
     ),
+    "granite": Case(
+        "granite", {},
+        {**GROUPS, **NORMS, **{name: ref.with_config(**{name: 1.0}) for name in (
+            "embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")}},
+    ),
+    "granite biases, tied": Case(
+        "granite", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}, BIASES, head=1.5
+    ),
+    "cohere2": Case(
+        "cohere2", {},
+        {**GROUPS, **norms(1.0, "input_layernorm", "model.norm"), "logit_scale": ref.with_config(logit_scale=1.0),
+         "layer_norm_eps": ref.with_config(layer_norm_eps=0.3),
+         "kinds of layers": ref.with_config(layer_types=[FULL, SLIDING]), "window": ref.with_config(sliding_window=40),
+         "rope of sliding layers": ref.with_config(**rope("default", rope_theta=50.0))},
+        lengths=(8, 9, 10, 36),
+    ),
+    "cohere2 three to one, biases, tied": Case(
+        "cohere2",
+        {"num_hidden_layers": 4, "layer_types": None, "attention_bias": True, "tie_word_embeddings": True, "logit_scale": 2.0},
+        BIASES, lengths=(15, 16, 17, 9),
+    ),
     "gpt_oss": Case(
         "gpt_oss", yarn(truncate=False),
         {**GROUPS, **HEAD_DIM, **BIASES, **norms(1.0, "input_layernorm", "post_attention_layernorm", "model.norm"),

@@ -33,6 +33,7 @@ ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM", "phi3": "Phi3ForCausalLM",
     "mixtral": "MixtralForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM",
     "gemma2": "Gemma2ForCausalLM", "gemma3": "Gemma3ForCausalLM", "olmo3": "Olmo3ForCausalLM",
+    "granite": "GraniteForCausalLM", "cohere2": "Cohere2ForCausalLM",
     "gpt_oss": "GptOssForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM", "kimi_linear": "KimiLinearForCausalLM",
     "qwen3_next": "Qwen3NextForCausalLM",
 }  # fmt: skip
@@ -51,6 +52,11 @@ OWN: dict[str, dict[str, Any]] = {
     "gemma2": dict(sliding_window=10, query_pre_attn_scalar=8, attn_logit_softcapping=2.0, final_logit_softcapping=4.0),
     "gemma3": dict(sliding_window=7, query_pre_attn_scalar=8, layer_types=[SLIDING, FULL]),
     "olmo3": dict(sliding_window=9, layer_types=[SLIDING, FULL]),
+    "granite": dict(embedding_multiplier=1.5, attention_multiplier=0.4, residual_multiplier=0.5, logits_scaling=0.8),
+    "cohere2": dict(
+        sliding_window=9, layer_types=[SLIDING, FULL], logit_scale=0.5, head_dim=None, hidden_size=64, tie_word_embeddings=False,
+        layer_norm_eps=1e-3, rms_norm_eps=None,
+    ),
     "gpt_oss": dict(sliding_window=8, num_local_experts=6, num_experts_per_tok=2),
     "deepseek_v3": LATENT | dict(
         n_routed_experts=8, n_group=4, topk_group=2, q_lora_rank=20, first_k_dense_replace=1, attention_bias=False,

@@ -1,0 +1,50 @@
+"""Cohere 2, Command R7B and A (`Cohere2ForCausalLM`): attention and MLP of one norm; full layers have no rope (arXiv:2504.00698)."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+
+from jaxinfer.checkpoint.hf import ConfigReader
+from jaxinfer.layers.attention import StepContext
+from jaxinfer.models.base import Family
+from jaxinfer.models.decoder import Decoder, Layer, weight_rules
+from jaxinfer.models.decoder_config import FULL, SLIDING, DecoderConfig, layer_kinds, read_config
+
+
+class ParallelLayer(Layer):
+    """Run attention and the MLP side by side on one norm: `x + attention(norm(x)) + mlp(norm(x))`."""
+
+    @staticmethod
+    def norm_names(config: DecoderConfig) -> Mapping[str, str]:
+        """Return the only norm of the block."""
+        return {"attention_norm": "input_layernorm"}
+
+    def __call__(
+        self, x: jax.Array, lane: Any, rope: tuple[jax.Array, jax.Array] | None, step: StepContext
+    ) -> tuple[jax.Array, Any]:
+        """Map hidden states `[T, M]` to `[T, M]`, and the layer's cache to its new value."""
+        normed = self.attention_norm(x)
+        y, lane = self.attend(normed, lane, rope, step)
+        return x + y + self.feed_forward(normed, step), lane
+
+
+def config(reader: ConfigReader) -> DecoderConfig:
+    """Read the configuration; every fourth layer is full by default, and only sliding layers have a rope."""
+    reader.defaults(sliding_window=4096, tie_word_embeddings=True)
+    pattern, layers = reader.get_int("sliding_window_pattern", 4), reader.get_int("num_hidden_layers")
+    kinds = layer_kinds(reader, [SLIDING if number % pattern else FULL for number in range(1, layers + 1)])
+    bias = reader.get_bool("attention_bias", False)
+    shared = read_config(
+        reader, qkv_bias=bias, out_bias=bias, window=reader.get_int("sliding_window", None), kinds=kinds, local_rope={},
+        norm_eps=("layer_norm_eps", 1e-5),
+    )  # fmt: skip
+    return replace(
+        shared, attention=replace(shared.attention, interleaved=True), rope=None, centred_norms=True,
+        logit_scale=reader.get_float("logit_scale", 0.0625),
+    )  # fmt: skip
+
+
+FAMILY = Family(config, partial(Decoder, block=ParallelLayer), partial(weight_rules, block=ParallelLayer))
