@@ -186,6 +186,7 @@ def read_config(
     mlp_bias: bool = False, window: int | None = None, kinds: Sequence[str] = (), partial_rotary: bool = False,
     moe: MoEConfig | None = None, dense_layers: Sequence[int] = (), activation: str = "hidden_act",
     local_rope: Mapping[str, Any] | None = None, norm_eps: tuple[str, float] = ("rms_norm_eps", 1e-6),
+    linear: KdaSpec | DeltaNetSpec | None = None,
 ) -> DecoderConfig:  # fmt: skip
     """The attributes that all families of this stack name alike.
 
@@ -194,6 +195,7 @@ def read_config(
     `activation`: what config.json calls it.
     `local_rope`: what is different about the rope of sliding layers, where config.json has not one of each kind.
     `norm_eps`: what config.json calls the epsilon of norms, and its default.
+    `linear`: the layers of kind `LINEAR`.
 
     Raises:
         ConfigError: sizes that do not fit each other, an unknown activation or rope.
@@ -222,7 +224,7 @@ def read_config(
         ffn=reader.get_int("intermediate_size"), activation=chosen, norm_eps=eps, attention=spec,
         rope=rope, local_rope=local, max_position=reader.get_int("max_position_embeddings"), window=window,
         kinds=tuple(kinds) or ((SLIDING if window else FULL),) * layers,
-        mlp_bias=mlp_bias, moe=moe, dense_layers=tuple(dense_layers), tied=reader.get_bool("tie_word_embeddings", False),
+        linear=linear, mlp_bias=mlp_bias, moe=moe, dense_layers=tuple(dense_layers), tied=reader.get_bool("tie_word_embeddings", False),
     )  # fmt: skip
 
 

@@ -34,17 +34,17 @@ def config(reader: ConfigReader) -> DecoderConfig:
         reader.get_str("hidden_act", "silu"), shared=reader.get_int("shared_expert_intermediate_size", 512), shared_gate=True,
     )  # fmt: skip
     bias = reader.get_bool("attention_bias", False)
+    linear = DeltaNetSpec(
+        reader.get_int("hidden_size"), reader.get_int("linear_num_key_heads", 16), reader.get_int("linear_key_head_dim", 128),
+        reader.get_int("linear_num_value_heads", 32), reader.get_int("linear_value_head_dim", 128),
+        reader.get_int("linear_conv_kernel_dim", 4, least=2), reader.get_float("rms_norm_eps", 1e-6),
+    )  # fmt: skip
     made = read_config(
         reader, qkv_bias=bias, out_bias=bias, qk_norm=True, kinds=kinds, partial_rotary=True, moe=moe,
-        dense_layers=dense_layers(reader),
-    )  # fmt: skip
-    linear = DeltaNetSpec(
-        made.attention.width, reader.get_int("linear_num_key_heads", 16), reader.get_int("linear_key_head_dim", 128),
-        reader.get_int("linear_num_value_heads", 32), reader.get_int("linear_value_head_dim", 128),
-        reader.get_int("linear_conv_kernel_dim", 4, least=2), made.norm_eps,
+        dense_layers=dense_layers(reader), linear=linear,
     )  # fmt: skip
     attention = replace(made.attention, gated=True, norm_scaling=SCALING)
-    return replace(made, attention=attention, linear=linear, norm_scaling=SCALING)
+    return replace(made, attention=attention, norm_scaling=SCALING)
 
 
 FAMILY = Family(config, Decoder, partial(weight_rules, names=NAMES))
