@@ -1,13 +1,17 @@
 #!/usr/bin/env python
-"""Asks a model the questions of a file and prints the share that it answers rightly.
+"""Asks a model the questions of a file and prints the share that it answers rightly, or prints its perplexity on a text.
 
     python scripts/eval.py --model DIR --questions gsm8k_test.jsonl --shots 5 --max-tokens 512
     python scripts/eval.py --questions demo          # held-out questions of the packaged checkpoint
+    python scripts/eval.py --model DIR --perplexity text.txt --quantization int8
 
 FILE has a JSON object a line with "question" and "answer", as GSM8K's has (arXiv:2110.14168). Answers are greedy. An answer with
 "#### 72" in it is right if the number is the same: of what the model says the one behind its last "####", else the last number
 (commas, a dollar sign and zeroes behind the point do not count). Any other answer is right if the text is the same, but for white
 space around it.
+
+The perplexity is that of the text's tokens in windows of `--window` tokens one after another, each token given those before it in
+its window.
 """
 
 import argparse
@@ -19,7 +23,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
+import perplexity
 from ending import status_of
 from jaxinfer import LLM, SamplingParams, demo
 
@@ -108,7 +114,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Asks the questions and prints what became of them."""
+    """Measure what the command line asks for and print it."""
+    if args.perplexity is not None:
+        return run_perplexity(args)
     questions = read(args.questions, None if args.limit is None else args.limit + args.shots)
     if len(questions) <= args.shots:
         raise ValueError(
@@ -116,12 +124,37 @@ def run(args: argparse.Namespace) -> int:
         )
     result = ask(args, questions[: args.shots], questions[args.shots :])
     if args.json:
-        settings = {name: value for name, value in vars(args).items() if name not in ("json", "wrong")}
-        print(json.dumps(asdict(result) | {"settings": settings}))
+        print_json(args, result)
     else:
         cut = f", {result.cut_off} cut off by --max-tokens {args.max_tokens}" if result.cut_off else ""
         print(f"accuracy {result.accuracy:.4f} ({result.right} of {result.questions} right{cut}) in {result.seconds:.1f} s")
     return 0
+
+
+def run_perplexity(args: argparse.Namespace) -> int:
+    """Measure the perplexity on the text of a file and print it."""
+    text = perplexity.read(args.perplexity)
+    with LLM(args.model or demo.path(), **settings(args), use_tqdm=False) as llm:
+        result = perplexity.measure(llm, text, args.window)
+    if args.json:
+        print_json(args, result)
+    else:
+        print(f"perplexity {result.perplexity:.4f} ({result.tokens} tokens scored) in {result.seconds:.1f} s")
+    return 0
+
+
+def print_json(args: argparse.Namespace, result: Result | perplexity.Perplexity) -> None:
+    """Print a result and the settings it was measured with as one JSON object."""
+    given = {name: value for name, value in vars(args).items() if name not in ("json", "wrong")}
+    print(json.dumps(asdict(result) | {"settings": given}))
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the engine's settings that the command line gives."""
+    return dict(
+        dtype=args.dtype, quantization=args.quantization, max_model_len=args.max_model_len,
+        tensor_parallel_size=args.tensor_parallel_size, fuse_projections=FUSE[args.fuse_projections],
+    )  # fmt: skip
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -129,7 +162,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", help="a checkpoint's directory or Hub id; by default the packaged one")
-    add("--questions", required=True, metavar="FILE", help=f"a JSON object a line, or {DEMO!r}")
+    work = parser.add_mutually_exclusive_group(required=True)
+    work.add_argument("--questions", metavar="FILE", help=f"a JSON object a line, or {DEMO!r}")
+    work.add_argument("--perplexity", metavar="FILE", help="print the perplexity on this UTF-8 text instead")
+    add(
+        "--window", type=int, default=perplexity.WINDOW, metavar="N",
+        help="tokens of a window of --perplexity's text (default: %(default)s)",
+    )  # fmt: skip
     add("--limit", type=int, metavar="N", help=f"ask the first N; by default all (of {DEMO!r} 400)")
     add("--shots", type=int, default=0, metavar="N", help="put the first N before each of the others, with their answers")
     add("--chat", action="store_true", help="put questions through the chat template")
@@ -142,7 +181,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--wrong", type=int, default=0, metavar="N", help="show the first N wrong answers, on stderr")
     add("--json", action="store_true", help="one object with the result and the settings")
     args = parser.parse_args(argv)
-    for name, least in (("limit", 1), ("shots", 0), ("max_tokens", 1), ("wrong", 0)):
+    for name, least in (("limit", 1), ("shots", 0), ("max_tokens", 1), ("wrong", 0), ("window", 2)):
         value = getattr(args, name)
         if value is not None and value < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
@@ -151,12 +190,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def ask(args: argparse.Namespace, shots: Sequence[Question], questions: Sequence[Question]) -> Result:
     """Has the model answer all questions, and counts."""
-    settings = dict(
-        dtype=args.dtype, quantization=args.quantization, max_model_len=args.max_model_len,
-        tensor_parallel_size=args.tensor_parallel_size, fuse_projections=FUSE[args.fuse_projections],
-    )  # fmt: skip
     params = SamplingParams(temperature=0, max_tokens=args.max_tokens, stop=None if args.chat else STOP)
-    with LLM(args.model or demo.path(), **settings, use_tqdm=False) as llm:
+    with LLM(args.model or demo.path(), **settings(args), use_tqdm=False) as llm:
         start = time.perf_counter()
         if args.chat:
             turns = [turn for shot in shots for turn in (_said("user", shot.question), _said("assistant", shot.answer))]

@@ -1,4 +1,4 @@
-"""Accuracy from a file of questions, on the packaged checkpoint; how numbers are read."""
+"""Accuracy from a file of questions, on the packaged checkpoint; how numbers are read; perplexity of a text."""
 
 import json
 import re
@@ -78,6 +78,27 @@ def test_examples_are_not_asked_and_few_tokens_cut_off(script, capsys):
     assert script.main(["--questions", "demo", "--limit", "6", "--shots", "2", "--max-tokens", "3", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["questions"], found["cut_off"], found["right"]) == (6, 6, 0)
+
+
+@pytest.mark.slow
+def test_the_perplexity_of_an_answer_is_below_that_of_the_same_words_in_disorder(script, asked, tmp_path, capsys):
+    """The packaged checkpoint knows the answers; tokens that begin a window without a BOS token are not scored."""
+    words = " ".join(one.answer for one in asked[:8]).split(" ")
+    found = []
+    for order in (words, sorted(words)):
+        (tmp_path / "text").write_text(" ".join(order))
+        assert script.main(["--perplexity", str(tmp_path / "text"), "--window", "24", "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert 1 < found[0]["perplexity"] < found[1]["perplexity"] / 2
+    assert found[0]["windows"] * 23 >= found[0]["tokens"] > (found[0]["windows"] - 1) * 23
+
+
+@pytest.mark.parametrize("content", [None, b" \n", b"\xff"])
+def test_what_is_wrong_with_a_text_is_named(script, content, tmp_path, capsys):
+    if content is not None:
+        (tmp_path / "text").write_bytes(content)
+    assert script.main(["--perplexity", str(tmp_path / "text")]) == 2
+    assert re.search(r"--perplexity .*text.*(No such file|no text in it|not UTF-8)", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(("content", "more", "message"), [
