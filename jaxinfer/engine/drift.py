@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
+from jaxinfer.layers.sharded import on_shards
+
 GROUPS = 8
 """Groups of neighbouring columns that are summed up, under random signs."""
 MOST = 0.1
@@ -33,9 +35,7 @@ def summary(mesh: Mesh, hidden: jax.Array) -> jax.Array:
         sums = jnp.pad(sums, (0, -len(sums) % GROUPS)).reshape(GROUPS, -1).sum(axis=1)
         return jnp.append(sums, jnp.sqrt(jnp.square(x).sum() / GROUPS))[None]
 
-    return jax.shard_map(
-        own, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(mesh.axis_names), check_vma=False
-    )(hidden)
+    return on_shards(own, mesh, PartitionSpec(), PartitionSpec(mesh.axis_names), hidden)
 
 
 def local(summaries: jax.Array) -> np.ndarray:

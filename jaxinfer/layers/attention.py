@@ -18,6 +18,7 @@ from jaxinfer.layers.linear import FusedLinear, Output, RowLinear
 from jaxinfer.layers.norms import RMSNorm, Scaling, normalise_together
 from jaxinfer.layers.params import Build, constant
 from jaxinfer.layers.rope import apply_rope, deinterleave
+from jaxinfer.layers.sharded import model_axis, on_shards
 from jaxinfer.sharding import axes
 from jaxinfer.sharding.collectives import ALL_REDUCE, Collective
 
@@ -113,15 +114,9 @@ def attend(
             out, lane = kernel.prefill(q, k, v, lane, step.slots, step.rows, scoring, sinks, tile=step.tile)
         return out[:, None], lane
 
-    if step.mesh.size == 1:
-        return local(q, k, v, lane, sinks, step)
-    heads, first, whole = PartitionSpec(None, axes.MODEL), PartitionSpec(axes.MODEL), PartitionSpec()
-    if q.shape[1] == 1:  # the layer is replicated: every device computes all heads
-        heads = first = whole
-    return jax.shard_map(
-        local, mesh=step.mesh, in_specs=(heads, heads, heads, heads, first, whole), out_specs=(heads, heads),
-        check_vma=False,
-    )(q, k, v, lane, sinks, step)  # fmt: skip
+    model = model_axis(q.shape[1])
+    heads, specs = PartitionSpec(None, model), (PartitionSpec(model), PartitionSpec())
+    return on_shards(local, step.mesh, (*[heads] * 4, *specs), (heads, heads), q, k, v, lane, sinks, step)
 
 
 @dataclass(frozen=True)
@@ -228,11 +223,11 @@ class Attention(nnx.Module):
             normalise_together, widths=widths, eps=self.spec.norm_eps, over=None if shards == 1 else axes.MODEL,
             scaling=self.spec.norm_scaling,
         )  # fmt: skip
-        if shards > 1:
-            divided = PartitionSpec(None, axes.MODEL)
-            specs = (divided, divided), PartitionSpec(axes.MODEL)
-            local = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=(divided, divided), check_vma=False)
-        return local((q, k), self.norm_scale[...])
+        if shards == 1:  # a replicated layer computes alike on every device without a `shard_map`
+            return local((q, k), self.norm_scale[...])
+        divided = PartitionSpec(None, axes.MODEL)
+        specs = (divided, divided), PartitionSpec(axes.MODEL)
+        return on_shards(local, mesh, specs, (divided, divided), (q, k), self.norm_scale[...])
 
     def collectives(self) -> list[Collective]:
         """That of a norm whose width is divided."""

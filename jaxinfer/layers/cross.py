@@ -10,16 +10,18 @@ from dataclasses import dataclass
 
 import jax
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from jaxinfer.kernels import paged
 from jaxinfer.kernels.paged import Lane, Scoring
 from jaxinfer.kv.spec import Cross
 from jaxinfer.layers.attention import StepContext, attend
-from jaxinfer.layers.encoder import EncodeStep, on_shards
+from jaxinfer.layers.encoder import EncodeStep
 from jaxinfer.layers.heads import HeadLayout
 from jaxinfer.layers.linear import FusedLinear, Output, RowLinear
 from jaxinfer.layers.norms import RMSNorm
 from jaxinfer.layers.params import Build
+from jaxinfer.layers.sharded import model_axis, on_shards
 from jaxinfer.sharding import axes
 from jaxinfer.sharding.collectives import ENCODE
 
@@ -97,4 +99,5 @@ class CrossAttention(nnx.Module):
         def local(k: jax.Array, v: jax.Array, lane: Lane, step: EncodeStep) -> Lane:
             return paged.write(lane, k[:, 0], v[:, 0], step.slots[0])
 
-        return on_shards(local, step.mesh, (k, v, lane), step, whole=k.shape[1] == 1)
+        heads = PartitionSpec(None, model_axis(k.shape[1]))
+        return on_shards(local, step.mesh, (heads, heads, heads, PartitionSpec()), heads, k, v, lane, step)

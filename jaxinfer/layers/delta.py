@@ -16,6 +16,7 @@ from jaxinfer.kernels import delta, short_conv
 from jaxinfer.kernels.state import DecodeSlots, Segments, Whole
 from jaxinfer.kv.spec import State, StateArray
 from jaxinfer.layers.linear import Output
+from jaxinfer.layers.sharded import model_axis, on_shards
 from jaxinfer.sharding import axes
 
 EPS = 1e-6
@@ -114,11 +115,11 @@ def gated_norm(
     return x * scale.astype(jnp.float32) * activation(gate.astype(jnp.float32))
 
 
-def on_shards(
+def run_on_shards(
     local: Callable[..., tuple[jax.Array, DeltaState]], mesh: Mesh, by_token: tuple[jax.Array, ...],
     by_shard: tuple[jax.Array, ...], whole: Any, state: DeltaState, rows: Rows,
 ) -> tuple[jax.Array, DeltaState]:  # fmt: skip
-    """Calls `local(by_token, by_shard, whole, state, rows, one_by_one)` on each shard's own.
+    """Call `local(by_token, by_shard, whole, state, rows, one_by_one)` on each shard's own.
 
     Args:
         local: gives `[T, 1, columns]` and the state.
@@ -138,11 +139,7 @@ def on_shards(
         own = tuple(a[:, 0] for a in by_token), tuple(a[0] for a in by_shard)
         return local(*own, whole, state, rows, one_by_one)
 
-    if mesh.size == 1:
-        return inside(by_token, by_shard, whole, state, rows)
-    model = axes.MODEL if by_token[0].shape[1] > 1 else None  # else the layer is replicated: each device has all heads
+    model = model_axis(by_token[0].shape[1])
     tokens, states = PartitionSpec(None, model), DeltaState(PartitionSpec(None, model), PartitionSpec(None, None, model))
-    return jax.shard_map(
-        inside, mesh=mesh, in_specs=(tokens, PartitionSpec(model), PartitionSpec(), states, PartitionSpec()),
-        out_specs=(tokens, states), check_vma=False,
-    )(by_token, by_shard, whole, state, rows)  # fmt: skip
+    specs = tokens, PartitionSpec(model), PartitionSpec(), states, PartitionSpec()
+    return on_shards(inside, mesh, specs, (tokens, states), by_token, by_shard, whole, state, rows)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxinfer.kv.spec import State
-from jaxinfer.layers.delta import DeltaSpec, DeltaState, Rows, gated_norm, on_shards, run
+from jaxinfer.layers.delta import DeltaSpec, DeltaState, Rows, gated_norm, run, run_on_shards
 from jaxinfer.layers.linear import FusedLinear, Output, RowLinear
 from jaxinfer.layers.params import Build, constant, param, weight
 from jaxinfer.sharding import axes
@@ -57,7 +57,7 @@ class GatedDeltaNet(nnx.Module):
         by_token = self.projection(x)
         tp = by_token[0].shape[1]
         by_shard = self.conv[...][:, :, 0], self.decay[...].reshape(tp, -1), self.decay_bias[...].reshape(tp, -1)
-        y, state = on_shards(self._local, self.mesh, by_token, by_shard, self.norm[...], state, rows)
+        y, state = run_on_shards(self._local, self.mesh, by_token, by_shard, self.norm[...], state, rows)
         return self.out(y), state
 
     def _local(

@@ -5,10 +5,8 @@ attention runs over tiles of at most `tile` queries that see the positions of th
 `sharding.axes`: here S are the positions of a step.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +19,7 @@ from jaxinfer.kv.groups import Place
 from jaxinfer.layers.heads import HeadLayout
 from jaxinfer.layers.linear import FusedLinear, RowLinear
 from jaxinfer.layers.params import Build
+from jaxinfer.layers.sharded import model_axis, on_shards
 from jaxinfer.sharding import axes
 
 
@@ -53,18 +52,6 @@ class EncodeStep:
         return replace(self, slots=(self.slots[self.places[layer].group],), places=())
 
 
-def on_shards(local: Callable[..., Any], mesh: Mesh, arrays: tuple[Any, ...], step: Any, *, whole: bool) -> Any:
-    """`local(*arrays, step)` on local shapes: arrays and results divided on their second axis, `step` whole.
-
-    `whole`: the layer is replicated, and every device has all of it.
-    """
-    if mesh.size == 1:
-        return local(*arrays, step)
-    heads = PartitionSpec() if whole else PartitionSpec(None, axes.MODEL)
-    specs = (*[heads] * len(arrays), PartitionSpec())
-    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False)(*arrays, step)
-
-
 def attend_both_ways(q: jax.Array, k: jax.Array, v: jax.Array, step: EncodeStep, scoring: Scoring) -> jax.Array:
     """Every position attends to all of its own input: `[S, tp, H / tp, D]`, k and v likewise -> `[S, tp, H / tp, D]`.
 
@@ -78,7 +65,8 @@ def attend_both_ways(q: jax.Array, k: jax.Array, v: jax.Array, step: EncodeStep,
         out, _ = kernel.prefill(q[:, 0], None, None, lane, None, step.rows, scoring, tile=step.tile)
         return out[:, None]
 
-    return on_shards(local, step.mesh, (q, k, v), step, whole=q.shape[1] == 1)
+    heads = PartitionSpec(None, model_axis(q.shape[1]))
+    return on_shards(local, step.mesh, (heads, heads, heads, PartitionSpec()), heads, q, k, v, step)
 
 
 class EncoderAttention(nnx.Module):

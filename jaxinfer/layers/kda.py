@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxinfer.kv.spec import State
-from jaxinfer.layers.delta import DeltaSpec, DeltaState, Rows, gated_norm, on_shards, run
+from jaxinfer.layers.delta import DeltaSpec, DeltaState, Rows, gated_norm, run, run_on_shards
 from jaxinfer.layers.linear import BatchedLinear, FusedLinear, Output, RowLinear
 from jaxinfer.layers.params import Build, constant, param, weight
 from jaxinfer.sharding import axes
@@ -60,7 +60,7 @@ class KimiDeltaAttention(nnx.Module):
         tp, dim = q.shape[1], self.spec.value_dim
         by_token = jnp.concatenate([q, k, v], axis=-1), b, *(y.reshape(*y.shape[:2], -1, dim) for y in (forget, gate))
         by_shard = self.conv[...][:, :, 0], self.decay[...].reshape(tp, -1), self.decay_bias[...].reshape(tp, -1, dim)
-        y, state = on_shards(self._local, self.mesh, by_token, by_shard, self.norm[...], state, rows)
+        y, state = run_on_shards(self._local, self.mesh, by_token, by_shard, self.norm[...], state, rows)
         return self.out(y), state
 
     def _local(

@@ -21,6 +21,7 @@ from jaxinfer.layers.linear import BatchedLinear, FusedLinear, Output, RowLinear
 from jaxinfer.layers.norms import RMSNorm
 from jaxinfer.layers.params import Build, weight
 from jaxinfer.layers.rope import apply_rope, deinterleave
+from jaxinfer.layers.sharded import model_axis, on_shards
 from jaxinfer.sharding import axes
 
 
@@ -141,11 +142,7 @@ class LatentAttention(nnx.Module):
             out, lane = attend(*own, lane, step.slots, step.rows, scoring, None)
             return latent.release(out, expansion).reshape(out.shape[0], 1, -1), lane
 
-        if step.mesh.size == 1:
-            return local(q, latents, self.up[...], lane, step)
-        model = axes.MODEL if q.shape[1] > 1 else None  # else the layer is replicated: each device has all heads
+        model = model_axis(q.shape[1])
         tokens, whole = PartitionSpec(None, model), PartitionSpec()
-        return jax.shard_map(
-            local, mesh=step.mesh, in_specs=(tokens, tokens, PartitionSpec(model), whole, whole),
-            out_specs=(tokens, whole), check_vma=False,
-        )(q, latents, self.up[...], lane, step)  # fmt: skip
+        specs = tokens, tokens, PartitionSpec(model), whole, whole
+        return on_shards(local, step.mesh, specs, (tokens, whole), q, latents, self.up[...], lane, step)

@@ -28,6 +28,7 @@ from jaxinfer.layers.linear import Multiplying, Output
 from jaxinfer.layers.mlp import ACTIVATIONS, GatedMLP
 from jaxinfer.layers.params import Build, constant, matrix, weight
 from jaxinfer.layers.router import Router, RouterConfig
+from jaxinfer.layers.sharded import model_axis, on_shards
 from jaxinfer.sharding import axes
 from jaxinfer.sharding.collectives import ALL_REDUCE, Collective
 from jaxinfer.sharding.policy import EXPERTS, SHARD, any_layer
@@ -152,14 +153,9 @@ class MoE(Multiplying):
             parts["shared"] = self.shared.down
         operands = x, chosen, weights, hidden, {name: _arrays(part) for name, part in parts.items()}
         local = partial(self._local, triton_launch.target(step.mesh))
-        if step.mesh.size == 1:
-            return local(*operands)
-        whole = PartitionSpec()
-        shards = whole if self.tp == 1 else PartitionSpec(None, axes.MODEL)
+        whole, shards = PartitionSpec(), PartitionSpec(None, model_axis(self.tp))
         specs = whole, whole, whole, shards, {name: _specs(part) for name, part in parts.items()}
-        return jax.shard_map(
-            local, mesh=step.mesh, in_specs=specs, out_specs=whole, check_vma=False
-        )(*operands)  # fmt: skip
+        return on_shards(local, step.mesh, specs, whole, *operands)
 
     def _gated(self, x: jax.Array, hidden: jax.Array) -> jax.Array:
         """The shared experts' `[T, tp, F / tp]`, weighted by the token: down has no bias, so it may be done before it."""

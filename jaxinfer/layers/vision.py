@@ -19,6 +19,7 @@ from jaxinfer.layers.linear import FusedLinear, Multiplying, RowLinear
 from jaxinfer.layers.mlp import MLP
 from jaxinfer.layers.norms import LayerNorm, RMSNorm, normalise_together
 from jaxinfer.layers.params import Build, constant, weight
+from jaxinfer.layers.sharded import model_axis, on_shards
 from jaxinfer.sharding import axes
 from jaxinfer.sharding.collectives import ALL_REDUCE, ENCODE, Collective
 
@@ -212,15 +213,10 @@ class VisionAttention(nnx.Module):
             q, k, v = (y.reshape(-1, tokens, y.shape[-1] // head_dim, head_dim) for y in (q, k, v))
             return attend_whole(q, k, v, padding).reshape(q.shape[0] * tokens, 1, -1)
 
-        if self.mesh.size == 1:
-            return local(q, k, v, scale, padding)
-        data = axes.DATA if axes.DATA in self.mesh.shape else None
-        model = axes.MODEL if divided else None
+        data, model = axes.DATA if axes.DATA in self.mesh.shape else None, model_axis(q.shape[1])
         rows = PartitionSpec(data, model)
-        return jax.shard_map(
-            local, mesh=self.mesh, in_specs=(rows, rows, rows, PartitionSpec(model), PartitionSpec(data)), out_specs=rows,
-            check_vma=False,
-        )(q, k, v, scale, padding)  # fmt: skip
+        specs = rows, rows, rows, PartitionSpec(model), PartitionSpec(data)
+        return on_shards(local, self.mesh, specs, rows, q, k, v, scale, padding)
 
 
 class VisionLayer(nnx.Module):
