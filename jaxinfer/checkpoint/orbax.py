@@ -134,7 +134,7 @@ class StoredSource:
     def __init__(self, weights: Path, manifest: Manifest, table: Sequence[rules.Rule]):
         self._weights = weights
         self._stored = manifest.parameters
-        self._rules = {rule.source: rule for rule in table if rule.target in manifest.parameters}
+        self._rules = {rule.source: rule for rule in table if rule.target in manifest.parameters and not rule.tied}
         self._scales = {stored.scales_of: path for path, stored in self._stored.items() if stored.scales_of}
         self._held: dict[str, np.ndarray] = {}
         """The parameter that was read last, by its path."""

@@ -1,10 +1,8 @@
 """The weight table: which checkpoint tensor becomes which rows of which parameter, held strictly."""
 
-import logging
 import math
-import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,11 +17,6 @@ from jaxinfer.checkpoint.source import Info, Source
 from jaxinfer.errors import CheckpointError
 from jaxinfer.sharding import rules as sharding_rules
 
-log = logging.getLogger(__name__)
-
-IGNORED = (re.compile(r".*\.rotary_emb\.(inv_freq|cos_cached|sin_cached)"), re.compile(r".*\.attention\.masked_bias"))
-"""Buffers that old checkpoints carry and that are computed here."""
-
 ALIGNMENT = 64
 """Bytes: JAX on a CPU keeps a NumPy buffer that starts at a multiple of this, and copies any other."""
 COPY_ELEMENTS = 1 << 21
@@ -37,7 +30,7 @@ class Rule:
     source: str
     """Its name there; `{i}` stands for the layer."""
     target: str | None
-    """The path of the parameter; None: known, and not needed (a tied head)."""
+    """The path of the parameter; None: the tensor is known, and not needed."""
     parts: tuple[str, ...] = ()
     """For a fused parameter: the outputs whose rows the tensor stacks, in its order."""
     also: tuple[str, ...] = ()
@@ -46,12 +39,21 @@ class Rule:
     """Of a stacked parameter: which of the stack it is; None: the tensor is a stack itself, of all of them."""
     instead: tuple["Rule", ...] = ()
     """The tensors that hold the same numbers in checkpoints that do not have this one (`models.moe_rules`)."""
+    tied: str = ""
+    """For a tensor that config.json ties to the target's own: what `Family.untie` calls the tie (`checkpoint.ties`)."""
+    optional: bool = False
+    """Whether a checkpoint may lack the tensor; the parameter is zero then."""
 
     def of_layer(self, i: int) -> "Rule":
-        """With the layer's number written out."""
+        """Write out the layer's number."""
         source, *also = (name.replace("{i}", str(i)) for name in (self.source, *self.also))
         target = None if self.target is None else self.target.replace("{i}", str(i))
-        return Rule(source, target, self.parts, tuple(also), self.index, tuple(r.of_layer(i) for r in self.instead))
+        instead = tuple(rule.of_layer(i) for rule in self.instead)
+        return replace(self, source=source, target=target, also=tuple(also), instead=instead)
+
+    def found(self, names: Container[str]) -> str | None:
+        """Return the name that a checkpoint has the tensor by; None where it has none of its names."""
+        return next((name for name in (self.source, *self.also) if name in names), None)
 
 
 def expand(table: Iterable[Rule], layers: int) -> list[Rule]:
@@ -68,6 +70,11 @@ def parameters(module: nnx.Module) -> dict[str, nnx.Param]:
 CHECKPOINT = "the checkpoint"
 """Where a source's tensors are from, for messages, if nothing more is known."""
 REMEDY = "the weights are incomplete, or config.json is another model's: fetch both again"
+HEADS = ("lm_head.weight", "proj_out.weight")
+UNTIED = (
+    "config.json says that the head is not tied to the embedding (tie_word_embeddings), or the family never ties it. Where "
+    "they are tied pass hf_overrides={'tie_word_embeddings': True}; else the weights are incomplete: fetch them again"
+)
 
 
 def load(
@@ -129,28 +136,33 @@ def plan(
     """
     by_name: dict[str, Rule] = {}
     names = set(source.names())
-    for rule in _present(table, names):
-        found = next((name for name in (rule.source, *rule.also) if name in names), rule.source)
+    for rule in _untied(_present(table, names), names):
+        found = rule.found(names) or rule.source
         if found in by_name:
             raise CheckpointError(f"the weight table names tensor {found!r} twice")
         by_name[found] = replace(rule, source=found)
-    extra = [n for n in sorted(names - set(by_name)) if not any(p.fullmatch(n) for p in IGNORED)]
+    extra = sorted(names - set(by_name))
     if extra:
-        raise CheckpointError(f"{where} has {len(extra)} tensor(s) this model does not know: {_some(extra)}; {REMEDY}")
-    missing = sorted(name for name, rule in by_name.items() if rule.target is not None and name not in names)
+        raise CheckpointError(f"{where} has {len(extra)} tensor(s) this model does not know: {some(extra)}; {REMEDY}")
+    absent = {name: rule for name, rule in by_name.items() if rule.target is not None and name not in names}
+    missing = sorted(name for name, rule in absent.items() if not rule.optional)
     if missing:
-        raise CheckpointError(f"{where} lacks {len(missing)} tensor(s) of this model: {_some(missing)}; {REMEDY}")
+        remedy = UNTIED if all(name.endswith(HEADS) for name in missing) else REMEDY
+        raise CheckpointError(f"{where} lacks {len(missing)} tensor(s) of this model: {some(missing)}; {remedy}")
     scales = {path: _sibling(path, param) for path, param in wanted.items() if "scales_of" in param.get_metadata()}
     planned: dict[str, list[Rule]] = {path: [] for path in wanted if path not in scales}
-    for rule in by_name.values():
+    for name, rule in by_name.items():
         if rule.target is None:
             continue
         if rule.target not in planned:
             raise CheckpointError(f"the weight table fills {rule.target!r}, which the model does not have")
-        _check_shape(rule, wanted[rule.target], source, where)
-        planned[rule.target].append(rule)
+        if name not in absent:
+            _check_shape(rule, wanted[rule.target], source, where)
+            planned[rule.target].append(rule)
+    zero = {rule.target for rule in absent.values()}
     for path, filled in planned.items():
-        _check_whole(path, wanted[path], filled)
+        if filled or path not in zero:
+            _check_whole(path, wanted[path], filled)
     return planned | {path: planned[weight] for path, weight in scales.items()}
 
 
@@ -159,6 +171,22 @@ def _present(table: Sequence[Rule], names: set[str]) -> Iterator[Rule]:
     for rule in table:
         absent = rule.instead and names.isdisjoint((rule.source, *rule.also))
         yield from _present(rule.instead, names) if absent else (rule,)
+
+
+def _untied(table: Iterable[Rule], names: set[str]) -> Iterator[Rule]:
+    """Yield the rules, where several are tied to each other with one that has a target: the first whose tensor is there."""
+    table = list(table)
+    tied = {rule.target for rule in table if rule.tied}
+    filled: set[str | None] = set()
+    for rule in sorted(table, key=lambda rule: bool(rule.tied)):
+        if rule.target not in tied:
+            yield rule
+        elif rule.found(names) and rule.target not in filled:
+            filled.add(rule.target)
+            yield replace(rule, tied="")
+        elif rule.found(names):
+            yield replace(rule, target=None)
+    yield from (rule for rule in table if rule.target in tied - filled and not rule.tied)
 
 
 def _check_whole(path: str, param: nnx.Param, filled: Sequence[Rule]) -> None:
@@ -171,7 +199,7 @@ def _check_whole(path: str, param: nnx.Param, filled: Sequence[Rule]) -> None:
         for index in stack if rule.index is None else (rule.index,):
             found.update((index, part) for part in rule.parts or ("",))
     if found != Counter((index, name) for index in stack for name in outputs):
-        sources = _some([rule.source for rule in filled]) or "nothing"
+        sources = some([rule.source for rule in filled]) or "nothing"
         raise CheckpointError(f"the weight table fills {path!r} from {sources}, not wholly or not once")
 
 
@@ -180,7 +208,8 @@ def _sibling(path: str, scales: nnx.Param) -> str:
     return ".".join([*path.split(".")[:-1], scales.get_metadata()["scales_of"]])
 
 
-def _some(names: Sequence[str], most: int = 8) -> str:
+def some(names: Sequence[str], most: int = 8) -> str:
+    """Show the first names of a list, and count the others."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(map(repr, names[:most])) + more
 
@@ -210,6 +239,8 @@ def _place(path: str, param: nnx.Param, filled: list[Rule], source: Source, mesh
     def shard(index: tuple[slice, ...]) -> np.ndarray:
         own = [slice(*i.indices(n)) for i, n in zip(index, param.shape, strict=True)]
         made = _aligned([i.stop - i.start for i in own], np.dtype(param.dtype))
+        if not filled:
+            return made
         if not metadata.get("stacked"):
             _fill(made, own, tuple(param.shape), metadata, filled, source)
             return made

@@ -6,7 +6,7 @@ last layer of either half.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -33,6 +33,9 @@ NORM_EPS = 1e-5
 OFFSET = 2
 """Rows of the tables of positions before that of position 0."""
 BIASES, HALVES = ("q", "k", "v"), ("encoder", "decoder")
+HEAD = "head"
+TABLES = (*HALVES, HEAD)
+"""What has the vocabulary's embedding, which all of them share, or one of its own."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,8 @@ class BartConfig:
     """Multiplies the embeddings of tokens."""
     norm_first: bool
     """Whether norms come before what they normalise (mBART)."""
+    own: frozenset[str] = frozenset()
+    """Those of `TABLES` that do not share the embedding."""
     features: None = None
     """Nothing takes the places of tokens."""
     recompute_after: None = None
@@ -105,11 +110,7 @@ def read_config(reader: ConfigReader, *, norm_first: bool) -> BartConfig:
             raise ConfigError(f"config.json: d_model is {width}, which {name}_attention_heads = {heads} does not divide")
         return StackConfig(layers, heads, ffn)
 
-    if not reader.get_bool("tie_word_embeddings", True):
-        raise ConfigError(
-            "config.json: tie_word_embeddings is false, and each half has an embedding of its own, which is not "
-            "supported; supported: one embedding for both halves and the head"
-        )
+    tied = reader.get_bool("tie_word_embeddings", True)
     # Of training, of other tasks, or the same again; transformers reads none of them either.
     reader.skip(
         "activation_dropout", "encoder_layerdrop", "decoder_layerdrop", "init_std", "is_encoder_decoder", "classif_dropout",
@@ -121,6 +122,7 @@ def read_config(reader: ConfigReader, *, norm_first: bool) -> BartConfig:
         vocab_size=reader.get_int("vocab_size"), width=width, encoder=stack("encoder"), decoder=stack("decoder"),
         activation=activation, max_position=reader.get_int("max_position_embeddings"),
         embedding_scale=math.sqrt(width) if scaled else 1.0, norm_first=norm_first,
+        own=frozenset() if tied else frozenset(TABLES),
     )  # fmt: skip
 
 
@@ -201,16 +203,29 @@ class DecoderLayer(Residual):
         return self.feed_forward(self.after(x, y, self.cross_norm)), lanes
 
 
+def _embedding(build: Build, config: BartConfig, parts: Sequence[str]) -> Embedding:
+    """Make the embedding of these of `TABLES`."""
+    lookup, head = parts != (HEAD,), HEAD in parts
+    build = build if head else build._replace(quantization=None)  # a table that is only looked up gains nothing from int8
+    made = Embedding(build, config.vocab_size, config.width, lookup=lookup, head=head)
+    made.steps = tuple(dict.fromkeys(step for part in parts for step in ((ENCODE,) if part == "encoder" else STEPS)))
+    return made
+
+
 class Bart(nnx.Module):
-    """One embedding, which is the head as well, and both halves.
+    """Run both halves, which share one embedding with the head unless `BartConfig.own` says otherwise.
 
     In the list of what is kept self-attentions come first, then those to the encoder.
     """
 
     def __init__(self, build: Build, config: BartConfig):
         self.config = config
-        self.embedding = Embedding(build.at("embedding"), config.vocab_size, config.width, head=True)
-        self.embedding.steps = (*STEPS, ENCODE)
+        shared = tuple(part for part in TABLES if part not in config.own)
+        self.embedding = _embedding(build.at("embedding"), config, shared) if shared else None
+        self.encoder_embedding, self.decoder_embedding, self.head = (
+            _embedding(build.at(name), config, (part,)) if part in config.own else None
+            for part, name in zip(TABLES, ("encoder_embedding", "decoder_embedding", "head"), strict=True)
+        )
         self.encoder = Stack(
             build.at("encoder"), config, partial(EncoderLayer, config=config), config.encoder.layers
         )
@@ -218,16 +233,17 @@ class Bart(nnx.Module):
         self.decoder = Stack(
             build.at("decoder"), config, partial(DecoderLayer, config=config), config.decoder.layers
         )
-        rows = self.embedding.weight.shape[0]
+        head = self.embedding if self.head is None else self.head
         names, whole = (None, axes.VOCAB), (1, config.vocab_size)
-        self.logits_bias = constant(build.at("embedding"), (1, rows), names, 0.0, unpadded=whole)
+        at = build.at("embedding" if self.head is None else "head")
+        self.logits_bias = constant(at, (1, head.weight.shape[0]), names, 0.0, unpadded=whole)
 
-    def _embed(self, tokens: jax.Array) -> jax.Array:
-        return self.embedding(tokens) * self.config.embedding_scale
+    def _embed(self, tokens: jax.Array, own: Embedding | None) -> jax.Array:
+        return (self.embedding if own is None else own)(tokens) * self.config.embedding_scale
 
     def encode(self, tokens: jax.Array, step: EncodeStep) -> jax.Array:
         """Token ids `[S]` of texts -> what comes of the encoder, `[S, M]`."""
-        x = self.encoder.enter(self._embed(tokens), step.positions)
+        x = self.encoder.enter(self._embed(tokens, self.encoder_embedding), step.positions)
         for layer in self.encoder.layers:
             x = layer(x, step)
         return self.encoder.leave(x)
@@ -246,14 +262,15 @@ class Bart(nnx.Module):
         self, tokens: jax.Array, step: StepContext, lanes: list[Lane], features: FeatureRows | None = None
     ) -> tuple[jax.Array, list[Lane]]:
         """Token ids `[T]` -> hidden states `[T, M]` after the last norm, and the lanes as they now are."""
-        x = self.decoder.enter(self._embed(tokens), step.positions)
+        x = self.decoder.enter(self._embed(tokens, self.decoder_embedding), step.positions)
         for number, layer in enumerate(self.decoder.layers):
             x, lanes = layer(x, lanes, number, number + self.config.num_layers, step)
         return self.decoder.leave(x), lanes
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Hidden states `[B, M]` -> float32 logits `[B, V']`."""
-        return self.embedding.attend(hidden) + self.logits_bias[...].astype(jnp.float32)
+        head = self.embedding if self.head is None else self.head
+        return head.attend(hidden) + self.logits_bias[...].astype(jnp.float32)
 
     def cache_specs(self) -> Sequence[Full]:
         """What self-attentions keep, then what attentions to the encoder keep."""
@@ -280,13 +297,15 @@ PARTS: Mapping[str, tuple[str, str]] = {
 
 
 def weight_rules(config: BartConfig) -> list[Rule]:
-    """All tensors. Some checkpoints have the tied ones several times."""
+    """Return the rules of all tensors. Checkpoints have tied ones under one name or under several."""
     table = [
-        Rule("model.shared.weight", "embedding.weight"),
-        Rule("final_logits_bias", "logits_bias"),
-        Rule("lm_head.weight", None),
-        *(Rule(f"model.{half}.{name}", None) for half in HALVES for name in ("embed_tokens.weight", "version")),
+        Rule("model.shared.weight", None if config.own == frozenset(TABLES) else "embedding.weight"),
+        Rule("final_logits_bias", "logits_bias", optional=True),
     ]
+    names = (*(f"model.{half}.embed_tokens.weight" for half in HALVES), "lm_head.weight")
+    for part, name, path in zip(TABLES, names, ("encoder_embedding", "decoder_embedding", "head"), strict=True):
+        own = part in config.own
+        table.append(Rule(name, f"{path}.weight") if own else Rule(name, "embedding.weight", tied=part))
     for half, stack in zip(HALVES, (config.encoder, config.decoder), strict=True):
         own = [Rule(f"model.{half}.embed_positions.weight", f"{half}.positions.weight")]
         own += _both(f"model.{half}.layernorm_embedding", f"{half}.embedding_norm")
@@ -308,4 +327,9 @@ def _both(source: str, target: str, parts: tuple[str, ...] = ()) -> list[Rule]:
     return [Rule(f"{source}.weight", f"{target}.{weight}", parts), Rule(f"{source}.bias", f"{target}.bias", parts)]
 
 
-FAMILY = Family(partial(read_config, norm_first=False), Bart, weight_rules)
+def untie(config: BartConfig, tie: str) -> BartConfig:
+    """Return the configuration where one of `TABLES` does not share the embedding."""
+    return replace(config, own=config.own | {tie})
+
+
+FAMILY = Family(partial(read_config, norm_first=False), Bart, weight_rules, untie=untie)

@@ -1,7 +1,7 @@
 """The contract between a model family and the engine."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -186,3 +186,7 @@ class Family:
     """What reads the prompts of a model with cross-attention."""
     source: Callable[[Source], Source] = lambda source: source
     """A checkpoint's tensors as the weight table knows them, where they are kept otherwise."""
+    untie: Callable[[Any, str], Any] = lambda config, tie: replace(config, tied=False)
+    """The configuration without a tie (`Rule.tied`), for checkpoints whose tensors differ."""
+    ignored: Sequence[str] = ()
+    """Patterns of tensors that the model does not read, beside those of `checkpoint.naming`."""

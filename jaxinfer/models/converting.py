@@ -49,9 +49,9 @@ def convert(
     with SafetensorsReader(directory) as reader, _new_folder(out) as folder:
         # As stored: what a dtype costs on this machine means nothing where the folder is loaded.
         kind = loading.resolve_dtype(dtype, loading.said_dtype(hf) or loading.stored_dtype(reader), "")
+        config, source = loading.settle(served, config, hf, reader, directory)
         module = loading.abstract(served, config, kind, mesh, **how)
         wanted = rules.parameters(module)
-        source = served.source(reader)
         planned = rules.plan(wanted, served.weight_rules(config), source, directory)
         _write(folder, wanted, planned, source, mesh, progress)
         _copy_others(directory, folder)

@@ -174,7 +174,7 @@ def weight_rules(
     table = [
         Rule("model.embed_tokens.weight", "embedding.weight"),
         Rule("model.norm.weight", "norm.scale"),
-        Rule("lm_head.weight", None if config.tied else "head.weight"),
+        Rule("lm_head.weight", "embedding.weight", tied="head") if config.tied else Rule("lm_head.weight", "head.weight"),
         *(Rule(f"{layer}.{name}.weight", f"layers.{{i}}.{norm}.scale") for norm, name in block.norm_names(config).items()),
     ]
 

@@ -4,8 +4,6 @@ the text model alone is served.
 """
 
 from jaxinfer.checkpoint.hf import ConfigReader
-from jaxinfer.checkpoint.part import Part
-from jaxinfer.checkpoint.source import Source
 from jaxinfer.models.base import Family
 from jaxinfer.models.decoder import Decoder, weight_rules
 from jaxinfer.models.decoder_config import FULL, SLIDING, DecoderConfig
@@ -16,9 +14,8 @@ THETA, LOCAL_THETA = 1_000_000.0, 10_000.0
 IMAGES = ("vision_config", "mm_tokens_per_image", "image_token_index", "boi_token_index", "eoi_token_index",
           "image_token_id", "boi_token_id", "eoi_token_id")  # fmt: skip
 """Fields of config.json about images."""
-TEXT = {"language_model.model.": "model.", "language_model.lm_head.": "lm_head.", "model.language_model.": "model."}
-"""What tensors of the text model begin with in checkpoints that read images, of the Hub and of transformers 5."""
-NOT_TEXT = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+NOT_TEXT = (r"(model\.)?(vision_tower|multi_modal_projector)\..*",)
+"""Tensors of the parts that read images."""
 
 
 def config(reader: ConfigReader) -> DecoderConfig:
@@ -43,9 +40,4 @@ def config(reader: ConfigReader) -> DecoderConfig:
     return gemma(reader, kinds, qk_norm=True, local_rope=local)
 
 
-def text_model(source: Source) -> Source:
-    """The tensors of the text model, whatever checkpoint it is in."""
-    return Part(source, TEXT, NOT_TEXT)
-
-
-FAMILY = Family(config, Decoder, weight_rules, source=text_model)
+FAMILY = Family(config, Decoder, weight_rules, ignored=NOT_TEXT)

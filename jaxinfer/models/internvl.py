@@ -196,7 +196,7 @@ def weight_rules(config: InternVLConfig) -> list[Rule]:
         own = rule.source.replace("model.", "model.language_model.", 1)  # the head is not within its `model`
         target = rule.target and f"language_model.{rule.target}"
         also = () if config.original else (own,)
-        table.append(Rule(f"language_model.{rule.source}", target, rule.parts, also))
+        table.append(replace(rule, source=f"language_model.{rule.source}", target=target, also=also))
     return table
 
 
@@ -206,4 +206,9 @@ def _from_folder(directory: Path) -> Mapping[str, int]:
     return {} if token is None else {"image_token_id": token}
 
 
-FAMILY = Family(read_config, InternVL, weight_rules, _from_folder, IMAGES)
+def _untie(config: InternVLConfig, tie: str) -> InternVLConfig:
+    """Return the configuration with a head of its own."""
+    return replace(config, text=replace(config.text, tied=False))
+
+
+FAMILY = Family(read_config, InternVL, weight_rules, _from_folder, IMAGES, untie=_untie)

@@ -107,6 +107,8 @@ def _language_model(reader: ConfigReader, name: str) -> DecoderConfig:
     """The decoder's own configuration, by its family's reader."""
     tied = reader.get_bool("tie_word_embeddings", None)  # the whole model's goes before the part's
     part = reader.part(name, **({} if tied is None else {"tie_word_embeddings": tied}))
+    if name == "text_config":
+        part.defaults(tie_word_embeddings=True)  # as transformers' class of the whole model has it
     listed, kind = part.get("architectures", []), part.get_str("model_type", "qwen2")
     named = listed[0] if isinstance(listed, list) and listed else LANGUAGE_MODELS.get(kind)
     if named not in LANGUAGE_MODELS.values():

@@ -48,7 +48,8 @@ def config(reader: ConfigReader) -> DecoderConfig:
         max_position=reader.get_int(names["model_max_length"], 1048576), rope=None,
     )  # fmt: skip
     linear, kinds = _linear(reader, layers, eps)
-    return replace(made, linear=linear, kinds=kinds)
+    # The published model has a head of its own, and transformers ties nothing, whatever tie_word_embeddings says.
+    return replace(made, linear=linear, kinds=kinds, tied=False)
 
 
 def _dense(reader: ConfigReader, layers: int) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
 """From a checkpoint's folder to a module with its weights on their devices."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
-from jaxinfer.checkpoint import orbax, rules
+from jaxinfer.checkpoint import naming, orbax, rules, ties
 from jaxinfer.checkpoint.hf import ConfigReader, check_sizes, read_config
 from jaxinfer.checkpoint.manifest import Manifest
 from jaxinfer.checkpoint.safetensors import SafetensorsReader
+from jaxinfer.checkpoint.source import Source
 from jaxinfer.kernels.native import build as native
 from jaxinfer.kv import cache as kv_cache
 from jaxinfer.layers.params import Build
@@ -56,6 +57,7 @@ def load(
     platform, how = mesh.devices.flat[0].platform, dict(quantization=quantization, placement=placement, pad_heads=pad_heads)
     manifest = Manifest.read(directory)
     if manifest is not None:
+        config = ties.settle_stored(config, served.weight_rules, served.untie, manifest.parameters)
         kind = resolve_dtype(dtype, manifest.dtype, platform)
         module = abstract(served, config, kind, mesh, **manifest.settle(directory, kind, asked=dtype != "auto", **how))
         orbax.restore(module, served.weight_rules(config), directory, manifest, mesh, progress=progress)
@@ -63,10 +65,33 @@ def load(
     said = said_dtype(hf)
     module = abstract(served, config, resolve_dtype(dtype, said or "float32", platform), mesh, **how)
     with SafetensorsReader(directory) as reader:
-        if not said:
-            module = abstract(served, config, resolve_dtype(dtype, stored_dtype(reader), platform), mesh, **how)
-        rules.load(module, served.weight_rules(config), served.source(reader), mesh, progress=progress, where=directory)
+        settled, source = settle(served, config, hf, reader, directory)
+        if settled != config or not said:
+            kind = resolve_dtype(dtype, said or stored_dtype(reader), platform)
+            module = abstract(served, settled, kind, mesh, **how)
+        rules.load(module, served.weight_rules(settled), source, mesh, progress=progress, where=directory)
     return module
+
+
+def settle(
+    served: Family, config: Any, hf: Mapping[str, Any], reader: SafetensorsReader, directory: Path
+) -> tuple[Any, Source]:
+    """Return the configuration with the ties that the tensors have, and the tensors under the names of the weight table.
+
+    Raises:
+        CheckpointError: tensors of an adapter, or quantised in a format that is not read.
+    """
+    source = naming.named(served.source(reader), served.weight_rules(config), directory, [*served.ignored, *_predicting(hf)])
+    return ties.settle(config, served.weight_rules, served.untie, source), source
+
+
+def _predicting(hf: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the patterns of layers that predict further tokens, which checkpoints number after the model's own."""
+    layers = hf.get("num_hidden_layers")
+    for name in ("num_nextn_predict_layers", "num_mtp_layers"):
+        count = hf.get(name)
+        if isinstance(layers, int) and isinstance(count, int):
+            yield from (rf"model\.layers\.{layers + i}\..*" for i in range(min(count, 64)))
 
 
 def parse(hf: Mapping[str, Any], directory: Path | None = None) -> tuple[Family, Any]:

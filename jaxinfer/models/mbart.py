@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from jaxinfer.models.bart import Bart, read_config, weight_rules
+from jaxinfer.models.bart import Bart, read_config, untie, weight_rules
 from jaxinfer.models.base import Family
 
-FAMILY = Family(partial(read_config, norm_first=True), Bart, weight_rules)
+FAMILY = Family(partial(read_config, norm_first=True), Bart, weight_rules, untie=untie)

@@ -1,7 +1,7 @@
 """Llama 3.2 Vision's config.json (`MllamaForConditionalGeneration`)."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jaxinfer.checkpoint.hf import ConfigReader
@@ -61,9 +61,9 @@ def read_config(reader: ConfigReader) -> MllamaConfig:
     layers = tuple(text.get("cross_attention_layers", list(CROSS_LAYERS)))
     config = read_decoder_config(text)
     _indices("cross_attention_layers", layers, 0, config.num_layers)
-    if config.tied or reader.get_bool("tie_word_embeddings", False):
-        raise ConfigError("config.json: tie_word_embeddings is true, which is not supported: the embedding has rows that the "
-                          "head has not")  # fmt: skip
+    # The embedding has rows that the head has not: transformers ties nothing, whatever tie_word_embeddings says.
+    reader.skip("tie_word_embeddings")
+    config = replace(config, tied=False)
     vision = _vision(reader.part("vision_config"), _names_outputs(reader))
     token = reader.get_int("image_token_index", config.vocab_size, least=0)
     if token >= config.vocab_size + EXTRA_TOKENS:

@@ -23,7 +23,7 @@ def tensors(module: nnx.Module, table: Sequence[Rule]) -> dict[str, np.ndarray]:
         if "scales_of" in param.get_metadata():
             raise ValueError(f"{path}: int8 has not the numbers of the checkpoint; load the module without quantization")
     for rule in table:
-        if rule.target is None:
+        if rule.target is None or rule.tied:
             continue
         param = params[rule.target]
         values, metadata = np.asarray(param[...]), param.get_metadata()

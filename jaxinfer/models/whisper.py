@@ -117,10 +117,14 @@ class Whisper(nnx.Module):
     def __init__(self, build: Build, config: WhisperConfig):
         self.config, self.mesh = config, build.mesh
         self.encoder = Encoder(build.at("encoder"), config)
-        self.embedding = Embedding(build.at("embedding"), config.vocab_size, config.width, head=True)
+        sizes = config.vocab_size, config.width
+        # A table that is only looked up gains nothing from int8.
+        lookup = build if config.tied else build._replace(quantization=None)
+        self.embedding = Embedding(lookup.at("embedding"), *sizes, head=config.tied)
         self.positions = LearnedPositions(build.at("positions"), config.decoder.positions, config.width)
         self.layers = nnx.List([DecoderLayer(build.at("layers", i), config) for i in range(config.decoder.layers)])
         self.norm = LayerNorm(build.at("norm"), config.width, NORM_EPS, axes.EMBED)
+        self.head = None if config.tied else Embedding(build.at("head"), *sizes, lookup=False, head=True)
 
     def encode_cross(
         self, inputs: jax.Array, numbers: jax.Array, step: EncodeStep, lanes: list[Lane]
@@ -151,7 +155,7 @@ class Whisper(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Hidden states `[B, M]` -> float32 logits `[B, V']`."""
-        return self.embedding.attend(hidden)
+        return (self.embedding if self.head is None else self.head).attend(hidden)
 
     def cache_specs(self) -> Sequence[Full]:
         """Attention of all layers, then cross-attention of all layers."""
@@ -183,7 +187,7 @@ def weight_rules(config: WhisperConfig) -> list[Rule]:
     return [
         *(Rule(f"model.encoder.{r.source}", f"encoder.{r.target}", r.parts) for r in encoder),
         *(Rule(f"model.decoder.{r.source}", r.target, r.parts) for r in decoder),
-        Rule("proj_out.weight", None),
+        Rule("proj_out.weight", "embedding.weight", tied="head") if config.tied else Rule("proj_out.weight", "head.weight"),
     ]  # fmt: skip
 
 

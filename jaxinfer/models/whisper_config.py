@@ -52,6 +52,8 @@ class WhisperConfig:
     activation: str
     rule: WhisperTokens | None
     """What may be said next; None: neither file says which tokens are special."""
+    tied: bool = True
+    """Whether the head is the embedding."""
 
     @property
     def cross(self) -> CrossSource:
@@ -108,14 +110,13 @@ def read_config(reader: ConfigReader) -> WhisperConfig:
     activation = reader.get_str("activation_function", "gelu")
     if activation not in ACTIVATIONS:
         raise ConfigError(f"config.json: activation_function is {activation!r}; supported: {', '.join(ACTIVATIONS)}")
-    if not reader.get_bool("tie_word_embeddings", True):
-        raise ConfigError("config.json: tie_word_embeddings is false; Whisper's head is its embedding, set it to true")
     said = reader.get("special_tokens", {})
     reader.skip(*UNUSED)
     return WhisperConfig(
         reader.get_int("vocab_size"), width, stack("encoder", "max_source_positions"),
         stack("decoder", "max_target_positions"), reader.get_int("num_mel_bins"), activation,
         WhisperTokens.of(said, reader.config) if said or "decoder_start_token_id" in reader.config else None,
+        reader.get_bool("tie_word_embeddings", True),
     )  # fmt: skip
 
 

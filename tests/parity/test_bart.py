@@ -37,6 +37,7 @@ STARTS, MADE = (1, 9, 2, 5), 6
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "bart": ("Bart", {}),
     "bart, not scaled, relu": ("Bart", dict(scale_embedding=False, activation_function="relu")),
+    "bart, untied": ("Bart", dict(tie_word_embeddings=False)),
     "mbart": ("MBart", {}),
 }
 

@@ -38,7 +38,7 @@ def tensors(hf: dict[str, Any], dtype: type = np.float32) -> dict[str, np.ndarra
     wanted = rules.parameters(loading.abstract(served, config, np.dtype(np.float32), make_mesh()))
     rng, found = np.random.default_rng(0), {}
     for rule in served.weight_rules(config):
-        if rule.target is None:
+        if rule.target is None or rule.tied:
             continue
         param = wanted[rule.target]
         rows = {output.name: output.rows for output in param.get_metadata().get("outputs", ())}
@@ -109,6 +109,20 @@ def test_it_restores_what_the_checkpoint_gives_on_as_many_devices(make, before, 
     """Biases (qwen2), tensors that stack outputs (phi3), kv heads that four devices share, a padded vocabulary of 97."""
     source, folder = make(family, before, quantization=quantization)
     assert_same(load(folder, after), load(source, after, quantization=quantization))
+
+
+@pytest.mark.parametrize("differs", [True, False])
+def test_a_converted_folder_has_the_ties_of_the_file_that_it_was_made_from(differs, tmp_path):
+    source = write(tmp_path / "source")
+    hf = json.loads((source / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (source / "config.json").write_text(json.dumps(hf))
+    content = tensors(CONFIG | hf | {"tie_word_embeddings": False})
+    content["lm_head.weight"] = content["model.embed_tokens.weight"] + differs
+    save_file(content, source / "model.safetensors")
+    converting.convert(source, tmp_path / "out", make_mesh(2), quantization="int8", progress=False)
+    expected, found = load(source, 4, quantization="int8"), load(tmp_path / "out", 4)
+    assert ("head.weight_scale" in found) is differs
+    assert_same(found, expected)
 
 
 def test_on_as_many_devices_each_shard_is_read_as_it_lies(make, monkeypatch):

@@ -9,11 +9,12 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+import support.checkpoint
 from safetensors.numpy import save_file
 from support.compiler import flags
-from support.tiny import ARCHITECTURES, CONFIG
+from support.tiny import ARCHITECTURES, CONFIG, config
 
-from jaxinfer.checkpoint import rules
+from jaxinfer.checkpoint import rules, ties
 from jaxinfer.checkpoint.rules import Rule
 from jaxinfer.checkpoint.safetensors import SafetensorsReader
 from jaxinfer.errors import CheckpointError
@@ -46,8 +47,8 @@ def tensors(family: str = "llama", *, dtype: type = np.float32, tied: bool = Fal
 
 def checkpoint(folder: Path, content: dict[str, np.ndarray], family: str = "llama", **changes: object) -> Path:
     save_file(content, folder / "model.safetensors")
-    config = CONFIG | {"num_hidden_layers": 1, "architectures": [ARCHITECTURES[family]]} | changes
-    (folder / "config.json").write_text(json.dumps(config))
+    hf = CONFIG | {"num_hidden_layers": 1, "architectures": [ARCHITECTURES[family]]} | changes
+    (folder / "config.json").write_text(json.dumps(hf))
     return folder
 
 
@@ -195,21 +196,99 @@ def test_layers_beyond_the_config_are_unknown_and_those_short_of_it_missing(tmp_
     refused(checkpoint(tmp_path, content, num_hidden_layers=1), "9 tensor", "does not know", "'model.layers.1.")
 
 
-def test_a_tied_head_is_the_embedding_and_its_tensor_may_be_there(tmp_path):
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@pytest.mark.parametrize("present", [(EMBED,), (HEAD,), (EMBED, HEAD)])
+def test_a_tied_head_is_the_embedding_whatever_names_the_file_has_for_it(present, tmp_path, caplog):
     content = tensors(tied=True)
-    without = load(checkpoint(tmp_path, content, tie_word_embeddings=True))
-    head = {"lm_head.weight": np.ones((V, M), np.float32)}
-    there = load(checkpoint(tmp_path, content | head, tie_word_embeddings=True))
-    assert "head.weight" not in without and without.keys() == there.keys()
-    np.testing.assert_array_equal(there["embedding.weight"].get_value(), content["model.embed_tokens.weight"])
-    refused(checkpoint(tmp_path, content), "'lm_head.weight'", "lacks")
+    table = content.pop(EMBED)
+    loaded = load(checkpoint(tmp_path, content | dict.fromkeys(present, table), tie_word_embeddings=True), 2)
+    assert "head.weight" not in loaded and "differ" not in caplog.text
+    np.testing.assert_array_equal(loaded["embedding.weight"].get_value()[:V], table)
 
 
-@pytest.mark.parametrize("buffer", ["rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached"])
-def test_buffers_of_old_checkpoints_are_ignored(buffer, tmp_path):
-    content = tensors() | {f"{LAYER}.self_attn.{buffer}": np.zeros(8, np.float32)}
-    loaded = load(checkpoint(tmp_path, content))
-    assert not [path for path in loaded if "rotary" in path]
+@pytest.mark.parametrize("stored", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("row", [0, V - 1])
+def test_a_head_that_differs_is_used_with_a_warning_whatever_config_says(row, stored, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(ties, "COPY_ELEMENTS", 7 * M)
+    content = tensors(dtype=np.float32, tied=True)
+    head = content[EMBED].copy()
+    head[row, 3] += 1
+    loaded = load(checkpoint(tmp_path, content | {HEAD: head.astype(stored)}, tie_word_embeddings=True))
+    np.testing.assert_array_equal(loaded["head.weight"].get_value(), head.astype(stored))
+    np.testing.assert_array_equal(loaded["embedding.weight"].get_value(), content[EMBED])
+    assert f"{HEAD} is tied to {EMBED}" in caplog.text and "tie_word_embeddings" in caplog.text
+
+
+def test_what_lacks_both_tied_tensors_or_an_untied_head_is_refused(tmp_path):
+    content = tensors(tied=True)
+    refused(checkpoint(tmp_path, content), f"'{HEAD}'", "lacks", "hf_overrides={'tie_word_embeddings': True}")
+    del content[EMBED]
+    refused(checkpoint(tmp_path, content, tie_word_embeddings=True), f"'{EMBED}'", "lacks 1 tensor")
+
+
+def test_kimi_linear_has_a_head_of_its_own_whatever_config_says():
+    _, parsed = loading.parse(config("kimi_linear") | {"tie_word_embeddings": True})
+    assert not parsed.tied
+
+
+UNREAD = (
+    f"{LAYER}.self_attn.rotary_emb.inv_freq", f"{LAYER}.self_attn.rotary_emb.cos_cached", "model.rotary_emb.inv_freq",
+    f"{LAYER}.self_attn.bias", f"{LAYER}.self_attn.masked_bias", "mtp.layers.0.self_attn.q_proj.weight", "score.weight",
+    "v_head.summary.weight", "encoder.version", "model.layers.1.eh_proj.weight", "model.layers.1.mlp.up_proj.weight",
+    "model.embeddings.position_ids",
+)  # fmt: skip
+
+
+def test_tensors_that_no_forward_pass_reads_are_left_out_with_one_line(tmp_path, caplog):
+    caplog.set_level("INFO", "jaxinfer")
+    content = tensors()
+    loaded = load(checkpoint(tmp_path, content | {name: np.zeros(8, np.float32) for name in UNREAD}))
+    assert loaded.keys() == load(checkpoint(tmp_path, content)).keys()
+    lines = [record.message for record in caplog.records if "left out" in record.message]
+    assert len(lines) == 1 and f"{len(UNREAD)} tensor" in lines[0] and "and 4 more" in lines[0]
+
+
+def test_layers_that_predict_further_tokens_are_those_that_config_counts(tmp_path):
+    hf = config("deepseek_v3")
+    content = support.checkpoint.tensors(hf)
+    content |= {name.replace("layers.1", "layers.2"): value for name, value in content.items() if "layers.1" in name}
+    folder = checkpoint(tmp_path, content, "deepseek_v3", **hf, num_nextn_predict_layers=1)
+    assert "layers.1.mlp.router.weight" in load(folder)
+    refused(checkpoint(tmp_path, content, "deepseek_v3", **hf), "does not know", "'model.layers.2.")
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda name: f"_orig_mod.{name}", lambda name: f"module.{name}", lambda name: name.replace(".0.", ".0._orig_mod."),
+        lambda name: f"model._fsdp_wrapped_module.{name.removeprefix('model.')}" if name.startswith("model.") else name,
+        lambda name: name.removeprefix("model."), lambda name: f"language_model.{name}",
+        lambda name: name.replace("model.", "model.language_model."), lambda name: name.replace("model.", "language_model."),
+    ],
+)  # fmt: skip
+def test_a_model_saved_within_another_or_without_its_prefix_is_found(rename, tmp_path):
+    content = tensors()
+    loaded = load(checkpoint(tmp_path, {rename(name): value for name, value in content.items()}))
+    np.testing.assert_array_equal(loaded["head.weight"].get_value(), content[HEAD])
+    np.testing.assert_array_equal(loaded["norm.scale"].get_value(), content["model.norm.weight"])
+
+
+@pytest.mark.parametrize(
+    ("names", "dtype", "reason"),
+    [
+        (("base_model.model.{}.lora_A.weight", "base_model.model.{}.lora_B.weight"), np.float32, "adapter"),
+        (("base_model.model.{}.weight",), np.float32, "merge_and_unload"), (("{}.lora_A.default.weight",), np.float32, "adapter"),
+        (("{}.qweight", "{}.qzeros", "{}.scales", "{}.g_idx"), np.int32, "quantised in a format that is not read"),
+        (("{}.weight_scale_inv",), np.float32, "quantised"), (("{}.weight",), ml_dtypes.float8_e4m3fn, "F8_E4M3"),
+        (("{}.weight",), np.uint8, "U8"), (("{}.weight", "{}.weight.absmax", "{}.weight.quant_map"), np.uint8, "quantised"),
+    ],
+)  # fmt: skip
+def test_an_adapter_and_quantised_tensors_are_refused_by_that_before_any_shape(names, dtype, reason, tmp_path):
+    content, module = tensors(), f"{LAYER}.mlp.up_proj"
+    del content[f"{module}.weight"]
+    refused(checkpoint(tmp_path, content | {name.format(module): np.zeros((2, 3), dtype) for name in names}), reason)
 
 
 def test_a_table_that_is_wrong_itself_is_refused(tmp_path):

@@ -100,7 +100,7 @@ def test_transformers_has_its_own_names_for_the_same_things():
 
 
 @pytest.mark.parametrize(("whole", "part", "tied"), [
-    (True, False, True), (False, True, False), ("absent", True, True), ("absent", "absent", False),
+    (True, False, True), (False, True, False), ("absent", True, True), ("absent", "absent", True),
 ])  # fmt: skip
 def test_the_whole_models_word_on_tied_embeddings_goes_before_the_parts(whole, part, tied):
     hf = changed("tie_word_embeddings", whole, changed("text_config.tie_word_embeddings", part))

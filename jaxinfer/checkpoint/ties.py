@@ -1,0 +1,83 @@
+"""Which parameters of a model are tied: config.json proposes, the tensors of the checkpoint decide.
+
+A tied tensor is a `Rule` with `tied`. As in transformers it fills its parameter where the checkpoint has the parameter's
+own tensor under no other name, is passed over where both are there and equal, and is kept apart where they differ.
+"""
+
+import logging
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxinfer.checkpoint.rules import COPY_ELEMENTS, Rule
+from jaxinfer.checkpoint.source import Source
+
+log = logging.getLogger(__name__)
+
+
+def settle(
+    config: Any, table: Callable[[Any], Sequence[Rule]], untie: Callable[[Any, str], Any], source: Source
+) -> Any:
+    """Return the configuration with those ties left out that the checkpoint's tensors contradict; each is logged.
+
+    Args:
+        config: the model's configuration as config.json says it.
+        table: `Family.weight_rules`.
+        untie: `Family.untie`.
+        source: the checkpoint.
+    """
+    for rule, other in list(_pairs(table(config), set(source.names()))):
+        if not _equal(rule.source, other, source):
+            log.warning(
+                "config.json says that %s is tied to %s, but the checkpoint has both, and they differ: both are used. Set "
+                "tie_word_embeddings to false to say so in config.json", rule.source, other,
+            )  # fmt: skip
+            config = untie(config, rule.tied)
+    return config
+
+
+def settle_stored(
+    config: Any, table: Callable[[Any], Sequence[Rule]], untie: Callable[[Any, str], Any], stored: Collection[str]
+) -> Any:
+    """Return the configuration with the ties that a converted folder has, by the parameters it holds."""
+    for name in dict.fromkeys(rule.tied for rule in table(config) if rule.tied):
+        apart = untie(config, name)
+        more = {rule.target for rule in table(apart)} - {rule.target for rule in table(config)}
+        if more and more <= {*stored, None}:
+            config = apart
+    return config
+
+
+def _pairs(table: Sequence[Rule], names: set[str]) -> Iterator[tuple[Rule, str]]:
+    """Yield each tied tensor of the checkpoint with the name of the one it should equal, where that is there as well."""
+    first: dict[str | None, str] = {}
+    for rule in sorted(table, key=lambda rule: bool(rule.tied)):
+        own = rule.found(names)
+        if own is None or rule.parts:
+            continue
+        if rule.tied and rule.target in first:
+            yield Rule(own, rule.target, tied=rule.tied), first[rule.target]
+        first.setdefault(rule.target, own)
+
+
+def _equal(name: str, other: str, source: Source) -> bool:
+    """Compare two tensors, a few rows at a time, until they differ."""
+    shape = tuple(source.info(name).shape)
+    if shape != tuple(source.info(other).shape):
+        return False
+    step = max(1, COPY_ELEMENTS * shape[0] // max(1, int(np.prod(shape))))
+    for first in range(0, shape[0], step):
+        rows = (slice(first, min(first + step, shape[0])),)
+        same = _same(source.read(name, rows), source.read(other, rows))
+        source.release()
+        if not same:
+            return False
+    return True
+
+
+def _same(a: np.ndarray, b: np.ndarray) -> bool:
+    """Compare numbers; tensors of one dtype by their bytes, which is faster and takes NaN for equal."""
+    if a.dtype == b.dtype:
+        a, b = (np.ascontiguousarray(part).view(np.uint8) for part in (a, b))
+    return bool(np.array_equal(a, b))
