@@ -20,7 +20,12 @@ class Logprob:
     rank: int | None = None
     """1 for the likeliest token of the vocabulary."""
     decoded_token: str | None = None
-    """Its text alone; None without a tokenizer."""
+    """The text that it adds to the text before it; None without a tokenizer.
+
+    Those of the tokens of an output join to its text: a token that does not finish a character has an empty string, and so
+    have a special token that the text leaves out and the token that ends the output. Tokens of a stop string keep theirs.
+    Other candidates, and the tokens of a prompt, have theirs even where they are special.
+    """
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,8 @@ class RequestMetrics:
     "no snapshot at that boundary", "salt differs", "collision" or "complete"."""
     cache_hits: tuple[KindHit, ...] = ()
     """The same for each kind of layer."""
+    clamped_max_tokens: int | None = None
+    """Most new tokens a sample could have, where the cache holds fewer than `max_tokens` asks for; None: no fewer."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -65,7 +72,7 @@ class CompletionOutput:
     index: int
     """0 to n - 1."""
     text: str
-    """Its text: all of it, or what is new when streaming deltas."""
+    """What its tokens add to the text of the prompt: all of it, or what is new when streaming deltas."""
     token_ids: Sequence[int]
     """Its tokens, those of EOS and stop strings included."""
     cumulative_logprob: float | None = None

@@ -34,10 +34,10 @@ class Status(Enum):
 class Listener(Protocol):
     """Who wants tokens as they come: streaming and stop strings. It runs for its own request alone."""
 
-    def on_token(self, sequence: "Sequence", ending: bool) -> str | None:
-        """Called after a token was added; a stop string it completed, or None.
+    def on_token(self, sequence: "Sequence", reason: str | None) -> str | None:
+        """Take a token that was added, and return the stop string that it completed, or None.
 
-        `ending`: the token is an EOS or stop token, which is no part of the text.
+        `reason`: why the token ends the sequence, stop strings aside; None if it goes on.
         """
         ...
 
@@ -53,6 +53,10 @@ class Request:
     """Resolved against the model."""
     limit: int
     """Tokens each sequence may reach, prompt included."""
+    asked: int | None = None
+    """Tokens each sequence could reach if the pool had room; None: `limit`."""
+    clamped_max_tokens: int | None = None
+    """New tokens each sequence may make, if the pool holds fewer than were asked for."""
     salt: bytes = b""
     """Told apart in the prefix cache by it: model and the caller's own."""
     length_key: Callable[[int], bytes] = lambda length: b""
@@ -245,7 +249,7 @@ class Sequence:
         self.length += 1
         request, reason = self.request, self.end()
         if request.listener is not None:
-            stop = request.listener.on_token(self, reason == "stop")
+            stop = request.listener.on_token(self, reason)
             if stop is not None:
                 self.stop_reason, reason = stop, "stop"
         return reason

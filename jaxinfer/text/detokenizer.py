@@ -1,200 +1,265 @@
-"""Text from tokens as they come: split characters wait for their rest, and the pieces add up to the whole."""
+"""Text from tokens as they come: each character is given when its last token is there."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
-from tokenizers.decoders import DecodeStream
-
-from jaxinfer.text.stop import StopChecker, StopStrings
+import numpy as np
+from tokenizers import Tokenizer
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+_LONGEST_CHARACTER = 4
+"""Bytes of the longest character in UTF-8: of an unfinished one at most three are there."""
+_WINDOW = 4
+"""Tokens that are decoded together before the first of them are dropped."""
+_CONTEXTS = (1, 4, 8)
+"""Tokens of the text before that new ones are decoded with: the fewest that have text and hold what is not given yet."""
+_PROMPT = 4
+"""Tokens of the prompt that its output is decoded with; more, if they have no text."""
 
 
-class _FastStream:
-    """`tokenizers.DecodeStream`."""
+class Vocabulary(NamedTuple):
+    """The facts about a tokenizer that detokenisation needs, read once for all requests."""
 
-    def __init__(self, backend: Any) -> None:
-        self._backend = backend
-        self._stream = DecodeStream(skip_special_tokens=False)
-
-    def step(self, token_ids: list[int]) -> str | None:
-        """Take tokens; the text they complete, or None. Raises when it contradicts the text given before."""
-        return self._stream.step(self._backend, token_ids)
+    special: frozenset[int]
+    """Ids that `skip_special_tokens` leaves out."""
+    bytes: Mapping[int, int]
+    """The byte that each of the tokens <0x00> to <0xFF> stands for, where the decoder has byte fallback."""
 
 
-class _SlowStream:
-    """The same for a tokenizer without a Rust backend: the difference of two decodings of a short window."""
+class _State(NamedTuple):
+    """The progress of one text. It is never changed, so that a token can be tried and dropped again."""
 
-    def __init__(self, decode: Any) -> None:
-        self._decode = decode
-        self._window: list[int] = []
-        self._known = 0
-
-    def step(self, token_ids: list[int]) -> str | None:
-        """As `_FastStream.step`."""
-        self._window += token_ids
-        before = self._decode(self._window[: self._known])
-        after = self._decode(self._window)
-        if len(after) <= len(before) or after.endswith(_REPLACEMENT):
-            return None
-        if not after.startswith(before):
-            raise ValueError("the decoding of a prefix is no prefix of the decoding")
-        self._window = self._window[self._known :]
-        self._known = len(self._window)
-        return after[len(before) :]
+    window: tuple[int, ...] = ()
+    """The last tokens of the text: some whose text was given as context, and all whose text was not."""
+    text: str = ""
+    """The window, decoded."""
+    given: int = 0
+    """Characters of `text` that were given out."""
+    settled: int = 0
+    """Tokens of the window whose text was given out whole."""
+    limit: int = _WINDOW
+    """Tokens at which the window is shortened."""
+    partial: tuple[int, ...] = ()
+    """The byte tokens of an unfinished character."""
+    broken: bool = False
+    """Whether the run of byte tokens at the end of the text is not UTF-8."""
+    shown: str = ""
+    """Replacement characters at the end of the prompt's text that the output may still resolve."""
 
 
 class Detokenizer:
-    """The text of one sequence, token by token.
+    """Decodes one sequence token by token.
 
-    The pieces add up to `tokenizer.decode(all_ids, skip_special_tokens=...,
-    clean_up_tokenization_spaces=False)`, whatever the division into pushes. A character whose tokens are not
-    all there is held back; when the sequence ends inside one, `finish` gives the replacement character, as
-    `decode` does. Tokenizers whose decoding of a prefix is not a prefix of the decoding (none of the usual
-    ones) keep what was given and go on from there.
+    The pieces add up to what `tokenizer.decode(prompt + output, skip_special_tokens=...,
+    clean_up_tokenization_spaces=False)` adds to the text of `prompt`, whatever the division into pushes. A character
+    is given with its last token. When the sequence ends inside a character, `finish` gives the replacement characters
+    that `decode` does.
 
-    The cost is constant a token, amortised: while tokens give no text, tries are spaced by a quarter of those
-    that wait.
+    The pieces differ from `decode` in one case: a decoder with byte fallback (Llama 2, Gemma) replaces every byte of a
+    run of byte tokens if one of them is wrong. The characters of the run that were given before the wrong byte stay.
+    Tokenizers whose decoding of a prefix is not a prefix of the decoding keep what was given as well.
+
+    Each token costs the decoding of about four tokens.
     """
 
-    def __init__(self, tokenizer: Any, *, skip_special_tokens: bool = True,
+    def __init__(self, tokenizer: Any, *, prompt: Sequence[int] | np.ndarray = (), skip_special_tokens: bool = True,
                  spaces_between_special_tokens: bool = True) -> None:
-        """Decode with a transformers tokenizer; its Rust backend is used where it has one.
+        """Start a text after a prompt.
 
         Args:
-            tokenizer: of transformers, fast or slow.
-            skip_special_tokens: leave special tokens out.
-            spaces_between_special_tokens: acted on by slow tokenizers only, as in transformers.
+            tokenizer: a tokenizer of transformers; its Rust backend is used where it has one.
+            prompt: token ids that the text continues. Its last tokens decide, for instance, whether the first word
+                keeps its leading space.
+            skip_special_tokens: leave special tokens out of the text.
+            spaces_between_special_tokens: acted on only by tokenizers without a Rust backend that know it.
         """
         self._tokenizer = tokenizer
+        self._backend = _backend(tokenizer)
+        self._vocabulary = vocabulary(tokenizer)
+        self._skips = skip_special_tokens
         self._options = {"skip_special_tokens": skip_special_tokens, "clean_up_tokenization_spaces": False}
-        self._backend = getattr(tokenizer, "_tokenizer", None)
-        if self._backend is None:
-            self._options["spaces_between_special_tokens"] = spaces_between_special_tokens
-        self._skipped = _special_ids(tokenizer, self._backend) if skip_special_tokens else frozenset()
-        self._bytes = _byte_ids(self._backend)
-        self._ids: list[int] = []
-        self._pieces: list[str] = []
-        self._waiting: list[int] = []
-        self._tried = 0
-        self._stream = self._new_stream()
+        if self._backend is None and not spaces_between_special_tokens and _knows_spaces(tokenizer):
+            self._options["spaces_between_special_tokens"] = False
+        self._state = _State()
+        if len(prompt):
+            self._read(prompt)
 
-    def push(self, token_ids: Sequence[int]) -> str:
-        """Take the next tokens, give the text they complete."""
-        return "".join(self._push_one(int(token)) for token in token_ids)
+    def push(self, token_ids: Iterable[int]) -> str:
+        """Take the next tokens and return the text that they complete."""
+        pieces = []
+        for token in token_ids:
+            self._state, piece = self._step(self._state, int(token))
+            pieces.append(piece)
+        return "".join(pieces)
+
+    def peek(self, token: int) -> str:
+        """Return the text that `push([token])` would return, without taking the token."""
+        return self._step(self._state, token)[1]
 
     def finish(self) -> str:
-        """The rest of the text, once no more tokens come."""
-        if not self._waiting:
-            return ""
-        shown = "".join(self._pieces)
-        whole = self._decode(self._ids)
-        rest = whole[len(shown) :] if whole.startswith(shown) else self._decode(self._waiting)
-        self._waiting = []
+        """Return the rest of the text, once no more tokens come."""
+        state = self._state
+        rest = state.text[state.given :] + _REPLACEMENT * len(state.partial)
+        self._state, rest = _pass_shown(state._replace(given=len(state.text), partial=()), rest)
         return rest
 
-    def _push_one(self, token: int) -> str:
-        if token in self._skipped:
-            return ""
-        self._ids.append(token)
-        self._waiting.append(token)
-        # A run of byte tokens is decoded as one: one wrong byte more makes all of it replacement characters.
-        if token in self._bytes or len(self._waiting) <= self._tried + self._tried // 4:
-            return ""
-        new = self._waiting[self._tried :]
+    def skips(self, token: int) -> bool:
+        """Whether a token is a special one that is left out of the text."""
+        return self._skips and token in self._vocabulary.special
+
+    def special_text(self, token: int) -> str | None:
+        """Return the text of a special token, whether or not special tokens are left out; None for other tokens."""
+        if token not in self._vocabulary.special:
+            return None
+        return self._backend.id_to_token(token) if self._backend else self._tokenizer.convert_ids_to_tokens(token)
+
+    def _read(self, prompt: Sequence[int] | np.ndarray) -> None:
+        """Take the last tokens of the prompt, from the begin of a run of byte tokens if it ends in one."""
+        kept: list[int] = []
+        for token in map(int, reversed(prompt)):
+            if self._is_left_out(token):
+                continue
+            if len(kept) >= _PROMPT and kept[-1] not in self._vocabulary.bytes:
+                if len(kept) >= 8 * _PROMPT or self._decode(kept[::-1]):
+                    break
+            kept.append(token)
+        self.push(kept[::-1])
+        state = self._state
+        self._state = state._replace(shown=state.text[state.given :] + _REPLACEMENT * len(state.partial))
+
+    def _is_left_out(self, token: int) -> bool:
+        """Whether a token gives no text: a special token that is skipped, or an id that the tokenizer does not have."""
+        return self.skips(token) or (self._backend is not None and self._backend.id_to_token(token) is None)
+
+    def _step(self, state: _State, token: int) -> tuple[_State, str]:
+        """The state after one more token, and the text that it completes."""
+        if self._is_left_out(token):
+            return state, ""
+        if token in self._vocabulary.bytes:
+            state, text = self._step_byte(state, token)
+        else:
+            state, broken = self._break(state) if state.partial else (state, "")
+            state, text = self._extend(state._replace(broken=False), (token,))
+            text = broken + text
+        return _pass_shown(state, text) if state.shown else (state, text)
+
+    def _step_byte(self, state: _State, token: int) -> tuple[_State, str]:
+        """Take a byte token. `tokenizers` decodes a run of them as one, so only whole characters are decoded."""
+        if state.broken:
+            return state, _REPLACEMENT
+        partial = (*state.partial, token)
         try:
-            text = self._stream.step(new)
-        except Exception:
-            # The contradiction has no type of its own. What was shown stays; what waits is decoded anew.
-            self._stream = self._new_stream()
-            text = self._stream.step(self._waiting)
-        self._tried = len(self._waiting)
-        if text is None:
-            return ""
-        self._waiting, self._tried = [], 0
-        self._pieces.append(text)
-        return text
+            bytes(self._vocabulary.bytes[one] for one in partial).decode()
+        except UnicodeDecodeError as error:
+            state = state._replace(partial=partial)
+            return (state, "") if error.reason == "unexpected end of data" else self._break(state)
+        return self._extend(state._replace(partial=()), partial)
 
-    def _new_stream(self) -> _FastStream | _SlowStream:
-        return _SlowStream(self._decode) if self._backend is None else _FastStream(self._backend)
+    def _break(self, state: _State) -> tuple[_State, str]:
+        """Replace each byte of a character that cannot be finished, as `tokenizers` does for the rest of the run."""
+        window = state.partial[:1]
+        text = self._decode(window)
+        broken = _State(window, text, given=len(text), settled=1, broken=True, shown=state.shown)
+        return broken, _REPLACEMENT * len(state.partial)
 
-    def _decode(self, token_ids: list[int]) -> str:
-        return self._tokenizer.decode(token_ids, **self._options)
+    def _extend(self, state: _State, token_ids: tuple[int, ...]) -> tuple[_State, str]:
+        """Decode tokens together with those before them."""
+        window = (*state.window, *token_ids)
+        text, before = self._decode(window), state.text[: state.given]
+        settled = state.settled
+        if not text.startswith(before):
+            # The tokenizer contradicts the text that was given. It stays, and the tokens after it are decoded anew.
+            window, before, settled = window[settled:], "", 0
+            text = self._decode(window)
+        held = 0 if self._vocabulary.bytes else _replaced_at_end(text)
+        given = max(len(text) - held, len(before))
+        settled = len(window) if given == len(text) else settled
+        state = state._replace(window=window, text=text, given=given, settled=settled)
+        return (self._shorten(state) if len(window) >= state.limit else state), text[len(before) : given]
 
+    def _shorten(self, state: _State) -> _State:
+        """Drop tokens from the window where the text that follows does not need them."""
+        window, rest = state.window, state.text[state.given :]
+        tails = [window[self._boundary(window, len(window) - count) :] for count in _CONTEXTS]
+        if not self._vocabulary.bytes:
+            tails.append((*window[:_PROMPT], *window[-_PROMPT:]))  # for many tokens in a row that have no text
+        for tail in tails:
+            if len(tail) >= len(window):
+                continue
+            text = self._decode(tail)
+            given = len(text) - len(rest)
+            # Without any text before it, a token would be decoded as the first of the text.
+            if text[max(given, 0) :] == rest and (given > 0 or not state.given):
+                settled = max(0, state.settled - (len(window) - len(tail)))
+                return state._replace(window=tail, text=text, given=given, settled=settled, limit=max(_WINDOW, 2 * len(tail)))
+        return state._replace(limit=2 * len(window))
 
-class TextStream:
-    """The text of one sequence up to its first stop string: a `Detokenizer` and a `StopChecker` in a row."""
+    def _boundary(self, window: tuple[int, ...], start: int) -> int:
+        """The last place, at or before `start`, that is not inside a character of several byte tokens."""
+        while start > 0 and self._vocabulary.bytes.get(window[start], 0) & 0xC0 == 0x80:
+            start -= 1
+        return max(start, 0)
 
-    def __init__(self, detokenizer: Detokenizer, stop: StopStrings | None = None, *,
-                 include_stop: bool = False, min_tokens: int = 0) -> None:
-        """Check for `stop` (None: for nothing) in the text of `detokenizer`.
-
-        Args:
-            detokenizer: fresh, for this sequence alone.
-            stop: shared by all samples of a request.
-            include_stop: keep the matched string in the text.
-            min_tokens: stop strings that end in the text of this many first tokens do not count.
-        """
-        self._detokenizer = detokenizer
-        self._checker = None if stop is None else StopChecker(stop, include_stop=include_stop)
-        self._min_tokens = min_tokens
-        self._pieces: list[str] = []
-        self.num_tokens = 0
-        """Tokens taken, up to the one that completed the stop string."""
-
-    @property
-    def matched(self) -> str | None:
-        """The stop string that ended the text."""
-        return None if self._checker is None else self._checker.matched
-
-    @property
-    def text(self) -> str:
-        """All that was given so far."""
-        return "".join(self._pieces)
-
-    def push(self, token_ids: Sequence[int]) -> str:
-        """Take the next tokens, give the new text that can no longer become part of a stop string.
-
-        Tokens after the one that completes a stop string are not taken: see `num_tokens`.
-        """
-        shown = []
-        for token in token_ids:
-            if self.matched is not None:
-                break
-            self.num_tokens += 1
-            shown.append(self._check(self._detokenizer.push([token])))
-        return self._give("".join(shown))
-
-    def finish(self) -> str:
-        """The rest of the text, once no more tokens come."""
-        rest = self._check(self._detokenizer.finish())
-        if self._checker is not None:
-            rest += self._checker.finish()
-        return self._give(rest)
-
-    def _check(self, text: str) -> str:
-        if self._checker is None:
-            return text
-        return self._checker.push(text, act=self.num_tokens > self._min_tokens)
-
-    def _give(self, text: str) -> str:
-        if text:
-            self._pieces.append(text)
-        return text
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        if self._backend is not None:
+            return self._backend.decode(list(token_ids), skip_special_tokens=False)
+        return self._tokenizer.decode(list(token_ids), **self._options)
 
 
-def _special_ids(tokenizer: Any, backend: Any) -> frozenset[int]:
-    """The ids that `skip_special_tokens` leaves out."""
-    if backend is None:
-        return frozenset(tokenizer.all_special_ids)
-    return frozenset(token for token, added in backend.get_added_tokens_decoder().items() if added.special)
+_vocabularies: WeakKeyDictionary[Any, Vocabulary] = WeakKeyDictionary()
 
 
-def _byte_ids(backend: Any) -> frozenset[int]:
-    """The ids of the tokens <0x00> to <0xFF> that a byte-fallback decoder turns into bytes."""
-    if backend is None or backend.decoder is None or b"ByteFallback" not in backend.decoder.__getstate__():
-        return frozenset()
-    ids = (backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
-    return frozenset(token for token in ids if token is not None)
+def vocabulary(tokenizer: Any) -> Vocabulary:
+    """Return the facts about a tokenizer, which take milliseconds to read where it has thousands of added tokens."""
+    found = _vocabularies.get(tokenizer)
+    if found is None:
+        backend = _backend(tokenizer)
+        if backend is None:
+            found = Vocabulary(frozenset(tokenizer.all_special_ids), {})
+        else:
+            added = backend.get_added_tokens_decoder()
+            found = Vocabulary(frozenset(i for i, token in added.items() if token.special), _byte_values(backend))
+        _vocabularies[tokenizer] = found
+    return found
+
+
+def _backend(tokenizer: Any) -> Tokenizer | None:
+    """The Rust tokenizer behind one of transformers; None for those in Python."""
+    backend = getattr(tokenizer, "_tokenizer", None)
+    return backend if isinstance(backend, Tokenizer) else None
+
+
+def _byte_values(backend: Tokenizer) -> dict[int, int]:
+    """The bytes of the tokens <0x00> to <0xFF>, if the decoder turns them into bytes."""
+    if backend.decoder is None or b"ByteFallback" not in backend.decoder.__getstate__():
+        return {}
+    ids = {backend.token_to_id(f"<0x{byte:02X}>"): byte for byte in range(256)}
+    return {token: byte for token, byte in ids.items() if token is not None}
+
+
+def _knows_spaces(tokenizer: Any) -> bool:
+    """Whether a Python tokenizer's `decode` takes `spaces_between_special_tokens`; that of mistral-common refuses it."""
+    try:
+        tokenizer.decode([], spaces_between_special_tokens=False)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _replaced_at_end(text: str) -> int:
+    """Replacement characters at the end of the text that may be an unfinished character."""
+    end = text[1 - _LONGEST_CHARACTER :]
+    return len(end) - len(end.rstrip(_REPLACEMENT))
+
+
+def _pass_shown(state: _State, text: str) -> tuple[_State, str]:
+    """Drop from new text the replacement characters that the prompt's text ends in."""
+    if not text:
+        return state, text
+    shown = state.shown
+    while text and shown and text[0] == shown[0]:
+        text, shown = text[1:], shown[1:]
+    return state._replace(shown="" if text else shown), text

@@ -69,6 +69,9 @@ class StopStrings:
 class StopChecker:
     """Lets the text of one sequence through up to its first stop string, holding back what may become one.
 
+    The text may have hidden parts: special tokens that are left out of what is shown. A stop string is found both in
+    the text with its hidden parts, as transformers' `stop_strings` are, and in the shown text alone, as vLLM's `stop`.
+
     The first match is the one that ends first; of those that end together, the one that began first. So the
     cut does not depend on how the text was divided into pushes.
     """
@@ -77,32 +80,63 @@ class StopChecker:
         """Check against `strings`; `include_stop` lets the matched string itself through, too."""
         self._strings = strings
         self._include = include_stop
-        self._state = 0
-        self._held = ""
+        self._whole = self._shown = 0
+        """States after all text, and after the shown text."""
+        self._held: list[str] = []
+        """The characters at the end of the text that are held back; a hidden one is an empty string."""
         self.matched: str | None = None
         """The stop string that was found."""
 
-    def push(self, text: str, *, act: bool = True) -> str:
-        """Take new text, give back what may be shown. After a match, everything is dropped.
+    def push(self, text: str, *, act: bool = True, hidden: bool = False) -> str:
+        """Take new text and return what may be shown. After a match, everything is dropped.
 
         Args:
             text: what follows the text pushed before.
             act: whether a stop string that ends in this text counts (not before `min_tokens`).
+            hidden: whether the text is left out of what is shown.
         """
         if self.matched is not None:
             return ""
-        pending = self._held + text
-        for end, char in enumerate(text, start=len(self._held) + 1):
-            self._state = self._strings.step(self._state, char)
-            self.matched = self._strings.match(self._state) if act else None
-            if self.matched is not None:
-                self._held = ""
-                return pending[: end if self._include else end - len(self.matched)]
-        keep = self._strings.held(self._state)
-        self._held = pending[len(pending) - keep :]
-        return pending[: len(pending) - keep]
+        strings = self._strings
+        for char in text:
+            self._held.append("" if hidden else char)
+            same = self._whole == self._shown
+            self._whole = strings.step(self._whole, char)
+            if not hidden:
+                self._shown = self._whole if same else strings.step(self._shown, char)
+            if act:
+                whole, shown = strings.match(self._whole), None if hidden else strings.match(self._shown)
+                if whole is not None or shown is not None:
+                    return self._end(whole, shown)
+        whole, shown = strings.held(self._whole), strings.held(self._shown)
+        return self._let(min(len(self._held) - whole, self._start_of_shown(shown)))
 
     def finish(self) -> str:
-        """What was held back, once no more text comes."""
-        rest, self._held = self._held, ""
-        return rest
+        """Return what was held back, once no more text comes."""
+        return self._let(len(self._held))
+
+    def _end(self, whole: str | None, shown: str | None) -> str:
+        """Cut the text before the stop string that ends with it: of the two found, the one that began first."""
+        starts = {}
+        if shown is not None:
+            starts[self._start_of_shown(len(shown))] = shown
+        if whole is not None:
+            starts[len(self._held) - len(whole)] = whole
+        self.matched = starts[min(starts)]
+        text = self._let(min(starts))
+        self._held.clear()
+        return text + self.matched if self._include else text
+
+    def _start_of_shown(self, count: int) -> int:
+        """The place among the held characters where the last `count` shown ones begin."""
+        at = len(self._held)
+        while count > 0:
+            at -= 1
+            count -= len(self._held[at])
+        return at
+
+    def _let(self, count: int) -> str:
+        """Let the first held characters through."""
+        text = "".join(self._held[:count])
+        del self._held[:count]
+        return text

@@ -104,7 +104,7 @@ class Stops:
     def __init__(self, at: int):
         self.at, self.seen = at, []
 
-    def on_token(self, sequence, ending):
+    def on_token(self, sequence, reason):
         self.seen.append(sequence.made)
         return "END" if sequence.made == self.at else None
 

@@ -2,12 +2,15 @@
 
 import math
 import time
+from dataclasses import replace
+from functools import partial
 
 import pytest
 from transformers import GenerationConfig
 
-from jaxinfer import LLM, SamplingParams
+from jaxinfer import LLM, SamplingParams, progress
 from jaxinfer.sampling_params import RequestOutputKind
+from jaxinfer.text import LogprobTable
 
 pytestmark = pytest.mark.xdist_group("faults")
 
@@ -45,9 +48,11 @@ def test_deltas_add_up(llm, n):
             assert ids[r, output.index] == list(output.token_ids)
             assert text[r, output.index] == output.text
             assert ends[r, output.index] == output.finish_reason == "length"
-    decoded = [llm.get_tokenizer().decode(o.token_ids, skip_special_tokens=True) for r in final for o in r.outputs]
-    assert decoded == [o.text for r in final for o in r.outputs]
-    assert any("\N{REPLACEMENT CHARACTER}" in text for text in decoded)
+    decode = partial(llm.get_tokenizer().decode, skip_special_tokens=True)
+    for result in final:
+        for output in result.outputs:
+            assert decode(result.prompt_token_ids) + output.text == decode([*result.prompt_token_ids, *output.token_ids])
+    assert any("\N{REPLACEMENT CHARACTER}" in output.text for result in final for output in result.outputs)
 
 
 def test_cumulative_and_final_only(llm):
@@ -102,6 +107,87 @@ def test_a_stop_string_that_is_an_emoji(llm):
     params = SamplingParams(**force(llm, f"y{EMOJI}k"), stop=[EMOJI])
     [result] = llm.generate("hello", params)
     assert (result.outputs[0].text, result.outputs[0].stop_reason) == ("y", EMOJI)
+
+
+def chosen(token_ids, table):
+    """The text of the tokens that are there, by a table of log-probabilities."""
+    return "".join(entry[token].decoded_token for token, entry in zip(token_ids, table, strict=True))
+
+
+def test_a_stop_string_that_is_a_special_token(llm):
+    """It ends the output although special tokens are no part of the text; the text before it is cut exactly."""
+    forced = force(llm, "yz<|end|>k") | dict(ignore_eos=True, output_kind=DELTA)
+    for stop, text, count in (("<|end|>", "yz", 3), ("z<|end|>", "y", 3), ("z<|end|>k", "y", 4), ("zk", "y", 4)):
+        updates = list(llm.stream("hello", SamplingParams(**forced, stop=[stop])))
+        assert "".join(u.outputs[0].text for u in updates) == text
+        last = updates[-1].outputs[0]
+        assert (last.finish_reason, last.stop_reason) == ("stop", stop)
+        assert sum(len(u.outputs[0].token_ids) for u in updates) == count
+    [ended] = llm.generate("hello", SamplingParams(**forced | dict(ignore_eos=False), stop=["z<|end|>"]))
+    assert (ended.outputs[0].text, ended.outputs[0].stop_reason) == ("y", "z<|end|>"), "by EOS itself"
+
+
+def test_a_stop_string_that_the_end_of_the_output_completes(llm):
+    """A character that is cut off becomes a replacement character only when the last token is there."""
+    cut = force(llm, f"y{EMOJI}") | dict(max_tokens=3, stop=["y\N{REPLACEMENT CHARACTER}"])
+    [output] = llm.generate("hello", SamplingParams(**cut))[0].outputs
+    assert (output.text, output.finish_reason, output.stop_reason) == ("", "stop", "y\N{REPLACEMENT CHARACTER}")
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_tokens_in_tables_join_to_the_text(llm, skip):
+    """Those of the output to its text, those of the prompt to the prompt's, in every form of a stream."""
+    tokenizer = llm.get_tokenizer()
+    prompts = [f"the cat {EMOJI}", [*tokenizer.encode("x<s>" + EMOJI, add_special_tokens=False)[:-1]]]
+    asked = warm(logprobs=2, prompt_logprobs=1, skip_special_tokens=skip, max_tokens=30)
+    results = llm.generate(prompts, asked)
+    for result in results:
+        [output] = result.outputs
+        assert chosen(output.token_ids, output.logprobs) == output.text
+        ids = result.prompt_token_ids
+        assert tokenizer.decode(ids[:1]) + chosen(ids[1:], result.prompt_logprobs[1:]) == tokenizer.decode(ids)
+    streamed = {"text": ["", ""], "logprobs": [[], []]}
+    for update in llm.stream(prompts, asked):
+        at = [list(r.prompt_token_ids) for r in results].index(list(update.prompt_token_ids))
+        streamed["text"][at] += update.outputs[0].text
+        streamed["logprobs"][at] += update.outputs[0].logprobs
+        assert update.prompt_logprobs == results[at].prompt_logprobs
+    assert streamed == {name: [getattr(r.outputs[0], name) for r in results] for name in streamed}
+    last = {}
+    for update in llm.stream(prompts, replace(asked, output_kind=RequestOutputKind.CUMULATIVE)):
+        last[update.request_id] = update
+    for update, result in zip(last.values(), results, strict=True):
+        assert update.outputs == result.outputs and update.prompt_logprobs == result.prompt_logprobs
+
+
+def test_the_token_that_ends_an_output_has_no_text_in_its_table(llm):
+    """Where it could have come and did not, it is shown."""
+    ids = [token_id(llm, "y"), 2]
+    ending = dict(temperature=0, max_tokens=9, allowed_token_ids=ids, logit_bias={2: 100.0}, min_tokens=1, logprobs=20)
+    [output] = llm.generate("hello", SamplingParams(**ending))[0].outputs
+    assert output.text == "y" == chosen(output.token_ids, output.logprobs) and len(output.token_ids) == 2
+    special = {entry[2].decoded_token for entry in output.logprobs[:1] if 2 in entry}
+    assert special <= {"<|end|>"}
+
+
+def test_a_stream_makes_each_table_once(llm, monkeypatch):
+    """What an update costs does not grow with the prompt or with the tokens before."""
+    made = []
+    row = LogprobTable.row
+    monkeypatch.setattr(LogprobTable, "row", lambda self, *args, **kwargs: made.append(args) or row(self, *args, **kwargs))
+    asked = warm(logprobs=1, prompt_logprobs=1, max_tokens=12, output_kind=RequestOutputKind.CUMULATIVE)
+    tables = [update.prompt_logprobs for update in llm.stream([[5] * 40], asked)]
+    assert len(tables) == 12 and len(made) == 39 + 12
+    assert all(table is tables[0] for table in tables)
+
+
+def test_only_a_caller_who_gave_no_max_tokens_is_told_of_the_default(llm, caplog):
+    progress._say_cut.cache_clear()
+    llm.generate("hello", SamplingParams(temperature=0, ignore_eos=True, max_tokens=16))
+    llm.generate("hello", replace(SamplingParams(temperature=0, ignore_eos=True), max_tokens=16))
+    assert "cut at max_tokens" not in caplog.text
+    llm.generate("hello", replace(SamplingParams(ignore_eos=True), temperature=0))
+    assert "cut at max_tokens=16, the default" in caplog.text
 
 
 def test_several_eos_ids(llm):

@@ -253,7 +253,7 @@ class Listens:
     def __init__(self, error):
         self.error, self.seen = error, []
 
-    def on_token(self, sequence, ending):
+    def on_token(self, sequence, reason):
         self.seen.append(int(sequence.tokens[sequence.length - 1]))
         if len(self.seen) == 3:
             raise self.error
