@@ -120,8 +120,11 @@ class Intake:
         own = resolve(params, limits, prompt_len=len(ids), encode=encode)
         salts, config = (opened.salt, (prompt.cache_salt or "").encode()), opened.module.config
         number = next(self._numbers)
+        # The longest sequence if the cache had room: without max_model_len, the limit may be what the cache holds.
+        room = (self._config.max_model_len or config.max_length) - len(ids)
+        asked = len(ids) + (room if params.max_tokens is None else min(params.max_tokens, room))
         return Request(
-            id=str(number), prompt=np.array(ids, np.int32), params=own, limit=len(ids) + own.max_tokens,
+            id=str(number), prompt=np.array(ids, np.int32), params=own, limit=len(ids) + own.max_tokens, asked=asked,
             salt=b"".join(hashlib.sha256(salt).digest() for salt in salts),
             length_key=config.length_key, recompute_after=config.recompute_after,
             seed=self._seed(number) if own.seed is None else own.seed, inputs=inputs, cross=cross,

@@ -8,7 +8,7 @@ from functools import cache
 from tqdm.auto import tqdm
 
 from jaxinfer.handle import Handle
-from jaxinfer.sampling_params import SamplingParams
+from jaxinfer.sampling_params import DefaultInt
 
 log = logging.getLogger(__name__)
 
@@ -37,11 +37,13 @@ class Progress:
 
 
 def say_if_cut(handles: Sequence[Handle]) -> None:
-    default = SamplingParams().max_tokens
+    """Log once a process that results ended at the `max_tokens` that a caller gets without giving any."""
     for handle in handles:
-        cut = any(s.finish_reason == "length" and s.made == default for s in handle.request.sequences)
-        if cut and handle.request.params.max_tokens == default:
-            _say_cut(default)
+        most = handle.request.params.max_tokens
+        if isinstance(most, DefaultInt) and any(
+            s.finish_reason == "length" and s.made == most for s in handle.request.sequences
+        ):
+            _say_cut(int(most))
             return
 
 

@@ -71,6 +71,10 @@ logger = logging.getLogger(__name__)
 _C = TypeVar("_C", bound=type)
 
 
+class DefaultInt(int):
+    """The default of a field, told apart from the same number that a caller gives."""
+
+
 class RequestOutputKind(enum.Enum):
     """What each streamed output of a request carries."""
 
@@ -150,7 +154,7 @@ class SamplingParams:
     """Strings whose tokens may not be completed; at most `MAX_BAD_WORDS`."""
     ignore_eos: bool = False
     """Go on past the model's EOS ids."""
-    max_tokens: int | None = 16
+    max_tokens: int | None = DefaultInt(16)
     """Most new tokens; None runs to the model's length, which also clamps larger values."""
     min_tokens: int = 0
     """EOS, stop ids and stop strings are not acted on before this many new tokens."""
@@ -280,7 +284,8 @@ class SamplingParams:
             raise ValueError(f"{name} must be at least {low}, got {show_int(value)}.")
         if not low <= value <= high:
             raise ValueError(f"{name} must be between {low} and {high}, got {show_int(value)}.")
-        self._set(name, value)
+        if not isinstance(getattr(self, name), DefaultInt):
+            self._set(name, value)
 
     @property
     def greedy(self) -> bool:

@@ -4,7 +4,6 @@
 import argparse
 import json
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -12,7 +11,8 @@ from typing import Any
 from ending import status_of
 from generation import sanity
 from generation.options import as_asked, open_image, parse, read_prompts
-from generation.printing import as_json, report, show
+from generation.printing import as_json, collect, report, show
+from generation.rates import Rates
 from jaxinfer import LLM, SamplingParams, demo, distributed
 from jaxinfer.media import read_wav
 
@@ -68,15 +68,15 @@ def generate(args: argparse.Namespace) -> int:
     asked = as_asked(prompts, [open_image(file) for file in args.image], args.chat)
     params = params_of(args)
     with make_llm(args) as llm:
-        start = time.perf_counter()
+        rates = Rates(llm)
+        updates = rates.watch(llm.stream_chat(asked, params) if args.chat else llm.stream(asked, params))
         if args.json:
-            outputs = llm.chat(asked, params) if args.chat else llm.generate(asked, params)
+            outputs = collect(updates, prompts, params.n)
             for output in outputs:
                 print(json.dumps(as_json(output)), flush=True)
         else:
-            updates = llm.stream_chat(asked, params) if args.chat else llm.stream(asked, params)
             outputs = show(updates, prompts, params.n, args.chat)
-        report(outputs, time.perf_counter() - start)
+        report(rates.of(outputs))
     return 1 if any(c.finish_reason == "error" for output in outputs for c in output.outputs) else 0
 
 

@@ -39,9 +39,10 @@ class Capacity:
         if len(request.prompt) + 1 > capacity:
             beside = f" beside the {read} positions that its encoder reads" if read else ""
             raise CapacityError(
-                f"a prompt of {len(request.prompt)} tokens can never fit in the cache: it holds {capacity} tokens{beside} "
-                f"({self._settings.pool_blocks} blocks of {self._shapes.block_size}); raise kv_cache_memory_bytes, or "
-                "pool_blocks where that is set"
+                f"a prompt of {len(request.prompt)} tokens can never fit in the cache: with the first token of its output it "
+                f"needs {len(request.prompt) + 1}, and the cache holds {capacity} tokens{beside} "
+                f"({self._settings.pool_blocks} blocks of {self._shapes.block_size}); shorten the prompt, or raise "
+                "kv_cache_memory_bytes, or pool_blocks where that is set"
             )
         if request.beams is not None:
             self._check_beams(request, read)

@@ -43,6 +43,7 @@ class Engine:
         self._pace = Pace(settings.decode_steps)
         self._flight: Flight | None = None
         self._suspect = Plan()
+        self._said_clamped = False
         self._start()
 
     def _start(self) -> None:
@@ -80,12 +81,28 @@ class Engine:
         self.capacity.check(request)
 
     def add(self, request: Request) -> None:
-        """Queues a request, its length clamped to what the pool holds; raises as `check`."""
+        """Queue a request, its length clamped to what the pool holds; raises as `check`."""
         self.check(request)
-        request.limit = min(request.limit, self.capacity.tokens(0 if request.cross is None else request.cross.length))
+        self._clamp(request)
         self.requests[request.id] = request
         self.scheduler.add(request)
         self.metrics.add("prompt_tokens", len(request.prompt))
+
+    def _clamp(self, request: Request) -> None:
+        """Lower a request's length to what the pool holds, and log it the first time that fewer tokens come than asked for."""
+        prompt, asked = len(request.prompt), request.limit if request.asked is None else request.asked
+        request.limit = min(request.limit, self.capacity.tokens(0 if request.cross is None else request.cross.length))
+        if request.limit >= asked:
+            return
+        request.clamped_max_tokens = request.limit - prompt
+        if not self._said_clamped:
+            self._said_clamped = True
+            log.warning(
+                "request %s can have %d new tokens, and not %d: the cache holds sequences of %d tokens, and its prompt has %d; "
+                "raise kv_cache_memory_bytes, or pool_blocks where that is set. This is logged once; the result of each such "
+                "request says it in metrics.clamped_max_tokens",
+                request.id, request.limit - prompt, asked - prompt, request.limit, prompt,
+            )  # fmt: skip
 
     def abort(self, request_id: str) -> None:
         """Ends a request wherever it is, its blocks released; unknown or finished ids are passed over."""

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from tqdm.auto import tqdm
+
 from jaxinfer import CompletionOutput, RequestOutput
 
 
@@ -16,11 +18,22 @@ def show(
     printer = Printer(prompts, n, chat)
     for update in updates:
         printer.take(update)
+        printer.print()
+    return printer.results()
+
+
+def collect(updates: Iterable[RequestOutput], prompts: Sequence[str], n: int) -> list[RequestOutput]:
+    """Return the whole results of a stream, behind a progress bar over its prompts."""
+    printer = Printer(prompts, n, False)
+    with tqdm(total=len(prompts), desc="Processed prompts", dynamic_ncols=True) as bar:
+        for update in updates:
+            printer.take(update)
+            bar.update(update.finished)
     return printer.results()
 
 
 class Printer:
-    """Prints texts in the order of their prompts, the one in turn as it grows."""
+    """Keeps the updates of a stream, and prints texts in the order of their prompts, the one in turn as it grows."""
 
     def __init__(self, prompts: Sequence[str], n: int, chat: bool):
         self._prompts, self._n, self._chat = prompts, n, chat
@@ -29,11 +42,14 @@ class Printer:
         self._turn = self._printed = 0
 
     def take(self, update: RequestOutput) -> None:
-        """Keeps an update, and prints what is in turn."""
+        """Keep an update."""
         self._last[update.request_id] = update
         parts = self._parts.setdefault(update.request_id, [[] for _ in range(self._n)])
         for part in update.outputs:
             parts[part.index].append(part)
+
+    def print(self) -> None:
+        """Print what is in turn."""
         while self._turn < len(self._prompts):
             name = sorted(self._parts, key=int)[self._turn : self._turn + 1]
             if not name or not self._print(name[0]):
@@ -59,11 +75,14 @@ class Printer:
         return done
 
     def results(self) -> list[RequestOutput]:
-        """Every request with all its tokens."""
+        """Return every request with all its text and tokens."""
         whole = []
         for name in sorted(self._parts, key=int):
             outputs = [
-                replace(sample[-1], token_ids=[token for part in sample for token in part.token_ids])
+                replace(
+                    sample[-1], text="".join(part.text for part in sample),
+                    token_ids=[token for part in sample for token in part.token_ids],
+                )  # fmt: skip
                 for sample in self._parts[name]
             ]
             whole.append(replace(self._last[name], outputs=outputs))
@@ -82,22 +101,9 @@ def as_json(output: RequestOutput) -> dict[str, Any]:
     }
 
 
-def report(outputs: Sequence[RequestOutput], seconds: float) -> None:
-    """Speed and memory, on stderr: prompts until the last first token, generation from the first token on."""
-    timed = [o.metrics for o in outputs if o.metrics is not None and o.metrics.first_token_time is not None]
-    prompt = sum(len(o.prompt_token_ids) for o in outputs)
-    made = sum(len(c.token_ids) for o in outputs for c in o.outputs)
-    if timed:
-        start = min(m.arrival_time for m in timed)
-        reading = max(m.first_token_time for m in timed) - start
-        writing = max(m.finished_time for m in timed) - min(m.first_token_time for m in timed)
-        rates = f"prompt: {prompt / max(reading, 1e-9):.1f} tok/s, generation: {made / max(writing, 1e-9):.1f} tok/s"
-    else:
-        rates = "nothing was generated"
-    print(
-        f"{rates} ({prompt} + {made} tokens in {seconds:.1f} s, compilation included); peak memory: {peak_memory()}",
-        file=sys.stderr,
-    )
+def report(rates: str) -> None:
+    """Print speed and memory on stderr."""
+    print(f"{rates}; peak memory: {peak_memory()}", file=sys.stderr)
 
 
 def peak_memory() -> str:

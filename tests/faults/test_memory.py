@@ -2,7 +2,7 @@
 
 import pytest
 
-from jaxinfer import LLM
+from jaxinfer import LLM, SamplingParams
 from jaxinfer.engine import setup
 from jaxinfer.errors import CapacityError, ConfigError
 
@@ -25,6 +25,9 @@ def test_a_pool_too_small_for_the_length_asked_for(make_llm):
 def test_without_a_length_asked_for_the_pool_sets_it(make_llm, caplog):
     with make_llm(kv_cache_memory_bytes=3 * BLOCK_BYTES, max_model_len=None) as llm:
         assert llm._intake.limits.max_model_len == 12
+        [handle] = llm._prepare([[5, 6]], SamplingParams(max_tokens=20))
+        llm._engine.add(handle.request)
+        assert handle.output().metrics.clamped_max_tokens == 10 and "10 new tokens, and not 20" in caplog.text
     assert "max_model_len is 12" in caplog.text
 
 

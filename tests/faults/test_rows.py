@@ -104,21 +104,25 @@ def test_refused_by_name(llm, name, way):
 def test_a_prompt_that_never_fits_the_pool(llm, host):
     expected = ids_of(llm.generate([IDS], SHORT))
     with host(pool_blocks=3):
-        with pytest.raises(ValueError, match=r"40 tokens.*12 tokens \(3 blocks of 4\).*kv_cache_memory_bytes"):
+        with pytest.raises(ValueError, match=r"40 tokens.*needs 41, .*12 tokens \(3 blocks of 4\).*kv_cache_memory_bytes"):
             llm.generate([IDS, [3] * 40], SHORT)
         assert not llm._engine.has_work
         assert ids_of(llm.generate([IDS], SHORT)) == expected
 
 
-def test_max_tokens_is_clamped(llm, host):
+def test_max_tokens_is_clamped(llm, host, caplog):
     ask = SamplingParams(temperature=0, max_tokens=1000, ignore_eos=True)
-    [[tokens]] = ids_of(llm.generate([[3] * 120], ask))
-    assert len(tokens) == 8
-    assert llm.generate([[3] * 120], ask)[0].outputs[0].finish_reason == "length"
+    [result] = llm.generate([[3] * 120], ask)
+    assert len(result.outputs[0].token_ids) == 8 and result.outputs[0].finish_reason == "length"
+    assert result.metrics.clamped_max_tokens is None and "new tokens, and not" not in caplog.text, "the model's length"
     with host(pool_blocks=3):
-        [result] = llm.generate([IDS], ask)
-        assert len(result.outputs[0].token_ids) == 12 - len(IDS)
-        assert result.outputs[0].finish_reason == "length"
+        [result, other] = llm.generate([IDS, IDS[::-1]], ask)
+        assert len(result.outputs[0].token_ids) == 12 - len(IDS) == result.metrics.clamped_max_tokens
+        assert result.outputs[0].finish_reason == "length" and other.metrics.clamped_max_tokens == 12 - len(IDS)
+        [fits] = llm.generate([IDS], SamplingParams(temperature=0, max_tokens=1))
+        assert fits.metrics.clamped_max_tokens is None
+    said = f"can have {12 - len(IDS)} new tokens, and not {128 - len(IDS)}: the cache holds sequences of 12 tokens"
+    assert caplog.text.count(said) == 1
 
 
 def test_a_tiny_temperature(llm):
