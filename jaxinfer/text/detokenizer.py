@@ -122,9 +122,9 @@ class Detokenizer:
         for token in map(int, reversed(prompt)):
             if self._is_left_out(token):
                 continue
-            if len(kept) >= _PROMPT and kept[-1] not in self._vocabulary.bytes:
-                if len(kept) >= 8 * _PROMPT or self._decode(kept[::-1]):
-                    break
+            enough = len(kept) >= _PROMPT and kept[-1] not in self._vocabulary.bytes
+            if enough and (len(kept) >= 8 * _PROMPT or self._decode(kept[::-1])):
+                break
             kept.append(token)
         self.push(kept[::-1])
         state = self._state

@@ -80,9 +80,10 @@ class Printer:
         for name in sorted(self._parts, key=int):
             outputs = [
                 replace(
-                    sample[-1], text="".join(part.text for part in sample),
+                    sample[-1],
+                    text="".join(part.text for part in sample),
                     token_ids=[token for part in sample for token in part.token_ids],
-                )  # fmt: skip
+                )
                 for sample in self._parts[name]
             ]
             whole.append(replace(self._last[name], outputs=outputs))
