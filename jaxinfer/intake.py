@@ -4,7 +4,8 @@ import dataclasses
 import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from functools import lru_cache
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -26,7 +27,13 @@ from jaxinfer.text import (
     parse_prompts,
     render_chat,
 )
-from jaxinfer.text.tokenizer import longest_token
+from jaxinfer.text.tokenizer import encode_batch, encodes_batches, longest_token
+
+PIECE = 1024
+"""Prompts of a call that are tokenised together: their ids as Python's integers take ten times the memory that they keep."""
+
+_Resolved: TypeAlias = dict[tuple[int, int, int], SamplingParams]
+"""By the id of a call's own parameters, extra tokens and most tokens: resolved."""
 
 Params = SamplingParams | Sequence[SamplingParams] | Any | None
 """One for all prompts or one a prompt; a transformers `GenerationConfig` serves as well."""
@@ -108,28 +115,57 @@ class Intake:
         if params is not None and hasattr(params, "to_dict"):
             params = from_generation_config(params)
         each = spread(self._opened.default_params if params is None else params, len(prompts))
-        return [self._request(index, p, own) for index, (p, own) in enumerate(zip(prompts, each, strict=True))]
+        resolved, made = {}, []
+        for start in range(0, len(prompts), PIECE):
+            piece = prompts[start : start + PIECE]
+            for place, (prompt, ids) in enumerate(zip(piece, self._encode_plain(piece), strict=True), start):
+                made.append(self._request(place, prompt, ids, each[place], resolved))
+        return made
 
-    def _request(self, index: int, prompt: Prompt, params: SamplingParams) -> Request:
-        opened, limits = self._opened, self.limits
-        (ids, cross, rule, extra), inputs = self._read(index, prompt)
-        self._check_params(index, params)
-        if extra and params.max_tokens is not None:
-            params = dataclasses.replace(params, max_tokens=params.max_tokens + extra)
-        encode = None if opened.tokenizer is None else self._encode
-        own = resolve(params, limits, prompt_len=len(ids), encode=encode)
-        salts, config = (opened.salt, (prompt.cache_salt or "").encode()), opened.module.config
+    def _request(
+        self, index: int, prompt: Prompt, encoded: Sequence[int] | None, params: SamplingParams, resolved: _Resolved
+    ) -> Request:
+        """Make the request of one prompt.
+
+        Args:
+            index: of the prompt in its call, for errors.
+            prompt: as the caller gave it.
+            encoded: its token ids, if they are known (`_encode_plain`).
+            params: its own.
+            resolved: what parameters of the same call have become; this request's are added.
+        """
+        opened = self._opened
+        (ids, cross, rule, extra), inputs = self._read(index, prompt, encoded)
+        own, config = self._resolve(index, params, len(ids), extra, resolved), opened.module.config
         number = next(self._numbers)
         # The longest sequence if the cache had room: without max_model_len, the limit may be what the cache holds.
         room = (self._config.max_model_len or config.max_length) - len(ids)
-        asked = len(ids) + (room if params.max_tokens is None else min(params.max_tokens, room))
+        asked = len(ids) + (room if params.max_tokens is None else min(params.max_tokens + extra, room))
         return Request(
             id=str(number), prompt=np.array(ids, np.int32), params=own, limit=len(ids) + own.max_tokens, asked=asked,
-            salt=b"".join(hashlib.sha256(salt).digest() for salt in salts),
+            salt=_salt(opened.salt, prompt.cache_salt or ""),
             length_key=config.length_key, recompute_after=config.recompute_after,
             seed=self._seed(number) if own.seed is None else own.seed, inputs=inputs, cross=cross,
             rule=rule,
         )  # fmt: skip
+
+    def _resolve(
+        self, index: int, params: SamplingParams, length: int, extra: int, resolved: _Resolved
+    ) -> SamplingParams:
+        """Check a prompt's parameters and fill in what depends on the model, once for all prompts of a call that share them.
+
+        `length`: tokens of the prompt; `extra`: tokens that the model's rule makes beside those that `max_tokens` counts.
+        """
+        room = self.limits.max_model_len - length
+        most = room if params.max_tokens is None else min(params.max_tokens + extra, room)
+        key = id(params), extra, most
+        if key not in resolved:
+            self._check_params(index, params)
+            if extra and params.max_tokens is not None:
+                params = dataclasses.replace(params, max_tokens=params.max_tokens + extra)
+            encode = None if self._opened.tokenizer is None else self._encode
+            resolved[key] = resolve(params, self.limits, prompt_len=length, encode=encode)
+        return resolved[key]
 
     def _check_params(self, index: int, params: SamplingParams) -> None:
         if params.stop and self._opened.tokenizer is None:
@@ -142,9 +178,11 @@ class Intake:
                     "ask for fewer, or make it with a larger max_logprobs"
                 )
 
-    def _read(self, index: int, prompt: Prompt) -> tuple[CrossPrompt, PlacedInputs | None]:
-        """The token ids of a prompt, checked, with what they attend to, and what of them is no text."""
-        media, inputs, ids, text = self._opened.media, (), prompt.token_ids, prompt.text
+    def _read(
+        self, index: int, prompt: Prompt, encoded: Sequence[int] | None
+    ) -> tuple[CrossPrompt, PlacedInputs | None]:
+        """Return the token ids of a prompt, checked, with what they attend to, and what of them is no text."""
+        media, inputs, ids, text = self._opened.media, (), encoded or prompt.token_ids, prompt.text
         read, known = CrossPrompt([], None), self.limits.vocab_size
         for one in (prompt, prompt.encoder):
             if one is not None and one.text and one.token_ids is None and self._opened.tokenizer is None:
@@ -179,6 +217,28 @@ class Intake:
     def _encode(self, text: str, special: bool = False) -> list[int]:
         return self._opened.tokenizer.encode(text, add_special_tokens=special)
 
+    def _encode_plain(self, prompts: Sequence[Prompt]) -> list[Sequence[int] | None]:
+        """Encode together the prompts that are text and nothing else, if the tokenizer can; None for each of the others.
+
+        The ids are those of encoding one by one, but all processors work on them.
+        """
+        opened, found = self._opened, [None] * len(prompts)
+        plain = [place for place, prompt in enumerate(prompts) if prompt.text and prompt.token_ids is None]
+        if opened.media is not None or opened.cross is not None or len(plain) < 2 or not encodes_batches(opened.tokenizer):
+            return found
+        for special in (False, True):
+            places = [place for place in plain if prompts[place].special_tokens is special]
+            texts = [prompts[place].text for place in places]
+            for place, ids in zip(places, encode_batch(opened.tokenizer, texts, special), strict=True):
+                found[place] = ids
+        return found
+
     def _seed(self, number: int) -> int:
         """Of a request that brings none: from the engine's seed and the request's number."""
         return int(np.random.SeedSequence([self._config.seed, number, 1]).generate_state(1, np.uint64)[0])
+
+
+@lru_cache(maxsize=256)
+def _salt(model: bytes, own: str) -> bytes:
+    """What the prefix cache tells a prompt apart by: the model, and the caller's own salt."""
+    return b"".join(hashlib.sha256(salt).digest() for salt in (model, own.encode()))

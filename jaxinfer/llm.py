@@ -1,7 +1,7 @@
 """Text in, text out."""
 
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from jaxinfer.handle import BeamHandle, Handle
 from jaxinfer.intake import Intake, Params
 from jaxinfer.opening import Named, open_model, place
 from jaxinfer.outputs import RequestOutput
-from jaxinfer.progress import Progress, say_if_cut
+from jaxinfer.progress import Progress, Running, Updates, say_if_cut
 from jaxinfer.resolve import ModelLimits
 from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.text import Prompt
@@ -200,26 +200,30 @@ class LLM:
         params = SamplingParams(temperature=0, max_tokens=None) if sampling_params is None else sampling_params
         options = {name: value for name, value in (("language", language), ("task", task)) if value is not None}
         jobs = begin(self._opened.cross, audio, params, options)
-        running = dict(zip(jobs, self._prepare([job.prompt() for job in jobs], params), strict=True))
+        handles = self._prepare([job.prompt() for job in jobs], params)
+        jobs_of = dict(zip(handles, jobs, strict=True))
+        running = Running(handles)
         with tqdm(total=sum(job.total for job in jobs), unit="s", desc="Transcribed", disable=not use_tqdm) as bar:
             try:
-                self._queue(list(running.values()))
+                self._queue(handles)
                 while running:
-                    self._drive(lambda: not any(handle.finished for handle in running.values()))
-                    self._next_windows(running, params)
+                    self._drive(lambda: not running.some_ended)
+                    self._next_windows(running, jobs_of, params)
                     bar.update(sum(job.seconds for job in jobs) - bar.n)
             finally:
-                self._abandon(list(running.values()))
+                self._abandon(jobs_of)
         return [job.transcript(self._tokenizer) for job in jobs]
 
-    def _next_windows(self, running: dict[Transcribing, Handle], params: Params) -> None:
-        """Takes what finished windows gave, and queues those that follow them."""
-        for job, handle in [(job, handle) for job, handle in running.items() if handle.finished]:
+    def _next_windows(self, running: Running, jobs: dict[Handle, Transcribing], params: Params) -> None:
+        """Take what finished windows gave, and queue those that follow them."""
+        for handle in running.take_ended():
+            job = jobs.pop(handle)
             job.take(handle.output(), handle.request.rule)
-            del running[job]
             if job.left:
-                [running[job]] = self._prepare([job.prompt()], params)
-                self._queue([running[job]])
+                [following] = self._prepare([job.prompt()], params)
+                jobs[following] = job
+                running.add(following)
+                self._queue([following])
 
     def abort(self, request_id: Any) -> None:
         """Ends one request or a list of them, wherever they are; their outputs say "abort".
@@ -408,11 +412,13 @@ class LLM:
                 if busy():
                     self._engine.step()
 
-    def _abandon(self, handles: Sequence[Handle]) -> None:
+    def _abandon(self, handles: Iterable[Handle]) -> None:
+        """Abort what is unfinished."""
         with self._lock:
             if not self._closed:
                 for handle in handles:
-                    self._engine.abort(handle.request.id)
+                    if not handle.finished:
+                        self._engine.abort(handle.request.id)
 
     def _finish(self, handles: list[Handle], use_tqdm: bool) -> list[RequestOutput]:
         try:
@@ -426,16 +432,16 @@ class LLM:
         return [handle.output() for handle in handles]
 
     def _watch(self, handles: list[Handle]) -> Iterator[RequestOutput]:
-        left = list(handles)
+        updates, left = Updates(handles), bool(handles)
         try:
             self._queue(handles)
             while left:
                 with self._lock:
                     self._check_open()
-                    if any(not handle.finished for handle in left):
+                    if updates.unfinished():
                         self._engine.step()
-                    updates = [handle.update(handle.request.params.output_kind) for handle in left]
-                left = [handle for handle in left if not handle.finished]
-                yield from (update for update in updates if update is not None)
+                    found = updates.take()
+                    left = updates.unfinished()
+                yield from found
         finally:
             self._abandon(handles)

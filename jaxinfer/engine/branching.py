@@ -61,6 +61,7 @@ def restore(request: Request) -> None:
         beams.append(Sequence(request, len(beams)))
         beams[-1].adopt(beams[0])
     for beam, tokens in zip(beams, made, strict=False):
+        beam.reserve()
         beam.length = start + len(tokens)
         beam.tokens[start : beam.length], beam.digests, beam.candidates = tokens, [], None
     request.sequences = beams[: len(made)] or beams
@@ -69,7 +70,7 @@ def restore(request: Request) -> None:
 def _newcomer(scheduler: Scheduler, request: Request) -> Sequence:
     newcomer = Sequence(request, len(request.sequences))
     request.sequences.append(newcomer)
-    scheduler.waiting.appendleft(newcomer)
+    scheduler.waiting.push(newcomer)
     return newcomer
 
 

@@ -1,5 +1,7 @@
 """What there is room for, said before a request is queued."""
 
+from functools import cache
+
 from jaxinfer.engine.request import Request
 from jaxinfer.engine.runner import Runner
 from jaxinfer.engine.settings import HostSettings
@@ -14,14 +16,15 @@ class Capacity:
     def __init__(self, runner: Runner, settings: HostSettings):
         self._shapes, self._program, self._settings = runner.shapes, runner.program, settings
         self._kinds = runner.program.layout.kinds
+        self.tokens = cache(self._tokens)
 
     @property
     def longest(self) -> int:
         """The most tokens a sequence can have whose blocks the pool holds, with all that its encoder may read."""
         return self.tokens(0 if self._program.cross is None else self._program.cross.longest)
 
-    def tokens(self, read: int) -> int:
-        """The same beside so many positions of an encoder."""
+    def _tokens(self, read: int) -> int:
+        """The same beside so many positions of an encoder (`tokens` remembers it)."""
         shapes, settings = self._shapes, self._settings
         if shapes.contiguous:
             return shapes.max_length

@@ -273,6 +273,8 @@ class Engine:
         if request.finished:
             request.finished_time = time.monotonic()
             self.metrics.time(request)
+            if request.on_finish is not None:
+                request.on_finish(request)
             del self.requests[request.id]
 
     def _recover(self, error: BaseException) -> None:
@@ -287,7 +289,10 @@ class Engine:
             log.error("a step failed (%s: %s); %s", type(error).__name__, error, fate)
         else:
             log.info("interrupted (%s); %s", type(error).__name__, fate)
-        self.requests = {name: request for name, request in self.requests.items() if not request.finished}
+        for request in [request for request in self.requests.values() if request.finished]:
+            del self.requests[request.id]  # an interrupt came in the midst of its end
+            if request.on_finish is not None:
+                request.on_finish(request)
         for request in self.requests.values():
             if request.beams is not None:
                 branching.restore(request)

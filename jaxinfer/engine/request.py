@@ -42,9 +42,12 @@ class Listener(Protocol):
         ...
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Request:
-    """One prompt and how to continue it; validated before it comes here."""
+    """One prompt and how to continue it; validated before it comes here.
+
+    A call may queue a hundred thousand of them, so what is not needed before a row is free is made then.
+    """
 
     id: str
     prompt: np.ndarray
@@ -77,6 +80,8 @@ class Request:
     beams: Beams | None = None
     """Of a beam search: its sequences are the beams that run, at first one; they end together."""
     listener: Listener | None = None
+    on_finish: Callable[["Request"], None] | None = None
+    """Called when all its sequences have finished; after a failed step perhaps a second time."""
     sequences: list["Sequence"] = field(default_factory=list)
     prompt_logprobs: list[Logprobs] = field(default_factory=list)
     """One a chunk, each `[T, ...]`; of the tokens from the second on."""
@@ -97,7 +102,6 @@ class Request:
 
     def __post_init__(self) -> None:
         self.sequences = [Sequence(self, index) for index in range(self.params.n)]
-
         self.stop_ids = self.params.all_stop_token_ids
 
     @property
@@ -124,7 +128,7 @@ class Request:
         return bool(p.logit_bias or p.allowed_token_ids is not None or p.bad_words_token_ids or early)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Sequence:
     """One sample of a request."""
 
@@ -134,7 +138,8 @@ class Sequence:
     row: int = -1
     """Its place in the tables and in the sampler's state while it runs."""
     tokens: np.ndarray = field(init=False)
-    """`[limit]` int32, the first `length` of them known: the prompt and what was made."""
+    """`[T]` int32, the first `length` of them known: the prompt and what was made. It is the prompt's own array until the
+    sequence gets a row; then T is the most it may have (`reserve`), and once it has finished what it has (`trim`)."""
     length: int = field(init=False)
     rope_base: int = field(init=False)
     """Tokens whose rope follows one length, this one: the prompt's, or all that were recomputed for a new rope."""
@@ -160,10 +165,12 @@ class Sequence:
     """While it runs: tokens at which the host must look at it (`stage_limit`)."""
     watched: bool = False
     """While it runs: whether each token means more to the host than to be kept."""
-    root: bytes = field(init=False)
-    """The parent of its first block in the prefix index."""
-    key: np.ndarray = field(init=False)
-    """`[2]` uint32: seed and index, hashed."""
+    needed_blocks: int = 0
+    """While it waits: blocks that must be available for it, as the last try to admit it found; 0: it was not too few."""
+    unknown: bytes | None = None
+    """The first block of its prompt that was in no cache then: once it is, fewer are needed."""
+    _root: bytes | None = None
+    _key: np.ndarray | None = None
     cumulative_logprob: float = 0.0
     logprobs: list[tuple[float, int, np.ndarray, np.ndarray]] = field(default_factory=list)
     """One a token: log-probability, rank, ids and log-probabilities of the most likely."""
@@ -175,12 +182,25 @@ class Sequence:
     stop_reason: int | str | None = None
 
     def __post_init__(self) -> None:
-        prompt = self.request.prompt
-        self.tokens = np.empty(max(self.request.limit, len(prompt)), np.int32)
-        self.tokens[: len(prompt)] = prompt
-        self.length = len(prompt)
+        self.tokens = self.request.prompt
+        self.length = len(self.tokens)
         self.start_over()
-        self.key = np.random.SeedSequence([self.request.seed, self.index]).generate_state(2)
+
+    @property
+    def key(self) -> np.ndarray:
+        """`[2]` uint32: seed and index, hashed."""
+        if self._key is None:
+            self._key = np.random.SeedSequence([self.request.seed, self.index]).generate_state(2)
+        return self._key
+
+    @property
+    def root(self) -> bytes:
+        """The parent of its first block in the prefix index."""
+        if self._root is None:
+            request = self.request
+            read = () if request.cross is None else (request.cross.digest,)
+            self._root = root(request.salt, request.length_key(self.rope_base), *read)
+        return self._root
 
     @property
     def output_ids(self) -> np.ndarray:
@@ -193,22 +213,33 @@ class Sequence:
         return self.length - len(self.request.prompt)
 
     def prepare(self) -> None:
-        """Notes what a step's commit asks of each token, once it has a row."""
+        """Once it has a row: make room for its tokens, and note what a step's commit asks of each of them."""
+        self.reserve()
         self.bound = self.stage_limit
         request = self.request
         self.watched = request.listener is not None or request.params.logprobs is not None or request.beams is not None
 
     def start_over(self) -> None:
         """Lets rope follow the length it has now: at the start, and when that changes all its keys."""
-        self.rope_base, self.digests = self.length, []
-        request = self.request
-        read = () if request.cross is None else (request.cross.digest,)
-        self.root = root(request.salt, request.length_key(self.rope_base), *read)
+        self.rope_base, self.digests, self._root, self.needed_blocks = self.length, [], None, 0
+
+    def reserve(self) -> None:
+        """Make room for all the tokens that it may have. Nothing is written to the prompt's array, which its samples share."""
+        most = max(self.request.limit, self.length)
+        if len(self.tokens) < most:
+            known, self.tokens = self.tokens[: self.length], np.empty(most, np.int32)
+            self.tokens[: self.length] = known
+
+    def trim(self) -> None:
+        """Once it has finished: keep its tokens alone, as a caller may read them much later."""
+        self.tokens, self.digests = self.tokens[: self.length].copy(), []
 
     def adopt(self, other: "Sequence") -> None:
         """Goes on from where another sequence of its request is."""
+        self.reserve()
         self.tokens[: other.length], self.length = other.tokens[: other.length], other.length
-        self.rope_base, self.root, self.digests = other.rope_base, other.root, list(other.digests)
+        self.rope_base, self._root, self.digests = other.rope_base, other.root, list(other.digests)
+        self.needed_blocks = 0
         self.computed, self.prefilled = other.computed, other.prefilled
         self.published, self.hit_blocks, self.announced = other.published, other.hit_blocks, 0
 

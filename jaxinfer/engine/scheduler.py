@@ -6,8 +6,8 @@ several decode steps of the same sequences, so that the host works once for all 
 youngest sequence is preempted: its blocks are released and it is computed again later.
 """
 
-from collections import deque
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from jaxinfer.engine.computing import LEAST_SHARED, Computing
 from jaxinfer.engine.encoding import Encoding
 from jaxinfer.engine.plan import Chunk, Plan
 from jaxinfer.engine.request import Request, Sequence, Status, follows_history
+from jaxinfer.engine.waiting import Waiting
 from jaxinfer.kv.encoded import Encoded
 from jaxinfer.kv.interface import CacheManager
 
@@ -41,7 +42,9 @@ class Scheduler:
     def __init__(self, manager: CacheManager, limits: Limits):
         self.manager = manager
         self.limits = limits
-        self.waiting: deque[Sequence] = deque()
+        self.waiting = Waiting()
+        self._unsettled: list[Sequence] = []
+        """Sequences that were put back into the queue with tokens in flight."""
         rows = manager.tables.rows
         self.running: list[Sequence | None] = [None] * rows
         self.free_rows = list(range(rows - 1, -1, -1))
@@ -130,11 +133,16 @@ class Scheduler:
     def _blocking(self) -> Sequence | None:
         """The youngest of those that hold what others need for their next chunk, where nobody else will give it back."""
         chosen = [s for s in self.active if s.candidates is not None]
-        if np.count_nonzero(self.decoding) > len(chosen) or any(s.pending for s in self.waiting):
+        if np.count_nonzero(self.decoding) > len(chosen) or self._awaits_tokens():
             return None
         if chosen and (self.prefilling or any(s.candidates is None for s in self.waiting)):
             return max(chosen, key=lambda s: s.age)  # beams that wait for those of their search
         return max(self.prefilling, key=lambda s: s.age) if len(self.prefilling) > 1 else None
+
+    def _awaits_tokens(self) -> bool:
+        """Whether a waiting sequence has a token in flight, which it must be computed with."""
+        self._unsettled = [s for s in self._unsettled if s.pending and s.status is Status.WAITING]
+        return bool(self._unsettled)
 
     def _steps(self, rows: np.ndarray, most: int) -> int:
         """Decode steps until the host has to do something: to admit, to compute a prompt, to end a row at its limit,
@@ -155,19 +163,34 @@ class Scheduler:
             if not self.manager.extend(sequence.row, start, start + count):
                 return chunks, samples  # those that decode will give blocks back
             budget -= self._chunk(sequence, count, chunks, samples)
-        place = 0
-        while place < len(self.waiting) and budget > 0 and self._room(chunks) and self._room(samples):
-            sequence = self.waiting[place]
+        for sequence in self._first_in_line():
+            if not (self.free_rows and budget > 0 and self._room(chunks) and self._room(samples)):
+                break
+            if sequence.status is not Status.WAITING:
+                continue  # a sample that was forked a moment ago
+            if self._blocked(sequence):
+                break
             if self._waits(sequence):
-                place += 1
                 continue
             # One preempted a moment ago still has a token in flight, which it must be computed with.
-            if sequence.pending or not self.free_rows or not self._admit(sequence, budget):
+            if sequence.pending or not self._admit(sequence, budget):
                 break
-            del self.waiting[place]
+            self.waiting.remove(sequence)
             count = self._fitting(sequence, budget, chunks)
             budget -= self._chunk(sequence, count, chunks, samples)
         return chunks, samples
+
+    def _first_in_line(self) -> list[Sequence]:
+        """As many waiting sequences as a step looks at: those that could run, and as many that wait for what others compute."""
+        return list(islice(self.waiting, 2 * len(self.running))) if self.free_rows else []
+
+    def _blocked(self, sequence: Sequence) -> bool:
+        """Whether the cache has no more room for a sequence than when it last had too little, at a cost that does not depend on
+        the prompt's length. More of its prompt may have been published since.
+        """
+        if sequence.needed_blocks <= 0 or self.manager.pool.num_available >= sequence.needed_blocks:
+            return False
+        return sequence.unknown is None or sequence.unknown not in self.manager.index
 
     def _room(self, taken: list[Chunk] | list[tuple[int, Sequence]]) -> int:
         """How many more parts of chunks, or samples, the prefill has room for."""
@@ -215,7 +238,11 @@ class Scheduler:
         reach = min(sequence.length, found + budget)
         if encoded.missing and not self.encoding.has_room(request.cross, self.limits.encode_units):
             return False
-        if not offer.fits or not manager.admit(row, hit, sequence.length, reach, encoded):
+        if not offer.fits:
+            return False
+        if not manager.admit(row, hit, sequence.length, reach, encoded):
+            sequence.needed_blocks = manager.needed(hit, sequence.length, reach, encoded)
+            sequence.unknown = None if skip else next(iter(sequence.digests[hit.known : hit.known + 1]), None)
             return False
         self._take_row(sequence)
         self.encoding.accept(sequence, offer)
@@ -231,7 +258,7 @@ class Scheduler:
 
     def _take_row(self, sequence: Sequence) -> None:
         sequence.row = self.free_rows.pop()
-        sequence.status, sequence.bias_version = Status.RUNNING, -1
+        sequence.status, sequence.bias_version, sequence.needed_blocks = Status.RUNNING, -1, 0
         sequence.prepare()
         row, request = sequence.row, sequence.request
         self.running[row] = sequence
@@ -312,7 +339,9 @@ class Scheduler:
     def _requeue(self, sequence: Sequence) -> None:
         self._leave(sequence)
         sequence.status, sequence.computed = Status.WAITING, 0
-        self.waiting.appendleft(sequence)
+        self.waiting.push(sequence)
+        if sequence.pending:
+            self._unsettled.append(sequence)
 
     def finish(self, sequence: Sequence, reason: str) -> None:
         """Ends a sequence wherever it is; a second time does nothing."""
@@ -323,6 +352,7 @@ class Scheduler:
         else:
             self.waiting.remove(sequence)
         sequence.status, sequence.finish_reason = Status.FINISHED, reason
+        sequence.trim()
 
     def _leave(self, sequence: Sequence) -> None:
         row = sequence.row

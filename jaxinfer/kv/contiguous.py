@@ -139,6 +139,10 @@ class RowManager:
             self.encoded.take(row, encoded, ids[self._all[-1].span, 0].T.ravel())
         return True
 
+    def needed(self, *_: Any) -> int:
+        """0: whether a row can be taken is no matter of blocks."""
+        return 0
+
     def extend(self, _row: int, _start: int, _stop: int) -> bool:
         """There is room for a prompt's next chunk."""
         return True

@@ -30,7 +30,7 @@ class CacheManager(Protocol):
 
     @property
     def pool(self) -> Any:
-        """Has `num_blocks` and, of them, `num_held`."""
+        """Has `num_blocks` and, of them, `num_held`; where `needed` is not 0 also `num_available`."""
         ...
 
     def lookup(self, tokens: np.ndarray, digests: Sequence[bytes], root: bytes, extras: Extras) -> Hit:
@@ -43,6 +43,10 @@ class CacheManager(Protocol):
 
     def admit(self, row: int, hit: Hit, tokens: int, reach: int | None, encoded: EncodedHit) -> bool:
         """Gives an empty row to a sequence of `tokens` positions; whether there is room, of some kinds up to `reach`."""
+        ...
+
+    def needed(self, hit: Hit, tokens: int, reach: int | None, encoded: EncodedHit) -> int:
+        """Blocks that must be available for such an admission; 0 where it is no matter of blocks."""
         ...
 
     def extend(self, row: int, start: int, stop: int) -> bool:

@@ -111,9 +111,7 @@ class BlockManager:
         shared = np.concatenate([own.T.ravel(), encoded.ids.T.ravel()])
         shared = shared[shared >= 0]
         pool = pools.share(self.pool, shared)
-        reach = tokens if reach is None else reach
-        ends = [self.blocks_for(tokens if kind.kind.whole else reach) for kind in self.kinds]
-        wanted = [kind.count * (end - hit.blocks) for kind, end in zip(self.kinds, ends, strict=True)]
+        ends, wanted = self._wanted(hit, tokens, reach)
         taken = self._allocate(pool, sum(wanted) + encoded.missing)
         if taken is None:
             return False
@@ -132,6 +130,20 @@ class BlockManager:
             snapshot = int(hit.ids[-1, -1]) if hit.blocks else None
             self.states.admit(row, snapshot, hit.blocks, self.boundaries[:, row].tolist())
         return True
+
+    def needed(
+        self, hit: Hit, tokens: int, reach: int | None = None, encoded: EncodedHit = NOTHING_READ
+    ) -> int:
+        """Blocks that must be available for `admit` with the same arguments: new ones, and those of the hits that nobody holds."""
+        shared = np.concatenate([hit.ids[: count(self.kinds)].ravel(), encoded.ids.ravel()])
+        unheld = int(np.count_nonzero(self.pool.refs[shared[shared >= 0]] == 0))
+        return sum(self._wanted(hit, tokens, reach)[1]) + encoded.missing + unheld
+
+    def _wanted(self, hit: Hit, tokens: int, reach: int | None) -> tuple[list[int], list[int]]:
+        """Where the blocks of each kind end after an admission, and how many of them are new."""
+        reach = tokens if reach is None else reach
+        ends = [self.blocks_for(tokens if kind.kind.whole else reach) for kind in self.kinds]
+        return ends, [kind.count * (end - hit.blocks) for kind, end in zip(self.kinds, ends, strict=True)]
 
     def extend(self, row: int, start: int, stop: int) -> bool:
         """Before positions [start, stop) of a row's prompt are computed: releases what they do not need, and takes the

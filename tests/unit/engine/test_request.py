@@ -21,6 +21,7 @@ def request(eos=(), length=4, **fields):
 
 
 def add(sequence, *tokens):
+    sequence.prepare()  # as when it gets a row
     return [sequence.add(token) for token in tokens]
 
 

@@ -145,7 +145,7 @@ def test_the_youngest_is_preempted_and_comes_back_first():
     while not scheduler.preempted:
         host.step()
     assert [r.preemptions for r in requests] == [0, 0, 1]
-    assert scheduler.waiting[0].request.id == "c"
+    assert next(iter(scheduler.waiting)).request.id == "c"
     host.run()
     assert requests[0].preemptions == 0
     assert all(r.sequences[0].output_ids.tolist() == list(range(3, 15)) for r in requests)
