@@ -350,3 +350,20 @@ def test_what_nothing_would_ever_schedule_ends_in_error(runner, monkeypatch, pla
     assert not engine.has_work and reasons([bad]) == ["error"] and "nothing else is running" in bad.error
     requests.remove(bad)
     assert outputs(requests) == expected
+
+
+def test_an_end_that_was_interrupted_is_told(runner, monkeypatch):
+    """A call waits for `on_finish`: it comes even if an interrupt came between the end of a request and it."""
+    told, engine = [], make_engine(runner)
+    request = make_request("x", prompt(7), SamplingParams(temperature=0, max_tokens=3), on_finish=told.append)
+
+    def interrupted(_):
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine.metrics, "time", interrupted)
+    engine.add(request)
+    with pytest.raises(KeyboardInterrupt):
+        for _ in range(10):
+            engine.step()
+    assert request.finished and told == [request] and not engine.requests

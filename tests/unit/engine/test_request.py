@@ -148,3 +148,16 @@ def test_failures_are_counted_in_a_row():
     add(sequence, 9, 9)
     assert sequence.blame() == 1
     assert sequence.blame() == 2
+
+
+def test_a_queued_sequence_holds_its_prompt_and_a_finished_one_its_tokens():
+    made = request(max_tokens=100, n=2)
+    first, second = made.sequences
+    assert first.tokens is second.tokens is made.prompt, "whatever max_tokens is"
+    add(first, 5, 6)
+    assert len(first.tokens) == 104 and len(second.tokens) == len(made.prompt) == 4
+    second.adopt(first)
+    second.add(7)
+    assert first.output_ids.tolist() == [5, 6] and second.output_ids.tolist() == [5, 6, 7]
+    first.trim()
+    assert len(first.tokens) == 6 and first.output_ids.tolist() == [5, 6]

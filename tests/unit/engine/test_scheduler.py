@@ -8,6 +8,7 @@ from support.tiny import BLOCK, make_request, prompt
 
 from jaxinfer.engine.request import Status
 from jaxinfer.engine.scheduler import Limits, Scheduler
+from jaxinfer.engine.waiting import Waiting
 from jaxinfer.kv.groups import SINGLE, KindGroups, blocks_needed
 from jaxinfer.kv.manager import BlockManager
 from jaxinfer.kv.spec import Kind, Window
@@ -344,3 +345,72 @@ def test_every_mix_ends_with_every_token_and_nothing_held(wanted, spare, tokens,
     used = [sum(c.count for c in plan.chunks) + len(plan.decodes) for plan in host.plans]
     assert max(used) <= tokens
     assert all(max(len(p.samples), len(p.chunks), len(p.decodes)) <= ROWS for p in host.plans)
+
+
+def counted(monkeypatch, owner, name):
+    """The calls of a method from here on."""
+    method, calls = getattr(owner, name), []
+    monkeypatch.setattr(owner, name, lambda *a, **k: calls.append(a) or method(*a, **k))
+    return calls
+
+
+def test_a_blocked_head_is_looked_up_again_only_when_that_can_help(monkeypatch):
+    scheduler = make(blocks=12)
+    host = Host(scheduler)
+    for name in "ab":
+        scheduler.add(new(name, 14, made=6))
+    host.step()
+    lookups = counted(monkeypatch, scheduler.manager, "lookup")
+    scheduler.add(new("large", 28, made=2))
+    [waiting] = scheduler.waiting
+    while waiting.status is Status.WAITING:
+        host.step()
+    assert len(lookups) <= 3, "when it came, and when others had given blocks back"
+    host.run()
+    assert waiting.made == 2
+
+
+def test_a_blocked_head_goes_on_when_what_it_lacks_was_published():
+    scheduler = make(blocks=8, tokens=16)
+    [sequence] = new("x", 16).sequences
+    sequence.needed_blocks, sequence.unknown = 9, b"digest"
+    assert scheduler._blocked(sequence)
+    scheduler.manager.index.insert(b"digest", b"", np.zeros(BLOCK, np.int32))
+    assert not scheduler._blocked(sequence)
+    sequence.start_over()
+    assert not scheduler._blocked(sequence), "another rope, other blocks"
+
+
+def test_needed_blocks_are_those_with_which_it_is_admitted():
+    scheduler = make(blocks=8, tokens=64)
+    host, text = Host(scheduler), prompt(17, 3)
+    scheduler.add(make_request("a", text, SamplingParams(max_tokens=1)))
+    host.run()
+    manager = scheduler.manager
+    tokens = np.array([*text, *prompt(11, 4)], np.int32)
+    hit = manager.lookup(tokens, manager.digests(tokens, new("a", 1).sequences[0].root), new("a", 1).sequences[0].root)
+    assert hit.blocks == 4 and manager.needed(hit, len(tokens)) == 7
+    taken = manager.admit(0, manager.lookup(tokens[:0], [], b""), BLOCK)
+    assert taken and manager.pool.num_available == 7 and manager.admit(1, hit, len(tokens))
+
+
+def test_the_queue_keeps_its_order_and_lets_anyone_leave():
+    queue, sequences = Waiting(), [s for name in "abcd" for s in new(name, 3).sequences]
+    queue.extend(sequences[:3])
+    queue.push(sequences[3])
+    queue.remove(sequences[1])
+    assert list(queue) == [sequences[3], sequences[0], sequences[2]] and len(queue) == 3
+    with pytest.raises(KeyError):
+        queue.remove(sequences[1])
+
+
+def test_a_step_looks_at_no_more_of_the_queue_than_can_run(monkeypatch):
+    scheduler = make(tokens=8, blocks=64)
+    for i in range(6 * ROWS):
+        scheduler.add(new(str(i), 16, made=2))
+    calls = counted(monkeypatch, scheduler, "_waits")
+    scheduler.schedule()
+    assert 0 < len(calls) <= 2 * ROWS
+    for request in [s.request for s in scheduler.waiting]:
+        scheduler.finish(request.sequences[0], "abort")
+    assert not len(scheduler.waiting)
