@@ -20,6 +20,8 @@
 Token ids, positions and block ids are the caller's to get right: under jit nothing can be checked.
 """
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -44,6 +46,7 @@ from jaxinfer.kv.groups import Layout, Place, layout
 from jaxinfer.kv.spec import Full, State
 from jaxinfer.layers import fusion
 from jaxinfer.layers.attention import GroupStep, StepContext
+from jaxinfer.layers.embedding import Embedding
 from jaxinfer.layers.encoder import EncodeStep
 from jaxinfer.layers.linear import use_fusion, use_kernel
 from jaxinfer.models.base import CrossSource, FeatureRows, Features, LanguageModel
@@ -102,14 +105,30 @@ def split(
     use_fusion(module, fusion.rows_fused(fuse_projections, mesh))
     graph, state = nnx.split(module)
     params, tree = jax.tree.flatten(state)
-    # The scales of quantised weights are float32, whatever the model runs in.
-    dtype = min((p.dtype for p in params if jnp.issubdtype(p.dtype, jnp.floating)), key=lambda d: d.itemsize)
+    dtype = _activation_dtype(module, params)
     vocab = -(-module.config.vocab_size // meshes.size(mesh)) * meshes.size(mesh)
     specs, kernel = tuple(module.cache_specs()), attention.choose(attention_kernel, mesh)
     widest = max(spec.head_dim for spec in specs if isinstance(spec, Full))
     tile = attention.prefill_tile(kernel, module.config.query_group, widest, dtype.itemsize)
     program = Program(graph, tree, specs, vocab, dtype, mesh, kernel, tile, module.config.features)
     return replace(program, feature_width=_feature_width(program, params), cross=module.config.cross), params
+
+
+def _activation_dtype(module: nnx.Module, params: Sequence[Array]) -> jnp.dtype:
+    """Return the dtype of the hidden states, and so of the cache: that of the token embedding.
+
+    A module without one of our embeddings has the dtype of most of its numbers. Single parameters may have another: the
+    scales of quantised weights are float32, and a user may keep some in more or fewer bits.
+    """
+    for _, part in nnx.iter_modules(module):
+        if isinstance(part, Embedding) and part.lookup:
+            own = jnp.dtype(part.weight.dtype)
+            return own if jnp.issubdtype(own, jnp.floating) else jnp.dtype(part.dtype)
+    sizes: Counter[jnp.dtype] = Counter()
+    for param in params:
+        if jnp.issubdtype(param.dtype, jnp.floating):
+            sizes[jnp.dtype(param.dtype)] += math.prod(param.shape)
+    return sizes.most_common(1)[0][0]
 
 
 def _feature_width(program: Program, params: Sequence[Array]) -> int:

@@ -1,9 +1,11 @@
 """The plan of a model from its config.json: no weights, no devices of that number, seconds for any size."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
@@ -12,8 +14,11 @@ from jaxinfer.checkpoint.hub import resolve_model
 from jaxinfer.checkpoint.manifest import NAME, Manifest
 from jaxinfer.config import EngineConfig
 from jaxinfer.engine import sampler
+from jaxinfer.engine import slots as slots_of
 from jaxinfer.errors import ConfigError
 from jaxinfer.kv import cache as kv_cache
+from jaxinfer.kv import groups
+from jaxinfer.kv.spec import State
 from jaxinfer.models import loading
 from jaxinfer.models.base import LanguageModel
 from jaxinfer.sharding import axes, placement
@@ -45,7 +50,8 @@ def plan(
         revision: of the Hub id.
         hf_overrides: values laid over config.json.
         settings: `placement`, `pad_heads`, `dtype`, `quantization`, `block_size`, `gpu_memory_utilization` of
-            `EngineConfig`.
+            `EngineConfig`; for models with recurrent layers `max_num_seqs`, `snapshot_memory_fraction` and
+            `enable_prefix_caching` as well.
 
     Raises:
         ConfigError: an architecture, size, mesh or placement that is not served, or what does not divide over the mesh.
@@ -61,22 +67,39 @@ def plan(
     mesh = meshes.normalise(_mesh(mesh, config.tensor_parallel_size), tensor_parallel_size)
     dtype, how = _settings(config, hf, directory)
     module = loading.abstract(*loading.parse(hf, directory), dtype, mesh, **how)
-    return placement.plan(
+    made = placement.plan(
         module, mesh, itemsize=dtype.itemsize, more=_sampling(module, dtype),
         cache=cache_plan(module, config.block_size, dtype, mesh), model=_title(model, hf),
         patterns=how["placement"].patterns, memory=memory, cache_share=config.gpu_memory_utilization,
     )  # fmt: skip
+    return _with_states(made, config)
 
 
 def cache_plan(module: LanguageModel, block_size: int, dtype: jnp.dtype, mesh: Mesh | AbstractMesh) -> CachePlan:
-    """What the cache of a model takes."""
-    lanes = kv_cache.abstract(module.cache_specs(), 1, block_size, dtype, mesh)
-    layers = [
-        CacheLayer(layer, all(array.sharding.is_fully_replicated for array in lane),
-                   sum(placement.device_bytes(array) for array in lane))
-        for layer, lane in enumerate(lanes)
-    ]  # fmt: skip
-    return CachePlan(block_size, tuple(layers))
+    """Count what the cache of a model takes on each device, as the engine counts it."""
+    specs = tuple(module.cache_specs())
+    kept = groups.layout(specs)
+    layers = []
+    for layer, (spec, lane) in enumerate(zip(specs, kv_cache.abstract(specs, 1, block_size, dtype, mesh), strict=True)):
+        arrays = jax.tree.leaves(lane)
+        whole, size = all(array.sharding.is_fully_replicated for array in arrays), sum(map(placement.device_bytes, arrays))
+        sizes = {"state_device_bytes" if isinstance(spec, State) else "block_device_bytes": size}
+        layers.append(CacheLayer(layer, whole, **sizes, encoded=spec.kind.encoded))
+    # An id of the pool takes its memory in all lanes; a block of a sequence takes one of each of its groups.
+    block = kv_cache.block_bytes(kept.lanes, block_size, dtype, mesh) // mesh.size
+    encoded = groups.encoded(kept.kinds)
+    return CachePlan(
+        block_size, tuple(layers), block * groups.count(groups.own(kept.kinds)), block * (encoded.count if encoded else 0)
+    )
+
+
+def _with_states(made: Plan, config: EngineConfig) -> Plan:
+    """Return the plan with as many sequences and states as the engine would make room for in the memory of a GPU."""
+    if not made.cache_bytes or not made.cache.state_device_bytes:
+        return made
+    rows = config.max_num_seqs or min(slots_of.GPU_SEQUENCES, config.max_num_batched_tokens or slots_of.GPU_SEQUENCES)
+    sequences, slots = slots_of.divide(config, rows, made.cache.state_device_bytes, made.cache_bytes)
+    return replace(made, cache=replace(made.cache, sequences=sequences, state_slots=slots))
 
 
 def _sampling(module: LanguageModel, dtype: jnp.dtype) -> list[Exchange]:

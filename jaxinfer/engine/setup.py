@@ -18,7 +18,7 @@ from jaxinfer.engine.engine import Engine
 from jaxinfer.engine.reserve import reserve
 from jaxinfer.engine.runner import Runner
 from jaxinfer.engine.settings import HostSettings
-from jaxinfer.engine.slots import state_slots
+from jaxinfer.engine.slots import GPU_SEQUENCES, state_slots
 from jaxinfer.engine.steps import Shapes
 from jaxinfer.engine.workspace import peak_bytes
 from jaxinfer.errors import CapacityError, ConfigError
@@ -88,7 +88,7 @@ def choose_shapes(
     """
     gpu = _platform(program) != "cpu"
     native = matmul.choose(config.matmul_kernel, program.mesh) == matmul.NATIVE
-    rows = config.max_num_seqs or min(256 if gpu else 64, config.max_num_batched_tokens or 1 << 30)
+    rows = config.max_num_seqs or min(GPU_SEQUENCES if gpu else 64, config.max_num_batched_tokens or 1 << 30)
     budget = config.max_num_batched_tokens or max(2048 if gpu else 512, rows)
     if budget < rows:
         raise ConfigError(

@@ -51,13 +51,13 @@ def allocate(lanes: Cache) -> Cache:
     return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype, device=a.sharding), lanes)
 
 
-def block_bytes(specs: Sequence[Full], block_size: int, dtype: jnp.dtype, mesh: Mesh) -> int:
+def block_bytes(specs: Sequence[Full], block_size: int, dtype: jnp.dtype, mesh: Mesh | AbstractMesh) -> int:
     """Bytes one block id takes in all layers, over all devices."""
     tp, itemsize = meshes.size(mesh), jnp.dtype(dtype).itemsize
     return meshes.copies(mesh) * sum(spec.block_bytes(block_size, itemsize, tp) for spec in specs)
 
 
-def slot_bytes(specs: Sequence[State], mesh: Mesh) -> int:
+def slot_bytes(specs: Sequence[State], mesh: Mesh | AbstractMesh) -> int:
     """Bytes one slot takes in all recurrent layers, over all devices."""
     return meshes.copies(mesh) * sum(spec.slot_bytes(meshes.size(mesh)) for spec in specs)
 

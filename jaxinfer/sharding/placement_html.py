@@ -102,6 +102,13 @@ def _tiles(plan: Placed) -> str:
     if plan.cache is not None:
         per = size_text(plan.cache.block_device_bytes / plan.cache.block_size)
         tiles.append((per, "of cache a token on each device"))
+        if plan.cache.encoded_block_device_bytes:
+            per = size_text(plan.cache.encoded_block_device_bytes / plan.cache.block_size)
+            tiles.append((per, "of cache a position of what the encoder reads, on each device"))
+        if plan.cache.state_device_bytes:
+            tiles.append((size_text(plan.cache.state_device_bytes), "of state a sequence on each device, whatever its length"))
+    if plan.tokens is not None and plan.cache.sequences is not None:
+        tiles.append((f"{plan.cache.sequences:,}", "sequences run at a time at most, whose states fit"))
     if plan.tokens is not None:
         tiles.append((f"{plan.tokens:,}", f"tokens fit beside the weights in {size_text(plan.memory or 0)}"))
     made = "".join(

@@ -72,42 +72,57 @@ class Exchange:
 
 @dataclass(frozen=True)
 class CacheLayer:
-    """What one layer keeps of each block."""
+    """What one layer keeps: of each block, or of each sequence."""
 
     layer: int
-    """From 0, in the order of the model."""
+    """From 0, in the order of the model; of an encoder-decoder, first attention and then cross-attention."""
     replicated: bool
     """Whether every device has all of it."""
-    block_device_bytes: int
-    """A block, on each device."""
+    block_device_bytes: int = 0
+    """A block, on each device; 0 for a recurrent layer."""
+    state_device_bytes: int = 0
+    """The state of a sequence, on each device, whatever its length; 0 for layers other than recurrent ones."""
+    encoded: bool = False
+    """Whether its blocks hold positions of what an encoder reads, and not of the sequence itself."""
 
 
 @dataclass(frozen=True)
 class CachePlan:
-    """What the paged cache takes."""
+    """What the cache takes: blocks by the length of a sequence, and the states of recurrent layers by the sequence."""
 
     block_size: int
     """Tokens of a block."""
     layers: tuple[CacheLayer, ...]
+    block_device_bytes: int
+    """A block of tokens in all layers, on each device."""
+    encoded_block_device_bytes: int = 0
+    """A block of an encoder's positions in all layers, on each device; 0 without cross-attention."""
+    sequences: int | None = None
+    """Sequences that run at a time at most; None where the device's memory is not known, or no layer has a state."""
+    state_slots: int = 0
+    """States for which the cache has room then: those of running sequences, and snapshots of cached prefixes."""
 
     @property
-    def block_device_bytes(self) -> int:
-        """One block of all layers, on each device."""
-        return sum(layer.block_device_bytes for layer in self.layers)
+    def state_device_bytes(self) -> int:
+        """The state of one sequence in all layers, on each device."""
+        return sum(layer.state_device_bytes for layer in self.layers)
 
     @property
     def replicated_layers(self) -> tuple[int, ...]:
-        """Those whose keys and values every device has whole."""
+        """Those whose part of the cache every device has whole."""
         return tuple(layer.layer for layer in self.layers if layer.replicated)
 
     def tokens(self, device_bytes: int) -> int:
-        """Tokens that fit, in whole blocks."""
-        return max(0, device_bytes) // self.block_device_bytes * self.block_size
+        """Count the tokens that fit beside the states, in whole blocks."""
+        left = max(0, device_bytes - self.state_slots * self.state_device_bytes)
+        return left // self.block_device_bytes * self.block_size
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {
-            "block_size": self.block_size, "block_device_bytes": self.block_device_bytes,
+        names = (
+            "block_size", "block_device_bytes", "encoded_block_device_bytes", "state_device_bytes", "sequences", "state_slots",
+        )  # fmt: skip
+        return {name: getattr(self, name) for name in names} | {
             "replicated_layers": list(self.replicated_layers), "layers": [vars(layer) for layer in self.layers],
         }  # fmt: skip
 

@@ -110,15 +110,28 @@ def _cache(plan: Plan) -> Iterator[str]:
     token = size_text(cache.block_device_bytes / cache.block_size)
     block = f"{size_text(cache.block_device_bytes)} a block of {cache.block_size} tokens"
     yield f"The cache takes {block} on each device, {token} a token."
+    if cache.encoded_block_device_bytes:
+        position = size_text(cache.encoded_block_device_bytes / cache.block_size)
+        yield f"What the encoder reads takes {position} a position as well, on each device."
+    if cache.state_device_bytes:
+        state = size_text(cache.state_device_bytes)
+        yield f"Each sequence also has a recurrent state of {state} on each device, whatever its length."
     if cache.replicated_layers and plan.devices > 1:
         names = _ranges(cache.replicated_layers)
-        yield f"Keys and values of layer(s) {names} are whole on every device, as these layers are."
+        yield f"The cache of layer(s) {names} is whole on every device."
     if plan.tokens is not None and plan.memory is not None:
         share = f"{plan.cache_share:g} of what the weights leave of {size_text(plan.memory)}"
         if plan.memory < plan.device_bytes:
             yield f"The weights do not fit: {size_text(plan.memory)} is what a device has."
-        else:
+        elif cache.sequences is None:
             yield f"{plan.tokens:,} tokens fit in {share}, with all devices alike."
+        else:
+            states = size_text(cache.state_slots * cache.state_device_bytes)
+            yield (
+                f"{plan.tokens:,} tokens fit in {share}, with all devices alike, beside {states} for {cache.state_slots:,} "
+                f"states: two for each of {cache.sequences:,} sequences that run at a time at most, the others for snapshots "
+                "of cached prefixes."
+            )
 
 
 def _ranges(numbers: tuple[int, ...]) -> str:

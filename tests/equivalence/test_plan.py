@@ -1,9 +1,19 @@
 """What a plan says of a step's collectives is what the compiled step has, on eight virtual devices."""
 
-import pytest
-from support.plans import CASES, compiled, on_cpu, payloads, planned
+import json
+from pathlib import Path
 
-from jaxinfer.sharding import make_mesh
+import pytest
+from safetensors.numpy import save_file
+from support.checkpoint import shaped
+from support.plans import CASES, EVERY, compiled, on_cpu, payloads, planned
+
+from jaxinfer import functional
+from jaxinfer.kv import cache as kv_cache
+from jaxinfer.kv import groups
+from jaxinfer.models import loading
+from jaxinfer.models.registry import ARCHITECTURES
+from jaxinfer.sharding import make_mesh, plan
 
 pytestmark = [pytest.mark.xdist_group("plan"), pytest.mark.slow]
 
@@ -29,3 +39,32 @@ def test_what_is_added_up_is_as_wide_as_the_plan_says():
     widths = [e.collective.width for e in made.exchanges if e.collective.kind == "all-reduce"]
     found = payloads(compiled("attention replicated", "decode", make_mesh(8)).executable.as_text())
     assert sorted(width for _, _, width in found) == sorted(widths)
+
+
+def test_every_family_is_planned():
+    files = {ARCHITECTURES[hf["architectures"][0]] for hf in EVERY.values()}
+    assert files == set(ARCHITECTURES.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "tied"), [*((name, False) for name in EVERY), *((name, True) for name in ("llama", "bart", "whisper", "internvl"))]
+)
+def test_a_plan_counts_what_is_loaded_and_what_the_engine_keeps(name: str, tied: bool, tmp_path: Path):
+    hf = dict(EVERY[name]) | {"tie_word_embeddings": tied, "dtype": "bfloat16"}
+    save_file(shaped(hf), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    for tp in (1, 2):
+        mesh, made = make_mesh(tp), plan(hf, tensor_parallel_size=tp, memory=1 << 24)
+        module = loading.load(tmp_path, mesh, dtype="bfloat16", progress=False)
+        program, params = functional.split(module, mesh)
+        held = [{shard.device: shard.data.nbytes for shard in param.addressable_shards} for param in params]
+        assert {sum(one[device] for one in held) for device in mesh.devices.flat} == {made.device_bytes}
+        kinds = program.layout.kinds
+        each = kv_cache.block_bytes(program.layout.lanes, 16, program.dtype, mesh)
+        encoded = groups.encoded(kinds)
+        assert made.cache.block_device_bytes * tp == each * groups.count(groups.own(kinds))
+        assert made.cache.encoded_block_device_bytes * tp == each * (encoded.count if encoded else 0)
+        assert made.cache.state_device_bytes * tp == kv_cache.slot_bytes(program.layout.states, mesh)
+        own = [layer.block_device_bytes for layer in made.cache.layers if not layer.encoded]
+        assert sum(own) == made.cache.block_device_bytes and made.tokens > 0
+        assert (made.cache.sequences is not None) is bool(program.layout.states)

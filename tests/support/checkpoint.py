@@ -10,6 +10,7 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from jaxinfer.checkpoint import rules
 from jaxinfer.models import loading, saving
 from jaxinfer.sharding import make_mesh
 
@@ -42,6 +43,23 @@ def _interleaved(name: str, values: np.ndarray) -> np.ndarray:
     if ".experts.gate_up_proj" in name:
         values = np.stack(np.split(values, 2, axis=1), axis=2).reshape(values.shape)
     return np.ascontiguousarray(values.swapaxes(1, 2)) if ".experts." in name and values.ndim == 3 else values
+
+
+def shaped(hf: Mapping[str, Any], dtype: Any = np.float32) -> dict[str, np.ndarray]:
+    """Random tensors in the shapes that the weight table of a configuration knows, without a compiled program."""
+    served, config = loading.parse(hf)
+    wanted = rules.parameters(loading.abstract(served, config, np.dtype(np.float32), make_mesh()))
+    rng, found = np.random.default_rng(0), {}
+    for rule in served.weight_rules(config):
+        if rule.target is None or rule.tied:
+            continue
+        param = wanted[rule.target]
+        metadata = param.get_metadata()
+        rows = {output.name: output.rows for output in metadata.get("outputs", ())}
+        stack, shape = (param.shape[:1], param.shape[1:]) if metadata.get("stacked") else ((), param.shape)
+        shape = (sum(rows[part] for part in rule.parts), *shape[2:]) if rule.parts else metadata.get("unpadded") or shape
+        found[rule.source] = rng.standard_normal((*stack, *shape), np.float32).astype(dtype)
+    return {name: _interleaved(name, value) for name, value in found.items()} if hf["architectures"] == GPT_OSS else found
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

@@ -13,8 +13,9 @@ from jaxinfer.engine.sampling_rows import Level
 from jaxinfer.sharding import Plan, plan
 from jaxinfer.sharding.collectives import DECODE
 from jaxinfer.sharding.policy import Placement
+from support import cross, internvl, mllama, whisper
 from support.lowering import Compiled, abstract_model, compile_step
-from support.tiny import BLOCK, CHUNK, CONFIG, FULL, LENGTH, ROWS, config, shapes
+from support.tiny import ARCHITECTURES, BLOCK, CHUNK, CONFIG, FULL, LENGTH, ROWS, config, shapes
 
 LLAMA = CONFIG | {"architectures": ["LlamaForCausalLM"], "num_attention_heads": 8, "dtype": "bfloat16"}
 """Eight query heads, two of keys and values, a vocabulary of 97 that is padded."""
@@ -41,6 +42,14 @@ CASES: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
     "experts replicated, int8": (MOE, {"placement": {"*.mlp": "replicate"}, "quantization": "int8"}),
 }
 """config.json and settings."""
+
+
+EVERY: Mapping[str, Mapping[str, Any]] = {
+    **{name: config(name) for name in ARCHITECTURES}, "bart": cross.CONFIG,
+    "mbart": cross.CONFIG | {"architectures": ["MBartForConditionalGeneration"]}, "whisper": whisper.CONFIG,
+    "internvl": internvl.config(), "mllama": mllama.config(),
+}  # fmt: skip
+"""A tiny config.json of every family, but for its dtype."""
 
 
 def planned(case: str, tp: int) -> Plan:

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 from support import scripts
+from support.checkpoint import shaped
 from support.tiny import ARCHITECTURES, CONFIG
 
 from jaxinfer.checkpoint import orbax, rules
@@ -32,26 +33,11 @@ pytestmark = [pytest.mark.xdist_group("orbax"), pytest.mark.slow]
 ROOT = Path(__file__).parents[3]
 
 
-def tensors(hf: dict[str, Any], dtype: type = np.float32) -> dict[str, np.ndarray]:
-    """Random tensors under the names and in the shapes that the weight table of a configuration knows."""
-    served, config = loading.parse(hf)
-    wanted = rules.parameters(loading.abstract(served, config, np.dtype(np.float32), make_mesh()))
-    rng, found = np.random.default_rng(0), {}
-    for rule in served.weight_rules(config):
-        if rule.target is None or rule.tied:
-            continue
-        param = wanted[rule.target]
-        rows = {output.name: output.rows for output in param.get_metadata().get("outputs", ())}
-        shape = (sum(rows[part] for part in rule.parts), *param.shape[2:]) if rule.parts else param.shape
-        found[rule.source] = rng.standard_normal(shape, np.float32).astype(dtype)
-    return found
-
-
 def write(folder: Path, family: str = "llama", stored: type = np.float32, **changes: Any) -> Path:
     """A checkpoint of the tiny configuration."""
     folder.mkdir(parents=True)
     hf = CONFIG | {"architectures": [ARCHITECTURES[family]], "dtype": np.dtype(stored).name} | changes
-    save_file(tensors(hf, stored), folder / "model.safetensors")
+    save_file(shaped(hf, stored), folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(hf))
     return folder
 
@@ -116,7 +102,7 @@ def test_a_converted_folder_has_the_ties_of_the_file_that_it_was_made_from(diffe
     source = write(tmp_path / "source")
     hf = json.loads((source / "config.json").read_text()) | {"tie_word_embeddings": True}
     (source / "config.json").write_text(json.dumps(hf))
-    content = tensors(CONFIG | hf | {"tie_word_embeddings": False})
+    content = shaped(CONFIG | hf | {"tie_word_embeddings": False})
     content["lm_head.weight"] = content["model.embed_tokens.weight"] + differs
     save_file(content, source / "model.safetensors")
     converting.convert(source, tmp_path / "out", make_mesh(2), quantization="int8", progress=False)
@@ -201,7 +187,7 @@ def test_another_dtype_of_rounded_weights_is_refused(make):
 
 def test_zeroes_and_what_is_not_finite_are_kept(tmp_path):
     source = write(tmp_path / "source")
-    content = tensors(CONFIG | {"architectures": ["LlamaForCausalLM"]})
+    content = shaped(CONFIG | {"architectures": ["LlamaForCausalLM"]})
     content["model.norm.weight"][:] = 0
     content["lm_head.weight"][:] = 0
     content["model.embed_tokens.weight"][3] = np.nan
@@ -236,7 +222,7 @@ def test_the_fingerprint_follows_names_and_numbers(tmp_path):
         return converting.convert(source, tmp_path / name, make_mesh(), progress=False).source_fingerprint
 
     first = of("a")
-    content = tensors(CONFIG | {"architectures": ["LlamaForCausalLM"]})
+    content = shaped(CONFIG | {"architectures": ["LlamaForCausalLM"]})
     save_file(content, source / "model.safetensors", metadata={"format": "pt"})
     assert of("b") == first
     content["model.norm.weight"][0] += 1

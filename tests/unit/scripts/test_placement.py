@@ -61,7 +61,7 @@ def test_the_table_has_the_sums_and_says_what_they_mean(place):
         "layers.1 ... layers.4 sharded 4", "layers.0 replicated", "9 all-reduce + 1 all-gather",
         "A replicated layer is copied to every device and computed on every device",
         "none lies on the first device only.",
-        "Keys and values of layer(s) 0 are whole on every device", f"{made.tokens:,} tokens fit",
+        "The cache of layer(s) 0 is whole on every device", f"{made.tokens:,} tokens fit",
     ):  # fmt: skip
         assert said in words, said
     assert max(map(len, out.splitlines())) <= table.WIDTH

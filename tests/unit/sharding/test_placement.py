@@ -73,6 +73,30 @@ def test_the_cache_of_llama_70b_sums_to_the_bytes_that_one_computes_by_hand(larg
     assert large.cache.replicated_layers == ()
 
 
+QWEN3_NEXT = dict(
+    architectures=["Qwen3NextForCausalLM"], torch_dtype="bfloat16", vocab_size=151936, hidden_size=2048, intermediate_size=5120,
+    num_hidden_layers=48, num_attention_heads=16, num_key_value_heads=2, head_dim=256, full_attention_interval=4,
+    linear_num_key_heads=16, linear_num_value_heads=32, linear_key_head_dim=128, linear_value_head_dim=128,
+    linear_conv_kernel_dim=4, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=512,
+    shared_expert_intermediate_size=512, max_position_embeddings=262144, rms_norm_eps=1e-6,
+)  # fmt: skip
+"""The public config.json of Qwen3-Next-80B-A3B as far as it shapes the cache; of its 512 experts eight."""
+
+
+def test_recurrent_states_are_counted_a_sequence_and_not_a_block():
+    made = sharding.plan(QWEN3_NEXT, tensor_parallel_size=8, memory=16 << 30)
+    cache = made.cache
+    assert cache.block_device_bytes == 16 * 12 * 2 * 256 * BF16  # 12 layers attend, with one head on each device
+    state = 36 * (4 * 128 * 128 * 4 + 3 * (2 * 128 + 2 * 128 + 4 * 128) * BF16)  # 36 do not: state and convolution
+    assert cache.state_device_bytes == state == 9_658_368
+    snapshots = int(made.cache_bytes * 0.1) // state
+    assert cache.sequences == 256 and cache.state_slots == 2 * 256 + snapshots
+    assert made.tokens == (made.cache_bytes - cache.state_slots * state) // cache.block_device_bytes * 16
+    few = sharding.plan(QWEN3_NEXT, tensor_parallel_size=8, memory=16 << 30, max_num_seqs=4, enable_prefix_caching=False)
+    assert few.cache.state_slots == 8 and few.tokens > made.tokens
+    assert "of state a sequence on each device" in page(made)
+
+
 def test_the_collectives_of_llama_70b_are_two_a_layer_those_of_the_embedding_and_of_the_sampler(large: Plan):
     assert large.collectives("decode") == large.collectives("prefill") == {"all-reduce": 161, "all-gather": 1}
     by_module = {exchange.module: exchange for exchange in large.exchanges}
