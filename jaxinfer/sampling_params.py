@@ -144,8 +144,10 @@ class SamplingParams:
     min_p: float = 0.0
     """Drop tokens less likely than this share of the likeliest; in [0, 1]."""
     seed: int | None = None
-    """0 to 2**63 - 1. The same seed gives the same tokens whatever else runs; None takes one
-    that follows from the engine's seed and the request's number, so that a program repeats itself."""
+    """0 to 2**63 - 1. The same seed gives the same tokens whatever else runs, as long as the logits are the same but for rounding
+    in float32. In bfloat16 and float16 the logits of a row may differ by more between batches of different sizes: where two
+    tokens are nearly tied such a difference can still decide between them. None takes a seed that follows from the engine's
+    seed and the request's number, so that a program repeats itself."""
     stop: Sequence[str] | str | None = ()
     """Strings that end the output; at most `MAX_STOP_STRINGS` of `MAX_STOP_LENGTH` characters."""
     stop_token_ids: Sequence[int] | None = ()

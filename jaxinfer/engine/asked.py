@@ -16,7 +16,7 @@ class Asked:
         self.settings = np.zeros((rows, WIDTH), np.int32)
         """`[R, WIDTH]` as `sampler.pack_rows` has them."""
         self._levels = np.zeros(rows, np.int8)
-        self._logprobs = np.zeros(rows, bool)
+        self._logprobs = np.full(rows, -1, np.int8)
         self._candidates = np.zeros(rows, np.int32)
 
     def write(self, samples: Iterable[Sequence]) -> None:
@@ -24,12 +24,13 @@ class Asked:
         for sequence in samples:
             row, request = sequence.row, sequence.request
             self.settings[row] = settings(sequence)
-            self._levels[row], self._logprobs[row] = request.level, request.params.logprobs is not None
+            count = request.params.logprobs
+            self._levels[row], self._logprobs[row] = request.level, -1 if count is None else count
             self._candidates[row] = 0 if request.beams is None else request.beams.count
 
     def needs(self, rows: np.ndarray) -> Needs:
         """The least that serves all these rows."""
         return Needs(
-            Level(int(self._levels[rows].max(initial=Level.GREEDY))), bool(self._logprobs[rows].any()),
+            Level(int(self._levels[rows].max(initial=Level.GREEDY))), int(self._logprobs[rows].max(initial=-1)),
             candidates=int(self._candidates[rows].max(initial=0)),
         )  # fmt: skip

@@ -2,7 +2,7 @@
 
 On a CPU one program a bucket has the whole sampler and skips at run time what no row asks for. On a GPU, whose host
 would have to wait for each such condition, the sampler's variants are programs of their own; they are few, and each
-step takes the first in `VARIANTS` that does all its rows ask for.
+step takes the first of `variants` that does all its rows ask for.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -33,7 +33,8 @@ class Needs(NamedTuple):
     """What the rows of a step ask for, or a program can do."""
 
     level: Level = Level.GREEDY
-    logprobs: bool = False
+    logprobs: int = -1
+    """The most log-probabilities that a row asks for beside its token's; -1: no row asks for any."""
     prompt_logprobs: bool = False
     candidates: int = 0
     """Continuations that beam searches look at: not a matter of variants, but a number of the bucket."""
@@ -43,11 +44,22 @@ class Needs(NamedTuple):
         return all(mine >= theirs for mine, theirs in zip(self[:3], other[:3], strict=True))
 
 
-VARIANTS = (
-    *(Needs(level) for level in Level), Needs(Level.GREEDY, True), Needs(Level.EDITED, True),
-    Needs(Level.EDITED, True, True),
-)  # fmt: skip
-"""The programs of a bucket where they are not switched at run time, the cheapest first."""
+def logprob_counts(most: int) -> tuple[int, ...]:
+    """Return how many log-probabilities a position programs are compiled for, where requests may ask for `most`.
+
+    Training asks for those of the chosen tokens alone, at the cost of a maximum; whoever asks for more gets as many as there may
+    be. A count between the two would be four more programs of each bucket, for a kernel less.
+    """
+    return tuple(sorted({min(1, most), most}))
+
+
+def variants(most: int) -> list[Needs]:
+    """Return what the programs of a bucket can do where they are not switched at run time, the cheapest first.
+
+    `most`: log-probabilities that a request may ask for. Every level has programs with them, as a level above the one that is
+    asked for costs more than they do; those of prompts, which are asked for rarely, are one program.
+    """
+    return [Needs(*each) for each in product(Level, (-1, *logprob_counts(most)))] + [Needs(Level.EDITED, most, True)]
 
 
 def prefill_bucket(program: Program, shapes: Shapes, tokens: int, needs: Needs) -> Bucket:
@@ -85,21 +97,22 @@ def decode_bucket(program: Program, shapes: Shapes, rows: int, reach: int, needs
 
 def _bucket(shapes: Shapes, kind: str, tokens: int, rows: int, needs: Needs, **own: int | bool | None) -> Bucket:
     if shapes.switched:
-        can = Needs(Level.EDITED, True, kind == "prefill")
+        can = Needs(Level.EDITED, shapes.max_logprobs, kind == "prefill")
     else:
-        can = next(variant for variant in VARIANTS if variant.serve(needs))
-    counts = [shapes.max_logprobs if asked else -1 for asked in (can.logprobs, can.prompt_logprobs)]
+        can = next(variant for variant in variants(shapes.max_logprobs) if variant.serve(needs))
+    prompt = shapes.max_logprobs if can.prompt_logprobs else -1
     own = {"width": shapes.width, "switched": shapes.switched, "contiguous": shapes.contiguous} | own
     if needs.candidates:  # a power of two, so that searches of several widths share a program
         own["candidates"] = min(max(LEAST_CANDIDATES, 1 << (needs.candidates - 1).bit_length()), shapes.sampled_vocab)
-    return Bucket(kind, tokens, rows, **own, level=can.level, logprobs=counts[0], prompt_logprobs=counts[1])
+    return Bucket(kind, tokens, rows, **own, level=can.level, logprobs=can.logprobs, prompt_logprobs=prompt)
 
 
 def all_buckets(program: Program, shapes: Shapes, sampling: Collection[str] = SAMPLING) -> list[Bucket]:
     """Every bucket that steps can need whose rows ask for nothing but `sampling`, the largest first."""
     # A chunk that does not end its prompt asks for nothing.
     levels = [level for level in Level if level is Level.GREEDY or level.name.lower() in sampling]
-    beside = [(False, name in sampling) for name in ("logprobs", "prompt_logprobs")]
+    counts = logprob_counts(shapes.max_logprobs) if "logprobs" in sampling else ()
+    beside = (-1, *counts), (False, "prompt_logprobs" in sampling)
     mixtures = {Needs(*choice) for choice in product(levels, *beside)}
     found = {
         prefill_bucket(program, shapes, tokens, needs) for tokens in shapes.prefill_buckets for needs in mixtures

@@ -243,7 +243,7 @@ class Runner:
             raise EngineError(f"the step {bucket} failed: {type(error).__name__}: {error}") from error
         self.places += bucket.tokens
         return Sampled(
-            sampled.tokens, sampled.logprobs if needs.logprobs else None,
+            sampled.tokens, sampled.logprobs if needs.logprobs >= 0 else None,
             sampled.prompt_logprobs if needs.prompt_logprobs else None, sampled.candidates,
         )  # fmt: skip
 

@@ -1,29 +1,27 @@
 """Choosing the next token, on the device, inside the step.
 
-A greedy step draws no random numbers, and nothing is sorted unless a request truncates. Either a step is
+A greedy step draws no random numbers, and no step sorts the vocabulary (`engine.drawing`). Either a step is
 compiled for a `Level` and does what that level may need, or one program has all of it and leaves out at run
 time what no row asks for (`switched`). A row's token never depends on what its neighbours ask for: every
 level computes the same function of a row's own logits and settings.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxinfer.engine.drawing import BAD_TOKEN, choose, either, largest
 from jaxinfer.engine.sampling_rows import Level, SamplingRows
 from jaxinfer.sampling_params import MAX_NGRAM
 from jaxinfer.sharding.collectives import ALL_GATHER, SAMPLE, Collective
 
 Rule: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 """Of a model: (logits, history, position, prompt_length, rule) -> logits, -inf for tokens that may not come."""
-BLOCK = 128
-"""Neighbouring tokens of the vocabulary that are summed up first."""
-
-BAD_TOKEN = -1
-"""What a row whose logits are not numbers samples."""
+TOP = 16
+"""The most values of a row that XLA finds on a GPU without sorting it."""
 
 
 class Edits(NamedTuple):
@@ -63,14 +61,35 @@ class Logprobs(NamedTuple):
     """`[B, n]` theirs."""
 
 
-def logprobs(logits: jax.Array, tokens: jax.Array, count: int) -> Logprobs:
-    """Of `tokens` `[B]` under `logits` `[B, V']`, with the `count` most likely beside them; beyond V' they are impossible."""
+def logprobs(logits: jax.Array, tokens: jax.Array, count: int, *, switched: bool = False) -> Logprobs:
+    """Return the log-probabilities of `tokens` `[B]` under `logits` `[B, V']`, with those of the `count` most likely tokens.
+
+    A token beyond V' is impossible. `switched`: whether the program is one for a CPU, as of `sample`.
+    """
     normal = logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
     # A prompt may have tokens that are never made, such as that of an image.
     chosen = jnp.take_along_axis(normal, jnp.maximum(tokens, 0)[:, None], axis=-1, mode="fill", fill_value=-jnp.inf)
     rank = (normal > chosen).sum(axis=-1) + 1
-    top, top_ids = jax.lax.top_k(normal, count)
+    top, top_ids = _top(normal, count, switched)
     return Logprobs(chosen[:, 0], rank, top_ids, top)
+
+
+def _top(values: jax.Array, count: int, switched: bool) -> tuple[jax.Array, jax.Array]:
+    """Return the `count` largest of `values` `[B, V']` in their order, and their places; both `[B, count]`.
+
+    XLA has a kernel for at most `TOP` of them on a GPU and sorts the whole vocabulary for more, so more are taken in turns.
+    """
+    if switched or not count:
+        return tuple(jax.lax.top_k(values, count))
+    if count == 1:
+        return values.max(axis=-1, keepdims=True), jnp.argmax(values, axis=-1, keepdims=True).astype(jnp.int32)
+    parts = []
+    for start in range(0, count, TOP):
+        parts.append(jax.lax.top_k(values, min(TOP, count - start)))
+        taken = (jnp.arange(values.shape[1])[:, None] == parts[-1][1][:, None]).any(axis=-1)
+        values = jnp.where(taken, -jnp.inf, values)
+    top, places = zip(*parts, strict=True)
+    return jnp.concatenate(top, axis=-1), jnp.concatenate(places, axis=-1)
 
 
 def sample(
@@ -81,8 +100,8 @@ def sample(
 
     A row with a logit that is not a number, or with every token masked, gives `BAD_TOKEN`.
     The order of the settings is vLLM's: bias and masks, penalties, n-grams that may not come again, the model's rule,
-    temperature, min-p, top-k, top-p; a token that is forced comes whatever they say. A
-    random token follows from one random number, keyed by seed, sample and position alone.
+    temperature, min-p, top-k, top-p; a token that is forced comes whatever they say. The random numbers of a row follow
+    from its seed, sample index and position alone.
 
     Args:
         logits: of the rows.
@@ -94,13 +113,13 @@ def sample(
         rule: static; of the model (`models.base.TokenRule`). Rows for which it holds are edited.
     """
     if level == Level.GREEDY:
-        return _force(_largest(logits, switched), rows), edits
+        return _force(largest(logits, switched), rows), edits
     # A branch gives tokens alone: what leaves or enters one is copied, and logits are large.
     plain = ~((rows.temperature > 0).any() | (rows.edited > 0).any())
-    tokens = _either(
-        switched, plain, lambda: _largest(logits, switched),
+    tokens = either(
+        switched, plain, lambda: largest(logits, switched),
         lambda: _choose_edited(logits, rows, edits, switched, rule) if level >= Level.EDITED
-        else _choose(logits, rows, level, switched),
+        else choose(logits, rows, level, switched),
     )  # fmt: skip
     tokens = _force(tokens, rows)
     if level >= Level.EDITED:
@@ -141,59 +160,23 @@ def candidates(
     scores = jax.nn.log_softmax(logits, axis=-1)
     if edits is not None:
         plain = scores
-        scores = _either(
+        scores = either(
             switched, ~(rows.edited > 0).any(), lambda: plain, lambda: _edited(plain, rows, edits, switched, rule)
         )
     forced, tokens = _forced(rows)[:, None], jnp.arange(logits.shape[-1])
     scores = jnp.where(forced < 0, scores, jnp.where(tokens == forced, 0.0, -jnp.inf))
-    scores, ids = jax.lax.top_k(jnp.where(tokens < usable, scores, -jnp.inf), count)
+    scores, ids = _top(jnp.where(tokens < usable, scores, -jnp.inf), count, switched)
     return Candidates(ids, scores)
 
 
 def collectives(shards: int) -> list[Collective]:
     """What a greedy step exchanges where the logits are divided over `shards`: each shard's largest logit and its token.
 
-    Where a row asks for more, XLA decides how the divided logits are summed and sorted.
+    Where a row asks for more, XLA adds all-reduces: of the largest logit, and of the sums by which thresholds are found.
     """
     if shards <= 1:
         return []
     return [Collective(ALL_GATHER, "largest logits and their tokens", shards, arrays=2, rows=SAMPLE, itemsize=4)]
-
-
-def _either(switched: bool, skip: jax.Array, least: Callable[[], Any], whole: Callable[[], Any]) -> Any:
-    """`whole()`; `least()` where at run time the scalar `skip` says that it gives the same."""
-    return jax.lax.cond(skip, least, whole) if switched else whole()
-
-
-def _blocks(values: jax.Array, fill: float) -> jax.Array:
-    """`[B, V']` -> `[B, n, BLOCK]`, filled up at the end."""
-    padding = -values.shape[1] % BLOCK
-    if padding:
-        values = jnp.pad(values, ((0, 0), (0, padding)), constant_values=fill)
-    return values.reshape(values.shape[0], -1, BLOCK)
-
-
-def _pick(blocks: jax.Array, which: jax.Array) -> jax.Array:
-    """`[B, n, BLOCK]` and `[B]` -> one block a row, `[B, BLOCK]`."""
-    return jnp.take_along_axis(blocks, which[:, None, None], axis=1)[:, 0]
-
-
-def _largest(logits: jax.Array, by_blocks: bool) -> jax.Array:
-    """`[B]` the token of the largest logit, the first of several; `BAD_TOKEN` where there is none.
-
-    XLA's argmax on a CPU looks at one number at a time: there it is taken of the blocks' maxima and within one
-    block. Not on a GPU, where it is fused, and where blocks would not lie whole in a shard of the vocabulary.
-    """
-    if by_blocks:
-        blocks = _blocks(logits, -jnp.inf)
-        tops = blocks.max(axis=-1)
-        best, top = jnp.argmax(tops, axis=-1), tops.max(axis=-1)
-        token = best * BLOCK + jnp.argmax(_pick(blocks, best), axis=-1)
-        # A maximum of maxima may lose a NaN there, a sum does not; -inf, where tokens are masked, does not make one.
-        top = jnp.where(jnp.isnan(logits.sum(axis=-1)), jnp.nan, top)
-    else:
-        token, top = jnp.argmax(logits, axis=-1), logits.max(axis=-1)
-    return jnp.where(jnp.isfinite(top), token.astype(jnp.int32), BAD_TOKEN)
 
 
 def _choose_edited(
@@ -202,12 +185,12 @@ def _choose_edited(
     """`[B]` the tokens, where some row may be edited."""
 
     def edit() -> jax.Array:
-        tokens = _choose(_edited(logits, rows, edits, switched, rule), rows, Level.TRUNCATED, switched)
+        tokens = choose(_edited(logits, rows, edits, switched, rule), rows, Level.TRUNCATED, switched)
         # A mask may hide what is not a number, but such a row is ill.
-        return jnp.where(_largest(logits, switched) != BAD_TOKEN, tokens, BAD_TOKEN)
+        return jnp.where(largest(logits, switched) != BAD_TOKEN, tokens, BAD_TOKEN)
 
-    return _either(
-        switched, ~(rows.edited > 0).any(), lambda: _choose(logits, rows, Level.TRUNCATED, switched), edit
+    return either(
+        switched, ~(rows.edited > 0).any(), lambda: choose(logits, rows, Level.TRUNCATED, switched), edit
     )
 
 
@@ -216,77 +199,13 @@ def _edited(
 ) -> jax.Array:
     """Logits `[B, V']` with what edited rows ask for."""
     changed = jnp.where((rows.edited > 0)[:, None], _edit(logits, rows, edits), logits)
-    changed = _either(
+    changed = either(
         switched, ~(rows.ngram > 0).any(), lambda: changed, lambda: _forbid_repeats(changed, rows, edits.history)
     )
     if rule is not None:
         own = edits.history[jnp.clip(rows.row, 0, edits.history.shape[0] - 1)]
         changed = rule(changed, own, rows.position, rows.prompt_length, rows.rule)
     return changed
-
-
-def _choose(logits: jax.Array, rows: SamplingRows, level: Level, switched: bool) -> jax.Array:
-    """`[B]` the tokens, where some row may ask for more than the largest logit."""
-    largest = _largest(logits, switched)
-    random = (rows.temperature > 0) & (largest != BAD_TOKEN)
-    return jnp.where(random, _draw(logits, rows, level, switched), largest)
-
-
-def _draw(logits: jax.Array, rows: SamplingRows, level: Level, switched: bool) -> jax.Array:
-    """One token a row from its tempered and truncated distribution."""
-    scaled = logits / jnp.where(rows.temperature > 0, rows.temperature, 1.0)[:, None]
-    floor = scaled.max(axis=-1) + jnp.log(rows.min_p)  # log 0 = -inf: no floor
-    if level >= Level.TRUNCATED:
-        least, truncated = floor, (rows.temperature > 0) & ((rows.top_k > 0) | (rows.top_p < 1))
-        floor = _either(
-            switched, ~truncated.any(), lambda: least, lambda: jnp.maximum(least, _truncation(scaled, least, rows))
-        )
-    weights = jnp.where(scaled >= floor[:, None], jnp.exp(scaled - scaled.max(axis=-1, keepdims=True)), 0)
-
-    def uniform(key: jax.Array, position: jax.Array) -> jax.Array:
-        return jax.random.uniform(jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), position))
-
-    return _invert(weights, jax.vmap(uniform)(rows.key, rows.position))
-
-
-def _invert(weights: jax.Array, uniform: jax.Array) -> jax.Array:
-    """`[B]` the tokens at which the running sums of `weights` `[B, V']` pass `uniform` `[B]` of their whole.
-
-    Inverse transform sampling, by blocks: a running sum over the vocabulary is taken in one block only, and a row
-    draws one random number, not one a token.
-    """
-    blocks = _blocks(weights, 0)
-    sums = blocks.sum(axis=-1)
-    ends = jnp.cumsum(sums, axis=-1)
-    target = (uniform * ends[:, -1])[:, None]
-    # Rounding may leave the target at the very end: the last that weighs anything is the answer there.
-    which = jnp.minimum((ends <= target).sum(axis=-1), _last(sums > 0))
-    before = jnp.take_along_axis(ends - sums, which[:, None], axis=-1)
-    inner = _pick(blocks, which)
-    passed = (before + jnp.cumsum(inner, axis=-1) <= target) | (inner == 0)
-    found = jnp.where(passed.all(axis=-1), _last(inner > 0), jnp.argmin(passed, axis=-1))
-    return (which * BLOCK + found).astype(jnp.int32)
-
-
-def _last(marks: jax.Array) -> jax.Array:
-    """`[B, n]` -> `[B]` the last place of a mark."""
-    return marks.shape[-1] - 1 - jnp.argmax(marks[:, ::-1], axis=-1)
-
-
-def _truncation(scaled: jax.Array, floor: jax.Array, rows: SamplingRows) -> jax.Array:
-    """`[B]` the least logit that top-k and top-p keep; tokens that tie with it are all kept."""
-    vocab = scaled.shape[-1]
-    ordered = jnp.sort(scaled, axis=-1, descending=True)
-    count = jnp.where(rows.top_k > 0, jnp.minimum(rows.top_k, vocab), vocab)
-    kth = jnp.take_along_axis(ordered, (count - 1)[:, None], axis=-1)[:, 0]
-    floor = jnp.maximum(floor, kth)
-    weights = jnp.where(ordered >= floor[:, None], jnp.exp(ordered - ordered[:, :1]), 0)
-    before = jnp.cumsum(weights, axis=-1) - weights
-    # A token stays while what lies before it is less than top_p of the whole; the first always stays.
-    stays = (before < rows.top_p[:, None] * weights.sum(axis=-1, keepdims=True)) & (weights > 0)
-    last = jnp.maximum(stays.sum(axis=-1) - 1, 0)
-    nucleus = jnp.take_along_axis(ordered, last[:, None], axis=-1)[:, 0]
-    return jnp.where(rows.top_p < 1, jnp.maximum(floor, nucleus), floor)
 
 
 def _edit(logits: jax.Array, rows: SamplingRows, edits: Edits) -> jax.Array:

@@ -16,7 +16,7 @@ class Level(IntEnum):
     RANDOM = 1
     """Temperature and min-p."""
     TRUNCATED = 2
-    """Top-k and top-p: sorts the vocabulary."""
+    """Top-k and top-p: searches the logits for thresholds."""
     EDITED = 3
     """Penalties, biases and masks: reads `Edits`."""
 

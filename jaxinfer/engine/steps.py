@@ -230,7 +230,8 @@ def _sample(
     if bucket.logprobs < 0:
         return edits, Sampled(new, None, candidates=offered)
     beside = _if_asked(
-        bucket, (rows.logprobs > 0).any(), bucket.rows, bucket.logprobs, lambda: logprobs(logits, new, bucket.logprobs)
+        bucket, (rows.logprobs > 0).any(), bucket.rows, bucket.logprobs,
+        lambda: logprobs(logits, new, bucket.logprobs, switched=bucket.switched),
     )
     return edits, Sampled(new, beside, candidates=offered)
 
@@ -247,9 +248,12 @@ def _if_asked(
 
 
 def _prompt_logprobs(
-    module: LanguageModel, hidden: jax.Array, targets: jax.Array, count: int
+    module: LanguageModel, hidden: jax.Array, targets: jax.Array, bucket: Bucket
 ) -> Logprobs:
-    """Of the targets `[T]`, each after its hidden state `[T, M]`; a few rows at a time, as all logits were `[T, V]`."""
+    """Return those of the targets `[T]`, each after its hidden state `[T, M]`.
+
+    They are computed a few rows at a time, as the logits of all would be `[T, V]`.
+    """
     tokens = len(targets)
     size = min(PROMPT_ROWS, tokens)
     padding = -tokens % size
@@ -257,7 +261,8 @@ def _prompt_logprobs(
         jnp.pad(hidden, ((0, padding), (0, 0))).reshape(-1, size, hidden.shape[1]),
         jnp.pad(targets, (0, padding)).reshape(-1, size),
     )
-    found = jax.lax.map(lambda part: logprobs(module.logits(part[0]), part[1], count), parts)
+    find = partial(logprobs, count=bucket.prompt_logprobs, switched=bucket.switched)
+    found = jax.lax.map(lambda part: find(module.logits(part[0]), part[1]), parts)
     return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:tokens], found)
 
 
@@ -323,7 +328,7 @@ def prefill_step(
     if bucket.prompt_logprobs >= 0:
         prompt = _if_asked(
             bucket, (targets >= 0).any(), bucket.tokens, bucket.prompt_logprobs,
-            lambda: _prompt_logprobs(module, hidden, targets, bucket.prompt_logprobs),
+            lambda: _prompt_logprobs(module, hidden, targets, bucket),
         )  # fmt: skip
     rows = rows._replace(tokens=rows.tokens.at[asked.row].set(sampled.tokens, mode="drop"))
     return cache, rows, edits, sampled._replace(prompt_logprobs=prompt, summary=_summary(program, last))

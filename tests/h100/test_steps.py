@@ -1,5 +1,6 @@
 """The engine's steps compiled for H100s, with none present: the cache stays in place, layers have two all-reduces."""
 
+import re
 from collections import Counter
 from dataclasses import replace
 from functools import cache
@@ -31,7 +32,7 @@ def cuda_compiler() -> None:
 @cache
 def step(
     kind: str, layers: int, tp: int = 1, level: Level = Level.GREEDY, quantization: str | None = None,
-    replicated: str | None = None, heads: int = 16, kv_heads: int = 4, contiguous: bool = False,
+    replicated: str | None = None, heads: int = 16, kv_heads: int = 4, contiguous: bool = False, logprobs: int = -1,
 ) -> Compiled:  # fmt: skip
     hf = MEDIUM | dict(num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads)
     placement = Placement({replicated: REPLICATE} if replicated else {})
@@ -40,7 +41,7 @@ def step(
     )
     tokens = ROWS if kind == "decode" else CHUNK
     assert program.kernel == "triton"
-    bucket = Bucket(kind, tokens, ROWS, WIDTH, level, -1, tile=program.tile, contiguous=contiguous)
+    bucket = Bucket(kind, tokens, ROWS, WIDTH, level, logprobs, tile=program.tile, contiguous=contiguous)
     return compile_step(program, params, replace(SHAPES, contiguous=contiguous), bucket)
 
 
@@ -155,6 +156,31 @@ def test_a_step_with_every_sampler_setting_updates_cache_and_histories_in_place(
     histories, biases = 4 * ROWS * POSITIONS, 4 * ROWS * SHAPES.sampled_vocab
     assert compiled.aliased_bytes >= compiled.cache_bytes + histories + biases
     assert compiled.large_copies == []
+
+
+# Beside the kernels of a greedy step: the race 4, each of the two searches 24, penalties and biases 11; of log-probabilities 8,
+# or 15 where 20 take XLA's kernel for at most 16 twice.
+@pytest.mark.parametrize(("level", "logprobs", "kernels"), [
+    (Level.RANDOM, -1, 6), (Level.RANDOM, 1, 14), (Level.RANDOM, 20, 21), (Level.TRUNCATED, 1, 70), (Level.EDITED, 20, 90),
+])  # fmt: skip
+def test_no_variant_of_the_sampler_sorts_or_loops(level: Level, logprobs: int, kernels: int, capfd: pytest.CaptureFixture[str]):
+    compiled, greedy = step("decode", 2, level=level, logprobs=logprobs), step("decode", 2)
+    text = compiled.executable.as_text()
+    assert " sort(" not in text and " while(" not in text
+    assert "CUB scratch size" not in capfd.readouterr().err
+    assert compiled.launched_alone == [] and compiled.command_buffers == 1
+    assert len(compiled.kernels) - len(greedy.kernels) <= kernels
+    check_in_place(compiled)
+
+
+def test_a_random_token_is_drawn_where_its_logits_lie():
+    """Each device finds the winner among its part of the vocabulary; thresholds are searched for by sums over all parts."""
+    greedy, random, truncated = (step("decode", 2, 4, level).collectives for level in list(Level)[:3])
+    assert random - greedy == Counter({"all-reduce": 1})
+    assert set(truncated) == {"all-reduce", "all-gather"}
+    for level in (Level.RANDOM, Level.TRUNCATED):
+        text = step("decode", 2, 4, level).executable.as_text()
+        assert not re.search(rf"all-gather\S* = \S*\[{ROWS},32000\]", text)
 
 
 # With 8 shards the 4 kv heads are held twice.

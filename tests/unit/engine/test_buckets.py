@@ -31,9 +31,9 @@ def test_every_bucket_of_a_plan_is_among_all_buckets(program, kernel, switched, 
     program, sizes = replace(program, kernel=kernel), replace(SIZES, switched=switched, contiguous=contiguous)
     known = set(all_buckets(program, sizes, sampling))
     levels = [Level.GREEDY, *(level for level in Level if level.name.lower() in sampling)]
-    flags = [sorted({False, name in sampling}) for name in ("logprobs", "prompt_logprobs")]
+    counts, prompt = (-1, 0, 1, 2, 5) if "logprobs" in sampling else (-1,), sorted({False, "prompt_logprobs" in sampling})
     met = set()
-    for needs in starmap(Needs, product(levels, *flags)):
+    for needs in starmap(Needs, product(levels, counts, prompt)):
         met |= {prefill_bucket(program, sizes, tokens, needs) for tokens in range(1, 49)}
         own = needs._replace(prompt_logprobs=False)
         most = sizes.width * sizes.block_size // 128
@@ -43,13 +43,18 @@ def test_every_bucket_of_a_plan_is_among_all_buckets(program, kernel, switched, 
 
 
 def test_a_bucket_does_what_is_asked(program):
-    for needs in starmap(Needs, product(Level, [False, True], [False, True])):
-        bucket = prefill_bucket(program, SIZES, 10, needs)
-        assert (bucket.level, bucket.logprobs >= 0, bucket.prompt_logprobs >= 0) >= needs[:1]
-        assert bucket.logprobs >= 0 or not needs.logprobs
-        assert bucket.prompt_logprobs >= 0 or not needs.prompt_logprobs
-    plain = decode_bucket(program, SIZES, 3, 3, Needs())
-    assert plain.level is Level.GREEDY and plain.logprobs < 0, "the greedy program does nothing more"
+    """And no more at its level; log-probabilities are those of the chosen token alone, or as many as there may be."""
+    for level, count in product(Level, (-1, 0, 1, 2, 5)):
+        bucket = decode_bucket(program, SIZES, 3, 3, Needs(level, count))
+        assert (bucket.level, bucket.logprobs, bucket.prompt_logprobs) == (level, {0: 1, 2: 5}.get(count, count), -1)
+        bucket = prefill_bucket(program, SIZES, 10, Needs(level, count, True))
+        assert bucket.logprobs >= count and bucket.prompt_logprobs == 5
+
+
+def test_a_bucket_has_few_programs(program):
+    sizes = replace(SIZES, decode_buckets=(20,), prefill_buckets=(48,))
+    kinds = [bucket.kind for bucket in all_buckets(replace(program, kernel="native"), sizes)]
+    assert (kinds.count("decode"), kinds.count("prefill")) == (12, 13)
 
 
 def test_a_switched_program_is_one_for_all(program):

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxinfer.engine import sampler
+from jaxinfer.engine import drawing
+from jaxinfer.engine.drawing import BAD_TOKEN, BLOCK, exponential, token_bits
 from jaxinfer.sampling_params import MAX_NGRAM
-from jaxinfer.engine.sampler import BAD_TOKEN, BLOCK, Edits, logprobs, sample
+from jaxinfer.engine.sampler import Edits, logprobs, sample
 from jaxinfer.engine.sampling_rows import Level, SamplingRows, pack_rows, unpack_rows
 
 V, R, L = 40, 64, 24
@@ -35,13 +36,18 @@ def one(settings: SamplingRows, i: int) -> SamplingRows:
     return SamplingRows(*(np.asarray(field)[i] for field in settings))
 
 
-def inverted(left: np.ndarray, r: SamplingRows) -> tuple[int, float]:
-    """The token at which the running sum of exp(left) passes a random share of it; by how much it was decided."""
+def raced(left: np.ndarray, r: SamplingRows) -> tuple[int, float]:
+    """The winner of the race of tokens with logits `left`, and by which share of its time it won."""
     key = jax.random.fold_in(jax.random.wrap_key_data(jnp.asarray(r.key), impl="threefry2x32"), r.position)
-    weights = np.exp(left.astype(np.float64) - left.max())
-    ends = np.cumsum(weights) / weights.sum()
-    uniform = float(jax.random.uniform(key))
-    return int(np.argmax(ends > uniform)), np.abs(ends - uniform).min()
+    first, second = (int(word) for word in jax.random.key_data(key))
+    bits = (np.arange(V) + first) % 2**32
+    bits = (bits ^ (bits >> 16)) * 0x21F0AAAD % 2**32
+    bits = ((bits ^ (bits >> 15)) + second) * 0x735A2D97 % 2**32
+    bits = bits ^ (bits >> 15)
+    with np.errstate(over="ignore"):
+        times = -np.log1p(-(bits + 0.5) / 2**32) * np.exp(left.max() - left.astype(np.float64))
+    winner, other = np.sort(times)[:2]
+    return int(np.argmin(times)), other / winner - 1
 
 
 def filtered(logits: np.ndarray, r: SamplingRows) -> tuple[np.ndarray, float]:
@@ -90,7 +96,7 @@ def hold(tokens, logits, settings, edit=None) -> int:
         expected, margin = int(np.argmax(own)), 1.0
         if r.temperature > 0:
             left, margin = filtered(own, r)
-            expected, apart = inverted(left, r)
+            expected, apart = raced(left, r)
             margin = min(margin, apart)
         if margin > MARGIN:
             clear += 1
@@ -117,20 +123,51 @@ def test_the_largest_is_the_first_of_several(by_blocks):
     rng = np.random.default_rng(7)
     logits = rng.integers(-3, 4, (64, 2 * BLOCK + 37)).astype(np.float32)
     logits[3], logits[4, 200], logits[5, :] = -np.inf, np.nan, -1e30
-    found = jax.jit(sampler._largest, static_argnums=1)(logits, by_blocks)
+    found = jax.jit(drawing.largest, static_argnums=1)(logits, by_blocks)
     expected = logits.argmax(axis=-1)
     expected[[3, 4]] = BAD_TOKEN
     np.testing.assert_array_equal(found, expected)
 
 
-def test_a_random_number_picks_the_token_at_which_the_running_sum_passes_it():
-    """At both ends, in empty blocks, and where rounding leaves it beyond the last."""
-    weights = np.zeros((7, 3 * BLOCK + 5), np.float32)
-    weights[:, BLOCK + 3], weights[:, BLOCK + 7], weights[:, 3 * BLOCK + 2] = 1, 2, 1
-    uniform = np.array([0, 0.2499, 0.2501, 0.7499, 0.7501, 0.99999, 1.0], np.float32)
-    found = jax.jit(sampler._invert)(weights, uniform)
-    first, second, last = BLOCK + 3, BLOCK + 7, 3 * BLOCK + 2
-    np.testing.assert_array_equal(found, [first, first, second, second, last, last, last])
+def test_exponential_numbers_are_accurate_at_both_ends():
+    """A relative error of 1e-6, from the least number there is to the largest."""
+    around = [2**i + d for i in range(33) for d in (-2, -1, 0, 1)]
+    bits = np.append(np.random.default_rng(0).integers(0, 2**32, 100000), [b for b in around if 0 <= b < 2**32])
+    found = np.asarray(jax.jit(exponential)(bits.astype(np.uint32)))
+    np.testing.assert_allclose(found, -np.log1p(-(bits + 0.5) / 2**32), rtol=1e-6)
+
+
+def test_random_bits_of_neighbouring_tokens_positions_and_keys_are_independent():
+    """Correlations, and chi square of pairs, with keys that differ in one bit and positions that follow each other."""
+    keys = np.array([[0, 0], *([1 << i, 0] for i in range(32)), *([0, 1 << i] for i in range(31))])
+    for each in (rows(64, key=keys), rows(64, key=0 * keys, position=np.arange(64))):
+        bits = np.asarray(jax.jit(token_bits, static_argnums=1)(each, 1 << 14))
+        for values in (bits / 2.0**32, bits % 2**16 / 2.0**16):  # by high bits and by low ones
+            centred = (values - 0.5) * np.sqrt(12)
+            between = centred @ centred.T / centred.shape[1]
+            assert np.abs(between - np.diag(np.diag(between))).max() < 5.5 / np.sqrt(1 << 14)
+            for step in (1, 2, 128):
+                pairs = np.histogram2d(values[:, step:].ravel(), values[:, :-step].ravel(), 32, [(0, 1)] * 2)[0]
+                expected = pairs.sum() / 1024
+                assert ((pairs - expected) ** 2 / expected).sum() < 1023 + 5 * np.sqrt(2 * 1023)
+
+
+@pytest.mark.parametrize(("noise", "most"), [(1e-5, 0.0005), (5e-2, 0.06)])
+def test_noise_on_the_logits_changes_few_draws(noise, most):
+    """Neighbours change the rounding of a row's logits; that may decide near ties, and nothing else."""
+    rng = np.random.default_rng(5)
+    logits = rng.normal(0, 2, (2000, 500)).astype(np.float32)
+    moved = logits + rng.normal(0, noise, logits.shape).astype(np.float32)
+    settings = rows(2000, position=np.arange(2000), key=np.zeros((1, 2)))
+    draws = [np.asarray(step(each, settings, None, Level.RANDOM)[0]) for each in (logits, moved)]
+    assert (draws[0] != draws[1]).mean() <= most
+
+
+def test_a_larger_vocabulary_of_impossible_tokens_changes_no_draw():
+    logits = random_logits(R, 3)
+    padded = np.pad(logits, ((0, 0), (0, 300)), constant_values=-np.inf)
+    draws = [np.asarray(step(each, rows(R), None, Level.RANDOM)[0]) for each in (logits, padded)]
+    np.testing.assert_array_equal(*draws)
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -148,7 +185,7 @@ def test_the_filters_are_their_definition(seed, ties):
     assert hold(tokens, logits, settings) > batch // 2
 
 
-def test_min_p_alone_needs_no_sorting():
+def test_min_p_alone_needs_no_truncation():
     rng = np.random.default_rng(4)
     settings = rows(128, temperature=rng.choice([0.5, 1.5], 128), min_p=rng.choice([0, 0.1, 0.6], 128))
     logits = random_logits(128, 5)
@@ -227,13 +264,13 @@ def test_what_is_skipped_at_run_time_changes_no_token(asked):
     assert tokens[5] == BAD_TOKEN
 
 
-def test_a_greedy_step_of_the_switched_sampler_does_not_sort():
-    """Its text has the sort in a branch only, none outside."""
+def test_a_greedy_step_of_the_switched_sampler_does_no_more_than_it_needs():
+    """Random numbers and the search for thresholds lie in branches, and nothing is sorted anywhere."""
     edits = Edits(jnp.zeros((R, L), jnp.int32), jnp.zeros((R, V)))
     closed = jax.make_jaxpr(partial(sample, level=Level.EDITED, switched=True))(random_logits(R, 1), rows(R), edits)
     outside = {equation.primitive.name for equation in closed.jaxpr.eqns}
-    assert "cond" in outside and not outside & {"sort", "random_bits", "threefry2x32", "random_fold_in"}
-    assert "sort" in str(closed)
+    assert "cond" in outside and not outside & {"while", "random_bits", "threefry2x32", "random_fold_in", "exp"}
+    assert "random_fold_in" in str(closed) and " sort[" not in str(closed)
 
 
 def repeats(known: list[int], n: int) -> set[int]:
@@ -342,17 +379,18 @@ def test_random_draws_follow_the_distribution(temperature):
     assert chi < freedom + 5 * np.sqrt(2 * freedom)
 
 
-def test_logprobs_and_ranks():
+@pytest.mark.parametrize(("count", "switched"), [(4, True), (1, False), (20, False)])
+def test_logprobs_and_ranks(count, switched):
     logits = random_logits(16, 6)
     tokens = np.random.default_rng(0).integers(0, V, 16).astype(np.int32)
-    found = jax.jit(partial(logprobs, count=4))(logits, tokens)
+    found = jax.jit(partial(logprobs, count=count, switched=switched))(logits, tokens)
     exact = logits.astype(np.float64)
     exact -= np.log(np.exp(exact).sum(axis=-1, keepdims=True))
     order = np.argsort(-exact, axis=-1, kind="stable")
     np.testing.assert_allclose(found.chosen, exact[np.arange(16), tokens], atol=1e-5)
     np.testing.assert_array_equal(found.rank, [1 + (exact[i] > exact[i, t]).sum() for i, t in enumerate(tokens)])
-    np.testing.assert_array_equal(found.top_ids, order[:, :4])
-    np.testing.assert_allclose(found.top, np.take_along_axis(exact, order[:, :4], axis=-1), atol=1e-5)
+    np.testing.assert_array_equal(found.top_ids, order[:, :count])
+    np.testing.assert_allclose(found.top, np.take_along_axis(exact, order[:, :count], axis=-1), atol=1e-5)
 
 
 def test_packing_keeps_every_bit():
