@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import numpy as np
-from tokenizers import Tokenizer
+
+from jaxinfer.text.vocabulary import backend_of, knows_spaces, vocabulary
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _LONGEST_CHARACTER = 4
@@ -18,15 +18,6 @@ _CONTEXTS = (1, 4, 8)
 """Tokens of the text before that new ones are decoded with: the fewest that have text and hold what is not given yet."""
 _PROMPT = 4
 """Tokens of the prompt that its output is decoded with; more, if they have no text."""
-
-
-class Vocabulary(NamedTuple):
-    """The facts about a tokenizer that detokenisation needs, read once for all requests."""
-
-    special: frozenset[int]
-    """Ids that `skip_special_tokens` leaves out."""
-    bytes: Mapping[int, int]
-    """The byte that each of the tokens <0x00> to <0xFF> stands for, where the decoder has byte fallback."""
 
 
 class _State(NamedTuple):
@@ -77,11 +68,11 @@ class Detokenizer:
             spaces_between_special_tokens: acted on only by tokenizers without a Rust backend that know it.
         """
         self._tokenizer = tokenizer
-        self._backend = _backend(tokenizer)
+        self._backend = backend_of(tokenizer)
         self._vocabulary = vocabulary(tokenizer)
         self._skips = skip_special_tokens
         self._options = {"skip_special_tokens": skip_special_tokens, "clean_up_tokenization_spaces": False}
-        if self._backend is None and not spaces_between_special_tokens and _knows_spaces(tokenizer):
+        if self._backend is None and not spaces_between_special_tokens and knows_spaces(tokenizer):
             self._options["spaces_between_special_tokens"] = False
         self._state = _State()
         if len(prompt):
@@ -97,7 +88,13 @@ class Detokenizer:
 
     def peek(self, token: int) -> str:
         """Return the text that `push([token])` would return, without taking the token."""
-        return self._step(self._state, token)[1]
+        state, pieces = self._state, self._vocabulary.pieces
+        complete = 0 < state.given == len(state.text) and not state.partial and not state.shown
+        if pieces is None or not complete or token in self._vocabulary.bytes or self.skips(token):
+            return self._step(state, token)[1]
+        if token not in pieces:
+            pieces[token] = self._step(state, token)[1]
+        return pieces[token]
 
     def finish(self) -> str:
         """Return the rest of the text, once no more tokens come."""
@@ -117,7 +114,7 @@ class Detokenizer:
         return self._backend.id_to_token(token) if self._backend else self._tokenizer.convert_ids_to_tokens(token)
 
     def _read(self, prompt: Sequence[int] | np.ndarray) -> None:
-        """Take the last tokens of the prompt, from the begin of a run of byte tokens if it ends in one."""
+        """Take the last tokens of the prompt, from the beginning of a run of byte tokens if it ends in one."""
         kept: list[int] = []
         for token in map(int, reversed(prompt)):
             if self._is_left_out(token):
@@ -207,46 +204,6 @@ class Detokenizer:
         if self._backend is not None:
             return self._backend.decode(list(token_ids), skip_special_tokens=False)
         return self._tokenizer.decode(list(token_ids), **self._options)
-
-
-_vocabularies: WeakKeyDictionary[Any, Vocabulary] = WeakKeyDictionary()
-
-
-def vocabulary(tokenizer: Any) -> Vocabulary:
-    """Return the facts about a tokenizer, which take milliseconds to read where it has thousands of added tokens."""
-    found = _vocabularies.get(tokenizer)
-    if found is None:
-        backend = _backend(tokenizer)
-        if backend is None:
-            found = Vocabulary(frozenset(tokenizer.all_special_ids), {})
-        else:
-            added = backend.get_added_tokens_decoder()
-            found = Vocabulary(frozenset(i for i, token in added.items() if token.special), _byte_values(backend))
-        _vocabularies[tokenizer] = found
-    return found
-
-
-def _backend(tokenizer: Any) -> Tokenizer | None:
-    """The Rust tokenizer behind one of transformers; None for those in Python."""
-    backend = getattr(tokenizer, "_tokenizer", None)
-    return backend if isinstance(backend, Tokenizer) else None
-
-
-def _byte_values(backend: Tokenizer) -> dict[int, int]:
-    """The bytes of the tokens <0x00> to <0xFF>, if the decoder turns them into bytes."""
-    if backend.decoder is None or b"ByteFallback" not in backend.decoder.__getstate__():
-        return {}
-    ids = {backend.token_to_id(f"<0x{byte:02X}>"): byte for byte in range(256)}
-    return {token: byte for token, byte in ids.items() if token is not None}
-
-
-def _knows_spaces(tokenizer: Any) -> bool:
-    """Whether a Python tokenizer's `decode` takes `spaces_between_special_tokens`; that of mistral-common refuses it."""
-    try:
-        tokenizer.decode([], spaces_between_special_tokens=False)
-    except (TypeError, ValueError):
-        return False
-    return True
 
 
 def _replaced_at_end(text: str) -> int:
