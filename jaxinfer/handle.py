@@ -1,7 +1,7 @@
 """A user's view of one request: its text as it grows, and its results."""
 
 from collections.abc import Callable, Mapping
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache
 from typing import Any
 
 from jaxinfer.engine.beams import Finished
@@ -116,22 +116,33 @@ class Sample:
 
 
 class Handle:
-    """Follows a request; listens to its tokens where text is needed before the end."""
+    """Follows a request; listens to its tokens where text is needed before the end.
+
+    A call may have a hundred thousand of them in the queue, so what is not needed before the first token is made then.
+    """
 
     def __init__(self, request: Request, text: str | None, tokenizer: Any, *, streaming: bool):
         self.request, self.text = request, text
         self.read: str | None = None
         """The text that its encoder reads."""
         self._tokenizer = tokenizer
-        stop, stream = request.params.stop, None
-        if tokenizer is not None and request.params.detokenize:
-            stream = partial(self._stream, _stops(stop) if stop else None)
-        self._samples = [Sample(sequence, stream, self._output_table) for sequence in request.sequences]
-        self._prompt_logprobs: list[Mapping[int, Logprob] | None] = [None]
         self._chunks = 0
-        """Chunks of the prompt whose log-probabilities are in the table."""
-        if (streaming or stop) and stream is not None:
+        """Chunks of the prompt whose log-probabilities are in its table."""
+        if (streaming or request.params.stop) and self._makes_text:
             request.listener = self
+
+    @property
+    def _makes_text(self) -> bool:
+        return self._tokenizer is not None and self.request.params.detokenize
+
+    @cached_property
+    def _samples(self) -> list[Sample]:
+        stream = self._stream if self._makes_text else None
+        return [Sample(sequence, stream, self._output_table) for sequence in self.request.sequences]
+
+    @cached_property
+    def _prompt_logprobs(self) -> list[Mapping[int, Logprob] | None]:
+        return [None]
 
     def _detokenizer(self) -> Detokenizer:
         """At the end of the prompt."""
@@ -141,11 +152,12 @@ class Handle:
             spaces_between_special_tokens=params.spaces_between_special_tokens,
         )  # fmt: skip
 
-    def _stream(self, stop: StopStrings | None) -> TextStream:
+    def _stream(self) -> TextStream:
         params = self.request.params
         return TextStream(
-            self._detokenizer(), stop, include_stop=params.include_stop_str_in_output, min_tokens=params.min_tokens
-        )
+            self._detokenizer(), _stops(params.stop) if params.stop else None,
+            include_stop=params.include_stop_str_in_output, min_tokens=params.min_tokens,
+        )  # fmt: skip
 
     def _output_table(self) -> LogprobTable:
         return LogprobTable(None if self._tokenizer is None else self._detokenizer(), self.request.params.logprobs)
@@ -249,7 +261,7 @@ class BeamHandle(Handle):
     def _beam(self, index: int, beam: Finished) -> CompletionOutput:
         params, last, text = self.request.params, int(beam.tokens[-1]), ""
         shown = len(beam.tokens) - (beam.stopped and not params.include_stop_str_in_output)
-        if self._tokenizer is not None and params.detokenize:
+        if self._makes_text:
             stream = self._detokenizer()
             text = stream.push(beam.tokens[:shown].tolist()) + stream.finish()
         return CompletionOutput(

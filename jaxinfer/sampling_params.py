@@ -149,7 +149,8 @@ class SamplingParams:
     tokens are nearly tied such a difference can still decide between them. None takes a seed that follows from the engine's
     seed and the request's number, so that a program repeats itself."""
     stop: Sequence[str] | str | None = ()
-    """Strings that end the output; at most `MAX_STOP_STRINGS` of `MAX_STOP_LENGTH` characters."""
+    """Strings that end the output; at most `MAX_STOP_STRINGS` of `MAX_STOP_LENGTH` characters. They are looked for in the text
+    and in the text with the special tokens that `skip_special_tokens` leaves out, so that "<|im_end|>" stops, too."""
     stop_token_ids: Sequence[int] | None = ()
     """Token ids that end the output, besides the model's EOS."""
     bad_words: Sequence[str] | None = ()
@@ -157,7 +158,8 @@ class SamplingParams:
     ignore_eos: bool = False
     """Go on past the model's EOS ids."""
     max_tokens: int | None = DefaultInt(16)
-    """Most new tokens; None runs to the model's length, which also clamps larger values."""
+    """Most new tokens; None runs to the model's length, which also clamps larger values. Where the cache holds fewer tokens, the
+    result says so in `metrics.clamped_max_tokens`."""
     min_tokens: int = 0
     """EOS, stop ids and stop strings are not acted on before this many new tokens."""
     logprobs: int | None = None

@@ -1,0 +1,57 @@
+"""Text of the tokenizers of real checkpoints: it continues its prompt, whatever the tokens, and each character comes at once."""
+
+import os
+import random
+from functools import cache
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from jaxinfer.text import Detokenizer
+
+FOLDER = os.environ.get("JAXINFER_REAL_MODELS")
+NAMES = ("SmolLM2-135M-Instruct", "gemma-3-270m")
+BROKEN = "\N{REPLACEMENT CHARACTER}"
+TEXTS = (
+    "Once upon a time,\n\tin  a village.", "Привет, как дела?", "Καλημέρα, τι κάνεις;", "مرحبا كيف حالك", "שלום, מה שלומך", "नमस्ते, आप कैसे हैं",
+    "สวัสดีครับ วันนี้", "你好，今天天气", "こんにちは、今日は", "안녕하세요, 오늘은", "\U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f1e9\U0001f1ea \U0001f9a9\U0001f9a9 \U00010330\u0f67",
+)  # fmt: skip
+
+pytestmark = pytest.mark.skipif(FOLDER is None, reason="JAXINFER_REAL_MODELS names no folder of real checkpoints")
+
+
+@cache
+def tokenizer(name):
+    return AutoTokenizer.from_pretrained(Path(FOLDER) / name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_text_of_any_tokens_continues_its_prompt(name):
+    made, rng = tokenizer(name), random.Random(0)
+    known = max(made.get_vocab().values()) + 1
+    for _ in range(400):
+        ids = [rng.randrange(known) for _ in range(rng.randrange(12))]
+        ids += made.encode(rng.choice(TEXTS) + rng.choice(TEXTS), add_special_tokens=False) + [rng.choice(made.all_special_ids)]
+        at, skip = rng.randrange(len(ids)), rng.random() < 0.5
+        detokenizer = Detokenizer(made, prompt=ids[:at], skip_special_tokens=skip)
+        text = "".join(detokenizer.push([token]) for token in ids[at:]) + detokenizer.finish()
+        before, both = (made.decode(part, skip_special_tokens=skip) for part in (ids[:at], ids))
+        if BROKEN in before[-12:]:  # the prompt ends inside a character, or perhaps in a run of byte tokens
+            assert both.endswith(text)
+        else:
+            assert before + text == both
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("text", TEXTS)
+def test_each_character_comes_with_its_last_token(name, text):
+    made = tokenizer(name)
+    detokenizer, shown = Detokenizer(made), ""
+    ids = made.encode(text, add_special_tokens=False)
+    for count, token in enumerate(ids, 1):
+        shown += detokenizer.push([token])
+        assert text.startswith(shown)
+        whole = made.decode(ids[:count])
+        assert len(shown) >= len(whole.rstrip(BROKEN))
+    assert shown == text
