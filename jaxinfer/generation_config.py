@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxinfer.checks import as_int, as_token_id, as_token_ids, describe
+from jaxinfer.errors import ConfigError
 from jaxinfer.sampling_params import SamplingParams
 
 _RENAMED = {
@@ -50,7 +51,8 @@ def from_generation_config(config: Any) -> SamplingParams:
     """The `SamplingParams` that mean what a transformers `GenerationConfig` means there.
 
     Sampling is greedy unless `do_sample` is true, and then `top_k` defaults to 50, as in transformers.
-    `eos_token_id` replaces the model's EOS ids. `max_length`, which counts the prompt, is refused unless it
+    `eos_token_id` replaces the model's EOS ids. A phrase of `bad_words_ids` may not be completed if it begins in the prompt
+    either, and an EOS id in the list is not banned. `max_length`, which counts the prompt, is refused unless it
     is transformers' default of 20 or `max_new_tokens` is there too; with neither, `max_tokens` keeps its
     default. Attributes about speed, memory and extra outputs are ignored.
 
@@ -72,9 +74,12 @@ def from_generation_config(config: Any) -> SamplingParams:
     else:
         fields["temperature"] = 0.0
     fields |= {name: token for name in FORCED if (token := forced_id(values, name)) is not None}
+    ends = ()  # those of the model, which `resolve` knows
     if "eos_token_id" in values:
-        fields |= {"stop_token_ids": _ids("eos_token_id", values["eos_token_id"]), "ignore_eos": True}
-    return SamplingParams(**fields, _bad_words_token_ids=_banned(values))
+        ends = _ids("eos_token_id", values["eos_token_id"])
+        fields |= {"stop_token_ids": ends, "ignore_eos": True}
+    suppressed = tuple((token,) for token in as_token_ids("suppress_tokens", values.get("suppress_tokens")))
+    return SamplingParams(**fields, _bad_words_token_ids=suppressed, _bad_words_ids=_bad_words(values, ends))
 
 
 def default_params(generation_config: Mapping[str, Any], *, encoder_decoder: bool = False) -> SamplingParams:
@@ -89,7 +94,7 @@ def default_params(generation_config: Mapping[str, Any], *, encoder_decoder: boo
             decoder's start token, are taken too.
 
     Raises:
-        TypeError, ValueError: a value `SamplingParams` refuses; the message names the file.
+        ConfigError: a value `SamplingParams` refuses; the message names the file.
     """
     names = {name: name for name in (*_SAMPLING, "repetition_penalty", "no_repeat_ngram_size")}
     names |= {"max_new_tokens": "max_tokens"}
@@ -104,7 +109,7 @@ def default_params(generation_config: Mapping[str, Any], *, encoder_decoder: boo
     try:
         return SamplingParams(**fields)
     except (TypeError, ValueError) as error:
-        raise type(error)(f"generation_config.json: {error}") from error
+        raise ConfigError(f"generation_config.json: {error} Correct the value, or leave it out of the file.") from error
 
 
 FORCED = ("forced_bos_token_id", "forced_eos_token_id")
@@ -114,14 +119,13 @@ def forced_id(source: Mapping[str, Any], name: str) -> int | None:
     """The token that one of `FORCED` names in a generation configuration or config.json; None: it names none.
 
     Raises:
-        TypeError: it is no integer or list of integers.
-        ValueError: it names several.
+        ConfigError: it is no integer or list of integers, or names several.
     """
     if source.get(name) is None:
         return None
-    ids = _ids(name, source[name])
+    ids = _model_ids(name, source[name])
     if len(ids) > 1:
-        raise ValueError(f"{name} may be a single token, got {describe(source[name])}: pass one of them.")
+        raise ConfigError(f"{name} may be a single token, got {describe(source[name])}: pass one of them.")
     return ids[0] if ids else None
 
 
@@ -133,23 +137,33 @@ def eos_ids(config: Mapping[str, Any], generation_config: Mapping[str, Any]) -> 
         generation_config: generation_config.json as plain JSON; empty where a model has none.
 
     Raises:
-        TypeError: `eos_token_id` is not an integer or a list of integers.
+        ConfigError: `eos_token_id` is not an integer or a list of integers.
     """
-    for source in (generation_config, config, config.get("text_config") or {}):
+    text = config.get("text_config")
+    for source in (generation_config, config, text if isinstance(text, Mapping) else {}):
         if source.get("eos_token_id") is not None:
-            return _ids("eos_token_id", source["eos_token_id"])
+            return _model_ids("eos_token_id", source["eos_token_id"])
     return ()
 
 
-def _banned(values: Mapping[str, Any]) -> tuple[tuple[int, ...], ...]:
-    """`bad_words_ids`, and the `suppress_tokens` as words of one token."""
+def _model_ids(name: str, value: Any) -> tuple[int, ...]:
+    """Return the ids that a file of the model names, as `_ids`; what is wrong there is an error of the checkpoint's."""
+    try:
+        return _ids(name, value)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{name} in generation_config.json or config.json: {error}") from error
+
+
+def _bad_words(values: Mapping[str, Any], ends: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """Return `bad_words_ids` without the tokens `ends` alone, which end an output and are never banned in transformers."""
     words = values.get("bad_words_ids", ())
+    if not isinstance(words, (list, tuple)):
+        raise TypeError(f"bad_words_ids must be a list of lists of token ids, got {describe(words)}.")
     for index, word in enumerate(words):
         if not isinstance(word, (list, tuple)) or not word:
             raise ValueError(f"bad_words_ids[{index}] must be a list of token ids, not empty.")
     sequences = [tuple(as_token_id("every id in bad_words_ids", token) for token in word) for word in words]
-    sequences += [(token,) for token in as_token_ids("suppress_tokens", values.get("suppress_tokens"))]
-    return tuple(sequences)
+    return tuple(word for word in sequences if word not in {(token,) for token in ends})
 
 
 def _ids(name: str, value: Any) -> tuple[int, ...]:

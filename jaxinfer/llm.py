@@ -78,7 +78,6 @@ class LLM:
         self._opened = open_model(named, self.config, self._mesh, group, progress=use_tqdm)
         module, known = self._opened.module, self._opened.tokenizer_len
         self._tokenizer = self._opened.tokenizer
-        self.default_params = self._opened.default_params
         if group is not None:
             known = group.share(known)[0]
         self._engine = build_engine(module, self.config, self._mesh, sampled_vocab=known)
@@ -90,6 +89,11 @@ class LLM:
             module.config.vocab_size, longest, self._opened.eos_token_ids, tokenizer_len=known, **self._opened.forced
         )
         self._intake = Intake(self._opened, self.config, limits, chat_template)
+
+    @property
+    def default_params(self) -> SamplingParams:
+        """Return the parameters of requests that bring none: what the model's generation_config.json says. They cannot be set."""
+        return self._opened.default_params
 
     def generate(
         self, prompts: Any, sampling_params: Params = None, *, use_tqdm: bool = True

@@ -52,7 +52,7 @@ def resolve(params: SamplingParams, limits: ModelLimits, *, prompt_len: int,
     """
     for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
         _check_in_vocabulary(name, getattr(params, name) or (), limits.vocab_size)
-    for ids in params._bad_words_token_ids:
+    for ids in params._bad_words_token_ids + params._bad_words_ids:
         _check_in_vocabulary("bad_words_ids", ids, limits.vocab_size)
     room = limits.max_model_len - prompt_len
     max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
@@ -67,6 +67,7 @@ def resolve(params: SamplingParams, limits: ModelLimits, *, prompt_len: int,
         max_tokens=max_tokens,
         top_k=min(params.top_k, limits.vocab_size),
         _bad_words_token_ids=params._bad_words_token_ids + _encode_bad_words(params, limits, encode),
+        _bad_words_ids=tuple(words for words in params._bad_words_ids if words not in {(token,) for token in eos}),
         _eos_token_ids=eos,
         **{name: _forced(name, params, limits) for name in ("forced_bos_token_id", "forced_eos_token_id")},
     )
@@ -131,7 +132,7 @@ def _encode_bad_words(params: SamplingParams, limits: ModelLimits,
 
 def _check_something_left(params: SamplingParams, usable: int) -> None:
     """Refuse params under which no token could ever be chosen."""
-    masked = {ids[0] for ids in params.bad_words_token_ids if len(ids) == 1}
+    masked = {ids[0] for ids in params.bad_words_token_ids + params.bad_words_ids if len(ids) == 1}
     if params.min_tokens > 0:
         masked |= params.all_stop_token_ids
     if params.allowed_token_ids is None:
@@ -139,5 +140,5 @@ def _check_something_left(params: SamplingParams, usable: int) -> None:
     else:
         left = sum(token < usable and token not in masked for token in params.allowed_token_ids)
     if left == 0:
-        raise ValueError("every token is masked: allowed_token_ids, bad_words and "
+        raise ValueError("every token is masked: allowed_token_ids, bad_words (bad_words_ids) and "
                          f"min_tokens={params.min_tokens} leave none of the {usable} that can be sampled.")

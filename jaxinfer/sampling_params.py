@@ -154,7 +154,8 @@ class SamplingParams:
     stop_token_ids: Sequence[int] | None = ()
     """Token ids that end the output, besides the model's EOS."""
     bad_words: Sequence[str] | None = ()
-    """Strings whose tokens may not be completed; at most `MAX_BAD_WORDS`."""
+    """Strings whose tokens may not be completed in the output; at most `MAX_BAD_WORDS`. A string that begins in the prompt is
+    not looked for, as in vLLM."""
     ignore_eos: bool = False
     """Go on past the model's EOS ids."""
     max_tokens: int | None = DefaultInt(16)
@@ -188,6 +189,7 @@ class SamplingParams:
     forced_eos_token_id: int | None = None
     """The token that comes last where the output reaches its greatest length; -1 and None likewise."""
     _bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
+    _bad_words_ids: tuple[tuple[int, ...], ...] = ()
     _eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -300,6 +302,11 @@ class SamplingParams:
     def bad_words_token_ids(self) -> tuple[tuple[int, ...], ...]:
         """Token sequences whose last token is masked when the others precede it; complete after `resolve`."""
         return self._bad_words_token_ids
+
+    @property
+    def bad_words_ids(self) -> tuple[tuple[int, ...], ...]:
+        """Those of a transformers `GenerationConfig`, for which the tokens before may be the prompt's; without EOS after `resolve`."""
+        return self._bad_words_ids
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:

@@ -111,21 +111,25 @@ class Request:
 
     @property
     def level(self) -> Level:
-        """The least sampler level that serves it."""
+        """The least sampler level that serves its steps, those apart in which tokens are forbidden for a while (`forbidden`)."""
         p = self.params
         penalties = p.repetition_penalty, p.presence_penalty, p.frequency_penalty, p.no_repeat_ngram_size
-        if penalties != (1, 0, 0, 0) or self.masks or self.rule:
+        if penalties != (1, 0, 0, 0) or self.biased or self.rule:
             return Level.EDITED
         if p.temperature == 0:
             return Level.GREEDY
         return Level.TRUNCATED if p.top_k > 0 or p.top_p < 1 else Level.RANDOM
 
     @property
-    def masks(self) -> bool:
-        """Whether some tokens are biased or forbidden, at least for a while."""
+    def biased(self) -> bool:
+        """Whether some tokens are biased or forbidden in all its steps."""
         p = self.params
-        early = p.min_tokens > 0 and bool(self.stop_ids)
-        return bool(p.logit_bias or p.allowed_token_ids is not None or p.bad_words_token_ids or early)
+        return bool(p.logit_bias or p.allowed_token_ids is not None or any(len(words) == 1 for words in _bad_words(p)))
+
+    @property
+    def forbids_for_a_while(self) -> bool:
+        """Whether `forbidden` may name tokens in some of its steps."""
+        return (self.params.min_tokens > 0 and bool(self.stop_ids)) or bool(_phrases(self.params))
 
 
 @dataclass(eq=False, slots=True)
@@ -160,7 +164,8 @@ class Sequence:
     """Tokens sampled by dispatched steps and not seen by the host yet."""
     candidates: Candidates | None = None
     """Of a beam that has had its step: its likeliest continuations, until all beams have theirs."""
-    bias_version: int = -1
+    bias_version: int | tuple[int, ...] = -1
+    """While it runs: the tokens that are forbidden for a while in the bias that the device has of its row; -1: it has none."""
     bound: int = 0
     """While it runs: tokens at which the host must look at it (`stage_limit`)."""
     watched: bool = False
@@ -305,16 +310,40 @@ def _forced(token: int | None) -> int:
     return 0 if token is None or token < 0 else token + 1
 
 
-def bias_row(sequence: Sequence, position: int, vocab: int) -> tuple[int, Items[Any] | np.ndarray]:
-    """The bias for the token at `position`, and a version that changes whenever the bias does.
+def _bad_words(params: SamplingParams) -> tuple[tuple[int, ...], ...]:
+    """Return all token sequences that may not be completed."""
+    return params.bad_words_token_ids + params.bad_words_ids
 
-    The version of a row that changes once, when `min_tokens` is reached, is 0 and then 1; that of a row whose
-    bad words depend on the tokens before is the position.
+
+def _phrases(params: SamplingParams) -> list[tuple[int, ...]]:
+    """Return those of several tokens, whose last one is forbidden after the others only."""
+    return [words for words in _bad_words(params) if len(words) > 1]
+
+
+def forbidden(sequence: Sequence, position: int) -> tuple[int, ...]:
+    """Return the tokens that are forbidden at `position` but not in every step, sorted.
+
+    They are those that would end an output before `min_tokens`, and the last tokens of phrases whose other tokens come before
+    the position: in the output, or for `bad_words_ids` of transformers in prompt and output.
     """
     request, params = sequence.request, sequence.request.params
-    early = position - len(request.prompt) < params.min_tokens
-    phrases = [words for words in params.bad_words_token_ids or () if len(words) > 1]
-    version = position + 2 if phrases else int(not early)
+    prompt, found = len(request.prompt), set()
+    if position - prompt < params.min_tokens:
+        found |= request.stop_ids
+    for words in _phrases(params):
+        start = position - len(words) + 1
+        first = 0 if words in params.bad_words_ids else prompt
+        if start >= first and np.array_equal(sequence.tokens[start:position], words[:-1]):
+            found.add(words[-1])
+    return tuple(sorted(found))
+
+
+def bias_row(sequence: Sequence, position: int, vocab: int) -> tuple[tuple[int, ...], Items[Any] | np.ndarray]:
+    """Return the bias of the token at `position`, and a version of it, by which it is seen whether the device has it already.
+
+    The version is `forbidden`, as all else is the same in every step. The bias is empty where the device has it.
+    """
+    params, version = sequence.request.params, forbidden(sequence, position)
     if version == sequence.bias_version:
         return version, ()
     bias = np.zeros(vocab, np.float32)
@@ -323,16 +352,10 @@ def bias_row(sequence: Sequence, position: int, vocab: int) -> tuple[int, Items[
         bias[list(params.allowed_token_ids)] = 0
     for token, value in (params.logit_bias or {}).items():
         bias[token] += value
-    known = sequence.tokens[len(request.prompt) : position]
-    for words in params.bad_words_token_ids or ():
-        head = len(words) - 1
-        if head <= len(known) and (head == 0 or np.array_equal(known[-head:], words[:-1])):
-            bias[words[-1]] = -np.inf
-    if early:
-        bias[list(request.stop_ids)] = -np.inf
+    bias[[words[0] for words in _bad_words(params) if len(words) == 1] + list(version)] = -np.inf
     return version, bias
 
 
 def follows_history(request: Request) -> bool:
-    """Whether the host must know every token before it can say what the next may be."""
-    return request.beams is not None or any(len(words) > 1 for words in request.params.bad_words_token_ids or ())
+    """Return whether the host must know every token before it can say what the next may be."""
+    return request.beams is not None or bool(_phrases(request.params))

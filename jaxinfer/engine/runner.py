@@ -215,19 +215,23 @@ class Runner:
 
     def _prefill(self, plan: Plan) -> Result:
         samples, tokens = [s for _, s in plan.samples], sum(chunk.count for chunk in plan.chunks)
+        positions = np.array([s.prefilled for s in samples], np.int32)
         self.asked.write(samples)
+        self.asked.forbid(samples, positions)
         asked = any(batches.asks_prompt_logprobs(chunk) for chunk in plan.chunks)
         needs = self.asked.needs(np.array([s.row for s in samples], np.int32))._replace(prompt_logprobs=asked)
         if needs.level >= Level.EDITED:
-            self._install_edits(samples, [s.prefilled for s in samples])
+            self._install_edits(samples, positions.tolist())
         bucket = prefill_bucket(self.program, self.shapes, tokens, needs)
         self.padding += bucket.tokens - tokens
         sampled = self._dispatch(bucket, needs, batches.prefill_parts(plan, bucket, self.asked.settings))
         return Result(samples, np.arange(len(samples)), sampled, first=True)
 
     def _decode(self, plan: Plan, tables: Tables, ahead: int) -> Result:
+        if not ahead and self.asked.forbid_for_a_while[plan.rows].any():  # no plan goes on where a bias changes
+            self.asked.forbid(plan.decodes, plan.positions + 1)
         needs, count = self.asked.needs(plan.rows), len(plan.rows)
-        if needs.level >= Level.EDITED and not ahead:  # no plan goes on where a bias changes
+        if needs.level >= Level.EDITED and not ahead:
             self._install_edits(plan.decodes, (plan.positions + 1).tolist())
         reached = reach(self.shapes, plan.positions + ahead, tables.seen[plan.rows])
         bucket = decode_bucket(self.program, self.shapes, count, reached, needs)
@@ -277,7 +281,7 @@ class Runner:
         if self.edits is None:
             self._make_edits()
         for sequence, position in zip(samples, positions, strict=True):
-            if sequence.request.level < Level.EDITED:
+            if self.asked.levels[sequence.row] < Level.EDITED:
                 continue
             version, bias = bias_row(sequence, position, self.edits.bias.shape[1])
             if version != sequence.bias_version:

@@ -63,8 +63,8 @@ INTEGERS = (
 )  # fmt: skip
 WIDTH = len(SamplingRows._fields) + 1
 """Columns of the packed form: one a field, two for the key."""
-ROW, POSITION = 0, 1
-"""Of them, those that change from step to step."""
+ROW, POSITION, EDITED = 0, 1, SamplingRows._fields.index("edited") + 1
+"""Of them, those that may change from step to step."""
 
 
 def pack_rows(rows: SamplingRows) -> np.ndarray:

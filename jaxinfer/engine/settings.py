@@ -22,7 +22,8 @@ class HostSettings:
     def of(cls, config: EngineConfig, runner: Runner) -> "HostSettings":
         """From the engine's configuration."""
         blocks = min(config.pool_blocks or runner.shapes.num_blocks, runner.shapes.num_blocks)
+        largest = runner.shapes.prefill_buckets[-1]
         return cls(
-            blocks, runner.shapes.prefill_buckets[-1], config.enable_prefix_caching, config.enable_block_sharing,
+            blocks, min(config.max_num_batched_tokens or largest, largest), config.enable_prefix_caching, config.enable_block_sharing,
             config.check_invariants, config.log_interval, config.decode_steps,
         )  # fmt: skip

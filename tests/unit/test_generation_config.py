@@ -1,5 +1,7 @@
 import pytest
-from jaxinfer.generation_config import default_params, eos_ids, from_generation_config
+from jaxinfer.errors import ConfigError
+from jaxinfer.generation_config import default_params, eos_ids, forced_id, from_generation_config
+from jaxinfer.resolve import ModelLimits, resolve
 from jaxinfer.sampling_params import SamplingParams
 from transformers import GenerationConfig
 
@@ -18,7 +20,7 @@ def test_every_attribute_has_its_field():
                      eos_token_id=[1, 2], bad_words_ids=[[4, 5]], suppress_tokens=[6, 7])
     assert params == SamplingParams(max_tokens=7, min_tokens=2, temperature=0.5, top_p=0.9, top_k=5,
                                     min_p=0.1, repetition_penalty=1.2, n=3, stop=["x"], stop_token_ids=[1, 2],
-                                    ignore_eos=True, _bad_words_token_ids=((4, 5), (6,), (7,)))
+                                    ignore_eos=True, _bad_words_token_ids=((6,), (7,)), _bad_words_ids=((4, 5),))
 
 
 def test_sampling_attributes_count_only_with_do_sample():
@@ -78,10 +80,32 @@ def test_defaults_of_a_model():
     file = {"temperature": 0.6, "top_p": 0.9, "top_k": None, "max_new_tokens": 99, "eos_token_id": 2,
             "do_sample": False, "transformers_version": "4.0"}
     assert default_params(file) == SamplingParams(temperature=0.6, top_p=0.9, max_tokens=99)
-    with pytest.raises(ValueError, match="generation_config.json: top_p must be in"):
+    with pytest.raises(ConfigError, match="generation_config.json: top_p must be in"):
         default_params({"top_p": 7})
-    with pytest.raises(TypeError, match="generation_config.json: top_k must be an integer"):
+    with pytest.raises(ConfigError, match="generation_config.json: top_k must be an integer"):
         default_params({"top_k": "many"})
+
+
+def test_an_end_token_is_no_bad_word():
+    """Whether the configuration names it or the model does."""
+    own = convert(bad_words_ids=[[3], [4], [5, 3]], eos_token_id=[3, 9])
+    assert own._bad_words_ids == ((4,), (5, 3))
+    model = convert(bad_words_ids=[[3], [4], [5, 3]], suppress_tokens=[3])
+    resolved = resolve(model, ModelLimits(100, 64, eos_token_ids=(3,)), prompt_len=1)
+    assert resolved.bad_words_ids == ((4,), (5, 3)) and resolved.bad_words_token_ids == ((3,),)
+
+
+@pytest.mark.parametrize("value", [7, 0, -1, 1.5, "x", [], {}, True, None, [[1]], 10**40, float("nan")])
+def test_what_a_file_says_is_taken_or_refused_by_a_public_error(value):
+    for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "no_repeat_ngram_size", "max_new_tokens",
+                 "max_length", "min_length", "do_sample", "eos_token_id", "bad_words_ids", "text_config", "cache_implementation"):
+        file = {name: value}
+        for read in (default_params, lambda f: default_params(f, encoder_decoder=True), lambda f: eos_ids({}, f),
+                     lambda f: eos_ids(f, {}), lambda f: forced_id({"forced_bos_token_id": value}, "forced_bos_token_id")):
+            try:
+                read(file)
+            except ConfigError as error:
+                assert "generation_config.json" in str(error) or "single token" in str(error)
 
 
 def test_eos_ids():
@@ -89,5 +113,5 @@ def test_eos_ids():
     assert eos_ids({"eos_token_id": 1}, {}) == (1,)
     assert eos_ids({"eos_token_id": None}, {"eos_token_id": None}) == ()
     assert eos_ids({"text_config": {"eos_token_id": 4}}, {}) == (4,)
-    with pytest.raises(TypeError, match="every id in eos_token_id must be an integer, got bool"):
+    with pytest.raises(ConfigError, match="every id in eos_token_id must be an integer, got bool"):
         eos_ids({"eos_token_id": True}, {})

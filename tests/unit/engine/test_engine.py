@@ -4,7 +4,10 @@ import pytest
 from support.cases import GREEDY, alone, mixed
 from support.tiny import BLOCK, CHUNK, make_engine, make_request, prompt, run
 
+from jaxinfer import LLM
+from jaxinfer.config import EngineConfig
 from jaxinfer.engine.request import Status
+from jaxinfer.engine.settings import HostSettings
 from jaxinfer.errors import CapacityError
 from jaxinfer.sampling_params import SamplingParams
 
@@ -137,3 +140,15 @@ def test_close_ends_everything(runner):
     engine.step()
     engine.close()
     assert all(r.finished for r in requests) and not engine.has_work
+
+
+def test_a_step_takes_no_more_tokens_than_were_asked_for(runner):
+    """Whatever the largest bucket has room for, which counts where nothing was asked for."""
+    largest = runner.shapes.prefill_buckets[-1]
+    for asked, budget in ((largest - 1, largest - 1), (largest, largest), (None, largest)):
+        assert HostSettings.of(EngineConfig(max_num_batched_tokens=asked), runner).token_budget == budget
+
+
+def test_default_parameters_cannot_be_set():
+    with pytest.raises(AttributeError, match="default_params"):
+        LLM.__new__(LLM).default_params = SamplingParams(max_tokens=3)

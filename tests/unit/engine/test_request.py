@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from support.tiny import make_request, prompt
 
+from jaxinfer.engine.asked import Asked
 from jaxinfer.engine.request import Status, bias_row, follows_history
-from jaxinfer.engine.sampling_rows import Level
+from jaxinfer.engine.sampling_rows import EDITED, Level
 from jaxinfer.resolve import ModelLimits, resolve
 from jaxinfer.sampling_params import SamplingParams
 
@@ -88,7 +89,9 @@ def test_a_request_has_finished_when_all_its_samples_have():
         (dict(logit_bias={3: 1}), Level.EDITED),
         (dict(allowed_token_ids=[3]), Level.EDITED),
         (dict(_bad_words_token_ids=((3,),)), Level.EDITED),
-        (dict(eos=(5,), min_tokens=1), Level.EDITED),
+        (dict(eos=(5,), min_tokens=1), Level.RANDOM),  # but where it is too early to end
+        (dict(_bad_words_token_ids=((3, 4),)), Level.RANDOM),  # but where 3 has come
+        (dict(_bad_words_ids=((3,),)), Level.EDITED),
         (dict(min_tokens=1), Level.RANDOM),
     ],
 )
@@ -120,7 +123,7 @@ def test_min_tokens_mask_what_would_end_it():
             assert masked == ({5, 8} if sequence.made < 2 else set())
         sequence.bias_version = version
         add(sequence, 9)
-    assert versions == [0, 0, 1, 1], "the row is made anew only when it changes"
+    assert versions == [(5, 8), (5, 8), (), ()], "the row is made anew only when it changes"
 
 
 def test_bad_words_of_several_tokens_mask_their_last():
@@ -136,8 +139,24 @@ def test_bad_words_of_several_tokens_mask_their_last():
 
 
 def test_a_bad_word_is_looked_for_in_the_output_alone():
-    made = request(_bad_words_token_ids=((prompt(4)[-1], 50),), max_tokens=3)
-    assert np.isfinite(bias(made.sequences[0])).all()
+    """As in vLLM; one of a transformers' configuration in the prompt as well, if that is as long."""
+    last, words = prompt(4)[-1], lambda name, *words: request(**{name: words}, max_tokens=3).sequences[0]
+    assert np.isfinite(bias(words("_bad_words_token_ids", (last, 50)))).all()
+    found = bias(words("_bad_words_ids", (last, 50), (9, *prompt(4), 51), (*prompt(4), 52)))
+    assert np.flatnonzero(np.isinf(found)).tolist() == [50, 52]
+
+
+def test_a_row_takes_the_highest_level_only_while_tokens_are_forbidden():
+    asked, made = Asked(4), request(eos=(5,), min_tokens=2, _bad_words_token_ids=((11, 12),), max_tokens=9, temperature=0)
+    [sequence], levels = made.sequences, []
+    sequence.row = 2
+    asked.write([sequence])
+    for token in (9, 9, 9, 11, 9):
+        asked.forbid([sequence], np.array([sequence.length]))
+        levels.append(asked.needs(np.array([0, 2])).level)
+        assert asked.settings[2, EDITED] == (levels[-1] == Level.EDITED)
+        add(sequence, token)
+    assert levels == [Level.EDITED, Level.EDITED, Level.GREEDY, Level.GREEDY, Level.EDITED]
 
 
 def test_failures_are_counted_in_a_row():
