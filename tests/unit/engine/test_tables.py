@@ -71,12 +71,12 @@ def test_what_rows_ask_is_of_those_that_run(runner):
     other = make_request("b", prompt(5), edited).sequences[0]
     plain.row, other.row = 1, 2
     asked.write([plain, other])
-    assert asked.needs(np.array([1]))[:2] == (Level.GREEDY, False)
-    assert asked.needs(np.array([1, 2]))[:2] == (Level.EDITED, True)
-    assert asked.needs(np.array([], np.int32))[:2] == (Level.GREEDY, False)
+    assert asked.needs(np.array([1]))[:2] == (Level.GREEDY, -1)
+    assert asked.needs(np.array([1, 2]))[:2] == (Level.EDITED, 2)
+    assert asked.needs(np.array([], np.int32))[:2] == (Level.GREEDY, -1)
     other.row = 1
     asked.write([other])
-    assert asked.needs(np.array([1]))[:2] == (Level.EDITED, True)
+    assert asked.needs(np.array([1]))[:2] == (Level.EDITED, 2)
 
 
 @pytest.mark.slow
