@@ -128,7 +128,8 @@ def test_below_one_block_and_evicted_windows_are_told(runner):
     run(engine, [first])
     manager = engine.manager
     [sliding] = [k for k, kind in enumerate(manager.kinds) if not kind.kind.whole]
-    node = manager.index.nodes(first.sequences[0].digests)[3]
+    digests = manager.digests(first.prompt, first.sequences[0].root, [], first.extras)
+    node = manager.index.nodes(digests)[3]
     manager._unpublish(list(node.ids[sliding]) + manager.index.evict(node.ids[sliding]))
     parts = make_request("parts", [*SHARED[: 5 * BLOCK], 3, 4], GREEDY)
     assert run(engine, [parts]) == alone(runner, [parts])
