@@ -37,5 +37,9 @@ class EngineError(JaxInferError, RuntimeError):
     """A step failed on the device; the message says what was lost and what goes on."""
 
 
+class EngineDeadError(EngineError):
+    """A step failed, and so did starting over after it: the device is lost. Close the LLM and make a new one."""
+
+
 class CacheConsumedError(JaxInferError, RuntimeError):
     """A cache was used after a step that took its memory."""

@@ -1,7 +1,7 @@
 """Text in, text out."""
 
-import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,11 @@ from jaxinfer.beam_params import BeamParams
 from jaxinfer.config import EngineConfig
 from jaxinfer.engine import agreement
 from jaxinfer.engine.buckets import SAMPLING
+from jaxinfer.engine.engine import Engine
+from jaxinfer.engine.engine_thread import CLOSED, EngineThread, Lease
 from jaxinfer.engine.follow import Leader, follow
 from jaxinfer.engine.metrics import Metric
+from jaxinfer.engine.programs import Programs
 from jaxinfer.engine.request import Request
 from jaxinfer.engine.setup import build_engine
 from jaxinfer.engine.warmup import Warmup, check_sampling, warm_up
@@ -58,7 +61,6 @@ class LLM:
         revision: str | None = None, chat_template: str | None = None, hf_overrides: Mapping[str, Any] | None = None,
         mesh: Mesh | None = None, use_tqdm: bool = True, **settings: Any,
     ):  # fmt: skip
-        self._lock = threading.RLock()
         self._closed = False
         if mesh is not None and not isinstance(mesh, Mesh):
             raise TypeError(f"mesh must be a jax.sharding.Mesh, got {type(mesh).__name__}")
@@ -80,15 +82,28 @@ class LLM:
         self._tokenizer = self._opened.tokenizer
         if group is not None:
             known = group.share(known)[0]
-        self._engine = build_engine(module, self.config, self._mesh, sampled_vocab=known)
+        engine = build_engine(module, self.config, self._mesh, sampled_vocab=known)
         if group is not None:
-            agreement.steps(group, self._engine.runner)
-            self._engine.runner.leader = None if self._follows else Leader(group)
-        longest = self._engine.runner.shapes.max_length
+            agreement.steps(group, engine.runner)
+            engine.runner.leader = None if self._follows else Leader(group)
+        longest = engine.runner.shapes.max_length
         limits = ModelLimits(
             module.config.vocab_size, longest, self._opened.eos_token_ids, tokenizer_len=known, **self._opened.forced
         )
         self._intake = Intake(self._opened, self.config, limits, chat_template)
+        self._thread = EngineThread(engine)
+        # Also where an LLM is dropped without `close`, and when the interpreter ends.
+        self._finalizer = weakref.finalize(self, self._thread.stop)
+
+    @property
+    def _engine(self) -> Engine:
+        """The engine, which belongs to its thread: from here it is only looked at."""
+        return self._thread.engine
+
+    @property
+    def default_params(self) -> SamplingParams:
+        """The parameters of calls that bring none, as generation_config.json has them. They cannot be changed."""
+        return self._opened.default_params
 
     @property
     def default_params(self) -> SamplingParams:
@@ -208,17 +223,19 @@ class LLM:
         jobs_of = dict(zip(handles, jobs, strict=True))
         running = Running(handles)
         with tqdm(total=sum(job.total for job in jobs), unit="s", desc="Transcribed", disable=not use_tqdm) as bar:
+            lease = self._thread.lease()
+            release, call = lease.release, lease.call
             try:
-                self._queue(handles)
+                self._queue(lease, handles)
                 while running:
-                    self._drive(lambda: not running.some_ended)
-                    self._next_windows(running, jobs_of, params)
+                    self._thread.drive(call, lambda: not running.some_ended)
+                    self._next_windows(lease, running, jobs_of, params)
                     bar.update(sum(job.seconds for job in jobs) - bar.n)
             finally:
-                self._abandon(jobs_of)
+                release(call)
         return [job.transcript(self._tokenizer) for job in jobs]
 
-    def _next_windows(self, running: Running, jobs: dict[Handle, Transcribing], params: Params) -> None:
+    def _next_windows(self, lease: Lease, running: Running, jobs: dict[Handle, Transcribing], params: Params) -> None:
         """Take what finished windows gave, and queue those that follow them."""
         for handle in running.take_ended():
             job = jobs.pop(handle)
@@ -227,30 +244,27 @@ class LLM:
                 [following] = self._prepare([job.prompt()], params)
                 jobs[following] = job
                 running.add(following)
-                self._queue([following])
+                self._queue(lease, [following])
 
     def abort(self, request_id: Any) -> None:
-        """Ends one request or a list of them, wherever they are; their outputs say "abort".
+        """End one request or a list of them before the next step; their outputs say "abort".
 
-        Ids that are unknown or finished do nothing.
+        Ids that are unknown or finished do nothing. It does not wait for a step that runs or compiles.
         """
         ids = [request_id] if isinstance(request_id, str) else request_id
         if not isinstance(ids, (list, tuple, set)) or not all(isinstance(one, str) for one in ids):
             raise TypeError(f"request_id must be a string or a list of strings, got {request_id!r}")
-        with self._lock:
-            self._check_open()
-            for one in ids:
-                self._engine.abort(one)
+        self._check_open()
+        self._thread.abort(list(ids))
 
     def get_tokenizer(self) -> Any:
         """The transformers tokenizer; None where it was skipped."""
         return self._tokenizer
 
     def get_metrics(self) -> list[Metric]:
-        """Counters, gauges and histograms as they are now."""
-        with self._lock:
-            self._check_open()
-            return self._engine.readings()
+        """Return counters, gauges and histograms as they are now, without waiting for a step that runs or compiles."""
+        self._check_open()
+        return self._engine.readings()
 
     def warmup(
         self, *, sampling: Collection[str] = SAMPLING, threads: int | None = None, use_tqdm: bool = True
@@ -270,22 +284,26 @@ class LLM:
             ValueError: another name in `sampling`.
         """
         names = check_sampling(sampling)
-        with self._lock:
-            self._check_open()
-            programs, leader = self._engine.runner.prepare(names), self._engine.runner.leader
-            if leader is not None:
-                leader.warm(names, threads)
+        self._check_open()
+        programs, leader = self._thread.run(self._prepare_programs, names, threads)
         try:
             return warm_up(programs, names, threads=threads, use_tqdm=use_tqdm)
         finally:
             if leader is not None:
                 leader.warmed()
 
+    def _prepare_programs(self, names: Collection[str], threads: int | None) -> tuple[Programs, Leader | None]:
+        """Make what the programs take, on the engine's thread; other processes are told to compile as well."""
+        runner = self._engine.runner
+        programs = runner.prepare(names)
+        if runner.leader is not None:
+            runner.leader.warm(names, threads)
+        return programs, runner.leader
+
     def reset_prefix_cache(self) -> None:
-        """Forgets all cached prefixes."""
-        with self._lock:
-            self._check_open()
-            self._engine.reset_prefix_cache()
+        """Forget all cached prefixes."""
+        self._check_open()
+        self._thread.run(self._engine.reset_prefix_cache)
 
     def update_weights(self, weights: Any) -> None:
         """Replaces all weights by those of an NNX module or state of the same structure; cached prefixes are forgotten.
@@ -295,24 +313,27 @@ class LLM:
             RuntimeError: requests are running.
             DistributedError: several processes serve the model.
         """
-        with self._lock:
-            self._check_open()
-            if self._group is not None:
-                raise DistributedError(
-                    "update_weights: the weights lie in several processes, and those of the others cannot be replaced from "
-                    "here; close this LLM in each of them and make a new one"
-                )
-            if not self._engine.settle():
-                raise RuntimeError("update_weights while requests are running; finish or abort them first")
-            state = nnx.state(weights) if isinstance(weights, nnx.Module) else weights
-            runner = self._engine.runner
-            new, tree = jax.tree.flatten(state)
-            if tree != runner.program.tree or any(
-                (a.shape, a.dtype) != (b.shape, b.dtype) for a, b in zip(new, runner.params, strict=True)
-            ):
-                raise ConfigError("update_weights needs the same parameters, shapes and dtypes as the model has")
-            runner.params = [jax.device_put(a, b.sharding) for a, b in zip(new, runner.params, strict=True)]
-            self._engine.reset_prefix_cache()
+        self._check_open()
+        if self._group is not None:
+            raise DistributedError(
+                "update_weights: the weights lie in several processes, and those of the others cannot be replaced from "
+                "here; close this LLM in each of them and make a new one"
+            )
+        self._thread.run(self._update_weights, weights)
+
+    def _update_weights(self, weights: Any) -> None:
+        """Replace the weights, on the engine's thread."""
+        if not self._engine.settle():
+            raise RuntimeError("update_weights while requests are running; finish or abort them first")
+        state = nnx.state(weights) if isinstance(weights, nnx.Module) else weights
+        runner = self._engine.runner
+        new, tree = jax.tree.flatten(state)
+        if tree != runner.program.tree or any(
+            (a.shape, a.dtype) != (b.shape, b.dtype) for a, b in zip(new, runner.params, strict=True)
+        ):
+            raise ConfigError("update_weights needs the same parameters, shapes and dtypes as the model has")
+        runner.params = [jax.device_put(a, b.sharding) for a, b in zip(new, runner.params, strict=True)]
+        self._engine.reset_prefix_cache()
 
     def follow(self) -> None:
         """In every process but 0 of several that serve one model: does what process 0 does, until that closes its `LLM`.
@@ -334,21 +355,24 @@ class LLM:
         follow(self._engine.runner, self._group)
 
     def close(self) -> None:
-        """Ends all requests and gives the cache's memory back; a second time does nothing.
+        """End all requests and give the cache's memory back; a second time does nothing.
 
-        Where several processes serve the model those that `follow` return from it.
+        Calls of other threads that wait for results raise EngineClosedError. Where several processes serve the model
+        those that `follow` return from it.
         """
-        with self._lock:
-            if not self._closed:
-                self._closed = True
-                try:
-                    self._engine.close()
-                finally:
-                    if self._engine.runner.leader is not None:
-                        self._engine.runner.leader.end()
-                    elif self._group is not None:
-                        self._group.end_quietly()
-                    del self._engine, self._opened, self._intake
+        if self._closed:
+            return
+        self._closed = True
+        leader = self._engine.runner.leader
+        try:
+            self._thread.close()
+        finally:
+            self._finalizer.detach()
+            if leader is not None:
+                leader.end()
+            elif self._group is not None:
+                self._group.end_quietly()
+            del self._opened, self._intake
 
     def __enter__(self) -> "LLM":
         return self
@@ -358,7 +382,7 @@ class LLM:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise EngineClosedError("this LLM is closed; make a new one")
+            raise EngineClosedError(CLOSED)
         if self._follows:
             raise DistributedError(
                 f"this is process {self._group.process} of a model on several: requests enter at process 0; call "
@@ -385,67 +409,61 @@ class LLM:
     def _checked(
         self, requests: Sequence[Request], prompts: Sequence[Prompt], follow: Callable[..., Handle]
     ) -> list[Handle]:
-        with self._lock:
-            self._check_open()
-            for index, request in enumerate(requests):
-                try:
-                    self._engine.check(request)
-                except CapacityError as error:
-                    raise CapacityError(f"prompt {index}: {error}") from None
+        self._check_open()
+        self._thread.run(self._check_requests, requests)
         handles = []
         for request, prompt in zip(requests, prompts, strict=True):
             handles.append(follow(request, prompt.text, self._tokenizer))
             handles[-1].read = None if prompt.encoder is None else prompt.encoder.text
         return handles
 
-    def _queue(self, handles: Sequence[Handle]) -> None:
-        with self._lock:
-            self._check_open()
-            for handle in handles:
-                self._engine.add(handle.request)
+    def _check_requests(self, requests: Sequence[Request]) -> None:
+        for index, request in enumerate(requests):
+            try:
+                self._engine.check(request)
+            except CapacityError as error:
+                raise CapacityError(f"prompt {index}: {error}") from None
+
+    def _queue(self, lease: Lease, handles: Sequence[Handle]) -> None:
+        self._check_open()
+        self._thread.add(lease.call, (handle.request for handle in handles))
 
     @property
     def _follows(self) -> bool:
         return self._group is not None and self._group.process > 0
 
-    def _drive(self, busy: Callable[[], bool]) -> None:
-        """Steps until `busy` is false; whoever holds the lock steps for all."""
-        while busy():
-            with self._lock:
-                self._check_open()
-                if busy():
-                    self._engine.step()
-
-    def _abandon(self, handles: Iterable[Handle]) -> None:
-        """Abort what is unfinished."""
-        with self._lock:
-            if not self._closed:
-                for handle in handles:
-                    if not handle.finished:
-                        self._engine.abort(handle.request.id)
-
     def _finish(self, handles: list[Handle], use_tqdm: bool) -> list[RequestOutput]:
+        """Queue requests, wait for all of them and return their results; interrupted, they are aborted."""
+        lease = self._thread.lease()
+        release, call = lease.release, lease.call
         try:
-            self._queue(handles)
+            self._queue(lease, handles)
             with tqdm(total=len(handles), desc="Processed prompts", disable=not use_tqdm, dynamic_ncols=True) as bar:
                 progress = Progress(bar, handles)
-                self._drive(progress.unfinished)
+                self._thread.drive(call, progress.unfinished, progress.show)
         finally:
-            self._abandon(handles)
+            release(call)  # first of all: nothing can come between the interrupt and this
         say_if_cut(handles)
         return [handle.output() for handle in handles]
 
     def _watch(self, handles: list[Handle]) -> Iterator[RequestOutput]:
+        """Queue requests and yield what each step gives; closed, dropped or interrupted, they are aborted."""
         updates, left = Updates(handles), bool(handles)
+        lease = self._thread.lease()
+        release, call = lease.release, lease.call
         try:
-            self._queue(handles)
+            self._queue(lease, handles)
             while left:
-                with self._lock:
-                    self._check_open()
-                    if updates.unfinished():
-                        self._engine.step()
-                    found = updates.take()
-                    left = updates.unfinished()
+                self._check_open()
+                found, left = self._thread.run(self._advance, updates)
                 yield from found
         finally:
-            self._abandon(handles)
+            release(call)
+
+    def _advance(self, updates: Updates) -> tuple[list[RequestOutput], bool]:
+        """Take a step for a stream, on the engine's thread; returns what is new, and whether more will come."""
+        self._engine.check_alive()
+        if updates.unfinished():
+            self._engine.step()
+        found = updates.take()
+        return found, updates.unfinished()

@@ -94,11 +94,14 @@ class _Told:
 
 
 class Progress:
-    """The bar over a call: prompts done, tokens a second."""
+    """The bar over a call: prompts done, tokens a second.
+
+    `unfinished` runs on the engine's thread and only counts; `show` draws, on the caller's.
+    """
 
     def __init__(self, bar: tqdm, handles: Sequence[Handle]):
         self._bar, self._running = bar, Running(handles)
-        self._start, self._prompt, self._made = time.perf_counter(), 0, 0
+        self._start, self._prompt, self._made, self._done = time.perf_counter(), 0, 0, 0
 
     def unfinished(self) -> bool:
         """Take note of what has finished, and return whether anything is left."""
@@ -106,13 +109,19 @@ class Progress:
             done = self._running.take_ended()
             self._prompt += sum(len(handle.request.prompt) for handle in done)
             self._made += sum(s.made for handle in done for s in handle.request.sequences)
+            self._done += len(done)
+        return len(self._running) > 0
+
+    def show(self) -> None:
+        """Draw what has finished since the last time."""
+        fresh = self._done - self._bar.n
+        if fresh:
             passed = max(time.perf_counter() - self._start, 1e-9)
             self._bar.set_postfix_str(
                 f"est. speed input: {self._prompt / passed:.2f} toks/s, output: {self._made / passed:.2f} toks/s",
                 refresh=False,
             )
-            self._bar.update(len(done))
-        return len(self._running) > 0
+            self._bar.update(fresh)
 
 
 def say_if_cut(handles: Sequence[Handle]) -> None:

@@ -16,7 +16,7 @@ from jaxinfer.engine.runner import Flight, Result, Runner
 from jaxinfer.engine.sampler import BAD_TOKEN, Candidates, Logprobs
 from jaxinfer.engine.scheduler import Limits, Scheduler
 from jaxinfer.engine.settings import HostSettings
-from jaxinfer.errors import EngineError
+from jaxinfer.errors import EngineDeadError, EngineError
 from jaxinfer.kv.contiguous import RowManager
 from jaxinfer.kv.interface import CacheManager
 from jaxinfer.kv.manager import BlockManager
@@ -33,7 +33,7 @@ STUCK = (
 
 
 class Engine:
-    """Continuous batching over a runner. Not thread-safe: `LLM` holds a lock around each call."""
+    """Continuous batching over a runner. Not thread-safe: of an `LLM`, only its `EngineThread` calls it."""
 
     def __init__(self, runner: Runner, settings: HostSettings):
         self.runner, self.settings = runner, settings
@@ -44,6 +44,8 @@ class Engine:
         self._flight: Flight | None = None
         self._suspect = Plan()
         self._said_clamped = False
+        self._dead: str | None = None
+        """Why no step will ever run again."""
         self._start()
 
     def _start(self) -> None:
@@ -75,7 +77,9 @@ class Engine:
         Raises:
             ValueError: its id is in use.
             CapacityError: there is never room for it (`Capacity.check`).
+            EngineDeadError: the device was lost.
         """
+        self.check_alive()
         if request.id in self.requests:
             raise ValueError(f"request id {request.id!r} is in use; choose another, or wait until it has finished")
         self.capacity.check(request)
@@ -112,7 +116,15 @@ class Engine:
                 self._finish(sequence, "abort")
 
     def step(self) -> None:
-        """Schedule, run, commit: a step, or several decode steps, are dispatched before those before them are read."""
+        """Schedule, run, commit: a step, or several decode steps, are dispatched before those before them are read.
+
+        A step that fails is computed again on a new cache.
+
+        Raises:
+            EngineDeadError: starting over failed as well, now or before.
+            DistributedError: it failed, and several processes serve the model.
+        """
+        self.check_alive()
         plan = self._suspect = Plan()
         try:
             if self.scheduler.needs_history:
@@ -125,10 +137,42 @@ class Engine:
             if idle and not plan:
                 self._end_stuck()
         except BaseException as error:
-            self._recover(error)
+            self._start_over(error)
             if not isinstance(error, Exception):
                 raise
         self._observe(plan)
+
+    def check_alive(self) -> None:
+        """Raise EngineDeadError once no step will ever run again."""
+        if self._dead is not None:
+            raise EngineDeadError(self._dead)
+
+    def _start_over(self, error: BaseException) -> None:
+        """Recover from a failed step; an engine that cannot is dead."""
+        try:
+            self._recover(error)
+        except Exception as second:
+            if self.runner.leader is not None:
+                raise
+            self._die(error, second)
+            raise EngineDeadError(self._dead) from error
+
+    def _die(self, error: BaseException, second: BaseException) -> None:
+        """End every request in error and forget the cache, which is gone with the device."""
+        self._dead = (
+            f"the engine is dead: a step failed ({type(error).__name__}: {error}), and starting over failed as well "
+            f"({type(second).__name__}: {second}); close this LLM and make a new one"
+        )
+        log.error("%s", self._dead)
+        requests, self.requests, self._flight = list(self.requests.values()), {}, None
+        self._start()
+        for request in requests:
+            request.error = self._dead
+            for sequence in request.sequences:
+                if sequence.status is not Status.FINISHED:
+                    sequence.status, sequence.finish_reason, sequence.row = Status.FINISHED, "error", -1
+            if request.on_finish is not None:
+                request.on_finish(request)
 
     def _end_stuck(self) -> None:
         """Ends the next in line where nothing was planned and nothing in flight could change that: no step ever would."""
@@ -301,14 +345,14 @@ class Engine:
         suspects = set(self._suspect.sequences or again) if isinstance(error, Exception) else set()
         blamed = {id(s): s.blame() for s in suspects}
         self._flight, self._suspect, preempted = None, Plan(), self.scheduler.preempted
-        self._start()
-        self.scheduler.preempted = preempted
-        if leader is None:
-            self.runner.reset()
-        again.sort(key=lambda s: s.age)
         for sequence in again:
             sequence.status, sequence.row, sequence.computed, sequence.pending = Status.WAITING, -1, 0, 0
+        self._start()
+        self.scheduler.preempted = preempted
+        again.sort(key=lambda s: s.age)
         self.scheduler.waiting.extend(again)
+        if leader is None:
+            self.runner.reset()  # after the books are in order: it fails where the device is lost
         for sequence in again:
             if sequence.status is Status.WAITING:
                 self._resume(sequence, blamed.get(id(sequence), 0), error)
@@ -364,13 +408,13 @@ class Engine:
             self.scheduler.encoding.check()
 
     def readings(self) -> list[Metric]:
-        """All metrics as they are now."""
+        """Return all metrics as they are now; any thread may call this while a step runs."""
         pool = self.manager.pool
         return self.metrics.readings({
             "num_requests_running": self.scheduler.rows_in_use, "num_requests_waiting": len(self.scheduler.waiting),
             "kv_cache_usage_perc": int(pool.num_held) / pool.num_blocks,
             "compiled_steps": len(self.runner.compile_seconds),
-            "compile_seconds": sum(self.runner.compile_seconds.values()),
+            "compile_seconds": sum(tuple(self.runner.compile_seconds.values())),
             "step_tokens": self.runner.places, "padding_tokens": self.runner.padding,
             "padding_perc": self.runner.padding / max(1, self.runner.places),
         })  # fmt: skip

@@ -31,6 +31,12 @@ class Histogram:
         self.counts[bisect_left(self.bounds, value)] += 1
         self.total += value
 
+    def copy(self) -> "Histogram":
+        """Return the histogram as it is now."""
+        made = Histogram(self.bounds, self.total)
+        made.counts = list(self.counts)
+        return made
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -102,8 +108,8 @@ class Metrics:
     def readings(self, gauges: dict[str, float]) -> list[Metric]:
         """Everything, as `LLM.get_metrics` returns it."""
         rows = [Metric(PREFIX + name, value) for name, value in (gauges | self.counters).items()]
-        rows += [Metric(f"{PREFIX}request_success", n, (("finished_reason", r),)) for r, n in self.success.items()]
-        return rows + [Metric(PREFIX + name, histogram) for name, histogram in self.histograms.items()]
+        rows += [Metric(f"{PREFIX}request_success", n, (("finished_reason", r),)) for r, n in dict(self.success).items()]
+        return rows + [Metric(PREFIX + name, histogram.copy()) for name, histogram in self.histograms.items()]
 
     def maybe_log(self, running: int, waiting: int, usage: float) -> None:
         """A line every interval, while there is work."""

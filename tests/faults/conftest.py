@@ -45,8 +45,14 @@ def llm(shared_llm) -> Iterator[LLM]:
     assert_idle(shared_llm)
 
 
+def settle(llm: LLM) -> None:
+    """Wait until the engine has taken what was put into its queue: streams that were closed, calls that were interrupted."""
+    llm._thread.run(lambda: None)
+
+
 def assert_idle(llm: LLM) -> None:
     """Nothing runs, waits or is held; the accounting adds up."""
+    settle(llm)
     engine = llm._engine
     while engine.has_work and not engine.requests:  # a last step in flight of what was aborted
         engine.step()
@@ -64,12 +70,12 @@ def host(llm) -> Callable[..., Any]:
     def laid_over(**settings: Any) -> Iterator[Engine]:
         before = llm._engine
         before.runner.reset()
-        llm._engine = Engine(before.runner, replace(before.settings, **settings))
+        llm._thread.engine = Engine(before.runner, replace(before.settings, **settings))
         try:
             yield llm._engine
             assert_idle(llm)
         finally:
-            llm._engine = before
+            llm._thread.engine = before
             before.runner.reset()
             before.reset_prefix_cache()
 

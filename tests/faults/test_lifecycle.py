@@ -8,6 +8,7 @@ from flax import nnx
 
 from jaxinfer import LLM, SamplingParams
 from jaxinfer.errors import EngineClosedError
+from faults.conftest import settle
 
 pytestmark = pytest.mark.xdist_group("faults")
 
@@ -25,6 +26,7 @@ def test_a_consumer_that_stops(llm):
     stream = llm.stream([IDS, [9] * 30], LONG)
     next(stream)
     stream.close()
+    settle(llm)
     assert not llm._engine.requests
     for update in llm.stream([IDS], LONG):
         break
@@ -41,6 +43,7 @@ def test_a_stream_that_nobody_reads(llm):
     next(stream)
     assert llm._engine.requests
     del stream
+    settle(llm)
     assert not llm._engine.requests
 
 
@@ -84,7 +87,8 @@ def test_abort_wherever_it_is(llm, n, steps):
     params = SamplingParams(temperature=0.5, seed=1, n=n, max_tokens=40, ignore_eos=True)
     [expected] = tokens(llm.generate([IDS], SHORT))
     handles = llm._prepare([[9] * 70, IDS], [params, SHORT])
-    llm._queue(handles)
+    lease = llm._thread.lease()
+    llm._queue(lease, handles)
     for _ in range(steps):
         llm._engine.step()
     llm.abort(handles[0].request.id)
@@ -135,6 +139,7 @@ def test_an_interrupted_call_and_the_next(llm, monkeypatch, at):
     with pytest.raises(KeyboardInterrupt):
         llm.generate([IDS, [9] * 40], LONG)
     monkeypatch.undo()
+    settle(llm)
     assert not engine.requests
     assert int(engine.manager.pool.num_held) == 0
     assert tokens(llm.generate([IDS, [9] * 40], SHORT)) == expected
@@ -198,7 +203,7 @@ def test_threads_with_text(llm):
 
 
 def test_a_short_call_does_not_wait_for_a_long_one(llm):
-    """Whoever holds the lock steps for all, and lets the others in between steps."""
+    """Steps are taken for all calls together, and each returns when its own requests have ended."""
     prompts = [[30 + i] * 3 for i in range(4)]
     order = []
 

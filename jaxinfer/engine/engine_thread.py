@@ -1,0 +1,244 @@
+"""Run an engine on a thread of its own, so that nothing can interrupt it in the middle of a step.
+
+Python raises KeyboardInterrupt, and whatever a signal handler raises, between any two bytecodes of the main thread. The
+garbage collector closes dropped streams between any two bytecodes of the thread that happens to allocate. Neither may
+reach into an engine whose step is half done. So callers never touch the engine: they put commands into a queue, which is
+emptied between steps, and wait for the reply. A caller that is interrupted leaves its wait, and its requests are aborted.
+"""
+
+import atexit
+import threading
+from collections.abc import Callable, Iterable
+from queue import Empty, SimpleQueue
+from typing import Any
+from weakref import WeakSet
+
+from jaxinfer.engine.engine import Engine
+from jaxinfer.engine.request import Request
+from jaxinfer.errors import EngineClosedError
+
+CLOSED = "this LLM is closed; make a new one"
+TURN = 0.1
+"""Seconds after which a waiting caller looks whether the thread still lives, and draws its progress bar."""
+ACKNOWLEDGE = 0.005
+"""Seconds that `abort` waits for the engine to have taken it. A step that compiles takes it when it is done."""
+
+AT_EXIT = 10.0
+"""Seconds that the end of the interpreter waits for a step: JAX must not be taken apart under it."""
+
+Reply = tuple[Any, BaseException | None]
+
+
+class Call:
+    """The requests of one call, and until when the engine has to step for it."""
+
+    def __init__(self) -> None:
+        self.requests: list[Request] = []
+        self.busy: Callable[[], bool] = bool
+        """While it is driven: whether the caller still waits for something."""
+        self.replies: SimpleQueue[Reply] = SimpleQueue()
+
+
+class Lease:
+    """A caller's hold on its call: the requests are aborted when the last reference to it is gone.
+
+    `release` is the put method of a queue, one call into C, which neither a signal nor the garbage collector can break up.
+    """
+
+    def __init__(self, commands: SimpleQueue[Any]):
+        self.call = Call()
+        self.release = commands.put
+
+    def __del__(self) -> None:
+        self.release(self.call)
+
+
+class EngineThread:
+    """Own an engine: take commands between its steps, and step while somebody waits for results.
+
+    All methods may be called from any thread but the engine's own.
+    """
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self._commands: SimpleQueue[Any] = SimpleQueue()
+        self._driven: list[Call] = []
+        self._thread = threading.Thread(target=self._run, name="jaxinfer engine", daemon=True)
+        self._thread.start()
+        _threads.add(self)
+
+    def lease(self) -> Lease:
+        """Begin a call. The caller holds the lease until it has its results, and releases it at the end in any case."""
+        return Lease(self._commands)
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call a function between two steps, return its result and raise its error.
+
+        Raises:
+            EngineClosedError: the thread has ended.
+            RuntimeError: this is the engine's own thread: a finalizer or a callback that runs within a step.
+        """
+        replies: SimpleQueue[Reply] = SimpleQueue()
+        self._check_thread()
+        self._commands.put((function, arguments, replies))
+        return self._wait(replies)
+
+    def add(self, call: Call, requests: Iterable[Request]) -> None:
+        """Queue requests of a call; raises as `Engine.add`."""
+
+        def queue(several: list[Request]) -> None:
+            for request in several:
+                self.engine.add(request)
+                call.requests.append(request)
+
+        self.run(queue, list(requests))
+
+    def drive(self, call: Call, busy: Callable[[], bool], show: Callable[[], None] = lambda: None) -> None:
+        """Have the engine step until `busy`, which it calls after each step, returns False.
+
+        Args:
+            call: whose requests are waited for.
+            busy: runs on the engine's thread.
+            show: runs on this thread, ten times a second and at the end.
+
+        Raises:
+            EngineError: the engine has failed for good.
+            EngineClosedError: the engine was closed meanwhile.
+        """
+        self._check_thread()
+        call.busy = busy
+        self._commands.put((self._driven.append, (call,), None))
+        self._wait(call.replies, show)
+        show()
+
+    def abort(self, ids: list[str]) -> None:
+        """Abort requests before the next step, and wait a moment for it to be done."""
+        replies: SimpleQueue[Reply] = SimpleQueue()
+        self._commands.put((self._abort, (ids,), replies))
+        if threading.current_thread() is not self._thread:
+            try:
+                replies.get(timeout=ACKNOWLEDGE)
+            except Empty:
+                pass
+
+    def close(self) -> None:
+        """Abort all requests, drop the cache and end the thread; raises as `Engine.close`.
+
+        From the engine's own thread, where a finalizer may call it, nothing is waited for.
+        """
+        if threading.current_thread() is self._thread:
+            self._commands.put((self.engine.close, (), None))
+            self.stop()
+            return
+        try:
+            self.run(self.engine.close)
+        finally:
+            self.stop()
+            self._thread.join()
+            del self.engine  # and with it the weights and the cache
+
+    def stop(self) -> None:
+        """Let the thread end after the commands that are queued; callers that wait get EngineClosedError."""
+        self._commands.put(None)
+
+    def join(self, timeout: float) -> None:
+        """Wait for the thread to end, at most `timeout` seconds."""
+        self._thread.join(timeout)
+
+    def _check_thread(self) -> None:
+        if threading.current_thread() is self._thread:
+            raise RuntimeError(
+                "an LLM was called from within its own engine: a finalizer or a callback may abort and close, and nothing else"
+            )
+
+    def _wait(self, replies: SimpleQueue[Reply], show: Callable[[], None] = lambda: None) -> Any:
+        while True:
+            try:
+                result, error = replies.get(timeout=TURN)
+            except Empty:
+                if self._thread.is_alive() or not replies.empty():
+                    show()
+                    continue
+                raise EngineClosedError(CLOSED) from None
+            if error is not None:
+                raise error
+            return result
+
+    def _run(self) -> None:
+        """Take commands and step, until stopped."""
+        while self._take_commands():
+            if self._driven:
+                self._step()
+        for call in self._driven:
+            call.replies.put((None, EngineClosedError(CLOSED)))
+        self._driven.clear()
+
+    def _take_commands(self) -> bool:
+        """Carry out what is queued, waiting for it while there is nothing to step for; returns False to stop."""
+        while True:
+            try:
+                command = self._commands.get(block=not self._driven)
+            except Empty:
+                return True
+            if command is None:
+                return False
+            if isinstance(command, Call):
+                self._abandon(command)
+                continue
+            function, arguments, replies = command
+            try:
+                result, error = function(*arguments), None
+            except BaseException as raised:
+                result, error = None, raised
+            if replies is not None:
+                replies.put((result, error))
+            elif self._driven and not self._still(self._driven[-1]):
+                self._driven.pop()
+            # Nothing of a command may live on in this frame while it waits for the next: a module, or a caller's results.
+            del command, function, arguments, replies, result, error
+
+    def _step(self) -> None:
+        """Take a step, and tell the callers whose results it completed."""
+        try:
+            self.engine.step()
+        except BaseException as error:
+            for call in self._driven:
+                call.replies.put((None, error))
+            self._driven.clear()
+            return
+        self._driven[:] = [call for call in self._driven if self._still(call)]
+
+    @staticmethod
+    def _still(call: Call) -> bool:
+        """Return whether a call is waited for; reply to it where it is not."""
+        try:
+            if call.busy():
+                return True
+            call.replies.put((None, None))
+        except BaseException as error:
+            call.replies.put((None, error))
+        return False
+
+    def _abandon(self, call: Call) -> None:
+        """Abort what is left of a call whose caller has gone."""
+        if call in self._driven:
+            self._driven.remove(call)
+        self._abort([request.id for request in call.requests if not request.finished])
+        call.requests.clear()
+
+    def _abort(self, ids: Iterable[str]) -> None:
+        for one in ids:
+            self.engine.abort(one)
+
+
+_threads: WeakSet[EngineThread] = WeakSet()
+
+
+@atexit.register
+def _stop_all() -> None:
+    """Stop the threads of LLMs that were not closed."""
+    threads = list(_threads)
+    for one in threads:
+        one.stop()
+    for one in threads:
+        one.join(AT_EXIT)
