@@ -133,15 +133,14 @@ def eos_ids(config: Mapping[str, Any], generation_config: Mapping[str, Any]) -> 
     """The ids that end an output: of generation_config.json, else of config.json, as in transformers.
 
     Args:
-        config: config.json as plain JSON; `text_config` is looked into when the top level names no id.
+        config: config.json as plain JSON; `text_config` or `llm_config` is looked into when the top level names no id.
         generation_config: generation_config.json as plain JSON; empty where a model has none.
 
     Raises:
         ConfigError: `eos_token_id` is not an integer or a list of integers.
     """
-    text = config.get("text_config")
-    for source in (generation_config, config, text if isinstance(text, Mapping) else {}):
-        if source.get("eos_token_id") is not None:
+    for source in (generation_config, config, config.get("text_config"), config.get("llm_config")):
+        if isinstance(source, Mapping) and source.get("eos_token_id") is not None:
             return _model_ids("eos_token_id", source["eos_token_id"])
     return ()
 

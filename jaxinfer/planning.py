@@ -1,5 +1,6 @@
 """The plan of a model from its config.json: no weights, no devices of that number, seconds for any size."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -9,9 +10,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
+from jaxinfer.checkpoint.formats import QUANTISATION_FILES
 from jaxinfer.checkpoint.hf import lay_over, read_config
 from jaxinfer.checkpoint.hub import resolve_model
 from jaxinfer.checkpoint.manifest import NAME, Manifest
+from jaxinfer.checkpoint.safetensors import SafetensorsReader
 from jaxinfer.config import EngineConfig
 from jaxinfer.engine import sampler
 from jaxinfer.engine import slots as slots_of
@@ -20,7 +23,7 @@ from jaxinfer.kv import cache as kv_cache
 from jaxinfer.kv import groups
 from jaxinfer.kv.spec import State
 from jaxinfer.models import loading
-from jaxinfer.models.base import LanguageModel
+from jaxinfer.models.base import Family, LanguageModel
 from jaxinfer.sharding import axes, placement
 from jaxinfer.sharding import mesh as meshes
 from jaxinfer.sharding.collectives import STEPS
@@ -28,7 +31,9 @@ from jaxinfer.sharding.placement import Plan
 from jaxinfer.sharding.placement_rows import CacheLayer, CachePlan, Exchange
 from jaxinfer.sharding.policy import Placement
 
-FILES = ("config.json", NAME)
+log = logging.getLogger(__name__)
+
+FILES = ("config.json", NAME, *QUANTISATION_FILES)
 """All that is fetched of a Hub id."""
 
 
@@ -65,8 +70,9 @@ def plan(
     if memory is not None and (isinstance(memory, bool) or not isinstance(memory, int) or memory < 1):
         raise ConfigError(f"memory must be a whole number of bytes of a device, at least 1, got {memory!r}")
     mesh = meshes.normalise(_mesh(mesh, config.tensor_parallel_size), tensor_parallel_size)
-    dtype, how = _settings(config, hf, directory)
-    module = loading.abstract(*loading.parse(hf, directory), dtype, mesh, **how)
+    served, parsed = loading.parse(hf, directory)
+    dtype, how = _settings(config, hf, directory, served)
+    module = loading.abstract(served, parsed, dtype, mesh, **how)
     made = placement.plan(
         module, mesh, itemsize=dtype.itemsize, more=_sampling(module, dtype),
         cache=cache_plan(module, config.block_size, dtype, mesh), model=_title(model, hf),
@@ -126,22 +132,32 @@ def _find(
 
 
 def _settings(
-    config: EngineConfig, hf: Mapping[str, Any], directory: Path | None
+    config: EngineConfig, hf: Mapping[str, Any], directory: Path | None, served: Family
 ) -> tuple[jnp.dtype, dict[str, Any]]:
-    """The dtype, on a device that is good at it as a GPU is, and how the module is built; as `loading.load` would."""
+    """Settle the dtype, on a device that is good at it as a GPU is, and how the module is built; as `loading.load` would.
+
+    Where config.json states no dtype, weights that lie in the folder do, and otherwise the family's default is planned.
+    """
     how = {
         "quantization": config.quantization, "placement": Placement.of(config.placement), "pad_heads": config.pad_heads
     }  # fmt: skip
     manifest = None if directory is None else Manifest.read(directory)
     stored = loading.said_dtype(hf) if manifest is None else manifest.dtype
     if config.dtype == "auto" and not stored:
-        raise ConfigError(
-            "config.json does not say its dtype, and weights are not read; pass dtype, for instance 'bfloat16'"
-        )
-    dtype = loading.resolve_dtype(config.dtype, stored, "gpu")
+        stored = _stored(directory) or served.stored_dtype
+        log.warning("config.json states no dtype; planned in %s: pass dtype for another", stored)
+    dtype = loading.resolve_dtype(config.dtype, stored, "gpu", served)
     if manifest is not None and directory is not None:
         how = manifest.settle(directory, dtype, asked=config.dtype != "auto", **how)
     return dtype, how
+
+
+def _stored(directory: Path | None) -> str:
+    """Return the dtype of the weights of a folder; empty: there are none, as in one with config.json alone."""
+    if directory is None or not any(directory.glob("*.safetensors")):
+        return ""
+    with SafetensorsReader(directory) as reader:
+        return loading.stored_dtype(reader)
 
 
 def _mesh(mesh: Any, shards: int) -> Mesh | AbstractMesh:

@@ -9,78 +9,41 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+from jaxinfer.checkpoint.attributes import HARMLESS, ONE_VALUE, is_label, same
+from jaxinfer.checkpoint.formats import refuse_quantised
+from jaxinfer.checkpoint.plain_json import read_json, shorten, show
 from jaxinfer.errors import CheckpointError, ConfigError
 from jaxinfer.layers.rope_config import ROPE_FIELDS, RopeConfig
 
 logger = logging.getLogger(__name__)
-
-MAX_JSON_BYTES = 64 * 2**20
-"""Largest JSON file read. An index of a 100,000-tensor checkpoint is about 10 MiB."""
 
 SIZE_CAPS = {
     "vocab_size": 2**22, "hidden_size": 2**17, "intermediate_size": 2**20, "moe_intermediate_size": 2**20,
     "num_hidden_layers": 1024, "num_attention_heads": 4096, "num_key_value_heads": 4096, "head_dim": 2**14,
     "d_model": 2**17, "encoder_layers": 1024, "decoder_layers": 1024, "encoder_attention_heads": 4096,
     "decoder_attention_heads": 4096, "encoder_ffn_dim": 2**20, "decoder_ffn_dim": 2**20,
-    "num_experts": 2**14, "num_local_experts": 2**14, "max_position_embeddings": 2**27,
+    "num_experts": 2**14, "num_local_experts": 2**14, "max_position_embeddings": 2**27, "n_routed_experts": 2**14,
+    "n_shared_experts": 2**10, "num_shared_experts": 2**10, "num_experts_per_tok": 2**10, "num_experts_per_token": 2**10,
+    "shared_expert_intermediate_size": 2**20, "num_global_layers": 1024, "attention_heads": 4096, "num_heads": 4096,
+    "max_num_tiles": 256, "num_channels": 256, "num_mel_bins": 2**12, "max_source_positions": 2**20,
+    "max_target_positions": 2**20, "vision_output_dim": 2**20, "kv_lora_rank": 2**17, "q_lora_rank": 2**17,
+    "qk_nope_head_dim": 2**14, "qk_rope_head_dim": 2**14, "v_head_dim": 2**14, "linear_num_heads": 4096,
+    "linear_num_key_heads": 4096, "linear_num_value_heads": 4096, "linear_head_dim": 2**14, "linear_key_head_dim": 2**14,
+    "linear_value_head_dim": 2**14, "linear_conv_kernel_dim": 2**10, "short_conv_kernel_size": 2**10,
+    "model_max_length": 2**27, "n_group": 2**14, "num_expert_group": 2**14, "topk_group": 2**14,
 }
 """Largest value accepted of each size in a config.json; far above any real model, far below an overflow."""
 
-HARMLESS = frozenset("""
-    _attn_implementation _attn_implementation_autoset _name_or_path architectures attention_dropout
-    attention_probs_dropout_prob attn_implementation attn_pdrop auto_map bad_words_ids begin_suppress_tokens
-    bos_token_id chunk_size_feed_forward classifier_dropout decoder_start_token_id diversity_penalty
-    do_sample dropout dtype early_stopping embd_pdrop encoder_no_repeat_ngram_size eos_token_id
-    exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id
-    gradient_checkpointing hidden_dropout hidden_dropout_prob id2label initializer_range
-    keys_to_ignore_at_inference label2id length_penalty max_length max_new_tokens min_length model_type
-    name_or_path no_repeat_ngram_size num_beam_groups num_beams num_labels num_logits_to_keep
-    num_return_sequences output_attentions output_hidden_states output_scores pad_token_id prefix
-    pretraining_tp problem_type remove_invalid_values repetition_penalty resid_pdrop return_dict
-    return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss
-    tokenizer_class top_k top_p torch_dtype torchscript transformers.js_config transformers_version
-    typical_p unk_token_id unsloth_fixed unsloth_version use_bfloat16 use_cache
-""".split())
-"""Attributes of config.json that do not change a forward pass at inference: names, labels, dropout,
-defaults of training and of `generate`."""
-
 _TOKENIZER_FILES = ("added_tokens.json", "tokenizer_config.json", "tokenizer.json")
-READ_QUANTISED = ("mxfp4",)
-"""Quantisations of checkpoints that a family can read (gpt-oss, `checkpoint.interleaved`), by their `quant_method`."""
-_QUANTISED = ("quantization_config", "compression_config", "quantization")
 REQUIRED: Any = object()
 """Default of a field that must be there."""
 
 Default = TypeVar("Default")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads one JSON object.
-
-    Raises CheckpointError naming the file: unreadable, too large, no object, NaN, a name given twice.
-    Infinity is accepted, for real configurations use it.
-    """
-    try:
-        size = path.stat().st_size
-        if size > MAX_JSON_BYTES:
-            raise CheckpointError(f"{path} has {size} bytes; a JSON file may have {MAX_JSON_BYTES}.")
-        value = json.loads(path.read_bytes().decode("utf-8-sig"), object_pairs_hook=refuse_duplicates,
-                           parse_constant=_no_nan)
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror or error}.") from error
-    except RecursionError:
-        raise CheckpointError(f"{path} is not usable JSON: nested too deeply.") from None
-    except CheckpointError:
-        raise
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not usable JSON: {error}.") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, found {type(value).__name__}.")
-    return value
 
 
 def read_config(directory: Path, hf_overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -91,10 +54,12 @@ def read_config(directory: Path, hf_overrides: Mapping[str, Any] | None = None) 
     path = directory / "config.json"
     if not path.is_file():
         names = sorted(entry.name for entry in directory.iterdir()) if directory.is_dir() else []
-        found = _shorten(", ".join(names)) or "nothing"
+        found = shorten(", ".join(names)) or "nothing"
         raise CheckpointError(f"{directory} has no config.json; found {found}. Pass the folder that "
                               "save_pretrained or the Hub made.")
-    return lay_over(read_json(path), hf_overrides)
+    config = lay_over(read_json(path), hf_overrides)
+    refuse_quantised(config, directory)
+    return config
 
 
 def lay_over(config: Mapping[str, Any], hf_overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -106,18 +71,14 @@ def lay_over(config: Mapping[str, Any], hf_overrides: Mapping[str, Any] | None =
     """
     overrides = {} if hf_overrides is None else hf_overrides
     if not isinstance(overrides, Mapping) or not all(isinstance(name, str) for name in overrides):
-        raise TypeError(f"hf_overrides must be a dict of config.json names, found {_show(overrides)}.")
+        raise TypeError(f"hf_overrides must be a dict of config.json names, found {show(overrides)}.")
     config = dict(config)
     for name, value in overrides.items():
         part = name.endswith("_config") and isinstance(value, Mapping) and isinstance(config.get(name), dict)
         config[name] = {**config[name], **value} if part else value
     if config.get("auto_map"):
         logger.info("config.json names code of its own (auto_map): ignored, never executed.")
-    for name in _QUANTISED:
-        method = config[name].get("quant_method") if isinstance(config.get(name), Mapping) else None
-        if config.get(name) and method not in READ_QUANTISED:  # which family reads it is the family's affair
-            raise ConfigError(f"{name}={_show(config[name])}: quantised checkpoints are not supported "
-                              f"(supported: {', '.join(READ_QUANTISED)}). Use the unquantised checkpoint of this model.")
+    refuse_quantised(config)
     return config
 
 
@@ -148,29 +109,31 @@ def check_sizes(config: Mapping[str, Any], *fields: str, part: str = "") -> None
     `part` is what errors put before a name of theirs.
     """
     for name in fields:
-        value, cap = config.get(name), SIZE_CAPS[name]
+        value, cap = whole(config.get(name)), SIZE_CAPS[name]
         if value is not None and (not _is_int(value) or not 1 <= value <= cap):
-            raise ConfigError(f"{part}{name}={_show(value)} must be a whole number from 1 to {cap}.")
+            raise ConfigError(f"{part}{name}={show(value)} must be a whole number from 1 to {cap}.")
     for name, value in config.items() if not part else ():
         if name.endswith("_config") and isinstance(value, Mapping):
             check_sizes(value, *fields, part=f"{name}.")
 
 
 class ConfigReader:
-    """Typed, counted access to one config.json (or one object inside it).
+    """Read the attributes of one config.json (or one object inside it), each by its type, and count them.
 
-    A field may be absent or null wherever a default is given. Every getter raises ConfigError naming the
-    family, the field and the value; `finish` raises for what no getter asked for.
+    A field may be absent or null wherever a default is given. Every getter raises ConfigError naming the family, the
+    field and the value; `finish` raises for what no getter asked for and may change the numbers.
     """
 
     def __init__(self, config: Mapping[str, Any], family: str) -> None:
         self.config = config
+        self.default_theta = 10_000.0
         self.family = family
         self._consumed: set[str] = set()
+        self._one_value: dict[str, tuple[Any, ...]] = dict(ONE_VALUE)
         self._parts: dict[str, ConfigReader] = {}
 
     def get(self, name: str, default: Any = REQUIRED) -> Any:
-        """The value as it stands, or `default`."""
+        """Read a field as it stands, or `default`."""
         self._consumed.add(name)
         value = self.config.get(name)
         if value is None and default is REQUIRED:
@@ -178,70 +141,116 @@ class ConfigReader:
         return default if value is None else value
 
     def get_int(self, name: str, default: Default = REQUIRED, *, least: int = 1) -> int | Default:
-        """A whole number from `least` to the field's cap of `SIZE_CAPS` (2^31 - 1 for other fields)."""
+        """Read a whole number from `least` to the field's cap of `SIZE_CAPS` (2^31 - 1 for other fields); 8.0 is 8."""
         most = SIZE_CAPS.get(name, 2**31 - 1)
         expected = f"a whole number from {least} to {most}"
-        return self._typed(name, default, expected, lambda value: _is_int(value) and least <= value <= most)
+        return whole(self._typed(name, default, expected, lambda value: _is_int(whole(value)) and least <= value <= most))
 
-    def get_float(self, name: str, default: Default = REQUIRED) -> float | Default:
-        """A finite number."""
-        value = self._typed(name, default, "a finite number", _is_finite)
+    def get_float(self, name: str, default: Default = REQUIRED, *, above: float | None = None) -> float | Default:
+        """Read a finite number; `above`: one that is larger."""
+        expected = "a finite number" if above is None else f"a finite number above {above:g}"
+        value = self._typed(name, default, expected, lambda x: _is_finite(x) and (above is None or x > above))
         return float(value) if _is_int(value) else value
 
     def get_bool(self, name: str, default: Default = REQUIRED) -> bool | Default:
-        """true or false."""
+        """Read true or false."""
         return self._typed(name, default, "true or false", lambda value: isinstance(value, bool))
 
     def get_str(self, name: str, default: Default = REQUIRED) -> str | Default:
-        """A string."""
+        """Read a string."""
         return self._typed(name, default, "a string", lambda value: isinstance(value, str))
 
-    def part(self, name: str, **changed: Any) -> ConfigReader:
-        """Of the configuration of a part of the model, the object `name`, with values laid over it.
+    def get_list(self, name: str, default: Default = REQUIRED) -> list[Any] | Default:
+        """Read a list."""
+        return self._typed(name, default, "a list", lambda value: isinstance(value, list))
 
-        `finish` of this one finishes it as well.
+    def only(self, name: str, *values: Any) -> None:
+        """Require a field to be absent, null, or one of the values that mean what is computed.
+
+        For attributes by which a file of this family could mean numbers that jaxinfer does not compute.
+        """
+        self._consumed.add(name)
+        value = self.config.get(name)
+        if value is None or any(same(value, one) for one in values):
+            return
+        known = " or ".join(json.dumps(one) for one in values) or "null"
+        raise ConfigError(
+            f"{self.family}: {name}={show(value)} is not supported: this architecture is computed as with {known}. If "
+            f"that is what the weights were trained for, pass hf_overrides={{{name!r}: None}}."
+        )
+
+    def require(self, values: Mapping[str, tuple[Any, ...]]) -> None:
+        """Have `finish` hold fields that nobody read until then to these values, as `only` does."""
+        self._one_value.update(values)
+
+    def part(self, name: str, **changed: Any) -> ConfigReader:
+        """Make the reader of the object `name`, the configuration of a part of the model, with values laid over it.
+
+        `finish` of this reader finishes the part's as well.
         """
         value = self._typed(name, REQUIRED, "an object", lambda value: isinstance(value, Mapping))
         self._parts[name] = ConfigReader({**value, **changed}, f"{self.family}, {name}")
         return self._parts[name]
 
     def defaults(self, **values: Any) -> None:
-        """What config.json means where it does not have these fields at all."""
+        """State the values of fields that config.json does not have or has as null, as transformers' class does."""
+        self.config = {**self.config, **{name: value for name, value in values.items() if self.config.get(name) is None}}
+
+    def absent(self, **values: Any) -> None:
+        """State the values of fields that config.json does not have; null is a value of theirs (a cap: no cap)."""
         self.config = {**values, **self.config}
 
     def rope(self, head_dim: int, **changed: Any) -> RopeConfig:
-        """The rotary embedding that the fields of `ROPE_FIELDS` describe, with values laid over them."""
+        """Read the rotary embedding that the fields of `ROPE_FIELDS` describe, with values laid over them.
+
+        Its base is `default_theta`, which a family may set, where the file states none.
+        """
         self.skip(*ROPE_FIELDS)
-        return RopeConfig.from_hf({**self.config, **changed}, head_dim)
+        return RopeConfig.from_hf({**self.config, **changed}, head_dim, self.default_theta)
 
     def skip(self, *names: str) -> None:
-        """Marks fields that the family knows and does not need."""
+        """Mark fields that mean nothing for this family's numbers, whatever their value."""
         self._consumed.update(names)
 
-    def finish(self, ignored: Iterable[str] = ()) -> None:
-        """Raises ConfigError for each attribute that was not read and may change the numbers.
+    def finish(self) -> None:
+        """Refuse each attribute that was not read and may change the numbers; log once what is only a label.
 
-        Passed over: `HARMLESS`, `ignored` (what this family knows to be harmless), None, False and empty.
+        Passed over: what is null or empty, `HARMLESS`, and `ONE_VALUE` where the value is that one. False is a value
+        like any other.
+
+        Raises:
+            ConfigError: names every such attribute of the file and of its parts.
         """
         left = {name: reader._left() for name, reader in self._parts.items()}
-        left = {**self._left(ignored), **{name: found for name, found in left.items() if found}}
+        left = {**self._left(), **{name: found for name, found in left.items() if found}}
         if left:
-            found = ", ".join(f"{name}={_show(value)}" for name, value in left.items())
+            found = ", ".join(f"{name}={show(value)}" for name, value in left.items())
             nothing = {name: dict.fromkeys(value) if name in self._parts else None for name, value in left.items()}
             raise ConfigError(f"{self.family}: config.json has unknown attributes, which "
                               f"may change the numbers: {found}. If they are known to be harmless, pass "
-                              f"hf_overrides={nothing}.")
+                              f"hf_overrides={nothing} (--hf-overrides '{json.dumps(nothing)}' on a command line).")
 
-    def _left(self, ignored: Iterable[str] = ()) -> dict[str, Any]:
-        known = self._consumed.union(HARMLESS, ignored)
-        return {name: value for name, value in self.config.items()
-                if name not in known and value is not None and value is not False and not _is_empty(value)}
+    def _left(self) -> dict[str, Any]:
+        for name, values in self._one_value.items():
+            if name not in self._consumed:
+                self.only(name, *values)
+        known = self._consumed | HARMLESS
+        left = {name: value for name, value in self.config.items() if name not in known and not _is_empty(value)}
+        labels = tuple(name for name in left if is_label(name))
+        if labels:
+            _log_labels(self.family, labels)
+        return {name: value for name, value in left.items() if name not in labels}
 
     def _typed(self, name: str, default: Any, expected: str, accepts: Callable[[Any], bool]) -> Any:
         value = self.get(name, default)
         if self.config.get(name) is not None and not accepts(value):
-            raise ConfigError(f"{self.family}: {name}={_show(value)} must be {expected}.")
+            raise ConfigError(f"{self.family}: {name}={show(value)} must be {expected}.")
         return value
+
+
+def whole(value: Any) -> Any:
+    """Turn a number such as 8192.0, as some tools write sizes, into the integer that it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _is_int(value: Any) -> bool:
@@ -255,31 +264,9 @@ def _is_finite(value: Any) -> bool:
 
 
 def _is_empty(value: Any) -> bool:
-    return isinstance(value, (str, list, dict)) and not value
+    return value is None or (isinstance(value, (str, list, dict)) and not value)
 
 
-def _show(value: Any) -> str:
-    """A value for a message, cut short. Python refuses to write integers of thousands of digits."""
-    if _is_int(value) and abs(value) >= 2**100:
-        return f"an integer of {value.bit_length()} bits"
-    return _shorten(repr(value))
-
-
-def _shorten(text: str, limit: int = 200) -> str:
-    return text if len(text) <= limit else f"{text[:limit]}..."
-
-
-def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """`object_pairs_hook` that refuses a name given twice, of which json would silently keep the last."""
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the name {_shorten(twice)!r} is given twice")
-    return result
-
-
-def _no_nan(text: str) -> float:
-    if text == "NaN":
-        raise ValueError("NaN is not a number a checkpoint may state")
-    return float(text)
+@cache
+def _log_labels(family: str, names: tuple[str, ...]) -> None:
+    logger.info("%s: config.json has %s, which jaxinfer does not know; ignored as notes by their names.", family, ", ".join(names))

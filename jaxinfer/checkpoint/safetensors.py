@@ -18,7 +18,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jaxinfer.checkpoint.hf import read_json, refuse_duplicates
+from jaxinfer.checkpoint.plain_json import read_json, refuse_duplicates
 from jaxinfer.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 from typing import Any
 
 from jaxinfer.errors import ConfigError
@@ -20,6 +19,11 @@ ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 ROPE_FIELDS = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor",
                "max_position_embeddings", "original_max_position_embeddings")
 """The top-level fields of config.json that `RopeConfig.from_hf` reads."""
+
+MAX_NUMBER = 1e30
+"""Largest theta or factor: what is computed of them stays finite."""
+MAX_LENGTH = 2**27
+"""Most tokens of a sequence that a config.json may state; far above any real model."""
 
 _ORIGINAL = "original_max_position_embeddings"
 _REQUIRED = {
@@ -71,12 +75,14 @@ class RopeConfig:
     """longrope: divisor of each frequency, [R/2], beyond it."""
 
     @classmethod
-    def from_hf(cls, config: dict[str, Any], head_dim: int) -> RopeConfig:
-        """Reads `rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` of a config.json.
+    def from_hf(cls, config: dict[str, Any], head_dim: int, default_theta: float = 10_000.0) -> RopeConfig:
+        """Read `rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` of a config.json.
+
+        `default_theta`: the family's `rope_theta` where the file states none.
 
         Raises ConfigError for a kind, a key or a value that cannot be served with the right numbers.
         """
-        parameters = _standardise(config)
+        parameters = _standardise(config, default_theta)
         kind = _kind(parameters)
         _check_keys(kind, parameters)
         partial = _positive(parameters, "partial_rotary_factor") or 1.0
@@ -96,6 +102,17 @@ class RopeConfig:
         return rope
 
     @property
+    def stretched_length(self) -> int:
+        """Return the longest sequence that the frequencies are made for, in tokens.
+
+        `max_position_embeddings` of published files is either this length or, as in the model cards of Qwen2.5 and
+        Qwen3, still the trained one. linear and dynamic stretch that; yarn stretches the original length.
+        """
+        if self.kind == "yarn" and self.factor is not None:
+            return int(self.original_max_position * self.factor)
+        return int(self.max_position * self.factor) if self.kind in ("linear", "dynamic") else self.max_position
+
+    @property
     def depends_on_length(self) -> bool:
         """Whether a token's rotation depends on the length of its sequence, not on its position alone."""
         return self.kind in ("dynamic", "longrope")
@@ -109,21 +126,29 @@ class RopeConfig:
         return b""
 
 
-def _standardise(config: dict[str, Any]) -> dict[str, Any]:
+def _standardise(config: dict[str, Any], default_theta: float) -> dict[str, Any]:
     """The rope's own dict in the style of transformers 5: rope_theta and partial_rotary_factor inside."""
     # An empty rope_scaling counts as absent; a filled one wins, as in transformers.
     source = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     parameters = config.get(source) or {}
     if not isinstance(parameters, dict):
-        raise ConfigError(f"{source} must be an object, found {parameters!r}.")
+        raise ConfigError(f"{source} must be an object, found {_show(parameters)}.")
     parameters = dict(parameters)
-    for name, default in (("rope_theta", 10000.0), ("partial_rotary_factor", None)):
+    for name, default in (("rope_theta", default_theta), ("partial_rotary_factor", None)):
         outer, inner = config.get(name), parameters.get(name)
         if outer is not None and inner is not None and outer != inner:
-            raise ConfigError(f"{name}={outer!r} contradicts {source}.{name}={inner!r}; state one of them, "
+            raise ConfigError(f"{name}={_show(outer)} contradicts {source}.{name}={_show(inner)}; state one of them, "
                               f"for instance with hf_overrides={{{name!r}: None}}.")
         parameters[name] = next((value for value in (inner, outer) if value is not None), default)
     return parameters
+
+
+def _show(value: Any) -> str:
+    """Show a value in a message, cut short; Python refuses to write integers of thousands of digits."""
+    if isinstance(value, int) and abs(value) >= 2**100:
+        return f"an integer of {value.bit_length()} bits"
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _kind(parameters: dict[str, Any]) -> str:
@@ -132,7 +157,7 @@ def _kind(parameters: dict[str, Any]) -> str:
     if kind == "su" or (kind == "yarn" and "short_factor" in parameters and "long_factor" in parameters):
         kind = "longrope"
     if kind not in ROPE_KINDS:
-        raise ConfigError(f"rope type {kind!r} is not supported; supported: {', '.join(ROPE_KINDS)}.")
+        raise ConfigError(f"rope type {_show(kind)} is not supported; supported: {', '.join(ROPE_KINDS)}.")
     return kind
 
 
@@ -145,7 +170,7 @@ def _check_keys(kind: str, parameters: dict[str, Any]) -> None:
     extra = [name for name, value in parameters.items() if name not in used and value is not None]
     unknown = [name for name in extra if name not in _OF_SOME_KIND]
     if unknown:
-        found = ", ".join(f"{name}={parameters[name]!r}" for name in unknown)
+        found = ", ".join(f"{name}={_show(parameters[name])}" for name in unknown)
         raise ConfigError(f"rope type {kind!r}: unknown {found}, which may change the numbers; supported "
                           f"kinds: {', '.join(ROPE_KINDS)}. If it is known to be harmless, pass "
                           "hf_overrides with rope_parameters that leave it out.")
@@ -157,12 +182,12 @@ def _read(parameters: dict[str, Any], name: str) -> Any:
     if name in ("short_factor", "long_factor"):
         values = parameters[name]
         if not isinstance(values, list) or not values:
-            raise ConfigError(f"rope: {name} must be a list of numbers, found {values!r}.")
+            raise ConfigError(f"rope: {name} must be a list of numbers, found {_show(values)}.")
         return tuple(_positive({name: value}, name) for value in values)
     if name == "truncate":
         value = parameters.get(name)
         if value is not None and not isinstance(value, bool):
-            raise ConfigError(f"rope: truncate must be true or false, found {value!r}.")
+            raise ConfigError(f"rope: truncate must be true or false, found {_show(value)}.")
         return True if value is None else value
     if name == _ORIGINAL:
         return _length(parameters, name) if parameters.get(name) is not None else None
@@ -180,15 +205,16 @@ def _positive(parameters: dict[str, Any], name: str) -> float | None:
     if value is None:
         return None
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or value <= 0:
-        raise ConfigError(f"rope: {name} must be a finite number above 0, found {value!r}.")
+    if not is_number or not 0 < value <= MAX_NUMBER:
+        raise ConfigError(f"rope: {name}={_show(value)} must be a number above 0, up to {MAX_NUMBER:g}.")
     return float(value)
 
 
 def _length(config: dict[str, Any], name: str) -> int:
     value = config.get(name)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 2:
-        raise ConfigError(f"rope: {name} must be a whole number of tokens, at least 2, found {value!r}.")
+    value = int(value) if isinstance(value, float) and value.is_integer() else value
+    if not isinstance(value, int) or isinstance(value, bool) or not 2 <= value <= MAX_LENGTH:
+        raise ConfigError(f"rope: {name}={_show(value)} must be a whole number of tokens, from 2 to {MAX_LENGTH}.")
     return value
 
 

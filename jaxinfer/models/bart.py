@@ -95,7 +95,7 @@ class BartConfig:
 
 
 def read_config(reader: ConfigReader, *, norm_first: bool) -> BartConfig:
-    """config.json of either.
+    """Read the configuration of either.
 
     Raises:
         ConfigError: sizes that do not fit each other, or an unknown activation.
@@ -111,12 +111,17 @@ def read_config(reader: ConfigReader, *, norm_first: bool) -> BartConfig:
         return StackConfig(layers, heads, ffn)
 
     tied = reader.get_bool("tie_word_embeddings", True)
-    # Of training, of other tasks, or the same again; transformers reads none of them either.
-    reader.skip(
-        "activation_dropout", "encoder_layerdrop", "decoder_layerdrop", "init_std", "is_encoder_decoder", "classif_dropout",
-        "num_hidden_layers", "normalize_before", "normalize_embedding", "add_final_layer_norm", "add_bias_logits",
-        "static_position_embeddings", "extra_pos_embeddings", "force_bos_token_to_be_generated", "output_past", "_num_labels",
-    )  # fmt: skip
+    # transformers reads none of these any more, but the code that some were published with did.
+    one_value = {
+        "normalize_before": norm_first, "add_final_layer_norm": norm_first, "normalize_embedding": True,
+        "add_bias_logits": False, "static_position_embeddings": False, "extra_pos_embeddings": OFFSET,
+        "do_blenderbot_90_layernorm": False,
+    }  # fmt: skip
+    for name, value in one_value.items():
+        reader.only(name, value)
+    # Of training and of other tasks, or the same again.
+    reader.skip("num_hidden_layers", "force_bos_token_to_be_generated", "gradient_checkpointing")
+    reader.defaults(max_position_embeddings=1024)
     scaled = reader.get_bool("scale_embedding", False)
     return BartConfig(
         vocab_size=reader.get_int("vocab_size"), width=width, encoder=stack("encoder"), decoder=stack("decoder"),

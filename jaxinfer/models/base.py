@@ -190,3 +190,7 @@ class Family:
     """The configuration without a tie (`Rule.tied`), for checkpoints whose tensors differ."""
     ignored: Sequence[str] = ()
     """Patterns of tensors that the model does not read, beside those of `checkpoint.naming`."""
+    float16: bool = True
+    """Whether float16 holds its activations; False: they overflow."""
+    stored_dtype: str = "float32"
+    """The dtype that weights are planned in where config.json states none."""

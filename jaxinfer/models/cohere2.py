@@ -11,7 +11,7 @@ from jaxinfer.checkpoint.hf import ConfigReader
 from jaxinfer.layers.attention import StepContext
 from jaxinfer.models.base import Family
 from jaxinfer.models.decoder import Decoder, Layer, weight_rules
-from jaxinfer.models.decoder_config import FULL, SLIDING, DecoderConfig, layer_kinds, read_config
+from jaxinfer.models.decoder_config import FULL, SLIDING, DecoderConfig, layer_kinds, read_config, window_of
 
 
 class ParallelLayer(Layer):
@@ -33,12 +33,21 @@ class ParallelLayer(Layer):
 
 def config(reader: ConfigReader) -> DecoderConfig:
     """Read the configuration; every fourth layer is full by default, and only sliding layers have a rope."""
-    reader.defaults(sliding_window=4096, tie_word_embeddings=True)
+    reader.absent(sliding_window=4096)
+    reader.defaults(tie_word_embeddings=True, max_position_embeddings=8192)
+    one_value = {
+        "use_parallel_block": (True,), "use_embedding_sharing": (True,), "position_embedding_type": ("rope_gptj",),
+        "order_of_interleaved_layers": ("local_attn_first",), "rotary_pct": (1,),
+    }  # fmt: skip
+    for name, values in one_value.items():
+        reader.only(name, *values)
+    reader.skip("use_parallel_embedding")  # of how embeddings are divided over devices
     pattern, layers = reader.get_int("sliding_window_pattern", 4), reader.get_int("num_hidden_layers")
+    reader.only("layer_switch", pattern)
     kinds = layer_kinds(reader, [SLIDING if number % pattern else FULL for number in range(1, layers + 1)])
     bias = reader.get_bool("attention_bias", False)
     shared = read_config(
-        reader, qkv_bias=bias, out_bias=bias, window=reader.get_int("sliding_window", None), kinds=kinds, local_rope={},
+        reader, qkv_bias=bias, out_bias=bias, window=window_of(reader), kinds=kinds, local_rope={},
         norm_eps=("layer_norm_eps", 1e-5),
     )  # fmt: skip
     return replace(

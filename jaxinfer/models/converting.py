@@ -48,7 +48,7 @@ def convert(
     how = dict(quantization=quantization, placement=placement, pad_heads=pad_heads)
     with SafetensorsReader(directory) as reader, _new_folder(out) as folder:
         # As stored: what a dtype costs on this machine means nothing where the folder is loaded.
-        kind = loading.resolve_dtype(dtype, loading.said_dtype(hf) or loading.stored_dtype(reader), "")
+        kind = loading.resolve_dtype(dtype, loading.said_dtype(hf) or loading.stored_dtype(reader), "", served)
         config, source = loading.settle(served, config, hf, reader, directory)
         module = loading.abstract(served, config, kind, mesh, **how)
         wanted = rules.parameters(module)

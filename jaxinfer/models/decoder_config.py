@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from jaxinfer.checkpoint.hf import ConfigReader
+from jaxinfer.checkpoint.plain_json import show
 from jaxinfer.errors import ConfigError
 from jaxinfer.layers.attention import AttentionSpec
 from jaxinfer.layers.delta_net import DeltaNetSpec
@@ -15,6 +16,7 @@ from jaxinfer.layers.moe import MoEConfig
 from jaxinfer.layers.norms import Scaling
 from jaxinfer.layers.rope import RopeConfig
 from jaxinfer.models.base import CrossSource, Features
+from jaxinfer.models.decoder_attributes import one_values
 
 FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
 """Kinds of layers, by the names that config.json has for them in `layer_types`."""
@@ -113,8 +115,9 @@ class DecoderConfig:
     def max_length(self) -> int:
         """The longest sequence whose numbers are the model's own."""
         # Where kinds of layers have ropes of their own, what config.json says is the stretched length already.
-        stretched = self.rope is not None and self.local_rope is None and self.rope.kind in ("linear", "dynamic")
-        return int(self.max_position * (self.rope.factor if stretched else 1.0))
+        if self.rope is None or self.local_rope is not None:
+            return self.max_position
+        return max(self.max_position, self.rope.stretched_length)
 
     def slides(self, layer: int) -> bool:
         """Whether one layer sees only a window."""
@@ -188,7 +191,7 @@ def read_config(
     local_rope: Mapping[str, Any] | None = None, norm_eps: tuple[str, float] = ("rms_norm_eps", 1e-6),
     linear: KdaSpec | DeltaNetSpec | None = None,
 ) -> DecoderConfig:  # fmt: skip
-    """The attributes that all families of this stack name alike.
+    """Read the attributes that all families of this stack name alike, and require one value of those it has not.
 
     `kinds`: of the layers, where a window is not that of all of them (`layer_kinds`).
     `moe`: the experts of all but the `dense_layers`.
@@ -207,7 +210,8 @@ def read_config(
     chosen = reader.get_str(activation, "silu")
     if chosen not in ACTIVATIONS:
         raise ConfigError(f"config.json: {activation} is {chosen!r}; supported: {', '.join(ACTIVATIONS)}")
-    eps = reader.get_float(*norm_eps)
+    reader.require(one_values(qk_norm=qk_norm, experts=moe is not None))
+    eps = reader.get_float(*norm_eps, above=0)
     rope, local = _ropes(reader, head_dim, local_rope)
     turned = min(one.rotary_dim for one in (rope, local) if one is not None)
     if turned != head_dim and not partial_rotary:
@@ -228,6 +232,11 @@ def read_config(
     )  # fmt: skip
 
 
+def window_of(reader: ConfigReader) -> int | None:
+    """Read `sliding_window`, the positions that a token sees; null and 0 mean that it sees all."""
+    return reader.get_int("sliding_window", None, least=0) or None
+
+
 def layer_kinds(
     reader: ConfigReader, default: Sequence[str], known: Sequence[str] = (FULL, SLIDING)
 ) -> tuple[str, ...]:
@@ -238,11 +247,11 @@ def layer_kinds(
     """
     kinds, layers = reader.get("layer_types", list(default)), reader.get_int("num_hidden_layers")
     if not isinstance(kinds, list) or len(kinds) != layers:
-        raise ConfigError(f"config.json: layer_types must be a list of num_hidden_layers = {layers} kinds, got {kinds!r}")
+        raise ConfigError(f"config.json: layer_types must be a list of num_hidden_layers = {layers} kinds, got {show(kinds)}")
     for number, kind in enumerate(kinds):
         if kind not in known:
             raise ConfigError(
-                f"config.json: layer_types[{number}] is {kind!r}, which {reader.family} does not know; it may be "
+                f"config.json: layer_types[{number}] is {show(kind)}, which {reader.family} does not know; it may be "
                 f"{' or '.join(map(repr, known))}"
             )
     return tuple(kinds)
@@ -251,17 +260,31 @@ def layer_kinds(
 def _ropes(
     reader: ConfigReader, head_dim: int, local: Mapping[str, Any] | None
 ) -> tuple[RopeConfig, RopeConfig | None]:
-    """Of full and of sliding layers; `rope_parameters` may have an object of each kind, as transformers 5 writes it."""
+    """Read the rope of full and of sliding layers; `local`: what is different about the latter.
+
+    `rope_parameters` may have an object of each kind, as transformers 5 writes it; it states all but the base, which the
+    family may have as a default.
+    """
     each = reader.get("rope_parameters", None)
-    if isinstance(each, Mapping) and not {FULL, SLIDING}.isdisjoint(each):
-        unknown = sorted(set(each) - {FULL, SLIDING})
-        if unknown:
-            raise ConfigError(f"config.json: rope_parameters names {', '.join(unknown)}, beside {FULL} and {SLIDING}")
-        alone = {"rope_scaling": None, "rope_theta": None}
-        found = [reader.rope(head_dim, **alone, rope_parameters=each[kind]) for kind in (FULL, SLIDING) if each.get(kind)]
-        return found[0], found[-1]
-    rope = reader.rope(head_dim)
-    return rope, None if local is None else reader.rope(head_dim, **local)
+    if not isinstance(each, Mapping) or {FULL, SLIDING}.isdisjoint(each):
+        rope = reader.rope(head_dim)
+        return rope, None if local is None else reader.rope(head_dim, **local)
+    unknown = sorted(set(each) - {FULL, SLIDING})
+    if unknown:
+        raise ConfigError(f"config.json: rope_parameters names {', '.join(unknown)}, beside {FULL} and {SLIDING}")
+    bases = {FULL: reader.get("rope_theta", None)}
+    bases[SLIDING] = (local or {}).get("rope_theta", bases[FULL])
+    found = []
+    for kind in (FULL, SLIDING):
+        if not isinstance(each.get(kind) or {}, Mapping):
+            raise ConfigError(f"config.json: rope_parameters.{kind} is {show(each[kind])}; it must be an object")
+        base = {} if bases[kind] is None else {"rope_theta": bases[kind]}
+        if each.get(kind):
+            own = {**base, **each[kind]}
+            found.append(reader.rope(head_dim, rope_scaling=None, rope_theta=None, rope_parameters=own))
+    if not found:
+        raise ConfigError(f"config.json: rope_parameters has nothing in {FULL} and {SLIDING}; state one of them")
+    return found[0], found[-1]
 
 
 def _divide(name: str, size: int, by_name: str, by: int) -> int:

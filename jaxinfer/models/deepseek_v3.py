@@ -14,19 +14,17 @@ from jaxinfer.layers.rope import RopeConfig
 from jaxinfer.layers.router import SIGMOID, RouterConfig
 from jaxinfer.models.base import Family
 from jaxinfer.models.decoder import Decoder, weight_rules
+from jaxinfer.models.decoder_attributes import one_values
 from jaxinfer.models.decoder_config import FULL, DecoderConfig
 from jaxinfer.models.moe_rules import MoENames
 
 NAMES = MoENames()
-TRAINING = (
-    "output_router_logits", "aux_loss_alpha", "seq_aux", "ep_size", "pretraining_tp", "num_nextn_predict_layers",
-    "num_mtp_layers", "moe_layer_freq", "scoring_func", "topk_method", "head_dim", "qk_head_dim",
-)  # fmt: skip
-"""Attributes of training, of layers that predict further tokens, and those that follow from others or have one value."""
+LATENT_NORM_EPS = 1e-6
+"""Of the norms of latents, whatever `rms_norm_eps` says: transformers and the published code leave it at the default."""
 
 
-def latent_spec(reader: ConfigReader, *, eps: float, rotated: bool) -> LatentSpec:
-    """The attention of the lineage; `rotated`: whether its shared columns are."""
+def latent_spec(reader: ConfigReader, *, rotated: bool) -> LatentSpec:
+    """Read the attention of the lineage; `rotated`: whether its shared columns are."""
     own, shared = reader.get_int("qk_nope_head_dim", 128), reader.get_int("qk_rope_head_dim", 64)
     heads = reader.get_int("num_attention_heads")
     kv_heads = reader.get_int("num_key_value_heads", heads)
@@ -35,16 +33,20 @@ def latent_spec(reader: ConfigReader, *, eps: float, rotated: bool) -> LatentSpe
             f"config.json: num_key_value_heads is {kv_heads}, but all {heads} heads read one latent; set it to "
             "num_attention_heads"
         )
+    reader.skip("head_dim")  # follows from others in transformers' files, and is of no use in published ones
+    reader.only("qk_head_dim", own + shared)
     return LatentSpec(
         reader.get_int("hidden_size"), heads, rank=reader.get_int("kv_lora_rank", 512), key_dim=own, shared_dim=shared,
         value_dim=reader.get_int("v_head_dim", 128), scale=(own + shared) ** -0.5,
-        query_rank=reader.get_int("q_lora_rank", None), norm_eps=eps,
+        query_rank=reader.get_int("q_lora_rank", None), norm_eps=LATENT_NORM_EPS,
         interleaved=rotated and reader.get_bool("rope_interleave", True), bias=reader.get_bool("attention_bias", False),
     )  # fmt: skip
 
 
 def experts(reader: ConfigReader, *, count: str, per_token: str, shared: str, groups: str, renormalise: str) -> MoEConfig:
-    """The experts of the lineage; the attributes' names are not the same everywhere."""
+    """Read the experts of the lineage, whose attributes' names are not the same everywhere."""
+    for name, value in ("scoring_func", SIGMOID), ("topk_method", "noaux_tc"), ("moe_layer_freq", 1):
+        reader.only(name, value)
     width, one = reader.get_int("moe_intermediate_size"), reader.get_int(groups, 1)
     router = RouterConfig(
         SIGMOID, reader.get_bool(renormalise, True), reader.get_float("routed_scaling_factor", 1.0), correction=True,
@@ -58,25 +60,27 @@ def experts(reader: ConfigReader, *, count: str, per_token: str, shared: str, gr
 
 def stack(
     reader: ConfigReader, attention: LatentSpec, moe: MoEConfig, dense: Sequence[int], *, max_position: int,
-    rope: RopeConfig | None,
+    rope: RopeConfig | None, eps: float,
 ) -> DecoderConfig:  # fmt: skip
-    """The decoder around them; `dense`: the layers that have an MLP."""
+    """Read the decoder around them; `dense`: the layers that have an MLP, `eps`: of the norms beside the latents'."""
+    reader.require(one_values(qk_norm=False, experts=True) | {"use_qk_norm": (False, True)})
     layers, activation = reader.get_int("num_hidden_layers"), reader.get_str("hidden_act", "silu")
     if activation not in ACTIVATIONS:
         raise ConfigError(f"config.json: hidden_act is {activation!r}; supported: {', '.join(ACTIVATIONS)}")
     return DecoderConfig(
         vocab_size=reader.get_int("vocab_size"), num_layers=layers, ffn=reader.get_int("intermediate_size"),
-        activation=activation, norm_eps=attention.norm_eps, attention=attention, rope=rope, max_position=max_position,
+        activation=activation, norm_eps=eps, attention=attention, rope=rope, max_position=max_position,
         kinds=(FULL,) * layers, moe=moe, dense_layers=tuple(dense),
         tied=reader.get_bool("tie_word_embeddings", False),
     )  # fmt: skip
 
 
 def config(reader: ConfigReader) -> DecoderConfig:
-    """The first layers are dense. yarn's factor is in the scores as well, squared."""
-    reader.skip(*TRAINING)
-    eps, layers = reader.get_float("rms_norm_eps", 1e-6), reader.get_int("num_hidden_layers")
-    attention = latent_spec(reader, eps=eps, rotated=True)
+    """Read the configuration: the first layers are dense; yarn's factor is in the scores as well, squared."""
+    reader.absent(q_lora_rank=1536)
+    reader.defaults(n_group=8, topk_group=4, routed_scaling_factor=2.5, max_position_embeddings=4096)
+    eps, layers = reader.get_float("rms_norm_eps", 1e-6, above=0), reader.get_int("num_hidden_layers")
+    attention = latent_spec(reader, rotated=True)
     moe = experts(
         reader, count="n_routed_experts", per_token="num_experts_per_tok", shared="n_shared_experts", groups="n_group",
         renormalise="norm_topk_prob",
@@ -84,12 +88,13 @@ def config(reader: ConfigReader) -> DecoderConfig:
     rope = reader.rope(attention.shared_dim)
     dense = range(min(layers, reader.get_int("first_k_dense_replace", 3, least=0)))
     attention = replace(attention, scale=attention.scale * _score_factor(rope) ** 2)
-    return stack(reader, attention, moe, dense, max_position=reader.get_int("max_position_embeddings", 4096), rope=rope)
+    position = reader.get_int("max_position_embeddings")
+    return stack(reader, attention, moe, dense, max_position=position, rope=rope, eps=eps)
 
 
 def _score_factor(rope: RopeConfig) -> float:
     """What yarn's `mscale_all_dim` multiplies queries and keys by, of which only some columns are rotated."""
-    if rope.kind == "default" or not rope.mscale_all_dim or rope.factor <= 1:
+    if rope.kind == "default" or not rope.mscale_all_dim or (rope.factor or 1) <= 1:
         return 1.0
     return 0.1 * rope.mscale_all_dim * math.log(rope.factor) + 1.0
 

@@ -27,17 +27,18 @@ def config(reader: ConfigReader) -> DecoderConfig:
         tied = reader.get_bool("tie_word_embeddings", None)
         reader.skip(*IMAGES)
         reader = reader.part("text_config", **{} if tied is None else {"tie_word_embeddings": tied})
+        reader.defaults(hidden_size=2304, intermediate_size=9216, num_hidden_layers=26)
+    reader.absent(sliding_window=4096)
     reader.defaults(
         vocab_size=262_208, num_attention_heads=8, num_key_value_heads=4, head_dim=256, max_position_embeddings=131_072,
-        query_pre_attn_scalar=256, sliding_window=4096, hidden_activation="gelu_pytorch_tanh", tie_word_embeddings=True,
+        query_pre_attn_scalar=256, hidden_activation="gelu_pytorch_tanh", tie_word_embeddings=True,
     )  # fmt: skip
     each, layers = reader.get_int("sliding_window_pattern", 6), reader.get_int("num_hidden_layers")
     reader.skip("_sliding_window_pattern")  # a copy, beside layer_types
-    if not reader.get("rope_parameters", None):
-        reader.defaults(rope_theta=THETA)
-    local = {"rope_theta": reader.get_float("rope_local_base_freq", LOCAL_THETA), "rope_scaling": None}
+    reader.default_theta = THETA
+    local = {"rope_theta": reader.get_float("rope_local_base_freq", LOCAL_THETA, above=1), "rope_scaling": None}
     kinds = [SLIDING if number % each else FULL for number in range(1, layers + 1)]
     return gemma(reader, kinds, qk_norm=True, local_rope=local)
 
 
-FAMILY = Family(config, Decoder, weight_rules, ignored=NOT_TEXT)
+FAMILY = Family(config, Decoder, weight_rules, ignored=NOT_TEXT, float16=False)

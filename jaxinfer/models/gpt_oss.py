@@ -10,34 +10,43 @@ from jaxinfer.layers.norms import Scaling
 from jaxinfer.layers.router import RouterConfig
 from jaxinfer.models.base import Family
 from jaxinfer.models.decoder import Decoder, weight_rules
-from jaxinfer.models.decoder_config import FULL, SLIDING, DecoderConfig, layer_kinds, read_config
+from jaxinfer.models.decoder_config import FULL, SLIDING, DecoderConfig, layer_kinds, read_config, window_of
 from jaxinfer.models.moe_rules import MoENames
 
 NAMES = MoENames(router="router")
+ROPE = {
+    "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+    "original_max_position_embeddings": 4096,
+}  # fmt: skip
+"""The rotary embedding where config.json states none."""
 
 
 def config(reader: ConfigReader) -> DecoderConfig:
-    """The first layer slides. `intermediate_size` is the width of one expert, `hidden_act` nobody's.
+    """Read the configuration: the first layer slides; `intermediate_size` is the width of one expert, and nobody reads
+    `hidden_act`.
 
     Experts in MXFP4 are read in the model's dtype, so `quantization_config` says nothing more.
     """
-    reader.skip("output_router_logits", "router_aux_loss_coef")  # of training
     # Copies of num_experts_per_tok and of the rope's original length in the files of the Hub.
     reader.skip("hidden_act", "quantization_config", "experts_per_token", "initial_context_length")
-    if not reader.get("rope_parameters", None):
-        reader.defaults(rope_theta=150_000.0)
-    reader.defaults(attention_bias=True, head_dim=64, sliding_window=128)
-    activation = ClampedSwiGLU(reader.get_float("swiglu_alpha", 1.702), reader.get_float("swiglu_limit", 7.0))
+    reader.only("norm_topk_prob", True)
+    reader.default_theta = 150_000.0
+    if not reader.get("rope_scaling", None):
+        reader.defaults(rope_parameters=ROPE)
+    reader.absent(sliding_window=128, num_key_value_heads=8)
+    reader.defaults(attention_bias=True, head_dim=64, max_position_embeddings=131_072, rms_norm_eps=1e-5)
+    limit = reader.get_float("swiglu_limit", 7.0, above=0)
+    activation = ClampedSwiGLU(reader.get_float("swiglu_alpha", 1.702), limit)
     moe = MoEConfig(
         reader.get_int("num_local_experts", 128), reader.get_int("num_experts_per_tok", 4),
         reader.get_int("intermediate_size"), RouterConfig(bias=True), activation, bias=True,
     )  # fmt: skip
     bias, layers = reader.get_bool("attention_bias"), reader.get_int("num_hidden_layers")
     shared = read_config(
-        reader, qkv_bias=bias, out_bias=bias, window=reader.get_int("sliding_window", None), moe=moe,
+        reader, qkv_bias=bias, out_bias=bias, window=window_of(reader), moe=moe,
         kinds=layer_kinds(reader, [(SLIDING, FULL)[number % 2] for number in range(layers)]),
     )  # fmt: skip
     return replace(shared, attention=replace(shared.attention, sinks=True), norm_scaling=Scaling(wide=True))
 
 
-FAMILY = Family(config, Decoder, partial(weight_rules, names=NAMES), source=InterleavedExperts)
+FAMILY = Family(config, Decoder, partial(weight_rules, names=NAMES), source=InterleavedExperts, stored_dtype="bfloat16")

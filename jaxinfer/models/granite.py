@@ -42,7 +42,7 @@ def config(reader: ConfigReader) -> GraniteConfig:
         attention=replace(shared.attention, scale=reader.get_float("attention_multiplier", 1.0)),
         embedding_scale=reader.get_float("embedding_multiplier", 1.0),
         round_embedding_scale=False,
-        logit_scale=1.0 / reader.get_float("logits_scaling", 1.0),
+        logit_scale=1.0 / reader.get_float("logits_scaling", 1.0, above=0),
     )
     values = {field.name: getattr(shared, field.name) for field in fields(shared)}
     return GraniteConfig(**values, residual_multiplier=reader.get_float("residual_multiplier", 1.0))

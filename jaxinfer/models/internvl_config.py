@@ -4,7 +4,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from jaxinfer.checkpoint.hf import ConfigReader
+from jaxinfer.checkpoint.hf import ConfigReader, whole
+from jaxinfer.checkpoint.plain_json import show
 from jaxinfer.errors import ConfigError
 from jaxinfer.layers.mlp import ACTIVATIONS
 from jaxinfer.layers.vision import NORMS, VisionConfig
@@ -14,6 +15,18 @@ from jaxinfer.models.decoder_config import AroundDecoder, DecoderConfig
 
 LANGUAGE_MODELS = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
 """`model_type` -> architecture of the decoders that are served."""
+
+_QWEN = dict(vocab_size=151_936, hidden_size=4096, intermediate_size=22_016, num_hidden_layers=32, num_attention_heads=32)
+TEXT_SIZES = {
+    "Qwen2ForCausalLM": _QWEN, "Qwen3ForCausalLM": _QWEN,
+    "LlamaForCausalLM": _QWEN | dict(vocab_size=32_000, intermediate_size=11_008),
+}  # fmt: skip
+"""Sizes of the configuration classes of transformers."""
+VISION_SIZES = dict(
+    hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096, image_size=[448, 448],
+    patch_size=[14, 14],
+)  # fmt: skip
+"""The same of the tower."""
 
 MAX_SIDE = 2**13
 """Pixels a side of an image, a tile or a patch, at most; far above any real model."""
@@ -25,9 +38,9 @@ CHAT_ONLY = (
 """Of the original config.json: how prompts and tiles are made (`internvl_images`), and what repeats a part's size."""
 
 TRAINING_ONLY = (
-    "drop_path_rate", "initializer_factor", "use_flash_attn", "capacity_factor", "eval_capacity_factor",
-    "laux_allreduce", "moe_coeff_ratio", "moe_intermediate_size", "moe_output_scale", "noisy_gate_policy",
-    "num_experts", "num_routed_experts", "num_shared_experts", "shared_expert_intermediate_size", "use_residual",
+    "capacity_factor", "eval_capacity_factor", "laux_allreduce", "moe_coeff_ratio", "moe_intermediate_size", "moe_output_scale", "noisy_gate_policy",
+    "num_experts", "num_routed_experts", "num_shared_experts", "shared_expert_intermediate_size", "use_residual", "use_rts",
+    "use_weighted_residual",
 )  # fmt: skip
 """Of the original vision_config: training, and the experts of a tower that `use_moe` would switch on."""
 
@@ -63,7 +76,7 @@ class InternVLConfig(AroundDecoder):
 
 
 def read_config(reader: ConfigReader) -> InternVLConfig:
-    """Either kind of config.json.
+    """Read either kind of config.json.
 
     Raises:
         ConfigError: sizes that do not fit each other, a part or an option that is not served.
@@ -71,6 +84,9 @@ def read_config(reader: ConfigReader) -> InternVLConfig:
     original = "llm_config" in reader.config
     text = _language_model(reader, "llm_config" if original else "text_config")
     part = reader.part("vision_config")
+    part.skip("tie_word_embeddings")  # of a full dump; the tower has no head
+    if not original:
+        part.defaults(**VISION_SIZES)
     shuffle = _shuffle(reader.get_float("downsample_ratio", 0.5))
     if original:
         vision, total = _vision(part, reader.get("select_layer", -1), "qkv_bias", "qk_normalization", original=True)
@@ -78,6 +94,7 @@ def read_config(reader: ConfigReader) -> InternVLConfig:
         size, token, activation = reader.get_int("force_image_size", vision.image_size), -1, "gelu"
         reader.skip(*CHAT_ONLY)
         part.skip(*TRAINING_ONLY)
+        part.only("use_moe", False)
     else:
         layer = reader.get("vision_feature_layer", -1)
         vision, total = _vision(part, layer, "attention_bias", "use_qk_norm", original=False)
@@ -85,7 +102,7 @@ def read_config(reader: ConfigReader) -> InternVLConfig:
         _served("vision_feature_select_strategy", strategy, ("default",))
         size, token, transposed = _tile(vision, shuffle, reader.get_int("image_seq_length", 256)), 151667, False
         activation = _served("projector_hidden_act", reader.get_str("projector_hidden_act", "gelu"), ACTIVATIONS)
-        part.skip("layer_scale_init_value", "projection_dropout", "use_mask_token")
+        part.skip("layer_scale_init_value", "projection_dropout", "use_mask_token")  # a mask is for training
     token = reader.get_int("image_token_id", token, least=0)
     if token >= text.vocab_size:
         raise ConfigError(f"config.json: image_token_id is {token}, but the vocabulary has {text.vocab_size} ids")
@@ -104,7 +121,10 @@ def _served(name: str, value: str, among: Collection[str]) -> str:
 
 
 def _language_model(reader: ConfigReader, name: str) -> DecoderConfig:
-    """The decoder's own configuration, by its family's reader."""
+    """Read the decoder's own configuration, by its family's reader.
+
+    A file that transformers wrote leaves out what is as in the configuration class of its decoder.
+    """
     tied = reader.get_bool("tie_word_embeddings", None)  # the whole model's goes before the part's
     part = reader.part(name, **({} if tied is None else {"tie_word_embeddings": tied}))
     if name == "text_config":
@@ -113,10 +133,11 @@ def _language_model(reader: ConfigReader, name: str) -> DecoderConfig:
     named = listed[0] if isinstance(listed, list) and listed else LANGUAGE_MODELS.get(kind)
     if named not in LANGUAGE_MODELS.values():
         raise ConfigError(
-            f"config.json: {name} has architectures {listed!r} and model_type {kind!r}, which is not supported as the "
+            f"config.json: {name} has architectures {show(listed)} and model_type {kind!r}, which is not supported as the "
             f"language model of {reader.family}; supported: {', '.join(LANGUAGE_MODELS.values())}"
         )
-    part.skip("moe_config")  # null wherever these architectures have it
+    part.skip("architectures", "model_type")
+    part.defaults(**(TEXT_SIZES[named] if name == "text_config" else {}))
     return registry.family({"architectures": [named]}).read_config(part)
 
 
@@ -130,7 +151,7 @@ def _vision(
     for name, size, by_name, by in sizes:
         if size % by:
             raise ConfigError(f"{reader.family}: {name} is {size}, which {by_name} = {by} does not divide")
-    eps, stored = reader.get_float("layer_norm_eps", 1e-6), reader.get_int("num_hidden_layers")
+    eps, stored = reader.get_float("layer_norm_eps", 1e-6, above=0), reader.get_int("num_hidden_layers")
     normed = reader.get_bool(qk_norm, original)
     pooled = original or reader.get_bool("use_mean_pooling", True)
     return VisionConfig(
@@ -150,7 +171,7 @@ def _computed(layer: Any, stored: int) -> int:
     """How many layers run until the output that is asked for: -1 is that of the last, 0 what the first one reads."""
     if not isinstance(layer, int) or isinstance(layer, bool) or not -stored - 1 <= layer <= stored:
         raise ConfigError(
-            f"config.json: vision_feature_layer (or select_layer) is {layer!r}; it must be one whole number from "
+            f"config.json: vision_feature_layer (or select_layer) is {show(layer)}; it must be one whole number from "
             f"{-stored - 1} to {stored}, as the tower has {stored} layers"
         )
     return layer + stored + 1 if layer < 0 else layer
@@ -167,7 +188,7 @@ def _shuffle(ratio: float) -> int:
 def side(reader: ConfigReader, name: str) -> int:
     """A size in pixels, given as one number or as a pair of equal ones."""
     value = reader.get(name)
-    sides = value if isinstance(value, list) and len(value) == 2 else [value, value]
+    sides = [whole(side) for side in (value if isinstance(value, list) and len(value) == 2 else [value, value])]
     if sides[0] != sides[1] or any(type(side) is not int or not 1 <= side <= MAX_SIDE for side in sides):
         raise ConfigError(
             f"{reader.family}: {name}={str(value)[:80]} must be a whole number from 1 to {MAX_SIDE}, or two equal ones"

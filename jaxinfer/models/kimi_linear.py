@@ -9,13 +9,14 @@ from dataclasses import replace
 from functools import partial
 
 from jaxinfer.checkpoint.hf import ConfigReader
+from jaxinfer.checkpoint.plain_json import show
 from jaxinfer.errors import ConfigError
 from jaxinfer.layers.kda import KdaSpec
 from jaxinfer.layers.router import SIGMOID
 from jaxinfer.models.base import Family
 from jaxinfer.models.decoder import Decoder, weight_rules
 from jaxinfer.models.decoder_config import FULL, LINEAR, DecoderConfig, layer_kinds
-from jaxinfer.models.deepseek_v3 import TRAINING, experts, latent_spec, stack
+from jaxinfer.models.deepseek_v3 import experts, latent_spec, stack
 from jaxinfer.models.moe_rules import MoENames
 
 NAMES = MoENames(("block_sparse_moe", "mlp"), gate="w1", up="w3", down="w2")
@@ -28,24 +29,22 @@ HUB = {
 
 
 def config(reader: ConfigReader) -> DecoderConfig:
-    """`qk_rope_head_dim` columns are shared by all heads, and not rotated."""
-    reader.skip(*TRAINING, "rope_theta", "rope_scaling", "rope_parameters", "use_grouped_topk")
-    score = reader.get_str("moe_router_activation_func", SIGMOID)
-    if score != SIGMOID:
-        raise ConfigError(f"config.json: moe_router_activation_func is {score!r}, but this family's router knows {SIGMOID!r} alone")
-    if not reader.get_bool("mla_use_nope", True):
-        raise ConfigError("config.json: mla_use_nope is false, but this family's latent attention is not rotated; set it to true")
+    """Read the configuration: `qk_rope_head_dim` columns are shared by all heads, and not rotated."""
+    reader.skip("rope_theta", "rope_scaling", "rope_parameters", "use_grouped_topk")
+    reader.only("moe_router_activation_func", SIGMOID)
+    reader.only("mla_use_nope", True)
+    reader.only("use_rope", False)
     names = {hub: hub if hub in reader.config else own for hub, own in HUB.items()}
     reader.skip(*HUB, *HUB.values())
     reader.defaults(routed_scaling_factor=2.446, num_experts=256, num_local_experts=256)
-    eps, layers = reader.get_float("rms_norm_eps", 1e-5), reader.get_int("num_hidden_layers")
+    eps, layers = reader.get_float("rms_norm_eps", 1e-5, above=0), reader.get_int("num_hidden_layers")
     moe = experts(
         reader, count=names["num_experts"], per_token=names["num_experts_per_token"],
         shared=names["num_shared_experts"], groups=names["num_expert_group"], renormalise=names["moe_renormalize"],
     )  # fmt: skip
     made = stack(
-        reader, latent_spec(reader, eps=eps, rotated=False), moe, _dense(reader, layers),
-        max_position=reader.get_int(names["model_max_length"], 1048576), rope=None,
+        reader, latent_spec(reader, rotated=False), moe, _dense(reader, layers),
+        max_position=reader.get_int(names["model_max_length"], 1048576), rope=None, eps=eps,
     )  # fmt: skip
     linear, kinds = _linear(reader, layers, eps)
     # The published model has a head of its own, and transformers ties nothing, whatever tie_word_embeddings says.
@@ -57,9 +56,9 @@ def _dense(reader: ConfigReader, layers: int) -> tuple[int, ...]:
     kinds, first = reader.get("mlp_layer_types", None), reader.get_int("first_k_dense_replace", 1, least=0)
     if kinds is None:
         return tuple(range(min(first, layers)))
-    if not isinstance(kinds, list) or len(kinds) != layers or not set(kinds) <= {"dense", "sparse"}:
+    if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in ("dense", "sparse") for kind in kinds):
         raise ConfigError(
-            f"config.json: mlp_layer_types must be a list of num_hidden_layers = {layers} of 'dense' or 'sparse', got {kinds!r}"
+            f"config.json: mlp_layer_types must be a list of num_hidden_layers = {layers} of 'dense' or 'sparse', got {show(kinds)}"
         )
     return tuple(i for i, kind in enumerate(kinds) if kind == "dense")
 
@@ -99,7 +98,7 @@ def _listed(part: ConfigReader, layers: int) -> tuple[str, ...]:
         if not isinstance(listed, list) or not all(type(i) is int and 1 <= i <= layers for i in listed):
             raise ConfigError(
                 f"config.json: linear_attn_config.{name} must be a list of layers from 1 to {layers} "
-                f"(num_hidden_layers), got {listed!r}"
+                f"(num_hidden_layers), got {show(listed)}"
             )
         twice = [i for i in listed if i in found or listed.count(i) > 1]
         if twice:

@@ -3,14 +3,23 @@
 from jaxinfer.checkpoint.hf import ConfigReader
 from jaxinfer.models.base import Family
 from jaxinfer.models.decoder import Decoder, weight_rules
-from jaxinfer.models.decoder_config import DecoderConfig, read_config
+from jaxinfer.models.decoder_config import FULL, DecoderConfig, layer_kinds, read_config
 
 
 def config(reader: ConfigReader) -> DecoderConfig:
-    """`attention_bias` puts a bias on q, k, v and o alike; `mlp_bias` on all three of the MLP."""
+    """Read the configuration: `attention_bias` puts a bias on q, k, v and o alike, `mlp_bias` on all three of the MLP.
+
+    LLaMA 1 has no `max_position_embeddings`. A sliding window is refused unless it is switched off or covers all
+    positions: transformers computes this architecture without one.
+    """
+    reader.defaults(max_position_embeddings=2048)
+    window = reader.get_int("sliding_window", 0, least=0)
+    if reader.get_bool("use_sliding_window", True) and window < reader.get_int("max_position_embeddings"):
+        reader.only("sliding_window", 0)
+    reader.skip("max_window_layers")
+    layer_kinds(reader, [FULL] * reader.get_int("num_hidden_layers"), known=(FULL,))
     bias = reader.get_bool("attention_bias", False)
     mlp_bias = reader.get_bool("mlp_bias", False)
-    reader.skip("pretraining_tp")  # a split of the same matmul, no other numbers
     return read_config(reader, qkv_bias=bias, out_bias=bias, mlp_bias=mlp_bias)
 
 

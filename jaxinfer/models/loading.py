@@ -12,20 +12,25 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
 from jaxinfer.checkpoint import naming, orbax, rules, ties
-from jaxinfer.checkpoint.hf import ConfigReader, check_sizes, read_config
+from jaxinfer.checkpoint.hf import ConfigReader, check_sizes, read_config, whole
 from jaxinfer.checkpoint.manifest import Manifest
+from jaxinfer.checkpoint.plain_json import show
 from jaxinfer.checkpoint.safetensors import SafetensorsReader
 from jaxinfer.checkpoint.source import Source
+from jaxinfer.errors import ConfigError
 from jaxinfer.kernels.native import build as native
 from jaxinfer.kv import cache as kv_cache
 from jaxinfer.layers.params import Build
 from jaxinfer.models.base import Family, LanguageModel
-from jaxinfer.models.registry import family
+from jaxinfer.models.registry import architecture, family
 from jaxinfer.sharding import mesh as meshes
 from jaxinfer.sharding import rules as sharding_rules
 from jaxinfer.sharding.policy import Placement
 
 log = logging.getLogger(__name__)
+
+DTYPES = ("float32", "bfloat16", "float16")
+"""What is computed in."""
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers",
          "num_attention_heads", "num_key_value_heads", "head_dim", "num_experts", "num_local_experts",
@@ -58,16 +63,16 @@ def load(
     manifest = Manifest.read(directory)
     if manifest is not None:
         config = ties.settle_stored(config, served.weight_rules, served.untie, manifest.parameters)
-        kind = resolve_dtype(dtype, manifest.dtype, platform)
+        kind = resolve_dtype(dtype, manifest.dtype, platform, served)
         module = abstract(served, config, kind, mesh, **manifest.settle(directory, kind, asked=dtype != "auto", **how))
         orbax.restore(module, served.weight_rules(config), directory, manifest, mesh, progress=progress)
         return module
     said = said_dtype(hf)
-    module = abstract(served, config, resolve_dtype(dtype, said or "float32", platform), mesh, **how)
+    module = abstract(served, config, resolve_dtype(dtype, said or "float32", platform, served), mesh, **how)
     with SafetensorsReader(directory) as reader:
         settled, source = settle(served, config, hf, reader, directory)
         if settled != config or not said:
-            kind = resolve_dtype(dtype, said or stored_dtype(reader), platform)
+            kind = resolve_dtype(dtype, said or stored_dtype(reader), platform, served)
             module = abstract(served, settled, kind, mesh, **how)
         rules.load(module, served.weight_rules(settled), source, mesh, progress=progress, where=directory)
     return module
@@ -87,15 +92,15 @@ def settle(
 
 def _predicting(hf: Mapping[str, Any]) -> Iterator[str]:
     """Yield the patterns of layers that predict further tokens, which checkpoints number after the model's own."""
-    layers = hf.get("num_hidden_layers")
+    layers = whole(hf.get("num_hidden_layers"))
     for name in ("num_nextn_predict_layers", "num_mtp_layers"):
-        count = hf.get(name)
+        count = whole(hf.get(name))
         if isinstance(layers, int) and isinstance(count, int):
             yield from (rf"model\.layers\.{layers + i}\..*" for i in range(min(count, 64)))
 
 
 def parse(hf: Mapping[str, Any], directory: Path | None = None) -> tuple[Family, Any]:
-    """The family and the model configuration of a config.json, with what other files of its folder add to it.
+    """Read the family and the model configuration of a config.json, with what other files of its folder add to it.
 
     Raises:
         ConfigError: as `load`.
@@ -104,7 +109,7 @@ def parse(hf: Mapping[str, Any], directory: Path | None = None) -> tuple[Family,
     added = {} if directory is None else served.from_folder(directory)
     hf = {**hf, **{name: value for name, value in added.items() if hf.get(name) is None}}
     check_sizes(hf, *SIZES)
-    reader = ConfigReader(hf, str((hf.get("architectures") or ["?"])[0]))
+    reader = ConfigReader(hf, architecture(hf))
     config = served.read_config(reader)
     reader.finish()
     return served, config
@@ -162,7 +167,7 @@ def random(
     """
     mesh = meshes.normalise(mesh)
     served, config = parse(hf)
-    kind = resolve_dtype(dtype, str(hf.get("dtype", "bfloat16")), mesh.devices.flat[0].platform)
+    kind = resolve_dtype(dtype, said_dtype(hf) or "bfloat16", mesh.devices.flat[0].platform, served)
     how = dict(quantization=quantization, placement=placement, pad_heads=pad_heads)
     module = abstract(served, config, kind, mesh, **how)
     graph, state = nnx.split(module)
@@ -178,16 +183,43 @@ def random(
     return nnx.merge(graph, jax.tree.unflatten(jax.tree.structure(state), jax.jit(make, out_shardings=shardings)()))
 
 
-def resolve_dtype(asked: str, stored: str, platform: str) -> jnp.dtype:
-    """The dtype to run in: what was asked for, or the checkpoint's where the device is good at it."""
-    name = stored.removeprefix("torch.") if asked == "auto" else asked
-    kind = jnp.dtype({"float64": "float32"}.get(name, name))
-    if asked != "auto" or platform != "cpu" or kind == jnp.float32:
+def resolve_dtype(asked: str, stored: str, platform: str, served: Family | None = None) -> jnp.dtype:
+    """Return the dtype to run in: what was asked for, or the checkpoint's where the device is good at it.
+
+    A family whose activations overflow in float16 runs float16 weights in bfloat16.
+
+    Raises:
+        ConfigError: float16 was asked for, and such a family; or the checkpoint's dtype is not one to compute in.
+    """
+    overflows = served is not None and not served.float16
+    if asked == "float16" and overflows:
+        raise ConfigError(
+            "dtype='float16' is not supported for this architecture: its activations overflow, and every request would "
+            "end in an error; use dtype='bfloat16' or 'float32'"
+        )
+    kind = jnp.dtype(_dtype_name(stored) if asked == "auto" else asked)
+    if asked != "auto":
         return kind
-    if kind == jnp.float16 or jax.__version_info__ < (0, 11) and native.lacking() is not None:
-        _say_float32(str(kind))
-        return jnp.dtype(jnp.float32)
+    if platform == "cpu" and kind != jnp.float32:
+        if kind == jnp.float16 or jax.__version_info__ < (0, 11) and native.lacking() is not None:
+            _say_float32(str(kind))
+            return jnp.dtype(jnp.float32)
+    if kind == jnp.float16 and overflows:
+        log.warning("the weights are float16, in which activations of this architecture overflow; it runs in bfloat16")
+        return jnp.dtype(jnp.bfloat16)
     return kind
+
+
+def _dtype_name(stored: str) -> str:
+    """Name the dtype to compute in of a checkpoint in `stored`, as config.json calls it."""
+    name = stored.removeprefix("torch.")
+    name = {"float64": "float32", "double": "float32", "float": "float32", "half": "float16"}.get(name, name)
+    if name not in DTYPES:
+        raise ConfigError(
+            f"config.json: dtype (torch_dtype) is {show(stored)}; jaxinfer computes in {', '.join(DTYPES)}: pass dtype, "
+            "for instance 'bfloat16', if the weights are numbers of such a kind"
+        )
+    return name
 
 
 @cache
@@ -199,8 +231,14 @@ def _say_float32(stored: str) -> None:
 
 
 def said_dtype(hf: Mapping[str, Any]) -> str:
-    """What config.json says that the weights are; empty: nothing."""
-    return str(hf.get("dtype") or hf.get("torch_dtype") or "")
+    """Return what config.json, or else the configuration of its text model, says that the weights are; empty: nothing."""
+    for values in (hf, hf.get("text_config"), hf.get("llm_config")):
+        for name in ("dtype", "torch_dtype") if isinstance(values, Mapping) else ():
+            if isinstance(values.get(name), str) and values[name] not in ("", "auto"):
+                return values[name]
+            if values.get(name) not in (None, "", "auto"):
+                raise ConfigError(f"config.json: {name} is {show(values[name])}; it must be a name such as 'bfloat16'")
+    return ""
 
 
 def stored_dtype(reader: SafetensorsReader) -> str:

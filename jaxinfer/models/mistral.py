@@ -3,12 +3,16 @@
 from jaxinfer.checkpoint.hf import ConfigReader
 from jaxinfer.models.base import Family
 from jaxinfer.models.decoder import Decoder, weight_rules
-from jaxinfer.models.decoder_config import FULL, SLIDING, DecoderConfig, layer_kinds, read_config
+from jaxinfer.models.decoder_config import FULL, SLIDING, DecoderConfig, layer_kinds, read_config, window_of
 
 
 def config(reader: ConfigReader) -> DecoderConfig:
-    """Where there is a window, all layers have it, unless `layer_types` says which."""
-    window = reader.get_int("sliding_window", None)
+    """Read the configuration: where there is a window, all layers have it, unless `layer_types` says which."""
+    reader.absent(sliding_window=4096, num_key_value_heads=8)
+    reader.defaults(max_position_embeddings=131_072)
+    window = window_of(reader)
+    reader.only("use_sliding_window", window is not None)
+    reader.skip("max_window_layers")
     default = [SLIDING if window else FULL] * reader.get_int("num_hidden_layers")
     return read_config(reader, window=window, kinds=layer_kinds(reader, default))
 

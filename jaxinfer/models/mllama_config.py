@@ -52,19 +52,26 @@ class MllamaConfig(AroundDecoder):
 
 
 def read_config(reader: ConfigReader) -> MllamaConfig:
-    """config.json.
+    """Read the configuration.
 
     Raises:
         ConfigError: sizes that do not fit each other, or an option that is not served.
     """
     text = reader.part("text_config")
-    layers = tuple(text.get("cross_attention_layers", list(CROSS_LAYERS)))
+    text.default_theta = 500_000.0
+    text.absent(num_key_value_heads=8)
+    text.defaults(
+        vocab_size=128_256, hidden_size=4096, num_hidden_layers=40, num_attention_heads=32, intermediate_size=14_336,
+        rms_norm_eps=1e-5, max_position_embeddings=131_072,
+    )  # fmt: skip
+    layers = tuple(text.get_list("cross_attention_layers", list(CROSS_LAYERS)))
     config = read_decoder_config(text)
     _indices("cross_attention_layers", layers, 0, config.num_layers)
     # The embedding has rows that the head has not: transformers ties nothing, whatever tie_word_embeddings says.
     reader.skip("tie_word_embeddings")
     config = replace(config, tied=False)
     vision = _vision(reader.part("vision_config"), _names_outputs(reader))
+    reader.only("image_token_id", reader.config.get("image_token_index"))
     token = reader.get_int("image_token_index", config.vocab_size, least=0)
     if token >= config.vocab_size + EXTRA_TOKENS:
         raise ConfigError(
@@ -75,6 +82,8 @@ def read_config(reader: ConfigReader) -> MllamaConfig:
 
 
 def _vision(reader: ConfigReader, names_outputs: bool) -> MllamaVisionConfig:
+    reader.defaults(image_size=448, patch_size=14, vision_output_dim=7680)
+    reader.skip("tie_word_embeddings")  # of a full dump; the tower has no head
     width, heads = reader.get_int("hidden_size", 1280), reader.get_int("attention_heads", 16)
     image, patch = side(reader, "image_size"), side(reader, "patch_size")
     sizes = ("hidden_size", width, "attention_heads", heads), ("image_size", image, "patch_size", patch)
@@ -85,12 +94,12 @@ def _vision(reader: ConfigReader, names_outputs: bool) -> MllamaVisionConfig:
     if activation not in ACTIVATIONS:
         raise ConfigError(f"{reader.family}: hidden_act is {activation!r}; supported: {', '.join(ACTIVATIONS)}")
     layers, tiles = reader.get_int("num_hidden_layers", 32), reader.get_int("max_num_tiles", 4)
-    taps = tuple(reader.get("intermediate_layers_indices", list(TAPS)))
+    taps = tuple(reader.get_list("intermediate_layers_indices", list(TAPS)))
     _indices("intermediate_layers_indices", taps, 0, layers)
     layer = VisionConfig(
         width=width, layers=layers, heads=heads, ffn=reader.get_int("intermediate_size", 5120), activation=activation,
         channels=reader.get_int("num_channels", 3), image_size=image, patch_size=patch, norm="layer_norm",
-        norm_eps=reader.get_float("norm_eps", 1e-5), out_bias=False,
+        norm_eps=reader.get_float("norm_eps", 1e-5, above=0), out_bias=False,
     )  # fmt: skip
     config = MllamaVisionConfig(
         layer, reader.get_int("num_global_layers", 8), _ratios(reader, tiles), tiles,
@@ -127,5 +136,5 @@ def _ratios(reader: ConfigReader, tiles: int) -> tuple[tuple[int, int], ...]:
 
 
 def _indices(name: str, values: tuple[Any, ...], least: int, most: int) -> None:
-    if any(type(value) is not int or not least <= value < most for value in values):
+    if len(values) > most or any(type(value) is not int or not least <= value < most for value in values):
         raise ConfigError(f"config.json: {name} is {list(values)[:50]}; each must be a whole number from {least} to {most - 1}")

@@ -6,18 +6,18 @@ from functools import partial
 from jaxinfer.checkpoint.hf import ConfigReader
 from jaxinfer.models.base import Family
 from jaxinfer.models.decoder import Decoder, weight_rules
-from jaxinfer.models.decoder_config import DecoderConfig, read_config
+from jaxinfer.models.decoder_config import DecoderConfig, read_config, window_of
 
 
 def config(reader: ConfigReader) -> DecoderConfig:
-    """Dropouts do nothing at inference; a window is that of all layers, as for Mistral.
+    """Read the configuration; a window is that of all layers, as for Mistral.
 
     A sequence that outgrows longrope's original length is computed again, as transformers' `generate` does for
     this family: keys of both kinds beside each other would mean nothing.
     """
-    for name in ("resid_pdrop", "embd_pdrop"):
-        reader.skip(name)
-    shared = read_config(reader, window=reader.get_int("sliding_window", None), partial_rotary=True)
+    reader.defaults(max_position_embeddings=4096, original_max_position_embeddings=4096, rms_norm_eps=1e-5)
+    reader.skip("full_attn_mod", "interpolate_factor")  # of the code that Phi-4-mini was published with
+    shared = read_config(reader, window=window_of(reader), partial_rotary=True)
     return replace(shared, recomputed=True)
 
 

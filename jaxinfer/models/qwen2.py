@@ -5,14 +5,14 @@ from typing import Any
 from jaxinfer.checkpoint.hf import ConfigReader
 from jaxinfer.models.base import Family
 from jaxinfer.models.decoder import Decoder, weight_rules
-from jaxinfer.models.decoder_config import FULL, SLIDING, DecoderConfig, layer_kinds, read_config
+from jaxinfer.models.decoder_config import FULL, SLIDING, DecoderConfig, layer_kinds, read_config, window_of
 
 
 def windows(reader: ConfigReader) -> dict[str, Any]:
     """Qwen's window: only where `use_sliding_window` is on, and then from layer `max_window_layers` on, or where
     `layer_types` says.
     """
-    window, layers = reader.get_int("sliding_window", None), reader.get_int("num_hidden_layers")
+    window, layers = window_of(reader), reader.get_int("num_hidden_layers")
     first = min(reader.get_int("max_window_layers", 28, least=0), layers)
     if not reader.get_bool("use_sliding_window", False) or window is None:
         window, first = None, layers
@@ -21,7 +21,10 @@ def windows(reader: ConfigReader) -> dict[str, Any]:
 
 
 def config(reader: ConfigReader) -> DecoderConfig:
-    """q, k and v always carry a bias, o never."""
+    """Read the configuration: q, k and v always carry a bias, o never, whatever the file says."""
+    reader.absent(num_key_value_heads=32)
+    reader.defaults(max_position_embeddings=32_768)
+    reader.skip("attention_bias", "qkv_bias")
     return read_config(reader, qkv_bias=True, **windows(reader))
 
 

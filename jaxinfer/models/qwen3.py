@@ -10,7 +10,14 @@ from jaxinfer.models.qwen2 import windows
 
 
 def config(reader: ConfigReader, **more: Any) -> DecoderConfig:
-    """`attention_bias` puts a bias on q, k, v and o alike; `more`: of `models.decoder_config.read_config`."""
+    """Read the configuration: `attention_bias` puts a bias on q, k, v and o alike.
+
+    `more`: of `models.decoder_config.read_config`; with experts, the family has set its own defaults.
+    """
+    if "moe" not in more:
+        reader.absent(num_key_value_heads=32)
+        reader.defaults(head_dim=128)
+    reader.defaults(max_position_embeddings=32_768)
     bias = reader.get_bool("attention_bias", False)
     return read_config(reader, qkv_bias=bias, out_bias=bias, qk_norm=True, **windows(reader), **more)
 

@@ -1,6 +1,7 @@
 """Qwen3 with experts (`Qwen3MoeForCausalLM`): Qwen3's attention, a softmax router (arXiv:2505.09388)."""
 
 from jaxinfer.checkpoint.hf import ConfigReader
+from jaxinfer.checkpoint.plain_json import show
 from jaxinfer.errors import ConfigError
 from jaxinfer.layers.moe import MoEConfig
 from jaxinfer.layers.router import RouterConfig
@@ -20,14 +21,16 @@ def dense_layers(reader: ConfigReader) -> tuple[int, ...]:
     named = reader.get("mlp_only_layers", [])
     if not isinstance(named, list) or not all(type(i) is int and 0 <= i < layers for i in named):
         raise ConfigError(
-            f"config.json: mlp_only_layers is {named!r}; it must be a list of layers from 0 to {layers - 1}"
+            f"config.json: mlp_only_layers is {show(named)}; it must be a list of layers from 0 to {layers - 1}"
         )
-    return tuple(i for i in range(layers) if i in named or (i + 1) % step)
+    dense = set(named)
+    return tuple(i for i in range(layers) if i in dense or (i + 1) % step)
 
 
 def config(reader: ConfigReader) -> DecoderConfig:
-    """`intermediate_size` is the width of the layers without experts."""
-    reader.skip("output_router_logits", "router_aux_loss_coef")  # of training
+    """Read the configuration: `intermediate_size` is the width of the layers without experts."""
+    reader.absent(num_key_value_heads=4)
+    reader.only("shared_expert_intermediate_size", 0)
     router = RouterConfig(renormalise=reader.get_bool("norm_topk_prob", False))
     experts = reader.get_int("num_local_experts", 128)
     moe = MoEConfig(

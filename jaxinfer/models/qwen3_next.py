@@ -21,10 +21,15 @@ SCALING = Scaling(offset=1.0, wide=True)
 
 
 def config(reader: ConfigReader) -> DecoderConfig:
-    """A quarter of a head's columns is rotated; the gate of attention's output is beside its queries."""
-    reader.skip("output_router_logits", "router_aux_loss_coef")  # of training
-    reader.defaults(head_dim=256)
-    if "partial_rotary_factor" not in (reader.get("rope_parameters", None) or {}):
+    """Read the configuration: a quarter of a head's columns is rotated; the gate of attention's output is beside its
+    queries.
+    """
+    reader.absent(num_key_value_heads=2)
+    reader.defaults(head_dim=256, max_position_embeddings=32_768)
+    for name in ("attn_output_gate", "attention_output_gate"):
+        reader.only(name, True)
+    stated = reader.get("rope_parameters", None) or {}
+    if not isinstance(stated, dict) or "partial_rotary_factor" not in stated:
         reader.defaults(partial_rotary_factor=0.25)
     layers, every = reader.get_int("num_hidden_layers"), reader.get_int("full_attention_interval", 4)
     kinds = layer_kinds(reader, [LINEAR if (i + 1) % every else FULL for i in range(layers)], known=(FULL, LINEAR))
@@ -37,7 +42,7 @@ def config(reader: ConfigReader) -> DecoderConfig:
     linear = DeltaNetSpec(
         reader.get_int("hidden_size"), reader.get_int("linear_num_key_heads", 16), reader.get_int("linear_key_head_dim", 128),
         reader.get_int("linear_num_value_heads", 32), reader.get_int("linear_value_head_dim", 128),
-        reader.get_int("linear_conv_kernel_dim", 4, least=2), reader.get_float("rms_norm_eps", 1e-6),
+        reader.get_int("linear_conv_kernel_dim", 4, least=2), reader.get_float("rms_norm_eps", 1e-6, above=0),
     )  # fmt: skip
     made = read_config(
         reader, qkv_bias=bias, out_bias=bias, qk_norm=True, kinds=kinds, partial_rotary=True, moe=moe,

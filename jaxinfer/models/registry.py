@@ -3,6 +3,7 @@
 import importlib
 from collections.abc import Mapping
 
+from jaxinfer.checkpoint.plain_json import show
 from jaxinfer.errors import ConfigError
 from jaxinfer.models.base import Family
 
@@ -33,18 +34,59 @@ ARCHITECTURES: Mapping[str, str] = {
 }
 """`architectures` in config.json -> the file in this folder, whose `FAMILY` is used."""
 
+MODEL_TYPES: Mapping[str, str] = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+    "kimi_linear": "KimiLinearForCausalLM",
+    "qwen3_next": "Qwen3NextForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "gemma3": "Gemma3ForConditionalGeneration",
+    "granite": "GraniteForCausalLM",
+    "cohere2": "Cohere2ForCausalLM",
+    "olmo3": "Olmo3ForCausalLM",
+    "gpt_oss": "GptOssForCausalLM",
+    "bart": "BartForConditionalGeneration",
+    "mbart": "MBartForConditionalGeneration",
+    "internvl": "InternVLForConditionalGeneration",
+    "internvl_chat": "InternVLChatModel",
+    "whisper": "WhisperForConditionalGeneration",
+    "mllama": "MllamaForConditionalGeneration",
+}
+"""`model_type` in config.json -> the architecture that a file without `architectures` means."""
+ALIASES: Mapping[str, str] = {"LLaMAForCausalLM": "LlamaForCausalLM"}
+"""Architectures by the names that files of early versions of transformers have for them."""
 
-def family(config: Mapping[str, object]) -> Family:
-    """The family of a checkpoint by its config.json.
+
+def architecture(config: Mapping[str, object]) -> str:
+    """Return the name in `ARCHITECTURES` of the architecture that a config.json names, by `model_type` if by no other.
 
     Raises:
         ConfigError: an architecture that is not in the table; lists what is.
     """
-    named = config.get("architectures") or []
+    named, kind = config.get("architectures") or [], config.get("model_type")
+    if not named and isinstance(kind, str) and kind in MODEL_TYPES:
+        return MODEL_TYPES[kind]
     for name in named if isinstance(named, list) else []:
+        name = ALIASES.get(name, name) if isinstance(name, str) else ""
         if name in ARCHITECTURES:
-            return importlib.import_module(f"jaxinfer.models.{ARCHITECTURES[name]}").FAMILY
+            return name
     raise ConfigError(
-        f"config.json: architectures is {named!r} (model_type {config.get('model_type')!r}), which is not supported; "
+        f"config.json: architectures is {show(named)} (model_type {show(kind)}), which is not supported; "
         f"supported: {', '.join(ARCHITECTURES)}"
     )
+
+
+def family(config: Mapping[str, object]) -> Family:
+    """Return the family of a checkpoint by its config.json.
+
+    Raises:
+        ConfigError: as `architecture`.
+    """
+    return importlib.import_module(f"jaxinfer.models.{ARCHITECTURES[architecture(config)]}").FAMILY

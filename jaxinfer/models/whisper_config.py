@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxinfer.checkpoint.hf import ConfigReader, read_generation_config
+from jaxinfer.checkpoint.plain_json import show
 from jaxinfer.errors import ConfigError
 from jaxinfer.layers.mlp import ACTIVATIONS
 from jaxinfer.models.base import CrossSource
@@ -16,10 +17,9 @@ STRIDE = 2
 
 
 UNUSED = (
-    "activation_dropout", "apply_spec_augment", "classifier_proj_size", "decoder_layerdrop", "encoder_layerdrop",
-    "forced_decoder_ids", "init_std", "is_encoder_decoder", "mask_feature_length", "mask_feature_min_masks",
+    "apply_spec_augment", "classifier_proj_size", "mask_feature_length", "mask_feature_min_masks",
     "mask_feature_prob", "mask_time_length", "mask_time_min_masks", "mask_time_prob", "median_filter_width",
-    "num_hidden_layers", "scale_embedding", "use_weighted_layer_sum", "max_length",
+    "num_hidden_layers", "scale_embedding", "use_weighted_layer_sum", "alignment_heads",
 )  # fmt: skip
 """What only training and classification read, sizes that are repeated, and a scale that transformers never multiplies with."""
 
@@ -92,7 +92,7 @@ class WhisperConfig:
 
 
 def read_config(reader: ConfigReader) -> WhisperConfig:
-    """config.json, with what `from_folder` adds to it.
+    """Read config.json, with what `from_folder` adds to it.
 
     Raises:
         ConfigError: sizes that do not fit each other, or an option that is not served.
@@ -110,17 +110,20 @@ def read_config(reader: ConfigReader) -> WhisperConfig:
     activation = reader.get_str("activation_function", "gelu")
     if activation not in ACTIVATIONS:
         raise ConfigError(f"config.json: activation_function is {activation!r}; supported: {', '.join(ACTIVATIONS)}")
+    reader.defaults(max_source_positions=1500, max_target_positions=448)
     said = reader.get("special_tokens", {})
+    if not isinstance(said, Mapping):
+        raise ConfigError(f"config.json: special_tokens must be an object, got {show(said)}")
     reader.skip(*UNUSED)
     return WhisperConfig(
         reader.get_int("vocab_size"), width, stack("encoder", "max_source_positions"),
-        stack("decoder", "max_target_positions"), reader.get_int("num_mel_bins"), activation,
+        stack("decoder", "max_target_positions"), reader.get_int("num_mel_bins", 80), activation,
         WhisperTokens.of(said, reader.config) if said or "decoder_start_token_id" in reader.config else None,
         reader.get_bool("tie_word_embeddings", True),
     )  # fmt: skip
 
 
 def from_folder(directory: Path) -> Mapping[str, Any]:
-    """The special tokens, which generation_config.json names."""
+    """Read the special tokens, which generation_config.json names."""
     found = read_generation_config(directory)
     return {"special_tokens": found} if found else {}

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxinfer.checkpoint.plain_json import shorten, show
 from jaxinfer.errors import ConfigError
 
 
@@ -53,7 +54,7 @@ class WhisperTokens:
 
     @classmethod
     def of(cls, generation_config: Mapping[str, Any], config: Mapping[str, Any]) -> "WhisperTokens":
-        """Of generation_config.json, and config.json where there is none.
+        """Read the tokens of generation_config.json, and of config.json where there is none.
 
         Raises:
             ConfigError: an id that is none, or a start token that neither names.
@@ -64,11 +65,16 @@ class WhisperTokens:
             return None if value is None else _id(name, value)
 
         def several(name: str) -> tuple[int, ...]:
-            found = (generation_config or config).get(name)
-            return tuple(_id(name, value) for value in found or () if value != -1)
+            found = (generation_config or config).get(name) or []
+            if not isinstance(found, list):
+                raise ConfigError(f"generation_config.json: {name} must be a list of token ids, got {show(found)}")
+            return tuple(_id(name, value) for value in found if value != -1)
 
         def named(name: str) -> tuple[tuple[str, int], ...]:
-            return tuple((key, _id(f"{name}[{key!r}]", value)) for key, value in (generation_config.get(name) or {}).items())
+            found = generation_config.get(name) or {}
+            if not isinstance(found, Mapping):
+                raise ConfigError(f"generation_config.json: {name} must map names to token ids, got {show(found)}")
+            return tuple((key, _id(f"{name}[{shorten(repr(key))}]", value)) for key, value in found.items())
 
         start, eos = one("decoder_start_token_id"), one("eos_token_id")
         if start is None or eos is None:
@@ -174,6 +180,6 @@ class WhisperTokens:
 
 
 def _id(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ConfigError(f"generation_config.json: {name} is {value!r}; it must be a token id")
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31:
+        raise ConfigError(f"generation_config.json: {name} is {show(value)}; it must be a token id")
     return value

@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub import constants, errors
 from huggingface_hub.utils import filter_repo_objects
 
-from jaxinfer.checkpoint import hf, hub
+from jaxinfer.checkpoint import hf, hub, plain_json
 from jaxinfer.checkpoint.hf import (
     ConfigReader,
     added_token,
@@ -170,7 +170,7 @@ def test_bad_json_names_the_file(tmp_path, text, texts):
 
 
 def test_json_of_any_size_is_not_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(hf, "MAX_JSON_BYTES", 10)
+    monkeypatch.setattr(plain_json, "MAX_JSON_BYTES", 10)
     write(tmp_path, a="0123456789")
     with pytest.raises(CheckpointError, match=r"config\.json has 19 bytes; a JSON file may have 10"):
         read_json(tmp_path / "config.json")
@@ -233,7 +233,7 @@ def test_generation_config_is_optional(tmp_path):
         read_generation_config(tmp_path)
 
 
-@pytest.mark.parametrize("value", [0, -1, 2**22 + 1, pytest.param(10**5000, id="10**5000"), 1.5, 32000.0,
+@pytest.mark.parametrize("value", [0, -1, 2**22 + 1, pytest.param(10**5000, id="10**5000"), 1.5, 32000.5,
                                    "32000", True, [1]])
 def test_sizes_are_checked_before_anything_is_made_of_them(value):
     for check in (lambda: check_sizes({"vocab_size": value}, "hidden_size", "vocab_size"),
@@ -257,11 +257,12 @@ def test_getters_give_types_and_defaults():
     assert reader.get_int("none", 7) == 7 and reader.get_int("absent", None) is None
     assert reader.get_bool("absent", True) is True and reader.get_str("absent", "x") == "x"
     assert reader.get("d") == {"x": 1} and reader.get("absent", ()) == ()
+    assert type(ConfigReader({"size": 8192.0}, "llama").get_int("size")) is int
     assert ConfigReader({"first": 0}, "qwen2").get_int("first", least=0) == 0
 
 
 @pytest.mark.parametrize(("getter", "value"), [
-    ("get_int", 1.0), ("get_int", True), ("get_int", "1"), ("get_int", 0), ("get_int", 2**31),
+    ("get_int", 1.5), ("get_int", True), ("get_int", "1"), ("get_int", 0), ("get_int", 2**31),
     ("get_float", "1"), ("get_float", True), ("get_float", float("inf")), ("get_float", 10**400),
     ("get_bool", 1), ("get_bool", "true"), ("get_str", 1), ("get_str", ["silu"]),
     ("get_int", None), ("get_float", None), ("get_bool", None), ("get_str", None), ("get", None),
@@ -275,16 +276,65 @@ def test_getters_name_family_field_and_value(getter, value):
 
 
 def test_what_nobody_read_is_refused_with_the_remedy():
-    reader = ConfigReader({"hidden_size": 8, "logit_scale": 0.25, "alibi": True, "of_family": 5, "skipped": 1,
-                           "off": False, "nothing": None, "empty": [], "zero": 0}, "llama")
+    reader = ConfigReader({"hidden_size": 8, "logit_scale": 0.25, "alibi": True, "skipped": 1, "off": False,
+                           "nothing": None, "empty": [], "zero": 0}, "llama")
     reader.get_int("hidden_size")
     reader.skip("skipped")
     with pytest.raises(ConfigError) as error:
-        reader.finish(ignored=["of_family"])
-    named(error, "llama", "logit_scale=0.25", "alibi=True", "zero=0",
-          "hf_overrides={'logit_scale': None, 'alibi': None, 'zero': None}")
-    for passed in ("hidden_size", "of_family", "skipped", "off", "nothing", "empty"):
+        reader.finish()
+    named(error, "llama", "logit_scale=0.25", "alibi=True", "off=False", "zero=0",
+          "hf_overrides={'logit_scale': None, 'alibi': None, 'off': None, 'zero': None}",
+          '--hf-overrides \'{"logit_scale": null, "alibi": null, "off": null, "zero": null}\'')
+    for passed in ("hidden_size", "skipped", "nothing", "empty"):
         assert passed not in str(error.value)
+
+
+@pytest.mark.parametrize(("value", "values", "passes"), [
+    (True, (True,), True), (None, (True,), True), (1, (True,), False), (False, (True,), False), (1, (1.0,), True),
+    (0, (False,), False), ("rope", ("rope", "rotary"), True), ([1], ([1],), True), ({}, (), False),
+])
+@pytest.mark.parametrize("later", [False, True])
+def test_an_attribute_that_may_have_one_value(value, values, passes, later):
+    """At once, or when all is read; an empty value is none there."""
+    reader = ConfigReader({"is_causal": value}, "llama")
+
+    def check() -> None:
+        if later:
+            reader.require({"is_causal": values})
+            reader.finish()
+        else:
+            reader.only("is_causal", *values)
+            reader.finish()
+
+    if passes:
+        check()
+        return
+    with pytest.raises(ConfigError) as error:
+        check()
+    named(error, "llama", f"is_causal={value!r}", "hf_overrides={'is_causal': None}")
+
+
+def test_what_a_family_requires_may_still_be_read():
+    reader = ConfigReader({"logit_scale": 0.25}, "cohere2")
+    reader.require({"logit_scale": (1,)})
+    assert reader.get_float("logit_scale") == 0.25
+    reader.finish()
+
+
+def test_notes_of_tools_are_logged_once(caplog):
+    notes = {"unsloth_version": "2025.1", "_x": 3, "wandb_run": "r", "kobart_version": 2.0, "mlp_dropout": 0.1, "license": "mit"}
+    for _ in range(2):
+        with caplog.at_level(logging.INFO, logger="jaxinfer"):
+            ConfigReader(notes, "a family of its own").finish()
+    [record] = caplog.records
+    assert all(name in record.message for name in notes)
+
+
+def test_null_is_a_value_only_where_a_family_says_so():
+    reader = ConfigReader({"cap": None, "size": None}, "gemma2")
+    reader.defaults(size=8, other=9)
+    reader.absent(cap=50.0, window=7)
+    assert [reader.get(name, None) for name in ("size", "other", "cap", "window")] == [8, 9, None, 7]
 
 
 def test_rope_fields_are_read_together():
@@ -293,19 +343,6 @@ def test_rope_fields_are_read_together():
     reader.finish()
     with pytest.raises(ConfigError, match="'mrope'.*supported: default, linear"):
         ConfigReader({"rope_scaling": {"type": "mrope"}, "max_position_embeddings": 64}, "llama").rope(8)
-
-
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "phi3"])
-def test_what_transformers_saves_by_default_needs_nothing_more(family):
-    from transformers import AutoConfig
-
-    config = json.loads(AutoConfig.for_model(family).to_json_string(use_diff=False))
-    reader = ConfigReader(config, family)
-    reader.skip("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                "num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps", "tie_word_embeddings",
-                "sliding_window", "layer_types", "max_window_layers")
-    assert reader.rope(128).kind == "default"
-    reader.finish()
 
 
 def test_the_patterns_fetch_no_code():

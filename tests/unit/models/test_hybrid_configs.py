@@ -164,7 +164,7 @@ def test_rope_parameters_of_each_kind_as_transformers_5_writes_them(name):
 
 
 @pytest.mark.parametrize(("hf", "changes", "message"), [
-    (GEMMA_2_2B, {"sliding_window": 0}, "sliding_window=0"),
+    (GEMMA_2_2B, {"sliding_window": 0}, "layer_types names sliding_attention, but there is no sliding_window in use"),
     (GEMMA_2_2B, {"sliding_window": -1}, "sliding_window=-1"),
     (GEMMA_2_2B, {"sliding_window": 4.5}, "sliding_window=4.5"),
     (GPT_OSS_20B, {"layer_types": [SLIDING, FULL]}, "num_hidden_layers = 24"),

@@ -123,7 +123,7 @@ def test_the_tower_ends_with_the_layer_that_is_asked_for():
                          ("text_config", "num_attention_heads")]
       for value in (0, -1, 2**40)),
     *(("vision_config.image_size", value, "vision_config: image_size=.*must be a whole number from 1 to 8192")
-      for value in (0, -28, 2**20, [28, 35], [28], "28", [28, True], 28.0)),
+      for value in (0, -28, 2**20, [28, 35], [28], "28", [28, True], 28.5)),
     ("vision_config.patch_size", 0, "vision_config: patch_size=0 must be"),
     ("vision_config.patch_size", 5, "image_size is 28, which patch_size = 5 does not divide"),
     ("vision_config.num_attention_heads", 5, "hidden_size is 32, which num_attention_heads = 5 does not divide"),

@@ -7,8 +7,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+from safetensors.numpy import save_file
 from support import checkpoint
 
 import jaxinfer
@@ -277,14 +279,29 @@ def test_bad_models_are_refused_by_name(tmp_path: Path):
         sharding.plan(SMALL | {"architectures": ["BogusModel"]})
     with pytest.raises(ConfigError, match="hidden_size"):
         sharding.plan(SMALL | {"hidden_size": -1})
-    with pytest.raises(ConfigError, match="does not say its dtype"):
-        sharding.plan({name: value for name, value in SMALL.items() if name != "torch_dtype"})
+    with pytest.raises(ConfigError, match="torch_dtype. is 'float8_e4m3fn'; jaxinfer computes in float32, bfloat16, float16"):
+        sharding.plan(SMALL | {"torch_dtype": "float8_e4m3fn"})
+    with pytest.raises(ConfigError, match="torch_dtype is 7; it must be a name"):
+        sharding.plan(SMALL | {"torch_dtype": 7})
+    with pytest.raises(ConfigError, match="BogusModel"):  # before what else is missing
+        sharding.plan({"architectures": ["BogusModel"], "text_config": {"dtype": "bfloat16"}})
     with pytest.raises(CheckpointError, match="no config.json"):
         sharding.plan(tmp_path)
     with pytest.raises(TypeError, match="mesh must be"):
         sharding.plan(SMALL, mesh=4)
     with pytest.raises(TypeError, match="unknown setting 'placements'; did you mean 'placement'"):
         sharding.plan(SMALL, placements={})
+
+
+def test_a_config_without_a_dtype_is_planned_as_wide_as_its_weights_may_be(tmp_path: Path, caplog):
+    """Of a folder with weights, the dtype is theirs."""
+    silent = {name: value for name, value in SMALL.items() if name != "torch_dtype"}
+    assert sharding.plan(silent).rows == sharding.plan(SMALL, dtype="float32").rows
+    assert "config.json states no dtype; planned in float32" in caplog.text
+    assert sharding.plan(silent | {"torch_dtype": "auto"}).rows == sharding.plan(silent).rows
+    (tmp_path / "config.json").write_text(json.dumps(silent))
+    save_file({"x": np.zeros(2, np.float16)}, tmp_path / "model.safetensors")
+    assert sharding.plan(tmp_path).rows == sharding.plan(SMALL, dtype="float16").rows
 
 
 def test_a_folder_with_nothing_but_a_config_is_enough(tmp_path: Path):

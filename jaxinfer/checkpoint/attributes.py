@@ -1,0 +1,83 @@
+"""Classes of the attributes that a config.json may have beside those that a model's family reads.
+
+An attribute that no family reads is *harmless* (`HARMLESS`: what transformers itself ignores at inference), *required
+to have one value* (`ONE_VALUE` here, and `ConfigReader.only` in the families), *a label* (`is_label`: logged once), or
+unknown, and then refused.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+_SPECIAL_TOKENS = """
+    bos_token_id cls_token_id decoder_start_token_id eos_token_id forced_bos_token_id forced_decoder_ids
+    forced_eos_token_id mask_token_id pad_token_id sep_token_id unk_token_id begin_suppress_tokens suppress_tokens
+    bos_token eos_token pad_token unk_token image_token_index
+"""
+_GENERATION = """
+    assistant_confidence_threshold assistant_lookbehind bad_words_ids diversity_penalty do_sample early_stopping
+    encoder_no_repeat_ngram_size epsilon_cutoff eta_cutoff exponential_decay_length_penalty guidance_scale
+    length_penalty max_length max_new_tokens min_length min_new_tokens min_p no_repeat_ngram_size
+    num_assistant_tokens num_beam_groups num_beams num_return_sequences output_scores penalty_alpha prefix
+    remove_invalid_values renormalize_logits repetition_penalty return_dict_in_generate stop_strings temperature
+    token_healing top_k top_p typical_p use_cache
+"""
+_LABELS_AND_CLASSES = """
+    _attn_implementation _attn_implementation_autoset _attn_implementation_internal _commit_hash
+    _experts_implementation _flash_attn_2_enabled _model_name_or_path _name_or_path _num_labels architectures
+    auto_map finetuning_task id2label is_llama_config keys_to_ignore_at_inference label2id model_name_or_path
+    model_type name_or_path num_labels problem_type task_specific_params tokenizer_class transformers.js_config
+    transformers_version
+"""
+_IMPLEMENTATION = """
+    attn_implementation cache_implementation chunk_size_feed_forward dtype ep_size flash_attn
+    flash_attn_version flash_attention fused_mlp is_decoder is_encoder_decoder num_logits_to_keep output_attentions
+    output_hidden_states output_past pretraining_tp return_dict tf_legacy_loss torch_dtype torchscript
+    unsloth_fixed unsloth_tiled_mlp use_bfloat16 use_flash_attention use_flash_attention_2 use_flash_attn
+    use_fused_rms_norm use_fused_rope use_kernel use_liger_kernel use_sdpa use_xformers
+"""
+_TRAINING = """
+    attention_dropout attention_probs_dropout_prob attn_pdrop aux_loss_alpha classif_dropout classifier_dropout
+    dropout embd_pdrop gradient_checkpointing hidden_dropout hidden_dropout_prob init_method_std init_std
+    initializer_factor initializer_range loss_function loss_type neftune_noise_alpha num_mtp_layers
+    num_nextn_predict_layers output_router_logits resid_pdrop router_aux_loss_coef router_jitter_noise
+    router_z_loss_coef seq_aux summary_activation summary_first_dropout summary_proj_to_labels summary_type
+    summary_use_proj
+"""
+_LENGTHS = """
+    max_seq_len max_seq_length max_sequence_length model_max_length n_ctx seq_len seq_length
+    tokenizer_model_max_length tokenizer_padding_side
+"""
+HARMLESS = frozenset(
+    f"{_SPECIAL_TOKENS} {_GENERATION} {_LABELS_AND_CLASSES} {_IMPLEMENTATION} {_TRAINING} {_LENGTHS}".split()
+)
+"""Attributes that do not change a forward pass at inference, whatever their value: special tokens and defaults of
+`generate`, names of classes and labels, which code computes, training, and lengths of tokenizers and of training. A
+family that does read one of them, reads it."""
+
+ONE_VALUE: Mapping[str, tuple[Any, ...]] = {
+    "add_cross_attention": (False,),
+    "tie_encoder_decoder": (False,),
+    "cross_attention_hidden_size": (),
+    "pruned_heads": ({},),
+    "use_lora": (False,),
+}
+"""Attributes that any family's file may have, and the values that mean what is computed."""
+
+_LABEL = re.compile(
+    r"_.*|unsloth_.*|tokenizer_.*|dataset.*|train(ing)?_.*|wandb_.*|base_model.*|"
+    r".*(_version|_hash|_commit|_url|_date|_author|_license|_name|_path|_token_ids?|_pdrop|_lr|_loss_coef|_loss_weight)|"
+    r".*(dropout|layerdrop|drop_path|initializer|_init_std|gradient_).*|"
+    r"author|authors|citation|comment|created|date|description|id|language|languages|library_name|license|metadata|"
+    r"model_card|name|pipeline_tag|revision|source|tags|title|url|version"
+)
+
+
+def is_label(name: str) -> bool:
+    """Tell whether an attribute that no family reads is a note of a tool or of its author, by its name."""
+    return _LABEL.fullmatch(name) is not None
+
+
+def same(value: Any, other: Any) -> bool:
+    """Compare two values of JSON, where true is not 1."""
+    return isinstance(value, bool) == isinstance(other, bool) and value == other

@@ -1,0 +1,66 @@
+"""Quantised formats of published checkpoints: which are read, and why the others are refused."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxinfer.checkpoint.plain_json import read_json, shorten, show
+from jaxinfer.errors import ConfigError
+
+READ_QUANTISED: Mapping[str, tuple[str, str]] = {"mxfp4": ("GptOssForCausalLM", "gpt_oss")}
+"""`quant_method` of the formats that are read (`checkpoint.interleaved`), and the architecture and `model_type` of the
+checkpoints that have it."""
+QUANTISATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+"""Files of a quantised folder beside config.json: NVIDIA ModelOpt's, GPTQ's and AWQ's."""
+_FIELDS = ("quantization_config", "compression_config", "quantization")
+_PARTS = ("text_config", "llm_config")
+_REMEDY = "Use the checkpoint of this model in bfloat16, float16 or float32"
+
+
+def refuse_quantised(config: Mapping[str, Any], directory: Path | None = None) -> None:
+    """Refuse a quantised checkpoint whose format is not read, by what config.json or another file of its folder says.
+
+    Raises:
+        ConfigError: the format is not read, or not for this architecture; names the field or file and the format.
+        CheckpointError: a file that would say so is not readable.
+    """
+    for part in ("", *_PARTS):
+        values = config.get(part) if part else config
+        for field in _FIELDS if isinstance(values, Mapping) else ():
+            if values.get(field):
+                _check(f"{part}.{field}" if part else field, values[field], config, part or field)
+    for name in QUANTISATION_FILES if directory is not None else ():
+        if (directory / name).is_file():
+            _check_file(directory / name, config)
+
+
+def _check(field: str, value: Any, config: Mapping[str, Any], override: str) -> None:
+    method = value.get("quant_method") if isinstance(value, Mapping) else None
+    reader = READ_QUANTISED.get(method) if isinstance(method, str) else None
+    if reader is not None and _is(config, *reader):
+        return
+    supported = ", ".join(f"{name} of {architecture}" for name, (architecture, _) in READ_QUANTISED.items())
+    said = f"{method!r} ({shorten(show(value), 120)})" if method else show(value)
+    nothing = {override: None} if field == override else {override: {field.rpartition(".")[2]: None}}
+    raise ConfigError(
+        f"{field}={said}: quantised checkpoints are not supported in this format (supported: {supported}). {_REMEDY}; "
+        f"if the weights of this folder are not quantised in fact, pass hf_overrides={nothing}."
+    )
+
+
+def _is(config: Mapping[str, Any], architecture: str, model_type: str) -> bool:
+    named = config.get("architectures")
+    return architecture in named if isinstance(named, list) and named else config.get("model_type") == model_type
+
+
+def _check_file(path: Path, config: Mapping[str, Any]) -> None:
+    """Read what a file of a quantising tool says; some tools leave one that names no format of weights."""
+    said = read_json(path)
+    inner = said.get("quantization") if isinstance(said.get("quantization"), Mapping) else said
+    method = inner.get("quant_algo") or inner.get("quant_method") or inner.get("bits") or inner.get("w_bit")
+    if not method or str(method).lower() in READ_QUANTISED:
+        return
+    raise ConfigError(
+        f"{path} says that the weights are quantised ({shorten(show(dict(inner)), 120)}), and checkpoints of this format "
+        f"are not supported. {_REMEDY}; if these weights are not quantised in fact, remove the file."
+    )

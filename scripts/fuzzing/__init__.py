@@ -1,0 +1,1 @@
+"""Parts of `scripts/fuzz.py`: one module for each kind of file, and what they share."""

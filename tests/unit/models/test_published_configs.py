@@ -1,0 +1,64 @@
+"""Published config.json files: each is parsed and planned as it is, and every architecture has one."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jaxinfer import sharding
+from jaxinfer.checkpoint.hf import lay_over
+from jaxinfer.errors import ConfigError
+from jaxinfer.models import loading
+from jaxinfer.models.registry import ARCHITECTURES, MODEL_TYPES, architecture
+
+FOLDER = Path(__file__).resolve().parents[2] / "real/configs"
+INDEX: dict[str, dict[str, str]] = json.loads((FOLDER / "index.json").read_text())
+NAMES = sorted(INDEX)
+UNQUANTISED = {"quantization_config": None}
+"""Laid over the file of DeepSeek-V3, whose weights are FP8: bfloat16 copies of it have the rest as it is."""
+
+
+def published(name: str) -> dict[str, Any]:
+    hf = json.loads((FOLDER / f"{name}.json").read_text())
+    return lay_over(hf, UNQUANTISED if name.startswith("DeepSeek") else None)
+
+
+def shallow(hf: dict[str, Any]) -> dict[str, Any]:
+    """Two layers of each kind of stack: what differs between layers is planned, in a fraction of the time."""
+    made = {name: shallow(value) if name.endswith("_config") and isinstance(value, dict) else value for name, value in hf.items()}
+    made |= {name: 2 for name in ("num_hidden_layers", "encoder_layers", "decoder_layers", "num_global_layers") if name in made}
+    made |= {name: made[name][-2:] for name in ("layer_types",) if isinstance(made.get(name), list)}
+    if "full_attn_layers" in made:
+        made |= {"full_attn_layers": [2], "kda_layers": [1]}
+    made |= {"full_attention_interval": 2} if "full_attention_interval" in made else {}
+    made |= {"cross_attention_layers": [1]} if "cross_attention_layers" in made else {}
+    if "intermediate_layers_indices" in made:
+        made |= {"intermediate_layers_indices": [0], "vision_output_dim": 2 * made["hidden_size"]}
+    return made
+
+
+def test_every_architecture_has_a_published_file_and_every_file_its_entry():
+    assert {path.stem for path in FOLDER.glob("*.json")} == {*NAMES, "index"}
+    assert {architecture(published(name)) for name in NAMES} == set(ARCHITECTURES)
+    assert set(MODEL_TYPES.values()) == set(ARCHITECTURES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_is_read_as_it_is(name):
+    served, config = loading.parse(published(name))
+    assert config.max_length >= 448
+    assert loading.resolve_dtype("auto", loading.said_dtype(published(name)) or served.stored_dtype, "gpu", served)
+    without = {key: value for key, value in published(name).items() if key != "architectures"}
+    assert loading.parse(without)[1] == config
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_is_planned(name):
+    plan = sharding.plan(shallow(published(name)), tensor_parallel_size=1)
+    assert plan.rows and plan.cache.layers
+
+
+def test_a_quantised_one_is_refused_by_its_format():
+    with pytest.raises(ConfigError, match=r"quantization_config='fp8' .*not supported in this format .*mxfp4"):
+        lay_over(json.loads((FOLDER / "DeepSeek-V3.json").read_text()))
