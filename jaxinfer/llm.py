@@ -189,12 +189,14 @@ class LLM:
 
     def stream_chat(
         self, messages: Any, sampling_params: Params = None, *, chat_template: str | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool = True, chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Iterator[RequestOutput]:  # fmt: skip
-        """`chat`, streaming."""
-        return self._watch(
-            self._prepare_chat(messages, sampling_params, chat_template, chat_template_kwargs, streaming=True)
-        )
+        """Answer as `chat` does, and yield what is new as it is made, as `stream` does."""
+        handles = self._prepare_chat(
+            messages, sampling_params, chat_template, chat_template_kwargs, add_generation_prompt=add_generation_prompt,
+            streaming=True,
+        )  # fmt: skip
+        return self._watch(handles)
 
     def transcribe(
         self, audio: Any, sampling_params: Params = None, *, language: str | None = None,

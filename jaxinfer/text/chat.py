@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -111,9 +112,10 @@ def _message(message: Any, where: str, images: bool) -> dict[str, Any]:
         raise TypeError(f"{where} must be a dict with 'role' and 'content', got {describe(message)}.")
     if not isinstance(message.get("role"), str):
         raise TypeError(f"{where}['role'] must be a string, got {describe(message.get('role'))}.")
+    message = _with_parsed_calls(message)
     content = message.get("content")
-    if content is None and message.get("tool_calls"):
-        return dict(message)
+    if content is None and ("content" in message or message.get("tool_calls")):
+        content = ""  # OpenAI's clients send None; many templates add the content to a string
     if _is_list(content):
         content = [_part(part, f"{where}['content'][{index}]", images) for index, part in enumerate(content)]
     elif not isinstance(content, str):
@@ -121,6 +123,26 @@ def _message(message: Any, where: str, images: bool) -> dict[str, Any]:
         raise TypeError(f"{where}['content'] must be a string or a list of {parts}, "
                         f"got {describe(content)}.")
     return {**message, "content": content}
+
+
+def _with_parsed_calls(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a message whose tool calls have objects as arguments: OpenAI's form has JSON in a string, templates encode it."""
+    calls = message.get("tool_calls")
+    if not _is_list(calls):
+        return message
+    return {**message, "tool_calls": [_parsed_call(call) for call in calls]}
+
+
+def _parsed_call(call: Any) -> Any:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    arguments = function.get("arguments") if isinstance(function, Mapping) else None
+    if not isinstance(arguments, str):
+        return call
+    try:
+        parsed = json.loads(arguments) if arguments.strip() else {}
+    except ValueError:
+        return call  # a model may have written it; the template decides
+    return {**call, "function": {**function, "arguments": parsed}}
 
 
 def _part(part: Any, where: str, images: bool) -> dict[str, str]:

@@ -173,3 +173,25 @@ def test_without_jinja_the_error_says_what_to_install(byte_bpe, monkeypatch):
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(ChatTemplateError, match="pip install 'jinja2"):
         render(byte_bpe)
+
+
+TOOLS = (
+    "{% for m in messages %}{{ m.role }}:{{ m.content + '' }}{% for call in m.tool_calls or [] %}"
+    "{{ call.function.name }}{{ call.function.arguments | tojson }}{% for k, v in call.function.arguments.items() %}[{{ k }}={{ v }}]"
+    "{% endfor %}{% endfor %};{% endfor %}"
+)
+
+
+def test_tool_calls_in_the_form_of_openai_are_rendered_as_objects(byte_bpe):
+    """Arguments are JSON in a string and the content is None; what the caller passed stays as it is."""
+    function = {"name": "f", "arguments": '{"city": "Paris"}'}
+    messages = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "type": "function", "function": function}]},
+        {"role": "assistant", "content": None},
+    ]
+    expected = 'user:hi;assistant:f{"city": "Paris"}[city=Paris];assistant:;'
+    assert render_chat(byte_bpe, messages, chat_template=TOOLS) == expected
+    assert function["arguments"] == '{"city": "Paris"}' and messages[1]["content"] is None
+    function["arguments"] = {"city": "Paris"}
+    assert render_chat(byte_bpe, messages, chat_template=TOOLS) == expected
