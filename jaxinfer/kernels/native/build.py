@@ -20,7 +20,7 @@ import jax
 from jax.sharding import Mesh
 
 from jaxinfer.errors import ConfigError
-from jaxinfer.folders import cache_folder
+from jaxinfer.folders import cache_folder, is_private
 
 log = logging.getLogger(__name__)
 
@@ -107,14 +107,14 @@ def _compiler() -> str | None:
 
 
 def _built(compiler: str) -> Path:
-    """The library for this machine, built if it is not there yet."""
+    """Return the library for this machine. It is built if it is missing, or if another user could have written it."""
     here = Path(__file__).parent
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     made_from = [version, jax.__version__, *FLAGS, *sorted(cpu_flags())]
     made_from += [(here / name).read_text() for name in (*SOURCES, *HEADERS)]
     name = hashlib.sha256("\0".join(made_from).encode()).hexdigest()[:16]
     library = cache_folder("native") / f"kernels-{name}.so"
-    if not library.exists():
+    if not is_private(library):
         log.info("building the CPU kernels with %s, once, into %s", compiler, library)
         _build(compiler, here, library)
     return library
@@ -139,4 +139,5 @@ def _build(compiler: str, sources: Path, library: Path) -> None:
         whole = Path(folder) / library.name
         command = [compiler, *FLAGS, *map(str, objects), "-o", str(whole)]
         subprocess.run(command, capture_output=True, text=True, check=True)
+        whole.chmod(0o755)  # a umask of 002 lets the group write
         os.replace(whole, library)
