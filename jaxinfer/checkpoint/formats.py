@@ -34,6 +34,46 @@ def refuse_quantised(config: Mapping[str, Any], directory: Path | None = None) -
             _check_file(directory / name, config)
 
 
+_OTHERS = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".npz")
+"""Endings of files with weights that can run code, or that other frameworks write."""
+
+
+def why_not(directory: Path, wanted: str) -> str:
+    """Say why a folder cannot be loaded that lacks `wanted`: what it holds in its place, and what to do about it.
+
+    Args:
+        directory: the folder.
+        wanted: what was looked for and is not there, for the message.
+    """
+    names = sorted(entry.name for entry in directory.iterdir()) if directory.is_dir() else []
+    some = {ending: shorten(", ".join(name for name in names if name.endswith(ending))) for ending in (".gguf", ".safetensors")}
+    others = shorten(", ".join(name for name in names if name.endswith(_OTHERS)))
+    if "adapter_config.json" in names:
+        return (
+            f"{directory} is a PEFT adapter (adapter_config.json) without {wanted}. Adapters are not read; merge it into its "
+            "base model and save that: PeftModel.merge_and_unload().save_pretrained(path)."
+        )
+    if some[".gguf"]:
+        return (
+            f"{directory} has no {wanted}, only GGUF files: {some['.gguf']}. GGUF is not read; use the safetensors checkpoint "
+            "of this model."
+        )
+    if "params.json" in names or "consolidated.safetensors" in names:
+        return (
+            f"{directory} has no {wanted}: it holds the original format of Meta or Mistral ({shorten(', '.join(names))}), which "
+            "is not read. Use the folder in the format of transformers, which the Hub has beside it."
+        )
+    if some[".safetensors"]:
+        return f"{directory} has no {wanted}; found {some['.safetensors']}. Fetch the missing file."
+    if others:
+        return (
+            f"{directory} has no {wanted}, only {others}. Reading such files can run code that they carry, so they are never "
+            "opened. Convert them where you trust them: load the model with transformers and write it with "
+            "save_pretrained(path)."
+        )
+    return f"{directory} has no {wanted}; found {shorten(', '.join(names)) or 'nothing'}. Pass the folder that save_pretrained or the Hub made."
+
+
 def _check(field: str, value: Any, config: Mapping[str, Any], override: str) -> None:
     method = value.get("quant_method") if isinstance(value, Mapping) else None
     reader = READ_QUANTISED.get(method) if isinstance(method, str) else None

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from jaxinfer.checkpoint.attributes import HARMLESS, ONE_VALUE, is_label, same
-from jaxinfer.checkpoint.formats import refuse_quantised
-from jaxinfer.checkpoint.plain_json import read_json, shorten, show
+from jaxinfer.checkpoint.formats import refuse_quantised, why_not
+from jaxinfer.checkpoint.plain_json import read_json, show
 from jaxinfer.errors import CheckpointError, ConfigError
 from jaxinfer.layers.rope_config import ROPE_FIELDS, RopeConfig
 
@@ -53,10 +53,7 @@ def read_config(directory: Path, hf_overrides: Mapping[str, Any] | None = None) 
     """
     path = directory / "config.json"
     if not path.is_file():
-        names = sorted(entry.name for entry in directory.iterdir()) if directory.is_dir() else []
-        found = shorten(", ".join(names)) or "nothing"
-        raise CheckpointError(f"{directory} has no config.json; found {found}. Pass the folder that "
-                              "save_pretrained or the Hub made.")
+        raise CheckpointError(why_not(directory, "config.json"))
     config = lay_over(read_json(path), hf_overrides)
     refuse_quantised(config, directory)
     return config

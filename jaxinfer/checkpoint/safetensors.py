@@ -11,14 +11,14 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from jaxinfer.checkpoint.plain_json import read_json, refuse_duplicates
+from jaxinfer.checkpoint.formats import why_not
+from jaxinfer.checkpoint.plain_json import read_json, refuse_duplicates, shorten, show
 from jaxinfer.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000
@@ -33,8 +33,6 @@ DTYPES: dict[str, np.dtype] = {name: np.dtype(dtype) for name, dtype in {
     "F8_E5M2": ml_dtypes.float8_e5m2, "F8_E8M0": ml_dtypes.float8_e8m0fnu,
 }.items()}
 """Names of safetensors to NumPy dtypes."""
-
-_OTHER_FORMATS = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".gguf", ".npz")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +64,7 @@ class SafetensorsReader:
         elif (self.directory / INDEX).is_file():
             self._tensors = _read_shards(self.directory)
         else:
-            raise CheckpointError(_nothing_to_read(self.directory))
+            raise CheckpointError(why_not(self.directory, f"{SINGLE} or {INDEX}"))
 
     def names(self) -> list[str]:
         """Every tensor's name, in the order of the bytes on disk."""
@@ -139,26 +137,40 @@ def _read_shards(directory: Path) -> dict[str, TensorInfo]:
         _check_file_name(index, name, file)
         first_of.setdefault(file, name)
     tensors: dict[str, TensorInfo] = {}
+    read: dict[Path, Path] = {}  # a file by what it is: the Hub's cache has links, of which two may lead to one file
     for file, name in first_of.items():
-        if not (directory / file).is_file():
-            raise CheckpointError(f"{index} says that tensor {name!r} is in {file!r}, which is absent. "
-                                  "Fetch the missing file.")
-        for found, info in _read_header(directory / file).items():
+        path = directory / file
+        if not is_file(path):
+            raise CheckpointError(
+                f"{index} says that tensor {shorten(repr(name))} is in {shorten(repr(file))}, which is absent. Fetch the "
+                "missing file."
+            )
+        if read.setdefault(path.resolve(), path) != path:
+            continue
+        for found, info in _read_header(path).items():
             if found in tensors:
                 both = f"{tensors[found].file} and {info.file}"
-                raise CheckpointError(f"tensor {found!r} is in two files: {both}.")
+                raise CheckpointError(f"tensor {shorten(repr(found))} is in two files: {both}.")
             tensors[found] = info
     for name, file in weight_map.items():
-        if name not in tensors or tensors[name].file != directory / file:
-            raise CheckpointError(f"{index} says that tensor {name!r} is in {file!r}, which lacks it.")
+        if name not in tensors or tensors[name].file != read[(directory / file).resolve()]:
+            raise CheckpointError(f"{index} says that tensor {shorten(repr(name))} is in {shorten(repr(file))}, which lacks it.")
     return tensors
+
+
+def is_file(path: Path) -> bool:
+    """Tell whether a file is there, also for names that no file can have."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def _check_file_name(index: Path, name: str, file: Any) -> None:
     """Refuses whatever could lead out of the folder, or to a file that is not safetensors."""
     plain = isinstance(file, str) and file.endswith(".safetensors") and "\\" not in file and "\0" not in file
     if not plain or PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts or ":" in file:
-        raise CheckpointError(f"{index} says that tensor {name!r} is in {file!r}; only the name of a "
+        raise CheckpointError(f"{index} says that tensor {shorten(repr(name))} is in {show(file)}; only the name of a "
                               ".safetensors file inside the folder is accepted.")
 
 
@@ -203,20 +215,21 @@ def _tensor_info(file: Path, name: str, entry: Any, data_start: int) -> TensorIn
     entry = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise CheckpointError(f"{file}: tensor {name!r} has dtype {dtype!r}; supported: {', '.join(DTYPES)}.")
+        raise CheckpointError(f"{file}: tensor {name!r} has dtype {show(dtype)}; supported: {', '.join(DTYPES)}.")
     if not _are_sizes(shape):
-        raise CheckpointError(f"{file}: tensor {name!r} has shape {shape!r}; expected a list of sizes.")
+        raise CheckpointError(f"{file}: tensor {name!r} has shape {show(shape)}; expected a list of sizes.")
     if not _are_sizes(offsets) or len(offsets) != 2:
-        raise CheckpointError(f"{file}: tensor {name!r} has data_offsets {offsets!r}; expected [begin, end].")
+        raise CheckpointError(f"{file}: tensor {name!r} has data_offsets {show(offsets)}; expected [begin, end].")
     expected, found = math.prod(shape) * DTYPES[dtype].itemsize, offsets[1] - offsets[0]
     if expected != found:
-        raise CheckpointError(f"{file}: tensor {name!r} of dtype {dtype} and shape {shape} needs {expected} "
-                              f"bytes, found data_offsets {offsets}, which is {found}.")
+        raise CheckpointError(f"{file}: tensor {name!r} of dtype {dtype} and shape {show(shape)} needs "
+                              f"{expected} bytes, found data_offsets {offsets}, which is {found}.")
     return TensorInfo(file, dtype, tuple(shape), data_start + offsets[0], expected)
 
 
 def _are_sizes(values: Any) -> bool:
-    return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**63 for value in values)
+    """Tell whether this is a shape that NumPy can have."""
+    return isinstance(values, list) and len(values) <= 32 and all(type(value) is int and 0 <= value < 2**63 for value in values)
 
 
 def _check_contiguous(file: Path, size: int, data_start: int, tensors: dict[str, TensorInfo]) -> None:
@@ -246,21 +259,3 @@ def _check_slices(name: str, shape: tuple[int, ...], slices: tuple[slice, ...]) 
 
     if len(slices) > len(shape) or not all(map(fits, slices, shape)):
         raise CheckpointError(f"tensor {name!r} of shape {shape} has no part {slices}.")
-
-
-def _nothing_to_read(directory: Path) -> str:
-    found = sorted(entry.name for entry in _entries(directory))
-    weights = [name for name in found if name.endswith(".safetensors")]
-    others = [name for name in found if name.endswith(_OTHER_FORMATS)]
-    if weights:
-        return f"{directory} has neither {SINGLE} nor {INDEX}; found {', '.join(weights[:8])}."
-    if others:
-        return (f"{directory} has no safetensors, only {', '.join(others[:8])}. Reading such files can run "
-                "code that they carry, so they are never opened. Convert them where you trust them: load the "
-                "model with transformers and write it with save_pretrained(path, safe_serialization=True).")
-    names = ", ".join(found[:8]) or "nothing"
-    return f"{directory} has no weights: expected {SINGLE} or {INDEX}, found {names}."
-
-
-def _entries(directory: Path) -> Iterator[Path]:
-    return directory.iterdir() if directory.is_dir() else iter(())

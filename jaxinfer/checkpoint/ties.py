@@ -77,7 +77,9 @@ def _equal(name: str, other: str, source: Source) -> bool:
 
 
 def _same(a: np.ndarray, b: np.ndarray) -> bool:
-    """Compare numbers; tensors of one dtype by their bytes, which is faster and takes NaN for equal."""
+    """Compare numbers; tensors of one dtype by their bytes, eight at a time, which is faster and takes NaN for equal."""
     if a.dtype == b.dtype:
-        a, b = (np.ascontiguousarray(part).view(np.uint8) for part in (a, b))
+        a, b = (np.frombuffer(np.ascontiguousarray(part), np.uint8) for part in (a, b))
+        if a.size % 8 == 0:
+            a, b = a.view(np.uint64), b.view(np.uint64)
     return bool(np.array_equal(a, b))

@@ -199,10 +199,10 @@ def test_overrides_lie_on_top(tmp_path):
 
 
 def test_a_missing_config_lists_what_is_there(tmp_path):
-    write(tmp_path, "params.json")
+    write(tmp_path, "vocab.json")
     with pytest.raises(CheckpointError) as error:
         read_config(tmp_path)
-    named(error, str(tmp_path), "config.json", "found params.json")
+    named(error, str(tmp_path), "config.json", "found vocab.json")
     with pytest.raises(CheckpointError, match="found nothing"):
         read_config(tmp_path / "absent")
 

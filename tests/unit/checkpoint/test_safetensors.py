@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from jaxinfer.checkpoint.hf import read_config
 from jaxinfer.checkpoint.safetensors import DTYPES, INDEX, SINGLE, SafetensorsReader
 from jaxinfer.errors import CheckpointError
 
@@ -229,6 +230,40 @@ def test_an_index_and_its_shards_must_agree(tmp_path, ramp):
     refused(tmp_path, "'a'", "one.safetensors", "two.safetensors", "two files")
 
 
+def test_an_index_as_published_is_read(tmp_path, ramp):
+    """Links as in the Hub's cache, two of them to one file; a size that is no integer; other formats beside."""
+    folder, blobs = tmp_path / "snapshot", tmp_path / "blobs"
+    blobs.mkdir()
+    (folder / "original").mkdir(parents=True)
+    save_file({"a": ramp, "b": ramp}, blobs / "0a1b")
+    for name in ("one.safetensors", "two.safetensors"):
+        (folder / name).symlink_to("../blobs/0a1b")
+    save_file({"c": ramp}, folder / "consolidated.safetensors")
+    save_file({"c": ramp}, folder / "original/model.safetensors")
+    index = {"metadata": {"total_size": 1.5e3, "by": "a tool"}, "weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
+    for metadata in (index["metadata"], None):
+        (folder / INDEX).write_text(json.dumps(index | {"metadata": metadata}))
+        with SafetensorsReader(folder) as reader:
+            assert reader.names() == ["a", "b"]
+
+
+@pytest.mark.parametrize(("files", "named"), [
+    (["adapter_config.json", "adapter_model.safetensors"], ["PEFT adapter", "merge_and_unload"]),
+    (["model-Q4_K_M.gguf"], ["GGUF is not read", "model-Q4_K_M.gguf"]),
+    (["params.json", "consolidated.safetensors", "tekken.json"], ["original format of Meta or Mistral"]),
+    (["params.json", "consolidated.00.pth"], ["original format of Meta or Mistral"]),
+    (["pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"], ["run code", "save_pretrained"]),
+    (["model-00001-of-00002.safetensors"], ["model-00001-of-00002.safetensors", "Fetch the missing file"]),
+])
+def test_a_folder_of_another_kind_is_refused_by_what_it_is(tmp_path, files, named):
+    for name in files:
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(CheckpointError) as error:
+        read_config(tmp_path)
+    assert all(text in str(error.value) for text in [*named, "config.json"])
+    refused(tmp_path, SINGLE, *named)
+
+
 @pytest.mark.parametrize("text", ['{"weight_map": []}', '{"weight_map": {}}', "{}", "[]", "nonsense",
                                   '{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}'])
 def test_a_bad_index_is_named(tmp_path, text):
@@ -241,6 +276,4 @@ def test_other_formats_are_refused_with_the_reason_and_the_remedy(tmp_path):
     refused(tmp_path, SINGLE, INDEX, "config.json")
     (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
     refused(tmp_path, "pytorch_model.bin", "code", "save_pretrained")
-    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
-    refused(tmp_path, "adapter_model.safetensors", SINGLE, INDEX)
     refused(tmp_path / "absent", "absent", "nothing")
