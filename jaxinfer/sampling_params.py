@@ -313,7 +313,7 @@ class SamplingParams:
         """The model's EOS ids that end this request: filled by `resolve`, empty with `ignore_eos`."""
         return self._eos_token_ids
 
-    @property
+    @functools.cached_property
     def all_stop_token_ids(self) -> frozenset[int]:
         """EOS and stop ids together: masked before `min_tokens`, ending the output after."""
         return frozenset(self._eos_token_ids).union(self.stop_token_ids or ())
