@@ -12,6 +12,8 @@ from support import scripts
 
 from jaxinfer import LLM, SamplingParams
 
+WORKSHOP = Path(__file__).parent / "data" / "workshop.txt"
+
 pytest.importorskip("torch", reason="the reference of the tests of real checkpoints; it comes with the extra `test`")
 pytestmark = pytest.mark.slow
 
@@ -75,7 +77,7 @@ class Keeping:
 
 
 def test_perplexity_is_transformers_and_bfloat16_errs_no_more(model):
-    script, text = scripts.load("perplexity"), model.tokenizer.decode(model.workshop)
+    script, text = scripts.load("perplexity"), WORKSHOP.read_text(encoding="utf-8")[:9000]
     ours, measured = {}, {}
     for dtype in ("float32", "bfloat16"):
         keeping = Keeping(model.llm(dtype))
@@ -108,6 +110,7 @@ def test_a_known_prefix_changes_nothing(model):
     assert_greedy(model, list(branched.prompt_token_ids), ids_of(branched))
 
 
+@SMOL
 def test_samples_of_a_request_are_those_of_their_seed(model):
     prompt = model.tokenizer(TEXTS[0]).input_ids
     drawn = SamplingParams(temperature=1, top_p=0.9, seed=7, n=4, max_tokens=12)
