@@ -28,8 +28,9 @@ from jaxtyping import install_import_hook
 install_import_hook("jaxinfer", "support.checked")
 
 COMPILATIONS = "/jax/core/compile/backend_compile_duration"
-COMPILE_BUDGET = 3600
-"""Programs the whole suite may compile: a test that needs one of its own shape pays for it here."""
+COMPILE_BUDGET = 3640
+"""Programs the whole suite may compile: a test that needs one of its own shape pays for it here. The real checkpoints, which run
+where there are some, have 34 of them."""
 
 _compiled: Counter[str] = Counter()
 """Programs compiled so far by the file of the test that ran."""

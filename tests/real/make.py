@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
             for name in PACKAGES:
                 if not (out / name).is_dir():
                     make(name, out)
-    except (OSError, subprocess.CalledProcessError, ValueError) as error:
+    except (OSError, ImportError, ValueError, subprocess.CalledProcessError) as error:
         print(f"the checkpoints of tests/real cannot be made in {out}: {error}", file=sys.stderr)
         return 1
     return 0
