@@ -99,7 +99,9 @@ def model(request: pytest.FixtureRequest) -> Iterator[RealModel]:
     if FOLDER is None:
         pytest.skip("JAXINFER_REAL_MODELS names no folder of real checkpoints (tests/real/make.py makes one)")
     folder = Path(FOLDER) / request.param
-    assert (folder / "config.json").is_file(), f"JAXINFER_REAL_MODELS={FOLDER} has no {request.param}; run tests/real/make.py"
+    assert (folder / "config.json").is_file(), (
+        f"JAXINFER_REAL_MODELS={FOLDER} has no {request.param}; run tests/real/make.py"
+    )
     made = RealModel(folder)
     yield made
     made.forget("float32", "bfloat16", "int8")
