@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, TypeAlias
 
@@ -59,18 +59,13 @@ class Intake:
         forms = Forms(media=opened.media is not None) if opened.cross is None else opened.cross.forms
         return parse_prompts(prompts, max_chars=most, forms=forms)
 
-    def render(
-        self, messages: Any, template: str | None, add_generation_prompt: bool, kwargs: Mapping[str, Any] | None
-    ) -> list[Prompt]:
-        """Conversations as prompts, their images beside them; raises as `text.render_chat`."""
+    def render(self, messages: Any, *, chat_template: str | None, **options: Any) -> list[Prompt]:
+        """Make prompts of conversations, their images beside them; `options` and errors are those of `text.render_chat`."""
         tokenizer, marker, modality = self._opened.tokenizer, *self._marked()
         if tokenizer is None:
             raise ValueError("chat needs the tokenizer, which was skipped; pass tokenizer=")
-        rendered = render_chat(
-            tokenizer, messages, chat_template=template or self._chat_template,
-            add_generation_prompt=add_generation_prompt, chat_template_kwargs=kwargs,
-            image_marker=marker,
-        )  # fmt: skip
+        template = self._chat_template if chat_template is None else chat_template
+        rendered = render_chat(tokenizer, messages, chat_template=template, image_marker=marker, **options)
         # The template writes the special tokens itself.
         prompts = [dataclasses.replace(prompt, special_tokens=False) for prompt in self.parse(rendered)]
         if modality is None:

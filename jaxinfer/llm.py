@@ -133,20 +133,32 @@ class LLM:
 
     def chat(
         self, messages: Any, sampling_params: Params = None, *, use_tqdm: bool = True,
-        chat_template: str | None = None, add_generation_prompt: bool = True,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
+        chat_template: str | None = None, add_generation_prompt: bool = True, continue_final_message: bool | str = False,
+        tools: Sequence[Any] | None = None, chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:  # fmt: skip
-        """Answers a conversation, or each of a list of conversations.
+        """Answer a conversation, or each of a list of conversations.
 
-        Without parameters an answer runs to its end. The content of a message is text or a list of parts, of which
-        `{"type": "image", "image": PIL image or array}` is an image for a model that reads them.
+        Args:
+            messages: dicts with "role" and "content" as OpenAI's clients send them, or such objects, or a list of such lists.
+                Content is text or a list of parts, of which `{"type": "image", "image": PIL image or array}` is an image for a
+                model that reads them. Tool calls may have their arguments as JSON in a string.
+            sampling_params: as of `generate`; without them an answer runs to its end.
+            use_tqdm: whether a progress bar is shown.
+            chat_template: Jinja source used instead of the tokenizer's, or the name of one of its several.
+            add_generation_prompt: whether the answer begins a new message.
+            continue_final_message: whether the answer continues the last message instead, or the name of the field that it
+                continues; then `add_generation_prompt` must be False.
+            tools: that the model may call: dicts with the JSON schema of a function, or Python functions with type hints and a
+                docstring.
+            chat_template_kwargs: further variables of the template, such as `{"enable_thinking": False}`.
 
         Raises:
             ChatTemplateError: no template, or one that fails; otherwise as `generate`.
         """
         handles = self._prepare_chat(
-            messages, sampling_params, chat_template, chat_template_kwargs, add_generation_prompt=add_generation_prompt
-        )
+            messages, sampling_params, chat_template=chat_template, add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message, tools=tools, chat_template_kwargs=chat_template_kwargs,
+        )  # fmt: skip
         return self._finish(handles, use_tqdm)
 
     def beam_search(
@@ -189,12 +201,14 @@ class LLM:
 
     def stream_chat(
         self, messages: Any, sampling_params: Params = None, *, chat_template: str | None = None,
-        add_generation_prompt: bool = True, chat_template_kwargs: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool = True, continue_final_message: bool | str = False, tools: Sequence[Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Iterator[RequestOutput]:  # fmt: skip
         """Answer as `chat` does, and yield what is new as it is made, as `stream` does."""
         handles = self._prepare_chat(
-            messages, sampling_params, chat_template, chat_template_kwargs, add_generation_prompt=add_generation_prompt,
-            streaming=True,
+            messages, sampling_params, streaming=True, chat_template=chat_template,
+            add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message, tools=tools,
+            chat_template_kwargs=chat_template_kwargs,
         )  # fmt: skip
         return self._watch(handles)
 
@@ -397,12 +411,11 @@ class LLM:
         return self._handles(self._intake.parse(prompts), params, streaming)
 
     def _prepare_chat(
-        self, messages: Any, params: Params, template: str | None, kwargs: Mapping[str, Any] | None, *,
-        add_generation_prompt: bool = True, streaming: bool = False,
-    ) -> list[Handle]:  # fmt: skip
-        """The same for conversations."""
+        self, messages: Any, params: Params, *, streaming: bool = False, **options: Any
+    ) -> list[Handle]:
+        """Check a whole call of `chat`, whose `options` are those of `Intake.render`; nothing is queued yet."""
         self._check_open()
-        prompts = self._intake.render(messages, template, add_generation_prompt, kwargs)
+        prompts = self._intake.render(messages, **options)
         return self._handles(prompts, self._intake.chat_params(params), streaming)
 
     def _handles(self, prompts: Sequence[Prompt], params: Params, streaming: bool) -> list[Handle]:

@@ -1,5 +1,6 @@
 """Text at the ends: streams that add up, split characters, stop strings, chat, padding of the vocabulary."""
 
+import inspect
 import math
 import time
 from dataclasses import replace
@@ -267,6 +268,17 @@ def test_chat_renders_the_template_and_runs_to_the_end(llm):
     assert output.finish_reason == "stop" or len(result.prompt_token_ids) + len(output.token_ids) == 128
     two = llm.chat([[{"role": "user", "content": c}] for c in ("a", "b")], SamplingParams(max_tokens=2))
     assert ["user: a" in two[0].prompt, "user: b" in two[1].prompt] == [True, True]
+
+
+def test_a_streamed_answer_continues_a_message_as_a_whole_one_does(llm):
+    """`stream_chat` has every option of `chat`, and gives the same text."""
+    options = [set(inspect.signature(call).parameters) for call in (llm.chat, llm.stream_chat)]
+    assert options[0] - options[1] == {"use_tqdm"} and not options[1] - options[0]
+    chat = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": [{"type": "text", "text": "the "}]}]
+    how = dict(sampling_params=warm(max_tokens=4), add_generation_prompt=False, continue_final_message=True)
+    [whole] = llm.chat(chat, **how)
+    assert whole.prompt.endswith("the ")
+    assert "".join(update.outputs[0].text for update in llm.stream_chat(chat, **how)) == whole.outputs[0].text
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,8 @@
 import sys
-import time
 
 import pytest
 from jaxinfer.errors import ChatTemplateError
-from jaxinfer.text import chat_images, render_chat
+from jaxinfer.text import chat_images, render_chat, templates
 
 TEMPLATE = ("{{ bos_token }}{% for message in messages %}"
             "{% if message.role not in ('user', 'assistant', 'system') %}"
@@ -65,6 +64,7 @@ def test_the_images_of_conversations_in_order(byte_bpe):
     ({"type": "image"}, r"messages\[0\]\['content'\]\[0\] has no 'image': pass a PIL image"),
     ({"type": "image", "url": "http://x"}, "nothing is read from paths or URLs"),
     ({"type": "image_url", "image_url": {}}, "of type str 'image_url': this model takes text and images"),
+    ({"type": "image_url", "image_url": {"url": "https://x/y.png"}}, "data URLs alone .* got str 'https://x/y.png'"),
 ])
 def test_parts_that_are_no_image(byte_bpe, part, message):
     with pytest.raises(ValueError, match=message):
@@ -127,6 +127,44 @@ def test_named_templates_without_a_default(byte_bpe, monkeypatch):
     assert render(byte_bpe, chat_template="a") == "<s>[user] hello\n[assistant]"
 
 
+def test_an_answer_that_continues_the_last_message(byte_bpe):
+    chat = [*HELLO, {"role": "assistant", "content": "Sure: red, "}]
+    how = dict(add_generation_prompt=False, continue_final_message=True)
+    assert render(byte_bpe, chat, **how) == "<s>[user] hello\n[assistant] Sure: red, "
+    assert render(byte_bpe, chat, TEMPLATE.replace("message.content", "message.content | trim"), **how).endswith("red,")
+    thought = [*HELLO, {"role": "assistant", "content": "", "reasoning": "hm"}]
+    for field in ("reasoning_content", "reasoning", "thinking"):
+        how["continue_final_message"] = field
+        assert render(byte_bpe, thought, "{{ messages[1].reasoning_content }}</think>", **how) == "hm"
+    with pytest.raises(ValueError, match="continue_final_message needs add_generation_prompt=False"):
+        render(byte_bpe, chat, continue_final_message=True)
+    with pytest.raises(ChatTemplateError, match="leaves out or changes the end"):
+        render(byte_bpe, chat, "content", add_generation_prompt=False, continue_final_message=True)
+    with pytest.raises(ValueError, match="continue_final_message is given twice"):
+        render(byte_bpe, chat, **how, chat_template_kwargs={"continue_final_message": True})
+
+
+def weather(city: str) -> str:
+    """Look at the weather.
+
+    Args:
+        city: where
+    """
+    return city
+
+
+def test_tools_are_schemas_or_functions(byte_bpe):
+    template = "{% for tool in tools %}{{ tool.function.name }}:{{ tool | tojson }};{% endfor %}"
+    schema = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    made = render(byte_bpe, HELLO, template, tools=[schema, weather])
+    assert made.startswith('f:{"type": "function"') and ';weather:{"type": "function"' in made and '"where"' in made
+    assert made == render(byte_bpe, HELLO, template, chat_template_kwargs={"tools": (schema, weather)})
+    with pytest.raises(TypeError, match=r"tools\[0\] must be a dict or a function, got int 3"):
+        render(byte_bpe, HELLO, template, tools=[3])
+    with pytest.raises(ValueError, match=r"tools\[0\] cannot be made into a JSON schema"):
+        render(byte_bpe, HELLO, template, tools=[lambda x: x])
+
+
 @pytest.mark.parametrize(("template", "message"), [
     ("{{ raise_exception('roles must alternate') }}", "failed: roles must alternate"),
     ("{% if %}", "the chat template"),
@@ -146,24 +184,6 @@ def test_an_unknown_role_is_the_templates_error(byte_bpe):
         render(byte_bpe, [{"role": "robot", "content": "x"}])
 
 
-def test_templates_that_do_not_end_are_ended(byte_bpe):
-    loops = "{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}"
-    start = time.perf_counter()
-    with pytest.raises(ChatTemplateError, match=r"did not finish in 0\.5 s"):
-        render(byte_bpe, chat_template=loops, timeout_s=0.5)
-    assert time.perf_counter() - start < 5
-
-
-@pytest.mark.parametrize("template", [
-    "{{ 10 ** (10 ** 9) }}",
-    "{% set n = namespace(x=9) %}{% for i in range(99) %}{% set n.x = n.x * n.x %}{% endfor %}",
-    "{{ x * 99999999 }}",
-])
-def test_arithmetic_that_no_deadline_stops_is_refused(byte_bpe, template):
-    with pytest.raises(ChatTemplateError, match="line 1 has .* whose size is not bounded"):
-        render(byte_bpe, chat_template=template)
-
-
 def test_harmless_stars_are_allowed(byte_bpe):
     template = "{{ '-' * 3 }}{{ 2 * messages|length }}{# a ** b #}**{{ 'a*b' }}{{ dict(**{'k': 1}).k }}"
     assert render(byte_bpe, chat_template=template) == "---2**a*b1"
@@ -171,27 +191,6 @@ def test_harmless_stars_are_allowed(byte_bpe):
 
 def test_without_jinja_the_error_says_what_to_install(byte_bpe, monkeypatch):
     monkeypatch.setitem(sys.modules, "jinja2", None)
+    monkeypatch.setattr(templates, "_idle", [])
     with pytest.raises(ChatTemplateError, match="pip install 'jinja2"):
-        render(byte_bpe)
-
-
-TOOLS = (
-    "{% for m in messages %}{{ m.role }}:{{ m.content + '' }}{% for call in m.tool_calls or [] %}"
-    "{{ call.function.name }}{{ call.function.arguments | tojson }}{% for k, v in call.function.arguments.items() %}[{{ k }}={{ v }}]"
-    "{% endfor %}{% endfor %};{% endfor %}"
-)
-
-
-def test_tool_calls_in_the_form_of_openai_are_rendered_as_objects(byte_bpe):
-    """Arguments are JSON in a string and the content is None; what the caller passed stays as it is."""
-    function = {"name": "f", "arguments": '{"city": "Paris"}'}
-    messages = [
-        {"role": "user", "content": "hi"},
-        {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "type": "function", "function": function}]},
-        {"role": "assistant", "content": None},
-    ]
-    expected = 'user:hi;assistant:f{"city": "Paris"}[city=Paris];assistant:;'
-    assert render_chat(byte_bpe, messages, chat_template=TOOLS) == expected
-    assert function["arguments"] == '{"city": "Paris"}' and messages[1]["content"] is None
-    function["arguments"] = {"city": "Paris"}
-    assert render_chat(byte_bpe, messages, chat_template=TOOLS) == expected
+        render(byte_bpe, chat_template="{{ messages }} of this test alone")

@@ -83,9 +83,9 @@ def test_turns_that_a_template_refuses(tokenizer):
         render_chat(tokenizer, [*CHAT, CHAT[0]], chat_template=GEMMA)
 
 
-def test_parts_of_text_reach_a_template_that_would_take_images_as_text(tokenizer):
+def test_a_template_joins_parts_of_text_itself(tokenizer):
     parts = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
-    assert "user\na\nb<end_of_turn>" in render_chat(tokenizer, parts, chat_template=GEMMA)
+    assert "user\nab<end_of_turn>" in render_chat(tokenizer, parts, chat_template=GEMMA)
     with pytest.raises(ValueError, match="this model takes text only"):
         picture = [{"role": "user", "content": [{"type": "image", "image": object()}]}]
         render_chat(tokenizer, picture, chat_template=GEMMA)
