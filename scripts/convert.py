@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ending import status_of
+from overrides import add_hf_overrides
 
 if TYPE_CHECKING:
     from jaxinfer.checkpoint.manifest import Manifest
@@ -42,6 +43,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--pad-heads", action="store_true", help="add heads of zeroes where the model's do not divide")
     add("--quantization", default=None, choices=("int8",), help="keep the matrices in int8")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="auto: the checkpoint's")
+    add_hf_overrides(parser)
     add("--verify", type=Path, metavar="DIR", help="hold every byte of a converted folder against its manifest instead")
     args = parser.parse_args(argv)
     if (args.verify is None) == (args.model is None and args.out is None) or (args.model is None) != (args.out is None):
@@ -64,7 +66,7 @@ def convert(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     manifest = converting.convert(
         resolve_model(args.model), args.out, make_mesh(args.tensor_parallel_size), dtype=args.dtype,
-        quantization=args.quantization, pad_heads=args.pad_heads,
+        quantization=args.quantization, pad_heads=args.pad_heads, overrides=args.hf_overrides,
         placement=Placement(dict(given.rsplit("=", 1) for given in args.placement)),
     )  # fmt: skip
     print(f"{args.out}: {describe(manifest)}; {time.perf_counter() - start:.1f} s")

@@ -28,6 +28,7 @@ from typing import Any
 import perplexity
 from ending import status_of
 from jaxinfer import LLM, SamplingParams, demo
+from overrides import add_hf_overrides
 
 MARK = "####"
 DEMO = "demo"
@@ -150,10 +151,11 @@ def print_json(args: argparse.Namespace, result: Result | perplexity.Perplexity)
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the engine's settings that the command line gives."""
+    """Return what the command line says of the model and its engine."""
     return dict(
         dtype=args.dtype, quantization=args.quantization, max_model_len=args.max_model_len,
         tensor_parallel_size=args.tensor_parallel_size, fuse_projections=FUSE[args.fuse_projections],
+        hf_overrides=args.hf_overrides,
     )  # fmt: skip
 
 
@@ -178,6 +180,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     add("--quantization", default=None, choices=("int8",), help="keep the matrices in int8")
     add("--max-model-len", type=int, default=None)
+    add_hf_overrides(parser)
     add("--wrong", type=int, default=0, metavar="N", help="show the first N wrong answers, on stderr")
     add("--json", action="store_true", help="one object with the result and the settings")
     args = parser.parse_args(argv)

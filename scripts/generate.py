@@ -46,7 +46,7 @@ def make_llm(args: argparse.Namespace, **settings: Any) -> LLM:
     return LLM(
         args.model or demo.path(), dtype=args.dtype, quantization=args.quantization,
         max_model_len=args.max_model_len, tensor_parallel_size=args.tensor_parallel_size,
-        peer_timeout=args.peer_timeout, **settings,
+        peer_timeout=args.peer_timeout, hf_overrides=args.hf_overrides, **settings,
     )  # fmt: skip
 
 

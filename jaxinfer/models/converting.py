@@ -1,11 +1,13 @@
 """From a checkpoint's folder to one whose weights are fused, sharded and quantised as they lie on devices."""
 
 import fcntl
+import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from flax import nnx
 from jax.sharding import Mesh
@@ -30,9 +32,12 @@ TEMPLATES = "additional_chat_templates"
 
 def convert(
     directory: Path, out: Path, mesh: Mesh, *, dtype: str = "auto", quantization: str | None = None,
-    placement: Placement = Placement(), pad_heads: bool = False, progress: bool = True,
+    placement: Placement = Placement(), pad_heads: bool = False, overrides: Mapping[str, Any] | None = None,
+    progress: bool = True,
 ) -> Manifest:  # fmt: skip
-    """Writes the weights as they lie on the devices of `mesh` to the folder `out`, which `loading.load` then restores.
+    """Write the weights as they lie on the devices of `mesh` to the folder `out`, which `loading.load` then restores.
+
+    Its config.json has the `overrides` laid over it, so that they need not be given again.
 
     The host holds about as many bytes of the weights at a time as the largest parameter has. `out` appears when all is
     written; an interrupted conversion leaves `.NAME.partial` beside it, without a manifest, which the next one clears.
@@ -43,7 +48,7 @@ def convert(
     """
     if Manifest.read(directory) is not None:
         raise CheckpointError(f"{directory} is a converted checkpoint itself; convert the one it was made from.")
-    served, config = loading.parse(hf := read_config(directory), directory)
+    served, config = loading.parse(hf := read_config(directory, overrides), directory)
     mesh = meshes.normalise(mesh)
     how = dict(quantization=quantization, placement=placement, pad_heads=pad_heads)
     with SafetensorsReader(directory) as reader, _new_folder(out) as folder:
@@ -55,6 +60,9 @@ def convert(
         planned = rules.plan(wanted, served.weight_rules(config), source, directory)
         _write(folder, wanted, planned, source, mesh, progress)
         _copy_others(directory, folder)
+        if overrides:
+            said = {name: value for name, value in hf.items() if value is not None}
+            (folder / "config.json").write_text(json.dumps(said, indent=2), encoding="utf-8")
         manifest = Manifest(
             meshes.size(mesh), dict(placement.patterns), pad_heads, quantization, kind.name,
             sorted({DTYPES[source.info(rule.source).dtype].name for filled in planned.values() for rule in filled}),

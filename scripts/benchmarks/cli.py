@@ -5,12 +5,15 @@ import contextlib
 import json
 import logging
 import sys
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 from benchmarks import checkpoint, commands, flags
 from benchmarks.gpu import cli as gpu
 from benchmarks.gpu import compiled
 from benchmarks.systems import Subject
+from overrides import laid_over
 
 WITHOUT_MODEL = ("host", "startup", "soak", "placement", "growth", "sharing", "projections", "cross")
 """Subcommands that need no random checkpoint: a model of their own, or the packaged one."""
@@ -29,8 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.settings = dict(args.settings)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
-        with contextlib.redirect_stdout(sys.stderr):
-            report = getattr(commands, args.command)(args, _subject(args))
+        with contextlib.redirect_stdout(sys.stderr), tempfile.TemporaryDirectory() as own:
+            report = getattr(commands, args.command)(args, _subject(args, Path(own)))
     except (RuntimeError, ValueError, TypeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -38,9 +41,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _subject(args: argparse.Namespace) -> Subject | None:
-    """The model of `--model`, or the random one, made if it is not there yet; None if none is needed."""
+def _subject(args: argparse.Namespace, own: Path) -> Subject | None:
+    """Find the model of `--model`, or the random one, made if it is not there yet; None if none is needed.
+
+    With `--hf-overrides` the folder is `own`, which peers read as well.
+    """
+    if args.hf_overrides is not None and args.model is None:
+        raise ValueError("--hf-overrides goes with --model")
     if args.model is not None:
+        if args.hf_overrides is not None:
+            args.model = laid_over(args.model, args.hf_overrides, own)
         config = json.loads((args.model / "config.json").read_text())
         return Subject(args.model, config["vocab_size"], str(args.model))
     if args.command in WITHOUT_MODEL:

@@ -10,6 +10,7 @@ from typing import Any
 from benchmarks import commands
 from benchmarks.peer import PEERS
 from benchmarks.standard import STANDARDS
+from overrides import add_hf_overrides
 
 SIZES = {
     "hidden_size": (1024, "M of the random Llama"),
@@ -169,6 +170,7 @@ def _common() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
     model = parser.add_argument_group("model")
     model.add_argument("--model", type=Path, help="a checkpoint's folder instead of the random Llama")
+    add_hf_overrides(model)
     model.add_argument("--checkpoint-dir", type=Path, help="keeps the random Llama; by default a temporary folder")
     model.add_argument(
         "--checkpoint-dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16", help="its dtype"

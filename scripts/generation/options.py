@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxinfer import demo, distributed
+from overrides import add_hf_overrides
 
 
 def parse(description: str, argv: Sequence[str] | None) -> argparse.Namespace:
@@ -30,6 +31,7 @@ def parse(description: str, argv: Sequence[str] | None) -> argparse.Namespace:
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     add("--quantization", default=None, choices=("int8",), help="keep the weights in int8")
     add("--max-model-len", type=int, default=None)
+    add_hf_overrides(parser)
     add("--tensor-parallel-size", type=int, default=None, help="by default 1, or all devices of several processes")
     add("--coordinator", metavar="HOST:PORT", help="run this on several machines: where process 0 listens, the same on all")
     add("--num-processes", type=int, help="with --coordinator: how many there are, one a machine")

@@ -15,6 +15,7 @@ from jaxinfer.planning import read_model_config
 from jaxinfer.sharding import Plan, plan
 from jaxinfer.sharding.collectives import DECODE, ENCODE, PREFILL
 from jaxinfer.sharding.placement_html import page
+from overrides import add_hf_overrides
 from placements import table
 
 UNITS = {"": 1, "B": 1} | {
@@ -46,6 +47,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--block-size", type=_count, default=16, metavar="N", help="tokens of a block of the cache")
     add("--memory", type=_size, default=None, metavar="SIZE", help="of a device, for instance 80GiB: says what fits")
     add("--revision", default=None, help="of the Hub id")
+    add_hf_overrides(parser)
     shown = parser.add_argument_group("what is shown").add_mutually_exclusive_group()
     shown.add_argument("--json", action="store_true", help="all of it as one object, to stdout")
     shown.add_argument("--html", type=Path, metavar="FILE", help="a picture of it, as a page of its own")
@@ -89,6 +91,8 @@ def make(args: argparse.Namespace, hf: Mapping[str, Any] | None = None, **change
         "memory": args.memory, "dtype": args.dtype, "quantization": args.quantization, "block_size": args.block_size,
         "pad_heads": args.pad_heads, "revision": args.revision,
     }  # fmt: skip
+    if hf is None:
+        settings["hf_overrides"] = args.hf_overrides
     return plan(model(args) if hf is None else hf, **settings | changes)
 
 
@@ -105,7 +109,7 @@ def tune(args: argparse.Namespace) -> int:
 
     steptime.devices(args.devices)
     mesh = steptime.mesh_of(args.mesh, args.tensor_parallel_size)
-    hf = read_model_config(model(args), args.revision)
+    hf = read_model_config(model(args), args.revision, args.hf_overrides)
     how = {"quantization": args.quantization, "pad_heads": args.pad_heads}
     steps = [steptime.Step(DECODE, rows, args.context) for rows in args.batch_sizes]
     steps += [steptime.Step(PREFILL, tokens) for tokens in args.prefill_tokens]
