@@ -22,12 +22,12 @@ RATIOS = [[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]]
 VISION = dict(
     model_type="mllama_vision_model", hidden_size=32, num_hidden_layers=3, num_global_layers=2, attention_heads=4,
     intermediate_size=48, image_size=SIDE, patch_size=7, max_num_tiles=TILES, intermediate_layers_indices=[0, 2],
-    vision_output_dim=96, num_channels=3, hidden_act="gelu", norm_eps=1e-5, supported_aspect_ratios=RATIOS,
+    vision_output_dim=96, num_channels=3, hidden_act="gelu", norm_eps=0.02, supported_aspect_ratios=RATIOS,
 )  # fmt: skip
 TEXT = dict(
     model_type="mllama_text_model", vocab_size=VOCAB, hidden_size=32, num_hidden_layers=4, num_attention_heads=4,
     num_key_value_heads=2, intermediate_size=48, cross_attention_layers=[1, 3], max_position_embeddings=256,
-    hidden_act="silu", rms_norm_eps=1e-5, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    hidden_act="silu", rms_norm_eps=0.05, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     rope_parameters={"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
                      "high_freq_factor": 4.0, "original_max_position_embeddings": 32},
 )  # fmt: skip

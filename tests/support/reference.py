@@ -12,8 +12,8 @@ from support.tiny import ARCHITECTURES, CONFIG, OWN
 
 Model = transformers.PreTrainedModel
 
-COMMON = dict(CONFIG, bos_token_id=1, eos_token_id=2, pad_token_id=0)
-"""config.json of every tiny model; the ids lie inside its vocabulary."""
+COMMON = dict(CONFIG, rms_norm_eps=0.05, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+"""config.json of every tiny model; the ids lie inside its vocabulary, and no norm has an epsilon that is a default."""
 
 
 def config(family: str, **changes: Any) -> transformers.PreTrainedConfig:
