@@ -28,13 +28,17 @@ def parse_overrides(text: str) -> dict[str, Any]:
         try:
             text = Path(source).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
-            raise argparse.ArgumentTypeError(f"cannot read {source}: {getattr(error, 'strerror', None) or error}") from None
+            raise argparse.ArgumentTypeError(
+                f"cannot read {source}: {getattr(error, 'strerror', None) or error}"
+            ) from None
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise argparse.ArgumentTypeError(f"{source} is not JSON: {error}") from None
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{source} must be a JSON object of config.json's names, not {type(value).__name__}")
+        raise argparse.ArgumentTypeError(
+            f"{source} must be a JSON object of config.json's names, not {type(value).__name__}"
+        )
     return value
 
 

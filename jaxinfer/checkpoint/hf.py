@@ -47,9 +47,9 @@ Default = TypeVar("Default")
 
 
 def read_config(directory: Path, hf_overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Reads config.json and lays `hf_overrides` on top (`lay_over`, whose errors it raises).
+    """Read config.json and lay `hf_overrides` on top (`lay_over`, whose errors it raises).
 
-    Raises CheckpointError for a missing or unreadable file.
+    Raises CheckpointError for a missing or unreadable file, ConfigError for a folder in a quantised format.
     """
     path = directory / "config.json"
     if not path.is_file():
@@ -60,7 +60,7 @@ def read_config(directory: Path, hf_overrides: Mapping[str, Any] | None = None) 
 
 
 def lay_over(config: Mapping[str, Any], hf_overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """What config.json says with `hf_overrides` on top, name by name; None means "as if it were not there".
+    """Return what config.json says with `hf_overrides` on top, name by name; None means "as if it were not there".
 
     So within the configuration of a part as well: `{"vision_config": {"name": None}}`.
 

@@ -40,7 +40,9 @@ GENERATION: tuple[dict[str, Any], ...] = (
 @functools.cache
 def published(name: str | None = None) -> list[dict[str, Any]]:
     """Return the published configurations, or that of one file."""
-    return [json.loads(path.read_text()) for path in sorted(PUBLISHED.glob(f"{name or '*'}.json")) if path.stem != "index"]
+    return [
+        json.loads(path.read_text()) for path in sorted(PUBLISHED.glob(f"{name or '*'}.json")) if path.stem != "index"
+    ]
 
 
 def shallow(config: dict[str, Any]) -> dict[str, Any]:

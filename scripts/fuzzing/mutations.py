@@ -59,6 +59,8 @@ def _break(rng: random.Random, holder: Any, key: Any, places: list[Any]) -> None
             nested = [nested] if rng.random() < 0.5 else {"x": nested}
         holder[key] = nested
     elif how == 4 and isinstance(holder, dict):
-        holder[rng.choice(("unknown", "is_causal", "use_rope", "quantization_config", str(key) + "_"))] = copy.deepcopy(rng.choice(VALUES))
+        holder[rng.choice(("unknown", "is_causal", "use_rope", "quantization_config", str(key) + "_"))] = copy.deepcopy(
+            rng.choice(VALUES)
+        )
     else:
         holder[key] = copy.deepcopy(rng.choice(VALUES))
