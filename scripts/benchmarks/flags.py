@@ -79,6 +79,7 @@ def _work(parser: argparse.ArgumentParser) -> None:
 def _host(parser: argparse.ArgumentParser) -> None:
     _positive(parser, {"rows": (256, "running sequences"), "steps": (96, "decode steps that count")})
     parser.add_argument("--lengths", type=_count, nargs="+", default=[100, 4000], help="tokens of each sequence")
+    parser.add_argument("--queued", type=int, default=0, metavar="N", help="prompts that wait for a row (default: %(default)s)")
 
 
 def _startup(parser: argparse.ArgumentParser) -> None:

@@ -2,6 +2,7 @@
 
 import tempfile
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -78,8 +79,15 @@ def stub_device() -> Iterator[None]:
         raise RuntimeError(f"the steps no longer call {', '.join(set(stubs) - traced)}: the model was computed in what was timed")
 
 
-def measure(rows: int, length: int, steps: int, layers: int) -> dict[str, float]:
-    """Milliseconds of a pure decode step of `rows` sequences of `length` tokens: medians, and the step's 90%.
+def measure(rows: int, length: int, steps: int, layers: int, queued: int = 0) -> dict[str, float]:
+    """Measure a pure decode step of `rows` sequences of `length` tokens, in milliseconds: medians, and the step's 90%.
+
+    Args:
+        rows: sequences that run.
+        length: tokens of each of them at first.
+        steps: decode steps that are measured.
+        layers: of the model.
+        queued: prompts that wait behind them for a row. What one of them takes is measured as well (`queue`).
 
     Raises:
         RuntimeError: the engine no longer calls what is timed here.
@@ -89,6 +97,7 @@ def measure(rows: int, length: int, steps: int, layers: int) -> dict[str, float]
     with stub_device(), _llm(rows, length, new, layers) as llm:
         engine = llm._engine
         _queue(llm, rows, length, new)
+        waiting = queue(llm, queued) if queued else {}
         _watch(engine, clock)
         while int(engine.scheduler.decoding.sum()) < rows:
             engine.step()
@@ -101,7 +110,35 @@ def measure(rows: int, length: int, steps: int, layers: int) -> dict[str, float]
     figures = {f"{name}_ms": 1e3 * median(step[name] for step in found) for name in found[0]}
     figures["schedule_and_commit_ms"] = 1e3 * median(step["schedule"] + step["commit"] for step in found)
     figures["step_p90_ms"] = 1e3 * float(np.percentile([step["step"] for step in found], 90))
-    return figures
+    return figures | waiting
+
+
+def queue(llm: LLM, count: int) -> dict[str, float]:
+    """Queue prompts as a call does, and return what one of them takes: microseconds, and bytes while it waits.
+
+    The prompts have 16 tokens and may run to the end of the model's length.
+    """
+    prompts = np.random.default_rng(1).integers(3, VOCAB, (count, 16)).tolist()
+    params = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
+    tracemalloc.start()
+    try:
+        kept = _add(llm, prompts[: min(count, 1000)], params)
+        traced = tracemalloc.get_traced_memory()[0] / len(kept)
+    finally:
+        tracemalloc.stop()
+    started = time.perf_counter()
+    kept += _add(llm, prompts[len(kept) :], params)
+    timed = count - min(count, 1000)
+    figures = {"queued_prompt_bytes": traced}
+    return figures | ({"queue_a_prompt_us": 1e6 * (time.perf_counter() - started) / timed} if timed else {})
+
+
+def _add(llm: LLM, prompts: list[Any], params: SamplingParams) -> list[Any]:
+    """Queue prompts; their handles."""
+    handles = llm._prepare(prompts, params) if prompts else []
+    for handle in handles:
+        llm._engine.add(handle.request)
+    return handles
 
 
 def _watch(engine: Engine, clock: Clock) -> None:
@@ -153,8 +190,7 @@ def _queue(llm: LLM, rows: int, length: int, new: int) -> None:
     rng = np.random.default_rng(0)
     prompts = [{"prompt_token_ids": rng.integers(3, VOCAB, length + row % BLOCK).tolist()} for row in range(rows)]
     params = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True)
-    for handle in llm._prepare(prompts, params):
-        llm._engine.add(handle.request)
+    _add(llm, prompts, params)
 
 
 def text(rows: int, steps: int) -> dict[str, float]:
