@@ -19,6 +19,8 @@ from jaxinfer.kernels.matmul import NATIVE, RAGGED, TRITON, XLA
 from jaxinfer.kernels.matmul import matmul as dense
 from jaxinfer.kernels.triton_launch import Target
 
+KEYS = 1 << 31
+"""Keys that int32 has room for: those from 0 on."""
 LEAST_TILE, MOST_TILE = 8, 128
 """Rows of a tile of the loop in XLA, which are multiplied with one matrix at a time."""
 
@@ -45,12 +47,20 @@ def dispatch(chosen: jax.Array, experts: int) -> Dispatch:
     owners = chosen.reshape(-1).astype(jnp.int32)
     owners = jnp.where((owners >= 0) & (owners < experts), owners, experts)
     number = jnp.arange(pairs, dtype=jnp.int32)
-    # One key of both is sorted faster than keys with a payload, and no two are equal.
-    keys = jnp.sort(owners * pairs + number)
-    order = keys % pairs
+    if has_one_key(experts, pairs):  # which is sorted faster than keys with a payload; no two are equal
+        keys = jnp.sort(owners * pairs + number)
+        order, sorted_owners = keys % pairs, keys // pairs
+    else:
+        order = jnp.argsort(owners, stable=True).astype(jnp.int32)
+        sorted_owners = owners[order]
     places = jnp.zeros_like(number).at[order].set(number, unique_indices=True, mode="promise_in_bounds")
     offsets = jnp.sum(owners < jnp.arange(experts + 1, dtype=jnp.int32)[:, None], axis=1, dtype=jnp.int32)
-    return Dispatch(order // per_token, jnp.minimum(keys // pairs, experts - 1), places.reshape(chosen.shape), offsets)
+    return Dispatch(order // per_token, jnp.minimum(sorted_owners, experts - 1), places.reshape(chosen.shape), offsets)
+
+
+def has_one_key(experts: int, pairs: int) -> bool:
+    """Return whether an expert, or none, and the number of a pair fit into one int32."""
+    return (experts + 1) * pairs <= KEYS
 
 
 def combine(y: jax.Array, weights: jax.Array, places: jax.Array, end: jax.Array) -> jax.Array:

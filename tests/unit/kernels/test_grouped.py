@@ -113,6 +113,19 @@ def test_every_pair_has_one_place_in_the_order_of_experts_and_tokens(chosen: lis
     assert laid.offsets.tolist() == [sum(e < number for e, _, _ in pairs) for number in range(EXPERTS + 1)]
 
 
+def test_keys_of_more_than_32_bits_are_sorted_in_the_same_order(monkeypatch):
+    chosen = jnp.array([[3, -1, 0], [0, 3, 4], [1, 0, 3]], jnp.int32)
+    small = grouped.dispatch(chosen, EXPERTS)
+    monkeypatch.setattr(grouped, "KEYS", 5 * chosen.size - 1)
+    wide = grouped.dispatch(chosen, EXPERTS)
+    assert all(a.dtype == b.dtype and (a == b).all() for a, b in zip(small, wide, strict=True))
+
+
+def test_the_largest_key_is_the_largest_int32():
+    pairs = (1 << 20) * 8  # the most tokens of a step, of 8 experts each
+    assert grouped.has_one_key(255, pairs) and not grouped.has_one_key(256, pairs)
+
+
 def test_what_the_experts_made_is_summed_by_weight_and_what_none_made_is_zero():
     chosen = jnp.array([[1, 0], [2, 1], [0, 2]])  # of two experts: 2 is none
     laid = dispatch(chosen, 2)
