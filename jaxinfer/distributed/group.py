@@ -5,6 +5,7 @@ collective its peers would wait for ever, on a GPU without an error. The system 
 dies; one that hangs, or whose machine is gone, is found by the signs of life that it no longer sends.
 """
 
+import atexit
 import json
 import logging
 import os
@@ -59,6 +60,7 @@ class Group:
         for peer in self.peers:
             threading.Thread(target=self._listen, args=(peer,), name=f"from-{peer.process}", daemon=True).start()
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
+        atexit.register(self.end_quietly)
 
     @property
     def over(self) -> bool:
@@ -182,9 +184,10 @@ class Group:
         self.leave()
 
     def leave(self) -> None:
-        """Regular end: what the others do from here on is no concern of this process."""
+        """End this process's part: what the others do from here on is no concern of it."""
         self._over.set()
         self._wake()
+        atexit.unregister(self.end_quietly)  # which would keep the group until the process ends
 
     def end(self) -> None:
         """Process 0 ends the others, and waits for them to have replayed and compared everything.
@@ -205,6 +208,8 @@ class Group:
         if self.failure is not None:
             raise self.error()
         self.leave()
+        for peer in self.peers:
+            peer.close()
 
     def end_quietly(self) -> None:
         """At the end of the program: tells the others, which end with it, and waits for nobody."""
@@ -238,6 +243,12 @@ class Group:
         threading.Thread(target=leave, name="exit", daemon=True).start()
 
     def _listen(self, peer: Peer) -> None:
+        """Take what a peer sends until its connection is closed, as process 0 does once all have ended."""
+        self._receive(peer)
+        if peer.ended:
+            peer.close()
+
+    def _receive(self, peer: Peer) -> None:
         while True:
             try:
                 kind, data = peer.receive()

@@ -1,6 +1,5 @@
 """How processes come together: under `jax.distributed`, then by a connection of each to process 0."""
 
-import atexit
 import json
 import logging
 import os
@@ -92,9 +91,7 @@ def join(mesh: Mesh | None, peer_timeout: Any = None) -> Group | None:
             "(CUDA_VISIBLE_DEVICES, or on a CPU --xla_force_host_platform_device_count in XLA_FLAGS)"
         )
     known = isinstance(peer_timeout, int | float) and 0 < peer_timeout < 1e9
-    group = _lead(float(peer_timeout) if known else PEER_TIMEOUT) if jax.process_index() == 0 else _call()
-    atexit.register(group.end_quietly)
-    return group
+    return _lead(float(peer_timeout) if known else PEER_TIMEOUT) if jax.process_index() == 0 else _call()
 
 
 def guard(group: Group | None) -> AbstractContextManager[None]:

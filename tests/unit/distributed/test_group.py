@@ -153,6 +153,23 @@ def test_the_end_waits_for_all_and_comes_once(make, exits):
     assert exits == []
 
 
+def test_groups_that_have_ended_are_kept_by_nothing(make, monkeypatch):
+    registered: list[Callable[[], None]] = []
+    monkeypatch.setattr("jaxinfer.distributed.group.atexit", SimpleNamespace(
+        register=registered.append, unregister=lambda call: registered.remove(call) if call in registered else None
+    ))  # fmt: skip
+    first, second = make(count=2)
+    assert registered == [second.end_quietly, first.end_quietly]
+    first.tell(Kind.END)
+    second.take(second.peers[0], Kind.END)
+    second.answer_end()
+    until(lambda: first.peers[0].ended)
+    first.end()
+    assert registered == []
+    until(lambda: not any(thread.name.startswith(("from-", "watch")) for thread in threading.enumerate()))
+    assert first.failure is None and second.failure is None
+
+
 def test_an_end_that_is_not_answered_names_who_did_not(make, exits, monkeypatch):
     groups = make(count=2, limit=4.0)
     monkeypatch.setattr("jaxinfer.distributed.group.END_LIMITS", 0.05)
