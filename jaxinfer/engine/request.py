@@ -109,6 +109,15 @@ class Request:
         """Whether all its sequences are."""
         return all(s.status is Status.FINISHED for s in self.sequences)
 
+    def drop_inputs(self) -> None:
+        """Let go of images and sound once all its sequences have finished: until then any may be preempted and read them again.
+
+        A caller's call may hold the request much longer. Texts stay, as results name their tokens.
+        """
+        self.inputs = None
+        if self.cross is not None and self.cross.token_ids is None:
+            self.cross = None
+
     @property
     def level(self) -> Level:
         """The least sampler level that serves its steps, those apart in which tokens are forbidden for a while (`forbidden`)."""

@@ -353,6 +353,8 @@ class Scheduler:
             self.waiting.remove(sequence)
         sequence.status, sequence.finish_reason = Status.FINISHED, reason
         sequence.trim()
+        if sequence.request.finished:
+            sequence.request.drop_inputs()
 
     def _leave(self, sequence: Sequence) -> None:
         row = sequence.row

@@ -12,6 +12,7 @@ from jaxinfer.engine.waiting import Waiting
 from jaxinfer.kv.groups import SINGLE, KindGroups, blocks_needed
 from jaxinfer.kv.manager import BlockManager
 from jaxinfer.kv.spec import Kind, Window
+from jaxinfer.media import CrossInputs, EncoderInput, PlacedInputs
 from jaxinfer.sampling_params import SamplingParams
 
 ROWS = 4
@@ -77,6 +78,33 @@ def test_states_of_a_sequence():
     assert sequence.output_ids.tolist() == [6, 7]
     scheduler.finish(sequence, "abort")
     assert sequence.finish_reason == "length", "a second end does nothing"
+
+
+def test_images_stay_while_a_sample_may_be_preempted_and_go_with_the_last():
+    scheduler = make(feature_slots=4)
+    host, request = Host(scheduler), new("a", 6, n=2)
+    request.inputs = PlacedInputs((EncoderInput("image", np.zeros((1, 2), np.float32), rows=4),), np.arange(1, 5))
+    scheduler.add(request)
+    host.step()
+    first, second = request.sequences
+    scheduler.finish(first, "abort")
+    scheduler.preempt(second)
+    host.step()
+    while second.status is Status.WAITING:  # it reads the image again
+        assert request.inputs is not None
+        host.step()
+    assert len(host.plans[-1].encodes) + host.plans[-1].reused == 1
+    host.run()
+    assert request.finished and request.inputs is None
+    scheduler.encoding.check()
+
+
+@pytest.mark.parametrize("values", [np.zeros((1, 2), np.float32), np.array([4, 5], np.int32)])
+def test_what_an_encoder_read_goes_with_the_end_unless_it_is_in_the_result(values):
+    request = new("a", 6)
+    request.cross = CrossInputs((EncoderInput("any", values, rows=1),))
+    request.drop_inputs()
+    assert (request.cross is None) == (values.dtype == np.float32)
 
 
 def test_first_come_first_served():
