@@ -98,6 +98,10 @@ class EngineConfig:
     peer_timeout: float = PEER_TIMEOUT
     """Where several processes serve one model (`jaxinfer.distributed`): seconds within which one that has died, hangs or
     computes something else ends all of them. Process 0's is for all, like its other settings."""
+    freeze_gc: bool = True
+    """Whether the objects of this process that are alive once the model is loaded are taken out of Python's garbage collection
+    (`gc.freeze`), whose full runs stop every request; closing the `LLM` puts all of them back. Set it to False in a program that
+    calls gc.freeze itself, or that drops large objects in reference cycles while it serves a model."""
     compiler_options: Mapping[str, bool | int | float | str] | None = None
     """XLA's options for the compilation of the steps, by name; None: none. They are passed with each compilation,
     so that the environment stays as it is."""
@@ -123,7 +127,7 @@ class EngineConfig:
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:
                 raise ConfigError(f"{name} must be a number in (0, {most:g}], got {value!r}")
         Placement.of(self.placement)
-        for name in ("enable_prefix_caching", "enable_block_sharing", "check_invariants", "pad_heads"):
+        for name in ("enable_prefix_caching", "enable_block_sharing", "check_invariants", "pad_heads", "freeze_gc"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
         for name in ("decode_buckets", "prefill_buckets"):

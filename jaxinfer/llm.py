@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from tqdm.auto import tqdm
 
-from jaxinfer import compilation_cache, distributed
+from jaxinfer import compilation_cache, distributed, heap
 from jaxinfer.beam_params import BeamParams
 from jaxinfer.config import EngineConfig
 from jaxinfer.engine import agreement
@@ -68,6 +68,7 @@ class LLM:
         with distributed.guard(self._group):
             config = EngineConfig.of(settings)
             compilation_cache.enable(config.compilation_cache_dir)
+            heap.thaw(collect=True)  # an LLM that was dropped meanwhile may still hold its weights
             if self._group is not None:
                 config, hf_overrides = agreement.settings(self._group, config, hf_overrides)
             self._mesh, self.config = place(mesh, config, "tensor_parallel_size" in settings, self._group)
@@ -93,7 +94,9 @@ class LLM:
         self._intake = Intake(self._opened, self.config, limits, chat_template)
         self._thread = EngineThread(engine)
         # Also where an LLM is dropped without `close`, and when the interpreter ends.
-        self._finalizer = weakref.finalize(self, self._thread.stop)
+        self._finalizer = weakref.finalize(self, _drop, self._thread)
+        if self.config.freeze_gc:
+            heap.freeze()
 
     @property
     def _engine(self) -> Engine:
@@ -303,10 +306,13 @@ class LLM:
         self._check_open()
         programs, leader = self._thread.run(self._prepare_programs, names, threads)
         try:
-            return warm_up(programs, names, threads=threads, use_tqdm=use_tqdm)
+            done = warm_up(programs, names, threads=threads, use_tqdm=use_tqdm)
         finally:
             if leader is not None:
                 leader.warmed()
+        if self.config.freeze_gc:
+            heap.freeze()  # the programs as well
+        return done
 
     def _prepare_programs(self, names: Collection[str], threads: int | None) -> tuple[Programs, Leader | None]:
         """Make what the programs take, on the engine's thread; other processes are told to compile as well."""
@@ -389,6 +395,7 @@ class LLM:
             elif self._group is not None:
                 self._group.end_quietly()
             del self._opened, self._intake
+            heap.thaw()
 
     def __enter__(self) -> "LLM":
         return self
@@ -482,3 +489,9 @@ class LLM:
             self._engine.step()
         found = updates.take()
         return found, updates.unfinished()
+
+
+def _drop(thread: EngineThread) -> None:
+    """Let go of an LLM that nobody refers to any more."""
+    thread.stop()
+    heap.thaw()

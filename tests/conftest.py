@@ -7,6 +7,7 @@ import gc
 import os
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, os.path.dirname(__file__))
@@ -77,6 +78,16 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 def pytest_testnodedown(node: object) -> None:
     """A worker has finished."""
     _compiled.update(getattr(node, "workeroutput", {}).get("compilations", {}))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_freezing() -> Iterator[None]:
+    """A full collection for each LLM that the tests make would take more time than most of them."""
+    from jaxinfer import heap  # not before annotations are checked
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(heap, "freeze", lambda: None)
+        yield
 
 
 MAPPINGS = 20_000

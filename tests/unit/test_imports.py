@@ -16,7 +16,7 @@ import jaxinfer
 PACKAGE = Path(jaxinfer.__file__).parent
 
 TIERS = (
-    {"errors", "folders"},
+    {"errors", "folders", "heap"},
     {"checks", "compilation_cache", "distributed", "units"},
     {"sharding"},
     {"config", "demo", "kernels", "outputs", "sampling_params"},

@@ -1,0 +1,64 @@
+"""Frozen objects are not collected, so nothing may be frozen that keeps an LLM's weights alive."""
+
+import gc
+import weakref
+
+import pytest
+
+from jaxinfer import heap
+from jaxinfer.heap import freeze, thaw
+
+pytestmark = pytest.mark.xdist_group("faults")
+
+
+class Holder:
+    """Something in a reference cycle."""
+
+    def __init__(self) -> None:
+        self.me, self.llm = self, None
+
+
+@pytest.fixture
+def unfrozen():
+    """Whatever the tests do, nothing stays frozen."""
+    yield
+    thaw()
+    gc.unfreeze()
+
+
+def test_thawing_finds_what_became_garbage_and_leaves_other_peoples_freezing_alone(unfrozen):
+    holder = Holder()
+    found = weakref.ref(holder)
+    freeze()
+    del holder
+    gc.collect()
+    assert found() is not None and gc.get_freeze_count() > 10_000
+    thaw(collect=True)
+    assert found() is None
+    gc.freeze()
+    frozen = gc.get_freeze_count()
+    thaw(collect=True)
+    assert gc.get_freeze_count() >= frozen > 10_000
+
+
+def test_nothing_is_frozen_where_the_collector_is_off(unfrozen):
+    before = gc.get_freeze_count()
+    gc.disable()
+    try:
+        freeze()
+        assert gc.get_freeze_count() == before
+    finally:
+        gc.enable()
+
+
+def test_an_llm_is_loaded_thawed_freezes_and_gives_back(make_llm, monkeypatch):
+    calls = []
+    monkeypatch.setattr(heap, "freeze", lambda: calls.append("freeze"))
+    monkeypatch.setattr(heap, "thaw", lambda collect=False: calls.append("collect" if collect else "thaw"))
+    with make_llm():
+        assert calls == ["collect", "freeze"]
+    assert calls == ["collect", "freeze", "thaw"]
+    llm = make_llm(freeze_gc=False)
+    assert calls[3:] == ["collect"]
+    del llm  # without closing it
+    assert calls[3:] == ["collect", "thaw"]
