@@ -5,7 +5,6 @@ from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import numpy as np
 import pytest
 from support import mllama, whisper
 from support.cases import GREEDY
