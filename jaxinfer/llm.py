@@ -33,7 +33,7 @@ from jaxinfer.progress import Progress, Running, Updates, say_if_cut
 from jaxinfer.resolve import ModelLimits
 from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.text import Prompt
-from jaxinfer.transcription import Transcript, Transcribing, begin
+from jaxinfer.transcription import Transcribing, Transcript, begin
 
 
 class LLM:
@@ -102,11 +102,6 @@ class LLM:
     def _engine(self) -> Engine:
         """The engine, which belongs to its thread: from here it is only looked at."""
         return self._thread.engine
-
-    @property
-    def default_params(self) -> SamplingParams:
-        """The parameters of calls that bring none, as generation_config.json has them. They cannot be changed."""
-        return self._opened.default_params
 
     @property
     def default_params(self) -> SamplingParams:

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from faults.conftest import settle
 
 from jaxinfer import SamplingParams
 from jaxinfer.engine.metrics import PREFIX
@@ -115,6 +116,7 @@ def test_an_interrupt_leaves_nothing_behind(llm, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         llm.beam_search([IDS], 4, 12)
     monkeypatch.undo()
+    settle(llm)
     assert not llm._engine.requests
     assert len(llm.beam_search([IDS], 4, 3)[0].outputs) == 4
 
