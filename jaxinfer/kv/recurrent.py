@@ -58,6 +58,8 @@ class RecurrentStates:
         self._evicted: list[np.ndarray] = []
         self._left: list[int] = []
         """Slots that rows have left in this plan, whose steps still read them."""
+        self._moved = np.zeros(rows, bool)
+        """Rows that have taken a slot in this plan; each other one has a slot reserved for it."""
 
     @property
     def published(self) -> np.ndarray:
@@ -82,6 +84,7 @@ class RecurrentStates:
         """
         self.pool = pools.release(self.pool, self._left)
         self._left = []
+        self._moved[:] = False
         for row in list(self.kept):
             if self.pool.num_available >= len(self.current):
                 break
@@ -91,12 +94,13 @@ class RecurrentStates:
         """Moves a row's state to position `stop`, leaving snapshots at those of its boundaries that lie before it."""
         start, source, boundaries = int(self.at[row]), int(self.current[row]), self._boundaries[row]
         inside = sorted({b for b in boundaries if start < b < stop})
-        if self.pool.num_available < len(self.current) + len(inside):
+        if self._spare < len(inside):
             inside = []
         ends = [*inside, stop]
         in_place = not inside and source != NOWHERE and not self._must_leave(row, start in boundaries)
         targets = [source] if in_place else self._take(len(ends)).tolist()
         if not in_place:
+            self._moved[row] = True
             self._leave_behind(row, start in boundaries)
             self.kept.setdefault(row, []).extend(zip(inside, targets, strict=False))
         self.current[row], self.at[row] = targets[-1], stop
@@ -109,17 +113,39 @@ class RecurrentStates:
     def step(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Moves the state of rows `[B]` one token on; the slots `[B]` that are read and those that are written."""
         sources, pool = self.current[rows], self.pool
-        moving = (pool.refs[sources] > 1) | pool.published[sources]
-        if self.keep:
-            moving |= self.at[rows] % self._size == 0
-        moving = np.flatnonzero(moving)
-        if len(moving):
-            taken = self._take(len(moving))
-            for row, slot in zip(rows[moving].tolist(), taken.tolist(), strict=True):
-                self._leave_behind(row, self.keep and not int(self.at[row]) % self._size)
-                self.current[row] = slot
+        must = (pool.refs[sources] > 1) | pool.published[sources]
+        boundary = self.at[rows] % self._size == 0 if self.keep else np.zeros(len(rows), bool)
+        moving = np.flatnonzero(must | boundary)
+        first = ~self._moved[rows[moving]]
+        fresh = iter(self._take(int(first.sum())).tolist()) if first.any() else iter(())
+        for index, is_first in zip(moving.tolist(), first.tolist(), strict=True):
+            row = int(rows[index])
+            slot = next(fresh) if is_first else self._another(row, bool(must[index]))
+            if slot is not None:
+                self._leave_behind(row, bool(boundary[index]))
+                self.current[row], self._moved[row] = slot, True
         self.at[rows] += 1
         return sources, self.current[rows]
+
+    @property
+    def _spare(self) -> int:
+        """Slots that no row of this plan has reserved."""
+        return self.pool.num_available - int((~self._moved).sum())
+
+    def _another(self, row: int, must: bool) -> int | None:
+        """Return a slot for a row that has moved in this plan before, or None: then no state is kept at its position.
+
+        A plan of many steps passes several block boundaries. Where no slot is to spare, the state that is kept of what the
+        row generated is replaced by the later one, in its slot: steps run in order, so it has been read by then. It is not
+        released, as a chunk of a prompt, which runs before the steps, could take it.
+        """
+        if must or self._spare > 0:
+            return int(self._take(1)[0])
+        position, slot = self.kept[row][-1] if self.kept.get(row) else (0, NOWHERE)
+        if position <= max(self._boundaries[row], default=0) or self.pool.refs[slot] > 1:
+            return None
+        self.kept[row].pop()
+        return slot
 
     def _must_leave(self, row: int, wanted: bool) -> bool:
         """Whether a row may not write to its slot: others have it as well, or it is kept."""

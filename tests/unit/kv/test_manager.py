@@ -525,3 +525,28 @@ def test_check_finds_a_row_without_what_it_needs_and_a_block_of_two_groups():
     m.tables.blocks[1, 0, 3] = m.tables.blocks[0, 0, 3]
     with pytest.raises(PoolInvariantError, match="block|count"):
         m.check()
+
+
+@pytest.mark.parametrize("published", [True, False])
+def test_a_plan_of_many_steps_passes_several_boundaries_with_two_slots_a_row(published):
+    m = BlockManager(60, ROWS, WIDTH, P, state_slots=2 * ROWS)
+    states = m.states
+    for row in range(ROWS):
+        text = np.array([row] * P, np.int32)
+        assert m.admit(row, m.lookup(text, m.digests(text, ROOT), ROOT), len(text), len(text))
+        states.begin()
+        states.chunk(row, P)
+        m.tables.lengths[row] = P
+        if published:
+            m.publish(row, text, m.digests(text, ROOT), ROOT, 0, 1)
+    states.begin()
+    decoding = np.arange(ROWS - 1)
+    moves = [states.step(decoding) for _ in range(3 * P)]
+    read = {slot for sources, _ in moves for slot in sources.tolist()}
+    (part,) = states.chunk(ROWS - 1, P + 1)
+    assert part.target not in read, "the prompts of a plan are computed before its decode steps"
+    for (_, targets), (sources, _) in zip(moves, moves[1:], strict=False):
+        assert (targets == sources).all() and len(set(targets.tolist())) == len(targets)
+    positions = {position for row in range(ROWS - 1) for position, _ in states.kept.get(row, ())}
+    assert positions == (set() if published else {3 * P}), "the latest boundary is kept where a slot is to be had"
+    m.check()
