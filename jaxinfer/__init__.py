@@ -1,6 +1,6 @@
 """jaxinfer: Hugging Face checkpoints in, text out, on JAX.
 
-`models`, `sharding` and `kv` are the package's public wings.
+`models`, `sharding` and `kv` are the public subpackages.
 """
 
 import importlib
@@ -10,36 +10,50 @@ if TYPE_CHECKING:
     from jaxinfer import distributed as distributed
     from jaxinfer import functional as functional
     from jaxinfer import kv as kv
+    from jaxinfer import loading as loading
     from jaxinfer import models as models
     from jaxinfer import sharding as sharding
     from jaxinfer.config import EngineConfig as EngineConfig
     from jaxinfer.llm import LLM as LLM
+    from jaxinfer.models.whisper.transcription import Segment as Segment
+    from jaxinfer.models.whisper.transcription import Transcript as Transcript
     from jaxinfer.outputs import CompletionOutput as CompletionOutput
     from jaxinfer.outputs import Logprob as Logprob
     from jaxinfer.outputs import RequestOutput as RequestOutput
     from jaxinfer.sampling_params import RequestOutputKind as RequestOutputKind
     from jaxinfer.sampling_params import SamplingParams as SamplingParams
-    from jaxinfer.transcription import Segment as Segment
-    from jaxinfer.transcription import Transcript as Transcript
 
 __version__ = "0.1.0"
 
-_HOMES = {
+_MODULES = {
     "EngineConfig": "config", "LLM": "llm", "CompletionOutput": "outputs", "Logprob": "outputs",
     "RequestOutput": "outputs", "RequestOutputKind": "sampling_params", "SamplingParams": "sampling_params",
-    "Segment": "transcription", "Transcript": "transcription",
+    "Segment": "models.whisper.transcription", "Transcript": "models.whisper.transcription",
 }  # fmt: skip
-_WINGS = ("demo", "distributed", "functional", "kv", "models", "sharding")
-__all__ = [*_HOMES, *_WINGS]
+_SUBPACKAGES = ("demo", "distributed", "functional", "kv", "loading", "models", "sharding")
+_FROM_ABOVE = {("jaxinfer.sharding", "plan"): "jaxinfer.loading.plan"}
+"""Names that users look for in a subpackage whose code knows nothing of them: (subpackage, name) -> module."""
+__all__ = [*_MODULES, *_SUBPACKAGES]
 
 
 def __getattr__(name: str) -> Any:
-    """Loads a public name when it is first used: importing the package costs nothing but itself."""
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"jaxinfer.{_HOMES[name]}"), name)
-    if name in _WINGS:
+    """Import a public name when it is first used, so that importing the package loads nothing else."""
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"jaxinfer.{_MODULES[name]}"), name)
+    if name in _SUBPACKAGES:
         return importlib.import_module(f"jaxinfer.{name}")
     raise AttributeError(f"module 'jaxinfer' has no attribute {name!r}")
+
+
+def name_from_above(module: str, name: str) -> Any:
+    """Return what a subpackage shows under `name` although it is made of layers above that subpackage.
+
+    Raises:
+        AttributeError: there is no such name.
+    """
+    if (module, name) in _FROM_ABOVE:
+        return getattr(importlib.import_module(_FROM_ABOVE[module, name]), name)
+    raise AttributeError(f"module {module!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

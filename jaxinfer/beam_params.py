@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from jaxinfer.checks import as_float, as_int, describe, show_int
+from jaxinfer._utils.checks import as_float, as_int, describe, show_int
 from jaxinfer.sampling_params import SamplingParams
 
 MAX_WIDTH = 256

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxinfer.checks import MAX_LOGPROBS
+from jaxinfer._utils.checks import MAX_LOGPROBS
 from jaxinfer.distributed import PEER_TIMEOUT
 from jaxinfer.errors import ConfigError
 from jaxinfer.sharding.policy import Placement

@@ -11,29 +11,30 @@ from flax import nnx
 from jax.sharding import Mesh
 from tqdm.auto import tqdm
 
-from jaxinfer import compilation_cache, distributed, heap
+from jaxinfer import distributed
+from jaxinfer._utils import compilation_cache, heap
 from jaxinfer.beam_params import BeamParams
 from jaxinfer.config import EngineConfig
-from jaxinfer.engine import agreement
-from jaxinfer.engine.buckets import SAMPLING
 from jaxinfer.engine.engine import Engine
 from jaxinfer.engine.engine_thread import CLOSED, EngineThread, Lease
-from jaxinfer.engine.follow import Leader, follow
 from jaxinfer.engine.metrics import Metric
-from jaxinfer.engine.programs import Programs
+from jaxinfer.engine.multihost import handshake
+from jaxinfer.engine.multihost.replay import Leader, follow
 from jaxinfer.engine.request import Request
-from jaxinfer.engine.setup import build_engine
-from jaxinfer.engine.warmup import Warmup, check_sampling, warm_up
+from jaxinfer.engine.runner.buckets import SAMPLING
+from jaxinfer.engine.runner.programs import Programs
+from jaxinfer.engine.runner.warmup import Warmup, check_sampling, warm_up
+from jaxinfer.engine.sizing.setup import build_engine
 from jaxinfer.errors import CapacityError, ConfigError, DistributedError, EngineClosedError
-from jaxinfer.handle import BeamHandle, Handle
-from jaxinfer.intake import Intake, Params
-from jaxinfer.opening import Named, open_model, place
+from jaxinfer.inputs.defaults import ModelLimits
+from jaxinfer.inputs.input_processor import Intake, Params
+from jaxinfer.inputs.prompts import Prompt
+from jaxinfer.loading.load import Named, open_model, place
+from jaxinfer.models.whisper.transcription import Transcribing, Transcript, begin
 from jaxinfer.outputs import RequestOutput
-from jaxinfer.progress import Progress, Running, Updates, say_if_cut
-from jaxinfer.resolve import ModelLimits
+from jaxinfer.results.output_processor import BeamHandle, Handle
+from jaxinfer.results.progress import Progress, Running, Updates, say_if_cut
 from jaxinfer.sampling_params import SamplingParams
-from jaxinfer.text import Prompt
-from jaxinfer.transcription import Transcribing, Transcript, begin
 
 
 class LLM:
@@ -70,7 +71,7 @@ class LLM:
             compilation_cache.enable(config.compilation_cache_dir)
             heap.thaw(collect=True)  # an LLM that was dropped meanwhile may still hold its weights
             if self._group is not None:
-                config, hf_overrides = agreement.settings(self._group, config, hf_overrides)
+                config, hf_overrides = handshake.settings(self._group, config, hf_overrides)
             self._mesh, self.config = place(mesh, config, "tensor_parallel_size" in settings, self._group)
             named = Named(model, tokenizer, skip_tokenizer_init, revision, hf_overrides)
             self._start(named, chat_template, use_tqdm)
@@ -85,7 +86,7 @@ class LLM:
             known = group.share(known)[0]
         engine = build_engine(module, self.config, self._mesh, sampled_vocab=known)
         if group is not None:
-            agreement.steps(group, engine.runner)
+            handshake.steps(group, engine.runner)
             engine.runner.leader = None if self._follows else Leader(group)
         longest = engine.runner.shapes.max_length
         limits = ModelLimits(
@@ -216,7 +217,7 @@ class LLM:
     ) -> list[Transcript]:  # fmt: skip
         """What is said in audio of any length, and when, by a model that transcribes; results in the order of the audio.
 
-        Window by window (`jaxinfer.transcription`), all audio at the same time. `generate` takes one window.
+        Window by window (`jaxinfer.models.whisper.transcription`), all audio at the same time. `generate` takes one window.
 
         Args:
             audio: `(array, sampling_rate)` or a list of these (`media.audio.as_audio`).

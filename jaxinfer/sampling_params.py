@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from jaxinfer.checks import (
+from jaxinfer._utils.checks import (
     MAX_INT32,
     MAX_LOGPROBS,
     as_float,

@@ -59,7 +59,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def convert(args: argparse.Namespace) -> int:
     """Writes the folder and says what is in it."""
     from jaxinfer.checkpoint.hub import resolve_model
-    from jaxinfer.models import converting
+    from jaxinfer.loading import convert as converting
     from jaxinfer.sharding import make_mesh
     from jaxinfer.sharding.policy import Placement
 

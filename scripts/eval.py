@@ -27,8 +27,9 @@ from typing import Any
 
 import perplexity
 from ending import status_of
-from jaxinfer import LLM, SamplingParams, demo
 from overrides import add_hf_overrides
+
+from jaxinfer import LLM, SamplingParams, demo
 
 MARK = "####"
 DEMO = "demo"

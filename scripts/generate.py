@@ -13,6 +13,7 @@ from generation import sanity
 from generation.options import as_asked, open_image, parse, read_prompts
 from generation.printing import as_json, collect, report, show
 from generation.rates import Rates
+
 from jaxinfer import LLM, SamplingParams, demo, distributed
 from jaxinfer.media import read_wav
 

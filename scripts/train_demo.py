@@ -6,7 +6,7 @@
 makes the tokenizer, trains the model, writes it to DIR, reads it back and prints its accuracy on questions it never saw.
 
 `llama`, two million parameters, is trained with torch and takes about 17 minutes of CPU time. `kimi_linear`, one million, is
-trained through jaxinfer's own layers (`jaxinfer.training`) with optax, which comes with flax. Both need the extra `test`.
+trained through jaxinfer's own layers (`jaxinfer.functional.training`) with optax, which comes with flax. Both need the extra `test`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 
 from demos import text  # noqa: E402
+
 from jaxinfer.demo import corpus  # noqa: E402
 
 ARCHITECTURES = ("llama", "kimi_linear")

@@ -83,7 +83,7 @@ def pytest_testnodedown(node: object) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _no_freezing() -> Iterator[None]:
     """A full collection for each LLM that the tests make would take more time than most of them."""
-    from jaxinfer import heap  # not before annotations are checked
+    from jaxinfer._utils import heap  # not before annotations are checked
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(heap, "freeze", lambda: None)

@@ -3,7 +3,7 @@
 import numpy as np
 
 from jaxinfer.checkpoint.source import Info, Source
-from jaxinfer.kernels import int8_matmul
+from jaxinfer.kernels.matmul import int8_matmul
 
 
 class Int8Source:

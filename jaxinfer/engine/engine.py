@@ -5,17 +5,17 @@ import time
 
 import numpy as np
 
-from jaxinfer.engine import branching
-from jaxinfer.engine.batch import asks_prompt_logprobs, spans
-from jaxinfer.engine.capacity import Capacity
+from jaxinfer.engine.beam_search import branching
 from jaxinfer.engine.metrics import Metric, Metrics
-from jaxinfer.engine.pace import Pace
 from jaxinfer.engine.plan import Plan
 from jaxinfer.engine.request import Request, Sequence, Status
-from jaxinfer.engine.runner import Flight, Result, Runner
-from jaxinfer.engine.sampler import BAD_TOKEN, Candidates, Logprobs
+from jaxinfer.engine.runner.batch import asks_prompt_logprobs, spans
+from jaxinfer.engine.runner.multi_step import Pace
+from jaxinfer.engine.runner.runner import Flight, Result, Runner
+from jaxinfer.engine.sampling.sampler import BAD_TOKEN, Candidates, Logprobs
 from jaxinfer.engine.scheduler import Limits, Scheduler
-from jaxinfer.engine.settings import HostSettings
+from jaxinfer.engine.sizing.capacity import Capacity
+from jaxinfer.engine.sizing.settings import HostSettings
 from jaxinfer.errors import EngineDeadError, EngineError
 from jaxinfer.kv.contiguous import RowManager
 from jaxinfer.kv.interface import CacheManager

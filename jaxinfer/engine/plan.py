@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from jaxinfer.encoders import EncodeJob
 from jaxinfer.engine.request import Sequence
-from jaxinfer.kv.features import Slots
+from jaxinfer.functional.encoder_batch import EncodeJob
+from jaxinfer.kv.encoder_pool import Slots
 from jaxinfer.kv.recurrent import Segment
 from jaxinfer.media import EncoderInput
 

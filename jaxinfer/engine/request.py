@@ -10,10 +10,10 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from jaxinfer.engine.beams import Beams
-from jaxinfer.engine.sampler import Candidates, Logprobs
-from jaxinfer.engine.sampling_rows import Level, SamplingRows, pack_rows
-from jaxinfer.kv.encoded import Encoded
+from jaxinfer.engine.beam_search.beams import Beams
+from jaxinfer.engine.sampling.sampler import Candidates, Logprobs
+from jaxinfer.engine.sampling.sampling_rows import Level, SamplingRows, pack_rows
+from jaxinfer.kv.cross_cache import Encoded
 from jaxinfer.kv.prefix import NO_EXTRAS, Extras, root
 from jaxinfer.media import CrossInputs, PlacedInputs
 from jaxinfer.outputs import KindHit

@@ -11,12 +11,12 @@ from itertools import islice
 
 import numpy as np
 
-from jaxinfer.engine.computing import LEAST_SHARED, Computing
-from jaxinfer.engine.encoding import Encoding
+from jaxinfer.engine.encoder_cache import Encoding
+from jaxinfer.engine.inflight_prefixes import LEAST_SHARED, Computing
 from jaxinfer.engine.plan import Chunk, Plan
 from jaxinfer.engine.request import Request, Sequence, Status, follows_history
 from jaxinfer.engine.waiting import Waiting
-from jaxinfer.kv.encoded import Encoded
+from jaxinfer.kv.cross_cache import Encoded
 from jaxinfer.kv.interface import CacheManager
 
 

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
-from jaxinfer.kernels import native_attention
-from jaxinfer.kernels.paged import Cache, Lane
+from jaxinfer.kernels.attention import native_attention
+from jaxinfer.kernels.attention.paged import Cache, Lane
 from jaxinfer.kv.spec import Full, Latent, State, StateArray
 from jaxinfer.sharding import axes, rules
 from jaxinfer.sharding import mesh as meshes

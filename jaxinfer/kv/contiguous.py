@@ -18,12 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinfer.kv import hits
-from jaxinfer.kv.encoded import NOTHING_READ, Encoded, EncodedBlocks, EncodedHit
+from jaxinfer.kv import prefix_match
+from jaxinfer.kv.cross_cache import NOTHING_READ, Encoded, EncodedBlocks, EncodedHit
 from jaxinfer.kv.groups import SINGLE, KindGroups, own
-from jaxinfer.kv.hits import Hit
 from jaxinfer.kv.pool import PoolInvariantError
 from jaxinfer.kv.prefix import PrefixIndex
+from jaxinfer.kv.prefix_match import Hit
 from jaxinfer.kv.recurrent import RecurrentStates
 from jaxinfer.kv.tables import Tables
 
@@ -118,7 +118,7 @@ class RowManager:
 
     def lookup(self, *_: Any) -> Hit:
         """Nothing: no prefix is kept."""
-        return hits.nothing(self.kinds, NO_PREFIXES)
+        return prefix_match.nothing(self.kinds, NO_PREFIXES)
 
     def lookup_encoded(self, content: Encoded | None) -> EncodedHit:
         """What a sequence's encoder reads is computed for each of them."""

@@ -5,9 +5,9 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from jaxinfer.kv.encoded import Encoded, EncodedBlocks, EncodedHit
-from jaxinfer.kv.hits import Hit
+from jaxinfer.kv.cross_cache import Encoded, EncodedBlocks, EncodedHit
 from jaxinfer.kv.prefix import Extras
+from jaxinfer.kv.prefix_match import Hit
 from jaxinfer.kv.recurrent import RecurrentStates
 from jaxinfer.kv.tables import Tables
 

@@ -12,14 +12,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxinfer.kv import hits
 from jaxinfer.kv import pool as pools
-from jaxinfer.kv.cold import Cold
-from jaxinfer.kv.encoded import NOTHING_READ, Encoded, EncodedBlocks, EncodedHit
+from jaxinfer.kv import prefix_match
+from jaxinfer.kv.cross_cache import NOTHING_READ, Encoded, EncodedBlocks, EncodedHit
 from jaxinfer.kv.groups import SINGLE, KindGroups, count, own
-from jaxinfer.kv.hits import Hit
-from jaxinfer.kv.pool import BlockPool
+from jaxinfer.kv.pool import BlockPool, EvictFirst
 from jaxinfer.kv.prefix import NO_EXTRAS, TOKEN_BYTES, Extras, PrefixIndex, as_bytes
+from jaxinfer.kv.prefix_match import Hit
 from jaxinfer.kv.recurrent import RecurrentStates
 from jaxinfer.kv.spec import Recurrent
 from jaxinfer.kv.tables import Tables
@@ -50,7 +49,7 @@ class BlockManager:
         self._groups, self._spans = count(kinds), [kind.span for kind in self.kinds]
         self._moving = [k for k, kind in enumerate(self.kinds) if not kind.kind.whole]
         """The kinds whose first needed position moves on."""
-        self._cold = Cold()
+        self._cold = EvictFirst()
         self._evicted: list[np.ndarray] = []
         self._entered: list[int] = []
 
@@ -87,14 +86,14 @@ class BlockManager:
     ) -> Hit:
         """The longest usable prefix: at most floor((L - 1) / P) blocks, so that one token is left to compute."""
         if not self.prefix_caching:
-            return hits.nothing(self.kinds, "prefix caching is off")
+            return prefix_match.nothing(self.kinds, "prefix caching is off")
         most = max(0, (len(tokens) - 1) // self.block_size)
         found = self.index.match(digests[:most], tokens, root, extras)
         kinds, published = self.kinds, self.pool.published
         if self.states is not None:
             kinds = *kinds, KindGroups(Recurrent(), count(kinds))
             published = np.concatenate([published, self.states.published])
-        return hits.longest(kinds, found, published, most, self.block_size)
+        return prefix_match.longest(kinds, found, published, most, self.block_size)
 
     def lookup_encoded(self, content: Encoded | None) -> EncodedHit:
         """The blocks of what a sequence's encoder reads (None: nothing); all of them or none."""

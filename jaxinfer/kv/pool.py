@@ -361,3 +361,41 @@ def _require(fine: Array, pool: BlockPool, ids: Array, fault: str) -> None:
         raise PoolInvariantError(
             f"block {bad} is {fault} (count {pool.refs[bad]}); " + _accounting(pool, int(pool.num_held))
         )
+
+
+class EvictFirst:
+    """Keep the cached blocks that are evicted before all others, in the order in which they were added.
+
+    These are blocks that a window has left behind at a place where no prompt is known to part. A block may have been
+    held, evicted or freed by other ways since it was added; `take` passes over such a block.
+    """
+
+    def __init__(self) -> None:
+        self._blocks: dict[int, None] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._blocks)
+
+    def add(self, ids: Iterable[int]) -> None:
+        """Add blocks."""
+        self._blocks.update(dict.fromkeys(ids))
+
+    def drop(self, ids: np.ndarray | list[int]) -> None:
+        """Forget blocks that have another use now."""
+        if self._blocks:
+            for block in np.asarray(ids).tolist():
+                self._blocks.pop(block, None)
+
+    def take(self, pool: BlockPool, count: int) -> np.ndarray:
+        """Remove and return up to `count` blocks that are still cached, the oldest first."""
+        chosen: list[int] = []
+        while self._blocks and len(chosen) < count:
+            block = next(iter(self._blocks))
+            del self._blocks[block]
+            if pool.slot[block] >= 0:
+                chosen.append(block)
+        return np.array(chosen, np.int32)
+
+    def clear(self) -> None:
+        """Forget all blocks."""
+        self._blocks.clear()

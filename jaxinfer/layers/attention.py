@@ -8,9 +8,9 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxinfer.kernels import attention
-from jaxinfer.kernels.paged import DecodeRows, Lane, PrefillTiles, Scoring, Slots
-from jaxinfer.kernels.state import DecodeSlots, Segments, Whole
+from jaxinfer.kernels.attention import choose as attention
+from jaxinfer.kernels.attention.paged import DecodeRows, Lane, PrefillTiles, Scoring, Slots
+from jaxinfer.kernels.state.slots import DecodeSlots, Segments, Whole
 from jaxinfer.kv.groups import Place
 from jaxinfer.kv.spec import Full, Sliding
 from jaxinfer.layers.heads import HeadLayout
@@ -163,7 +163,7 @@ class Attention(nnx.Module):
     """Grouped-query attention (arXiv:2305.13245), with rotary positions where the model has them."""
 
     placed_whole = True
-    """Its parts are divided alike (`models.loading.placeable`)."""
+    """Its parts are divided alike (`loading.weights.placeable`)."""
 
     def __init__(self, build: Build, spec: AttentionSpec):
         self.spec = spec

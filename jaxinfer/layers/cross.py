@@ -12,8 +12,8 @@ import jax
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from jaxinfer.kernels import paged
-from jaxinfer.kernels.paged import Lane, Scoring
+from jaxinfer.kernels.attention import paged
+from jaxinfer.kernels.attention.paged import Lane, Scoring
 from jaxinfer.kv.spec import Cross
 from jaxinfer.layers.attention import StepContext, attend
 from jaxinfer.layers.encoder import EncodeStep
@@ -64,7 +64,7 @@ class CrossAttention(nnx.Module):
     """Grouped-query attention to the positions of an encoder, without positions of its own."""
 
     placed_whole = True
-    """Its parts are divided alike (`models.loading.placeable`)."""
+    """Its parts are divided alike (`loading.weights.placeable`)."""
 
     def __init__(self, build: Build, spec: CrossSpec):
         self.spec, self.replicated = spec, build.replicated

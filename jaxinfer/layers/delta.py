@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxinfer.kernels import delta, short_conv
-from jaxinfer.kernels.state import DecodeSlots, Segments, Whole
+from jaxinfer.kernels.state import delta, short_conv
+from jaxinfer.kernels.state.slots import DecodeSlots, Segments, Whole
 from jaxinfer.kv.spec import State, StateArray
 from jaxinfer.layers.linear import Output
 from jaxinfer.layers.sharded import model_axis, on_shards

@@ -23,7 +23,7 @@ class GatedDeltaNet(nnx.Module):
     """One layer; the heads of values are a multiple of those of keys."""
 
     placed_whole = True
-    """Its parts are divided alike (`models.loading.placeable`)."""
+    """Its parts are divided alike (`loading.weights.placeable`)."""
 
     def __init__(self, build: Build, spec: DeltaSpec):
         """The layer.

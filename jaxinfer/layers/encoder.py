@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxinfer.kernels import attention
-from jaxinfer.kernels.paged import Lane, PrefillTiles, Scoring, Slots
+from jaxinfer.kernels.attention import choose as attention
+from jaxinfer.kernels.attention.paged import Lane, PrefillTiles, Scoring, Slots
 from jaxinfer.kv.groups import Place
 from jaxinfer.layers.heads import HeadLayout
 from jaxinfer.layers.linear import FusedLinear, RowLinear

@@ -24,7 +24,7 @@ class KimiDeltaAttention(nnx.Module):
     """One layer; queries, keys and values have as many heads of one dim (`spec.key_heads == spec.value_heads`)."""
 
     placed_whole = True
-    """Its parts are divided alike (`models.loading.placeable`)."""
+    """Its parts are divided alike (`loading.weights.placeable`)."""
 
     def __init__(self, build: Build, spec: DeltaSpec):
         """The layer.

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxinfer.kernels import int8_matmul
-from jaxinfer.kernels.matmul import NATIVE, XLA, matmul
+from jaxinfer.kernels.matmul import int8_matmul
+from jaxinfer.kernels.matmul.choose import NATIVE, XLA, matmul
 from jaxinfer.layers.fusion import ALWAYS
 from jaxinfer.layers.params import Build, constant, matrix
 from jaxinfer.sharding import axes

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from jaxinfer.kernels import attention, latent
-from jaxinfer.kernels.latent import Expansion
-from jaxinfer.kernels.paged import DecodeRows, Lane, Scoring
+from jaxinfer.kernels.attention import choose as attention
+from jaxinfer.kernels.attention import latent
+from jaxinfer.kernels.attention.latent import Expansion
+from jaxinfer.kernels.attention.paged import DecodeRows, Lane, Scoring
 from jaxinfer.kv.spec import Latent
 from jaxinfer.layers.attention import StepContext
 from jaxinfer.layers.linear import BatchedLinear, FusedLinear, Output, RowLinear
@@ -23,7 +24,6 @@ from jaxinfer.layers.params import Build, weight
 from jaxinfer.layers.rope import apply_rope, deinterleave
 from jaxinfer.layers.sharded import model_axis, on_shards
 from jaxinfer.sharding import axes
-
 
 EXPANDING = frozenset({attention.XLA, attention.NATIVE})
 """Implementations of attention beside which a prefill is expanded, in XLA. On a CPU that is faster than the native kernel
@@ -72,7 +72,7 @@ class LatentAttention(nnx.Module):
     """
 
     placed_whole = True
-    """Its parts are divided alike (`models.loading.placeable`)."""
+    """Its parts are divided alike (`loading.weights.placeable`)."""
 
     def __init__(self, build: Build, spec: LatentSpec):
         """The layer.

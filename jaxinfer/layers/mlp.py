@@ -24,7 +24,7 @@ class GatedMLP(nnx.Module):
     """`down(act(gate(x)) * up(x))`, gate and up as one GEMM (arXiv:2002.05202); `summed` as `RowLinear`."""
 
     placed_whole = True
-    """Its parts are divided alike (`models.loading.placeable`)."""
+    """Its parts are divided alike (`loading.weights.placeable`)."""
 
     def __init__(self, build: Build, width: int, ffn: int, activation: str, *, bias: bool = False, summed: bool = True):
         outputs = Output("gate", ffn), Output("up", ffn)

@@ -20,9 +20,10 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from jaxinfer.errors import ConfigError
-from jaxinfer.kernels import grouped, triton_launch
-from jaxinfer.kernels.grouped import Dispatch
-from jaxinfer.kernels.triton_launch import Target
+from jaxinfer.kernels.matmul import grouped
+from jaxinfer.kernels.matmul.grouped import Dispatch
+from jaxinfer.kernels.triton import triton_launch
+from jaxinfer.kernels.triton.triton_launch import Target
 from jaxinfer.layers.attention import StepContext
 from jaxinfer.layers.linear import Multiplying, Output
 from jaxinfer.layers.mlp import ACTIVATIONS, GatedMLP
@@ -116,7 +117,7 @@ class MoE(Multiplying):
     """
 
     placed_whole = True
-    """Its parts are divided alike (`models.loading.placeable`)."""
+    """Its parts are divided alike (`loading.weights.placeable`)."""
     has_experts = True
     """The tactic "experts" of a placement is for such modules."""
 

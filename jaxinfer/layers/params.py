@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
-from jaxinfer.kernels import int8_matmul
+from jaxinfer.kernels.matmul import int8_matmul
 from jaxinfer.sharding import mesh as meshes
 from jaxinfer.sharding.policy import EXPERTS, REPLICATE, Placement
 

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxinfer.kernels.matmul import matmul
+from jaxinfer.kernels.matmul.choose import matmul
 from jaxinfer.layers.heads import HeadLayout
 from jaxinfer.layers.linear import FusedLinear, Multiplying, RowLinear
 from jaxinfer.layers.mlp import MLP

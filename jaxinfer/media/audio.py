@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxinfer.checks import describe
+from jaxinfer._utils.checks import describe
 
 RATES = (1_000, 768_000)
 """Samples a second, least and most; what lies outside is a mistake, of units most often."""

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from jaxinfer.checks import as_int
+from jaxinfer._utils.checks import as_int
 from jaxinfer.errors import CheckpointError
 from jaxinfer.media.audio import Audio, resample
-from jaxinfer.media.described import described, of_transformers
+from jaxinfer.media.preprocessor_config import described, of_transformers
 
 EXTRACTOR = "WhisperFeatureExtractor"
 MAX_BINS = 2**12

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxinfer.checks import describe
+from jaxinfer._utils.checks import describe
 
 MAX_PIXELS = 2**27
 """Of one image: 128 megapixels take 400 MB as RGB."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxinfer.errors import CheckpointError
-from jaxinfer.media.described import described, of_transformers
+from jaxinfer.media.preprocessor_config import described, of_transformers
 
 
 @dataclass(frozen=True)

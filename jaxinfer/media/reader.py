@@ -6,7 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from jaxinfer.checks import describe
+from jaxinfer._utils.checks import describe
 from jaxinfer.errors import CheckpointError
 from jaxinfer.media.images import as_rgb, as_values
 from jaxinfer.media.inputs import EncoderInput, PlacedInputs

@@ -16,7 +16,7 @@ from flax import nnx
 from jaxinfer.checkpoint.hf import ConfigReader
 from jaxinfer.checkpoint.rules import Rule, expand
 from jaxinfer.errors import ConfigError
-from jaxinfer.kernels.paged import Lane
+from jaxinfer.kernels.attention.paged import Lane
 from jaxinfer.kv.spec import Full
 from jaxinfer.layers.attention import Attention, AttentionSpec, StepContext
 from jaxinfer.layers.cross import CrossAttention, CrossSpec

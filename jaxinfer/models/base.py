@@ -12,7 +12,7 @@ from flax import nnx
 from jaxinfer.checkpoint.hf import ConfigReader
 from jaxinfer.checkpoint.rules import Rule
 from jaxinfer.checkpoint.source import Source
-from jaxinfer.kernels.paged import Cache
+from jaxinfer.kernels.attention.paged import Cache
 from jaxinfer.kv.spec import Full, State
 from jaxinfer.layers.attention import StepContext
 from jaxinfer.layers.encoder import EncodeStep

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxinfer.checkpoint.rules import Rule, expand
-from jaxinfer.kernels.paged import Cache
+from jaxinfer.kernels.attention.paged import Cache
 from jaxinfer.kv.spec import Full, State
 from jaxinfer.layers.attention import Attention, AttentionSpec, StepContext
 from jaxinfer.layers.delta import DeltaSpec

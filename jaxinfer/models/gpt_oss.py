@@ -3,8 +3,8 @@
 from dataclasses import replace
 from functools import partial
 
+from jaxinfer.checkpoint.gpt_oss_weights import InterleavedExperts
 from jaxinfer.checkpoint.hf import ConfigReader
-from jaxinfer.checkpoint.interleaved import InterleavedExperts
 from jaxinfer.layers.moe import ClampedSwiGLU, MoEConfig
 from jaxinfer.layers.norms import Scaling
 from jaxinfer.layers.router import RouterConfig

@@ -1,10 +1,10 @@
 """Named axes, the mesh, the one table between them, and the plan that shows it. Knows no model.
 
-`plan(model, tensor_parallel_size=8)` is where a config.json becomes a `Plan`; it is `jaxinfer.planning.plan`, which
-knows models, and is imported when it is first asked for.
+`plan(model, tensor_parallel_size=8)`, which makes a `Plan` of a config.json, is `jaxinfer.loading.plan.plan`; the root
+package shows it here too.
 """
 
-import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 from jax.sharding import Mesh as Mesh
@@ -20,7 +20,5 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """`plan`, from above this package."""
-    if name == "plan":
-        return importlib.import_module("jaxinfer.planning").plan
-    raise AttributeError(f"module 'jaxinfer.sharding' has no attribute {name!r}")
+    """Return a name that the root package adds to this one (`plan`)."""
+    return sys.modules["jaxinfer"].name_from_above(__name__, name)

@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from html import escape
 
+from jaxinfer._utils.units import size_text
 from jaxinfer.sharding.collectives import DECODE, PREFILL, STEPS, TOKEN
 from jaxinfer.sharding.placement_rows import EVERYWHERE, Placed, Row
 from jaxinfer.sharding.placement_tree import Node, tree
-from jaxinfer.units import size_text
 
 # Colours are of the marks alone, and lines half transparent: text and ground are the notebook's own, light or dark.
 STYLE = """

@@ -4,7 +4,7 @@ import numpy as np
 
 from jaxinfer.engine.engine import Engine
 from jaxinfer.engine.plan import Plan
-from jaxinfer.engine.runner import Flight
+from jaxinfer.engine.runner.runner import Flight
 from jaxinfer.kv.tables import Tables
 
 

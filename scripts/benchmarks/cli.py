@@ -9,11 +9,12 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from overrides import laid_over
+
 from benchmarks import checkpoint, commands, flags
 from benchmarks.gpu import cli as gpu
 from benchmarks.gpu import compiled
 from benchmarks.systems import Subject
-from overrides import laid_over
 
 WITHOUT_MODEL = ("host", "startup", "soak", "placement", "growth", "sharing", "projections", "cross")
 """Subcommands that need no random checkpoint: a model of their own, or the packaged one."""

@@ -24,17 +24,17 @@ from benchmarks.gpu.projections import SERIAL
 from benchmarks.steptime import BLOCK, Run, greedy, in_turns, timed
 from benchmarks.trace import span
 from jaxinfer import functional
-from jaxinfer.encoders import EncodeBatch, EncodeJob, EncodeShape, encode_batch
 from jaxinfer.functional import DecodeBatch, PrefillBatch, Program
-from jaxinfer.kernels import matmul
-from jaxinfer.kernels.paged import Cache
+from jaxinfer.functional.encoder_batch import EncodeBatch, EncodeJob, EncodeShape, encode_batch
+from jaxinfer.kernels.attention.paged import Cache
+from jaxinfer.kernels.matmul import choose as matmul
 from jaxinfer.kv import groups as kv_groups
 from jaxinfer.layers.cross import CrossQKV
 from jaxinfer.layers.fusion import ALWAYS
 from jaxinfer.layers.linear import FusedLinear
 from jaxinfer.layers.params import Build
+from jaxinfer.loading import weights
 from jaxinfer.media import EncoderInput
-from jaxinfer.models import loading
 from jaxinfer.models.base import LanguageModel
 from jaxinfer.sharding import make_mesh
 from jaxinfer.sharding.collectives import DECODE, PREFILL
@@ -134,7 +134,7 @@ class Bench:
 
     def __init__(self, hf: Mapping[str, Any], work: Work, *, dtype: str, seed: int, kernel: str = "auto"):
         self.work, self.mesh, self._asked = work, make_mesh(1), kernel
-        module = loading.random(dict(hf), self.mesh, dtype=dtype, seed=seed)
+        module = weights.random(dict(hf), self.mesh, dtype=dtype, seed=seed)
         build = Build(nnx.Rngs(0), jnp.dtype(dtype), self.mesh)
         self._modules = {OURS: module, PADDED: padded(module, build)}
         self.layers, self.width, self.dtype = module.config.num_layers, module.config.width, jnp.dtype(dtype)

@@ -27,11 +27,11 @@ import numpy as np
 from benchmarks.steptime import greedy
 from jaxinfer import functional
 from jaxinfer.functional import Array, DecodeBatch, Program
-from jaxinfer.growing import GrowingCache
-from jaxinfer.kernels.paged import Lane
-from jaxinfer.kernels.xla_attention import decode_items, item_keys
+from jaxinfer.functional.growing import GrowingCache
+from jaxinfer.kernels.attention.paged import Lane
+from jaxinfer.kernels.attention.xla_attention import decode_items, item_keys
 from jaxinfer.kv import contiguous
-from jaxinfer.models import loading
+from jaxinfer.loading import weights as loading
 from jaxinfer.sharding import make_mesh
 
 CONCATENATION, CONTIGUOUS, ROOMY, PAGED = METHODS = ("concatenation", "contiguous", "contiguous_x4", "paged")

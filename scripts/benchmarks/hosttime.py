@@ -18,8 +18,10 @@ import numpy as np
 from benchmarks import checkpoint
 from jaxinfer import LLM, SamplingParams, demo, functional
 from jaxinfer.engine.engine import Engine
-from jaxinfer.text import Detokenizer, StopStrings, TextStream
-from jaxinfer.text.tokenizer import load_tokenizer
+from jaxinfer.inputs.tokenizer import load_tokenizer
+from jaxinfer.results.detokenizer import Detokenizer
+from jaxinfer.results.stop_strings import StopStrings
+from jaxinfer.results.text_stream import TextStream
 
 BLOCK, VOCAB = 16, 97
 WARMUP = 8

@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from benchmarks.calls import Calls, Layer, products
 from benchmarks.gpu.projections import SEPARATE, SERIAL
 from benchmarks.steptime import in_turns
-from jaxinfer.kernels import matmul
+from jaxinfer.kernels.matmul import choose as matmul
 from jaxinfer.layers import fusion
 from jaxinfer.layers.linear import BatchedLinear, FusedLinear, Output
 from jaxinfer.layers.params import Build

@@ -23,14 +23,14 @@ from benchmarks.blocks import Counted
 from jaxinfer import EngineConfig, SamplingParams
 from jaxinfer.engine.engine import Engine
 from jaxinfer.engine.request import Request
-from jaxinfer.engine.runner import Runner
-from jaxinfer.engine.settings import HostSettings
-from jaxinfer.engine.setup import build_engine
-from jaxinfer.engine.warmup import warm_up
+from jaxinfer.engine.runner.runner import Runner
+from jaxinfer.engine.runner.warmup import warm_up
+from jaxinfer.engine.sizing.settings import HostSettings
+from jaxinfer.engine.sizing.setup import build_engine
+from jaxinfer.inputs.defaults import ModelLimits, resolve
 from jaxinfer.kv.cache import slot_bytes
 from jaxinfer.kv.groups import blocks_needed
-from jaxinfer.models import loading
-from jaxinfer.resolve import ModelLimits, resolve
+from jaxinfer.loading import weights
 from jaxinfer.sharding import make_mesh
 
 VOCAB = 4096
@@ -120,7 +120,7 @@ def measure(
 ) -> Figures:
     """The figures of one model, by methods of `Bench`."""
     mesh = make_mesh(1)
-    module = loading.random(dict(config), mesh, dtype=dtype, seed=seed)
+    module = weights.random(dict(config), mesh, dtype=dtype, seed=seed)
     lengths = *map(sum, work.prefixes), work.prompt + work.new, sum(work.throughput[1:])
     rows = max(work.samples, work.requests, work.throughput[0])
     own = {"max_model_len": max(lengths) + NEW, "max_num_seqs": rows} | dict(settings)

@@ -13,11 +13,11 @@ from jax.sharding import AxisType, Mesh
 
 from jaxinfer import functional
 from jaxinfer.checkpoint import rules
-from jaxinfer.engine.sampler import sample
-from jaxinfer.engine.sampling_rows import Level, SamplingRows
+from jaxinfer.engine.sampling.sampler import sample
+from jaxinfer.engine.sampling.sampling_rows import Level, SamplingRows
 from jaxinfer.functional import Array, DecodeBatch, PrefillBatch, Program
-from jaxinfer.kernels.paged import Lane
-from jaxinfer.models import loading
+from jaxinfer.kernels.attention.paged import Lane
+from jaxinfer.loading import weights
 from jaxinfer.sharding import make_mesh
 from jaxinfer.sharding import mesh as meshes
 from jaxinfer.sharding.collectives import DECODE, ENCODE
@@ -83,8 +83,8 @@ class Model:
     def __init__(self, hf: Mapping[str, Any], mesh: Mesh, *, dtype: str = "auto", **how: Any):
         self.mesh, self.how = mesh, how
         stored = str(hf.get("dtype") or hf.get("torch_dtype") or "bfloat16")
-        self.dtype = loading.resolve_dtype(dtype, stored, mesh.devices.flat[0].platform)
-        make = partial(loading.random, hf, mesh, dtype=self.dtype.name, **how)
+        self.dtype = weights.resolve_dtype(dtype, stored, mesh.devices.flat[0].platform)
+        make = partial(weights.random, hf, mesh, dtype=self.dtype.name, **how)
         self._weights = {
             whole: rules.parameters(make(placement=placement))
             for whole, placement in ((False, Placement()), (True, Placement({"*": REPLICATE})))
@@ -92,8 +92,8 @@ class Model:
 
     def program(self, hf: Mapping[str, Any], placement: Mapping[str, str]) -> tuple[Program, list[jax.Array]]:
         """The model, or one with fewer of its layers, under a placement."""
-        served, config = loading.parse(hf)
-        module = loading.abstract(
+        served, config = weights.parse(hf)
+        module = weights.abstract(
             served, config, self.dtype, self.mesh, placement=Placement.of(placement), **self.how
         )
         program, _ = functional.split(module, self.mesh)

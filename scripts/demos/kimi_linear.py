@@ -16,9 +16,11 @@ from optax.contrib import MuonDimensionNumbers, muon
 from safetensors.numpy import save_file
 
 from demos.text import BOS, END, EOS, MAX_LENGTH, PAD
-from jaxinfer import LLM, SamplingParams, training
+from jaxinfer import LLM, SamplingParams
 from jaxinfer.checkpoint.rules import parameters
-from jaxinfer.models import loading, saving
+from jaxinfer.functional import training
+from jaxinfer.loading import save as saving
+from jaxinfer.loading import weights as loading
 from jaxinfer.sharding import make_mesh
 
 LENGTHS = (64, 128, MAX_LENGTH)

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 
 from fuzzing.mutations import broken
 from fuzzing.part import Part
-from jaxinfer import generation_config as generation
 from jaxinfer.checkpoint.hf import read_config, read_generation_config
-from jaxinfer.models import loading
+from jaxinfer.inputs import generation_config as generation
+from jaxinfer.loading import weights
 from jaxinfer.sharding import make_mesh
 
 PUBLISHED = Path(__file__).resolve().parents[2] / "tests/real/configs"
@@ -60,14 +60,14 @@ def make_config(rng: random.Random, folder: Path) -> Callable[[], object]:
 
     def read() -> None:
         hf = read_config(folder)
-        served, parsed = loading.parse(hf, folder)
-        loading.resolve_dtype("auto", loading.said_dtype(hf) or served.stored_dtype, "gpu", served)
+        served, parsed = weights.parse(hf, folder)
+        weights.resolve_dtype("auto", weights.said_dtype(hf) or served.stored_dtype, "gpu", served)
         for name in ("max_length", "query_group", "features", "cross", "recompute_after"):
             getattr(parsed, name)
         parsed.length_key(100)
         generation.eos_ids(hf, {})
         if small:
-            loading.abstract(served, parsed, jnp.dtype("bfloat16"), make_mesh(1))
+            weights.abstract(served, parsed, jnp.dtype("bfloat16"), make_mesh(1))
 
     return read
 
@@ -88,7 +88,7 @@ def make_generation(rng: random.Random, folder: Path) -> Callable[[], object]:
         elif step == 2:
             generation.from_generation_config(said)
         elif step == 3:
-            loading.parse(whisper, folder)
+            weights.parse(whisper, folder)
         else:
             generation.eos_ids(whisper, said)
             for name in generation.FORCED:

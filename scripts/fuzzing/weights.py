@@ -8,7 +8,7 @@ from pathlib import Path
 from fuzzing.mutations import broken, broken_bytes
 from fuzzing.part import Part
 from jaxinfer.checkpoint.safetensors import INDEX, SINGLE
-from jaxinfer.models import loading
+from jaxinfer.loading import weights
 from jaxinfer.sharding import make_mesh
 
 CONFIG = dict(
@@ -48,7 +48,7 @@ def write(path: Path, text: bytes, data: int) -> None:
 def load(folder: Path) -> Callable[[], object]:
     """Return the call that loads the folder."""
     (folder / "config.json").write_text(json.dumps(CONFIG))
-    return lambda: loading.load(folder, make_mesh(1), progress=False)
+    return lambda: weights.load(folder, make_mesh(1), progress=False)
 
 
 def make_index(rng: random.Random, folder: Path) -> Callable[[], object]:

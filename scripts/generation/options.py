@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxinfer import demo, distributed
 from overrides import add_hf_overrides
+
+from jaxinfer import demo, distributed
 
 
 def parse(description: str, argv: Sequence[str] | None) -> argparse.Namespace:

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from ending import status_of
+from overrides import add_hf_overrides
+
 from jaxinfer import demo
-from jaxinfer.planning import read_model_config
+from jaxinfer.loading.plan import read_model_config
 from jaxinfer.sharding import Plan, plan
 from jaxinfer.sharding.collectives import DECODE, ENCODE, PREFILL
 from jaxinfer.sharding.placement_html import page
-from overrides import add_hf_overrides
 from placements import table
 
 UNITS = {"": 1, "B": 1} | {

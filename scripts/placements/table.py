@@ -8,12 +8,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from jaxinfer._utils.units import size_text
 from jaxinfer.sharding import Plan
 from jaxinfer.sharding.collectives import DECODE, SAMPLE, TOKEN
 from jaxinfer.sharding.placement_html import axes_text, counts, mesh_text, token_bytes
 from jaxinfer.sharding.placement_rows import EVERYWHERE, Row
 from jaxinfer.sharding.placement_tree import Node, tree
-from jaxinfer.units import size_text
 from placements.tuned import Tuned
 
 COLOURS = {"sharded": "blue", "replicated": "yellow", "both": "magenta", "": ""}

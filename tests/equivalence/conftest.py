@@ -10,9 +10,9 @@ import pytest
 from support import checkpoint
 from support.tiny import config, shapes_of
 
-from jaxinfer.engine.runner import Runner
+from jaxinfer.engine.runner.runner import Runner
 from jaxinfer.functional import split
-from jaxinfer.models import loading
+from jaxinfer.loading import weights
 from jaxinfer.sharding import make_mesh
 from jaxinfer.sharding.policy import Placement
 
@@ -44,7 +44,7 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Runner]:
     @cache
     def made(family: str, tp: int, placement: str, pad_heads: bool, changes: str) -> Runner:
         mesh, policy = make_mesh(tp), Placement(json.loads(placement))
-        module = loading.load(folder(family, changes), mesh, placement=policy, pad_heads=pad_heads, progress=False)
+        module = weights.load(folder(family, changes), mesh, placement=policy, pad_heads=pad_heads, progress=False)
         program, params = split(module, mesh)
         return Runner(program, params, shapes_of(program))
 

@@ -22,10 +22,10 @@ from support.tiny import (
     shapes_of,
 )
 
-from jaxinfer.engine.runner import Runner
+from jaxinfer.engine.runner.runner import Runner
 from jaxinfer.functional import split
 from jaxinfer.kv import groups as kv_groups
-from jaxinfer.models import loading
+from jaxinfer.loading import weights
 from jaxinfer.sharding import make_mesh
 
 NEW, WIDTH, EOS = 14, 4, (7, 30, 61)
@@ -221,7 +221,7 @@ def test_sharded_is_single(tmp_path):
 
     def results(tp: int) -> list[Found]:
         mesh = make_mesh(tp)
-        program, params = split(loading.load(folder, mesh, progress=False), mesh)
+        program, params = split(weights.load(folder, mesh, progress=False), mesh)
         return search(make_engine(Runner(program, params, shapes_of(program))), searches())
 
     one, two = results(1), results(2)

@@ -25,12 +25,12 @@ from support.tiny import (
     shapes_of,
 )
 
-from jaxinfer.engine.batch import Bucket
 from jaxinfer.engine.request import Request
-from jaxinfer.engine.runner import Runner
+from jaxinfer.engine.runner.batch import Bucket
+from jaxinfer.engine.runner.runner import Runner
 from jaxinfer.functional import split
-from jaxinfer.models import loading
-from jaxinfer.resolve import ModelLimits, resolve
+from jaxinfer.inputs.defaults import ModelLimits, resolve
+from jaxinfer.loading import weights
 from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.sharding import make_mesh
 
@@ -99,7 +99,7 @@ def test_it_grows_through_several_read_lengths():
     """With XLA's attention, compiled for a read length: a row is read in a larger step when it needs it, and not before."""
     mesh = make_mesh(1)
     hf = config("llama") | dict(max_position_embeddings=1024)
-    program, params = split(loading.random(hf, mesh), mesh, attention_kernel="xla")
+    program, params = split(weights.random(hf, mesh), mesh, attention_kernel="xla")
     sizes = dict(block_size=32, width=18, max_length=576, num_blocks=ROWS * 18, prefill_buckets=(64,))
     paged = Runner(program, params, shapes(**sizes))
     contiguous = Runner(program, params, shapes(**sizes, contiguous=True))
@@ -129,7 +129,7 @@ def test_it_grows_through_several_read_lengths():
 @pytest.mark.xdist_group("five to one")
 def test_divided_over_devices():
     mesh = make_mesh(2)
-    program, params = split(loading.random(CONFIG | HYBRIDS["five to one"], mesh), mesh)
+    program, params = split(weights.random(CONFIG | HYBRIDS["five to one"], mesh), mesh)
     two = Runner(program, params, shapes_of(program, contiguous=True))
     paged = Runner(program, params, shapes_of(program))
     assert run(make_engine(two), mixed(EDGES)) == run(make_engine(paged), mixed(EDGES))

@@ -11,7 +11,7 @@ from support.tiny import CONFIG, config, prompt
 
 from jaxinfer import LLM, SamplingParams
 from jaxinfer.checkpoint.rules import parameters
-from jaxinfer.models import converting, loading
+from jaxinfer.loading import convert, weights
 from jaxinfer.sharding import make_mesh
 
 pytestmark = [pytest.mark.xdist_group("converted"), pytest.mark.slow]
@@ -33,7 +33,7 @@ def folders(tmp_path_factory):
     @cache
     def converted(tp: int, quantization: str | None) -> Path:
         out = base / f"{tp}-{quantization}"
-        converting.convert(source, out, make_mesh(tp), quantization=quantization, progress=False)
+        convert.convert(source, out, make_mesh(tp), quantization=quantization, progress=False)
         return out
 
     return source, converted
@@ -69,10 +69,10 @@ def test_the_weights_of_recurrent_layers_latents_and_experts_are_read_back(famil
     """Bit by bit: fused projections and convolutions, decays in float32, stacks of experts."""
     heads = {"linear_num_key_heads": 4} if family == "qwen3_next" else {}
     source = checkpoint.write(tmp_path / "source", config(family) | heads, with_tokenizer=False)
-    converting.convert(source, tmp_path / "out", make_mesh(before), quantization=quantization, progress=False)
+    convert.convert(source, tmp_path / "out", make_mesh(before), quantization=quantization, progress=False)
 
     def read(folder: Path) -> dict[str, np.ndarray]:
-        made = loading.load(folder, make_mesh(tp), quantization=quantization, progress=False)
+        made = weights.load(folder, make_mesh(tp), quantization=quantization, progress=False)
         return {path: np.asarray(param[...]) for path, param in parameters(made).items()}
 
     expected, found = read(source), read(tmp_path / "out")

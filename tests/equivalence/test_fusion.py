@@ -9,7 +9,7 @@ from support.tiny import BLOCK, CHUNK, VOCAB, config, prompt
 
 from jaxinfer import functional
 from jaxinfer.layers import fusion
-from jaxinfer.models import loading
+from jaxinfer.loading import weights
 from jaxinfer.sharding import make_mesh
 
 pytestmark = pytest.mark.slow
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 def test_fused_and_apart_give_the_same_logits(family, tp, monkeypatch):
     """qwen2 has biases on q, k and v."""
     mesh = make_mesh(tp)
-    module = loading.random(config(family), mesh)
+    module = weights.random(config(family), mesh)
     width = 2 * CHUNK // BLOCK
     batch = functional.prefill_batch([(prompt(CHUNK), 0, CHUNK)], np.arange(width)[None])
     monkeypatch.setattr(fusion, "CROSSOVERS", {"cpu": CHUNK - 1})

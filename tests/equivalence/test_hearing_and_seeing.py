@@ -14,11 +14,11 @@ from support.tiny import BLOCK, CHUNK, make_engine, run, shapes
 
 from jaxinfer.engine.engine import Engine
 from jaxinfer.engine.request import Request
-from jaxinfer.engine.runner import Runner
+from jaxinfer.engine.runner.runner import Runner
 from jaxinfer.functional import split
+from jaxinfer.loading import weights
 from jaxinfer.media import CrossInputs, EncoderInput
-from jaxinfer.models import loading
-from jaxinfer.models.whisper_tokens import Says
+from jaxinfer.models.whisper.tokens import Says
 from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.sharding import make_mesh
 
@@ -31,7 +31,7 @@ WRITERS = {"whisper": (whisper.write, whisper.VOCAB, (1, 2)), "mllama": (mllama.
 def runner(name: str, tp: int = 1) -> Runner:
     write, vocab, units = WRITERS[name]
     with TemporaryDirectory() as folder:
-        module = loading.load(write(Path(folder)), make_mesh(tp), progress=False)
+        module = weights.load(write(Path(folder)), make_mesh(tp), progress=False)
     program, params = split(module, make_mesh(tp))
     own = {"max_length": whisper.LENGTH} if name == "whisper" else {"width": 64}  # four images take more blocks than a text
     made = shapes(groups=program.layout.groups, cross_buckets=units, sampled_vocab=vocab, **own)

@@ -20,10 +20,10 @@ from support.tiny import (
     shapes,
 )
 
-from jaxinfer.engine.runner import Runner
+from jaxinfer.engine.runner.runner import Runner
 from jaxinfer.functional import split
 from jaxinfer.kv import groups as kv_groups
-from jaxinfer.models import loading
+from jaxinfer.loading import weights
 from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.sharding import make_mesh
 
@@ -205,7 +205,7 @@ def test_sharded_is_single(name, tmp_path):
 
     def runner(tp):
         mesh = make_mesh(tp)
-        program, params = split(loading.load(folder, mesh, progress=False), mesh)
+        program, params = split(weights.load(folder, mesh, progress=False), mesh)
         return Runner(program, params, shapes(groups=program.layout.groups))
 
     expected, two = run(make_engine(runner(1)), mixed(edges(name))), runner(2)

@@ -11,7 +11,7 @@ from support.plans import CASES, EVERY, compiled, on_cpu, payloads, planned
 from jaxinfer import functional
 from jaxinfer.kv import cache as kv_cache
 from jaxinfer.kv import groups
-from jaxinfer.models import loading
+from jaxinfer.loading import weights
 from jaxinfer.models.registry import ARCHITECTURES
 from jaxinfer.sharding import make_mesh, plan
 
@@ -55,7 +55,7 @@ def test_a_plan_counts_what_is_loaded_and_what_the_engine_keeps(name: str, tied:
     (tmp_path / "config.json").write_text(json.dumps(hf))
     for tp in (1, 2):
         mesh, made = make_mesh(tp), plan(hf, tensor_parallel_size=tp, memory=1 << 24)
-        module = loading.load(tmp_path, mesh, dtype="bfloat16", progress=False)
+        module = weights.load(tmp_path, mesh, dtype="bfloat16", progress=False)
         program, params = functional.split(module, mesh)
         held = [{shard.device: shard.data.nbytes for shard in param.addressable_shards} for param in params]
         assert {sum(one[device] for one in held) for device in mesh.devices.flat} == {made.device_bytes}

@@ -19,9 +19,9 @@ from jaxinfer.checkpoint import rules
 from jaxinfer.checkpoint.rules import parameters
 from jaxinfer.checkpoint.safetensors import SafetensorsReader
 from jaxinfer.engine.request import Request
-from jaxinfer.engine.runner import Runner
+from jaxinfer.engine.runner.runner import Runner
 from jaxinfer.functional import split
-from jaxinfer.models import loading
+from jaxinfer.loading import weights
 from jaxinfer.models.base import Features
 from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.sharding import axes, make_mesh
@@ -59,7 +59,7 @@ def check(found: Runner, single: Runner, wanted: Callable[[], list[Request]] = e
 def test_the_checkpoint_read_for_one_device_holds_the_weights_written(sharded: Sharded):
     """Two meshes that agree could both be wrong."""
     hf = checkpoint.CONFIG | CONFIG | dict(architectures=["LlamaForCausalLM"], num_attention_heads=8)
-    made = parameters(loading.random(hf, make_mesh(1), dtype="float32"))
+    made = parameters(weights.random(hf, make_mesh(1), dtype="float32"))
     read = parameters(sharded().program.module(sharded().params))
     assert made.keys() == read.keys()
     for path in made:
@@ -136,9 +136,9 @@ def test_a_decoder_beside_a_vision_tower_has_a_copy_on_each_device_of_the_axis_d
     hf = CONFIG | dict(architectures=["LlamaForCausalLM"], num_attention_heads=8)
     folder = checkpoint.write(tmp_path, hf, with_tokenizer=False)
     mesh = jax.make_mesh((2, 2), (axes.DATA, axes.MODEL), axis_types=(AxisType.Auto,) * 2)
-    served, config = loading.parse(hf)
+    served, config = weights.parse(hf)
     seeing = replace(config, features=Features("image", (3, 8, 8), rows=4, placeholder=-1))
-    module = loading.abstract(served, seeing, np.dtype("float32"), mesh)
+    module = weights.abstract(served, seeing, np.dtype("float32"), mesh)
     module.config = config  # the decoder alone
     with SafetensorsReader(folder) as reader:
         rules.load(module, served.weight_rules(config), reader, mesh, progress=False)

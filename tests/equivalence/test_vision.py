@@ -17,7 +17,7 @@ from support.plans import on_cpu
 
 from jaxinfer import functional
 from jaxinfer.functional import Program
-from jaxinfer.models import loading
+from jaxinfer.loading import weights
 from jaxinfer.sharding import axes, placement
 from jaxinfer.sharding.collectives import DECODE, ENCODE
 from jaxinfer.sharding.policy import Placement
@@ -84,7 +84,7 @@ _encode = jax.jit(functional.encode, static_argnums=0)
 
 def load(saved: Path, case: Case) -> tuple[Program, list[jax.Array]]:
     how = dict(placement=Placement(case.patterns), pad_heads=case.pad_heads)
-    return functional.split(loading.load(saved, case.mesh, progress=False, **how), case.mesh)
+    return functional.split(weights.load(saved, case.mesh, progress=False, **how), case.mesh)
 
 
 @pytest.mark.slow
@@ -133,5 +133,5 @@ def test_a_vision_tower_that_does_not_divide_is_an_error_with_the_remedies(folde
 
     with pytest.raises(ConfigError, match=r"vision_tower\.layers\.0\.attention.*25 .*8.*pad_heads") as error:
         hf = internvl.config(vision=dict(num_attention_heads=25, hidden_size=50, intermediate_size=64))
-        loading.abstract(*loading.parse(hf), jnp.dtype("float32"), Case(8).mesh)
+        weights.abstract(*weights.parse(hf), jnp.dtype("float32"), Case(8).mesh)
     assert "placement={'vision_tower.layers.*.attention': 'replicate'}" in str(error.value)

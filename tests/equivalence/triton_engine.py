@@ -10,11 +10,12 @@ import pytest
 from support.interpret import interpreted
 from support.tiny import ARCHITECTURES, CONFIG, HYBRIDS, make_engine, make_request, prompt, run, shapes
 
-from jaxinfer.engine.runner import Runner
+from jaxinfer.engine.runner.runner import Runner
 from jaxinfer.functional import split
-from jaxinfer.kernels import attention, triton_launch
-from jaxinfer.kernels.triton_launch import Target
-from jaxinfer.models import loading
+from jaxinfer.kernels.attention import choose as attention
+from jaxinfer.kernels.triton import triton_launch
+from jaxinfer.kernels.triton.triton_launch import Target
+from jaxinfer.loading import weights
 from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.sharding import make_mesh
 
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.slow
 def runners(request: pytest.FixtureRequest) -> Iterator[tuple[Runner, Runner]]:
     """Triton's and XLA's, of one model."""
     mesh = make_mesh()
-    module = loading.random(CONFIG | HYBRIDS.get(request.param, {"architectures": [ARCHITECTURES["llama"]]}), mesh)
+    module = weights.random(CONFIG | HYBRIDS.get(request.param, {"architectures": [ARCHITECTURES["llama"]]}), mesh)
     xla, params = split(module, mesh, attention_kernel="xla", matmul_kernel="xla")
     tile = attention.prefill_tile("triton", module.config.query_group, CONFIG["head_dim"], 4)
     with interpreted() as patch:

@@ -4,7 +4,7 @@ import pytest
 from support import checkpoint
 
 from jaxinfer import SamplingParams
-from jaxinfer.models import loading
+from jaxinfer.loading import weights
 from jaxinfer.sharding import make_mesh
 
 pytestmark = pytest.mark.xdist_group("faults")
@@ -85,8 +85,8 @@ def test_prompt_logprobs_of_a_sequence_preempted_half_way(llm, host):
 
 @pytest.mark.slow
 def test_new_weights_forget_the_cache(llm):
-    other = loading.random(checkpoint.CONFIG, make_mesh(1), seed=3)
-    old = loading.random(checkpoint.CONFIG, make_mesh(1), seed=4)
+    other = weights.random(checkpoint.CONFIG, make_mesh(1), seed=3)
+    old = weights.random(checkpoint.CONFIG, make_mesh(1), seed=4)
     before = llm._engine.runner.params
     try:
         llm.update_weights(old)
@@ -103,7 +103,7 @@ def test_new_weights_forget_the_cache(llm):
 
 
 def test_weights_are_not_replaced_under_running_requests(llm):
-    other = loading.random(checkpoint.CONFIG, make_mesh(1), seed=3)
+    other = weights.random(checkpoint.CONFIG, make_mesh(1), seed=3)
     stream = llm.stream([PREFIX], SamplingParams(max_tokens=20, ignore_eos=True))
     next(stream)
     with pytest.raises(RuntimeError, match="running"):
@@ -119,7 +119,7 @@ def test_weights_are_not_replaced_under_running_requests(llm):
 
 
 def test_weights_of_another_shape_are_refused(llm):
-    other = loading.random(checkpoint.CONFIG | {"intermediate_size": 64}, make_mesh(1))
+    other = weights.random(checkpoint.CONFIG | {"intermediate_size": 64}, make_mesh(1))
     with pytest.raises(ValueError, match="same parameters"):
         llm.update_weights(other)
     assert llm.generate([PREFIX], SHORT)[0].finished

@@ -11,7 +11,7 @@ from support import checkpoint
 
 from jaxinfer import LLM
 from jaxinfer.errors import CheckpointError, ConfigError
-from jaxinfer.models.converting import convert
+from jaxinfer.loading.convert import convert
 from jaxinfer.sharding import make_mesh
 
 pytestmark = pytest.mark.xdist_group("faults")

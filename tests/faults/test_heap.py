@@ -5,8 +5,8 @@ import weakref
 
 import pytest
 
-from jaxinfer import heap
-from jaxinfer.heap import freeze, thaw
+from jaxinfer._utils import heap
+from jaxinfer._utils.heap import freeze, thaw
 
 pytestmark = pytest.mark.xdist_group("faults")
 

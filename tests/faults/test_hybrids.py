@@ -16,12 +16,12 @@ from support.tiny import (
     shapes,
 )
 
-from jaxinfer.engine.runner import Runner
+from jaxinfer.engine.runner.runner import Runner
 from jaxinfer.errors import CapacityError
 from jaxinfer.functional import split
 from jaxinfer.kv import groups as kv_groups
 from jaxinfer.kv import prefix
-from jaxinfer.models import loading
+from jaxinfer.loading import weights
 from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.sharding import make_mesh
 
@@ -210,7 +210,7 @@ def test_the_first_of_those_that_share_a_prefix_ends_early(runner):
 def test_odd_windows(family, window):
     """A window of one, where a sink takes part of the only weight there is, and one that no sequence ever fills."""
     mesh = make_mesh(1)
-    program, params = split(loading.random(config(family) | {"sliding_window": window}, mesh), mesh)
+    program, params = split(weights.random(config(family) | {"sliding_window": window}, mesh), mesh)
     runner = Runner(program, params, shapes(groups=program.layout.groups))
     kinds = runner.program.layout.kinds
     forks = SamplingParams(temperature=0.3, seed=3, max_tokens=10, n=2)

@@ -7,8 +7,8 @@ import threading
 import time
 
 import pytest
-
 from faults.conftest import assert_idle, settle
+
 from jaxinfer import LLM, SamplingParams
 from jaxinfer.errors import EngineDeadError
 

@@ -4,11 +4,11 @@ import threading
 import time
 
 import pytest
+from faults.conftest import settle
 from flax import nnx
 
 from jaxinfer import LLM, SamplingParams
 from jaxinfer.errors import EngineClosedError
-from faults.conftest import settle
 
 pytestmark = pytest.mark.xdist_group("faults")
 

@@ -5,9 +5,9 @@ import sys
 import pytest
 
 from jaxinfer import SamplingParams
-from jaxinfer.handle import Handle
+from jaxinfer.inputs.tokenizer import encode_batch, encodes_batches
+from jaxinfer.results.output_processor import Handle
 from jaxinfer.sampling_params import RequestOutputKind
-from jaxinfer.text.tokenizer import encode_batch, encodes_batches
 
 pytestmark = pytest.mark.xdist_group("faults")
 ONE = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)

@@ -3,7 +3,7 @@
 import pytest
 
 from jaxinfer import LLM, SamplingParams
-from jaxinfer.engine import setup
+from jaxinfer.engine.sizing import setup
 from jaxinfer.errors import CapacityError, ConfigError
 
 pytestmark = pytest.mark.xdist_group("faults")

@@ -11,7 +11,7 @@ from support.mllama import MARKER, PATCHES, PROCESSOR, SIDE, TILES, write_folder
 from transformers import MllamaImageProcessorPil
 
 from jaxinfer import LLM, SamplingParams
-from jaxinfer.models.mllama_config import MOST_IMAGES
+from jaxinfer.models.mllama.config import MOST_IMAGES
 
 pytestmark = [pytest.mark.xdist_group("mllama"), pytest.mark.slow]
 

@@ -9,7 +9,7 @@ from support import checkpoint
 
 from jaxinfer import LLM, SamplingParams
 from jaxinfer.errors import ConfigError
-from jaxinfer.models import loading
+from jaxinfer.loading import weights
 from jaxinfer.sharding import make_mesh
 from jaxinfer.sharding.policy import Placement
 
@@ -62,7 +62,7 @@ def test_what_does_not_fit_is_named_before_a_weight_is_read(unreadable: Path, se
 
 
 def test_a_module_runs_on_the_mesh_that_it_was_loaded_for(folder: Path):
-    module = loading.load(folder, make_mesh(2), progress=False)
+    module = weights.load(folder, make_mesh(2), progress=False)
     with pytest.raises(ConfigError, match=r"lie on a mesh of {'model': 2} over devices \[0, 1\], but .* {'model': 1} over"):
         LLM(module)
 
@@ -93,7 +93,7 @@ def test_replaced_weights_of_a_placed_model_are_never_met_in_its_cache(make_llm,
     placement = {"*.mlp": "replicate"}
     with make_llm(tensor_parallel_size=2, placement=placement) as placed, LLM(other, use_tqdm=False) as single:
         before = placed.generate(prompt, greedy, use_tqdm=False)[0]
-        placed.update_weights(loading.load(other, make_mesh(2), progress=False, placement=Placement(placement)))
+        placed.update_weights(weights.load(other, make_mesh(2), progress=False, placement=Placement(placement)))
         after = placed.generate(prompt, greedy, use_tqdm=False)[0]
         assert after.num_cached_tokens == 0
         assert after.outputs[0].token_ids == single.generate(prompt, greedy, use_tqdm=False)[0].outputs[0].token_ids

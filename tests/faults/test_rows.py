@@ -5,17 +5,17 @@ The inputs and faults to survive, and the tests that hold them (`unit/` where th
 | row | input or fault | test |
 |---|---|---|
 | 1 | no prompts | here, `test_no_prompts_no_results` |
-| 2, 3, 4 | empty, wrong type, bad token ids | here, `test_refused_by_name`; unit/text/test_prompts.py |
+| 2, 3, 4 | empty, wrong type, bad token ids | here, `test_refused_by_name`; unit/inputs/test_prompts.py |
 | 5 | prompt longer than the model | here, `test_refused_by_name` |
 | 6 | prompt that never fits the pool | here, `test_a_prompt_that_never_fits_the_pool` |
 | 7 | max_tokens beyond the model's length | here, `test_max_tokens_is_clamped` |
-| 8, 9 | max_tokens, min_tokens | unit/test_sampling_params.py, unit/test_resolve.py; here, `test_refused_by_name` |
+| 8, 9 | max_tokens, min_tokens | unit/test_sampling_params.py, unit/inputs/test_defaults.py; here, `test_refused_by_name` |
 | 10, 12, 13, 14, 16, 18, 20, 22, 24, 27 | fields of SamplingParams | unit/test_sampling_params.py |
 | 11 | a tiny temperature | unit/test_sampling_params.py; here, `test_a_tiny_temperature` |
-| 13 | top_k above the vocabulary | unit/test_resolve.py |
+| 13 | top_k above the vocabulary | unit/inputs/test_defaults.py |
 | 15 | n | unit/test_sampling_params.py; here, `test_a_huge_n_allocates_nothing` |
 | 17 | one seed at batch 1, at batch 8, after preemption | equivalence/test_batch.py, equivalence/test_preemption.py |
-| 19 | stop strings across tokens, in an emoji | unit/text/test_stop.py, unit/text/test_detokenizer.py; test_text.py |
+| 19 | stop strings across tokens, in an emoji | unit/results/test_stop_strings.py, unit/results/test_detokenizer.py; test_text.py |
 | 21 | stop ids outside the vocabulary | here, `test_refused_by_name` |
 | 23 | every token masked | here, `test_refused_by_name`, `test_every_token_masked_on_the_way` |
 | 25 | prompt_logprobs with a prefix hit | test_cache.py |
@@ -37,9 +37,9 @@ The inputs and faults to survive, and the tests that hold them (`unit/` where th
 | 48, 49, 50, 51 | files of a checkpoint | unit/checkpoint/test_safetensors.py, unit/checkpoint/test_hf.py; test_checkpoints.py |
 | 52, 53 | sizes, architecture, rope, quantisation | unit/checkpoint/test_hf.py, unit/layers/test_rope.py; test_checkpoints.py |
 | 54 | embedding larger than the tokenizer | test_text.py |
-| 55, 56 | chat templates | unit/text/test_chat.py; test_text.py |
-| 57 | surrogates, NUL, 10 MB | unit/text/test_prompts.py; test_text.py |
-| 59 | output that ends inside a character | unit/text/test_detokenizer.py; test_text.py |
+| 55, 56 | chat templates | unit/inputs/test_chat.py; test_text.py |
+| 57 | surrogates, NUL, 10 MB | unit/inputs/test_prompts.py; test_text.py |
+| 59 | output that ends inside a character | unit/results/test_detokenizer.py; test_text.py |
 | 60 | offline, gated, disk full | unit/checkpoint/test_hf.py |
 | 63 | two engines, use after close, threads | test_lifecycle.py |
 """

@@ -8,7 +8,7 @@ from support import checkpoint
 from support.tiny import HYBRIDS
 
 from jaxinfer import LLM, EngineConfig, SamplingParams
-from jaxinfer.engine.settings import HostSettings
+from jaxinfer.engine.sizing.settings import HostSettings
 from jaxinfer.kv.prefix import MatchEnd
 
 pytestmark = [pytest.mark.xdist_group("hybrid faults"), pytest.mark.slow]

@@ -9,9 +9,10 @@ from functools import partial
 import pytest
 from transformers import GenerationConfig
 
-from jaxinfer import LLM, SamplingParams, progress
+from jaxinfer import LLM, SamplingParams
+from jaxinfer.results import progress
+from jaxinfer.results.logprobs import LogprobTable
 from jaxinfer.sampling_params import RequestOutputKind
-from jaxinfer.text import LogprobTable
 
 pytestmark = pytest.mark.xdist_group("faults")
 

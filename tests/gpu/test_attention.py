@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from support.attention import CHUNKS, PLAIN, SHAPES, Case, Shape, same_lane
 
-from jaxinfer.kernels import attention
+from jaxinfer.kernels.attention import choose as attention
 from jaxinfer.sharding import make_mesh
 
 REAL = {

@@ -4,10 +4,10 @@ import jax
 import pytest
 from support import tiny
 
-from jaxinfer.engine.runner import Runner
+from jaxinfer.engine.runner.runner import Runner
 from jaxinfer.functional import split
-from jaxinfer.kernels import attention
-from jaxinfer.models import loading
+from jaxinfer.kernels.attention import choose as attention
+from jaxinfer.loading import weights
 from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.sharding import make_mesh
 
@@ -19,7 +19,7 @@ NEW = 24
 def runners() -> dict[str, Runner]:
     """A float32 model with each implementation."""
     mesh = make_mesh()
-    module = loading.random(tiny.CONFIG | {"architectures": [tiny.ARCHITECTURES["llama"]]}, mesh)
+    module = weights.random(tiny.CONFIG | {"architectures": [tiny.ARCHITECTURES["llama"]]}, mesh)
     return {
         kernel: Runner(*split(module, mesh, attention_kernel=kernel), tiny.shapes())
         for kernel in (attention.XLA, attention.TRITON)

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxinfer.kernels import grouped, int8_matmul, matmul, triton_launch
+from jaxinfer.kernels.matmul import choose as matmul
+from jaxinfer.kernels.matmul import grouped, int8_matmul
+from jaxinfer.kernels.triton import triton_launch
 from jaxinfer.sharding import make_mesh
 
 CASES = {

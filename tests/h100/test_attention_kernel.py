@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import pytest
 from support.ptx import compiled_kernels, spilled
 
-from jaxinfer.kernels import triton_attention, triton_tiles
-from jaxinfer.kernels.paged import DecodeRows, Lane, PrefillTiles, Scoring, Slots
-from jaxinfer.kernels.triton_attention import TritonAttention
-from jaxinfer.kernels.triton_launch import Target
+from jaxinfer.kernels.attention import triton_attention
+from jaxinfer.kernels.attention.paged import DecodeRows, Lane, PrefillTiles, Scoring, Slots
+from jaxinfer.kernels.attention.triton_attention import TritonAttention
+from jaxinfer.kernels.triton import triton_tiles
+from jaxinfer.kernels.triton.triton_launch import Target
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.xdist_group("h100")

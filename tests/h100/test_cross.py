@@ -6,13 +6,21 @@ from functools import cache
 
 import jax.numpy as jnp
 import pytest
-from support.lowering import Compiled, abstract_model, compile_lowered, compile_step, h100_mesh, require_cuda_compiler, unread_in_decode
+from support.lowering import (
+    Compiled,
+    abstract_model,
+    compile_lowered,
+    compile_step,
+    h100_mesh,
+    require_cuda_compiler,
+    unread_in_decode,
+)
 from support.plans import on_gpu
 
-from jaxinfer.engine.buckets import Needs, decode_bucket, encode_shape, prefill_bucket
-from jaxinfer.engine.setup import encoder_bytes
-from jaxinfer.engine.steps import Shapes, abstract_encode_arguments, make_encode_step
-from jaxinfer.models import loading
+from jaxinfer.engine.runner.buckets import Needs, decode_bucket, encode_shape, prefill_bucket
+from jaxinfer.engine.runner.steps import Shapes, abstract_encode_arguments, make_encode_step
+from jaxinfer.engine.sizing.setup import encoder_bytes
+from jaxinfer.loading import weights
 from jaxinfer.sharding import placement
 from jaxinfer.sharding.collectives import DECODE, ENCODE, PREFILL
 
@@ -90,7 +98,7 @@ def test_a_decoded_token_touches_nothing_of_the_encoder():
 @pytest.mark.parametrize("kind", [DECODE, PREFILL, ENCODE])
 def test_collectives_are_those_of_the_plan(kind: str, quantization: str | None):
     found = step(kind, 8, quantization).collectives
-    module = loading.abstract(*loading.parse(CONFIG), jnp.dtype("bfloat16"), h100_mesh(8), quantization=quantization)
+    module = weights.abstract(*weights.parse(CONFIG), jnp.dtype("bfloat16"), h100_mesh(8), quantization=quantization)
     planned = on_gpu(placement.plan(module, h100_mesh(8), itemsize=2), kind)
     sampler = Counter() if kind == ENCODE else Counter({"all-gather": 1})
     assert found == Counter(planned) + sampler

@@ -10,12 +10,12 @@ import pytest
 from support.lowering import Compiled, abstract_model, compile_step, h100_mesh, require_cuda_compiler
 from support.ptx import compiled_kernels, spilled
 
-from jaxinfer.engine.batch import Bucket
-from jaxinfer.engine.sampling_rows import Level
-from jaxinfer.engine.steps import Shapes
-from jaxinfer.kernels import grouped
-from jaxinfer.kernels.matmul import TRITON
-from jaxinfer.kernels.triton_launch import Target
+from jaxinfer.engine.runner.batch import Bucket
+from jaxinfer.engine.runner.steps import Shapes
+from jaxinfer.engine.sampling.sampling_rows import Level
+from jaxinfer.kernels.matmul import grouped
+from jaxinfer.kernels.matmul.choose import TRITON
+from jaxinfer.kernels.triton.triton_launch import Target
 from jaxinfer.sharding.policy import Placement
 
 pytest.importorskip("triton")

@@ -14,8 +14,8 @@ from support.lowering import (
     unread_in_decode,
 )
 
-from jaxinfer.engine.buckets import Needs, decode_bucket, encode_shape
-from jaxinfer.engine.steps import Shapes, abstract_encode_arguments, make_encode_step
+from jaxinfer.engine.runner.buckets import Needs, decode_bucket, encode_shape
+from jaxinfer.engine.runner.steps import Shapes, abstract_encode_arguments, make_encode_step
 from jaxinfer.sharding.collectives import DECODE, ENCODE
 
 pytestmark = [pytest.mark.xdist_group("h100"), pytest.mark.usefixtures("cuda_compiler"), pytest.mark.slow]

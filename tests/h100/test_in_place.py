@@ -17,8 +17,8 @@ from support.tiny import (
     shapes,
 )
 
-from jaxinfer.engine.batch import Bucket
-from jaxinfer.engine.sampling_rows import Level
+from jaxinfer.engine.runner.batch import Bucket
+from jaxinfer.engine.sampling.sampling_rows import Level
 from jaxinfer.kernels.native import build
 from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.sharding import make_mesh

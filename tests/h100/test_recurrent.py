@@ -7,8 +7,8 @@ from functools import cache
 import pytest
 from support.lowering import Compiled, abstract_model, compile_step, h100_mesh, large_copies, require_cuda_compiler
 
-from jaxinfer.engine.buckets import Needs, decode_bucket, prefill_bucket
-from jaxinfer.engine.steps import Shapes
+from jaxinfer.engine.runner.buckets import Needs, decode_bucket, prefill_bucket
+from jaxinfer.engine.runner.steps import Shapes
 from jaxinfer.sharding.collectives import DECODE, PREFILL
 
 pytestmark = [pytest.mark.xdist_group("h100"), pytest.mark.usefixtures("cuda_compiler"), pytest.mark.slow]

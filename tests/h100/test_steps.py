@@ -8,9 +8,9 @@ from functools import cache
 import pytest
 from support.lowering import MEDIUM, Compiled, abstract_model, compile_step, h100_mesh, require_cuda_compiler
 
-from jaxinfer.engine.batch import Bucket
-from jaxinfer.engine.steps import Shapes
-from jaxinfer.engine.sampling_rows import Level
+from jaxinfer.engine.runner.batch import Bucket
+from jaxinfer.engine.runner.steps import Shapes
+from jaxinfer.engine.sampling.sampling_rows import Level
 from jaxinfer.sharding.policy import REPLICATE, Placement
 
 pytestmark = [pytest.mark.xdist_group("h100"), pytest.mark.usefixtures("cuda_compiler"), pytest.mark.slow]

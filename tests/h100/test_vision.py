@@ -11,7 +11,7 @@ from support.lowering import abstract_model, collectives, h100_mesh, require_cud
 from support.plans import on_gpu
 
 from jaxinfer import functional
-from jaxinfer.models import loading
+from jaxinfer.loading import weights
 from jaxinfer.sharding import placement
 from jaxinfer.sharding.collectives import ENCODE
 from jaxinfer.sharding.policy import Placement
@@ -36,6 +36,6 @@ def test_encoding_has_the_collectives_of_the_plan(patterns: Mapping[str, str], r
     pixels = jax.ShapeDtypeStruct((3, *program.features.shape), jnp.bfloat16, sharding=whole)
     compiled = jax.jit(functional.encode, static_argnums=0).lower(program, params, pixels).compile()
     found = collectives(compiled.as_text())
-    module = loading.abstract(*loading.parse(hf), jnp.dtype("bfloat16"), mesh, placement=Placement(patterns))
+    module = weights.abstract(*weights.parse(hf), jnp.dtype("bfloat16"), mesh, placement=Placement(patterns))
     assert found == on_gpu(placement.plan(module, mesh, itemsize=2), ENCODE)
     assert found == ({"all-reduce": reduces} if reduces else {})

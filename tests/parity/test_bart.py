@@ -21,8 +21,8 @@ torch = pytest.importorskip("torch", reason="the reference of the parity tests; 
 import transformers
 
 from jaxinfer import LLM, SamplingParams, functional
-from jaxinfer.encoders import EncodeJob, encode_batch
 from jaxinfer.functional import DecodeBatch
+from jaxinfer.functional.encoder_batch import EncodeJob, encode_batch
 from jaxinfer.kv import groups
 
 pytestmark = [pytest.mark.xdist_group("bart"), pytest.mark.slow]

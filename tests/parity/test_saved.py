@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch", reason="the reference of the parity tests; 
 from support import reference as ref
 
 from jaxinfer.checkpoint.hf import read_config
-from jaxinfer.models import loading
+from jaxinfer.loading import weights
 
 FAMILIES = [
     pytest.param(family, marks=[pytest.mark.xdist_group(family), *[pytest.mark.slow] * (family != "llama")])
@@ -93,4 +93,4 @@ def test_a_config_in_the_style_of_transformers_4_says_the_same(family, tmp_path)
     new = json.loads((tmp_path / "config.json").read_text())
     old = old_style(dict(new))
     assert "rope_parameters" in new and "rope_parameters" not in old
-    assert loading.parse(old) == loading.parse(new)
+    assert weights.parse(old) == weights.parse(new)

@@ -19,8 +19,8 @@ from transformers.generation.logits_process import (
 )
 from transformers.models.whisper.generation_whisper import WhisperGenerationMixin
 
-from jaxinfer.models.whisper_tokens import Says, WhisperTokens
-from jaxinfer.transcription import cut
+from jaxinfer.models.whisper.tokens import Says, WhisperTokens
+from jaxinfer.models.whisper.transcription import cut
 
 RULE = WhisperTokens.of(whisper.GENERATION, {})
 BEGIN, LENGTH, VOCAB = 3, 16, ZERO + 51

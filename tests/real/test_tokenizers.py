@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from jaxinfer.text import Detokenizer
+from jaxinfer.results.detokenizer import Detokenizer
 
 FOLDER = os.environ.get("JAXINFER_REAL_MODELS")
 NAMES = ("SmolLM2-135M-Instruct", "gemma-3-270m")

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinfer.functional import TILE, prefill_batch
-from jaxinfer.kernels import paged
-from jaxinfer.kernels.paged import DecodeRows, Lane, PrefillTiles, Scoring, Slots
+from jaxinfer.functional import prefill_batch
+from jaxinfer.kernels.attention import paged
+from jaxinfer.kernels.attention.paged import DecodeRows, Lane, PrefillTiles, Scoring, Slots
+from jaxinfer.kernels.attention.xla_attention import TILE
 
 TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2, "float16": 4e-3}
 CAPACITY = 3

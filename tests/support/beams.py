@@ -3,13 +3,12 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from support.tiny import make_request
-
 from jaxinfer.beam_params import BeamParams
-from jaxinfer.engine.beams import Beams
+from jaxinfer.engine.beam_search.beams import Beams
 from jaxinfer.engine.engine import Engine
 from jaxinfer.engine.request import Request
 from jaxinfer.sampling_params import SamplingParams
+from support.tiny import make_request
 
 MOST_STEPS = 5000
 """Of all searches of a test together: beams may wait for each other, but not for ever."""

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from jaxinfer.engine.request import Request
-from jaxinfer.engine.runner import Runner
+from jaxinfer.engine.runner.runner import Runner
 from jaxinfer.sampling_params import SamplingParams
 from support.tiny import BLOCK, CHUNK, make_engine, make_request, prompt, run
 

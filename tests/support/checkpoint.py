@@ -11,7 +11,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from jaxinfer.checkpoint import rules
-from jaxinfer.models import loading, saving
+from jaxinfer.loading import save
+from jaxinfer.loading import weights as loading
 from jaxinfer.sharding import make_mesh
 
 PADDED_VOCAB = 320
@@ -34,7 +35,7 @@ GPT_OSS = ["GptOssForCausalLM"]
 def tensors(hf: Mapping[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
     """Random weights of a model under the names of its checkpoint, by way of its weight table."""
     served, config = loading.parse(hf)
-    found = saving.tensors(loading.random(hf, make_mesh(1), dtype="float32", seed=seed), served.weight_rules(config))
+    found = save.tensors(loading.random(hf, make_mesh(1), dtype="float32", seed=seed), served.weight_rules(config))
     return {name: _interleaved(name, value) for name, value in found.items()} if hf["architectures"] == GPT_OSS else found
 
 

@@ -9,17 +9,17 @@ from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
-from support.checkpoint import tensors, tokenizer
-from support.tiny import BLOCK, LENGTH, VOCAB, make_engine, make_request, run, shapes
 
 from jaxinfer.engine.engine import Engine
 from jaxinfer.engine.request import Request
-from jaxinfer.engine.runner import Runner
+from jaxinfer.engine.runner.runner import Runner
 from jaxinfer.functional import split
+from jaxinfer.loading import weights as loading
 from jaxinfer.media import CrossInputs, EncoderInput
-from jaxinfer.models import loading
 from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.sharding import make_mesh
+from support.checkpoint import tensors, tokenizer
+from support.tiny import BLOCK, LENGTH, VOCAB, make_engine, make_request, run, shapes
 
 START = 2
 """What decoders start with."""

@@ -8,14 +8,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from support import loaded
 
 from jaxinfer import functional
-from jaxinfer.encoders import EncodeBatch, EncodeJob, encode_batch
 from jaxinfer.functional import DecodeBatch, PrefillBatch, Program
-from jaxinfer.kernels.paged import Lane, PrefillTiles
+from jaxinfer.functional.encoder_batch import EncodeBatch, EncodeJob, encode_batch
+from jaxinfer.kernels.attention.paged import Lane, PrefillTiles
+from jaxinfer.kv import groups as kv_groups
 from jaxinfer.layers.encoder import EncodeStep
 from jaxinfer.media import CrossInputs, EncoderInput
+from support import loaded
 
 BLOCK, WIDTH, PROMPTS, TOKENS = 4, 64, 4, 64
 """Positions of a block, blocks of a table, prompts of a batch, tokens of its prefill."""
@@ -71,7 +72,7 @@ def logits(folder: Path, prompts: Sequence[Asked], **how: Any) -> list[np.ndarra
     tables = np.arange(groups * PROMPTS * WIDTH, dtype=np.int32)[::-1].reshape(WIDTH, groups, PROMPTS)
     tables = tables.transpose(1, 2, 0).copy()
     cache = functional.init_cache(program, tables.size, BLOCK)
-    own = functional.kv_groups.encoded(kinds).span
+    own = kv_groups.encoded(kinds).span
     for row, asked in enumerate(prompts):
         first = 0
         for one in () if asked.cross is None else asked.cross.inputs:

@@ -7,18 +7,18 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from support import checkpoint
-from support.internvl import PLACEHOLDER, config, tiles, words, write
-from support.tiny import make_engine, make_request, run, shapes
 from transformers import PreTrainedTokenizerFast
 
 from jaxinfer import functional
 from jaxinfer.engine.request import Request
-from jaxinfer.engine.runner import Runner
+from jaxinfer.engine.runner.runner import Runner
+from jaxinfer.loading import weights
 from jaxinfer.media import EncoderInput, MediaReader, PlacedInputs
-from jaxinfer.models import loading
 from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.sharding import make_mesh
+from support import checkpoint
+from support.internvl import PLACEHOLDER, config, tiles, words, write
+from support.tiny import make_engine, make_request, run, shapes
 
 ROWS = 4
 """Tokens of a tile."""
@@ -30,7 +30,7 @@ SLOTS = 6
 def image_runner(tp: int = 1) -> Runner:
     """The tiny InternVL and its steps: one for all tests of a worker."""
     with tempfile.TemporaryDirectory() as folder:
-        module = loading.load(write(Path(folder), config()), make_mesh(tp), progress=False)
+        module = weights.load(write(Path(folder), config()), make_mesh(tp), progress=False)
     program, params = functional.split(module, make_mesh(tp))
     return Runner(program, params, shapes(feature_slots=SLOTS, encode_buckets=(1, 2)))
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
+
 from support import checkpoint
 from support.tiny import CONFIG, prompt
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import transformers
 from safetensors.numpy import save_file
+
 from support import internvl
 
 Model = transformers.InternVLForConditionalGeneration

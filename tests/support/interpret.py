@@ -10,8 +10,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxinfer.kernels import triton_launch
-from jaxinfer.kernels.triton_launch import Options, Target
+from jaxinfer.kernels.triton import triton_launch
+from jaxinfer.kernels.triton.triton_launch import Options, Target
 
 
 class Memory:

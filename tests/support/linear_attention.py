@@ -14,7 +14,7 @@ from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearDelta
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
 from jaxinfer.checkpoint import rules
-from jaxinfer.kernels.state import DecodeSlots, Segments
+from jaxinfer.kernels.state.slots import DecodeSlots, Segments
 from jaxinfer.layers.delta import DeltaSpec, DeltaState
 from jaxinfer.layers.delta_net import GatedDeltaNet
 from jaxinfer.layers.kda import KimiDeltaAttention

@@ -8,17 +8,17 @@ from typing import Any
 
 import jax
 import numpy as np
-from support.tiny import BLOCK, LENGTH, VOCAB, make_engine, make_request, run, shapes_of
 
 from jaxinfer import functional
-from jaxinfer.engine.runner import Runner
+from jaxinfer.engine.runner.runner import Runner
 from jaxinfer.functional import DecodeBatch, PrefillBatch, Program
-from jaxinfer.kernels.paged import Cache
-from jaxinfer.kernels.state import DecodeSlots, Segments
-from jaxinfer.models import loading
+from jaxinfer.kernels.attention.paged import Cache
+from jaxinfer.kernels.state.slots import DecodeSlots, Segments
+from jaxinfer.loading import weights
 from jaxinfer.models.base import FeatureRows
 from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.sharding import make_mesh
+from support.tiny import BLOCK, LENGTH, VOCAB, make_engine, make_request, run, shapes_of
 
 PROMPT_TOKENS = 64
 """T of the one program that gives logits at every position of up to `PROMPTS` prompts."""
@@ -31,7 +31,7 @@ def load(
 ) -> tuple[Program, list[jax.Array]]:
     """The checkpoint through the real loader, split for `jaxinfer.functional`."""
     mesh = make_mesh(tp)
-    return functional.split(loading.load(folder, mesh, dtype=dtype, quantization=quantization, progress=False), mesh)
+    return functional.split(weights.load(folder, mesh, dtype=dtype, quantization=quantization, progress=False), mesh)
 
 
 @cache

@@ -18,16 +18,16 @@ import numpy as np
 import pytest
 from jax.experimental import topologies
 from jax.sharding import Mesh
-from support import compiler
 
 from jaxinfer.checkpoint import rules
-from jaxinfer.engine.batch import Bucket
-from jaxinfer.engine.steps import Shapes, abstract_arguments, make_step
+from jaxinfer.engine.runner.batch import Bucket
+from jaxinfer.engine.runner.steps import Shapes, abstract_arguments, make_step
 from jaxinfer.functional import DecodeBatch, Program, decode, split
 from jaxinfer.kv import cache as kv_cache
-from jaxinfer.models import loading
+from jaxinfer.loading import weights
 from jaxinfer.sharding import make_mesh
 from jaxinfer.sharding import rules as sharding_rules
+from support import compiler
 
 PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
 """Either of them compiles for an NVIDIA GPU."""
@@ -85,8 +85,8 @@ def abstract_model(
 
     `how`: quantisation and placement, as `loading.abstract` takes them.
     """
-    served, config = loading.parse(hf)
-    module = loading.abstract(served, config, jnp.dtype(hf["dtype"]), mesh, **how)
+    served, config = weights.parse(hf)
+    module = weights.abstract(served, config, jnp.dtype(hf["dtype"]), mesh, **how)
     program, leaves = split(module, mesh, fuse_projections=fuse_projections)
     params = []
     for leaf, (path, param) in zip(leaves, rules.parameters(module).items(), strict=True):
@@ -203,7 +203,7 @@ def unread_in_decode(hf: Mapping[str, Any], mesh: Mesh, rows: int = 8) -> tuple[
     batch = DecodeBatch(whole((rows,)), whole((rows,)), tables, seen=whole((rows, 2)))
     closed = jax.make_jaxpr(partial(decode, program))(params, cache, batch).jaxpr
     read = {id(var) for equation in closed.eqns for var in equation.invars}
-    names = list(rules.parameters(loading.abstract(*loading.parse(hf), jnp.dtype(hf["dtype"]), mesh)))
+    names = list(rules.parameters(weights.abstract(*weights.parse(hf), jnp.dtype(hf["dtype"]), mesh)))
     return {name for name, var in zip(names, closed.invars, strict=False) if id(var) not in read}, names
 
 

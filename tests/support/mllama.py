@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
-from support import checkpoint
 from transformers import PreTrainedTokenizerFast
 
 from jaxinfer.media import CrossInputs, EncoderInput
-from jaxinfer.models.mllama_prompt import ranges
+from jaxinfer.models.mllama.prompt import ranges
+from support import checkpoint
 
 VOCAB, SIDE, PATCHES, TILES = 96, 28, 17, 4
 """Tokens of the head; pixels a side of a tile; patches of one, the class token among them; tiles of an image at most."""

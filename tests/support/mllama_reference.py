@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from support import mllama
 from transformers.models.mllama.processing_mllama import (
     convert_sparse_cross_attention_mask_to_dense,
     get_cross_attention_token_mask,
 )
 
 from jaxinfer.media import EncoderInput
+from support import mllama
 
 Model = transformers.MllamaForConditionalGeneration
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from jaxinfer.engine.batch import Bucket
-from jaxinfer.engine.sampling_rows import Level
+from jaxinfer.engine.runner.batch import Bucket
+from jaxinfer.engine.sampling.sampling_rows import Level
 from jaxinfer.sharding import Plan, plan
 from jaxinfer.sharding.collectives import DECODE
 from jaxinfer.sharding.policy import Placement

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from jaxinfer.kernels import triton_launch
-from jaxinfer.kernels.triton_launch import Binary
+from jaxinfer.kernels.triton import triton_launch
+from jaxinfer.kernels.triton.triton_launch import Binary
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+
 from support.tiny import ARCHITECTURES, CONFIG, OWN
 
 Model = transformers.PreTrainedModel

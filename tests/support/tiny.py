@@ -8,12 +8,12 @@ import numpy as np
 
 from jaxinfer.engine.engine import Engine
 from jaxinfer.engine.request import Request
-from jaxinfer.engine.runner import Runner
-from jaxinfer.engine.settings import HostSettings
-from jaxinfer.engine.steps import Shapes
+from jaxinfer.engine.runner.runner import Runner
+from jaxinfer.engine.runner.steps import Shapes
+from jaxinfer.engine.sizing.settings import HostSettings
 from jaxinfer.functional import Program, split
-from jaxinfer.models import loading
-from jaxinfer.resolve import ModelLimits, resolve
+from jaxinfer.inputs.defaults import ModelLimits, resolve
+from jaxinfer.loading import weights
 from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.sharding import make_mesh
 
@@ -124,7 +124,7 @@ def random_runner(family: str = "llama", tp: int = 1, quantization: str | None =
 @cache  # by all three arguments, however a test writes them
 def _random_runner(family: str, tp: int, quantization: str | None) -> Runner:
     mesh = make_mesh(tp)
-    module = loading.random(config(family), mesh, quantization=quantization)
+    module = weights.random(config(family), mesh, quantization=quantization)
     program, params = split(module, mesh)
     return Runner(program, params, shapes_of(program, switched=family == "llama"))
 
@@ -133,7 +133,7 @@ def _random_runner(family: str, tp: int, quantization: str | None) -> Runner:
 def hybrid_runner(name: str) -> Runner:
     """One of `HYBRIDS` with random weights."""
     mesh = make_mesh(1)
-    program, params = split(loading.random(CONFIG | HYBRIDS[name], mesh), mesh)
+    program, params = split(weights.random(CONFIG | HYBRIDS[name], mesh), mesh)
     return Runner(program, params, shapes_of(program, switched=name == "alternating"))
 
 

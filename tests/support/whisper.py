@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
-from support import checkpoint
 from transformers import PreTrainedTokenizerFast
+
+from support import checkpoint
 
 VOCAB, BINS, POSITIONS, LENGTH = 160, 20, 50, 64
 """Tokens; mel bins; positions of the encoder, those of one second; tokens of the decoder."""

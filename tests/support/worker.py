@@ -8,7 +8,7 @@ import signal
 import sys
 
 from jaxinfer import LLM, SamplingParams, distributed
-from jaxinfer.engine import setup
+from jaxinfer.engine.sizing import setup
 
 PROMPTS = ([5, 6, 7, 8, 9, 10, 11], [40, 41], list(range(20, 60)))
 

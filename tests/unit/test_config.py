@@ -13,7 +13,6 @@ from jaxinfer.config import EngineConfig
 from jaxinfer.errors import ConfigError
 from jaxinfer.sharding.policy import Placement
 
-
 CASES = [
     ({"max_model_len": 1}, r"max_model_len must be in \[2, "),
     ({"max_num_seqs": True}, "max_num_seqs must be an integer, got True"),

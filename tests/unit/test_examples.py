@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from jaxinfer import functional, growing
+from jaxinfer import functional
+from jaxinfer.functional import growing
 
 pytestmark = pytest.mark.xdist_group("demo")
 README = Path(__file__).parents[2] / "README.md"

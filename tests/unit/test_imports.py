@@ -16,31 +16,25 @@ import jaxinfer
 PACKAGE = Path(jaxinfer.__file__).parent
 
 TIERS = (
-    {"errors", "folders", "heap"},
-    {"checks", "compilation_cache", "distributed", "units"},
-    {"sharding"},
-    {"config", "demo", "kernels", "outputs", "sampling_params"},
-    {"beam_params", "generation_config", "kv", "resolve"},
+    {"errors", "_utils"},
+    {"distributed", "sharding"},
+    {"kernels", "outputs", "sampling_params", "config", "demo"},
+    {"beam_params", "kv"},
     {"layers"},
     {"checkpoint"},
     {"media"},
-    {"models", "text"},
-    {"encoders"},
-    {"functional", "training"},
-    {"engine", "growing"},
-    {"handle", "planning", "transcription"},
-    {"opening"},
-    {"intake", "progress"},
+    {"models"},
+    {"functional"},
+    {"engine"},
+    {"results"},
+    {"inputs"},
+    {"loading"},
     {"llm"},
     {"jaxinfer"},
 )
-"""The files and folders of the package: each knows those above it in this list, and none beside or below."""
+"""The files and folders of the package, lowest first: each imports only from lines above its own."""
 
-LATER = {"jaxinfer.sharding": "jaxinfer.planning"}
-"""The one exception: `sharding.plan` is found there by its users, but made of models. It is imported when it is first
-asked for, so that `sharding` itself knows none (docs/decisions.md)."""
-
-TRITON = ("jaxinfer.kernels.triton_kernels", "jaxinfer.kernels.triton_products")
+TRITON = ("jaxinfer.kernels.triton.triton_kernels", "jaxinfer.kernels.matmul.triton_products")
 """What imports triton."""
 
 
@@ -66,13 +60,6 @@ def imported(tree: ast.AST, known: dict[str, Path]) -> Iterator[str]:
                     yield whole if whole in known else str(node.module)
 
 
-def imported_later(tree: ast.AST) -> Iterator[str]:
-    """The modules that `importlib.import_module` is given by name."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "import_module":
-            yield from (arg.value for arg in node.args if isinstance(arg, ast.Constant))
-
-
 def graph() -> dict[str, set[str]]:
     """For each module those it imports."""
     known = files()
@@ -86,7 +73,7 @@ def tier(module: str) -> int:
     return ranks[0]
 
 
-def test_every_import_goes_up_the_list():
+def test_every_import_runs_downwards():
     wrong = [
         f"{name} imports {other}"
         for name, others in graph().items()
@@ -94,14 +81,6 @@ def test_every_import_goes_up_the_list():
         if name.split(".")[1:2] != other.split(".")[1:2] and tier(other) >= tier(name)
     ]
     assert wrong == []
-
-
-def test_what_is_imported_when_it_is_asked_for_is_known():
-    later = {
-        name: other for name, path in files().items() for other in imported_later(ast.parse(path.read_text()))
-        if other.startswith("jaxinfer")
-    }  # fmt: skip
-    assert later == LATER
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import pickle
 
 import numpy as np
 import pytest
+
 from jaxinfer import sampling_params
 from jaxinfer.sampling_params import RequestOutputKind, SamplingParams
 

@@ -3,7 +3,7 @@
 // A tile is some queries of one sequence; with the G query heads of one kv head they are the rows that read the same
 // keys. For kChunk key positions at a time: keys and values of live positions are gathered into panels (dead ones
 // are zero, so that what lies there is never seen), scores = rows x keys, an online softmax (arXiv:2205.14135), and
-// sums of weights x values. Reference: jaxinfer.kernels.paged.reference.
+// sums of weights x values. Reference: jaxinfer.kernels.attention.paged.reference.
 
 #include <cmath>
 #include <limits>

@@ -19,8 +19,8 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
+from jaxinfer._utils.cache_dir import cache_folder, is_private
 from jaxinfer.errors import ConfigError
-from jaxinfer.folders import cache_folder, is_private
 
 log = logging.getLogger(__name__)
 

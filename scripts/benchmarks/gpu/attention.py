@@ -10,16 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinfer.errors import ConfigError
-from jaxinfer.kernels import attention, triton_attention, triton_launch
-from jaxinfer.kernels.paged import DecodeRows, Lane, Scoring, Slots
-from jaxinfer.kernels.triton_tiles import Tiling
-from jaxinfer.kernels.xla_attention import item_keys
-from jaxinfer.sharding import make_mesh
-
 from benchmarks.gpu.context import Context, Figures, bandwidth_shares
 from benchmarks.gpu.models import values
 from benchmarks.gpu.timing import measure
+from jaxinfer.errors import ConfigError
+from jaxinfer.kernels.attention import choose as attention
+from jaxinfer.kernels.attention import triton_attention
+from jaxinfer.kernels.attention.paged import DecodeRows, Lane, Scoring, Slots
+from jaxinfer.kernels.attention.xla_attention import item_keys
+from jaxinfer.kernels.triton import triton_launch
+from jaxinfer.kernels.triton.triton_tiles import Tiling
+from jaxinfer.sharding import make_mesh
 
 HEADS, KV_HEADS, DIM, BLOCK = 32, 4, 128, 16
 """GQA of 8 queries a key: H = 32, K = 4, D = 128, in blocks of 16 positions."""

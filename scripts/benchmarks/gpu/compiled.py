@@ -65,9 +65,10 @@ def compile_step(
     """A step of the engine for `tp` H100s: `support.lowering.Compiled`; `options` of the compiler."""
     if str(TESTS) not in sys.path:
         sys.path.insert(0, str(TESTS))
-    from jaxinfer.engine.buckets import Needs, decode_bucket, prefill_bucket
-    from jaxinfer.engine.steps import Shapes
     from support import lowering  # the one place that knows how to compile without a device
+
+    from jaxinfer.engine.runner.buckets import Needs, decode_bucket, prefill_bucket
+    from jaxinfer.engine.runner.steps import Shapes
 
     program, params = lowering.abstract_model(hf, lowering.h100_mesh(tp), fuse_projections=fuse_projections)
     width = POSITIONS // BLOCK

@@ -10,15 +10,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from benchmarks.gpu import models
 from jaxinfer import EngineConfig, SamplingParams
 from jaxinfer.engine.engine import Engine
 from jaxinfer.engine.request import Request
-from jaxinfer.engine.setup import build_engine
+from jaxinfer.engine.sizing.setup import build_engine
+from jaxinfer.inputs.defaults import ModelLimits, resolve
 from jaxinfer.models.base import LanguageModel
-from jaxinfer.resolve import ModelLimits, resolve
 from jaxinfer.sharding import make_mesh
-
-from benchmarks.gpu import models
 
 SETTLING = 4
 """How often a pass that compiled something is done again."""

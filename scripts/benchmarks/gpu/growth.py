@@ -12,16 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinfer import functional
-from jaxinfer.functional import DecodeBatch, Program
-from jaxinfer.kernels import attention, paged
-from jaxinfer.kernels.paged import DecodeRows, Lane, Scoring, Slots
-from jaxinfer.models.base import LanguageModel
-from jaxinfer.sharding import make_mesh
-
 from benchmarks.gpu import models
 from benchmarks.gpu.context import Context, Figures
 from benchmarks.gpu.timing import measure
+from jaxinfer import functional
+from jaxinfer.functional import DecodeBatch, Program
+from jaxinfer.kernels.attention import choose as attention
+from jaxinfer.kernels.attention import paged
+from jaxinfer.kernels.attention.paged import DecodeRows, Lane, Scoring, Slots
+from jaxinfer.models.base import LanguageModel
+from jaxinfer.sharding import make_mesh
 
 BLOCK = 16
 WARM = 4

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxinfer.checkpoint import rules
 from jaxinfer.kv import cache as kv_cache
-from jaxinfer.models import loading
+from jaxinfer.loading import weights
 from jaxinfer.models.base import LanguageModel
 from jaxinfer.sharding import rules as sharding_rules
 
@@ -68,12 +68,12 @@ KIMI_LINEAR_TOY = kimi_linear(32, 48, 4, 8, 16, 6, 24, 97, layers=4, dtype="floa
 def random(hf: dict[str, Any], mesh: Mesh, seed: int = 0) -> LanguageModel:
     """A model with weights of the usual size, each made where it lies and alone, so that memory holds one copy.
 
-    `models.loading.random` compiles one program that draws all weights, which for 32 layers takes more than a
+    `loading.weights.random` compiles one program that draws all weights, which for 32 layers takes more than a
     minute; here a shape is compiled once, and the values come from a hash.
     """
-    served, config = loading.parse(hf)
-    kind = loading.resolve_dtype("auto", hf["dtype"], mesh.devices.flat[0].platform)
-    module = loading.abstract(served, config, kind, mesh)
+    served, config = weights.parse(hf)
+    kind = weights.resolve_dtype("auto", hf["dtype"], mesh.devices.flat[0].platform)
+    module = weights.abstract(served, config, kind, mesh)
     graph, state = nnx.split(module)
     leaves = []
     for number, (path, param) in enumerate(rules.parameters(module).items()):

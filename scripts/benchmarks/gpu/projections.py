@@ -8,11 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxinfer.kernels.matmul import matmul
-
 from benchmarks.gpu.context import Context, Figures, peak_bandwidth
 from benchmarks.gpu.models import values
 from benchmarks.gpu.timing import Timed, measure
+from jaxinfer.kernels.matmul.choose import matmul
 
 SERIAL = {"xla_gpu_command_buffer_scheduling_mode": "SERIALIZE"}
 """Calls that do not depend on each other run one after another, as they would in a model."""

@@ -15,13 +15,13 @@ from support import checkpoint
 from support.memory import MemorySource
 from support.tiny import config
 
-from jaxinfer.checkpoint import interleaved, rules
-from jaxinfer.checkpoint.interleaved import InterleavedExperts
+from jaxinfer.checkpoint import gpt_oss_weights, rules
+from jaxinfer.checkpoint.gpt_oss_weights import InterleavedExperts
 from jaxinfer.checkpoint.quantised import Int8Source
 from jaxinfer.checkpoint.rules import Rule
 from jaxinfer.errors import CheckpointError, ConfigError
-from jaxinfer.kernels import int8_matmul
-from jaxinfer.models import converting, loading
+from jaxinfer.kernels.matmul import int8_matmul
+from jaxinfer.loading import convert, weights
 from jaxinfer.sharding import make_mesh
 from jaxinfer.sharding.policy import Placement
 
@@ -64,7 +64,7 @@ def one_by_one(family: str, source: Path, folder: Path) -> Path:
 def load(folder: Path, way: str, quantization: str | None = None) -> dict[str, nnx.Param]:
     tp, placement = WAYS[way]
     how = dict(quantization=quantization, placement=Placement(placement), progress=False)
-    return rules.parameters(loading.load(folder, make_mesh(tp), **how))
+    return rules.parameters(weights.load(folder, make_mesh(tp), **how))
 
 
 def assert_same(found: Mapping[str, nnx.Param], expected: Mapping[str, nnx.Param]) -> None:
@@ -121,12 +121,12 @@ def test_a_converted_folder_gives_them_back_laid_out_otherwise(before, after, qu
     tp, placement = WAYS[before]
     out, source = tmp_path / "out", stacked["qwen3_moe"]
     how = dict(placement=Placement(placement), quantization=quantization, progress=False)
-    converting.convert(source, out, make_mesh(tp), **how)
+    convert.convert(source, out, make_mesh(tp), **how)
     if after != before:
         placement = WAYS[after][1] or {"*.mlp": "shard"}
-        found = loading.load(out, make_mesh(WAYS[after][0]), placement=Placement(placement), progress=False)
+        found = weights.load(out, make_mesh(WAYS[after][0]), placement=Placement(placement), progress=False)
     else:
-        found = loading.load(out, make_mesh(tp), progress=False)
+        found = weights.load(out, make_mesh(tp), progress=False)
     assert_same(rules.parameters(found), load(source, after, quantization))
 
 
@@ -165,8 +165,8 @@ def test_a_stack_of_another_number_of_experts_is_named(stacked, tmp_path: Path):
 
 
 def test_a_table_that_fills_a_stack_twice_or_not_wholly_is_refused(stacked):
-    served, parsed = loading.parse(HF["qwen3_moe"])
-    wanted = rules.parameters(loading.abstract(served, parsed, np.dtype("float32"), make_mesh()))
+    served, parsed = weights.parse(HF["qwen3_moe"])
+    wanted = rules.parameters(weights.abstract(served, parsed, np.dtype("float32"), make_mesh()))
     content, target = load_file(stacked["qwen3_moe"] / "model.safetensors"), "layers.0.mlp.down.weight"
     shape = content["model.layers.0.mlp.experts.down_proj"].shape[1:]
     for more in ({}, {"x": Rule("x", target, index=0)}):
@@ -264,5 +264,5 @@ def test_mxfp4_of_a_family_that_does_not_read_it_is_refused(tmp_path: Path):
 
 def test_the_sixteen_numbers_of_four_bits():
     expected = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
-    assert interleaved.SIGNED.tolist() == [*expected, *[-value for value in expected]]
-    assert interleaved.PAIRS[0x2A].tolist() == [-1.0, 1.0], "the lower half of a byte comes first"
+    assert gpt_oss_weights.SIGNED.tolist() == [*expected, *[-value for value in expected]]
+    assert gpt_oss_weights.PAIRS[0x2A].tolist() == [-1.0, 1.0], "the lower half of a byte comes first"

@@ -25,7 +25,8 @@ from support.tiny import ARCHITECTURES, CONFIG
 from jaxinfer.checkpoint import orbax, rules
 from jaxinfer.checkpoint.manifest import NAME, VERSION, Manifest
 from jaxinfer.errors import CheckpointError, ConfigError
-from jaxinfer.models import converting, loading
+from jaxinfer.loading import convert
+from jaxinfer.loading import weights as loading
 from jaxinfer.sharding import make_mesh
 from jaxinfer.sharding.policy import Placement
 
@@ -56,7 +57,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, 
         out = base / hashlib.sha256(repr((family, tp, stored, settings)).encode()).hexdigest()[:16]
         how = dict(settings)
         how["placement"] = Placement(dict(how.get("placement", ())))
-        converting.convert(source(family, stored), out, make_mesh(tp), progress=False, **how)
+        convert.convert(source(family, stored), out, make_mesh(tp), progress=False, **how)
         return out
 
     def get(family: str = "llama", tp: int = 1, stored: type = np.float32, **settings: Any) -> tuple[Path, Path]:
@@ -105,7 +106,7 @@ def test_a_converted_folder_has_the_ties_of_the_file_that_it_was_made_from(diffe
     content = shaped(CONFIG | hf | {"tie_word_embeddings": False})
     content["lm_head.weight"] = content["model.embed_tokens.weight"] + differs
     save_file(content, source / "model.safetensors")
-    converting.convert(source, tmp_path / "out", make_mesh(2), quantization="int8", progress=False)
+    convert.convert(source, tmp_path / "out", make_mesh(2), quantization="int8", progress=False)
     expected, found = load(source, 4, quantization="int8"), load(tmp_path / "out", 4)
     assert ("head.weight_scale" in found) is differs
     assert_same(found, expected)
@@ -193,7 +194,7 @@ def test_zeroes_and_what_is_not_finite_are_kept(tmp_path):
     content["model.embed_tokens.weight"][3] = np.nan
     content["model.embed_tokens.weight"][4] = np.inf
     save_file(content, source / "model.safetensors")
-    converting.convert(source, tmp_path / "out", make_mesh(2), progress=False)
+    convert.convert(source, tmp_path / "out", make_mesh(2), progress=False)
     assert_same(load(tmp_path / "out", 2), load(source, 2))
 
 
@@ -205,7 +206,7 @@ def test_what_lies_beside_the_weights_is_taken_over(tmp_path):
     (source / "additional_chat_templates" / "tool.jinja").write_text("y")
     (source / "code.py").write_text("raise SystemExit")
     (source / "pytorch_model.bin").write_bytes(b"pickle")
-    manifest = converting.convert(source, tmp_path / "out", make_mesh(), progress=False)
+    manifest = convert.convert(source, tmp_path / "out", make_mesh(), progress=False)
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == sorted(
         ["config.json", "tokenizer.json", "chat_template.jinja", "additional_chat_templates", NAME, "weights"]
@@ -219,7 +220,7 @@ def test_the_fingerprint_follows_names_and_numbers(tmp_path):
     source = write(tmp_path / "source")
 
     def of(name: str) -> str:
-        return converting.convert(source, tmp_path / name, make_mesh(), progress=False).source_fingerprint
+        return convert.convert(source, tmp_path / name, make_mesh(), progress=False).source_fingerprint
 
     first = of("a")
     content = shaped(CONFIG | {"architectures": ["LlamaForCausalLM"]})
@@ -362,13 +363,13 @@ def test_what_is_there_is_not_overwritten(make, tmp_path):
     source, folder = make()
     for out in (folder, source):
         with pytest.raises(CheckpointError, match="is there already"):
-            converting.convert(source, out, make_mesh(), progress=False)
+            convert.convert(source, out, make_mesh(), progress=False)
     with pytest.raises(CheckpointError, match="is a converted checkpoint itself"):
-        converting.convert(folder, tmp_path / "out", make_mesh(), progress=False)
+        convert.convert(folder, tmp_path / "out", make_mesh(), progress=False)
     (tmp_path / "empty").mkdir()
     (tmp_path / ".empty.partial").mkdir()
     (tmp_path / ".empty.partial" / "left.json").write_text("of one that was interrupted")
-    converting.convert(source, tmp_path / "empty", make_mesh(), progress=False)
+    convert.convert(source, tmp_path / "empty", make_mesh(), progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["empty"] and not (tmp_path / "empty" / "left.json").exists()
     assert_same(load(tmp_path / "empty"), load(source))
 
@@ -376,16 +377,16 @@ def test_what_is_there_is_not_overwritten(make, tmp_path):
 def test_two_conversions_to_one_folder(make, tmp_path, monkeypatch):
     source, _ = make()
 
-    copy_others = converting._copy_others
+    copy_others = convert._copy_others
 
     def second(*given: Path) -> None:
-        monkeypatch.setattr(converting, "_copy_others", copy_others)
+        monkeypatch.setattr(convert, "_copy_others", copy_others)
         with pytest.raises(CheckpointError, match="is being written by another conversion"):
-            converting.convert(source, tmp_path / "out", make_mesh(), progress=False)
+            convert.convert(source, tmp_path / "out", make_mesh(), progress=False)
         copy_others(*given)
 
-    monkeypatch.setattr(converting, "_copy_others", second)
-    converting.convert(source, tmp_path / "out", make_mesh(), progress=False)
+    monkeypatch.setattr(convert, "_copy_others", second)
+    convert.convert(source, tmp_path / "out", make_mesh(), progress=False)
     assert_same(load(tmp_path / "out"), load(source))
 
 
@@ -394,7 +395,7 @@ def test_a_failed_conversion_leaves_nothing(make, tmp_path, monkeypatch):
     (tmp_path / ".out.partial" / "weights.partial_save").mkdir(parents=True)  # of one that was interrupted
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
     with pytest.raises(CheckpointError, match="1 bytes free, and the weights take [0-9]+; make room"):
-        converting.convert(source, tmp_path / "out", make_mesh(), progress=False)
+        convert.convert(source, tmp_path / "out", make_mesh(), progress=False)
     assert list(tmp_path.iterdir()) == []
     monkeypatch.undo()
 
@@ -403,10 +404,10 @@ def test_a_failed_conversion_leaves_nothing(make, tmp_path, monkeypatch):
 
     monkeypatch.setattr(shutil, "copyfile", fails)
     with pytest.raises(CheckpointError, match="out cannot be written: No space left on device"):
-        converting.convert(source, tmp_path / "out", make_mesh(), progress=False)
+        convert.convert(source, tmp_path / "out", make_mesh(), progress=False)
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(ConfigError, match="does not divide"):
-        converting.convert(source, tmp_path / "out", make_mesh(3), progress=False)
+        convert.convert(source, tmp_path / "out", make_mesh(3), progress=False)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -470,7 +471,7 @@ def test_a_killed_conversion_leaves_nothing_that_loads_and_the_next_one_works(tm
         with pytest.raises(CheckpointError):
             load(left)
     for point in ("between", "merging", "manifest"):
-        converting.convert(source, tmp_path / "out" / point, make_mesh(), progress=False)
+        convert.convert(source, tmp_path / "out" / point, make_mesh(), progress=False)
         assert_same(load(tmp_path / "out" / point), load(source))
     assert not list((tmp_path / "out").glob(".between*"))
 

@@ -14,8 +14,8 @@ from jaxinfer.checkpoint.quantised import Int8Source
 from jaxinfer.checkpoint.rules import Rule
 from jaxinfer.checkpoint.safetensors import SafetensorsReader
 from jaxinfer.errors import CheckpointError
-from jaxinfer.kernels import int8_matmul
-from jaxinfer.models import loading
+from jaxinfer.kernels.matmul import int8_matmul
+from jaxinfer.loading import weights
 from jaxinfer.sharding import make_mesh
 
 pytestmark = pytest.mark.slow
@@ -30,7 +30,7 @@ def write(folder: Path, family: str = "llama", **changes: object) -> Path:
 
 
 def load(folder: Path, tp: int = 1, quantization: str | None = "int8"):
-    return rules.parameters(loading.load(folder, make_mesh(tp), quantization=quantization, progress=False))
+    return rules.parameters(weights.load(folder, make_mesh(tp), quantization=quantization, progress=False))
 
 
 @pytest.mark.parametrize(
@@ -95,9 +95,9 @@ def test_a_tensor_that_is_missing_or_unknown_is_an_error_still(change, tmp_path)
 
 def test_no_rule_may_fill_the_scales(tmp_path):
     folder = write(tmp_path)
-    served, config = loading.parse(checkpoint.CONFIG | HEADS)
+    served, config = weights.parse(checkpoint.CONFIG | HEADS)
     mesh = make_mesh()
-    module = loading.abstract(served, config, np.dtype("float32"), mesh, quantization="int8")
+    module = weights.abstract(served, config, np.dtype("float32"), mesh, quantization="int8")
     table = [Rule(r.source, "head.weight_scale" if r.target == "norm.scale" else r.target, r.parts)
              for r in served.weight_rules(config)]  # fmt: skip
     with SafetensorsReader(folder) as reader, pytest.raises(CheckpointError, match="fills 'head.weight_scale'"):
@@ -119,8 +119,8 @@ def test_any_order_of_reading_gives_the_same(tmp_path):
 
 def test_random_weights_are_quantised_ones():
     hf = checkpoint.CONFIG | HEADS
-    plain = rules.parameters(loading.random(hf, make_mesh(1), seed=3))
-    made = rules.parameters(loading.random(hf, make_mesh(1), quantization="int8", seed=3))
+    plain = rules.parameters(weights.random(hf, make_mesh(1), seed=3))
+    made = rules.parameters(weights.random(hf, make_mesh(1), quantization="int8", seed=3))
     quantised = [path for path, param in made.items() if param.dtype == np.int8]
     assert len(quantised) == 2 * 4 + 1
     for path in quantised:

@@ -18,7 +18,7 @@ from jaxinfer.checkpoint import rules, ties
 from jaxinfer.checkpoint.rules import Rule
 from jaxinfer.checkpoint.safetensors import SafetensorsReader
 from jaxinfer.errors import CheckpointError
-from jaxinfer.models import loading
+from jaxinfer.loading import weights as loading
 from jaxinfer.sharding import make_mesh
 
 M, F, V, H, K, D = 32, 48, 97, 4, 2, 16

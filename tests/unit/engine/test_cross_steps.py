@@ -8,10 +8,10 @@ from support.cases import GREEDY
 from support.cross import UNITS, cross_request, cross_runner, text
 from support.tiny import BLOCK, CHUNK, ROWS, make_engine, random_runner, run
 
-from jaxinfer.encoders import EncodeJob, EncodeShape, encode_batch
-from jaxinfer.engine.buckets import Needs, decode_bucket, encode_shape, encode_steps, prefill_bucket
-from jaxinfer.engine.follow import decode_key, encode_key
-from jaxinfer.engine.programs import EncodeCross
+from jaxinfer.engine.multihost.replay import decode_key, encode_key
+from jaxinfer.engine.runner.buckets import Needs, decode_bucket, encode_shape, encode_steps, prefill_bucket
+from jaxinfer.engine.runner.programs import EncodeCross
+from jaxinfer.functional.encoder_batch import EncodeJob, EncodeShape, encode_batch
 from jaxinfer.media import CrossInputs, EncoderInput
 from jaxinfer.models.base import CrossSource
 

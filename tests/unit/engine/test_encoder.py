@@ -11,11 +11,12 @@ from support.tiny import CHUNK, make_engine, random_runner, run, shapes
 
 from jaxinfer import functional
 from jaxinfer.config import EngineConfig
-from jaxinfer.engine.buckets import Needs, encode_pieces, prefill_bucket
-from jaxinfer.engine.programs import Encode
-from jaxinfer.engine.setup import choose_shapes
-from jaxinfer.engine.steps import abstract_arguments
+from jaxinfer.engine.runner.buckets import Needs, encode_pieces, prefill_bucket
+from jaxinfer.engine.runner.programs import Encode
+from jaxinfer.engine.runner.steps import abstract_arguments
+from jaxinfer.engine.sizing.setup import choose_shapes
 from jaxinfer.errors import CapacityError, ConfigError
+from jaxinfer.functional import program as functional_program
 
 pytestmark = [pytest.mark.xdist_group("internvl"), pytest.mark.slow]
 
@@ -121,4 +122,4 @@ def test_a_module_whose_encoder_makes_something_else_is_refused():
     program, params = image_runner().program, image_runner().params
     wrong = replace(program, features=replace(program.features, rows=ROWS + 1))
     with pytest.raises(ConfigError, match=r"encode makes \(1, 4, 32\) of inputs \(1, 3, 28, 28\).* becomes 5 rows"):
-        functional._feature_width(wrong, params)
+        functional_program._feature_width(wrong, params)

@@ -7,7 +7,7 @@ from support.tiny import BLOCK, CHUNK, make_engine, make_request, prompt, run
 from jaxinfer import LLM
 from jaxinfer.config import EngineConfig
 from jaxinfer.engine.request import Status
-from jaxinfer.engine.settings import HostSettings
+from jaxinfer.engine.sizing.settings import HostSettings
 from jaxinfer.errors import CapacityError
 from jaxinfer.sampling_params import SamplingParams
 

@@ -7,8 +7,8 @@ import pytest
 from support.cases import GREEDY, SEEDED, alone, mixed
 from support.tiny import BLOCK, CHUNK, make_engine, make_request, prompt, run
 
-from jaxinfer.engine import programs
 from jaxinfer.engine.request import Status
+from jaxinfer.engine.runner import programs
 from jaxinfer.sampling_params import SamplingParams
 
 pytestmark = pytest.mark.xdist_group("llama")

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from support.tiny import make_request, prompt
 
-from jaxinfer.engine.asked import Asked
 from jaxinfer.engine.request import Status, bias_row, follows_history
-from jaxinfer.engine.sampling_rows import EDITED, Level
-from jaxinfer.resolve import ModelLimits, resolve
+from jaxinfer.engine.runner.row_params import Asked
+from jaxinfer.engine.sampling.sampling_rows import EDITED, Level
+from jaxinfer.inputs.defaults import ModelLimits, resolve
 from jaxinfer.sampling_params import SamplingParams
 
 V = 97

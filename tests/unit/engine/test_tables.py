@@ -5,10 +5,10 @@ import pytest
 from support.cases import EDGES, alone, mixed
 from support.tiny import CHUNK, make_engine, make_request, prompt, run
 
-from jaxinfer.engine import runner as runners
-from jaxinfer.engine.asked import Asked
-from jaxinfer.engine.batch import lanes
-from jaxinfer.engine.sampling_rows import Level
+from jaxinfer.engine.runner import runner as runners
+from jaxinfer.engine.runner.batch import lanes
+from jaxinfer.engine.runner.row_params import Asked
+from jaxinfer.engine.sampling.sampling_rows import Level
 from jaxinfer.sampling_params import SamplingParams
 
 pytestmark = pytest.mark.xdist_group("llama")

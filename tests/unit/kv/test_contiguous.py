@@ -7,8 +7,8 @@ import pytest
 from jaxinfer.kv import contiguous
 from jaxinfer.kv.contiguous import Regions, RowManager
 from jaxinfer.kv.groups import KindGroups
-from jaxinfer.kv.manager import BlockManager
 from jaxinfer.kv.interface import CacheManager
+from jaxinfer.kv.manager import BlockManager
 from jaxinfer.kv.pool import PoolInvariantError
 from jaxinfer.kv.spec import Kind, Window
 

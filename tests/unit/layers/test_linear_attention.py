@@ -15,7 +15,7 @@ from support.linear_attention import KDA, NET, SLOTS
 from support.lowering import collectives
 
 from jaxinfer.errors import CheckpointError, ConfigError
-from jaxinfer.kernels.state import DecodeSlots, Segments
+from jaxinfer.kernels.state.slots import DecodeSlots, Segments
 from jaxinfer.layers import fusion
 from jaxinfer.layers.params import Build
 from jaxinfer.sharding import make_mesh

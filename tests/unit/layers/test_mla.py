@@ -19,8 +19,8 @@ from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearAtten
 
 from jaxinfer import functional
 from jaxinfer.checkpoint import rules
-from jaxinfer.kernels import latent
-from jaxinfer.kernels.paged import DecodeRows, Lane, PrefillTiles, Slots
+from jaxinfer.kernels.attention import latent
+from jaxinfer.kernels.attention.paged import DecodeRows, Lane, PrefillTiles, Slots
 from jaxinfer.layers import mla
 from jaxinfer.layers.attention import GroupStep, StepContext
 from jaxinfer.layers.mla import LatentAttention, LatentSpec

@@ -13,12 +13,12 @@ from support.lowering import abstract_model, compile_step
 from support.tiny import BLOCK, CHUNK, CONFIG, ROWS, VOCAB, prompt, shapes
 
 from jaxinfer import functional
-from jaxinfer.engine.batch import Bucket
-from jaxinfer.engine.sampling_rows import Level
+from jaxinfer.engine.runner.batch import Bucket
+from jaxinfer.engine.sampling.sampling_rows import Level
 from jaxinfer.layers.embedding import Embedding
 from jaxinfer.layers.linear import FusedLinear, Output, RowLinear
 from jaxinfer.layers.params import Build
-from jaxinfer.models import loading
+from jaxinfer.loading import weights
 from jaxinfer.sharding import axes, make_mesh
 
 pytestmark = [pytest.mark.xdist_group("sharded"), pytest.mark.slow]
@@ -102,7 +102,7 @@ def logits(tmp_path_factory):
     @cache
     def of(tp: int, quantization: str | None, tied: bool = False, pad_heads: bool = False) -> np.ndarray:
         mesh = make_mesh(tp)
-        module = loading.load(folder(tied), mesh, quantization=quantization, pad_heads=pad_heads, progress=False)
+        module = weights.load(folder(tied), mesh, quantization=quantization, pad_heads=pad_heads, progress=False)
         program, params = functional.split(module, mesh)
         width = 2 * CHUNK // BLOCK
         batch = functional.prefill_batch([(prompt(CHUNK), 0, CHUNK)], np.arange(width)[None])

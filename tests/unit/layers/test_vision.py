@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxinfer.layers.vision import attend_whole, bicubic
-from jaxinfer.models.internvl import pixel_shuffle
+from jaxinfer.models.internvl.model import pixel_shuffle
 
 
 def test_resampling_to_the_same_size_changes_nothing():

@@ -12,7 +12,7 @@ from support.images import IMAGE_MARKERS, PROCESSOR, SIDE
 from jaxinfer.errors import CheckpointError, ConfigError
 from jaxinfer.media import EncoderInput, ImageProcessor, MediaReader
 from jaxinfer.models.base import Features
-from jaxinfer.models.internvl_images import IMAGES, MEAN, STD
+from jaxinfer.models.internvl.images import IMAGES, MEAN, STD
 
 SHAPE, ROWS, TOKEN = (3, SIDE, SIDE), 4, 90
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 90, 3), np.uint8))

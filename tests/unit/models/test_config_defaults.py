@@ -11,7 +11,7 @@ from support import checkpoint, tiny
 from jaxinfer import LLM, sharding
 from jaxinfer.checkpoint.hf import lay_over, read_config
 from jaxinfer.errors import ConfigError
-from jaxinfer.models import loading
+from jaxinfer.loading import weights
 
 SIZES = dict(vocab_size=96, hidden_size=64, intermediate_size=48, num_hidden_layers=4, num_attention_heads=32)
 """All that a decoder's file must state."""
@@ -21,7 +21,7 @@ HEADS = {"deepseek_v3": {"num_attention_heads": 4, "num_key_value_heads": 4}, "k
 
 
 def parsed(hf: dict[str, Any]) -> Any:
-    return loading.parse(lay_over(hf))[1]
+    return weights.parse(lay_over(hf))[1]
 
 
 @pytest.mark.parametrize("family", tiny.ARCHITECTURES)
@@ -123,11 +123,11 @@ def test_formats_inside_a_part_are_refused_as_well(where):
 @pytest.mark.parametrize("family", ["gemma2", "gemma3"])
 def test_a_model_that_overflows_in_float16_is_refused_at_the_start(family, tmp_path):
     hf = tiny.config(family)
-    served, _ = loading.parse(hf)
+    served, _ = weights.parse(hf)
     for refused in (lambda: sharding.plan(hf, dtype="float16"), lambda: LLM(folder, dtype="float16", skip_tokenizer_init=True)):
         folder = checkpoint.write(tmp_path, hf, with_tokenizer=False)
         with pytest.raises(ConfigError, match="dtype='float16' is not supported .* overflow.*'bfloat16' or 'float32'"):
             refused()
-    assert loading.resolve_dtype("auto", "float16", "gpu", served) == jnp.bfloat16
-    assert loading.resolve_dtype("auto", "float16", "cpu", served) == jnp.float32
-    assert loading.resolve_dtype("float16", "float32", "gpu", loading.parse(LLAMA)[0]) == jnp.float16
+    assert weights.resolve_dtype("auto", "float16", "gpu", served) == jnp.bfloat16
+    assert weights.resolve_dtype("auto", "float16", "cpu", served) == jnp.float32
+    assert weights.resolve_dtype("float16", "float32", "gpu", weights.parse(LLAMA)[0]) == jnp.float16

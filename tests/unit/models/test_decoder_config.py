@@ -4,12 +4,12 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from support.tiny import CONFIG
 
 from jaxinfer.checkpoint.hf import ConfigReader
 from jaxinfer.layers.norms import Scaling
 from jaxinfer.models import llama
 from jaxinfer.models.decoder_config import LINEAR, SLIDING, DecoderConfig
-from support.tiny import CONFIG
 
 
 def made() -> DecoderConfig:

@@ -14,7 +14,7 @@ from jaxinfer.kv.spec import Full, Sliding
 from jaxinfer.layers.embedding import Embedding
 from jaxinfer.layers.moe import ClampedSwiGLU
 from jaxinfer.layers.params import Build
-from jaxinfer.models import loading
+from jaxinfer.loading import weights
 from jaxinfer.models.decoder_config import AFTER, BEFORE, FULL, SLIDING, DecoderConfig
 from jaxinfer.sharding import make_mesh
 
@@ -88,7 +88,7 @@ ALL = {"gemma-2-2b": GEMMA_2_2B, "gemma-3-1b": GEMMA_3_1B, "gemma-3-4b": GEMMA_3
 
 
 def parsed(hf: dict[str, Any], **changes: Any) -> DecoderConfig:
-    return loading.parse(lay_over(hf, changes))[1]
+    return weights.parse(lay_over(hf, changes))[1]
 
 
 def test_gemma_2():
@@ -194,8 +194,8 @@ def test_a_window_that_is_null_where_layers_slide_is_refused():
 ])  # fmt: skip
 def test_lanes_and_groups_of_the_real_shapes(name, lanes, groups):
     config = parsed(ALL[name])
-    served, _ = loading.parse(lay_over(ALL[name]))
-    module = loading.abstract(served, config, np.dtype("float32"), make_mesh(1))
+    served, _ = weights.parse(lay_over(ALL[name]))
+    module = weights.abstract(served, config, np.dtype("float32"), make_mesh(1))
     found = layout(tuple(module.cache_specs()))
     assert (len(found.lanes), found.groups) == (lanes, groups)
     assert {type(spec) for spec in module.cache_specs()} == {Full, Sliding}

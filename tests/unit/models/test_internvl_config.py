@@ -12,9 +12,9 @@ from support.tiny import CONFIG
 from jaxinfer.checkpoint.hf import lay_over
 from jaxinfer.errors import ConfigError
 from jaxinfer.layers.vision import VisionConfig
-from jaxinfer.models import loading
+from jaxinfer.loading import weights
 from jaxinfer.models.base import Features
-from jaxinfer.models.internvl_config import InternVLConfig
+from jaxinfer.models.internvl.config import InternVLConfig
 from jaxinfer.sharding import make_mesh
 
 ORIGINAL: dict[str, Any] = json.loads("""
@@ -51,7 +51,7 @@ ORIGINAL: dict[str, Any] = json.loads("""
 
 
 def parsed(hf: dict[str, Any]) -> InternVLConfig:
-    return loading.parse(hf)[1]
+    return weights.parse(hf)[1]
 
 
 def changed(path: str, value: Any, hf: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def test_a_public_original_config_is_read_and_its_code_is_not():
     assert not config.text.tied
     assert config.max_length == 65536 and config.query_group == 7 and config.text.attention.qkv_bias
     assert config.length_key(100) == config.text.length_key(100) and config.recompute_after is None
-    module = loading.abstract(*loading.parse(ORIGINAL), jnp.dtype("bfloat16"), make_mesh(1))
+    module = weights.abstract(*weights.parse(ORIGINAL), jnp.dtype("bfloat16"), make_mesh(1))
     assert module.vision_tower.layers[23].mlp.up.weight.shape == (1, 4096, 1024)
 
 
@@ -111,7 +111,7 @@ def test_the_tower_ends_with_the_layer_that_is_asked_for():
     stored = changed("vision_config.num_hidden_layers", 6)
     asked = {-1: 6, -2: 5, -7: 0, 0: 0, 3: 3, 6: 6}
     assert {n: parsed(changed("vision_feature_layer", n, stored)).vision.layers for n in asked} == asked
-    rules = loading.parse(changed("vision_feature_layer", -2, stored))
+    rules = weights.parse(changed("vision_feature_layer", -2, stored))
     unread = [rule for rule in rules[0].weight_rules(rules[1]) if ".layer.5." in rule.source]
     assert unread and not any(rule.target for rule in unread)
 
@@ -152,7 +152,7 @@ def test_the_tower_ends_with_the_layer_that_is_asked_for():
 ])  # fmt: skip
 def test_what_is_not_served_is_refused_by_name(path, value, message):
     with pytest.raises(ConfigError, match=message) as error:
-        loading.parse(changed(path, value))
+        weights.parse(changed(path, value))
     assert len(str(error.value)) < 500
 
 
@@ -166,7 +166,7 @@ def test_what_is_not_served_is_refused_by_name(path, value, message):
 ])  # fmt: skip
 def test_what_is_not_served_of_an_original_is_refused_by_name(path, value, message):
     with pytest.raises(ConfigError, match=message):
-        loading.parse(changed(path, value, ORIGINAL))
+        weights.parse(changed(path, value, ORIGINAL))
 
 
 def test_an_attribute_of_a_part_can_be_laid_over():

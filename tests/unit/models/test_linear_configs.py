@@ -13,7 +13,7 @@ from jaxinfer.errors import CheckpointError, ConfigError
 from jaxinfer.kv.groups import layout
 from jaxinfer.layers.kda import KdaSpec
 from jaxinfer.layers.router import RouterConfig
-from jaxinfer.models import loading
+from jaxinfer.loading import weights
 from jaxinfer.models.decoder_config import FULL, LINEAR, DecoderConfig
 from jaxinfer.sharding import make_mesh
 from jaxinfer.sharding.policy import Placement
@@ -41,12 +41,12 @@ KIMI_LINEAR: dict[str, Any] = dict(
 
 
 def parsed(**changes: Any) -> DecoderConfig:
-    return loading.parse(lay_over(KIMI_LINEAR, changes))[1]
+    return weights.parse(lay_over(KIMI_LINEAR, changes))[1]
 
 
 def abstract(tp: int, placement: dict[str, str] | None = None, **changes: Any) -> Any:
-    served, config = loading.parse(lay_over(KIMI_LINEAR, changes))
-    return loading.abstract(served, config, np.dtype("float32"), make_mesh(tp), placement=Placement.of(placement))
+    served, config = weights.parse(lay_over(KIMI_LINEAR, changes))
+    return weights.abstract(served, config, np.dtype("float32"), make_mesh(tp), placement=Placement.of(placement))
 
 
 def test_kimi_linear():
@@ -136,4 +136,4 @@ def test_half_of_a_group_that_is_missing_is_named(tensors, lost, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(hf))
     save_file({name: value for name, value in found.items() if lost not in name}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=rf"lacks 1 tensor\(s\) of this model: 'model.layers.{lost}'"):
-        loading.load(tmp_path, make_mesh(1), progress=False)
+        weights.load(tmp_path, make_mesh(1), progress=False)

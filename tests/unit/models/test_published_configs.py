@@ -9,7 +9,7 @@ import pytest
 from jaxinfer import sharding
 from jaxinfer.checkpoint.hf import lay_over
 from jaxinfer.errors import ConfigError
-from jaxinfer.models import loading
+from jaxinfer.loading import weights
 from jaxinfer.models.registry import ARCHITECTURES, MODEL_TYPES, architecture
 
 FOLDER = Path(__file__).resolve().parents[2] / "real/configs"
@@ -46,11 +46,11 @@ def test_every_architecture_has_a_published_file_and_every_file_its_entry():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_it_is_read_as_it_is(name):
-    served, config = loading.parse(published(name))
+    served, config = weights.parse(published(name))
     assert config.max_length >= 448
-    assert loading.resolve_dtype("auto", loading.said_dtype(published(name)) or served.stored_dtype, "gpu", served)
+    assert weights.resolve_dtype("auto", weights.said_dtype(published(name)) or served.stored_dtype, "gpu", served)
     without = {key: value for key, value in published(name).items() if key != "architectures"}
-    assert loading.parse(without)[1] == config
+    assert weights.parse(without)[1] == config
 
 
 @pytest.mark.parametrize("name", NAMES)

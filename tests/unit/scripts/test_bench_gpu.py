@@ -20,9 +20,9 @@ from benchmarks.work import spread
 from jax.profiler import ProfileData
 from support.lowering import require_cuda_compiler
 
-from jaxinfer.kernels import paged
-from jaxinfer.kernels.paged import DecodeRows, Lane, Scoring, Slots
-from jaxinfer.models import loading
+from jaxinfer.kernels.attention import paged
+from jaxinfer.kernels.attention.paged import DecodeRows, Lane, Scoring, Slots
+from jaxinfer.loading import weights as loading
 from jaxinfer.sharding import make_mesh
 
 pytestmark = pytest.mark.xdist_group("bench")

@@ -114,8 +114,8 @@ PROGRAM = '''HloModule jit_decode_step
 FileNames
 1 "/x/jaxinfer/models/decoder.py"
 2 "/x/jaxinfer/layers/linear.py"
-3 "/x/jaxinfer/kernels/paged.py"
-4 "/x/jaxinfer/engine/sampler.py"
+3 "/x/jaxinfer/kernels/attention/paged.py"
+4 "/x/jaxinfer/engine/sampling/sampler.py"
 5 "/x/jaxinfer/layers/attention.py"
 
 FunctionNames

@@ -8,7 +8,7 @@ from benchmarks import calls, projections
 from benchmarks.projections import APART, AUTO, FUSED, UNFUSED, Bench
 from support.lowering import require_cuda_compiler
 
-from jaxinfer.kernels import matmul
+from jaxinfer.kernels.matmul import choose as matmul
 from jaxinfer.layers import fusion
 from jaxinfer.sharding import make_mesh
 

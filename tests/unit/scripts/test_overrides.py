@@ -43,16 +43,16 @@ def test_a_plan_and_a_conversion_take_it(folder, tmp_path, capsys):
     from placements import cli as placement
 
     from jaxinfer.checkpoint.hub import resolve_model
-    from jaxinfer.models import converting, loading
+    from jaxinfer.loading import convert, weights
     from jaxinfer.sharding import make_mesh
 
     assert placement.main([f"--model={folder}"]) == 2
     assert "--hf-overrides '{\"what\": null}'" in capsys.readouterr().err
     assert placement.main([f"--model={folder}", "--hf-overrides", '{"what": null}']) == 0
     args = scripts.load("convert").parse([f"--model={folder}", f"--out={tmp_path / 'out'}", '--hf-overrides={"what": null}'])
-    converting.convert(resolve_model(args.model), args.out, make_mesh(1), overrides=args.hf_overrides, progress=False)
+    convert.convert(resolve_model(args.model), args.out, make_mesh(1), overrides=args.hf_overrides, progress=False)
     assert "what" not in json.loads((args.out / "config.json").read_text())
-    loading.load(args.out, make_mesh(1), progress=False)
+    weights.load(args.out, make_mesh(1), progress=False)
 
 
 def test_what_is_measured_is_a_folder_that_says_so(folder, tmp_path):

@@ -16,8 +16,8 @@ from support import checkpoint
 import jaxinfer
 from jaxinfer import sharding
 from jaxinfer.errors import CheckpointError, ConfigError
-from jaxinfer.models import loading
-from jaxinfer.models.converting import convert
+from jaxinfer.loading import weights
+from jaxinfer.loading.convert import convert
 from jaxinfer.sharding import Plan, make_mesh, placement
 from jaxinfer.sharding.collectives import ALL_REDUCE, Collective
 from jaxinfer.sharding.placement_html import axes_text, page
@@ -344,9 +344,9 @@ def test_no_device_of_that_number_is_needed_and_nothing_is_put_on_the_one_there_
 
 def test_a_module_in_hand_has_a_plan_of_its_own_parts(mixed: Plan):
     """`sharding.placement.plan` knows parameters alone: no family, no engine."""
-    served, config = loading.parse(SMALL)
+    served, config = weights.parse(SMALL)
     mesh = AbstractMesh((4,), ("model",), axis_types=(AxisType.Auto,))
-    module = loading.abstract(served, config, jnp.dtype("bfloat16"), mesh, placement=Placement(mixed.patterns))
+    module = weights.abstract(served, config, jnp.dtype("bfloat16"), mesh, placement=Placement(mixed.patterns))
     own = placement.plan(module, mesh, itemsize=BF16)
     assert own.rows == mixed.rows
     assert own.exchanges == tuple(e for e in mixed.exchanges if e.module != "sampler")

@@ -1,0 +1,1 @@
+"""Helpers without a model: checks of values, units, cache folders, the garbage collector."""

@@ -1,0 +1,1 @@
+"""One engine in several processes: handshake, replay of steps, detection of divergence."""

@@ -1,0 +1,114 @@
+"""What several processes must have alike before they serve one model: settings, versions, files, shapes, weights."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import jaxlib
+
+from jaxinfer.checkpoint import manifest
+from jaxinfer.checkpoint.safetensors import SafetensorsReader
+from jaxinfer.config import EngineConfig
+from jaxinfer.distributed.group import Group
+from jaxinfer.engine.runner.runner import Runner
+from jaxinfer.errors import ConfigError
+from jaxinfer.sharding.policy import Placement
+
+OWN = ("compilation_cache_dir", "log_interval")
+"""Settings that are each process's own."""
+
+
+def settings(
+    group: Group, config: EngineConfig, overrides: Mapping[str, Any] | None
+) -> tuple[EngineConfig, Mapping[str, Any] | None]:
+    """Process 0's settings and `hf_overrides`, in every process; that all run the same versions has been checked.
+
+    Raises:
+        ConfigError: overrides that cannot be sent.
+        DistributedError: other versions or devices, or a process is gone.
+    """
+    device = jax.local_devices()[0]
+    group.agree({
+        "jaxinfer's sources (sha256)": _sources(), "jax's version": jax.__version__, "jaxlib's version": jaxlib.__version__,
+        "flax's version": flax.__version__, "its kind of device": f"{device.platform} {device.device_kind}",
+        "its number of devices": jax.local_device_count(),
+    })  # fmt: skip
+    values = {f.name: getattr(config, f.name) for f in fields(config)}
+    values["placement"] = dict(Placement.of(config.placement).patterns)
+    if config.compiler_options is not None:
+        values["compiler_options"] = dict(config.compiler_options)
+    try:
+        mine = json.loads(json.dumps([values, None if overrides is None else dict(overrides)]))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"hf_overrides must be plain JSON where several processes serve a model: {error}") from error
+    values, overrides = group.share(mine)[0]
+    return replace(EngineConfig(**values), **{name: getattr(config, name) for name in OWN}), overrides
+
+
+def _sources() -> str:
+    """The digest of this package's files: a working tree has no other version."""
+    root, found = Path(__file__).parents[2], hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        found.update(f"{path.relative_to(root).as_posix()}\0".encode() + path.read_bytes())
+    return found.hexdigest()[:12]
+
+
+def files(group: Group, directory: Path) -> None:
+    """Checks that all processes have the same checkpoint: its configuration whole, of each tensor the first bytes.
+
+    Raises:
+        CheckpointError: it cannot be read.
+        DistributedError: another process has another.
+    """
+    if (directory / manifest.NAME).is_file():
+        weights = manifest.file_digest(directory / manifest.NAME)
+    else:
+        with SafetensorsReader(directory) as reader:
+            weights = manifest.fingerprint(reader)
+    config = directory / "config.json"
+    group.agree({
+        "its config.json (sha256)": manifest.file_digest(config)[:16] if config.is_file() else None,
+        "its model's tensors (sha256)": weights[:16],
+    })  # fmt: skip
+
+
+def steps(group: Group, runner: Runner) -> None:
+    """Checks that all processes compile the same steps over the same weights.
+
+    Raises:
+        DistributedError: they do not; names what differs.
+    """
+    program = runner.program
+    shapes = json.loads(json.dumps(asdict(runner.shapes)))
+    group.agree(shapes | {
+        "its mesh": str(program.mesh.device_ids.tolist()), "its dtype": str(program.dtype),
+        "its attention kernel": f"{program.kernel}, tiles of {program.tile}",
+        "its parameters": [f"{p.dtype}{list(p.shape)} {p.sharding.spec}" for p in runner.params],
+    })  # fmt: skip
+    group.agree({"its weights that are whole on every device (checksum)": checksum(runner.params)})
+
+
+def checksum(params: Sequence[jax.Array]) -> int:
+    """Over this process's own copies of the parameters that are whole on every device; their order counts."""
+    own = [p.addressable_data(0) for p in params if p.is_fully_replicated]
+    return sum(map(int, _sums(own))) % (1 << 64) if own else 0
+
+
+@jax.jit
+def _sums(arrays: Sequence[jax.Array]) -> list[jax.Array]:
+    """A number of each array's bits and their places, uint32."""
+    return [_sum(array) * jnp.uint32(2 * i + 1) for i, array in enumerate(arrays)]
+
+
+def _sum(array: jax.Array) -> jax.Array:
+    if array.dtype == jnp.bool_:
+        array = array.astype(jnp.uint8)
+    bits = jax.lax.bitcast_convert_type(array, f"uint{8 * min(array.dtype.itemsize, 4)}").astype(jnp.uint32).reshape(-1)
+    place = jax.lax.iota(jnp.uint32, bits.size) * jnp.uint32(2654435761) + jnp.uint32(1)
+    return (bits * (place | 1)).sum(dtype=jnp.uint32)

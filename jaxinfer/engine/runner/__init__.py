@@ -1,0 +1,1 @@
+"""Compiled steps: their programs, batches and buckets."""

@@ -1,0 +1,220 @@
+"""A plan as arrays: padded to a bucket and packed into one int32 vector, so that a step has one transfer."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+import jax
+import numpy as np
+
+from jaxinfer import functional
+from jaxinfer.engine.plan import Chunk, Plan
+from jaxinfer.engine.sampling.sampling_rows import POSITION, ROW, WIDTH, Level
+from jaxinfer.functional import PrefillBatch
+from jaxinfer.functional.encoder_batch import EncodeShape
+from jaxinfer.kernels.attention.xla_attention import TILE
+from jaxinfer.kernels.state.slots import Segments
+from jaxinfer.kv.tables import Tables
+
+PARTS = 3
+"""Of a chunk, at most, where recurrent layers keep a state after each: a prompt has two boundaries (`kv.manager`)."""
+NO_SLOT = 2**30
+"""A slot that there is not (`kernels.state`)."""
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """The static shape of a compiled step; one program a bucket."""
+
+    kind: str
+    """"prefill" or "decode"."""
+    tokens: int
+    """T for prefill; B for decode."""
+    rows: int
+    """Sequences, and samples, of the step."""
+    width: int
+    """W: blocks in a table."""
+    level: Level
+    logprobs: int
+    """How many log-probabilities a sampled token comes with; -1 for none."""
+    prompt_logprobs: int = -1
+    """The same for the tokens of the prompt."""
+    items: int | None = None
+    """Decode: pieces of cached keys there is room for."""
+    groups: int = 1
+    """Decode: block tables a sequence has that grow with it."""
+    tile: int = TILE
+    """Prefill: queries of one tile."""
+    switched: bool = False
+    """Whether what no row asks for is skipped at run time; then `level`, `logprobs` and `prompt_logprobs` say what
+    the program can do, not what this step must."""
+    features: bool = False
+    """Prefill: whether tokens may take rows of the feature pool."""
+    contiguous: bool = False
+    """Whether tables follow from the rows (`kv.contiguous`); `width` is then what of them a step can read."""
+    states: bool = False
+    """Whether there are recurrent layers."""
+    candidates: int = 0
+    """How many continuations of each row a step finds, for beam searches; 0: none, and nobody searches. The tokens of beams
+    come from the host then, as it has chosen them."""
+    cross: bool = False
+    """Whether tokens attend to what an encoder read."""
+
+    def __str__(self) -> str:
+        keys = "" if self.items is None else f" items={self.items}"
+        keys += f" width={self.width}" if self.contiguous else ""
+        keys += f" candidates={self.candidates}" if self.candidates else ""
+        level = "" if self.switched else f" {self.level.name.lower()}"
+        return f"{self.kind} T={self.tokens} rows={self.rows}{keys}{level}"
+
+    @property
+    def takes(self) -> tuple[str | None, ...]:
+        """The runner's state that the step is called with (`programs.Key`)."""
+        return ("params", *self.gives, *(["features"] if self.features else []))
+
+    @property
+    def gives(self) -> tuple[str | None, ...]:
+        """What of it the step returns before `Sampled`."""
+        return ("cache", "rows", "edits" if self.level >= Level.EDITED else None)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The parts of the packed vector, in order."""
+        seen = {"seen": (self.tokens, 2)} if self.cross else {}
+        if self.states:
+            seen["states"] = (2, self.rows) if self.kind == "decode" else (len(Segments._fields), self.segments)
+        if self.kind == "decode":
+            return {
+                "sampling": (self.rows, WIDTH),
+                "positions": (self.rows,),
+                **({} if self.contiguous else {"blocks": (self.groups, self.rows)}), **seen,
+                **({"tokens": (self.rows,)} if self.candidates else {}),
+            }  # fmt: skip
+        names = ("tokens", "positions", "rows", "rope_lengths", *(["features"] if self.features else []))
+        tokens = {name: (self.tokens,) for name in names}
+        return {
+            "sampling": (self.rows, WIDTH), **tokens, "owners": (self.rows,),
+            "tiles": (functional.tile_count(self.tokens, self.rows, self.tile), 4), "count": (), "last": (self.rows,),
+            "targets": (self.tokens if self.prompt_logprobs >= 0 else 0,), **seen,
+        }  # fmt: skip
+
+
+    @property
+    def segments(self) -> int:
+        """Prefill: parts of chunks, at most so many of each (`kv.recurrent`)."""
+        return PARTS * self.rows
+
+
+def pack(bucket: Bucket | EncodeShape, parts: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The parts of a bucket, one after another."""
+    return np.concatenate([np.asarray(parts[name], np.int32).ravel() for name in bucket.shapes])
+
+
+def unpack(bucket: Bucket | EncodeShape, packed: jax.Array) -> dict[str, jax.Array]:
+    """The reverse of `pack`; under jit its slices cost nothing."""
+    parts, start = {}, 0
+    for name, shape in bucket.shapes.items():
+        size = math.prod(shape)
+        parts[name] = packed[start : start + size].reshape(shape)
+        start += size
+    return parts
+
+
+def lanes(rows: np.ndarray, size: int, all_rows: int) -> np.ndarray:
+    """Where in a step of `size` sequences each of `rows` is computed: where all fit, in its own place.
+
+    Then a step reads the device's tables and tokens as they lie.
+    """
+    return rows if size == all_rows else np.arange(len(rows))
+
+
+def sampling_rows(
+    settings: np.ndarray, rows: np.ndarray, lanes: np.ndarray, positions: np.ndarray, size: int
+) -> np.ndarray:
+    """`[size, WIDTH]` of `settings` `[R, WIDTH]` each of `rows` in its lane; `positions`: where the tokens will be."""
+    packed = np.zeros((size, WIDTH), np.int32)
+    packed[:, ROW] = len(settings)
+    packed[lanes] = settings[rows]
+    packed[lanes, POSITION] = positions
+    return packed
+
+
+def decode_parts(
+    plan: Plan, bucket: Bucket, tables: Tables, settings: np.ndarray, ahead: int
+) -> dict[str, np.ndarray]:
+    """The decode half of a plan, in the step that is `ahead` of its first."""
+    rows, now = plan.rows, plan.positions + ahead
+    at = lanes(rows, bucket.rows, tables.rows)
+    positions, blocks = np.full(bucket.rows, -1, np.int32), np.zeros((bucket.groups, bucket.rows), np.int32)
+    positions[at] = now
+    if not bucket.contiguous:
+        blocks[:, at] = tables.at(rows, now // tables.block_size)
+    sampling = sampling_rows(settings, rows, at, now + 1, bucket.rows)
+    seen = np.zeros((bucket.rows, 2), np.int32)
+    seen[at] = tables.seen[rows]
+    parts = {"sampling": sampling, "positions": positions, "blocks": blocks, "seen": seen}
+    if bucket.states:
+        parts["states"] = np.full((2, bucket.rows), NO_SLOT, np.int32)
+        parts["states"][:, at] = plan.slots[ahead]
+    if bucket.candidates:
+        parts["tokens"] = np.full(bucket.rows, -1, np.int32)
+        parts["tokens"][at] = [-1 if s.request.beams is None else s.tokens[s.length - 1] for s in plan.decodes]
+    return parts
+
+
+def prefill_parts(plan: Plan, bucket: Bucket, settings: np.ndarray) -> dict[str, np.ndarray]:
+    """The prefill half of a plan."""
+    chunks = [
+        (c.sequence.tokens[c.start : c.start + c.count], c.start, c.sequence.rope_base) for c in plan.chunks
+    ]
+    seen = np.concatenate([c.seen for c in plan.chunks]) if bucket.cross else None
+    batch = functional.prefill_batch(
+        chunks, np.empty((len(chunks), 0), np.int32),  # the device has the tables
+        tokens=bucket.tokens, rows=bucket.rows, samples=np.array([chunk for chunk, _ in plan.samples], np.int32),
+        tile=bucket.tile, seen=seen,
+    )  # fmt: skip
+    parts = {f.name: getattr(batch, f.name) for f in fields(PrefillBatch) if f.name not in ("tile", "tables")}
+    parts["owners"] = np.zeros(bucket.rows, np.int32)
+    parts["owners"][: len(chunks)] = [c.sequence.row for c in plan.chunks]
+    rows = np.array([s.row for _, s in plan.samples], np.int32)
+    positions = np.array([s.prefilled for _, s in plan.samples], np.int32)
+    parts["sampling"] = sampling_rows(settings, rows, np.arange(len(rows)), positions, bucket.rows)
+    targets = np.full(bucket.shapes["targets"], -1, np.int32)
+    for span, chunk in zip(spans(plan), plan.chunks, strict=True):
+        if asks_prompt_logprobs(chunk):
+            tokens = chunk.sequence.tokens[: chunk.sequence.length]
+            known = tokens[chunk.start + 1 : chunk.start + chunk.count + 1]
+            targets[span][: len(known)] = known
+    if bucket.features:
+        parts["features"] = np.full(bucket.tokens, -1, np.int32)
+        for span, chunk in zip(spans(plan), plan.chunks, strict=True):
+            if chunk.features is not None:
+                parts["features"][span] = chunk.features
+    if bucket.states:
+        parts["states"] = segments(plan, bucket)
+    return parts | {"targets": targets}
+
+
+def segments(plan: Plan, bucket: Bucket) -> np.ndarray:
+    """`[fields, segments]` of `kernels.state.Segments`: the parts of all chunks, in their order."""
+    listed, start = [], 0
+    for chunk in plan.chunks:
+        for part in chunk.segments:
+            source = NO_SLOT if part.source < 0 else part.source
+            listed.append(Segments(start, part.count, source, part.target, part.continues))
+            start += part.count
+    packed = np.zeros((len(Segments._fields), bucket.segments), np.int32)
+    packed[2:4] = NO_SLOT
+    packed[:, : len(listed)] = np.array(listed, np.int32).T
+    return packed
+
+
+def asks_prompt_logprobs(chunk: Chunk) -> bool:
+    """Whether the log-probabilities of a chunk's tokens are wanted."""
+    return chunk.sequence.request.params.prompt_logprobs is not None and not chunk.sequence.made
+
+
+def spans(plan: Plan) -> list[slice]:
+    """Where each chunk's tokens lie in the step."""
+    ends = np.cumsum([chunk.count for chunk in plan.chunks])
+    return [slice(int(end) - chunk.count, int(end)) for end, chunk in zip(ends, plan.chunks, strict=True)]

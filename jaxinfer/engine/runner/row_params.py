@@ -1,0 +1,48 @@
+"""What the running sequences ask of the sampler, by rows: a step reads it without a look at any of them."""
+
+from collections.abc import Iterable
+from collections.abc import Sequence as Items
+
+import numpy as np
+
+from jaxinfer.engine.request import Sequence, forbidden, settings
+from jaxinfer.engine.runner.buckets import Needs
+from jaxinfer.engine.sampling.sampling_rows import EDITED, WIDTH, Level
+
+
+class Asked:
+    """One entry a row, written when its sequence starts to sample."""
+
+    def __init__(self, rows: int):
+        self.settings = np.zeros((rows, WIDTH), np.int32)
+        """`[R, WIDTH]` as `sampler.pack_rows` has them."""
+        self.levels = np.zeros(rows, np.int8)
+        """`[R]` the sampler level of each row's next step."""
+        self.forbid_for_a_while = np.zeros(rows, bool)
+        """`[R]` whether that changes as tokens come: `forbid` must be told of each step."""
+        self._logprobs = np.full(rows, -1, np.int8)
+        self._candidates = np.zeros(rows, np.int32)
+
+    def write(self, samples: Iterable[Sequence]) -> None:
+        """Write the rows of these sequences."""
+        for sequence in samples:
+            row, request, count = sequence.row, sequence.request, sequence.request.params.logprobs
+            self.settings[row] = settings(sequence)
+            self.levels[row], self._logprobs[row] = request.level, -1 if count is None else count
+            self.forbid_for_a_while[row] = request.forbids_for_a_while
+            self._candidates[row] = 0 if request.beams is None else request.beams.count
+
+    def forbid(self, samples: Items[Sequence], positions: np.ndarray) -> None:
+        """Note which rows of `samples` have forbidden tokens at `positions`: they take the sampler's highest level, in that step."""
+        rows = np.array([sequence.row for sequence in samples], np.int32)
+        for i in np.flatnonzero(self.forbid_for_a_while[rows]).tolist():
+            sequence, row = samples[i], rows[i]
+            level = Level.EDITED if forbidden(sequence, int(positions[i])) else sequence.request.level
+            self.levels[row], self.settings[row, EDITED] = level, level >= Level.EDITED
+
+    def needs(self, rows: np.ndarray) -> Needs:
+        """Return the least that serves all these rows."""
+        return Needs(
+            Level(int(self.levels[rows].max(initial=Level.GREEDY))), int(self._logprobs[rows].max(initial=-1)),
+            candidates=int(self._candidates[rows].max(initial=0)),
+        )  # fmt: skip

@@ -1,0 +1,1 @@
+"""The sampler and the per-row arrays that it reads."""

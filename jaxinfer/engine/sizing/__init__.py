@@ -1,0 +1,1 @@
+"""Sizes of the engine: what fits in memory, and what that allows."""

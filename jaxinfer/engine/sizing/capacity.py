@@ -1,0 +1,82 @@
+"""What there is room for, said before a request is queued."""
+
+from functools import cache
+
+from jaxinfer.engine.request import Request
+from jaxinfer.engine.runner.runner import Runner
+from jaxinfer.engine.sizing.settings import HostSettings
+from jaxinfer.errors import CapacityError
+from jaxinfer.kv.groups import blocks_of_beams, longest
+from jaxinfer.media import PlacedInputs
+
+
+class Capacity:
+    """Of a runner's cache under an engine's settings."""
+
+    def __init__(self, runner: Runner, settings: HostSettings):
+        self._shapes, self._program, self._settings = runner.shapes, runner.program, settings
+        self._kinds = runner.program.layout.kinds
+        self.tokens = cache(self._tokens)
+
+    @property
+    def longest(self) -> int:
+        """The most tokens a sequence can have whose blocks the pool holds, with all that its encoder may read."""
+        return self.tokens(0 if self._program.cross is None else self._program.cross.longest)
+
+    def _tokens(self, read: int) -> int:
+        """The same beside so many positions of an encoder (`tokens` remembers it)."""
+        shapes, settings = self._shapes, self._settings
+        if shapes.contiguous:
+            return shapes.max_length
+        most = max(settings.pool_blocks * shapes.block_size, shapes.max_length)
+        return longest(self._kinds, settings.pool_blocks, shapes.block_size, settings.token_budget, most, read)
+
+    def check(self, request: Request) -> None:
+        """Whether a request can ever be served.
+
+        Raises:
+            CapacityError: its prompt or its beams never fit in the pool, or its images in the feature pool.
+        """
+        read = 0 if request.cross is None else request.cross.length
+        capacity = self.tokens(read)
+        if len(request.prompt) + 1 > capacity:
+            beside = f" beside the {read} positions that its encoder reads" if read else ""
+            raise CapacityError(
+                f"a prompt of {len(request.prompt)} tokens can never fit in the cache: with the first token of its output it "
+                f"needs {len(request.prompt) + 1}, and the cache holds {capacity} tokens{beside} "
+                f"({self._settings.pool_blocks} blocks of {self._shapes.block_size}); shorten the prompt, or raise "
+                "kv_cache_memory_bytes, or pool_blocks where that is set"
+            )
+        if request.beams is not None:
+            self._check_beams(request, read)
+        if request.inputs is not None:
+            self._check_inputs(request.inputs)
+
+    def _check_beams(self, request: Request, read: int) -> None:
+        shapes, width = self._shapes, request.beams.params.width
+        if width > shapes.rows:
+            raise CapacityError(
+                f"a beam search of width {width} takes as many of the sequences that run at a time, of which there are "
+                f"{shapes.rows}; lower width, or make the LLM with max_num_seqs={width}"
+            )
+        if shapes.contiguous:
+            return
+        size, pool = shapes.block_size, self._settings.pool_blocks
+        lengths = len(request.prompt), request.limit, read
+        needed = blocks_of_beams(self._kinds, lengths, width, size, self._settings.token_budget)
+        if needed > pool:
+            raise CapacityError(
+                f"a beam search of width {width} over a prompt of {len(request.prompt)} tokens and "
+                f"{request.limit - len(request.prompt)} more takes up to {needed} blocks of {size}, and the cache has {pool}; "
+                "lower width or max_tokens, or raise kv_cache_memory_bytes, or pool_blocks where that is set"
+            )
+
+    def _check_inputs(self, inputs: PlacedInputs) -> None:
+        slots, needed = self._shapes.feature_slots, sum(one.count for one in inputs.distinct().values())
+        if needed > slots:
+            rows = inputs.inputs[0].rows
+            raise CapacityError(
+                f"a prompt whose images have {needed} tiles ({needed * rows} tokens) can never fit in the feature cache: it "
+                f"holds {slots} tiles of {rows} tokens; pass fewer or smaller images, or make the LLM with "
+                f"feature_cache_tokens={needed * rows}"
+            )

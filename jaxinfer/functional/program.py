@@ -1,0 +1,402 @@
+"""The pure functions the engine runs, for people who write JAX: params, cache and batch in, logits and cache out.
+
+    from jaxinfer import demo, functional, sharding
+    from jaxinfer.loading import weights
+
+    mesh = sharding.make_mesh()
+    program, params = functional.split(weights.load(demo.path(), mesh), mesh)
+    cache = functional.init_cache(program, num_blocks=64, block_size=16)
+    prefill = jax.jit(functional.prefill, static_argnums=0, donate_argnums=2)
+    decode = jax.jit(functional.decode, static_argnums=0, donate_argnums=2)
+
+    tokens = [1, 5, 9]
+    tables = np.arange(4)[None]  # one sequence, whose positions 0 to 63 lie in blocks 0 to 3
+                                 # (of a model with several groups of layers: one table a group, no block in two)
+    logits, cache = prefill(program, params, cache, functional.prefill_batch([(tokens, 0, len(tokens))], tables))
+    for position in range(len(tokens), 20):
+        last = logits.argmax(axis=-1)
+        logits, cache = decode(program, params, cache, functional.DecodeBatch(last, np.array([position]), tables))
+
+Token ids, positions and block ids are the caller's to get right: under jit nothing can be checked.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from jaxinfer.errors import ConfigError
+from jaxinfer.functional.encoder_batch import EncodeBatch
+from jaxinfer.kernels.attention import choose as attention
+from jaxinfer.kernels.attention.paged import Cache, DecodeRows, PrefillTiles, Slots
+from jaxinfer.kernels.attention.xla_attention import TILE
+from jaxinfer.kernels.matmul import choose as matmul
+from jaxinfer.kernels.state.slots import DecodeSlots, Segments
+from jaxinfer.kv import cache as kv_cache
+from jaxinfer.kv import groups as kv_groups
+from jaxinfer.kv.groups import Layout, Place, layout
+from jaxinfer.kv.spec import Full, State
+from jaxinfer.layers import fusion
+from jaxinfer.layers.attention import GroupStep, StepContext
+from jaxinfer.layers.embedding import Embedding
+from jaxinfer.layers.encoder import EncodeStep
+from jaxinfer.layers.linear import use_fusion, use_kernel
+from jaxinfer.models.base import CrossSource, FeatureRows, Features, LanguageModel
+from jaxinfer.sharding import make_mesh
+from jaxinfer.sharding import mesh as meshes
+
+Array: TypeAlias = Any
+"""On the host a NumPy array, under jit a tracer, before compilation a shape: what a pytree is rebuilt with."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """What of a module is not its parameters: static under jit."""
+
+    graph: nnx.GraphDef
+    tree: jax.tree_util.PyTreeDef
+    specs: tuple[Full | State, ...]
+    vocab: int
+    """V': columns of the logits."""
+    dtype: jnp.dtype
+    mesh: Mesh
+    kernel: str = "xla"
+    """The implementation of attention (`kernels.attention.choose`)."""
+    tile: int = TILE
+    """Queries of a prefill tile that suit it best."""
+    features: Features | None = None
+    """What the model reads beside tokens."""
+    feature_width: int = 0
+    """M of the rows that its encoder makes; 0 where there is none."""
+    cross: CrossSource | None = None
+    """What the encoder reads that tokens attend to."""
+
+    @property
+    def layout(self) -> Layout:
+        """Which layers share arrays and block tables."""
+        return layout(self.specs)
+
+    def module(self, params: Sequence[jax.Array]) -> LanguageModel:
+        """The module with these parameters in it; under a trace this costs nothing at run time."""
+        return nnx.merge(self.graph, jax.tree.unflatten(self.tree, params))
+
+
+def split(
+    module: LanguageModel, mesh: Mesh | None = None, *, attention_kernel: str = attention.AUTO,
+    matmul_kernel: str = attention.AUTO, fuse_projections: str | bool = fusion.AUTO,
+) -> tuple[Program, list[Array]]:  # fmt: skip
+    """A module as a static program and the flat list of its parameters (values, or shapes if it is abstract).
+
+    A flat list, because dispatch costs 0.08 ms with it and 11.6 ms through `nnx.jit`.
+
+    Raises:
+        ConfigError: a kernel that is not known, or not for these devices; `fuse_projections` that is no choice.
+    """
+    mesh = make_mesh() if mesh is None else meshes.normalise(mesh)
+    use_kernel(module, matmul.choose(matmul_kernel, mesh))
+    use_fusion(module, fusion.rows_fused(fuse_projections, mesh))
+    graph, state = nnx.split(module)
+    params, tree = jax.tree.flatten(state)
+    dtype = _activation_dtype(module, params)
+    vocab = -(-module.config.vocab_size // meshes.size(mesh)) * meshes.size(mesh)
+    specs, kernel = tuple(module.cache_specs()), attention.choose(attention_kernel, mesh)
+    widest = max(spec.head_dim for spec in specs if isinstance(spec, Full))
+    tile = attention.prefill_tile(kernel, module.config.query_group, widest, dtype.itemsize)
+    program = Program(graph, tree, specs, vocab, dtype, mesh, kernel, tile, module.config.features)
+    return replace(program, feature_width=_feature_width(program, params), cross=module.config.cross), params
+
+
+def _activation_dtype(module: nnx.Module, params: Sequence[Array]) -> jnp.dtype:
+    """Return the dtype of the hidden states, and so of the cache: that of the token embedding.
+
+    A module without one of our embeddings has the dtype of most of its numbers. Single parameters may have another: the
+    scales of quantised weights are float32, and a user may keep some in more or fewer bits.
+    """
+    for _, part in nnx.iter_modules(module):
+        if isinstance(part, Embedding) and part.lookup:
+            own = jnp.dtype(part.weight.dtype)
+            return own if jnp.issubdtype(own, jnp.floating) else jnp.dtype(part.dtype)
+    sizes: Counter[jnp.dtype] = Counter()
+    for param in params:
+        if jnp.issubdtype(param.dtype, jnp.floating):
+            sizes[jnp.dtype(param.dtype)] += math.prod(param.shape)
+    return sizes.most_common(1)[0][0]
+
+
+def _feature_width(program: Program, params: Sequence[Array]) -> int:
+    """M of what the encoder makes; found by tracing it."""
+    features = program.features
+    if features is None:
+        return 0
+    inputs = jax.ShapeDtypeStruct((1, *features.shape), program.dtype)
+    made = jax.eval_shape(partial(encode, program), params, inputs).shape
+    if made[:-1] != (1, features.rows):
+        raise ConfigError(
+            f"the module's encode makes {made} of inputs {inputs.shape}, but its config.features says that each becomes "
+            f"{features.rows} rows"
+        )
+    return made[-1]
+
+
+def encode(program: Program, params: Sequence[jax.Array], inputs: jax.Array) -> jax.Array:
+    """Runs the encoder: inputs `[n, *features.shape]` -> the rows of each `[n, rows, M]`."""
+    return program.module(params).encode(inputs.astype(program.dtype))
+
+
+def encode_cross(
+    program: Program, params: Sequence[jax.Array], cache: Cache, batch: EncodeBatch
+) -> Cache:
+    """Runs the encoder of a model with cross-attention -> the cache with keys and values of its positions in.
+
+    `encoders.encode_batch` makes the batch; tokens then see what `seen` of their own batches says.
+    """
+    inputs = batch.inputs if jnp.issubdtype(batch.inputs.dtype, jnp.integer) else batch.inputs.astype(program.dtype)
+    return program.module(params).encode_cross(inputs, batch.numbers, encode_step(program, batch), cache)
+
+
+def encode_step(program: Program, batch: EncodeBatch) -> EncodeStep:
+    """Where the positions of a batch of inputs stand."""
+    first = kv_groups.encoded(program.layout.kinds).first
+    tables = jnp.arange(batch.positions.shape[0], dtype=jnp.int32)[None]
+    return EncodeStep(
+        positions=batch.positions, rows=PrefillTiles(tables, batch.tiles, batch.count, batch.spans),
+        slots=tuple(Slots(blocks, batch.offsets) for blocks in batch.blocks), mesh=program.mesh, kernel=program.kernel,
+        tile=batch.tile, places=tuple(Place(place.group - first, place.lane) for place in program.layout.places),
+    )  # fmt: skip
+
+
+def init_cache(program: Program, num_blocks: int, block_size: int = 16, slots: int = 1) -> Cache:
+    """A cache of zeroes: keys and values `[N, K, P, D]` a lane, on the program's mesh.
+
+    A layer has a lane for itself, or shares it with layers of other groups (`Program.layout`). A recurrent layer has its
+    own arrays, `[slots, ...]`.
+    """
+    return kv_cache.allocate(abstract_cache(program, num_blocks, block_size, slots))
+
+
+def abstract_cache(program: Program, num_blocks: int, block_size: int, slots: int = 1) -> Cache:
+    """Its shapes and shardings; nothing is allocated."""
+    kept = program.layout
+    return kv_cache.abstract(
+        (*kept.lanes, *kept.states), num_blocks, block_size, program.dtype, program.mesh, slots
+    )
+
+
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["tokens", "positions", "tables", "seen", "states"], meta_fields=["items"]
+)
+@dataclass(frozen=True)
+class DecodeBatch:
+    """One new token a sequence."""
+
+    tokens: Array
+    """`[B]` the last token of each sequence, whose keys and values are not in the cache yet."""
+    positions: Array
+    """`[B]` its position; -1 for a padding row."""
+    tables: Array
+    """`[B, W]` block ids; of a model with G groups of layers `[G, B, W]`."""
+    items: int | None = None
+    """Static: pieces of the rows' keys there is room for (`kernels.xla_attention.decode_items`); by default as
+    many as the tables could hold."""
+    seen: Array | None = None
+    """`[B, 2]` of a model with cross-attention: the first and the end of the encoder positions that each token sees."""
+    states: DecodeSlots | None = None
+    """Of a model with recurrent layers: the slot of each sequence's state."""
+
+
+@partial(
+    jax.tree_util.register_dataclass, meta_fields=["tile"],
+    data_fields=["tokens", "positions", "rows", "rope_lengths", "tables", "tiles", "count", "last", "seen", "states"],
+)  # fmt: skip
+@dataclass(frozen=True)
+class PrefillBatch:
+    """A chunk of one or more sequences, their tokens one after another."""
+
+    tokens: Array
+    """`[T]` token ids."""
+    positions: Array
+    """`[T]` the position of each in its sequence; -1 for padding."""
+    rows: Array
+    """`[T]` the row of `tables` it belongs to."""
+    rope_lengths: Array
+    """`[T]` the sequence length rope's frequencies follow: the prompt's for its tokens, position + 1 after it."""
+    tables: Array
+    """`[B, W]` block ids; of a model with G groups of layers `[G, B, W]`."""
+    tiles: Array
+    """`[NT, 4]`, see `PrefillTiles`."""
+    count: Array
+    """`[]` tiles in use."""
+    last: Array
+    """`[S]` indices of the tokens whose logits are wanted."""
+    tile: int = TILE
+    """Static: queries a tile holds at most."""
+    seen: Array | None = None
+    """`[T, 2]` of a model with cross-attention: the first and the end of the encoder positions that each token sees, the
+    same for all tokens of a tile."""
+    states: Segments | None = None
+    """Of a model with recurrent layers: which tokens go on from which slots, and where the states after them go."""
+
+
+def prefill_batch(
+    chunks: Sequence[tuple[Any, int, int]], tables: Any, *, tokens: int | None = None,
+    rows: int | None = None, samples: np.ndarray | None = None, tile: int = TILE, seen: np.ndarray | None = None,
+) -> PrefillBatch:  # fmt: skip
+    """Lays chunks of sequences side by side, in NumPy.
+
+    Args:
+        chunks: one a sequence: its token ids in this step, the position of the first of them, and the length
+            of its prompt (longer than what is here when the prompt comes in several chunks).
+        tables: `[len(chunks), W]` block ids, or `[G, len(chunks), W]`.
+        tokens: T to pad to; all tokens of the chunks by default.
+        rows: B to pad to, and the length of `last`.
+        samples: `[S]` for each wanted logit the index of its chunk; every chunk once by default.
+        tile: queries of one tile at most; `Program.tile` is the best for its devices.
+        seen: `[., 2]` of a model with cross-attention, of all tokens of the chunks. Where it changes within chunks, their parts
+            count as rows.
+    """
+    tables = np.asarray(tables, np.int32)
+    sizes = np.array([len(ids) for ids, _, _ in chunks], np.int32)
+    starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
+    total, batch = tokens or int(starts[-1]), rows or len(chunks)
+    columns = {name: np.full(total, fill, np.int32) for name, fill in
+               (("tokens", 0), ("positions", -1), ("rows", 0), ("rope_lengths", 1))}  # fmt: skip
+    tiles = np.zeros((tile_count(total, batch, tile), 4), np.int32)
+    count = 0
+    if seen is not None:
+        columns["seen"] = np.zeros((total, 2), np.int32)
+        columns["seen"][: len(seen)] = seen
+    turns = [] if seen is None else (np.flatnonzero((np.diff(seen, axis=0) != 0).any(axis=1)) + 1).tolist()
+    for row, (ids, position, prompt) in enumerate(chunks):
+        span = slice(starts[row], starts[row + 1])
+        at = np.arange(position, position + len(ids), dtype=np.int32)
+        columns["tokens"][span], columns["positions"][span], columns["rows"][span] = ids, at, row
+        columns["rope_lengths"][span] = np.where(at < prompt, prompt, at + 1)
+        parts = [0, *(turn - starts[row] for turn in turns if starts[row] < turn < starts[row + 1]), len(ids)]
+        for begin, end in pairwise(parts):
+            for first in range(begin, end, tile):
+                tiles[count] = row, starts[row] + first, position + first, min(tile, end - first)
+                count += 1
+    padded = np.zeros((*tables.shape[:-2], batch, tables.shape[-1]), np.int32)
+    padded[..., : len(chunks), :] = tables
+    samples = np.arange(len(chunks)) if samples is None else samples
+    last = np.zeros(batch, np.int32)
+    last[: len(samples)] = starts[1:][samples] - 1
+    return PrefillBatch(**columns, tables=padded, tiles=tiles, count=np.int32(count), last=last, tile=tile)
+
+
+def tile_count(tokens: int, rows: int, tile: int = TILE) -> int:
+    """The most tiles that `tokens` tokens of `rows` sequences can take."""
+    return -(-tokens // tile) + rows
+
+
+def prefill(
+    program: Program, params: Sequence[jax.Array], cache: Cache, batch: PrefillBatch,
+    features: FeatureRows | None = None,
+) -> tuple[jax.Array, Cache]:  # fmt: skip
+    """Runs the chunk -> float32 logits `[S, V']` of the tokens in `batch.last`, and the cache with it in.
+
+    `features`: rows of the encoder that some of the tokens take in the place of their own embeddings.
+    """
+    hidden, cache = prefill_hidden(program, params, cache, batch, features)
+    return program.module(params).logits(hidden[batch.last]), cache
+
+
+def prefill_hidden(
+    program: Program, params: Sequence[jax.Array], cache: Cache, batch: PrefillBatch,
+    features: FeatureRows | None = None,
+) -> tuple[jax.Array, Cache]:  # fmt: skip
+    """As `prefill`, but the hidden states `[T, M]` of all tokens."""
+    tables, size = _flat(program, batch.tables)
+    tiles = [batch.tiles.at[:, 0].add(group * size) if group else batch.tiles for group in range(program.layout.groups)]
+    rows = [
+        PrefillTiles(tables, tiles[group], batch.count, batch.seen[batch.tiles[:, 1]] if reads else None)
+        for group, reads in enumerate(_reading(program, batch.seen))
+    ]
+    step = _context(program, cache, batch, batch.rows, batch.rope_lengths, rows, tile=batch.tile)
+    return program.module(params)(batch.tokens, step, cache, features)
+
+
+def decode(
+    program: Program, params: Sequence[jax.Array], cache: Cache, batch: DecodeBatch
+) -> tuple[jax.Array, Cache]:
+    """One step of every sequence -> float32 logits `[B, V']`, and the cache with the new tokens in."""
+    hidden, cache = decode_hidden(program, params, cache, batch)
+    return program.module(params).logits(hidden), cache
+
+
+def decode_hidden(
+    program: Program, params: Sequence[jax.Array], cache: Cache, batch: DecodeBatch
+) -> tuple[jax.Array, Cache]:
+    """As `decode`, but the hidden states `[B, M]`."""
+    tables, size = _flat(program, batch.tables)
+    rows = [
+        DecodeRows(tables, batch.seen[:, 1], group * size, batch.seen[:, 0]) if reads
+        else DecodeRows(tables, batch.positions + 1, group * size)
+        for group, reads in enumerate(_reading(program, batch.seen))
+    ]  # fmt: skip
+    owners = jnp.arange(size)
+    step = _context(program, cache, batch, owners, batch.positions + 1, rows, items=batch.items)
+    return program.module(params)(batch.tokens, step, cache)
+
+
+def _flat(program: Program, tables: jax.Array) -> tuple[jax.Array, int]:
+    """The tables of all groups one after another `[G * B, W]`, and B.
+
+    Raises:
+        ValueError: the model has another number of groups.
+    """
+    *groups, rows, width = tables.shape
+    if groups != [program.layout.groups] and (groups or program.layout.groups > 1):
+        kinds = ", ".join(f"{kind.count} of {kind.kind.name}" for kind in program.layout.kinds)
+        raise ValueError(
+            f"tables are {list(tables.shape)}, but this model has {program.layout.groups} groups of layers ({kinds}): pass "
+            f"[{program.layout.groups}, {rows}, {width}], no block in two groups"
+        )
+    return tables.reshape(-1, width), rows
+
+
+def _reading(program: Program, seen: Array | None) -> list[bool]:
+    """Of each group, whether it keeps what an encoder read.
+
+    Raises:
+        ValueError: some do, and the batch does not say what tokens see.
+    """
+    kinds = program.layout.kinds
+    if seen is None and kv_groups.encoded(kinds) is not None:
+        raise ValueError("this model's tokens attend to what an encoder read: pass `seen`, [tokens, 2]")
+    return [kind.kind.encoded for kind in kinds for _ in range(kind.count)]
+
+
+def _context(
+    program: Program, cache: Cache, batch: PrefillBatch | DecodeBatch, owners: jax.Array, rope_lengths: jax.Array,
+    rows: Sequence[DecodeRows | PrefillTiles], *, items: int | None = None, tile: int = TILE,
+) -> StepContext:  # fmt: skip
+    """`rows`: of each group; `owners` `[T]`: the row of the first group's tables that each token belongs to."""
+    positions = batch.positions
+    blocks, _, block_size, _ = cache[0].keys.shape
+    at = jnp.maximum(positions, 0)
+    tables, number, offsets = rows[0].tables, at // block_size, at % block_size
+    size = tables.shape[0] // len(rows)
+
+    def slots(group: int) -> Slots:
+        own = tables[owners + group * size, number]
+        return Slots(jnp.where(positions >= 0, own, blocks), offsets)
+
+    return StepContext(
+        positions=at, real=positions >= 0, rope_lengths=rope_lengths, mesh=program.mesh, kernel=program.kernel,
+        tile=tile, items=items,
+        groups=tuple(
+            GroupStep(None if reads else slots(group), own)
+            for group, (own, reads) in enumerate(zip(rows, _reading(program, batch.seen), strict=True))
+        ),
+        places=program.layout.places, seen=batch.seen, states=batch.states,
+    )  # fmt: skip

@@ -1,0 +1,173 @@
+"""Conversations made into prompts by a model's chat template, which is not trusted."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from jaxinfer._utils.checks import describe
+from jaxinfer.errors import ChatTemplateError
+from jaxinfer.inputs import messages as forms
+from jaxinfer.inputs import templates
+
+_RESERVED = frozenset({
+    "add_generation_prompt", "chat", "chat_template", "conversation", "conversations", "max_length",
+    "messages", "padding", "return_assistant_tokens_mask", "return_dict", "return_tensors",
+    "sanitize_control_tokens", "self", "tokenize", "tokenizer_kwargs", "truncation",
+})  # fmt: skip
+
+
+def render_chat(
+    tokenizer: Any,
+    messages: Any,
+    *,
+    chat_template: Any = None,
+    add_generation_prompt: Any = True,
+    continue_final_message: Any = False,
+    tools: Any = None,
+    chat_template_kwargs: Any = None,
+    image_marker: str | None = None,
+    timeout_s: float = templates.TIMEOUT,
+) -> str | list[str]:
+    """Render the prompt of a conversation, or one for each in a list of conversations.
+
+    The messages are normalised as in vLLM (`jaxinfer.inputs.messages`), then rendered as transformers' `apply_chat_template`
+    does, in a process with limits of time and memory (`jaxinfer.inputs.templates`). The prompt holds the special tokens that
+    the template writes: tokenise it with `add_special_tokens=False`.
+
+    Args:
+        tokenizer: of transformers.
+        messages: dicts or objects with "role" and "content", or a list of such lists.
+        chat_template: Jinja source used instead of the tokenizer's own, or the name of one of its several.
+        add_generation_prompt: whether to end with the header of the assistant's answer.
+        continue_final_message: whether the answer continues the last message, or the name of the field that it continues.
+        tools: dicts with the JSON schema of a function, or Python functions with type hints and a docstring.
+        chat_template_kwargs: dict of further variables of the template, as `{"enable_thinking": False}`; `tools`, `documents`
+            and `continue_final_message` may be given here as well.
+        image_marker: what stands for an image where the template knows of none; None: the model takes text only.
+        timeout_s: seconds a conversation may take.
+
+    Raises:
+        TypeError: messages or arguments of the wrong type; the message names the index.
+        ValueError: an empty conversation, a reserved key, content that is not text.
+        ChatTemplateError: no template, one that raises (an unknown role, for one), or one that needs too much.
+    """
+    given = {"tools": tools, "continue_final_message": continue_final_message or None}
+    variables = _variables(chat_template_kwargs, given)
+    field = _continued(variables.pop("continue_final_message", None), add_generation_prompt)
+    chats, several = forms.conversations(messages, images=image_marker is not None)
+    source = _template(tokenizer, chat_template, variables["tools"])
+    special = {name: forms.plain(_text(token)) for name, token in tokenizer.special_tokens_map.items()}
+    variables = {"add_generation_prompt": add_generation_prompt, **special, **variables}
+    takes = functools.partial(
+        templates.message_forms, source, special_tokens=tuple((k, v) for k, v in special.items() if isinstance(v, str)),
+        timeout_s=timeout_s,
+    )  # fmt: skip
+    prompts = [
+        templates.render(source, forms.for_template(chat, takes, image_marker), variables, field, timeout_s)
+        for chat in chats
+    ]
+    return prompts if several else prompts[0]
+
+
+def chat_images(messages: Any) -> list[list[Any]]:
+    """Return the images in messages that `render_chat` took, in order: a list for each conversation.
+
+    Raises:
+        ValueError: a data URL that holds no image.
+    """
+    return [
+        [
+            forms.decoded(image, f"conversation {index}, image {place}")
+            for place, image in enumerate(forms.images_of(chat))
+        ]
+        for index, chat in enumerate(forms.conversations(messages, images=True)[0])
+    ]
+
+
+def _text(token: Any) -> Any:
+    """A special token as text; some tokenizers keep an object with its flags."""
+    return getattr(token, "content", token)
+
+
+def _variables(kwargs: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The variables of the template that the caller sets, as plain data, "tools" and "documents" among them.
+
+    `given`: those that are arguments as well; None where they are not set.
+    """
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise TypeError(f"chat_template_kwargs must be a dict, got {describe(kwargs)}.")
+    made = {"tools": None, "documents": None}
+    for key, value in (kwargs or {}).items():
+        if not isinstance(key, str):
+            raise TypeError(f"every key of chat_template_kwargs must be a string, got {describe(key)}.")
+        if key in _RESERVED or key.startswith("_"):
+            raise ValueError(
+                f"chat_template_kwargs cannot set {key!r}: the name is reserved, since it is no variable of the template."
+            )
+        if given.get(key) is not None:
+            raise ValueError(f"{key} is given twice: leave it out of chat_template_kwargs.")
+        made[key] = value
+    made |= {key: value for key, value in given.items() if value is not None}
+    made["tools"] = _tools(made["tools"])
+    documents = made["documents"]
+    if documents is not None and not (
+        isinstance(documents, (list, tuple)) and all(isinstance(one, Mapping) for one in documents)
+    ):
+        raise TypeError(f"documents must be a list of dicts with 'title' and 'text', got {describe(documents)}.")
+    try:
+        return forms.plain(made)
+    except RecursionError:
+        raise ValueError("chat_template_kwargs are nested too deeply, or contain themselves.") from None
+
+
+def _tools(tools: Any) -> list[Any] | None:
+    """Tools as JSON schemas."""
+    if tools is None:
+        return None
+    if not isinstance(tools, (list, tuple)):
+        raise TypeError(f"tools must be a list of dicts or functions, got {describe(tools)}.")
+    return [_tool(tool, index) for index, tool in enumerate(tools)]
+
+
+def _tool(tool: Any, index: int) -> Any:
+    if isinstance(tool, Mapping) or hasattr(tool, "model_dump"):
+        return tool
+    if not callable(tool) or isinstance(tool, type):
+        raise TypeError(f"tools[{index}] must be a dict or a function, got {describe(tool)}.")
+    from transformers.utils import get_json_schema
+
+    try:
+        return get_json_schema(tool)
+    except Exception as error:  # of several kinds: no docstring, no type hint, a hint of an unknown type
+        raise ValueError(f"tools[{index}] cannot be made into a JSON schema: {error}") from error
+
+
+def _continued(field: Any, add_generation_prompt: Any) -> str | None:
+    """The field of the last message that the answer continues."""
+    if not isinstance(add_generation_prompt, bool):
+        raise TypeError(f"add_generation_prompt must be True or False, got {describe(add_generation_prompt)}.")
+    if field is None or field is False:
+        return None
+    if not isinstance(field, (bool, str)):
+        raise TypeError(f"continue_final_message must be True, False or the name of a field, got {describe(field)}.")
+    if add_generation_prompt:
+        raise ValueError(
+            "continue_final_message needs add_generation_prompt=False: an answer cannot continue the last message and begin anew."
+        )
+    return "content" if field is True else field
+
+
+def _template(tokenizer: Any, chat_template: Any, tools: Any) -> str:
+    if chat_template is not None and not isinstance(chat_template, str):
+        raise TypeError(f"chat_template must be a string of Jinja source, got {describe(chat_template)}.")
+    if chat_template is None and not getattr(tokenizer, "chat_template", None):
+        raise ChatTemplateError(
+            "the tokenizer has no chat template: pass chat_template= (Jinja source), or "
+            "use generate() with a prompt you format yourself."
+        )
+    try:
+        return tokenizer.get_chat_template(chat_template, tools)
+    except ValueError as error:
+        raise ChatTemplateError(f"no chat template could be chosen: {error}") from error

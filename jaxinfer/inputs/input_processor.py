@@ -1,0 +1,232 @@
+"""From what a caller passes to requests: parsed, tokenised, resolved and checked against the model, nothing queued."""
+
+import dataclasses
+import hashlib
+import itertools
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from jaxinfer.beam_params import BeamParams, beam_sampling
+from jaxinfer.config import EngineConfig
+from jaxinfer.engine.beam_search.beams import Beams
+from jaxinfer.engine.request import Request
+from jaxinfer.inputs.chat import chat_images, render_chat
+from jaxinfer.inputs.defaults import ModelLimits, resolve, spread
+from jaxinfer.inputs.generation_config import from_generation_config
+from jaxinfer.inputs.loaded_model import LoadedModel
+from jaxinfer.inputs.prompts import Prompt, check_prompt_length, check_token_ids, max_prompt_chars, parse_prompts
+from jaxinfer.inputs.tokenizer import encode_batch, encodes_batches, longest_token
+from jaxinfer.media import CrossInputs, CrossPrompt, Forms, PlacedInputs
+from jaxinfer.sampling_params import SamplingParams
+
+PIECE = 1024
+"""Prompts of a call that are tokenised together: their ids as Python's integers take ten times the memory that they keep."""
+
+_Resolved: TypeAlias = dict[tuple[int, int, int], SamplingParams]
+"""By the id of a call's own parameters, extra tokens and most tokens: resolved."""
+
+Params = SamplingParams | Sequence[SamplingParams] | Any | None
+"""One for all prompts or one a prompt; a transformers `GenerationConfig` serves as well."""
+
+
+class Intake:
+    """What checks calls for one model.
+
+    `limits`: what the model and its engine allow.
+    """
+
+    def __init__(self, opened: LoadedModel, config: EngineConfig, limits: ModelLimits, chat_template: str | None):
+        self.limits = limits
+        self._opened, self._config, self._chat_template = opened, config, chat_template
+        self._numbers = itertools.count()
+
+    def parse(self, prompts: Any) -> list[Prompt]:
+        """Prompts in any of the accepted forms; raises as `text.parse_prompts`."""
+        opened, most, cross = self._opened, None, self._opened.module.config.cross
+        longest = self.limits.max_model_len if cross is None else max(self.limits.max_model_len, cross.longest)
+        if opened.tokenizer is not None:
+            most = max_prompt_chars(longest_token(opened.tokenizer), longest)
+        forms = Forms(media=opened.media is not None) if opened.cross is None else opened.cross.forms
+        return parse_prompts(prompts, max_chars=most, forms=forms)
+
+    def render(self, messages: Any, *, chat_template: str | None, **options: Any) -> list[Prompt]:
+        """Make prompts of conversations, their images beside them; `options` and errors are those of `text.render_chat`."""
+        tokenizer, marker, modality = self._opened.tokenizer, *self._marked()
+        if tokenizer is None:
+            raise ValueError("chat needs the tokenizer, which was skipped; pass tokenizer=")
+        template = self._chat_template if chat_template is None else chat_template
+        rendered = render_chat(tokenizer, messages, chat_template=template, image_marker=marker, **options)
+        # The template writes the special tokens itself.
+        prompts = [dataclasses.replace(prompt, special_tokens=False) for prompt in self.parse(rendered)]
+        if modality is None:
+            return prompts
+        return [
+            dataclasses.replace(prompt, media={modality: images} if images else None)
+            for prompt, images in zip(prompts, chat_images(messages), strict=True)
+        ]
+
+    def _marked(self) -> tuple[str | None, str | None]:
+        """What stands for an image in a chat's text, and the name of images; None: the model's chats have none."""
+        media, cross = self._opened.media, self._opened.cross
+        if media is not None:
+            return media.marker, media.takes.modality
+        return (None, None) if cross is None or cross.marker is None else (cross.marker, cross.modality)
+
+    def chat_params(self, params: Params) -> Params:
+        """Without parameters an answer runs to its end."""
+        return dataclasses.replace(self._opened.default_params, max_tokens=None) if params is None else params
+
+    def beams(
+        self, prompts: Sequence[Prompt], params: SamplingParams | None, search: BeamParams, most: int | None
+    ) -> list[Request]:
+        """One request a prompt, each a beam search of at most `most` new tokens; raises as `requests` and `beam_sampling`."""
+        requests = self.requests(prompts, beam_sampling(params, self._opened.default_params, most))
+        for index, request in enumerate(requests):
+            request.beams = beams = Beams(search, request.limit - len(request.prompt), request.stop_ids)
+            known, stops = self.limits.usable, len(request.stop_ids)
+            if beams.count > known:
+                raise ValueError(
+                    f"prompt {index}: width must be at most {known * search.width // beams.count} with {stops} tokens that end "
+                    f"a beam, got {search.width}: a step looks at {beams.count} of the {known} tokens of the vocabulary."
+                )
+        return requests
+
+    def requests(self, prompts: Sequence[Prompt], params: Params) -> list[Request]:
+        """One request a prompt.
+
+        Raises:
+            TypeError, ValueError: a prompt or parameter that cannot be served; names the prompt's index.
+        """
+        if params is not None and hasattr(params, "to_dict"):
+            params = from_generation_config(params)
+        each = spread(self._opened.default_params if params is None else params, len(prompts))
+        resolved, made = {}, []
+        for start in range(0, len(prompts), PIECE):
+            piece = prompts[start : start + PIECE]
+            for place, (prompt, ids) in enumerate(zip(piece, self._encode_plain(piece), strict=True), start):
+                made.append(self._request(place, prompt, ids, each[place], resolved))
+        return made
+
+    def _request(
+        self, index: int, prompt: Prompt, encoded: Sequence[int] | None, params: SamplingParams, resolved: _Resolved
+    ) -> Request:
+        """Make the request of one prompt.
+
+        Args:
+            index: of the prompt in its call, for errors.
+            prompt: as the caller gave it.
+            encoded: its token ids, if they are known (`_encode_plain`).
+            params: its own.
+            resolved: what parameters of the same call have become; this request's are added.
+        """
+        opened = self._opened
+        (ids, cross, rule, extra), inputs = self._read(index, prompt, encoded)
+        own, config = self._resolve(index, params, len(ids), extra, resolved), opened.module.config
+        number = next(self._numbers)
+        # The longest sequence if the cache had room: without max_model_len, the limit may be what the cache holds.
+        room = (self._config.max_model_len or config.max_length) - len(ids)
+        asked = len(ids) + (room if params.max_tokens is None else min(params.max_tokens + extra, room))
+        return Request(
+            id=str(number), prompt=np.array(ids, np.int32), params=own, limit=len(ids) + own.max_tokens, asked=asked,
+            salt=_salt(opened.salt, prompt.cache_salt or ""),
+            length_key=config.length_key, recompute_after=config.recompute_after,
+            seed=self._seed(number) if own.seed is None else own.seed, inputs=inputs, cross=cross,
+            rule=rule,
+        )  # fmt: skip
+
+    def _resolve(
+        self, index: int, params: SamplingParams, length: int, extra: int, resolved: _Resolved
+    ) -> SamplingParams:
+        """Check a prompt's parameters and fill in what depends on the model, once for all prompts of a call that share them.
+
+        `length`: tokens of the prompt; `extra`: tokens that the model's rule makes beside those that `max_tokens` counts.
+        """
+        room = self.limits.max_model_len - length
+        most = room if params.max_tokens is None else min(params.max_tokens + extra, room)
+        key = id(params), extra, most
+        if key not in resolved:
+            self._check_params(index, params)
+            if extra and params.max_tokens is not None:
+                params = dataclasses.replace(params, max_tokens=params.max_tokens + extra)
+            encode = None if self._opened.tokenizer is None else self._encode
+            resolved[key] = resolve(params, self.limits, prompt_len=length, encode=encode)
+        return resolved[key]
+
+    def _check_params(self, index: int, params: SamplingParams) -> None:
+        if params.stop and self._opened.tokenizer is None:
+            raise ValueError(f"prompt {index}: stop strings need a tokenizer; use stop_token_ids")
+        most = self._config.max_logprobs
+        for name in ("logprobs", "prompt_logprobs"):
+            if (getattr(params, name) or 0) > most:
+                raise ValueError(
+                    f"prompt {index}: {name} is {getattr(params, name)}, more than max_logprobs = {most} of this LLM; "
+                    "ask for fewer, or make it with a larger max_logprobs"
+                )
+
+    def _read(
+        self, index: int, prompt: Prompt, encoded: Sequence[int] | None
+    ) -> tuple[CrossPrompt, PlacedInputs | None]:
+        """Return the token ids of a prompt, checked, with what they attend to, and what of them is no text."""
+        media, inputs, ids, text = self._opened.media, (), encoded or prompt.token_ids, prompt.text
+        read, known = CrossPrompt([], None), self.limits.vocab_size
+        for one in (prompt, prompt.encoder):
+            if one is not None and one.text and one.token_ids is None and self._opened.tokenizer is None:
+                raise ValueError(f"prompt {index} is text, but there is no tokenizer; pass prompt_token_ids")
+        if self._opened.cross is not None:
+            read = self._opened.cross.read(prompt, index, self._encode)
+            self._check_cross(index, read.cross)
+            ids, known = read.token_ids, known + self._opened.module.config.cross.beyond
+        if media is not None:
+            inputs = media.read(prompt.media, index)
+            text = media.expand(text, inputs, index) if ids is None else text
+        ids = self._encode(text, prompt.special_tokens) if ids is None else ids
+        if not ids:
+            raise ValueError(f"prompt {index} has no tokens")
+        check_token_ids(ids, known, index)
+        check_prompt_length(len(ids), self.limits.max_model_len, index, sum(one.length for one in inputs))
+        return read._replace(token_ids=list(ids)), None if media is None else media.place(ids, inputs, index)
+
+    def _check_cross(self, index: int, cross: CrossInputs | None) -> None:
+        """What an encoder is to read, against its limits."""
+        source, length = self._opened.module.config.cross, 0 if cross is None else cross.length
+        if length > source.longest:
+            raise ValueError(
+                f"prompt {index}: The encoder prompt (length {length}) is longer than the {source.longest} positions that the "
+                "model's encoder takes. Shorten it"
+            )
+        if cross is not None and not length:
+            raise ValueError(f"prompt {index}: The encoder prompt cannot be empty")
+        for one in () if cross is None or source.shape else cross.inputs:
+            check_token_ids(one.values.tolist(), self.limits.vocab_size, index)
+
+    def _encode(self, text: str, special: bool = False) -> list[int]:
+        return self._opened.tokenizer.encode(text, add_special_tokens=special)
+
+    def _encode_plain(self, prompts: Sequence[Prompt]) -> list[Sequence[int] | None]:
+        """Encode together the prompts that are text and nothing else, if the tokenizer can; None for each of the others.
+
+        The ids are those of encoding one by one, but all processors work on them.
+        """
+        opened, found = self._opened, [None] * len(prompts)
+        plain = [place for place, prompt in enumerate(prompts) if prompt.text and prompt.token_ids is None]
+        if opened.media is not None or opened.cross is not None or len(plain) < 2 or not encodes_batches(opened.tokenizer):
+            return found
+        for special in (False, True):
+            places = [place for place in plain if prompts[place].special_tokens is special]
+            texts = [prompts[place].text for place in places]
+            for place, ids in zip(places, encode_batch(opened.tokenizer, texts, special), strict=True):
+                found[place] = ids
+        return found
+
+    def _seed(self, number: int) -> int:
+        """Of a request that brings none: from the engine's seed and the request's number."""
+        return int(np.random.SeedSequence([self._config.seed, number, 1]).generate_state(1, np.uint64)[0])
+
+
+@lru_cache(maxsize=256)
+def _salt(model: bytes, own: str) -> bytes:
+    """What the prefix cache tells a prompt apart by: the model, and the caller's own salt."""
+    return b"".join(hashlib.sha256(salt).digest() for salt in (model, own.encode()))

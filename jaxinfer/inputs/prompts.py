@@ -1,0 +1,237 @@
+"""The prompts a user passes, in any of the accepted forms, made into one; wrong ones named by index."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from jaxinfer._utils.checks import describe, show_int
+from jaxinfer.media import Forms
+
+_KEYS = ("prompt", "prompt_token_ids", "cache_salt")
+_MEDIA = "multi_modal_data"
+_PAIR = ("encoder_prompt", "decoder_prompt")
+_ENCODER, _DECODER = "encoder", "decoder"
+_NOT_TEXT = (_MEDIA, "multi_modal_uuids", "mm_processor_kwargs", "prompt_embeds", *_PAIR)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt. At least one of `text` and `token_ids` is given; token ids win where both are.
+
+    Of a model with an encoder that reads prompts, it is the decoder's, and may be empty.
+    """
+
+    text: str | None = None
+    token_ids: tuple[int, ...] | None = None
+    cache_salt: str | None = None
+    """Prompts share cached blocks only with prompts of the same salt."""
+    media: Mapping[str, Any] | None = field(default=None, compare=False)
+    """What of it is no text, as the user passed it."""
+    special_tokens: bool = True
+    """Whether the tokenizer adds its special tokens to the text."""
+    encoder: Prompt | None = None
+    """What the encoder reads."""
+    options: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    """Further keys of the dict, as the user passed them (`Forms.options`)."""
+
+
+def parse_prompts(prompts: Any, *, max_chars: int | None = None, forms: Forms = Forms()) -> list[Prompt]:
+    """Every accepted form of prompts as a list of `Prompt`, in order.
+
+    A prompt is a string, a list of token ids, or a dict with "prompt" or "prompt_token_ids" (or both: the ids
+    are used, the text is shown) and optionally "cache_salt" and "multi_modal_data". `prompts` is one prompt or a list or tuple of
+    them; a list of numbers is one prompt of token ids, an empty list no prompt.
+
+    Of a model whose encoder reads prompts, such a prompt is the encoder's. Both are given by a dict with "encoder_prompt"
+    and "decoder_prompt", each a string, token ids, or a dict with "prompt" or "prompt_token_ids"; the decoder's may be
+    None or left out.
+
+    Args:
+        prompts: what the user passed.
+        max_chars: longest text, in characters, that can fit the model (`max_prompt_chars`); None: no limit.
+        forms: what prompts of the model may have; of "multi_modal_data" the rest is checked elsewhere (`media`).
+
+    Raises:
+        TypeError: a form that is none of these.
+        ValueError: an empty or too long prompt, text that is not Unicode, keys that are unknown or not for
+            text models. Every message names the index of the prompt.
+    """
+    if isinstance(prompts, (str, Mapping)) or _is_numbers(prompts):
+        prompts = [prompts]
+    elif not _is_sequence(prompts):
+        raise TypeError("prompts must be a string, token ids, a dict, or a list of these, "
+                        f"got {describe(prompts)}.")
+    return [_parse(prompt, index, max_chars, forms) for index, prompt in enumerate(prompts)]
+
+
+def check_token_ids(token_ids: Sequence[int], vocab_size: int, index: int) -> None:
+    """Refuse ids outside the vocabulary.
+
+    Raises:
+        ValueError: names the prompt's index, the id, its position and the vocabulary.
+    """
+    if not token_ids or (min(token_ids) >= 0 and max(token_ids) < vocab_size):
+        return
+    position, token = next((at, token) for at, token in enumerate(token_ids) if not 0 <= token < vocab_size)
+    raise ValueError(f"prompt {index}: token id {show_int(token)} at position {position} is out of "
+                     f"vocabulary: ids run from 0 to {vocab_size - 1} (vocab_size={vocab_size}).")
+
+
+def check_prompt_length(length: int, max_model_len: int, index: int, of_images: int = 0) -> None:
+    """Refuse a prompt of `length` tokens, `of_images` of them for images, that leaves no room for one new token.
+
+    Raises:
+        ValueError: names the prompt's index, both lengths and the remedy.
+    """
+    if length < max_model_len:
+        return
+    asked = "" if length > max_model_len else " plus the number of requested output tokens (at least 1)"
+    images = f", {of_images} of it images" if of_images else ""
+    shorten = "Pass fewer or smaller images" if of_images else "Shorten the prompt"
+    raise ValueError(f"prompt {index}: The decoder prompt (length {length}{images}){asked} is longer than the "
+                     f"maximum model length of {max_model_len}. {shorten}, or raise max_model_len "
+                     "if the model allows.")
+
+
+def max_prompt_chars(longest_token: int, max_model_len: int) -> int:
+    """Characters that `max_model_len` tokens can stand for: a bound to check before tokenising a long text.
+
+    Args:
+        longest_token: characters of the vocabulary's longest token. At least 64 are assumed, since tokenizers
+            may drop or merge characters (spaces, accents) before they look tokens up.
+        max_model_len: tokens of the longest sequence.
+    """
+    return max(longest_token, 64) * max_model_len
+
+
+def _is_sequence(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) or (isinstance(value, np.ndarray) and value.ndim >= 1)
+
+
+def _is_numbers(value: Any) -> bool:
+    return _is_sequence(value) and len(value) > 0 and all(isinstance(item, numbers.Number) for item in value)
+
+
+def _parse(prompt: Any, index: int, max_chars: int | None, forms: Forms) -> Prompt:
+    if forms.encoder:
+        return _parse_pair(prompt, index, max_chars)
+    if isinstance(prompt, str):
+        return Prompt(text=_text(prompt, index, max_chars))
+    if _is_sequence(prompt):
+        return Prompt(token_ids=_token_ids(prompt, index))
+    if isinstance(prompt, Mapping):
+        return _parse_dict(prompt, index, max_chars, forms)
+    raise TypeError(f"prompt {index} must be a string, a list of token ids or a dict, "
+                    f"got {describe(prompt)}.")
+
+
+def _parse_pair(prompt: Any, index: int, max_chars: int | None) -> Prompt:
+    """Of a model whose encoder reads prompts."""
+    if not isinstance(prompt, Mapping) or not any(key in prompt for key in _PAIR):
+        whole = _parse_side(prompt, index, max_chars, _ENCODER, f", or {_PAIR[0]} and {_PAIR[1]}")
+        return Prompt(cache_salt=whole.cache_salt, encoder=replace(whole, cache_salt=None))
+    for key in prompt:
+        if key not in (*_PAIR, "cache_salt"):
+            raise ValueError(f"prompt {index}: unknown key {describe(key)}; beside {_PAIR[0]!r} the keys are {_PAIR[1]!r}, cache_salt.")
+    if prompt.get(_PAIR[0]) is None:
+        found = f"a dict with {_PAIR[1]!r}" if prompt.get(_PAIR[1]) is not None else "a dict of an encoder-decoder"
+        raise ValueError(f"prompt {index}: {found} needs {_PAIR[0]!r}: a string, token ids or a dict of either.")
+    encoder = _parse_side(prompt[_PAIR[0]], index, max_chars, _ENCODER)
+    given = prompt.get(_PAIR[1])
+    decoder = Prompt() if given is None else _parse_side(given, index, max_chars, _DECODER)
+    salts = [prompt.get("cache_salt"), encoder.cache_salt, decoder.cache_salt]
+    salt = next((one for one in salts if one is not None), None)
+    return replace(
+        decoder, encoder=replace(encoder, cache_salt=None), cache_salt=None if salt is None else _salt(salt, index)
+    )
+
+
+def _parse_side(prompt: Any, index: int, max_chars: int | None, side: str, others: str = "") -> Prompt:
+    """The encoder's prompt or the decoder's; `others`: keys that a dict could have had instead, as they are said."""
+    if isinstance(prompt, str):
+        return Prompt(text=_text(prompt, index, max_chars, side))
+    if _is_sequence(prompt):
+        return Prompt(token_ids=_token_ids(prompt, index, side))
+    if isinstance(prompt, Mapping):
+        return _parse_dict(prompt, index, max_chars, Forms(), side, others)
+    raise TypeError(f"prompt {index}: the {side} prompt must be a string, a list of token ids or a dict, got {describe(prompt)}.")
+
+
+def _parse_dict(
+    prompt: Mapping[Any, Any], index: int, max_chars: int | None, forms: Forms, side: str = _DECODER, others: str = "",
+) -> Prompt:
+    keys = (*_KEYS, *([_MEDIA] if forms.media else []), *forms.options)
+    for key in prompt:
+        if key in keys:
+            continue
+        if key in _NOT_TEXT:
+            takes = f"text and {_MEDIA}" if forms.media else "text only"
+            raise ValueError(f"prompt {index}: this model takes {takes}, leave out {key!r}.")
+        raise ValueError(f"prompt {index}: unknown key {describe(key)}; the keys are {', '.join(keys)}{others}.")
+    data = prompt.get(_MEDIA)
+    if data is not None and not isinstance(data, Mapping):
+        raise TypeError(f"prompt {index}: {_MEDIA!r} must be a dict such as {{'image': ...}}, got {describe(data)}.")
+    text, ids, salt = (prompt.get(key) for key in _KEYS)
+    if text is None and ids is None and not (forms.promptless and data):
+        raise ValueError(f"prompt {index}: a dict needs 'prompt' or 'prompt_token_ids'{others}.")
+    if text is not None and not isinstance(text, str):
+        raise TypeError(f"prompt {index}: 'prompt' must be a string, got {describe(text)}.")
+    if ids is not None and not _is_sequence(ids):
+        raise TypeError(f"prompt {index}: 'prompt_token_ids' must be a list of token ids, "
+                        f"got {describe(ids)}.")
+    return Prompt(
+        text=None if text is None or (ids is not None and text == "") else _text(text, index, max_chars, side),
+        token_ids=None if ids is None else _token_ids(ids, index, side),
+        cache_salt=None if salt is None else _salt(salt, index),
+        media=data,
+        options={name: prompt[name] for name in forms.options if prompt.get(name) is not None},
+    )
+
+
+def _text(text: str, index: int, max_chars: int | None, side: str = _DECODER) -> str:
+    if not text:
+        raise ValueError(f"prompt {index}: The {side} prompt cannot be empty.")
+    if max_chars is not None and len(text) > max_chars:
+        raise ValueError(f"prompt {index}: the text has {len(text)} characters, more than the {max_chars} "
+                         "that the maximum model length can hold. Shorten the prompt, or raise max_model_len "
+                         "if the model allows.")
+    _check_unicode(text, f"prompt {index}")
+    return text
+
+
+def _check_unicode(text: str, where: str) -> None:
+    """Lone surrogates have no UTF-8, so no tokenizer takes them. Everything else is text, NUL included."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        code = f"U+{ord(text[error.start]):04X}"
+        raise ValueError(f"{where}: character {error.start} is the lone surrogate {code}, which is not text. "
+                         "Decode your bytes with errors='replace'.") from None
+
+
+def _token_ids(ids: Any, index: int, side: str = _DECODER) -> tuple[int, ...]:
+    if isinstance(ids, np.ndarray):
+        ids = ids.tolist()
+    if len(ids) == 0:
+        raise ValueError(f"prompt {index}: The {side} prompt cannot be empty.")
+    if set(map(type, ids)) == {int}:
+        return tuple(ids)
+    for position, token in enumerate(ids):
+        if isinstance(token, (bool, np.bool_)) or not isinstance(token, (int, np.integer)):
+            raise TypeError(f"prompt {index}: token id {describe(token)} at position {position} must be an "
+                            "integer.")
+    return tuple(int(token) for token in ids)
+
+
+def _salt(salt: Any, index: int) -> str:
+    if not isinstance(salt, str):
+        raise TypeError(f"prompt {index}: cache_salt must be a string, got {describe(salt)}.")
+    if not salt:
+        raise ValueError(f"prompt {index}: cache_salt cannot be empty; leave it out to share with all.")
+    _check_unicode(salt, f"prompt {index}: cache_salt")
+    return salt

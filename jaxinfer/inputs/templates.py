@@ -1,0 +1,223 @@
+"""Run chat templates in processes of their own, within limits of time, memory and output that hold for every template."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import importlib.util
+import marshal
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from jaxinfer.errors import ChatTemplateError
+from jaxinfer.inputs import template_worker
+from jaxinfer.inputs.template_worker import FAILED, MEMORY, NO_MEMORY, OK, TOO_LONG
+
+TIMEOUT = 5.0
+"""Seconds a template may run for one conversation."""
+MAX_CHARS = 2**25
+"""Characters a template may write for one conversation."""
+START_TIMEOUT = 60.0
+"""Seconds a process may take to start, which is a tenth of one where the machine is not busy."""
+IDLE = 2
+"""Processes that are kept for the next call."""
+
+_lock = threading.Lock()
+_idle: list[_Process] = []
+
+
+def render(
+    source: str, chat: list[dict[str, Any]], variables: dict[str, Any], field: str | None, timeout_s: float = TIMEOUT
+) -> str:
+    """Render one conversation.
+
+    Args:
+        source: Jinja source.
+        chat: messages of plain data.
+        variables: what else the template sees, of plain data.
+        field: name of the text of the last message that the answer continues; None: the answer begins anew.
+        timeout_s: seconds it may take.
+
+    Raises:
+        ChatTemplateError: the template fails, or needs more than it may have.
+    """
+    return _ask(("render", timeout_s, MAX_CHARS, source, chat, variables, field))
+
+
+@functools.lru_cache(maxsize=256)
+def message_forms(
+    source: str, role: str, special_tokens: tuple[tuple[str, Any], ...], timeout_s: float = TIMEOUT
+) -> str:
+    """Find out which forms of messages a template takes for a role: the letters of `template_worker.describe`.
+
+    Raises:
+        ChatTemplateError: as `render`.
+    """
+    return _ask(("describe", timeout_s, MAX_CHARS, source, role, dict(special_tokens)))
+
+
+def _ask(request: tuple[Any, ...]) -> str:
+    """Have a process answer a request; the process is ended unless it has answered in time."""
+    seconds, most = request[1:3]
+    try:
+        data = marshal.dumps(request)
+    except ValueError as error:
+        raise ChatTemplateError(f"the messages cannot be given to the chat template: {error}") from error
+    process = _take()
+    try:
+        status, text = process.ask(data, seconds)
+    except TimeoutError:
+        process.end()
+        raise ChatTemplateError(
+            f"the chat template did not finish in {seconds:g} s: pass another chat_template=, or a shorter conversation."
+        ) from None
+    except EOFError:
+        code = process.end()
+        raise ChatTemplateError(
+            f"the process that rendered the chat template ended (exit status {code}): pass another chat_template=."
+        ) from None
+    except BaseException:  # such as KeyboardInterrupt: what the process would answer is of no use to the next request
+        process.end()
+        raise
+    _give_back(process)
+    if status == OK:
+        return text
+    raise ChatTemplateError({
+        FAILED: f"the chat template failed: {text}",
+        TOO_LONG: f"the chat template wrote more than {most} characters, the most that a prompt may have.",
+        NO_MEMORY: f"the chat template needed more than {MEMORY >> 20} MiB of memory: pass another chat_template=.",
+    }.get(status, f"the chat template gave an answer of an unknown kind, {status}."))  # fmt: skip
+
+
+class _Process:
+    """A running `template_worker`."""
+
+    def __init__(self) -> None:
+        paths = _paths_of_jinja()
+        if not sys.executable:
+            raise ChatTemplateError(
+                "chat templates run in a Python process of their own, but sys.executable is not set."
+            )
+        # Without the site module nothing of the environment runs at the start. In a session of its own no Ctrl-C reaches it.
+        command = [sys.executable, "-I", "-S", str(Path(template_worker.__file__)), *paths]
+        self._popen = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        self._read = selectors.DefaultSelector()
+        self._read.register(self._popen.stdout, selectors.EVENT_READ)
+        self._started = False
+
+    def ask(self, data: bytes, seconds: float) -> tuple[int, str]:
+        """Send a request and wait for the answer.
+
+        Raises:
+            TimeoutError: it takes longer than `seconds`.
+            EOFError: the process has ended.
+        """
+        try:
+            if not self._started:
+                self._receive(START_TIMEOUT)
+                self._started = True
+            self._send(data)
+        except BrokenPipeError:
+            raise EOFError from None
+        return self._receive(seconds)
+
+    def _send(self, data: bytes) -> None:
+        self._popen.stdin.write(len(data).to_bytes(8, "little") + data)
+        self._popen.stdin.flush()
+
+    def _receive(self, seconds: float) -> tuple[int, str]:
+        ends = time.monotonic() + seconds
+        head = self._bytes(9, ends)
+        size = int.from_bytes(head[1:], "little")
+        if size > 4 * MAX_CHARS:
+            raise EOFError
+        return head[0], self._bytes(size, ends).decode("utf-8", "surrogatepass")
+
+    def _bytes(self, count: int, ends: float) -> bytes:
+        """Read so many bytes of the answer before the clock says `ends`."""
+        made = bytearray()
+        while len(made) < count:
+            if not self._read.select(max(ends - time.monotonic(), 0)):
+                raise TimeoutError
+            piece = os.read(self._popen.stdout.fileno(), min(count - len(made), 1 << 20))
+            if not piece:
+                raise TimeoutError if self._popen.wait() == -getattr(signal, "SIGALRM", 0) else EOFError
+            made += piece
+        return bytes(made)
+
+    def alive(self) -> bool:
+        """Whether the process has not ended by itself."""
+        return self._popen.poll() is None
+
+    def end(self) -> int:
+        """End the process and free what it holds here; returns its exit status."""
+        with contextlib.suppress(OSError):
+            self._popen.kill()
+        code = self._popen.wait()
+        self._read.close()
+        with contextlib.suppress(OSError):  # what is buffered for a process that has ended
+            self._popen.stdin.close()
+        self._popen.stdout.close()
+        return code
+
+
+def _take() -> _Process:
+    """Take a process that is idle, or start one."""
+    while True:
+        with _lock:
+            process = _idle.pop() if _idle else None
+        if process is None:
+            return _Process()
+        if process.alive():
+            return process
+        process.end()
+
+
+def _give_back(process: _Process) -> None:
+    """Keep a process for the next call, or end it where enough are kept."""
+    with _lock:
+        kept = len(_idle) < IDLE
+        if kept:
+            _idle.append(process)
+    if not kept:
+        process.end()
+
+
+def _paths_of_jinja() -> list[str]:
+    """Folders that a process needs to import Jinja.
+
+    Raises:
+        ChatTemplateError: it is not installed.
+    """
+    found = [importlib.util.find_spec(name) for name in ("jinja2", "markupsafe")]
+    if not all(spec is not None and spec.origin for spec in found):
+        raise ChatTemplateError("chat templates need jinja2: pip install 'jinja2>=3.1.6'")
+    return [str(Path(spec.origin).parents[1]) for spec in found]
+
+
+def _forget() -> None:
+    """In a forked process: the pipes belong to the other one."""
+    global _lock
+    _lock = threading.Lock()
+    _idle.clear()
+
+
+@atexit.register
+def end_all() -> None:
+    """End all idle processes."""
+    while _idle:
+        _idle.pop().end()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)

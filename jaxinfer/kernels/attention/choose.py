@@ -1,0 +1,67 @@
+"""Which implementation of attention serves a mesh. Each has `decode` and `prefill`, which write and attend."""
+
+import logging
+from functools import cache
+from typing import Any
+
+from jax.sharding import Mesh
+
+from jaxinfer.errors import ConfigError
+from jaxinfer.kernels.attention import native_attention, triton_attention, whole_attention, xla_attention
+from jaxinfer.kernels.native import build
+from jaxinfer.kernels.triton import triton_launch, triton_tiles
+
+log = logging.getLogger(__name__)
+
+AUTO, XLA, TRITON, NATIVE = "auto", "xla", "triton", "native"
+WHOLE = "whole"
+"""What is differentiated (`jaxinfer.functional.training`); no user chooses it."""
+
+
+def choose(asked: str, mesh: Mesh) -> str:
+    """The implementation for the devices of a mesh: a GPU's Triton, a CPU's native one; XLA's where they cannot run.
+
+    Raises:
+        ConfigError: an implementation that is not known, or one that cannot run here.
+    """
+    if asked not in (AUTO, XLA, TRITON, NATIVE):
+        raise ConfigError(f"attention_kernel must be {AUTO}, {XLA}, {NATIVE} or {TRITON}, got {asked!r}")
+    if asked == XLA:
+        return XLA
+    device = mesh.devices.flat[0]
+    if asked == NATIVE or asked == AUTO and device.platform == "cpu":
+        return build.choose("attention_kernel", asked, mesh)
+    served, lacking = triton_launch.serves("attention_kernel", asked, mesh)
+    if served:
+        return TRITON
+    if triton_launch.target(mesh) is not None:
+        _warn(lacking)
+    return XLA
+
+
+@cache
+def _warn(lacking: str) -> None:
+    log.warning("attention runs in XLA, which copies what it reads of the cache: %s", lacking)
+
+
+def implementation(name: str, mesh: Mesh) -> Any:
+    """What has `decode` and `prefill` for a name that `choose` gave, or `prefill` alone for `WHOLE`."""
+    if name == WHOLE:
+        return whole_attention
+    if name in (XLA, NATIVE):
+        return xla_attention if name == XLA else native_attention
+    return triton_attention.TritonAttention(triton_launch.target(mesh))
+
+
+def prefill_tile(name: str, group: int, value_dim: int, itemsize: int) -> int:
+    """Queries of one prefill tile that suit an implementation.
+
+    Args:
+        name: what `choose` gave.
+        group: query heads a kv head, G.
+        value_dim: Dv.
+        itemsize: bytes of an element of the cache.
+    """
+    if name == TRITON:
+        return triton_tiles.tile(group, value_dim, itemsize)
+    return native_attention.TILE if name == NATIVE else xla_attention.TILE

@@ -1,0 +1,84 @@
+"""Attention over the paged cache on a CPU, in C++ (`native/attention.cc`): `decode` and `prefill` as in `xla_attention`.
+
+One kernel for both: a decode step is tiles of a single query. It reads each live key and value once, straight from
+the blocks, and writes the new ones itself. What it does not serve (float16, an odd head dim) goes to XLA.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxinfer.kernels.attention import xla_attention
+from jaxinfer.kernels.attention.paged import DecodeRows, Lane, PrefillTiles, Scoring, Slots
+
+TILE = 64
+"""Queries of a prefill tile: 6% faster than 32, whose keys are laid out for half as many rows."""
+
+
+def _served(q: jax.Array, lane: Lane) -> bool:
+    whole_words = q.shape[-1] * q.dtype.itemsize % 4 == 0
+    return q.dtype in (jnp.bfloat16, jnp.float32) and lane.keys.dtype == q.dtype and whole_words
+
+
+def decode(
+    q: jax.Array, k: jax.Array | None, v: jax.Array | None, lane: Lane, slots: Slots | None, 
+    step: DecodeRows, scoring: Scoring, sinks: jax.Array | None = None, *, items: int | None = None,
+) -> tuple[jax.Array, Lane]:  # fmt: skip
+    """As `xla_attention.decode`; `items` is not needed here."""
+    if not _served(q, lane):
+        return xla_attention.decode(q, k, v, lane, slots, step, scoring, sinks, items=items)
+    rows = jnp.arange(q.shape[0], dtype=jnp.int32)
+    tiles = jnp.stack([rows + step.first, rows, step.lengths - 1, (step.lengths > 0).astype(jnp.int32)], axis=1)
+    spans = None if step.starts is None else jnp.stack([step.starts, step.lengths], axis=1)
+    return _call(q, k, v, lane, slots, PrefillTiles(step.tables, tiles, jnp.int32(q.shape[0]), spans), scoring, sinks)
+
+
+def prefill(
+    q: jax.Array, k: jax.Array | None, v: jax.Array | None, lane: Lane, slots: Slots | None, 
+    step: PrefillTiles, scoring: Scoring, sinks: jax.Array | None = None, *, tile: int,
+) -> tuple[jax.Array, Lane]:  # fmt: skip
+    """As `xla_attention.prefill`."""
+    if not _served(q, lane):
+        return xla_attention.prefill(q, k, v, lane, slots, step, scoring, sinks, tile=tile)
+    return _call(q, k, v, lane, slots, step, scoring, sinks)
+
+
+def _call(
+    q: jax.Array, k: jax.Array | None, v: jax.Array | None, lane: Lane, slots: Slots | None, 
+    step: PrefillTiles, scoring: Scoring, sinks: jax.Array | None,
+) -> tuple[jax.Array, Lane]:  # fmt: skip
+    none, nowhere = jnp.zeros((0,), q.dtype), jnp.zeros((0,), jnp.int32)
+    value_dim = scoring.value_dim if lane.values is None else lane.values.shape[3]
+    values = none if lane.values is None else lane.values
+    results = [
+        jax.ShapeDtypeStruct(shape, q.dtype) for shape in ((*q.shape[:2], value_dim), lane.keys.shape, values.shape)
+    ]
+    call = jax.ffi.ffi_call("jaxinfer_attention", results, input_output_aliases={9: 1, 10: 2})
+    slots = Slots(nowhere, nowhere) if slots is None else slots
+    integers = (a.astype(jnp.int32) for a in (*slots, step.tables, _spanned(step), step.count))
+    out, keys, values = call(
+        q, none if k is None else k.astype(q.dtype), none if v is None else v.astype(q.dtype), *integers,
+        jnp.zeros((0,), jnp.float32) if sinks is None else sinks.astype(jnp.float32), lane.keys, values,
+        scale=np.float32(scoring.scale), softcap=np.float32(scoring.softcap or 0), window=np.int64(scoring.window or 0),
+    )  # fmt: skip
+    return out, Lane(keys, None if lane.values is None else values)
+
+
+def _spanned(step: PrefillTiles) -> jax.Array:
+    """`[NT, 6]` the tiles with the first key and the end of those that any of their queries may see."""
+    row, token, position, count = step.tiles.T
+    if step.spans is None:
+        return jnp.stack([row, token, position, count, jnp.zeros_like(row), position + count], axis=1)
+    # From its last key on a query sees all before it.
+    first, end = step.spans.T
+    return jnp.stack([row, token, end - 1, count, first, end], axis=1)
+
+
+def copy_blocks(array: jax.Array, sources: jax.Array, targets: jax.Array) -> jax.Array:
+    """Copies block `sources[i]` of `[N, ...]` to `targets[i]`, in place; a target of N or more is dropped.
+
+    Some XLA on a CPU converts a whole bfloat16 array to float32 and back to write a few of its blocks.
+    """
+    call = jax.ffi.ffi_call("jaxinfer_copy_blocks", jax.ShapeDtypeStruct(array.shape, array.dtype),
+                            input_output_aliases={0: 0})  # fmt: skip
+    return call(array, sources.astype(jnp.int32), targets.astype(jnp.int32))

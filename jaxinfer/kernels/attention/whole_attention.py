@@ -1,0 +1,44 @@
+"""Attention within whole sequences of one length, with no cache: plain, and therefore differentiable."""
+
+import jax
+import jax.numpy as jnp
+
+from jaxinfer.kernels.attention.paged import Lane, Scoring, Slots
+from jaxinfer.kernels.state.slots import Whole
+
+
+def prefill(
+    q: jax.Array, k: jax.Array, v: jax.Array | None, lane: Lane, slots: Slots | None, step: Whole, scoring: Scoring,
+    sinks: jax.Array | None = None, *, tile: int,
+) -> tuple[jax.Array, Lane]:  # fmt: skip
+    """Softmax(score(q K^T)) V, causal within each sequence.
+
+    Args:
+        q: `[T, H, D]`, the sequences one after another.
+        k: `[T, K, D]`.
+        v: `[T, K, Dv]`; None: the first `scoring.value_dim` columns of the keys.
+        lane, slots, tile: as of other implementations; nothing is read or written.
+        step: how long the sequences are.
+        scoring: scale, window, softcap.
+        sinks: `[H]` a logit a head that joins the softmax and is dropped.
+
+    Returns:
+        `[T, H, Dv]` and the lane.
+    """
+    length, kv_heads = step.length, k.shape[1]
+    v = k[..., : scoring.value_dim] if v is None else v
+    keys, values = (a.reshape(-1, length, *a.shape[1:]) for a in (k, v))
+    queries = q.reshape(-1, length, kv_heads, q.shape[1] // kv_heads, q.shape[2])
+    precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+    scores = jnp.einsum(
+        "bqkgd,bskd->bkgqs", queries, keys, precision=precision, preferred_element_type=jnp.float32
+    )
+    at = jnp.arange(length)
+    seen = (at <= at[:, None]) & (at >= scoring.first_key(at)[:, None])
+    scores = jnp.where(seen, scoring.cap(scoring.scale * scores), -jnp.inf)
+    if sinks is not None:
+        extra = jnp.broadcast_to(sinks.astype(jnp.float32).reshape(kv_heads, -1, 1, 1), (*scores.shape[:-1], 1))
+        scores = jnp.concatenate([scores, extra], axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1)[..., :length].astype(values.dtype)
+    out = jnp.einsum("bkgqs,bskd->bqkgd", weights, values, precision=precision, preferred_element_type=jnp.float32)
+    return out.reshape(*q.shape[:2], -1).astype(q.dtype), lane

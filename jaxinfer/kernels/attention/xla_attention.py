@@ -1,0 +1,216 @@
+"""Attention over the paged cache in XLA: the path of the CPU, and of a GPU without Triton."""
+
+import jax
+import jax.numpy as jnp
+
+from jaxinfer.kernels.attention import paged
+from jaxinfer.kernels.attention.paged import DecodeRows, Lane, PrefillTiles, Scoring, Slots
+
+PREFILL_KEYS = 128
+"""Key positions that one step of the prefill's online softmax reads: on a CPU 128 with tiles of 32 queries was
+the fastest over prompts of 16 to 512 tokens."""
+
+TILE = 32
+"""Queries of a prefill tile; see `PREFILL_KEYS`."""
+
+DECODE_KEYS = 128
+"""Key positions of one work item of decode."""
+
+LEAST = -1e30
+"""Where maxima start. Finite, so that a row with nothing to see gives exp(-inf - LEAST) and not NaN."""
+
+
+def _precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
+def item_keys(block: int) -> int:
+    """Key positions of one work item of decode: whole blocks, `DECODE_KEYS` or a little less."""
+    return max(1, DECODE_KEYS // block) * block
+
+
+def decode_items(rows: int, longest: int, block: int) -> int:
+    """The most work items that `rows` sequences of at most `longest` positions can take."""
+    return rows * -(-longest // item_keys(block))
+
+
+def _decode_work(
+    step: DecodeRows, items: int, block: int, scoring: Scoring
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The keys that the step sees cut into `items` pieces of `item_keys` positions, each of one row.
+
+    Returns the row of each item `[I]` (B where there is none), the position of its first key `[I]`, and its
+    blocks `[I, C]`. It is the same for every layer of a kind, and compiled once.
+    """
+    batch, width = step.lengths.shape[0], step.tables.shape[1]
+    span = item_keys(block) // block
+    skipped = step.first_keys(scoring) // block
+    counts = -(-(step.lengths - skipped * block) // (span * block))
+    ends = jnp.cumsum(counts)
+    at = jnp.arange(items)
+    rows = jnp.searchsorted(ends, at, side="right", method="compare_all").astype(jnp.int32)
+    owner = jnp.minimum(rows, batch - 1)
+    first = skipped[owner] + (at - (ends - counts)[owner]) * span
+    columns = jnp.clip(first[:, None] + jnp.arange(span), 0, width - 1)
+    return rows, first * block, step.tables[owner[:, None] + step.first, columns]
+
+
+def decode(
+    q: jax.Array, k: jax.Array | None, v: jax.Array | None, lane: Lane, slots: Slots | None, 
+    step: DecodeRows, scoring: Scoring, sinks: jax.Array | None = None, items: int | None = None,
+) -> tuple[jax.Array, Lane]:  # fmt: skip
+    """Writes a new token's keys and values a row, then softmax(score(q K^T)) V over each row's own positions.
+
+    The rows' live keys are cut into pieces of equal size, attended to apart and put together (split-K), so
+    that the work follows what is in the cache, not the longest row.
+
+    Args:
+        q: `[B, H, D]`.
+        k: `[B, K, D]`; None with `step.starts`: nothing is written, all keys are in the cache (cross-attention).
+        v: `[B, K, Dv]`, None where the lane keeps none.
+        lane: the cache.
+        slots: where the new tokens go.
+        step: tables and lengths.
+        scoring: scale, window, softcap.
+        sinks: `[H]`, see `paged.reference`.
+        items: pieces there is room for; by default as many as the tables could hold.
+
+    Returns:
+        `[B, H, Dv]`, 0 for padding, and the lane.
+    """
+    lane = paged.write(lane, k, v, slots)
+    batch, heads, dim = q.shape
+    block = lane.keys.shape[2]
+    items = items or decode_items(batch, step.tables.shape[1] * block, block)
+    if scoring.window is not None:
+        # A window and what of its first block lies before it.
+        items = min(items, decode_items(batch, scoring.window + block - 1, block))
+    rows, starts, blocks = _decode_work(step, items, block, scoring)
+    keys, values = paged.gather_lane(lane, blocks, scoring)
+    kv_heads, span = keys.shape[1:3]
+    grouped = q.reshape(batch, kv_heads, heads // kv_heads, dim).at[rows].get(mode="clip")
+    lengths = step.lengths.at[rows].get(mode="fill", fill_value=0)[:, None]
+    at = starts[:, None] + jnp.arange(span)
+    live = (at < lengths) & (at >= step.first_keys(scoring).at[rows].get(mode="fill", fill_value=0)[:, None])
+    precision = _precision(q.dtype)
+    scores = scoring.cap(scoring.scale * jnp.einsum(
+        "ikgd,iksd->ikgs", grouped, keys, precision=precision, preferred_element_type=jnp.float32
+    ))  # fmt: skip
+    scores = jnp.where(live[:, None, None], scores, -jnp.inf)
+    mine = rows == jnp.arange(batch)[:, None]
+    top = jnp.where(mine[..., None, None], scores.max(axis=-1), LEAST).max(axis=1)
+    if sinks is not None:
+        sinks = sinks.astype(jnp.float32).reshape(kv_heads, -1)
+        top = jnp.maximum(top, sinks)
+    weights = jnp.exp(scores - top.at[rows].get(mode="clip")[..., None])
+    values = jnp.where(live[:, None, :, None], values, 0)
+    parts = jnp.einsum(
+        "ikgs,iksd->ikgd", weights.astype(q.dtype), values, precision=precision, preferred_element_type=jnp.float32
+    )
+    whole = _add_pieces(jnp.concatenate([parts, weights.sum(axis=-1, keepdims=True)], axis=-1), mine)
+    total = whole[..., -1:] if sinks is None else whole[..., -1:] + jnp.exp(sinks - top)[..., None]
+    out = whole[..., :-1] / jnp.maximum(total, 1e-30)
+    return out.reshape(batch, heads, -1).astype(q.dtype), lane
+
+
+def _add_pieces(parts: jax.Array, mine: jax.Array) -> jax.Array:
+    """`[I, K, G, X]` pieces and who owns them `[B, I]` -> their sums `[B, K, G, X]`.
+
+    By a product with ones and zeros, as a scatter-add has no fixed order on a GPU. What is not finite is kept
+    out of it, 0 x NaN being NaN, and comes back in its own row only.
+    """
+    sane = jnp.isfinite(parts).all(axis=(1, 2, 3))
+    parts = jnp.where(sane[:, None, None, None], parts, 0)
+    whole = jnp.einsum("bi,ikgd->bkgd", mine.astype(jnp.float32), parts, precision=jax.lax.Precision.HIGHEST)
+    return jnp.where((mine & ~sane).any(axis=1)[:, None, None, None], jnp.nan, whole)
+
+
+def prefill(
+    q: jax.Array, k: jax.Array | None, v: jax.Array | None, lane: Lane, slots: Slots | None, 
+    step: PrefillTiles, scoring: Scoring, sinks: jax.Array | None = None, *, tile: int,
+) -> tuple[jax.Array, Lane]:  # fmt: skip
+    """Writes the chunk's keys and values, then attends: causal within each sequence and over all it has cached.
+
+    An online softmax (arXiv:2205.14135) over the blocks that a tile can see: only live blocks are read, and
+    what is read of a sequence's cache is read once a tile of `tile` queries. Rows of padding give finite values
+    that nobody reads.
+
+    Args:
+        q: `[T, H, D]`.
+        k: `[T, K, D]`; None with `step.spans`: nothing is written, all keys are in the cache.
+        v: `[T, K, Dv]`, None where the lane keeps none.
+        lane, slots, scoring, sinks: as for `decode`.
+        step: tables and tiles.
+        tile: queries a tile holds at most.
+
+    Returns:
+        `[T, H, Dv]` and the lane.
+    """
+    lane = paged.write(lane, k, v, slots)
+    tokens, heads, dim = q.shape
+    kv_heads, block = lane.keys.shape[1], lane.keys.shape[2]
+    value_dim = scoring.value_dim if lane.values is None else lane.values.shape[3]
+    width = min(max(1, PREFILL_KEYS // block), step.tables.shape[1])
+    tables = jnp.pad(step.tables, ((0, 0), (0, width)))
+    padded = jnp.pad(q, ((0, tile), (0, 0), (0, 0)))
+    sinks = None if sinks is None else sinks.astype(jnp.float32).reshape(kv_heads, -1)
+
+    def one_tile(index: jax.Array, out: jax.Array) -> jax.Array:
+        row, start, position, count = step.tiles[index]
+        queries = jax.lax.dynamic_slice(padded, (start, 0, 0), (tile, heads, dim))
+        queries = queries.reshape(tile, kv_heads, heads // kv_heads, dim)
+        q_at = position + jnp.arange(tile)
+        span = (scoring.first_key(q_at), q_at, position + count)
+        if step.spans is not None:
+            first, end = step.spans[index]
+            span = (jnp.full(tile, first), jnp.full(tile, end - 1), end)
+        result = _tile(queries, lane, tables[row], span, scoring, sinks, width)
+        # A tile's tail beyond `count` is overwritten by the tile that follows.
+        return jax.lax.dynamic_update_slice(out, result.reshape(tile, heads, value_dim), (start, 0, 0))
+
+    empty = jnp.zeros((*padded.shape[:2], value_dim), q.dtype)
+    return jax.lax.fori_loop(0, step.count, one_tile, empty)[:tokens], lane
+
+
+def _tile(
+    q: jax.Array, lane: Lane, table: jax.Array, span: tuple[jax.Array, jax.Array, jax.Array], scoring: Scoring,
+    sinks: jax.Array | None, width: int,
+) -> jax.Array:  # fmt: skip
+    """Queries `[C, K, G, D]` against the keys they see, `width` blocks at a time.
+
+    `span`: the first and the last key that each query sees `[C]`, and the end of all keys.
+    """
+    count, kv_heads, group, dim = q.shape
+    least, q_at, length = span[0][:, None], span[1][:, None], span[2]
+    keys_read = width * lane.keys.shape[2]
+    precision = _precision(q.dtype)
+
+    def body(chunk: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+        top, total, acc = carry
+        blocks = jax.lax.dynamic_slice(table, (chunk * width,), (width,))
+        keys, values = paged.gather_lane(lane, blocks, scoring)
+        at = chunk * keys_read + jnp.arange(keys_read)
+        scores = scoring.cap(scoring.scale * jnp.einsum(
+            "ckgd,ksd->kgcs", q, keys, precision=precision, preferred_element_type=jnp.float32
+        ))  # fmt: skip
+        scores = jnp.where((at <= q_at) & (at >= least) & (at < length), scores, -jnp.inf)
+        new_top = jnp.maximum(top, scores.max(axis=-1))
+        weights = jnp.exp(scores - new_top[..., None])
+        shrink = jnp.exp(top - new_top)
+        values = jnp.where(((at >= least[0]) & (at < length))[:, None], values, 0)
+        part = jnp.einsum(
+            "kgcs,ksd->kgcd", weights.astype(q.dtype), values, precision=precision,
+            preferred_element_type=jnp.float32,
+        )  # fmt: skip
+        return new_top, total * shrink + weights.sum(axis=-1), acc * shrink[..., None] + part
+
+    lead = (kv_heads, group, count)
+    value_dim = scoring.value_dim if lane.values is None else lane.values.shape[3]
+    top, total = jnp.full(lead, LEAST), jnp.zeros(lead)
+    if sinks is not None:
+        top, total = jnp.broadcast_to(sinks[..., None], lead), jnp.ones(lead)
+    start = (top, total, jnp.zeros((*lead, value_dim)))
+    first = span[0][0] // keys_read
+    _, total, acc = jax.lax.fori_loop(first, (length + keys_read - 1) // keys_read, body, start)
+    out = acc / jnp.maximum(total, 1e-30)[..., None]
+    return jnp.moveaxis(out, 2, 0).astype(q.dtype)

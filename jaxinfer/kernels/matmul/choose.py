@@ -1,0 +1,61 @@
+"""Rows of activations times a weight `[out, in]`: XLA's product, or on a CPU the native one (`native/matmul.cc`)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxinfer.errors import ConfigError
+from jaxinfer.kernels.native import build
+from jaxinfer.kernels.triton import triton_launch
+
+XLA, NATIVE, TRITON = "xla", "native", "triton"
+"""Triton's is for products of groups alone (`kernels.grouped`); all others are XLA's beside it."""
+RAGGED = "ragged"
+"""XLA's, and for products of groups its own, which is differentiable (`jaxinfer.functional.training`); no user chooses it."""
+
+MATRIX_UNIT_ROWS = 16
+"""Rows up to which the native product of bfloat16 serves on a CPU with matrix units (AMX), which XLA uses beyond:
+there reading the weights is what takes the time, and XLA reads them at a little over half the speed."""
+
+
+def choose(asked: str, mesh: Mesh) -> str:
+    """The implementation for the devices of a mesh.
+
+    Raises:
+        ConfigError: one that is not known, or that cannot run here.
+    """
+    if asked not in ("auto", XLA, NATIVE, TRITON):
+        raise ConfigError(f"matmul_kernel must be auto, {XLA}, {NATIVE} or {TRITON}, got {asked!r}")
+    if asked == TRITON or asked == "auto" and mesh.devices.flat[0].platform != "cpu":
+        return TRITON if triton_launch.serves("matmul_kernel", asked, mesh)[0] else XLA
+    # XLA cannot divide a call of ours over devices.
+    return XLA if asked == "auto" and mesh.devices.size > 1 else build.choose("matmul_kernel", asked, mesh)
+
+
+def matmul(
+    x: jax.Array, weight: jax.Array, dtype: jax.typing.DTypeLike | None = None, *, kernel: str = XLA,
+    part: tuple[int, int] | None = None,
+) -> jax.Array:  # fmt: skip
+    """`[T, in] x [out, in]^T -> [T, out]` in `dtype` or that of `x`; sums are taken in float32.
+
+    `part`: the first and the end of the weight's rows to multiply with, of which no copy is made; None: all of them.
+    """
+    dtype = jnp.dtype(x.dtype if dtype is None else dtype)
+    first, end = part or (0, weight.shape[0])
+    if kernel == NATIVE and _native(x, weight, dtype):
+        result = jax.ShapeDtypeStruct((x.shape[0], end - first), dtype)
+        return jax.ffi.ffi_call("jaxinfer_matmul", result)(x, weight, first=np.int64(first))
+    weight = weight[first:end]
+    # TF32 would break parity on a GPU.
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jax.lax.dot_general(x, weight, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=dtype)
+
+
+def _native(x: jax.Array, weight: jax.Array, dtype: jnp.dtype) -> bool:
+    if x.dtype != weight.dtype or dtype not in (x.dtype, jnp.float32):
+        return False
+    if x.dtype == jnp.float32:
+        return True
+    units = "amx_bf16" in build.cpu_flags()
+    return x.dtype == jnp.bfloat16 and x.shape[1] % 2 == 0 and not (units and x.shape[0] > MATRIX_UNIT_ROWS)

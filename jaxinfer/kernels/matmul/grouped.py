@@ -1,0 +1,150 @@
+"""Products of rows with the matrix of their own group: the experts of a mixture.
+
+Rows lie in order of their groups, and the work is proportional to the rows there are: groups without rows are not read,
+rows that belong to no group lie at the end and are not computed. (`lax.ragged_dot` is dense over the groups on a CPU.)
+On a CPU the native product serves (`native/matmul.cc`), on an NVIDIA GPU Triton's (`triton_grouped`), elsewhere a loop of
+XLA over tiles of rows.
+"""
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxinfer.kernels.matmul import int8_matmul, triton_grouped
+from jaxinfer.kernels.matmul.choose import NATIVE, RAGGED, TRITON, XLA
+from jaxinfer.kernels.matmul.choose import matmul as dense
+from jaxinfer.kernels.triton.triton_launch import Target
+
+KEYS = 1 << 31
+"""Keys that int32 has room for: those from 0 on."""
+LEAST_TILE, MOST_TILE = 8, 128
+"""Rows of a tile of the loop in XLA, which are multiplied with one matrix at a time."""
+
+
+class Dispatch(NamedTuple):
+    """Pairs of a token and an expert, laid out by experts."""
+
+    tokens: jax.Array
+    """`[R]` int32, R = T * k: the token at each place, in order of the experts; pairs with no expert are last."""
+    experts: jax.Array
+    """`[R]` int32: the expert at each place; some expert at the places of pairs with none."""
+    places: jax.Array
+    """`[T, k]` int32: where each pair lies."""
+    offsets: jax.Array
+    """`[E + 1]` int32: where the places of each expert begin and, last, where those of all of them end."""
+
+
+def dispatch(chosen: jax.Array, experts: int) -> Dispatch:
+    """Lays out the experts of each token `[T, k]`, numbers below `experts`; any other number stands for none.
+
+    The order within an expert is that of the tokens.
+    """
+    pairs, per_token = chosen.size, chosen.shape[1]
+    owners = chosen.reshape(-1).astype(jnp.int32)
+    owners = jnp.where((owners >= 0) & (owners < experts), owners, experts)
+    number = jnp.arange(pairs, dtype=jnp.int32)
+    if has_one_key(experts, pairs):  # which is sorted faster than keys with a payload; no two are equal
+        keys = jnp.sort(owners * pairs + number)
+        order, sorted_owners = keys % pairs, keys // pairs
+    else:
+        order = jnp.argsort(owners, stable=True).astype(jnp.int32)
+        sorted_owners = owners[order]
+    places = jnp.zeros_like(number).at[order].set(number, unique_indices=True, mode="promise_in_bounds")
+    offsets = jnp.sum(owners < jnp.arange(experts + 1, dtype=jnp.int32)[:, None], axis=1, dtype=jnp.int32)
+    return Dispatch(order // per_token, jnp.minimum(sorted_owners, experts - 1), places.reshape(chosen.shape), offsets)
+
+
+def has_one_key(experts: int, pairs: int) -> bool:
+    """Return whether an expert, or none, and the number of a pair fit into one int32."""
+    return (experts + 1) * pairs <= KEYS
+
+
+def combine(y: jax.Array, weights: jax.Array, places: jax.Array, end: jax.Array) -> jax.Array:
+    """What the experts made, `[R, M]` by places, as one row a token: `[T, M]` in the dtype of `y`.
+
+    The sum over the k pairs of a token is taken in their order, in float32: no row is added to by two at a time.
+
+    Args:
+        y: the rows from `end` on are not read.
+        weights: `[T, k]` float32.
+        places: `[T, k]`, as `Dispatch`.
+        end: `[]`, the last of `Dispatch.offsets`.
+    """
+    rows = y[jnp.minimum(places, y.shape[0] - 1)].astype(jnp.float32)
+    rows = jnp.where((places < end)[..., None], rows * weights[..., None], 0)
+    return jax.lax.reduce_sum(rows, axes=(1,)).astype(y.dtype)
+
+
+def matmul(
+    x: jax.Array, weight: jax.Array, offsets: jax.Array, scales: jax.Array | None = None, *, kernel: str = XLA,
+    target: Target | None = None,
+) -> jax.Array:  # fmt: skip
+    """`y[r] = x[r] W[e]^T` for the rows r in `offsets[e] .. offsets[e + 1]`.
+
+    Args:
+        x: `[R, in]`.
+        weight: `[E, out, in]`; int8 with `scales`, else in the dtype of `x`.
+        offsets: `[E + 1]` int32, ascending from 0 to at most R.
+        scales: `[E, out]` float32, of an int8 weight's rows (`kernels.int8_matmul`).
+        kernel: "native", "triton" or "xla" (`kernels.matmul.choose`), or "ragged", without scales.
+        target: the device, for "triton".
+
+    Returns:
+        `[R, out]` in the dtype of `x`, with sums taken in float32; what lies in rows from `offsets[E]` on means nothing.
+    """
+    if kernel == TRITON and target is not None:
+        return triton_grouped.matmul(x, weight, offsets, scales, target)
+    if kernel == NATIVE and _native(x, weight):
+        result = jax.ShapeDtypeStruct((x.shape[0], weight.shape[1]), x.dtype)
+        if scales is None:
+            return jax.ffi.ffi_call("jaxinfer_grouped_matmul", result)(x, weight, offsets)
+        return jax.ffi.ffi_call("jaxinfer_grouped_int8_matmul", result)(x, weight, scales, offsets)
+
+    if kernel == RAGGED:
+        precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+        return jax.lax.ragged_dot(x, weight.swapaxes(1, 2), jnp.diff(offsets), precision=precision)
+
+    def product(rows: jax.Array, group: jax.Array) -> jax.Array:
+        if scales is None:
+            return dense(rows, weight[group])
+        return int8_matmul.matmul(rows, weight[group], scales[group])
+
+    return _tiles(x, offsets, weight.shape[1], product)
+
+
+def _native(x: jax.Array, weight: jax.Array) -> bool:
+    if weight.dtype == jnp.int8:
+        return x.shape[1] % 4 == 0 and x.dtype in (jnp.bfloat16, jnp.float32)
+    return x.dtype == weight.dtype and (x.dtype == jnp.float32 or x.dtype == jnp.bfloat16 and x.shape[1] % 2 == 0)
+
+
+def _tiles(
+    x: jax.Array, offsets: jax.Array, columns: int, product: Callable[[jax.Array, jax.Array], jax.Array]
+) -> jax.Array:
+    """A loop over tiles of rows of one group; as many turns as there are tiles with rows in them."""
+    rows, groups = x.shape[0], offsets.shape[0] - 1
+    tile = min(MOST_TILE, max(LEAST_TILE, 1 << (rows // groups).bit_length()))
+    tiles = -(-jnp.diff(offsets) // tile)
+    ends = jnp.cumsum(tiles)
+    x = jnp.pad(x, ((0, tile), (0, 0)))
+
+    def turn(number: jax.Array, y: jax.Array) -> jax.Array:
+        group = jnp.sum(ends <= number)
+        first = offsets[group] + (number - ends[group] + tiles[group]) * tile
+        made = product(jax.lax.dynamic_slice_in_dim(x, first, tile), group)
+        # Rows beyond the group's end are put right by the tiles that follow.
+        return jax.lax.dynamic_update_slice_in_dim(y, made, first, 0)
+
+    return jax.lax.fori_loop(0, ends[-1], turn, jnp.zeros((rows + tile, columns), x.dtype))[:rows]
+
+
+def reference(x: np.ndarray, weight: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """The oracle of `matmul` in float64, row by row; zero in rows of no group."""
+    y = np.zeros((x.shape[0], weight.shape[1]))
+    for group, (first, last) in enumerate(pairwise(offsets)):
+        y[first:last] = x[first:last].astype(np.float64) @ weight[group].astype(np.float64).T
+    return y

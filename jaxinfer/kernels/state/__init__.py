@@ -1,0 +1,1 @@
+"""Recurrent layers: delta rules, short convolutions and the slots of their states."""

@@ -1,0 +1,313 @@
+"""The gated delta rule: Kimi Delta Attention (arXiv:2510.26692), gated DeltaNet (arXiv:2412.06464).
+
+A head keeps a matrix S `[Dk, Dv]`, zero at first. A token with query q, key k, value v, log-decay g <= 0 (one a channel
+of the key in KDA, one a head in gated DeltaNet) and strength beta does
+
+    S <- diag(exp g) S;  S <- S + beta k (v - S^T k)^T;  o = S^T q
+
+`recurrence` says it so, token by token; `decode` is one such step for many sequences; `prefill` computes chunks of tokens
+by products of matrices (arXiv:2406.06484), and `whole` the same for whole sequences, differentiable. Within a chunk with
+state S before it, the updates u of its tokens solve
+
+    (1 + A) U = beta (V - K^ S),  A_ij = beta_i sum_d k_id k_jd exp(g_j+1 + ... + g_i)_d  for j < i
+
+Everything is float32. Letters: H heads (of values: queries and keys are repeated by the caller), C tokens of a chunk.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxinfer.kernels.state.slots import DecodeSlots, Segments, Whole
+from jaxinfer.kernels.state.slots import read as read_slots
+from jaxinfer.kernels.state.slots import write as write_slots
+
+CHUNK, CPU_CHUNK = 64, 32
+"""Tokens of a chunk of prefill, at most; powers of two. On a CPU 32 was faster than 64, whose last chunks are emptier:
+16 heads of 128 channels take 19 against 23 ms for one segment of 512 tokens, 20 against 37 for 16 of 32 (jax 0.12, two
+cores with other work on them). For a GPU by arithmetic alone."""
+
+_dot = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+
+
+class Tokens(NamedTuple):
+    """What the rule takes of each token, float32; any axes may stand before those named."""
+
+    q: jax.Array
+    """`[T, H, Dk]`, scaled."""
+    k: jax.Array
+    """`[T, H, Dk]`."""
+    v: jax.Array
+    """`[T, H, Dv]`."""
+    g: jax.Array
+    """`[T, H, Dk]`, or `[T, H, 1]` where all channels decay alike; 0 or less."""
+    beta: jax.Array
+    """`[T, H, 1]`."""
+
+
+def normalise(x: jax.Array, eps: float = 1e-6) -> jax.Array:
+    """`x / sqrt(sum x^2 + eps)` over the last axis, float32."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + eps)
+
+
+def recurrence(tokens: Tokens, state: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The oracle, one token after another: outputs `[T, H, Dv]` and the state `[H, Dk, Dv]` after the last."""
+
+    def one(state: jax.Array, token: Tokens) -> tuple[jax.Array, jax.Array]:
+        q, k, v, g, beta = token
+        state = state * jnp.exp(g)[..., None]
+        update = beta * (v - _dot("hkv,hk->hv", state, k))
+        state = state + k[..., None] * update[..., None, :]
+        return state, _dot("hkv,hk->hv", state, q)
+
+    state, outputs = jax.lax.scan(one, state, tokens)
+    return outputs, state
+
+
+def _step(tokens: Tokens, states: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """One token for each of `[B, H, Dk, Dv]` -> outputs `[B, H, Dv]` and the states after it.
+
+    S^T k and S^T q are read of the old state, together: S'^T q = S^T (exp(g) q) + (q k) u.
+    """
+    q, k, v, g, beta = tokens
+    decay = jnp.exp(g)
+    found = _dot("bhxk,bhkv->bhxv", jnp.stack([k * decay, q * decay], axis=-2), states)
+    update = beta * (v - found[..., 0, :])
+    outputs = found[..., 1, :] + jnp.sum(q * k, axis=-1, keepdims=True) * update
+    return outputs, states * decay[..., None] + k[..., None] * update[..., None, :]
+
+
+def decode(
+    tokens: Tokens, states: jax.Array, rows: DecodeSlots, *, one_by_one: bool
+) -> tuple[jax.Array, jax.Array]:
+    """One token a sequence.
+
+    Args:
+        tokens: B of them.
+        states: `[N, H, Dk, Dv]`.
+        rows: the slots of each.
+        one_by_one: whether sequences are computed one after another, each state read and written where it lies: on a CPU
+            that is 2.5 times as fast as a gather and a scatter of all (8 sequences of 1 MiB: 0.50 against 1.3 ms).
+
+    Returns:
+        `[B, H, Dv]`, of no meaning for padding, and the states.
+    """
+    (sources, targets), count = rows, states.shape[0]
+    if not one_by_one:
+        # Clamped, not filled with zeroes: what is read for padding is dropped again.
+        outputs, new = _step(tokens, states.at[sources].get(mode="clip"))
+        return outputs, write_slots(states, targets, new)
+
+    def one(row: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        outputs, states = carry
+        source, target = jnp.minimum(sources[row], count - 1), jnp.minimum(targets[row], count - 1)
+        old = jax.lax.dynamic_slice_in_dim(states, source, 1)
+        output, new = _step(jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, row, 1), tokens), old)
+        # For padding source and target are the same slot, which stays.
+        new = jnp.where(targets[row] < count, new, old)
+        states = jax.lax.dynamic_update_slice_in_dim(states, new, target, 0)
+        return jax.lax.dynamic_update_slice_in_dim(outputs, output, row, 0), states
+
+    return jax.lax.fori_loop(0, sources.shape[0], one, (jnp.zeros_like(tokens.v), states))
+
+
+class _Chunk(NamedTuple):
+    """What of a chunk does not depend on the state before it."""
+
+    reads: jax.Array
+    """`[H, 2 C, Dk]` what the state is read with: keys times beta, then queries, both decayed from the chunk's start."""
+    values: jax.Array
+    """`[H, C, Dv]` times beta."""
+    inverse: jax.Array
+    """`[H, C, C]` of 1 + A."""
+    weights: jax.Array
+    """`[H, C, C]` how much of each token's update its own and later queries read."""
+    keys: jax.Array
+    """`[H, C, Dk]` decayed to the chunk's end."""
+    decay: jax.Array
+    """`[H, Dk or 1, 1]` of the whole chunk."""
+
+
+def _pairs(rows: jax.Array, columns: jax.Array) -> jax.Array:
+    """`[..., m, D]`, `[..., n, D]` -> `[..., m, n]`; for a few rows not as a product of matrices, which costs a call each."""
+    if columns.shape[-2] < 8:
+        return jnp.sum(rows[..., :, None, :] * columns[..., None, :, :], axis=-1)
+    return _dot("...md,...nd->...mn", rows, columns)
+
+
+def _times(a: jax.Array, b: jax.Array) -> jax.Array:
+    """`[..., m, n]`, `[..., n, p]` -> `[..., m, p]`, small ones as in `_pairs`."""
+    if b.shape[-2] < 8:
+        return jnp.sum(a[..., :, :, None] * b[..., None, :, :], axis=-2)
+    return _dot("...mn,...np->...mp", a, b)
+
+
+def _below(first: jax.Array, corner: jax.Array, second: jax.Array) -> jax.Array:
+    """`[[first, 0], [corner, second]]` of matrices `[..., n, n]`."""
+    upper = jnp.concatenate([first, jnp.zeros_like(first)], axis=-1)
+    return jnp.concatenate([upper, jnp.concatenate([corner, second], axis=-1)], axis=-2)
+
+
+def _chunk(tokens: Tokens) -> _Chunk:
+    """Of tokens `[..., H, C, .]`, C a power of two.
+
+    Neighbouring parts of 1, 2, 4, ... tokens are joined. Between two of them a decay is that to the end of the first
+    times that from the start of the second, each a product of numbers in [0, 1]: nothing grows and nothing is a difference
+    of large numbers, however strong the decay. The inverse of a joined part is made of those of its two:
+    [[X, 0], [-Y B X, Y]].
+    """
+    q, k, v, g, beta = tokens
+    size = q.shape[-2]
+
+    def split(a: jax.Array, parts: int) -> jax.Array:
+        return a.reshape(*a.shape[:-2], parts, size // parts, a.shape[-1])
+
+    inverse, weights = jnp.ones_like(split(beta, size)), split(jnp.sum(q * k, axis=-1, keepdims=True), size)
+    before = split(jnp.exp(g), size)  # decay from a part's start up to each token
+    after = jnp.ones_like(before)  # and from behind it to the part's end
+    parts = size
+    while parts > 1:
+        (b1, b2), (a1, a2), (x, y), (w1, w2) = (
+            (a[..., ::2, :, :], a[..., 1::2, :, :]) for a in (before, after, inverse, weights)
+        )
+        q2, k2, beta2 = (split(a, parts)[..., 1::2, :, :] for a in (q, k, beta))
+        rows = jnp.concatenate([k2 * (beta2 * b2), q2 * b2], axis=-2)
+        found = _pairs(rows, split(k, parts)[..., ::2, :, :] * a1)
+        half = found.shape[-1]
+        inverse = _below(x, -_times(_times(y, found[..., :half, :]), x), y)
+        weights = _below(w1, found[..., half:, :], w2)
+        # A whole part's decay is that up to its last token.
+        before = jnp.concatenate([b1, b1[..., -1:, :] * b2], axis=-2)
+        after = jnp.concatenate([a1 * b2[..., -1:, :], a2], axis=-2)
+        parts //= 2
+    start, end, inverse, weights = (a[..., 0, :, :] for a in (before, after, inverse, weights))
+    reads = jnp.concatenate([k * (beta * start), q * start], axis=-2)
+    return _Chunk(reads, beta * v, inverse, weights, k * end, jnp.swapaxes(start[..., -1:, :], -1, -2))
+
+
+def _advance(chunk: _Chunk, state: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A chunk after the state `[H, Dk, Dv]` -> outputs `[H, C, Dv]` and the state after it."""
+    size = chunk.values.shape[-2]
+    found = _dot("hck,hkv->hcv", chunk.reads, state)
+    updates = _dot("hij,hjv->hiv", chunk.inverse, chunk.values - found[:, :size])
+    outputs = found[:, size:] + _dot("hij,hjv->hiv", chunk.weights, updates)
+    return outputs, chunk.decay * state + _dot("hck,hcv->hkv", chunk.keys, updates)
+
+
+def prefill(
+    tokens: Tokens, states: jax.Array, segments: Segments, *, one_by_one: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Runs of tokens of several sequences, each from its own state.
+
+    Chunks are cut from each segment's own start, so that what a segment gives does not depend on what lies beside it, nor
+    does anything that is not a number leave it.
+
+    Args:
+        tokens: T of them, those of all segments one after another.
+        states: `[N, H, Dk, Dv]`.
+        segments: where they lie, and their slots.
+        one_by_one: whether all of a chunk is computed when its turn comes (a CPU, where work then follows the tokens there
+            are), or what does not depend on the state before, for all chunks at once (a GPU, where loops are dear).
+
+    Returns:
+        `[T, H, Dv]`, finite for padding, and the states.
+    """
+    count, heads, value_dim = tokens.v.shape
+    size = min(CPU_CHUNK if one_by_one else CHUNK, 1 << (count - 1).bit_length())
+    padded = jax.tree.map(lambda a: jnp.pad(a, ((0, size), (0, 0), (0, 0))), tokens)
+    chunks = -(-segments.counts // size)
+    ends = jnp.cumsum(chunks)
+
+    def cut(start: jax.Array, live: jax.Array) -> _Chunk:
+        own = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, start, size), padded)
+        own = jax.tree.map(lambda a: jnp.where((jnp.arange(size) < live)[:, None, None], a, 0), own)
+        return _chunk(jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), own))
+
+    chunk_of = partial(_each, cut, segments, size) if one_by_one else _all(cut, segments, size, chunks, ends, count)
+
+    def one_segment(number: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        outputs, states, state = carry
+        fresh = read_slots(states, segments.sources[number][None])[0]
+        state = jnp.where(segments.continues[number], state, fresh)
+
+        def one_chunk(index: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            outputs, state = carry
+            made, state = _advance(chunk_of(number, index, ends[number] - chunks[number] + index), state)
+            # What lies beyond the segment is overwritten by the segment that follows.
+            start = segments.starts[number] + index * size
+            return jax.lax.dynamic_update_slice_in_dim(outputs, jnp.swapaxes(made, 0, 1), start, 0), state
+
+        outputs, state = jax.lax.fori_loop(0, chunks[number], one_chunk, (outputs, state))
+        target = jnp.where(segments.counts[number] > 0, segments.targets[number], states.shape[0])
+        return outputs, write_slots(states, target[None], state[None]), state
+
+    begin = jnp.zeros((count + size, heads, value_dim)), states, jnp.zeros(states.shape[1:])
+    last = jnp.max(jnp.where(segments.counts > 0, jnp.arange(chunks.shape[0]) + 1, 0))
+    outputs, states, _ = jax.lax.fori_loop(0, last, one_segment, begin)
+    return outputs[:count], states
+
+
+def whole(
+    tokens: Tokens, states: jax.Array, rows: Whole, *, one_by_one: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Whole sequences, each from a state of zeroes, by the chunks of `prefill`; their number is known, so that it can be
+    differentiated.
+
+    Args:
+        tokens: those of all sequences, one after another.
+        states: stay as they are.
+        rows: how long the sequences are.
+        one_by_one: which size of chunks suits.
+
+    Returns:
+        `[T, H, Dv]` and the states.
+    """
+    count, heads, value_dim = tokens.v.shape
+    length = rows.length
+    size = min(CPU_CHUNK if one_by_one else CHUNK, 1 << (length - 1).bit_length())
+    chunks = -(-length // size)
+
+    def cut(a: jax.Array) -> jax.Array:
+        """`[T, H, .]` -> `[chunks * sequences, H, C, .]`."""
+        a = jnp.pad(a.reshape(-1, length, *a.shape[1:]), ((0, 0), (0, chunks * size - length), (0, 0), (0, 0)))
+        a = a.reshape(a.shape[0], chunks, size, *a.shape[2:]).transpose(1, 0, 3, 2, 4)
+        return a.reshape(-1, *a.shape[2:])
+
+    def one(state: jax.Array, chunk: _Chunk) -> tuple[jax.Array, jax.Array]:
+        made, state = jax.vmap(_advance)(chunk, state)
+        return state, made
+
+    # With an axis more, of chunks and sequences each, the derivative compiled for a CPU ends the process (jax 0.10.2).
+    made = _chunk(jax.tree.map(cut, tokens))
+    made = jax.tree.map(lambda a: a.reshape(chunks, -1, *a.shape[1:]), made)
+    _, outputs = jax.lax.scan(one, jnp.zeros((count // length, *states.shape[1:])), made)
+    outputs = outputs.transpose(1, 0, 3, 2, 4).reshape(-1, chunks * size, heads, value_dim)
+    return outputs[:, :length].reshape(count, heads, value_dim), states
+
+
+def _each(
+    cut: Callable[[jax.Array, jax.Array], _Chunk], segments: Segments, size: int,
+    number: jax.Array, index: jax.Array, _: jax.Array,
+) -> _Chunk:  # fmt: skip
+    """Chunk `index` of segment `number`, computed now."""
+    return cut(segments.starts[number] + index * size, segments.counts[number] - index * size)
+
+
+def _all(
+    cut: Callable[[jax.Array, jax.Array], _Chunk], segments: Segments, size: int, chunks: jax.Array, ends: jax.Array,
+    count: int,
+) -> Callable[[jax.Array, jax.Array, jax.Array], _Chunk]:  # fmt: skip
+    """The chunks of all segments, computed at once, and what looks up one of them by its number among all."""
+    at = jnp.arange(count // size + chunks.shape[0])
+    own = jnp.minimum(jnp.searchsorted(ends, at, side="right", method="compare_all"), chunks.shape[0] - 1)
+    first = (at - (ends - chunks)[own]) * size
+    made = jax.vmap(cut)(segments.starts[own] + first, segments.counts[own] - first)
+
+    def look_up(_number: jax.Array, _index: jax.Array, place: jax.Array) -> _Chunk:
+        return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, place, keepdims=False), made)
+
+    return look_up

@@ -1,0 +1,100 @@
+"""The short causal convolution before a recurrence: one depthwise convolution over all columns, then SiLU.
+
+    y_t = silu(sum_j w_j * x_(t - W + 1 + j)),  j of [0, W)
+
+Its state is the last W - 1 inputs of a sequence, `[N, W - 1, columns]`, zeroes at first: columns last, so that a row of it
+is a row of the step. In the dtype of the inputs, which it keeps as they are; sums are float32.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from jaxinfer.kernels.state.slots import DecodeSlots, Segments, Whole, read, write
+
+
+def _weighted(inputs: list[jax.Array], weight: jax.Array) -> jax.Array:
+    """The sum of the W inputs `[..., columns]`, or the oldest of them, by `[columns, W]`, float32."""
+    wide = weight.astype(jnp.float32)
+    return sum((x.astype(jnp.float32) * wide[:, j] for j, x in enumerate(inputs)), start=jnp.float32(0))
+
+
+def decode(
+    x: jax.Array, weight: jax.Array, states: jax.Array, rows: DecodeSlots
+) -> tuple[jax.Array, jax.Array]:
+    """One token a sequence: `[B, columns]` and `[columns, W]` -> float32 `[B, columns]` and the states."""
+    # Clamped, not filled with zeroes: what is read for padding is dropped again.
+    past = states.at[rows.sources].get(mode="clip")
+    y = _weighted([*(past[:, j] for j in range(past.shape[1])), x], weight)
+    new = jnp.concatenate([past[:, 1:], x[:, None].astype(past.dtype)], axis=1)
+    # Where XLA fuses what is read with the scatter it copies all states, so as not to write what is still to be read.
+    return jax.nn.silu(y), write(states, rows.targets, jax.lax.optimization_barrier(new))
+
+
+def prefill(
+    x: jax.Array, weight: jax.Array, states: jax.Array, segments: Segments
+) -> tuple[jax.Array, jax.Array]:
+    """Runs of tokens of several sequences, each behind its own state.
+
+    Args:
+        x: `[T, columns]`, the tokens of all segments one after another.
+        weight: `[columns, W]`.
+        states: `[N, W - 1, columns]`.
+        segments: where they lie, and their slots.
+
+    Returns:
+        float32 `[T, columns]` and the states.
+    """
+    count, kept = x.shape[0], states.shape[1]
+    heads = segments.heads()
+    starts = segments.starts[heads]  # of the runs that segments continue
+    past = read(states, segments.sources[heads]).astype(x.dtype)
+    since = jnp.arange(count) - starts[segments.owners(count)]
+    inputs = [
+        jnp.where((since >= back)[:, None], jnp.pad(x, ((back, 0), (0, 0)))[:count], 0) for back in range(kept, 0, -1)
+    ]
+    y = _weighted([*inputs, x], weight)
+    at, before = _behind_state(past, weight, segments)
+    y = y.at[at].add(before, mode="drop", unique_indices=True)
+    last = segments.starts + segments.counts - kept + jnp.arange(kept)[:, None]
+    new = [_input(x, past, starts, place) for place in last]
+    targets = jnp.where(segments.counts > 0, segments.targets, states.shape[0])
+    return jax.nn.silu(y), write(states, targets, jnp.stack(new, axis=1))
+
+
+def whole(
+    x: jax.Array, weight: jax.Array, states: jax.Array, rows: Whole
+) -> tuple[jax.Array, jax.Array]:
+    """Whole sequences, differentiable: `[T, columns]` and `[columns, W]` -> float32 `[T, columns]`; the states stay."""
+    count, length = x.shape[0], rows.length
+    kept = states.shape[1]
+    padded = jnp.pad(x.reshape(-1, length, x.shape[1]), ((0, 0), (kept, 0), (0, 0)))
+    y = _weighted([padded[:, back : back + length] for back in range(kept + 1)], weight)
+    return jax.nn.silu(y).reshape(count, -1), states
+
+
+def _input(x: jax.Array, past: jax.Array, starts: jax.Array, place: jax.Array) -> jax.Array:
+    """`[R, columns]`: the input at `place` `[R]` of the step, or before a run's start the one its state has."""
+    kept = past.shape[1]
+    old = jnp.take_along_axis(past, jnp.clip(kept + place - starts, 0, kept - 1)[:, None, None], axis=1)[:, 0]
+    return jnp.where((place >= starts)[:, None], x.at[jnp.maximum(place, 0)].get(mode="clip"), old)
+
+
+def _behind_state(past: jax.Array, weight: jax.Array, segments: Segments) -> tuple[jax.Array, jax.Array]:
+    """What the inputs in the states `[R, W - 1, columns]` add to the first W - 1 tokens of each run.
+
+    Returns the tokens `[R * (W - 1)]`, past the end where there is none, and `[R * (W - 1), columns]`.
+    """
+    count, kept, columns = past.shape
+    added = [_weighted([past[:, j] for j in range(at, kept)], weight) for at in range(kept)]
+    first = segments.starts[:, None] + jnp.arange(kept)
+    # A run's first tokens may be in several segments: those that continue it take part as far as it reaches.
+    length = _run_lengths(segments)[:, None]
+    live = (jnp.arange(kept) < length) & ~segments.continues[:, None]
+    nowhere = jnp.iinfo(jnp.int32).max - jnp.arange(count * kept).reshape(count, kept)  # each once
+    return jnp.where(live, first, nowhere).reshape(-1), jnp.stack(added, axis=1).reshape(-1, columns)
+
+
+def _run_lengths(segments: Segments) -> jax.Array:
+    """`[R]` tokens of the run that each segment begins; of one that continues another it means nothing."""
+    own = segments.heads() == jnp.arange(segments.starts.shape[0])[:, None]
+    return jnp.where(own, segments.counts, 0).sum(axis=1)

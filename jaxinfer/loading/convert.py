@@ -1,0 +1,152 @@
+"""From a checkpoint's folder to one whose weights are fused, sharded and quantised as they lie on devices."""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from flax import nnx
+from jax.sharding import Mesh
+from tqdm.auto import tqdm
+
+from jaxinfer.checkpoint import orbax, rules
+from jaxinfer.checkpoint.hf import read_config
+from jaxinfer.checkpoint.manifest import NAME, WEIGHTS, Manifest, Stored, files_of, fingerprint
+from jaxinfer.checkpoint.quantised import Int8Source
+from jaxinfer.checkpoint.safetensors import DTYPES, SafetensorsReader
+from jaxinfer.checkpoint.source import Source
+from jaxinfer.errors import CheckpointError
+from jaxinfer.loading import weights
+from jaxinfer.sharding import mesh as meshes
+from jaxinfer.sharding.policy import Placement
+
+COPIED = (".json", ".jinja", ".model", ".txt", ".tiktoken")
+"""Endings of the files beside the weights that are taken over: configurations, tokenizers, chat templates."""
+TEMPLATES = "additional_chat_templates"
+"""The folder in which transformers keeps chat templates beyond the first."""
+
+
+def convert(
+    directory: Path, out: Path, mesh: Mesh, *, dtype: str = "auto", quantization: str | None = None,
+    placement: Placement = Placement(), pad_heads: bool = False, overrides: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> Manifest:  # fmt: skip
+    """Write the weights as they lie on the devices of `mesh` to the folder `out`, which `loading.load` then restores.
+
+    Its config.json has the `overrides` laid over it, so that they need not be given again.
+
+    The host holds about as many bytes of the weights at a time as the largest parameter has. `out` appears when all is
+    written; an interrupted conversion leaves `.NAME.partial` beside it, without a manifest, which the next one clears.
+
+    Raises:
+        ConfigError: as `loading.load`.
+        CheckpointError: a checkpoint that does not fit, a folder that is there already, a disk that is full.
+    """
+    if Manifest.read(directory) is not None:
+        raise CheckpointError(f"{directory} is a converted checkpoint itself; convert the one it was made from.")
+    served, config = weights.parse(hf := read_config(directory, overrides), directory)
+    mesh = meshes.normalise(mesh)
+    how = dict(quantization=quantization, placement=placement, pad_heads=pad_heads)
+    with SafetensorsReader(directory) as reader, _new_folder(out) as folder:
+        # As stored: what a dtype costs on this machine means nothing where the folder is loaded.
+        kind = weights.resolve_dtype(dtype, weights.said_dtype(hf) or weights.stored_dtype(reader), "", served)
+        config, source = weights.settle(served, config, hf, reader, directory)
+        module = weights.abstract(served, config, kind, mesh, **how)
+        wanted = rules.parameters(module)
+        planned = rules.plan(wanted, served.weight_rules(config), source, directory)
+        _write(folder, wanted, planned, source, mesh, progress)
+        _copy_others(directory, folder)
+        if overrides:
+            said = {name: value for name, value in hf.items() if value is not None}
+            (folder / "config.json").write_text(json.dumps(said, indent=2), encoding="utf-8")
+        manifest = Manifest(
+            meshes.size(mesh), dict(placement.patterns), pad_heads, quantization, kind.name,
+            sorted({DTYPES[source.info(rule.source).dtype].name for filled in planned.values() for rule in filled}),
+            fingerprint(reader),
+            {path: Stored.of(path, param, mesh) for path, param in wanted.items()}, dict(files_of(folder)),
+        )  # fmt: skip
+        manifest.write(folder)
+    return manifest
+
+
+def _write(
+    folder: Path, wanted: Mapping[str, nnx.Param], planned: Mapping[str, list[rules.Rule]], source: Source,
+    mesh: Mesh, progress: bool,
+) -> None:  # fmt: skip
+    """The weights, read and written a group of parameters at a time."""
+    sizes = {path: rules.nbytes(wanted[path]) for path in planned}
+    total, free = sum(sizes.values()), shutil.disk_usage(folder).free
+    if total > free:
+        raise CheckpointError(
+            f"{folder.parent} has {free} bytes free, and the weights take {total}; make room, or write elsewhere."
+        )
+    int8 = Int8Source(source)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="Converting weights", disable=not progress) as bar:
+        for group in orbax.groups({path: wanted[path] for path in planned}, max(sizes.values())):
+            parts = {path: planned[path] for path in group}
+            orbax.save(folder / WEIGHTS, dict(rules.read(wanted, parts, source, mesh, int8)))
+            bar.update(sum(sizes[path] for path in group))
+    orbax.finalize(folder / WEIGHTS)
+
+
+def _copy_others(directory: Path, folder: Path) -> None:
+    """What the model needs beside its weights, but for what names files of weights."""
+    for path in sorted([*directory.iterdir(), *directory.glob(f"{TEMPLATES}/*")]):
+        if path.is_file() and path.suffix in COPIED and not path.name.endswith(".index.json") and path.name != NAME:
+            target = folder / path.relative_to(directory)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target)
+
+
+@contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """A folder beside `out` to write into, which becomes `out` when all went well and goes when not.
+
+    Whoever writes holds its lock, which ends with the process: what an interrupted conversion left is cleared away.
+
+    Raises:
+        CheckpointError: `out` is there, or another process is writing it.
+    """
+    out = out.absolute()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out} is there already; name another folder, or remove it.")
+    folder = out.with_name(f".{out.name}.partial")
+    lock = _lock(folder)
+    try:
+        _clear(folder)
+        yield folder
+        os.fsync(lock)
+        os.rename(folder, out)
+    except BaseException as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        if not isinstance(error, OSError):
+            raise
+        raise CheckpointError(f"{out} cannot be written: {error.strerror or error}.") from error
+    finally:
+        os.close(lock)
+
+
+def _lock(folder: Path) -> int:
+    """Makes the folder and takes its lock; a descriptor that holds it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be made: {error.strerror or error}.") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(lock), os.stat(folder)):  # another may have renamed it meanwhile
+            return lock
+    except OSError:
+        pass
+    os.close(lock)
+    raise CheckpointError(f"{folder} is being written by another conversion; wait for it, or name another folder.")
+
+
+def _clear(folder: Path) -> None:
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()

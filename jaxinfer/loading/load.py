@@ -1,0 +1,129 @@
+"""From what names a model to what an `LLM` serves: the module on its mesh, its tokenizer, what ends an output."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from jaxinfer import distributed
+from jaxinfer.checkpoint.hf import read_config, read_generation_config
+from jaxinfer.checkpoint.hub import resolve_model
+from jaxinfer.config import EngineConfig
+from jaxinfer.distributed.group import Group
+from jaxinfer.engine.multihost import handshake
+from jaxinfer.errors import ConfigError
+from jaxinfer.inputs.generation_config import FORCED, default_params, eos_ids, forced_id
+from jaxinfer.inputs.loaded_model import LoadedModel
+from jaxinfer.inputs.tokenizer import load_tokenizer
+from jaxinfer.loading import weights
+from jaxinfer.media import ImageProcessor, MediaReader, ReaderSources, TextReader
+from jaxinfer.models.base import Features
+from jaxinfer.models.registry import family
+from jaxinfer.sampling_params import SamplingParams
+from jaxinfer.sharding import make_mesh
+from jaxinfer.sharding import mesh as meshes
+from jaxinfer.sharding.policy import Placement
+
+
+@dataclass(frozen=True)
+class Named:
+    """What a user names a model by; see the arguments of `LLM`."""
+
+    model: str | Path | nnx.Module
+    tokenizer: Any = None
+    skip_tokenizer_init: bool = False
+    revision: str | None = None
+    overrides: Mapping[str, Any] | None = None
+
+
+def place(given: Mesh | None, config: EngineConfig, size_given: bool, group: Group | None) -> tuple[Mesh, EngineConfig]:
+    """The user's mesh, or one over as many devices as the settings say; and the settings, which then say what it is.
+
+    `size_given`: whether tensor_parallel_size was passed and not its default.
+    """
+    if given is None:
+        mesh = make_mesh(config.tensor_parallel_size)
+        if group is not None:
+            distributed.check_mesh(mesh)
+        return mesh, config
+    mesh = meshes.normalise(given, config.tensor_parallel_size if size_given else None)
+    return mesh, dataclasses.replace(config, tensor_parallel_size=meshes.size(mesh))
+
+
+def open_model(named: Named, config: EngineConfig, mesh: Mesh, group: Group | None, *, progress: bool) -> LoadedModel:
+    """Loads a model, or takes a module as it is.
+
+    `group`: the processes that serve it together; all must have the same files, and only the first needs a tokenizer.
+
+    Raises:
+        ConfigError, CheckpointError, OfflineError, DistributedError: see `jaxinfer.errors`.
+    """
+    follows = group is not None and group.process > 0
+    if isinstance(named.model, nnx.Module):
+        _check_module(named.model, config, mesh)
+        module, directory, params, ends = named.model, None, SamplingParams(), ()
+        hf, generation = {}, {}
+    else:
+        directory = resolve_model(named.model, named.revision)
+        if group is not None:
+            handshake.files(group, directory)
+        hf, generation = read_config(directory, named.overrides), read_generation_config(directory)
+        params = default_params(generation, encoder_decoder=bool(hf.get("is_encoder_decoder")))
+        ends = eos_ids(hf, generation)
+        module = weights.load(
+            directory, mesh, dtype=config.dtype, quantization=config.quantization, overrides=named.overrides,
+            placement=Placement.of(config.placement), pad_heads=config.pad_heads, progress=progress,
+        )  # fmt: skip
+    source = directory if named.tokenizer is None else named.tokenizer
+    tokenizer = None if source is None or named.skip_tokenizer_init or follows else load_tokenizer(source)
+    if directory is None and getattr(tokenizer, "eos_token_id", None) is not None:
+        ends = (tokenizer.eos_token_id,)  # a module brings no configuration that would name them
+    features = module.config.features
+    media = None if features is None else _media_reader(features, tokenizer, directory, named.overrides)
+    salt = f"{id(module) if directory is None else named.model}|{named.revision}".encode()
+    sources = ReaderSources(module.config, hf, generation, tokenizer, directory)
+    reader = None
+    if module.config.cross is not None:
+        reader = (TextReader if directory is None else family(hf).reader)(sources)
+    forced = {name: forced_id({name: sources.said(name)}, name) for name in FORCED}
+    return LoadedModel(module, tokenizer, media, reader, params, ends, salt, forced)
+
+
+def _media_reader(
+    takes: Features, tokenizer: Any, directory: Path | None, overrides: Mapping[str, Any] | None
+) -> MediaReader:
+    """Of a checkpoint, with its family's image processor; of a module, for token ids and pixel values."""
+    if directory is None:
+        return MediaReader(takes)
+    hf = read_config(directory, overrides)
+    form = family(hf).images
+    processor = None if form is None else ImageProcessor(form, directory, hf, takes.shape)
+    return MediaReader(takes, tokenizer, form, processor)
+
+
+def _check_module(module: nnx.Module, config: EngineConfig, mesh: Mesh) -> None:
+    """Refuses what only a checkpoint still to be loaded can be given, and a mesh that is not for this module."""
+    for name in ("quantization", "placement", "pad_heads"):
+        value = getattr(config, name)
+        if value not in (None, False):
+            raise ConfigError(
+                f"{name} is {value!r}, but a module has its weights already; leave it out, and make "
+                f"the module with loading.weights.load(directory, mesh, {name}=...)"
+            )
+    meshes.check_data_axis(mesh, getattr(module.config, "features", None) is not None)
+    shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(nnx.state(module))]
+    for own in {sharding.mesh for sharding in shardings if isinstance(sharding, NamedSharding)}:
+        if own.shape != mesh.shape or (own.devices != mesh.devices).any():
+            raise ConfigError(
+                f"the module's weights lie on a mesh of {_axes(own)}, but it is to run on one of {_axes(mesh)}; pass "
+                "mesh= or tensor_parallel_size as it was loaded with"
+            )
+
+
+def _axes(mesh: Mesh) -> str:
+    return f"{dict(mesh.shape)} over devices {[device.id for device in mesh.devices.flat]}"

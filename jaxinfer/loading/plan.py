@@ -1,0 +1,177 @@
+"""The plan of a model from its config.json: no weights, no devices of that number, seconds for any size."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType, Mesh
+
+from jaxinfer.checkpoint.formats import QUANTISATION_FILES
+from jaxinfer.checkpoint.hf import lay_over, read_config
+from jaxinfer.checkpoint.hub import resolve_model
+from jaxinfer.checkpoint.manifest import NAME, Manifest
+from jaxinfer.checkpoint.safetensors import SafetensorsReader
+from jaxinfer.config import EngineConfig
+from jaxinfer.engine.sampling import sampler
+from jaxinfer.engine.sizing import slots as slots_of
+from jaxinfer.errors import ConfigError
+from jaxinfer.kv import cache as kv_cache
+from jaxinfer.kv import groups
+from jaxinfer.kv.spec import State
+from jaxinfer.loading import weights
+from jaxinfer.models.base import Family, LanguageModel
+from jaxinfer.sharding import axes, placement
+from jaxinfer.sharding import mesh as meshes
+from jaxinfer.sharding.collectives import STEPS
+from jaxinfer.sharding.placement import Plan
+from jaxinfer.sharding.placement_rows import CacheLayer, CachePlan, Exchange
+from jaxinfer.sharding.policy import Placement
+
+log = logging.getLogger(__name__)
+
+FILES = ("config.json", NAME, *QUANTISATION_FILES)
+"""All that is fetched of a Hub id."""
+
+
+def plan(
+    model: str | Path | Mapping[str, Any], *, tensor_parallel_size: int | None = None, mesh: Any = None,
+    memory: int | None = None, revision: str | None = None, hf_overrides: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> Plan:  # fmt: skip
+    """Where every weight would lie, what each device would hold and what a step would exchange.
+
+    `LLM` with the same arguments places its weights so.
+
+    Args:
+        model: a folder with a config.json, a Hub id whose config.json is in the cache or can be fetched, or what
+            config.json says.
+        tensor_parallel_size: devices over which weights and kv heads are divided; 1 if neither it nor a mesh is given.
+        mesh: a `Mesh` or `AbstractMesh`, which needs no devices, or the sizes of its axes: `{"data": 2, "model": 4}`.
+        memory: bytes of a device; the plan then says how many tokens the cache holds.
+        revision: of the Hub id.
+        hf_overrides: values laid over config.json.
+        settings: `placement`, `pad_heads`, `dtype`, `quantization`, `block_size`, `gpu_memory_utilization` of
+            `EngineConfig`; for models with recurrent layers `max_num_seqs`, `snapshot_memory_fraction` and
+            `enable_prefix_caching` as well.
+
+    Raises:
+        ConfigError: an architecture, size, mesh or placement that is not served, or what does not divide over the mesh.
+        CheckpointError, OfflineError: there is no config.json.
+        TypeError: a setting that does not exist.
+    """
+    directory, hf = _find(model, revision, hf_overrides)
+    if tensor_parallel_size is not None:
+        settings = settings | {"tensor_parallel_size": tensor_parallel_size}
+    config = EngineConfig.of(settings)
+    if memory is not None and (isinstance(memory, bool) or not isinstance(memory, int) or memory < 1):
+        raise ConfigError(f"memory must be a whole number of bytes of a device, at least 1, got {memory!r}")
+    mesh = meshes.normalise(_mesh(mesh, config.tensor_parallel_size), tensor_parallel_size)
+    served, parsed = weights.parse(hf, directory)
+    dtype, how = _settings(config, hf, directory, served)
+    module = weights.abstract(served, parsed, dtype, mesh, **how)
+    made = placement.plan(
+        module, mesh, itemsize=dtype.itemsize, more=_sampling(module, dtype),
+        cache=cache_plan(module, config.block_size, dtype, mesh), model=_title(model, hf),
+        patterns=how["placement"].patterns, memory=memory, cache_share=config.gpu_memory_utilization,
+    )  # fmt: skip
+    return _with_states(made, config)
+
+
+def cache_plan(module: LanguageModel, block_size: int, dtype: jnp.dtype, mesh: Mesh | AbstractMesh) -> CachePlan:
+    """Count what the cache of a model takes on each device, as the engine counts it."""
+    specs = tuple(module.cache_specs())
+    kept = groups.layout(specs)
+    layers = []
+    for layer, (spec, lane) in enumerate(zip(specs, kv_cache.abstract(specs, 1, block_size, dtype, mesh), strict=True)):
+        arrays = jax.tree.leaves(lane)
+        whole, size = all(array.sharding.is_fully_replicated for array in arrays), sum(map(placement.device_bytes, arrays))
+        sizes = {"state_device_bytes" if isinstance(spec, State) else "block_device_bytes": size}
+        layers.append(CacheLayer(layer, whole, **sizes, encoded=spec.kind.encoded))
+    # An id of the pool takes its memory in all lanes; a block of a sequence takes one of each of its groups.
+    block = kv_cache.block_bytes(kept.lanes, block_size, dtype, mesh) // mesh.size
+    encoded = groups.encoded(kept.kinds)
+    return CachePlan(
+        block_size, tuple(layers), block * groups.count(groups.own(kept.kinds)), block * (encoded.count if encoded else 0)
+    )
+
+
+def _with_states(made: Plan, config: EngineConfig) -> Plan:
+    """Return the plan with as many sequences and states as the engine would make room for in the memory of a GPU."""
+    if not made.cache_bytes or not made.cache.state_device_bytes:
+        return made
+    rows = config.max_num_seqs or min(slots_of.GPU_SEQUENCES, config.max_num_batched_tokens or slots_of.GPU_SEQUENCES)
+    sequences, slots = slots_of.divide(config, rows, made.cache.state_device_bytes, made.cache_bytes)
+    return replace(made, cache=replace(made.cache, sequences=sequences, state_slots=slots))
+
+
+def _sampling(module: LanguageModel, dtype: jnp.dtype) -> list[Exchange]:
+    """What the sampler exchanges to compare the logits that a head leaves divided."""
+    shards = max(getattr(part, "logit_shards", 0) for _, part, _ in placement.walk(module))
+    return [placement.exchange("sampler", made, STEPS, dtype.itemsize) for made in sampler.collectives(shards)]
+
+
+def read_model_config(
+    model: str | Path | Mapping[str, Any], revision: str | None = None, overrides: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What config.json says, of a folder, a Hub id or given as it is; raises as `plan`."""
+    return _find(model, revision, overrides)[1]
+
+
+def _find(
+    model: str | Path | Mapping[str, Any], revision: str | None, overrides: Mapping[str, Any] | None
+) -> tuple[Path | None, dict[str, Any]]:
+    """The folder, if there is one, and config.json."""
+    if isinstance(model, Mapping):
+        return None, lay_over(model, overrides)
+    directory = resolve_model(model, revision, patterns=FILES)
+    return directory, read_config(directory, overrides)
+
+
+def _settings(
+    config: EngineConfig, hf: Mapping[str, Any], directory: Path | None, served: Family
+) -> tuple[jnp.dtype, dict[str, Any]]:
+    """Settle the dtype, on a device that is good at it as a GPU is, and how the module is built; as `loading.load` would.
+
+    Where config.json states no dtype, weights that lie in the folder do, and otherwise the family's default is planned.
+    """
+    how = {
+        "quantization": config.quantization, "placement": Placement.of(config.placement), "pad_heads": config.pad_heads
+    }  # fmt: skip
+    manifest = None if directory is None else Manifest.read(directory)
+    stored = weights.said_dtype(hf) if manifest is None else manifest.dtype
+    if config.dtype == "auto" and not stored:
+        stored = _stored(directory) or served.stored_dtype
+        log.warning("config.json states no dtype; planned in %s: pass dtype for another", stored)
+    dtype = weights.resolve_dtype(config.dtype, stored, "gpu", served)
+    if manifest is not None and directory is not None:
+        how = manifest.settle(directory, dtype, asked=config.dtype != "auto", **how)
+    return dtype, how
+
+
+def _stored(directory: Path | None) -> str:
+    """Return the dtype of the weights of a folder; empty: there are none, as in one with config.json alone."""
+    if directory is None or not any(directory.glob("*.safetensors")):
+        return ""
+    with SafetensorsReader(directory) as reader:
+        return weights.stored_dtype(reader)
+
+
+def _mesh(mesh: Any, shards: int) -> Mesh | AbstractMesh:
+    if isinstance(mesh, Mesh | AbstractMesh):
+        return mesh
+    sizes = {axes.MODEL: shards} if mesh is None else mesh
+    if not isinstance(sizes, Mapping) or not sizes:
+        raise TypeError(f"mesh must be a jax.sharding.Mesh or the sizes of its axes by name, got {mesh!r}")
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ConfigError(f"mesh: axis {name!r} must have a whole number of devices, at least 1, got {size!r}")
+    return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def _title(model: Any, hf: Mapping[str, Any]) -> str:
+    kind = ", ".join(map(str, hf.get("architectures") or []))
+    return kind if isinstance(model, Mapping) else f"{model} ({kind})"

@@ -1,0 +1,1 @@
+"""Mllama (Llama 3.2 Vision)."""

@@ -1,0 +1,7 @@
+"""Token ids in; text, stop strings and tables of log-probabilities out. Needs no device."""
+
+from jaxinfer.results.detokenizer import Detokenizer as Detokenizer
+from jaxinfer.results.logprobs import LogprobTable as LogprobTable
+from jaxinfer.results.stop_strings import StopChecker as StopChecker
+from jaxinfer.results.stop_strings import StopStrings as StopStrings
+from jaxinfer.results.text_stream import TextStream as TextStream

@@ -1,0 +1,274 @@
+"""A user's view of one request: its text as it grows, and its results."""
+
+from collections.abc import Callable, Mapping
+from functools import cached_property, lru_cache
+from typing import Any
+
+from jaxinfer.engine.beam_search.beams import Finished
+from jaxinfer.engine.request import Request, Sequence, Status
+from jaxinfer.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from jaxinfer.results.detokenizer import Detokenizer
+from jaxinfer.results.logprobs import Likely, LogprobTable
+from jaxinfer.results.stop_strings import StopStrings
+from jaxinfer.results.text_stream import TextStream
+from jaxinfer.sampling_params import RequestOutputKind
+
+_stops = lru_cache(maxsize=16)(StopStrings)
+"""The automaton for `SamplingParams.stop`, which most requests of a call have in common."""
+
+
+class Sample:
+    """One sequence as its user sees it: its text as it grows, and what of it was given out."""
+
+    def __init__(self, sequence: Sequence, stream: Callable[[], TextStream] | None, table: Callable[[], LogprobTable]):
+        """Follow a sequence; `stream` and `table` are called once its first token is there. No stream: no text."""
+        self.sequence, self._new_stream, self._new_table = sequence, stream, table
+        self._taken = 0
+        """Tokens that the text has taken."""
+        self._hides_last = False
+        """Whether the last of them ended the sequence and is no part of the text."""
+        self._flushed = False
+        self._fresh: list[str] = []
+        """Text made since the last delta."""
+        self._token_ids: list[int] = []
+        self._logprobs: list[Mapping[int, Logprob]] = []
+        self._listed = 0
+        """Tokens whose log-probabilities were given out or are in `_logprobs`."""
+        self.given = 0
+        """Tokens in deltas so far."""
+        self.ended = False
+        """Whether its end was given out."""
+
+    @cached_property
+    def _text(self) -> TextStream | None:
+        return None if self._new_stream is None else self._new_stream()
+
+    @cached_property
+    def _table(self) -> LogprobTable:
+        return self._new_table()
+
+    @property
+    def text(self) -> str:
+        """All of its text."""
+        return "" if self._text is None else self._text.text
+
+    @property
+    def token_ids(self) -> list[int]:
+        """All of its tokens."""
+        self._token_ids += self.sequence.output_ids[len(self._token_ids) :].tolist()
+        return self._token_ids.copy()
+
+    @property
+    def matched(self) -> str | None:
+        """The stop string that ended it."""
+        return None if self._text is None else self._text.matched
+
+    def take(self, reason: str | None) -> None:
+        """Give new tokens to the text, and flush what it holds back if the sequence ends with them.
+
+        Args:
+            reason: why the last of the tokens ends the sequence, stop strings aside. If it is "stop", the token is no part of
+                the text, unless the request asks for it.
+        """
+        self._hides_last = reason == "stop" and not self.sequence.request.params.include_stop_str_in_output
+        tokens = self.sequence.output_ids[self._taken :].tolist()
+        self._taken += len(tokens)
+        ending = tokens.pop() if self._hides_last and tokens else None
+        self._fresh.append(self._text.push(tokens))
+        if ending is not None:
+            self._fresh.append(self._text.end(ending))
+        if reason is not None:
+            self._flush()
+
+    def settle(self) -> None:
+        """Once the sequence has ended: take what nobody listened to, and flush what was held back."""
+        if self._text is None or self._flushed or self.sequence.status is not Status.FINISHED:
+            return
+        if self._taken < self.sequence.made:
+            self.take(self.sequence.finish_reason)
+        else:
+            self._flush()
+
+    def _flush(self) -> None:
+        if not self._flushed:
+            self._fresh.append(self._text.finish())
+            self._flushed = True
+
+    def take_fresh(self) -> str:
+        """The text made since the last call."""
+        text = "".join(self._fresh)
+        self._fresh.clear()
+        return text
+
+    def fresh_logprobs(self) -> list[Mapping[int, Logprob]]:
+        """The tables of the tokens made since the last call."""
+        sequence, start = self.sequence, self._listed
+        tokens, ended = sequence.output_ids[start:].tolist(), sequence.status is Status.FINISHED
+        rows = []
+        for left, token, entry in zip(range(len(tokens), 0, -1), tokens, sequence.logprobs[start:], strict=True):
+            last = ended and left == 1
+            rows.append(self._table.row(token, Likely(*entry), last=last, in_text=not (last and self._hides_last)))
+        self._listed += len(rows)
+        return rows
+
+    def logprobs(self) -> list[Mapping[int, Logprob]]:
+        """The tables of all its tokens."""
+        self._logprobs += self.fresh_logprobs()
+        return self._logprobs.copy()
+
+
+class Handle:
+    """Follows a request; listens to its tokens where text is needed before the end.
+
+    A call may have a hundred thousand of them in the queue, so what is not needed before the first token is made then.
+    """
+
+    def __init__(self, request: Request, text: str | None, tokenizer: Any, *, streaming: bool):
+        self.request, self.text = request, text
+        self.read: str | None = None
+        """The text that its encoder reads."""
+        self._tokenizer = tokenizer
+        self._chunks = 0
+        """Chunks of the prompt whose log-probabilities are in its table."""
+        if (streaming or request.params.stop) and self._makes_text:
+            request.listener = self
+
+    @property
+    def _makes_text(self) -> bool:
+        return self._tokenizer is not None and self.request.params.detokenize
+
+    @cached_property
+    def _samples(self) -> list[Sample]:
+        stream = self._stream if self._makes_text else None
+        return [Sample(sequence, stream, self._output_table) for sequence in self.request.sequences]
+
+    @cached_property
+    def _prompt_logprobs(self) -> list[Mapping[int, Logprob] | None]:
+        return [None]
+
+    def _detokenizer(self) -> Detokenizer:
+        """At the end of the prompt."""
+        params = self.request.params
+        return Detokenizer(
+            self._tokenizer, prompt=self.request.prompt, skip_special_tokens=params.skip_special_tokens,
+            spaces_between_special_tokens=params.spaces_between_special_tokens,
+        )  # fmt: skip
+
+    def _stream(self) -> TextStream:
+        params = self.request.params
+        return TextStream(
+            self._detokenizer(), _stops(params.stop) if params.stop else None,
+            include_stop=params.include_stop_str_in_output, min_tokens=params.min_tokens,
+        )  # fmt: skip
+
+    def _output_table(self) -> LogprobTable:
+        return LogprobTable(None if self._tokenizer is None else self._detokenizer(), self.request.params.logprobs)
+
+    @cached_property
+    def _prompt_table(self) -> LogprobTable:
+        """At the second token of the prompt: the first has no log-probability."""
+        detokenizer = None if self._tokenizer is None else Detokenizer(self._tokenizer, skip_special_tokens=False)
+        table = LogprobTable(detokenizer, self.request.params.prompt_logprobs)
+        table.skip(int(self.request.prompt[0]))
+        return table
+
+    @cached_property
+    def _prompt_ids(self) -> list[int]:
+        return self.request.prompt.tolist()
+
+    @property
+    def finished(self) -> bool:
+        """Whether every sample has ended."""
+        return self.request.finished
+
+    def on_token(self, sequence: Sequence, reason: str | None) -> str | None:
+        """Called by the engine for each token; a stop string that it completed."""
+        sample = self._samples[sequence.index]
+        sample.take(reason)
+        return sample.matched
+
+    def output(self) -> RequestOutput:
+        """Everything so far."""
+        return self._wrap([self._completion(sample) for sample in self._samples])
+
+    def update(self, kind: RequestOutputKind) -> RequestOutput | None:
+        """What is new since the last update, in the form asked for; None if nothing is."""
+        if kind is RequestOutputKind.FINAL_ONLY and not self.finished:
+            return None
+        fresh = []
+        for sample in self._samples:
+            made, done = sample.sequence.made, sample.sequence.status is Status.FINISHED
+            if made == sample.given and done == sample.ended:
+                continue
+            fresh.append(self._completion(sample, delta=kind is RequestOutputKind.DELTA))
+            sample.given, sample.ended = made, done
+        return self._wrap(fresh) if fresh else None
+
+    def _wrap(self, outputs: list[CompletionOutput]) -> RequestOutput:
+        request = self.request
+        return RequestOutput(
+            request_id=request.id, prompt=self.text, prompt_token_ids=self._prompt_ids, outputs=outputs,
+            finished=request.finished, prompt_logprobs=self._known_prompt_logprobs(), metrics=self._metrics(),
+            encoder_prompt=self.read, encoder_prompt_token_ids=None if request.cross is None else request.cross.token_ids,
+            num_cached_tokens=request.cached_tokens,
+        )  # fmt: skip
+
+    def _completion(self, sample: Sample, *, delta: bool = False) -> CompletionOutput:
+        sample.settle()
+        sequence, logprobs = sample.sequence, None
+        if self.request.params.logprobs is not None:
+            logprobs = sample.fresh_logprobs() if delta else sample.logprobs()
+        return CompletionOutput(
+            index=sequence.index, text=sample.take_fresh() if delta else sample.text,
+            token_ids=sequence.output_ids[sample.given :].tolist() if delta else sample.token_ids,
+            cumulative_logprob=None if logprobs is None else sequence.cumulative_logprob, logprobs=logprobs,
+            finish_reason=sequence.finish_reason,
+            stop_reason=self.request.error if sequence.finish_reason == "error" else sequence.stop_reason,
+        )  # fmt: skip
+
+    def _known_prompt_logprobs(self) -> list[Mapping[int, Logprob] | None] | None:
+        """The tables of the prompt's tokens that are known; all updates of a request share one list of them."""
+        if self.request.params.prompt_logprobs is None:
+            return None
+        table, prompt = self._prompt_logprobs, self.request.prompt
+        for chunk in self.request.prompt_logprobs[self._chunks :]:
+            for entry in zip(*chunk, strict=True):
+                at = len(table)
+                table.append(self._prompt_table.row(int(prompt[at]), Likely(*entry), last=at + 1 == len(prompt)))
+        self._chunks = len(self.request.prompt_logprobs)
+        return table
+
+    def _metrics(self) -> RequestMetrics:
+        r = self.request
+        return RequestMetrics(
+            r.arrival_time, r.first_scheduled_time, r.first_token_time, r.finished_time, r.preemptions,
+            r.cached_tokens, r.miss_reason, r.hits, r.clamped_max_tokens,
+        )  # fmt: skip
+
+
+class BeamHandle(Handle):
+    """Follows a beam search, whose results are known at its end."""
+
+    def __init__(self, request: Request, text: str | None, tokenizer: Any):
+        super().__init__(request, text, tokenizer, streaming=False)
+
+    def output(self) -> RequestOutput:
+        """The best beams; of a search that was cut short or failed a single one, without tokens, that says so."""
+        request, [first, *_] = self.request, self.request.sequences
+        outputs = [self._beam(index, beam) for index, beam in enumerate(request.beams.best)]
+        if request.error is not None or not outputs:
+            outputs = [CompletionOutput(0, "", [], finish_reason=first.finish_reason, stop_reason=request.error)]
+        return self._wrap(outputs)
+
+    def _beam(self, index: int, beam: Finished) -> CompletionOutput:
+        params, last, text = self.request.params, int(beam.tokens[-1]), ""
+        shown = len(beam.tokens) - (beam.stopped and not params.include_stop_str_in_output)
+        if self._makes_text:
+            stream = self._detokenizer()
+            text = stream.push(beam.tokens[:shown].tolist()) + stream.finish()
+        return CompletionOutput(
+            index=index, text=text,
+            token_ids=beam.tokens.tolist(), cumulative_logprob=beam.logprob,
+            finish_reason="stop" if beam.stopped else "length",
+            stop_reason=last if beam.stopped and last not in params.eos_token_ids else None, score=float(beam.score),
+        )  # fmt: skip

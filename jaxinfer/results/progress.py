@@ -1,0 +1,140 @@
+"""Which requests of a call have ended, and what the call says of itself while it runs and at its end."""
+
+import logging
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
+from functools import cache
+from operator import itemgetter
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from jaxinfer.engine.request import Listener, Request
+from jaxinfer.engine.request import Sequence as Sample
+from jaxinfer.outputs import RequestOutput
+from jaxinfer.results.output_processor import Handle
+from jaxinfer.sampling_params import DefaultInt
+
+log = logging.getLogger(__name__)
+
+
+class Running:
+    """The handles of a call that have not ended yet.
+
+    The engine says which ends (`Request.on_finish`), so that nobody has to look at all of them after each step.
+    """
+
+    def __init__(self, handles: Iterable[Handle] = ()):
+        self._left: dict[str, Handle] = {}
+        self._ended: deque[str] = deque()
+        for handle in handles:
+            self.add(handle)
+
+    def __len__(self) -> int:
+        return len(self._left)
+
+    @property
+    def some_ended(self) -> bool:
+        """Whether `take_ended` would return any."""
+        return bool(self._ended)
+
+    def add(self, handle: Handle) -> None:
+        """Follow a handle whose request is not queued yet."""
+        self._left[handle.request.id] = handle
+        handle.request.on_finish = self._end
+
+    def _end(self, request: Request) -> None:
+        self._ended.append(request.id)
+
+    def take_ended(self) -> list[Handle]:
+        """Return the handles that have ended since the last call."""
+        ended = []
+        while self._ended:
+            handle = self._left.pop(self._ended.popleft(), None)  # None: it was told twice
+            if handle is not None:
+                ended.append(handle)
+        return ended
+
+
+class Updates:
+    """What the handles of a stream have to give out after a step: only those are looked at that got a token or ended."""
+
+    def __init__(self, handles: Sequence[Handle]):
+        self._running = Running(handles)
+        self._places = {handle.request.id: (place, handle) for place, handle in enumerate(handles)}
+        self._changed: set[str] = set()
+        for handle in handles:
+            handle.request.listener = _Told(self._changed, handle.request.listener)
+
+    def unfinished(self) -> bool:
+        """Take note of what has ended, and return whether anything is left."""
+        self._changed.update(handle.request.id for handle in self._running.take_ended())
+        return len(self._running) > 0
+
+    def take(self) -> list[RequestOutput]:
+        """Return what is new of each handle since the last call, in the order of the handles."""
+        self.unfinished()
+        changed = [self._places[name] for name in self._changed]
+        self._changed.clear()
+        found = [handle.update(handle.request.params.output_kind) for _, handle in sorted(changed, key=itemgetter(0))]
+        return [update for update in found if update is not None]
+
+
+class _Told:
+    """A listener that notes which requests got tokens, before the handle's own."""
+
+    def __init__(self, changed: set[str], own: Listener | None):
+        self._changed, self._own = changed, own
+
+    def on_token(self, sequence: Sample, *rest: Any) -> str | None:
+        """Note that there is a token, and pass it on."""
+        self._changed.add(sequence.request.id)
+        return None if self._own is None else self._own.on_token(sequence, *rest)
+
+
+class Progress:
+    """The bar over a call: prompts done, tokens a second.
+
+    `unfinished` runs on the engine's thread and only counts; `show` draws, on the caller's.
+    """
+
+    def __init__(self, bar: tqdm, handles: Sequence[Handle]):
+        self._bar, self._running = bar, Running(handles)
+        self._start, self._prompt, self._made, self._done = time.perf_counter(), 0, 0, 0
+
+    def unfinished(self) -> bool:
+        """Take note of what has finished, and return whether anything is left."""
+        if self._running.some_ended:
+            done = self._running.take_ended()
+            self._prompt += sum(len(handle.request.prompt) for handle in done)
+            self._made += sum(s.made for handle in done for s in handle.request.sequences)
+            self._done += len(done)
+        return len(self._running) > 0
+
+    def show(self) -> None:
+        """Draw what has finished since the last time."""
+        fresh = self._done - self._bar.n
+        if fresh:
+            passed = max(time.perf_counter() - self._start, 1e-9)
+            self._bar.set_postfix_str(
+                f"est. speed input: {self._prompt / passed:.2f} toks/s, output: {self._made / passed:.2f} toks/s",
+                refresh=False,
+            )
+            self._bar.update(fresh)
+
+
+def say_if_cut(handles: Sequence[Handle]) -> None:
+    """Log once a process that results ended at the `max_tokens` that a caller gets without giving any."""
+    for handle in handles:
+        most = handle.request.params.max_tokens
+        if isinstance(most, DefaultInt) and any(
+            s.finish_reason == "length" and s.made == most for s in handle.request.sequences
+        ):
+            _say_cut(int(most))
+            return
+
+
+@cache
+def _say_cut(count: int) -> None:
+    log.warning("results were cut at max_tokens=%d, the default; pass SamplingParams(max_tokens=...) for more", count)

@@ -1,0 +1,87 @@
+"""Which programs there are: every bucket that a plan can need is among those of a warm-up, and they are few."""
+
+from dataclasses import replace
+from itertools import product, starmap
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support.tiny import CONFIG, shapes
+
+from jaxinfer.engine.runner.buckets import (
+    SAMPLING,
+    Needs,
+    all_buckets,
+    copy_widths,
+    decode_bucket,
+    prefill_bucket,
+    reach,
+)
+from jaxinfer.engine.sampling.sampling_rows import Level
+from jaxinfer.functional import Program, split
+from jaxinfer.loading import weights
+from jaxinfer.sharding import make_mesh
+
+SIZES = shapes(rows=20, decode_buckets=(4, 8, 20), prefill_buckets=(16, 48), switched=False)
+
+
+@pytest.fixture(scope="module")
+def program() -> Program:
+    mesh = make_mesh(1)
+    served, config = weights.parse(CONFIG | {"architectures": ["LlamaForCausalLM"]})
+    return split(weights.abstract(served, config, jnp.dtype("float32"), mesh), mesh)[0]
+
+
+@pytest.mark.parametrize("kernel", ["xla", "native"])
+@pytest.mark.parametrize(("switched", "contiguous"), [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize("sampling", [SAMPLING, ("greedy",), ("random",), ("truncated", "logprobs"), ("edited",)])
+def test_every_bucket_of_a_plan_is_among_all_buckets(program, kernel, switched, contiguous, sampling):
+    program, sizes = replace(program, kernel=kernel), replace(SIZES, switched=switched, contiguous=contiguous)
+    known = set(all_buckets(program, sizes, sampling))
+    levels = [Level.GREEDY, *(level for level in Level if level.name.lower() in sampling)]
+    counts, prompt = (-1, 0, 1, 2, 5) if "logprobs" in sampling else (-1,), sorted({False, "prompt_logprobs" in sampling})
+    met = set()
+    for needs in starmap(Needs, product(levels, counts, prompt)):
+        met |= {prefill_bucket(program, sizes, tokens, needs) for tokens in range(1, 49)}
+        own = needs._replace(prompt_logprobs=False)
+        most = sizes.width * sizes.block_size // 128
+        reaches = {n: range(1, sizes.width + 1) if contiguous else range(n, n * most + 1) for n in range(1, 21)}
+        met |= {decode_bucket(program, sizes, n, k, own) for n, reach in reaches.items() for k in reach}
+    assert met == known
+
+
+def test_a_bucket_does_what_is_asked(program):
+    """And no more at its level; log-probabilities are those of the chosen token alone, or as many as there may be."""
+    for level, count in product(Level, (-1, 0, 1, 2, 5)):
+        bucket = decode_bucket(program, SIZES, 3, 3, Needs(level, count))
+        assert (bucket.level, bucket.logprobs, bucket.prompt_logprobs) == (level, {0: 1, 2: 5}.get(count, count), -1)
+        bucket = prefill_bucket(program, SIZES, 10, Needs(level, count, True))
+        assert bucket.logprobs >= count and bucket.prompt_logprobs == 5
+
+
+def test_a_bucket_has_few_programs(program):
+    sizes = replace(SIZES, decode_buckets=(20,), prefill_buckets=(48,))
+    kinds = [bucket.kind for bucket in all_buckets(replace(program, kernel="native"), sizes)]
+    assert (kinds.count("decode"), kinds.count("prefill")) == (12, 13)
+
+
+def test_a_switched_program_is_one_for_all(program):
+    sizes = replace(SIZES, switched=True)
+    native = replace(program, kernel="native")
+    assert len(all_buckets(native, sizes)) == len(sizes.decode_buckets) + len(sizes.prefill_buckets)
+
+
+@pytest.mark.parametrize(("rows", "widths"), [(4, (4,)), (16, (16,)), (64, (16, 64))])
+def test_copies_have_room_for_all_rows(rows, widths):
+    assert copy_widths(shapes(rows=rows)) == widths
+
+
+def test_a_contiguous_step_reads_as_far_as_its_longest_row_needs(program):
+    sizes = replace(SIZES, contiguous=True, width=200, block_size=4)
+    nothing = np.zeros((3, 2), np.int32)
+    for longest, width in ((1, 32), (127, 32), (128, 64), (600, 200), (799, 200)):
+        found = reach(sizes, np.array([3, longest, 0]), nothing)
+        assert decode_bucket(replace(program, kernel="xla"), sizes, 3, found, Needs()).width == width
+        assert decode_bucket(replace(program, kernel="native"), sizes, 3, found, Needs()).width == 200
+    assert reach(sizes, np.array([3]), np.array([[0, 41]])) == 11, "what an encoder read lies in the row too"
+    assert copy_widths(sizes) == (16, 256)

@@ -1,0 +1,185 @@
+"""Programs compiled ahead: after a warm-up nothing compiles, whatever requests ask for."""
+
+import threading
+import time
+from concurrent.futures import wait
+from functools import cache
+
+import jax
+import numpy as np
+import pytest
+from support.tiny import CHUNK, ROWS, make_engine, make_request, prompt, random_runner, shapes
+
+from jaxinfer.engine.runner.buckets import SAMPLING
+from jaxinfer.engine.runner.programs import Copies, Programs
+from jaxinfer.engine.runner.runner import Runner
+from jaxinfer.engine.runner.warmup import check_sampling, warm_up
+from jaxinfer.sampling_params import SamplingParams
+
+pytestmark = pytest.mark.xdist_group("llama")
+
+REQUESTS = 70
+KINDS = (
+    dict(temperature=0), dict(temperature=0.9), dict(temperature=0.9, min_p=0.1), dict(temperature=0.9, top_k=5),
+    dict(temperature=0.9, top_p=0.8), dict(temperature=0, repetition_penalty=1.3), dict(presence_penalty=0.5),
+    dict(temperature=0, logit_bias={5: 3.0}), dict(allowed_token_ids=[4, 5, 6]), dict(temperature=0, logprobs=3),
+    dict(prompt_logprobs=2), dict(temperature=0.7, top_k=3, logprobs=0, prompt_logprobs=5),
+)  # fmt: skip
+"""Of requests; every sampler level, with and without log-probabilities."""
+
+
+@cache
+def warm_runner() -> Runner:
+    """Over the shared model, with buckets of its own, all compiled ahead."""
+    model = random_runner()
+    sizes = shapes(decode_buckets=(2, ROWS), prefill_buckets=(CHUNK // 2, CHUNK), switched=True)
+    runner = Runner(model.program, model.params, sizes)
+    done = warm_up(runner.prepare(SAMPLING), SAMPLING, threads=2, use_tqdm=False)
+    assert done.programs == done.compiled == len(runner.programs.seconds) == 2 + 2 + 2 + 2
+    return runner
+
+
+@pytest.fixture
+def compilations() -> list[str]:
+    """The programs compiled from here on; what is read from JAX's cache would count as well."""
+    found: list[str] = []
+
+    def listen(name: str, _seconds: float, **labels: object) -> None:
+        if name == "/jax/core/compile/backend_compile_duration":
+            found.append(str(labels))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield found
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def random_request(number: int, rng: np.random.Generator):
+    """Any kind, often several samples, prompts that share beginnings."""
+    kind = KINDS[number % len(KINDS)]
+    count = 1 if kind.get("temperature") == 0 else int(rng.choice([1, 2, 4]))
+    params = SamplingParams(**kind, n=count, max_tokens=int(rng.integers(1, 30)), seed=number)
+    ids = prompt(40, int(rng.integers(3)))[: int(rng.integers(1, 40))]
+    return make_request(str(number), ids, params)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_random_workload_compiles_nothing_after_warm_up(compilations, seed):
+    runner, rng = warm_runner(), np.random.default_rng(seed)
+    compilations.clear()
+    engine = make_engine(runner, pool_blocks=24)
+    copies = aborted = added = 0
+    failed = False
+    schedule = engine.scheduler.schedule
+
+    def watched(most):
+        nonlocal copies
+        plan = schedule(most)
+        copies += len(plan.copies[0])
+        return plan
+
+    engine.scheduler.schedule = watched
+    while added < REQUESTS or engine.has_work:
+        if added < REQUESTS and rng.random() < 0.4:
+            engine.add(random_request(added, rng))
+            added += 1
+        if engine.requests and rng.random() < 0.03:
+            engine.abort(str(rng.choice(list(engine.requests))))
+            aborted += 1
+        if added == REQUESTS // 2 and not failed:
+            failed = True
+            engine._recover(RuntimeError("a step failed"))
+        engine.step()
+    assert compilations == []
+    assert copies and aborted and engine.scheduler.preempted, "the workload is to need these"
+    assert 0 < runner.padding < runner.places
+
+
+@pytest.mark.slow
+def test_the_counter_sees_a_program_that_was_not_compiled_ahead(compilations):
+    runner = warm_runner()
+    compilations.clear()
+    cold = Programs(runner.program, runner.shapes, runner.params)
+    cold.get(Copies(3))
+    assert len(compilations) == 1
+
+
+@pytest.mark.slow
+def test_a_second_warm_up_has_nothing_to_do():
+    runner = warm_runner()
+    done = warm_up(runner.programs, SAMPLING, use_tqdm=False)
+    assert (done.compiled, done.programs) == (0, len(runner.programs.keys()))
+    assert str(done).startswith("0 programs compiled")
+
+
+class Slow(Programs):
+    """Takes a while to make a number, or fails."""
+
+    def __init__(self, fails: int = 0):
+        runner = random_runner()
+        super().__init__(runner.program, runner.shapes, runner.params)
+        self.calls, self.fails, self.free = 0, fails, threading.Event()
+
+    def _lower(self, key):
+        self.calls += 1
+        number = self.calls
+        assert self.free.wait(10)
+        if number <= self.fails:
+            raise RuntimeError("no kernel for this shape")
+        return jax.jit(lambda: number).lower()
+
+
+def ask(programs: Programs, threads: int) -> list[object]:
+    """What so many threads get that ask at once."""
+    answers: list[object] = []
+
+    def get() -> None:
+        try:
+            answers.append(programs.get(Copies(1)))
+        except RuntimeError as error:
+            answers.append(str(error))
+
+    asking = [threading.Thread(target=get) for _ in range(threads)]
+    for thread in asking:
+        thread.start()
+    time.sleep(0.05)
+    programs.free.set()
+    for thread in asking:
+        thread.join(10)
+    return answers
+
+
+def test_threads_that_ask_for_one_program_compile_it_once():
+    programs = Slow()
+    answers = ask(programs, 4)
+    assert programs.calls == 1
+    assert len(answers) == 4 and len(set(map(id, answers))) == 1
+    assert int(answers[0]()) == 1
+
+
+def test_all_that_wait_hear_of_a_failure_and_the_next_tries_again():
+    programs = Slow(fails=1)
+    assert ask(programs, 3) == ["no kernel for this shape"] * 3
+    assert int(programs.get(Copies(1))()) == 2
+    assert programs.calls == 2 and list(programs.seconds) == [Copies(1)]
+
+
+def test_a_failure_ends_a_warm_up(monkeypatch):
+    """The thread that failed begins no other, even where who waits for it hears of it last."""
+
+    def hears_last(futures):
+        wait(futures)
+        return futures
+
+    monkeypatch.setattr("jaxinfer.engine.runner.programs.as_completed", hears_last)
+    programs = Slow(fails=1)
+    programs.free.set()
+    with pytest.raises(RuntimeError, match="no kernel"):
+        warm_up(programs, SAMPLING, threads=1, use_tqdm=False)
+    assert programs.calls == 1, "those not begun are left out"
+
+
+def test_a_name_that_is_no_sampling_is_refused():
+    assert check_sampling("greedy") == ("greedy",)
+    with pytest.raises(ValueError, match="sampling may name greedy, random, .*; got 'beam'"):
+        check_sampling(["greedy", "beam"])

@@ -1,0 +1,94 @@
+"""The XLA path over a paged cache against the oracle, and the oracle against attention without a cache."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support.attention import CHUNKS, PLAIN, SHAPES, Case, same_lane
+
+from jaxinfer.kernels.attention import paged, xla_attention
+from jaxinfer.kernels.attention.paged import Lane, Slots
+from jaxinfer.kernels.attention.xla_attention import TILE
+
+P = PLAIN.block
+
+
+def dense(case: Case, q: np.ndarray, row: int, position: int) -> np.ndarray:
+    """One query over its sequence's own keys and values, no cache, in float64."""
+    shape = case.shape
+    first = 0 if shape.window is None else max(0, position - shape.window + 1)
+    own = [np.repeat(a[first : position + 1], shape.heads // shape.kv_heads, axis=1) for a in case.dense[row]]
+    keys, values = own[0], own[0][..., : shape.value_dim] if shape.latent else own[1]
+    scores = np.einsum("hd,shd->hs", np.asarray(q, np.float64), keys) * shape.dim**-0.5
+    if shape.softcap:
+        scores = shape.softcap * np.tanh(scores / shape.softcap)
+    weights = np.exp(scores)
+    total = weights.sum(axis=-1, keepdims=True)
+    if shape.sinks:
+        total = total + np.exp(np.asarray(case.sinks, np.float64))[:, None]
+    return np.einsum("hs,shd->hd", weights / total, values)
+
+
+@pytest.mark.parametrize("name", [name for name in SHAPES if name != "bfloat16"])
+def test_the_oracle_is_attention_without_a_cache(name: str):
+    case = Case(SHAPES[name], [1, 6, 9], [1, 4, 3])
+    q, k, v, rows, positions = case.step(padding=1)
+    found, _ = case.expected(q, k, v, rows, positions)
+    for i in range(len(rows) - 1):
+        np.testing.assert_allclose(found[i], dense(case, q[i], rows[i], positions[i]), atol=1e-5)
+    assert not found[-1].any(), "padding gives 0"
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "keys", "spare"),
+    [("plain", None, xla_attention.DECODE_KEYS, None), ("plain", None, 2 * P + 1, 3), ("window", None, 2 * P + 1, 3)]
+    + [(name, 7, P, 0) for name in SHAPES],
+)
+def test_decode_is_the_oracle(monkeypatch: pytest.MonkeyPatch, name: str, width, keys, spare):
+    """Every length around the ends of blocks, and rows of padding whose tables name anything.
+
+    In one piece a row or in several, with room for no more pieces than there are and with room to spare.
+    """
+    monkeypatch.setattr(xla_attention, "DECODE_KEYS", keys)
+    shape = SHAPES[name]
+    lengths = [1, P - 1, P, P + 1, 2 * P - 1, 2 * P, 2 * P + 1, 4 * P + 2]
+    case = Case(shape, lengths, [1] * len(lengths), width=width)
+    q, k, v, rows, positions = case.step(padding=2)
+    seen = [n if shape.window is None else n - max(0, n - shape.window) // P * P for n in lengths]
+    items = None if spare is None else sum(-(-n // xla_attention.item_keys(P)) for n in seen) + spare
+    # A new function, as what was traced before read pieces of another size.
+    run = jax.jit(lambda *args: xla_attention.decode(*args, shape.scoring, case.sinks, items=items))
+    found, lane = run(q, k, v, case.lane, case.slots(rows, positions), case.decode_rows(padding=2))
+    expected, expected_lane = case.expected(q, k, v, rows, positions)
+    case.close(found, expected)
+    same_lane(lane, expected_lane)
+    assert not np.asarray(found[-2:], np.float32).any(), "padding gives 0"
+
+
+@pytest.mark.parametrize(
+    ("chunks", "name", "keys"),
+    [(chunks, "plain", 2 * P) for chunks in CHUNKS]
+    + [("several", name, 2 * P) for name in SHAPES if name != "plain"]
+    + [("several", "plain", xla_attention.PREFILL_KEYS), ("several", "window", xla_attention.PREFILL_KEYS)],
+)
+def test_prefill_is_the_oracle(monkeypatch: pytest.MonkeyPatch, chunks: str, name: str, keys: int):
+    """Chunks of several sequences beside padding tokens and padding rows; the online softmax in one part or in many."""
+    monkeypatch.setattr(xla_attention, "PREFILL_KEYS", keys)
+    shape = SHAPES[name]
+    case = Case(shape, [start + count for start, count in CHUNKS[chunks]], [count for _, count in CHUNKS[chunks]])
+    q, k, v, rows, positions = case.step(padding=5)
+    run = jax.jit(lambda *args: xla_attention.prefill(*args, shape.scoring, case.sinks, tile=TILE))
+    found, lane = run(q, k, v, case.lane, case.slots(rows, positions), case.prefill_tiles(TILE, padding=5))
+    expected, expected_lane = case.expected(q, k, v, rows, positions)
+    case.close(found[:-5], expected[:-5])
+    same_lane(lane, expected_lane)
+    assert np.isfinite(np.asarray(found, np.float32)).all(), "padding is a number"
+
+
+def test_writes_of_padding_are_dropped():
+    empty, ones = jnp.zeros((3, 2, P, 8)), jnp.ones((4, 2, 8))
+    slots = Slots(jnp.array([0, 2, 3, 7]), jnp.array([1, 3, 0, 2]))
+    written = paged.write(Lane(empty, empty), ones, 2 * ones, slots)
+    for lane, value in zip(written, (1, 2), strict=True):
+        assert (lane[0, :, 1] == value).all() and (lane[2, :, 3] == value).all()
+        assert lane.sum() == value * 2 * 2 * 8

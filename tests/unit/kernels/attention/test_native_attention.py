@@ -1,0 +1,107 @@
+"""The native attention against the oracle: more than one turn of keys, wide heads, rows that are not numbers."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support.attention import CHUNKS, PLAIN, SHAPES, Case, same_lane
+from support.native import require_native_kernels
+
+from jaxinfer.kernels.attention import native_attention
+from jaxinfer.kernels.attention.paged import Lane
+from jaxinfer.kernels.attention.xla_attention import TILE
+
+P = PLAIN.block
+WIDE = {
+    "Llama": replace(PLAIN, heads=8, kv_heads=2, dim=64, block=16, dtype="bfloat16"),
+    "no multiple of a register": replace(PLAIN, heads=5, kv_heads=1, dim=72, value_dim=40, block=8),
+    "latent of MLA": replace(PLAIN, heads=4, kv_heads=1, dim=144, value_dim=128, latent=True, block=16),
+    "long window": replace(PLAIN, window=150, sinks=True, block=16),
+}
+SHAPES = SHAPES | WIDE
+
+
+@pytest.fixture(scope="module", autouse=True)
+def native() -> None:
+    require_native_kernels()
+
+
+def decode(case: Case, padding: int) -> tuple[jax.Array, Lane, np.ndarray, Lane]:
+    q, k, v, rows, positions = case.step(padding)
+    run = jax.jit(lambda *args: native_attention.decode(*args, case.shape.scoring, case.sinks))
+    found = run(q, k, v, case.lane, case.slots(rows, positions), case.decode_rows(padding))
+    return *found, *case.expected(q, k, v, rows, positions)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_decode_is_the_oracle(name: str):
+    """Lengths around the ends of blocks and of turns, and rows of padding whose tables name anything."""
+    lengths = [1, P - 1, P, P + 1, 2 * P + 1, 127, 128, 129, 300]
+    case = Case(SHAPES[name], lengths, [1] * len(lengths))
+    found, lane, expected, expected_lane = decode(case, 2)
+    case.close(found, expected)
+    same_lane(lane, expected_lane)
+    assert not np.asarray(found[-2:], np.float32).any(), "padding gives 0"
+
+
+@pytest.mark.parametrize(
+    ("chunks", "name"), [(name, "plain") for name in CHUNKS] + [("several", name) for name in SHAPES]
+)
+def test_prefill_is_the_oracle(chunks: str, name: str):
+    """Chunks of several sequences beside padding tokens, after 0 to 200 positions that are in the cache."""
+    sizes = [count for _, count in CHUNKS[chunks]]
+    starts = [start + (200 if name in WIDE else 0) for start, _ in CHUNKS[chunks]]
+    case = Case(SHAPES[name], [start + count for start, count in zip(starts, sizes, strict=True)], sizes)
+    q, k, v, rows, positions = case.step(padding=5)
+    run = jax.jit(lambda *args: native_attention.prefill(*args, case.shape.scoring, case.sinks, tile=TILE))
+    found, lane = run(q, k, v, case.lane, case.slots(rows, positions), case.prefill_tiles(TILE, padding=5))
+    expected, expected_lane = case.expected(q, k, v, rows, positions)
+    case.close(found[:-5], expected[:-5])
+    same_lane(lane, expected_lane)
+    assert np.isfinite(np.asarray(found, np.float32)).all(), "padding is a number"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("where", ["keys", "values"])
+def test_what_is_not_a_number_stays_in_its_sequence(where: str, dtype: str):
+    case = Case(replace(PLAIN, dtype=dtype), [5, 140, 9], [1, 1, 1])
+    q, k, v, rows, positions = case.step()
+    run = jax.jit(lambda *args: native_attention.decode(*args, case.shape.scoring))
+    arguments = case.slots(rows, positions), case.decode_rows()
+    whole, _ = run(q, k, v, case.lane, *arguments)
+    broken = getattr(case.lane, where).at[case.tables[1, 2]].set(jnp.nan)
+    found, _ = run(q, k, v, case.lane._replace(**{where: broken}), *arguments)
+    assert np.isnan(np.asarray(found[1], np.float32)).all()
+    np.testing.assert_array_equal(np.asarray(found, np.float32)[[0, 2]], np.asarray(whole, np.float32)[[0, 2]])
+
+
+def test_the_cache_is_written_in_place():
+    case = Case(PLAIN, [5, 9], [1, 1])
+    q, k, v, rows, positions = case.step()
+    run = jax.jit(lambda *args: native_attention.decode(*args, case.shape.scoring), donate_argnums=3)
+    made = jax.tree.map(jnp.copy, case.lane)  # what came from NumPy is not given away
+    addresses = [array.unsafe_buffer_pointer() for array in made]
+    _, lane = run(q, k, v, made, case.slots(rows, positions), case.decode_rows())
+    assert [array.unsafe_buffer_pointer() for array in lane] == addresses
+
+
+def test_what_it_does_not_serve_goes_to_xla():
+    case = Case(replace(PLAIN, dtype="float16"), [5, 9], [1, 1])
+    found, _, expected, _ = decode(case, 0)
+    case.close(found, expected)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_blocks_are_copied_in_place(dtype: str):
+    blocks = np.arange(6 * 2 * P * 8).reshape(6, 2, P, 8).astype(jnp.dtype(dtype))
+    sources, targets = np.array([1, 4, 0, 0], np.int32), np.array([2, 5, 6, 9], np.int32)
+    run = jax.jit(native_attention.copy_blocks, donate_argnums=0)
+    given = jnp.copy(blocks)
+    address = given.unsafe_buffer_pointer()
+    found = run(given, sources, targets)
+    expected = blocks.copy()
+    expected[[2, 5]] = blocks[[1, 4]]
+    np.testing.assert_array_equal(np.asarray(found), expected)
+    assert found.unsafe_buffer_pointer() == address

@@ -1,0 +1,107 @@
+"""Which devices Triton's kernels are for, what is said where they cannot run, and the program that launches one."""
+
+import importlib.metadata
+import importlib.util
+import logging
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from jaxinfer.errors import ConfigError
+from jaxinfer.kernels.attention import choose as attention
+from jaxinfer.kernels.attention import xla_attention
+from jaxinfer.kernels.attention.triton_attention import TritonAttention
+from jaxinfer.kernels.triton import triton_launch
+from jaxinfer.kernels.triton.triton_launch import Binary, Options, Target
+from jaxinfer.sharding import make_mesh
+
+
+@dataclass(frozen=True)
+class Device:
+    """What is read of a device."""
+
+    platform: str = "gpu"
+    compute_capability: str = "9.0"
+    core_count: int = 132
+    device_kind: str = "NVIDIA H100"
+    process_index: int = 0
+
+
+def given(monkeypatch: pytest.MonkeyPatch, device: Device, version: str | None = "3.6.0") -> Mesh:
+    """A mesh of such a device, on a machine with such a triton."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: version)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    return Mesh(np.array([device], object), ("model",))
+
+
+@pytest.mark.parametrize(
+    ("device", "expected"),
+    [(Device(), Target(90, 132)), (Device("cuda", "8.0"), Target(80, 132)), (Device("gpu", "12.0"), Target(120, 132)),
+     (Device("gpu", "7.5"), None), (Device("gpu", "gfx942"), None)],
+)  # fmt: skip
+def test_targets_are_nvidia_gpus_from_ampere_on(
+    monkeypatch: pytest.MonkeyPatch, device: Device, expected: Target | None
+):
+    mesh = given(monkeypatch, device)
+    assert triton_launch.target(mesh) == expected
+    assert attention.choose("auto", mesh) == ("xla" if expected is None else "triton")
+    kernels = attention.implementation(attention.choose("auto", mesh), mesh)
+    assert kernels == (xla_attention if expected is None else TritonAttention(expected))
+
+
+def test_triton_where_it_cannot_run_is_an_error(monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(ConfigError, match="NVIDIA GPU of compute capability 8.0 or more; 'auto' chooses"):
+        attention.choose("triton", make_mesh())
+    with pytest.raises(ConfigError, match="must be .*triton, got 'cudnn'"):
+        attention.choose("cudnn", make_mesh())
+    mesh = given(monkeypatch, Device(), version=None)
+    with pytest.raises(ConfigError, match="triton is not installed; pip install"):
+        attention.choose("triton", mesh)
+    assert attention.choose("xla", mesh) == "xla"
+
+
+@pytest.mark.parametrize(
+    ("version", "said"), [(None, "not installed; pip install"), ("3.5.1", "3.5.1, older than 3.6")]
+)
+def test_a_gpu_without_triton_is_served_by_xla_and_told_so_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, version: str | None, said: str
+):
+    mesh = given(monkeypatch, Device(), version=version)
+    attention._warn.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        assert [attention.choose("auto", mesh) for _ in range(2)] == ["xla", "xla"]
+    assert len(caplog.records) == 1 and said in caplog.text
+
+
+def test_the_buffers_of_a_launch_are_the_kernels_parameters_in_order(monkeypatch: pytest.MonkeyPatch):
+    """Operands, results, and the two that triton adds; what is None is a constant."""
+    text = ".entry double(.param .u64 a, .param .u64 b, .param .u64 c, .param .u64 d, .param .u64 e)\n{ ret; }"
+    seen = {}
+
+    def binary(kernel, signature, constants, target, options):
+        seen.update(signature=signature, constants=dict(constants))
+        return Binary("double", text, 1024, 128)
+
+    monkeypatch.setattr(triton_launch, "binary", binary)
+    kernel = SimpleNamespace(arg_names=["x", "absent", "kept", "new", "SIZE"])
+
+    def call(x: jax.Array, kept: jax.Array) -> jax.Array:
+        found = triton_launch.launch(
+            kernel, {"x": x, "absent": None, "kept": kept}, {"new": jax.ShapeDtypeStruct((4,), jnp.bfloat16)},
+            aliases={"kept": "new", "absent": "nothing"}, constants={"SIZE": 4}, grid=(3, 2), target=Target(90, 132),
+            options=Options(4, 3),
+        )  # fmt: skip
+        return found["new"]
+
+    shapes = jax.ShapeDtypeStruct((4,), jnp.float32), jax.ShapeDtypeStruct((4,), jnp.bfloat16)
+    program = jax.jit(call).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+    assert seen["signature"] == (("x", "*fp32"), ("kept", "*bf16"), ("new", "*bf16"))
+    assert seen["constants"] == {"SIZE": 4, "absent": None}
+    assert "grid_x = 3 : i32, grid_y = 2 : i32" in program and "shared_mem_bytes = 1024 : i32" in program
+    assert "output_indices = dense<[2, 3, 4]>" in program and program.count("tensor<1xi8>") >= 2
+    assert "output_tuple_indices = [0], operand_index = 1" in program
