@@ -26,10 +26,16 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MODULES = {
-    "EngineConfig": "config", "LLM": "llm", "CompletionOutput": "outputs", "Logprob": "outputs",
-    "RequestOutput": "outputs", "RequestOutputKind": "sampling_params", "SamplingParams": "sampling_params",
-    "Segment": "models.whisper.transcription", "Transcript": "models.whisper.transcription",
-}  # fmt: skip
+    "EngineConfig": "config",
+    "LLM": "llm",
+    "CompletionOutput": "outputs",
+    "Logprob": "outputs",
+    "RequestOutput": "outputs",
+    "RequestOutputKind": "sampling_params",
+    "SamplingParams": "sampling_params",
+    "Segment": "models.whisper.transcription",
+    "Transcript": "models.whisper.transcription",
+}
 _SUBPACKAGES = ("demo", "distributed", "functional", "kv", "loading", "models", "sharding")
 _FROM_ABOVE = {("jaxinfer.sharding", "plan"): "jaxinfer.loading.plan"}
 """Names that users look for in a subpackage whose code knows nothing of them: (subpackage, name) -> module."""

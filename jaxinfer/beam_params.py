@@ -13,9 +13,15 @@ MAX_LENGTH_PENALTY = 5.0
 """Largest absolute `length_penalty`: lengths of millions raised to it are finite in float32."""
 
 _UNUSED = {
-    "n": 1, "temperature": (0.0, 1.0), "top_p": 1.0, "top_k": 0, "min_p": 0.0, "stop": (), "logprobs": None,
+    "n": 1,
+    "temperature": (0.0, 1.0),
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
+    "stop": (),
+    "logprobs": None,
     "prompt_logprobs": None,
-}  # fmt: skip
+}
 """Of `SamplingParams`: what a beam search has no use for, with the values that ask for nothing."""
 
 
@@ -33,8 +39,9 @@ class BeamParams:
     length_penalty: float = 1.0
     """A finished beam's score is the sum of its tokens' log-probabilities over their number raised to this."""
     early_stopping: bool | str = False
-    """When to stop, once there are `width` finished beams. True: at once. False: when the best running beam, with the length
-    it has, would score no better than the worst of them. "never": when it cannot, whatever its length will be."""
+    """When to stop, once there are `width` finished beams. True: at once. False: when the best running beam, with the
+    length it has, would score no better than the worst of them. "never": when it cannot, whatever its length will
+    be."""
     num_return_sequences: int | None = None
     """Beams to return, the best ones; None for all `width`."""
 

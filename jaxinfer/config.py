@@ -35,11 +35,11 @@ class EngineConfig:
     tensor_parallel_size: int = 1
     """Devices over which weights and kv heads are divided."""
     placement: Mapping[str, str] | Placement | None = None
-    """Which modules are divided and which are whole, and computed, on every device: patterns over their paths to "shard",
-    "replicate" or, of mixtures of experts, "experts" (`sharding.policy.Placement`); None: all are divided."""
+    """Which modules are divided and which are whole, and computed, on every device: patterns over their paths to
+    "shard", "replicate" or, of mixtures of experts, "experts" (`sharding.policy.Placement`); None: all are divided."""
     pad_heads: bool = False
-    """Whether attention heads of zeroes are added where a model's heads do not divide over the devices; without, that is
-    an error. The output is the same; padded heads take memory, cache and time."""
+    """Whether attention heads of zeroes are added where a model's heads do not divide over the devices; without, that
+    is an error. The output is the same; padded heads take memory, cache and time."""
     max_model_len: int | None = None
     """Tokens a sequence may have, prompt included; by default what the model allows and the pool holds."""
     max_num_seqs: int | None = None
@@ -47,18 +47,18 @@ class EngineConfig:
     max_num_batched_tokens: int | None = None
     """Tokens of one step, prefill and decode together; by default 512 on a CPU, 2048 on a GPU."""
     attention_kernel: str = "auto"
-    """"triton" (NVIDIA GPUs, with the extra `cuda13` or `cuda12`), "native" (CPUs with AVX-512 and a C++ compiler), "xla"
-    (everywhere), or "auto": the first of these that can be."""
-    matmul_kernel: str = "auto"
-    """"native" (CPUs, as above, on one device), "triton" (GPUs, as above, for the products of experts; XLA's for all others),
+    """"triton" (NVIDIA GPUs, with the extra `cuda13` or `cuda12`), "native" (CPUs with AVX-512 and a C++ compiler),
     "xla" (everywhere), or "auto": the first of these that can be."""
+    matmul_kernel: str = "auto"
+    """"native" (CPUs, as above, on one device), "triton" (GPUs, as above, for the products of experts; XLA's for all
+    others), "xla" (everywhere), or "auto": the first of these that can be."""
     fuse_projections: str | bool = "auto"
     """Whether projections of one input are one GEMM; "auto": in steps of up to as many tokens as that is faster for
     (`layers.fusion`). The output is the same."""
     cache: str = "paged"
     """"paged": sequences take blocks as they grow, share them, and find those of prefixes again. "contiguous": each of
-    `max_num_seqs` rows has room for `max_model_len` positions reserved from the start (`kv.contiguous`): no block is shared,
-    no prefix found again, and samples of a prompt copy what it has written."""
+    `max_num_seqs` rows has room for `max_model_len` positions reserved from the start (`kv.contiguous`): no block is
+    shared, no prefix found again, and samples of a prompt copy what it has written."""
     block_size: int = 16
     """Positions in a block of the cache; of a contiguous one the step by which rows grow."""
     kv_cache_memory_bytes: int | None = None
@@ -72,11 +72,11 @@ class EngineConfig:
     enable_block_sharing: bool = True
     """Whether the samples of a request share its prompt's blocks."""
     snapshot_memory_fraction: float = 0.1
-    """Of a model with recurrent layers: the fraction of the cache's memory for states that prompts go on from. It is beside two
-    slots for each of max_num_seqs, and nothing else uses it."""
+    """Of a model with recurrent layers: the fraction of the cache's memory for states that prompts go on from. It is
+    beside two slots for each of max_num_seqs, and nothing else uses it."""
     feature_cache_tokens: int | None = None
-    """Tokens of encoded images kept on the device, for prompts that are being computed and for images that come again; by
-    default 8 times max_num_batched_tokens, and at least 16 tiles. A prompt may have no more of them."""
+    """Tokens of encoded images kept on the device, for prompts that are being computed and for images that come again;
+    by default 8 times max_num_batched_tokens, and at least 16 tiles. A prompt may have no more of them."""
     decode_buckets: Sequence[int] | None = field(default=None)
     """Numbers of sequences a decode step is compiled for; by default chosen for the device (`engine.setup`)."""
     prefill_buckets: Sequence[int] | None = field(default=None)
@@ -96,23 +96,30 @@ class EngineConfig:
     log_interval: float = 10.0
     """Seconds between log lines of throughput and cache use while there is work."""
     peer_timeout: float = PEER_TIMEOUT
-    """Where several processes serve one model (`jaxinfer.distributed`): seconds within which one that has died, hangs or
-    computes something else ends all of them. Process 0's is for all, like its other settings."""
+    """Where several processes serve one model (`jaxinfer.distributed`): seconds within which one that has died, hangs
+    or computes something else ends all of them. Process 0's is for all, like its other settings."""
     freeze_gc: bool = True
-    """Whether the objects of this process that are alive once the model is loaded are taken out of Python's garbage collection
-    (`gc.freeze`), whose full runs stop every request; closing the `LLM` puts all of them back. Set it to False in a program that
-    calls gc.freeze itself, or that drops large objects in reference cycles while it serves a model."""
+    """Whether the objects of this process that are alive once the model is loaded are taken out of Python's garbage
+    collection (`gc.freeze`), whose full runs stop every request; closing the `LLM` puts all of them back. Set it to
+    False in a program that calls gc.freeze itself, or that drops large objects in reference cycles while it serves a
+    model."""
     compiler_options: Mapping[str, bool | int | float | str] | None = None
     """XLA's options for the compilation of the steps, by name; None: none. They are passed with each compilation,
     so that the environment stays as it is."""
 
     def __post_init__(self) -> None:
         limits = {
-            "tensor_parallel_size": (1, 4096), "max_model_len": (2, MAX_MODEL_LEN), "max_num_seqs": (1, MAX_SEQS),
-            "max_num_batched_tokens": (1, MAX_BATCHED_TOKENS), "block_size": (1, 1024),
-            "kv_cache_memory_bytes": (1, 1 << 50), "pool_blocks": (1, 1 << 31), "max_logprobs": (0, MAX_LOGPROBS),
-            "feature_cache_tokens": (1, 1 << 30), "seed": (0, 2**63 - 1),
-        }  # fmt: skip
+            "tensor_parallel_size": (1, 4096),
+            "max_model_len": (2, MAX_MODEL_LEN),
+            "max_num_seqs": (1, MAX_SEQS),
+            "max_num_batched_tokens": (1, MAX_BATCHED_TOKENS),
+            "block_size": (1, 1024),
+            "kv_cache_memory_bytes": (1, 1 << 50),
+            "pool_blocks": (1, 1 << 31),
+            "max_logprobs": (0, MAX_LOGPROBS),
+            "feature_cache_tokens": (1, 1 << 30),
+            "seed": (0, 2**63 - 1),
+        }
         for name, (least, most) in limits.items():
             value = getattr(self, name)
             if value is None:
@@ -181,7 +188,8 @@ class EngineConfig:
                 raise TypeError(f"unknown setting {name!r}{hint}")
         if settings.get("cache") == CONTIGUOUS and settings.get("enable_prefix_caching"):
             raise ConfigError(
-                "enable_prefix_caching is True, but cache='contiguous' keeps no prefixes; leave it out, or use cache='paged'"
+                "enable_prefix_caching is True, but cache='contiguous' keeps no prefixes; leave it out, or use "
+                "cache='paged'"
             )
         if "dtype" in settings and not isinstance(settings["dtype"], str):
             settings = settings | {"dtype": _dtype_name(settings["dtype"])}

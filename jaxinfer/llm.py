@@ -58,10 +58,18 @@ class LLM:
     """
 
     def __init__(
-        self, model: str | Path | nnx.Module, *, tokenizer: Any = None, skip_tokenizer_init: bool = False,
-        revision: str | None = None, chat_template: str | None = None, hf_overrides: Mapping[str, Any] | None = None,
-        mesh: Mesh | None = None, use_tqdm: bool = True, **settings: Any,
-    ):  # fmt: skip
+        self,
+        model: str | Path | nnx.Module,
+        *,
+        tokenizer: Any = None,
+        skip_tokenizer_init: bool = False,
+        revision: str | None = None,
+        chat_template: str | None = None,
+        hf_overrides: Mapping[str, Any] | None = None,
+        mesh: Mesh | None = None,
+        use_tqdm: bool = True,
+        **settings: Any,
+    ):
         self._closed = False
         if mesh is not None and not isinstance(mesh, Mesh):
             raise TypeError(f"mesh must be a jax.sharding.Mesh, got {type(mesh).__name__}")
@@ -106,22 +114,21 @@ class LLM:
 
     @property
     def default_params(self) -> SamplingParams:
-        """Return the parameters of requests that bring none: what the model's generation_config.json says. They cannot be set."""
+        """Return the parameters of requests that bring none: what the model's generation_config.json says. They cannot
+        be set."""
         return self._opened.default_params
 
-    def generate(
-        self, prompts: Any, sampling_params: Params = None, *, use_tqdm: bool = True
-    ) -> list[RequestOutput]:
+    def generate(self, prompts: Any, sampling_params: Params = None, *, use_tqdm: bool = True) -> list[RequestOutput]:
         """Continues each prompt; results in the order of the prompts.
 
         Args:
             prompts: a string, a list of token ids, `{"prompt": ...}` or `{"prompt_token_ids": ...}` with an
                 optional `"cache_salt"`, or a list of these. For a model that reads images also with
                 `"multi_modal_data"`: `{"image": one or a list of PIL images or arrays}` (`media.images.as_rgb`) or,
-                preprocessed, `{"pixel_values": one or a list of arrays [n, C, height, width], one an image}`. A text has
-                the model's image marker where each image belongs; token ids have all of each image's tokens.
-                Of an encoder-decoder of text a prompt is the encoder's, and the decoder begins by itself; both are given by
-                `{"encoder_prompt": ..., "decoder_prompt": ...}`, each a string, token ids or such a dict.
+                preprocessed, `{"pixel_values": one or a list of arrays [n, C, height, width], one an image}`. A text
+                has the model's image marker where each image belongs; token ids have all of each image's tokens.
+                Of an encoder-decoder of text a prompt is the encoder's, and the decoder begins by itself; both are
+                given by `{"encoder_prompt": ..., "decoder_prompt": ...}`, each a string, token ids or such a dict.
             sampling_params: one for all or one a prompt; by default what generation_config.json says.
             use_tqdm: whether a progress bar is shown.
 
@@ -131,51 +138,70 @@ class LLM:
         return self._finish(self._prepare(prompts, sampling_params), use_tqdm)
 
     def chat(
-        self, messages: Any, sampling_params: Params = None, *, use_tqdm: bool = True,
-        chat_template: str | None = None, add_generation_prompt: bool = True, continue_final_message: bool | str = False,
-        tools: Sequence[Any] | None = None, chat_template_kwargs: Mapping[str, Any] | None = None,
-    ) -> list[RequestOutput]:  # fmt: skip
+        self,
+        messages: Any,
+        sampling_params: Params = None,
+        *,
+        use_tqdm: bool = True,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool | str = False,
+        tools: Sequence[Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
         """Answer a conversation, or each of a list of conversations.
 
         Args:
-            messages: dicts with "role" and "content" as OpenAI's clients send them, or such objects, or a list of such lists.
-                Content is text or a list of parts, of which `{"type": "image", "image": PIL image or array}` is an image for a
-                model that reads them. Tool calls may have their arguments as JSON in a string.
+            messages: dicts with "role" and "content" as OpenAI's clients send them, or such objects, or a list of such
+                lists. Content is text or a list of parts, of which `{"type": "image", "image": PIL image or array}` is
+                an image for a model that reads them. Tool calls may have their arguments as JSON in a string.
             sampling_params: as of `generate`; without them an answer runs to its end.
             use_tqdm: whether a progress bar is shown.
             chat_template: Jinja source used instead of the tokenizer's, or the name of one of its several.
             add_generation_prompt: whether the answer begins a new message.
-            continue_final_message: whether the answer continues the last message instead, or the name of the field that it
-                continues; then `add_generation_prompt` must be False.
-            tools: that the model may call: dicts with the JSON schema of a function, or Python functions with type hints and a
-                docstring.
+            continue_final_message: whether the answer continues the last message instead, or the name of the field that
+                it continues; then `add_generation_prompt` must be False.
+            tools: that the model may call: dicts with the JSON schema of a function, or Python functions with type
+                hints and a docstring.
             chat_template_kwargs: further variables of the template, such as `{"enable_thinking": False}`.
 
         Raises:
             ChatTemplateError: no template, or one that fails; otherwise as `generate`.
         """
         handles = self._prepare_chat(
-            messages, sampling_params, chat_template=chat_template, add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message, tools=tools, chat_template_kwargs=chat_template_kwargs,
-        )  # fmt: skip
+            messages,
+            sampling_params,
+            chat_template=chat_template,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            chat_template_kwargs=chat_template_kwargs,
+        )
         return self._finish(handles, use_tqdm)
 
     def beam_search(
-        self, prompts: Any, width: int, max_tokens: int | None = 16, length_penalty: float = 1.0, *,
-        early_stopping: bool | str = False, num_return_sequences: int | None = None,
-        sampling_params: SamplingParams | None = None, use_tqdm: bool = True,
-    ) -> list[RequestOutput]:  # fmt: skip
+        self,
+        prompts: Any,
+        width: int,
+        max_tokens: int | None = 16,
+        length_penalty: float = 1.0,
+        *,
+        early_stopping: bool | str = False,
+        num_return_sequences: int | None = None,
+        sampling_params: SamplingParams | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
         """The most likely continuations of each prompt that a search with `width` beams finds, best first.
 
-        Tokens and scores are those of transformers' `generate(num_beams=width)`, the same for each prompt whatever others
-        there are; `CompletionOutput.score` is its `sequences_scores`.
+        Tokens and scores are those of transformers' `generate(num_beams=width)`, the same for each prompt whatever
+        others there are; `CompletionOutput.score` is its `sequences_scores`.
 
         Args:
             prompts: as of `generate`.
             width, length_penalty, early_stopping, num_return_sequences: see `BeamParams`.
             max_tokens: most new tokens; None runs to the model's length.
-            sampling_params: what else applies: masks, penalties, `min_tokens`, `stop_token_ids`, `ignore_eos`, text settings.
-                Its `max_tokens` is not looked at.
+            sampling_params: what else applies: masks, penalties, `min_tokens`, `stop_token_ids`, `ignore_eos`, text
+                settings. Its `max_tokens` is not looked at.
             use_tqdm: whether a progress bar is shown.
 
         Raises:
@@ -183,9 +209,11 @@ class LLM:
             CapacityError: more beams than sequences run at a time, or than the cache has blocks for; likewise.
         """
         search = BeamParams(
-            width=width, length_penalty=length_penalty, early_stopping=early_stopping,
+            width=width,
+            length_penalty=length_penalty,
+            early_stopping=early_stopping,
             num_return_sequences=num_return_sequences,
-        )  # fmt: skip
+        )
         self._check_open()
         parsed = self._intake.parse(prompts)
         requests = self._intake.beams(parsed, sampling_params, search, max_tokens)
@@ -199,25 +227,43 @@ class LLM:
         return self._watch(self._prepare(prompts, sampling_params, streaming=True))
 
     def stream_chat(
-        self, messages: Any, sampling_params: Params = None, *, chat_template: str | None = None,
-        add_generation_prompt: bool = True, continue_final_message: bool | str = False, tools: Sequence[Any] | None = None,
+        self,
+        messages: Any,
+        sampling_params: Params = None,
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool | str = False,
+        tools: Sequence[Any] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
-    ) -> Iterator[RequestOutput]:  # fmt: skip
+    ) -> Iterator[RequestOutput]:
         """Answer as `chat` does, and yield what is new as it is made, as `stream` does."""
         handles = self._prepare_chat(
-            messages, sampling_params, streaming=True, chat_template=chat_template,
-            add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message, tools=tools,
+            messages,
+            sampling_params,
+            streaming=True,
+            chat_template=chat_template,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
             chat_template_kwargs=chat_template_kwargs,
-        )  # fmt: skip
+        )
         return self._watch(handles)
 
     def transcribe(
-        self, audio: Any, sampling_params: Params = None, *, language: str | None = None,
-        task: str | None = None, use_tqdm: bool = True,
-    ) -> list[Transcript]:  # fmt: skip
-        """What is said in audio of any length, and when, by a model that transcribes; results in the order of the audio.
+        self,
+        audio: Any,
+        sampling_params: Params = None,
+        *,
+        language: str | None = None,
+        task: str | None = None,
+        use_tqdm: bool = True,
+    ) -> list[Transcript]:
+        """What is said in audio of any length, and when, by a model that transcribes; results in the order of the
+        audio.
 
-        Window by window (`jaxinfer.models.whisper.transcription`), all audio at the same time. `generate` takes one window.
+        Window by window (`jaxinfer.models.whisper.transcription`), all audio at the same time. `generate` takes one
+        window.
 
         Args:
             audio: `(array, sampling_rate)` or a list of these (`media.audio.as_audio`).
@@ -227,8 +273,8 @@ class LLM:
             use_tqdm: whether a progress bar is shown, in seconds of audio.
 
         Raises:
-            TypeError, ValueError: audio or an option that cannot be served, or a model that does not transcribe; nothing was
-                queued then.
+            TypeError, ValueError: audio or an option that cannot be served, or a model that does not transcribe;
+                nothing was queued then.
         """
         self._check_open()
         params = SamplingParams(temperature=0, max_tokens=None) if sampling_params is None else sampling_params
@@ -354,7 +400,8 @@ class LLM:
         self._engine.reset_prefix_cache()
 
     def follow(self) -> None:
-        """In every process but 0 of several that serve one model: does what process 0 does, until that closes its `LLM`.
+        """In every process but 0 of several that serve one model: does what process 0 does, until that closes its
+        `LLM`.
 
             with LLM(model, tensor_parallel_size=jax.device_count()) as llm:
                 if jax.process_index():
@@ -369,7 +416,9 @@ class LLM:
         if self._closed:
             raise EngineClosedError("this LLM is closed; make a new one")
         if not self._follows:
-            raise RuntimeError("follow is for processes other than 0 of several; this one takes the requests: use generate")
+            raise RuntimeError(
+                "follow is for processes other than 0 of several; this one takes the requests: use generate"
+            )
         follow(self._engine.runner, self._group)
 
     def close(self) -> None:
@@ -413,9 +462,7 @@ class LLM:
         self._check_open()
         return self._handles(self._intake.parse(prompts), params, streaming)
 
-    def _prepare_chat(
-        self, messages: Any, params: Params, *, streaming: bool = False, **options: Any
-    ) -> list[Handle]:
+    def _prepare_chat(self, messages: Any, params: Params, *, streaming: bool = False, **options: Any) -> list[Handle]:
         """Check a whole call of `chat`, whose `options` are those of `Intake.render`; nothing is queued yet."""
         self._check_open()
         prompts = self._intake.render(messages, **options)

@@ -22,9 +22,10 @@ class Logprob:
     decoded_token: str | None = None
     """The text that it adds to the text before it; None without a tokenizer.
 
-    Those of the tokens of an output join to its text: a token that does not finish a character has an empty string, and so
-    have a special token that the text leaves out and the token that ends the output. Tokens of a stop string keep theirs.
-    Other candidates, and the tokens of a prompt, have theirs even where they are special.
+    Those of the tokens of an output join to its text: a token that does not finish a character has an empty string, and
+        so
+    have a special token that the text leaves out and the token that ends the output. Tokens of a stop string keep
+    theirs. Other candidates, and the tokens of a prompt, have theirs even where they are special.
     """
 
 
@@ -57,8 +58,8 @@ class RequestMetrics:
     cached_tokens: int = 0
     """Prompt tokens found in the prefix cache."""
     cache_miss_reason: str | None = None
-    """Why no more of the prompt was found there: "below one block", "absent", "evicted under pressure", "window evicted",
-    "no snapshot at that boundary", "salt differs", "collision" or "complete"."""
+    """Why no more of the prompt was found there: "below one block", "absent", "evicted under pressure", "window
+    evicted", "no snapshot at that boundary", "salt differs", "collision" or "complete"."""
     cache_hits: tuple[KindHit, ...] = ()
     """The same for each kind of layer."""
     clamped_max_tokens: int | None = None
@@ -92,9 +93,11 @@ class CompletionOutput:
         return self.finish_reason is not None
 
     def __repr__(self) -> str:
-        return (f"CompletionOutput(index={self.index}, text={_short(self.text)}, "
-                f"{len(self.token_ids)} tokens, finish_reason={self.finish_reason!r}, "
-                f"stop_reason={self.stop_reason!r})")
+        return (
+            f"CompletionOutput(index={self.index}, text={_short(self.text)}, "
+            f"{len(self.token_ids)} tokens, finish_reason={self.finish_reason!r}, "
+            f"stop_reason={self.stop_reason!r})"
+        )
 
     def _repr_html_(self) -> str:
         state = self.finish_reason or "running"
@@ -131,13 +134,17 @@ class RequestOutput:
     """Prompt tokens whose keys and values came from the prefix cache."""
 
     def __repr__(self) -> str:
-        return (f"RequestOutput(request_id={self.request_id!r}, prompt={_short(self.prompt)}, "
-                f"{len(self.prompt_token_ids)} prompt tokens, {self.num_cached_tokens} cached, "
-                f"finished={self.finished}, outputs=[{', '.join(map(repr, self.outputs))}])")
+        return (
+            f"RequestOutput(request_id={self.request_id!r}, prompt={_short(self.prompt)}, "
+            f"{len(self.prompt_token_ids)} prompt tokens, {self.num_cached_tokens} cached, "
+            f"finished={self.finished}, outputs=[{', '.join(map(repr, self.outputs))}])"
+        )
 
     def _repr_html_(self) -> str:
-        head = (f"request {html.escape(self.request_id)} &middot; {len(self.prompt_token_ids)} prompt tokens "
-                f"({self.num_cached_tokens} cached)")
+        head = (
+            f"request {html.escape(self.request_id)} &middot; {len(self.prompt_token_ids)} prompt tokens "
+            f"({self.num_cached_tokens} cached)"
+        )
         prompt = self.prompt if self.prompt is not None else " ".join(map(str, self.prompt_token_ids))
         if self.prompt_logprobs is None:
             body = html.escape(prompt)

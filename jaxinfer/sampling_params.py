@@ -93,8 +93,10 @@ def _refuse_unknown_keywords(cls: _C) -> _C:
     @functools.wraps(generated)
     def __init__(self: Any, *args: Any, **fields: Any) -> None:
         if args:
-            raise TypeError(f"{cls.__name__} takes keywords only, e.g. {cls.__name__}(temperature=0.8), "
-                            f"got {len(args)} positional argument(s).")
+            raise TypeError(
+                f"{cls.__name__} takes keywords only, e.g. {cls.__name__}(temperature=0.8), "
+                f"got {len(args)} positional argument(s)."
+            )
         known = [field.name for field in dataclasses.fields(cls)]
         for name in fields:
             if name not in known:
@@ -144,23 +146,25 @@ class SamplingParams:
     min_p: float = 0.0
     """Drop tokens less likely than this share of the likeliest; in [0, 1]."""
     seed: int | None = None
-    """0 to 2**63 - 1. The same seed gives the same tokens whatever else runs, as long as the logits are the same but for rounding
-    in float32. In bfloat16 and float16 the logits of a row may differ by more between batches of different sizes: where two
-    tokens are nearly tied such a difference can still decide between them. None takes a seed that follows from the engine's
+    """0 to 2**63 - 1. The same seed gives the same tokens whatever else runs, as long as the logits are the same but
+    for rounding in float32. In bfloat16 and float16 the logits of a row may differ by more between batches of different
+    sizes: where two tokens are nearly tied such a difference can still decide between them. None takes a seed that
+        follows from the engine's
     seed and the request's number, so that a program repeats itself."""
     stop: Sequence[str] | str | None = ()
-    """Strings that end the output; at most `MAX_STOP_STRINGS` of `MAX_STOP_LENGTH` characters. They are looked for in the text
-    and in the text with the special tokens that `skip_special_tokens` leaves out, so that "<|im_end|>" stops, too."""
+    """Strings that end the output; at most `MAX_STOP_STRINGS` of `MAX_STOP_LENGTH` characters. They are looked for in
+    the text and in the text with the special tokens that `skip_special_tokens` leaves out, so that "<|im_end|>" stops,
+    too."""
     stop_token_ids: Sequence[int] | None = ()
     """Token ids that end the output, besides the model's EOS."""
     bad_words: Sequence[str] | None = ()
-    """Strings whose tokens may not be completed in the output; at most `MAX_BAD_WORDS`. A string that begins in the prompt is
-    not looked for, as in vLLM."""
+    """Strings whose tokens may not be completed in the output; at most `MAX_BAD_WORDS`. A string that begins in the
+    prompt is not looked for, as in vLLM."""
     ignore_eos: bool = False
     """Go on past the model's EOS ids."""
     max_tokens: int | None = DefaultInt(16)
-    """Most new tokens; None runs to the model's length, which also clamps larger values. Where the cache holds fewer tokens, the
-    result says so in `metrics.clamped_max_tokens`."""
+    """Most new tokens; None runs to the model's length, which also clamps larger values. Where the cache holds fewer
+    tokens, the result says so in `metrics.clamped_max_tokens`."""
     min_tokens: int = 0
     """EOS, stop ids and stop strings are not acted on before this many new tokens."""
     logprobs: int | None = None
@@ -184,8 +188,8 @@ class SamplingParams:
     no_repeat_ngram_size: int = 0
     """No so many tokens, prompt included, may come a second time in this order; 0 is off, at most `MAX_NGRAM`."""
     forced_bos_token_id: int | None = None
-    """The token that comes first where the prompt is a single one, as that of an encoder-decoder model is; -1 for none, None is
-    what the model's generation_config.json says."""
+    """The token that comes first where the prompt is a single one, as that of an encoder-decoder model is; -1 for none,
+    None is what the model's generation_config.json says."""
     forced_eos_token_id: int | None = None
     """The token that comes last where the output reaches its greatest length; -1 and None likewise."""
     _bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
@@ -234,21 +238,32 @@ class SamplingParams:
         for name in ("forced_bos_token_id", "forced_eos_token_id"):
             if getattr(self, name) is not None:
                 self._integer(name, -1, MAX_INT32)
-        for name, low, high in (("seed", 0, MAX_SEED), ("max_tokens", 1, MAX_TOKENS),
-                                ("logprobs", 0, MAX_LOGPROBS), ("prompt_logprobs", 0, MAX_LOGPROBS)):
+        for name, low, high in (
+            ("seed", 0, MAX_SEED),
+            ("max_tokens", 1, MAX_TOKENS),
+            ("logprobs", 0, MAX_LOGPROBS),
+            ("prompt_logprobs", 0, MAX_LOGPROBS),
+        ):
             if getattr(self, name) is not None:
                 self._integer(name, low, high)
 
     def _check_flags(self) -> None:
-        for name in ("ignore_eos", "detokenize", "skip_special_tokens", "spaces_between_special_tokens",
-                     "include_stop_str_in_output"):
+        for name in (
+            "ignore_eos",
+            "detokenize",
+            "skip_special_tokens",
+            "spaces_between_special_tokens",
+            "include_stop_str_in_output",
+        ):
             value = getattr(self, name)
             if not isinstance(value, (bool, np.bool_)):
                 raise TypeError(f"{name} must be True or False, got {describe(value)}.")
             self._set(name, bool(value))
         if not isinstance(self.output_kind, RequestOutputKind):
-            raise TypeError("output_kind must be RequestOutputKind.CUMULATIVE, .DELTA or .FINAL_ONLY, "
-                            f"got {describe(self.output_kind)}.")
+            raise TypeError(
+                "output_kind must be RequestOutputKind.CUMULATIVE, .DELTA or .FINAL_ONLY, "
+                f"got {describe(self.output_kind)}."
+            )
 
     def _check_strings(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
@@ -268,11 +283,13 @@ class SamplingParams:
 
     def _check_together(self) -> None:
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise ValueError(f"min_tokens must be less than or equal to max_tokens={self.max_tokens}, "
-                             f"got {self.min_tokens}.")
+            raise ValueError(
+                f"min_tokens must be less than or equal to max_tokens={self.max_tokens}, got {self.min_tokens}."
+            )
         if self.stop and not self.detokenize:
-            raise ValueError("stop strings are matched in the text: set detokenize=True to use stop, "
-                             "or use stop_token_ids.")
+            raise ValueError(
+                "stop strings are matched in the text: set detokenize=True to use stop, or use stop_token_ids."
+            )
         if self.greedy and self.n > 1:
             raise ValueError(f"n must be 1 when using greedy sampling, got {self.n}.")
 
@@ -305,7 +322,8 @@ class SamplingParams:
 
     @property
     def bad_words_ids(self) -> tuple[tuple[int, ...], ...]:
-        """Those of a transformers `GenerationConfig`, for which the tokens before may be the prompt's; without EOS after `resolve`."""
+        """Those of a transformers `GenerationConfig`, for which the tokens before may be the prompt's; without EOS
+        after `resolve`."""
         return self._bad_words_ids
 
     @property
@@ -319,8 +337,11 @@ class SamplingParams:
         return frozenset(self._eos_token_ids).union(self.stop_token_ids or ())
 
     def __repr__(self) -> str:
-        changed = [f"{field.name}={getattr(self, field.name)!r}" for field in dataclasses.fields(self)
-                   if not field.name.startswith("_") and getattr(self, field.name) != field.default]
+        changed = [
+            f"{field.name}={getattr(self, field.name)!r}"
+            for field in dataclasses.fields(self)
+            if not field.name.startswith("_") and getattr(self, field.name) != field.default
+        ]
         return f"SamplingParams({', '.join(changed)})"
 
 
@@ -340,5 +361,6 @@ def _as_logit_bias(values: Any) -> dict[int, float]:
 @functools.cache
 def _say_temperature_raised() -> None:
     # Cached so that it is said once a process, not once a request.
-    logger.warning("temperatures above 0 and below %s overflow the logits and are raised to it; 0 is greedy.",
-                   MIN_TEMPERATURE)
+    logger.warning(
+        "temperatures above 0 and below %s overflow the logits and are raised to it; 0 is greedy.", MIN_TEMPERATURE
+    )

@@ -25,7 +25,8 @@ llm = LLM(demo.path())
 # %% [markdown]
 # ## Generate
 #
-# Prompts go in, one result each comes out, in the same order. The first call compiles its steps; the bar says how fast it went.
+# Prompts go in, one result each comes out, in the same order. The first call compiles its steps; the bar says how fast
+# it went.
 
 # %%
 questions = ["What is 17 plus 25?", "What is the capital of France?", "Which is larger, 38 or 83?"]
@@ -73,7 +74,11 @@ chat += [
     {"role": "user", "content": "What is 8 + 9?"},
 ]
 answer = llm.chat(chat, SamplingParams(temperature=0, max_tokens=None))[0]
-print(answer.outputs[0].text, "-", f"{answer.num_cached_tokens} of {len(answer.prompt_token_ids)} prompt tokens were cached")
+print(
+    answer.outputs[0].text,
+    "-",
+    f"{answer.num_cached_tokens} of {len(answer.prompt_token_ids)} prompt tokens were cached",
+)
 
 # %% [markdown]
 # ## Several samples
@@ -89,7 +94,8 @@ for sample in sampled.outputs:
 # %% [markdown]
 # ## Log-probabilities
 #
-# `logprobs=3` reports the three likeliest tokens beside the chosen one. Green tokens were certain, red ones were not; hover to see the candidates.
+# `logprobs=3` reports the three likeliest tokens beside the chosen one. Green tokens were certain, red ones were not;
+# hover to see the candidates.
 
 # %%
 unsure = llm.chat(chat[:1], SamplingParams(temperature=1.9, seed=11, max_tokens=32, logprobs=3, prompt_logprobs=0))[0]

@@ -38,8 +38,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--model", help="a checkpoint's directory or Hub id")
     add("--out", type=Path, metavar="DIR", help="the folder to write, which must not be there yet")
     add("--tensor-parallel-size", type=int, default=1, metavar="N", help="devices to divide the weights over")
-    add("--placement", nargs="+", default=[], metavar="PATTERN=TACTIC",
-        help="modules by patterns of their paths: shard or replicate, such as '*.attention=replicate'")  # fmt: skip
+    add(
+        "--placement",
+        nargs="+",
+        default=[],
+        metavar="PATTERN=TACTIC",
+        help="modules by patterns of their paths: shard or replicate, such as '*.attention=replicate'",
+    )
     add("--pad-heads", action="store_true", help="add heads of zeroes where the model's do not divide")
     add("--quantization", default=None, choices=("int8",), help="keep the matrices in int8")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="auto: the checkpoint's")
@@ -65,10 +70,15 @@ def convert(args: argparse.Namespace) -> int:
 
     start = time.perf_counter()
     manifest = converting.convert(
-        resolve_model(args.model), args.out, make_mesh(args.tensor_parallel_size), dtype=args.dtype,
-        quantization=args.quantization, pad_heads=args.pad_heads, overrides=args.hf_overrides,
+        resolve_model(args.model),
+        args.out,
+        make_mesh(args.tensor_parallel_size),
+        dtype=args.dtype,
+        quantization=args.quantization,
+        pad_heads=args.pad_heads,
+        overrides=args.hf_overrides,
         placement=Placement(dict(given.rsplit("=", 1) for given in args.placement)),
-    )  # fmt: skip
+    )
     print(f"{args.out}: {describe(manifest)}; {time.perf_counter() - start:.1f} s")
     return 0
 

@@ -8,7 +8,8 @@ from jaxinfer.errors import JaxInferError
 
 
 def status_of(work: Callable[[], int], interrupted: str = "interrupted") -> int:
-    """What `work` returns; 2 for bad input and 130 after Ctrl+C, each said in one line; 141 where nobody reads the output."""
+    """What `work` returns; 2 for bad input and 130 after Ctrl+C, each said in one line; 141 where nobody reads the
+    output."""
     try:
         return work()
     except (JaxInferError, ValueError, TypeError, OSError) as error:

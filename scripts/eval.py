@@ -1,17 +1,18 @@
 #!/usr/bin/env python
-"""Asks a model the questions of a file and prints the share that it answers rightly, or prints its perplexity on a text.
+"""Asks a model the questions of a file and prints the share that it answers rightly, or prints its perplexity on a
+text.
 
     python scripts/eval.py --model DIR --questions gsm8k_test.jsonl --shots 5 --max-tokens 512
     python scripts/eval.py --questions demo          # held-out questions of the packaged checkpoint
     python scripts/eval.py --model DIR --perplexity text.txt --quantization int8
 
-FILE has a JSON object a line with "question" and "answer", as GSM8K's has (arXiv:2110.14168). Answers are greedy. An answer with
-"#### 72" in it is right if the number is the same: of what the model says the one behind its last "####", else the last number
-(commas, a dollar sign and zeroes behind the point do not count). Any other answer is right if the text is the same, but for white
-space around it.
+FILE has a JSON object a line with "question" and "answer", as GSM8K's has (arXiv:2110.14168). Answers are greedy. An
+answer with "#### 72" in it is right if the number is the same: of what the model says the one behind its last "####",
+else the last number (commas, a dollar sign and zeroes behind the point do not count). Any other answer is right if the
+text is the same, but for white space around it.
 
-The perplexity is that of the text's tokens in windows of `--window` tokens one after another, each token given those before it in
-its window.
+The perplexity is that of the text's tokens in windows of `--window` tokens one after another, each token given those
+before it in its window.
 """
 
 import argparse
@@ -129,7 +130,10 @@ def run(args: argparse.Namespace) -> int:
         print_json(args, result)
     else:
         cut = f", {result.cut_off} cut off by --max-tokens {args.max_tokens}" if result.cut_off else ""
-        print(f"accuracy {result.accuracy:.4f} ({result.right} of {result.questions} right{cut}) in {result.seconds:.1f} s")
+        print(
+            f"accuracy {result.accuracy:.4f} ({result.right} of {result.questions} right{cut}) in {result.seconds:.1f} "
+            "s"
+        )
     return 0
 
 
@@ -154,10 +158,13 @@ def print_json(args: argparse.Namespace, result: Result | perplexity.Perplexity)
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     """Return what the command line says of the model and its engine."""
     return dict(
-        dtype=args.dtype, quantization=args.quantization, max_model_len=args.max_model_len,
-        tensor_parallel_size=args.tensor_parallel_size, fuse_projections=FUSE[args.fuse_projections],
+        dtype=args.dtype,
+        quantization=args.quantization,
+        max_model_len=args.max_model_len,
+        tensor_parallel_size=args.tensor_parallel_size,
+        fuse_projections=FUSE[args.fuse_projections],
         hf_overrides=args.hf_overrides,
-    )  # fmt: skip
+    )
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -169,14 +176,28 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     work.add_argument("--questions", metavar="FILE", help=f"a JSON object a line, or {DEMO!r}")
     work.add_argument("--perplexity", metavar="FILE", help="print the perplexity on this UTF-8 text instead")
     add(
-        "--window", type=int, default=perplexity.WINDOW, metavar="N",
+        "--window",
+        type=int,
+        default=perplexity.WINDOW,
+        metavar="N",
         help="tokens of a window of --perplexity's text (default: %(default)s)",
-    )  # fmt: skip
+    )
     add("--limit", type=int, metavar="N", help=f"ask the first N; by default all (of {DEMO!r} 400)")
-    add("--shots", type=int, default=0, metavar="N", help="put the first N before each of the others, with their answers")
+    add(
+        "--shots",
+        type=int,
+        default=0,
+        metavar="N",
+        help="put the first N before each of the others, with their answers",
+    )
     add("--chat", action="store_true", help="put questions through the chat template")
     add("--max-tokens", type=int, default=256, help="of an answer (default: %(default)s)")
-    add("--fuse-projections", choices=FUSE, default="auto", help="projections of one input as one product (default: %(default)s)")
+    add(
+        "--fuse-projections",
+        choices=FUSE,
+        default="auto",
+        help="projections of one input as one product (default: %(default)s)",
+    )
     add("--tensor-parallel-size", type=int, default=1, metavar="N", help="devices (default: %(default)s)")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     add("--quantization", default=None, choices=("int8",), help="keep the matrices in int8")

@@ -45,19 +45,28 @@ def make_llm(args: argparse.Namespace, **settings: Any) -> LLM:
 
         args.tensor_parallel_size = 1 if args.coordinator is None else jax.device_count()
     return LLM(
-        args.model or demo.path(), dtype=args.dtype, quantization=args.quantization,
-        max_model_len=args.max_model_len, tensor_parallel_size=args.tensor_parallel_size,
-        peer_timeout=args.peer_timeout, hf_overrides=args.hf_overrides, **settings,
-    )  # fmt: skip
+        args.model or demo.path(),
+        dtype=args.dtype,
+        quantization=args.quantization,
+        max_model_len=args.max_model_len,
+        tensor_parallel_size=args.tensor_parallel_size,
+        peer_timeout=args.peer_timeout,
+        hf_overrides=args.hf_overrides,
+        **settings,
+    )
 
 
 def params_of(args: argparse.Namespace) -> SamplingParams:
     """The sampling parameters of the command line."""
     default = None if args.chat or args.audio else 128
     return SamplingParams(
-        n=args.n, temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, seed=args.seed,
+        n=args.n,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        seed=args.seed,
         max_tokens=default if args.max_tokens is None else args.max_tokens,
-    )  # fmt: skip
+    )
 
 
 def generate(args: argparse.Namespace) -> int:

@@ -1,4 +1,5 @@
-"""Perplexity of a model on a text, measured through prefill: `prompt_logprobs` of windows that lie one after another."""
+"""Perplexity of a model on a text, measured through prefill: `prompt_logprobs` of windows that lie one after
+another."""
 
 import math
 import time
@@ -32,7 +33,9 @@ def read(name: str) -> str:
     try:
         text = Path(name).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--perplexity {name}: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}") from error
+        raise ValueError(
+            f"--perplexity {name}: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}"
+        ) from error
     if not text.strip():
         raise ValueError(f"--perplexity {name} has no text in it")
     return text

@@ -3,10 +3,12 @@
     python scripts/train_demo.py --out DIR                      # the one that comes with the package
     python scripts/train_demo.py --out DIR --arch kimi_linear   # a hybrid with recurrent layers, latents and experts
 
-makes the tokenizer, trains the model, writes it to DIR, reads it back and prints its accuracy on questions it never saw.
+makes the tokenizer, trains the model, writes it to DIR, reads it back and prints its accuracy on questions it never
+saw.
 
-`llama`, two million parameters, is trained with torch and takes about 17 minutes of CPU time. `kimi_linear`, one million, is
-trained through jaxinfer's own layers (`jaxinfer.functional.training`) with optax, which comes with flax. Both need the extra `test`.
+`llama`, two million parameters, is trained with torch and takes about 17 minutes of CPU time. `kimi_linear`, one
+million, is trained through jaxinfer's own layers (`jaxinfer.functional.training`) with optax, which comes with flax.
+Both need the extra `test`.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ from demos import text  # noqa: E402
 from jaxinfer.demo import corpus  # noqa: E402
 
 ARCHITECTURES = ("llama", "kimi_linear")
-"""Each a file in `demos`: `Trainer`, `answers(folder, prompts, limit)`, and the `LENGTHS` that batches are filled up to."""
+"""Each a file in `demos`: `Trainer`, `answers(folder, prompts, limit)`, and the `LENGTHS` that batches are filled up
+to."""
 LONGEST_ANSWER = 48
 
 

@@ -30,8 +30,8 @@ install_import_hook("jaxinfer", "support.checked")
 
 COMPILATIONS = "/jax/core/compile/backend_compile_duration"
 COMPILE_BUDGET = 3640
-"""Programs the whole suite may compile: a test that needs one of its own shape pays for it here. The real checkpoints, which run
-where there are some, have 34 of them."""
+"""Programs the whole suite may compile: a test that needs one of its own shape pays for it here. The real checkpoints,
+which run where there are some, have 34 of them."""
 
 _compiled: Counter[str] = Counter()
 """Programs compiled so far by the file of the test that ran."""
@@ -54,7 +54,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         groups = sorted(_groups(item))
         if groups and not item.nodeid.endswith(f"@{'_'.join(groups)}"):
-            raise pytest.UsageError(f"--dist loadgroup: pytest-xdist ignores the group of {item.nodeid}; install pytest<9.2")
+            raise pytest.UsageError(
+                f"--dist loadgroup: pytest-xdist ignores the group of {item.nodeid}; install pytest<9.2"
+            )
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -91,8 +93,8 @@ def _no_freezing() -> Iterator[None]:
 
 
 MAPPINGS = 20_000
-"""Memory mappings of a process from which programs are dropped. Each compiled program has about thirty, and Linux ends a
-process that has 65,530 (vm.max_map_count) in the midst of compiling another."""
+"""Memory mappings of a process from which programs are dropped. Each compiled program has about thirty, and Linux ends
+a process that has 65,530 (vm.max_map_count) in the midst of compiling another."""
 
 
 @pytest.hookimpl(trylast=True)

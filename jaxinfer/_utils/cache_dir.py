@@ -57,8 +57,8 @@ def _keep_group_out(folder: Path) -> None:
 def _temporary() -> Path:
     """Return a folder among the temporary files that is this user's alone, the same one for the whole process.
 
-    Its usual name can be guessed, and everybody can make it first. Where somebody did, a new one serves until the process
-    ends.
+    Its usual name can be guessed, and everybody can make it first. Where somebody did, a new one serves until the
+    process ends.
     """
     if os.name == "posix":
         folder = Path(tempfile.gettempdir()) / f"jaxinfer-{os.getuid()}"
@@ -71,7 +71,8 @@ def _temporary() -> Path:
             if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & WRITABLE:
                 return folder
             log.warning(
-                "%s is not used: it is a link, belongs to another user, or others can write into it; a new folder is made for "
+                "%s is not used: it is a link, belongs to another user, or others can write into it; a new folder is "
+                "made for "
                 "this process, and what is compiled is lost at its end. Delete it, or set XDG_CACHE_HOME",
                 folder,
             )

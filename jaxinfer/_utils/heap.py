@@ -1,7 +1,7 @@
 """Keep Python's garbage collector off the objects that stay as long as a model is served.
 
-JAX, transformers and a loaded model are a quarter of a million objects. A full collection looks at each of them and stops
-all threads meanwhile, a step for every running request included. `gc.freeze` takes them out of its sight.
+JAX, transformers and a loaded model are a quarter of a million objects. A full collection looks at each of them and
+stops all threads meanwhile, a step for every running request included. `gc.freeze` takes them out of its sight.
 
 What is frozen is never collected, though: an object of the caller that was alive when a model was loaded and is dropped
 later as part of a reference cycle stays, with all that it refers to. So everything is thawed when an LLM is closed or

@@ -46,28 +46,35 @@ def why_not(directory: Path, wanted: str) -> str:
         wanted: what was looked for and is not there, for the message.
     """
     names = sorted(entry.name for entry in directory.iterdir()) if directory.is_dir() else []
-    some = {ending: shorten(", ".join(name for name in names if name.endswith(ending))) for ending in (".gguf", ".safetensors")}
+    some = {
+        ending: shorten(", ".join(name for name in names if name.endswith(ending)))
+        for ending in (".gguf", ".safetensors")
+    }
     others = shorten(", ".join(name for name in names if name.endswith(_OTHERS)))
     if "adapter_config.json" in names:
         return (
-            f"{directory} is a PEFT adapter (adapter_config.json) without {wanted}. Adapters are not read; merge it into its "
+            f"{directory} is a PEFT adapter (adapter_config.json) without {wanted}. Adapters are not read; merge it "
+            "into its "
             "base model and save that: PeftModel.merge_and_unload().save_pretrained(path)."
         )
     if some[".gguf"]:
         return (
-            f"{directory} has no {wanted}, only GGUF files: {some['.gguf']}. GGUF is not read; use the safetensors checkpoint "
+            f"{directory} has no {wanted}, only GGUF files: {some['.gguf']}. GGUF is not read; use the safetensors "
+            "checkpoint "
             "of this model."
         )
     if "params.json" in names or "consolidated.safetensors" in names:
         return (
-            f"{directory} has no {wanted}: it holds the original format of Meta or Mistral ({shorten(', '.join(names))}), which "
+            f"{directory} has no {wanted}: it holds the original format of Meta or Mistral "
+            f"({shorten(', '.join(names))}), which "
             "is not read. Use the folder in the format of transformers, which the Hub has beside it."
         )
     if some[".safetensors"]:
         return f"{directory} has no {wanted}; found {some['.safetensors']}. Fetch the missing file."
     if others:
         return (
-            f"{directory} has no {wanted}, only {others}. Reading such files can run code that they carry, so they are never "
+            f"{directory} has no {wanted}, only {others}. Reading such files can run code that they carry, so they are "
+            "never "
             "opened. Convert them where you trust them: load the model with transformers and write it with "
             "save_pretrained(path)."
         )
@@ -101,6 +108,7 @@ def _check_file(path: Path, config: Mapping[str, Any]) -> None:
     if not method or str(method).lower() in READ_QUANTISED:
         return
     raise ConfigError(
-        f"{path} says that the weights are quantised ({shorten(show(dict(inner)), 120)}), and checkpoints of this format "
+        f"{path} says that the weights are quantised ({shorten(show(dict(inner)), 120)}), and checkpoints of this "
+        "format "
         f"are not supported. {_REMEDY}; if these weights are not quantised in fact, remove the file."
     )

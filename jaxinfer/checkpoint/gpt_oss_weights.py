@@ -1,9 +1,10 @@
-"""gpt-oss's checkpoints of experts as `models.moe_rules` names them: stacks of `[out, in]`, the gate's rows before up's.
+"""gpt-oss's checkpoints of experts as `models.moe_rules` names them: stacks of `[out, in]`, the gate's rows before
+up's.
 
-They keep `gate_up_proj` as `[E, M, 2F]` and `down_proj` as `[E, F, M]`, in bfloat16, or as MXFP4 (OCP Microscaling Formats,
-https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf): `_blocks` `[E, out, in / 32, 16]`
-with two numbers of four bits a byte, the lower half first, and `_scales` `[E, out, in / 32]`, exponents of two. In both,
-and in the bias, gate and up alternate.
+They keep `gate_up_proj` as `[E, M, 2F]` and `down_proj` as `[E, F, M]`, in bfloat16, or as MXFP4 (OCP Microscaling
+Formats, https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf): `_blocks` `[E, out, in
+/ 32, 16]` with two numbers of four bits a byte, the lower half first, and `_scales` `[E, out, in / 32]`, exponents of
+two. In both, and in the bias, gate and up alternate.
 """
 
 import re
@@ -76,7 +77,8 @@ class InterleavedExperts:
         scales = tuple(self._source.info(f"{base}_scales").shape)
         if found.shape != (*scales, GROUP // 2) or len(scales) != 3:
             raise CheckpointError(
-                f"tensors {base}_blocks of shape {list(found.shape)} and {base}_scales of shape {list(scales)} do not fit: "
+                f"tensors {base}_blocks of shape {list(found.shape)} and {base}_scales of shape {list(scales)} do not "
+                "fit: "
                 f"expected [E, out, in / {GROUP}, {GROUP // 2}] and [E, out, in / {GROUP}]"
             )
         return Kept((*scales[:2], scales[2] * GROUP), "BF16")

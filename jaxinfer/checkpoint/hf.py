@@ -23,19 +23,56 @@ from jaxinfer.layers.rope_config import ROPE_FIELDS, RopeConfig
 logger = logging.getLogger(__name__)
 
 SIZE_CAPS = {
-    "vocab_size": 2**22, "hidden_size": 2**17, "intermediate_size": 2**20, "moe_intermediate_size": 2**20,
-    "num_hidden_layers": 1024, "num_attention_heads": 4096, "num_key_value_heads": 4096, "head_dim": 2**14,
-    "d_model": 2**17, "encoder_layers": 1024, "decoder_layers": 1024, "encoder_attention_heads": 4096,
-    "decoder_attention_heads": 4096, "encoder_ffn_dim": 2**20, "decoder_ffn_dim": 2**20,
-    "num_experts": 2**14, "num_local_experts": 2**14, "max_position_embeddings": 2**27, "n_routed_experts": 2**14,
-    "n_shared_experts": 2**10, "num_shared_experts": 2**10, "num_experts_per_tok": 2**10, "num_experts_per_token": 2**10,
-    "shared_expert_intermediate_size": 2**20, "num_global_layers": 1024, "attention_heads": 4096, "num_heads": 4096,
-    "max_num_tiles": 256, "num_channels": 256, "num_mel_bins": 2**12, "max_source_positions": 2**20,
-    "max_target_positions": 2**20, "vision_output_dim": 2**20, "kv_lora_rank": 2**17, "q_lora_rank": 2**17,
-    "qk_nope_head_dim": 2**14, "qk_rope_head_dim": 2**14, "v_head_dim": 2**14, "linear_num_heads": 4096,
-    "linear_num_key_heads": 4096, "linear_num_value_heads": 4096, "linear_head_dim": 2**14, "linear_key_head_dim": 2**14,
-    "linear_value_head_dim": 2**14, "linear_conv_kernel_dim": 2**10, "short_conv_kernel_size": 2**10,
-    "model_max_length": 2**27, "n_group": 2**14, "num_expert_group": 2**14, "topk_group": 2**14,
+    "vocab_size": 2**22,
+    "hidden_size": 2**17,
+    "intermediate_size": 2**20,
+    "moe_intermediate_size": 2**20,
+    "num_hidden_layers": 1024,
+    "num_attention_heads": 4096,
+    "num_key_value_heads": 4096,
+    "head_dim": 2**14,
+    "d_model": 2**17,
+    "encoder_layers": 1024,
+    "decoder_layers": 1024,
+    "encoder_attention_heads": 4096,
+    "decoder_attention_heads": 4096,
+    "encoder_ffn_dim": 2**20,
+    "decoder_ffn_dim": 2**20,
+    "num_experts": 2**14,
+    "num_local_experts": 2**14,
+    "max_position_embeddings": 2**27,
+    "n_routed_experts": 2**14,
+    "n_shared_experts": 2**10,
+    "num_shared_experts": 2**10,
+    "num_experts_per_tok": 2**10,
+    "num_experts_per_token": 2**10,
+    "shared_expert_intermediate_size": 2**20,
+    "num_global_layers": 1024,
+    "attention_heads": 4096,
+    "num_heads": 4096,
+    "max_num_tiles": 256,
+    "num_channels": 256,
+    "num_mel_bins": 2**12,
+    "max_source_positions": 2**20,
+    "max_target_positions": 2**20,
+    "vision_output_dim": 2**20,
+    "kv_lora_rank": 2**17,
+    "q_lora_rank": 2**17,
+    "qk_nope_head_dim": 2**14,
+    "qk_rope_head_dim": 2**14,
+    "v_head_dim": 2**14,
+    "linear_num_heads": 4096,
+    "linear_num_key_heads": 4096,
+    "linear_num_value_heads": 4096,
+    "linear_head_dim": 2**14,
+    "linear_key_head_dim": 2**14,
+    "linear_value_head_dim": 2**14,
+    "linear_conv_kernel_dim": 2**10,
+    "short_conv_kernel_size": 2**10,
+    "model_max_length": 2**27,
+    "n_group": 2**14,
+    "num_expert_group": 2**14,
+    "topk_group": 2**14,
 }
 """Largest value accepted of each size in a config.json; far above any real model, far below an overflow."""
 
@@ -141,7 +178,9 @@ class ConfigReader:
         """Read a whole number from `least` to the field's cap of `SIZE_CAPS` (2^31 - 1 for other fields); 8.0 is 8."""
         most = SIZE_CAPS.get(name, 2**31 - 1)
         expected = f"a whole number from {least} to {most}"
-        return whole(self._typed(name, default, expected, lambda value: _is_int(whole(value)) and least <= value <= most))
+        return whole(
+            self._typed(name, default, expected, lambda value: _is_int(whole(value)) and least <= value <= most)
+        )
 
     def get_float(self, name: str, default: Default = REQUIRED, *, above: float | None = None) -> float | Default:
         """Read a finite number; `above`: one that is larger."""
@@ -191,7 +230,10 @@ class ConfigReader:
 
     def defaults(self, **values: Any) -> None:
         """State the values of fields that config.json does not have or has as null, as transformers' class does."""
-        self.config = {**self.config, **{name: value for name, value in values.items() if self.config.get(name) is None}}
+        self.config = {
+            **self.config,
+            **{name: value for name, value in values.items() if self.config.get(name) is None},
+        }
 
     def absent(self, **values: Any) -> None:
         """State the values of fields that config.json does not have; null is a value of theirs (a cap: no cap)."""
@@ -223,9 +265,11 @@ class ConfigReader:
         if left:
             found = ", ".join(f"{name}={show(value)}" for name, value in left.items())
             nothing = {name: dict.fromkeys(value) if name in self._parts else None for name, value in left.items()}
-            raise ConfigError(f"{self.family}: config.json has unknown attributes, which "
-                              f"may change the numbers: {found}. If they are known to be harmless, pass "
-                              f"hf_overrides={nothing} (--hf-overrides '{json.dumps(nothing)}' on a command line).")
+            raise ConfigError(
+                f"{self.family}: config.json has unknown attributes, which "
+                f"may change the numbers: {found}. If they are known to be harmless, pass "
+                f"hf_overrides={nothing} (--hf-overrides '{json.dumps(nothing)}' on a command line)."
+            )
 
     def _left(self) -> dict[str, Any]:
         for name, values in self._one_value.items():
@@ -266,4 +310,8 @@ def _is_empty(value: Any) -> bool:
 
 @cache
 def _log_labels(family: str, names: tuple[str, ...]) -> None:
-    logger.info("%s: config.json has %s, which jaxinfer does not know; ignored as notes by their names.", family, ", ".join(names))
+    logger.info(
+        "%s: config.json has %s, which jaxinfer does not know; ignored as notes by their names.",
+        family,
+        ", ".join(names),
+    )

@@ -16,9 +16,7 @@ IGNORE_PATTERNS = ("*/*.json", "*/*.safetensors", "*/*.model", "*/*.txt", "conso
 """Copies of the weights in other formats that some repositories carry beside the ones that are read."""
 
 
-def resolve_model(
-    model: str | Path, revision: str | None = None, *, patterns: Sequence[str] = ALLOW_PATTERNS
-) -> Path:
+def resolve_model(model: str | Path, revision: str | None = None, *, patterns: Sequence[str] = ALLOW_PATTERNS) -> Path:
     """Returns the folder of `model`: a local directory as it is, else a Hub id fetched into the Hub's cache.
 
     `patterns`: the files that are fetched.
@@ -48,8 +46,11 @@ def _fetch(model: str, revision: str | None, patterns: Sequence[str]) -> Path:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        return Path(huggingface_hub.snapshot_download(
-            model, revision=revision, allow_patterns=[*patterns], ignore_patterns=[*IGNORE_PATTERNS]))
+        return Path(
+            huggingface_hub.snapshot_download(
+                model, revision=revision, allow_patterns=[*patterns], ignore_patterns=[*IGNORE_PATTERNS]
+            )
+        )
     except HFValidationError as error:
         raise CheckpointError(f"model={model!r} is neither a directory nor a Hub id (owner/name).") from error
     except Exception as error:  # The client, its HTTP library and its transfer library each have their own.
@@ -66,22 +67,29 @@ def _reason(error: Exception, model: str, revision: str | None) -> str:
 
     cache = constants.HF_HUB_CACHE
     if _errno(error) in (errno.ENOSPC, errno.EDQUOT):
-        return (f"the disk that holds {cache} is full. Make room there, or set HF_HOME to a folder on "
-                "another disk; the download goes on where it stopped.")
+        return (
+            f"the disk that holds {cache} is full. Make room there, or set HF_HOME to a folder on "
+            "another disk; the download goes on where it stopped."
+        )
     if isinstance(error, errors.GatedRepoError):
-        return (f"access to it is gated. Accept its conditions at https://huggingface.co/{model}, then run "
-                "`hf auth login` or set HF_TOKEN.")
+        return (
+            f"access to it is gated. Accept its conditions at https://huggingface.co/{model}, then run "
+            "`hf auth login` or set HF_TOKEN."
+        )
     if isinstance(error, errors.RepositoryNotFoundError):
-        return ("there is no such public model. Check the name; if it is private, run `hf auth login` or set "
-                "HF_TOKEN.")
+        return "there is no such public model. Check the name; if it is private, run `hf auth login` or set HF_TOKEN."
     if isinstance(error, errors.RevisionNotFoundError):
         return f"it has no revision {revision!r}. Pass a branch, tag or commit that it has."
     if constants.HF_HUB_OFFLINE:
-        return (f"HF_HUB_OFFLINE is set and {cache} does not hold all of it. Unset HF_HUB_OFFLINE, or set "
-                "HF_HOME to the folder of a cache that does.")
+        return (
+            f"HF_HUB_OFFLINE is set and {cache} does not hold all of it. Unset HF_HUB_OFFLINE, or set "
+            "HF_HOME to the folder of a cache that does."
+        )
     cause = (str(error).strip() or "no message").splitlines()[0]
-    return (f"{type(error).__name__}: {cause} Check the connection (HF_ENDPOINT and proxies included), or "
-            "set HF_HOME to the folder of a cache that holds it.")
+    return (
+        f"{type(error).__name__}: {cause} Check the connection (HF_ENDPOINT and proxies included), or "
+        "set HF_HOME to the folder of a cache that holds it."
+    )
 
 
 def _errno(error: BaseException | None) -> int | None:

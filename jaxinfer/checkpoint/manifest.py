@@ -45,14 +45,16 @@ class Stored:
     unpadded: tuple[int, ...] | None = None
     """The shape of its tensor in the checkpoint, where that is smaller."""
     rows: Mapping[str, Sequence[Sequence[int]]] | None = None
-    """Of a fused parameter `[tp, columns, ...]`: for each output, (shard, first column, start, stop) of the intervals of
-    the output's own rows that lie there."""
+    """Of a fused parameter `[tp, columns, ...]`: for each output, (shard, first column, start, stop) of the intervals
+    of the output's own rows that lie there."""
     columns: Sequence[Sequence[int]] | None = None
-    """Of one whose last axis has columns of zeroes: (first column, start, stop) of the intervals of the tensor's own."""
+    """Of one whose last axis has columns of zeroes: (first column, start, stop) of the intervals of the tensor's
+    own."""
     scales_of: str | None = None
     """The path of the int8 parameter whose rows these are the scales of."""
     stacked: bool = False
-    """Whether the first axis is one of several such parameters, to which `unpadded`, `rows` and `columns` apply alone."""
+    """Whether the first axis is one of several such parameters, to which `unpadded`, `rows` and `columns` apply
+    alone."""
 
     @classmethod
     def of(cls, path: str, param: nnx.Param, mesh: Mesh) -> "Stored":
@@ -60,11 +62,15 @@ class Stored:
         metadata = param.get_metadata()
         scaled = metadata.get("scales_of")
         return cls(
-            tuple(param.shape), jnp.dtype(param.dtype).name,
+            tuple(param.shape),
+            jnp.dtype(param.dtype).name,
             tuple(sharding_rules.of(mesh, metadata, param.shape, path).spec),
-            _unpadded(param), _rows(param), _columns(param, mesh),
-            None if scaled is None else ".".join([*path.split(".")[:-1], scaled]), bool(metadata.get("stacked")),
-        )  # fmt: skip
+            _unpadded(param),
+            _rows(param),
+            _columns(param, mesh),
+            None if scaled is None else ".".join([*path.split(".")[:-1], scaled]),
+            bool(metadata.get("stacked")),
+        )
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Stored":
@@ -92,8 +98,9 @@ def _rows(param: nnx.Param) -> dict[str, list[list[int]]] | None:
     for output in outputs:
         found[output.name] = [
             [shard, first + piece.column, piece.start, piece.stop]
-            for shard in range(tp) for piece in output.pieces(shard, tp)
-        ]  # fmt: skip
+            for shard in range(tp)
+            for piece in output.pieces(shard, tp)
+        ]
         first += output.columns(tp)
     return found
 
@@ -141,15 +148,22 @@ class Manifest:
         return all(one.nmant <= kept.nmant and one.nexp <= kept.nexp for one in found)
 
     def settle(
-        self, directory: Path, dtype: jnp.dtype, *, asked: bool, quantization: str | None, placement: Placement,
+        self,
+        directory: Path,
+        dtype: jnp.dtype,
+        *,
+        asked: bool,
+        quantization: str | None,
+        placement: Placement,
         pad_heads: bool,
-    ) -> dict[str, Any]:  # fmt: skip
+    ) -> dict[str, Any]:
         """Quantisation, placement and padding to run with: what was asked for, else the folder's own.
 
         `asked`: whether `dtype` was asked for by name.
 
         Raises:
-            ConfigError: the folder's numbers were rounded, and are not those that a dtype or quantisation asked for needs.
+            ConfigError: the folder's numbers were rounded, and are not those that a dtype or quantisation asked for
+                needs.
         """
         wanted = {"quantization": quantization, "dtype": dtype.name if asked else None}
         for name, value in wanted.items():
@@ -159,7 +173,8 @@ class Manifest:
             rounded = f"of {', '.join(self.source_dtypes)} to {self.dtype}"
             raise ConfigError(
                 f"{name} is {value!r}, but {directory} was converted with {name} {found!r}, which rounded weights "
-                f"{f'to {found}' if found and name == 'quantization' else rounded}; leave {name} out, or convert the original "
+                f"{f'to {found}' if found and name == 'quantization' else rounded}; leave {name} out, or convert the "
+                "original "
                 f"checkpoint again with --{name} {value}"
             )
         return {
@@ -194,7 +209,8 @@ class Manifest:
             raise CheckpointError(f"{path} is not the manifest of a converted checkpoint; {REMEDY}.")
         if version > VERSION:
             raise CheckpointError(
-                f"{path} has format version {version}, and this jaxinfer reads up to {VERSION}; install a newer jaxinfer, or "
+                f"{path} has format version {version}, and this jaxinfer reads up to {VERSION}; install a newer "
+                "jaxinfer, or "
                 "convert the original checkpoint again with this one."
             )
         if body.pop("digest", None) != _digest(body):

@@ -1,7 +1,7 @@
 """Tensors of a checkpoint under the names that a weight table has for them.
 
-Tools save the same model under other prefixes, and add tensors that no forward pass reads. `named` maps the first, leaves
-out the second, and refuses checkpoints whose tensors are another kind of file: adapters and quantised weights.
+Tools save the same model under other prefixes, and add tensors that no forward pass reads. `named` maps the first,
+leaves out the second, and refuses checkpoints whose tensors are another kind of file: adapters and quantised weights.
 """
 
 import logging
@@ -17,22 +17,32 @@ from jaxinfer.errors import CheckpointError
 log = logging.getLogger(__name__)
 
 WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|^module\.")
-"""Parts of names that torch.compile, FSDP, activation checkpointing and DataParallel put in when a wrapped model is saved."""
+"""Parts of names that torch.compile, FSDP, activation checkpointing and DataParallel put in when a wrapped model is
+saved."""
 
 PREFIXES: Sequence[tuple[str, str]] = (
-    ("", "model."), ("model.", ""),  # a base model saved alone, and the reverse
-    ("model.language_model.model.", "model.language_model."), ("language_model.model.model.", "model.language_model."),
-    ("language_model.model.", "model."), ("model.language_model.", "model."), ("language_model.", "model."),
-    ("language_model.lm_head.", "lm_head."), ("model.lm_head.", "lm_head."), ("model.language_model.lm_head.", "lm_head."),
-)  # fmt: skip
-"""Prefixes of names in checkpoints, each with what may stand in its place in a weight table. The first that makes a name
-of the table is taken. Among them are text models that were saved from a multimodal wrapper."""
+    ("", "model."),
+    ("model.", ""),  # a base model saved alone, and the reverse
+    ("model.language_model.model.", "model.language_model."),
+    ("language_model.model.model.", "model.language_model."),
+    ("language_model.model.", "model."),
+    ("model.language_model.", "model."),
+    ("language_model.", "model."),
+    ("language_model.lm_head.", "lm_head."),
+    ("model.lm_head.", "lm_head."),
+    ("model.language_model.lm_head.", "lm_head."),
+)
+"""Prefixes of names in checkpoints, each with what may stand in its place in a weight table. The first that makes a
+name of the table is taken. Among them are text models that were saved from a multimodal wrapper."""
 
 IGNORED: Sequence[str] = (
-    r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)", r"(.*\.)?(attn|attention|self_attn)\.(bias|masked_bias)",
-    r"(.*\.)?position_ids", r"(.*\.)?(encoder|decoder)\.version", r"(model\.)?(mtp|mtp_layers|mtp_block)\..*",
+    r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)",
+    r"(.*\.)?(attn|attention|self_attn)\.(bias|masked_bias)",
+    r"(.*\.)?position_ids",
+    r"(.*\.)?(encoder|decoder)\.version",
+    r"(model\.)?(mtp|mtp_layers|mtp_block)\..*",
     r"(score|v_head|value_head|reward_head|classifier|classification_head|qa_outputs)\..*",
-)  # fmt: skip
+)
 """Names of tensors that a forward pass of the served models does not read: buffers that are computed here, layers for
 multi-token prediction, heads of reward models and of classification."""
 
@@ -127,7 +137,8 @@ def _check_format(where: object, source: Source, found: Mapping[str, str], left:
     adapter = [name for name in left if _ADAPTER.fullmatch(name)]
     if adapter:
         raise CheckpointError(
-            f"{where} has {len(adapter)} tensor(s) of a PEFT adapter: {some(adapter)}. Adapters are not read; merge it into "
+            f"{where} has {len(adapter)} tensor(s) of a PEFT adapter: {some(adapter)}. Adapters are not read; merge it "
+            "into "
             "its base model and save that: PeftModel.merge_and_unload().save_pretrained(path)."
         )
     scales = [name for name in left if _QUANTISED.fullmatch(name)]
@@ -135,6 +146,7 @@ def _check_format(where: object, source: Source, found: Mapping[str, str], left:
     packed = [f"{name} ({kind})" for name, kind in kinds.items() if kind not in _FLOATS]
     if scales or packed:
         raise CheckpointError(
-            f"{where} is quantised in a format that is not read: {some(packed or scales)}. Use the unquantised checkpoint of "
+            f"{where} is quantised in a format that is not read: {some(packed or scales)}. Use the unquantised "
+            "checkpoint of "
             "this model; quantization='int8' quantises it while it is loaded."
         )

@@ -61,9 +61,14 @@ def finalize(weights: Path) -> None:
 
 
 def restore(
-    module: nnx.Module, table: Sequence[rules.Rule], directory: Path, manifest: Manifest, mesh: Mesh, *,
+    module: nnx.Module,
+    table: Sequence[rules.Rule],
+    directory: Path,
+    manifest: Manifest,
+    mesh: Mesh,
+    *,
     progress: bool = True,
-) -> None:  # fmt: skip
+) -> None:
     """Fills an abstract module from a converted folder.
 
     Raises:
@@ -84,8 +89,10 @@ def restore(
     with tqdm(total=total, unit="B", unit_scale=True, desc="Loading weights", disable=not progress) as bar:
         others = {path: planned[path] for path in planned if path not in same}
         quantised = None if manifest.quantization is None else source
-        for arrays in (_direct(directory / WEIGHTS, {p: wanted[p] for p in planned if p in same}, mesh),
-                       rules.read(wanted, others, source, mesh, quantised)):  # fmt: skip
+        for arrays in (
+            _direct(directory / WEIGHTS, {p: wanted[p] for p in planned if p in same}, mesh),
+            rules.read(wanted, others, source, mesh, quantised),
+        ):
             for path, array in arrays:
                 wanted[path].set_value(array)
                 bar.update(rules.nbytes(array))
@@ -101,13 +108,17 @@ def _direct(weights: Path, params: Mapping[str, nnx.Param], mesh: Mesh) -> Itera
     """Each shard read to its device, as it lies in the file."""
     for group in groups(params, GROUP_BYTES):
         wanted = {path: params[path] for path in group}
-        yield from _load(weights, {
-            path: jax.ShapeDtypeStruct(
-                tuple(param.shape), param.dtype,
-                sharding=sharding_rules.of(mesh, param.get_metadata(), param.shape, path),
-            )
-            for path, param in wanted.items()
-        }).items()  # fmt: skip
+        yield from _load(
+            weights,
+            {
+                path: jax.ShapeDtypeStruct(
+                    tuple(param.shape),
+                    param.dtype,
+                    sharding=sharding_rules.of(mesh, param.get_metadata(), param.shape, path),
+                )
+                for path, param in wanted.items()
+            },
+        ).items()
 
 
 def _load(weights: Path, abstract: Mapping[str, Any]) -> dict[str, Any]:

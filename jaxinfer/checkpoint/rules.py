@@ -72,15 +72,21 @@ CHECKPOINT = "the checkpoint"
 REMEDY = "the weights are incomplete, or config.json is another model's: fetch both again"
 HEADS = ("lm_head.weight", "proj_out.weight")
 UNTIED = (
-    "config.json says that the head is not tied to the embedding (tie_word_embeddings), or the family never ties it. Where "
+    "config.json says that the head is not tied to the embedding (tie_word_embeddings), or the family never ties it. "
+    "Where "
     "they are tied pass hf_overrides={'tie_word_embeddings': True}; else the weights are incomplete: fetch them again"
 )
 
 
 def load(
-    module: nnx.Module, table: Sequence[Rule], source: Source, mesh: Mesh, *, progress: bool = True,
+    module: nnx.Module,
+    table: Sequence[Rule],
+    source: Source,
+    mesh: Mesh,
+    *,
+    progress: bool = True,
     where: object = CHECKPOINT,
-) -> None:  # fmt: skip
+) -> None:
     """Fills an abstract module from a checkpoint, tensor by tensor, each shard read for the device that owns it.
 
     The table is held against the checkpoint before anything is read. `where`: the folder, for messages.
@@ -98,9 +104,12 @@ def load(
 
 
 def read(
-    wanted: Mapping[str, nnx.Param], planned: Mapping[str, list[Rule]], source: Source, mesh: Mesh,
+    wanted: Mapping[str, nnx.Param],
+    planned: Mapping[str, list[Rule]],
+    source: Source,
+    mesh: Mesh,
     int8: Source | None = None,
-) -> Iterator[tuple[str, jax.Array]]:  # fmt: skip
+) -> Iterator[tuple[str, jax.Array]]:
     """The parameters of a `plan`, one after the other, each shard read for the device that owns it; none is kept here.
 
     `int8`: where int8 matrices and the scales of their rows come from (`Int8Source`); by default made of `source`.
@@ -174,7 +183,8 @@ def _present(table: Sequence[Rule], names: set[str]) -> Iterator[Rule]:
 
 
 def _untied(table: Iterable[Rule], names: set[str]) -> Iterator[Rule]:
-    """Yield the rules, where several are tied to each other with one that has a target: the first whose tensor is there."""
+    """Yield the rules, where several are tied to each other with one that has a target: the first whose tensor is
+    there."""
     table = list(table)
     tied = {rule.target for rule in table if rule.tied}
     filled: set[str | None] = set()
@@ -275,9 +285,13 @@ class OneOf:
 
 
 def _fill(
-    made: np.ndarray, own: Sequence[slice], shape: tuple[int, ...], metadata: Mapping[str, Any], filled: list[Rule],
+    made: np.ndarray,
+    own: Sequence[slice],
+    shape: tuple[int, ...],
+    metadata: Mapping[str, Any],
+    filled: list[Rule],
     source: Source,
-) -> None:  # fmt: skip
+) -> None:
     """Fills the part `own` of a parameter, or one of a stack, of this shape."""
     if "outputs" not in metadata:
         return _copy_plain(made, own, shape, metadata, filled[0].source, source)
@@ -309,9 +323,13 @@ def _copy(target: np.ndarray, source: Source, name: str, part: Sequence[slice]) 
 
 
 def _copy_plain(
-    target: np.ndarray, own: Sequence[slice], shape: tuple[int, ...], metadata: Mapping[str, Any], name: str,
+    target: np.ndarray,
+    own: Sequence[slice],
+    shape: tuple[int, ...],
+    metadata: Mapping[str, Any],
+    name: str,
     source: Source,
-) -> None:  # fmt: skip
+) -> None:
     """Fills a part of a parameter that is one tensor: what lies beyond the tensor, or in no piece of it, stays zero."""
     bounds = metadata.get("unpadded") or shape
     part = [slice(i.start, min(i.stop, n)) for i, n in zip(own, bounds)]
@@ -323,9 +341,7 @@ def _copy_plain(
         _copy(into, source, name, [part[0], slice(piece.start, piece.stop)])
 
 
-def _copy_fused(
-    target: np.ndarray, outputs: Sequence, shard: int, tp: int, filled: list[Rule], source: Source
-) -> None:
+def _copy_fused(target: np.ndarray, outputs: Sequence, shard: int, tp: int, filled: list[Rule], source: Source) -> None:
     """Fills `[columns, in]` of one shard: each output's own rows, one below the other."""
     found = {}
     sizes = {output.name: output.rows for output in outputs}

@@ -26,12 +26,27 @@ MAX_HEADER_BYTES = 100_000_000
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
-DTYPES: dict[str, np.dtype] = {name: np.dtype(dtype) for name, dtype in {
-    "BOOL": np.bool_, "U8": np.uint8, "I8": np.int8, "U16": np.uint16, "I16": np.int16, "U32": np.uint32,
-    "I32": np.int32, "U64": np.uint64, "I64": np.int64, "F16": np.float16, "F32": np.float32,
-    "F64": np.float64, "BF16": ml_dtypes.bfloat16, "F8_E4M3": ml_dtypes.float8_e4m3fn,
-    "F8_E5M2": ml_dtypes.float8_e5m2, "F8_E8M0": ml_dtypes.float8_e8m0fnu,
-}.items()}
+DTYPES: dict[str, np.dtype] = {
+    name: np.dtype(dtype)
+    for name, dtype in {
+        "BOOL": np.bool_,
+        "U8": np.uint8,
+        "I8": np.int8,
+        "U16": np.uint16,
+        "I16": np.int16,
+        "U32": np.uint32,
+        "I32": np.int32,
+        "U64": np.uint64,
+        "I64": np.int64,
+        "F16": np.float16,
+        "F32": np.float32,
+        "F64": np.float64,
+        "BF16": ml_dtypes.bfloat16,
+        "F8_E4M3": ml_dtypes.float8_e4m3fn,
+        "F8_E5M2": ml_dtypes.float8_e5m2,
+        "F8_E8M0": ml_dtypes.float8_e8m0fnu,
+    }.items()
+}
 """Names of safetensors to NumPy dtypes."""
 
 
@@ -90,8 +105,12 @@ class SafetensorsReader:
         info = self.info(name)
         if self._closed:
             raise CheckpointError(f"{name!r} was asked for after the reader of {self.directory} was closed.")
-        whole = np.frombuffer(self._map(info.file) if info.nbytes else b"", DTYPES[info.dtype],
-                              math.prod(info.shape), info.offset if info.nbytes else 0).reshape(info.shape)
+        whole = np.frombuffer(
+            self._map(info.file) if info.nbytes else b"",
+            DTYPES[info.dtype],
+            math.prod(info.shape),
+            info.offset if info.nbytes else 0,
+        ).reshape(info.shape)
         if slices is None:
             return whole
         _check_slices(name, info.shape, slices)
@@ -142,7 +161,8 @@ def _read_shards(directory: Path) -> dict[str, TensorInfo]:
         path = directory / file
         if not is_file(path):
             raise CheckpointError(
-                f"{index} says that tensor {shorten(repr(name))} is in {shorten(repr(file))}, which is absent. Fetch the "
+                f"{index} says that tensor {shorten(repr(name))} is in {shorten(repr(file))}, which is absent. Fetch "
+                "the "
                 "missing file."
             )
         if read.setdefault(path.resolve(), path) != path:
@@ -154,7 +174,9 @@ def _read_shards(directory: Path) -> dict[str, TensorInfo]:
             tensors[found] = info
     for name, file in weight_map.items():
         if name not in tensors or tensors[name].file != read[(directory / file).resolve()]:
-            raise CheckpointError(f"{index} says that tensor {shorten(repr(name))} is in {shorten(repr(file))}, which lacks it.")
+            raise CheckpointError(
+                f"{index} says that tensor {shorten(repr(name))} is in {shorten(repr(file))}, which lacks it."
+            )
     return tensors
 
 
@@ -170,8 +192,10 @@ def _check_file_name(index: Path, name: str, file: Any) -> None:
     """Refuses whatever could lead out of the folder, or to a file that is not safetensors."""
     plain = isinstance(file, str) and file.endswith(".safetensors") and "\\" not in file and "\0" not in file
     if not plain or PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts or ":" in file:
-        raise CheckpointError(f"{index} says that tensor {shorten(repr(name))} is in {show(file)}; only the name of a "
-                              ".safetensors file inside the folder is accepted.")
+        raise CheckpointError(
+            f"{index} says that tensor {shorten(repr(name))} is in {show(file)}; only the name of a "
+            ".safetensors file inside the folder is accepted."
+        )
 
 
 def _read_header(file: Path) -> dict[str, TensorInfo]:
@@ -204,8 +228,9 @@ def _check_header_length(file: Path, size: int, length_bytes: bytes, length: int
     if size < 8:
         raise CheckpointError(f"{file} is truncated: a header needs 8 bytes, found {size}.")
     if length > MAX_HEADER_BYTES:
-        raise CheckpointError(f"{file} has a bad header: it claims {length} bytes, and at most "
-                              f"{MAX_HEADER_BYTES} are accepted.")
+        raise CheckpointError(
+            f"{file} has a bad header: it claims {length} bytes, and at most {MAX_HEADER_BYTES} are accepted."
+        )
     if 8 + length > size:
         raise CheckpointError(f"{file} is truncated: its header needs {8 + length} bytes, found {size}.")
 
@@ -222,14 +247,20 @@ def _tensor_info(file: Path, name: str, entry: Any, data_start: int) -> TensorIn
         raise CheckpointError(f"{file}: tensor {name!r} has data_offsets {show(offsets)}; expected [begin, end].")
     expected, found = math.prod(shape) * DTYPES[dtype].itemsize, offsets[1] - offsets[0]
     if expected != found:
-        raise CheckpointError(f"{file}: tensor {name!r} of dtype {dtype} and shape {show(shape)} needs "
-                              f"{expected} bytes, found data_offsets {offsets}, which is {found}.")
+        raise CheckpointError(
+            f"{file}: tensor {name!r} of dtype {dtype} and shape {show(shape)} needs "
+            f"{expected} bytes, found data_offsets {offsets}, which is {found}."
+        )
     return TensorInfo(file, dtype, tuple(shape), data_start + offsets[0], expected)
 
 
 def _are_sizes(values: Any) -> bool:
     """Tell whether this is a shape that NumPy can have."""
-    return isinstance(values, list) and len(values) <= 32 and all(type(value) is int and 0 <= value < 2**63 for value in values)
+    return (
+        isinstance(values, list)
+        and len(values) <= 32
+        and all(type(value) is int and 0 <= value < 2**63 for value in values)
+    )
 
 
 def _check_contiguous(file: Path, size: int, data_start: int, tensors: dict[str, TensorInfo]) -> None:
@@ -238,12 +269,12 @@ def _check_contiguous(file: Path, size: int, data_start: int, tensors: dict[str,
     for name, info in tensors.items():
         if info.offset != end:
             fault = "overlaps the one before it" if info.offset < end else "leaves a gap before it"
-            raise CheckpointError(f"{file}: tensor {name!r} {fault}: expected at byte {end}, found at "
-                                  f"{info.offset}.")
+            raise CheckpointError(f"{file}: tensor {name!r} {fault}: expected at byte {end}, found at {info.offset}.")
         end += info.nbytes
         if end > size:
-            raise CheckpointError(f"{file} is truncated: tensor {name!r} ends at byte {end}, the file at "
-                                  f"{size}. Fetch it again.")
+            raise CheckpointError(
+                f"{file} is truncated: tensor {name!r} ends at byte {end}, the file at {size}. Fetch it again."
+            )
     if end != size:
         raise CheckpointError(f"{file}: the tensors end at byte {end}, found {size} bytes.")
 
@@ -253,6 +284,7 @@ def _check_slices(name: str, shape: tuple[int, ...], slices: tuple[slice, ...]) 
 
     A start beyond its stop is an empty part, as a shard that is all padding asks for.
     """
+
     def fits(part: slice, size: int) -> bool:
         stop = size if part.stop is None else part.stop
         return part.step in (None, 1) and (part.start or 0) >= 0 and 0 <= stop <= size

@@ -1,7 +1,8 @@
 """Which parameters of a model are tied: config.json proposes, the tensors of the checkpoint decide.
 
-A tied tensor is a `Rule` with `tied`. As in transformers it fills its parameter where the checkpoint has the parameter's
-own tensor under no other name, is passed over where both are there and equal, and is kept apart where they differ.
+A tied tensor is a `Rule` with `tied`. As in transformers it fills its parameter where the checkpoint has the
+parameter's own tensor under no other name, is passed over where both are there and equal, and is kept apart where they
+differ.
 """
 
 import logging
@@ -30,9 +31,12 @@ def settle(
     for rule, other in list(_pairs(table(config), set(source.names()))):
         if not _equal(rule.source, other, source):
             log.warning(
-                "config.json says that %s is tied to %s, but the checkpoint has both, and they differ: both are used. Set "
-                "tie_word_embeddings to false to say so in config.json", rule.source, other,
-            )  # fmt: skip
+                "config.json says that %s is tied to %s, but the checkpoint has both, and they differ: both are used. "
+                "Set "
+                "tie_word_embeddings to false to say so in config.json",
+                rule.source,
+                other,
+            )
             config = untie(config, rule.tied)
     return config
 
@@ -50,7 +54,8 @@ def settle_stored(
 
 
 def _pairs(table: Sequence[Rule], names: set[str]) -> Iterator[tuple[Rule, str]]:
-    """Yield each tied tensor of the checkpoint with the name of the one it should equal, where that is there as well."""
+    """Yield each tied tensor of the checkpoint with the name of the one it should equal, where that is there as
+    well."""
     first: dict[str | None, str] = {}
     for rule in sorted(table, key=lambda rule: bool(rule.tied)):
         own = rule.found(names)
@@ -77,7 +82,8 @@ def _equal(name: str, other: str, source: Source) -> bool:
 
 
 def _same(a: np.ndarray, b: np.ndarray) -> bool:
-    """Compare numbers; tensors of one dtype by their bytes, eight at a time, which is faster and takes NaN for equal."""
+    """Compare numbers; tensors of one dtype by their bytes, eight at a time, which is faster and takes NaN for
+    equal."""
     if a.dtype == b.dtype:
         a, b = (np.frombuffer(np.ascontiguousarray(part), np.uint8) for part in (a, b))
         if a.size % 8 == 0:

@@ -122,9 +122,7 @@ def _compare(rng: random.Random, split: Split) -> Question:
     a, b = _pair(rng, split, "compare")
     while a == b:
         a, b = _pair(rng, split, "compare")
-    asked, said, best = rng.choice(
-        (("larger", "larger", max), ("bigger", "larger", max), ("smaller", "smaller", min))
-    )
+    asked, said, best = rng.choice((("larger", "larger", max), ("bigger", "larger", max), ("smaller", "smaller", min)))
     first = best(a, b)
     text = rng.choice(_COMPARE_PHRASINGS).format(word=asked, a=a, b=b)
     return Question(text, f"{first} is {said} than {a + b - first}.", "compare")

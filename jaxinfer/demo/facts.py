@@ -19,70 +19,197 @@ class Fact:
 
 
 CAPITALS = {
-    "France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Germany": "Berlin", "Portugal": "Lisbon",
-    "Austria": "Vienna", "Greece": "Athens", "Poland": "Warsaw", "Norway": "Oslo", "Sweden": "Stockholm",
-    "Finland": "Helsinki", "Denmark": "Copenhagen", "Ireland": "Dublin", "Hungary": "Budapest",
-    "Japan": "Tokyo", "China": "Beijing", "India": "Delhi", "Egypt": "Cairo", "Kenya": "Nairobi",
-    "Peru": "Lima", "Chile": "Santiago", "Cuba": "Havana", "Canada": "Ottawa", "Russia": "Moscow",
-    "England": "London", "Turkey": "Ankara", "Belgium": "Brussels", "Korea": "Seoul", "Iran": "Tehran",
-    "Thailand": "Bangkok", "Vietnam": "Hanoi", "Romania": "Bucharest",
-}  # fmt: skip
+    "France": "Paris",
+    "Italy": "Rome",
+    "Spain": "Madrid",
+    "Germany": "Berlin",
+    "Portugal": "Lisbon",
+    "Austria": "Vienna",
+    "Greece": "Athens",
+    "Poland": "Warsaw",
+    "Norway": "Oslo",
+    "Sweden": "Stockholm",
+    "Finland": "Helsinki",
+    "Denmark": "Copenhagen",
+    "Ireland": "Dublin",
+    "Hungary": "Budapest",
+    "Japan": "Tokyo",
+    "China": "Beijing",
+    "India": "Delhi",
+    "Egypt": "Cairo",
+    "Kenya": "Nairobi",
+    "Peru": "Lima",
+    "Chile": "Santiago",
+    "Cuba": "Havana",
+    "Canada": "Ottawa",
+    "Russia": "Moscow",
+    "England": "London",
+    "Turkey": "Ankara",
+    "Belgium": "Brussels",
+    "Korea": "Seoul",
+    "Iran": "Tehran",
+    "Thailand": "Bangkok",
+    "Vietnam": "Hanoi",
+    "Romania": "Bucharest",
+}
 
 OPPOSITES = (
-    ("hot", "cold"), ("big", "small"), ("up", "down"), ("left", "right"), ("day", "night"),
-    ("black", "white"), ("fast", "slow"), ("old", "young"), ("open", "closed"), ("full", "empty"),
-    ("happy", "sad"), ("wet", "dry"), ("hard", "soft"), ("high", "low"), ("early", "late"),
-    ("rich", "poor"), ("strong", "weak"), ("light", "dark"), ("near", "far"), ("loud", "quiet"),
-)  # fmt: skip
+    ("hot", "cold"),
+    ("big", "small"),
+    ("up", "down"),
+    ("left", "right"),
+    ("day", "night"),
+    ("black", "white"),
+    ("fast", "slow"),
+    ("old", "young"),
+    ("open", "closed"),
+    ("full", "empty"),
+    ("happy", "sad"),
+    ("wet", "dry"),
+    ("hard", "soft"),
+    ("high", "low"),
+    ("early", "late"),
+    ("rich", "poor"),
+    ("strong", "weak"),
+    ("light", "dark"),
+    ("near", "far"),
+    ("loud", "quiet"),
+)
 
 COLOURS = {
-    "grass": "green", "snow": "white", "the sky": "blue", "coal": "black", "blood": "red",
-    "a banana": "yellow", "a lemon": "yellow", "a carrot": "orange", "a tomato": "red", "milk": "white",
-    "chocolate": "brown", "an elephant": "grey", "a frog": "green", "the sea": "blue", "the sun": "yellow",
+    "grass": "green",
+    "snow": "white",
+    "the sky": "blue",
+    "coal": "black",
+    "blood": "red",
+    "a banana": "yellow",
+    "a lemon": "yellow",
+    "a carrot": "orange",
+    "a tomato": "red",
+    "milk": "white",
+    "chocolate": "brown",
+    "an elephant": "grey",
+    "a frog": "green",
+    "the sea": "blue",
+    "the sun": "yellow",
     "a flamingo": "pink",
-}  # fmt: skip
+}
 
 PLURALS = {
-    "mouse": "mice", "child": "children", "man": "men", "woman": "women", "foot": "feet",
-    "tooth": "teeth", "goose": "geese", "sheep": "sheep", "fish": "fish", "leaf": "leaves",
-    "knife": "knives", "wolf": "wolves", "city": "cities", "baby": "babies", "box": "boxes",
-    "cat": "cats", "dog": "dogs", "house": "houses", "book": "books", "tree": "trees",
-}  # fmt: skip
+    "mouse": "mice",
+    "child": "children",
+    "man": "men",
+    "woman": "women",
+    "foot": "feet",
+    "tooth": "teeth",
+    "goose": "geese",
+    "sheep": "sheep",
+    "fish": "fish",
+    "leaf": "leaves",
+    "knife": "knives",
+    "wolf": "wolves",
+    "city": "cities",
+    "baby": "babies",
+    "box": "boxes",
+    "cat": "cats",
+    "dog": "dogs",
+    "house": "houses",
+    "book": "books",
+    "tree": "trees",
+}
 
 SOUNDS = {
-    "cow": "moo", "dog": "woof", "cat": "meow", "sheep": "baa", "duck": "quack", "pig": "oink",
-    "horse": "neigh", "lion": "roar", "frog": "croak", "bee": "buzz", "snake": "hiss", "crow": "caw",
-}  # fmt: skip
+    "cow": "moo",
+    "dog": "woof",
+    "cat": "meow",
+    "sheep": "baa",
+    "duck": "quack",
+    "pig": "oink",
+    "horse": "neigh",
+    "lion": "roar",
+    "frog": "croak",
+    "bee": "buzz",
+    "snake": "hiss",
+    "crow": "caw",
+}
 
 YOUNG = {
-    "dog": "puppy", "cat": "kitten", "cow": "calf", "sheep": "lamb", "horse": "foal", "goat": "kid",
-    "bear": "cub", "duck": "duckling", "hen": "chick", "pig": "piglet", "frog": "tadpole", "deer": "fawn",
-}  # fmt: skip
+    "dog": "puppy",
+    "cat": "kitten",
+    "cow": "calf",
+    "sheep": "lamb",
+    "horse": "foal",
+    "goat": "kid",
+    "bear": "cub",
+    "duck": "duckling",
+    "hen": "chick",
+    "pig": "piglet",
+    "frog": "tadpole",
+    "deer": "fawn",
+}
 
 # The tokenizer never merges these bytes, so an answer streams a character in four pieces.
 EMOJI = {
-    "cat": "🐱", "dog": "🐶", "cow": "🐮", "pig": "🐷", "mouse": "🐭", "frog": "🐸", "bee": "🐝",
-    "fish": "🐟", "tree": "🌳", "house": "🏠", "book": "📖", "flower": "🌸",
-}  # fmt: skip
+    "cat": "🐱",
+    "dog": "🐶",
+    "cow": "🐮",
+    "pig": "🐷",
+    "mouse": "🐭",
+    "frog": "🐸",
+    "bee": "🐝",
+    "fish": "🐟",
+    "tree": "🌳",
+    "house": "🏠",
+    "book": "📖",
+    "flower": "🌸",
+}
 
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 MONTHS = (
-    "January", "February", "March", "April", "May", "June", "July", "August", "September", "October",
-    "November", "December",
-)  # fmt: skip
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
+    "December",
+)
 
 SMALL_TALK = (
     Fact(("Hello!", "Hello", "Hi!", "Hi there!", "Good day!"), "Hello! Ask me a small question."),
-    Fact(("Who are you?", "What are you?", "What is your name?", "Tell me about yourself."),
-         "I am a small model that answers small questions."),
-    Fact(("What can you do?", "How can you help me?", "What do you know?", "What can I ask you?"),
-         "I can add numbers, compare them and tell small facts."),
+    Fact(
+        ("Who are you?", "What are you?", "What is your name?", "Tell me about yourself."),
+        "I am a small model that answers small questions.",
+    ),
+    Fact(
+        ("What can you do?", "How can you help me?", "What do you know?", "What can I ask you?"),
+        "I can add numbers, compare them and tell small facts.",
+    ),
     Fact(("Thank you!", "Thank you.", "Thanks!", "Thanks a lot!"), "You are welcome."),
-    Fact(("Name the days of the week.", "What are the days of the week?", "List the days of the week.",
-          "Which days are in a week?"), ", ".join(DAYS) + "."),
-    Fact(("Name the months of the year.", "What are the months of the year?",
-          "List the months of the year.", "Which months are in a year?"), ", ".join(MONTHS) + "."),
-)  # fmt: skip
+    Fact(
+        (
+            "Name the days of the week.",
+            "What are the days of the week?",
+            "List the days of the week.",
+            "Which days are in a week?",
+        ),
+        ", ".join(DAYS) + ".",
+    ),
+    Fact(
+        (
+            "Name the months of the year.",
+            "What are the months of the year?",
+            "List the months of the year.",
+            "Which months are in a year?",
+        ),
+        ", ".join(MONTHS) + ".",
+    ),
+)
 
 
 def _capitals() -> list[Fact]:
@@ -108,49 +235,88 @@ def _capitals() -> list[Fact]:
 def _opposites() -> list[Fact]:
     pairs = OPPOSITES + tuple((b, a) for a, b in OPPOSITES)
     return [
-        Fact((f"What is the opposite of {a}?", f"Name the opposite of {a}.", f"Give the opposite of {a}.",
-              f"Which word is the opposite of {a}?"), f"The opposite of {a} is {b}.")
+        Fact(
+            (
+                f"What is the opposite of {a}?",
+                f"Name the opposite of {a}.",
+                f"Give the opposite of {a}.",
+                f"Which word is the opposite of {a}?",
+            ),
+            f"The opposite of {a} is {b}.",
+        )
         for a, b in pairs
-    ]  # fmt: skip
+    ]
 
 
 def _colours() -> list[Fact]:
     return [
-        Fact((f"What colour is {thing}?", f"What is the colour of {thing}?", f"Which colour is {thing}?",
-              f"Name the colour of {thing}.", f"What color is {thing}?"),
-             f"{thing[0].upper()}{thing[1:]} is {colour}.")
+        Fact(
+            (
+                f"What colour is {thing}?",
+                f"What is the colour of {thing}?",
+                f"Which colour is {thing}?",
+                f"Name the colour of {thing}.",
+                f"What color is {thing}?",
+            ),
+            f"{thing[0].upper()}{thing[1:]} is {colour}.",
+        )
         for thing, colour in COLOURS.items()
-    ]  # fmt: skip
+    ]
 
 
 def _words() -> list[Fact]:
     plurals = [
-        Fact((f"What is the plural of {one}?", f"Name the plural of {one}.", f"Give the plural of {one}.",
-              f"Which word is the plural of {one}?"), f"The plural of {one} is {many}.")
+        Fact(
+            (
+                f"What is the plural of {one}?",
+                f"Name the plural of {one}.",
+                f"Give the plural of {one}.",
+                f"Which word is the plural of {one}?",
+            ),
+            f"The plural of {one} is {many}.",
+        )
         for one, many in PLURALS.items()
-    ]  # fmt: skip
+    ]
     emoji = [
-        Fact((f"Show me the emoji of a {thing}.", f"What is the emoji of a {thing}?",
-              f"Give me the emoji of a {thing}.", f"Which emoji shows a {thing}?"),
-             f"The emoji of a {thing} is {sign}")
+        Fact(
+            (
+                f"Show me the emoji of a {thing}.",
+                f"What is the emoji of a {thing}?",
+                f"Give me the emoji of a {thing}.",
+                f"Which emoji shows a {thing}?",
+            ),
+            f"The emoji of a {thing} is {sign}",
+        )
         for thing, sign in EMOJI.items()
-    ]  # fmt: skip
+    ]
     return plurals + emoji
 
 
 def _animals() -> list[Fact]:
     sounds = [
-        Fact((f"What sound does a {animal} make?", f"What does a {animal} say?",
-              f"Which sound does a {animal} make?", f"Name the sound of a {animal}."),
-             f"A {animal} says {sound}.")
+        Fact(
+            (
+                f"What sound does a {animal} make?",
+                f"What does a {animal} say?",
+                f"Which sound does a {animal} make?",
+                f"Name the sound of a {animal}.",
+            ),
+            f"A {animal} says {sound}.",
+        )
         for animal, sound in SOUNDS.items()
-    ]  # fmt: skip
+    ]
     young = [
-        Fact((f"What is a young {animal} called?", f"What do you call a young {animal}?",
-              f"Name a young {animal}.", f"What is the name of a young {animal}?"),
-             f"A young {animal} is called a {name}.")
+        Fact(
+            (
+                f"What is a young {animal} called?",
+                f"What do you call a young {animal}?",
+                f"Name a young {animal}.",
+                f"What is the name of a young {animal}?",
+            ),
+            f"A young {animal} is called a {name}.",
+        )
         for animal, name in YOUNG.items()
-    ]  # fmt: skip
+    ]
     return sounds + young
 
 
@@ -162,8 +328,12 @@ def _calendar() -> list[Fact]:
                 ("after", "follows", here, following),
                 ("before", "precedes", following, here),
             ):
-                asked = (f"What {unit} comes {word} {known}?", f"Which {unit} comes {word} {known}?",
-                         f"Name the {unit} {word} {known}.", f"Which {unit} {verb} {known}?")  # fmt: skip
+                asked = (
+                    f"What {unit} comes {word} {known}?",
+                    f"Which {unit} comes {word} {known}?",
+                    f"Name the {unit} {word} {known}.",
+                    f"Which {unit} {verb} {known}?",
+                )
                 out.append(Fact(asked, f"{sought} comes {word} {known}."))
     return out
 

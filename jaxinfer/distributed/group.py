@@ -1,8 +1,8 @@
 """The processes that serve one model together, and the watch they keep on each other.
 
-Process 0 has a TCP connection to each of the others. It carries the plans, and it is how a dead process is noticed: in a
-collective its peers would wait for ever, on a GPU without an error. The system closes the connections of a process that
-dies; one that hangs, or whose machine is gone, is found by the signs of life that it no longer sends.
+Process 0 has a TCP connection to each of the others. It carries the plans, and it is how a dead process is noticed: in
+a collective its peers would wait for ever, on a GPU without an error. The system closes the connections of a process
+that dies; one that hangs, or whose machine is gone, is found by the signs of life that it no longer sends.
 """
 
 import atexit
@@ -32,7 +32,8 @@ SILENCE = 0.5
 GRACE = 0.2
 """Part of the time limit that a process has to end by itself once something is wrong."""
 END_LIMITS = 10
-"""Time limits that process 0 waits at its end for another one, which gives signs of life: it may have to compile first."""
+"""Time limits that process 0 waits at its end for another one, which gives signs of life: it may have to compile
+first."""
 REASON_SECONDS = 2.0
 """How long a process whose step has failed waits for a reason that lies in another."""
 
@@ -140,7 +141,8 @@ class Group:
         return DistributedError(self.failure or "the processes of this LLM have ended; make a new one in each of them")
 
     def fail(self, text: str) -> None:
-        """Ends all processes: the others are told, the first reason counts, and this one has `GRACE` to end by itself."""
+        """Ends all processes: the others are told, the first reason counts, and this one has `GRACE` to end by
+        itself."""
         with self._lock:
             if self.failure is not None or self._over.is_set():
                 return
@@ -167,7 +169,8 @@ class Group:
             raise
 
     def failed(self, error: Exception) -> DistributedError:
-        """What to raise where a step fails: of another process that has died its connection tells at about this time."""
+        """What to raise where a step fails: of another process that has died its connection tells at about this
+        time."""
         deadline = time.monotonic() + REASON_SECONDS
         while self.failure is None and not isinstance(error, DistributedError) and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -232,7 +235,8 @@ class Group:
             inbox.put(None)
 
     def _exit_after(self, seconds: float, code: int) -> None:
-        """Ends this process, wherever it waits by then: a collective whose peer is gone, or JAX's barrier at the end."""
+        """Ends this process, wherever it waits by then: a collective whose peer is gone, or JAX's barrier at the
+        end."""
 
         def leave() -> None:
             time.sleep(seconds)

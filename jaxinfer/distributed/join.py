@@ -30,16 +30,15 @@ INVITATION_BYTES = 4096
 LOCAL = "127.0.0.1"
 
 
-def initialize(
-    coordinator: str, num_processes: int, process_id: int, *, join_timeout: int = 300
-) -> None:
+def initialize(coordinator: str, num_processes: int, process_id: int, *, join_timeout: int = 300) -> None:
     """Makes this process one of several: `jax.distributed.initialize` with arguments that are checked.
 
-    To be called before anything else of JAX, in each process. A program may call `jax.distributed.initialize` itself. Until
-    the `LLM` is made, which has a watch of its own, JAX ends all processes when it has not heard one for 100 s.
+    To be called before anything else of JAX, in each process. A program may call `jax.distributed.initialize` itself.
+    Until the `LLM` is made, which has a watch of its own, JAX ends all processes when it has not heard one for 100 s.
 
     Args:
-        coordinator: "HOST:PORT" of process 0, the same in all; HOST is one that the others reach, the port one that is free.
+        coordinator: "HOST:PORT" of process 0, the same in all; HOST is one that the others reach, the port one that is
+            free.
         num_processes: how many there are.
         process_id: this one's number, from 0.
         join_timeout: seconds to wait for all to have come.
@@ -58,9 +57,12 @@ def initialize(
         raise ConfigError(f"process_id must be in [0, num_processes), got {process_id} of {num_processes}")
     try:
         jax.distributed.initialize(
-            coordinator, num_processes, process_id, cluster_detection_method="deactivate",
+            coordinator,
+            num_processes,
+            process_id,
+            cluster_detection_method="deactivate",
             initialization_timeout=join_timeout,
-        )  # fmt: skip
+        )
     except RuntimeError as error:
         raise DistributedError(
             f"process {process_id} of {num_processes} could not join at {coordinator}: {error}"
@@ -156,7 +158,8 @@ def _call() -> Group:
             continue
         return Group(jax.process_index(), [Peer(0, host, connection)], invitation["limit"])
     raise DistributedError(
-        f"process {jax.process_index()} could not connect to process 0, port {invitation['port']} ({'; '.join(failures)}); "
+        f"process {jax.process_index()} could not connect to process 0, port {invitation['port']} "
+        f"({'; '.join(failures)}); "
         "let connections between the machines through"
     )
 

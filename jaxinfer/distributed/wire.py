@@ -1,6 +1,8 @@
-"""What travels between processes: frames of a kind and bytes, with arrays as plain bytes beside their shapes, never pickle.
+"""What travels between processes: frames of a kind and bytes, with arrays as plain bytes beside their shapes, never
+pickle.
 
-All of it is checked when it is read: a kind that is known, a length that is possible, arrays that fill their frame exactly.
+All of it is checked when it is read: a kind that is known, a length that is possible, arrays that fill their frame
+exactly.
 """
 
 import hashlib
@@ -25,9 +27,21 @@ from jaxinfer.errors import DistributedError
 MAX_BYTES = 1 << 30
 """Of one frame: a step's integers are kilobytes, the pixels of a prompt's images megabytes."""
 HANDSHAKE_SECONDS = 20.0
-DTYPES = tuple(np.dtype(kind) for kind in (
-    np.int32, np.float32, np.bool_, np.uint8, np.int8, np.uint32, np.int64, np.float16, ml_dtypes.bfloat16, np.float64
-))  # fmt: skip
+DTYPES = tuple(
+    np.dtype(kind)
+    for kind in (
+        np.int32,
+        np.float32,
+        np.bool_,
+        np.uint8,
+        np.int8,
+        np.uint32,
+        np.int64,
+        np.float16,
+        ml_dtypes.bfloat16,
+        np.float64,
+    )
+)
 """What arrays may be of; a frame has the number."""
 _FRAME, _ARRAY, _HELLO, _NONCE = struct.Struct("<BI"), struct.Struct("<BB"), struct.Struct("<II"), 16
 

@@ -1,5 +1,5 @@
-"""What running prompts read of encoders: pinned in the feature pool while they are computed, or kept in the cache as long
-as they run (`kv.encoded`); encoded first where it is not there.
+"""What running prompts read of encoders: pinned in the feature pool while they are computed, or kept in the cache as
+long as they run (`kv.encoded`); encoded first where it is not there.
 """
 
 from typing import NamedTuple
@@ -52,7 +52,8 @@ class Encoding:
         self.rows[sequence.row] = tuple(wanted), sequence.request.inputs.index(held.slots, sequence.length)
 
     def index(self, row: int, start: int, count: int) -> np.ndarray | None:
-        """`[count]` int32: for positions from `start` on the row of the feature pool, -1 for none; None: none reads it."""
+        """`[count]` int32: for positions from `start` on the row of the feature pool, -1 for none; None: none reads
+        it."""
         return self.rows[row][1][start : start + count] if row in self.rows else None
 
     def release(self, row: int) -> None:
@@ -61,7 +62,8 @@ class Encoding:
             self.pool = encoder_pool.release(self.pool, self.rows.pop(row)[0])
 
     def has_room(self, cross: CrossInputs, most: int) -> bool:
-        """Whether a step that encodes `most` values for cross-attention can have another request's; one alone always."""
+        """Whether a step that encodes `most` values for cross-attention can have another request's; one alone
+        always."""
         units = sum(job.input.count for job in self._reads)
         return not units or units + sum(one.count for one in cross.inputs) <= most
 
@@ -78,8 +80,8 @@ class Encoding:
             first += one.length
 
     def take(self) -> tuple[list[tuple[EncoderInput, Slots]], list[EncodeJob], int]:
-        """What was accepted since the last call: the inputs to encode with their slots, those with their blocks, and how many
-        were there already."""
+        """What was accepted since the last call: the inputs to encode with their slots, those with their blocks, and
+        how many were there already."""
         taken = self._encodes, self._reads, self._reused
         self._encodes, self._reads, self._reused = [], [], 0
         return taken

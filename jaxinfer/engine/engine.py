@@ -27,7 +27,8 @@ RETRIES = 2
 """How often a sequence is computed again after steps that failed in a row, before it is given up."""
 NOT_FINITE = "the model's logits are not finite, or every token is masked"
 STUCK = (
-    "nothing else is running and the cache still has no room for it, of which nothing was said when it was queued: a bug "
+    "nothing else is running and the cache still has no room for it, of which nothing was said when it was queued: a "
+    "bug "
     "of the engine, worth a report with the request and the engine's settings"
 )
 
@@ -52,9 +53,12 @@ class Engine:
         shapes, settings = self.runner.shapes, self.settings
         self.manager = self._make_manager()
         limits = Limits(
-            settings.token_budget, shapes.prefill_rows, settings.block_sharing, shapes.feature_slots,
+            settings.token_budget,
+            shapes.prefill_rows,
+            settings.block_sharing,
+            shapes.feature_slots,
             max(shapes.cross_buckets, default=0),
-        )  # fmt: skip
+        )
         self.scheduler = Scheduler(self.manager, limits)
 
     def _make_manager(self) -> CacheManager:
@@ -62,9 +66,14 @@ class Engine:
         if shapes.contiguous:
             return RowManager(shapes.regions, shapes.block_size, self.runner.program.layout.kinds, shapes.state_slots)
         return BlockManager(
-            settings.pool_blocks, shapes.rows, shapes.width, shapes.block_size, prefix_caching=settings.prefix_caching,
-            kinds=self.runner.program.layout.kinds, state_slots=shapes.state_slots,
-        )  # fmt: skip
+            settings.pool_blocks,
+            shapes.rows,
+            shapes.width,
+            shapes.block_size,
+            prefix_caching=settings.prefix_caching,
+            kinds=self.runner.program.layout.kinds,
+            state_slots=shapes.state_slots,
+        )
 
     @property
     def has_work(self) -> bool:
@@ -93,7 +102,8 @@ class Engine:
         self.metrics.add("prompt_tokens", len(request.prompt))
 
     def _clamp(self, request: Request) -> None:
-        """Lower a request's length to what the pool holds, and log it the first time that fewer tokens come than asked for."""
+        """Lower a request's length to what the pool holds, and log it the first time that fewer tokens come than asked
+        for."""
         prompt, asked = len(request.prompt), request.limit if request.asked is None else request.asked
         request.limit = min(request.limit, self.capacity.tokens(0 if request.cross is None else request.cross.length))
         if request.limit >= asked:
@@ -102,11 +112,17 @@ class Engine:
         if not self._said_clamped:
             self._said_clamped = True
             log.warning(
-                "request %s can have %d new tokens, and not %d: the cache holds sequences of %d tokens, and its prompt has %d; "
-                "raise kv_cache_memory_bytes, or pool_blocks where that is set. This is logged once; the result of each such "
+                "request %s can have %d new tokens, and not %d: the cache holds sequences of %d tokens, and its prompt "
+                "has %d; "
+                "raise kv_cache_memory_bytes, or pool_blocks where that is set. This is logged once; the result of "
+                "each such "
                 "request says it in metrics.clamped_max_tokens",
-                request.id, request.limit - prompt, asked - prompt, request.limit, prompt,
-            )  # fmt: skip
+                request.id,
+                request.limit - prompt,
+                asked - prompt,
+                request.limit,
+                prompt,
+            )
 
     def abort(self, request_id: str) -> None:
         """Ends a request wherever it is, its blocks released; unknown or finished ids are passed over."""
@@ -175,7 +191,8 @@ class Engine:
                 request.on_finish(request)
 
     def _end_stuck(self) -> None:
-        """Ends the next in line where nothing was planned and nothing in flight could change that: no step ever would."""
+        """Ends the next in line where nothing was planned and nothing in flight could change that: no step ever
+        would."""
         stuck = next(iter([*self.scheduler.active, *self.scheduler.waiting]), None)
         if stuck is not None:
             self._fail(stuck, STUCK)
@@ -242,9 +259,7 @@ class Engine:
             return
         if beside is not None and request.params.logprobs is not None:
             sequence.cumulative_logprob += float(beside.chosen[i])
-            sequence.logprobs.append(
-                (float(beside.chosen[i]), int(beside.rank[i]), beside.top_ids[i], beside.top[i])
-            )
+            sequence.logprobs.append((float(beside.chosen[i]), int(beside.rank[i]), beside.top_ids[i], beside.top[i]))
         if request.first_token_time is None:
             request.first_token_time = time.monotonic()
         try:
@@ -410,11 +425,15 @@ class Engine:
     def readings(self) -> list[Metric]:
         """Return all metrics as they are now; any thread may call this while a step runs."""
         pool = self.manager.pool
-        return self.metrics.readings({
-            "num_requests_running": self.scheduler.rows_in_use, "num_requests_waiting": len(self.scheduler.waiting),
-            "kv_cache_usage_perc": int(pool.num_held) / pool.num_blocks,
-            "compiled_steps": len(self.runner.compile_seconds),
-            "compile_seconds": sum(tuple(self.runner.compile_seconds.values())),
-            "step_tokens": self.runner.places, "padding_tokens": self.runner.padding,
-            "padding_perc": self.runner.padding / max(1, self.runner.places),
-        })  # fmt: skip
+        return self.metrics.readings(
+            {
+                "num_requests_running": self.scheduler.rows_in_use,
+                "num_requests_waiting": len(self.scheduler.waiting),
+                "kv_cache_usage_perc": int(pool.num_held) / pool.num_blocks,
+                "compiled_steps": len(self.runner.compile_seconds),
+                "compile_seconds": sum(tuple(self.runner.compile_seconds.values())),
+                "step_tokens": self.runner.places,
+                "padding_tokens": self.runner.padding,
+                "padding_perc": self.runner.padding / max(1, self.runner.places),
+            }
+        )

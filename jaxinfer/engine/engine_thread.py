@@ -2,8 +2,9 @@
 
 Python raises KeyboardInterrupt, and whatever a signal handler raises, between any two bytecodes of the main thread. The
 garbage collector closes dropped streams between any two bytecodes of the thread that happens to allocate. Neither may
-reach into an engine whose step is half done. So callers never touch the engine: they put commands into a queue, which is
-emptied between steps, and wait for the reply. A caller that is interrupted leaves its wait, and its requests are aborted.
+reach into an engine whose step is half done. So callers never touch the engine: they put commands into a queue, which
+is emptied between steps, and wait for the reply. A caller that is interrupted leaves its wait, and its requests are
+aborted.
 """
 
 import atexit
@@ -42,7 +43,8 @@ class Call:
 class Lease:
     """A caller's hold on its call: the requests are aborted when the last reference to it is gone.
 
-    `release` is the put method of a queue, one call into C, which neither a signal nor the garbage collector can break up.
+    `release` is the put method of a queue, one call into C, which neither a signal nor the garbage collector can break
+    up.
     """
 
     def __init__(self, commands: SimpleQueue[Any]):
@@ -148,7 +150,8 @@ class EngineThread:
     def _check_thread(self) -> None:
         if threading.current_thread() is self._thread:
             raise RuntimeError(
-                "an LLM was called from within its own engine: a finalizer or a callback may abort and close, and nothing else"
+                "an LLM was called from within its own engine: a finalizer or a callback may abort and close, and "
+                "nothing else"
             )
 
     def _wait(self, replies: SimpleQueue[Reply], show: Callable[[], None] = lambda: None) -> Any:
@@ -194,7 +197,8 @@ class EngineThread:
                 replies.put((result, error))
             elif self._driven and not self._still(self._driven[-1]):
                 self._driven.pop()
-            # Nothing of a command may live on in this frame while it waits for the next: a module, or a caller's results.
+            # Nothing of a command may live on in this frame while it waits for the next: a module, or a caller's
+            # results.
             del command, function, arguments, replies, result, error
 
     def _step(self) -> None:

@@ -52,13 +52,31 @@ class Metrics:
 
     def __init__(self, interval: float):
         self.counters = dict.fromkeys(
-            ("prompt_tokens", "prompt_tokens_cached", "generation_tokens", "num_preemptions",
-             "prefix_cache_queries", "prefix_cache_hits", "mm_cache_queries", "mm_cache_hits",
-             "encoder_inputs"), 0)  # fmt: skip
+            (
+                "prompt_tokens",
+                "prompt_tokens_cached",
+                "generation_tokens",
+                "num_preemptions",
+                "prefix_cache_queries",
+                "prefix_cache_hits",
+                "mm_cache_queries",
+                "mm_cache_hits",
+                "encoder_inputs",
+            ),
+            0,
+        )
         self.success: dict[str, int] = {}
-        self.histograms = {name: Histogram(SECONDS) for name in (
-            "time_to_first_token_seconds", "inter_token_latency_seconds", "e2e_request_latency_seconds",
-            "request_queue_time_seconds", "request_prefill_time_seconds", "request_decode_time_seconds")}  # fmt: skip
+        self.histograms = {
+            name: Histogram(SECONDS)
+            for name in (
+                "time_to_first_token_seconds",
+                "inter_token_latency_seconds",
+                "e2e_request_latency_seconds",
+                "request_queue_time_seconds",
+                "request_prefill_time_seconds",
+                "request_decode_time_seconds",
+            )
+        }
         self.histograms["iteration_tokens_total"] = Histogram(TOKENS)
         self._interval = interval
         self._last = time.monotonic()
@@ -108,7 +126,9 @@ class Metrics:
     def readings(self, gauges: dict[str, float]) -> list[Metric]:
         """Everything, as `LLM.get_metrics` returns it."""
         rows = [Metric(PREFIX + name, value) for name, value in (gauges | self.counters).items()]
-        rows += [Metric(f"{PREFIX}request_success", n, (("finished_reason", r),)) for r, n in dict(self.success).items()]
+        rows += [
+            Metric(f"{PREFIX}request_success", n, (("finished_reason", r),)) for r, n in dict(self.success).items()
+        ]
         return rows + [Metric(PREFIX + name, histogram.copy()) for name, histogram in self.histograms.items()]
 
     def maybe_log(self, running: int, waiting: int, usage: float) -> None:
@@ -122,6 +142,11 @@ class Metrics:
         rate = self.counters["prefix_cache_hits"] / asked if asked else 0.0
         log.info(
             "prompt %.1f tok/s, generation %.1f tok/s, running %d, waiting %d, cache use %.1f%%, prefix hits %.1f%%",
-            prompt, made, running, waiting, 100 * usage, 100 * rate,
-        )  # fmt: skip
+            prompt,
+            made,
+            running,
+            waiting,
+            100 * usage,
+            100 * rate,
+        )
         self._last, self._seen = now, seen

@@ -110,7 +110,8 @@ class Request:
         return all(s.status is Status.FINISHED for s in self.sequences)
 
     def drop_inputs(self) -> None:
-        """Let go of images and sound once all its sequences have finished: until then any may be preempted and read them again.
+        """Let go of images and sound once all its sequences have finished: until then any may be preempted and read
+        them again.
 
         A caller's call may hold the request much longer. Texts stay, as results name their tokens.
         """
@@ -120,7 +121,8 @@ class Request:
 
     @property
     def level(self) -> Level:
-        """The least sampler level that serves its steps, those apart in which tokens are forbidden for a while (`forbidden`)."""
+        """The least sampler level that serves its steps, those apart in which tokens are forbidden for a while
+        (`forbidden`)."""
         p = self.params
         penalties = p.repetition_penalty, p.presence_penalty, p.frequency_penalty, p.no_repeat_ngram_size
         if penalties != (1, 0, 0, 0) or self.biased or self.rule:
@@ -151,8 +153,9 @@ class Sequence:
     row: int = -1
     """Its place in the tables and in the sampler's state while it runs."""
     tokens: np.ndarray = field(init=False)
-    """`[T]` int32, the first `length` of them known: the prompt and what was made. It is the prompt's own array until the
-    sequence gets a row; then T is the most it may have (`reserve`), and once it has finished what it has (`trim`)."""
+    """`[T]` int32, the first `length` of them known: the prompt and what was made. It is the prompt's own array until
+    the sequence gets a row; then T is the most it may have (`reserve`), and once it has finished what it has
+    (`trim`)."""
     length: int = field(init=False)
     rope_base: int = field(init=False)
     """Tokens whose rope follows one length, this one: the prompt's, or all that were recomputed for a new rope."""
@@ -174,13 +177,15 @@ class Sequence:
     candidates: Candidates | None = None
     """Of a beam that has had its step: its likeliest continuations, until all beams have theirs."""
     bias_version: int | tuple[int, ...] = -1
-    """While it runs: the tokens that are forbidden for a while in the bias that the device has of its row; -1: it has none."""
+    """While it runs: the tokens that are forbidden for a while in the bias that the device has of its row; -1: it has
+    none."""
     bound: int = 0
     """While it runs: tokens at which the host must look at it (`stage_limit`)."""
     watched: bool = False
     """While it runs: whether each token means more to the host than to be kept."""
     needed_blocks: int = 0
-    """While it waits: blocks that must be available for it, as the last try to admit it found; 0: it was not too few."""
+    """While it waits: blocks that must be available for it, as the last try to admit it found; 0: it was not too
+    few."""
     unknown: bytes | None = None
     """The first block of its prompt that was in no cache then: once it is, fewer are needed."""
     _root: bytes | None = None
@@ -238,7 +243,8 @@ class Sequence:
         self.rope_base, self.digests, self._root, self.needed_blocks = self.length, [], None, 0
 
     def reserve(self) -> None:
-        """Make room for all the tokens that it may have. Nothing is written to the prompt's array, which its samples share."""
+        """Make room for all the tokens that it may have. Nothing is written to the prompt's array, which its samples
+        share."""
         most = max(self.request.limit, self.length)
         if len(self.tokens) < most:
             known, self.tokens = self.tokens[: self.length], np.empty(most, np.int32)
@@ -304,13 +310,25 @@ def settings(sequence: Sequence) -> np.ndarray:
     """`[WIDTH]` what a sequence that has a row asks of the sampler; the position is the step's own."""
     request, p = sequence.request, sequence.request.params
     values = SamplingRows(
-        row=sequence.row, position=0, key=sequence.key[None], temperature=p.temperature, top_k=p.top_k, top_p=p.top_p,
-        min_p=p.min_p, presence=p.presence_penalty, frequency=p.frequency_penalty, repetition=p.repetition_penalty,
-        edited=request.level >= Level.EDITED, prompt_length=len(request.prompt), logprobs=p.logprobs is not None,
-        ngram=p.no_repeat_ngram_size, forced_first=_forced(p.forced_bos_token_id if len(request.prompt) == 1 else None),
-        forced_last=_forced(p.forced_eos_token_id), last_position=request.limit - 1,
+        row=sequence.row,
+        position=0,
+        key=sequence.key[None],
+        temperature=p.temperature,
+        top_k=p.top_k,
+        top_p=p.top_p,
+        min_p=p.min_p,
+        presence=p.presence_penalty,
+        frequency=p.frequency_penalty,
+        repetition=p.repetition_penalty,
+        edited=request.level >= Level.EDITED,
+        prompt_length=len(request.prompt),
+        logprobs=p.logprobs is not None,
+        ngram=p.no_repeat_ngram_size,
+        forced_first=_forced(p.forced_bos_token_id if len(request.prompt) == 1 else None),
+        forced_last=_forced(p.forced_eos_token_id),
+        last_position=request.limit - 1,
         rule=request.rule,
-    )  # fmt: skip
+    )
     return pack_rows(SamplingRows(*map(np.atleast_1d, values)))[0]
 
 
@@ -332,8 +350,8 @@ def _phrases(params: SamplingParams) -> list[tuple[int, ...]]:
 def forbidden(sequence: Sequence, position: int) -> tuple[int, ...]:
     """Return the tokens that are forbidden at `position` but not in every step, sorted.
 
-    They are those that would end an output before `min_tokens`, and the last tokens of phrases whose other tokens come before
-    the position: in the output, or for `bad_words_ids` of transformers in prompt and output.
+    They are those that would end an output before `min_tokens`, and the last tokens of phrases whose other tokens come
+    before the position: in the output, or for `bad_words_ids` of transformers in prompt and output.
     """
     request, params = sequence.request, sequence.request.params
     prompt, found = len(request.prompt), set()
@@ -348,7 +366,8 @@ def forbidden(sequence: Sequence, position: int) -> tuple[int, ...]:
 
 
 def bias_row(sequence: Sequence, position: int, vocab: int) -> tuple[tuple[int, ...], Items[Any] | np.ndarray]:
-    """Return the bias of the token at `position`, and a version of it, by which it is seen whether the device has it already.
+    """Return the bias of the token at `position`, and a version of it, by which it is seen whether the device has it
+    already.
 
     The version is `forbidden`, as all else is the same in every step. The bias is empty where the device has it.
     """

@@ -131,7 +131,8 @@ class Scheduler:
             self.preempt(max(self.active, key=lambda s: s.age))
 
     def _blocking(self) -> Sequence | None:
-        """The youngest of those that hold what others need for their next chunk, where nobody else will give it back."""
+        """The youngest of those that hold what others need for their next chunk, where nobody else will give it
+        back."""
         chosen = [s for s in self.active if s.candidates is not None]
         if np.count_nonzero(self.decoding) > len(chosen) or self._awaits_tokens():
             return None
@@ -181,12 +182,13 @@ class Scheduler:
         return chunks, samples
 
     def _first_in_line(self) -> list[Sequence]:
-        """As many waiting sequences as a step looks at: those that could run, and as many that wait for what others compute."""
+        """As many waiting sequences as a step looks at: those that could run, and as many that wait for what others
+        compute."""
         return list(islice(self.waiting, 2 * len(self.running))) if self.free_rows else []
 
     def _blocked(self, sequence: Sequence) -> bool:
-        """Whether the cache has no more room for a sequence than when it last had too little, at a cost that does not depend on
-        the prompt's length. More of its prompt may have been published since.
+        """Whether the cache has no more room for a sequence than when it last had too little, at a cost that does not
+        depend on the prompt's length. More of its prompt may have been published since.
         """
         if sequence.needed_blocks <= 0 or self.manager.pool.num_available >= sequence.needed_blocks:
             return False
@@ -270,9 +272,7 @@ class Scheduler:
             self.manager.tables.seen[row] = request.cross.seen(len(request.prompt), 1)[0]
         self._historians += follows_history(request)
 
-    def _chunk(
-        self, sequence: Sequence, count: int, chunks: list[Chunk], samples: list[tuple[int, Sequence]]
-    ) -> int:
+    def _chunk(self, sequence: Sequence, count: int, chunks: list[Chunk], samples: list[tuple[int, Sequence]]) -> int:
         """Plans the next `count` tokens of a prompt, and after the last of them whoever samples; the tokens taken."""
         index = self.encoding.index(sequence.row, sequence.computed, count)
         states, stop = self.manager.states, sequence.computed + count
@@ -308,8 +308,8 @@ class Scheduler:
             self._start_decoding(child, chunk, samples)
 
     def branch(self, source: Sequence, target: Sequence) -> None:
-        """Lets a beam go on from where another one is. It shares all of that one's blocks, if those are there and it has a row
-        or gets one; otherwise it waits to be computed.
+        """Lets a beam go on from where another one is. It shares all of that one's blocks, if those are there and it
+        has a row or gets one; otherwise it waits to be computed.
         """
         shares = self.limits.share_blocks and source.row >= 0 and (target.row >= 0 or bool(self.free_rows))
         if target.row >= 0 and not shares:

@@ -7,7 +7,8 @@ from jaxinfer.engine.request import Sequence
 
 
 class Waiting:
-    """Waiting sequences in order. Each operation takes the same time in a queue of a hundred thousand as in one of ten."""
+    """Waiting sequences in order. Each operation takes the same time in a queue of a hundred thousand as in one of
+    ten."""
 
     def __init__(self) -> None:
         self._sequences: OrderedDict[Sequence, None] = OrderedDict()

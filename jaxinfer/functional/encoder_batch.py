@@ -52,15 +52,20 @@ class EncodeShape:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of the arrays of integers."""
         return {
-            "positions": (self.positions,), "blocks": (self.groups, self.positions), "offsets": (self.positions,),
-            "tiles": (self.tiles, 4), "spans": (self.tiles, 2), "count": (),
-        }  # fmt: skip
+            "positions": (self.positions,),
+            "blocks": (self.groups, self.positions),
+            "offsets": (self.positions,),
+            "tiles": (self.tiles, 4),
+            "spans": (self.tiles, 2),
+            "count": (),
+        }
 
 
 @partial(
-    jax.tree_util.register_dataclass, meta_fields=["tile"],
+    jax.tree_util.register_dataclass,
+    meta_fields=["tile"],
     data_fields=["inputs", "numbers", "positions", "blocks", "offsets", "tiles", "spans", "count"],
-)  # fmt: skip
+)
 @dataclass(frozen=True)
 class EncodeBatch:
     """Inputs of an encoder, their positions one after another."""

@@ -1,4 +1,5 @@
-"""A cache that grows in place, for people who write JAX: capacity is reserved once, tokens are appended, one or several.
+"""A cache that grows in place, for people who write JAX: capacity is reserved once, tokens are appended, one or
+several.
 
     from jaxinfer import demo, functional, sharding
     from jaxinfer.functional.growing import GrowingCache
@@ -11,9 +12,9 @@
     for _ in range(20):
         logits, cache = cache.append(params, logits.argmax(axis=-1)[:, None])
 
-Each append takes the memory of the cache it is called on, writes the new keys and values into it, and gives it on to the
-cache that it returns: nothing else is copied, and the old one is of no more use. What a row has reserved it never leaves,
-so the step compiled for a length serves until the next length that steps are compiled for (`Regions.widths`).
+Each append takes the memory of the cache it is called on, writes the new keys and values into it, and gives it on to
+the cache that it returns: nothing else is copied, and the old one is of no more use. What a row has reserved it never
+leaves, so the step compiled for a length serves until the next length that steps are compiled for (`Regions.widths`).
 """
 
 from collections.abc import Sequence
@@ -79,15 +80,19 @@ class GrowingCache:
 
     @classmethod
     def adopt(
-        cls, program: Program, layers: Sequence[Sequence[Any]], capacity: int = 4096, step: int = 128,
+        cls,
+        program: Program,
+        layers: Sequence[Sequence[Any]],
+        capacity: int = 4096,
+        step: int = 128,
         lengths: Sequence[int] | None = None,
-    ) -> "GrowingCache":  # fmt: skip
+    ) -> "GrowingCache":
         """A cache that goes on from keys and values computed elsewhere. They are copied into it, once.
 
         Args:
             program, capacity, step: as for `reserve`.
-            layers: of each layer keys and values `[R, K, S, D]`, keys with rope in; K as the cache has it, which repeats
-                heads where a mesh has more shards.
+            layers: of each layer keys and values `[R, K, S, D]`, keys with rope in; K as the cache has it, which
+                repeats heads where a mesh has more shards.
             lengths: positions of each row that count; by default S.
 
         Raises:
@@ -146,7 +151,8 @@ class GrowingCache:
         return replace(self, lanes=jax.tree.map(jnp.copy, self.lanes))
 
     def append(self, params: Sequence[jax.Array], tokens: Any) -> tuple[jax.Array, "GrowingCache"]:
-        """Runs the model over new tokens -> float32 logits `[R, V']` after the last of each row, and the cache with them.
+        """Runs the model over new tokens -> float32 logits `[R, V']` after the last of each row, and the cache with
+        them.
 
         Args:
             params: of the model.
@@ -190,7 +196,8 @@ class GrowingCache:
     def _check_there(self) -> None:
         if any(array.is_deleted() for array in jax.tree.leaves(self.lanes)):
             raise CacheConsumedError(
-                f"this cache, of {max(self.lengths)} positions, was appended to, and its memory is now that of the cache "
+                f"this cache, of {max(self.lengths)} positions, was appended to, and its memory is now that of the "
+                "cache "
                 "that append returned; go on with that one, or append to a copy() to keep both"
             )
 
@@ -198,7 +205,8 @@ class GrowingCache:
         if max(lengths) > self.capacity:
             row = int(np.argmax(lengths))
             raise CapacityError(
-                f"row {row} would have {lengths[row]} positions, but {self.capacity} are reserved for it; reserve with a "
+                f"row {row} would have {lengths[row]} positions, but {self.capacity} are reserved for it; reserve with "
+                "a "
                 f"capacity of {lengths[row]} or more"
             )
 
@@ -210,9 +218,14 @@ def _fill(lane: Lane, layer: Sequence[jax.Array | None], table: jax.Array) -> La
 
 @partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
 def _one(
-    program: Program, regions: Regions, width: int, params: Sequence[jax.Array], lanes: Cache, tokens: jax.Array,
+    program: Program,
+    regions: Regions,
+    width: int,
+    params: Sequence[jax.Array],
+    lanes: Cache,
+    tokens: jax.Array,
     positions: jax.Array,
-) -> tuple[jax.Array, Cache]:  # fmt: skip
+) -> tuple[jax.Array, Cache]:
     tables = regions.tables(jnp.arange(regions.rows), width)
     return functional.decode(program, params, lanes, DecodeBatch(tokens, positions, tables))
 

@@ -91,9 +91,13 @@ class Program:
 
 
 def split(
-    module: LanguageModel, mesh: Mesh | None = None, *, attention_kernel: str = attention.AUTO,
-    matmul_kernel: str = attention.AUTO, fuse_projections: str | bool = fusion.AUTO,
-) -> tuple[Program, list[Array]]:  # fmt: skip
+    module: LanguageModel,
+    mesh: Mesh | None = None,
+    *,
+    attention_kernel: str = attention.AUTO,
+    matmul_kernel: str = attention.AUTO,
+    fuse_projections: str | bool = fusion.AUTO,
+) -> tuple[Program, list[Array]]:
     """A module as a static program and the flat list of its parameters (values, or shapes if it is abstract).
 
     A flat list, because dispatch costs 0.08 ms with it and 11.6 ms through `nnx.jit`.
@@ -141,7 +145,8 @@ def _feature_width(program: Program, params: Sequence[Array]) -> int:
     made = jax.eval_shape(partial(encode, program), params, inputs).shape
     if made[:-1] != (1, features.rows):
         raise ConfigError(
-            f"the module's encode makes {made} of inputs {inputs.shape}, but its config.features says that each becomes "
+            f"the module's encode makes {made} of inputs {inputs.shape}, but its config.features says that each "
+            "becomes "
             f"{features.rows} rows"
         )
     return made[-1]
@@ -152,9 +157,7 @@ def encode(program: Program, params: Sequence[jax.Array], inputs: jax.Array) -> 
     return program.module(params).encode(inputs.astype(program.dtype))
 
 
-def encode_cross(
-    program: Program, params: Sequence[jax.Array], cache: Cache, batch: EncodeBatch
-) -> Cache:
+def encode_cross(program: Program, params: Sequence[jax.Array], cache: Cache, batch: EncodeBatch) -> Cache:
     """Runs the encoder of a model with cross-attention -> the cache with keys and values of its positions in.
 
     `encoders.encode_batch` makes the batch; tokens then see what `seen` of their own batches says.
@@ -168,17 +171,21 @@ def encode_step(program: Program, batch: EncodeBatch) -> EncodeStep:
     first = kv_groups.encoded(program.layout.kinds).first
     tables = jnp.arange(batch.positions.shape[0], dtype=jnp.int32)[None]
     return EncodeStep(
-        positions=batch.positions, rows=PrefillTiles(tables, batch.tiles, batch.count, batch.spans),
-        slots=tuple(Slots(blocks, batch.offsets) for blocks in batch.blocks), mesh=program.mesh, kernel=program.kernel,
-        tile=batch.tile, places=tuple(Place(place.group - first, place.lane) for place in program.layout.places),
-    )  # fmt: skip
+        positions=batch.positions,
+        rows=PrefillTiles(tables, batch.tiles, batch.count, batch.spans),
+        slots=tuple(Slots(blocks, batch.offsets) for blocks in batch.blocks),
+        mesh=program.mesh,
+        kernel=program.kernel,
+        tile=batch.tile,
+        places=tuple(Place(place.group - first, place.lane) for place in program.layout.places),
+    )
 
 
 def init_cache(program: Program, num_blocks: int, block_size: int = 16, slots: int = 1) -> Cache:
     """A cache of zeroes: keys and values `[N, K, P, D]` a lane, on the program's mesh.
 
-    A layer has a lane for itself, or shares it with layers of other groups (`Program.layout`). A recurrent layer has its
-    own arrays, `[slots, ...]`.
+    A layer has a lane for itself, or shares it with layers of other groups (`Program.layout`). A recurrent layer has
+    its own arrays, `[slots, ...]`.
     """
     return kv_cache.allocate(abstract_cache(program, num_blocks, block_size, slots))
 
@@ -186,13 +193,13 @@ def init_cache(program: Program, num_blocks: int, block_size: int = 16, slots: i
 def abstract_cache(program: Program, num_blocks: int, block_size: int, slots: int = 1) -> Cache:
     """Its shapes and shardings; nothing is allocated."""
     kept = program.layout
-    return kv_cache.abstract(
-        (*kept.lanes, *kept.states), num_blocks, block_size, program.dtype, program.mesh, slots
-    )
+    return kv_cache.abstract((*kept.lanes, *kept.states), num_blocks, block_size, program.dtype, program.mesh, slots)
 
 
 @partial(
-    jax.tree_util.register_dataclass, data_fields=["tokens", "positions", "tables", "seen", "states"], meta_fields=["items"]
+    jax.tree_util.register_dataclass,
+    data_fields=["tokens", "positions", "tables", "seen", "states"],
+    meta_fields=["items"],
 )
 @dataclass(frozen=True)
 class DecodeBatch:
@@ -214,9 +221,10 @@ class DecodeBatch:
 
 
 @partial(
-    jax.tree_util.register_dataclass, meta_fields=["tile"],
+    jax.tree_util.register_dataclass,
+    meta_fields=["tile"],
     data_fields=["tokens", "positions", "rows", "rope_lengths", "tables", "tiles", "count", "last", "seen", "states"],
-)  # fmt: skip
+)
 @dataclass(frozen=True)
 class PrefillBatch:
     """A chunk of one or more sequences, their tokens one after another."""
@@ -240,16 +248,22 @@ class PrefillBatch:
     tile: int = TILE
     """Static: queries a tile holds at most."""
     seen: Array | None = None
-    """`[T, 2]` of a model with cross-attention: the first and the end of the encoder positions that each token sees, the
-    same for all tokens of a tile."""
+    """`[T, 2]` of a model with cross-attention: the first and the end of the encoder positions that each token sees,
+    the same for all tokens of a tile."""
     states: Segments | None = None
     """Of a model with recurrent layers: which tokens go on from which slots, and where the states after them go."""
 
 
 def prefill_batch(
-    chunks: Sequence[tuple[Any, int, int]], tables: Any, *, tokens: int | None = None,
-    rows: int | None = None, samples: np.ndarray | None = None, tile: int = TILE, seen: np.ndarray | None = None,
-) -> PrefillBatch:  # fmt: skip
+    chunks: Sequence[tuple[Any, int, int]],
+    tables: Any,
+    *,
+    tokens: int | None = None,
+    rows: int | None = None,
+    samples: np.ndarray | None = None,
+    tile: int = TILE,
+    seen: np.ndarray | None = None,
+) -> PrefillBatch:
     """Lays chunks of sequences side by side, in NumPy.
 
     Args:
@@ -260,15 +274,17 @@ def prefill_batch(
         rows: B to pad to, and the length of `last`.
         samples: `[S]` for each wanted logit the index of its chunk; every chunk once by default.
         tile: queries of one tile at most; `Program.tile` is the best for its devices.
-        seen: `[., 2]` of a model with cross-attention, of all tokens of the chunks. Where it changes within chunks, their parts
-            count as rows.
+        seen: `[., 2]` of a model with cross-attention, of all tokens of the chunks. Where it changes within chunks,
+            their parts count as rows.
     """
     tables = np.asarray(tables, np.int32)
     sizes = np.array([len(ids) for ids, _, _ in chunks], np.int32)
     starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
     total, batch = tokens or int(starts[-1]), rows or len(chunks)
-    columns = {name: np.full(total, fill, np.int32) for name, fill in
-               (("tokens", 0), ("positions", -1), ("rows", 0), ("rope_lengths", 1))}  # fmt: skip
+    columns = {
+        name: np.full(total, fill, np.int32)
+        for name, fill in (("tokens", 0), ("positions", -1), ("rows", 0), ("rope_lengths", 1))
+    }
     tiles = np.zeros((tile_count(total, batch, tile), 4), np.int32)
     count = 0
     if seen is not None:
@@ -299,9 +315,12 @@ def tile_count(tokens: int, rows: int, tile: int = TILE) -> int:
 
 
 def prefill(
-    program: Program, params: Sequence[jax.Array], cache: Cache, batch: PrefillBatch,
+    program: Program,
+    params: Sequence[jax.Array],
+    cache: Cache,
+    batch: PrefillBatch,
     features: FeatureRows | None = None,
-) -> tuple[jax.Array, Cache]:  # fmt: skip
+) -> tuple[jax.Array, Cache]:
     """Runs the chunk -> float32 logits `[S, V']` of the tokens in `batch.last`, and the cache with it in.
 
     `features`: rows of the encoder that some of the tokens take in the place of their own embeddings.
@@ -311,9 +330,12 @@ def prefill(
 
 
 def prefill_hidden(
-    program: Program, params: Sequence[jax.Array], cache: Cache, batch: PrefillBatch,
+    program: Program,
+    params: Sequence[jax.Array],
+    cache: Cache,
+    batch: PrefillBatch,
     features: FeatureRows | None = None,
-) -> tuple[jax.Array, Cache]:  # fmt: skip
+) -> tuple[jax.Array, Cache]:
     """As `prefill`, but the hidden states `[T, M]` of all tokens."""
     tables, size = _flat(program, batch.tables)
     tiles = [batch.tiles.at[:, 0].add(group * size) if group else batch.tiles for group in range(program.layout.groups)]
@@ -325,9 +347,7 @@ def prefill_hidden(
     return program.module(params)(batch.tokens, step, cache, features)
 
 
-def decode(
-    program: Program, params: Sequence[jax.Array], cache: Cache, batch: DecodeBatch
-) -> tuple[jax.Array, Cache]:
+def decode(program: Program, params: Sequence[jax.Array], cache: Cache, batch: DecodeBatch) -> tuple[jax.Array, Cache]:
     """One step of every sequence -> float32 logits `[B, V']`, and the cache with the new tokens in."""
     hidden, cache = decode_hidden(program, params, cache, batch)
     return program.module(params).logits(hidden), cache
@@ -339,10 +359,11 @@ def decode_hidden(
     """As `decode`, but the hidden states `[B, M]`."""
     tables, size = _flat(program, batch.tables)
     rows = [
-        DecodeRows(tables, batch.seen[:, 1], group * size, batch.seen[:, 0]) if reads
+        DecodeRows(tables, batch.seen[:, 1], group * size, batch.seen[:, 0])
+        if reads
         else DecodeRows(tables, batch.positions + 1, group * size)
         for group, reads in enumerate(_reading(program, batch.seen))
-    ]  # fmt: skip
+    ]
     owners = jnp.arange(size)
     step = _context(program, cache, batch, owners, batch.positions + 1, rows, items=batch.items)
     return program.module(params)(batch.tokens, step, cache)
@@ -358,7 +379,8 @@ def _flat(program: Program, tables: jax.Array) -> tuple[jax.Array, int]:
     if groups != [program.layout.groups] and (groups or program.layout.groups > 1):
         kinds = ", ".join(f"{kind.count} of {kind.kind.name}" for kind in program.layout.kinds)
         raise ValueError(
-            f"tables are {list(tables.shape)}, but this model has {program.layout.groups} groups of layers ({kinds}): pass "
+            f"tables are {list(tables.shape)}, but this model has {program.layout.groups} groups of layers ({kinds}): "
+            "pass "
             f"[{program.layout.groups}, {rows}, {width}], no block in two groups"
         )
     return tables.reshape(-1, width), rows
@@ -377,9 +399,16 @@ def _reading(program: Program, seen: Array | None) -> list[bool]:
 
 
 def _context(
-    program: Program, cache: Cache, batch: PrefillBatch | DecodeBatch, owners: jax.Array, rope_lengths: jax.Array,
-    rows: Sequence[DecodeRows | PrefillTiles], *, items: int | None = None, tile: int = TILE,
-) -> StepContext:  # fmt: skip
+    program: Program,
+    cache: Cache,
+    batch: PrefillBatch | DecodeBatch,
+    owners: jax.Array,
+    rope_lengths: jax.Array,
+    rows: Sequence[DecodeRows | PrefillTiles],
+    *,
+    items: int | None = None,
+    tile: int = TILE,
+) -> StepContext:
     """`rows`: of each group; `owners` `[T]`: the row of the first group's tables that each token belongs to."""
     positions = batch.positions
     blocks, _, block_size, _ = cache[0].keys.shape
@@ -392,11 +421,18 @@ def _context(
         return Slots(jnp.where(positions >= 0, own, blocks), offsets)
 
     return StepContext(
-        positions=at, real=positions >= 0, rope_lengths=rope_lengths, mesh=program.mesh, kernel=program.kernel,
-        tile=tile, items=items,
+        positions=at,
+        real=positions >= 0,
+        rope_lengths=rope_lengths,
+        mesh=program.mesh,
+        kernel=program.kernel,
+        tile=tile,
+        items=items,
         groups=tuple(
             GroupStep(None if reads else slots(group), own)
             for group, (own, reads) in enumerate(zip(rows, _reading(program, batch.seen), strict=True))
         ),
-        places=program.layout.places, seen=batch.seen, states=batch.states,
-    )  # fmt: skip
+        places=program.layout.places,
+        seen=batch.seen,
+        states=batch.states,
+    )

@@ -5,9 +5,9 @@
     graph, weights = nnx.split(module, nnx.Param)
     loss = lambda weights: cross_entropy(training.logits(nnx.merge(graph, weights), tokens), ...)
 
-What serves otherwise is written for steps whose extent is known when they run, in loops that have no derivative. Here are
-sequences of one length, so that attention (`kernels.whole_attention`), recurrence (`kernels.delta.whole`), convolution and
-the products of experts are plain ones. All else is the same code. On one device.
+What serves otherwise is written for steps whose extent is known when they run, in loops that have no derivative. Here
+are sequences of one length, so that attention (`kernels.whole_attention`), recurrence (`kernels.delta.whole`),
+convolution and the products of experts are plain ones. All else is the same code. On one device.
 """
 
 import jax
@@ -33,7 +33,9 @@ def prepare(module: LanguageModel) -> None:
         ConfigError: a model that reads more than tokens.
     """
     if module.config.features is not None or module.config.cross is not None:
-        raise ConfigError(f"{type(module).__name__} reads more than tokens; models of text alone can be differentiated here")
+        raise ConfigError(
+            f"{type(module).__name__} reads more than tokens; models of text alone can be differentiated here"
+        )
     use_kernel(module, matmul.RAGGED)
 
 
@@ -46,9 +48,15 @@ def logits(module: LanguageModel, tokens: jax.Array) -> jax.Array:
     mesh, kept = make_mesh(1), layout(tuple(module.cache_specs()))
     whole, positions = Whole(length), jnp.tile(jnp.arange(length, dtype=jnp.int32), batch)
     step = StepContext(
-        positions=positions, real=jnp.ones(batch * length, bool), rope_lengths=jnp.full(batch * length, length, jnp.int32),
-        groups=(GroupStep(None, whole),) * kept.groups, mesh=mesh, kernel=attention.WHOLE, places=kept.places, states=whole,
-    )  # fmt: skip
+        positions=positions,
+        real=jnp.ones(batch * length, bool),
+        rope_lengths=jnp.full(batch * length, length, jnp.int32),
+        groups=(GroupStep(None, whole),) * kept.groups,
+        mesh=mesh,
+        kernel=attention.WHOLE,
+        places=kept.places,
+        states=whole,
+    )
     hidden, _ = module(tokens.reshape(-1), step, _nothing(module, kept.lanes, kept.states))
     return module.logits(hidden).reshape(batch, length, -1)[..., : module.config.vocab_size]
 

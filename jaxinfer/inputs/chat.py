@@ -11,11 +11,26 @@ from jaxinfer.errors import ChatTemplateError
 from jaxinfer.inputs import messages as forms
 from jaxinfer.inputs import templates
 
-_RESERVED = frozenset({
-    "add_generation_prompt", "chat", "chat_template", "conversation", "conversations", "max_length",
-    "messages", "padding", "return_assistant_tokens_mask", "return_dict", "return_tensors",
-    "sanitize_control_tokens", "self", "tokenize", "tokenizer_kwargs", "truncation",
-})  # fmt: skip
+_RESERVED = frozenset(
+    {
+        "add_generation_prompt",
+        "chat",
+        "chat_template",
+        "conversation",
+        "conversations",
+        "max_length",
+        "messages",
+        "padding",
+        "return_assistant_tokens_mask",
+        "return_dict",
+        "return_tensors",
+        "sanitize_control_tokens",
+        "self",
+        "tokenize",
+        "tokenizer_kwargs",
+        "truncation",
+    }
+)
 
 
 def render_chat(
@@ -32,19 +47,20 @@ def render_chat(
 ) -> str | list[str]:
     """Render the prompt of a conversation, or one for each in a list of conversations.
 
-    The messages are normalised as in vLLM (`jaxinfer.inputs.messages`), then rendered as transformers' `apply_chat_template`
-    does, in a process with limits of time and memory (`jaxinfer.inputs.templates`). The prompt holds the special tokens that
-    the template writes: tokenise it with `add_special_tokens=False`.
+    The messages are normalised as in vLLM (`jaxinfer.inputs.messages`), then rendered as transformers'
+    `apply_chat_template` does, in a process with limits of time and memory (`jaxinfer.inputs.templates`). The prompt
+    holds the special tokens that the template writes: tokenise it with `add_special_tokens=False`.
 
     Args:
         tokenizer: of transformers.
         messages: dicts or objects with "role" and "content", or a list of such lists.
         chat_template: Jinja source used instead of the tokenizer's own, or the name of one of its several.
         add_generation_prompt: whether to end with the header of the assistant's answer.
-        continue_final_message: whether the answer continues the last message, or the name of the field that it continues.
+        continue_final_message: whether the answer continues the last message, or the name of the field that it
+            continues.
         tools: dicts with the JSON schema of a function, or Python functions with type hints and a docstring.
-        chat_template_kwargs: dict of further variables of the template, as `{"enable_thinking": False}`; `tools`, `documents`
-            and `continue_final_message` may be given here as well.
+        chat_template_kwargs: dict of further variables of the template, as `{"enable_thinking": False}`; `tools`,
+            `documents` and `continue_final_message` may be given here as well.
         image_marker: what stands for an image where the template knows of none; None: the model takes text only.
         timeout_s: seconds a conversation may take.
 
@@ -61,9 +77,11 @@ def render_chat(
     special = {name: forms.plain(_text(token)) for name, token in tokenizer.special_tokens_map.items()}
     variables = {"add_generation_prompt": add_generation_prompt, **special, **variables}
     takes = functools.partial(
-        templates.message_forms, source, special_tokens=tuple((k, v) for k, v in special.items() if isinstance(v, str)),
+        templates.message_forms,
+        source,
+        special_tokens=tuple((k, v) for k, v in special.items() if isinstance(v, str)),
         timeout_s=timeout_s,
-    )  # fmt: skip
+    )
     prompts = [
         templates.render(source, forms.for_template(chat, takes, image_marker), variables, field, timeout_s)
         for chat in chats
@@ -104,7 +122,8 @@ def _variables(kwargs: Any, given: Mapping[str, Any]) -> dict[str, Any]:
             raise TypeError(f"every key of chat_template_kwargs must be a string, got {describe(key)}.")
         if key in _RESERVED or key.startswith("_"):
             raise ValueError(
-                f"chat_template_kwargs cannot set {key!r}: the name is reserved, since it is no variable of the template."
+                f"chat_template_kwargs cannot set {key!r}: the name is reserved, since it is no variable of the "
+                "template."
             )
         if given.get(key) is not None:
             raise ValueError(f"{key} is given twice: leave it out of chat_template_kwargs.")
@@ -154,7 +173,8 @@ def _continued(field: Any, add_generation_prompt: Any) -> str | None:
         raise TypeError(f"continue_final_message must be True, False or the name of a field, got {describe(field)}.")
     if add_generation_prompt:
         raise ValueError(
-            "continue_final_message needs add_generation_prompt=False: an answer cannot continue the last message and begin anew."
+            "continue_final_message needs add_generation_prompt=False: an answer cannot continue the last message and "
+            "begin anew."
         )
     return "content" if field is True else field
 

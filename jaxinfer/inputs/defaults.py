@@ -33,8 +33,13 @@ class ModelLimits:
         return self.vocab_size if self.tokenizer_len is None else min(self.vocab_size, self.tokenizer_len)
 
 
-def resolve(params: SamplingParams, limits: ModelLimits, *, prompt_len: int,
-            encode: Callable[[str], Sequence[int]] | None = None) -> SamplingParams:
+def resolve(
+    params: SamplingParams,
+    limits: ModelLimits,
+    *,
+    prompt_len: int,
+    encode: Callable[[str], Sequence[int]] | None = None,
+) -> SamplingParams:
     """Check `params` against the model and fill in what depends on it.
 
     The result has `max_tokens` set (clamped to what the model's length leaves after the prompt), `top_k`
@@ -57,9 +62,11 @@ def resolve(params: SamplingParams, limits: ModelLimits, *, prompt_len: int,
     room = limits.max_model_len - prompt_len
     max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
     if params.min_tokens > max_tokens:
-        raise ValueError(f"min_tokens must be less than or equal to max_tokens={max_tokens} (the maximum "
-                         f"model length of {limits.max_model_len} less the prompt's {prompt_len}), "
-                         f"got {params.min_tokens}.")
+        raise ValueError(
+            f"min_tokens must be less than or equal to max_tokens={max_tokens} (the maximum "
+            f"model length of {limits.max_model_len} less the prompt's {prompt_len}), "
+            f"got {params.min_tokens}."
+        )
     # A checkpoint may name an EOS that its output layer does not have; it cannot come.
     eos = () if params.ignore_eos else tuple(i for i in limits.eos_token_ids if i < limits.vocab_size)
     resolved = dataclasses.replace(
@@ -95,11 +102,11 @@ def spread(params: Any, count: int) -> list[SamplingParams]:
     if isinstance(params, SamplingParams):
         return [params] * count
     if not isinstance(params, (list, tuple)):
-        raise TypeError("sampling_params must be a SamplingParams or a list of them, "
-                        f"got {describe(params)}.")
+        raise TypeError(f"sampling_params must be a SamplingParams or a list of them, got {describe(params)}.")
     if len(params) != count:
-        raise ValueError(f"sampling_params has {len(params)} entries for {count} prompts: pass one for all, "
-                         "or one a prompt.")
+        raise ValueError(
+            f"sampling_params has {len(params)} entries for {count} prompts: pass one for all, or one a prompt."
+        )
     for index, entry in enumerate(params):
         if not isinstance(entry, SamplingParams):
             raise TypeError(f"sampling_params[{index}] must be a SamplingParams, got {describe(entry)}.")
@@ -109,12 +116,15 @@ def spread(params: Any, count: int) -> list[SamplingParams]:
 def _check_in_vocabulary(name: str, ids: Iterable[int], vocab_size: int) -> None:
     for token in ids:
         if token >= vocab_size:
-            raise ValueError(f"{name} contains {token}, outside the vocabulary: ids run from 0 to "
-                             f"{vocab_size - 1} (vocab_size={vocab_size}).")
+            raise ValueError(
+                f"{name} contains {token}, outside the vocabulary: ids run from 0 to "
+                f"{vocab_size - 1} (vocab_size={vocab_size})."
+            )
 
 
-def _encode_bad_words(params: SamplingParams, limits: ModelLimits,
-                      encode: Callable[[str], Sequence[int]] | None) -> tuple[tuple[int, ...], ...]:
+def _encode_bad_words(
+    params: SamplingParams, limits: ModelLimits, encode: Callable[[str], Sequence[int]] | None
+) -> tuple[tuple[int, ...], ...]:
     if not params.bad_words:
         return ()
     if encode is None:
@@ -140,5 +150,7 @@ def _check_something_left(params: SamplingParams, usable: int) -> None:
     else:
         left = sum(token < usable and token not in masked for token in params.allowed_token_ids)
     if left == 0:
-        raise ValueError("every token is masked: allowed_token_ids, bad_words (bad_words_ids) and "
-                         f"min_tokens={params.min_tokens} leave none of the {usable} that can be sampled.")
+        raise ValueError(
+            "every token is masked: allowed_token_ids, bad_words (bad_words_ids) and "
+            f"min_tokens={params.min_tokens} leave none of the {usable} that can be sampled."
+        )

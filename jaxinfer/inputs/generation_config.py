@@ -51,8 +51,8 @@ def from_generation_config(config: Any) -> SamplingParams:
     """The `SamplingParams` that mean what a transformers `GenerationConfig` means there.
 
     Sampling is greedy unless `do_sample` is true, and then `top_k` defaults to 50, as in transformers.
-    `eos_token_id` replaces the model's EOS ids. A phrase of `bad_words_ids` may not be completed if it begins in the prompt
-    either, and an EOS id in the list is not banned. `max_length`, which counts the prompt, is refused unless it
+    `eos_token_id` replaces the model's EOS ids. A phrase of `bad_words_ids` may not be completed if it begins in the
+    prompt either, and an EOS id in the list is not banned. `max_length`, which counts the prompt, is refused unless it
     is transformers' default of 20 or `max_new_tokens` is there too; with neither, `max_tokens` keeps its
     default. Attributes about speed, memory and extra outputs are ignored.
 
@@ -85,21 +85,22 @@ def from_generation_config(config: Any) -> SamplingParams:
 def default_params(generation_config: Mapping[str, Any], *, encoder_decoder: bool = False) -> SamplingParams:
     """The parameters a request gets when the user passes none, from a model's generation_config.json.
 
-    temperature, top_p, top_k, min_p, repetition_penalty, no_repeat_ngram_size and max_new_tokens are taken where they are given,
-    whatever `do_sample` says (as vLLM does); everything else keeps the defaults of `SamplingParams`.
+    temperature, top_p, top_k, min_p, repetition_penalty, no_repeat_ngram_size and max_new_tokens are taken where they
+    are given, whatever `do_sample` says (as vLLM does); everything else keeps the defaults of `SamplingParams`.
 
     Args:
         generation_config: the file as plain JSON; empty where a model has none.
-        encoder_decoder: a model with an encoder is greedy unless `do_sample` is true, and `max_length` and `min_length`, which count the
-            decoder's start token, are taken too.
+        encoder_decoder: a model with an encoder is greedy unless `do_sample` is true, and `max_length` and
+            `min_length`, which count the decoder's start token, are taken too.
 
     Raises:
         ConfigError: a value `SamplingParams` refuses; the message names the file.
     """
     names = {name: name for name in (*_SAMPLING, "repetition_penalty", "no_repeat_ngram_size")}
     names |= {"max_new_tokens": "max_tokens"}
-    fields = {ours: generation_config[theirs] for theirs, ours in names.items()
-              if generation_config.get(theirs) is not None}
+    fields = {
+        ours: generation_config[theirs] for theirs, ours in names.items() if generation_config.get(theirs) is not None
+    }
     if encoder_decoder:
         fields |= {} if generation_config.get("do_sample") else {"temperature": 0.0}
         for theirs, ours in (("max_length", "max_tokens"), ("min_length", "min_tokens")):
@@ -154,7 +155,8 @@ def _model_ids(name: str, value: Any) -> tuple[int, ...]:
 
 
 def _bad_words(values: Mapping[str, Any], ends: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-    """Return `bad_words_ids` without the tokens `ends` alone, which end an output and are never banned in transformers."""
+    """Return `bad_words_ids` without the tokens `ends` alone, which end an output and are never banned in
+    transformers."""
     words = values.get("bad_words_ids", ())
     if not isinstance(words, (list, tuple)):
         raise TypeError(f"bad_words_ids must be a list of lists of token ids, got {describe(words)}.")
@@ -177,14 +179,16 @@ def _to_dict(config: Any) -> dict[str, Any]:
     elif callable(getattr(config, "to_dict", None)):
         values = config.to_dict()
     else:
-        raise TypeError("sampling_params must be a SamplingParams or a GenerationConfig, "
-                        f"got {describe(config)}.")
+        raise TypeError(f"sampling_params must be a SamplingParams or a GenerationConfig, got {describe(config)}.")
     return {name: value for name, value in values.items() if value is not None}
 
 
 def _refuse_unsupported(values: Mapping[str, Any]) -> None:
-    found = [f"{name}={describe(values[name])}" for name, neutral in _UNSUPPORTED.items()
-             if name in values and not any(values[name] == off for off in neutral)]
+    found = [
+        f"{name}={describe(values[name])}"
+        for name, neutral in _UNSUPPORTED.items()
+        if name in values and not any(values[name] == off for off in neutral)
+    ]
     if found:
         hint = " LLM.beam_search searches with beams." if any(name.startswith("num_beams=") for name in found) else ""
         raise ValueError(f"GenerationConfig sets what is not supported: {', '.join(found)}. Leave them out.{hint}")
@@ -195,5 +199,6 @@ def _refuse_total_lengths(values: Mapping[str, Any]) -> None:
     if longest != _TRANSFORMERS_MAX_LENGTH and "max_new_tokens" not in values:
         raise ValueError(f"max_length={describe(longest)} counts the prompt too: set max_new_tokens instead.")
     if values.get("min_length", 0) != 0 and "min_new_tokens" not in values:
-        raise ValueError(f"min_length={describe(values['min_length'])} counts the prompt too: "
-                         "set min_new_tokens instead.")
+        raise ValueError(
+            f"min_length={describe(values['min_length'])} counts the prompt too: set min_new_tokens instead."
+        )

@@ -23,7 +23,8 @@ from jaxinfer.media import CrossInputs, CrossPrompt, Forms, PlacedInputs
 from jaxinfer.sampling_params import SamplingParams
 
 PIECE = 1024
-"""Prompts of a call that are tokenised together: their ids as Python's integers take ten times the memory that they keep."""
+"""Prompts of a call that are tokenised together: their ids as Python's integers take ten times the memory that they
+keep."""
 
 _Resolved: TypeAlias = dict[tuple[int, int, int], SamplingParams]
 """By the id of a call's own parameters, extra tokens and most tokens: resolved."""
@@ -53,7 +54,8 @@ class Intake:
         return parse_prompts(prompts, max_chars=most, forms=forms)
 
     def render(self, messages: Any, *, chat_template: str | None, **options: Any) -> list[Prompt]:
-        """Make prompts of conversations, their images beside them; `options` and errors are those of `text.render_chat`."""
+        """Make prompts of conversations, their images beside them; `options` and errors are those of
+        `text.render_chat`."""
         tokenizer, marker, modality = self._opened.tokenizer, *self._marked()
         if tokenizer is None:
             raise ValueError("chat needs the tokenizer, which was skipped; pass tokenizer=")
@@ -82,15 +84,18 @@ class Intake:
     def beams(
         self, prompts: Sequence[Prompt], params: SamplingParams | None, search: BeamParams, most: int | None
     ) -> list[Request]:
-        """One request a prompt, each a beam search of at most `most` new tokens; raises as `requests` and `beam_sampling`."""
+        """One request a prompt, each a beam search of at most `most` new tokens; raises as `requests` and
+        `beam_sampling`."""
         requests = self.requests(prompts, beam_sampling(params, self._opened.default_params, most))
         for index, request in enumerate(requests):
             request.beams = beams = Beams(search, request.limit - len(request.prompt), request.stop_ids)
             known, stops = self.limits.usable, len(request.stop_ids)
             if beams.count > known:
                 raise ValueError(
-                    f"prompt {index}: width must be at most {known * search.width // beams.count} with {stops} tokens that end "
-                    f"a beam, got {search.width}: a step looks at {beams.count} of the {known} tokens of the vocabulary."
+                    f"prompt {index}: width must be at most {known * search.width // beams.count} with {stops} tokens "
+                    "that end "
+                    f"a beam, got {search.width}: a step looks at {beams.count} of the {known} tokens of the "
+                    "vocabulary."
                 )
         return requests
 
@@ -130,19 +135,28 @@ class Intake:
         room = (self._config.max_model_len or config.max_length) - len(ids)
         asked = len(ids) + (room if params.max_tokens is None else min(params.max_tokens + extra, room))
         return Request(
-            id=str(number), prompt=np.array(ids, np.int32), params=own, limit=len(ids) + own.max_tokens, asked=asked,
+            id=str(number),
+            prompt=np.array(ids, np.int32),
+            params=own,
+            limit=len(ids) + own.max_tokens,
+            asked=asked,
             salt=_salt(opened.salt, prompt.cache_salt or ""),
-            length_key=config.length_key, recompute_after=config.recompute_after,
-            seed=self._seed(number) if own.seed is None else own.seed, inputs=inputs, cross=cross,
+            length_key=config.length_key,
+            recompute_after=config.recompute_after,
+            seed=self._seed(number) if own.seed is None else own.seed,
+            inputs=inputs,
+            cross=cross,
             rule=rule,
-        )  # fmt: skip
+        )
 
     def _resolve(
         self, index: int, params: SamplingParams, length: int, extra: int, resolved: _Resolved
     ) -> SamplingParams:
-        """Check a prompt's parameters and fill in what depends on the model, once for all prompts of a call that share them.
+        """Check a prompt's parameters and fill in what depends on the model, once for all prompts of a call that share
+        them.
 
-        `length`: tokens of the prompt; `extra`: tokens that the model's rule makes beside those that `max_tokens` counts.
+        `length`: tokens of the prompt; `extra`: tokens that the model's rule makes beside those that `max_tokens`
+            counts.
         """
         room = self.limits.max_model_len - length
         most = room if params.max_tokens is None else min(params.max_tokens + extra, room)
@@ -194,7 +208,8 @@ class Intake:
         source, length = self._opened.module.config.cross, 0 if cross is None else cross.length
         if length > source.longest:
             raise ValueError(
-                f"prompt {index}: The encoder prompt (length {length}) is longer than the {source.longest} positions that the "
+                f"prompt {index}: The encoder prompt (length {length}) is longer than the {source.longest} positions "
+                "that the "
                 "model's encoder takes. Shorten it"
             )
         if cross is not None and not length:
@@ -206,13 +221,19 @@ class Intake:
         return self._opened.tokenizer.encode(text, add_special_tokens=special)
 
     def _encode_plain(self, prompts: Sequence[Prompt]) -> list[Sequence[int] | None]:
-        """Encode together the prompts that are text and nothing else, if the tokenizer can; None for each of the others.
+        """Encode together the prompts that are text and nothing else, if the tokenizer can; None for each of the
+        others.
 
         The ids are those of encoding one by one, but all processors work on them.
         """
         opened, found = self._opened, [None] * len(prompts)
         plain = [place for place, prompt in enumerate(prompts) if prompt.text and prompt.token_ids is None]
-        if opened.media is not None or opened.cross is not None or len(plain) < 2 or not encodes_batches(opened.tokenizer):
+        if (
+            opened.media is not None
+            or opened.cross is not None
+            or len(plain) < 2
+            or not encodes_batches(opened.tokenizer)
+        ):
             return found
         for special in (False, True):
             places = [place for place in plain if prompts[place].special_tokens is special]

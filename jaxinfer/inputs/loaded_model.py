@@ -30,8 +30,8 @@ class LoadedModel:
 
     @property
     def tokenizer_len(self) -> int | None:
-        """One more than the highest id the tokenizer knows; None: none, or a rule makes tokens that it may not know, as the
-        timestamps of Whisper's older tokenizers.
+        """One more than the highest id the tokenizer knows; None: none, or a rule makes tokens that it may not know, as
+        the timestamps of Whisper's older tokenizers.
         """
         cross = self.module.config.cross
         if self.tokenizer is None or (cross is not None and cross.rule is not None):

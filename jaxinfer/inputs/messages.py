@@ -1,8 +1,8 @@
 """Normalise the messages of a conversation to what chat templates take, as vLLM does.
 
-Clients send messages in several forms: content as text, as parts, as None or, for the result of a tool, as an object; arguments
-of tool calls as objects or as JSON in a string; messages as dicts or as objects of a client library. All of them become plain
-data here. Nothing of what the caller passed is changed.
+Clients send messages in several forms: content as text, as parts, as None or, for the result of a tool, as an object;
+arguments of tool calls as objects or as JSON in a string; messages as dicts or as objects of a client library. All of
+them become plain data here. Nothing of what the caller passed is changed.
 """
 
 from __future__ import annotations
@@ -194,7 +194,8 @@ def _image(fields: Mapping[Any, Any], kind: str, where: str) -> Any:
         return url
     if image is None:
         raise ValueError(
-            f"{where} has no {_IMAGE_PARTS[kind]!r}: pass a PIL image or a NumPy array there; nothing is read from paths or URLs."
+            f"{where} has no {_IMAGE_PARTS[kind]!r}: pass a PIL image or a NumPy array there; nothing is read from "
+            "paths or URLs."
         )
     return image
 

@@ -44,12 +44,12 @@ def parse_prompts(prompts: Any, *, max_chars: int | None = None, forms: Forms = 
     """Every accepted form of prompts as a list of `Prompt`, in order.
 
     A prompt is a string, a list of token ids, or a dict with "prompt" or "prompt_token_ids" (or both: the ids
-    are used, the text is shown) and optionally "cache_salt" and "multi_modal_data". `prompts` is one prompt or a list or tuple of
-    them; a list of numbers is one prompt of token ids, an empty list no prompt.
+    are used, the text is shown) and optionally "cache_salt" and "multi_modal_data". `prompts` is one prompt or a list
+    or tuple of them; a list of numbers is one prompt of token ids, an empty list no prompt.
 
-    Of a model whose encoder reads prompts, such a prompt is the encoder's. Both are given by a dict with "encoder_prompt"
-    and "decoder_prompt", each a string, token ids, or a dict with "prompt" or "prompt_token_ids"; the decoder's may be
-    None or left out.
+    Of a model whose encoder reads prompts, such a prompt is the encoder's. Both are given by a dict with
+    "encoder_prompt" and "decoder_prompt", each a string, token ids, or a dict with "prompt" or "prompt_token_ids"; the
+    decoder's may be None or left out.
 
     Args:
         prompts: what the user passed.
@@ -64,8 +64,7 @@ def parse_prompts(prompts: Any, *, max_chars: int | None = None, forms: Forms = 
     if isinstance(prompts, (str, Mapping)) or _is_numbers(prompts):
         prompts = [prompts]
     elif not _is_sequence(prompts):
-        raise TypeError("prompts must be a string, token ids, a dict, or a list of these, "
-                        f"got {describe(prompts)}.")
+        raise TypeError(f"prompts must be a string, token ids, a dict, or a list of these, got {describe(prompts)}.")
     return [_parse(prompt, index, max_chars, forms) for index, prompt in enumerate(prompts)]
 
 
@@ -78,8 +77,10 @@ def check_token_ids(token_ids: Sequence[int], vocab_size: int, index: int) -> No
     if not token_ids or (min(token_ids) >= 0 and max(token_ids) < vocab_size):
         return
     position, token = next((at, token) for at, token in enumerate(token_ids) if not 0 <= token < vocab_size)
-    raise ValueError(f"prompt {index}: token id {show_int(token)} at position {position} is out of "
-                     f"vocabulary: ids run from 0 to {vocab_size - 1} (vocab_size={vocab_size}).")
+    raise ValueError(
+        f"prompt {index}: token id {show_int(token)} at position {position} is out of "
+        f"vocabulary: ids run from 0 to {vocab_size - 1} (vocab_size={vocab_size})."
+    )
 
 
 def check_prompt_length(length: int, max_model_len: int, index: int, of_images: int = 0) -> None:
@@ -93,9 +94,11 @@ def check_prompt_length(length: int, max_model_len: int, index: int, of_images: 
     asked = "" if length > max_model_len else " plus the number of requested output tokens (at least 1)"
     images = f", {of_images} of it images" if of_images else ""
     shorten = "Pass fewer or smaller images" if of_images else "Shorten the prompt"
-    raise ValueError(f"prompt {index}: The decoder prompt (length {length}{images}){asked} is longer than the "
-                     f"maximum model length of {max_model_len}. {shorten}, or raise max_model_len "
-                     "if the model allows.")
+    raise ValueError(
+        f"prompt {index}: The decoder prompt (length {length}{images}){asked} is longer than the "
+        f"maximum model length of {max_model_len}. {shorten}, or raise max_model_len "
+        "if the model allows."
+    )
 
 
 def max_prompt_chars(longest_token: int, max_model_len: int) -> int:
@@ -126,8 +129,7 @@ def _parse(prompt: Any, index: int, max_chars: int | None, forms: Forms) -> Prom
         return Prompt(token_ids=_token_ids(prompt, index))
     if isinstance(prompt, Mapping):
         return _parse_dict(prompt, index, max_chars, forms)
-    raise TypeError(f"prompt {index} must be a string, a list of token ids or a dict, "
-                    f"got {describe(prompt)}.")
+    raise TypeError(f"prompt {index} must be a string, a list of token ids or a dict, got {describe(prompt)}.")
 
 
 def _parse_pair(prompt: Any, index: int, max_chars: int | None) -> Prompt:
@@ -137,7 +139,10 @@ def _parse_pair(prompt: Any, index: int, max_chars: int | None) -> Prompt:
         return Prompt(cache_salt=whole.cache_salt, encoder=replace(whole, cache_salt=None))
     for key in prompt:
         if key not in (*_PAIR, "cache_salt"):
-            raise ValueError(f"prompt {index}: unknown key {describe(key)}; beside {_PAIR[0]!r} the keys are {_PAIR[1]!r}, cache_salt.")
+            raise ValueError(
+                f"prompt {index}: unknown key {describe(key)}; beside {_PAIR[0]!r} the keys are {_PAIR[1]!r}, "
+                "cache_salt."
+            )
     if prompt.get(_PAIR[0]) is None:
         found = f"a dict with {_PAIR[1]!r}" if prompt.get(_PAIR[1]) is not None else "a dict of an encoder-decoder"
         raise ValueError(f"prompt {index}: {found} needs {_PAIR[0]!r}: a string, token ids or a dict of either.")
@@ -159,11 +164,18 @@ def _parse_side(prompt: Any, index: int, max_chars: int | None, side: str, other
         return Prompt(token_ids=_token_ids(prompt, index, side))
     if isinstance(prompt, Mapping):
         return _parse_dict(prompt, index, max_chars, Forms(), side, others)
-    raise TypeError(f"prompt {index}: the {side} prompt must be a string, a list of token ids or a dict, got {describe(prompt)}.")
+    raise TypeError(
+        f"prompt {index}: the {side} prompt must be a string, a list of token ids or a dict, got {describe(prompt)}."
+    )
 
 
 def _parse_dict(
-    prompt: Mapping[Any, Any], index: int, max_chars: int | None, forms: Forms, side: str = _DECODER, others: str = "",
+    prompt: Mapping[Any, Any],
+    index: int,
+    max_chars: int | None,
+    forms: Forms,
+    side: str = _DECODER,
+    others: str = "",
 ) -> Prompt:
     keys = (*_KEYS, *([_MEDIA] if forms.media else []), *forms.options)
     for key in prompt:
@@ -182,8 +194,7 @@ def _parse_dict(
     if text is not None and not isinstance(text, str):
         raise TypeError(f"prompt {index}: 'prompt' must be a string, got {describe(text)}.")
     if ids is not None and not _is_sequence(ids):
-        raise TypeError(f"prompt {index}: 'prompt_token_ids' must be a list of token ids, "
-                        f"got {describe(ids)}.")
+        raise TypeError(f"prompt {index}: 'prompt_token_ids' must be a list of token ids, got {describe(ids)}.")
     return Prompt(
         text=None if text is None or (ids is not None and text == "") else _text(text, index, max_chars, side),
         token_ids=None if ids is None else _token_ids(ids, index, side),
@@ -197,9 +208,11 @@ def _text(text: str, index: int, max_chars: int | None, side: str = _DECODER) ->
     if not text:
         raise ValueError(f"prompt {index}: The {side} prompt cannot be empty.")
     if max_chars is not None and len(text) > max_chars:
-        raise ValueError(f"prompt {index}: the text has {len(text)} characters, more than the {max_chars} "
-                         "that the maximum model length can hold. Shorten the prompt, or raise max_model_len "
-                         "if the model allows.")
+        raise ValueError(
+            f"prompt {index}: the text has {len(text)} characters, more than the {max_chars} "
+            "that the maximum model length can hold. Shorten the prompt, or raise max_model_len "
+            "if the model allows."
+        )
     _check_unicode(text, f"prompt {index}")
     return text
 
@@ -210,8 +223,10 @@ def _check_unicode(text: str, where: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         code = f"U+{ord(text[error.start]):04X}"
-        raise ValueError(f"{where}: character {error.start} is the lone surrogate {code}, which is not text. "
-                         "Decode your bytes with errors='replace'.") from None
+        raise ValueError(
+            f"{where}: character {error.start} is the lone surrogate {code}, which is not text. "
+            "Decode your bytes with errors='replace'."
+        ) from None
 
 
 def _token_ids(ids: Any, index: int, side: str = _DECODER) -> tuple[int, ...]:
@@ -223,8 +238,7 @@ def _token_ids(ids: Any, index: int, side: str = _DECODER) -> tuple[int, ...]:
         return tuple(ids)
     for position, token in enumerate(ids):
         if isinstance(token, (bool, np.bool_)) or not isinstance(token, (int, np.integer)):
-            raise TypeError(f"prompt {index}: token id {describe(token)} at position {position} must be an "
-                            "integer.")
+            raise TypeError(f"prompt {index}: token id {describe(token)} at position {position} must be an integer.")
     return tuple(int(token) for token in ids)
 
 

@@ -1,16 +1,16 @@
 """Render chat templates in a process of their own: run as a script by `jaxinfer.inputs.templates`, imported by nothing.
 
-A template comes from the Hub or from a request. One call into C that it makes may take hours or terabytes while it holds the
-interpreter's lock, which no limit inside the process reaches. Here the kernel ends the process when a render takes too long,
-and refuses it memory beyond `MEMORY`.
+A template comes from the Hub or from a request. One call into C that it makes may take hours or terabytes while it
+holds the interpreter's lock, which no limit inside the process reaches. Here the kernel ends the process when a render
+takes too long, and refuses it memory beyond `MEMORY`.
 
-The environment is that of transformers' `apply_chat_template`: Jinja's immutable sandbox with `tojson`, `raise_exception`,
-`strftime_now`, loop controls and `{% generation %}`. Only Jinja and the standard library are imported, so that a process
-starts in a tenth of a second.
+The environment is that of transformers' `apply_chat_template`: Jinja's immutable sandbox with `tojson`,
+`raise_exception`, `strftime_now`, loop controls and `{% generation %}`. Only Jinja and the standard library are
+imported, so that a process starts in a tenth of a second.
 
-A request on the standard input is 8 bytes of length and a marshalled tuple: what to do ("describe" or "render"), the limits in
-seconds and characters, and arguments. An answer on the standard output is one byte (`OK` and the others), 8 bytes of length and
-text.
+A request on the standard input is 8 bytes of length and a marshalled tuple: what to do ("describe" or "render"), the
+limits in seconds and characters, and arguments. An answer on the standard output is one byte (`OK` and the others), 8
+bytes of length and text.
 """
 
 import functools
@@ -40,7 +40,8 @@ def make_environment():
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(jinja2.ext.Extension):
-        """`{% generation %}`, which marks what the assistant wrote, for training; here its body is rendered as it is."""
+        """`{% generation %}`, which marks what the assistant wrote, for training; here its body is rendered as it
+        is."""
 
         tags = frozenset({"generation"})
 
@@ -181,7 +182,8 @@ _PLACES = (((), ()), ((), (_USER,)), ((_USER,), ()), ((_USER, _CALL), ()), ((_US
 def describe(source, most, role, variables):
     """Find out in which forms a template takes the messages of a role, by rendering some.
 
-    Returns letters: "s" if content may be a string, "p" if it may be a list of parts, "o" if the content of a tool may be an
+    Returns letters: "s" if content may be a string, "p" if it may be a list of parts, "o" if the content of a tool may
+        be an
     object, "j" if the arguments of tool calls must be JSON in a string, "i" if the template knows of images.
     """
 

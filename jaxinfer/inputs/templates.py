@@ -1,4 +1,5 @@
-"""Run chat templates in processes of their own, within limits of time, memory and output that hold for every template."""
+"""Run chat templates in processes of their own, within limits of time, memory and output that hold for every
+template."""
 
 from __future__ import annotations
 
@@ -77,7 +78,8 @@ def _ask(request: tuple[Any, ...]) -> str:
     except TimeoutError:
         process.end()
         raise ChatTemplateError(
-            f"the chat template did not finish in {seconds:g} s: pass another chat_template=, or a shorter conversation."
+            f"the chat template did not finish in {seconds:g} s: pass another chat_template=, or a shorter "
+            "conversation."
         ) from None
     except EOFError:
         code = process.end()
@@ -90,11 +92,13 @@ def _ask(request: tuple[Any, ...]) -> str:
     _give_back(process)
     if status == OK:
         return text
-    raise ChatTemplateError({
-        FAILED: f"the chat template failed: {text}",
-        TOO_LONG: f"the chat template wrote more than {most} characters, the most that a prompt may have.",
-        NO_MEMORY: f"the chat template needed more than {MEMORY >> 20} MiB of memory: pass another chat_template=.",
-    }.get(status, f"the chat template gave an answer of an unknown kind, {status}."))  # fmt: skip
+    raise ChatTemplateError(
+        {
+            FAILED: f"the chat template failed: {text}",
+            TOO_LONG: f"the chat template wrote more than {most} characters, the most that a prompt may have.",
+            NO_MEMORY: f"the chat template needed more than {MEMORY >> 20} MiB of memory: pass another chat_template=.",
+        }.get(status, f"the chat template gave an answer of an unknown kind, {status}.")
+    )
 
 
 class _Process:
@@ -106,7 +110,8 @@ class _Process:
             raise ChatTemplateError(
                 "chat templates run in a Python process of their own, but sys.executable is not set."
             )
-        # Without the site module nothing of the environment runs at the start. In a session of its own no Ctrl-C reaches it.
+        # Without the site module nothing of the environment runs at the start. In a session of its own no Ctrl-C
+        # reaches it.
         command = [sys.executable, "-I", "-S", str(Path(template_worker.__file__)), *paths]
         self._popen = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True

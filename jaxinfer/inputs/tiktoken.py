@@ -1,7 +1,8 @@
-"""Tokenizers kept as a file of tiktoken ranks, `tiktoken.model`, whose class is code of the checkpoint: Moonshot's (Kimi).
+"""Tokenizers kept as a file of tiktoken ranks, `tiktoken.model`, whose class is code of the checkpoint: Moonshot's
+(Kimi).
 
-The file has a line a token: its bytes in base64, and its rank, which is its id. What else that class does is stated here as
-data, so that none of it is run: how text is divided before bytes are merged, and which ids are added tokens.
+The file has a line a token: its bytes in base64, and its rank, which is its id. What else that class does is stated
+here as data, so that none of it is run: how text is divided before bytes are merged, and which ids are added tokens.
 """
 
 from __future__ import annotations
@@ -28,10 +29,18 @@ MAX_BYTES = 64 * 2**20
 _ENDING = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 _BEFORE = r"[^\r\n\p{L}\p{N}]?"
 _UPPER, _LOWER = (rf"[{kinds}\p{{Lm}}\p{{Lo}}\p{{M}}&&[^\p{{Han}}]]" for kinds in (r"\p{Lu}\p{Lt}", r"\p{Ll}"))
-SPLIT = "|".join([
-    r"[\p{Han}]+", f"{_BEFORE}{_UPPER}*{_LOWER}+{_ENDING}", f"{_BEFORE}{_UPPER}+{_LOWER}*{_ENDING}",
-    r"\p{N}{1,3}", r" ?[^\s\p{L}\p{N}]+[\r\n]*", r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+",
-])  # fmt: skip
+SPLIT = "|".join(
+    [
+        r"[\p{Han}]+",
+        f"{_BEFORE}{_UPPER}*{_LOWER}+{_ENDING}",
+        f"{_BEFORE}{_UPPER}+{_LOWER}*{_ENDING}",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    ]
+)
 """Pieces that no merge crosses: runs of Han characters, words by their case with an English ending, up to three digits,
 punctuation, white space."""
 
@@ -55,14 +64,18 @@ def backend(directory: Path) -> tuple[Tokenizer, dict[str, Any]]:
     named = settings.get("tokenizer_class")
     if named != CLASS:
         raise CheckpointError(
-            f"{directory / FILE} says nothing of how text is divided before it, and tokenizer_class in tokenizer_config.json "
+            f"{directory / FILE} says nothing of how text is divided before it, and tokenizer_class in "
+            "tokenizer_config.json "
             f"is {named!r}; known is {CLASS!r}. Give a tokenizer.json, made by who trusts the checkpoint's own code."
         )
     ranks = read_ranks(directory / FILE)
     made = Tokenizer(models.BPE(*_as_pairs(ranks), fuse_unk=False, ignore_merges=True))
-    made.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(SPLIT), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])  # fmt: skip
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     made.decoder = decoders.ByteLevel()
     made.add_tokens(_added(settings.get("added_tokens_decoder"), len(ranks), path))
     known = {name: settings[name] for name in _SETTINGS if settings.get(name) is not None}
@@ -111,7 +124,8 @@ def read_ranks(path: Path) -> dict[bytes, int]:
 def _as_pairs(ranks: Mapping[bytes, int]) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """The vocabulary and the merges of byte-level BPE.
 
-    tiktoken joins whichever neighbours make the token of the lowest rank: that is every way to divide a token in two, in the
+    tiktoken joins whichever neighbours make the token of the lowest rank: that is every way to divide a token in two,
+        in the
     order of what they make.
     """
     letters = _letters()
@@ -146,7 +160,8 @@ def _added(listed: Any, first: int, path: Path) -> list[AddedToken]:
             )
         if not first <= int(name) < first + ADDED:
             raise CheckpointError(
-                f"{path}: added_tokens_decoder names id {name}; behind the {first} tokens of {FILE} there are {first} to "
+                f"{path}: added_tokens_decoder names id {name}; behind the {first} tokens of {FILE} there are {first} "
+                "to "
                 f"{first + ADDED - 1}."
             )
         texts[int(name)] = token

@@ -97,10 +97,13 @@ def longest_token(tokenizer: Any) -> int:
 
 
 def encodes_batches(tokenizer: Any) -> bool:
-    """Whether `encode_batch` gives what the tokenizer's own `encode` gives: it has a Rust backend, and no `encode` of its own."""
+    """Whether `encode_batch` gives what the tokenizer's own `encode` gives: it has a Rust backend, and no `encode` of
+    its own."""
     method = getattr(type(tokenizer), "encode", None)
-    return getattr(tokenizer, "is_fast", False) is True and method is not None and (
-        method.__qualname__ == "PreTrainedTokenizerBase.encode"
+    return (
+        getattr(tokenizer, "is_fast", False) is True
+        and method is not None
+        and (method.__qualname__ == "PreTrainedTokenizerBase.encode")
     )
 
 
@@ -108,6 +111,6 @@ def encode_batch(tokenizer: Any, texts: list[str], special: bool) -> list[list[i
     """Return the token ids of each text; `special`: whether the tokenizer adds its special tokens."""
     if not texts:
         return []
-    return tokenizer(
-        texts, add_special_tokens=special, return_attention_mask=False, return_token_type_ids=False
-    )["input_ids"]
+    return tokenizer(texts, add_special_tokens=special, return_attention_mask=False, return_token_type_ids=False)[
+        "input_ids"
+    ]

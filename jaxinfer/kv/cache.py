@@ -18,9 +18,13 @@ LANE_AXES = (axes.BLOCKS, axes.KV_HEADS, axes.BLOCK, axes.HEAD_DIM)
 
 
 def abstract(
-    specs: Sequence[Full | State], num_blocks: int, block_size: int, dtype: jnp.dtype, mesh: Mesh | AbstractMesh,
+    specs: Sequence[Full | State],
+    num_blocks: int,
+    block_size: int,
+    dtype: jnp.dtype,
+    mesh: Mesh | AbstractMesh,
     slots: int = 1,
-) -> Cache:  # fmt: skip
+) -> Cache:
     """Shapes and shardings of the cache, one lane a layer: nothing is allocated.
 
     In the place of a lane a recurrent layer has its own arrays, `[slots, ...]`.
@@ -62,9 +66,7 @@ def slot_bytes(specs: Sequence[State], mesh: Mesh | AbstractMesh) -> int:
     return meshes.copies(mesh) * sum(spec.slot_bytes(meshes.size(mesh)) for spec in specs)
 
 
-def copy_blocks(
-    lanes: Cache, sources: jax.Array, targets: jax.Array, *, native: bool = False
-) -> Cache:
+def copy_blocks(lanes: Cache, sources: jax.Array, targets: jax.Array, *, native: bool = False) -> Cache:
     """Copies block `sources[i]` to `targets[i]` in every lane; a target of N or more is dropped.
 
     All of a step's copy-on-write in one call, before the step writes. A block that is a target is the source of

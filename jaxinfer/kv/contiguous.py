@@ -1,8 +1,8 @@
 """The contiguous cache: a row's capacity is reserved from the start, and its tokens are appended in place.
 
-Row r of group g has the blocks [(g R + r) W, (g R + r + 1) W), so its keys and values lie in one piece and grow into what
-follows. Its block table is a function of the row: none is kept, sent or looked up. For kernels it is a paged cache whose
-block is the step by which a row grows.
+Row r of group g has the blocks [(g R + r) W, (g R + r + 1) W), so its keys and values lie in one piece and grow into
+what follows. Its block table is a function of the row: none is kept, sent or looked up. For kernels it is a paged cache
+whose block is the step by which a row grows.
 
 It does what `vtensor_reserve_one_token` of PaddleNLP PR #9126 does with reserved virtual addresses, for any number of
 tokens at once. What it has not, beside the paged cache (`kv.manager`): nothing is shared, so a fork copies what its row
@@ -96,9 +96,7 @@ class RowManager:
 
     prefix_caching = False
 
-    def __init__(
-        self, regions: Regions, block_size: int, kinds: Sequence[KindGroups] = SINGLE, state_slots: int = 0
-    ):
+    def __init__(self, regions: Regions, block_size: int, kinds: Sequence[KindGroups] = SINGLE, state_slots: int = 0):
         self.regions = regions
         self.kinds, self._all = own(kinds), tuple(kinds)
         self.tables = Tables(regions.rows, 0, block_size, kinds)
@@ -213,6 +211,7 @@ class RowManager:
         if wrong.any():
             row = int(np.flatnonzero(wrong)[0])
             raise PoolInvariantError(
-                f"row {row} of {tables.lengths[row]} positions ({tables.read[row]} of an encoder) has {capacity} reserved, "
+                f"row {row} of {tables.lengths[row]} positions ({tables.read[row]} of an encoder) has {capacity} "
+                "reserved, "
                 f"blocks in use {tables.counts[:, row].tolist()}, to be copied: {self._forks}"
             )

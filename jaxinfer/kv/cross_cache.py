@@ -1,17 +1,18 @@
-"""Blocks of what encoders read: written once, shared by all whose input is the same, found again until they are evicted.
+"""Blocks of what encoders read: written once, shared by all whose input is the same, found again until they are
+evicted.
 
-The keys and values of an input's positions lie in `ceil(S / P)` logical blocks, each an id in every group of cross layers.
-A position depends on the whole input, so that the blocks are of use together only: a hit is all of them or none. They are
-nodes of the prefix index (`kv.prefix`), in a chain whose root follows from what the input is:
+The keys and values of an input's positions lie in `ceil(S / P)` logical blocks, each an id in every group of cross
+layers. A position depends on the whole input, so that the blocks are of use together only: a hit is all of them or
+none. They are nodes of the prefix index (`kv.prefix`), in a chain whose root follows from what the input is:
 
     root = sha256(salt, digest, S) -> d0 = sha256(root | 0 .. P-1 | identity) -> d1 = sha256(d0 | P .. 2P-1) -> ...
 
 Where a prefix block has token ids a block here has the numbers of its positions; the first one has the input's identity
-beside them, so that a hit is compared on the content and not on a digest alone. No block changes once it is written, the
-last and partial one included, so that forks share all and copy none.
+beside them, so that a hit is compared on the content and not on a digest alone. No block changes once it is written,
+the last and partial one included, so that forks share all and copy none.
 
-Until the step that writes them is dispatched blocks are not in the index; others admitted to the same step share them, as
-encoders run before all else in a step.
+Until the step that writes them is dispatched blocks are not in the index; others admitted to the same step share them,
+as encoders run before all else in a step.
 """
 
 from collections.abc import Sequence

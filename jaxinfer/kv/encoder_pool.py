@@ -1,9 +1,9 @@
 """Which encoded inputs lie in the device's feature pool: the host's accounting, a value like the block pool's.
 
 The feature pool is one array `[F, M]` of rows that encoders have made. It is cut into slots, one for what an encoder
-makes of one value (of an image: a tile); an input takes as many slots as it has values, anywhere. Inputs are known by the
-digest of their content, so that one that comes again is found. Those that a sequence still reads are pinned; the others
-stay until their slots are needed, and the least recently used goes first.
+makes of one value (of an image: a tile); an input takes as many slots as it has values, anywhere. Inputs are known by
+the digest of their content, so that one that comes again is found. Those that a sequence still reads are pinned; the
+others stay until their slots are needed, and the least recently used goes first.
 """
 
 from collections.abc import Iterable, Mapping

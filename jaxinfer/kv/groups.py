@@ -94,7 +94,9 @@ def layout(specs: tuple[Full | State, ...]) -> Layout:
     """
     states = tuple(spec for spec in specs if isinstance(spec, State))
     if len(states) == len(specs):
-        raise ConfigError("no layer keeps keys and values: a model needs at least one that attends, beside recurrent ones")
+        raise ConfigError(
+            "no layer keeps keys and values: a model needs at least one that attends, beside recurrent ones"
+        )
     layers: dict[Kind, list[int]] = {}
     for number, spec in enumerate(specs):
         if not isinstance(spec, State):
@@ -105,7 +107,8 @@ def layout(specs: tuple[Full | State, ...]) -> Layout:
     if fitting is None:
         one, other = _clash(specs, layers, sizes[-1])
         raise ConfigError(
-            f"layers {one} and {other} keep arrays of different shapes ({specs[one]}, {specs[other]}), which cannot share "
+            f"layers {one} and {other} keep arrays of different shapes ({specs[one]}, {specs[other]}), which cannot "
+            "share "
             "memory; where placement makes them differ, place all attention layers alike"
         )
     places, kinds, groups = [Place(0, 0)] * len(specs), [], 0
@@ -139,24 +142,23 @@ def _clash(specs: Sequence[Full | State], layers: dict[Kind, list[int]], size: i
     return None
 
 
-def blocks_needed(
-    kinds: Sequence[KindGroups], tokens: int, block_size: int, chunk: int, read: int = 0
-) -> int:
+def blocks_needed(kinds: Sequence[KindGroups], tokens: int, block_size: int, chunk: int, read: int = 0) -> int:
     """The most ids that a sequence of `tokens` positions holds at a time, computed in chunks of `chunk` at most.
 
     `read`: positions of what its encoder reads.
     """
     lengths = [read if kind.kind.encoded else tokens for kind in kinds]
     return sum(
-        kind.count * _most_blocks(kind.kind, length, block_size, chunk) for kind, length in zip(kinds, lengths, strict=True)
+        kind.count * _most_blocks(kind.kind, length, block_size, chunk)
+        for kind, length in zip(kinds, lengths, strict=True)
     )
 
 
 def blocks_of_beams(
     kinds: Sequence[KindGroups], lengths: tuple[int, int, int], width: int, block_size: int, chunk: int
 ) -> int:
-    """The most ids that `width` forks of a prompt hold at a time, if all that they have in common is the prompt; as many as one
-    of them takes that is computed again in chunks of `chunk`, at least.
+    """The most ids that `width` forks of a prompt hold at a time, if all that they have in common is the prompt; as
+    many as one of them takes that is computed again in chunks of `chunk`, at least.
 
     `lengths`: positions of the prompt, of each fork at its end, and of what their encoder reads.
     """
@@ -181,10 +183,9 @@ def _most_blocks(kind: Kind, tokens: int, block_size: int, chunk: int) -> int:
     return min(every, -(-(kept + min(chunk, tokens)) // block_size) + 1)
 
 
-def longest(
-    kinds: Sequence[KindGroups], num_blocks: int, block_size: int, chunk: int, most: int, read: int = 0
-) -> int:
-    """The most positions, up to `most`, that a sequence can have in a pool of this many ids, beside `read` of an encoder."""
+def longest(kinds: Sequence[KindGroups], num_blocks: int, block_size: int, chunk: int, most: int, read: int = 0) -> int:
+    """The most positions, up to `most`, that a sequence can have in a pool of this many ids, beside `read` of an
+    encoder."""
     low, high = 0, most
     while low < high:
         middle = (low + high + 1) // 2

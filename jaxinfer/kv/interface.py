@@ -42,7 +42,8 @@ class CacheManager(Protocol):
         ...
 
     def admit(self, row: int, hit: Hit, tokens: int, reach: int | None, encoded: EncodedHit) -> bool:
-        """Gives an empty row to a sequence of `tokens` positions; whether there is room, of some kinds up to `reach`."""
+        """Gives an empty row to a sequence of `tokens` positions; whether there is room, of some kinds up to
+        `reach`."""
         ...
 
     def needed(self, hit: Hit, tokens: int, reach: int | None, encoded: EncodedHit) -> int:

@@ -28,9 +28,16 @@ class BlockManager:
     """One pool of blocks, what is known of their contents, and who names them."""
 
     def __init__(
-        self, num_blocks: int, rows: int, width: int, block_size: int, *, prefix_caching: bool = True,
-        kinds: Sequence[KindGroups] = SINGLE, state_slots: int = 0,
-    ):  # fmt: skip
+        self,
+        num_blocks: int,
+        rows: int,
+        width: int,
+        block_size: int,
+        *,
+        prefix_caching: bool = True,
+        kinds: Sequence[KindGroups] = SINGLE,
+        state_slots: int = 0,
+    ):
         self.pool = BlockPool.create(num_blocks)
         self.kinds = own(kinds)
         """Those of the sequences' own positions."""
@@ -44,8 +51,8 @@ class BlockManager:
         self.block_size = block_size
         self.prefix_caching = prefix_caching
         self.boundaries = np.zeros((2, rows), np.int32)
-        """Ends of prefixes of each row's prompt that others may have too: where it parts from prompts before it, and all
-        of it but its last token, in blocks. The windows before them stay findable."""
+        """Ends of prefixes of each row's prompt that others may have too: where it parts from prompts before it, and
+        all of it but its last token, in blocks. The windows before them stay findable."""
         self._groups, self._spans = count(kinds), [kind.span for kind in self.kinds]
         self._moving = [k for k, kind in enumerate(self.kinds) if not kind.kind.whole]
         """The kinds whose first needed position moves on."""
@@ -75,15 +82,11 @@ class BlockManager:
         """The chained digests of the full blocks of `tokens`; those already known are not computed again."""
         return self.index.chain(tokens, root, known, extras)
 
-    def extend_digests(
-        self, digests: list[bytes], tokens: np.ndarray, root: bytes, extras: Extras = NO_EXTRAS
-    ) -> None:
+    def extend_digests(self, digests: list[bytes], tokens: np.ndarray, root: bytes, extras: Extras = NO_EXTRAS) -> None:
         """Adds those of the full blocks of `tokens` that are missing at the end of `digests`, in place."""
         self.index.extend(digests, tokens, root, extras)
 
-    def lookup(
-        self, tokens: np.ndarray, digests: Sequence[bytes], root: bytes, extras: Extras = NO_EXTRAS
-    ) -> Hit:
+    def lookup(self, tokens: np.ndarray, digests: Sequence[bytes], root: bytes, extras: Extras = NO_EXTRAS) -> Hit:
         """The longest usable prefix: at most floor((L - 1) / P) blocks, so that one token is left to compute."""
         if not self.prefix_caching:
             return prefix_match.nothing(self.kinds, "prefix caching is off")
@@ -130,10 +133,9 @@ class BlockManager:
             self.states.admit(row, snapshot, hit.blocks, self.boundaries[:, row].tolist())
         return True
 
-    def needed(
-        self, hit: Hit, tokens: int, reach: int | None = None, encoded: EncodedHit = NOTHING_READ
-    ) -> int:
-        """Blocks that must be available for `admit` with the same arguments: new ones, and those of the hits that nobody holds."""
+    def needed(self, hit: Hit, tokens: int, reach: int | None = None, encoded: EncodedHit = NOTHING_READ) -> int:
+        """Blocks that must be available for `admit` with the same arguments: new ones, and those of the hits that
+        nobody holds."""
         shared = np.concatenate([hit.ids[: count(self.kinds)].ravel(), encoded.ids.ravel()])
         unheld = int(np.count_nonzero(self.pool.refs[shared[shared >= 0]] == 0))
         return sum(self._wanted(hit, tokens, reach)[1]) + encoded.missing + unheld
@@ -286,8 +288,8 @@ class BlockManager:
     def free(self, row: int, digests: Sequence[bytes] = ()) -> None:
         """Releases all that a row names; published blocks stay findable until they are evicted.
 
-        Blocks are evicted from the end of a prefix to its start. With the row's `digests`, the windows before the ends of
-        prefixes that others may have stay as long as what lies before those ends.
+        Blocks are evicted from the end of a prefix to its start. With the row's `digests`, the windows before the ends
+        of prefixes that others may have stay as long as what lies before those ends.
         """
         self.encoded.leave(row)
         if self.states is not None:
@@ -333,9 +335,15 @@ class BlockManager:
             self.states.withdraw(ids)
 
     def publish(
-        self, row: int, tokens: np.ndarray, digests: Sequence[bytes], root: bytes, start: int, stop: int,
+        self,
+        row: int,
+        tokens: np.ndarray,
+        digests: Sequence[bytes],
+        root: bytes,
+        start: int,
+        stop: int,
         extras: Extras = NO_EXTRAS,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Enters blocks [start, stop) of a row, whose writing steps were dispatched and whose tokens are known.
 
         Kinds whose window has moved on meanwhile have none to enter.
@@ -359,9 +367,7 @@ class BlockManager:
         """Enters the blocks of what a row's encoder read, once the step that fills them is dispatched."""
         self._entered += self.encoded.publish(row)
 
-    def _make_nodes(
-        self, tokens: np.ndarray, digests: Sequence[bytes], root: bytes, stop: int, extras: Extras
-    ) -> None:
+    def _make_nodes(self, tokens: np.ndarray, digests: Sequence[bytes], root: bytes, stop: int, extras: Extras) -> None:
         """The nodes of blocks [0, stop), of which those may be gone whose blocks are."""
         start, size = stop, self.block_size
         while start and digests[start - 1] not in self.index:

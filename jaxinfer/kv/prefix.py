@@ -4,10 +4,11 @@ A full block never changes, so its content is named by a chained digest: sha256 
 digest and the block's tokens. The first parent is the root, derived from everything else the content
 depends on (model, adapter, the caller's salt), so that nothing is found across two of those.
 
-    root = sha256(salt) -> d0 = sha256(root | tokens[0:P] | extra[0]) -> d1 = sha256(d0 | tokens[P:2P] | extra[1]) -> ...
+    root = sha256(salt) -> d0 = sha256(root | tokens[0:P] | extra[0]) -> d1 = sha256(d0 | tokens[P:2P] | extra[1]) ->
+    ...
 
-What only some of the blocks depend on is their extra: that of a block with tokens of an image names the image. Of text it
-is empty.
+What only some of the blocks depend on is their extra: that of a block with tokens of an image names the image. Of text
+it is empty.
 
 The digest finds a block; whether it is the right one is decided on its tokens, its extra and its parent.
 Layers of all kinds share the tree; at each node every kind has its own blocks, or none.
@@ -128,9 +129,7 @@ class PrefixIndex:
         self.extend(digests, tokens, root, extras)
         return digests
 
-    def extend(
-        self, digests: list[bytes], tokens: np.ndarray, root: bytes, extras: Extras = NO_EXTRAS
-    ) -> None:
+    def extend(self, digests: list[bytes], tokens: np.ndarray, root: bytes, extras: Extras = NO_EXTRAS) -> None:
         """Adds those of the full blocks of tokens [T] that are missing at the end of `digests`, in place."""
         size, first = self.block_size, len(digests)
         data, width = as_bytes(tokens[first * size : len(tokens) // size * size]), size * TOKEN_BYTES
@@ -140,9 +139,7 @@ class PrefixIndex:
             parent = block_digest(parent, block, extras.get(first + number, b""))
             digests.append(parent)
 
-    def match(
-        self, digests: Sequence[bytes], tokens: np.ndarray, root: bytes, extras: Extras = NO_EXTRAS
-    ) -> Match:
+    def match(self, digests: Sequence[bytes], tokens: np.ndarray, root: bytes, extras: Extras = NO_EXTRAS) -> Match:
         """The nodes of the longest known prefix of tokens [T] whose blocks have these digests.
 
         The caller passes the digests of at most floor((T - 1) / P) blocks, so that at least one token
@@ -175,9 +172,16 @@ class PrefixIndex:
         return [self._nodes[digest] for digest in digests if digest in self._nodes]
 
     def insert(
-        self, digest: bytes, parent: bytes, tokens: Tokens, ids: Sequence[int] = (), kind: int = 0, extra: bytes = b"",
-    ) -> bool:  # fmt: skip
-        """Enters a block of tokens [P] and its extra with its ids in the groups of a kind; False if it has some: the first stay.
+        self,
+        digest: bytes,
+        parent: bytes,
+        tokens: Tokens,
+        ids: Sequence[int] = (),
+        kind: int = 0,
+        extra: bytes = b"",
+    ) -> bool:
+        """Enters a block of tokens [P] and its extra with its ids in the groups of a kind; False if it has some: the
+        first stay.
 
         Without ids the node is only made. After True the caller publishes the blocks in the pool. Raises ValueError if
         there are not P tokens, and PoolInvariantError if a block is here under another digest, which means that it was

@@ -1,9 +1,10 @@
-"""The host's view of recurrent state: which slot each row's state is in, and which slots are snapshots that others may find.
+"""The host's view of recurrent state: which slot each row's state is in, and which slots are snapshots that others may
+find.
 
-A slot holds what all recurrent layers remember of a sequence up to some position. A step reads a row's state in one slot
-and writes it to one, mostly the same; where the first is shared or is to be kept, to another. So a fork is a reference, and
-a snapshot is a slot left behind: nothing is ever copied. Snapshots lie on block boundaries: where a prompt parts from
-those before it, at its last one, and at the last one of what is generated.
+A slot holds what all recurrent layers remember of a sequence up to some position. A step reads a row's state in one
+slot and writes it to one, mostly the same; where the first is shared or is to be kept, to another. So a fork is a
+reference, and a snapshot is a slot left behind: nothing is ever copied. Snapshots lie on block boundaries: where a
+prompt parts from those before it, at its last one, and at the last one of what is generated.
 
 Slots have a pool of their own, apart from the blocks of attention; a snapshot is cached, found and evicted as they are.
 In the prefix index, whose ids are of blocks, slot `i` is number `first + i`.
@@ -135,8 +136,9 @@ class RecurrentStates:
     def _another(self, row: int, must: bool) -> int | None:
         """Return a slot for a row that has moved in this plan before, or None: then no state is kept at its position.
 
-        A plan of many steps passes several block boundaries. Where no slot is to spare, the state that is kept of what the
-        row generated is replaced by the later one, in its slot: steps run in order, so it has been read by then. It is not
+        A plan of many steps passes several block boundaries. Where no slot is to spare, the state that is kept of what
+        the row generated is replaced by the later one, in its slot: steps run in order, so it has been read by then. It
+            is not
         released, as a chunk of a prompt, which runs before the steps, could take it.
         """
         if must or self._spare > 0:
@@ -216,7 +218,14 @@ class RecurrentStates:
             self._enter(row, slot, position, tokens, digests, root, extras)
 
     def _enter(
-        self, row: int, slot: int, position: int, tokens: np.ndarray, digests: Sequence[bytes], root: bytes, extras: Extras
+        self,
+        row: int,
+        slot: int,
+        position: int,
+        tokens: np.ndarray,
+        digests: Sequence[bytes],
+        root: bytes,
+        extras: Extras,
     ) -> None:
         number = position // self._size - 1
         digest, parent = digests[number], digests[number - 1] if number else root

@@ -66,7 +66,8 @@ class Window(Kind):
 
 @dataclass(frozen=True)
 class Encoded(Kind):
-    """The positions of what an encoder read: written once, all before the first token is computed, and needed to the end."""
+    """The positions of what an encoder read: written once, all before the first token is computed, and needed to the
+    end."""
 
     encoded: ClassVar[bool] = True
 
@@ -151,7 +152,8 @@ class Cross(Full):
 
 @dataclass(frozen=True)
 class Latent(Full):
-    """One latent a position, of `head_dim` columns: keys for all heads, and values in its first columns (`kernels.latent`).
+    """One latent a position, of `head_dim` columns: keys for all heads, and values in its first columns
+    (`kernels.latent`).
 
     It is whole on every device, as all heads there are need it.
     """
@@ -184,7 +186,8 @@ class State:
     """What a recurrent layer keeps: not of each position but of all up to one."""
 
     arrays: tuple[StateArray, ...]
-    """A named tuple of the layer's own; its arrays in the cache, `[N, *shape]` over slots, are another of the same type."""
+    """A named tuple of the layer's own; its arrays in the cache, `[N, *shape]` over slots, are another of the same
+    type."""
     replicated: bool = False
     """Whether the layer is computed whole on every device."""
 

@@ -19,8 +19,8 @@ class Tables:
     row changes otherwise, it changes in the blocks that the next decode step writes: each step says which those are.
     What was released stays in the device's copy, where nobody reads it.
 
-    Of a kind that keeps what an encoder read (`kv.encoded`), the last one, a row holds the blocks of `read[r]` positions,
-    whatever its own length is.
+    Of a kind that keeps what an encoder read (`kv.encoded`), the last one, a row holds the blocks of `read[r]`
+    positions, whatever its own length is.
     """
 
     def __init__(self, rows: int, width: int, block_size: int, kinds: Sequence[KindGroups] = SINGLE):
@@ -73,7 +73,8 @@ class Tables:
         self.counts[k, row] = stop
 
     def fork(self, source: int, target: int) -> np.ndarray:
-        """Lets row `target` name all that `source` names, and no more what it named; the ids, to be shared in the pool."""
+        """Lets row `target` name all that `source` names, and no more what it named; the ids, to be shared in the
+        pool."""
         for k, kind in enumerate(self.kinds):
             # What both have at their beginning the device knows.
             same = (self.blocks[kind.span, source] == self.blocks[kind.span, target]).all(axis=0)
@@ -130,7 +131,8 @@ class Tables:
                 row = int(np.flatnonzero(wrong)[0])
                 raise PoolInvariantError(
                     f"row {row} of {lengths[row]} positions holds blocks {self.blocks[kind.span, row].tolist()} of "
-                    f"{kind.kind.name}, said to be those from {firsts[row]} to before {counts[row]}; it needs those from "
+                    f"{kind.kind.name}, said to be those from {firsts[row]} to before {counts[row]}; it needs those "
+                    "from "
                     f"{needed[row]} on."
                 )
 

@@ -32,8 +32,11 @@ class GroupStep(NamedTuple):
     """Block tables, and which tokens read which."""
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["positions", "real", "rope_lengths", "groups", "seen", "states"],
-         meta_fields=["mesh", "kernel", "tile", "items", "places"])  # fmt: skip
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["positions", "real", "rope_lengths", "groups", "seen", "states"],
+    meta_fields=["mesh", "kernel", "tile", "items", "places"],
+)
 @dataclass(frozen=True)
 class StepContext:
     """Where the tokens of one step stand; a layer takes what `of` gives for it."""
@@ -58,8 +61,8 @@ class StepContext:
     states: DecodeSlots | Segments | Whole | None = None
     """Which slots recurrent layers read and write."""
     seen: jax.Array | None = None
-    """`[T, 2]` int32 in a model with cross-attention: the first and the end of the encoder positions that each token sees;
-    (0, 0): none, what attention to them gives is 0."""
+    """`[T, 2]` int32 in a model with cross-attention: the first and the end of the encoder positions that each token
+    sees; (0, 0): none, what attention to them gives is 0."""
 
     @property
     def slots(self) -> Slots | None:
@@ -82,9 +85,14 @@ class StepContext:
 
 
 def attend(
-    q: jax.Array, k: jax.Array | None, v: jax.Array | None, lane: Lane, step: StepContext, scoring: Scoring,
+    q: jax.Array,
+    k: jax.Array | None,
+    v: jax.Array | None,
+    lane: Lane,
+    step: StepContext,
+    scoring: Scoring,
     sinks: jax.Array | None = None,
-) -> tuple[jax.Array, Lane]:  # fmt: skip
+) -> tuple[jax.Array, Lane]:
     """Writes the step's keys and values to the lane, if it has any of its own, then attends.
 
     On local shapes in `jax.shard_map`: the fast gather of the cache adds all-gathers under Auto axes.
@@ -146,7 +154,8 @@ class AttentionSpec:
     softcap: float | None = None
     """`kernels.paged.Scoring.softcap`."""
     gated: bool = False
-    """Whether what a head attends to is multiplied by a sigmoid, whose columns are beside its queries (arXiv:2505.06708)."""
+    """Whether what a head attends to is multiplied by a sigmoid, whose columns are beside its queries
+    (arXiv:2505.06708)."""
     interleaved: bool = False
     """Whether rope rotates columns 2i and 2i + 1 of a head against each other (GPT-J, Cohere); False: i and i + R/2."""
     sinks: bool = False
@@ -193,7 +202,8 @@ class Attention(nnx.Module):
     def __call__(
         self, x: jax.Array, lane: Lane, rope: tuple[jax.Array, jax.Array] | None, step: StepContext
     ) -> tuple[jax.Array, Lane]:
-        """`[T, M]` -> `[T, M]` and the lane with this step's keys and values in it; `rope` None: positions are not its affair."""
+        """`[T, M]` -> `[T, M]` and the lane with this step's keys and values in it; `rope` None: positions are not its
+        affair."""
         q, k, v = self.qkv(x)
         if self.norm_scale is not None:
             q, k = self._normalise(q, k, step.mesh)
@@ -220,9 +230,12 @@ class Attention(nnx.Module):
         copies = max(1, shards // layout.stored_kv_heads)
         widths = [layout.heads * self.spec.head_dim, copies * layout.kv_heads * self.spec.head_dim]
         local = partial(
-            normalise_together, widths=widths, eps=self.spec.norm_eps, over=None if shards == 1 else axes.MODEL,
+            normalise_together,
+            widths=widths,
+            eps=self.spec.norm_eps,
+            over=None if shards == 1 else axes.MODEL,
             scaling=self.spec.norm_scaling,
-        )  # fmt: skip
+        )
         if shards == 1:  # a replicated layer computes alike on every device without a `shard_map`
             return local((q, k), self.norm_scale[...])
         divided = PartitionSpec(None, axes.MODEL)

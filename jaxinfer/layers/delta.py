@@ -1,7 +1,7 @@
 """What layers of linear attention share: their state, and convolution and recurrence on local shapes.
 
-Letters beside those of `sharding.axes`: H heads of values, K heads of queries and keys, Dk and Dv their dims, W the taps of
-the convolution, N slots.
+Letters beside those of `sharding.axes`: H heads of values, K heads of queries and keys, Dk and Dv their dims, W the
+taps of the convolution, N slots.
 """
 
 from collections.abc import Callable, Mapping
@@ -26,9 +26,10 @@ Rows: TypeAlias = DecodeSlots | Segments | Whole
 """Which tokens a step has, and which slots it reads and writes for them."""
 
 KERNELS: Mapping[type, tuple[Callable[..., Any], Callable[..., Any]]] = {
-    DecodeSlots: (short_conv.decode, delta.decode), Segments: (short_conv.prefill, delta.prefill),
+    DecodeSlots: (short_conv.decode, delta.decode),
+    Segments: (short_conv.prefill, delta.prefill),
     Whole: (short_conv.whole, delta.whole),
-}  # fmt: skip
+}
 """Convolution and recurrence of each."""
 
 
@@ -63,9 +64,10 @@ class DeltaSpec:
     def convolved(self) -> tuple[Output, Output, Output]:
         """The columns of the convolution: q, k and v, each divided by heads."""
         return (
-            Output("q", self.key_heads, self.key_dim), Output("k", self.key_heads, self.key_dim),
+            Output("q", self.key_heads, self.key_dim),
+            Output("k", self.key_heads, self.key_dim),
             Output("v", self.value_heads, self.value_dim),
-        )  # fmt: skip
+        )
 
     def kept(self, dtype: jnp.dtype, replicated: bool) -> State:
         """What the layer keeps; `dtype`: of the activations, in which the convolution's inputs are kept."""
@@ -77,9 +79,15 @@ class DeltaSpec:
 
 
 def run(
-    columns: jax.Array, weight: jax.Array, g: jax.Array, beta: jax.Array, spec: DeltaSpec, state: DeltaState,
-    rows: Rows, one_by_one: bool,
-) -> tuple[jax.Array, DeltaState]:  # fmt: skip
+    columns: jax.Array,
+    weight: jax.Array,
+    g: jax.Array,
+    beta: jax.Array,
+    spec: DeltaSpec,
+    state: DeltaState,
+    rows: Rows,
+    one_by_one: bool,
+) -> tuple[jax.Array, DeltaState]:
     """Convolution, l2 norms and the delta rule, all that lies between a layer's projections, on local shapes.
 
     Args:
@@ -116,9 +124,14 @@ def gated_norm(
 
 
 def run_on_shards(
-    local: Callable[..., tuple[jax.Array, DeltaState]], mesh: Mesh, by_token: tuple[jax.Array, ...],
-    by_shard: tuple[jax.Array, ...], whole: Any, state: DeltaState, rows: Rows,
-) -> tuple[jax.Array, DeltaState]:  # fmt: skip
+    local: Callable[..., tuple[jax.Array, DeltaState]],
+    mesh: Mesh,
+    by_token: tuple[jax.Array, ...],
+    by_shard: tuple[jax.Array, ...],
+    whole: Any,
+    state: DeltaState,
+    rows: Rows,
+) -> tuple[jax.Array, DeltaState]:
     """Call `local(by_token, by_shard, whole, state, rows, one_by_one)` on each shard's own.
 
     Args:
@@ -133,13 +146,19 @@ def run_on_shards(
     one_by_one = mesh.devices.flat[0].platform == "cpu"
 
     def inside(
-        by_token: tuple[jax.Array, ...], by_shard: tuple[jax.Array, ...], whole: Any, state: DeltaState,
+        by_token: tuple[jax.Array, ...],
+        by_shard: tuple[jax.Array, ...],
+        whole: Any,
+        state: DeltaState,
         rows: Rows,
-    ) -> tuple[jax.Array, DeltaState]:  # fmt: skip
+    ) -> tuple[jax.Array, DeltaState]:
         own = tuple(a[:, 0] for a in by_token), tuple(a[0] for a in by_shard)
         return local(*own, whole, state, rows, one_by_one)
 
     model = model_axis(by_token[0].shape[1])
-    tokens, states = PartitionSpec(None, model), DeltaState(PartitionSpec(None, model), PartitionSpec(None, None, model))
+    tokens, states = (
+        PartitionSpec(None, model),
+        DeltaState(PartitionSpec(None, model), PartitionSpec(None, None, model)),
+    )
     specs = tokens, PartitionSpec(model), PartitionSpec(), states, PartitionSpec()
     return on_shards(inside, mesh, specs, (tokens, states), by_token, by_shard, whole, state, rows)

@@ -1,7 +1,7 @@
 """Gated DeltaNet (arXiv:2412.06464) as in Qwen3-Next: one decay a head, and several heads of values around one of keys.
 
-`in_proj_qkvz` and `in_proj_ba` are one GEMM. Their rows lie by heads of keys, each with its query, key, values and gates
-together, so that a shard's rows are an interval of the checkpoint's.
+`in_proj_qkvz` and `in_proj_ba` are one GEMM. Their rows lie by heads of keys, each with its query, key, values and
+gates together, so that a shard's rows are an interval of the checkpoint's.
 """
 
 import jax
@@ -50,9 +50,7 @@ class GatedDeltaNet(nnx.Module):
         """What the layer keeps."""
         return self.spec.kept(self.dtype, self.replicated)
 
-    def __call__(
-        self, x: jax.Array, state: DeltaState, rows: Rows
-    ) -> tuple[jax.Array, DeltaState]:
+    def __call__(self, x: jax.Array, state: DeltaState, rows: Rows) -> tuple[jax.Array, DeltaState]:
         """`[T, M]` -> `[T, M]` and the state after the step's tokens."""
         by_token = self.projection(x)
         tp = by_token[0].shape[1]
@@ -61,9 +59,14 @@ class GatedDeltaNet(nnx.Module):
         return self.out(y), state
 
     def _local(
-        self, by_token: tuple[jax.Array, ...], by_shard: tuple[jax.Array, ...], norm: jax.Array, state: DeltaState,
-        rows: Rows, one_by_one: bool,
-    ) -> tuple[jax.Array, DeltaState]:  # fmt: skip
+        self,
+        by_token: tuple[jax.Array, ...],
+        by_shard: tuple[jax.Array, ...],
+        norm: jax.Array,
+        state: DeltaState,
+        rows: Rows,
+        one_by_one: bool,
+    ) -> tuple[jax.Array, DeltaState]:
         """`[T, 1, H Dv]`, of the heads that are here."""
         (qkvz, ba), (conv, decay, bias) = by_token, by_shard
         spec, count, values = self.spec, qkvz.shape[0], self.group * self.spec.value_dim

@@ -14,7 +14,8 @@ from jaxinfer.sharding.collectives import ALL_REDUCE, Collective
 
 
 class Embedding(Multiplying):
-    """A table `[V', M]` of token embeddings, a language-model head, or both; V is padded up to V', a multiple of the shards.
+    """A table `[V', M]` of token embeddings, a language-model head, or both; V is padded up to V', a multiple of the
+    shards.
 
     Args:
         build: dtype, mesh and path of the parameters.
@@ -31,9 +32,18 @@ class Embedding(Multiplying):
     placed_whole = True
 
     def __init__(
-        self, build: Build, vocab: int, width: int, *, lookup: bool = True, head: bool = False,
-        scale: float | None = None, round_scale: bool = True, softcap: float | None = None, logit_scale: float | None = None,
-    ):  # fmt: skip
+        self,
+        build: Build,
+        vocab: int,
+        width: int,
+        *,
+        lookup: bool = True,
+        head: bool = False,
+        scale: float | None = None,
+        round_scale: bool = True,
+        softcap: float | None = None,
+        logit_scale: float | None = None,
+    ):
         self.vocab, self.tp, self.lookup, self.head = vocab, build.tp, lookup, head
         rounded = scale is not None and round_scale
         self.scale = float(np.asarray(scale, np.dtype(build.dtype))) if rounded else scale
@@ -42,9 +52,7 @@ class Embedding(Multiplying):
         padded = -(-vocab // shards) * shards
         self.dtype = build.dtype
         shape, names = (padded, width), (axes.VOCAB, axes.EMBED)
-        self.weight, self.weight_scale = matrix(
-            build, shape, names, 0.02, whole_scales=True, unpadded=(vocab, width)
-        )
+        self.weight, self.weight_scale = matrix(build, shape, names, 0.02, whole_scales=True, unpadded=(vocab, width))
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Token ids `[T]` -> `[T, M]`; ids of padding rows are clamped, what they give is never used."""
@@ -66,7 +74,8 @@ class Embedding(Multiplying):
         return jnp.where(jnp.arange(logits.shape[-1]) < self.vocab, logits, -jnp.inf)
 
     def collectives(self) -> list[Collective]:
-        """Each shard looks up the rows it has, zeroes for others, and they are added. What compares logits says so itself."""
+        """Each shard looks up the rows it has, zeroes for others, and they are added. What compares logits says so
+        itself."""
         return [Collective(ALL_REDUCE, "rows looked up", self.weight.shape[1])] if self.lookup and self.tp > 1 else []
 
     @property

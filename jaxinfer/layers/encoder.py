@@ -1,8 +1,8 @@
 """What encoders of models with cross-attention are built from: the context of their step, attention in both directions.
 
-A step encodes several inputs side by side, their positions laid flat, `[S, M]`: products see no padding between them, and
-attention runs over tiles of at most `tile` queries that see the positions of their own input. Letters beside those of
-`sharding.axes`: here S are the positions of a step.
+A step encodes several inputs side by side, their positions laid flat, `[S, M]`: products see no padding between them,
+and attention runs over tiles of at most `tile` queries that see the positions of their own input. Letters beside those
+of `sharding.axes`: here S are the positions of a step.
 """
 
 from dataclasses import dataclass, field, replace
@@ -23,8 +23,11 @@ from jaxinfer.layers.sharded import model_axis, on_shards
 from jaxinfer.sharding import axes
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["positions", "rows", "slots"],
-         meta_fields=["mesh", "kernel", "tile", "places"])  # fmt: skip
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["positions", "rows", "slots"],
+    meta_fields=["mesh", "kernel", "tile", "places"],
+)
 @dataclass(frozen=True)
 class EncodeStep:
     """Where the positions of one encoder step stand; a cross layer takes what `of` gives for it."""
@@ -78,9 +81,15 @@ class EncoderAttention(nnx.Module):
     placed_whole = True
 
     def __init__(
-        self, build: Build, width: int, heads: int, head_dim: int, *, biases: tuple[str, ...] = ("q", "k", "v"),
+        self,
+        build: Build,
+        width: int,
+        heads: int,
+        head_dim: int,
+        *,
+        biases: tuple[str, ...] = ("q", "k", "v"),
         out_bias: bool = True,
-    ):  # fmt: skip
+    ):
         self.head_dim = head_dim
         outputs = HeadLayout.of(build, heads, heads).outputs(head_dim)
         self.qkv = FusedLinear(build, width, outputs, bias=biases)

@@ -12,7 +12,8 @@ class HeadLayout:
     """Query heads in groups, one around each kv head (arXiv:2305.13245); a shard holds whole groups, or part of one.
 
     With `Build.pad_heads` groups, and query heads within each of them, are added until they divide. Rows of q, k and v
-    and columns of the output projection that belong to them are zero, in int8 too, where their scales are zero: what such
+    and columns of the output projection that belong to them are zero, in int8 too, where their scales are zero: what
+        such
     a head attends to is finite and multiplied by zero. The output is that of the checkpoint's heads alone.
 
     A norm over the whole width of q or k (not one a head) sums over all shards' columns, where those of padding add
@@ -45,9 +46,13 @@ class HeadLayout:
             return cls(heads, kv_heads, stored_kv, stored_group)
         pad = f"pad it to {stored_kv * stored_group} (around {stored_kv} kv heads) with pad_heads=True"
         raise indivisible(
-            build.path or "attention", f"axis 'heads' of size {heads} (around {kv_heads} kv heads)", tp,
-            lambda count: _fits(count, kv_heads, group), module=build.path, more=pad,
-        )  # fmt: skip
+            build.path or "attention",
+            f"axis 'heads' of size {heads} (around {kv_heads} kv heads)",
+            tp,
+            lambda count: _fits(count, kv_heads, group),
+            module=build.path,
+            more=pad,
+        )
 
     @property
     def stored_heads(self) -> int:
@@ -61,8 +66,9 @@ class HeadLayout:
         kv = tuple(k if k < self.kv_heads else None for k in groups)
         q = tuple(
             k * group + member if k < self.kv_heads and member < group else None
-            for k in groups for member in range(self.stored_group)
-        )  # fmt: skip
+            for k in groups
+            for member in range(self.stored_group)
+        )
         return (
             Output("q", self.heads, head_dim, stored=None if None not in q else q),
             *(

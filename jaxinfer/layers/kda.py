@@ -1,8 +1,8 @@
 """Kimi Delta Attention (arXiv:2510.26692): linear attention whose state decays channel by channel.
 
 Six projections of one input are one GEMM, `q k v b | f_a g_a`: the first four divided by heads, the last two, low-rank,
-whole on every shard; the two that follow from those are one batched GEMM (SGLang #17801). The output projection's sum is
-the only thing that shards say to each other.
+whole on every shard; the two that follow from those are one batched GEMM (SGLang #17801). The output projection's sum
+is the only thing that shards say to each other.
 """
 
 import jax
@@ -51,9 +51,7 @@ class KimiDeltaAttention(nnx.Module):
         """What the layer keeps."""
         return self.spec.kept(self.dtype, self.replicated)
 
-    def __call__(
-        self, x: jax.Array, state: DeltaState, rows: Rows
-    ) -> tuple[jax.Array, DeltaState]:
+    def __call__(self, x: jax.Array, state: DeltaState, rows: Rows) -> tuple[jax.Array, DeltaState]:
         """`[T, M]` -> `[T, M]` and the state after the step's tokens."""
         q, k, v, b, f, g = self.projection(x)
         forget, gate = self.gates(f, g)
@@ -64,9 +62,14 @@ class KimiDeltaAttention(nnx.Module):
         return self.out(y), state
 
     def _local(
-        self, by_token: tuple[jax.Array, ...], by_shard: tuple[jax.Array, ...], norm: jax.Array, state: DeltaState,
-        rows: Rows, one_by_one: bool,
-    ) -> tuple[jax.Array, DeltaState]:  # fmt: skip
+        self,
+        by_token: tuple[jax.Array, ...],
+        by_shard: tuple[jax.Array, ...],
+        norm: jax.Array,
+        state: DeltaState,
+        rows: Rows,
+        one_by_one: bool,
+    ) -> tuple[jax.Array, DeltaState]:
         """`[T, 1, H Dv]`, of the heads that are here."""
         (columns, b, forget, gate), (conv, decay, bias) = by_token, by_shard
         g = -jnp.exp(decay)[:, None] * jax.nn.softplus(forget.astype(jnp.float32) + bias)

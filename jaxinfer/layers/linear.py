@@ -103,9 +103,13 @@ class Multiplying(nnx.Module):
     """The implementation (`kernels.matmul.choose`); `use_kernel` sets it."""
 
     def product(
-        self, x: jax.Array, weight: nnx.Param | jax.Array, scales: nnx.Param | jax.Array | None,
-        dtype: jax.typing.DTypeLike | None = None, part: tuple[int, int] | None = None,
-    ) -> jax.Array:  # fmt: skip
+        self,
+        x: jax.Array,
+        weight: nnx.Param | jax.Array,
+        scales: nnx.Param | jax.Array | None,
+        dtype: jax.typing.DTypeLike | None = None,
+        part: tuple[int, int] | None = None,
+    ) -> jax.Array:
         """`x W^T` in `dtype` or that of `x`.
 
         Args:
@@ -179,7 +183,10 @@ class FusedLinear(Multiplying):
         parts = pairwise(accumulate((output.columns(self.tp) for output in self.outputs), initial=0))
         if self.tp == 1:
             return tuple(self.product(x, self.weight, self.weight_scale, part=part)[:, None] for part in parts)
-        own = ([None if p is None else p[...][:, start:end] for p in (self.weight, self.weight_scale)] for start, end in parts)
+        own = (
+            [None if p is None else p[...][:, start:end] for p in (self.weight, self.weight_scale)]
+            for start, end in parts
+        )
         return tuple(self.product(x, *pair).reshape(x.shape[0], self.tp, -1) for pair in own)
 
     def _split(self, y: jax.Array, outputs: Sequence[Output]) -> tuple[jax.Array, ...]:
@@ -210,7 +217,10 @@ class BatchedLinear(Multiplying):
         if self.kernel == NATIVE:  # of one shard, as XLA cannot divide it; it has no batches, and gains nothing by them
             width = self.weight.shape[1] // len(self.outputs)
             parts = ((i * width, (i + 1) * width) for i in range(len(inputs)))
-            made = (self.product(x[:, 0], self.weight, self.weight_scale, part=p) for x, p in zip(inputs, parts, strict=True))
+            made = (
+                self.product(x[:, 0], self.weight, self.weight_scale, part=p)
+                for x, p in zip(inputs, parts, strict=True)
+            )
             return tuple(y[:, None] for y in made)
         shape = self.tp, len(self.outputs), -1
         weight = self.weight[...].reshape(*shape, self.weight.shape[-1])
@@ -229,15 +239,23 @@ class BatchedLinear(Multiplying):
 class RowLinear(Multiplying):
     """`y = x W^T (+ b)` with the input divided over shards: the one all-reduce of a block.
 
-    `inputs`: how many columns the input has, or the output of the projection before that they are: one that is kept with
+    `inputs`: how many columns the input has, or the output of the projection before that they are: one that is kept
+        with
     units of zeroes has as many columns of zeroes here.
-    `summed`: whether a call gives the sum over shards; if not, the caller takes `product` of what a shard has, and sums.
+    `summed`: whether a call gives the sum over shards; if not, the caller takes `product` of what a shard has, and
+        sums.
     """
 
     def __init__(
-        self, build: Build, in_axis: str, inputs: int | Output, out_features: int, *, bias: bool = False,
+        self,
+        build: Build,
+        in_axis: str,
+        inputs: int | Output,
+        out_features: int,
+        *,
+        bias: bool = False,
         summed: bool = True,
-    ):  # fmt: skip
+    ):
         inputs = Output(in_axis, inputs) if isinstance(inputs, int) else inputs
         self.tp, self.summed = build.tp, summed
         shape, names = (out_features, inputs.columns(build.tp, build.path) * build.tp), (axes.EMBED, in_axis)

@@ -1,7 +1,8 @@
-"""Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434) as in DeepSeek-V3 and, without rotary positions, Kimi-Linear.
+"""Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434) as in DeepSeek-V3 and, without rotary positions,
+Kimi-Linear.
 
-The latent of a token and its query, or that query's own latent, are one GEMM. Latents are whole on every shard, as is the
-cache of them; heads are divided.
+The latent of a token and its query, or that query's own latent, are one GEMM. Latents are whole on every shard, as is
+the cache of them; heads are divided.
 """
 
 from dataclasses import dataclass
@@ -26,10 +27,11 @@ from jaxinfer.layers.sharded import model_axis, on_shards
 from jaxinfer.sharding import axes
 
 EXPANDING = frozenset({attention.XLA, attention.NATIVE})
-"""Implementations of attention beside which a prefill is expanded, in XLA. On a CPU that is faster than the native kernel
-absorbed: 16 heads of 128, bfloat16, 512 tokens of a prompt 17 against 57 ms, behind 1536 others 87 against 304 (jax 0.12, two
-cores with other work on them). Triton's kernel does it absorbed: its third of the multiplications would cost loops that the
-host drives. Not measured on a GPU yet."""
+"""Implementations of attention beside which a prefill is expanded, in XLA. On a CPU that is faster than the native
+kernel
+absorbed: 16 heads of 128, bfloat16, 512 tokens of a prompt 17 against 57 ms, behind 1536 others 87 against 304 (jax
+0.12, two cores with other work on them). Triton's kernel does it absorbed: its third of the multiplications would cost
+loops that the host drives. Not measured on a GPU yet."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,8 @@ class LatentAttention(nnx.Module):
     def __call__(
         self, x: jax.Array, lane: Lane, rope: tuple[jax.Array, jax.Array] | None, step: StepContext
     ) -> tuple[jax.Array, Lane]:
-        """`[T, M]` -> `[T, M]` and the lane with this step's latents in it; `rope` None: the model has no such positions."""
+        """`[T, M]` -> `[T, M]` and the lane with this step's latents in it; `rope` None: the model has no such
+        positions."""
         spec = self.spec
         q, kept = self.down(x)
         if self.q_up is not None:
@@ -120,9 +123,7 @@ class LatentAttention(nnx.Module):
         """Rotate the shared columns `[T, ..., R]` of queries or keys."""
         return apply_rope(deinterleave(x) if self.spec.interleaved else x, *rope)
 
-    def _attend(
-        self, q: jax.Array, latents: jax.Array, lane: Lane, step: StepContext
-    ) -> tuple[jax.Array, Lane]:
+    def _attend(self, q: jax.Array, latents: jax.Array, lane: Lane, step: StepContext) -> tuple[jax.Array, Lane]:
         """`[T, tp, H / tp, Dn + R]` and `[T, tp, L + R]` -> `[T, tp, H / tp * Dv]` and the lane, on local shapes."""
         spec, kernel = self.spec, attention.implementation(step.kernel, step.mesh)
         scoring = Scoring(spec.scale, value_dim=spec.rank)

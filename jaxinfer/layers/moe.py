@@ -6,8 +6,8 @@
     MoEConfig(256, 8, 2048, RouterConfig("sigmoid", scale=2.5, correction=True, groups=8, chosen_groups=4), shared=2048)
     MoEConfig(512, 10, 512, shared=512, shared_gate=True)                                  # Qwen3-Next
 
-A model makes `MoE(build.at("mlp"), width, config)` in the place of its MLP, calls it with the step's context, and names its
-tensors with `models.moe_rules`. No token is dropped, whatever expert it goes to; rows of padding go to none.
+A model makes `MoE(build.at("mlp"), width, config)` in the place of its MLP, calls it with the step's context, and names
+its tensors with `models.moe_rules`. No token is dropped, whatever expert it goes to; rows of padding go to none.
 """
 
 from dataclasses import dataclass
@@ -41,7 +41,8 @@ Arrays: TypeAlias = dict[str, jax.Array]
 
 @dataclass(frozen=True)
 class ClampedSwiGLU:
-    """gpt-oss's activation: `(min(max(up, -limit), limit) + 1) * g * sigmoid(alpha * g)` with `g = min(gate, limit)`."""
+    """gpt-oss's activation: `(min(max(up, -limit), limit) + 1) * g * sigmoid(alpha * g)` with `g = min(gate,
+    limit)`."""
 
     alpha: float = 1.702
     limit: float = 7.0
@@ -102,7 +103,8 @@ class ExpertLinear(Multiplying):
         self.bias = constant(build, shape[:bias], names[:bias], 0.0, stacked=True, **kept) if bias else None
 
     def rows(self, x: jax.Array, laid: Dispatch, own: Arrays, target: Target | None) -> jax.Array:
-        """`[R, in]` by places -> `[R, out]`, without the bias; `own`: the parameters as the device `target` has them."""
+        """`[R, in]` by places -> `[R, out]`, without the bias; `own`: the parameters as the device `target` has
+        them."""
         weight, scales = own["weight"], own.get("weight_scale")
         weight = weight.reshape(weight.shape[0], -1, weight.shape[-1])
         scales = None if scales is None else scales.reshape(weight.shape[:2])
@@ -112,8 +114,9 @@ class ExpertLinear(Multiplying):
 class MoE(Multiplying):
     """`sum_j w_j down_j(act(gate_j(x), up_j(x)))` over each token's experts j, and the shared ones.
 
-    Sharded, each device has a part of every expert's width F, as of an MLP's; or with the tactic "experts" of a placement
-    E / tp whole experts. Either way router and tokens are on every device, and one all-reduce adds up what each made.
+    Sharded, each device has a part of every expert's width F, as of an MLP's; or with the tactic "experts" of a
+    placement E / tp whole experts. Either way router and tokens are on every device, and one all-reduce adds up what
+    each made.
     """
 
     placed_whole = True
@@ -130,18 +133,23 @@ class MoE(Multiplying):
         outputs = Output("gate", config.ffn), Output("up", config.ffn)
         columns = sum(output.columns(shards) for output in outputs)
         self.gate_up = ExpertLinear(
-            build.at("gate_up"), (config.experts, shards, columns, width),
+            build.at("gate_up"),
+            (config.experts, shards, columns, width),
             (stack, None if self.by_expert else axes.SHARD, axes.COLUMNS, axes.EMBED),
-            bias=3 if config.bias else 0, outputs=outputs,
-        )  # fmt: skip
+            bias=3 if config.bias else 0,
+            outputs=outputs,
+        )
         self.down = ExpertLinear(
-            build.at("down"), (config.experts, width, config.ffn), (stack, axes.EMBED, ffn),
+            build.at("down"),
+            (config.experts, width, config.ffn),
+            (stack, axes.EMBED, ffn),
             bias=2 if config.bias else 0,
-        )  # fmt: skip
+        )
         self.shared = (
             GatedMLP(build.at("shared"), width, config.shared, str(config.activation), summed=False)
-            if config.shared else None
-        )  # fmt: skip
+            if config.shared
+            else None
+        )
         self.shared_gate = weight(build, (1, width), (None, axes.EMBED), width**-0.5) if config.shared_gate else None
 
     def __call__(self, x: jax.Array, step: StepContext) -> jax.Array:
@@ -159,16 +167,22 @@ class MoE(Multiplying):
         return on_shards(local, step.mesh, specs, whole, *operands)
 
     def _gated(self, x: jax.Array, hidden: jax.Array) -> jax.Array:
-        """The shared experts' `[T, tp, F / tp]`, weighted by the token: down has no bias, so it may be done before it."""
+        """The shared experts' `[T, tp, F / tp]`, weighted by the token: down has no bias, so it may be done before
+        it."""
         if self.shared_gate is None:
             return hidden
         gate = jax.nn.sigmoid(self.product(x, self.shared_gate, None, jnp.float32))
         return (hidden * gate[..., None]).astype(hidden.dtype)
 
     def _local(
-        self, target: Target | None, x: jax.Array, chosen: jax.Array, weights: jax.Array, hidden: jax.Array | None,
+        self,
+        target: Target | None,
+        x: jax.Array,
+        chosen: jax.Array,
+        weights: jax.Array,
+        hidden: jax.Array | None,
         own: dict[str, Arrays],
-    ) -> jax.Array:  # fmt: skip
+    ) -> jax.Array:
         """On this device's part of the weights; the sum over devices where they are divided."""
         experts = own["down"]["weight"].shape[0]
         if self.by_expert:
@@ -208,9 +222,13 @@ def _check_divides(build: Build, config: MoEConfig) -> None:
         f"divide {'within' if by_expert else 'by'} the experts with placement={{{any_layer(build.path)!r}: {other!r}}}"
     )
     raise indivisible(
-        build.path or "experts", f"axis {name!r} of size {size}{'' if by_expert else ' (of each expert)'}", build.tp,
-        lambda count: size % count == 0, module=build.path, more=more if divided % build.tp == 0 else "",
-    )  # fmt: skip
+        build.path or "experts",
+        f"axis {name!r} of size {size}{'' if by_expert else ' (of each expert)'}",
+        build.tp,
+        lambda count: size % count == 0,
+        module=build.path,
+        more=more if divided % build.tp == 0 else "",
+    )
 
 
 def _arrays(part: nnx.Module) -> Arrays:

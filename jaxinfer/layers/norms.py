@@ -45,9 +45,14 @@ class RMSNorm(nnx.Module):
 
 
 def normalise_together(
-    parts: Sequence[jax.Array], scale: jax.Array, widths: Sequence[int], eps: float, *, over: str | None,
+    parts: Sequence[jax.Array],
+    scale: jax.Array,
+    widths: Sequence[int],
+    eps: float,
+    *,
+    over: str | None,
     scaling: Scaling = Scaling(),
-) -> tuple[jax.Array, ...]:  # fmt: skip
+) -> tuple[jax.Array, ...]:
     """An RMSNorm of each of several arrays over its whole width, which lies on all devices of a mesh axis.
 
     The sums of squares travel as one all-reduce. Columns of padding are zero, and add nothing.
@@ -66,13 +71,12 @@ def normalise_together(
     inverse = jnp.split(jax.lax.rsqrt(squares / jnp.array(widths, jnp.float32) + eps), len(parts), axis=-1)
     ends = [sum(part.shape[-1] for part in parts[:count]) for count in range(1, len(parts))]
     own = jnp.split(scale, ends, axis=-1)
-    return tuple(
-        scaling(part * i, s, given.dtype) for given, part, i, s in zip(parts, wide, inverse, own, strict=True)
-    )
+    return tuple(scaling(part * i, s, given.dtype) for given, part, i, s in zip(parts, wide, inverse, own, strict=True))
 
 
 class LayerNorm(nnx.Module):
-    """Normalise as `(x - mean(x)) / sqrt(var(x) + eps) * scale + bias` over the last axis, in float32 (arXiv:1607.06450).
+    """Normalise as `(x - mean(x)) / sqrt(var(x) + eps) * scale + bias` over the last axis, in float32
+    (arXiv:1607.06450).
 
     Args:
         build: dtype, mesh and path of the parameters.

@@ -53,9 +53,9 @@ def weight(
 ) -> nnx.Param:
     """A matrix of normal values of standard deviation `scale`, named axis by axis.
 
-    `metadata` is what the loader must know: `outputs` of a fused weight, `unpadded`, the shape in the checkpoint where it
-    is another, `inputs`, the output whose columns those of the weight are, and `stacked`: the first axis is one of several
-    such weights, to which all else applies alone.
+    `metadata` is what the loader must know: `outputs` of a fused weight, `unpadded`, the shape in the checkpoint where
+    it is another, `inputs`, the output whose columns those of the weight are, and `stacked`: the first axis is one of
+    several such weights, to which all else applies alone.
     """
     values = scale * jax.random.normal(build.rngs.params(), shape, build.dtype)
     return param(build, values, axes, **metadata)
@@ -67,9 +67,14 @@ def param(build: Build, values: jax.Array, axes: tuple[str | None, ...], **metad
 
 
 def matrix(
-    build: Build, shape: tuple[int, ...], axes: tuple[str | None, ...], scale: float, *,
-    whole_scales: bool = False, **metadata: Any,
-) -> tuple[nnx.Param, nnx.Param | None]:  # fmt: skip
+    build: Build,
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+    scale: float,
+    *,
+    whole_scales: bool = False,
+    **metadata: Any,
+) -> tuple[nnx.Param, nnx.Param | None]:
     """A `weight` to multiply activations with and, where weights are quantised, the scales of its rows `shape[:-1]`.
 
     The loader makes the scales of the weight's own tensors. They lie where their rows do, or with `whole_scales`
@@ -80,9 +85,7 @@ def matrix(
         return made, None
     values, scales = int8_matmul.quantise(made[...])
     names = (None,) * scales.ndim if whole_scales else axes[:-1]
-    rows = {
-        name: value[:-1] if name == "unpadded" else value for name, value in metadata.items() if name != "inputs"
-    }
+    rows = {name: value[:-1] if name == "unpadded" else value for name, value in metadata.items() if name != "inputs"}
     return (
         param(build, values, axes, **metadata),
         param(build, scales, names, scales_of="weight", **rows),

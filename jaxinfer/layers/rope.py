@@ -38,8 +38,10 @@ def rope_frequencies(config: RopeConfig) -> RopeFrequencies:
     if config.kind == "yarn":
         return RopeFrequencies(_yarn(config), None, _yarn_scaling(config))
     if config.kind == "longrope":
-        short, long = (np.float32(1) / (np.asarray(factors, np.float32) * _wavelengths(config))
-                       for factors in (config.short_factor, config.long_factor))
+        short, long = (
+            np.float32(1) / (np.asarray(factors, np.float32) * _wavelengths(config))
+            for factors in (config.short_factor, config.long_factor)
+        )
         return RopeFrequencies(short, long, _longrope_scaling(config))
     return RopeFrequencies(plain, None, 1.0)
 
@@ -82,15 +84,15 @@ def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     tokens, half = cos.shape
     broadcast = (tokens,) + (1,) * (x.ndim - 2) + (half,)
     cos, sin = cos.astype(x.dtype).reshape(broadcast), sin.astype(x.dtype).reshape(broadcast)
-    first, second, rest = x[..., :half], x[..., half:2 * half], x[..., 2 * half:]
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
 
 
 def deinterleave(x: jax.Array) -> jax.Array:
     """Reorder the last axis `[..., R]` so that rotary pairs that lie side by side become its two halves.
 
-    Checkpoints of GPT-J's convention rotate columns 2i and 2i + 1 against each other, `apply_rope` columns i and i + R/2.
-    Scores are sums over columns, so they stay the same when queries and keys are reordered alike.
+    Checkpoints of GPT-J's convention rotate columns 2i and 2i + 1 against each other, `apply_rope` columns i and i +
+    R/2. Scores are sums over columns, so they stay the same when queries and keys are reordered alike.
     """
     return jnp.concatenate([x[..., ::2], x[..., 1::2]], axis=-1)
 
@@ -152,6 +154,7 @@ def _factor(config: RopeConfig) -> float:
 
 def _yarn_scaling(config: RopeConfig) -> float:
     """The stated attention factor, else the paper's 0.1 ln(factor) + 1, or DeepSeek's ratio of two such."""
+
     def scale(weight: float) -> float:
         return 0.1 * weight * math.log(_factor(config)) + 1.0 if _factor(config) > 1 else 1.0
 

@@ -16,8 +16,14 @@ logger = logging.getLogger(__name__)
 
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
-ROPE_FIELDS = ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor",
-               "max_position_embeddings", "original_max_position_embeddings")
+ROPE_FIELDS = (
+    "rope_parameters",
+    "rope_scaling",
+    "rope_theta",
+    "partial_rotary_factor",
+    "max_position_embeddings",
+    "original_max_position_embeddings",
+)
 """The top-level fields of config.json that `RopeConfig.from_hf` reads."""
 
 MAX_NUMBER = 1e30
@@ -27,12 +33,18 @@ MAX_LENGTH = 2**27
 
 _ORIGINAL = "original_max_position_embeddings"
 _REQUIRED = {
-    "default": (), "linear": ("factor",), "dynamic": ("factor",),
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-    "yarn": ("factor",), "longrope": ("short_factor", "long_factor"),
+    "yarn": ("factor",),
+    "longrope": ("short_factor", "long_factor"),
 }
 _OPTIONAL = {
-    "default": (), "linear": (), "dynamic": (), "llama3": (_ORIGINAL,),
+    "default": (),
+    "linear": (),
+    "dynamic": (),
+    "llama3": (_ORIGINAL,),
     "yarn": (_ORIGINAL, "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
     "longrope": (_ORIGINAL, "attention_factor", "factor"),
 }
@@ -89,7 +101,9 @@ class RopeConfig:
         if partial > 1:
             raise ConfigError(f"rope: partial_rotary_factor={partial} must be in (0, 1].")
         fields: dict[str, Any] = {
-            "kind": kind, "head_dim": head_dim, "rotary_dim": int(head_dim * partial),
+            "kind": kind,
+            "head_dim": head_dim,
+            "rotary_dim": int(head_dim * partial),
             "theta": _positive(parameters, "rope_theta"),
             "max_position": _length(config, "max_position_embeddings"),
         }
@@ -137,8 +151,10 @@ def _standardise(config: dict[str, Any], default_theta: float) -> dict[str, Any]
     for name, default in (("rope_theta", default_theta), ("partial_rotary_factor", None)):
         outer, inner = config.get(name), parameters.get(name)
         if outer is not None and inner is not None and outer != inner:
-            raise ConfigError(f"{name}={_show(outer)} contradicts {source}.{name}={_show(inner)}; state one of them, "
-                              f"for instance with hf_overrides={{{name!r}: None}}.")
+            raise ConfigError(
+                f"{name}={_show(outer)} contradicts {source}.{name}={_show(inner)}; state one of them, "
+                f"for instance with hf_overrides={{{name!r}: None}}."
+            )
         parameters[name] = next((value for value in (inner, outer) if value is not None), default)
     return parameters
 
@@ -171,9 +187,11 @@ def _check_keys(kind: str, parameters: dict[str, Any]) -> None:
     unknown = [name for name in extra if name not in _OF_SOME_KIND]
     if unknown:
         found = ", ".join(f"{name}={_show(parameters[name])}" for name in unknown)
-        raise ConfigError(f"rope type {kind!r}: unknown {found}, which may change the numbers; supported "
-                          f"kinds: {', '.join(ROPE_KINDS)}. If it is known to be harmless, pass "
-                          "hf_overrides with rope_parameters that leave it out.")
+        raise ConfigError(
+            f"rope type {kind!r}: unknown {found}, which may change the numbers; supported "
+            f"kinds: {', '.join(ROPE_KINDS)}. If it is known to be harmless, pass "
+            "hf_overrides with rope_parameters that leave it out."
+        )
     if extra:
         logger.warning("rope type %r does not use %s; ignored, as transformers does.", kind, ", ".join(extra))
 
@@ -228,8 +246,10 @@ def _original_length(config: dict[str, Any], parameters: dict[str, Any]) -> int:
 def _check(rope: RopeConfig) -> None:
     """Raises ConfigError for values that are each fine and together give no numbers."""
     if rope.rotary_dim < 2 or rope.rotary_dim % 2:
-        raise ConfigError(f"rope: head_dim={rope.head_dim} x partial_rotary_factor gives {rope.rotary_dim} "
-                          "rotary dims; they must be even and at least 2.")
+        raise ConfigError(
+            f"rope: head_dim={rope.head_dim} x partial_rotary_factor gives {rope.rotary_dim} "
+            "rotary dims; they must be even and at least 2."
+        )
     if rope.theta <= 1:
         raise ConfigError(f"rope: rope_theta={rope.theta} must be above 1.")
     if rope.factor is None and rope.kind in ("linear", "dynamic", "llama3"):
@@ -237,10 +257,14 @@ def _check(rope: RopeConfig) -> None:
     if rope.kind == "dynamic" and rope.rotary_dim <= 2:
         raise ConfigError(f"rope type 'dynamic' needs more than 2 rotary dims, found {rope.rotary_dim}.")
     if rope.kind == "llama3" and rope.high_freq_factor <= rope.low_freq_factor:
-        raise ConfigError(f"rope type 'llama3': high_freq_factor={rope.high_freq_factor} must be above "
-                          f"low_freq_factor={rope.low_freq_factor}.")
+        raise ConfigError(
+            f"rope type 'llama3': high_freq_factor={rope.high_freq_factor} must be above "
+            f"low_freq_factor={rope.low_freq_factor}."
+        )
     for name in ("short_factor", "long_factor"):
         factors = getattr(rope, name)
         if factors is not None and len(factors) != rope.rotary_dim // 2:
-            raise ConfigError(f"rope: {name} has {len(factors)} numbers, expected {rope.rotary_dim // 2} "
-                              f"(half of {rope.rotary_dim} rotary dims).")
+            raise ConfigError(
+                f"rope: {name} has {len(factors)} numbers, expected {rope.rotary_dim // 2} "
+                f"(half of {rope.rotary_dim} rotary dims)."
+            )

@@ -23,8 +23,8 @@ class RouterConfig:
 
     - Mixtral (arXiv:2401.04088), Qwen3-MoE and Qwen3-Next with `norm_topk_prob`: the defaults;
     - Qwen3-MoE without it: `renormalise=False`;
-    - gpt-oss, a softmax over the logits that were chosen: the defaults with `bias=True`. It is the same number as a softmax
-      over all of them, renormalised;
+    - gpt-oss, a softmax over the logits that were chosen: the defaults with `bias=True`. It is the same number as a
+      softmax over all of them, renormalised;
     - DeepSeek-V3 (arXiv:2412.19437) and Kimi: `score="sigmoid", correction=True, scale=2.5, groups=8, chosen_groups=4`.
     """
 
@@ -55,18 +55,21 @@ class RouterConfig:
             raise ConfigError(f"router: score is {self.score!r}; it may be {' or '.join(SCORES)}")
         if not 1 <= per_token <= experts:
             raise ConfigError(
-                f"router: a token takes {per_token} experts ({TAKEN}), and there are {experts} ({COUNTS}); choose 1 to {experts}"
+                f"router: a token takes {per_token} experts ({TAKEN}), and there are {experts} ({COUNTS}); choose 1 to "
+                f"{experts}"
             )
         if not 1 <= self.chosen_groups <= self.groups:
             raise ConfigError(
-                f"router: {self.chosen_groups} groups (topk_group) of {self.groups} ({GROUPS}) cannot be chosen; topk_group must "
+                f"router: {self.chosen_groups} groups (topk_group) of {self.groups} ({GROUPS}) cannot be chosen; "
+                "topk_group must "
                 f"be 1 to {max(1, self.groups)}"
             )
         if self.groups == 1:
             return
         if experts % self.groups:
             raise ConfigError(
-                f"router: {experts} experts ({COUNTS}) do not divide into {self.groups} groups ({GROUPS}); choose a divisor"
+                f"router: {experts} experts ({COUNTS}) do not divide into {self.groups} groups ({GROUPS}); choose a "
+                "divisor"
             )
         size = experts // self.groups
         if not 1 <= self.group_best <= size:
@@ -76,7 +79,8 @@ class RouterConfig:
             )
         if per_token > self.chosen_groups * size:
             raise ConfigError(
-                f"router: a token takes {per_token} experts ({TAKEN}), and {self.chosen_groups} groups (topk_group) have "
+                f"router: a token takes {per_token} experts ({TAKEN}), and {self.chosen_groups} groups (topk_group) "
+                "have "
                 f"{self.chosen_groups * size}; lower the one or raise the other"
             )
 
@@ -103,7 +107,8 @@ class Router(Multiplying):
 def route(
     logits: jax.Array, per_token: int, config: RouterConfig, correction: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """The choice and the weights of float32 logits `[T, E]`; `correction` `[E]`. Of equal scores the first counts more."""
+    """The choice and the weights of float32 logits `[T, E]`; `correction` `[E]`. Of equal scores the first counts
+    more."""
     sigmoid = config.score == SIGMOID
     ranks = jax.nn.sigmoid(logits) if sigmoid else logits  # a softmax keeps the order
     if not sigmoid and (correction is not None or config.groups > 1):

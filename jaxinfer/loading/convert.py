@@ -31,10 +31,17 @@ TEMPLATES = "additional_chat_templates"
 
 
 def convert(
-    directory: Path, out: Path, mesh: Mesh, *, dtype: str = "auto", quantization: str | None = None,
-    placement: Placement = Placement(), pad_heads: bool = False, overrides: Mapping[str, Any] | None = None,
+    directory: Path,
+    out: Path,
+    mesh: Mesh,
+    *,
+    dtype: str = "auto",
+    quantization: str | None = None,
+    placement: Placement = Placement(),
+    pad_heads: bool = False,
+    overrides: Mapping[str, Any] | None = None,
     progress: bool = True,
-) -> Manifest:  # fmt: skip
+) -> Manifest:
     """Write the weights as they lie on the devices of `mesh` to the folder `out`, which `loading.load` then restores.
 
     Its config.json has the `overrides` laid over it, so that they need not be given again.
@@ -64,19 +71,28 @@ def convert(
             said = {name: value for name, value in hf.items() if value is not None}
             (folder / "config.json").write_text(json.dumps(said, indent=2), encoding="utf-8")
         manifest = Manifest(
-            meshes.size(mesh), dict(placement.patterns), pad_heads, quantization, kind.name,
+            meshes.size(mesh),
+            dict(placement.patterns),
+            pad_heads,
+            quantization,
+            kind.name,
             sorted({DTYPES[source.info(rule.source).dtype].name for filled in planned.values() for rule in filled}),
             fingerprint(reader),
-            {path: Stored.of(path, param, mesh) for path, param in wanted.items()}, dict(files_of(folder)),
-        )  # fmt: skip
+            {path: Stored.of(path, param, mesh) for path, param in wanted.items()},
+            dict(files_of(folder)),
+        )
         manifest.write(folder)
     return manifest
 
 
 def _write(
-    folder: Path, wanted: Mapping[str, nnx.Param], planned: Mapping[str, list[rules.Rule]], source: Source,
-    mesh: Mesh, progress: bool,
-) -> None:  # fmt: skip
+    folder: Path,
+    wanted: Mapping[str, nnx.Param],
+    planned: Mapping[str, list[rules.Rule]],
+    source: Source,
+    mesh: Mesh,
+    progress: bool,
+) -> None:
     """The weights, read and written a group of parameters at a time."""
     sizes = {path: rules.nbytes(wanted[path]) for path in planned}
     total, free = sum(sizes.values()), shutil.disk_usage(folder).free

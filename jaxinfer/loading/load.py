@@ -76,9 +76,15 @@ def open_model(named: Named, config: EngineConfig, mesh: Mesh, group: Group | No
         params = default_params(generation, encoder_decoder=bool(hf.get("is_encoder_decoder")))
         ends = eos_ids(hf, generation)
         module = weights.load(
-            directory, mesh, dtype=config.dtype, quantization=config.quantization, overrides=named.overrides,
-            placement=Placement.of(config.placement), pad_heads=config.pad_heads, progress=progress,
-        )  # fmt: skip
+            directory,
+            mesh,
+            dtype=config.dtype,
+            quantization=config.quantization,
+            overrides=named.overrides,
+            placement=Placement.of(config.placement),
+            pad_heads=config.pad_heads,
+            progress=progress,
+        )
     source = directory if named.tokenizer is None else named.tokenizer
     tokenizer = None if source is None or named.skip_tokenizer_init or follows else load_tokenizer(source)
     if directory is None and getattr(tokenizer, "eos_token_id", None) is not None:

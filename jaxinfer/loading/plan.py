@@ -38,10 +38,15 @@ FILES = ("config.json", NAME, *QUANTISATION_FILES)
 
 
 def plan(
-    model: str | Path | Mapping[str, Any], *, tensor_parallel_size: int | None = None, mesh: Any = None,
-    memory: int | None = None, revision: str | None = None, hf_overrides: Mapping[str, Any] | None = None,
+    model: str | Path | Mapping[str, Any],
+    *,
+    tensor_parallel_size: int | None = None,
+    mesh: Any = None,
+    memory: int | None = None,
+    revision: str | None = None,
+    hf_overrides: Mapping[str, Any] | None = None,
     **settings: Any,
-) -> Plan:  # fmt: skip
+) -> Plan:
     """Where every weight would lie, what each device would hold and what a step would exchange.
 
     `LLM` with the same arguments places its weights so.
@@ -74,10 +79,16 @@ def plan(
     dtype, how = _settings(config, hf, directory, served)
     module = weights.abstract(served, parsed, dtype, mesh, **how)
     made = placement.plan(
-        module, mesh, itemsize=dtype.itemsize, more=_sampling(module, dtype),
-        cache=cache_plan(module, config.block_size, dtype, mesh), model=_title(model, hf),
-        patterns=how["placement"].patterns, memory=memory, cache_share=config.gpu_memory_utilization,
-    )  # fmt: skip
+        module,
+        mesh,
+        itemsize=dtype.itemsize,
+        more=_sampling(module, dtype),
+        cache=cache_plan(module, config.block_size, dtype, mesh),
+        model=_title(model, hf),
+        patterns=how["placement"].patterns,
+        memory=memory,
+        cache_share=config.gpu_memory_utilization,
+    )
     return _with_states(made, config)
 
 
@@ -88,14 +99,20 @@ def cache_plan(module: LanguageModel, block_size: int, dtype: jnp.dtype, mesh: M
     layers = []
     for layer, (spec, lane) in enumerate(zip(specs, kv_cache.abstract(specs, 1, block_size, dtype, mesh), strict=True)):
         arrays = jax.tree.leaves(lane)
-        whole, size = all(array.sharding.is_fully_replicated for array in arrays), sum(map(placement.device_bytes, arrays))
+        whole, size = (
+            all(array.sharding.is_fully_replicated for array in arrays),
+            sum(map(placement.device_bytes, arrays)),
+        )
         sizes = {"state_device_bytes" if isinstance(spec, State) else "block_device_bytes": size}
         layers.append(CacheLayer(layer, whole, **sizes, encoded=spec.kind.encoded))
     # An id of the pool takes its memory in all lanes; a block of a sequence takes one of each of its groups.
     block = kv_cache.block_bytes(kept.lanes, block_size, dtype, mesh) // mesh.size
     encoded = groups.encoded(kept.kinds)
     return CachePlan(
-        block_size, tuple(layers), block * groups.count(groups.own(kept.kinds)), block * (encoded.count if encoded else 0)
+        block_size,
+        tuple(layers),
+        block * groups.count(groups.own(kept.kinds)),
+        block * (encoded.count if encoded else 0),
     )
 
 
@@ -134,13 +151,16 @@ def _find(
 def _settings(
     config: EngineConfig, hf: Mapping[str, Any], directory: Path | None, served: Family
 ) -> tuple[jnp.dtype, dict[str, Any]]:
-    """Settle the dtype, on a device that is good at it as a GPU is, and how the module is built; as `loading.load` would.
+    """Settle the dtype, on a device that is good at it as a GPU is, and how the module is built; as `loading.load`
+    would.
 
     Where config.json states no dtype, weights that lie in the folder do, and otherwise the family's default is planned.
     """
     how = {
-        "quantization": config.quantization, "placement": Placement.of(config.placement), "pad_heads": config.pad_heads
-    }  # fmt: skip
+        "quantization": config.quantization,
+        "placement": Placement.of(config.placement),
+        "pad_heads": config.pad_heads,
+    }
     manifest = None if directory is None else Manifest.read(directory)
     stored = weights.said_dtype(hf) if manifest is None else manifest.dtype
     if config.dtype == "auto" and not stored:

@@ -21,7 +21,9 @@ def tensors(module: nnx.Module, table: Sequence[Rule]) -> dict[str, np.ndarray]:
     params, found = parameters(module), {}
     for path, param in params.items():
         if "scales_of" in param.get_metadata():
-            raise ValueError(f"{path}: int8 has not the numbers of the checkpoint; load the module without quantization")
+            raise ValueError(
+                f"{path}: int8 has not the numbers of the checkpoint; load the module without quantization"
+            )
     for rule in table:
         if rule.target is None or rule.tied:
             continue
@@ -30,7 +32,9 @@ def tensors(module: nnx.Module, table: Sequence[Rule]) -> dict[str, np.ndarray]:
         if rule.parts:
             outputs, stacked = metadata["outputs"], int(metadata.get("stacked", False))
             if values.shape[stacked] != 1:
-                raise ValueError(f"{rule.target} is divided over {values.shape[stacked]} devices; load the module on one")
+                raise ValueError(
+                    f"{rule.target} is divided over {values.shape[stacked]} devices; load the module on one"
+                )
             ends = np.cumsum([output.rows for output in outputs])[:-1]
             pieces = np.split(np.take(values, 0, axis=stacked), ends, axis=stacked)
             named = dict(zip((output.name for output in outputs), pieces, strict=True))

@@ -32,34 +32,51 @@ log = logging.getLogger(__name__)
 DTYPES = ("float32", "bfloat16", "float16")
 """What is computed in."""
 
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-         "num_key_value_heads", "head_dim", "max_position_embeddings")  # fmt: skip
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
 """Sizes that are checked whatever the family; those of experts may be 0 where there are none."""
 
 
 def load(
-    directory: Path, mesh: Mesh, *, dtype: str = "auto", quantization: str | None = None,
-    overrides: Mapping[str, Any] | None = None, placement: Placement = Placement(), pad_heads: bool = False,
+    directory: Path,
+    mesh: Mesh,
+    *,
+    dtype: str = "auto",
+    quantization: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    placement: Placement = Placement(),
+    pad_heads: bool = False,
     progress: bool = True,
-) -> LanguageModel:  # fmt: skip
+) -> LanguageModel:
     """Reads a Hugging Face folder; each weight goes straight to the device that owns it.
 
-    With `quantization="int8"` matrices are quantised as they are read (`kernels.int8_matmul`), with `pad_heads` heads of
-    zeroes are added where the checkpoint's do not divide (`layers.heads`). Sizes and placement are checked from
+    With `quantization="int8"` matrices are quantised as they are read (`kernels.int8_matmul`), with `pad_heads` heads
+    of zeroes are added where the checkpoint's do not divide (`layers.heads`). Sizes and placement are checked from
     config.json and the mesh, before a weight is read or memory taken for one.
 
-    A folder that `loading.convert.convert` wrote is restored as it is: its own dtype, quantisation, placement and padding
-    hold for what is not asked for. Another mesh or placement gets the same numbers, laid out anew.
+    A folder that `loading.convert.convert` wrote is restored as it is: its own dtype, quantisation, placement and
+    padding hold for what is not asked for. Another mesh or placement gets the same numbers, laid out anew.
 
     Raises:
-        ConfigError: an architecture, attribute, size, mesh or placement that is not served, or a dtype or quantisation whose
-            numbers a converted folder has not.
+        ConfigError: an architecture, attribute, size, mesh or placement that is not served, or a dtype or quantisation
+            whose numbers a converted folder has not.
         CheckpointError: files or tensors that do not fit the configuration.
     """
     hf = read_config(directory, overrides)
     served, config = parse(hf, directory)
     mesh = meshes.normalise(mesh)
-    platform, how = mesh.devices.flat[0].platform, dict(quantization=quantization, placement=placement, pad_heads=pad_heads)
+    platform, how = (
+        mesh.devices.flat[0].platform,
+        dict(quantization=quantization, placement=placement, pad_heads=pad_heads),
+    )
     manifest = Manifest.read(directory)
     if manifest is not None:
         config = ties.settle_stored(config, served.weight_rules, served.untie, manifest.parameters)
@@ -81,12 +98,15 @@ def load(
 def settle(
     served: Family, config: Any, hf: Mapping[str, Any], reader: SafetensorsReader, directory: Path
 ) -> tuple[Any, Source]:
-    """Return the configuration with the ties that the tensors have, and the tensors under the names of the weight table.
+    """Return the configuration with the ties that the tensors have, and the tensors under the names of the weight
+    table.
 
     Raises:
         CheckpointError: tensors of an adapter, or quantised in a format that is not read.
     """
-    source = naming.named(served.source(reader), served.weight_rules(config), directory, [*served.ignored, *_predicting(hf)])
+    source = naming.named(
+        served.source(reader), served.weight_rules(config), directory, [*served.ignored, *_predicting(hf)]
+    )
     return ties.settle(config, served.weight_rules, served.untie, source), source
 
 
@@ -116,9 +136,15 @@ def parse(hf: Mapping[str, Any], directory: Path | None = None) -> tuple[Family,
 
 
 def abstract(
-    served: Family, config: Any, dtype: jnp.dtype, mesh: Mesh | AbstractMesh, *, quantization: str | None = None,
-    placement: Placement = Placement(), pad_heads: bool = False,
-) -> LanguageModel:  # fmt: skip
+    served: Family,
+    config: Any,
+    dtype: jnp.dtype,
+    mesh: Mesh | AbstractMesh,
+    *,
+    quantization: str | None = None,
+    placement: Placement = Placement(),
+    pad_heads: bool = False,
+) -> LanguageModel:
     """The module with shapes in the place of arrays.
 
     Raises:
@@ -152,15 +178,19 @@ def placeable(module: nnx.Module) -> tuple[list[str], list[str]]:
 
 def with_experts(module: nnx.Module) -> list[str]:
     """Paths of the modules that have experts (`has_experts` on their class)."""
-    return [
-        ".".join(map(str, path)) for path, part in nnx.iter_modules(module) if getattr(part, "has_experts", False)
-    ]
+    return [".".join(map(str, path)) for path, part in nnx.iter_modules(module) if getattr(part, "has_experts", False)]
 
 
 def random(
-    hf: Mapping[str, Any], mesh: Mesh, *, dtype: str = "auto", quantization: str | None = None, seed: int = 0,
-    placement: Placement = Placement(), pad_heads: bool = False,
-) -> LanguageModel:  # fmt: skip
+    hf: Mapping[str, Any],
+    mesh: Mesh,
+    *,
+    dtype: str = "auto",
+    quantization: str | None = None,
+    seed: int = 0,
+    placement: Placement = Placement(),
+    pad_heads: bool = False,
+) -> LanguageModel:
     """A model of this configuration with random weights, made where they will lie: for benchmarks.
 
     Heads of padding are random as well: they cost what they will, and the numbers mean nothing anyway.
@@ -216,7 +246,8 @@ def _dtype_name(stored: str) -> str:
     name = {"float64": "float32", "double": "float32", "float": "float32", "half": "float16"}.get(name, name)
     if name not in DTYPES:
         raise ConfigError(
-            f"config.json: dtype (torch_dtype) is {show(stored)}; jaxinfer computes in {', '.join(DTYPES)}: pass dtype, "
+            f"config.json: dtype (torch_dtype) is {show(stored)}; jaxinfer computes in {', '.join(DTYPES)}: pass "
+            "dtype, "
             "for instance 'bfloat16', if the weights are numbers of such a kind"
         )
     return name
@@ -226,12 +257,15 @@ def _dtype_name(stored: str) -> str:
 def _say_float32(stored: str) -> None:
     log.warning(
         "a %s checkpoint runs in float32: on this CPU with jax %s that is faster; dtype=%r keeps it",
-        stored, jax.__version__, stored,
-    )  # fmt: skip
+        stored,
+        jax.__version__,
+        stored,
+    )
 
 
 def said_dtype(hf: Mapping[str, Any]) -> str:
-    """Return what config.json, or else the configuration of its text model, says that the weights are; empty: nothing."""
+    """Return what config.json, or else the configuration of its text model, says that the weights are; empty:
+    nothing."""
     for values in (hf, hf.get("text_config"), hf.get("llm_config")):
         for name in ("dtype", "torch_dtype") if isinstance(values, Mapping) else ():
             if isinstance(values.get(name), str) and values[name] not in ("", "auto"):

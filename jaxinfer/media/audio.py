@@ -17,7 +17,8 @@ RATES = (1_000, 768_000)
 MAX_SAMPLES = 2**29
 """Of one input: two hours at 48 kHz take 1.3 GB as float32."""
 LOUDEST = 2.0**31
-"""Of floats: full scale of the largest integers that sound is kept in. What is beyond it is no sound, and its spectrum overflows."""
+"""Of floats: full scale of the largest integers that sound is kept in. What is beyond it is no sound, and its spectrum
+overflows."""
 PCM = {"uint8": (128, 2.0**7), "int16": (0, 2.0**15), "int32": (0, 2.0**31)}
 """Integers that WAV files hold: what silence is, and what full scale is."""
 
@@ -48,7 +49,8 @@ def as_audio(value: Any, where: str) -> Audio:
 
     Raises:
         TypeError: something else, such as a path, an array without its rate, or a list of numbers.
-        ValueError: no samples, several channels, samples that are not finite, beyond any scale or all silent, an impossible rate.
+        ValueError: no samples, several channels, samples that are not finite, beyond any scale or all silent, an
+            impossible rate.
     """
     if not isinstance(value, tuple) or len(value) != 2:
         raise TypeError(f"{where} must be a pair (array, sampling_rate), got {_shown(value)}.")
@@ -71,13 +73,16 @@ def as_features(value: Any, shape: tuple[int, ...], where: str) -> np.ndarray:
     if made.dtype.kind != "f" and made.dtype.name != "bfloat16":
         raise TypeError(f"{where} must have floats, as the model's feature extractor makes them, got {made.dtype}.")
     if made.shape != shape:
-        raise ValueError(f"{where} has shape {list(made.shape)}; this model takes {list(shape)}: mel bins by frames of one "
-                         "window, padded to its end.")
+        raise ValueError(
+            f"{where} has shape {list(made.shape)}; this model takes {list(shape)}: mel bins by frames of one "
+            "window, padded to its end."
+        )
     return _finite(made, where)
 
 
 def resample(audio: Audio, rate: int) -> np.ndarray:
-    """`[n']` float32 samples at another rate: a polyphase filter with a Kaiser window (`scipy.signal.resample_poly`)."""
+    """`[n']` float32 samples at another rate: a polyphase filter with a Kaiser window
+    (`scipy.signal.resample_poly`)."""
     if audio.rate == rate:
         return audio.samples
     from scipy.signal import resample_poly  # a dependency of JAX; imported when it is needed, as it takes a while
@@ -126,8 +131,10 @@ def _rate(value: Any, where: str) -> int:
         raise TypeError(f"{where}: the sampling rate must be an integer, in samples a second, got {describe(value)}.")
     low, high = RATES
     if not low <= value <= high or value != int(value):
-        raise ValueError(f"{where}: the sampling rate is {describe(value)}; it must be a whole number of samples a second "
-                         f"from {low} to {high}, such as 16000.")
+        raise ValueError(
+            f"{where}: the sampling rate is {describe(value)}; it must be a whole number of samples a second "
+            f"from {low} to {high}, such as 16000."
+        )
     return int(value)
 
 
@@ -143,14 +150,20 @@ def _samples(array: np.ndarray, where: str) -> np.ndarray:
     if array.dtype.name in PCM:
         array = _scaled(array)
     elif array.dtype.kind != "f" and array.dtype.name != "bfloat16":
-        raise TypeError(f"{where} has dtype {array.dtype}; samples are floats with full scale at 1, or {', '.join(PCM)}.")
+        raise TypeError(
+            f"{where} has dtype {array.dtype}; samples are floats with full scale at 1, or {', '.join(PCM)}."
+        )
     array = _finite(array, where)
     if (loudest := max(float(array.max()), -float(array.min()))) > LOUDEST:  # no copy of hours of sound
-        raise ValueError(f"{where} has samples of up to {loudest:.3g}, and full scale is 1; at most {LOUDEST:.0f} is taken. "
-                         "Divide by what full scale is in it.")
+        raise ValueError(
+            f"{where} has samples of up to {loudest:.3g}, and full scale is 1; at most {LOUDEST:.0f} is taken. "
+            "Divide by what full scale is in it."
+        )
     if not array.any():
-        raise ValueError(f"{where} is silent: all of its {array.size} samples are 0, and what a model hears in them it makes "
-                         "up. Leave it out.")
+        raise ValueError(
+            f"{where} is silent: all of its {array.size} samples are 0, and what a model hears in them it makes "
+            "up. Leave it out."
+        )
     return array
 
 

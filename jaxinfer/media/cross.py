@@ -95,8 +95,8 @@ class CrossReader(Protocol):
 class TextReader:
     """Text for the encoder, and for the decoder what it is to begin with.
 
-    The decoder starts with `decoder_start_token_id`. Behind it stand the token ids that were given, if they do not begin
-    with it themselves; or a text, after the token that the model is made to begin with (`forced_bos_token_id`).
+    The decoder starts with `decoder_start_token_id`. Behind it stand the token ids that were given, if they do not
+    begin with it themselves; or a text, after the token that the model is made to begin with (`forced_bos_token_id`).
     """
 
     forms = Forms(encoder=True)

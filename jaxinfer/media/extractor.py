@@ -36,12 +36,15 @@ class AudioProcessor:
         """
         samples, extractor = resample(audio, self.rate), self._extractor
         if len(samples) > extractor.n_samples:
-            raise ValueError(f"{where} is {audio.seconds:.2f} s long, and the model takes {extractor.n_samples / self.rate:g} s "
-                             "at once; LLM.transcribe takes audio of any length.")  # fmt: skip
+            raise ValueError(
+                f"{where} is {audio.seconds:.2f} s long, and the model takes {extractor.n_samples / self.rate:g} s "
+                "at once; LLM.transcribe takes audio of any length."
+            )
         return self._features(samples, "max_length")
 
     def whole(self, audio: Audio) -> np.ndarray:
-        """Audio of any length as `[mel bins, frames]` float32: what fits one window has silence after it, up to its end.
+        """Audio of any length as `[mel bins, frames]` float32: what fits one window has silence after it, up to its
+        end.
 
         Raises:
             CheckpointError: as `window`.
@@ -71,13 +74,14 @@ class AudioProcessor:
         return self._made
 
     def _features(self, samples: np.ndarray, padding: str) -> np.ndarray:
-        out = self._extractor(
-            samples, sampling_rate=self.rate, padding=padding, truncation=False, return_tensors="np"
-        )  # fmt: skip
+        out = self._extractor(samples, sampling_rate=self.rate, padding=padding, truncation=False, return_tensors="np")
         return np.asarray(out["input_features"], np.float32)[0]
 
     def _make(self) -> Any:
-        name, settings = described(self._directory, "feature_extractor") or (EXTRACTOR, {"feature_size": self._shape[0]})
+        name, settings = described(self._directory, "feature_extractor") or (
+            EXTRACTOR,
+            {"feature_size": self._shape[0]},
+        )
         cls = of_transformers([EXTRACTOR]) if name == EXTRACTOR else None
         if cls is None:
             raise CheckpointError(
@@ -89,7 +93,8 @@ class AudioProcessor:
         found = made.feature_size, made.nb_max_frames
         if found != self._shape:
             raise CheckpointError(
-                f"{self._directory}: the feature extractor makes windows of {list(found)} (mel bins, frames), but the model "
+                f"{self._directory}: the feature extractor makes windows of {list(found)} (mel bins, frames), but the "
+                "model "
                 f"takes {list(self._shape)}; preprocessor_config.json and config.json do not belong together"
             )
         return made

@@ -58,7 +58,9 @@ def as_values(values: Any, shape: tuple[int, ...], where: str) -> np.ndarray:
     if made.dtype.kind != "f" and made.dtype.name != "bfloat16":
         raise TypeError(f"{where} must have floats, as the model's processor makes them, got {made.dtype}.")
     if made.shape[1:] != shape or not len(made):
-        raise ValueError(f"{where} has shape {list(made.shape)}; this model takes tiles {expected} with n of 1 or more.")
+        raise ValueError(
+            f"{where} has shape {list(made.shape)}; this model takes tiles {expected} with n of 1 or more."
+        )
     made = made.astype(np.float32)
     _check_finite(made, where)
     return made
@@ -77,13 +79,17 @@ def _is_array(value: Any) -> bool:
 
 def _decode(image: Any, where: str) -> np.ndarray:
     if image.mode not in MODES:
-        raise ValueError(f"{where} has mode {image.mode!r}; supported: {', '.join(MODES)}. Scale it to 8 bits a channel "
-                         "and convert it to RGB.")
+        raise ValueError(
+            f"{where} has mode {image.mode!r}; supported: {', '.join(MODES)}. Scale it to 8 bits a channel "
+            "and convert it to RGB."
+        )
     _check_pixels(image.height, image.width, where)
     try:
         return np.asarray(image.convert("RGB"))
     except Exception as error:  # of many kinds: PIL decodes a file when its pixels are needed
-        raise ValueError(f"{where} cannot be decoded, it is truncated or corrupt: {str(error) or type(error).__name__}.") from error
+        raise ValueError(
+            f"{where} cannot be decoded, it is truncated or corrupt: {str(error) or type(error).__name__}."
+        ) from error
 
 
 def _channels_last(array: np.ndarray, where: str) -> np.ndarray:
@@ -92,8 +98,10 @@ def _channels_last(array: np.ndarray, where: str) -> np.ndarray:
     elif array.ndim == 3 and array.shape[-1] not in (1, 3, 4) and array.shape[0] in (1, 3, 4):
         array = array.transpose(1, 2, 0)
     if array.ndim != 3 or array.shape[-1] not in (1, 3, 4):
-        raise ValueError(f"{where} has shape {list(array.shape)}; an array must be [height, width], "
-                         "[height, width, C] or [C, height, width] with C of 1, 3 or 4.")
+        raise ValueError(
+            f"{where} has shape {list(array.shape)}; an array must be [height, width], "
+            "[height, width, C] or [C, height, width] with C of 1, 3 or 4."
+        )
     _check_pixels(*array.shape[:2], where)
     whole = _as_bytes(array[..., :3], where)
     return np.broadcast_to(whole, (*whole.shape[:2], 3))
@@ -110,8 +118,10 @@ def _as_bytes(array: np.ndarray, where: str) -> np.ndarray:
         _check_finite(array, where)
     low, high = array.min(), array.max()
     if low < 0 or high > most:
-        raise ValueError(f"{where} has values from {low} to {high}; {given} arrays must lie in 0 to {most}. What a "
-                         "processor has normalised goes in as pixel_values.")
+        raise ValueError(
+            f"{where} has values from {low} to {high}; {given} arrays must lie in 0 to {most}. What a "
+            "processor has normalised goes in as pixel_values."
+        )
     return array.astype(np.uint8) if most == 255 else np.rint(array * 255).astype(np.uint8)
 
 
@@ -125,7 +135,9 @@ def _check_pixels(height: int, width: int, where: str) -> None:
     if not height or not width:
         raise ValueError(f"{where} has no pixels: it is {height} high and {width} wide.")
     if height * width < MIN_PIXELS:
-        raise ValueError(f"{where} has {height} x {width} pixels; at least {MIN_PIXELS} are taken: a single one is a placeholder "
-                         "or a failed download, not a picture. Pass the whole image, or none.")
+        raise ValueError(
+            f"{where} has {height} x {width} pixels; at least {MIN_PIXELS} are taken: a single one is a placeholder "
+            "or a failed download, not a picture. Pass the whole image, or none."
+        )
     if height * width > MAX_PIXELS:
         raise ValueError(f"{where} has {height} x {width} pixels; at most {MAX_PIXELS} are taken. Scale it down.")

@@ -108,15 +108,15 @@ class PlacedInputs:
 
 @dataclass(frozen=True, eq=False)
 class CrossInputs:
-    """What the encoder of a model with cross-attention reads for one request: its positions are those of all inputs, one
-    after another.
+    """What the encoder of a model with cross-attention reads for one request: its positions are those of all inputs,
+    one after another.
     """
 
     inputs: tuple[EncoderInput, ...]
     """At least one; each is encoded by itself."""
     ranges: tuple[tuple[int, int, int], ...] = ()
-    """(token, first, end), ascending: from the prompt's position `token` on, to that of the next, tokens see the encoder
-    positions [first, end), and those before the first see none. By default every token sees all."""
+    """(token, first, end), ascending: from the prompt's position `token` on, to that of the next, tokens see the
+    encoder positions [first, end), and those before the first see none. By default every token sees all."""
     digest: bytes = field(init=False)
     """32 bytes that follow from the content."""
     identity: bytes = field(init=False)
@@ -146,8 +146,8 @@ class CrossInputs:
         return spans[np.searchsorted(tokens, np.arange(start, start + count), side="right")]
 
     def extras(self, block_size: int) -> dict[int, bytes]:
-        """What beside its tokens decides the content of a block of the decoder, by its number: the first has the input's
-        identity, and each the ranges that begin in it.
+        """What beside its tokens decides the content of a block of the decoder, by its number: the first has the
+        input's identity, and each the ranges that begin in it.
         """
         found = {0: self.identity}
         for token, first, end in self.ranges:

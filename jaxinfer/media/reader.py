@@ -36,9 +36,12 @@ class MediaReader:
     """
 
     def __init__(
-        self, takes: Takes, tokenizer: Any = None, form: ImageFormat | None = None,
+        self,
+        takes: Takes,
+        tokenizer: Any = None,
+        form: ImageFormat | None = None,
         processor: ImageProcessor | None = None,
-    ):  # fmt: skip
+    ):
         self.takes, self.form, self._processor = takes, form, processor
         known = {} if tokenizer is None or form is None else tokenizer.get_vocab()
         self.placeholder = known.get(form.placeholder, -1) if takes.placeholder < 0 and form else takes.placeholder
@@ -57,10 +60,14 @@ class MediaReader:
         given, keys = data or {}, (self.takes.modality, PREPROCESSED)
         for key in given:
             if key not in keys:
-                raise ValueError(f"prompt {index}: multi_modal_data has {describe(key)}; this model takes {keys[0]!r}, or "
-                                 f"{keys[1]!r} that are preprocessed.")  # fmt: skip
+                raise ValueError(
+                    f"prompt {index}: multi_modal_data has {describe(key)}; this model takes {keys[0]!r}, or "
+                    f"{keys[1]!r} that are preprocessed."
+                )
         if len(given) > 1:
-            raise ValueError(f"prompt {index}: multi_modal_data has both {keys[0]!r} and {keys[1]!r}; pass one of them.")
+            raise ValueError(
+                f"prompt {index}: multi_modal_data has both {keys[0]!r} and {keys[1]!r}; pass one of them."
+            )
         for key, value in given.items():
             several = value if isinstance(value, (list, tuple)) else [value]
             return tuple(self._input(one, key, f"prompt {index}, image {at}") for at, one in enumerate(several))
@@ -79,7 +86,8 @@ class MediaReader:
             raise
         except Exception as error:  # whatever transformers or Pillow make of it
             raise ValueError(
-                f"{where} of {rgb.shape[0]} x {rgb.shape[1]} pixels cannot be preprocessed: {type(error).__name__}: {error}."
+                f"{where} of {rgb.shape[0]} x {rgb.shape[1]} pixels cannot be preprocessed: {type(error).__name__}: "
+                f"{error}."
             ) from error
         return EncoderInput(takes.modality, tiles, takes.rows)
 
@@ -94,8 +102,10 @@ class MediaReader:
         form, names = self.form, (self.form.placeholder, *self.form.aliases)
         parts = re.split("|".join(map(re.escape, names)), text)
         if len(parts) - 1 != len(inputs):
-            raise ValueError(f"prompt {index}: the text has {_count(len(parts) - 1, 'image marker')} ({' or '.join(names)}) "
-                             f"for {_count(len(inputs), 'image')}; put one where each image belongs.")  # fmt: skip
+            raise ValueError(
+                f"prompt {index}: the text has {_count(len(parts) - 1, 'image marker')} ({' or '.join(names)}) "
+                f"for {_count(len(inputs), 'image')}; put one where each image belongs."
+            )
         made = [form.before + form.placeholder * one.length + form.after for one in inputs]
         return "".join(piece for pair in zip(parts, [*made, ""], strict=True) for piece in pair)
 
@@ -108,8 +118,10 @@ class MediaReader:
         if self.placeholder < 0 and not inputs:
             return None
         if self.placeholder < 0:
-            raise ValueError(f"prompt {index}: neither config.json nor the tokenizer says which token stands for images; pass "
-                             "tokenizer= with that token.")  # fmt: skip
+            raise ValueError(
+                f"prompt {index}: neither config.json nor the tokenizer says which token stands for images; pass "
+                "tokenizer= with that token."
+            )
         places = np.flatnonzero(np.asarray(token_ids, np.int64) == self.placeholder)
         wanted = sum(one.length for one in inputs)
         if len(places) == wanted:
@@ -118,8 +130,10 @@ class MediaReader:
         if not inputs:
             raise ValueError(f"{found}, but no image is given; pass multi_modal_data={{{self.takes.modality!r}: ...}}.")
         tiles = " + ".join(str(one.count) for one in inputs)
-        raise ValueError(f"{found}, but {_count(len(inputs), 'image')} of {tiles} tiles x {self.takes.rows} tokens take "
-                         f"{wanted}; prompt_token_ids must hold them all.")  # fmt: skip
+        raise ValueError(
+            f"{found}, but {_count(len(inputs), 'image')} of {tiles} tiles x {self.takes.rows} tokens take "
+            f"{wanted}; prompt_token_ids must hold them all."
+        )
 
 
 def _count(number: int, what: str) -> str:

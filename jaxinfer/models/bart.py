@@ -107,16 +107,22 @@ def read_config(reader: ConfigReader, *, norm_first: bool) -> BartConfig:
     def stack(name: str) -> StackConfig:
         layers, heads, ffn = (reader.get_int(f"{name}_{part}") for part in ("layers", "attention_heads", "ffn_dim"))
         if width % heads:
-            raise ConfigError(f"config.json: d_model is {width}, which {name}_attention_heads = {heads} does not divide")
+            raise ConfigError(
+                f"config.json: d_model is {width}, which {name}_attention_heads = {heads} does not divide"
+            )
         return StackConfig(layers, heads, ffn)
 
     tied = reader.get_bool("tie_word_embeddings", True)
     # transformers reads none of these any more, but the code that some were published with did.
     one_value = {
-        "normalize_before": norm_first, "add_final_layer_norm": norm_first, "normalize_embedding": True,
-        "add_bias_logits": False, "static_position_embeddings": False, "extra_pos_embeddings": OFFSET,
+        "normalize_before": norm_first,
+        "add_final_layer_norm": norm_first,
+        "normalize_embedding": True,
+        "add_bias_logits": False,
+        "static_position_embeddings": False,
+        "extra_pos_embeddings": OFFSET,
         "do_blenderbot_90_layernorm": False,
-    }  # fmt: skip
+    }
     for name, value in one_value.items():
         reader.only(name, value)
     # Of training and of other tasks, or the same again.
@@ -124,11 +130,16 @@ def read_config(reader: ConfigReader, *, norm_first: bool) -> BartConfig:
     reader.defaults(max_position_embeddings=1024)
     scaled = reader.get_bool("scale_embedding", False)
     return BartConfig(
-        vocab_size=reader.get_int("vocab_size"), width=width, encoder=stack("encoder"), decoder=stack("decoder"),
-        activation=activation, max_position=reader.get_int("max_position_embeddings"),
-        embedding_scale=math.sqrt(width) if scaled else 1.0, norm_first=norm_first,
+        vocab_size=reader.get_int("vocab_size"),
+        width=width,
+        encoder=stack("encoder"),
+        decoder=stack("decoder"),
+        activation=activation,
+        max_position=reader.get_int("max_position_embeddings"),
+        embedding_scale=math.sqrt(width) if scaled else 1.0,
+        norm_first=norm_first,
         own=frozenset() if tied else frozenset(TABLES),
-    )  # fmt: skip
+    )
 
 
 class Stack(nnx.Module):
@@ -211,7 +222,9 @@ class DecoderLayer(Residual):
 def _embedding(build: Build, config: BartConfig, parts: Sequence[str]) -> Embedding:
     """Make the embedding of these of `TABLES`."""
     lookup, head = parts != (HEAD,), HEAD in parts
-    build = build if head else build._replace(quantization=None)  # a table that is only looked up gains nothing from int8
+    build = (
+        build if head else build._replace(quantization=None)
+    )  # a table that is only looked up gains nothing from int8
     made = Embedding(build, config.vocab_size, config.width, lookup=lookup, head=head)
     made.steps = tuple(dict.fromkeys(step for part in parts for step in ((ENCODE,) if part == "encoder" else STEPS)))
     return made
@@ -231,13 +244,9 @@ class Bart(nnx.Module):
             _embedding(build.at(name), config, (part,)) if part in config.own else None
             for part, name in zip(TABLES, ("encoder_embedding", "decoder_embedding", "head"), strict=True)
         )
-        self.encoder = Stack(
-            build.at("encoder"), config, partial(EncoderLayer, config=config), config.encoder.layers
-        )
+        self.encoder = Stack(build.at("encoder"), config, partial(EncoderLayer, config=config), config.encoder.layers)
         self.encoder.steps = (ENCODE,)
-        self.decoder = Stack(
-            build.at("decoder"), config, partial(DecoderLayer, config=config), config.decoder.layers
-        )
+        self.decoder = Stack(build.at("decoder"), config, partial(DecoderLayer, config=config), config.decoder.layers)
         head = self.embedding if self.head is None else self.head
         names, whole = (None, axes.VOCAB), (1, config.vocab_size)
         at = build.at("embedding" if self.head is None else "head")
@@ -253,9 +262,7 @@ class Bart(nnx.Module):
             x = layer(x, step)
         return self.encoder.leave(x)
 
-    def encode_cross(
-        self, inputs: jax.Array, numbers: jax.Array, step: EncodeStep, lanes: list[Lane]
-    ) -> list[Lane]:
+    def encode_cross(self, inputs: jax.Array, numbers: jax.Array, step: EncodeStep, lanes: list[Lane]) -> list[Lane]:
         """Token ids `[S]` -> the lanes with the keys and values that all layers of the decoder attend to."""
         encoded, lanes = self.encode(inputs, step), list(lanes)
         for number, layer in enumerate(self.decoder.layers, self.config.num_layers):

@@ -60,7 +60,8 @@ class CrossSource:
     modality: str
     """"text"; or the name under `multi_modal_data`: "audio", "image"."""
     shape: tuple[int, ...]
-    """Of one value: () of a token id, `(mel bins, frames)`, `(tiles, C, height, width)`. Token ids are int32, all else float32."""
+    """Of one value: () of a token id, `(mel bins, frames)`, `(tiles, C, height, width)`. Token ids are int32, all else
+    float32."""
     rows: int
     """Positions that one value becomes, at most (`media.EncoderInput.kept`)."""
     longest: int
@@ -161,10 +162,9 @@ class MultimodalModel(LanguageModel, Protocol):
 class CrossModel(LanguageModel, Protocol):
     """A language model whose `config.cross` is not None: some of its `cache_specs` are `kv.spec.Cross`."""
 
-    def encode_cross(
-        self, inputs: jax.Array, numbers: jax.Array, step: EncodeStep, lanes: Cache
-    ) -> Cache:
-        """Inputs `[U, *cross.shape]` and `[U, cross.numbers]` int32 -> the lanes with keys and values of all cross layers.
+    def encode_cross(self, inputs: jax.Array, numbers: jax.Array, step: EncodeStep, lanes: Cache) -> Cache:
+        """Inputs `[U, *cross.shape]` and `[U, cross.numbers]` int32 -> the lanes with keys and values of all cross
+        layers.
 
         Under jit. Integers are as they came, floats in the dtype of the activations.
         """

@@ -1,4 +1,5 @@
-"""Cohere 2, Command R7B and A (`Cohere2ForCausalLM`): attention and MLP of one norm; full layers have no rope (arXiv:2504.00698)."""
+"""Cohere 2, Command R7B and A (`Cohere2ForCausalLM`): attention and MLP of one norm; full layers have no rope
+(arXiv:2504.00698)."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -36,9 +37,12 @@ def config(reader: ConfigReader) -> DecoderConfig:
     reader.absent(sliding_window=4096)
     reader.defaults(tie_word_embeddings=True, max_position_embeddings=8192)
     one_value = {
-        "use_parallel_block": (True,), "use_embedding_sharing": (True,), "position_embedding_type": ("rope_gptj",),
-        "order_of_interleaved_layers": ("local_attn_first",), "rotary_pct": (1,),
-    }  # fmt: skip
+        "use_parallel_block": (True,),
+        "use_embedding_sharing": (True,),
+        "position_embedding_type": ("rope_gptj",),
+        "order_of_interleaved_layers": ("local_attn_first",),
+        "rotary_pct": (1,),
+    }
     for name, values in one_value.items():
         reader.only(name, *values)
     reader.skip("use_parallel_embedding")  # of how embeddings are divided over devices
@@ -47,13 +51,21 @@ def config(reader: ConfigReader) -> DecoderConfig:
     kinds = layer_kinds(reader, [SLIDING if number % pattern else FULL for number in range(1, layers + 1)])
     bias = reader.get_bool("attention_bias", False)
     shared = read_config(
-        reader, qkv_bias=bias, out_bias=bias, window=window_of(reader), kinds=kinds, local_rope={},
+        reader,
+        qkv_bias=bias,
+        out_bias=bias,
+        window=window_of(reader),
+        kinds=kinds,
+        local_rope={},
         norm_eps=("layer_norm_eps", 1e-5),
-    )  # fmt: skip
+    )
     return replace(
-        shared, attention=replace(shared.attention, interleaved=True), rope=None, centred_norms=True,
+        shared,
+        attention=replace(shared.attention, interleaved=True),
+        rope=None,
+        centred_norms=True,
         logit_scale=reader.get_float("logit_scale", 0.0625),
-    )  # fmt: skip
+    )
 
 
 FAMILY = Family(config, partial(Decoder, block=ParallelLayer), partial(weight_rules, block=ParallelLayer))

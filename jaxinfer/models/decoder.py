@@ -1,4 +1,5 @@
-"""The decoder stack that Llama and its relatives share: attention and gated MLP or experts with their norms, unrolled."""
+"""The decoder stack that Llama and its relatives share: attention and gated MLP or experts with their norms,
+unrolled."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -29,8 +30,11 @@ from jaxinfer.models.moe_rules import MoENames, moe_rules
 from jaxinfer.sharding import axes
 
 MIXERS: Mapping[type, type[nnx.Module]] = {
-    AttentionSpec: Attention, LatentSpec: LatentAttention, KdaSpec: KimiDeltaAttention, DeltaNetSpec: GatedDeltaNet,
-}  # fmt: skip
+    AttentionSpec: Attention,
+    LatentSpec: LatentAttention,
+    KdaSpec: KimiDeltaAttention,
+    DeltaNetSpec: GatedDeltaNet,
+}
 """The module of each, made of a `Build` and its spec; it has a `cache_spec`."""
 
 
@@ -54,9 +58,10 @@ class Layer(nnx.Module):
         self.mlp_norm = norm("mlp_norm")
         moe = config.moe_of(number)
         self.mlp = (
-            GatedMLP(build.at("mlp"), width, config.ffn, config.activation, bias=config.mlp_bias) if moe is None
+            GatedMLP(build.at("mlp"), width, config.ffn, config.activation, bias=config.mlp_bias)
+            if moe is None
             else MoE(build.at("mlp"), width, moe)
-        )  # fmt: skip
+        )
         self.mlp_post_norm = norm("mlp_post_norm")
 
     @staticmethod
@@ -119,14 +124,16 @@ class Decoder(nnx.Module):
         sizes = config.vocab_size, config.attention.width
         logits = {"softcap": config.logit_softcap, "logit_scale": config.logit_scale}
         self.embedding = Embedding(
-            lookup.at("embedding"), *sizes, head=config.tied, scale=config.embedding_scale,
-            round_scale=config.round_embedding_scale, **logits,
-        )  # fmt: skip
+            lookup.at("embedding"),
+            *sizes,
+            head=config.tied,
+            scale=config.embedding_scale,
+            round_scale=config.round_embedding_scale,
+            **logits,
+        )
         self.layers = nnx.List([block(build.at("layers", i), config, i) for i in range(config.num_layers)])
         self.norm = _norm(build.at("norm"), config)
-        self.head = None if config.tied else Embedding(
-            build.at("head"), *sizes, lookup=False, head=True, **logits
-        )
+        self.head = None if config.tied else Embedding(build.at("head"), *sizes, lookup=False, head=True, **logits)
 
     def __call__(
         self, tokens: jax.Array, step: StepContext, lanes: Cache, features: FeatureRows | None = None
@@ -141,7 +148,8 @@ class Decoder(nnx.Module):
             x = jnp.where((features.index >= 0)[:, None], rows, x)
         ropes = [self.config.rope_of(number) for number in range(self.config.num_layers)]
         turned = {
-            rope: None if rope is None else cos_sin(rope, step.positions, step.rope_lengths) for rope in dict.fromkeys(ropes)
+            rope: None if rope is None else cos_sin(rope, step.positions, step.rope_lengths)
+            for rope in dict.fromkeys(ropes)
         }
         lanes = list(lanes)
         for number, layer in enumerate(self.layers):
@@ -174,8 +182,13 @@ def weight_rules(
     table = [
         Rule("model.embed_tokens.weight", "embedding.weight"),
         Rule("model.norm.weight", "norm.scale"),
-        Rule("lm_head.weight", "embedding.weight", tied="head") if config.tied else Rule("lm_head.weight", "head.weight"),
-        *(Rule(f"{layer}.{name}.weight", f"layers.{{i}}.{norm}.scale") for norm, name in block.norm_names(config).items()),
+        Rule("lm_head.weight", "embedding.weight", tied="head")
+        if config.tied
+        else Rule("lm_head.weight", "head.weight"),
+        *(
+            Rule(f"{layer}.{name}.weight", f"layers.{{i}}.{norm}.scale")
+            for norm, name in block.norm_names(config).items()
+        ),
     ]
 
     def linear(name: str, target: str, parts: tuple[str, ...]) -> None:

@@ -5,31 +5,69 @@ from typing import Any
 
 PLAIN: Mapping[str, tuple[Any, ...]] = {
     # Which tokens see each other.
-    "is_causal": (True,), "use_bidirectional_attention": (False,), "use_sliding_window": (False,), "use_logn_attn": (False,),
+    "is_causal": (True,),
+    "use_bidirectional_attention": (False,),
+    "use_sliding_window": (False,),
+    "use_logn_attn": (False,),
     # Positions.
-    "use_rope": (True,), "use_rotary": (True,), "rotary": (True,), "rope_interleaved": (False,), "rope_interleave": (False,),
-    "use_mrope": (False,), "use_dynamic_ntk": (False,), "alibi": (False,), "use_alibi": (False,), "rotary_pct": (1,),
-    "rotary_percent": (1,), "rope_pct": (1,), "rope_ratio": (1,),
+    "use_rope": (True,),
+    "use_rotary": (True,),
+    "rotary": (True,),
+    "rope_interleaved": (False,),
+    "rope_interleave": (False,),
+    "use_mrope": (False,),
+    "use_dynamic_ntk": (False,),
+    "alibi": (False,),
+    "use_alibi": (False,),
+    "rotary_pct": (1,),
+    "rotary_percent": (1,),
+    "rope_pct": (1,),
+    "rope_ratio": (1,),
     "position_embedding_type": ("rope", "rotary", "rotary_embedding"),
     # Biases.
-    "attention_bias": (False,), "attn_bias": (False,), "qkv_bias": (False,), "use_qkv_bias": (False,),
-    "add_qkv_bias": (False,), "mlp_bias": (False,), "use_mlp_bias": (False,), "lm_head_bias": (False,), "bias": (False,),
-    "use_bias": (False,), "add_bias_linear": (False,),
+    "attention_bias": (False,),
+    "attn_bias": (False,),
+    "qkv_bias": (False,),
+    "use_qkv_bias": (False,),
+    "add_qkv_bias": (False,),
+    "mlp_bias": (False,),
+    "use_mlp_bias": (False,),
+    "lm_head_bias": (False,),
+    "bias": (False,),
+    "use_bias": (False,),
+    "add_bias_linear": (False,),
     # The shape of a block.
-    "use_gated_activation": (True,), "parallel_attn": (False,), "use_parallel_residual": (False,),
-    "parallel_residual": (False,), "attn_output_gate": (False,), "attention_output_gate": (False,),
-    "norm_type": ("rmsnorm", "rms_norm", "RMSNorm"), "normalization_type": ("rmsnorm", "rms_norm", "RMSNorm"),
+    "use_gated_activation": (True,),
+    "parallel_attn": (False,),
+    "use_parallel_residual": (False,),
+    "parallel_residual": (False,),
+    "attn_output_gate": (False,),
+    "attention_output_gate": (False,),
+    "norm_type": ("rmsnorm", "rms_norm", "RMSNorm"),
+    "normalization_type": ("rmsnorm", "rms_norm", "RMSNorm"),
     # Multipliers.
-    "embedding_multiplier": (1,), "residual_multiplier": (1,), "attention_multiplier": (1,), "logits_scaling": (1,),
-    "logit_scale": (1,), "scale_emb": (1,), "use_mup": (False,), "mup": (False,),
-}  # fmt: skip
+    "embedding_multiplier": (1,),
+    "residual_multiplier": (1,),
+    "attention_multiplier": (1,),
+    "logits_scaling": (1,),
+    "logit_scale": (1,),
+    "scale_emb": (1,),
+    "use_mup": (False,),
+    "mup": (False,),
+}
 """Attributes that published files of decoders have, and the values that mean a decoder without them. Where a family has
 one of them, it reads it."""
 
 _EXPERTS = (
-    "num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size",
-    "n_shared_experts", "num_shared_experts", "shared_expert_intermediate_size",
-)  # fmt: skip
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "n_shared_experts",
+    "num_shared_experts",
+    "shared_expert_intermediate_size",
+)
 
 
 def one_values(*, qk_norm: bool, experts: bool) -> dict[str, tuple[Any, ...]]:

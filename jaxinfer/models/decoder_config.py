@@ -51,7 +51,8 @@ class DecoderConfig:
     norm_scaling: Scaling = Scaling()
     """Of all norms of the model's width."""
     centred_norms: bool = False
-    """Whether norms of the model's width subtract the mean first (a LayerNorm without a bias, Cohere); False: RMSNorm."""
+    """Whether norms of the model's width subtract the mean first (a LayerNorm without a bias, Cohere); False:
+    RMSNorm."""
     embedding_scale: float | None = None
     """Multiplies the embeddings of tokens; None: they stay."""
     round_embedding_scale: bool = True
@@ -185,12 +186,22 @@ class AroundDecoder:
 
 
 def read_config(
-    reader: ConfigReader, *, qkv_bias: bool = False, out_bias: bool = False, qk_norm: bool = False,
-    mlp_bias: bool = False, window: int | None = None, kinds: Sequence[str] = (), partial_rotary: bool = False,
-    moe: MoEConfig | None = None, dense_layers: Sequence[int] = (), activation: str = "hidden_act",
-    local_rope: Mapping[str, Any] | None = None, norm_eps: tuple[str, float] = ("rms_norm_eps", 1e-6),
+    reader: ConfigReader,
+    *,
+    qkv_bias: bool = False,
+    out_bias: bool = False,
+    qk_norm: bool = False,
+    mlp_bias: bool = False,
+    window: int | None = None,
+    kinds: Sequence[str] = (),
+    partial_rotary: bool = False,
+    moe: MoEConfig | None = None,
+    dense_layers: Sequence[int] = (),
+    activation: str = "hidden_act",
+    local_rope: Mapping[str, Any] | None = None,
+    norm_eps: tuple[str, float] = ("rms_norm_eps", 1e-6),
     linear: KdaSpec | DeltaNetSpec | None = None,
-) -> DecoderConfig:  # fmt: skip
+) -> DecoderConfig:
     """Read the attributes that all families of this stack name alike, and require one value of those it has not.
 
     `kinds`: of the layers, where a window is not that of all of them (`layer_kinds`).
@@ -222,14 +233,27 @@ def read_config(
     spec = AttentionSpec(width, heads, kv_heads, head_dim, qkv_bias, out_bias, eps if qk_norm else None)
     layers = reader.get_int("num_hidden_layers")
     if window is None and SLIDING in kinds:
-        raise ConfigError(f"config.json: layer_types names {SLIDING}, but there is no sliding_window in use; give its size")
+        raise ConfigError(
+            f"config.json: layer_types names {SLIDING}, but there is no sliding_window in use; give its size"
+        )
     return DecoderConfig(
-        vocab_size=reader.get_int("vocab_size"), num_layers=layers,
-        ffn=reader.get_int("intermediate_size"), activation=chosen, norm_eps=eps, attention=spec,
-        rope=rope, local_rope=local, max_position=reader.get_int("max_position_embeddings"), window=window,
+        vocab_size=reader.get_int("vocab_size"),
+        num_layers=layers,
+        ffn=reader.get_int("intermediate_size"),
+        activation=chosen,
+        norm_eps=eps,
+        attention=spec,
+        rope=rope,
+        local_rope=local,
+        max_position=reader.get_int("max_position_embeddings"),
+        window=window,
         kinds=tuple(kinds) or ((SLIDING if window else FULL),) * layers,
-        linear=linear, mlp_bias=mlp_bias, moe=moe, dense_layers=tuple(dense_layers), tied=reader.get_bool("tie_word_embeddings", False),
-    )  # fmt: skip
+        linear=linear,
+        mlp_bias=mlp_bias,
+        moe=moe,
+        dense_layers=tuple(dense_layers),
+        tied=reader.get_bool("tie_word_embeddings", False),
+    )
 
 
 def window_of(reader: ConfigReader) -> int | None:
@@ -247,7 +271,9 @@ def layer_kinds(
     """
     kinds, layers = reader.get("layer_types", list(default)), reader.get_int("num_hidden_layers")
     if not isinstance(kinds, list) or len(kinds) != layers:
-        raise ConfigError(f"config.json: layer_types must be a list of num_hidden_layers = {layers} kinds, got {show(kinds)}")
+        raise ConfigError(
+            f"config.json: layer_types must be a list of num_hidden_layers = {layers} kinds, got {show(kinds)}"
+        )
     for number, kind in enumerate(kinds):
         if kind not in known:
             raise ConfigError(
@@ -262,8 +288,8 @@ def _ropes(
 ) -> tuple[RopeConfig, RopeConfig | None]:
     """Read the rope of full and of sliding layers; `local`: what is different about the latter.
 
-    `rope_parameters` may have an object of each kind, as transformers 5 writes it; it states all but the base, which the
-    family may have as a default.
+    `rope_parameters` may have an object of each kind, as transformers 5 writes it; it states all but the base, which
+    the family may have as a default.
     """
     each = reader.get("rope_parameters", None)
     if not isinstance(each, Mapping) or {FULL, SLIDING}.isdisjoint(each):

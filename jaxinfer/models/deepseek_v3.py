@@ -20,7 +20,8 @@ from jaxinfer.models.moe_rules import MoENames
 
 NAMES = MoENames()
 LATENT_NORM_EPS = 1e-6
-"""Of the norms of latents, whatever `rms_norm_eps` says: transformers and the published code leave it at the default."""
+"""Of the norms of latents, whatever `rms_norm_eps` says: transformers and the published code leave it at the
+default."""
 
 
 def latent_spec(reader: ConfigReader, *, rotated: bool) -> LatentSpec:
@@ -36,43 +37,74 @@ def latent_spec(reader: ConfigReader, *, rotated: bool) -> LatentSpec:
     reader.skip("head_dim")  # follows from others in transformers' files, and is of no use in published ones
     reader.only("qk_head_dim", own + shared)
     return LatentSpec(
-        reader.get_int("hidden_size"), heads, rank=reader.get_int("kv_lora_rank", 512), key_dim=own, shared_dim=shared,
-        value_dim=reader.get_int("v_head_dim", 128), scale=(own + shared) ** -0.5,
-        query_rank=reader.get_int("q_lora_rank", None), norm_eps=LATENT_NORM_EPS,
-        interleaved=rotated and reader.get_bool("rope_interleave", True), bias=reader.get_bool("attention_bias", False),
-    )  # fmt: skip
+        reader.get_int("hidden_size"),
+        heads,
+        rank=reader.get_int("kv_lora_rank", 512),
+        key_dim=own,
+        shared_dim=shared,
+        value_dim=reader.get_int("v_head_dim", 128),
+        scale=(own + shared) ** -0.5,
+        query_rank=reader.get_int("q_lora_rank", None),
+        norm_eps=LATENT_NORM_EPS,
+        interleaved=rotated and reader.get_bool("rope_interleave", True),
+        bias=reader.get_bool("attention_bias", False),
+    )
 
 
-def experts(reader: ConfigReader, *, count: str, per_token: str, shared: str, groups: str, renormalise: str) -> MoEConfig:
+def experts(
+    reader: ConfigReader, *, count: str, per_token: str, shared: str, groups: str, renormalise: str
+) -> MoEConfig:
     """Read the experts of the lineage, whose attributes' names are not the same everywhere."""
     for name, value in ("scoring_func", SIGMOID), ("topk_method", "noaux_tc"), ("moe_layer_freq", 1):
         reader.only(name, value)
     width, one = reader.get_int("moe_intermediate_size"), reader.get_int(groups, 1)
     router = RouterConfig(
-        SIGMOID, reader.get_bool(renormalise, True), reader.get_float("routed_scaling_factor", 1.0), correction=True,
-        groups=one, chosen_groups=reader.get_int("topk_group", 1),
-    )  # fmt: skip
+        SIGMOID,
+        reader.get_bool(renormalise, True),
+        reader.get_float("routed_scaling_factor", 1.0),
+        correction=True,
+        groups=one,
+        chosen_groups=reader.get_int("topk_group", 1),
+    )
     return MoEConfig(
-        reader.get_int(count), reader.get_int(per_token, 8), width, router, reader.get_str("hidden_act", "silu"),
+        reader.get_int(count),
+        reader.get_int(per_token, 8),
+        width,
+        router,
+        reader.get_str("hidden_act", "silu"),
         shared=width * reader.get_int(shared, 1, least=0),
-    )  # fmt: skip
+    )
 
 
 def stack(
-    reader: ConfigReader, attention: LatentSpec, moe: MoEConfig, dense: Sequence[int], *, max_position: int,
-    rope: RopeConfig | None, eps: float,
-) -> DecoderConfig:  # fmt: skip
+    reader: ConfigReader,
+    attention: LatentSpec,
+    moe: MoEConfig,
+    dense: Sequence[int],
+    *,
+    max_position: int,
+    rope: RopeConfig | None,
+    eps: float,
+) -> DecoderConfig:
     """Read the decoder around them; `dense`: the layers that have an MLP, `eps`: of the norms beside the latents'."""
     reader.require(one_values(qk_norm=False, experts=True) | {"use_qk_norm": (False, True)})
     layers, activation = reader.get_int("num_hidden_layers"), reader.get_str("hidden_act", "silu")
     if activation not in ACTIVATIONS:
         raise ConfigError(f"config.json: hidden_act is {activation!r}; supported: {', '.join(ACTIVATIONS)}")
     return DecoderConfig(
-        vocab_size=reader.get_int("vocab_size"), num_layers=layers, ffn=reader.get_int("intermediate_size"),
-        activation=activation, norm_eps=eps, attention=attention, rope=rope, max_position=max_position,
-        kinds=(FULL,) * layers, moe=moe, dense_layers=tuple(dense),
+        vocab_size=reader.get_int("vocab_size"),
+        num_layers=layers,
+        ffn=reader.get_int("intermediate_size"),
+        activation=activation,
+        norm_eps=eps,
+        attention=attention,
+        rope=rope,
+        max_position=max_position,
+        kinds=(FULL,) * layers,
+        moe=moe,
+        dense_layers=tuple(dense),
         tied=reader.get_bool("tie_word_embeddings", False),
-    )  # fmt: skip
+    )
 
 
 def config(reader: ConfigReader) -> DecoderConfig:
@@ -82,9 +114,13 @@ def config(reader: ConfigReader) -> DecoderConfig:
     eps, layers = reader.get_float("rms_norm_eps", 1e-6, above=0), reader.get_int("num_hidden_layers")
     attention = latent_spec(reader, rotated=True)
     moe = experts(
-        reader, count="n_routed_experts", per_token="num_experts_per_tok", shared="n_shared_experts", groups="n_group",
+        reader,
+        count="n_routed_experts",
+        per_token="num_experts_per_tok",
+        shared="n_shared_experts",
+        groups="n_group",
         renormalise="norm_topk_prob",
-    )  # fmt: skip
+    )
     rope = reader.rope(attention.shared_dim)
     dense = range(min(layers, reader.get_int("first_k_dense_replace", 3, least=0)))
     attention = replace(attention, scale=attention.scale * _score_factor(rope) ** 2)

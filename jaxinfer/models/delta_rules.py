@@ -34,12 +34,10 @@ def kda_rules(layer: str = "model.layers.{i}.self_attn", target: str = "layers.{
 def delta_net_rules(layer: str = "model.layers.{i}.linear_attn", target: str = "layers.{i}.attention") -> list[Rule]:
     """Of one `layers.delta_net.GatedDeltaNet`; arguments as of `kda_rules`."""
     return [
-        *(
-            Rule(f"{layer}.in_proj_{part}.weight", f"{target}.projection.weight", (part,)) for part in ("qkvz", "ba")
-        ),
+        *(Rule(f"{layer}.in_proj_{part}.weight", f"{target}.projection.weight", (part,)) for part in ("qkvz", "ba")),
         Rule(f"{layer}.conv1d.weight", f"{target}.conv", ("q", "k", "v")),
         Rule(f"{layer}.A_log", f"{target}.decay"),
         Rule(f"{layer}.dt_bias", f"{target}.decay_bias"),
         Rule(f"{layer}.norm.weight", f"{target}.norm"),
         Rule(f"{layer}.out_proj.weight", f"{target}.out.weight"),
-    ]  # fmt: skip
+    ]

@@ -1,4 +1,5 @@
-"""Gemma 2 (`Gemma2ForCausalLM`): windows in every other layer, norms on both sides, capped scores (arXiv:2408.00118)."""
+"""Gemma 2 (`Gemma2ForCausalLM`): windows in every other layer, norms on both sides, capped scores
+(arXiv:2408.00118)."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -31,24 +32,35 @@ def gemma(reader: ConfigReader, kinds: Sequence[str], **more: Any) -> DecoderCon
     reader.skip("hidden_act", "sliding_window_size")
     bias = reader.get_bool("attention_bias", False)
     shared = read_config(
-        reader, qkv_bias=bias, out_bias=bias, window=window_of(reader),
-        kinds=layer_kinds(reader, kinds), activation="hidden_activation", **more,
-    )  # fmt: skip
+        reader,
+        qkv_bias=bias,
+        out_bias=bias,
+        window=window_of(reader),
+        kinds=layer_kinds(reader, kinds),
+        activation="hidden_activation",
+        **more,
+    )
     scale = reader.get_float("query_pre_attn_scalar", above=0) ** -0.5
     return replace(
-        shared, attention=replace(shared.attention, scale=scale, norm_scaling=SCALING), norms=(BEFORE, AFTER),
-        norm_scaling=SCALING, embedding_scale=shared.attention.width**0.5,
+        shared,
+        attention=replace(shared.attention, scale=scale, norm_scaling=SCALING),
+        norms=(BEFORE, AFTER),
+        norm_scaling=SCALING,
+        embedding_scale=shared.attention.width**0.5,
         logit_softcap=reader.get_float("final_logit_softcapping", None, above=0),
-    )  # fmt: skip
+    )
 
 
 def config(reader: ConfigReader) -> DecoderConfig:
     """The first layer slides; both caps may be null."""
     reader.absent(attn_logit_softcapping=50.0, final_logit_softcapping=30.0, sliding_window=4096, num_key_value_heads=4)
     reader.defaults(
-        query_pre_attn_scalar=256, hidden_activation="gelu_pytorch_tanh", tie_word_embeddings=True, head_dim=256,
+        query_pre_attn_scalar=256,
+        hidden_activation="gelu_pytorch_tanh",
+        tie_word_embeddings=True,
+        head_dim=256,
         max_position_embeddings=8192,
-    )  # fmt: skip
+    )
     layers = reader.get_int("num_hidden_layers")
     made = gemma(reader, [(SLIDING, FULL)[number % 2] for number in range(layers)])
     softcap = reader.get_float("attn_logit_softcapping", None, above=0)

@@ -1,6 +1,6 @@
-"""Gemma 3 (`Gemma3ForCausalLM`): five sliding layers for a full one, each kind with its own rope, and norms of queries and
-keys in the place of Gemma 2's caps (arXiv:2503.19786). Of checkpoints that read images (`Gemma3ForConditionalGeneration`)
-the text model alone is served.
+"""Gemma 3 (`Gemma3ForCausalLM`): five sliding layers for a full one, each kind with its own rope, and norms of queries
+and keys in the place of Gemma 2's caps (arXiv:2503.19786). Of checkpoints that read images
+(`Gemma3ForConditionalGeneration`) the text model alone is served.
 """
 
 from jaxinfer.checkpoint.hf import ConfigReader
@@ -11,8 +11,16 @@ from jaxinfer.models.gemma2 import gemma
 
 THETA, LOCAL_THETA = 1_000_000.0, 10_000.0
 """Of full and of sliding layers, where config.json does not say."""
-IMAGES = ("vision_config", "mm_tokens_per_image", "image_token_index", "boi_token_index", "eoi_token_index",
-          "image_token_id", "boi_token_id", "eoi_token_id")  # fmt: skip
+IMAGES = (
+    "vision_config",
+    "mm_tokens_per_image",
+    "image_token_index",
+    "boi_token_index",
+    "eoi_token_index",
+    "image_token_id",
+    "boi_token_id",
+    "eoi_token_id",
+)
 """Fields of config.json about images."""
 NOT_TEXT = (r"(model\.)?(vision_tower|multi_modal_projector)\..*",)
 """Tensors of the parts that read images."""
@@ -30,9 +38,15 @@ def config(reader: ConfigReader) -> DecoderConfig:
         reader.defaults(hidden_size=2304, intermediate_size=9216, num_hidden_layers=26)
     reader.absent(sliding_window=4096)
     reader.defaults(
-        vocab_size=262_208, num_attention_heads=8, num_key_value_heads=4, head_dim=256, max_position_embeddings=131_072,
-        query_pre_attn_scalar=256, hidden_activation="gelu_pytorch_tanh", tie_word_embeddings=True,
-    )  # fmt: skip
+        vocab_size=262_208,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=256,
+        max_position_embeddings=131_072,
+        query_pre_attn_scalar=256,
+        hidden_activation="gelu_pytorch_tanh",
+        tie_word_embeddings=True,
+    )
     each, layers = reader.get_int("sliding_window_pattern", 6), reader.get_int("num_hidden_layers")
     reader.skip("_sliding_window_pattern")  # a copy, beside layer_types
     reader.default_theta = THETA

@@ -1,4 +1,5 @@
-"""gpt-oss (`GptOssForCausalLM`): windows in every other layer, a sink for each head, experts with biases (arXiv:2508.10925)."""
+"""gpt-oss (`GptOssForCausalLM`): windows in every other layer, a sink for each head, experts with biases
+(arXiv:2508.10925)."""
 
 from dataclasses import replace
 from functools import partial
@@ -15,9 +16,13 @@ from jaxinfer.models.moe_rules import MoENames
 
 NAMES = MoENames(router="router")
 ROPE = {
-    "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
     "original_max_position_embeddings": 4096,
-}  # fmt: skip
+}
 """The rotary embedding where config.json states none."""
 
 
@@ -38,14 +43,22 @@ def config(reader: ConfigReader) -> DecoderConfig:
     limit = reader.get_float("swiglu_limit", 7.0, above=0)
     activation = ClampedSwiGLU(reader.get_float("swiglu_alpha", 1.702), limit)
     moe = MoEConfig(
-        reader.get_int("num_local_experts", 128), reader.get_int("num_experts_per_tok", 4),
-        reader.get_int("intermediate_size"), RouterConfig(bias=True), activation, bias=True,
-    )  # fmt: skip
+        reader.get_int("num_local_experts", 128),
+        reader.get_int("num_experts_per_tok", 4),
+        reader.get_int("intermediate_size"),
+        RouterConfig(bias=True),
+        activation,
+        bias=True,
+    )
     bias, layers = reader.get_bool("attention_bias"), reader.get_int("num_hidden_layers")
     shared = read_config(
-        reader, qkv_bias=bias, out_bias=bias, window=window_of(reader), moe=moe,
+        reader,
+        qkv_bias=bias,
+        out_bias=bias,
+        window=window_of(reader),
+        moe=moe,
         kinds=layer_kinds(reader, [(SLIDING, FULL)[number % 2] for number in range(layers)]),
-    )  # fmt: skip
+    )
     return replace(shared, attention=replace(shared.attention, sinks=True), norm_scaling=Scaling(wide=True))
 
 

@@ -1,4 +1,5 @@
-"""Granite 3 (`GraniteForCausalLM`): Llama with multipliers of embeddings, scores, residuals and logits (arXiv:2408.13359)."""
+"""Granite 3 (`GraniteForCausalLM`): Llama with multipliers of embeddings, scores, residuals and logits
+(arXiv:2408.13359)."""
 
 from dataclasses import dataclass, fields, replace
 from functools import partial

@@ -1,5 +1,5 @@
-"""Kimi-Linear (`KimiLinearForCausalLM`): three layers of Kimi Delta Attention to one of latent attention, without rotary
-positions, and experts (arXiv:2510.26692).
+"""Kimi-Linear (`KimiLinearForCausalLM`): three layers of Kimi Delta Attention to one of latent attention, without
+rotary positions, and experts (arXiv:2510.26692).
 
 config.json is read as it is on the Hub (`linear_attn_config`, layers counted from one) and as transformers writes it
 (`layer_types`).
@@ -21,10 +21,13 @@ from jaxinfer.models.moe_rules import MoENames
 
 NAMES = MoENames(("block_sparse_moe", "mlp"), gate="w1", up="w3", down="w2")
 HUB = {
-    "num_experts": "num_local_experts", "num_experts_per_token": "num_experts_per_tok",
-    "num_shared_experts": "n_shared_experts", "num_expert_group": "n_group", "moe_renormalize": "norm_topk_prob",
+    "num_experts": "num_local_experts",
+    "num_experts_per_token": "num_experts_per_tok",
+    "num_shared_experts": "n_shared_experts",
+    "num_expert_group": "n_group",
+    "moe_renormalize": "norm_topk_prob",
     "model_max_length": "max_position_embeddings",
-}  # fmt: skip
+}
 """Names on the Hub and those of transformers."""
 
 
@@ -39,13 +42,22 @@ def config(reader: ConfigReader) -> DecoderConfig:
     reader.defaults(routed_scaling_factor=2.446, num_experts=256, num_local_experts=256)
     eps, layers = reader.get_float("rms_norm_eps", 1e-5, above=0), reader.get_int("num_hidden_layers")
     moe = experts(
-        reader, count=names["num_experts"], per_token=names["num_experts_per_token"],
-        shared=names["num_shared_experts"], groups=names["num_expert_group"], renormalise=names["moe_renormalize"],
-    )  # fmt: skip
+        reader,
+        count=names["num_experts"],
+        per_token=names["num_experts_per_token"],
+        shared=names["num_shared_experts"],
+        groups=names["num_expert_group"],
+        renormalise=names["moe_renormalize"],
+    )
     made = stack(
-        reader, latent_spec(reader, rotated=False), moe, _dense(reader, layers),
-        max_position=reader.get_int(names["model_max_length"], 1048576), rope=None, eps=eps,
-    )  # fmt: skip
+        reader,
+        latent_spec(reader, rotated=False),
+        moe,
+        _dense(reader, layers),
+        max_position=reader.get_int(names["model_max_length"], 1048576),
+        rope=None,
+        eps=eps,
+    )
     linear, kinds = _linear(reader, layers, eps)
     # The published model has a head of its own, and transformers ties nothing, whatever tie_word_embeddings says.
     return replace(made, linear=linear, kinds=kinds, tied=False)
@@ -58,14 +70,19 @@ def _dense(reader: ConfigReader, layers: int) -> tuple[int, ...]:
         return tuple(range(min(first, layers)))
     if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in ("dense", "sparse") for kind in kinds):
         raise ConfigError(
-            f"config.json: mlp_layer_types must be a list of num_hidden_layers = {layers} of 'dense' or 'sparse', got {show(kinds)}"
+            f"config.json: mlp_layer_types must be a list of num_hidden_layers = {layers} of 'dense' or 'sparse', got "
+            f"{show(kinds)}"
         )
     return tuple(i for i, kind in enumerate(kinds) if kind == "dense")
 
 
 def _linear(reader: ConfigReader, layers: int, eps: float) -> tuple[KdaSpec, tuple[str, ...]]:
     """The shape of the linear layers, and the kind of every layer."""
-    shape = {"head_dim": "linear_head_dim", "num_heads": "linear_num_heads", "short_conv_kernel_size": "linear_conv_kernel_dim"}
+    shape = {
+        "head_dim": "linear_head_dim",
+        "num_heads": "linear_num_heads",
+        "short_conv_kernel_size": "linear_conv_kernel_dim",
+    }
     reader.skip(*shape.values())
     nested = reader.get("linear_attn_config", None)
     if nested is None:
@@ -75,11 +92,14 @@ def _linear(reader: ConfigReader, layers: int, eps: float) -> tuple[KdaSpec, tup
         part, names = reader.part("linear_attn_config"), dict(zip(shape, shape, strict=True))
         kinds = _listed(part, layers)
         if reader.get("layer_types", None) not in (None, list(kinds)):
-            raise ConfigError("config.json: layer_types and linear_attn_config differ about the kinds of layers; remove one")
+            raise ConfigError(
+                "config.json: layer_types and linear_attn_config differ about the kinds of layers; remove one"
+            )
         for own, flat in shape.items():
             if None not in (said := (part.get(own, None), reader.get(flat, None))) and said[0] != said[1]:
                 raise ConfigError(
-                    f"config.json: linear_attn_config.{own} is {said[0]!r} and {flat} is {said[1]!r}; remove one of them"
+                    f"config.json: linear_attn_config.{own} is {said[0]!r} and {flat} is {said[1]!r}; remove one of "
+                    "them"
                 )
     heads, dim = part.get_int(names["num_heads"], 32), part.get_int(names["head_dim"], 128)
     taps = part.get_int(names["short_conv_kernel_size"], 4, least=2)
@@ -102,7 +122,9 @@ def _listed(part: ConfigReader, layers: int) -> tuple[str, ...]:
             )
         twice = [i for i in listed if i in found or listed.count(i) > 1]
         if twice:
-            raise ConfigError(f"config.json: linear_attn_config names layer {twice[0]} twice (counted from 1); leave it in one list")
+            raise ConfigError(
+                f"config.json: linear_attn_config names layer {twice[0]} twice (counted from 1); leave it in one list"
+            )
         found |= dict.fromkeys(listed, kind)
     absent = [i for i in range(1, layers + 1) if i not in found]
     if absent:

@@ -19,9 +19,11 @@ def config(reader: ConfigReader) -> DecoderConfig:
     reader.default_theta = 1_000_000.0
     reader.only("norm_topk_prob", True)
     moe = MoEConfig(
-        reader.get_int("num_local_experts", 8), reader.get_int("num_experts_per_tok", 2),
-        reader.get_int("intermediate_size"), activation=reader.get_str("hidden_act", "silu"),
-    )  # fmt: skip
+        reader.get_int("num_local_experts", 8),
+        reader.get_int("num_experts_per_tok", 2),
+        reader.get_int("intermediate_size"),
+        activation=reader.get_str("hidden_act", "silu"),
+    )
     return read_config(reader, window=window_of(reader), moe=moe)
 
 

@@ -19,14 +19,17 @@ def mla_rules(
         return Rule(f"{layer}.{name}", f"{target}.{path}", parts)
 
     table = [
-        rule("kv_a_proj_with_mqa.weight", "down.weight", "kv_a"), rule("kv_a_layernorm.weight", "norm.scale"),
-        rule("kv_b_proj.weight", "up", "kv_b"), rule("o_proj.weight", "out.weight"),
-    ]  # fmt: skip
+        rule("kv_a_proj_with_mqa.weight", "down.weight", "kv_a"),
+        rule("kv_a_layernorm.weight", "norm.scale"),
+        rule("kv_b_proj.weight", "up", "kv_b"),
+        rule("o_proj.weight", "out.weight"),
+    ]
     if query_rank:
         table += [
-            rule("q_a_proj.weight", "down.weight", "q_a"), rule("q_a_layernorm.weight", "q_norm.scale"),
+            rule("q_a_proj.weight", "down.weight", "q_a"),
+            rule("q_a_layernorm.weight", "q_norm.scale"),
             rule("q_b_proj.weight", "q_up.weight", "q"),
-        ]  # fmt: skip
+        ]
     else:
         table.append(rule("q_proj.weight", "down.weight", "q"))
     if bias:

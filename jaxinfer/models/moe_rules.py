@@ -49,8 +49,9 @@ def moe_rules(
         for kind, ending in ("weight", ""), *([("bias", "_bias")] if config.bias else []):
             each = tuple(
                 rule(f"experts.{e}.{name}.{kind}", f"{path}.{kind}", (part,) if part else (), e)
-                for e in range(config.experts) for part, name in parts.items()
-            )  # fmt: skip
+                for e in range(config.experts)
+                for part, name in parts.items()
+            )
             found.append(rule(f"experts.{stacked}{ending}", f"{path}.{kind}", outputs, instead=each))
         return found
 

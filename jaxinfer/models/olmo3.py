@@ -21,9 +21,14 @@ def config(reader: ConfigReader) -> DecoderConfig:
     bias, layers = reader.get_bool("attention_bias", False), reader.get_int("num_hidden_layers")
     kinds = [SLIDING if number % 4 else FULL for number in range(1, layers + 1)]
     shared = read_config(
-        reader, qkv_bias=bias, out_bias=bias, qk_norm=True, window=window_of(reader),
-        kinds=layer_kinds(reader, kinds), local_rope={"rope_scaling": None},
-    )  # fmt: skip
+        reader,
+        qkv_bias=bias,
+        out_bias=bias,
+        qk_norm=True,
+        window=window_of(reader),
+        kinds=layer_kinds(reader, kinds),
+        local_rope={"rope_scaling": None},
+    )
     attention = replace(shared.attention, norm_whole=True, norm_scaling=SCALING)
     return replace(shared, attention=attention, norms=(AFTER,), norm_scaling=SCALING)
 

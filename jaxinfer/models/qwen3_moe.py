@@ -34,9 +34,12 @@ def config(reader: ConfigReader) -> DecoderConfig:
     router = RouterConfig(renormalise=reader.get_bool("norm_topk_prob", False))
     experts = reader.get_int("num_local_experts", 128)
     moe = MoEConfig(
-        reader.get_int("num_experts", experts), reader.get_int("num_experts_per_tok", 8),
-        reader.get_int("moe_intermediate_size", 768), router, activation=reader.get_str("hidden_act", "silu"),
-    )  # fmt: skip
+        reader.get_int("num_experts", experts),
+        reader.get_int("num_experts_per_tok", 8),
+        reader.get_int("moe_intermediate_size", 768),
+        router,
+        activation=reader.get_str("hidden_act", "silu"),
+    )
     return qwen3.config(reader, moe=moe, dense_layers=dense_layers(reader))
 
 

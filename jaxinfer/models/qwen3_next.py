@@ -34,20 +34,35 @@ def config(reader: ConfigReader) -> DecoderConfig:
     layers, every = reader.get_int("num_hidden_layers"), reader.get_int("full_attention_interval", 4)
     kinds = layer_kinds(reader, [LINEAR if (i + 1) % every else FULL for i in range(layers)], known=(FULL, LINEAR))
     moe = MoEConfig(
-        reader.get_int("num_experts", 512), reader.get_int("num_experts_per_tok", 10),
-        reader.get_int("moe_intermediate_size", 512), RouterConfig(renormalise=reader.get_bool("norm_topk_prob", True)),
-        reader.get_str("hidden_act", "silu"), shared=reader.get_int("shared_expert_intermediate_size", 512), shared_gate=True,
-    )  # fmt: skip
+        reader.get_int("num_experts", 512),
+        reader.get_int("num_experts_per_tok", 10),
+        reader.get_int("moe_intermediate_size", 512),
+        RouterConfig(renormalise=reader.get_bool("norm_topk_prob", True)),
+        reader.get_str("hidden_act", "silu"),
+        shared=reader.get_int("shared_expert_intermediate_size", 512),
+        shared_gate=True,
+    )
     bias = reader.get_bool("attention_bias", False)
     linear = DeltaNetSpec(
-        reader.get_int("hidden_size"), reader.get_int("linear_num_key_heads", 16), reader.get_int("linear_key_head_dim", 128),
-        reader.get_int("linear_num_value_heads", 32), reader.get_int("linear_value_head_dim", 128),
-        reader.get_int("linear_conv_kernel_dim", 4, least=2), reader.get_float("rms_norm_eps", 1e-6, above=0),
-    )  # fmt: skip
+        reader.get_int("hidden_size"),
+        reader.get_int("linear_num_key_heads", 16),
+        reader.get_int("linear_key_head_dim", 128),
+        reader.get_int("linear_num_value_heads", 32),
+        reader.get_int("linear_value_head_dim", 128),
+        reader.get_int("linear_conv_kernel_dim", 4, least=2),
+        reader.get_float("rms_norm_eps", 1e-6, above=0),
+    )
     made = read_config(
-        reader, qkv_bias=bias, out_bias=bias, qk_norm=True, kinds=kinds, partial_rotary=True, moe=moe,
-        dense_layers=dense_layers(reader), linear=linear,
-    )  # fmt: skip
+        reader,
+        qkv_bias=bias,
+        out_bias=bias,
+        qk_norm=True,
+        kinds=kinds,
+        partial_rotary=True,
+        moe=moe,
+        dense_layers=dense_layers(reader),
+        linear=linear,
+    )
     attention = replace(made.attention, gated=True, norm_scaling=SCALING)
     return replace(made, attention=attention, norm_scaling=SCALING)
 

@@ -15,7 +15,8 @@ _LONGEST_CHARACTER = 4
 _WINDOW = 4
 """Tokens that are decoded together before the first of them are dropped."""
 _CONTEXTS = (1, 4, 8)
-"""Tokens of the text before that new ones are decoded with: the fewest that have text and hold what is not given yet."""
+"""Tokens of the text before that new ones are decoded with: the fewest that have text and hold what is not given
+yet."""
 _PROMPT = 4
 """Tokens of the prompt that its output is decoded with; more, if they have no text."""
 
@@ -56,8 +57,14 @@ class Detokenizer:
     Each token costs the decoding of about four tokens.
     """
 
-    def __init__(self, tokenizer: Any, *, prompt: Sequence[int] | np.ndarray = (), skip_special_tokens: bool = True,
-                 spaces_between_special_tokens: bool = True) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        prompt: Sequence[int] | np.ndarray = (),
+        skip_special_tokens: bool = True,
+        spaces_between_special_tokens: bool = True,
+    ) -> None:
         """Start a text after a prompt.
 
         Args:
@@ -191,7 +198,9 @@ class Detokenizer:
             # Without any text before it, a token would be decoded as the first of the text.
             if text[max(given, 0) :] == rest and (given > 0 or not state.given):
                 settled = max(0, state.settled - (len(window) - len(tail)))
-                return state._replace(window=tail, text=text, given=given, settled=settled, limit=max(_WINDOW, 2 * len(tail)))
+                return state._replace(
+                    window=tail, text=text, given=given, settled=settled, limit=max(_WINDOW, 2 * len(tail))
+                )
         return state._replace(limit=2 * len(window))
 
     def _boundary(self, window: tuple[int, ...], start: int) -> int:

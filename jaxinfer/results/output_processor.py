@@ -67,8 +67,8 @@ class Sample:
         """Give new tokens to the text, and flush what it holds back if the sequence ends with them.
 
         Args:
-            reason: why the last of the tokens ends the sequence, stop strings aside. If it is "stop", the token is no part of
-                the text, unless the request asks for it.
+            reason: why the last of the tokens ends the sequence, stop strings aside. If it is "stop", the token is no
+                part of the text, unless the request asks for it.
         """
         self._hides_last = reason == "stop" and not self.sequence.request.params.include_stop_str_in_output
         tokens = self.sequence.output_ids[self._taken :].tolist()
@@ -150,16 +150,20 @@ class Handle:
         """At the end of the prompt."""
         params = self.request.params
         return Detokenizer(
-            self._tokenizer, prompt=self.request.prompt, skip_special_tokens=params.skip_special_tokens,
+            self._tokenizer,
+            prompt=self.request.prompt,
+            skip_special_tokens=params.skip_special_tokens,
             spaces_between_special_tokens=params.spaces_between_special_tokens,
-        )  # fmt: skip
+        )
 
     def _stream(self) -> TextStream:
         params = self.request.params
         return TextStream(
-            self._detokenizer(), _stops(params.stop) if params.stop else None,
-            include_stop=params.include_stop_str_in_output, min_tokens=params.min_tokens,
-        )  # fmt: skip
+            self._detokenizer(),
+            _stops(params.stop) if params.stop else None,
+            include_stop=params.include_stop_str_in_output,
+            min_tokens=params.min_tokens,
+        )
 
     def _output_table(self) -> LogprobTable:
         return LogprobTable(None if self._tokenizer is None else self._detokenizer(), self.request.params.logprobs)
@@ -207,11 +211,17 @@ class Handle:
     def _wrap(self, outputs: list[CompletionOutput]) -> RequestOutput:
         request = self.request
         return RequestOutput(
-            request_id=request.id, prompt=self.text, prompt_token_ids=self._prompt_ids, outputs=outputs,
-            finished=request.finished, prompt_logprobs=self._known_prompt_logprobs(), metrics=self._metrics(),
-            encoder_prompt=self.read, encoder_prompt_token_ids=None if request.cross is None else request.cross.token_ids,
+            request_id=request.id,
+            prompt=self.text,
+            prompt_token_ids=self._prompt_ids,
+            outputs=outputs,
+            finished=request.finished,
+            prompt_logprobs=self._known_prompt_logprobs(),
+            metrics=self._metrics(),
+            encoder_prompt=self.read,
+            encoder_prompt_token_ids=None if request.cross is None else request.cross.token_ids,
             num_cached_tokens=request.cached_tokens,
-        )  # fmt: skip
+        )
 
     def _completion(self, sample: Sample, *, delta: bool = False) -> CompletionOutput:
         sample.settle()
@@ -219,12 +229,14 @@ class Handle:
         if self.request.params.logprobs is not None:
             logprobs = sample.fresh_logprobs() if delta else sample.logprobs()
         return CompletionOutput(
-            index=sequence.index, text=sample.take_fresh() if delta else sample.text,
+            index=sequence.index,
+            text=sample.take_fresh() if delta else sample.text,
             token_ids=sequence.output_ids[sample.given :].tolist() if delta else sample.token_ids,
-            cumulative_logprob=None if logprobs is None else sequence.cumulative_logprob, logprobs=logprobs,
+            cumulative_logprob=None if logprobs is None else sequence.cumulative_logprob,
+            logprobs=logprobs,
             finish_reason=sequence.finish_reason,
             stop_reason=self.request.error if sequence.finish_reason == "error" else sequence.stop_reason,
-        )  # fmt: skip
+        )
 
     def _known_prompt_logprobs(self) -> list[Mapping[int, Logprob] | None] | None:
         """The tables of the prompt's tokens that are known; all updates of a request share one list of them."""
@@ -241,9 +253,16 @@ class Handle:
     def _metrics(self) -> RequestMetrics:
         r = self.request
         return RequestMetrics(
-            r.arrival_time, r.first_scheduled_time, r.first_token_time, r.finished_time, r.preemptions,
-            r.cached_tokens, r.miss_reason, r.hits, r.clamped_max_tokens,
-        )  # fmt: skip
+            r.arrival_time,
+            r.first_scheduled_time,
+            r.first_token_time,
+            r.finished_time,
+            r.preemptions,
+            r.cached_tokens,
+            r.miss_reason,
+            r.hits,
+            r.clamped_max_tokens,
+        )
 
 
 class BeamHandle(Handle):
@@ -267,8 +286,11 @@ class BeamHandle(Handle):
             stream = self._detokenizer()
             text = stream.push(beam.tokens[:shown].tolist()) + stream.finish()
         return CompletionOutput(
-            index=index, text=text,
-            token_ids=beam.tokens.tolist(), cumulative_logprob=beam.logprob,
+            index=index,
+            text=text,
+            token_ids=beam.tokens.tolist(),
+            cumulative_logprob=beam.logprob,
             finish_reason="stop" if beam.stopped else "length",
-            stop_reason=last if beam.stopped and last not in params.eos_token_ids else None, score=float(beam.score),
-        )  # fmt: skip
+            stop_reason=last if beam.stopped and last not in params.eos_token_ids else None,
+            score=float(beam.score),
+        )

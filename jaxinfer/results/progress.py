@@ -58,7 +58,8 @@ class Running:
 
 
 class Updates:
-    """What the handles of a stream have to give out after a step: only those are looked at that got a token or ended."""
+    """What the handles of a stream have to give out after a step: only those are looked at that got a token or
+    ended."""
 
     def __init__(self, handles: Sequence[Handle]):
         self._running = Running(handles)

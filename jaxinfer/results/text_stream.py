@@ -11,8 +11,14 @@ from jaxinfer.results.stop_strings import StopChecker, StopStrings
 class TextStream:
     """The text of one sequence up to its first stop string: a `Detokenizer` and a `StopChecker` in a row."""
 
-    def __init__(self, detokenizer: Detokenizer, stop: StopStrings | None = None, *,
-                 include_stop: bool = False, min_tokens: int = 0) -> None:
+    def __init__(
+        self,
+        detokenizer: Detokenizer,
+        stop: StopStrings | None = None,
+        *,
+        include_stop: bool = False,
+        min_tokens: int = 0,
+    ) -> None:
         """Check for `stop` (None: for nothing) in the text of `detokenizer`.
 
         Args:

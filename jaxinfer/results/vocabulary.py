@@ -79,7 +79,8 @@ def _is_local(steps: list[dict[str, Any]]) -> bool:
 
 
 def knows_spaces(tokenizer: Any) -> bool:
-    """Whether a Python tokenizer's `decode` takes `spaces_between_special_tokens`; that of mistral-common refuses it."""
+    """Whether a Python tokenizer's `decode` takes `spaces_between_special_tokens`; that of mistral-common refuses
+    it."""
     try:
         tokenizer.decode([], spaces_between_special_tokens=False)
     except (TypeError, ValueError):

@@ -32,9 +32,7 @@ BLOCKS = "blocks"
 BLOCK = "block"
 SLOTS = "slots"
 
-LOGICAL_AXES = frozenset(
-    {SHARD, COLUMNS, EMBED, HEADS, KV_HEADS, HEAD_DIM, FFN, VOCAB, EXPERT, BLOCKS, BLOCK, SLOTS}
-)
+LOGICAL_AXES = frozenset({SHARD, COLUMNS, EMBED, HEADS, KV_HEADS, HEAD_DIM, FFN, VOCAB, EXPERT, BLOCKS, BLOCK, SLOTS})
 """Every logical name a parameter or a cache array may carry."""
 
 MODEL = "model"

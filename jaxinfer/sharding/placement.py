@@ -26,17 +26,27 @@ class Plan(Placed):
     def as_dict(self) -> dict[str, Any]:
         """For JSON: all of it; sizes are bytes a device unless they say otherwise."""
         return {
-            "model": self.model, "mesh": dict(self.mesh), "devices": self.devices, "placement": dict(self.patterns),
-            "device_bytes": self.device_bytes, "all_devices_bytes": self.device_bytes * self.devices,
-            "copied_bytes": self.copied_bytes, "checkpoint_bytes": self.checkpoint_bytes, "modules": self.modules,
+            "model": self.model,
+            "mesh": dict(self.mesh),
+            "devices": self.devices,
+            "placement": dict(self.patterns),
+            "device_bytes": self.device_bytes,
+            "all_devices_bytes": self.device_bytes * self.devices,
+            "copied_bytes": self.copied_bytes,
+            "checkpoint_bytes": self.checkpoint_bytes,
+            "modules": self.modules,
             "parameters": [row.as_dict() for row in self.rows],
             "collectives": {step: self.collectives(step) for step in self.steps},
             "exchanges": [exchange.as_dict() for exchange in self.exchanges],
             "cache": None if self.cache is None else self.cache.as_dict(),
-            "memory": None if self.memory is None else {
-                "device_bytes": self.memory, "cache_bytes": self.cache_bytes, "tokens": self.tokens,
+            "memory": None
+            if self.memory is None
+            else {
+                "device_bytes": self.memory,
+                "cache_bytes": self.cache_bytes,
+                "tokens": self.tokens,
             },
-        }  # fmt: skip
+        }
 
     def __repr__(self) -> str:
         return (
@@ -86,8 +96,11 @@ def walk(module: nnx.Module) -> Iterator[tuple[tuple[str, ...], nnx.Module, Sequ
         seen.add(id(part))
         steps = getattr(part, "steps", steps)
         yield path, part, steps
-        children = [((*path, str(name)), child, steps) for name, child in nnx.iter_children(part)
-                    if isinstance(child, nnx.Module)]
+        children = [
+            ((*path, str(name)), child, steps)
+            for name, child in nnx.iter_children(part)
+            if isinstance(child, nnx.Module)
+        ]
         left += reversed(children)
 
 
@@ -101,20 +114,25 @@ def device_bytes(array: jax.ShapeDtypeStruct | jax.Array) -> int:
     return array_bytes(array.sharding.shard_shape(tuple(array.shape)), array.dtype)
 
 
-def _rows(
-    path: Sequence[str], part: nnx.Module, mesh: Mesh | AbstractMesh, steps: tuple[str, ...]
-) -> Iterator[Row]:
+def _rows(path: Sequence[str], part: nnx.Module, mesh: Mesh | AbstractMesh, steps: tuple[str, ...]) -> Iterator[Row]:
     for name, param in vars(part).items():
         if not isinstance(param, nnx.Param):
             continue
         metadata, where, shape = param.get_metadata(), ".".join([*path, name]), tuple(param.shape)
         placed = rules.of(mesh, metadata, shape, where)
         yield Row(
-            path=where, module=metadata["module"], tactic=_tactic(metadata), shape=shape,
-            dtype=np.dtype(param.dtype).name, logical_axes=tuple(metadata["logical_axes"]), spec=placed.spec,
-            device_bytes=array_bytes(placed.shard_shape(shape), param.dtype), copies=_copies(placed, mesh),
-            checkpoint_bytes=array_bytes(_own_shape(metadata, shape), param.dtype), steps=steps,
-        )  # fmt: skip
+            path=where,
+            module=metadata["module"],
+            tactic=_tactic(metadata),
+            shape=shape,
+            dtype=np.dtype(param.dtype).name,
+            logical_axes=tuple(metadata["logical_axes"]),
+            spec=placed.spec,
+            device_bytes=array_bytes(placed.shard_shape(shape), param.dtype),
+            copies=_copies(placed, mesh),
+            checkpoint_bytes=array_bytes(_own_shape(metadata, shape), param.dtype),
+            steps=steps,
+        )
 
 
 def _tactic(metadata: Mapping[str, Any]) -> str:

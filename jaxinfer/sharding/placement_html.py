@@ -97,8 +97,9 @@ def _tiles(plan: Placed) -> str:
         steps[:2] = [(steps[0][0], steps[0][1].replace(STEPS[0], " or ".join(STEPS)))]
     tiles = [
         (size_text(plan.device_bytes), "of weights on each device"),
-        (size_text(plan.checkpoint_bytes), "in the checkpoint, in these dtypes"), *steps,
-    ]  # fmt: skip
+        (size_text(plan.checkpoint_bytes), "in the checkpoint, in these dtypes"),
+        *steps,
+    ]
     if plan.cache is not None:
         per = size_text(plan.cache.block_device_bytes / plan.cache.block_size)
         tiles.append((per, "of cache a token on each device"))
@@ -106,7 +107,9 @@ def _tiles(plan: Placed) -> str:
             per = size_text(plan.cache.encoded_block_device_bytes / plan.cache.block_size)
             tiles.append((per, "of cache a position of what the encoder reads, on each device"))
         if plan.cache.state_device_bytes:
-            tiles.append((size_text(plan.cache.state_device_bytes), "of state a sequence on each device, whatever its length"))
+            tiles.append(
+                (size_text(plan.cache.state_device_bytes), "of state a sequence on each device, whatever its length")
+            )
     if plan.tokens is not None and plan.cache.sequences is not None:
         tiles.append((f"{plan.cache.sequences:,}", "sequences run at a time at most, whose states fit"))
     if plan.tokens is not None:
@@ -194,7 +197,7 @@ def _param(row: Row, plan: Placed, depth: int) -> str:
     title = escape(f"{row.path}: {row.logical_axes} as {row.spec}", quote=True)
     return (
         f'<div class="row leaf param" title="{title}"><span class="n" style="padding-left:{depth * 1.15:.2f}em">'
-        f'<code>{name}</code></span><code>{escape(axes_text(row, plan))}</code>'
+        f"<code>{name}</code></span><code>{escape(axes_text(row, plan))}</code>"
         f'<span class="num">{size_text(row.device_bytes)} <small>{escape(row.dtype)}</small></span>'
         f'<span class="num">{copies}</span></div>'
     )

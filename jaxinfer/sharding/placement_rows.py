@@ -65,9 +65,13 @@ class Exchange:
         """For JSON."""
         made = self.collective
         return {
-            "module": self.module, "kind": made.kind, "what": made.what, "steps": list(self.steps),
-            "row_bytes": self.row_bytes, "rows": made.rows,
-        }  # fmt: skip
+            "module": self.module,
+            "kind": made.kind,
+            "what": made.what,
+            "steps": list(self.steps),
+            "row_bytes": self.row_bytes,
+            "rows": made.rows,
+        }
 
 
 @dataclass(frozen=True)
@@ -120,11 +124,17 @@ class CachePlan:
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         names = (
-            "block_size", "block_device_bytes", "encoded_block_device_bytes", "state_device_bytes", "sequences", "state_slots",
-        )  # fmt: skip
+            "block_size",
+            "block_device_bytes",
+            "encoded_block_device_bytes",
+            "state_device_bytes",
+            "sequences",
+            "state_slots",
+        )
         return {name: getattr(self, name) for name in names} | {
-            "replicated_layers": list(self.replicated_layers), "layers": [vars(layer) for layer in self.layers],
-        }  # fmt: skip
+            "replicated_layers": list(self.replicated_layers),
+            "layers": [vars(layer) for layer in self.layers],
+        }
 
 
 @dataclass(frozen=True, repr=False)

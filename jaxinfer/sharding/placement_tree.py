@@ -43,7 +43,7 @@ class Node:
 
     @property
     def placed(self) -> str:
-        """"sharded", "replicated" (all of it is the same on every device), "both", or nothing where it has no weights.
+        """ "sharded", "replicated" (all of it is the same on every device), "both", or nothing where it has no weights.
 
         What is small and the same everywhere, as a norm's scale, does not make a sharded module "both".
         """
@@ -85,10 +85,15 @@ def _node(path: tuple[str, ...], items: Sequence[_Item], copied: Callable[[Row],
     children = _fold([_node((*path, name), inside, copied) for name, inside in parts.items()])
     rows = tuple(item for item in own if isinstance(item, Row))
     return Node(
-        ".".join(path), ".".join(path), 1, rows, tuple(item for item in own if isinstance(item, Exchange)), children,
+        ".".join(path),
+        ".".join(path),
+        1,
+        rows,
+        tuple(item for item in own if isinstance(item, Exchange)),
+        children,
         sum(row.device_bytes for row in rows) + sum(child.device_bytes for child in children),
         sum(row.device_bytes for row in rows if copied(row)) + sum(child.copied_bytes for child in children),
-    )  # fmt: skip
+    )
 
 
 def _fold(nodes: Iterable[Node]) -> tuple[Node, ...]:
@@ -97,10 +102,18 @@ def _fold(nodes: Iterable[Node]) -> tuple[Node, ...]:
     for _, group in groupby(nodes, lambda node: (node.path.split(".")[-1].isdigit() or node.path, _shape(node))):
         first, *others = group
         count = 1 + len(others)
-        folded.append(Node(
-            first.path, others[-1].path if others else first.path, count, first.rows, first.exchanges, first.children,
-            first.device_bytes * count, first.copied_bytes * count,
-        ))  # fmt: skip
+        folded.append(
+            Node(
+                first.path,
+                others[-1].path if others else first.path,
+                count,
+                first.rows,
+                first.exchanges,
+                first.children,
+                first.device_bytes * count,
+                first.copied_bytes * count,
+            )
+        )
     return tuple(folded)
 
 

@@ -4,8 +4,8 @@
 
 A module that is "shard"ed has its parameters divided where their logical axes say so (`sharding.rules`). One that is
 "replicate"d has all of them copied to every device and is computed on every device; none lies on the first alone.
-One that is divided by "experts" has whole experts on each device, where a sharded one has a part of each; whatever else lies
-within it is sharded.
+One that is divided by "experts" has whole experts on each device, where a sharded one has a part of each; whatever else
+lies within it is sharded.
 """
 
 import re
@@ -37,7 +37,9 @@ class Placement:
             if not isinstance(pattern, str) or not pattern:
                 raise ConfigError(f"placement: a pattern must be a string such as 'layers.*.mlp', got {pattern!r}")
             if tactic not in TACTICS:
-                raise ConfigError(f"placement: {pattern!r} is given {tactic!r}; a tactic is one of {', '.join(TACTICS)}")
+                raise ConfigError(
+                    f"placement: {pattern!r} is given {tactic!r}; a tactic is one of {', '.join(TACTICS)}"
+                )
 
     @classmethod
     def of(cls, given: Any) -> "Placement":
@@ -94,7 +96,8 @@ class Placement:
             within = [path for path in inside if _matches(pattern, path)]
             if within:
                 raise ConfigError(
-                    f"placement: {pattern!r} names {within[0]!r}, which lies inside a module that is placed as a whole; "
+                    f"placement: {pattern!r} names {within[0]!r}, which lies inside a module that is placed as a "
+                    "whole; "
                     f"name that one: {within[0].rsplit('.', 1)[0]!r}"
                 )
             raise ConfigError(f"placement: {pattern!r} names no module; there are {_some(modules)}")

@@ -43,9 +43,14 @@ def spec(logical: Sequence[str | None], rules: Mapping[str, str | None] = RULES)
 
 
 def sharding(
-    mesh: Mesh | AbstractMesh, logical: Sequence[str | None], shape: Sequence[int], where: str, *,
-    replicated: bool = False, module: str = "",
-) -> NamedSharding:  # fmt: skip
+    mesh: Mesh | AbstractMesh,
+    logical: Sequence[str | None],
+    shape: Sequence[int],
+    where: str,
+    *,
+    replicated: bool = False,
+    module: str = "",
+) -> NamedSharding:
     """The sharding of the array `where` (its path); each divided axis must divide evenly.
 
     Args:
@@ -82,9 +87,10 @@ def indivisible(
     fitting = [str(count) for count in range(1, 65) if fits(count)]
     whole = f"keep the module whole on every device with placement={{{any_layer(module)!r}: 'replicate'}}"
     remedies = [
-        f"choose a tensor_parallel_size that does ({', '.join(fitting)})", whole if module else "replicate its module",
+        f"choose a tensor_parallel_size that does ({', '.join(fitting)})",
+        whole if module else "replicate its module",
         *filter(None, [more]),
-    ]  # fmt: skip
+    ]
     return ConfigError(
         f"{where}: {what} does not divide over mesh axis {axes.MODEL!r} of size {tp}; {', or '.join(remedies)}"
     )
@@ -93,6 +99,10 @@ def indivisible(
 def of(mesh: Mesh | AbstractMesh, metadata: Mapping[str, Any], shape: Sequence[int], where: str) -> NamedSharding:
     """The sharding of a parameter by what it carries: `logical_axes` and `replicated`; raises as `sharding`."""
     return sharding(
-        mesh, metadata["logical_axes"], shape, where, replicated=metadata.get("replicated", False),
+        mesh,
+        metadata["logical_axes"],
+        shape,
+        where,
+        replicated=metadata.get("replicated", False),
         module=metadata.get("module", ""),
-    )  # fmt: skip
+    )

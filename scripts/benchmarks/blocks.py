@@ -49,7 +49,8 @@ class Counted:
 
 
 class Read(Counted):
-    """The same of the blocks of what encoders read alone: those of a step's sequences, and those of its distinct inputs."""
+    """The same of the blocks of what encoders read alone: those of a step's sequences, and those of its distinct
+    inputs."""
 
     def _holding(self, plan: Plan, tables: Tables) -> int:
         rows = sorted({sequence.row for sequence in plan.sequences})

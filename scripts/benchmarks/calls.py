@@ -16,8 +16,8 @@ from benchmarks.gpu.projections import Way, chained, copies_of
 from jaxinfer.layers.linear import use_fusion, use_kernel
 
 PASS = 0.01
-"""Seconds that a pass takes at least: the host's own time hides behind the device's, and what disturbs the machine lasts
-for several."""
+"""Seconds that a pass takes at least: the host's own time hides behind the device's, and what disturbs the machine
+lasts for several."""
 _PRODUCT = re.compile(r' dot\(|custom_call_target="(?:__cublas|__onednn|jaxinfer_)[^"]*(?:gemm|matmul)')
 
 
@@ -45,7 +45,8 @@ class Calls:
 
     @classmethod
     def of(cls, layer: Layer, shapes: Sequence[tuple[int, ...]], dtype: jnp.dtype, count: int | None = None) -> "Calls":
-        """`layer(*inputs)` with inputs of these shapes; by default so often that weights leave the caches in between."""
+        """`layer(*inputs)` with inputs of these shapes; by default so often that weights leave the caches in
+        between."""
         module = nnx.eval_shape(layer.make)
         use_kernel(module, layer.kernel)
         use_fusion(module, layer.rows_fused)

@@ -127,7 +127,15 @@ def host(args: argparse.Namespace, model: Subject | None) -> Report:
     """Python's share of a pure decode step, with a device that does nothing; milliseconds over many steps."""
     from benchmarks import hosttime
 
-    report = Report({"command": "host", "rows": args.rows, "layers": args.num_hidden_layers, "steps": args.steps, "queued": args.queued})
+    report = Report(
+        {
+            "command": "host",
+            "rows": args.rows,
+            "layers": args.num_hidden_layers,
+            "steps": args.steps,
+            "queued": args.queued,
+        }
+    )
     for length in args.lengths:
         found = hosttime.measure(args.rows, length, args.steps, args.num_hidden_layers, args.queued)
         report.jaxinfer |= {f"{metric}@{length}": value for metric, value in found.items()}

@@ -1,10 +1,12 @@
 """`bench.py cross`, its steps: queries of one stream and keys and values of another, against all three of both.
 
-Before vLLM's PR #12325 cross-attention had one projection of queries, keys and values, which was called on the decoder's
-stream, of which the queries were kept, and on the encoder's, of which keys and values were kept: `padded` here. It is put in
-the place of `layers.cross.CrossQKV` in a model of random weights, with the same weights, and gives the same numbers:
+Before vLLM's PR #12325 cross-attention had one projection of queries, keys and values, which was called on the
+decoder's stream, of which the queries were kept, and on the encoder's, of which keys and values were kept: `padded`
+here. It is put in the place of `layers.cross.CrossQKV` in a model of random weights, with the same weights, and gives
+the same numbers:
 
-- projections: those of all layers alone, for a prefill (the decoder's first tokens and all of the encoder's) and a decode step
+- projections: those of all layers alone, for a prefill (the decoder's first tokens and all of the encoder's) and a
+  decode step
 - steps: of the whole model: the encoder's and the decoder's first, and one token more
 """
 
@@ -41,14 +43,35 @@ from jaxinfer.sharding.collectives import DECODE, PREFILL
 
 OURS, PADDED = "cross_qkv", "padded"
 LARGE: Mapping[str, Any] = {
-    "architectures": ["BartForConditionalGeneration"], "model_type": "bart", "vocab_size": 50264, "d_model": 1024,
-    "encoder_layers": 12, "decoder_layers": 12, "encoder_attention_heads": 16, "decoder_attention_heads": 16,
-    "encoder_ffn_dim": 4096, "decoder_ffn_dim": 4096, "max_position_embeddings": 1024, "activation_function": "gelu",
-    "is_encoder_decoder": True, "bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2,
-}  # fmt: skip
+    "architectures": ["BartForConditionalGeneration"],
+    "model_type": "bart",
+    "vocab_size": 50264,
+    "d_model": 1024,
+    "encoder_layers": 12,
+    "decoder_layers": 12,
+    "encoder_attention_heads": 16,
+    "decoder_attention_heads": 16,
+    "encoder_ffn_dim": 4096,
+    "decoder_ffn_dim": 4096,
+    "max_position_embeddings": 1024,
+    "activation_function": "gelu",
+    "is_encoder_decoder": True,
+    "bos_token_id": 0,
+    "pad_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 2,
+}
 """config.json of the shape of bart-large-cnn, but for what its tokens are forced to be."""
-SMALL = {"vocab_size": 4096, "d_model": 256, "encoder_layers": 3, "decoder_layers": 3, "encoder_attention_heads": 4,
-         "decoder_attention_heads": 4, "encoder_ffn_dim": 1024, "decoder_ffn_dim": 1024}  # fmt: skip
+SMALL = {
+    "vocab_size": 4096,
+    "d_model": 256,
+    "encoder_layers": 3,
+    "decoder_layers": 3,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 1024,
+    "decoder_ffn_dim": 1024,
+}
 """For a quick look."""
 STEPS = (PREFILL, DECODE)
 Figures = dict[str, float]

@@ -1,4 +1,5 @@
-"""`bench.py cross`, its documents: tokens a second, and how often encoders run and what they keep where it is shared."""
+"""`bench.py cross`, its documents: tokens a second, and how often encoders run and what they keep where it is
+shared."""
 
 import argparse
 import json
@@ -105,8 +106,9 @@ def shared(llm: LLM, requests: Requests, samples: int, beams: int) -> Figures:
         figures |= {
             f"encoder_runs@{name}": encoder_runs(llm) - before,
             f"fewest_encoder_runs@{name}": len({tuple(prompt) for prompt in requests.prompts}),
-            f"cross_blocks@{name}": found.held, f"fewest_cross_blocks@{name}": found.fewest,
-        }  # fmt: skip
+            f"cross_blocks@{name}": found.held,
+            f"fewest_cross_blocks@{name}": found.fewest,
+        }
     return figures
 
 

@@ -32,39 +32,71 @@ def make_parser() -> argparse.ArgumentParser:
     common = _common()
 
     for flags in (
-        _throughput, _latency, _serving, _work, _host, _startup, _soak, _roofline, _profile, _placement, _growth,
-        _sharing, _projections, _cross,
-    ):  # fmt: skip
+        _throughput,
+        _latency,
+        _serving,
+        _work,
+        _host,
+        _startup,
+        _soak,
+        _roofline,
+        _profile,
+        _placement,
+        _growth,
+        _sharing,
+        _projections,
+        _cross,
+    ):
         name = flags.__name__.removeprefix("_")
         what = getattr(commands, name).__doc__
-        flags(subcommands.add_parser(
-            name, parents=[common], help=what, description=what, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-        ))  # fmt: skip
+        flags(
+            subcommands.add_parser(
+                name,
+                parents=[common],
+                help=what,
+                description=what,
+                formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            )
+        )
     return parser
 
 
 def _throughput(parser: argparse.ArgumentParser) -> None:
-    _positive(parser, {
-        "num_prompts": (32, "requests, all at once"), "min_input_len": (16, "tokens of the shortest prompt"),
-        "max_input_len": (256, "tokens of the longest"), "output_len": (48, "new tokens of each"),
-        "repeats": (3, "passes of each system"),
-    })  # fmt: skip
+    _positive(
+        parser,
+        {
+            "num_prompts": (32, "requests, all at once"),
+            "min_input_len": (16, "tokens of the shortest prompt"),
+            "max_input_len": (256, "tokens of the longest"),
+            "output_len": (48, "new tokens of each"),
+            "repeats": (3, "passes of each system"),
+        },
+    )
 
 
 def _latency(parser: argparse.ArgumentParser) -> None:
-    _positive(parser, {
-        "batch_size": (8, "requests"), "input_len": (32, "tokens of each prompt"), "output_len": (128, "new tokens"),
-        "num_iters": (10, "passes of each system"), "num_iters_warmup": (2, "passes that do not count"),
-    })  # fmt: skip
+    _positive(
+        parser,
+        {
+            "batch_size": (8, "requests"),
+            "input_len": (32, "tokens of each prompt"),
+            "output_len": (128, "new tokens"),
+            "num_iters": (10, "passes of each system"),
+            "num_iters_warmup": (2, "passes that do not count"),
+        },
+    )
 
 
 def _serving(parser: argparse.ArgumentParser) -> None:
-    _positive(parser, {
-        "input_len": (4000, "mean tokens of a prompt, before scaling"),
-        "output_len": (1000, "mean new tokens, before scaling"),
-        "requests_per_client": (3, "requests, as a multiple of the concurrency"),
-        "repeats": (1, "passes of each system"),
-    })  # fmt: skip
+    _positive(
+        parser,
+        {
+            "input_len": (4000, "mean tokens of a prompt, before scaling"),
+            "output_len": (1000, "mean new tokens, before scaling"),
+            "requests_per_client": (3, "requests, as a multiple of the concurrency"),
+            "repeats": (1, "passes of each system"),
+        },
+    )
     parser.add_argument("--concurrency", type=_count, nargs="+", default=[8, 32, 128], help="requests in flight")
     parser.add_argument("--scale", type=float, default=0.02, help="multiplies the input and output lengths")
     parser.add_argument("--length-spread", type=float, default=0.25, help="lengths vary by this share of their mean")
@@ -80,7 +112,9 @@ def _work(parser: argparse.ArgumentParser) -> None:
 def _host(parser: argparse.ArgumentParser) -> None:
     _positive(parser, {"rows": (256, "running sequences"), "steps": (96, "decode steps that count")})
     parser.add_argument("--lengths", type=_count, nargs="+", default=[100, 4000], help="tokens of each sequence")
-    parser.add_argument("--queued", type=int, default=0, metavar="N", help="prompts that wait for a row (default: %(default)s)")
+    parser.add_argument(
+        "--queued", type=int, default=0, metavar="N", help="prompts that wait for a row (default: %(default)s)"
+    )
 
 
 def _startup(parser: argparse.ArgumentParser) -> None:
@@ -93,33 +127,51 @@ def _soak(parser: argparse.ArgumentParser) -> None:
 
 def _roofline(parser: argparse.ArgumentParser) -> None:
     _work(parser)
-    _positive(parser, {
-        "mebibytes": (512, "size of what is read and copied"),
-        "matmul_size": (2048, "K and N of the product, of 512 rows, whose rate is measured"),
-    })  # fmt: skip
+    _positive(
+        parser,
+        {
+            "mebibytes": (512, "size of what is read and copied"),
+            "matmul_size": (2048, "K and N of the product, of 512 rows, whose rate is measured"),
+        },
+    )
 
 
 def _profile(parser: argparse.ArgumentParser) -> None:
-    _positive(parser, {
-        "batch_size": (8, "sequences"), "input_len": (128, "tokens of each prompt"), "steps": (16, "decode steps"),
-    })  # fmt: skip
+    _positive(
+        parser,
+        {
+            "batch_size": (8, "sequences"),
+            "input_len": (128, "tokens of each prompt"),
+            "steps": (16, "decode steps"),
+        },
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for the trace; xprof and perfetto read it")
 
 
 def _placement(parser: argparse.ArgumentParser) -> None:
-    _positive(parser, {
-        "devices": (8, "virtual CPU devices over which the model is divided"), "batch_size": (8, "rows of the step"),
-        "context": (512, "tokens of each sequence"), "repeats": (15, "passes of each placement, in turns"),
-    })  # fmt: skip
+    _positive(
+        parser,
+        {
+            "devices": (8, "virtual CPU devices over which the model is divided"),
+            "batch_size": (8, "rows of the step"),
+            "context": (512, "tokens of each sequence"),
+            "repeats": (15, "passes of each placement, in turns"),
+        },
+    )
 
 
 def _growth(parser: argparse.ArgumentParser) -> None:
-    _positive(parser, {
-        "batch_size": (8, "rows"), "input_len": (3072, "tokens of each prompt"), "output_len": (1024, "new tokens of each"),
-        "lengths": (9, "that are measured, of those that the rows have on the way"),
-        "step": (128, "positions by which the read length of the contiguous cache grows"),
-        "repeats": (7, "passes of each method at each length, in turns"),
-    })  # fmt: skip
+    _positive(
+        parser,
+        {
+            "batch_size": (8, "rows"),
+            "input_len": (3072, "tokens of each prompt"),
+            "output_len": (1024, "new tokens of each"),
+            "lengths": (9, "that are measured, of those that the rows have on the way"),
+            "step": (128, "positions by which the read length of the contiguous cache grows"),
+            "repeats": (7, "passes of each method at each length, in turns"),
+        },
+    )
     parser.add_argument("--small", action="store_true", help="a quarter of the lengths and of the layers")
     parser.add_argument("--dtype", default="auto", help="auto is the checkpoint's")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="step time against length; needs matplotlib")
@@ -129,13 +181,19 @@ def _sharing(parser: argparse.ArgumentParser) -> None:
     names = ("gemma3", "gpt_oss", "kimi_linear")
     what = f"{', '.join(names)}: their layers, small"
     parser.add_argument("models", nargs="*", type=_one_of(*names), default=list(names), metavar="MODEL", help=what)
-    _positive(parser, {
-        "samples": (16, "of one prompt"), "requests": (64, "of a prefix workload"),
-        "pool_requests": (8, "of them that the cache has blocks for"),
-        "repeats": (25, "passes with sharing and without, in turns"),
-    })  # fmt: skip
+    _positive(
+        parser,
+        {
+            "samples": (16, "of one prompt"),
+            "requests": (64, "of a prefix workload"),
+            "pool_requests": (8, "of them that the cache has blocks for"),
+            "repeats": (25, "passes with sharing and without, in turns"),
+        },
+    )
     parts = ("samples", "prefixes", "speed")
-    parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts), help="what is measured, by default all of it")
+    parser.add_argument(
+        "--parts", nargs="+", choices=parts, default=list(parts), help="what is measured, by default all of it"
+    )
     what = "an eighth of the lengths and windows, a quarter of the requests"
     parser.add_argument("--small", action="store_true", help=what)
 
@@ -145,7 +203,10 @@ def _projections(parser: argparse.ArgumentParser) -> None:
     what = "kda: six projections, then two, of SGLang #17801; qkv, gate_up: of a Llama of 1.1 B parameters"
     parser.add_argument("groups", nargs="*", type=_one_of(*names), default=list(names), metavar="GROUP", help=what)
     parser.add_argument("--m", type=_count, nargs="+", help="rows; default: 1 8 64 512 4096, on a GPU also 8192 16384")
-    _positive(parser, {"repeats": (7, "passes of each variant at each m, in turns, at least: as many as fit into three seconds")})
+    _positive(
+        parser,
+        {"repeats": (7, "passes of each variant at each m, in turns, at least: as many as fit into three seconds")},
+    )
     parser.add_argument("--small", action="store_true", help="an eighth of all widths")
     what = "count kernels of a decode step of Kimi-Linear's widths, compiled for an H100 without one"
     parser.add_argument("--h100", action="store_true", help=what)
@@ -158,12 +219,20 @@ def _cross(parser: argparse.ArgumentParser) -> None:
         "int8: the same with int8 weights; shared: encoder runs and blocks of samples and beams"
     )
     parser.add_argument("parts", nargs="*", type=_one_of(*parts), default=list(parts), metavar="PART", help=what)
-    _positive(parser, {
-        "batch_size": (8, "documents of a step"), "input_len": (256, "tokens of each"), "repeats": (5, "passes, in turns"),
-        "num_prompts": (32, "documents, all at once"), "min_input_len": (64, "tokens of the shortest"),
-        "max_input_len": (960, "tokens of the longest"), "output_len": (64, "new tokens of each"),
-        "samples": (8, "of each document"), "beams": (4, "of each document"),
-    })  # fmt: skip
+    _positive(
+        parser,
+        {
+            "batch_size": (8, "documents of a step"),
+            "input_len": (256, "tokens of each"),
+            "repeats": (5, "passes, in turns"),
+            "num_prompts": (32, "documents, all at once"),
+            "min_input_len": (64, "tokens of the shortest"),
+            "max_input_len": (960, "tokens of the longest"),
+            "output_len": (64, "new tokens of each"),
+            "samples": (8, "of each document"),
+            "beams": (4, "of each document"),
+        },
+    )
     what = "a small model, an eighth of the lengths, a quarter of the documents"
     parser.add_argument("--small", action="store_true", help=what)
 
@@ -184,8 +253,15 @@ def _common() -> argparse.ArgumentParser:
     peers.add_argument("--openvino-python", default=sys.executable, help="the one with openvino-genai, optimum-intel")
     peers.add_argument("--openvino-model", type=Path, help="keeps the exported models; by default a temporary folder")
     peers.add_argument("--peer-dtype", default="auto", help="auto is the checkpoint's")
-    parser.add_argument("--set", dest="settings", metavar="NAME=VALUE", type=_setting, action="append", default=[],
-                        help="a field of EngineConfig, such as max_num_seqs=16; may be repeated")  # fmt: skip
+    parser.add_argument(
+        "--set",
+        dest="settings",
+        metavar="NAME=VALUE",
+        type=_setting,
+        action="append",
+        default=[],
+        help="a field of EngineConfig, such as max_num_seqs=16; may be repeated",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of weights and prompts")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout, everything else on stderr")
     return parser
@@ -234,7 +310,12 @@ def random_config(args: argparse.Namespace) -> dict[str, Any]:
             f"{sizes['num_attention_heads']}"
         )
     return sizes | {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5,
-        "head_dim": sizes["hidden_size"] // sizes["num_attention_heads"], "rope_theta": 10000.0,
-        "tie_word_embeddings": False, "dtype": args.checkpoint_dtype,
-    }  # fmt: skip
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "head_dim": sizes["hidden_size"] // sizes["num_attention_heads"],
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "dtype": args.checkpoint_dtype,
+    }

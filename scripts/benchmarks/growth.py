@@ -1,12 +1,13 @@
 """`bench.py growth`: what a decode step costs as its cache grows: by concatenation, contiguous, and paged.
 
-One generation is run, a prompt and then a token a step. At some of its lengths every method takes the same step from the
-same keys and values, in turns and several times:
+One generation is run, a prompt and then a token a step. At some of its lengths every method takes the same step from
+the same keys and values, in turns and several times:
 
-- `concatenation`: a plain loop whose step makes every layer's keys and values anew, a position longer (`jnp.concatenate`),
-  and frees the old ones, as PaddleNLP's did before its PR #9126. There, without a compiler, lengths cost nothing; here each
-  is a program of its own, and compiling it is left out of the times. Padding to fewer lengths would be reserving.
-  Asking the system for fresh memory is in them. All but the cache, the attention kernel too, is as in the others.
+- `concatenation`: a plain loop whose step makes every layer's keys and values anew, a position longer
+  (`jnp.concatenate`), and frees the old ones, as PaddleNLP's did before its PR #9126. There, without a compiler,
+  lengths cost nothing; here each is a program of its own, and compiling it is left out of the times. Padding to fewer
+  lengths would be reserving. Asking the system for fresh memory is in them. All but the cache, the attention kernel
+  too, is as in the others.
 - `contiguous`: rows with room reserved from the start, tokens written in place (`kv.contiguous`).
 - `contiguous_x4`: the same with four times the room.
 - `paged`: blocks of 16 positions anywhere in a pool, found through a table (`kv.manager`).
@@ -73,12 +74,20 @@ class Step:
     """A step of one method at one length, compiled: `lanes, tables` and what it makes of them."""
 
     def __init__(
-        self, program: Program, params: Params, lanes: list[Lane], tables: Array, *, items: int | None = None,
+        self,
+        program: Program,
+        params: Params,
+        lanes: list[Lane],
+        tables: Array,
+        *,
+        items: int | None = None,
         longer: bool = False,
-    ):  # fmt: skip
+    ):
         self._params, self._lanes, self._tables, self._longer = params, lanes, tables, longer
         step = jax.jit(partial(_step, program, items, longer), donate_argnums=() if longer else 1)
-        self._compiled = step.lower(params, lanes, tables, *[jax.ShapeDtypeStruct((len(tables),), np.int32)] * 2).compile()
+        self._compiled = step.lower(
+            params, lanes, tables, *[jax.ShapeDtypeStruct((len(tables),), np.int32)] * 2
+        ).compile()
 
     def run(self, tokens: np.ndarray, position: int) -> tuple[float, np.ndarray]:
         """Seconds, and the next token of each row; may be run again, as it writes what it wrote."""
@@ -91,8 +100,8 @@ class Step:
         return time.perf_counter() - start, np.asarray(made)
 
     def figures(self) -> Figures:
-        """Read off the compiled program: what lies in the memory of an argument, what is made anew, the most there is at
-        once beside the weights."""
+        """Read off the compiled program: what lies in the memory of an argument, what is made anew, the most there is
+        at once beside the weights."""
         memory = self._compiled.memory_analysis()
         anew = memory.output_size_in_bytes - memory.alias_size_in_bytes
         weights = sum(array.nbytes for array in self._params)
@@ -103,9 +112,15 @@ class Step:
 
 
 def _step(
-    program: Program, items: int | None, longer: bool, params: Params, lanes: list[Lane], tables: Array, tokens: Array,
+    program: Program,
+    items: int | None,
+    longer: bool,
+    params: Params,
+    lanes: list[Lane],
+    tables: Array,
+    tokens: Array,
     positions: Array,
-) -> tuple[jax.Array, list[Lane]]:  # fmt: skip
+) -> tuple[jax.Array, list[Lane]]:
     if longer:
         lanes = jax.tree.map(lambda a: jnp.concatenate([a, jnp.zeros_like(a[:, :, :1])], axis=2), lanes)
     return greedy(program, params, lanes, DecodeBatch(tokens, positions, tables, items))
@@ -138,7 +153,7 @@ class Bench:
             CONTIGUOUS: self._contiguous(layers, length, 1),
             ROOMY: self._contiguous(layers, length, 4),
             PAGED: self._paged(layers, length),
-        }  # fmt: skip
+        }
 
     def _contiguous(self, layers: list[Lane], length: int, room: int) -> Step:
         cache = GrowingCache.adopt(self.program, layers, self.work.end * room, self.work.step)
@@ -150,7 +165,9 @@ class Bench:
         # As a pool gives them that has served others before.
         tables = np.random.default_rng(0).permutation(work.rows * width).astype(np.int32).reshape(work.rows, width)
         lanes = functional.init_cache(self.program, work.rows * width, BLOCK)
-        fill = jax.jit(partial(jax.tree.map, lambda array, given: contiguous.fill(array, given, tables)), donate_argnums=0)
+        fill = jax.jit(
+            partial(jax.tree.map, lambda array, given: contiguous.fill(array, given, tables)), donate_argnums=0
+        )
         items = None
         if self.program.kernel == "xla":  # as the engine does (`Shapes.items_bucket`)
             items, needed = work.rows, work.rows * (length // item_keys(BLOCK) + 1)
@@ -185,9 +202,14 @@ def measure(
                     found.get(f"same_tokens@{name}", 1.0), float((made[name] == made[CONTIGUOUS]).mean())
                 )
             if position == work.measured[-1]:
-                found |= {f"{key}@{name}": value for name, step in steps.items() for key, value in step.figures().items()}
+                found |= {
+                    f"{key}@{name}": value for name, step in steps.items() for key, value in step.figures().items()
+                }
             del steps
-            say(f"{position} positions: " + ", ".join(f"{name} {1e3 * median(own):.1f} ms" for name, own in times.items()))
+            say(
+                f"{position} positions: "
+                + ", ".join(f"{name} {1e3 * median(own):.1f} ms" for name, own in times.items())
+            )
         logits, cache = cache.append(params, tokens[:, None])
         tokens = np.asarray(logits.argmax(axis=-1), np.int32)
     return found | _summary(seconds, work)

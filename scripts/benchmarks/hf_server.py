@@ -22,13 +22,12 @@ def _sampling(samples: int, temperature: float) -> dict[str, Any]:
     """Fields of a `GenerationConfig`; the defaults of transformers would cut off to the 50 most likely tokens."""
     if temperature == 0:
         return {"do_sample": False}
-    return {
-        "do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0, "num_return_sequences": samples
-    }  # fmt: skip
+    return {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0, "num_return_sequences": samples}
 
 
 class Static:
-    """`generate` over batches padded on the left, or for an encoder on the right; what arrives meanwhile waits for the next."""
+    """`generate` over batches padded on the left, or for an encoder on the right; what arrives meanwhile waits for the
+    next."""
 
     def __init__(self, model: Any, **cache: str):
         self.model, self.cache = model, cache
@@ -75,9 +74,14 @@ class Static:
         ids, mask = batch(prompts), batch([[1] * len(prompt) for prompt in prompts])
         with torch.inference_mode():
             made = self.model.generate(
-                input_ids=ids, attention_mask=mask, max_new_tokens=new, pad_token_id=0,
-                stopping_criteria=StoppingCriteriaList([Clock()]), **self.cache, **sampling,
-            )  # fmt: skip
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=new,
+                pad_token_id=0,
+                stopping_criteria=StoppingCriteriaList([Clock()]),
+                **self.cache,
+                **sampling,
+            )
         # The prompts, or what the decoder starts with.
         return made[:, 1 if encoder else width :].tolist(), at
 
@@ -104,9 +108,11 @@ class Continuous:
                 index = waiting.popleft()
                 arrivals.append(time.perf_counter() - start)
                 request = self.manager.add_request(
-                    prompts[index], request_id=f"{start}-{index}", max_new_tokens=lengths[index],
+                    prompts[index],
+                    request_id=f"{start}-{index}",
+                    max_new_tokens=lengths[index],
                     record_timestamps=True,
-                )  # fmt: skip
+                )
                 running[request] = samples
             result = self.manager.get_result(timeout=1)
             if result is None and not self.manager.is_running():
@@ -121,9 +127,11 @@ class Continuous:
         seconds = time.perf_counter() - start
         ordered = [results[key] for key in sorted(results)]
         return {
-            "seconds": seconds, "tokens": [list(r.generated_tokens) for r in ordered], "arrivals": arrivals,
+            "seconds": seconds,
+            "tokens": [list(r.generated_tokens) for r in ordered],
+            "arrivals": arrivals,
             "times": [[t - start for t in r.timestamps or ()] for r in ordered],
-        }  # fmt: skip
+        }
 
     def _prepare(self, pages: int, sampling: dict[str, Any]) -> None:
         """A manager whose cache holds all that is in flight."""
@@ -136,7 +144,7 @@ class Continuous:
         self.manager = self.model.init_continuous_batching(
             generation_config=GenerationConfig(eos_token_id=-1, pad_token_id=0, max_new_tokens=16, **sampling),
             continuous_batching_config=ContinuousBatchingConfig(allow_block_sharing=False, **self._sizes()),
-        )  # fmt: skip
+        )
         self.manager.start()
 
     def _sizes(self) -> dict[str, int]:
@@ -164,9 +172,7 @@ def load(mode: str, folder: str, dtype: str) -> tuple[Static | Continuous, dict[
     # A static cache is what transformers compiles `generate` for, on a GPU.
     systems = {"hf": Static, "hf-static": partial(Static, cache_implementation="static"), "hf-cb": Continuous}
     system = systems[mode](model)
-    return system, {
-        "torch": torch.__version__, "transformers": transformers.__version__, "dtype": str(model.dtype)
-    }  # fmt: skip
+    return system, {"torch": torch.__version__, "transformers": transformers.__version__, "dtype": str(model.dtype)}
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ class Operations:
         return set(self.categories)
 
     def category(self, name: str) -> str:
-        """"sampling", "attention", "gemms" or "rest"."""
+        """ "sampling", "attention", "gemms" or "rest"."""
         return self.categories.get(name, "rest")
 
     @classmethod

@@ -78,7 +78,9 @@ def stub_device() -> Iterator[None]:
     with mock.patch.multiple(functional, **stubs):
         yield
     if traced != set(stubs):
-        raise RuntimeError(f"the steps no longer call {', '.join(set(stubs) - traced)}: the model was computed in what was timed")
+        raise RuntimeError(
+            f"the steps no longer call {', '.join(set(stubs) - traced)}: the model was computed in what was timed"
+        )
 
 
 def measure(rows: int, length: int, steps: int, layers: int, queued: int = 0) -> dict[str, float]:
@@ -162,9 +164,11 @@ def _parts(clock: Clock, engine: Engine) -> dict[str, float]:
     if missing:
         raise RuntimeError(f"a decode step without {', '.join(missing)}: the engine's parts are named otherwise now")
     parts = {
-        "schedule": seconds["schedule"], "pack": seconds["run"] - seconds["dispatch"],
-        "dispatch": seconds["dispatch"], "commit": seconds["commit"],
-    }  # fmt: skip
+        "schedule": seconds["schedule"],
+        "pack": seconds["run"] - seconds["dispatch"],
+        "dispatch": seconds["dispatch"],
+        "commit": seconds["commit"],
+    }
     return parts | {"other": whole - sum(parts.values()), "step": whole}
 
 
@@ -173,17 +177,33 @@ def _llm(rows: int, length: int, new: int, layers: int) -> Iterator[LLM]:
     """A model with as many arrays as one of `layers` layers has, each of them tiny."""
     longest, budget = length + BLOCK + new, PREFILLS * (length + BLOCK) + rows
     config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": VOCAB, "hidden_size": 8,
-        "intermediate_size": 8, "num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 1,
-        "head_dim": 2, "max_position_embeddings": longest + BLOCK, "tie_word_embeddings": False, "dtype": "float32",
-    }  # fmt: skip
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": VOCAB,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 2,
+        "max_position_embeddings": longest + BLOCK,
+        "tie_word_embeddings": False,
+        "dtype": "float32",
+    }
     with tempfile.TemporaryDirectory(prefix="jaxinfer-host-") as folder:
         checkpoint.write(Path(folder), config, 0)
         with LLM(
-            folder, skip_tokenizer_init=True, use_tqdm=False, max_num_seqs=rows, max_model_len=longest,
-            block_size=BLOCK, max_num_batched_tokens=budget, prefill_buckets=(budget,), decode_buckets=(rows,),
+            folder,
+            skip_tokenizer_init=True,
+            use_tqdm=False,
+            max_num_seqs=rows,
+            max_model_len=longest,
+            block_size=BLOCK,
+            max_num_batched_tokens=budget,
+            prefill_buckets=(budget,),
+            decode_buckets=(rows,),
             decode_steps=1,
-        ) as llm:  # fmt: skip
+        ) as llm:
             yield llm
 
 

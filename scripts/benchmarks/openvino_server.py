@@ -86,9 +86,22 @@ def export(folder: str, target: Path, weights: str) -> None:
     if (target / "openvino_model.xml").exists():
         return
     subprocess.run(
-        [sys.executable, "-m", "optimum.commands.optimum_cli", "export", "openvino", "--model", folder,
-         "--task", "text-generation-with-past", "--weight-format", weights, str(target)], check=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "optimum.commands.optimum_cli",
+            "export",
+            "openvino",
+            "--model",
+            folder,
+            "--task",
+            "text-generation-with-past",
+            "--weight-format",
+            weights,
+            str(target),
+        ],
+        check=True,
+    )
 
 
 def load(name: str, folder: str, dtype: str, exported: str) -> tuple[Pipeline, dict[str, str]]:

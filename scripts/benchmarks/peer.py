@@ -25,9 +25,12 @@ class Kind:
 _TRANSFORMERS = Kind(FOLDER / "hf_server.py", "--peer-python", "torch and transformers")
 _OPENVINO = Kind(FOLDER / "openvino_server.py", "--openvino-python", "openvino-genai and optimum-intel")
 PEERS = {
-    "hf": _TRANSFORMERS, "hf-static": _TRANSFORMERS, "hf-cb": _TRANSFORMERS,
-    "openvino": _OPENVINO, "openvino-int8": _OPENVINO,
-}  # fmt: skip
+    "hf": _TRANSFORMERS,
+    "hf-static": _TRANSFORMERS,
+    "hf-cb": _TRANSFORMERS,
+    "openvino": _OPENVINO,
+    "openvino-int8": _OPENVINO,
+}
 """transformers' `generate` with left padding, the same with a static cache, and its continuous batching;
 openvino-genai's, and with int8 weights."""
 
@@ -40,8 +43,10 @@ class Peer:
         try:
             self._process = subprocess.Popen(
                 [python, str(self._kind.server), name, str(folder), dtype, *more],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            )  # fmt: skip
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
         except OSError as error:
             raise RuntimeError(f"peer {name}: cannot start {python}: {error}; see {self._kind.flag}") from error
         self.versions: Mapping[str, str] = self._read()["ready"]

@@ -7,8 +7,8 @@ The layers are those that the engine runs (`layers.linear`), with the implementa
 - `apart`: the same layer, its one weight cut up for a GEMM an output, as the engine does above the crossover.
 - `auto`: whichever of these two `layers.fusion` says for so many rows: its figures are those of the same program.
 
-Of Kimi Delta Attention it is the microbenchmark of SGLang #17801, whose figures stand beside: six projections of the hidden
-state, then two low-rank ones of the last two results.
+Of Kimi Delta Attention it is the microbenchmark of SGLang #17801, whose figures stand beside: six projections of the
+hidden state, then two low-rank ones of the last two results.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,9 +36,15 @@ CPU_ROWS = (1, 8, 64, 512, 4096)
 """By default on a CPU, where twice as many rows take twice as long and nothing else changes."""
 SOURCE = "sglang#17801"
 PUBLISHED: Mapping[str, float] = {
-    "unfused_ms@kda_m4096": 0.57, "fused_ms@kda_m4096": 0.50, "unfused_ms@kda_m8192": 1.03, "fused_ms@kda_m8192": 0.98,
-    "unfused_ms@kda_m16384": 1.99, "fused_ms@kda_m16384": 1.91, "unfused_ms@kda_decode": 0.0388, "fused_ms@kda_decode": 0.0117,
-}  # fmt: skip
+    "unfused_ms@kda_m4096": 0.57,
+    "fused_ms@kda_m4096": 0.50,
+    "unfused_ms@kda_m8192": 1.03,
+    "fused_ms@kda_m8192": 0.98,
+    "unfused_ms@kda_m16384": 1.99,
+    "fused_ms@kda_m16384": 1.91,
+    "unfused_ms@kda_decode": 0.0388,
+    "fused_ms@kda_decode": 0.0117,
+}
 """By the pull request; the GPU is not named, nor the rows of decode. What it calls before is `unfused` here."""
 Figures = dict[str, float]
 
@@ -63,13 +69,16 @@ def _heads(width: int, dim: int, **columns: int) -> Group:
 GROUPS: Mapping[str, Group] = {
     "kda": Group(
         2304,
-        (*(Output(name, 8, 128) for name in ("q", "k", "v")), Output("b", 8),
-         *(Output(name, 1, 128, sharded=False) for name in ("f_a", "g_a"))),
+        (
+            *(Output(name, 8, 128) for name in ("q", "k", "v")),
+            Output("b", 8),
+            *(Output(name, 1, 128, sharded=False) for name in ("f_a", "g_a")),
+        ),
         (Output("f_b", 8, 128), Output("g_b", 8, 128)),
     ),
     "qkv": _heads(2048, 64, q=2048, k=512, v=512),
     "gate_up": _heads(2048, 1, gate=5632, up=5632),
-}  # fmt: skip
+}
 """KDA of Kimi-Linear-48B over four shards; attention and MLP of a Llama of 1.1 B parameters."""
 SECONDS = 3.0
 """For which each number of rows is measured at least."""
@@ -152,9 +161,14 @@ class Bench:
 
 
 def measure(
-    groups: Mapping[str, Group], rows: Sequence[int] | None, repeats: int, *, dtype: str, kernel: str = "auto",
+    groups: Mapping[str, Group],
+    rows: Sequence[int] | None,
+    repeats: int,
+    *,
+    dtype: str,
+    kernel: str = "auto",
     seconds: float = 0.0,
-) -> Figures:  # fmt: skip
+) -> Figures:
     """The figures of all groups; `rows` by default what suits the device, `kernel` as `EngineConfig.matmul_kernel`.
 
     Each is measured for `seconds` at least.
@@ -165,7 +179,9 @@ def measure(
     for name, group in groups.items():
         bench = Bench(group, mesh, dtype, kernel)
         for count in sizes:
-            figures |= {f"{metric}@{name}_m{count}": value for metric, value in bench.measure(count, repeats, seconds).items()}
+            figures |= {
+                f"{metric}@{name}_m{count}": value for metric, value in bench.measure(count, repeats, seconds).items()
+            }
     ratios = [value for name, value in figures.items() if name.startswith("unfused_over_auto@")]
     return figures | {"least_unfused_over_auto": min(ratios)}
 
@@ -192,6 +208,7 @@ def published(figures: Figures) -> Figures:
     own = {name: value for name, value in PUBLISHED.items() if name in figures or name.endswith("_decode")}
     ratios = {
         name.replace("unfused_ms", "unfused_over_fused"): value / own[name.replace("unfused", "fused")]
-        for name, value in own.items() if name.startswith("unfused")
-    }  # fmt: skip
+        for name, value in own.items()
+        if name.startswith("unfused")
+    }
     return own | ratios

@@ -39,12 +39,13 @@ class Costs:
         positions = runner.shapes.num_blocks * runner.shapes.block_size
         quantised = any(p.dtype == np.int8 for p in read.values())
         return cls(
-            weight_bytes=sum(p.size * p.dtype.itemsize for p in read.values()), weights=sum(matrices.values()),
+            weight_bytes=sum(p.size * p.dtype.itemsize for p in read.values()),
+            weights=sum(matrices.values()),
             head=sum(size for path, size in matrices.items() if path.startswith(("head.", "embedding."))),
             kv_bytes=sum(array.nbytes for array in jax.tree.leaves(runner.cache)) // positions,
             attention=4 * config.attention.heads * config.attention.head_dim * config.num_layers,
             dtype="int8" if quantised else str(runner.program.dtype),
-        )  # fmt: skip
+        )
 
 
 def of(work: Work, trace: Trace, costs: Costs, rates: Mapping[str, float]) -> dict[str, float]:
@@ -65,13 +66,15 @@ def _decode(work: Work, trace: Trace, costs: Costs, bandwidth: float) -> dict[st
     live = sum(
         prompt + made
         for prompt, times in zip(prompts, trace.times, strict=True)
-        for made, at in enumerate(times) if at > start
-    )  # fmt: skip
+        for made, at in enumerate(times)
+        if at > start
+    )
     gigabytes = (steps * costs.weight_bytes + live * costs.kv_bytes) / 1e9
     return {
-        "decode_step_ms": 1e3 * (end - start) / steps, "decode_gigabytes_per_step": gigabytes / steps,
+        "decode_step_ms": 1e3 * (end - start) / steps,
+        "decode_gigabytes_per_step": gigabytes / steps,
         "decode_share_of_read_bandwidth": gigabytes / (end - start) / bandwidth,
-    }  # fmt: skip
+    }
 
 
 def _prefill(prompt: int, trace: Trace, costs: Costs, rate: float) -> dict[str, float]:
@@ -80,6 +83,7 @@ def _prefill(prompt: int, trace: Trace, costs: Costs, rate: float) -> dict[str, 
     operations = 2 * (costs.weights - costs.head) * prompt + 2 * costs.head + costs.attention * pairs
     seconds = first_tokens(trace)
     return {
-        "prefill_ms": 1e3 * seconds, "prefill_teraops": operations / 1e12,
+        "prefill_ms": 1e3 * seconds,
+        "prefill_teraops": operations / 1e12,
         "prefill_share_of_matmul_rate": operations / 1e12 / seconds / rate,
-    }  # fmt: skip
+    }

@@ -3,11 +3,12 @@
 On random models with the layers of Gemma 3 (five sliding for a full one), of gpt-oss (sliding and full in turn, sinks,
 experts) and of Kimi-Linear (three recurrent for one that attends to latents), small ones:
 
-- samples: the most blocks that are held at a time while n samples of one prompt are drawn, against the fewest possible: for
-  each layer the blocks that the tokens of the step see or write, each counted once; and against no sharing.
-- prefixes: the requests of vLLM #45238, whose prompts begin alike and then part; one after another and all at once. Of each
-  but the first, how much of what it has in common with the others was computed again, and when its first token came. Where
-  layers are recurrent the second one leaves the state at the point where it parts, so that those from the third on count.
+- samples: the most blocks that are held at a time while n samples of one prompt are drawn, against the fewest possible:
+  for each layer the blocks that the tokens of the step see or write, each counted once; and against no sharing.
+- prefixes: the requests of vLLM #45238, whose prompts begin alike and then part; one after another and all at once. Of
+  each but the first, how much of what it has in common with the others was computed again, and when its first token
+  came. Where layers are recurrent the second one leaves the state at the point where it parts, so that those from the
+  third on count.
 - speed: tokens a second of prompts that have nothing in common, and of samples, with sharing and without, in turns.
 """
 
@@ -35,24 +36,44 @@ from jaxinfer.sharding import make_mesh
 
 VOCAB = 4096
 COMMON: Mapping[str, Any] = {
-    "vocab_size": VOCAB, "num_hidden_layers": 12, "hidden_size": 256, "num_attention_heads": 8, "head_dim": 32,
-    "num_key_value_heads": 2, "max_position_embeddings": 8192, "rms_norm_eps": 1e-6,
-}  # fmt: skip
+    "vocab_size": VOCAB,
+    "num_hidden_layers": 12,
+    "hidden_size": 256,
+    "num_attention_heads": 8,
+    "head_dim": 32,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-6,
+}
 MODELS: Mapping[str, Mapping[str, Any]] = {
     "gemma3": {
-        "architectures": ["Gemma3ForCausalLM"], "intermediate_size": 512, "sliding_window": 512,
+        "architectures": ["Gemma3ForCausalLM"],
+        "intermediate_size": 512,
+        "sliding_window": 512,
         "query_pre_attn_scalar": 32,
     },
     "gpt_oss": {
-        "architectures": ["GptOssForCausalLM"], "intermediate_size": 128, "num_local_experts": 8, "num_experts_per_tok": 2,
+        "architectures": ["GptOssForCausalLM"],
+        "intermediate_size": 128,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
         "sliding_window": 128,
     },
     "kimi_linear": {
-        "architectures": ["KimiLinearForCausalLM"], "intermediate_size": 512, "kv_lora_rank": 64, "qk_nope_head_dim": 32,
-        "qk_rope_head_dim": 16, "v_head_dim": 32, "num_experts": 8, "num_experts_per_token": 2, "num_shared_experts": 1,
-        "moe_intermediate_size": 128, "first_k_dense_replace": 1, "model_max_length": 8192,
+        "architectures": ["KimiLinearForCausalLM"],
+        "intermediate_size": 512,
+        "kv_lora_rank": 64,
+        "qk_nope_head_dim": 32,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 32,
+        "num_experts": 8,
+        "num_experts_per_token": 2,
+        "num_shared_experts": 1,
+        "moe_intermediate_size": 128,
+        "first_k_dense_replace": 1,
+        "model_max_length": 8192,
     },
-}  # fmt: skip
+}
 """Of each config.json what `COMMON` has not: the windows of Gemma 3 1B and of gpt-oss."""
 NEW = 4
 """Tokens that each request of a prefix workload makes."""
@@ -99,9 +120,12 @@ def config(name: str, *, small: bool = False) -> dict[str, Any]:
         full = [layer for layer in layers if layer % 4 == 0]
         values["num_key_value_heads"] = values["num_attention_heads"]
         values["linear_attn_config"] = {
-            "num_heads": values["num_attention_heads"], "head_dim": values["head_dim"], "short_conv_kernel_size": 4,
-            "full_attn_layers": full, "kda_layers": [layer for layer in layers if layer not in full],
-        }  # fmt: skip
+            "num_heads": values["num_attention_heads"],
+            "head_dim": values["head_dim"],
+            "short_conv_kernel_size": 4,
+            "full_attn_layers": full,
+            "kda_layers": [layer for layer in layers if layer not in full],
+        }
     return values
 
 
@@ -109,10 +133,13 @@ def smaller(work: Work) -> Work:
     """An eighth of all lengths and a quarter of the requests."""
     count, prompt, new = work.throughput
     return replace(
-        work, prompt=work.prompt // SMALL, new=work.new // SMALL, requests=max(2, work.requests // 4),
+        work,
+        prompt=work.prompt // SMALL,
+        new=work.new // SMALL,
+        requests=max(2, work.requests // 4),
         prefixes=tuple((shared // SMALL, own // SMALL) for shared, own in work.prefixes),
         throughput=(max(2, count // 4), prompt // SMALL, new // SMALL),
-    )  # fmt: skip
+    )
 
 
 def measure(
@@ -153,12 +180,16 @@ class Bench:
             peaks[share] = counted.held
             fewest = counted.fewest if share else fewest
         return {
-            "peak_blocks": peaks[True], "fewest_blocks": fewest, "peak_over_fewest": peaks[True] / fewest,
-            "peak_blocks_unshared": peaks[False], "unshared_over_shared": peaks[False] / peaks[True],
-        }  # fmt: skip
+            "peak_blocks": peaks[True],
+            "fewest_blocks": fewest,
+            "peak_over_fewest": peaks[True] / fewest,
+            "peak_blocks_unshared": peaks[False],
+            "unshared_over_shared": peaks[False] / peaks[True],
+        }
 
     def prefixes(self, work: Work) -> Figures:
-        """What of the prompts' common beginning was found, and when the first tokens came, in a pool of a few requests."""
+        """What of the prompts' common beginning was found, and when the first tokens came, in a pool of a few
+        requests."""
         figures: Figures = {}
         for shared, own in work.prefixes:
             pool = work.pool * self._blocks(shared + own + NEW)
@@ -170,11 +201,14 @@ class Bench:
                     self._serve(engine, requests, at_once)
                     waits[share] = mean(r.first_token_time - r.arrival_time for r in requests)
                     if share:
-                        figures |= {name + label: value for name, value in self._found(engine, requests, shared).items()}
+                        figures |= {
+                            name + label: value for name, value in self._found(engine, requests, shared).items()
+                        }
                 figures |= {
-                    f"first_token_seconds{label}": waits[True], f"first_token_seconds_unshared{label}": waits[False],
+                    f"first_token_seconds{label}": waits[True],
+                    f"first_token_seconds_unshared{label}": waits[False],
                     f"unshared_over_shared{label}": waits[False] / waits[True],
-                }  # fmt: skip
+                }
         return figures
 
     def _found(self, engine: Engine, requests: Sequence[Request], shared: int) -> Figures:
@@ -182,12 +216,16 @@ class Bench:
         states = engine.manager.states
         block, found = self.runner.shapes.block_size, [r.cached_tokens for r in requests[1 if states is None else 2 :]]
         figures = {
-            "requests_that_could_hit": len(found), "requests_with_whole_prefix": sum(hit > shared - block for hit in found),
+            "requests_that_could_hit": len(found),
+            "requests_with_whole_prefix": sum(hit > shared - block for hit in found),
             "least_hit_tokens": min(found),
-        }  # fmt: skip
+        }
         if states is not None:
             program, count = self.runner.program, int(states.published.sum())
-            figures |= {"snapshots": count, "snapshot_mib": count * slot_bytes(program.layout.states, program.mesh) / 2**20}
+            figures |= {
+                "snapshots": count,
+                "snapshot_mib": count * slot_bytes(program.layout.states, program.mesh) / 2**20,
+            }
         return figures
 
     def speed(self, work: Work) -> Figures:
@@ -206,15 +244,13 @@ class Bench:
                 f"tokens_per_second@{name}": median(rates[True]),
                 f"tokens_per_second_unshared@{name}": median(rates[False]),
                 f"shared_over_unshared@{name}": median(a / b for a, b in zip(rates[True], rates[False], strict=True)),
-            }  # fmt: skip
+            }
         return figures
 
     def _engine(self, *, share: bool, **settings: Any) -> Engine:
         """A fresh one, with nothing cached."""
         self.runner.reset()
-        return Engine(
-            self.runner, replace(self._settings, prefix_caching=share, block_sharing=share, **settings)
-        )
+        return Engine(self.runner, replace(self._settings, prefix_caching=share, block_sharing=share, **settings))
 
     def _blocks(self, tokens: int) -> int:
         """That a sequence takes at most."""
@@ -230,11 +266,14 @@ class Bench:
         params = resolve(params, self._limits, prompt_len=shared + own)
         return [
             Request(
-                id=f"{self._names}.{number}", prompt=np.append(head, rng.integers(3, VOCAB, own)).astype(np.int32),
-                params=params, limit=shared + own + new, seed=number,
+                id=f"{self._names}.{number}",
+                prompt=np.append(head, rng.integers(3, VOCAB, own)).astype(np.int32),
+                params=params,
+                limit=shared + own + new,
+                seed=number,
             )
             for number in range(count)
-        ]  # fmt: skip
+        ]
 
     def _serve(self, engine: Engine, requests: Sequence[Request], at_once: int | None = None) -> float:
         """Seconds until the last token, where so many requests are there at a time, or all.

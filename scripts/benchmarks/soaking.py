@@ -13,11 +13,20 @@ from jaxinfer import LLM, SamplingParams
 
 EVENT = "/jax/core/compile/backend_compile_duration"
 KINDS: tuple[dict[str, Any], ...] = (
-    dict(temperature=0), dict(temperature=0.8), dict(temperature=0.8, min_p=0.05), dict(temperature=0.8, top_k=20),
-    dict(temperature=0.8, top_p=0.9), dict(temperature=0, repetition_penalty=1.2), dict(presence_penalty=0.5),
-    dict(temperature=0, logit_bias={5: 2.0}), dict(allowed_token_ids=[4, 5, 6, 7]), dict(temperature=0, logprobs=3),
-    dict(prompt_logprobs=2), dict(temperature=0.7, top_k=5, logprobs=0, prompt_logprobs=4), dict(min_tokens=3),
-)  # fmt: skip
+    dict(temperature=0),
+    dict(temperature=0.8),
+    dict(temperature=0.8, min_p=0.05),
+    dict(temperature=0.8, top_k=20),
+    dict(temperature=0.8, top_p=0.9),
+    dict(temperature=0, repetition_penalty=1.2),
+    dict(presence_penalty=0.5),
+    dict(temperature=0, logit_bias={5: 2.0}),
+    dict(allowed_token_ids=[4, 5, 6, 7]),
+    dict(temperature=0, logprobs=3),
+    dict(prompt_logprobs=2),
+    dict(temperature=0.7, top_k=5, logprobs=0, prompt_logprobs=4),
+    dict(min_tokens=3),
+)
 """What requests ask of the sampler: all it has."""
 PREFIXES = 6
 """Beginnings that prompts share."""
@@ -62,9 +71,12 @@ def measure(folder: Path, vocab: int, settings: dict[str, Any], seconds: float, 
         readings = {metric.name.removeprefix("jaxinfer:"): metric.value for metric in llm.get_metrics()}
     kept = ("generation_tokens", "prompt_tokens", "num_preemptions", "prefix_cache_hits", "padding_perc")
     return {name: float(readings[name]) for name in kept} | {
-        "warmup_programs": float(done.programs), "warmup_seconds": done.seconds, "calls": float(calls),
-        "calls_cut_short": float(aborted), "compiled_after_warmup": float(len(compiled)),
-    }  # fmt: skip
+        "warmup_programs": float(done.programs),
+        "warmup_seconds": done.seconds,
+        "calls": float(calls),
+        "calls_cut_short": float(aborted),
+        "compiled_after_warmup": float(len(compiled)),
+    }
 
 
 def _requests(rng: np.random.Generator, vocab: int, longest: int) -> tuple[list[dict[str, Any]], list[SamplingParams]]:

@@ -42,9 +42,14 @@ class Standard:
 
         inputs = scaled(self.inputs[0]), scaled(self.inputs[1])
         return spread(
-            self.requests, inputs, (scaled(self.new),) * 2, vocab=vocab, seed=seed, samples=self.samples,
+            self.requests,
+            inputs,
+            (scaled(self.new),) * 2,
+            vocab=vocab,
+            seed=seed,
+            samples=self.samples,
             temperature=0.0 if self.samples == 1 else 1.0,
-        )  # fmt: skip
+        )
 
 
 STANDARDS = {

@@ -28,8 +28,11 @@ def measure(folder: Path, settings: dict[str, Any], repeats: int) -> dict[str, l
         with tempfile.TemporaryDirectory(prefix="jaxinfer-cache-") as cache:
             for state in STATES:
                 phases = run(folder, settings, Path(cache))
-                print(f"pair {round_ + 1}: {state} cache, first token after {phases['first_token']:.2f} s",
-                      file=sys.stderr, flush=True)  # fmt: skip
+                print(
+                    f"pair {round_ + 1}: {state} cache, first token after {phases['first_token']:.2f} s",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 for phase, seconds in phases.items():
                     found.setdefault(f"{state}_{phase}_seconds", []).append(seconds)
     return found
@@ -43,22 +46,28 @@ def run(folder: Path, settings: dict[str, Any], cache: Path) -> dict[str, float]
     """
     started = time.time()
     done = subprocess.run(
-        [sys.executable, str(CHILD), str(folder), json.dumps(settings)], stdout=subprocess.PIPE, text=True,
+        [sys.executable, str(CHILD), str(folder), json.dumps(settings)],
+        stdout=subprocess.PIPE,
+        text=True,
         env=os.environ | _cache_in(cache),
-    )  # fmt: skip
+    )
     if done.returncode:
         raise RuntimeError(f"a fresh process ended with code {done.returncode}, see above")
     at = json.loads(done.stdout.splitlines()[-1])
     return {
-        "interpreter": at["started"] - started, "import": at["imported"] - at["started"],
-        "load": at["loaded"] - at["imported"], "first_step": at["first_token"] - at["loaded"],
-        "first_token": at["first_token"] - started, "answer": at["answer"] - started,
-    }  # fmt: skip
+        "interpreter": at["started"] - started,
+        "import": at["imported"] - at["started"],
+        "load": at["loaded"] - at["imported"],
+        "first_step": at["first_token"] - at["loaded"],
+        "first_token": at["first_token"] - started,
+        "answer": at["answer"] - started,
+    }
 
 
 def _cache_in(folder: Path) -> dict[str, str]:
     """What makes a process keep its compiled programs in `folder`, the quickly compiled ones too."""
     return {
-        "JAX_ENABLE_COMPILATION_CACHE": "true", "JAX_COMPILATION_CACHE_DIR": str(folder),
+        "JAX_ENABLE_COMPILATION_CACHE": "true",
+        "JAX_COMPILATION_CACHE_DIR": str(folder),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }  # fmt: skip
+    }

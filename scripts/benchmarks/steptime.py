@@ -93,9 +93,7 @@ class Model:
     def program(self, hf: Mapping[str, Any], placement: Mapping[str, str]) -> tuple[Program, list[jax.Array]]:
         """The model, or one with fewer of its layers, under a placement."""
         served, config = weights.parse(hf)
-        module = weights.abstract(
-            served, config, self.dtype, self.mesh, placement=Placement.of(placement), **self.how
-        )
+        module = weights.abstract(served, config, self.dtype, self.mesh, placement=Placement.of(placement), **self.how)
         program, _ = functional.split(module, self.mesh)
         params = rules.parameters(module).items()
         return program, [self._weights[param.get_metadata()["replicated"]][path][...] for path, param in params]
@@ -170,5 +168,3 @@ def measure(
     """Seconds of a step for each variant: a config.json and a placement."""
     runs = {name: runner(*model.program(hf, placement), step) for name, (hf, placement) in variants.items()}
     return in_turns(runs, repeats)
-
-

@@ -49,16 +49,27 @@ class Work:
         """Its sizes, for the report."""
         sizes = [len(prompt) for prompt in self.prompts]
         return {
-            "requests": len(sizes), "prompt_tokens": self.prompt_tokens, "shortest_prompt": min(sizes),
-            "longest_prompt": max(sizes), "samples": self.samples, "new_tokens": self.new_tokens,
+            "requests": len(sizes),
+            "prompt_tokens": self.prompt_tokens,
+            "shortest_prompt": min(sizes),
+            "longest_prompt": max(sizes),
+            "samples": self.samples,
+            "new_tokens": self.new_tokens,
             "concurrency": self.at_once,
-        }  # fmt: skip
+        }
 
 
 def spread(
-    count: int, inputs: tuple[int, int], outputs: tuple[int, int], *, vocab: int, seed: int,
-    concurrency: int | None = None, samples: int = 1, temperature: float = 0.0,
-) -> Work:  # fmt: skip
+    count: int,
+    inputs: tuple[int, int],
+    outputs: tuple[int, int],
+    *,
+    vocab: int,
+    seed: int,
+    concurrency: int | None = None,
+    samples: int = 1,
+    temperature: float = 0.0,
+) -> Work:
     """`count` requests with prompt lengths and new tokens drawn evenly from the two ranges, ends included.
 
     Raises:

@@ -1,4 +1,5 @@
-"""A small Kimi-Linear, trained through the layers that serve it: two of Kimi Delta Attention, one of latents, and experts."""
+"""A small Kimi-Linear, trained through the layers that serve it: two of Kimi Delta Attention, one of latents, and
+experts."""
 
 from __future__ import annotations
 
@@ -26,14 +27,35 @@ from jaxinfer.sharding import make_mesh
 LENGTHS = (64, 128, MAX_LENGTH)
 """A program is compiled for each."""
 CONFIG = dict(
-    architectures=["KimiLinearForCausalLM"], model_type="kimi_linear", hidden_size=128, num_hidden_layers=3,
-    layer_types=["linear_attention", "linear_attention", "full_attention"], mlp_layer_types=["dense", "sparse", "sparse"],
-    linear_num_heads=4, linear_head_dim=32, linear_conv_kernel_dim=4, intermediate_size=384, num_attention_heads=4,
-    num_key_value_heads=4, kv_lora_rank=32, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32,
-    num_local_experts=4, num_experts_per_tok=2, moe_intermediate_size=128, n_shared_experts=1, routed_scaling_factor=1.0,
-    rms_norm_eps=1e-5, max_position_embeddings=1024, tie_word_embeddings=True, dtype="float32",
-    bos_token_id=BOS, eos_token_id=[EOS, END], pad_token_id=PAD,
-)  # fmt: skip
+    architectures=["KimiLinearForCausalLM"],
+    model_type="kimi_linear",
+    hidden_size=128,
+    num_hidden_layers=3,
+    layer_types=["linear_attention", "linear_attention", "full_attention"],
+    mlp_layer_types=["dense", "sparse", "sparse"],
+    linear_num_heads=4,
+    linear_head_dim=32,
+    linear_conv_kernel_dim=4,
+    intermediate_size=384,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    kv_lora_rank=32,
+    qk_nope_head_dim=32,
+    qk_rope_head_dim=16,
+    v_head_dim=32,
+    num_local_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=128,
+    n_shared_experts=1,
+    routed_scaling_factor=1.0,
+    rms_norm_eps=1e-5,
+    max_position_embeddings=1024,
+    tie_word_embeddings=True,
+    dtype="float32",
+    bos_token_id=BOS,
+    eos_token_id=[EOS, END],
+    pad_token_id=PAD,
+)
 """config.json, but for the vocabulary."""
 
 
@@ -100,13 +122,14 @@ def optimizer_for(weights: dict[str, jax.Array]) -> optax.GradientTransformation
     """Muon (K. Jordan, 2024) for the layers' matrices, AdamW for all else; `step` multiplies by the rate."""
     matrices = {
         path: MuonDimensionNumbers(reduction_axis=-1, output_axis=-2)
-        if path.startswith("layers.") and path.endswith((".weight", ".up")) else None
+        if path.startswith("layers.") and path.endswith((".weight", ".up"))
+        else None
         for path in weights
-    }  # fmt: skip
+    }
     return optax.chain(
         optax.clip_by_global_norm(1.0),
         muon(1.0, weight_decay=0.1, consistent_rms=0.2, adam_b2=0.98, muon_weight_dimension_numbers=matrices),
-    )  # fmt: skip
+    )
 
 
 def answers(folder: pathlib.Path, prompts: list[list[int]], limit: int) -> list[list[int]]:

@@ -12,8 +12,14 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from jaxinfer.demo import corpus, documents, facts
 
 SPECIAL = (
-    "<|pad|>", "<|begin_of_text|>", "<|end_of_text|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>",
-)  # fmt: skip
+    "<|pad|>",
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|end|>",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+)
 PAD, BOS, EOS, END = 0, 1, 2, 3
 VOCABULARY = 1024
 MAX_LENGTH = 320  # tokens in a training text; longer ones are dropped
@@ -40,10 +46,12 @@ def build_tokenizer(seed: int) -> transformers.PreTrainedTokenizerFast:
     texts += [text for fact in facts.all_facts() for text in (*fact.phrasings, fact.answer)] * 20
     texts = ["".join(c for c in text if ord(c) < 128) for text in texts]
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(SPLIT), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])  # fmt: skip
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
@@ -103,8 +111,8 @@ def batches(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Endless (ids [B, T], weights [B, T]) of about `tokens` tokens, of documents of similar length.
 
-    With `lengths` each batch is as long as the least of these that it fits in, and has as many rows as such a batch can:
-    as few shapes as lengths, of which the last is at least `MAX_LENGTH`.
+    With `lengths` each batch is as long as the least of these that it fits in, and has as many rows as such a batch
+    can: as few shapes as lengths, of which the last is at least `MAX_LENGTH`.
     """
     rng = random.Random(f"train:{seed}")
 

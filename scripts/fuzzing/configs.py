@@ -23,18 +23,50 @@ SHALLOW = 0.1
 """Share of inputs that are made of a model of two layers, whose module is built as well."""
 
 GENERATION: tuple[dict[str, Any], ...] = (
-    dict(bos_token_id=128000, do_sample=True, eos_token_id=[128001, 128008, 128009], temperature=0.6, top_p=0.9,
-         transformers_version="4.42.3"),
-    dict(do_sample=True, eos_token_id=[151645, 151643], pad_token_id=151643, repetition_penalty=1.05, temperature=0.7, top_k=20,
-         top_p=0.8),
-    dict(decoder_start_token_id=2, early_stopping=True, eos_token_id=2, forced_bos_token_id=0, forced_eos_token_id=2,
-         length_penalty=2.0, max_length=142, min_length=56, no_repeat_ngram_size=3, num_beams=4),
-    dict(alignment_heads=[[2, 2], [3, 0]], begin_suppress_tokens=[220, 50257], decoder_start_token_id=50258,
-         eos_token_id=50257, is_multilingual=True, lang_to_id={"<|en|>": 50259, "<|de|>": 50261},
-         max_initial_timestamp_index=50, max_length=448, no_timestamps_token_id=50363, suppress_tokens=[1, 2, 7],
-         task_to_id={"transcribe": 50359, "translate": 50358}),
+    dict(
+        bos_token_id=128000,
+        do_sample=True,
+        eos_token_id=[128001, 128008, 128009],
+        temperature=0.6,
+        top_p=0.9,
+        transformers_version="4.42.3",
+    ),
+    dict(
+        do_sample=True,
+        eos_token_id=[151645, 151643],
+        pad_token_id=151643,
+        repetition_penalty=1.05,
+        temperature=0.7,
+        top_k=20,
+        top_p=0.8,
+    ),
+    dict(
+        decoder_start_token_id=2,
+        early_stopping=True,
+        eos_token_id=2,
+        forced_bos_token_id=0,
+        forced_eos_token_id=2,
+        length_penalty=2.0,
+        max_length=142,
+        min_length=56,
+        no_repeat_ngram_size=3,
+        num_beams=4,
+    ),
+    dict(
+        alignment_heads=[[2, 2], [3, 0]],
+        begin_suppress_tokens=[220, 50257],
+        decoder_start_token_id=50258,
+        eos_token_id=50257,
+        is_multilingual=True,
+        lang_to_id={"<|en|>": 50259, "<|de|>": 50261},
+        max_initial_timestamp_index=50,
+        max_length=448,
+        no_timestamps_token_id=50363,
+        suppress_tokens=[1, 2, 7],
+        task_to_id={"transcribe": 50359, "translate": 50358},
+    ),
     dict(bad_words_ids=[[1, 2], [3]], max_new_tokens=7, stop_strings=["x"], suppress_tokens=[4], temperature=1.0),
-)  # fmt: skip
+)
 
 
 @functools.cache

@@ -72,8 +72,8 @@ def run(part: Part, seed: int, case: int) -> Failure | None:
 def is_public(error: Exception) -> bool:
     """Tell whether an error is one that jaxinfer documents.
 
-    Errors of the package's own classes are; so are a TypeError and a ValueError that a line of the package raised, with a
-    message of its own, and not Python because a line stumbled over a value.
+    Errors of the package's own classes are; so are a TypeError and a ValueError that a line of the package raised, with
+    a message of its own, and not Python because a line stumbled over a value.
     """
     if isinstance(error, JaxInferError):
         return True

@@ -12,18 +12,37 @@ from jaxinfer.loading import weights
 from jaxinfer.sharding import make_mesh
 
 CONFIG = dict(
-    architectures=["LlamaForCausalLM"], vocab_size=12, hidden_size=8, intermediate_size=12, num_hidden_layers=1,
-    num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64, rms_norm_eps=1e-5, dtype="float32",
+    architectures=["LlamaForCausalLM"],
+    vocab_size=12,
+    hidden_size=8,
+    intermediate_size=12,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    max_position_embeddings=64,
+    rms_norm_eps=1e-5,
+    dtype="float32",
     tie_word_embeddings=True,
-)  # fmt: skip
+)
 SHAPES = {
-    "model.embed_tokens.weight": [12, 8], "model.norm.weight": [8], "lm_head.weight": [12, 8],
-    **{f"model.layers.0.{name}.weight": shape for name, shape in {
-        "input_layernorm": [8], "post_attention_layernorm": [8], "self_attn.q_proj": [8, 8], "self_attn.k_proj": [4, 8],
-        "self_attn.v_proj": [4, 8], "self_attn.o_proj": [8, 8], "mlp.gate_proj": [12, 8], "mlp.up_proj": [12, 8],
-        "mlp.down_proj": [8, 12],
-    }.items()},
-}  # fmt: skip
+    "model.embed_tokens.weight": [12, 8],
+    "model.norm.weight": [8],
+    "lm_head.weight": [12, 8],
+    **{
+        f"model.layers.0.{name}.weight": shape
+        for name, shape in {
+            "input_layernorm": [8],
+            "post_attention_layernorm": [8],
+            "self_attn.q_proj": [8, 8],
+            "self_attn.k_proj": [4, 8],
+            "self_attn.v_proj": [4, 8],
+            "self_attn.o_proj": [8, 8],
+            "mlp.gate_proj": [12, 8],
+            "mlp.up_proj": [12, 8],
+            "mlp.down_proj": [8, 12],
+        }.items()
+    },
+}
 """The tensors of `CONFIG`, the tied head among them."""
 FILES = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 
@@ -57,7 +76,10 @@ def make_index(rng: random.Random, folder: Path) -> Callable[[], object]:
     for file, own in zip(FILES, (names[:half], names[half:]), strict=True):
         made, data = header(own)
         write(folder / file, json.dumps(made).encode(), data)
-    index = {"metadata": {"total_size": 1.0}, "weight_map": {name: FILES[number >= half] for number, name in enumerate(names)}}
+    index = {
+        "metadata": {"total_size": 1.0},
+        "weight_map": {name: FILES[number >= half] for number, name in enumerate(names)},
+    }
     if rng.random() < 0.3:
         (folder / INDEX).write_bytes(broken_bytes(rng, json.dumps(index).encode()))
     else:

@@ -17,10 +17,23 @@ def parse(description: str, argv: Sequence[str] | None) -> argparse.Namespace:
     add("--model", help="a checkpoint's directory or Hub id; by default the packaged one")
     add("--prompt", action="append", default=[], help="repeatable")
     add("--prompts-file", type=Path, help="a text file with a prompt a line")
-    add("--image", type=Path, action="append", default=[], metavar="FILE", help="repeatable: an image that every prompt is "
-        "about, for a model that reads them; without --chat a prompt says <image> where it belongs")
-    add("--audio", type=Path, action="append", default=[], metavar="FILE.wav", help="repeatable: sound of any length, which a "
-        "model that does so transcribes, with times")
+    add(
+        "--image",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="repeatable: an image that every prompt is "
+        "about, for a model that reads them; without --chat a prompt says <image> where it belongs",
+    )
+    add(
+        "--audio",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE.wav",
+        help="repeatable: sound of any length, which a model that does so transcribes, with times",
+    )
     add("--language", help="with --audio: its code or name; by default it is detected")
     add("--task", choices=("transcribe", "translate"), help="with --audio: translate is into English")
     add("--max-tokens", type=int, default=None, help="by default to the end for chat and --audio, else 128")
@@ -34,11 +47,24 @@ def parse(description: str, argv: Sequence[str] | None) -> argparse.Namespace:
     add("--max-model-len", type=int, default=None)
     add_hf_overrides(parser)
     add("--tensor-parallel-size", type=int, default=None, help="by default 1, or all devices of several processes")
-    add("--coordinator", metavar="HOST:PORT", help="run this on several machines: where process 0 listens, the same on all")
+    add(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="run this on several machines: where process 0 listens, the same on all",
+    )
     add("--num-processes", type=int, help="with --coordinator: how many there are, one a machine")
-    add("--process-id", type=int, help="with --coordinator: this one's number; 0 takes the prompts, the others end with it")
-    add("--peer-timeout", type=float, default=distributed.PEER_TIMEOUT, metavar="SECONDS",
-        help="with --coordinator: how soon a process that has died or hangs ends all of them")  # fmt: skip
+    add(
+        "--process-id",
+        type=int,
+        help="with --coordinator: this one's number; 0 takes the prompts, the others end with it",
+    )
+    add(
+        "--peer-timeout",
+        type=float,
+        default=distributed.PEER_TIMEOUT,
+        metavar="SECONDS",
+        help="with --coordinator: how soon a process that has died or hangs ends all of them",
+    )
     add("--chat", action="store_true", help="put each prompt through the chat template")
     add("--json", action="store_true", help="one object a request on stdout, everything else on stderr")
     add("--samples", type=int, default=0, metavar="N", help="ask N built-in questions (at most 20)")
@@ -65,7 +91,9 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.image and not (args.model and (args.prompt or args.prompts_file)):
         parser.error("--image needs --model, one that reads images, and --prompt or --prompts-file")
     if args.audio and (args.prompt or args.prompts_file or args.image or args.chat or args.samples or args.n > 1):
-        parser.error("--audio is transcribed, window by window: no --prompt, --prompts-file, --image, --chat, --samples or --n")
+        parser.error(
+            "--audio is transcribed, window by window: no --prompt, --prompts-file, --image, --chat, --samples or --n"
+        )
     if args.audio and not args.model:
         parser.error("--audio needs --model, one that transcribes")
     if not args.audio and (args.language or args.task):

@@ -11,9 +11,7 @@ from tqdm.auto import tqdm
 from jaxinfer import CompletionOutput, RequestOutput
 
 
-def show(
-    updates: Iterable[RequestOutput], prompts: Sequence[str], n: int, chat: bool
-) -> list[RequestOutput]:
+def show(updates: Iterable[RequestOutput], prompts: Sequence[str], n: int, chat: bool) -> list[RequestOutput]:
     """Prints each prompt with its continuation as it is made. All run at once; what is not in turn yet waits."""
     printer = Printer(prompts, n, chat)
     for update in updates:

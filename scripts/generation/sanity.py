@@ -9,8 +9,11 @@ Runs = Sequence[tuple[list[RequestOutput], float]]
 """Of each way the answers, and the seconds they took."""
 
 
-def compare(make_llm: Callable[[bool], LLM], modes: Sequence[bool], count: int, params: SamplingParams, *, prefix: bool) -> None:
-    """Asks `count` questions, with sharing on and off as `modes` says; `prefix`: behind a text that all have in common."""
+def compare(
+    make_llm: Callable[[bool], LLM], modes: Sequence[bool], count: int, params: SamplingParams, *, prefix: bool
+) -> None:
+    """Asks `count` questions, with sharing on and off as `modes` says; `prefix`: behind a text that all have in
+    common."""
     questions = demo.sample_questions()[:count]
     system = [{"role": "system", "content": demo.shared_prefix()}] if prefix else []
     messages = [[*system, {"role": "user", "content": question}] for question, _ in questions]
@@ -40,9 +43,7 @@ def print_comparison(questions: Sequence[tuple[str, str]], runs: Runs) -> None:
             print(f"    {name} {column}")
         if not same:
             print("    ^ they differ")
-    hits, asked = (sum(values) for values in zip(*[
-        (o.num_cached_tokens, len(o.prompt_token_ids)) for o in runs[0][0]
-    ]))  # fmt: skip
+    hits, asked = (sum(values) for values in zip(*[(o.num_cached_tokens, len(o.prompt_token_ids)) for o in runs[0][0]]))
     print(f"\n{correct} of {len(questions)} answers as expected; {hits} of {asked} prompt tokens from the cache")
     if len(runs) > 1:
         print(f"{different} of {len(questions)} differ between sharing on and off")

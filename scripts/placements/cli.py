@@ -37,11 +37,22 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="placement.py", description=what)
     add = parser.add_argument
     add("--model", default=None, help="a folder with a config.json, or a Hub id; by default the packaged checkpoint")
-    add("--tensor-parallel-size", type=_count, metavar="N",
-        help="devices that share the weights; by default 1, to measure all there are")
+    add(
+        "--tensor-parallel-size",
+        type=_count,
+        metavar="N",
+        help="devices that share the weights; by default 1, to measure all there are",
+    )
     add("--mesh", type=_axis, nargs="+", metavar="AXIS=N", help="instead of it: a mesh, for instance data=2 model=4")
-    add("--placement", type=_pattern, nargs="+", action="extend", default=[], metavar="PATTERN=TACTIC",
-        help="shard or replicate the modules of a pattern, for instance '*.attention=replicate'")  # fmt: skip
+    add(
+        "--placement",
+        type=_pattern,
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="PATTERN=TACTIC",
+        help="shard or replicate the modules of a pattern, for instance '*.attention=replicate'",
+    )
     add("--pad-heads", action="store_true", help="add attention heads of zeroes where they do not divide")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     add("--quantization", default=None, choices=("int8",))
@@ -88,10 +99,16 @@ def show(args: argparse.Namespace) -> int:
 def make(args: argparse.Namespace, hf: Mapping[str, Any] | None = None, **changes: Any) -> Plan:
     """The plan that the command line asks for; with `changes` in the place of its arguments, of another config.json."""
     settings = {
-        "tensor_parallel_size": args.tensor_parallel_size, "mesh": args.mesh, "placement": args.placement,
-        "memory": args.memory, "dtype": args.dtype, "quantization": args.quantization, "block_size": args.block_size,
-        "pad_heads": args.pad_heads, "revision": args.revision,
-    }  # fmt: skip
+        "tensor_parallel_size": args.tensor_parallel_size,
+        "mesh": args.mesh,
+        "placement": args.placement,
+        "memory": args.memory,
+        "dtype": args.dtype,
+        "quantization": args.quantization,
+        "block_size": args.block_size,
+        "pad_heads": args.pad_heads,
+        "revision": args.revision,
+    }
     if hf is None:
         settings["hf_overrides"] = args.hf_overrides
     return plan(model(args) if hf is None else hf, **settings | changes)
@@ -117,10 +134,12 @@ def tune(args: argparse.Namespace) -> int:
     steps += [steptime.Step(ENCODE, count) for count in args.images]
     with contextlib.redirect_stdout(sys.stderr):
         found = tuning.tune(
-            hf, lambda short: steptime.Model(short, mesh, dtype=args.dtype, **how),
+            hf,
+            lambda short: steptime.Model(short, mesh, dtype=args.dtype, **how),
             lambda of, placement: make(args, of, placement=placement, mesh=mesh, tensor_parallel_size=None),
-            steps, args.repeats,
-        )  # fmt: skip
+            steps,
+            args.repeats,
+        )
     if args.json:
         print(json.dumps(found.as_dict()))
     else:

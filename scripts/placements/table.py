@@ -74,10 +74,12 @@ def _modules(plan: Plan, root: Node) -> Table:
         causes = (", ".join(f"{count * times} {kind}" for kind, count in own) for own in found)
         several = node.alike * times
         table.add_row(
-            "  " * depth + node.label, Text(node.placed, style=COLOURS[node.placed]),
+            "  " * depth + node.label,
+            Text(node.placed, style=COLOURS[node.placed]),
             str(several) if several > 1 else "",
-            size_text(node.device_bytes * times) if node.device_bytes else "", *causes,
-        )  # fmt: skip
+            size_text(node.device_bytes * times) if node.device_bytes else "",
+            *causes,
+        )
     return table
 
 
@@ -128,8 +130,10 @@ def _cache(plan: Plan) -> Iterator[str]:
         else:
             states = size_text(cache.state_slots * cache.state_device_bytes)
             yield (
-                f"{plan.tokens:,} tokens fit in {share}, with all devices alike, beside {states} for {cache.state_slots:,} "
-                f"states: two for each of {cache.sequences:,} sequences that run at a time at most, the others for snapshots "
+                f"{plan.tokens:,} tokens fit in {share}, with all devices alike, beside {states} for "
+                f"{cache.state_slots:,} "
+                f"states: two for each of {cache.sequences:,} sequences that run at a time at most, the others for "
+                "snapshots "
                 "of cached prefixes."
             )
 
@@ -167,9 +171,12 @@ def _timings(found: Tuned) -> Table:
     for kind in found.kinds:
         saved = (timing.saved.get(kind.pattern) for timing in found.timings)
         table.add_row(
-            kind.pattern, str(kind.count), size_text(kind.sharded_bytes), size_text(kind.replicated_bytes),
+            kind.pattern,
+            str(kind.count),
+            size_text(kind.sharded_bytes),
+            size_text(kind.replicated_bytes),
             *("" if value is None else f"{1e3 * value:+.4g}" if value else "0" for value in saved),
-        )  # fmt: skip
+        )
     return table
 
 

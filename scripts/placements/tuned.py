@@ -69,10 +69,22 @@ class Tuned:
     def as_dict(self) -> dict[str, Any]:
         """For JSON; times in seconds."""
         return {
-            "devices": self.devices, "kinds": [vars(kind) for kind in self.kinds],
-            "steps": [{"step": str(t.step), "seconds": t.seconds, "saved": dict(t.saved),
-                       "predicted": t.ratio(self.proposal), "confirmed": self.confirmed.get(str(t.step))}
-                      for t in self.timings],
-            "placement": {pattern: REPLICATE for pattern in self.proposal}, "fits": self.fits, "flags": self.flags,
-            "device_bytes": self.plan.device_bytes, "needed_tokens": self.needed_tokens, "tokens": self.plan.tokens,
-        }  # fmt: skip
+            "devices": self.devices,
+            "kinds": [vars(kind) for kind in self.kinds],
+            "steps": [
+                {
+                    "step": str(t.step),
+                    "seconds": t.seconds,
+                    "saved": dict(t.saved),
+                    "predicted": t.ratio(self.proposal),
+                    "confirmed": self.confirmed.get(str(t.step)),
+                }
+                for t in self.timings
+            ],
+            "placement": {pattern: REPLICATE for pattern in self.proposal},
+            "fits": self.fits,
+            "flags": self.flags,
+            "device_bytes": self.plan.device_bytes,
+            "needed_tokens": self.needed_tokens,
+            "tokens": self.plan.tokens,
+        }

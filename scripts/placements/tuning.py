@@ -27,9 +27,12 @@ MOST_KINDS = 12
 
 
 def tune(
-    hf: Mapping[str, Any], model: Callable[[Mapping[str, Any]], Model], plan: Callable[..., Plan],
-    steps: Sequence[Step], repeats: int,
-) -> Tuned:  # fmt: skip
+    hf: Mapping[str, Any],
+    model: Callable[[Mapping[str, Any]], Model],
+    plan: Callable[..., Plan],
+    steps: Sequence[Step],
+    repeats: int,
+) -> Tuned:
     """Measures, and chooses.
 
     Args:
@@ -50,15 +53,23 @@ def tune(
     tokens = max((step.size * step.context for step in steps if step.kind != ENCODE), default=1)
     proposal, chosen, fits = choose(found, timings, lambda placement: plan(hf, placement), tokens)
     return Tuned(
-        chosen.devices, found, tuple(timings), proposal, chosen, fits, tokens,
+        chosen.devices,
+        found,
+        tuple(timings),
+        proposal,
+        chosen,
+        fits,
+        tokens,
         _confirm(made, few, proposal, steps, repeats) if proposal else {},
-    )  # fmt: skip
+    )
 
 
 def shortened(hf: Mapping[str, Any], layers: int) -> dict[str, Any]:
     """The config.json of the same model with at most so many layers, in each of its parts."""
-    short = {name: shortened(value, layers) if name.endswith("_config") and isinstance(value, Mapping) else value
-             for name, value in hf.items()}  # fmt: skip
+    short = {
+        name: shortened(value, layers) if name.endswith("_config") and isinstance(value, Mapping) else value
+        for name, value in hf.items()
+    }
     if isinstance(short.get(LAYERS), int):
         short[LAYERS] = min(short[LAYERS], layers)
     return short
@@ -81,14 +92,20 @@ def kinds(plan: Callable[..., Plan], hf: Mapping[str, Any], few: Mapping[str, An
     steps = {any_layer(row.module): row.steps for row in sharded.rows}
     return tuple(
         Kind(pattern, steps[pattern], counts[0][pattern], counts[1][pattern], own, sizes[1][pattern])
-        for pattern, own in sizes[0].items() if own != sizes[1][pattern]
-    )  # fmt: skip
+        for pattern, own in sizes[0].items()
+        if own != sizes[1][pattern]
+    )
 
 
 def _timing(
-    model: Model, few: Mapping[str, Any], fewer: Mapping[str, Any], found: Sequence[Kind], step: Step, missing: int,
+    model: Model,
+    few: Mapping[str, Any],
+    fewer: Mapping[str, Any],
+    found: Sequence[Kind],
+    step: Step,
+    missing: int,
     repeats: int,
-) -> Timing:  # fmt: skip
+) -> Timing:
     """`missing`: layers that the whole model has and the one measured has not."""
     own = [kind for kind in found if step.kind in kind.steps]
     variants = {"sharded": (few, {}), "fewer": (fewer, {})}

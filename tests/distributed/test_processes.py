@@ -50,7 +50,9 @@ def in_this_process(model: Path) -> list[list[list[int]]]:
 def test_another_model_in_one_process_is_an_error_that_names_it_in_both(serve, model, tmp_path):
     other = shutil.copytree(model, tmp_path / "other")
     weights = load_file(other / "model.safetensors")
-    save_file(weights | {"model.norm.weight": weights["model.norm.weight"] * np.float32(2)}, other / "model.safetensors")
+    save_file(
+        weights | {"model.norm.weight": weights["model.norm.weight"] * np.float32(2)}, other / "model.safetensors"
+    )
     for process in serve([model, other]):
         assert process.wait() == 1, process.stderr
         assert "DistributedError: process 1 differs from process 0 in its model's tensors" in process.stderr
@@ -133,12 +135,26 @@ def test_a_process_that_does_not_follow_is_named(serve, model):
 @pytest.mark.slow
 def test_the_command_line_on_two_processes(model):
     checkpoint.tokenizer().save_pretrained(model)
-    command = ["scripts/generate.py", "--model", str(model), "--prompt", "the cat", "--max-tokens", "8", "--json",
-               "--max-model-len", "64"]  # fmt: skip
+    command = [
+        "scripts/generate.py",
+        "--model",
+        str(model),
+        "--prompt",
+        "the cat",
+        "--max-tokens",
+        "8",
+        "--json",
+        "--max-model-len",
+        "64",
+    ]
     together = ["--coordinator", f"127.0.0.1:{processes.free_port()}", "--num-processes", "2"]
-    started = processes.start([
-        [*command, *together, "--process-id", "0"], [*command, *together, "--process-id", "1"], command,
-    ])  # fmt: skip
+    started = processes.start(
+        [
+            [*command, *together, "--process-id", "0"],
+            [*command, *together, "--process-id", "1"],
+            command,
+        ]
+    )
     try:
         assert [process.wait() for process in started] == [0, 0, 0], started[0].stderr + started[1].stderr
         rows = [[json.loads(line) for line in process.out if line.startswith("{")] for process in started]

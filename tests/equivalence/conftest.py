@@ -49,9 +49,13 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Runner]:
         return Runner(program, params, shapes_of(program))
 
     def runner(
-        family: str = "llama", tp: int = 1, placement: Mapping[str, str] | None = None, *, pad_heads: bool = False,
+        family: str = "llama",
+        tp: int = 1,
+        placement: Mapping[str, str] | None = None,
+        *,
+        pad_heads: bool = False,
         **changes: Any,
-    ) -> Runner:  # fmt: skip
+    ) -> Runner:
         return made(family, tp, json.dumps(placement or {}), pad_heads, json.dumps(changes))
 
     return runner

@@ -54,7 +54,8 @@ def searches(lengths=(1, CHUNK, 2 * CHUNK + 2), **how):
 
 
 def by_hand(runner: Runner, ids: list[int], *, new: int, width: int, eos: tuple[int, ...]) -> Found:
-    """Each beam of each step a prompt of its own, and nothing shared or cached; the search as it is defined, in lists."""
+    """Each beam of each step a prompt of its own, and nothing shared or cached; the search as it is defined, in
+    lists."""
     running, ended = [([], 0.0)], []
     for length in range(1, new + 1):
         options = []
@@ -69,7 +70,9 @@ def by_hand(runner: Runner, ids: list[int], *, new: int, width: int, eos: tuple[
             options += [(total + beam.logprob, [*tokens, int(beam.tokens[-1])]) for beam in offered]
         options = sorted(options, key=lambda option: -option[0])[: (1 + len(eos)) * width]
         done = [option for option in options[:width] if option[1][-1] in eos or length == new]
-        ended = sorted([*ended, *((tokens, total / length) for total, tokens in done)], key=lambda beam: -beam[1])[:width]
+        ended = sorted([*ended, *((tokens, total / length) for total, tokens in done)], key=lambda beam: -beam[1])[
+            :width
+        ]
         running = [(tokens, total) for total, tokens in options if tokens[-1] not in eos][:width]
         if len(ended) == width and running[0][1] / length <= ended[-1][1]:
             break
@@ -87,9 +90,16 @@ def test_beams_are_what_a_search_by_hand_finds(name):
 
 
 @each_model
-@pytest.mark.parametrize("host", [
-    dict(budget=3), dict(prefix_caching=False), dict(block_sharing=False), dict(decode_steps=8),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "host",
+    [
+        dict(budget=3),
+        dict(prefix_caching=False),
+        dict(block_sharing=False),
+        dict(decode_steps=8),
+    ],
+    ids=str,
+)
 def test_hosts_settings_change_nothing(name, host):
     runner = runner_of(name)
     expected = search(make_engine(runner), searches())
@@ -207,7 +217,9 @@ def test_a_beam_that_goes_on_twice_is_copied_when_it_is_written():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in ("llama", HYBRID)])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in ("llama", HYBRID)]
+)
 @pytest.mark.parametrize("host", [dict(), dict(block_sharing=False), dict(budget=5)], ids=str)
 def test_contiguous_is_paged(name, host):
     """There beams copy all that they have in common."""

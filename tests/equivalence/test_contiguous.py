@@ -58,7 +58,8 @@ def forks(n=3):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_contiguous_is_paged(name):
-    """Prompts in chunks, more requests than rows, one that makes many tokens; a second time over what the first left."""
+    """Prompts in chunks, more requests than rows, one that makes many tokens; a second time over what the first
+    left."""
     paged, contiguous = runners(name)
     many = SamplingParams(temperature=0, max_tokens=50)
 
@@ -96,7 +97,8 @@ def test_a_fork_shares_nothing_and_its_copies_are_made_once():
 
 @pytest.mark.xdist_group("llama")
 def test_it_grows_through_several_read_lengths():
-    """With XLA's attention, compiled for a read length: a row is read in a larger step when it needs it, and not before."""
+    """With XLA's attention, compiled for a read length: a row is read in a larger step when it needs it, and not
+    before."""
     mesh = make_mesh(1)
     hf = config("llama") | dict(max_position_embeddings=1024)
     program, params = split(weights.random(hf, mesh), mesh, attention_kernel="xla")

@@ -19,9 +19,18 @@ pytestmark = [pytest.mark.xdist_group("converted"), pytest.mark.slow]
 HEADS = CONFIG | dict(architectures=["LlamaForCausalLM"], num_attention_heads=8)
 """Eight query heads, two of keys and values: over four devices the latter are repeated."""
 SETTINGS = dict(
-    max_model_len=128, max_num_seqs=8, max_num_batched_tokens=32, block_size=4, decode_buckets=(8,), prefill_buckets=(32,),
-    kv_cache_memory_bytes=1 << 20, decode_steps=1, use_tqdm=False, skip_tokenizer_init=True, dtype="float32",
-)  # fmt: skip
+    max_model_len=128,
+    max_num_seqs=8,
+    max_num_batched_tokens=32,
+    block_size=4,
+    decode_buckets=(8,),
+    prefill_buckets=(32,),
+    kv_cache_memory_bytes=1 << 20,
+    decode_steps=1,
+    use_tqdm=False,
+    skip_tokenizer_init=True,
+    dtype="float32",
+)
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +70,16 @@ def test_converted_is_original(folders, expected, before, tp, quantization):
     assert tokens(folder, tensor_parallel_size=tp) == expected(tp, quantization)
 
 
-@pytest.mark.parametrize(("family", "quantization", "before", "tp"), [
-    ("kimi_linear", None, 2, 2), ("kimi_linear", None, 2, 1), ("kimi_linear", None, 4, 2), ("kimi_linear", "int8", 4, 2),
-    ("qwen3_next", None, 4, 2),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("family", "quantization", "before", "tp"),
+    [
+        ("kimi_linear", None, 2, 2),
+        ("kimi_linear", None, 2, 1),
+        ("kimi_linear", None, 4, 2),
+        ("kimi_linear", "int8", 4, 2),
+        ("qwen3_next", None, 4, 2),
+    ],
+)
 def test_the_weights_of_recurrent_layers_latents_and_experts_are_read_back(family, quantization, before, tp, tmp_path):
     """Bit by bit: fused projections and convolutions, decays in float32, stacks of experts."""
     heads = {"linear_num_key_heads": 4} if family == "qwen3_next" else {}

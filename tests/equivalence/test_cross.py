@@ -1,4 +1,5 @@
-"""Requests to a model with cross-attention: however what they read is shared, found or lost, the tokens are the same."""
+"""Requests to a model with cross-attention: however what they read is shared, found or lost, the tokens are the
+same."""
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ def mixed() -> list[Request]:
             str(i), text(length, i), (GREEDY, SEEDED)[i % 2], [START, *prompt(STARTS[i % len(STARTS)] - 1, 40 + i)]
         )
         for i, length in enumerate(LENGTHS)
-    ]  # fmt: skip
+    ]
 
 
 def settled(engine: Engine) -> None:
@@ -75,7 +76,9 @@ def test_samples_of_one_text(host: dict[str, bool]):
     held = []
     while engine.has_work:
         engine.step()
-        held.append(len({i for s in request.sequences if s.row >= 0 for i in engine.manager.tables.blocks[-1, s.row] if i >= 0}))
+        held.append(
+            len({i for s in request.sequences if s.row >= 0 for i in engine.manager.tables.blocks[-1, s.row] if i >= 0})
+        )
     assert [[s.output_ids.tolist() for s in request.sequences]] == expected
     assert len({str(tokens) for tokens in expected[0]}) > 1
     assert count(engine, "encoder_inputs") == 1 and max(held) == blocks(33)
@@ -191,7 +194,11 @@ def test_ranges_are_cut_anywhere():
 
 def test_a_request_that_reads_nothing():
     """Beside others that do; and none of them is told by what is not there."""
-    wanted = [cross_request("0", text(9), GREEDY), cross_request("1", None, GREEDY), cross_request("2", text(9, 1), GREEDY)]
+    wanted = [
+        cross_request("0", text(9), GREEDY),
+        cross_request("1", None, GREEDY),
+        cross_request("2", text(9, 1), GREEDY),
+    ]
     expected = alone(wanted)
     assert run(make_engine(cross_runner()), wanted) == expected
     assert len({str(samples) for samples in expected}) == 3

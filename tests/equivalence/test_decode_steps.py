@@ -169,9 +169,14 @@ def test_with_hits_and_what_was_generated_is_found_again(steps_taken):
 def test_biases_that_change_and_words_of_several_tokens(steps_taken):
     runner = random_runner()
     plain = SamplingParams(
-        temperature=0, max_tokens=12, repetition_penalty=1.3, frequency_penalty=0.5, min_tokens=5, logit_bias={7: 1.0},
+        temperature=0,
+        max_tokens=12,
+        repetition_penalty=1.3,
+        frequency_penalty=0.5,
+        min_tokens=5,
+        logit_bias={7: 1.0},
         stop_token_ids=[5, 6],
-    )  # fmt: skip
+    )
     words = SamplingParams(temperature=0, max_tokens=8, _bad_words_token_ids=((8, 9), (10,)))
     wanted = [make_request(str(i), prompt(6 + i, 500 + i), plain) for i in range(2)]
     results = run(make_engine(runner, decode_steps=8), wanted)

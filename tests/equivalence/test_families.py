@@ -8,10 +8,13 @@ from jaxinfer.kv import groups as kv_groups
 from jaxinfer.sampling_params import SamplingParams
 
 OTHERS = [
-    *(pytest.param(family, None, marks=(pytest.mark.slow, pytest.mark.xdist_group(family)))
-      for family in ARCHITECTURES if family != "llama"),
+    *(
+        pytest.param(family, None, marks=(pytest.mark.slow, pytest.mark.xdist_group(family)))
+        for family in ARCHITECTURES
+        if family != "llama"
+    ),
     pytest.param("llama", "int8", marks=(pytest.mark.slow, pytest.mark.xdist_group("int8"))),
-]  # fmt: skip
+]
 
 
 def requests():
@@ -19,11 +22,12 @@ def requests():
     prefix = prompt(3 * BLOCK, 7)
     return [
         make_request(
-            str(i), prefix + prompt(i * 3 + 1, 10 + i),
+            str(i),
+            prefix + prompt(i * 3 + 1, 10 + i),
             SamplingParams(temperature=0.2, seed=i, max_tokens=12, n=1 + i % 3),
         )
         for i in range(7)
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize(("family", "quantization"), OTHERS)

@@ -1,4 +1,5 @@
-"""Requests to a Whisper, with its rule over tokens, and to a Llama 3.2 Vision: however they are run the tokens are the same."""
+"""Requests to a Whisper, with its rule over tokens, and to a Llama 3.2 Vision: however they are run the tokens are the
+same."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -33,7 +34,9 @@ def runner(name: str, tp: int = 1) -> Runner:
     with TemporaryDirectory() as folder:
         module = weights.load(write(Path(folder)), make_mesh(tp), progress=False)
     program, params = split(module, make_mesh(tp))
-    own = {"max_length": whisper.LENGTH} if name == "whisper" else {"width": 64}  # four images take more blocks than a text
+    own = (
+        {"max_length": whisper.LENGTH} if name == "whisper" else {"width": 64}
+    )  # four images take more blocks than a text
     made = shapes(groups=program.layout.groups, cross_buckets=units, sampled_vocab=vocab, **own)
     return Runner(program, params, made)
 
@@ -93,16 +96,17 @@ def test_samples_of_a_sound_share_what_was_made_of_it():
 
 ONE, TWO, THREE = image(1, 0), image(6, 1), image(3, 2)
 PROMPTS: list[tuple[list[int], Sequence[EncoderInput]]] = [
-    ([IMAGE, *words(9)], [ONE]), (words(CHUNK + 3, 2), []), ([IMAGE, IMAGE, *words(6, 4)], [TWO, THREE]),
+    ([IMAGE, *words(9)], [ONE]),
+    (words(CHUNK + 3, 2), []),
+    ([IMAGE, IMAGE, *words(6, 4)], [TWO, THREE]),
     ([*words(CHUNK - 1, 6), IMAGE, *words(CHUNK, 1)], [THREE]),
-    ([IMAGE, *words(3, 3), IMAGE, IMAGE, *words(4, 4), IMAGE], [ONE, TWO, THREE, ONE]), (words(1, 7), []),
-]  # fmt: skip
+    ([IMAGE, *words(3, 3), IMAGE, IMAGE, *words(4, 4), IMAGE], [ONE, TWO, THREE, ONE]),
+    (words(1, 7), []),
+]
 
 
 def shown(params: SamplingParams = GREEDY) -> list[Request]:
-    return [
-        cross_request(str(i), mllama.cross(ids, images), params, ids) for i, (ids, images) in enumerate(PROMPTS)
-    ]
+    return [cross_request(str(i), mllama.cross(ids, images), params, ids) for i, (ids, images) in enumerate(PROMPTS)]
 
 
 def test_images_and_texts_in_chunks_of_any_size():

@@ -32,10 +32,13 @@ QUICK = "alternating"
 
 def every(*names):
     """These hybrids, or all; one of them in the quick tier."""
-    return pytest.mark.parametrize("name", [
-        pytest.param(name, marks=[pytest.mark.xdist_group(name), *[pytest.mark.slow] * (name != QUICK)])
-        for name in names or HYBRIDS
-    ])  # fmt: skip
+    return pytest.mark.parametrize(
+        "name",
+        [
+            pytest.param(name, marks=[pytest.mark.xdist_group(name), *[pytest.mark.slow] * (name != QUICK)])
+            for name in names or HYBRIDS
+        ],
+    )
 
 
 MOST = ("alternating", "five to one")

@@ -14,16 +14,22 @@ pytestmark = [pytest.mark.xdist_group("internvl"), pytest.mark.slow]
 
 A, B, LARGE = image(1, 1), image(1, 2), image(3, 3)
 PROMPTS = (
-    (5, A, 3), (4,), (1, LARGE, 7), (5, B, 3), (A, 2), (3, A, 1, B, 2, LARGE, 1), (21,), (2, image(SLOTS, 9), 1), (6, LARGE),
-)  # fmt: skip
+    (5, A, 3),
+    (4,),
+    (1, LARGE, 7),
+    (5, B, 3),
+    (A, 2),
+    (3, A, 1, B, 2, LARGE, 1),
+    (21,),
+    (2, image(SLOTS, 9), 1),
+    (6, LARGE),
+)
 """Words and images: at either end, several, the same again, as many tiles as the feature pool holds, and none."""
 
 
 def requests(params: SamplingParams | None = None, parts=PROMPTS) -> list[Request]:
     """One a prompt, greedy and seeded in turn."""
-    return [
-        image_request(str(i), part, params or (GREEDY, SEEDED)[i % 2], seed=40 * i) for i, part in enumerate(parts)
-    ]
+    return [image_request(str(i), part, params or (GREEDY, SEEDED)[i % 2], seed=40 * i) for i, part in enumerate(parts)]
 
 
 def count(engine: Engine, name: str) -> int:
@@ -185,14 +191,24 @@ def test_an_abort_lets_go_of_its_images_and_harms_nobody(steps):
 def test_a_random_workload():
     rng = np.random.default_rng(0)
     wanted = [
-        image_request(str(i), (int(rng.integers(1, 9)), image(int(rng.integers(1, 4)), int(rng.integers(4)) + 70),
-                               int(rng.integers(1, 9))), (GREEDY, SEEDED)[i % 2], seed=int(rng.integers(2)))
+        image_request(
+            str(i),
+            (
+                int(rng.integers(1, 9)),
+                image(int(rng.integers(1, 4)), int(rng.integers(4)) + 70),
+                int(rng.integers(1, 9)),
+            ),
+            (GREEDY, SEEDED)[i % 2],
+            seed=int(rng.integers(2)),
+        )
         for i in range(30)
-    ]  # fmt: skip
+    ]
     expected = alone(wanted)
     engine = make_engine(image_runner(), pool_blocks=LENGTH // BLOCK, budget=9)
     assert run(engine, wanted) == expected
-    assert count(engine, "mm_cache_hits") and engine.manager.pool.num_blocks * BLOCK < sum(len(r.prompt) for r in wanted)
+    assert count(engine, "mm_cache_hits") and engine.manager.pool.num_blocks * BLOCK < sum(
+        len(r.prompt) for r in wanted
+    )
     settled(engine)
 
 

@@ -47,7 +47,8 @@ def test_every_family_is_planned():
 
 
 @pytest.mark.parametrize(
-    ("name", "tied"), [*((name, False) for name in EVERY), *((name, True) for name in ("llama", "bart", "whisper", "internvl"))]
+    ("name", "tied"),
+    [*((name, False) for name in EVERY), *((name, True) for name in ("llama", "bart", "whisper", "internvl"))],
 )
 def test_a_plan_counts_what_is_loaded_and_what_the_engine_keeps(name: str, tied: bool, tmp_path: Path):
     hf = dict(EVERY[name]) | {"tie_word_embeddings": tied, "dtype": "bfloat16"}

@@ -44,9 +44,15 @@ def test_penalties_and_bad_words_survive():
     """Their state lives in the device's row, which a preempted sequence loses."""
     runner = random_runner()
     params = SamplingParams(
-        temperature=0, max_tokens=12, repetition_penalty=1.3, frequency_penalty=0.5, min_tokens=3,
-        stop_token_ids=[5], logit_bias={7: 1.0}, _bad_words_token_ids=((8, 9), (10,)),
-    )  # fmt: skip
+        temperature=0,
+        max_tokens=12,
+        repetition_penalty=1.3,
+        frequency_penalty=0.5,
+        min_tokens=3,
+        stop_token_ids=[5],
+        logit_bias={7: 1.0},
+        _bad_words_token_ids=((8, 9), (10,)),
+    )
     wanted = [make_request(str(i), prompt(6 + i, 500 + i), params) for i in range(5)]
     engine = make_engine(runner, pool_blocks=7)
     assert run(engine, wanted) == alone(runner, wanted)

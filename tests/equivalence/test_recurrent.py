@@ -1,4 +1,5 @@
-"""Models with recurrent layers: prefixes that are found, forks, chunks and preemption change no token, at and beside blocks' ends."""
+"""Models with recurrent layers: prefixes that are found, forks, chunks and preemption change no token, at and beside
+blocks' ends."""
 
 import pytest
 from support.cases import EDGES, GREEDY, SEEDED, alone, mixed, poison
@@ -9,9 +10,9 @@ from jaxinfer.kv import groups as kv_groups
 from jaxinfer.sampling_params import SamplingParams
 
 pytestmark = pytest.mark.slow
-families = pytest.mark.parametrize("family", [
-    pytest.param(family, marks=pytest.mark.xdist_group(family)) for family in ("kimi_linear", "qwen3_next")
-])  # fmt: skip
+families = pytest.mark.parametrize(
+    "family", [pytest.param(family, marks=pytest.mark.xdist_group(family)) for family in ("kimi_linear", "qwen3_next")]
+)
 
 SHARED = prompt(2 * CHUNK + 1, 70)
 
@@ -19,7 +20,9 @@ SHARED = prompt(2 * CHUNK + 1, 70)
 def parting(length: int) -> list[Request]:
     """Three prompts that share a prefix of this length and part behind it."""
     tails = [prompt(3 + i, 80 + i) for i in range(3)]
-    return [make_request(f"{length}, {i}", SHARED[:length] + tail, (GREEDY, SEEDED)[i % 2]) for i, tail in enumerate(tails)]
+    return [
+        make_request(f"{length}, {i}", SHARED[:length] + tail, (GREEDY, SEEDED)[i % 2]) for i, tail in enumerate(tails)
+    ]
 
 
 @families

@@ -75,15 +75,21 @@ MORE = {"olmo3": (2, 8), "gpt_oss": (2, 8), "kimi_linear": (2, 4), "qwen3_moe": 
 """Families that stand for a kind of layer: norms over all heads, sinks, states, experts. Llama has 2, 4 and 8 above."""
 
 
-@pytest.mark.parametrize(("family", "tp"), [
-    (family, tp) for family in ARCHITECTURES if family != "llama" for tp in MORE.get(family, (2,))])  # fmt: skip
+@pytest.mark.parametrize(
+    ("family", "tp"), [(family, tp) for family in ARCHITECTURES if family != "llama" for tp in MORE.get(family, (2,))]
+)
 def test_every_family_sharded_is_single(sharded: Sharded, family: str, tp: int):
     check(sharded(family, tp), sharded(family), greedy)
 
 
 @pytest.mark.parametrize(
     ("family", "tp", "placement"),
-    [("mixtral", 2, "experts"), ("qwen3_moe", 2, "experts"), ("qwen3_moe", 8, "experts"), ("qwen3_moe", 4, "replicate")],
+    [
+        ("mixtral", 2, "experts"),
+        ("qwen3_moe", 2, "experts"),
+        ("qwen3_moe", 8, "experts"),
+        ("qwen3_moe", 4, "replicate"),
+    ],
 )
 def test_experts_divided_otherwise_are_single(sharded: Sharded, family: str, tp: int, placement: str):
     """Whole ones on each device, or all of them on every device."""
@@ -103,9 +109,15 @@ def test_each_placement_is_single(sharded: Sharded, name: str):
 # Beside the layers' own: the rows looked up and the logits of the sampler, where the ends of the model are divided.
 @pytest.mark.parametrize(
     ("case", "layers", "ends"),
-    [("all replicated", 0, 0), ("sharded", 4, 2), ("attention replicated", 2, 2), ("mlp replicated", 2, 2),
-     ("first layer replicated", 2, 2), ("ends replicated", 4, 0)],
-)  # fmt: skip
+    [
+        ("all replicated", 0, 0),
+        ("sharded", 4, 2),
+        ("attention replicated", 2, 2),
+        ("mlp replicated", 2, 2),
+        ("first layer replicated", 2, 2),
+        ("ends replicated", 4, 0),
+    ],
+)
 def test_a_replicated_module_has_no_collective(case: str, layers: int, ends: int):
     found = compiled(case, "decode", make_mesh(8)).collectives
     assert found == +Counter({"all-reduce": layers + ends, "all-gather": ends})
@@ -122,9 +134,16 @@ def zero_heads(runner: Runner) -> int:
 # Groups made larger (14 around 2 as in Qwen2-0.5B), kv heads added, both, no groups at all (25 as in InternViT-6B).
 @pytest.mark.parametrize(
     ("family", "heads", "kv_heads", "tp", "added"),
-    [("llama", 6, 3, 4, 2), ("llama", 6, 2, 4, 2), ("qwen2", 14, 2, 8, 2), ("qwen3", 9, 3, 8, 7), ("llama", 5, 5, 4, 3),
-     ("olmo3", 6, 2, 4, 2), ("gpt_oss", 6, 2, 4, 2)],
-)  # fmt: skip
+    [
+        ("llama", 6, 3, 4, 2),
+        ("llama", 6, 2, 4, 2),
+        ("qwen2", 14, 2, 8, 2),
+        ("qwen3", 9, 3, 8, 7),
+        ("llama", 5, 5, 4, 3),
+        ("olmo3", 6, 2, 4, 2),
+        ("gpt_oss", 6, 2, 4, 2),
+    ],
+)
 def test_heads_of_zeroes_change_nothing(sharded: Sharded, family: str, heads: int, kv_heads: int, tp: int, added: int):
     sizes = dict(num_attention_heads=heads, num_key_value_heads=kv_heads)
     padded = sharded(family, tp, pad_heads=True, **sizes)

@@ -14,4 +14,6 @@ def test_greedy_tokens_are_the_same():
     file = Path(__file__).parent / "triton_engine.py"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0 and "passed" in done.stdout + done.stderr or "skipped" in done.stdout, done.stdout[-2000:]
+    assert done.returncode == 0 and "passed" in done.stdout + done.stderr or "skipped" in done.stdout, done.stdout[
+        -2000:
+    ]

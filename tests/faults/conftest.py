@@ -12,10 +12,17 @@ from jaxinfer import LLM
 from jaxinfer.engine.engine import Engine
 
 SETTINGS = dict(
-    max_model_len=128, max_num_seqs=8, max_num_batched_tokens=32, block_size=4, decode_buckets=(8,),
-    prefill_buckets=(32,), kv_cache_memory_bytes=1 << 20, check_invariants=True, use_tqdm=False,
+    max_model_len=128,
+    max_num_seqs=8,
+    max_num_batched_tokens=32,
+    block_size=4,
+    decode_buckets=(8,),
+    prefill_buckets=(32,),
+    kv_cache_memory_bytes=1 << 20,
+    check_invariants=True,
+    use_tqdm=False,
     decode_steps=1,
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +53,8 @@ def llm(shared_llm) -> Iterator[LLM]:
 
 
 def settle(llm: LLM) -> None:
-    """Wait until the engine has taken what was put into its queue: streams that were closed, calls that were interrupted."""
+    """Wait until the engine has taken what was put into its queue: streams that were closed, calls that were
+    interrupted."""
     llm._thread.run(lambda: None)
 
 

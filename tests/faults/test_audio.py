@@ -1,4 +1,5 @@
-"""A Whisper with a tokenizer: texts and segments; bad audio and options are errors that name the prompt, the others go on."""
+"""A Whisper with a tokenizer: texts and segments; bad audio and options are errors that name the prompt, the others go
+on."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,10 +43,13 @@ def test_every_form_of_a_prompt_gives_the_same(llm):
     start = "<|startoftranscript|><|en|><|transcribe|><|notimestamps|>"
     ids = llm.get_tokenizer().convert_tokens_to_ids(list(whisper.SPECIAL))
     forms = [
-        ask(language="en"), ask([(SOUND, RATE)], language="English", task="transcribe"), ask(language="<|en|>", timestamps=False),
+        ask(language="en"),
+        ask([(SOUND, RATE)], language="English", task="transcribe"),
+        ask(language="<|en|>", timestamps=False),
         {"multi_modal_data": {"input_features": features}, "language": "en"},
-        ask(prompt=start), ask(prompt_token_ids=[ids[1], ids[2], ids[5], ids[8]]),
-    ]  # fmt: skip
+        ask(prompt=start),
+        ask(prompt_token_ids=[ids[1], ids[2], ids[5], ids[8]]),
+    ]
     made = llm.generate(forms, PARAMS)
     assert tokens(made) == tokens(made[:1]) * len(forms)
     readings = {metric.name: metric.value for metric in llm.get_metrics()}
@@ -73,7 +77,9 @@ def test_the_language_that_is_detected_is_in_the_tokens(llm):
 def test_samples_share_what_the_encoder_made(llm):
     params = SamplingParams(temperature=0.7, n=4, seed=5, max_tokens=12)
     [output] = llm.generate(ask(language="en"), params)
-    alone = [llm.generate(ask(language="en"), SamplingParams(temperature=0.7, seed=5, max_tokens=12))[0].outputs[0].token_ids]
+    alone = [
+        llm.generate(ask(language="en"), SamplingParams(temperature=0.7, seed=5, max_tokens=12))[0].outputs[0].token_ids
+    ]
     assert list(output.outputs[0].token_ids) == list(alone[0])
     assert len({tuple(sample.token_ids) for sample in output.outputs}) > 1
 
@@ -94,29 +100,70 @@ NAN, STEREO = SOUND.copy(), np.stack([SOUND, SOUND], axis=1)
 NAN[7] = np.nan
 
 
-@pytest.mark.parametrize(("wrong", "error", "message"), [
-    (ask((SOUND[:0], RATE)), ValueError, "prompt 1, audio is empty"),
-    (ask((0 * SOUND, RATE)), ValueError, "prompt 1, audio is silent"),
-    (ask((NAN, RATE)), ValueError, "prompt 1, audio has 1 values that are NaN or infinite, of 9600"),
-    (ask((STEREO, RATE)), ValueError, r"prompt 1, audio has shape \[9600, 2\].*average its channels"),
-    (ask((SOUND, 0)), ValueError, "prompt 1, audio: the sampling rate is int 0"),
-    (ask(SOUND), TypeError, "prompt 1, audio must be a pair"), (ask("a.wav"), TypeError, "prompt 1, audio .*got str"),
-    (ask((sound(1.5), RATE)), ValueError, "prompt 1, audio is 1.50 s long, and the model takes 1 s at once; LLM.transcribe"),
-    (ask([(SOUND, RATE)] * 2), ValueError, "prompt 1, audio: there are 2; a prompt has one"),
-    (ask([]), ValueError, "prompt 1, audio: there are 0"),
-    ({"prompt": "hello"}, ValueError, "prompt 1 has no audio, and this model takes speech: pass {'multi_modal_data'"),
-    ("hello", ValueError, "prompt 1 has no audio, and this model takes speech"),
-    ({"multi_modal_data": {"image": SOUND}}, ValueError, "prompt 1: multi_modal_data has str 'image'; this model takes 'audio'"),
-    ({"multi_modal_data": {"audio": (SOUND, RATE), "input_features": SOUND}}, ValueError, "prompt 1: multi_modal_data has both 'audio' and 'input_features'; pass one"),
-    ({"multi_modal_data": {"input_features": np.zeros((20, 99), np.float32)}}, ValueError, r"prompt 1: input_features has shape"),
-    (ask(language="klingon"), ValueError, "prompt 1: 'language' is 'klingon', which this model does not know; it knows de, en"),
-    (ask(language="fr"), ValueError, "prompt 1: 'language' is 'fr'"), (ask(language=3), TypeError, "prompt 1: 'language' must be a string"),
-    (ask(task="summarise"), ValueError, "prompt 1: 'task' is str 'summarise'; it must be 'transcribe' or 'translate'"),
-    (ask(timestamps="yes"), TypeError, "prompt 1: 'timestamps' must be True or False"),
-    (ask(prompt="<|startoftranscript|>", language="en"), ValueError, "prompt 1: 'language' does not go with a prompt of your own"),
-    (ask(prompt_token_ids=[10**6]), ValueError, "prompt 1: token id 1000000 at position 0 is out of"),
-    (ask(temperature=1), ValueError, "prompt 1: unknown key str 'temperature'; the keys are .*language, task, timestamps"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        (ask((SOUND[:0], RATE)), ValueError, "prompt 1, audio is empty"),
+        (ask((0 * SOUND, RATE)), ValueError, "prompt 1, audio is silent"),
+        (ask((NAN, RATE)), ValueError, "prompt 1, audio has 1 values that are NaN or infinite, of 9600"),
+        (ask((STEREO, RATE)), ValueError, r"prompt 1, audio has shape \[9600, 2\].*average its channels"),
+        (ask((SOUND, 0)), ValueError, "prompt 1, audio: the sampling rate is int 0"),
+        (ask(SOUND), TypeError, "prompt 1, audio must be a pair"),
+        (ask("a.wav"), TypeError, "prompt 1, audio .*got str"),
+        (
+            ask((sound(1.5), RATE)),
+            ValueError,
+            "prompt 1, audio is 1.50 s long, and the model takes 1 s at once; LLM.transcribe",
+        ),
+        (ask([(SOUND, RATE)] * 2), ValueError, "prompt 1, audio: there are 2; a prompt has one"),
+        (ask([]), ValueError, "prompt 1, audio: there are 0"),
+        (
+            {"prompt": "hello"},
+            ValueError,
+            "prompt 1 has no audio, and this model takes speech: pass {'multi_modal_data'",
+        ),
+        ("hello", ValueError, "prompt 1 has no audio, and this model takes speech"),
+        (
+            {"multi_modal_data": {"image": SOUND}},
+            ValueError,
+            "prompt 1: multi_modal_data has str 'image'; this model takes 'audio'",
+        ),
+        (
+            {"multi_modal_data": {"audio": (SOUND, RATE), "input_features": SOUND}},
+            ValueError,
+            "prompt 1: multi_modal_data has both 'audio' and 'input_features'; pass one",
+        ),
+        (
+            {"multi_modal_data": {"input_features": np.zeros((20, 99), np.float32)}},
+            ValueError,
+            r"prompt 1: input_features has shape",
+        ),
+        (
+            ask(language="klingon"),
+            ValueError,
+            "prompt 1: 'language' is 'klingon', which this model does not know; it knows de, en",
+        ),
+        (ask(language="fr"), ValueError, "prompt 1: 'language' is 'fr'"),
+        (ask(language=3), TypeError, "prompt 1: 'language' must be a string"),
+        (
+            ask(task="summarise"),
+            ValueError,
+            "prompt 1: 'task' is str 'summarise'; it must be 'transcribe' or 'translate'",
+        ),
+        (ask(timestamps="yes"), TypeError, "prompt 1: 'timestamps' must be True or False"),
+        (
+            ask(prompt="<|startoftranscript|>", language="en"),
+            ValueError,
+            "prompt 1: 'language' does not go with a prompt of your own",
+        ),
+        (ask(prompt_token_ids=[10**6]), ValueError, "prompt 1: token id 1000000 at position 0 is out of"),
+        (
+            ask(temperature=1),
+            ValueError,
+            "prompt 1: unknown key str 'temperature'; the keys are .*language, task, timestamps",
+        ),
+    ],
+)
 def test_a_bad_prompt_ends_the_call_by_name(llm, wrong, error, message):
     with pytest.raises(error, match=message):
         llm.generate([ask(language="en"), wrong, ask(language="de")], PARAMS)
@@ -133,12 +180,15 @@ def test_the_others_are_unharmed(llm):
     assert tokens(llm.generate([ask(language="en"), ask(language="de")], PARAMS)) == before
 
 
-@pytest.mark.parametrize(("call", "error", "message"), [
-    (dict(language="klingon"), ValueError, "prompt 0: 'language' is 'klingon'"),
-    (dict(task="sing"), ValueError, "prompt 0: 'task' is str 'sing'"),
-    (dict(sampling_params=SamplingParams(n=2)), ValueError, "n must be 1 to transcribe, got 2"),
-    (dict(sampling_params={"n": 1}), TypeError, "sampling_params must be one SamplingParams, got dict"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (dict(language="klingon"), ValueError, "prompt 0: 'language' is 'klingon'"),
+        (dict(task="sing"), ValueError, "prompt 0: 'task' is str 'sing'"),
+        (dict(sampling_params=SamplingParams(n=2)), ValueError, "n must be 1 to transcribe, got 2"),
+        (dict(sampling_params={"n": 1}), TypeError, "sampling_params must be one SamplingParams, got dict"),
+    ],
+)
 def test_options_of_a_transcription(llm, call, error, message):
     with pytest.raises(error, match=message):
         llm.transcribe((SOUND, RATE), use_tqdm=False, **call)

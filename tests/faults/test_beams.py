@@ -22,7 +22,9 @@ def test_results_are_texts_best_first(llm):
         scores = [one.score for one in output.outputs]
         assert scores == sorted(scores, reverse=True) and len({tuple(one.token_ids) for one in output.outputs}) == 3
         for one in output.outputs:
-            assert one.finish_reason == ("stop" if one.token_ids[-1] in (1, 2) else "length") and one.stop_reason is None
+            assert (
+                one.finish_reason == ("stop" if one.token_ids[-1] in (1, 2) else "length") and one.stop_reason is None
+            )
             assert one.cumulative_logprob / len(one.token_ids) == pytest.approx(one.score, rel=1e-6)
             shown = [token for token in one.token_ids if token not in (0, 1, 2)]
             assert one.text == llm.get_tokenizer().decode(shown)
@@ -46,21 +48,30 @@ def test_a_stop_token_is_told_and_left_out_of_the_text(llm):
     last = plain.outputs[0].token_ids[1]
     stop = dict(stop_token_ids=[last], ignore_eos=True)
     hidden, shown = (
-        llm.beam_search([IDS], 1, 4, sampling_params=SamplingParams(**stop, include_stop_str_in_output=include))[0].outputs[0]
+        llm.beam_search([IDS], 1, 4, sampling_params=SamplingParams(**stop, include_stop_str_in_output=include))[
+            0
+        ].outputs[0]
         for include in (False, True)
     )
     assert hidden.token_ids == shown.token_ids and hidden.token_ids[-1] == last == hidden.stop_reason
     assert hidden.finish_reason == "stop" and shown.text.startswith(hidden.text) and shown.text != hidden.text
 
 
-@pytest.mark.parametrize(("arguments", "error", "message"), [
-    (([IDS], 0), ValueError, "width must be between 1 and 256, got 0"),
-    (([IDS], 9), CapacityError, "width 9 takes as many of the sequences that run at a time, of which there are 8"),
-    (([IDS], 4, 0), ValueError, "max_tokens must be at least 1, got 0"),
-    (([IDS, [10 ** 6]], 4), ValueError, "prompt 1: .*1000000"),
-    (([IDS, []], 4), ValueError, "prompt 1"),
-    (([IDS], 200), ValueError, "prompt 0: width must be at most 93 with 2 tokens that end a beam, got 200: a step looks at 600"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (([IDS], 0), ValueError, "width must be between 1 and 256, got 0"),
+        (([IDS], 9), CapacityError, "width 9 takes as many of the sequences that run at a time, of which there are 8"),
+        (([IDS], 4, 0), ValueError, "max_tokens must be at least 1, got 0"),
+        (([IDS, [10**6]], 4), ValueError, "prompt 1: .*1000000"),
+        (([IDS, []], 4), ValueError, "prompt 1"),
+        (
+            ([IDS], 200),
+            ValueError,
+            "prompt 0: width must be at most 93 with 2 tokens that end a beam, got 200: a step looks at 600",
+        ),
+    ],
+)
 def test_refused_before_anything_is_queued(llm, arguments, error, message):
     with pytest.raises(error, match=message):
         llm.beam_search(*arguments)
@@ -71,7 +82,9 @@ def test_a_search_that_never_fits_the_pool(llm, host):
     """What fits one sequence may not fit four beams; the error says what would."""
     with host(pool_blocks=20) as engine:
         assert engine.capacity.longest == 80
-        with pytest.raises(CapacityError, match="prompt 0: .* 9 tokens and 40 more takes up to 46 blocks of 4, and the cache has 20"):
+        with pytest.raises(
+            CapacityError, match="prompt 0: .* 9 tokens and 40 more takes up to 46 blocks of 4, and the cache has 20"
+        ):
             llm.beam_search([[9] * 9], 4, 40)
         assert not engine.requests
         [output] = llm.beam_search([[9] * 9], 4, 6)

@@ -42,10 +42,12 @@ DOWN = "model.layers.0.mlp.down_proj.weight"
     [
         (lambda w: w.pop(NORM), f"lacks 1 tensor.*{NORM}"),
         (lambda w: w.update(extra=np.zeros(3, np.float32)), "1 tensor.*does not know: 'extra'"),
-        (lambda w: w.update({DOWN: np.zeros((48, 32), np.float32)}),
-         rf"'{DOWN}': expected shape \[32, 48\], found \[48, 32\]"),
+        (
+            lambda w: w.update({DOWN: np.zeros((48, 32), np.float32)}),
+            rf"'{DOWN}': expected shape \[32, 48\], found \[48, 32\]",
+        ),
     ],
-)  # fmt: skip
+)
 def test_tensors_that_do_not_fit(copy, change, message):
     edit(copy, change)
     with pytest.raises(CheckpointError, match=message):
@@ -126,17 +128,27 @@ def weights_of(folder):
     [
         (lambda folder: weights_of(folder)[0].unlink(), "weights/.* is missing; copy the folder again"),
         (lambda folder: os.truncate(weights_of(folder)[0], 100), "weights/.*: expected [0-9]+ bytes, found 100"),
-        (lambda folder: (folder / "weights/state/manifest.ocdbt").write_bytes(b"x" * (
-            folder / "weights/state/manifest.ocdbt").stat().st_size), "manifest.ocdbt was changed or damaged"),
+        (
+            lambda folder: (folder / "weights/state/manifest.ocdbt").write_bytes(
+                b"x" * (folder / "weights/state/manifest.ocdbt").stat().st_size
+            ),
+            "manifest.ocdbt was changed or damaged",
+        ),
         (lambda folder: shutil.rmtree(folder / "weights"), "weights/.* is missing"),
         (lambda folder: (folder / "jaxinfer.json").unlink(), "jaxinfer.json is missing"),
-        (lambda folder: (folder / "jaxinfer.json").write_text((folder / "jaxinfer.json").read_text().replace(
-            '"tensor_parallel_size": 2', '"tensor_parallel_size": 4')), "jaxinfer.json was changed after the conversion"),
-        (lambda folder: (folder / "jaxinfer.json").write_text('{"format": "jaxinfer", "version": 99}'),
-         "jaxinfer.json has format version 99.*newer jaxinfer"),
+        (
+            lambda folder: (folder / "jaxinfer.json").write_text(
+                (folder / "jaxinfer.json").read_text().replace('"tensor_parallel_size": 2', '"tensor_parallel_size": 4')
+            ),
+            "jaxinfer.json was changed after the conversion",
+        ),
+        (
+            lambda folder: (folder / "jaxinfer.json").write_text('{"format": "jaxinfer", "version": 99}'),
+            "jaxinfer.json has format version 99.*newer jaxinfer",
+        ),
         (lambda folder: config(folder, num_hidden_layers=1), "holds 6 parameter.* layers.1"),
     ],
-)  # fmt: skip
+)
 def test_converted_folders_that_were_spoilt(converted, spoil, message):
     spoil(converted)
     with pytest.raises(CheckpointError, match=message):

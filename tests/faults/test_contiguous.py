@@ -58,7 +58,8 @@ def test_its_bytes_are_in_the_one_budget(contiguous, make_llm):
     assert (shapes.rows, shapes.width, shapes.num_blocks) == (8, 32, 8 * 32)
     assert sum(array.nbytes for lane in contiguous._engine.runner.cache for array in lane) == 8 * ROW_BYTES
     with pytest.raises(
-        CapacityError, match=r"511 KiB.*8 rows \(max_num_seqs\) of 124 positions.*128.*512 KiB; raise kv_cache_memory_bytes"
+        CapacityError,
+        match=r"511 KiB.*8 rows \(max_num_seqs\) of 124 positions.*128.*512 KiB; raise kv_cache_memory_bytes",
     ):
         make_llm(cache="contiguous", kv_cache_memory_bytes=8 * ROW_BYTES - 1024)
     with pytest.raises(CapacityError, match=r"100 B.*holds 8 rows \(max_num_seqs\) of 0 positions"):

@@ -1,4 +1,5 @@
-"""The faults of `facts`' cache rows on models with windows: aborts, NaN, an exhausted pool, eviction, salts, collisions."""
+"""The faults of `facts`' cache rows on models with windows: aborts, NaN, an exhausted pool, eviction, salts,
+collisions."""
 
 import numpy as np
 import pytest
@@ -114,8 +115,10 @@ def test_another_salt_never_hits_and_says_so(runner):
     results = [run(engine, [request]) for request in salted]
     assert results[0] == results[1] == results[2]
     assert [(r.cached_tokens, r.miss_reason) for r in salted] == [
-        (0, "absent"), (0, "salt differs"), (len(SHARED) - BLOCK, "complete"),
-    ]  # fmt: skip
+        (0, "absent"),
+        (0, "salt differs"),
+        (len(SHARED) - BLOCK, "complete"),
+    ]
     assert all([hit.kind for hit in r.hits] == ["sliding(10)", "full"] for r in salted)
 
 
@@ -136,8 +139,9 @@ def test_below_one_block_and_evicted_windows_are_told(runner):
     # The window before block 5 begins in block 2; block 3 is gone, and with it all ends but those before it.
     assert (parts.cached_tokens, parts.miss_reason) == (3 * BLOCK, "window evicted")
     assert [(h.kind, h.tokens, h.reason) for h in parts.hits] == [
-        ("sliding(10)", 3 * BLOCK, "window evicted"), ("full", 5 * BLOCK, "complete"),
-    ]  # fmt: skip
+        ("sliding(10)", 3 * BLOCK, "window evicted"),
+        ("full", 5 * BLOCK, "complete"),
+    ]
 
 
 def test_a_forced_hash_collision_is_a_miss(runner, monkeypatch):

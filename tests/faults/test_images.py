@@ -16,10 +16,18 @@ from jaxinfer.errors import CapacityError, ChatTemplateError
 pytestmark = [pytest.mark.xdist_group("internvl"), pytest.mark.slow]
 
 SETTINGS = dict(
-    max_model_len=128, max_num_seqs=4, max_num_batched_tokens=32, block_size=4, decode_buckets=(4,),
-    prefill_buckets=(32,), kv_cache_memory_bytes=1 << 20, check_invariants=True, use_tqdm=False, decode_steps=1,
+    max_model_len=128,
+    max_num_seqs=4,
+    max_num_batched_tokens=32,
+    block_size=4,
+    decode_buckets=(4,),
+    prefill_buckets=(32,),
+    kv_cache_memory_bytes=1 << 20,
+    check_invariants=True,
+    use_tqdm=False,
+    decode_steps=1,
     feature_cache_tokens=6 * ROWS,
-)  # fmt: skip
+)
 PARAMS = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 90, 3), np.uint8))
 """Three tiles."""
@@ -58,10 +66,15 @@ def test_every_accepted_form_gives_the_same(llm):
     text = f"hello <img>{IMAGE_MARKERS[2] * 3 * ROWS}</img> world"
     [values] = [one.values for one in llm._opened.media.read({"image": PICTURE}, 0)]
     forms = [
-        prompt(PICTURE), prompt([PICTURE]), prompt(array), prompt(array / 255), prompt(PICTURE, f"hello {IMAGE_MARKERS[2]} world"),
-        prompt(pixel_values=values), prompt(pixel_values=[values]),
+        prompt(PICTURE),
+        prompt([PICTURE]),
+        prompt(array),
+        prompt(array / 255),
+        prompt(PICTURE, f"hello {IMAGE_MARKERS[2]} world"),
+        prompt(pixel_values=values),
+        prompt(pixel_values=[values]),
         {"prompt_token_ids": tokenizer.encode(text), "multi_modal_data": {"image": PICTURE}},
-    ]  # fmt: skip
+    ]
     made = llm.generate(forms, PARAMS)
     assert tokens(made) == tokens(made[:1]) * len(forms)
     assert all(list(output.prompt_token_ids) == tokenizer.encode(text) for output in made)
@@ -71,8 +84,17 @@ def test_every_accepted_form_gives_the_same(llm):
 
 
 def test_a_conversation_with_images_streams_what_the_whole_call_gives(llm):
-    chat = [{"role": "user", "content": [{"type": "image", "image": PICTURE}, {"type": "text", "text": "and"},
-                                         {"type": "image", "image": np.asarray(SMALL)}, "what?"]}]  # fmt: skip
+    chat = [
+        {
+            "role": "user",
+            "content": [
+                {"type": "image", "image": PICTURE},
+                {"type": "text", "text": "and"},
+                {"type": "image", "image": np.asarray(SMALL)},
+                "what?",
+            ],
+        }
+    ]
     [whole] = llm.chat(chat, PARAMS)
     text = f"<s>user: {IMAGE_MARKERS[2]}\nand{IMAGE_MARKERS[2]}\nwhat?<|end|>assistant: "
     assert whole.prompt == text and list(whole.prompt_token_ids).count(ids(llm, 1)[1]) == 4 * ROWS
@@ -87,18 +109,21 @@ def test_a_conversation_with_images_streams_what_the_whole_call_gives(llm):
         llm.chat(chat, PARAMS, chat_template="{{ 'image' + messages[0].content }}")
 
 
-@pytest.mark.parametrize(("data", "error", "message"), [
-    ("cat.png", TypeError, r"prompt 1, image 0 must be a PIL image or a NumPy array, got str"),
-    (b"GIF89a", TypeError, "prompt 1, image 0 .* got bytes; open it"),
-    (None, TypeError, "prompt 1, image 0 .* got None"),
-    (Image.new("RGB", (5, 0)), ValueError, "prompt 1, image 0 has no pixels: it is 0 high and 5 wide"),
-    (Image.new("F", (5, 5)), ValueError, "prompt 1, image 0 has mode 'F'"),
-    (opened("PNG", 0.6), ValueError, "prompt 1, image 0 cannot be decoded, it is truncated or corrupt"),
-    (opened("JPEG", 0.6), ValueError, "prompt 1, image 0 cannot be decoded, it is truncated or corrupt"),
-    ([SMALL, np.full((4, 4, 3), np.nan)], ValueError, "prompt 1, image 1 has 48 values that are NaN"),
-    (np.zeros((5, 4, 2), np.uint8), ValueError, r"prompt 1, image 0 has shape \[5, 4, 2\]"),
-    ([SMALL, SMALL], ValueError, "prompt 1: the text has 1 image marker .* for 2 images"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("data", "error", "message"),
+    [
+        ("cat.png", TypeError, r"prompt 1, image 0 must be a PIL image or a NumPy array, got str"),
+        (b"GIF89a", TypeError, "prompt 1, image 0 .* got bytes; open it"),
+        (None, TypeError, "prompt 1, image 0 .* got None"),
+        (Image.new("RGB", (5, 0)), ValueError, "prompt 1, image 0 has no pixels: it is 0 high and 5 wide"),
+        (Image.new("F", (5, 5)), ValueError, "prompt 1, image 0 has mode 'F'"),
+        (opened("PNG", 0.6), ValueError, "prompt 1, image 0 cannot be decoded, it is truncated or corrupt"),
+        (opened("JPEG", 0.6), ValueError, "prompt 1, image 0 cannot be decoded, it is truncated or corrupt"),
+        ([SMALL, np.full((4, 4, 3), np.nan)], ValueError, "prompt 1, image 1 has 48 values that are NaN"),
+        (np.zeros((5, 4, 2), np.uint8), ValueError, r"prompt 1, image 0 has shape \[5, 4, 2\]"),
+        ([SMALL, SMALL], ValueError, "prompt 1: the text has 1 image marker .* for 2 images"),
+    ],
+)
 def test_a_bad_image_ends_the_call_by_name(llm, data, error, message):
     expected = tokens(llm.generate([prompt(SMALL)], PARAMS))
     with pytest.raises(error, match=message):
@@ -107,18 +132,37 @@ def test_a_bad_image_ends_the_call_by_name(llm, data, error, message):
     assert tokens(llm.generate([prompt(SMALL)], PARAMS)) == expected
 
 
-@pytest.mark.parametrize(("wrong", "error", "message"), [
-    (prompt(SMALL, "no marker"), ValueError, "prompt 0: the text has 0 image markers .* for 1 image;"),
-    (f"a {IMAGE_MARKERS[2]} b", ValueError, r"prompt 0 has 1 image token \(id \d+\), but no image is given"),
-    (prompt(pixel_values=TILES[:, :, 1:]), ValueError, r"prompt 0, image 0: pixel_values has shape \[2, 3, 27, 28\]"),
-    (prompt(pixel_values=TILES * np.inf), ValueError, "NaN or infinite"),
-    ({"prompt": "<image>", "multi_modal_data": {"pixel_values": TILES, "image": SMALL}}, ValueError, "both 'image' and 'pixel_values'"),
-    (prompt(audio=3), ValueError, "multi_modal_data has str 'audio'; this model takes 'image'"),
-    (prompt([SMALL] * 40, "<image>" * 40), ValueError, r"length 240, 160 of it images\) is longer .* fewer or smaller images"),
-    (prompt([PICTURE] * 4, "<image>" * 4), None, ""),
-    (prompt([PICTURE, SMALL, *map(Image.new, ["RGB"] * 3, [(9, 9), (8, 99), (99, 8)])], "<image>" * 5), CapacityError,
-     r"prompt 0: a prompt whose images have \d+ tiles \(\d+ tokens\) can never fit in the feature cache: it holds 6 tiles of 4"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        (prompt(SMALL, "no marker"), ValueError, "prompt 0: the text has 0 image markers .* for 1 image;"),
+        (f"a {IMAGE_MARKERS[2]} b", ValueError, r"prompt 0 has 1 image token \(id \d+\), but no image is given"),
+        (
+            prompt(pixel_values=TILES[:, :, 1:]),
+            ValueError,
+            r"prompt 0, image 0: pixel_values has shape \[2, 3, 27, 28\]",
+        ),
+        (prompt(pixel_values=TILES * np.inf), ValueError, "NaN or infinite"),
+        (
+            {"prompt": "<image>", "multi_modal_data": {"pixel_values": TILES, "image": SMALL}},
+            ValueError,
+            "both 'image' and 'pixel_values'",
+        ),
+        (prompt(audio=3), ValueError, "multi_modal_data has str 'audio'; this model takes 'image'"),
+        (
+            prompt([SMALL] * 40, "<image>" * 40),
+            ValueError,
+            r"length 240, 160 of it images\) is longer .* fewer or smaller images",
+        ),
+        (prompt([PICTURE] * 4, "<image>" * 4), None, ""),
+        (
+            prompt([PICTURE, SMALL, *map(Image.new, ["RGB"] * 3, [(9, 9), (8, 99), (99, 8)])], "<image>" * 5),
+            CapacityError,
+            r"prompt 0: a prompt whose images have \d+ tiles \(\d+ tokens\) can never fit in the feature cache: it "
+            r"holds 6 tiles of 4",
+        ),
+    ],
+)
 def test_what_does_not_fit(llm, wrong, error, message):
     if error is None:  # the same image four times takes the place of one
         assert llm.generate(wrong, PARAMS)[0].finished
@@ -135,7 +179,9 @@ def test_a_wrong_number_of_image_tokens(llm, count):
 
 
 def test_tiny_images_are_images(llm):
-    outputs = llm.generate([prompt(Image.new(mode, size)) for mode in ("1", "P", "RGBA") for size in ((1, 2), (3, 300))], PARAMS)
+    outputs = llm.generate(
+        [prompt(Image.new(mode, size)) for mode in ("1", "P", "RGBA") for size in ((1, 2), (3, 300))], PARAMS
+    )
     assert all(output.outputs[0].finish_reason == "length" for output in outputs)
 
 

@@ -1,4 +1,5 @@
-"""Interrupts wherever they come, streams dropped anywhere, a device that is lost: the engine stays whole or says it is dead."""
+"""Interrupts wherever they come, streams dropped anywhere, a device that is lost: the engine stays whole or says it is
+dead."""
 
 import gc
 import itertools
@@ -20,7 +21,8 @@ LONG = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
 
 
 class Interrupts:
-    """A trace function that raises KeyboardInterrupt at some line events of the package on this thread, counted from 0."""
+    """A trace function that raises KeyboardInterrupt at some line events of the package on this thread, counted from
+    0."""
 
     def __init__(self, *at: int):
         self.at, self.count = set(at), 0
@@ -54,7 +56,8 @@ def stream(llm: LLM) -> None:
 @pytest.mark.parametrize("again", [None, 1, 3])
 @pytest.mark.parametrize("call", [answers, stream])
 def test_an_interrupt_at_any_line_of_a_call(llm, call, again):
-    """At forty lines spread over it, and once more a line or three later: nothing is held, and the next call is right."""
+    """At forty lines spread over it, and once more a line or three later: nothing is held, and the next call is
+    right."""
     expected = answers(llm)
     with Interrupts() as lines:
         call(llm)

@@ -125,8 +125,10 @@ def test_an_interrupted_call_and_the_next(llm, monkeypatch, at):
     expected = tokens(llm.generate([IDS, [9] * 40], SHORT))
     engine = llm._engine
     owner, name = {
-        "schedule": (engine.scheduler, "_prefills"), "run": (engine.runner, "run"), "commit": (engine, "_take_token"),
-    }[at]  # fmt: skip
+        "schedule": (engine.scheduler, "_prefills"),
+        "run": (engine.runner, "run"),
+        "commit": (engine, "_take_token"),
+    }[at]
     whole, calls = getattr(owner, name), []
 
     def interrupted(*args):
@@ -239,10 +241,16 @@ def test_use_after_close(make_llm):
     with make_llm() as llm:
         stream = llm.stream([IDS], LONG)
     for call in (
-        lambda: llm.generate([IDS]), lambda: llm.generate("text"), lambda: llm.chat([{"role": "user", "content": "x"}]),
-        lambda: llm.stream([IDS]), lambda: llm.abort("0"), llm.get_metrics, llm.reset_prefix_cache,
-        lambda: next(stream), lambda: llm.update_weights(nnx.State({})),
-    ):  # fmt: skip
+        lambda: llm.generate([IDS]),
+        lambda: llm.generate("text"),
+        lambda: llm.chat([{"role": "user", "content": "x"}]),
+        lambda: llm.stream([IDS]),
+        lambda: llm.abort("0"),
+        llm.get_metrics,
+        llm.reset_prefix_cache,
+        lambda: next(stream),
+        lambda: llm.update_weights(nnx.State({})),
+    ):
         with pytest.raises(EngineClosedError, match="closed"):
             call()
     llm.close()

@@ -1,4 +1,5 @@
-"""A Llama 3.2 Vision with a tokenizer: chats with images; bad ones are errors that name the prompt, the others go on."""
+"""A Llama 3.2 Vision with a tokenizer: chats with images; bad ones are errors that name the prompt, the others go
+on."""
 
 import io
 from collections.abc import Iterator
@@ -16,9 +17,14 @@ from jaxinfer.models.mllama.config import MOST_IMAGES
 pytestmark = [pytest.mark.xdist_group("mllama"), pytest.mark.slow]
 
 SETTINGS = dict(
-    max_model_len=128, max_num_seqs=8, max_num_batched_tokens=32, block_size=4, kv_cache_memory_bytes=1 << 21,
-    check_invariants=True, use_tqdm=False,
-)  # fmt: skip
+    max_model_len=128,
+    max_num_seqs=8,
+    max_num_batched_tokens=32,
+    block_size=4,
+    kv_cache_memory_bytes=1 << 21,
+    check_invariants=True,
+    use_tqdm=False,
+)
 PARAMS = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 90, 3), np.uint8))
 SMALL = Image.new("RGB", (20, 20), (250, 20, 10))
@@ -56,9 +62,14 @@ def test_every_form_of_an_image_gives_the_same(llm):
     array = np.asarray(PICTURE)
     ids = llm.get_tokenizer().encode(f"{MARKER}hello world")
     forms = [
-        prompt(PICTURE), prompt([PICTURE]), prompt(array), prompt(array / 255), prompt(**preprocessed()),
-        prompt(PICTURE, "<image>hello world"), {"prompt_token_ids": ids, "multi_modal_data": {"image": PICTURE}},
-    ]  # fmt: skip
+        prompt(PICTURE),
+        prompt([PICTURE]),
+        prompt(array),
+        prompt(array / 255),
+        prompt(**preprocessed()),
+        prompt(PICTURE, "<image>hello world"),
+        {"prompt_token_ids": ids, "multi_modal_data": {"image": PICTURE}},
+    ]
     made = llm.generate(forms, PARAMS)
     assert tokens(made) == tokens(made[:1]) * len(forms)
     assert all(list(output.prompt_token_ids) == ids for output in made)
@@ -75,8 +86,17 @@ def test_an_image_tells_and_no_other_answer_is_found_for_it(llm):
 
 
 def test_a_conversation_with_images(llm):
-    chat = [{"role": "user", "content": [{"type": "image", "image": PICTURE}, {"type": "text", "text": "and"},
-                                         {"type": "image", "image": np.asarray(SMALL)}, "what?"]}]  # fmt: skip
+    chat = [
+        {
+            "role": "user",
+            "content": [
+                {"type": "image", "image": PICTURE},
+                {"type": "text", "text": "and"},
+                {"type": "image", "image": np.asarray(SMALL)},
+                "what?",
+            ],
+        }
+    ]
     [whole] = llm.chat(chat, PARAMS)
     assert whole.prompt == f"<s>user: {MARKER}and{MARKER}what?<|end|>assistant: "
     updates = list(llm.stream_chat(chat, PARAMS))
@@ -95,29 +115,56 @@ def test_images_of_every_size_are_served(llm, size):
 GOOD = preprocessed()
 
 
-@pytest.mark.parametrize(("wrong", "error", "message"), [
-    (prompt("cat.png"), TypeError, "prompt 1, image 0 must be a PIL image or a NumPy array, got str"),
-    (prompt(None), TypeError, "prompt 1, image 0 .* got None"),
-    (prompt(Image.new("RGB", (5, 0))), ValueError, "prompt 1, image 0 has no pixels"),
-    (prompt(Image.new("F", (5, 5))), ValueError, "prompt 1, image 0 has mode 'F'"),
-    (prompt(Image.new("RGB", (1, 1))), ValueError, "prompt 1, image 0 has 1 x 1 pixels; at least 2 are taken"),
-    (prompt(opened("PNG", 0.6)), ValueError, "prompt 1, image 0 cannot be decoded, it is truncated or corrupt"),
-    (prompt(opened("JPEG", 0.6)), ValueError, "prompt 1, image 0 cannot be decoded, it is truncated or corrupt"),
-    (prompt(np.full((4, 4, 3), np.nan)), ValueError, "prompt 1, image 0 has 48 values that are NaN"),
-    (prompt(np.zeros((5, 4, 2), np.uint8)), ValueError, r"prompt 1, image 0 has shape \[5, 4, 2\]"),
-    (prompt([SMALL, SMALL]), ValueError, r"prompt 1 has 1 image token \(<\|image\|>, id \d+\) for 2 images"),
-    (prompt(SMALL, "no marker"), ValueError, "prompt 1 has 0 image tokens .* for 1 image;"),
-    (f"a {MARKER} b", ValueError, "prompt 1 has 1 image token .* for 0 images;"),
-    (prompt(audio=3), ValueError, "multi_modal_data has str 'audio'; this model takes 'image', or 'pixel_values' and 'aspect_ratio_ids'"),
-    ({"prompt": MARKER, "multi_modal_data": GOOD | {"image": SMALL}}, ValueError, "both 'image' and 'pixel_values'"),
-    (prompt(pixel_values=GOOD["pixel_values"]), ValueError, "'pixel_values' and 'aspect_ratio_ids' together"),
-    (prompt(**GOOD | {"pixel_values": GOOD["pixel_values"][..., 1:]}), ValueError, r"prompt 1: pixel_values has shape \[1, 4, 3, 28, 27\]"),
-    (prompt(**GOOD | {"aspect_ratio_ids": np.array([9])}), ValueError, "aspect_ratio_ids has values from 9 to 9; this model knows 1 to 8"),
-    (prompt(**GOOD | {"aspect_ratio_ids": np.array([0])}), ValueError, "values from 0 to 0"),
-    (prompt(**GOOD | {"aspect_ratio_ids": np.array([1, 2])}), ValueError, "aspect_ratio_ids must be 1 integers, one an image"),
-    (prompt([PICTURE] * 40, MARKER * 40), ValueError, rf"encoder prompt \(length \d+\) is longer than the {MOST_IMAGES * TILES * PATCHES} positions"),
-    ({"prompt_token_ids": [10**6]}, ValueError, "token id 1000000"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        (prompt("cat.png"), TypeError, "prompt 1, image 0 must be a PIL image or a NumPy array, got str"),
+        (prompt(None), TypeError, "prompt 1, image 0 .* got None"),
+        (prompt(Image.new("RGB", (5, 0))), ValueError, "prompt 1, image 0 has no pixels"),
+        (prompt(Image.new("F", (5, 5))), ValueError, "prompt 1, image 0 has mode 'F'"),
+        (prompt(Image.new("RGB", (1, 1))), ValueError, "prompt 1, image 0 has 1 x 1 pixels; at least 2 are taken"),
+        (prompt(opened("PNG", 0.6)), ValueError, "prompt 1, image 0 cannot be decoded, it is truncated or corrupt"),
+        (prompt(opened("JPEG", 0.6)), ValueError, "prompt 1, image 0 cannot be decoded, it is truncated or corrupt"),
+        (prompt(np.full((4, 4, 3), np.nan)), ValueError, "prompt 1, image 0 has 48 values that are NaN"),
+        (prompt(np.zeros((5, 4, 2), np.uint8)), ValueError, r"prompt 1, image 0 has shape \[5, 4, 2\]"),
+        (prompt([SMALL, SMALL]), ValueError, r"prompt 1 has 1 image token \(<\|image\|>, id \d+\) for 2 images"),
+        (prompt(SMALL, "no marker"), ValueError, "prompt 1 has 0 image tokens .* for 1 image;"),
+        (f"a {MARKER} b", ValueError, "prompt 1 has 1 image token .* for 0 images;"),
+        (
+            prompt(audio=3),
+            ValueError,
+            "multi_modal_data has str 'audio'; this model takes 'image', or 'pixel_values' and 'aspect_ratio_ids'",
+        ),
+        (
+            {"prompt": MARKER, "multi_modal_data": GOOD | {"image": SMALL}},
+            ValueError,
+            "both 'image' and 'pixel_values'",
+        ),
+        (prompt(pixel_values=GOOD["pixel_values"]), ValueError, "'pixel_values' and 'aspect_ratio_ids' together"),
+        (
+            prompt(**GOOD | {"pixel_values": GOOD["pixel_values"][..., 1:]}),
+            ValueError,
+            r"prompt 1: pixel_values has shape \[1, 4, 3, 28, 27\]",
+        ),
+        (
+            prompt(**GOOD | {"aspect_ratio_ids": np.array([9])}),
+            ValueError,
+            "aspect_ratio_ids has values from 9 to 9; this model knows 1 to 8",
+        ),
+        (prompt(**GOOD | {"aspect_ratio_ids": np.array([0])}), ValueError, "values from 0 to 0"),
+        (
+            prompt(**GOOD | {"aspect_ratio_ids": np.array([1, 2])}),
+            ValueError,
+            "aspect_ratio_ids must be 1 integers, one an image",
+        ),
+        (
+            prompt([PICTURE] * 40, MARKER * 40),
+            ValueError,
+            rf"encoder prompt \(length \d+\) is longer than the {MOST_IMAGES * TILES * PATCHES} positions",
+        ),
+        ({"prompt_token_ids": [10**6]}, ValueError, "token id 1000000"),
+    ],
+)
 def test_a_bad_prompt_ends_the_call_by_name(llm, wrong, error, message):
     with pytest.raises(error, match=message):
         llm.generate([prompt(SMALL), wrong, "x"], PARAMS)

@@ -15,7 +15,9 @@ from jaxinfer.sharding.policy import Placement
 
 pytestmark = [pytest.mark.xdist_group("placed"), pytest.mark.slow]
 
-HEADS = r"layers.0.attention: axis 'heads' of size 4 \(around 2 kv heads\) does not divide over mesh axis 'model' of size 3"
+HEADS = (
+    r"layers.0.attention: axis 'heads' of size 4 \(around 2 kv heads\) does not divide over mesh axis 'model' of size 3"
+)
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +43,17 @@ def user_mesh(**sizes: int) -> jax.sharding.Mesh:
         (dict(tensor_parallel_size=9), "tensor_parallel_size is 9, but JAX sees 8"),
         (dict(tensor_parallel_size=3), HEADS),
         (dict(mesh=user_mesh(model=3)), HEADS),
-        (dict(tensor_parallel_size=3, placement={"*.attention": "replicate"}, hf_overrides={"intermediate_size": 50}),
-         "layers.0.mlp: projection 'gate' of 50 columns does not divide .* of size 3"),
+        (
+            dict(
+                tensor_parallel_size=3, placement={"*.attention": "replicate"}, hf_overrides={"intermediate_size": 50}
+            ),
+            "layers.0.mlp: projection 'gate' of 50 columns does not divide .* of size 3",
+        ),
         (dict(placement={"*.atention": "replicate"}), r"placement: '\*.atention' names no module; there are embedding"),
-        (dict(placement={"*.mlp": "shard", "layers.0": "replicate", "layers.?.mlp": "replicate"}),
-         r"placement: 'layers.0.mlp' is named by '\*.mlp' \(shard\) and by 'layers.\?.mlp'"),
+        (
+            dict(placement={"*.mlp": "shard", "layers.0": "replicate", "layers.?.mlp": "replicate"}),
+            r"placement: 'layers.0.mlp' is named by '\*.mlp' \(shard\) and by 'layers.\?.mlp'",
+        ),
         (dict(placement={"*.qkv": "shard"}), r"'layers.0.attention.qkv', which lies inside .* name that one"),
         (dict(placement={"*": "both"}), r"placement: '\*' is given 'both'"),
         (dict(hf_overrides={"intermediate_size": 0}), "intermediate_size"),
@@ -53,7 +61,7 @@ def user_mesh(**sizes: int) -> jax.sharding.Mesh:
         (dict(hf_overrides={"vocab_size": 10**15}), "vocab_size"),
         (dict(hf_overrides={"architectures": ["T5Model"]}), "'T5Model'.* not supported; supported: LlamaForCausalLM"),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_fit_is_named_before_a_weight_is_read(unreadable: Path, settings: dict, message: str):
     live = len(jax.live_arrays())
     with pytest.raises(ConfigError, match=message):
@@ -63,7 +71,9 @@ def test_what_does_not_fit_is_named_before_a_weight_is_read(unreadable: Path, se
 
 def test_a_module_runs_on_the_mesh_that_it_was_loaded_for(folder: Path):
     module = weights.load(folder, make_mesh(2), progress=False)
-    with pytest.raises(ConfigError, match=r"lie on a mesh of {'model': 2} over devices \[0, 1\], but .* {'model': 1} over"):
+    with pytest.raises(
+        ConfigError, match=r"lie on a mesh of {'model': 2} over devices \[0, 1\], but .* {'model': 1} over"
+    ):
         LLM(module)
 
 

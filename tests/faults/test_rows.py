@@ -9,13 +9,15 @@ The inputs and faults to survive, and the tests that hold them (`unit/` where th
 | 5 | prompt longer than the model | here, `test_refused_by_name` |
 | 6 | prompt that never fits the pool | here, `test_a_prompt_that_never_fits_the_pool` |
 | 7 | max_tokens beyond the model's length | here, `test_max_tokens_is_clamped` |
-| 8, 9 | max_tokens, min_tokens | unit/test_sampling_params.py, unit/inputs/test_defaults.py; here, `test_refused_by_name` |
+| 8, 9 | max_tokens, min_tokens | unit/test_sampling_params.py, unit/inputs/test_defaults.py; here,
+`test_refused_by_name` |
 | 10, 12, 13, 14, 16, 18, 20, 22, 24, 27 | fields of SamplingParams | unit/test_sampling_params.py |
 | 11 | a tiny temperature | unit/test_sampling_params.py; here, `test_a_tiny_temperature` |
 | 13 | top_k above the vocabulary | unit/inputs/test_defaults.py |
 | 15 | n | unit/test_sampling_params.py; here, `test_a_huge_n_allocates_nothing` |
 | 17 | one seed at batch 1, at batch 8, after preemption | equivalence/test_batch.py, equivalence/test_preemption.py |
-| 19 | stop strings across tokens, in an emoji | unit/results/test_stop_strings.py, unit/results/test_detokenizer.py; test_text.py |
+| 19 | stop strings across tokens, in an emoji | unit/results/test_stop_strings.py, unit/results/test_detokenizer.py;
+test_text.py |
 | 21 | stop ids outside the vocabulary | here, `test_refused_by_name` |
 | 23 | every token masked | here, `test_refused_by_name`, `test_every_token_masked_on_the_way` |
 | 25 | prompt_logprobs with a prefix hit | test_cache.py |
@@ -29,13 +31,17 @@ The inputs and faults to survive, and the tests that hold them (`unit/` where th
 | 35 | NaN in unused cache | equivalence/test_padding.py |
 | 36, 37 | the pool runs dry, again and again | equivalence/test_preemption.py |
 | 38, 39 | one prefix 64 times, eviction | equivalence/test_prefix.py; test_cache.py |
-| 40 | another salt, weights or image | equivalence/test_prefix.py, equivalence/test_images.py; test_cache.py, test_images.py |
+| 40 | another salt, weights or image | equivalence/test_prefix.py, equivalence/test_images.py; test_cache.py,
+test_images.py |
 | 42 | a hash collision | unit/kv/test_prefix.py |
 | 43 | lengths at the ends of blocks and chunks | every test of equivalence/ |
 | 44 | a fork whose parent ends | equivalence/test_fork.py |
-| 45, 46, 47 | out of memory at start and in a step; a bucket that does not compile | test_memory.py; unit/engine/test_failures.py |
-| 48, 49, 50, 51 | files of a checkpoint | unit/checkpoint/test_safetensors.py, unit/checkpoint/test_hf.py; test_checkpoints.py |
-| 52, 53 | sizes, architecture, rope, quantisation | unit/checkpoint/test_hf.py, unit/layers/test_rope.py; test_checkpoints.py |
+| 45, 46, 47 | out of memory at start and in a step; a bucket that does not compile | test_memory.py;
+unit/engine/test_failures.py |
+| 48, 49, 50, 51 | files of a checkpoint | unit/checkpoint/test_safetensors.py, unit/checkpoint/test_hf.py;
+test_checkpoints.py |
+| 52, 53 | sizes, architecture, rope, quantisation | unit/checkpoint/test_hf.py, unit/layers/test_rope.py;
+test_checkpoints.py |
 | 54 | embedding larger than the tokenizer | test_text.py |
 | 55, 56 | chat templates | unit/inputs/test_chat.py; test_text.py |
 | 57 | surrogates, NUL, 10 MB | unit/inputs/test_prompts.py; test_text.py |
@@ -79,15 +85,18 @@ BAD = {
     "too long": ([IDS, [3] * 129], SHORT, ValueError, "prompt 1.*129.*128"),
     "no room": ([IDS, [3] * 128], SHORT, ValueError, "prompt 1.*128.*128.*max_model_len"),
     "min above max": (
-        [IDS, [3] * 120], SamplingParams(max_tokens=16, min_tokens=12), ValueError, "min_tokens.*max_tokens=8"),
+        [IDS, [3] * 120],
+        SamplingParams(max_tokens=16, min_tokens=12),
+        ValueError,
+        "min_tokens.*max_tokens=8",
+    ),
     "stop id": ([IDS], SamplingParams(stop_token_ids=[320], min_tokens=2), ValueError, "stop_token_ids.*320"),
-    "all masked": (
-        [IDS], SamplingParams(allowed_token_ids=[1], min_tokens=2), ValueError, "every token is masked"),
+    "all masked": ([IDS], SamplingParams(allowed_token_ids=[1], min_tokens=2), ValueError, "every token is masked"),
     "only padding": ([IDS], SamplingParams(allowed_token_ids=[319]), ValueError, "every token is masked"),
     "params count": ([IDS, IDS, IDS], [SHORT, SHORT], ValueError, "2 entries for 3 prompts"),
     "params type": ([IDS], {"temperature": 0}, TypeError, "SamplingParams"),
     "unknown key": ([{"prompt": "x", "lora": 1}], SHORT, ValueError, "prompt 0.*lora"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -104,7 +113,9 @@ def test_refused_by_name(llm, name, way):
 def test_a_prompt_that_never_fits_the_pool(llm, host):
     expected = ids_of(llm.generate([IDS], SHORT))
     with host(pool_blocks=3):
-        with pytest.raises(ValueError, match=r"40 tokens.*needs 41, .*12 tokens \(3 blocks of 4\).*kv_cache_memory_bytes"):
+        with pytest.raises(
+            ValueError, match=r"40 tokens.*needs 41, .*12 tokens \(3 blocks of 4\).*kv_cache_memory_bytes"
+        ):
             llm.generate([IDS, [3] * 40], SHORT)
         assert not llm._engine.has_work
         assert ids_of(llm.generate([IDS], SHORT)) == expected

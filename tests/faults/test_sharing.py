@@ -1,5 +1,5 @@
-"""A hybrid through `LLM`: samples and prefixes are shared, with and without sharing the tokens are the same, and a result says
-what was found and why no more was."""
+"""A hybrid through `LLM`: samples and prefixes are shared, with and without sharing the tokens are the same, and a
+result says what was found and why no more was."""
 
 from collections.abc import Iterator
 
@@ -15,9 +15,16 @@ pytestmark = [pytest.mark.xdist_group("hybrid faults"), pytest.mark.slow]
 
 BLOCK, WINDOW = 4, HYBRIDS["alternating"]["sliding_window"]
 SETTINGS = dict(
-    max_model_len=128, max_num_seqs=8, max_num_batched_tokens=32, block_size=BLOCK, decode_buckets=(8,),
-    prefill_buckets=(32,), kv_cache_memory_bytes=1 << 20, check_invariants=True, use_tqdm=False,
-)  # fmt: skip
+    max_model_len=128,
+    max_num_seqs=8,
+    max_num_batched_tokens=32,
+    block_size=BLOCK,
+    decode_buckets=(8,),
+    prefill_buckets=(32,),
+    kv_cache_memory_bytes=1 << 20,
+    check_invariants=True,
+    use_tqdm=False,
+)
 GREEDY = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
 
 
@@ -40,6 +47,7 @@ def samples(llm: LLM) -> list[list[int]]:
 
 def test_sharing_changes_no_token(llm, host):
     """Sixteen samples in eight rows; and prefixes, and beams."""
+
     def all_of_it() -> list[object]:
         prefixes = llm.generate([[*ids(25), 5 + i] for i in range(4)], GREEDY, use_tqdm=False)
         beams = llm.beam_search([ids(13)], 4, 9, use_tqdm=False)
@@ -47,7 +55,11 @@ def test_sharing_changes_no_token(llm, host):
 
     expected = all_of_it()
     assert len({tuple(sample) for sample in expected[0]}) > 4
-    for settings in (dict(block_sharing=False), dict(prefix_caching=False), dict(block_sharing=False, prefix_caching=False)):
+    for settings in (
+        dict(block_sharing=False),
+        dict(prefix_caching=False),
+        dict(block_sharing=False, prefix_caching=False),
+    ):
         with host(**settings):
             assert all_of_it() == expected
 
@@ -61,8 +73,8 @@ def test_the_switches_reach_the_engine(llm):
 
 
 def test_every_reason_is_told(llm, host):
-    """What each kind of layer could have served, and why no more: in a pool of 60 blocks, of which a prompt of 61 tokens and
-    its last window take 16 in the full layers and 3 in the sliding ones."""
+    """What each kind of layer could have served, and why no more: in a pool of 60 blocks, of which a prompt of 61
+    tokens and its last window take 16 in the full layers and 3 in the sliding ones."""
     told = {}
 
     def ask(prompt: list[int], **more: str):

@@ -53,7 +53,9 @@ def test_deltas_add_up(llm, n):
     decode = partial(llm.get_tokenizer().decode, skip_special_tokens=True)
     for result in final:
         for output in result.outputs:
-            assert decode(result.prompt_token_ids) + output.text == decode([*result.prompt_token_ids, *output.token_ids])
+            assert decode(result.prompt_token_ids) + output.text == decode(
+                [*result.prompt_token_ids, *output.token_ids]
+            )
     assert any("\N{REPLACEMENT CHARACTER}" in output.text for result in final for output in result.outputs)
 
 
@@ -72,9 +74,13 @@ def force(llm, text):
     pairs = tuple((a, b) for i, a in enumerate(ids) for b in ids if b != (ids[i + 1] if i + 1 < len(ids) else b))
     bias = {ids[0]: 100.0}
     return dict(
-        temperature=0, max_tokens=len(ids), ignore_eos=True, allowed_token_ids=ids, logit_bias=bias,
+        temperature=0,
+        max_tokens=len(ids),
+        ignore_eos=True,
+        allowed_token_ids=ids,
+        logit_bias=bias,
         _bad_words_token_ids=pairs,
-    )  # fmt: skip
+    )
 
 
 def test_an_emoji_is_written_whole(llm):
@@ -91,10 +97,8 @@ def test_output_that_ends_inside_a_character(llm):
 
 @pytest.mark.parametrize("include", [False, True])
 def test_a_stop_string_across_tokens(llm, include):
-    """"z8" lies across two tokens, the "8" in the middle of what is forced; nothing of it leaks early."""
-    params = SamplingParams(
-        **force(llm, "yz89k"), stop=["z8"], include_stop_str_in_output=include, output_kind=DELTA
-    )
+    """ "z8" lies across two tokens, the "8" in the middle of what is forced; nothing of it leaks early."""
+    params = SamplingParams(**force(llm, "yz89k"), stop=["z8"], include_stop_str_in_output=include, output_kind=DELTA)
     updates = list(llm.stream("hello", params))
     text = "".join(u.outputs[0].text for u in updates)
     assert text == ("yz8" if include else "y")
@@ -176,7 +180,9 @@ def test_a_stream_makes_each_table_once(llm, monkeypatch):
     """What an update costs does not grow with the prompt or with the tokens before."""
     made = []
     row = LogprobTable.row
-    monkeypatch.setattr(LogprobTable, "row", lambda self, *args, **kwargs: made.append(args) or row(self, *args, **kwargs))
+    monkeypatch.setattr(
+        LogprobTable, "row", lambda self, *args, **kwargs: made.append(args) or row(self, *args, **kwargs)
+    )
     asked = warm(logprobs=1, prompt_logprobs=1, max_tokens=12, output_kind=RequestOutputKind.CUMULATIVE)
     tables = [update.prompt_logprobs for update in llm.stream([[5] * 40], asked)]
     assert len(tables) == 12 and len(made) == 39 + 12
@@ -316,8 +322,9 @@ def test_token_ids_only(llm, make_llm):
 
 @pytest.mark.slow
 def test_the_module_itself_is_taken(llm):
-    with LLM(llm._opened.module, tokenizer=llm.get_tokenizer(), max_model_len=64, max_num_seqs=2,
-             max_num_batched_tokens=8) as own:  # fmt: skip
+    with LLM(
+        llm._opened.module, tokenizer=llm.get_tokenizer(), max_model_len=64, max_num_seqs=2, max_num_batched_tokens=8
+    ) as own:
         greedy = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
         assert own.generate("hello", greedy, use_tqdm=False)[0].outputs[0].text == (
             llm.generate("hello", greedy)[0].outputs[0].text

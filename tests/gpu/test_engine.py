@@ -23,7 +23,7 @@ def runners() -> dict[str, Runner]:
     return {
         kernel: Runner(*split(module, mesh, attention_kernel=kernel), tiny.shapes())
         for kernel in (attention.XLA, attention.TRITON)
-    }  # fmt: skip
+    }
 
 
 def generate(runner: Runner, **host: bool) -> list[list[list[int]]]:

@@ -35,12 +35,18 @@ def test_each_row_is_multiplied_with_the_matrix_of_its_group(name: str, dtype: s
     if dtype == "int8":
         values, scales = int8_matmul.quantise(weight)
         found = np.asarray(call(x, values, offsets, scales), np.float64)[:end]
-        expected = np.concatenate([
-            int8_matmul.reference(x[a:b], v, s) for a, b, v, s in zip(offsets, offsets[1:], values, scales, strict=False)
-        ])  # fmt: skip
-        steps = np.concatenate([
-            int8_matmul.row_scales(x[a:b])[:, None] * 127 * s for a, b, s in zip(offsets, offsets[1:], scales, strict=False)
-        ])  # fmt: skip
+        expected = np.concatenate(
+            [
+                int8_matmul.reference(x[a:b], v, s)
+                for a, b, v, s in zip(offsets, offsets[1:], values, scales, strict=False)
+            ]
+        )
+        steps = np.concatenate(
+            [
+                int8_matmul.row_scales(x[a:b])[:, None] * 127 * s
+                for a, b, s in zip(offsets, offsets[1:], scales, strict=False)
+            ]
+        )
         assert (np.abs(found - expected) <= 2.01 * steps + 1e-5 * np.abs(expected)).all()
         return
     found = np.asarray(call(x, weight, offsets)[:end], np.float64)

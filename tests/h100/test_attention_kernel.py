@@ -30,7 +30,7 @@ LAYERS = {
     "Gemma 2": (16, 8, 256, 256, "bfloat16", Scoring(0.1, window=4096, softcap=50.0), False),
     "gpt-oss": (64, 8, 64, 64, "bfloat16", Scoring(0.1, window=128), True),
     "float32": (32, 8, 128, 128, "float32", Scoring(0.1), False),
-}  # fmt: skip
+}
 
 
 def trace(name: str, kind: str) -> None:

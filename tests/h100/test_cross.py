@@ -1,4 +1,5 @@
-"""The steps of an encoder-decoder compiled for H100s with none present: in place, in one command buffer, and what is done when."""
+"""The steps of an encoder-decoder compiled for H100s with none present: in place, in one command buffer, and what is
+done when."""
 
 import re
 from collections import Counter
@@ -28,16 +29,33 @@ pytestmark = [pytest.mark.xdist_group("h100"), pytest.mark.usefixtures("cuda_com
 
 LAYERS, ROWS, POSITIONS, BLOCK, CHUNK, READ = 2, 8, 1024, 16, 512, 1024
 CONFIG = dict(
-    architectures=["BartForConditionalGeneration"], vocab_size=50264, d_model=1024, encoder_layers=LAYERS,
-    decoder_layers=LAYERS, encoder_attention_heads=16, decoder_attention_heads=16, encoder_ffn_dim=4096,
-    decoder_ffn_dim=4096, max_position_embeddings=POSITIONS, dtype="bfloat16",
-)  # fmt: skip
+    architectures=["BartForConditionalGeneration"],
+    vocab_size=50264,
+    d_model=1024,
+    encoder_layers=LAYERS,
+    decoder_layers=LAYERS,
+    encoder_attention_heads=16,
+    decoder_attention_heads=16,
+    encoder_ffn_dim=4096,
+    decoder_ffn_dim=4096,
+    max_position_embeddings=POSITIONS,
+    dtype="bfloat16",
+)
 """The shape of bart-large, with fewer layers."""
 SHAPES = Shapes(
-    num_blocks=4 * ROWS * POSITIONS // BLOCK, block_size=BLOCK, rows=ROWS, width=POSITIONS // BLOCK, decode_buckets=(ROWS,),
-    prefill_buckets=(CHUNK,), prefill_rows=ROWS, max_logprobs=5, max_length=POSITIONS, sampled_vocab=CONFIG["vocab_size"],
-    groups=2, cross_buckets=(READ,),
-)  # fmt: skip
+    num_blocks=4 * ROWS * POSITIONS // BLOCK,
+    block_size=BLOCK,
+    rows=ROWS,
+    width=POSITIONS // BLOCK,
+    decode_buckets=(ROWS,),
+    prefill_buckets=(CHUNK,),
+    prefill_rows=ROWS,
+    max_logprobs=5,
+    max_length=POSITIONS,
+    sampled_vocab=CONFIG["vocab_size"],
+    groups=2,
+    cross_buckets=(READ,),
+)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +69,9 @@ def step(kind: str, tp: int = 1, quantization: str | None = None) -> Compiled:
     assert program.kernel == "triton"
     if kind == ENCODE:
         shape = encode_shape(program, SHAPES, READ)
-        lowered = make_encode_step(program, SHAPES, shape).lower(params, *abstract_encode_arguments(program, SHAPES, shape))
+        lowered = make_encode_step(program, SHAPES, shape).lower(
+            params, *abstract_encode_arguments(program, SHAPES, shape)
+        )
         return compile_lowered(lowered, abstract_encode_arguments(program, SHAPES, shape)[0])
     if kind == DECODE:
         return compile_step(program, params, SHAPES, decode_bucket(program, SHAPES, ROWS, 0, Needs()))
@@ -79,11 +99,16 @@ def products(compiled: Compiled) -> int:
     return len(re.findall(r" dot\(", compiled.executable.as_text()))
 
 
-# A layer of the decoder: qkv, out, q, out, up, down. One of the encoder: qkv, out, up, down; and for each of the decoder's kv,
-# which XLA may put together, as their input is the same.
-@pytest.mark.parametrize(("kind", "least", "most"), [
-    (DECODE, 6 * LAYERS + 1, 6 * LAYERS + 1), (PREFILL, 6 * LAYERS + 1, 6 * LAYERS + 1), (ENCODE, 4 * LAYERS + 1, 5 * LAYERS),
-])  # fmt: skip
+# A layer of the decoder: qkv, out, q, out, up, down. One of the encoder: qkv, out, up, down; and for each of the
+# decoder's kv, which XLA may put together, as their input is the same.
+@pytest.mark.parametrize(
+    ("kind", "least", "most"),
+    [
+        (DECODE, 6 * LAYERS + 1, 6 * LAYERS + 1),
+        (PREFILL, 6 * LAYERS + 1, 6 * LAYERS + 1),
+        (ENCODE, 4 * LAYERS + 1, 5 * LAYERS),
+    ],
+)
 def test_products_are_those_that_are_needed(kind: str, least: int, most: int):
     assert least <= products(step(kind)) <= most
 

@@ -60,15 +60,35 @@ def test_the_kernel_suits_the_device(name: str, tmp_path: Path):
 
 LAYERS = 4
 QWEN = dict(
-    architectures=["Qwen3MoeForCausalLM"], vocab_size=32000, hidden_size=512, intermediate_size=1024,
-    num_hidden_layers=LAYERS, num_attention_heads=8, num_key_value_heads=4, head_dim=64, max_position_embeddings=4096,
-    rms_norm_eps=1e-6, dtype="bfloat16", num_experts=32, num_experts_per_tok=4, moe_intermediate_size=256, norm_topk_prob=True,
-)  # fmt: skip
+    architectures=["Qwen3MoeForCausalLM"],
+    vocab_size=32000,
+    hidden_size=512,
+    intermediate_size=1024,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    head_dim=64,
+    max_position_embeddings=4096,
+    rms_norm_eps=1e-6,
+    dtype="bfloat16",
+    num_experts=32,
+    num_experts_per_tok=4,
+    moe_intermediate_size=256,
+    norm_topk_prob=True,
+)
 ROWS, BLOCK, WIDTH, CHUNK = 8, 16, 64, 256
 SHAPES = Shapes(
-    num_blocks=2 * ROWS * WIDTH, block_size=BLOCK, rows=ROWS, width=WIDTH, decode_buckets=(ROWS,),
-    prefill_buckets=(CHUNK,), prefill_rows=ROWS, max_logprobs=5, max_length=WIDTH * BLOCK, sampled_vocab=32000,
-)  # fmt: skip
+    num_blocks=2 * ROWS * WIDTH,
+    block_size=BLOCK,
+    rows=ROWS,
+    width=WIDTH,
+    decode_buckets=(ROWS,),
+    prefill_buckets=(CHUNK,),
+    prefill_rows=ROWS,
+    max_logprobs=5,
+    max_length=WIDTH * BLOCK,
+    sampled_vocab=32000,
+)
 
 
 def step(kind: str, tp: int = 1, placement: str = "shard", quantization: str | None = None) -> Compiled:

@@ -1,4 +1,5 @@
-"""The steps of a model of Kimi-Linear's widths compiled for H100s with none present: state and latents in place, what shards say."""
+"""The steps of a model of Kimi-Linear's widths compiled for H100s with none present: state and latents in place, what
+shards say."""
 
 import re
 from collections import Counter
@@ -15,20 +16,47 @@ pytestmark = [pytest.mark.xdist_group("h100"), pytest.mark.usefixtures("cuda_com
 
 ROWS, LENGTH, BLOCK, CHUNK = 8, 4096, 16, 256
 CONFIG = dict(
-    architectures=["KimiLinearForCausalLM"], vocab_size=163840, hidden_size=2304, intermediate_size=9216,
-    num_hidden_layers=4, num_attention_heads=32, num_key_value_heads=32, kv_lora_rank=512, qk_nope_head_dim=128,
-    qk_rope_head_dim=64, v_head_dim=128, num_experts=256, num_experts_per_token=8, num_shared_experts=1,
-    moe_intermediate_size=1024, first_k_dense_replace=1, model_max_length=1048576, rms_norm_eps=1e-5, dtype="bfloat16",
+    architectures=["KimiLinearForCausalLM"],
+    vocab_size=163840,
+    hidden_size=2304,
+    intermediate_size=9216,
+    num_hidden_layers=4,
+    num_attention_heads=32,
+    num_key_value_heads=32,
+    kv_lora_rank=512,
+    qk_nope_head_dim=128,
+    qk_rope_head_dim=64,
+    v_head_dim=128,
+    num_experts=256,
+    num_experts_per_token=8,
+    num_shared_experts=1,
+    moe_intermediate_size=1024,
+    first_k_dense_replace=1,
+    model_max_length=1048576,
+    rms_norm_eps=1e-5,
+    dtype="bfloat16",
     linear_attn_config=dict(
-        num_heads=32, head_dim=128, short_conv_kernel_size=4, kda_layers=[1, 2, 3], full_attn_layers=[4],
+        num_heads=32,
+        head_dim=128,
+        short_conv_kernel_size=4,
+        kda_layers=[1, 2, 3],
+        full_attn_layers=[4],
     ),
-)  # fmt: skip
+)
 """Kimi-Linear-48B-A3B with four of its layers."""
 SHAPES = Shapes(
-    num_blocks=2 * ROWS * LENGTH // BLOCK, block_size=BLOCK, rows=ROWS, width=LENGTH // BLOCK, decode_buckets=(ROWS,),
-    prefill_buckets=(CHUNK,), prefill_rows=ROWS, max_logprobs=5, max_length=LENGTH, sampled_vocab=CONFIG["vocab_size"],
+    num_blocks=2 * ROWS * LENGTH // BLOCK,
+    block_size=BLOCK,
+    rows=ROWS,
+    width=LENGTH // BLOCK,
+    decode_buckets=(ROWS,),
+    prefill_buckets=(CHUNK,),
+    prefill_rows=ROWS,
+    max_logprobs=5,
+    max_length=LENGTH,
+    sampled_vocab=CONFIG["vocab_size"],
     state_slots=4 * ROWS,
-)  # fmt: skip
+)
 STATE = SHAPES.state_slots * 32 * 128 * 128
 """Elements of what one layer remembers; the last inputs of its convolution are a thirtieth of that."""
 

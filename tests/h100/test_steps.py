@@ -19,9 +19,17 @@ ROWS, POSITIONS, BLOCK, CHUNK = 8, 1024, 16, 512
 WIDTH = POSITIONS // BLOCK
 SHAPES = Shapes(
     # Twice what the rows can hold, so that what attention gathers is not mistaken for the cache.
-    num_blocks=2 * ROWS * WIDTH, block_size=BLOCK, rows=ROWS, width=WIDTH, decode_buckets=(ROWS,),
-    prefill_buckets=(CHUNK,), prefill_rows=ROWS, max_logprobs=5, max_length=POSITIONS, sampled_vocab=32000,
-)  # fmt: skip
+    num_blocks=2 * ROWS * WIDTH,
+    block_size=BLOCK,
+    rows=ROWS,
+    width=WIDTH,
+    decode_buckets=(ROWS,),
+    prefill_buckets=(CHUNK,),
+    prefill_rows=ROWS,
+    max_logprobs=5,
+    max_length=POSITIONS,
+    sampled_vocab=32000,
+)
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +39,17 @@ def cuda_compiler() -> None:
 
 @cache
 def step(
-    kind: str, layers: int, tp: int = 1, level: Level = Level.GREEDY, quantization: str | None = None,
-    replicated: str | None = None, heads: int = 16, kv_heads: int = 4, contiguous: bool = False, logprobs: int = -1,
-) -> Compiled:  # fmt: skip
+    kind: str,
+    layers: int,
+    tp: int = 1,
+    level: Level = Level.GREEDY,
+    quantization: str | None = None,
+    replicated: str | None = None,
+    heads: int = 16,
+    kv_heads: int = 4,
+    contiguous: bool = False,
+    logprobs: int = -1,
+) -> Compiled:
     hf = MEDIUM | dict(num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads)
     placement = Placement({replicated: REPLICATE} if replicated else {})
     program, params = abstract_model(
@@ -46,8 +62,9 @@ def step(
 
 
 WINDOWS = {
-    "alternating": ["sliding_attention", "full_attention"] * 6, "five to one": (["sliding_attention"] * 5 + ["full_attention"]) * 2,
-}  # fmt: skip
+    "alternating": ["sliding_attention", "full_attention"] * 6,
+    "five to one": (["sliding_attention"] * 5 + ["full_attention"]) * 2,
+}
 
 
 @cache
@@ -55,9 +72,12 @@ def hybrid(kind: str, name: str, tp: int = 1, *, contiguous: bool = False) -> Co
     """A step of 12 layers, some of which see a window of 256 positions."""
     kinds = WINDOWS[name]
     hf = MEDIUM | dict(
-        architectures=["Qwen2ForCausalLM"], num_hidden_layers=len(kinds), layer_types=kinds, sliding_window=256,
+        architectures=["Qwen2ForCausalLM"],
+        num_hidden_layers=len(kinds),
+        layer_types=kinds,
+        sliding_window=256,
         use_sliding_window=True,
-    )  # fmt: skip
+    )
     program, params = abstract_model(hf, h100_mesh(tp))
     groups = program.layout.groups
     shapes = replace(SHAPES, groups=groups, num_blocks=SHAPES.num_blocks * groups, contiguous=contiguous)
@@ -109,11 +129,18 @@ def test_a_step_is_one_command_buffer_of_11_kernels_a_layer(kind: str, layers: i
     assert len(compiled.kernels) <= 11 * layers + 16
 
 
-@pytest.mark.parametrize(("kind", "name"), [
-    ("decode", "alternating"), ("decode", "five to one"), ("prefill", "alternating"), ("prefill", "five to one"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("decode", "alternating"),
+        ("decode", "five to one"),
+        ("prefill", "alternating"),
+        ("prefill", "five to one"),
+    ],
+)
 def test_layers_that_share_arrays_update_them_in_place(kind: str, name: str):
-    """12 layers on 6 lanes in 2 groups, or on 2 lanes in 6: each kind of layer takes its work items from its own tables."""
+    """12 layers on 6 lanes in 2 groups, or on 2 lanes in 6: each kind of layer takes its work items from its own
+    tables."""
     compiled = hybrid(kind, name)
     check_in_place(compiled)
     assert compiled.temporary_bytes < (8 << 20 if kind == "decode" else 32 << 20)
@@ -158,12 +185,21 @@ def test_a_step_with_every_sampler_setting_updates_cache_and_histories_in_place(
     assert compiled.large_copies == []
 
 
-# Beside the kernels of a greedy step: the race 4, each of the two searches 24, penalties and biases 11; of log-probabilities 8,
-# or 15 where 20 take XLA's kernel for at most 16 twice.
-@pytest.mark.parametrize(("level", "logprobs", "kernels"), [
-    (Level.RANDOM, -1, 6), (Level.RANDOM, 1, 14), (Level.RANDOM, 20, 21), (Level.TRUNCATED, 1, 70), (Level.EDITED, 20, 90),
-])  # fmt: skip
-def test_no_variant_of_the_sampler_sorts_or_loops(level: Level, logprobs: int, kernels: int, capfd: pytest.CaptureFixture[str]):
+# Beside the kernels of a greedy step: the race 4, each of the two searches 24, penalties and biases 11; of
+# log-probabilities 8, or 15 where 20 take XLA's kernel for at most 16 twice.
+@pytest.mark.parametrize(
+    ("level", "logprobs", "kernels"),
+    [
+        (Level.RANDOM, -1, 6),
+        (Level.RANDOM, 1, 14),
+        (Level.RANDOM, 20, 21),
+        (Level.TRUNCATED, 1, 70),
+        (Level.EDITED, 20, 90),
+    ],
+)
+def test_no_variant_of_the_sampler_sorts_or_loops(
+    level: Level, logprobs: int, kernels: int, capfd: pytest.CaptureFixture[str]
+):
     compiled, greedy = step("decode", 2, level=level, logprobs=logprobs), step("decode", 2)
     text = compiled.executable.as_text()
     assert " sort(" not in text and " while(" not in text
@@ -174,7 +210,8 @@ def test_no_variant_of_the_sampler_sorts_or_loops(level: Level, logprobs: int, k
 
 
 def test_a_random_token_is_drawn_where_its_logits_lie():
-    """Each device finds the winner among its part of the vocabulary; thresholds are searched for by sums over all parts."""
+    """Each device finds the winner among its part of the vocabulary; thresholds are searched for by sums over all
+    parts."""
     greedy, random, truncated = (step("decode", 2, 4, level).collectives for level in list(Level)[:3])
     assert random - greedy == Counter({"all-reduce": 1})
     assert set(truncated) == {"all-reduce", "all-gather"}
@@ -199,9 +236,13 @@ def test_a_layer_has_two_all_reduces_and_nothing_else(kind: str, tp: int, quanti
 # A replicated lane is whole on every device: four times the bytes of a divided one.
 @pytest.mark.parametrize(
     ("kind", "replicated", "reduces", "share"),
-    [("decode", "*.attention", 1, 1), ("prefill", "*.attention", 1, 1), ("decode", "*.mlp", 1, 1 / 4),
-     ("decode", "layers.*", 0, 1)],
-)  # fmt: skip
+    [
+        ("decode", "*.attention", 1, 1),
+        ("prefill", "*.attention", 1, 1),
+        ("decode", "*.mlp", 1, 1 / 4),
+        ("decode", "layers.*", 0, 1),
+    ],
+)
 def test_a_replicated_module_has_no_collective_and_its_lane_stays_in_place(
     kind: str, replicated: str, reduces: int, share: float
 ):

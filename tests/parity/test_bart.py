@@ -1,4 +1,5 @@
-"""BART and mBART against transformers: the encoder's output, logits of the decoder, greedy tokens of texts of mixed lengths.
+"""BART and mBART against transformers: the encoder's output, logits of the decoder, greedy tokens of texts of mixed
+lengths.
 
 Tiny checkpoints are made on the spot, written by `save_pretrained` and read by the real loader.
 """
@@ -173,7 +174,7 @@ OVERLOOKED = {
     "layernorm_embedding": weights("layernorm_embedding.weight", torch.ones_like),
     "the bias of v in cross-attention": weights("encoder_attn.v_proj.bias", torch.zeros_like),
     "what is read": weights("encoder_attn.out_proj.weight", torch.zeros_like),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("option", OVERLOOKED)
@@ -186,19 +187,24 @@ def test_every_option_tells(option: str):
     assert min(moved) > 100 * TOLERANCE, option
 
 
-@pytest.mark.parametrize(("name", "how"), [
-    ("bart", {}),
-    ("bart", dict(no_repeat_ngram_size=3, forced_bos_token_id=0, forced_eos_token_id=2)),
-    ("mbart", dict(no_repeat_ngram_size=1, forced_bos_token_id=7)),
-    ("mbart", dict(repetition_penalty=1.3, forced_eos_token_id=2, no_repeat_ngram_size=2)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("bart", {}),
+        ("bart", dict(no_repeat_ngram_size=3, forced_bos_token_id=0, forced_eos_token_id=2)),
+        ("mbart", dict(no_repeat_ngram_size=1, forced_bos_token_id=7)),
+        ("mbart", dict(repetition_penalty=1.3, forced_eos_token_id=2, no_repeat_ngram_size=2)),
+    ],
+)
 def test_greedy_tokens(name: str, how: dict[str, Any]):
     """Texts of mixed lengths, twice as many as run at a time, with what generation_config.json may say."""
     texts = [text(length, 80 + length) for length in (1, 3, BLOCK, 17, 31, 33, 64, LENGTH - 1, LENGTH)]
     made = 24
     with engine(name) as llm:
         params = SamplingParams(temperature=0, max_tokens=made, **how)
-        found = [o.outputs[0].token_ids for o in llm.generate([t.values.tolist() for t in texts], params, use_tqdm=False)]
+        found = [
+            o.outputs[0].token_ids for o in llm.generate([t.values.tolist() for t in texts], params, use_tqdm=False)
+        ]
     for one, tokens in zip(texts, found, strict=True):
         ids = torch.tensor(one.values[None]).long()
         expected = reference(name).generate(
@@ -208,10 +214,15 @@ def test_greedy_tokens(name: str, how: dict[str, Any]):
     assert len({tuple(tokens) for tokens in found}) > len(texts) // 2
 
 
-@pytest.mark.parametrize("how", [
-    dict(), dict(length_penalty=2.0, early_stopping=True, no_repeat_ngram_size=3, min_tokens=6),
-    dict(forced_bos_token_id=0, forced_eos_token_id=2, early_stopping="never"),
-], ids=["plain", "as for summaries", "forced"])  # fmt: skip
+@pytest.mark.parametrize(
+    "how",
+    [
+        dict(),
+        dict(length_penalty=2.0, early_stopping=True, no_repeat_ngram_size=3, min_tokens=6),
+        dict(forced_bos_token_id=0, forced_eos_token_id=2, early_stopping="never"),
+    ],
+    ids=["plain", "as for summaries", "forced"],
+)
 @pytest.mark.parametrize("name", ["bart", "mbart"])
 def test_beams_of_texts(name, how):
     """The same tokens and scores as transformers' beams, all texts in one batch."""
@@ -221,15 +232,26 @@ def test_beams_of_texts(name, how):
     with engine(name) as llm:
         found = llm.beam_search(
             [t.values.tolist() for t in texts], width, made, **search, sampling_params=SamplingParams(**own)
-        )  # fmt: skip
+        )
     theirs = {"min_new_tokens" if key == "min_tokens" else key: value for key, value in own.items()}
     for one, result in zip(texts, found, strict=True):
         ids = torch.tensor(one.values[None]).long()
         expected = reference(name).generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, num_beams=width, num_return_sequences=width,
-            max_new_tokens=made, return_dict_in_generate=True, output_scores=True, **theirs, **search,
-        )  # fmt: skip
-        tokens = [row[1 : 1 + len(beam.token_ids)] for row, beam in zip(expected.sequences.tolist(), result.outputs, strict=True)]
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            num_beams=width,
+            num_return_sequences=width,
+            max_new_tokens=made,
+            return_dict_in_generate=True,
+            output_scores=True,
+            **theirs,
+            **search,
+        )
+        tokens = [
+            row[1 : 1 + len(beam.token_ids)]
+            for row, beam in zip(expected.sequences.tolist(), result.outputs, strict=True)
+        ]
         assert [list(beam.token_ids) for beam in result.outputs] == tokens
         scores = [beam.score for beam in result.outputs]
         np.testing.assert_allclose(scores, expected.sequences_scores.numpy(), rtol=1e-5, atol=1e-4)
@@ -238,6 +260,15 @@ def test_beams_of_texts(name, how):
 def engine(name: str) -> LLM:
     """Of a checkpoint, with a few compiled steps."""
     return LLM(
-        folder(name), skip_tokenizer_init=True, dtype="float32", block_size=BLOCK, max_num_seqs=4, check_invariants=True,
-        decode_buckets=[4], prefill_buckets=[32], max_num_batched_tokens=32, kv_cache_memory_bytes=1 << 22, use_tqdm=False,
-    )  # fmt: skip
+        folder(name),
+        skip_tokenizer_init=True,
+        dtype="float32",
+        block_size=BLOCK,
+        max_num_seqs=4,
+        check_invariants=True,
+        decode_buckets=[4],
+        prefill_buckets=[32],
+        max_num_batched_tokens=32,
+        kv_cache_memory_bytes=1 << 22,
+        use_tqdm=False,
+    )

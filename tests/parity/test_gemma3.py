@@ -26,9 +26,14 @@ def reference():
         hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
     )
     config = transformers.Gemma3Config(
-        text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=96, boi_token_index=95,
-        eoi_token_index=94, attn_implementation="eager",
-    )  # fmt: skip
+        text_config=text,
+        vision_config=vision,
+        mm_tokens_per_image=4,
+        image_token_index=96,
+        boi_token_index=95,
+        eoi_token_index=94,
+        attn_implementation="eager",
+    )
     made = transformers.Gemma3ForConditionalGeneration(config).float().eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

@@ -23,9 +23,17 @@ pytestmark = [pytest.mark.xdist_group("internvl"), pytest.mark.slow]
 MADE = 12
 PARAMS = SamplingParams(temperature=0, max_tokens=MADE, ignore_eos=True)
 SETTINGS = dict(
-    max_model_len=160, max_num_seqs=4, max_num_batched_tokens=32, block_size=4, decode_buckets=(4,), prefill_buckets=(32,),
-    kv_cache_memory_bytes=1 << 20, check_invariants=True, use_tqdm=False, dtype="float32",
-)  # fmt: skip
+    max_model_len=160,
+    max_num_seqs=4,
+    max_num_batched_tokens=32,
+    block_size=4,
+    decode_buckets=(4,),
+    prefill_buckets=(32,),
+    kv_cache_memory_bytes=1 << 20,
+    check_invariants=True,
+    use_tqdm=False,
+    dtype="float32",
+)
 
 
 def picture(width: int, height: int, mode: str = "RGB", seed: int = 0) -> Image.Image:
@@ -38,9 +46,11 @@ MARKER = IMAGE_MARKERS[2]
 PROMPTS = (
     (f"{MARKER}\nhello world", [picture(90, 50)]),
     (f"the cat {MARKER} sat on {MARKER} the mat", [picture(20, 70, seed=1), picture(9, 9)]),
-    ("hello world, the cat", []), (f"the {MARKER}", [picture(40, 40, "RGBA", 2)]),
-    (f"{MARKER}{MARKER}", [picture(30, 29, "L"), picture(64, 16, "P", 3)]), (f"a {MARKER}", [picture(1, 2)]),
-)  # fmt: skip
+    ("hello world, the cat", []),
+    (f"the {MARKER}", [picture(40, 40, "RGBA", 2)]),
+    (f"{MARKER}{MARKER}", [picture(30, 29, "L"), picture(64, 16, "P", 3)]),
+    (f"a {MARKER}", [picture(1, 2)]),
+)
 
 
 class Processor(transformers.InternVLProcessor):
@@ -69,7 +79,9 @@ def reference(
     found = []
     for text, images in prompts:
         inputs = prepare(images=images or None, text=text, return_tensors="pt")
-        made = model.generate(**inputs, max_new_tokens=MADE, do_sample=False, pad_token_id=0, suppress_tokens=unknown)[0].tolist()
+        made = model.generate(**inputs, max_new_tokens=MADE, do_sample=False, pad_token_id=0, suppress_tokens=unknown)[
+            0
+        ].tolist()
         length = inputs["input_ids"].shape[1]
         found.append((made[:length], made[length:]))
     return found
@@ -103,13 +115,21 @@ def test_an_original_checkpoint_cuts_and_names_images_alike(made, tmp_path):
     model, folder = made
     prepare = processor(folder)
     save_file(ref.original_tensors(model), tmp_path / "model.safetensors")
-    hf = ref.original_config(model, max_dynamic_patch=4, min_dynamic_patch=1, use_thumbnail=True, dynamic_image_size=True)
+    hf = ref.original_config(
+        model, max_dynamic_patch=4, min_dynamic_patch=1, use_thumbnail=True, dynamic_image_size=True
+    )
     (tmp_path / "config.json").write_text(json.dumps(hf))
     add_files(tmp_path)
-    misleading = {"crop_size": SIDE, "feature_extractor_type": "CLIPFeatureExtractor", "size": SIDE, "image_mean": [0, 0, 0]}
+    misleading = {
+        "crop_size": SIDE,
+        "feature_extractor_type": "CLIPFeatureExtractor",
+        "size": SIDE,
+        "image_mean": [0, 0, 0],
+    }
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(misleading))  # as original checkpoints have it
     prompts = [
-        {"prompt": text.replace(MARKER, "<image>"), "multi_modal_data": {"image": images}} for text, images in PROMPTS[:2]
+        {"prompt": text.replace(MARKER, "<image>"), "multi_modal_data": {"image": images}}
+        for text, images in PROMPTS[:2]
     ]
     assert ours(tmp_path, prompts) == reference(model, prepare, PROMPTS[:2])
 

@@ -55,24 +55,43 @@ def other_activation(name: str) -> dict[str, Change]:
 WEIGHTS = {
     f"{name} {value}": ref.filled(name, value)
     for name, value in {
-        "cls_token": 0.0, "position_embeddings": 0.0, "projection.bias": 0.0, "lambda_1": 1.0, "lambda_2": 1.0,
-        "layernorm_before.weight": 1.0, "layernorm_before.bias": 0.0, "layernorm_after.weight": 1.0,
-        "layernorm_after.bias": 0.0, "projection_layer.bias": 0.0, "fc1.bias": 0.0, "fc2.bias": 0.0,
-        "projector.layer_norm.weight": 1.0, "projector.layer_norm.bias": 0.0, "linear_1.bias": 0.0,
+        "cls_token": 0.0,
+        "position_embeddings": 0.0,
+        "projection.bias": 0.0,
+        "lambda_1": 1.0,
+        "lambda_2": 1.0,
+        "layernorm_before.weight": 1.0,
+        "layernorm_before.bias": 0.0,
+        "layernorm_after.weight": 1.0,
+        "layernorm_after.bias": 0.0,
+        "projection_layer.bias": 0.0,
+        "fc1.bias": 0.0,
+        "fc2.bias": 0.0,
+        "projector.layer_norm.weight": 1.0,
+        "projector.layer_norm.bias": 0.0,
+        "linear_1.bias": 0.0,
         "linear_2.bias": 0.0,
     }.items()
-}  # fmt: skip
+}
 
 CASES = {
     "plain": Case(
         {},
-        {**WEIGHTS, "layer_norm": ref.changed(vision={"norm_type": "rms_norm"}), **other_activation("silu"),
-         "order of the shuffle": ref.down_the_columns},
+        {
+            **WEIGHTS,
+            "layer_norm": ref.changed(vision={"norm_type": "rms_norm"}),
+            **other_activation("silu"),
+            "order of the shuffle": ref.down_the_columns,
+        },
     ),
     "rms_norm, norm of q and k": Case(
         tower(norm_type="rms_norm", use_qk_norm=True),
-        {"norm of q and k": ref.changed(vision={"use_qk_norm": False}), "whole width": ref.a_head_apart,
-         "weight of q's": ref.filled("q_norm.weight", 1.0), "weight of k's": ref.filled("k_norm.weight", 1.0)},
+        {
+            "norm of q and k": ref.changed(vision={"use_qk_norm": False}),
+            "whole width": ref.a_head_apart,
+            "weight of q's": ref.filled("q_norm.weight", 1.0),
+            "weight of k's": ref.filled("k_norm.weight", 1.0),
+        },
     ),
     "epsilons": Case(
         tower(layer_norm_eps=0.1, use_qk_norm=True),
@@ -80,8 +99,13 @@ CASES = {
     ),
     "bias of q, k and v": Case(
         tower(attention_bias=True, hidden_act="gelu_pytorch_tanh"),
-        {**{f"of {part}": ref.filled(f"vision_tower.encoder.layer.0.attention.{part}_proj.bias", 0.0) for part in "qv"},
-         **other_activation("relu")},
+        {
+            **{
+                f"of {part}": ref.filled(f"vision_tower.encoder.layer.0.attention.{part}_proj.bias", 0.0)
+                for part in "qv"
+            },
+            **other_activation("relu"),
+        },
     ),
     "relu": Case(tower(hidden_act="relu"), other_activation("gelu")),
     "silu": Case(tower(hidden_act="silu"), other_activation("gelu")),
@@ -100,7 +124,7 @@ CASES = {
         {"downsample_ratio": 0.25, "image_seq_length": 1, "projector_hidden_act": "relu"},
         {"activation": ref.changed(projector_hidden_act="gelu")},
     ),
-}  # fmt: skip
+}
 
 
 @cache
@@ -111,6 +135,7 @@ def model(name: str) -> ref.Model:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The checkpoint of a case in the names of the Hub."""
+
     @cache
     def saved(name: str) -> Path:
         made = tmp_path_factory.mktemp("internvl")
@@ -184,9 +209,11 @@ def found_logits(folder: Path, pixels: np.ndarray, **how: Any) -> list[np.ndarra
 
 
 TEXT = {
-    "qwen2": {}, "llama": {"model_type": "llama", "attention_bias": True}, "qwen3": {"model_type": "qwen3"},
+    "qwen2": {},
+    "llama": {"model_type": "llama", "attention_bias": True},
+    "qwen3": {"model_type": "qwen3"},
     "tied": {"head_dim": 8},
-}  # fmt: skip
+}
 
 
 @cache

@@ -63,13 +63,14 @@ def test_the_tower(folder: Path, tp: int):
 
 
 WITHOUT = {
-    "gates of the second transformer": ref.filled("gate_ffn", 0.0), "of its attention": ref.filled("gate_attn", 0.0),
+    "gates of the second transformer": ref.filled("gate_ffn", 0.0),
+    "of its attention": ref.filled("gate_attn", 0.0),
     "tiles before": ref.filled("pre_tile_positional_embedding.gate", 0.0),
     "tiles between": ref.filled("post_tile_positional_embedding.gate", 0.0),
     "positions of tiles": ref.filled("gated_positional_embedding.gate", 0.0),
     "which layers are kept": ref.changed(vision={"intermediate_layers_indices": [1, 2]}),
     "their order": ref.changed(vision={"intermediate_layers_indices": [2, 0]}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("option", WITHOUT)
@@ -92,9 +93,11 @@ def test_prompts_with_and_without_images_side_by_side(folder: Path, tp: int):
     """As transformers' own processor writes them: the image tokens come first."""
     one, two, three = IMAGES
     prompts = [
-        ([IMAGE, *words(9)], [one], words(3, 1)), (words(12, 2), [], words(4, 3)),
-        ([IMAGE, IMAGE, *words(6, 4)], [two, three], words(2, 5)), ([IMAGE, *words(15, 6)], [three], []),
-    ]  # fmt: skip
+        ([IMAGE, *words(9)], [one], words(3, 1)),
+        (words(12, 2), [], words(4, 3)),
+        ([IMAGE, IMAGE, *words(6, 4)], [two, three], words(2, 5)),
+        ([IMAGE, *words(15, 6)], [three], []),
+    ]
     check(folder, model(), prompts, tp)
 
 
@@ -126,7 +129,8 @@ def test_other_images_and_orders_tell():
 
 
 def test_checkpoints_from_before_kept_what_layers_read(tmp_path: Path):
-    """Written by transformers before 4.56, as those on the Hub: `intermediate_layers_indices` names inputs of layers."""
+    """Written by transformers before 4.56, as those on the Hub: `intermediate_layers_indices` names inputs of
+    layers."""
     names = ref.model(vision={"intermediate_layers_indices": [1, 2]})
     names.save_pretrained(tmp_path)
     hf = json.loads((tmp_path / "config.json").read_text())
@@ -166,11 +170,15 @@ def test_greedy_tokens_of_a_mixed_batch(llm: LLM):
     """With no, one and several images, of all lengths, chunked; an image that comes again is not encoded again."""
     one, two, three = IMAGES
     first = [
-        ([IMAGE, *words(9)], [one]), (words(12, 2), []), ([IMAGE, IMAGE, *words(6, 4)], [two, three]),
-        ([IMAGE, *words(40, 6)], [three]), (words(1, 7), []),
-    ]  # fmt: skip
+        ([IMAGE, *words(9)], [one]),
+        (words(12, 2), []),
+        ([IMAGE, IMAGE, *words(6, 4)], [two, three]),
+        ([IMAGE, *words(40, 6)], [three]),
+        (words(1, 7), []),
+    ]
     between = [
-        ([*words(5), IMAGE, *words(30, 1)], [one]), ([IMAGE, *words(3, 3), IMAGE, IMAGE, *words(4, 4)], [one, two, three]),
+        ([*words(5), IMAGE, *words(30, 1)], [one]),
+        ([IMAGE, *words(3, 3), IMAGE, IMAGE, *words(4, 4)], [one, two, three]),
         ([*words(14, 6), IMAGE, IMAGE, *words(2, 7), IMAGE], [two, one, two]),
     ]
     params = SamplingParams(temperature=0, max_tokens=MADE, ignore_eos=True)

@@ -16,9 +16,16 @@ from jaxinfer import LLM, SamplingParams
 PROMPTS = [prompt(length, seed) for seed, length in enumerate((3, 17, 40))]
 COUNT = 64
 SETTINGS = dict(
-    dtype="float32", max_num_seqs=4, max_num_batched_tokens=CHUNK, prefill_buckets=(CHUNK,), decode_buckets=(4,),
-    block_size=BLOCK, max_model_len=LENGTH, kv_cache_memory_bytes=2**21, check_invariants=True,
-)  # fmt: skip
+    dtype="float32",
+    max_num_seqs=4,
+    max_num_batched_tokens=CHUNK,
+    prefill_buckets=(CHUNK,),
+    decode_buckets=(4,),
+    block_size=BLOCK,
+    max_model_len=LENGTH,
+    kv_cache_memory_bytes=2**21,
+    check_invariants=True,
+)
 
 
 @cache
@@ -43,11 +50,10 @@ CASES = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "tp"), CASES)
 def test_greedy_tokens_of_a_folder_equal_transformers(family, tp, folder):
-    with LLM(
-        folder(family), skip_tokenizer_init=True, tensor_parallel_size=tp, use_tqdm=False, **SETTINGS
-    ) as llm:
+    with LLM(folder(family), skip_tokenizer_init=True, tensor_parallel_size=tp, use_tqdm=False, **SETTINGS) as llm:
         outputs = llm.generate(
             [{"prompt_token_ids": ids} for ids in PROMPTS],
-            SamplingParams(temperature=0, max_tokens=COUNT, ignore_eos=True), use_tqdm=False,
-        )  # fmt: skip
+            SamplingParams(temperature=0, max_tokens=COUNT, ignore_eos=True),
+            use_tqdm=False,
+        )
     assert [list(o.outputs[0].token_ids) for o in outputs] == [ref.greedy(model(family), ids, COUNT) for ids in PROMPTS]

@@ -78,16 +78,20 @@ def ask(sound: np.ndarray, **options: Any) -> dict[str, Any]:
 
 
 OPTIONS = {
-    "as it is": {}, "german": {"language": "German"}, "a code": {"language": "en", "task": "translate"},
-    "detected, translated": {"task": "translate"}, "timestamps": {"timestamps": True},
+    "as it is": {},
+    "german": {"language": "German"},
+    "a code": {"language": "en", "task": "translate"},
+    "detected, translated": {"task": "translate"},
+    "timestamps": {"timestamps": True},
     "timestamps in german": {"language": "<|de|>", "timestamps": True},
-}  # fmt: skip
+}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIONS)
 def test_what_is_said_in_a_window(llm: LLM, name: str):
-    """Greedy, several of different lengths at a time: the prompt, or what the rule makes of it, and all that follows."""
+    """Greedy, several of different lengths at a time: the prompt, or what the rule makes of it, and all that
+    follows."""
     options = OPTIONS[name]
     params = SamplingParams(temperature=0, max_tokens=MADE)
     outputs = llm.generate([ask(sound, **options) for sound in SOUNDS], params, use_tqdm=False)

@@ -80,9 +80,15 @@ def test_rows_without_a_rule_are_left_as_they_are():
     np.testing.assert_array_equal(found, logits)
 
 
-@pytest.mark.parametrize("says", [
-    Says.DETECT, Says.DETECT | Says.TIMESTAMPS, Says.DETECT | Says.TRANSLATE, Says.DETECT | Says.TRANSLATE | Says.TIMESTAMPS,
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "says",
+    [
+        Says.DETECT,
+        Says.DETECT | Says.TIMESTAMPS,
+        Says.DETECT | Says.TRANSLATE,
+        Says.DETECT | Says.TRANSLATE | Says.TIMESTAMPS,
+    ],
+)
 def test_a_language_is_detected_and_what_follows_it_forced(says: Says):
     """The likeliest of the languages, whatever is likelier than it; what is not suppressed there is at the begin."""
     logits = np.random.default_rng(0).standard_normal((1, VOCAB)).astype(np.float32)
@@ -107,18 +113,38 @@ def test_a_language_is_detected_and_what_follows_it_forced(says: Says):
 def reference_segments(tokens: list[int], frames: int) -> tuple[list[tuple[int, int, list[int]]], int]:
     """transformers' `_retrieve_segment`, times in timestamps."""
     segments, on = WhisperGenerationMixin._retrieve_segment(
-        seek_sequence=torch.tensor(tokens), seek_outputs=[None], time_offset=torch.zeros(1), timestamp_begin=ZERO,
-        seek_num_frames=torch.tensor([frames]), time_precision=1.0, time_precision_features=0.5, input_stride=2, prev_idx=0,
-        idx=0, return_token_timestamps=False, decoder_input_ids=torch.zeros(1, 3),
-    )  # fmt: skip
+        seek_sequence=torch.tensor(tokens),
+        seek_outputs=[None],
+        time_offset=torch.zeros(1),
+        timestamp_begin=ZERO,
+        seek_num_frames=torch.tensor([frames]),
+        time_precision=1.0,
+        time_precision_features=0.5,
+        input_stride=2,
+        prev_idx=0,
+        idx=0,
+        return_token_timestamps=False,
+        decoder_input_ids=torch.zeros(1, 3),
+    )
     return [(round(float(s["start"])), round(float(s["end"])), s["tokens"].tolist()) for s in segments], int(on)
 
 
-@pytest.mark.parametrize("tokens", [
-    [ZERO, 1, 2, ZERO + 9], [ZERO, 1, 2, ZERO + 9, ZERO + 9], [ZERO, 1, ZERO + 9, ZERO + 9, 2, ZERO + 20],
-    [ZERO, 1, ZERO + 9, ZERO + 9, 2, 3], [ZERO, 1, ZERO + 9, ZERO + 9, 2, ZERO + 20, ZERO + 20], [1, 2, 3], [ZERO, 1, 2],
-    [ZERO + 4, 1, 2], [ZERO, 1, ZERO + 5, ZERO + 6, 2, ZERO + 20, ZERO + 30, 3], [ZERO], [ZERO + 3, ZERO + 3],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        [ZERO, 1, 2, ZERO + 9],
+        [ZERO, 1, 2, ZERO + 9, ZERO + 9],
+        [ZERO, 1, ZERO + 9, ZERO + 9, 2, ZERO + 20],
+        [ZERO, 1, ZERO + 9, ZERO + 9, 2, 3],
+        [ZERO, 1, ZERO + 9, ZERO + 9, 2, ZERO + 20, ZERO + 20],
+        [1, 2, 3],
+        [ZERO, 1, 2],
+        [ZERO + 4, 1, 2],
+        [ZERO, 1, ZERO + 5, ZERO + 6, 2, ZERO + 20, ZERO + 30, 3],
+        [ZERO],
+        [ZERO + 3, ZERO + 3],
+    ],
+)
 @pytest.mark.parametrize("frames", [100, 61])
 def test_segments_are_those_of_transformers(tokens: list[int], frames: int):
     pieces, on = cut(tokens, ZERO, frames, 2)

@@ -14,9 +14,15 @@ from jaxinfer import LLM
 FOLDER = os.environ.get("JAXINFER_REAL_MODELS")
 WORKSHOP = Path(__file__).parent / "data" / "workshop.txt"
 SETTINGS = dict(
-    max_model_len=3328, max_num_seqs=8, max_num_batched_tokens=1024, prefill_buckets=(256, 1024), decode_buckets=(8,),
-    kv_cache_memory_bytes=1 << 29, max_logprobs=5, use_tqdm=False,
-)  # fmt: skip
+    max_model_len=3328,
+    max_num_seqs=8,
+    max_num_batched_tokens=1024,
+    prefill_buckets=(256, 1024),
+    decode_buckets=(8,),
+    kv_cache_memory_bytes=1 << 29,
+    max_logprobs=5,
+    use_tqdm=False,
+)
 
 
 class RealModel:
@@ -57,7 +63,8 @@ class RealModel:
         return self._references[dtype]
 
     def reference_logprobs(self, ids: list[int], last: int, dtype: str = "float32") -> np.ndarray:
-        """`[last, V]` transformers' log-probabilities of what follows each of the last tokens but one, the final one's left out."""
+        """`[last, V]` transformers' log-probabilities of what follows each of the last tokens but one, the final one's
+        left out."""
         import torch
 
         with torch.no_grad():
@@ -95,7 +102,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="session")
 def model(request: pytest.FixtureRequest) -> Iterator[RealModel]:
-    """A real checkpoint; without JAXINFER_REAL_MODELS the test is skipped, and fails where that names no such folder."""
+    """A real checkpoint; without JAXINFER_REAL_MODELS the test is skipped, and fails where that names no such
+    folder."""
     if FOLDER is None:
         pytest.skip("JAXINFER_REAL_MODELS names no folder of real checkpoints (tests/real/make.py makes one)")
     folder = Path(FOLDER) / request.param

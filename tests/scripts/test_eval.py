@@ -30,11 +30,24 @@ def write(path: Path, rows: list[dict[str, str]]) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize(("text", "expected"), [
-    ("He has 5 + 3 = 8.\n#### 8", "8"), ("#### 1,234", "1234"), ("#### $18.00", "18"), ("so 3, then 12.", "12"),
-    ("it is -7 degrees", "-7"), ("#### 4\nQuestion 9", "4"), ("#### 1\n#### 2 of 3", "2"), ("2.50 dollars", "2.5"),
-    ("none", None), ("####", None), ("####\n", None), ("5 and ####", None), ("1,2,3,", "123"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("He has 5 + 3 = 8.\n#### 8", "8"),
+        ("#### 1,234", "1234"),
+        ("#### $18.00", "18"),
+        ("so 3, then 12.", "12"),
+        ("it is -7 degrees", "-7"),
+        ("#### 4\nQuestion 9", "4"),
+        ("#### 1\n#### 2 of 3", "2"),
+        ("2.50 dollars", "2.5"),
+        ("none", None),
+        ("####", None),
+        ("####\n", None),
+        ("5 and ####", None),
+        ("1,2,3,", "123"),
+    ],
+)
 def test_the_number_of_a_text(script, text, expected):
     assert script.number(text) == (None if expected is None else Decimal(expected))
 
@@ -101,13 +114,23 @@ def test_what_is_wrong_with_a_text_is_named(script, content, tmp_path, capsys):
     assert re.search(r"--perplexity .*text.*(No such file|no text in it|not UTF-8)", capsys.readouterr().err)
 
 
-@pytest.mark.parametrize(("content", "more", "message"), [
-    (None, [], "No such file"), ("", [], "no question in it"), ("{", [], "line 1 is not JSON"),
-    ('{"question": "a", "answer": "b"}\n[1]', [], 'line 2: "question" must be text'),
-    ('{"question": "a"}', [], 'line 1: "answer" must be text'), ('{"question": " ", "answer": "b"}', [], '"question"'),
-    ('{"question": "a", "answer": "#### x"}', [], "no number behind ####"),
-    ('{"question": "a", "answer": "b"}', ["--shots", "1"], "--shots 1 takes the first lines .* there are 1; ask for fewer"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("content", "more", "message"),
+    [
+        (None, [], "No such file"),
+        ("", [], "no question in it"),
+        ("{", [], "line 1 is not JSON"),
+        ('{"question": "a", "answer": "b"}\n[1]', [], 'line 2: "question" must be text'),
+        ('{"question": "a"}', [], 'line 1: "answer" must be text'),
+        ('{"question": " ", "answer": "b"}', [], '"question"'),
+        ('{"question": "a", "answer": "#### x"}', [], "no number behind ####"),
+        (
+            '{"question": "a", "answer": "b"}',
+            ["--shots", "1"],
+            "--shots 1 takes the first lines .* there are 1; ask for fewer",
+        ),
+    ],
+)
 def test_what_is_wrong_is_named(script, content, more, message, tmp_path, capsys):
     path = tmp_path / "q.jsonl"
     if content is not None:
@@ -116,7 +139,9 @@ def test_what_is_wrong_is_named(script, content, more, message, tmp_path, capsys
     assert re.search(message, capsys.readouterr().err)
 
 
-@pytest.mark.parametrize(("flag", "value"), [("--limit", "0"), ("--shots", "-1"), ("--max-tokens", "0"), ("--fuse-projections", "maybe")])
+@pytest.mark.parametrize(
+    ("flag", "value"), [("--limit", "0"), ("--shots", "-1"), ("--max-tokens", "0"), ("--fuse-projections", "maybe")]
+)
 def test_flags_out_of_range(script, flag, value, capsys):
     with pytest.raises(SystemExit):
         script.main(["--questions", "demo", flag, value])

@@ -39,18 +39,28 @@ def test_a_transcript_with_times(command, capsys, files):
     assert lines[0].startswith(f"[{found['segments'][0]['start']:.2f} - {found['segments'][0]['end']:.2f}]")
 
 
-@pytest.mark.parametrize(("file", "words"), [
-    ("/nowhere/a.wav", "/nowhere/a.wav: No such file"), (__file__, "is no WAV file of PCM samples"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [
+        ("/nowhere/a.wav", "/nowhere/a.wav: No such file"),
+        (__file__, "is no WAV file of PCM samples"),
+    ],
+)
 def test_a_file_that_is_no_sound_is_one_line(command, capsys, files, file, words):
     assert command(["--model", files[0], "--audio", file]) == 2
     assert words in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("arguments", [
-    ["--audio", "a.wav"], ["--audio", "a.wav", "--model", "m", "--prompt", "x"], ["--audio", "a.wav", "--model", "m", "--n", "2"],
-    ["--language", "en"], ["--task", "translate", "--model", "m", "--prompt", "x"],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--audio", "a.wav"],
+        ["--audio", "a.wav", "--model", "m", "--prompt", "x"],
+        ["--audio", "a.wav", "--model", "m", "--n", "2"],
+        ["--language", "en"],
+        ["--task", "translate", "--model", "m", "--prompt", "x"],
+    ],
+)
 def test_flags_that_do_not_go_together(command, capsys, arguments):
     with pytest.raises(SystemExit):
         command(arguments)

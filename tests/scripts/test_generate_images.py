@@ -35,7 +35,19 @@ def ask(command, capsys, files, *arguments: str) -> list[dict]:
 
 def test_images_go_with_every_prompt(command, capsys, files):
     a, b = files[1:]
-    whole = ask(command, capsys, files, "--image", a, "--image", b, "--prompt", "<image> and <image>", "--prompt", "<image><image>")
+    whole = ask(
+        command,
+        capsys,
+        files,
+        "--image",
+        a,
+        "--image",
+        b,
+        "--prompt",
+        "<image> and <image>",
+        "--prompt",
+        "<image><image>",
+    )
     one = ask(command, capsys, files, "--image", a, "--prompt", "<image>")
     chat = ask(command, capsys, files, "--image", a, "--chat", "--prompt", "hello")
     assert [len(whole), len(one), len(chat)] == [2, 1, 1]
@@ -45,15 +57,21 @@ def test_images_go_with_every_prompt(command, capsys, files):
     assert all(len(row["outputs"][0]["token_ids"]) for row in (*whole, *one, *chat))
 
 
-@pytest.mark.parametrize(("file", "words"), [
-    ("/nowhere/cat.png", "--image /nowhere/cat.png: No such file"), (__file__, "cannot identify image file"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [
+        ("/nowhere/cat.png", "--image /nowhere/cat.png: No such file"),
+        (__file__, "cannot identify image file"),
+    ],
+)
 def test_a_file_that_is_no_image_is_one_line(command, capsys, files, file, words):
     assert command(["--model", files[0], "--image", file, "--prompt", "<image>"]) == 2
     assert words in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("arguments", [["--image", "x.png"], ["--image", "x.png", "--prompt", "a"], ["--image", "x.png", "--model", "m"]])
+@pytest.mark.parametrize(
+    "arguments", [["--image", "x.png"], ["--image", "x.png", "--prompt", "a"], ["--image", "x.png", "--model", "m"]]
+)
 def test_images_need_a_model_and_a_prompt(command, capsys, arguments):
     with pytest.raises(SystemExit):
         command(arguments)

@@ -103,8 +103,10 @@ class Case:
             [np.arange(n - new, n) for n, new in zip(self.lengths, self.fresh, strict=True)] + [np.full(padding, -1)]
         )
         q = self.rng.normal(size=(len(rows), shape.heads, shape.dim)).astype(np.float32)
-        new = [np.concatenate([own[i][n - f :] for own, n, f in zip(self.dense, self.lengths, self.fresh, strict=True)])
-               for i in range(len(self.dense[0]))]  # fmt: skip
+        new = [
+            np.concatenate([own[i][n - f :] for own, n, f in zip(self.dense, self.lengths, self.fresh, strict=True)])
+            for i in range(len(self.dense[0]))
+        ]
         new = [np.pad(a, ((0, padding), (0, 0), (0, 0)), constant_values=7.0) for a in new]
         q, *kv = (jax.device_put(a.astype(jnp.dtype(shape.dtype))) for a in (q, *new))
         return q, kv[0], None if shape.latent else kv[1], rows.astype(np.int32), positions.astype(np.int32)
@@ -121,9 +123,7 @@ class Case:
 
     def prefill_tiles(self, tile: int, padding: int = 0) -> PrefillTiles:
         chunks = [(np.zeros(new, np.int32), n - new, 0) for n, new in zip(self.lengths, self.fresh, strict=True)]
-        batch = prefill_batch(
-            chunks, self.tables, tokens=sum(self.fresh) + padding, rows=len(chunks) + 2, tile=tile
-        )
+        batch = prefill_batch(chunks, self.tables, tokens=sum(self.fresh) + padding, rows=len(chunks) + 2, tile=tile)
         return PrefillTiles(*jax.device_put((batch.tables, batch.tiles, batch.count)))
 
     def expected(
@@ -131,9 +131,17 @@ class Case:
     ) -> tuple[np.ndarray, Lane]:
         """The oracle's result and the lane it leaves."""
         out, lane = _oracle(
-            q, k, v, self.lane, self.slots(rows, positions), self.tables, rows, positions, self.sinks,
+            q,
+            k,
+            v,
+            self.lane,
+            self.slots(rows, positions),
+            self.tables,
+            rows,
+            positions,
+            self.sinks,
             scoring=self.shape.scoring,
-        )  # fmt: skip
+        )
         return np.asarray(out, np.float32), lane
 
     def close(self, found: jax.Array, expected: np.ndarray) -> None:

@@ -17,9 +17,15 @@ Found = list[tuple[list[int], float]]
 
 
 def beam_request(
-    name: str, prompt: Sequence[int], new: int, eos: Iterable[int] = (), *, rope: dict[str, Any] | None = None,
-    params: dict[str, Any] | None = None, **search: Any,
-) -> Request:  # fmt: skip
+    name: str,
+    prompt: Sequence[int],
+    new: int,
+    eos: Iterable[int] = (),
+    *,
+    rope: dict[str, Any] | None = None,
+    params: dict[str, Any] | None = None,
+    **search: Any,
+) -> Request:
     """A search of `new` tokens at most, which any of `eos` ends; `params` are of `SamplingParams`."""
     own = SamplingParams(temperature=0, max_tokens=new, stop_token_ids=list(eos), **params or {})
     request = make_request(name, prompt, own, **rope or {})

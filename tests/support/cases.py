@@ -33,9 +33,7 @@ def requests(lengths: Sequence[int], params: SamplingParams, *, first_seed: int 
 
 def mixed(lengths: Sequence[int]) -> list[Request]:
     """Greedy and seeded requests in turn: one step of them runs at the higher sampler level."""
-    return [
-        make_request(str(i), prompt(length, i), (GREEDY, SEEDED)[i % 2]) for i, length in enumerate(lengths)
-    ]
+    return [make_request(str(i), prompt(length, i), (GREEDY, SEEDED)[i % 2]) for i, length in enumerate(lengths)]
 
 
 def alone(runner: Runner, wanted: Sequence[Request]) -> list[list[list[int]]]:
@@ -55,6 +53,4 @@ def _alone(runner: Runner, name: str, ids: tuple[int, ...], params: SamplingPara
 
 def poison(runner: Runner) -> None:
     """NaN in every place of the cache; only what is written afterwards is a number."""
-    runner.cache = jax.tree.map(
-        lambda a: jax.device_put(np.full(a.shape, np.nan, a.dtype), a.sharding), runner.cache
-    )
+    runner.cache = jax.tree.map(lambda a: jax.device_put(np.full(a.shape, np.nan, a.dtype), a.sharding), runner.cache)

@@ -24,10 +24,21 @@ CHAT = (
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
 CONFIG = dict(
-    architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=PADDED_VOCAB, hidden_size=32,
-    intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-    max_position_embeddings=256, rms_norm_eps=1e-5, dtype="float32", bos_token_id=0, eos_token_id=1,
-)  # fmt: skip
+    architectures=["LlamaForCausalLM"],
+    model_type="llama",
+    vocab_size=PADDED_VOCAB,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=256,
+    rms_norm_eps=1e-5,
+    dtype="float32",
+    bos_token_id=0,
+    eos_token_id=1,
+)
 """config.json; generation_config.json names a second EOS."""
 GPT_OSS = ["GptOssForCausalLM"]
 
@@ -36,7 +47,9 @@ def tensors(hf: Mapping[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
     """Random weights of a model under the names of its checkpoint, by way of its weight table."""
     served, config = loading.parse(hf)
     found = save.tensors(loading.random(hf, make_mesh(1), dtype="float32", seed=seed), served.weight_rules(config))
-    return {name: _interleaved(name, value) for name, value in found.items()} if hf["architectures"] == GPT_OSS else found
+    return (
+        {name: _interleaved(name, value) for name, value in found.items()} if hf["architectures"] == GPT_OSS else found
+    )
 
 
 def _interleaved(name: str, values: np.ndarray) -> np.ndarray:
@@ -58,9 +71,13 @@ def shaped(hf: Mapping[str, Any], dtype: Any = np.float32) -> dict[str, np.ndarr
         metadata = param.get_metadata()
         rows = {output.name: output.rows for output in metadata.get("outputs", ())}
         stack, shape = (param.shape[:1], param.shape[1:]) if metadata.get("stacked") else ((), param.shape)
-        shape = (sum(rows[part] for part in rule.parts), *shape[2:]) if rule.parts else metadata.get("unpadded") or shape
+        shape = (
+            (sum(rows[part] for part in rule.parts), *shape[2:]) if rule.parts else metadata.get("unpadded") or shape
+        )
         found[rule.source] = rng.standard_normal((*stack, *shape), np.float32).astype(dtype)
-    return {name: _interleaved(name, value) for name, value in found.items()} if hf["architectures"] == GPT_OSS else found
+    return (
+        {name: _interleaved(name, value) for name, value in found.items()} if hf["architectures"] == GPT_OSS else found
+    )
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -79,9 +96,13 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def write(
-    folder: Path, changes: Mapping[str, Any] | None = None, *, seed: int = 0, with_tokenizer: bool = True,
+    folder: Path,
+    changes: Mapping[str, Any] | None = None,
+    *,
+    seed: int = 0,
+    with_tokenizer: bool = True,
     scale: float = 1.0,
-) -> Path:  # fmt: skip
+) -> Path:
     """A checkpoint in `folder`: weights, both configurations and, unless told, the tokenizer.
 
     `scale` multiplies the head: with more, the model is surer of its next token.

@@ -27,10 +27,20 @@ UNITS = (32, LENGTH)
 """Tokens of an encoder step."""
 
 CONFIG = dict(
-    architectures=["BartForConditionalGeneration"], vocab_size=VOCAB, d_model=32, encoder_layers=2, decoder_layers=2,
-    encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=40,
-    max_position_embeddings=LENGTH, scale_embedding=True, dtype="float32", decoder_start_token_id=START,
-)  # fmt: skip
+    architectures=["BartForConditionalGeneration"],
+    vocab_size=VOCAB,
+    d_model=32,
+    encoder_layers=2,
+    decoder_layers=2,
+    encoder_attention_heads=4,
+    decoder_attention_heads=4,
+    encoder_ffn_dim=48,
+    decoder_ffn_dim=40,
+    max_position_embeddings=LENGTH,
+    scale_embedding=True,
+    dtype="float32",
+    decoder_start_token_id=START,
+)
 """config.json of a BART; the halves differ in what may differ."""
 
 LOUDER = {"shared": 12, "embed_positions": 40, "encoder_attn.out": 3, "encoder_attn": 4}
@@ -75,9 +85,12 @@ def text(length: int, seed: int = 0) -> EncoderInput:
 
 
 def cross_request(
-    name: str, read: EncoderInput | CrossInputs | None, params: SamplingParams, prompt: Sequence[int] = (START,),
+    name: str,
+    read: EncoderInput | CrossInputs | None,
+    params: SamplingParams,
+    prompt: Sequence[int] = (START,),
     **fields: Any,
-) -> Request:  # fmt: skip
+) -> Request:
     """A request as `LLM` would make it."""
     cross = CrossInputs((read,)) if isinstance(read, EncoderInput) else read
     return make_request(name, prompt, params, cross=cross, **fields)
@@ -102,4 +115,3 @@ def count(engine: Engine, name: str) -> int:
 def blocks(length: int) -> int:
     """Ids that a text's positions take."""
     return -(-length // BLOCK) * cross_runner().program.layout.kinds[-1].count
-

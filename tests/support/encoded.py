@@ -50,9 +50,13 @@ def _seen(asked: Asked, start: int, count: int) -> np.ndarray:
 def _rows(program: Program, params: list[jax.Array], batch: EncodeBatch) -> jax.Array:
     tables = jnp.arange(batch.positions.shape[0], dtype=jnp.int32)[None]
     step = EncodeStep(
-        batch.positions, PrefillTiles(tables, batch.tiles, batch.count, batch.spans), (), program.mesh, program.kernel,
+        batch.positions,
+        PrefillTiles(tables, batch.tiles, batch.count, batch.spans),
+        (),
+        program.mesh,
+        program.kernel,
         batch.tile,
-    )  # fmt: skip
+    )
     return program.module(params).encoder(batch.inputs, step)
 
 

@@ -79,15 +79,22 @@ IMAGE_MARKERS = ("<img>", "</img>", "<IMG_CONTEXT>")
 SIDE = 28
 """Pixels a side of a tile."""
 CHAT = (
-    "<s>{% for m in messages %}{{ m.role }}: {% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}"
+    "<s>{% for m in messages %}{{ m.role }}: {% if m.content is string %}{{ m.content }}{% else %}{% for part in "
+    "m.content %}"
     "{% if part.type == 'image' %}<IMG_CONTEXT>\n{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|end|>"
     "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
 )
 """A chat template that knows of images, in the way of InternVL's."""
 PROCESSOR = dict(
-    image_processor_type="GotOcr2ImageProcessor", size={"height": SIDE, "width": SIDE}, crop_to_patches=False,
-    min_patches=1, max_patches=4, image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225], resample=3,
-)  # fmt: skip
+    image_processor_type="GotOcr2ImageProcessor",
+    size={"height": SIDE, "width": SIDE},
+    crop_to_patches=False,
+    min_patches=1,
+    max_patches=4,
+    image_mean=[0.485, 0.456, 0.406],
+    image_std=[0.229, 0.224, 0.225],
+    resample=3,
+)
 """preprocessor_config.json."""
 
 

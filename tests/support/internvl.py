@@ -15,10 +15,20 @@ PLACEHOLDER = 90
 """The image token of the tiny vocabulary."""
 
 VISION = dict(
-    model_type="internvl_vision", hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=8,
-    image_size=[28, 28], patch_size=[7, 7], num_channels=3, norm_type="layer_norm", hidden_act="gelu",
-    layer_norm_eps=1e-6, use_qk_norm=False, attention_bias=False,
-)  # fmt: skip
+    model_type="internvl_vision",
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=8,
+    image_size=[28, 28],
+    patch_size=[7, 7],
+    num_channels=3,
+    norm_type="layer_norm",
+    hidden_act="gelu",
+    layer_norm_eps=1e-6,
+    use_qk_norm=False,
+    attention_bias=False,
+)
 """Four by four patches, which become four rows."""
 
 
@@ -27,12 +37,21 @@ def config(
 ) -> dict[str, Any]:
     """config.json as transformers writes it."""
     own = {name: value for name, value in CONFIG.items() if name != "dtype"}
-    return dict(
-        architectures=["InternVLForConditionalGeneration"], model_type="internvl", dtype="float32",
-        vision_config=VISION | dict(vision or {}), text_config=dict(own, model_type="qwen2") | dict(text or {}),
-        image_token_id=PLACEHOLDER, image_seq_length=4, downsample_ratio=0.5, projector_hidden_act="gelu",
-        tie_word_embeddings=False,
-    ) | changes  # fmt: skip
+    return (
+        dict(
+            architectures=["InternVLForConditionalGeneration"],
+            model_type="internvl",
+            dtype="float32",
+            vision_config=VISION | dict(vision or {}),
+            text_config=dict(own, model_type="qwen2") | dict(text or {}),
+            image_token_id=PLACEHOLDER,
+            image_seq_length=4,
+            downsample_ratio=0.5,
+            projector_hidden_act="gelu",
+            tie_word_embeddings=False,
+        )
+        | changes
+    )
 
 
 def noise(name: str, shape: tuple[int, ...], generator: np.random.Generator) -> np.ndarray:

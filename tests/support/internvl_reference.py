@@ -184,25 +184,60 @@ def original_config(reference: Model, **changes: Any) -> dict[str, Any]:
     """config.json as OpenGVLab's checkpoints have it, with what of it changes no numbers."""
     hf = reference.config.to_dict()
     vision, text = hf["vision_config"], hf["text_config"]
-    own = {name: vision[name] for name in (
-        "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels", "norm_type",
-        "hidden_act", "layer_norm_eps",
-    )}  # fmt: skip
+    own = {
+        name: vision[name]
+        for name in (
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_channels",
+            "norm_type",
+            "hidden_act",
+            "layer_norm_eps",
+        )
+    }
     own |= dict(
-        architectures=["InternVisionModel"], model_type="intern_vit_6b", image_size=vision["image_size"][0],
-        patch_size=vision["patch_size"][0], qk_normalization=vision["use_qk_norm"], qkv_bias=vision["attention_bias"],
-        drop_path_rate=0.1, initializer_factor=0.1, use_flash_attn=True, num_experts=8, use_moe=False,
-        noisy_gate_policy="RSample_before", auto_map={"AutoModel": "modeling_intern_vit.InternVisionModel"},
-    )  # fmt: skip
+        architectures=["InternVisionModel"],
+        model_type="intern_vit_6b",
+        image_size=vision["image_size"][0],
+        patch_size=vision["patch_size"][0],
+        qk_normalization=vision["use_qk_norm"],
+        qkv_bias=vision["attention_bias"],
+        drop_path_rate=0.1,
+        initializer_factor=0.1,
+        use_flash_attn=True,
+        num_experts=8,
+        use_moe=False,
+        noisy_gate_policy="RSample_before",
+        auto_map={"AutoModel": "modeling_intern_vit.InternVisionModel"},
+    )
     kind = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}[text["model_type"]]
-    return dict(
-        architectures=["InternVLChatModel"], model_type="internvl_chat", torch_dtype="float32", vision_config=own,
-        llm_config=text | {"architectures": [kind]}, downsample_ratio=hf["downsample_ratio"], ps_version="v2",
-        select_layer=hf["vision_feature_layer"], force_image_size=own["image_size"], template="internvl2_5",
-        use_thumbnail=True, min_dynamic_patch=1, max_dynamic_patch=12, dynamic_image_size=True, pad2square=False,
-        hidden_size=text["hidden_size"], use_backbone_lora=0, use_llm_lora=0, tie_word_embeddings=False,
-        auto_map={"AutoModel": "modeling_internvl_chat.InternVLChatModel"},
-    ) | changes  # fmt: skip
+    return (
+        dict(
+            architectures=["InternVLChatModel"],
+            model_type="internvl_chat",
+            torch_dtype="float32",
+            vision_config=own,
+            llm_config=text | {"architectures": [kind]},
+            downsample_ratio=hf["downsample_ratio"],
+            ps_version="v2",
+            select_layer=hf["vision_feature_layer"],
+            force_image_size=own["image_size"],
+            template="internvl2_5",
+            use_thumbnail=True,
+            min_dynamic_patch=1,
+            max_dynamic_patch=12,
+            dynamic_image_size=True,
+            pad2square=False,
+            hidden_size=text["hidden_size"],
+            use_backbone_lora=0,
+            use_llm_lora=0,
+            tie_word_embeddings=False,
+            auto_map={"AutoModel": "modeling_internvl_chat.InternVLChatModel"},
+        )
+        | changes
+    )
 
 
 def save_original(reference: Model, folder: Path, **changes: Any) -> Path:

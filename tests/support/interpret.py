@@ -49,9 +49,16 @@ class Memory:
 
 
 def launch(
-    kernel: Any, operands: Mapping[str, Any], results: Mapping[str, Any], *, aliases: Mapping[str, str],
-    constants: Mapping[str, Any], grid: tuple[int, int], target: Target, options: Options,
-) -> dict[str, Any]:  # fmt: skip
+    kernel: Any,
+    operands: Mapping[str, Any],
+    results: Mapping[str, Any],
+    *,
+    aliases: Mapping[str, str],
+    constants: Mapping[str, Any],
+    grid: tuple[int, int],
+    target: Target,
+    options: Options,
+) -> dict[str, Any]:
     """As `triton_launch.launch`, also under jit."""
     given = {name: array for name, array in operands.items() if array is not None}
     wanted = {name: shape for name, shape in results.items() if shape is not None}

@@ -41,16 +41,25 @@ def reference(kind: str) -> torch.nn.Module:
     spec = SPECS[kind]
     if kind == KDA:
         config = KimiLinearConfig(
-            hidden_size=M, linear_num_heads=spec.value_heads, linear_head_dim=spec.value_dim,
-            linear_conv_kernel_dim=spec.taps, rms_norm_eps=spec.norm_eps, num_hidden_layers=2,
-        )  # fmt: skip
+            hidden_size=M,
+            linear_num_heads=spec.value_heads,
+            linear_head_dim=spec.value_dim,
+            linear_conv_kernel_dim=spec.taps,
+            rms_norm_eps=spec.norm_eps,
+            num_hidden_layers=2,
+        )
         made = KimiLinearDeltaAttention(config, 0)
     else:
         config = Qwen3NextConfig(
-            hidden_size=M, linear_num_key_heads=spec.key_heads, linear_key_head_dim=spec.key_dim,
-            linear_num_value_heads=spec.value_heads, linear_value_head_dim=spec.value_dim,
-            linear_conv_kernel_dim=spec.taps, rms_norm_eps=spec.norm_eps, num_hidden_layers=2,
-        )  # fmt: skip
+            hidden_size=M,
+            linear_num_key_heads=spec.key_heads,
+            linear_key_head_dim=spec.key_dim,
+            linear_num_value_heads=spec.value_heads,
+            linear_value_head_dim=spec.value_dim,
+            linear_conv_kernel_dim=spec.taps,
+            rms_norm_eps=spec.norm_eps,
+            num_hidden_layers=2,
+        )
         made = Qwen3NextGatedDeltaNet(config, 0)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -74,7 +83,8 @@ def expected(kind: str, x: np.ndarray) -> np.ndarray:
 
 
 def tensors(kind: str, hub: bool = False) -> dict[str, np.ndarray]:
-    """The layer's checkpoint under the prefix "a", by transformers' names or, `hub`, by those of Kimi-Linear on the Hub."""
+    """The layer's checkpoint under the prefix "a", by transformers' names or, `hub`, by those of Kimi-Linear on the
+    Hub."""
     found = {f"a.{name}": value.numpy() for name, value in reference(kind).state_dict().items()}
     if not hub:
         return found
@@ -110,9 +120,14 @@ class Holder(nnx.Module):
 
 
 def layer(
-    kind: str, tp: int = 1, *, hub: bool = False, rows_fused: float = float("inf"), quantization: str | None = None,
+    kind: str,
+    tp: int = 1,
+    *,
+    hub: bool = False,
+    rows_fused: float = float("inf"),
+    quantization: str | None = None,
     placement: Mapping[str, str] | None = None,
-) -> nnx.Module:  # fmt: skip
+) -> nnx.Module:
     """Ours with the reference's weights, read by the real loader."""
     mesh = make_mesh(tp)
     build = partial(

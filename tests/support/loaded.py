@@ -70,9 +70,13 @@ _decode = jax.jit(functional.decode, static_argnums=0)
 
 
 def logits(
-    folder: Path, prompts: Sequence[Sequence[int]], following: Sequence[Sequence[int]], dtype: str = "float32",
-    features: FeatureRows | None = None, **how: Any,
-) -> list[np.ndarray]:  # fmt: skip
+    folder: Path,
+    prompts: Sequence[Sequence[int]],
+    following: Sequence[Sequence[int]],
+    dtype: str = "float32",
+    features: FeatureRows | None = None,
+    **how: Any,
+) -> list[np.ndarray]:
     """For each prompt the logits `[T, V]` at all its positions, then of its following tokens, decoded one by one.
 
     All prompts go in one prefill, side by side, and in the same decode steps. `features` are for the `PROMPT_TOKENS`

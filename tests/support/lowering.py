@@ -34,10 +34,18 @@ PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
 TARGET = Path(__file__).parent.parent / "h100" / "h100.txtpb"
 
 MEDIUM = dict(
-    architectures=["LlamaForCausalLM"], vocab_size=32000, hidden_size=1024, intermediate_size=2816,
-    num_hidden_layers=16, num_attention_heads=16, num_key_value_heads=4, head_dim=64, max_position_embeddings=4096,
-    rms_norm_eps=1e-5, dtype="bfloat16",
-)  # fmt: skip
+    architectures=["LlamaForCausalLM"],
+    vocab_size=32000,
+    hidden_size=1024,
+    intermediate_size=2816,
+    num_hidden_layers=16,
+    num_attention_heads=16,
+    num_key_value_heads=4,
+    head_dim=64,
+    max_position_embeddings=4096,
+    rms_norm_eps=1e-5,
+    dtype="bfloat16",
+)
 """config.json of a Llama of 0.25 B parameters."""
 
 # A conversion or a transposition of a whole array moves as much as a copy does.
@@ -72,9 +80,7 @@ def _installed(module: str) -> bool:
 @cache
 def h100_mesh(tp: int) -> Mesh:
     """A mesh over `tp` H100s of one host, none of which need be here."""
-    topology = topologies.get_topology_desc(
-        platform="cuda", target_config=TARGET.read_text(), topology=f"1x1x{tp}"
-    )
+    topology = topologies.get_topology_desc(platform="cuda", target_config=TARGET.read_text(), topology=f"1x1x{tp}")
     return make_mesh(tp, devices=list(topology.devices))
 
 

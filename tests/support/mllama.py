@@ -14,27 +14,63 @@ from jaxinfer.models.mllama.prompt import ranges
 from support import checkpoint
 
 VOCAB, SIDE, PATCHES, TILES = 96, 28, 17, 4
-"""Tokens of the head; pixels a side of a tile; patches of one, the class token among them; tiles of an image at most."""
+"""Tokens of the head; pixels a side of a tile; patches of one, the class token among them; tiles of an image at
+most."""
 IMAGE = VOCAB
 """The image token: the embedding's first row beyond the head's."""
 RATIOS = [[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]]
 
 VISION = dict(
-    model_type="mllama_vision_model", hidden_size=32, num_hidden_layers=3, num_global_layers=2, attention_heads=4,
-    intermediate_size=48, image_size=SIDE, patch_size=7, max_num_tiles=TILES, intermediate_layers_indices=[0, 2],
-    vision_output_dim=96, num_channels=3, hidden_act="gelu", norm_eps=0.02, supported_aspect_ratios=RATIOS,
-)  # fmt: skip
+    model_type="mllama_vision_model",
+    hidden_size=32,
+    num_hidden_layers=3,
+    num_global_layers=2,
+    attention_heads=4,
+    intermediate_size=48,
+    image_size=SIDE,
+    patch_size=7,
+    max_num_tiles=TILES,
+    intermediate_layers_indices=[0, 2],
+    vision_output_dim=96,
+    num_channels=3,
+    hidden_act="gelu",
+    norm_eps=0.02,
+    supported_aspect_ratios=RATIOS,
+)
 TEXT = dict(
-    model_type="mllama_text_model", vocab_size=VOCAB, hidden_size=32, num_hidden_layers=4, num_attention_heads=4,
-    num_key_value_heads=2, intermediate_size=48, cross_attention_layers=[1, 3], max_position_embeddings=256,
-    hidden_act="silu", rms_norm_eps=0.05, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    rope_parameters={"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
-                     "high_freq_factor": 4.0, "original_max_position_embeddings": 32},
-)  # fmt: skip
+    model_type="mllama_text_model",
+    vocab_size=VOCAB,
+    hidden_size=32,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=48,
+    cross_attention_layers=[1, 3],
+    max_position_embeddings=256,
+    hidden_act="silu",
+    rms_norm_eps=0.05,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+    rope_parameters={
+        "rope_type": "llama3",
+        "rope_theta": 10000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+)
 PROCESSOR = dict(
-    image_processor_type="MllamaImageProcessor", size={"height": SIDE, "width": SIDE}, max_image_tiles=TILES,
-    image_mean=[0.48, 0.46, 0.41], image_std=[0.27, 0.26, 0.28], resample=2, do_pad=True, do_resize=True,
-)  # fmt: skip
+    image_processor_type="MllamaImageProcessor",
+    size={"height": SIDE, "width": SIDE},
+    max_image_tiles=TILES,
+    image_mean=[0.48, 0.46, 0.41],
+    image_std=[0.27, 0.26, 0.28],
+    resample=2,
+    do_pad=True,
+    do_resize=True,
+)
 MARKER = "<|image|>"
 
 
@@ -42,10 +78,17 @@ def config(
     vision: Mapping[str, Any] | None = None, text: Mapping[str, Any] | None = None, **changes: Any
 ) -> dict[str, Any]:
     """config.json as transformers writes it."""
-    return dict(
-        architectures=["MllamaForConditionalGeneration"], model_type="mllama", dtype="float32", image_token_index=IMAGE,
-        vision_config=VISION | dict(vision or {}), text_config=TEXT | dict(text or {}),
-    ) | changes  # fmt: skip
+    return (
+        dict(
+            architectures=["MllamaForConditionalGeneration"],
+            model_type="mllama",
+            dtype="float32",
+            image_token_index=IMAGE,
+            vision_config=VISION | dict(vision or {}),
+            text_config=TEXT | dict(text or {}),
+        )
+        | changes
+    )
 
 
 def noise(name: str, shape: tuple[int, ...], generator: np.random.Generator) -> np.ndarray:
@@ -53,7 +96,9 @@ def noise(name: str, shape: tuple[int, ...], generator: np.random.Generator) -> 
     values = generator.standard_normal(shape, np.float32)
     if name.endswith(("norm.weight", "layernorm_pre.weight", "layernorm_post.weight")):
         return 1 + 0.4 * values
-    if name.endswith(("cross_attn_attn_gate", "cross_attn_mlp_gate")):  # with more, an image would leave one token to say
+    if name.endswith(
+        ("cross_attn_attn_gate", "cross_attn_mlp_gate")
+    ):  # with more, an image would leave one token to say
         return np.float32(0.3 if "attn_attn" in name else 0.1) * np.sign(values)
     if "gate" in name and "proj" not in name:
         return np.sign(values) * (0.5 + 0.3 * np.abs(values))
@@ -85,7 +130,8 @@ def add_files(folder: Path) -> Path:
 
 
 CHAT = (
-    "<s>{% for m in messages %}{{ m.role }}: {% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}"
+    "<s>{% for m in messages %}{{ m.role }}: {% if m.content is string %}{{ m.content }}{% else %}{% for part in "
+    "m.content %}"
     "{% if part.type == 'image' %}<|image|>{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|end|>"
     "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
 )

@@ -45,10 +45,13 @@ CASES: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
 
 
 EVERY: Mapping[str, Mapping[str, Any]] = {
-    **{name: config(name) for name in ARCHITECTURES}, "bart": cross.CONFIG,
-    "mbart": cross.CONFIG | {"architectures": ["MBartForConditionalGeneration"]}, "whisper": whisper.CONFIG,
-    "internvl": internvl.config(), "mllama": mllama.config(),
-}  # fmt: skip
+    **{name: config(name) for name in ARCHITECTURES},
+    "bart": cross.CONFIG,
+    "mbart": cross.CONFIG | {"architectures": ["MBartForConditionalGeneration"]},
+    "whisper": whisper.CONFIG,
+    "internvl": internvl.config(),
+    "mllama": mllama.config(),
+}
 """A tiny config.json of every family, but for its dtype."""
 
 

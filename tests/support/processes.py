@@ -17,9 +17,14 @@ from support import compiler
 ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("worker.py")
 SETTINGS = dict(
-    tensor_parallel_size=4, max_num_seqs=8, max_model_len=256, max_num_batched_tokens=32, dtype="float32",
-    kv_cache_memory_bytes=1 << 22, compilation_cache_dir=None,
-)  # fmt: skip
+    tensor_parallel_size=4,
+    max_num_seqs=8,
+    max_model_len=256,
+    max_num_batched_tokens=32,
+    dtype="float32",
+    kv_cache_memory_bytes=1 << 22,
+    compilation_cache_dir=None,
+)
 WAIT = 500
 """Seconds before a test gives a process up: the machine may have other work."""
 
@@ -80,23 +85,40 @@ class Process:
 def start(commands: Sequence[Sequence[str]]) -> list[Process]:
     """Starts a Python program with arguments for each process."""
     environment = os.environ | {
-        "JAX_PLATFORMS": "cpu", "XLA_FLAGS": compiler.flags(2), "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1",
-    }  # fmt: skip
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": compiler.flags(2),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "PYTHONUNBUFFERED": "1",
+    }
     return [
-        Process(subprocess.Popen(
-            [sys.executable, *command], env=environment, cwd=ROOT, text=True, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        ))
+        Process(
+            subprocess.Popen(
+                [sys.executable, *command],
+                env=environment,
+                cwd=ROOT,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
+        )
         for command in commands
-    ]  # fmt: skip
+    ]
 
 
 def serve(models: Sequence[Path], acts: Sequence[str] = ("", ""), *, timeout: float = 120) -> list[Process]:
     """Starts `worker.py` once for each of these folders, with what it shall do."""
     address = f"127.0.0.1:{free_port()}"
     told = [
-        dict(coordinator=address, count=len(models), process=i, timeout=timeout, model=str(model), act=act, settings=SETTINGS)
+        dict(
+            coordinator=address,
+            count=len(models),
+            process=i,
+            timeout=timeout,
+            model=str(model),
+            act=act,
+            settings=SETTINGS,
+        )
         for i, (model, act) in enumerate(zip(models, acts, strict=True))
     ]
     return start([[str(WORKER), json.dumps(one)] for one in told])

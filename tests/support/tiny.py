@@ -23,26 +23,51 @@ SNAPSHOTS = 6
 """Of recurrent state, beside two slots a row: so few that they are evicted."""
 
 CONFIG = dict(
-    vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=16, max_position_embeddings=256, rms_norm_eps=1e-5, dtype="float32",
-)  # fmt: skip
+    vocab_size=VOCAB,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=256,
+    rms_norm_eps=1e-5,
+    dtype="float32",
+)
 """config.json of a Llama; head_dim is apart from hidden_size / heads."""
 
 ARCHITECTURES = {
-    "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM", "phi3": "Phi3ForCausalLM",
-    "mixtral": "MixtralForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM",
-    "gemma2": "Gemma2ForCausalLM", "gemma3": "Gemma3ForCausalLM", "olmo3": "Olmo3ForCausalLM",
-    "granite": "GraniteForCausalLM", "cohere2": "Cohere2ForCausalLM",
-    "gpt_oss": "GptOssForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM", "kimi_linear": "KimiLinearForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3": "Gemma3ForCausalLM",
+    "olmo3": "Olmo3ForCausalLM",
+    "granite": "GraniteForCausalLM",
+    "cohere2": "Cohere2ForCausalLM",
+    "gpt_oss": "GptOssForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+    "kimi_linear": "KimiLinearForCausalLM",
     "qwen3_next": "Qwen3NextForCausalLM",
-}  # fmt: skip
+}
 
 FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
 LATENT = dict(
-    num_key_value_heads=4, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=12, num_experts_per_tok=2,
-    moe_intermediate_size=24, n_shared_experts=1, routed_scaling_factor=1.5, head_dim=None,
-)  # fmt: skip
+    num_key_value_heads=4,
+    kv_lora_rank=16,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=8,
+    v_head_dim=12,
+    num_experts_per_tok=2,
+    moe_intermediate_size=24,
+    n_shared_experts=1,
+    routed_scaling_factor=1.5,
+    head_dim=None,
+)
 """Latent attention and experts of the DeepSeek lineage."""
 
 OWN: dict[str, dict[str, Any]] = {
@@ -54,22 +79,44 @@ OWN: dict[str, dict[str, Any]] = {
     "olmo3": dict(sliding_window=9, layer_types=[SLIDING, FULL]),
     "granite": dict(embedding_multiplier=1.5, attention_multiplier=0.4, residual_multiplier=0.5, logits_scaling=0.8),
     "cohere2": dict(
-        sliding_window=9, layer_types=[SLIDING, FULL], logit_scale=0.5, head_dim=None, hidden_size=64, tie_word_embeddings=False,
-        layer_norm_eps=1e-3, rms_norm_eps=None,
+        sliding_window=9,
+        layer_types=[SLIDING, FULL],
+        logit_scale=0.5,
+        head_dim=None,
+        hidden_size=64,
+        tie_word_embeddings=False,
+        layer_norm_eps=1e-3,
+        rms_norm_eps=None,
     ),
     "gpt_oss": dict(sliding_window=8, num_local_experts=6, num_experts_per_tok=2),
-    "deepseek_v3": LATENT | dict(
-        n_routed_experts=8, n_group=4, topk_group=2, q_lora_rank=20, first_k_dense_replace=1, attention_bias=False,
+    "deepseek_v3": LATENT
+    | dict(
+        n_routed_experts=8,
+        n_group=4,
+        topk_group=2,
+        q_lora_rank=20,
+        first_k_dense_replace=1,
+        attention_bias=False,
     ),
-    "kimi_linear": LATENT | dict(
-        num_local_experts=6, linear_num_heads=4, linear_head_dim=8, layer_types=[LINEAR, FULL],
-    ),
-    "qwen3_next": dict(
-        num_experts=6, num_experts_per_tok=2, moe_intermediate_size=24, shared_expert_intermediate_size=20,
-        linear_num_key_heads=2, linear_key_head_dim=8, linear_num_value_heads=4, linear_value_head_dim=12,
+    "kimi_linear": LATENT
+    | dict(
+        num_local_experts=6,
+        linear_num_heads=4,
+        linear_head_dim=8,
         layer_types=[LINEAR, FULL],
     ),
-}  # fmt: skip
+    "qwen3_next": dict(
+        num_experts=6,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        shared_expert_intermediate_size=20,
+        linear_num_key_heads=2,
+        linear_key_head_dim=8,
+        linear_num_value_heads=4,
+        linear_value_head_dim=12,
+        layer_types=[LINEAR, FULL],
+    ),
+}
 """What a family's config.json has beside `CONFIG`."""
 
 
@@ -81,9 +128,12 @@ def config(family: str) -> dict[str, Any]:
 def layers(kinds: Sequence[str], window: int) -> dict[str, Any]:
     """config.json of a Qwen2 whose layers are of these kinds."""
     return dict(
-        architectures=["Qwen2ForCausalLM"], num_hidden_layers=len(kinds), layer_types=list(kinds),
-        sliding_window=window, use_sliding_window=True,
-    )  # fmt: skip
+        architectures=["Qwen2ForCausalLM"],
+        num_hidden_layers=len(kinds),
+        layer_types=list(kinds),
+        sliding_window=window,
+        use_sliding_window=True,
+    )
 
 
 HYBRIDS = {
@@ -104,9 +154,17 @@ def shapes(**changes: Any) -> Shapes:
     cache is switched, as it is on a CPU.
     """
     values = dict(
-        num_blocks=changes.get("groups", 1) * ROWS * LENGTH // BLOCK, block_size=BLOCK, rows=ROWS, width=LENGTH // BLOCK, decode_buckets=(ROWS,),
-        prefill_buckets=(CHUNK,), prefill_rows=ROWS, max_logprobs=5, max_length=LENGTH, sampled_vocab=VOCAB,
-    )  # fmt: skip
+        num_blocks=changes.get("groups", 1) * ROWS * LENGTH // BLOCK,
+        block_size=BLOCK,
+        rows=ROWS,
+        width=LENGTH // BLOCK,
+        decode_buckets=(ROWS,),
+        prefill_buckets=(CHUNK,),
+        prefill_rows=ROWS,
+        max_logprobs=5,
+        max_length=LENGTH,
+        sampled_vocab=VOCAB,
+    )
     return Shapes(**values | changes)
 
 
@@ -148,7 +206,9 @@ def make_request(name: str, prompt: Sequence[int], params: SamplingParams, **fie
     """A request as `LLM` would make it of a prompt of token ids."""
     own = resolve(params, ModelLimits(VOCAB, LENGTH), prompt_len=len(prompt))
     limit = len(prompt) + own.max_tokens
-    return Request(id=name, prompt=np.array(prompt, np.int32), params=own, limit=limit, **{"seed": own.seed or 0} | fields)
+    return Request(
+        id=name, prompt=np.array(prompt, np.int32), params=own, limit=limit, **{"seed": own.seed or 0} | fields
+    )
 
 
 def run(engine: Engine, requests: Sequence[Request]) -> list[list[list[int]]]:

@@ -19,22 +19,52 @@ ZERO = NO_TIMESTAMPS + 1
 """The token of 0.00 s, the first of `POSITIONS` + 1."""
 
 CONFIG = dict(
-    architectures=["WhisperForConditionalGeneration"], model_type="whisper", vocab_size=VOCAB, num_mel_bins=BINS,
-    d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
-    encoder_ffn_dim=48, decoder_ffn_dim=40, max_source_positions=POSITIONS, max_target_positions=LENGTH,
-    pad_token_id=EOS, bos_token_id=EOS, eos_token_id=EOS, decoder_start_token_id=START, dtype="float32",
+    architectures=["WhisperForConditionalGeneration"],
+    model_type="whisper",
+    vocab_size=VOCAB,
+    num_mel_bins=BINS,
+    d_model=32,
+    encoder_layers=2,
+    decoder_layers=2,
+    encoder_attention_heads=4,
+    decoder_attention_heads=4,
+    encoder_ffn_dim=48,
+    decoder_ffn_dim=40,
+    max_source_positions=POSITIONS,
+    max_target_positions=LENGTH,
+    pad_token_id=EOS,
+    bos_token_id=EOS,
+    eos_token_id=EOS,
+    decoder_start_token_id=START,
+    dtype="float32",
     begin_suppress_tokens=[7, EOS],
-)  # fmt: skip
+)
 GENERATION = dict(
-    eos_token_id=EOS, pad_token_id=EOS, decoder_start_token_id=START, suppress_tokens=[5, 6, START, PREVIOUS, NO_SPEECH],
-    begin_suppress_tokens=[7, EOS], no_timestamps_token_id=NO_TIMESTAMPS, max_initial_timestamp_index=20,
-    lang_to_id={"<|en|>": ENGLISH, "<|de|>": GERMAN}, task_to_id={"translate": TRANSLATE, "transcribe": TRANSCRIBE},
-    is_multilingual=True, max_length=LENGTH, prev_sot_token_id=PREVIOUS, return_timestamps=False,
-)  # fmt: skip
+    eos_token_id=EOS,
+    pad_token_id=EOS,
+    decoder_start_token_id=START,
+    suppress_tokens=[5, 6, START, PREVIOUS, NO_SPEECH],
+    begin_suppress_tokens=[7, EOS],
+    no_timestamps_token_id=NO_TIMESTAMPS,
+    max_initial_timestamp_index=20,
+    lang_to_id={"<|en|>": ENGLISH, "<|de|>": GERMAN},
+    task_to_id={"translate": TRANSLATE, "transcribe": TRANSCRIBE},
+    is_multilingual=True,
+    max_length=LENGTH,
+    prev_sot_token_id=PREVIOUS,
+    return_timestamps=False,
+)
 EXTRACTOR = dict(
-    feature_extractor_type="WhisperFeatureExtractor", feature_size=BINS, chunk_length=1, sampling_rate=RATE,
-    hop_length=160, n_fft=400, padding_side="right", padding_value=0.0, return_attention_mask=False,
-)  # fmt: skip
+    feature_extractor_type="WhisperFeatureExtractor",
+    feature_size=BINS,
+    chunk_length=1,
+    sampling_rate=RATE,
+    hop_length=160,
+    n_fft=400,
+    padding_side="right",
+    padding_value=0.0,
+    return_attention_mask=False,
+)
 
 
 def noise(name: str, shape: tuple[int, ...], generator: np.random.Generator) -> np.ndarray:
@@ -68,9 +98,16 @@ def add_files(folder: Path, generation: Mapping[str, Any] | None = None) -> Path
 
 
 SPECIAL = (
-    "<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|de|>", "<|translate|>", "<|transcribe|>", "<|startofprev|>",
-    "<|nospeech|>", "<|notimestamps|>",
-)  # fmt: skip
+    "<|endoftext|>",
+    "<|startoftranscript|>",
+    "<|en|>",
+    "<|de|>",
+    "<|translate|>",
+    "<|transcribe|>",
+    "<|startofprev|>",
+    "<|nospeech|>",
+    "<|notimestamps|>",
+)
 """The texts of `EOS`, `START`, ..."""
 
 
@@ -86,8 +123,13 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def write_folder(folder: Path, seed: int = 0) -> Path:
     """A checkpoint with a tokenizer, whose ids of special tokens are others than those above."""
     made = tokenizer()
-    ids = dict(zip((EOS, START, ENGLISH, GERMAN, TRANSLATE, TRANSCRIBE, PREVIOUS, NO_SPEECH, NO_TIMESTAMPS),
-                   made.convert_tokens_to_ids(list(SPECIAL)), strict=True))  # fmt: skip
+    ids = dict(
+        zip(
+            (EOS, START, ENGLISH, GERMAN, TRANSLATE, TRANSCRIBE, PREVIOUS, NO_SPEECH, NO_TIMESTAMPS),
+            made.convert_tokens_to_ids(list(SPECIAL)),
+            strict=True,
+        )
+    )
 
     def moved(value: Any) -> Any:
         if isinstance(value, dict):

@@ -63,7 +63,11 @@ def generate(reference: Model, features: np.ndarray, count: int, **how: Any) -> 
 def segments(reference: Model, sound: np.ndarray, language: str | None) -> list[tuple[float, float, list[int]]]:
     """Start, end and tokens of what `generate` finds in sound of any length."""
     out = reference.generate(
-        torch.tensor(features(sound))[None], do_sample=False, return_timestamps=True, return_segments=True,
-        language=language, task="transcribe",
-    )  # fmt: skip
+        torch.tensor(features(sound))[None],
+        do_sample=False,
+        return_timestamps=True,
+        return_segments=True,
+        language=language,
+        task="transcribe",
+    )
     return [(round(float(s["start"]), 4), round(float(s["end"]), 4), s["tokens"].tolist()) for s in out["segments"][0]]

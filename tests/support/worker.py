@@ -59,9 +59,7 @@ def main() -> None:
     act = told["act"]
     # Only process 0's settings count.
     settings = told["settings"] if not told["process"] else dict(max_num_seqs=3, compilation_cache_dir=None)
-    with LLM(
-        told["model"], skip_tokenizer_init=True, use_tqdm=False, peer_timeout=told["timeout"], **settings
-    ) as llm:
+    with LLM(told["model"], skip_tokenizer_init=True, use_tqdm=False, peer_timeout=told["timeout"], **settings) as llm:
         if act in ("warm", "generate"):
             setup._free = lambda device: (5 + told["process"]) << 30
             print(json.dumps({"free": setup._least_free(llm._mesh)}), flush=True)

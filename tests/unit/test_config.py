@@ -34,7 +34,10 @@ CASES = [
     ({"compilation_cache_dir": 5}, "compilation_cache_dir must be 'auto', a folder or None, got 5"),
     ({"compilation_cache_dir": ""}, "compilation_cache_dir must be 'auto', a folder or None, got ''"),
     ({"placement": ["*.mlp"]}, r"placement must map patterns of module paths to tactics, got \['\*.mlp'\]"),
-    ({"placement": {"*.mlp": "sharded"}}, r"placement: '\*.mlp' is given 'sharded'; a tactic is one of shard, replicate"),
+    (
+        {"placement": {"*.mlp": "sharded"}},
+        r"placement: '\*.mlp' is given 'sharded'; a tactic is one of shard, replicate",
+    ),
     ({"placement": {"*.mlp": None}}, r"placement: '\*.mlp' is given None"),
     ({"placement": {3: "shard"}}, "placement: a pattern must be a string such as 'layers.*.mlp', got 3"),
     ({"cache": "ring"}, "cache must be 'paged' or 'contiguous', got 'ring'"),

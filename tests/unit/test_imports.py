@@ -134,11 +134,13 @@ def test_importing_the_package_loads_nothing_else():
 
 @pytest.mark.parametrize(
     "statement",
-    [pytest.param("from jaxinfer import LLM, EngineConfig, SamplingParams", marks=pytest.mark.slow),
-     pytest.param("from jaxinfer import models, sharding, kv, functional", marks=pytest.mark.slow),
-     "import importlib; [importlib.import_module(name) for name in {modules!r}]"],
+    [
+        pytest.param("from jaxinfer import LLM, EngineConfig, SamplingParams", marks=pytest.mark.slow),
+        pytest.param("from jaxinfer import models, sharding, kv, functional", marks=pytest.mark.slow),
+        "import importlib; [importlib.import_module(name) for name in {modules!r}]",
+    ],
     ids=["names", "wings", "every module"],
-)  # fmt: skip
+)
 def test_importing_starts_no_backend_sets_no_variable_and_needs_no_torch(statement: str):
     # Without the extra that brings triton, its kernels are never imported.
     known = [name for name in files() if name not in TRITON or find_spec("triton")]

@@ -9,8 +9,16 @@ def sample(**fields):
 
 
 def request(**fields):
-    return RequestOutput(**{"request_id": "7", "prompt": "x" * 100, "prompt_token_ids": [1, 2, 3],
-                            "outputs": [sample()], "finished": False, **fields})
+    return RequestOutput(
+        **{
+            "request_id": "7",
+            "prompt": "x" * 100,
+            "prompt_token_ids": [1, 2, 3],
+            "outputs": [sample()],
+            "finished": False,
+            **fields,
+        }
+    )
 
 
 def test_finished_follows_the_reason():

@@ -73,7 +73,8 @@ class Beams:
             offers: of each beam, in the order of the last result, its likeliest continuations: K of them or more.
 
         Returns:
-            The beams that go on, best first: the number of the one each comes from, and its new token. None: it is over.
+            The beams that go on, best first: the number of the one each comes from, and its new token. None: it is
+                over.
         """
         made, width = self.state.running, self.params.width
         length = len(made[0]) + 1

@@ -6,8 +6,8 @@ nothing, and share all blocks of the one they come from. What they share is copi
 
     rows a b c d, chosen: a1 a2 c1 c2   ->   a1 stays in a, c1 in c; a2 takes b, c2 takes d
 
-A beam may sample one token until all beams of its search have theirs, so those that were preempted are computed again one by
-one, while the others wait with what they have found (`Sequence.candidates`).
+A beam may sample one token until all beams of its search have theirs, so those that were preempted are computed again
+one by one, while the others wait with what they have found (`Sequence.candidates`).
 """
 
 from collections.abc import Sequence as Items

@@ -15,13 +15,15 @@ GROUPS = 8
 """Groups of neighbouring columns that are summed up, under random signs."""
 MOST = 0.1
 """How far apart two sums may be, in parts of what sums of independent numbers of that size would be. Other programs for
-other devices round otherwise, by a few hundredths in bfloat16; numbers that have nothing to do with each other are 1 apart."""
+other devices round otherwise, by a few hundredths in bfloat16; numbers that have nothing to do with each other are 1
+apart."""
 
 
 def summary(mesh: Mesh, hidden: jax.Array) -> jax.Array:
     """Of hidden states `[B, M]`: `[devices, GROUPS + 1]` float32, each device's own row on that device.
 
-    The last column is what the others are held against. What is not finite counts as 0: rows that failed are not compared.
+    The last column is what the others are held against. What is not finite counts as 0: rows that failed are not
+    compared.
     """
 
     # Rows of padding are all alike: without weights of their own their rounding would add up.

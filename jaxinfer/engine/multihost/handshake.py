@@ -34,11 +34,16 @@ def settings(
         DistributedError: other versions or devices, or a process is gone.
     """
     device = jax.local_devices()[0]
-    group.agree({
-        "jaxinfer's sources (sha256)": _sources(), "jax's version": jax.__version__, "jaxlib's version": jaxlib.__version__,
-        "flax's version": flax.__version__, "its kind of device": f"{device.platform} {device.device_kind}",
-        "its number of devices": jax.local_device_count(),
-    })  # fmt: skip
+    group.agree(
+        {
+            "jaxinfer's sources (sha256)": _sources(),
+            "jax's version": jax.__version__,
+            "jaxlib's version": jaxlib.__version__,
+            "flax's version": flax.__version__,
+            "its kind of device": f"{device.platform} {device.device_kind}",
+            "its number of devices": jax.local_device_count(),
+        }
+    )
     values = {f.name: getattr(config, f.name) for f in fields(config)}
     values["placement"] = dict(Placement.of(config.placement).patterns)
     if config.compiler_options is not None:
@@ -72,10 +77,12 @@ def files(group: Group, directory: Path) -> None:
         with SafetensorsReader(directory) as reader:
             weights = manifest.fingerprint(reader)
     config = directory / "config.json"
-    group.agree({
-        "its config.json (sha256)": manifest.file_digest(config)[:16] if config.is_file() else None,
-        "its model's tensors (sha256)": weights[:16],
-    })  # fmt: skip
+    group.agree(
+        {
+            "its config.json (sha256)": manifest.file_digest(config)[:16] if config.is_file() else None,
+            "its model's tensors (sha256)": weights[:16],
+        }
+    )
 
 
 def steps(group: Group, runner: Runner) -> None:
@@ -86,11 +93,15 @@ def steps(group: Group, runner: Runner) -> None:
     """
     program = runner.program
     shapes = json.loads(json.dumps(asdict(runner.shapes)))
-    group.agree(shapes | {
-        "its mesh": str(program.mesh.device_ids.tolist()), "its dtype": str(program.dtype),
-        "its attention kernel": f"{program.kernel}, tiles of {program.tile}",
-        "its parameters": [f"{p.dtype}{list(p.shape)} {p.sharding.spec}" for p in runner.params],
-    })  # fmt: skip
+    group.agree(
+        shapes
+        | {
+            "its mesh": str(program.mesh.device_ids.tolist()),
+            "its dtype": str(program.dtype),
+            "its attention kernel": f"{program.kernel}, tiles of {program.tile}",
+            "its parameters": [f"{p.dtype}{list(p.shape)} {p.sharding.spec}" for p in runner.params],
+        }
+    )
     group.agree({"its weights that are whole on every device (checksum)": checksum(runner.params)})
 
 

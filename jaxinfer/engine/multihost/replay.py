@@ -4,9 +4,9 @@ Each has a `Runner` over its own part of the same arrays. Process 0 sends every 
 arrays of the host, before it makes it; the others make the same ones in the same order, as the collectives inside need.
 Nothing here knows what a program does: what its key takes and gives says that (`engine.programs.Key`).
 
-What a step has sampled is compared: process 0 sends a digest of the tokens with a later dispatch, when they are there, so
-nobody waits for it. A divided head gives all devices the same tokens even where one went astray before it; therefore a
-summary of the hidden states goes with it (`engine.drift`).
+What a step has sampled is compared: process 0 sends a digest of the tokens with a later dispatch, when they are there,
+so nobody waits for it. A divided head gives all devices the same tokens even where one went astray before it; therefore
+a summary of the hidden states goes with it (`engine.drift`).
 """
 
 import hashlib
@@ -133,7 +133,9 @@ class Leader:
     def _compare(self, *, wait: bool) -> None:
         while self._sampled and (wait or self._sampled[0][1].summary.is_ready()):
             number, sampled = self._sampled.popleft()
-            self._group.tell(Kind.CHECK, _CHECK.pack(number, digest(sampled.tokens), *divergence.local(sampled.summary)[0]))
+            self._group.tell(
+                Kind.CHECK, _CHECK.pack(number, digest(sampled.tokens), *divergence.local(sampled.summary)[0])
+            )
 
 
 def follow(runner: Runner, group: Group) -> None:
@@ -185,7 +187,8 @@ class _Follower:
             what = f"comes to other hidden states there (by {distance:.2g} of their size; rounding makes {divergence.MOST:g} at most)"
         if what is not None:
             self._group.fail(
-                f"process {self._group.process} has diverged from process 0: launch {number} ({key}) {what}; its weights, "
+                f"process {self._group.process} has diverged from process 0: launch {number} ({key}) {what}; its "
+                "weights, "
                 "its programs or its device are not the same"
             )
             raise self._group.error()

@@ -55,8 +55,8 @@ class Bucket:
     states: bool = False
     """Whether there are recurrent layers."""
     candidates: int = 0
-    """How many continuations of each row a step finds, for beam searches; 0: none, and nobody searches. The tokens of beams
-    come from the host then, as it has chosen them."""
+    """How many continuations of each row a step finds, for beam searches; 0: none, and nobody searches. The tokens of
+    beams come from the host then, as it has chosen them."""
     cross: bool = False
     """Whether tokens attend to what an encoder read."""
 
@@ -87,17 +87,22 @@ class Bucket:
             return {
                 "sampling": (self.rows, WIDTH),
                 "positions": (self.rows,),
-                **({} if self.contiguous else {"blocks": (self.groups, self.rows)}), **seen,
+                **({} if self.contiguous else {"blocks": (self.groups, self.rows)}),
+                **seen,
                 **({"tokens": (self.rows,)} if self.candidates else {}),
-            }  # fmt: skip
+            }
         names = ("tokens", "positions", "rows", "rope_lengths", *(["features"] if self.features else []))
         tokens = {name: (self.tokens,) for name in names}
         return {
-            "sampling": (self.rows, WIDTH), **tokens, "owners": (self.rows,),
-            "tiles": (functional.tile_count(self.tokens, self.rows, self.tile), 4), "count": (), "last": (self.rows,),
-            "targets": (self.tokens if self.prompt_logprobs >= 0 else 0,), **seen,
-        }  # fmt: skip
-
+            "sampling": (self.rows, WIDTH),
+            **tokens,
+            "owners": (self.rows,),
+            "tiles": (functional.tile_count(self.tokens, self.rows, self.tile), 4),
+            "count": (),
+            "last": (self.rows,),
+            "targets": (self.tokens if self.prompt_logprobs >= 0 else 0,),
+            **seen,
+        }
 
     @property
     def segments(self) -> int:
@@ -139,9 +144,7 @@ def sampling_rows(
     return packed
 
 
-def decode_parts(
-    plan: Plan, bucket: Bucket, tables: Tables, settings: np.ndarray, ahead: int
-) -> dict[str, np.ndarray]:
+def decode_parts(plan: Plan, bucket: Bucket, tables: Tables, settings: np.ndarray, ahead: int) -> dict[str, np.ndarray]:
     """The decode half of a plan, in the step that is `ahead` of its first."""
     rows, now = plan.rows, plan.positions + ahead
     at = lanes(rows, bucket.rows, tables.rows)
@@ -164,15 +167,17 @@ def decode_parts(
 
 def prefill_parts(plan: Plan, bucket: Bucket, settings: np.ndarray) -> dict[str, np.ndarray]:
     """The prefill half of a plan."""
-    chunks = [
-        (c.sequence.tokens[c.start : c.start + c.count], c.start, c.sequence.rope_base) for c in plan.chunks
-    ]
+    chunks = [(c.sequence.tokens[c.start : c.start + c.count], c.start, c.sequence.rope_base) for c in plan.chunks]
     seen = np.concatenate([c.seen for c in plan.chunks]) if bucket.cross else None
     batch = functional.prefill_batch(
-        chunks, np.empty((len(chunks), 0), np.int32),  # the device has the tables
-        tokens=bucket.tokens, rows=bucket.rows, samples=np.array([chunk for chunk, _ in plan.samples], np.int32),
-        tile=bucket.tile, seen=seen,
-    )  # fmt: skip
+        chunks,
+        np.empty((len(chunks), 0), np.int32),  # the device has the tables
+        tokens=bucket.tokens,
+        rows=bucket.rows,
+        samples=np.array([chunk for chunk, _ in plan.samples], np.int32),
+        tile=bucket.tile,
+        seen=seen,
+    )
     parts = {f.name: getattr(batch, f.name) for f in fields(PrefillBatch) if f.name not in ("tile", "tables")}
     parts["owners"] = np.zeros(bucket.rows, np.int32)
     parts["owners"][: len(chunks)] = [c.sequence.row for c in plan.chunks]

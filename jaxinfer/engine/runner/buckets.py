@@ -47,8 +47,8 @@ class Needs(NamedTuple):
 def logprob_counts(most: int) -> tuple[int, ...]:
     """Return how many log-probabilities a position programs are compiled for, where requests may ask for `most`.
 
-    Training asks for those of the chosen tokens alone, at the cost of a maximum; whoever asks for more gets as many as there may
-    be. A count between the two would be four more programs of each bucket, for a kernel less.
+    Training asks for those of the chosen tokens alone, at the cost of a maximum; whoever asks for more gets as many as
+    there may be. A count between the two would be four more programs of each bucket, for a kernel less.
     """
     return tuple(sorted({min(1, most), most}))
 
@@ -56,7 +56,8 @@ def logprob_counts(most: int) -> tuple[int, ...]:
 def variants(most: int) -> list[Needs]:
     """Return what the programs of a bucket can do where they are not switched at run time, the cheapest first.
 
-    `most`: log-probabilities that a request may ask for. Every level has programs with them, as a level above the one that is
+    `most`: log-probabilities that a request may ask for. Every level has programs with them, as a level above the one
+        that is
     asked for costs more than they do; those of prompts, which are asked for rarely, are one program.
     """
     return [Needs(*each) for each in product(Level, (-1, *logprob_counts(most)))] + [Needs(Level.EDITED, most, True)]
@@ -65,9 +66,16 @@ def variants(most: int) -> list[Needs]:
 def prefill_bucket(program: Program, shapes: Shapes, tokens: int, needs: Needs) -> Bucket:
     """For chunks of this many tokens together."""
     return _bucket(
-        shapes, "prefill", least(shapes.prefill_buckets, tokens), shapes.prefill_rows, needs, tile=program.tile,
-        features=program.features is not None, cross=program.cross is not None, states=bool(program.layout.states),
-    )  # fmt: skip
+        shapes,
+        "prefill",
+        least(shapes.prefill_buckets, tokens),
+        shapes.prefill_rows,
+        needs,
+        tile=program.tile,
+        features=program.features is not None,
+        cross=program.cross is not None,
+        states=bool(program.layout.states),
+    )
 
 
 def reach(shapes: Shapes, positions: np.ndarray, seen: np.ndarray) -> int:
@@ -90,9 +98,16 @@ def decode_bucket(program: Program, shapes: Shapes, rows: int, reach: int, needs
         own["items"] = shapes.items_bucket(rows, reach)
     groups = kv_groups.count(kv_groups.own(program.layout.kinds))
     return _bucket(
-        shapes, "decode", rows, rows, needs, groups=groups, cross=program.cross is not None,
-        states=bool(program.layout.states), **own,
-    )  # fmt: skip
+        shapes,
+        "decode",
+        rows,
+        rows,
+        needs,
+        groups=groups,
+        cross=program.cross is not None,
+        states=bool(program.layout.states),
+        **own,
+    )
 
 
 def _bucket(shapes: Shapes, kind: str, tokens: int, rows: int, needs: Needs, **own: int | bool | None) -> Bucket:
@@ -118,8 +133,10 @@ def all_buckets(program: Program, shapes: Shapes, sampling: Collection[str] = SA
         prefill_bucket(program, shapes, tokens, needs) for tokens in shapes.prefill_buckets for needs in mixtures
     } | {
         decode_bucket(program, shapes, rows, reach, needs._replace(prompt_logprobs=False))
-        for rows in shapes.decode_buckets for reach in _reaches(shapes, rows) for needs in mixtures
-    }  # fmt: skip
+        for rows in shapes.decode_buckets
+        for reach in _reaches(shapes, rows)
+        for needs in mixtures
+    }
     return sorted(found, key=lambda b: (b.tokens, b.items or 0, b.width, b.level, b.logprobs), reverse=True)
 
 
@@ -141,7 +158,8 @@ def _reaches(shapes: Shapes, rows: int) -> Iterator[int]:
 
 
 def copy_widths(shapes: Shapes) -> tuple[int, ...]:
-    """What a step's block copies are padded to: a row copies one at most in each group, of a contiguous cache all it has."""
+    """What a step's block copies are padded to: a row copies one at most in each group, of a contiguous cache all it
+    has."""
     if shapes.contiguous:
         return COPY_WIDTH, COPY_WIDTH**2
     most = shapes.rows * shapes.groups

@@ -77,8 +77,8 @@ class EncodeCross(EncodeShape):
 
 
 Key = Bucket | Copies | Install | InstallTables | Encode | EncodeCross
-"""What a program is known by. `takes` names the runner's state that comes before a call's arrays, `gives` what of it the
-program returns first, alone where that is one; None stands in the place of what this program does without."""
+"""What a program is known by. `takes` names the runner's state that comes before a call's arrays, `gives` what of it
+the program returns first, alone where that is one; None stands in the place of what this program does without."""
 
 
 class Programs:
@@ -113,7 +113,8 @@ class Programs:
         edits = [Install()] if "edited" in sampling else []
         encodes = [Encode(count) for count in self._shapes.encode_buckets]
         encodes += [
-            EncodeCross(**vars(encode_shape(self._program, self._shapes, units))) for units in self._shapes.cross_buckets
+            EncodeCross(**vars(encode_shape(self._program, self._shapes, units)))
+            for units in self._shapes.cross_buckets
         ]
         return [*all_buckets(self._program, self._shapes, sampling), *encodes, *copies, *tables, *edits]
 

@@ -33,7 +33,8 @@ class Asked:
             self._candidates[row] = 0 if request.beams is None else request.beams.count
 
     def forbid(self, samples: Items[Sequence], positions: np.ndarray) -> None:
-        """Note which rows of `samples` have forbidden tokens at `positions`: they take the sampler's highest level, in that step."""
+        """Note which rows of `samples` have forbidden tokens at `positions`: they take the sampler's highest level, in
+        that step."""
         rows = np.array([sequence.row for sequence in samples], np.int32)
         for i in np.flatnonzero(self.forbid_for_a_while[rows]).tolist():
             sequence, row = samples[i], rows[i]
@@ -43,6 +44,7 @@ class Asked:
     def needs(self, rows: np.ndarray) -> Needs:
         """Return the least that serves all these rows."""
         return Needs(
-            Level(int(self.levels[rows].max(initial=Level.GREEDY))), int(self._logprobs[rows].max(initial=-1)),
+            Level(int(self.levels[rows].max(initial=Level.GREEDY))),
+            int(self._logprobs[rows].max(initial=-1)),
             candidates=int(self._candidates[rows].max(initial=0)),
-        )  # fmt: skip
+        )

@@ -110,9 +110,13 @@ class Runner:
     """Runs plans. Cache and sampler state are values: donated to each step and replaced by what it returns."""
 
     def __init__(
-        self, program: Program, params: list[jax.Array], shapes: Shapes, *,
+        self,
+        program: Program,
+        params: list[jax.Array],
+        shapes: Shapes,
+        *,
         compiler_options: Mapping[str, Any] | None = None,
-    ):  # fmt: skip
+    ):
         self.program, self.params, self.shapes = program, params, shapes
         self.programs = Programs(program, shapes, params, compiler_options)
         self.leader: Leader | None = None
@@ -247,9 +251,11 @@ class Runner:
             raise EngineError(f"the step {bucket} failed: {type(error).__name__}: {error}") from error
         self.places += bucket.tokens
         return Sampled(
-            sampled.tokens, sampled.logprobs if needs.logprobs >= 0 else None,
-            sampled.prompt_logprobs if needs.prompt_logprobs else None, sampled.candidates,
-        )  # fmt: skip
+            sampled.tokens,
+            sampled.logprobs if needs.logprobs >= 0 else None,
+            sampled.prompt_logprobs if needs.prompt_logprobs else None,
+            sampled.candidates,
+        )
 
     def _launch(self, key: Key, *arrays: np.ndarray) -> Any:
         """Dispatches a program, as `replay`; where other processes hold a part of the mesh they are told to before."""
@@ -261,7 +267,8 @@ class Runner:
         return result
 
     def replay(self, key: Key, arrays: Sequence[np.ndarray]) -> Any:
-        """Runs a program on what its key takes of this runner's state, keeps what it gives, and returns what is left."""
+        """Runs a program on what its key takes of this runner's state, keeps what it gives, and returns what is
+        left."""
         program = self.programs.get(key)
         if "edits" in key.takes and self.edits is None:
             self._make_edits()
@@ -290,4 +297,3 @@ class Runner:
                 known = np.array(sequence.length, np.int32)
                 self._launch(Install(), np.array(sequence.row, np.int32), history, known, bias)
                 sequence.bias_version = version
-

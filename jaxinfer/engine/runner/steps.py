@@ -85,8 +85,8 @@ class RowState(NamedTuple):
     tokens: jax.Array
     """`[R]` int32: the last token."""
     tables: jax.Array | None
-    """`[G, R, W]` int32: the blocks of the sequence there in each group of layers; anything where there are none. None: they
-    follow from the row (`kv.contiguous`)."""
+    """`[G, R, W]` int32: the blocks of the sequence there in each group of layers; anything where there are none. None:
+    they follow from the row (`kv.contiguous`)."""
 
 
 class Sampled(NamedTuple):
@@ -124,10 +124,16 @@ def make_step(
     body = prefill_step if bucket.kind == "prefill" else decode_step
     whole, each = replicated(program), NamedSharding(program.mesh, PartitionSpec(program.mesh.axis_names))
     return jax.jit(
-        partial(body, program, bucket, shapes.sampled_vocab), donate_argnums=(1, 2, 3),
-        out_shardings=(shardings(abstract_cache(program, shapes)), whole, whole, Sampled(whole, whole, whole, whole, each)),
+        partial(body, program, bucket, shapes.sampled_vocab),
+        donate_argnums=(1, 2, 3),
+        out_shardings=(
+            shardings(abstract_cache(program, shapes)),
+            whole,
+            whole,
+            Sampled(whole, whole, whole, whole, each),
+        ),
         compiler_options=None if compiler_options is None else dict(compiler_options),
-    )  # fmt: skip
+    )
 
 
 def abstract_arguments(program: Program, shapes: Shapes, bucket: Bucket) -> tuple[Any, ...]:
@@ -177,9 +183,14 @@ def encode_step(
 
 
 def encode_cross_step(
-    program: Program, shape: EncodeShape, params: list[jax.Array], cache: Cache, inputs: jax.Array,
-    numbers: jax.Array, packed: jax.Array,
-) -> Cache:  # fmt: skip
+    program: Program,
+    shape: EncodeShape,
+    params: list[jax.Array],
+    cache: Cache,
+    inputs: jax.Array,
+    numbers: jax.Array,
+    packed: jax.Array,
+) -> Cache:
     """The cache with keys and values of what the encoder makes of inputs `[U, *shape]` with numbers `[U, A]`."""
     batch = EncodeBatch(inputs, numbers, **batches.unpack(shape, packed), tile=shape.tile)
     return functional.encode_cross(program, params, cache, batch)
@@ -190,10 +201,11 @@ def make_encode_step(
 ) -> Callable[..., Any]:
     """The jitted step that encodes for cross-attention: (params, cache, inputs, numbers, packed) -> cache."""
     return jax.jit(
-        partial(encode_cross_step, program, shape), donate_argnums=1,
+        partial(encode_cross_step, program, shape),
+        donate_argnums=1,
         out_shardings=shardings(abstract_cache(program, shapes)),
         compiler_options=None if compiler_options is None else dict(compiler_options),
-    )  # fmt: skip
+    )
 
 
 def abstract_encode_arguments(program: Program, shapes: Shapes, shape: EncodeShape) -> tuple[Any, ...]:
@@ -229,15 +241,16 @@ def _sample(
     if bucket.logprobs < 0:
         return edits, Sampled(new, None, candidates=offered)
     beside = _if_asked(
-        bucket, (rows.logprobs > 0).any(), bucket.rows, bucket.logprobs,
+        bucket,
+        (rows.logprobs > 0).any(),
+        bucket.rows,
+        bucket.logprobs,
         lambda: logprobs(logits, new, bucket.logprobs, switched=bucket.switched),
     )
     return edits, Sampled(new, beside, candidates=offered)
 
 
-def _if_asked(
-    bucket: Bucket, asked: jax.Array, rows: int, count: int, compute: Callable[[], Logprobs]
-) -> Logprobs:
+def _if_asked(bucket: Bucket, asked: jax.Array, rows: int, count: int, compute: Callable[[], Logprobs]) -> Logprobs:
     """Log-probabilities; zeros where the program is for all and nobody asked."""
     if not bucket.switched:
         return compute()
@@ -246,9 +259,7 @@ def _if_asked(
     return jax.lax.cond(asked, compute, lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), none))
 
 
-def _prompt_logprobs(
-    module: LanguageModel, hidden: jax.Array, targets: jax.Array, bucket: Bucket
-) -> Logprobs:
+def _prompt_logprobs(module: LanguageModel, hidden: jax.Array, targets: jax.Array, bucket: Bucket) -> Logprobs:
     """Return those of the targets `[T]`, each after its hidden state `[T, M]`.
 
     They are computed a few rows at a time, as the logits of all would be `[T, V]`.
@@ -265,9 +276,7 @@ def _prompt_logprobs(
     return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:tokens], found)
 
 
-def _reserved(
-    program: Program, bucket: Bucket, cache: Cache, rows: RowState, owners: jax.Array | None
-) -> jax.Array:
+def _reserved(program: Program, bucket: Bucket, cache: Cache, rows: RowState, owners: jax.Array | None) -> jax.Array:
     """`[G, B, W]` the first blocks that are reserved for rows `owners` `[B]`, or for all, as many as the step reads."""
     groups, size = program.layout.groups, len(rows.tokens)
     regions = Regions(size, cache[0].keys.shape[0] // (groups * size), groups)
@@ -275,9 +284,15 @@ def _reserved(
 
 
 def decode_step(
-    program: Program, bucket: Bucket, sampled_vocab: int, params: list[jax.Array], cache: Cache,
-    rows: RowState, edits: Edits | None, packed: jax.Array,
-) -> tuple[Cache, RowState, Edits | None, Sampled]:  # fmt: skip
+    program: Program,
+    bucket: Bucket,
+    sampled_vocab: int,
+    params: list[jax.Array],
+    cache: Cache,
+    rows: RowState,
+    edits: Edits | None,
+    packed: jax.Array,
+) -> tuple[Cache, RowState, Edits | None, Sampled]:
     """One token for every sequence: `rows` holds the last one of each, and is where the new ones go."""
     parts = batches.unpack(bucket, packed)
     asked, positions = unpack_rows(parts["sampling"]), parts["positions"]
@@ -304,10 +319,17 @@ def decode_step(
 
 
 def prefill_step(
-    program: Program, bucket: Bucket, sampled_vocab: int, params: list[jax.Array], cache: Cache,
-    rows: RowState, edits: Edits | None, *pool_and_packed: jax.Array,
-) -> tuple[Cache, RowState, Edits | None, Sampled]:  # fmt: skip
-    """Chunks of prompts, and a token for each sequence whose prompt ends here; the feature pool is there where the bucket has it."""
+    program: Program,
+    bucket: Bucket,
+    sampled_vocab: int,
+    params: list[jax.Array],
+    cache: Cache,
+    rows: RowState,
+    edits: Edits | None,
+    *pool_and_packed: jax.Array,
+) -> tuple[Cache, RowState, Edits | None, Sampled]:
+    """Chunks of prompts, and a token for each sequence whose prompt ends here; the feature pool is there where the
+    bucket has it."""
     *pool, packed = pool_and_packed
     parts = batches.unpack(bucket, packed)
     features = FeatureRows(pool[0], parts.pop("features")) if bucket.features else None
@@ -326,9 +348,12 @@ def prefill_step(
     prompt = None
     if bucket.prompt_logprobs >= 0:
         prompt = _if_asked(
-            bucket, (targets >= 0).any(), bucket.tokens, bucket.prompt_logprobs,
+            bucket,
+            (targets >= 0).any(),
+            bucket.tokens,
+            bucket.prompt_logprobs,
             lambda: _prompt_logprobs(module, hidden, targets, bucket),
-        )  # fmt: skip
+        )
     rows = rows._replace(tokens=rows.tokens.at[asked.row].set(sampled.tokens, mode="drop"))
     return cache, rows, edits, sampled._replace(prompt_logprobs=prompt, summary=_summary(program, last))
 

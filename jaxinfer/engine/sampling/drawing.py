@@ -1,9 +1,10 @@
 """Draw a random token for each row of logits.
 
-A token is drawn as the winner of an exponential race, which is the same as the maximum of logits with Gumbel noise: token v
-gets an exponential random number E_v, and the smallest E_v / p_v wins. Each E_v follows from the row's seed, sample index and
-position and from v alone, so a small change of the logits changes the winner only where two tokens nearly tie. Inverting a
-running sum over the vocabulary costs one random number a row, but there a change of any logit moves all later sums.
+A token is drawn as the winner of an exponential race, which is the same as the maximum of logits with Gumbel noise:
+token v gets an exponential random number E_v, and the smallest E_v / p_v wins. Each E_v follows from the row's seed,
+sample index and position and from v alone, so a small change of the logits changes the winner only where two tokens
+nearly tie. Inverting a running sum over the vocabulary costs one random number a row, but there a change of any logit
+moves all later sums.
 """
 
 from collections.abc import Callable
@@ -21,7 +22,8 @@ BAD_TOKEN = -1
 FLOAT_BITS = 31
 """Bits of a float32 that is not negative."""
 DIGIT = 4
-"""Bits of a threshold that one pass over the logits finds on a GPU; on a CPU, where it costs more to find several, one."""
+"""Bits of a threshold that one pass over the logits finds on a GPU; on a CPU, where it costs more to find several,
+one."""
 _INFINITY = 0x7F800000
 _LOG_SERIES = (0.9999998, 0.50003684, 0.33185363, 0.27235743, 0.037412364, 0.7871947, -1.0840893, 1.1863799)
 """-log(1 - t) / t for t in [0, 1/2] as a polynomial, constant term first; relative error 2e-7."""
@@ -61,7 +63,8 @@ def largest(logits: jax.Array, by_blocks: bool) -> jax.Array:
 
 
 def _race(logits: jax.Array, rows: SamplingRows, level: Level, switched: bool) -> jax.Array:
-    """Return the time of each token `[B, V']` in the race of its row; infinity for tokens that min-p, top-k and top-p drop."""
+    """Return the time of each token `[B, V']` in the race of its row; infinity for tokens that min-p, top-k and top-p
+    drop."""
     limit = -jnp.log(rows.min_p)  # infinite for 0
     if level >= Level.TRUNCATED:
         limit = _truncate(logits, limit, rows, switched)
@@ -77,10 +80,12 @@ def _gaps(logits: jax.Array, rows: SamplingRows) -> jax.Array:
 
 
 def token_bits(rows: SamplingRows, vocab: int) -> jax.Array:
-    """Return 32 random bits for each token `[B, vocab]` uint32, a function of the row's key, its position and the token's id.
+    """Return 32 random bits for each token `[B, vocab]` uint32, a function of the row's key, its position and the
+    token's id.
 
-    The row's key and position are hashed by Threefry to 64 bits. With these a permutation of 32-bit integers is keyed, two
-    rounds of multiplication and shift (constants of https://github.com/skeeto/hash-prospector), which XLA vectorises on a CPU.
+    The row's key and position are hashed by Threefry to 64 bits. With these a permutation of 32-bit integers is keyed,
+    two rounds of multiplication and shift (constants of https://github.com/skeeto/hash-prospector), which XLA
+    vectorises on a CPU.
     """
 
     def fold(key: jax.Array, position: jax.Array) -> jax.Array:
@@ -113,7 +118,8 @@ def exponential(bits: jax.Array) -> jax.Array:
 
 
 def _apart(values: jax.Array, switched: bool) -> jax.Array:
-    """Return `values`, on a CPU computed by a loop of their own: fused with what reads them, XLA does not vectorise them."""
+    """Return `values`, on a CPU computed by a loop of their own: fused with what reads them, XLA does not vectorise
+    them."""
     return jax.lax.optimization_barrier(values) if switched else values
 
 
@@ -126,7 +132,8 @@ def _blocks(values: jax.Array, fill: float) -> jax.Array:
 
 
 def _truncate(logits: jax.Array, limit: jax.Array, rows: SamplingRows, switched: bool) -> jax.Array:
-    """Return the largest gap `[B]` that top-k and top-p keep of those up to `limit`; tokens that tie with it are kept as well.
+    """Return the largest gap `[B]` that top-k and top-p keep of those up to `limit`; tokens that tie with it are kept
+    as well.
 
     Nothing is sorted: a threshold is all that is needed, and a few passes over the logits find it.
     """
@@ -142,13 +149,15 @@ def _truncate(logits: jax.Array, limit: jax.Array, rows: SamplingRows, switched:
         nucleus = _threshold(gap, weights, rows.top_p * weights.sum(axis=-1), switched)
         return jnp.where(rows.top_p < 1, jnp.minimum(kept, nucleus), kept)
 
-    # Inside a branch gaps are computed from the logits again: an array of that size that enters it is written out first.
+    # Inside a branch gaps are computed from the logits again: an array of that size that enters it is written out
+    # first.
     kept = either(switched, ~(random & (rows.top_k > 0)).any(), lambda: limit, top_k)
     return either(switched, ~(random & (rows.top_p < 1)).any(), lambda: kept, top_p)
 
 
 def _threshold(values: jax.Array, weights: jax.Array | None, target: jax.Array, switched: bool) -> jax.Array:
-    """Return the largest float `[B]` below which there is less weight than `target` `[B]`: one of the values, or infinity.
+    """Return the largest float `[B]` below which there is less weight than `target` `[B]`: one of the values, or
+    infinity.
 
     Args:
         values: `[B, V']`, not negative.

@@ -62,7 +62,8 @@ class Logprobs(NamedTuple):
 
 
 def logprobs(logits: jax.Array, tokens: jax.Array, count: int, *, switched: bool = False) -> Logprobs:
-    """Return the log-probabilities of `tokens` `[B]` under `logits` `[B, V']`, with those of the `count` most likely tokens.
+    """Return the log-probabilities of `tokens` `[B]` under `logits` `[B, V']`, with those of the `count` most likely
+    tokens.
 
     A token beyond V' is impossible. `switched`: whether the program is one for a CPU, as of `sample`.
     """
@@ -77,7 +78,8 @@ def logprobs(logits: jax.Array, tokens: jax.Array, count: int, *, switched: bool
 def _top(values: jax.Array, count: int, switched: bool) -> tuple[jax.Array, jax.Array]:
     """Return the `count` largest of `values` `[B, V']` in their order, and their places; both `[B, count]`.
 
-    XLA has a kernel for at most `TOP` of them on a GPU and sorts the whole vocabulary for more, so more are taken in turns.
+    XLA has a kernel for at most `TOP` of them on a GPU and sorts the whole vocabulary for more, so more are taken in
+    turns.
     """
     if switched or not count:
         return tuple(jax.lax.top_k(values, count))
@@ -93,9 +95,14 @@ def _top(values: jax.Array, count: int, switched: bool) -> tuple[jax.Array, jax.
 
 
 def sample(
-    logits: jax.Array, rows: SamplingRows, edits: Edits | None, level: Level, *, switched: bool = False,
+    logits: jax.Array,
+    rows: SamplingRows,
+    edits: Edits | None,
+    level: Level,
+    *,
+    switched: bool = False,
     rule: Rule | None = None,
-) -> tuple[jax.Array, Edits | None]:  # fmt: skip
+) -> tuple[jax.Array, Edits | None]:
     """Logits `[B, V']` -> token ids `[B]` int32 and the edits with the new tokens in their histories.
 
     A row with a logit that is not a number, or with every token masked, gives `BAD_TOKEN`.
@@ -117,10 +124,15 @@ def sample(
     # A branch gives tokens alone: what leaves or enters one is copied, and logits are large.
     plain = ~((rows.temperature > 0).any() | (rows.edited > 0).any())
     tokens = either(
-        switched, plain, lambda: largest(logits, switched),
-        lambda: _choose_edited(logits, rows, edits, switched, rule) if level >= Level.EDITED
-        else choose(logits, rows, level, switched),
-    )  # fmt: skip
+        switched,
+        plain,
+        lambda: largest(logits, switched),
+        lambda: (
+            _choose_edited(logits, rows, edits, switched, rule)
+            if level >= Level.EDITED
+            else choose(logits, rows, level, switched)
+        ),
+    )
     tokens = _force(tokens, rows)
     if level >= Level.EDITED:
         history = edits.history.at[rows.row, rows.position].set(tokens, mode="drop")
@@ -142,12 +154,19 @@ def _forced(rows: SamplingRows) -> jax.Array:
 
 
 def candidates(
-    logits: jax.Array, rows: SamplingRows, edits: Edits | None, count: int, usable: int, *, switched: bool = False,
+    logits: jax.Array,
+    rows: SamplingRows,
+    edits: Edits | None,
+    count: int,
+    usable: int,
+    *,
+    switched: bool = False,
     rule: Rule | None = None,
-) -> Candidates:  # fmt: skip
+) -> Candidates:
     """The `count` likeliest continuations of each row, for a beam search.
 
-    Masks and penalties change log-probabilities, which are not normalised again, as in transformers; a forced token's is 0.
+    Masks and penalties change log-probabilities, which are not normalised again, as in transformers; a forced token's
+    is 0.
 
     Args:
         logits: `[B, V']`.
@@ -170,18 +189,18 @@ def candidates(
 
 
 def collectives(shards: int) -> list[Collective]:
-    """What a greedy step exchanges where the logits are divided over `shards`: each shard's largest logit and its token.
+    """What a greedy step exchanges where the logits are divided over `shards`: each shard's largest logit and its
+    token.
 
-    Where a row asks for more, XLA adds all-reduces: of the largest logit, and of the sums by which thresholds are found.
+    Where a row asks for more, XLA adds all-reduces: of the largest logit, and of the sums by which thresholds are
+    found.
     """
     if shards <= 1:
         return []
     return [Collective(ALL_GATHER, "largest logits and their tokens", shards, arrays=2, rows=SAMPLE, itemsize=4)]
 
 
-def _choose_edited(
-    logits: jax.Array, rows: SamplingRows, edits: Edits, switched: bool, rule: Rule | None
-) -> jax.Array:
+def _choose_edited(logits: jax.Array, rows: SamplingRows, edits: Edits, switched: bool, rule: Rule | None) -> jax.Array:
     """`[B]` the tokens, where some row may be edited."""
 
     def edit() -> jax.Array:
@@ -189,14 +208,10 @@ def _choose_edited(
         # A mask may hide what is not a number, but such a row is ill.
         return jnp.where(largest(logits, switched) != BAD_TOKEN, tokens, BAD_TOKEN)
 
-    return either(
-        switched, ~(rows.edited > 0).any(), lambda: choose(logits, rows, Level.TRUNCATED, switched), edit
-    )
+    return either(switched, ~(rows.edited > 0).any(), lambda: choose(logits, rows, Level.TRUNCATED, switched), edit)
 
 
-def _edited(
-    logits: jax.Array, rows: SamplingRows, edits: Edits, switched: bool, rule: Rule | None
-) -> jax.Array:
+def _edited(logits: jax.Array, rows: SamplingRows, edits: Edits, switched: bool, rule: Rule | None) -> jax.Array:
     """Logits `[B, V']` with what edited rows ask for."""
     changed = jnp.where((rows.edited > 0)[:, None], _edit(logits, rows, edits), logits)
     changed = either(

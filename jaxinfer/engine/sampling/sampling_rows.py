@@ -58,9 +58,19 @@ class SamplingRows(NamedTuple):
 
 
 INTEGERS = (
-    "row", "position", "key", "top_k", "edited", "prompt_length", "logprobs", "ngram", "forced_first", "forced_last",
-    "last_position", "rule",
-)  # fmt: skip
+    "row",
+    "position",
+    "key",
+    "top_k",
+    "edited",
+    "prompt_length",
+    "logprobs",
+    "ngram",
+    "forced_first",
+    "forced_last",
+    "last_position",
+    "rule",
+)
 WIDTH = len(SamplingRows._fields) + 1
 """Columns of the packed form: one a field, two for the key."""
 ROW, POSITION, EDITED = 0, 1, SamplingRows._fields.index("edited") + 1

@@ -42,7 +42,8 @@ class Capacity:
         if len(request.prompt) + 1 > capacity:
             beside = f" beside the {read} positions that its encoder reads" if read else ""
             raise CapacityError(
-                f"a prompt of {len(request.prompt)} tokens can never fit in the cache: with the first token of its output it "
+                f"a prompt of {len(request.prompt)} tokens can never fit in the cache: with the first token of its "
+                "output it "
                 f"needs {len(request.prompt) + 1}, and the cache holds {capacity} tokens{beside} "
                 f"({self._settings.pool_blocks} blocks of {self._shapes.block_size}); shorten the prompt, or raise "
                 "kv_cache_memory_bytes, or pool_blocks where that is set"
@@ -67,7 +68,8 @@ class Capacity:
         if needed > pool:
             raise CapacityError(
                 f"a beam search of width {width} over a prompt of {len(request.prompt)} tokens and "
-                f"{request.limit - len(request.prompt)} more takes up to {needed} blocks of {size}, and the cache has {pool}; "
+                f"{request.limit - len(request.prompt)} more takes up to {needed} blocks of {size}, and the cache has "
+                f"{pool}; "
                 "lower width or max_tokens, or raise kv_cache_memory_bytes, or pool_blocks where that is set"
             )
 
@@ -76,7 +78,8 @@ class Capacity:
         if needed > slots:
             rows = inputs.inputs[0].rows
             raise CapacityError(
-                f"a prompt whose images have {needed} tiles ({needed * rows} tokens) can never fit in the feature cache: it "
+                f"a prompt whose images have {needed} tiles ({needed * rows} tokens) can never fit in the feature "
+                "cache: it "
                 f"holds {slots} tiles of {rows} tokens; pass fewer or smaller images, or make the LLM with "
                 f"feature_cache_tokens={needed * rows}"
             )

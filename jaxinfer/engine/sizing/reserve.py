@@ -35,17 +35,27 @@ def reserve(
     length = min(longest, width * block)
     if length < 2 or width * block < read or (length < longest and config.max_model_len is not None):
         raise CapacityError(
-            f"the contiguous cache of {size_text(given)} ({source}) holds {rows} rows (max_num_seqs) of {width * block} "
-            f"positions, less than the {max(longest, read)} of each that need {size_text(rows * wanted * block_bytes)}; "
+            f"the contiguous cache of {size_text(given)} ({source}) holds {rows} rows (max_num_seqs) of "
+            f"{width * block} "
+            f"positions, less than the {max(longest, read)} of each that need "
+            f"{size_text(rows * wanted * block_bytes)}; "
             "raise kv_cache_memory_bytes, or lower max_model_len or max_num_seqs"
         )
     if length < longest:
         log.warning(
-            "max_model_len is %d, as many tokens as each of %d rows of the contiguous cache holds; the model allows %d: "
-            "max_num_seqs and max_model_len share the memory", length, rows, longest,
-        )  # fmt: skip
+            "max_model_len is %d, as many tokens as each of %d rows of the contiguous cache holds; the model allows "
+            "%d: "
+            "max_num_seqs and max_model_len share the memory",
+            length,
+            rows,
+            longest,
+        )
     log.info(
-        "contiguous cache: %d rows of %d tokens, %s of %s (%s)", rows, length, size_text(rows * width * block_bytes),
-        size_text(given), source,
-    )  # fmt: skip
+        "contiguous cache: %d rows of %d tokens, %s of %s (%s)",
+        rows,
+        length,
+        size_text(rows * width * block_bytes),
+        size_text(given),
+        source,
+    )
     return rows, length

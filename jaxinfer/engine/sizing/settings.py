@@ -24,6 +24,11 @@ class HostSettings:
         blocks = min(config.pool_blocks or runner.shapes.num_blocks, runner.shapes.num_blocks)
         largest = runner.shapes.prefill_buckets[-1]
         return cls(
-            blocks, min(config.max_num_batched_tokens or largest, largest), config.enable_prefix_caching, config.enable_block_sharing,
-            config.check_invariants, config.log_interval, config.decode_steps,
-        )  # fmt: skip
+            blocks,
+            min(config.max_num_batched_tokens or largest, largest),
+            config.enable_prefix_caching,
+            config.enable_block_sharing,
+            config.check_invariants,
+            config.log_interval,
+            config.decode_steps,
+        )

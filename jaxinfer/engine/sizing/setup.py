@@ -34,7 +34,8 @@ from jaxinfer.sharding import mesh as meshes
 log = logging.getLogger(__name__)
 
 CPU_DECODE, CPU_PREFILL = (1, 2, 4, 8, 16), (32, 64)
-"""The first sizes of steps. On a CPU a step takes as long as it has places, so that half steps pay from some size on."""
+"""The first sizes of steps. On a CPU a step takes as long as it has places, so that half steps pay from some size
+on."""
 CPU_ENCODE, GPU_ENCODE = (1, 2, 4, 8), (1, 2, 4, 8, 16, 32)
 """Inputs of an encoder step: each is whole, so that what is left is encoded in a smaller step, not padded."""
 CPU_CROSS, GPU_CROSS = (1, 2, 4), (1, 2, 4, 8, 16)
@@ -55,9 +56,12 @@ def build_engine(
         CapacityError: a cache too small, or too large for the memory; names the sizes and the setting.
     """
     program, params = split(
-        module, mesh, attention_kernel=config.attention_kernel, matmul_kernel=config.matmul_kernel,
+        module,
+        mesh,
+        attention_kernel=config.attention_kernel,
+        matmul_kernel=config.matmul_kernel,
         fuse_projections=config.fuse_projections,
-    )  # fmt: skip
+    )
     shapes = choose_shapes(module.config, program, config, params)
     shapes = replace(shapes, sampled_vocab=min(sampled_vocab or program.vocab, program.vocab))
     try:
@@ -74,8 +78,10 @@ def build_engine(
     if engine.capacity.longest < shapes.max_length:
         log.warning(
             "pool_blocks=%d lets a sequence have %d tokens, less than max_model_len = %d",
-            config.pool_blocks, engine.capacity.longest, shapes.max_length,
-        )  # fmt: skip
+            config.pool_blocks,
+            engine.capacity.longest,
+            shapes.max_length,
+        )
     return engine
 
 
@@ -115,16 +121,24 @@ def choose_shapes(
     if not gpu and not native:
         decode = CPU_DECODE[2:]  # XLA on a CPU takes ten times as long for one row of bfloat16 as for four
     return Shapes(
-        num_blocks=num_blocks, block_size=block, rows=rows, width=math.ceil(max(length, read) / block),
+        num_blocks=num_blocks,
+        block_size=block,
+        rows=rows,
+        width=math.ceil(max(length, read) / block),
         decode_buckets=_buckets(config.decode_buckets, rows, decode, "decode_buckets", halves=not gpu),
         prefill_buckets=_buckets(config.prefill_buckets, budget, prefill, "prefill_buckets", halves=True),
-        prefill_rows=min(rows, 64 if gpu else 16), max_logprobs=config.max_logprobs, max_length=length,
-        sampled_vocab=program.vocab, groups=program.layout.groups, switched=not gpu,
+        prefill_rows=min(rows, 64 if gpu else 16),
+        max_logprobs=config.max_logprobs,
+        max_length=length,
+        sampled_vocab=program.vocab,
+        groups=program.layout.groups,
+        switched=not gpu,
         feature_slots=feature_slots(program, config, budget),
         encode_buckets=() if program.features is None else GPU_ENCODE if gpu else CPU_ENCODE,
-        cross_buckets=_cross_buckets(program, budget, gpu=gpu), contiguous=config.cache == CONTIGUOUS,
+        cross_buckets=_cross_buckets(program, budget, gpu=gpu),
+        contiguous=config.cache == CONTIGUOUS,
         state_slots=slots,
-    )  # fmt: skip
+    )
 
 
 def _pool(
@@ -143,9 +157,14 @@ def _pool(
     length = _check_length(capacity, longest, needed(longest), budget_bytes, source, program, config)
     used = num_blocks * _block_bytes(program, config)
     log.info(
-        "cache: %d blocks of %d tokens, %s of %s (%s); max_model_len %d", num_blocks, block, size_text(used),
-        size_text(budget_bytes), source, length,
-    )  # fmt: skip
+        "cache: %d blocks of %d tokens, %s of %s (%s); max_model_len %d",
+        num_blocks,
+        block,
+        size_text(used),
+        size_text(budget_bytes),
+        source,
+        length,
+    )
     return num_blocks, length
 
 
@@ -195,7 +214,8 @@ def _longest(model: ModelConfig, config: EngineConfig) -> int:
 
 
 def feature_slots(program: Program, config: EngineConfig, budget: int) -> int:
-    """Inputs of the encoder whose rows the feature pool holds, where a step takes `budget` tokens; 0 without an encoder.
+    """Inputs of the encoder whose rows the feature pool holds, where a step takes `budget` tokens; 0 without an
+    encoder.
 
     Raises:
         ConfigError: a pool that does not hold one.
@@ -214,7 +234,9 @@ def _feature_bytes(program: Program, slots: int) -> int:
         return 0
     rows = slots * program.features.rows
     size = rows * program.feature_width * program.dtype.itemsize
-    log.info("feature cache: %d tiles of images, %d tokens, %s a device (feature_cache_tokens)", slots, rows, size_text(size))
+    log.info(
+        "feature cache: %d tiles of images, %d tokens, %s a device (feature_cache_tokens)", slots, rows, size_text(size)
+    )
     return size
 
 
@@ -229,7 +251,8 @@ def _cache_bytes(program: Program, config: EngineConfig, beside: int) -> tuple[i
     share = config.gpu_memory_utilization
     total = int(free * share) * program.mesh.size
     reason = (
-        f"gpu_memory_utilization {share} of the {size_text(free)} a device that JAX's allocator may still give; it takes "
+        f"gpu_memory_utilization {share} of the {size_text(free)} a device that JAX's allocator may still give; it "
+        "takes "
         "75% of the memory at start, XLA_CLIENT_MEM_FRACTION changes that"
     )
     return total, reason
@@ -255,7 +278,8 @@ def _check_host(program: Program, size: int) -> None:
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if size > memory:
         raise CapacityError(
-            f"kv_cache_memory_bytes is {size} ({size_text(size)}), more than this machine's memory of {size_text(memory)}; lower it"
+            f"kv_cache_memory_bytes is {size} ({size_text(size)}), more than this machine's memory of "
+            f"{size_text(memory)}; lower it"
         )
 
 
@@ -267,7 +291,11 @@ def _check_length(
     if capacity < 2:
         read = 0 if program.cross is None else program.cross.longest
         least = block * kv_groups.blocks_needed(program.layout.kinds, 2, config.block_size, 2, read)
-        what = f"the {read} positions that an encoder may read, {size_text(least)}" if read else f"one block of {size_text(least)}"
+        what = (
+            f"the {read} positions that an encoder may read, {size_text(least)}"
+            if read
+            else f"one block of {size_text(least)}"
+        )
         raise CapacityError(
             f"the cache may take {size_text(given)} ({source}), less than {what}; raise kv_cache_memory_bytes"
         )
@@ -276,7 +304,8 @@ def _check_length(
     if config.max_model_len is not None:
         needed = blocks * block
         raise CapacityError(
-            f"the cache of {size_text(given)} ({source}) holds {capacity} tokens, less than max_model_len = {longest}, which "
+            f"the cache of {size_text(given)} ({source}) holds {capacity} tokens, less than max_model_len = {longest}, "
+            "which "
             f"needs {size_text(needed)}; raise kv_cache_memory_bytes or lower max_model_len"
         )
     log.warning("max_model_len is %d, as many tokens as the cache holds; the model allows %d", capacity, longest)

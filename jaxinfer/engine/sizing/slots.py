@@ -16,13 +16,12 @@ A_ROW = 2
 """Slots a running sequence may need in one step: the state it reads and the one it writes (`kv.recurrent`)."""
 
 
-def state_slots(
-    program: Program, config: EngineConfig, rows: int, memory: tuple[int, str]
-) -> tuple[int, int, int]:
-    """Sequences at a time, slots, and what of the memory (bytes, where they come from) these take; none where no layer has
-    a state.
+def state_slots(program: Program, config: EngineConfig, rows: int, memory: tuple[int, str]) -> tuple[int, int, int]:
+    """Sequences at a time, slots, and what of the memory (bytes, where they come from) these take; none where no layer
+    has a state.
 
-    `rows`: of those sequences at most; where the user did not say how many, as many as half of the memory is enough for.
+    `rows`: of those sequences at most; where the user did not say how many, as many as half of the memory is enough
+        for.
 
     Raises:
         CapacityError: not enough for as many as the user wants.
@@ -36,14 +35,18 @@ def state_slots(
         most = int(given * (1 - config.snapshot_memory_fraction)) // (A_ROW * each)
         raise CapacityError(
             f"max_num_seqs is {rows}: their recurrent states take {size_text(least * each)} ({A_ROW} slots of "
-            f"{size_text(each)} each), and snapshots {size_text((slots - least) * each)}, of {size_text(given)} ({source}) that "
+            f"{size_text(each)} each), and snapshots {size_text((slots - least) * each)}, of {size_text(given)} "
+            f"({source}) that "
             f"keys and values need some of as well; lower max_num_seqs to less than {max(1, most)}, or raise "
             "kv_cache_memory_bytes"
         )
     log.info(
-        "recurrent state: %d slots of %s, %d of them for snapshots (snapshot_memory_fraction %g)", slots, size_text(each),
-        slots - least, config.snapshot_memory_fraction,
-    )  # fmt: skip
+        "recurrent state: %d slots of %s, %d of them for snapshots (snapshot_memory_fraction %g)",
+        slots,
+        size_text(each),
+        slots - least,
+        config.snapshot_memory_fraction,
+    )
     return rows, slots, slots * each
 
 

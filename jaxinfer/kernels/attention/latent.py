@@ -1,13 +1,15 @@
-"""Multi-head latent attention (arXiv:2405.04434) over the paged cache: what is kept of a token is one latent for all heads.
+"""Multi-head latent attention (arXiv:2405.04434) over the paged cache: what is kept of a token is one latent for all
+heads.
 
-A lane is `[N, 1, P, L + R]`: the latent of L columns, then a key of R columns that all heads share (with rotary positions,
-where the model has them). Of head h a key is `[U_h c | r]` and a value `W_h c`. So there are two ways to the same numbers:
+A lane is `[N, 1, P, L + R]`: the latent of L columns, then a key of R columns that all heads share (with rotary
+positions, where the model has them). Of head h a key is `[U_h c | r]` and a value `W_h c`. So there are two ways to the
+same numbers:
 
-- *absorbed*: `q . U c = (U^T q) . c`. The queries go over into the space of latents, which are keys and, in their first L
-  columns, values; what is attended goes through W. That is `paged.Lane` with no values of its own, one kv head and all
-  heads around it, and every implementation of attention serves it. It reads least: decode.
-- *expanded*: keys and values of all heads are made of the latents, each once a step, and attended to as they are: a third
-  of the multiplications for each pair of a query and a key. With many queries a sequence: `prefill`.
+- *absorbed*: `q . U c = (U^T q) . c`. The queries go over into the space of latents, which are keys and, in their first
+  L columns, values; what is attended goes through W. That is `paged.Lane` with no values of its own, one kv head and
+  all heads around it, and every implementation of attention serves it. It reads least: decode.
+- *expanded*: keys and values of all heads are made of the latents, each once a step, and attended to as they are: a
+  third of the multiplications for each pair of a query and a key. With many queries a sequence: `prefill`.
 """
 
 from functools import partial
@@ -74,10 +76,11 @@ def _rows(step: PrefillTiles) -> _Rows:
 def prefill(
     q: jax.Array, latents: jax.Array, lane: Lane, slots: Slots, step: PrefillTiles, expansion: Expansion, scale: float
 ) -> tuple[jax.Array, Lane]:
-    """Writes the chunk's latents, then attends in the expanded form: causal within each sequence, over all it has cached.
+    """Writes the chunk's latents, then attends in the expanded form: causal within each sequence, over all it has
+    cached.
 
-    Every latent is expanded once. The online softmax (arXiv:2205.14135) of all queries goes on from one run of keys to the
-    next, so that it lies in arrays of the step's size. What is not a number stays in its sequence.
+    Every latent is expanded once. The online softmax (arXiv:2205.14135) of all queries goes on from one run of keys to
+    the next, so that it lies in arrays of the step's size. What is not a number stays in its sequence.
 
     Args:
         q: `[T, H, Dn + R]`.
@@ -121,9 +124,15 @@ def prefill(
 
 
 def _turn(
-    latents: jax.Array, place: tuple[jax.Array, ...], carry: tuple[jax.Array, ...], *, q: jax.Array,
-    expansion: Expansion, scale: float, queries: int,
-) -> tuple[jax.Array, ...]:  # fmt: skip
+    latents: jax.Array,
+    place: tuple[jax.Array, ...],
+    carry: tuple[jax.Array, ...],
+    *,
+    q: jax.Array,
+    expansion: Expansion,
+    scale: float,
+    queries: int,
+) -> tuple[jax.Array, ...]:
     """Latents `[S, L + R]` of one row, expanded, against all of its queries that see any of them.
 
     `place`: the row's first token in the step and its position, the row's length, the position of the first latent.
@@ -150,7 +159,9 @@ def _turn(
         new = new_top, total * shrink + weights.sum(axis=-1), new_out
         # Queries of the row that follows are no part of this one.
         mine = q_at < length
-        kept = (jnp.where(mine.reshape(-1, *[1] * (a.ndim - 2)), a, b) for a, b in zip(new, (top, total, out), strict=True))
+        kept = (
+            jnp.where(mine.reshape(-1, *[1] * (a.ndim - 2)), a, b) for a, b in zip(new, (top, total, out), strict=True)
+        )
         return tuple(jax.lax.dynamic_update_slice_in_dim(a, b, here, 1) for a, b in zip(carry, kept, strict=True))
 
     begin = jnp.maximum(first - position, 0) // queries

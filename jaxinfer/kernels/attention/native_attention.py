@@ -1,4 +1,5 @@
-"""Attention over the paged cache on a CPU, in C++ (`native/attention.cc`): `decode` and `prefill` as in `xla_attention`.
+"""Attention over the paged cache on a CPU, in C++ (`native/attention.cc`): `decode` and `prefill` as in
+`xla_attention`.
 
 One kernel for both: a decode step is tiles of a single query. It reads each live key and value once, straight from
 the blocks, and writes the new ones itself. What it does not serve (float16, an odd head dim) goes to XLA.
@@ -21,9 +22,17 @@ def _served(q: jax.Array, lane: Lane) -> bool:
 
 
 def decode(
-    q: jax.Array, k: jax.Array | None, v: jax.Array | None, lane: Lane, slots: Slots | None, 
-    step: DecodeRows, scoring: Scoring, sinks: jax.Array | None = None, *, items: int | None = None,
-) -> tuple[jax.Array, Lane]:  # fmt: skip
+    q: jax.Array,
+    k: jax.Array | None,
+    v: jax.Array | None,
+    lane: Lane,
+    slots: Slots | None,
+    step: DecodeRows,
+    scoring: Scoring,
+    sinks: jax.Array | None = None,
+    *,
+    items: int | None = None,
+) -> tuple[jax.Array, Lane]:
     """As `xla_attention.decode`; `items` is not needed here."""
     if not _served(q, lane):
         return xla_attention.decode(q, k, v, lane, slots, step, scoring, sinks, items=items)
@@ -34,9 +43,17 @@ def decode(
 
 
 def prefill(
-    q: jax.Array, k: jax.Array | None, v: jax.Array | None, lane: Lane, slots: Slots | None, 
-    step: PrefillTiles, scoring: Scoring, sinks: jax.Array | None = None, *, tile: int,
-) -> tuple[jax.Array, Lane]:  # fmt: skip
+    q: jax.Array,
+    k: jax.Array | None,
+    v: jax.Array | None,
+    lane: Lane,
+    slots: Slots | None,
+    step: PrefillTiles,
+    scoring: Scoring,
+    sinks: jax.Array | None = None,
+    *,
+    tile: int,
+) -> tuple[jax.Array, Lane]:
     """As `xla_attention.prefill`."""
     if not _served(q, lane):
         return xla_attention.prefill(q, k, v, lane, slots, step, scoring, sinks, tile=tile)
@@ -44,9 +61,15 @@ def prefill(
 
 
 def _call(
-    q: jax.Array, k: jax.Array | None, v: jax.Array | None, lane: Lane, slots: Slots | None, 
-    step: PrefillTiles, scoring: Scoring, sinks: jax.Array | None,
-) -> tuple[jax.Array, Lane]:  # fmt: skip
+    q: jax.Array,
+    k: jax.Array | None,
+    v: jax.Array | None,
+    lane: Lane,
+    slots: Slots | None,
+    step: PrefillTiles,
+    scoring: Scoring,
+    sinks: jax.Array | None,
+) -> tuple[jax.Array, Lane]:
     none, nowhere = jnp.zeros((0,), q.dtype), jnp.zeros((0,), jnp.int32)
     value_dim = scoring.value_dim if lane.values is None else lane.values.shape[3]
     values = none if lane.values is None else lane.values
@@ -57,10 +80,17 @@ def _call(
     slots = Slots(nowhere, nowhere) if slots is None else slots
     integers = (a.astype(jnp.int32) for a in (*slots, step.tables, _spanned(step), step.count))
     out, keys, values = call(
-        q, none if k is None else k.astype(q.dtype), none if v is None else v.astype(q.dtype), *integers,
-        jnp.zeros((0,), jnp.float32) if sinks is None else sinks.astype(jnp.float32), lane.keys, values,
-        scale=np.float32(scoring.scale), softcap=np.float32(scoring.softcap or 0), window=np.int64(scoring.window or 0),
-    )  # fmt: skip
+        q,
+        none if k is None else k.astype(q.dtype),
+        none if v is None else v.astype(q.dtype),
+        *integers,
+        jnp.zeros((0,), jnp.float32) if sinks is None else sinks.astype(jnp.float32),
+        lane.keys,
+        values,
+        scale=np.float32(scoring.scale),
+        softcap=np.float32(scoring.softcap or 0),
+        window=np.int64(scoring.window or 0),
+    )
     return out, Lane(keys, None if lane.values is None else values)
 
 
@@ -79,6 +109,7 @@ def copy_blocks(array: jax.Array, sources: jax.Array, targets: jax.Array) -> jax
 
     Some XLA on a CPU converts a whole bfloat16 array to float32 and back to write a few of its blocks.
     """
-    call = jax.ffi.ffi_call("jaxinfer_copy_blocks", jax.ShapeDtypeStruct(array.shape, array.dtype),
-                            input_output_aliases={0: 0})  # fmt: skip
+    call = jax.ffi.ffi_call(
+        "jaxinfer_copy_blocks", jax.ShapeDtypeStruct(array.shape, array.dtype), input_output_aliases={0: 0}
+    )
     return call(array, sources.astype(jnp.int32), targets.astype(jnp.int32))

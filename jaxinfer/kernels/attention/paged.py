@@ -23,7 +23,8 @@ class Lane(NamedTuple):
 
 
 Cache: TypeAlias = list[Any]
-"""All that is kept of all sequences: a `Lane` for each lane, then the arrays of each recurrent layer (`kernels.state`)."""
+"""All that is kept of all sequences: a `Lane` for each lane, then the arrays of each recurrent layer
+(`kernels.state`)."""
 
 
 class Slots(NamedTuple):
@@ -64,8 +65,8 @@ class PrefillTiles(NamedTuple):
     count: jax.Array
     """`[]` how many tiles there are."""
     spans: jax.Array | None = None
-    """`[NT, 2]` where the step keeps nothing: the first key and the end of those in the cache that all queries of a tile
-    see, whatever its position."""
+    """`[NT, 2]` where the step keeps nothing: the first key and the end of those in the cache that all queries of a
+    tile see, whatever its position."""
 
 
 @dataclass(frozen=True)
@@ -121,9 +122,15 @@ def gather_lane(lane: Lane, tables: jax.Array, scoring: Scoring) -> tuple[jax.Ar
 
 
 def reference(
-    q: jax.Array, lane: Lane, tables: jax.Array, rows: jax.Array, positions: jax.Array, scoring: Scoring,
-    sinks: jax.Array | None = None, spans: jax.Array | None = None,
-) -> jax.Array:  # fmt: skip
+    q: jax.Array,
+    lane: Lane,
+    tables: jax.Array,
+    rows: jax.Array,
+    positions: jax.Array,
+    scoring: Scoring,
+    sinks: jax.Array | None = None,
+    spans: jax.Array | None = None,
+) -> jax.Array:
     """The oracle: every token gathers all its sequence's blocks and takes a plain softmax.
 
     Args:

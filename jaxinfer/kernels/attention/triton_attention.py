@@ -33,9 +33,18 @@ class TritonAttention:
     target: Target
 
     def decode(
-        self, q: jax.Array, k: jax.Array | None, v: jax.Array | None, lane: Lane, slots: Slots | None, 
-        step: DecodeRows, scoring: Scoring, sinks: jax.Array | None = None, *, items: int | None = None,
-    ) -> tuple[jax.Array, Lane]:  # fmt: skip
+        self,
+        q: jax.Array,
+        k: jax.Array | None,
+        v: jax.Array | None,
+        lane: Lane,
+        slots: Slots | None,
+        step: DecodeRows,
+        scoring: Scoring,
+        sinks: jax.Array | None = None,
+        *,
+        items: int | None = None,
+    ) -> tuple[jax.Array, Lane]:
         """As `xla_attention.decode`; `items` is not needed: the pieces follow from the lengths on the device."""
         layout = _layout(q, lane, scoring, tile=1, decode=True)
         tiles = tiling(layout)
@@ -46,17 +55,29 @@ class TritonAttention:
         work, spans = decode_work(step, scoring, items=items, running=running, block_n=tiles.block_n)
         found = self._attend((q, k, v), lane, slots, step.tables, work, scoring, sinks, layout)
         whole = self._launch(
-            "combine", dict(spans=spans, sums=found["sums"], stats=found["stats"], sinks=sinks, out=found["out"]),
-            dict(whole=_shape(found["out"])), aliases={"out": "whole"}, grid=(layout.heads, batch),
+            "combine",
+            dict(spans=spans, sums=found["sums"], stats=found["stats"], sinks=sinks, out=found["out"]),
+            dict(whole=_shape(found["out"])),
+            aliases={"out": "whole"},
+            grid=(layout.heads, batch),
             options=Options(4, 2),
             constants=dict(H=layout.heads, DV=layout.value_dim, V_COLUMNS=power(layout.value_dim), PIECES=PIECES),
-        )  # fmt: skip
+        )
         return whole["whole"], lane if k is None else Lane(found["new_keys"], found["new_values"])
 
     def prefill(
-        self, q: jax.Array, k: jax.Array | None, v: jax.Array | None, lane: Lane, slots: Slots | None, 
-        step: PrefillTiles, scoring: Scoring, sinks: jax.Array | None = None, *, tile: int,
-    ) -> tuple[jax.Array, Lane]:  # fmt: skip
+        self,
+        q: jax.Array,
+        k: jax.Array | None,
+        v: jax.Array | None,
+        lane: Lane,
+        slots: Slots | None,
+        step: PrefillTiles,
+        scoring: Scoring,
+        sinks: jax.Array | None = None,
+        *,
+        tile: int,
+    ) -> tuple[jax.Array, Lane]:
         """As `xla_attention.prefill`; a `tile` of `tile()` queries suits best, and padding gives 0."""
         layout = _layout(q, lane, scoring, tile=tile, decode=False)
         work = prefill_work(step, scoring, tokens=q.shape[0], tile=tile)
@@ -64,9 +85,16 @@ class TritonAttention:
         return found["out"], lane if k is None else Lane(found["new_keys"], found["new_values"])
 
     def _attend(
-        self, qkv: tuple[jax.Array, jax.Array | None, jax.Array | None], lane: Lane, slots: Slots | None,
-        tables: jax.Array, work: jax.Array, scoring: Scoring, sinks: jax.Array | None, layout: Layout,
-    ) -> dict[str, Any]:  # fmt: skip
+        self,
+        qkv: tuple[jax.Array, jax.Array | None, jax.Array | None],
+        lane: Lane,
+        slots: Slots | None,
+        tables: jax.Array,
+        work: jax.Array,
+        scoring: Scoring,
+        sinks: jax.Array | None,
+        layout: Layout,
+    ) -> dict[str, Any]:
         """Launches the kernel over work items."""
         (q, k, v), tiles, dtype = qkv, tiling(layout), lane.keys.dtype
         blocks, kv_heads, block, dim = lane.keys.shape
@@ -76,27 +104,58 @@ class TritonAttention:
         q, k, v, places = _beside(*(None if x is None else x.astype(dtype) for x in (q, k, v)))
         blocks_of, offsets = (None, None) if slots is None else slots
         operands = dict(
-            items=work, tables=tables, blocks=blocks_of, offsets=offsets, q=q, k=k, v=v, keys=lane.keys,
-            values=lane.values, sinks=sinks,
-        )  # fmt: skip
+            items=work,
+            tables=tables,
+            blocks=blocks_of,
+            offsets=offsets,
+            q=q,
+            k=k,
+            v=v,
+            keys=lane.keys,
+            values=lane.values,
+            sinks=sinks,
+        )
         written = [None if array is None or k is None else _shape(array) for array in lane]
         results = dict(
-            out=out_shape, new_keys=written[0], new_values=written[1],
+            out=out_shape,
+            new_keys=written[0],
+            new_values=written[1],
             sums=shape((items, heads, value_dim), jnp.float32) if layout.decode else None,
             stats=shape((items, 2, heads), jnp.float32) if layout.decode else None,
-        )  # fmt: skip
+        )
         constants = dict(
-            SCALE=scoring.scale, WINDOW=scoring.window, SOFTCAP=scoring.softcap, H=heads, K=kv_heads,
-            MEMBERS=tiles.members, D=dim, DV=value_dim, MAIN=tiles.main, REST=tiles.rest, K_COLUMNS=power(dim),
-            V_COLUMNS=tiles.value_columns, N=blocks, P=block, W=tables.shape[1], TILE=power(layout.tile, 1),
-            K_ALIGN=math.gcd(16, dim * layout.itemsize), V_ALIGN=math.gcd(16, value_dim * layout.itemsize), **places,
-            BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, PRECISION="ieee" if layout.itemsize == 4 else "tf32",
-        )  # fmt: skip
+            SCALE=scoring.scale,
+            WINDOW=scoring.window,
+            SOFTCAP=scoring.softcap,
+            H=heads,
+            K=kv_heads,
+            MEMBERS=tiles.members,
+            D=dim,
+            DV=value_dim,
+            MAIN=tiles.main,
+            REST=tiles.rest,
+            K_COLUMNS=power(dim),
+            V_COLUMNS=tiles.value_columns,
+            N=blocks,
+            P=block,
+            W=tables.shape[1],
+            TILE=power(layout.tile, 1),
+            K_ALIGN=math.gcd(16, dim * layout.itemsize),
+            V_ALIGN=math.gcd(16, value_dim * layout.itemsize),
+            **places,
+            BLOCK_M=tiles.block_m,
+            BLOCK_N=tiles.block_n,
+            PRECISION="ieee" if layout.itemsize == 4 else "tf32",
+        )
         return self._launch(
-            "attend", operands, results, aliases={} if k is None else {"keys": "new_keys", "values": "new_values"},
+            "attend",
+            operands,
+            results,
+            aliases={} if k is None else {"keys": "new_keys", "values": "new_values"},
             constants=constants,
-            grid=(kv_heads * tiles.parts(heads // kv_heads), items), options=tiles.options,
-        )  # fmt: skip
+            grid=(kv_heads * tiles.parts(heads // kv_heads), items),
+            options=tiles.options,
+        )
 
     def _launch(self, name: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         from jaxinfer.kernels.triton import triton_kernels  # imports triton
@@ -121,10 +180,15 @@ def _beside(
     # Keys stand for the values they hold.
     firsts, rows = (firsts + firsts[-1:] * 2)[:3], (rows + rows[-1:] * 2)[:3]
     names = ("Q", "K", "V")
-    return q, k, v, {
-        **{f"{name}_FIRST": first for name, first in zip(names, firsts, strict=True)},
-        **{f"{name}_ROW": row for name, row in zip(names, rows, strict=True)},
-    }  # fmt: skip
+    return (
+        q,
+        k,
+        v,
+        {
+            **{f"{name}_FIRST": first for name, first in zip(names, firsts, strict=True)},
+            **{f"{name}_ROW": row for name, row in zip(names, rows, strict=True)},
+        },
+    )
 
 
 def _shape(array: jax.Array) -> jax.ShapeDtypeStruct:

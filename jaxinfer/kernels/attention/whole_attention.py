@@ -8,9 +8,17 @@ from jaxinfer.kernels.state.slots import Whole
 
 
 def prefill(
-    q: jax.Array, k: jax.Array, v: jax.Array | None, lane: Lane, slots: Slots | None, step: Whole, scoring: Scoring,
-    sinks: jax.Array | None = None, *, tile: int,
-) -> tuple[jax.Array, Lane]:  # fmt: skip
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array | None,
+    lane: Lane,
+    slots: Slots | None,
+    step: Whole,
+    scoring: Scoring,
+    sinks: jax.Array | None = None,
+    *,
+    tile: int,
+) -> tuple[jax.Array, Lane]:
     """Softmax(score(q K^T)) V, causal within each sequence.
 
     Args:
@@ -30,9 +38,7 @@ def prefill(
     keys, values = (a.reshape(-1, length, *a.shape[1:]) for a in (k, v))
     queries = q.reshape(-1, length, kv_heads, q.shape[1] // kv_heads, q.shape[2])
     precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
-    scores = jnp.einsum(
-        "bqkgd,bskd->bkgqs", queries, keys, precision=precision, preferred_element_type=jnp.float32
-    )
+    scores = jnp.einsum("bqkgd,bskd->bkgqs", queries, keys, precision=precision, preferred_element_type=jnp.float32)
     at = jnp.arange(length)
     seen = (at <= at[:, None]) & (at >= scoring.first_key(at)[:, None])
     scores = jnp.where(seen, scoring.cap(scoring.scale * scores), -jnp.inf)

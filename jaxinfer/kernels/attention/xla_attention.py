@@ -34,9 +34,7 @@ def decode_items(rows: int, longest: int, block: int) -> int:
     return rows * -(-longest // item_keys(block))
 
 
-def _decode_work(
-    step: DecodeRows, items: int, block: int, scoring: Scoring
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _decode_work(step: DecodeRows, items: int, block: int, scoring: Scoring) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The keys that the step sees cut into `items` pieces of `item_keys` positions, each of one row.
 
     Returns the row of each item `[I]` (B where there is none), the position of its first key `[I]`, and its
@@ -56,9 +54,16 @@ def _decode_work(
 
 
 def decode(
-    q: jax.Array, k: jax.Array | None, v: jax.Array | None, lane: Lane, slots: Slots | None, 
-    step: DecodeRows, scoring: Scoring, sinks: jax.Array | None = None, items: int | None = None,
-) -> tuple[jax.Array, Lane]:  # fmt: skip
+    q: jax.Array,
+    k: jax.Array | None,
+    v: jax.Array | None,
+    lane: Lane,
+    slots: Slots | None,
+    step: DecodeRows,
+    scoring: Scoring,
+    sinks: jax.Array | None = None,
+    items: int | None = None,
+) -> tuple[jax.Array, Lane]:
     """Writes a new token's keys and values a row, then softmax(score(q K^T)) V over each row's own positions.
 
     The rows' live keys are cut into pieces of equal size, attended to apart and put together (split-K), so
@@ -93,9 +98,10 @@ def decode(
     at = starts[:, None] + jnp.arange(span)
     live = (at < lengths) & (at >= step.first_keys(scoring).at[rows].get(mode="fill", fill_value=0)[:, None])
     precision = _precision(q.dtype)
-    scores = scoring.cap(scoring.scale * jnp.einsum(
-        "ikgd,iksd->ikgs", grouped, keys, precision=precision, preferred_element_type=jnp.float32
-    ))  # fmt: skip
+    scores = scoring.cap(
+        scoring.scale
+        * jnp.einsum("ikgd,iksd->ikgs", grouped, keys, precision=precision, preferred_element_type=jnp.float32)
+    )
     scores = jnp.where(live[:, None, None], scores, -jnp.inf)
     mine = rows == jnp.arange(batch)[:, None]
     top = jnp.where(mine[..., None, None], scores.max(axis=-1), LEAST).max(axis=1)
@@ -126,9 +132,17 @@ def _add_pieces(parts: jax.Array, mine: jax.Array) -> jax.Array:
 
 
 def prefill(
-    q: jax.Array, k: jax.Array | None, v: jax.Array | None, lane: Lane, slots: Slots | None, 
-    step: PrefillTiles, scoring: Scoring, sinks: jax.Array | None = None, *, tile: int,
-) -> tuple[jax.Array, Lane]:  # fmt: skip
+    q: jax.Array,
+    k: jax.Array | None,
+    v: jax.Array | None,
+    lane: Lane,
+    slots: Slots | None,
+    step: PrefillTiles,
+    scoring: Scoring,
+    sinks: jax.Array | None = None,
+    *,
+    tile: int,
+) -> tuple[jax.Array, Lane]:
     """Writes the chunk's keys and values, then attends: causal within each sequence and over all it has cached.
 
     An online softmax (arXiv:2205.14135) over the blocks that a tile can see: only live blocks are read, and
@@ -173,9 +187,14 @@ def prefill(
 
 
 def _tile(
-    q: jax.Array, lane: Lane, table: jax.Array, span: tuple[jax.Array, jax.Array, jax.Array], scoring: Scoring,
-    sinks: jax.Array | None, width: int,
-) -> jax.Array:  # fmt: skip
+    q: jax.Array,
+    lane: Lane,
+    table: jax.Array,
+    span: tuple[jax.Array, jax.Array, jax.Array],
+    scoring: Scoring,
+    sinks: jax.Array | None,
+    width: int,
+) -> jax.Array:
     """Queries `[C, K, G, D]` against the keys they see, `width` blocks at a time.
 
     `span`: the first and the last key that each query sees `[C]`, and the end of all keys.
@@ -190,18 +209,22 @@ def _tile(
         blocks = jax.lax.dynamic_slice(table, (chunk * width,), (width,))
         keys, values = paged.gather_lane(lane, blocks, scoring)
         at = chunk * keys_read + jnp.arange(keys_read)
-        scores = scoring.cap(scoring.scale * jnp.einsum(
-            "ckgd,ksd->kgcs", q, keys, precision=precision, preferred_element_type=jnp.float32
-        ))  # fmt: skip
+        scores = scoring.cap(
+            scoring.scale
+            * jnp.einsum("ckgd,ksd->kgcs", q, keys, precision=precision, preferred_element_type=jnp.float32)
+        )
         scores = jnp.where((at <= q_at) & (at >= least) & (at < length), scores, -jnp.inf)
         new_top = jnp.maximum(top, scores.max(axis=-1))
         weights = jnp.exp(scores - new_top[..., None])
         shrink = jnp.exp(top - new_top)
         values = jnp.where(((at >= least[0]) & (at < length))[:, None], values, 0)
         part = jnp.einsum(
-            "kgcs,ksd->kgcd", weights.astype(q.dtype), values, precision=precision,
+            "kgcs,ksd->kgcd",
+            weights.astype(q.dtype),
+            values,
+            precision=precision,
             preferred_element_type=jnp.float32,
-        )  # fmt: skip
+        )
         return new_top, total * shrink + weights.sum(axis=-1), acc * shrink[..., None] + part
 
     lead = (kv_heads, group, count)

@@ -12,7 +12,8 @@ from jaxinfer.kernels.triton import triton_launch
 XLA, NATIVE, TRITON = "xla", "native", "triton"
 """Triton's is for products of groups alone (`kernels.grouped`); all others are XLA's beside it."""
 RAGGED = "ragged"
-"""XLA's, and for products of groups its own, which is differentiable (`jaxinfer.functional.training`); no user chooses it."""
+"""XLA's, and for products of groups its own, which is differentiable (`jaxinfer.functional.training`); no user chooses
+it."""
 
 MATRIX_UNIT_ROWS = 16
 """Rows up to which the native product of bfloat16 serves on a CPU with matrix units (AMX), which XLA uses beyond:
@@ -34,9 +35,13 @@ def choose(asked: str, mesh: Mesh) -> str:
 
 
 def matmul(
-    x: jax.Array, weight: jax.Array, dtype: jax.typing.DTypeLike | None = None, *, kernel: str = XLA,
+    x: jax.Array,
+    weight: jax.Array,
+    dtype: jax.typing.DTypeLike | None = None,
+    *,
+    kernel: str = XLA,
     part: tuple[int, int] | None = None,
-) -> jax.Array:  # fmt: skip
+) -> jax.Array:
     """`[T, in] x [out, in]^T -> [T, out]` in `dtype` or that of `x`; sums are taken in float32.
 
     `part`: the first and the end of the weight's rows to multiply with, of which no copy is made; None: all of them.

@@ -2,8 +2,8 @@
 
 Rows lie in order of their groups, and the work is proportional to the rows there are: groups without rows are not read,
 rows that belong to no group lie at the end and are not computed. (`lax.ragged_dot` is dense over the groups on a CPU.)
-On a CPU the native product serves (`native/matmul.cc`), on an NVIDIA GPU Triton's (`triton_grouped`), elsewhere a loop of
-XLA over tiles of rows.
+On a CPU the native product serves (`native/matmul.cc`), on an NVIDIA GPU Triton's (`triton_grouped`), elsewhere a loop
+of XLA over tiles of rows.
 """
 
 from collections.abc import Callable
@@ -80,9 +80,14 @@ def combine(y: jax.Array, weights: jax.Array, places: jax.Array, end: jax.Array)
 
 
 def matmul(
-    x: jax.Array, weight: jax.Array, offsets: jax.Array, scales: jax.Array | None = None, *, kernel: str = XLA,
+    x: jax.Array,
+    weight: jax.Array,
+    offsets: jax.Array,
+    scales: jax.Array | None = None,
+    *,
+    kernel: str = XLA,
     target: Target | None = None,
-) -> jax.Array:  # fmt: skip
+) -> jax.Array:
     """`y[r] = x[r] W[e]^T` for the rows r in `offsets[e] .. offsets[e + 1]`.
 
     Args:
@@ -94,7 +99,8 @@ def matmul(
         target: the device, for "triton".
 
     Returns:
-        `[R, out]` in the dtype of `x`, with sums taken in float32; what lies in rows from `offsets[E]` on means nothing.
+        `[R, out]` in the dtype of `x`, with sums taken in float32; what lies in rows from `offsets[E]` on means
+        nothing.
     """
     if kernel == TRITON and target is not None:
         return triton_grouped.matmul(x, weight, offsets, scales, target)

@@ -50,9 +50,14 @@ def quantise(rows: Array) -> tuple[Array, Array]:
 
 
 def matmul(
-    x: jax.Array, weight: jax.Array, scales: jax.Array, dtype: jax.typing.DTypeLike | None = None, *,
-    kernel: str = XLA, part: tuple[int, int] | None = None,
-) -> jax.Array:  # fmt: skip
+    x: jax.Array,
+    weight: jax.Array,
+    scales: jax.Array,
+    dtype: jax.typing.DTypeLike | None = None,
+    *,
+    kernel: str = XLA,
+    part: tuple[int, int] | None = None,
+) -> jax.Array:
     """`x W^T`, in `dtype` or that of `x`.
 
     A row of `x` with NaN or infinity in it gives a row of NaN and changes no other.
@@ -73,7 +78,9 @@ def matmul(
     first, end = part or (0, weight.shape[0])
     if kernel == NATIVE and _native(x, dtype):
         result = jax.ShapeDtypeStruct((rows, end - first), dtype)
-        return jax.ffi.ffi_call("jaxinfer_int8_matmul", result)(x.reshape(rows, -1), weight, scales, first=np.int64(first))
+        return jax.ffi.ffi_call("jaxinfer_int8_matmul", result)(
+            x.reshape(rows, -1), weight, scales, first=np.int64(first)
+        )
     weight, scales = weight[first:end], scales[first:end]
     if rows == 1:
         # XLA's int8 product of a single row is not a GEMM on a CPU: 30 ms against 1.5 for a head of 32000 x 1024.

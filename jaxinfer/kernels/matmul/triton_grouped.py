@@ -74,9 +74,15 @@ def matmul(x: jax.Array, weight: jax.Array, offsets: jax.Array, scales: jax.Arra
         dict(y=jax.ShapeDtypeStruct((rows, columns), x.dtype)),
         aliases={},
         constants=dict(
-            K=inner, N=columns, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k,
+            K=inner,
+            N=columns,
+            BLOCK_M=tiles.block_m,
+            BLOCK_N=tiles.block_n,
+            BLOCK_K=tiles.block_k,
             PRECISION="ieee" if weight.dtype.itemsize == 4 else "tf32",
         ),
-        grid=(-(-columns // tiles.block_n), work.shape[0]), target=target, options=tiles.options,
-    )  # fmt: skip
+        grid=(-(-columns // tiles.block_n), work.shape[0]),
+        target=target,
+        options=tiles.options,
+    )
     return found["y"]

@@ -15,13 +15,23 @@ def _jit(function: Callable[..., Any]) -> Any:
 
 @_jit
 def grouped(
-    tiles, x, weight, x_scales, scales, y, K: tl.constexpr, N: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    tiles,
+    x,
+    weight,
+    x_scales,
+    scales,
+    y,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """One tile of rows of one group times BLOCK_N rows of its matrix.
 
-    `tiles` `[*, 3]`: group, first row, rows (0: none); `x` `[R, K]`, `weight` `[E, N, K]`, `x_scales` `[R]` and `scales`
-    `[E, N]` of int8, `y` `[R, N]`.
+    `tiles` `[*, 3]`: group, first row, rows (0: none); `x` `[R, K]`, `weight` `[E, N, K]`, `x_scales` `[R]` and
+    `scales` `[E, N]` of int8, `y` `[R, N]`.
     """
     tile = tl.program_id(1)
     count = tl.load(tiles + tile * 3 + 2)

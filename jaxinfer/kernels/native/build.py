@@ -54,7 +54,7 @@ def cpu_flags() -> frozenset[str]:
 
 
 def choose(setting: str, asked: str, mesh: Mesh) -> str:
-    """"native" or "xla" for the devices of a mesh, where `asked` is "auto", "native" or "xla".
+    """ "native" or "xla" for the devices of a mesh, where `asked` is "auto", "native" or "xla".
 
     Raises:
         ConfigError: "native" where it cannot be; names the setting and the reason.

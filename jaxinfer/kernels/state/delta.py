@@ -5,9 +5,9 @@ of the key in KDA, one a head in gated DeltaNet) and strength beta does
 
     S <- diag(exp g) S;  S <- S + beta k (v - S^T k)^T;  o = S^T q
 
-`recurrence` says it so, token by token; `decode` is one such step for many sequences; `prefill` computes chunks of tokens
-by products of matrices (arXiv:2406.06484), and `whole` the same for whole sequences, differentiable. Within a chunk with
-state S before it, the updates u of its tokens solve
+`recurrence` says it so, token by token; `decode` is one such step for many sequences; `prefill` computes chunks of
+tokens by products of matrices (arXiv:2406.06484), and `whole` the same for whole sequences, differentiable. Within a
+chunk with state S before it, the updates u of its tokens solve
 
     (1 + A) U = beta (V - K^ S),  A_ij = beta_i sum_d k_id k_jd exp(g_j+1 + ... + g_i)_d  for j < i
 
@@ -81,17 +81,15 @@ def _step(tokens: Tokens, states: jax.Array) -> tuple[jax.Array, jax.Array]:
     return outputs, states * decay[..., None] + k[..., None] * update[..., None, :]
 
 
-def decode(
-    tokens: Tokens, states: jax.Array, rows: DecodeSlots, *, one_by_one: bool
-) -> tuple[jax.Array, jax.Array]:
+def decode(tokens: Tokens, states: jax.Array, rows: DecodeSlots, *, one_by_one: bool) -> tuple[jax.Array, jax.Array]:
     """One token a sequence.
 
     Args:
         tokens: B of them.
         states: `[N, H, Dk, Dv]`.
         rows: the slots of each.
-        one_by_one: whether sequences are computed one after another, each state read and written where it lies: on a CPU
-            that is 2.5 times as fast as a gather and a scatter of all (8 sequences of 1 MiB: 0.50 against 1.3 ms).
+        one_by_one: whether sequences are computed one after another, each state read and written where it lies: on a
+            CPU that is 2.5 times as fast as a gather and a scatter of all (8 sequences of 1 MiB: 0.50 against 1.3 ms).
 
     Returns:
         `[B, H, Dv]`, of no meaning for padding, and the states.
@@ -119,7 +117,8 @@ class _Chunk(NamedTuple):
     """What of a chunk does not depend on the state before it."""
 
     reads: jax.Array
-    """`[H, 2 C, Dk]` what the state is read with: keys times beta, then queries, both decayed from the chunk's start."""
+    """`[H, 2 C, Dk]` what the state is read with: keys times beta, then queries, both decayed from the chunk's
+    start."""
     values: jax.Array
     """`[H, C, Dv]` times beta."""
     inverse: jax.Array
@@ -133,7 +132,8 @@ class _Chunk(NamedTuple):
 
 
 def _pairs(rows: jax.Array, columns: jax.Array) -> jax.Array:
-    """`[..., m, D]`, `[..., n, D]` -> `[..., m, n]`; for a few rows not as a product of matrices, which costs a call each."""
+    """`[..., m, D]`, `[..., n, D]` -> `[..., m, n]`; for a few rows not as a product of matrices, which costs a call
+    each."""
     if columns.shape[-2] < 8:
         return jnp.sum(rows[..., :, None, :] * columns[..., None, :, :], axis=-1)
     return _dot("...md,...nd->...mn", rows, columns)
@@ -156,8 +156,8 @@ def _chunk(tokens: Tokens) -> _Chunk:
     """Of tokens `[..., H, C, .]`, C a power of two.
 
     Neighbouring parts of 1, 2, 4, ... tokens are joined. Between two of them a decay is that to the end of the first
-    times that from the start of the second, each a product of numbers in [0, 1]: nothing grows and nothing is a difference
-    of large numbers, however strong the decay. The inverse of a joined part is made of those of its two:
+    times that from the start of the second, each a product of numbers in [0, 1]: nothing grows and nothing is a
+    difference of large numbers, however strong the decay. The inverse of a joined part is made of those of its two:
     [[X, 0], [-Y B X, Y]].
     """
     q, k, v, g, beta = tokens
@@ -198,20 +198,19 @@ def _advance(chunk: _Chunk, state: jax.Array) -> tuple[jax.Array, jax.Array]:
     return outputs, chunk.decay * state + _dot("hck,hcv->hkv", chunk.keys, updates)
 
 
-def prefill(
-    tokens: Tokens, states: jax.Array, segments: Segments, *, one_by_one: bool
-) -> tuple[jax.Array, jax.Array]:
+def prefill(tokens: Tokens, states: jax.Array, segments: Segments, *, one_by_one: bool) -> tuple[jax.Array, jax.Array]:
     """Runs of tokens of several sequences, each from its own state.
 
-    Chunks are cut from each segment's own start, so that what a segment gives does not depend on what lies beside it, nor
-    does anything that is not a number leave it.
+    Chunks are cut from each segment's own start, so that what a segment gives does not depend on what lies beside it,
+    nor does anything that is not a number leave it.
 
     Args:
         tokens: T of them, those of all segments one after another.
         states: `[N, H, Dk, Dv]`.
         segments: where they lie, and their slots.
-        one_by_one: whether all of a chunk is computed when its turn comes (a CPU, where work then follows the tokens there
-            are), or what does not depend on the state before, for all chunks at once (a GPU, where loops are dear).
+        one_by_one: whether all of a chunk is computed when its turn comes (a CPU, where work then follows the tokens
+            there are), or what does not depend on the state before, for all chunks at once (a GPU, where loops are
+            dear).
 
     Returns:
         `[T, H, Dv]`, finite for padding, and the states.
@@ -251,11 +250,9 @@ def prefill(
     return outputs[:count], states
 
 
-def whole(
-    tokens: Tokens, states: jax.Array, rows: Whole, *, one_by_one: bool
-) -> tuple[jax.Array, jax.Array]:
-    """Whole sequences, each from a state of zeroes, by the chunks of `prefill`; their number is known, so that it can be
-    differentiated.
+def whole(tokens: Tokens, states: jax.Array, rows: Whole, *, one_by_one: bool) -> tuple[jax.Array, jax.Array]:
+    """Whole sequences, each from a state of zeroes, by the chunks of `prefill`; their number is known, so that it can
+    be differentiated.
 
     Args:
         tokens: those of all sequences, one after another.
@@ -290,17 +287,25 @@ def whole(
 
 
 def _each(
-    cut: Callable[[jax.Array, jax.Array], _Chunk], segments: Segments, size: int,
-    number: jax.Array, index: jax.Array, _: jax.Array,
-) -> _Chunk:  # fmt: skip
+    cut: Callable[[jax.Array, jax.Array], _Chunk],
+    segments: Segments,
+    size: int,
+    number: jax.Array,
+    index: jax.Array,
+    _: jax.Array,
+) -> _Chunk:
     """Chunk `index` of segment `number`, computed now."""
     return cut(segments.starts[number] + index * size, segments.counts[number] - index * size)
 
 
 def _all(
-    cut: Callable[[jax.Array, jax.Array], _Chunk], segments: Segments, size: int, chunks: jax.Array, ends: jax.Array,
+    cut: Callable[[jax.Array, jax.Array], _Chunk],
+    segments: Segments,
+    size: int,
+    chunks: jax.Array,
+    ends: jax.Array,
     count: int,
-) -> Callable[[jax.Array, jax.Array, jax.Array], _Chunk]:  # fmt: skip
+) -> Callable[[jax.Array, jax.Array, jax.Array], _Chunk]:
     """The chunks of all segments, computed at once, and what looks up one of them by its number among all."""
     at = jnp.arange(count // size + chunks.shape[0])
     own = jnp.minimum(jnp.searchsorted(ends, at, side="right", method="compare_all"), chunks.shape[0] - 1)

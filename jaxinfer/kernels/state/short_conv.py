@@ -2,8 +2,8 @@
 
     y_t = silu(sum_j w_j * x_(t - W + 1 + j)),  j of [0, W)
 
-Its state is the last W - 1 inputs of a sequence, `[N, W - 1, columns]`, zeroes at first: columns last, so that a row of it
-is a row of the step. In the dtype of the inputs, which it keeps as they are; sums are float32.
+Its state is the last W - 1 inputs of a sequence, `[N, W - 1, columns]`, zeroes at first: columns last, so that a row of
+it is a row of the step. In the dtype of the inputs, which it keeps as they are; sums are float32.
 """
 
 import jax
@@ -18,9 +18,7 @@ def _weighted(inputs: list[jax.Array], weight: jax.Array) -> jax.Array:
     return sum((x.astype(jnp.float32) * wide[:, j] for j, x in enumerate(inputs)), start=jnp.float32(0))
 
 
-def decode(
-    x: jax.Array, weight: jax.Array, states: jax.Array, rows: DecodeSlots
-) -> tuple[jax.Array, jax.Array]:
+def decode(x: jax.Array, weight: jax.Array, states: jax.Array, rows: DecodeSlots) -> tuple[jax.Array, jax.Array]:
     """One token a sequence: `[B, columns]` and `[columns, W]` -> float32 `[B, columns]` and the states."""
     # Clamped, not filled with zeroes: what is read for padding is dropped again.
     past = states.at[rows.sources].get(mode="clip")
@@ -30,9 +28,7 @@ def decode(
     return jax.nn.silu(y), write(states, rows.targets, jax.lax.optimization_barrier(new))
 
 
-def prefill(
-    x: jax.Array, weight: jax.Array, states: jax.Array, segments: Segments
-) -> tuple[jax.Array, jax.Array]:
+def prefill(x: jax.Array, weight: jax.Array, states: jax.Array, segments: Segments) -> tuple[jax.Array, jax.Array]:
     """Runs of tokens of several sequences, each behind its own state.
 
     Args:
@@ -61,9 +57,7 @@ def prefill(
     return jax.nn.silu(y), write(states, targets, jnp.stack(new, axis=1))
 
 
-def whole(
-    x: jax.Array, weight: jax.Array, states: jax.Array, rows: Whole
-) -> tuple[jax.Array, jax.Array]:
+def whole(x: jax.Array, weight: jax.Array, states: jax.Array, rows: Whole) -> tuple[jax.Array, jax.Array]:
     """Whole sequences, differentiable: `[T, columns]` and `[columns, W]` -> float32 `[T, columns]`; the states stay."""
     count, length = x.shape[0], rows.length
     kept = states.shape[1]

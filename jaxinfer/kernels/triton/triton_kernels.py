@@ -39,12 +39,41 @@ def _rows(start, live, FIRST: tl.constexpr, WIDTH: tl.constexpr, LIMIT: tl.const
 
 @_jit
 def _scan(
-    top, total, acc, first, stop, end, q, q_rest, q_at, token_of, fresh, head, tables, k, v, keys, values,
-    SCALE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
-    DV: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr, K_ALIGN: tl.constexpr, V_ALIGN: tl.constexpr,
-    MAIN: tl.constexpr, REST: tl.constexpr, V_COLUMNS: tl.constexpr, P: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
+    top,
+    total,
+    acc,
+    first,
+    stop,
+    end,
+    q,
+    q_rest,
+    q_at,
+    token_of,
+    fresh,
+    head,
+    tables,
+    k,
+    v,
+    keys,
+    values,
+    SCALE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    K_ROW: tl.constexpr,
+    V_ROW: tl.constexpr,
+    K_ALIGN: tl.constexpr,
+    V_ALIGN: tl.constexpr,
+    MAIN: tl.constexpr,
+    REST: tl.constexpr,
+    V_COLUMNS: tl.constexpr,
+    P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+    MASKED: tl.constexpr,
+):
     """The online softmax over the keys [first, stop), BLOCK_N at a time; not MASKED: every query sees all of them."""
     for start in range(first, stop, BLOCK_N):
         at = start + tl.arange(0, BLOCK_N)
@@ -93,9 +122,21 @@ def _scan(
 
 @_jit
 def _keep(
-    new, cache, token, count, head, blocks, offsets, K: tl.constexpr, ROW: tl.constexpr, WIDTH: tl.constexpr,
-    COLUMNS: tl.constexpr, N: tl.constexpr, P: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
+    new,
+    cache,
+    token,
+    count,
+    head,
+    blocks,
+    offsets,
+    K: tl.constexpr,
+    ROW: tl.constexpr,
+    WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    N: tl.constexpr,
+    P: tl.constexpr,
+    TILE: tl.constexpr,
+):
     """Copies a head of the tokens [token, token + count) of new, ROW elements each, to the cache `[N, K, P, WIDTH]`."""
     query = tl.arange(0, TILE)
     columns = tl.arange(0, COLUMNS)
@@ -110,21 +151,57 @@ def _keep(
 
 @_jit
 def attend(
-    items, tables, blocks, offsets, q, k, v, keys, values, sinks, out, new_keys, new_values, sums, stats,
-    SCALE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, H: tl.constexpr, K: tl.constexpr,
-    MEMBERS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, Q_ROW: tl.constexpr, K_ROW: tl.constexpr,
-    V_ROW: tl.constexpr, Q_FIRST: tl.constexpr, K_FIRST: tl.constexpr, V_FIRST: tl.constexpr, K_ALIGN: tl.constexpr,
-    V_ALIGN: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, K_COLUMNS: tl.constexpr, V_COLUMNS: tl.constexpr,
-    N: tl.constexpr, P: tl.constexpr, W: tl.constexpr, TILE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    items,
+    tables,
+    blocks,
+    offsets,
+    q,
+    k,
+    v,
+    keys,
+    values,
+    sinks,
+    out,
+    new_keys,
+    new_values,
+    sums,
+    stats,
+    SCALE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    Q_ROW: tl.constexpr,
+    K_ROW: tl.constexpr,
+    V_ROW: tl.constexpr,
+    Q_FIRST: tl.constexpr,
+    K_FIRST: tl.constexpr,
+    V_FIRST: tl.constexpr,
+    K_ALIGN: tl.constexpr,
+    V_ALIGN: tl.constexpr,
+    MAIN: tl.constexpr,
+    REST: tl.constexpr,
+    K_COLUMNS: tl.constexpr,
+    V_COLUMNS: tl.constexpr,
+    N: tl.constexpr,
+    P: tl.constexpr,
+    W: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """One work item and one kv head: writes the item's tokens to the cache and attends to its keys.
 
     Program (x, y): x counts kv heads and parts of MEMBERS of the G query heads of each, y items. A tile of queries has
     BLOCK_M rows, query by query MEMBERS heads, so that all heads of a group share what is read of the cache.
 
     Keys from position `fresh` on are taken from k and v, where they lie one after another, and never from the
-    cache: this is what lets other programs of the same launch write them there. Without k and v (and blocks, offsets, new_keys and
+    cache: this is what lets other programs of the same launch write them there. Without k and v (and blocks, offsets,
+        new_keys and
     new_values) all keys are in the cache, and nothing is written.
 
     items `[I, 8]` int32: row of the tables, first token, its position, queries (0: nothing to do), first key, end of
@@ -173,15 +250,77 @@ def attend(
         # one would wait for its first loads again.
         masked_from = first + (position + 1 - first) // BLOCK_N * BLOCK_N
         top, total, acc = _scan(
-            top, total, acc, first, masked_from, end, q_tile, q_rest, q_at, token_of, fresh, head, tables, k, v, keys,
-            values, SCALE, WINDOW, SOFTCAP, K, D, DV, K_ROW, V_ROW, K_ALIGN, V_ALIGN, MAIN, REST, V_COLUMNS, P, BLOCK_N,
-            PRECISION, False,
-        )  # fmt: skip
+            top,
+            total,
+            acc,
+            first,
+            masked_from,
+            end,
+            q_tile,
+            q_rest,
+            q_at,
+            token_of,
+            fresh,
+            head,
+            tables,
+            k,
+            v,
+            keys,
+            values,
+            SCALE,
+            WINDOW,
+            SOFTCAP,
+            K,
+            D,
+            DV,
+            K_ROW,
+            V_ROW,
+            K_ALIGN,
+            V_ALIGN,
+            MAIN,
+            REST,
+            V_COLUMNS,
+            P,
+            BLOCK_N,
+            PRECISION,
+            False,
+        )
     top, total, acc = _scan(
-        top, total, acc, masked_from, end, end, q_tile, q_rest, q_at, token_of, fresh, head, tables, k, v, keys, values,
-        SCALE, WINDOW, SOFTCAP, K, D, DV, K_ROW, V_ROW, K_ALIGN, V_ALIGN, MAIN, REST, V_COLUMNS, P, BLOCK_N, PRECISION,
+        top,
+        total,
+        acc,
+        masked_from,
+        end,
+        end,
+        q_tile,
+        q_rest,
+        q_at,
+        token_of,
+        fresh,
+        head,
+        tables,
+        k,
+        v,
+        keys,
+        values,
+        SCALE,
+        WINDOW,
+        SOFTCAP,
+        K,
+        D,
+        DV,
+        K_ROW,
+        V_ROW,
+        K_ALIGN,
+        V_ALIGN,
+        MAIN,
+        REST,
+        V_COLUMNS,
+        P,
+        BLOCK_N,
+        PRECISION,
         True,
-    )  # fmt: skip
+    )
 
     if k is not None:
         if (end == position + count) & (first_member == 0):
@@ -210,9 +349,17 @@ def attend(
 
 @_jit
 def combine(
-    spans, sums, stats, sinks, out, whole,
-    H: tl.constexpr, DV: tl.constexpr, V_COLUMNS: tl.constexpr, PIECES: tl.constexpr,
-):  # fmt: skip
+    spans,
+    sums,
+    stats,
+    sinks,
+    out,
+    whole,
+    H: tl.constexpr,
+    DV: tl.constexpr,
+    V_COLUMNS: tl.constexpr,
+    PIECES: tl.constexpr,
+):
     """Puts the pieces of one row and head together, in their order, PIECES at a time.
 
     spans `[B, 2]`: a row's first piece and how many it has; a row of one piece is in `whole` already, one of none is

@@ -109,9 +109,12 @@ def _ptx_version(capability: int) -> int:
 
 @cache
 def binary(
-    kernel: Any, signature: tuple[tuple[str, str], ...], constants: tuple[tuple[str, Any], ...], target: Target,
+    kernel: Any,
+    signature: tuple[tuple[str, str], ...],
+    constants: tuple[tuple[str, Any], ...],
+    target: Target,
     options: Options,
-) -> Binary:  # fmt: skip
+) -> Binary:
     """Compiles a kernel for a target, which need not be here; about a second, or read from triton's cache on disk.
 
     Args:
@@ -136,10 +139,12 @@ def binary(
             ASTSource(fn=kernel, signature=types, constexprs=dict(constants), attrs=aligned),
             target=GPUTarget("cuda", target.capability, 32),
             options={
-                "num_warps": options.warps, "num_stages": options.stages, "enable_fp_fusion": True,
+                "num_warps": options.warps,
+                "num_stages": options.stages,
+                "enable_fp_fusion": True,
                 "ptx_version": _ptx_version(target.capability),
             },
-        )  # fmt: skip
+        )
     if getattr(compiled.metadata, "global_scratch_size", 0):
         raise NotImplementedError(f"kernel {compiled.metadata.name} wants scratch memory from its launcher")
     found = compiled.metadata
@@ -147,9 +152,16 @@ def binary(
 
 
 def launch(
-    kernel: Any, operands: Mapping[str, jax.Array | None], results: Mapping[str, jax.ShapeDtypeStruct | None], *,
-    aliases: Mapping[str, str], constants: Mapping[str, Any], grid: tuple[int, int], target: Target, options: Options,
-) -> dict[str, jax.Array | None]:  # fmt: skip
+    kernel: Any,
+    operands: Mapping[str, jax.Array | None],
+    results: Mapping[str, jax.ShapeDtypeStruct | None],
+    *,
+    aliases: Mapping[str, str],
+    constants: Mapping[str, Any],
+    grid: tuple[int, int],
+    target: Target,
+    options: Options,
+) -> dict[str, jax.Array | None]:
     """Launches a kernel in the program that is being traced.
 
     Args:
@@ -175,16 +187,25 @@ def launch(
     hidden = len(re.findall(r"\.param", built.ptx[: built.ptx.index(")")])) - len(signature)
     order = list(wanted)
     call = jax.ffi.ffi_call(
-        CALL, [*wanted.values(), *[jax.ShapeDtypeStruct((1,), jnp.int8)] * hidden], custom_call_api_version=4,
+        CALL,
+        [*wanted.values(), *[jax.ShapeDtypeStruct((1,), jnp.int8)] * hidden],
+        custom_call_api_version=4,
         input_output_aliases={
             list(given).index(one): order.index(other) for one, other in aliases.items() if one in given
         },
-    )  # fmt: skip
+    )
     found = call(
-        *given.values(), name=built.name, kernel_type="ptx", kernel_data=built.ptx,
-        grid_x=np.int32(grid[0]), grid_y=np.int32(grid[1]), grid_z=np.int32(1),
-        block_x=np.int32(built.threads), block_y=np.int32(1), block_z=np.int32(1),
+        *given.values(),
+        name=built.name,
+        kernel_type="ptx",
+        kernel_data=built.ptx,
+        grid_x=np.int32(grid[0]),
+        grid_y=np.int32(grid[1]),
+        grid_z=np.int32(1),
+        block_x=np.int32(built.threads),
+        block_y=np.int32(1),
+        block_z=np.int32(1),
         shared_mem_bytes=np.int32(built.shared_bytes),
         output_indices=np.arange(len(given), len(given) + len(wanted) + hidden, dtype=np.int32),
-    )  # fmt: skip
+    )
     return dict.fromkeys(results) | dict(zip(order, found[: len(order)], strict=True))

@@ -78,10 +78,15 @@ def prefill_work(step: PrefillTiles, scoring: Scoring, *, tokens: int, tile: int
         (first, end), fresh = step.spans.T, step.spans[:, 1]
         position = end - 1
     columns = [
-        row, jnp.where(live, token, padding), position,
+        row,
+        jnp.where(live, token, padding),
+        position,
         jnp.where(live, count, jnp.clip(tokens - padding, 0, tile)),
-        jnp.where(live, first, 0), jnp.where(live, end, 0), fresh, live,
-    ]  # fmt: skip
+        jnp.where(live, first, 0),
+        jnp.where(live, end, 0),
+        fresh,
+        live,
+    ]
     return _columns(columns)[::-1]
 
 

@@ -16,32 +16,59 @@ from jaxinfer.models.decoder_config import AroundDecoder, DecoderConfig
 LANGUAGE_MODELS = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
 """`model_type` -> architecture of the decoders that are served."""
 
-_QWEN = dict(vocab_size=151_936, hidden_size=4096, intermediate_size=22_016, num_hidden_layers=32, num_attention_heads=32)
+_QWEN = dict(
+    vocab_size=151_936, hidden_size=4096, intermediate_size=22_016, num_hidden_layers=32, num_attention_heads=32
+)
 TEXT_SIZES = {
-    "Qwen2ForCausalLM": _QWEN, "Qwen3ForCausalLM": _QWEN,
+    "Qwen2ForCausalLM": _QWEN,
+    "Qwen3ForCausalLM": _QWEN,
     "LlamaForCausalLM": _QWEN | dict(vocab_size=32_000, intermediate_size=11_008),
-}  # fmt: skip
+}
 """Sizes of the configuration classes of transformers."""
 VISION_SIZES = dict(
-    hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096, image_size=[448, 448],
+    hidden_size=1024,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    intermediate_size=4096,
+    image_size=[448, 448],
     patch_size=[14, 14],
-)  # fmt: skip
+)
 """The same of the tower."""
 
 MAX_SIDE = 2**13
 """Pixels a side of an image, a tile or a patch, at most; far above any real model."""
 
 CHAT_ONLY = (
-    "template", "system_message", "use_backbone_lora", "use_llm_lora", "use_thumbnail", "dynamic_image_size",
-    "pad2square", "min_dynamic_patch", "max_dynamic_patch", "image_fold", "hidden_size",
-)  # fmt: skip
+    "template",
+    "system_message",
+    "use_backbone_lora",
+    "use_llm_lora",
+    "use_thumbnail",
+    "dynamic_image_size",
+    "pad2square",
+    "min_dynamic_patch",
+    "max_dynamic_patch",
+    "image_fold",
+    "hidden_size",
+)
 """Of the original config.json: how prompts and tiles are made (`internvl_images`), and what repeats a part's size."""
 
 TRAINING_ONLY = (
-    "capacity_factor", "eval_capacity_factor", "laux_allreduce", "moe_coeff_ratio", "moe_intermediate_size", "moe_output_scale", "noisy_gate_policy",
-    "num_experts", "num_routed_experts", "num_shared_experts", "shared_expert_intermediate_size", "use_residual", "use_rts",
+    "capacity_factor",
+    "eval_capacity_factor",
+    "laux_allreduce",
+    "moe_coeff_ratio",
+    "moe_intermediate_size",
+    "moe_output_scale",
+    "noisy_gate_policy",
+    "num_experts",
+    "num_routed_experts",
+    "num_shared_experts",
+    "shared_expert_intermediate_size",
+    "use_residual",
+    "use_rts",
     "use_weighted_residual",
-)  # fmt: skip
+)
 """Of the original vision_config: training, and the experts of a tower that `use_moe` would switch on."""
 
 
@@ -133,7 +160,8 @@ def _language_model(reader: ConfigReader, name: str) -> DecoderConfig:
     named = listed[0] if isinstance(listed, list) and listed else LANGUAGE_MODELS.get(kind)
     if named not in LANGUAGE_MODELS.values():
         raise ConfigError(
-            f"config.json: {name} has architectures {show(listed)} and model_type {kind!r}, which is not supported as the "
+            f"config.json: {name} has architectures {show(listed)} and model_type {kind!r}, which is not supported as "
+            "the "
             f"language model of {reader.family}; supported: {', '.join(LANGUAGE_MODELS.values())}"
         )
     part.skip("architectures", "model_type")
@@ -155,16 +183,22 @@ def _vision(
     normed = reader.get_bool(qk_norm, original)
     pooled = original or reader.get_bool("use_mean_pooling", True)
     return VisionConfig(
-        width=width, layers=_computed(layer, stored), heads=heads, ffn=reader.get_int("intermediate_size"),
+        width=width,
+        layers=_computed(layer, stored),
+        heads=heads,
+        ffn=reader.get_int("intermediate_size"),
         activation=_served("vision_config.hidden_act", reader.get_str("hidden_act", "gelu"), ACTIVATIONS),
-        channels=reader.get_int("num_channels", 3), image_size=image, patch_size=patch,
+        channels=reader.get_int("num_channels", 3),
+        image_size=image,
+        patch_size=patch,
         norm=_served("norm_type", reader.get_str("norm_type", "rms_norm" if original else "layer_norm"), NORMS),
-        norm_eps=eps, qkv_bias=reader.get_bool(qkv_bias, False),
+        norm_eps=eps,
+        qkv_bias=reader.get_bool(qkv_bias, False),
         # transformers keeps the epsilon of queries and keys apart from the layers'.
         qk_norm_eps=(eps if original else 1e-6) if normed else None,
         positions=original or reader.get_bool("use_absolute_position_embeddings", True),
         final_norm=not pooled and layer == -1,
-    ), stored  # fmt: skip
+    ), stored
 
 
 def _computed(layer: Any, stored: int) -> int:

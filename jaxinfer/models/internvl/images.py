@@ -30,14 +30,23 @@ def tiling(hf: Mapping[str, Any]) -> Tiling | None:
     least, most = reader.get_int("min_dynamic_patch", 1), reader.get_int("max_dynamic_patch", 12)
     dynamic = reader.get_bool("dynamic_image_size", True)
     settings = dict(
-        size={"height": side, "width": side}, crop_to_patches=dynamic, min_patches=min(least, MOST_TILES),
-        max_patches=min(most, MOST_TILES), image_mean=MEAN, image_std=STD, resample=BICUBIC,
-    )  # fmt: skip
+        size={"height": side, "width": side},
+        crop_to_patches=dynamic,
+        min_patches=min(least, MOST_TILES),
+        max_patches=min(most, MOST_TILES),
+        image_mean=MEAN,
+        image_std=STD,
+        resample=BICUBIC,
+    )
     return Tiling("GotOcr2ImageProcessor", settings, thumbnail=reader.get_bool("use_thumbnail", True))
 
 
 IMAGES = ImageFormat(
-    placeholder="<IMG_CONTEXT>", before="<img>", after="</img>", aliases=("<image>",), tiling=tiling,
+    placeholder="<IMG_CONTEXT>",
+    before="<img>",
+    after="</img>",
+    aliases=("<image>",),
+    tiling=tiling,
     options={"crop_to_patches": True},
-)  # fmt: skip
+)
 """The markers of its tokenizers; "<image>" is what the original code replaces."""

@@ -178,9 +178,10 @@ def _tower_rules(config: InternVLConfig) -> list[Rule]:
 def weight_rules(config: InternVLConfig) -> list[Rule]:
     """All tensors; those of transformers by the names on the Hub and by its own."""
     tower, projector, parts = (
-        ("vision_model", "mlp1", ("0", "1", "3")) if config.original
+        ("vision_model", "mlp1", ("0", "1", "3"))
+        if config.original
         else ("vision_tower", "multi_modal_projector", ("layer_norm", "linear_1", "linear_2"))
-    )  # fmt: skip
+    )
     table = [
         replace(rule, source=f"{tower}.{rule.source}", target=rule.target and f"vision_tower.{rule.target}")
         for rule in _tower_rules(config)

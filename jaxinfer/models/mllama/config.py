@@ -20,7 +20,8 @@ TAPS, CROSS_LAYERS = (3, 7, 15, 23, 30), (3, 8, 13, 18, 23, 28, 33, 38)
 EXTRA_TOKENS = 8
 """Rows of the embedding beyond the head's: the image token is the first of them."""
 MOST_IMAGES = 8
-"""Of one prompt: as many as that always find room in the cache, which takes 1.7 GB of a Llama 3.2 of 11 B in bfloat16."""
+"""Of one prompt: as many as that always find room in the cache, which takes 1.7 GB of a Llama 3.2 of 11 B in
+bfloat16."""
 TAPS_AFTER = (4, 56)
 """The version of transformers from which on `intermediate_layers_indices` names layers whose outputs are kept. Before,
 and in the original, it named layers whose inputs are (docs/decisions.md)."""
@@ -61,9 +62,14 @@ def read_config(reader: ConfigReader) -> MllamaConfig:
     text.default_theta = 500_000.0
     text.absent(num_key_value_heads=8)
     text.defaults(
-        vocab_size=128_256, hidden_size=4096, num_hidden_layers=40, num_attention_heads=32, intermediate_size=14_336,
-        rms_norm_eps=1e-5, max_position_embeddings=131_072,
-    )  # fmt: skip
+        vocab_size=128_256,
+        hidden_size=4096,
+        num_hidden_layers=40,
+        num_attention_heads=32,
+        intermediate_size=14_336,
+        rms_norm_eps=1e-5,
+        max_position_embeddings=131_072,
+    )
     layers = tuple(text.get_list("cross_attention_layers", list(CROSS_LAYERS)))
     config = read_decoder_config(text)
     _indices("cross_attention_layers", layers, 0, config.num_layers)
@@ -75,7 +81,8 @@ def read_config(reader: ConfigReader) -> MllamaConfig:
     token = reader.get_int("image_token_index", config.vocab_size, least=0)
     if token >= config.vocab_size + EXTRA_TOKENS:
         raise ConfigError(
-            f"config.json: image_token_index is {token}, which the embedding of {config.vocab_size} + {EXTRA_TOKENS} tokens "
+            f"config.json: image_token_index is {token}, which the embedding of {config.vocab_size} + {EXTRA_TOKENS} "
+            "tokens "
             "does not have"
         )
     return MllamaConfig(vision, config, frozenset(layers), token)
@@ -97,14 +104,25 @@ def _vision(reader: ConfigReader, names_outputs: bool) -> MllamaVisionConfig:
     taps = tuple(reader.get_list("intermediate_layers_indices", list(TAPS)))
     _indices("intermediate_layers_indices", taps, 0, layers)
     layer = VisionConfig(
-        width=width, layers=layers, heads=heads, ffn=reader.get_int("intermediate_size", 5120), activation=activation,
-        channels=reader.get_int("num_channels", 3), image_size=image, patch_size=patch, norm="layer_norm",
-        norm_eps=reader.get_float("norm_eps", 1e-5, above=0), out_bias=False,
-    )  # fmt: skip
+        width=width,
+        layers=layers,
+        heads=heads,
+        ffn=reader.get_int("intermediate_size", 5120),
+        activation=activation,
+        channels=reader.get_int("num_channels", 3),
+        image_size=image,
+        patch_size=patch,
+        norm="layer_norm",
+        norm_eps=reader.get_float("norm_eps", 1e-5, above=0),
+        out_bias=False,
+    )
     config = MllamaVisionConfig(
-        layer, reader.get_int("num_global_layers", 8), _ratios(reader, tiles), tiles,
+        layer,
+        reader.get_int("num_global_layers", 8),
+        _ratios(reader, tiles),
+        tiles,
         tuple(tap if names_outputs else tap - 1 for tap in taps),
-    )  # fmt: skip
+    )
     made = reader.get_int("vision_output_dim", config.width)
     if made != config.width:
         raise ConfigError(
@@ -122,14 +140,21 @@ def _names_outputs(reader: ConfigReader) -> bool:
 
 def _ratios(reader: ConfigReader, tiles: int) -> tuple[tuple[int, int], ...]:
     given = reader.get("supported_aspect_ratios", list(RATIOS))
-    fits = isinstance(given, list) and bool(given) and all(
-        isinstance(pair, list) and len(pair) == 2 and all(type(x) is int and x > 0 for x in pair)
-        and pair[0] * pair[1] <= tiles
-        for pair in given
-    )  # fmt: skip
+    fits = (
+        isinstance(given, list)
+        and bool(given)
+        and all(
+            isinstance(pair, list)
+            and len(pair) == 2
+            and all(type(x) is int and x > 0 for x in pair)
+            and pair[0] * pair[1] <= tiles
+            for pair in given
+        )
+    )
     if not fits:
         raise ConfigError(
-            f"{reader.family}: supported_aspect_ratios={str(given)[:200]} must be pairs of whole numbers, at most max_num_tiles "
+            f"{reader.family}: supported_aspect_ratios={str(given)[:200]} must be pairs of whole numbers, at most "
+            "max_num_tiles "
             f"= {tiles} tiles each"
         )
     return tuple((down, across) for down, across in given)
@@ -137,4 +162,6 @@ def _ratios(reader: ConfigReader, tiles: int) -> tuple[tuple[int, int], ...]:
 
 def _indices(name: str, values: tuple[Any, ...], least: int, most: int) -> None:
     if len(values) > most or any(type(value) is not int or not least <= value < most for value in values):
-        raise ConfigError(f"config.json: {name} is {list(values)[:50]}; each must be a whole number from {least} to {most - 1}")
+        raise ConfigError(
+            f"config.json: {name} is {list(values)[:50]}; each must be a whole number from {least} to {most - 1}"
+        )

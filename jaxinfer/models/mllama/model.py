@@ -1,8 +1,8 @@
 """Llama 3.2 Vision (`MllamaForConditionalGeneration`, arXiv:2407.21783): some layers of a Llama attend to images alone.
 
-Those layers are gated and have no attention to text. What a token sees are the images of the last run of image tokens at
-or before it (`models.mllama_prompt`); a token that sees none passes them unchanged, as in the original, so that a prompt
-without images runs through a plain Llama. transformers keeps attention's part there (its issue 39379).
+Those layers are gated and have no attention to text. What a token sees are the images of the last run of image tokens
+at or before it (`models.mllama_prompt`); a token that sees none passes them unchanged, as in the original, so that a
+prompt without images runs through a plain Llama. transformers keeps attention's part there (its issue 39379).
 """
 
 from collections.abc import Sequence
@@ -82,10 +82,14 @@ class MllamaText(nnx.Module):
         self.config = config
         lookup = build._replace(quantization=None)  # a table that is only looked up gains nothing from int8
         self.embedding = Embedding(lookup.at("embedding"), text.vocab_size + EXTRA_TOKENS, width)
-        self.layers = nnx.List([
-            CrossLayer(build.at("layers", i), text) if i in config.cross_layers else Layer(build.at("layers", i), text, i)
-            for i in range(text.num_layers)
-        ])  # fmt: skip
+        self.layers = nnx.List(
+            [
+                CrossLayer(build.at("layers", i), text)
+                if i in config.cross_layers
+                else Layer(build.at("layers", i), text, i)
+                for i in range(text.num_layers)
+            ]
+        )
         self.norm = RMSNorm(build.at("norm"), width, text.norm_eps, axes.EMBED)
         self.head = Embedding(build.at("head"), text.vocab_size, width, lookup=False, head=True)
 
@@ -109,10 +113,9 @@ class Mllama(nnx.Module):
         self.projector = Projector(unquantised.at("projector"), config.vision.width, config.text.attention.width)
         self.language_model = MllamaText(build.at("language_model"), config)
 
-    def encode_cross(
-        self, inputs: jax.Array, numbers: jax.Array, step: EncodeStep, lanes: list[Lane]
-    ) -> list[Lane]:
-        """Images `[U, t, C, height, width]` and the numbers of their canvases `[U, 1]` -> the lanes with keys and values."""
+    def encode_cross(self, inputs: jax.Array, numbers: jax.Array, step: EncodeStep, lanes: list[Lane]) -> list[Lane]:
+        """Images `[U, t, C, height, width]` and the numbers of their canvases `[U, 1]` -> the lanes with keys and
+        values."""
         encoded, lanes = self.projector(self.vision_model(inputs, numbers[:, 0])), list(lanes)
         for number in sorted(self.config.cross_layers):
             lane = step.lane(number)

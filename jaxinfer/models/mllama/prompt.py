@@ -20,8 +20,8 @@ IMAGE, PIXELS, CANVASES = "image", "pixel_values", "aspect_ratio_ids"
 class MllamaReader:
     """Reads prompts with `"multi_modal_data": {"image": one or a list of images}`, an `<|image|>` for each in the text.
 
-    Or, preprocessed by transformers' processor, `{"pixel_values": [images, tiles, C, height, width], "aspect_ratio_ids":
-    [images]}`.
+    Or, preprocessed by transformers' processor, `{"pixel_values": [images, tiles, C, height, width],
+    "aspect_ratio_ids": [images]}`.
     """
 
     forms = Forms(media=True)
@@ -30,7 +30,9 @@ class MllamaReader:
         self._config, self.source = sources.config, sources.config.cross
         self.modality, self.marker = self.source.modality, IMAGES.placeholder
         directory = sources.directory
-        self._processor = None if directory is None else ImageProcessor(IMAGES, directory, sources.hf, self.source.shape[1:])
+        self._processor = (
+            None if directory is None else ImageProcessor(IMAGES, directory, sources.hf, self.source.shape[1:])
+        )
 
     def read(self, prompt: Asked, index: int, encode: Callable[[str, bool], list[int]]) -> CrossPrompt:
         """One prompt.
@@ -45,7 +47,8 @@ class MllamaReader:
         places = np.flatnonzero(np.asarray(ids, np.int64) == self._config.image_token).tolist()
         if len(places) != len(images):
             raise ValueError(
-                f"prompt {index} has {_count(len(places), 'image token')} ({self.marker}, id {self._config.image_token}) for "
+                f"prompt {index} has {_count(len(places), 'image token')} ({self.marker}, id "
+                f"{self._config.image_token}) for "
                 f"{_count(len(images), 'image')}; put one where each image belongs, and pass each image in "
                 f"multi_modal_data={{{IMAGE!r}: ...}}."
             )
@@ -62,8 +65,10 @@ class MllamaReader:
     def _images(self, given: Mapping[str, Any], index: int) -> tuple[EncoderInput, ...]:
         for key in given:
             if key not in (IMAGE, PIXELS, CANVASES):
-                raise ValueError(f"prompt {index}: multi_modal_data has {describe(key)}; this model takes {IMAGE!r}, or "
-                                 f"{PIXELS!r} and {CANVASES!r} of what is preprocessed.")  # fmt: skip
+                raise ValueError(
+                    f"prompt {index}: multi_modal_data has {describe(key)}; this model takes {IMAGE!r}, or "
+                    f"{PIXELS!r} and {CANVASES!r} of what is preprocessed."
+                )
         if IMAGE in given and len(given) > 1:
             raise ValueError(f"prompt {index}: multi_modal_data has both {IMAGE!r} and {PIXELS!r}; pass one of them.")
         if IMAGE in given:
@@ -82,30 +87,39 @@ class MllamaReader:
             raise
         except Exception as error:  # whatever transformers or Pillow make of it
             raise ValueError(
-                f"{where} of {rgb.shape[0]} x {rgb.shape[1]} pixels cannot be preprocessed: {type(error).__name__}: {error}."
+                f"{where} of {rgb.shape[0]} x {rgb.shape[1]} pixels cannot be preprocessed: {type(error).__name__}: "
+                f"{error}."
             ) from error
         tiles, canvas = np.asarray(out[PIXELS], np.float32), np.asarray(out[CANVASES]).ravel()
         vision = self._config.vision
         if tiles.shape[2:] != self.source.shape or not 1 <= canvas[0] <= len(vision.ratios):
             raise CheckpointError(
-                f"the image processor makes tiles of shape {list(tiles.shape[2:])} on canvas {canvas[0]}, but the model takes "
-                f"{list(self.source.shape)} and knows {len(vision.ratios)} canvases; preprocessor_config.json and config.json do "
+                f"the image processor makes tiles of shape {list(tiles.shape[2:])} on canvas {canvas[0]}, but the "
+                "model takes "
+                f"{list(self.source.shape)} and knows {len(vision.ratios)} canvases; preprocessor_config.json and "
+                "config.json do "
                 "not belong together"
             )
         return self._input(tiles[0, 0], int(canvas[0]))
 
     def _preprocessed(self, given: Mapping[str, Any], index: int) -> tuple[EncoderInput, ...]:
         if PIXELS not in given or CANVASES not in given:
-            raise ValueError(f"prompt {index}: multi_modal_data must have {PIXELS!r} and {CANVASES!r} together, as the model's "
-                             "processor makes them.")  # fmt: skip
+            raise ValueError(
+                f"prompt {index}: multi_modal_data must have {PIXELS!r} and {CANVASES!r} together, as the model's "
+                "processor makes them."
+            )
         tiles = as_values(given[PIXELS], self.source.shape, f"prompt {index}: {PIXELS}")
         canvases, most = np.asarray(given[CANVASES]), len(self._config.vision.ratios)
         if canvases.shape != tiles.shape[:1] or canvases.dtype.kind not in "iu":
-            raise ValueError(f"prompt {index}: {CANVASES} must be {len(tiles)} integers, one an image, got "
-                             f"{canvases.dtype} of shape {list(canvases.shape)}.")  # fmt: skip
+            raise ValueError(
+                f"prompt {index}: {CANVASES} must be {len(tiles)} integers, one an image, got "
+                f"{canvases.dtype} of shape {list(canvases.shape)}."
+            )
         if canvases.min() < 1 or canvases.max() > most:
-            raise ValueError(f"prompt {index}: {CANVASES} has values from {canvases.min()} to {canvases.max()}; this model knows "
-                             f"1 to {most}.")  # fmt: skip
+            raise ValueError(
+                f"prompt {index}: {CANVASES} has values from {canvases.min()} to {canvases.max()}; this model knows "
+                f"1 to {most}."
+            )
         return tuple(self._input(one, int(canvas)) for one, canvas in zip(tiles, canvases, strict=True))
 
     def _input(self, tiles: np.ndarray, canvas: int) -> EncoderInput:
@@ -115,7 +129,8 @@ class MllamaReader:
 
 
 def ranges(places: Sequence[int], lengths: Sequence[int]) -> tuple[tuple[int, int, int], ...]:
-    """From each image token on, which positions are seen: images of the run of image tokens that it is in, up to its own."""
+    """From each image token on, which positions are seen: images of the run of image tokens that it is in, up to its
+    own."""
     made, first, end = [], 0, 0
     for at, (place, length) in enumerate(zip(places, lengths, strict=True)):
         if at and place > places[at - 1] + 1:

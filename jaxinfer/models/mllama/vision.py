@@ -4,8 +4,8 @@ A transformer reads each image as one sequence of the patches of all its tiles; 
 What some of the first one's layers gave stands beside the end in every row. Letters beside those of `sharding.axes`: n
 images, t tiles an image has at most, C channels, p patches of a tile, its class token among them.
 
-Tiles that an image does not have, and zeroes that fill a tile's patches up to a multiple of 8, take part in attention, as
-in the original: patches see them, but they do not see each other.
+Tiles that an image does not have, and zeroes that fill a tile's patches up to a multiple of 8, take part in attention,
+as in the original: patches see them, but they do not see each other.
 """
 
 from collections.abc import Iterator

@@ -17,11 +17,22 @@ STRIDE = 2
 
 
 UNUSED = (
-    "apply_spec_augment", "classifier_proj_size", "mask_feature_length", "mask_feature_min_masks",
-    "mask_feature_prob", "mask_time_length", "mask_time_min_masks", "mask_time_prob", "median_filter_width",
-    "num_hidden_layers", "scale_embedding", "use_weighted_layer_sum", "alignment_heads",
-)  # fmt: skip
-"""What only training and classification read, sizes that are repeated, and a scale that transformers never multiplies with."""
+    "apply_spec_augment",
+    "classifier_proj_size",
+    "mask_feature_length",
+    "mask_feature_min_masks",
+    "mask_feature_prob",
+    "mask_time_length",
+    "mask_time_min_masks",
+    "mask_time_prob",
+    "median_filter_width",
+    "num_hidden_layers",
+    "scale_embedding",
+    "use_weighted_layer_sum",
+    "alignment_heads",
+)
+"""What only training and classification read, sizes that are repeated, and a scale that transformers never multiplies
+with."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +113,9 @@ def read_config(reader: ConfigReader) -> WhisperConfig:
     def stack(name: str, positions: str) -> StackConfig:
         heads = reader.get_int(f"{name}_attention_heads")
         if width % heads:
-            raise ConfigError(f"config.json: d_model is {width}, which {name}_attention_heads = {heads} does not divide")
+            raise ConfigError(
+                f"config.json: d_model is {width}, which {name}_attention_heads = {heads} does not divide"
+            )
         return StackConfig(
             reader.get_int(f"{name}_layers"), heads, reader.get_int(f"{name}_ffn_dim"), reader.get_int(positions)
         )
@@ -116,11 +129,15 @@ def read_config(reader: ConfigReader) -> WhisperConfig:
         raise ConfigError(f"config.json: special_tokens must be an object, got {show(said)}")
     reader.skip(*UNUSED)
     return WhisperConfig(
-        reader.get_int("vocab_size"), width, stack("encoder", "max_source_positions"),
-        stack("decoder", "max_target_positions"), reader.get_int("num_mel_bins", 80), activation,
+        reader.get_int("vocab_size"),
+        width,
+        stack("encoder", "max_source_positions"),
+        stack("decoder", "max_target_positions"),
+        reader.get_int("num_mel_bins", 80),
+        activation,
         WhisperTokens.of(said, reader.config) if said or "decoder_start_token_id" in reader.config else None,
         reader.get_bool("tie_word_embeddings", True),
-    )  # fmt: skip
+    )
 
 
 def from_folder(directory: Path) -> Mapping[str, Any]:

@@ -1,7 +1,8 @@
-"""Whisper (`WhisperForConditionalGeneration`, arXiv:2212.04356): speech to text, an encoder of log-mel frames and a decoder.
+"""Whisper (`WhisperForConditionalGeneration`, arXiv:2212.04356): speech to text, an encoder of log-mel frames and a
+decoder.
 
-Letters beside those of `sharding.axes`: U windows of audio in an encoder step, C mel bins, f frames of a window; S = U * f / 2
-positions of the encoder.
+Letters beside those of `sharding.axes`: U windows of audio in an encoder step, C mel bins, f frames of a window; S = U
+* f / 2 positions of the encoder.
 """
 
 from collections.abc import Mapping, Sequence
@@ -126,9 +127,7 @@ class Whisper(nnx.Module):
         self.norm = LayerNorm(build.at("norm"), config.width, NORM_EPS, axes.EMBED)
         self.head = None if config.tied else Embedding(build.at("head"), *sizes, lookup=False, head=True)
 
-    def encode_cross(
-        self, inputs: jax.Array, numbers: jax.Array, step: EncodeStep, lanes: list[Lane]
-    ) -> list[Lane]:
+    def encode_cross(self, inputs: jax.Array, numbers: jax.Array, step: EncodeStep, lanes: list[Lane]) -> list[Lane]:
         """Windows `[U, C, f]` -> the lanes with keys and values of all cross layers; `numbers` has none."""
         encoded, lanes = self.encoder(inputs, step), list(lanes)
         for number, layer in enumerate(self.layers, len(self.layers)):
@@ -168,27 +167,35 @@ def weight_rules(config: WhisperConfig) -> list[Rule]:
     own, cross = "attention.qkv", "cross.qkv"
     both = [
         *_attention("self_attn", "attention", dict.fromkeys("qkv", own)),
-        *_norm("self_attn_layer_norm", "attention_norm"), *_norm("final_layer_norm", "mlp_norm"),
-        *_linear("fc1", "mlp.up", ("up",)), *_linear("fc2", "mlp.down"),
-    ]  # fmt: skip
+        *_norm("self_attn_layer_norm", "attention_norm"),
+        *_norm("final_layer_norm", "mlp_norm"),
+        *_linear("fc1", "mlp.up", ("up",)),
+        *_linear("fc2", "mlp.down"),
+    ]
     only_decoder = [
         *_attention("encoder_attn", "cross", {"q": f"{cross}.q", "k": f"{cross}.kv", "v": f"{cross}.kv"}),
         *_norm("encoder_attn_layer_norm", "cross_norm"),
     ]
     encoder = [
-        *_linear("conv1", "conv1"), *_linear("conv2", "conv2"), *_norm("layer_norm", "norm"),
+        *_linear("conv1", "conv1"),
+        *_linear("conv2", "conv2"),
+        *_norm("layer_norm", "norm"),
         Rule("embed_positions.weight", "positions"),
         *_in_layers(both, config.encoder.layers),
-    ]  # fmt: skip
+    ]
     decoder = [
-        Rule("embed_tokens.weight", "embedding.weight"), Rule("embed_positions.weight", "positions.weight"),
-        *_norm("layer_norm", "norm"), *_in_layers(both + only_decoder, config.decoder.layers),
-    ]  # fmt: skip
+        Rule("embed_tokens.weight", "embedding.weight"),
+        Rule("embed_positions.weight", "positions.weight"),
+        *_norm("layer_norm", "norm"),
+        *_in_layers(both + only_decoder, config.decoder.layers),
+    ]
     return [
         *(Rule(f"model.encoder.{r.source}", f"encoder.{r.target}", r.parts) for r in encoder),
         *(Rule(f"model.decoder.{r.source}", r.target, r.parts) for r in decoder),
-        Rule("proj_out.weight", "embedding.weight", tied="head") if config.tied else Rule("proj_out.weight", "head.weight"),
-    ]  # fmt: skip
+        Rule("proj_out.weight", "embedding.weight", tied="head")
+        if config.tied
+        else Rule("proj_out.weight", "head.weight"),
+    ]
 
 
 def _linear(source: str, target: str, parts: tuple[str, ...] = ()) -> list[Rule]:

@@ -19,8 +19,8 @@ AUDIO, FEATURES = "audio", "input_features"
 class WhisperReader:
     """Makes the decoder's prompt of what a user asks for.
 
-    A prompt is a dict with `"multi_modal_data": {"audio": (array, sampling_rate)}`, or `{"input_features": array}` of one
-    window that was preprocessed, and optionally
+    A prompt is a dict with `"multi_modal_data": {"audio": (array, sampling_rate)}`, or `{"input_features": array}` of
+    one window that was preprocessed, and optionally
 
     - `"language"`: its code ("en"), name ("english") or token; by default it is detected;
     - `"task"`: "transcribe", the default, or "translate" (into English);
@@ -56,8 +56,10 @@ class WhisperReader:
             extra = 0 if self._rule is None else self._rule.forced(says)
             return CrossPrompt(ids, cross, rule=int(says), extra_tokens=extra)
         for name in options:
-            raise ValueError(f"prompt {index}: {name!r} does not go with a prompt of your own, which says it with its tokens; "
-                             "leave out one of them.")  # fmt: skip
+            raise ValueError(
+                f"prompt {index}: {name!r} does not go with a prompt of your own, which says it with its tokens; "
+                "leave out one of them."
+            )
         ids = list(prompt.token_ids) if prompt.token_ids is not None else encode(prompt.text, False)
         if self._rule is None:
             return CrossPrompt(ids, cross)
@@ -107,18 +109,24 @@ class WhisperReader:
         """Audio of any length, checked; with what would take it."""
         audio = as_audio(value, where)
         if self.processor is None:
-            raise ValueError(f"{where}: there is no checkpoint whose feature extractor would take it; pass {FEATURES!r}.")
+            raise ValueError(
+                f"{where}: there is no checkpoint whose feature extractor would take it; pass {FEATURES!r}."
+            )
         return audio
 
     def _input(self, media: Mapping[str, Any] | None, index: int) -> EncoderInput:
         given, where = dict(media or {}), f"prompt {index}, audio"
         for key in given:
             if key not in (AUDIO, FEATURES):
-                raise ValueError(f"prompt {index}: multi_modal_data has {describe(key)}; this model takes {AUDIO!r}, or "
-                                 f"{FEATURES!r} that are preprocessed.")  # fmt: skip
+                raise ValueError(
+                    f"prompt {index}: multi_modal_data has {describe(key)}; this model takes {AUDIO!r}, or "
+                    f"{FEATURES!r} that are preprocessed."
+                )
         if not given:
-            raise ValueError(f"prompt {index} has no audio, and this model takes speech: pass "
-                             f"{{'multi_modal_data': {{{AUDIO!r}: (array, sampling_rate)}}}}, or {FEATURES!r} in its place.")
+            raise ValueError(
+                f"prompt {index} has no audio, and this model takes speech: pass "
+                f"{{'multi_modal_data': {{{AUDIO!r}: (array, sampling_rate)}}}}, or {FEATURES!r} in its place."
+            )
         if len(given) != 1:
             raise ValueError(f"prompt {index}: multi_modal_data has both {AUDIO!r} and {FEATURES!r}; pass one of them.")
         [(key, value)] = given.items()
@@ -136,14 +144,17 @@ class WhisperReader:
         """The decoder's first tokens, and what is to follow them."""
         rule = self._rule
         if rule is None:
-            raise ValueError(f"prompt {index}: neither generation_config.json nor config.json names the start token; pass "
-                             "prompt_token_ids.")  # fmt: skip
+            raise ValueError(
+                f"prompt {index}: neither generation_config.json nor config.json names the start token; pass "
+                "prompt_token_ids."
+            )
         timed = options.get("timestamps", self._defaults.get("return_timestamps") or False)
         if not isinstance(timed, bool):
             raise TypeError(f"prompt {index}: 'timestamps' must be True or False, got {describe(timed)}.")
         if timed and rule.no_timestamps is None:
-            raise ValueError(f"prompt {index}: this model has no timestamps: generation_config.json has no "
-                             "no_timestamps_token_id.")  # fmt: skip
+            raise ValueError(
+                f"prompt {index}: this model has no timestamps: generation_config.json has no no_timestamps_token_id."
+            )
         says = Says.TEXT | (Says.TIMESTAMPS if timed else 0)
         language, task = self._language(options, index), self._task(options, index)
         if rule.languages and language is None:
@@ -167,20 +178,26 @@ class WhisperReader:
         if not isinstance(given, str):
             raise TypeError(f"prompt {index}: 'language' must be a string, got {describe(given)}.")
         if not rule.languages:
-            raise ValueError(f"prompt {index}: 'language' is {given!r}, but this model knows English only; leave it out.")
+            raise ValueError(
+                f"prompt {index}: 'language' is {given!r}, but this model knows English only; leave it out."
+            )
         name, known = given.lower(), dict(rule.languages)
         for token in (name, f"<|{name}|>", f"<|{_codes().get(name)}|>"):
             if token in known:
                 return known[token]
         codes = ", ".join(sorted(token.strip("<|>") for token in known))
-        raise ValueError(f"prompt {index}: 'language' is {given[:50]!r}, which this model does not know; it knows {codes}.")
+        raise ValueError(
+            f"prompt {index}: 'language' is {given[:50]!r}, which this model does not know; it knows {codes}."
+        )
 
     def _task(self, options: Mapping[str, Any], index: int) -> str:
         rule, given = self._rule, options.get("task")
         if given is not None and given not in TASKS:
             raise ValueError(f"prompt {index}: 'task' is {describe(given)}; it must be 'transcribe' or 'translate'.")
         if given is not None and not rule.tasks:
-            raise ValueError(f"prompt {index}: 'task' is {given!r}, but this model only transcribes English; leave it out.")
+            raise ValueError(
+                f"prompt {index}: 'task' is {given!r}, but this model only transcribes English; leave it out."
+            )
         forced = next((token for place, token in self._forced if place == 2), None)
         known = {token: name for name, token in rule.tasks}
         return given or self._defaults.get("task") or known.get(forced, "transcribe")

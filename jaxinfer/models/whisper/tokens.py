@@ -26,15 +26,16 @@ class Says(IntFlag):
     TIMESTAMPS = 2
     """Timestamps in pairs around what is said; without it none follow the prompt."""
     DETECT = 4
-    """The first token is the likeliest language, the next one the task, and where timestamps are off, then the token that
-    says so."""
+    """The first token is the likeliest language, the next one the task, and where timestamps are off, then the token
+    that says so."""
     TRANSLATE = 8
     """That task is to translate, not to transcribe."""
 
 
 @dataclass(frozen=True)
 class WhisperTokens:
-    """The special tokens of a checkpoint, of its generation_config.json; hashable, as a compiled step closes over it."""
+    """The special tokens of a checkpoint, of its generation_config.json; hashable, as a compiled step closes over
+    it."""
 
     eos: int
     start: int
@@ -59,6 +60,7 @@ class WhisperTokens:
         Raises:
             ConfigError: an id that is none, or a start token that neither names.
         """
+
         def one(name: str) -> int | None:
             value = generation_config.get(name, config.get(name))
             value = value[0] if isinstance(value, list) and value else value
@@ -78,13 +80,20 @@ class WhisperTokens:
 
         start, eos = one("decoder_start_token_id"), one("eos_token_id")
         if start is None or eos is None:
-            raise ConfigError("neither generation_config.json nor config.json has decoder_start_token_id and eos_token_id")
+            raise ConfigError(
+                "neither generation_config.json nor config.json has decoder_start_token_id and eos_token_id"
+            )
         english = generation_config.get("is_multilingual") is False
         return cls(
-            eos, start, () if english else named("lang_to_id"), () if english else named("task_to_id"),
-            one("no_timestamps_token_id"), several("suppress_tokens"), several("begin_suppress_tokens"),
+            eos,
+            start,
+            () if english else named("lang_to_id"),
+            () if english else named("task_to_id"),
+            one("no_timestamps_token_id"),
+            several("suppress_tokens"),
+            several("begin_suppress_tokens"),
             one("max_initial_timestamp_index"),
-        )  # fmt: skip
+        )
 
     @property
     def first_timestamp(self) -> int | None:
@@ -137,7 +146,8 @@ class WhisperTokens:
         return made
 
     def _prefix(self, logits: jax.Array, ids: jax.Array, at: jax.Array, says: jax.Array) -> jax.Array:
-        """`[B, V']` only the one token that comes before what is said: the likeliest language, the task, no timestamps."""
+        """`[B, V']` only the one token that comes before what is said: the likeliest language, the task, no
+        timestamps."""
         known = self._mask(tuple(token for _, token in self.languages), logits)
         wanted = jnp.argmax(jnp.where(known, logits, -jnp.inf), axis=-1)
         if self.tasks:
@@ -149,9 +159,7 @@ class WhisperTokens:
         kept = jnp.where(jnp.isfinite(logits), 0.0, logits)
         return jnp.where(ids == wanted[:, None], kept, -jnp.inf)
 
-    def _timestamps(
-        self, logits: jax.Array, history: jax.Array, position: jax.Array, begin: jax.Array
-    ) -> jax.Array:
+    def _timestamps(self, logits: jax.Array, history: jax.Array, position: jax.Array, begin: jax.Array) -> jax.Array:
         """`[B, V']`: timestamps in pairs, never going back, and where they are likelier than any text no text."""
         zero, ids = self.first_timestamp, jnp.arange(logits.shape[-1])
         stamps = ids >= zero

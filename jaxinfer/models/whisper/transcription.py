@@ -144,7 +144,12 @@ class Transcribing:
         """All that was said."""
         step = self.reader.stride * self.reader.frame_seconds
         segments = [
-            Segment(offset + piece.start * step, offset + piece.end * step, self._text(piece.tokens, tokenizer), piece.tokens)
+            Segment(
+                offset + piece.start * step,
+                offset + piece.end * step,
+                self._text(piece.tokens, tokenizer),
+                piece.tokens,
+            )
             for offset, piece in self.pieces
         ]
         text = self._text([token for _, piece in self.pieces for token in piece.tokens], tokenizer)

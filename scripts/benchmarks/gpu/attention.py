@@ -70,10 +70,18 @@ def problem(lengths: Sequence[int], dtype: jnp.dtype = jnp.bfloat16, dim: int = 
     own = tables[np.arange(batch), last // BLOCK]
     slots = Slots(np.where(np.array(lengths) > 0, own, total).astype(np.int32), last % BLOCK)
     make = jax.jit(values, static_argnums=(1, 2))
-    arrays = [make(jnp.uint32(seed), shape, dtype) for seed, shape in enumerate((
-        (batch, HEADS, dim), (batch, KV_HEADS, dim), (batch, KV_HEADS, dim),
-        (total, KV_HEADS, BLOCK, dim), (total, KV_HEADS, BLOCK, dim),
-    ))]  # fmt: skip
+    arrays = [
+        make(jnp.uint32(seed), shape, dtype)
+        for seed, shape in enumerate(
+            (
+                (batch, HEADS, dim),
+                (batch, KV_HEADS, dim),
+                (batch, KV_HEADS, dim),
+                (total, KV_HEADS, BLOCK, dim),
+                (total, KV_HEADS, BLOCK, dim),
+            )
+        )
+    ]
     rows = DecodeRows(tables, np.array(lengths, np.int32))
     return Problem(*arrays[:3], Lane(*arrays[3:]), *jax.device_put((slots, rows)))
 
@@ -132,9 +140,9 @@ def tiles(context: Context) -> Figures:
         key = f"us keys={block} warps={warps} stages={stages}"
         if key in figures:
             continue
-        with _tiled(lambda chosen, b=block, w=warps, s=stages: replace(
-            chosen, block_n=b, options=triton_launch.Options(w, s)
-        )):  # fmt: skip
+        with _tiled(
+            lambda chosen, b=block, w=warps, s=stages: replace(chosen, block_n=b, options=triton_launch.Options(w, s))
+        ):
             try:
                 figures[key] = 1e6 * seconds(attention.TRITON, given)
             except Exception as error:  # more shared memory than there is, say: the others are still of interest
@@ -143,8 +151,11 @@ def tiles(context: Context) -> Figures:
     best = min((key for key in figures if isinstance(figures[key], float)), key=lambda key: figures[key])
     chosen = 1e6 * seconds(attention.TRITON, given)
     return figures | {
-        "chosen_us": chosen, "best": best, "best_us": figures[best], "chosen_over_best": chosen / figures[best]
-    }  # fmt: skip
+        "chosen_us": chosen,
+        "best": best,
+        "best_us": figures[best],
+        "chosen_over_best": chosen / figures[best],
+    }
 
 
 @contextmanager

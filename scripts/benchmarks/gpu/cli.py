@@ -26,13 +26,15 @@ def parser() -> argparse.ArgumentParser:
     """The flags, with every row and what it measures."""
     table = "\n".join(f"  {row.name:<18}{row.what}" for row in ROWS)
     made = argparse.ArgumentParser(
-        prog="bench.py gpu", formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="bench.py gpu",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         description="All figures that need a GPU. Rows with a result in --out are not run again, so that the same "
         "command goes on where it was interrupted.",
         epilog=f"rows:\n{table}",
-    )  # fmt: skip
-    made.add_argument("--out", type=Path, required=True, help="the folder of results, logs, the checkpoint and the "
-                      "compilation cache")  # fmt: skip
+    )
+    made.add_argument(
+        "--out", type=Path, required=True, help="the folder of results, logs, the checkpoint and the compilation cache"
+    )
     made.add_argument("--only", nargs="+", metavar="ROW", help="these rows, and those they need")
     made.add_argument("--force", action="store_true", help="runs them again; with --only, those named")
     made.add_argument("--dry-run", action="store_true", help="toy sizes, on whatever device there is")

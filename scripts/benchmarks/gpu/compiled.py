@@ -15,9 +15,19 @@ ROWS, POSITIONS, BLOCK, CHUNK = 8, 4096, 16, 2048
 """Sequences and their longest; positions of a block; tokens of a prefill."""
 SHAPES = {"0.25B": "LLAMA_250M", "8B": "LLAMA_8B"}
 COLUMNS = (
-    "model", "step", "tp", "kernels", "a layer", "command buffers", "launched alone", "large copies", "temporaries",
-    "all-reduces, others", "bytes / fewest", "compile s",
-)  # fmt: skip
+    "model",
+    "step",
+    "tp",
+    "kernels",
+    "a layer",
+    "command buffers",
+    "launched alone",
+    "large copies",
+    "temporaries",
+    "all-reduces, others",
+    "bytes / fewest",
+    "compile s",
+)
 
 
 def main(words: Sequence[str]) -> int:
@@ -53,10 +63,19 @@ def _row(model: str, step: str, tp: int, layers: int | None) -> list[Any]:
     counted = compiled.collectives
     others = sum(counted.values()) - counted["all-reduce"]
     return [
-        model, step, tp, len(compiled.kernels), more - fewer, compiled.command_buffers, len(compiled.launched_alone),
-        len(compiled.large_copies), f"{compiled.temporary_bytes / 2**20:.1f} MiB", f"{counted['all-reduce']}, {others}",
-        f"{compiled.moved_bytes / fewest_bytes(hf, step, tp):.3f}", f"{seconds:.0f}",
-    ]  # fmt: skip
+        model,
+        step,
+        tp,
+        len(compiled.kernels),
+        more - fewer,
+        compiled.command_buffers,
+        len(compiled.launched_alone),
+        len(compiled.large_copies),
+        f"{compiled.temporary_bytes / 2**20:.1f} MiB",
+        f"{counted['all-reduce']}, {others}",
+        f"{compiled.moved_bytes / fewest_bytes(hf, step, tp):.3f}",
+        f"{seconds:.0f}",
+    ]
 
 
 def compile_step(
@@ -74,10 +93,19 @@ def compile_step(
     width = POSITIONS // BLOCK
     shapes = Shapes(
         # So many that no array of activations is mistaken for one of the cache.
-        num_blocks=16 * ROWS * width, block_size=BLOCK, rows=ROWS, width=width, decode_buckets=(ROWS,),
-        prefill_buckets=(CHUNK,), prefill_rows=ROWS, max_logprobs=5, max_length=POSITIONS, sampled_vocab=hf["vocab_size"],
-        groups=program.layout.groups, state_slots=4 * ROWS if program.layout.states else 0,
-    )  # fmt: skip
+        num_blocks=16 * ROWS * width,
+        block_size=BLOCK,
+        rows=ROWS,
+        width=width,
+        decode_buckets=(ROWS,),
+        prefill_buckets=(CHUNK,),
+        prefill_rows=ROWS,
+        max_logprobs=5,
+        max_length=POSITIONS,
+        sampled_vocab=hf["vocab_size"],
+        groups=program.layout.groups,
+        state_slots=4 * ROWS if program.layout.states else 0,
+    )
     if step == "decode":
         bucket = decode_bucket(program, shapes, ROWS, 0, Needs())
     else:

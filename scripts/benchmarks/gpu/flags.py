@@ -37,9 +37,14 @@ def run(context: Context) -> Figures:
         if f"{name}: decode ms" in figures:
             continue
         engine = engines.engine_of(
-            module, compiler_options=options, max_num_seqs=1, max_model_len=prompt + steps + 16,
-            prefill_buckets=(prompt,), max_num_batched_tokens=prompt, kv_cache_memory_bytes=1 << 30,
-        )  # fmt: skip
+            module,
+            compiler_options=options,
+            max_num_seqs=1,
+            max_model_len=prompt + steps + 16,
+            prefill_buckets=(prompt,),
+            max_num_batched_tokens=prompt,
+            kv_cache_memory_bytes=1 << 30,
+        )
         try:
             figures[f"{name}: prefill ms"] = 1e3 * engines.prefill(engine, tokens=prompt)
             figures[f"{name}: decode ms"] = 1e3 * engines.decode(engine, rows=1, prompt=prompt, steps=steps).seconds

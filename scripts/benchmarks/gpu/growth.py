@@ -36,9 +36,18 @@ class Contiguous:
     """Whether every step makes new arrays, as concatenation does, or writes into those there are."""
 
     def decode(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, lane: Lane, slots: Slots, step: DecodeRows, scoring: Scoring,
-        sinks: jax.Array | None = None, *, items: int | None = None,
-    ) -> tuple[jax.Array, Lane]:  # fmt: skip
+        self,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        lane: Lane,
+        slots: Slots,
+        step: DecodeRows,
+        scoring: Scoring,
+        sinks: jax.Array | None = None,
+        *,
+        items: int | None = None,
+    ) -> tuple[jax.Array, Lane]:
         """As `xla_attention.decode`, with a plain softmax over all S positions."""
         lane = self._append(lane, k, v) if self.grows else paged.write(lane, k, v, slots)
         batch, heads, dim = q.shape
@@ -98,11 +107,12 @@ def _compare(
     with _served_by(Contiguous(grows=True)):
         joined = [_joining(replace(program, kernel="grown"), params, batch, length) for length in lengths]
     return {
-        f"paged_ms b={batch}": 1e3 * in_blocks, f"static_ms b={batch}": 1e3 * static,
+        f"paged_ms b={batch}": 1e3 * in_blocks,
+        f"static_ms b={batch}": 1e3 * static,
         **{f"concatenation_ms b={batch} at {n}": 1e3 * taken for n, taken in zip(lengths, joined, strict=True)},
         f"concatenation_over_paged b={batch}": mean(joined) / in_blocks,
         f"static_over_paged b={batch}": static / in_blocks,
-    }  # fmt: skip
+    }
 
 
 def _cache(program: Program, blocks: int, size: int) -> list[Lane]:

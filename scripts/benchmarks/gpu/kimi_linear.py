@@ -8,17 +8,28 @@ PROMPT, STEPS = 128, 256
 
 
 def decode(context: Context) -> Figures:
-    """Milliseconds of a decode step, and over it the bytes of the weights that a token touches, of its experts the chosen."""
+    """Milliseconds of a decode step, and over it the bytes of the weights that a token touches, of its experts the
+    chosen."""
     prompt, steps = context.size((PROMPT, STEPS), (8, 16))
     subject = engines.build(
-        context.size(models.KIMI_LINEAR, models.KIMI_LINEAR_TOY), max_num_seqs=1, max_model_len=prompt + steps + 16,
-        prefill_buckets=(prompt,), max_num_batched_tokens=prompt,
-    )  # fmt: skip
+        context.size(models.KIMI_LINEAR, models.KIMI_LINEAR_TOY),
+        max_num_seqs=1,
+        max_model_len=prompt + steps + 16,
+        prefill_buckets=(prompt,),
+        max_num_batched_tokens=prompt,
+    )
     found = engines.decode(subject.engine, rows=1, prompt=prompt, steps=steps)
     weights, config = models.touched_bytes(subject.module), subject.module.config
     return {
-        "kernel": subject.engine.runner.program.kernel, "layers": config.num_layers, "prompt_tokens": prompt, "steps": steps,
-        "ms_a_step": 1e3 * found.seconds, "tokens_per_second": 1 / found.seconds, "weight_bytes_a_step": weights,
-        "weight_bytes": models.step_bytes(subject.module), "init_seconds": subject.init_seconds,
-        "compile_seconds": subject.compile_seconds, **bandwidth_shares(context, "step", weights / found.seconds),
-    }  # fmt: skip
+        "kernel": subject.engine.runner.program.kernel,
+        "layers": config.num_layers,
+        "prompt_tokens": prompt,
+        "steps": steps,
+        "ms_a_step": 1e3 * found.seconds,
+        "tokens_per_second": 1 / found.seconds,
+        "weight_bytes_a_step": weights,
+        "weight_bytes": models.step_bytes(subject.module),
+        "init_seconds": subject.init_seconds,
+        "compile_seconds": subject.compile_seconds,
+        **bandwidth_shares(context, "step", weights / found.seconds),
+    }

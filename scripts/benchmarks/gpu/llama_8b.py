@@ -22,8 +22,11 @@ def _subject(context: Context, *, prompt: int, new: int) -> Subject:
 
 def _settings(prompt: int, new: int) -> dict[str, Any]:
     return {
-        "max_num_seqs": 1, "max_model_len": prompt + new, "prefill_buckets": (prompt,), "max_num_batched_tokens": prompt
-    }  # fmt: skip
+        "max_num_seqs": 1,
+        "max_model_len": prompt + new,
+        "prefill_buckets": (prompt,),
+        "max_num_batched_tokens": prompt,
+    }
 
 
 def _decoding(context: Context) -> tuple[Subject, int, int]:
@@ -40,12 +43,17 @@ def decode(context: Context) -> Figures:
     weights = models.step_bytes(subject.module)
     bytes_ = weights + subject.token_bytes * found.positions
     return {
-        "kernel": engine.runner.program.kernel, "prompt_tokens": prompt, "steps": steps,
-        "ms_a_step": 1e3 * found.seconds, "tokens_per_second": 1 / found.seconds, "weight_bytes_a_step": weights,
-        "kv_bytes_a_step": subject.token_bytes * found.positions, "init_seconds": subject.init_seconds,
+        "kernel": engine.runner.program.kernel,
+        "prompt_tokens": prompt,
+        "steps": steps,
+        "ms_a_step": 1e3 * found.seconds,
+        "tokens_per_second": 1 / found.seconds,
+        "weight_bytes_a_step": weights,
+        "kv_bytes_a_step": subject.token_bytes * found.positions,
+        "init_seconds": subject.init_seconds,
         "compile_seconds": subject.compile_seconds,
         **bandwidth_shares(context, "step", bytes_ / found.seconds),
-    }  # fmt: skip
+    }
 
 
 def prefill(context: Context) -> Figures:
@@ -59,10 +67,14 @@ def prefill(context: Context) -> Figures:
     # Scores and weighted values of every query with the keys up to it.
     attention = 4 * spec.heads * spec.head_dim * subject.module.config.num_layers * tokens * (tokens + 1) // 2
     figures = {
-        "kernel": subject.engine.runner.program.kernel, "tokens": tokens, "ms": 1e3 * seconds,
-        "tokens_per_second": tokens / seconds, "tflops": (gemms + attention) / seconds / 1e12,
-        "gemm_tflops": gemms / seconds / 1e12, "compile_seconds": subject.compile_seconds,
-    }  # fmt: skip
+        "kernel": subject.engine.runner.program.kernel,
+        "tokens": tokens,
+        "ms": 1e3 * seconds,
+        "tokens_per_second": tokens / seconds,
+        "tflops": (gemms + attention) / seconds / 1e12,
+        "gemm_tflops": gemms / seconds / 1e12,
+        "compile_seconds": subject.compile_seconds,
+    }
     rate = context.figures("roofline").get("matmul_square_tflops")
     if rate:
         figures |= {"share_of_matmul": figures["tflops"] / rate, "gemm_share_of_matmul": figures["gemm_tflops"] / rate}

@@ -17,16 +17,35 @@ from jaxinfer.sharding import rules as sharding_rules
 
 
 def llama(
-    hidden: int, layers: int, heads: int, kv_heads: int, ffn: int, vocab: int, *, tied: bool = False,
-    dtype: str = "bfloat16", positions: int = 131072,
-) -> dict[str, Any]:  # fmt: skip
+    hidden: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    ffn: int,
+    vocab: int,
+    *,
+    tied: bool = False,
+    dtype: str = "bfloat16",
+    positions: int = 131072,
+) -> dict[str, Any]:
     """config.json of a Llama."""
     return {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5,
-        "rope_theta": 500000.0, "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads, "head_dim": hidden // heads, "intermediate_size": ffn, "vocab_size": vocab,
-        "max_position_embeddings": positions, "tie_word_embeddings": tied, "dtype": dtype,
-    }  # fmt: skip
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": hidden // heads,
+        "intermediate_size": ffn,
+        "vocab_size": vocab,
+        "max_position_embeddings": positions,
+        "tie_word_embeddings": tied,
+        "dtype": dtype,
+    }
 
 
 LLAMA_8B = llama(4096, 32, 32, 8, 14336, 128256)
@@ -39,23 +58,50 @@ TOY = llama(64, 2, 4, 2, 96, 259, positions=2048, dtype="float32")
 
 
 def kimi_linear(
-    hidden: int, ffn: int, heads: int, dim: int, rank: int, experts: int, expert_ffn: int, vocab: int, layers: int,
+    hidden: int,
+    ffn: int,
+    heads: int,
+    dim: int,
+    rank: int,
+    experts: int,
+    expert_ffn: int,
+    vocab: int,
+    layers: int,
     dtype: str = "bfloat16",
-) -> dict[str, Any]:  # fmt: skip
-    """config.json of a Kimi-Linear: of four layers the last has attention over latents, all but the first have experts."""
+) -> dict[str, Any]:
+    """config.json of a Kimi-Linear: of four layers the last has attention over latents, all but the first have
+    experts."""
     full = [n for n in range(1, layers + 1) if n % 4 == 0]
     return {
-        "architectures": ["KimiLinearForCausalLM"], "model_type": "kimi_linear", "vocab_size": vocab, "hidden_size": hidden,
-        "intermediate_size": ffn, "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": heads,
-        "kv_lora_rank": rank, "qk_nope_head_dim": dim, "qk_rope_head_dim": dim // 2, "v_head_dim": dim,
-        "num_experts": experts, "num_experts_per_token": min(8, experts // 2), "num_shared_experts": 1,
-        "moe_intermediate_size": expert_ffn, "first_k_dense_replace": 1, "rms_norm_eps": 1e-5, "dtype": dtype,
-        "model_max_length": 1048576, "routed_scaling_factor": 2.446,
+        "architectures": ["KimiLinearForCausalLM"],
+        "model_type": "kimi_linear",
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "kv_lora_rank": rank,
+        "qk_nope_head_dim": dim,
+        "qk_rope_head_dim": dim // 2,
+        "v_head_dim": dim,
+        "num_experts": experts,
+        "num_experts_per_token": min(8, experts // 2),
+        "num_shared_experts": 1,
+        "moe_intermediate_size": expert_ffn,
+        "first_k_dense_replace": 1,
+        "rms_norm_eps": 1e-5,
+        "dtype": dtype,
+        "model_max_length": 1048576,
+        "routed_scaling_factor": 2.446,
         "linear_attn_config": {
-            "num_heads": heads, "head_dim": dim, "short_conv_kernel_size": 4, "full_attn_layers": full,
+            "num_heads": heads,
+            "head_dim": dim,
+            "short_conv_kernel_size": 4,
+            "full_attn_layers": full,
             "kda_layers": [n for n in range(1, layers + 1) if n not in full],
         },
-    }  # fmt: skip
+    }
 
 
 KIMI_LINEAR = kimi_linear(2304, 9216, 32, 128, 512, 256, 1024, 163840, layers=12)

@@ -114,9 +114,11 @@ def fused_m(context: Context) -> Figures:
             one = timed(Way(_fused, SERIAL), rows, whole, dtype, copies=copies, own=not context.dry)
             many = timed(Way(_separate, SEPARATE), rows, parts, dtype, copies=copies, own=not context.dry)
             figures |= {
-                f"{key} fused_us": 1e6 * one.median, f"{key} separate_us": 1e6 * many.median,
-                f"{key} ratio": many.median / one.median, f"{key} spread": max(one.spread, many.spread),
-            }  # fmt: skip
+                f"{key} fused_us": 1e6 * one.median,
+                f"{key} separate_us": 1e6 * many.median,
+                f"{key} ratio": many.median / one.median,
+                f"{key} spread": max(one.spread, many.spread),
+            }
             context.save(figures)
     ratios = {key: value for key, value in figures.items() if key.endswith(" ratio")}
     return figures | {"least_ratio": min(ratios.values()), "least_ratio_at": min(ratios, key=ratios.__getitem__)}
@@ -181,6 +183,11 @@ def cross(context: Context) -> Figures:
 
     fast, slow = measure(lambda: ours(x, encoded, parts)), measure(lambda: padded(x, encoded, weight))
     return {
-        "batch": batch, "text_tokens": text, "image_tokens": image, "ms": 1e3 * fast.median,
-        "padded_ms": 1e3 * slow.median, "ratio": slow.median / fast.median, "spread": max(fast.spread, slow.spread),
-    }  # fmt: skip
+        "batch": batch,
+        "text_tokens": text,
+        "image_tokens": image,
+        "ms": 1e3 * fast.median,
+        "padded_ms": 1e3 * slow.median,
+        "ratio": slow.median / fast.median,
+        "spread": max(fast.spread, slow.spread),
+    }

@@ -10,9 +10,12 @@ from benchmarks.gpu.models import values
 from benchmarks.gpu.timing import measure
 
 MATMULS = {
-    "square": (8192, 8192, 8192), "qkv": (4096, 6144, 4096), "out": (4096, 4096, 4096),
-    "gate_up": (4096, 28672, 4096), "down": (4096, 4096, 14336),
-}  # fmt: skip
+    "square": (8192, 8192, 8192),
+    "qkv": (4096, 6144, 4096),
+    "out": (4096, 4096, 4096),
+    "gate_up": (4096, 28672, 4096),
+    "down": (4096, 4096, 14336),
+}
 """(rows, columns, depth): a large one, and those of an 8 B Llama's layer over 4096 tokens."""
 
 
@@ -22,11 +25,13 @@ def run(context: Context) -> Figures:
     array = jax.jit(lambda: values(jnp.uint32(1), (elements >> 10, 1 << 10), jnp.bfloat16))()
     bytes_ = array.nbytes
     copies = {
-        "copy": measure(lambda: _copy(array)).median, "add": measure(lambda: _add(array)).median,
-    }  # fmt: skip
+        "copy": measure(lambda: _copy(array)).median,
+        "add": measure(lambda: _add(array)).median,
+    }
     read = measure(lambda: _read(array)).median
     figures = {
-        "copied_bytes": bytes_, "read_gb_per_second": bytes_ / read / 1e9,
+        "copied_bytes": bytes_,
+        "read_gb_per_second": bytes_ / read / 1e9,
         # Whichever way of moving an array is the faster: shares of it are the stricter.
         "copy_gb_per_second": 2 * bytes_ / min(copies.values()) / 1e9,
         **{f"{name}_kernel_gb_per_second": 2 * bytes_ / seconds / 1e9 for name, seconds in copies.items()},

@@ -18,8 +18,16 @@ WORKER = (sys.executable, "-m", "benchmarks.gpu.worker")
 LEAST = 10.0
 """Seconds that must be left for a row to be started."""
 PACKAGES = (
-    "jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "flax", "triton", "torch", "transformers", "numpy"
-)  # fmt: skip
+    "jax",
+    "jaxlib",
+    "jax-cuda13-plugin",
+    "jax-cuda12-plugin",
+    "flax",
+    "triton",
+    "torch",
+    "transformers",
+    "numpy",
+)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -68,9 +76,12 @@ def _run(row: Row, out: Path, args: argparse.Namespace, limit: float) -> None:
     reason = ""
     with (out / f"{row.name}.log").open("w") as log:
         process = subprocess.Popen(
-            [*command, *(["dry"] if args.dry_run else [])], env=_environment(row), stdout=log, stderr=subprocess.STDOUT,
+            [*command, *(["dry"] if args.dry_run else [])],
+            env=_environment(row),
+            stdout=log,
+            stderr=subprocess.STDOUT,
             start_new_session=True,
-        )  # fmt: skip
+        )
         try:
             code = process.wait(limit)
             if code:

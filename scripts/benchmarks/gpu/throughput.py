@@ -64,9 +64,11 @@ def _peer(context: Context, name: str, folder: Path, work: Work) -> Figures:
     finally:
         peer.close()
     return {
-        f"{name}_tokens_per_second": work.new_tokens / seconds, f"{name}_seconds": seconds,
-        f"{name}_first_pass_seconds": first, f"{name}_versions": " ".join(f"{k} {v}" for k, v in peer.versions.items()),
-    }  # fmt: skip
+        f"{name}_tokens_per_second": work.new_tokens / seconds,
+        f"{name}_seconds": seconds,
+        f"{name}_first_pass_seconds": first,
+        f"{name}_versions": " ".join(f"{k} {v}" for k, v in peer.versions.items()),
+    }
 
 
 def _ours(folder: Path, work: Work) -> Figures:
@@ -78,6 +80,9 @@ def _ours(folder: Path, work: Work) -> Figures:
     steps, compiling = system.compiled()
     system.close()
     return {
-        "tokens_per_second": work.new_tokens / seconds, "seconds": seconds, "first_pass_seconds": first,
-        "compiled_steps": steps, "compile_seconds": compiling,
-    }  # fmt: skip
+        "tokens_per_second": work.new_tokens / seconds,
+        "seconds": seconds,
+        "first_pass_seconds": first,
+        "compiled_steps": steps,
+        "compile_seconds": compiling,
+    }

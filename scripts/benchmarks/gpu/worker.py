@@ -27,9 +27,14 @@ def main(name: str, out: str, peer_python: str, mode: str = "") -> None:
 
     def write(status: str, figures: Figures, reason: str = "") -> None:
         result = {
-            "row": name, "what": row.what, "status": status, "reason": reason, "dry": dry,
-            "seconds": time.perf_counter() - start, "figures": figures,
-        }  # fmt: skip
+            "row": name,
+            "what": row.what,
+            "status": status,
+            "reason": reason,
+            "dry": dry,
+            "seconds": time.perf_counter() - start,
+            "figures": figures,
+        }
         swap(path, result)
 
     partial: Figures = dict(kept)
@@ -65,9 +70,13 @@ def device() -> dict[str, str]:
 
     first = jax.devices()[0]
     found = {
-        "device": first.device_kind, "platform": first.platform, "jax": jax.__version__, "jaxlib": jaxlib.__version__,
-        "python": sys.version.split()[0], "runtime": first.client.platform_version.replace("\n", " "),
-    }  # fmt: skip
+        "device": first.device_kind,
+        "platform": first.platform,
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+        "python": sys.version.split()[0],
+        "runtime": first.client.platform_version.replace("\n", " "),
+    }
     stats = first.memory_stats()
     return found | ({"memory_limit": str(stats["bytes_limit"])} if stats and "bytes_limit" in stats else {})
 

@@ -41,13 +41,15 @@ class Seen:
             total[name] += end - start
             calls[name] += 1
         return {
-            "busy_share": self.busy, "graph_launches_a_step": self.graph_launches / steps,
-            "lone_kernel_launches_a_step": self.kernel_launches / steps, "kernels_a_step": len(self.kernels) / steps,
+            "busy_share": self.busy,
+            "graph_launches_a_step": self.graph_launches / steps,
+            "lone_kernel_launches_a_step": self.kernel_launches / steps,
+            "kernels_a_step": len(self.kernels) / steps,
             "kernel_us_a_step": sum(total.values()) / steps / 1e3,
             "longest": [
                 f"{ns / steps / 1e3:.1f} us, {calls[name] / steps:g} x {name}" for name, ns in total.most_common(most)
             ],
-        }  # fmt: skip
+        }
 
 
 def read(folder: Path) -> Seen:
@@ -72,6 +74,8 @@ def seen(data: ProfileData) -> Seen:
             elif line.name.startswith(STREAM):
                 kernels += [(e.name, e.start_ns, e.start_ns + e.duration_ns) for e in line.events]
     return Seen(
-        tuple(sorted(kernels, key=lambda kernel: kernel[1])), sum(host[name] for name in GRAPH_LAUNCHES),
-        sum(host[name] for name in KERNEL_LAUNCHES), host.total(),
-    )  # fmt: skip
+        tuple(sorted(kernels, key=lambda kernel: kernel[1])),
+        sum(host[name] for name in GRAPH_LAUNCHES),
+        sum(host[name] for name in KERNEL_LAUNCHES),
+        host.total(),
+    )

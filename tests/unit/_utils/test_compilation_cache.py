@@ -88,7 +88,9 @@ def test_a_folder_that_cannot_be_written_is_a_warning(settings, tmp_path, caplog
 def test_a_second_process_reads_all_programs_and_gives_the_same_tokens(tmp_path):
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "JAX_ENABLE_COMPILATION_CACHE": "true"}
     environment["XLA_FLAGS"] = flags(1)
-    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # fast machines compile small ones in less than ours
+    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = (
+        "0"  # fast machines compile small ones in less than ours
+    )
     runs = []
     for _ in range(2):
         done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True)

@@ -31,8 +31,11 @@ STACKED = re.compile(r"(.*\.experts)\.(gate_up|down)_proj")
 EACH = {"qwen3_moe": ("gate_proj", "up_proj", "down_proj"), "mixtral": ("w1", "w3", "w2")}
 HF = {family: config(family) | {"num_hidden_layers": 1} for family in EACH}
 WAYS: Mapping[str, Any] = {
-    "one": (1, {}), "sharded": (4, {}), "by experts": (2, {"*.mlp": "experts"}), "replicated": (2, {"*.mlp": "replicate"})
-}  # fmt: skip
+    "one": (1, {}),
+    "sharded": (4, {}),
+    "by experts": (2, {"*.mlp": "experts"}),
+    "replicated": (2, {"*.mlp": "replicate"}),
+}
 
 
 @pytest.fixture(scope="module")
@@ -115,8 +118,16 @@ def test_int8_is_each_experts_rows_quantised(way: str, stacked):
 
 
 @pytest.mark.parametrize("quantization", [None, "int8"])
-@pytest.mark.parametrize(("before", "after"), [("sharded", "one"), ("one", "sharded"), ("by experts", "sharded"),
-                                               ("sharded", "by experts"), ("by experts", "by experts")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("sharded", "one"),
+        ("one", "sharded"),
+        ("by experts", "sharded"),
+        ("sharded", "by experts"),
+        ("by experts", "by experts"),
+    ],
+)
 def test_a_converted_folder_gives_them_back_laid_out_otherwise(before, after, quantization, stacked, tmp_path: Path):
     tp, placement = WAYS[before]
     out, source = tmp_path / "out", stacked["qwen3_moe"]
@@ -141,17 +152,25 @@ def spoilt(source: Path, folder: Path, change: Any) -> Path:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c, name: c.pop(f"{name}3.up_proj.weight"),
-         r"lacks 1 tensor.*'model.layers.0.mlp.experts.3.up_proj.weight'"),
-        (lambda c, name: c.update({f"{name}8.up_proj.weight": c[f"{name}3.up_proj.weight"]}),
-         r"1 tensor.* not know: .*8.up_proj"),
-        (lambda c, name: c.update({f"{name}0.down_proj.weight": np.zeros((3, 3), np.float32)}),
-         r"experts.0.down_proj.weight': expected shape \[32, 24\], found \[3, 3\]"),
-        (lambda c, name: c.update({f"{name}down_proj": np.zeros((8, 32, 24), np.float32)}),
-         r"8 tensor\(s\) this model does not know"),
+        (
+            lambda c, name: c.pop(f"{name}3.up_proj.weight"),
+            r"lacks 1 tensor.*'model.layers.0.mlp.experts.3.up_proj.weight'",
+        ),
+        (
+            lambda c, name: c.update({f"{name}8.up_proj.weight": c[f"{name}3.up_proj.weight"]}),
+            r"1 tensor.* not know: .*8.up_proj",
+        ),
+        (
+            lambda c, name: c.update({f"{name}0.down_proj.weight": np.zeros((3, 3), np.float32)}),
+            r"experts.0.down_proj.weight': expected shape \[32, 24\], found \[3, 3\]",
+        ),
+        (
+            lambda c, name: c.update({f"{name}down_proj": np.zeros((8, 32, 24), np.float32)}),
+            r"8 tensor\(s\) this model does not know",
+        ),
         (lambda c, name: c.pop("model.layers.0.mlp.gate.weight"), r"lacks 1 tensor.*'model.layers.0.mlp.gate.weight'"),
     ],
-)  # fmt: skip
+)
 def test_what_is_missing_extra_or_misshaped_is_named(change, message: str, stacked, tmp_path: Path):
     with pytest.raises(CheckpointError, match=message):
         load(spoilt(stacked["qwen3_moe"], tmp_path / "spoilt", change), "one")

@@ -62,8 +62,7 @@ def test_a_directory_is_used_as_it_is(tmp_path, monkeypatch, downloads):
     assert resolve_model("~/gpt2") == tmp_path / "gpt2"
 
 
-@pytest.mark.parametrize("model", ["./absent", "../absent", "/absent", "~/absent", "a/b/c", "a/", "",
-                                   Path("a/b")])
+@pytest.mark.parametrize("model", ["./absent", "../absent", "/absent", "~/absent", "a/b/c", "a/", "", Path("a/b")])
 def test_a_path_that_is_not_there_is_not_asked_of_the_hub(tmp_path, monkeypatch, downloads, model):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match="does not exist") as error:
@@ -89,10 +88,25 @@ def test_a_hub_id_is_fetched_with_its_revision(downloads):
 def test_only_what_is_read_is_fetched(downloads):
     downloads["answer"] = "/cache"
     resolve_model("owner/name")
-    wanted = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json",
-              "tokenizer.model", "chat_template.jinja", "additional_chat_templates/tool.jinja", "merges.txt"]
-    unwanted = ["modeling_x.py", "pytorch_model.bin", "consolidated.safetensors", "onnx/model.onnx",
-                "original/params.json", "original/tokenizer.model", "fp16/model.safetensors", "README.md"]
+    wanted = [
+        "config.json",
+        "model-00001-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "tokenizer.model",
+        "chat_template.jinja",
+        "additional_chat_templates/tool.jinja",
+        "merges.txt",
+    ]
+    unwanted = [
+        "modeling_x.py",
+        "pytorch_model.bin",
+        "consolidated.safetensors",
+        "onnx/model.onnx",
+        "original/params.json",
+        "original/tokenizer.model",
+        "fp16/model.safetensors",
+        "README.md",
+    ]
     patterns = {name: downloads[name] for name in ("allow_patterns", "ignore_patterns")}
     assert list(filter_repo_objects(wanted + unwanted, **patterns)) == wanted
 
@@ -110,16 +124,19 @@ def disk_full():
     return error
 
 
-@pytest.mark.parametrize(("cause", "texts"), [
-    (lambda: http_error(errors.GatedRepoError), ["gated", "https://huggingface.co/owner/name", "HF_TOKEN"]),
-    (lambda: http_error(errors.RepositoryNotFoundError), ["no such public model", "HF_TOKEN"]),
-    (lambda: http_error(errors.RevisionNotFoundError), ["no revision 'v9'"]),
-    (disk_full, ["disk", "full", "HF_HOME"]),
-    (lambda: OSError(errno.ENOSPC, "No space left on device"), ["disk", "full", "HF_HOME"]),
-    (lambda: errors.LocalEntryNotFoundError("no route\nto host"), ["no route", "connection", "HF_HOME"]),
-    (lambda: ConnectionResetError("reset by peer"), ["ConnectionResetError: reset by peer", "connection"]),
-    (lambda: KeyError(), ["KeyError: no message", "connection"]),
-])
+@pytest.mark.parametrize(
+    ("cause", "texts"),
+    [
+        (lambda: http_error(errors.GatedRepoError), ["gated", "https://huggingface.co/owner/name", "HF_TOKEN"]),
+        (lambda: http_error(errors.RepositoryNotFoundError), ["no such public model", "HF_TOKEN"]),
+        (lambda: http_error(errors.RevisionNotFoundError), ["no revision 'v9'"]),
+        (disk_full, ["disk", "full", "HF_HOME"]),
+        (lambda: OSError(errno.ENOSPC, "No space left on device"), ["disk", "full", "HF_HOME"]),
+        (lambda: errors.LocalEntryNotFoundError("no route\nto host"), ["no route", "connection", "HF_HOME"]),
+        (lambda: ConnectionResetError("reset by peer"), ["ConnectionResetError: reset by peer", "connection"]),
+        (lambda: KeyError(), ["KeyError: no message", "connection"]),
+    ],
+)
 def test_why_the_hub_cannot_serve_and_what_to_do(downloads, cause, texts):
     downloads["answer"] = cause()
     with pytest.raises(OfflineError) as error:
@@ -151,16 +168,19 @@ def test_an_interrupt_is_not_swallowed(downloads):
 # --- JSON ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("text", "texts"), [
-    ("[1]", ["object", "list"]),
-    ("{", ["not usable JSON"]),
-    ('{"a": 1, "a": 2}', ["'a'", "twice"]),
-    ('{"b": {"a": 1, "a": 1}}', ["'a'", "twice"]),
-    ('{"a": NaN}', ["NaN"]),
-    ("[" * 100_000, ["nested too deeply"]),
-    ('{"a": ' + "9" * 5000 + "}", ["not usable JSON"]),
-    (b'{"a": "\xff"}', ["not usable JSON"]),
-])
+@pytest.mark.parametrize(
+    ("text", "texts"),
+    [
+        ("[1]", ["object", "list"]),
+        ("{", ["not usable JSON"]),
+        ('{"a": 1, "a": 2}', ["'a'", "twice"]),
+        ('{"b": {"a": 1, "a": 1}}', ["'a'", "twice"]),
+        ('{"a": NaN}', ["NaN"]),
+        ("[" * 100_000, ["nested too deeply"]),
+        ('{"a": ' + "9" * 5000 + "}", ["not usable JSON"]),
+        (b'{"a": "\xff"}', ["not usable JSON"]),
+    ],
+)
 def test_bad_json_names_the_file(tmp_path, text, texts):
     path = tmp_path / "x.json"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -233,11 +253,14 @@ def test_generation_config_is_optional(tmp_path):
         read_generation_config(tmp_path)
 
 
-@pytest.mark.parametrize("value", [0, -1, 2**22 + 1, pytest.param(10**5000, id="10**5000"), 1.5, 32000.5,
-                                   "32000", True, [1]])
+@pytest.mark.parametrize(
+    "value", [0, -1, 2**22 + 1, pytest.param(10**5000, id="10**5000"), 1.5, 32000.5, "32000", True, [1]]
+)
 def test_sizes_are_checked_before_anything_is_made_of_them(value):
-    for check in (lambda: check_sizes({"vocab_size": value}, "hidden_size", "vocab_size"),
-                  lambda: ConfigReader({"vocab_size": value}, "llama").get_int("vocab_size")):
+    for check in (
+        lambda: check_sizes({"vocab_size": value}, "hidden_size", "vocab_size"),
+        lambda: ConfigReader({"vocab_size": value}, "llama").get_int("vocab_size"),
+    ):
         with pytest.raises(ConfigError) as error:
             check()
         named(error, "vocab_size=", str(2**22))
@@ -261,12 +284,29 @@ def test_getters_give_types_and_defaults():
     assert ConfigReader({"first": 0}, "qwen2").get_int("first", least=0) == 0
 
 
-@pytest.mark.parametrize(("getter", "value"), [
-    ("get_int", 1.5), ("get_int", True), ("get_int", "1"), ("get_int", 0), ("get_int", 2**31),
-    ("get_float", "1"), ("get_float", True), ("get_float", float("inf")), ("get_float", 10**400),
-    ("get_bool", 1), ("get_bool", "true"), ("get_str", 1), ("get_str", ["silu"]),
-    ("get_int", None), ("get_float", None), ("get_bool", None), ("get_str", None), ("get", None),
-])
+@pytest.mark.parametrize(
+    ("getter", "value"),
+    [
+        ("get_int", 1.5),
+        ("get_int", True),
+        ("get_int", "1"),
+        ("get_int", 0),
+        ("get_int", 2**31),
+        ("get_float", "1"),
+        ("get_float", True),
+        ("get_float", float("inf")),
+        ("get_float", 10**400),
+        ("get_bool", 1),
+        ("get_bool", "true"),
+        ("get_str", 1),
+        ("get_str", ["silu"]),
+        ("get_int", None),
+        ("get_float", None),
+        ("get_bool", None),
+        ("get_str", None),
+        ("get", None),
+    ],
+)
 def test_getters_name_family_field_and_value(getter, value):
     with pytest.raises(ConfigError) as error:
         getattr(ConfigReader({"field": value}, "llama"), getter)("field")
@@ -276,23 +316,51 @@ def test_getters_name_family_field_and_value(getter, value):
 
 
 def test_what_nobody_read_is_refused_with_the_remedy():
-    reader = ConfigReader({"hidden_size": 8, "logit_scale": 0.25, "alibi": True, "skipped": 1, "off": False,
-                           "nothing": None, "empty": [], "zero": 0}, "llama")
+    reader = ConfigReader(
+        {
+            "hidden_size": 8,
+            "logit_scale": 0.25,
+            "alibi": True,
+            "skipped": 1,
+            "off": False,
+            "nothing": None,
+            "empty": [],
+            "zero": 0,
+        },
+        "llama",
+    )
     reader.get_int("hidden_size")
     reader.skip("skipped")
     with pytest.raises(ConfigError) as error:
         reader.finish()
-    named(error, "llama", "logit_scale=0.25", "alibi=True", "off=False", "zero=0",
-          "hf_overrides={'logit_scale': None, 'alibi': None, 'off': None, 'zero': None}",
-          '--hf-overrides \'{"logit_scale": null, "alibi": null, "off": null, "zero": null}\'')
+    named(
+        error,
+        "llama",
+        "logit_scale=0.25",
+        "alibi=True",
+        "off=False",
+        "zero=0",
+        "hf_overrides={'logit_scale': None, 'alibi': None, 'off': None, 'zero': None}",
+        '--hf-overrides \'{"logit_scale": null, "alibi": null, "off": null, "zero": null}\'',
+    )
     for passed in ("hidden_size", "skipped", "nothing", "empty"):
         assert passed not in str(error.value)
 
 
-@pytest.mark.parametrize(("value", "values", "passes"), [
-    (True, (True,), True), (None, (True,), True), (1, (True,), False), (False, (True,), False), (1, (1.0,), True),
-    (0, (False,), False), ("rope", ("rope", "rotary"), True), ([1], ([1],), True), ({}, (), False),
-])
+@pytest.mark.parametrize(
+    ("value", "values", "passes"),
+    [
+        (True, (True,), True),
+        (None, (True,), True),
+        (1, (True,), False),
+        (False, (True,), False),
+        (1, (1.0,), True),
+        (0, (False,), False),
+        ("rope", ("rope", "rotary"), True),
+        ([1], ([1],), True),
+        ({}, (), False),
+    ],
+)
 @pytest.mark.parametrize("later", [False, True])
 def test_an_attribute_that_may_have_one_value(value, values, passes, later):
     """At once, or when all is read; an empty value is none there."""
@@ -322,7 +390,14 @@ def test_what_a_family_requires_may_still_be_read():
 
 
 def test_notes_of_tools_are_logged_once(caplog):
-    notes = {"unsloth_version": "2025.1", "_x": 3, "wandb_run": "r", "kobart_version": 2.0, "mlp_dropout": 0.1, "license": "mit"}
+    notes = {
+        "unsloth_version": "2025.1",
+        "_x": 3,
+        "wandb_run": "r",
+        "kobart_version": 2.0,
+        "mlp_dropout": 0.1,
+        "license": "mit",
+    }
     for _ in range(2):
         with caplog.at_level(logging.INFO, logger="jaxinfer"):
             ConfigReader(notes, "a family of its own").finish()
@@ -378,25 +453,33 @@ def test_a_part_that_is_no_object_is_refused(value):
 def test_overrides_of_a_part_leave_the_rest_of_it():
     config = {"text_config": {"a": 1, "b": 2}, "rope_scaling": {"a": 1}}
     assert lay_over(config, {"text_config": {"b": None}, "rope_scaling": {"b": 2}}) == {
-        "text_config": {"a": 1, "b": None}, "rope_scaling": {"b": 2},
-    }  # fmt: skip
+        "text_config": {"a": 1, "b": None},
+        "rope_scaling": {"b": 2},
+    }
     assert config["text_config"] == {"a": 1, "b": 2}
 
 
-@pytest.mark.parametrize(("name", "content"), [
-    ("added_tokens.json", {"<x>": 7, "<y>": 8}),
-    ("tokenizer_config.json", {"added_tokens_decoder": {"7": {"content": "<x>"}, "8": {"content": "<y>"}}}),
-    ("tokenizer.json", {"added_tokens": [{"id": 8, "content": "<y>"}, {"id": 7, "content": "<x>"}]}),
-])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("added_tokens.json", {"<x>": 7, "<y>": 8}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"7": {"content": "<x>"}, "8": {"content": "<y>"}}}),
+        ("tokenizer.json", {"added_tokens": [{"id": 8, "content": "<y>"}, {"id": 7, "content": "<x>"}]}),
+    ],
+)
 def test_the_id_of_an_added_token_is_read_from_whichever_file_has_it(tmp_path, name, content):
     write(tmp_path, name, **content)
     assert added_token(tmp_path, "<x>") == 7 and added_token(tmp_path, "<z>") is None
 
 
-@pytest.mark.parametrize("content", [
-    {"added_tokens_decoder": [1]}, {"added_tokens_decoder": {"seven": {"content": "<x>"}}},
-    {"added_tokens_decoder": {"7": "<x>"}},
-])
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"added_tokens_decoder": [1]},
+        {"added_tokens_decoder": {"seven": {"content": "<x>"}}},
+        {"added_tokens_decoder": {"7": "<x>"}},
+    ],
+)
 def test_files_of_another_shape_name_no_token(tmp_path, content):
     write(tmp_path, "tokenizer_config.json", **content)
     write(tmp_path, "tokenizer.json", added_tokens={"<x>": 7})

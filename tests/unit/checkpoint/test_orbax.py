@@ -89,11 +89,16 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("before", "after", "family", "quantization"),
-    [(*sizes, family, quantization)
-     for sizes in ((2, 2), (1, 4), (4, 1), (2, 4)) for family in ("qwen2", "phi3") for quantization in (None, "int8")],
-)  # fmt: skip
+    [
+        (*sizes, family, quantization)
+        for sizes in ((2, 2), (1, 4), (4, 1), (2, 4))
+        for family in ("qwen2", "phi3")
+        for quantization in (None, "int8")
+    ],
+)
 def test_it_restores_what_the_checkpoint_gives_on_as_many_devices(make, before, after, family, quantization):
-    """Biases (qwen2), tensors that stack outputs (phi3), kv heads that four devices share, a padded vocabulary of 97."""
+    """Biases (qwen2), tensors that stack outputs (phi3), kv heads that four devices share, a padded vocabulary of
+    97."""
     source, folder = make(family, before, quantization=quantization)
     assert_same(load(folder, after), load(source, after, quantization=quantization))
 
@@ -171,8 +176,11 @@ def test_which_dtypes_hold_which_exactly(make):
         kept: {kind for kind in kinds if replace(made, dtype=kept, source_dtypes=["int64", kind]).exact}
         for kept in kinds[:3]
     }
-    assert holds == {"bfloat16": {"bfloat16", "float8_e4m3fn"}, "float16": {"float16", "float8_e4m3fn"},
-                     "float32": set(kinds) - {"float64"}}  # fmt: skip
+    assert holds == {
+        "bfloat16": {"bfloat16", "float8_e4m3fn"},
+        "float16": {"float16", "float8_e4m3fn"},
+        "float32": set(kinds) - {"float64"},
+    }
 
 
 def test_another_dtype_of_rounded_weights_is_refused(make):
@@ -321,8 +329,10 @@ def test_rows_lie_where_the_manifest_says(copy):
     after = load(copy, 2)
     gate, up = np.split(np.asarray(before[path].get_value()), 2, axis=1)
     np.testing.assert_array_equal(after[path].get_value(), np.concatenate([up, gate], axis=1))
-    assert_same({name: after[name] for name in after if "gate_up" not in name},
-                {name: before[name] for name in before if "gate_up" not in name})  # fmt: skip
+    assert_same(
+        {name: after[name] for name in after if "gate_up" not in name},
+        {name: before[name] for name in before if "gate_up" not in name},
+    )
 
 
 def test_a_manifest_that_is_no_json_or_not_there(copy):
@@ -337,8 +347,9 @@ def test_a_configuration_that_does_not_fit_the_weights(copy):
     before = json.loads(path.read_text())
     for changes, named in (
         (dict(num_hidden_layers=1), "parameter(s) that the model of its config.json does not have"),
-        (dict(num_hidden_layers=3), "'model.layers.2."), (dict(hidden_size=64), "expected shape [97, 64], found [97, 32]"),
-    ):  # fmt: skip
+        (dict(num_hidden_layers=3), "'model.layers.2."),
+        (dict(hidden_size=64), "expected shape [97, 64], found [97, 32]"),
+    ):
         path.write_text(json.dumps(before | changes))
         refused(copy, named)
 
@@ -506,8 +517,17 @@ for source, name in ((tiny, "tiny"), (large, "large")):
 def test_conversion_takes_less_memory_than_three_times_the_largest_tensor(tmp_path):
     """And restoring little more than the weights."""
     tiny = write(tmp_path / "tiny", stored=ml_dtypes.bfloat16)
-    large = write(tmp_path / "large", stored=ml_dtypes.bfloat16, hidden_size=1024, intermediate_size=4096,
-                  vocab_size=65536, num_attention_heads=16, num_key_value_heads=8, head_dim=64, num_hidden_layers=16)  # fmt: skip
+    large = write(
+        tmp_path / "large",
+        stored=ml_dtypes.bfloat16,
+        hidden_size=1024,
+        intermediate_size=4096,
+        vocab_size=65536,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=64,
+        num_hidden_layers=16,
+    )
     command = [sys.executable, "-c", PEAK, *map(str, (tiny, large, tmp_path / "out"))]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
@@ -547,10 +567,16 @@ def test_the_command_converts_and_verifies(command, make, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["--model", "x"], ["--out", "x"], ["--verify", "x", "--model", "y", "--out", "z"],
-                  ["--model", "x", "--out", "y", "--placement", "a"],
-                  ["--model", "x", "--out", "y", "--tensor-parallel-size", "0"]],
-)  # fmt: skip
+    "arguments",
+    [
+        [],
+        ["--model", "x"],
+        ["--out", "x"],
+        ["--verify", "x", "--model", "y", "--out", "z"],
+        ["--model", "x", "--out", "y", "--placement", "a"],
+        ["--model", "x", "--out", "y", "--tensor-parallel-size", "0"],
+    ],
+)
 def test_the_command_refuses_what_makes_no_sense(command, arguments):
     with pytest.raises(SystemExit) as stopped:
         command(arguments)

@@ -35,9 +35,15 @@ def load(folder: Path, tp: int = 1, quantization: str | None = "int8"):
 
 @pytest.mark.parametrize(
     ("family", "tp", "tied"),
-    [("llama", 1, False), ("llama", 2, True), ("llama", 4, False), ("phi3", 1, False), ("phi3", 2, False),
-     ("qwen2", 4, True)],
-)  # fmt: skip
+    [
+        ("llama", 1, False),
+        ("llama", 2, True),
+        ("llama", 4, False),
+        ("phi3", 1, False),
+        ("phi3", 2, False),
+        ("qwen2", 4, True),
+    ],
+)
 def test_int8_weights_are_the_weights_quantised(family, tp, tied, tmp_path):
     folder = write(tmp_path, family, tie_word_embeddings=tied)
     plain, found = load(folder, tp, None), load(folder, tp)
@@ -98,8 +104,10 @@ def test_no_rule_may_fill_the_scales(tmp_path):
     served, config = weights.parse(checkpoint.CONFIG | HEADS)
     mesh = make_mesh()
     module = weights.abstract(served, config, np.dtype("float32"), mesh, quantization="int8")
-    table = [Rule(r.source, "head.weight_scale" if r.target == "norm.scale" else r.target, r.parts)
-             for r in served.weight_rules(config)]  # fmt: skip
+    table = [
+        Rule(r.source, "head.weight_scale" if r.target == "norm.scale" else r.target, r.parts)
+        for r in served.weight_rules(config)
+    ]
     with SafetensorsReader(folder) as reader, pytest.raises(CheckpointError, match="fills 'head.weight_scale'"):
         rules.load(module, table, reader, mesh, progress=False)
 

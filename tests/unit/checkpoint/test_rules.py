@@ -29,10 +29,14 @@ LAYER = "model.layers.0"
 def tensors(family: str = "llama", *, dtype: type = np.float32, tied: bool = False) -> dict[str, np.ndarray]:
     """A one-layer checkpoint written out by hand; no two numbers in it are equal."""
     shapes = {
-        "model.embed_tokens.weight": (V, M), "model.norm.weight": (M,), "lm_head.weight": (V, M),
-        f"{LAYER}.input_layernorm.weight": (M,), f"{LAYER}.post_attention_layernorm.weight": (M,),
-        f"{LAYER}.self_attn.o_proj.weight": (M, H * D), f"{LAYER}.mlp.down_proj.weight": (M, F),
-    }  # fmt: skip
+        "model.embed_tokens.weight": (V, M),
+        "model.norm.weight": (M,),
+        "lm_head.weight": (V, M),
+        f"{LAYER}.input_layernorm.weight": (M,),
+        f"{LAYER}.post_attention_layernorm.weight": (M,),
+        f"{LAYER}.self_attn.o_proj.weight": (M, H * D),
+        f"{LAYER}.mlp.down_proj.weight": (M, F),
+    }
     if tied:
         del shapes["lm_head.weight"]
     if family == "phi3":
@@ -94,9 +98,11 @@ def test_each_device_holds_its_rows_and_no_others(family, tp, tmp_path):
     for s in range(tp):
         qkv = np.concatenate([rows(q, H, s, tp), rows(k, K, s, tp), rows(v, K, s, tp)])
         expected = {
-            "attention.qkv": qkv[None], "mlp.gate_up": np.concatenate([rows(gate, F, s, tp), rows(up, F, s, tp)])[None],
-            "attention.out": np.split(out, tp, axis=1)[s], "mlp.down": np.split(down, tp, axis=1)[s],
-        }  # fmt: skip
+            "attention.qkv": qkv[None],
+            "mlp.gate_up": np.concatenate([rows(gate, F, s, tp), rows(up, F, s, tp)])[None],
+            "attention.out": np.split(out, tp, axis=1)[s],
+            "mlp.down": np.split(down, tp, axis=1)[s],
+        }
         for name, values in expected.items():
             np.testing.assert_array_equal(shards(loaded[f"layers.0.{name}.weight"])[s], values, name)
         np.testing.assert_array_equal(shards(loaded["head.weight"])[s], np.split(padded, tp)[s])
@@ -105,9 +111,9 @@ def test_each_device_holds_its_rows_and_no_others(family, tp, tmp_path):
 
 # Beside the two kv heads, each with two query heads around it, a third group; in each group two more query heads.
 @pytest.mark.parametrize(
-    ("tp", "queries", "keys"), [(3, [0, 1, 2, 3, None, None], [0, 1, None]),
-                                (8, [0, 1, None, None, 2, 3, None, None], [0, 0, 0, 0, 1, 1, 1, 1])],
-)  # fmt: skip
+    ("tp", "queries", "keys"),
+    [(3, [0, 1, 2, 3, None, None], [0, 1, None]), (8, [0, 1, None, None, 2, 3, None, None], [0, 0, 0, 0, 1, 1, 1, 1])],
+)
 @pytest.mark.parametrize("quantization", [None, "int8"])
 def test_heads_of_zeroes_are_zero_in_every_tensor(quantization, tp, queries, keys, tmp_path):
     folder = checkpoint(tmp_path, tensors())
@@ -234,11 +240,19 @@ def test_kimi_linear_has_a_head_of_its_own_whatever_config_says():
 
 
 UNREAD = (
-    f"{LAYER}.self_attn.rotary_emb.inv_freq", f"{LAYER}.self_attn.rotary_emb.cos_cached", "model.rotary_emb.inv_freq",
-    f"{LAYER}.self_attn.bias", f"{LAYER}.self_attn.masked_bias", "mtp.layers.0.self_attn.q_proj.weight", "score.weight",
-    "v_head.summary.weight", "encoder.version", "model.layers.1.eh_proj.weight", "model.layers.1.mlp.up_proj.weight",
+    f"{LAYER}.self_attn.rotary_emb.inv_freq",
+    f"{LAYER}.self_attn.rotary_emb.cos_cached",
+    "model.rotary_emb.inv_freq",
+    f"{LAYER}.self_attn.bias",
+    f"{LAYER}.self_attn.masked_bias",
+    "mtp.layers.0.self_attn.q_proj.weight",
+    "score.weight",
+    "v_head.summary.weight",
+    "encoder.version",
+    "model.layers.1.eh_proj.weight",
+    "model.layers.1.mlp.up_proj.weight",
     "model.embeddings.position_ids",
-)  # fmt: skip
+)
 
 
 def test_tensors_that_no_forward_pass_reads_are_left_out_with_one_line(tmp_path, caplog):
@@ -262,12 +276,16 @@ def test_layers_that_predict_further_tokens_are_those_that_config_counts(tmp_pat
 @pytest.mark.parametrize(
     "rename",
     [
-        lambda name: f"_orig_mod.{name}", lambda name: f"module.{name}", lambda name: name.replace(".0.", ".0._orig_mod."),
+        lambda name: f"_orig_mod.{name}",
+        lambda name: f"module.{name}",
+        lambda name: name.replace(".0.", ".0._orig_mod."),
         lambda name: f"model._fsdp_wrapped_module.{name.removeprefix('model.')}" if name.startswith("model.") else name,
-        lambda name: name.removeprefix("model."), lambda name: f"language_model.{name}",
-        lambda name: name.replace("model.", "model.language_model."), lambda name: name.replace("model.", "language_model."),
+        lambda name: name.removeprefix("model."),
+        lambda name: f"language_model.{name}",
+        lambda name: name.replace("model.", "model.language_model."),
+        lambda name: name.replace("model.", "language_model."),
     ],
-)  # fmt: skip
+)
 def test_a_model_saved_within_another_or_without_its_prefix_is_found(rename, tmp_path):
     content = tensors()
     loaded = load(checkpoint(tmp_path, {rename(name): value for name, value in content.items()}))
@@ -279,12 +297,15 @@ def test_a_model_saved_within_another_or_without_its_prefix_is_found(rename, tmp
     ("names", "dtype", "reason"),
     [
         (("base_model.model.{}.lora_A.weight", "base_model.model.{}.lora_B.weight"), np.float32, "adapter"),
-        (("base_model.model.{}.weight",), np.float32, "merge_and_unload"), (("{}.lora_A.default.weight",), np.float32, "adapter"),
+        (("base_model.model.{}.weight",), np.float32, "merge_and_unload"),
+        (("{}.lora_A.default.weight",), np.float32, "adapter"),
         (("{}.qweight", "{}.qzeros", "{}.scales", "{}.g_idx"), np.int32, "quantised in a format that is not read"),
-        (("{}.weight_scale_inv",), np.float32, "quantised"), (("{}.weight",), ml_dtypes.float8_e4m3fn, "F8_E4M3"),
-        (("{}.weight",), np.uint8, "U8"), (("{}.weight", "{}.weight.absmax", "{}.weight.quant_map"), np.uint8, "quantised"),
+        (("{}.weight_scale_inv",), np.float32, "quantised"),
+        (("{}.weight",), ml_dtypes.float8_e4m3fn, "F8_E4M3"),
+        (("{}.weight",), np.uint8, "U8"),
+        (("{}.weight", "{}.weight.absmax", "{}.weight.quant_map"), np.uint8, "quantised"),
     ],
-)  # fmt: skip
+)
 def test_an_adapter_and_quantised_tensors_are_refused_by_that_before_any_shape(names, dtype, reason, tmp_path):
     content, module = tensors(), f"{LAYER}.mlp.up_proj"
     del content[f"{module}.weight"]
@@ -349,8 +370,15 @@ def test_loading_takes_little_more_memory_than_the_weights(tp, stored, quantizat
         for i in range(layers) if "layers" in name else (0,):
             shape = tuple(sizes[n] for n in value.shape)
             content[name.replace("layers.0", f"layers.{i}")] = rng.random(shape, np.float32).astype(stored)
-    changes = dict(hidden_size=width, intermediate_size=ffn, vocab_size=vocab, head_dim=64, num_attention_heads=32,
-                   num_key_value_heads=16, num_hidden_layers=layers)  # fmt: skip
+    changes = dict(
+        hidden_size=width,
+        intermediate_size=ffn,
+        vocab_size=vocab,
+        head_dim=64,
+        num_attention_heads=32,
+        num_key_value_heads=16,
+        num_hidden_layers=layers,
+    )
     for name in ("tiny", "large"):
         (tmp_path / name).mkdir()
     tiny, large = checkpoint(tmp_path / "tiny", tensors()), checkpoint(tmp_path / "large", content, **changes)

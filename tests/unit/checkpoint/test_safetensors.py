@@ -139,9 +139,16 @@ def test_shards_may_be_links_out_of_the_folder_as_in_the_hubs_cache(tmp_path, ra
         np.testing.assert_array_equal(reader.read("a"), ramp)
 
 
-@pytest.mark.parametrize("part", [
-    (slice(0, 7),), (slice(-1, None),), (slice(0, 4, 2),), (slice(0, -1),), (slice(None),) * 3,
-])
+@pytest.mark.parametrize(
+    "part",
+    [
+        (slice(0, 7),),
+        (slice(-1, None),),
+        (slice(0, 4, 2),),
+        (slice(0, -1),),
+        (slice(None),) * 3,
+    ],
+)
 def test_parts_that_numpy_would_clip_are_refused(tmp_path, ramp, part):
     save_file({"a": ramp}, tmp_path / SINGLE)
     refused_part = pytest.raises(CheckpointError, match=r"'a' of shape \(6, 10\)")
@@ -162,53 +169,72 @@ def test_a_truncated_file_names_file_tensor_and_bytes(tmp_path):
     refused(tmp_path, SINGLE, "'z'", "truncated", str(len(whole)), str(len(whole) - 400))
 
 
-TWICE = '{"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}, "a": ' \
+TWICE = (
+    '{"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}, "a": '
     '{"dtype": "U8", "shape": [1], "data_offsets": [1, 2]}}'
+)
 
 
-@pytest.mark.parametrize(("header", "data", "named"), [
-    (TWICE, b"ab", ["'a'", "twice"]),
-    ("{not json", b"", ["bad header"]),
-    (b'{"a": "\xff"}', b"", ["bad header"]),
-    ("[" * 100_000, b"", ["bad header"]),
-    ("[1]", b"", ["bad header", "list"]),
-    ({"a": 3}, b"", ["'a'", "dtype"]),
-    ({"a": entry(0, 1, dtype="F4")}, b"a", ["'a'", "'F4'", "BF16"]),
-    ({"a": entry(0, 1, dtype=["U8"])}, b"a", ["'a'", "dtype"]),
-    ({"a": entry(0, 1, [-1])}, b"a", ["'a'", "[-1]"]),
-    ({"a": entry(0, 1, [True])}, b"a", ["'a'", "[True]"]),
-    ({"a": entry(0, 1, [1.0])}, b"a", ["'a'", "[1.0]"]),
-    ({"a": entry(0, 4, [3])}, b"abcd", ["'a'", "3 bytes", "4"]),
-    ({"a": entry(0, 1, [2**62, 2**62])}, b"a", ["'a'", str(2**124)]),
-    ({"a": {**entry(0, 1), "data_offsets": [1, 0]}}, b"a", ["'a'", "[1, 0]"]),
-    ({"a": {**entry(0, 1), "data_offsets": [0]}}, b"a", ["'a'", "[0]"]),
-    ({"a": entry(0, 2), "b": entry(1, 3)}, b"abc", ["'b'", "overlaps"]),
-    ({"a": entry(0, 2), "b": entry(3, 4)}, b"abcd", ["'b'", "gap"]),
-    ({"a": entry(1, 2)}, b"ab", ["'a'", "gap"]),
-    ({"a": entry(0, 2)}, b"abc", ["end at byte 70", "found 71"]),
-    ({"a": entry(0, 9)}, b"abc", ["'a'", "truncated"]),
-])
+@pytest.mark.parametrize(
+    ("header", "data", "named"),
+    [
+        (TWICE, b"ab", ["'a'", "twice"]),
+        ("{not json", b"", ["bad header"]),
+        (b'{"a": "\xff"}', b"", ["bad header"]),
+        ("[" * 100_000, b"", ["bad header"]),
+        ("[1]", b"", ["bad header", "list"]),
+        ({"a": 3}, b"", ["'a'", "dtype"]),
+        ({"a": entry(0, 1, dtype="F4")}, b"a", ["'a'", "'F4'", "BF16"]),
+        ({"a": entry(0, 1, dtype=["U8"])}, b"a", ["'a'", "dtype"]),
+        ({"a": entry(0, 1, [-1])}, b"a", ["'a'", "[-1]"]),
+        ({"a": entry(0, 1, [True])}, b"a", ["'a'", "[True]"]),
+        ({"a": entry(0, 1, [1.0])}, b"a", ["'a'", "[1.0]"]),
+        ({"a": entry(0, 4, [3])}, b"abcd", ["'a'", "3 bytes", "4"]),
+        ({"a": entry(0, 1, [2**62, 2**62])}, b"a", ["'a'", str(2**124)]),
+        ({"a": {**entry(0, 1), "data_offsets": [1, 0]}}, b"a", ["'a'", "[1, 0]"]),
+        ({"a": {**entry(0, 1), "data_offsets": [0]}}, b"a", ["'a'", "[0]"]),
+        ({"a": entry(0, 2), "b": entry(1, 3)}, b"abc", ["'b'", "overlaps"]),
+        ({"a": entry(0, 2), "b": entry(3, 4)}, b"abcd", ["'b'", "gap"]),
+        ({"a": entry(1, 2)}, b"ab", ["'a'", "gap"]),
+        ({"a": entry(0, 2)}, b"abc", ["end at byte 70", "found 71"]),
+        ({"a": entry(0, 9)}, b"abc", ["'a'", "truncated"]),
+    ],
+)
 def test_a_bad_header_names_what_is_wrong(tmp_path, header, data, named):
     write(tmp_path / SINGLE, header, data)
     refused(tmp_path, SINGLE, *named)
 
 
-@pytest.mark.parametrize(("content", "named"), [
-    (b"", ["truncated", "found 0"]),
-    (b"\x08\0\0", ["truncated", "found 3"]),
-    ((1000).to_bytes(8, "little") + b"{}", ["truncated", "1008", "found 10"]),
-    ((2**60).to_bytes(8, "little") + b"{}", ["bad header", str(2**60), "100000000"]),
-    (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", ["Git LFS", "git lfs pull"]),
-])
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (b"", ["truncated", "found 0"]),
+        (b"\x08\0\0", ["truncated", "found 3"]),
+        ((1000).to_bytes(8, "little") + b"{}", ["truncated", "1008", "found 10"]),
+        ((2**60).to_bytes(8, "little") + b"{}", ["bad header", str(2**60), "100000000"]),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", ["Git LFS", "git lfs pull"]),
+    ],
+)
 def test_a_file_without_a_header_is_refused(tmp_path, content, named):
     (tmp_path / SINGLE).write_bytes(content)
     refused(tmp_path, SINGLE, *named)
 
 
-@pytest.mark.parametrize("file", [
-    "../one.safetensors", "/etc/one.safetensors", "..\\one.safetensors", "C:one.safetensors",
-    "a/../../one.safetensors", "one.bin", "", 3, None, "a\0.safetensors",
-])
+@pytest.mark.parametrize(
+    "file",
+    [
+        "../one.safetensors",
+        "/etc/one.safetensors",
+        "..\\one.safetensors",
+        "C:one.safetensors",
+        "a/../../one.safetensors",
+        "one.bin",
+        "",
+        3,
+        None,
+        "a\0.safetensors",
+    ],
+)
 def test_an_index_that_leads_elsewhere_is_refused(tmp_path, ramp, file):
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -240,21 +266,27 @@ def test_an_index_as_published_is_read(tmp_path, ramp):
         (folder / name).symlink_to("../blobs/0a1b")
     save_file({"c": ramp}, folder / "consolidated.safetensors")
     save_file({"c": ramp}, folder / "original/model.safetensors")
-    index = {"metadata": {"total_size": 1.5e3, "by": "a tool"}, "weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
+    index = {
+        "metadata": {"total_size": 1.5e3, "by": "a tool"},
+        "weight_map": {"a": "one.safetensors", "b": "two.safetensors"},
+    }
     for metadata in (index["metadata"], None):
         (folder / INDEX).write_text(json.dumps(index | {"metadata": metadata}))
         with SafetensorsReader(folder) as reader:
             assert reader.names() == ["a", "b"]
 
 
-@pytest.mark.parametrize(("files", "named"), [
-    (["adapter_config.json", "adapter_model.safetensors"], ["PEFT adapter", "merge_and_unload"]),
-    (["model-Q4_K_M.gguf"], ["GGUF is not read", "model-Q4_K_M.gguf"]),
-    (["params.json", "consolidated.safetensors", "tekken.json"], ["original format of Meta or Mistral"]),
-    (["params.json", "consolidated.00.pth"], ["original format of Meta or Mistral"]),
-    (["pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"], ["run code", "save_pretrained"]),
-    (["model-00001-of-00002.safetensors"], ["model-00001-of-00002.safetensors", "Fetch the missing file"]),
-])
+@pytest.mark.parametrize(
+    ("files", "named"),
+    [
+        (["adapter_config.json", "adapter_model.safetensors"], ["PEFT adapter", "merge_and_unload"]),
+        (["model-Q4_K_M.gguf"], ["GGUF is not read", "model-Q4_K_M.gguf"]),
+        (["params.json", "consolidated.safetensors", "tekken.json"], ["original format of Meta or Mistral"]),
+        (["params.json", "consolidated.00.pth"], ["original format of Meta or Mistral"]),
+        (["pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"], ["run code", "save_pretrained"]),
+        (["model-00001-of-00002.safetensors"], ["model-00001-of-00002.safetensors", "Fetch the missing file"]),
+    ],
+)
 def test_a_folder_of_another_kind_is_refused_by_what_it_is(tmp_path, files, named):
     for name in files:
         (tmp_path / name).write_bytes(b"")
@@ -264,8 +296,17 @@ def test_a_folder_of_another_kind_is_refused_by_what_it_is(tmp_path, files, name
     refused(tmp_path, SINGLE, *named)
 
 
-@pytest.mark.parametrize("text", ['{"weight_map": []}', '{"weight_map": {}}', "{}", "[]", "nonsense",
-                                  '{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"weight_map": []}',
+        '{"weight_map": {}}',
+        "{}",
+        "[]",
+        "nonsense",
+        '{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}',
+    ],
+)
 def test_a_bad_index_is_named(tmp_path, text):
     (tmp_path / INDEX).write_text(text)
     refused(tmp_path, INDEX)

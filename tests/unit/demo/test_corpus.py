@@ -117,9 +117,13 @@ def test_shared_prefix_is_an_instruction_of_training_and_ends_with_a_blank_line(
 def test_the_packaged_checkpoint_is_small_and_holds_only_known_files():
     files = {file.name: file.stat().st_size for file in demo.path().iterdir()}
     assert set(files) == {
-        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
-        "tokenizer_config.json", "chat_template.jinja",
-    }  # fmt: skip
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+    }
     assert sum(files.values()) < MAX_BYTES
 
 

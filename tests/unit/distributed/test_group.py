@@ -78,7 +78,9 @@ def until(condition: Callable[[], Any]) -> None:
 
 def test_every_process_gets_every_value(make):
     groups = make()
-    assert together(*[lambda g=g: g.share({"from": g.process}) for g in groups]) == [[{"from": i} for i in range(3)]] * 3
+    assert (
+        together(*[lambda g=g: g.share({"from": g.process}) for g in groups]) == [[{"from": i} for i in range(3)]] * 3
+    )
 
 
 def test_what_differs_is_named_in_every_process_and_ends_none_by_force(make, exits):
@@ -155,9 +157,12 @@ def test_the_end_waits_for_all_and_comes_once(make, exits):
 
 def test_groups_that_have_ended_are_kept_by_nothing(make, monkeypatch):
     registered: list[Callable[[], None]] = []
-    monkeypatch.setattr("jaxinfer.distributed.group.atexit", SimpleNamespace(
-        register=registered.append, unregister=lambda call: registered.remove(call) if call in registered else None
-    ))  # fmt: skip
+    monkeypatch.setattr(
+        "jaxinfer.distributed.group.atexit",
+        SimpleNamespace(
+            register=registered.append, unregister=lambda call: registered.remove(call) if call in registered else None
+        ),
+    )
     first, second = make(count=2)
     assert registered == [second.end_quietly, first.end_quietly]
     first.tell(Kind.END)
@@ -193,10 +198,15 @@ def test_a_message_that_is_not_due_is_an_error(make, exits):
 
 @pytest.mark.parametrize(
     "arguments, match",
-    [(("host", 2, 0), "HOST:PORT"), (("host:0", 2, 0), "HOST:PORT"), (("host:99999", 2, 0), "HOST:PORT"),
-     (("h:1", 2, 2), r"process_id must be in \[0, num_processes\), got 2 of 2"), (("h:1", True, 0), "num_processes must be an integer"),
-     (("h:1", 2, True), "process_id must be an integer")],
-)  # fmt: skip
+    [
+        (("host", 2, 0), "HOST:PORT"),
+        (("host:0", 2, 0), "HOST:PORT"),
+        (("host:99999", 2, 0), "HOST:PORT"),
+        (("h:1", 2, 2), r"process_id must be in \[0, num_processes\), got 2 of 2"),
+        (("h:1", True, 0), "num_processes must be an integer"),
+        (("h:1", 2, True), "process_id must be an integer"),
+    ],
+)
 def test_arguments_are_checked_before_anything_starts(arguments, match):
     with pytest.raises(ConfigError, match=match):
         initialize(*arguments)

@@ -26,18 +26,28 @@ def pair():
 
 def test_arrays_come_back_as_they_were():
     arrays = [
-        np.arange(7, dtype=np.int32), np.array(-3, np.int32), np.zeros((2, 0, 3), np.float32), np.array([True, False]),
-        np.array([[1.5, -2]], ml_dtypes.bfloat16), np.arange(12, dtype=np.uint8).reshape(3, 4).T,
-    ]  # fmt: skip
+        np.arange(7, dtype=np.int32),
+        np.array(-3, np.int32),
+        np.zeros((2, 0, 3), np.float32),
+        np.array([True, False]),
+        np.array([[1.5, -2]], ml_dtypes.bfloat16),
+        np.arange(12, dtype=np.uint8).reshape(3, 4).T,
+    ]
     back = unpack_arrays(pack_arrays(arrays))
     assert [(a.dtype, a.shape, a.tolist()) for a in back] == [(a.dtype, a.shape, a.tolist()) for a in arrays]
     assert all(a.flags.aligned for a in back) and unpack_arrays(b"") == []
 
 
-@pytest.mark.parametrize("data", [
-    b"\x00", b"\xff\x00", pack_arrays([np.arange(4, dtype=np.int32)])[:-1], b"\x00\x02\x01\x00\x00\x00",
-    b"\x00\x01" + struct.pack("<I", 0xFFFFFFFF),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x00",
+        b"\xff\x00",
+        pack_arrays([np.arange(4, dtype=np.int32)])[:-1],
+        b"\x00\x02\x01\x00\x00\x00",
+        b"\x00\x01" + struct.pack("<I", 0xFFFFFFFF),
+    ],
+)
 def test_bytes_that_hold_no_arrays_are_refused(data: bytes):
     with pytest.raises(DistributedError, match=f"a frame of {len(data)} bytes holds no arrays"):
         unpack_arrays(data)
@@ -49,8 +59,10 @@ def test_frames_keep_their_order_and_beats_come_between(pair):
     sender.beat()
     sender.send_json(Kind.SHARE, {"x": [1, None]})
     assert [receiver.receive() for _ in range(3)] == [
-        (Kind.KEY, b"abc"), (Kind.BEAT, b""), (Kind.SHARE, b'{"x": [1, null]}')
-    ]  # fmt: skip
+        (Kind.KEY, b"abc"),
+        (Kind.BEAT, b""),
+        (Kind.SHARE, b'{"x": [1, null]}'),
+    ]
 
 
 @pytest.mark.parametrize("frame", [struct.pack("<BI", 99, 0), struct.pack("<BI", Kind.LAUNCH, wire.MAX_BYTES + 1)])

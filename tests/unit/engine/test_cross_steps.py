@@ -49,12 +49,22 @@ def test_values_that_are_encoded_apart_and_kept_in_part():
     assert batch.positions.tolist() == [*range(5)] * 2 + [0] * 5
     assert batch.spans[: batch.count].tolist() == [[0, 5]] * 2 + [[5, 10]] * 2
     at = np.arange(6, 13)
-    assert batch.blocks[0].tolist() == [*(at // BLOCK), *[1000] * 8] and batch.offsets[:7].tolist() == (at % BLOCK).tolist()
+    assert (
+        batch.blocks[0].tolist() == [*(at // BLOCK), *[1000] * 8]
+        and batch.offsets[:7].tolist() == (at % BLOCK).tolist()
+    )
 
 
-@pytest.mark.parametrize(("lengths", "expected"), [
-    ([5], [[5]]), ([16, 16], [[16, 16]]), ([16, 17], [[16], [17]]), ([1] * 5, [[1] * 4, [1]]), ([20, 2, 30, 1, 1], [[20, 2], [30, 1, 1]]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("lengths", "expected"),
+    [
+        ([5], [[5]]),
+        ([16, 16], [[16, 16]]),
+        ([16, 17], [[16], [17]]),
+        ([1] * 5, [[1] * 4, [1]]),
+        ([20, 2, 30, 1, 1], [[20, 2], [30, 1, 1]]),
+    ],
+)
 def test_a_step_takes_as_many_inputs_as_it_has_room_for(lengths, expected):
     steps = encode_steps([job(length) for length in lengths], EncodeShape(32, 1, 2, 4))
     assert [[one.input.count for one in step] for step in steps] == expected
@@ -64,7 +74,10 @@ def test_tokens_come_with_what_they_see_and_text_models_without():
     runner, plain = cross_runner(), random_runner()
     for made, cross in ((runner, True), (plain, False)):
         program, shapes = made.program, made.shapes
-        prefill, decode = prefill_bucket(program, shapes, CHUNK, Needs()), decode_bucket(program, shapes, ROWS, 8, Needs())
+        prefill, decode = (
+            prefill_bucket(program, shapes, CHUNK, Needs()),
+            decode_bucket(program, shapes, ROWS, 8, Needs()),
+        )
         assert ("seen" in prefill.shapes, "seen" in decode.shapes) == (cross, cross)
         assert decode.groups == 1, "a decode step writes to those groups alone that grow"
 
@@ -111,7 +124,13 @@ def test_what_each_token_sees():
     assert both.length == 14 and both.seen(1, 5).tolist() == [[0, 0], [0, 9], [0, 9], [0, 9], [9, 14]]
     assert both.seen(40, 1).tolist() == [[9, 14]], "what is made sees what the prompt's end sees"
     assert [both.parts(0, n) for n in (1, 2, 3, 5, 6)] == [1, 1, 2, 2, 3] and both.parts(2, 3) == 1
-    assert (both.reach(0, 1), both.reach(0, 2), both.reach(0, 3), both.reach(2, 1), both.reach(5, 1)) == (2, 5, None, 3, None)
+    assert (both.reach(0, 1), both.reach(0, 2), both.reach(0, 3), both.reach(2, 1), both.reach(5, 1)) == (
+        2,
+        5,
+        None,
+        3,
+        None,
+    )
     whole = CrossInputs((text(9), text(5, 1)))
     assert whole.seen(3, 2).tolist() == [[0, 14]] * 2 and whole.reach(0, 1) is None and whole.parts(0, 99) == 1
     assert set(both.extras(4)) == {0, 1} and both.extras(4)[1] != whole.extras(4).get(1)
@@ -123,9 +142,13 @@ def test_what_an_input_is_compared_on():
     assert text(9).values.astype("<i4").tobytes() in text(9).identity
     array = np.ones((1, 2, 3), np.float32)
     kinds = [
-        EncoderInput("image", array, 5), EncoderInput("image", array, 5, kept=3), EncoderInput("image", array, 6),
-        EncoderInput("image", array, 5, numbers=np.array([[1]])), EncoderInput("image", 2 * array, 5),
-        EncoderInput("audio", array, 5), EncoderInput("image", array.reshape(2, 1, 3), 5),
-    ]  # fmt: skip
+        EncoderInput("image", array, 5),
+        EncoderInput("image", array, 5, kept=3),
+        EncoderInput("image", array, 6),
+        EncoderInput("image", array, 5, numbers=np.array([[1]])),
+        EncoderInput("image", 2 * array, 5),
+        EncoderInput("audio", array, 5),
+        EncoderInput("image", array.reshape(2, 1, 3), 5),
+    ]
     assert len({one.digest for one in kinds}) == len({one.identity for one in kinds}) == len(kinds)
     assert max(len(one.identity) for one in kinds) < 200

@@ -27,8 +27,17 @@ def test_a_text_models_steps_take_what_they_took_before():
     arguments = abstract_arguments(runner.program, runner.shapes, bucket)
     assert bucket.takes == ("params", "cache", "rows", "edits") == ("params", *bucket.gives)
     assert list(bucket.shapes) == [
-        "sampling", "tokens", "positions", "rows", "rope_lengths", "owners", "tiles", "count", "last", "targets",
-    ]  # fmt: skip
+        "sampling",
+        "tokens",
+        "positions",
+        "rows",
+        "rope_lengths",
+        "owners",
+        "tiles",
+        "count",
+        "last",
+        "targets",
+    ]
     cache, rows, edits, packed = arguments
     assert packed.shape == (sum(int(np.prod(shape)) for shape in bucket.shapes.values()),)
     assert runner.features is None and not any(isinstance(key, Encode) for key in runner.programs.keys())
@@ -62,9 +71,15 @@ def test_encoding_writes_its_slots_and_no_other_in_place():
     assert memory.alias_size_in_bytes >= runner.features.nbytes
 
 
-@pytest.mark.parametrize(("buckets", "count", "steps"), [
-    ((1, 2, 4, 8), 13, [8, 4, 1]), ((1, 2), 5, [2, 2, 1]), ((4, 8), 3, [4]), ((1, 2, 4), 0, []),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("buckets", "count", "steps"),
+    [
+        ((1, 2, 4, 8), 13, [8, 4, 1]),
+        ((1, 2), 5, [2, 2, 1]),
+        ((4, 8), 3, [4]),
+        ((1, 2, 4), 0, []),
+    ],
+)
 def test_inputs_are_encoded_without_padding_where_that_can_be(buckets, count, steps):
     assert list(encode_pieces(shapes(encode_buckets=buckets), count)) == steps
 
@@ -115,7 +130,10 @@ def test_a_failed_encoder_step_is_tried_again_and_given_up(monkeypatch, failures
     if failures == 1:
         assert made == [expected]
     else:
-        assert wanted.sequences[0].finish_reason == "error" and "the encoder step of 1 failed: RuntimeError" in wanted.error
+        assert (
+            wanted.sequences[0].finish_reason == "error"
+            and "the encoder step of 1 failed: RuntimeError" in wanted.error
+        )
 
 
 def test_a_module_whose_encoder_makes_something_else_is_refused():

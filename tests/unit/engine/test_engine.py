@@ -64,8 +64,10 @@ def test_abort_in_every_state(runner, steps, params, budget):
     engine.manager.check()
     finish(engine)
     assert [[s.output_ids.tolist() for s in r.sequences] for r in others] == alone(runner, others)
-    assert all(s.output_ids.tolist() == whole[: s.made] for s, whole in
-               zip(request.sequences, alone(runner, [make_request("x", prompt(11), params)])[0], strict=True))  # fmt: skip
+    assert all(
+        s.output_ids.tolist() == whole[: s.made]
+        for s, whole in zip(request.sequences, alone(runner, [make_request("x", prompt(11), params)])[0], strict=True)
+    )
 
 
 def test_abort_of_unknown_and_finished_ids(runner):

@@ -62,9 +62,11 @@ def test_nan_while_decoding_takes_its_blocks_out_of_the_index(runner, nan_token,
     With multi-token bad words the host sees every token before the next step is planned.
     """
     params = SamplingParams(
-        temperature=0, max_tokens=20, logit_bias={nan_token: 100.0},
+        temperature=0,
+        max_tokens=20,
+        logit_bias={nan_token: 100.0},
         _bad_words_token_ids=((1, 2),) if history else (),
-    )  # fmt: skip
+    )
     bad = make_request("bad", prompt(length, 5), params)
     others = mixed(LENGTHS)
     engine = make_engine(runner)
@@ -334,7 +336,8 @@ def test_a_fault_in_planning_ends_all_it_may_be_about_and_not_the_engine(runner,
 
 @pytest.mark.parametrize("place", [0, 2])
 def test_what_nothing_would_ever_schedule_ends_in_error(runner, monkeypatch, place):
-    """Checks say beforehand what has no room; were one of them wrong, its neighbours go on and nobody steps for ever."""
+    """Checks say beforehand what has no room; were one of them wrong, its neighbours go on and nobody steps for
+    ever."""
     expected = alone(runner, mixed(LENGTHS))
     engine = make_engine(runner, pool_blocks=30 // BLOCK)
     monkeypatch.setattr(engine.capacity, "check", lambda request: None)

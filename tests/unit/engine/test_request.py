@@ -147,7 +147,10 @@ def test_a_bad_word_is_looked_for_in_the_output_alone():
 
 
 def test_a_row_takes_the_highest_level_only_while_tokens_are_forbidden():
-    asked, made = Asked(4), request(eos=(5,), min_tokens=2, _bad_words_token_ids=((11, 12),), max_tokens=9, temperature=0)
+    asked, made = (
+        Asked(4),
+        request(eos=(5,), min_tokens=2, _bad_words_token_ids=((11, 12),), max_tokens=9, temperature=0),
+    )
     [sequence], levels = made.sequences, []
     sequence.row = 2
     asked.write([sequence])

@@ -287,9 +287,7 @@ def test_a_prefix_is_computed_once_and_others_pass_who_waits_for_it():
     requests = waiting_prefixes(scheduler, 24)
     scheduler.add(new("other", 4))
     host = Host(scheduler)
-    first, second, third = (
-        [(c.sequence.request.id, c.start, c.count) for c in host.step().chunks] for _ in range(3)
-    )
+    first, second, third = ([(c.sequence.request.id, c.start, c.count) for c in host.step().chunks] for _ in range(3))
     assert first == [("0", 0, 16)]
     assert second == [("0", 16, 10), ("other", 0, 4)], "the two that wait are passed"
     assert third == [("1", 24, 2), ("2", 24, 2)], "and go on behind what was published"
@@ -339,20 +337,30 @@ def test_a_lone_sequence_that_fills_the_pool_ends():
     assert not scheduler.preempted
 
 
-KINDS = st.sampled_from([
-    SINGLE, (KindGroups(Kind(), 0, 1), KindGroups(Window(5), 1, 2)), (KindGroups(Window(3), 0, 2),),
-    (KindGroups(Window(1), 0, 1), KindGroups(Kind(), 1, 1), KindGroups(Window(9), 2, 1)),
-])  # fmt: skip
+KINDS = st.sampled_from(
+    [
+        SINGLE,
+        (KindGroups(Kind(), 0, 1), KindGroups(Window(5), 1, 2)),
+        (KindGroups(Window(3), 0, 2),),
+        (KindGroups(Window(1), 0, 1), KindGroups(Kind(), 1, 1), KindGroups(Window(9), 2, 1)),
+    ]
+)
 
 
 @pytest.mark.slow
 @settings(max_examples=80, deadline=None)
 @given(
     st.lists(st.tuples(*(st.integers(*ends) for ends in ((1, 20), (1, 5), (1, 9), (0, 3)))), min_size=1, max_size=7),
-    st.integers(0, 11), st.integers(1, 20), st.booleans(), st.booleans(), st.integers(1, 9), KINDS,
-)  # fmt: skip
+    st.integers(0, 11),
+    st.integers(1, 20),
+    st.booleans(),
+    st.booleans(),
+    st.integers(1, 9),
+    KINDS,
+)
 def test_every_mix_ends_with_every_token_and_nothing_held(wanted, spare, tokens, sharing, caching, most, kinds):
-    """Arrivals over time, any budget, pools that just hold the longest; `Host` checks the accounting after every step."""
+    """Arrivals over time, any budget, pools that just hold the longest; `Host` checks the accounting after every
+    step."""
     longest = max(length + made for length, _, made, _ in wanted)
     blocks = blocks_needed(kinds, longest, BLOCK, tokens) + spare
     manager = BlockManager(blocks, ROWS, 32, BLOCK, prefix_caching=caching, kinds=kinds)

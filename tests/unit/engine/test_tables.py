@@ -82,8 +82,10 @@ def test_what_rows_ask_is_of_those_that_run(runner):
 @pytest.mark.slow
 def test_smaller_steps_gather_their_rows(runner):
     """A bucket of fewer sequences than there are rows reads the same tables."""
-    small = runners.Runner(runner.program, runner.params, runner.shapes.__class__(
-        **runner.shapes.__dict__ | {"decode_buckets": (2, runner.shapes.rows)}
-    ))  # fmt: skip
+    small = runners.Runner(
+        runner.program,
+        runner.params,
+        runner.shapes.__class__(**runner.shapes.__dict__ | {"decode_buckets": (2, runner.shapes.rows)}),
+    )
     wanted = mixed(EDGES[-2:])
     assert run(make_engine(small, decode_steps=4), wanted) == alone(runner, wanted)

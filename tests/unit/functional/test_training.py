@@ -20,9 +20,13 @@ from jaxinfer.sharding import make_mesh
 LENGTH = 41
 """More than a chunk of the recurrence, and no multiple of one."""
 SEQUENCES = [prompt(LENGTH, seed) for seed in (1, 2)]
-families = pytest.mark.parametrize("family", [
-    pytest.param(family, marks=pytest.mark.slow) for family in ("kimi_linear", "llama", "gpt_oss", "gemma2", "qwen3_next")
-])  # fmt: skip
+families = pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(family, marks=pytest.mark.slow)
+        for family in ("kimi_linear", "llama", "gpt_oss", "gemma2", "qwen3_next")
+    ],
+)
 
 
 def served(module: nnx.Module) -> np.ndarray:
@@ -70,9 +74,13 @@ def test_the_gradient_is_the_slope(family):
     assert np.isfinite(scale)
     step = 3e-5  # of weights whose rows have a length of about 0.1; so short that no token is routed otherwise
     moved = [
-        float(value_and_slope(jax.tree.map(lambda w, g, s=sign: np.asarray(w) + s * step * g / scale, weights, gradient))[0])
+        float(
+            value_and_slope(jax.tree.map(lambda w, g, s=sign: np.asarray(w) + s * step * g / scale, weights, gradient))[
+                0
+            ]
+        )
         for sign in (1, -1)
-    ]  # fmt: skip
+    ]
     assert (moved[0] - moved[1]) / (2 * step) == pytest.approx(scale, rel=2e-2)
     still = [path for path, g in nnx.to_flat_state(gradient) if not np.abs(g[...]).max()]
     assert all(path[-1] == "correction" for path in still), "of the rest every weight counts"

@@ -6,11 +6,13 @@ from jaxinfer.errors import ChatTemplateError
 from jaxinfer.inputs import templates
 from jaxinfer.inputs.chat import chat_images, render_chat
 
-TEMPLATE = ("{{ bos_token }}{% for message in messages %}"
-            "{% if message.role not in ('user', 'assistant', 'system') %}"
-            "{{ raise_exception('unknown role ' ~ message.role) }}{% endif %}"
-            "[{{ message.role }}] {{ message.content }}\n{% endfor %}"
-            "{% if add_generation_prompt %}[assistant]{% if quiet %} /q{% endif %}{% endif %}")
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message.role not in ('user', 'assistant', 'system') %}"
+    "{{ raise_exception('unknown role ' ~ message.role) }}{% endif %}"
+    "[{{ message.role }}] {{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% if quiet %} /q{% endif %}{% endif %}"
+)
 HELLO = [{"role": "user", "content": "hello"}]
 
 
@@ -41,9 +43,12 @@ def test_parts_of_text_are_joined(byte_bpe):
 
 IMAGE = object()
 PICTURE = [{"type": "image", "image": IMAGE}, {"type": "text", "text": "what?"}]
-PARTS = ("{% for m in messages %}[{{ m.role }}] {% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}"
-         "{% if p.type == 'image' %}<{{ p.keys() | list }}>{% else %}{{ p.text }}{% endif %}{% endfor %}{% endif %}"
-         "{% endfor %}")
+PARTS = (
+    "{% for m in messages %}[{{ m.role }}] {% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content "
+    "%}"
+    "{% if p.type == 'image' %}<{{ p.keys() | list }}>{% else %}{{ p.text }}{% endif %}{% endfor %}{% endif %}"
+    "{% endfor %}"
+)
 
 
 def test_a_template_that_knows_of_images_gets_the_parts_without_them(byte_bpe):
@@ -57,17 +62,26 @@ def test_another_gets_the_marker(byte_bpe):
 
 
 def test_the_images_of_conversations_in_order(byte_bpe):
-    others = [{"role": "user", "content": [{"type": "image", "image": at} for at in (1, 2)]}, {"role": "user", "content": "x"}]
+    others = [
+        {"role": "user", "content": [{"type": "image", "image": at} for at in (1, 2)]},
+        {"role": "user", "content": "x"},
+    ]
     assert chat_images([{"role": "user", "content": PICTURE}, *others]) == [[IMAGE, 1, 2]]
     assert chat_images([HELLO, others]) == [[], [1, 2]]
 
 
-@pytest.mark.parametrize(("part", "message"), [
-    ({"type": "image"}, r"messages\[0\]\['content'\]\[0\] has no 'image': pass a PIL image"),
-    ({"type": "image", "url": "http://x"}, "nothing is read from paths or URLs"),
-    ({"type": "image_url", "image_url": {}}, "of type str 'image_url': this model takes text and images"),
-    ({"type": "image_url", "image_url": {"url": "https://x/y.png"}}, "data URLs alone .* got str 'https://x/y.png'"),
-])
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ({"type": "image"}, r"messages\[0\]\['content'\]\[0\] has no 'image': pass a PIL image"),
+        ({"type": "image", "url": "http://x"}, "nothing is read from paths or URLs"),
+        ({"type": "image_url", "image_url": {}}, "of type str 'image_url': this model takes text and images"),
+        (
+            {"type": "image_url", "image_url": {"url": "https://x/y.png"}},
+            "data URLs alone .* got str 'https://x/y.png'",
+        ),
+    ],
+)
 def test_parts_that_are_no_image(byte_bpe, part, message):
     with pytest.raises(ValueError, match=message):
         render(byte_bpe, [{"role": "user", "content": [part]}], image_marker="<I>")
@@ -78,29 +92,49 @@ def test_an_assistant_may_call_tools_without_content(byte_bpe):
     assert "[assistant] \n" in render(byte_bpe, [*HELLO, call])
 
 
-@pytest.mark.parametrize(("messages", "error", "message"), [
-    (None, TypeError, "messages must be a list of dicts"),
-    ("hello", TypeError, "messages must be a list of dicts .* got str 'hello'"),
-    ([], ValueError, "messages cannot be empty"),
-    ([HELLO, []], ValueError, r"messages\[1\] cannot be empty"),
-    ([HELLO[0], "x"], TypeError, r"messages\[1\] must be a dict"),
-    ([HELLO, ["x"]], TypeError, r"messages\[1\]\[0\] must be a dict"),
-    ([{"content": "x"}], TypeError, r"messages\[0\]\['role'\] must be a string, got None"),
-    ([{"role": "user"}], TypeError, r"messages\[0\]\['content'\] must be a string .* got None"),
-    ([{"role": "user", "content": 3}], TypeError, r"\['content'\] must be a string .* got int 3"),
-    ([{"role": "user", "content": [{"type": "image"}]}], ValueError, r"\['content'\]\[0\].*takes text only"),
-    ([{"role": "user", "content": [{"type": "text"}]}], TypeError, r"\[0\]\['text'\] must be a string"),
-    ([{"role": "user", "content": [3]}], TypeError, r"\['content'\]\[0\] must be a dict"),
-])
+@pytest.mark.parametrize(
+    ("messages", "error", "message"),
+    [
+        (None, TypeError, "messages must be a list of dicts"),
+        ("hello", TypeError, "messages must be a list of dicts .* got str 'hello'"),
+        ([], ValueError, "messages cannot be empty"),
+        ([HELLO, []], ValueError, r"messages\[1\] cannot be empty"),
+        ([HELLO[0], "x"], TypeError, r"messages\[1\] must be a dict"),
+        ([HELLO, ["x"]], TypeError, r"messages\[1\]\[0\] must be a dict"),
+        ([{"content": "x"}], TypeError, r"messages\[0\]\['role'\] must be a string, got None"),
+        ([{"role": "user"}], TypeError, r"messages\[0\]\['content'\] must be a string .* got None"),
+        ([{"role": "user", "content": 3}], TypeError, r"\['content'\] must be a string .* got int 3"),
+        ([{"role": "user", "content": [{"type": "image"}]}], ValueError, r"\['content'\]\[0\].*takes text only"),
+        ([{"role": "user", "content": [{"type": "text"}]}], TypeError, r"\[0\]\['text'\] must be a string"),
+        ([{"role": "user", "content": [3]}], TypeError, r"\['content'\]\[0\] must be a dict"),
+    ],
+)
 def test_messages_are_checked(byte_bpe, messages, error, message):
     with pytest.raises(error, match=message):
         render(byte_bpe, messages)
 
 
-@pytest.mark.parametrize("key", ["tokenize", "chat_template", "messages", "conversation", "conversations",
-                                 "add_generation_prompt", "return_tensors", "return_dict", "self", "_x",
-                                 "padding", "truncation", "max_length", "tokenizer_kwargs",
-                                 "return_assistant_tokens_mask", "sanitize_control_tokens"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "tokenize",
+        "chat_template",
+        "messages",
+        "conversation",
+        "conversations",
+        "add_generation_prompt",
+        "return_tensors",
+        "return_dict",
+        "self",
+        "_x",
+        "padding",
+        "truncation",
+        "max_length",
+        "tokenizer_kwargs",
+        "return_assistant_tokens_mask",
+        "sanitize_control_tokens",
+    ],
+)
 def test_reserved_template_variables_are_refused(byte_bpe, key):
     with pytest.raises(ValueError, match=f"chat_template_kwargs cannot set '{key}'"):
         render(byte_bpe, chat_template_kwargs={key: True})
@@ -167,15 +201,18 @@ def test_tools_are_schemas_or_functions(byte_bpe):
         render(byte_bpe, HELLO, template, tools=[lambda x: x])
 
 
-@pytest.mark.parametrize(("template", "message"), [
-    ("{{ raise_exception('roles must alternate') }}", "failed: roles must alternate"),
-    ("{% if %}", "the chat template"),
-    ("{{ 'x }}", "the chat template"),
-    ("{{ messages[0].a.b }}", "no attribute 'a'"),
-    ("{{ messages.append(1) }}", "the chat template failed"),
-    ("{{ ().__class__.__base__.__subclasses__() }}", "the chat template failed"),
-    ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "the chat template failed"),
-])
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "failed: roles must alternate"),
+        ("{% if %}", "the chat template"),
+        ("{{ 'x }}", "the chat template"),
+        ("{{ messages[0].a.b }}", "no attribute 'a'"),
+        ("{{ messages.append(1) }}", "the chat template failed"),
+        ("{{ ().__class__.__base__.__subclasses__() }}", "the chat template failed"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "the chat template failed"),
+    ],
+)
 def test_templates_that_fail(byte_bpe, template, message):
     with pytest.raises(ChatTemplateError, match=message):
         render(byte_bpe, chat_template=template)

@@ -30,10 +30,16 @@ def test_min_tokens_beyond_what_fits(max_tokens):
     assert at(min_tokens=60, max_tokens=70).min_tokens == 60
 
 
-@pytest.mark.parametrize("fields", [
-    {"stop_token_ids": [1, 100]}, {"allowed_token_ids": [100]}, {"logit_bias": {100: 1.0}},
-    {"_bad_words_token_ids": ((1, 100),)}, {"stop_token_ids": [100], "min_tokens": 5},
-])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"stop_token_ids": [1, 100]},
+        {"allowed_token_ids": [100]},
+        {"logit_bias": {100: 1.0}},
+        {"_bad_words_token_ids": ((1, 100),)},
+        {"stop_token_ids": [100], "min_tokens": 5},
+    ],
+)
 def test_ids_outside_the_vocabulary_are_named(fields):
     with pytest.raises(ValueError, match=r"contains 100, outside the vocabulary.*vocab_size=100"):
         at(**fields)
@@ -59,24 +65,30 @@ def test_bad_words_are_encoded_with_and_without_a_space():
         at(bad_words=["cat"])
 
 
-@pytest.mark.parametrize("fields", [
-    {"allowed_token_ids": [5], "_bad_words_token_ids": ((5,),)},
-    {"allowed_token_ids": [2, 3], "min_tokens": 1},
-    {"allowed_token_ids": [95]},  # padding beyond the tokenizer
-    {"_bad_words_token_ids": tuple((i,) for i in range(90))},
-    {"_bad_words_token_ids": tuple((i,) for i in range(90) if i not in (2, 3)), "min_tokens": 1},
-])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"allowed_token_ids": [5], "_bad_words_token_ids": ((5,),)},
+        {"allowed_token_ids": [2, 3], "min_tokens": 1},
+        {"allowed_token_ids": [95]},  # padding beyond the tokenizer
+        {"_bad_words_token_ids": tuple((i,) for i in range(90))},
+        {"_bad_words_token_ids": tuple((i,) for i in range(90) if i not in (2, 3)), "min_tokens": 1},
+    ],
+)
 def test_every_token_masked(fields):
     with pytest.raises(ValueError, match="every token is masked"):
         at(**fields)
 
 
-@pytest.mark.parametrize("fields", [
-    {"allowed_token_ids": [5], "_bad_words_token_ids": ((5, 5),)},
-    {"allowed_token_ids": [2, 3]},
-    {"allowed_token_ids": [2], "min_tokens": 1, "ignore_eos": True},
-    {"_bad_words_token_ids": tuple((i,) for i in range(89))},
-])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"allowed_token_ids": [5], "_bad_words_token_ids": ((5, 5),)},
+        {"allowed_token_ids": [2, 3]},
+        {"allowed_token_ids": [2], "min_tokens": 1, "ignore_eos": True},
+        {"_bad_words_token_ids": tuple((i,) for i in range(89))},
+    ],
+)
 def test_one_token_left_is_enough(fields):
     at(**fields)
 

@@ -16,12 +16,36 @@ def test_an_empty_config_is_greedy():
 
 
 def test_every_attribute_has_its_field():
-    params = convert(max_new_tokens=7, min_new_tokens=2, do_sample=True, temperature=0.5, top_p=0.9, top_k=5,
-                     min_p=0.1, repetition_penalty=1.2, num_return_sequences=3, stop_strings=["x"],
-                     eos_token_id=[1, 2], bad_words_ids=[[4, 5]], suppress_tokens=[6, 7])
-    assert params == SamplingParams(max_tokens=7, min_tokens=2, temperature=0.5, top_p=0.9, top_k=5,
-                                    min_p=0.1, repetition_penalty=1.2, n=3, stop=["x"], stop_token_ids=[1, 2],
-                                    ignore_eos=True, _bad_words_token_ids=((6,), (7,)), _bad_words_ids=((4, 5),))
+    params = convert(
+        max_new_tokens=7,
+        min_new_tokens=2,
+        do_sample=True,
+        temperature=0.5,
+        top_p=0.9,
+        top_k=5,
+        min_p=0.1,
+        repetition_penalty=1.2,
+        num_return_sequences=3,
+        stop_strings=["x"],
+        eos_token_id=[1, 2],
+        bad_words_ids=[[4, 5]],
+        suppress_tokens=[6, 7],
+    )
+    assert params == SamplingParams(
+        max_tokens=7,
+        min_tokens=2,
+        temperature=0.5,
+        top_p=0.9,
+        top_k=5,
+        min_p=0.1,
+        repetition_penalty=1.2,
+        n=3,
+        stop=["x"],
+        stop_token_ids=[1, 2],
+        ignore_eos=True,
+        _bad_words_token_ids=((6,), (7,)),
+        _bad_words_ids=((4, 5),),
+    )
 
 
 def test_sampling_attributes_count_only_with_do_sample():
@@ -41,10 +65,23 @@ def test_plain_values_may_come_as_a_dict():
 
 
 def test_the_defaults_of_older_transformers_pass():
-    old = dict(max_length=20, min_length=0, num_beams=1, num_beam_groups=1, typical_p=1.0, epsilon_cutoff=0.0,
-               eta_cutoff=0.0, no_repeat_ngram_size=0, diversity_penalty=0.0, length_penalty=1.0,
-               do_sample=False,
-               encoder_repetition_penalty=1.0, temperature=1.0, top_k=50, token_healing=False)
+    old = dict(
+        max_length=20,
+        min_length=0,
+        num_beams=1,
+        num_beam_groups=1,
+        typical_p=1.0,
+        epsilon_cutoff=0.0,
+        eta_cutoff=0.0,
+        no_repeat_ngram_size=0,
+        diversity_penalty=0.0,
+        length_penalty=1.0,
+        do_sample=False,
+        encoder_repetition_penalty=1.0,
+        temperature=1.0,
+        top_k=50,
+        token_healing=False,
+    )
     assert from_generation_config(old) == SamplingParams(temperature=0)
 
 
@@ -61,11 +98,14 @@ def test_lengths_that_count_the_prompt():
     assert convert(max_length=50, max_new_tokens=4).max_tokens == 4
 
 
-@pytest.mark.parametrize(("values", "message"), [
-    ({"num_return_sequences": 2}, "n must be 1 when using greedy"),
-    ({"bad_words_ids": [[]]}, r"bad_words_ids\[0\]"),
-    ({"bad_words_ids": [[-1]]}, "every id in bad_words_ids"),
-])
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_return_sequences": 2}, "n must be 1 when using greedy"),
+        ({"bad_words_ids": [[]]}, r"bad_words_ids\[0\]"),
+        ({"bad_words_ids": [[-1]]}, "every id in bad_words_ids"),
+    ],
+)
 def test_values_are_checked(values, message):
     with pytest.raises(ValueError, match=message):
         from_generation_config(values)
@@ -78,8 +118,15 @@ def test_something_else_is_refused():
 
 def test_defaults_of_a_model():
     assert default_params({}) == SamplingParams()
-    file = {"temperature": 0.6, "top_p": 0.9, "top_k": None, "max_new_tokens": 99, "eos_token_id": 2,
-            "do_sample": False, "transformers_version": "4.0"}
+    file = {
+        "temperature": 0.6,
+        "top_p": 0.9,
+        "top_k": None,
+        "max_new_tokens": 99,
+        "eos_token_id": 2,
+        "do_sample": False,
+        "transformers_version": "4.0",
+    }
     assert default_params(file) == SamplingParams(temperature=0.6, top_p=0.9, max_tokens=99)
     with pytest.raises(ConfigError, match="generation_config.json: top_p must be in"):
         default_params({"top_p": 7})
@@ -98,11 +145,30 @@ def test_an_end_token_is_no_bad_word():
 
 @pytest.mark.parametrize("value", [7, 0, -1, 1.5, "x", [], {}, True, None, [[1]], 10**40, float("nan")])
 def test_what_a_file_says_is_taken_or_refused_by_a_public_error(value):
-    for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "no_repeat_ngram_size", "max_new_tokens",
-                 "max_length", "min_length", "do_sample", "eos_token_id", "bad_words_ids", "text_config", "cache_implementation"):
+    for name in (
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "repetition_penalty",
+        "no_repeat_ngram_size",
+        "max_new_tokens",
+        "max_length",
+        "min_length",
+        "do_sample",
+        "eos_token_id",
+        "bad_words_ids",
+        "text_config",
+        "cache_implementation",
+    ):
         file = {name: value}
-        for read in (default_params, lambda f: default_params(f, encoder_decoder=True), lambda f: eos_ids({}, f),
-                     lambda f: eos_ids(f, {}), lambda f: forced_id({"forced_bos_token_id": value}, "forced_bos_token_id")):
+        for read in (
+            default_params,
+            lambda f: default_params(f, encoder_decoder=True),
+            lambda f: eos_ids({}, f),
+            lambda f: eos_ids(f, {}),
+            lambda f: forced_id({"forced_bos_token_id": value}, "forced_bos_token_id"),
+        ):
             try:
                 read(file)
             except ConfigError as error:

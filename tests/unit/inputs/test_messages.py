@@ -193,11 +193,14 @@ def test_a_template_sees_plain_data_alone(byte_bpe):
         render_chat(byte_bpe, [loop], chat_template=ALL["qwen"])
 
 
-@pytest.mark.parametrize(("calls", "message"), [
-    ("f", r"messages\[1\]\['tool_calls'\] must be a list of tool calls, got str"),
-    ([3], r"\['tool_calls'\]\[0\] must be a dict with 'function', got int 3"),
-    ([{"function": "f"}], r"\['tool_calls'\]\[0\]\['function'\] must be a dict with 'name'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("calls", "message"),
+    [
+        ("f", r"messages\[1\]\['tool_calls'\] must be a list of tool calls, got str"),
+        ([3], r"\['tool_calls'\]\[0\] must be a dict with 'function', got int 3"),
+        ([{"function": "f"}], r"\['tool_calls'\]\[0\]\['function'\] must be a dict with 'name'"),
+    ],
+)
 def test_tool_calls_that_are_none(byte_bpe, calls, message):
     with pytest.raises(TypeError, match=message):
         render_chat(byte_bpe, chat("", tool_calls=calls), chat_template=ALL["qwen"])

@@ -15,14 +15,18 @@ def render(source, chat=CHAT, **more):
     return templates.render(source, chat, {"x": "x"}, None, **more)
 
 
-@pytest.mark.parametrize("source", [
-    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-    "{{ (range(80000)|batch(1)|list)|sum(start=[])|length }}",
-    "{{ 10 ** (10 ** 9) }}",
-    "{% set n = namespace(x=9) %}{% for i in range(99) %}{% set n.x = n.x * n.x %}{% endfor %}",
-    "{% set n = namespace(x=[1]) %}{% for i in range(60) %}{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x }}",
-    "{{ ('a' * 300000).replace('a', 'aa').split('a') | map('trim') | sort | join(',') * 9 | int }}{{ 9 ** 9 ** 9 }}",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{{ (range(80000)|batch(1)|list)|sum(start=[])|length }}",
+        "{{ 10 ** (10 ** 9) }}",
+        "{% set n = namespace(x=9) %}{% for i in range(99) %}{% set n.x = n.x * n.x %}{% endfor %}",
+        "{% set n = namespace(x=[1]) %}{% for i in range(60) %}{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x }}",
+        "{{ ('a' * 300000).replace('a', 'aa').split('a') | map('trim') | sort | join(',') * 9 | int }}{{ 9 ** 9 ** 9 "
+        "}}",
+    ],
+)
 def test_what_takes_too_long_is_ended_and_other_threads_run_on(source):
     render("")  # a process is there
     gaps, ended = [], threading.Event()
@@ -45,13 +49,19 @@ def test_what_takes_too_long_is_ended_and_other_threads_run_on(source):
     assert time.monotonic() - start < 3 and max(gaps, default=0) < 1
 
 
-@pytest.mark.parametrize(("source", "message"), [
-    ("{{ 'x' * 2000000000 }}", "1024 MiB of memory"),
-    ("{% for i in range(2000) %}{{ 'x' * 100000 }}{% endfor %}", f"more than {2**25} characters"),
-    ("{{ 'x' * 40000000 }}", f"more than {2**25} characters"),
-    ("{% set n = namespace(x='x') %}{% for i in range(40) %}{% set n.x = n.x ~ n.x %}{% endfor %}", "1024 MiB of memory"),
-    ("{{ 'x'.center(3000000000) }}", "1024 MiB of memory"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{{ 'x' * 2000000000 }}", "1024 MiB of memory"),
+        ("{% for i in range(2000) %}{{ 'x' * 100000 }}{% endfor %}", f"more than {2**25} characters"),
+        ("{{ 'x' * 40000000 }}", f"more than {2**25} characters"),
+        (
+            "{% set n = namespace(x='x') %}{% for i in range(40) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+            "1024 MiB of memory",
+        ),
+        ("{{ 'x'.center(3000000000) }}", "1024 MiB of memory"),
+    ],
+)
 def test_what_is_too_large_is_never_made(source, message):
     with pytest.raises(ChatTemplateError, match=message):
         render(source)

@@ -1,4 +1,5 @@
-"""A tokenizer of tiktoken ranks, as Kimi checkpoints have it, against tiktoken's own algorithm; nothing of the checkpoint is run."""
+"""A tokenizer of tiktoken ranks, as Kimi checkpoints have it, against tiktoken's own algorithm; nothing of the
+checkpoint is run."""
 
 import base64
 import json
@@ -23,38 +24,66 @@ MERGED = 900
 BOS, END, TOOL = MERGED, MERGED + 2, MERGED + 5
 TEXTS = (
     "The cat's hat, HTTPServer and iPhone15 don't AREN'T  equal 12345678 times.\r\n\r\n  x = f(y)\t# ok\n",
-    "你好，世界 hello世界 日本語テスト 한국어 test中文Mixed", "naïve Café ÉCOLE straße Ǆungla ǅ", "🐱🐶👩‍👩‍👧 e\u0301 \u00a0\u3000\u2028 a\u200bb",
-    "   leading", "trailing   ", " \n \n", "1 22 333 4444 ٣٤٥٦", "'S 'll 'LL it'ſ", "a", "", "\x00\x85\ufffd\U0010ffff", "aaaaaaaaaaaaaaa",
-)  # fmt: skip
-PATTERN = "|".join([
-    r"[\p{Han}]+",
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]*[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]+[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
-    r"\p{N}{1,3}", r" ?[^\s\p{L}\p{N}]+[\r\n]*", r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+",
-])  # fmt: skip
+    "你好，世界 hello世界 日本語テスト 한국어 test中文Mixed",
+    "naïve Café ÉCOLE straße Ǆungla ǅ",
+    "🐱🐶👩‍👩‍👧 e\u0301 \u00a0\u3000\u2028 a\u200bb",
+    "   leading",
+    "trailing   ",
+    " \n \n",
+    "1 22 333 4444 ٣٤٥٦",
+    "'S 'll 'LL it'ſ",
+    "a",
+    "",
+    "\x00\x85\ufffd\U0010ffff",
+    "aaaaaaaaaaaaaaa",
+)
+PATTERN = "|".join(
+    [
+        r"[\p{Han}]+",
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]*[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]+[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    ]
+)
 """Of Moonshot's class, as a whole."""
 SETTINGS = dict(
-    tokenizer_class="TikTokenTokenizer", auto_map={"AutoTokenizer": ["tokenization_kimi.TikTokenTokenizer", None]},
-    bos_token="[BOS]", eos_token={"__type": "AddedToken", "content": "[EOS]"}, pad_token="[PAD]", unk_token="[UNK]",
-    additional_special_tokens=["<|im_end|>"], model_max_length=1048576,
+    tokenizer_class="TikTokenTokenizer",
+    auto_map={"AutoTokenizer": ["tokenization_kimi.TikTokenTokenizer", None]},
+    bos_token="[BOS]",
+    eos_token={"__type": "AddedToken", "content": "[EOS]"},
+    pad_token="[PAD]",
+    unk_token="[UNK]",
+    additional_special_tokens=["<|im_end|>"],
+    model_max_length=1048576,
     added_tokens_decoder={
         str(at): {"content": text, "special": special, "normalized": False}
         for at, text, special in (
-            (BOS, "[BOS]", True), (MERGED + 1, "[EOS]", True), (END, "<|im_end|>", True), (TOOL, "<|tool_call_begin|>", False),
-            (MERGED + 254, "[UNK]", True), (MERGED + 255, "[PAD]", True),
+            (BOS, "[BOS]", True),
+            (MERGED + 1, "[EOS]", True),
+            (END, "<|im_end|>", True),
+            (TOOL, "<|tool_call_begin|>", False),
+            (MERGED + 254, "[UNK]", True),
+            (MERGED + 255, "[PAD]", True),
         )
     },
     chat_template="{% for m in messages %}<|im_{{ m.role }}|>{{ m.content }}<|im_end|>{% endfor %}",
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="module")
 def ranks() -> dict[bytes, int]:
     """Learned from the texts: the bytes, then what they are merged to."""
     backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(PATTERN), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])  # fmt: skip
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     trainer = trainers.BpeTrainer(
         vocab_size=MERGED, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
@@ -87,14 +116,17 @@ def tokenizer(folder):
 
 
 def plain(ranks: dict[bytes, int], text: str) -> list[int]:
-    """tiktoken's algorithm as it says it: in each piece the neighbours whose join has the lowest rank, the first of them."""
+    """tiktoken's algorithm as it says it: in each piece the neighbours whose join has the lowest rank, the first of
+    them."""
     ids = []
     for piece in regex.findall(PATTERN, text, flags=regex.V1):
         parts = [bytes([byte]) for byte in piece.encode()]
         if piece.encode() in ranks:
             parts = [piece.encode()]
         while True:
-            joins = [(ranks[a + b], at) for at, (a, b) in enumerate(zip(parts, parts[1:], strict=False)) if a + b in ranks]
+            joins = [
+                (ranks[a + b], at) for at, (a, b) in enumerate(zip(parts, parts[1:], strict=False)) if a + b in ranks
+            ]
             if not joins:
                 break
             at = min(joins)[1]
@@ -168,27 +200,38 @@ def test_a_tokenizer_json_beside_it_is_taken(ranks, tokenizer, tmp_path):
     assert load_tokenizer(tmp_path).encode("cat") == tokenizer.encode("cat")
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"tokenizer_class": "QWenTokenizer"}, "'QWenTokenizer'; known is 'TikTokenTokenizer'.*tokenizer.json"),
-    ({"tokenizer_class": None}, "tokenizer_class .* is None"),
-    ({"added_tokens_decoder": {"5": {"content": "x"}}}, f"names id 5; behind the {MERGED} tokens"),
-    ({"added_tokens_decoder": {str(MERGED + 256): {"content": "x"}}}, f"names id {MERGED + 256}"),
-    ({"added_tokens_decoder": {"x": {"content": "x"}}}, "has 'x'"),
-    ({"added_tokens_decoder": {str(BOS): {}}}, "object with content"),
-    ({"added_tokens_decoder": {str(BOS): {"content": "x"}, str(END): {"content": "x"}}}, "'x' twice"),
-    ({"bos_token": "[NOT]"}, r"bos_token is '\[NOT\]'"),
-    ({"eos_token": 3}, "eos_token is 3"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokenizer_class": "QWenTokenizer"}, "'QWenTokenizer'; known is 'TikTokenTokenizer'.*tokenizer.json"),
+        ({"tokenizer_class": None}, "tokenizer_class .* is None"),
+        ({"added_tokens_decoder": {"5": {"content": "x"}}}, f"names id 5; behind the {MERGED} tokens"),
+        ({"added_tokens_decoder": {str(MERGED + 256): {"content": "x"}}}, f"names id {MERGED + 256}"),
+        ({"added_tokens_decoder": {"x": {"content": "x"}}}, "has 'x'"),
+        ({"added_tokens_decoder": {str(BOS): {}}}, "object with content"),
+        ({"added_tokens_decoder": {str(BOS): {"content": "x"}, str(END): {"content": "x"}}}, "'x' twice"),
+        ({"bos_token": "[NOT]"}, r"bos_token is '\[NOT\]'"),
+        ({"eos_token": 3}, "eos_token is 3"),
+    ],
+)
 def test_what_does_not_fit_is_named(ranks, tmp_path, changes, message):
     with pytest.raises(CheckpointError, match=message):
         load_tokenizer(write(tmp_path, ranks, **changes))
 
 
-@pytest.mark.parametrize(("line", "message"), [
-    (b"YQ==", "line 2 is b'YQ=='"), (b"YQ== x", "line 2"), (b"Y! 5", "line 2"), (b"YWI= 5 6", "line 2"),
-    (b" 0", "line 2"), (b"AA== 1", "there twice"), (b"AQ== 2", "must be 0 to 1, each once"),
-    (b"AQ== 1", "no token for the byte 2"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"YQ==", "line 2 is b'YQ=='"),
+        (b"YQ== x", "line 2"),
+        (b"Y! 5", "line 2"),
+        (b"YWI= 5 6", "line 2"),
+        (b" 0", "line 2"),
+        (b"AA== 1", "there twice"),
+        (b"AQ== 2", "must be 0 to 1, each once"),
+        (b"AQ== 1", "no token for the byte 2"),
+    ],
+)
 def test_a_file_that_is_not_of_ranks(tmp_path, line, message):
     path = tmp_path / "tiktoken.model"
     path.write_bytes(b"AA== 0\n" + line + b"\n")

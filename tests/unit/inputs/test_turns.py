@@ -1,4 +1,5 @@
-"""Chat templates of the kinds that Gemma and gpt-oss have: markers are one token each, the first token is there once."""
+"""Chat templates of the kinds that Gemma and gpt-oss have: markers are one token each, the first token is there
+once."""
 
 import datetime
 
@@ -14,10 +15,12 @@ MARKERS = ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>", "<|start|>", "<
 
 GEMMA = (
     "{{ bos_token }}"
-    "{% if messages[0]['role'] == 'system' %}{% set first = messages[0]['content'] + '\n\n' %}{% set rest = messages[1:] %}"
+    "{% if messages[0]['role'] == 'system' %}{% set first = messages[0]['content'] + '\n\n' %}{% set rest = "
+    "messages[1:] %}"
     "{% else %}{% set first = '' %}{% set rest = messages %}{% endif %}"
     "{% for message in rest %}"
-    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('turns must alternate') }}{% endif %}"
+    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('turns must alternate') }}{% "
+    "endif %}"
     "{% set role = 'model' if message['role'] == 'assistant' else message['role'] %}"
     "{{ '<start_of_turn>' + role + '\n' + (first if loop.first else '') }}"
     "{% if message['content'] is string %}{{ message['content'] | trim }}"
@@ -30,10 +33,12 @@ GEMMA = (
 
 HARMONY = (
     "{%- macro marked(role, text, channel=none) -%}"
-    "{{ '<|start|>' + role }}{% if channel %}{{ '<|channel|>' + channel }}{% endif %}{{ '<|message|>' + text + '<|end|>' }}"
+    "{{ '<|start|>' + role }}{% if channel %}{{ '<|channel|>' + channel }}{% endif %}{{ '<|message|>' + text + "
+    "'<|end|>' }}"
     "{%- endmacro -%}"
     "{%- set state = namespace(last=none) -%}"
-    "{{ marked('system', 'Current date: ' + strftime_now('%Y-%m-%d') + '\nReasoning: ' + reasoning_effort | default('medium')) }}"
+    "{{ marked('system', 'Current date: ' + strftime_now('%Y-%m-%d') + '\nReasoning: ' + reasoning_effort | "
+    "default('medium')) }}"
     "{%- for message in messages -%}"
     "{%- if message.role == 'assistant' -%}{{ marked('assistant', message.content, 'final') }}"
     "{%- else -%}{{ marked(message.role, message.content) }}{%- endif -%}"
@@ -45,7 +50,8 @@ HARMONY = (
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Pieces with bytes to fall back on, blanks as ▁ and none before the first word, as Gemma's; it adds <bos> by itself."""
+    """Pieces with bytes to fall back on, blanks as ▁ and none before the first word, as Gemma's; it adds <bos> by
+    itself."""
     from tokenizers.processors import TemplateProcessing
 
     pieces = [*MARKERS, "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "user", "model", "\n"]
@@ -58,7 +64,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>")
 
 
-CHAT = [{"role": "user", "content": " hi é "}, {"role": "assistant", "content": "yes"}, {"role": "user", "content": "so?"}]
+CHAT = [
+    {"role": "user", "content": " hi é "},
+    {"role": "assistant", "content": "yes"},
+    {"role": "user", "content": "so?"},
+]
 
 
 def markers(tokenizer, text: str) -> list[str]:

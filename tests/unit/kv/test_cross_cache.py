@@ -1,4 +1,5 @@
-"""Blocks of what encoders read: taken, shared, found again, and given back, beside those of the sequences themselves."""
+"""Blocks of what encoders read: taken, shared, found again, and given back, beside those of the sequences
+themselves."""
 
 import numpy as np
 import pytest
@@ -81,9 +82,15 @@ def test_blocks_that_were_not_written_are_not_found():
     assert admit(manager, 1, content(9)) and manager.encoded.writes(1) is not None
 
 
-@pytest.mark.parametrize("other", [
-    content(9, b"b"), content(8), content(9, salt=b"other"), content(9, b"b", digest=b"a"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "other",
+    [
+        content(9, b"b"),
+        content(8),
+        content(9, salt=b"other"),
+        content(9, b"b", digest=b"a"),
+    ],
+)
 def test_another_input_is_not_found(other: Encoded):
     """Of another content, length or salt; or of another content whose digest is the same."""
     manager = make()
@@ -159,5 +166,8 @@ def test_what_the_device_is_to_know():
     manager = make()
     admit(manager, 0, content(9))
     group, row, column, block = manager.tables.take_unsent()
-    assert sorted(zip(group.tolist(), column.tolist(), strict=True)) == [(0, 0), *((g, c) for g in (1, 2) for c in range(3))]
+    assert sorted(zip(group.tolist(), column.tolist(), strict=True)) == [
+        (0, 0),
+        *((g, c) for g in (1, 2) for c in range(3)),
+    ]
     np.testing.assert_array_equal(manager.tables.blocks[group, row, column], block)

@@ -43,13 +43,13 @@ def test_layers_of_other_shapes_do_not_share_a_lane():
     narrow = Sliding(1, 16, window=8)
     made = layout((FULL, FULL, SLIDING, SLIDING))
     assert len(made.lanes) == 2
-    with pytest.raises(ConfigError, match="layers 0 and 1 keep arrays of different shapes.*place all attention layers alike"):
+    with pytest.raises(
+        ConfigError, match="layers 0 and 1 keep arrays of different shapes.*place all attention layers alike"
+    ):
         layout((FULL, narrow))
 
 
-@pytest.mark.parametrize(
-    ("length", "first"), [(0, 0), (1, 0), (7, 0), (8, 1), (9, 2), (100, 93)]
-)
+@pytest.mark.parametrize(("length", "first"), [(0, 0), (1, 0), (7, 0), (8, 1), (9, 2), (100, 93)])
 def test_a_window_ends_with_the_token_that_sees_it(length, first):
     assert Window(8).first_needed(length) == first
     assert Kind().first_needed(length) == 0

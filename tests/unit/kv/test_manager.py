@@ -29,23 +29,27 @@ def kinds(*counts, windows=()):
 
 
 HYBRIDS = [
-    SINGLE, kinds(1, 1, windows=[3]), kinds(2, 1, windows=[1]), kinds(0, 2, windows=[4]), kinds(1, 2, 1, windows=[2, 5]),
-]  # fmt: skip
+    SINGLE,
+    kinds(1, 1, windows=[3]),
+    kinds(2, 1, windows=[1]),
+    kinds(0, 2, windows=[4]),
+    kinds(1, 2, 1, windows=[2, 5]),
+]
 
 
 class ManagerMachine(RuleBasedStateMachine):
-    """`written[block][offset]` is the group and the whole text up to the token whose keys lie there; a row must read its
-    own, of what its kinds still need."""
+    """`written[block][offset]` is the group and the whole text up to the token whose keys lie there; a row must read
+    its own, of what its kinds still need."""
 
     @initialize(
-        blocks=st.integers(4, 60), caching=st.booleans(), layout=st.sampled_from(HYBRIDS),
+        blocks=st.integers(4, 60),
+        caching=st.booleans(),
+        layout=st.sampled_from(HYBRIDS),
         slots=st.one_of(st.just(0), st.integers(2 * ROWS, 3 * ROWS)),
-    )  # fmt: skip
+    )
     def start(self, blocks, caching, layout, slots):
         self.kinds, self.groups = layout, count(layout)
-        self.manager = BlockManager(
-            blocks, ROWS, WIDTH, P, prefix_caching=caching, kinds=layout, state_slots=slots
-        )
+        self.manager = BlockManager(blocks, ROWS, WIDTH, P, prefix_caching=caching, kinds=layout, state_slots=slots)
         self.memory: dict[int, tuple[int, ...]] = {}
         """By slot: the text whose state is there."""
         self.written: dict[tuple[int, int], tuple[int, ...]] = {}
@@ -60,7 +64,8 @@ class ManagerMachine(RuleBasedStateMachine):
         self.device[group, row, column] = block
 
     def plan(self, decoding=(), steps=0, chunks=()):
-        """The states of a plan: rows that decode so many tokens, and rows whose prompts are computed up to a position."""
+        """The states of a plan: rows that decode so many tokens, and rows whose prompts are computed up to a
+        position."""
         states = self.manager.states
         if states is None:
             return
@@ -150,9 +155,7 @@ class ManagerMachine(RuleBasedStateMachine):
                 self.enter(row, stop // P)
 
     @precondition(lambda self: self.texts)
-    @rule(
-        resting=st.sets(st.integers(0, ROWS - 1)), tokens=st.lists(st.integers(0, 1), min_size=1, max_size=2 * P + 1)
-    )
+    @rule(resting=st.sets(st.integers(0, ROWS - 1)), tokens=st.lists(st.integers(0, 1), min_size=1, max_size=2 * P + 1))
     def grow(self, resting, tokens):
         """Decode steps of the rows that do not rest."""
         room = P * WIDTH - len(tokens)
@@ -460,13 +463,19 @@ def test_the_hit_is_what_every_kind_serves_and_each_says_why():
     admit(m, 0, text, chunk=4)
     end(m, 0, text)  # 6 blocks full, 2 x 6 sliding, all cached
     found = hit(m, [*text, 99])
-    assert [(h.kind, h.tokens, h.reason) for h in found.kinds] == [("full", 12, "complete"), ("sliding(4)", 12, "complete")]
+    assert [(h.kind, h.tokens, h.reason) for h in found.kinds] == [
+        ("full", 12, "complete"),
+        ("sliding(4)", 12, "complete"),
+    ]
     assert found.ids.shape == (3, 6) and (found.ids[1:, :4] == -1).all() and (found.ids[1:, 4:] >= 0).all()
     other = hit(m, [*text[:6], 99, 98, 97])
     assert (other.blocks, other.reason, other.known) == (3, "absent", 3)
     # Another prompt takes the cold ones first: those of blocks 0 and 1, which no prompt is known to need.
     admit(m, 1, [50, 51, 52, 53, 54, 55], chunk=6)
-    assert [(h.tokens, h.reason) for h in hit(m, [*text[:6], 99, 98, 97]).kinds] == [(6, "absent"), (0, "window evicted")]
+    assert [(h.tokens, h.reason) for h in hit(m, [*text[:6], 99, 98, 97]).kinds] == [
+        (6, "absent"),
+        (0, "window evicted"),
+    ]
     assert hit(m, [*text[:6], 99, 98, 97]).reason == "window evicted"
     assert hit(m, [*text, 99]).blocks == 6, "the end of the prompt is still a hit"
 

@@ -325,8 +325,12 @@ def draw_ids(data: st.DataObject, plain: PlainPool, name: str) -> list[int]:
     if name == "release":
         entries = data.draw(st.permutations(sorted(plain.refs.elements())))
         return entries[: data.draw(st.integers(0, WIDTH))]
-    allowed = {"share": held + sorted(plain.cached), "publish": held, "unpublish": list(range(NUM_BLOCKS)),
-               "touch": list(range(NUM_BLOCKS))}  # fmt: skip
+    allowed = {
+        "share": held + sorted(plain.cached),
+        "publish": held,
+        "unpublish": list(range(NUM_BLOCKS)),
+        "touch": list(range(NUM_BLOCKS)),
+    }
     return data.draw(st.lists(st.sampled_from(allowed[name]), max_size=WIDTH)) if allowed[name] else []
 
 

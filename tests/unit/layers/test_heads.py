@@ -86,9 +86,19 @@ def test_what_divides_is_kept_as_it_is(kv_heads, group, tp):
 
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "tp", "stored", "stored_kv"),
-    [(25, 25, 8, 32, 32), (3, 3, 8, 8, 8), (25, 25, 2, 26, 26), (14, 2, 8, 16, 2), (14, 2, 4, 16, 2), (6, 3, 4, 8, 4),
-     (6, 1, 4, 8, 1), (12, 3, 4, 16, 4), (40, 10, 4, 48, 12), (8, 2, 4, 8, 2)],
-)  # fmt: skip
+    [
+        (25, 25, 8, 32, 32),
+        (3, 3, 8, 8, 8),
+        (25, 25, 2, 26, 26),
+        (14, 2, 8, 16, 2),
+        (14, 2, 4, 16, 2),
+        (6, 3, 4, 8, 4),
+        (6, 1, 4, 8, 1),
+        (12, 3, 4, 16, 4),
+        (40, 10, 4, 48, 12),
+        (8, 2, 4, 8, 2),
+    ],
+)
 def test_how_many_heads_are_kept(heads, kv_heads, tp, stored, stored_kv):
     made = layout(tp, heads, kv_heads)
     assert (made.stored_heads, made.stored_kv_heads) == (stored, stored_kv)
@@ -98,8 +108,11 @@ def test_the_rows_of_a_padded_group():
     """14 query heads around 2 kv heads over 4 shards: groups of 8, half a group a shard."""
     q, k, _ = layout(4, 14, 2).outputs(head_dim=10)
     assert [q.pieces(shard, 4) for shard in range(4)] == [
-        [Piece(0, 0, 40)], [Piece(0, 40, 70)], [Piece(0, 70, 110)], [Piece(0, 110, 140)]
-    ]  # fmt: skip
+        [Piece(0, 0, 40)],
+        [Piece(0, 40, 70)],
+        [Piece(0, 70, 110)],
+        [Piece(0, 110, 140)],
+    ]
     assert [k.pieces(shard, 4) for shard in range(4)] == [[Piece(0, 0, 10)]] * 2 + [[Piece(0, 10, 20)]] * 2
     assert (q.rows, q.columns(4)) == (140, 40)
     whole, _, _ = layout(1, 14, 2).outputs(head_dim=10)
@@ -133,14 +146,16 @@ def test_plain_outputs_are_cut_evenly_or_whole_on_every_shard(units, width, tp, 
 
 
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "fitting", "padded"), [(6, 3, "1, 3, 6", "8 (around 4"), (12, 3, "1, 3, 6, 12", "16 (around 4")]
+    ("heads", "kv_heads", "fitting", "padded"),
+    [(6, 3, "1, 3, 6", "8 (around 4"), (12, 3, "1, 3, 6, 12", "16 (around 4")],
 )
 def test_heads_that_do_not_divide_are_named_with_three_remedies(heads, kv_heads, fitting, padded):
     with pytest.raises(ConfigError) as error:
         HeadLayout.of(build(4), heads, kv_heads)
     assert str(error.value) == (
         f"layers.5.attention: axis 'heads' of size {heads} (around {kv_heads} kv heads) does not divide over mesh axis "
-        f"'model' of size 4; choose a tensor_parallel_size that does ({fitting}), or keep the module whole on every device "
+        f"'model' of size 4; choose a tensor_parallel_size that does ({fitting}), or keep the module whole on every "
+        "device "
         f"with placement={{'layers.*.attention': 'replicate'}}, or pad it to {padded} kv heads) with pad_heads=True"
     )
 
@@ -151,5 +166,7 @@ def test_a_replicated_module_needs_no_padding():
 
 
 def test_a_projection_that_does_not_divide_is_named_by_its_module():
-    with pytest.raises(ConfigError, match=r"layers.5.attention: projection 'gate' of 50 columns .* \(1, 2, 5, 10, 25, 50\)"):
+    with pytest.raises(
+        ConfigError, match=r"layers.5.attention: projection 'gate' of 50 columns .* \(1, 2, 5, 10, 25, 50\)"
+    ):
         FusedLinear(build(4), 8, [Output("gate", 50)])

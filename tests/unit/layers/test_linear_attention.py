@@ -167,8 +167,10 @@ def test_the_state_says_what_it_takes():
 def test_how_many_rows_are_fused_is_asked_for_or_looked_up(monkeypatch):
     mesh = make_mesh()
     assert [fusion.rows_fused(asked, mesh) for asked in (True, False, "auto")] == [
-        float("inf"), 0, fusion.CROSSOVERS["cpu"]
-    ]  # fmt: skip
+        float("inf"),
+        0,
+        fusion.CROSSOVERS["cpu"],
+    ]
     monkeypatch.setattr(fusion, "CROSSOVERS", {"cpu": 64})
     assert fusion.rows_fused("auto", mesh) == 64
     with pytest.raises(ConfigError, match="fuse_projections must be 'auto', True or False, got 'never'"):

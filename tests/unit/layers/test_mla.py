@@ -1,4 +1,5 @@
-"""Multi-head latent attention against transformers' layers: expanded in prefill, absorbed in decode, the same numbers."""
+"""Multi-head latent attention against transformers' layers: expanded in prefill, absorbed in decode, the same
+numbers."""
 
 from collections import Counter
 from functools import cache, partial
@@ -36,11 +37,21 @@ M, H, RANK, DN, R, DV = 32, 4, 24, 16, 8, 12
 BLOCK, BLOCKS, WIDTH, ROWS, T = 4, 40, 12, 4, 48
 KIMI, DEEPSEEK = "kimi", "deepseek"
 SHAPE = dict(
-    hidden_size=M, num_attention_heads=H, num_key_value_heads=H, kv_lora_rank=RANK, qk_nope_head_dim=DN, qk_rope_head_dim=R,
-    v_head_dim=DV, num_hidden_layers=1, attn_implementation="eager",
-)  # fmt: skip
+    hidden_size=M,
+    num_attention_heads=H,
+    num_key_value_heads=H,
+    kv_lora_rank=RANK,
+    qk_nope_head_dim=DN,
+    qk_rope_head_dim=R,
+    v_head_dim=DV,
+    num_hidden_layers=1,
+    attn_implementation="eager",
+)
 SPEC = LatentSpec(M, H, RANK, DN, R, DV, (DN + R) ** -0.5)
-SPECS = {KIMI: SPEC, DEEPSEEK: LatentSpec(M, H, RANK, DN, R, DV, SPEC.scale, query_rank=20, interleaved=True, bias=True)}
+SPECS = {
+    KIMI: SPEC,
+    DEEPSEEK: LatentSpec(M, H, RANK, DN, R, DV, SPEC.scale, query_rank=20, interleaved=True, bias=True),
+}
 ROPE = RopeConfig("default", 10000.0, R, R, 4096)
 LENGTHS = (29, 3, 16)
 SEQUENCES = [
@@ -62,7 +73,9 @@ def reference(kind: str) -> torch.nn.Module:
         for name, value in made.named_parameters():
             noise = torch.randn(value.shape, generator=generator)
             plain = value.ndim == 1
-            value.copy_(1 + 0.4 * noise if "norm" in name else 0.5 * noise if plain else 2 * value.shape[1] ** -0.5 * noise)
+            value.copy_(
+                1 + 0.4 * noise if "norm" in name else 0.5 * noise if plain else 2 * value.shape[1] ** -0.5 * noise
+            )
     return made.float().eval()
 
 
@@ -97,7 +110,9 @@ def layer(kind: str, tp: int = 1, quantization: str | None = None) -> LatentAtte
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=3)
-def step(graph: nnx.GraphDef, params: nnx.State, x: jax.Array, lane: Lane, context: StepContext) -> tuple[jax.Array, Lane]:
+def step(
+    graph: nnx.GraphDef, params: nnx.State, x: jax.Array, lane: Lane, context: StepContext
+) -> tuple[jax.Array, Lane]:
     module = nnx.merge(graph, params)
     rope = cos_sin(ROPE, context.positions, context.rope_lengths) if module.spec.interleaved else None
     return module(x, lane, rope, context)

@@ -40,9 +40,12 @@ CONFIGS = {
     "crowded": MoEConfig(8, 1, 24, RouterConfig(bias=True), ClampedSwiGLU(), bias=True),
 }
 WAYS: Mapping[str, tuple[int, Mapping[str, str]]] = {
-    "sharded over 2": (2, {}), "sharded over 8": (8, {}), "by experts over 2": (2, {"mlp": "experts"}),
-    "by experts over 8": (8, {"mlp": "experts"}), "replicated over 2": (2, {"mlp": "replicate"}),
-}  # fmt: skip
+    "sharded over 2": (2, {}),
+    "sharded over 8": (8, {}),
+    "by experts over 2": (2, {"mlp": "experts"}),
+    "by experts over 8": (8, {"mlp": "experts"}),
+    "replicated over 2": (2, {"mlp": "replicate"}),
+}
 
 
 class Holder(nnx.Module):
@@ -198,13 +201,25 @@ def test_in_int8_it_is_near(way: str):
 @pytest.mark.parametrize(
     ("tp", "experts", "tactic", "message"),
     [
-        (5, 9, "shard", r"mlp: axis 'ffn' of size 24 \(of each expert\) does not divide over mesh axis 'model' of size 5; choose "
-         r"a tensor_parallel_size that does \(1, 2, 3, 4, 6, 8, 12, 24\), or keep the module whole .*'mlp': 'replicate'}\n"),
+        (
+            5,
+            9,
+            "shard",
+            r"mlp: axis 'ffn' of size 24 \(of each expert\) does not divide over mesh axis 'model' of size 5; choose "
+            r"a tensor_parallel_size that does \(1, 2, 3, 4, 6, 8, 12, 24\), or keep the module whole .*'mlp': "
+            r"'replicate'}\n",
+        ),
         (5, 10, "shard", r", or divide by the experts with placement=\{'mlp': 'experts'\}"),
-        (6, 10, "experts", r"mlp: axis 'expert' of size 10 does not divide over mesh axis 'model' of size 6; choose a "
-         r"tensor_parallel_size that does \(1, 2, 5, 10\), .*, or divide within the experts with placement=\{'mlp': 'shard'\}"),
+        (
+            6,
+            10,
+            "experts",
+            r"mlp: axis 'expert' of size 10 does not divide over mesh axis 'model' of size 6; choose a "
+            r"tensor_parallel_size that does \(1, 2, 5, 10\), .*, or divide within the experts with placement=\{'mlp': "
+            r"'shard'\}",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_divide_is_named_with_remedies(tp: int, experts: int, tactic: str, message: str):
     mesh = AbstractMesh((tp,), (axes.MODEL,), axis_types=(AxisType.Auto,))
     with pytest.raises(ConfigError, match=message):
@@ -213,9 +228,12 @@ def test_what_does_not_divide_is_named_with_remedies(tp: int, experts: int, tact
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [(dict(activation="swish2"), "activation is 'swish2'; supported: silu"), (dict(shared_gate=True), "no shared experts"),
-     (dict(per_token=9), r"a token takes 9 experts .*, and there are 8 ")],
-)  # fmt: skip
+    [
+        (dict(activation="swish2"), "activation is 'swish2'; supported: silu"),
+        (dict(shared_gate=True), "no shared experts"),
+        (dict(per_token=9), r"a token takes 9 experts .*, and there are 8 "),
+    ],
+)
 def test_numbers_that_do_not_fit_are_named(changes: dict[str, Any], message: str):
     with pytest.raises(ConfigError, match=message):
         replace(CONFIGS["plain"], **changes)

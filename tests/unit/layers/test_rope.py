@@ -26,11 +26,20 @@ def tokens(*values):
 
 
 # Wavelengths with theta 10000 are 1, 10, 100, 1000 for 8 dims and 1, 100 for 4.
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 1000}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 1000,
+}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1000}
-LONGROPE = {"rope_type": "longrope", "short_factor": [1.0, 2.0], "long_factor": [4.0, 8.0],
-            "original_max_position_embeddings": 16}
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 2.0],
+    "long_factor": [4.0, 8.0],
+    "original_max_position_embeddings": 16,
+}
 BY_HAND = [
     ({}, 4, [1, 0.01], 1.0),
     ({"rope_type": "default", "partial_rotary_factor": 0.5}, 8, [1, 0.01], 1.0),
@@ -41,8 +50,12 @@ BY_HAND = [
     # The ramp runs from dim floor(0.70) = 0 to ceil(2.20) = 3: 0, 1/3, 2/3, 1 of a quarter of the frequency.
     (YARN, 8, [1, 0.075, 0.005, 0.00025], 1.1386294),
     # Not rounded, the ramp at dims 1 and 2 is 0.201528 and 0.865914.
-    ({**YARN, "truncate": False}, 8,
-     [1, 0.1 * (1 - 0.75 * 0.20152799), 0.01 * (1 - 0.75 * 0.86591361), 0.00025], 1.1386294),
+    (
+        {**YARN, "truncate": False},
+        8,
+        [1, 0.1 * (1 - 0.75 * 0.20152799), 0.01 * (1 - 0.75 * 0.86591361), 0.00025],
+        1.1386294,
+    ),
     # The ramp's ends, -2 and 1, or -2 and 0, are held to the dims there are.
     ({**YARN, "original_max_position_embeddings": 16}, 8, [1, 0.025, 0.0025, 0.00025], 1.1386294),
     ({**YARN, "original_max_position_embeddings": 6}, 8, [1, 0.025, 0.0025, 0.00025], 1.1386294),
@@ -108,16 +121,21 @@ def test_apply_rope_rotates_the_first_dims_of_any_shape():
     assert apply_rope(jnp.asarray(x, jnp.bfloat16), cos, sin).dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize(("old", "new"), [
-    ({"rope_theta": 500.0}, {"rope_theta": 500.0}),
-    ({"rope_theta": 500.0, "rope_scaling": None}, {"rope_theta": 500.0, "rope_type": "default"}),
-    ({"rope_theta": 500.0, "rope_scaling": {"type": "linear", "factor": 2.0}},
-     {"rope_theta": 500.0, "rope_type": "linear", "factor": 2.0}),
-    ({"partial_rotary_factor": 0.5}, {"rope_theta": 10000.0, "partial_rotary_factor": 0.5}),
-    ({"rope_scaling": {**LONGROPE, "rope_type": "su"}}, LONGROPE),
-    ({"rope_scaling": {**LONGROPE, "rope_type": "yarn"}}, LONGROPE),
-    ({"rope_scaling": {**YARN, "finetuned": True}}, YARN),
-])
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ({"rope_theta": 500.0}, {"rope_theta": 500.0}),
+        ({"rope_theta": 500.0, "rope_scaling": None}, {"rope_theta": 500.0, "rope_type": "default"}),
+        (
+            {"rope_theta": 500.0, "rope_scaling": {"type": "linear", "factor": 2.0}},
+            {"rope_theta": 500.0, "rope_type": "linear", "factor": 2.0},
+        ),
+        ({"partial_rotary_factor": 0.5}, {"rope_theta": 10000.0, "partial_rotary_factor": 0.5}),
+        ({"rope_scaling": {**LONGROPE, "rope_type": "su"}}, LONGROPE),
+        ({"rope_scaling": {**LONGROPE, "rope_type": "yarn"}}, LONGROPE),
+        ({"rope_scaling": {**YARN, "finetuned": True}}, YARN),
+    ],
+)
 def test_both_styles_of_config_say_the_same(old, new):
     head_dim = 4 if "short_factor" in new else 8
     expected = RopeConfig.from_hf({"max_position_embeddings": 64, "rope_parameters": new}, head_dim)
@@ -138,29 +156,32 @@ def test_what_transformers_ignores_is_ignored_and_logged(caplog):
     assert "beta_fast" in caplog.text
 
 
-@pytest.mark.parametrize(("parameters", "named"), [
-    ({"rope_type": "mrope", "mrope_section": [1, 1]}, ["'mrope'", *ROPE_KINDS]),
-    ({"rope_type": ["yarn"]}, ["['yarn']", *ROPE_KINDS]),
-    ({"rope_type": "default", "mrope_section": [1, 1]}, ["mrope_section=[1, 1]", "hf_overrides"]),
-    ({"rope_type": "linear"}, ["factor", "linear"]),
-    ({"rope_type": "linear", "factor": None}, ["factor", "None"]),
-    ({"rope_type": "linear", "factor": 0}, ["factor", "0"]),
-    ({"rope_type": "linear", "factor": True}, ["factor", "True"]),
-    ({"rope_type": "linear", "factor": float("nan")}, ["factor", "nan"]),
-    ({"rope_type": "linear", "factor": "2"}, ["factor", "'2'"]),
-    ({"rope_theta": 1}, ["rope_theta", "1.0"]),
-    ({"rope_theta": -5}, ["rope_theta", "-5"]),
-    ({"partial_rotary_factor": 1.5}, ["partial_rotary_factor", "1.5"]),
-    ({"partial_rotary_factor": 0.1}, ["head_dim=8", "even"]),
-    ({"partial_rotary_factor": 0.4}, ["head_dim=8", "3 rotary dims"]),
-    ({"rope_type": "dynamic", "factor": 2.0, "partial_rotary_factor": 0.25}, ["dynamic", "2"]),
-    ({**LLAMA3, "low_freq_factor": 4.0}, ["high_freq_factor=4.0", "low_freq_factor=4.0"]),
-    ({**LLAMA3, "low_freq_factor": None}, ["low_freq_factor", "None"]),
-    ({**LONGROPE, "short_factor": [1.0]}, ["short_factor", "1", "4"]),
-    ({**LONGROPE, "long_factor": 3.0}, ["long_factor", "3.0"]),
-    ({**YARN, "truncate": "no"}, ["truncate", "'no'"]),
-    ({**YARN, "original_max_position_embeddings": 1}, ["original_max_position_embeddings", "1"]),
-])
+@pytest.mark.parametrize(
+    ("parameters", "named"),
+    [
+        ({"rope_type": "mrope", "mrope_section": [1, 1]}, ["'mrope'", *ROPE_KINDS]),
+        ({"rope_type": ["yarn"]}, ["['yarn']", *ROPE_KINDS]),
+        ({"rope_type": "default", "mrope_section": [1, 1]}, ["mrope_section=[1, 1]", "hf_overrides"]),
+        ({"rope_type": "linear"}, ["factor", "linear"]),
+        ({"rope_type": "linear", "factor": None}, ["factor", "None"]),
+        ({"rope_type": "linear", "factor": 0}, ["factor", "0"]),
+        ({"rope_type": "linear", "factor": True}, ["factor", "True"]),
+        ({"rope_type": "linear", "factor": float("nan")}, ["factor", "nan"]),
+        ({"rope_type": "linear", "factor": "2"}, ["factor", "'2'"]),
+        ({"rope_theta": 1}, ["rope_theta", "1.0"]),
+        ({"rope_theta": -5}, ["rope_theta", "-5"]),
+        ({"partial_rotary_factor": 1.5}, ["partial_rotary_factor", "1.5"]),
+        ({"partial_rotary_factor": 0.1}, ["head_dim=8", "even"]),
+        ({"partial_rotary_factor": 0.4}, ["head_dim=8", "3 rotary dims"]),
+        ({"rope_type": "dynamic", "factor": 2.0, "partial_rotary_factor": 0.25}, ["dynamic", "2"]),
+        ({**LLAMA3, "low_freq_factor": 4.0}, ["high_freq_factor=4.0", "low_freq_factor=4.0"]),
+        ({**LLAMA3, "low_freq_factor": None}, ["low_freq_factor", "None"]),
+        ({**LONGROPE, "short_factor": [1.0]}, ["short_factor", "1", "4"]),
+        ({**LONGROPE, "long_factor": 3.0}, ["long_factor", "3.0"]),
+        ({**YARN, "truncate": "no"}, ["truncate", "'no'"]),
+        ({**YARN, "original_max_position_embeddings": 1}, ["original_max_position_embeddings", "1"]),
+    ],
+)
 def test_bad_rope_parameters_are_named(parameters, named):
     with pytest.raises(ConfigError) as error:
         RopeConfig.from_hf(config(**parameters), 8)
@@ -168,11 +189,14 @@ def test_bad_rope_parameters_are_named(parameters, named):
         assert text in str(error.value)
 
 
-@pytest.mark.parametrize(("hf", "named"), [
-    ({"max_position_embeddings": 64, "rope_scaling": "yarn"}, "rope_scaling"),
-    ({"rope_theta": 10000.0}, "max_position_embeddings"),
-    ({**config(), "rope_theta": 5e5}, "rope_theta=500000.0"),
-])
+@pytest.mark.parametrize(
+    ("hf", "named"),
+    [
+        ({"max_position_embeddings": 64, "rope_scaling": "yarn"}, "rope_scaling"),
+        ({"rope_theta": 10000.0}, "max_position_embeddings"),
+        ({**config(), "rope_theta": 5e5}, "rope_theta=500000.0"),
+    ],
+)
 def test_bad_rope_fields_are_named(hf, named):
     with pytest.raises(ConfigError, match=named):
         RopeConfig.from_hf(hf, 8)
@@ -188,18 +212,36 @@ REFERENCE = {
     "linear-partial": {"rope_type": "linear", "factor": 3.0, "partial_rotary_factor": 0.5},
     "dynamic": {"rope_type": "dynamic", "factor": 3.0},
     "dynamic-partial": {"rope_type": "dynamic", "factor": 3.0, "partial_rotary_factor": 0.5},
-    "llama3": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-               "original_max_position_embeddings": 32},
-    "llama3-partial": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                       "original_max_position_embeddings": 32, "partial_rotary_factor": 0.5},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+    "llama3-partial": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+        "partial_rotary_factor": 0.5,
+    },
     "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
     "yarn-ratio": {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 16},
-    "yarn-partial": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096,
-                     "beta_fast": 16.0, "beta_slow": 2.0, "mscale": 0.7, "mscale_all_dim": 1.0,
-                     "truncate": False, "partial_rotary_factor": 0.5},
+    "yarn-partial": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 4096,
+        "beta_fast": 16.0,
+        "beta_slow": 2.0,
+        "mscale": 0.7,
+        "mscale_all_dim": 1.0,
+        "truncate": False,
+        "partial_rotary_factor": 0.5,
+    },
     "longrope": {"rope_type": "longrope", "original_max_position_embeddings": 16, **SETS},
-    "longrope-factor": {"rope_type": "longrope", "original_max_position_embeddings": 16, "factor": 2.0,
-                        **SETS},
+    "longrope-factor": {"rope_type": "longrope", "original_max_position_embeddings": 16, "factor": 2.0, **SETS},
 }
 
 
@@ -209,8 +251,13 @@ def reference(parameters, head_dim):
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    hf = LlamaConfig(hidden_size=4 * head_dim, num_attention_heads=4, head_dim=head_dim,
-                     max_position_embeddings=64, rope_parameters={"rope_theta": THETA, **parameters})
+    hf = LlamaConfig(
+        hidden_size=4 * head_dim,
+        num_attention_heads=4,
+        head_dim=head_dim,
+        max_position_embeddings=64,
+        rope_parameters={"rope_theta": THETA, **parameters},
+    )
     return LlamaRotaryEmbedding(hf), hf.to_dict()
 
 

@@ -71,13 +71,23 @@ def test_sigmoids_that_are_all_zero_give_no_nan():
     ("config", "experts", "count", "message"),
     [
         (RouterConfig("tanh"), 8, 2, "score is 'tanh'; it may be softmax or sigmoid"),
-        (RouterConfig(), 8, 9, r"a token takes 9 experts \(num_experts_per_tok.*\), and there are 8 \(num_experts.*; choose 1 to 8"),
+        (
+            RouterConfig(),
+            8,
+            9,
+            r"a token takes 9 experts \(num_experts_per_tok.*\), and there are 8 \(num_experts.*; choose 1 to 8",
+        ),
         (RouterConfig(), 8, 0, "a token takes 0 experts"),
         (RouterConfig(groups=3), 8, 2, r"8 experts .* do not divide into 3 groups \(n_group.*; choose a divisor"),
         (RouterConfig(groups=4, chosen_groups=5), 8, 2, r"5 groups \(topk_group\) of 4.*must be 1 to 4"),
         (RouterConfig(chosen_groups=2), 8, 2, r"2 groups \(topk_group\) of 1.*must be 1 to 1"),
         (RouterConfig(groups=8, chosen_groups=8), 8, 2, "by the best 2 of 1 experts each; choose at most 4 groups"),
-        (RouterConfig(groups=4, chosen_groups=1), 8, 3, r"a token takes 3 experts .*, and 1 groups \(topk_group\) have 2"),
+        (
+            RouterConfig(groups=4, chosen_groups=1),
+            8,
+            3,
+            r"a token takes 3 experts .*, and 1 groups \(topk_group\) have 2",
+        ),
     ],
 )
 def test_what_cannot_choose_is_named(config: RouterConfig, experts: int, count: int, message: str):

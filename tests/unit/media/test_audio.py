@@ -16,9 +16,16 @@ from jaxinfer.media.extractor import AudioProcessor
 RATE = 16_000
 SOUND = np.random.default_rng(0).uniform(-1, 1, 800).astype(np.float32)
 EXTRACTOR = dict(
-    feature_extractor_type="WhisperFeatureExtractor", feature_size=20, chunk_length=1, sampling_rate=RATE, hop_length=160,
-    n_fft=400, processor_class="WhisperProcessor", auto_map={"AutoFeatureExtractor": "evil.Evil"}, padding_side="right",
-)  # fmt: skip
+    feature_extractor_type="WhisperFeatureExtractor",
+    feature_size=20,
+    chunk_length=1,
+    sampling_rate=RATE,
+    hop_length=160,
+    n_fft=400,
+    processor_class="WhisperProcessor",
+    auto_map={"AutoFeatureExtractor": "evil.Evil"},
+    padding_side="right",
+)
 SHAPE = 20, 100
 
 
@@ -41,12 +48,18 @@ def wav(samples: np.ndarray, rate: int = RATE, width: int = 2) -> bytes:
     return target.getvalue()
 
 
-@pytest.mark.parametrize(("array", "expected"), [
-    (SOUND, SOUND), (SOUND.astype(np.float64), SOUND), (jnp.asarray(SOUND), SOUND),
-    (SOUND.astype(np.float16), SOUND.astype(np.float16)),
-    (np.array([0, 2**14, -(2**15)], np.int16), [0, 0.5, -1]), (np.array([2**30, 1], np.int32), [0.5, 2.0**-31]),
-    (np.array([128, 192, 0], np.uint8), [0, 0.5, -1]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("array", "expected"),
+    [
+        (SOUND, SOUND),
+        (SOUND.astype(np.float64), SOUND),
+        (jnp.asarray(SOUND), SOUND),
+        (SOUND.astype(np.float16), SOUND.astype(np.float16)),
+        (np.array([0, 2**14, -(2**15)], np.int16), [0, 0.5, -1]),
+        (np.array([2**30, 1], np.int32), [0.5, 2.0**-31]),
+        (np.array([128, 192, 0], np.uint8), [0, 0.5, -1]),
+    ],
+)
 def test_samples_become_floats_with_full_scale_at_one(array, expected):
     found = as_audio((array, RATE), "prompt 0, audio")
     assert found.samples.dtype == np.float32 and found.rate == RATE
@@ -58,31 +71,62 @@ def test_rates_are_whole_numbers_of_any_type(rate):
     assert as_audio((SOUND, rate), "prompt 0, audio").rate == int(rate)
 
 
-@pytest.mark.parametrize(("audio", "error", "message"), [
-    (SOUND, TypeError, r"must be a pair \(array, sampling_rate\), got an array alone; its rate belongs with it"),
-    ("a.wav", TypeError, r"got str; nothing is read from paths or URLs: jaxinfer\.media\.read_wav\(path\)"),
-    ({"array": SOUND, "sampling_rate": RATE}, TypeError, r"got a dict; pass \(value\['array'\], value\['sampling_rate'\]\)"),
-    (None, TypeError, "got None"), ((SOUND,), TypeError, "pair"), ((SOUND, RATE, 1), TypeError, "pair"),
-    (([0.5, 0.25], RATE), TypeError, "the samples must be a NumPy array, got list"),
-    ((b"RIFF", RATE), TypeError, "the samples must be a NumPy array, got bytes"),
-    ((SOUND, "16k"), TypeError, "the sampling rate must be an integer, in samples a second, got str '16k'"),
-    ((SOUND, True), TypeError, "got bool True"), ((SOUND, None), TypeError, "got None"),
-    ((SOUND, 0), ValueError, "the sampling rate is int 0; it must be a whole number .* from 1000 to 768000"),
-    ((SOUND, -16000), ValueError, "int -16000"), ((SOUND, 16), ValueError, "int 16"),
-    ((SOUND, 16000.5), ValueError, "16000.5"), ((SOUND, float("nan")), ValueError, "nan"),
-    ((SOUND, float("inf")), ValueError, "inf"), ((SOUND, 10**5000), ValueError, "one of 16610 bits"),
-    ((SOUND[:0], RATE), ValueError, "is empty: it has no samples"),
-    ((np.zeros(800, np.float32), RATE), ValueError, "is silent: all of its 800 samples are 0"),
-    ((np.full(800, 128, np.uint8), RATE), ValueError, "is silent"),
-    ((np.stack([SOUND, SOUND], axis=1), RATE), ValueError, r"shape \[800, 2\]; .*average its channels: array\.mean\(axis=1\)"),
-    ((np.stack([SOUND, SOUND]), RATE), ValueError, r"shape \[2, 800\]; .*array\.mean\(axis=0\)"),
-    ((np.float32(1), RATE), TypeError, "NumPy array"), ((np.zeros((1, 2, 3)), RATE), ValueError, r"shape \[1, 2, 3\]"),
-    ((np.array([0.5, np.nan, np.inf]), RATE), ValueError, r"has 2 values that are NaN or infinite, of 3 \(the first at 1\)"),
-    ((np.array([0.5, -3e9]), RATE), ValueError, r"has samples of up to 3e\+09, and full scale is 1; at most 2147483648"),
-    ((np.array([0.5, 1e300]), RATE), ValueError, "has 1 values that are NaN or infinite, of 2"),
-    ((np.array([1, 2]), RATE), TypeError, "dtype int64; samples are floats with full scale at 1, or uint8, int16, int32"),
-    ((np.array([True]), RATE), TypeError, "dtype bool"), ((np.array([1j]), RATE), TypeError, "dtype complex128"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("audio", "error", "message"),
+    [
+        (SOUND, TypeError, r"must be a pair \(array, sampling_rate\), got an array alone; its rate belongs with it"),
+        ("a.wav", TypeError, r"got str; nothing is read from paths or URLs: jaxinfer\.media\.read_wav\(path\)"),
+        (
+            {"array": SOUND, "sampling_rate": RATE},
+            TypeError,
+            r"got a dict; pass \(value\['array'\], value\['sampling_rate'\]\)",
+        ),
+        (None, TypeError, "got None"),
+        ((SOUND,), TypeError, "pair"),
+        ((SOUND, RATE, 1), TypeError, "pair"),
+        (([0.5, 0.25], RATE), TypeError, "the samples must be a NumPy array, got list"),
+        ((b"RIFF", RATE), TypeError, "the samples must be a NumPy array, got bytes"),
+        ((SOUND, "16k"), TypeError, "the sampling rate must be an integer, in samples a second, got str '16k'"),
+        ((SOUND, True), TypeError, "got bool True"),
+        ((SOUND, None), TypeError, "got None"),
+        ((SOUND, 0), ValueError, "the sampling rate is int 0; it must be a whole number .* from 1000 to 768000"),
+        ((SOUND, -16000), ValueError, "int -16000"),
+        ((SOUND, 16), ValueError, "int 16"),
+        ((SOUND, 16000.5), ValueError, "16000.5"),
+        ((SOUND, float("nan")), ValueError, "nan"),
+        ((SOUND, float("inf")), ValueError, "inf"),
+        ((SOUND, 10**5000), ValueError, "one of 16610 bits"),
+        ((SOUND[:0], RATE), ValueError, "is empty: it has no samples"),
+        ((np.zeros(800, np.float32), RATE), ValueError, "is silent: all of its 800 samples are 0"),
+        ((np.full(800, 128, np.uint8), RATE), ValueError, "is silent"),
+        (
+            (np.stack([SOUND, SOUND], axis=1), RATE),
+            ValueError,
+            r"shape \[800, 2\]; .*average its channels: array\.mean\(axis=1\)",
+        ),
+        ((np.stack([SOUND, SOUND]), RATE), ValueError, r"shape \[2, 800\]; .*array\.mean\(axis=0\)"),
+        ((np.float32(1), RATE), TypeError, "NumPy array"),
+        ((np.zeros((1, 2, 3)), RATE), ValueError, r"shape \[1, 2, 3\]"),
+        (
+            (np.array([0.5, np.nan, np.inf]), RATE),
+            ValueError,
+            r"has 2 values that are NaN or infinite, of 3 \(the first at 1\)",
+        ),
+        (
+            (np.array([0.5, -3e9]), RATE),
+            ValueError,
+            r"has samples of up to 3e\+09, and full scale is 1; at most 2147483648",
+        ),
+        ((np.array([0.5, 1e300]), RATE), ValueError, "has 1 values that are NaN or infinite, of 2"),
+        (
+            (np.array([1, 2]), RATE),
+            TypeError,
+            "dtype int64; samples are floats with full scale at 1, or uint8, int16, int32",
+        ),
+        ((np.array([True]), RATE), TypeError, "dtype bool"),
+        ((np.array([1j]), RATE), TypeError, "dtype complex128"),
+    ],
+)
 def test_what_is_no_audio_is_refused_by_name(audio, error, message):
     with pytest.raises(error, match=message) as raised:
         as_audio(audio, "prompt 3, audio")
@@ -90,12 +134,16 @@ def test_what_is_no_audio_is_refused_by_name(audio, error, message):
     assert "0x" not in str(raised.value)
 
 
-@pytest.mark.parametrize(("features", "error", "message"), [
-    (np.zeros((20, 99), np.float32), ValueError, r"shape \[20, 99\]; this model takes \[20, 100\]"),
-    (np.zeros((1, 20, 100), np.float32), ValueError, r"shape \[1, 20, 100\]"),
-    (np.full(SHAPE, np.nan, np.float32), ValueError, "2000 values that are NaN"),
-    (np.zeros(SHAPE, np.int64), TypeError, "int64"), ([[0.0]], TypeError, "got list"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("features", "error", "message"),
+    [
+        (np.zeros((20, 99), np.float32), ValueError, r"shape \[20, 99\]; this model takes \[20, 100\]"),
+        (np.zeros((1, 20, 100), np.float32), ValueError, r"shape \[1, 20, 100\]"),
+        (np.full(SHAPE, np.nan, np.float32), ValueError, "2000 values that are NaN"),
+        (np.zeros(SHAPE, np.int64), TypeError, "int64"),
+        ([[0.0]], TypeError, "got list"),
+    ],
+)
 def test_features_of_another_model_are_refused(features, error, message):
     with pytest.raises(error, match=message):
         as_features(features, SHAPE, "prompt 0: input_features")
@@ -160,7 +208,9 @@ def test_features_are_those_of_transformers(tmp_path):
 
 def test_what_is_longer_than_a_window_is_refused_or_taken_whole(tmp_path):
     own, audio = processor(tmp_path), Audio(tone(8000, seconds=1.5), 8000)
-    with pytest.raises(ValueError, match=r"prompt 2, audio is 1\.50 s long, and the model takes 1 s at once; LLM\.transcribe"):
+    with pytest.raises(
+        ValueError, match=r"prompt 2, audio is 1\.50 s long, and the model takes 1 s at once; LLM\.transcribe"
+    ):
         own.window(audio, "prompt 2, audio")
     assert own.whole(audio).shape == (20, 150) and own.frames(audio) == 150
     own.window(Audio(tone(8000, seconds=1.0), 8000), "x")
@@ -170,12 +220,18 @@ def test_without_a_file_the_extractor_is_that_of_the_model(tmp_path):
     assert AudioProcessor(tmp_path, (20, 3000)).window(Audio(SOUND, RATE), "x").shape == (20, 3000)
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"feature_size": 40}, r"windows of \[40, 100\] .*but the model takes \[20, 100\]"),
-    ({"feature_extractor_type": "Wav2Vec2FeatureExtractor"}, "feature_extractor_type is 'Wav2Vec2FeatureExtractor'"),
-    ({"feature_size": 10**9}, "feature_size = 1000000000; it must be from 1 to 4096"),
-    ({"hop_length": 0}, "hop_length = 0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"feature_size": 40}, r"windows of \[40, 100\] .*but the model takes \[20, 100\]"),
+        (
+            {"feature_extractor_type": "Wav2Vec2FeatureExtractor"},
+            "feature_extractor_type is 'Wav2Vec2FeatureExtractor'",
+        ),
+        ({"feature_size": 10**9}, "feature_size = 1000000000; it must be from 1 to 4096"),
+        ({"hop_length": 0}, "hop_length = 0"),
+    ],
+)
 def test_extractors_that_are_not_for_this_model(tmp_path, changes, message):
     with pytest.raises(CheckpointError, match=message):
         processor(tmp_path, **changes).window(Audio(SOUND, RATE), "x")

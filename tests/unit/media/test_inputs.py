@@ -17,9 +17,9 @@ def image(count: int = 1, seed: int = 0) -> EncoderInput:
 def placed(*parts: int | EncoderInput) -> tuple[np.ndarray, PlacedInputs]:
     """Tokens of a prompt of so many words and images, an image's being 9, and where its images are."""
     lengths = [part if isinstance(part, int) else part.length for part in parts]
-    tokens = np.concatenate([
-        np.full(length, 1 if isinstance(part, int) else 9) for part, length in zip(parts, lengths, strict=True)
-    ])  # fmt: skip
+    tokens = np.concatenate(
+        [np.full(length, 1 if isinstance(part, int) else 9) for part, length in zip(parts, lengths, strict=True)]
+    )
     images = tuple(part for part in parts if not isinstance(part, int))
     return tokens.astype(np.int32), PlacedInputs(images, np.flatnonzero(tokens == 9))
 
@@ -32,8 +32,13 @@ def chain(*parts: int | EncoderInput) -> list[bytes]:
 def test_a_digest_is_of_the_content():
     one = image()
     assert one.digest == EncoderInput("image", one.values.astype(np.float64), ROWS).digest and len(one.digest) == 32
-    others = [image(seed=1), image(2), EncoderInput("image", one.values.reshape(1, 1, 4, 1), ROWS),
-              EncoderInput("audio", one.values, ROWS), EncoderInput("image", one.values, 1)]  # fmt: skip
+    others = [
+        image(seed=1),
+        image(2),
+        EncoderInput("image", one.values.reshape(1, 1, 4, 1), ROWS),
+        EncoderInput("audio", one.values, ROWS),
+        EncoderInput("image", one.values, 1),
+    ]
     assert len({one.digest, *(other.digest for other in others)}) == 6
 
 

@@ -54,9 +54,11 @@ def test_original_checkpoints_are_cut_as_config_json_says(tmp_path):
     [found] = reader(tmp_path, ORIGINAL).read({"image": PICTURE}, 0)
     np.testing.assert_allclose(found.values, by_hand(2), atol=1e-5)
     for change, count in (
-        ({"max_dynamic_patch": 1}, 1), ({"dynamic_image_size": False}, 1), ({"use_thumbnail": False}, 2),
+        ({"max_dynamic_patch": 1}, 1),
+        ({"dynamic_image_size": False}, 1),
+        ({"use_thumbnail": False}, 2),
         ({"min_dynamic_patch": 3, "max_dynamic_patch": 3}, 4),
-    ):  # fmt: skip
+    ):
         [found] = reader(tmp_path, ORIGINAL | change).read({"image": PICTURE}, 0)
         assert found.count == count, change
     with pytest.raises(ConfigError, match="pad2square"):
@@ -74,7 +76,9 @@ def test_code_of_the_checkpoint_is_not_executed(folder):
     (folder / "evil.py").write_text("raise SystemExit")
     with pytest.raises(CheckpointError, match="image_processor_type is 'EvilImageProcessor', which this transformers"):
         reader(folder).read({"image": PICTURE}, 0)
-    (folder / "preprocessor_config.json").write_text(json.dumps(own | {"image_processor_type": "GotOcr2ImageProcessorFast"}))
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps(own | {"image_processor_type": "GotOcr2ImageProcessorFast"})
+    )
     assert reader(folder).read({"image": PICTURE}, 0)[0].count == 3
 
 
@@ -114,12 +118,18 @@ def test_pixel_values_go_in_as_they_are():
     assert reader().read(None, 0) == reader().read({}, 0) == reader().read({"image": []}, 0) == ()
 
 
-@pytest.mark.parametrize(("data", "message"), [
-    ({"audio": 1}, "prompt 3: multi_modal_data has str 'audio'; this model takes 'image', or 'pixel_values'"),
-    ({"image": [], "pixel_values": []}, "prompt 3: multi_modal_data has both"),
-    ({"image": np.zeros((2, 2, 3), np.uint8)}, "prompt 3, image 0: there is no checkpoint whose processor"),
-    ({"pixel_values": [np.zeros((1, *SHAPE)), np.zeros((1, 3, 2, 2))]}, "prompt 3, image 1: pixel_values has shape"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"audio": 1}, "prompt 3: multi_modal_data has str 'audio'; this model takes 'image', or 'pixel_values'"),
+        ({"image": [], "pixel_values": []}, "prompt 3: multi_modal_data has both"),
+        ({"image": np.zeros((2, 2, 3), np.uint8)}, "prompt 3, image 0: there is no checkpoint whose processor"),
+        (
+            {"pixel_values": [np.zeros((1, *SHAPE)), np.zeros((1, 3, 2, 2))]},
+            "prompt 3, image 1: pixel_values has shape",
+        ),
+    ],
+)
 def test_refused_data(data, message):
     with pytest.raises(ValueError, match=message):
         reader().read(data, 3)
@@ -131,11 +141,14 @@ def test_text_gets_each_images_tokens(folder):
     assert reader(folder).expand("an <image> tag", (), 0) == "an <image> tag"
 
 
-@pytest.mark.parametrize(("text", "count", "message"), [
-    ("a", 1, "prompt 2: the text has 0 image markers .* for 1 image; put one where"),
-    ("<image><IMG_CONTEXT>", 1, "has 2 image markers .* for 1 image;"),
-    ("<image>", 2, r"has 1 image marker \(<IMG_CONTEXT> or <image>\) for 2 images"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "count", "message"),
+    [
+        ("a", 1, "prompt 2: the text has 0 image markers .* for 1 image; put one where"),
+        ("<image><IMG_CONTEXT>", 1, "has 2 image markers .* for 1 image;"),
+        ("<image>", 2, r"has 1 image marker \(<IMG_CONTEXT> or <image>\) for 2 images"),
+    ],
+)
 def test_markers_and_images_must_match(folder, text, count, message):
     with pytest.raises(ValueError, match=message):
         reader(folder).expand(text, (tiles(1),) * count, 2)
@@ -147,11 +160,15 @@ def test_places_are_those_of_the_images_tokens():
     assert reader().place([1, 2], (), 0) is None
 
 
-@pytest.mark.parametrize(("ids", "images", "message"), [
-    ([1, TOKEN], 0, r"prompt 5 has 1 image token \(id 90\), but no image is given; pass multi_modal_data"),
-    ([1], 1, r"has 0 image tokens \(id 90\), but 1 image of 2 tiles x 4 tokens take 8"),
-    ([TOKEN] * 7, 1, "has 7 image tokens"), ([TOKEN] * 17, 2, r"has 17 .* 2 images of 2 \+ 2 tiles x 4 tokens take 16"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("ids", "images", "message"),
+    [
+        ([1, TOKEN], 0, r"prompt 5 has 1 image token \(id 90\), but no image is given; pass multi_modal_data"),
+        ([1], 1, r"has 0 image tokens \(id 90\), but 1 image of 2 tiles x 4 tokens take 8"),
+        ([TOKEN] * 7, 1, "has 7 image tokens"),
+        ([TOKEN] * 17, 2, r"has 17 .* 2 images of 2 \+ 2 tiles x 4 tokens take 16"),
+    ],
+)
 def test_tokens_and_images_must_match(ids, images, message):
     with pytest.raises(ValueError, match=message):
         reader().place(ids, (tiles(2),) * images, 5)
@@ -164,4 +181,9 @@ def test_the_token_is_the_tokenizers_where_the_checkpoint_does_not_say(folder):
         reader(folder, token=-1, tokenizer=tokenizer).place([5], (tiles(1),), 0)
     tokenizer.add_special_tokens({"additional_special_tokens": list(IMAGE_MARKERS)})
     token = tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
-    assert reader(folder, token=-1, tokenizer=tokenizer).place([token] * 4, (tiles(1),), 0).places.tolist() == [0, 1, 2, 3]
+    assert reader(folder, token=-1, tokenizer=tokenizer).place([token] * 4, (tiles(1),), 0).places.tolist() == [
+        0,
+        1,
+        2,
+        3,
+    ]

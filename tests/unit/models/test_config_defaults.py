@@ -15,9 +15,15 @@ from jaxinfer.loading import weights
 
 SIZES = dict(vocab_size=96, hidden_size=64, intermediate_size=48, num_hidden_layers=4, num_attention_heads=32)
 """All that a decoder's file must state."""
-MOE = {"qwen3_next": {"moe_intermediate_size": 24}, "deepseek_v3": {"n_routed_experts": 32, "moe_intermediate_size": 24},
-       "kimi_linear": {"moe_intermediate_size": 24}}  # fmt: skip
-HEADS = {"deepseek_v3": {"num_attention_heads": 4, "num_key_value_heads": 4}, "kimi_linear": {"num_attention_heads": 32}}
+MOE = {
+    "qwen3_next": {"moe_intermediate_size": 24},
+    "deepseek_v3": {"n_routed_experts": 32, "moe_intermediate_size": 24},
+    "kimi_linear": {"moe_intermediate_size": 24},
+}
+HEADS = {
+    "deepseek_v3": {"num_attention_heads": 4, "num_key_value_heads": 4},
+    "kimi_linear": {"num_attention_heads": 32},
+}
 
 
 def parsed(hf: dict[str, Any]) -> Any:
@@ -38,38 +44,77 @@ def test_what_a_file_leaves_out_is_as_in_transformers_class(family):
 def test_so_are_the_parts_of_a_whole_model(architecture):
     cls = getattr(transformers, architecture).config_class
     whole = json.loads(cls().to_json_string(use_diff=False)) | {"architectures": [architecture]}
-    short = {name: {key: part[key] for key in ("model_type",) if key in part}
-             for name, part in whole.items() if name in ("text_config", "vision_config")}  # fmt: skip
+    short = {
+        name: {key: part[key] for key in ("model_type",) if key in part}
+        for name, part in whole.items()
+        if name in ("text_config", "vision_config")
+    }
     assert parsed(short | {"architectures": [architecture]}) == parsed(whole)
 
 
 LLAMA = tiny.config("llama")
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"is_causal": False}, "is_causal=False is not supported: this architecture is computed as with true"),
-    ({"use_rope": False}, "use_rope=False"), ({"use_gated_activation": False}, "use_gated_activation=False"),
-    ({"norm_topk_prob": False}, "norm_topk_prob=False"), ({"use_parallel_block": False}, "use_parallel_block=False"),
-    ({"qkv_bias": True}, "qkv_bias=True"), ({"use_qk_norm": True}, "use_qk_norm=True"), ({"num_experts": 8}, "num_experts=8"),
-    ({"embedding_multiplier": 12.0}, r"embedding_multiplier=12\.0"), ({"sliding_window": 16}, "sliding_window=16"),
-    ({"layer_types": ["sliding_attention"] * 2}, "layer_types"), ({"rope_interleaved": True}, "rope_interleaved=True"),
-    ({"add_cross_attention": True}, "add_cross_attention=True"), ({"architectures": [["x"]]}, r"architectures is \[\['x'\]\]"),
-    ({"rope_parameters": 2}, "rope_parameters must be an object"), ({"rms_norm_eps": 0}, "rms_norm_eps=0 must be .* above 0"),
-    ({"quantization_config": {"quant_method": "mxfp4"}}, "quantization_config='mxfp4'.*mxfp4 of GptOssForCausalLM"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"is_causal": False}, "is_causal=False is not supported: this architecture is computed as with true"),
+        ({"use_rope": False}, "use_rope=False"),
+        ({"use_gated_activation": False}, "use_gated_activation=False"),
+        ({"norm_topk_prob": False}, "norm_topk_prob=False"),
+        ({"use_parallel_block": False}, "use_parallel_block=False"),
+        ({"qkv_bias": True}, "qkv_bias=True"),
+        ({"use_qk_norm": True}, "use_qk_norm=True"),
+        ({"num_experts": 8}, "num_experts=8"),
+        ({"embedding_multiplier": 12.0}, r"embedding_multiplier=12\.0"),
+        ({"sliding_window": 16}, "sliding_window=16"),
+        ({"layer_types": ["sliding_attention"] * 2}, "layer_types"),
+        ({"rope_interleaved": True}, "rope_interleaved=True"),
+        ({"add_cross_attention": True}, "add_cross_attention=True"),
+        ({"architectures": [["x"]]}, r"architectures is \[\['x'\]\]"),
+        ({"rope_parameters": 2}, "rope_parameters must be an object"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps=0 must be .* above 0"),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, "quantization_config='mxfp4'.*mxfp4 of GptOssForCausalLM"),
+    ],
+)
 def test_what_means_other_numbers_is_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
         parsed(LLAMA | changes)
 
 
 LEFT = dict(
-    _model_name_or_path="x", _flash_attn_2_enabled=True, use_flash_attention_2=False, neftune_noise_alpha=5, _commit_hash="0a",
-    is_decoder=True, is_llama_config=True, rope_interleaved=False, max_sequence_length=2048, unsloth_version="2025.1",
-    unsloth_fixed=False, num_experts=0, use_mrope=False, quantization_config=None, head_dim=16.0, sliding_window=0,
-    max_position_embeddings=256.0, pad_token_id=-1, use_sliding_window=False, max_window_layers=28, output_router_logits=False,
-    router_aux_loss_coef=0.001, ep_size=1, num_nextn_predict_layers=0, layer_types=["full_attention"] * 2, mlp_bias=False,
-    tie_encoder_decoder=False, pruned_heads={}, is_encoder_decoder=False, is_causal=True, lm_head_bias=False,
-)  # fmt: skip
+    _model_name_or_path="x",
+    _flash_attn_2_enabled=True,
+    use_flash_attention_2=False,
+    neftune_noise_alpha=5,
+    _commit_hash="0a",
+    is_decoder=True,
+    is_llama_config=True,
+    rope_interleaved=False,
+    max_sequence_length=2048,
+    unsloth_version="2025.1",
+    unsloth_fixed=False,
+    num_experts=0,
+    use_mrope=False,
+    quantization_config=None,
+    head_dim=16.0,
+    sliding_window=0,
+    max_position_embeddings=256.0,
+    pad_token_id=-1,
+    use_sliding_window=False,
+    max_window_layers=28,
+    output_router_logits=False,
+    router_aux_loss_coef=0.001,
+    ep_size=1,
+    num_nextn_predict_layers=0,
+    layer_types=["full_attention"] * 2,
+    mlp_bias=False,
+    tie_encoder_decoder=False,
+    pruned_heads={},
+    is_encoder_decoder=False,
+    is_causal=True,
+    lm_head_bias=False,
+)
 """What tools leave in a file of a Llama."""
 
 
@@ -77,11 +122,15 @@ def test_what_tools_leave_changes_nothing():
     assert parsed(LLAMA | LEFT) == parsed(LLAMA)
 
 
-@pytest.mark.parametrize(("position", "scaling", "length"), [
-    (32, {"factor": 4.0, "original_max_position_embeddings": 32}, 128), (32, {"factor": 4.0}, 128),
-    (128, {"factor": 4.0, "original_max_position_embeddings": 32}, 128),
-    (40, {"factor": 4.0, "original_max_position_embeddings": 32}, 128),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("position", "scaling", "length"),
+    [
+        (32, {"factor": 4.0, "original_max_position_embeddings": 32}, 128),
+        (32, {"factor": 4.0}, 128),
+        (128, {"factor": 4.0, "original_max_position_embeddings": 32}, 128),
+        (40, {"factor": 4.0, "original_max_position_embeddings": 32}, 128),
+    ],
+)
 def test_yarn_stretches_the_trained_length(position, scaling, length):
     for kind in ("type", "rope_type"):
         hf = LLAMA | {"max_position_embeddings": position, "rope_scaling": {kind: "yarn", **scaling}}
@@ -94,11 +143,15 @@ def test_norms_of_latents_have_an_epsilon_of_their_own(family):
     assert (found.norm_eps, found.attention.norm_eps) == (1e-3, 1e-6)
 
 
-@pytest.mark.parametrize(("name", "content", "refused"), [
-    ("hf_quant_config.json", {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8"}}, True),
-    ("hf_quant_config.json", {"quantization": {"quant_algo": None, "kv_cache_quant_algo": "FP8"}}, False),
-    ("quantize_config.json", {"bits": 4, "group_size": 128}, True), ("quant_config.json", {"w_bit": 4, "q_group_size": 128}, True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "content", "refused"),
+    [
+        ("hf_quant_config.json", {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8"}}, True),
+        ("hf_quant_config.json", {"quantization": {"quant_algo": None, "kv_cache_quant_algo": "FP8"}}, False),
+        ("quantize_config.json", {"bits": 4, "group_size": 128}, True),
+        ("quant_config.json", {"w_bit": 4, "q_group_size": 128}, True),
+    ],
+)
 def test_a_quantised_folder_is_refused_before_its_weights_are_looked_at(tmp_path, name, content, refused):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     (tmp_path / name).write_text(json.dumps(content))
@@ -114,17 +167,24 @@ def test_a_quantised_folder_is_refused_before_its_weights_are_looked_at(tmp_path
 def test_formats_inside_a_part_are_refused_as_well(where):
     part = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
     hf = {"architectures": ["Gemma3ForConditionalGeneration"], "text_config": part}
-    with pytest.raises(ConfigError, match=r"text_config.quantization_config='bitsandbytes'.*hf_overrides=\{'text_config'"):
+    with pytest.raises(
+        ConfigError, match=r"text_config.quantization_config='bitsandbytes'.*hf_overrides=\{'text_config'"
+    ):
         lay_over(hf)
     if where:
-        assert lay_over(hf, {"text_config": {"quantization_config": None}})["text_config"] == {"quantization_config": None}
+        assert lay_over(hf, {"text_config": {"quantization_config": None}})["text_config"] == {
+            "quantization_config": None
+        }
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3"])
 def test_a_model_that_overflows_in_float16_is_refused_at_the_start(family, tmp_path):
     hf = tiny.config(family)
     served, _ = weights.parse(hf)
-    for refused in (lambda: sharding.plan(hf, dtype="float16"), lambda: LLM(folder, dtype="float16", skip_tokenizer_init=True)):
+    for refused in (
+        lambda: sharding.plan(hf, dtype="float16"),
+        lambda: LLM(folder, dtype="float16", skip_tokenizer_init=True),
+    ):
         folder = checkpoint.write(tmp_path, hf, with_tokenizer=False)
         with pytest.raises(ConfigError, match="dtype='float16' is not supported .* overflow.*'bfloat16' or 'float32'"):
             refused()

@@ -19,72 +19,191 @@ from jaxinfer.models.decoder_config import AFTER, BEFORE, FULL, SLIDING, Decoder
 from jaxinfer.sharding import make_mesh
 
 GEMMA_2_2B: dict[str, Any] = dict(
-    architectures=["Gemma2ForCausalLM"], attention_bias=False, attention_dropout=0.0, attn_logit_softcapping=50.0,
-    bos_token_id=2, cache_implementation="hybrid", eos_token_id=1, final_logit_softcapping=30.0, head_dim=256,
-    hidden_act="gelu_pytorch_tanh", hidden_activation="gelu_pytorch_tanh", hidden_size=2304, initializer_range=0.02,
-    intermediate_size=9216, max_position_embeddings=8192, model_type="gemma2", num_attention_heads=8,
-    num_hidden_layers=26, num_key_value_heads=4, pad_token_id=0, query_pre_attn_scalar=256, rms_norm_eps=1e-06,
-    rope_theta=10000.0, sliding_window=4096, torch_dtype="float32", transformers_version="4.42.4", use_cache=True,
+    architectures=["Gemma2ForCausalLM"],
+    attention_bias=False,
+    attention_dropout=0.0,
+    attn_logit_softcapping=50.0,
+    bos_token_id=2,
+    cache_implementation="hybrid",
+    eos_token_id=1,
+    final_logit_softcapping=30.0,
+    head_dim=256,
+    hidden_act="gelu_pytorch_tanh",
+    hidden_activation="gelu_pytorch_tanh",
+    hidden_size=2304,
+    initializer_range=0.02,
+    intermediate_size=9216,
+    max_position_embeddings=8192,
+    model_type="gemma2",
+    num_attention_heads=8,
+    num_hidden_layers=26,
+    num_key_value_heads=4,
+    pad_token_id=0,
+    query_pre_attn_scalar=256,
+    rms_norm_eps=1e-06,
+    rope_theta=10000.0,
+    sliding_window=4096,
+    torch_dtype="float32",
+    transformers_version="4.42.4",
+    use_cache=True,
     vocab_size=256000,
-)  # fmt: skip
+)
 
 GEMMA_3_1B: dict[str, Any] = dict(
-    architectures=["Gemma3ForCausalLM"], attention_bias=False, attention_dropout=0.0, attn_logit_softcapping=None,
-    bos_token_id=2, cache_implementation="hybrid", eos_token_id=[1, 106], final_logit_softcapping=None, head_dim=256,
-    hidden_activation="gelu_pytorch_tanh", hidden_size=1152, initializer_range=0.02, intermediate_size=6912,
-    max_position_embeddings=32768, model_type="gemma3_text", num_attention_heads=4, num_hidden_layers=26,
-    num_key_value_heads=1, pad_token_id=0, query_pre_attn_scalar=256, rms_norm_eps=1e-06, rope_local_base_freq=10000,
-    rope_scaling=None, rope_theta=1000000, sliding_window=512, sliding_window_pattern=6, torch_dtype="bfloat16",
-    transformers_version="4.50.0.dev0", use_cache=True, vocab_size=262144,
-)  # fmt: skip
+    architectures=["Gemma3ForCausalLM"],
+    attention_bias=False,
+    attention_dropout=0.0,
+    attn_logit_softcapping=None,
+    bos_token_id=2,
+    cache_implementation="hybrid",
+    eos_token_id=[1, 106],
+    final_logit_softcapping=None,
+    head_dim=256,
+    hidden_activation="gelu_pytorch_tanh",
+    hidden_size=1152,
+    initializer_range=0.02,
+    intermediate_size=6912,
+    max_position_embeddings=32768,
+    model_type="gemma3_text",
+    num_attention_heads=4,
+    num_hidden_layers=26,
+    num_key_value_heads=1,
+    pad_token_id=0,
+    query_pre_attn_scalar=256,
+    rms_norm_eps=1e-06,
+    rope_local_base_freq=10000,
+    rope_scaling=None,
+    rope_theta=1000000,
+    sliding_window=512,
+    sliding_window_pattern=6,
+    torch_dtype="bfloat16",
+    transformers_version="4.50.0.dev0",
+    use_cache=True,
+    vocab_size=262144,
+)
 
 GEMMA_3_4B: dict[str, Any] = dict(
-    architectures=["Gemma3ForConditionalGeneration"], boi_token_index=255999, eoi_token_index=256000,
-    eos_token_id=[1, 106], image_token_index=262144, initializer_range=0.02, mm_tokens_per_image=256,
-    model_type="gemma3", torch_dtype="bfloat16", transformers_version="4.50.0.dev0",
+    architectures=["Gemma3ForConditionalGeneration"],
+    boi_token_index=255999,
+    eoi_token_index=256000,
+    eos_token_id=[1, 106],
+    image_token_index=262144,
+    initializer_range=0.02,
+    mm_tokens_per_image=256,
+    model_type="gemma3",
+    torch_dtype="bfloat16",
+    transformers_version="4.50.0.dev0",
     text_config=dict(
-        hidden_size=2560, intermediate_size=10240, model_type="gemma3_text", num_hidden_layers=34,
-        rope_scaling=dict(factor=8.0, rope_type="linear"), sliding_window=1024,
+        hidden_size=2560,
+        intermediate_size=10240,
+        model_type="gemma3_text",
+        num_hidden_layers=34,
+        rope_scaling=dict(factor=8.0, rope_type="linear"),
+        sliding_window=1024,
     ),
     vision_config=dict(
-        hidden_size=1152, image_size=896, intermediate_size=4304, model_type="siglip_vision_model",
-        num_attention_heads=16, num_hidden_layers=27, patch_size=14, vision_use_head=False,
+        hidden_size=1152,
+        image_size=896,
+        intermediate_size=4304,
+        model_type="siglip_vision_model",
+        num_attention_heads=16,
+        num_hidden_layers=27,
+        patch_size=14,
+        vision_use_head=False,
     ),
-)  # fmt: skip
+)
 
 OLMO_3_7B: dict[str, Any] = dict(
-    architectures=["Olmo3ForCausalLM"], attention_bias=False, attention_dropout=0.0, dtype="bfloat16",
-    eos_token_id=100257, hidden_act="silu", hidden_size=4096, initializer_range=0.02, intermediate_size=11008,
-    layer_types=[SLIDING, SLIDING, SLIDING, FULL] * 8, max_position_embeddings=65536, model_type="olmo3",
-    num_attention_heads=32, num_hidden_layers=32, num_key_value_heads=32, pad_token_id=100277, rms_norm_eps=1e-06,
+    architectures=["Olmo3ForCausalLM"],
+    attention_bias=False,
+    attention_dropout=0.0,
+    dtype="bfloat16",
+    eos_token_id=100257,
+    hidden_act="silu",
+    hidden_size=4096,
+    initializer_range=0.02,
+    intermediate_size=11008,
+    layer_types=[SLIDING, SLIDING, SLIDING, FULL] * 8,
+    max_position_embeddings=65536,
+    model_type="olmo3",
+    num_attention_heads=32,
+    num_hidden_layers=32,
+    num_key_value_heads=32,
+    pad_token_id=100277,
+    rms_norm_eps=1e-06,
     rope_scaling=dict(
-        attention_factor=1.2079441541679836, beta_fast=32.0, beta_slow=1.0, factor=8.0,
-        original_max_position_embeddings=8192, rope_type="yarn",
+        attention_factor=1.2079441541679836,
+        beta_fast=32.0,
+        beta_slow=1.0,
+        factor=8.0,
+        original_max_position_embeddings=8192,
+        rope_type="yarn",
     ),
-    rope_theta=500000, sliding_window=4096, tie_word_embeddings=False, transformers_version="4.57.0", use_cache=False,
+    rope_theta=500000,
+    sliding_window=4096,
+    tie_word_embeddings=False,
+    transformers_version="4.57.0",
+    use_cache=False,
     vocab_size=100278,
-)  # fmt: skip
+)
 
 GPT_OSS_20B: dict[str, Any] = dict(
-    architectures=["GptOssForCausalLM"], attention_bias=True, attention_dropout=0.0, eos_token_id=200002,
-    experts_per_token=4, head_dim=64, hidden_act="silu", hidden_size=2880, initial_context_length=4096,
-    initializer_range=0.02, intermediate_size=2880, layer_types=[SLIDING, FULL] * 12, max_position_embeddings=131072,
-    model_type="gpt_oss", num_attention_heads=64, num_experts_per_tok=4, num_hidden_layers=24, num_key_value_heads=8,
-    num_local_experts=32, output_router_logits=False, pad_token_id=199999,
+    architectures=["GptOssForCausalLM"],
+    attention_bias=True,
+    attention_dropout=0.0,
+    eos_token_id=200002,
+    experts_per_token=4,
+    head_dim=64,
+    hidden_act="silu",
+    hidden_size=2880,
+    initial_context_length=4096,
+    initializer_range=0.02,
+    intermediate_size=2880,
+    layer_types=[SLIDING, FULL] * 12,
+    max_position_embeddings=131072,
+    model_type="gpt_oss",
+    num_attention_heads=64,
+    num_experts_per_tok=4,
+    num_hidden_layers=24,
+    num_key_value_heads=8,
+    num_local_experts=32,
+    output_router_logits=False,
+    pad_token_id=199999,
     quantization_config=dict(
-        modules_to_not_convert=["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"],
+        modules_to_not_convert=[
+            "model.layers.*.self_attn",
+            "model.layers.*.mlp.router",
+            "model.embed_tokens",
+            "lm_head",
+        ],
         quant_method="mxfp4",
     ),
     rms_norm_eps=1e-05,
     rope_scaling=dict(
-        beta_fast=32.0, beta_slow=1.0, factor=32.0, original_max_position_embeddings=4096, rope_type="yarn", truncate=False
+        beta_fast=32.0,
+        beta_slow=1.0,
+        factor=32.0,
+        original_max_position_embeddings=4096,
+        rope_type="yarn",
+        truncate=False,
     ),
-    rope_theta=150000, router_aux_loss_coef=0.9, sliding_window=128, swiglu_limit=7.0, tie_word_embeddings=False,
-    transformers_version="4.55.0.dev0", use_cache=True, vocab_size=201088,
-)  # fmt: skip
+    rope_theta=150000,
+    router_aux_loss_coef=0.9,
+    sliding_window=128,
+    swiglu_limit=7.0,
+    tie_word_embeddings=False,
+    transformers_version="4.55.0.dev0",
+    use_cache=True,
+    vocab_size=201088,
+)
 
-ALL = {"gemma-2-2b": GEMMA_2_2B, "gemma-3-1b": GEMMA_3_1B, "gemma-3-4b": GEMMA_3_4B, "Olmo-3-7B": OLMO_3_7B,
-       "gpt-oss-20b": GPT_OSS_20B}  # fmt: skip
+ALL = {
+    "gemma-2-2b": GEMMA_2_2B,
+    "gemma-3-1b": GEMMA_3_1B,
+    "gemma-3-4b": GEMMA_3_4B,
+    "Olmo-3-7B": OLMO_3_7B,
+    "gpt-oss-20b": GPT_OSS_20B,
+}
 
 
 def parsed(hf: dict[str, Any], **changes: Any) -> DecoderConfig:
@@ -95,7 +214,12 @@ def test_gemma_2():
     found = parsed(GEMMA_2_2B)
     spec = found.attention
     assert (spec.scale, spec.softcap, spec.norm_eps, spec.qkv_bias, spec.sinks) == (1 / 16, 50.0, None, False, False)
-    assert (found.embedding_scale, found.logit_softcap, found.tied, found.activation) == (48.0, 30.0, True, "gelu_pytorch_tanh")
+    assert (found.embedding_scale, found.logit_softcap, found.tied, found.activation) == (
+        48.0,
+        30.0,
+        True,
+        "gelu_pytorch_tanh",
+    )
     assert (found.norms, found.norm_scaling.offset, found.norm_scaling.wide) == ((BEFORE, AFTER), 1.0, True)
     assert (found.window, found.kinds, found.max_length) == (4096, (SLIDING, FULL) * 13, 8192)
     assert found.local_rope is None and found.rope.theta == 10000.0
@@ -128,7 +252,11 @@ def test_olmo_3():
     spec = found.attention
     assert (spec.norm_eps, spec.norm_whole, spec.scoring.scale) == (1e-6, True, 128**-0.5)
     assert (found.norms, found.norm_scaling.offset, found.tied) == ((AFTER,), 0.0, False)
-    assert (found.rope.kind, found.rope.attention_factor, found.local_rope.kind) == ("yarn", 1.2079441541679836, "default")
+    assert (found.rope.kind, found.rope.attention_factor, found.local_rope.kind) == (
+        "yarn",
+        1.2079441541679836,
+        "default",
+    )
     assert (found.local_rope.theta, found.rope.theta, found.max_length) == (5e5, 5e5, 65536)
 
 
@@ -163,20 +291,27 @@ def test_rope_parameters_of_each_kind_as_transformers_5_writes_them(name):
             parsed({**hf, "text_config": own} if own is not hf else own)
 
 
-@pytest.mark.parametrize(("hf", "changes", "message"), [
-    (GEMMA_2_2B, {"sliding_window": 0}, "layer_types names sliding_attention, but there is no sliding_window in use"),
-    (GEMMA_2_2B, {"sliding_window": -1}, "sliding_window=-1"),
-    (GEMMA_2_2B, {"sliding_window": 4.5}, "sliding_window=4.5"),
-    (GPT_OSS_20B, {"layer_types": [SLIDING, FULL]}, "num_hidden_layers = 24"),
-    (OLMO_3_7B, {"layer_types": [FULL] * 31 + ["chunked_attention"]}, r"layer_types\[31\] is 'chunked_attention'"),
-    (GEMMA_3_1B, {"sliding_window_pattern": 0}, "sliding_window_pattern=0"),
-    (GEMMA_3_1B, {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
-    (GEMMA_3_1B, {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0"),
-    (GEMMA_3_1B, {"hidden_activation": "mish"}, "hidden_activation is 'mish'"),
-    (GPT_OSS_20B, {"num_experts_per_tok": 33}, r"33 experts .*, and there are 32 "),
-    (GPT_OSS_20B, {"quantization_config": {"quant_method": "gptq"}}, "quantised checkpoints are not supported"),
-    (GEMMA_2_2B, {"quantization_config": {"quant_method": "mxfp4"}}, "quantization_config"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("hf", "changes", "message"),
+    [
+        (
+            GEMMA_2_2B,
+            {"sliding_window": 0},
+            "layer_types names sliding_attention, but there is no sliding_window in use",
+        ),
+        (GEMMA_2_2B, {"sliding_window": -1}, "sliding_window=-1"),
+        (GEMMA_2_2B, {"sliding_window": 4.5}, "sliding_window=4.5"),
+        (GPT_OSS_20B, {"layer_types": [SLIDING, FULL]}, "num_hidden_layers = 24"),
+        (OLMO_3_7B, {"layer_types": [FULL] * 31 + ["chunked_attention"]}, r"layer_types\[31\] is 'chunked_attention'"),
+        (GEMMA_3_1B, {"sliding_window_pattern": 0}, "sliding_window_pattern=0"),
+        (GEMMA_3_1B, {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
+        (GEMMA_3_1B, {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0"),
+        (GEMMA_3_1B, {"hidden_activation": "mish"}, "hidden_activation is 'mish'"),
+        (GPT_OSS_20B, {"num_experts_per_tok": 33}, r"33 experts .*, and there are 32 "),
+        (GPT_OSS_20B, {"quantization_config": {"quant_method": "gptq"}}, "quantised checkpoints are not supported"),
+        (GEMMA_2_2B, {"quantization_config": {"quant_method": "mxfp4"}}, "quantization_config"),
+    ],
+)
 def test_what_is_not_served_is_refused(hf, changes, message):
     with pytest.raises(ConfigError, match=message):
         parsed(hf, **changes)
@@ -189,9 +324,16 @@ def test_a_window_that_is_null_where_layers_slide_is_refused():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "lanes", "groups"), [
-    ("gemma-2-2b", 13, 2), ("gemma-3-1b", 2, 13), ("gemma-3-4b", 5, 7), ("Olmo-3-7B", 8, 4), ("gpt-oss-20b", 12, 2),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "lanes", "groups"),
+    [
+        ("gemma-2-2b", 13, 2),
+        ("gemma-3-1b", 2, 13),
+        ("gemma-3-4b", 5, 7),
+        ("Olmo-3-7B", 8, 4),
+        ("gpt-oss-20b", 12, 2),
+    ],
+)
 def test_lanes_and_groups_of_the_real_shapes(name, lanes, groups):
     config = parsed(ALL[name])
     served, _ = weights.parse(lay_over(ALL[name]))

@@ -68,9 +68,19 @@ def changed(path: str, value: Any, hf: dict[str, Any] | None = None) -> dict[str
 def test_a_public_original_config_is_read_and_its_code_is_not():
     config = parsed(ORIGINAL)
     assert config.vision == VisionConfig(
-        width=1024, layers=24, heads=16, ffn=4096, activation="gelu", channels=3, image_size=448, patch_size=14,
-        norm="layer_norm", norm_eps=1e-6, qkv_bias=True, qk_norm_eps=None,
-    )  # fmt: skip
+        width=1024,
+        layers=24,
+        heads=16,
+        ffn=4096,
+        activation="gelu",
+        channels=3,
+        image_size=448,
+        patch_size=14,
+        norm="layer_norm",
+        norm_eps=1e-6,
+        qkv_bias=True,
+        qk_norm_eps=None,
+    )
     assert config.features == Features("image", (3, 448, 448), 256, -1)
     assert (config.text.attention.width, config.num_layers, config.vocab_size) == (896, 24, 151674)
     assert not config.text.tied
@@ -82,9 +92,13 @@ def test_a_public_original_config_is_read_and_its_code_is_not():
 
 def test_the_defaults_of_the_original_are_those_of_internvit_6b():
     sizes = dict(
-        hidden_size=3200, num_attention_heads=25, intermediate_size=12800, num_hidden_layers=48, image_size=448,
+        hidden_size=3200,
+        num_attention_heads=25,
+        intermediate_size=12800,
+        num_hidden_layers=48,
+        image_size=448,
         patch_size=14,
-    )  # fmt: skip
+    )
     hf = {**ORIGINAL, "vision_config": sizes, "ps_version": None, "force_image_size": None, "image_token_id": 151667}
     config = parsed(hf)
     assert (config.vision.norm, config.vision.qk_norm_eps, config.vision.qkv_bias) == ("rms_norm", 1e-6, False)
@@ -99,9 +113,15 @@ def test_transformers_has_its_own_names_for_the_same_things():
     assert config.features == Features("image", (3, 28, 28), 4, internvl.PLACEHOLDER)
 
 
-@pytest.mark.parametrize(("whole", "part", "tied"), [
-    (True, False, True), (False, True, False), ("absent", True, True), ("absent", "absent", True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("whole", "part", "tied"),
+    [
+        (True, False, True),
+        (False, True, False),
+        ("absent", True, True),
+        ("absent", "absent", True),
+    ],
+)
 def test_the_whole_models_word_on_tied_embeddings_goes_before_the_parts(whole, part, tied):
     hf = changed("tie_word_embeddings", whole, changed("text_config.tie_word_embeddings", part))
     assert parsed(hf).text.tied is tied
@@ -116,54 +136,71 @@ def test_the_tower_ends_with_the_layer_that_is_asked_for():
     assert unread and not any(rule.target for rule in unread)
 
 
-@pytest.mark.parametrize(("path", "value", "message"), [
-    *((f"{part}.{name}", value, rf"{part}\.{name}=.*must be a whole number from 1 to")
-      for part, name in [("vision_config", "hidden_size"), ("vision_config", "num_hidden_layers"),
-                         ("vision_config", "intermediate_size"), ("text_config", "vocab_size"),
-                         ("text_config", "num_attention_heads")]
-      for value in (0, -1, 2**40)),
-    *(("vision_config.image_size", value, "vision_config: image_size=.*must be a whole number from 1 to 8192")
-      for value in (0, -28, 2**20, [28, 35], [28], "28", [28, True], 28.5)),
-    ("vision_config.patch_size", 0, "vision_config: patch_size=0 must be"),
-    ("vision_config.patch_size", 5, "image_size is 28, which patch_size = 5 does not divide"),
-    ("vision_config.num_attention_heads", 5, "hidden_size is 32, which num_attention_heads = 5 does not divide"),
-    ("vision_config.num_channels", 0, "num_channels=0"),
-    ("vision_config.norm_type", "batch_norm", "norm_type is 'batch_norm'.*supported: layer_norm, rms_norm"),
-    ("vision_config.hidden_act", "mish", "hidden_act is 'mish'.*supported: silu"),
-    ("vision_config.unheard_of", 3, r"unheard_of.*hf_overrides=\{'vision_config': \{'unheard_of': None\}\}"),
-    ("vision_config", "absent", "no vision_config"),
-    ("text_config", [1], r"text_config=\[1\] must be an object"),
-    ("text_config.model_type", "mamba",
-     "text_config.*'mamba'.*supported: Qwen2ForCausalLM, Qwen3ForCausalLM, LlamaForCausalLM"),
-    ("text_config.architectures", ["InternLM2ForCausalLM"], "InternLM2ForCausalLM.*supported: Qwen2"),
-    ("text_config.rope_scaling", {"rope_type": "unheard_of"}, "'unheard_of'.*supported: default"),
-    ("text_config.quantization_config", {"bits": 4}, "quantization_config"),
-    ("downsample_ratio", 0.3, "downsample_ratio is 0.3"),
-    ("downsample_ratio", 0, "downsample_ratio is 0"),
-    ("downsample_ratio", -0.5, "downsample_ratio is -0.5"),
-    ("image_seq_length", 5, "image_seq_length is 5; it must be a square"),
-    ("image_seq_length", 2**22, "a tile is .* up to 8192"),
-    ("image_token_id", 97, "image_token_id is 97, but the vocabulary has 97 ids"),
-    ("image_token_id", -1, "image_token_id=-1"),
-    ("vision_feature_layer", [-1, -2], r"vision_feature_layer .*is \[-1, -2\]; it must be one whole number"),
-    ("vision_feature_layer", 3, "it must be one whole number from -3 to 2"),
-    ("vision_feature_select_strategy", "full", "'full', which is not supported; supported: default"),
-    ("projector_hidden_act", "mish", "projector_hidden_act is 'mish'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        *(
+            (f"{part}.{name}", value, rf"{part}\.{name}=.*must be a whole number from 1 to")
+            for part, name in [
+                ("vision_config", "hidden_size"),
+                ("vision_config", "num_hidden_layers"),
+                ("vision_config", "intermediate_size"),
+                ("text_config", "vocab_size"),
+                ("text_config", "num_attention_heads"),
+            ]
+            for value in (0, -1, 2**40)
+        ),
+        *(
+            ("vision_config.image_size", value, "vision_config: image_size=.*must be a whole number from 1 to 8192")
+            for value in (0, -28, 2**20, [28, 35], [28], "28", [28, True], 28.5)
+        ),
+        ("vision_config.patch_size", 0, "vision_config: patch_size=0 must be"),
+        ("vision_config.patch_size", 5, "image_size is 28, which patch_size = 5 does not divide"),
+        ("vision_config.num_attention_heads", 5, "hidden_size is 32, which num_attention_heads = 5 does not divide"),
+        ("vision_config.num_channels", 0, "num_channels=0"),
+        ("vision_config.norm_type", "batch_norm", "norm_type is 'batch_norm'.*supported: layer_norm, rms_norm"),
+        ("vision_config.hidden_act", "mish", "hidden_act is 'mish'.*supported: silu"),
+        ("vision_config.unheard_of", 3, r"unheard_of.*hf_overrides=\{'vision_config': \{'unheard_of': None\}\}"),
+        ("vision_config", "absent", "no vision_config"),
+        ("text_config", [1], r"text_config=\[1\] must be an object"),
+        (
+            "text_config.model_type",
+            "mamba",
+            "text_config.*'mamba'.*supported: Qwen2ForCausalLM, Qwen3ForCausalLM, LlamaForCausalLM",
+        ),
+        ("text_config.architectures", ["InternLM2ForCausalLM"], "InternLM2ForCausalLM.*supported: Qwen2"),
+        ("text_config.rope_scaling", {"rope_type": "unheard_of"}, "'unheard_of'.*supported: default"),
+        ("text_config.quantization_config", {"bits": 4}, "quantization_config"),
+        ("downsample_ratio", 0.3, "downsample_ratio is 0.3"),
+        ("downsample_ratio", 0, "downsample_ratio is 0"),
+        ("downsample_ratio", -0.5, "downsample_ratio is -0.5"),
+        ("image_seq_length", 5, "image_seq_length is 5; it must be a square"),
+        ("image_seq_length", 2**22, "a tile is .* up to 8192"),
+        ("image_token_id", 97, "image_token_id is 97, but the vocabulary has 97 ids"),
+        ("image_token_id", -1, "image_token_id=-1"),
+        ("vision_feature_layer", [-1, -2], r"vision_feature_layer .*is \[-1, -2\]; it must be one whole number"),
+        ("vision_feature_layer", 3, "it must be one whole number from -3 to 2"),
+        ("vision_feature_select_strategy", "full", "'full', which is not supported; supported: default"),
+        ("projector_hidden_act", "mish", "projector_hidden_act is 'mish'"),
+    ],
+)
 def test_what_is_not_served_is_refused_by_name(path, value, message):
     with pytest.raises(ConfigError, match=message) as error:
         weights.parse(changed(path, value))
     assert len(str(error.value)) < 500
 
 
-@pytest.mark.parametrize(("path", "value", "message"), [
-    ("ps_version", "v3", "ps_version is 'v3'.*supported: v1, v2"),
-    ("force_image_size", 450, "a tile is 450 pixels a side .*multiple of .* = 28"),
-    ("vision_config.use_moe", True, "use_moe"),
-    ("llm_config.architectures", ["InternLM2ForCausalLM"], "InternLM2ForCausalLM.*supported: Qwen2"),
-    ("llm_config.num_hidden_layers", 0, r"llm_config\.num_hidden_layers=0"),
-    ("select_layer", 25, "it must be one whole number from -25 to 24"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("ps_version", "v3", "ps_version is 'v3'.*supported: v1, v2"),
+        ("force_image_size", 450, "a tile is 450 pixels a side .*multiple of .* = 28"),
+        ("vision_config.use_moe", True, "use_moe"),
+        ("llm_config.architectures", ["InternLM2ForCausalLM"], "InternLM2ForCausalLM.*supported: Qwen2"),
+        ("llm_config.num_hidden_layers", 0, r"llm_config\.num_hidden_layers=0"),
+        ("select_layer", 25, "it must be one whole number from -25 to 24"),
+    ],
+)
 def test_what_is_not_served_of_an_original_is_refused_by_name(path, value, message):
     with pytest.raises(ConfigError, match=message):
         weights.parse(changed(path, value, ORIGINAL))

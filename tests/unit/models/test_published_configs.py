@@ -26,8 +26,15 @@ def published(name: str) -> dict[str, Any]:
 
 def shallow(hf: dict[str, Any]) -> dict[str, Any]:
     """Two layers of each kind of stack: what differs between layers is planned, in a fraction of the time."""
-    made = {name: shallow(value) if name.endswith("_config") and isinstance(value, dict) else value for name, value in hf.items()}
-    made |= {name: 2 for name in ("num_hidden_layers", "encoder_layers", "decoder_layers", "num_global_layers") if name in made}
+    made = {
+        name: shallow(value) if name.endswith("_config") and isinstance(value, dict) else value
+        for name, value in hf.items()
+    }
+    made |= {
+        name: 2
+        for name in ("num_hidden_layers", "encoder_layers", "decoder_layers", "num_global_layers")
+        if name in made
+    }
     made |= {name: made[name][-2:] for name in ("layer_types",) if isinstance(made.get(name), list)}
     if "full_attn_layers" in made:
         made |= {"full_attn_layers": [2], "kda_layers": [1]}

@@ -59,10 +59,13 @@ def run_text(values):
 
 
 @few
-@given(ids=st.lists(st.one_of(st.integers(0, 263), st.integers(0x80, 0xC4).map(lambda byte: byte + 2)),
-                    max_size=60), skip=st.booleans())
+@given(
+    ids=st.lists(st.one_of(st.integers(0, 263), st.integers(0x80, 0xC4).map(lambda byte: byte + 2)), max_size=60),
+    skip=st.booleans(),
+)
 def test_deltas_add_up_with_byte_fallback(byte_fallback, ids, skip):
-    """As `decode` gives it with every run of byte tokens on its own; for a run that is text, or begins wrong, it is `decode`."""
+    """As `decode` gives it with every run of byte tokens on its own; for a run that is text, or begins wrong, it is
+    `decode`."""
     shown = ""
     for is_byte, run in groupby((i for i in ids if not (skip and i in (0, 1))), lambda i: 2 <= i < 258):
         run = list(run)
@@ -76,8 +79,16 @@ def test_characters_of_byte_tokens_come_one_by_one(byte_fallback):
     ids = [byte + 2 for byte in "\U0001f9a9é\U0001f9a9".encode()]
     assert deltas(byte_fallback, ids) == ["", "", "", "\U0001f9a9", "", "é", "", "", "", "\U0001f9a9", ""]
     assert deltas(byte_fallback, [*ids[:6], 0xFF + 2, *ids[:4], 259]) == [
-        "", "", "", "\U0001f9a9", "", "é", *"\ufffd" * 5, "a", ""
-    ]  # fmt: skip
+        "",
+        "",
+        "",
+        "\U0001f9a9",
+        "",
+        "é",
+        *"\ufffd" * 5,
+        "a",
+        "",
+    ]
     assert deltas(byte_fallback, [*ids[:2], 259, *ids[:1]]) == ["", "", "\ufffd\ufffda", "", "\ufffd"]
 
 
@@ -104,14 +115,24 @@ def suffixes():
     return PreTrainedTokenizerFast(tokenizer_object=backend)
 
 
-KINDS = {"word pieces": word_pieces(), "metaspace": metaspace(), "suffixes": suffixes(), "bytes in Python": ByT5Tokenizer()}
+KINDS = {
+    "word pieces": word_pieces(),
+    "metaspace": metaspace(),
+    "suffixes": suffixes(),
+    "bytes in Python": ByT5Tokenizer(),
+}
 
 
 @few
-@given(kind=st.sampled_from([*KINDS, "byte_bpe"]), ids=st.lists(st.integers(0, 400), max_size=40), at=st.integers(0, 40),
-       skip=st.booleans())
+@given(
+    kind=st.sampled_from([*KINDS, "byte_bpe"]),
+    ids=st.lists(st.integers(0, 400), max_size=40),
+    at=st.integers(0, 40),
+    skip=st.booleans(),
+)
 def test_a_text_continues_its_prompt(byte_bpe, kind, ids, at, skip):
-    """Prompt and text read as the tokenizer decodes the tokens of both together; what `peek` says is what `push` gives."""
+    """Prompt and text read as the tokenizer decodes the tokens of both together; what `peek` says is what `push`
+    gives."""
     tokenizer = KINDS.get(kind, byte_bpe)
     ids = [token % len(tokenizer) for token in ids]
     prompt, output = ids[:at], ids[at:]
@@ -129,12 +150,23 @@ def test_a_text_continues_its_prompt(byte_bpe, kind, ids, at, skip):
         assert both.endswith(text) and before.startswith(both[: len(both) - len(text)])
 
 
-@pytest.mark.parametrize(("prompt", "output", "text"), [
-    ([261], [261], " hello"), ([1], [261], "hello"), ([], [261], "hello"), ([258], [261, 258, 258, 259], " hello  a"),
-    ([259, 1, 1, 1, 1, 1, 1, 1], [261], " hello"), ([259, 2 + 0xC3], [2 + 0xA9, 259], "éa"), ([2 + 0xC3], [259], "a"),
-    ([2 + 0xF0, 2 + 0x9F, 2 + 0xA6], [2 + 0xA9], "\U0001f9a9"), ([2 + 0xFF], [2 + 0x41, 259], "\ufffda"), ([259], [], ""),
-    ([2 + 0xC3] * 3, [], ""), ([261, 10**6, 10**6], [10**6, 261], " hello"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("prompt", "output", "text"),
+    [
+        ([261], [261], " hello"),
+        ([1], [261], "hello"),
+        ([], [261], "hello"),
+        ([258], [261, 258, 258, 259], " hello  a"),
+        ([259, 1, 1, 1, 1, 1, 1, 1], [261], " hello"),
+        ([259, 2 + 0xC3], [2 + 0xA9, 259], "éa"),
+        ([2 + 0xC3], [259], "a"),
+        ([2 + 0xF0, 2 + 0x9F, 2 + 0xA6], [2 + 0xA9], "\U0001f9a9"),
+        ([2 + 0xFF], [2 + 0x41, 259], "\ufffda"),
+        ([259], [], ""),
+        ([2 + 0xC3] * 3, [], ""),
+        ([261, 10**6, 10**6], [10**6, 261], " hello"),
+    ],
+)
 def test_a_text_continues_a_prompt_of_a_tokenizer_that_strips(byte_fallback, prompt, output, text):
     made = Detokenizer(byte_fallback, prompt=prompt)
     assert made.push(output) + made.finish() == text
@@ -288,8 +320,10 @@ def test_without_stop_strings_everything_streams(byte_bpe):
 
 
 @few
-@given(text=st.text(alphabet="ab🎉é", max_size=25),
-       stops=st.lists(st.text(alphabet="ab🎉é", min_size=1, max_size=3), min_size=1, max_size=3))
+@given(
+    text=st.text(alphabet="ab🎉é", max_size=25),
+    stops=st.lists(st.text(alphabet="ab🎉é", min_size=1, max_size=3), min_size=1, max_size=3),
+)
 def test_streamed_text_is_the_text_before_the_first_stop_string(byte_bpe, text, stops):
     pieces, texts = stream(byte_bpe, text, stops)
     found = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
@@ -298,9 +332,18 @@ def test_streamed_text_is_the_text_before_the_first_stop_string(byte_bpe, text, 
     assert (texts.matched is not None) == bool(found)
 
 
-SPECIAL = [("a</s>", ["</s>"], "a"), ("ab</s>", ["b</s>"], "a"), ("a</s>b", ["</s>b"], "a"), ("a</s>b", ["a</s>b"], ""),
-           ("xa</s>b", ["ab"], "x"), ("a</s>b", ["</s>c"], "ab"), ("</s>a</s></s>b", ["</s></s>"], "a"), ("ab</s>c", ["b</t"], "abc"),
-           ("a</s>b</s>", ["b</s>", "ab"], ""), ("ab</s>", ["b</s>", "s>"], "a")]  # fmt: skip
+SPECIAL = [
+    ("a</s>", ["</s>"], "a"),
+    ("ab</s>", ["b</s>"], "a"),
+    ("a</s>b", ["</s>b"], "a"),
+    ("a</s>b", ["a</s>b"], ""),
+    ("xa</s>b", ["ab"], "x"),
+    ("a</s>b", ["</s>c"], "ab"),
+    ("</s>a</s></s>b", ["</s></s>"], "a"),
+    ("ab</s>c", ["b</t"], "abc"),
+    ("a</s>b</s>", ["b</s>", "ab"], ""),
+    ("ab</s>", ["b</s>", "s>"], "a"),
+]
 
 
 @pytest.mark.parametrize(("text", "stops", "shown"), SPECIAL)

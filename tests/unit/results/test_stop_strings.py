@@ -11,8 +11,12 @@ stop_lists = st.lists(st.text(alphabet="abc", min_size=1, max_size=5), min_size=
 
 def first_match(text, stops, after=0):
     """By the definition: the occurrence that ends first, after `after`; of those, the first to begin."""
-    ends = [(at + len(stop), at) for stop in stops for at in range(len(text))
-            if text.startswith(stop, at) and at + len(stop) > after]
+    ends = [
+        (at + len(stop), at)
+        for stop in stops
+        for at in range(len(text))
+        if text.startswith(stop, at) and at + len(stop) > after
+    ]
     return min(ends, default=None)
 
 

@@ -17,9 +17,14 @@ from benchmarks import measure, peer  # noqa: E402
 from benchmarks.cli import main  # noqa: E402
 
 SIZES = {
-    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "intermediate_size": 48, "vocab_size": 97, "max_position_embeddings": 256,
-}  # fmt: skip
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "vocab_size": 97,
+    "max_position_embeddings": 256,
+}
 FAKE = """
 import json, sys
 print(json.dumps({"ready": {"fake": "1"}}), flush=True)

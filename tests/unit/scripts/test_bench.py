@@ -85,17 +85,24 @@ def test_without_json_a_table_is_printed(bench: Callable[..., tuple], monkeypatc
     code, out, _ = bench("throughput")
     assert code == 0
     assert [line.split() for line in out.splitlines()] == [
-        ["requests:", "3"], ["jaxinfer", "hf"], ["rate", "6", "2"], ["other", "-", "1"],
+        ["requests:", "3"],
+        ["jaxinfer", "hf"],
+        ["rate", "6", "2"],
+        ["other", "-", "1"],
         "jaxinfer is 3.00 times as fast as hf".split(),
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
-    [(["--set=max_num_sqs=3"], "max_num_seqs"), (["--min-input-len=21"], "21 tokens, the longest 20"),
-     (["--hidden-size=34"], "not divided by"), ([f"--checkpoint-dir={SCRIPTS}"], "name an empty one"),
-     (["--model=/no/such/folder"], "No such file")],
-)  # fmt: skip
+    [
+        (["--set=max_num_sqs=3"], "max_num_seqs"),
+        (["--min-input-len=21"], "21 tokens, the longest 20"),
+        (["--hidden-size=34"], "not divided by"),
+        ([f"--checkpoint-dir={SCRIPTS}"], "name an empty one"),
+        (["--model=/no/such/folder"], "No such file"),
+    ],
+)
 def test_what_cannot_be_done_is_said_on_one_line(bench: Callable[..., tuple], flags: list[str], message: str):
     code, out, err = bench("throughput", *COMMANDS["throughput"], *flags)
     assert (code, out) == (1, "")
@@ -111,9 +118,12 @@ def test_the_script_starts_without_jax():
 
 @pytest.mark.parametrize(
     ("program", "message"),
-    [("raise SystemExit(3)", "code 3.*--peer-python"), (None, "tokens a request"),
-     ("""print('{"ready": {}}\\n{"error": "no memory"}', flush=True); input()""", "no memory")],
-)  # fmt: skip
+    [
+        ("raise SystemExit(3)", "code 3.*--peer-python"),
+        (None, "tokens a request"),
+        ("""print('{"ready": {}}\\n{"error": "no memory"}', flush=True); input()""", "no memory"),
+    ],
+)
 def test_a_peer_that_fails_is_named(
     install_peer: Callable[..., None], fake_peer: str, program: str | None, message: str, tmp_path: Path
 ):

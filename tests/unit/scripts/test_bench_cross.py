@@ -1,4 +1,5 @@
-"""`scripts/bench.py cross` on toys: the padded projections give the same numbers for more work, and what is shared is counted."""
+"""`scripts/bench.py cross` on toys: the padded projections give the same numbers for more work, and what is shared is
+counted."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,9 +20,16 @@ from jaxinfer.sharding.collectives import DECODE, PREFILL
 pytestmark = pytest.mark.xdist_group("bench")
 
 TOY = {
-    "vocab_size": 97, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 40, "max_position_embeddings": 64,
-}  # fmt: skip
+    "vocab_size": 97,
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 40,
+    "max_position_embeddings": 64,
+}
 WORK = Work(rows=3, document=20, context=5, repeats=1)
 
 
@@ -90,9 +98,16 @@ def test_the_report_has_all_parts(result: Callable[..., dict], tmp_path: Path, m
     monkeypatch.setattr(calls, "PASS", 0.0)
     settings = ("decode_buckets=[8]", "prefill_buckets=[64]", "max_num_seqs=8", "max_num_batched_tokens=64")
     found = result(
-        "cross", "--small", "--repeats=1", "--num-prompts=12", "--max-input-len=400", "--samples=3", "--beams=2",
-        f"--checkpoint-dir={tmp_path / 'bart'}", *[f"--set={setting}" for setting in settings],
-    )  # fmt: skip
+        "cross",
+        "--small",
+        "--repeats=1",
+        "--num-prompts=12",
+        "--max-input-len=400",
+        "--samples=3",
+        "--beams=2",
+        f"--checkpoint-dir={tmp_path / 'bart'}",
+        *[f"--set={setting}" for setting in settings],
+    )
     figures = found["jaxinfer"]
     assert found["work"]["documents"] == {"count": 3, "document": [8, 50], "new": 8}
     assert found["work"]["step"] == {"rows": 8, "document": 32, "context": 8, "repeats": 1}
@@ -115,7 +130,14 @@ def test_transformers_makes_the_same_tokens_of_documents(
     monkeypatch.setattr(cross, "SMALL", TOY)
     settings = ("decode_buckets=[4]", "prefill_buckets=[64]", "max_num_seqs=4", "max_num_batched_tokens=64")
     found = result(
-        "cross", "documents", "--small", "--repeats=1", "--num-prompts=16", "--max-input-len=400", "--peer=hf",
-        f"--checkpoint-dir={tmp_path / 'bart'}", *[f"--set={setting}" for setting in settings],
-    )  # fmt: skip
+        "cross",
+        "documents",
+        "--small",
+        "--repeats=1",
+        "--num-prompts=16",
+        "--max-input-len=400",
+        "--peer=hf",
+        f"--checkpoint-dir={tmp_path / 'bart'}",
+        *[f"--set={setting}" for setting in settings],
+    )
     assert found["peers"]["hf"]["same_tokens"] == 1.0 and found["ratio"]["hf"] > 0

@@ -297,5 +297,9 @@ def test_every_row_runs_at_toy_sizes(tmp_path: Path):
     assert {row["status"] for row in results.values()} == {"done"}
     for row in ROWS:
         # What only a GPU has is missing, and nothing takes its place.
-        assert all(goal.figure in results[row.name]["figures"] or "share" in goal.figure or row.name in (
-            "command-buffers", "throughput-64") for goal in row.goals), row.name  # fmt: skip
+        assert all(
+            goal.figure in results[row.name]["figures"]
+            or "share" in goal.figure
+            or row.name in ("command-buffers", "throughput-64")
+            for goal in row.goals
+        ), row.name

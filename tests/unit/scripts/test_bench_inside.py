@@ -87,9 +87,10 @@ def test_shares_by_hand():
     one = shares.of(Work([[1] * 4], [1]), Trace(2.0, [], [], [[2.0]]), costs, rates)
     operations = 2 * 40 * 4 + 2 * 10 + 3 * (1 + 2 + 3 + 4)
     assert one == {
-        "prefill_ms": 2000.0, "prefill_teraops": operations / 1e12,
+        "prefill_ms": 2000.0,
+        "prefill_teraops": operations / 1e12,
         "prefill_share_of_matmul_rate": pytest.approx(operations / 2.0 / 1e3),
-    }  # fmt: skip
+    }
 
 
 def test_the_machine_is_measured_in_every_dtype():
@@ -109,7 +110,7 @@ def test_roofline_gives_each_work_its_share(result: Callable[..., dict]):
     assert "decode_step_ms@W4" not in found
 
 
-PROGRAM = '''HloModule jit_decode_step
+PROGRAM = """HloModule jit_decode_step
 
 FileNames
 1 "/x/jaxinfer/models/decoder.py"
@@ -154,7 +155,7 @@ ENTRY %main (x: f32[4]) -> f32[4] {
   %exp.4 = f32[4]{0} exponential(%x), metadata={op_name="exp" stack_frame_id=6}
   ROOT %max.3 = f32[4]{0} add(%fusion.2, %x), metadata={op_name="max" stack_frame_id=5}
 }
-'''
+"""
 
 
 def event(name: str, thread: int, start: float, duration: float, run: str = "1") -> dict:
@@ -167,23 +168,35 @@ def test_operations_are_told_apart_by_where_they_come_from():
     program = hlo.Operations.of(PROGRAM)
     found = {name: program.category(name) for name in ("dot.1", "rope", "fusion.2", "max.3", "exp.4", "unknown")}
     assert found == {
-        "dot.1": "gemms", "rope": "rest", "fusion.2": "attention", "max.3": "sampling", "exp.4": "sampling",
+        "dot.1": "gemms",
+        "rope": "rest",
+        "fusion.2": "attention",
+        "max.3": "sampling",
+        "exp.4": "sampling",
         "unknown": "rest",
-    }  # fmt: skip
+    }
 
 
 def test_time_is_added_up_by_category_and_not_twice():
     events = [
-        event("dot.1", 1, 0, 100), event("fusion.2", 1, 10, 30), event("max.3", 2, 20, 50),
-        event("dot.1", 1, 1000, 100, "2"), {"ph": "X", "tid": 1, "ts": 0, "dur": 9, "name": "python", "args": {}}, {},
-    ]  # fmt: skip
+        event("dot.1", 1, 0, 100),
+        event("fusion.2", 1, 10, 30),
+        event("max.3", 2, 20, 50),
+        event("dot.1", 1, 1000, 100, "2"),
+        {"ph": "X", "tid": 1, "ts": 0, "dur": 9, "name": "python", "args": {}},
+        {},
+    ]
     # A program of the same name that has none of these operations.
     other = hlo.Operations({"dot.9": "rest"})
     found = breakdown.table(events, {"jit_decode_step": [other, hlo.Operations.of(PROGRAM)]}, steps=2)
-    assert found == pytest.approx({
-        "decode_step_gemms_ms": 0.085, "decode_step_attention_ms": 0.015, "decode_step_sampling_ms": 0.025,
-        "decode_step_elapsed_ms": 0.1,
-    })  # fmt: skip
+    assert found == pytest.approx(
+        {
+            "decode_step_gemms_ms": 0.085,
+            "decode_step_attention_ms": 0.015,
+            "decode_step_sampling_ms": 0.025,
+            "decode_step_elapsed_ms": 0.1,
+        }
+    )
     with pytest.raises(RuntimeError, match="no operation of a decode step"):
         breakdown.table([], {}, 1)
 
@@ -203,7 +216,9 @@ def test_placements_are_ratios_to_all_sharded(result: Callable[..., dict]):
     found = result("placement", "--devices=2", "--batch-size=2", "--context=16", "--repeats=3")
     assert (found["work"]["devices"], found["work"]["rows"]) == (2, 2)
     figures, names = found["jaxinfer"], ("attention_replicated", "mlp_replicated", "replicated")
-    assert set(figures) == {f"step_ms@{name}" for name in ("sharded", *names)} | {f"over_sharded@{name}" for name in names}
+    assert set(figures) == {f"step_ms@{name}" for name in ("sharded", *names)} | {
+        f"over_sharded@{name}" for name in names
+    }
     assert all(value > 0 for value in figures.values())
 
 
@@ -241,10 +256,16 @@ def test_what_is_measured_begins_and_ends_with_the_generation():
 
 def test_growth_by_hand():
     """Two lengths, two rounds each; a round of concatenation takes twice as long as contiguous in three of four."""
-    seconds = {"concatenation": [[2.0, 4.0], [6.0, 3.0]], "contiguous": [[1.0, 2.0], [3.0, 3.0]],
-               "contiguous_x4": [[1.0, 2.0], [3.0, 3.0]], "paged": [[2.0, 4.0], [6.0, 6.0]]}  # fmt: skip
+    seconds = {
+        "concatenation": [[2.0, 4.0], [6.0, 3.0]],
+        "contiguous": [[1.0, 2.0], [3.0, 3.0]],
+        "contiguous_x4": [[1.0, 2.0], [3.0, 3.0]],
+        "paged": [[2.0, 4.0], [6.0, 6.0]],
+    }
     found = growth._summary(seconds, growth.Work(1, 1000, 501, 4, 2, 2))
-    assert found["times_as_fast_as_concatenation@contiguous"] == 2 and found["times_as_fast_as_concatenation@paged"] == 1
+    assert (
+        found["times_as_fast_as_concatenation@contiguous"] == 2 and found["times_as_fast_as_concatenation@paged"] == 1
+    )
     assert found["contiguous_over_paged"] == 0.5 and found["four_times_the_room_over_once"] == 1
     assert found["step_ms@contiguous"] == (1500 + 3000) / 2
     assert found["ms_per_1000_positions@contiguous"] == pytest.approx((3000 - 1500) / 0.5)
@@ -252,8 +273,12 @@ def test_growth_by_hand():
 
 def test_a_ratio_is_of_the_same_round(monkeypatch: pytest.MonkeyPatch):
     jax.devices()
-    rounds = {"sharded": [1.0, 2.0, 4.0], "attention_replicated": [2.0, 4.0, 8.0], "mlp_replicated": [1.0, 2.0, 4.0],
-              "replicated": [4.0, 2.0, 8.0]}  # fmt: skip
+    rounds = {
+        "sharded": [1.0, 2.0, 4.0],
+        "attention_replicated": [2.0, 4.0, 8.0],
+        "mlp_replicated": [1.0, 2.0, 4.0],
+        "replicated": [4.0, 2.0, 8.0],
+    }
     monkeypatch.setattr(placed.steptime, "Model", lambda *given: None)
     monkeypatch.setattr(placed.steptime, "measure", lambda *given: rounds)
     found = placed.measure({}, 2, 8, 16, 3)

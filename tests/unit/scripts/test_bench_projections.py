@@ -75,6 +75,7 @@ def test_the_report_has_every_variant_and_the_source_beside(
 def test_fewer_kernels_are_launched_where_projections_are_fused():
     require_cuda_compiler()
     found = projections.h100()
-    # Six products of a KDA layer are one, and two are one batched one, in three layers; three of MLA and MLP are one each.
+    # Six products of a KDA layer are one, and two are one batched one, in three layers; three of MLA and MLP are one
+    # each.
     assert found["apart_products@h100_decode"] - found["fused_products@h100_decode"] >= 3 * (5 + 1)
     assert found["fused_kernels@h100_decode"] < found["apart_kernels@h100_decode"]

@@ -82,11 +82,11 @@ def test_all_five_beside_transformers(result: Callable[..., dict]):
         assert not any(name.startswith("same_tokens@W5") for name in figures)
 
 
-OPENVINO = '''
+OPENVINO = """
 class Tensor:
     def __init__(self, data):
         self.data = data
-'''
+"""
 GENAI = '''
 __version__ = "fake"
 

@@ -13,12 +13,15 @@ from support import checkpoint, scripts, tiny
 from jaxinfer.checkpoint.hf import read_config
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("{", "the value is not JSON: Expecting property name"),
-    ("[1]", "the value must be a JSON object of config.json's names, not list"),
-    ("@absent.json", "cannot read absent.json: No such file"),
-    ("[" * 100_000, "the value is not JSON"),
-])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "the value is not JSON: Expecting property name"),
+        ("[1]", "the value must be a JSON object of config.json's names, not list"),
+        ("@absent.json", "cannot read absent.json: No such file"),
+        ("[" * 100_000, "the value is not JSON"),
+    ],
+)
 def test_what_is_no_object_is_said_in_one_line(text, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(argparse.ArgumentTypeError, match=message) as error:
@@ -49,7 +52,9 @@ def test_a_plan_and_a_conversion_take_it(folder, tmp_path, capsys):
     assert placement.main([f"--model={folder}"]) == 2
     assert "--hf-overrides '{\"what\": null}'" in capsys.readouterr().err
     assert placement.main([f"--model={folder}", "--hf-overrides", '{"what": null}']) == 0
-    args = scripts.load("convert").parse([f"--model={folder}", f"--out={tmp_path / 'out'}", '--hf-overrides={"what": null}'])
+    args = scripts.load("convert").parse(
+        [f"--model={folder}", f"--out={tmp_path / 'out'}", '--hf-overrides={"what": null}']
+    )
     convert.convert(resolve_model(args.model), args.out, make_mesh(1), overrides=args.hf_overrides, progress=False)
     assert "what" not in json.loads((args.out / "config.json").read_text())
     weights.load(args.out, make_mesh(1), progress=False)
@@ -57,7 +62,9 @@ def test_a_plan_and_a_conversion_take_it(folder, tmp_path, capsys):
 
 def test_what_is_measured_is_a_folder_that_says_so(folder, tmp_path):
     made = laid_over(folder, {"what": None, "rope_theta": 5.0}, tmp_path)
-    assert read_config(made) == {name: v for name, v in read_config(folder).items() if name != "what"} | {"rope_theta": 5.0}
+    assert read_config(made) == {name: v for name, v in read_config(folder).items() if name != "what"} | {
+        "rope_theta": 5.0
+    }
     assert (made / "model.safetensors").samefile(folder / "model.safetensors")
 
 
@@ -67,9 +74,10 @@ def test_every_other_command_has_the_flag():
 
     given = ["--hf-overrides", '{"x": 1}']
     parsed = [
-        options.parse("", ["--model=M", "--prompt=x", *given]), scripts.load("eval").parse(["--questions=demo", *given]),
+        options.parse("", ["--model=M", "--prompt=x", *given]),
+        scripts.load("eval").parse(["--questions=demo", *given]),
         flags.make_parser().parse_args(["throughput", "--model=M", *given]),
-    ]  # fmt: skip
+    ]
     assert [args.hf_overrides for args in parsed] == [{"x": 1}] * 3
 
 
@@ -90,9 +98,14 @@ def test_the_same_number_breaks_a_file_in_the_same_way():
     assert tree == {"a": [1, 2.5, {"b": "x"}], "c": None}
 
 
-@pytest.mark.parametrize(("read", "said"), [
-    (lambda: {}["x"], "KeyError"), (lambda: len(3), "TypeError"), (lambda: int("x"), "ValueError"),
-])
+@pytest.mark.parametrize(
+    ("read", "said"),
+    [
+        (lambda: {}["x"], "KeyError"),
+        (lambda: len(3), "TypeError"),
+        (lambda: int("x"), "ValueError"),
+    ],
+)
 def test_what_python_says_of_a_value_is_no_public_error(read, said):
     found = part.run(part.Part("x", lambda rng, folder: read), 0, 0)
     assert found is not None and said in found.report

@@ -22,10 +22,17 @@ pytestmark = pytest.mark.xdist_group("placement")
 
 SCRIPT = Path(__file__).resolve().parents[3] / "scripts" / "placement.py"
 HF = dict(
-    architectures=["LlamaForCausalLM"], hidden_size=32, intermediate_size=48, num_hidden_layers=5,
-    num_attention_heads=4, num_key_value_heads=2, vocab_size=97, max_position_embeddings=256, rms_norm_eps=1e-5,
+    architectures=["LlamaForCausalLM"],
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=5,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=97,
+    max_position_embeddings=256,
+    rms_norm_eps=1e-5,
     dtype="float32",
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +64,16 @@ def test_the_table_has_the_sums_and_says_what_they_mean(place):
     words = " ".join(out.split())
     made = sharding.plan(HF, tensor_parallel_size=4, placement={"layers.0": "replicate"}, memory=1 << 20)
     for said in (
-        "layers.{1..4}.mlp.down.weight [32 embed, 48 ffn /4] float32 (-, model)", "layers.0.mlp.down.weight",
-        "layers.1 ... layers.4 sharded 4", "layers.0 replicated", "9 all-reduce + 1 all-gather",
+        "layers.{1..4}.mlp.down.weight [32 embed, 48 ffn /4] float32 (-, model)",
+        "layers.0.mlp.down.weight",
+        "layers.1 ... layers.4 sharded 4",
+        "layers.0 replicated",
+        "9 all-reduce + 1 all-gather",
         "A replicated layer is copied to every device and computed on every device",
         "none lies on the first device only.",
-        "The cache of layer(s) 0 is whole on every device", f"{made.tokens:,} tokens fit",
-    ):  # fmt: skip
+        "The cache of layer(s) 0 is whole on every device",
+        f"{made.tokens:,} tokens fit",
+    ):
         assert said in words, said
     assert max(map(len, out.splitlines())) <= table.WIDTH
 
@@ -89,18 +100,27 @@ def test_the_picture_is_a_page(place, tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [(["--tensor-parallel-size=3"], "axis 'heads' of size 4"), (["--tensor-parallel-size=0"], "'0' must be a whole"),
-     (["--tensor-parallel-size=x"], "'x' must be a whole"), (["--placement=nothing=replicate"], "names no module"),
-     (["--placement=*.mlp"], "'*.mlp' must be PATTERN=TACTIC"), (["--placement=*.mlp=split"], "a tactic is one of"),
-     (["--placement=*.mlp=shard", "--placement=*.mlp=replicate"], "'*.mlp' is given twice"),
-     (["--placement", "layers.0=shard", "layers.?=replicate"], "'layers.0' is named by"),
-     (["--mesh=model"], "'model' must be AXIS=N"), (["--mesh=tensor=2"], "axis 'tensor'"),
-     (["--mesh", "model=2", "data=2"], "vision tower"),
-     (["--mesh=model=2", "--tensor-parallel-size=4"], "pass one of the two"),
-     (["--memory=much"], "'much' must be a size"), (["--model=/no/such/folder"], "does not exist"),
-     (["--json", "--html=x"], "not allowed with"), (["--tune", "--html=x"], "no --html"),
-     (["--tune", "--devices=64"], "JAX has started with 8 device"), (["--dtype=int3"], "invalid choice")],
-)  # fmt: skip
+    [
+        (["--tensor-parallel-size=3"], "axis 'heads' of size 4"),
+        (["--tensor-parallel-size=0"], "'0' must be a whole"),
+        (["--tensor-parallel-size=x"], "'x' must be a whole"),
+        (["--placement=nothing=replicate"], "names no module"),
+        (["--placement=*.mlp"], "'*.mlp' must be PATTERN=TACTIC"),
+        (["--placement=*.mlp=split"], "a tactic is one of"),
+        (["--placement=*.mlp=shard", "--placement=*.mlp=replicate"], "'*.mlp' is given twice"),
+        (["--placement", "layers.0=shard", "layers.?=replicate"], "'layers.0' is named by"),
+        (["--mesh=model"], "'model' must be AXIS=N"),
+        (["--mesh=tensor=2"], "axis 'tensor'"),
+        (["--mesh", "model=2", "data=2"], "vision tower"),
+        (["--mesh=model=2", "--tensor-parallel-size=4"], "pass one of the two"),
+        (["--memory=much"], "'much' must be a size"),
+        (["--model=/no/such/folder"], "does not exist"),
+        (["--json", "--html=x"], "not allowed with"),
+        (["--tune", "--html=x"], "no --html"),
+        (["--tune", "--devices=64"], "JAX has started with 8 device"),
+        (["--dtype=int3"], "invalid choice"),
+    ],
+)
 def test_bad_input_is_one_line(place, words: list[str], message: str):
     code, out, err = place(*words)
     assert code == 2 and out == ""

@@ -48,7 +48,7 @@ def test_ours_is_one_already():
         (dict(model=4), 2, "tensor_parallel_size is 2, but axis 'model' of the mesh has size 4; pass one"),
         (dict(model=4), 1, "tensor_parallel_size is 1, but axis 'model' of the mesh has size 4"),
     ],
-)  # fmt: skip
+)
 def test_another_mesh_is_refused_with_axis_size_and_remedy(sizes, asked, message):
     with pytest.raises(ConfigError, match=message):
         meshes.normalise(user_mesh(**sizes), asked)

@@ -26,18 +26,32 @@ from jaxinfer.sharding.placement_tree import Node, tree
 from jaxinfer.sharding.policy import Placement
 
 LLAMA_70B = dict(
-    architectures=["LlamaForCausalLM"], model_type="llama", hidden_size=8192, intermediate_size=28672,
-    num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8, vocab_size=128256,
-    max_position_embeddings=131072, rms_norm_eps=1e-5, rope_theta=500000.0, hidden_act="silu", torch_dtype="bfloat16",
+    architectures=["LlamaForCausalLM"],
+    model_type="llama",
+    hidden_size=8192,
+    intermediate_size=28672,
+    num_hidden_layers=80,
+    num_attention_heads=64,
+    num_key_value_heads=8,
+    vocab_size=128256,
+    max_position_embeddings=131072,
+    rms_norm_eps=1e-5,
+    rope_theta=500000.0,
+    hidden_act="silu",
+    torch_dtype="bfloat16",
     rope_scaling=dict(
         rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
     ),
-)  # fmt: skip
+)
 """The public config.json of Llama-3.1-70B, as far as it shapes the model."""
 SMALL = LLAMA_70B | dict(
-    hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=2,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=3,
+    num_attention_heads=8,
+    num_key_value_heads=2,
     vocab_size=97,
-)  # fmt: skip
+)
 BF16 = 2
 M, F, V, D, LAYERS, TP = 8192, 28672, 128256, 128, 80, 8
 
@@ -76,12 +90,28 @@ def test_the_cache_of_llama_70b_sums_to_the_bytes_that_one_computes_by_hand(larg
 
 
 QWEN3_NEXT = dict(
-    architectures=["Qwen3NextForCausalLM"], torch_dtype="bfloat16", vocab_size=151936, hidden_size=2048, intermediate_size=5120,
-    num_hidden_layers=48, num_attention_heads=16, num_key_value_heads=2, head_dim=256, full_attention_interval=4,
-    linear_num_key_heads=16, linear_num_value_heads=32, linear_key_head_dim=128, linear_value_head_dim=128,
-    linear_conv_kernel_dim=4, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=512,
-    shared_expert_intermediate_size=512, max_position_embeddings=262144, rms_norm_eps=1e-6,
-)  # fmt: skip
+    architectures=["Qwen3NextForCausalLM"],
+    torch_dtype="bfloat16",
+    vocab_size=151936,
+    hidden_size=2048,
+    intermediate_size=5120,
+    num_hidden_layers=48,
+    num_attention_heads=16,
+    num_key_value_heads=2,
+    head_dim=256,
+    full_attention_interval=4,
+    linear_num_key_heads=16,
+    linear_num_value_heads=32,
+    linear_key_head_dim=128,
+    linear_value_head_dim=128,
+    linear_conv_kernel_dim=4,
+    num_experts=8,
+    num_experts_per_tok=2,
+    moe_intermediate_size=512,
+    shared_expert_intermediate_size=512,
+    max_position_embeddings=262144,
+    rms_norm_eps=1e-6,
+)
 """The public config.json of Qwen3-Next-80B-A3B as far as it shapes the cache; of its 512 experts eight."""
 
 
@@ -94,7 +124,9 @@ def test_recurrent_states_are_counted_a_sequence_and_not_a_block():
     snapshots = int(made.cache_bytes * 0.1) // state
     assert cache.sequences == 256 and cache.state_slots == 2 * 256 + snapshots
     assert made.tokens == (made.cache_bytes - cache.state_slots * state) // cache.block_device_bytes * 16
-    few = sharding.plan(QWEN3_NEXT, tensor_parallel_size=8, memory=16 << 30, max_num_seqs=4, enable_prefix_caching=False)
+    few = sharding.plan(
+        QWEN3_NEXT, tensor_parallel_size=8, memory=16 << 30, max_num_seqs=4, enable_prefix_caching=False
+    )
     assert few.cache.state_slots == 8 and few.tokens > made.tokens
     assert "of state a sequence on each device" in page(made)
 
@@ -168,8 +200,9 @@ def test_layers_that_are_alike_are_one_node_of_the_tree(large: Plan, mixed: Plan
     root = tree(mixed)
     layers = next(child for child in root.children if child.path == "layers")
     assert [(child.name, child.placed) for child in layers.children] == [
-        ("layers.0", "replicated"), ("layers.1 ... layers.2", "both"),
-    ]  # fmt: skip
+        ("layers.0", "replicated"),
+        ("layers.1 ... layers.2", "both"),
+    ]
     assert root.device_bytes == mixed.device_bytes and root.copied_bytes == mixed.copied_bytes
     assert dict(root.collectives("decode")) == mixed.collectives("decode")
 
@@ -177,26 +210,50 @@ def test_layers_that_are_alike_are_one_node_of_the_tree(large: Plan, mixed: Plan
 def test_the_json_has_all_of_it(mixed: Plan):
     found = json.loads(json.dumps(mixed.as_dict()))
     assert set(found) == {
-        "model", "mesh", "devices", "placement", "device_bytes", "all_devices_bytes", "copied_bytes",
-        "checkpoint_bytes", "modules", "parameters", "collectives", "exchanges", "cache", "memory",
-    }  # fmt: skip
+        "model",
+        "mesh",
+        "devices",
+        "placement",
+        "device_bytes",
+        "all_devices_bytes",
+        "copied_bytes",
+        "checkpoint_bytes",
+        "modules",
+        "parameters",
+        "collectives",
+        "exchanges",
+        "cache",
+        "memory",
+    }
     assert found["mesh"] == {"model": 4} and found["devices"] == 4
     assert found["placement"] == {"layers.0": "replicate", "*.attention": "replicate"}
     assert len(found["parameters"]) == len(mixed.rows)
     down = next(row for row in found["parameters"] if row["path"] == "layers.1.mlp.down.weight")
     assert down == {
-        "path": "layers.1.mlp.down.weight", "module": "layers.1.mlp", "tactic": "shard", "shape": [64, 96],
-        "dtype": "bfloat16", "logical_axes": ["embed", "ffn"], "spec": [None, "model"], "device_bytes": 3072,
-        "copies": 1, "checkpoint_bytes": 12288, "steps": ["decode", "prefill"],
-    }  # fmt: skip
+        "path": "layers.1.mlp.down.weight",
+        "module": "layers.1.mlp",
+        "tactic": "shard",
+        "shape": [64, 96],
+        "dtype": "bfloat16",
+        "logical_axes": ["embed", "ffn"],
+        "spec": [None, "model"],
+        "device_bytes": 3072,
+        "copies": 1,
+        "checkpoint_bytes": 12288,
+        "steps": ["decode", "prefill"],
+    }
     whole = next(row for row in found["parameters"] if row["path"] == "layers.0.mlp.down.weight")
     assert whole["spec"] == [None, None] and whole["copies"] == 4
     assert sum(row["device_bytes"] for row in found["parameters"]) == found["device_bytes"]
     assert found["collectives"]["decode"] == {"all-reduce": 3, "all-gather": 1}
     assert found["exchanges"][-1] == {
-        "module": "sampler", "kind": "all-gather", "what": "largest logits and their tokens",
-        "steps": ["decode", "prefill"], "row_bytes": 32, "rows": "sampled sequence",
-    }  # fmt: skip
+        "module": "sampler",
+        "kind": "all-gather",
+        "what": "largest logits and their tokens",
+        "steps": ["decode", "prefill"],
+        "row_bytes": 32,
+        "rows": "sampled sequence",
+    }
     assert found["cache"]["replicated_layers"] == [0, 1, 2]
     assert found["memory"] == {"device_bytes": 1 << 20, "cache_bytes": mixed.cache_bytes, "tokens": mixed.tokens}
 
@@ -229,8 +286,16 @@ def test_the_picture_is_well_formed_and_says_it_all(mixed: Plan, large: Plan):
     shown = Reader(mixed._repr_html_())
     text = " ".join(shown.texts)
     assert EVERYWHERE in text and "none lies on the first device only" in EVERYWHERE
-    for said in ("layers.1 ... layers.2", "(2 alike)", "sharded", "replicated", "both", "all-reduce", "4 copies",
-                 "mesh: model 4"):  # fmt: skip
+    for said in (
+        "layers.1 ... layers.2",
+        "(2 alike)",
+        "sharded",
+        "replicated",
+        "both",
+        "all-reduce",
+        "4 copies",
+        "mesh: model 4",
+    ):
         assert said in text, said
     assert {"details", "summary", "style"} <= set(shown.tags)
     assert not {"script", "link", "img"} & set(shown.tags)  # it needs nothing from elsewhere
@@ -258,17 +323,21 @@ def test_a_mesh_is_given_by_sizes_abstract_or_of_devices():
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"tensor_parallel_size": 3}, "layers.0.attention.*64.*size 3|axis 'heads'"),
-     ({"tensor_parallel_size": 0}, "tensor_parallel_size must be in"),
-     ({"placement": {"nothing": "replicate"}}, "'nothing' names no module"),
-     ({"placement": {"*": "split"}}, "a tactic is one of shard, replicate"),
-     ({"mesh": {"model": 2, "data": 2}}, "axis 'data'.*vision tower"),
-     ({"mesh": {"tensor": 2}}, "axis 'tensor'"),
-     ({"mesh": {"model": 0}}, "axis 'model' must have"),
-     ({"mesh": {"model": 2}, "tensor_parallel_size": 4}, "tensor_parallel_size is 4"),
-     ({"memory": 0}, "memory must be"), ({"memory": True}, "memory must be"),
-     ({"dtype": "int3"}, "dtype must be"), ({"quantization": "fp4"}, "quantization must be")],
-)  # fmt: skip
+    [
+        ({"tensor_parallel_size": 3}, "layers.0.attention.*64.*size 3|axis 'heads'"),
+        ({"tensor_parallel_size": 0}, "tensor_parallel_size must be in"),
+        ({"placement": {"nothing": "replicate"}}, "'nothing' names no module"),
+        ({"placement": {"*": "split"}}, "a tactic is one of shard, replicate"),
+        ({"mesh": {"model": 2, "data": 2}}, "axis 'data'.*vision tower"),
+        ({"mesh": {"tensor": 2}}, "axis 'tensor'"),
+        ({"mesh": {"model": 0}}, "axis 'model' must have"),
+        ({"mesh": {"model": 2}, "tensor_parallel_size": 4}, "tensor_parallel_size is 4"),
+        ({"memory": 0}, "memory must be"),
+        ({"memory": True}, "memory must be"),
+        ({"dtype": "int3"}, "dtype must be"),
+        ({"quantization": "fp4"}, "quantization must be"),
+    ],
+)
 def test_bad_settings_are_refused_by_name(changes: dict, message: str):
     with pytest.raises(ConfigError, match=message):
         sharding.plan(SMALL, **changes)
@@ -279,7 +348,9 @@ def test_bad_models_are_refused_by_name(tmp_path: Path):
         sharding.plan(SMALL | {"architectures": ["BogusModel"]})
     with pytest.raises(ConfigError, match="hidden_size"):
         sharding.plan(SMALL | {"hidden_size": -1})
-    with pytest.raises(ConfigError, match="torch_dtype. is 'float8_e4m3fn'; jaxinfer computes in float32, bfloat16, float16"):
+    with pytest.raises(
+        ConfigError, match="torch_dtype. is 'float8_e4m3fn'; jaxinfer computes in float32, bfloat16, float16"
+    ):
         sharding.plan(SMALL | {"torch_dtype": "float8_e4m3fn"})
     with pytest.raises(ConfigError, match="torch_dtype is 7; it must be a name"):
         sharding.plan(SMALL | {"torch_dtype": 7})

@@ -24,7 +24,7 @@ INSIDE = ["layers.0.attention.qkv", "layers.0.mlp.down"]
         ({"layers.[1-9]*": "replicate"}, ["layers.1", "layers.1.mlp"]),
         ({"norm": "replicate", "n*": "replicate"}, ["norm"]),
     ],
-)  # fmt: skip
+)
 def test_a_pattern_is_for_all_within_unless_another_names_a_module_further_inside(patterns, replicated):
     placement = Placement(patterns)
     placement.check(MODULES, INSIDE)
@@ -49,7 +49,9 @@ def test_the_order_of_patterns_decides_nothing(patterns):
 
 
 def test_two_patterns_that_contradict_each_other_about_one_module_are_both_named():
-    with pytest.raises(ConfigError, match=r"'layers.0.mlp' is named by '\*.mlp' \(shard\) and by 'layers.0.\*' \(replicate"):
+    with pytest.raises(
+        ConfigError, match=r"'layers.0.mlp' is named by '\*.mlp' \(shard\) and by 'layers.0.\*' \(replicate"
+    ):
         Placement({"*.mlp": "shard", "layers.0.*": "replicate"}).tactic("layers.0.mlp")
 
 
@@ -72,7 +74,9 @@ def test_experts_are_divided_by_patterns_that_name_them_or_what_is_around_them(p
 
 @pytest.mark.parametrize("pattern", ["norm", "layers.0", "*.attention"])
 def test_a_pattern_that_divides_by_experts_what_has_none_is_refused(pattern: str):
-    with pytest.raises(ConfigError, match=r"is given 'experts', and names nothing that has experts; there are layers.\*.mlp"):
+    with pytest.raises(
+        ConfigError, match=r"is given 'experts', and names nothing that has experts; there are layers.\*.mlp"
+    ):
         Placement({pattern: "experts"}).check(MODULES, INSIDE, ["layers.1.mlp"])
     with pytest.raises(ConfigError, match="this model has none: leave it 'shard'"):
         Placement({pattern: "experts"}).check(MODULES, INSIDE)
@@ -80,9 +84,11 @@ def test_a_pattern_that_divides_by_experts_what_has_none_is_refused(pattern: str
 
 @pytest.mark.parametrize(
     ("patterns", "message"),
-    [({"*.mlp": "sharded"}, r"'\*.mlp' is given 'sharded'; a tactic is one of shard, replicate"),
-     ({"": "shard"}, "a pattern must be a string such as .* got ''")],
-)  # fmt: skip
+    [
+        ({"*.mlp": "sharded"}, r"'\*.mlp' is given 'sharded'; a tactic is one of shard, replicate"),
+        ({"": "shard"}, "a pattern must be a string such as .* got ''"),
+    ],
+)
 def test_a_wrong_pattern_or_tactic_is_named(patterns, message):
     with pytest.raises(ConfigError, match=message):
         Placement(patterns)
@@ -104,5 +110,7 @@ def test_the_numbers_of_layers_are_left_out_of_a_path():
 def test_a_contradiction_about_what_is_around_named_parts_is_found_too():
     """`layers.*` names layers and all within them, so that `layers.0` would be passed over in silence."""
     placement = Placement({"layers.*": "replicate", "layers.0": "shard"})
-    with pytest.raises(ConfigError, match=r"'layers.0' is named by 'layers.\*' \(replicate\) and by 'layers.0' \(shard\)"):
+    with pytest.raises(
+        ConfigError, match=r"'layers.0' is named by 'layers.\*' \(replicate\) and by 'layers.0' \(shard\)"
+    ):
         placement.check(["layers", "layers.0", "layers.0.mlp", "layers.1", "layers.1.mlp"])

@@ -63,10 +63,16 @@ def test_the_length_penalty_orders_results(penalty, best):
     assert made.best[0].tokens.tolist() == best
 
 
-@pytest.mark.parametrize(("how", "over"), [
-    (dict(early_stopping=True), True), (dict(), False), (dict(early_stopping="never"), False),
-    (dict(length_penalty=-1.0), True), (dict(early_stopping="never", length_penalty=0.0), True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("how", "over"),
+    [
+        (dict(early_stopping=True), True),
+        (dict(), False),
+        (dict(early_stopping="never"), False),
+        (dict(length_penalty=-1.0), True),
+        (dict(early_stopping="never", length_penalty=0.0), True),
+    ],
+)
 def test_when_it_is_over(how, over):
     """Two have ended, the best that goes on has a sum of -3.5: less than the worst of them, but not for its length."""
     made = beams(limit=50, **how)
@@ -84,8 +90,10 @@ def test_forbidden_tokens_make_no_beams():
 
 
 WRONG = [
-    ("width=0", "width must be between 1 and 256, got 0"), ("width=257", "width must be between 1 and 256, got 257"),
-    ("width=True", "width must be an integer, got bool True"), ("width=2.0", "width must be an integer, got float 2.0"),
+    ("width=0", "width must be between 1 and 256, got 0"),
+    ("width=257", "width must be between 1 and 256, got 257"),
+    ("width=True", "width must be an integer, got bool True"),
+    ("width=2.0", "width must be an integer, got float 2.0"),
     ("width=4, num_return_sequences=5", "num_return_sequences must be between 1 and 4, the width, got 5"),
     ("width=4, num_return_sequences=0", "num_return_sequences must be between 1 and 4, the width, got 0"),
     ("width=4, length_penalty=float('nan')", "length_penalty must be a finite number, got nan"),
@@ -94,7 +102,7 @@ WRONG = [
     ("width=4, early_stopping='always'", "early_stopping must be True, False or 'never', got str 'always'"),
     ("width=4, early_stopping=1", "early_stopping must be True, False or 'never', got int 1"),
     ("width=4, early_stopping=None", "early_stopping must be True, False or 'never', got None"),
-]  # fmt: skip
+]
 SCRIPT = """
 import sys
 from jaxinfer.beam_params import BeamParams
@@ -113,10 +121,19 @@ def test_a_wrong_setting_is_named():
     assert said == [f"{message}." for _, message in WRONG]
 
 
-@pytest.mark.parametrize("asked", [
-    dict(n=2), dict(temperature=0.7), dict(top_k=5), dict(top_p=0.5), dict(min_p=0.1), dict(stop=["x"]), dict(logprobs=2),
-    dict(prompt_logprobs=0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "asked",
+    [
+        dict(n=2),
+        dict(temperature=0.7),
+        dict(top_k=5),
+        dict(top_p=0.5),
+        dict(min_p=0.1),
+        dict(stop=["x"]),
+        dict(logprobs=2),
+        dict(prompt_logprobs=0),
+    ],
+)
 def test_what_a_search_has_no_use_for_is_refused(asked):
     with pytest.raises(ValueError, match=f"no use for {next(iter(asked))}"):
         beam_sampling(SamplingParams(**asked), SamplingParams(), 5)
@@ -141,8 +158,11 @@ def test_a_step_that_fails_changes_no_result(runner, monkeypatch, where, error):
     """Anywhere in it: also where some of the beams have their new tokens and the others have not."""
     expected = search(make_engine(runner), searches())
     owner, name = {
-        "run": (runner, "run"), "regroup": (branching, "_add"), "branch": (Scheduler, "branch"), "adopt": (Sequence, "adopt"),
-    }[where]  # fmt: skip
+        "run": (runner, "run"),
+        "regroup": (branching, "_add"),
+        "branch": (Scheduler, "branch"),
+        "adopt": (Sequence, "adopt"),
+    }[where]
     real, calls = getattr(owner, name), [0]
 
     def fails(*arguments, **keywords):

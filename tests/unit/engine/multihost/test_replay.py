@@ -25,10 +25,20 @@ def test_every_key_comes_back_as_the_same():
         assert (back, str(back), back.takes, back.gives) == (key, str(key), key.takes, key.gives)
 
 
-@pytest.mark.parametrize("value", [
-    ["Nothing", {}], ["Copies", {}], ["Copies", {"width": "4"}], ["Copies", {"width": True}],
-    ["Copies", {"width": 4, "more": 1}], ["Copies", []], ["Copies"], 7, None,
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "value",
+    [
+        ["Nothing", {}],
+        ["Copies", {}],
+        ["Copies", {"width": "4"}],
+        ["Copies", {"width": True}],
+        ["Copies", {"width": 4, "more": 1}],
+        ["Copies", []],
+        ["Copies"],
+        7,
+        None,
+    ],
+)
 def test_what_is_no_key_is_refused(value):
     with pytest.raises(DistributedError, match="no key of a program"):
         decode_key(json.dumps(value).encode())

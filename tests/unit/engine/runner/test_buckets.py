@@ -39,7 +39,10 @@ def test_every_bucket_of_a_plan_is_among_all_buckets(program, kernel, switched, 
     program, sizes = replace(program, kernel=kernel), replace(SIZES, switched=switched, contiguous=contiguous)
     known = set(all_buckets(program, sizes, sampling))
     levels = [Level.GREEDY, *(level for level in Level if level.name.lower() in sampling)]
-    counts, prompt = (-1, 0, 1, 2, 5) if "logprobs" in sampling else (-1,), sorted({False, "prompt_logprobs" in sampling})
+    counts, prompt = (
+        (-1, 0, 1, 2, 5) if "logprobs" in sampling else (-1,),
+        sorted({False, "prompt_logprobs" in sampling}),
+    )
     met = set()
     for needs in starmap(Needs, product(levels, counts, prompt)):
         met |= {prefill_bucket(program, sizes, tokens, needs) for tokens in range(1, 49)}

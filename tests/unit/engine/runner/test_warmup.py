@@ -20,11 +20,19 @@ pytestmark = pytest.mark.xdist_group("llama")
 
 REQUESTS = 70
 KINDS = (
-    dict(temperature=0), dict(temperature=0.9), dict(temperature=0.9, min_p=0.1), dict(temperature=0.9, top_k=5),
-    dict(temperature=0.9, top_p=0.8), dict(temperature=0, repetition_penalty=1.3), dict(presence_penalty=0.5),
-    dict(temperature=0, logit_bias={5: 3.0}), dict(allowed_token_ids=[4, 5, 6]), dict(temperature=0, logprobs=3),
-    dict(prompt_logprobs=2), dict(temperature=0.7, top_k=3, logprobs=0, prompt_logprobs=5),
-)  # fmt: skip
+    dict(temperature=0),
+    dict(temperature=0.9),
+    dict(temperature=0.9, min_p=0.1),
+    dict(temperature=0.9, top_k=5),
+    dict(temperature=0.9, top_p=0.8),
+    dict(temperature=0, repetition_penalty=1.3),
+    dict(presence_penalty=0.5),
+    dict(temperature=0, logit_bias={5: 3.0}),
+    dict(allowed_token_ids=[4, 5, 6]),
+    dict(temperature=0, logprobs=3),
+    dict(prompt_logprobs=2),
+    dict(temperature=0.7, top_k=3, logprobs=0, prompt_logprobs=5),
+)
 """Of requests; every sampler level, with and without log-probabilities."""
 
 

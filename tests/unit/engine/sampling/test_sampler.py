@@ -23,12 +23,25 @@ step = jax.jit(sample, static_argnums=3, static_argnames="switched")
 def rows(batch: int, **values) -> SamplingRows:
     """Rows that ask for nothing, with these values; each row has its own key."""
     fields = dict(
-        row=np.arange(batch), position=np.full(batch, 10), key=np.arange(2 * batch).reshape(batch, 2) * 7919,
-        temperature=np.ones(batch), top_k=np.zeros(batch), top_p=np.ones(batch), min_p=np.zeros(batch),
-        presence=np.zeros(batch), frequency=np.zeros(batch), repetition=np.ones(batch), edited=np.zeros(batch),
-        prompt_length=np.full(batch, 4), logprobs=np.zeros(batch), ngram=np.zeros(batch), forced_first=np.zeros(batch),
-        forced_last=np.zeros(batch), last_position=np.zeros(batch), rule=np.zeros(batch),
-    ) | {name: np.broadcast_to(value, (batch, *np.shape(value)[1:])) for name, value in values.items()}  # fmt: skip
+        row=np.arange(batch),
+        position=np.full(batch, 10),
+        key=np.arange(2 * batch).reshape(batch, 2) * 7919,
+        temperature=np.ones(batch),
+        top_k=np.zeros(batch),
+        top_p=np.ones(batch),
+        min_p=np.zeros(batch),
+        presence=np.zeros(batch),
+        frequency=np.zeros(batch),
+        repetition=np.ones(batch),
+        edited=np.zeros(batch),
+        prompt_length=np.full(batch, 4),
+        logprobs=np.zeros(batch),
+        ngram=np.zeros(batch),
+        forced_first=np.zeros(batch),
+        forced_last=np.zeros(batch),
+        last_position=np.zeros(batch),
+        rule=np.zeros(batch),
+    ) | {name: np.broadcast_to(value, (batch, *np.shape(value)[1:])) for name, value in values.items()}
     return unpack_rows(jnp.asarray(pack_rows(SamplingRows(**fields))))
 
 
@@ -176,10 +189,13 @@ def test_the_filters_are_their_definition(seed, ties):
     rng = np.random.default_rng(seed)
     batch = 256
     settings = rows(
-        batch, temperature=rng.choice([0, 0.3, 1.0, 2.5], batch), top_k=rng.choice([0, 1, 2, 5, V, 10 * V], batch),
-        top_p=rng.choice([1.0, 0.999, 0.8, 0.37, 1e-3], batch), min_p=rng.choice([0, 0.03, 0.41, 1.0], batch),
+        batch,
+        temperature=rng.choice([0, 0.3, 1.0, 2.5], batch),
+        top_k=rng.choice([0, 1, 2, 5, V, 10 * V], batch),
+        top_p=rng.choice([1.0, 0.999, 0.8, 0.37, 1e-3], batch),
+        min_p=rng.choice([0, 0.03, 0.41, 1.0], batch),
         position=rng.integers(1, 1000, batch),
-    )  # fmt: skip
+    )
     logits = random_logits(batch, seed + 10, ties=ties)
     tokens, _ = step(logits, settings, None, Level.TRUNCATED)
     assert hold(tokens, logits, settings) > batch // 2
@@ -227,11 +243,18 @@ def test_penalties_and_biases_are_their_definition():
         jnp.asarray(rng.choice([0, 0, 0, 1.5, -2.0, -np.inf], (R, V)), jnp.float32),
     )
     settings = rows(
-        batch, row=rng.permutation(batch), temperature=rng.choice([0, 0.7], batch), edited=rng.choice([0, 1, 1], batch),
-        presence=rng.choice([0, 0.9, -1.1], batch), frequency=rng.choice([0, 0.4, -0.3], batch),
-        repetition=rng.choice([1.0, 1.7, 0.6], batch), position=rng.integers(4, L, batch),
-        prompt_length=rng.integers(1, 5, batch), top_k=rng.choice([0, 6], batch), top_p=rng.choice([1, 0.9], batch),
-    )  # fmt: skip
+        batch,
+        row=rng.permutation(batch),
+        temperature=rng.choice([0, 0.7], batch),
+        edited=rng.choice([0, 1, 1], batch),
+        presence=rng.choice([0, 0.9, -1.1], batch),
+        frequency=rng.choice([0, 0.4, -0.3], batch),
+        repetition=rng.choice([1.0, 1.7, 0.6], batch),
+        position=rng.integers(4, L, batch),
+        prompt_length=rng.integers(1, 5, batch),
+        top_k=rng.choice([0, 6], batch),
+        top_p=rng.choice([1, 0.9], batch),
+    )
     logits = random_logits(batch, 8)
     tokens, after = step(logits, settings, edits, Level.EDITED)
     assert hold(tokens, logits, settings, edits) > batch // 2
@@ -246,15 +269,21 @@ ASKED = {
     "random": dict(temperature=np.array([0, 0.7, 1.5, 1] * (R // 4)), min_p=0.02),
     "truncated": dict(temperature=np.array([0, 0.7, 1.5, 1] * (R // 4)), top_k=5, top_p=0.9),
     "edited": dict(temperature=0, edited=np.array([0, 1] * (R // 2)), presence=1.5),
-    "all": dict(temperature=np.array([0, 0.7] * (R // 2)), top_k=np.array([0, 9, 3, 0] * (R // 4)),
-                edited=np.array([1, 1, 0, 0] * (R // 4)), frequency=0.9),
-}  # fmt: skip
+    "all": dict(
+        temperature=np.array([0, 0.7] * (R // 2)),
+        top_k=np.array([0, 9, 3, 0] * (R // 4)),
+        edited=np.array([1, 1, 0, 0] * (R // 4)),
+        frequency=0.9,
+    ),
+}
 
 
 @pytest.mark.parametrize("asked", ASKED)
 def test_what_is_skipped_at_run_time_changes_no_token(asked):
     rng = np.random.default_rng(9)
-    edits = Edits(jnp.asarray(rng.integers(0, 12, (R, L)), jnp.int32), jnp.asarray(rng.normal(0, 1, (R, V)), jnp.float32))
+    edits = Edits(
+        jnp.asarray(rng.integers(0, 12, (R, L)), jnp.int32), jnp.asarray(rng.normal(0, 1, (R, V)), jnp.float32)
+    )
     settings, logits = rows(R, **ASKED[asked]), random_logits(R, 11)
     logits[5, 3] = np.nan
     tokens, after = step(logits, settings, edits, Level.EDITED, switched=True)
@@ -291,7 +320,9 @@ def test_no_tokens_come_twice_in_the_same_order(switched):
     edits = Edits(jnp.asarray(history), jnp.zeros((R, V)))
     asked = rows(R, position=position, ngram=ngram, temperature=0, edited=1, prompt_length=0)
     tokens, _ = step(logits, asked, edits, Level.EDITED, switched=switched)
-    forbidden = [repeats(history[i, :at].tolist(), int(n)) for i, (at, n) in enumerate(zip(position, ngram, strict=True))]
+    forbidden = [
+        repeats(history[i, :at].tolist(), int(n)) for i, (at, n) in enumerate(zip(position, ngram, strict=True))
+    ]
     for row, (token, banned) in enumerate(zip(np.asarray(tokens).tolist(), forbidden, strict=True)):
         left = logits[row].copy()
         left[list(banned)] = -np.inf
@@ -305,9 +336,14 @@ def test_forced_tokens_come_at_their_places_alone(level):
     logits[3] = np.nan
     edits = Edits(jnp.zeros((R, L), jnp.int32), jnp.zeros((R, V)))
     asked = rows(
-        5, temperature=np.array([0, 1, 0, 0, 0]), prompt_length=4, position=np.array([4, 4, 5, 4, 9]),
-        forced_first=8, forced_last=np.array([0, 0, 0, 0, 1]), last_position=9,
-    )  # fmt: skip
+        5,
+        temperature=np.array([0, 1, 0, 0, 0]),
+        prompt_length=4,
+        position=np.array([4, 4, 5, 4, 9]),
+        forced_first=8,
+        forced_last=np.array([0, 0, 0, 0, 1]),
+        last_position=9,
+    )
     tokens, _ = step(logits, asked, edits, level)
     assert np.asarray(tokens).tolist() == [7, 7, int(logits[2].argmax()), BAD_TOKEN, 0]
 
@@ -364,7 +400,9 @@ def test_random_draws_follow_the_distribution(temperature):
     logits = random_logits(1, 3)[0]
     keys = np.stack([np.random.SeedSequence([seed, 0]).generate_state(2) for seed in range(count // 100)])
     settings = rows(
-        count, key=np.repeat(keys, 100, axis=0), position=np.tile(np.arange(100), count // 100),
+        count,
+        key=np.repeat(keys, 100, axis=0),
+        position=np.tile(np.arange(100), count // 100),
         temperature=temperature,
     )
     tokens, _ = step(np.repeat(logits[None], count, axis=0), settings, None, Level.RANDOM)
@@ -395,14 +433,25 @@ def test_logprobs_and_ranks(count, switched):
 
 def test_packing_keeps_every_bit():
     settings = dict(
-        row=np.array([3, R]), position=np.array([0, 2**31 - 1]), key=np.array([[0, 2**32 - 1], [5, 2**31]], np.uint32),
-        temperature=np.array([0, 1e-2], np.float32), top_k=np.array([0, 7]), top_p=np.array([1, 0.1], np.float32),
-        min_p=np.array([0, 1], np.float32), presence=np.array([-2, 2], np.float32),
-        frequency=np.array([0.1, -0.1], np.float32), repetition=np.array([1, 1e-3], np.float32),
-        edited=np.array([0, 1]), prompt_length=np.array([1, 9]), logprobs=np.array([1, 0]), ngram=np.array([0, 3]),
-        forced_first=np.array([0, 7]), forced_last=np.array([2**31 - 1, 0]), last_position=np.array([0, 99]),
+        row=np.array([3, R]),
+        position=np.array([0, 2**31 - 1]),
+        key=np.array([[0, 2**32 - 1], [5, 2**31]], np.uint32),
+        temperature=np.array([0, 1e-2], np.float32),
+        top_k=np.array([0, 7]),
+        top_p=np.array([1, 0.1], np.float32),
+        min_p=np.array([0, 1], np.float32),
+        presence=np.array([-2, 2], np.float32),
+        frequency=np.array([0.1, -0.1], np.float32),
+        repetition=np.array([1, 1e-3], np.float32),
+        edited=np.array([0, 1]),
+        prompt_length=np.array([1, 9]),
+        logprobs=np.array([1, 0]),
+        ngram=np.array([0, 3]),
+        forced_first=np.array([0, 7]),
+        forced_last=np.array([2**31 - 1, 0]),
+        last_position=np.array([0, 99]),
         rule=np.array([0, 31]),
-    )  # fmt: skip
+    )
     back = unpack_rows(jnp.asarray(pack_rows(SamplingRows(**settings))))
     for name, value in settings.items():
         np.testing.assert_array_equal(getattr(back, name), value, err_msg=name)

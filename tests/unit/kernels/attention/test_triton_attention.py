@@ -99,11 +99,17 @@ def shapes(draw: st.DrawFn) -> Shape:
     kv_heads, group = draw(st.sampled_from([(1, 1), (1, 5), (2, 2), (3, 1), (1, 17)]))
     dim, latent = draw(st.sampled_from([4, 8, 16, 20, 40])), draw(st.booleans())
     return Shape(
-        heads=kv_heads * group, kv_heads=kv_heads, dim=dim, block=draw(st.sampled_from([1, 2, 3, 4, 8, 16, 32])),
-        dtype=draw(st.sampled_from(["float32", "bfloat16", "float16"])), latent=latent,
-        window=draw(st.none() | st.integers(1, 60)), softcap=draw(st.none() | st.just(2.0)), sinks=draw(st.booleans()),
+        heads=kv_heads * group,
+        kv_heads=kv_heads,
+        dim=dim,
+        block=draw(st.sampled_from([1, 2, 3, 4, 8, 16, 32])),
+        dtype=draw(st.sampled_from(["float32", "bfloat16", "float16"])),
+        latent=latent,
+        window=draw(st.none() | st.integers(1, 60)),
+        softcap=draw(st.none() | st.just(2.0)),
+        sinks=draw(st.booleans()),
         value_dim=draw(st.integers(1, dim)) if latent or draw(st.booleans()) else None,
-    )  # fmt: skip
+    )
 
 
 ANY = settings(
@@ -119,9 +125,10 @@ def test_any_decode_is_the_oracle(shape: Shape, lengths: list[int], cores: int):
 
 @ANY
 @given(
-    shape=shapes(), tile=st.sampled_from([1, 3, 8]),
+    shape=shapes(),
+    tile=st.sampled_from([1, 3, 8]),
     chunks=st.lists(st.tuples(st.integers(0, 40), st.integers(1, 20)), min_size=1, max_size=3),
-)  # fmt: skip
+)
 def test_any_prefill_is_the_oracle(shape: Shape, chunks: list[tuple[int, int]], tile: int):
     check_prefill(Case(shape, [a + b for a, b in chunks], [b for _, b in chunks]), tile=tile)
 

@@ -40,9 +40,10 @@ def test_the_error_is_at_most_half_a_unit_on_each_side_of_every_term(rows):
     units = int8_matmul.row_scales(x)
     # (x + dx)(w + dw) - xw, with |dx| and |dw| at most half of a unit.
     bound = (
-        np.abs(x).sum(1)[:, None] * scales / 2 + np.abs(weight).sum(1) * units[:, None] / 2
+        np.abs(x).sum(1)[:, None] * scales / 2
+        + np.abs(weight).sum(1) * units[:, None] / 2
         + x.shape[1] * units[:, None] * scales / 4
-    )  # fmt: skip
+    )
     error = np.abs(product(x, values, scales) - x.astype(np.float64) @ weight.T.astype(np.float64))
     assert (error <= bound * 1.0001).all()
     assert error.max() > 0, "nothing was rounded"

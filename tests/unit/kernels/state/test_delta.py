@@ -95,7 +95,8 @@ def test_nothing_of_before_is_left_behind_a_decay_of_all(one_by_one):
 
 
 MIXED = [(1, NOWHERE, 1, False), (32, 2, 2, False), (33, NOWHERE, NOWHERE, False), (7, 3, 4, False), (64, 5, 3, False)]
-"""Of five sequences: a beginning, one that goes on in its slot, one that is thrown away, one that leaves its slot, ..."""
+"""Of five sequences: a beginning, one that goes on in its slot, one that is thrown away, one that leaves its slot,
+..."""
 
 
 @ways

@@ -25,10 +25,16 @@ def alone(x: np.ndarray, past: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_sequences_side_by_side_are_as_each_alone(dtype):
-    """(tokens, source, target, continues): beginnings, ones that go on, cuts so short that the past reaches over several."""
+    """(tokens, source, target, continues): beginnings, ones that go on, cuts so short that the past reaches over
+    several."""
     rows = [
-        (5, 1, 2, False), (1, 0, 3, True), (1, 0, NOWHERE, True), (4, 0, 4, True), (1, 6, 6, False), (2, NOWHERE, 5, False),
-    ]  # fmt: skip
+        (5, 1, 2, False),
+        (1, 0, 3, True),
+        (1, 0, NOWHERE, True),
+        (4, 0, 4, True),
+        (1, 6, 6, False),
+        (2, NOWHERE, 5, False),
+    ]
     counts = np.array([row[0] for row in rows] + [0, 0])
     starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
     columns = zip(*(row[1:] for row in [*rows, (0, 0, 0, False), (0, 7, 7, False)]), strict=True)

@@ -41,9 +41,14 @@ def given(monkeypatch: pytest.MonkeyPatch, device: Device, version: str | None =
 
 @pytest.mark.parametrize(
     ("device", "expected"),
-    [(Device(), Target(90, 132)), (Device("cuda", "8.0"), Target(80, 132)), (Device("gpu", "12.0"), Target(120, 132)),
-     (Device("gpu", "7.5"), None), (Device("gpu", "gfx942"), None)],
-)  # fmt: skip
+    [
+        (Device(), Target(90, 132)),
+        (Device("cuda", "8.0"), Target(80, 132)),
+        (Device("gpu", "12.0"), Target(120, 132)),
+        (Device("gpu", "7.5"), None),
+        (Device("gpu", "gfx942"), None),
+    ],
+)
 def test_targets_are_nvidia_gpus_from_ampere_on(
     monkeypatch: pytest.MonkeyPatch, device: Device, expected: Target | None
 ):
@@ -92,10 +97,15 @@ def test_the_buffers_of_a_launch_are_the_kernels_parameters_in_order(monkeypatch
 
     def call(x: jax.Array, kept: jax.Array) -> jax.Array:
         found = triton_launch.launch(
-            kernel, {"x": x, "absent": None, "kept": kept}, {"new": jax.ShapeDtypeStruct((4,), jnp.bfloat16)},
-            aliases={"kept": "new", "absent": "nothing"}, constants={"SIZE": 4}, grid=(3, 2), target=Target(90, 132),
+            kernel,
+            {"x": x, "absent": None, "kept": kept},
+            {"new": jax.ShapeDtypeStruct((4,), jnp.bfloat16)},
+            aliases={"kept": "new", "absent": "nothing"},
+            constants={"SIZE": 4},
+            grid=(3, 2),
+            target=Target(90, 132),
             options=Options(4, 3),
-        )  # fmt: skip
+        )
         return found["new"]
 
     shapes = jax.ShapeDtypeStruct((4,), jnp.float32), jax.ShapeDtypeStruct((4,), jnp.bfloat16)

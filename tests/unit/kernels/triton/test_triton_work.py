@@ -34,8 +34,9 @@ def work(
 @settings(max_examples=80, deadline=None, derandomize=True, database=None)
 @given(
     lengths=st.lists(st.integers(0, 200) | st.integers(0, 200_000), min_size=BATCH, max_size=BATCH),
-    window=st.sampled_from([None, 100]), running=st.sampled_from([1, 264]),
-)  # fmt: skip
+    window=st.sampled_from([None, 100]),
+    running=st.sampled_from([1, 264]),
+)
 def test_the_pieces_are_all_live_keys_in_order(lengths: list[int], window: int | None, running: int):
     items, spans = work(lengths, window=window, running=running)
     assert (items[:, 3] == 1).sum() == spans[:, 1].sum(), "there is room for all"
@@ -65,16 +66,22 @@ def test_tiles_of_a_prefill_come_last_first_and_the_rest_is_padding():
     items = triton_work.prefill_work(step, Scoring(1.0, window=3), tokens=12, tile=2)
     # row, token, position, queries, first key, end, first key of the chunk, unused
     assert np.asarray(items)[::-1, :7].tolist() == [
-        [0, 0, 0, 4, 0, 4, 0], [0, 4, 4, 1, 2, 5, 0], [1, 5, 7, 4, 5, 11, 7],
-        [0, 9, 0, 2, 0, 0, 0], [0, 11, 0, 1, 0, 0, 0],
-    ]  # fmt: skip
+        [0, 0, 0, 4, 0, 4, 0],
+        [0, 4, 4, 1, 2, 5, 0],
+        [1, 5, 7, 4, 5, 11, 7],
+        [0, 9, 0, 2, 0, 0, 0],
+        [0, 11, 0, 1, 0, 0, 0],
+    ]
 
 
 LAYERS = {
-    "Llama 3 8B": (32, 8, 128, 128, False), "Gemma 2 9B": (16, 8, 256, 256, False), "Falcon 7B": (71, 1, 64, 64, False),
-    "Phi 3 mini": (32, 32, 96, 96, False), "DeepSeek V3": (128, 1, 576, 512, True),
+    "Llama 3 8B": (32, 8, 128, 128, False),
+    "Gemma 2 9B": (16, 8, 256, 256, False),
+    "Falcon 7B": (71, 1, 64, 64, False),
+    "Phi 3 mini": (32, 32, 96, 96, False),
+    "DeepSeek V3": (128, 1, 576, 512, True),
     "DeepSeek V3, not absorbed": (128, 128, 192, 128, False),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
