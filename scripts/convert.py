@@ -101,7 +101,8 @@ def describe(manifest: "Manifest") -> str:
     size = sum(size for size, _ in manifest.files.values())
     kept = manifest.dtype if manifest.quantization is None else f"{manifest.quantization} and {manifest.dtype}"
     shards = f"{manifest.tensor_parallel_size} shard{'s' if manifest.tensor_parallel_size > 1 else ''}"
-    return f"{len(manifest.parameters)} parameters in {kept}, {shards}, {size / 2**30:.3g} GiB in {len(manifest.files)} files"
+    files = f"{size / 2**30:.3g} GiB in {len(manifest.files)} files"
+    return f"{len(manifest.parameters)} parameters in {kept}, {shards}, {files}"
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from fuzzing.cli import main  # noqa: E402
+from fuzzing.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 if "--tune" not in sys.argv:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # a plan needs no device, and must not take a GPU's memory
 
-from placements.cli import main  # noqa: E402
+from placements.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

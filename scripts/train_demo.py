@@ -27,9 +27,9 @@ import transformers
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 
-from demos import text  # noqa: E402
+from demos import text
 
-from jaxinfer.demo import corpus  # noqa: E402
+from jaxinfer.demo import corpus
 
 ARCHITECTURES = ("llama", "kimi_linear")
 """Each a file in `demos`: `Trainer`, `answers(folder, prompts, limit)`, and the `LENGTHS` that batches are filled up

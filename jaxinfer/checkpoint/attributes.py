@@ -66,7 +66,8 @@ ONE_VALUE: Mapping[str, tuple[Any, ...]] = {
 
 _LABEL = re.compile(
     r"_.*|unsloth_.*|tokenizer_.*|dataset.*|train(ing)?_.*|wandb_.*|base_model.*|"
-    r".*(_version|_hash|_commit|_url|_date|_author|_license|_name|_path|_token_ids?|_pdrop|_lr|_loss_coef|_loss_weight)|"
+    r".*(_version|_hash|_commit|_url|_date|_author|_license|_name|_path)|"
+    r".*(_token_ids?|_pdrop|_lr|_loss_coef|_loss_weight)|"
     r".*(dropout|layerdrop|drop_path|initializer|_init_std|gradient_).*|"
     r"author|authors|citation|comment|created|date|description|id|language|languages|library_name|license|metadata|"
     r"model_card|name|pipeline_tag|revision|source|tags|title|url|version"

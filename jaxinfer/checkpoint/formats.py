@@ -78,7 +78,8 @@ def why_not(directory: Path, wanted: str) -> str:
             "opened. Convert them where you trust them: load the model with transformers and write it with "
             "save_pretrained(path)."
         )
-    return f"{directory} has no {wanted}; found {shorten(', '.join(names)) or 'nothing'}. Pass the folder that save_pretrained or the Hub made."
+    found = shorten(", ".join(names)) or "nothing"
+    return f"{directory} has no {wanted}; found {found}. Pass the folder that save_pretrained or the Hub made."
 
 
 def _check(field: str, value: Any, config: Mapping[str, Any], override: str) -> None:

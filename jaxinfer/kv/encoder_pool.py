@@ -71,7 +71,7 @@ def hold(pool: FeaturePool, wanted: Mapping[bytes, int]) -> Held:
             entries[digest] = replace(found, pins=found.pins + 1)
     missing = {digest: count for digest, count in wanted.items() if digest not in entries}
     needed = sum(missing.values())
-    for digest, entry in pool.entries.items():
+    for digest in pool.entries:
         if len(free) >= needed:
             break
         if not entries[digest].pins:

@@ -178,7 +178,8 @@ class Bench:
             with Counted(engine) as counted:
                 self._serve(engine, self._requests(1, work.prompt, 0, work.new, samples=work.samples))
             peaks[share] = counted.held
-            fewest = counted.fewest if share else fewest
+            if share:
+                fewest = counted.fewest
         return {
             "peak_blocks": peaks[True],
             "fewest_blocks": fewest,

@@ -47,7 +47,8 @@ class Rates:
             reading, writing = self._last.since(self._start), end.since(self._first)
             rates = f"prompt: {prompt / reading:.1f} tok/s, generation: {made / writing:.1f} tok/s"
         total, compiling = end.time - self._start.time, end.compiling - self._start.compiling
-        return f"{rates} ({prompt} + {made} tokens in {total:.1f} s; {compiling:.1f} s of it compiling, which the rates leave out)"
+        left_out = f"{compiling:.1f} s of it compiling, which the rates leave out"
+        return f"{rates} ({prompt} + {made} tokens in {total:.1f} s; {left_out})"
 
     def _mark(self) -> Mark:
         [seconds] = [metric.value for metric in self._llm.get_metrics() if metric.name.endswith("compile_seconds")]

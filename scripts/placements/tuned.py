@@ -81,7 +81,7 @@ class Tuned:
                 }
                 for t in self.timings
             ],
-            "placement": {pattern: REPLICATE for pattern in self.proposal},
+            "placement": dict.fromkeys(self.proposal, REPLICATE),
             "fits": self.fits,
             "flags": self.flags,
             "device_bytes": self.plan.device_bytes,

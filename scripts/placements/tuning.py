@@ -141,7 +141,7 @@ def choose(
         return sum(timing.ratio(subset) for timing in timings)
 
     for subset in sorted(subsets, key=lambda subset: (round(cost(subset), 6), len(subset))):
-        made = plan({pattern: REPLICATE for pattern in subset})
+        made = plan(dict.fromkeys(subset, REPLICATE))
         if made.tokens is None or made.tokens >= tokens:
             return subset, made, True
     return (), plan({}), False
@@ -150,7 +150,7 @@ def choose(
 def _confirm(
     model: Model, few: Mapping[str, Any], proposal: Sequence[str], steps: Sequence[Step], repeats: int
 ) -> dict[str, float]:
-    placement, found = {pattern: REPLICATE for pattern in proposal}, {}
+    placement, found = dict.fromkeys(proposal, REPLICATE), {}
     for step in steps:
         runs = {name: runner(*model.program(few, p), step) for name, p in (("sharded", {}), ("proposal", placement))}
         passes = {name: np.array(seconds) for name, seconds in in_turns(runs, repeats).items()}

@@ -59,8 +59,8 @@ def test_generated_tokens_are_reused_as_well():
         request = make_request(f"turn {turn}", ids, GREEDY)
         [[made]] = run(engine, [request])
         assert [[made]] == alone(runner, [request])[0:1]
-        known = len(ids) - 1 if turn == 0 else len(ids) - len(added)
         if turn:
+            known = len(ids) - len(added)  # noqa: F821
             assert request.cached_tokens >= (known - 1) // BLOCK * BLOCK
         added = prompt(3, 95 + turn)
         ids = ids + made + added

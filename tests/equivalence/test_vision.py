@@ -50,7 +50,7 @@ class Case:
 
 
 ATTENTION, TOWER, ALL = (
-    {pattern: "replicate" for pattern in patterns}
+    dict.fromkeys(patterns, "replicate")
     for patterns in (["vision_tower.*.attention"], ["vision_tower"], ["vision_tower", "projector"])
 )
 

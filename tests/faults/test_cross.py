@@ -172,6 +172,8 @@ def test_without_a_tokenizer_text_is_refused():
     made = folder(
         vocab_size=VOCAB, max_position_embeddings=LONGEST, bos_token_id=0, eos_token_id=1, with_tokenizer=True
     )
-    with LLM(made, skip_tokenizer_init=True, **SETTINGS | dict(max_model_len=40)) as llm:
-        with pytest.raises(ValueError, match="prompt 0 is text, but there is no tokenizer"):
-            llm.generate(TEXT, PARAMS)
+    with (
+        LLM(made, skip_tokenizer_init=True, **SETTINGS | dict(max_model_len=40)) as llm,
+        pytest.raises(ValueError, match="prompt 0 is text, but there is no tokenizer"),
+    ):
+        llm.generate(TEXT, PARAMS)

@@ -28,9 +28,9 @@ def test_a_consumer_that_stops(llm):
     stream.close()
     settle(llm)
     assert not llm._engine.requests
-    for update in llm.stream([IDS], LONG):
+    for _update in llm.stream([IDS], LONG):
         break
-    del update
+    del _update
     assert tokens(llm.generate([IDS], SHORT)) == expected
 
 

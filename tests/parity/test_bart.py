@@ -57,9 +57,7 @@ def reference(name: str) -> Any:
             noise = torch.randn(value.shape, generator=generator)
             if "norm" in path and path.endswith("weight"):
                 value.copy_(1 + 0.4 * noise)
-            elif path.endswith("bias"):
-                value.copy_(0.4 * noise)
-            elif "shared" in path or "embed" in path or "lm_head" in path:
+            elif path.endswith("bias") or "shared" in path or "embed" in path or "lm_head" in path:
                 value.copy_(0.4 * noise)
             else:
                 value.copy_((3 if "encoder_attn" in path else 1.5) * value.shape[1] ** -0.5 * noise)

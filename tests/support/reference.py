@@ -37,7 +37,7 @@ def model(family: str, *, seed: int = 0, head: float = 0.7, **changes: Any) -> M
             noise = torch.randn(value.shape, generator=generator)
             if name.endswith("norm.weight"):
                 value.copy_(_norm_weight(made, name) + 0.4 * noise)
-            elif name.endswith("bias") or name.endswith("A_log"):
+            elif name.endswith(("bias", "A_log")):
                 value.copy_(0.5 * noise)
             elif name == "lm_head.weight":
                 value.copy_(head * noise)

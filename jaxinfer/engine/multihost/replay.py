@@ -184,7 +184,8 @@ class _Follower:
         if digest(sampled.tokens) != expected:
             what = "has sampled other tokens there"
         elif not distance <= divergence.MOST:
-            what = f"comes to other hidden states there (by {distance:.2g} of their size; rounding makes {divergence.MOST:g} at most)"
+            limit = f"rounding makes {divergence.MOST:g} at most"
+            what = f"comes to other hidden states there (by {distance:.2g} of their size; {limit})"
         if what is not None:
             self._group.fail(
                 f"process {self._group.process} has diverged from process 0: launch {number} ({key}) {what}; its "

@@ -92,7 +92,7 @@ class Bucket:
                 **({"tokens": (self.rows,)} if self.candidates else {}),
             }
         names = ("tokens", "positions", "rows", "rope_lengths", *(["features"] if self.features else []))
-        tokens = {name: (self.tokens,) for name in names}
+        tokens = dict.fromkeys(names, (self.tokens,))
         return {
             "sampling": (self.rows, WIDTH),
             **tokens,

@@ -30,7 +30,7 @@ def run(context: Context) -> Figures:
     """Milliseconds of a decode step and of a prefill under each candidate, by the engine."""
     shape = context.size(models.LLAMA_8B | {"num_hidden_layers": LAYERS}, models.TOY)
     prompt, steps = context.size((PROMPT, STEPS), (16, 8))
-    candidates = context.size(CANDIDATES, {name: None for name in ("default", "again")})
+    candidates = context.size(CANDIDATES, dict.fromkeys(("default", "again")))
     figures: Figures = dict(context.kept) | {"layers": shape["num_hidden_layers"], "prompt": prompt}
     module = models.random(shape, engines.make_mesh())
     for name, options in candidates.items():

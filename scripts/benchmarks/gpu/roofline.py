@@ -25,10 +25,10 @@ def run(context: Context) -> Figures:
     array = jax.jit(lambda: values(jnp.uint32(1), (elements >> 10, 1 << 10), jnp.bfloat16))()
     bytes_ = array.nbytes
     copies = {
-        "copy": measure(lambda: _copy(array)).median,
-        "add": measure(lambda: _add(array)).median,
+        "copy": measure(lambda array=array: _copy(array)).median,
+        "add": measure(lambda array=array: _add(array)).median,
     }
-    read = measure(lambda: _read(array)).median
+    read = measure(lambda array=array: _read(array)).median
     figures = {
         "copied_bytes": bytes_,
         "read_gb_per_second": bytes_ / read / 1e9,

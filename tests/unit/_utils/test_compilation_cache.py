@@ -28,7 +28,8 @@ jax.monitoring.register_event_listener(lambda name, **_: hits.append(name) if na
 settings = dict(max_num_seqs=4, max_num_batched_tokens=64, prefill_buckets=[64], kv_cache_memory_bytes=1 << 24)
 with LLM(demo.path(), use_tqdm=False, **settings) as llm:
     done = llm.warmup(use_tqdm=False)
-    params = [SamplingParams(temperature=0, max_tokens=8), SamplingParams(temperature=0.9, top_k=9, seed=1, max_tokens=8)]
+    drawn = SamplingParams(temperature=0.9, top_k=9, seed=1, max_tokens=8)
+    params = [SamplingParams(temperature=0, max_tokens=8), drawn]
     made = llm.generate(["Question: What is 17 plus 25?\\nAnswer:"] * 2, params, use_tqdm=False)
 print(json.dumps({"hits": len(hits), "programs": done.programs, "tokens": [o.outputs[0].token_ids for o in made]}))
 """

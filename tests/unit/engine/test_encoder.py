@@ -40,7 +40,7 @@ def test_a_text_models_steps_take_what_they_took_before():
     ]
     cache, rows, edits, packed = arguments
     assert packed.shape == (sum(int(np.prod(shape)) for shape in bucket.shapes.values()),)
-    assert runner.features is None and not any(isinstance(key, Encode) for key in runner.programs.keys())
+    assert runner.features is None and not any(isinstance(key, Encode) for key in runner.programs.keys())  # noqa: SIM118
 
 
 def test_a_prefill_with_images_has_the_pool_and_an_index_beside_it():

@@ -42,7 +42,7 @@ def test_a_random_workload(size: int, steps: list):
                 continue
             for name in found.new:
                 assert len(found.slots[name]) == SIZES[name]
-                written |= {slot: name for slot in found.slots[name]}
+                written |= dict.fromkeys(found.slots[name], name)
             pool = found.pool
             held.append(step)
             for name in {name for names in held for name in names}:

@@ -42,10 +42,10 @@ def both(name: str) -> list[nnx.Module]:
     def make(quantization: str | None) -> nnx.Module:
         return MODULES[name](Build(nnx.Rngs(0), jnp.dtype("float32"), make_mesh(), quantization))
 
-    return [
-        nnx.merge(nnx.graphdef(nnx.eval_shape(lambda: make(kind))), jax.jit(lambda: nnx.state(make(kind)))())
-        for kind in (None, "int8")
-    ]
+    def drawn(kind: str | None) -> nnx.Module:
+        return nnx.merge(nnx.graphdef(nnx.eval_shape(lambda: make(kind))), jax.jit(lambda: nnx.state(make(kind)))())
+
+    return [drawn(None), drawn("int8")]
 
 
 @partial(jax.jit, static_argnums=0)

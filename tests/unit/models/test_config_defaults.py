@@ -181,11 +181,11 @@ def test_formats_inside_a_part_are_refused_as_well(where):
 def test_a_model_that_overflows_in_float16_is_refused_at_the_start(family, tmp_path):
     hf = tiny.config(family)
     served, _ = weights.parse(hf)
+    folder = checkpoint.write(tmp_path, hf, with_tokenizer=False)
     for refused in (
         lambda: sharding.plan(hf, dtype="float16"),
         lambda: LLM(folder, dtype="float16", skip_tokenizer_init=True),
     ):
-        folder = checkpoint.write(tmp_path, hf, with_tokenizer=False)
         with pytest.raises(ConfigError, match="dtype='float16' is not supported .* overflow.*'bfloat16' or 'float32'"):
             refused()
     assert weights.resolve_dtype("auto", "float16", "gpu", served) == jnp.bfloat16

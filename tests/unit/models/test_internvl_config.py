@@ -23,7 +23,8 @@ ORIGINAL: dict[str, Any] = json.loads("""
  "downsample_ratio": 0.5, "dynamic_image_size": true, "force_image_size": 448, "hidden_size": 896,
  "image_fold": null,
  "llm_config": {
-   "_name_or_path": "./pretrained/Qwen2.5-32B-Instruct", "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0,
+   "_name_or_path": "./pretrained/Qwen2.5-32B-Instruct", "architectures": ["Qwen2ForCausalLM"],
+   "attention_dropout": 0.0,
    "bos_token_id": 151643, "eos_token_id": 151643, "hidden_act": "silu", "hidden_size": 896, "initializer_range": 0.02,
    "intermediate_size": 4864, "max_position_embeddings": 32768, "max_window_layers": 70, "model_type": "qwen2",
    "moe_config": null, "num_attention_heads": 14, "num_hidden_layers": 24, "num_key_value_heads": 2,

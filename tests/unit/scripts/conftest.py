@@ -13,8 +13,8 @@ import pytest
 SCRIPTS = Path(__file__).resolve().parents[3] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
-from benchmarks import measure, peer  # noqa: E402
-from benchmarks.cli import main  # noqa: E402
+from benchmarks import measure, peer
+from benchmarks.cli import main
 
 SIZES = {
     "hidden_size": 32,
