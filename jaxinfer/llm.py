@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from jaxinfer import distributed
 from jaxinfer._utils import compilation_cache, heap
 from jaxinfer.beam_params import BeamParams
-from jaxinfer.config import EngineConfig
+from jaxinfer.config import CONTIGUOUS, EngineConfig
 from jaxinfer.engine.engine import Engine
 from jaxinfer.engine.engine_thread import CLOSED, EngineThread, Lease
 from jaxinfer.engine.metrics import Metric
@@ -26,7 +26,7 @@ from jaxinfer.engine.runner.programs import Programs
 from jaxinfer.engine.runner.warmup import Warmup, check_sampling, warm_up
 from jaxinfer.engine.sizing.setup import build_engine
 from jaxinfer.errors import CapacityError, ConfigError, DistributedError, EngineClosedError
-from jaxinfer.inputs.defaults import ModelLimits
+from jaxinfer.inputs.defaults import ModelLimits, length_remedy
 from jaxinfer.inputs.input_processor import Intake, Params
 from jaxinfer.inputs.prompts import Prompt
 from jaxinfer.loading.load import Named, open_model, place
@@ -96,10 +96,14 @@ class LLM:
         if group is not None:
             handshake.steps(group, engine.runner)
             engine.runner.leader = None if self._follows else Leader(group)
-        longest = engine.runner.shapes.max_length
-        limits = ModelLimits(
-            module.config.vocab_size, longest, self._opened.eos_token_ids, tokenizer_len=known, **self._opened.forced
+        longest, config = engine.runner.shapes.max_length, self.config
+        longer = length_remedy(
+            longest, config.max_model_len, module.config.max_length, contiguous=config.cache == CONTIGUOUS
         )
+        limits = ModelLimits(
+            module.config.vocab_size, longest, self._opened.eos_token_ids, tokenizer_len=known, longer=longer,
+            **self._opened.forced,
+        )  # fmt: skip
         self._intake = Intake(self._opened, self.config, limits, chat_template)
         self._thread = EngineThread(engine)
         # Also where an LLM is dropped without `close`, and when the interpreter ends.

@@ -26,11 +26,33 @@ class ModelLimits:
     """The token that comes last where an output reaches its greatest length."""
     tokenizer_len: int | None = None
     """One more than the highest id the tokenizer knows; ids from there on are padding, never sampled."""
+    longer: str = ""
+    """What limits `max_model_len` and how to raise it, for errors (`length_remedy`)."""
 
     @property
     def usable(self) -> int:
         """Token ids below this can be sampled."""
         return self.vocab_size if self.tokenizer_len is None else min(self.vocab_size, self.tokenizer_len)
+
+
+def length_remedy(max_model_len: int, asked: int | None, allowed: int, *, contiguous: bool = False) -> str:
+    """Say what limits the length of a sequence and how to raise it, as the end of a sentence that says to shorten it.
+
+    Args:
+        max_model_len: the most tokens of a sequence.
+        asked: the setting `max_model_len`; None: it was not set.
+        allowed: tokens that the model allows.
+        contiguous: whether the rows of the cache, and not a pool of blocks, hold them.
+    """
+    if max_model_len >= allowed:
+        return ": the model allows no more (max_position_embeddings)"
+    if asked is not None:
+        return f", or raise max_model_len: the model allows {allowed}"
+    fewer = " or lower max_num_seqs" if contiguous else ""
+    return (
+        f", or raise kv_cache_memory_bytes{fewer}: the model allows {allowed} tokens, and the cache has room for "
+        f"{max_model_len}"
+    )
 
 
 def resolve(
@@ -65,7 +87,7 @@ def resolve(
         raise ValueError(
             f"min_tokens must be less than or equal to max_tokens={max_tokens} (the maximum "
             f"model length of {limits.max_model_len} less the prompt's {prompt_len}), "
-            f"got {params.min_tokens}."
+            f"got {params.min_tokens}. Lower it{limits.longer}."
         )
     # A checkpoint may name an EOS that its output layer does not have; it cannot come.
     eos = () if params.ignore_eos else tuple(i for i in limits.eos_token_ids if i < limits.vocab_size)

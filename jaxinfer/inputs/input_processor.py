@@ -200,7 +200,8 @@ class Intake:
         if not ids:
             raise ValueError(f"prompt {index} has no tokens")
         check_token_ids(ids, known, index)
-        check_prompt_length(len(ids), self.limits.max_model_len, index, sum(one.length for one in inputs))
+        limits, of_images = self.limits, sum(one.length for one in inputs)
+        check_prompt_length(len(ids), limits.max_model_len, index, of_images, limits.longer)
         return read._replace(token_ids=list(ids)), None if media is None else media.place(ids, inputs, index)
 
     def _check_cross(self, index: int, cross: CrossInputs | None) -> None:

@@ -83,8 +83,15 @@ def check_token_ids(token_ids: Sequence[int], vocab_size: int, index: int) -> No
     )
 
 
-def check_prompt_length(length: int, max_model_len: int, index: int, of_images: int = 0) -> None:
+def check_prompt_length(length: int, max_model_len: int, index: int, of_images: int = 0, longer: str = "") -> None:
     """Refuse a prompt of `length` tokens, `of_images` of them for images, that leaves no room for one new token.
+
+    Args:
+        length: tokens of the prompt.
+        max_model_len: the most tokens of a sequence.
+        index: of the prompt in its call.
+        of_images: of `length`.
+        longer: what limits `max_model_len` and how to raise it, after "Shorten the prompt" (`ModelLimits.longer`).
 
     Raises:
         ValueError: names the prompt's index, both lengths and the remedy.
@@ -96,8 +103,7 @@ def check_prompt_length(length: int, max_model_len: int, index: int, of_images: 
     shorten = "Pass fewer or smaller images" if of_images else "Shorten the prompt"
     raise ValueError(
         f"prompt {index}: The decoder prompt (length {length}{images}){asked} is longer than the "
-        f"maximum model length of {max_model_len}. {shorten}, or raise max_model_len "
-        "if the model allows."
+        f"maximum model length of {max_model_len}. {shorten}{longer}."
     )
 
 
@@ -210,8 +216,7 @@ def _text(text: str, index: int, max_chars: int | None, side: str = _DECODER) ->
     if max_chars is not None and len(text) > max_chars:
         raise ValueError(
             f"prompt {index}: the text has {len(text)} characters, more than the {max_chars} "
-            "that the maximum model length can hold. Shorten the prompt, or raise max_model_len "
-            "if the model allows."
+            "that the maximum model length can hold. Shorten the prompt."
         )
     _check_unicode(text, f"prompt {index}")
     return text

@@ -136,6 +136,19 @@ def test_max_tokens_is_clamped(llm, host, caplog):
     assert caplog.text.count(said) == 1
 
 
+def test_a_prompt_that_is_too_long_names_what_limits_it(llm, make_llm):
+    with pytest.raises(
+        ValueError, match=r"length of 128\. Shorten the prompt, or raise max_model_len: the model allows 256\."
+    ):
+        llm.generate([[3] * 128], SHORT)
+    with make_llm(max_model_len=None, kv_cache_memory_bytes=1 << 16) as small:
+        room = small._intake.limits.max_model_len
+        with pytest.raises(
+            ValueError, match=rf"prompt, or raise kv_cache_memory_bytes: .* allows 256 .* room for {room}\."
+        ):
+            small.generate([[3] * 255], SHORT)
+
+
 def test_a_tiny_temperature(llm):
     cold = SamplingParams(temperature=1e-9, max_tokens=6, logprobs=0)
     [result] = llm.generate([IDS], cold)

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from jaxinfer.inputs.defaults import ModelLimits, resolve, spread
+from jaxinfer.inputs.defaults import ModelLimits, length_remedy, resolve, spread
 from jaxinfer.sampling_params import SamplingParams
 
 limits = ModelLimits(vocab_size=100, max_model_len=64, eos_token_ids=(2, 3), tokenizer_len=90)
@@ -28,6 +28,20 @@ def test_min_tokens_beyond_what_fits(max_tokens):
     with pytest.raises(ValueError, match=r"min_tokens must be less than or equal to max_tokens=60 .*got 61"):
         at(min_tokens=61, max_tokens=max_tokens)
     assert at(min_tokens=60, max_tokens=70).min_tokens == 60
+
+
+def test_the_remedy_is_that_of_what_limits_the_length():
+    assert (
+        length_remedy(64, 64, 64)
+        == length_remedy(64, None, 64)
+        == ": the model allows no more (max_position_embeddings)"
+    )
+    assert length_remedy(32, 32, 64) == ", or raise max_model_len: the model allows 64"
+    of_cache = length_remedy(32, None, 64)
+    assert of_cache == ", or raise kv_cache_memory_bytes: the model allows 64 tokens, and the cache has room for 32"
+    assert "kv_cache_memory_bytes or lower max_num_seqs: " in length_remedy(32, None, 64, contiguous=True)
+    with pytest.raises(ValueError, match=r"got 61\. Lower it, or raise max_model_len: the model allows 99\."):
+        at(min_tokens=61, max_tokens=None, limits=ModelLimits(100, 64, longer=length_remedy(64, 64, 99)))
 
 
 @pytest.mark.parametrize(

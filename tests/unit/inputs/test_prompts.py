@@ -112,6 +112,8 @@ def test_prompts_that_leave_no_room():
         check_prompt_length(10, 10, 1)
     with pytest.raises(ValueError, match=r"\(length 11, 8 of it images\) is longer .* Pass fewer or smaller images"):
         check_prompt_length(11, 10, 1, 8)
+    with pytest.raises(ValueError, match=r"of 10\. Shorten the prompt, or lengthen the model\."):
+        check_prompt_length(11, 10, 1, longer=", or lengthen the model")
 
 
 def test_ten_megabytes_of_text_are_refused_or_taken_quickly():
