@@ -1,7 +1,7 @@
-"""Updates of a host or a device array by position, written once for NumPy and for jnp under `jax.jit`.
+"""Indexed array updates that run on NumPy arrays and on jnp arrays under `jax.jit`.
 
-They return a new array and leave the given one alone. A negative position means "nowhere": on the host
-such entries are dropped, on the device they are sent past the end of the array, where a write is dropped.
+Each function returns a new array and leaves its argument unchanged. A negative index means "no entry": NumPy drops it,
+jnp maps it past the end of the array, where the write is dropped (`mode="drop"`).
 """
 
 from typing import Any, TypeAlias
@@ -15,17 +15,17 @@ Count: TypeAlias = int | np.integer | jax.Array
 
 
 def only(values: Array, chosen: Array) -> Array:
-    """The values where chosen, -1 ("nothing") elsewhere; a value that is -1 stays it."""
+    """Mask `values` with -1 ("no entry") where `chosen` is False; values that are already -1 stay -1."""
     return (np if isinstance(chosen, np.ndarray) else jnp).where(chosen, values, -1)
 
 
 def count_true(chosen: Array) -> Count:
-    """How many are chosen: an int on the host, so that counters stay plain ints."""
+    """Count the true entries; an int for NumPy input, so that counters stay plain ints."""
     return int(np.count_nonzero(chosen)) if isinstance(chosen, np.ndarray) else chosen.sum(dtype=jnp.int32)
 
 
 def put(array: Array, at: Array, values: Any) -> Array:
-    """A copy of array with `values` written at the positions `at` [n] that are not negative."""
+    """Return a copy of `array` with `values` written at the non-negative indices `at` [n]."""
     if not isinstance(array, np.ndarray):
         return array.at[jnp.where(at < 0, array.shape[0], at)].set(values, mode="drop")
     keep = np.flatnonzero(at >= 0)
@@ -37,7 +37,7 @@ def put(array: Array, at: Array, values: Any) -> Array:
 
 
 def add(array: Array, at: Array, amount: int) -> Array:
-    """A copy of array with `amount` added for each entry of `at` [n] that is not negative."""
+    """Return a copy of `array` with `amount` added once for each non-negative index in `at` [n]."""
     if not isinstance(array, np.ndarray):
         return array.at[jnp.where(at < 0, array.shape[0], at)].add(amount, mode="drop")
     array = array.copy()
@@ -46,11 +46,11 @@ def add(array: Array, at: Array, amount: int) -> Array:
 
 
 def last_of_each(ids: Array, size: int) -> Array:
-    """True [n] at the last entry of every id that is not negative, so that each block is counted once."""
-    # Index -1 wraps to the extra element, which keeps "no block" apart from block size - 1.
+    """Mark the last entry of every non-negative id [n], so that each block is counted once."""
+    # Index -1 wraps to the extra element, so "no block" does not collide with block size - 1.
     if isinstance(ids, np.ndarray):
         lane = np.arange(ids.size, dtype=np.int32)
-        last = np.empty(size + 1, np.int32)  # read only where it was just written; NumPy keeps the last write
+        last = np.empty(size + 1, np.int32)  # uninitialized: read only where written below; NumPy keeps the last write
         last[ids] = lane
     else:
         lane = jnp.arange(ids.shape[0], dtype=jnp.int32)

@@ -1,4 +1,4 @@
-"""The device side of the paged cache: lanes made once, donated to every step, blocks copied in place."""
+"""Device side of the paged cache: allocate its arrays, size them, and copy blocks for copy-on-write."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -14,7 +14,7 @@ from jaxinfer.sharding import axes, rules
 from jaxinfer.sharding import mesh as meshes
 
 LANE_AXES = (axes.BLOCKS, axes.KV_HEADS, axes.BLOCK, axes.HEAD_DIM)
-"""The logical axes of one lane array `[N, K, P, D]`."""
+"""Logical axes of one cache array `[N, K, P, D]`."""
 
 
 def abstract(
@@ -25,9 +25,20 @@ def abstract(
     mesh: Mesh | AbstractMesh,
     slots: int = 1,
 ) -> Cache:
-    """Shapes and shardings of the cache, one lane a layer: nothing is allocated.
+    """Describe shapes and shardings of the cache without allocating it.
 
-    In the place of a lane a recurrent layer has its own arrays, `[slots, ...]`.
+    Args:
+        specs: what each layer stores.
+        num_blocks: N.
+        block_size: P.
+        dtype: of keys and values.
+        mesh: the devices.
+        slots: state slots of recurrent layers.
+
+    Returns:
+        One entry per layer: a `Lane` of arrays `[N, K, P, D]` (values are None for `Latent`), or for a recurrent layer
+            its own
+        arrays `[slots, ...]`.
     """
     lanes = []
     for layer, spec in enumerate(specs):
@@ -51,26 +62,31 @@ def _state_array(
 
 
 def allocate(lanes: Cache) -> Cache:
-    """Zeroed arrays of these shapes, each made on the devices that own it."""
+    """Allocate zeroed arrays of these shapes, each on the devices that own it."""
     return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype, device=a.sharding), lanes)
 
 
 def block_bytes(specs: Sequence[Full], block_size: int, dtype: jnp.dtype, mesh: Mesh | AbstractMesh) -> int:
-    """Bytes one block id takes in all layers, over all devices."""
+    """Return the bytes one block id takes in all layers, over all devices."""
     tp, itemsize = meshes.size(mesh), jnp.dtype(dtype).itemsize
     return meshes.copies(mesh) * sum(spec.block_bytes(block_size, itemsize, tp) for spec in specs)
 
 
 def slot_bytes(specs: Sequence[State], mesh: Mesh | AbstractMesh) -> int:
-    """Bytes one slot takes in all recurrent layers, over all devices."""
+    """Return the bytes one state slot takes in all recurrent layers, over all devices."""
     return meshes.copies(mesh) * sum(spec.slot_bytes(meshes.size(mesh)) for spec in specs)
 
 
 def copy_blocks(lanes: Cache, sources: jax.Array, targets: jax.Array, *, native: bool = False) -> Cache:
-    """Copies block `sources[i]` to `targets[i]` in every lane; a target of N or more is dropped.
+    """Copy block `sources[i]` to `targets[i]` in every cache array; targets >= N are padding and dropped.
 
-    All of a step's copy-on-write in one call, before the step writes. A block that is a target is the source of
-    none. `native`: by the CPU's own kernel, which sees one device's arrays.
+    Copies all copy-on-write blocks of a step in one call, before the step writes. No target may also be a source.
+
+    Args:
+        lanes: the cache arrays.
+        sources: block ids to read, `[n]` int32.
+        targets: block ids to write, `[n]` int32.
+        native: use the native CPU kernel, which handles arrays on a single device.
     """
 
     def copy(array: jax.Array) -> jax.Array:

@@ -1,13 +1,16 @@
-"""The contiguous cache: a row's capacity is reserved from the start, and its tokens are appended in place.
+"""Contiguous cache: reserve the full capacity of each row up front and append its tokens in place.
 
-Row r of group g has the blocks [(g R + r) W, (g R + r + 1) W), so its keys and values lie in one piece and grow into
-what follows. Its block table is a function of the row: none is kept, sent or looked up. For kernels it is a paged cache
-whose block is the step by which a row grows.
+Row r of group g owns the blocks [(g R + r) W, (g R + r + 1) W), so its keys and values are contiguous. The block table
+is computed from the row number: it is neither stored nor sent to the device. Kernels see a paged cache whose block is
+the step by which a row grows.
 
-It does what `vtensor_reserve_one_token` of PaddleNLP PR #9126 does with reserved virtual addresses, for any number of
-tokens at once. What it has not, beside the paged cache (`kv.manager`): nothing is shared, so a fork copies what its row
-has written, and no prefix is found again; memory that a row does not use serves no other; a layer with a window keeps
-all positions and masks those behind it. What it needs not: allocation, eviction, preemption, tables.
+Equivalent to `vtensor_reserve_one_token` of PaddleNLP PR #9126, which reserves virtual addresses, for any number of
+tokens at once. Compared with the paged cache (`kv.manager`):
+
+- nothing is shared: a fork copies the written blocks, and there is no prefix cache;
+- memory reserved for one row cannot serve another;
+- layers with a sliding window keep all positions and mask those outside the window;
+- no allocation, eviction, preemption or block tables are needed.
 """
 
 from collections.abc import Iterator, Sequence
@@ -32,12 +35,12 @@ NO_PREFIXES = "a contiguous cache keeps no prefixes"
 
 @dataclass(frozen=True)
 class Regions:
-    """Where the rows of a cache lie, in blocks."""
+    """Location of each row's blocks in the cache."""
 
     rows: int
     """R."""
     width: int
-    """W: blocks that are reserved for a row in each group."""
+    """W: blocks reserved for a row in each group."""
     groups: int = 1
     """G."""
 
@@ -47,16 +50,17 @@ class Regions:
         return self.groups * self.rows * self.width
 
     def tables(self, rows: Any, width: int) -> Any:
-        """`[G, B, width]` the first `width` blocks of rows `[B]`: the read length that a step is compiled for.
+        """Compute block tables `[G, B, width]` of the first `width` blocks of rows `[B]`.
 
-        In NumPy or jnp, as `rows` is. A number past the rows, as padding has, is that of the last.
+        `width` is the read length a step is compiled for. The result is NumPy or jnp, like `rows`. Row numbers >= R are
+        padding and map to the last row.
         """
         xp = np if isinstance(rows, np.ndarray) else jnp
         firsts = (xp.arange(self.groups)[:, None] * self.rows + xp.minimum(rows, self.rows - 1)) * self.width
         return (firsts[..., None] + xp.arange(width)).astype(xp.int32)
 
     def widths(self, least: int) -> Iterator[int]:
-        """The read lengths that steps are compiled for: `least` blocks, doubled on and on, and W."""
+        """Yield the read lengths that steps are compiled for: `least` blocks, doubled up to W, then W."""
         while least < self.width:
             yield least
             least *= 2
@@ -64,9 +68,10 @@ class Regions:
 
 
 def fill(array: jax.Array, given: jax.Array, tables: Any) -> jax.Array:
-    """Puts `[B, K, S, D]` at the beginning of rows whose blocks `[B, W]` are given, in `[N, K, P, D]`.
+    """Write keys or values `[B, K, S, D]` to the start of rows with block tables `[B, W]` in a cache array `[N, K, P,
+    D]`.
 
-    Donated it happens in place. What is in the last block beyond S becomes 0.
+    Updates in place when `array` is donated. The rest of the last block, beyond S, is set to 0.
     """
     size = array.shape[2]
     batch, heads, length, dim = given.shape
@@ -77,22 +82,22 @@ def fill(array: jax.Array, given: jax.Array, tables: Any) -> jax.Array:
 
 
 def read(array: jax.Array, tables: Any, length: int) -> jax.Array:
-    """The reverse: the first `length` positions of rows, `[B, K, length, D]`."""
+    """Read the first `length` positions of rows with block tables `[B, W]`: `[B, K, length, D]`. Inverse of `fill`."""
     width = -(-length // array.shape[2])
     blocks = array[tables[:, :width]].swapaxes(1, 2)
     return blocks.reshape(*blocks.shape[:2], -1, blocks.shape[-1])[:, :, :length]
 
 
 class Reserved(NamedTuple):
-    """Of the memory, in blocks."""
+    """Memory use of the contiguous cache, in blocks."""
 
     num_blocks: int
     num_held: int
-    """Reserved for rows in which a sequence runs, however long it is."""
+    """Blocks reserved for rows in use, whatever the length of their sequences."""
 
 
 class RowManager:
-    """The host's view, in the place of `kv.manager.BlockManager`: who runs where, and what forks have yet to copy."""
+    """Host-side manager of the contiguous cache, replacing `kv.manager.BlockManager`: tracks rows and fork copies."""
 
     prefix_caching = False
 
@@ -100,32 +105,32 @@ class RowManager:
         self.regions = regions
         self.kinds, self._all = own(kinds), tuple(kinds)
         self.tables = Tables(regions.rows, 0, block_size, kinds)
-        """Lengths, and `counts`: W where a sequence runs. There are no blocks in it, as they follow from the row."""
+        """Lengths, and `counts`: W for rows in use. Holds no blocks, since they follow from the row number."""
         self.encoded = EncodedBlocks(kinds, PrefixIndex(block_size, kinds=len(kinds)), prefix_caching=False)
         self.states: RecurrentStates | None = None
         if state_slots:
             self.states = RecurrentStates(state_slots, regions.rows, PrefixIndex(block_size), 0, keep=False)
         self.block_size = block_size
         self._forks: dict[int, int] = {}
-        """By row that was forked since the last step: the row it is to be copied from."""
+        """Maps a row forked since the last step to the row it is to be copied from."""
 
     @property
     def pool(self) -> Reserved:
-        """How much is in use."""
+        """Memory in use."""
         return Reserved(self.regions.blocks, len(self.tables.used()) * self.regions.groups * self.regions.width)
 
     def lookup(self, *_: Any) -> Hit:
-        """Nothing: no prefix is kept."""
+        """Return an empty hit: the contiguous cache has no prefix cache."""
         return prefix_match.nothing(self.kinds, NO_PREFIXES)
 
     def lookup_encoded(self, content: Encoded | None) -> EncodedHit:
-        """What a sequence's encoder reads is computed for each of them."""
+        """Return a miss: encoder inputs are computed for each sequence."""
         return self.encoded.lookup(content, np.empty(0, bool))
 
     def admit(
         self, row: int, _hit: Hit, _tokens: int, _reach: int | None = None, encoded: EncodedHit = NOTHING_READ
     ) -> bool:
-        """Takes an empty row; not one that a fork is yet to be copied from."""
+        """Assign an empty row to a sequence; False if a pending fork still has to be copied from that row."""
         if row in self._forks.values():
             return False
         self.tables.counts[:, row] = self.regions.width
@@ -138,22 +143,22 @@ class RowManager:
         return True
 
     def needed(self, *_: Any) -> int:
-        """0: whether a row can be taken is no matter of blocks."""
+        """Return 0: admission depends on rows, not on blocks."""
         return 0
 
     def extend(self, _row: int, _start: int, _stop: int) -> bool:
-        """There is room for a prompt's next chunk."""
+        """Return True: the row's capacity is already reserved."""
         return True
 
     def grow(self, _rows: np.ndarray, _steps: int = 1) -> tuple[np.ndarray, np.ndarray]:
-        """There is room for more tokens. Sources and targets of what forks copy before anything is written."""
+        """Return the sources and targets of the block copies pending for forks, to run before the step writes."""
         copies = [np.empty((2, 0), np.int32), *(self._copies(*fork) for fork in self._forks.items())]
         self._forks.clear()
         sources, targets = np.concatenate(copies, axis=1)
         return sources, targets
 
     def _copies(self, target: int, source: int) -> np.ndarray:
-        """`[2, n]` of all blocks that a row has begun, in every group."""
+        """List the source and target blocks `[2, n]` of all blocks the target row has begun, in every group."""
         tables = self.regions.tables(np.array([source, target]), self.regions.width)
         parts = []
         for kind in self._all:
@@ -163,12 +168,12 @@ class RowManager:
         return np.concatenate(parts, axis=1)
 
     def fork(self, source: int, target: int) -> None:
-        """Lets row `target` go on from where row `source` is, with a copy of its own in the place of what it had."""
-        # A fork of what is itself a fork has the same origin, as the copies of a step read what was there before it.
+        """Make row `target` continue from row `source`, with a copy of its blocks; discards the target's sequence."""
+        # Forks of a pending fork copy the original row: all copies of a step read the cache as it was before the step.
         origin = self._forks.get(source, source)
         self._forks.pop(target, None)
         if origin != target:
-            self._forks[target] = origin  # the last, behind those that read what lies in it still
+            self._forks[target] = origin  # inserted last, after pending copies that still read this row's blocks
         self.tables.fork(source, target)
         self.tables.unsent.clear()
         if self.states is not None:
@@ -176,7 +181,7 @@ class RowManager:
             self.states.fork(source, target)
 
     def free(self, row: int, _digests: Sequence[bytes] = ()) -> None:
-        """Empties a row."""
+        """Empty a row."""
         self._forks.pop(row, None)
         if self.states is not None:
             self.states.free(row)
@@ -184,23 +189,23 @@ class RowManager:
         self.tables.clear(row)
 
     def publish_encoded(self, row: int) -> None:
-        """What a row's encoder read is written; nobody else finds it."""
+        """Mark a row's encoder input as written; it is not shared with other requests."""
         self.encoded.publish(row)
 
     def take_evicted(self) -> None:
-        """Nothing is evicted."""
+        """Do nothing: nothing is evicted."""
 
     def withdraw(self, _digests: Sequence[bytes]) -> None:
-        """Nothing was published."""
+        """Do nothing: nothing is published."""
 
     def reset_index(self) -> None:
-        """There is none."""
+        """Do nothing: there is no prefix index."""
 
     def check(self) -> None:
-        """Rows end within what is reserved for them; one where nobody runs is empty, and nothing is copied to it.
+        """Check that rows stay within their reserved capacity, that unused rows are empty and are no fork targets.
 
         Raises:
-            PoolInvariantError: one does not hold.
+            PoolInvariantError: a row violates this.
         """
         if self.states is not None:
             self.states.check()

@@ -1,18 +1,18 @@
-"""Blocks of what encoders read: written once, shared by all whose input is the same, found again until they are
+"""Cache of encoder outputs for cross-attention: written once, shared by requests with equal input, cached until
 evicted.
 
-The keys and values of an input's positions lie in `ceil(S / P)` logical blocks, each an id in every group of cross
-layers. A position depends on the whole input, so that the blocks are of use together only: a hit is all of them or
-none. They are nodes of the prefix index (`kv.prefix`), in a chain whose root follows from what the input is:
+The keys and values of an input's S positions take `ceil(S / P)` logical blocks, each with one id per group of cross
+layers. Encoder positions depend on the whole input, so a hit is all blocks of an input or none. The blocks are nodes of
+the prefix index (`kv.prefix`), chained from a root that is derived from the input:
 
     root = sha256(salt, digest, S) -> d0 = sha256(root | 0 .. P-1 | identity) -> d1 = sha256(d0 | P .. 2P-1) -> ...
 
-Where a prefix block has token ids a block here has the numbers of its positions; the first one has the input's identity
-beside them, so that a hit is compared on the content and not on a digest alone. No block changes once it is written,
-the last and partial one included, so that forks share all and copy none.
+In place of token ids these nodes have the position numbers; the first node also has the input's identity, so that a hit
+compares the content and not only a digest. Blocks never change once written, partial last blocks included, so forks
+share them without copy-on-write.
 
-Until the step that writes them is dispatched blocks are not in the index; others admitted to the same step share them,
-as encoders run before all else in a step.
+Blocks enter the index when the step that writes them is dispatched. Requests admitted to the same step share them
+before that, because encoders run at the start of a step.
 """
 
 from collections.abc import Sequence
@@ -28,45 +28,45 @@ from jaxinfer.kv.prefix import Extras, PrefixIndex, block_digest, root
 
 @dataclass(frozen=True)
 class Encoded:
-    """What one request's encoder reads, as the cache knows it."""
+    """Identifies the encoder input of one request."""
 
     salt: bytes
-    """Of the request: model, and the caller's own."""
+    """Cache salt of the request: model and the caller's `cache_salt`."""
     digest: bytes
-    """Of the input."""
+    """Digest of the input."""
     identity: bytes
-    """The input itself, or what stands for it (`media.EncoderInput.identity`)."""
+    """Content of the input, or bytes that identify it (`media.EncoderInput.identity`)."""
     length: int
-    """S: positions; at least 1."""
+    """S: encoder positions; at least 1."""
     block_size: int
 
     @cached_property
     def root(self) -> bytes:
-        """The parent of its first block."""
+        """Parent digest of its first block."""
         return root(b"encoded", self.salt, self.digest, str(self.length).encode())
 
     @cached_property
     def numbers(self) -> np.ndarray:
-        """`[n * P]` what stands for token ids: the numbers of its positions, and of places that are none."""
+        """Position numbers `[n * P]` used in place of token ids, rounded up to full blocks."""
         return np.arange(-(-self.length // self.block_size) * self.block_size, dtype=np.int32)
 
     @property
     def extras(self) -> Extras:
-        """What the content of a block is beside that."""
+        """Extra content of blocks beside the position numbers: the identity, on the first block."""
         return {0: self.identity}
 
     @property
     def blocks(self) -> int:
-        """n."""
+        """Number of logical blocks, n."""
         return len(self.numbers) // self.block_size
 
     def tokens(self, number: int) -> np.ndarray:
-        """`[P]` of one block."""
+        """Position numbers `[P]` of one block."""
         return self.numbers[number * self.block_size : (number + 1) * self.block_size]
 
     @cached_property
     def digests(self) -> list[bytes]:
-        """Of its blocks."""
+        """Chained digests of its blocks."""
         made = [self.root]
         for number in range(self.blocks):
             made.append(block_digest(made[-1], self.tokens(number), self.extras.get(number, b"")))
@@ -74,18 +74,18 @@ class Encoded:
 
 
 class EncodedHit(NamedTuple):
-    """What of an input is in the cache."""
+    """Result of looking up an encoder input in the cache."""
 
     ids: np.ndarray
-    """`[m, n]` int32 its blocks in each group of cross layers; `[m, 0]` where they are still to be computed."""
+    """Block ids `[m, n]` int32 in each group of cross layers; `[m, 0]` on a miss."""
     content: Encoded | None
-    """None: the sequence reads none."""
+    """The encoder input; None if the sequence has none."""
     missing: int = 0
-    """Ids to be taken for it."""
+    """Block ids to allocate for it."""
 
     @property
     def length(self) -> int:
-        """S."""
+        """S, or 0 without an encoder input."""
         return 0 if self.content is None else self.content.length
 
 
@@ -93,21 +93,31 @@ NOTHING_READ = EncodedHit(np.empty((0, 0), np.int32), None)
 
 
 class EncodedBlocks:
-    """Who is about to write which input, and the index of those that are written.
+    """Tracks encoder inputs about to be written, and looks up written ones in the prefix index.
 
-    `kinds`: of the model's layers; without cross-attention nothing is done here.
+    Does nothing for models without cross-attention layers.
+
+    Args:
+        kinds: the model's groups by kind.
+        index: the prefix index, shared with the sequences' own blocks.
+        prefix_caching: whether inputs are shared between requests.
     """
 
     def __init__(self, kinds: Sequence[KindGroups], index: PrefixIndex, *, prefix_caching: bool = True):
         self.kind = encoded(kinds)
         self._number = len(kinds) - 1
-        """Of the kind in the nodes of the index: the last."""
+        """Number of the cross kind in the index's nodes: the last."""
         self._index, self._caching = index, prefix_caching
         self._writing: dict[int, tuple[Encoded, np.ndarray]] = {}
-        """By row: what the next step will write, and the blocks `[m, n]`."""
+        """Maps a row to the input its next step writes, and the blocks `[m, n]` it is written to."""
 
     def lookup(self, content: Encoded | None, published: np.ndarray) -> EncodedHit:
-        """The blocks of an input, if all are there or about to be written; `published` `[N]`: the pool's marks."""
+        """Find the blocks of an input that is cached or about to be written.
+
+        Args:
+            content: the input; None if the sequence has none.
+            published: the pool's flags of published blocks, `[N]` bool.
+        """
         if self.kind is None:
             return NOTHING_READ
         if content is None:
@@ -125,7 +135,7 @@ class EncodedBlocks:
         return EncodedHit(ids, content) if published[ids].all() else nothing
 
     def take(self, row: int, hit: EncodedHit, new: np.ndarray) -> np.ndarray:
-        """The blocks `[m, n]` of a row that was admitted: those found, or `new` ones, which it is to have written."""
+        """Return the blocks `[m, n]` of an admitted row: those of the hit, or the `new` ids, now to be written."""
         if not hit.missing:
             return hit.ids
         ids = new.reshape(-1, self.kind.count).T
@@ -133,11 +143,11 @@ class EncodedBlocks:
         return ids
 
     def writes(self, row: int) -> np.ndarray | None:
-        """The blocks `[m, n]` that a row is to have written by the next step; None: it found them, or reads none."""
+        """Return the blocks `[m, n]` that the next step writes for a row; None after a hit or without an input."""
         return self._writing[row][1] if row in self._writing else None
 
     def publish(self, row: int) -> list[int]:
-        """Enters what a row has had written; the ids that the caller is to mark as published."""
+        """Enter a row's written blocks in the index; return the ids the caller marks as published."""
         content, ids = self._writing.pop(row, (None, None))
         if content is None or not self._caching:
             return []
@@ -150,5 +160,5 @@ class EncodedBlocks:
         return entered
 
     def leave(self, row: int) -> None:
-        """A row goes, maybe before what it was to have written is."""
+        """Forget a row that leaves, even before its input is written."""
         self._writing.pop(row, None)

@@ -1,9 +1,9 @@
-"""Which encoded inputs lie in the device's feature pool: the host's accounting, a value like the block pool's.
+"""Host bookkeeping of the encoder feature pool: which encoded inputs are in device memory. An immutable value.
 
-The feature pool is one array `[F, M]` of rows that encoders have made. It is cut into slots, one for what an encoder
-makes of one value (of an image: a tile); an input takes as many slots as it has values, anywhere. Inputs are known by
-the digest of their content, so that one that comes again is found. Those that a sequence still reads are pinned; the
-others stay until their slots are needed, and the least recently used goes first.
+The feature pool is one array `[F, M]` of encoder outputs, cut into slots that hold the output of one encoder value (for
+images: a tile). An input takes one slot per value, not necessarily adjacent. Inputs are keyed by the digest of their
+content, so repeated inputs hit. Inputs that a running sequence reads are pinned; the others are evicted, least recently
+used first, when their slots are needed.
 """
 
 from collections.abc import Iterable, Mapping
@@ -20,47 +20,51 @@ class Entry:
     """One input in the pool."""
 
     slots: Slots
-    """Where its values lie, in their order."""
+    """Slots of its values, in order."""
     pins: int
-    """Sequences that still read it."""
+    """Number of sequences that read it."""
 
 
 @dataclass(frozen=True)
 class FeaturePool:
-    """Slots and what lies in them. Never changed: every operation gives a new one."""
+    """Slots and their contents. Immutable: every operation returns a new pool."""
 
     size: int
     free: Slots
     entries: Mapping[bytes, Entry]
-    """By digest, the least recently used first."""
+    """Inputs by digest, least recently used first."""
 
     @classmethod
     def create(cls, size: int) -> "FeaturePool":
-        """An empty pool of `size` slots."""
+        """Create an empty pool of `size` slots."""
         return cls(size, tuple(range(size)), {})
 
     @property
     def num_pinned(self) -> int:
-        """Slots that may not be taken."""
+        """Slots that cannot be evicted."""
         return sum(len(entry.slots) for entry in self.entries.values() if entry.pins)
 
 
 class Held(NamedTuple):
-    """What came of asking for inputs."""
+    """Result of pinning inputs."""
 
     pool: FeaturePool
-    """As it is with them pinned; unchanged if they do not fit."""
+    """The pool with the inputs pinned; unchanged if they do not fit."""
     slots: dict[bytes, Slots]
-    """Where each of them lies."""
+    """Slots of each input, by digest."""
     new: tuple[bytes, ...]
-    """Those that are still to be encoded."""
+    """Digests of inputs that still have to be encoded."""
     fits: bool
 
 
 def hold(pool: FeaturePool, wanted: Mapping[bytes, int]) -> Held:
-    """Pins inputs, `wanted`: the slots each of them takes by digest; all of them or none.
+    """Pin inputs in the pool, all of them or none.
 
-    What is not there gets free slots, then those of the least recently used inputs that nobody reads.
+    Missing inputs get free slots first, then those of the least recently used unpinned inputs.
+
+    Args:
+        pool: the pool.
+        wanted: number of slots of each input, by digest.
     """
     if not wanted:
         return Held(pool, {}, (), True)
@@ -85,10 +89,10 @@ def hold(pool: FeaturePool, wanted: Mapping[bytes, int]) -> Held:
 
 
 def release(pool: FeaturePool, digests: Iterable[bytes]) -> FeaturePool:
-    """Takes one pin off each of these inputs; they stay until their slots are needed.
+    """Remove one pin from each input; unpinned inputs stay until their slots are needed.
 
     Raises:
-        PoolInvariantError: one that is not pinned.
+        PoolInvariantError: an input is not pinned.
     """
     entries = dict(pool.entries)
     for digest in digests:
@@ -100,17 +104,17 @@ def release(pool: FeaturePool, digests: Iterable[bytes]) -> FeaturePool:
 
 
 def forget(pool: FeaturePool) -> FeaturePool:
-    """Without the inputs that nobody reads, as after new weights."""
+    """Drop all unpinned inputs, as after a weight update."""
     kept = {digest: entry for digest, entry in pool.entries.items() if entry.pins}
     gone = (slot for digest, entry in pool.entries.items() if digest not in kept for slot in entry.slots)
     return replace(pool, free=(*pool.free, *gone), entries=kept)
 
 
 def check(pool: FeaturePool, holders: Iterable[Iterable[bytes]]) -> None:
-    """Whether every slot is in one place, and every input has as many pins as there are holders of it.
+    """Check that every slot is free or used exactly once, and that pins equal the number of holders of each input.
 
     Raises:
-        PoolInvariantError: not so; the message carries the accounting.
+        PoolInvariantError: an invariant is violated; the message carries the accounting.
     """
     slots = sorted([*pool.free, *(slot for entry in pool.entries.values() for slot in entry.slots)])
     pins: dict[bytes, int] = {}

@@ -1,14 +1,15 @@
-"""Which layers share arrays and block tables.
+"""Assignment of layers to cache arrays and to groups, which share block tables.
 
-There are `g` lanes. The layers of each kind are cut into groups of `g` in their order, the last one maybe short; layer
-i of every group uses lane i. A block id names a place in all lanes and belongs to one group at a time, so that one pool
-of ids is one elastic budget: what sliding layers do not need, full ones have. A kind of m groups takes m ids for a
-logical block; they are taken, counted, published and evicted together.
+There are `g` cache arrays (`lanes`). The layers of each kind are cut into groups of `g` in layer order, the last group
+maybe smaller; layer i of every group uses array i. A block id addresses a block in all arrays and belongs to one group
+at a time, so one pool of ids is an elastic memory budget: blocks that sliding-window layers do not need serve
+full-attention layers. A kind with m groups takes m ids for each logical block; they are allocated, reference-counted,
+published and evicted together.
 
-    6 layers, 5 sliding and 1 full: g = 1, one lane; 5 groups of a layer each for the sliding kind, 1 for the full one
-    24 layers, alternating:         g = 12, 12 lanes; one group a kind
+    6 layers, 5 sliding and 1 full: g = 1, one array; 5 groups of one layer for the sliding kind, 1 for the full kind
+    24 layers, alternating:         g = 12, 12 arrays; one group per kind
 
-Layers with a recurrent state have no blocks, but arrays of their own, each behind the lanes (`kv.recurrent`).
+Recurrent layers have no blocks; their state arrays follow the block arrays in the cache (`kv.recurrent`).
 """
 
 import math
@@ -21,76 +22,76 @@ from jaxinfer.errors import ConfigError
 from jaxinfer.kv.spec import Full, Kind, State
 
 MOST_PADDING = 0.03
-"""Places without a layer, of all layers: an id takes their memory for nothing."""
+"""Largest allowed ratio of unused (group, array) places to layers: each wastes one layer's memory in every block."""
 
 
 class Place(NamedTuple):
-    """Where a layer's keys and values are."""
+    """Location of a layer's keys and values."""
 
     group: int
-    """Whose block tables; -1 of a recurrent layer, which has none."""
+    """Group, i.e. block table, of the layer; -1 for recurrent layers, which have none."""
     lane: int
-    """Which of the cache's arrays."""
+    """Index of the layer's array in the cache."""
 
 
 @dataclass(frozen=True)
 class KindGroups:
-    """The groups of one kind: those numbered [first, first + count)."""
+    """Groups of one kind, numbered [first, first + count)."""
 
     kind: Kind
     first: int = 0
     count: int = 1
-    """m: ids that a logical block takes."""
+    """m: block ids per logical block."""
 
     @property
     def span(self) -> slice:
-        """The groups' numbers."""
+        """Slice of the groups' numbers."""
         return slice(self.first, self.first + self.count)
 
 
 SINGLE = (KindGroups(Kind()),)
-"""Of a model whose layers are all alike in full attention."""
+"""Groups of a model with full attention in every layer."""
 
 
 def own(kinds: Sequence[KindGroups]) -> tuple[KindGroups, ...]:
-    """Those that keep the positions of a sequence; they are the first (`layout`)."""
+    """Return the kinds that store the sequences' own positions; they come first (`layout`)."""
     return tuple(kind for kind in kinds if not kind.kind.encoded)
 
 
 def encoded(kinds: Sequence[KindGroups]) -> KindGroups | None:
-    """The one that keeps the positions of an encoder, the last; None: there is none."""
+    """Return the kind that stores encoder positions, which comes last; None if there is none."""
     return next((kind for kind in kinds if kind.kind.encoded), None)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Of a model's layers on lanes and groups."""
+    """Assignment of a model's layers to cache arrays and groups."""
 
     places: tuple[Place, ...]
-    """One a layer."""
+    """Place of each layer."""
     lanes: tuple[Full, ...]
-    """What the arrays of each lane hold."""
+    """Spec of each cache array."""
     kinds: tuple[KindGroups, ...]
     states: tuple[State, ...] = ()
-    """What recurrent layers keep, behind the lanes."""
+    """Specs of recurrent layers, whose arrays follow the block arrays."""
 
     @property
     def groups(self) -> int:
-        """G: block tables a sequence has."""
+        """G: block tables per sequence."""
         return count(self.kinds)
 
 
 def count(kinds: Sequence[KindGroups]) -> int:
-    """G: the groups of all kinds."""
+    """Count the groups of all kinds, G."""
     return sum(kind.count for kind in kinds)
 
 
 @cache
 def layout(specs: tuple[Full | State, ...]) -> Layout:
-    """The layout of layers that keep these.
+    """Compute the layout for layers with these cache specs.
 
     Raises:
-        ConfigError: layers that would share a lane keep arrays of different shapes, or none keeps keys and values.
+        ConfigError: layers that would share a cache array need different shapes, or no layer stores keys and values.
     """
     states = tuple(spec for spec in specs if isinstance(spec, State))
     if len(states) == len(specs):
@@ -112,7 +113,7 @@ def layout(specs: tuple[Full | State, ...]) -> Layout:
             "memory; where placement makes them differ, place all attention layers alike"
         )
     places, kinds, groups = [Place(0, 0)] * len(specs), [], 0
-    # What belongs to an encoder comes last, so that the groups a decode step writes to are the first ones.
+    # Encoder kinds come last, so that the groups a decode step writes to come first.
     for kind, members in sorted(layers.items(), key=lambda item: item[0].encoded):
         for index, number in enumerate(members):
             places[number] = Place(groups + index // fitting, index % fitting)
@@ -125,14 +126,14 @@ def layout(specs: tuple[Full | State, ...]) -> Layout:
 
 
 def _padding(layers: dict[Kind, list[int]], size: int) -> float:
-    """Places without a layer in groups of this size; infinite where a lane would have none at all."""
+    """Count the unused places in groups of this size; infinite if an array would have no layer at all."""
     if size > max(map(len, layers.values())):
         return math.inf
     return sum(-len(members) % size for members in layers.values())
 
 
 def _clash(specs: Sequence[Full | State], layers: dict[Kind, list[int]], size: int) -> tuple[int, int] | None:
-    """Two layers that would share a lane and cannot."""
+    """Find two layers that would share a cache array but need different shapes."""
     owners: dict[int, int] = {}
     for members in layers.values():
         for index, number in enumerate(members):
@@ -143,9 +144,14 @@ def _clash(specs: Sequence[Full | State], layers: dict[Kind, list[int]], size: i
 
 
 def blocks_needed(kinds: Sequence[KindGroups], tokens: int, block_size: int, chunk: int, read: int = 0) -> int:
-    """The most ids that a sequence of `tokens` positions holds at a time, computed in chunks of `chunk` at most.
+    """Return the most block ids a sequence holds at a time.
 
-    `read`: positions of what its encoder reads.
+    Args:
+        kinds: groups of the model's layers.
+        tokens: positions of the sequence.
+        block_size: P.
+        chunk: most tokens computed in one prefill chunk.
+        read: encoder positions.
     """
     lengths = [read if kind.kind.encoded else tokens for kind in kinds]
     return sum(
@@ -157,10 +163,16 @@ def blocks_needed(kinds: Sequence[KindGroups], tokens: int, block_size: int, chu
 def blocks_of_beams(
     kinds: Sequence[KindGroups], lengths: tuple[int, int, int], width: int, block_size: int, chunk: int
 ) -> int:
-    """The most ids that `width` forks of a prompt hold at a time, if all that they have in common is the prompt; as
-    many as one of them takes that is computed again in chunks of `chunk`, at least.
+    """Return the most block ids that `width` beams of a prompt hold at a time, if they share only the prompt.
 
-    `lengths`: positions of the prompt, of each fork at its end, and of what their encoder reads.
+    At least as many as one beam takes that is recomputed in chunks of `chunk`.
+
+    Args:
+        kinds: groups of the model's layers.
+        lengths: positions of the prompt, of each beam at its end, and of the encoder.
+        width: beams.
+        block_size: P.
+        chunk: most tokens computed in one prefill chunk.
     """
     prompt, tokens, read = lengths
     total = 0
@@ -178,14 +190,22 @@ def _most_blocks(kind: Kind, tokens: int, block_size: int, chunk: int) -> int:
     every = -(-tokens // block_size)
     if kind.whole:
         return every
-    kept = tokens - kind.first_needed(tokens)  # before a chunk
-    # They may begin and end within a block.
+    kept = tokens - kind.first_needed(tokens)  # positions still read, before the chunk
+    # The range may start and end in the middle of a block.
     return min(every, -(-(kept + min(chunk, tokens)) // block_size) + 1)
 
 
 def longest(kinds: Sequence[KindGroups], num_blocks: int, block_size: int, chunk: int, most: int, read: int = 0) -> int:
-    """The most positions, up to `most`, that a sequence can have in a pool of this many ids, beside `read` of an
-    encoder."""
+    """Return the longest sequence, up to `most` positions, that fits in a pool of `num_blocks` ids.
+
+    Args:
+        kinds: groups of the model's layers.
+        num_blocks: N.
+        block_size: P.
+        chunk: most tokens computed in one prefill chunk.
+        most: upper limit, in positions.
+        read: encoder positions of the same sequence.
+    """
     low, high = 0, most
     while low < high:
         middle = (low + high + 1) // 2

@@ -1,4 +1,4 @@
-"""What the engine asks of a cache: the paged one (`kv.manager`) and the contiguous one (`kv.contiguous`) answer."""
+"""Interface between the engine and a cache: `kv.manager` (paged) and `kv.contiguous` implement it."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -14,74 +14,84 @@ from jaxinfer.kv.tables import Tables
 
 @runtime_checkable
 class CacheManager(Protocol):
-    """The host's view of a cache. Each method succeeds as a whole or changes nothing.
+    """Host-side manager of a cache. Each method either succeeds as a whole or changes nothing.
 
-    Where `prefix_caching` is on there are also `digests`, `extend_digests` and `publish` of the paged cache.
+    With `prefix_caching` a manager also has `digests`, `extend_digests` and `publish` of the paged cache.
     """
 
     prefix_caching: bool
     block_size: int
     """P."""
     tables: Tables
-    """Lengths of rows, and their blocks where these are not a function of the row."""
+    """Lengths of rows, and their block tables unless these are computed from the row number."""
     encoded: EncodedBlocks
     states: RecurrentStates | None
-    """Where the states of recurrent layers are, if there are such."""
+    """State slots of recurrent layers; None if the model has none."""
 
     @property
     def pool(self) -> Any:
-        """Has `num_blocks` and, of them, `num_held`; where `needed` is not 0 also `num_available`."""
+        """Memory use: `num_blocks`, `num_held`, and `num_available` if `needed` can be non-zero."""
         ...
 
     def lookup(self, tokens: np.ndarray, digests: Sequence[bytes], root: bytes, extras: Extras) -> Hit:
-        """The longest usable prefix."""
+        """Find the longest usable cached prefix."""
         ...
 
     def lookup_encoded(self, content: Encoded | None) -> EncodedHit:
-        """What is there of what an encoder reads."""
+        """Find the blocks of an encoder input."""
         ...
 
     def admit(self, row: int, hit: Hit, tokens: int, reach: int | None, encoded: EncodedHit) -> bool:
-        """Gives an empty row to a sequence of `tokens` positions; whether there is room, of some kinds up to
-        `reach`."""
+        """Admit a sequence of `tokens` positions to an empty row; False if there is no room.
+
+        Kinds that are filled chunk by chunk get blocks up to position `reach` only.
+        """
         ...
 
     def needed(self, hit: Hit, tokens: int, reach: int | None, encoded: EncodedHit) -> int:
-        """Blocks that must be available for such an admission; 0 where it is no matter of blocks."""
+        """Return the available blocks that `admit` with these arguments needs; 0 if admission needs no blocks."""
         ...
 
     def extend(self, row: int, start: int, stop: int) -> bool:
-        """Before positions [start, stop) of its prompt are computed: whether there is room."""
+        """Prepare a row for computing positions [start, stop) of its prompt; False if there is no room."""
         ...
 
     def grow(self, rows: np.ndarray, steps: int) -> tuple[np.ndarray, np.ndarray] | None:
-        """Makes place for more positions in each row, or None. Blocks to be copied, from and to, before they write."""
+        """Make room for `steps` more positions in each row.
+
+        Returns:
+            Source and target block ids of the copies that must run before the rows write, or None if there is no room.
+        """
         ...
 
     def fork(self, source: int, target: int) -> None:
-        """Lets row `target` go on from where row `source` is; what it had itself is given up."""
+        """Make row `target` continue from row `source`; discards the target's own sequence."""
         ...
 
     def free(self, row: int, digests: Sequence[bytes]) -> None:
-        """Empties a row."""
+        """Empty a row."""
         ...
 
     def publish_encoded(self, row: int) -> None:
-        """The step that writes what a row's encoder read is dispatched."""
+        """Mark a row's encoder input as written: the step that writes it is dispatched."""
         ...
 
     def take_evicted(self) -> None:
-        """A plan is decided: what was evicted for it is found no more."""
+        """Remove blocks evicted by the current plan from the prefix index, once the plan is decided."""
         ...
 
     def withdraw(self, digests: Sequence[bytes]) -> None:
-        """These blocks were found bad."""
+        """Unpublish the blocks with these digests, whose content was found to be bad."""
         ...
 
     def reset_index(self) -> None:
-        """Forgets all that was published."""
+        """Unpublish all blocks."""
         ...
 
     def check(self) -> None:
-        """Raises `PoolInvariantError` where the accounting does not add up."""
+        """Check the accounting.
+
+        Raises:
+            PoolInvariantError: an invariant is violated.
+        """
         ...

@@ -1,11 +1,11 @@
-"""The host's view of the paged cache: the pool, the prefix index and the tables, changed together.
+"""Host-side manager of the paged cache: updates the block pool, the prefix index and the block tables together.
 
-Every method either succeeds as a whole or changes nothing. What a step evicts is collected, and leaves the
-index when the step is committed to (`take_evicted`); until then a hit on such a block is cut off here, as
-the pool no longer calls it published.
+Each method either succeeds as a whole or changes nothing. Blocks evicted by a step are collected, and leave the index
+when the step is committed (`take_evicted`). Until then a prefix hit ends before such a block, because the pool no
+longer marks it as published.
 
-Which blocks a sequence needs is up to the kinds of its layers (`kv.spec.Kind`): what lies before `first_needed` is
-released, and a prefix is served by a kind where all from there to its end is kept.
+The kind of a layer (`kv.spec.Kind`) decides which blocks a sequence needs: blocks before `first_needed` are released,
+and a kind can serve a prefix if all its blocks from there to the prefix's end are cached.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,17 @@ from jaxinfer.kv.tables import Tables
 
 
 class BlockManager:
-    """One pool of blocks, what is known of their contents, and who names them."""
+    """Block pool, prefix index and block tables of a paged cache.
+
+    Args:
+        num_blocks: N.
+        rows: rows of the batch, R.
+        width: blocks in a row's table, W.
+        block_size: P.
+        prefix_caching: whether blocks are kept and shared between requests.
+        kinds: groups of the model's layers.
+        state_slots: slots for recurrent state; 0 for models without recurrent layers.
+    """
 
     def __init__(
         self,
@@ -40,29 +50,30 @@ class BlockManager:
     ):
         self.pool = BlockPool.create(num_blocks)
         self.kinds = own(kinds)
-        """Those of the sequences' own positions."""
+        """Kinds that store the sequences' own positions, as opposed to encoder positions."""
         self.index = PrefixIndex(block_size, kinds=len(kinds) + 1)
         self.tables = Tables(rows, width, block_size, kinds)
         self.encoded = EncodedBlocks(kinds, self.index, prefix_caching=prefix_caching)
         self.states: RecurrentStates | None = None
-        """Where the states of recurrent layers are, if there are such."""
+        """State slots of recurrent layers; None if the model has none."""
         if state_slots:
             self.states = RecurrentStates(state_slots, rows, self.index, num_blocks, keep=prefix_caching)
         self.block_size = block_size
         self.prefix_caching = prefix_caching
         self.boundaries = np.zeros((2, rows), np.int32)
-        """Ends of prefixes of each row's prompt that others may have too: where it parts from prompts before it, and
-        all of it but its last token, in blocks. The windows before them stay findable."""
+        """Two prefix ends `[2, rows]` of each row's prompt, in blocks, that other prompts are likely to share: where it
+        diverges from earlier prompts, and all but its last token. The windows before these ends are kept in the prefix
+        cache."""
         self._groups, self._spans = count(kinds), [kind.span for kind in self.kinds]
         self._moving = [k for k, kind in enumerate(self.kinds) if not kind.kind.whole]
-        """The kinds whose first needed position moves on."""
+        """Indices of kinds whose first needed position advances with the sequence."""
         self._cold = EvictFirst()
         self._evicted: list[np.ndarray] = []
         self._entered: list[int] = []
 
     @property
     def pool(self) -> BlockPool:
-        """The pool as it is now. What was published since it was last looked at is marked in one go."""
+        """The current pool. Blocks published since the last access are marked here in one batch."""
         if self._entered:
             self._pool = pools.publish(self._pool, np.array(self._entered, np.int32))
             self._entered = []
@@ -73,21 +84,21 @@ class BlockManager:
         self._pool = pool
 
     def blocks_for(self, tokens: int) -> int:
-        """Logical blocks that hold this many positions."""
+        """Return the logical blocks that hold this many positions."""
         return -(-tokens // self.block_size)
 
     def digests(
         self, tokens: np.ndarray, root: bytes, known: Sequence[bytes] = (), extras: Extras = NO_EXTRAS
     ) -> list[bytes]:
-        """The chained digests of the full blocks of `tokens`; those already known are not computed again."""
+        """Compute the chained digests of the full blocks of `tokens`; `known` leading ones are not recomputed."""
         return self.index.chain(tokens, root, known, extras)
 
     def extend_digests(self, digests: list[bytes], tokens: np.ndarray, root: bytes, extras: Extras = NO_EXTRAS) -> None:
-        """Adds those of the full blocks of `tokens` that are missing at the end of `digests`, in place."""
+        """Append the missing digests of the full blocks of `tokens` to `digests`, in place."""
         self.index.extend(digests, tokens, root, extras)
 
     def lookup(self, tokens: np.ndarray, digests: Sequence[bytes], root: bytes, extras: Extras = NO_EXTRAS) -> Hit:
-        """The longest usable prefix: at most floor((L - 1) / P) blocks, so that one token is left to compute."""
+        """Find the longest usable prefix: at most floor((L - 1) / P) blocks, so that at least one token is computed."""
         if not self.prefix_caching:
             return prefix_match.nothing(self.kinds, "prefix caching is off")
         most = max(0, (len(tokens) - 1) // self.block_size)
@@ -99,15 +110,25 @@ class BlockManager:
         return prefix_match.longest(kinds, found, published, most, self.block_size)
 
     def lookup_encoded(self, content: Encoded | None) -> EncodedHit:
-        """The blocks of what a sequence's encoder reads (None: nothing); all of them or none."""
+        """Find the blocks of an encoder input (None if the sequence has none); all of them or none."""
         return self.encoded.lookup(content, self.pool.published)
 
     def admit(
         self, row: int, hit: Hit, tokens: int, reach: int | None = None, encoded: EncodedHit = NOTHING_READ
     ) -> bool:
-        """Gives a row the blocks of its hits and new ones for the rest of `tokens` positions, or nothing at all.
+        """Give a row the blocks of its hits and new blocks for the rest of `tokens` positions, or nothing at all.
 
-        Of kinds that do not need all at the same time only those up to position `reach` are taken (`extend`).
+        Kinds that are filled chunk by chunk get blocks up to position `reach` only; `extend` takes the rest.
+
+        Args:
+            row: an empty row.
+            hit: the prefix hit.
+            tokens: positions of the sequence.
+            reach: positions to allocate for now; None for all.
+            encoded: the encoder input's hit.
+
+        Returns:
+            Whether there were enough blocks.
         """
         own = hit.ids[: count(self.kinds)]
         shared = np.concatenate([own.T.ravel(), encoded.ids.T.ravel()])
@@ -134,21 +155,27 @@ class BlockManager:
         return True
 
     def needed(self, hit: Hit, tokens: int, reach: int | None = None, encoded: EncodedHit = NOTHING_READ) -> int:
-        """Blocks that must be available for `admit` with the same arguments: new ones, and those of the hits that
-        nobody holds."""
+        """Return the available blocks that `admit` with the same arguments needs.
+
+        Counts new blocks, and hit blocks that no sequence holds.
+        """
         shared = np.concatenate([hit.ids[: count(self.kinds)].ravel(), encoded.ids.ravel()])
         unheld = int(np.count_nonzero(self.pool.refs[shared[shared >= 0]] == 0))
         return sum(self._wanted(hit, tokens, reach)[1]) + encoded.missing + unheld
 
     def _wanted(self, hit: Hit, tokens: int, reach: int | None) -> tuple[list[int], list[int]]:
-        """Where the blocks of each kind end after an admission, and how many of them are new."""
+        """Return the end of each kind's blocks after an admission, and the new block ids of each kind."""
         reach = tokens if reach is None else reach
         ends = [self.blocks_for(tokens if kind.kind.whole else reach) for kind in self.kinds]
         return ends, [kind.count * (end - hit.blocks) for kind, end in zip(self.kinds, ends, strict=True)]
 
     def extend(self, row: int, start: int, stop: int) -> bool:
-        """Before positions [start, stop) of a row's prompt are computed: releases what they do not need, and takes the
-        blocks that were not taken at admission. Whether there were enough; if not, nothing has changed.
+        """Prepare a row for computing positions [start, stop) of its prompt.
+
+        Releases blocks these positions no longer read, and allocates those not allocated at admission.
+
+        Returns:
+            Whether there were enough blocks; if not, nothing has changed.
         """
         if not self._moving:
             return True
@@ -167,13 +194,18 @@ class BlockManager:
         return True
 
     def grow(self, rows: np.ndarray, steps: int = 1) -> tuple[np.ndarray, np.ndarray] | None:
-        """Makes place for `steps` more positions in each row; None if the blocks do not suffice.
+        """Make room for `steps` more positions in each row.
 
-        Blocks behind a row's window are released. A row at the end of its blocks gets new ones. A row about to write
-        blocks that others name as well gets copies (copy-on-write), but the last of them writes in place.
+        Releases blocks behind a row's window and allocates new ones at its end. Blocks about to be written that other
+        rows share are copied (copy-on-write), except by the last holder, which writes in place.
+
+        Args:
+            rows: rows that write, `[B]`.
+            steps: decode steps.
 
         Returns:
-            Sources and targets of the block copies that must run before the rows write.
+            Source and target block ids of the copies that must run before the rows write, or None if there are too few
+            blocks.
         """
         tables = self.tables
         lengths = tables.lengths[rows]
@@ -184,7 +216,7 @@ class BlockManager:
         last = (lengths + (steps - 1)) // self.block_size + 1
         added = [np.maximum(last - counts[rows], 0) for counts in tables.counts[: len(self.kinds)]]
         news = [kind.count * int(more.sum()) for kind, more in zip(self.kinds, added, strict=True)]
-        # Of all groups that grow, one after another; -1 where a row has no such block yet.
+        # The blocks to be written, group after group; -1 where a row has no block there yet.
         current = tables.at(rows, at).ravel()
         copied = self._must_copy(pool, current)
         new = sum(news)
@@ -211,7 +243,7 @@ class BlockManager:
         return sources, targets
 
     def _append(self, k: int, rows: np.ndarray, added: np.ndarray, ids: np.ndarray) -> None:
-        """Gives each row that many blocks of a kind, behind those it has; an id for each of the kind's groups."""
+        """Append `added[i]` blocks of kind `k` to each row; `ids` has one id per block and group of the kind."""
         tables, kind, before = self.tables, self.kinds[k], self.tables.counts[k, rows]
         owners = np.repeat(rows, added)
         first = np.repeat(before - (np.cumsum(added) - added), added)
@@ -221,21 +253,21 @@ class BlockManager:
         tables.counts[k, rows] += added
 
     def _must_copy(self, pool: BlockPool, current: np.ndarray) -> np.ndarray:
-        """Which of the blocks `current` that rows write they may not write in place: their places in it."""
+        """Return the indices into `current` of blocks that must be copied before rows write them."""
         shared = np.flatnonzero((current >= 0) & (pool.refs[current] > 1))
         if not len(shared):
             return shared
         blocks, first, writers = np.unique(current[shared], return_index=True, return_counts=True)
-        # Where all that name a block are about to write it, the first keeps it.
+        # If every holder of a block is about to write it, the first one writes in place.
         return np.delete(shared, first[writers == pool.refs[blocks]])
 
     def _release_behind(
         self, pool: BlockPool, rows: np.ndarray, starts: np.ndarray
     ) -> tuple[BlockPool, list[tuple[int, np.ndarray, np.ndarray, np.ndarray]]]:
-        """Releases what tokens from positions `starts` on no longer read.
+        """Release blocks that tokens from positions `starts` on no longer read.
 
         Returns:
-            The pool, and what is to be forgotten in the tables if it is kept: kind, rows, columns, ids `[m, n]`.
+            The pool, and the table entries to clear if that pool is kept: kind, rows, columns, ids `[m, n]`.
         """
         tables, found = self.tables, []
         for k in self._moving:
@@ -252,7 +284,11 @@ class BlockManager:
         return pool, found
 
     def _forget(self, behind: Sequence[tuple[int, np.ndarray, np.ndarray, np.ndarray]]) -> None:
-        """Takes what was released behind windows out of the tables; what is cached of it is cold."""
+        """Clear the table entries released behind windows.
+
+        Blocks that are in no window before a shared prefix end are evicted first: no other prompt is likely to hit
+        them.
+        """
         tables = self.tables
         for k, owners, columns, ids in behind:
             tables.blocks[self.kinds[k].span, owners, columns] = -1
@@ -263,7 +299,7 @@ class BlockManager:
             self._cold.add(ids[:, cold].T.ravel().tolist())
 
     def _allocate(self, pool: BlockPool, n: int) -> tuple[BlockPool, np.ndarray] | None:
-        """Takes n blocks, cold ones before others that are cached; None if there are too few."""
+        """Allocate n blocks, evicting those marked to go first before other cached ones; None if there are too few."""
         if n > pool.num_available:
             return None
         if self._cold and n > pool.num_free:
@@ -276,7 +312,7 @@ class BlockManager:
         return pool, ids
 
     def fork(self, source: int, target: int) -> None:
-        """Lets row `target` share every block of row `source`; what it had itself is released."""
+        """Make row `target` share every block of row `source`; releases the target's own blocks."""
         own = self.tables.of(target)[::-1].copy()
         pool = pools.share(self.pool, self.tables.fork(source, target))
         self.pool = pools.release(pool, own)
@@ -286,10 +322,10 @@ class BlockManager:
             self.states.fork(source, target)
 
     def free(self, row: int, digests: Sequence[bytes] = ()) -> None:
-        """Releases all that a row names; published blocks stay findable until they are evicted.
+        """Release all blocks of a row; published blocks stay cached until evicted.
 
-        Blocks are evicted from the end of a prefix to its start. With the row's `digests`, the windows before the ends
-        of prefixes that others may have stay as long as what lies before those ends.
+        Blocks are evicted from the end of a prefix to its start. With the row's `digests`, the windows before its
+        shared prefix ends (`boundaries`) stay as long as the blocks before those ends.
         """
         self.encoded.leave(row)
         if self.states is not None:
@@ -309,7 +345,7 @@ class BlockManager:
         self.pool = pools.release(self.pool, np.concatenate([*released, ids]))
 
     def _window_before(self, digests: Sequence[bytes]) -> np.ndarray:
-        """Of the windows before the end of a prefix what nobody holds: from here on it is the last to be evicted."""
+        """Return the unheld cached blocks of the windows before a prefix's end; no longer evict them first."""
         ids: list[int] = []
         for k in self._moving:
             start = self.kinds[k].kind.first_block(len(digests), self.block_size)
@@ -319,7 +355,7 @@ class BlockManager:
         return window[self.pool.slot[window] >= 0]
 
     def take_evicted(self) -> None:
-        """Takes what was evicted since the last call out of the index, and with it what was published together."""
+        """Remove blocks evicted since the last call from the index, with the other blocks of the same nodes."""
         ids = [some for some in self._evicted if len(some)]
         if self.states is not None:
             ids += self.states.take_evicted()
@@ -344,9 +380,19 @@ class BlockManager:
         stop: int,
         extras: Extras = NO_EXTRAS,
     ) -> None:
-        """Enters blocks [start, stop) of a row, whose writing steps were dispatched and whose tokens are known.
+        """Enter blocks [start, stop) of a row in the prefix index.
 
-        Kinds whose window has moved on meanwhile have none to enter.
+        The steps that write the blocks must be dispatched and their tokens known. Kinds whose window has moved past a
+        block enter none for it.
+
+        Args:
+            row: the row.
+            tokens: its known tokens, `[T]`.
+            digests: chained digests of their full blocks.
+            root: parent digest of the first block.
+            start: first block.
+            stop: end of the blocks.
+            extras: extra content of blocks, by block number.
         """
         if start < stop and self._moving:
             self._make_nodes(tokens, digests, root, start, extras)
@@ -364,11 +410,11 @@ class BlockManager:
             self.states.publish(row, tokens, digests, root, stop, extras)
 
     def publish_encoded(self, row: int) -> None:
-        """Enters the blocks of what a row's encoder read, once the step that fills them is dispatched."""
+        """Enter the blocks of a row's encoder input in the index; the step that fills them must be dispatched."""
         self._entered += self.encoded.publish(row)
 
     def _make_nodes(self, tokens: np.ndarray, digests: Sequence[bytes], root: bytes, stop: int, extras: Extras) -> None:
-        """The nodes of blocks [0, stop), of which those may be gone whose blocks are."""
+        """Create missing nodes for blocks [0, stop); nodes may be gone if their blocks were evicted."""
         start, size = stop, self.block_size
         while start and digests[start - 1] not in self.index:
             start -= 1
@@ -377,11 +423,11 @@ class BlockManager:
             self.index.insert(digests[number], parent, known, extra=extras.get(number, b""))
 
     def withdraw(self, digests: Sequence[bytes]) -> None:
-        """Takes the blocks of these digests out of the index: their content was found bad."""
+        """Remove the blocks with these digests from the index, because their content was found to be bad."""
         self._unpublish(self.index.withdraw(digests))
 
     def reset_index(self) -> None:
-        """Forgets all that was published."""
+        """Unpublish all blocks."""
         self.index.clear()
         self._evicted.clear()
         self._cold.clear()
@@ -390,10 +436,10 @@ class BlockManager:
             self.states.reset_published()
 
     def check(self) -> None:
-        """The invariants of the accounting.
+        """Check the invariants of pool, index, tables and states.
 
         Raises:
-            PoolInvariantError: one does not hold; the message carries the accounting.
+            PoolInvariantError: an invariant is violated; the message carries the accounting.
         """
         tables = self.tables
         pools.check(self.pool, [tables.of(row) for row in tables.used()])

@@ -1,18 +1,18 @@
-"""Which blocks of the paged cache are free, cached or held: an immutable value and pure functions on it.
+"""Block pool of the paged cache: free, cached and held blocks, as an immutable value with pure functions.
 
-A block is in exactly one of three states:
+Each block is in exactly one state:
 
     free    refs == 0, not published    on the stack `free[0:num_free]`
     cached  refs == 0, published        in the queue `queue[head:tail]`, oldest release first
-    held    refs >= 1                   in block tables, once for each reference
+    held    refs >= 1                   in block tables, one entry per reference
 
-The queue is invalidated lazily: a block that comes back to life only gives up its `slot`, and its old
-entry is stepped over later. The entry at position q is live when `slot[queue[q]] == q`. When the queue
-reaches its end the live entries are moved to its front, which costs O(N) once in N / 4 releases.
+The queue is invalidated lazily: a cached block that is shared again only clears its `slot`, and its stale queue entry
+is skipped later. The entry at position q is live if `slot[queue[q]] == q`. When the queue is full, its live entries are
+moved to the front, which costs O(N) once in N / 4 releases.
 
-The functions run on NumPy arrays on the host and on jnp arrays under `jax.jit`. A negative id means
-"no block" everywhere, so that a batch can be padded to a fixed width. Misuse (releasing a block that
-nobody holds, sharing a free one) raises on the host; under jit, where nothing can, `check` finds it.
+The functions run on NumPy arrays on the host and on jnp arrays under `jax.jit`. Negative ids mean "no block", so
+batches can be padded to a fixed width. Misuse (releasing a block that is not held, sharing a free one) raises on the
+host; code under jit cannot raise, so `check` finds it there.
 """
 
 from collections.abc import Iterable, Sequence
@@ -30,42 +30,47 @@ Ids: TypeAlias = np.ndarray | jax.Array | Sequence[int]
 
 
 class PoolInvariantError(JaxInferError, RuntimeError):
-    """The accounting of the pool does not add up; the message carries all of it."""
+    """An invariant of the pool's accounting is violated; the message carries the accounting."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class BlockPool:
-    """The state of N blocks. Q is the length of the queue's buffer, at least N.
+    """State of N blocks. Q, the length of the queue's buffer, is at least N.
 
-    The leaves are NumPy arrays and ints, or jnp arrays; the fields are annotated `Any` because jax
-    rebuilds a pytree with other leaves too (shapes, shardings).
+    Leaves are NumPy arrays and ints, or jnp arrays. Fields are annotated `Any` because jax also builds the pytree with
+    other leaves (shapes, shardings).
     """
 
     refs: Any
-    """[N] int32: how many block-table entries name the block."""
+    """Number of block-table entries that name the block, [N] int32."""
     published: Any
-    """[N] bool: the block's content is in the prefix index."""
+    """Whether the block's content is in the prefix index, [N] bool."""
     free: Any
-    """[N] int32: a stack of ids, the first `num_free` of them in use."""
+    """Stack of free block ids, [N] int32; the first `num_free` entries are in use."""
     queue: Any
-    """[Q] int32: ids in the order of their release, in use from `head` to before `tail`."""
+    """Cached block ids in release order, [Q] int32; in use from `head` up to `tail`."""
     slot: Any
-    """[N] int32: the position in `queue` of a cached block's live entry, -1 for any other block."""
+    """Position in `queue` of a cached block's live entry, [N] int32; -1 for other blocks."""
     num_free: Any
-    """int: blocks on the stack."""
+    """Blocks on the stack, int."""
     num_cached: Any
-    """int: live entries in the queue."""
+    """Live entries in the queue, int."""
     head: Any
-    """int: no live entry lies before this position of the queue."""
+    """Lower bound of the queue positions with live entries, int."""
     tail: Any
-    """int: the next release is written here."""
+    """Queue position of the next release, int."""
 
     @classmethod
     def create(cls, num_blocks: int, xp: Any = np) -> "BlockPool":
-        """A pool of `num_blocks` free blocks, handed out from id 0 upwards; `xp` is numpy or jax.numpy.
+        """Create a pool of free blocks, allocated from id 0 upwards.
 
-        Raises CapacityError if `num_blocks` is less than 1.
+        Args:
+            num_blocks: N, at least 1.
+            xp: numpy or jax.numpy.
+
+        Raises:
+            CapacityError: `num_blocks` is less than 1.
         """
         if num_blocks < 1:
             raise CapacityError(f"num_blocks must be at least 1, got {num_blocks}: give it more memory.")
@@ -94,19 +99,26 @@ class BlockPool:
 
     @property
     def num_available(self) -> Count:
-        """Blocks that `allocate` can hand out: free ones, then cached ones."""
+        """Blocks that `allocate` can return: free ones, then cached ones."""
         return self.num_free + self.num_cached
 
 
 def allocate(pool: BlockPool, n: Count, width: int | None = None) -> tuple[BlockPool, Array, Array, Any]:
-    """Takes n blocks with one reference each; free ones first, then the cached ones released longest ago.
+    """Allocate n blocks with one reference each: free blocks first, then cached ones, oldest release first.
 
-    Returns (pool, ids, evicted, ok). `ids` are int32 [n], `evicted` int32 [m] those of them that were
-    cached and are now unpublished: the caller removes them from the prefix index when it commits. With
-    a `width` both are padded with -1 to [width]; under jit, where n may be traced, it is required.
-    If n exceeds what is available, or `width`, ok is False, nothing is taken and the pool is unchanged.
+    Args:
+        pool: the pool.
+        n: number of blocks; may be traced under jit.
+        width: pads `ids` and `evicted` with -1 to [width]; required under jit.
 
-    Raises ValueError if n is negative (NumPy), or if n is traced and there is no width.
+    Returns:
+        (pool, ids, evicted, ok). `ids` are int32 [n]; `evicted`, int32 [m], are those of them that were cached and are
+        now
+        unpublished: the caller removes them from the prefix index when it commits. If n exceeds the available blocks or
+        `width`, `ok` is False and the pool is unchanged.
+
+    Raises:
+        ValueError: n is negative (NumPy), or n is traced and `width` is None.
     """
     host = _on_host(pool)
     if width is None and not isinstance(n, int | np.integer):
@@ -142,9 +154,10 @@ def allocate(pool: BlockPool, n: Count, width: int | None = None) -> tuple[Block
 
 
 def share(pool: BlockPool, ids: Ids) -> BlockPool:
-    """Adds one reference for each entry of ids [n]; cached blocks come back to life.
+    """Add one reference for each entry of ids [n]; cached blocks become held.
 
-    Raises PoolInvariantError (NumPy) if a block is free or there is no such block.
+    Raises:
+        PoolInvariantError: a block is free or does not exist (NumPy only).
     """
     ids = _as_ids(pool, ids)
     cached = (ids >= 0) & (pool.slot[ids] >= 0)
@@ -159,12 +172,13 @@ def share(pool: BlockPool, ids: Ids) -> BlockPool:
 
 
 def release(pool: BlockPool, ids: Ids) -> BlockPool:
-    """Takes one reference away for each entry of ids [n]; a block without any becomes cached or free.
+    """Remove one reference for each entry of ids [n]; blocks without references become cached or free.
 
-    Blocks join the queue in the order of their last entry in `ids`. A sequence passes its blocks last
-    first, so that the tail of a prefix is evicted before its head.
+    Blocks join the queue in the order of their last entry in `ids`. Callers pass a sequence's blocks last first, so
+    that the end of a prefix is evicted before its start.
 
-    Raises PoolInvariantError (NumPy) if a block has fewer references than it has entries in `ids`.
+    Raises:
+        PoolInvariantError: a block has fewer references than entries in `ids` (NumPy only).
     """
     ids = _as_ids(pool, ids)
     refs = add(pool.refs, ids, -1)
@@ -176,9 +190,10 @@ def release(pool: BlockPool, ids: Ids) -> BlockPool:
 
 
 def publish(pool: BlockPool, ids: Ids) -> BlockPool:
-    """Marks the held blocks ids [n] as being in the prefix index.
+    """Mark the held blocks ids [n] as being in the prefix index.
 
-    Raises PoolInvariantError (NumPy) if a block is not held.
+    Raises:
+        PoolInvariantError: a block is not held (NumPy only).
     """
     ids = _as_ids(pool, ids)
     _require((pool.refs[ids] > 0) | (ids < 0), pool, ids, "published while nobody holds it")
@@ -186,7 +201,7 @@ def publish(pool: BlockPool, ids: Ids) -> BlockPool:
 
 
 def unpublish(pool: BlockPool, ids: Ids) -> BlockPool:
-    """Marks the blocks ids [n] as no longer in the prefix index; those that were cached become free."""
+    """Mark the blocks ids [n] as no longer in the prefix index; cached ones become free."""
     ids = _as_ids(pool, ids)
     cached = only(ids, pool.slot[ids] >= 0)
     freed = last_of_each(cached, pool.num_blocks)
@@ -200,7 +215,7 @@ def unpublish(pool: BlockPool, ids: Ids) -> BlockPool:
 
 
 def touch(pool: BlockPool, ids: Ids) -> BlockPool:
-    """Moves those of the blocks ids [n] that are cached to the end of the queue, as if released now."""
+    """Move the cached blocks among ids [n] to the end of the queue, as if released now."""
     ids = _as_ids(pool, ids)
     cached = only(ids, pool.slot[ids] >= 0)
     moved = last_of_each(cached, pool.num_blocks)
@@ -209,23 +224,25 @@ def touch(pool: BlockPool, ids: Ids) -> BlockPool:
 
 
 def reset_published(pool: BlockPool) -> BlockPool:
-    """Forgets all content: every cached block becomes free, and no block is published."""
+    """Unpublish all blocks: every cached block becomes free."""
     live, _ = _live(pool)
     pool = unpublish(pool, only(pool.queue, live))
     return replace(pool, published=pool.published & False, head=pool.head * 0, tail=pool.tail * 0)
 
 
 def cached_ids(pool: BlockPool) -> np.ndarray:
-    """The cached blocks [num_cached] int32 on the host, the next to be evicted first."""
+    """Return the cached blocks [num_cached] int32 on the host, next to be evicted first."""
     live, _ = _live(pool)
     return np.asarray(pool.queue)[np.asarray(live)]
 
 
 def check(pool: BlockPool, tables: Iterable[Ids]) -> None:
-    """Holds the pool against all block tables, one array of ids a sequence (-1 = no block). O(N).
+    """Check the pool against all block tables, one array of ids per sequence (-1 = no block). Costs O(N).
 
-    Raises PoolInvariantError if a block's references differ from its entries in the tables, if a count
-    is negative, if free + cached + held is not N, or if the stack or the queue disagrees with the counts.
+    Raises:
+        PoolInvariantError: reference counts differ from the table entries, a count is negative, free + cached + held is
+            not N,
+            or the stack or queue disagrees with the counts.
     """
     pool = BlockPool(**{field.name: np.asarray(getattr(pool, field.name)) for field in fields(pool)})
     size = pool.num_blocks
@@ -253,7 +270,7 @@ def check(pool: BlockPool, tables: Iterable[Ids]) -> None:
 
 
 def _tally(ids: np.ndarray, size: int) -> np.ndarray:
-    """How often each block is named in ids [n], ids outside the pool left out: [N]."""
+    """Count how often each block occurs in ids [n], ignoring ids outside the pool: [N]."""
     return np.bincount(ids[(ids >= 0) & (ids < size)], minlength=size)
 
 
@@ -276,13 +293,13 @@ def _describe(pool: BlockPool, ids: np.ndarray, entries: np.ndarray, most: int =
 
 
 def _push_free(pool: BlockPool, ids: Array, chosen: Array) -> BlockPool:
-    """Puts the chosen ones of ids [n] on the stack."""
+    """Push the chosen ids [n] on the stack of free blocks."""
     position = only(pool.num_free + chosen.cumsum() - 1, chosen)
     return replace(pool, free=put(pool.free, position, ids), num_free=pool.num_free + count_true(chosen))
 
 
 def _push_queue(pool: BlockPool, ids: Array, chosen: Array) -> BlockPool:
-    """Puts the chosen ones of ids [n] at the end of the queue, making room there if there is none."""
+    """Append the chosen ids [n] to the queue, compacting it first if it is full."""
     count = count_true(chosen)
     full = pool.tail + count > pool.queue.shape[0]
     if not _on_host(pool):
@@ -300,7 +317,7 @@ def _push_queue(pool: BlockPool, ids: Array, chosen: Array) -> BlockPool:
 
 
 def _compact(pool: BlockPool) -> BlockPool:
-    """Moves the live entries to the front of the queue, in their order."""
+    """Move the live entries to the front of the queue, in order."""
     live, rank = _live(pool)
     queue = put(pool.queue * 0 - 1, only(rank, live), pool.queue)
     slot = put(pool.slot, only(pool.queue, live), rank)
@@ -308,7 +325,7 @@ def _compact(pool: BlockPool) -> BlockPool:
 
 
 def _live(pool: BlockPool) -> tuple[Array, Array]:
-    """Which entries of the queue are live [Q], and how many live ones lie before each [Q] int32."""
+    """Return which queue entries are live [Q], and the number of live ones before each [Q] int32."""
     xp = np if isinstance(pool.queue, np.ndarray) else jnp
     at = xp.arange(pool.queue.shape[0], dtype=xp.int32)
     live = (at >= pool.head) & (at < pool.tail) & (pool.slot[pool.queue] == at)
@@ -316,7 +333,7 @@ def _live(pool: BlockPool) -> tuple[Array, Array]:
 
 
 def _oldest(pool: BlockPool, count: Count, width: int) -> tuple[Array, Count]:
-    """The first `count` live entries of the queue, padded with -1 to [width], and the head after them."""
+    """Return the first `count` live queue entries, padded with -1 to [width], and the new head."""
     if not _on_host(pool):
         live, rank = _live(pool)
         chosen = live & (rank < count)
@@ -326,7 +343,7 @@ def _oldest(pool: BlockPool, count: Count, width: int) -> tuple[Array, Count]:
     ids = np.full(width, -1, np.int32)
     if count == 0:
         return ids, pool.head
-    # Every stale entry is passed once, so that eviction is amortised O(count) however long the queue is.
+    # Each stale entry is skipped only once, so eviction is amortized O(count) whatever the queue's length.
     span = 2 * count
     while True:
         stop = min(pool.head + span, pool.tail)
@@ -364,10 +381,10 @@ def _require(fine: Array, pool: BlockPool, ids: Array, fault: str) -> None:
 
 
 class EvictFirst:
-    """Keep the cached blocks that are evicted before all others, in the order in which they were added.
+    """Keep cached blocks to be evicted before all others, in the order they were added.
 
-    These are blocks that a window has left behind at a place where no prompt is known to part. A block may have been
-    held, evicted or freed by other ways since it was added; `take` passes over such a block.
+    These are blocks left behind by a sliding window, away from any known shared prefix end. A block may have been held,
+    evicted or freed since it was added; `take` skips such blocks.
     """
 
     def __init__(self) -> None:
@@ -381,7 +398,7 @@ class EvictFirst:
         self._blocks.update(dict.fromkeys(ids))
 
     def drop(self, ids: np.ndarray | list[int]) -> None:
-        """Forget blocks that have another use now."""
+        """Remove blocks that are in use again."""
         if self._blocks:
             for block in np.asarray(ids).tolist():
                 self._blocks.pop(block, None)
@@ -397,5 +414,5 @@ class EvictFirst:
         return np.array(chosen, np.int32)
 
     def clear(self) -> None:
-        """Forget all blocks."""
+        """Remove all blocks."""
         self._blocks.clear()

@@ -1,19 +1,17 @@
-"""The prefix index: which published block holds the keys and values of which tokens after which prefix.
+"""Prefix index: maps chained block digests to published blocks, for automatic prefix caching.
 
-A full block never changes, so its content is named by a chained digest: sha256 over the parent block's
-digest and the block's tokens. The first parent is the root, derived from everything else the content
-depends on (model, adapter, the caller's salt), so that nothing is found across two of those.
+Full blocks never change, so their content is identified by a chained digest: sha256 of the parent block's digest and
+the block's tokens. The parent of a first block is the root, derived from everything else the content depends on (model,
+adapter, the caller's salt), so that prefixes with different roots never match.
 
     root = sha256(salt) -> d0 = sha256(root | tokens[0:P] | extra[0]) -> d1 = sha256(d0 | tokens[P:2P] | extra[1]) ->
     ...
 
-What only some of the blocks depend on is their extra: that of a block with tokens of an image names the image. Of text
-it is empty.
+`extra` is content that only some blocks depend on: blocks with image tokens name the image. It is empty for text.
 
-The digest finds a block; whether it is the right one is decided on its tokens, its extra and its parent.
-Layers of all kinds share the tree; at each node every kind has its own blocks, or none.
-The index is mutable, and the engine changes it only when it commits a step. sha256 is the same in every
-process, which Python's own `hash` is not.
+The digest finds a block; the match is then verified on tokens, extra and parent. Layers of all kinds share the tree;
+each node has the blocks of every kind, or none for a kind. The index is mutable, and the engine changes it only when it
+commits a step. sha256 is the same in every process, unlike Python's `hash`.
 """
 
 import hashlib
@@ -30,74 +28,78 @@ Tokens: TypeAlias = np.ndarray | bytes
 """Token ids as an integer array, or as the bytes of little-endian int32."""
 
 Extras: TypeAlias = Mapping[int, bytes]
-"""What beside its tokens decides a block's content, by its number in the sequence; nothing where it is not named."""
+"""Extra content of blocks beside their tokens, by block number in the sequence; empty for blocks not in it."""
 
 NO_EXTRAS: Extras = {}
 TOKEN_BYTES = 4
-"""Of a token's id, as it is hashed and compared."""
+"""Bytes of a token id, as hashed and compared."""
 
 
 class MatchEnd(StrEnum):
-    """Why a match went no further."""
+    """Why a prefix match ended."""
 
     COMPLETE = "complete"
-    """Every block that was asked for is there."""
+    """Every requested block is cached."""
     NO_FULL_BLOCK = "below one block"
-    """The prompt is too short to be looked up."""
+    """The prompt is shorter than one block."""
     ABSENT = "absent"
-    """The next block was never published, or that was long ago."""
+    """The next block was never published, or its eviction is no longer remembered."""
     EVICTED = "evicted under pressure"
-    """The next block was here and has been evicted: a larger pool would have kept it."""
+    """The next block was published and has been evicted; a larger pool would have kept it."""
     WINDOW = "window evicted"
-    """The prefix is known, but of the blocks that a window before its end needs one has been evicted."""
+    """The prefix is known, but a block of the window before its end has been evicted."""
     SALT = "salt differs"
-    """The first block's tokens are here, under another model, adapter, image or salt."""
+    """The first block's tokens are cached under another model, adapter, image or salt."""
     COLLISION = "collision"
-    """The digest is here with another content: refused."""
+    """The digest is cached with different content; the match is rejected."""
 
 
 class Node:
-    """A block of tokens after a prefix, and where its keys and values are kept; the nodes form a tree of prefixes."""
+    """A block of tokens after a prefix, with the cache blocks of each kind; nodes form a tree of prefixes."""
 
     __slots__ = ("children", "content", "digest", "ids", "linked", "parent")
 
     def __init__(self, digest: bytes, parent: bytes, content: bytes, kinds: int) -> None:
         self.digest, self.parent = digest, parent
         self.content = content
-        """Its tokens and its extra."""
+        """Tokens and extra of the block."""
         self.ids: list[tuple[int, ...]] = [()] * kinds
-        """A kind's blocks, one a group; () where it has none, as behind a window."""
+        """Block ids of each kind, one per group; () for kinds without the block, as behind a window."""
         self.children = 0
-        """Nodes that follow it."""
+        """Number of child nodes."""
         self.linked = False
-        """Whether its parent is a node, which counts it; not where it is the first block of a prefix."""
+        """Whether the parent is a node that counts this one as a child; False for the first block of a prefix."""
 
 
 class Match(NamedTuple):
-    """The nodes of the longest known prefix, first block first, and why it ends there."""
+    """Nodes of the longest known prefix, first block first, and why it ends there."""
 
     nodes: list[Node]
     reason: MatchEnd
 
 
 def block_digest(parent: bytes, tokens: Tokens, extra: bytes = b"") -> bytes:
-    """The 32-byte digest of a block of tokens [P] that follows the block (or the root) `parent`."""
+    """Compute the 32-byte digest of a block of tokens [P] whose parent is a block or the root."""
     return hashlib.sha256(parent + as_bytes(tokens) + extra).digest()
 
 
 def root(*salt: bytes) -> bytes:
-    """The parent of a first block: 32 bytes that differ wherever any part of the salt differs."""
-    # Each part carries its length, so that ("ab", "c") and ("a", "bc") stay apart.
+    """Compute the parent digest of first blocks, 32 bytes, from all parts of the salt."""
+    # Parts are length-prefixed, so that ("ab", "c") and ("a", "bc") differ.
     parts = b"".join(len(part).to_bytes(8, "little") + part for part in salt)
     return hashlib.sha256(b"jaxinfer prefix root" + parts).digest()
 
 
 class PrefixIndex:
-    """The tree of published prefixes: of each node the blocks of every kind of layer that has them.
+    """Tree of published prefixes: for each node, the blocks of every kind of layer that has them.
 
-    A node stays while it or one that follows it has blocks, so that a hit whose first blocks are gone, as behind a
-    window, is still compared token by token. `remember_evicted` digests of nodes that went are kept, the latest, so
-    that a miss can be told from a block that did not fit.
+    A node stays while it or a descendant has blocks, so that a hit whose first blocks are gone, as behind a window, is
+    still verified token by token.
+
+    Args:
+        block_size: P.
+        remember_evicted: number of recently evicted digests to remember, so that a miss can be reported as an eviction.
+        kinds: number of kinds of layers.
     """
 
     def __init__(self, block_size: int, remember_evicted: int = 65536, kinds: int = 1) -> None:
@@ -112,7 +114,7 @@ class PrefixIndex:
         self._evicted: dict[bytes, None] = {}
 
     def __len__(self) -> int:
-        """Blocks in it."""
+        """Return the number of blocks in the index."""
         return len(self._owners)
 
     def __contains__(self, digest: bytes) -> bool:
@@ -121,16 +123,17 @@ class PrefixIndex:
     def chain(
         self, tokens: np.ndarray, root: bytes, start_digests: Sequence[bytes] = (), extras: Extras = NO_EXTRAS
     ) -> list[bytes]:
-        """The digests of all full blocks of tokens [T]; only those after `start_digests` are computed.
+        """Compute the digests of all full blocks of tokens [T].
 
-        `start_digests` are the digests of the first blocks of the same tokens after the same root.
+        `start_digests` are known digests of the first blocks of the same tokens after the same root; they are not
+        recomputed.
         """
         digests = list(start_digests)
         self.extend(digests, tokens, root, extras)
         return digests
 
     def extend(self, digests: list[bytes], tokens: np.ndarray, root: bytes, extras: Extras = NO_EXTRAS) -> None:
-        """Adds those of the full blocks of tokens [T] that are missing at the end of `digests`, in place."""
+        """Append the missing digests of the full blocks of tokens [T] to `digests`, in place."""
         size, first = self.block_size, len(digests)
         data, width = as_bytes(tokens[first * size : len(tokens) // size * size]), size * TOKEN_BYTES
         parent = digests[-1] if digests else root
@@ -140,10 +143,10 @@ class PrefixIndex:
             digests.append(parent)
 
     def match(self, digests: Sequence[bytes], tokens: np.ndarray, root: bytes, extras: Extras = NO_EXTRAS) -> Match:
-        """The nodes of the longest known prefix of tokens [T] whose blocks have these digests.
+        """Find the nodes of the longest known prefix of tokens [T] with these block digests.
 
-        The caller passes the digests of at most floor((T - 1) / P) blocks, so that at least one token
-        is left to compute. Every block is compared on its tokens, its extra and its parent's digest.
+        Callers pass the digests of at most floor((T - 1) / P) blocks, so that at least one token is computed. Every
+        block is verified on its tokens, its extra and its parent's digest.
         """
         if not digests:
             return Match([], MatchEnd.NO_FULL_BLOCK)
@@ -168,7 +171,7 @@ class PrefixIndex:
         return MatchEnd.SALT if number == 0 and self._heads[content] else MatchEnd.ABSENT
 
     def nodes(self, digests: Sequence[bytes]) -> list[Node]:
-        """Those of the nodes of these digests that are here."""
+        """Return the nodes of those of these digests that are in the index."""
         return [self._nodes[digest] for digest in digests if digest in self._nodes]
 
     def insert(
@@ -180,12 +183,22 @@ class PrefixIndex:
         kind: int = 0,
         extra: bytes = b"",
     ) -> bool:
-        """Enters a block of tokens [P] and its extra with its ids in the groups of a kind; False if it has some: the
-        first stay.
+        """Enter the blocks of a kind for a block of tokens; existing blocks of that kind are kept.
 
-        Without ids the node is only made. After True the caller publishes the blocks in the pool. Raises ValueError if
-        there are not P tokens, and PoolInvariantError if a block is here under another digest, which means that it was
-        handed out again without having been evicted here.
+        Args:
+            digest: digest of the block.
+            parent: digest of its parent, or the root.
+            tokens: its tokens, [P].
+            ids: block ids in the kind's groups; if empty, only the node is created.
+            kind: index of the kind.
+            extra: extra content.
+
+        Returns:
+            Whether the ids were entered; the caller then publishes them in the pool.
+
+        Raises:
+            ValueError: there are not P tokens.
+            PoolInvariantError: a block is in the index under another digest, i.e. it was reused without `evict`.
         """
         data, node = as_bytes(tokens), self._nodes.get(digest)
         if len(data) != self.block_size * TOKEN_BYTES:
@@ -202,7 +215,7 @@ class PrefixIndex:
         return True
 
     def _require(self, ids: Sequence[int], node: Node | None, kind: int) -> None:
-        """That what of these is here is this node's."""
+        """Check that blocks which are already in the index belong to this node and kind."""
         for block_id in ids:
             owner = self._owners.get(block_id)
             if owner is not None and (owner is not node or block_id not in owner.ids[kind]):
@@ -220,9 +233,10 @@ class PrefixIndex:
         return node
 
     def evict(self, ids: Ids) -> list[int]:
-        """Takes the blocks out; ids that are not here (-1 among them) are passed over.
+        """Remove blocks from the index; unknown ids, -1 included, are skipped.
 
-        Returns the other blocks of the same nodes and kinds, which go as well: the caller unpublishes them.
+        Returns:
+            The other blocks of the same nodes and kinds, which are removed too; the caller unpublishes them.
         """
         gone, asked = [], np.asarray(ids, np.int64).tolist()
         for block_id in asked:
@@ -234,7 +248,7 @@ class PrefixIndex:
         return list(set(gone) - set(asked)) if len(gone) > 1 else []
 
     def _strip(self, node: Node, kind: int) -> tuple[int, ...]:
-        """Takes a kind's blocks from a node, and the node where nothing is left of it; the blocks."""
+        """Remove a kind's blocks from a node, and the node if nothing is left of it; return the blocks."""
         ids, node.ids[kind] = node.ids[kind], ()
         for block_id in ids:
             del self._owners[block_id]
@@ -255,9 +269,10 @@ class PrefixIndex:
             return
 
     def withdraw(self, digests: Sequence[bytes]) -> list[int]:
-        """Takes all blocks of these nodes, and of those that follow them, out: their content was found bad.
+        """Remove all blocks of these nodes and their descendants, because their content was found to be bad.
 
-        The caller unpublishes what it returns.
+        Returns:
+            The removed blocks; the caller unpublishes them.
         """
         following: dict[bytes, list[Node]] = {}
         for node in self._nodes.values():
@@ -272,16 +287,21 @@ class PrefixIndex:
         return [i for node, kind in found for i in self._strip(node, kind)]
 
     def clear(self) -> None:
-        """Forgets everything; the caller resets what the pool has published."""
+        """Remove everything; the caller resets the pool's published blocks."""
         self._nodes.clear()
         self._owners.clear()
         self._heads.clear()
         self._evicted.clear()
 
     def check(self, pool: BlockPool, others: Sequence[int] = ()) -> None:
-        """Raises PoolInvariantError unless each published block of the pool has one digest, and no other.
+        """Check that every published block of the pool has exactly one digest, and that no other block has one.
 
-        `others`: numbers that are published elsewhere (`kv.recurrent`).
+        Args:
+            pool: the block pool.
+            others: ids published outside the pool (`kv.recurrent`).
+
+        Raises:
+            PoolInvariantError: index and pool disagree.
         """
         named = [(i, node) for node in self._nodes.values() for ids in node.ids for i in ids]
         listed = dict(named)
@@ -300,5 +320,5 @@ class PrefixIndex:
 
 
 def as_bytes(tokens: Tokens) -> bytes:
-    """Little-endian int32, so that a digest does not depend on the machine or the array's type."""
+    """Encode tokens as little-endian int32, so that digests do not depend on the machine or dtype."""
     return tokens if isinstance(tokens, bytes) else np.asarray(tokens, "<i4").tobytes()

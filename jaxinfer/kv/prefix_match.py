@@ -1,7 +1,7 @@
-"""How much of a prompt the prefix index serves: the longest prefix of which every kind of layer has what it needs.
+"""Length of a prefix hit: the longest prefix that every kind of layer can serve.
 
-A kind serves n blocks where it has all those from the first that a token after them reads (`Kind.first_needed`). So
-whether it does depends on n alone, not on the other kinds, and the hit is the largest n that all of them serve.
+A kind serves n blocks if it has all blocks from the first one that a token after them reads (`Kind.first_needed`). This
+depends on n alone and not on other kinds, so the hit is the largest n that all kinds serve.
 """
 
 from collections.abc import Sequence
@@ -17,37 +17,37 @@ from jaxinfer.outputs import KindHit
 
 @dataclass(frozen=True)
 class Hit:
-    """What a prompt found in the prefix index."""
+    """Result of looking up a prompt in the prefix index."""
 
     ids: np.ndarray
-    """`[G, n]` int32: for each of its n blocks the id in every group, -1 where the group does not need it."""
+    """Block ids `[G, n]` int32 in every group; -1 where a group does not need the block."""
     reason: str
-    """Why it is no longer."""
+    """Why the hit is not longer."""
     kinds: tuple[KindHit, ...]
-    """What each kind could have served by itself."""
+    """Hit of each kind on its own."""
     known: int = 0
-    """Blocks of the prompt that are in the index at all: where it parts from the prompts before it."""
+    """Blocks of the prompt whose nodes are in the index: where it diverges from earlier prompts."""
 
     @property
     def blocks(self) -> int:
-        """n."""
+        """Length of the hit in blocks, n."""
         return self.ids.shape[1]
 
 
 def nothing(kinds: Sequence[KindGroups], reason: str) -> Hit:
-    """No block, for a reason that is every kind's."""
+    """Return an empty hit with one reason for all kinds."""
     none = tuple(KindHit(kind.kind.name, 0, reason) for kind in kinds)
     return Hit(np.empty((count(kinds), 0), np.int32), reason, none)
 
 
 def longest(kinds: Sequence[KindGroups], found: Match, published: np.ndarray, most: int, block_size: int) -> Hit:
-    """The longest hit among the nodes of a match.
+    """Find the longest hit among the nodes of a match.
 
     Args:
-        kinds: of the model's layers.
-        found: the nodes of the prompt's blocks, and why there are no more.
-        published: `[N]` whether the pool still calls a block published.
-        most: blocks that a hit may have.
+        kinds: groups of the model's layers.
+        found: the nodes of the prompt's blocks, and why the match ended.
+        published: the pool's flags of published blocks, `[N]` bool.
+        most: most blocks the hit may have.
         block_size: P.
     """
     if not found.nodes:
@@ -68,7 +68,7 @@ def longest(kinds: Sequence[KindGroups], found: Match, published: np.ndarray, mo
 
 
 def _ids(kinds: Sequence[KindGroups], found: Match) -> np.ndarray:
-    """`[G, n]` the nodes' blocks, -1 where a kind has none there."""
+    """Return the nodes' block ids `[G, n]`, -1 where a kind has none."""
     ids = np.empty((count(kinds), len(found.nodes)), np.int32)
     for k, kind in enumerate(kinds):
         absent, k = (-1,) * kind.count, -1 if kind.kind.slots else k
@@ -85,7 +85,7 @@ def _alone(kind: Kind, served: np.ndarray, end: MatchEnd, most: int, block_size:
 
 
 def _reason(blocks: int, most: int, alone: Sequence[KindHit], block_size: int) -> str:
-    """That of the kind that serves least; where all serve more, no window before a longer end is whole."""
+    """Return the reason of the kind with the shortest hit; WINDOW if every kind alone serves more than all together."""
     if blocks == most:
         return str(MatchEnd.COMPLETE)
     least = min(alone, key=lambda hit: hit.tokens)

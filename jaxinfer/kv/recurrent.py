@@ -1,13 +1,13 @@
-"""The host's view of recurrent state: which slot each row's state is in, and which slots are snapshots that others may
-find.
+"""Host bookkeeping of recurrent state: the slot of each row's state, and the slots cached as snapshots.
 
-A slot holds what all recurrent layers remember of a sequence up to some position. A step reads a row's state in one
-slot and writes it to one, mostly the same; where the first is shared or is to be kept, to another. So a fork is a
-reference, and a snapshot is a slot left behind: nothing is ever copied. Snapshots lie on block boundaries: where a
-prompt parts from those before it, at its last one, and at the last one of what is generated.
+A slot holds the state of all recurrent layers of a sequence after some position. A step reads a row's state from one
+slot and writes it to a slot, usually the same one; if the slot is shared or has to be kept, it writes to another. A
+fork is therefore one more reference, and a snapshot is a slot left behind: state is never copied. Snapshots are taken
+at block boundaries: where a prompt diverges from earlier ones, at the prompt's last boundary, and at the last boundary
+of the generated tokens.
 
-Slots have a pool of their own, apart from the blocks of attention; a snapshot is cached, found and evicted as they are.
-In the prefix index, whose ids are of blocks, slot `i` is number `first + i`.
+Slots have their own pool, apart from attention blocks; snapshots are cached, found and evicted like blocks. In the
+prefix index slots share the number space of blocks: slot `i` is number `first + i`.
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,28 +20,33 @@ from jaxinfer.kv.pool import BlockPool
 from jaxinfer.kv.prefix import NO_EXTRAS, Extras, PrefixIndex
 
 NOWHERE = -1
-"""No slot: to be read as zeroes, the state before a first token."""
+"""No slot: read as zeros, the state before the first token."""
 
 
 class Segment(NamedTuple):
-    """A part of a chunk of a prompt: the state after its last token is written to a slot."""
+    """Part of a prefill chunk; the state after its last token is written to a slot."""
 
     count: int
     """Tokens."""
     source: int
-    """The slot it goes on from; NOWHERE: a beginning, or the segment before it in the chunk."""
+    """Slot of the initial state; NOWHERE at the start of a sequence or after another segment of the chunk."""
     target: int
     continues: bool
-    """Whether it goes on from the segment before it."""
+    """Whether the initial state comes from the previous segment of the chunk."""
 
 
 class RecurrentStates:
-    """The slots of rows. A row's `current` one has its state at position `at`; what it `kept` waits to be published."""
+    """State slots of rows: `current` holds the row's state at position `at`; slots in `kept` await publishing."""
 
     def __init__(self, slots: int, rows: int, index: PrefixIndex, first: int, *, keep: bool = True):
-        """Of at least `2 * rows` slots, so that all rows can move in one plan; their kind is the index's last.
+        """Create the slots; recurrent layers are the last kind of the index.
 
-        `keep`: whether snapshots are left behind.
+        Args:
+            slots: at least `2 * rows`, so that every row can move to a new slot in one plan.
+            rows: rows of the batch.
+            index: the prefix index.
+            first: number of slot 0 in the index.
+            keep: whether to leave snapshots behind.
         """
         if slots < 2 * rows:
             raise ValueError(f"slots must be at least twice the rows, {2 * rows}, got {slots}.")
@@ -50,27 +55,31 @@ class RecurrentStates:
         self.at = np.zeros(rows, np.int64)
         self.keep = keep
         self.kept: dict[int, list[tuple[int, int]]] = {}
-        """Of a row: positions, block boundaries all, and the slots with its state there, not published yet."""
+        """Per row: unpublished snapshots as (position at a block boundary, slot)."""
         self._last: dict[int, tuple[int, bytes]] = {}
-        """Of a row: its latest snapshot of what it generated, a better one of which replaces it."""
+        """Per row: its latest snapshot of generated tokens, replaced by the next one."""
         self._boundaries: dict[int, frozenset[int]] = {}
-        """Of a row: positions of its prompt whose states are to be found."""
+        """Per row: positions of its prompt to snapshot."""
         self._size, self._index, self._kind, self._first = index.block_size, index, index.kinds - 1, first
         self._evicted: list[np.ndarray] = []
         self._left: list[int] = []
-        """Slots that rows have left in this plan, whose steps still read them."""
+        """Slots that rows have left in this plan and whose steps still read them."""
         self._moved = np.zeros(rows, bool)
-        """Rows that have taken a slot in this plan; each other one has a slot reserved for it."""
+        """Rows that have taken a slot in this plan; every other row has one reserved."""
 
     @property
     def published(self) -> np.ndarray:
-        """`[N]` which slots are snapshots in the index."""
+        """Which slots are snapshots in the index, `[N]` bool."""
         return self.pool.published
 
     def admit(self, row: int, number: int | None, blocks: int, boundaries: Iterable[int] = ()) -> None:
-        """Lets an empty row begin, or go on from the snapshot of this number in the index.
+        """Start an empty row from zero state or from a snapshot.
 
-        `blocks`: how far it is; `boundaries`: of its prompt, in blocks, whose states others may go on from.
+        Args:
+            row: the row.
+            number: number of the snapshot in the index; None to start from zero.
+            blocks: blocks already computed.
+            boundaries: ends of prompt prefixes, in blocks, whose states other requests may continue from.
         """
         slot = NOWHERE if number is None else number - self._first
         if slot != NOWHERE:
@@ -79,9 +88,9 @@ class RecurrentStates:
         self._boundaries[row] = frozenset(end * self._size for end in boundaries if self.keep)
 
     def begin(self) -> None:
-        """A plan begins: what the one before has read may be written. There are slots for all rows to move.
+        """Begin a plan: slots read by the previous plan may now be written.
 
-        What was kept and not published yet is given up where there would be too few.
+        Guarantees a slot for every row to move to; drops unpublished snapshots if there are too few.
         """
         self.pool = pools.release(self.pool, self._left)
         self._left = []
@@ -92,7 +101,7 @@ class RecurrentStates:
             self._drop_kept(row)
 
     def chunk(self, row: int, stop: int) -> list[Segment]:
-        """Moves a row's state to position `stop`, leaving snapshots at those of its boundaries that lie before it."""
+        """Advance a row's state to position `stop`, leaving snapshots at the boundaries it passes."""
         start, source, boundaries = int(self.at[row]), int(self.current[row]), self._boundaries[row]
         inside = sorted({b for b in boundaries if start < b < stop})
         if self._spare < len(inside):
@@ -112,7 +121,7 @@ class RecurrentStates:
         ]
 
     def step(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Moves the state of rows `[B]` one token on; the slots `[B]` that are read and those that are written."""
+        """Advance the state of rows `[B]` by one token; return the slots read and the slots written, each `[B]`."""
         sources, pool = self.current[rows], self.pool
         must = (pool.refs[sources] > 1) | pool.published[sources]
         boundary = self.at[rows] % self._size == 0 if self.keep else np.zeros(len(rows), bool)
@@ -130,16 +139,15 @@ class RecurrentStates:
 
     @property
     def _spare(self) -> int:
-        """Slots that no row of this plan has reserved."""
+        """Available slots that no row of this plan has reserved."""
         return self.pool.num_available - int((~self._moved).sum())
 
     def _another(self, row: int, must: bool) -> int | None:
-        """Return a slot for a row that has moved in this plan before, or None: then no state is kept at its position.
+        """Return a slot for a row that has already moved in this plan, or None to skip the snapshot at its position.
 
-        A plan of many steps passes several block boundaries. Where no slot is to spare, the state that is kept of what
-        the row generated is replaced by the later one, in its slot: steps run in order, so it has been read by then. It
-            is not
-        released, as a chunk of a prompt, which runs before the steps, could take it.
+        A plan of many steps passes several block boundaries. If no slot is to spare, the row's latest snapshot of
+        generated tokens is replaced, in its slot, by the new one: steps run in order, so it has been read by then. The
+        slot is not released, because a prefill chunk, which runs before the steps, could take it.
         """
         if must or self._spare > 0:
             return int(self._take(1)[0])
@@ -150,12 +158,12 @@ class RecurrentStates:
         return slot
 
     def _must_leave(self, row: int, wanted: bool) -> bool:
-        """Whether a row may not write to its slot: others have it as well, or it is kept."""
+        """Return whether a row must write to another slot, because its slot is shared or to be kept."""
         slot = self.current[row]
         return wanted or bool(self.pool.refs[slot] > 1 or self.pool.published[slot])
 
     def _leave_behind(self, row: int, wanted: bool) -> None:
-        """Takes its slot from a row: kept until it is published, if that is wanted and has not happened."""
+        """Detach a row from its slot, keeping it as an unpublished snapshot if wanted and not yet published."""
         slot = int(self.current[row])
         if slot == NOWHERE:
             return
@@ -177,13 +185,13 @@ class RecurrentStates:
             self.pool = pools.release(self.pool, [slot])
 
     def fork(self, source: int, target: int) -> None:
-        """Lets row `target` go on from where `source` is."""
+        """Make row `target` continue from the state of row `source`."""
         self.pool = pools.share(self.pool, self.current[[source]])
         self.current[target], self.at[target] = self.current[source], self.at[source]
         self._boundaries[target] = self._boundaries[source]
 
     def free(self, row: int) -> None:
-        """Gives up what a row has; snapshots stay until they are evicted."""
+        """Release a row's slots; published snapshots stay until evicted."""
         self._drop_kept(row)
         if self.current[row] != NOWHERE:
             self.pool = pools.release(self.pool, self.current[[row]])
@@ -194,15 +202,15 @@ class RecurrentStates:
     def publish(
         self, row: int, tokens: np.ndarray, digests: Sequence[bytes], root: bytes, stop: int, extras: Extras = NO_EXTRAS
     ) -> None:
-        """Enters a row's states up to block `stop`, whose tokens are known and whose nodes are in the index.
+        """Enter a row's snapshots up to block `stop` in the index, where the nodes of its blocks already are.
 
         Args:
-            row: whose.
-            tokens: the known ones, `[T]`.
-            digests: of their full blocks.
-            root: the parent of the first.
-            stop: blocks.
-            extras: what beside their tokens decides their content.
+            row: the row.
+            tokens: its known tokens, `[T]`.
+            digests: chained digests of their full blocks.
+            root: parent digest of the first block.
+            stop: end of the blocks whose tokens are known.
+            extras: extra content of blocks, by block number.
         """
         boundaries = self._boundaries[row]
         waiting, limit = self.kept.pop(row, []), stop * self._size
@@ -237,7 +245,7 @@ class RecurrentStates:
         self.pool = pools.publish(self.pool, [slot])
         if position <= max(self._boundaries[row], default=0):
             return
-        # Of what is generated the latest replaces the one before.
+        # Keep only the latest snapshot of the generated tokens.
         before = self._last.get(row)
         self._last[row] = (slot, digest)
         if before is not None and self._is(*before):
@@ -245,24 +253,24 @@ class RecurrentStates:
             self._index.evict([self._first + before[0]])
 
     def _is(self, slot: int, digest: bytes) -> bool:
-        """Whether a slot is still the snapshot of this node, and nobody's."""
+        """Return whether a slot is still the snapshot of this node and held by no row."""
         nodes = self._index.nodes([digest])
         same = bool(nodes) and nodes[0].ids[self._kind] == (self._first + slot,)
         return same and not int(self.pool.refs[slot])
 
     def take_evicted(self) -> list[np.ndarray]:
-        """Numbers in the index of the snapshots that have been overwritten, or are about to be, since the last call."""
+        """Return the index numbers of snapshots evicted since the last call."""
         evicted, self._evicted = self._evicted, []
         return evicted
 
     def withdraw(self, numbers: Iterable[int]) -> None:
-        """What of these has left the index is published no longer; numbers of blocks are passed over."""
+        """Unpublish the slots among these index numbers, which left the index; block numbers are skipped."""
         slots = [number - self._first for number in numbers if number >= self._first]
         if slots:
             self.pool = pools.unpublish(self.pool, slots)
 
     def reset_published(self) -> None:
-        """Forgets all snapshots."""
+        """Unpublish all snapshots."""
         self._evicted.clear()
         self._last.clear()
         for row in list(self.kept):
@@ -270,10 +278,13 @@ class RecurrentStates:
         self.pool = pools.reset_published(self.pool)
 
     def check(self) -> list[int]:
-        """Every reference is a row's. Numbers in the index of what is published.
+        """Check that every reference to a slot is a row's.
+
+        Returns:
+            Index numbers of the published slots.
 
         Raises:
-            PoolInvariantError: one is not.
+            PoolInvariantError: a reference is unaccounted for.
         """
         kept = [[slot for _, slot in some] for some in self.kept.values()]
         pools.check(self.pool, [self.current[self.current >= 0], np.array(self._left, np.int32), *map(np.array, kept)])

@@ -1,7 +1,7 @@
-"""What a layer keeps: stated by the model, one entry a layer.
+"""Cache specs: what each layer of a model stores, one spec per layer.
 
-A kind says how long a layer needs what it keeps, and that is all that tables, release, prefix hits and eviction ask
-of it: a new kind is one more class with `first_needed`. A spec is a kind with the shape of what is kept.
+A kind says how long a layer needs its entries. Tables, release, prefix hits and eviction depend on nothing else, so a
+new kind is one class with `first_needed`. A spec is a kind together with the shape of what is stored.
 """
 
 import math
@@ -13,73 +13,71 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Kind:
-    """How long a layer needs what it keeps; layers that are equal in it share block tables."""
+    """How long a layer needs its cache entries; layers with equal kinds share block tables."""
 
     whole: ClassVar[bool] = True
-    """Whether a prompt's blocks are all needed at the same time; they are then taken at its admission, and otherwise
-    chunk by chunk."""
+    """Whether all blocks of a prompt are needed at once: they are allocated at admission, otherwise chunk by chunk."""
     absent: ClassVar[str] = "evicted under pressure"
-    """Why a known prefix cannot be gone on from where some of what is needed is gone."""
+    """Miss reason when a known prefix cannot be reused because a needed block is gone."""
     slots: ClassVar[bool] = False
-    """Whether it is kept in slots of its own and not in blocks (`kv.recurrent`)."""
+    """Whether entries are stored in state slots and not in blocks (`kv.recurrent`)."""
     encoded: ClassVar[bool] = False
-    """Whether what is kept is of an encoder's positions, and not of the sequence's own (`kv.encoded`)."""
+    """Whether entries belong to encoder positions and not to the sequence's own (`kv.cross_cache`)."""
 
     @property
     def name(self) -> str:
-        """In metrics and messages."""
+        """Name in metrics and messages."""
         return "full"
 
     def first_needed(self, length: Any) -> Any:
-        """The first position that tokens from position `length` on still read, of [0, length]; an int or an array.
+        """Return the first position that tokens from position `length` on still read, in [0, length]; int or array.
 
-        What lies before it may be released, and a prefix of `length` positions can be gone on from where all from there
-        on is kept. It never decreases with `length`.
+        Blocks before it may be released, and a prefix of `length` positions can be reused if everything from it on is
+        cached. It never decreases as `length` grows.
         """
         return length * 0
 
     def first_block(self, blocks: Any, block_size: int) -> Any:
-        """The number of the first block that is needed where so many are written; an int or an array."""
+        """Return the first block still needed after `blocks` blocks are written; int or array."""
         return self.first_needed(blocks * block_size) // block_size
 
 
 @dataclass(frozen=True)
 class Window(Kind):
-    """The positions (p - size, p] that a token at p sees."""
+    """Sliding window: a token at p sees positions (p - size, p]."""
 
     whole: ClassVar[bool] = False
     absent: ClassVar[str] = "window evicted"
 
     size: int
-    """Positions, the token's own among them; at least 1."""
+    """Positions a token sees, itself included; at least 1."""
 
     @property
     def name(self) -> str:
-        """In metrics and messages."""
+        """Name in metrics and messages."""
         return f"sliding({self.size})"
 
     def first_needed(self, length: Any) -> Any:
-        """The first position that the token at `length` sees."""
+        """Return the first position that the token at `length` sees."""
         behind = length - self.size + 1
         return behind * (behind > 0)
 
 
 @dataclass(frozen=True)
 class Encoded(Kind):
-    """The positions of what an encoder read: written once, all before the first token is computed, and needed to the
-    end."""
+    """Encoder positions: all written before the first token is computed, and needed to the end."""
 
     encoded: ClassVar[bool] = True
 
     @property
     def name(self) -> str:
-        """In metrics and messages."""
+        """Name in metrics and messages."""
         return "cross"
 
 
 @dataclass(frozen=True)
 class Recurrent(Kind):
-    """One state for all positions up to some, kept in slots of its own at some block boundaries (`kv.recurrent`)."""
+    """One state for all positions up to a point, stored in slots at some block boundaries (`kv.recurrent`)."""
 
     whole: ClassVar[bool] = False
     slots: ClassVar[bool] = True
@@ -87,11 +85,11 @@ class Recurrent(Kind):
 
     @property
     def name(self) -> str:
-        """In metrics and messages."""
+        """Name in metrics and messages."""
         return "recurrent"
 
     def first_needed(self, length: Any) -> Any:
-        """The last position: the state after it is kept with its block."""
+        """Return the last position: the state after it is stored with its block."""
         behind = length - 1
         return behind * (behind > 0)
 
@@ -101,102 +99,101 @@ class Full:
     """Keys and values of every position, in blocks that never change once full."""
 
     kv_heads: int
-    """K of the layer, padded ones included; the cache repeats heads where there are more shards."""
+    """K of the layer, padding included; the cache repeats heads if there are more shards than heads."""
     head_dim: int
     """D."""
     replicated: bool = False
-    """Whether the layer is computed whole on every device: each then has all heads (`sharding.policy`)."""
+    """Whether every device computes the whole layer and stores all its heads (`sharding.policy`)."""
 
     def heads_on(self, tp: int) -> int:
-        """K of the array over `tp` shards."""
+        """Return K of the cache array over `tp` shards."""
         return self.kv_heads if self.replicated or tp % self.kv_heads else tp
 
     def block_bytes(self, block_size: int, itemsize: int, tp: int) -> int:
-        """Bytes of one block of this layer, keys and values, over all `tp` shards."""
+        """Return the bytes of one block of this layer, keys and values, over all `tp` shards."""
         copies = tp if self.replicated else 1
         return 2 * self.heads_on(tp) * copies * block_size * self.head_dim * itemsize
 
     @property
     def kind(self) -> Kind:
-        """How long it is needed."""
+        """How long entries are needed."""
         return Kind()
 
     @property
     def lane(self) -> "Full":
-        """The arrays it needs, whatever its kind."""
+        """Spec of the cache array, without the kind."""
         return Full(self.kv_heads, self.head_dim, self.replicated)
 
 
 @dataclass(frozen=True)
 class Sliding(Full):
-    """The same of the last `window` positions: blocks behind the window of every holder are released."""
+    """Keys and values of the last `window` positions; blocks behind the window are released."""
 
     window: int = field(kw_only=True)
     """Positions a token sees, itself included."""
 
     @property
     def kind(self) -> Kind:
-        """How long it is needed."""
+        """How long entries are needed."""
         return Window(self.window)
 
 
 @dataclass(frozen=True)
 class Cross(Full):
-    """Keys and values of an encoder's positions, which the tokens of a decoder attend to."""
+    """Keys and values of encoder positions, which decoder tokens attend to."""
 
     @property
     def kind(self) -> Kind:
-        """How long it is needed."""
+        """How long entries are needed."""
         return Encoded()
 
 
 @dataclass(frozen=True)
 class Latent(Full):
-    """One latent a position, of `head_dim` columns: keys for all heads, and values in its first columns
-    (`kernels.latent`).
+    """MLA latents: one vector of `head_dim` columns per position, the keys of all heads and, in its first columns,
+    their values.
 
-    It is whole on every device, as all heads there are need it.
+    Replicated on every device, because all heads read it. See `kernels.attention.latent`.
     """
 
     kv_heads: int = field(default=1, init=False)
     replicated: bool = field(default=True, init=False)
 
     def block_bytes(self, block_size: int, itemsize: int, tp: int) -> int:
-        """Bytes of one block of this layer, over all `tp` shards."""
+        """Return the bytes of one block of this layer, over all `tp` shards."""
         return tp * block_size * self.head_dim * itemsize
 
     @property
     def lane(self) -> "Full":
-        """The array it needs."""
+        """Spec of the cache array."""
         return self
 
 
 class StateArray(NamedTuple):
-    """One array of a recurrent layer's state, of one slot."""
+    """Shape of one array of a recurrent layer's state, for one slot."""
 
     shape: tuple[int, ...]
-    """Over all shards."""
+    """Shape over all shards."""
     axes: tuple[str | None, ...]
-    """Logical, as on a parameter."""
+    """Logical axis names, as on a parameter."""
     dtype: np.dtype
 
 
 @dataclass(frozen=True)
 class State:
-    """What a recurrent layer keeps: not of each position but of all up to one."""
+    """State of a recurrent layer: one per prefix, not one per position."""
 
     arrays: tuple[StateArray, ...]
-    """A named tuple of the layer's own; its arrays in the cache, `[N, *shape]` over slots, are another of the same
-    type."""
+    """Named tuple of the layer's own type; in the cache the same type holds arrays `[slots, *shape]`."""
     replicated: bool = False
-    """Whether the layer is computed whole on every device."""
+    """Whether every device computes the whole layer."""
 
     @property
     def kind(self) -> Kind:
-        """How long it is needed."""
+        """How long entries are needed."""
         return Recurrent()
 
     def slot_bytes(self, tp: int) -> int:
-        """Bytes of one slot of this layer, over all `tp` shards."""
+        """Return the bytes of one slot of this layer, over all `tp` shards."""
         copies = tp if self.replicated else 1
         return copies * sum(math.prod(a.shape) * np.dtype(a.dtype).itemsize for a in self.arrays)

@@ -9,50 +9,54 @@ from jaxinfer.kv.pool import PoolInvariantError
 
 
 class Tables:
-    """Row `r`: the blocks of the sequence that runs there, and how many positions it has written.
+    """Block tables and lengths of the sequences in the batch's rows.
 
-    `[0, lengths[r])` are the positions whose keys and values are written by steps dispatched so far. Of kind k the
-    sequence holds the blocks numbered `[firsts[k, r], counts[k, r])`, in each of the kind's groups one; `firsts` is 0
-    but where a window has moved on. So `lengths[r] <= counts[k, r] * block_size`.
+    Positions `[0, lengths[r])` of row r have been written by steps dispatched so far. For kind k the row holds blocks
+    `[firsts[k, r], counts[k, r])`, one id in each of the kind's groups; `firsts` is non-zero only where a window has
+    moved on. Hence `lengths[r] <= counts[k, r] * block_size`.
 
-    The device keeps a copy of `blocks`. Rows in `unsent` have blocks that are new to it (`take_unsent`). Where a
-    row changes otherwise, it changes in the blocks that the next decode step writes: each step says which those are.
-    What was released stays in the device's copy, where nobody reads it.
+    The device keeps a copy of `blocks`. Rows in `unsent` have entries the device does not know yet (`take_unsent`).
+    Other changes only affect blocks that the next decode step writes, and each step carries those ids. Released entries
+    stay in the device's copy, where they are not read.
 
-    Of a kind that keeps what an encoder read (`kv.encoded`), the last one, a row holds the blocks of `read[r]`
-    positions, whatever its own length is.
+    The last kind, if it stores encoder positions (`kv.cross_cache`), has the blocks of `read[r]` positions, whatever
+    the row's length.
     """
 
     def __init__(self, rows: int, width: int, block_size: int, kinds: Sequence[KindGroups] = SINGLE):
         self.block_size = block_size
         self.kinds = tuple(kinds)
         self.blocks = np.full((count(kinds), rows, width), -1, np.int32)
-        """`[G, R, W]`; -1 where there is none."""
+        """Block ids `[G, R, W]` int32; -1 for no block."""
         self.firsts = np.zeros((len(kinds), rows), np.int32)
         self.counts = np.zeros((len(kinds), rows), np.int32)
         self.lengths = np.zeros(rows, np.int32)
         self.read = np.zeros(rows, np.int32)
         self.seen = np.zeros((rows, 2), np.int32)
-        """The first and the end of the encoder positions that the next tokens of each row see."""
+        """Start and end `[R, 2]` of the encoder positions that the next tokens of each row see."""
         self.unsent: set[int] = set()
         self._own = count(own(kinds))
-        """Groups that grow with the sequence: the first ones."""
+        """Number of groups that grow with the sequence; they come first."""
         self._sent = np.zeros((len(kinds), rows), np.int32)
-        """Blocks of the rows in `unsent` that the device knows."""
+        """Number of blocks of the rows in `unsent` that the device already knows."""
 
     @property
     def rows(self) -> int:
-        """R."""
+        """Rows of the batch, R."""
         return len(self.lengths)
 
     def used(self) -> list[int]:
-        """The rows that hold blocks."""
+        """Return the rows that hold blocks."""
         return np.flatnonzero(self.counts.any(axis=0)).tolist()
 
     def assign(self, row: int, ids: np.ndarray, length: int, read: int = 0) -> None:
-        """Gives an empty row its first blocks `[G, n]`, of which the first `length` positions are written.
+        """Give an empty row its first blocks.
 
-        -1 where a group needs none; those it needs lie together. `read`: positions of what its encoder reads.
+        Args:
+            row: the row.
+            ids: block ids `[G, n]`; -1 where a group needs none. The needed ones are contiguous.
+            length: positions already written.
+            read: encoder positions.
         """
         self.blocks[:, row, : ids.shape[1]] = ids
         for k, kind in enumerate(self.kinds):
@@ -64,7 +68,7 @@ class Tables:
         self.unsent.add(row)
 
     def append(self, k: int, row: int, ids: np.ndarray) -> None:
-        """Gives a row more blocks `[m, n]` of one kind, behind those it has."""
+        """Append blocks `[m, n]` of kind `k` to a row."""
         stop = self.counts[k, row] + ids.shape[1]
         self.blocks[self.kinds[k].span, row, self.counts[k, row] : stop] = ids
         if row not in self.unsent:
@@ -73,10 +77,9 @@ class Tables:
         self.counts[k, row] = stop
 
     def fork(self, source: int, target: int) -> np.ndarray:
-        """Lets row `target` name all that `source` names, and no more what it named; the ids, to be shared in the
-        pool."""
+        """Replace the entries of row `target` with those of `source`; return the ids, to be shared in the pool."""
         for k, kind in enumerate(self.kinds):
-            # What both have at their beginning the device knows.
+            # The device already knows the leading blocks that both rows have in common.
             same = (self.blocks[kind.span, source] == self.blocks[kind.span, target]).all(axis=0)
             sent = self._sent[k, target] if target in self.unsent else self.counts[k, target]
             self._sent[k, target] = min(int(np.argmin(np.append(same, False))), sent)
@@ -89,7 +92,7 @@ class Tables:
         return self.of(target)
 
     def clear(self, row: int) -> np.ndarray:
-        """Empties a row; its ids, last block first, as they are to be released."""
+        """Empty a row; return its ids, last block first, the order in which to release them."""
         ids = self.of(row)[::-1].copy()
         for array in (self.firsts.T, self.counts.T, self.lengths, self.read, self.seen):
             array[row] = 0
@@ -98,20 +101,20 @@ class Tables:
         return ids
 
     def at(self, rows: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-        """The ids of one block of each row, `[., B]` over the groups that grow; -1 where it has none."""
+        """Return the ids of block `numbers[b]` of each row, `[., B]` over the groups that grow; -1 for no block."""
         groups, _, width = self.blocks.shape
         return self.blocks.reshape(groups, -1)[: self._own].take(rows * width + numbers, axis=1)
 
     def of(self, row: int) -> np.ndarray:
-        """The ids of one row, block by block: those of all groups beside each other."""
+        """Return the ids of a row, block by block, all groups of a block side by side."""
         ids = self.blocks[:, row, : self.counts[:, row].max()].T.ravel()
         return ids[ids >= 0]
 
     def check(self, num_blocks: int) -> None:
-        """A block is of one group; a row holds what its kinds need, without a gap.
+        """Check that each block belongs to one group and that rows hold the blocks their kinds need, without gaps.
 
         Raises:
-            PoolInvariantError: one does not hold.
+            PoolInvariantError: a table violates this.
         """
         owners = np.full(num_blocks, -1)
         for group, blocks in enumerate(self.blocks):
@@ -137,7 +140,7 @@ class Tables:
                 )
 
     def take_unsent(self) -> np.ndarray:
-        """`[4, n]` int32: group, row, column and block id of every entry that the device does not know yet."""
+        """Return the entries the device does not know yet, `[4, n]` int32: group, row, column, block id."""
         if not self.unsent:
             return np.empty((4, 0), np.int32)
         rows = np.array(sorted(self.unsent), np.int32)
