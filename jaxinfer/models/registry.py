@@ -27,12 +27,12 @@ ARCHITECTURES: Mapping[str, str] = {
     "GptOssForCausalLM": "gpt_oss",
     "BartForConditionalGeneration": "bart",
     "MBartForConditionalGeneration": "mbart",
-    "InternVLForConditionalGeneration": "internvl",
-    "InternVLChatModel": "internvl",
-    "WhisperForConditionalGeneration": "whisper",
-    "MllamaForConditionalGeneration": "mllama",
+    "InternVLForConditionalGeneration": "internvl.model",
+    "InternVLChatModel": "internvl.model",
+    "WhisperForConditionalGeneration": "whisper.model",
+    "MllamaForConditionalGeneration": "mllama.model",
 }
-"""`architectures` in config.json -> the file in this folder, whose `FAMILY` is used."""
+"""`architectures` in config.json -> the module in this folder whose `FAMILY` is used."""
 
 MODEL_TYPES: Mapping[str, str] = {
     "llama": "LlamaForCausalLM",
