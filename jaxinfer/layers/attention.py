@@ -1,4 +1,4 @@
-"""Self-attention over the paged cache, and the context of a step that it reads."""
+"""Self-attention over the paged cache, and the per-step context it reads."""
 
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -24,12 +24,12 @@ from jaxinfer.sharding.collectives import ALL_REDUCE, Collective
 
 
 class GroupStep(NamedTuple):
-    """Where the tokens of one step stand in the cache of one group of layers."""
+    """Block tables and slots of one step's tokens in one group of layers."""
 
     slots: Slots | None
-    """Where each token's keys and values go; None: they are those of an encoder, and there already."""
+    """Slots that each token's keys and values are written to; None for encoder keys, which are already in the cache."""
     rows: DecodeRows | PrefillTiles | Whole
-    """Block tables, and which tokens read which."""
+    """Block tables, and the tokens that read each of them."""
 
 
 @partial(
@@ -39,47 +39,47 @@ class GroupStep(NamedTuple):
 )
 @dataclass(frozen=True)
 class StepContext:
-    """Where the tokens of one step stand; a layer takes what `of` gives for it."""
+    """Positions, block tables and slots of one step's tokens; each layer uses its own view, `step.of(layer)`."""
 
     positions: jax.Array
-    """`[T]` position of each token in its sequence; 0 for padding."""
+    """Position of each token in its sequence, `[T]` int32; 0 for padding."""
     real: jax.Array
-    """`[T]` bool: which are tokens, and not padding."""
+    """`[T]` bool; False for padding."""
     rope_lengths: jax.Array
-    """`[T]` the sequence length that rope's frequencies follow (`layers.rope.cos_sin`)."""
+    """Sequence length that rope frequencies depend on, `[T]` int32 (`layers.rope.cos_sin`)."""
     groups: tuple[GroupStep, ...]
-    """One a group of layers; one alone where a layer has it."""
+    """One entry per group of layers; a single entry in a layer's view."""
     mesh: Mesh = field(metadata={"static": True})
     kernel: str = field(default="xla", metadata={"static": True})
-    """Which implementation attends (`kernels.attention.choose`)."""
+    """Implementation of attention (`kernels.attention.choose`)."""
     tile: int = field(default=1, metadata={"static": True})
-    """Queries a prefill tile holds at most."""
+    """Maximum queries per prefill tile."""
     items: int | None = field(default=None, metadata={"static": True})
-    """Work items that decode has room for (`kernels.xla_attention.decode`)."""
+    """Work items that decode has room for (`kernels.attention.xla_attention.decode`)."""
     places: tuple[Place, ...] = field(default=(), metadata={"static": True})
-    """Group and lane of every layer."""
+    """Group and cache array of every layer."""
     states: DecodeSlots | Segments | Whole | None = None
-    """Which slots recurrent layers read and write."""
+    """State slots that recurrent layers read and write."""
     seen: jax.Array | None = None
-    """`[T, 2]` int32 in a model with cross-attention: the first and the end of the encoder positions that each token
-    sees; (0, 0): none, what attention to them gives is 0."""
+    """For models with cross-attention, the start and end of the encoder positions each token sees, `[T, 2]` int32. (0,
+    0) means none; cross-attention then returns 0."""
 
     @property
     def slots(self) -> Slots | None:
-        """Of a layer's group."""
+        """Slots of the layer's group; for a layer's view only."""
         return self.groups[0].slots
 
     @property
     def rows(self) -> DecodeRows | PrefillTiles | Whole:
-        """Of a layer's group."""
+        """Rows of the layer's group; for a layer's view only."""
         return self.groups[0].rows
 
     def lane(self, layer: int) -> int:
-        """Which of the lanes is the layer's, maybe with layers of other groups."""
+        """Return the index of the layer's cache array, which layers of other groups may share."""
         return self.places[layer].lane
 
     def of(self, layer: int) -> "StepContext":
-        """As the layer sees it."""
+        """Return the view of one layer."""
         group = self.places[layer].group
         return replace(self, groups=() if group < 0 else (self.groups[group],), places=())
 
@@ -93,21 +93,21 @@ def attend(
     scoring: Scoring,
     sinks: jax.Array | None = None,
 ) -> tuple[jax.Array, Lane]:
-    """Writes the step's keys and values to the lane, if it has any of its own, then attends.
+    """Write the step's keys and values to the cache, if there are any, and attend.
 
-    On local shapes in `jax.shard_map`: the fast gather of the cache adds all-gathers under Auto axes.
+    Runs on local shapes in `jax.shard_map`: under Auto axes the fast gather of the cache would add all-gathers.
 
     Args:
         q: `[T, tp, H / tp, D]`.
-        k: `[T, tp, K / tp, D]`; None where all keys are in the lane (cross-attention).
-        v: `[T, tp, K / tp, Dv]`; None where there are no keys, or the values are columns of them.
-        lane: `[N, K, P, D]` keys and values, divided on K.
-        step: positions, slots and tables.
+        k: `[T, tp, K / tp, D]`; None if all keys are in the cache (cross-attention).
+        v: `[T, tp, K / tp, Dv]`; None without keys, or if the values are columns of the keys.
+        lane: cache arrays `[N, K, P, D]` of keys and values, sharded on K.
+        step: positions, slots and block tables.
         scoring: scale, window, softcap.
-        sinks: `[tp, H / tp]` a logit a head beside the keys'.
+        sinks: attention sink logit per head, `[tp, H / tp]`.
 
     Returns:
-        `[T, tp, H / tp, Dv]` and the lane as it now is.
+        `[T, tp, H / tp, Dv]` and the updated cache arrays.
     """
     kernel = attention.implementation(step.kernel, step.mesh)
 
@@ -129,7 +129,7 @@ def attend(
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """The shape of one self-attention layer."""
+    """Configuration of a self-attention layer."""
 
     width: int
     """M."""
@@ -138,41 +138,41 @@ class AttentionSpec:
     kv_heads: int
     """K; divides H."""
     head_dim: int
-    """D, apart from M / H."""
+    """D; may differ from M / H."""
     qkv_bias: bool | tuple[str, ...] = False
-    """Whether there is one, or the names of those of "q", "k" and "v" that have one."""
+    """Whether q, k and v have a bias, or the names of those of "q", "k" and "v" that do."""
     out_bias: bool = False
     norm_eps: float | None = None
-    """Epsilon of an RMSNorm on queries and keys; None: there is none."""
+    """Epsilon of the RMSNorm on queries and keys; None for no norm."""
     norm_whole: bool = False
-    """Whether it is over the width of all heads together; False: over each head's."""
+    """Whether that norm spans all heads together (OLMo); False for a norm per head (Qwen3)."""
     norm_scaling: Scaling = Scaling()
     window: int | None = None
-    """Positions a token sees, itself included; None: all before it."""
+    """Sliding window: positions a token sees, itself included; None for full attention."""
     scale: float | None = None
-    """Multiplies the scores; None: D ** -0.5."""
+    """Scale of the scores; None for D ** -0.5."""
     softcap: float | None = None
-    """`kernels.paged.Scoring.softcap`."""
+    """Logit softcap (`kernels.attention.paged.Scoring.softcap`)."""
     gated: bool = False
-    """Whether what a head attends to is multiplied by a sigmoid, whose columns are beside its queries
+    """Whether each head's output is multiplied by a sigmoid gate, whose columns follow the head's queries in q_proj
     (arXiv:2505.06708)."""
     interleaved: bool = False
-    """Whether rope rotates columns 2i and 2i + 1 of a head against each other (GPT-J, Cohere); False: i and i + R/2."""
+    """Whether rope rotates columns (2i, 2i + 1) of a head (GPT-J, Cohere); False for (i, i + R/2)."""
     sinks: bool = False
-    """Whether each head has a logit beside those of the keys, which takes part of their weight (arXiv:2309.17453)."""
+    """Whether each head has an attention sink: a learned logit in the softmax beside the keys (arXiv:2309.17453)."""
 
     @property
     def scoring(self) -> Scoring:
-        """How scores are made."""
+        """Scale, window and softcap for the kernels."""
         scale = self.head_dim**-0.5 if self.scale is None else self.scale
         return Scoring(scale, self.window, self.softcap)
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention (arXiv:2305.13245), with rotary positions where the model has them."""
+    """Grouped-query attention (arXiv:2305.13245), with optional rotary embeddings, q/k norms, gating and sinks."""
 
     placed_whole = True
-    """Its parts are divided alike (`loading.weights.placeable`)."""
+    """A placement shards or replicates all parts together (`loading.weights.placeable`)."""
 
     def __init__(self, build: Build, spec: AttentionSpec):
         self.spec = spec
@@ -186,14 +186,14 @@ class Attention(nnx.Module):
         each = normed and not spec.norm_whole
         self.q_norm = RMSNorm(build, spec.head_dim, spec.norm_eps, axes.HEAD_DIM, scaling) if each else None
         self.k_norm = RMSNorm(build, spec.head_dim, spec.norm_eps, axes.HEAD_DIM, scaling) if each else None
-        # Of queries and of keys, one after the other, divided as their columns are.
+        # Scales of q, then of k, sharded like their columns.
         whole = normed and spec.norm_whole
         self.norm_scale = _by_columns(build, heads[:2], 1.0 - scaling.offset) if whole else None
         self.sinks = _by_columns(build, (replace(heads[0], name="sinks", width=1),), 0.0) if spec.sinks else None
 
     @property
     def cache_spec(self) -> Full:
-        """What the layer keeps."""
+        """Cache spec of the layer."""
         spec = Full(self.layout.stored_kv_heads, self.spec.head_dim, self.replicated)
         if self.spec.window is None:
             return spec
@@ -202,8 +202,17 @@ class Attention(nnx.Module):
     def __call__(
         self, x: jax.Array, lane: Lane, rope: tuple[jax.Array, jax.Array] | None, step: StepContext
     ) -> tuple[jax.Array, Lane]:
-        """`[T, M]` -> `[T, M]` and the lane with this step's keys and values in it; `rope` None: positions are not its
-        affair."""
+        """Apply attention.
+
+        Args:
+            x: `[T, M]`.
+            lane: cache arrays of the layer.
+            rope: cosines and sines of the positions; None if the layer has no positional encoding.
+            step: the layer's view of the step.
+
+        Returns:
+            `[T, M]` and the cache arrays with this step's keys and values.
+        """
         q, k, v = self.qkv(x)
         if self.norm_scale is not None:
             q, k = self._normalise(q, k, step.mesh)
@@ -224,9 +233,9 @@ class Attention(nnx.Module):
         return self.out(y.reshape(*y.shape[:2], -1)), lane
 
     def _normalise(self, q: jax.Array, k: jax.Array, mesh: Mesh) -> tuple[jax.Array, ...]:
-        """`[T, tp, columns]` of both, each over its whole width."""
+        """Apply the q and k norms over the whole width of each; `[T, tp, columns]`."""
         shards, layout = q.shape[1], self.layout
-        # Where a kv head serves several shards its columns are in the sum once for each.
+        # A kv head repeated on several shards enters the sum of squares once per shard.
         copies = max(1, shards // layout.stored_kv_heads)
         widths = [layout.heads * self.spec.head_dim, copies * layout.kv_heads * self.spec.head_dim]
         local = partial(
@@ -236,20 +245,20 @@ class Attention(nnx.Module):
             over=None if shards == 1 else axes.MODEL,
             scaling=self.spec.norm_scaling,
         )
-        if shards == 1:  # a replicated layer computes alike on every device without a `shard_map`
+        if shards == 1:  # replicated layers run without `shard_map`
             return local((q, k), self.norm_scale[...])
         divided = PartitionSpec(None, axes.MODEL)
         specs = (divided, divided), PartitionSpec(axes.MODEL)
         return on_shards(local, mesh, specs, (divided, divided), (q, k), self.norm_scale[...])
 
     def collectives(self) -> list[Collective]:
-        """That of a norm whose width is divided."""
+        """Return the all-reduce of the q/k norm if its width is sharded."""
         if self.norm_scale is None or self.norm_scale.shape[0] == 1:
             return []
         return [Collective(ALL_REDUCE, "squares of q and k", 2, itemsize=4)]
 
 
 def _by_columns(build: Build, outputs: tuple[Output, ...], value: float) -> nnx.Param:
-    """`[tp, columns]`: a number for each column of these outputs, which lie as they do."""
+    """Make a parameter `[tp, columns]` with one value per column of these outputs, sharded like them."""
     shape = build.tp, sum(output.columns(build.tp) for output in outputs)
     return constant(build, shape, (axes.SHARD, axes.COLUMNS), value, outputs=outputs)

@@ -1,8 +1,8 @@
-"""Cross-attention: tokens of a decoder attend to what an encoder made of another input.
+"""Cross-attention: decoder tokens attend to the output of an encoder.
 
-Queries are projected from the decoder's stream, keys and values from the encoder's, each stream by one GEMM that
-computes what it needs and no more (vLLM PR #12325; before it all three were computed of both). Keys and values are
-computed once an input, in the encoder's step, and stay in blocks of the cache (`kv.spec.Cross`); after that a token
+Queries are projected from the decoder's hidden states, keys and values from the encoder's, each with one GEMM that
+computes only what is needed (vLLM PR #12325; before it, q, k and v were computed for both). Keys and values are
+computed once per encoder input, in the encoder step, and stay in cache blocks (`kv.spec.Cross`); after that a token
 costs its query and the attention.
 """
 
@@ -28,7 +28,7 @@ from jaxinfer.sharding.collectives import ENCODE
 
 @dataclass(frozen=True)
 class CrossSpec:
-    """The shape of one cross-attention layer."""
+    """Configuration of a cross-attention layer."""
 
     width: int
     """M of the decoder."""
@@ -39,18 +39,23 @@ class CrossSpec:
     head_dim: int
     """D."""
     encoder_width: int | None = None
-    """M of the encoder; None: the decoder's."""
+    """M of the encoder; None if equal to the decoder's."""
     biases: tuple[str, ...] = ()
-    """Those of "q", "k" and "v" that have one."""
+    """Names of those of "q", "k" and "v" that have a bias."""
     out_bias: bool = False
     norm_eps: float | None = None
-    """Epsilon of a per-head RMSNorm on queries and keys; None: there is none."""
+    """Epsilon of a per-head RMSNorm on queries and keys; None for no norm."""
 
 
 class CrossQKV(nnx.Module):
-    """q of one stream, k and v of another: two fused projections, of `heads` (`HeadLayout.outputs`).
+    """Two fused projections: q of the decoder's hidden states, k and v of the encoder's.
 
-    The checkpoint's q_proj fills `q`, k_proj and v_proj the parts of `kv`, as they would those of one fused QKV.
+    A checkpoint's q_proj fills `q`, k_proj and v_proj the parts of `kv`, as they would in a fused QKV projection.
+
+    Args:
+        build: how parameters are made.
+        spec: the layer.
+        heads: outputs q, k and v (`HeadLayout.outputs`).
     """
 
     def __init__(self, build: Build, spec: CrossSpec, heads: tuple[Output, Output, Output]):
@@ -61,10 +66,10 @@ class CrossQKV(nnx.Module):
 
 
 class CrossAttention(nnx.Module):
-    """Grouped-query attention to the positions of an encoder, without positions of its own."""
+    """Grouped-query attention to encoder positions, without positional encoding."""
 
     placed_whole = True
-    """Its parts are divided alike (`loading.weights.placeable`)."""
+    """A placement shards or replicates all parts together (`loading.weights.placeable`)."""
 
     def __init__(self, build: Build, spec: CrossSpec):
         self.spec, self.replicated = spec, build.replicated
@@ -78,11 +83,11 @@ class CrossAttention(nnx.Module):
 
     @property
     def cache_spec(self) -> Cross:
-        """What the layer keeps."""
+        """Cache spec of the layer."""
         return Cross(self.layout.stored_kv_heads, self.spec.head_dim, self.replicated)
 
     def __call__(self, x: jax.Array, lane: Lane, step: StepContext) -> tuple[jax.Array, Lane]:
-        """`[T, M]` -> `[T, M]` and the lane as it was; a token that sees no position gets the output's bias alone."""
+        """Map `[T, M]` to `[T, M]`, leaving the cache unchanged; tokens that see no position get the output bias."""
         (q,) = self.qkv.q(x)
         q = q.reshape(*q.shape[:2], -1, self.spec.head_dim)
         if self.q_norm is not None:
@@ -91,7 +96,16 @@ class CrossAttention(nnx.Module):
         return self.out(y.reshape(*y.shape[:2], -1)), lane
 
     def keep(self, encoded: jax.Array, lane: Lane, step: EncodeStep) -> Lane:
-        """The lane with keys and values of what an encoder made, `[S, M]`, where `step` says; in the encoder's step."""
+        """Write keys and values of encoder outputs to the cache, in the encoder step.
+
+        Args:
+            encoded: encoder outputs, `[S, M]`.
+            lane: cache arrays of the layer.
+            step: slots of the positions.
+
+        Returns:
+            The updated cache arrays.
+        """
         k, v = (y.reshape(*y.shape[:2], -1, self.spec.head_dim) for y in self.qkv.kv(encoded))
         if self.k_norm is not None:
             k = self.k_norm(k)

@@ -1,7 +1,7 @@
-"""What layers of linear attention share: their state, and convolution and recurrence on local shapes.
+"""Shared parts of linear-attention layers: their state, and convolution and delta rule on local shapes.
 
-Letters beside those of `sharding.axes`: H heads of values, K heads of queries and keys, Dk and Dv their dims, W the
-taps of the convolution, N slots.
+Axes beside those of `sharding.axes`: H value heads, K query and key heads, Dk and Dv their head dims, W convolution
+taps, N state slots.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,31 +20,31 @@ from jaxinfer.layers.sharded import model_axis, on_shards
 from jaxinfer.sharding import axes
 
 EPS = 1e-6
-"""Of the l2 norm of queries and keys."""
+"""Epsilon of the l2 norm of queries and keys."""
 
 Rows: TypeAlias = DecodeSlots | Segments | Whole
-"""Which tokens a step has, and which slots it reads and writes for them."""
+"""Tokens of a step, and the state slots it reads and writes for them."""
 
 KERNELS: Mapping[type, tuple[Callable[..., Any], Callable[..., Any]]] = {
     DecodeSlots: (short_conv.decode, delta.decode),
     Segments: (short_conv.prefill, delta.prefill),
     Whole: (short_conv.whole, delta.whole),
 }
-"""Convolution and recurrence of each."""
+"""Convolution and delta-rule kernels for each type of rows."""
 
 
 class DeltaState(NamedTuple):
-    """What one layer remembers, by slots (`kernels.state`); of `kv.spec.State` the shapes, of shard_map the specs."""
+    """State arrays of one layer by slot, or their shapes (`kv.spec.State`) or partition specs (shard_map)."""
 
     recurrent: Any
-    """`[N, H, Dk, Dv]` float32, divided over heads."""
+    """Delta-rule state `[N, H, Dk, Dv]` float32, sharded on H."""
     conv: Any
-    """`[N, W - 1, columns]`: the last inputs of the convolution, divided over columns, those of a shard together."""
+    """Last convolution inputs `[N, W - 1, columns]`, sharded on columns; the columns of a shard are contiguous."""
 
 
 @dataclass(frozen=True)
 class DeltaSpec:
-    """The shape of one layer."""
+    """Configuration of a linear-attention layer."""
 
     width: int
     """M."""
@@ -62,7 +62,7 @@ class DeltaSpec:
 
     @property
     def convolved(self) -> tuple[Output, Output, Output]:
-        """The columns of the convolution: q, k and v, each divided by heads."""
+        """Columns of the convolution: q, k and v, each sharded by heads."""
         return (
             Output("q", self.key_heads, self.key_dim),
             Output("k", self.key_heads, self.key_dim),
@@ -70,7 +70,7 @@ class DeltaSpec:
         )
 
     def kept(self, dtype: jnp.dtype, replicated: bool) -> State:
-        """What the layer keeps; `dtype`: of the activations, in which the convolution's inputs are kept."""
+        """Return the cache spec; `dtype` is that of activations, in which convolution inputs are stored."""
         columns = sum(output.rows for output in self.convolved)
         heads, names = (self.value_heads, self.key_dim, self.value_dim), (axes.HEADS, axes.HEAD_DIM, axes.HEAD_DIM)
         recurrent = StateArray(heads, names, jnp.dtype("float32"))
@@ -88,20 +88,20 @@ def run(
     rows: Rows,
     one_by_one: bool,
 ) -> tuple[jax.Array, DeltaState]:
-    """Convolution, l2 norms and the delta rule, all that lies between a layer's projections, on local shapes.
+    """Apply convolution, l2 norms and delta rule: everything between a layer's projections, on local shapes.
 
     Args:
         columns: `[T, columns]` q, k and v of this shard.
         weight: `[columns, W]`.
         g: `[T, H, Dk]` or `[T, H, 1]` float32 log-decays.
         beta: `[T, H]` float32.
-        spec: the layer; how many heads are here follows from the columns.
-        state: this shard's.
-        rows: which slots the step reads and writes.
-        one_by_one: `kernels.delta.prefill`.
+        spec: the layer; the number of local heads is derived from the shapes.
+        state: this shard's state.
+        rows: state slots the step reads and writes.
+        one_by_one: see `kernels.state.delta.prefill`.
 
     Returns:
-        `[T, H, Dv]` float32 and the state.
+        `[T, H, Dv]` float32 and the updated state.
     """
     convolve, attend = KERNELS[type(rows)]
     y, conv = convolve(columns, weight, state.conv, rows)
@@ -118,7 +118,7 @@ def run(
 def gated_norm(
     x: jax.Array, gate: jax.Array, scale: jax.Array, eps: float, activation: Callable[[jax.Array], jax.Array]
 ) -> jax.Array:
-    """`x / sqrt(mean(x^2) + eps) * scale * activation(gate)` over the last axis, float32."""
+    """Compute `x / sqrt(mean(x^2) + eps) * scale * activation(gate)` over the last axis, in float32."""
     x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
     return x * scale.astype(jnp.float32) * activation(gate.astype(jnp.float32))
 
@@ -132,16 +132,16 @@ def run_on_shards(
     state: DeltaState,
     rows: Rows,
 ) -> tuple[jax.Array, DeltaState]:
-    """Call `local(by_token, by_shard, whole, state, rows, one_by_one)` on each shard's own.
+    """Call `local(by_token, by_shard, whole, state, rows, one_by_one)` with the local arrays of each shard.
 
     Args:
-        local: gives `[T, 1, columns]` and the state.
+        local: returns `[T, 1, columns]` and the state.
         mesh: the devices.
-        by_token: activations `[T, tp, ...]`; local gets `[T, ...]`.
-        by_shard: parameters `[tp, ...]`; local gets `[...]`.
-        whole: parameters that every shard has all of.
-        state: of all slots.
-        rows: which slots the step reads and writes.
+        by_token: activations `[T, tp, ...]`; `local` gets `[T, ...]`.
+        by_shard: parameters `[tp, ...]`; `local` gets `[...]`.
+        whole: replicated parameters.
+        state: state of all slots.
+        rows: state slots the step reads and writes.
     """
     one_by_one = mesh.devices.flat[0].platform == "cpu"
 

@@ -1,7 +1,7 @@
-"""Gated DeltaNet (arXiv:2412.06464) as in Qwen3-Next: one decay a head, and several heads of values around one of keys.
+"""Gated DeltaNet (arXiv:2412.06464) as in Qwen3-Next: one decay per head, several value heads per key head.
 
-`in_proj_qkvz` and `in_proj_ba` are one GEMM. Their rows lie by heads of keys, each with its query, key, values and
-gates together, so that a shard's rows are an interval of the checkpoint's.
+`in_proj_qkvz` and `in_proj_ba` are one GEMM. Checkpoint rows are grouped by key head, each with its query, key, values
+and gates, so the rows of a shard are contiguous in the checkpoint.
 """
 
 import jax
@@ -16,20 +16,20 @@ from jaxinfer.sharding import axes
 
 
 class DeltaNetSpec(DeltaSpec):
-    """The shape of one layer of gated DeltaNet."""
+    """Configuration of a gated DeltaNet layer."""
 
 
 class GatedDeltaNet(nnx.Module):
-    """One layer; the heads of values are a multiple of those of keys."""
+    """Gated DeltaNet layer; the number of value heads is a multiple of the number of key heads."""
 
     placed_whole = True
-    """Its parts are divided alike (`loading.weights.placeable`)."""
+    """A placement shards or replicates all parts together (`loading.weights.placeable`)."""
 
     def __init__(self, build: Build, spec: DeltaSpec):
-        """The layer.
+        """Create the layer.
 
         Raises:
-            ConfigError: heads of keys that do not divide over the shards; none are added.
+            ConfigError: the key heads do not divide over the shards; this layer does not pad heads.
         """
         self.spec, self.mesh, self.dtype, self.replicated = spec, build.mesh, build.dtype, build.replicated
         self.group = spec.value_heads // spec.key_heads
@@ -37,7 +37,7 @@ class GatedDeltaNet(nnx.Module):
         outputs = Output("qkvz", spec.key_heads, a_head), Output("ba", spec.key_heads, 2 * self.group)
         self.projection = FusedLinear(build, spec.width, outputs)
         columns = sum(output.columns(build.tp) for output in spec.convolved)
-        # In the shape of a convolution's checkpoint.
+        # Same shape as the convolution weight in the checkpoint.
         shape, names = (build.tp, columns, 1, spec.taps), (axes.SHARD, axes.COLUMNS, None, None)
         self.conv = weight(build, shape, names, spec.taps**-0.5, outputs=spec.convolved)
         self.decay = param(build, jnp.zeros((spec.value_heads,)), (axes.HEADS,))
@@ -47,11 +47,11 @@ class GatedDeltaNet(nnx.Module):
 
     @property
     def cache_spec(self) -> State:
-        """What the layer keeps."""
+        """Cache spec of the layer."""
         return self.spec.kept(self.dtype, self.replicated)
 
     def __call__(self, x: jax.Array, state: DeltaState, rows: Rows) -> tuple[jax.Array, DeltaState]:
-        """`[T, M]` -> `[T, M]` and the state after the step's tokens."""
+        """Map `[T, M]` to `[T, M]` and the state after the step's tokens."""
         by_token = self.projection(x)
         tp = by_token[0].shape[1]
         by_shard = self.conv[...][:, :, 0], self.decay[...].reshape(tp, -1), self.decay_bias[...].reshape(tp, -1)
@@ -67,7 +67,7 @@ class GatedDeltaNet(nnx.Module):
         rows: Rows,
         one_by_one: bool,
     ) -> tuple[jax.Array, DeltaState]:
-        """`[T, 1, H Dv]`, of the heads that are here."""
+        """Compute `[T, 1, H Dv]` for the local heads."""
         (qkvz, ba), (conv, decay, bias) = by_token, by_shard
         spec, count, values = self.spec, qkvz.shape[0], self.group * self.spec.value_dim
         heads = decay.shape[0] // self.group

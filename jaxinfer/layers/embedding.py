@@ -1,4 +1,4 @@
-"""The token embedding and the language-model head, both divided over the vocabulary."""
+"""Token embedding and language-model head, both sharded over the vocabulary."""
 
 import jax
 import jax.numpy as jnp
@@ -14,19 +14,18 @@ from jaxinfer.sharding.collectives import ALL_REDUCE, Collective
 
 
 class Embedding(Multiplying):
-    """A table `[V', M]` of token embeddings, a language-model head, or both; V is padded up to V', a multiple of the
-    shards.
+    """Table `[V', M]` of token embeddings, a language-model head, or both; V' is V padded to a multiple of the shards.
 
     Args:
         build: dtype, mesh and path of the parameters.
         vocab: V.
         width: M.
         lookup: whether the table embeds tokens.
-        head: whether the table makes logits. Both are True where embedding and head are tied.
-        scale: multiplies the rows that are looked up; None: they stay.
-        round_scale: whether `scale` is rounded to the dtype of the rows first, as Gemma's is in transformers.
-        softcap: logits x become cap * tanh(x / cap); None: they stay.
-        logit_scale: multiplies the logits before the softcap; None: they stay.
+        head: whether the table computes logits; with `lookup`, embedding and head are tied.
+        scale: multiplier of embeddings; None for no scaling.
+        round_scale: whether `scale` is first rounded to the embeddings' dtype, as for Gemma in transformers.
+        softcap: maps logits x to cap * tanh(x / cap); None for no softcap.
+        logit_scale: multiplier of logits, before the softcap; None for no scaling.
     """
 
     placed_whole = True
@@ -48,14 +47,14 @@ class Embedding(Multiplying):
         rounded = scale is not None and round_scale
         self.scale = float(np.asarray(scale, np.dtype(build.dtype))) if rounded else scale
         self.softcap, self.logit_scale = softcap, logit_scale
-        shards = meshes.size(build.mesh)  # a replicated one is padded alike, so that logits have one width
+        shards = meshes.size(build.mesh)  # replicated tables are padded too, so that V' does not depend on placement
         padded = -(-vocab // shards) * shards
         self.dtype = build.dtype
         shape, names = (padded, width), (axes.VOCAB, axes.EMBED)
         self.weight, self.weight_scale = matrix(build, shape, names, 0.02, whole_scales=True, unpadded=(vocab, width))
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Token ids `[T]` -> `[T, M]`; ids of padding rows are clamped, what they give is never used."""
+        """Embed token ids `[T]` as `[T, M]`; ids of padding are clamped, their embeddings are not used."""
         rows = jnp.take(self.weight[...], tokens, axis=0, mode="clip")
         if self.weight_scale is not None:
             scales = jnp.take(self.weight_scale[...], tokens, mode="clip")
@@ -63,7 +62,7 @@ class Embedding(Multiplying):
         return rows if self.scale is None else scale_by(rows, self.scale)
 
     def attend(self, hidden: jax.Array) -> jax.Array:
-        """Hidden states `[B, M]` -> float32 logits `[B, V']`, the rows of padding at -inf."""
+        """Compute float32 logits `[B, V']` of hidden states `[B, M]`; logits of vocabulary padding are -inf."""
         logits = self.product(hidden, self.weight, self.weight_scale, jnp.dtype("float32"))
         if self.logit_scale is not None:
             logits = logits * self.logit_scale
@@ -74,18 +73,20 @@ class Embedding(Multiplying):
         return jnp.where(jnp.arange(logits.shape[-1]) < self.vocab, logits, -jnp.inf)
 
     def collectives(self) -> list[Collective]:
-        """Each shard looks up the rows it has, zeroes for others, and they are added. What compares logits says so
-        itself."""
+        """Return the all-reduce of the lookup: each shard returns zeros for rows it does not have.
+
+        Collectives of operations on sharded logits are declared by those operations.
+        """
         return [Collective(ALL_REDUCE, "rows looked up", self.weight.shape[1])] if self.lookup and self.tp > 1 else []
 
     @property
     def logit_shards(self) -> int:
-        """Shards over which logits are divided; 0: this is no head."""
+        """Shards over which logits are divided; 0 if the table is not a head."""
         return self.tp if self.head else 0
 
 
 class LearnedPositions(nnx.Module):
-    """A row of its own for each position; the table has `offset` rows before that of position 0."""
+    """Learned position embeddings; the table has `offset` rows before that of position 0."""
 
     placed_whole = True
 
@@ -94,5 +95,5 @@ class LearnedPositions(nnx.Module):
         self.weight = weight(build, (count + offset, width), (None, axes.EMBED), 0.02)
 
     def __call__(self, positions: jax.Array) -> jax.Array:
-        """`[T]` -> `[T, M]`."""
+        """Embed positions `[T]` as `[T, M]`."""
         return jnp.take(self.weight[...], positions + self.offset, axis=0, mode="clip")

@@ -1,8 +1,7 @@
-"""What encoders of models with cross-attention are built from: the context of their step, attention in both directions.
+"""Building blocks of the encoders of cross-attention models: the encoder step's context and bidirectional attention.
 
-A step encodes several inputs side by side, their positions laid flat, `[S, M]`: products see no padding between them,
-and attention runs over tiles of at most `tile` queries that see the positions of their own input. Letters beside those
-of `sharding.axes`: here S are the positions of a step.
+A step encodes several inputs packed into one axis, `[S, M]`: GEMMs see no padding between inputs, and attention runs on
+tiles of at most `tile` queries that see the positions of their own input. S here are the positions of a step.
 """
 
 from dataclasses import dataclass, field, replace
@@ -30,36 +29,36 @@ from jaxinfer.sharding import axes
 )
 @dataclass(frozen=True)
 class EncodeStep:
-    """Where the positions of one encoder step stand; a cross layer takes what `of` gives for it."""
+    """Positions and slots of one encoder step; each cross layer uses its own view, `step.of(layer)`."""
 
     positions: jax.Array
-    """`[S]` int32: each one's position in its input; 0 for padding."""
+    """Position in its input, `[S]` int32; 0 for padding."""
     rows: PrefillTiles
-    """Which of them see which: `tables` `[1, S]`, each position a block of its own."""
+    """Attention tiles; `tables` is `[1, S]`, with one block per position."""
     slots: tuple[Slots, ...]
-    """Where the keys and values of each go, one a group of cross layers; one alone where a layer has it."""
+    """Slots of each position's keys and values, one entry per group of cross layers; a single entry in a layer's view."""
     mesh: Mesh = field(metadata={"static": True})
     kernel: str = field(default="xla", metadata={"static": True})
-    """Which implementation attends (`kernels.attention.choose`)."""
+    """Implementation of attention (`kernels.attention.choose`)."""
     tile: int = field(default=1, metadata={"static": True})
-    """Queries a tile holds at most."""
+    """Maximum queries per tile."""
     places: tuple[Place, ...] = field(default=(), metadata={"static": True})
-    """Group, counted from the first of cross layers, and lane of every layer."""
+    """Group, numbered from the first group of cross layers, and cache array of every layer."""
 
     def lane(self, layer: int) -> int:
-        """Which of the lanes is the layer's, maybe with layers of other groups."""
+        """Return the index of the layer's cache array, which layers of other groups may share."""
         return self.places[layer].lane
 
     def of(self, layer: int) -> "EncodeStep":
-        """As a cross layer sees it."""
+        """Return the view of one cross layer."""
         return replace(self, slots=(self.slots[self.places[layer].group],), places=())
 
 
 def attend_both_ways(q: jax.Array, k: jax.Array, v: jax.Array, step: EncodeStep, scoring: Scoring) -> jax.Array:
-    """Every position attends to all of its own input: `[S, tp, H / tp, D]`, k and v likewise -> `[S, tp, H / tp, D]`.
+    """Attend bidirectionally within each input: q, k and v `[S, tp, H / tp, D]` -> `[S, tp, H / tp, D]`.
 
-    By the kernels of the paged cache, over keys and values in blocks of one position: nothing is copied, no matrix of
-    scores is made, and work follows the lengths of inputs. Padding gives finite values.
+    Uses the paged kernels with blocks of one position: nothing is copied, the score matrix is not materialized, and the
+    work is proportional to the inputs' lengths. Outputs at padding are finite.
     """
     kernel = attention.implementation(step.kernel, step.mesh)
 
@@ -73,9 +72,15 @@ def attend_both_ways(q: jax.Array, k: jax.Array, v: jax.Array, step: EncodeStep,
 
 
 class EncoderAttention(nnx.Module):
-    """Attention of an encoder, in both directions and without rotary positions.
+    """Bidirectional encoder attention without rotary embeddings.
 
-    `biases`: those of "q", "k" and "v" that have one.
+    Args:
+        build: how parameters are made.
+        width: M.
+        heads: H.
+        head_dim: D.
+        biases: names of those of "q", "k" and "v" that have a bias.
+        out_bias: whether the output projection has a bias.
     """
 
     placed_whole = True
@@ -96,7 +101,7 @@ class EncoderAttention(nnx.Module):
         self.out = RowLinear(build, axes.HEADS, outputs[0], width, bias=out_bias)
 
     def __call__(self, x: jax.Array, step: EncodeStep) -> jax.Array:
-        """`[S, M]` -> `[S, M]`."""
+        """Map `[S, M]` to `[S, M]`."""
         q, k, v = (y.reshape(*y.shape[:2], -1, self.head_dim) for y in self.qkv(x))
         y = attend_both_ways(q, k, v, step, Scoring(self.head_dim**-0.5))
         return self.out(jnp.reshape(y, (*y.shape[:2], -1)))

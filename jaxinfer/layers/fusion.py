@@ -1,9 +1,9 @@
-"""Up to how many rows projections of one input are one GEMM: the one place that knows.
+"""Row limit up to which the fused projections of one input run as a single GEMM.
 
-One GEMM instead of several saves launches, and reads of the input, while reading the weights is what takes the time.
-With many rows multiplying takes it, nothing is saved, and a GEMM of odd width can lose to several of even ones: another
-GPU lost past a few hundred rows (SGLang #17801 and what followed it). So it is decided for each compiled step, by its
-rows.
+One GEMM instead of several saves kernel launches and reads of the input, which matters while reading weights dominates.
+With many rows the multiplications dominate, nothing is saved, and a GEMM of odd width can be slower than several of
+even width: on another GPU fusing lost past a few hundred rows (SGLang #17801 and its follow-ups). The choice is
+therefore made for each compiled step, by its number of rows.
 """
 
 from collections.abc import Mapping
@@ -16,20 +16,19 @@ AUTO = "auto"
 ALWAYS, NEVER = float("inf"), 0
 
 CROSSOVERS: Mapping[str, float] = {"cpu": ALWAYS, "gpu": ALWAYS}
-"""By platform: the most rows for which one GEMM is at least as fast as several.
+"""The most rows for which one GEMM is at least as fast as several, by platform.
 
-CPU: of the projections of a KDA, an attention and an MLP layer at 1 to 4096 rows several took 1.00 to 1.12 of the time
-of one in bfloat16, and 0.96 to 1.09 in float32, where no upper quartile lies below 1.00 (`scripts/bench.py
-projections`, docs/results/cpu.md; jax 0.12, two cores of an AMD EPYC).
-GPU: not measured yet.
+CPU: for the projections of a KDA, an attention and an MLP layer at 1 to 4096 rows, several GEMMs took 1.00 to 1.12
+times the time of one in bfloat16, and 0.96 to 1.09 times in float32, where no upper quartile is below 1.00
+(`scripts/bench.py projections`, docs/results/cpu.md; jax 0.12, two cores of an AMD EPYC). GPU: not measured yet.
 """
 
 
 def rows_fused(asked: str | bool, mesh: Mesh) -> float:
-    """The most rows that are multiplied as one GEMM on these devices.
+    """Return the most rows that are multiplied as one GEMM on these devices.
 
     Raises:
-        ConfigError: what was asked for is neither "auto" nor True nor False.
+        ConfigError: the setting is neither "auto" nor True nor False.
     """
     if isinstance(asked, bool):
         return ALWAYS if asked else NEVER

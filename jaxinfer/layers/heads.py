@@ -1,4 +1,4 @@
-"""How the heads of an attention lie over shards, and the heads of zeroes that make them divide."""
+"""Distribution of attention heads over shards, and padding with zero heads to make them divide."""
 
 from dataclasses import dataclass
 
@@ -9,16 +9,15 @@ from jaxinfer.sharding.rules import indivisible
 
 @dataclass(frozen=True)
 class HeadLayout:
-    """Query heads in groups, one around each kv head (arXiv:2305.13245); a shard holds whole groups, or part of one.
+    """Query heads grouped around each kv head (arXiv:2305.13245); a shard holds whole groups, or part of one.
 
-    With `Build.pad_heads` groups, and query heads within each of them, are added until they divide. Rows of q, k and v
-    and columns of the output projection that belong to them are zero, in int8 too, where their scales are zero: what
-        such
-    a head attends to is finite and multiplied by zero. The output is that of the checkpoint's heads alone.
+    With `Build.pad_heads`, kv heads, and query heads in each group, are added until they divide over the shards. The
+    added rows of q, k and v and columns of the output projection are zero (for int8 their scales are zero), so a
+    padding head's output is finite and multiplied by zero: the result is that of the checkpoint's heads alone.
 
-    A norm over the whole width of q or k (not one a head) sums over all shards' columns, where those of padding add
-    nothing, and divides by the checkpoint's width, `Output.rows`, not by the number of columns. Without groups (K = H)
-    every head of k lies on one shard; where kv heads serve several, such a sum would count them as often. Its scale is
+    A norm over the whole width of q or k (not per head) sums over the columns of all shards, where padding adds
+    nothing, and divides by the checkpoint's width, `Output.rows`, not by the number of columns. With K = H every key
+    head lies on one shard; kv heads repeated on several shards would be counted once per shard. The norm's scale is
     `constant(build, (tp, output.columns(tp)), (SHARD, COLUMNS), 1.0, outputs=(output,))`.
     """
 
@@ -27,16 +26,18 @@ class HeadLayout:
     kv_heads: int
     """K of the checkpoint; divides H."""
     stored_kv_heads: int
-    """K as kept, those of zeroes included, each counted once where it serves several shards."""
+    """K as stored, padding included; heads repeated on several shards count once."""
     stored_group: int
-    """Query heads around each kv head as kept."""
+    """Query heads per kv head as stored, padding included."""
 
     @classmethod
     def of(cls, build: Build, heads: int, kv_heads: int) -> "HeadLayout":
-        """The layout over the shards of the module that is built.
+        """Compute the layout over the shards of the module being built.
 
         Raises:
-            ConfigError: they do not divide and are not to be padded; names module, axis, sizes and remedies.
+            ConfigError: the heads do not divide over the shards and `build.pad_heads` is False; names module, axis,
+                sizes and
+                remedies.
         """
         tp, group = build.tp, heads // kv_heads
         if _fits(tp, kv_heads, group):
@@ -56,11 +57,11 @@ class HeadLayout:
 
     @property
     def stored_heads(self) -> int:
-        """H as kept, those of zeroes included."""
+        """H as stored, padding included."""
         return self.stored_kv_heads * self.stored_group
 
     def outputs(self, head_dim: int) -> tuple[Output, Output, Output]:
-        """q, k and v of one fused projection; q is also the `inputs` of the output projection."""
+        """Return the outputs q, k and v of a fused projection; q is also the `inputs` of the output projection."""
         group = self.heads // self.kv_heads
         groups = range(self.stored_kv_heads)
         kv = tuple(k if k < self.kv_heads else None for k in groups)
@@ -83,8 +84,8 @@ def _fits(tp: int, kv_heads: int, group: int) -> bool:
 
 
 def _padded(tp: int, kv_heads: int, group: int) -> tuple[int, int]:
-    """The fewest kv heads, and query heads around each, that `tp` shards divide."""
-    if kv_heads >= tp or group == 1:  # one query head a kv head: none is on two shards
+    """Return the smallest padded number of kv heads, and query heads per kv head, that divides over `tp` shards."""
+    if kv_heads >= tp or group == 1:  # multi-head attention: no head is repeated
         return -(-kv_heads // tp) * tp, group
     stored_kv = next(count for count in range(kv_heads, tp + 1) if tp % count == 0)
     sharing = tp // stored_kv

@@ -1,8 +1,8 @@
-"""Kimi Delta Attention (arXiv:2510.26692): linear attention whose state decays channel by channel.
+"""Kimi Delta Attention (arXiv:2510.26692): linear attention with a per-channel decay of the state.
 
-Six projections of one input are one GEMM, `q k v b | f_a g_a`: the first four divided by heads, the last two, low-rank,
-whole on every shard; the two that follow from those are one batched GEMM (SGLang #17801). The output projection's sum
-is the only thing that shards say to each other.
+Six projections of the input are one GEMM, `q k v b | f_a g_a`: the first four sharded by heads, the two low-rank ones
+replicated. The two projections of the low-rank outputs are one batched GEMM (SGLang #17801). The only collective is the
+all-reduce of the output projection.
 """
 
 import jax
@@ -17,20 +17,20 @@ from jaxinfer.sharding import axes
 
 
 class KdaSpec(DeltaSpec):
-    """The shape of one layer of Kimi Delta Attention."""
+    """Configuration of a Kimi Delta Attention layer."""
 
 
 class KimiDeltaAttention(nnx.Module):
-    """One layer; queries, keys and values have as many heads of one dim (`spec.key_heads == spec.value_heads`)."""
+    """Kimi Delta Attention layer; q, k and v have equal heads and head dims (`spec.key_heads == spec.value_heads`)."""
 
     placed_whole = True
-    """Its parts are divided alike (`loading.weights.placeable`)."""
+    """A placement shards or replicates all parts together (`loading.weights.placeable`)."""
 
     def __init__(self, build: Build, spec: DeltaSpec):
-        """The layer.
+        """Create the layer.
 
         Raises:
-            ConfigError: heads that do not divide over the shards; none are added.
+            ConfigError: the heads do not divide over the shards; this layer does not pad heads.
         """
         heads, dim = spec.value_heads, spec.value_dim
         self.spec, self.mesh, self.dtype, self.replicated = spec, build.mesh, build.dtype, build.replicated
@@ -38,7 +38,7 @@ class KimiDeltaAttention(nnx.Module):
         self.projection = FusedLinear(build, spec.width, (*spec.convolved, Output("b", heads), *low_rank))
         self.gates = BatchedLinear(build, dim, (Output("f_b", heads, dim), Output("g_b", heads, dim)))
         columns = sum(output.columns(build.tp) for output in spec.convolved)
-        # In the shape of a convolution's checkpoint.
+        # Same shape as the convolution weight in the checkpoint.
         shape, names = (build.tp, columns, 1, spec.taps), (axes.SHARD, axes.COLUMNS, None, None)
         self.conv = weight(build, shape, names, spec.taps**-0.5, outputs=spec.convolved)
         self.decay = param(build, jnp.zeros((1, 1, heads, 1)), (None, None, axes.HEADS, None))
@@ -48,11 +48,11 @@ class KimiDeltaAttention(nnx.Module):
 
     @property
     def cache_spec(self) -> State:
-        """What the layer keeps."""
+        """Cache spec of the layer."""
         return self.spec.kept(self.dtype, self.replicated)
 
     def __call__(self, x: jax.Array, state: DeltaState, rows: Rows) -> tuple[jax.Array, DeltaState]:
-        """`[T, M]` -> `[T, M]` and the state after the step's tokens."""
+        """Map `[T, M]` to `[T, M]` and the state after the step's tokens."""
         q, k, v, b, f, g = self.projection(x)
         forget, gate = self.gates(f, g)
         tp, dim = q.shape[1], self.spec.value_dim
@@ -70,7 +70,7 @@ class KimiDeltaAttention(nnx.Module):
         rows: Rows,
         one_by_one: bool,
     ) -> tuple[jax.Array, DeltaState]:
-        """`[T, 1, H Dv]`, of the heads that are here."""
+        """Compute `[T, 1, H Dv]` for the local heads."""
         (columns, b, forget, gate), (conv, decay, bias) = by_token, by_shard
         g = -jnp.exp(decay)[:, None] * jax.nn.softplus(forget.astype(jnp.float32) + bias)
         beta = jax.nn.sigmoid(b.astype(jnp.float32))

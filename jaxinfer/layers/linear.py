@@ -1,9 +1,9 @@
-"""Fused projections: one GEMM, several named outputs, each sharded or replicated.
+"""Fused projections: one GEMM with several named outputs, each sharded or replicated.
 
-A weight is stored shard-major, `[tp, columns, in]`: the columns that one device owns of every output lie
-together, so that the split after the GEMM is local (a plain `[q | k | v]` on Auto axes compiles to 16 extra
-collective-permutes a layer on eight devices). It is always multiplied as a matrix, `[tp * columns, in]`.
-QKV, gate/up and the other fused projections are declarations of this mechanism, not classes of their own.
+Weights are stored shard-major, `[tp, columns, in]`: the columns of all outputs that a device owns are contiguous, so
+the split after the GEMM is local (a plain `[q | k | v]` under Auto axes compiles to 16 extra collective-permutes per
+layer on eight devices). They are always multiplied as a matrix, `[tp * columns, in]`. QKV, gate/up and other fused
+projections are declarations of outputs, not classes.
 """
 
 from collections.abc import Collection, Sequence
@@ -25,31 +25,31 @@ from jaxinfer.sharding.rules import indivisible
 
 
 class Piece(NamedTuple):
-    """An interval of a checkpoint's rows and where it lies on a shard; columns that no piece fills are zero."""
+    """Interval of a checkpoint's rows and its place on a shard; columns not covered by a piece are zero."""
 
     column: int
-    """The first of the shard's columns of this output that it fills."""
+    """First column of this output on the shard that it fills."""
     start: int
     stop: int
-    """Half-open, in rows of the output's own weight."""
+    """Half-open interval, in rows of the output's own weight."""
 
 
 @dataclass(frozen=True)
 class Output:
-    """One named output of a fused projection: `units` things of `width` columns each."""
+    """Named output of a fused projection: `units` heads (or columns) of `width` columns each."""
 
     name: str
     units: int
-    """Heads, or columns where `width` is 1: what a device takes a whole number of."""
+    """Heads, or columns if `width` is 1; a unit is never split across devices."""
     width: int = 1
-    """Columns a unit."""
+    """Columns per unit."""
     sharded: bool = True
-    """Divided over the shards by units; False: every shard has all of it."""
+    """Whether units are divided over the shards; False: every shard computes the whole output."""
     repeat: bool = False
-    """Where there are more shards than units, each unit serves several shards (k and v heads)."""
+    """Whether units are repeated if there are more shards than units (k and v heads)."""
     stored: tuple[int | None, ...] | None = None
-    """The checkpoint's units in the order in which they are kept, None for one of zeroes (`layers.heads`); by default
-    they are kept as they are."""
+    """The checkpoint's units in stored order, None for a zero padding unit (`layers.heads`); by default all units in
+    checkpoint order."""
 
     @property
     def rows(self) -> int:
@@ -58,14 +58,14 @@ class Output:
 
     @property
     def stored_units(self) -> int:
-        """Units that are kept, those of zeroes included, each counted once."""
+        """Stored units, padding included; repeated units count once."""
         return self.units if self.stored is None else len(self.stored)
 
     def columns(self, tp: int, where: str = "") -> int:
-        """Columns of this output on one shard of `tp`.
+        """Return the columns of this output on one shard of `tp`.
 
         Raises:
-            ConfigError: the units do not divide; names the module `where`, the axis, the sizes and the remedies.
+            ConfigError: the units do not divide over the shards; names the module `where`, axis, sizes and remedies.
         """
         if not self.sharded:
             return self.stored_units * self.width
@@ -77,17 +77,17 @@ class Output:
         raise indivisible(where or "a projection", what, tp, lambda count: self.stored_units % count == 0, module=where)
 
     def pieces(self, shard: int, tp: int) -> list[Piece]:
-        """The checkpoint's rows that shard `shard` of `tp` holds, in the order of its columns.
+        """Return the checkpoint rows that shard `shard` of `tp` holds, in the order of its columns.
 
         Raises:
-            ConfigError: as `columns`.
+            ConfigError: see `columns`.
         """
         count = self.columns(tp) // self.width
         first = shard * self.stored_units // tp if self.sharded else 0
         if self.stored is None:
             return [Piece(0, first * self.width, (first + count) * self.width)]
         own, found = enumerate(self.stored[first : first + count]), []
-        # Units that follow each other here and there are one piece.
+        # Merge units that are adjacent both in the checkpoint and in storage.
         for offset, run in groupby(own, lambda pair: None if pair[1] is None else pair[1] - pair[0]):
             if offset is not None:
                 places = [at for at, _ in run]
@@ -97,10 +97,10 @@ class Output:
 
 
 class Multiplying(nnx.Module):
-    """A module that multiplies rows of activations with what `params.matrix` made."""
+    """Base of modules that multiply activations with weights made by `params.matrix`."""
 
     kernel: str = XLA
-    """The implementation (`kernels.matmul.choose`); `use_kernel` sets it."""
+    """Implementation of matmul (`kernels.matmul.choose`); set by `use_kernel`."""
 
     def product(
         self,
@@ -110,13 +110,14 @@ class Multiplying(nnx.Module):
         dtype: jax.typing.DTypeLike | None = None,
         part: tuple[int, int] | None = None,
     ) -> jax.Array:
-        """`x W^T` in `dtype` or that of `x`.
+        """Compute `x W^T`.
 
         Args:
-            x: `[T, in]`, or `[T, tp, in / tp]` where the columns are divided over shards.
-            weight: `[..., in]`, the axes before the last taken as one.
-            scales: `[...]` of an int8 weight; None: it is not quantised.
-            part: the first and the end of the weight's rows, where it is not multiplied whole.
+            x: `[T, in]`, or `[T, tp, in / tp]` if the columns are divided over shards.
+            weight: `[..., in]`; leading axes are flattened.
+            scales: `[...]` scales of an int8 weight; None if not quantized.
+            dtype: of the result; None for that of `x`.
+            part: start and end of the weight's rows to use; None for all.
 
         Returns:
             `[T, out]`.
@@ -128,29 +129,35 @@ class Multiplying(nnx.Module):
 
 
 def use_kernel(module: nnx.Module, kernel: str) -> None:
-    """Lets all of a module multiply with this implementation."""
+    """Set the matmul implementation of all parts of a module."""
     for _, part in nnx.iter_modules(module):
         if isinstance(part, Multiplying):
             part.kernel = kernel
 
 
 def use_fusion(module: nnx.Module, rows: float) -> None:
-    """Lets all of a module multiply as one GEMM up to so many rows (`layers.fusion.rows_fused`), as several above."""
+    """Set the row limit of fused GEMMs in all parts of a module (`layers.fusion.rows_fused`)."""
     for _, part in nnx.iter_modules(module):
         if isinstance(part, FusedLinear | BatchedLinear):
             part.rows_fused = rows
 
 
 class FusedLinear(Multiplying):
-    """`y_i = x W_i^T (+ b_i)` for several outputs `i`, as one GEMM, or as one an output above `rows_fused` rows."""
+    """`y_i = x W_i^T (+ b_i)` for several outputs `i`, as one GEMM, or one per output above `rows_fused` rows.
+
+    Args:
+        build: how parameters are made.
+        in_features: width of the input.
+        outputs: the outputs.
+        bias: whether outputs have a bias, or the names of those that do.
+    """
 
     rows_fused: float = ALWAYS
-    """`use_fusion` sets it."""
+    """Set by `use_fusion`."""
 
     def __init__(
         self, build: Build, in_features: int, outputs: Sequence[Output], *, bias: bool | Collection[str] = False
     ):
-        """`bias`: whether there is one, or the names of the outputs that have one."""
         self.outputs = tuple(outputs)
         self.tp = build.tp
         columns = sum(output.columns(self.tp, build.path) for output in self.outputs)
@@ -163,7 +170,7 @@ class FusedLinear(Multiplying):
         self.biased = tuple(output.name for output in biased)
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, ...]:
-        """`[T, in]` -> one `[T, tp, columns_i]` an output, in the order declared."""
+        """Map `[T, in]` to one `[T, tp, columns_i]` per output, in the declared order."""
         if x.shape[0] > self.rows_fused:
             parts = self._apart(x)
         else:
@@ -179,7 +186,7 @@ class FusedLinear(Multiplying):
         return tuple(part + biases[output.name] if output.name in biases else part for output, part in parts)
 
     def _apart(self, x: jax.Array) -> tuple[jax.Array, ...]:
-        """A GEMM an output, by its own columns of the one weight."""
+        """Run one GEMM per output on its columns of the fused weight."""
         parts = pairwise(accumulate((output.columns(self.tp) for output in self.outputs), initial=0))
         if self.tp == 1:
             return tuple(self.product(x, self.weight, self.weight_scale, part=part)[:, None] for part in parts)
@@ -190,19 +197,19 @@ class FusedLinear(Multiplying):
         return tuple(self.product(x, *pair).reshape(x.shape[0], self.tp, -1) for pair in own)
 
     def _split(self, y: jax.Array, outputs: Sequence[Output]) -> tuple[jax.Array, ...]:
-        """`[..., columns]` by outputs."""
+        """Split `[..., columns]` by outputs."""
         ends = list(accumulate(output.columns(self.tp) for output in outputs))
         return tuple(jnp.split(y, ends[:-1], axis=-1))
 
 
 class BatchedLinear(Multiplying):
-    """`y_i = x_i W_i^T` for several inputs of one width, as one batched GEMM, or one by one above `rows_fused` rows.
+    """`y_i = x_i W_i^T` for several inputs of equal width, as one batched GEMM, or one by one above `rows_fused` rows.
 
-    The inputs are such outputs of a fused projection as every shard has all of; each shard uses its own copy.
+    The inputs are replicated outputs of a fused projection; each shard uses its own copy.
     """
 
     rows_fused: float = ALWAYS
-    """`use_fusion` sets it."""
+    """Set by `use_fusion`."""
 
     def __init__(self, build: Build, in_features: int, outputs: Sequence[Output]):
         self.outputs, self.tp = tuple(outputs), build.tp
@@ -213,8 +220,10 @@ class BatchedLinear(Multiplying):
         self.weight, self.weight_scale = matrix(build, shape, names, in_features**-0.5, outputs=self.outputs)
 
     def __call__(self, *inputs: jax.Array) -> tuple[jax.Array, ...]:
-        """`[T, tp, in]` each -> `[T, tp, columns]` each."""
-        if self.kernel == NATIVE:  # of one shard, as XLA cannot divide it; it has no batches, and gains nothing by them
+        """Map inputs `[T, tp, in]` to outputs `[T, tp, columns]`."""
+        if (
+            self.kernel == NATIVE
+        ):  # single shard only (XLA cannot partition it); no batched form, which would gain nothing
             width = self.weight.shape[1] // len(self.outputs)
             parts = ((i * width, (i + 1) * width) for i in range(len(inputs)))
             made = (
@@ -231,19 +240,23 @@ class BatchedLinear(Multiplying):
         return tuple(jnp.unstack(batched(jnp.stack(inputs, axis=2), *operands), axis=2))
 
     def _shards(self, x: jax.Array, *operands: jax.Array) -> jax.Array:
-        """`[T, tp, in]` by `[tp, columns, in]`, and scales `[tp, columns]` of int8 -> `[T, tp, columns]`."""
+        """Multiply `[T, tp, in]` with `[tp, columns, in]` and, for int8, scales `[tp, columns]`: `[T, tp, columns]`."""
         multiply = matmul if len(operands) == 1 else int8_matmul.matmul
         return jax.vmap(multiply, in_axes=(1, *[0] * len(operands)), out_axes=1)(x, *operands)
 
 
 class RowLinear(Multiplying):
-    """`y = x W^T (+ b)` with the input divided over shards: the one all-reduce of a block.
+    """Row-parallel `y = x W^T (+ b)`: the input is sharded, and the output is the all-reduce of a block.
 
-    `inputs`: how many columns the input has, or the output of the projection before that they are: one that is kept
-        with
-    units of zeroes has as many columns of zeroes here.
-    `summed`: whether a call gives the sum over shards; if not, the caller takes `product` of what a shard has, and
-        sums.
+    Args:
+        build: how parameters are made.
+        in_axis: logical axis of the input columns.
+        inputs: number of input columns, or the projection output that produces them, whose zero padding units get zero
+            columns here.
+        out_features: width of the output.
+        bias: whether there is a bias.
+        summed: whether a call returns the sum over shards; otherwise callers use `product` on local shards and sum
+            themselves.
     """
 
     def __init__(
@@ -265,10 +278,10 @@ class RowLinear(Multiplying):
         self.bias = constant(build, (out_features,), (axes.EMBED,), 0.0) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """`[T, tp, in / tp]` -> `[T, out]`."""
+        """Map `[T, tp, in / tp]` to `[T, out]`."""
         y = self.product(x, self.weight, self.weight_scale)
         return y if self.bias is None else y + self.bias[...]
 
     def collectives(self) -> list[Collective]:
-        """The sum over shards of what each makes of its columns."""
+        """Return the all-reduce of partial sums."""
         return [Collective(ALL_REDUCE, "partial sums", self.weight.shape[0])] if self.tp > 1 and self.summed else []

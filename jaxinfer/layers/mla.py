@@ -1,8 +1,7 @@
-"""Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434) as in DeepSeek-V3 and, without rotary positions,
-Kimi-Linear.
+"""Multi-head latent attention (MLA; DeepSeek-V2, arXiv:2405.04434) as in DeepSeek-V3 and, without rope, Kimi-Linear.
 
-The latent of a token and its query, or that query's own latent, are one GEMM. Latents are whole on every shard, as is
-the cache of them; heads are divided.
+The down-projections of a token, to its kv latent and to its query (or the query's latent), are one GEMM. Latents and
+their cache are replicated on every shard; heads are sharded.
 """
 
 from dataclasses import dataclass
@@ -27,39 +26,40 @@ from jaxinfer.layers.sharded import model_axis, on_shards
 from jaxinfer.sharding import axes
 
 EXPANDING = frozenset({attention.XLA, attention.NATIVE})
-"""Implementations of attention beside which a prefill is expanded, in XLA. On a CPU that is faster than the native
-kernel
-absorbed: 16 heads of 128, bfloat16, 512 tokens of a prompt 17 against 57 ms, behind 1536 others 87 against 304 (jax
-0.12, two cores with other work on them). Triton's kernel does it absorbed: its third of the multiplications would cost
-loops that the host drives. Not measured on a GPU yet."""
+"""Attention implementations with which prefill expands latents to keys and values, in XLA.
+
+On a CPU that is faster than the native kernel on absorbed queries: 16 heads of 128, bfloat16, 512 prompt tokens take 17
+against 57 ms, after 1536 cached ones 87 against 304 ms (jax 0.12, two cores with other work on them). Triton's kernel
+runs absorbed: expanding needs a third of the multiplications, but loops driven by the host. Not measured on a GPU yet.
+"""
 
 
 @dataclass(frozen=True)
 class LatentSpec:
-    """The shape of one layer."""
+    """Configuration of an MLA layer."""
 
     width: int
     """M."""
     heads: int
     """H."""
     rank: int
-    """L: columns of the latent that keys and values are made of."""
+    """L: columns of the latent from which keys and values are computed (kv_lora_rank)."""
     key_dim: int
-    """Dn: columns of a head's key that are made of the latent."""
+    """Dn: columns of a head's key computed from the latent (qk_nope_head_dim)."""
     shared_dim: int
-    """R: columns of a key that all heads share; they are rotated where the model has rotary positions."""
+    """R: key columns shared by all heads, rotated in models with rope (qk_rope_head_dim)."""
     value_dim: int
     """Dv."""
     scale: float
-    """Multiplies the scores."""
+    """Scale of the scores."""
     query_rank: int | None = None
-    """Columns of the latent that queries are made of; None: they are made of the input."""
+    """Columns of the query latent (q_lora_rank); None if queries are computed from the input."""
     norm_eps: float = 1e-6
-    """Of the norms of both latents."""
+    """Epsilon of both latents' norms."""
     interleaved: bool = False
-    """Whether rotary pairs lie side by side in the checkpoint's columns (DeepSeek), not in two halves."""
+    """Whether rope rotates columns (2i, 2i + 1) of the checkpoint (DeepSeek); False for two halves."""
     bias: bool = False
-    """Whether the projections to the latents, and the one behind attention, have one."""
+    """Whether the down-projections and the output projection have biases."""
 
     @property
     def kept(self) -> int:
@@ -68,19 +68,19 @@ class LatentSpec:
 
 
 class LatentAttention(nnx.Module):
-    """One layer: absorbed in decode, expanded in prefill (`kernels.latent`, `EXPANDING`).
+    """MLA layer: absorbed in decode, expanded in prefill (`kernels.attention.latent`, `EXPANDING`).
 
-    Of the cache it asks for one array `[N, 1, P, spec.kept]`, whole on every device, with no values of its own.
+    Its cache is one array `[N, 1, P, spec.kept]`, replicated on every device, with no separate values.
     """
 
     placed_whole = True
-    """Its parts are divided alike (`loading.weights.placeable`)."""
+    """A placement shards or replicates all parts together (`loading.weights.placeable`)."""
 
     def __init__(self, build: Build, spec: LatentSpec):
-        """The layer.
+        """Create the layer.
 
         Raises:
-            ConfigError: heads that do not divide over the shards; none are added.
+            ConfigError: the heads do not divide over the shards; this layer does not pad heads.
         """
         self.spec, self.replicated = spec, build.replicated
         queries = Output("q", spec.heads, spec.key_dim + spec.shared_dim)
@@ -91,7 +91,7 @@ class LatentAttention(nnx.Module):
         self.q_norm = None if rank is None else RMSNorm(build, rank, spec.norm_eps, None)
         self.q_up = None if rank is None else BatchedLinear(build, rank, (queries,))
         self.norm = RMSNorm(build, spec.rank, spec.norm_eps, None)
-        # Multiplied from both sides, so that scales of its rows would not do: it stays in the model's dtype.
+        # Multiplied from both sides (absorb, release), so per-row int8 scales would not do: kept in the model's dtype.
         up = Output("kv_b", spec.heads, spec.key_dim + spec.value_dim)
         shape, names = (build.tp, up.columns(build.tp, build.path), spec.rank), (axes.SHARD, axes.COLUMNS, axes.EMBED)
         self.up = weight(build, shape, names, spec.rank**-0.5, outputs=(up,))
@@ -99,14 +99,23 @@ class LatentAttention(nnx.Module):
 
     @property
     def cache_spec(self) -> Latent:
-        """What the layer keeps."""
+        """Cache spec of the layer."""
         return Latent(head_dim=self.spec.kept)
 
     def __call__(
         self, x: jax.Array, lane: Lane, rope: tuple[jax.Array, jax.Array] | None, step: StepContext
     ) -> tuple[jax.Array, Lane]:
-        """`[T, M]` -> `[T, M]` and the lane with this step's latents in it; `rope` None: the model has no such
-        positions."""
+        """Apply attention.
+
+        Args:
+            x: `[T, M]`.
+            lane: cache array of the layer.
+            rope: cosines and sines of the positions; None if the model has no rotary embedding.
+            step: the layer's view of the step.
+
+        Returns:
+            `[T, M]` and the cache array with this step's latents.
+        """
         spec = self.spec
         q, kept = self.down(x)
         if self.q_up is not None:
@@ -124,7 +133,7 @@ class LatentAttention(nnx.Module):
         return apply_rope(deinterleave(x) if self.spec.interleaved else x, *rope)
 
     def _attend(self, q: jax.Array, latents: jax.Array, lane: Lane, step: StepContext) -> tuple[jax.Array, Lane]:
-        """`[T, tp, H / tp, Dn + R]` and `[T, tp, L + R]` -> `[T, tp, H / tp * Dv]` and the lane, on local shapes."""
+        """Attend: q `[T, tp, H / tp, Dn + R]`, latents `[T, tp, L + R]` -> `[T, tp, H / tp * Dv]` and the cache."""
         spec, kernel = self.spec, attention.implementation(step.kernel, step.mesh)
         scoring = Scoring(spec.scale, value_dim=spec.rank)
 

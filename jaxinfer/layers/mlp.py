@@ -1,4 +1,4 @@
-"""The feed-forward blocks, gated and plain."""
+"""Feed-forward blocks, gated and plain."""
 
 from collections.abc import Callable, Mapping
 
@@ -17,14 +17,14 @@ ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
 }
-"""Hugging Face's `hidden_act` names."""
+"""Activation functions by Hugging Face's `hidden_act` names."""
 
 
 class GatedMLP(nnx.Module):
-    """`down(act(gate(x)) * up(x))`, gate and up as one GEMM (arXiv:2002.05202); `summed` as `RowLinear`."""
+    """`down(act(gate(x)) * up(x))`, with gate and up as one GEMM (arXiv:2002.05202); `summed` as in `RowLinear`."""
 
     placed_whole = True
-    """Its parts are divided alike (`loading.weights.placeable`)."""
+    """A placement shards or replicates all parts together (`loading.weights.placeable`)."""
 
     def __init__(self, build: Build, width: int, ffn: int, activation: str, *, bias: bool = False, summed: bool = True):
         outputs = Output("gate", ffn), Output("up", ffn)
@@ -33,11 +33,11 @@ class GatedMLP(nnx.Module):
         self.activation = activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """`[T, M]` -> `[T, M]`."""
+        """Map `[T, M]` to `[T, M]`."""
         return self.down(self.hidden(x))
 
     def hidden(self, x: jax.Array) -> jax.Array:
-        """`[T, M]` -> `[T, tp, F / tp]`, what down takes."""
+        """Map `[T, M]` to the input of `down`, `[T, tp, F / tp]`."""
         gate, up = self.gate_up(x)
         return ACTIVATIONS[self.activation](gate) * up
 
@@ -54,6 +54,6 @@ class MLP(nnx.Module):
         self.activation = activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """`[T, width]` -> `[T, out]`."""
+        """Map `[T, width]` to `[T, out]`."""
         (hidden,) = self.up(x)
         return self.down(ACTIVATIONS[self.activation](hidden))

@@ -1,4 +1,4 @@
-"""Mixture of experts: a router, experts as grouped products, shared experts, and one sum over devices for all of it.
+"""Mixture of experts (MoE): router, grouped GEMMs over experts, shared experts, and a single all-reduce.
 
     MoEConfig(experts=128, per_token=8, ffn=768)                                           # Qwen3-MoE
     MoEConfig(8, 2, 14336)                                                                 # Mixtral
@@ -6,8 +6,9 @@
     MoEConfig(256, 8, 2048, RouterConfig("sigmoid", scale=2.5, correction=True, groups=8, chosen_groups=4), shared=2048)
     MoEConfig(512, 10, 512, shared=512, shared_gate=True)                                  # Qwen3-Next
 
-A model makes `MoE(build.at("mlp"), width, config)` in the place of its MLP, calls it with the step's context, and names
-its tensors with `models.moe_rules`. No token is dropped, whatever expert it goes to; rows of padding go to none.
+Models create `MoE(build.at("mlp"), width, config)` in place of an MLP, call it with the step's context, and name its
+tensors with `models.moe_rules`. No token is dropped, however unbalanced the experts are; padding rows are routed to no
+expert.
 """
 
 from dataclasses import dataclass
@@ -36,46 +37,45 @@ from jaxinfer.sharding.policy import EXPERTS, SHARD, any_layer
 from jaxinfer.sharding.rules import indivisible, spec
 
 Arrays: TypeAlias = dict[str, jax.Array]
-"""Parameters of a module by their names."""
+"""Parameters of a module by name."""
 
 
 @dataclass(frozen=True)
 class ClampedSwiGLU:
-    """gpt-oss's activation: `(min(max(up, -limit), limit) + 1) * g * sigmoid(alpha * g)` with `g = min(gate,
-    limit)`."""
+    """Activation of gpt-oss: `(clip(up, -limit, limit) + 1) * g * sigmoid(alpha * g)`, `g = min(gate, limit)`."""
 
     alpha: float = 1.702
     limit: float = 7.0
 
     def __call__(self, gate: jax.Array, up: jax.Array) -> jax.Array:
-        """Elementwise."""
+        """Apply the activation elementwise."""
         gate, up = jnp.minimum(gate, self.limit), jnp.clip(up, -self.limit, self.limit)
         return (up + 1) * gate * jax.nn.sigmoid(self.alpha * gate)
 
 
 @dataclass(frozen=True)
 class MoEConfig:
-    """A mixture of experts, every number that shapes it.
+    """Configuration of a mixture-of-experts layer.
 
     Raises:
-        ConfigError: numbers that do not fit each other, an unknown activation.
+        ConfigError: inconsistent sizes or an unknown activation.
     """
 
     experts: int
     """E."""
     per_token: int
-    """k: experts that each token goes to."""
+    """k: experts per token."""
     ffn: int
     """F of one expert."""
     router: RouterConfig = RouterConfig()
     activation: str | ClampedSwiGLU = "silu"
-    """Of `layers.mlp.ACTIVATIONS`, on the gate, which then multiplies up; or one of both."""
+    """Name in `layers.mlp.ACTIVATIONS`, applied to the gate before multiplying with up, or a function of both."""
     bias: bool = False
-    """Whether gate, up and down of the experts have biases."""
+    """Whether the experts' gate, up and down projections have biases."""
     shared: int = 0
-    """F of the experts that every token goes to, all together; 0: there are none."""
+    """Total F of the shared experts, which every token goes to; 0 for none."""
     shared_gate: bool = False
-    """Whether what the shared experts make is multiplied by a sigmoid that each token has for it."""
+    """Whether the shared experts' output is multiplied by a per-token sigmoid gate."""
 
     def __post_init__(self) -> None:
         self.router.check(self.experts, self.per_token)
@@ -85,26 +85,39 @@ class MoEConfig:
             raise ConfigError("experts: shared_gate is set, and there are no shared experts; give their width, shared")
 
     def activate(self, gate: jax.Array, up: jax.Array) -> jax.Array:
-        """`[..., F]` of both -> `[..., F]`."""
+        """Apply the activation to gate and up `[..., F]`."""
         if isinstance(self.activation, str):
             return ACTIVATIONS[self.activation](gate) * up
         return self.activation(gate, up)
 
 
 class ExpertLinear(Multiplying):
-    """The weights of one projection of all experts, an expert after another. Multiplies on local shapes alone."""
+    """Weights of one projection for all experts, stacked. Runs on local shapes only.
+
+    Args:
+        build: how parameters are made.
+        shape: shape of the weight.
+        names: logical axes.
+        bias: number of leading axes a bias has; 0 for no bias.
+        **metadata: for the loader (`params.weight`).
+    """
 
     def __init__(
         self, build: Build, shape: tuple[int, ...], names: tuple[str | None, ...], *, bias: int, **metadata: Any
     ):
-        """`bias`: how many of the first axes a bias has; 0: there is none."""
         self.weight, self.weight_scale = matrix(build, shape, names, shape[-1] ** -0.5, stacked=True, **metadata)
         kept = {name: value for name, value in metadata.items() if name == "outputs"}
         self.bias = constant(build, shape[:bias], names[:bias], 0.0, stacked=True, **kept) if bias else None
 
     def rows(self, x: jax.Array, laid: Dispatch, own: Arrays, target: Target | None) -> jax.Array:
-        """`[R, in]` by places -> `[R, out]`, without the bias; `own`: the parameters as the device `target` has
-        them."""
+        """Multiply tokens sorted by expert: `[R, in]` -> `[R, out]`, without the bias.
+
+        Args:
+            x: `[R, in]`.
+            laid: assignment of rows to experts.
+            own: local parameters.
+            target: the GPU that the kernel is compiled for, if any.
+        """
         weight, scales = own["weight"], own.get("weight_scale")
         weight = weight.reshape(weight.shape[0], -1, weight.shape[-1])
         scales = None if scales is None else scales.reshape(weight.shape[:2])
@@ -112,17 +125,16 @@ class ExpertLinear(Multiplying):
 
 
 class MoE(Multiplying):
-    """`sum_j w_j down_j(act(gate_j(x), up_j(x)))` over each token's experts j, and the shared ones.
+    """`sum_j w_j down_j(act(gate_j(x), up_j(x)))` over each token's experts j, plus shared experts.
 
-    Sharded, each device has a part of every expert's width F, as of an MLP's; or with the tactic "experts" of a
-    placement E / tp whole experts. Either way router and tokens are on every device, and one all-reduce adds up what
-    each made.
+    By default every expert's width F is sharded, like an MLP's; with the placement tactic "experts" each device has E /
+    tp whole experts. Router and tokens are replicated in both cases, and a single all-reduce sums the devices' outputs.
     """
 
     placed_whole = True
-    """Its parts are divided alike (`loading.weights.placeable`)."""
+    """A placement shards or replicates all parts together (`loading.weights.placeable`)."""
     has_experts = True
-    """The tactic "experts" of a placement is for such modules."""
+    """Whether a placement may use the tactic "experts"."""
 
     def __init__(self, build: Build, width: int, config: MoEConfig):
         self.config, self.tp = config, build.tp
@@ -153,7 +165,7 @@ class MoE(Multiplying):
         self.shared_gate = weight(build, (1, width), (None, axes.EMBED), width**-0.5) if config.shared_gate else None
 
     def __call__(self, x: jax.Array, step: StepContext) -> jax.Array:
-        """`[T, M]` -> `[T, M]`; of rows of padding what the shared experts make."""
+        """Map `[T, M]` to `[T, M]`; padding rows get only the shared experts' output."""
         chosen, weights = self.router(x)
         chosen = jnp.where(step.real[:, None], chosen, self.config.experts)
         hidden = None if self.shared is None else self._gated(x, self.shared.hidden(x))
@@ -167,8 +179,7 @@ class MoE(Multiplying):
         return on_shards(local, step.mesh, specs, whole, *operands)
 
     def _gated(self, x: jax.Array, hidden: jax.Array) -> jax.Array:
-        """The shared experts' `[T, tp, F / tp]`, weighted by the token: down has no bias, so it may be done before
-        it."""
+        """Gate the shared experts' hidden states `[T, tp, F / tp]`, which commutes with `down` as it has no bias."""
         if self.shared_gate is None:
             return hidden
         gate = jax.nn.sigmoid(self.product(x, self.shared_gate, None, jnp.float32))
@@ -183,7 +194,7 @@ class MoE(Multiplying):
         hidden: jax.Array | None,
         own: dict[str, Arrays],
     ) -> jax.Array:
-        """On this device's part of the weights; the sum over devices where they are divided."""
+        """Compute this device's part of the output, all-reduced if sharded."""
         experts = own["down"]["weight"].shape[0]
         if self.by_expert:
             chosen = chosen - jax.lax.axis_index(axes.MODEL) * experts
@@ -200,18 +211,22 @@ class MoE(Multiplying):
         return y if self.tp == 1 else jax.lax.psum(y, axes.MODEL)
 
     def _once(self, bias: jax.Array) -> jax.Array:
-        """A bias on that device alone whose sum counts, where all have part of the expert."""
+        """Zero the bias on all devices but one if every expert is sharded, so that the all-reduce adds it once."""
         if self.tp == 1 or self.by_expert:
             return bias
         return jnp.where(jax.lax.axis_index(axes.MODEL) == 0, bias, 0)
 
     def collectives(self) -> list[Collective]:
-        """The sum over shards of what their experts made, shared ones included."""
+        """Return the all-reduce of the experts' partial sums, shared experts included."""
         return [] if self.tp == 1 else [Collective(ALL_REDUCE, "partial sums", self.down.weight.shape[1])]
 
 
 def _check_divides(build: Build, config: MoEConfig) -> None:
-    """Raises ConfigError where the shards cannot share experts, or their widths, evenly."""
+    """Check that experts, or their widths, divide evenly over the shards.
+
+    Raises:
+        ConfigError: they do not.
+    """
     by_expert = build.by_expert
     name, size = (axes.EXPERT, config.experts) if by_expert else (axes.FFN, config.ffn)
     if size % build.tp == 0:
@@ -232,12 +247,12 @@ def _check_divides(build: Build, config: MoEConfig) -> None:
 
 
 def _arrays(part: nnx.Module) -> Arrays:
-    """The parameters of a module by their names."""
+    """Return the parameters of a module by name."""
     return {name: value[...] for name, value in vars(part).items() if isinstance(value, nnx.Param)}
 
 
 def _specs(part: nnx.Module) -> dict[str, PartitionSpec]:
-    """How they are divided."""
+    """Return the partition specs of a module's parameters by name."""
     params = {name: value.get_metadata() for name, value in vars(part).items() if isinstance(value, nnx.Param)}
     return {
         name: PartitionSpec() if metadata["replicated"] else spec(metadata["logical_axes"])

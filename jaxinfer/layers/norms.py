@@ -1,4 +1,4 @@
-"""Norms and scalings of activations."""
+"""Normalization layers and scaling of activations."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,15 +11,15 @@ from jaxinfer.layers.params import Build, constant
 
 
 class Scaling(NamedTuple):
-    """How the scale of an RMSNorm is kept and applied; the defaults are Llama's."""
+    """How an RMSNorm's scale is stored and applied; defaults are Llama's."""
 
     offset: float = 0.0
-    """Added to what the checkpoint has: 1 for Gemma, whose scales are kept less one."""
+    """Added to the checkpoint's scale: 1 for Gemma, which stores scale - 1."""
     wide: bool = False
-    """Whether it multiplies in float32, before the result is rounded to the dtype of the activations; False: after."""
+    """Whether to multiply in float32, before rounding to the activations' dtype; False: after rounding."""
 
     def __call__(self, wide: jax.Array, scale: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        """The normalised float32 `wide`, scaled, in `dtype`."""
+        """Scale the normalized float32 input `wide` and return it in `dtype`."""
         if self.wide:
             return (wide * (self.offset + scale.astype(jnp.float32))).astype(dtype)
         return (self.offset + scale if self.offset else scale) * wide.astype(dtype)
@@ -38,7 +38,7 @@ class RMSNorm(nnx.Module):
         self.eps, self.scaling = eps, scaling
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """`[..., size]` -> `[..., size]`, in the dtype of `x`."""
+        """Normalize `[..., size]` in the dtype of `x`."""
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
         return self.scaling(wide, self.scale[...], x.dtype)
@@ -53,16 +53,16 @@ def normalise_together(
     over: str | None,
     scaling: Scaling = Scaling(),
 ) -> tuple[jax.Array, ...]:
-    """An RMSNorm of each of several arrays over its whole width, which lies on all devices of a mesh axis.
+    """Apply an RMSNorm to each of several arrays over its whole width, which may be sharded over a mesh axis.
 
-    The sums of squares travel as one all-reduce. Columns of padding are zero, and add nothing.
+    The sums of squares take one all-reduce. Padding columns are zero and add nothing.
 
     Args:
-        parts: `[..., columns]` of each what this device has; inside `jax.shard_map` where `over` is not None.
-        scale: `[..., all columns]` of all parts, one after the other.
-        widths: what each sum of squares is divided by.
+        parts: local columns of each array, `[..., columns]`; inside `jax.shard_map` unless `over` is None.
+        scale: scales of all parts, concatenated, `[..., all columns]`.
+        widths: divisor of each sum of squares.
         eps: added to the mean.
-        over: the mesh axis; None: each part is whole.
+        over: mesh axis of the columns; None if the parts are not sharded.
         scaling: how the scale is applied.
     """
     wide = [part.astype(jnp.float32) for part in parts]
@@ -75,14 +75,15 @@ def normalise_together(
 
 
 class LayerNorm(nnx.Module):
-    """Normalise as `(x - mean(x)) / sqrt(var(x) + eps) * scale + bias` over the last axis, in float32
-    (arXiv:1607.06450).
+    """Layer normalization: `(x - mean(x)) / sqrt(var(x) + eps) * scale + bias` over the last axis, in float32.
+
+    See arXiv:1607.06450.
 
     Args:
-        build: dtype, mesh and path of the parameters.
-        size: the length of the last axis.
+        build: how parameters are made.
+        size: length of the last axis.
         eps: added to the variance.
-        axis: the logical name of the last axis.
+        axis: logical name of the last axis.
         bias: whether there is a bias; Cohere's norms have none.
     """
 
@@ -92,7 +93,7 @@ class LayerNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """`[..., size]` -> `[..., size]`, in the dtype of `x`."""
+        """Normalize `[..., size]` in the dtype of `x`."""
         wide = x.astype(jnp.float32)
         wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
         wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)

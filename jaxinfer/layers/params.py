@@ -1,4 +1,4 @@
-"""How a parameter is made: its shape, dtype, logical axes and initial values, stated once."""
+"""Creation of parameters: shape, dtype, logical axes and initial values."""
 
 from typing import Any, NamedTuple
 
@@ -13,33 +13,33 @@ from jaxinfer.sharding.policy import EXPERTS, REPLICATE, Placement
 
 
 class Build(NamedTuple):
-    """What every module needs to make its parameters."""
+    """What modules need to create their parameters."""
 
     rngs: nnx.Rngs
     dtype: jnp.dtype
-    """Of weights and activations."""
+    """Dtype of weights and activations."""
     mesh: Mesh | AbstractMesh
     quantization: str | None = None
-    """What the matrices that `matrix` makes are kept in: "int8"; None: in `dtype`."""
+    """"int8" to quantize the weights made by `matrix`; None to keep them in `dtype`."""
     placement: Placement = Placement()
-    """Which modules are divided over the mesh."""
+    """Which modules are sharded over the mesh."""
     path: str = ""
-    """Of the module that is made, from the model's root."""
+    """Path of the module being built, from the model's root."""
     pad_heads: bool = False
-    """Whether attention gets heads of zeroes where its own do not divide (`layers.heads`)."""
+    """Whether attention is padded with zero heads that make its heads divide over the shards (`layers.heads`)."""
 
     def at(self, *names: str | int) -> "Build":
-        """For the module of this name within this one."""
+        """Return the build of a submodule with this name."""
         return self._replace(path=".".join([*filter(None, [self.path]), *map(str, names)]))
 
     @property
     def replicated(self) -> bool:
-        """Whether the module is whole on every device."""
+        """Whether the module is replicated on every device."""
         return self.placement.tactic(self.path) == REPLICATE
 
     @property
     def by_expert(self) -> bool:
-        """Whether the module's experts, if it has any, lie whole on one device each."""
+        """Whether the module's experts, if any, are distributed whole over devices (expert parallelism)."""
         return self.placement.tactic(self.path) == EXPERTS
 
     @property
@@ -51,18 +51,23 @@ class Build(NamedTuple):
 def weight(
     build: Build, shape: tuple[int, ...], axes: tuple[str | None, ...], scale: float, **metadata: Any
 ) -> nnx.Param:
-    """A matrix of normal values of standard deviation `scale`, named axis by axis.
+    """Create a weight of normal values with standard deviation `scale`.
 
-    `metadata` is what the loader must know: `outputs` of a fused weight, `unpadded`, the shape in the checkpoint where
-    it is another, `inputs`, the output whose columns those of the weight are, and `stacked`: the first axis is one of
-    several such weights, to which all else applies alone.
+    Args:
+        build: how parameters are made.
+        shape: its shape.
+        axes: logical axis names.
+        scale: standard deviation.
+        **metadata: for the loader: `outputs` of a fused weight; `unpadded`, the shape in the checkpoint if it differs;
+            `inputs`, the projection output that produces the weight's columns; `stacked`, whether the first axis stacks
+            several such weights, to each of which the other metadata applies.
     """
     values = scale * jax.random.normal(build.rngs.params(), shape, build.dtype)
     return param(build, values, axes, **metadata)
 
 
 def param(build: Build, values: jax.Array, axes: tuple[str | None, ...], **metadata: Any) -> nnx.Param:
-    """A parameter with its logical axes, whether they are divided (`sharding.rules.of`), and its module's path."""
+    """Create a parameter with its logical axes, module path and whether it is replicated (`sharding.rules.of`)."""
     return nnx.Param(values, logical_axes=axes, replicated=build.replicated, module=build.path, **metadata)
 
 
@@ -75,10 +80,10 @@ def matrix(
     whole_scales: bool = False,
     **metadata: Any,
 ) -> tuple[nnx.Param, nnx.Param | None]:
-    """A `weight` to multiply activations with and, where weights are quantised, the scales of its rows `shape[:-1]`.
+    """Create a `weight` for matmuls and, if weights are quantized, the scales of its rows `shape[:-1]`.
 
-    The loader makes the scales of the weight's own tensors. They lie where their rows do, or with `whole_scales`
-    all on every device, for rows that are looked up from everywhere.
+    The loader computes the scales from the weight's tensors. Scales are sharded like the rows, or replicated with
+    `whole_scales`, for rows that every device looks up.
     """
     made = weight(build, shape, axes, scale, **metadata)
     if build.quantization is None:
@@ -95,5 +100,5 @@ def matrix(
 def constant(
     build: Build, shape: tuple[int, ...], axes: tuple[str | None, ...], value: float, **metadata: Any
 ) -> nnx.Param:
-    """A parameter that starts at one value everywhere: norm scales, biases."""
+    """Create a parameter with one value everywhere, such as a norm scale or bias."""
     return param(build, jnp.full(shape, value, build.dtype), axes, **metadata)

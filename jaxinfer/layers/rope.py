@@ -1,8 +1,7 @@
-"""Rotary position embeddings, with the numbers of transformers 5 (`modeling_rope_utils.py`) in float32.
+"""Rotary position embeddings (RoPE), numerically equal to transformers 5 (`modeling_rope_utils.py`) in float32.
 
-A rope is a `RopeConfig` (plain, hashable values) and three functions of it: `rope_frequencies` on the
-host, `cos_sin` in the traced step, `apply_rope` on queries and keys. Axes: T tokens, R rotated dims of a
-head, D head dim.
+A `RopeConfig` (plain, hashable values) is used by three functions: `rope_frequencies` on the host, `cos_sin` in the
+traced step, `apply_rope` on queries and keys. Axes: T tokens, R rotated dims of a head, D head dim.
 """
 
 from __future__ import annotations
@@ -18,10 +17,10 @@ from jaxinfer.layers.rope_config import RopeConfig
 
 
 class RopeFrequencies(NamedTuple):
-    """Host-side constants of one rope."""
+    """Host-side constants of one rotary embedding."""
 
     inv_freq: np.ndarray
-    """[R/2] float32, radians a position; of longrope the short set, of dynamic the unstretched one."""
+    """Inverse frequencies [R/2] float32, radians per position; longrope's short set; for dynamic the unscaled ones."""
     long_inv_freq: np.ndarray | None
     """[R/2] float32, longrope's set for long sequences."""
     attention_scaling: float
@@ -29,7 +28,7 @@ class RopeFrequencies(NamedTuple):
 
 
 def rope_frequencies(config: RopeConfig) -> RopeFrequencies:
-    """Computes the frequencies and the attention scaling of `config` in NumPy."""
+    """Compute the frequencies and attention scaling of `config` in NumPy."""
     plain = np.float32(1) / _wavelengths(config)
     if config.kind == "linear":
         return RopeFrequencies(plain / np.float32(config.factor), None, 1.0)
@@ -47,15 +46,17 @@ def rope_frequencies(config: RopeConfig) -> RopeFrequencies:
 
 
 def cos_sin(config: RopeConfig, positions: jax.Array, rope_length: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines of each token's angles, scaled for attention; may be traced (`config` is static).
+    """Compute cosines and sines of each token's angles, scaled for attention; may be traced (`config` is static).
 
     Args:
-      positions: [T] int32, the position of each token in its sequence.
-      rope_length: [T] int32, the sequence length that decides a token's frequencies: the prompt's length
-        for prompt tokens, position + 1 for generated ones. Only dynamic and longrope look at it.
+        config: the rotary embedding.
+        positions: [T] int32, the position of each token in its sequence.
+        rope_length: [T] int32, the sequence length that selects a token's frequencies: the prompt's length for prompt
+            tokens,
+            position + 1 for generated ones. Only dynamic and longrope use it.
 
     Returns:
-      cos [T, R/2] and sin [T, R/2], float32.
+        cos [T, R/2] and sin [T, R/2], float32.
     """
     frequencies = rope_frequencies(config)
     inv_freq = jnp.asarray(frequencies.inv_freq)
@@ -71,15 +72,15 @@ def cos_sin(config: RopeConfig, positions: jax.Array, rope_length: jax.Array) ->
 
 
 def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates the first R dims of each head, the first half of them against the second; the rest passes.
+    """Rotate the first R dims of each head, the first half against the second half; other dims are unchanged.
 
     Args:
-      x: [T, ..., D], any axes between (shards, heads).
-      cos: [T, R/2], cast to x's dtype before it is multiplied, as transformers does.
-      sin: [T, R/2], likewise.
+        x: [T, ..., D] with any axes between (shards, heads).
+        cos: [T, R/2], cast to x's dtype before multiplying, as transformers does.
+        sin: [T, R/2], likewise.
 
     Returns:
-      [T, ..., D] in x's dtype.
+        [T, ..., D] in x's dtype.
     """
     tokens, half = cos.shape
     broadcast = (tokens,) + (1,) * (x.ndim - 2) + (half,)
@@ -89,23 +90,23 @@ def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 
 def deinterleave(x: jax.Array) -> jax.Array:
-    """Reorder the last axis `[..., R]` so that rotary pairs that lie side by side become its two halves.
+    """Reorder the last axis `[..., R]` from interleaved rotary pairs (2i, 2i + 1) to two halves.
 
-    Checkpoints of GPT-J's convention rotate columns 2i and 2i + 1 against each other, `apply_rope` columns i and i +
-    R/2. Scores are sums over columns, so they stay the same when queries and keys are reordered alike.
+    GPT-J-style checkpoints rotate columns 2i and 2i + 1 against each other, `apply_rope` columns i and i + R/2. Scores
+    are sums over columns, so reordering queries and keys alike does not change them.
     """
     return jnp.concatenate([x[..., ::2], x[..., 1::2]], axis=-1)
 
 
 def _wavelengths(config: RopeConfig) -> np.ndarray:
-    """theta ** (2 i / rotary_dim), [R/2] float32; radians of position a cycle is spread over."""
+    """Compute theta ** (2 i / rotary_dim), [R/2] float32, the inverse of the frequencies."""
     exponents = np.arange(0, config.rotary_dim, 2, dtype=np.float32) / np.float32(config.rotary_dim)
-    # Rounded once from float64: one unit in the last place is 1e-3 radians at position 10,000.
+    # Computed in float64 and rounded once: one float32 ulp is 1e-3 radians at position 10,000.
     return (np.float64(np.float32(config.theta)) ** exponents.astype(np.float64)).astype(np.float32)
 
 
 def _dynamic(config: RopeConfig, rope_length: jax.Array) -> jax.Array:
-    """NTK-aware base stretched with the sequence (u/bloc97, u/emozilla): [T] lengths to [T, R/2]."""
+    """Compute frequencies [T, R/2] with the NTK-aware base scaled by the lengths [T] (u/bloc97, u/emozilla)."""
     length = jnp.maximum(rope_length, config.max_position).astype(jnp.float32)
     dim = config.rotary_dim
     stretch = config.factor * length / config.max_position - (config.factor - 1)
@@ -115,7 +116,7 @@ def _dynamic(config: RopeConfig, rope_length: jax.Array) -> jax.Array:
 
 
 def _llama3(config: RopeConfig, inv_freq: np.ndarray) -> np.ndarray:
-    """Llama 3.1: long wavelengths are divided by `factor`, short ones kept, those between are blended."""
+    """Scale frequencies as Llama 3.1: divide long wavelengths by `factor`, keep short ones, blend between."""
     f32, original = np.float32, config.original_max_position
     low, high = config.low_freq_factor, config.high_freq_factor
     wavelength = f32(2 * math.pi) / inv_freq
@@ -127,7 +128,7 @@ def _llama3(config: RopeConfig, inv_freq: np.ndarray) -> np.ndarray:
 
 
 def _yarn(config: RopeConfig) -> np.ndarray:
-    """YaRN (arXiv 2309.00071): fast dims keep their frequency, slow ones are interpolated, a ramp between."""
+    """Scale frequencies as YaRN (arXiv 2309.00071): keep fast dims, interpolate slow ones, ramp between."""
     f32, dim = np.float32, config.rotary_dim
 
     def dim_of(rotations: float) -> float:
@@ -148,12 +149,12 @@ def _yarn(config: RopeConfig) -> np.ndarray:
 
 
 def _factor(config: RopeConfig) -> float:
-    """The stated factor, else how far the context was stretched."""
+    """Return the stated factor, else the ratio of max_position to the original length."""
     return config.max_position / config.original_max_position if config.factor is None else config.factor
 
 
 def _yarn_scaling(config: RopeConfig) -> float:
-    """The stated attention factor, else the paper's 0.1 ln(factor) + 1, or DeepSeek's ratio of two such."""
+    """Return the stated attention factor, else the paper's 0.1 ln(factor) + 1, or DeepSeek's ratio of two of them."""
 
     def scale(weight: float) -> float:
         return 0.1 * weight * math.log(_factor(config)) + 1.0 if _factor(config) > 1 else 1.0
@@ -166,7 +167,7 @@ def _yarn_scaling(config: RopeConfig) -> float:
 
 
 def _longrope_scaling(config: RopeConfig) -> float:
-    """The stated attention factor, else sqrt(1 + ln(factor) / ln(original length)) (arXiv 2402.13753)."""
+    """Return the stated attention factor, else sqrt(1 + ln(factor) / ln(original length)) (arXiv 2402.13753)."""
     if config.attention_factor is not None:
         return config.attention_factor
     if _factor(config) <= 1:

@@ -1,7 +1,7 @@
-"""What a config.json says about rotary position embeddings, in the style of transformers 5 or before it.
+"""Parsing of rotary-embedding fields in config.json, in the style of transformers 5 and of earlier versions.
 
-`RopeConfig.from_hf` is strict: a kind, a key or a value that would change the numbers in a way not known
-here is a ConfigError. The mathematics is in `rope.py`.
+`RopeConfig.from_hf` is strict: a type, key or value whose effect on the numbers is unknown raises ConfigError. The math
+is in `rope.py`.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ ROPE_FIELDS = (
     "max_position_embeddings",
     "original_max_position_embeddings",
 )
-"""The top-level fields of config.json that `RopeConfig.from_hf` reads."""
+"""Top-level fields of config.json that `RopeConfig.from_hf` reads."""
 
 MAX_NUMBER = 1e30
-"""Largest theta or factor: what is computed of them stays finite."""
+"""Largest theta or factor: keeps everything computed from it finite."""
 MAX_LENGTH = 2**27
-"""Most tokens of a sequence that a config.json may state; far above any real model."""
+"""Largest sequence length, in tokens, that a config.json may state; far above any real model."""
 
 _ORIGINAL = "original_max_position_embeddings"
 _REQUIRED = {
@@ -49,50 +49,54 @@ _OPTIONAL = {
     "longrope": (_ORIGINAL, "attention_factor", "factor"),
 }
 _EVERY_KIND = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned"}
-# What one kind uses and another does not: transformers ignores it there, and so must the same numbers.
+# Keys of some kinds only: transformers ignores them for other kinds, so they are ignored here too.
 _OF_SOME_KIND = {name for table in (_REQUIRED, _OPTIONAL) for names in table.values() for name in names}
 
 
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
-    """One model's rotary embedding. Lengths and positions are in tokens; None means "not stated"."""
+    """Rotary embedding of a model. Lengths and positions are in tokens; None means "not stated"."""
 
     kind: str
     """One of `ROPE_KINDS`."""
     theta: float
     """Base of the geometric series of wavelengths."""
     head_dim: int
-    """D, the whole width of a head."""
+    """D, the full width of a head."""
     rotary_dim: int
-    """The leading dims of a head that the frequencies are computed for (partial_rotary_factor x D)."""
+    """Leading dims of a head that are rotated (partial_rotary_factor x D)."""
     max_position: int
-    """max_position_embeddings: the longest sequence the checkpoint claims to serve."""
+    """max_position_embeddings: the longest sequence the checkpoint is declared for."""
     factor: float | None = None
-    """Stretch of the context; yarn and longrope fall back to max_position / original_max_position."""
+    """Context extension factor; yarn and longrope default to max_position / original_max_position."""
     original_max_position: int | None = None
-    """Length the model was trained at before it was stretched (llama3, yarn, longrope)."""
+    """Trained length before context extension (llama3, yarn, longrope)."""
     low_freq_factor: float | None = None
     high_freq_factor: float | None = None
     attention_factor: float | None = None
-    """Multiplier of cos and sin (yarn, longrope); derived from the factors when not stated."""
+    """Multiplier of cos and sin (yarn, longrope); derived from the factors if not stated."""
     beta_fast: float | None = None
     beta_slow: float | None = None
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True
-    """yarn: round the ends of the blended range to whole dims."""
+    """yarn: whether to round the ends of the blended range to whole dims."""
     short_factor: tuple[float, ...] | None = None
-    """longrope: divisor of each frequency, [R/2], up to original_max_position."""
+    """longrope: divisor of each frequency, [R/2], for sequences up to original_max_position."""
     long_factor: tuple[float, ...] | None = None
-    """longrope: divisor of each frequency, [R/2], beyond it."""
+    """longrope: divisor of each frequency, [R/2], for longer sequences."""
 
     @classmethod
     def from_hf(cls, config: dict[str, Any], head_dim: int, default_theta: float = 10_000.0) -> RopeConfig:
         """Read `rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` of a config.json.
 
-        `default_theta`: the family's `rope_theta` where the file states none.
+        Args:
+            config: content of config.json.
+            head_dim: D.
+            default_theta: the family's `rope_theta` if the file states none.
 
-        Raises ConfigError for a kind, a key or a value that cannot be served with the right numbers.
+        Raises:
+            ConfigError: a type, key or value that cannot be served with the right numbers.
         """
         parameters = _standardise(config, default_theta)
         kind = _kind(parameters)
@@ -117,10 +121,10 @@ class RopeConfig:
 
     @property
     def stretched_length(self) -> int:
-        """Return the longest sequence that the frequencies are made for, in tokens.
+        """Longest sequence the scaled frequencies are made for, in tokens.
 
-        `max_position_embeddings` of published files is either this length or, as in the model cards of Qwen2.5 and
-        Qwen3, still the trained one. linear and dynamic stretch that; yarn stretches the original length.
+        In published files `max_position_embeddings` is either this length or, as in the model cards of Qwen2.5 and
+        Qwen3, still the trained one. linear and dynamic scale that; yarn scales the original length.
         """
         if self.kind == "yarn" and self.factor is not None:
             return int(self.original_max_position * self.factor)
@@ -128,11 +132,11 @@ class RopeConfig:
 
     @property
     def depends_on_length(self) -> bool:
-        """Whether a token's rotation depends on the length of its sequence, not on its position alone."""
+        """Whether a token's rotation depends on the sequence length and not on its position alone."""
         return self.kind in ("dynamic", "longrope")
 
     def length_key(self, prompt_len: int) -> bytes:
-        """Salt for the prefix cache: prompts with equal keys (and equal tokens) have equal rotated keys."""
+        """Return a prefix-cache salt: prompts with equal keys and equal tokens have equal rotated keys."""
         if self.kind == "dynamic" and prompt_len > self.max_position:
             return b"dynamic:%d" % prompt_len
         if self.kind == "longrope" and prompt_len > self.original_max_position:
@@ -141,8 +145,8 @@ class RopeConfig:
 
 
 def _standardise(config: dict[str, Any], default_theta: float) -> dict[str, Any]:
-    """The rope's own dict in the style of transformers 5: rope_theta and partial_rotary_factor inside."""
-    # An empty rope_scaling counts as absent; a filled one wins, as in transformers.
+    """Return the rope dict in the style of transformers 5, with rope_theta and partial_rotary_factor inside."""
+    # As in transformers, rope_scaling takes precedence unless it is empty.
     source = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     parameters = config.get(source) or {}
     if not isinstance(parameters, dict):
@@ -160,7 +164,7 @@ def _standardise(config: dict[str, Any], default_theta: float) -> dict[str, Any]
 
 
 def _show(value: Any) -> str:
-    """Show a value in a message, cut short; Python refuses to write integers of thousands of digits."""
+    """Format a value for a message, truncated; Python refuses to format integers of thousands of digits."""
     if isinstance(value, int) and abs(value) >= 2**100:
         return f"an integer of {value.bit_length()} bits"
     text = repr(value)
@@ -169,7 +173,7 @@ def _show(value: Any) -> str:
 
 def _kind(parameters: dict[str, Any]) -> str:
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
-    # Phi-3's first configs said "su", or "yarn" for what has been longrope ever since.
+    # Early Phi-3 configs name longrope "su" or "yarn".
     if kind == "su" or (kind == "yarn" and "short_factor" in parameters and "long_factor" in parameters):
         kind = "longrope"
     if kind not in ROPE_KINDS:
@@ -178,7 +182,11 @@ def _kind(parameters: dict[str, Any]) -> str:
 
 
 def _check_keys(kind: str, parameters: dict[str, Any]) -> None:
-    """Raises ConfigError for missing keys and for keys whose effect on the numbers is not known."""
+    """Check for missing keys and for keys whose effect on the numbers is unknown.
+
+    Raises:
+        ConfigError: there are such keys.
+    """
     missing = [name for name in _REQUIRED[kind] if name not in parameters]
     if missing:
         raise ConfigError(f"rope type {kind!r} needs {', '.join(missing)}; found {sorted(parameters)}.")
@@ -209,7 +217,7 @@ def _read(parameters: dict[str, Any], name: str) -> Any:
         return True if value is None else value
     if name == _ORIGINAL:
         return _length(parameters, name) if parameters.get(name) is not None else None
-    # Zero switches mscale off and is what "no attention" would mean; nothing else may be zero.
+    # mscale=0 disables mscale, and attention_factor=0 is taken as stated; no other number may be 0.
     if name in ("mscale", "mscale_all_dim", "attention_factor") and parameters.get(name) == 0:
         return 0.0
     value = _positive(parameters, name)
@@ -237,14 +245,18 @@ def _length(config: dict[str, Any], name: str) -> int:
 
 
 def _original_length(config: dict[str, Any], parameters: dict[str, Any]) -> int:
-    """The trained length: the top-level field (Phi-3 keeps it there), else the rope's, else the maximum."""
+    """Return the trained length: the top-level field (as in Phi-3), else the rope dict's, else the maximum."""
     if config.get(_ORIGINAL) is not None:
         return _length(config, _ORIGINAL)
     return _read(parameters, _ORIGINAL) or _length(config, "max_position_embeddings")
 
 
 def _check(rope: RopeConfig) -> None:
-    """Raises ConfigError for values that are each fine and together give no numbers."""
+    """Check combinations of values that are valid separately.
+
+    Raises:
+        ConfigError: the combination is invalid.
+    """
     if rope.rotary_dim < 2 or rope.rotary_dim % 2:
         raise ConfigError(
             f"rope: head_dim={rope.head_dim} x partial_rotary_factor gives {rope.rotary_dim} "

@@ -1,4 +1,4 @@
-"""Which experts a token goes to, and what each of them counts."""
+"""MoE router: selects the experts of each token and their weights."""
 
 from dataclasses import dataclass
 
@@ -14,42 +14,43 @@ SOFTMAX, SIGMOID = "softmax", "sigmoid"
 SCORES = (SOFTMAX, SIGMOID)
 COUNTS, TAKEN = "num_experts, num_local_experts or n_routed_experts", "num_experts_per_tok or num_experts_per_token"
 GROUPS = "n_group or num_expert_group"
-"""What config.json calls the number of experts, of those a token takes, and of groups, by family."""
+"""Names in config.json of the number of experts, experts per token and expert groups, by family."""
 
 
 @dataclass(frozen=True)
 class RouterConfig:
-    """How scores become a choice and weights. The kinds in use are settings of these fields:
+    """How scores determine the experts and their weights. Settings of known models:
 
     - Mixtral (arXiv:2401.04088), Qwen3-MoE and Qwen3-Next with `norm_topk_prob`: the defaults;
-    - Qwen3-MoE without it: `renormalise=False`;
-    - gpt-oss, a softmax over the logits that were chosen: the defaults with `bias=True`. It is the same number as a
-      softmax over all of them, renormalised;
+    - Qwen3-MoE without `norm_topk_prob`: `renormalise=False`;
+    - gpt-oss, a softmax over the selected logits: the defaults with `bias=True`, which equals a renormalized softmax
+      over
+      all logits;
     - DeepSeek-V3 (arXiv:2412.19437) and Kimi: `score="sigmoid", correction=True, scale=2.5, groups=8, chosen_groups=4`.
     """
 
     score: str = SOFTMAX
-    """Of a logit: "softmax" over all experts, or "sigmoid" of each alone."""
+    """"softmax" over all experts, or "sigmoid" of each logit."""
     renormalise: bool = True
     """Whether the weights of a token's experts are divided by their sum."""
     scale: float = 1.0
-    """The weights are multiplied by it, last."""
+    """Final multiplier of the weights (routed_scaling_factor)."""
     bias: bool = False
     """Whether logits have a bias."""
     correction: bool = False
-    """Whether a number an expert is added to its score for the choice alone, not for its weight (arXiv:2408.15664)."""
+    """Whether a per-expert bias is added to scores for selection only, not for weights (arXiv:2408.15664)."""
     groups: int = 1
-    """Into which the experts are divided, one after another."""
+    """Number of expert groups, of consecutive experts (n_group)."""
     chosen_groups: int = 1
-    """Groups that a token's experts are from: those whose best experts' scores have the largest sum."""
+    """Groups a token's experts are selected from: those with the largest sums of best scores (topk_group)."""
     group_best: int = 2
-    """How many of a group's experts that sum is over."""
+    """Number of best expert scores summed to rank a group."""
 
     def check(self, experts: int, per_token: int) -> None:
-        """Whether it can choose `per_token` of `experts`.
+        """Check the settings for `per_token` of `experts` experts.
 
         Raises:
-            ConfigError: an unknown score, or numbers that do not fit each other.
+            ConfigError: an unknown score, or inconsistent sizes.
         """
         if self.score not in SCORES:
             raise ConfigError(f"router: score is {self.score!r}; it may be {' or '.join(SCORES)}")
@@ -86,7 +87,7 @@ class RouterConfig:
 
 
 class Router(Multiplying):
-    """`[T, M]` -> the experts of each token and their weights. Whole on every device: each comes to the same choice."""
+    """Map `[T, M]` to each token's experts and weights. Replicated: every device computes the same selection."""
 
     def __init__(self, build: Build, width: int, experts: int, per_token: int, config: RouterConfig):
         config.check(experts, per_token)
@@ -96,7 +97,7 @@ class Router(Multiplying):
         self.correction = param(build, jnp.zeros(experts, jnp.float32), (None,)) if config.correction else None
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """`[T, M]` -> experts `[T, k]` int32 and their weights `[T, k]` float32, the best first."""
+        """Return experts `[T, k]` int32 and weights `[T, k]` float32, best first."""
         logits = self.product(x, self.weight, None, jnp.float32)
         if self.bias is not None:
             logits = logits + self.bias[...].astype(jnp.float32)
@@ -107,10 +108,19 @@ class Router(Multiplying):
 def route(
     logits: jax.Array, per_token: int, config: RouterConfig, correction: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """The choice and the weights of float32 logits `[T, E]`; `correction` `[E]`. Of equal scores the first counts
-    more."""
+    """Select experts from float32 logits `[T, E]`; ties go to the lower index.
+
+    Args:
+        logits: `[T, E]` float32.
+        per_token: k.
+        config: how scores determine the selection.
+        correction: `[E]`, added to scores for selection only.
+
+    Returns:
+        Experts `[T, k]` int32 and weights `[T, k]` float32, best first.
+    """
     sigmoid = config.score == SIGMOID
-    ranks = jax.nn.sigmoid(logits) if sigmoid else logits  # a softmax keeps the order
+    ranks = jax.nn.sigmoid(logits) if sigmoid else logits  # softmax preserves the order
     if not sigmoid and (correction is not None or config.groups > 1):
         ranks = jax.nn.softmax(logits, axis=-1)
     scores = ranks
@@ -124,20 +134,20 @@ def route(
     if scores is logits:
         return chosen, config.scale * _softmax(best, logits, config.renormalise)
     if config.renormalise:
-        # The summand is DeepSeek's own: sigmoids may all be zero.
+        # DeepSeek's own epsilon: all sigmoids may be zero.
         best = best / (jnp.sum(best, axis=-1, keepdims=True) + 1e-20)
     return chosen, config.scale * best
 
 
 def _softmax(best: jax.Array, logits: jax.Array, renormalise: bool) -> jax.Array:
-    """The weights of chosen logits: among themselves, or among all."""
+    """Return the softmax weights of selected logits, normalized over the selected ones or over all."""
     if renormalise:
         return jax.nn.softmax(best, axis=-1)
     return jnp.exp(best - jax.nn.logsumexp(logits, axis=-1, keepdims=True))
 
 
 def _in_chosen_groups(ranks: jax.Array, config: RouterConfig) -> jax.Array:
-    """`[T, E]` bool."""
+    """Return which experts are in a token's selected groups, `[T, E]` bool."""
     grouped = ranks.reshape(ranks.shape[0], config.groups, -1)
     sums = jnp.sum(jax.lax.top_k(grouped, config.group_best)[0], axis=-1)
     _, chosen = jax.lax.top_k(sums, config.chosen_groups)

@@ -1,4 +1,4 @@
-"""Run part of a layer on the local shapes of each device."""
+"""Running part of a layer on the local shapes of each device."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,16 +10,16 @@ from jaxinfer.sharding import axes
 
 
 def on_shards(local: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any, *operands: Any) -> Any:
-    """Call `local` on each device's shards of the operands: in `jax.shard_map`, or as it is on a mesh of one device.
+    """Call `local` on each device's shards of the operands: in `jax.shard_map`, or directly on a mesh of one device.
 
-    Kernels and gathers of the cache need local shapes: under Auto axes XLA would add all-gathers around them.
+    Kernels and cache gathers need local shapes: under Auto axes XLA would add all-gathers around them.
 
     Args:
-        local: the function of the shards.
+        local: function of the local shards.
         mesh: the devices.
-        in_specs: a `PartitionSpec` an operand, or a pytree of them.
+        in_specs: a `PartitionSpec` per operand, or a pytree of them.
         out_specs: those of the results.
-        *operands: arrays and pytrees with the shapes of all devices together.
+        *operands: arrays and pytrees with global shapes.
     """
     if mesh.size == 1:
         return local(*operands)
@@ -27,5 +27,5 @@ def on_shards(local: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: A
 
 
 def model_axis(shards: int) -> str | None:
-    """Return the mesh axis that a layer of so many shards is divided over; None for a replicated layer of one."""
+    """Return the mesh axis of a layer with this many shards; None for a replicated layer (one shard)."""
     return axes.MODEL if shards > 1 else None

@@ -1,7 +1,7 @@
-"""A vision transformer over the tiles of images: InternViT (arXiv:2312.14238), a ViT (arXiv:2010.11929) with options.
+"""Vision transformer over image tiles: InternViT (arXiv:2312.14238), a ViT (arXiv:2010.11929) with options.
 
-Letters beside those of `sharding.axes`: n tiles, C channels, t = 1 + g * g tokens of a tile of g by g patches, the
-first of them the CLS token.
+Axes beside those of `sharding.axes`: n tiles, C channels, t = 1 + g * g tokens of a tile of g by g patches, the first
+of them the CLS token.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,17 +24,17 @@ from jaxinfer.sharding import axes
 from jaxinfer.sharding.collectives import ALL_REDUCE, ENCODE, Collective
 
 NORMS: Mapping[str, Callable[..., nnx.Module]] = {"layer_norm": LayerNorm, "rms_norm": RMSNorm}
-"""Hugging Face's `norm_type` names."""
+"""Norm classes by Hugging Face's `norm_type` names."""
 
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """A tower, every number that shapes it."""
+    """Configuration of a vision tower."""
 
     width: int
     """M of the tower."""
     layers: int
-    """Layers that are computed; a checkpoint may have more."""
+    """Layers to compute; a checkpoint may have more."""
     heads: int
     """H; divides the width."""
     ffn: int
@@ -43,36 +43,36 @@ class VisionConfig:
     channels: int
     """C."""
     image_size: int
-    """Pixels a side of the images that the learned positions are for."""
+    """Side, in pixels, of the images that the learned positions are for."""
     patch_size: int
-    """Pixels a side of a patch."""
+    """Side of a patch, in pixels."""
     norm: str
     """One of `NORMS`."""
     norm_eps: float
     qkv_bias: bool = False
     qk_norm_eps: float | None = None
-    """Epsilon of an RMSNorm of queries and of keys over the whole width, before the split into heads; None: none."""
+    """Epsilon of an RMSNorm of queries and keys over the whole width, before the split into heads; None for no norm."""
     positions: bool = True
-    """Whether patches carry learned positions."""
+    """Whether patches have learned positions."""
     final_norm: bool = False
     """Whether a LayerNorm follows the last layer."""
     out_bias: bool = True
-    """Whether the projection behind attention has a bias."""
+    """Whether attention's output projection has a bias."""
 
     @property
     def grid(self) -> int:
-        """Patches a side of an image of `image_size`."""
+        """Patches per side of an image of `image_size`."""
         return self.image_size // self.patch_size
 
 
 class PatchEmbedding(Multiplying):
-    """Pixels to tokens: patches, the CLS token before them, learned positions."""
+    """Embed pixels as tokens: CLS token, patches and learned positions."""
 
     placed_whole = True
 
     def __init__(self, build: Build, config: VisionConfig):
         self.config = config
-        # In the shapes of a convolution's checkpoint.
+        # Same shape as the convolution weight in the checkpoint.
         shape = (config.width, config.channels, config.patch_size, config.patch_size)
         self.weight = weight(build, shape, (axes.EMBED, None, None, None), (shape[1] * shape[2] ** 2) ** -0.5)
         self.bias = constant(build, shape[:1], (axes.EMBED,), 0.0)
@@ -82,7 +82,7 @@ class PatchEmbedding(Multiplying):
         self.positions = weight(build, places, names, 0.02) if config.positions else None
 
     def __call__(self, pixels: jax.Array) -> jax.Array:
-        """`[n, C, height, width]`, whole patches a side -> `[n, t, M]`."""
+        """Map pixels `[n, C, height, width]`, of whole patches, to `[n, t, M]`."""
         count, size = pixels.shape[0], self.config.patch_size
         grid = pixels.shape[2] // size, pixels.shape[3] // size
         kernel = self.weight[...].reshape(self.config.width, -1)
@@ -93,7 +93,7 @@ class PatchEmbedding(Multiplying):
         return x if self.positions is None else x + self._positions(grid)
 
     def _positions(self, grid: tuple[int, int]) -> jax.Array:
-        """`[1, t, M]` for this grid; bicubic from the checkpoint's where it is another."""
+        """Return positions `[1, t, M]` for a grid, resampled bicubically if it differs from the checkpoint's."""
         learned, side = self.positions[...], self.config.grid
         if grid == (side, side):
             return learned
@@ -105,16 +105,16 @@ class PatchEmbedding(Multiplying):
 
 
 def patches(pixels: jax.Array, size: int) -> jax.Array:
-    """`[n, C, height, width]` -> `[n * patches, C * size * size]`, row by row of the grid: what a convolution reads."""
+    """Cut `[n, C, height, width]` into patches `[n * patches, C * size * size]`, row-major, as a convolution does."""
     count, channels, height, width = pixels.shape
     pixels = pixels.reshape(count, channels, height // size, size, width // size, size)
     return pixels.transpose(0, 2, 4, 1, 3, 5).reshape(-1, channels * size * size)
 
 
 def bicubic(old: int, new: int) -> np.ndarray:
-    """`[new, old]` float32: the matrix that resamples `old` points to `new`.
+    """Compute the matrix `[new, old]` float32 that resamples `old` points to `new`.
 
-    Cubic convolution (R. Keys, 1981) with a = -0.75, pixel centres at halves and the edge repeated:
+    Cubic convolution (R. Keys, 1981) with a = -0.75, half-pixel centers and edge replication, equal to
     `torch.nn.functional.interpolate` with mode "bicubic", align_corners false and no antialiasing.
     """
     a, made = -0.75, np.zeros((new, old))
@@ -130,14 +130,17 @@ def bicubic(old: int, new: int) -> np.ndarray:
 
 
 QUERIES = 1024
-"""Queries that are scored at a time where an image has more than twice as many tokens: all scores at once would take
-gigabytes."""
+"""Queries scored at a time for images with more than twice as many tokens, whose full scores would take gigabytes."""
 
 
 def attend_whole(q: jax.Array, k: jax.Array, v: jax.Array, padding: jax.Array | None = None) -> jax.Array:
-    """Every token attends to all of its own tile, with a softmax in float32: `[n, t, H, D]` each -> `[n, t, H, D]`.
+    """Attend among all tokens of a tile, with a float32 softmax: q, k and v `[n, t, H, D]` -> `[n, t, H, D]`.
 
-    `padding`: `[n, t]` bool; where it is True a token does not attend to others of the kind, while the rest does.
+    Args:
+        q: queries.
+        k: keys.
+        v: values.
+        padding: `[n, t]` bool; padding tokens do not attend to other padding tokens, but to all others.
     """
     count, tokens = q.shape[:2]
     if tokens <= 2 * QUERIES:
@@ -157,7 +160,7 @@ def attend_whole(q: jax.Array, k: jax.Array, v: jax.Array, padding: jax.Array | 
 def _attend(
     q: jax.Array, k: jax.Array, v: jax.Array, of_queries: jax.Array | None, of_keys: jax.Array | None
 ) -> jax.Array:
-    """The same for some of the queries, `[n, q, H, D]`; the padding of these and of the keys."""
+    """Attend for some queries `[n, q, H, D]`, with padding masks of these and of the keys."""
     precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
     scores = jnp.einsum("nqhd,nkhd->nhqk", q, k, precision=precision, preferred_element_type=jnp.float32)
     scores = scores * q.shape[-1] ** -0.5
@@ -168,7 +171,7 @@ def _attend(
 
 
 class VisionAttention(nnx.Module):
-    """Bidirectional attention, with queries and keys normalised over the whole width where the model asks for it."""
+    """Bidirectional attention, optionally with q/k norms over the whole width."""
 
     placed_whole = True
 
@@ -177,19 +180,19 @@ class VisionAttention(nnx.Module):
         outputs = HeadLayout.of(build, config.heads, config.heads).outputs(config.width // config.heads)
         self.qkv = FusedLinear(build, config.width, outputs, bias=config.qkv_bias)
         self.out = RowLinear(build, axes.HEADS, outputs[0], config.width, bias=config.out_bias)
-        # Of queries and of keys, one after the other, divided as their columns are.
+        # Scales of q, then of k, sharded like their columns.
         shape = (build.tp, sum(output.columns(build.tp) for output in outputs[:2]))
         scale = constant(build, shape, (axes.SHARD, axes.COLUMNS), 1.0, outputs=outputs[:2])
         self.norm_scale = None if config.qk_norm_eps is None else scale
 
     def collectives(self) -> list[Collective]:
-        """That of the norm, whose width is divided."""
+        """Return the all-reduce of the q/k norm if its width is sharded."""
         if self.norm_scale is None or self.norm_scale.shape[0] == 1:
             return []
         return [Collective(ALL_REDUCE, "squares of q and k", 2, itemsize=4)]
 
     def __call__(self, x: jax.Array, padding: jax.Array | None = None) -> jax.Array:
-        """`[n, t, M]` -> `[n, t, M]`; `padding`: `[n, t]`, as in `attend_whole`."""
+        """Map `[n, t, M]` to `[n, t, M]`; `padding` `[n, t]` as in `attend_whole`."""
         q, k, v = self.qkv(x.reshape(-1, x.shape[-1]))
         scale = None if self.norm_scale is None else self.norm_scale[...]
         return self.out(self._attend(q, k, v, scale, x.shape[1], padding)).reshape(x.shape)
@@ -197,9 +200,10 @@ class VisionAttention(nnx.Module):
     def _attend(
         self, q: jax.Array, k: jax.Array, v: jax.Array, scale: jax.Array | None, tokens: int, padding: jax.Array | None
     ) -> jax.Array:
-        """`[n * t, tp, columns]` each -> the same.
+        """Attend with q, k and v `[n * t, tp, columns]`.
 
-        On local shapes in `jax.shard_map`: each device has whole heads of whole tiles, so that nothing is exchanged.
+        Runs on local shapes in `jax.shard_map`: each device has whole heads of whole tiles, so there are no
+        collectives.
         """
         divided, head_dim = q.shape[1] > 1, self.config.width // self.config.heads
 
@@ -220,7 +224,7 @@ class VisionAttention(nnx.Module):
 
 
 class VisionLayer(nnx.Module):
-    """`x + a * attention(norm(x))`, then `x + b * mlp(norm(x))`: LayerScale (arXiv:2103.17239)."""
+    """`x + a * attention(norm(x))`, then `x + b * mlp(norm(x))`: a ViT block with LayerScale (arXiv:2103.17239)."""
 
     def __init__(self, build: Build, config: VisionConfig):
         norm, width = NORMS[config.norm], config.width
@@ -232,14 +236,14 @@ class VisionLayer(nnx.Module):
         self.mlp_scale = constant(build, (width,), (axes.EMBED,), 0.1)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """`[n, t, M]` -> `[n, t, M]`."""
+        """Map `[n, t, M]` to `[n, t, M]`."""
         x = x + self.attention_scale[...] * self.attention(self.attention_norm(x))
         y = self.mlp(self.mlp_norm(x).reshape(-1, x.shape[-1])).reshape(x.shape)
         return x + self.mlp_scale[...] * y
 
 
 class VisionTower(nnx.Module):
-    """Embedding and layers; a LayerNorm at the end where the checkpoint has one."""
+    """Patch embedding, layers and an optional final LayerNorm."""
 
     steps = (ENCODE,)
 
@@ -250,7 +254,7 @@ class VisionTower(nnx.Module):
         self.norm = final
 
     def __call__(self, pixels: jax.Array) -> jax.Array:
-        """`[n, C, height, width]` -> `[n, t, M]`."""
+        """Map pixels `[n, C, height, width]` to `[n, t, M]`."""
         x = self.embedding(pixels)
         for layer in self.layers:
             x = layer(x)
@@ -258,7 +262,7 @@ class VisionTower(nnx.Module):
 
 
 def divide(inputs: jax.Array, mesh: jax.sharding.Mesh) -> jax.Array:
-    """`[n, ...]` -> `[n', ...]`, divided over the mesh axis `data` where there is one, with zeroes until it divides."""
+    """Shard `[n, ...]` over the mesh axis `data`, if there is one, padding with zeros until it divides: `[n', ...]`."""
     if axes.DATA not in mesh.shape:
         return inputs
     missing = -inputs.shape[0] % mesh.shape[axes.DATA]
@@ -267,7 +271,7 @@ def divide(inputs: jax.Array, mesh: jax.sharding.Mesh) -> jax.Array:
 
 
 def gather(rows: jax.Array, count: int, mesh: jax.sharding.Mesh) -> jax.Array:
-    """The first `count` of what was made of `divide`d inputs, whole on every device."""
+    """Replicate the first `count` results of inputs sharded by `divide`."""
     if axes.DATA not in mesh.shape:
         return rows
     return jax.lax.with_sharding_constraint(rows, NamedSharding(mesh, PartitionSpec()))[:count]
