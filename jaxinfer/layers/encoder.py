@@ -36,7 +36,7 @@ class EncodeStep:
     rows: PrefillTiles
     """Attention tiles; `tables` is `[1, S]`, with one block per position."""
     slots: tuple[Slots, ...]
-    """Slots of each position's keys and values, one entry per group of cross layers; a single entry in a layer's view."""
+    """Slots of each position's keys and values, one entry per group of cross layers; a single one in a layer's view."""
     mesh: Mesh = field(metadata={"static": True})
     kernel: str = field(default="xla", metadata={"static": True})
     """Implementation of attention (`kernels.attention.choose`)."""
