@@ -1,1 +1,1 @@
-"""Requests, the scheduler, the runner of compiled steps and the sampler."""
+"""Engine: requests, scheduler, runner of compiled steps, sampler."""

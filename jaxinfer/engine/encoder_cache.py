@@ -1,5 +1,8 @@
-"""What running prompts read of encoders: pinned in the feature pool while they are computed, or kept in the cache as
-long as they run (`kv.encoded`); encoded first where it is not there.
+"""Encoder inputs of running prompts: pinned in the feature pool during prefill, or kept in the cache for
+cross-attention.
+
+Inputs that are in neither are encoded first. Cross-attention entries stay as long as their sequence runs
+(`kv.cross_cache`).
 """
 
 from typing import NamedTuple
@@ -14,19 +17,19 @@ from jaxinfer.media import CrossInputs, EncoderInput
 
 
 class Offer(NamedTuple):
-    """What a prompt would pin if it were admitted."""
+    """Encoder inputs that a prompt would pin if it were admitted."""
 
     wanted: dict[bytes, EncoderInput]
     held: Held
 
     @property
     def fits(self) -> bool:
-        """Whether there is room for all of it."""
+        """Whether the feature pool has room for all of them."""
         return self.held.fits
 
 
 class Encoding:
-    """By row, until its prompt is computed: the inputs it pins, and for each token its row of the feature pool."""
+    """Inputs pinned by each prefilling row, and the feature pool row of each of its tokens."""
 
     def __init__(self, slots: int):
         self.pool = FeaturePool.create(slots)
@@ -36,13 +39,13 @@ class Encoding:
         self._reused = 0
 
     def offer(self, sequence: Sequence, start: int) -> Offer:
-        """Room for the inputs that the tokens of a sequence from position `start` on read; nothing is changed."""
+        """Check for room for the inputs that tokens from position `start` on read; no state is changed."""
         inputs = sequence.request.inputs
         wanted = {} if inputs is None else inputs.wanted(start)
         return Offer(wanted, encoder_pool.hold(self.pool, {digest: one.count for digest, one in wanted.items()}))
 
     def accept(self, sequence: Sequence, offer: Offer) -> None:
-        """Pins an offer made to a sequence that has a row now."""
+        """Pin the inputs of an offer for a sequence that has been given a row."""
         if not offer.wanted:
             return
         wanted, held = offer
@@ -52,23 +55,28 @@ class Encoding:
         self.rows[sequence.row] = tuple(wanted), sequence.request.inputs.index(held.slots, sequence.length)
 
     def index(self, row: int, start: int, count: int) -> np.ndarray | None:
-        """`[count]` int32: for positions from `start` on the row of the feature pool, -1 for none; None: none reads
-        it."""
+        """Return the feature pool row for each position from `start` on, `[count]` int32, -1 for text; None if none
+        reads it.
+        """
         return self.rows[row][1][start : start + count] if row in self.rows else None
 
     def release(self, row: int) -> None:
-        """Lets go of what a row pins, once its steps are dispatched or it has left."""
+        """Unpin a row's inputs once its prefill is dispatched or it has left."""
         if row in self.rows:
             self.pool = encoder_pool.release(self.pool, self.rows.pop(row)[0])
 
     def has_room(self, cross: CrossInputs, most: int) -> bool:
-        """Whether a step that encodes `most` values for cross-attention can have another request's; one alone
-        always."""
+        """Whether a step that encodes at most `most` values for cross-attention has room for a request's inputs.
+
+        A step with no other inputs always has.
+        """
         units = sum(job.input.count for job in self._reads)
         return not units or units + sum(one.count for one in cross.inputs) <= most
 
     def read(self, cross: CrossInputs | None, blocks: np.ndarray | None) -> None:
-        """A prompt was admitted that attends to these inputs, in blocks `[m, n]`; None: they are there already."""
+        """Queue the encoder inputs of an admitted prompt for encoding into blocks `[m, n]`; None if they are already
+        cached.
+        """
         if cross is None:
             return
         if blocks is None:
@@ -80,20 +88,24 @@ class Encoding:
             first += one.length
 
     def take(self) -> tuple[list[tuple[EncoderInput, Slots]], list[EncodeJob], int]:
-        """What was accepted since the last call: the inputs to encode with their slots, those with their blocks, and
-        how many were there already."""
+        """Return and clear what was accepted since the last call.
+
+        Returns:
+            The inputs to encode with their feature pool slots, the jobs to encode into cache blocks, and the number of
+            inputs that were already cached.
+        """
         taken = self._encodes, self._reads, self._reused
         self._encodes, self._reads, self._reused = [], [], 0
         return taken
 
     def forget(self) -> None:
-        """Lets go of all inputs but those that running prompts are about to read."""
+        """Drop all inputs except those that running prompts will read."""
         self.pool = encoder_pool.forget(self.pool)
 
     def check(self) -> None:
-        """The invariants of the feature pool.
+        """Check the invariants of the feature pool.
 
         Raises:
-            PoolInvariantError: one does not hold; the message carries the accounting.
+            PoolInvariantError: one is violated; the message carries the accounting.
         """
         encoder_pool.check(self.pool, [digests for digests, _ in self.rows.values()])

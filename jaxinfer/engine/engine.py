@@ -1,4 +1,4 @@
-"""The engine: requests in, tokens out, step by step."""
+"""The engine: schedules requests, runs steps and commits sampled tokens."""
 
 import logging
 import time
@@ -24,7 +24,7 @@ from jaxinfer.kv.manager import BlockManager
 log = logging.getLogger(__name__)
 
 RETRIES = 2
-"""How often a sequence is computed again after steps that failed in a row, before it is given up."""
+"""Maximum number of consecutive failed steps after which a sequence is recomputed; then it ends in error."""
 NOT_FINITE = "the model's logits are not finite, or every token is masked"
 STUCK = (
     "nothing else is running and the cache still has no room for it, of which nothing was said when it was queued: a "
@@ -34,7 +34,7 @@ STUCK = (
 
 
 class Engine:
-    """Continuous batching over a runner. Not thread-safe: of an `LLM`, only its `EngineThread` calls it."""
+    """Continuous batching over a runner. Not thread-safe: in an `LLM` only its `EngineThread` calls it."""
 
     def __init__(self, runner: Runner, settings: HostSettings):
         self.runner, self.settings = runner, settings
@@ -46,7 +46,7 @@ class Engine:
         self._suspect = Plan()
         self._said_clamped = False
         self._dead: str | None = None
-        """Why no step will ever run again."""
+        """Why no further step can run, or None."""
         self._start()
 
     def _start(self) -> None:
@@ -81,11 +81,11 @@ class Engine:
         return self._flight is not None or self.scheduler.has_work
 
     def check(self, request: Request) -> None:
-        """Whether a request can be queued; nothing is changed.
+        """Check whether a request can be queued, without changing any state.
 
         Raises:
-            ValueError: its id is in use.
-            CapacityError: there is never room for it (`Capacity.check`).
+            ValueError: the request id is in use.
+            CapacityError: the request can never fit into the cache (`Capacity.check`).
             EngineDeadError: the device was lost.
         """
         self.check_alive()
@@ -94,7 +94,7 @@ class Engine:
         self.capacity.check(request)
 
     def add(self, request: Request) -> None:
-        """Queue a request, its length clamped to what the pool holds; raises as `check`."""
+        """Queue a request, its length clamped to what the cache holds; raises as `check`."""
         self.check(request)
         self._clamp(request)
         self.requests[request.id] = request
@@ -102,8 +102,9 @@ class Engine:
         self.metrics.add("prompt_tokens", len(request.prompt))
 
     def _clamp(self, request: Request) -> None:
-        """Lower a request's length to what the pool holds, and log it the first time that fewer tokens come than asked
-        for."""
+        """Clamp a request's maximum length to the cache's capacity; log the first time that fewer tokens than
+        requested fit.
+        """
         prompt, asked = len(request.prompt), request.limit if request.asked is None else request.asked
         request.limit = min(request.limit, self.capacity.tokens(0 if request.cross is None else request.cross.length))
         if request.limit >= asked:
@@ -125,20 +126,20 @@ class Engine:
             )
 
     def abort(self, request_id: str) -> None:
-        """Ends a request wherever it is, its blocks released; unknown or finished ids are passed over."""
+        """End a request in any state and release its blocks; ignore unknown and finished ids."""
         request = self.requests.get(request_id)
         if request is not None:
             for sequence in request.sequences:
                 self._finish(sequence, "abort")
 
     def step(self) -> None:
-        """Schedule, run, commit: a step, or several decode steps, are dispatched before those before them are read.
+        """Schedule and dispatch the next step (or several decode steps), then commit the previous one.
 
-        A step that fails is computed again on a new cache.
+        After a failed step the cache is rebuilt and the running sequences are recomputed.
 
         Raises:
-            EngineDeadError: starting over failed as well, now or before.
-            DistributedError: it failed, and several processes serve the model.
+            EngineDeadError: recovery failed as well, now or earlier.
+            DistributedError: the step failed and several processes serve the model.
         """
         self.check_alive()
         plan = self._suspect = Plan()
@@ -159,12 +160,12 @@ class Engine:
         self._observe(plan)
 
     def check_alive(self) -> None:
-        """Raise EngineDeadError once no step will ever run again."""
+        """Raise EngineDeadError if no further step can run."""
         if self._dead is not None:
             raise EngineDeadError(self._dead)
 
     def _start_over(self, error: BaseException) -> None:
-        """Recover from a failed step; an engine that cannot is dead."""
+        """Recover from a failed step, or mark the engine as dead if that fails."""
         try:
             self._recover(error)
         except Exception as second:
@@ -174,7 +175,7 @@ class Engine:
             raise EngineDeadError(self._dead) from error
 
     def _die(self, error: BaseException, second: BaseException) -> None:
-        """End every request in error and forget the cache, which is gone with the device."""
+        """End every request in error and drop the cache, which is lost with the device."""
         self._dead = (
             f"the engine is dead: a step failed ({type(error).__name__}: {error}), and starting over failed as well "
             f"({type(second).__name__}: {second}); close this LLM and make a new one"
@@ -191,8 +192,9 @@ class Engine:
                 request.on_finish(request)
 
     def _end_stuck(self) -> None:
-        """Ends the next in line where nothing was planned and nothing in flight could change that: no step ever
-        would."""
+        """Fail the first sequence if nothing was planned and nothing is in flight: no later step could run it
+        either.
+        """
         stuck = next(iter([*self.scheduler.active, *self.scheduler.waiting]), None)
         if stuck is not None:
             self._fail(stuck, STUCK)
@@ -213,7 +215,7 @@ class Engine:
         return flight
 
     def _commit(self, flight: Flight | None) -> None:
-        """Reads a step's tokens, gives them to their sequences and ends those that are done."""
+        """Read a step's tokens, append them to their sequences and end those that are done."""
         if flight is None:
             return
         self._suspect = flight.plan
@@ -225,7 +227,7 @@ class Engine:
         self._pace.note(0 if flight.plan.chunks else flight.plan.steps, flight.started, time.monotonic(), late=late)
 
     def _take_tokens(self, result: Result) -> None:
-        """Gives each sequence its token. Where it means no more than that, as for most, in as few words as can be."""
+        """Append sampled tokens to their sequences; inline fast path for tokens that need no other handling."""
         sampled, lanes, size = result.sampled, result.lanes, self.runner.shapes.block_size
         tokens = np.asarray(sampled.tokens)[lanes].tolist()
         beside = None if sampled.logprobs is None else Logprobs(*(np.asarray(c)[lanes] for c in sampled.logprobs))
@@ -252,7 +254,9 @@ class Engine:
         self.metrics.add("generation_tokens", made)
 
     def _take_token(self, sequence: Sequence, token: int, beside: Logprobs | None, i: int) -> None:
-        """The same with everything a token may mean: an end, an error, a first one, something to be told."""
+        """Append a token with full handling: bad logits, log-probabilities, first-token time, listener and finish
+        reasons.
+        """
         request = sequence.request
         if token == BAD_TOKEN:
             self._fail(sequence, NOT_FINITE)
@@ -264,7 +268,7 @@ class Engine:
             request.first_token_time = time.monotonic()
         try:
             reason = sequence.add(token)
-        except Exception as error:  # a listener's; it is the request's own, its neighbours go on
+        except Exception as error:  # a listener's error ends its own request only
             log.exception("request %s: its listener failed", request.id)
             self._fail(sequence, f"listener failed: {error}")
             return
@@ -274,7 +278,7 @@ class Engine:
             self.scheduler.recompute(sequence)
 
     def _take_candidates(self, sequence: Sequence, found: Candidates) -> None:
-        """Notes how a beam may go on. Once all beams of its search have come so far, the search takes a step."""
+        """Store a beam's continuations; once all beams of the search have theirs, advance the search."""
         request, sequence.candidates = sequence.request, found
         if np.isnan(found.scores).any():
             self._fail(sequence, NOT_FINITE)
@@ -302,7 +306,7 @@ class Engine:
             request = chunk.sequence.request
             if not asks_prompt_logprobs(chunk) or chunk.sequence.index:
                 continue
-            # Some are known when the prompt was preempted half way and starts over.
+            # Some are already known if the prompt was preempted half way and recomputed.
             known = sum(len(part.chosen) for part in request.prompt_logprobs)
             first, end = max(0, known - chunk.start), min(chunk.count, len(request.prompt) - 1 - chunk.start)
             if first < end:
@@ -310,7 +314,7 @@ class Engine:
                 request.prompt_logprobs.append(Logprobs(*(column[span] for column in found)))
 
     def _fail(self, sequence: Sequence, message: str) -> None:
-        """Ends a sequence in error; what it wrote is no longer found by others."""
+        """End a sequence in error and withdraw the blocks it wrote from the prefix index."""
         sequence.request.error = message
         if sequence.status is Status.RUNNING:
             self.manager.withdraw(sequence.digests[sequence.hit_blocks : sequence.published])
@@ -337,10 +341,10 @@ class Engine:
             del self.requests[request.id]
 
     def _recover(self, error: BaseException) -> None:
-        """After a failed step the donated cache may be gone: a new one, and everybody is computed again.
+        """Rebuild the cache, which a failed step may have consumed by donation, and requeue all sequences.
 
-        Those in steps that fail again and again end in error, so that the others go on. An interrupt is nobody's
-        fault, but it may have come anywhere. Where several processes serve the model none of them goes on.
+        Sequences whose steps failed repeatedly end in error, so that the others can continue. An interrupt is not
+        counted as a failure, but it may have come at any point. With several processes none of them continues.
         """
         leader = self.runner.leader
         fate = "the cache is rebuilt" if leader is None else "all processes end"
@@ -349,14 +353,14 @@ class Engine:
         else:
             log.info("interrupted (%s); %s", type(error).__name__, fate)
         for request in [request for request in self.requests.values() if request.finished]:
-            del self.requests[request.id]  # an interrupt came in the midst of its end
+            del self.requests[request.id]  # an interrupt came while the request was ending
             if request.on_finish is not None:
                 request.on_finish(request)
         for request in self.requests.values():
             if request.beams is not None:
                 branching.restore(request)
         again = [s for r in self.requests.values() for s in r.sequences if s.status is not Status.FINISHED]
-        # Where no step could be planned it may have been anybody.
+        # If planning itself failed, any sequence may be the cause.
         suspects = set(self._suspect.sequences or again) if isinstance(error, Exception) else set()
         blamed = {id(s): s.blame() for s in suspects}
         self._flight, self._suspect, preempted = None, Plan(), self.scheduler.preempted
@@ -367,7 +371,7 @@ class Engine:
         again.sort(key=lambda s: s.age)
         self.scheduler.waiting.extend(again)
         if leader is None:
-            self.runner.reset()  # after the books are in order: it fails where the device is lost
+            self.runner.reset()  # after all host state is consistent: this raises if the device is lost
         for sequence in again:
             if sequence.status is Status.WAITING:
                 self._resume(sequence, blamed.get(id(sequence), 0), error)
@@ -375,7 +379,7 @@ class Engine:
             leader.give_up(error)
 
     def _resume(self, sequence: Sequence, failures: int, error: BaseException) -> None:
-        """Ends a sequence that is to be computed again, if it failed too often or had just come to its end."""
+        """End a requeued sequence if it failed too often or had already reached its end."""
         if sequence.request.beams is not None and not sequence.request.beams.state.running:
             self._end_search(sequence.request)
             return
@@ -388,19 +392,19 @@ class Engine:
             sequence.start_over()
 
     def settle(self) -> bool:
-        """Reads the step in flight; whether nothing is left to do."""
+        """Commit the step in flight and return whether nothing is left to do."""
         self._commit(self._take_flight())
         return not self.has_work
 
     def reset_prefix_cache(self) -> None:
-        """Forgets all cached prefixes and encoded images, as after new weights."""
+        """Drop all cached prefixes and encoded images, e.g. after new weights."""
         self.manager.reset_index()
         self.scheduler.encoding.forget()
         for sequence in self.scheduler.active:
             sequence.published = sequence.hit_blocks = 0
 
     def close(self) -> None:
-        """Ends every request and drops the cache.
+        """Abort every request and drop the cache.
 
         Raises:
             EngineError: blocks are still held, which is a bug; the message carries the accounting.
@@ -423,7 +427,7 @@ class Engine:
             self.scheduler.encoding.check()
 
     def readings(self) -> list[Metric]:
-        """Return all metrics as they are now; any thread may call this while a step runs."""
+        """Return the current value of every metric; may be called from any thread while a step runs."""
         pool = self.manager.pool
         return self.metrics.readings(
             {

@@ -2,9 +2,8 @@
 
 Python raises KeyboardInterrupt, and whatever a signal handler raises, between any two bytecodes of the main thread. The
 garbage collector closes dropped streams between any two bytecodes of the thread that happens to allocate. Neither may
-reach into an engine whose step is half done. So callers never touch the engine: they put commands into a queue, which
-is emptied between steps, and wait for the reply. A caller that is interrupted leaves its wait, and its requests are
-aborted.
+touch an engine in the middle of a step. So callers never touch the engine: they put commands into a queue, which is
+emptied between steps, and wait for the reply. A caller that is interrupted stops waiting, and its requests are aborted.
 """
 
 import atexit
@@ -20,31 +19,31 @@ from jaxinfer.errors import EngineClosedError
 
 CLOSED = "this LLM is closed; make a new one"
 TURN = 0.1
-"""Seconds after which a waiting caller looks whether the thread still lives, and draws its progress bar."""
+"""Seconds between checks of a waiting caller that the thread is alive; its progress bar is redrawn as often."""
 ACKNOWLEDGE = 0.005
-"""Seconds that `abort` waits for the engine to have taken it. A step that compiles takes it when it is done."""
+"""Seconds that `abort` waits for the engine to process it. During a compilation it returns earlier than the abort."""
 
 AT_EXIT = 10.0
-"""Seconds that the end of the interpreter waits for a step: JAX must not be taken apart under it."""
+"""Seconds to wait for a running step at interpreter exit: JAX must not be torn down while it runs."""
 
 Reply = tuple[Any, BaseException | None]
 
 
 class Call:
-    """The requests of one call, and until when the engine has to step for it."""
+    """The requests of one caller, and the condition until which the engine steps for it."""
 
     def __init__(self) -> None:
         self.requests: list[Request] = []
         self.busy: Callable[[], bool] = bool
-        """While it is driven: whether the caller still waits for something."""
+        """While driven: returns whether the caller still waits for results."""
         self.replies: SimpleQueue[Reply] = SimpleQueue()
 
 
 class Lease:
-    """A caller's hold on its call: the requests are aborted when the last reference to it is gone.
+    """A caller's handle on its call; the requests are aborted when the last reference is dropped.
 
-    `release` is the put method of a queue, one call into C, which neither a signal nor the garbage collector can break
-    up.
+    `release` is the put method of a queue, a single C call that neither a signal nor the garbage collector can
+    interrupt.
     """
 
     def __init__(self, commands: SimpleQueue[Any]):
@@ -56,7 +55,7 @@ class Lease:
 
 
 class EngineThread:
-    """Own an engine: take commands between its steps, and step while somebody waits for results.
+    """Owner of an engine: takes commands between steps, and steps while callers wait for results.
 
     All methods may be called from any thread but the engine's own.
     """
@@ -70,7 +69,9 @@ class EngineThread:
         _threads.add(self)
 
     def lease(self) -> Lease:
-        """Begin a call. The caller holds the lease until it has its results, and releases it at the end in any case."""
+        """Begin a call. The caller holds the lease until it has its results, and must release it at the end in any
+        case.
+        """
         return Lease(self._commands)
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -78,7 +79,7 @@ class EngineThread:
 
         Raises:
             EngineClosedError: the thread has ended.
-            RuntimeError: this is the engine's own thread: a finalizer or a callback that runs within a step.
+            RuntimeError: called on the engine's own thread, by a finalizer or a callback that runs within a step.
         """
         replies: SimpleQueue[Reply] = SimpleQueue()
         self._check_thread()
@@ -96,12 +97,12 @@ class EngineThread:
         self.run(queue, list(requests))
 
     def drive(self, call: Call, busy: Callable[[], bool], show: Callable[[], None] = lambda: None) -> None:
-        """Have the engine step until `busy`, which it calls after each step, returns False.
+        """Step the engine until `busy`, called after each step, returns False.
 
         Args:
-            call: whose requests are waited for.
+            call: the call whose requests are waited for.
             busy: runs on the engine's thread.
-            show: runs on this thread, ten times a second and at the end.
+            show: runs on the calling thread, ten times a second and at the end.
 
         Raises:
             EngineError: the engine has failed for good.
@@ -114,7 +115,7 @@ class EngineThread:
         show()
 
     def abort(self, ids: list[str]) -> None:
-        """Abort requests before the next step, and wait a moment for it to be done."""
+        """Abort requests before the next step, and wait up to `ACKNOWLEDGE` seconds for it."""
         replies: SimpleQueue[Reply] = SimpleQueue()
         self._commands.put((self._abort, (ids,), replies))
         if threading.current_thread() is not self._thread:
@@ -126,7 +127,7 @@ class EngineThread:
     def close(self) -> None:
         """Abort all requests, drop the cache and end the thread; raises as `Engine.close`.
 
-        From the engine's own thread, where a finalizer may call it, nothing is waited for.
+        On the engine's own thread, where a finalizer may call it, it returns without waiting.
         """
         if threading.current_thread() is self._thread:
             self._commands.put((self.engine.close, (), None))
@@ -140,11 +141,11 @@ class EngineThread:
             del self.engine  # and with it the weights and the cache
 
     def stop(self) -> None:
-        """Let the thread end after the commands that are queued; callers that wait get EngineClosedError."""
+        """End the thread after the queued commands; waiting callers get EngineClosedError."""
         self._commands.put(None)
 
     def join(self, timeout: float) -> None:
-        """Wait for the thread to end, at most `timeout` seconds."""
+        """Wait at most `timeout` seconds for the thread to end."""
         self._thread.join(timeout)
 
     def _check_thread(self) -> None:
@@ -168,7 +169,7 @@ class EngineThread:
             return result
 
     def _run(self) -> None:
-        """Take commands and step, until stopped."""
+        """Take commands and step until stopped."""
         while self._take_commands():
             if self._driven:
                 self._step()
@@ -177,7 +178,7 @@ class EngineThread:
         self._driven.clear()
 
     def _take_commands(self) -> bool:
-        """Carry out what is queued, waiting for it while there is nothing to step for; returns False to stop."""
+        """Run the queued commands, blocking while there is nothing to step for; return False to stop."""
         while True:
             try:
                 command = self._commands.get(block=not self._driven)
@@ -197,12 +198,12 @@ class EngineThread:
                 replies.put((result, error))
             elif self._driven and not self._still(self._driven[-1]):
                 self._driven.pop()
-            # Nothing of a command may live on in this frame while it waits for the next: a module, or a caller's
-            # results.
+            # This frame must not keep a command's objects (a module, a caller's results) alive while it waits for the
+            # next.
             del command, function, arguments, replies, result, error
 
     def _step(self) -> None:
-        """Take a step, and tell the callers whose results it completed."""
+        """Run a step and reply to the callers whose results it completed."""
         try:
             self.engine.step()
         except BaseException as error:
@@ -214,7 +215,7 @@ class EngineThread:
 
     @staticmethod
     def _still(call: Call) -> bool:
-        """Return whether a call is waited for; reply to it where it is not."""
+        """Return whether a call is still waited for; if not, reply to it."""
         try:
             if call.busy():
                 return True
@@ -224,7 +225,7 @@ class EngineThread:
         return False
 
     def _abandon(self, call: Call) -> None:
-        """Abort what is left of a call whose caller has gone."""
+        """Abort the unfinished requests of a call whose caller has gone."""
         if call in self._driven:
             self._driven.remove(call)
         self._abort([request.id for request in call.requests if not request.finished])

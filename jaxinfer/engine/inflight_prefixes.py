@@ -1,17 +1,19 @@
-"""Prefixes that are being computed: who needs one waits for its blocks where that is cheaper than to compute it again.
+"""Prefixes in flight: track prefixes being prefilled, so that later requests wait and share instead of recomputing.
 
-Prompts are computed in the order of arrival, so who waits loses no more than the rest of one step. If the sequence
-that computes the prefix ends before, the next one computes it.
+Prompts are prefilled in order of arrival, so waiting costs at most the rest of one step. If the sequence that computes
+the prefix ends early, the next one computes it.
 """
 
 from jaxinfer.engine.request import Sequence
 
 LEAST_SHARED = 1 / 32
-"""Of the tokens of a step: a prefix of fewer is computed again rather than waited for."""
+"""Minimum length of a shared prefix to wait for, as a fraction of a step's token budget; shorter ones are
+recomputed.
+"""
 
 
 class Computing:
-    """By digest, the running sequence that is about to compute and publish a block."""
+    """Map from block digest to the running sequence that will compute and publish the block."""
 
     def __init__(self) -> None:
         self._owners: dict[bytes, Sequence] = {}
@@ -20,30 +22,31 @@ class Computing:
         return len(self._owners)
 
     def announce(self, sequence: Sequence) -> None:
-        """A sequence computes the blocks of its prompt from the first that is not published."""
+        """Register the unpublished prompt blocks of a sequence as being computed."""
         sequence.announced = len(sequence.digests)
         for digest in sequence.digests[sequence.published :]:
             self._owners.setdefault(digest, sequence)
 
     def retract(self, sequence: Sequence, stop: int) -> None:
-        """Its blocks before number `stop` are published, or will not be computed."""
+        """Unregister a sequence's blocks before index `stop`: they are published or will not be computed."""
         for digest in sequence.digests[sequence.published : stop]:
             if self._owners.get(digest) is sequence:
                 del self._owners[digest]
 
     def still_has(self, sequence: Sequence) -> bool:
-        """Whether a waiting sequence waits for a block that is still being computed."""
+        """Whether the block a waiting sequence waits for is still being computed."""
         if sequence.awaits in self._owners:
             return True
         sequence.awaits = None
         return False
 
     def has(self, sequence: Sequence, usable: int, least: float) -> bool:
-        """Whether another request is computing `least` or more of the first `usable` blocks of a sequence, which then
-        waits for the last of them.
+        """Check whether other requests are computing at least `least` of the first `usable` blocks of a sequence.
+
+        If so, the sequence waits for the last of them (`Sequence.awaits`).
         """
         owners = [(digest, self._owners.get(digest)) for digest in sequence.digests[:usable]]
-        mine = None if sequence.request.beams else sequence.request  # samples share what they can as forks
+        mine = None if sequence.request.beams else sequence.request  # samples of one request share by forking
         shared = [digest for digest, owner in owners if owner is not None and owner.request is not mine]
         if not shared or len(shared) < least:
             return False

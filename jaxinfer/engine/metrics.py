@@ -1,4 +1,4 @@
-"""Counters, gauges and histograms with vLLM's names, and the log line made of them."""
+"""Metrics: counters, gauges and histograms with vLLM's names, and the periodic log line."""
 
 import logging
 import time
@@ -17,7 +17,7 @@ PREFIX = "jaxinfer:"
 
 @dataclass
 class Histogram:
-    """Counts by upper bound, with their sum."""
+    """Histogram: counts by upper bound, and the sum of all values."""
 
     bounds: tuple[int | float, ...]
     counts: list[int] = field(init=False)
@@ -27,12 +27,12 @@ class Histogram:
         self.counts = [0] * (len(self.bounds) + 1)
 
     def observe(self, value: float) -> None:
-        """Adds one value."""
+        """Add one value."""
         self.counts[bisect_left(self.bounds, value)] += 1
         self.total += value
 
     def copy(self) -> "Histogram":
-        """Return the histogram as it is now."""
+        """Return a copy with the current counts."""
         made = Histogram(self.bounds, self.total)
         made.counts = list(self.counts)
         return made
@@ -40,7 +40,7 @@ class Histogram:
 
 @dataclass(frozen=True)
 class Metric:
-    """One reading: a number, or a histogram."""
+    """One reading of a counter, gauge or histogram."""
 
     name: str
     value: float | Histogram
@@ -48,7 +48,7 @@ class Metric:
 
 
 class Metrics:
-    """What the engine counts."""
+    """Counters and histograms of an engine."""
 
     def __init__(self, interval: float):
         self.counters = dict.fromkeys(
@@ -83,34 +83,34 @@ class Metrics:
         self._seen = (0, 0)
 
     def add(self, name: str, amount: int = 1) -> None:
-        """Raises a counter."""
+        """Increase a counter."""
         self.counters[name] += amount
 
     def observe(self, name: str, value: float) -> None:
-        """Adds a value to a histogram."""
+        """Add a value to a histogram."""
         self.histograms[name].observe(value)
 
     def count_step(self, plan: Plan) -> None:
-        """Notes how many tokens a plan's steps compute."""
+        """Count the tokens computed by a plan's steps."""
         if plan:
             prompts = sum(chunk.count for chunk in plan.chunks)
             for _ in range(plan.steps):
                 self.observe("iteration_tokens_total", prompts + len(plan.decodes))
 
     def count_hits(self, request: Request) -> None:
-        """Notes what of a request's prompt was found."""
+        """Count the prefix cache hits of a request."""
         self.add("prefix_cache_queries", len(request.prompt))
         self.add("prefix_cache_hits", request.cached_tokens)
         self.add("prompt_tokens_cached", request.cached_tokens)
 
     def count_inputs(self, plan: Plan) -> None:
-        """Notes what a plan's encoders read, and what they need not read again."""
+        """Count the encoder inputs of a plan: encoded ones and cache hits."""
         self.add("mm_cache_queries", len(plan.encodes) + len(plan.reads) + plan.reused)
         self.add("mm_cache_hits", plan.reused)
         self.add("encoder_inputs", sum(one.count for one, _ in plan.encodes) + len(plan.reads))
 
     def time(self, request: Request) -> None:
-        """Notes when a finished request was where."""
+        """Record the latencies of a finished request: time to first token, queue, prefill, decode, end to end."""
         first, scheduled, end = request.first_token_time, request.first_scheduled_time, request.finished_time
         if first is None or scheduled is None or end is None:
             return
@@ -124,7 +124,7 @@ class Metrics:
             self.observe("inter_token_latency_seconds", (end - first) / steps)
 
     def readings(self, gauges: dict[str, float]) -> list[Metric]:
-        """Everything, as `LLM.get_metrics` returns it."""
+        """Return all metrics, in the form of `LLM.get_metrics`."""
         rows = [Metric(PREFIX + name, value) for name, value in (gauges | self.counters).items()]
         rows += [
             Metric(f"{PREFIX}request_success", n, (("finished_reason", r),)) for r, n in dict(self.success).items()
@@ -132,7 +132,7 @@ class Metrics:
         return rows + [Metric(PREFIX + name, histogram.copy()) for name, histogram in self.histograms.items()]
 
     def maybe_log(self, running: int, waiting: int, usage: float) -> None:
-        """A line every interval, while there is work."""
+        """Log one line per interval while there is work."""
         now = time.monotonic()
         if now - self._last < self._interval:
             return

@@ -1,4 +1,4 @@
-"""What one step does, decided: the scheduler writes it, the runner runs it, the engine reads its results by it."""
+"""The plan of one step: written by the scheduler, run by the runner, committed by the engine."""
 
 from dataclasses import dataclass, field
 
@@ -13,60 +13,64 @@ from jaxinfer.media import EncoderInput
 
 @dataclass(frozen=True)
 class Chunk:
-    """The next tokens of one prompt: positions [start, start + count)."""
+    """A prefill chunk of one prompt: positions [start, start + count)."""
 
     sequence: Sequence
     start: int
     count: int
     segments: tuple[Segment, ...] = ()
-    """Its parts after which recurrent layers keep a state."""
+    """Parts of the chunk after which recurrent layers store a state."""
     features: np.ndarray | None = None
-    """`[count]` int32: for each token the row of the feature pool it takes, -1 for none; None: none does."""
+    """Row of the feature pool for each token, `[count]` int32, -1 for text tokens; None if no token takes one."""
 
     @property
     def seen(self) -> np.ndarray:
-        """`[count, 2]` int32: the first and the end of the encoder positions that each token sees."""
+        """Encoder positions visible to each token, `[count, 2]` int32: first and end."""
         cross = self.sequence.request.cross
         return np.zeros((self.count, 2), np.int32) if cross is None else cross.seen(self.start, self.count)
 
     @property
     def parts(self) -> int:
-        """Runs of tokens that see the same: a step has room for so many of all its chunks."""
+        """Number of runs of tokens with the same visible encoder positions; the prefill has a limited number of
+        them.
+        """
         cross = self.sequence.request.cross
         return 1 if cross is None else cross.parts(self.start, self.count)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One step, decided."""
+    """The prefill chunks, decodes, block copies and encoder inputs of one step."""
 
     chunks: list[Chunk] = field(default_factory=list)
-    """Prompts, or what of them fits."""
+    """Prefill chunks."""
     samples: list[tuple[int, Sequence]] = field(default_factory=list)
-    """(chunk, sequence): who samples after a chunk that ends its prompt, the forks included."""
+    """(index into `chunks`, sequence) for each sequence sampled after a chunk that completes its prompt, forks
+    included.
+    """
     decodes: list[Sequence] = field(default_factory=list)
     rows: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
-    """`[B]` rows of `decodes`."""
+    """Rows of `decodes`, `[B]`."""
     positions: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
-    """`[B]` positions that `decodes` write, in the first of the steps."""
+    """Positions that `decodes` write in the first decode step, `[B]`."""
     steps: int = 1
-    """Decode steps, one position further each."""
+    """Number of consecutive decode steps."""
     copies: tuple[np.ndarray, np.ndarray] = field(
         default_factory=lambda: (np.empty(0, np.int32), np.empty(0, np.int32))
     )
-    """Block copies that run before anything is written."""
+    """Source and target ids of block copies that run before anything is written."""
     slots: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
-    """Of each step, where recurrent layers have a state: the slots `[B]` that `decodes` read and write."""
+    """For each decode step of a model with recurrent layers: the state slots `[B]` that `decodes` read and write."""
     encodes: list[tuple[EncoderInput, Slots]] = field(default_factory=list)
-    """What is encoded before the chunks run, and the slots of the feature pool it goes to."""
+    """Inputs to encode before the chunks run, with their slots of the feature pool."""
     reused: int = 0
-    """Inputs that the chunks read and that were in the feature pool, or in the cache, already."""
+    """Number of inputs of the chunks that were already in the feature pool or the cache."""
     reads: list[EncodeJob] = field(default_factory=list)
-    """What is encoded into the cache before the chunks run."""
+    """Inputs to encode into the cache for cross-attention before the chunks run."""
 
     @property
     def sequences(self) -> list[Sequence]:
-        """Everyone in it."""
+        """All sequences of the step."""
         return [chunk.sequence for chunk in self.chunks] + [s for _, s in self.samples] + self.decodes
 
     def __bool__(self) -> bool:

@@ -1,4 +1,4 @@
-"""What the engine is asked for and how far it is: a request and its sequences."""
+"""Requests and sequences: prompt, sampling parameters and progress of generation."""
 
 import itertools
 import time
@@ -23,7 +23,7 @@ _arrivals = itertools.count()
 
 
 class Status(Enum):
-    """The states of a sequence. A preempted one is waiting again."""
+    """Scheduling state of a sequence. A preempted sequence is WAITING again."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -32,59 +32,61 @@ class Status(Enum):
 
 @runtime_checkable
 class Listener(Protocol):
-    """Who wants tokens as they come: streaming and stop strings. It runs for its own request alone."""
+    """Callback for each token of one request, used for streaming and stop strings."""
 
     def on_token(self, sequence: "Sequence", reason: str | None) -> str | None:
-        """Take a token that was added, and return the stop string that it completed, or None.
+        """Handle an appended token and return the stop string that it completed, or None.
 
-        `reason`: why the token ends the sequence, stop strings aside; None if it goes on.
+        Args:
+            sequence: the sequence, the token already appended.
+            reason: finish reason of the sequence apart from stop strings, or None if it continues.
         """
         ...
 
 
 @dataclass(eq=False, slots=True)
 class Request:
-    """One prompt and how to continue it; validated before it comes here.
+    """A validated prompt and its sampling parameters.
 
-    A call may queue a hundred thousand of them, so what is not needed before a row is free is made then.
+    A single call may queue 100,000 requests, so per-sequence data is only built once a sequence gets a row.
     """
 
     id: str
     prompt: np.ndarray
-    """`[L]` int32."""
+    """Prompt token ids, `[L]` int32."""
     params: SamplingParams
-    """Resolved against the model."""
+    """Sampling parameters, resolved against the model's defaults."""
     limit: int
-    """Tokens each sequence may reach, prompt included."""
+    """Maximum length of each sequence in tokens, prompt included."""
     asked: int | None = None
-    """Tokens each sequence could reach if the pool had room; None: `limit`."""
+    """Requested maximum length, before it was lowered to what the cache holds; None if equal to `limit`."""
     clamped_max_tokens: int | None = None
-    """New tokens each sequence may make, if the pool holds fewer than were asked for."""
+    """Maximum number of new tokens per sequence, if the cache holds fewer than requested; else None."""
     salt: bytes = b""
-    """Told apart in the prefix cache by it: model and the caller's own."""
+    """Salt of the prefix cache hashes: model and the caller's `cache_salt`."""
     length_key: Callable[[int], bytes] = lambda length: b""
-    """What of the length that rope followed changes the keys (`ModelConfig.length_key`)."""
+    """Map the length that rope was computed for to a salt of the keys (`ModelConfig.length_key`)."""
     recompute_after: int | None = None
-    """Tokens after which rope changes for the whole sequence (`ModelConfig.recompute_after`)."""
+    """Length in tokens beyond which rope changes for the whole sequence (`ModelConfig.recompute_after`)."""
     seed: int = 0
     inputs: PlacedInputs | None = None
-    """What of the prompt is no text: images, and the tokens whose places they take."""
+    """Images or audio of the prompt, with the placeholder tokens that they replace."""
     cross: CrossInputs | None = None
-    """What its encoder reads, and its tokens attend to."""
+    """Encoder inputs for cross-attention."""
     rule: int = 0
-    """What the model's rule over tokens is told of it (`models.base.TokenRule`); 0: it does not hold."""
+    """Parameter of the model's token rule (`models.base.TokenRule`); 0 if the rule does not apply."""
     extras: Extras = field(default_factory=lambda: NO_EXTRAS)
-    """What beside their tokens its blocks hold: set when it is queued."""
+    """Media content of each block, part of the prefix cache hash; set when the request is queued."""
     encoded: Encoded | None = None
-    """`cross` as the cache knows it: likewise."""
+    """Cache key of `cross`; set when the request is queued."""
     beams: Beams | None = None
-    """Of a beam search: its sequences are the beams that run, at first one; they end together."""
+    """State of a beam search. `sequences` are then the running beams, initially one, and finish together."""
     listener: Listener | None = None
     on_finish: Callable[["Request"], None] | None = None
-    """Called when all its sequences have finished; after a failed step perhaps a second time."""
+    """Called when all sequences have finished; may be called a second time after a failed step."""
     sequences: list["Sequence"] = field(default_factory=list)
     prompt_logprobs: list[Logprobs] = field(default_factory=list)
-    """One a chunk, each `[T, ...]`; of the tokens from the second on."""
+    """Log-probabilities of prompt tokens from the second on: one entry per prefill chunk, each `[T, ...]`."""
     arrival: int = field(default_factory=lambda: next(_arrivals))
     arrival_time: float = field(default_factory=time.monotonic)
     first_scheduled_time: float | None = None
@@ -92,13 +94,13 @@ class Request:
     finished_time: float | None = None
     preemptions: int = 0
     cached_tokens: int = 0
-    """Tokens of the prompt found in the prefix cache."""
+    """Number of prompt tokens found in the prefix cache."""
     miss_reason: str | None = None
     hits: tuple[KindHit, ...] = ()
-    """What each kind of layer could have served of the prompt from the prefix cache."""
+    """Prompt tokens that each kind of layer could have reused from the prefix cache."""
     error: str | None = None
     stop_ids: frozenset[int] = field(init=False)
-    """Tokens that end a sequence."""
+    """Token ids that end a sequence."""
 
     def __post_init__(self) -> None:
         self.sequences = [Sequence(self, index) for index in range(self.params.n)]
@@ -106,14 +108,13 @@ class Request:
 
     @property
     def finished(self) -> bool:
-        """Whether all its sequences are."""
+        """Whether all sequences have finished."""
         return all(s.status is Status.FINISHED for s in self.sequences)
 
     def drop_inputs(self) -> None:
-        """Let go of images and sound once all its sequences have finished: until then any may be preempted and read
-        them again.
+        """Drop images and audio once all sequences have finished; a preempted sequence would need them again.
 
-        A caller's call may hold the request much longer. Texts stay, as results name their tokens.
+        The caller may hold the request much longer. Token ids of text encoder inputs stay, as the result returns them.
         """
         self.inputs = None
         if self.cross is not None and self.cross.token_ids is None:
@@ -121,8 +122,7 @@ class Request:
 
     @property
     def level(self) -> Level:
-        """The least sampler level that serves its steps, those apart in which tokens are forbidden for a while
-        (`forbidden`)."""
+        """Lowest sampler level that serves every step of the request, apart from the temporary masks of `forbidden`."""
         p = self.params
         penalties = p.repetition_penalty, p.presence_penalty, p.frequency_penalty, p.no_repeat_ngram_size
         if penalties != (1, 0, 0, 0) or self.biased or self.rule:
@@ -133,13 +133,13 @@ class Request:
 
     @property
     def biased(self) -> bool:
-        """Whether some tokens are biased or forbidden in all its steps."""
+        """Whether some tokens are biased or forbidden in every step."""
         p = self.params
         return bool(p.logit_bias or p.allowed_token_ids is not None or any(len(words) == 1 for words in _bad_words(p)))
 
     @property
     def forbids_for_a_while(self) -> bool:
-        """Whether `forbidden` may name tokens in some of its steps."""
+        """Whether `forbidden` may return tokens in some steps."""
         return (self.params.min_tokens > 0 and bool(self.stop_ids)) or bool(_phrases(self.params))
 
 
@@ -151,52 +151,57 @@ class Sequence:
     index: int
     status: Status = Status.WAITING
     row: int = -1
-    """Its place in the tables and in the sampler's state while it runs."""
+    """Row in the block tables and in the sampler state while running, else -1."""
     tokens: np.ndarray = field(init=False)
-    """`[T]` int32, the first `length` of them known: the prompt and what was made. It is the prompt's own array until
-    the sequence gets a row; then T is the most it may have (`reserve`), and once it has finished what it has
-    (`trim`)."""
+    """Token ids, `[T]` int32, of which the first `length` are valid: prompt and output. The request's own prompt
+    array until the sequence gets a row; then T is the maximum length (`reserve`), and after the end the final length
+    (`trim`).
+    """
     length: int = field(init=False)
     rope_base: int = field(init=False)
-    """Tokens whose rope follows one length, this one: the prompt's, or all that were recomputed for a new rope."""
+    """Length in tokens that rope is computed for: the prompt's length, or the length at the last recomputation."""
     computed: int = 0
-    """Tokens whose keys and values a dispatched prefill wrote or a hit brought."""
+    """Number of tokens whose keys and values are in the cache: from dispatched prefills or a prefix hit."""
     prefilled: int = 0
-    """Tokens to compute before it decodes: all that were known when it was admitted."""
+    """Number of tokens to prefill before decoding starts: all tokens known at admission."""
     digests: list[bytes] = field(default_factory=list)
     published: int = 0
-    """Its first blocks that are in the prefix index."""
+    """Number of leading blocks in the prefix index."""
     hit_blocks: int = 0
-    """Of them, those it found there."""
+    """Number of leading blocks that were found in the prefix index at admission."""
     announced: int = 0
-    """Its first blocks that others may wait for, until they are published."""
+    """Number of leading blocks announced to `Computing`, for which other sequences may wait."""
     awaits: bytes | None = None
-    """While it waits: the last block of its prompt that another sequence is computing."""
+    """While waiting: digest of the last prompt block that another sequence is computing."""
     pending: int = 0
-    """Tokens sampled by dispatched steps and not seen by the host yet."""
+    """Number of tokens sampled by dispatched steps that the host has not read yet."""
     candidates: Candidates | None = None
-    """Of a beam that has had its step: its likeliest continuations, until all beams have theirs."""
+    """Most likely continuations of a beam that has been stepped, until all beams of the search have theirs."""
     bias_version: int | tuple[int, ...] = -1
-    """While it runs: the tokens that are forbidden for a while in the bias that the device has of its row; -1: it has
-    none."""
+    """While running: version of the bias row on the device (the temporarily forbidden token ids); -1 if none is
+    installed.
+    """
     bound: int = 0
-    """While it runs: tokens at which the host must look at it (`stage_limit`)."""
+    """While running: length in tokens at which commit must handle the sequence (`stage_limit`)."""
     watched: bool = False
-    """While it runs: whether each token means more to the host than to be kept."""
+    """While running: whether each token needs more than being appended (a listener, log-probabilities, beams)."""
     needed_blocks: int = 0
-    """While it waits: blocks that must be available for it, as the last try to admit it found; 0: it was not too
-    few."""
+    """While waiting: number of available blocks required, as found by the last failed admission; 0 if blocks were
+    not what it failed on.
+    """
     unknown: bytes | None = None
-    """The first block of its prompt that was in no cache then: once it is, fewer are needed."""
+    """Digest of the first prompt block missing from the prefix index at the last failed admission; once it is
+    published fewer blocks are needed.
+    """
     _root: bytes | None = None
     _key: np.ndarray | None = None
     cumulative_logprob: float = 0.0
     logprobs: list[tuple[float, int, np.ndarray, np.ndarray]] = field(default_factory=list)
-    """One a token: log-probability, rank, ids and log-probabilities of the most likely."""
+    """Per token: log-probability, rank, and ids and log-probabilities of the most likely tokens."""
     failures: int = 0
-    """Steps it was in that failed, in a row."""
+    """Number of consecutive failed steps the sequence took part in."""
     failed_at: int = 0
-    """Tokens made when the last of them did."""
+    """Number of output tokens at the last failure."""
     finish_reason: str | None = None
     stop_reason: int | str | None = None
 
@@ -207,14 +212,14 @@ class Sequence:
 
     @property
     def key(self) -> np.ndarray:
-        """`[2]` uint32: seed and index, hashed."""
+        """Random key `[2]` uint32, hashed from seed and sample index."""
         if self._key is None:
             self._key = np.random.SeedSequence([self.request.seed, self.index]).generate_state(2)
         return self._key
 
     @property
     def root(self) -> bytes:
-        """The parent of its first block in the prefix index."""
+        """Parent digest of the first block in the prefix index."""
         if self._root is None:
             request = self.request
             read = () if request.cross is None else (request.cross.digest,)
@@ -223,39 +228,38 @@ class Sequence:
 
     @property
     def output_ids(self) -> np.ndarray:
-        """`[made]` the tokens made so far."""
+        """Output token ids, `[made]`."""
         return self.tokens[len(self.request.prompt) : self.length]
 
     @property
     def made(self) -> int:
-        """Tokens made so far."""
+        """Number of output tokens."""
         return self.length - len(self.request.prompt)
 
     def prepare(self) -> None:
-        """Once it has a row: make room for its tokens, and note what a step's commit asks of each of them."""
+        """Allocate room for the output and cache what commit needs per token; called when the sequence gets a row."""
         self.reserve()
         self.bound = self.stage_limit
         request = self.request
         self.watched = request.listener is not None or request.params.logprobs is not None or request.beams is not None
 
     def start_over(self) -> None:
-        """Lets rope follow the length it has now: at the start, and when that changes all its keys."""
+        """Compute rope for the current length: initially, and when a new length changes all keys."""
         self.rope_base, self.digests, self._root, self.needed_blocks = self.length, [], None, 0
 
     def reserve(self) -> None:
-        """Make room for all the tokens that it may have. Nothing is written to the prompt's array, which its samples
-        share."""
+        """Grow `tokens` to the maximum length. The prompt array, shared by all samples, is never written."""
         most = max(self.request.limit, self.length)
         if len(self.tokens) < most:
             known, self.tokens = self.tokens[: self.length], np.empty(most, np.int32)
             self.tokens[: self.length] = known
 
     def trim(self) -> None:
-        """Once it has finished: keep its tokens alone, as a caller may read them much later."""
+        """Shrink `tokens` to the final length; the caller may hold the sequence much longer."""
         self.tokens, self.digests = self.tokens[: self.length].copy(), []
 
     def adopt(self, other: "Sequence") -> None:
-        """Goes on from where another sequence of its request is."""
+        """Continue from the state of another sequence of the same request."""
         self.reserve()
         self.tokens[: other.length], self.length = other.tokens[: other.length], other.length
         self.rope_base, self._root, self.digests = other.rope_base, other.root, list(other.digests)
@@ -265,17 +269,17 @@ class Sequence:
 
     @property
     def stage_limit(self) -> int:
-        """Tokens it may reach before it ends or must be recomputed."""
+        """Length in tokens at which the sequence ends or must be recomputed."""
         after, limit = self.request.recompute_after, self.request.limit
         return limit if after is None or self.rope_base > after else min(limit, after + 1)
 
     @property
     def age(self) -> tuple[int, int]:
-        """Orders sequences by arrival; the youngest is the largest."""
+        """Sort key by arrival; the youngest sequence has the largest."""
         return self.request.arrival, self.index
 
     def end(self) -> str | None:
-        """The reason its last token ends it, stop strings aside; None: it goes on."""
+        """Return the finish reason implied by the last token, apart from stop strings, or None."""
         request, token = self.request, int(self.tokens[self.length - 1])
         if self.made > request.params.min_tokens and token in request.stop_ids:
             self.stop_reason = None if token in request.params.eos_token_ids else token
@@ -283,18 +287,18 @@ class Sequence:
         return "length" if self.length >= request.limit else None
 
     def blame(self) -> int:
-        """Notes that a step it was in failed; how many did in a row.
+        """Count a failed step and return the number of consecutive failures.
 
-        A token between two failures is no success: it is that of the prefill, where every decode fails.
+        A single token between two failures does not reset the count: it comes from the prefill when every decode fails.
         """
         self.failures = self.failures + 1 if self.made <= self.failed_at + 1 else 1
         self.failed_at = self.made
         return self.failures
 
     def add(self, token: int) -> str | None:
-        """Takes a sampled token; the reason it ends the sequence, or None.
+        """Append a sampled token and return the finish reason, or None.
 
-        A stop string is looked for by the request's listener, which may end it as well.
+        The request's listener checks for stop strings and may end the sequence as well.
         """
         self.tokens[self.length] = token
         self.length += 1
@@ -307,7 +311,9 @@ class Sequence:
 
 
 def settings(sequence: Sequence) -> np.ndarray:
-    """`[WIDTH]` what a sequence that has a row asks of the sampler; the position is the step's own."""
+    """Return the sampling parameters of a running sequence as a packed row `[WIDTH]`; the step fills in the
+    position.
+    """
     request, p = sequence.request, sequence.request.params
     values = SamplingRows(
         row=sequence.row,
@@ -333,25 +339,25 @@ def settings(sequence: Sequence) -> np.ndarray:
 
 
 def _forced(token: int | None) -> int:
-    """A token as the sampler is told of it: 0 for none."""
+    """Encode a forced token for the sampler: token id + 1, or 0 for none."""
     return 0 if token is None or token < 0 else token + 1
 
 
 def _bad_words(params: SamplingParams) -> tuple[tuple[int, ...], ...]:
-    """Return all token sequences that may not be completed."""
+    """Return all token sequences that must not be completed."""
     return params.bad_words_token_ids + params.bad_words_ids
 
 
 def _phrases(params: SamplingParams) -> list[tuple[int, ...]]:
-    """Return those of several tokens, whose last one is forbidden after the others only."""
+    """Return the bad words of several tokens: the last token is forbidden only after the others."""
     return [words for words in _bad_words(params) if len(words) > 1]
 
 
 def forbidden(sequence: Sequence, position: int) -> tuple[int, ...]:
-    """Return the tokens that are forbidden at `position` but not in every step, sorted.
+    """Return the sorted token ids that are forbidden at `position` but not in every step.
 
-    They are those that would end an output before `min_tokens`, and the last tokens of phrases whose other tokens come
-    before the position: in the output, or for `bad_words_ids` of transformers in prompt and output.
+    They are stop tokens before `min_tokens`, and the last token of each bad word whose other tokens precede the
+    position: in the output, or for transformers' `bad_words_ids` in prompt and output.
     """
     request, params = sequence.request, sequence.request.params
     prompt, found = len(request.prompt), set()
@@ -366,10 +372,10 @@ def forbidden(sequence: Sequence, position: int) -> tuple[int, ...]:
 
 
 def bias_row(sequence: Sequence, position: int, vocab: int) -> tuple[tuple[int, ...], Items[Any] | np.ndarray]:
-    """Return the bias of the token at `position`, and a version of it, by which it is seen whether the device has it
-    already.
+    """Return the version and the bias `[V']` of the token at `position`; the bias is empty if the device has this
+    version.
 
-    The version is `forbidden`, as all else is the same in every step. The bias is empty where the device has it.
+    The version is `forbidden`, as everything else is the same in every step.
     """
     params, version = sequence.request.params, forbidden(sequence, position)
     if version == sequence.bias_version:
@@ -385,5 +391,5 @@ def bias_row(sequence: Sequence, position: int, vocab: int) -> tuple[tuple[int, 
 
 
 def follows_history(request: Request) -> bool:
-    """Return whether the host must know every token before it can say what the next may be."""
+    """Return whether the host must have read every token before it can prepare the next step."""
     return request.beams is not None or bool(_phrases(request.params))

@@ -1,9 +1,9 @@
-"""Which sequences run in the next step, with which tokens, in which blocks.
+"""Scheduler: chooses the sequences, tokens and blocks of the next step.
 
-A step is planned while the one before may still run: tokens may be unknown, their number is not. Sequences
-that decode are chosen first, then chunks of prompts fill the token budget. Where nothing waits a plan may hold
-several decode steps of the same sequences, so that the host works once for all of them. When blocks run out the
-youngest sequence is preempted: its blocks are released and it is computed again later.
+A step is scheduled while the previous one may still be running: the values of the previous tokens may be unknown, their
+number is known. Decoding sequences are scheduled first, then prefill chunks fill the token budget. If nothing is
+waiting, a plan may hold several decode steps of the same sequences, so that the host works once for all of them. When
+no blocks are left, the youngest sequence is preempted: its blocks are released and it is recomputed later.
 """
 
 from dataclasses import dataclass
@@ -22,48 +22,48 @@ from jaxinfer.kv.interface import CacheManager
 
 @dataclass(frozen=True)
 class Limits:
-    """What one step may hold."""
+    """Limits of one step."""
 
     tokens: int
-    """Of prefill and decode together."""
+    """Token budget of prefill and decode together."""
     prefill_rows: int
-    """Sequences, and samples, of one prefill."""
+    """Maximum number of sequences, and of samples, in one prefill."""
     share_blocks: bool = True
-    """Whether samples fork."""
+    """Whether samples of a request share their prompt's blocks by forking."""
     feature_slots: int = 0
-    """Of the feature pool, not of one step."""
+    """Number of slots of the feature pool (in total, not per step)."""
     encode_units: int = 0
-    """Values that are encoded for cross-attention; one request may have more."""
+    """Maximum number of values encoded for cross-attention in one step; a single request may exceed it."""
 
 
 class Scheduler:
-    """The queue, the rows and their states."""
+    """The waiting queue, the running rows and their scheduling state."""
 
     def __init__(self, manager: CacheManager, limits: Limits):
         self.manager = manager
         self.limits = limits
         self.waiting = Waiting()
         self._unsettled: list[Sequence] = []
-        """Sequences that were put back into the queue with tokens in flight."""
+        """Waiting sequences that were requeued while a sampled token was still in flight."""
         rows = manager.tables.rows
         self.running: list[Sequence | None] = [None] * rows
         self.free_rows = list(range(rows - 1, -1, -1))
         self.decoding = np.zeros(rows, bool)
-        """Rows whose prompt is computed."""
+        """Whether the prompt of each row is computed."""
         self.prefilling: list[Sequence] = []
-        """The sequences of the other rows in use."""
+        """Running sequences whose prompt is not computed yet."""
         self.remaining = np.zeros(rows, np.int64)
-        """Tokens each row may still sample, those in flight taken off."""
+        """Number of tokens each row may still sample, not counting those in flight."""
         self.masked = np.zeros(rows, np.int64)
-        """Of them, those before the row's bias changes (`min_tokens`); 0 or less where it no longer does."""
+        """Number of tokens until the row's bias changes (`min_tokens`); 0 or less if it no longer does."""
         self._historians = 0
-        """Rows whose next choice depends on tokens the host must have seen."""
+        """Number of running sequences whose next step depends on tokens the host must have read."""
         self.computing = Computing()
         self.preempted = 0
         self.encoding = Encoding(limits.feature_slots)
 
     def add(self, request: Request) -> None:
-        """Queues all sequences of a request."""
+        """Queue all sequences of a request."""
         size, cross = self.manager.block_size, request.cross
         if request.inputs is not None:
             request.extras = request.inputs.extras(size)
@@ -74,12 +74,12 @@ class Scheduler:
 
     @property
     def active(self) -> list[Sequence]:
-        """The sequences that hold rows."""
+        """Running sequences."""
         return [s for s in self.running if s is not None]
 
     @property
     def rows_in_use(self) -> int:
-        """Sequences that hold rows."""
+        """Number of running sequences."""
         return len(self.running) - len(self.free_rows)
 
     @property
@@ -89,11 +89,11 @@ class Scheduler:
 
     @property
     def needs_history(self) -> bool:
-        """Whether some running sequence's next choice depends on tokens the host must have seen."""
+        """Whether some running sequence's next step depends on tokens the host must have read."""
         return self._historians > 0
 
     def schedule(self, most: int = 1) -> Plan:
-        """Plans the next step, or up to `most` decode steps; the state is afterwards as if it had been dispatched."""
+        """Plan the next step, or up to `most` decode steps, and update all state as if it had been dispatched."""
         states = self.manager.states
         if states is not None:
             states.begin()
@@ -118,12 +118,14 @@ class Scheduler:
         )
 
     def _decodes(self, most: int) -> tuple[np.ndarray, int, tuple[np.ndarray, np.ndarray]]:
-        """Rows that decode, as many as the budget allows, in how many steps, each with places for its next tokens."""
+        """Choose the rows to decode within the token budget and the number of steps, and allocate blocks for their
+        tokens.
+        """
         while True:
             rows = np.flatnonzero(self.decoding & (self.remaining > 0))[: self.limits.tokens]
             steps = self._steps(rows, most)
             copies = self.manager.grow(rows, steps)
-            while copies is None and steps > 1:  # nobody is preempted so that others need not stop
+            while copies is None and steps > 1:  # fewer steps instead of a preemption
                 steps //= 2
                 copies = self.manager.grow(rows, steps)
             if copies is not None:
@@ -131,30 +133,32 @@ class Scheduler:
             self.preempt(max(self.active, key=lambda s: s.age))
 
     def _blocking(self) -> Sequence | None:
-        """The youngest of those that hold what others need for their next chunk, where nobody else will give it
-        back."""
+        """Return the youngest sequence that holds blocks others need for their next chunk, if no running decode will
+        release any; else None.
+        """
         chosen = [s for s in self.active if s.candidates is not None]
         if np.count_nonzero(self.decoding) > len(chosen) or self._awaits_tokens():
             return None
         if chosen and (self.prefilling or any(s.candidates is None for s in self.waiting)):
-            return max(chosen, key=lambda s: s.age)  # beams that wait for those of their search
+            return max(chosen, key=lambda s: s.age)  # beams that wait for the others of their search
         return max(self.prefilling, key=lambda s: s.age) if len(self.prefilling) > 1 else None
 
     def _awaits_tokens(self) -> bool:
-        """Whether a waiting sequence has a token in flight, which it must be computed with."""
+        """Whether a waiting sequence has a token in flight that its recomputation must include."""
         self._unsettled = [s for s in self._unsettled if s.pending and s.status is Status.WAITING]
         return bool(self._unsettled)
 
     def _steps(self, rows: np.ndarray, most: int) -> int:
-        """Decode steps until the host has to do something: to admit, to compute a prompt, to end a row at its limit,
-        to change a bias."""
+        """Return the number of decode steps until the host must act: to admit, prefill, end a row at its limit or
+        change a bias.
+        """
         if most == 1 or not len(rows) or self.waiting or self.prefilling or self.needs_history:
             return 1
         masked = self.masked[rows]
         return min(most, int(self.remaining[rows].min()), int(masked[masked > 0].min(initial=most)))
 
     def _prefills(self, budget: int) -> tuple[list[Chunk], list[tuple[int, Sequence]]]:
-        """Chunks for sequences half done, then for those that wait and fit; first come, first served."""
+        """Plan chunks of partly prefilled sequences, then of waiting sequences that fit, in order of arrival."""
         chunks: list[Chunk] = []
         samples: list[tuple[int, Sequence]] = []
         for sequence in sorted(self.prefilling, key=lambda s: s.age):
@@ -162,18 +166,18 @@ class Scheduler:
                 break
             count, start = self._fitting(sequence, budget, chunks), sequence.computed
             if not self.manager.extend(sequence.row, start, start + count):
-                return chunks, samples  # those that decode will give blocks back
+                return chunks, samples  # decoding sequences will release blocks
             budget -= self._chunk(sequence, count, chunks, samples)
         for sequence in self._first_in_line():
             if not (self.free_rows and budget > 0 and self._room(chunks) and self._room(samples)):
                 break
             if sequence.status is not Status.WAITING:
-                continue  # a sample that was forked a moment ago
+                continue  # a sample that was just forked
             if self._blocked(sequence):
                 break
             if self._waits(sequence):
                 continue
-            # One preempted a moment ago still has a token in flight, which it must be computed with.
+            # A sequence preempted in this call may have a token in flight, which its recomputation must include.
             if sequence.pending or not self._admit(sequence, budget):
                 break
             self.waiting.remove(sequence)
@@ -182,31 +186,33 @@ class Scheduler:
         return chunks, samples
 
     def _first_in_line(self) -> list[Sequence]:
-        """As many waiting sequences as a step looks at: those that could run, and as many that wait for what others
-        compute."""
+        """Return the head of the waiting queue that a step considers: twice the number of rows, as up to one batch
+        may be waiting for prefixes that others compute.
+        """
         return list(islice(self.waiting, 2 * len(self.running))) if self.free_rows else []
 
     def _blocked(self, sequence: Sequence) -> bool:
-        """Whether the cache has no more room for a sequence than when it last had too little, at a cost that does not
-        depend on the prompt's length. More of its prompt may have been published since.
+        """Whether the cache still has too few blocks for a sequence that failed admission; O(1) in the prompt's length.
+
+        Returns False if more of its prompt has been published since.
         """
         if sequence.needed_blocks <= 0 or self.manager.pool.num_available >= sequence.needed_blocks:
             return False
         return sequence.unknown is None or sequence.unknown not in self.manager.index
 
     def _room(self, taken: list[Chunk] | list[tuple[int, Sequence]]) -> int:
-        """How many more parts of chunks, or samples, the prefill has room for."""
+        """Return how many more chunk parts, or samples, fit into the prefill."""
         parts = sum(one.parts if isinstance(one, Chunk) else 1 for one in taken)
         return max(0, self.limits.prefill_rows - parts)
 
     def _fitting(self, sequence: Sequence, budget: int, chunks: list[Chunk]) -> int:
-        """How many tokens the next chunk of a prompt has."""
+        """Return the number of tokens of a prompt's next chunk."""
         count, cross = min(budget, sequence.prefilled - sequence.computed), sequence.request.cross
         reach = None if cross is None else cross.reach(sequence.computed, self._room(chunks))
         return count if reach is None else min(count, reach)
 
     def _waits(self, sequence: Sequence) -> bool:
-        """Whether a waiting sequence had better wait for what another request is computing."""
+        """Whether a waiting sequence should wait for a prefix that another request is computing."""
         if sequence.candidates is not None or self.computing.still_has(sequence):
             return True
         if not self.computing or sequence.pending or self._needs_all(sequence):
@@ -216,20 +222,21 @@ class Scheduler:
         return self.computing.has(sequence, (sequence.length - 1) // size, LEAST_SHARED * self.limits.tokens / size)
 
     def _needs_all(self, sequence: Sequence) -> bool:
-        """Log-probabilities of a prompt need all of it computed."""
+        """Whether the whole prompt must be computed, as prompt log-probabilities require."""
         return sequence.request.params.prompt_logprobs is not None and sequence.made == 0
 
     def _chain(self, sequence: Sequence) -> None:
-        """Brings the digests of all tokens known up to date."""
+        """Update the sequence's block digests to all known tokens."""
         if self.manager.prefix_caching:
             tokens = sequence.tokens[: sequence.length]
             extras = sequence.request.extras
             sequence.digests = self.manager.digests(tokens, sequence.root, sequence.digests, extras)
 
     def _admit(self, sequence: Sequence, budget: int) -> bool:
-        """Gives a waiting sequence a row and the blocks of all its known tokens, if they are there.
+        """Admit a waiting sequence: assign a row and allocate blocks for all known tokens. Return False if they do not
+        fit.
 
-        Of layers with a window those of the first chunk.
+        For layers with a window only the blocks of the first chunk are allocated.
         """
         manager, request = self.manager, sequence.request
         tokens, skip = sequence.tokens[: sequence.length], self._needs_all(sequence)
@@ -265,7 +272,7 @@ class Scheduler:
         row, request = sequence.row, sequence.request
         self.running[row] = sequence
         self.prefilling.append(sequence)
-        # A beam samples one token; what comes next is chosen among all of them.
+        # A beam samples one token; the search then chooses among the continuations of all beams.
         self.remaining[row] = sequence.stage_limit - sequence.length if request.beams is None else 1
         self.masked[row] = request.params.min_tokens - sequence.made if request.stop_ids else 0
         if request.cross is not None:
@@ -273,7 +280,9 @@ class Scheduler:
         self._historians += follows_history(request)
 
     def _chunk(self, sequence: Sequence, count: int, chunks: list[Chunk], samples: list[tuple[int, Sequence]]) -> int:
-        """Plans the next `count` tokens of a prompt, and after the last of them whoever samples; the tokens taken."""
+        """Add a chunk of `count` tokens and, if it completes the prompt, the samples after it; return the tokens
+        taken.
+        """
         index = self.encoding.index(sequence.row, sequence.computed, count)
         states, stop = self.manager.states, sequence.computed + count
         segments = () if states is None else tuple(states.chunk(sequence.row, stop))
@@ -295,7 +304,7 @@ class Scheduler:
         self.masked[sequence.row] -= 1
 
     def _fork(self, parent: Sequence, chunk: int, samples: list[tuple[int, Sequence]]) -> None:
-        """Lets the parent's waiting siblings share its blocks, as many as there are rows for."""
+        """Fork the parent into its waiting siblings, sharing its blocks, while there are free rows."""
         for child in parent.request.sequences:
             if child.status is not Status.WAITING or child.made or child.pending:
                 continue
@@ -308,8 +317,9 @@ class Scheduler:
             self._start_decoding(child, chunk, samples)
 
     def branch(self, source: Sequence, target: Sequence) -> None:
-        """Lets a beam go on from where another one is. It shares all of that one's blocks, if those are there and it
-        has a row or gets one; otherwise it waits to be computed.
+        """Continue beam `target` from beam `source`, sharing all of its blocks.
+
+        If the source's blocks have been released or no row is free, the target waits to be recomputed.
         """
         shares = self.limits.share_blocks and source.row >= 0 and (target.row >= 0 or bool(self.free_rows))
         if target.row >= 0 and not shares:
@@ -325,13 +335,13 @@ class Scheduler:
         self.manager.fork(source.row, target.row)
 
     def preempt(self, sequence: Sequence) -> None:
-        """Takes a running sequence's blocks; it waits at the head of the queue to be computed again."""
+        """Preempt a running sequence: release its blocks and requeue it at the head to be recomputed."""
         self.preempted += 1
         sequence.request.preemptions += 1
         self._requeue(sequence)
 
     def recompute(self, sequence: Sequence) -> None:
-        """Starts a sequence over with all its tokens: its rope changes with its length (longrope)."""
+        """Requeue a sequence to be recomputed from its first token, as its rope changes with its length (longrope)."""
         if sequence.status is Status.RUNNING:
             self._requeue(sequence)
         sequence.start_over()
@@ -344,7 +354,7 @@ class Scheduler:
             self._unsettled.append(sequence)
 
     def finish(self, sequence: Sequence, reason: str) -> None:
-        """Ends a sequence wherever it is; a second time does nothing."""
+        """End a sequence in any state; does nothing if it has already finished."""
         if sequence.status is Status.FINISHED:
             return
         if sequence.status is Status.RUNNING:
@@ -369,7 +379,7 @@ class Scheduler:
         sequence.row = -1
 
     def dispatched(self, plan: Plan) -> None:
-        """Once a plan's steps are dispatched, later ones may use what its chunks write and overwrite what they read."""
+        """Publish what a dispatched plan writes; later steps may reuse it and may overwrite what the plan reads."""
         for chunk in plan.chunks:
             if chunk.start + chunk.count == chunk.sequence.prefilled:
                 self.encoding.release(chunk.sequence.row)
@@ -377,7 +387,7 @@ class Scheduler:
             self.publish(chunk.sequence)
 
     def publish(self, sequence: Sequence) -> None:
-        """Enters the sequence's full blocks whose tokens are known and whose writing steps were dispatched."""
+        """Publish the sequence's full blocks whose tokens are known and whose writing steps have been dispatched."""
         manager = self.manager
         if not manager.prefix_caching or sequence.status is not Status.RUNNING:
             return
@@ -386,7 +396,7 @@ class Scheduler:
         if full <= sequence.published:
             return
         tokens = sequence.tokens[: full * manager.block_size]
-        # Only what is new is hashed and copied, however long the sequence is.
+        # Only new blocks are hashed and copied, however long the sequence is.
         extras = sequence.request.extras
         manager.extend_digests(digests, tokens, sequence.root, extras)
         manager.publish(sequence.row, tokens, digests, sequence.root, sequence.published, full, extras)

@@ -1,4 +1,4 @@
-"""The queue of sequences that have no row: first come, first served, whatever its length."""
+"""First-come, first-served queue of waiting sequences."""
 
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
@@ -7,8 +7,7 @@ from jaxinfer.engine.request import Sequence
 
 
 class Waiting:
-    """Waiting sequences in order. Each operation takes the same time in a queue of a hundred thousand as in one of
-    ten."""
+    """Ordered queue of waiting sequences with O(1) operations, independent of its length."""
 
     def __init__(self) -> None:
         self._sequences: OrderedDict[Sequence, None] = OrderedDict()
@@ -20,19 +19,19 @@ class Waiting:
         return iter(self._sequences)
 
     def extend(self, sequences: Iterable[Sequence]) -> None:
-        """Add sequences at the end."""
+        """Append sequences at the end."""
         for sequence in sequences:
             self._sequences[sequence] = None
 
     def push(self, sequence: Sequence) -> None:
-        """Add a sequence at the head."""
+        """Insert a sequence at the head."""
         self._sequences[sequence] = None
         self._sequences.move_to_end(sequence, last=False)
 
     def remove(self, sequence: Sequence) -> None:
-        """Take a sequence out, wherever it is.
+        """Remove a sequence from any place in the queue.
 
         Raises:
-            KeyError: it is not in the queue.
+            KeyError: the sequence is not in the queue.
         """
         del self._sequences[sequence]

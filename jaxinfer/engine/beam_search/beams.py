@@ -1,13 +1,13 @@
-"""Beam search: which continuations of a prompt's beams go on, and which are its results.
+"""Beam search: choice of the beams that continue and of the finished ones.
 
-Decided on the host, from the likeliest continuations of each beam that a step has found; the same decisions as those of
-transformers 5 (`GenerationMixin._beam_search`), in float32 like there. A prompt's search does not depend on others.
+It runs on the host, from the most likely continuations of each beam that a step has found, and makes the decisions of
+transformers 5 (`GenerationMixin._beam_search`), in float32 as well. The search of a prompt does not depend on others.
 
     step n:  candidates [B, K] of B beams -> the K likeliest of all, best first
              those that end here, of the first W       -> finished, the best W are kept
              the first W of those that do not end here -> the beams of step n + 1
 
-K is (1 + E) W for E tokens that end a beam, so that W are left even if all of those come first; at least 2 W.
+K is (1 + E) W for E stop tokens, so that W continue even if all stop tokens come first; at least 2 W.
 """
 
 from collections.abc import Sequence
@@ -22,59 +22,58 @@ from jaxinfer.engine.sampling.sampler import Candidates
 
 @dataclass(frozen=True)
 class Finished:
-    """A beam that has come to its end."""
+    """A finished beam."""
 
     tokens: np.ndarray
-    """`[n]` int32, what ended it included."""
+    """Output token ids, `[n]` int32, the stop token included."""
     logprob: float
-    """The sum of its tokens' log-probabilities, after all that masks and penalties change."""
+    """Sum of the tokens' log-probabilities, after masks and penalties."""
     score: np.float32
-    """The same over n to the power of the length penalty."""
+    """`logprob` / n ** length_penalty."""
     stopped: bool
-    """Whether its last token ended it; otherwise it came to the greatest length."""
+    """Whether a stop token ended it; otherwise the length limit did."""
 
 
 class State(NamedTuple):
-    """How far a search is; replaced as a whole, so that an interrupt finds the one before or the one after."""
+    """State of a search. Replaced as a whole, so that an interrupt finds either the old or the new state."""
 
     running: tuple[np.ndarray, ...]
-    """The tokens of the beams that go on, best first, `[n]` int32 each; none where it is over."""
+    """Output token ids of the running beams, best first, `[n]` int32 each; empty if the search is over."""
     scores: np.ndarray
-    """`[B]` float32 their sums of log-probabilities."""
+    """Sum of log-probabilities of each running beam, `[B]` float32."""
     finished: tuple[Finished, ...]
-    """Best first, at most W."""
+    """Finished beams, best first, at most W."""
 
 
 class Beams:
-    """The search of one prompt.
+    """The beam search of one prompt.
 
     Args:
-        params: how it is run.
-        limit: tokens that a beam may have, without the prompt.
-        stop_ids: tokens that end a beam.
+        params: beam search parameters.
+        limit: maximum number of output tokens of a beam.
+        stop_ids: token ids that end a beam.
     """
 
     def __init__(self, params: BeamParams, limit: int, stop_ids: frozenset[int]):
         self.params, self.limit = params, limit
         self.count = max(2, 1 + len(stop_ids)) * params.width
-        """K: candidates that are looked at in a step."""
+        """K: number of candidates considered per step."""
         self.state = State((np.empty(0, np.int32),), np.zeros(1, np.float32), ())
         self._stop_ids = np.array(sorted(stop_ids), np.int32)
 
     @property
     def best(self) -> tuple[Finished, ...]:
-        """The results there are, best first."""
+        """The best finished beams so far, best first."""
         return self.state.finished[: self.params.num_return_sequences]
 
     def advance(self, offers: Sequence[Candidates]) -> list[tuple[int, int]]:
-        """Takes a step.
+        """Advance the search by one step.
 
         Args:
-            offers: of each beam, in the order of the last result, its likeliest continuations: K of them or more.
+            offers: the most likely continuations (at least K) of each beam, in the order of the last result.
 
         Returns:
-            The beams that go on, best first: the number of the one each comes from, and its new token. None: it is
-                over.
+            (index of the source beam, new token) of each beam that continues, best first; empty if the search is over.
         """
         made, width = self.state.running, self.params.width
         length = len(made[0]) + 1
@@ -93,9 +92,9 @@ class Beams:
         return list(zip(beams[going].tolist(), tokens[going].tolist(), strict=True))
 
     def _likeliest(self, offers: Sequence[Candidates]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Beam, token and sum of log-probabilities of the K likeliest continuations, best first.
+        """Return beam, token and sum of log-probabilities of the K most likely continuations, best first.
 
-        Of equal ones the first beam's, then the smaller token. Forbidden ones are left out.
+        Ties are broken by the lower beam index, then the lower token id. Forbidden continuations are left out.
         """
         totals = np.concatenate([offer.scores + score for offer, score in zip(offers, self.state.scores, strict=True)])
         tokens = np.concatenate([offer.ids for offer in offers])
@@ -105,7 +104,7 @@ class Beams:
         return beams[order], tokens[order], totals[order]
 
     def _over(self, scores: np.ndarray, finished: Sequence[Finished], length: int) -> bool:
-        """Whether no beam can go on, or none that does is expected to be among the best."""
+        """Whether no beam can continue, or the running beams are not expected to reach the best W."""
         params = self.params
         if not len(scores):
             return True

@@ -1,13 +1,13 @@
-"""The beams of a search as sequences: which goes on in whose place after a step.
+"""Mapping of beams to sequences: which sequence and row each continuing beam takes after a step.
 
-A beam is a sequence of its request, and has a row like any other. After a step the host chooses the beams that go on
-(`engine.beams`). The first one that comes from a beam stays where that is; others take the places of beams that come to
-nothing, and share all blocks of the one they come from. What they share is copied when one of them first writes to it.
+A beam is a sequence of its request with a row like any other. After a step the host chooses the continuing beams
+(`beam_search.beams`). The first continuation of a beam stays in its row; others take the rows of beams that were
+dropped, and share all blocks of their source. A shared block is copied when one of its holders first writes to it.
 
     rows a b c d, chosen: a1 a2 c1 c2   ->   a1 stays in a, c1 in c; a2 takes b, c2 takes d
 
-A beam may sample one token until all beams of its search have theirs, so those that were preempted are computed again
-one by one, while the others wait with what they have found (`Sequence.candidates`).
+A beam may sample one token until all beams of its search have theirs, so preempted beams are recomputed one by one
+while the others wait with their candidates (`Sequence.candidates`).
 """
 
 from collections.abc import Sequence as Items
@@ -17,19 +17,22 @@ from jaxinfer.engine.scheduler import Scheduler
 
 
 def running(request: Request) -> list[Sequence]:
-    """The beams of a search, best first."""
+    """Return the running beams of a search, best first."""
     return [sequence for sequence in request.sequences if sequence.status is not Status.FINISHED]
 
 
 def complete(request: Request) -> bool:
-    """Whether all beams have found their continuations."""
+    """Whether all running beams have their candidates."""
     return all(sequence.candidates is not None for sequence in running(request))
 
 
 def regroup(scheduler: Scheduler, request: Request, chosen: Items[tuple[int, int]]) -> list[Sequence]:
-    """Gives each beam that goes on a sequence, which gets its new token; best first.
+    """Assign a sequence to each continuing beam and append its token; return them, best first.
 
-    `chosen`: the number of the beam it comes from, and the token (`Beams.advance`).
+    Args:
+        scheduler: holds the sequences' rows and blocks.
+        request: the beam search.
+        chosen: (index of the source beam, new token) of each continuing beam (`Beams.advance`).
     """
     beams = running(request)
     for beam in beams:
@@ -54,7 +57,7 @@ def regroup(scheduler: Scheduler, request: Request, chosen: Items[tuple[int, int
 
 
 def restore(request: Request) -> None:
-    """After a failed step or an interrupt: a sequence for each beam as the search has it, all to be computed again."""
+    """Rebuild the sequences of a search's running beams after a failed step or an interrupt; all will be recomputed."""
     beams = running(request)
     made, start = request.beams.state.running, len(request.prompt)
     while len(beams) < len(made):
@@ -79,7 +82,7 @@ def _add(scheduler: Scheduler, beam: Sequence, token: int) -> None:
         scheduler.publish(beam)
     beam.tokens[beam.length] = token
     beam.length += 1
-    beam.bias_version = -1  # what the device has noted of its history is not what was chosen
+    beam.bias_version = -1  # the history on the device is not the chosen one
     if beam.length == beam.stage_limit:
         scheduler.recompute(beam)
     elif beam.status is Status.RUNNING:

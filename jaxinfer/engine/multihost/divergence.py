@@ -1,7 +1,8 @@
-"""Whether the devices of several processes compute the same: a few sums of what each of them has whole.
+"""Detect when the devices of several processes compute different hidden states, by comparing a few sums.
 
-The residual stream is whole on every device: each makes its own copy, and nothing sums the copies up again. Where one
-device goes astray the head, divided over all, still gives all of them the same tokens, and wrong ones.
+The residual stream is replicated: every device computes its own copy, and nothing sums the copies up again. If one
+device computes it wrongly, the output head, sharded over all devices, still gives all of them the same tokens, and
+wrong ones.
 """
 
 import jax
@@ -12,21 +13,21 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxinfer.layers.sharded import on_shards
 
 GROUPS = 8
-"""Groups of neighbouring columns that are summed up, under random signs."""
+"""Number of groups of neighbouring columns that are summed up, under random signs."""
 MOST = 0.1
-"""How far apart two sums may be, in parts of what sums of independent numbers of that size would be. Other programs for
-other devices round otherwise, by a few hundredths in bfloat16; numbers that have nothing to do with each other are 1
-apart."""
+"""Maximum distance of two sums, relative to the expected size of a sum of independent numbers. Different programs on
+different devices round differently, by a few hundredths in bfloat16; unrelated numbers have a distance of about 1.
+"""
 
 
 def summary(mesh: Mesh, hidden: jax.Array) -> jax.Array:
-    """Of hidden states `[B, M]`: `[devices, GROUPS + 1]` float32, each device's own row on that device.
+    """Summarize hidden states `[B, M]` as `[devices, GROUPS + 1]` float32, each device's own row on that device.
 
-    The last column is what the others are held against. What is not finite counts as 0: rows that failed are not
+    The last column is the scale that distances are divided by. Non-finite values count as 0, so failed rows are not
     compared.
     """
 
-    # Rows of padding are all alike: without weights of their own their rounding would add up.
+    # Padding rows are all alike: without random weights per row their rounding errors would add up.
     random = np.random.default_rng(0)
     rows = random.normal(size=(hidden.shape[0], 1)).astype(np.float32)
     signs = random.choice(np.array([-1, 1], np.float32), hidden.shape[1])
@@ -41,11 +42,13 @@ def summary(mesh: Mesh, hidden: jax.Array) -> jax.Array:
 
 
 def local(summaries: jax.Array) -> np.ndarray:
-    """Those of this process's devices, `[n, GROUPS + 1]`; waits for them."""
+    """Return the summaries `[n, GROUPS + 1]` of this process's devices; blocks until they are computed."""
     return np.concatenate([np.asarray(shard.data) for shard in summaries.addressable_shards])
 
 
 def apart(rows: np.ndarray, reference: np.ndarray) -> float:
-    """How far the farthest of rows `[n, GROUPS + 1]` is from one of them, `[GROUPS + 1]`, in the unit of `MOST`."""
+    """Return the largest distance of rows `[n, GROUPS + 1]` from a reference row `[GROUPS + 1]`, in the unit of
+    `MOST`.
+    """
     scale = max(float(reference[-1]), float(rows[:, -1].max()), 1e-30)
     return float(np.abs(rows - reference).max()) / scale

@@ -1,4 +1,4 @@
-"""What several processes must have alike before they serve one model: settings, versions, files, shapes, weights."""
+"""Handshake: check that all processes have the same settings, versions, files, shapes and weights."""
 
 import hashlib
 import json
@@ -21,17 +21,17 @@ from jaxinfer.errors import ConfigError
 from jaxinfer.sharding.policy import Placement
 
 OWN = ("compilation_cache_dir", "log_interval")
-"""Settings that are each process's own."""
+"""Settings that may differ between processes."""
 
 
 def settings(
     group: Group, config: EngineConfig, overrides: Mapping[str, Any] | None
 ) -> tuple[EngineConfig, Mapping[str, Any] | None]:
-    """Process 0's settings and `hf_overrides`, in every process; that all run the same versions has been checked.
+    """Return process 0's settings and `hf_overrides` in every process, after checking that all run the same versions.
 
     Raises:
-        ConfigError: overrides that cannot be sent.
-        DistributedError: other versions or devices, or a process is gone.
+        ConfigError: the overrides cannot be sent.
+        DistributedError: versions or devices differ, or a process is gone.
     """
     device = jax.local_devices()[0]
     group.agree(
@@ -57,7 +57,7 @@ def settings(
 
 
 def _sources() -> str:
-    """The digest of this package's files: a working tree has no other version."""
+    """Return a digest of the package's source files: a working tree has no other version."""
     root, found = Path(__file__).parents[2], hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         found.update(f"{path.relative_to(root).as_posix()}\0".encode() + path.read_bytes())
@@ -65,11 +65,11 @@ def _sources() -> str:
 
 
 def files(group: Group, directory: Path) -> None:
-    """Checks that all processes have the same checkpoint: its configuration whole, of each tensor the first bytes.
+    """Check that all processes have the same checkpoint: the whole config.json, and the first bytes of each tensor.
 
     Raises:
-        CheckpointError: it cannot be read.
-        DistributedError: another process has another.
+        CheckpointError: the checkpoint cannot be read.
+        DistributedError: another process has a different checkpoint.
     """
     if (directory / manifest.NAME).is_file():
         weights = manifest.file_digest(directory / manifest.NAME)
@@ -86,10 +86,10 @@ def files(group: Group, directory: Path) -> None:
 
 
 def steps(group: Group, runner: Runner) -> None:
-    """Checks that all processes compile the same steps over the same weights.
+    """Check that all processes compile the same steps over the same weights.
 
     Raises:
-        DistributedError: they do not; names what differs.
+        DistributedError: they do not; the message names what differs.
     """
     program = runner.program
     shapes = json.loads(json.dumps(asdict(runner.shapes)))
@@ -106,14 +106,14 @@ def steps(group: Group, runner: Runner) -> None:
 
 
 def checksum(params: Sequence[jax.Array]) -> int:
-    """Over this process's own copies of the parameters that are whole on every device; their order counts."""
+    """Return a checksum of this process's copies of the replicated parameters; it depends on their order."""
     own = [p.addressable_data(0) for p in params if p.is_fully_replicated]
     return sum(map(int, _sums(own))) % (1 << 64) if own else 0
 
 
 @jax.jit
 def _sums(arrays: Sequence[jax.Array]) -> list[jax.Array]:
-    """A number of each array's bits and their places, uint32."""
+    """Return a uint32 checksum of each array's bits and their positions."""
     return [_sum(array) * jnp.uint32(2 * i + 1) for i, array in enumerate(arrays)]
 
 

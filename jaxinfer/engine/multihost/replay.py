@@ -1,12 +1,13 @@
-"""Several processes, one engine: process 0 plans, the others dispatch what it dispatches.
+"""Replay of steps over several processes: process 0 schedules, the others dispatch the same programs.
 
-Each has a `Runner` over its own part of the same arrays. Process 0 sends every dispatch, the key of its program and the
-arrays of the host, before it makes it; the others make the same ones in the same order, as the collectives inside need.
-Nothing here knows what a program does: what its key takes and gives says that (`engine.programs.Key`).
+Each process has a `Runner` over its own shards of the same arrays. Process 0 sends every dispatch, the program's key
+and the host arrays, before it makes it; the others make the same dispatches in the same order, as their collectives
+require. This module does not depend on what a program does: its key says what state it takes and returns
+(`runner.programs.Key`).
 
-What a step has sampled is compared: process 0 sends a digest of the tokens with a later dispatch, when they are there,
-so nobody waits for it. A divided head gives all devices the same tokens even where one went astray before it; therefore
-a summary of the hidden states goes with it (`engine.drift`).
+Sampled tokens are compared: process 0 sends a digest of them with a later dispatch, once they are there, so nothing
+waits for it. A sharded output head gives all devices the same tokens even if one device's hidden states are wrong, so a
+summary of the hidden states is sent as well (`multihost.divergence`).
 """
 
 import hashlib
@@ -35,15 +36,15 @@ _NUMBER, _CHECK, _DIGEST = struct.Struct("<I"), struct.Struct(f"<I16s{divergence
 
 
 def encode_key(key: Key) -> bytes:
-    """A key as JSON: its kind and its fields."""
+    """Encode a key as JSON: its class name and fields."""
     return json.dumps([type(key).__name__, asdict(key)]).encode()
 
 
 def decode_key(data: bytes) -> Key:
-    """The reverse of `encode_key`, every field checked.
+    """Decode a key, checking every field; the inverse of `encode_key`.
 
     Raises:
-        DistributedError: what is none.
+        DistributedError: the data is not a valid key.
     """
     try:
         name, values = json.loads(data)
@@ -63,12 +64,12 @@ def _typed(value: Any, hint: Any) -> Any:
 
 
 def digest(tokens: jax.Array) -> bytes:
-    """Of sampled tokens, whole in every process; waits for them."""
+    """Hash sampled tokens, which are replicated in every process; blocks until they are computed."""
     return hashlib.blake2b(np.ascontiguousarray(tokens).tobytes(), digest_size=_DIGEST).digest()
 
 
 class Leader:
-    """Process 0: tells the others what it dispatches."""
+    """Process 0: sends its dispatches to the other processes."""
 
     def __init__(self, group: Group):
         self._group = group
@@ -77,7 +78,7 @@ class Leader:
         self._sampled: deque[tuple[int, Sampled]] = deque()
 
     def launch(self, key: Key, arrays: Sequence[np.ndarray]) -> None:
-        """A program is about to be dispatched with these arrays.
+        """Send a program that is about to be dispatched with these arrays.
 
         Raises:
             DistributedError: a process has died or diverged, or all have ended.
@@ -90,26 +91,27 @@ class Leader:
         self._group.tell(Kind.LAUNCH, _NUMBER.pack(self._keys[key]) + pack_arrays(arrays))
 
     def watch(self, result: Sampled | None) -> None:
-        """What the dispatch will give: compared once it is there."""
+        """Queue the result of a dispatch to be compared once it is computed."""
         if result is not None:
             result.summary.copy_to_host_async()
             self._sampled.append((self._launches, result))
 
     def warm(self, sampling: Collection[str], threads: int | None) -> None:
-        """Has the others compile what this process is about to; `warmed` waits for them."""
+        """Have the other processes compile the programs that this one is about to compile; `warmed` waits for them."""
         self._group.tell(Kind.WARM, json.dumps([list(sampling), threads]).encode())
 
     def warmed(self) -> None:
-        """Waits until all have compiled."""
+        """Wait until all processes have compiled."""
         self._group.collect()
 
     def give_up(self, error: BaseException) -> None:
-        """After a failed step: the state of all processes is no longer known to be the same, so none goes on.
+        """End all processes after a failed step, as their states are no longer known to be equal.
 
-        An interrupt ends the others in order, and the caller raises it on; the engine serves no more.
+        After an interrupt the others end without an error and the caller re-raises it; the engine serves no more
+        requests.
 
         Raises:
-            DistributedError: why they end, where the error is none of the user's.
+            DistributedError: why the processes end, unless `error` is an interrupt.
         """
         if not isinstance(error, Exception):
             self._group.end_quietly()
@@ -117,10 +119,10 @@ class Leader:
         raise self._group.failed(error) from error
 
     def end(self) -> None:
-        """All have replayed and compared everything, and end.
+        """End all processes once they have replayed and compared everything.
 
         Raises:
-            DistributedError: they have not; not a second time.
+            DistributedError: they failed to; not raised a second time.
         """
         if self._group.said or self._group.over:
             return
@@ -139,7 +141,7 @@ class Leader:
 
 
 def follow(runner: Runner, group: Group) -> None:
-    """Any other process: dispatches what process 0 does, until that ends.
+    """Run any other process: dispatch what process 0 dispatches, until it ends.
 
     Raises:
         DistributedError: a process has died or diverged.

@@ -1,4 +1,4 @@
-"""A plan as arrays: padded to a bucket and packed into one int32 vector, so that a step has one transfer."""
+"""Step inputs: a plan as arrays, padded to a bucket and packed into one int32 vector, i.e. one transfer per step."""
 
 import math
 from collections.abc import Mapping
@@ -17,48 +17,54 @@ from jaxinfer.kernels.state.slots import Segments
 from jaxinfer.kv.tables import Tables
 
 PARTS = 3
-"""Of a chunk, at most, where recurrent layers keep a state after each: a prompt has two boundaries (`kv.manager`)."""
+"""Maximum number of parts of a chunk after each of which recurrent layers store a state: a prompt has two boundaries
+(`kv.manager`).
+"""
 NO_SLOT = 2**30
-"""A slot that there is not (`kernels.state`)."""
+"""Slot id of padding: out of range, so reads return zeros and writes are dropped (`kernels.state`)."""
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """The static shape of a compiled step; one program a bucket."""
+    """Static shape of a compiled step: one program per bucket."""
 
     kind: str
     """"prefill" or "decode"."""
     tokens: int
-    """T for prefill; B for decode."""
+    """Number of tokens: T for prefill, B for decode."""
     rows: int
-    """Sequences, and samples, of the step."""
+    """Maximum number of sequences, and of samples, in the step."""
     width: int
-    """W: blocks in a table."""
+    """W: number of blocks in a block table."""
     level: Level
     logprobs: int
-    """How many log-probabilities a sampled token comes with; -1 for none."""
+    """Number of log-probabilities per sampled token; -1 for none."""
     prompt_logprobs: int = -1
-    """The same for the tokens of the prompt."""
+    """Number of log-probabilities per prompt token; -1 for none."""
     items: int | None = None
-    """Decode: pieces of cached keys there is room for."""
+    """Decode: number of work items (pieces of cached keys) that attention has room for."""
     groups: int = 1
-    """Decode: block tables a sequence has that grow with it."""
+    """Decode: number of groups of layers with a block table that grows with the sequence."""
     tile: int = TILE
-    """Prefill: queries of one tile."""
+    """Prefill: number of queries in a tile."""
     switched: bool = False
-    """Whether what no row asks for is skipped at run time; then `level`, `logprobs` and `prompt_logprobs` say what
-    the program can do, not what this step must."""
+    """Whether parts of the sampler that no row needs are skipped at run time; `level`, `logprobs` and
+    `prompt_logprobs` are then what the program supports, not what the step needs.
+    """
     features: bool = False
     """Prefill: whether tokens may take rows of the feature pool."""
     contiguous: bool = False
-    """Whether tables follow from the rows (`kv.contiguous`); `width` is then what of them a step can read."""
+    """Whether block tables follow from the rows (`kv.contiguous`); `width` is then the number of blocks a step can
+    read.
+    """
     states: bool = False
-    """Whether there are recurrent layers."""
+    """Whether the model has recurrent layers."""
     candidates: int = 0
-    """How many continuations of each row a step finds, for beam searches; 0: none, and nobody searches. The tokens of
-    beams come from the host then, as it has chosen them."""
+    """Number of continuations found per row for beam searches; 0 if no row is a beam. With beams their tokens come
+    from the host, which has chosen them.
+    """
     cross: bool = False
-    """Whether tokens attend to what an encoder read."""
+    """Whether tokens attend to encoder positions."""
 
     def __str__(self) -> str:
         keys = "" if self.items is None else f" items={self.items}"
@@ -69,17 +75,17 @@ class Bucket:
 
     @property
     def takes(self) -> tuple[str | None, ...]:
-        """The runner's state that the step is called with (`programs.Key`)."""
+        """Runner state passed to the step (see `programs.Key`)."""
         return ("params", *self.gives, *(["features"] if self.features else []))
 
     @property
     def gives(self) -> tuple[str | None, ...]:
-        """What of it the step returns before `Sampled`."""
+        """Runner state returned by the step before `Sampled` (see `programs.Key`)."""
         return ("cache", "rows", "edits" if self.level >= Level.EDITED else None)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The parts of the packed vector, in order."""
+        """Shapes of the parts of the packed vector, in order."""
         seen = {"seen": (self.tokens, 2)} if self.cross else {}
         if self.states:
             seen["states"] = (2, self.rows) if self.kind == "decode" else (len(Segments._fields), self.segments)
@@ -106,17 +112,17 @@ class Bucket:
 
     @property
     def segments(self) -> int:
-        """Prefill: parts of chunks, at most so many of each (`kv.recurrent`)."""
+        """Prefill: maximum number of parts of chunks after which recurrent layers store a state (`kv.recurrent`)."""
         return PARTS * self.rows
 
 
 def pack(bucket: Bucket | EncodeShape, parts: Mapping[str, np.ndarray]) -> np.ndarray:
-    """The parts of a bucket, one after another."""
+    """Pack the parts of a bucket into one int32 vector."""
     return np.concatenate([np.asarray(parts[name], np.int32).ravel() for name in bucket.shapes])
 
 
 def unpack(bucket: Bucket | EncodeShape, packed: jax.Array) -> dict[str, jax.Array]:
-    """The reverse of `pack`; under jit its slices cost nothing."""
+    """Unpack a vector into its parts; the inverse of `pack`. Under jit the slices cost nothing."""
     parts, start = {}, 0
     for name, shape in bucket.shapes.items():
         size = math.prod(shape)
@@ -126,9 +132,10 @@ def unpack(bucket: Bucket | EncodeShape, packed: jax.Array) -> dict[str, jax.Arr
 
 
 def lanes(rows: np.ndarray, size: int, all_rows: int) -> np.ndarray:
-    """Where in a step of `size` sequences each of `rows` is computed: where all fit, in its own place.
+    """Return the index of each of `rows` in the batch of a step for `size` sequences.
 
-    Then a step reads the device's tables and tokens as they lie.
+    If the step has room for all rows, each row keeps its own index, so the step reads tables and tokens without a
+    gather.
     """
     return rows if size == all_rows else np.arange(len(rows))
 
@@ -136,7 +143,15 @@ def lanes(rows: np.ndarray, size: int, all_rows: int) -> np.ndarray:
 def sampling_rows(
     settings: np.ndarray, rows: np.ndarray, lanes: np.ndarray, positions: np.ndarray, size: int
 ) -> np.ndarray:
-    """`[size, WIDTH]` of `settings` `[R, WIDTH]` each of `rows` in its lane; `positions`: where the tokens will be."""
+    """Return sampling parameters `[size, WIDTH]` for the batch of a step.
+
+    Args:
+        settings: parameters of all rows, `[R, WIDTH]`.
+        rows: rows of the step.
+        lanes: index of each row in the batch.
+        positions: positions of the tokens to be sampled.
+        size: batch size of the step.
+    """
     packed = np.zeros((size, WIDTH), np.int32)
     packed[:, ROW] = len(settings)
     packed[lanes] = settings[rows]
@@ -145,7 +160,7 @@ def sampling_rows(
 
 
 def decode_parts(plan: Plan, bucket: Bucket, tables: Tables, settings: np.ndarray, ahead: int) -> dict[str, np.ndarray]:
-    """The decode half of a plan, in the step that is `ahead` of its first."""
+    """Build the inputs of decode step number `ahead` of a plan."""
     rows, now = plan.rows, plan.positions + ahead
     at = lanes(rows, bucket.rows, tables.rows)
     positions, blocks = np.full(bucket.rows, -1, np.int32), np.zeros((bucket.groups, bucket.rows), np.int32)
@@ -166,12 +181,12 @@ def decode_parts(plan: Plan, bucket: Bucket, tables: Tables, settings: np.ndarra
 
 
 def prefill_parts(plan: Plan, bucket: Bucket, settings: np.ndarray) -> dict[str, np.ndarray]:
-    """The prefill half of a plan."""
+    """Build the prefill inputs of a plan."""
     chunks = [(c.sequence.tokens[c.start : c.start + c.count], c.start, c.sequence.rope_base) for c in plan.chunks]
     seen = np.concatenate([c.seen for c in plan.chunks]) if bucket.cross else None
     batch = functional.prefill_batch(
         chunks,
-        np.empty((len(chunks), 0), np.int32),  # the device has the tables
+        np.empty((len(chunks), 0), np.int32),  # the block tables are on the device
         tokens=bucket.tokens,
         rows=bucket.rows,
         samples=np.array([chunk for chunk, _ in plan.samples], np.int32),
@@ -201,7 +216,7 @@ def prefill_parts(plan: Plan, bucket: Bucket, settings: np.ndarray) -> dict[str,
 
 
 def segments(plan: Plan, bucket: Bucket) -> np.ndarray:
-    """`[fields, segments]` of `kernels.state.Segments`: the parts of all chunks, in their order."""
+    """Return the parts of all chunks in order as `[fields, segments]` of `kernels.state.Segments`."""
     listed, start = [], 0
     for chunk in plan.chunks:
         for part in chunk.segments:
@@ -215,11 +230,11 @@ def segments(plan: Plan, bucket: Bucket) -> np.ndarray:
 
 
 def asks_prompt_logprobs(chunk: Chunk) -> bool:
-    """Whether the log-probabilities of a chunk's tokens are wanted."""
+    """Whether log-probabilities of a chunk's prompt tokens are requested."""
     return chunk.sequence.request.params.prompt_logprobs is not None and not chunk.sequence.made
 
 
 def spans(plan: Plan) -> list[slice]:
-    """Where each chunk's tokens lie in the step."""
+    """Return the slice of each chunk's tokens in the step."""
     ends = np.cumsum([chunk.count for chunk in plan.chunks])
     return [slice(int(end) - chunk.count, int(end)) for end, chunk in zip(ends, plan.chunks, strict=True)]

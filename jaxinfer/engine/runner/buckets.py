@@ -1,8 +1,8 @@
-"""Which compiled steps there are, and which of them serves a plan.
+"""Choice of the compiled step for a plan.
 
-On a CPU one program a bucket has the whole sampler and skips at run time what no row asks for. On a GPU, whose host
-would have to wait for each such condition, the sampler's variants are programs of their own; they are few, and each
-step takes the first of `variants` that does all its rows ask for.
+On a CPU one program per bucket contains the whole sampler and skips at run time what no row needs. On a GPU, whose host
+would have to wait for each such condition, sampler variants are separate programs; there are few of them, and each step
+uses the first of `variants` that supports everything its rows need.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -20,51 +20,54 @@ from jaxinfer.kernels.attention.xla_attention import decode_items, item_keys
 from jaxinfer.kv import groups as kv_groups
 
 SAMPLING = (*(level.name.lower() for level in Level), "logprobs", "prompt_logprobs")
-"""What a warm-up can be told that requests will ask for."""
+"""Names of sampling features that a warm-up can be restricted to."""
 COPY_WIDTH = 16
-"""Block copies of a step are padded to this many, or to as many as there are rows."""
+"""Block copies of a step are padded to this many (or to one of the larger sizes of `copy_widths`)."""
 LEAST_CANDIDATES = 16
-"""Continuations of a row that a step finds at least, where it finds any."""
+"""Minimum number of continuations per row in steps with beams."""
 TABLE_WIDTHS = (256, 4096)
-"""Entries of block tables are sent in pieces padded to one of these."""
+"""Block table updates are sent in pieces padded to one of these sizes."""
 
 
 class Needs(NamedTuple):
-    """What the rows of a step ask for, or a program can do."""
+    """Sampler features that the rows of a step need, or that a program supports."""
 
     level: Level = Level.GREEDY
     logprobs: int = -1
-    """The most log-probabilities that a row asks for beside its token's; -1: no row asks for any."""
+    """Maximum number of log-probabilities requested beside the token's own; -1 if no row requests any."""
     prompt_logprobs: bool = False
     candidates: int = 0
-    """Continuations that beam searches look at: not a matter of variants, but a number of the bucket."""
+    """Number of continuations that beam searches consider: an integer of the bucket, not a choice of variant."""
 
     def serve(self, other: "Needs") -> bool:
-        """Whether a program of these does what the other asks."""
+        """Whether a program with these features supports everything `other` needs."""
         return all(mine >= theirs for mine, theirs in zip(self[:3], other[:3], strict=True))
 
 
 def logprob_counts(most: int) -> tuple[int, ...]:
-    """Return how many log-probabilities a position programs are compiled for, where requests may ask for `most`.
+    """Return the numbers of log-probabilities per position that programs are compiled for, if requests may ask for
+    `most`.
 
-    Training asks for those of the chosen tokens alone, at the cost of a maximum; whoever asks for more gets as many as
-    there may be. A count between the two would be four more programs of each bucket, for a kernel less.
+    Training needs only those of the chosen tokens, at the cost of a maximum; a request for more gets the maximum
+    number. An intermediate count would add four programs to each bucket and save one kernel.
     """
     return tuple(sorted({min(1, most), most}))
 
 
 def variants(most: int) -> list[Needs]:
-    """Return what the programs of a bucket can do where they are not switched at run time, the cheapest first.
+    """Return the sampler variants of a bucket on a GPU, the cheapest first.
 
-    `most`: log-probabilities that a request may ask for. Every level has programs with them, as a level above the one
-        that is
-    asked for costs more than they do; those of prompts, which are asked for rarely, are one program.
+    Every level has variants with log-probabilities, as the next level costs more than they do; those of prompts, which
+    are rarely requested, are a single variant.
+
+    Args:
+        most: maximum number of log-probabilities a request may ask for.
     """
     return [Needs(*each) for each in product(Level, (-1, *logprob_counts(most)))] + [Needs(Level.EDITED, most, True)]
 
 
 def prefill_bucket(program: Program, shapes: Shapes, tokens: int, needs: Needs) -> Bucket:
-    """For chunks of this many tokens together."""
+    """Return the prefill bucket for this many tokens in total."""
     return _bucket(
         shapes,
         "prefill",
@@ -79,8 +82,10 @@ def prefill_bucket(program: Program, shapes: Shapes, tokens: int, needs: Needs) 
 
 
 def reach(shapes: Shapes, positions: np.ndarray, seen: np.ndarray) -> int:
-    """What a decode step of tokens at `positions` `[B]` reads: pieces of keys, or of a contiguous cache blocks of the
-    longest row. `seen` `[B, 2]`: the first and the end of the encoder positions that they see.
+    """Return how much of the cache a decode step of tokens at `positions` `[B]` reads.
+
+    That is the number of work items, or for a contiguous cache the number of blocks of the longest row. `seen` `[B, 2]`
+    is the first and the end of the encoder positions visible to each token.
     """
     block, (first, end) = shapes.block_size, seen.T
     if shapes.contiguous:
@@ -90,7 +95,7 @@ def reach(shapes: Shapes, positions: np.ndarray, seen: np.ndarray) -> int:
 
 
 def decode_bucket(program: Program, shapes: Shapes, rows: int, reach: int, needs: Needs) -> Bucket:
-    """For this many rows; `reach`: what they read, where attention is compiled for as much."""
+    """Return the decode bucket for this many rows that read `reach` (if the attention kernel is compiled for it)."""
     rows, own, xla = least(shapes.decode_buckets, rows), {}, program.kernel == "xla"
     if xla and shapes.contiguous:
         own["width"] = least([*_widths(shapes)], reach)
@@ -117,14 +122,14 @@ def _bucket(shapes: Shapes, kind: str, tokens: int, rows: int, needs: Needs, **o
         can = next(variant for variant in variants(shapes.max_logprobs) if variant.serve(needs))
     prompt = shapes.max_logprobs if can.prompt_logprobs else -1
     own = {"width": shapes.width, "switched": shapes.switched, "contiguous": shapes.contiguous} | own
-    if needs.candidates:  # a power of two, so that searches of several widths share a program
+    if needs.candidates:  # a power of two, so that searches of similar widths share a program
         own["candidates"] = min(max(LEAST_CANDIDATES, 1 << (needs.candidates - 1).bit_length()), shapes.sampled_vocab)
     return Bucket(kind, tokens, rows, **own, level=can.level, logprobs=can.logprobs, prompt_logprobs=prompt)
 
 
 def all_buckets(program: Program, shapes: Shapes, sampling: Collection[str] = SAMPLING) -> list[Bucket]:
-    """Every bucket that steps can need whose rows ask for nothing but `sampling`, the largest first."""
-    # A chunk that does not end its prompt asks for nothing.
+    """Return every bucket that steps can need whose rows use no sampling feature outside `sampling`, largest first."""
+    # A chunk that does not complete its prompt needs no sampling feature.
     levels = [level for level in Level if level is Level.GREEDY or level.name.lower() in sampling]
     counts = logprob_counts(shapes.max_logprobs) if "logprobs" in sampling else ()
     beside = (-1, *counts), (False, "prompt_logprobs" in sampling)
@@ -141,12 +146,12 @@ def all_buckets(program: Program, shapes: Shapes, sampling: Collection[str] = SA
 
 
 def _widths(shapes: Shapes) -> Iterator[int]:
-    """Of a contiguous cache, the read lengths that decode is compiled for, in blocks."""
+    """Return the read lengths, in blocks, that decode is compiled for with a contiguous cache."""
     return shapes.regions.widths(item_keys(shapes.block_size) // shapes.block_size)
 
 
 def _reaches(shapes: Shapes, rows: int) -> Iterator[int]:
-    """What reaches each of a row bucket's sizes."""
+    """Return a value of `reach` for each decode bucket of `rows` rows."""
     if shapes.contiguous:
         yield from _widths(shapes)
         return
@@ -158,8 +163,10 @@ def _reaches(shapes: Shapes, rows: int) -> Iterator[int]:
 
 
 def copy_widths(shapes: Shapes) -> tuple[int, ...]:
-    """What a step's block copies are padded to: a row copies one at most in each group, of a contiguous cache all it
-    has."""
+    """Return the sizes that a step's block copies are padded to.
+
+    A row copies at most one block per group of layers; with a contiguous cache it may copy all of its blocks.
+    """
     if shapes.contiguous:
         return COPY_WIDTH, COPY_WIDTH**2
     most = shapes.rows * shapes.groups
@@ -167,7 +174,7 @@ def copy_widths(shapes: Shapes) -> tuple[int, ...]:
 
 
 def encode_pieces(shapes: Shapes, count: int) -> Iterator[int]:
-    """The encoder steps, by their buckets, that so many inputs are encoded in: none is padded but the last."""
+    """Yield the encoder buckets that `count` inputs are encoded in; only the last is padded."""
     while count > 0:
         size = max((size for size in shapes.encode_buckets if size <= count), default=shapes.encode_buckets[0])
         yield size
@@ -175,7 +182,7 @@ def encode_pieces(shapes: Shapes, count: int) -> Iterator[int]:
 
 
 def encode_shape(program: Program, shapes: Shapes, units: int) -> EncodeShape:
-    """Of a step that encodes so many values for cross-attention; a bucket, or the least that has room."""
+    """Return the shape of the smallest step that encodes `units` values for cross-attention."""
     source, units = program.cross, least(shapes.cross_buckets, units)
     groups = kv_groups.encoded(program.layout.kinds).count
     inputs = min(units, shapes.prefill_rows) if source.joint else units
@@ -183,7 +190,7 @@ def encode_shape(program: Program, shapes: Shapes, units: int) -> EncodeShape:
 
 
 def encode_steps(jobs: Sequence[EncodeJob], shape: EncodeShape) -> Iterator[list[EncodeJob]]:
-    """Jobs in their order, as many a step as the largest shape has room for."""
+    """Yield batches of jobs in order, each as many as the largest shape has room for."""
     step: list[EncodeJob] = []
     for job in jobs:
         units = sum(other.input.count for other in step) + job.input.count
@@ -196,5 +203,5 @@ def encode_steps(jobs: Sequence[EncodeJob], shape: EncodeShape) -> Iterator[list
 
 
 def least(sizes: Sequence[int], needed: int) -> int:
-    """The first of ascending sizes that has room."""
+    """Return the first of ascending sizes that is at least `needed`."""
     return next(size for size in sizes if size >= needed)

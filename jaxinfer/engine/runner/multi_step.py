@@ -1,13 +1,15 @@
-"""How many decode steps the host dispatches at once."""
+"""Number of decode steps that the host dispatches at once."""
 
 MOST = 8
-"""Decode steps at once with "auto": the host's work a step is then an eighth."""
+"""Maximum number of decode steps at once with "auto": it divides the host's work per step by eight."""
 LATENCY = 0.1
-"""Seconds that the steps dispatched at once may take with "auto": so long may tokens be held back, or a new request."""
+"""Maximum seconds that steps dispatched at once may take with "auto": tokens and new requests may be delayed by
+this.
+"""
 
 
 class Pace:
-    """The number of steps, a fixed one or one that follows the measured time of a step."""
+    """Number of decode steps per dispatch: fixed, or adapted to the measured time of a step."""
 
     def __init__(self, asked: int | str):
         self._asked = asked
@@ -16,7 +18,7 @@ class Pace:
 
     @property
     def steps(self) -> int:
-        """As many as may be dispatched at once, where nothing else bounds them."""
+        """Maximum number of steps to dispatch at once, if nothing else limits them."""
         if not isinstance(self._asked, str):
             return self._asked
         if self._seconds is None:
@@ -24,11 +26,16 @@ class Pace:
         return max(1, min(MOST, int(LATENCY / self._seconds)))
 
     def note(self, steps: int, started: float, now: float, *, late: bool) -> None:
-        """What was dispatched at `started` is read now; `steps`: how many decode steps it was, 0 for anything else.
+        """Record that the host now reads what was dispatched at `started`.
 
-        `late`: it had run before the host came to read it, so that its time is at most what is seen here. What is
-        slower than what is known counts half: one slow step (another program on the machine, a compilation) is
-        forgotten soon.
+        A measurement above the estimate counts half, so that a single slow step (another program on the machine, a
+        compilation) is soon forgotten.
+
+        Args:
+            steps: number of decode steps; 0 for anything else.
+            started: time of dispatch.
+            now: time of reading.
+            late: whether the steps had already finished, so that the measured time is an upper bound.
         """
         began = started if self._late else max(started, self._ready_at)
         exact = not (late or self._late)

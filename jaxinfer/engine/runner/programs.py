@@ -1,4 +1,4 @@
-"""The compiled programs of a model's steps: made ahead in several threads, or when they are first needed."""
+"""Compiled programs of a model's steps: compiled ahead in several threads, or on first use."""
 
 import logging
 import threading
@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Copies:
-    """Key of the program that copies so many blocks."""
+    """Key of the program that copies `width` blocks."""
 
     takes = gives = ("cache",)
     width: int
@@ -48,14 +48,14 @@ class Copies:
 
 @dataclass(frozen=True)
 class Install:
-    """Key of the program that sets one row's edits."""
+    """Key of the program that sets history and bias of one row."""
 
     takes = gives = ("edits",)
 
 
 @dataclass(frozen=True)
 class InstallTables:
-    """Key of the program that sets so many entries of the block tables."""
+    """Key of the program that writes `width` entries of the block tables."""
 
     takes = gives = ("rows",)
     width: int
@@ -63,7 +63,7 @@ class InstallTables:
 
 @dataclass(frozen=True)
 class Encode:
-    """Key of the program that encodes so many inputs into the feature pool."""
+    """Key of the program that encodes `count` inputs into the feature pool."""
 
     takes, gives = ("params", "features"), ("features",)
     count: int
@@ -71,26 +71,28 @@ class Encode:
 
 @dataclass(frozen=True)
 class EncodeCross(EncodeShape):
-    """Key of the program that encodes inputs of such a shape for cross-attention, into the cache."""
+    """Key of the program that encodes inputs of this shape into the cache for cross-attention."""
 
     takes, gives = ("params", "cache"), ("cache",)
 
 
 Key = Bucket | Copies | Install | InstallTables | Encode | EncodeCross
-"""What a program is known by. `takes` names the runner's state that comes before a call's arrays, `gives` what of it
-the program returns first, alone where that is one; None stands in the place of what this program does without."""
+"""Key of a program. `takes` names the runner state passed before the call's own arrays, `gives` the runner state
+that the program returns first (not in a tuple if it is a single value). None marks state that this program does not
+use.
+"""
 
 
 class Programs:
-    """Programs by key. Thread-safe: one that several threads ask for is compiled once, and the others wait.
+    """Compiled programs by key. Thread-safe: a program that several threads need is compiled once.
 
-    What is kept is the compiled program, not the jitted function: it cannot compile again at a call, and the call takes
-    as long (0.09 ms on jax 0.10 and 0.14 on 0.12 with 200 arrays, either way).
+    The compiled program is kept, not the jitted function: it cannot recompile at a call, and the call takes as long
+    (0.09 ms on jax 0.10 and 0.14 on 0.12 with 200 arrays, either way).
 
     Args:
-        program, shapes: of the model.
-        params: its parameters; only their shapes and shardings are kept.
-        options: XLA's own, for the steps.
+        program, shapes: the model's program and step shapes.
+        params: the model's parameters; only shapes and shardings are kept.
+        options: XLA compiler options for the steps.
     """
 
     def __init__(
@@ -104,10 +106,12 @@ class Programs:
         self._pending: dict[Key, Future[jax.stages.Compiled]] = {}
         self._lock = threading.Lock()
         self.seconds: dict[Key, float] = {}
-        """Of each program there is, what tracing and compiling it, or reading it from JAX's cache, took."""
+        """Seconds that tracing and compiling each program, or reading it from JAX's compilation cache, took."""
 
     def keys(self, sampling: Collection[str] = SAMPLING) -> list[Key]:
-        """Of all programs that a workload can need whose requests ask for nothing but `sampling`."""
+        """Return the keys of all programs a workload can need whose requests use no sampling feature outside
+        `sampling`.
+        """
         copies = [Copies(width) for width in copy_widths(self._shapes)]
         tables = [] if self._shapes.contiguous else [InstallTables(width) for width in TABLE_WIDTHS]
         edits = [Install()] if "edited" in sampling else []
@@ -119,14 +123,16 @@ class Programs:
         return [*all_buckets(self._program, self._shapes, sampling), *encodes, *copies, *tables, *edits]
 
     def get(self, key: Key) -> jax.stages.Compiled:
-        """The program of a key, compiled if need be. What tracing or compiling it raises goes to all who ask."""
+        """Return a program, compiling it if needed. Errors of tracing or compiling are raised in all waiting
+        threads.
+        """
         return self._ready.get(key) or self._make(key)
 
     def prepare(self, keys: Iterable[Key], threads: int, done: Callable[[Key], None]) -> None:
-        """Compiles these, in so many threads; `done` is told of each. XLA compiles without Python's lock.
+        """Compile programs in `threads` threads and call `done` after each. XLA compiles without holding Python's GIL.
 
         Raises:
-            Exception: what the first of them raised; those not begun are left out.
+            Exception: the first error; compilations not begun by then are skipped.
         """
         failed = threading.Event()
 
@@ -146,7 +152,7 @@ class Programs:
                     if (key := future.result()) is not None:
                         done(key)
             finally:
-                failed.set()  # an interrupt, too, leaves out what is not begun
+                failed.set()  # after an interrupt, too, skip compilations not begun
 
     def _make(self, key: Key) -> jax.stages.Compiled:
         with self._lock:

@@ -1,4 +1,4 @@
-"""What the running sequences ask of the sampler, by rows: a step reads it without a look at any of them."""
+"""Per-row sampling parameters, cached as arrays so that a step does not iterate over sequences."""
 
 from collections.abc import Iterable
 from collections.abc import Sequence as Items
@@ -11,20 +11,22 @@ from jaxinfer.engine.sampling.sampling_rows import EDITED, WIDTH, Level
 
 
 class Asked:
-    """One entry a row, written when its sequence starts to sample."""
+    """Sampling parameters by row, written when a row's sequence starts to sample."""
 
     def __init__(self, rows: int):
         self.settings = np.zeros((rows, WIDTH), np.int32)
-        """`[R, WIDTH]` as `sampler.pack_rows` has them."""
+        """Parameters, `[R, WIDTH]`, as packed by `sampling_rows.pack_rows`."""
         self.levels = np.zeros(rows, np.int8)
-        """`[R]` the sampler level of each row's next step."""
+        """Sampler level of each row's next step, `[R]`."""
         self.forbid_for_a_while = np.zeros(rows, bool)
-        """`[R]` whether that changes as tokens come: `forbid` must be told of each step."""
+        """Whether each row's level changes as tokens are sampled, `[R]`, so that `forbid` must be called for each
+        step.
+        """
         self._logprobs = np.full(rows, -1, np.int8)
         self._candidates = np.zeros(rows, np.int32)
 
     def write(self, samples: Iterable[Sequence]) -> None:
-        """Write the rows of these sequences."""
+        """Write the parameters of these sequences' rows."""
         for sequence in samples:
             row, request, count = sequence.row, sequence.request, sequence.request.params.logprobs
             self.settings[row] = settings(sequence)
@@ -33,8 +35,9 @@ class Asked:
             self._candidates[row] = 0 if request.beams is None else request.beams.count
 
     def forbid(self, samples: Items[Sequence], positions: np.ndarray) -> None:
-        """Note which rows of `samples` have forbidden tokens at `positions`: they take the sampler's highest level, in
-        that step."""
+        """Update the level of rows with temporarily forbidden tokens: EDITED in a step that forbids some at
+        `positions`.
+        """
         rows = np.array([sequence.row for sequence in samples], np.int32)
         for i in np.flatnonzero(self.forbid_for_a_while[rows]).tolist():
             sequence, row = samples[i], rows[i]
@@ -42,7 +45,7 @@ class Asked:
             self.levels[row], self.settings[row, EDITED] = level, level >= Level.EDITED
 
     def needs(self, rows: np.ndarray) -> Needs:
-        """Return the least that serves all these rows."""
+        """Return the least features that serve all these rows."""
         return Needs(
             Level(int(self.levels[rows].max(initial=Level.GREEDY))),
             int(self._logprobs[rows].max(initial=-1)),

@@ -1,4 +1,4 @@
-"""The device's side of the engine: parameters, cache and sampler state, and the compiled steps over them."""
+"""Runner: owns parameters, cache and sampler state on the device, and runs compiled steps over them."""
 
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -50,14 +50,14 @@ from jaxinfer.kv.tables import Tables
 
 @dataclass(frozen=True)
 class Result:
-    """What a compiled step will say, and of whom."""
+    """Output of a compiled step, still on the device, and the sequences it belongs to."""
 
     samples: Sequence[Sample]
     lanes: np.ndarray
-    """Where in the step each of them was computed."""
+    """Index of each sequence in the step's batch."""
     sampled: Sampled
     first: bool
-    """Whether these are the first tokens after a prompt, or after what was computed again."""
+    """Whether these are the first tokens after a prefill."""
 
     def __post_init__(self) -> None:
         for array in jax.tree.leaves(self.sampled):
@@ -71,7 +71,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Flight:
-    """A dispatched plan: who was in it, what its steps will say, and when the first was dispatched."""
+    """A dispatched plan: the outputs of its steps and the time of the first dispatch."""
 
     plan: Plan
     results: list[Result]
@@ -79,35 +79,35 @@ class Flight:
 
 
 class Leader(Protocol):
-    """What has each dispatch replayed in other processes (`engine.follow`)."""
+    """Replays each dispatch in other processes (`multihost.replay.Leader`)."""
 
     def launch(self, key: Key, arrays: Sequence[np.ndarray]) -> None:
-        """A program is about to be dispatched with these arrays."""
+        """Send a program that is about to be dispatched with these arrays."""
         ...
 
     def watch(self, result: Sampled | None) -> None:
-        """It has been, and will give this: the others must get the same."""
+        """Compare the result of the dispatch with the other processes, once it is computed."""
         ...
 
     def warm(self, sampling: Collection[str], threads: int | None) -> None:
-        """Has the others compile what this process is about to; `warmed` waits for them."""
+        """Have the other processes compile the programs that this one is about to compile; `warmed` waits for them."""
         ...
 
     def warmed(self) -> None:
-        """Waits until all have compiled."""
+        """Wait until all processes have compiled."""
         ...
 
     def end(self) -> None:
-        """Ends the others, once they have done everything; raises if something was wrong."""
+        """End the other processes once they have done everything; raise if something went wrong."""
         ...
 
     def give_up(self, error: BaseException) -> None:
-        """A step has failed: all processes end. Raises why, unless it was an interrupt."""
+        """End all processes after a failed step; raise why, unless it was an interrupt."""
         ...
 
 
 class Runner:
-    """Runs plans. Cache and sampler state are values: donated to each step and replaced by what it returns."""
+    """Runs plans. Cache and sampler state are donated to each step and replaced by its outputs."""
 
     def __init__(
         self,
@@ -120,16 +120,18 @@ class Runner:
         self.program, self.params, self.shapes = program, params, shapes
         self.programs = Programs(program, shapes, params, compiler_options)
         self.leader: Leader | None = None
-        """Tells the other processes of a mesh that lies on several what is dispatched here."""
+        """Sends dispatches to the other processes of a multi-process mesh; None in a single process."""
         self.places = self.padding = 0
-        """Tokens that the steps so far had room for, and those of them that were padding."""
+        """Total number of token places in the steps so far, and how many of them were padding."""
         self._lanes = abstract_cache(program, shapes)
         self._whole = replicated(program)
         self.reset()
 
     def reset(self) -> None:
-        """Cache, sampler state and feature pool, empty: at the start, and when a failed step has consumed the old."""
-        self.cache: Cache = []  # the old one goes before the new one is made
+        """Allocate empty cache, sampler state and feature pool: initially, and after a failed step has consumed the
+        old ones.
+        """
+        self.cache: Cache = []  # free the old one before the new one is allocated
         self.cache = kv_cache.allocate(self._lanes)
         rows = self.shapes.rows
         empty = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), abstract_rows(self.program, self.shapes))
@@ -145,18 +147,18 @@ class Runner:
 
     @property
     def compile_seconds(self) -> dict[Key, float]:
-        """Of each program there is, what tracing and compiling it took."""
+        """Seconds that tracing and compiling each program took."""
         return self.programs.seconds
 
     def prepare(self, sampling: Collection[str]) -> Programs:
-        """The programs, and the arrays that requests with such settings would have made."""
+        """Return the programs, after allocating arrays that requests with these sampling features need."""
         buckets = (key for key in self.programs.keys(sampling) if isinstance(key, Bucket))
         if self.edits is None and any(bucket.level >= Level.EDITED for bucket in buckets):
             self._make_edits()
         return self.programs
 
     def run(self, plan: Plan, tables: Tables) -> Flight:
-        """Dispatches a plan: block copies, encoders, the prefill, the decode steps. Returns before they have run."""
+        """Dispatch a plan: block copies, encoders, prefill, decode steps. Returns before they have run."""
         started = time.monotonic()
         self._copy_blocks(*plan.copies)
         self._send_tables(tables.take_unsent())
@@ -180,7 +182,7 @@ class Runner:
             self._launch(Copies(width), *ids)
 
     def _send_tables(self, entries: np.ndarray) -> None:
-        """`entries` `[4, n]`: see `Tables.take_unsent`."""
+        """Send block table updates `[4, n]` (`Tables.take_unsent`)."""
         while count := entries.shape[1]:
             width = least(TABLE_WIDTHS, min(count, TABLE_WIDTHS[-1]))
             padded = np.full((4, width), self.shapes.rows, np.int32)
@@ -189,7 +191,7 @@ class Runner:
             entries = entries[:, width:]
 
     def _encode(self, plan: Plan) -> None:
-        """Encodes all inputs of a plan together, whatever prompts they are of."""
+        """Encode all inputs of a plan together, whichever prompts they belong to."""
         values = np.concatenate([one.values for one, _ in plan.encodes])
         slots = np.concatenate([np.asarray(slots, np.int32) for _, slots in plan.encodes])
         start = 0
@@ -206,7 +208,7 @@ class Runner:
             start += size
 
     def _encode_cross(self, jobs: Sequence[EncodeJob]) -> None:
-        """Encodes what the prompts of a plan attend to, into the cache."""
+        """Encode the cross-attention inputs of a plan's prompts into the cache."""
         program, shapes = self.program, self.shapes
         for step in encode_steps(jobs, encode_shape(program, shapes, shapes.cross_buckets[-1])):
             key = EncodeCross(**vars(encode_shape(program, shapes, sum(job.input.count for job in step))))
@@ -232,7 +234,7 @@ class Runner:
         return Result(samples, np.arange(len(samples)), sampled, first=True)
 
     def _decode(self, plan: Plan, tables: Tables, ahead: int) -> Result:
-        if not ahead and self.asked.forbid_for_a_while[plan.rows].any():  # no plan goes on where a bias changes
+        if not ahead and self.asked.forbid_for_a_while[plan.rows].any():  # a plan ends before a bias changes
             self.asked.forbid(plan.decodes, plan.positions + 1)
         needs, count = self.asked.needs(plan.rows), len(plan.rows)
         if needs.level >= Level.EDITED and not ahead:
@@ -258,7 +260,7 @@ class Runner:
         )
 
     def _launch(self, key: Key, *arrays: np.ndarray) -> Any:
-        """Dispatches a program, as `replay`; where other processes hold a part of the mesh they are told to before."""
+        """Dispatch a program, after sending it to the other processes if there are any."""
         if self.leader is None:
             return self.replay(key, arrays)
         self.leader.launch(key, arrays)
@@ -267,8 +269,7 @@ class Runner:
         return result
 
     def replay(self, key: Key, arrays: Sequence[np.ndarray]) -> Any:
-        """Runs a program on what its key takes of this runner's state, keeps what it gives, and returns what is
-        left."""
+        """Run a program on the runner state that its key takes, store what its key gives, and return the rest."""
         program = self.programs.get(key)
         if "edits" in key.takes and self.edits is None:
             self._make_edits()
@@ -284,7 +285,7 @@ class Runner:
         self.edits = jax.tree.map(lambda a: make(a.shape, a.dtype), abstract_edits(self.program, self.shapes))
 
     def _install_edits(self, samples: Sequence[Sample], positions: Sequence[int]) -> None:
-        """Brings histories and biases of edited rows up to date, where they changed, for tokens at `positions`."""
+        """Update history and bias of EDITED rows on the device, if they have changed, for tokens at `positions`."""
         if self.edits is None:
             self._make_edits()
         for sequence, position in zip(samples, positions, strict=True):

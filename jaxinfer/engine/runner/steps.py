@@ -1,4 +1,4 @@
-"""The compiled steps: what fixes their shapes, the functions themselves, and how they are jitted."""
+"""Compiled steps: their shapes, the step functions, and how they are jitted."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -27,52 +27,52 @@ from jaxinfer.models.base import FeatureRows, LanguageModel
 from jaxinfer.sharding import mesh as meshes
 
 PROMPT_ROWS = 64
-"""Rows of logits that the log-probabilities of a prompt take at a time."""
+"""Number of logits rows computed at a time for prompt log-probabilities."""
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """What fixes the shapes of the compiled steps."""
+    """Sizes that fix the shapes of the compiled steps."""
 
     num_blocks: int
-    """N."""
+    """N: number of cache blocks."""
     block_size: int
-    """P."""
+    """P: positions in a block."""
     rows: int
-    """R: sequences that run at a time."""
+    """R: maximum number of running sequences."""
     width: int
-    """W of the longest sequence."""
+    """W: number of blocks of the longest sequence."""
     decode_buckets: tuple[int, ...]
     prefill_buckets: tuple[int, ...]
     prefill_rows: int
-    """Sequences of one prefill at most."""
+    """Maximum number of sequences in a prefill."""
     max_logprobs: int
     max_length: int
-    """Tokens of the longest sequence, at most W * P."""
+    """Maximum length of a sequence in tokens, at most W * P."""
     sampled_vocab: int
-    """Token ids from here on are never sampled: the embedding has more rows than the tokenizer has ids."""
+    """Number of token ids that may be sampled; the embedding may have more rows than the tokenizer has ids."""
     groups: int = 1
-    """G: block tables a sequence has."""
+    """G: number of groups of layers, each with a block table."""
     switched: bool = False
-    """Whether one program a bucket has the whole sampler and skips at run time what no row asks for."""
+    """Whether one program per bucket contains the whole sampler and skips at run time what no row needs."""
     feature_slots: int = 0
-    """Inputs of the encoder whose rows the feature pool holds; 0 where the model has no encoder."""
+    """Number of encoder inputs whose features the feature pool holds; 0 if the model has no encoder."""
     encode_buckets: tuple[int, ...] = ()
-    """Numbers of inputs that an encoder step is compiled for."""
+    """Numbers of inputs that encoder steps are compiled for."""
     cross_buckets: tuple[int, ...] = ()
-    """The same of an encoder whose positions tokens attend to: values, such as the tokens of a text."""
+    """Numbers of values (such as text tokens) that encoder steps for cross-attention are compiled for."""
     state_slots: int = 0
-    """Slots of recurrent state; 0 where no layer has one."""
+    """Number of slots of recurrent state; 0 without recurrent layers."""
     contiguous: bool = False
-    """Whether each row has W blocks of its own (`kv.contiguous`), and not those of a table."""
+    """Whether each row has W fixed blocks (`kv.contiguous`) instead of a block table."""
 
     @property
     def regions(self) -> Regions:
-        """Where they lie."""
+        """Layout of the rows' blocks in a contiguous cache."""
         return Regions(self.rows, self.width, self.groups)
 
     def items_bucket(self, rows: int, items: int) -> int:
-        """The work items a decode step of `rows` rows is compiled for: their number and its doublings."""
+        """Return the number of work items a decode step of `rows` rows is compiled for: `rows` or a doubling of it."""
         size = rows
         while size < items:
             size *= 2
@@ -80,46 +80,47 @@ class Shapes:
 
 
 class RowState(NamedTuple):
-    """What the device keeps of each row from step to step."""
+    """Per-row state that stays on the device from step to step."""
 
     tokens: jax.Array
-    """`[R]` int32: the last token."""
+    """Last token of each row, `[R]` int32."""
     tables: jax.Array | None
-    """`[G, R, W]` int32: the blocks of the sequence there in each group of layers; anything where there are none. None:
-    they follow from the row (`kv.contiguous`)."""
+    """Block tables of the rows for each group of layers, `[G, R, W]` int32; entries without a block are undefined.
+    None if blocks follow from the row (`kv.contiguous`).
+    """
 
 
 class Sampled(NamedTuple):
-    """What a step leaves for the host."""
+    """Output of a step for the host."""
 
     tokens: jax.Array
-    """`[B]`, `BAD_TOKEN` where the logits were not numbers."""
+    """Sampled tokens, `[B]`; `BAD_TOKEN` if the logits were not finite."""
     logprobs: Logprobs | None
     prompt_logprobs: Logprobs | None = None
-    """`[T, ...]` of every token's successor in the prompt."""
+    """Log-probabilities of each prompt token's successor, `[T, ...]`."""
     candidates: Candidates | None = None
-    """Of every row, where some are beams of a search."""
+    """Continuations of every row, if some rows are beams."""
     summary: jax.Array | None = None
-    """Of the hidden states the tokens were sampled from (`engine.drift`), where several processes have them."""
+    """Summary of the hidden states the tokens were sampled from (`multihost.divergence`), with several processes."""
 
 
 def replicated(program: Program) -> NamedSharding:
-    """Whole on every device: of all a step takes and gives but parameters and cache."""
+    """Return the sharding of all inputs and outputs of a step other than parameters and cache: replicated."""
     return NamedSharding(program.mesh, PartitionSpec())
 
 
 def abstract_cache(program: Program, shapes: Shapes) -> Cache:
-    """Shapes and shardings of the cache; nothing is allocated."""
+    """Return shapes and shardings of the cache without allocating it."""
     return functional.abstract_cache(program, shapes.num_blocks, shapes.block_size, shapes.state_slots)
 
 
 def make_step(
     program: Program, shapes: Shapes, bucket: Bucket, compiler_options: Mapping[str, Any] | None = None
 ) -> Callable[..., Any]:
-    """The jitted step of a bucket: (params, cache, rows, edits, packed) -> (cache, rows, edits, Sampled).
+    """Return the jitted step of a bucket: (params, cache, rows, edits, packed) -> (cache, rows, edits, Sampled).
 
-    The prefill of a model with an encoder takes the feature pool as well, before `packed`, and leaves it as it is.
-    `compiler_options` are XLA's, for this compilation alone.
+    The prefill of a model with an encoder also takes the feature pool, before `packed`, which is not donated.
+    `compiler_options` are XLA options for this compilation alone.
     """
     body = prefill_step if bucket.kind == "prefill" else decode_step
     whole, each = replicated(program), NamedSharding(program.mesh, PartitionSpec(program.mesh.axis_names))
@@ -137,7 +138,7 @@ def make_step(
 
 
 def abstract_arguments(program: Program, shapes: Shapes, bucket: Bucket) -> tuple[Any, ...]:
-    """Shapes and shardings of what follows the parameters in a step's call, to compile it where no such device is."""
+    """Return shapes and shardings of a step's arguments after the parameters, to compile it without such a device."""
     whole = partial(jax.ShapeDtypeStruct, sharding=replicated(program))
     size = sum(int(np.prod(shape)) for shape in bucket.shapes.values())
     edits = None
@@ -152,20 +153,20 @@ def shardings(lanes: Cache) -> Cache:
 
 
 def abstract_rows(program: Program, shapes: Shapes) -> RowState:
-    """Shapes and shardings of the rows' state."""
+    """Return shapes and shardings of the row state."""
     whole = partial(jax.ShapeDtypeStruct, sharding=replicated(program))
     tables = None if shapes.contiguous else whole((shapes.groups, shapes.rows, shapes.width), jnp.int32)
     return RowState(whole((shapes.rows,), jnp.int32), tables)
 
 
 def abstract_edits(program: Program, shapes: Shapes) -> Edits:
-    """Shapes and shardings of history `[R, L]` and bias `[R, V']`."""
+    """Return shapes and shardings of history `[R, L]` and bias `[R, V']`."""
     whole, length = partial(jax.ShapeDtypeStruct, sharding=replicated(program)), shapes.width * shapes.block_size
     return Edits(whole((shapes.rows, length), jnp.int32), whole((shapes.rows, program.vocab), jnp.float32))
 
 
 def abstract_features(program: Program, shapes: Shapes) -> jax.ShapeDtypeStruct:
-    """Shape and sharding of the feature pool `[F, M]`, `rows` rows a slot."""
+    """Return shape and sharding of the feature pool `[F, M]`; each slot has `rows` rows."""
     rows = 0 if program.features is None else program.features.rows
     shape = (shapes.feature_slots * rows, program.feature_width)
     return jax.ShapeDtypeStruct(shape, program.dtype, sharding=replicated(program))
@@ -174,9 +175,9 @@ def abstract_features(program: Program, shapes: Shapes) -> jax.ShapeDtypeStruct:
 def encode_step(
     program: Program, params: list[jax.Array], pool: jax.Array, inputs: jax.Array, slots: jax.Array
 ) -> jax.Array:
-    """The feature pool `[F, M]` with what the encoder makes of inputs `[n, *shape]` in slots `[n]`.
+    """Encode inputs `[n, *shape]` and write the result to slots `[n]` of the feature pool `[F, M]`.
 
-    A slot that there is not is that of padding, and dropped.
+    Slots out of range belong to padding and are dropped.
     """
     made = functional.encode(program, params, inputs)
     return pool.reshape(-1, *made.shape[1:]).at[slots].set(made.astype(pool.dtype), mode="drop").reshape(pool.shape)
@@ -191,7 +192,9 @@ def encode_cross_step(
     numbers: jax.Array,
     packed: jax.Array,
 ) -> Cache:
-    """The cache with keys and values of what the encoder makes of inputs `[U, *shape]` with numbers `[U, A]`."""
+    """Encode inputs `[U, *shape]` with numbers `[U, A]` and write their cross-attention keys and values to the
+    cache.
+    """
     batch = EncodeBatch(inputs, numbers, **batches.unpack(shape, packed), tile=shape.tile)
     return functional.encode_cross(program, params, cache, batch)
 
@@ -199,7 +202,7 @@ def encode_cross_step(
 def make_encode_step(
     program: Program, shapes: Shapes, shape: EncodeShape, compiler_options: Mapping[str, Any] | None = None
 ) -> Callable[..., Any]:
-    """The jitted step that encodes for cross-attention: (params, cache, inputs, numbers, packed) -> cache."""
+    """Return the jitted step that encodes for cross-attention: (params, cache, inputs, numbers, packed) -> cache."""
     return jax.jit(
         partial(encode_cross_step, program, shape),
         donate_argnums=1,
@@ -209,7 +212,7 @@ def make_encode_step(
 
 
 def abstract_encode_arguments(program: Program, shapes: Shapes, shape: EncodeShape) -> tuple[Any, ...]:
-    """Shapes and shardings of what follows the parameters in its call."""
+    """Return shapes and shardings of the arguments of `make_encode_step` after the parameters."""
     source, array = program.cross, partial(jax.ShapeDtypeStruct, sharding=replicated(program))
     inputs = array((shape.units, *source.shape), jnp.float32 if source.shape else jnp.int32)
     packed = array((sum(map(math.prod, shape.shapes.values())),), jnp.int32)
@@ -217,23 +220,25 @@ def abstract_encode_arguments(program: Program, shapes: Shapes, shape: EncodeSha
 
 
 def install_tables(rows: RowState, entries: jax.Array) -> RowState:
-    """Tables with `entries` `[4, n]` in: group, row, column and block id; one whose row does not exist is dropped."""
+    """Write `entries` `[4, n]` (group, row, column, block id) to the block tables; entries with a row out of range
+    are dropped.
+    """
     group, row, column, block = entries
     return rows._replace(tables=rows.tables.at[group, row, column].set(block, mode="drop"))
 
 
 def _mask_padding(logits: jax.Array, vocab: int) -> jax.Array:
-    """`[B, V']` with the columns that no tokenizer knows at -inf."""
+    """Set the columns of logits `[B, V']` that no tokenizer id refers to to -inf."""
     if vocab >= logits.shape[-1]:
         return logits
-    # Added, not selected, so that a row of NaN stays one.
+    # Added instead of selected, so that a NaN row stays NaN.
     return logits + jnp.where(jnp.arange(logits.shape[-1]) < vocab, 0.0, -jnp.inf)
 
 
 def _sample(
     program: Program, bucket: Bucket, sampled_vocab: int, logits: jax.Array, rows: SamplingRows, edits: Edits | None
 ) -> tuple[Edits | None, Sampled]:
-    """The tokens of logits `[B, V']`, and what the bucket has beside them."""
+    """Sample tokens from logits `[B, V']`, with the bucket's log-probabilities and beam candidates."""
     how, offered = {"switched": bucket.switched, "rule": None if program.cross is None else program.cross.rule}, None
     if bucket.candidates:
         offered = candidates(logits, rows, edits, bucket.candidates, sampled_vocab, **how)
@@ -251,7 +256,7 @@ def _sample(
 
 
 def _if_asked(bucket: Bucket, asked: jax.Array, rows: int, count: int, compute: Callable[[], Logprobs]) -> Logprobs:
-    """Log-probabilities; zeros where the program is for all and nobody asked."""
+    """Compute log-probabilities; in a switched program, return zeros if no row requests them."""
     if not bucket.switched:
         return compute()
     one, few = jax.ShapeDtypeStruct((rows,), jnp.float32), jax.ShapeDtypeStruct((rows, count), jnp.float32)
@@ -260,9 +265,9 @@ def _if_asked(bucket: Bucket, asked: jax.Array, rows: int, count: int, compute: 
 
 
 def _prompt_logprobs(module: LanguageModel, hidden: jax.Array, targets: jax.Array, bucket: Bucket) -> Logprobs:
-    """Return those of the targets `[T]`, each after its hidden state `[T, M]`.
+    """Compute log-probabilities of the targets `[T]`, each from its preceding hidden state `[T, M]`.
 
-    They are computed a few rows at a time, as the logits of all would be `[T, V]`.
+    They are computed a few rows at a time, as the logits of all tokens would be `[T, V]`.
     """
     tokens = len(targets)
     size = min(PROMPT_ROWS, tokens)
@@ -277,7 +282,9 @@ def _prompt_logprobs(module: LanguageModel, hidden: jax.Array, targets: jax.Arra
 
 
 def _reserved(program: Program, bucket: Bucket, cache: Cache, rows: RowState, owners: jax.Array | None) -> jax.Array:
-    """`[G, B, W]` the first blocks that are reserved for rows `owners` `[B]`, or for all, as many as the step reads."""
+    """Return the block tables `[G, B, W]` of a contiguous cache for rows `owners` `[B]` (None: all rows), as wide as
+    the step reads.
+    """
     groups, size = program.layout.groups, len(rows.tokens)
     regions = Regions(size, cache[0].keys.shape[0] // (groups * size), groups)
     return regions.tables(jnp.arange(size) if owners is None else owners, bucket.width)
@@ -293,18 +300,18 @@ def decode_step(
     edits: Edits | None,
     packed: jax.Array,
 ) -> tuple[Cache, RowState, Edits | None, Sampled]:
-    """One token for every sequence: `rows` holds the last one of each, and is where the new ones go."""
+    """Decode one token for every sequence. `rows` holds each row's last token and receives the new one."""
     parts = batches.unpack(bucket, packed)
     asked, positions = unpack_rows(parts["sampling"]), parts["positions"]
     last, tables, owners = rows.tokens, rows.tables, None
-    if bucket.rows < len(last):  # else each sequence lies in its row's place (`batch.lanes`)
+    if bucket.rows < len(last):  # else each sequence is at its row's index (`batch.lanes`)
         last, owners = last.at[asked.row].get(mode="clip"), asked.row
     if bucket.candidates:
         last = jnp.where(parts["tokens"] < 0, last, parts["tokens"])
     if bucket.contiguous:
         own = _reserved(program, bucket, cache, rows, owners)
     else:
-        # The block written is the only entry of a table that is read and may have changed since the step before.
+        # Of the table entries that are read, only the block being written may have changed since the previous step.
         number = jnp.maximum(positions, 0) // cache[0].keys.shape[2]
         group = jnp.arange(bucket.groups)[:, None]
         tables = tables.at[group, asked.row, number].set(parts["blocks"], mode="drop")
@@ -328,8 +335,10 @@ def prefill_step(
     edits: Edits | None,
     *pool_and_packed: jax.Array,
 ) -> tuple[Cache, RowState, Edits | None, Sampled]:
-    """Chunks of prompts, and a token for each sequence whose prompt ends here; the feature pool is there where the
-    bucket has it."""
+    """Prefill chunks, and sample a token for each sequence whose prompt is complete.
+
+    `pool_and_packed` is the feature pool, if the bucket has `features`, and the packed inputs.
+    """
     *pool, packed = pool_and_packed
     parts = batches.unpack(bucket, packed)
     features = FeatureRows(pool[0], parts.pop("features")) if bucket.features else None

@@ -1,4 +1,4 @@
-"""Compiling ahead all that a workload can need."""
+"""Warm-up: compile all programs that a workload can need."""
 
 import os
 import time
@@ -11,29 +11,31 @@ from jaxinfer.engine.runner.buckets import SAMPLING
 from jaxinfer.engine.runner.programs import Programs
 
 MOST_THREADS = 16
-"""Each holds a program's code and XLA's structures while it compiles, some 100 MB for large models."""
+"""Maximum number of compiling threads; each takes about 100 MB for large models, for the program and XLA's
+structures.
+"""
 
 
 @dataclass(frozen=True)
 class Warmup:
-    """What a warm-up did."""
+    """Result of a warm-up."""
 
     programs: int
-    """Programs that there are now for such a workload."""
+    """Number of compiled programs for the workload."""
     compiled: int
-    """Of them, those that it compiled or read from the compilation cache."""
+    """Number of programs compiled, or read from the compilation cache, by this warm-up."""
     seconds: float
-    """It took."""
+    """Duration in seconds."""
 
     def __str__(self) -> str:
         return f"{self.compiled} programs compiled in {self.seconds:.1f} s, {self.programs} in all"
 
 
 def check_sampling(sampling: Collection[str]) -> tuple[str, ...]:
-    """The names, each known.
+    """Check sampling feature names and return them as a tuple.
 
     Raises:
-        ValueError: one that is not.
+        ValueError: a name is unknown.
     """
     names = (sampling,) if isinstance(sampling, str) else tuple(sampling)
     for name in names:
@@ -45,7 +47,7 @@ def check_sampling(sampling: Collection[str]) -> tuple[str, ...]:
 def warm_up(
     programs: Programs, sampling: Collection[str], *, threads: int | None = None, use_tqdm: bool = True
 ) -> Warmup:
-    """Compiles what is not compiled yet, by default in as many threads as there are processors."""
+    """Compile the missing programs, by default in as many threads as there are processors."""
     started, keys = time.perf_counter(), programs.keys(sampling)
     missing = [key for key in keys if key not in programs.seconds]
     threads = threads or min(_processors(), MOST_THREADS)
@@ -55,5 +57,5 @@ def warm_up(
 
 
 def _processors() -> int:
-    """Those that this process may use."""
+    """Return the number of processors this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,1 +1,1 @@
-"""The sampler and the per-row arrays that it reads."""
+"""Sampler and its per-row parameters."""

@@ -1,10 +1,10 @@
-"""Draw a random token for each row of logits.
+"""Random sampling of one token per row of logits, by the Gumbel-max method.
 
-A token is drawn as the winner of an exponential race, which is the same as the maximum of logits with Gumbel noise:
-token v gets an exponential random number E_v, and the smallest E_v / p_v wins. Each E_v follows from the row's seed,
-sample index and position and from v alone, so a small change of the logits changes the winner only where two tokens
-nearly tie. Inverting a running sum over the vocabulary costs one random number a row, but there a change of any logit
-moves all later sums.
+The method is written as an exponential race, which is equivalent to taking the maximum of logits with Gumbel noise:
+token v gets an exponential random number E_v, and the smallest E_v / p_v wins. Each E_v depends on the row's seed,
+sample index and position and on v alone, so a small change of the logits changes the result only if two tokens nearly
+tie. Inverting the cumulative distribution needs one random number per row, but there a change of any logit moves all
+later sums.
 """
 
 from collections.abc import Callable
@@ -16,14 +16,13 @@ import numpy as np
 from jaxinfer.engine.sampling.sampling_rows import Level, SamplingRows
 
 BLOCK = 128
-"""Neighbouring tokens of the vocabulary whose largest value is found first on a CPU."""
+"""Number of neighbouring tokens whose maximum is found first on a CPU."""
 BAD_TOKEN = -1
-"""What a row samples whose logits are not numbers."""
+"""Token id of a row whose logits are not finite."""
 FLOAT_BITS = 31
-"""Bits of a float32 that is not negative."""
+"""Number of bits of a non-negative float32."""
 DIGIT = 4
-"""Bits of a threshold that one pass over the logits finds on a GPU; on a CPU, where it costs more to find several,
-one."""
+"""Number of bits of a threshold found per pass over the logits on a GPU; one on a CPU, where several cost more."""
 _INFINITY = 0x7F800000
 _LOG_SERIES = (0.9999998, 0.50003684, 0.33185363, 0.27235743, 0.037412364, 0.7871947, -1.0840893, 1.1863799)
 """-log(1 - t) / t for t in [0, 1/2] as a polynomial, constant term first; relative error 2e-7."""
@@ -32,22 +31,25 @@ _LOG_SERIES = (0.9999998, 0.50003684, 0.33185363, 0.27235743, 0.037412364, 0.787
 def either(
     switched: bool, skip: jax.Array, least: Callable[[], jax.Array], whole: Callable[[], jax.Array]
 ) -> jax.Array:
-    """Return `whole()`, or where the scalar `skip` says at run time that it gives the same, `least()`."""
+    """Return `whole()`; if `switched`, return `least()` when the scalar `skip` is true at run time (the results are
+    equal).
+    """
     return jax.lax.cond(skip, least, whole) if switched else whole()
 
 
 def choose(logits: jax.Array, rows: SamplingRows, level: Level, switched: bool) -> jax.Array:
-    """Return the token of each row `[B]`: drawn where its temperature is above 0, else that of the largest logit."""
+    """Return the token of each row, `[B]`: sampled if its temperature is above 0, else the argmax."""
     random = (rows.temperature > 0)[:, None]
-    # Rows of both kinds are decided by one search: a race is won by the smallest time.
+    # One search decides both kinds of rows: the smallest time wins the race.
     return largest(_apart(jnp.where(random, -_race(logits, rows, level, switched), logits), switched), switched)
 
 
 def largest(logits: jax.Array, by_blocks: bool) -> jax.Array:
-    """Return the token of each row's largest logit `[B]`, the first of several; `BAD_TOKEN` where there is none.
+    """Return the first argmax of each row's logits, `[B]`, or `BAD_TOKEN` if the maximum is not finite.
 
-    XLA's argmax on a CPU looks at one number at a time: there it is taken of the blocks' maxima and within one
-    block. Not on a GPU, where it is fused, and where blocks would not lie whole in a shard of the vocabulary.
+    XLA's argmax on a CPU processes one number at a time, so with `by_blocks` it is taken over the maxima of blocks and
+    then within one block. Not used on a GPU, where argmax is fused, and where a block could be split between shards of
+    the vocabulary.
     """
     if by_blocks:
         blocks = _blocks(logits, -jnp.inf)
@@ -55,7 +57,7 @@ def largest(logits: jax.Array, by_blocks: bool) -> jax.Array:
         best, top = jnp.argmax(tops, axis=-1), tops.max(axis=-1)
         block = jnp.take_along_axis(blocks, best[:, None, None], axis=1)[:, 0]
         token = best * BLOCK + jnp.argmax(block, axis=-1)
-        # A maximum of maxima may lose a NaN there, a sum does not; -inf, where tokens are masked, does not make one.
+        # A maximum of maxima may lose a NaN, a sum does not; -inf of masked tokens does not turn a sum into NaN.
         top = jnp.where(jnp.isnan(logits.sum(axis=-1)), jnp.nan, top)
     else:
         token, top = jnp.argmax(logits, axis=-1), logits.max(axis=-1)
@@ -63,29 +65,26 @@ def largest(logits: jax.Array, by_blocks: bool) -> jax.Array:
 
 
 def _race(logits: jax.Array, rows: SamplingRows, level: Level, switched: bool) -> jax.Array:
-    """Return the time of each token `[B, V']` in the race of its row; infinity for tokens that min-p, top-k and top-p
-    drop."""
+    """Return the race time of each token, `[B, V']`; infinity for tokens removed by min-p, top-k or top-p."""
     limit = -jnp.log(rows.min_p)  # infinite for 0
     if level >= Level.TRUNCATED:
         limit = _truncate(logits, limit, rows, switched)
     gap = _gaps(logits, rows)
     time = _apart(exponential(token_bits(rows, logits.shape[1])), switched) * jnp.exp(gap)
-    return jnp.where(gap > limit[:, None], jnp.inf, time)  # a gap that is no number is kept, and makes the row bad
+    return jnp.where(gap > limit[:, None], jnp.inf, time)  # a NaN gap is kept and makes the row bad
 
 
 def _gaps(logits: jax.Array, rows: SamplingRows) -> jax.Array:
-    """Return how much less likely than the likeliest each token is `[B, V']`, as a difference of log-probabilities."""
+    """Return how far each token's log-probability is below the row's maximum, `[B, V']`."""
     temperature = jnp.where(rows.temperature > 0, rows.temperature, 1.0)
     return (logits.max(axis=-1, keepdims=True) - logits) / temperature[:, None]
 
 
 def token_bits(rows: SamplingRows, vocab: int) -> jax.Array:
-    """Return 32 random bits for each token `[B, vocab]` uint32, a function of the row's key, its position and the
-    token's id.
+    """Return 32 random bits per token, `[B, vocab]` uint32, as a function of the row's key, position and the token id.
 
-    The row's key and position are hashed by Threefry to 64 bits. With these a permutation of 32-bit integers is keyed,
-    two rounds of multiplication and shift (constants of https://github.com/skeeto/hash-prospector), which XLA
-    vectorises on a CPU.
+    Threefry hashes the row's key and position to 64 bits. These key a permutation of 32-bit integers, two rounds of
+    multiply and xor-shift (constants of https://github.com/skeeto/hash-prospector), which XLA vectorises on a CPU.
     """
 
     def fold(key: jax.Array, position: jax.Array) -> jax.Array:
@@ -105,7 +104,7 @@ def exponential(bits: jax.Array) -> jax.Array:
     """
     signed = jax.lax.bitcast_convert_type(bits, jnp.int32)
     low = signed >= 0  # u < 1/2
-    # 2**33 * u, or of the upper half 2**33 * (1 - u), whose exponent and mantissa then give the logarithm.
+    # 2**33 * u, or in the upper half 2**33 * (1 - u), whose exponent and mantissa then give the logarithm.
     scaled = 2 * (signed ^ (signed >> 31)).astype(jnp.float32) + 1
     parts = jax.lax.bitcast_convert_type(scaled, jnp.int32)
     mantissa = jax.lax.bitcast_convert_type((parts & 0x7FFFFF) | 0x3F800000, jnp.float32)
@@ -118,13 +117,12 @@ def exponential(bits: jax.Array) -> jax.Array:
 
 
 def _apart(values: jax.Array, switched: bool) -> jax.Array:
-    """Return `values`, on a CPU computed by a loop of their own: fused with what reads them, XLA does not vectorise
-    them."""
+    """Keep a CPU from fusing `values` with its consumers, as XLA would not vectorise the fused loop."""
     return jax.lax.optimization_barrier(values) if switched else values
 
 
 def _blocks(values: jax.Array, fill: float) -> jax.Array:
-    """Return `[B, V']` as `[B, n, BLOCK]`, filled up at the end."""
+    """Reshape `[B, V']` to `[B, n, BLOCK]`, padding the end with `fill`."""
     padding = -values.shape[1] % BLOCK
     if padding:
         values = jnp.pad(values, ((0, 0), (0, padding)), constant_values=fill)
@@ -132,10 +130,9 @@ def _blocks(values: jax.Array, fill: float) -> jax.Array:
 
 
 def _truncate(logits: jax.Array, limit: jax.Array, rows: SamplingRows, switched: bool) -> jax.Array:
-    """Return the largest gap `[B]` that top-k and top-p keep of those up to `limit`; tokens that tie with it are kept
-    as well.
+    """Return the largest gap, `[B]`, that top-k and top-p keep among gaps up to `limit`; ties are kept as well.
 
-    Nothing is sorted: a threshold is all that is needed, and a few passes over the logits find it.
+    Nothing is sorted: only a threshold is needed, and a few passes over the logits find it.
     """
     vocab, random = logits.shape[1], rows.temperature > 0
 
@@ -149,21 +146,20 @@ def _truncate(logits: jax.Array, limit: jax.Array, rows: SamplingRows, switched:
         nucleus = _threshold(gap, weights, rows.top_p * weights.sum(axis=-1), switched)
         return jnp.where(rows.top_p < 1, jnp.minimum(kept, nucleus), kept)
 
-    # Inside a branch gaps are computed from the logits again: an array of that size that enters it is written out
-    # first.
+    # Branches recompute gaps from the logits: an array of that size that enters a branch is written to memory first.
     kept = either(switched, ~(random & (rows.top_k > 0)).any(), lambda: limit, top_k)
     return either(switched, ~(random & (rows.top_p < 1)).any(), lambda: kept, top_p)
 
 
 def _threshold(values: jax.Array, weights: jax.Array | None, target: jax.Array, switched: bool) -> jax.Array:
-    """Return the largest float `[B]` below which there is less weight than `target` `[B]`: one of the values, or
+    """Return the largest float, `[B]`, with less total weight below it than `target` `[B]`: one of the values, or
     infinity.
 
     Args:
-        values: `[B, V']`, not negative.
-        weights: `[B, V']` of each value, not negative; None: each weighs 1.
-        target: above 0.
-        switched: whether one bit of the answer is found at a time, in a loop.
+        values: non-negative, `[B, V']`.
+        weights: non-negative weight of each value, `[B, V']`; None if each weighs 1.
+        target: positive.
+        switched: whether to find one bit of the answer at a time, in a loop.
     """
     bits = jax.lax.bitcast_convert_type(values, jnp.int32)  # integers in the order of the floats
 
@@ -171,7 +167,7 @@ def _threshold(values: jax.Array, weights: jax.Array | None, target: jax.Array, 
         bounds = [found + (digit << shift) for digit in range(1, 1 << digits)]
         inside = [bits < bound[:, None] for bound in bounds]
         parts = [one.astype(jnp.int32) if weights is None else jnp.where(one, weights, 0) for one in inside]
-        # One reduction of several arrays is one pass over the logits.
+        # A single reduction of several arrays makes one pass over the logits.
         zeros = [jnp.zeros((), part.dtype) for part in parts]
         below = jax.lax.reduce(parts, zeros, lambda a, b: [x + y for x, y in zip(a, b, strict=True)], (1,))
         return found + (sum((one < target).astype(jnp.int32) for one in below) << shift)

@@ -1,9 +1,9 @@
-"""Choosing the next token, on the device, inside the step.
+"""Sampler: chooses the next token on the device, inside the step.
 
-A greedy step draws no random numbers, and no step sorts the vocabulary (`engine.drawing`). Either a step is
-compiled for a `Level` and does what that level may need, or one program has all of it and leaves out at run
-time what no row asks for (`switched`). A row's token never depends on what its neighbours ask for: every
-level computes the same function of a row's own logits and settings.
+A greedy step generates no random numbers, and no step sorts the vocabulary (`sampling.drawing`). Either a step is
+compiled for a `Level` and does what that level may need, or one program has everything and skips at run time what no
+row needs (`switched`). A row's token never depends on its neighbours' parameters: every level computes the same
+function of a row's own logits and parameters.
 """
 
 from collections.abc import Callable
@@ -19,56 +19,57 @@ from jaxinfer.sampling_params import MAX_NGRAM
 from jaxinfer.sharding.collectives import ALL_GATHER, SAMPLE, Collective
 
 Rule: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
-"""Of a model: (logits, history, position, prompt_length, rule) -> logits, -inf for tokens that may not come."""
+"""A model's token rule: (logits, history, position, prompt_length, rule) -> logits, -inf for forbidden tokens."""
 TOP = 16
-"""The most values of a row that XLA finds on a GPU without sorting it."""
+"""Maximum k for which XLA finds the top k on a GPU without sorting."""
 
 
 class Edits(NamedTuple):
-    """What edited rows carry from step to step; made when the first request needs it."""
+    """Per-row state of EDITED rows; allocated when the first request needs it."""
 
     history: jax.Array
-    """`[R, L]` int32: the tokens of each row's sequence, prompt first."""
+    """Token ids of each row's sequence, prompt first, `[R, L]` int32."""
     bias: jax.Array
-    """`[R, V']` float32 added to the logits; -inf forbids."""
+    """Bias added to the logits, `[R, V']` float32; -inf forbids a token."""
 
 
 def install(edits: Edits, row: jax.Array, history: jax.Array, known: jax.Array, bias: jax.Array) -> Edits:
-    """Sets a row's bias `[V']` and the first `known` tokens of its history `[L]`; later ones are the device's own."""
+    """Set a row's bias `[V']` and the first `known` tokens of its history `[L]`; later tokens stay as the device
+    wrote them.
+    """
     kept = jnp.where(jnp.arange(history.shape[0]) < known, history, edits.history[row])
     return Edits(edits.history.at[row].set(kept), edits.bias.at[row].set(bias))
 
 
 class Candidates(NamedTuple):
-    """The likeliest continuations of a beam; on the host of one, without the axis B."""
+    """Most likely continuations of each beam; on the host, of one beam, without the axis B."""
 
     ids: jax.Array | np.ndarray
-    """`[B, n]` int32 tokens, the likeliest first."""
+    """Token ids, `[B, n]` int32, most likely first."""
     scores: jax.Array | np.ndarray
-    """`[B, n]` float32 their log-probabilities; -inf for one that is forbidden."""
+    """Their log-probabilities, `[B, n]` float32; -inf if forbidden."""
 
 
 class Logprobs(NamedTuple):
-    """Log-probabilities of the model's own distribution, before any setting changes it."""
+    """Log-probabilities of the model's own distribution, before any sampling parameter is applied."""
 
     chosen: jax.Array
-    """`[B]` of the token asked about."""
+    """Log-probability of the given token, `[B]`."""
     rank: jax.Array
-    """`[B]` its rank, 1 for the most likely."""
+    """Rank of the given token, `[B]`, 1 for the most likely."""
     top_ids: jax.Array
-    """`[B, n]` the most likely tokens, most likely first."""
+    """Most likely token ids, `[B, n]`, most likely first."""
     top: jax.Array
-    """`[B, n]` theirs."""
+    """Log-probabilities of the most likely tokens, `[B, n]`."""
 
 
 def logprobs(logits: jax.Array, tokens: jax.Array, count: int, *, switched: bool = False) -> Logprobs:
-    """Return the log-probabilities of `tokens` `[B]` under `logits` `[B, V']`, with those of the `count` most likely
-    tokens.
+    """Return log-probabilities of `tokens` `[B]` under `logits` `[B, V']`, and those of the `count` most likely tokens.
 
-    A token beyond V' is impossible. `switched`: whether the program is one for a CPU, as of `sample`.
+    Token ids of V' or more have probability 0. `switched` as in `sample`.
     """
     normal = logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    # A prompt may have tokens that are never made, such as that of an image.
+    # A prompt may contain token ids that are never sampled, such as image placeholders.
     chosen = jnp.take_along_axis(normal, jnp.maximum(tokens, 0)[:, None], axis=-1, mode="fill", fill_value=-jnp.inf)
     rank = (normal > chosen).sum(axis=-1) + 1
     top, top_ids = _top(normal, count, switched)
@@ -76,10 +77,10 @@ def logprobs(logits: jax.Array, tokens: jax.Array, count: int, *, switched: bool
 
 
 def _top(values: jax.Array, count: int, switched: bool) -> tuple[jax.Array, jax.Array]:
-    """Return the `count` largest of `values` `[B, V']` in their order, and their places; both `[B, count]`.
+    """Return the `count` largest of `values` `[B, V']` in descending order and their indices, each `[B, count]`.
 
-    XLA has a kernel for at most `TOP` of them on a GPU and sorts the whole vocabulary for more, so more are taken in
-    turns.
+    On a GPU XLA has a kernel for at most `TOP` of them and sorts the whole vocabulary for more, so they are taken `TOP`
+    at a time.
     """
     if switched or not count:
         return tuple(jax.lax.top_k(values, count))
@@ -103,25 +104,24 @@ def sample(
     switched: bool = False,
     rule: Rule | None = None,
 ) -> tuple[jax.Array, Edits | None]:
-    """Logits `[B, V']` -> token ids `[B]` int32 and the edits with the new tokens in their histories.
+    """Sample token ids `[B]` int32 from logits `[B, V']`; also return `edits` with the tokens in their histories.
 
-    A row with a logit that is not a number, or with every token masked, gives `BAD_TOKEN`.
-    The order of the settings is vLLM's: bias and masks, penalties, n-grams that may not come again, the model's rule,
-    temperature, min-p, top-k, top-p; a token that is forced comes whatever they say. The random numbers of a row follow
-    from its seed, sample index and position alone.
+    A row with a non-finite logit, or with every token masked, gives `BAD_TOKEN`. Parameters are applied in vLLM's
+    order: bias and masks, penalties, no-repeat n-grams, the model's token rule, temperature, min-p, top-k, top-p; a
+    forced token overrides them all. The random numbers of a row depend on its seed, sample index and position alone.
 
     Args:
-        logits: of the rows.
-        rows: what each asks for; none may need more than `level`.
+        logits: logits of the rows.
+        rows: parameters of the rows; none may need more than `level`.
         edits: None below `Level.EDITED`.
-        level: static; what the program can do.
-        switched: static; what no row asks for is skipped at run time. A program for all levels, where a branch
-            costs little: on a CPU, not on a GPU, whose host would have to wait for each condition.
-        rule: static; of the model (`models.base.TokenRule`). Rows for which it holds are edited.
+        level: static; what the program supports.
+        switched: static; skip at run time what no row needs. For programs that support all levels where branches are
+            cheap: on a CPU, not on a GPU, whose host would have to wait for each condition.
+        rule: static; the model's token rule (`models.base.TokenRule`). Rows it applies to are EDITED.
     """
     if level == Level.GREEDY:
         return _force(largest(logits, switched), rows), edits
-    # A branch gives tokens alone: what leaves or enters one is copied, and logits are large.
+    # Branches return tokens alone: arrays that enter or leave a branch are copied, and logits are large.
     plain = ~((rows.temperature > 0).any() | (rows.edited > 0).any())
     tokens = either(
         switched,
@@ -141,13 +141,13 @@ def sample(
 
 
 def _force(tokens: jax.Array, rows: SamplingRows) -> jax.Array:
-    """Tokens `[B]`, but those that are forced at their places."""
+    """Replace tokens `[B]` by forced tokens at their positions."""
     forced = _forced(rows)
     return jnp.where((forced >= 0) & (tokens != BAD_TOKEN), forced, tokens)
 
 
 def _forced(rows: SamplingRows) -> jax.Array:
-    """`[B]` the token that must come; -1: any may."""
+    """Return the forced token of each row, `[B]`; -1 if none."""
     first = (rows.forced_first > 0) & (rows.position == rows.prompt_length)
     last = (rows.forced_last > 0) & (rows.position == rows.last_position)
     return jnp.where(last, rows.forced_last, jnp.where(first, rows.forced_first, 0)) - 1
@@ -163,18 +163,18 @@ def candidates(
     switched: bool = False,
     rule: Rule | None = None,
 ) -> Candidates:
-    """The `count` likeliest continuations of each row, for a beam search.
+    """Return the `count` most likely continuations of each row, for a beam search.
 
-    Masks and penalties change log-probabilities, which are not normalised again, as in transformers; a forced token's
-    is 0.
+    Masks and penalties are applied to log-probabilities, which are not normalised again, as in transformers; a forced
+    token has log-probability 0.
 
     Args:
         logits: `[B, V']`.
-        rows: what each asks for.
-        edits: None where no row is edited.
+        rows: parameters of the rows.
+        edits: None if no row is EDITED.
         count: static; at most `usable`.
-        usable: token ids from here on are never offered.
-        switched, rule: static; as of `sample`.
+        usable: static; token ids from here on are never candidates.
+        switched, rule: static; as in `sample`.
     """
     scores = jax.nn.log_softmax(logits, axis=-1)
     if edits is not None:
@@ -189,11 +189,9 @@ def candidates(
 
 
 def collectives(shards: int) -> list[Collective]:
-    """What a greedy step exchanges where the logits are divided over `shards`: each shard's largest logit and its
-    token.
+    """List the collectives of a greedy step whose logits are divided over `shards`: each shard's maximum and its token.
 
-    Where a row asks for more, XLA adds all-reduces: of the largest logit, and of the sums by which thresholds are
-    found.
+    Other sampling parameters make XLA add all-reduces: of the maximum, and of the sums used to find thresholds.
     """
     if shards <= 1:
         return []
@@ -201,18 +199,18 @@ def collectives(shards: int) -> list[Collective]:
 
 
 def _choose_edited(logits: jax.Array, rows: SamplingRows, edits: Edits, switched: bool, rule: Rule | None) -> jax.Array:
-    """`[B]` the tokens, where some row may be edited."""
+    """Return the tokens, `[B]`, of a step in which some rows may be EDITED."""
 
     def edit() -> jax.Array:
         tokens = choose(_edited(logits, rows, edits, switched, rule), rows, Level.TRUNCATED, switched)
-        # A mask may hide what is not a number, but such a row is ill.
+        # Check for NaN before masking: masks could hide it.
         return jnp.where(largest(logits, switched) != BAD_TOKEN, tokens, BAD_TOKEN)
 
     return either(switched, ~(rows.edited > 0).any(), lambda: choose(logits, rows, Level.TRUNCATED, switched), edit)
 
 
 def _edited(logits: jax.Array, rows: SamplingRows, edits: Edits, switched: bool, rule: Rule | None) -> jax.Array:
-    """Logits `[B, V']` with what edited rows ask for."""
+    """Apply penalties, biases, masks and token rules of EDITED rows to logits `[B, V']`."""
     changed = jnp.where((rows.edited > 0)[:, None], _edit(logits, rows, edits), logits)
     changed = either(
         switched, ~(rows.ngram > 0).any(), lambda: changed, lambda: _forbid_repeats(changed, rows, edits.history)
@@ -224,7 +222,7 @@ def _edited(logits: jax.Array, rows: SamplingRows, edits: Edits, switched: bool,
 
 
 def _edit(logits: jax.Array, rows: SamplingRows, edits: Edits) -> jax.Array:
-    """Bias and masks, then repetition (arXiv:1909.05858), frequency and presence penalties."""
+    """Apply bias and masks, then repetition (arXiv:1909.05858), frequency and presence penalties."""
     batch, vocab = logits.shape
     state = jnp.clip(rows.row, 0, edits.bias.shape[0] - 1)
     history = edits.history[state]
@@ -241,14 +239,16 @@ def _edit(logits: jax.Array, rows: SamplingRows, edits: Edits) -> jax.Array:
 
 
 def _forbid_repeats(logits: jax.Array, rows: SamplingRows, history: jax.Array) -> jax.Array:
-    """Logits `[B, V']`, -inf for each token that would make the last n tokens of a row ones that it has already
-    (arXiv:1705.04304, section 2.5); prompt included, as in transformers.
+    """Set to -inf each token of logits `[B, V']` that would repeat an n-gram of its row (arXiv:1705.04304, section
+    2.5).
+
+    The prompt counts, as in transformers.
     """
     own = history[jnp.clip(rows.row, 0, history.shape[0] - 1)]
     at, length = jnp.arange(own.shape[1]), rows.position[:, None]
     repeats = (at < length) & (at >= rows.ngram[:, None] - 1) & (rows.ngram[:, None] > 0)
     for back in range(1, MAX_NGRAM):
-        # Where a token stands, those before it are compared with those before the new one.
+        # At each position, compare the preceding tokens with those before the new token.
         before = jnp.pad(own, ((0, 0), (back, 0)))[:, : own.shape[1]]
         tail = jnp.take_along_axis(own, jnp.maximum(length - back, 0), axis=1)
         repeats &= (before == tail) | (back >= rows.ngram[:, None])

@@ -1,4 +1,4 @@
-"""What each row of a step asks of the sampler: its settings, how much of the sampler they need, and how they travel."""
+"""Per-row sampling parameters of a step, and their packed form."""
 
 from enum import IntEnum
 from typing import NamedTuple
@@ -9,52 +9,52 @@ import numpy as np
 
 
 class Level(IntEnum):
-    """How much of the sampler a step needs; each level includes those below."""
+    """Sampler features needed by a step; each level includes those below."""
 
     GREEDY = 0
-    """The largest logit."""
+    """Argmax of the logits."""
     RANDOM = 1
     """Temperature and min-p."""
     TRUNCATED = 2
-    """Top-k and top-p: searches the logits for thresholds."""
+    """Top-k and top-p, which search the logits for thresholds."""
     EDITED = 3
-    """Penalties, biases and masks: reads `Edits`."""
+    """Penalties, biases and masks, which read `Edits`."""
 
 
 class SamplingRows(NamedTuple):
-    """One entry a sampled sequence, `[B]` each unless said."""
+    """Sampling parameters of a step's sequences, `[B]` each unless stated otherwise."""
 
     row: jax.Array
-    """Its place in the sampler's state; R or more for padding."""
+    """Row in the sampler state; R or more for padding."""
     position: jax.Array
-    """The position that the new token will have: how many tokens precede it."""
+    """Position of the token to sample: the number of tokens before it."""
     key: jax.Array
-    """`[B, 2]` the 64 bits that the sample's seed and index were hashed to."""
+    """64 bits hashed from seed and sample index, `[B, 2]`."""
     temperature: jax.Array
-    """0 for greedy."""
+    """Temperature; 0 for greedy."""
     top_k: jax.Array
-    """0 for no limit."""
+    """Top-k; 0 for no limit."""
     top_p: jax.Array
     min_p: jax.Array
     presence: jax.Array
     frequency: jax.Array
     repetition: jax.Array
     edited: jax.Array
-    """1 where the row's `Edits` hold."""
+    """1 if the row's `Edits` apply."""
     prompt_length: jax.Array
-    """Tokens of the prompt, at the head of the history."""
+    """Number of prompt tokens, which come first in the history."""
     logprobs: jax.Array
-    """1 where log-probabilities are asked for."""
+    """1 if log-probabilities are requested."""
     ngram: jax.Array
-    """n where no n tokens may come twice; 0 for no such rule."""
+    """Size n of n-grams that must not repeat; 0 for no such rule."""
     forced_first: jax.Array
-    """1 + the token that comes first after the prompt; 0: any may."""
+    """1 + the token id forced right after the prompt; 0 for none."""
     forced_last: jax.Array
-    """1 + the token that comes at `last_position`; 0: any may."""
+    """1 + the token id forced at `last_position`; 0 for none."""
     last_position: jax.Array
-    """That of the last token there may be."""
+    """Last position that the sequence may have."""
     rule: jax.Array
-    """What the model's rule over tokens is told; 0: it does not hold."""
+    """Parameter of the model's token rule; 0 if it does not apply."""
 
 
 INTEGERS = (
@@ -72,13 +72,13 @@ INTEGERS = (
     "rule",
 )
 WIDTH = len(SamplingRows._fields) + 1
-"""Columns of the packed form: one a field, two for the key."""
+"""Number of columns of the packed form: one per field, two for the key."""
 ROW, POSITION, EDITED = 0, 1, SamplingRows._fields.index("edited") + 1
-"""Of them, those that may change from step to step."""
+"""Packed columns that may change from step to step."""
 
 
 def pack_rows(rows: SamplingRows) -> np.ndarray:
-    """NumPy rows -> `[B, WIDTH]` int32, floats by their bits: one array is one transfer."""
+    """Pack NumPy rows into `[B, WIDTH]` int32, floats as their bits, so that one transfer suffices."""
     columns = []
     for name, value in zip(SamplingRows._fields, rows, strict=True):
         kind = np.uint32 if name == "key" else np.int32 if name in INTEGERS else np.float32
@@ -88,7 +88,7 @@ def pack_rows(rows: SamplingRows) -> np.ndarray:
 
 
 def unpack_rows(packed: jax.Array) -> SamplingRows:
-    """The reverse of `pack_rows`, under jit."""
+    """Unpack rows under jit; the inverse of `pack_rows`."""
     fields, column = {}, 0
     for name in SamplingRows._fields:
         width = 2 if name == "key" else 1
