@@ -27,9 +27,8 @@ RETRIES = 2
 """Maximum number of consecutive failed steps after which a sequence is recomputed; then it ends in error."""
 NOT_FINITE = "the model's logits are not finite, or every token is masked"
 STUCK = (
-    "nothing else is running and the cache still has no room for it, of which nothing was said when it was queued: a "
-    "bug "
-    "of the engine, worth a report with the request and the engine's settings"
+    "the cache has no room for this request although nothing else is running, and the check at queueing passed; this "
+    "is a bug of the engine, please report it with the request and the engine's settings"
 )
 
 
@@ -113,11 +112,9 @@ class Engine:
         if not self._said_clamped:
             self._said_clamped = True
             log.warning(
-                "request %s can have %d new tokens, and not %d: the cache holds sequences of %d tokens, and its prompt "
-                "has %d; "
-                "raise kv_cache_memory_bytes, or pool_blocks where that is set. This is logged once; the result of "
-                "each such "
-                "request says it in metrics.clamped_max_tokens",
+                "request %s: max_tokens lowered to %d from %d: the cache holds sequences of at most %d tokens and the "
+                "prompt has %d; raise kv_cache_memory_bytes (or pool_blocks, if set). Logged once; each such result "
+                "has metrics.clamped_max_tokens",
                 request.id,
                 request.limit - prompt,
                 asked - prompt,
@@ -269,7 +266,7 @@ class Engine:
         try:
             reason = sequence.add(token)
         except Exception as error:  # a listener's error ends its own request only
-            log.exception("request %s: its listener failed", request.id)
+            log.exception("request %s: the listener failed", request.id)
             self._fail(sequence, f"listener failed: {error}")
             return
         if reason is not None:

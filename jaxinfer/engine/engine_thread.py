@@ -151,8 +151,7 @@ class EngineThread:
     def _check_thread(self) -> None:
         if threading.current_thread() is self._thread:
             raise RuntimeError(
-                "an LLM was called from within its own engine: a finalizer or a callback may abort and close, and "
-                "nothing else"
+                "an LLM was called from its own engine thread; finalizers and callbacks may only call abort and close"
             )
 
     def _wait(self, replies: SimpleQueue[Reply], show: Callable[[], None] = lambda: None) -> Any:

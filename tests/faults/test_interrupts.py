@@ -194,7 +194,7 @@ def test_the_engine_is_not_called_from_within(llm, monkeypatch):
     monkeypatch.setattr(llm._engine.runner, "run", calls)
     llm.generate([IDS], SHORT, use_tqdm=False)
     monkeypatch.undo()
-    assert "from within its own engine" in errors[0]
+    assert "from its own engine thread" in errors[0]
 
 
 def test_an_llm_that_is_dropped_ends_its_thread(make_llm):

@@ -27,7 +27,7 @@ def test_without_a_length_asked_for_the_pool_sets_it(make_llm, caplog):
         assert llm._intake.limits.max_model_len == 12
         [handle] = llm._prepare([[5, 6]], SamplingParams(max_tokens=20))
         llm._engine.add(handle.request)
-        assert handle.output().metrics.clamped_max_tokens == 10 and "10 new tokens, and not 20" in caplog.text
+        assert handle.output().metrics.clamped_max_tokens == 10 and "max_tokens lowered to 10 from 20" in caplog.text
     assert "max_model_len is 12" in caplog.text
 
 

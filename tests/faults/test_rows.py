@@ -125,14 +125,16 @@ def test_max_tokens_is_clamped(llm, host, caplog):
     ask = SamplingParams(temperature=0, max_tokens=1000, ignore_eos=True)
     [result] = llm.generate([[3] * 120], ask)
     assert len(result.outputs[0].token_ids) == 8 and result.outputs[0].finish_reason == "length"
-    assert result.metrics.clamped_max_tokens is None and "new tokens, and not" not in caplog.text, "the model's length"
+    assert result.metrics.clamped_max_tokens is None and "max_tokens lowered" not in caplog.text, "the model's length"
     with host(pool_blocks=3):
         [result, other] = llm.generate([IDS, IDS[::-1]], ask)
         assert len(result.outputs[0].token_ids) == 12 - len(IDS) == result.metrics.clamped_max_tokens
         assert result.outputs[0].finish_reason == "length" and other.metrics.clamped_max_tokens == 12 - len(IDS)
         [fits] = llm.generate([IDS], SamplingParams(temperature=0, max_tokens=1))
         assert fits.metrics.clamped_max_tokens is None
-    said = f"can have {12 - len(IDS)} new tokens, and not {128 - len(IDS)}: the cache holds sequences of 12 tokens"
+    said = (
+        f"max_tokens lowered to {12 - len(IDS)} from {128 - len(IDS)}: the cache holds sequences of at most 12 tokens"
+    )
     assert caplog.text.count(said) == 1
 
 

@@ -52,14 +52,14 @@ def decode_key(data: bytes) -> Key:
         hints = get_type_hints(kind)
         return kind(**{field: _typed(value, hints[field]) for field, value in values.items()})
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DistributedError(f"process 0 sent what is no key of a program: {data[:200]!r} ({error})") from error
+        raise DistributedError(f"process 0 sent an invalid program key: {data[:200]!r} ({error})") from error
 
 
 def _typed(value: Any, hint: Any) -> Any:
     if isinstance(hint, type) and issubclass(hint, Enum):
         return hint(value)
     if type(value) not in (get_args(hint) or (hint,)):
-        raise ValueError(f"{value!r} is no {hint}")
+        raise ValueError(f"{value!r} is not of type {hint}")
     return value
 
 
@@ -172,7 +172,7 @@ class _Follower:
     def _launch(self, data: bytes) -> None:
         (number,) = _NUMBER.unpack_from(data)
         if number >= len(self._keys):
-            raise DistributedError(f"process 0 sent key {number} of {len(self._keys)}")
+            raise DistributedError(f"process 0 sent key number {number}, but only {len(self._keys)} keys are known")
         self._launches += 1
         result = self._runner.replay(self._keys[number], unpack_arrays(data[_NUMBER.size :]))
         if result is not None:
@@ -184,15 +184,16 @@ class _Follower:
         distance = divergence.apart(divergence.local(sampled.summary), np.array(reference, np.float32))
         what = None
         if digest(sampled.tokens) != expected:
-            what = "has sampled other tokens there"
+            what = "sampled different tokens"
         elif not distance <= divergence.MOST:
-            limit = f"rounding makes {divergence.MOST:g} at most"
-            what = f"comes to other hidden states there (by {distance:.2g} of their size; {limit})"
+            what = (
+                f"computed different hidden states (relative distance {distance:.2g}; rounding gives at most "
+                f"{divergence.MOST:g})"
+            )
         if what is not None:
             self._group.fail(
                 f"process {self._group.process} has diverged from process 0: launch {number} ({key}) {what}; its "
-                "weights, "
-                "its programs or its device are not the same"
+                "weights, programs or devices differ"
             )
             raise self._group.error()
 

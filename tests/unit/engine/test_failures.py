@@ -350,7 +350,7 @@ def test_what_nothing_would_ever_schedule_ends_in_error(runner, monkeypatch, pla
         if not engine.has_work:
             break
         engine.step()
-    assert not engine.has_work and reasons([bad]) == ["error"] and "nothing else is running" in bad.error
+    assert not engine.has_work and reasons([bad]) == ["error"] and "although nothing else is running" in bad.error
     requests.remove(bad)
     assert outputs(requests) == expected
 

@@ -40,12 +40,12 @@ def test_every_key_comes_back_as_the_same():
     ],
 )
 def test_what_is_no_key_is_refused(value):
-    with pytest.raises(DistributedError, match="no key of a program"):
+    with pytest.raises(DistributedError, match="invalid program key"):
         decode_key(json.dumps(value).encode())
 
 
 def test_bytes_that_are_no_json_are_no_key():
-    with pytest.raises(DistributedError, match="no key of a program"):
+    with pytest.raises(DistributedError, match="invalid program key"):
         decode_key(b"\x80\x04.")
 
 
