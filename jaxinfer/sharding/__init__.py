@@ -1,7 +1,7 @@
-"""Named axes, the mesh, the one table between them, and the plan that shows it. Knows no model.
+"""Logical axes, meshes, the rules that map one to the other, and placement plans. Independent of any model.
 
-`plan(model, tensor_parallel_size=8)`, which makes a `Plan` of a config.json, is `jaxinfer.loading.plan.plan`; the root
-package shows it here too.
+`plan(model, tensor_parallel_size=8)`, which makes a `Plan` from a config.json, is `jaxinfer.loading.plan.plan`; the
+root package also exports it here.
 """
 
 import sys

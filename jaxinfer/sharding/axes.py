@@ -1,4 +1,4 @@
-"""The glossary of axes: one letter in shapes, one logical name on parameters.
+"""Glossary of axes: the letter of each axis in shapes, and its logical name on parameters.
 
 | letter | meaning                  | logical name on a parameter's axis |
 |--------|--------------------------|------------------------------------|
@@ -16,7 +16,7 @@
 | P      | positions in a block     | `block`                            |
 | tp     | shards of a fused weight | `shard`                            |
 
-`columns` names the outputs of one shard of a fused projection: never divided again.
+`columns` names the outputs of one shard of a fused projection, which are not sharded further.
 """
 
 SHARD = "shard"
@@ -33,9 +33,9 @@ BLOCK = "block"
 SLOTS = "slots"
 
 LOGICAL_AXES = frozenset({SHARD, COLUMNS, EMBED, HEADS, KV_HEADS, HEAD_DIM, FFN, VOCAB, EXPERT, BLOCKS, BLOCK, SLOTS})
-"""Every logical name a parameter or a cache array may carry."""
+"""Logical names that the axes of parameters and cache arrays may have."""
 
 MODEL = "model"
-"""The mesh axis over which tensor-parallel weights are divided."""
+"""Mesh axis of tensor parallelism: weights and kv heads are sharded over it."""
 DATA = "data"
-"""The mesh axis over which images are divided; what is not of a vision tower has a copy on each of its devices."""
+"""Mesh axis over which images are sharded; everything outside the vision tower is replicated over it."""

@@ -1,7 +1,7 @@
-"""What the modules of a model say of the exchanges between devices that they cause.
+"""Collectives that the modules of a model declare.
 
-A module that causes some has a method `collectives()`, beside the code that causes them; nothing else knows of them.
-A module that is not part of every step says so by its attribute `steps`, which holds for all within it.
+A module that causes collectives declares them in a method `collectives()`, next to the code that causes them. A module
+that does not run in every step lists its steps in the attribute `steps`, which also applies to its submodules.
 """
 
 from collections.abc import Sequence
@@ -13,27 +13,27 @@ KINDS = (ALL_REDUCE, ALL_GATHER)
 
 DECODE, PREFILL, ENCODE = "decode", "prefill", "encode"
 STEPS = (DECODE, PREFILL)
-"""The compiled steps that a module is part of unless it has an attribute `steps`."""
+"""Compiled steps that run a module unless it has an attribute `steps`."""
 
 TOKEN, SAMPLE = "token", "sampled sequence"
 
 
 @dataclass(frozen=True)
 class Collective:
-    """One exchange that each call of a module makes, in a program for GPUs."""
+    """One collective operation of each call of a module, as compiled for GPUs."""
 
     kind: str
-    """One of `KINDS`, as XLA names it."""
+    """One of `KINDS`, XLA's name of the operation."""
     what: str
-    """What is exchanged, in words."""
+    """Description of the data."""
     width: int
-    """Numbers of a row, in each of the arrays, that every device has afterwards."""
+    """Elements per row, and per array, of the result on every device."""
     arrays: int = 1
-    """Arrays that go together."""
+    """Arrays combined in the operation."""
     rows: str = TOKEN
-    """What there is a row for: each token of the step, or each sequence that is sampled."""
+    """Unit of the rows: tokens of the step, or sampled sequences."""
     itemsize: int | None = None
-    """Bytes of a number; None: those of the activations."""
+    """Bytes per element; None for the activations' dtype."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -45,5 +45,5 @@ class Exchanging(Protocol):
     """A module that causes collectives."""
 
     def collectives(self) -> Sequence[Collective]:
-        """Those of one call, of this module alone and not of its parts; none where it is whole on every device."""
+        """Return the collectives of one call, without those of submodules; empty if the module is replicated."""
         ...

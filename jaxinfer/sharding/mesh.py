@@ -1,4 +1,4 @@
-"""Meshes: the axis `model`, over which tensor-parallel weights are divided, and `data`, over which images are."""
+"""Device meshes: the axis `model` shards tensor-parallel weights, the axis `data` shards images."""
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh
@@ -8,13 +8,17 @@ from jaxinfer.sharding import axes
 
 
 def make_mesh(tensor_parallel_size: int = 1, devices: list[jax.Device] | None = None) -> Mesh:
-    """A mesh of `tensor_parallel_size` devices on the axis `model`, with Auto axes.
+    """Create a mesh of `tensor_parallel_size` devices on the axis `model`, with Auto axes.
 
-    Auto, because the GEMMs leave their collectives to XLA; what must stay local (cache write, attention)
-    runs in `jax.shard_map`. `jax.make_mesh` alone would make Explicit axes.
+    Auto axes leave the collectives of GEMMs to XLA; code that must stay local (cache writes, attention) runs in
+    `jax.shard_map`. `jax.make_mesh` creates Explicit axes by default.
+
+    Args:
+        tensor_parallel_size: number of devices.
+        devices: devices to take the first ones of; None for `jax.devices()`.
 
     Raises:
-        ConfigError: fewer devices than `tensor_parallel_size`.
+        ConfigError: there are fewer devices than `tensor_parallel_size`.
     """
     devices = jax.devices() if devices is None else devices
     if tensor_parallel_size > len(devices):
@@ -28,12 +32,14 @@ def make_mesh(tensor_parallel_size: int = 1, devices: list[jax.Device] | None = 
 
 
 def normalise(mesh: Mesh | AbstractMesh, tensor_parallel_size: int | None = None) -> Mesh | AbstractMesh:
-    """A user's mesh as the engine uses it: the same devices and axes, all axes Auto (see `make_mesh`).
+    """Convert a user's mesh for the engine: the same devices and axes, with all axes Auto (see `make_mesh`).
 
-    `tensor_parallel_size`: what was asked for beside the mesh, if anything was.
+    Args:
+        mesh: the user's mesh.
+        tensor_parallel_size: the size requested besides the mesh, if any.
 
     Raises:
-        ConfigError: no axis `model`, an axis that means nothing here, or another number of shards than was asked for.
+        ConfigError: there is no axis `model`, an unknown axis, or a size that differs from `tensor_parallel_size`.
     """
     for name, count in mesh.shape.items():
         if name not in (axes.MODEL, axes.DATA):
@@ -59,10 +65,10 @@ def normalise(mesh: Mesh | AbstractMesh, tensor_parallel_size: int | None = None
 
 
 def check_data_axis(mesh: Mesh | AbstractMesh, has_tower: bool) -> None:
-    """An axis `data` divides images: it needs a model with a vision tower.
+    """Check that a mesh with an axis `data`, which shards images, is used with a vision tower.
 
     Raises:
-        ConfigError: there is the axis and no tower.
+        ConfigError: there is such an axis and no vision tower.
     """
     if axes.DATA in mesh.shape and not has_tower:
         raise ConfigError(
@@ -72,15 +78,15 @@ def check_data_axis(mesh: Mesh | AbstractMesh, has_tower: bool) -> None:
 
 
 def size(mesh: Mesh | AbstractMesh) -> int:
-    """How many shards a tensor-parallel weight has on this mesh."""
+    """Return the number of shards of a tensor-parallel weight on this mesh."""
     return mesh.shape[axes.MODEL]
 
 
 def processes(mesh: Mesh) -> int:
-    """How many processes have devices of this mesh."""
+    """Return the number of processes with devices in this mesh."""
     return len({device.process_index for device in mesh.devices.flat})
 
 
 def copies(mesh: Mesh | AbstractMesh) -> int:
-    """How many devices hold each shard of a tensor-parallel weight: those along `data`."""
+    """Return the number of devices that hold the same shard of a tensor-parallel weight: those along `data`."""
     return mesh.size // size(mesh)

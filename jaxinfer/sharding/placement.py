@@ -1,6 +1,7 @@
-"""Where every weight of a model lies, as a value: made from shapes alone, before a byte is read.
+"""Placement plan of a model: where each weight lies, computed from shapes before any weight is read.
 
-`plan(module, mesh)` reads it off an NNX module, abstract or not; `jaxinfer.sharding.plan` makes one of a config.json.
+`plan(module, mesh)` reads it from an NNX module, abstract or not; `jaxinfer.sharding.plan` makes one from a
+config.json.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,10 +22,10 @@ from jaxinfer.sharding.policy import EXPERTS, REPLICATE, SHARD
 
 @dataclass(frozen=True, repr=False)
 class Plan(Placed):
-    """Where the weights of a model lie, what each device holds, and what a step exchanges; a picture in a notebook."""
+    """Placement of a model's weights, memory per device, and collectives per step; displays as HTML in a notebook."""
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: all of it; sizes are bytes a device unless they say otherwise."""
+        """Convert the plan to plain JSON values; sizes are bytes per device unless named otherwise."""
         return {
             "model": self.model,
             "mesh": dict(self.mesh),
@@ -61,17 +62,17 @@ class Plan(Placed):
 def plan(
     module: nnx.Module, mesh: Mesh | AbstractMesh, *, itemsize: int, more: Iterable[Exchange] = (), **fields: Any
 ) -> Plan:
-    """The plan of a module by what its parameters carry and its parts declare.
+    """Compute the plan of a module from the metadata of its parameters and its declared collectives.
 
     Args:
-        module: with values or with shapes.
-        mesh: abstract where there are no such devices.
-        itemsize: bytes of a number of its activations.
-        more: what a step exchanges outside of the module.
-        fields: of `Plan`.
+        module: an NNX module with values or shapes.
+        mesh: may be abstract, without real devices.
+        itemsize: bytes per element of the activations.
+        more: collectives outside the module.
+        **fields: other fields of `Plan`.
 
     Raises:
-        ConfigError: what does not divide over the mesh.
+        ConfigError: a parameter does not divide over the mesh.
     """
     rows, exchanges = [], []
     for path, part, steps in walk(module):
@@ -82,12 +83,12 @@ def plan(
 
 
 def exchange(module: str, made: Collective, steps: Sequence[str], itemsize: int) -> Exchange:
-    """Who causes a collective, and its size where activations have numbers of `itemsize` bytes."""
+    """Make an `Exchange` of a module's collective, with its size for activations of `itemsize` bytes."""
     return Exchange(module, made, tuple(steps), made.arrays * made.width * (made.itemsize or itemsize))
 
 
 def walk(module: nnx.Module) -> Iterator[tuple[tuple[str, ...], nnx.Module, Sequence[str]]]:
-    """Every module once, each before its parts: its path, itself, and the steps that it is part of."""
+    """Yield every module once, parents first: its path, the module, and the steps that run it."""
     seen, left = set(), [((), module, STEPS)]
     while left:
         path, part, steps = left.pop()
@@ -105,12 +106,12 @@ def walk(module: nnx.Module) -> Iterator[tuple[tuple[str, ...], nnx.Module, Sequ
 
 
 def array_bytes(shape: Sequence[int], dtype: Any) -> int:
-    """Of an array."""
+    """Return the bytes of an array."""
     return int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
 
 
 def device_bytes(array: jax.ShapeDtypeStruct | jax.Array) -> int:
-    """Of its part on each device."""
+    """Return the bytes of an array's shard on each device."""
     return array_bytes(array.sharding.shard_shape(tuple(array.shape)), array.dtype)
 
 
@@ -142,16 +143,16 @@ def _tactic(metadata: Mapping[str, Any]) -> str:
 
 
 def _copies(placed: NamedSharding, mesh: Mesh | AbstractMesh) -> int:
-    """Devices of the mesh that have the same part."""
+    """Return the number of devices that hold the same shard."""
     used = [name for axis in placed.spec if axis is not None for name in (axis if isinstance(axis, tuple) else (axis,))]
     return mesh.size // int(np.prod([mesh.shape[name] for name in used], dtype=np.int64))
 
 
 def _own_shape(metadata: Mapping[str, Any], shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of what the checkpoint has of a parameter."""
+    """Return the shape of a parameter's weights in the checkpoint."""
     if metadata.get("stacked"):
         one = {name: value for name, value in metadata.items() if name != "stacked"}
         return (shape[0], *_own_shape(one, shape[1:]))
-    if "outputs" in metadata:  # `[tp, columns, ...]`, the columns of all outputs
+    if "outputs" in metadata:  # `[tp, columns, ...]` with the columns of all outputs
         return (sum(output.rows for output in metadata["outputs"]), *shape[2:])
     return tuple(metadata.get("unpadded") or shape)

@@ -1,4 +1,4 @@
-"""A plan as a picture: HTML and CSS that need nothing else, for notebooks light and dark, and for a file."""
+"""HTML rendering of a placement plan: self-contained HTML and CSS for notebooks (light and dark) and files."""
 
 from collections.abc import Iterator
 from html import escape
@@ -8,7 +8,7 @@ from jaxinfer.sharding.collectives import DECODE, PREFILL, STEPS, TOKEN
 from jaxinfer.sharding.placement_rows import EVERYWHERE, Placed, Row
 from jaxinfer.sharding.placement_tree import Node, tree
 
-# Colours are of the marks alone, and lines half transparent: text and ground are the notebook's own, light or dark.
+# Only marks are colored and lines are translucent: text and background are the notebook's, in light and dark mode.
 STYLE = """
 .jxp{--shard:#4a8cf7;--copy:#ee9a2f;--cache:#3fae7b;--line:rgba(128,128,128,.28);--soft:rgba(128,128,128,.12);
  font:13px/1.45 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;max-width:1080px;color:inherit;text-align:left}
@@ -46,7 +46,7 @@ STYLE = """
 
 
 def render(plan: Placed) -> str:
-    """The plan as one element of HTML."""
+    """Render the plan as one HTML element."""
     root = tree(plan)
     head = (
         '<div class="row head"><span>module</span><span>placed</span><span class="num">on each device</span>'
@@ -60,7 +60,7 @@ def render(plan: Placed) -> str:
 
 
 def page(plan: Placed) -> str:
-    """The same as a document of its own."""
+    """Render the plan as an HTML document."""
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="color-scheme" content="light dark">'
         f"<title>{escape(plan.model or 'Placement')}</title></head>"
@@ -69,17 +69,17 @@ def page(plan: Placed) -> str:
 
 
 def counts(plan: Placed, step: str) -> str:
-    """What a step exchanges, in words."""
+    """Describe the collectives of a step."""
     return " + ".join(f"{count} {kind}" for kind, count in plan.collectives(step).items()) or "nothing exchanged"
 
 
 def token_bytes(plan: Placed, step: str) -> int:
-    """What the exchanges of a step come to for each token, on each device."""
+    """Return the bytes that a step's collectives exchange per token, on each device."""
     return sum(e.row_bytes for e in plan.exchanges if step in e.steps and e.collective.rows == TOKEN)
 
 
 def mesh_text(plan: Placed) -> str:
-    """The mesh in words."""
+    """Describe the mesh."""
     axes = " x ".join(f"{name} {size}" for name, size in plan.mesh.items())
     return f"{plan.devices} device{'s' if plan.devices > 1 else ''} (mesh: {axes})"
 
@@ -121,7 +121,7 @@ def _tiles(plan: Placed) -> str:
 
 
 def _device(plan: Placed) -> str:
-    """What each device holds, of its memory where that is known."""
+    """Render the memory use of one device, relative to its memory if known."""
     parts = [
         ("s", plan.device_bytes - plan.copied_bytes, "weights, divided over the devices"),
         ("c", plan.copied_bytes, "weights, the same on every device"),
@@ -139,7 +139,7 @@ def _device(plan: Placed) -> str:
 
 
 def _node(node: Node, plan: Placed, depth: int, times: int, whole: int) -> str:
-    """`times`: how many equal ones this stands for beside those it folds; `whole`: bytes of a full bar."""
+    """Render a module in `times` equal enclosing modules; `whole` is the number of bytes of a full bar."""
     several, of_all = node.alike * times, node.device_bytes * times
     alike = f"<small>({node.alike} alike)</small>" if node.alike > 1 else ""
     each = f"<br><small>{several} x {size_text(of_all / several)}</small>" if several > 1 and of_all else ""
@@ -163,7 +163,7 @@ def _node(node: Node, plan: Placed, depth: int, times: int, whole: int) -> str:
 
 
 def _causes(node: Node, plan: Placed, times: int) -> Iterator[str]:
-    """The collectives of each step, named where it is not one that every model has; prefill has those of decode."""
+    """Yield the collectives of each step, naming unusual steps; prefill is omitted if equal to decode."""
     for step in plan.steps:
         named = "" if step in STEPS else f" <small>{escape(step)}</small>"
         if step != PREFILL or node.collectives(DECODE) != node.collectives(PREFILL):
@@ -172,14 +172,14 @@ def _causes(node: Node, plan: Placed, times: int) -> Iterator[str]:
 
 
 def _bar(node: Node, times: int, whole: int) -> str:
-    """What is divided and what is the same everywhere, of all weights."""
+    """Render the sharded and the replicated part of a module's weights, relative to all weights."""
     parts = (("s", node.device_bytes - node.copied_bytes), ("c", node.copied_bytes))
     bars = "".join(f'<i class="{kind}" style="width:{100 * n * times / whole:.4f}%"></i>' for kind, n in parts if n)
     return f'<span class="bar">{bars}</span>' if bars else "<span></span>"
 
 
 def axes_text(row: Row, plan: Placed) -> str:
-    """The sizes of a parameter's axes with their names, and what each is divided by."""
+    """Format the sizes and names of a parameter's axes, and by what each is divided."""
     parts = []
     for index, (size, name) in enumerate(zip(row.shape, row.logical_axes, strict=True)):
         over = row.spec[index] if index < len(row.spec) else None

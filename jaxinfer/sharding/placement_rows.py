@@ -1,4 +1,4 @@
-"""The rows of a plan: parameters, collectives and the cache of each layer, and their sums."""
+"""Rows of a placement plan: parameters, collectives, cache layers, and their sums."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -13,37 +13,37 @@ from jaxinfer.sharding.collectives import STEPS, Collective
 EVERYWHERE = (
     "A replicated layer is copied to every device and computed on every device; none lies on the first device only."
 )
-"""What a reader of any plan must know."""
+"""Note shown with every plan."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One parameter."""
+    """Placement of one parameter."""
 
     path: str
-    """From the model's root, dots between."""
+    """Path from the model's root, separated by dots."""
     module: str
-    """The module around it that a placement may name."""
+    """Path of the enclosing module that a placement may name."""
     tactic: str
-    """Of that module: "shard" or "replicate"; of experts that lie whole on one device each, "experts"."""
+    """Placement of that module: "shard", "replicate", or "experts" for experts that are each on one device."""
     shape: tuple[int, ...]
-    """Over all devices."""
+    """Global shape."""
     dtype: str
     logical_axes: tuple[str | None, ...]
     spec: PartitionSpec
-    """Mesh axes that its axes are divided over."""
+    """Mesh axes over which each axis is sharded."""
     device_bytes: int
-    """On each device that has a part of it, which is every one."""
+    """Bytes on each device."""
     copies: int
-    """Devices that hold the same numbers."""
+    """Devices that hold the same shard."""
     checkpoint_bytes: int
-    """Of the checkpoint's numbers in this dtype, once: without what is repeated or filled up with zeroes."""
+    """Bytes of the checkpoint's weights in this dtype, without repeated heads and padding."""
 
     steps: tuple[str, ...]
-    """The compiled steps that read it."""
+    """Compiled steps that read the parameter."""
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Convert the row to plain JSON values."""
         spec = [list(axis) if isinstance(axis, tuple) else axis for axis in self.spec]
         spec += [None] * (len(self.shape) - len(spec))
         lists = {name: list(getattr(self, name)) for name in ("shape", "logical_axes", "steps")}
@@ -52,17 +52,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Exchange:
-    """One collective of a step, and who causes it."""
+    """One collective of a step, and the module that causes it."""
 
     module: str
     collective: Collective
     steps: tuple[str, ...]
-    """The compiled steps that have it."""
+    """Compiled steps with this collective."""
     row_bytes: int
-    """For each of `collective.rows`, on each device."""
+    """Bytes per row (see `Collective.rows`), on each device."""
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Convert to plain JSON values."""
         made = self.collective
         return {
             "module": self.module,
@@ -76,53 +76,53 @@ class Exchange:
 
 @dataclass(frozen=True)
 class CacheLayer:
-    """What one layer keeps: of each block, or of each sequence."""
+    """Cache memory of one layer, per block or per sequence."""
 
     layer: int
-    """From 0, in the order of the model; of an encoder-decoder, first attention and then cross-attention."""
+    """Index in model order, from 0; in encoder-decoder models self-attention precedes cross-attention."""
     replicated: bool
-    """Whether every device has all of it."""
+    """Whether every device holds the whole layer."""
     block_device_bytes: int = 0
-    """A block, on each device; 0 for a recurrent layer."""
+    """Bytes of a block on each device; 0 for recurrent layers."""
     state_device_bytes: int = 0
-    """The state of a sequence, on each device, whatever its length; 0 for layers other than recurrent ones."""
+    """Bytes of a sequence's recurrent state on each device, whatever its length; 0 for other layers."""
     encoded: bool = False
-    """Whether its blocks hold positions of what an encoder reads, and not of the sequence itself."""
+    """Whether blocks hold encoder positions instead of the sequence's own."""
 
 
 @dataclass(frozen=True)
 class CachePlan:
-    """What the cache takes: blocks by the length of a sequence, and the states of recurrent layers by the sequence."""
+    """Cache memory: blocks per sequence length, and recurrent states per sequence."""
 
     block_size: int
-    """Tokens of a block."""
+    """Tokens per block."""
     layers: tuple[CacheLayer, ...]
     block_device_bytes: int
-    """A block of tokens in all layers, on each device."""
+    """Bytes of a block of tokens in all layers, on each device."""
     encoded_block_device_bytes: int = 0
-    """A block of an encoder's positions in all layers, on each device; 0 without cross-attention."""
+    """Bytes of a block of encoder positions in all layers, on each device; 0 without cross-attention."""
     sequences: int | None = None
-    """Sequences that run at a time at most; None where the device's memory is not known, or no layer has a state."""
+    """Maximum number of running sequences; None if device memory is unknown or no layer has a state."""
     state_slots: int = 0
-    """States for which the cache has room then: those of running sequences, and snapshots of cached prefixes."""
+    """State slots at that number: for running sequences and for snapshots of cached prefixes."""
 
     @property
     def state_device_bytes(self) -> int:
-        """The state of one sequence in all layers, on each device."""
+        """Bytes of one sequence's state in all layers, on each device."""
         return sum(layer.state_device_bytes for layer in self.layers)
 
     @property
     def replicated_layers(self) -> tuple[int, ...]:
-        """Those whose part of the cache every device has whole."""
+        """Layers whose cache is replicated on every device."""
         return tuple(layer.layer for layer in self.layers if layer.replicated)
 
     def tokens(self, device_bytes: int) -> int:
-        """Count the tokens that fit beside the states, in whole blocks."""
+        """Return the tokens that fit beside the states, in whole blocks."""
         left = max(0, device_bytes - self.state_slots * self.state_device_bytes)
         return left // self.block_device_bytes * self.block_size
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Convert to plain JSON values."""
         names = (
             "block_size",
             "block_device_bytes",
@@ -139,45 +139,45 @@ class CachePlan:
 
 @dataclass(frozen=True, repr=False)
 class Placed:
-    """The rows of a plan and their sums. Every device holds as much."""
+    """Rows of a plan and their sums. All devices hold equal amounts."""
 
     mesh: Mapping[str, int]
-    """Sizes of its axes."""
+    """Sizes of the mesh axes."""
     rows: tuple[Row, ...]
     exchanges: tuple[Exchange, ...]
     cache: CachePlan | None = None
     model: str = ""
-    """What it is called."""
+    """Name of the model."""
     patterns: Mapping[str, str] = field(default_factory=dict)
-    """The placement asked for."""
+    """Requested placement."""
     memory: int | None = None
-    """Bytes of a device, where they are known."""
+    """Bytes of memory per device, if known."""
     cache_share: float = 0.9
-    """Of what the weights leave, the part that the cache takes (`EngineConfig.gpu_memory_utilization`)."""
+    """Share of the memory left beside the weights that the cache takes (`EngineConfig.gpu_memory_utilization`)."""
 
     @property
     def devices(self) -> int:
-        """Of the mesh."""
+        """Number of devices."""
         return int(np.prod(list(self.mesh.values())))
 
     @property
     def device_bytes(self) -> int:
-        """Weights on each device."""
+        """Bytes of weights on each device."""
         return sum(row.device_bytes for row in self.rows)
 
     @property
     def copied_bytes(self) -> int:
-        """Of them, those that every device has alike; none where there is one device."""
+        """Bytes of weights that are the same on every device; 0 with a single device."""
         return sum(row.device_bytes for row in self.rows if row.copies == self.devices) if self.devices > 1 else 0
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Weights, each once."""
+        """Bytes of all weights in the checkpoint."""
         return sum(row.checkpoint_bytes for row in self.rows)
 
     @property
     def modules(self) -> dict[str, int]:
-        """Bytes a device of every module, those of its parts included; the model's own path is empty."""
+        """Bytes per device of every module including its submodules, by path; the model's path is empty."""
         sums: Counter[str] = Counter()
         for row in self.rows:
             parts = row.path.split(".")[:-1]
@@ -187,19 +187,19 @@ class Placed:
 
     @property
     def steps(self) -> tuple[str, ...]:
-        """The kinds of steps that exchange something, and those that every model has."""
+        """Names of all steps: those every model has, and others with collectives."""
         return tuple(dict.fromkeys([*STEPS, *(step for exchange in self.exchanges for step in exchange.steps)]))
 
     def collectives(self, step: str) -> dict[str, int]:
-        """How many of each kind a step has, in a program for GPUs that sample greedily."""
+        """Count a step's collectives by kind, as compiled for GPUs with greedy sampling."""
         return dict(Counter(e.collective.kind for e in self.exchanges if step in e.steps))
 
     @property
     def cache_bytes(self) -> int | None:
-        """What the cache may take on each device; None where its memory is not known."""
+        """Bytes available to the cache on each device; None if device memory is unknown."""
         return None if self.memory is None else max(0, int((self.memory - self.device_bytes) * self.cache_share))
 
     @property
     def tokens(self) -> int | None:
-        """Tokens that the cache holds then."""
+        """Tokens that fit in the cache; None if unknown."""
         return None if self.cache is None or self.cache_bytes is None else self.cache.tokens(self.cache_bytes)

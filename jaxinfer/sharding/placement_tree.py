@@ -1,4 +1,4 @@
-"""A plan as a tree of modules, in which equal layers are one node: what a table or a picture of it shows."""
+"""Tree view of a placement plan, in which equal layers are folded into one node."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -11,41 +11,41 @@ from jaxinfer.sharding.policy import REPLICATE
 
 @dataclass(frozen=True)
 class Node:
-    """A module, or neighbouring ones that are equal in all but their number."""
+    """A module, or adjacent modules that differ only in their number."""
 
     path: str
-    """Of the first of them."""
+    """Path of the first module."""
     last: str
-    """Of the last; the same where there is one."""
+    """Path of the last module; equal to `path` for a single module."""
     alike: int
-    """How many they are."""
+    """Number of modules."""
     rows: tuple[Row, ...]
-    """Parameters of the first that lie in no part of it."""
+    """Parameters of the first module, without those of submodules."""
     exchanges: tuple[Exchange, ...]
-    """Collectives that the first causes itself."""
+    """Collectives of the first module, without those of submodules."""
     children: tuple["Node", ...]
-    """Its parts."""
+    """Submodules."""
     device_bytes: int
-    """Of all of them, with their parts, on each device."""
+    """Bytes of all modules including submodules, on each device."""
     copied_bytes: int
-    """Of them, those that every device has alike."""
+    """Bytes among them that are the same on every device."""
 
     @property
     def name(self) -> str:
-        """The path, or from which to which."""
+        """Path, or first and last path."""
         return self.path if self.alike == 1 else f"{self.path} ... {self.last}"
 
     @property
     def label(self) -> str:
-        """What tells it from its neighbours: the last part of its path, of a layer the part before it as well."""
+        """Last part of the path; for a layer's number also the part before it."""
         ends = [path.split(".")[-2:] for path in dict.fromkeys((self.path, self.last))]
         return " ... ".join(".".join(end if end[-1].isdigit() else end[-1:]) for end in ends)
 
     @property
     def placed(self) -> str:
-        """ "sharded", "replicated" (all of it is the same on every device), "both", or nothing where it has no weights.
+        """ "sharded", "replicated", "both", or "" for modules without weights.
 
-        What is small and the same everywhere, as a norm's scale, does not make a sharded module "both".
+        Small replicated parameters, such as norm scales, do not make a sharded module "both".
         """
         if not self.device_bytes:
             return ""
@@ -57,7 +57,7 @@ class Node:
         return frozenset(row.tactic for row in self.rows).union(*(child._tactics() for child in self.children))
 
     def collectives(self, step: str) -> Counter[str]:
-        """How many of each kind all of them, with their parts, cause in a step."""
+        """Count a step's collectives by kind, over all modules and their submodules."""
         found = Counter(exchange.collective.kind for exchange in self.exchanges if step in exchange.steps)
         for child in self.children:
             found += child.collectives(step)
@@ -65,7 +65,7 @@ class Node:
 
 
 def tree(plan: Placed) -> Node:
-    """The whole model; what has no weights, as the sampler, is a part of it."""
+    """Build the tree of the whole model; parts without weights, such as the sampler, are included."""
     copied = plan.devices if plan.devices > 1 else 0
     items = [(tuple(row.path.split(".")[:-1]), row) for row in plan.rows]
     items += [(tuple(exchange.module.split(".")), exchange) for exchange in plan.exchanges]
@@ -76,7 +76,7 @@ _Item = tuple[tuple[str, ...], Row | Exchange]
 
 
 def _node(path: tuple[str, ...], items: Sequence[_Item], copied: Callable[[Row], bool]) -> Node:
-    """`items`: with the paths of the modules they belong to, all of which start with `path`."""
+    """Build the node at `path` from items with the paths of their modules, all of which start with `path`."""
     own = [item for at, item in items if at == path]
     parts: dict[str, list[_Item]] = {}
     for at, item in items:
@@ -97,7 +97,7 @@ def _node(path: tuple[str, ...], items: Sequence[_Item], copied: Callable[[Row],
 
 
 def _fold(nodes: Iterable[Node]) -> tuple[Node, ...]:
-    """Neighbours that are numbered and equal as one."""
+    """Merge adjacent numbered nodes that are equal."""
     folded = []
     for _, group in groupby(nodes, lambda node: (node.path.split(".")[-1].isdigit() or node.path, _shape(node))):
         first, *others = group
@@ -118,7 +118,7 @@ def _fold(nodes: Iterable[Node]) -> tuple[Node, ...]:
 
 
 def _shape(node: Node) -> tuple:
-    """What two modules have in common that differ in their place alone."""
+    """Return a node's content without its path, to compare modules that differ only in location."""
     start = len(node.path)
     rows = [
         (row.path[start:], row.tactic, row.shape, row.dtype, row.logical_axes, tuple(row.spec), row.copies)

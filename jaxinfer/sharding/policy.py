@@ -1,11 +1,10 @@
-"""Which modules of a model are divided over the mesh and which are whole on every device: patterns over module paths.
+"""Placement policy: patterns over module paths that select which modules are sharded and which are replicated.
 
     Placement({"vision_tower.*.attention": "replicate", "*.mlp": "shard"})
 
-A module that is "shard"ed has its parameters divided where their logical axes say so (`sharding.rules`). One that is
-"replicate"d has all of them copied to every device and is computed on every device; none lies on the first alone.
-One that is divided by "experts" has whole experts on each device, where a sharded one has a part of each; whatever else
-lies within it is sharded.
+With "shard" parameters are sharded according to their logical axes (`sharding.rules`). With "replicate" all parameters
+are copied to every device and the module is computed on every device. With "experts" each device holds whole experts
+(expert parallelism), where "shard" splits every expert; the rest of the module is sharded.
 """
 
 import re
@@ -22,10 +21,10 @@ TACTICS = (SHARD, REPLICATE, EXPERTS)
 
 @dataclass(frozen=True)
 class Placement:
-    """Patterns, in order, and the tactic of the modules each names; whatever none names is sharded.
+    """Ordered patterns and the tactic of the modules they match; modules without a match are sharded.
 
-    In a pattern `*` stands for any characters, dots included, `?` for one, `[...]` for one of several. A pattern that
-    names a module is for all within it, unless another names a module further inside.
+    In patterns `*` matches any characters including dots, `?` one character, `[...]` one of several. A pattern that
+    matches a module applies to everything inside it, unless another pattern matches a module further inside.
     """
 
     patterns: Mapping[str, str] = field(default_factory=dict)
@@ -43,14 +42,14 @@ class Placement:
 
     @classmethod
     def of(cls, given: Any) -> "Placement":
-        """From what a user passes: a mapping, None, or a placement."""
+        """Convert what a user passes: a mapping, None, or a placement."""
         return given if isinstance(given, cls) else cls({} if given is None else given)
 
     def tactic(self, path: str) -> str:
-        """Of the module at a path: that of the pattern which names it, or the module nearest around it.
+        """Return the tactic of a module: that of the pattern that matches it or its nearest enclosing module.
 
         Raises:
-            ConfigError: two patterns name the same module and contradict each other.
+            ConfigError: contradicting patterns match the same module.
         """
         parts = path.split(".")
         for end in range(len(parts), 0, -1):
@@ -60,7 +59,7 @@ class Placement:
         return SHARD
 
     def _named(self, path: str) -> str | None:
-        """What the patterns that name this very module say of it; None: none does."""
+        """Return the tactic of the patterns that match exactly this module; None if none does."""
         found = {pattern: tactic for pattern, tactic in self.patterns.items() if _matches(pattern, path)}
         if len(set(found.values())) > 1:
             raise ConfigError(
@@ -70,17 +69,17 @@ class Placement:
         return next(iter(found.values()), None)
 
     def check(self, modules: Iterable[str], inside: Iterable[str] = (), experts: Iterable[str] = ()) -> None:
-        """Whether every pattern names something, and something that is placed as a whole, and none contradicts another.
+        """Check that every pattern matches a module that can be placed, and that no two contradict each other.
 
         Args:
-            modules: paths of what can be placed and of all around it.
-            inside: paths of what lies within one such module and follows it.
-            experts: paths of the modules that have experts.
+            modules: paths of modules that can be placed, and of the modules around them.
+            inside: paths inside modules that are placed as a whole.
+            experts: paths of modules with experts.
 
         Raises:
-            ConfigError: a pattern that names nothing, or only what lies inside a module that is placed as one; two that
-                contradict each other, also about a module of which another pattern names all parts; one that divides
-                by experts what has none.
+            ConfigError: a pattern matches nothing, or only paths in `inside`; two patterns contradict each other, also
+                about a
+                module all of whose parts another pattern matches; or "experts" is given to a module without experts.
         """
         modules, inside, experts = list(modules), list(inside), list(experts)
         for path in modules:
@@ -108,16 +107,16 @@ def _matches(pattern: str, path: str) -> bool:
 
 
 def _matches_around(pattern: str, path: str) -> bool:
-    """Whether it names the module or one around it."""
+    """Return whether the pattern matches the module or one that encloses it."""
     parts = path.split(".")
     return any(_matches(pattern, ".".join(parts[:end])) for end in range(1, len(parts) + 1))
 
 
 def _some(paths: list[str]) -> str:
-    """Paths with the numbers of layers left out, each once."""
+    """List paths with layer numbers replaced by `*`, without duplicates."""
     return ", ".join(list(dict.fromkeys(map(any_layer, paths)))[:24])
 
 
 def any_layer(path: str) -> str:
-    """The pattern of the modules that differ from this one in the numbers of their layers."""
+    """Return the pattern that matches the same module in every layer."""
     return re.sub(r"\.\d+(?=\.|$)", ".*", path)

@@ -1,4 +1,4 @@
-"""The one table from logical axes to mesh axes, and what follows from it."""
+"""Rules that map logical axes to mesh axes, and the shardings that follow."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -26,10 +26,10 @@ RULES: Mapping[str, str | None] = {
 
 
 def spec(logical: Sequence[str | None], rules: Mapping[str, str | None] = RULES) -> PartitionSpec:
-    """The partition spec of an array whose axes carry these logical names (None: not divided).
+    """Return the partition spec of an array with these logical axes (None: not sharded).
 
     Raises:
-        ConfigError: a name outside the glossary, or two axes of one array on one mesh axis.
+        ConfigError: an unknown logical axis, or two axes mapped to the same mesh axis.
     """
     mapped = []
     for name in logical:
@@ -51,15 +51,18 @@ def sharding(
     replicated: bool = False,
     module: str = "",
 ) -> NamedSharding:
-    """The sharding of the array `where` (its path); each divided axis must divide evenly.
+    """Return the sharding of an array; every sharded axis must divide evenly.
 
     Args:
-        mesh, logical, shape, where: where it lies, its axes' names and sizes, what an error calls it.
-        replicated: it belongs to a module that is whole on every device (`sharding.policy`), whatever its axes.
-        module: path of that module, for the error's remedy.
+        mesh: the mesh.
+        logical: logical axis names.
+        shape: global shape.
+        where: path of the array, for errors.
+        replicated: whether the array belongs to a replicated module (`sharding.policy`), which overrides its axes.
+        module: path of that module, for the remedy in errors.
 
     Raises:
-        ConfigError: a size that the mesh axis does not divide; names path, axis and sizes.
+        ConfigError: an axis is not divisible by its mesh axis; names path, axis and sizes.
     """
     if replicated:
         return NamedSharding(mesh, PartitionSpec())
@@ -74,14 +77,14 @@ def sharding(
 def indivisible(
     where: str, what: str, tp: int, fits: Callable[[int], bool], *, module: str = "", more: str = ""
 ) -> ConfigError:
-    """The error about something that `tp` shards cannot share evenly, with the remedies.
+    """Make the error for a size that does not divide over `tp` shards, with remedies.
 
     Args:
         where: the array or module.
         what: its axis and size.
         tp: shards.
-        fits: whether another number of shards can.
-        module: path of the module that a placement could keep whole.
+        fits: whether it divides over another number of shards.
+        module: path of the module that a placement could replicate.
         more: another remedy.
     """
     fitting = [str(count) for count in range(1, 65) if fits(count)]
@@ -97,7 +100,11 @@ def indivisible(
 
 
 def of(mesh: Mesh | AbstractMesh, metadata: Mapping[str, Any], shape: Sequence[int], where: str) -> NamedSharding:
-    """The sharding of a parameter by what it carries: `logical_axes` and `replicated`; raises as `sharding`."""
+    """Return the sharding of a parameter from its metadata (`logical_axes`, `replicated`).
+
+    Raises:
+        ConfigError: see `sharding`.
+    """
     return sharding(
         mesh,
         metadata["logical_axes"],
