@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,17 @@ def describe(value: Any) -> str:
 def show_int(value: int) -> str:
     """An integer for an error message; Python refuses to print those of thousands of digits."""
     return str(value) if abs(value) < 10**40 else f"one of {value.bit_length()} bits"
+
+
+def is_array(value: Any) -> bool:
+    """Tell arrays of NumPy and JAX from other values, without importing JAX."""
+    jax = sys.modules.get("jax")
+    return isinstance(value, np.ndarray) or (jax is not None and isinstance(value, jax.Array))
+
+
+def plural(count: int, noun: str) -> str:
+    """Write a count with its noun: "1 image", "2 images"."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def as_int(name: str, value: Any) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -199,6 +199,29 @@ class ConfigReader:
     def get_list(self, name: str, default: Default = REQUIRED) -> list[Any] | Default:
         """Read a list."""
         return self._typed(name, default, "a list", lambda value: isinstance(value, list))
+
+    def get_choice(self, name: str, default: Default, supported: Collection[str]) -> str | Default:
+        """Read a string that must be one of the supported ones.
+
+        Raises:
+            ConfigError: it is another one; the message lists the supported ones.
+        """
+        value = self.get_str(name, default)
+        if value not in supported:
+            raise ConfigError(
+                f"{self.family}: {name} is {value!r}, which is not supported; supported: {', '.join(supported)}"
+            )
+        return value
+
+    def divide(self, name: str, size: int, by_name: str, by: int) -> int:
+        """Divide one size by another without a remainder; the names are those of the message.
+
+        Raises:
+            ConfigError: there is a remainder.
+        """
+        if size % by:
+            raise ConfigError(f"{self.family}: {name} is {size}, which {by_name} = {by} does not divide")
+        return size // by
 
     def only(self, name: str, *values: Any) -> None:
         """Require a field to be absent, null, or one of the values that mean what is computed.

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import sys
 import wave
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxinfer._utils.checks import describe
+from jaxinfer._utils.checks import describe, is_array
 
 RATES = (1_000, 768_000)
 """Samples a second, least and most; what lies outside is a mistake, of units most often."""
@@ -55,7 +54,7 @@ def as_audio(value: Any, where: str) -> Audio:
     if not isinstance(value, tuple) or len(value) != 2:
         raise TypeError(f"{where} must be a pair (array, sampling_rate), got {_shown(value)}.")
     rate = _rate(value[1], where)
-    if not _is_array(value[0]):
+    if not is_array(value[0]):
         raise TypeError(f"{where}: the samples must be a NumPy array, got {_shown(value[0])}.")
     return Audio(_samples(np.asarray(value[0]), where), rate)
 
@@ -67,7 +66,7 @@ def as_features(value: Any, shape: tuple[int, ...], where: str) -> np.ndarray:
         TypeError: no array of floats.
         ValueError: another shape, or a value that is not finite.
     """
-    if not _is_array(value):
+    if not is_array(value):
         raise TypeError(f"{where} must be a NumPy array of log-mel features, got {describe(value)}.")
     made = np.asarray(value)
     if made.dtype.kind != "f" and made.dtype.name != "bfloat16":
@@ -180,18 +179,13 @@ def _finite(array: np.ndarray, where: str) -> np.ndarray:
     return array
 
 
-def _is_array(value: Any) -> bool:
-    jax = sys.modules.get("jax")
-    return isinstance(value, np.ndarray) or (jax is not None and isinstance(value, jax.Array))
-
-
 def _shown(value: Any) -> str:
     """What was passed, and what to do about it."""
     if isinstance(value, str) or hasattr(value, "__fspath__"):
         return f"{type(value).__name__}; nothing is read from paths or URLs: jaxinfer.media.read_wav(path)"
     if isinstance(value, dict):  # as Hugging Face's datasets have them
         return "a dict; pass (value['array'], value['sampling_rate'])"
-    if _is_array(value):
+    if is_array(value):
         return "an array alone; its rate belongs with it, such as (array, 16000)"
     if hasattr(value, "numpy"):
         return f"{describe(value)}; pass .numpy()"

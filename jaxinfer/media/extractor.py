@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 
 from jaxinfer._utils.checks import as_int
+from jaxinfer._utils.transformers import from_transformers
 from jaxinfer.errors import CheckpointError
 from jaxinfer.media.audio import Audio, resample
-from jaxinfer.media.preprocessor_config import described, of_transformers
+from jaxinfer.media.preprocessor_config import described
 
 EXTRACTOR = "WhisperFeatureExtractor"
 MAX_BINS = 2**12
@@ -82,7 +83,7 @@ class AudioProcessor:
             EXTRACTOR,
             {"feature_size": self._shape[0]},
         )
-        cls = of_transformers([EXTRACTOR]) if name == EXTRACTOR else None
+        cls = from_transformers(EXTRACTOR) if name == EXTRACTOR else None
         if cls is None:
             raise CheckpointError(
                 f"{self._directory}: feature_extractor_type is {name!r}; {EXTRACTOR} is supported. Pass "

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxinfer._utils.checks import describe
+from jaxinfer._utils.checks import describe, is_array
 
 MAX_PIXELS = 2**27
 """Of one image: 128 megapixels take 400 MB as RGB."""
@@ -33,7 +33,7 @@ def as_rgb(image: Any, where: str) -> np.ndarray:
     """
     if _is_pil(image):
         return _decode(image, where)
-    if _is_array(image):
+    if is_array(image):
         return _channels_last(np.asarray(image), where)
     if isinstance(image, (bytes, bytearray, memoryview)):
         hint = "; open it: PIL.Image.open(io.BytesIO(data))"
@@ -52,7 +52,7 @@ def as_values(values: Any, shape: tuple[int, ...], where: str) -> np.ndarray:
         TypeError: no array of floats.
         ValueError: another shape, no tile, a value that is not finite.
     """
-    if not _is_array(values):
+    if not is_array(values):
         raise TypeError(f"{where} must be a NumPy array of pixel values, got {describe(values)}.")
     made, expected = np.asarray(values), f"[n, {', '.join(map(str, shape))}]"
     if made.dtype.kind != "f" and made.dtype.name != "bfloat16":
@@ -70,11 +70,6 @@ def _is_pil(value: Any) -> bool:
     """Without importing Pillow: whoever has such an image has it imported."""
     module = sys.modules.get("PIL.Image")
     return module is not None and isinstance(value, module.Image)
-
-
-def _is_array(value: Any) -> bool:
-    jax = sys.modules.get("jax")
-    return isinstance(value, np.ndarray) or (jax is not None and isinstance(value, jax.Array))
 
 
 def _decode(image: Any, where: str) -> np.ndarray:

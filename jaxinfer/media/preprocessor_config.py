@@ -1,8 +1,5 @@
 """What a checkpoint's folder says of its preprocessing, and the class of transformers that does it."""
 
-import importlib
-import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +21,3 @@ def described(directory: Path, part: str) -> tuple[str, dict[str, Any]] | None:
         if isinstance(found, dict) and isinstance(found.get(f"{part}_type"), str):
             return found[f"{part}_type"], {k: v for k, v in found.items() if k not in NO_SETTINGS}
     return None
-
-
-def of_transformers(names: Sequence[str]) -> Any:
-    """The first of these classes that transformers has, or None."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # it warns on import that there is no torch
-    try:
-        transformers = importlib.import_module("transformers")
-        return next((found for name in names if (found := getattr(transformers, name, None)) is not None), None)
-    finally:
-        logging.disable(disabled)

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from jaxinfer._utils.transformers import from_transformers
 from jaxinfer.errors import CheckpointError
-from jaxinfer.media.preprocessor_config import described, of_transformers
+from jaxinfer.media.preprocessor_config import described
 
 
 @dataclass(frozen=True)
@@ -111,4 +112,6 @@ class ImageProcessor:
 
 def _find(name: str) -> Any:
     """transformers' class that needs no torch: the one in PIL, which older versions have under the plain name."""
-    return of_transformers([f"{name}Pil", name]) if name.endswith("ImageProcessor") else None
+    if not name.endswith("ImageProcessor"):
+        return None
+    return from_transformers(f"{name}Pil") or from_transformers(name)

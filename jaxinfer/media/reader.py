@@ -6,7 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from jaxinfer._utils.checks import describe
+from jaxinfer._utils.checks import describe, plural
 from jaxinfer.errors import CheckpointError
 from jaxinfer.media.images import as_rgb, as_values
 from jaxinfer.media.inputs import EncoderInput, PlacedInputs
@@ -103,8 +103,8 @@ class MediaReader:
         parts = re.split("|".join(map(re.escape, names)), text)
         if len(parts) - 1 != len(inputs):
             raise ValueError(
-                f"prompt {index}: the text has {_count(len(parts) - 1, 'image marker')} ({' or '.join(names)}) "
-                f"for {_count(len(inputs), 'image')}; put one where each image belongs."
+                f"prompt {index}: the text has {plural(len(parts) - 1, 'image marker')} ({' or '.join(names)}) "
+                f"for {plural(len(inputs), 'image')}; put one where each image belongs."
             )
         made = [form.before + form.placeholder * one.length + form.after for one in inputs]
         return "".join(piece for pair in zip(parts, [*made, ""], strict=True) for piece in pair)
@@ -126,15 +126,11 @@ class MediaReader:
         wanted = sum(one.length for one in inputs)
         if len(places) == wanted:
             return PlacedInputs(inputs, places) if inputs else None
-        found = f"prompt {index} has {_count(len(places), 'image token')} (id {self.placeholder})"
+        found = f"prompt {index} has {plural(len(places), 'image token')} (id {self.placeholder})"
         if not inputs:
             raise ValueError(f"{found}, but no image is given; pass multi_modal_data={{{self.takes.modality!r}: ...}}.")
         tiles = " + ".join(str(one.count) for one in inputs)
         raise ValueError(
-            f"{found}, but {_count(len(inputs), 'image')} of {tiles} tiles x {self.takes.rows} tokens take "
+            f"{found}, but {plural(len(inputs), 'image')} of {tiles} tiles x {self.takes.rows} tokens take "
             f"{wanted}; prompt_token_ids must hold them all."
         )
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"

@@ -15,7 +15,6 @@ from flax import nnx
 
 from jaxinfer.checkpoint.hf import ConfigReader
 from jaxinfer.checkpoint.rules import Rule, expand
-from jaxinfer.errors import ConfigError
 from jaxinfer.kernels.attention.paged import Lane
 from jaxinfer.kv.spec import Full
 from jaxinfer.layers.attention import Attention, AttentionSpec, StepContext
@@ -100,16 +99,11 @@ def read_config(reader: ConfigReader, *, norm_first: bool) -> BartConfig:
     Raises:
         ConfigError: sizes that do not fit each other, or an unknown activation.
     """
-    width, activation = reader.get_int("d_model"), reader.get_str("activation_function", "gelu")
-    if activation not in ACTIVATIONS:
-        raise ConfigError(f"config.json: activation_function is {activation!r}; supported: {', '.join(ACTIVATIONS)}")
+    width, activation = reader.get_int("d_model"), reader.get_choice("activation_function", "gelu", ACTIVATIONS)
 
     def stack(name: str) -> StackConfig:
         layers, heads, ffn = (reader.get_int(f"{name}_{part}") for part in ("layers", "attention_heads", "ffn_dim"))
-        if width % heads:
-            raise ConfigError(
-                f"config.json: d_model is {width}, which {name}_attention_heads = {heads} does not divide"
-            )
+        reader.divide("d_model", width, f"{name}_attention_heads", heads)
         return StackConfig(layers, heads, ffn)
 
     tied = reader.get_bool("tie_word_embeddings", True)

@@ -216,11 +216,9 @@ def read_config(
     """
     width, heads = reader.get_int("hidden_size"), reader.get_int("num_attention_heads")
     kv_heads = reader.get_int("num_key_value_heads", heads)
-    head_dim = reader.get_int("head_dim", None) or _divide("hidden_size", width, "num_attention_heads", heads)
-    _divide("num_attention_heads", heads, "num_key_value_heads", kv_heads)
-    chosen = reader.get_str(activation, "silu")
-    if chosen not in ACTIVATIONS:
-        raise ConfigError(f"config.json: {activation} is {chosen!r}; supported: {', '.join(ACTIVATIONS)}")
+    head_dim = reader.get_int("head_dim", None) or reader.divide("hidden_size", width, "num_attention_heads", heads)
+    reader.divide("num_attention_heads", heads, "num_key_value_heads", kv_heads)
+    chosen = reader.get_choice(activation, "silu", ACTIVATIONS)
     reader.require(one_values(qk_norm=qk_norm, experts=moe is not None))
     eps = reader.get_float(*norm_eps, above=0)
     rope, local = _ropes(reader, head_dim, local_rope)
@@ -311,9 +309,3 @@ def _ropes(
     if not found:
         raise ConfigError(f"config.json: rope_parameters has nothing in {FULL} and {SLIDING}; state one of them")
     return found[0], found[-1]
-
-
-def _divide(name: str, size: int, by_name: str, by: int) -> int:
-    if size % by:
-        raise ConfigError(f"config.json: {name} is {size}, which {by_name} = {by} does not divide")
-    return size // by

@@ -88,9 +88,7 @@ def stack(
 ) -> DecoderConfig:
     """Read the decoder around them; `dense`: the layers that have an MLP, `eps`: of the norms beside the latents'."""
     reader.require(one_values(qk_norm=False, experts=True) | {"use_qk_norm": (False, True)})
-    layers, activation = reader.get_int("num_hidden_layers"), reader.get_str("hidden_act", "silu")
-    if activation not in ACTIVATIONS:
-        raise ConfigError(f"config.json: hidden_act is {activation!r}; supported: {', '.join(ACTIVATIONS)}")
+    layers, activation = reader.get_int("num_hidden_layers"), reader.get_choice("hidden_act", "silu", ACTIVATIONS)
     return DecoderConfig(
         vocab_size=reader.get_int("vocab_size"),
         num_layers=layers,

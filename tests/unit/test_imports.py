@@ -34,7 +34,11 @@ TIERS = (
 )
 """The files and folders of the package, lowest first: each imports only from lines above its own."""
 
-TRITON = ("jaxinfer.kernels.triton.triton_kernels", "jaxinfer.kernels.matmul.triton_products")
+TRITON = (
+    "jaxinfer.kernels.triton.jit",
+    "jaxinfer.kernels.triton.triton_kernels",
+    "jaxinfer.kernels.matmul.triton_products",
+)
 """What imports triton."""
 
 

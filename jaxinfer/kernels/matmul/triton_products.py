@@ -1,19 +1,11 @@
 """The Triton kernel of grouped products. It imports triton: loaded when it is launched (`triton_grouped`)."""
 
-import inspect
-from collections.abc import Callable
-from typing import Any
-
-import triton
 import triton.language as tl
 
-
-def _jit(function: Callable[..., Any]) -> Any:
-    """Triton compiles from a function's source: what a type checker has put around it must go."""
-    return triton.jit(inspect.unwrap(function))
+from jaxinfer.kernels.triton.jit import jit
 
 
-@_jit
+@jit
 def grouped(
     tiles,
     x,

@@ -5,24 +5,16 @@ chunked prefill; `combine` puts the pieces of a row together (Flash-Decoding). W
 in `triton_attention`. Annotations are Triton's: `tl.constexpr` is fixed at compilation, all else is a pointer.
 """
 
-import inspect
-from collections.abc import Callable
-from typing import Any
-
-import triton
 import triton.language as tl
+
+from jaxinfer.kernels.triton.jit import jit
 
 LEAST = tl.constexpr(-1e30)
 """Where maxima start. Finite, so that a query with nothing to see gives exp2(-inf - LEAST) and not NaN."""
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
-def _jit(function: Callable[..., Any]) -> Any:
-    """Triton compiles from a function's source: what a type checker has put around it must go."""
-    return triton.jit(inspect.unwrap(function))
-
-
-@_jit
+@jit
 def _rows(start, live, FIRST: tl.constexpr, WIDTH: tl.constexpr, LIMIT: tl.constexpr, MASKED: tl.constexpr):
     """Columns [FIRST, FIRST + WIDTH) of rows that begin at `start` `[R]`; 0 from column LIMIT on and where not live."""
     columns = FIRST + tl.arange(0, WIDTH)
@@ -37,7 +29,7 @@ def _rows(start, live, FIRST: tl.constexpr, WIDTH: tl.constexpr, LIMIT: tl.const
     return x
 
 
-@_jit
+@jit
 def _scan(
     top,
     total,
@@ -120,7 +112,7 @@ def _scan(
     return top, total, acc
 
 
-@_jit
+@jit
 def _keep(
     new,
     cache,
@@ -149,7 +141,7 @@ def _keep(
     tl.store(cache + target[:, None] + columns[None, :], x, mask=kept)
 
 
-@_jit
+@jit
 def attend(
     items,
     tables,
@@ -347,7 +339,7 @@ def attend(
     tl.store(out + (q_token * H + q_head)[:, None] * DV + columns[None, :], result, mask=stored & (not piece))
 
 
-@_jit
+@jit
 def combine(
     spans,
     sums,

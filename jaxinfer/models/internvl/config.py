@@ -1,6 +1,5 @@
 """InternVL's config.json, of transformers' own checkpoints and of the original ones, whose code is never executed."""
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,7 +116,7 @@ def read_config(reader: ConfigReader) -> InternVLConfig:
     shuffle = _shuffle(reader.get_float("downsample_ratio", 0.5))
     if original:
         vision, total = _vision(part, reader.get("select_layer", -1), "qkv_bias", "qk_normalization", original=True)
-        transposed = _served("ps_version", reader.get_str("ps_version", "v1"), ("v1", "v2")) == "v1"
+        transposed = reader.get_choice("ps_version", "v1", ("v1", "v2")) == "v1"
         size, token, activation = reader.get_int("force_image_size", vision.image_size), -1, "gelu"
         reader.skip(*CHAT_ONLY)
         part.skip(*TRAINING_ONLY)
@@ -125,10 +124,9 @@ def read_config(reader: ConfigReader) -> InternVLConfig:
     else:
         layer = reader.get("vision_feature_layer", -1)
         vision, total = _vision(part, layer, "attention_bias", "use_qk_norm", original=False)
-        strategy = reader.get_str("vision_feature_select_strategy", "default")
-        _served("vision_feature_select_strategy", strategy, ("default",))
+        reader.get_choice("vision_feature_select_strategy", "default", ("default",))
         size, token, transposed = _tile(vision, shuffle, reader.get_int("image_seq_length", 256)), 151667, False
-        activation = _served("projector_hidden_act", reader.get_str("projector_hidden_act", "gelu"), ACTIVATIONS)
+        activation = reader.get_choice("projector_hidden_act", "gelu", ACTIVATIONS)
         part.skip("layer_scale_init_value", "projection_dropout", "use_mask_token")  # a mask is for training
     token = reader.get_int("image_token_id", token, least=0)
     if token >= text.vocab_size:
@@ -139,12 +137,6 @@ def read_config(reader: ConfigReader) -> InternVLConfig:
             f"of patch_size / downsample_ratio = {vision.patch_size * shuffle}, up to {MAX_SIDE}"
         )
     return InternVLConfig(vision, text, size, token, shuffle, transposed, activation, total, original)
-
-
-def _served(name: str, value: str, among: Collection[str]) -> str:
-    if value not in among:
-        raise ConfigError(f"config.json: {name} is {value!r}, which is not supported; supported: {', '.join(among)}")
-    return value
 
 
 def _language_model(reader: ConfigReader, name: str) -> DecoderConfig:
@@ -175,10 +167,8 @@ def _vision(
     """The tower up to the layer whose output is asked for, and how many layers the checkpoint has."""
     width, heads = reader.get_int("hidden_size"), reader.get_int("num_attention_heads")
     image, patch = side(reader, "image_size"), side(reader, "patch_size")
-    sizes = ("hidden_size", width, "num_attention_heads", heads), ("image_size", image, "patch_size", patch)
-    for name, size, by_name, by in sizes:
-        if size % by:
-            raise ConfigError(f"{reader.family}: {name} is {size}, which {by_name} = {by} does not divide")
+    reader.divide("hidden_size", width, "num_attention_heads", heads)
+    reader.divide("image_size", image, "patch_size", patch)
     eps, stored = reader.get_float("layer_norm_eps", 1e-6, above=0), reader.get_int("num_hidden_layers")
     normed = reader.get_bool(qk_norm, original)
     pooled = original or reader.get_bool("use_mean_pooling", True)
@@ -187,11 +177,11 @@ def _vision(
         layers=_computed(layer, stored),
         heads=heads,
         ffn=reader.get_int("intermediate_size"),
-        activation=_served("vision_config.hidden_act", reader.get_str("hidden_act", "gelu"), ACTIVATIONS),
+        activation=reader.get_choice("hidden_act", "gelu", ACTIVATIONS),
         channels=reader.get_int("num_channels", 3),
         image_size=image,
         patch_size=patch,
-        norm=_served("norm_type", reader.get_str("norm_type", "rms_norm" if original else "layer_norm"), NORMS),
+        norm=reader.get_choice("norm_type", "rms_norm" if original else "layer_norm", NORMS),
         norm_eps=eps,
         qkv_bias=reader.get_bool(qkv_bias, False),
         # transformers keeps the epsilon of queries and keys apart from the layers'.

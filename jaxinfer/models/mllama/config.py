@@ -93,13 +93,9 @@ def _vision(reader: ConfigReader, names_outputs: bool) -> MllamaVisionConfig:
     reader.skip("tie_word_embeddings")  # of a full dump; the tower has no head
     width, heads = reader.get_int("hidden_size", 1280), reader.get_int("attention_heads", 16)
     image, patch = side(reader, "image_size"), side(reader, "patch_size")
-    sizes = ("hidden_size", width, "attention_heads", heads), ("image_size", image, "patch_size", patch)
-    for name, size, by_name, by in sizes:
-        if size % by:
-            raise ConfigError(f"{reader.family}: {name} is {size}, which {by_name} = {by} does not divide")
-    activation = reader.get_str("hidden_act", "gelu")
-    if activation not in ACTIVATIONS:
-        raise ConfigError(f"{reader.family}: hidden_act is {activation!r}; supported: {', '.join(ACTIVATIONS)}")
+    reader.divide("hidden_size", width, "attention_heads", heads)
+    reader.divide("image_size", image, "patch_size", patch)
+    activation = reader.get_choice("hidden_act", "gelu", ACTIVATIONS)
     layers, tiles = reader.get_int("num_hidden_layers", 32), reader.get_int("max_num_tiles", 4)
     taps = tuple(reader.get_list("intermediate_layers_indices", list(TAPS)))
     _indices("intermediate_layers_indices", taps, 0, layers)

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxinfer._utils.checks import describe
+from jaxinfer._utils.checks import describe, plural
 from jaxinfer.errors import CheckpointError
 from jaxinfer.media import EncoderInput, ImageFormat, ImageProcessor
 from jaxinfer.media.cross import Asked, CrossPrompt, Forms, ReaderSources
@@ -47,9 +47,9 @@ class MllamaReader:
         places = np.flatnonzero(np.asarray(ids, np.int64) == self._config.image_token).tolist()
         if len(places) != len(images):
             raise ValueError(
-                f"prompt {index} has {_count(len(places), 'image token')} ({self.marker}, id "
+                f"prompt {index} has {plural(len(places), 'image token')} ({self.marker}, id "
                 f"{self._config.image_token}) for "
-                f"{_count(len(images), 'image')}; put one where each image belongs, and pass each image in "
+                f"{plural(len(images), 'image')}; put one where each image belongs, and pass each image in "
                 f"multi_modal_data={{{IMAGE!r}: ...}}."
             )
         if not images:
@@ -138,7 +138,3 @@ def ranges(places: Sequence[int], lengths: Sequence[int]) -> tuple[tuple[int, in
         end += length
         made.append((place, first, end))
     return tuple(made)
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"

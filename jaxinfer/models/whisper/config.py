@@ -112,17 +112,12 @@ def read_config(reader: ConfigReader) -> WhisperConfig:
 
     def stack(name: str, positions: str) -> StackConfig:
         heads = reader.get_int(f"{name}_attention_heads")
-        if width % heads:
-            raise ConfigError(
-                f"config.json: d_model is {width}, which {name}_attention_heads = {heads} does not divide"
-            )
+        reader.divide("d_model", width, f"{name}_attention_heads", heads)
         return StackConfig(
             reader.get_int(f"{name}_layers"), heads, reader.get_int(f"{name}_ffn_dim"), reader.get_int(positions)
         )
 
-    activation = reader.get_str("activation_function", "gelu")
-    if activation not in ACTIVATIONS:
-        raise ConfigError(f"config.json: activation_function is {activation!r}; supported: {', '.join(ACTIVATIONS)}")
+    activation = reader.get_choice("activation_function", "gelu", ACTIVATIONS)
     reader.defaults(max_source_positions=1500, max_target_positions=448)
     said = reader.get("special_tokens", {})
     if not isinstance(said, Mapping):
