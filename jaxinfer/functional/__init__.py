@@ -1,4 +1,4 @@
-"""Pure functions over (params, cache, batch), for people who write JAX; see `program`."""
+"""Pure functions over (params, cache, batch) for JAX users; see `program`."""
 
 from jaxinfer.functional.program import Array as Array
 from jaxinfer.functional.program import DecodeBatch as DecodeBatch

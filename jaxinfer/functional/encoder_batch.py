@@ -1,4 +1,4 @@
-"""The step of an encoder whose positions a decoder attends to: several inputs side by side, as arrays."""
+"""Batch of encoder inputs for cross-attention, as arrays."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,43 +14,43 @@ from jaxinfer.models.base import CrossSource
 
 
 class EncodeJob(NamedTuple):
-    """An input to be encoded, and where the keys and values of its positions go."""
+    """An encoder input, and the cache blocks for the keys and values of its positions."""
 
     input: EncoderInput
     blocks: np.ndarray
-    """`[m, n]` int32: in each group of cross layers those of all positions that its request reads."""
+    """For each group of cross-attention layers, the blocks of all encoder positions of its request, `[m, n]` int32."""
     first: int
-    """Which of these is the input's first."""
+    """Index of the input's first position among them."""
 
 
 @dataclass(frozen=True)
 class EncodeShape:
-    """What fixes the shape of an encoder step."""
+    """Sizes that fix the shape of an encoder step."""
 
     units: int
-    """U: values that are encoded."""
+    """U: number of values to encode."""
     rows: int
-    """Positions that each becomes; S = U * rows."""
+    """Number of positions per value; S = U * rows."""
     groups: int
-    """m: groups of cross layers."""
+    """m: number of groups of cross-attention layers."""
     inputs: int
-    """Inputs at most; as many as units where each is encoded by itself."""
+    """Maximum number of inputs; equal to `units` if each value is encoded by itself."""
     tile: int = TILE
-    """Queries of one tile of attention at most."""
+    """Maximum number of queries in an attention tile."""
 
     @property
     def positions(self) -> int:
-        """S."""
+        """S: number of positions."""
         return self.units * self.rows
 
     @property
     def tiles(self) -> int:
-        """NT: the most tiles there can be."""
+        """NT: maximum number of tiles."""
         return -(-self.positions // self.tile) + self.inputs
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of the arrays of integers."""
+        """Shapes of the integer arrays."""
         return {
             "positions": (self.positions,),
             "blocks": (self.groups, self.positions),
@@ -68,40 +68,39 @@ class EncodeShape:
 )
 @dataclass(frozen=True)
 class EncodeBatch:
-    """Inputs of an encoder, their positions one after another."""
+    """Inputs of an encoder step, their positions concatenated."""
 
     inputs: Any
-    """`[U, *shape]` values; of padding anything."""
+    """Values, `[U, *shape]`; undefined for padding."""
     numbers: Any
-    """`[U, A]` int32 that come with them."""
+    """Integers that come with each value, `[U, A]` int32."""
     positions: Any
-    """`[S]` int32: each one's position in its input, or where units are encoded apart in its unit."""
+    """Position of each row in its input, or in its value if values are encoded separately, `[S]` int32."""
     blocks: Any
-    """`[m, S]` the block that its keys and values go to; one that there is not for padding."""
+    """Block for the keys and values of each position, `[m, S]`; out of range for padding."""
     offsets: Any
-    """`[S]` its place in the block."""
+    """Offset of each position in its block, `[S]`."""
     tiles: Any
-    """`[NT, 4]` and
-    """
+    """Attention tiles, `[NT, 4]`; see `PrefillTiles`."""
     spans: Any
-    """`[NT, 2]` which of them see which, see `PrefillTiles`."""
+    """Visible positions of each tile, `[NT, 2]`; see `PrefillTiles`."""
     count: Any
-    """`[]` tiles in use."""
+    """Number of tiles in use, `[]`."""
     tile: int = TILE
-    """Static: queries a tile holds at most."""
+    """Static: maximum number of queries in a tile."""
 
 
 def encode_batch(
     source: CrossSource, jobs: Sequence[EncodeJob], block_size: int, num_blocks: int, shape: EncodeShape | None = None
 ) -> EncodeBatch:
-    """Lays inputs side by side, in NumPy.
+    """Concatenate encoder inputs into a batch, in NumPy.
 
     Args:
-        source: what the encoder reads.
+        source: description of the encoder's inputs.
         jobs: the inputs.
         block_size: P.
         num_blocks: N.
-        shape: what to pad to; by default nothing is padded.
+        shape: shape to pad to; by default nothing is padded.
     """
     units = sum(job.input.count for job in jobs)
     shape = shape or EncodeShape(units, source.rows, len(jobs[0].blocks), units)

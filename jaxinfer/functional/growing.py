@@ -1,5 +1,4 @@
-"""A cache that grows in place, for people who write JAX: capacity is reserved once, tokens are appended, one or
-several.
+"""Key/value cache that grows in place, for JAX users: reserve capacity once, then append one or more tokens at a time.
 
     from jaxinfer import demo, functional, sharding
     from jaxinfer.functional.growing import GrowingCache
@@ -12,9 +11,9 @@ several.
     for _ in range(20):
         logits, cache = cache.append(params, logits.argmax(axis=-1)[:, None])
 
-Each append takes the memory of the cache it is called on, writes the new keys and values into it, and gives it on to
-the cache that it returns: nothing else is copied, and the old one is of no more use. What a row has reserved it never
-leaves, so the step compiled for a length serves until the next length that steps are compiled for (`Regions.widths`).
+Each append donates the memory of the cache it is called on, writes the new keys and values into it, and passes it on to
+the returned cache: nothing else is copied, and the old cache can no longer be used. A row never leaves its reserved
+blocks, so a compiled step serves until the next read length that steps are compiled for (`Regions.widths`).
 """
 
 from collections.abc import Sequence
@@ -36,42 +35,42 @@ from jaxinfer.kv import groups as kv_groups
 from jaxinfer.kv.contiguous import Regions
 
 LEAST_TOKENS = 16
-"""Of a step that appends several tokens; it is compiled for this many, doubled on and on."""
+"""Minimum number of tokens that steps with several tokens are compiled for; longer ones use doublings of it."""
 
 
 @dataclass(frozen=True)
 class GrowingCache:
-    """Keys and values of R rows, each with room for `capacity` positions; a value that `append` consumes."""
+    """Keys and values of R rows with room for `capacity` positions each; an immutable value that `append` consumes."""
 
     program: Program
     lanes: Cache
-    """`[N, K, P, D]`."""
+    """Keys and values, `[N, K, P, D]`."""
     regions: Regions
-    """Where each row lies in them."""
+    """Layout of the rows' blocks."""
     lengths: tuple[int, ...]
-    """Positions that each row has."""
+    """Number of positions in each row."""
 
     @classmethod
     def reserve(cls, program: Program, rows: int = 1, capacity: int = 4096, step: int = 128) -> "GrowingCache":
-        """An empty cache.
+        """Allocate an empty cache.
 
         Args:
-            program: of the model (`functional.split`).
-            rows: sequences.
-            capacity: positions each of them can have; `step` divides it, or it becomes the next multiple.
-            step: positions by which the read length grows.
+            program: the model's program (`functional.split`).
+            rows: number of sequences.
+            capacity: maximum number of positions per row; rounded up to a multiple of `step`.
+            step: number of positions by which the read length grows.
 
         Raises:
-            ConfigError: sizes that cannot be, or a model whose layers keep something else than positions.
+            ConfigError: a size is invalid, or the model has layers that cache something other than positions.
         """
         for name, value in (("rows", rows), ("capacity", capacity), ("step", step)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} must be a positive integer, got {value!r}")
         layout = program.layout
         if layout.states or kv_groups.encoded(layout.kinds) is not None:
-            other = "recurrent state" if layout.states else "what an encoder read"
+            other = "recurrent state" if layout.states else "encoder keys and values"
             raise ConfigError(
-                f"a GrowingCache keeps the positions of sequences alone, but layers of this model keep {other}; use "
+                f"GrowingCache stores positions of sequences only, but layers of this model store {other}; use "
                 "LLM(model, cache='contiguous')"
             )
         regions = Regions(rows, -(-capacity // step), layout.groups)
@@ -87,17 +86,17 @@ class GrowingCache:
         step: int = 128,
         lengths: Sequence[int] | None = None,
     ) -> "GrowingCache":
-        """A cache that goes on from keys and values computed elsewhere. They are copied into it, once.
+        """Create a cache from keys and values computed elsewhere. They are copied once.
 
         Args:
             program, capacity, step: as for `reserve`.
-            layers: of each layer keys and values `[R, K, S, D]`, keys with rope in; K as the cache has it, which
-                repeats heads where a mesh has more shards.
-            lengths: positions of each row that count; by default S.
+            layers: keys (with rope applied) and values of each layer, `[R, K, S, D]`; K as in the cache, which repeats
+                heads if a mesh has more shards than heads.
+            lengths: number of valid positions in each row; by default S.
 
         Raises:
-            ConfigError: other layers, heads or dims than the model's, or sizes that cannot be.
-            CapacityError: S above the capacity.
+            ConfigError: layers, heads or head dims differ from the model's, or a size is invalid.
+            CapacityError: S exceeds the capacity.
         """
         if len(layers) != len(program.specs):
             raise ConfigError(f"layers has {len(layers)} entries, but the model has {len(program.specs)} layers")
@@ -109,10 +108,12 @@ class GrowingCache:
                 expected = None if array is None else (rows, array.shape[1], length, array.shape[3])
                 found = None if given is None else np.shape(given)
                 if found != expected:
-                    raise ConfigError(f"the {name} of layer {number} are {found}, not [R, K, S, D] = {expected}")
+                    raise ConfigError(
+                        f"{name} of layer {number} have shape {found}; expected [R, K, S, D] = {expected}"
+                    )
         counts = (length,) * rows if lengths is None else tuple(map(int, lengths))
         if len(counts) != rows or not all(0 <= count <= length for count in counts):
-            raise ConfigError(f"lengths must be {rows} numbers in [0, {length}], got {counts}")
+            raise ConfigError(f"lengths must be {rows} integers in [0, {length}], got {counts}")
         empty._check_room((length,) * rows)
         lanes = list(empty.lanes)
         tables = empty._tables()
@@ -122,12 +123,12 @@ class GrowingCache:
 
     @property
     def capacity(self) -> int:
-        """Positions that each row can have."""
+        """Maximum number of positions per row."""
         return self.regions.width * self._step
 
     @property
     def nbytes(self) -> int:
-        """Over all devices, whatever is written of it."""
+        """Allocated bytes over all devices, used or not."""
         return sum(array.nbytes for array in jax.tree.leaves(self.lanes))
 
     @property
@@ -138,7 +139,9 @@ class GrowingCache:
         return self.regions.tables(np.arange(self.regions.rows), self.regions.width)
 
     def layer(self, number: int, length: int | None = None) -> tuple[jax.Array, jax.Array | None]:
-        """A copy of the first positions of a layer, by default of the longest row: keys and values `[R, K, S, D]`."""
+        """Copy the first `length` positions of a layer (default: of the longest row): keys and values `[R, K, S,
+        D]`.
+        """
         self._check_there()
         place, length = self.program.layout.places[number], max(self.lengths) if length is None else length
         table = self._tables()[place.group]
@@ -146,28 +149,30 @@ class GrowingCache:
         return keys, values
 
     def copy(self) -> "GrowingCache":
-        """The same once more, in memory of its own."""
+        """Copy the cache to new memory."""
         self._check_there()
         return replace(self, lanes=jax.tree.map(jnp.copy, self.lanes))
 
     def append(self, params: Sequence[jax.Array], tokens: Any) -> tuple[jax.Array, "GrowingCache"]:
-        """Runs the model over new tokens -> float32 logits `[R, V']` after the last of each row, and the cache with
-        them.
+        """Run the model over new tokens.
 
         Args:
-            params: of the model.
-            tokens: `[R, n]` token ids, or a list of them for each row, of one or more.
+            params: parameters of the model.
+            tokens: token ids `[R, n]`, or a list of one or more token ids per row.
+
+        Returns:
+            Float32 logits `[R, V']` after the last token of each row, and the new cache.
 
         Raises:
-            CacheConsumedError: this cache was appended to before.
-            CapacityError: a row has not so much room.
-            ValueError: another number of rows, or a row without a token.
+            CacheConsumedError: this cache has been appended to before.
+            CapacityError: a row has too little room.
+            ValueError: the number of rows differs, or a row has no token.
         """
         self._check_there()
         new = [np.asarray(row, np.int32).ravel() for row in tokens]
         if len(new) != self.regions.rows or not all(map(len, new)):
             counts = [len(row) for row in new]
-            raise ValueError(f"tokens must be one or more for each of {self.regions.rows} rows, got {counts}")
+            raise ValueError(f"tokens must have one or more ids for each of {self.regions.rows} rows, got {counts}")
         lengths = tuple(old + len(row) for old, row in zip(self.lengths, new, strict=True))
         self._check_room(lengths)
         if max(map(len, new)) == 1:
@@ -185,8 +190,9 @@ class GrowingCache:
         return logits, replace(self, lanes=lanes, lengths=lengths)
 
     def read_width(self, length: int) -> int:
-        """Blocks that the step is compiled for that makes a row `length` positions long. Where the kernel reads what is
-        there and no more, one program serves all.
+        """Return the number of blocks read by the step that makes a row `length` positions long.
+
+        Kernels that only read existing positions need a single program for all lengths.
         """
         if self.program.kernel != "xla":
             return self.regions.width
@@ -196,18 +202,16 @@ class GrowingCache:
     def _check_there(self) -> None:
         if any(array.is_deleted() for array in jax.tree.leaves(self.lanes)):
             raise CacheConsumedError(
-                f"this cache, of {max(self.lengths)} positions, was appended to, and its memory is now that of the "
-                "cache "
-                "that append returned; go on with that one, or append to a copy() to keep both"
+                f"this cache of {max(self.lengths)} positions was consumed by append; use the cache that append "
+                "returned, or append to a copy() to keep both"
             )
 
     def _check_room(self, lengths: Sequence[int]) -> None:
         if max(lengths) > self.capacity:
             row = int(np.argmax(lengths))
             raise CapacityError(
-                f"row {row} would have {lengths[row]} positions, but {self.capacity} are reserved for it; reserve with "
-                "a "
-                f"capacity of {lengths[row]} or more"
+                f"row {row} would have {lengths[row]} positions, but its capacity is {self.capacity}; reserve with "
+                f"capacity={lengths[row]} or more"
             )
 
 

@@ -1,4 +1,4 @@
-"""The pure functions the engine runs, for people who write JAX: params, cache and batch in, logits and cache out.
+"""Pure functions that the engine runs, usable directly from JAX: params, cache and batch in, logits and cache out.
 
     from jaxinfer import demo, functional, sharding
     from jaxinfer.loading import weights
@@ -10,14 +10,14 @@
     decode = jax.jit(functional.decode, static_argnums=0, donate_argnums=2)
 
     tokens = [1, 5, 9]
-    tables = np.arange(4)[None]  # one sequence, whose positions 0 to 63 lie in blocks 0 to 3
-                                 # (of a model with several groups of layers: one table a group, no block in two)
+    tables = np.arange(4)[None]  # one sequence, whose positions 0 to 63 are in blocks 0 to 3
+                                 # (with several groups of layers: one table per group, no block in two groups)
     logits, cache = prefill(program, params, cache, functional.prefill_batch([(tokens, 0, len(tokens))], tables))
     for position in range(len(tokens), 20):
         last = logits.argmax(axis=-1)
         logits, cache = decode(program, params, cache, functional.DecodeBatch(last, np.array([position]), tables))
 
-Token ids, positions and block ids are the caller's to get right: under jit nothing can be checked.
+Token ids, positions and block ids are not checked: under jit they cannot be.
 """
 
 import math
@@ -55,38 +55,38 @@ from jaxinfer.sharding import make_mesh
 from jaxinfer.sharding import mesh as meshes
 
 Array: TypeAlias = Any
-"""On the host a NumPy array, under jit a tracer, before compilation a shape: what a pytree is rebuilt with."""
+"""A NumPy array on the host, a tracer under jit, or a shape before compilation."""
 
 
 @dataclass(frozen=True)
 class Program:
-    """What of a module is not its parameters: static under jit."""
+    """The static part of a module under jit: everything but its parameters."""
 
     graph: nnx.GraphDef
     tree: jax.tree_util.PyTreeDef
     specs: tuple[Full | State, ...]
     vocab: int
-    """V': columns of the logits."""
+    """V': number of columns of the logits."""
     dtype: jnp.dtype
     mesh: Mesh
     kernel: str = "xla"
-    """The implementation of attention (`kernels.attention.choose`)."""
+    """Attention implementation (`kernels.attention.choose`)."""
     tile: int = TILE
-    """Queries of a prefill tile that suit it best."""
+    """Number of queries in a prefill tile, as suits the kernel best."""
     features: Features | None = None
-    """What the model reads beside tokens."""
+    """Inputs of the model beside tokens, such as images; None if there are none."""
     feature_width: int = 0
-    """M of the rows that its encoder makes; 0 where there is none."""
+    """M of the rows computed by the model's encoder; 0 without one."""
     cross: CrossSource | None = None
-    """What the encoder reads that tokens attend to."""
+    """Encoder inputs for cross-attention; None without it."""
 
     @property
     def layout(self) -> Layout:
-        """Which layers share arrays and block tables."""
+        """Assignment of layers to cache arrays and block tables."""
         return layout(self.specs)
 
     def module(self, params: Sequence[jax.Array]) -> LanguageModel:
-        """The module with these parameters in it; under a trace this costs nothing at run time."""
+        """Return the module with these parameters; under a trace this costs nothing at run time."""
         return nnx.merge(self.graph, jax.tree.unflatten(self.tree, params))
 
 
@@ -98,12 +98,12 @@ def split(
     matmul_kernel: str = attention.AUTO,
     fuse_projections: str | bool = fusion.AUTO,
 ) -> tuple[Program, list[Array]]:
-    """A module as a static program and the flat list of its parameters (values, or shapes if it is abstract).
+    """Split a module into a static program and the flat list of its parameters (shapes if the module is abstract).
 
-    A flat list, because dispatch costs 0.08 ms with it and 11.6 ms through `nnx.jit`.
+    The list is flat because dispatch takes 0.08 ms with it and 11.6 ms through `nnx.jit`.
 
     Raises:
-        ConfigError: a kernel that is not known, or not for these devices; `fuse_projections` that is no choice.
+        ConfigError: a kernel is unknown or does not support these devices, or `fuse_projections` is invalid.
     """
     mesh = make_mesh() if mesh is None else meshes.normalise(mesh)
     use_kernel(module, matmul.choose(matmul_kernel, mesh))
@@ -120,10 +120,10 @@ def split(
 
 
 def _activation_dtype(module: nnx.Module, params: Sequence[Array]) -> jnp.dtype:
-    """Return the dtype of the hidden states, and so of the cache: that of the token embedding.
+    """Return the dtype of the hidden states and the cache: that of the token embedding.
 
-    A module without one of our embeddings has the dtype of most of its numbers. Single parameters may have another: the
-    scales of quantised weights are float32, and a user may keep some in more or fewer bits.
+    For a module without a `layers.embedding.Embedding` it is the dtype of most parameter values. Single parameters may
+    differ: scales of quantised weights are float32, and a user may keep some parameters in more or fewer bits.
     """
     for _, part in nnx.iter_modules(module):
         if isinstance(part, Embedding) and part.lookup:
@@ -137,7 +137,7 @@ def _activation_dtype(module: nnx.Module, params: Sequence[Array]) -> jnp.dtype:
 
 
 def _feature_width(program: Program, params: Sequence[Array]) -> int:
-    """M of what the encoder makes; found by tracing it."""
+    """Return the width M of the encoder's output, found by tracing it."""
     features = program.features
     if features is None:
         return 0
@@ -145,29 +145,29 @@ def _feature_width(program: Program, params: Sequence[Array]) -> int:
     made = jax.eval_shape(partial(encode, program), params, inputs).shape
     if made[:-1] != (1, features.rows):
         raise ConfigError(
-            f"the module's encode makes {made} of inputs {inputs.shape}, but its config.features says that each "
-            "becomes "
-            f"{features.rows} rows"
+            f"the module's encode returns shape {made} for inputs {inputs.shape}, but its config.features declares "
+            f"{features.rows} rows per input"
         )
     return made[-1]
 
 
 def encode(program: Program, params: Sequence[jax.Array], inputs: jax.Array) -> jax.Array:
-    """Runs the encoder: inputs `[n, *features.shape]` -> the rows of each `[n, rows, M]`."""
+    """Run the encoder on inputs `[n, *features.shape]` and return the rows of each, `[n, rows, M]`."""
     return program.module(params).encode(inputs.astype(program.dtype))
 
 
 def encode_cross(program: Program, params: Sequence[jax.Array], cache: Cache, batch: EncodeBatch) -> Cache:
-    """Runs the encoder of a model with cross-attention -> the cache with keys and values of its positions in.
+    """Run the encoder of a model with cross-attention and return the cache with keys and values of its positions.
 
-    `encoders.encode_batch` makes the batch; tokens then see what `seen` of their own batches says.
+    The batch is made by `encoder_batch.encode_batch`; the `seen` field of later batches says which positions tokens
+    see.
     """
     inputs = batch.inputs if jnp.issubdtype(batch.inputs.dtype, jnp.integer) else batch.inputs.astype(program.dtype)
     return program.module(params).encode_cross(inputs, batch.numbers, encode_step(program, batch), cache)
 
 
 def encode_step(program: Program, batch: EncodeBatch) -> EncodeStep:
-    """Where the positions of a batch of inputs stand."""
+    """Return the attention context of an encoder batch."""
     first = kv_groups.encoded(program.layout.kinds).first
     tables = jnp.arange(batch.positions.shape[0], dtype=jnp.int32)[None]
     return EncodeStep(
@@ -182,16 +182,16 @@ def encode_step(program: Program, batch: EncodeBatch) -> EncodeStep:
 
 
 def init_cache(program: Program, num_blocks: int, block_size: int = 16, slots: int = 1) -> Cache:
-    """A cache of zeroes: keys and values `[N, K, P, D]` a lane, on the program's mesh.
+    """Allocate a cache of zeros on the program's mesh: keys and values `[N, K, P, D]` for each array index.
 
-    A layer has a lane for itself, or shares it with layers of other groups (`Program.layout`). A recurrent layer has
+    A layer has arrays of its own, or shares them with layers of other groups (`Program.layout`). A recurrent layer has
     its own arrays, `[slots, ...]`.
     """
     return kv_cache.allocate(abstract_cache(program, num_blocks, block_size, slots))
 
 
 def abstract_cache(program: Program, num_blocks: int, block_size: int, slots: int = 1) -> Cache:
-    """Its shapes and shardings; nothing is allocated."""
+    """Return shapes and shardings of `init_cache` without allocating it."""
     kept = program.layout
     return kv_cache.abstract((*kept.lanes, *kept.states), num_blocks, block_size, program.dtype, program.mesh, slots)
 
@@ -203,21 +203,22 @@ def abstract_cache(program: Program, num_blocks: int, block_size: int, slots: in
 )
 @dataclass(frozen=True)
 class DecodeBatch:
-    """One new token a sequence."""
+    """One new token per sequence."""
 
     tokens: Array
-    """`[B]` the last token of each sequence, whose keys and values are not in the cache yet."""
+    """Last token of each sequence, `[B]`; its keys and values are not in the cache yet."""
     positions: Array
-    """`[B]` its position; -1 for a padding row."""
+    """Position of each token, `[B]`; -1 for a padding row."""
     tables: Array
-    """`[B, W]` block ids; of a model with G groups of layers `[G, B, W]`."""
+    """Block tables `[B, W]`; `[G, B, W]` for a model with G groups of layers."""
     items: int | None = None
-    """Static: pieces of the rows' keys there is room for (`kernels.xla_attention.decode_items`); by default as
-    many as the tables could hold."""
+    """Static: number of work items (pieces of the rows' keys) that attention has room for
+    (`kernels.attention.xla_attention.decode_items`); by default as many as the tables could hold.
+    """
     seen: Array | None = None
-    """`[B, 2]` of a model with cross-attention: the first and the end of the encoder positions that each token sees."""
+    """With cross-attention: first and end of the encoder positions visible to each token, `[B, 2]`."""
     states: DecodeSlots | None = None
-    """Of a model with recurrent layers: the slot of each sequence's state."""
+    """With recurrent layers: state slot of each sequence."""
 
 
 @partial(
@@ -227,31 +228,34 @@ class DecodeBatch:
 )
 @dataclass(frozen=True)
 class PrefillBatch:
-    """A chunk of one or more sequences, their tokens one after another."""
+    """Prefill chunks of one or more sequences, concatenated."""
 
     tokens: Array
-    """`[T]` token ids."""
+    """Token ids, `[T]`."""
     positions: Array
-    """`[T]` the position of each in its sequence; -1 for padding."""
+    """Position of each token in its sequence, `[T]`; -1 for padding."""
     rows: Array
-    """`[T]` the row of `tables` it belongs to."""
+    """Row of `tables` that each token belongs to, `[T]`."""
     rope_lengths: Array
-    """`[T]` the sequence length rope's frequencies follow: the prompt's for its tokens, position + 1 after it."""
+    """Sequence length that rope frequencies are computed for, `[T]`: the prompt's length for prompt tokens, position
+    + 1 after.
+    """
     tables: Array
-    """`[B, W]` block ids; of a model with G groups of layers `[G, B, W]`."""
+    """Block tables `[B, W]`; `[G, B, W]` for a model with G groups of layers."""
     tiles: Array
-    """`[NT, 4]`, see `PrefillTiles`."""
+    """Attention tiles, `[NT, 4]`; see `PrefillTiles`."""
     count: Array
-    """`[]` tiles in use."""
+    """Number of tiles in use, `[]`."""
     last: Array
-    """`[S]` indices of the tokens whose logits are wanted."""
+    """Indices of the tokens whose logits are needed, `[S]`."""
     tile: int = TILE
-    """Static: queries a tile holds at most."""
+    """Static: maximum number of queries in a tile."""
     seen: Array | None = None
-    """`[T, 2]` of a model with cross-attention: the first and the end of the encoder positions that each token sees,
-    the same for all tokens of a tile."""
+    """With cross-attention: first and end of the encoder positions visible to each token, `[T, 2]`, equal within a
+    tile.
+    """
     states: Segments | None = None
-    """Of a model with recurrent layers: which tokens go on from which slots, and where the states after them go."""
+    """With recurrent layers: slots that segments of the tokens start from and store their states to."""
 
 
 def prefill_batch(
@@ -264,18 +268,18 @@ def prefill_batch(
     tile: int = TILE,
     seen: np.ndarray | None = None,
 ) -> PrefillBatch:
-    """Lays chunks of sequences side by side, in NumPy.
+    """Concatenate prefill chunks of sequences into a batch, in NumPy.
 
     Args:
-        chunks: one a sequence: its token ids in this step, the position of the first of them, and the length
-            of its prompt (longer than what is here when the prompt comes in several chunks).
-        tables: `[len(chunks), W]` block ids, or `[G, len(chunks), W]`.
-        tokens: T to pad to; all tokens of the chunks by default.
+        chunks: per sequence: its token ids in this step, the position of the first of them, and the length of its
+            prompt (which is longer than the chunk if the prompt is split).
+        tables: block ids, `[len(chunks), W]` or `[G, len(chunks), W]`.
+        tokens: T to pad to; by default the chunks' total number of tokens.
         rows: B to pad to, and the length of `last`.
-        samples: `[S]` for each wanted logit the index of its chunk; every chunk once by default.
-        tile: queries of one tile at most; `Program.tile` is the best for its devices.
-        seen: `[., 2]` of a model with cross-attention, of all tokens of the chunks. Where it changes within chunks,
-            their parts count as rows.
+        samples: index of the chunk of each needed logit, `[S]`; by default every chunk once.
+        tile: maximum number of queries in a tile; `Program.tile` is best for the program's devices.
+        seen: with cross-attention, visible encoder positions of all tokens of the chunks, `[., 2]`. Where it changes
+            within a chunk, the parts count as rows.
     """
     tables = np.asarray(tables, np.int32)
     sizes = np.array([len(ids) for ids, _, _ in chunks], np.int32)
@@ -310,7 +314,7 @@ def prefill_batch(
 
 
 def tile_count(tokens: int, rows: int, tile: int = TILE) -> int:
-    """The most tiles that `tokens` tokens of `rows` sequences can take."""
+    """Return the maximum number of tiles for `tokens` tokens of `rows` sequences."""
     return -(-tokens // tile) + rows
 
 
@@ -321,9 +325,9 @@ def prefill(
     batch: PrefillBatch,
     features: FeatureRows | None = None,
 ) -> tuple[jax.Array, Cache]:
-    """Runs the chunk -> float32 logits `[S, V']` of the tokens in `batch.last`, and the cache with it in.
+    """Run prefill chunks and return float32 logits `[S, V']` of the tokens in `batch.last`, and the new cache.
 
-    `features`: rows of the encoder that some of the tokens take in the place of their own embeddings.
+    `features` are encoder rows that replace the embeddings of some tokens.
     """
     hidden, cache = prefill_hidden(program, params, cache, batch, features)
     return program.module(params).logits(hidden[batch.last]), cache
@@ -336,7 +340,7 @@ def prefill_hidden(
     batch: PrefillBatch,
     features: FeatureRows | None = None,
 ) -> tuple[jax.Array, Cache]:
-    """As `prefill`, but the hidden states `[T, M]` of all tokens."""
+    """Run `prefill`, but return the hidden states `[T, M]` of all tokens in place of logits."""
     tables, size = _flat(program, batch.tables)
     tiles = [batch.tiles.at[:, 0].add(group * size) if group else batch.tiles for group in range(program.layout.groups)]
     rows = [
@@ -348,7 +352,7 @@ def prefill_hidden(
 
 
 def decode(program: Program, params: Sequence[jax.Array], cache: Cache, batch: DecodeBatch) -> tuple[jax.Array, Cache]:
-    """One step of every sequence -> float32 logits `[B, V']`, and the cache with the new tokens in."""
+    """Run one decode step and return float32 logits `[B, V']` and the new cache."""
     hidden, cache = decode_hidden(program, params, cache, batch)
     return program.module(params).logits(hidden), cache
 
@@ -356,7 +360,7 @@ def decode(program: Program, params: Sequence[jax.Array], cache: Cache, batch: D
 def decode_hidden(
     program: Program, params: Sequence[jax.Array], cache: Cache, batch: DecodeBatch
 ) -> tuple[jax.Array, Cache]:
-    """As `decode`, but the hidden states `[B, M]`."""
+    """Run `decode`, but return the hidden states `[B, M]` in place of logits."""
     tables, size = _flat(program, batch.tables)
     rows = [
         DecodeRows(tables, batch.seen[:, 1], group * size, batch.seen[:, 0])
@@ -370,31 +374,30 @@ def decode_hidden(
 
 
 def _flat(program: Program, tables: jax.Array) -> tuple[jax.Array, int]:
-    """The tables of all groups one after another `[G * B, W]`, and B.
+    """Return the block tables of all groups as `[G * B, W]`, and B.
 
     Raises:
-        ValueError: the model has another number of groups.
+        ValueError: the number of groups differs from the model's.
     """
     *groups, rows, width = tables.shape
     if groups != [program.layout.groups] and (groups or program.layout.groups > 1):
         kinds = ", ".join(f"{kind.count} of {kind.kind.name}" for kind in program.layout.kinds)
         raise ValueError(
-            f"tables are {list(tables.shape)}, but this model has {program.layout.groups} groups of layers ({kinds}): "
-            "pass "
-            f"[{program.layout.groups}, {rows}, {width}], no block in two groups"
+            f"tables have shape {list(tables.shape)}, but this model has {program.layout.groups} groups of layers "
+            f"({kinds}): pass [{program.layout.groups}, {rows}, {width}], with no block in two groups"
         )
     return tables.reshape(-1, width), rows
 
 
 def _reading(program: Program, seen: Array | None) -> list[bool]:
-    """Of each group, whether it keeps what an encoder read.
+    """Return for each group whether it is a cross-attention group.
 
     Raises:
-        ValueError: some do, and the batch does not say what tokens see.
+        ValueError: there are such groups, but the batch has no `seen`.
     """
     kinds = program.layout.kinds
     if seen is None and kv_groups.encoded(kinds) is not None:
-        raise ValueError("this model's tokens attend to what an encoder read: pass `seen`, [tokens, 2]")
+        raise ValueError("this model has cross-attention: pass `seen`, the visible encoder positions [tokens, 2]")
     return [kind.kind.encoded for kind in kinds for _ in range(kind.count)]
 
 
@@ -409,7 +412,12 @@ def _context(
     items: int | None = None,
     tile: int = TILE,
 ) -> StepContext:
-    """`rows`: of each group; `owners` `[T]`: the row of the first group's tables that each token belongs to."""
+    """Build the step context of the layers.
+
+    Args:
+        owners: row of the first group's tables that each token belongs to, `[T]`.
+        rows: attention rows or tiles of each group.
+    """
     positions = batch.positions
     blocks, _, block_size, _ = cache[0].keys.shape
     at = jnp.maximum(positions, 0)

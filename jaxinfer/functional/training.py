@@ -1,13 +1,13 @@
-"""A model's logits as a differentiable function of its weights: the layers that serve it, over whole sequences.
+"""Logits of a model as a differentiable function of its weights, computed by the serving layers over whole sequences.
 
     module = weights.random(config, mesh, dtype="float32")
     training.prepare(module)
     graph, weights = nnx.split(module, nnx.Param)
     loss = lambda weights: cross_entropy(training.logits(nnx.merge(graph, weights), tokens), ...)
 
-What serves otherwise is written for steps whose extent is known when they run, in loops that have no derivative. Here
-are sequences of one length, so that attention (`kernels.whole_attention`), recurrence (`kernels.delta.whole`),
-convolution and the products of experts are plain ones. All else is the same code. On one device.
+The serving kernels use loops with run-time bounds, which have no derivative. Here all sequences have one length, so
+attention (`kernels.attention.whole_attention`), recurrence (`kernels.state.delta`), convolutions and expert products
+are plain operations. Everything else is the same code. On one device only.
 """
 
 import jax
@@ -27,22 +27,22 @@ from jaxinfer.sharding import make_mesh
 
 
 def prepare(module: LanguageModel) -> None:
-    """Sets the module to products that have a derivative; what serves it sets others again (`functional.split`).
+    """Set the module to differentiable matrix products; `functional.split` sets it back for serving.
 
     Raises:
-        ConfigError: a model that reads more than tokens.
+        ConfigError: the model reads more than tokens.
     """
     if module.config.features is not None or module.config.cross is not None:
         raise ConfigError(
-            f"{type(module).__name__} reads more than tokens; models of text alone can be differentiated here"
+            f"{type(module).__name__} reads images, audio or encoder inputs; training supports text-only models"
         )
     use_kernel(module, matmul.RAGGED)
 
 
 def logits(module: LanguageModel, tokens: jax.Array) -> jax.Array:
-    """Token ids `[B, L]` -> float32 `[B, L, V]`: of each token, of the one that follows it.
+    """Return next-token logits, float32 `[B, L, V]`, for token ids `[B, L]`.
 
-    Sequences that are shorter are filled up at their ends with any ids, which no token before them sees.
+    Shorter sequences are padded at the end with any ids, which no earlier token sees.
     """
     batch, length = tokens.shape
     mesh, kept = make_mesh(1), layout(tuple(module.cache_specs()))
@@ -62,7 +62,7 @@ def logits(module: LanguageModel, tokens: jax.Array) -> jax.Array:
 
 
 def _nothing(module: LanguageModel, lanes: tuple, states: tuple) -> Cache:
-    """A cache with room for one position, which nobody uses: layers take it and give it back."""
+    """Allocate a cache of one position, which layers pass through unused."""
     dtype = module.embedding.dtype
     shapes = kv_cache.abstract((*lanes, *states), 1, 1, dtype, make_mesh(1), 1)
     return jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)

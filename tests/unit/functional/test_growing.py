@@ -123,7 +123,7 @@ def test_a_cache_that_was_appended_to_says_so(model):
     kept = cache.copy()
     expected, after = cache.append(params, [[5]])
     for use in (lambda: cache.append(params, [[5]]), lambda: cache.layer(0), cache.copy):
-        with pytest.raises(CacheConsumedError, match="of 12 positions, was appended to.*go on with that one, or.*copy"):
+        with pytest.raises(CacheConsumedError, match="of 12 positions was consumed by append.*copy"):
             use()
     np.testing.assert_array_equal(kept.append(params, [[5]])[0], expected)
     assert after.lengths == (13,)
@@ -165,19 +165,21 @@ def test_sizes_that_cannot_be(model, sizes, message):
 def test_what_does_not_fit_or_is_not_of_the_model(model):
     program, params = model
     cache = GrowingCache.reserve(program, 2, 16, 8)
-    with pytest.raises(CapacityError, match="row 1 would have 17 positions, but 16 are reserved.*capacity of 17"):
+    with pytest.raises(CapacityError, match="row 1 would have 17 positions, but its capacity is 16.*capacity=17"):
         cache.append(params, [[1], prompt(17)])
-    with pytest.raises(ValueError, match=r"one or more for each of 2 rows, got \[1\]"):
+    with pytest.raises(ValueError, match=r"one or more ids for each of 2 rows, got \[1\]"):
         cache.append(params, [[1]])
-    with pytest.raises(ValueError, match=r"one or more for each of 2 rows, got \[1, 0\]"):
+    with pytest.raises(ValueError, match=r"one or more ids for each of 2 rows, got \[1, 0\]"):
         cache.append(params, [[1], []])
     cache.append(params, [[1], [2]])  # nothing was consumed
     layer = np.zeros((1, 2, 20, 16), np.float32), np.zeros((1, 2, 20, 16), np.float32)
-    with pytest.raises(CapacityError, match="row 0 would have 20 positions, but 16"):
+    with pytest.raises(CapacityError, match="row 0 would have 20 positions, but its capacity is 16"):
         GrowingCache.adopt(program, [layer] * 2, capacity=16, step=8)
     with pytest.raises(ConfigError, match="layers has 3 entries, but the model has 2"):
         GrowingCache.adopt(program, [layer] * 3)
-    with pytest.raises(ConfigError, match=r"the values of layer 1 are \(1, 2, 20, 15\), not .* \(1, 2, 20, 16\)"):
+    with pytest.raises(
+        ConfigError, match=r"values of layer 1 have shape \(1, 2, 20, 15\); expected .* \(1, 2, 20, 16\)"
+    ):
         GrowingCache.adopt(program, [layer, (layer[0], layer[1][..., 1:])])
-    with pytest.raises(ConfigError, match=r"lengths must be 1 numbers in \[0, 20\], got \(21,\)"):
+    with pytest.raises(ConfigError, match=r"lengths must be 1 integers in \[0, 20\], got \(21,\)"):
         GrowingCache.adopt(program, [layer] * 2, lengths=(21,))
