@@ -1,7 +1,7 @@
-"""BART (arXiv:1910.13461) and mBART (arXiv:2001.08210): an encoder of text, and a decoder that attends to it.
+"""BART (arXiv:1910.13461) and mBART (arXiv:2001.08210): a text encoder, and a decoder that attends to it.
 
-They differ in where the norms stand: BART's follow what they normalise, mBART's come before it, and one more after the
-last layer of either half.
+They differ in their norms: BART's are post-norms, mBART's are pre-norms with an additional one after the last layer of
+both encoder and decoder.
 """
 
 import math
@@ -30,74 +30,74 @@ from jaxinfer.sharding.collectives import ENCODE, STEPS
 
 NORM_EPS = 1e-5
 OFFSET = 2
-"""Rows of the tables of positions before that of position 0."""
+"""Index of position 0 in the tables of learned positions."""
 BIASES, HALVES = ("q", "k", "v"), ("encoder", "decoder")
 HEAD = "head"
 TABLES = (*HALVES, HEAD)
-"""What has the vocabulary's embedding, which all of them share, or one of its own."""
+"""Users of the token embedding: each shares it or has one of its own."""
 
 
 @dataclass(frozen=True)
 class StackConfig:
-    """One of the halves."""
+    """Layers of the encoder or of the decoder."""
 
     layers: int
     heads: int
     ffn: int
-    """F."""
+    """F: feed-forward width."""
 
 
 @dataclass(frozen=True)
 class BartConfig:
-    """Both halves, every number that shapes them."""
+    """Shape and options of encoder and decoder."""
 
     vocab_size: int
-    """V."""
+    """V: vocabulary size."""
     width: int
-    """M of both halves."""
+    """M: width of encoder and decoder."""
     encoder: StackConfig
     decoder: StackConfig
     activation: str
     max_position: int
-    """Positions of either half."""
+    """Maximum number of positions of the encoder and of the decoder."""
     embedding_scale: float
-    """Multiplies the embeddings of tokens."""
+    """Factor on token embeddings."""
     norm_first: bool
-    """Whether norms come before what they normalise (mBART)."""
+    """Whether layers are pre-norm (mBART)."""
     own: frozenset[str] = frozenset()
-    """Those of `TABLES` that do not share the embedding."""
+    """Members of `TABLES` that do not share the token embedding."""
     features: None = None
-    """Nothing takes the places of tokens."""
+    """Encoder inputs that replace token embeddings: none."""
     recompute_after: None = None
-    """Positions do not change with the length."""
+    """Rope changes: none, positions are learned."""
     query_group: int = 1
-    """Query heads that share a kv head."""
+    """Number of query heads per kv head."""
 
     @property
     def num_layers(self) -> int:
-        """Of the decoder."""
+        """Number of decoder layers."""
         return self.decoder.layers
 
     @property
     def cross(self) -> CrossSource:
-        """A text of up to `max_position` tokens, which see each other."""
+        """A text of up to `max_position` tokens, encoded together."""
         return CrossSource("text", (), 1, self.max_position, joint=True)
 
     @property
     def max_length(self) -> int:
-        """The longest sequence of the decoder."""
+        """Maximum length of a decoder sequence."""
         return self.max_position
 
     def length_key(self, prompt_length: int) -> bytes:
-        """A prompt's length changes no key."""
+        """Return an empty salt: keys do not depend on the prompt's length."""
         return b""
 
 
 def read_config(reader: ConfigReader, *, norm_first: bool) -> BartConfig:
-    """Read the configuration of either.
+    """Read the configuration of BART or mBART.
 
     Raises:
-        ConfigError: sizes that do not fit each other, or an unknown activation.
+        ConfigError: sizes do not fit each other, or the activation is unknown.
     """
     width, activation = reader.get_int("d_model"), reader.get_choice("activation_function", "gelu", ACTIVATIONS)
 
@@ -107,7 +107,7 @@ def read_config(reader: ConfigReader, *, norm_first: bool) -> BartConfig:
         return StackConfig(layers, heads, ffn)
 
     tied = reader.get_bool("tie_word_embeddings", True)
-    # transformers reads none of these any more, but the code that some were published with did.
+    # transformers no longer reads these, but the code that some checkpoints were published with did.
     one_value = {
         "normalize_before": norm_first,
         "add_final_layer_norm": norm_first,
@@ -119,7 +119,7 @@ def read_config(reader: ConfigReader, *, norm_first: bool) -> BartConfig:
     }
     for name, value in one_value.items():
         reader.only(name, value)
-    # Of training and of other tasks, or the same again.
+    # Attributes of training and of other tasks, and copies.
     reader.skip("num_hidden_layers", "force_bos_token_to_be_generated", "gradient_checkpointing")
     reader.defaults(max_position_embeddings=1024)
     scaled = reader.get_bool("scale_embedding", False)
@@ -137,7 +137,7 @@ def read_config(reader: ConfigReader, *, norm_first: bool) -> BartConfig:
 
 
 class Stack(nnx.Module):
-    """What both halves begin and end with: positions, a norm of the embedding, in mBART one after the last layer."""
+    """Common parts of encoder and decoder: positions, a norm of the embedding, layers, and in mBART a final norm."""
 
     def __init__(self, build: Build, config: BartConfig, layer: Callable[[Build], nnx.Module], count: int):
         norm = partial(LayerNorm, size=config.width, eps=NORM_EPS, axis=axes.EMBED)
@@ -147,16 +147,16 @@ class Stack(nnx.Module):
         self.norm = norm(build.at("norm")) if config.norm_first else None
 
     def enter(self, embedded: jax.Array, positions: jax.Array) -> jax.Array:
-        """Embeddings `[T, M]` of tokens at `positions` `[T]` -> what the first layer reads."""
+        """Add positions `[T]` to embeddings `[T, M]` and normalise: the input of the first layer."""
         return self.embedding_norm(embedded + self.positions(positions))
 
     def leave(self, x: jax.Array) -> jax.Array:
-        """What the last layer made -> what comes of it all."""
+        """Apply the final norm, if there is one, to the output of the last layer."""
         return x if self.norm is None else self.norm(x)
 
 
 class Residual(nnx.Module):
-    """A layer of either half: `norm(x + f(x))`, or `x + f(norm(x))` where norms come first."""
+    """Residual layer: `norm(x + f(x))`, or `x + f(norm(x))` if pre-norm."""
 
     def __init__(self, build: Build, config: BartConfig, ffn: int):
         self.first = config.norm_first
@@ -165,20 +165,20 @@ class Residual(nnx.Module):
         self.mlp = MLP(build.at("mlp"), config.width, ffn, config.width, config.activation)
 
     def before(self, x: jax.Array, norm: LayerNorm) -> jax.Array:
-        """What f reads."""
+        """Return the input of f."""
         return norm(x) if self.first else x
 
     def after(self, x: jax.Array, y: jax.Array, norm: LayerNorm) -> jax.Array:
-        """With what f made, y."""
+        """Return the output for the residual x and y = f(...)."""
         return x + y if self.first else norm(x + y)
 
     def feed_forward(self, x: jax.Array) -> jax.Array:
-        """The second half of the layer: `[T, M]` -> `[T, M]`."""
+        """Apply the MLP branch to `[T, M]`."""
         return self.after(x, self.mlp(self.before(x, self.mlp_norm)), self.mlp_norm)
 
 
 class EncoderLayer(Residual):
-    """Attention in both directions, then the MLP."""
+    """Encoder layer: bidirectional attention, then the MLP."""
 
     def __init__(self, build: Build, config: BartConfig):
         stack = config.encoder
@@ -186,13 +186,13 @@ class EncoderLayer(Residual):
         self.attention = EncoderAttention(build.at("attention"), config.width, stack.heads, config.width // stack.heads)
 
     def __call__(self, x: jax.Array, step: EncodeStep) -> jax.Array:
-        """`[S, M]` -> `[S, M]`."""
+        """Map hidden states `[S, M]` to `[S, M]`."""
         y = self.attention(self.before(x, self.attention_norm), step)
         return self.feed_forward(self.after(x, y, self.attention_norm))
 
 
 class DecoderLayer(Residual):
-    """Causal attention, attention to the encoder, then the MLP."""
+    """Decoder layer: causal attention, cross-attention, then the MLP."""
 
     def __init__(self, build: Build, config: BartConfig):
         width, stack = config.width, config.decoder
@@ -205,7 +205,10 @@ class DecoderLayer(Residual):
     def __call__(
         self, x: jax.Array, lanes: list[Lane], own: int, read: int, step: StepContext
     ) -> tuple[jax.Array, list[Lane]]:
-        """`[T, M]` -> `[T, M]` and the lanes; `own` and `read`: the numbers of its two attentions in `cache_specs`."""
+        """Map hidden states `[T, M]` to `[T, M]`; also return the new cache arrays.
+
+        `own` and `read` are the indices of self- and cross-attention in `cache_specs`.
+        """
         lanes, lane = list(lanes), step.lane(own)
         y, lanes[lane] = self.attention(self.before(x, self.attention_norm), lanes[lane], None, step.of(own))
         x, lane = self.after(x, y, self.attention_norm), step.lane(read)
@@ -214,20 +217,20 @@ class DecoderLayer(Residual):
 
 
 def _embedding(build: Build, config: BartConfig, parts: Sequence[str]) -> Embedding:
-    """Make the embedding of these of `TABLES`."""
+    """Build the embedding shared by these members of `TABLES`."""
     lookup, head = parts != (HEAD,), HEAD in parts
     build = (
         build if head else build._replace(quantization=None)
-    )  # a table that is only looked up gains nothing from int8
+    )  # a table used for lookups only gains nothing from int8
     made = Embedding(build, config.vocab_size, config.width, lookup=lookup, head=head)
     made.steps = tuple(dict.fromkeys(step for part in parts for step in ((ENCODE,) if part == "encoder" else STEPS)))
     return made
 
 
 class Bart(nnx.Module):
-    """Run both halves, which share one embedding with the head unless `BartConfig.own` says otherwise.
+    """BART encoder and decoder, which share one embedding with the head unless `BartConfig.own` says otherwise.
 
-    In the list of what is kept self-attentions come first, then those to the encoder.
+    `cache_specs` lists self-attentions first, then cross-attentions.
     """
 
     def __init__(self, build: Build, config: BartConfig):
@@ -250,14 +253,14 @@ class Bart(nnx.Module):
         return (self.embedding if own is None else own)(tokens) * self.config.embedding_scale
 
     def encode(self, tokens: jax.Array, step: EncodeStep) -> jax.Array:
-        """Token ids `[S]` of texts -> what comes of the encoder, `[S, M]`."""
+        """Run the encoder over token ids `[S]`; returns `[S, M]`."""
         x = self.encoder.enter(self._embed(tokens, self.encoder_embedding), step.positions)
         for layer in self.encoder.layers:
             x = layer(x, step)
         return self.encoder.leave(x)
 
     def encode_cross(self, inputs: jax.Array, numbers: jax.Array, step: EncodeStep, lanes: list[Lane]) -> list[Lane]:
-        """Token ids `[S]` -> the lanes with the keys and values that all layers of the decoder attend to."""
+        """Encode token ids `[S]` and return the cache arrays with the keys and values of all cross-attentions."""
         encoded, lanes = self.encode(inputs, step), list(lanes)
         for number, layer in enumerate(self.decoder.layers, self.config.num_layers):
             lane = step.lane(number)
@@ -267,19 +270,19 @@ class Bart(nnx.Module):
     def __call__(
         self, tokens: jax.Array, step: StepContext, lanes: list[Lane], features: FeatureRows | None = None
     ) -> tuple[jax.Array, list[Lane]]:
-        """Token ids `[T]` -> hidden states `[T, M]` after the last norm, and the lanes as they now are."""
+        """Compute hidden states `[T, M]` after the last layer for token ids `[T]`; also return the new cache arrays."""
         x = self.decoder.enter(self._embed(tokens, self.decoder_embedding), step.positions)
         for number, layer in enumerate(self.decoder.layers):
             x, lanes = layer(x, lanes, number, number + self.config.num_layers, step)
         return self.decoder.leave(x), lanes
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Hidden states `[B, M]` -> float32 logits `[B, V']`."""
+        """Compute float32 logits `[B, V']` of hidden states `[B, M]`."""
         head = self.embedding if self.head is None else self.head
         return head.attend(hidden) + self.logits_bias[...].astype(jnp.float32)
 
     def cache_specs(self) -> Sequence[Full]:
-        """What self-attentions keep, then what attentions to the encoder keep."""
+        """Return what self-attentions cache, then what cross-attentions cache."""
         layers = self.decoder.layers
         return [layer.attention.cache_spec for layer in layers] + [layer.cross.cache_spec for layer in layers]
 
@@ -292,18 +295,18 @@ NAMES: Mapping[str, str] = {
     "encoder_attn.out_proj": "cross.out",
     "fc2": "mlp.down",
 }
-"""Of a layer: the checkpoint's parts that are one part of ours."""
+"""Parts of a layer that correspond one to one: checkpoint name to ours."""
 PARTS: Mapping[str, tuple[str, str]] = {
     **{f"self_attn.{part}_proj": ("attention.qkv", part) for part in BIASES},
     "encoder_attn.q_proj": ("cross.qkv.q", "q"),
     **{f"encoder_attn.{part}_proj": ("cross.qkv.kv", part) for part in ("k", "v")},
     "fc1": ("mlp.up", "up"),
 }
-"""Those that are part of a fused projection, and which."""
+"""Parts of fused projections: checkpoint name to our projection and its part."""
 
 
 def weight_rules(config: BartConfig) -> list[Rule]:
-    """Return the rules of all tensors. Checkpoints have tied ones under one name or under several."""
+    """Return the weight rules of all tensors. Checkpoints store tied tensors under one name or several."""
     table = [
         Rule("model.shared.weight", None if config.own == frozenset(TABLES) else "embedding.weight"),
         Rule("final_logits_bias", "logits_bias", optional=True),
@@ -328,13 +331,13 @@ def weight_rules(config: BartConfig) -> list[Rule]:
 
 
 def _both(source: str, target: str, parts: tuple[str, ...] = ()) -> list[Rule]:
-    """Weight and bias of a projection or a norm, whose weight is called its scale."""
+    """Return the rules for weight and bias of a projection or norm; a norm's weight is named scale."""
     weight = "scale" if target.endswith("norm") else "weight"
     return [Rule(f"{source}.weight", f"{target}.{weight}", parts), Rule(f"{source}.bias", f"{target}.bias", parts)]
 
 
 def untie(config: BartConfig, tie: str) -> BartConfig:
-    """Return the configuration where one of `TABLES` does not share the embedding."""
+    """Return the configuration with an embedding of its own for one of `TABLES`."""
     return replace(config, own=config.own | {tie})
 
 

@@ -1,4 +1,4 @@
-"""The contract between a model family and the engine."""
+"""Interfaces between model families and the engine."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,126 +22,132 @@ from jaxinfer.media import CrossReader, ImageFormat, ReaderSources, TextReader
 
 @dataclass(frozen=True)
 class Features:
-    """What a model reads beside tokens: an encoder turns each input into rows that take the places of tokens."""
+    """Encoder inputs whose embeddings replace those of placeholder tokens, such as tiles of images."""
 
     modality: str
-    """The name under `multi_modal_data`: "image"."""
+    """Key in `multi_modal_data`: "image"."""
     shape: tuple[int, ...]
-    """Of one input: pixel values `(C, height, width)` of a tile, as transformers' processor gives them."""
+    """Shape of one input: pixel values `(C, height, width)` of a tile, as computed by transformers' processor."""
     rows: int
-    """Embeddings `[rows, M]` that one input becomes, in the order of the tokens whose places they take."""
+    """Number of embeddings `[rows, M]` per input, in the order of the tokens that they replace."""
     placeholder: int
-    """The token id in whose places they go; -1: the checkpoint does not say which."""
+    """Id of the placeholder token; -1 if the checkpoint does not say."""
 
 
 @runtime_checkable
 class TokenRule(Protocol):
-    """Which tokens may come next, on the device. Static: compiled steps close over it, so it is hashable."""
+    """Mask of the tokens that may come next, computed on the device. Static and hashable: compiled steps close over
+    it.
+    """
 
     def __call__(
         self, logits: jax.Array, history: jax.Array, position: jax.Array, begin: jax.Array, says: jax.Array
     ) -> jax.Array:
-        """`[B, V']` -> `[B, V']`, -inf for what may not come.
+        """Mask logits `[B, V']`: return them with -inf for forbidden tokens.
 
         Args:
             logits: `[B, V']`.
-            history: `[B, L]` the tokens of each row, prompt first.
-            position: `[B]` of the token to be made.
-            begin: `[B]` tokens of the prompt.
-            says: `[B]` what the prompt's reader tells it (`media.CrossPrompt.rule`); rows of 0 are left as they are.
+            history: tokens of each row, prompt first, `[B, L]`.
+            position: position of the token to sample, `[B]`.
+            begin: number of prompt tokens, `[B]`.
+            says: parameter set by the prompt's reader (`media.CrossPrompt.rule`), `[B]`; rows with 0 are returned
+                unchanged.
         """
         ...
 
 
 @dataclass(frozen=True)
 class CrossSource:
-    """What the encoder reads whose positions the decoder's tokens attend to."""
+    """Encoder inputs whose positions the decoder's tokens attend to."""
 
     modality: str
-    """"text"; or the name under `multi_modal_data`: "audio", "image"."""
+    """"text", or the key in `multi_modal_data`: "audio", "image"."""
     shape: tuple[int, ...]
-    """Of one value: () of a token id, `(mel bins, frames)`, `(tiles, C, height, width)`. Token ids are int32, all else
-    float32."""
+    """Shape of one value: () for a token id, `(mel bins, frames)`, `(tiles, C, height, width)`. Token ids are int32,
+    everything else float32.
+    """
     rows: int
-    """Positions that one value becomes, at most (`media.EncoderInput.kept`)."""
+    """Maximum number of positions per value (see `media.EncoderInput.kept`)."""
     longest: int
-    """The most positions of one request."""
+    """Maximum number of positions per request."""
     joint: bool = False
-    """Whether the values of an input are encoded together, as the tokens of a text are; otherwise each by itself."""
+    """Whether the values of an input are encoded together, like the tokens of a text, or each by itself."""
     numbers: int = 0
-    """A: integers that come with each value."""
+    """A: number of integers that come with each value."""
     beyond: int = 0
-    """Token ids from the vocabulary's end on that prompts may have: they have embeddings, and are never made."""
+    """Number of token ids above the vocabulary that prompts may contain: they have embeddings, but are never
+    sampled.
+    """
     rule: TokenRule | None = None
-    """What decides, beside the logits, which token may come next."""
+    """Mask of the tokens that may come next, if the model has one."""
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["pool", "index"], meta_fields=[])
 @dataclass(frozen=True)
 class FeatureRows:
-    """Which tokens of a step take an encoder's row in the place of their own embedding."""
+    """Encoder rows that replace the embeddings of some tokens of a step."""
 
     pool: Any
-    """`[F, M]` rows that encoders have made."""
+    """Feature pool: rows computed by encoders, `[F, M]`."""
     index: Any
-    """`[T]` int32 row of the pool of each token; -1: the token's own embedding."""
+    """Row of the pool for each token, `[T]` int32; -1 for the token's own embedding."""
 
 
 @runtime_checkable
 class ModelConfig(Protocol):
-    """What the engine reads of a model's configuration."""
+    """What the engine reads from a model's configuration."""
 
     vocab_size: int
     num_layers: int
 
     @property
     def features(self) -> Features | None:
-        """What the model reads beside tokens; None: nothing."""
+        """Encoder inputs that replace token embeddings; None if there are none."""
         ...
 
     @property
     def cross(self) -> CrossSource | None:
-        """What the encoder reads that tokens attend to; None: there is none."""
+        """Encoder inputs for cross-attention; None without it."""
         ...
 
     @property
     def query_group(self) -> int:
-        """Query heads that share a kv head, in the layer where they are fewest; decides the tiles of a prefill."""
+        """Query heads per kv head, the minimum over layers; determines the size of prefill tiles."""
         ...
 
     @property
     def max_length(self) -> int:
-        """The longest sequence whose numbers are the model's own."""
+        """Maximum sequence length that the model supports."""
         ...
 
     def length_key(self, prompt_length: int) -> bytes:
-        """What of a prompt's length changes its keys, so that prefixes are told apart by it."""
+        """Return a salt for prefix hashes, if keys depend on the prompt's length."""
         ...
 
     @property
     def recompute_after(self) -> int | None:
-        """Tokens after which the positions of the whole sequence change, so that it is computed again; or None."""
+        """Length in tokens beyond which rope changes for the whole sequence, so that it is recomputed; or None."""
         ...
 
 
 @runtime_checkable
 class LanguageModel(Protocol):
-    """An NNX module that the engine can run. All state lies in the lanes that go in and out."""
+    """An NNX module that the engine can run. All state is in the cache arrays passed in and out."""
 
     config: ModelConfig
 
     def __call__(
         self, tokens: jax.Array, step: StepContext, lanes: Cache, features: FeatureRows | None = None
     ) -> tuple[jax.Array, Cache]:
-        """Token ids `[T]` -> hidden states `[T, M]` after the last norm, and the lanes as they now are."""
+        """Compute hidden states `[T, M]` after the final norm for token ids `[T]`; also return the new cache arrays."""
         ...
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Hidden states `[B, M]` -> float32 logits `[B, V']`; columns past the vocabulary are -inf."""
+        """Compute float32 logits `[B, V']` of hidden states `[B, M]`; columns past the vocabulary are -inf."""
         ...
 
     def cache_specs(self) -> Sequence[Full | State]:
-        """What each layer keeps."""
+        """Return what each layer caches."""
         ...
 
 
@@ -150,10 +156,10 @@ class MultimodalModel(LanguageModel, Protocol):
     """A language model whose `config.features` is not None."""
 
     def encode(self, inputs: jax.Array) -> jax.Array:
-        """Inputs `[n, *features.shape]` -> embeddings `[n, features.rows, M]` in the model's dtype.
+        """Encode inputs `[n, *features.shape]` to embeddings `[n, features.rows, M]` in the model's dtype.
 
-        Under jit. Where the mesh has an axis `data` the n inputs are divided over it, with others of zeroes until it
-        divides them; the result is whole on every device.
+        Called under jit. If the mesh has an axis `data`, the n inputs, padded with zeros to a multiple of its size, are
+        divided over it; the result is replicated.
         """
         ...
 
@@ -163,34 +169,36 @@ class CrossModel(LanguageModel, Protocol):
     """A language model whose `config.cross` is not None: some of its `cache_specs` are `kv.spec.Cross`."""
 
     def encode_cross(self, inputs: jax.Array, numbers: jax.Array, step: EncodeStep, lanes: Cache) -> Cache:
-        """Inputs `[U, *cross.shape]` and `[U, cross.numbers]` int32 -> the lanes with keys and values of all cross
-        layers.
+        """Encode inputs `[U, *cross.shape]` with integers `[U, cross.numbers]`; return the cache with all cross layers'
+        keys and values.
 
-        Under jit. Integers are as they came, floats in the dtype of the activations.
+        Called under jit. Integer inputs keep their dtype, floats have the dtype of the activations.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Family:
-    """One family of checkpoints: how its config is read, its module built, its tensors named."""
+    """A family of checkpoints: how to read its config, build its module and name its tensors."""
 
     read_config: Callable[[ConfigReader], Any]
     build: Callable[[Build, Any], nnx.Module]
     weight_rules: Callable[[Any], Sequence[Rule]]
     from_folder: Callable[[Path], Mapping[str, Any]] = lambda _: {}
-    """Fields of config.json that other files of the folder say where it does not."""
+    """Read config.json fields that the family's checkpoints keep in other files of the folder."""
     images: ImageFormat | None = None
-    """How its prompts name images, and its images become tiles; None: the family reads none."""
+    """Image markers of prompts and tiling of images; None if the family reads no images."""
     reader: Callable[[ReaderSources], CrossReader] = TextReader
-    """What reads the prompts of a model with cross-attention."""
+    """Reader of the prompts of a model with cross-attention."""
     source: Callable[[Source], Source] = lambda source: source
-    """A checkpoint's tensors as the weight table knows them, where they are kept otherwise."""
+    """Wrap a checkpoint that stores tensors in another layout, so that it yields them as the weight table names
+    them.
+    """
     untie: Callable[[Any, str], Any] = lambda config, tie: replace(config, tied=False)
-    """The configuration without a tie (`Rule.tied`), for checkpoints whose tensors differ."""
+    """Return the configuration without a tie (`Rule.tied`), for checkpoints whose tied tensors differ."""
     ignored: Sequence[str] = ()
-    """Patterns of tensors that the model does not read, beside those of `checkpoint.naming`."""
+    """Patterns of tensors that the model does not read, in addition to those of `checkpoint.naming`."""
     float16: bool = True
-    """Whether float16 holds its activations; False: they overflow."""
+    """Whether float16 can hold the activations without overflow."""
     stored_dtype: str = "float32"
-    """The dtype that weights are planned in where config.json states none."""
+    """Dtype of the weights assumed by the plan if config.json states none."""

@@ -1,5 +1,6 @@
-"""Cohere 2, Command R7B and A (`Cohere2ForCausalLM`): attention and MLP of one norm; full layers have no rope
-(arXiv:2504.00698)."""
+"""Cohere 2, Command R7B and A (`Cohere2ForCausalLM`): attention and MLP in parallel on one norm, full layers without
+rope (arXiv:2504.00698).
+"""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,24 +17,24 @@ from jaxinfer.models.decoder_config import FULL, SLIDING, DecoderConfig, layer_k
 
 
 class ParallelLayer(Layer):
-    """Run attention and the MLP side by side on one norm: `x + attention(norm(x)) + mlp(norm(x))`."""
+    """Parallel layer: `x + attention(norm(x)) + mlp(norm(x))`."""
 
     @staticmethod
     def norm_names(config: DecoderConfig) -> Mapping[str, str]:
-        """Return the only norm of the block."""
+        """Return the layer's single norm."""
         return {"attention_norm": "input_layernorm"}
 
     def __call__(
         self, x: jax.Array, lane: Any, rope: tuple[jax.Array, jax.Array] | None, step: StepContext
     ) -> tuple[jax.Array, Any]:
-        """Map hidden states `[T, M]` to `[T, M]`, and the layer's cache to its new value."""
+        """Map hidden states `[T, M]` to `[T, M]`; also return the layer's new cache."""
         normed = self.attention_norm(x)
         y, lane = self.attend(normed, lane, rope, step)
         return x + y + self.feed_forward(normed, step), lane
 
 
 def config(reader: ConfigReader) -> DecoderConfig:
-    """Read the configuration; every fourth layer is full by default, and only sliding layers have a rope."""
+    """Read the configuration; by default every fourth layer is full, and only sliding layers have a rope."""
     reader.absent(sliding_window=4096)
     reader.defaults(tie_word_embeddings=True, max_position_embeddings=8192)
     one_value = {
@@ -45,7 +46,7 @@ def config(reader: ConfigReader) -> DecoderConfig:
     }
     for name, values in one_value.items():
         reader.only(name, *values)
-    reader.skip("use_parallel_embedding")  # of how embeddings are divided over devices
+    reader.skip("use_parallel_embedding")  # how embeddings are divided over devices
     pattern, layers = reader.get_int("sliding_window_pattern", 4), reader.get_int("num_hidden_layers")
     reader.only("layer_switch", pattern)
     kinds = layer_kinds(reader, [SLIDING if number % pattern else FULL for number in range(1, layers + 1)])

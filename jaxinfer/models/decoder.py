@@ -1,5 +1,6 @@
-"""The decoder stack that Llama and its relatives share: attention and gated MLP or experts with their norms,
-unrolled."""
+"""Decoder stack of Llama and its relatives: attention and gated MLP or experts with their norms, unrolled over
+layers.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -35,14 +36,14 @@ MIXERS: Mapping[type, type[nnx.Module]] = {
     KdaSpec: KimiDeltaAttention,
     DeltaNetSpec: GatedDeltaNet,
 }
-"""The module of each, made of a `Build` and its spec; it has a `cache_spec`."""
+"""Module class of each token mixer spec, constructed from a `Build` and the spec; each has a `cache_spec`."""
 
 
 class Layer(nnx.Module):
-    """Run one block: `x + attention(norm(x))`, then `x + mlp(norm(x))`, with the norms that the config declares.
+    """Decoder layer: `x + attention(norm(x))`, then `x + mlp(norm(x))`, with the norms that the config declares.
 
-    A family whose blocks are put together otherwise subclasses it: `__call__` for another order of the parts, `add` for
-    another residual, `norm_names` for other norms. It passes the class to `Decoder` and to `weight_rules`.
+    Families with a different layer structure subclass it: `__call__` for the order of the parts, `add` for the
+    residual, `norm_names` for the norms. They pass the class to `Decoder` and to `weight_rules`.
     """
 
     def __init__(self, build: Build, config: DecoderConfig, number: int):
@@ -66,37 +67,37 @@ class Layer(nnx.Module):
 
     @staticmethod
     def norm_names(config: DecoderConfig) -> Mapping[str, str]:
-        """Return the norms of a block by their attribute names, each with its name in checkpoints."""
+        """Return the norms of a layer: attribute name to name in checkpoints."""
         return _norm_names(config.norms)
 
     def __call__(
         self, x: jax.Array, lane: Any, rope: tuple[jax.Array, jax.Array] | None, step: StepContext
     ) -> tuple[jax.Array, Any]:
-        """Map hidden states `[T, M]` to `[T, M]`, and the layer's cache or state to its new value."""
+        """Map hidden states `[T, M]` to `[T, M]`; also return the layer's new cache or state."""
         y, lane = self.attend(_normed(self.attention_norm, x), lane, rope, step)
         x = self.add(x, _normed(self.attention_post_norm, y))
         y = self.feed_forward(_normed(self.mlp_norm, x), step)
         return self.add(x, _normed(self.mlp_post_norm, y)), lane
 
     def add(self, x: jax.Array, y: jax.Array) -> jax.Array:
-        """Add what attention or the MLP gave, `[T, M]`, to the residual `[T, M]`."""
+        """Add the output of attention or the MLP, `[T, M]`, to the residual `[T, M]`."""
         return x + y
 
     def attend(
         self, x: jax.Array, lane: Any, rope: tuple[jax.Array, jax.Array] | None, step: StepContext
     ) -> tuple[jax.Array, Any]:
-        """Mix the tokens `[T, M]` of each sequence; returns `[T, M]` and the layer's new cache or state."""
+        """Mix the tokens of each sequence, `[T, M]` to `[T, M]`; also return the layer's new cache or state."""
         if isinstance(self.attention.spec, DeltaSpec):
             return self.attention(x, lane, step.states)
         return self.attention(x, lane, rope, step)
 
     def feed_forward(self, x: jax.Array, step: StepContext) -> jax.Array:
-        """Run the MLP or the mixture of experts over `[T, M]`."""
+        """Apply the MLP or the mixture of experts to `[T, M]`."""
         return self.mlp(x, step) if isinstance(self.mlp, MoE) else self.mlp(x)
 
 
 def _norm(build: Build, config: DecoderConfig) -> RMSNorm | LayerNorm:
-    """Make a norm of the model's width."""
+    """Build a norm of the model's width."""
     width = config.attention.width
     if config.centred_norms:
         return LayerNorm(build, width, config.norm_eps, axes.EMBED, bias=False)
@@ -104,22 +105,22 @@ def _norm(build: Build, config: DecoderConfig) -> RMSNorm | LayerNorm:
 
 
 def _normed(norm: nnx.Module | None, x: jax.Array) -> jax.Array:
-    """Apply a norm; None returns `x`."""
+    """Apply a norm; None is the identity."""
     return x if norm is None else norm(x)
 
 
 class Decoder(nnx.Module):
-    """Run a decoder: embedding, layers, final norm, head. Layers are unrolled: a scan is three times slower.
+    """Decoder: embedding, layers, final norm, head. Layers are unrolled, as a scan is three times slower.
 
     Args:
         build: dtype, mesh and path of the parameters.
-        config: the shape of the decoder.
-        block: the class of its layers.
+        config: shape of the decoder.
+        block: class of the layers.
     """
 
     def __init__(self, build: Build, config: DecoderConfig, block: type[Layer] = Layer):
         self.config = config
-        # A table that is only looked up gains nothing from int8.
+        # A table used for lookups only gains nothing from int8.
         lookup = build if config.tied else build._replace(quantization=None)
         sizes = config.vocab_size, config.attention.width
         logits = {"softcap": config.logit_softcap, "logit_scale": config.logit_scale}
@@ -138,9 +139,9 @@ class Decoder(nnx.Module):
     def __call__(
         self, tokens: jax.Array, step: StepContext, lanes: Cache, features: FeatureRows | None = None
     ) -> tuple[jax.Array, Cache]:
-        """Token ids `[T]` -> hidden states `[T, M]` after the last norm, and the lanes as they now are.
+        """Compute hidden states `[T, M]` after the final norm for token ids `[T]`; also return the new cache arrays.
 
-        `features`: rows that some of the tokens take in the place of their own embedding.
+        `features` are encoder rows that replace the embeddings of some tokens.
         """
         x = self.embedding(tokens)
         if features is not None:
@@ -158,11 +159,11 @@ class Decoder(nnx.Module):
         return self.norm(x), lanes
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Hidden states `[B, M]` -> float32 logits `[B, V']`."""
+        """Compute float32 logits `[B, V']` of hidden states `[B, M]`."""
         return (self.embedding if self.head is None else self.head).attend(hidden)
 
     def cache_specs(self) -> Sequence[Full | State]:
-        """By the kind of each layer's attention."""
+        """Return what each layer caches."""
         return [layer.attention.cache_spec for layer in self.layers]
 
 
@@ -172,10 +173,10 @@ def weight_rules(
     """Return the weight table of the Llama lineage.
 
     Args:
-        config: the shape of the decoder.
-        fused: whether the checkpoint stacks q, k, v and gate, up itself (Phi-3).
-        names: what checkpoints call the parts of layers with experts.
-        block: the class of the layers, which names its norms.
+        config: shape of the decoder.
+        fused: whether the checkpoint stores q, k, v and gate, up fused (Phi-3).
+        names: checkpoint names of the parts of layers with experts.
+        block: class of the layers, which names its norms.
     """
     layer = "model.layers.{i}"
     gate_up = [("gate_up", ("gate", "up"))] if fused else [(part, (part,)) for part in ("gate", "up")]
@@ -193,7 +194,7 @@ def weight_rules(
 
     def linear(name: str, target: str, parts: tuple[str, ...]) -> None:
         for kind in ("weight", "bias") if config.mlp_bias else ("weight",):
-            # Some checkpoints name an MLP as if it were a mixture.
+            # Some checkpoints name the tensors of an MLP like those of a mixture of experts.
             source, *also = (f"{layer}.{prefix}.{name}.{kind}" for prefix in names.prefixes)
             table.append(Rule(source, f"layers.{{i}}.mlp.{target}.{kind}", parts, tuple(also)))
 
@@ -209,7 +210,7 @@ def weight_rules(
 
 
 def _mixer_rules(spec: Mixer, *, fused: bool) -> list[Rule]:
-    """Of one layer's attention, whatever it is."""
+    """Return the rules of a layer's token mixer."""
     if isinstance(spec, AttentionSpec):
         return _attention_rules(spec, fused=fused)
     if isinstance(spec, LatentSpec):
@@ -233,7 +234,7 @@ def _attention_rules(spec: AttentionSpec, *, fused: bool) -> list[Rule]:
 
 
 def _norm_names(norms: Sequence[str]) -> dict[str, str]:
-    """Return the norms of a layer by their attribute names, each with its name in checkpoints."""
+    """Return the norms of a layer: attribute name to name in checkpoints."""
     before = {"attention_norm": "input_layernorm"}
     if AFTER not in norms:
         return before | {"mlp_norm": "post_attention_layernorm"}

@@ -1,15 +1,15 @@
-"""Attributes of config.json by which a decoder's file could mean numbers that this stack does not compute."""
+"""Attributes of config.json that could request computations this decoder stack does not implement."""
 
 from collections.abc import Mapping
 from typing import Any
 
 PLAIN: Mapping[str, tuple[Any, ...]] = {
-    # Which tokens see each other.
+    # Attention masks.
     "is_causal": (True,),
     "use_bidirectional_attention": (False,),
     "use_sliding_window": (False,),
     "use_logn_attn": (False,),
-    # Positions.
+    # Positional encodings.
     "use_rope": (True,),
     "use_rotary": (True,),
     "rotary": (True,),
@@ -36,7 +36,7 @@ PLAIN: Mapping[str, tuple[Any, ...]] = {
     "bias": (False,),
     "use_bias": (False,),
     "add_bias_linear": (False,),
-    # The shape of a block.
+    # Layer structure.
     "use_gated_activation": (True,),
     "parallel_attn": (False,),
     "use_parallel_residual": (False,),
@@ -55,8 +55,9 @@ PLAIN: Mapping[str, tuple[Any, ...]] = {
     "use_mup": (False,),
     "mup": (False,),
 }
-"""Attributes that published files of decoders have, and the values that mean a decoder without them. Where a family has
-one of them, it reads it."""
+"""Attributes found in published files of decoders, with the values that mean a decoder without the feature. Families
+that implement a feature read its attribute themselves.
+"""
 
 _EXPERTS = (
     "num_experts",
@@ -71,11 +72,11 @@ _EXPERTS = (
 
 
 def one_values(*, qk_norm: bool, experts: bool) -> dict[str, tuple[Any, ...]]:
-    """Return the attributes and the values that mean what a decoder computes.
+    """Return attributes of config.json with the values that this decoder stack implements.
 
     Args:
         qk_norm: whether queries and keys have norms.
-        experts: whether layers have experts in the place of an MLP.
+        experts: whether layers have experts in place of an MLP.
     """
     norms = dict.fromkeys(("use_qk_norm", "qk_norm", "qk_layernorm", "use_qk_layernorm"), (qk_norm,))
     counts = {} if experts else dict.fromkeys(_EXPERTS, (0,))

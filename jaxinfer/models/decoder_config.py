@@ -1,4 +1,4 @@
-"""What shapes a decoder of the Llama lineage, and the attributes of config.json that its families name alike."""
+"""Configuration of decoders of the Llama lineage, and the config.json attributes that its families share."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,74 +19,75 @@ from jaxinfer.models.base import CrossSource, Features
 from jaxinfer.models.decoder_attributes import one_values
 
 FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
-"""Kinds of layers, by the names that config.json has for them in `layer_types`."""
+"""Kinds of layers, as named in `layer_types` of config.json."""
 
 BEFORE, AFTER = "before", "after"
-"""Where an RMSNorm stands: on what attention or the MLP takes, or on what it gives, before that is added."""
+"""Position of an RMSNorm: on the input of attention or the MLP, or on the output before the residual is added."""
 
 Mixer: TypeAlias = AttentionSpec | LatentSpec | KdaSpec | DeltaNetSpec
-"""How the tokens of a sequence come together in a layer."""
+"""Token mixer of a layer (attention, MLA, KDA, gated DeltaNet)."""
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """A decoder of this stack, every number that shapes it."""
+    """Shape and options of a decoder."""
 
     vocab_size: int
-    """V."""
+    """V: vocabulary size."""
     num_layers: int
     ffn: int
-    """F."""
+    """F: feed-forward width."""
     activation: str
     norm_eps: float
     attention: AttentionSpec | LatentSpec
     rope: RopeConfig | None
-    """None: positions are not attention's affair."""
+    """Rotary embedding; None if attention uses no positional encoding."""
     max_position: int
-    """Positions the model was made for."""
+    """Maximum number of positions the model was trained for."""
     local_rope: RopeConfig | None = None
-    """Of layers of kind `SLIDING`; None: as of the others."""
+    """Rotary embedding of `SLIDING` layers; None if it is the same as `rope`."""
     norms: tuple[str, ...] = (BEFORE,)
-    """Where attention and the MLP have one: `BEFORE`, `AFTER`, or both (Gemma 2)."""
+    """Norms around attention and the MLP: `BEFORE`, `AFTER`, or both (Gemma 2)."""
     norm_scaling: Scaling = Scaling()
-    """Of all norms of the model's width."""
+    """Scaling of all norms of width M."""
     centred_norms: bool = False
-    """Whether norms of the model's width subtract the mean first (a LayerNorm without a bias, Cohere); False:
-    RMSNorm."""
+    """Whether norms of width M subtract the mean first (a LayerNorm without bias, Cohere); otherwise they are
+    RMSNorms.
+    """
     embedding_scale: float | None = None
-    """Multiplies the embeddings of tokens; None: they stay."""
+    """Factor on token embeddings; None for 1."""
     round_embedding_scale: bool = True
     """Whether `embedding_scale` is rounded to the dtype of the embeddings first (Gemma)."""
     logit_scale: float | None = None
-    """Multiplies the logits (Cohere, Granite); None: they stay."""
+    """Factor on the logits (Cohere, Granite); None for 1."""
     logit_softcap: float | None = None
-    """Logits x become cap * tanh(x / cap) (Gemma 2, arXiv:2408.00118); None: they stay."""
+    """Softcap: logits x become cap * tanh(x / cap) (Gemma 2, arXiv:2408.00118); None for no cap."""
     window: int | None = None
-    """Positions that a token sees in layers of kind `SLIDING`, itself included."""
+    """Window of `SLIDING` layers: number of positions visible to a token, itself included."""
     kinds: tuple[str, ...] = ()
-    """One a layer, `FULL`, `SLIDING` or `LINEAR`; none: all are full."""
+    """Kind of each layer, `FULL`, `SLIDING` or `LINEAR`; empty if all are full."""
     linear: KdaSpec | DeltaNetSpec | None = None
-    """The layers of kind `LINEAR`, which have a recurrent state."""
+    """Token mixer of `LINEAR` layers, which have a recurrent state."""
     recomputed: bool = False
-    """Whether a sequence is computed again where longrope's frequencies change (Phi-3)."""
+    """Whether a sequence is recomputed when longrope's frequencies change (Phi-3)."""
     mlp_bias: bool = False
     moe: MoEConfig | None = None
-    """Of the layers that have experts in the place of an MLP."""
+    """Mixture of experts of the layers that have one in place of an MLP."""
     dense_layers: tuple[int, ...] = ()
-    """Those that have an MLP all the same."""
+    """Layers with an MLP although `moe` is set."""
     tied: bool = False
-    """The head is the embedding."""
+    """Whether the output head is the token embedding."""
     features: Features | None = None
-    """Nothing is read beside tokens."""
+    """Encoder inputs that replace token embeddings; None here."""
     cross: CrossSource | None = None
-    """There is no cross-attention."""
+    """Encoder inputs for cross-attention; None here."""
 
     def __post_init__(self) -> None:
-        """Refuse combinations of fields that no model can have.
+        """Refuse inconsistent combinations of fields.
 
         Raises:
-            ValueError: the fields and their values. These are faults of a family's code: what config.json says wrong is
-                refused by `read_config` before.
+            ValueError: the fields and their values. This indicates an error in a family's code: invalid values of
+                config.json are refused earlier, by `read_config`.
         """
         layers = self.num_layers
         if self.kinds and len(self.kinds) != layers:
@@ -108,80 +109,80 @@ class DecoderConfig:
 
     @property
     def query_group(self) -> int:
-        """Query heads that share a kv head."""
+        """Number of query heads per kv head."""
         spec = self.attention
         return spec.heads if isinstance(spec, LatentSpec) else spec.heads // spec.kv_heads
 
     @property
     def max_length(self) -> int:
-        """The longest sequence whose numbers are the model's own."""
-        # Where kinds of layers have ropes of their own, what config.json says is the stretched length already.
+        """Maximum sequence length that the model supports."""
+        # With separate ropes per kind of layer, max_position_embeddings is already the stretched length.
         if self.rope is None or self.local_rope is not None:
             return self.max_position
         return max(self.max_position, self.rope.stretched_length)
 
     def slides(self, layer: int) -> bool:
-        """Whether one layer sees only a window."""
+        """Return whether a layer has a sliding window."""
         return bool(self.kinds) and self.kinds[layer] == SLIDING
 
     def attention_of(self, layer: int) -> Mixer:
-        """The shape of one layer's attention."""
+        """Return the token mixer of a layer."""
         if self.kinds and self.kinds[layer] == LINEAR:
             return self.linear
         return replace(self.attention, window=self.window) if self.slides(layer) else self.attention
 
     def rope_of(self, layer: int) -> RopeConfig | None:
-        """The rotary embedding of one layer."""
+        """Return the rotary embedding of a layer."""
         return self.local_rope if self.local_rope is not None and self.slides(layer) else self.rope
 
     def moe_of(self, layer: int) -> MoEConfig | None:
-        """The experts of one layer; None: it has an MLP."""
+        """Return the mixture of experts of a layer, or None if it has an MLP."""
         return None if layer in self.dense_layers else self.moe
 
     def length_key(self, prompt_length: int) -> bytes:
-        """What of a prompt's length changes its keys (rope scalings that follow the length)."""
+        """Return a salt for prefix hashes: keys depend on the prompt's length with some rope scalings."""
         ropes = [rope for rope in (self.rope, self.local_rope) if rope is not None]
         return b",".join(rope.length_key(prompt_length) for rope in ropes)
 
     @property
     def recompute_after(self) -> int | None:
-        """longrope has other frequencies beyond its original length."""
+        """Original length of longrope, beyond which its frequencies change; None for other models."""
         longrope = self.recomputed and self.rope is not None and self.rope.kind == "longrope"
         return self.rope.original_max_position if longrope else None
 
 
 class AroundDecoder:
-    """Of a model whose text goes through a decoder of this stack: what the decoder's configuration says of both."""
+    """Mixin for configurations of models around a decoder: passes on what the decoder's configuration says."""
 
     text: DecoderConfig
 
     @property
     def vocab_size(self) -> int:
-        """V."""
+        """V: vocabulary size."""
         return self.text.vocab_size
 
     @property
     def num_layers(self) -> int:
-        """Of the decoder."""
+        """Number of decoder layers."""
         return self.text.num_layers
 
     @property
     def query_group(self) -> int:
-        """Query heads that share a kv head."""
+        """Number of query heads per kv head."""
         return self.text.query_group
 
     @property
     def max_length(self) -> int:
-        """The longest sequence whose numbers are the model's own."""
+        """Maximum sequence length that the model supports."""
         return self.text.max_length
 
     def length_key(self, prompt_length: int) -> bytes:
-        """What of a prompt's length changes its keys."""
+        """Return a salt for prefix hashes: keys may depend on the prompt's length."""
         return self.text.length_key(prompt_length)
 
     @property
     def recompute_after(self) -> int | None:
-        """Tokens after which the positions of the whole sequence change."""
+        """Length in tokens beyond which rope changes for the whole sequence, or None."""
         return self.text.recompute_after
 
 
@@ -202,17 +203,24 @@ def read_config(
     norm_eps: tuple[str, float] = ("rms_norm_eps", 1e-6),
     linear: KdaSpec | DeltaNetSpec | None = None,
 ) -> DecoderConfig:
-    """Read the attributes that all families of this stack name alike, and require one value of those it has not.
+    """Read the config.json attributes that all families of this stack share; require fixed values of unsupported ones.
 
-    `kinds`: of the layers, where a window is not that of all of them (`layer_kinds`).
-    `moe`: the experts of all but the `dense_layers`.
-    `activation`: what config.json calls it.
-    `local_rope`: what is different about the rope of sliding layers, where config.json has not one of each kind.
-    `norm_eps`: what config.json calls the epsilon of norms, and its default.
-    `linear`: the layers of kind `LINEAR`.
+    Args:
+        reader: config.json.
+        qkv_bias, out_bias, qk_norm, mlp_bias: whether q, k and v, the output of attention, and the MLP have biases;
+            whether queries and keys have norms.
+        window: sliding window in tokens; None for none.
+        kinds: kind of each layer, if the window does not apply to all of them (`layer_kinds`).
+        partial_rotary: whether the family supports ropes on a part of a head's dimensions.
+        moe: mixture of experts of all layers but `dense_layers`.
+        dense_layers: layers with an MLP.
+        activation: name of the activation's attribute.
+        local_rope: rope attributes that differ for sliding layers, if config.json does not state both.
+        norm_eps: name of the norm epsilon's attribute and its default.
+        linear: token mixer of `LINEAR` layers.
 
     Raises:
-        ConfigError: sizes that do not fit each other, an unknown activation or rope.
+        ConfigError: sizes do not fit each other, or an activation or rope is unknown.
     """
     width, heads = reader.get_int("hidden_size"), reader.get_int("num_attention_heads")
     kv_heads = reader.get_int("num_key_value_heads", heads)
@@ -255,17 +263,17 @@ def read_config(
 
 
 def window_of(reader: ConfigReader) -> int | None:
-    """Read `sliding_window`, the positions that a token sees; null and 0 mean that it sees all."""
+    """Read `sliding_window`, the number of positions visible to a token; null and 0 mean no window."""
     return reader.get_int("sliding_window", None, least=0) or None
 
 
 def layer_kinds(
     reader: ConfigReader, default: Sequence[str], known: Sequence[str] = (FULL, SLIDING)
 ) -> tuple[str, ...]:
-    """`layer_types` of config.json, one a layer; `default` where it is absent. `known`: to the family.
+    """Read `layer_types` of config.json, one kind per layer; return `default` if it is absent.
 
     Raises:
-        ConfigError: of another length, or with a kind that this stack has not.
+        ConfigError: the length is wrong, or a kind is not in `known`.
     """
     kinds, layers = reader.get("layer_types", list(default)), reader.get_int("num_hidden_layers")
     if not isinstance(kinds, list) or len(kinds) != layers:
@@ -284,10 +292,10 @@ def layer_kinds(
 def _ropes(
     reader: ConfigReader, head_dim: int, local: Mapping[str, Any] | None
 ) -> tuple[RopeConfig, RopeConfig | None]:
-    """Read the rope of full and of sliding layers; `local`: what is different about the latter.
+    """Read the ropes of full and of sliding layers; `local` has the attributes that differ for the latter.
 
-    `rope_parameters` may have an object of each kind, as transformers 5 writes it; it states all but the base, which
-    the family may have as a default.
+    `rope_parameters` may have an object per kind, as written by transformers 5; it states everything but the base, for
+    which the family may have a default.
     """
     each = reader.get("rope_parameters", None)
     if not isinstance(each, Mapping) or {FULL, SLIDING}.isdisjoint(each):

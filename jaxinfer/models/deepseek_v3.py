@@ -20,12 +20,11 @@ from jaxinfer.models.moe_rules import MoENames
 
 NAMES = MoENames()
 LATENT_NORM_EPS = 1e-6
-"""Of the norms of latents, whatever `rms_norm_eps` says: transformers and the published code leave it at the
-default."""
+"""Epsilon of the latents' norms, whatever `rms_norm_eps` says: transformers and the published code use the default."""
 
 
 def latent_spec(reader: ConfigReader, *, rotated: bool) -> LatentSpec:
-    """Read the attention of the lineage; `rotated`: whether its shared columns are."""
+    """Read the latent attention spec; `rotated` says whether the shared columns are rotated."""
     own, shared = reader.get_int("qk_nope_head_dim", 128), reader.get_int("qk_rope_head_dim", 64)
     heads = reader.get_int("num_attention_heads")
     kv_heads = reader.get_int("num_key_value_heads", heads)
@@ -34,7 +33,7 @@ def latent_spec(reader: ConfigReader, *, rotated: bool) -> LatentSpec:
             f"config.json: num_key_value_heads is {kv_heads}, but all {heads} heads read one latent; set it to "
             "num_attention_heads"
         )
-    reader.skip("head_dim")  # follows from others in transformers' files, and is of no use in published ones
+    reader.skip("head_dim")  # derived from others in transformers' files, unused in published ones
     reader.only("qk_head_dim", own + shared)
     return LatentSpec(
         reader.get_int("hidden_size"),
@@ -54,7 +53,7 @@ def latent_spec(reader: ConfigReader, *, rotated: bool) -> LatentSpec:
 def experts(
     reader: ConfigReader, *, count: str, per_token: str, shared: str, groups: str, renormalise: str
 ) -> MoEConfig:
-    """Read the experts of the lineage, whose attributes' names are not the same everywhere."""
+    """Read the mixture of experts, whose attribute names differ between families."""
     for name, value in ("scoring_func", SIGMOID), ("topk_method", "noaux_tc"), ("moe_layer_freq", 1):
         reader.only(name, value)
     width, one = reader.get_int("moe_intermediate_size"), reader.get_int(groups, 1)
@@ -86,7 +85,17 @@ def stack(
     rope: RopeConfig | None,
     eps: float,
 ) -> DecoderConfig:
-    """Read the decoder around them; `dense`: the layers that have an MLP, `eps`: of the norms beside the latents'."""
+    """Read the remaining decoder configuration.
+
+    Args:
+        reader: config.json.
+        attention: latent attention spec.
+        moe: mixture of experts.
+        dense: layers with an MLP.
+        max_position: maximum number of positions.
+        rope: rotary embedding; None for no positional encoding.
+        eps: epsilon of the norms, except those of the latents.
+    """
     reader.require(one_values(qk_norm=False, experts=True) | {"use_qk_norm": (False, True)})
     layers, activation = reader.get_int("num_hidden_layers"), reader.get_choice("hidden_act", "silu", ACTIVATIONS)
     return DecoderConfig(
@@ -106,7 +115,9 @@ def stack(
 
 
 def config(reader: ConfigReader) -> DecoderConfig:
-    """Read the configuration: the first layers are dense; yarn's factor is in the scores as well, squared."""
+    """Read the configuration; the first layers are dense, and yarn's factor is applied to the scores as well,
+    squared.
+    """
     reader.absent(q_lora_rank=1536)
     reader.defaults(n_group=8, topk_group=4, routed_scaling_factor=2.5, max_position_embeddings=4096)
     eps, layers = reader.get_float("rms_norm_eps", 1e-6, above=0), reader.get_int("num_hidden_layers")
@@ -127,7 +138,7 @@ def config(reader: ConfigReader) -> DecoderConfig:
 
 
 def _score_factor(rope: RopeConfig) -> float:
-    """What yarn's `mscale_all_dim` multiplies queries and keys by, of which only some columns are rotated."""
+    """Return the factor of yarn's `mscale_all_dim` on queries and keys, of which only some columns are rotated."""
     if rope.kind == "default" or not rope.mscale_all_dim or (rope.factor or 1) <= 1:
         return 1.0
     return 0.1 * rope.mscale_all_dim * math.log(rope.factor) + 1.0

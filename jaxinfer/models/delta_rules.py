@@ -1,12 +1,12 @@
-"""What checkpoints call the tensors of linear attention, as rules of a weight table."""
+"""Weight rules of linear attention (KDA and gated DeltaNet)."""
 
 from jaxinfer.checkpoint.rules import Rule
 
 
 def kda_rules(layer: str = "model.layers.{i}.self_attn", target: str = "layers.{i}.attention") -> list[Rule]:
-    """Of one `layers.kda.KimiDeltaAttention`, by the names on the Hub or those of transformers.
+    """Return the weight rules of one `layers.kda.KimiDeltaAttention`, by the names on the Hub or in transformers.
 
-    transformers packs the three convolutions into one and puts what makes the forget gate under `forget_gate`.
+    transformers packs the three convolutions into one tensor and names the parts of the forget gate `forget_gate.*`.
 
     Args:
         layer: prefix of the tensors' names.
@@ -32,7 +32,7 @@ def kda_rules(layer: str = "model.layers.{i}.self_attn", target: str = "layers.{
 
 
 def delta_net_rules(layer: str = "model.layers.{i}.linear_attn", target: str = "layers.{i}.attention") -> list[Rule]:
-    """Of one `layers.delta_net.GatedDeltaNet`; arguments as of `kda_rules`."""
+    """Return the weight rules of one `layers.delta_net.GatedDeltaNet`; arguments as in `kda_rules`."""
     return [
         *(Rule(f"{layer}.in_proj_{part}.weight", f"{target}.projection.weight", (part,)) for part in ("qkvz", "ba")),
         Rule(f"{layer}.conv1d.weight", f"{target}.conv", ("q", "k", "v")),

@@ -1,5 +1,6 @@
-"""Gemma 2 (`Gemma2ForCausalLM`): windows in every other layer, norms on both sides, capped scores
-(arXiv:2408.00118)."""
+"""Gemma 2 (`Gemma2ForCausalLM`): sliding windows in every other layer, norms on both sides, softcapped scores
+(arXiv:2408.00118).
+"""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,13 +22,13 @@ from jaxinfer.models.decoder_config import (
 )
 
 SCALING = Scaling(offset=1.0, wide=True)
-"""Of Gemma's norms."""
+"""Scaling of Gemma's norms."""
 
 
 def gemma(reader: ConfigReader, kinds: Sequence[str], **more: Any) -> DecoderConfig:
-    """Read what Gemma 2 and 3 have in common; `more`: of `models.decoder_config.read_config`.
+    """Read what Gemma 2 and 3 share; `more` are arguments of `decoder_config.read_config`.
 
-    `hidden_act` is in old files and was never used.
+    `hidden_act` is present in old files and was never used.
     """
     reader.skip("hidden_act", "sliding_window_size")
     bias = reader.get_bool("attention_bias", False)
@@ -52,7 +53,7 @@ def gemma(reader: ConfigReader, kinds: Sequence[str], **more: Any) -> DecoderCon
 
 
 def config(reader: ConfigReader) -> DecoderConfig:
-    """The first layer slides; both caps may be null."""
+    """Read the configuration; the first layer slides, and both softcaps may be null."""
     reader.absent(attn_logit_softcapping=50.0, final_logit_softcapping=30.0, sliding_window=4096, num_key_value_heads=4)
     reader.defaults(
         query_pre_attn_scalar=256,

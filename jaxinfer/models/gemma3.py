@@ -1,6 +1,7 @@
-"""Gemma 3 (`Gemma3ForCausalLM`): five sliding layers for a full one, each kind with its own rope, and norms of queries
-and keys in the place of Gemma 2's caps (arXiv:2503.19786). Of checkpoints that read images
-(`Gemma3ForConditionalGeneration`) the text model alone is served.
+"""Gemma 3 (`Gemma3ForCausalLM`): five sliding layers per full layer, a rope for each kind, and q and k norms in place
+of Gemma 2's softcaps (arXiv:2503.19786).
+
+Of checkpoints that read images (`Gemma3ForConditionalGeneration`) only the text model is served.
 """
 
 from jaxinfer.checkpoint.hf import ConfigReader
@@ -10,7 +11,7 @@ from jaxinfer.models.decoder_config import FULL, SLIDING, DecoderConfig
 from jaxinfer.models.gemma2 import gemma
 
 THETA, LOCAL_THETA = 1_000_000.0, 10_000.0
-"""Of full and of sliding layers, where config.json does not say."""
+"""Default rope bases of full and of sliding layers."""
 IMAGES = (
     "vision_config",
     "mm_tokens_per_image",
@@ -21,15 +22,16 @@ IMAGES = (
     "boi_token_id",
     "eoi_token_id",
 )
-"""Fields of config.json about images."""
+"""Attributes of config.json about images."""
 NOT_TEXT = (r"(model\.)?(vision_tower|multi_modal_projector)\..*",)
-"""Tensors of the parts that read images."""
+"""Patterns of the vision tower's and projector's tensors."""
 
 
 def config(reader: ConfigReader) -> DecoderConfig:
-    """Every `sliding_window_pattern`-th layer is full; `rope_scaling` is that of full layers alone.
+    """Read the configuration; every `sliding_window_pattern`-th layer is full, `rope_scaling` applies to full layers
+    only.
 
-    The `text_config` of a whole model may lack whatever is as in the smallest one.
+    The `text_config` of a multimodal checkpoint may omit what equals the smallest model's value.
     """
     if "text_config" in reader.config:
         tied = reader.get_bool("tie_word_embeddings", None)

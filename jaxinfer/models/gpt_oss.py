@@ -1,5 +1,6 @@
-"""gpt-oss (`GptOssForCausalLM`): windows in every other layer, a sink for each head, experts with biases
-(arXiv:2508.10925)."""
+"""gpt-oss (`GptOssForCausalLM`): sliding windows in every other layer, attention sinks, experts with biases
+(arXiv:2508.10925).
+"""
 
 from dataclasses import replace
 from functools import partial
@@ -23,16 +24,16 @@ ROPE = {
     "truncate": False,
     "original_max_position_embeddings": 4096,
 }
-"""The rotary embedding where config.json states none."""
+"""Default rotary embedding, if config.json states none."""
 
 
 def config(reader: ConfigReader) -> DecoderConfig:
-    """Read the configuration: the first layer slides; `intermediate_size` is the width of one expert, and nobody reads
-    `hidden_act`.
+    """Read the configuration; the first layer slides, `intermediate_size` is the width of one expert, `hidden_act` is
+    unused.
 
-    Experts in MXFP4 are read in the model's dtype, so `quantization_config` says nothing more.
+    MXFP4 experts are dequantised to the model's dtype, so `quantization_config` is not needed.
     """
-    # Copies of num_experts_per_tok and of the rope's original length in the files of the Hub.
+    # Copies of num_experts_per_tok and of rope's original length, in files on the Hub.
     reader.skip("hidden_act", "quantization_config", "experts_per_token", "initial_context_length")
     reader.only("norm_topk_prob", True)
     reader.default_theta = 150_000.0

@@ -1,5 +1,6 @@
-"""Granite 3 (`GraniteForCausalLM`): Llama with multipliers of embeddings, scores, residuals and logits
-(arXiv:2408.13359)."""
+"""Granite 3 (`GraniteForCausalLM`): Llama with multipliers on embeddings, attention scores, residuals and logits
+(arXiv:2408.13359).
+"""
 
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -17,26 +18,26 @@ from jaxinfer.models.decoder_config import DecoderConfig
 
 @dataclass(frozen=True)
 class GraniteConfig(DecoderConfig):
-    """A Llama decoder whose blocks scale what they add."""
+    """Llama decoder with scaled residual branches."""
 
     residual_multiplier: float = 1.0
-    """Multiplies what attention and the MLP add to the residual."""
+    """Factor on the outputs of attention and the MLP before they are added to the residual."""
 
 
 class GraniteLayer(Layer):
-    """Run a Llama block with scaled residuals."""
+    """Llama layer with scaled residual branches."""
 
     def __init__(self, build: Build, config: GraniteConfig, number: int):
         super().__init__(build, config, number)
         self.residual_multiplier = config.residual_multiplier
 
     def add(self, x: jax.Array, y: jax.Array) -> jax.Array:
-        """Add `y` times the residual multiplier; both `[T, M]`."""
+        """Add `y` times the residual multiplier to `x`; both `[T, M]`."""
         return x + scale_by(y, self.residual_multiplier)
 
 
 def config(reader: ConfigReader) -> GraniteConfig:
-    """Read the four multipliers and what Granite shares with Llama."""
+    """Read the configuration: Llama's attributes and the four multipliers."""
     shared = llama.config(reader)
     shared = replace(
         shared,

@@ -1,7 +1,7 @@
-"""Kimi-Linear (`KimiLinearForCausalLM`): three layers of Kimi Delta Attention to one of latent attention, without
-rotary positions, and experts (arXiv:2510.26692).
+"""Kimi-Linear (`KimiLinearForCausalLM`): three Kimi Delta Attention layers per latent attention layer, no rotary
+positions, and experts (arXiv:2510.26692).
 
-config.json is read as it is on the Hub (`linear_attn_config`, layers counted from one) and as transformers writes it
+config.json is read as on the Hub (`linear_attn_config`, layers counted from one) and as written by transformers
 (`layer_types`).
 """
 
@@ -28,11 +28,11 @@ HUB = {
     "moe_renormalize": "norm_topk_prob",
     "model_max_length": "max_position_embeddings",
 }
-"""Names on the Hub and those of transformers."""
+"""Attribute names on the Hub and in transformers."""
 
 
 def config(reader: ConfigReader) -> DecoderConfig:
-    """Read the configuration: `qk_rope_head_dim` columns are shared by all heads, and not rotated."""
+    """Read the configuration; the `qk_rope_head_dim` columns are shared by all heads, but not rotated."""
     reader.skip("rope_theta", "rope_scaling", "rope_parameters", "use_grouped_topk")
     reader.only("moe_router_activation_func", SIGMOID)
     reader.only("mla_use_nope", True)
@@ -59,12 +59,12 @@ def config(reader: ConfigReader) -> DecoderConfig:
         eps=eps,
     )
     linear, kinds = _linear(reader, layers, eps)
-    # The published model has a head of its own, and transformers ties nothing, whatever tie_word_embeddings says.
+    # The published model has a separate head, and transformers ties nothing, whatever tie_word_embeddings says.
     return replace(made, linear=linear, kinds=kinds, tied=False)
 
 
 def _dense(reader: ConfigReader, layers: int) -> tuple[int, ...]:
-    """Layers with an MLP."""
+    """Return the layers with an MLP."""
     kinds, first = reader.get("mlp_layer_types", None), reader.get_int("first_k_dense_replace", 1, least=0)
     if kinds is None:
         return tuple(range(min(first, layers)))
@@ -77,7 +77,7 @@ def _dense(reader: ConfigReader, layers: int) -> tuple[int, ...]:
 
 
 def _linear(reader: ConfigReader, layers: int, eps: float) -> tuple[KdaSpec, tuple[str, ...]]:
-    """The shape of the linear layers, and the kind of every layer."""
+    """Return the spec of the linear layers and the kind of every layer."""
     shape = {
         "head_dim": "linear_head_dim",
         "num_heads": "linear_num_heads",
@@ -107,10 +107,10 @@ def _linear(reader: ConfigReader, layers: int, eps: float) -> tuple[KdaSpec, tup
 
 
 def _listed(part: ConfigReader, layers: int) -> tuple[str, ...]:
-    """Of `full_attn_layers` and `kda_layers`, which count from one.
+    """Return layer kinds from `full_attn_layers` and `kda_layers`, which count from one.
 
     Raises:
-        ConfigError: a layer that is in neither list or in both, or that there is not.
+        ConfigError: a layer is in neither list or in both, or out of range.
     """
     found: dict[int, str] = {}
     for name, kind in (("full_attn_layers", FULL), ("kda_layers", LINEAR)):

@@ -1,4 +1,4 @@
-"""Llama 1 to 3.x (`LlamaForCausalLM`): the plain member of the stack (arXiv:2407.21783)."""
+"""Llama 1 to 3.x (`LlamaForCausalLM`): the base decoder (arXiv:2407.21783)."""
 
 from jaxinfer.checkpoint.hf import ConfigReader
 from jaxinfer.models.base import Family
@@ -7,10 +7,10 @@ from jaxinfer.models.decoder_config import FULL, DecoderConfig, layer_kinds, rea
 
 
 def config(reader: ConfigReader) -> DecoderConfig:
-    """Read the configuration: `attention_bias` puts a bias on q, k, v and o alike, `mlp_bias` on all three of the MLP.
+    """Read the configuration; `attention_bias` applies to q, k, v and o, `mlp_bias` to all three MLP projections.
 
-    LLaMA 1 has no `max_position_embeddings`. A sliding window is refused unless it is switched off or covers all
-    positions: transformers computes this architecture without one.
+    LLaMA 1 has no `max_position_embeddings`. A sliding window is refused unless it is off or covers all positions:
+    transformers computes this architecture without one.
     """
     reader.defaults(max_position_embeddings=2048)
     window = reader.get_int("sliding_window", 0, least=0)

@@ -1,5 +1,6 @@
-"""mBART and mBART-50 (`MBartForConditionalGeneration`): BART whose norms come first (arXiv:2001.08210,
-arXiv:2008.00401)."""
+"""mBART and mBART-50 (`MBartForConditionalGeneration`): BART with pre-norm layers (arXiv:2001.08210,
+arXiv:2008.00401).
+"""
 
 from functools import partial
 

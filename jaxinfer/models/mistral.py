@@ -1,4 +1,4 @@
-"""Mistral (`MistralForCausalLM`): Llama without biases, early ones with a sliding window (arXiv:2310.06825)."""
+"""Mistral (`MistralForCausalLM`): Llama without biases; early versions have a sliding window (arXiv:2310.06825)."""
 
 from jaxinfer.checkpoint.hf import ConfigReader
 from jaxinfer.models.base import Family
@@ -7,7 +7,7 @@ from jaxinfer.models.decoder_config import FULL, SLIDING, DecoderConfig, layer_k
 
 
 def config(reader: ConfigReader) -> DecoderConfig:
-    """Read the configuration: where there is a window, all layers have it, unless `layer_types` says which."""
+    """Read the configuration; a window applies to all layers unless `layer_types` says otherwise."""
     reader.absent(sliding_window=4096, num_key_value_heads=8)
     reader.defaults(max_position_embeddings=131_072)
     window = window_of(reader)

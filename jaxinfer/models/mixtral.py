@@ -13,7 +13,7 @@ NAMES = MoENames(("block_sparse_moe", "mlp"), gate="w1", up="w3", down="w2")
 
 
 def config(reader: ConfigReader) -> DecoderConfig:
-    """Read the configuration: `intermediate_size` is the width of one expert."""
+    """Read the configuration; `intermediate_size` is the width of one expert."""
     reader.absent(num_key_value_heads=8)
     reader.defaults(max_position_embeddings=131_072, rms_norm_eps=1e-5)
     reader.default_theta = 1_000_000.0

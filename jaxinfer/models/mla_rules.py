@@ -1,4 +1,4 @@
-"""What checkpoints call the tensors of multi-head latent attention, as rules of a weight table."""
+"""Weight rules of multi-head latent attention."""
 
 from jaxinfer.checkpoint.rules import Rule
 
@@ -6,13 +6,13 @@ from jaxinfer.checkpoint.rules import Rule
 def mla_rules(
     layer: str = "model.layers.{i}.self_attn", target: str = "layers.{i}.attention", *, query_rank: bool, bias: bool
 ) -> list[Rule]:
-    """Of one `layers.mla.LatentAttention`.
+    """Return the weight rules of one `layers.mla.LatentAttention`.
 
     Args:
         layer: prefix of the tensors' names.
         target: path of the module.
-        query_rank: whether queries are made of a latent of their own.
-        bias: whether the projections to the latents, and the one behind attention, have one.
+        query_rank: whether queries have a latent of their own.
+        bias: whether the projections to the latents and the output projection have biases.
     """
 
     def rule(name: str, path: str, *parts: str) -> Rule:

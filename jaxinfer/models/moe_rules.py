@@ -1,7 +1,7 @@
-"""What checkpoints call the tensors of a mixture of experts, as rules of a weight table.
+"""Weight rules of a mixture of experts.
 
-A checkpoint has the experts' tensors one by one (`experts.3.gate_proj.weight`, as on the Hub) or stacked
-(`experts.gate_up_proj` `[E, 2F, M]` with the gate's rows first and `experts.down_proj` `[E, M, F]`, transformers' own).
+Checkpoints store experts one by one (`experts.3.gate_proj.weight`, as on the Hub) or stacked (`experts.gate_up_proj`
+`[E, 2F, M]` with the gate's rows first and `experts.down_proj` `[E, M, F]`, as written by transformers).
 """
 
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from jaxinfer.layers.moe import MoEConfig
 
 @dataclass(frozen=True)
 class MoENames:
-    """Names below a layer's prefix."""
+    """Checkpoint names of the parts of a mixture, below the layer's prefix."""
 
     prefixes: tuple[str, ...] = ("mlp",)
-    """Of the mixture; a checkpoint has one of them."""
+    """Alternative prefixes of the mixture; a checkpoint uses one of them."""
     gate: str = "gate_proj"
-    """Of an expert's own projections."""
+    """Name of each expert's gate projection; likewise `up` and `down`."""
     up: str = "up_proj"
     down: str = "down_proj"
     router: str = "gate"
@@ -28,11 +28,11 @@ class MoENames:
 def moe_rules(
     config: MoEConfig, names: MoENames, layer: str = "model.layers.{i}", target: str = "layers.{i}.mlp"
 ) -> list[Rule]:
-    """The rules of one mixture.
+    """Return the weight rules of one mixture of experts.
 
     Args:
-        config: what it consists of.
-        names: what they are called.
+        config: shape of the mixture.
+        names: checkpoint names of its parts.
         layer: prefix of the tensors' names.
         target: path of the `layers.moe.MoE`.
     """

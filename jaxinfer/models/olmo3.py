@@ -1,5 +1,5 @@
-"""Olmo 3 (`Olmo3ForCausalLM`): norms after attention and MLP, and of queries and keys over their whole width, as Olmo 2
-has them (arXiv:2501.00656); three sliding layers for a full one.
+"""Olmo 3 (`Olmo3ForCausalLM`): norms after attention and MLP, q and k norms over the whole width as in Olmo 2
+(arXiv:2501.00656), and three sliding layers per full layer.
 """
 
 from dataclasses import replace
@@ -14,7 +14,7 @@ SCALING = Scaling(wide=True)
 
 
 def config(reader: ConfigReader) -> DecoderConfig:
-    """Read the configuration: `rope_scaling` is that of full layers alone; all have one `rope_theta`."""
+    """Read the configuration; `rope_scaling` applies to full layers only, `rope_theta` to all."""
     reader.default_theta = 500_000.0
     reader.absent(sliding_window=4096)
     reader.defaults(max_position_embeddings=2048, rms_norm_eps=1e-5)

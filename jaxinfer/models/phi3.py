@@ -1,4 +1,4 @@
-"""Phi-3, 3.5 and 4-mini (`Phi3ForCausalLM`): a checkpoint that is already fused (arXiv:2404.14219)."""
+"""Phi-3, 3.5 and 4-mini (`Phi3ForCausalLM`): Llama with fused checkpoint tensors (arXiv:2404.14219)."""
 
 from dataclasses import replace
 from functools import partial
@@ -10,13 +10,13 @@ from jaxinfer.models.decoder_config import DecoderConfig, read_config, window_of
 
 
 def config(reader: ConfigReader) -> DecoderConfig:
-    """Read the configuration; a window is that of all layers, as for Mistral.
+    """Read the configuration; a window applies to all layers, as in Mistral.
 
-    A sequence that outgrows longrope's original length is computed again, as transformers' `generate` does for
-    this family: keys of both kinds beside each other would mean nothing.
+    A sequence that outgrows longrope's original length is recomputed, as in transformers' `generate` for this family:
+    keys computed with different frequencies cannot be mixed.
     """
     reader.defaults(max_position_embeddings=4096, original_max_position_embeddings=4096, rms_norm_eps=1e-5)
-    reader.skip("full_attn_mod", "interpolate_factor")  # of the code that Phi-4-mini was published with
+    reader.skip("full_attn_mod", "interpolate_factor")  # used by the remote code of Phi-4-mini
     shared = read_config(reader, window=window_of(reader), partial_rotary=True)
     return replace(shared, recomputed=True)
 

@@ -9,8 +9,10 @@ from jaxinfer.models.decoder_config import FULL, SLIDING, DecoderConfig, layer_k
 
 
 def windows(reader: ConfigReader) -> dict[str, Any]:
-    """Qwen's window: only where `use_sliding_window` is on, and then from layer `max_window_layers` on, or where
-    `layer_types` says.
+    """Read Qwen's sliding window as arguments of `decoder_config.read_config`.
+
+    It applies only if `use_sliding_window` is true, and then to the layers named by `layer_types`, or else to those
+    from `max_window_layers` on.
     """
     window, layers = window_of(reader), reader.get_int("num_hidden_layers")
     first = min(reader.get_int("max_window_layers", 28, least=0), layers)
@@ -21,7 +23,7 @@ def windows(reader: ConfigReader) -> dict[str, Any]:
 
 
 def config(reader: ConfigReader) -> DecoderConfig:
-    """Read the configuration: q, k and v always carry a bias, o never, whatever the file says."""
+    """Read the configuration; q, k and v always have biases and o never, whatever the file says."""
     reader.absent(num_key_value_heads=32)
     reader.defaults(max_position_embeddings=32_768)
     reader.skip("attention_bias", "qkv_bias")

@@ -10,9 +10,9 @@ from jaxinfer.models.qwen2 import windows
 
 
 def config(reader: ConfigReader, **more: Any) -> DecoderConfig:
-    """Read the configuration: `attention_bias` puts a bias on q, k, v and o alike.
+    """Read the configuration; `attention_bias` applies to q, k, v and o.
 
-    `more`: of `models.decoder_config.read_config`; with experts, the family has set its own defaults.
+    `more` are arguments of `decoder_config.read_config`; families with experts set their own defaults first.
     """
     if "moe" not in more:
         reader.absent(num_key_value_heads=32)

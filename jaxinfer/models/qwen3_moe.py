@@ -12,10 +12,10 @@ from jaxinfer.models.decoder_config import DecoderConfig
 
 
 def dense_layers(reader: ConfigReader) -> tuple[int, ...]:
-    """Layers with an MLP: those of `mlp_only_layers`, and all but every `decoder_sparse_step`-th, counted from one.
+    """Return layers with an MLP: `mlp_only_layers`, and all but every `decoder_sparse_step`-th, counted from one.
 
     Raises:
-        ConfigError: a number that is no layer's.
+        ConfigError: a layer number is out of range.
     """
     layers, step = reader.get_int("num_hidden_layers"), reader.get_int("decoder_sparse_step", 1)
     named = reader.get("mlp_only_layers", [])
@@ -28,7 +28,7 @@ def dense_layers(reader: ConfigReader) -> tuple[int, ...]:
 
 
 def config(reader: ConfigReader) -> DecoderConfig:
-    """Read the configuration: `intermediate_size` is the width of the layers without experts."""
+    """Read the configuration; `intermediate_size` is the width of the layers without experts."""
     reader.absent(num_key_value_heads=4)
     reader.only("shared_expert_intermediate_size", 0)
     router = RouterConfig(renormalise=reader.get_bool("norm_topk_prob", False))

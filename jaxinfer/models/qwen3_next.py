@@ -1,4 +1,4 @@
-"""Qwen3-Next (`Qwen3NextForCausalLM`): three layers of gated DeltaNet to one of gated attention, and experts
+"""Qwen3-Next (`Qwen3NextForCausalLM`): three gated DeltaNet layers per gated attention layer, and experts
 (arXiv:2412.06464, arXiv:2505.06708).
 """
 
@@ -21,7 +21,7 @@ SCALING = Scaling(offset=1.0, wide=True)
 
 
 def config(reader: ConfigReader) -> DecoderConfig:
-    """Read the configuration: a quarter of a head's columns is rotated; the gate of attention's output is beside its
+    """Read the configuration; a quarter of a head's columns is rotated, and the output gate is projected with the
     queries.
     """
     reader.absent(num_key_value_heads=2)

@@ -1,4 +1,4 @@
-"""Which family serves which architecture; a family's file is imported when it is asked for."""
+"""Registry of architectures; a family's file is imported on first use."""
 
 import importlib
 from collections.abc import Mapping
@@ -32,7 +32,7 @@ ARCHITECTURES: Mapping[str, str] = {
     "WhisperForConditionalGeneration": "whisper.model",
     "MllamaForConditionalGeneration": "mllama.model",
 }
-"""`architectures` in config.json -> the module in this folder whose `FAMILY` is used."""
+"""`architectures` in config.json -> module in this folder with the family's `FAMILY`."""
 
 MODEL_TYPES: Mapping[str, str] = {
     "llama": "LlamaForCausalLM",
@@ -59,16 +59,16 @@ MODEL_TYPES: Mapping[str, str] = {
     "whisper": "WhisperForConditionalGeneration",
     "mllama": "MllamaForConditionalGeneration",
 }
-"""`model_type` in config.json -> the architecture that a file without `architectures` means."""
+"""`model_type` in config.json -> architecture, for files without `architectures`."""
 ALIASES: Mapping[str, str] = {"LLaMAForCausalLM": "LlamaForCausalLM"}
-"""Architectures by the names that files of early versions of transformers have for them."""
+"""Architecture names written by early versions of transformers."""
 
 
 def architecture(config: Mapping[str, object]) -> str:
-    """Return the name in `ARCHITECTURES` of the architecture that a config.json names, by `model_type` if by no other.
+    """Return the supported architecture named by a config.json, or implied by its `model_type`.
 
     Raises:
-        ConfigError: an architecture that is not in the table; lists what is.
+        ConfigError: the architecture is not supported; the message lists those that are.
     """
     named, kind = config.get("architectures") or [], config.get("model_type")
     if not named and isinstance(kind, str) and kind in MODEL_TYPES:
@@ -84,7 +84,7 @@ def architecture(config: Mapping[str, object]) -> str:
 
 
 def family(config: Mapping[str, object]) -> Family:
-    """Return the family of a checkpoint by its config.json.
+    """Return the family of a checkpoint, given its config.json.
 
     Raises:
         ConfigError: as `architecture`.

@@ -1,1 +1,1 @@
-"""InternVL."""
+"""InternVL model family."""

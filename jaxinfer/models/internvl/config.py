@@ -1,4 +1,4 @@
-"""InternVL's config.json, of transformers' own checkpoints and of the original ones, whose code is never executed."""
+"""InternVL's config.json, of transformers' checkpoints and of original ones (whose code is never executed)."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ from jaxinfer.models.base import CrossSource, Features
 from jaxinfer.models.decoder_config import AroundDecoder, DecoderConfig
 
 LANGUAGE_MODELS = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
-"""`model_type` -> architecture of the decoders that are served."""
+"""`model_type` -> architecture of the supported language models."""
 
 _QWEN = dict(
     vocab_size=151_936, hidden_size=4096, intermediate_size=22_016, num_hidden_layers=32, num_attention_heads=32
@@ -23,7 +23,7 @@ TEXT_SIZES = {
     "Qwen3ForCausalLM": _QWEN,
     "LlamaForCausalLM": _QWEN | dict(vocab_size=32_000, intermediate_size=11_008),
 }
-"""Sizes of the configuration classes of transformers."""
+"""Default sizes of the language models' configuration classes in transformers."""
 VISION_SIZES = dict(
     hidden_size=1024,
     num_hidden_layers=24,
@@ -32,10 +32,10 @@ VISION_SIZES = dict(
     image_size=[448, 448],
     patch_size=[14, 14],
 )
-"""The same of the tower."""
+"""Default sizes of the vision tower's configuration class in transformers."""
 
 MAX_SIDE = 2**13
-"""Pixels a side of an image, a tile or a patch, at most; far above any real model."""
+"""Maximum side of an image, a tile or a patch in pixels; far above any real model."""
 
 CHAT_ONLY = (
     "template",
@@ -50,7 +50,7 @@ CHAT_ONLY = (
     "image_fold",
     "hidden_size",
 )
-"""Of the original config.json: how prompts and tiles are made (`internvl_images`), and what repeats a part's size."""
+"""Attributes of original files about prompts and tiles (read by `internvl.images`), and copies of sizes."""
 
 TRAINING_ONLY = (
     "capacity_factor",
@@ -68,49 +68,49 @@ TRAINING_ONLY = (
     "use_rts",
     "use_weighted_residual",
 )
-"""Of the original vision_config: training, and the experts of a tower that `use_moe` would switch on."""
+"""Attributes of original vision configs about training, and about the experts that `use_moe` would enable."""
 
 
 @dataclass(frozen=True)
 class InternVLConfig(AroundDecoder):
-    """The two halves and what lies between them."""
+    """Configuration of vision tower, projector and language model."""
 
     vision: VisionConfig
     text: DecoderConfig
     image_size: int
-    """Pixels a side of the tiles that images are cut into."""
+    """Side of a tile in pixels."""
     image_token: int
-    """The token in whose places an image's rows go; -1: not known."""
+    """Id of the image token; -1 if unknown."""
     shuffle: int
-    """Patches a side that become one row."""
+    """Side of the blocks of patches that are merged into one row."""
     transposed: bool
-    """Whether rows run down the columns of a tile (the original's `ps_version` "v1")."""
+    """Whether rows run down the columns of a tile (`ps_version` "v1" of original checkpoints)."""
     activation: str
-    """Of the projector."""
+    """Activation of the projector."""
     stored_layers: int
-    """Layers of the checkpoint's tower; those after `vision.layers` are not needed."""
+    """Number of tower layers in the checkpoint; those from `vision.layers` on are unused."""
     original: bool
-    """Whether tensors have the names of the original checkpoints."""
+    """Whether tensors have the names of original checkpoints."""
     cross: CrossSource | None = None
-    """There is no cross-attention."""
+    """Encoder inputs for cross-attention; None here."""
 
     @property
     def features(self) -> Features:
-        """Tiles of images."""
+        """Tiles of images, whose rows replace image tokens."""
         side = self.image_size // self.vision.patch_size // self.shuffle
         return Features("image", (self.vision.channels, self.image_size, self.image_size), side**2, self.image_token)
 
 
 def read_config(reader: ConfigReader) -> InternVLConfig:
-    """Read either kind of config.json.
+    """Read the config.json of either kind of checkpoint.
 
     Raises:
-        ConfigError: sizes that do not fit each other, a part or an option that is not served.
+        ConfigError: sizes do not fit each other, or a part or option is not supported.
     """
     original = "llm_config" in reader.config
     text = _language_model(reader, "llm_config" if original else "text_config")
     part = reader.part("vision_config")
-    part.skip("tie_word_embeddings")  # of a full dump; the tower has no head
+    part.skip("tie_word_embeddings")  # written by a full dump; the tower has no head
     if not original:
         part.defaults(**VISION_SIZES)
     shuffle = _shuffle(reader.get_float("downsample_ratio", 0.5))
@@ -127,7 +127,7 @@ def read_config(reader: ConfigReader) -> InternVLConfig:
         reader.get_choice("vision_feature_select_strategy", "default", ("default",))
         size, token, transposed = _tile(vision, shuffle, reader.get_int("image_seq_length", 256)), 151667, False
         activation = reader.get_choice("projector_hidden_act", "gelu", ACTIVATIONS)
-        part.skip("layer_scale_init_value", "projection_dropout", "use_mask_token")  # a mask is for training
+        part.skip("layer_scale_init_value", "projection_dropout", "use_mask_token")  # the mask token is for training
     token = reader.get_int("image_token_id", token, least=0)
     if token >= text.vocab_size:
         raise ConfigError(f"config.json: image_token_id is {token}, but the vocabulary has {text.vocab_size} ids")
@@ -140,14 +140,14 @@ def read_config(reader: ConfigReader) -> InternVLConfig:
 
 
 def _language_model(reader: ConfigReader, name: str) -> DecoderConfig:
-    """Read the decoder's own configuration, by its family's reader.
+    """Read the language model's configuration with its own family's reader.
 
-    A file that transformers wrote leaves out what is as in the configuration class of its decoder.
+    Files written by transformers omit values that equal the defaults of the language model's configuration class.
     """
-    tied = reader.get_bool("tie_word_embeddings", None)  # the whole model's goes before the part's
+    tied = reader.get_bool("tie_word_embeddings", None)  # the whole model's overrides the part's
     part = reader.part(name, **({} if tied is None else {"tie_word_embeddings": tied}))
     if name == "text_config":
-        part.defaults(tie_word_embeddings=True)  # as transformers' class of the whole model has it
+        part.defaults(tie_word_embeddings=True)  # default of transformers' class of the whole model
     listed, kind = part.get("architectures", []), part.get_str("model_type", "qwen2")
     named = listed[0] if isinstance(listed, list) and listed else LANGUAGE_MODELS.get(kind)
     if named not in LANGUAGE_MODELS.values():
@@ -164,7 +164,7 @@ def _language_model(reader: ConfigReader, name: str) -> DecoderConfig:
 def _vision(
     reader: ConfigReader, layer: Any, qkv_bias: str, qk_norm: str, *, original: bool
 ) -> tuple[VisionConfig, int]:
-    """The tower up to the layer whose output is asked for, and how many layers the checkpoint has."""
+    """Return the tower's configuration up to the layer that is read, and the number of layers in the checkpoint."""
     width, heads = reader.get_int("hidden_size"), reader.get_int("num_attention_heads")
     image, patch = side(reader, "image_size"), side(reader, "patch_size")
     reader.divide("hidden_size", width, "num_attention_heads", heads)
@@ -184,7 +184,7 @@ def _vision(
         norm=reader.get_choice("norm_type", "rms_norm" if original else "layer_norm", NORMS),
         norm_eps=eps,
         qkv_bias=reader.get_bool(qkv_bias, False),
-        # transformers keeps the epsilon of queries and keys apart from the layers'.
+        # transformers uses a separate epsilon for q and k norms.
         qk_norm_eps=(eps if original else 1e-6) if normed else None,
         positions=original or reader.get_bool("use_absolute_position_embeddings", True),
         final_norm=not pooled and layer == -1,
@@ -192,7 +192,7 @@ def _vision(
 
 
 def _computed(layer: Any, stored: int) -> int:
-    """How many layers run until the output that is asked for: -1 is that of the last, 0 what the first one reads."""
+    """Return how many layers run to compute output `layer`: -1 is the last layer's, 0 the input of the first."""
     if not isinstance(layer, int) or isinstance(layer, bool) or not -stored - 1 <= layer <= stored:
         raise ConfigError(
             f"config.json: vision_feature_layer (or select_layer) is {show(layer)}; it must be one whole number from "
@@ -202,7 +202,7 @@ def _computed(layer: Any, stored: int) -> int:
 
 
 def _shuffle(ratio: float) -> int:
-    """Patches a side that become one row."""
+    """Return the side of the blocks of patches that are merged into one row."""
     whole = round(1 / ratio) if 2**-10 <= ratio <= 1 else 0
     if whole * ratio != 1:
         raise ConfigError(f"config.json: downsample_ratio is {ratio}; it must be 1 over a power of two up to 1024")
@@ -210,7 +210,7 @@ def _shuffle(ratio: float) -> int:
 
 
 def side(reader: ConfigReader, name: str) -> int:
-    """A size in pixels, given as one number or as a pair of equal ones."""
+    """Read a size in pixels, given as one number or as a pair of equal ones."""
     value = reader.get(name)
     sides = [whole(side) for side in (value if isinstance(value, list) and len(value) == 2 else [value, value])]
     if sides[0] != sides[1] or any(type(side) is not int or not 1 <= side <= MAX_SIDE for side in sides):
@@ -221,7 +221,7 @@ def side(reader: ConfigReader, name: str) -> int:
 
 
 def _tile(vision: VisionConfig, shuffle: int, rows: int) -> int:
-    """Pixels a side of the tiles that become so many rows (`image_seq_length`)."""
+    """Return the side in pixels of tiles that become `rows` rows (`image_seq_length`)."""
     side = round(rows**0.5)
     if side * side != rows:
         raise ConfigError(f"config.json: image_seq_length is {rows}; it must be a square number, as tiles are square")

@@ -1,6 +1,6 @@
-"""How InternVL's prompts name images, and how images are cut into tiles, in checkpoints of either kind.
+"""Image markers and tiling of InternVL, for both kinds of checkpoints.
 
-Both cut an image into tiles of one size, as many as its sides' ratio asks for, and add a thumbnail: "dynamic high
+Both divide an image into tiles of one size, their number by its aspect ratio, and add a thumbnail: "dynamic high
 resolution" of InternVL 1.5 (arXiv:2404.16821). transformers' processor for it is GOT-OCR2's.
 """
 
@@ -12,14 +12,16 @@ from jaxinfer.errors import ConfigError
 from jaxinfer.media import ImageFormat, Tiling
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Of ImageNet, as the original code normalises with."""
+"""Mean and standard deviation of ImageNet, as used by the original code."""
 BICUBIC = 3
-"""PIL's number of it."""
+"""Bicubic resampling in PIL."""
 MOST_TILES = 4096
 
 
 def tiling(hf: Mapping[str, Any]) -> Tiling | None:
-    """Of an original checkpoint, whose own code cuts images by config.json; its preprocessor_config.json says less."""
+    """Return the tiling of an original checkpoint from config.json, as its own code does; None for transformers'
+    checkpoints.
+    """
     if "llm_config" not in hf:
         return None
     reader = ConfigReader(hf, "InternVLChatModel")
@@ -49,4 +51,4 @@ IMAGES = ImageFormat(
     tiling=tiling,
     options={"crop_to_patches": True},
 )
-"""The markers of its tokenizers; "<image>" is what the original code replaces."""
+"""Markers of the tokenizers; "<image>" is replaced by the original code."""

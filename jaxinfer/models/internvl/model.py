@@ -1,7 +1,7 @@
 """InternVL 2 to 3.5 (arXiv:2312.14238, arXiv:2412.05271): InternViT, a projector and a decoder of the Llama lineage.
 
-Checkpoints of transformers (`InternVLForConditionalGeneration`) and original ones (`InternVLChatModel`). The vision
-tower and the projector stay in the model's dtype where weights are quantised.
+Supports checkpoints of transformers (`InternVLForConditionalGeneration`) and original ones (`InternVLChatModel`). With
+quantised weights the vision tower and the projector stay in the model's dtype.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,7 +30,7 @@ from jaxinfer.sharding.collectives import ALL_GATHER, ENCODE, Collective
 
 
 class Projector(nnx.Module):
-    """Rows of the tower to embeddings of the language model: LayerNorm, then an MLP of the latter's width."""
+    """Projector from tower rows to embeddings of the language model: LayerNorm, then an MLP of the model's width."""
 
     placed_whole = True
     steps = (ENCODE,)
@@ -41,18 +41,20 @@ class Projector(nnx.Module):
         self.mlp = MLP(build, width, out, out, activation)
 
     def __call__(self, x: jax.Array, count: int) -> jax.Array:
-        """`[n', rows, width]` over the mesh axis `data` -> the first `count`, `[n, rows, M]`, on every device."""
+        """Project `[n', rows, width]`, divided over mesh axis `data`, to `[n, rows, M]` on every device; n is
+        `count`.
+        """
         rows = self.mlp(self.norm(x).reshape(-1, x.shape[-1])).reshape(*x.shape[:2], -1)
         return gather(rows, count, self.mesh)
 
     def collectives(self) -> list[Collective]:
-        """That of tiles over the axis `data`."""
+        """List the all-gather of tiles over mesh axis `data`."""
         divided = self.mesh.shape.get(axes.DATA, 1) > 1
         return [Collective(ALL_GATHER, "rows of all tiles", self.out)] if divided else []
 
 
 class InternVL(nnx.Module):
-    """A decoder some of whose tokens take the rows that the vision tower made."""
+    """InternVL: a decoder in which rows of the vision tower replace the embeddings of image tokens."""
 
     def __init__(self, build: Build, config: InternVLConfig):
         self.config, self.mesh = config, build.mesh
@@ -63,7 +65,7 @@ class InternVL(nnx.Module):
         self.language_model = Decoder(build.at("language_model"), config.text)
 
     def encode(self, inputs: jax.Array) -> jax.Array:
-        """Tiles `[n, C, height, width]` -> rows `[n, rows, M]`, in the dtype of the weights."""
+        """Encode tiles `[n, C, height, width]` to rows `[n, rows, M]` in the dtype of the weights."""
         x = self.vision_tower(divide(inputs, self.mesh))[:, 1:]
         x = pixel_shuffle(x, self.config.shuffle, transposed=self.config.transposed)
         return self.projector(x, inputs.shape[0])
@@ -71,22 +73,22 @@ class InternVL(nnx.Module):
     def __call__(
         self, tokens: jax.Array, step: StepContext, lanes: Cache, features: FeatureRows | None = None
     ) -> tuple[jax.Array, Cache]:
-        """Token ids `[T]` -> hidden states `[T, M]` after the last norm, and the lanes as they now are."""
+        """Compute hidden states `[T, M]` after the final norm for token ids `[T]`; also return the new cache arrays."""
         return self.language_model(tokens, step, lanes, features)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Hidden states `[B, M]` -> float32 logits `[B, V']`."""
+        """Compute float32 logits `[B, V']` of hidden states `[B, M]`."""
         return self.language_model.logits(hidden)
 
     def cache_specs(self) -> Sequence[Full | State]:
-        """Those of the language model; the tower keeps nothing."""
+        """Return what each layer of the language model caches; the tower caches nothing."""
         return self.language_model.cache_specs()
 
 
 def pixel_shuffle(x: jax.Array, block: int, *, transposed: bool) -> jax.Array:
-    """Every block of patches as one row: `[n, g * g, M]` -> `[n, (g / block)^2, block^2 * M]`.
+    """Merge blocks of patches into rows: `[n, g * g, M]` to `[n, (g / block)^2, block^2 * M]`.
 
-    `transposed`: rows run down the columns of the grid, not along its rows (`ps_version` "v1").
+    `transposed`: rows run down the columns of the grid instead of along its rows (`ps_version` "v1").
     """
     count, side = x.shape[0], round(x.shape[1] ** 0.5)
     blocks = x.reshape(count, side // block, block, side // block, block, -1)
@@ -112,7 +114,7 @@ OWN: Mapping[str, str] = {
     "mlp.up": "encoder.layer.{i}.mlp.fc1",
     "mlp.down": "encoder.layer.{i}.mlp.fc2",
 }
-"""What transformers calls the tower's parts, after `vision_tower`."""
+"""transformers' names of the tower's parts, below `vision_tower`."""
 
 ORIGINAL: Mapping[str, str] = {
     "embedding.cls": "embeddings.class_embedding",
@@ -129,14 +131,14 @@ ORIGINAL: Mapping[str, str] = {
     "mlp.up": "encoder.layers.{i}.mlp.fc1",
     "mlp.down": "encoder.layers.{i}.mlp.fc2",
 }
-"""What the original checkpoints call them, after `vision_model`."""
+"""Original checkpoints' names of the tower's parts, below `vision_model`."""
 
 LINEAR: Mapping[str, str] = {".weight": ".weight", ".bias": ".bias"}
 NORM: Mapping[str, str] = {".weight": ".scale", ".bias": ".bias"}
 
 
 def _tower_rules(config: InternVLConfig) -> list[Rule]:
-    """Names and targets within the tower."""
+    """Return the weight rules of the tower, with names and targets relative to it."""
     vision, names, table = config.vision, ORIGINAL if config.original else OWN, []
 
     def add(
@@ -176,7 +178,7 @@ def _tower_rules(config: InternVLConfig) -> list[Rule]:
 
 
 def weight_rules(config: InternVLConfig) -> list[Rule]:
-    """All tensors; those of transformers by the names on the Hub and by its own."""
+    """Return the weight rules of all tensors; those of transformers by their names on the Hub and its newer ones."""
     tower, projector, parts = (
         ("vision_model", "mlp1", ("0", "1", "3"))
         if config.original
@@ -194,7 +196,7 @@ def weight_rules(config: InternVLConfig) -> list[Rule]:
     if not config.original:
         table = [replace(rule, also=(f"model.{rule.source}",)) for rule in table]
     for rule in decoder_rules(config.text):
-        own = rule.source.replace("model.", "model.language_model.", 1)  # the head is not within its `model`
+        own = rule.source.replace("model.", "model.language_model.", 1)  # the head is outside of `model`
         target = rule.target and f"language_model.{rule.target}"
         also = () if config.original else (own,)
         table.append(replace(rule, source=f"language_model.{rule.source}", target=target, also=also))
@@ -202,13 +204,13 @@ def weight_rules(config: InternVLConfig) -> list[Rule]:
 
 
 def _from_folder(directory: Path) -> Mapping[str, int]:
-    """The image token, which an original config.json leaves to its tokenizer."""
+    """Read the image token's id, which original checkpoints keep in the tokenizer's files."""
     token = added_token(directory, IMAGES.placeholder)
     return {} if token is None else {"image_token_id": token}
 
 
 def _untie(config: InternVLConfig, tie: str) -> InternVLConfig:
-    """Return the configuration with a head of its own."""
+    """Return the configuration with an untied head."""
     return replace(config, text=replace(config.text, tied=False))
 
 

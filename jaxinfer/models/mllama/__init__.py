@@ -1,1 +1,1 @@
-"""Mllama (Llama 3.2 Vision)."""
+"""Mllama model family (Llama 3.2 Vision)."""

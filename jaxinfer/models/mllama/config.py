@@ -16,30 +16,32 @@ from jaxinfer.models.mllama.vision import MllamaVisionConfig
 
 RATIOS = ([1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1])
 TAPS, CROSS_LAYERS = (3, 7, 15, 23, 30), (3, 8, 13, 18, 23, 28, 33, 38)
-"""Where config.json does not say."""
+"""Defaults of config.json."""
 EXTRA_TOKENS = 8
-"""Rows of the embedding beyond the head's: the image token is the first of them."""
+"""Number of embedding rows beyond the head's; the image token is the first."""
 MOST_IMAGES = 8
-"""Of one prompt: as many as that always find room in the cache, which takes 1.7 GB of a Llama 3.2 of 11 B in
-bfloat16."""
+"""Maximum number of images in a prompt. The cache always has room for them, which takes 1.7 GB for Llama 3.2 11B in
+bfloat16.
+"""
 TAPS_AFTER = (4, 56)
-"""The version of transformers from which on `intermediate_layers_indices` names layers whose outputs are kept. Before,
-and in the original, it named layers whose inputs are (docs/decisions.md)."""
+"""Version of transformers from which on `intermediate_layers_indices` names layers whose outputs are used. Earlier,
+and in the original, it named layers whose inputs are (docs/decisions.md).
+"""
 
 
 @dataclass(frozen=True)
 class MllamaConfig(AroundDecoder):
-    """The tower, the decoder, and which layers of the latter read the former."""
+    """Configuration of vision tower and decoder."""
 
     vision: MllamaVisionConfig
     text: DecoderConfig
     cross_layers: frozenset[int]
-    """Layers that attend to images, and have no attention to text."""
+    """Layers with cross-attention to images and no self-attention."""
     image_token: int
 
     @property
     def cross(self) -> CrossSource:
-        """Images, each as all tiles that one may have."""
+        """Images, each as the maximum number of tiles."""
         vision = self.vision
         layer = vision.layer
         shape = (vision.tiles, layer.channels, layer.image_size, layer.image_size)
@@ -48,7 +50,7 @@ class MllamaConfig(AroundDecoder):
 
     @property
     def features(self) -> None:
-        """No token's embedding is replaced."""
+        """Encoder inputs that replace token embeddings: none."""
         return None
 
 
@@ -56,7 +58,7 @@ def read_config(reader: ConfigReader) -> MllamaConfig:
     """Read the configuration.
 
     Raises:
-        ConfigError: sizes that do not fit each other, or an option that is not served.
+        ConfigError: sizes do not fit each other, or an option is not supported.
     """
     text = reader.part("text_config")
     text.default_theta = 500_000.0
@@ -73,7 +75,7 @@ def read_config(reader: ConfigReader) -> MllamaConfig:
     layers = tuple(text.get_list("cross_attention_layers", list(CROSS_LAYERS)))
     config = read_decoder_config(text)
     _indices("cross_attention_layers", layers, 0, config.num_layers)
-    # The embedding has rows that the head has not: transformers ties nothing, whatever tie_word_embeddings says.
+    # The embedding has more rows than the head: transformers ties nothing, whatever tie_word_embeddings says.
     reader.skip("tie_word_embeddings")
     config = replace(config, tied=False)
     vision = _vision(reader.part("vision_config"), _names_outputs(reader))
@@ -90,7 +92,7 @@ def read_config(reader: ConfigReader) -> MllamaConfig:
 
 def _vision(reader: ConfigReader, names_outputs: bool) -> MllamaVisionConfig:
     reader.defaults(image_size=448, patch_size=14, vision_output_dim=7680)
-    reader.skip("tie_word_embeddings")  # of a full dump; the tower has no head
+    reader.skip("tie_word_embeddings")  # written by a full dump; the tower has no head
     width, heads = reader.get_int("hidden_size", 1280), reader.get_int("attention_heads", 16)
     image, patch = side(reader, "image_size"), side(reader, "patch_size")
     reader.divide("hidden_size", width, "attention_heads", heads)
@@ -129,7 +131,9 @@ def _vision(reader: ConfigReader, names_outputs: bool) -> MllamaVisionConfig:
 
 
 def _names_outputs(reader: ConfigReader) -> bool:
-    """By the version of transformers that wrote the file; the newest where it does not say."""
+    """Return the convention of `intermediate_layers_indices` by the version of transformers in the file; by default
+    the newest.
+    """
     found = re.match(r"(\d+)\.(\d+)", str(reader.config.get("transformers_version") or ""))
     return found is None or tuple(map(int, found.groups())) >= TAPS_AFTER
 

@@ -1,8 +1,8 @@
-"""Llama 3.2 Vision (`MllamaForConditionalGeneration`, arXiv:2407.21783): some layers of a Llama attend to images alone.
+"""Llama 3.2 Vision (`MllamaForConditionalGeneration`, arXiv:2407.21783): a Llama with cross-attention layers to images.
 
-Those layers are gated and have no attention to text. What a token sees are the images of the last run of image tokens
-at or before it (`models.mllama_prompt`); a token that sees none passes them unchanged, as in the original, so that a
-prompt without images runs through a plain Llama. transformers keeps attention's part there (its issue 39379).
+Those layers are gated and have no self-attention. A token sees the images of the last run of image tokens at or before
+it (`models.mllama.prompt`). Tokens that see no image pass these layers unchanged, as in the original, so that a prompt
+without images runs through a plain Llama; transformers skips only the MLP for them (its issue 39379).
 """
 
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ from jaxinfer.sharding.collectives import ENCODE
 
 
 class Projector(nnx.Module):
-    """Rows of the tower to the width of the decoder."""
+    """Projector from tower rows to the decoder's width."""
 
     placed_whole = True
     steps = (ENCODE,)
@@ -46,12 +46,14 @@ class Projector(nnx.Module):
         self.linear = RowLinear(build, axes.FFN, width, out, bias=True)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """`[n, t, p, width]` -> `[S, M]`."""
+        """Project `[n, t, p, width]` to `[S, M]`."""
         return self.linear(x.reshape(-1, self.linear.tp, x.shape[-1] // self.linear.tp))
 
 
 class CrossLayer(nnx.Module):
-    """`x + tanh(a) * attention(norm(x))`, then `x + tanh(b) * mlp(norm(x))`, for tokens that see an image."""
+    """Cross-attention layer: `x + tanh(a) * attention(norm(x))`, then `x + tanh(b) * mlp(norm(x))` for tokens that
+    see an image.
+    """
 
     def __init__(self, build: Build, config: DecoderConfig):
         own, width = config.attention, config.attention.width
@@ -66,7 +68,7 @@ class CrossLayer(nnx.Module):
     def __call__(
         self, x: jax.Array, lane: Lane, rope: tuple[jax.Array, jax.Array], step: StepContext
     ) -> tuple[jax.Array, Lane]:
-        """`[T, M]` -> `[T, M]` and the layer's lane."""
+        """Map hidden states `[T, M]` to `[T, M]`; also return the layer's new cache."""
         y, lane = self.attention(self.attention_norm(x), lane, step)
         x = x + jnp.tanh(self.attention_gate[...]) * y
         sees = (step.seen[:, 1] > step.seen[:, 0])[:, None]
@@ -75,12 +77,12 @@ class CrossLayer(nnx.Module):
 
 
 class MllamaText(nnx.Module):
-    """The decoder: its layers of two kinds, an embedding with rows that the head has not."""
+    """Decoder with self- and cross-attention layers; its embedding has more rows than the head."""
 
     def __init__(self, build: Build, config: MllamaConfig):
         text, width = config.text, config.text.attention.width
         self.config = config
-        lookup = build._replace(quantization=None)  # a table that is only looked up gains nothing from int8
+        lookup = build._replace(quantization=None)  # a table used for lookups only gains nothing from int8
         self.embedding = Embedding(lookup.at("embedding"), text.vocab_size + EXTRA_TOKENS, width)
         self.layers = nnx.List(
             [
@@ -94,7 +96,7 @@ class MllamaText(nnx.Module):
         self.head = Embedding(build.at("head"), text.vocab_size, width, lookup=False, head=True)
 
     def __call__(self, tokens: jax.Array, step: StepContext, lanes: list[Lane]) -> tuple[jax.Array, list[Lane]]:
-        """Token ids `[T]` -> hidden states `[T, M]` after the last norm, and the lanes as they now are."""
+        """Compute hidden states `[T, M]` after the final norm for token ids `[T]`; also return the new cache arrays."""
         x, lanes = self.embedding(tokens), list(lanes)
         rope = cos_sin(self.config.text.rope, step.positions, step.rope_lengths)
         for number, layer in enumerate(self.layers):
@@ -104,7 +106,7 @@ class MllamaText(nnx.Module):
 
 
 class Mllama(nnx.Module):
-    """The tower, what lies between, the decoder."""
+    """Llama 3.2 Vision: vision tower, projector, decoder."""
 
     def __init__(self, build: Build, config: MllamaConfig):
         self.config, self.mesh = config, build.mesh
@@ -114,8 +116,9 @@ class Mllama(nnx.Module):
         self.language_model = MllamaText(build.at("language_model"), config)
 
     def encode_cross(self, inputs: jax.Array, numbers: jax.Array, step: EncodeStep, lanes: list[Lane]) -> list[Lane]:
-        """Images `[U, t, C, height, width]` and the numbers of their canvases `[U, 1]` -> the lanes with keys and
-        values."""
+        """Encode images `[U, t, C, height, width]` with canvas ids `[U, 1]`; return the cache with the cross layers'
+        keys and values.
+        """
         encoded, lanes = self.projector(self.vision_model(inputs, numbers[:, 0])), list(lanes)
         for number in sorted(self.config.cross_layers):
             lane = step.lane(number)
@@ -125,20 +128,20 @@ class Mllama(nnx.Module):
     def __call__(
         self, tokens: jax.Array, step: StepContext, lanes: list[Lane], features: FeatureRows | None = None
     ) -> tuple[jax.Array, list[Lane]]:
-        """Token ids `[T]` -> hidden states `[T, M]` after the last norm, and the lanes as they now are."""
+        """Compute hidden states `[T, M]` after the final norm for token ids `[T]`; also return the new cache arrays."""
         return self.language_model(tokens, step, lanes)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Hidden states `[B, M]` -> float32 logits `[B, V']`."""
+        """Compute float32 logits `[B, V']` of hidden states `[B, M]`."""
         return self.language_model.head.attend(hidden)
 
     def cache_specs(self) -> Sequence[Full]:
-        """By the kind of each layer."""
+        """Return what each layer caches."""
         return [layer.attention.cache_spec for layer in self.language_model.layers]
 
 
 def weight_rules(config: MllamaConfig) -> list[Rule]:
-    """All tensors, by the names on the Hub and by transformers' own."""
+    """Return the weight rules of all tensors, by their names on the Hub and in transformers."""
     table = [
         replace(rule, source=f"vision_model.{rule.source}", target=f"vision_model.{rule.target}")
         for rule in vision.weight_rules(config.vision)
@@ -146,14 +149,14 @@ def weight_rules(config: MllamaConfig) -> list[Rule]:
     table += [Rule(f"multi_modal_projector.{leaf}", f"projector.linear.{leaf}") for leaf in ("weight", "bias")]
     table = [replace(rule, also=(f"model.{rule.source}",)) for rule in table]
     for rule in [*_plain_rules(config), *_cross_rules(config)]:
-        own = rule.source.replace("model.", "model.language_model.", 1)  # the head is not within its `model`
+        own = rule.source.replace("model.", "model.language_model.", 1)  # the head is outside of `model`
         source = f"language_model.{rule.source}"
         table.append(replace(rule, source=source, target=f"language_model.{rule.target}", also=(own,)))
     return table
 
 
 def _plain_rules(config: MllamaConfig) -> list[Rule]:
-    """Those of a Llama, less attention of the layers that have none to text."""
+    """Return the rules of a Llama, without self-attention of the cross layers."""
     without = tuple(f"layers.{i}.attention." for i in config.cross_layers)
     return [rule for rule in decoder_rules(config.text) if not rule.target.startswith(without)]
 

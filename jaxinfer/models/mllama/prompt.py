@@ -1,4 +1,4 @@
-"""What Llama 3.2 Vision is asked: text with images, and which of the images each token sees."""
+"""Llama 3.2 Vision prompts: text with images, and the images visible to each token."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,12 +13,13 @@ from jaxinfer.media.images import as_rgb, as_values
 from jaxinfer.media.inputs import CrossInputs
 
 IMAGES = ImageFormat(placeholder="<|image|>", aliases=("<image>",))
-"""One token an image, however many tiles it has."""
+"""One token per image, however many tiles it has."""
 IMAGE, PIXELS, CANVASES = "image", "pixel_values", "aspect_ratio_ids"
 
 
 class MllamaReader:
-    """Reads prompts with `"multi_modal_data": {"image": one or a list of images}`, an `<|image|>` for each in the text.
+    """Read prompts with `"multi_modal_data": {"image": one or a list of images}` and one `<|image|>` per image in the
+    text.
 
     Or, preprocessed by transformers' processor, `{"pixel_values": [images, tiles, C, height, width],
     "aspect_ratio_ids": [images]}`.
@@ -35,10 +36,10 @@ class MllamaReader:
         )
 
     def read(self, prompt: Asked, index: int, encode: Callable[[str, bool], list[int]]) -> CrossPrompt:
-        """One prompt.
+        """Read one prompt.
 
         Raises:
-            TypeError, ValueError: an image that cannot be served, or another number of images than of their tokens.
+            TypeError, ValueError: an image is not supported, or the numbers of images and of image tokens differ.
         """
         images = self._images(dict(prompt.media or {}), index)
         ids = list(prompt.token_ids or ())
@@ -57,7 +58,7 @@ class MllamaReader:
         return CrossPrompt(ids, CrossInputs(images, ranges(places, [one.length for one in images])))
 
     def _marked(self, text: str, images: bool) -> str:
-        """Text with the image token for what users may write in its place."""
+        """Replace aliases of the image token in the text."""
         for alias in IMAGES.aliases if images else ():
             text = text.replace(alias, self.marker)
         return text
@@ -85,7 +86,7 @@ class MllamaReader:
             out = self._processor.outputs(rgb)
         except (CheckpointError, ImportError):
             raise
-        except Exception as error:  # whatever transformers or Pillow make of it
+        except Exception as error:  # any error of transformers or Pillow
             raise ValueError(
                 f"{where} of {rgb.shape[0]} x {rgb.shape[1]} pixels cannot be preprocessed: {type(error).__name__}: "
                 f"{error}."
@@ -123,14 +124,13 @@ class MllamaReader:
         return tuple(self._input(one, int(canvas)) for one, canvas in zip(tiles, canvases, strict=True))
 
     def _input(self, tiles: np.ndarray, canvas: int) -> EncoderInput:
-        """An image, of whose rows only those of tiles that it has are kept."""
+        """Return an encoder input with only the rows of the image's own tiles."""
         kept = self._config.vision.tiles_of(canvas) * self._config.vision.patches
         return EncoderInput(self.modality, tiles[None], self.source.rows, kept, np.array([[canvas]], np.int32))
 
 
 def ranges(places: Sequence[int], lengths: Sequence[int]) -> tuple[tuple[int, int, int], ...]:
-    """From each image token on, which positions are seen: images of the run of image tokens that it is in, up to its
-    own."""
+    """Return `CrossInputs.ranges`: each image token sees the images of its run of image tokens, up to its own."""
     made, first, end = [], 0, 0
     for at, (place, length) in enumerate(zip(places, lengths, strict=True)):
         if at and place > places[at - 1] + 1:

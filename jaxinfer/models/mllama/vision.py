@@ -1,11 +1,12 @@
-"""The vision tower of Llama 3.2 Vision (arXiv:2407.21783, section 7): an image as tiles of one canvas.
+"""Vision tower of Llama 3.2 Vision (arXiv:2407.21783, section 7): an image as tiles of one canvas.
 
-A transformer reads each image as one sequence of the patches of all its tiles; a second one, gated, goes on from there.
-What some of the first one's layers gave stands beside the end in every row. Letters beside those of `sharding.axes`: n
-images, t tiles an image has at most, C channels, p patches of a tile, its class token among them.
+A transformer reads each image as one sequence of the patches of all its tiles, followed by a second, gated one. The
+outputs of some layers of the first one are concatenated to the result in every row. Axis letters beside those of
+`sharding.axes`: n images, t maximum number of tiles per image, C channels, p patches of a tile including its class
+token.
 
-Tiles that an image does not have, and zeroes that fill a tile's patches up to a multiple of 8, take part in attention,
-as in the original: patches see them, but they do not see each other.
+Tiles that an image does not have, and zeros that pad a tile's patches to a multiple of 8, take part in attention as in
+the original: patches see them, but they do not see each other.
 """
 
 from collections.abc import Iterator
@@ -27,44 +28,44 @@ from jaxinfer.sharding import axes
 from jaxinfer.sharding.collectives import ENCODE
 
 MULTIPLE = 8
-"""Patches of a tile, zeroes among them, are a multiple of it."""
+"""The padded number of patches of a tile is a multiple of this."""
 NORM_EPS = 1e-5
-"""Of the norms before and after the first transformer, whatever that of its layers is."""
+"""Epsilon of the norms before and after the first transformer, whatever that of its layers is."""
 
 
 @dataclass(frozen=True)
 class MllamaVisionConfig:
-    """The tower, every number that shapes it."""
+    """Shape and options of the vision tower."""
 
     layer: VisionConfig
-    """Of a layer of either transformer, and of the patches; `layers` are those of the first."""
+    """Layers of both transformers, and patches; `layers` is the number of layers of the first."""
     global_layers: int
-    """Of the second transformer."""
+    """Number of layers of the second transformer."""
     ratios: tuple[tuple[int, int], ...]
-    """Canvases, in tiles `(down, across)`; an image's number among them counts from 1."""
+    """Canvases in tiles, `(down, across)`; canvas ids count from 1."""
     tiles: int
-    """t."""
+    """t: maximum number of tiles."""
     taps: tuple[int, ...]
-    """Layers of the first transformer whose outputs are kept; -1: what the first one reads."""
+    """Layers of the first transformer whose outputs are concatenated; -1 for the input of the first layer."""
 
     @property
     def patches(self) -> int:
-        """p."""
+        """p: number of patches of a tile, with the class token."""
         return self.layer.grid**2 + 1
 
     @property
     def width(self) -> int:
-        """Of the rows that the tower makes."""
+        """Width of the tower's output rows."""
         return self.layer.width * (1 + len(self.taps))
 
     def tiles_of(self, number: int) -> int:
-        """Tiles of the canvas of this number."""
+        """Return the number of tiles of a canvas id."""
         down, across = self.ratios[number - 1]
         return down * across
 
 
 class Gated(nnx.Module):
-    """A table with an entry an aspect ratio, times the tanh of a gate."""
+    """Embedding table indexed by canvas id, scaled by the tanh of a gate."""
 
     def __init__(self, build: Build, config: MllamaVisionConfig, rows: int):
         self.shape = (config.tiles, rows, config.layer.width)
@@ -73,13 +74,13 @@ class Gated(nnx.Module):
         self.gate = constant(build, (1,), (None,), 0.0)
 
     def __call__(self, numbers: jax.Array) -> jax.Array:
-        """`[n]` numbers of canvases -> `[n, t, rows, M]`."""
+        """Look up canvas ids `[n]`; returns `[n, t, rows, M]`."""
         entry = jnp.take(self.table[...], numbers, axis=0, mode="clip").reshape(-1, *self.shape)
         return jnp.tanh(self.gate[...]) * entry
 
 
 class TileEmbedding(Multiplying):
-    """Pixels to tokens: patches, which tile of which canvas they lie in, the class token, positions."""
+    """Embedding of pixels: patches, tile and canvas, class token, positions."""
 
     placed_whole = True
 
@@ -95,7 +96,7 @@ class TileEmbedding(Multiplying):
         self.norm = LayerNorm(build, layer.width, NORM_EPS, axes.EMBED)
 
     def __call__(self, pixels: jax.Array, numbers: jax.Array) -> jax.Array:
-        """`[n, t, C, height, width]` and `[n]` -> `[n, t, p, M]`."""
+        """Embed pixels `[n, t, C, height, width]` with canvas ids `[n]`; returns `[n, t, p, M]`."""
         count, tiles = pixels.shape[:2]
         width, size = self.config.layer.width, self.config.layer.patch_size
         flat = patches(pixels.reshape(-1, *pixels.shape[2:]).astype(self.weight.dtype), size)
@@ -110,7 +111,7 @@ class TileEmbedding(Multiplying):
 
 
 class MllamaVisionLayer(nnx.Module):
-    """`x + attention(norm(x))`, then `x + mlp(norm(x))`; each times the tanh of a gate where there are gates."""
+    """Vision layer: `x + attention(norm(x))`, then `x + mlp(norm(x))`, with tanh gates in the second transformer."""
 
     def __init__(self, build: Build, config: VisionConfig, *, gated: bool):
         self.attention_norm = LayerNorm(build.at("attention_norm"), config.width, config.norm_eps, axes.EMBED)
@@ -121,7 +122,7 @@ class MllamaVisionLayer(nnx.Module):
         self.mlp_gate = constant(build, (1,), (None,), np.pi / 4) if gated else None
 
     def __call__(self, x: jax.Array, padding: jax.Array) -> jax.Array:
-        """`[n, s, M]` and `[n, s]` -> `[n, s, M]`."""
+        """Map `[n, s, M]` with padding mask `[n, s]` to `[n, s, M]`."""
         x = x + self._gated(self.attention(self.attention_norm(x), padding), self.attention_gate)
         y = self.mlp(self.mlp_norm(x).reshape(-1, x.shape[-1])).reshape(x.shape)
         return x + self._gated(y, self.mlp_gate)
@@ -131,7 +132,7 @@ class MllamaVisionLayer(nnx.Module):
 
 
 class MllamaVision(nnx.Module):
-    """Both transformers."""
+    """Vision tower: both transformers."""
 
     steps = (ENCODE,)
 
@@ -149,7 +150,7 @@ class MllamaVision(nnx.Module):
         )
 
     def __call__(self, pixels: jax.Array, numbers: jax.Array) -> jax.Array:
-        """Tiles `[n, t, C, height, width]` and the numbers of their canvases `[n]` -> `[n, t, p, width]`."""
+        """Encode tiles `[n, t, C, height, width]` with canvas ids `[n]` to `[n, t, p, width]`."""
         config, count = self.config, pixels.shape[0]
         x = self.embedding(pixels, numbers)
         filled = -config.patches % MULTIPLE
@@ -164,15 +165,15 @@ class MllamaVision(nnx.Module):
         x = x.reshape(count, -1, x.shape[-1])
         for layer in self.global_layers:
             x = layer(x, padding)
-        # Of each number of the width, those of all layers lie side by side.
+        # For each column of the width, the values of all kept layers are adjacent.
         taps = jnp.stack([kept[tap] for tap in config.taps], axis=-1)
         rows = jnp.concatenate([x, taps.reshape(*x.shape[:2], -1)], axis=-1)
         return rows.reshape(*shape[:3], -1)[:, :, : config.patches]
 
     def _padding(self, numbers: jax.Array, patches: int) -> jax.Array:
-        """`[n, t * patches]`: tiles that an image does not have, and what fills up a tile.
+        """Return the padding mask `[n, t * patches]`: absent tiles, and padding within a tile.
 
-        Number 0 is no image, but a step's padding: it gets a tile, so that its numbers are finite.
+        Canvas id 0 marks padding of the step: it gets one tile, so that its values are finite.
         """
         own = np.array([1] + [self.config.tiles_of(number + 1) for number in range(len(self.config.ratios))])
         absent = np.arange(self.config.tiles) >= jnp.asarray(own)[numbers][:, None]
@@ -191,14 +192,14 @@ EMBEDDING = {
     "layernorm_pre.weight": "norm.scale",
     "layernorm_pre.bias": "norm.bias",
 }
-"""Tensors and parameters of `TileEmbedding`."""
+"""Parameters of `TileEmbedding` by tensor name."""
 REST = {
     "layernorm_post.weight": "norm.scale",
     "layernorm_post.bias": "norm.bias",
     "post_tile_positional_embedding.embedding.weight": "tile.table",
     "post_tile_positional_embedding.gate": "tile.gate",
 }
-"""The same of the tower beside its layers."""
+"""Parameters of the tower outside of its layers by tensor name."""
 LAYER = {
     "input_layernorm.weight": "attention_norm.scale",
     "input_layernorm.bias": "attention_norm.bias",
@@ -208,12 +209,12 @@ LAYER = {
     "mlp.fc2.weight": "mlp.down.weight",
     "mlp.fc2.bias": "mlp.down.bias",
 }
-"""The same of a layer, fused ones apart."""
+"""Parameters of a layer by tensor name, except fused ones."""
 GATES = {"gate_attn": "attention_gate", "gate_ffn": "mlp_gate"}
 
 
 def weight_rules(config: MllamaVisionConfig) -> list[Rule]:
-    """Names and targets within the tower."""
+    """Return the weight rules of the tower, with names and targets relative to it."""
     table = [Rule(source, f"embedding.{target}") for source, target in EMBEDDING.items()]
     table += [Rule(source, target) for source, target in REST.items()]
     for number in range(config.layer.layers):

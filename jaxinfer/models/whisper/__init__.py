@@ -1,1 +1,1 @@
-"""Whisper."""
+"""Whisper model family."""

@@ -1,4 +1,4 @@
-"""Whisper's config.json, and the special tokens that generation_config.json names."""
+"""Whisper's config.json, and the special tokens of generation_config.json."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from jaxinfer.models.base import CrossSource
 from jaxinfer.models.whisper.tokens import WhisperTokens
 
 STRIDE = 2
-"""Frames that become one position of the encoder."""
+"""Number of frames per encoder position."""
 
 
 UNUSED = (
@@ -31,40 +31,39 @@ UNUSED = (
     "use_weighted_layer_sum",
     "alignment_heads",
 )
-"""What only training and classification read, sizes that are repeated, and a scale that transformers never multiplies
-with."""
+"""Attributes used only in training and classification, copies of sizes, and a scale that transformers never applies."""
 
 
 @dataclass(frozen=True)
 class StackConfig:
-    """The layers of the encoder, or of the decoder."""
+    """Layers of the encoder or of the decoder."""
 
     layers: int
     heads: int
-    """H."""
+    """H: number of heads."""
     ffn: int
-    """F."""
+    """F: feed-forward width."""
     positions: int
-    """Positions it has."""
+    """Maximum number of positions."""
 
 
 @dataclass(frozen=True)
 class WhisperConfig:
-    """The model, every number that shapes it."""
+    """Shape and options of the model."""
 
     vocab_size: int
-    """V."""
+    """V: vocabulary size."""
     width: int
-    """M."""
+    """M: width of encoder and decoder."""
     encoder: StackConfig
     decoder: StackConfig
     bins: int
-    """C."""
+    """C: number of mel bins."""
     activation: str
     rule: WhisperTokens | None
-    """What may be said next; None: neither file says which tokens are special."""
+    """Token rule; None if no file names the special tokens."""
     tied: bool = True
-    """Whether the head is the embedding."""
+    """Whether the output head is the token embedding."""
 
     @property
     def cross(self) -> CrossSource:
@@ -74,39 +73,39 @@ class WhisperConfig:
 
     @property
     def features(self) -> None:
-        """No token's embedding is replaced."""
+        """Encoder inputs that replace token embeddings: none."""
         return None
 
     @property
     def num_layers(self) -> int:
-        """Of the decoder."""
+        """Number of decoder layers."""
         return self.decoder.layers
 
     @property
     def query_group(self) -> int:
-        """Every query head has a kv head of its own."""
+        """Number of query heads per kv head."""
         return 1
 
     @property
     def max_length(self) -> int:
-        """Tokens of the decoder."""
+        """Maximum length of a decoder sequence."""
         return self.decoder.positions
 
     def length_key(self, prompt_length: int) -> bytes:
-        """Positions are learned, whatever the length."""
+        """Return an empty salt: positions are learned, so keys do not depend on the prompt's length."""
         return b""
 
     @property
     def recompute_after(self) -> None:
-        """Never."""
+        """Rope changes: none."""
         return None
 
 
 def read_config(reader: ConfigReader) -> WhisperConfig:
-    """Read config.json, with what `from_folder` adds to it.
+    """Read config.json, extended by `from_folder`.
 
     Raises:
-        ConfigError: sizes that do not fit each other, or an option that is not served.
+        ConfigError: sizes do not fit each other, or an option is not supported.
     """
     width = reader.get_int("d_model")
 
@@ -136,6 +135,6 @@ def read_config(reader: ConfigReader) -> WhisperConfig:
 
 
 def from_folder(directory: Path) -> Mapping[str, Any]:
-    """Read the special tokens, which generation_config.json names."""
+    """Read the special tokens from generation_config.json."""
     found = read_generation_config(directory)
     return {"special_tokens": found} if found else {}

@@ -1,8 +1,8 @@
 """Whisper (`WhisperForConditionalGeneration`, arXiv:2212.04356): speech to text, an encoder of log-mel frames and a
 decoder.
 
-Letters beside those of `sharding.axes`: U windows of audio in an encoder step, C mel bins, f frames of a window; S = U
-* f / 2 positions of the encoder.
+Axis letters beside those of `sharding.axes`: U audio windows in an encoder step, C mel bins, f frames in a window; S =
+U * f / 2 encoder positions.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,11 +31,11 @@ from jaxinfer.sharding.collectives import ENCODE
 
 NORM_EPS = 1e-5
 BIASED = ("q", "v")
-"""Projections with a bias: keys have none."""
+"""Projections with a bias; keys have none."""
 
 
 class Convolution(Multiplying):
-    """A convolution over time of three frames, one product: `[U, f, in]` -> `[U, f / stride, out]`."""
+    """Convolution over three frames as one matrix product: `[U, f, in]` to `[U, f / stride, out]`."""
 
     placed_whole = True
 
@@ -45,7 +45,7 @@ class Convolution(Multiplying):
         self.bias = constant(build, (outputs,), (axes.EMBED,), 0.0)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """With a frame of zeroes before the first and after the last."""
+        """Convolve, padded by one zero frame at both ends."""
         count, frames = x.shape[0], x.shape[1] // self.stride
         x = jnp.pad(x, ((0, 0), (1, 1), (0, 0)))
         seen = [x[:, first : first + self.stride * (frames - 1) + 1 : self.stride] for first in range(3)]
@@ -55,7 +55,7 @@ class Convolution(Multiplying):
 
 
 class EncoderLayer(nnx.Module):
-    """`x + attention(norm(x))`, then `x + mlp(norm(x))`."""
+    """Encoder layer: `x + attention(norm(x))`, then `x + mlp(norm(x))`."""
 
     def __init__(self, build: Build, config: WhisperConfig):
         stack, width = config.encoder, config.width
@@ -67,13 +67,13 @@ class EncoderLayer(nnx.Module):
         self.mlp = MLP(build.at("mlp"), width, stack.ffn, width, config.activation)
 
     def __call__(self, x: jax.Array, step: EncodeStep) -> jax.Array:
-        """`[S, M]` -> `[S, M]`."""
+        """Map hidden states `[S, M]` to `[S, M]`."""
         x = x + self.attention(self.attention_norm(x), step)
         return x + self.mlp(self.mlp_norm(x))
 
 
 class Encoder(nnx.Module):
-    """Windows of frames to what the decoder attends to."""
+    """Audio encoder."""
 
     steps = (ENCODE,)
 
@@ -86,7 +86,7 @@ class Encoder(nnx.Module):
         self.norm = LayerNorm(build.at("norm"), width, NORM_EPS, axes.EMBED)
 
     def __call__(self, frames: jax.Array, step: EncodeStep) -> jax.Array:
-        """Log-mel frames `[U, C, f]` -> `[S, M]`."""
+        """Encode log-mel frames `[U, C, f]` to `[S, M]`."""
         x = frames.astype(self.positions.dtype).swapaxes(1, 2)
         for convolution in (self.conv1, self.conv2):
             x = ACTIVATIONS["gelu"](convolution(x))
@@ -97,7 +97,7 @@ class Encoder(nnx.Module):
 
 
 class DecoderLayer(nnx.Module):
-    """Attention to the tokens before, to the encoder, then the MLP, each as `x + f(norm(x))`."""
+    """Decoder layer: self-attention, cross-attention, then the MLP, each as `x + f(norm(x))`."""
 
     def __init__(self, build: Build, config: WhisperConfig):
         stack, width = config.decoder, config.width
@@ -113,13 +113,13 @@ class DecoderLayer(nnx.Module):
 
 
 class Whisper(nnx.Module):
-    """Encoder and decoder. Of the decoder's layers the cache keeps attention first, then cross-attention."""
+    """Whisper encoder and decoder. `cache_specs` lists self-attentions first, then cross-attentions."""
 
     def __init__(self, build: Build, config: WhisperConfig):
         self.config, self.mesh = config, build.mesh
         self.encoder = Encoder(build.at("encoder"), config)
         sizes = config.vocab_size, config.width
-        # A table that is only looked up gains nothing from int8.
+        # A table used for lookups only gains nothing from int8.
         lookup = build if config.tied else build._replace(quantization=None)
         self.embedding = Embedding(lookup.at("embedding"), *sizes, head=config.tied)
         self.positions = LearnedPositions(build.at("positions"), config.decoder.positions, config.width)
@@ -128,7 +128,9 @@ class Whisper(nnx.Module):
         self.head = None if config.tied else Embedding(build.at("head"), *sizes, lookup=False, head=True)
 
     def encode_cross(self, inputs: jax.Array, numbers: jax.Array, step: EncodeStep, lanes: list[Lane]) -> list[Lane]:
-        """Windows `[U, C, f]` -> the lanes with keys and values of all cross layers; `numbers` has none."""
+        """Encode windows `[U, C, f]` and return the cache with the keys and values of all cross layers; `numbers` is
+        empty.
+        """
         encoded, lanes = self.encoder(inputs, step), list(lanes)
         for number, layer in enumerate(self.layers, len(self.layers)):
             lane = step.lane(number)
@@ -138,7 +140,7 @@ class Whisper(nnx.Module):
     def __call__(
         self, tokens: jax.Array, step: StepContext, lanes: list[Lane], features: FeatureRows | None = None
     ) -> tuple[jax.Array, list[Lane]]:
-        """Token ids `[T]` -> hidden states `[T, M]` after the last norm, and the lanes as they now are."""
+        """Compute hidden states `[T, M]` after the final norm for token ids `[T]`; also return the new cache arrays."""
         x = self.embedding(tokens) + self.positions(step.positions)
         lanes = list(lanes)
         for number, layer in enumerate(self.layers):
@@ -153,17 +155,17 @@ class Whisper(nnx.Module):
         return self.norm(x), lanes
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Hidden states `[B, M]` -> float32 logits `[B, V']`."""
+        """Compute float32 logits `[B, V']` of hidden states `[B, M]`."""
         return (self.embedding if self.head is None else self.head).attend(hidden)
 
     def cache_specs(self) -> Sequence[Full]:
-        """Attention of all layers, then cross-attention of all layers."""
+        """Return what self-attentions cache, then what cross-attentions cache."""
         parts = [layer.attention for layer in self.layers], [layer.cross for layer in self.layers]
         return [part.cache_spec for each in parts for part in each]
 
 
 def weight_rules(config: WhisperConfig) -> list[Rule]:
-    """All tensors, which transformers and the Hub name alike."""
+    """Return the weight rules of all tensors, which have the same names on the Hub and in transformers."""
     own, cross = "attention.qkv", "cross.qkv"
     both = [
         *_attention("self_attn", "attention", dict.fromkeys("qkv", own)),

@@ -1,4 +1,4 @@
-"""What Whisper is asked: a window of audio, its language, what to do with it, and whether with timestamps."""
+"""Whisper prompts: an audio window, its language, the task, and whether to predict timestamps."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,22 +17,22 @@ AUDIO, FEATURES = "audio", "input_features"
 
 
 class WhisperReader:
-    """Makes the decoder's prompt of what a user asks for.
+    """Build decoder prompts and encoder inputs from user prompts.
 
     A prompt is a dict with `"multi_modal_data": {"audio": (array, sampling_rate)}`, or `{"input_features": array}` of
-    one window that was preprocessed, and optionally
+    one preprocessed window, and optionally
 
     - `"language"`: its code ("en"), name ("english") or token; by default it is detected;
     - `"task"`: "transcribe", the default, or "translate" (into English);
-    - `"timestamps"`: whether the text has them; False by default.
+    - `"timestamps"`: whether to predict timestamps; False by default.
 
-    Defaults are those of generation_config.json where it has any. With `"prompt"` or `"prompt_token_ids"` the decoder
-    begins with just that.
+    Defaults come from generation_config.json if it has any. With `"prompt"` or `"prompt_token_ids"` the decoder starts
+    with exactly that.
     """
 
     forms = Forms(media=True, promptless=True, options=("language", "task", "timestamps"))
     marker: str | None = None
-    """No text stands for audio."""
+    """Marker of audio in a text: none."""
 
     def __init__(self, sources: ReaderSources):
         self.source = sources.config.cross
@@ -44,10 +44,10 @@ class WhisperReader:
         self.processor = None if directory is None else AudioProcessor(directory, self.source.shape)
 
     def read(self, prompt: Asked, index: int, encode: Callable[[str, bool], list[int]]) -> CrossPrompt:
-        """One prompt.
+        """Read one prompt.
 
         Raises:
-            TypeError, ValueError: audio, a language or task that cannot be served; names the prompt.
+            TypeError, ValueError: the audio, language or task is not supported; names the prompt.
         """
         cross = CrossInputs((self._input(prompt.media, index),))
         options = prompt.options
@@ -68,45 +68,45 @@ class WhisperReader:
 
     @property
     def transcribes(self) -> bool:
-        """Whether the model says what is said when (`jaxinfer.models.whisper.transcription`)."""
+        """Whether the model predicts timestamps, as needed by `models.whisper.transcription`."""
         return self._rule is not None and self._rule.no_timestamps is not None
 
     @property
     def window(self) -> int:
-        """Frames that the model takes at once."""
+        """Number of frames in a window."""
         return self.source.shape[1]
 
     @property
     def stride(self) -> int:
-        """Frames that a timestamp counts: those of a position of the encoder."""
+        """Number of frames per timestamp step, which is one encoder position."""
         return self.window // self.source.rows
 
     @property
     def zero(self) -> int:
-        """The token of 0.00 s."""
+        """Token id of timestamp 0.00."""
         return self._rule.first_timestamp
 
     @property
     def frame_seconds(self) -> float:
-        """What a frame stands for."""
+        """Duration of a frame in seconds."""
         return self.processor.frame_seconds
 
     def said(self, prompt: Sequence[int], made: Sequence[int], says: int) -> tuple[str | None, list[int]]:
-        """The language and what was said, of a window's tokens."""
+        """Return the language and the output tokens of a window, without forced tokens and EOS."""
         skipped = self._rule.forced(says)
         languages = map(self._rule.language, [*prompt, *made[:skipped]])
         return next(filter(None, languages), None), [token for token in made[skipped:] if token != self._rule.eos]
 
     def whole(self, audio: Audio) -> np.ndarray:
-        """Features of audio of any length (`AudioProcessor.whole`)."""
+        """Compute the features of audio of any length (`AudioProcessor.whole`)."""
         return self.processor.whole(audio)
 
     def frames(self, audio: Audio) -> int:
-        """How many of them are of audio."""
+        """Return the number of feature frames that are audio (`AudioProcessor.frames`)."""
         return self.processor.frames(audio)
 
     def audio(self, value: Any, where: str) -> Audio:
-        """Audio of any length, checked; with what would take it."""
+        """Check audio of any length; requires a feature extractor."""
         audio = as_audio(value, where)
         if self.processor is None:
             raise ValueError(
@@ -141,7 +141,7 @@ class WhisperReader:
         return EncoderInput(self.modality, features[None], self.source.rows)
 
     def _begin(self, options: Mapping[str, Any], index: int) -> tuple[list[int], Says]:
-        """The decoder's first tokens, and what is to follow them."""
+        """Return the decoder's first tokens and the rule for the following ones."""
         rule = self._rule
         if rule is None:
             raise ValueError(
@@ -165,10 +165,10 @@ class WhisperReader:
         return ids + ([] if timed or rule.no_timestamps is None else [rule.no_timestamps]), says
 
     def _language(self, options: Mapping[str, Any], index: int) -> int | None:
-        """Its token; None: to be detected, or there is but one."""
+        """Return the language token; None to detect it, or for English-only models."""
         rule, given = self._rule, options.get("language")
         if given is None and "task" not in options and not self._defaults.get("task"):
-            # What old generation_config.json files have in the place of language and task.
+            # Old generation_config.json files have this in place of language and task.
             forced = next((token for place, token in self._forced if place == 1), None)
             if forced in dict(rule.languages).values():
                 return forced
@@ -204,7 +204,7 @@ class WhisperReader:
 
 
 def _codes() -> Mapping[str, str]:
-    """Names of languages to their codes: transformers' table."""
+    """Return transformers' table of language names to codes."""
     from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
     return TO_LANGUAGE_CODE

@@ -1,8 +1,8 @@
-"""What Whisper may say next: its language, task and timestamp tokens (arXiv:2212.04356), as a rule over the logits.
+"""Whisper's token rule: masks for language, task and timestamp tokens (arXiv:2212.04356).
 
-The rule runs on the device, as the sampler's part of a step: it reads the tokens made so far where they lie, so that a
-request with timestamps decodes like any other. It is what transformers' processors do together
-(`SuppressTokensAtBegin`, `SuppressTokens`, `WhisperTimeStampLogitsProcessor`), and its detection of the language.
+The rule runs on the device as part of the sampler: it reads sampled tokens from the device's history, so that a request
+with timestamps decodes like any other. It combines transformers' logits processors (`SuppressTokensAtBegin`,
+`SuppressTokens`, `WhisperTimeStampLogitsProcessor`) and its language detection.
 """
 
 from collections.abc import Mapping
@@ -19,46 +19,46 @@ from jaxinfer.errors import ConfigError
 
 
 class Says(IntFlag):
-    """What a request's tokens are to be: the bits of its rule."""
+    """Bits of a request's rule parameter: which kinds of tokens its output has."""
 
     TEXT = 1
-    """Set for all: no suppressed tokens."""
+    """Set for all requests: mask suppressed tokens."""
     TIMESTAMPS = 2
-    """Timestamps in pairs around what is said; without it none follow the prompt."""
+    """Timestamps in pairs around each segment; without it the prompt ends with `<|notimestamps|>`."""
     DETECT = 4
-    """The first token is the likeliest language, the next one the task, and where timestamps are off, then the token
-    that says so."""
+    """Force the first token to the most likely language, the next to the task and, without TIMESTAMPS, the one after
+    to `<|notimestamps|>`.
+    """
     TRANSLATE = 8
-    """That task is to translate, not to transcribe."""
+    """The task is to translate, not to transcribe."""
 
 
 @dataclass(frozen=True)
 class WhisperTokens:
-    """The special tokens of a checkpoint, of its generation_config.json; hashable, as a compiled step closes over
-    it."""
+    """Special tokens of a checkpoint, from generation_config.json. Hashable, as compiled steps close over it."""
 
     eos: int
     start: int
-    """`<|startoftranscript|>`."""
+    """Id of `<|startoftranscript|>`."""
     languages: tuple[tuple[str, int], ...] = ()
-    """`("<|en|>", id)`, ...; none where the model knows English only."""
+    """`("<|en|>", id)`, ...; empty for English-only models."""
     tasks: tuple[tuple[str, int], ...] = ()
-    """`("transcribe", id)`, `("translate", id)`; likewise."""
+    """`("transcribe", id)`, `("translate", id)`; empty for English-only models."""
     no_timestamps: int | None = None
-    """`<|notimestamps|>`; timestamp 0.00 is the next id. None: the model has no timestamps."""
+    """Id of `<|notimestamps|>`; timestamp 0.00 is the next id. None if the model has no timestamps."""
     suppress: tuple[int, ...] = ()
-    """Never made."""
+    """Token ids that are never sampled."""
     begin_suppress: tuple[int, ...] = ()
-    """Not made first."""
+    """Token ids that are not sampled first."""
     max_initial: int | None = None
-    """The largest first timestamp, in steps."""
+    """Maximum of the first timestamp, in steps."""
 
     @classmethod
     def of(cls, generation_config: Mapping[str, Any], config: Mapping[str, Any]) -> "WhisperTokens":
-        """Read the tokens of generation_config.json, and of config.json where there is none.
+        """Read the tokens from generation_config.json, falling back to config.json.
 
         Raises:
-            ConfigError: an id that is none, or a start token that neither names.
+            ConfigError: a token id is invalid, or neither file has a start token.
         """
 
         def one(name: str) -> int | None:
@@ -97,33 +97,30 @@ class WhisperTokens:
 
     @property
     def first_timestamp(self) -> int | None:
-        """The token of 0.00 s."""
+        """Token id of timestamp 0.00."""
         return None if self.no_timestamps is None else self.no_timestamps + 1
 
     def forced(self, says: int) -> int:
-        """How many tokens come before what is said, where the language is detected."""
+        """Return the number of forced tokens before the text when the language is detected."""
         if not says & Says.DETECT:
             return 0
         return 1 + bool(self.tasks) + (not says & Says.TIMESTAMPS and self.no_timestamps is not None)
 
     def language(self, token: int) -> str | None:
-        """The code ("en") of a language's token."""
+        """Return the code ("en") of a language token, or None."""
         return next((name.strip("<|>") for name, known in self.languages if known == token), None)
 
     def __call__(
         self, logits: jax.Array, history: jax.Array, position: jax.Array, begin: jax.Array, says: jax.Array
     ) -> jax.Array:
-        """The logits with -inf where a token may not be.
+        """Mask logits `[B, V']`: return them with -inf for forbidden tokens.
 
         Args:
             logits: `[B, V']`.
-            history: `[B, L]` the tokens of each row, prompt first.
-            position: `[B]` of the token to be made.
-            begin: `[B]` tokens of the prompt.
-            says: `[B]` `Says`; rows of 0 are left as they are.
-
-        Returns:
-            `[B, V']`.
+            history: tokens of each row, prompt first, `[B, L]`.
+            position: position of the token to sample, `[B]`.
+            begin: number of prompt tokens, `[B]`.
+            says: `Says` of each row, `[B]`; rows with 0 are returned unchanged.
         """
         at = position - begin
         detect, timed = (says & Says.DETECT) > 0, (says & Says.TIMESTAMPS) > 0
@@ -140,14 +137,15 @@ class WhisperTokens:
         return jnp.where((says > 0)[:, None], out, logits)
 
     def _mask(self, tokens: tuple[int, ...], logits: jax.Array) -> np.ndarray:
-        """`[V']` where one of these is."""
+        """Return a mask `[V']` that is True at these tokens."""
         made = np.zeros(logits.shape[-1], bool)
         made[[token for token in tokens if token < len(made)]] = True
         return made
 
     def _prefix(self, logits: jax.Array, ids: jax.Array, at: jax.Array, says: jax.Array) -> jax.Array:
-        """`[B, V']` only the one token that comes before what is said: the likeliest language, the task, no
-        timestamps."""
+        """Mask all but the forced token of each row, `[B, V']`: the most likely language, the task, or no
+        timestamps.
+        """
         known = self._mask(tuple(token for _, token in self.languages), logits)
         wanted = jnp.argmax(jnp.where(known, logits, -jnp.inf), axis=-1)
         if self.tasks:
@@ -155,12 +153,12 @@ class WhisperTokens:
             task = jnp.where((says & Says.TRANSLATE) > 0, tasks.get("translate", 0), tasks.get("transcribe", 0))
             wanted = jnp.where(at == 1, task, wanted)
         wanted = jnp.where(at == 1 + bool(self.tasks), self.no_timestamps or 0, wanted)
-        # What is not a number stays what it is, for the sampler to see.
+        # Keep NaN and infinite values, so that the sampler detects them.
         kept = jnp.where(jnp.isfinite(logits), 0.0, logits)
         return jnp.where(ids == wanted[:, None], kept, -jnp.inf)
 
     def _timestamps(self, logits: jax.Array, history: jax.Array, position: jax.Array, begin: jax.Array) -> jax.Array:
-        """`[B, V']`: timestamps in pairs, never going back, and where they are likelier than any text no text."""
+        """Mask timestamps `[B, V']` to be in pairs and non-decreasing, and text where timestamps are more likely."""
         zero, ids = self.first_timestamp, jnp.arange(logits.shape[-1])
         stamps = ids >= zero
         row = jnp.arange(history.shape[0])
@@ -170,7 +168,7 @@ class WhisperTokens:
         after_two = (made < 2) | (before >= zero)
         place = jnp.arange(history.shape[1])
         said = (place >= begin[:, None]) & (place < position[:, None]) & (history >= zero)
-        # The last stamp that was made is the largest one, as they never go back.
+        # The last timestamp is the largest one, as they never decrease.
         latest = jnp.max(jnp.where(said, history, -1), axis=-1)
         least = jnp.where(latest < 0, zero, jnp.where(after_stamp & ~after_two, latest, latest + 1))
         forbidden = (ids == self.no_timestamps) | (stamps & (ids < least[:, None]))
@@ -181,7 +179,7 @@ class WhisperTokens:
         if self.max_initial is not None:
             forbidden |= start & (ids > zero + self.max_initial)
         out = jnp.where(forbidden, -jnp.inf, logits)
-        # Together they are likelier than the likeliest text.
+        # The timestamps' total probability exceeds that of the most likely text token.
         together = jax.nn.logsumexp(jnp.where(stamps, out, -jnp.inf), axis=-1)
         text = jnp.max(jnp.where(stamps, -jnp.inf, out), axis=-1)
         return jnp.where((together > text)[:, None] & ~stamps, -jnp.inf, out)

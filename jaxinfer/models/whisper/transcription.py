@@ -1,8 +1,8 @@
-"""Audio of any length, one window of time after the other: where each begins, and what its tokens say was said when.
+"""Transcription of audio of any length, window by window, with segment timestamps.
 
-The sequential algorithm of Whisper (arXiv:2212.04356, section 3.8), as transformers runs it for audio longer than a
-window: each window begins where the last whole segment of the one before ended. No window is decoded again at a higher
-temperature, none is left out as silent, and none reads the text of the one before.
+It is the sequential algorithm of Whisper (arXiv:2212.04356, section 3.8), as transformers runs it for long audio: each
+window begins where the last complete segment of the previous one ended. Windows are not decoded again at a higher
+temperature, silent ones are not skipped, and none is conditioned on the previous text.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,53 +18,53 @@ from jaxinfer.sampling_params import SamplingParams
 
 @dataclass(frozen=True)
 class Segment:
-    """What was said from one time to another."""
+    """A segment of the transcript."""
 
     start: float
-    """Seconds from the beginning of the audio."""
+    """Start, in seconds from the beginning of the audio; likewise `end`."""
     end: float
     text: str
-    """Empty where there is no tokenizer."""
+    """Text of the segment; empty without a tokenizer."""
     token_ids: Sequence[int]
-    """Its tokens, timestamps among them."""
+    """Token ids, timestamps included."""
 
 
 @dataclass(frozen=True)
 class Transcript:
-    """What `LLM.transcribe` gives of one audio."""
+    """Result of `LLM.transcribe` for one audio."""
 
     text: str
-    """All that was said."""
+    """The whole text."""
     segments: Sequence[Segment]
-    """The same in parts, with their times."""
+    """Segments of the text with their times."""
     language: str | None
-    """Its code ("en"), as asked for or as detected; None: the model knows one only."""
+    """Language code ("en"), as requested or detected; None if the model has a single language."""
     duration: float
-    """Seconds of the audio."""
+    """Duration of the audio in seconds."""
     finish_reason: str
-    """"stop"; "length" where a window reached the limit of tokens; "error" where one failed, and nothing follows it."""
+    """"stop"; "length" if a window reached its token limit; "error" if one failed, which ends the transcript."""
 
 
 class Piece(NamedTuple):
     """A segment in the units of its window."""
 
     start: int
-    """In timestamps."""
+    """Start in timestamp steps; likewise `end`."""
     end: int
     tokens: list[int]
 
 
 def cut(tokens: Sequence[int], zero: int, frames: int, stride: int) -> tuple[list[Piece], int]:
-    """What a window's tokens say, and how many frames on the next window begins.
+    """Split a window's tokens into segments; also return by how many frames to advance to the next window.
 
-    Two timestamps side by side end a segment and begin the next. What follows the last such pair is unfinished, and
-    belongs into the next window, unless a single timestamp ends it: then nothing more is said in this one.
+    Two adjacent timestamps end a segment and begin the next. Text after the last such pair is unfinished and belongs to
+    the next window, unless the tokens end with a single timestamp: then the window contains no more speech.
 
     Args:
-        tokens: of the window, without the end token.
-        zero: the token of 0.00 s.
-        frames: of the window, without the silence behind it.
-        stride: frames a timestamp counts.
+        tokens: tokens of the window, without EOS.
+        zero: token id of timestamp 0.00.
+        frames: number of frames of the window, without padding.
+        stride: number of frames per timestamp step.
     """
     stamps = [token >= zero for token in tokens]
     pairs = [at + 1 for at in range(len(tokens) - 1) if stamps[at] and stamps[at + 1]]
@@ -72,7 +72,7 @@ def cut(tokens: Sequence[int], zero: int, frames: int, stride: int) -> tuple[lis
         last = next((token - zero for token in reversed(tokens) if token >= zero), 0)
         return [Piece(0, last or frames // stride, list(tokens))], frames
     single = stamps[-2:] == [False, True]
-    # The second timestamp of the last pair stays with the segment, so that its tokens show that it is no single one.
+    # The second timestamp of the last pair stays in the segment, so that its tokens do not end with a single timestamp.
     ends = [*pairs, len(tokens)] if single else [*pairs[:-1], pairs[-1] + 1]
     pieces = []
     for first, end in zip([0, *ends], ends):
@@ -84,22 +84,22 @@ def cut(tokens: Sequence[int], zero: int, frames: int, stride: int) -> tuple[lis
 
 @dataclass(eq=False)
 class Transcribing:
-    """One audio on its way through the windows."""
+    """State of the transcription of one audio."""
 
     reader: Any
-    """Of the model's prompts (`models.whisper_prompt.WhisperReader`)."""
+    """Reader of the model's prompts (`models.whisper.prompt.WhisperReader`)."""
     features: np.ndarray
-    """`[mel bins, frames]` of all of it."""
+    """Features of the whole audio, `[mel bins, frames]`."""
     frames: int
-    """Those of them that are audio, and no silence behind it."""
+    """Number of frames that are audio, without padding."""
     options: dict[str, Any]
-    """What each window is asked beside its features: language, task."""
+    """Options of each window beside its features: language, task."""
     seek: int = 0
     """Frame at which the next window begins."""
     pieces: list[tuple[float, Piece]] = field(default_factory=list)
-    """Each with the time at which its window begins, in seconds."""
+    """Segments with the start time of their window in seconds."""
     language: str | None = None
-    """Known from the first window on."""
+    """Language, known after the first window."""
     finish_reason: str = "stop"
 
     @property
@@ -109,23 +109,23 @@ class Transcribing:
 
     @property
     def total(self) -> float:
-        """Seconds of the audio."""
+        """Duration of the audio in seconds."""
         return self.frames * self.reader.frame_seconds
 
     @property
     def seconds(self) -> float:
-        """How far it is."""
+        """Seconds of audio processed so far."""
         return min(self.seek * self.reader.frame_seconds, self.total)
 
     def prompt(self) -> dict[str, Any]:
-        """The next window as `LLM.generate` takes it; what lies beyond the audio's end is zero."""
+        """Return the prompt of the next window for `LLM.generate`, padded with zeros beyond the audio's end."""
         size = self.reader.window
         own = self.features[:, self.seek : self.seek + size]
         own = np.pad(own, ((0, 0), (0, size - own.shape[1])))
         return {"multi_modal_data": {"input_features": own}, "timestamps": True, **self.options}
 
     def take(self, output: RequestOutput, rule: int) -> None:
-        """What was made of that window; `rule`: what its tokens were to be (`Request.rule`)."""
+        """Add the output of a window; `rule` is its rule parameter (`Request.rule`)."""
         [made] = output.outputs
         if made.finish_reason in ("error", "abort"):
             self.finish_reason = "error"
@@ -141,7 +141,7 @@ class Transcribing:
         self.seek += on
 
     def transcript(self, tokenizer: Any) -> Transcript:
-        """All that was said."""
+        """Return the transcript so far."""
         step = self.reader.stride * self.reader.frame_seconds
         segments = [
             Segment(
@@ -162,10 +162,16 @@ class Transcribing:
 
 
 def begin(reader: Any, audio: Any, params: Any, options: Mapping[str, Any]) -> list[Transcribing]:
-    """One an audio, all checked; `audio`: `(array, sampling_rate)` or a list of these.
+    """Create a transcription per audio, after checking all of them.
+
+    Args:
+        reader: reader of the model's prompts.
+        audio: `(array, sampling_rate)`, or a list of them.
+        params: sampling parameters of every window.
+        options: options of every window: language, task.
 
     Raises:
-        TypeError, ValueError: audio that cannot be taken, or a model that does not transcribe.
+        TypeError, ValueError: the audio is invalid, or the model does not transcribe.
     """
     if not getattr(reader, "transcribes", False):
         raise ValueError("this model does not transcribe audio with timestamps; use generate")
