@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from jaxinfer.errors import ChatTemplateError
@@ -30,6 +31,8 @@ START_TIMEOUT = 60.0
 """Seconds a process may take to start, which is a tenth of one where the machine is not busy."""
 IDLE = 2
 """Processes that are kept for the next call."""
+STARTING = "jaxinfer template"
+"""Name of the threads that start processes."""
 
 _lock = threading.Lock()
 _idle: list[_Process] = []
@@ -175,6 +178,11 @@ class _Process:
         self._popen.stdout.close()
         return code
 
+    def __del__(self) -> None:
+        """End a process that nobody refers to: an interrupt came while it was started, taken or ended."""
+        with contextlib.suppress(Exception):
+            self.end()
+
 
 def _take() -> _Process:
     """Take a process that is idle, or start one."""
@@ -182,10 +190,28 @@ def _take() -> _Process:
         with _lock:
             process = _idle.pop() if _idle else None
         if process is None:
-            return _Process()
+            return _start()
         if process.alive():
             return process
         process.end()
+
+
+def _start() -> _Process:
+    """Start a process, on a thread: an interrupt of the main one could come when `Popen` has started it and not noted
+    it yet, and then nobody would wait for its end."""
+    made: SimpleQueue[_Process | Exception] = SimpleQueue()
+
+    def start() -> None:
+        try:
+            made.put(_Process())
+        except Exception as error:
+            made.put(error)
+
+    threading.Thread(target=start, name=STARTING, daemon=True).start()
+    process = made.get()
+    if isinstance(process, Exception):
+        raise process
+    return process
 
 
 def _give_back(process: _Process) -> None:

@@ -1,5 +1,9 @@
 """Chat templates within limits that hold for every template, whatever one call into C does."""
 
+import contextlib
+import os
+import signal
+import subprocess
 import threading
 import time
 
@@ -98,6 +102,31 @@ def test_an_interrupt_ends_the_process(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         render("")
     assert process._popen.returncode is not None and process not in templates._idle
+
+
+def test_an_interrupt_in_the_midst_of_a_start_loses_no_process(monkeypatch):
+    """A process has started and `Popen` has not noted it yet: nobody would ever wait for it."""
+    fork, made = subprocess._fork_exec, []
+
+    def interrupted(*args):
+        made.append(fork(*args))
+        signal.raise_signal(signal.SIGINT)
+        return made[-1]
+
+    monkeypatch.setattr(subprocess, "_fork_exec", interrupted)
+    templates.end_all()
+    for _ in range(3):
+        with contextlib.suppress(KeyboardInterrupt):
+            render("")
+    starting = [thread for thread in threading.enumerate() if thread.name == templates.STARTING]
+    for thread in starting:
+        thread.join()
+    del starting
+    templates.end_all()
+    assert len(made) == 3
+    for process in made:
+        with pytest.raises(ChildProcessError):  # ended, and waited for
+            os.waitpid(process, os.WNOHANG)
 
 
 def test_threads_do_not_wait_for_each_other():
