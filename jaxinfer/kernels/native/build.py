@@ -132,10 +132,15 @@ def _build(compiler: str, sources: Path, library: Path) -> None:
             )
             for name, made in zip(SOURCES, objects, strict=True)
         ]
-        for run in runs:
-            error = run.communicate()[1]
-            if run.returncode:
-                raise subprocess.CalledProcessError(run.returncode, run.args, stderr=error)
+        try:
+            for run in runs:
+                error = run.communicate()[1]
+                if run.returncode:
+                    raise subprocess.CalledProcessError(run.returncode, run.args, stderr=error)
+        finally:  # of an interrupt or an error: the others write into a folder that goes
+            for run in runs:
+                run.kill()
+                run.communicate()
         whole = Path(folder) / library.name
         command = [compiler, *FLAGS, *map(str, objects), "-o", str(whole)]
         subprocess.run(command, capture_output=True, text=True, check=True)
