@@ -87,7 +87,7 @@ def transformers_beams(
     )
     model.generation_config = settings
     tokens = torch.tensor([ids])
-    made = ref._fresh(model).generate(tokens, attention_mask=torch.ones_like(tokens), generation_config=settings)
+    made = ref.fresh(model).generate(tokens, attention_mask=torch.ones_like(tokens), generation_config=settings)
     results = made.sequences[:, len(ids) :].tolist()
     scores = [float("nan")] * len(results) if width == 1 else made.sequences_scores.tolist()
     ends = [next((i + 1 for i, token in enumerate(result) if token in (eos or ())), len(result)) for result in results]

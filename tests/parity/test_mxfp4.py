@@ -12,6 +12,7 @@ pytest.importorskip("torch", reason="the reference of the parity tests; it comes
 import torch
 from support import loaded
 from support import reference as ref
+from support.layers import assert_logits_close
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("gpt_oss")]
@@ -34,4 +35,4 @@ def test_logits_equal_transformers(tmp_path):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "mxfp4"}}))
     for ids, after, found in zip(PROMPTS, FOLLOWING, loaded.logits(folder, PROMPTS, FOLLOWING), strict=True):
-        np.testing.assert_allclose(found, ref.logits(reference, ids, after), rtol=0, atol=1e-4)
+        assert_logits_close(folder, reference, found, ref.logits(reference, ids, after), ids, 1e-4)

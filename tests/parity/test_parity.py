@@ -18,6 +18,7 @@ from support.tiny import ARCHITECTURES, prompt
 pytest.importorskip("torch", reason="the reference of the parity tests; it comes with the extra `test`")
 
 from support import reference as ref
+from support.layers import assert_logits_close
 
 TOLERANCE = 1e-4
 """Of a float32 logit; an option that is overlooked must move the logits by 100 times as much."""
@@ -538,7 +539,18 @@ def test_logits_at_every_position_equal_transformers(name, folder):
     found = loaded.logits(folder(name), asked, following)
     for ids, after, ours in zip(asked, following, found, strict=True):
         theirs = ref.logits(model(name), ids, after, cached=CASES[name].cached)
-        np.testing.assert_allclose(ours, theirs, rtol=0, atol=CASES[name].tolerance)
+        assert_logits_close(folder(name), model(name), ours, theirs, ids, CASES[name].tolerance)
+
+
+@pytest.mark.xdist_group("llama")
+@pytest.mark.parametrize("broken", [0, 1])
+def test_a_failure_names_the_first_layer_that_differs(broken, folder):
+    other = ref.with_weights(f"layers.{broken}.mlp.down_proj.weight", 0.0)(model("llama"))
+    ids = prompts("llama")[1]
+    ours, theirs = (ref.logits(reference, ids) for reference in (model("llama"), other))
+    assert_logits_close(folder("llama"), model("llama"), ours, ours, ids, TOLERANCE)
+    with pytest.raises(AssertionError, match=f"first to differ: layer {broken}$"):
+        assert_logits_close(folder("llama"), other, ours, theirs, ids, TOLERANCE)
 
 
 @cases(ENGINE, quick=("llama",))

@@ -66,6 +66,20 @@ def _beginnings(lengths: Sequence[int]) -> Segments:
     return Segments(np.cumsum(counts) - counts, counts, nowhere, np.arange(PROMPTS), none)
 
 
+def prefill_inputs(program: Program, prompts: Sequence[Sequence[int]]) -> tuple[Cache, PrefillBatch]:
+    """Return an empty cache and the prefill of whole prompts side by side, in the shapes of all tiny models."""
+    width, groups = LENGTH // BLOCK, program.layout.groups
+    # Blocks of the sequences interleaved and none at its own number, so that only the tables can be right.
+    tables = np.arange(groups * PROMPTS * width, dtype=np.int32)[::-1].reshape(width, groups, PROMPTS)
+    tables = tables.transpose(1, 2, 0).copy()
+    cache = functional.init_cache(program, tables.size, BLOCK, slots=PROMPTS)
+    chunks = [(np.array(prompt, np.int32), 0, len(prompt)) for prompt in prompts]
+    batch = functional.prefill_batch(chunks, tables[:, : len(prompts)], tokens=PROMPT_TOKENS, rows=PROMPTS)
+    if program.layout.states:
+        batch = replace(batch, states=_beginnings([len(prompt) for prompt in prompts]))
+    return cache, batch
+
+
 _decode = jax.jit(functional.decode, static_argnums=0)
 
 
@@ -83,16 +97,9 @@ def logits(
     tokens of the prefill.
     """
     program, params = load(folder, dtype, **how)
-    width, groups = LENGTH // BLOCK, program.layout.groups
-    # Blocks of the sequences interleaved and none at its own number, so that only the tables can be right.
-    tables = np.arange(groups * PROMPTS * width, dtype=np.int32)[::-1].reshape(width, groups, PROMPTS)
-    tables = tables.transpose(1, 2, 0).copy()
-    cache = functional.init_cache(program, tables.size, BLOCK, slots=PROMPTS)
-    chunks = [(np.array(prompt, np.int32), 0, len(prompt)) for prompt in prompts]
-    batch = functional.prefill_batch(chunks, tables[:, : len(prompts)], tokens=PROMPT_TOKENS, rows=PROMPTS)
+    cache, batch = prefill_inputs(program, prompts)
+    tables = batch.tables
     recurrent = bool(program.layout.states)
-    if recurrent:
-        batch = replace(batch, states=_beginnings([len(prompt) for prompt in prompts]))
     flat, cache = _prompt_logits(program, params, cache, batch, features)
     ends = np.cumsum([len(prompt) for prompt in prompts])
     found = [[part] for part in np.split(np.asarray(flat[: ends[-1]]), ends[:-1])]

@@ -69,7 +69,7 @@ def save(reference: Model, folder: Path, **how: Any) -> Path:
     return folder
 
 
-def _fresh(reference: Model) -> Model:
+def fresh(reference: Model) -> Model:
     """Forgets the lengths that a rope scaled by length has seen in other prompts."""
     rotary = getattr(reference.model, "rotary_emb", None)
     if rotary is not None:
@@ -85,7 +85,7 @@ def logits(
 
     Not `cached`: all in one call.
     """
-    _fresh(reference)
+    fresh(reference)
     if not cached:
         return reference(torch.tensor([[*prompt, *following]]), use_cache=False).logits[0].float().numpy()
     out = reference(torch.tensor([prompt]), use_cache=True)
@@ -103,7 +103,7 @@ def greedy(reference: Model, prompt: Sequence[int], count: int, *, cached: bool 
     )
     reference.generation_config = settings
     ids = torch.tensor([prompt])
-    out = _fresh(reference).generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+    out = fresh(reference).generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
     return out[0, len(prompt) :].tolist()
 
 
