@@ -323,7 +323,9 @@ class LLM:
         self._thread.abort(list(ids))
 
     def get_tokenizer(self) -> Any:
-        """The transformers tokenizer; None where it was skipped."""
+        """Return the transformers tokenizer; None where it was skipped."""
+        if self._closed:
+            raise EngineClosedError(CLOSED)
         return self._tokenizer
 
     def get_metrics(self) -> list[Metric]:
@@ -444,6 +446,7 @@ class LLM:
             elif self._group is not None:
                 self._group.end_quietly()
             del self._opened, self._intake
+            self._tokenizer = None
             heap.thaw()
 
     def __enter__(self) -> "LLM":

@@ -180,14 +180,44 @@ def _continued(field: Any, add_generation_prompt: Any) -> str | None:
 
 
 def _template(tokenizer: Any, chat_template: Any, tools: Any) -> str:
+    if type(tokenizer).__module__.endswith("tokenization_mistral_common"):
+        raise ChatTemplateError(
+            "the tokenizer of mistral-common reads control tokens in a text as plain text, so that no rendered chat "
+            "can be "
+            "encoded: pass the folder of its tekken.json as tokenizer=, which is read without that package."
+        )
     if chat_template is not None and not isinstance(chat_template, str):
         raise TypeError(f"chat_template must be a string of Jinja source, got {describe(chat_template)}.")
-    if chat_template is None and not getattr(tokenizer, "chat_template", None):
+    own = getattr(tokenizer, "chat_template", None)
+    if isinstance(own, Mapping):
+        return _one_of(own, chat_template, tools)
+    if chat_template is not None:
+        return chat_template
+    if own is not None and not isinstance(own, str):
+        raise ChatTemplateError(
+            f"the tokenizer's chat template is {describe(own)}, no Jinja source: pass chat_template=."
+        )
+    if not own:
         raise ChatTemplateError(
             "the tokenizer has no chat template: pass chat_template= (Jinja source), or "
             "use generate() with a prompt you format yourself."
         )
-    try:
-        return tokenizer.get_chat_template(chat_template, tools)
-    except ValueError as error:
-        raise ChatTemplateError(f"no chat template could be chosen: {error}") from error
+    return own
+
+
+def _one_of(templates: Mapping[str, Any], named: str | None, tools: Any) -> str:
+    """Choose from a tokenizer's templates as transformers does.
+
+    `named`: what the caller passed, a name or a source.
+    """
+    if named is not None and named not in templates:
+        return named
+    default = "tool_use" if tools is not None and "tool_use" in templates else "default"
+    name = default if named is None else named
+    if not isinstance(templates.get(name), str):
+        raise ChatTemplateError(
+            f"no chat template could be chosen: the tokenizer has {', '.join(sorted(map(str, templates)))}, and none "
+            "named "
+            f"{name!r}. Pass chat_template= with one of these names, or with Jinja source."
+        )
+    return templates[name]

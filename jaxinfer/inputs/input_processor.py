@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import itertools
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -18,7 +18,7 @@ from jaxinfer.inputs.defaults import ModelLimits, resolve, spread
 from jaxinfer.inputs.generation_config import from_generation_config
 from jaxinfer.inputs.loaded_model import LoadedModel
 from jaxinfer.inputs.prompts import Prompt, check_prompt_length, check_token_ids, max_prompt_chars, parse_prompts
-from jaxinfer.inputs.tokenizer import encode_batch, encodes_batches, longest_token
+from jaxinfer.inputs.tokenizer import encode, encode_batch, encodes_batches, longest_token
 from jaxinfer.media import CrossInputs, CrossPrompt, Forms, PlacedInputs
 from jaxinfer.sampling_params import SamplingParams
 
@@ -49,9 +49,13 @@ class Intake:
         opened, most, cross = self._opened, None, self._opened.module.config.cross
         longest = self.limits.max_model_len if cross is None else max(self.limits.max_model_len, cross.longest)
         if opened.tokenizer is not None:
-            most = max_prompt_chars(longest_token(opened.tokenizer), longest)
+            most = max_prompt_chars(self._longest_token, longest)
         forms = Forms(media=opened.media is not None) if opened.cross is None else opened.cross.forms
         return parse_prompts(prompts, max_chars=most, forms=forms)
+
+    @cached_property
+    def _longest_token(self) -> int:
+        return longest_token(self._opened.tokenizer)
 
     def render(self, messages: Any, *, chat_template: str | None, **options: Any) -> list[Prompt]:
         """Make prompts of conversations, their images beside them; `options` and errors are those of
@@ -219,7 +223,7 @@ class Intake:
             check_token_ids(one.values.tolist(), self.limits.vocab_size, index)
 
     def _encode(self, text: str, special: bool = False) -> list[int]:
-        return self._opened.tokenizer.encode(text, add_special_tokens=special)
+        return encode(self._opened.tokenizer, text, special)
 
     def _encode_plain(self, prompts: Sequence[Prompt]) -> list[Sequence[int] | None]:
         """Encode together the prompts that are text and nothing else, if the tokenizer can; None for each of the

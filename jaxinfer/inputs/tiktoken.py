@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer
 
-from jaxinfer.checkpoint.hf import read_json
+from jaxinfer.checkpoint.plain_json import read_json
 from jaxinfer.errors import CheckpointError
+from jaxinfer.inputs import byte_bpe
 
 FILE = "tiktoken.model"
 CLASS = "TikTokenTokenizer"
@@ -69,14 +70,7 @@ def backend(directory: Path) -> tuple[Tokenizer, dict[str, Any]]:
             f"is {named!r}; known is {CLASS!r}. Give a tokenizer.json, made by who trusts the checkpoint's own code."
         )
     ranks = read_ranks(directory / FILE)
-    made = Tokenizer(models.BPE(*_as_pairs(ranks), fuse_unk=False, ignore_merges=True))
-    made.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    made.decoder = decoders.ByteLevel()
+    made = byte_bpe.from_ranks(ranks, SPLIT)
     made.add_tokens(_added(settings.get("added_tokens_decoder"), len(ranks), path))
     known = {name: settings[name] for name in _SETTINGS if settings.get(name) is not None}
     for name in _NAMED:
@@ -121,43 +115,10 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     return ranks
 
 
-def _as_pairs(ranks: Mapping[bytes, int]) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """The vocabulary and the merges of byte-level BPE.
-
-    tiktoken joins whichever neighbours make the token of the lowest rank: that is every way to divide a token in two,
-        in the
-    order of what they make.
-    """
-    letters = _letters()
-
-    def spelt(token: bytes) -> str:
-        return "".join(letters[byte] for byte in token)
-
-    def ways(token: bytes) -> Iterator[tuple[bytes, bytes]]:
-        pairs = ((token[:at], token[at:]) for at in range(1, len(token)))
-        found = [pair for pair in pairs if pair[0] in ranks and pair[1] in ranks]
-        return iter(sorted(found, key=lambda pair: (ranks[pair[0]], ranks[pair[1]])))
-
-    ordered = sorted(ranks, key=ranks.__getitem__)
-    merges = [(spelt(first), spelt(second)) for token in ordered for first, second in ways(token)]
-    return {spelt(token): ranks[token] for token in ordered}, merges
-
-
-def _letters() -> list[str]:
-    """A visible character for each byte, as GPT-2 has it (`tokenizers`' ByteLevel): its own, or one from 256 on."""
-    own = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = iter(range(256, 512))
-    return [chr(byte if byte in own else next(others)) for byte in range(256)]
-
-
 def _added(listed: Any, first: int, path: Path) -> list[AddedToken]:
-    """The tokens behind the ranks, in the order of their ids."""
+    """The tokens behind the ranks, in the order of their ids; `listed` has been checked (`tokenizer_files.check`)."""
     texts: dict[int, Mapping[str, Any]] = {}
     for name, token in listed.items() if isinstance(listed, Mapping) else ():
-        if not str(name).isdecimal() or not isinstance(token, Mapping) or not isinstance(token.get("content"), str):
-            raise CheckpointError(
-                f"{path}: added_tokens_decoder has {name!r}: {token!r}; it must be an id and an object with content."
-            )
         if not first <= int(name) < first + ADDED:
             raise CheckpointError(
                 f"{path}: added_tokens_decoder names id {name}; behind the {first} tokens of {FILE} there are {first} "

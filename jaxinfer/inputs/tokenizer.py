@@ -3,13 +3,14 @@
 import importlib
 import json
 import logging
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from jaxinfer.checkpoint.hub import resolve_model
+from jaxinfer.checkpoint.plain_json import shorten
+from jaxinfer.checkpoint.tokenizer_errors import as_checkpoint_error, is_library_error
 from jaxinfer.errors import CheckpointError
-from jaxinfer.inputs import tiktoken as tiktoken_file
+from jaxinfer.inputs import tekken, tiktoken, tokenizer_files, vocabulary_files
 
 log = logging.getLogger(__name__)
 
@@ -18,13 +19,14 @@ GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 
 def load_tokenizer(source: str | Path | Any) -> Any:
-    """A transformers tokenizer from a directory or Hub id; a tokenizer is given back as it is.
+    """Load a transformers tokenizer from a directory or Hub id; a tokenizer is given back as it is.
 
     No code of the checkpoint is run: a tokenizer class that only exists there is replaced by its tokenizer.json or, of
-    Moonshot's, by what its tiktoken.model says (`tiktoken_file`).
+    Moonshot's, by what its tiktoken.model says (`tiktoken`). Mistral's tekken.json is read as data as well
+    (`tekken`), whether or not mistral-common is installed.
 
     Raises:
-        CheckpointError: there is none to load.
+        CheckpointError: there is none to load, or its files are broken; names the file and the field.
         TypeError: something else.
     """
     if not isinstance(source, (str, Path)):
@@ -35,28 +37,68 @@ def load_tokenizer(source: str | Path | Any) -> Any:
         directory = resolve_model(source)
     except CheckpointError as error:
         raise CheckpointError(f"tokenizer={str(source)!r}: {error}") from error
-    if tiktoken_file.is_kept_so(directory):
-        return _from_ranks(directory)
+    tokenizer_files.check(directory)
+    with as_checkpoint_error(f"the tokenizer of {directory} could not be read"):
+        made = _load(directory)
+    with as_checkpoint_error(f"the tokenizer of {directory} cannot be used"):
+        _try_out(made, directory)
+    return made
+
+
+def _load(directory: Path) -> Any:
+    for own in (tekken, tiktoken):
+        if own.is_kept_so(directory):
+            return _from_data(directory, own)
+    vocabulary_files.check_vocabulary(directory)
     try:
-        loader = _import("PreTrainedTokenizerFast" if _is_generic(directory) else "AutoTokenizer")
-        return loader.from_pretrained(directory, trust_remote_code=False)
-    except Exception as error:  # transformers raises many kinds
-        if (directory / "tokenizer.json").is_file():
-            return _import("PreTrainedTokenizerFast").from_pretrained(directory)
-        raise CheckpointError(
-            f"no tokenizer in {directory}: {type(error).__name__}: {error}. Pass tokenizer=DIR, or "
-            "skip_tokenizer_init=True to serve token ids"
-        ) from error
+        made = _from_library(directory)
+    except BaseException as error:  # transformers raises many kinds
+        if not is_library_error(error):
+            raise
+        raise tokenizer_files.explain(directory, error) from error
+    if getattr(made, "chat_template", None) is None:
+        made.chat_template = tokenizer_files.chat_template(directory)
+    return made
 
 
-def _from_ranks(directory: Path) -> Any:
-    """The tokenizer of a folder with tiktoken.model."""
-    backend, known = tiktoken_file.backend(directory)
-    template = directory / "chat_template.jinja"
-    if template.is_file():
-        known["chat_template"] = template.read_text(encoding="utf-8")
-    log.info("%s names code of its own for its tokenizer: not run; %s is read as data.", directory, tiktoken_file.FILE)
+def _from_library(directory: Path) -> Any:
+    """The tokenizer that transformers makes of a folder."""
+    whole = (directory / "tokenizer.json").is_file()
+    # Where tekken.json is there as well, AutoTokenizer would take it if mistral-common is installed.
+    if _is_generic(directory) or (whole and (directory / tekken.FILE).is_file()):
+        return _import("PreTrainedTokenizerFast").from_pretrained(directory)
+    try:
+        return _import("AutoTokenizer").from_pretrained(directory, trust_remote_code=False)
+    except BaseException as error:
+        if not whole or not is_library_error(error):
+            raise
+        made = _import("PreTrainedTokenizerFast").from_pretrained(directory)
+        log.info("%s: tokenizer.json is taken as it is, since its own class cannot be used (%s).", directory, error)
+        return made
+
+
+def _from_data(directory: Path, own: Any) -> Any:
+    """The tokenizer of a folder that has it in a format of its own.
+
+    `own`: the module that reads the format.
+    """
+    backend, known = own.backend(directory)
+    template = tokenizer_files.chat_template(directory)
+    if template is not None:
+        known["chat_template"] = template
+    log.info("%s is read as data; code of the checkpoint is not run.", directory / own.FILE)
     return _import("PreTrainedTokenizerFast")(tokenizer_object=backend, **known)
+
+
+def _try_out(tokenizer: Any, directory: Path) -> None:
+    """Use what every request uses.
+
+    Raises:
+        CheckpointError: it has no tokens.
+    """
+    if not tokenizer.get_vocab():
+        raise CheckpointError(f"the tokenizer of {directory} has no tokens: the vocabulary of its files is empty.")
+    tokenizer.decode(tokenizer.encode("a", add_special_tokens=True), clean_up_tokenization_spaces=False)
 
 
 def _is_generic(directory: Path) -> bool:
@@ -90,7 +132,6 @@ def id_bound(tokenizer: Any) -> int:
     return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
-@lru_cache(maxsize=4)
 def longest_token(tokenizer: Any) -> int:
     """Characters of the longest token."""
     return max(map(len, tokenizer.get_vocab()), default=1)
@@ -107,10 +148,21 @@ def encodes_batches(tokenizer: Any) -> bool:
     )
 
 
+def encode(tokenizer: Any, text: str, special: bool) -> list[int]:
+    """Return the token ids of a text; `special`: whether the tokenizer adds its special tokens.
+
+    Raises:
+        CheckpointError: the tokenizer fails on this text.
+    """
+    with as_checkpoint_error(f"the tokenizer cannot encode {shorten(repr(text), 60)}"):
+        return tokenizer.encode(text, add_special_tokens=special)
+
+
 def encode_batch(tokenizer: Any, texts: list[str], special: bool) -> list[list[int]]:
-    """Return the token ids of each text; `special`: whether the tokenizer adds its special tokens."""
+    """Return the token ids of each text, as `encode` does."""
     if not texts:
         return []
-    return tokenizer(texts, add_special_tokens=special, return_attention_mask=False, return_token_type_ids=False)[
-        "input_ids"
-    ]
+    with as_checkpoint_error(f"the tokenizer cannot encode one of {len(texts)} texts"):
+        return tokenizer(texts, add_special_tokens=special, return_attention_mask=False, return_token_type_ids=False)[
+            "input_ids"
+        ]

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxinfer.checkpoint.tokenizer_errors import REMEDY, cause, is_library_error
+from jaxinfer.errors import CheckpointError
 from jaxinfer.results.vocabulary import backend_of, knows_spaces, vocabulary
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -210,9 +212,17 @@ class Detokenizer:
         return max(start, 0)
 
     def _decode(self, token_ids: Sequence[int]) -> str:
-        if self._backend is not None:
-            return self._backend.decode(list(token_ids), skip_special_tokens=False)
-        return self._tokenizer.decode(list(token_ids), **self._options)
+        try:
+            if self._backend is not None:
+                return self._backend.decode(list(token_ids), skip_special_tokens=False)
+            return self._tokenizer.decode(list(token_ids), **self._options)
+        except BaseException as error:
+            if not is_library_error(error):
+                raise
+            raise CheckpointError(
+                f"the tokenizer cannot decode the token ids {list(token_ids)} ({cause(error)}): its decoder is broken; "
+                f"{REMEDY}."
+            ) from error
 
 
 def _replaced_at_end(text: str) -> int:

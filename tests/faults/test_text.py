@@ -1,8 +1,10 @@
 """Text at the ends: streams that add up, split characters, stop strings, chat, padding of the vocabulary."""
 
+import gc
 import inspect
 import math
 import time
+import weakref
 from dataclasses import replace
 from functools import partial
 
@@ -10,6 +12,7 @@ import pytest
 from transformers import GenerationConfig
 
 from jaxinfer import LLM, SamplingParams
+from jaxinfer.errors import EngineClosedError
 from jaxinfer.results import progress
 from jaxinfer.results.logprobs import LogprobTable
 from jaxinfer.sampling_params import RequestOutputKind
@@ -336,6 +339,17 @@ def test_more_logprobs_than_the_llm_was_made_for_are_refused(make_llm):
         for name in ("logprobs", "prompt_logprobs"):
             with pytest.raises(ValueError, match=f"{name} is 3, more than max_logprobs = 2"):
                 llm.generate([[5, 6, 7]], SamplingParams(**{name: 3}))
+
+
+def test_a_closed_llm_lets_its_tokenizer_go(make_llm):
+    llm = make_llm()
+    llm.generate("hello", SamplingParams(max_tokens=2, stop="x", logprobs=1))
+    held = weakref.ref(llm.get_tokenizer())
+    llm.close()
+    gc.collect()
+    assert held() is None
+    with pytest.raises(EngineClosedError):
+        llm.get_tokenizer()
 
 
 @pytest.mark.parametrize("wrong", [5, None, [5]])

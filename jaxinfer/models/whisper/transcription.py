@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxinfer._utils.checks import describe
+from jaxinfer.checkpoint.tokenizer_errors import as_checkpoint_error
 from jaxinfer.outputs import RequestOutput
 from jaxinfer.sampling_params import SamplingParams
 
@@ -158,7 +159,8 @@ class Transcribing:
     def _text(self, tokens: Sequence[int], tokenizer: Any) -> str:
         if tokenizer is None:
             return ""
-        return tokenizer.decode([token for token in tokens if token < self.reader.zero], skip_special_tokens=True)
+        with as_checkpoint_error("the tokenizer cannot decode a transcript"):
+            return tokenizer.decode([token for token in tokens if token < self.reader.zero], skip_special_tokens=True)
 
 
 def begin(reader: Any, audio: Any, params: Any, options: Mapping[str, Any]) -> list[Transcribing]:

@@ -14,7 +14,8 @@ import regex
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
 from jaxinfer.errors import CheckpointError
-from jaxinfer.inputs import tiktoken as tiktoken_file
+from jaxinfer.inputs import byte_bpe
+from jaxinfer.inputs import tiktoken as tiktoken
 from jaxinfer.inputs.chat import render_chat
 from jaxinfer.inputs.tokenizer import id_bound, load_tokenizer
 from jaxinfer.results.detokenizer import Detokenizer
@@ -90,9 +91,9 @@ def ranks() -> dict[bytes, int]:
     trainer = trainers.BpeTrainer(
         vocab_size=MERGED, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
-    own = (Path(__file__).read_text(), Path(tiktoken_file.__file__).read_text(), *TEXTS)
+    own = (Path(__file__).read_text(), Path(tiktoken.__file__).read_text(), *TEXTS)
     backend.train_from_iterator([*own, *TEXTS, *TEXTS], trainer)
-    letters = {letter: byte for byte, letter in enumerate(tiktoken_file._letters())}
+    letters = {letter: byte for byte, letter in enumerate(byte_bpe.byte_letters())}
     found = {bytes(letters[c] for c in text): rank for text, rank in backend.get_vocab().items()}
     assert len(found) == MERGED
     return found
@@ -163,7 +164,7 @@ def test_ids_are_those_of_tiktoken(tokenizer, encode):
 
 def test_added_tokens(tokenizer, ranks):
     reserved = f"<|reserved_token_{MERGED + 3}|>"
-    assert id_bound(tokenizer) == len(tokenizer) == MERGED + tiktoken_file.ADDED
+    assert id_bound(tokenizer) == len(tokenizer) == MERGED + tiktoken.ADDED
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (BOS, MERGED + 1)
     assert (tokenizer.pad_token_id, tokenizer.unk_token_id) == (MERGED + 255, MERGED + 254)
     ids = tokenizer.encode(f"[BOS]cat<|im_end|>{reserved}<|tool_call_begin|>", add_special_tokens=False)
@@ -199,7 +200,7 @@ def test_no_code_is_run_and_that_is_said(folder, caplog):
 def test_a_tokenizer_json_beside_it_is_taken(ranks, tokenizer, tmp_path):
     write(tmp_path, ranks)
     tokenizer.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
-    assert not tiktoken_file.is_kept_so(tmp_path)
+    assert not tiktoken.is_kept_so(tmp_path)
     assert load_tokenizer(tmp_path).encode("cat") == tokenizer.encode("cat")
 
 
@@ -239,4 +240,4 @@ def test_a_file_that_is_not_of_ranks(tmp_path, line, message):
     path = tmp_path / "tiktoken.model"
     path.write_bytes(b"AA== 0\n" + line + b"\n")
     with pytest.raises(CheckpointError, match=message):
-        tiktoken_file.read_ranks(path)
+        tiktoken.read_ranks(path)
