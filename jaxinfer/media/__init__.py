@@ -1,4 +1,4 @@
-"""What of a prompt is no text: checked, preprocessed, and given its places among the tokens. Needs no device."""
+"""Images, audio and encoder prompts: validation, preprocessing and placement among the tokens. Needs no device."""
 
 from jaxinfer.media.audio import read_wav as read_wav
 from jaxinfer.media.cross import CrossPrompt as CrossPrompt

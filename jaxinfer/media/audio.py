@@ -1,4 +1,4 @@
-"""Audio as users pass it, checked and made one channel of float32; WAV files; other sampling rates."""
+"""Audio passed by users: validation, conversion to one float32 channel, WAV files and resampling."""
 
 from __future__ import annotations
 
@@ -12,44 +12,45 @@ import numpy as np
 from jaxinfer._utils.checks import describe, is_array
 
 RATES = (1_000, 768_000)
-"""Samples a second, least and most; what lies outside is a mistake, of units most often."""
+"""Minimum and maximum sampling rate in Hz; values outside are mistakes, mostly of units."""
 MAX_SAMPLES = 2**29
-"""Of one input: two hours at 48 kHz take 1.3 GB as float32."""
+"""Maximum number of samples of one input: two hours at 48 kHz take 1.3 GB as float32."""
 LOUDEST = 2.0**31
-"""Of floats: full scale of the largest integers that sound is kept in. What is beyond it is no sound, and its spectrum
-overflows."""
+"""Maximum absolute value of float samples: full scale of the largest integer format. The spectrum of larger values
+overflows.
+"""
 PCM = {"uint8": (128, 2.0**7), "int16": (0, 2.0**15), "int32": (0, 2.0**31)}
-"""Integers that WAV files hold: what silence is, and what full scale is."""
+"""Integer sample formats of WAV files: (value of silence, full scale)."""
 
 
 class Audio(NamedTuple):
-    """One channel of sound."""
+    """One channel of audio."""
 
     samples: np.ndarray
-    """`[n]` float32, full scale at 1."""
+    """Samples, `[n]` float32, full scale at 1."""
     rate: int
-    """Samples a second."""
+    """Sampling rate in Hz."""
 
     @property
     def seconds(self) -> float:
-        """How long it is."""
+        """Duration in seconds."""
         return len(self.samples) / self.rate
 
 
 def as_audio(value: Any, where: str) -> Audio:
-    """`(array, sampling_rate)` as a user passes it.
+    """Validate `(array, sampling_rate)` as passed by a user.
 
-    The array has the samples of one channel, `[n]`: floats with full scale at 1, or the integers of a WAV file (uint8,
-    int16, int32), which are scaled so.
+    The array contains the samples of one channel, `[n]`: floats with full scale at 1, or the integers of a WAV file
+    (uint8, int16, int32), which are scaled to that.
 
     Args:
-        value: what the user passed.
-        where: "prompt 0, audio", for messages.
+        value: the user's value.
+        where: name for messages, such as "prompt 0, audio".
 
     Raises:
         TypeError: something else, such as a path, an array without its rate, or a list of numbers.
-        ValueError: no samples, several channels, samples that are not finite, beyond any scale or all silent, an
-            impossible rate.
+        ValueError: there are no samples, several channels, samples that are not finite, too large or all 0, or the
+            sampling rate is invalid.
     """
     if not isinstance(value, tuple) or len(value) != 2:
         raise TypeError(f"{where} must be a pair (array, sampling_rate), got {_shown(value)}.")
@@ -60,11 +61,11 @@ def as_audio(value: Any, where: str) -> Audio:
 
 
 def as_features(value: Any, shape: tuple[int, ...], where: str) -> np.ndarray:
-    """Features `shape` that were made elsewhere, as float32.
+    """Validate precomputed features of shape `shape`; return them as float32.
 
     Raises:
-        TypeError: no array of floats.
-        ValueError: another shape, or a value that is not finite.
+        TypeError: not an array of floats.
+        ValueError: the shape is wrong, or a value is not finite.
     """
     if not is_array(value):
         raise TypeError(f"{where} must be a NumPy array of log-mel features, got {describe(value)}.")
@@ -80,21 +81,20 @@ def as_features(value: Any, shape: tuple[int, ...], where: str) -> np.ndarray:
 
 
 def resample(audio: Audio, rate: int) -> np.ndarray:
-    """`[n']` float32 samples at another rate: a polyphase filter with a Kaiser window
-    (`scipy.signal.resample_poly`)."""
+    """Resample with a polyphase filter and a Kaiser window (`scipy.signal.resample_poly`); returns `[n']` float32."""
     if audio.rate == rate:
         return audio.samples
-    from scipy.signal import resample_poly  # a dependency of JAX; imported when it is needed, as it takes a while
+    from scipy.signal import resample_poly  # a dependency of JAX; imported lazily, as it is slow
 
     shared = math.gcd(audio.rate, rate)
     return resample_poly(audio.samples, rate // shared, audio.rate // shared).astype(np.float32)
 
 
 def read_wav(file: Path | str) -> Audio:
-    """A WAV file of PCM samples (8, 16, 24 or 32 bits); several channels are averaged.
+    """Read a WAV file of PCM samples (8, 16, 24 or 32 bits), averaging several channels.
 
     Raises:
-        ValueError: it cannot be read, or is of another kind; names the file and the remedy.
+        ValueError: the file cannot be read, or is of another format; names the file and the remedy.
     """
     try:
         with wave.open(str(file), "rb") as opened:
@@ -112,8 +112,8 @@ def read_wav(file: Path | str) -> Audio:
 
 
 def _decode(data: bytes, width: int) -> np.ndarray:
-    """`[n]` float32 of little-endian samples of so many bytes."""
-    if width == 3:  # the three bytes become the upper ones of four
+    """Decode little-endian samples of `width` bytes to `[n]` float32."""
+    if width == 3:  # widen 24 to 32 bits, with the low byte 0
         wide = np.zeros((len(data) // 3, 4), np.uint8)
         wide[:, 1:] = np.frombuffer(data, np.uint8).reshape(-1, 3)
         data, width = wide.tobytes(), 4
@@ -153,7 +153,7 @@ def _samples(array: np.ndarray, where: str) -> np.ndarray:
             f"{where} has dtype {array.dtype}; samples are floats with full scale at 1, or {', '.join(PCM)}."
         )
     array = _finite(array, where)
-    if (loudest := max(float(array.max()), -float(array.min()))) > LOUDEST:  # no copy of hours of sound
+    if (loudest := max(float(array.max()), -float(array.min()))) > LOUDEST:  # without copying hours of audio
         raise ValueError(
             f"{where} has samples of up to {loudest:.3g}, and full scale is 1; at most {LOUDEST:.0f} is taken. "
             "Divide by what full scale is in it."
@@ -167,7 +167,7 @@ def _samples(array: np.ndarray, where: str) -> np.ndarray:
 
 
 def _finite(array: np.ndarray, where: str) -> np.ndarray:
-    """In float32, as it is computed with."""
+    """Convert to float32, in which features are computed, and check for NaN and infinite values."""
     with np.errstate(over="ignore"):
         array = array.astype(np.float32)
     finite = np.isfinite(array)
@@ -180,10 +180,10 @@ def _finite(array: np.ndarray, where: str) -> np.ndarray:
 
 
 def _shown(value: Any) -> str:
-    """What was passed, and what to do about it."""
+    """Describe a rejected value and what to pass instead."""
     if isinstance(value, str) or hasattr(value, "__fspath__"):
         return f"{type(value).__name__}; nothing is read from paths or URLs: jaxinfer.media.read_wav(path)"
-    if isinstance(value, dict):  # as Hugging Face's datasets have them
+    if isinstance(value, dict):  # the form of Hugging Face datasets
         return "a dict; pass (value['array'], value['sampling_rate'])"
     if is_array(value):
         return "an array alone; its rate belongs with it, such as (array, 16000)"

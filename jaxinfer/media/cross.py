@@ -1,4 +1,4 @@
-"""Prompts of models with cross-attention: what their encoder reads, and the tokens their decoder starts with."""
+"""Prompts of models with cross-attention: encoder inputs, and the tokens that the decoder starts with."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,21 +10,21 @@ from jaxinfer.media.inputs import CrossInputs, EncoderInput
 
 
 class Forms(NamedTuple):
-    """Which forms the prompts of a model may have."""
+    """Forms of prompts that a model accepts."""
 
     media: bool = False
-    """With "multi_modal_data"."""
+    """Whether prompts may have "multi_modal_data"."""
     encoder: bool = False
-    """With "encoder_prompt" and "decoder_prompt"; what stands alone is the encoder's."""
+    """Whether prompts may have "encoder_prompt" and "decoder_prompt"; a plain prompt is the encoder's."""
     promptless: bool = False
-    """"multi_modal_data" may be all there is."""
+    """Whether "multi_modal_data" may be the whole prompt."""
     options: tuple[str, ...] = ()
-    """Further keys that a dict may have."""
+    """Additional keys that a prompt's dict may have."""
 
 
 @runtime_checkable
 class Asked(Protocol):
-    """A prompt as it was parsed (`text.Prompt`)."""
+    """A parsed prompt (`inputs.prompts.Prompt`)."""
 
     text: str | None
     token_ids: tuple[int, ...] | None
@@ -39,64 +39,71 @@ class Asked(Protocol):
 
 
 class CrossPrompt(NamedTuple):
-    """A prompt, read."""
+    """Token ids and encoder inputs of a prompt."""
 
     token_ids: list[int]
-    """The decoder's, its start token and all."""
+    """Token ids of the decoder, with its start token."""
     cross: CrossInputs | None
-    """None: the decoder's tokens have nothing to attend to."""
+    """Encoder inputs; None if there are none to attend to."""
     rule: int = 0
-    """What the model's rule (`models.base.CrossSource.rule`) is told of this prompt; 0: it does not hold."""
+    """Parameter of the model's token rule (`models.base.CrossSource.rule`) for this prompt; 0 if it does not apply."""
     extra_tokens: int = 0
-    """Tokens that the rule has made beside those that the user asked for."""
+    """Number of tokens that the rule forces, in addition to the requested ones."""
 
 
 class ReaderSources(NamedTuple):
-    """What a reader is made from."""
+    """Objects that a prompt reader is constructed from."""
 
     config: Any
-    """Of the module (`models.base.ModelConfig`)."""
+    """Configuration of the module (`models.base.ModelConfig`)."""
     hf: Mapping[str, Any]
-    """config.json; empty for a module that came as such."""
+    """config.json; empty for a module passed by the user."""
     generation: Mapping[str, Any]
-    """generation_config.json; likewise."""
+    """generation_config.json; empty for a module passed by the user."""
     tokenizer: Any
-    """Of transformers, or None."""
+    """transformers tokenizer, or None."""
     directory: Path | None
-    """Of the checkpoint."""
+    """Folder of the checkpoint, or None."""
 
     def said(self, name: str) -> Any:
-        """What generation_config.json says, or else config.json, as in transformers; None: neither does."""
+        """Return a value of generation_config.json, or else of config.json, as in transformers; None if neither has
+        it.
+        """
         value = self.generation.get(name)
         return self.hf.get(name) if value is None else value
 
 
 @runtime_checkable
 class CrossReader(Protocol):
-    """Reads the prompts of one model; its family makes it (`models.base.Family.reader`)."""
+    """Reads the prompts of a model; created by its family (`models.base.Family.reader`)."""
 
     forms: Forms
     modality: str
-    """What it reads: "text", or the name under `multi_modal_data`."""
+    """Modality of the encoder inputs: "text", or the key in `multi_modal_data`."""
     marker: str | None
-    """What stands for such an input in a chat's text; None: chats have none."""
+    """Marker of an input in the text of a chat; None if chats have none."""
 
     def read(self, prompt: Asked, index: int, encode: Callable[[str, bool], list[int]]) -> CrossPrompt:
-        """Prompt number `index`; `encode`: a text's token ids, with or without the tokenizer's special tokens.
+        """Read prompt number `index`.
 
-        Token ids and lengths are held against the model's limits elsewhere.
+        Token ids and lengths are checked against the model's limits elsewhere.
+
+        Args:
+            prompt: the parsed prompt.
+            index: index for messages.
+            encode: tokenizes a text, with or without special tokens.
 
         Raises:
-            TypeError, ValueError: something that this model does not read; names the prompt's index.
+            TypeError, ValueError: the prompt has something the model does not support; names the prompt's index.
         """
         ...
 
 
 class TextReader:
-    """Text for the encoder, and for the decoder what it is to begin with.
+    """Reads text prompts for an encoder and a decoder.
 
-    The decoder starts with `decoder_start_token_id`. Behind it stand the token ids that were given, if they do not
-    begin with it themselves; or a text, after the token that the model is made to begin with (`forced_bos_token_id`).
+    The decoder's tokens are `decoder_start_token_id`, followed by the given token ids, unless they start with it; or
+    followed by the text, after `forced_bos_token_id`.
     """
 
     forms = Forms(encoder=True)
@@ -109,7 +116,7 @@ class TextReader:
         self._first = sources.said("forced_bos_token_id")
 
     def read(self, prompt: Asked, index: int, encode: Callable[[str, bool], list[int]]) -> CrossPrompt:
-        """As `CrossReader`."""
+        """Read prompt number `index`; see `CrossReader.read`."""
         asked = prompt.encoder
         if asked is None:
             raise ValueError(f"prompt {index}: there is no 'encoder_prompt'.")
@@ -126,5 +133,5 @@ class TextReader:
                 f"prompt {index}: neither generation_config.json nor config.json has a decoder_start_token_id, so the "
                 "'decoder_prompt' must have the token that the decoder starts with."
             )
-        values = np.array(read, np.int64).clip(-1, 2**31 - 1).astype(np.int32)  # ids beyond are refused later
+        values = np.array(read, np.int64).clip(-1, 2**31 - 1).astype(np.int32)  # out-of-range ids are refused later
         return CrossPrompt(ids, CrossInputs((EncoderInput("text", values, 1),)))

@@ -1,4 +1,4 @@
-"""Audio to log-mel features, by transformers' own feature extractor. Needs no torch."""
+"""Log-mel features of audio, computed by transformers' feature extractor (without torch)."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,11 +17,11 @@ MAX_BINS = 2**12
 
 
 class AudioProcessor:
-    """What a model hears: features of one window of time, or of audio of any length.
+    """Feature extractor of a checkpoint: one window, or audio of any length.
 
     Args:
-        directory: of the checkpoint.
-        shape: of the features that the model takes, `(mel bins, frames)`: one window.
+        directory: folder of the checkpoint.
+        shape: shape of the model's features, `(mel bins, frames)` of one window.
     """
 
     def __init__(self, directory: Path, shape: tuple[int, ...]):
@@ -29,11 +29,11 @@ class AudioProcessor:
         self._made: Any = None
 
     def window(self, audio: Audio, where: str) -> np.ndarray:
-        """Audio that fits one window, as `[mel bins, frames]` float32: silence follows it.
+        """Compute the features of audio that fits into one window, `[mel bins, frames]` float32, padded with silence.
 
         Raises:
-            ValueError: it is longer; names both lengths and the remedy.
-            CheckpointError: no usable description of the extractor, or one that is not for this model.
+            ValueError: the audio is longer; names both lengths and the remedy.
+            CheckpointError: the extractor's configuration is missing, unusable, or does not match the model.
         """
         samples, extractor = resample(audio, self.rate), self._extractor
         if len(samples) > extractor.n_samples:
@@ -44,8 +44,8 @@ class AudioProcessor:
         return self._features(samples, "max_length")
 
     def whole(self, audio: Audio) -> np.ndarray:
-        """Audio of any length as `[mel bins, frames]` float32: what fits one window has silence after it, up to its
-        end.
+        """Compute the features of audio of any length, `[mel bins, frames]` float32; audio shorter than a window is
+        padded.
 
         Raises:
             CheckpointError: as `window`.
@@ -54,18 +54,18 @@ class AudioProcessor:
         return self._features(samples, "max_length" if len(samples) <= self._extractor.n_samples else "longest")
 
     def frames(self, audio: Audio) -> int:
-        """How many frames of it are no silence that was put after it."""
+        """Return the number of frames that are audio, not padding."""
         samples = -(-len(audio.samples) * self.rate // audio.rate)
         return max(1, samples // self._extractor.hop_length)
 
     @property
     def rate(self) -> int:
-        """Samples a second that the model hears."""
+        """Sampling rate of the model in Hz."""
         return self._extractor.sampling_rate
 
     @property
     def frame_seconds(self) -> float:
-        """What one frame stands for."""
+        """Duration of a frame in seconds."""
         return self._extractor.hop_length / self.rate
 
     @property
@@ -102,7 +102,7 @@ class AudioProcessor:
 
 
 def _check(directory: Path, settings: Mapping[str, Any]) -> None:
-    """Refuses sizes from which tables of any size would be made, or none."""
+    """Refuse sizes from which the extractor would build huge or empty tables."""
     most = {"feature_size": MAX_BINS, "sampling_rate": 10**6, "hop_length": 2**16, "chunk_length": 3600, "n_fft": 2**16}
     for name, limit in most.items():
         if name in settings and not 1 <= as_int(f"preprocessor_config.json: {name}", settings[name]) <= limit:

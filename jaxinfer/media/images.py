@@ -1,4 +1,4 @@
-"""Images as users pass them, checked and made RGB; pixel values that were preprocessed elsewhere, checked."""
+"""Images passed by users: validation and conversion to RGB; validation of preprocessed pixel values."""
 
 from __future__ import annotations
 
@@ -10,26 +10,28 @@ import numpy as np
 from jaxinfer._utils.checks import describe, is_array
 
 MAX_PIXELS = 2**27
-"""Of one image: 128 megapixels take 400 MB as RGB."""
+"""Maximum number of pixels of an image: 128 megapixels take 400 MB as RGB."""
 MIN_PIXELS = 2
-"""Of one image: a single pixel has no shape to see, and processors disagree about which of its axes are channels."""
+"""Minimum number of pixels of an image: for a single pixel, processors disagree about which axis is the channels."""
 MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB")
-"""Of PIL images: those of 8 bits a channel, which have one meaning as RGB. Alpha is dropped, as transformers does."""
+"""Supported modes of PIL images: 8 bits per channel with a unique meaning as RGB. Alpha is dropped, as in
+transformers.
+"""
 
 
 def as_rgb(image: Any, where: str) -> np.ndarray:
-    """A PIL image or an array as uint8 `[height, width, 3]`.
+    """Convert a PIL image or an array to uint8 `[height, width, 3]`.
 
-    Arrays are `[height, width]`, `[height, width, C]` or `[C, height, width]` with C of 1, 3 or 4 (where both could be,
-    the channels are last), with integers from 0 to 255 or floats from 0 to 1.
+    Arrays are `[height, width]`, `[height, width, C]` or `[C, height, width]` with C of 1, 3 or 4 (channels last if
+    ambiguous), with integers from 0 to 255 or floats from 0 to 1.
 
     Args:
-        image: what the user passed.
-        where: "prompt 0, image 0", for messages.
+        image: the user's value.
+        where: name for messages, such as "prompt 0, image 0".
 
     Raises:
         TypeError: something else, such as a path or the bytes of a file.
-        ValueError: an image that cannot be decoded, or has no pixels, one, too many, another mode, shape or range.
+        ValueError: the image cannot be decoded, has too few or too many pixels, or an unsupported mode, shape or range.
     """
     if _is_pil(image):
         return _decode(image, where)
@@ -46,11 +48,11 @@ def as_rgb(image: Any, where: str) -> np.ndarray:
 
 
 def as_values(values: Any, shape: tuple[int, ...], where: str) -> np.ndarray:
-    """Preprocessed tiles as float32 `[n, *shape]`.
+    """Validate preprocessed tiles; return them as float32 `[n, *shape]`.
 
     Raises:
-        TypeError: no array of floats.
-        ValueError: another shape, no tile, a value that is not finite.
+        TypeError: not an array of floats.
+        ValueError: the shape is wrong, there is no tile, or a value is not finite.
     """
     if not is_array(values):
         raise TypeError(f"{where} must be a NumPy array of pixel values, got {describe(values)}.")
@@ -67,7 +69,7 @@ def as_values(values: Any, shape: tuple[int, ...], where: str) -> np.ndarray:
 
 
 def _is_pil(value: Any) -> bool:
-    """Without importing Pillow: whoever has such an image has it imported."""
+    """Return whether a value is a PIL image, without importing Pillow: if it is one, Pillow is imported."""
     module = sys.modules.get("PIL.Image")
     return module is not None and isinstance(value, module.Image)
 
@@ -81,7 +83,7 @@ def _decode(image: Any, where: str) -> np.ndarray:
     _check_pixels(image.height, image.width, where)
     try:
         return np.asarray(image.convert("RGB"))
-    except Exception as error:  # of many kinds: PIL decodes a file when its pixels are needed
+    except Exception as error:  # of many kinds: PIL decodes a file when its pixels are accessed
         raise ValueError(
             f"{where} cannot be decoded, it is truncated or corrupt: {str(error) or type(error).__name__}."
         ) from error

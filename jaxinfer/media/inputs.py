@@ -1,4 +1,4 @@
-"""Inputs of a model's encoder, where in a prompt the rows that it makes of them go, or which tokens attend to them."""
+"""Encoder inputs of a prompt, and the tokens whose embeddings they replace or that attend to them."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -9,20 +9,20 @@ import numpy as np
 
 @dataclass(frozen=True, eq=False)
 class EncoderInput:
-    """One image, text, or whatever else an encoder reads, preprocessed."""
+    """A preprocessed input of an encoder: an image, a text, audio."""
 
     modality: str
-    """"image", "text", "audio"."""
+    """Modality: "image", "text", "audio"."""
     values: np.ndarray
-    """`[n, *shape]`: float32, such as its tiles; int32 where they are token ids."""
+    """Values, `[n, *shape]`: float32 (such as the tiles of an image), or int32 token ids."""
     rows: int
-    """Embeddings, or positions of cross-attention, that one of the n values becomes."""
+    """Number of embeddings, or of cross-attention positions, per value."""
     kept: int | None = None
-    """Of cross-attention: the first so many of all its rows are positions, the others padding; None: all are."""
+    """Cross-attention: number of leading rows that are positions, the others being padding; None if all are."""
     numbers: np.ndarray | None = None
-    """`[n, A]` int32 that the encoder reads beside the values; None: none."""
+    """Integers for the encoder beside the values, `[n, A]` int32; None if there are none."""
     digest: bytes = field(init=False)
-    """32 bytes, the same wherever the values are: sha256."""
+    """SHA-256 of the content, 32 bytes."""
 
     def __post_init__(self) -> None:
         integers = np.asarray(self.values).dtype.kind in "iu"
@@ -35,14 +35,14 @@ class EncoderInput:
             object.__setattr__(self, name, value)
 
     def _described(self, values: np.ndarray, numbers: np.ndarray) -> bytes:
-        """All but the values."""
+        """Return everything but the values as bytes."""
         beside = b"" if self.kept is None and not numbers.size else f"{self.kept} ".encode() + numbers.tobytes()
         return f"{self.modality} {values.shape} {self.rows} ".encode() + beside
 
     @property
     def identity(self) -> bytes:
-        """What an input is held against where its digest was found: token ids themselves; of larger arrays, which are
-        not kept, another hash (BLAKE2b).
+        """Bytes compared after a digest matches: token ids themselves; for larger arrays, which are not kept, a
+        second hash (BLAKE2b).
         """
         described = self._described(self.values, self.numbers)
         if self.values.dtype.kind == "i":
@@ -51,40 +51,40 @@ class EncoderInput:
 
     @property
     def count(self) -> int:
-        """n."""
+        """n: number of values."""
         return len(self.values)
 
     @property
     def length(self) -> int:
-        """Tokens of a prompt whose places it takes, or positions of cross-attention."""
+        """Number of prompt tokens that the input replaces, or of its cross-attention positions."""
         return self.count * self.rows if self.kept is None else self.kept
 
 
 @dataclass(frozen=True, eq=False)
 class PlacedInputs:
-    """The inputs of one prompt, in order, and the tokens whose places their rows take."""
+    """Encoder inputs of one prompt, in order, and the positions of the tokens that they replace."""
 
     inputs: tuple[EncoderInput, ...]
     places: np.ndarray
-    """Ascending positions in the prompt: those of the first input's rows, then those of the second's, ..."""
+    """Positions in the prompt, ascending: those of the first input's rows, then of the second's, and so on."""
 
     def spans(self) -> list[tuple[EncoderInput, np.ndarray]]:
-        """Each input with its positions."""
+        """Return each input with its positions."""
         ends = np.cumsum([one.length for one in self.inputs])
         return list(zip(self.inputs, np.split(self.places, ends[:-1]), strict=True))
 
     def distinct(self) -> dict[bytes, EncoderInput]:
-        """By digest."""
+        """Return the inputs by digest, without duplicates."""
         return {one.digest: one for one in self.inputs}
 
     def wanted(self, start: int) -> dict[bytes, EncoderInput]:
-        """Those of them that tokens from position `start` on read."""
+        """Return the inputs by digest that tokens from position `start` on take."""
         return {one.digest: one for one, places in self.spans() if places[-1] >= start}
 
     def index(self, slots: Mapping[bytes, Sequence[int]], length: int) -> np.ndarray:
-        """`[length]` int32: for each position the row of the feature pool it takes, -1 for its own embedding.
+        """Return the feature pool row of each position, `[length]` int32; -1 for the token's own embedding.
 
-        `slots`: those of the inputs that are in the pool, each slot as many rows as an input has for one value.
+        `slots` maps digests of inputs in the pool to their slots; each slot has the rows of one value.
         """
         index = np.full(length, -1, np.int32)
         for one, places in self.spans():
@@ -94,9 +94,9 @@ class PlacedInputs:
         return index
 
     def extras(self, block_size: int) -> dict[int, bytes]:
-        """What beside its tokens decides the content of a block, by the number of the block in the sequence.
+        """Return the media content of each block, by block number, for the prefix cache hash.
 
-        Of every input with a place in the block: its digest, and which of its rows is the first there.
+        For every input with a position in the block: its digest and the first of its rows there.
         """
         found: dict[int, bytes] = {}
         for one, places in self.spans():
@@ -108,19 +108,19 @@ class PlacedInputs:
 
 @dataclass(frozen=True, eq=False)
 class CrossInputs:
-    """What the encoder of a model with cross-attention reads for one request: its positions are those of all inputs,
-    one after another.
-    """
+    """Encoder inputs of a request for cross-attention; their positions are concatenated."""
 
     inputs: tuple[EncoderInput, ...]
-    """At least one; each is encoded by itself."""
+    """At least one input; each is encoded separately."""
     ranges: tuple[tuple[int, int, int], ...] = ()
-    """(token, first, end), ascending: from the prompt's position `token` on, to that of the next, tokens see the
-    encoder positions [first, end), and those before the first see none. By default every token sees all."""
+    """Visible encoder positions, as (token, first, end) in ascending order: tokens from position `token` up to that
+    of the next entry see positions [first, end), and tokens before the first entry see none. If empty, every token
+    sees all.
+    """
     digest: bytes = field(init=False)
-    """32 bytes that follow from the content."""
+    """SHA-256 of the content, 32 bytes."""
     identity: bytes = field(init=False)
-    """What is compared where the digest was found (`EncoderInput.identity`)."""
+    """Bytes compared after a digest matches (`EncoderInput.identity`)."""
 
     def __post_init__(self) -> None:
         digest = hashlib.sha256(b"".join(one.digest for one in self.inputs)).digest()
@@ -129,25 +129,26 @@ class CrossInputs:
 
     @property
     def length(self) -> int:
-        """S: positions."""
+        """S: number of encoder positions."""
         return sum(one.length for one in self.inputs)
 
     @property
     def token_ids(self) -> list[int] | None:
-        """What is read where that are tokens; None: it is something else."""
+        """Token ids, if all inputs are text; otherwise None."""
         texts = [one.values.tolist() for one in self.inputs if one.values.dtype.kind == "i"]
         return [token for text in texts for token in text] if len(texts) == len(self.inputs) else None
 
     def seen(self, start: int, count: int) -> np.ndarray:
-        """`[count, 2]` int32: the first and the end of the positions that tokens from `start` on see."""
+        """Return first and end of the encoder positions visible to tokens from `start` on, `[count, 2]` int32."""
         if not self.ranges:
             return np.full((count, 2), (0, self.length), np.int32)
         tokens, spans = np.array(self.ranges)[:, 0], np.array([(0, 0), *(span[1:] for span in self.ranges)], np.int32)
         return spans[np.searchsorted(tokens, np.arange(start, start + count), side="right")]
 
     def extras(self, block_size: int) -> dict[int, bytes]:
-        """What beside its tokens decides the content of a block of the decoder, by its number: the first has the
-        input's identity, and each the ranges that begin in it.
+        """Return the media content of each decoder block, by block number, for the prefix cache hash.
+
+        The first block has the inputs' identity, each block the ranges that begin in it.
         """
         found = {0: self.identity}
         for token, first, end in self.ranges:
@@ -156,10 +157,10 @@ class CrossInputs:
         return found
 
     def reach(self, start: int, most: int) -> int | None:
-        """How many tokens from `start` on fall into `most` ranges; None: all that follow."""
+        """Return how many tokens from `start` on fall into `most` ranges; None if all remaining ones do."""
         later = [token for token, _, _ in self.ranges if token > start]
         return later[most - 1] - start if len(later) >= most else None
 
     def parts(self, start: int, count: int) -> int:
-        """Into how many ranges tokens from `start` on fall."""
+        """Return the number of ranges that tokens from `start` on fall into."""
         return 1 + sum(start < token < start + count for token, _, _ in self.ranges)

@@ -1,4 +1,4 @@
-"""What a checkpoint's folder says of its preprocessing, and the class of transformers that does it."""
+"""Preprocessor configurations of a checkpoint's folder."""
 
 from pathlib import Path
 from typing import Any
@@ -6,13 +6,13 @@ from typing import Any
 from jaxinfer.checkpoint.hf import read_json
 
 NO_SETTINGS = ("image_processor_type", "processor_class", "auto_map", "feature_extractor_type")
-"""What these files hold beside settings. Code that they name is not executed."""
+"""Keys of these files that are not settings. Code that they refer to is not executed."""
 
 
 def described(directory: Path, part: str) -> tuple[str, dict[str, Any]] | None:
-    """Class and settings of a part ("image_processor", "feature_extractor"); None: no file names one.
+    """Return class name and settings of "image_processor" or "feature_extractor"; None if no file names one.
 
-    Of processor_config.json, where it is nested, or preprocessor_config.json.
+    They are read from processor_config.json, where they are nested, or preprocessor_config.json.
     """
     for file, nested in (("processor_config.json", True), ("preprocessor_config.json", False)):
         path = directory / file

@@ -1,4 +1,4 @@
-"""How a family's images become tiles: by transformers' own image processor, in its PIL version."""
+"""Image preprocessing with transformers' image processors, in their PIL versions."""
 
 import importlib
 from collections.abc import Callable, Mapping
@@ -15,40 +15,40 @@ from jaxinfer.media.preprocessor_config import described
 
 @dataclass(frozen=True)
 class Tiling:
-    """An image processor that config.json describes."""
+    """An image processor configured by config.json."""
 
     name: str
-    """Of transformers' class, as in preprocessor_config.json."""
+    """Class name in transformers, as in preprocessor_config.json."""
     settings: Mapping[str, Any]
     thumbnail: bool = True
-    """Whether an image of several tiles has its thumbnail as the last."""
+    """Whether the last tile of an image with several tiles is its thumbnail."""
 
 
 @dataclass(frozen=True)
 class ImageFormat:
-    """How the prompts of a family name images, and its images become tiles: declared with the family's model."""
+    """Image markers in prompts and preprocessing of images; declared with the family's model."""
 
     placeholder: str
-    """Text of the token whose places an image's rows take; in a prompt, once for each image."""
+    """Text of the placeholder token; in a prompt, one for each image."""
     before: str = ""
     after: str = ""
-    """What stands around the rows of an image."""
+    """Text before and after the rows of an image."""
     aliases: tuple[str, ...] = ()
-    """What users may write for `placeholder`."""
+    """Alternatives for `placeholder` that users may write."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Of each call of the checkpoint's image processor, as the family's processor in transformers passes them."""
+    """Options of each call of the checkpoint's image processor, as passed by the family's processor in transformers."""
     tiling: Callable[[Mapping[str, Any]], Tiling | None] = lambda hf: None
-    """What config.json itself says of images; None: the checkpoint has a processor's files."""
+    """Return the image processor configured by config.json; None if the checkpoint has processor files."""
 
 
 class ImageProcessor:
-    """RGB images to tiles. transformers and Pillow are imported when the first image comes.
+    """Image processor from RGB images to tiles. transformers and Pillow are imported for the first image.
 
     Args:
-        form: of the family.
-        directory: of the checkpoint.
+        form: image format of the family.
+        directory: folder of the checkpoint.
         hf: its config.json.
-        shape: of the tiles that the model takes, `(C, height, width)`.
+        shape: shape of the model's tiles, `(C, height, width)`.
     """
 
     def __init__(self, form: ImageFormat, directory: Path, hf: Mapping[str, Any], shape: tuple[int, ...]):
@@ -57,11 +57,11 @@ class ImageProcessor:
         self._made: Any = None
 
     def __call__(self, rgb: np.ndarray) -> np.ndarray:
-        """An image `[height, width, 3]` uint8 -> its tiles `[n, C, height, width]` float32.
+        """Preprocess an image `[height, width, 3]` uint8 to tiles `[n, C, height, width]` float32.
 
         Raises:
-            CheckpointError: no usable description of the processor, or one that is not for this model.
-            ImportError: Pillow or transformers' processor is missing; says what to install.
+            CheckpointError: the processor's configuration is missing, unusable, or does not match the model.
+            ImportError: Pillow or transformers' processor is missing; the message says what to install.
         """
         tiles = np.asarray(self.outputs(rgb)["pixel_values"], np.float32)
         if self._tiling is not None and not self._tiling.thumbnail and len(tiles) > 1:
@@ -75,7 +75,9 @@ class ImageProcessor:
         return tiles
 
     def outputs(self, rgb: np.ndarray) -> Mapping[str, Any]:
-        """All that transformers' processor makes of an image `[height, width, 3]` uint8; raises as a call."""
+        """Return all outputs of transformers' processor for an image `[height, width, 3]` uint8; raises as
+        `__call__`.
+        """
         if self._made is None:
             self._made = self._make()
         options = self._form.options if self._tiling is None else {}
@@ -97,7 +99,7 @@ class ImageProcessor:
         return cls(**settings)
 
     def _described(self) -> tuple[str, dict[str, Any]]:
-        """The class and its settings: of config.json, processor_config.json or preprocessor_config.json."""
+        """Return class name and settings from config.json, processor_config.json or preprocessor_config.json."""
         if self._tiling is not None:
             return self._tiling.name, dict(self._tiling.settings)
         found = described(self._directory, "image_processor")
@@ -111,7 +113,9 @@ class ImageProcessor:
 
 
 def _find(name: str) -> Any:
-    """transformers' class that needs no torch: the one in PIL, which older versions have under the plain name."""
+    """Return transformers' class that does not need torch: the PIL version, which older releases have as the plain
+    name.
+    """
     if not name.endswith("ImageProcessor"):
         return None
     return from_transformers(f"{name}Pil") or from_transformers(name)

@@ -1,4 +1,4 @@
-"""`multi_modal_data` of a prompt: read, preprocessed, and put into the prompt's text or found in its tokens."""
+"""Reader of a prompt's `multi_modal_data`: preprocesses images and places them among the prompt's tokens."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ PREPROCESSED = "pixel_values"
 
 @runtime_checkable
 class Takes(Protocol):
-    """What is known of the encoder (`models.base.Features`)."""
+    """Description of the encoder's inputs (`models.base.Features`)."""
 
     modality: str
     shape: tuple[int, ...]
@@ -26,13 +26,13 @@ class Takes(Protocol):
 
 
 class MediaReader:
-    """Of one model, which takes images beside text.
+    """Reads the images of prompts for one model.
 
     Args:
-        takes: `config.features` of the model.
-        tokenizer: of transformers, or None.
-        form: how its prompts name images; None where only tokens and pixel values are taken.
-        processor: of its images; None likewise.
+        takes: the model's `config.features`.
+        tokenizer: transformers tokenizer, or None.
+        form: image format of the model's family; None if only tokens and pixel values are accepted.
+        processor: image processor; None if only pixel values are accepted.
     """
 
     def __init__(
@@ -48,14 +48,14 @@ class MediaReader:
 
     @property
     def marker(self) -> str | None:
-        """What stands for an image in a prompt's text."""
+        """Marker of an image in the text of a prompt."""
         return None if self.form is None else self.form.placeholder
 
     def read(self, data: Mapping[str, Any] | None, index: int) -> tuple[EncoderInput, ...]:
-        """The images of prompt number `index`, checked and preprocessed.
+        """Validate and preprocess the images of prompt number `index`.
 
         Raises:
-            TypeError, ValueError: something that is no image of this model; names prompt and image.
+            TypeError, ValueError: an input is not an image that the model supports; names prompt and image.
         """
         given, keys = data or {}, (self.takes.modality, PREPROCESSED)
         for key in given:
@@ -84,7 +84,7 @@ class MediaReader:
             tiles = self._processor(rgb)
         except (CheckpointError, ImportError):
             raise
-        except Exception as error:  # whatever transformers or Pillow make of it
+        except Exception as error:  # any error of transformers or Pillow
             raise ValueError(
                 f"{where} of {rgb.shape[0]} x {rgb.shape[1]} pixels cannot be preprocessed: {type(error).__name__}: "
                 f"{error}."
@@ -92,10 +92,10 @@ class MediaReader:
         return EncoderInput(takes.modality, tiles, takes.rows)
 
     def expand(self, text: str, inputs: Sequence[EncoderInput], index: int) -> str:
-        """Text with each image's marker made as many placeholders as the image has rows, in order.
+        """Replace each image marker of a text by as many placeholders as the image has rows.
 
         Raises:
-            ValueError: another number of markers than of images.
+            ValueError: the numbers of markers and of images differ.
         """
         if not inputs or self.form is None:
             return text
@@ -110,10 +110,10 @@ class MediaReader:
         return "".join(piece for pair in zip(parts, [*made, ""], strict=True) for piece in pair)
 
     def place(self, token_ids: Sequence[int], inputs: tuple[EncoderInput, ...], index: int) -> PlacedInputs | None:
-        """Where among the tokens the images' rows go; None where there are none.
+        """Return the positions of the images' rows among the tokens; None if there are no images.
 
         Raises:
-            ValueError: another number of image tokens than the images have rows.
+            ValueError: the number of image tokens differs from the images' rows.
         """
         if self.placeholder < 0 and not inputs:
             return None
