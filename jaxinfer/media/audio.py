@@ -104,7 +104,7 @@ def read_wav(file: Path | str) -> Audio:
         raise ValueError(f"{file}: {error.strerror or error}") from error
     except (wave.Error, EOFError) as error:
         raise ValueError(
-            f"{file} is no WAV file of PCM samples ({str(error) or 'it is truncated'}); convert it: "
+            f"{file} is not a WAV file of PCM samples ({str(error) or 'it is truncated'}); convert it: "
             "ffmpeg -i IN -c:a pcm_s16le OUT.wav"
         ) from error
     whole = len(data) // (width * channels) * width * channels  # a file may end within a sample
@@ -141,11 +141,11 @@ def _samples(array: np.ndarray, where: str) -> np.ndarray:
     if array.ndim != 1:
         axis = 0 if array.ndim == 2 and array.shape[0] <= array.shape[1] else 1
         remedy = f"; average its channels: array.mean(axis={axis})" if array.ndim == 2 else ""
-        raise ValueError(f"{where} has shape {list(array.shape)}; the samples of one channel, [n], are taken{remedy}.")
+        raise ValueError(f"{where} has shape {list(array.shape)}; it must be one channel, [n]{remedy}.")
     if not array.size:
         raise ValueError(f"{where} is empty: it has no samples.")
     if array.size > MAX_SAMPLES:
-        raise ValueError(f"{where} has {array.size} samples; at most {MAX_SAMPLES} are taken. Cut it.")
+        raise ValueError(f"{where} has {array.size} samples; the maximum is {MAX_SAMPLES}. Split it.")
     if array.dtype.name in PCM:
         array = _scaled(array)
     elif array.dtype.kind != "f" and array.dtype.name != "bfloat16":
@@ -155,13 +155,13 @@ def _samples(array: np.ndarray, where: str) -> np.ndarray:
     array = _finite(array, where)
     if (loudest := max(float(array.max()), -float(array.min()))) > LOUDEST:  # without copying hours of audio
         raise ValueError(
-            f"{where} has samples of up to {loudest:.3g}, and full scale is 1; at most {LOUDEST:.0f} is taken. "
-            "Divide by what full scale is in it."
+            f"{where} has samples of up to {loudest:.3g}; full scale is 1 and the maximum is {LOUDEST:.0f}. "
+            "Divide the samples by their format's full scale."
         )
     if not array.any():
         raise ValueError(
-            f"{where} is silent: all of its {array.size} samples are 0, and what a model hears in them it makes "
-            "up. Leave it out."
+            f"{where} is silent (all {array.size} samples are 0), and models hallucinate text for silence; remove it "
+            "from the prompt."
         )
     return array
 
@@ -182,11 +182,11 @@ def _finite(array: np.ndarray, where: str) -> np.ndarray:
 def _shown(value: Any) -> str:
     """Describe a rejected value and what to pass instead."""
     if isinstance(value, str) or hasattr(value, "__fspath__"):
-        return f"{type(value).__name__}; nothing is read from paths or URLs: jaxinfer.media.read_wav(path)"
+        return f"{type(value).__name__}; paths and URLs are not read: use jaxinfer.media.read_wav(path)"
     if isinstance(value, dict):  # the form of Hugging Face datasets
         return "a dict; pass (value['array'], value['sampling_rate'])"
     if is_array(value):
-        return "an array alone; its rate belongs with it, such as (array, 16000)"
+        return "an array without its sampling rate; pass both, such as (array, 16000)"
     if hasattr(value, "numpy"):
         return f"{describe(value)}; pass .numpy()"
     return describe(value)

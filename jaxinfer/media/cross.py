@@ -119,10 +119,10 @@ class TextReader:
         """Read prompt number `index`; see `CrossReader.read`."""
         asked = prompt.encoder
         if asked is None:
-            raise ValueError(f"prompt {index}: there is no 'encoder_prompt'.")
+            raise ValueError(f"prompt {index} has no 'encoder_prompt'; pass one.")
         read = list(encode(asked.text, True) if asked.token_ids is None else asked.token_ids)
         if not read:
-            raise ValueError(f"prompt {index}: The encoder prompt has no tokens.")
+            raise ValueError(f"prompt {index}: the encoder prompt has no tokens.")
         ids = list(prompt.token_ids or ())
         if prompt.token_ids is None and prompt.text:
             ids = [*([] if self._first is None else [self._first]), *encode(prompt.text, False)]

@@ -38,8 +38,8 @@ class AudioProcessor:
         samples, extractor = resample(audio, self.rate), self._extractor
         if len(samples) > extractor.n_samples:
             raise ValueError(
-                f"{where} is {audio.seconds:.2f} s long, and the model takes {extractor.n_samples / self.rate:g} s "
-                "at once; LLM.transcribe takes audio of any length."
+                f"{where} is {audio.seconds:.2f} s long; the model takes at most {extractor.n_samples / self.rate:g} s "
+                "at once. Use LLM.transcribe for longer audio."
             )
         return self._features(samples, "max_length")
 
@@ -94,9 +94,8 @@ class AudioProcessor:
         found = made.feature_size, made.nb_max_frames
         if found != self._shape:
             raise CheckpointError(
-                f"{self._directory}: the feature extractor makes windows of {list(found)} (mel bins, frames), but the "
-                "model "
-                f"takes {list(self._shape)}; preprocessor_config.json and config.json do not belong together"
+                f"{self._directory}: the feature extractor returns windows of shape {list(found)} (mel bins, frames), "
+                f"but the model takes {list(self._shape)}; preprocessor_config.json and config.json do not match"
             )
         return made
 

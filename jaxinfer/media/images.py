@@ -40,9 +40,9 @@ def as_rgb(image: Any, where: str) -> np.ndarray:
     if isinstance(image, (bytes, bytearray, memoryview)):
         hint = "; open it: PIL.Image.open(io.BytesIO(data))"
     elif isinstance(image, str) or hasattr(image, "__fspath__"):
-        hint = "; nothing is read from paths or URLs: PIL.Image.open(path)"
+        hint = "; paths and URLs are not read: use PIL.Image.open(path)"
     else:
-        hint = "; of a tensor pass .numpy()" if hasattr(image, "numpy") else ""
+        hint = "; pass the tensor's .numpy()" if hasattr(image, "numpy") else ""
     kind = type(image).__name__ if isinstance(image, str) else describe(image)
     raise TypeError(f"{where} must be a PIL image or a NumPy array, got {kind}{hint}.")
 
@@ -116,8 +116,8 @@ def _as_bytes(array: np.ndarray, where: str) -> np.ndarray:
     low, high = array.min(), array.max()
     if low < 0 or high > most:
         raise ValueError(
-            f"{where} has values from {low} to {high}; {given} arrays must lie in 0 to {most}. What a "
-            "processor has normalised goes in as pixel_values."
+            f"{where} has values from {low} to {high}; values of {given} arrays must be from 0 to {most}. Pass "
+            "normalised values as pixel_values."
         )
     return array.astype(np.uint8) if most == 255 else np.rint(array * 255).astype(np.uint8)
 
@@ -125,7 +125,7 @@ def _as_bytes(array: np.ndarray, where: str) -> np.ndarray:
 def _check_finite(array: np.ndarray, where: str) -> None:
     if not np.isfinite(array).all():
         count = int((~np.isfinite(array)).sum())
-        raise ValueError(f"{where} has {count} values that are NaN or infinite, of {array.size}.")
+        raise ValueError(f"{where}: {count} of {array.size} values are NaN or infinite.")
 
 
 def _check_pixels(height: int, width: int, where: str) -> None:
@@ -133,8 +133,8 @@ def _check_pixels(height: int, width: int, where: str) -> None:
         raise ValueError(f"{where} has no pixels: it is {height} high and {width} wide.")
     if height * width < MIN_PIXELS:
         raise ValueError(
-            f"{where} has {height} x {width} pixels; at least {MIN_PIXELS} are taken: a single one is a placeholder "
-            "or a failed download, not a picture. Pass the whole image, or none."
+            f"{where} has {height} x {width} pixels; the minimum is {MIN_PIXELS}, as a single one is a placeholder "
+            "or a failed download. Pass the whole image, or none."
         )
     if height * width > MAX_PIXELS:
-        raise ValueError(f"{where} has {height} x {width} pixels; at most {MAX_PIXELS} are taken. Scale it down.")
+        raise ValueError(f"{where} has {height} x {width} pixels; the maximum is {MAX_PIXELS}. Scale it down.")

@@ -68,9 +68,8 @@ class ImageProcessor:
             tiles = tiles[:-1]
         if tiles.shape[1:] != self._shape:
             raise CheckpointError(
-                f"{self._directory}: the image processor makes tiles of shape {list(tiles.shape[1:])}, but the model "
-                "takes "
-                f"{list(self._shape)}; preprocessor_config.json and config.json do not belong together"
+                f"{self._directory}: the image processor returns tiles of shape {list(tiles.shape[1:])}, but the model "
+                f"takes {list(self._shape)}; preprocessor_config.json and config.json do not match"
             )
         return tiles
 
@@ -92,9 +91,8 @@ class ImageProcessor:
         cls = _find(name.removesuffix("Fast"))
         if cls is None:
             raise CheckpointError(
-                f"{self._directory}: image_processor_type is {name!r}, which this transformers does not have; install "
-                "a "
-                "newer one, or pass multi_modal_data={'pixel_values': ...}"
+                f"{self._directory}: image_processor_type is {name!r}, which the installed transformers does not have; "
+                "upgrade it, or pass multi_modal_data={'pixel_values': ...}"
             )
         return cls(**settings)
 
@@ -107,8 +105,7 @@ class ImageProcessor:
             return found
         raise CheckpointError(
             f"{self._directory} has no preprocessor_config.json or processor_config.json that names an image "
-            "processor; add "
-            "the model's own, or pass multi_modal_data={'pixel_values': ...}"
+            "processor; add the model's own, or pass multi_modal_data={'pixel_values': ...}"
         )
 
 

@@ -62,7 +62,7 @@ class MediaReader:
             if key not in keys:
                 raise ValueError(
                     f"prompt {index}: multi_modal_data has {describe(key)}; this model takes {keys[0]!r}, or "
-                    f"{keys[1]!r} that are preprocessed."
+                    f"preprocessed {keys[1]!r}."
                 )
         if len(given) > 1:
             raise ValueError(
@@ -79,7 +79,7 @@ class MediaReader:
             return EncoderInput(takes.modality, as_values(value, takes.shape, f"{where}: pixel_values"), takes.rows)
         rgb = as_rgb(value, where)
         if self._processor is None:
-            raise ValueError(f"{where}: there is no checkpoint whose processor would take it; pass {PREPROCESSED!r}.")
+            raise ValueError(f"{where}: there is no checkpoint with an image processor; pass {PREPROCESSED!r}.")
         try:
             tiles = self._processor(rgb)
         except (CheckpointError, ImportError):
@@ -119,8 +119,8 @@ class MediaReader:
             return None
         if self.placeholder < 0:
             raise ValueError(
-                f"prompt {index}: neither config.json nor the tokenizer says which token stands for images; pass "
-                "tokenizer= with that token."
+                f"prompt {index}: neither config.json nor the tokenizer names the image token; pass tokenizer= with "
+                "that token."
             )
         places = np.flatnonzero(np.asarray(token_ids, np.int64) == self.placeholder)
         wanted = sum(one.length for one in inputs)
@@ -131,6 +131,6 @@ class MediaReader:
             raise ValueError(f"{found}, but no image is given; pass multi_modal_data={{{self.takes.modality!r}: ...}}.")
         tiles = " + ".join(str(one.count) for one in inputs)
         raise ValueError(
-            f"{found}, but {plural(len(inputs), 'image')} of {tiles} tiles x {self.takes.rows} tokens take "
-            f"{wanted}; prompt_token_ids must hold them all."
+            f"{found}, but {plural(len(inputs), 'image')} of {tiles} tiles x {self.takes.rows} tokens need "
+            f"{wanted}; prompt_token_ids must contain them all."
         )

@@ -97,13 +97,15 @@ class DecoderConfig:
         if LINEAR in self.kinds and self.linear is None:
             raise ValueError("kinds has linear layers, but linear is None; give their spec")
         if self.dense_layers and self.moe is None:
-            raise ValueError(f"dense_layers={self.dense_layers}, but moe is None: every layer is dense then")
+            raise ValueError(
+                f"dense_layers={self.dense_layers}, but moe is None, so every layer is dense; leave dense_layers empty"
+            )
         if not all(0 <= layer < layers for layer in self.dense_layers):
             raise ValueError(f"dense_layers={self.dense_layers} must be layers from 0 to {layers - 1}")
         if not self.norms or not set(self.norms) <= {BEFORE, AFTER}:
             raise ValueError(f"norms={self.norms} must be {BEFORE!r}, {AFTER!r} or both")
         if self.centred_norms and self.norm_scaling != Scaling():
-            raise ValueError(f"norm_scaling={self.norm_scaling} is for RMSNorm, but centred_norms is set")
+            raise ValueError(f"norm_scaling={self.norm_scaling} applies to RMSNorm only, but centred_norms is set")
         if self.recomputed and self.rope is None:
             raise ValueError("recomputed is for models whose rope changes with length, but rope is None")
 
@@ -234,13 +236,13 @@ def read_config(
     if turned != head_dim and not partial_rotary:
         raise ConfigError(
             f"config.json: rope turns {turned} of {head_dim} dimensions (partial_rotary_factor), which "
-            f"{reader.family} does not know; leave it out or use a family that does (Phi3ForCausalLM)"
+            f"{reader.family} does not support; remove it, or use a family that does (Phi3ForCausalLM)"
         )
     spec = AttentionSpec(width, heads, kv_heads, head_dim, qkv_bias, out_bias, eps if qk_norm else None)
     layers = reader.get_int("num_hidden_layers")
     if window is None and SLIDING in kinds:
         raise ConfigError(
-            f"config.json: layer_types names {SLIDING}, but there is no sliding_window in use; give its size"
+            f"config.json: layer_types names {SLIDING}, but no sliding_window is set or enabled; add its size"
         )
     return DecoderConfig(
         vocab_size=reader.get_int("vocab_size"),
@@ -283,8 +285,8 @@ def layer_kinds(
     for number, kind in enumerate(kinds):
         if kind not in known:
             raise ConfigError(
-                f"config.json: layer_types[{number}] is {show(kind)}, which {reader.family} does not know; it may be "
-                f"{' or '.join(map(repr, known))}"
+                f"config.json: layer_types[{number}] is {show(kind)}, which {reader.family} does not support; it "
+                f"must be {' or '.join(map(repr, known))}"
             )
     return tuple(kinds)
 
@@ -303,7 +305,9 @@ def _ropes(
         return rope, None if local is None else reader.rope(head_dim, **local)
     unknown = sorted(set(each) - {FULL, SLIDING})
     if unknown:
-        raise ConfigError(f"config.json: rope_parameters names {', '.join(unknown)}, beside {FULL} and {SLIDING}")
+        raise ConfigError(
+            f"config.json: rope_parameters has unknown keys {', '.join(unknown)} beside {FULL} and {SLIDING}"
+        )
     bases = {FULL: reader.get("rope_theta", None)}
     bases[SLIDING] = (local or {}).get("rope_theta", bases[FULL])
     found = []
@@ -315,5 +319,7 @@ def _ropes(
             own = {**base, **each[kind]}
             found.append(reader.rope(head_dim, rope_scaling=None, rope_theta=None, rope_parameters=own))
     if not found:
-        raise ConfigError(f"config.json: rope_parameters has nothing in {FULL} and {SLIDING}; state one of them")
+        raise ConfigError(
+            f"config.json: rope_parameters.{FULL} and rope_parameters.{SLIDING} are both empty; set at least one"
+        )
     return found[0], found[-1]

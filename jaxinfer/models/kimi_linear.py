@@ -93,13 +93,12 @@ def _linear(reader: ConfigReader, layers: int, eps: float) -> tuple[KdaSpec, tup
         kinds = _listed(part, layers)
         if reader.get("layer_types", None) not in (None, list(kinds)):
             raise ConfigError(
-                "config.json: layer_types and linear_attn_config differ about the kinds of layers; remove one"
+                "config.json: layer_types and linear_attn_config name different kinds of layers; remove one"
             )
         for own, flat in shape.items():
             if None not in (said := (part.get(own, None), reader.get(flat, None))) and said[0] != said[1]:
                 raise ConfigError(
-                    f"config.json: linear_attn_config.{own} is {said[0]!r} and {flat} is {said[1]!r}; remove one of "
-                    "them"
+                    f"config.json: linear_attn_config.{own} is {said[0]!r} and {flat} is {said[1]!r}; remove one"
                 )
     heads, dim = part.get_int(names["num_heads"], 32), part.get_int(names["head_dim"], 128)
     taps = part.get_int(names["short_conv_kernel_size"], 4, least=2)
@@ -123,7 +122,7 @@ def _listed(part: ConfigReader, layers: int) -> tuple[str, ...]:
         twice = [i for i in listed if i in found or listed.count(i) > 1]
         if twice:
             raise ConfigError(
-                f"config.json: linear_attn_config names layer {twice[0]} twice (counted from 1); leave it in one list"
+                f"config.json: linear_attn_config names layer {twice[0]} twice (counted from 1); keep it in one list"
             )
         found |= dict.fromkeys(listed, kind)
     absent = [i for i in range(1, layers + 1) if i not in found]

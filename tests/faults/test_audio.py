@@ -113,16 +113,16 @@ NAN[7] = np.nan
         (
             ask((sound(1.5), RATE)),
             ValueError,
-            "prompt 1, audio is 1.50 s long, and the model takes 1 s at once; LLM.transcribe",
+            "prompt 1, audio is 1.50 s long; the model takes at most 1 s at once. Use LLM.transcribe",
         ),
-        (ask([(SOUND, RATE)] * 2), ValueError, "prompt 1, audio: there are 2; a prompt has one"),
+        (ask([(SOUND, RATE)] * 2), ValueError, "prompt 1, audio: got a list of 2; a prompt takes exactly one"),
         (ask([]), ValueError, "prompt 1, audio: there are 0"),
         (
             {"prompt": "hello"},
             ValueError,
-            "prompt 1 has no audio, and this model takes speech: pass {'multi_modal_data'",
+            "prompt 1 has no audio, which this model requires: pass {'multi_modal_data'",
         ),
-        ("hello", ValueError, "prompt 1 has no audio, and this model takes speech"),
+        ("hello", ValueError, "prompt 1 has no audio, which this model requires"),
         (
             {"multi_modal_data": {"image": SOUND}},
             ValueError,
@@ -141,7 +141,7 @@ NAN[7] = np.nan
         (
             ask(language="klingon"),
             ValueError,
-            "prompt 1: 'language' is 'klingon', which this model does not know; it knows de, en",
+            "prompt 1: 'language' is 'klingon', which this model does not support; supported: de, en",
         ),
         (ask(language="fr"), ValueError, "prompt 1: 'language' is 'fr'"),
         (ask(language=3), TypeError, "prompt 1: 'language' must be a string"),
@@ -154,7 +154,7 @@ NAN[7] = np.nan
         (
             ask(prompt="<|startoftranscript|>", language="en"),
             ValueError,
-            "prompt 1: 'language' does not go with a prompt of your own",
+            "prompt 1: 'language' cannot be combined with 'prompt'",
         ),
         (ask(prompt_token_ids=[10**6]), ValueError, "prompt 1: token id 1000000 at position 0 is out of"),
         (
@@ -185,7 +185,7 @@ def test_the_others_are_unharmed(llm):
     [
         (dict(language="klingon"), ValueError, "prompt 0: 'language' is 'klingon'"),
         (dict(task="sing"), ValueError, "prompt 0: 'task' is str 'sing'"),
-        (dict(sampling_params=SamplingParams(n=2)), ValueError, "n must be 1 to transcribe, got 2"),
+        (dict(sampling_params=SamplingParams(n=2)), ValueError, "n must be 1 for transcription, got 2"),
         (dict(sampling_params={"n": 1}), TypeError, "sampling_params must be one SamplingParams, got dict"),
     ],
 )

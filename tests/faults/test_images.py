@@ -119,7 +119,7 @@ def test_a_conversation_with_images_streams_what_the_whole_call_gives(llm):
         (Image.new("F", (5, 5)), ValueError, "prompt 1, image 0 has mode 'F'"),
         (opened("PNG", 0.6), ValueError, "prompt 1, image 0 cannot be decoded, it is truncated or corrupt"),
         (opened("JPEG", 0.6), ValueError, "prompt 1, image 0 cannot be decoded, it is truncated or corrupt"),
-        ([SMALL, np.full((4, 4, 3), np.nan)], ValueError, "prompt 1, image 1 has 48 values that are NaN"),
+        ([SMALL, np.full((4, 4, 3), np.nan)], ValueError, "prompt 1, image 1: 48 of 48 values are NaN"),
         (np.zeros((5, 4, 2), np.uint8), ValueError, r"prompt 1, image 0 has shape \[5, 4, 2\]"),
         ([SMALL, SMALL], ValueError, "prompt 1: the text has 1 image marker .* for 2 images"),
     ],
@@ -174,7 +174,7 @@ def test_what_does_not_fit(llm, wrong, error, message):
 
 @pytest.mark.parametrize("count", [0, 1, 3 * ROWS - 1, 3 * ROWS + 1])
 def test_a_wrong_number_of_image_tokens(llm, count):
-    with pytest.raises(ValueError, match=rf"prompt 0 has {count} image token.* 1 image of 3 tiles x 4 tokens take 12"):
+    with pytest.raises(ValueError, match=rf"prompt 0 has {count} image token.* 1 image of 3 tiles x 4 tokens need 12"):
         llm.generate({"prompt_token_ids": ids(llm, count), "multi_modal_data": {"image": PICTURE}}, PARAMS)
 
 

@@ -122,10 +122,10 @@ GOOD = preprocessed()
         (prompt(None), TypeError, "prompt 1, image 0 .* got None"),
         (prompt(Image.new("RGB", (5, 0))), ValueError, "prompt 1, image 0 has no pixels"),
         (prompt(Image.new("F", (5, 5))), ValueError, "prompt 1, image 0 has mode 'F'"),
-        (prompt(Image.new("RGB", (1, 1))), ValueError, "prompt 1, image 0 has 1 x 1 pixels; at least 2 are taken"),
+        (prompt(Image.new("RGB", (1, 1))), ValueError, "prompt 1, image 0 has 1 x 1 pixels; the minimum is 2"),
         (prompt(opened("PNG", 0.6)), ValueError, "prompt 1, image 0 cannot be decoded, it is truncated or corrupt"),
         (prompt(opened("JPEG", 0.6)), ValueError, "prompt 1, image 0 cannot be decoded, it is truncated or corrupt"),
-        (prompt(np.full((4, 4, 3), np.nan)), ValueError, "prompt 1, image 0 has 48 values that are NaN"),
+        (prompt(np.full((4, 4, 3), np.nan)), ValueError, "prompt 1, image 0: 48 of 48 values are NaN"),
         (prompt(np.zeros((5, 4, 2), np.uint8)), ValueError, r"prompt 1, image 0 has shape \[5, 4, 2\]"),
         (prompt([SMALL, SMALL]), ValueError, r"prompt 1 has 1 image token \(<\|image\|>, id \d+\) for 2 images"),
         (prompt(SMALL, "no marker"), ValueError, "prompt 1 has 0 image tokens .* for 1 image;"),
@@ -149,7 +149,7 @@ GOOD = preprocessed()
         (
             prompt(**GOOD | {"aspect_ratio_ids": np.array([9])}),
             ValueError,
-            "aspect_ratio_ids has values from 9 to 9; this model knows 1 to 8",
+            "aspect_ratio_ids has values from 9 to 9; this model has canvases 1 to 8",
         ),
         (prompt(**GOOD | {"aspect_ratio_ids": np.array([0])}), ValueError, "values from 0 to 0"),
         (

@@ -130,7 +130,9 @@ def read_config(reader: ConfigReader) -> InternVLConfig:
         part.skip("layer_scale_init_value", "projection_dropout", "use_mask_token")  # the mask token is for training
     token = reader.get_int("image_token_id", token, least=0)
     if token >= text.vocab_size:
-        raise ConfigError(f"config.json: image_token_id is {token}, but the vocabulary has {text.vocab_size} ids")
+        raise ConfigError(
+            f"config.json: image_token_id is {token}, but vocab_size is {text.vocab_size}; it must be smaller"
+        )
     if size % (vision.patch_size * shuffle) or size > MAX_SIDE:
         raise ConfigError(
             f"config.json: a tile is {size} pixels a side (force_image_size, image_seq_length); it must be a multiple "
@@ -152,9 +154,8 @@ def _language_model(reader: ConfigReader, name: str) -> DecoderConfig:
     named = listed[0] if isinstance(listed, list) and listed else LANGUAGE_MODELS.get(kind)
     if named not in LANGUAGE_MODELS.values():
         raise ConfigError(
-            f"config.json: {name} has architectures {show(listed)} and model_type {kind!r}, which is not supported as "
-            "the "
-            f"language model of {reader.family}; supported: {', '.join(LANGUAGE_MODELS.values())}"
+            f"config.json: {name} has architectures {show(listed)} and model_type {kind!r}, which is not supported "
+            f"as the language model of {reader.family}; supported: {', '.join(LANGUAGE_MODELS.values())}"
         )
     part.skip("architectures", "model_type")
     part.defaults(**(TEXT_SIZES[named] if name == "text_config" else {}))
@@ -195,7 +196,7 @@ def _computed(layer: Any, stored: int) -> int:
     """Return how many layers run to compute output `layer`: -1 is the last layer's, 0 the input of the first."""
     if not isinstance(layer, int) or isinstance(layer, bool) or not -stored - 1 <= layer <= stored:
         raise ConfigError(
-            f"config.json: vision_feature_layer (or select_layer) is {show(layer)}; it must be one whole number from "
+            f"config.json: vision_feature_layer (or select_layer) is {show(layer)}; it must be an integer from "
             f"{-stored - 1} to {stored}, as the tower has {stored} layers"
         )
     return layer + stored + 1 if layer < 0 else layer

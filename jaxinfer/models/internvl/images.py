@@ -26,7 +26,7 @@ def tiling(hf: Mapping[str, Any]) -> Tiling | None:
         return None
     reader = ConfigReader(hf, "InternVLChatModel")
     if reader.get_bool("pad2square", False):
-        raise ConfigError("config.json: pad2square is true, which is not supported; only tiles are (pad2square false)")
+        raise ConfigError("config.json: pad2square is true, which is not supported; only tiling is (pad2square false)")
     vision = hf.get("vision_config") or {}
     side = reader.get_int("force_image_size", None) or ConfigReader(vision, "vision_config").get_int("image_size")
     least, most = reader.get_int("min_dynamic_patch", 1), reader.get_int("max_dynamic_patch", 12)

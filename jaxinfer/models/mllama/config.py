@@ -83,9 +83,8 @@ def read_config(reader: ConfigReader) -> MllamaConfig:
     token = reader.get_int("image_token_index", config.vocab_size, least=0)
     if token >= config.vocab_size + EXTRA_TOKENS:
         raise ConfigError(
-            f"config.json: image_token_index is {token}, which the embedding of {config.vocab_size} + {EXTRA_TOKENS} "
-            "tokens "
-            "does not have"
+            f"config.json: image_token_index is {token}; it must be smaller than the embedding's {config.vocab_size} + "
+            f"{EXTRA_TOKENS} rows"
         )
     return MllamaConfig(vision, config, frozenset(layers), token)
 
@@ -124,8 +123,8 @@ def _vision(reader: ConfigReader, names_outputs: bool) -> MllamaVisionConfig:
     made = reader.get_int("vision_output_dim", config.width)
     if made != config.width:
         raise ConfigError(
-            f"{reader.family}: vision_output_dim is {made}, but hidden_size {width} times one more than the "
-            f"{len(taps)} intermediate_layers_indices is {config.width}"
+            f"{reader.family}: vision_output_dim is {made}, but it must be hidden_size * (1 + number of "
+            f"intermediate_layers_indices) = {width} * (1 + {len(taps)}) = {config.width}"
         )
     return config
 
@@ -153,9 +152,8 @@ def _ratios(reader: ConfigReader, tiles: int) -> tuple[tuple[int, int], ...]:
     )
     if not fits:
         raise ConfigError(
-            f"{reader.family}: supported_aspect_ratios={str(given)[:200]} must be pairs of whole numbers, at most "
-            "max_num_tiles "
-            f"= {tiles} tiles each"
+            f"{reader.family}: supported_aspect_ratios={str(given)[:200]} must be pairs of positive integers "
+            f"whose product is at most max_num_tiles = {tiles}"
         )
     return tuple((down, across) for down, across in given)
 

@@ -68,7 +68,7 @@ class MllamaReader:
             if key not in (IMAGE, PIXELS, CANVASES):
                 raise ValueError(
                     f"prompt {index}: multi_modal_data has {describe(key)}; this model takes {IMAGE!r}, or "
-                    f"{PIXELS!r} and {CANVASES!r} of what is preprocessed."
+                    f"preprocessed {PIXELS!r} and {CANVASES!r}."
                 )
         if IMAGE in given and len(given) > 1:
             raise ValueError(f"prompt {index}: multi_modal_data has both {IMAGE!r} and {PIXELS!r}; pass one of them.")
@@ -81,7 +81,9 @@ class MllamaReader:
     def _processed(self, image: Any, where: str) -> EncoderInput:
         rgb = as_rgb(image, where)
         if self._processor is None:
-            raise ValueError(f"{where}: there is no checkpoint whose processor would take it; pass {PIXELS!r}.")
+            raise ValueError(
+                f"{where}: there is no checkpoint with an image processor; pass {PIXELS!r} and {CANVASES!r}."
+            )
         try:
             out = self._processor.outputs(rgb)
         except (CheckpointError, ImportError):
@@ -95,11 +97,9 @@ class MllamaReader:
         vision = self._config.vision
         if tiles.shape[2:] != self.source.shape or not 1 <= canvas[0] <= len(vision.ratios):
             raise CheckpointError(
-                f"the image processor makes tiles of shape {list(tiles.shape[2:])} on canvas {canvas[0]}, but the "
-                "model takes "
-                f"{list(self.source.shape)} and knows {len(vision.ratios)} canvases; preprocessor_config.json and "
-                "config.json do "
-                "not belong together"
+                f"the image processor returns tiles of shape {list(tiles.shape[2:])} on canvas {canvas[0]}, but the "
+                f"model takes {list(self.source.shape)} and has {len(vision.ratios)} canvases; "
+                "preprocessor_config.json and config.json do not match"
             )
         return self._input(tiles[0, 0], int(canvas[0]))
 
@@ -118,8 +118,8 @@ class MllamaReader:
             )
         if canvases.min() < 1 or canvases.max() > most:
             raise ValueError(
-                f"prompt {index}: {CANVASES} has values from {canvases.min()} to {canvases.max()}; this model knows "
-                f"1 to {most}."
+                f"prompt {index}: {CANVASES} has values from {canvases.min()} to {canvases.max()}; this model has "
+                f"canvases 1 to {most}."
             )
         return tuple(self._input(one, int(canvas)) for one, canvas in zip(tiles, canvases, strict=True))
 

@@ -57,8 +57,8 @@ class WhisperReader:
             return CrossPrompt(ids, cross, rule=int(says), extra_tokens=extra)
         for name in options:
             raise ValueError(
-                f"prompt {index}: {name!r} does not go with a prompt of your own, which says it with its tokens; "
-                "leave out one of them."
+                f"prompt {index}: {name!r} cannot be combined with 'prompt' or 'prompt_token_ids', whose tokens "
+                "determine it; remove one of them."
             )
         ids = list(prompt.token_ids) if prompt.token_ids is not None else encode(prompt.text, False)
         if self._rule is None:
@@ -109,9 +109,7 @@ class WhisperReader:
         """Check audio of any length; requires a feature extractor."""
         audio = as_audio(value, where)
         if self.processor is None:
-            raise ValueError(
-                f"{where}: there is no checkpoint whose feature extractor would take it; pass {FEATURES!r}."
-            )
+            raise ValueError(f"{where}: there is no checkpoint with a feature extractor; pass {FEATURES!r}.")
         return audio
 
     def _input(self, media: Mapping[str, Any] | None, index: int) -> EncoderInput:
@@ -120,19 +118,19 @@ class WhisperReader:
             if key not in (AUDIO, FEATURES):
                 raise ValueError(
                     f"prompt {index}: multi_modal_data has {describe(key)}; this model takes {AUDIO!r}, or "
-                    f"{FEATURES!r} that are preprocessed."
+                    f"preprocessed {FEATURES!r}."
                 )
         if not given:
             raise ValueError(
-                f"prompt {index} has no audio, and this model takes speech: pass "
-                f"{{'multi_modal_data': {{{AUDIO!r}: (array, sampling_rate)}}}}, or {FEATURES!r} in its place."
+                f"prompt {index} has no audio, which this model requires; pass "
+                f"{{'multi_modal_data': {{{AUDIO!r}: (array, sampling_rate)}}}}, or {FEATURES!r}."
             )
         if len(given) != 1:
             raise ValueError(f"prompt {index}: multi_modal_data has both {AUDIO!r} and {FEATURES!r}; pass one of them.")
         [(key, value)] = given.items()
         if isinstance(value, list):
             if len(value) != 1:
-                raise ValueError(f"{where}: there are {len(value)}; a prompt has one.")
+                raise ValueError(f"{where}: got a list of {len(value)}; a prompt takes exactly one.")
             value = value[0]
         if key == FEATURES:
             features = as_features(value, self.source.shape, f"prompt {index}: {FEATURES}")
@@ -179,7 +177,7 @@ class WhisperReader:
             raise TypeError(f"prompt {index}: 'language' must be a string, got {describe(given)}.")
         if not rule.languages:
             raise ValueError(
-                f"prompt {index}: 'language' is {given!r}, but this model knows English only; leave it out."
+                f"prompt {index}: 'language' is {given!r}, but this model supports English only; remove it."
             )
         name, known = given.lower(), dict(rule.languages)
         for token in (name, f"<|{name}|>", f"<|{_codes().get(name)}|>"):
@@ -187,7 +185,7 @@ class WhisperReader:
                 return known[token]
         codes = ", ".join(sorted(token.strip("<|>") for token in known))
         raise ValueError(
-            f"prompt {index}: 'language' is {given[:50]!r}, which this model does not know; it knows {codes}."
+            f"prompt {index}: 'language' is {given[:50]!r}, which this model does not support; supported: {codes}."
         )
 
     def _task(self, options: Mapping[str, Any], index: int) -> str:
@@ -196,7 +194,7 @@ class WhisperReader:
             raise ValueError(f"prompt {index}: 'task' is {describe(given)}; it must be 'transcribe' or 'translate'.")
         if given is not None and not rule.tasks:
             raise ValueError(
-                f"prompt {index}: 'task' is {given!r}, but this model only transcribes English; leave it out."
+                f"prompt {index}: 'task' is {given!r}, but this model only transcribes English; remove it."
             )
         forced = next((token for place, token in self._forced if place == 2), None)
         known = {token: name for name, token in rule.tasks}

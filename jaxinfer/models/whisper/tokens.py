@@ -81,7 +81,8 @@ class WhisperTokens:
         start, eos = one("decoder_start_token_id"), one("eos_token_id")
         if start is None or eos is None:
             raise ConfigError(
-                "neither generation_config.json nor config.json has decoder_start_token_id and eos_token_id"
+                "neither generation_config.json nor config.json has decoder_start_token_id and eos_token_id; add "
+                "them to generation_config.json"
             )
         english = generation_config.get("is_multilingual") is False
         return cls(

@@ -180,7 +180,9 @@ def begin(reader: Any, audio: Any, params: Any, options: Mapping[str, Any]) -> l
     if not isinstance(params, SamplingParams):
         raise TypeError(f"sampling_params must be one SamplingParams, got {describe(params)}.")
     if params.n > 1:
-        raise ValueError(f"n must be 1 to transcribe, got {params.n}: each window begins where the one before ended.")
+        raise ValueError(
+            f"n must be 1 for transcription, got {params.n}: each window begins where the previous one ended."
+        )
     several = audio if isinstance(audio, list) else [audio]
     heard = [reader.audio(one, f"audio {index}") for index, one in enumerate(several)]
     return [Transcribing(reader, reader.whole(one), reader.frames(one), dict(options)) for one in heard]

@@ -74,8 +74,12 @@ def test_rates_are_whole_numbers_of_any_type(rate):
 @pytest.mark.parametrize(
     ("audio", "error", "message"),
     [
-        (SOUND, TypeError, r"must be a pair \(array, sampling_rate\), got an array alone; its rate belongs with it"),
-        ("a.wav", TypeError, r"got str; nothing is read from paths or URLs: jaxinfer\.media\.read_wav\(path\)"),
+        (
+            SOUND,
+            TypeError,
+            r"must be a pair \(array, sampling_rate\), got an array without its sampling rate; pass both",
+        ),
+        ("a.wav", TypeError, r"got str; paths and URLs are not read: use jaxinfer\.media\.read_wav\(path\)"),
         (
             {"array": SOUND, "sampling_rate": RATE},
             TypeError,
@@ -97,7 +101,7 @@ def test_rates_are_whole_numbers_of_any_type(rate):
         ((SOUND, float("inf")), ValueError, "inf"),
         ((SOUND, 10**5000), ValueError, "one of 16610 bits"),
         ((SOUND[:0], RATE), ValueError, "is empty: it has no samples"),
-        ((np.zeros(800, np.float32), RATE), ValueError, "is silent: all of its 800 samples are 0"),
+        ((np.zeros(800, np.float32), RATE), ValueError, r"is silent \(all 800 samples are 0\)"),
         ((np.full(800, 128, np.uint8), RATE), ValueError, "is silent"),
         (
             (np.stack([SOUND, SOUND], axis=1), RATE),
@@ -115,7 +119,7 @@ def test_rates_are_whole_numbers_of_any_type(rate):
         (
             (np.array([0.5, -3e9]), RATE),
             ValueError,
-            r"has samples of up to 3e\+09, and full scale is 1; at most 2147483648",
+            r"has samples of up to 3e\+09; full scale is 1 and the maximum is 2147483648",
         ),
         ((np.array([0.5, 1e300]), RATE), ValueError, "has 1 values that are NaN or infinite, of 2"),
         (
@@ -188,7 +192,7 @@ def test_files_that_are_no_wav_of_pcm(tmp_path):
     floats = floats[:at] + struct.pack("<H", 3) + floats[at + 2 :]
     for name, data in {"text": b"hello", "empty": b"", "floats": floats, "head": wav(np.zeros((4, 1)))[:20]}.items():
         (tmp_path / name).write_bytes(data)
-        with pytest.raises(ValueError, match=rf"{name} is no WAV file of PCM samples \(.+\); convert it: ffmpeg"):
+        with pytest.raises(ValueError, match=rf"{name} is not a WAV file of PCM samples \(.+\); convert it: ffmpeg"):
             read_wav(tmp_path / name)
     with pytest.raises(ValueError, match="missing.wav: No such file"):
         read_wav(tmp_path / "missing.wav")
@@ -209,7 +213,7 @@ def test_features_are_those_of_transformers(tmp_path):
 def test_what_is_longer_than_a_window_is_refused_or_taken_whole(tmp_path):
     own, audio = processor(tmp_path), Audio(tone(8000, seconds=1.5), 8000)
     with pytest.raises(
-        ValueError, match=r"prompt 2, audio is 1\.50 s long, and the model takes 1 s at once; LLM\.transcribe"
+        ValueError, match=r"prompt 2, audio is 1\.50 s long; the model takes at most 1 s at once\. Use LLM\.transcribe"
     ):
         own.window(audio, "prompt 2, audio")
     assert own.whole(audio).shape == (20, 150) and own.frames(audio) == 150
@@ -223,7 +227,7 @@ def test_without_a_file_the_extractor_is_that_of_the_model(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"feature_size": 40}, r"windows of \[40, 100\] .*but the model takes \[20, 100\]"),
+        ({"feature_size": 40}, r"windows of shape \[40, 100\] .*but the model takes \[20, 100\]"),
         (
             {"feature_extractor_type": "Wav2Vec2FeatureExtractor"},
             "feature_extractor_type is 'Wav2Vec2FeatureExtractor'",

@@ -74,7 +74,9 @@ def test_code_of_the_checkpoint_is_not_executed(folder):
     own = PROCESSOR | {"auto_map": {"AutoImageProcessor": "evil.Evil"}, "image_processor_type": "EvilImageProcessor"}
     (folder / "preprocessor_config.json").write_text(json.dumps(own))
     (folder / "evil.py").write_text("raise SystemExit")
-    with pytest.raises(CheckpointError, match="image_processor_type is 'EvilImageProcessor', which this transformers"):
+    with pytest.raises(
+        CheckpointError, match="image_processor_type is 'EvilImageProcessor', which the installed transformers"
+    ):
         reader(folder).read({"image": PICTURE}, 0)
     (folder / "preprocessor_config.json").write_text(
         json.dumps(own | {"image_processor_type": "GotOcr2ImageProcessorFast"})
@@ -121,9 +123,12 @@ def test_pixel_values_go_in_as_they_are():
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"audio": 1}, "prompt 3: multi_modal_data has str 'audio'; this model takes 'image', or 'pixel_values'"),
+        (
+            {"audio": 1},
+            "prompt 3: multi_modal_data has str 'audio'; this model takes 'image', or preprocessed 'pixel_values'",
+        ),
         ({"image": [], "pixel_values": []}, "prompt 3: multi_modal_data has both"),
-        ({"image": np.zeros((2, 2, 3), np.uint8)}, "prompt 3, image 0: there is no checkpoint whose processor"),
+        ({"image": np.zeros((2, 2, 3), np.uint8)}, "prompt 3, image 0: there is no checkpoint with an image processor"),
         (
             {"pixel_values": [np.zeros((1, *SHAPE)), np.zeros((1, 3, 2, 2))]},
             "prompt 3, image 1: pixel_values has shape",
@@ -164,9 +169,9 @@ def test_places_are_those_of_the_images_tokens():
     ("ids", "images", "message"),
     [
         ([1, TOKEN], 0, r"prompt 5 has 1 image token \(id 90\), but no image is given; pass multi_modal_data"),
-        ([1], 1, r"has 0 image tokens \(id 90\), but 1 image of 2 tiles x 4 tokens take 8"),
+        ([1], 1, r"has 0 image tokens \(id 90\), but 1 image of 2 tiles x 4 tokens need 8"),
         ([TOKEN] * 7, 1, "has 7 image tokens"),
-        ([TOKEN] * 17, 2, r"has 17 .* 2 images of 2 \+ 2 tiles x 4 tokens take 16"),
+        ([TOKEN] * 17, 2, r"has 17 .* 2 images of 2 \+ 2 tiles x 4 tokens need 16"),
     ],
 )
 def test_tokens_and_images_must_match(ids, images, message):
@@ -177,7 +182,7 @@ def test_tokens_and_images_must_match(ids, images, message):
 def test_the_token_is_the_tokenizers_where_the_checkpoint_does_not_say(folder):
     tokenizer = checkpoint.tokenizer()
     assert reader(folder, token=-1, tokenizer=tokenizer).place([5], (), 0) is None
-    with pytest.raises(ValueError, match="prompt 0: neither config.json nor the tokenizer says which token"):
+    with pytest.raises(ValueError, match="prompt 0: neither config.json nor the tokenizer names the image token"):
         reader(folder, token=-1, tokenizer=tokenizer).place([5], (tiles(1),), 0)
     tokenizer.add_special_tokens({"additional_special_tokens": list(IMAGE_MARKERS)})
     token = tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")

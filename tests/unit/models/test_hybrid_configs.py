@@ -287,7 +287,7 @@ def test_rope_parameters_of_each_kind_as_transformers_5_writes_them(name):
     assert again == found
     if nested:
         own["rope_parameters"]["chunked_attention"] = full
-        with pytest.raises(ConfigError, match="rope_parameters names chunked_attention"):
+        with pytest.raises(ConfigError, match="rope_parameters has unknown keys chunked_attention"):
             parsed({**hf, "text_config": own} if own is not hf else own)
 
 
@@ -297,7 +297,7 @@ def test_rope_parameters_of_each_kind_as_transformers_5_writes_them(name):
         (
             GEMMA_2_2B,
             {"sliding_window": 0},
-            "layer_types names sliding_attention, but there is no sliding_window in use",
+            "layer_types names sliding_attention, but no sliding_window is set",
         ),
         (GEMMA_2_2B, {"sliding_window": -1}, "sliding_window=-1"),
         (GEMMA_2_2B, {"sliding_window": 4.5}, "sliding_window=4.5"),
@@ -319,7 +319,7 @@ def test_what_is_not_served_is_refused(hf, changes, message):
 
 def test_a_window_that_is_null_where_layers_slide_is_refused():
     hf = {name: value for name, value in OLMO_3_7B.items() if name != "sliding_window"} | {"sliding_window": None}
-    with pytest.raises(ConfigError, match="layer_types names sliding_attention, but there is no sliding_window"):
+    with pytest.raises(ConfigError, match="layer_types names sliding_attention, but no sliding_window"):
         parsed(hf)
 
 

@@ -177,10 +177,10 @@ def test_the_tower_ends_with_the_layer_that_is_asked_for():
         ("downsample_ratio", -0.5, "downsample_ratio is -0.5"),
         ("image_seq_length", 5, "image_seq_length is 5; it must be a square"),
         ("image_seq_length", 2**22, "a tile is .* up to 8192"),
-        ("image_token_id", 97, "image_token_id is 97, but the vocabulary has 97 ids"),
+        ("image_token_id", 97, "image_token_id is 97, but vocab_size is 97"),
         ("image_token_id", -1, "image_token_id=-1"),
-        ("vision_feature_layer", [-1, -2], r"vision_feature_layer .*is \[-1, -2\]; it must be one whole number"),
-        ("vision_feature_layer", 3, "it must be one whole number from -3 to 2"),
+        ("vision_feature_layer", [-1, -2], r"vision_feature_layer .*is \[-1, -2\]; it must be an integer"),
+        ("vision_feature_layer", 3, "it must be an integer from -3 to 2"),
         ("vision_feature_select_strategy", "full", "'full', which is not supported; supported: default"),
         ("projector_hidden_act", "mish", "projector_hidden_act is 'mish'"),
     ],
@@ -199,7 +199,7 @@ def test_what_is_not_served_is_refused_by_name(path, value, message):
         ("vision_config.use_moe", True, "use_moe"),
         ("llm_config.architectures", ["InternLM2ForCausalLM"], "InternLM2ForCausalLM.*supported: Qwen2"),
         ("llm_config.num_hidden_layers", 0, r"llm_config\.num_hidden_layers=0"),
-        ("select_layer", 25, "it must be one whole number from -25 to 24"),
+        ("select_layer", 25, "it must be an integer from -25 to 24"),
     ],
 )
 def test_what_is_not_served_of_an_original_is_refused_by_name(path, value, message):

@@ -113,7 +113,7 @@ def linear(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (linear(full_attn_layers=[*ATTENDING, 5]), "names layer 5 twice .*leave it in one list"),
+        (linear(full_attn_layers=[*ATTENDING, 5]), "names layer 5 twice .*keep it in one list"),
         (linear(full_attn_layers=[*ATTENDING, 4]), "names layer 4 twice"),
         (
             linear(full_attn_layers=ATTENDING[:-1]),
@@ -133,7 +133,7 @@ def linear(**changes: Any) -> dict[str, Any]:
         (linear(short_conv_kernel_size=1), "short_conv_kernel_size=1 must be a whole number from 2"),
         (linear(heads=32), "linear_attn_config.*heads"),
         ({"linear_num_heads": 16}, "linear_attn_config.num_heads is 32 and linear_num_heads is 16; remove one"),
-        ({"layer_types": [LINEAR] * 27}, "layer_types and linear_attn_config differ"),
+        ({"layer_types": [LINEAR] * 27}, "layer_types and linear_attn_config name different kinds"),
         (
             {"linear_attn_config": None, "layer_types": [LINEAR, FULL]},
             "layer_types must be a list of num_hidden_layers = 27",
