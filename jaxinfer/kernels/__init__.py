@@ -1,4 +1,4 @@
-"""Operations on device arrays, one file each: a plain-jnp oracle beside the fast version."""
+"""Device kernels: each operation has a plain-jnp reference beside its fast versions."""
 
 from jaxinfer.kernels.attention import paged as paged
 from jaxinfer.kernels.attention import xla_attention as xla_attention

@@ -1,4 +1,4 @@
-"""Which implementation of attention serves a mesh. Each has `decode` and `prefill`, which write and attend."""
+"""Choice of the attention implementation. Each has `decode` and `prefill`, which write the cache and attend."""
 
 import logging
 from functools import cache
@@ -15,14 +15,18 @@ log = logging.getLogger(__name__)
 
 AUTO, XLA, TRITON, NATIVE = "auto", "xla", "triton", "native"
 WHOLE = "whole"
-"""What is differentiated (`jaxinfer.functional.training`); no user chooses it."""
+"""Differentiable attention for training (`jaxinfer.functional.training`); not a user setting."""
 
 
 def choose(asked: str, mesh: Mesh) -> str:
-    """The implementation for the devices of a mesh: a GPU's Triton, a CPU's native one; XLA's where they cannot run.
+    """Choose the implementation for a mesh: Triton on GPUs, native on CPUs, and XLA where those cannot run.
+
+    Args:
+        asked: the setting: "auto", "xla", "native" or "triton".
+        mesh: the devices.
 
     Raises:
-        ConfigError: an implementation that is not known, or one that cannot run here.
+        ConfigError: an unknown implementation, or one that cannot run on these devices.
     """
     if asked not in (AUTO, XLA, TRITON, NATIVE):
         raise ConfigError(f"attention_kernel must be {AUTO}, {XLA}, {NATIVE} or {TRITON}, got {asked!r}")
@@ -45,7 +49,7 @@ def _warn(lacking: str) -> None:
 
 
 def implementation(name: str, mesh: Mesh) -> Any:
-    """What has `decode` and `prefill` for a name that `choose` gave, or `prefill` alone for `WHOLE`."""
+    """Return the object with `decode` and `prefill` for a name from `choose`, or with `prefill` alone for `WHOLE`."""
     if name == WHOLE:
         return whole_attention
     if name in (XLA, NATIVE):
@@ -54,13 +58,13 @@ def implementation(name: str, mesh: Mesh) -> Any:
 
 
 def prefill_tile(name: str, group: int, value_dim: int, itemsize: int) -> int:
-    """Queries of one prefill tile that suit an implementation.
+    """Return the queries per prefill tile that suit an implementation.
 
     Args:
-        name: what `choose` gave.
-        group: query heads a kv head, G.
+        name: result of `choose`.
+        group: query heads per kv head, G.
         value_dim: Dv.
-        itemsize: bytes of an element of the cache.
+        itemsize: bytes per element of the cache.
     """
     if name == TRITON:
         return triton_tiles.tile(group, value_dim, itemsize)

@@ -1,15 +1,16 @@
-"""Multi-head latent attention (arXiv:2405.04434) over the paged cache: what is kept of a token is one latent for all
-heads.
+"""Multi-head latent attention (MLA, arXiv:2405.04434) over a paged cache of one latent per token, shared by all heads.
 
-A lane is `[N, 1, P, L + R]`: the latent of L columns, then a key of R columns that all heads share (with rotary
-positions, where the model has them). Of head h a key is `[U_h c | r]` and a value `W_h c`. So there are two ways to the
-same numbers:
+The cache array is `[N, 1, P, L + R]`: a latent c of L columns and a key r of R columns shared by all heads (rotated in
+models with rope). Head h has keys `[U_h c | r]` and values `W_h c`. Two computations give the same result:
 
-- *absorbed*: `q . U c = (U^T q) . c`. The queries go over into the space of latents, which are keys and, in their first
-  L columns, values; what is attended goes through W. That is `paged.Lane` with no values of its own, one kv head and
-  all heads around it, and every implementation of attention serves it. It reads least: decode.
-- *expanded*: keys and values of all heads are made of the latents, each once a step, and attended to as they are: a
-  third of the multiplications for each pair of a query and a key. With many queries a sequence: `prefill`.
+- *absorbed*: `q . U c = (U^T q) . c`. Queries are projected to the latent space, where latents are the keys and, in
+  their
+  first L columns, the values; outputs are projected with W. This is a `paged.Lane` without values, with one kv head
+  shared
+  by all heads, so every attention implementation supports it. It reads least: used for decode.
+- *expanded*: keys and values of all heads are computed from the latents, once per step, and attended to directly, with
+  a
+  third of the multiplications per query-key pair. Used by `prefill`, with many queries per sequence.
 """
 
 from functools import partial
@@ -23,48 +24,48 @@ from jaxinfer.kernels.attention.paged import Lane, PrefillTiles, Slots
 from jaxinfer.kernels.attention.xla_attention import LEAST
 
 KEYS, QUERIES = 128, 64
-"""Positions that are expanded at a time, and queries that are scored against them at a time. On a CPU larger ones lose
-where sequences are short, smaller ones where they are long."""
+"""Positions expanded at a time, and queries scored against them at a time. On a CPU larger values are slower for short
+sequences, smaller ones for long sequences."""
 
 
 class Expansion(NamedTuple):
-    """What makes keys and values of latents, of the heads that are here."""
+    """Up-projections from latents to keys and values, for the local heads."""
 
     keys: jax.Array
-    """`[H, Dn, L]`: U, of the columns of a key that are not shared."""
+    """U `[H, Dn, L]`, for the unshared columns of keys."""
     values: jax.Array
-    """`[H, Dv, L]`: W."""
+    """W `[H, Dv, L]`."""
 
 
 def _dot(expression: str, a: jax.Array, b: jax.Array, wide: bool = True) -> jax.Array:
-    """The product in float32 (`wide`) or in the operands' dtype."""
+    """Compute an einsum in float32 (`wide`) or in the operands' dtype."""
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     kind = jnp.float32 if wide else a.dtype
     return jnp.einsum(expression, a, b, precision=precision, preferred_element_type=kind)
 
 
 def absorb(q: jax.Array, expansion: Expansion) -> jax.Array:
-    """Queries `[T, H, Dn + R]` in the space of latents, `[T, H, L + R]`."""
+    """Project queries `[T, H, Dn + R]` to the latent space: `[T, H, L + R]`."""
     own = expansion.keys.shape[1]
     return jnp.concatenate([_dot("thd,hdl->thl", q[..., :own], expansion.keys, wide=False), q[..., own:]], axis=-1)
 
 
 def release(attended: jax.Array, expansion: Expansion) -> jax.Array:
-    """Attended latents `[T, H, L]` as values `[T, H, Dv]`."""
+    """Project attended latents `[T, H, L]` to values `[T, H, Dv]`."""
     return _dot("thl,hdl->thd", attended, expansion.values, wide=False)
 
 
 class _Rows(NamedTuple):
-    """The step's tokens by row of the tables, `[B]` each."""
+    """Tokens of the step by row of the block tables, `[B]` each."""
 
     starts: jax.Array
     positions: jax.Array
-    """Of the first token."""
+    """Position of the first token."""
     counts: jax.Array
 
 
 def _rows(step: PrefillTiles) -> _Rows:
-    """Tiles of one row put together again."""
+    """Merge the tiles of each row."""
     batch = step.tables.shape[0]
     live = jnp.arange(step.tiles.shape[0]) < step.count
     row, start, position, count = step.tiles.T
@@ -76,30 +77,29 @@ def _rows(step: PrefillTiles) -> _Rows:
 def prefill(
     q: jax.Array, latents: jax.Array, lane: Lane, slots: Slots, step: PrefillTiles, expansion: Expansion, scale: float
 ) -> tuple[jax.Array, Lane]:
-    """Writes the chunk's latents, then attends in the expanded form: causal within each sequence, over all it has
-    cached.
+    """Write the chunk's latents and attend in expanded form, causally over everything cached of each sequence.
 
-    Every latent is expanded once. The online softmax (arXiv:2205.14135) of all queries goes on from one run of keys to
-    the next, so that it lies in arrays of the step's size. What is not a number stays in its sequence.
+    Each latent is expanded once. The online softmax (arXiv:2205.14135) of all queries is carried from one run of keys
+    to the next, in arrays of the step's size. NaN stays within its sequence.
 
     Args:
         q: `[T, H, Dn + R]`.
         latents: `[T, L + R]`.
-        lane: the cache.
-        slots: where the latents go.
-        step: tables and tiles; tokens of a row lie one after another.
-        expansion: of the heads of `q`.
+        lane: the cache array.
+        slots: where the latents are written.
+        step: block tables and tiles; tokens of a row are contiguous.
+        expansion: up-projections of the heads of `q`.
         scale: multiplies the scores.
 
     Returns:
-        `[T, H, Dv]` and the lane; finite for padding.
+        `[T, H, Dv]`, finite for padding, and the updated cache array.
     """
     lane = paged.write(lane, latents[:, None], None, slots)
     tokens, heads, _ = q.shape
     queries, block = min(QUERIES, tokens), lane.keys.shape[2]
     width = min(max(1, KEYS // block), step.tables.shape[1])
     tables = jnp.pad(step.tables, ((0, 0), (0, width)))
-    # By heads: products of matrices then take their operands as they lie.
+    # Heads first: matmuls can then use their operands without transposing.
     padded, rows = jnp.pad(q.swapaxes(0, 1), ((0, 0), (0, queries), (0, 0))), _rows(step)
     turn = partial(_turn, q=padded, expansion=expansion, scale=scale, queries=queries)
 
@@ -133,9 +133,10 @@ def _turn(
     scale: float,
     queries: int,
 ) -> tuple[jax.Array, ...]:
-    """Latents `[S, L + R]` of one row, expanded, against all of its queries that see any of them.
+    """Expand latents `[S, L + R]` of one row and attend to them with all of the row's queries that see any of them.
 
-    `place`: the row's first token in the step and its position, the row's length, the position of the first latent.
+    `place` holds the row's first token in the step, its position, the row's length, and the position of the first
+    latent.
     """
     start, position, length, first = place
     rank = expansion.keys.shape[2]
@@ -157,7 +158,7 @@ def _turn(
         weights, shrink = jnp.exp(scores - new_top[..., None]), jnp.exp(top - new_top)
         new_out = out * shrink[..., None] + _dot("hcs,hsd->hcd", weights.astype(values.dtype), values)
         new = new_top, total * shrink + weights.sum(axis=-1), new_out
-        # Queries of the row that follows are no part of this one.
+        # A slice may extend into the queries of the next row: keep their values.
         mine = q_at < length
         kept = (
             jnp.where(mine.reshape(-1, *[1] * (a.ndim - 2)), a, b) for a, b in zip(new, (top, total, out), strict=True)

@@ -1,8 +1,7 @@
-"""Attention over the paged cache on a CPU, in C++ (`native/attention.cc`): `decode` and `prefill` as in
-`xla_attention`.
+"""Attention over the paged cache on CPUs in C++ (`native/attention.cc`): `decode` and `prefill` as in `xla_attention`.
 
-One kernel for both: a decode step is tiles of a single query. It reads each live key and value once, straight from
-the blocks, and writes the new ones itself. What it does not serve (float16, an odd head dim) goes to XLA.
+One kernel serves both: a decode step has tiles of a single query. It reads each live key and value once, directly from
+the blocks, and writes the new ones itself. Unsupported cases (float16, odd head dims) fall back to XLA.
 """
 
 import jax
@@ -13,7 +12,7 @@ from jaxinfer.kernels.attention import xla_attention
 from jaxinfer.kernels.attention.paged import DecodeRows, Lane, PrefillTiles, Scoring, Slots
 
 TILE = 64
-"""Queries of a prefill tile: 6% faster than 32, whose keys are laid out for half as many rows."""
+"""Queries per prefill tile; 6% faster than 32, where the packing of keys is shared by half as many rows."""
 
 
 def _served(q: jax.Array, lane: Lane) -> bool:
@@ -33,7 +32,7 @@ def decode(
     *,
     items: int | None = None,
 ) -> tuple[jax.Array, Lane]:
-    """As `xla_attention.decode`; `items` is not needed here."""
+    """Attend as `xla_attention.decode`; `items` is ignored."""
     if not _served(q, lane):
         return xla_attention.decode(q, k, v, lane, slots, step, scoring, sinks, items=items)
     rows = jnp.arange(q.shape[0], dtype=jnp.int32)
@@ -54,7 +53,7 @@ def prefill(
     *,
     tile: int,
 ) -> tuple[jax.Array, Lane]:
-    """As `xla_attention.prefill`."""
+    """Attend as `xla_attention.prefill`."""
     if not _served(q, lane):
         return xla_attention.prefill(q, k, v, lane, slots, step, scoring, sinks, tile=tile)
     return _call(q, k, v, lane, slots, step, scoring, sinks)
@@ -95,19 +94,19 @@ def _call(
 
 
 def _spanned(step: PrefillTiles) -> jax.Array:
-    """`[NT, 6]` the tiles with the first key and the end of those that any of their queries may see."""
+    """Return the tiles `[NT, 6]`, with the start and end of the keys that any of their queries may see."""
     row, token, position, count = step.tiles.T
     if step.spans is None:
         return jnp.stack([row, token, position, count, jnp.zeros_like(row), position + count], axis=1)
-    # From its last key on a query sees all before it.
+    # A causal query at the position of the last key sees all keys in the span.
     first, end = step.spans.T
     return jnp.stack([row, token, end - 1, count, first, end], axis=1)
 
 
 def copy_blocks(array: jax.Array, sources: jax.Array, targets: jax.Array) -> jax.Array:
-    """Copies block `sources[i]` of `[N, ...]` to `targets[i]`, in place; a target of N or more is dropped.
+    """Copy block `sources[i]` of `[N, ...]` to `targets[i]` in place; targets >= N are padding and dropped.
 
-    Some XLA on a CPU converts a whole bfloat16 array to float32 and back to write a few of its blocks.
+    XLA on CPUs may convert a whole bfloat16 array to float32 and back to write a few of its blocks.
     """
     call = jax.ffi.ffi_call(
         "jaxinfer_copy_blocks", jax.ShapeDtypeStruct(array.shape, array.dtype), input_output_aliases={0: 0}

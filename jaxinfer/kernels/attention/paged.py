@@ -1,9 +1,9 @@
-"""The paged cache as kernels see it: lanes, what a step reads of them, how scores are made, and the oracle.
+"""Types of paged attention shared by all implementations, and the reference implementation.
 
-One lane is `[N, K, P, D]`: block, kv head, position in the block, head dim. A block table row lists the
-blocks of one sequence in order, so position `s` lies in block `table[s // P]` at offset `s % P`. Positions
-that are not part of the sequence are masked on the scores and on the values (0 x NaN is NaN).
-All functions see local shapes: under tensor parallelism they run inside `jax.shard_map`.
+A cache array is `[N, K, P, D]`: block, kv head, position in the block, head dim. A row of the block table lists the
+blocks of one sequence in order, so position `s` is in block `table[s // P]` at offset `s % P`. Positions outside the
+sequence are masked on scores and on values (0 x NaN is NaN). All functions take local shapes: under tensor parallelism
+they run inside `jax.shard_map`.
 """
 
 from dataclasses import dataclass
@@ -14,87 +14,86 @@ import jax.numpy as jnp
 
 
 class Lane(NamedTuple):
-    """The cache of one layer."""
+    """Cache arrays of one layer."""
 
     keys: jax.Array
     """`[N, K, P, D]`."""
     values: jax.Array | None
-    """`[N, K, P, Dv]`; None: the values are the first `Scoring.value_dim` columns of the keys (MLA's latent)."""
+    """`[N, K, P, Dv]`; None if the values are the first `Scoring.value_dim` columns of the keys (MLA)."""
 
 
 Cache: TypeAlias = list[Any]
-"""All that is kept of all sequences: a `Lane` for each lane, then the arrays of each recurrent layer
-(`kernels.state`)."""
+"""Cache of all sequences: one `Lane` per cache array, then the arrays of each recurrent layer (`kernels.state`)."""
 
 
 class Slots(NamedTuple):
-    """Where the tokens of a step are kept."""
+    """Cache slots that the tokens of a step are written to."""
 
     blocks: jax.Array
-    """`[T]` the block of each token; N or more for padding, which is written nowhere."""
+    """Block of each token, `[T]`; N or more for padding, whose writes are dropped."""
     offsets: jax.Array
-    """`[T]` its position in the block."""
+    """Position of each token in its block, `[T]`."""
 
 
 class DecodeRows(NamedTuple):
-    """One new token a sequence, against everything its table names."""
+    """One new token per sequence, attending to all blocks of its table."""
 
     tables: jax.Array
-    """`[B, W]` block ids; what lies past `lengths` is never used. Or more rows, see `first`."""
+    """Block ids `[B, W]`; entries beyond `lengths` are ignored. May have more rows, see `first`."""
     lengths: jax.Array
-    """`[B]` positions each sequence has, the new one included; 0 for a padding row."""
+    """Positions of each sequence, `[B]`, the new one included; 0 for padding rows."""
     first: int | jax.Array = 0
-    """The row of `tables` that is the first sequence's: the tables of several groups of layers lie in one array."""
+    """Row of `tables` of the first sequence, as the tables of several groups are in one array."""
     starts: jax.Array | None = None
-    """`[B]` where the step keeps nothing: the first key each token sees, of `lengths` that are in the cache; none where
-    that is its length."""
+    """First key position each token sees, `[B]`, of the `lengths` in the cache, for steps that write nothing
+    (cross-attention); equal to the length if it sees none. None for causal attention."""
 
     def first_keys(self, scoring: "Scoring") -> jax.Array:
-        """`[B]` the first key position that each row sees."""
+        """Return the first key position that each row sees, `[B]`."""
         return scoring.first_key(self.lengths - 1) if self.starts is None else self.starts
 
 
 class PrefillTiles(NamedTuple):
-    """The step's tokens, cut so that a tile of at most `C` queries lies within one sequence."""
+    """Tokens of a step cut into tiles of at most `C` queries of one sequence."""
 
     tables: jax.Array
-    """`[B, W]` block ids."""
+    """Block ids, `[B, W]`."""
     tiles: jax.Array
-    """`[NT, 4]`: row of `tables`, index of the first token in the step, its position, queries in the tile.
-    Tiles are in the order of their tokens."""
+    """`[NT, 4]`: row of `tables`, index of the first token in the step, its position, queries in the tile. Tiles are in
+    token order."""
     count: jax.Array
-    """`[]` how many tiles there are."""
+    """Number of tiles, `[]`."""
     spans: jax.Array | None = None
-    """`[NT, 2]` where the step keeps nothing: the first key and the end of those in the cache that all queries of a
-    tile see, whatever its position."""
+    """Start and end of the keys that all queries of a tile see, `[NT, 2]`, for steps that write nothing (bidirectional
+    or cross-attention). None for causal attention."""
 
 
 @dataclass(frozen=True)
 class Scoring:
-    """How a layer turns queries and keys into weights: static, the same for every step."""
+    """How a layer computes attention weights from queries and keys; static, the same for every step."""
 
     scale: float
     """Multiplies the scores."""
     window: int | None = None
-    """A query at position p sees the keys at (p - window, p]; None: all of [0, p]."""
+    """Sliding window: a query at position p sees keys at (p - window, p]; None for [0, p]."""
     softcap: float | None = None
-    """Scores x become cap * tanh(x / cap) (Gemma 2, arXiv:2408.00118); None: they stay."""
+    """Maps scores x to cap * tanh(x / cap) (Gemma 2, arXiv:2408.00118); None for no softcap."""
     value_dim: int | None = None
-    """Dv where the lane has no values of its own."""
+    """Dv for caches without values (MLA)."""
 
     def first_key(self, positions: jax.Array) -> jax.Array:
-        """The first key position that queries at `positions` see."""
+        """Return the first key position that queries at `positions` see."""
         if self.window is None:
             return jnp.zeros_like(positions)
         return jnp.maximum(positions - self.window + 1, 0)
 
     def cap(self, scores: jax.Array) -> jax.Array:
-        """The scores, capped."""
+        """Apply the softcap to scores."""
         return scores if self.softcap is None else self.softcap * jnp.tanh(scores / self.softcap)
 
 
 def write(lane: Lane, keys: jax.Array | None, values: jax.Array | None, slots: Slots | None) -> Lane:
-    """Puts `[T, K, D]` keys and `[T, K, Dv]` values into their slots; without keys nothing."""
+    """Write keys `[T, K, D]` and values `[T, K, Dv]` to their slots; without keys the cache is unchanged."""
     if keys is None:
         return lane
 
@@ -105,9 +104,10 @@ def write(lane: Lane, keys: jax.Array | None, values: jax.Array | None, slots: S
 
 
 def gather(cache: jax.Array, tables: jax.Array) -> jax.Array:
-    """`[N, K, P, D]` by `[..., W]` -> `[..., K, W * P, D]`, each (block, head) tile moved as a whole.
+    """Gather blocks of `[N, K, P, D]` by tables `[..., W]` into `[..., K, W * P, D]`, moving each (block, head) tile as
+    a whole.
 
-    Indexed per (block, head), as rows of a matrix: the fastest of the ways to say it to XLA's CPU gather.
+    Indexes (block, head) pairs as matrix rows, which is the fastest formulation for XLA's CPU gather.
     """
     blocks, heads, positions, dim = cache.shape
     tiles = jnp.arange(heads)[:, None] + jnp.clip(tables, 0, blocks - 1)[..., None, :] * heads
@@ -116,7 +116,7 @@ def gather(cache: jax.Array, tables: jax.Array) -> jax.Array:
 
 
 def gather_lane(lane: Lane, tables: jax.Array, scoring: Scoring) -> tuple[jax.Array, jax.Array]:
-    """Keys `[..., K, S, D]` and values `[..., K, S, Dv]` of the blocks in `tables` `[..., W]`, S = W * P."""
+    """Gather keys `[..., K, S, D]` and values `[..., K, S, Dv]` of the blocks in `tables` `[..., W]`, S = W * P."""
     keys = gather(lane.keys, tables)
     return keys, keys[..., : scoring.value_dim] if lane.values is None else gather(lane.values, tables)
 
@@ -131,17 +131,17 @@ def reference(
     sinks: jax.Array | None = None,
     spans: jax.Array | None = None,
 ) -> jax.Array:
-    """The oracle: every token gathers all its sequence's blocks and takes a plain softmax.
+    """Reference implementation: every token gathers all blocks of its sequence and computes a plain softmax.
 
     Args:
         q: `[T, H, D]`.
-        lane: the cache, the tokens' own keys and values already in it.
-        tables: `[B, W]` block ids.
-        rows: `[T]` the row of `tables` each token belongs to.
-        positions: `[T]` its position; it sees keys up to it. Negative: padding, gives 0.
+        lane: the cache, which already holds the tokens' own keys and values.
+        tables: block ids `[B, W]`.
+        rows: row of `tables` of each token, `[T]`.
+        positions: position of each token, `[T]`; it sees keys up to it. Negative for padding, whose output is 0.
         scoring: scale, window, softcap.
-        sinks: `[H]` a logit a head that joins the softmax and is dropped (gpt-oss).
-        spans: `[T, 2]` the first key and the end of those that each token sees, whatever its position.
+        sinks: attention sink logit per head, `[H]`: takes part in the softmax without a value (gpt-oss).
+        spans: start and end of the keys each token sees, `[T, 2]`, instead of a causal mask.
 
     Returns:
         `[T, H, Dv]`.
@@ -159,6 +159,6 @@ def reference(
     if sinks is not None:
         extra = jnp.broadcast_to(sinks.astype(jnp.float32)[:, None], (*scores.shape[:2], 1))
         scores = jnp.concatenate([scores, extra], axis=-1)
-    weights = jax.nn.softmax(scores, axis=-1)[..., : keys.shape[2]]  # NaN where nothing is seen, and then masked
+    weights = jax.nn.softmax(scores, axis=-1)[..., : keys.shape[2]]  # NaN for tokens that see no key, masked below
     values = jnp.where(seen[..., None], values, 0)
     return jnp.einsum("ths,thsd->thd", jnp.where(seen, weights, 0), values, precision="highest").astype(q.dtype)

@@ -1,10 +1,10 @@
-"""Attention over the paged cache on NVIDIA GPUs: one Triton kernel for decode and for chunked prefill.
+"""Attention over the paged cache on NVIDIA GPUs: one Triton kernel for decode and chunked prefill.
 
-The kernel itself is `triton_kernels.attend`; `triton_tiles` chooses its tiles from shapes, `triton_work` makes its work
-from lengths, `triton_launch` brings it into the program. Writing is part of it: a program takes the
-step's own keys and values from k and v, never from the cache, and one of those that read them puts them there. So
-no sequence of a step may read, from the cache, what another one writes in the same step (the engine publishes a block
-when the step that fills it has been dispatched).
+The kernel is `triton_kernels.attend`; `triton_tiles` chooses tiles from shapes, `triton_work` computes work items from
+lengths, and `triton_launch` launches it in the program. The kernel also writes the cache: programs read the step's own
+keys and values from k and v, never from the cache, and one of them writes them to the cache. A sequence must therefore
+not read from the cache what another one writes in the same step (the engine publishes a block after dispatching the
+step that fills it).
 """
 
 import math
@@ -21,14 +21,14 @@ from jaxinfer.kernels.triton.triton_tiles import Layout, power, tiling
 from jaxinfer.kernels.triton.triton_work import decode_items, decode_work, prefill_work
 
 SLOTS_A_CORE = 2
-"""Programs of decode that a multiprocessor runs at a time; every tiling below leaves it shared memory for two."""
+"""Decode programs that run concurrently on a multiprocessor; all tilings leave shared memory for two."""
 PIECES = 16
-"""Pieces that `combine` reads at a time."""
+"""Split-K pieces that `combine` reads at a time."""
 
 
 @dataclass(frozen=True)
 class TritonAttention:
-    """Attention for one kind of device."""
+    """Triton attention for one kind of device."""
 
     target: Target
 
@@ -45,7 +45,7 @@ class TritonAttention:
         *,
         items: int | None = None,
     ) -> tuple[jax.Array, Lane]:
-        """As `xla_attention.decode`; `items` is not needed: the pieces follow from the lengths on the device."""
+        """Attend as `xla_attention.decode`; `items` is ignored: pieces are computed from lengths on the device."""
         layout = _layout(q, lane, scoring, tile=1, decode=True)
         tiles = tiling(layout)
         batch, group = q.shape[0], layout.heads // layout.kv_heads
@@ -78,7 +78,7 @@ class TritonAttention:
         *,
         tile: int,
     ) -> tuple[jax.Array, Lane]:
-        """As `xla_attention.prefill`; a `tile` of `tile()` queries suits best, and padding gives 0."""
+        """Attend as `xla_attention.prefill`; fastest with tiles of `tile()` queries; outputs of padding are 0."""
         layout = _layout(q, lane, scoring, tile=tile, decode=False)
         work = prefill_work(step, scoring, tokens=q.shape[0], tile=tile)
         found = self._attend((q, k, v), lane, slots, step.tables, work, scoring, sinks, layout)
@@ -95,7 +95,7 @@ class TritonAttention:
         sinks: jax.Array | None,
         layout: Layout,
     ) -> dict[str, Any]:
-        """Launches the kernel over work items."""
+        """Launch the kernel over work items."""
         (q, k, v), tiles, dtype = qkv, tiling(layout), lane.keys.dtype
         blocks, kv_heads, block, dim = lane.keys.shape
         shape, items = jax.ShapeDtypeStruct, work.shape[0]
@@ -166,9 +166,10 @@ class TritonAttention:
 def _beside(
     q: jax.Array, k: jax.Array | None, v: jax.Array | None
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None, dict[str, int]]:
-    """Queries, keys and values for the kernel, and where each lies: in one array where they have one width.
+    """Return queries, keys and values for the kernel with their offsets and strides, concatenated if their widths are
+    equal.
 
-    They come from one GEMM through rope: as one array they are one kernel of XLA, as three they are three.
+    They come from one GEMM through rope: as one array XLA computes them with one kernel, as three arrays with three.
     """
     parts = [x for x in (q, k, v) if x is not None]
     rows = [math.prod(x.shape[1:]) for x in parts]
@@ -177,7 +178,7 @@ def _beside(
         firsts = [0, rows[0], rows[0] + rows[1]]
         q = k = v = jnp.concatenate(parts, axis=1)
         rows = [sum(rows)] * 3
-    # Keys stand for the values they hold.
+    # Without values (MLA) the keys' offsets stand in for them.
     firsts, rows = (firsts + firsts[-1:] * 2)[:3], (rows + rows[-1:] * 2)[:3]
     names = ("Q", "K", "V")
     return (

@@ -1,4 +1,4 @@
-"""Attention within whole sequences of one length, with no cache: plain, and therefore differentiable."""
+"""Attention within whole sequences of equal length, without a cache: plain jnp, and therefore differentiable."""
 
 import jax
 import jax.numpy as jnp
@@ -19,19 +19,21 @@ def prefill(
     *,
     tile: int,
 ) -> tuple[jax.Array, Lane]:
-    """Softmax(score(q K^T)) V, causal within each sequence.
+    """Attend causally within each sequence: softmax(score(q K^T)) V.
 
     Args:
-        q: `[T, H, D]`, the sequences one after another.
+        q: `[T, H, D]`, with the sequences concatenated.
         k: `[T, K, D]`.
-        v: `[T, K, Dv]`; None: the first `scoring.value_dim` columns of the keys.
-        lane, slots, tile: as of other implementations; nothing is read or written.
-        step: how long the sequences are.
+        v: `[T, K, Dv]`; None if the values are the first `scoring.value_dim` columns of the keys.
+        lane: returned unchanged.
+        slots: ignored.
+        step: length of the sequences.
         scoring: scale, window, softcap.
-        sinks: `[H]` a logit a head that joins the softmax and is dropped.
+        sinks: attention sink logit per head, `[H]`.
+        tile: ignored.
 
     Returns:
-        `[T, H, Dv]` and the lane.
+        `[T, H, Dv]` and `lane`.
     """
     length, kv_heads = step.length, k.shape[1]
     v = k[..., : scoring.value_dim] if v is None else v

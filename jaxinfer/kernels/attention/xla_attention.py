@@ -1,4 +1,4 @@
-"""Attention over the paged cache in XLA: the path of the CPU, and of a GPU without Triton."""
+"""Attention over the paged cache in XLA: used on CPUs without native kernels and on GPUs without Triton."""
 
 import jax
 import jax.numpy as jnp
@@ -7,17 +7,17 @@ from jaxinfer.kernels.attention import paged
 from jaxinfer.kernels.attention.paged import DecodeRows, Lane, PrefillTiles, Scoring, Slots
 
 PREFILL_KEYS = 128
-"""Key positions that one step of the prefill's online softmax reads: on a CPU 128 with tiles of 32 queries was
-the fastest over prompts of 16 to 512 tokens."""
+"""Key positions per step of prefill's online softmax: on a CPU 128 with tiles of 32 queries was fastest for prompts of
+16 to 512 tokens."""
 
 TILE = 32
-"""Queries of a prefill tile; see `PREFILL_KEYS`."""
+"""Queries per prefill tile; see `PREFILL_KEYS`."""
 
 DECODE_KEYS = 128
-"""Key positions of one work item of decode."""
+"""Key positions per decode work item."""
 
 LEAST = -1e30
-"""Where maxima start. Finite, so that a row with nothing to see gives exp(-inf - LEAST) and not NaN."""
+"""Initial value of running maxima. Finite, so that a row that sees no key gives exp(-inf - LEAST) = 0 and not NaN."""
 
 
 def _precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
@@ -25,20 +25,22 @@ def _precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
 
 
 def item_keys(block: int) -> int:
-    """Key positions of one work item of decode: whole blocks, `DECODE_KEYS` or a little less."""
+    """Return the key positions per decode work item: whole blocks, at most `DECODE_KEYS` unless a block is larger."""
     return max(1, DECODE_KEYS // block) * block
 
 
 def decode_items(rows: int, longest: int, block: int) -> int:
-    """The most work items that `rows` sequences of at most `longest` positions can take."""
+    """Return the most work items that `rows` sequences of at most `longest` positions take."""
     return rows * -(-longest // item_keys(block))
 
 
 def _decode_work(step: DecodeRows, items: int, block: int, scoring: Scoring) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The keys that the step sees cut into `items` pieces of `item_keys` positions, each of one row.
+    """Split the keys that a step sees into `items` pieces of `item_keys` positions, each of one row.
 
-    Returns the row of each item `[I]` (B where there is none), the position of its first key `[I]`, and its
-    blocks `[I, C]`. It is the same for every layer of a kind, and compiled once.
+    Independent of the layer within a kind, so it is computed once per step.
+
+    Returns:
+        Row of each item `[I]` (B for unused items), position of its first key `[I]`, and its blocks `[I, C]`.
     """
     batch, width = step.lengths.shape[0], step.tables.shape[1]
     span = item_keys(block) // block
@@ -64,31 +66,31 @@ def decode(
     sinks: jax.Array | None = None,
     items: int | None = None,
 ) -> tuple[jax.Array, Lane]:
-    """Writes a new token's keys and values a row, then softmax(score(q K^T)) V over each row's own positions.
+    """Write one new token per row to the cache and attend: softmax(score(q K^T)) V over each row's own positions.
 
-    The rows' live keys are cut into pieces of equal size, attended to apart and put together (split-K), so
-    that the work follows what is in the cache, not the longest row.
+    The rows' live keys are split into pieces of equal size, attended to separately and combined (split-K), so the work
+    is proportional to the cached tokens and not to the longest row.
 
     Args:
         q: `[B, H, D]`.
         k: `[B, K, D]`; None with `step.starts`: nothing is written, all keys are in the cache (cross-attention).
-        v: `[B, K, Dv]`, None where the lane keeps none.
-        lane: the cache.
-        slots: where the new tokens go.
-        step: tables and lengths.
+        v: `[B, K, Dv]`; None if the cache has no values.
+        lane: the cache arrays.
+        slots: where the new tokens are written.
+        step: block tables and lengths.
         scoring: scale, window, softcap.
         sinks: `[H]`, see `paged.reference`.
-        items: pieces there is room for; by default as many as the tables could hold.
+        items: number of pieces there is room for; by default as many as the tables could need.
 
     Returns:
-        `[B, H, Dv]`, 0 for padding, and the lane.
+        `[B, H, Dv]`, 0 for padding, and the updated cache arrays.
     """
     lane = paged.write(lane, k, v, slots)
     batch, heads, dim = q.shape
     block = lane.keys.shape[2]
     items = items or decode_items(batch, step.tables.shape[1] * block, block)
     if scoring.window is not None:
-        # A window and what of its first block lies before it.
+        # The window, and the part of its first block before it.
         items = min(items, decode_items(batch, scoring.window + block - 1, block))
     rows, starts, blocks = _decode_work(step, items, block, scoring)
     keys, values = paged.gather_lane(lane, blocks, scoring)
@@ -120,10 +122,10 @@ def decode(
 
 
 def _add_pieces(parts: jax.Array, mine: jax.Array) -> jax.Array:
-    """`[I, K, G, X]` pieces and who owns them `[B, I]` -> their sums `[B, K, G, X]`.
+    """Sum pieces `[I, K, G, X]` by owner (`mine` `[B, I]` bool): `[B, K, G, X]`.
 
-    By a product with ones and zeros, as a scatter-add has no fixed order on a GPU. What is not finite is kept
-    out of it, 0 x NaN being NaN, and comes back in its own row only.
+    Uses a matmul with a 0/1 matrix, as scatter-add has no fixed order on a GPU. Non-finite pieces are excluded, since 0
+    x NaN is NaN, and make only their own row NaN.
     """
     sane = jnp.isfinite(parts).all(axis=(1, 2, 3))
     parts = jnp.where(sane[:, None, None, None], parts, 0)
@@ -143,22 +145,24 @@ def prefill(
     *,
     tile: int,
 ) -> tuple[jax.Array, Lane]:
-    """Writes the chunk's keys and values, then attends: causal within each sequence and over all it has cached.
+    """Write the chunk's keys and values and attend, causally over everything cached of each sequence.
 
-    An online softmax (arXiv:2205.14135) over the blocks that a tile can see: only live blocks are read, and
-    what is read of a sequence's cache is read once a tile of `tile` queries. Rows of padding give finite values
-    that nobody reads.
+    Online softmax (arXiv:2205.14135) over the blocks a tile can see: only live blocks are read, once per tile of `tile`
+    queries. Outputs of padding are finite and unused.
 
     Args:
         q: `[T, H, D]`.
         k: `[T, K, D]`; None with `step.spans`: nothing is written, all keys are in the cache.
-        v: `[T, K, Dv]`, None where the lane keeps none.
-        lane, slots, scoring, sinks: as for `decode`.
-        step: tables and tiles.
-        tile: queries a tile holds at most.
+        v: `[T, K, Dv]`; None if the cache has no values.
+        lane: the cache arrays.
+        slots: where the tokens are written.
+        step: block tables and tiles.
+        scoring: scale, window, softcap.
+        sinks: `[H]`, see `paged.reference`.
+        tile: maximum queries per tile.
 
     Returns:
-        `[T, H, Dv]` and the lane.
+        `[T, H, Dv]` and the updated cache arrays.
     """
     lane = paged.write(lane, k, v, slots)
     tokens, heads, dim = q.shape
@@ -179,7 +183,7 @@ def prefill(
             first, end = step.spans[index]
             span = (jnp.full(tile, first), jnp.full(tile, end - 1), end)
         result = _tile(queries, lane, tables[row], span, scoring, sinks, width)
-        # A tile's tail beyond `count` is overwritten by the tile that follows.
+        # The next tile overwrites this tile's output beyond `count`.
         return jax.lax.dynamic_update_slice(out, result.reshape(tile, heads, value_dim), (start, 0, 0))
 
     empty = jnp.zeros((*padded.shape[:2], value_dim), q.dtype)
@@ -195,9 +199,9 @@ def _tile(
     sinks: jax.Array | None,
     width: int,
 ) -> jax.Array:
-    """Queries `[C, K, G, D]` against the keys they see, `width` blocks at a time.
+    """Attend with queries `[C, K, G, D]` to the keys they see, `width` blocks at a time.
 
-    `span`: the first and the last key that each query sees `[C]`, and the end of all keys.
+    `span` holds the first and last key position each query sees `[C]`, and the end of all keys.
     """
     count, kv_heads, group, dim = q.shape
     least, q_at, length = span[0][:, None], span[1][:, None], span[2]

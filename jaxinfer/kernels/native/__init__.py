@@ -1,1 +1,1 @@
-"""Kernels for a CPU in C++, compiled where they run (`build`): what XLA's own leave on the table there."""
+"""C++ kernels for CPUs, compiled on the machine they run on (`build`), where XLA's own are slow."""

@@ -1,9 +1,9 @@
-// Attention over the paged cache, for decode (tiles of one query) and for chunks of prompts alike.
+// Attention over the paged cache, for decode (tiles of one query) and prefill.
 //
-// A tile is some queries of one sequence; with the G query heads of one kv head they are the rows that read the same
-// keys. For kChunk key positions at a time: keys and values of live positions are gathered into panels (dead ones
-// are zero, so that what lies there is never seen), scores = rows x keys, an online softmax (arXiv:2205.14135), and
-// sums of weights x values. Reference: jaxinfer.kernels.attention.paged.reference.
+// A tile is a number of queries of one sequence; together with the G query heads of a kv head they are the rows that
+// share keys and values. For each kChunk key positions: gather keys and values of live positions into panels (zeros for
+// others, so that stale memory is never used), compute scores = rows x keys, an online softmax (arXiv:2205.14135), and
+// accumulate weights x values. Reference: jaxinfer.kernels.attention.paged.reference.
 
 #include <cmath>
 #include <limits>
@@ -18,23 +18,23 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-constexpr int kChunk = 128;                // key positions of one turn
-constexpr int kRows = 6;                   // rows that go through a panel together
-constexpr int kFewer = 4;                  // the same for what is left of them
-constexpr int kPanel = 4;                  // vectors of a panel that they meet at a time
-constexpr int kWide = kPanel * kLanes;     // its columns
-constexpr int64_t kTilesPerThread = 4;     // from here on a task is a tile, not one kv head of it
+constexpr int kChunk = 128;                // key positions per iteration
+constexpr int kRows = 6;                   // rows multiplied with a panel together
+constexpr int kFewer = 4;                  // likewise for remaining rows
+constexpr int kPanel = 4;                  // vectors of a panel multiplied at a time
+constexpr int kWide = kPanel * kLanes;     // columns of those vectors
+constexpr int64_t kTilesPerThread = 4;     // with this many tiles a task is a tile, else one kv head of a tile
 constexpr float kLog2e = 1.44269504f;
-constexpr float kLeast = -1e30f;           // where maxima start: finite, so that -inf minus it is -inf
+constexpr float kLeast = -1e30f;           // initial maximum: finite, so that -inf - kLeast is -inf
 
 struct Scoring {
-  float scale, softcap;  // softcap 0: none
-  int64_t window;        // 0: none
+  float scale, softcap;  // softcap 0: no softcap
+  int64_t window;        // 0: no window
 };
 
 template <typename Kind>
 struct Lanes {
-  typename Kind::Element *keys, *values;  // values null: the first value_dim columns of the keys
+  typename Kind::Element *keys, *values;  // null values: the first value_dim columns of the keys (MLA)
   int64_t blocks, heads, block, dim, value_dim;
 
   int64_t At(int64_t id, int64_t head, int64_t offset) const { return (id * heads + head) * block + offset; }
@@ -42,7 +42,7 @@ struct Lanes {
   const typename Kind::Element* Value(int64_t place) const { return values ? values + place * value_dim : Key(place); }
 };
 
-// What one thread works in.
+// Per-thread buffers.
 template <typename Kind>
 struct Scratch {
   std::vector<uint32_t> keys, values;
@@ -53,12 +53,12 @@ struct Scratch {
 };
 
 struct Tile {
-  int64_t row, start, position, count, first, end;  // of the keys that its queries may see, [first, end)
+  int64_t row, start, position, count, first, end;  // queries may see keys [first, end)
 };
 
 inline int64_t RoundUp(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
-// Values of `kPerWord` positions interleaved, so that a word has the same column of each.
+// Interleaves the values of `kPerWord` positions, so that a word holds the same column of each.
 inline void PackValues(const BF16* const rows[2], int64_t dim, uint32_t* line) {
   for (int64_t d = 0; d < dim; d += kLanes) {
     const __mmask16 mask = FirstLanes(dim - d);
@@ -78,7 +78,7 @@ inline void PackValues(const float* const rows[1], int64_t dim, uint32_t* line) 
   }
 }
 
-// The places of key positions [first, first + kChunk) in a lane; -1 where they are not in [begin, end).
+// Computes the cache index of key positions [first, first + kChunk); -1 outside [begin, end).
 template <typename Kind>
 void Find(const Lanes<Kind>& lanes, const int32_t* table, int64_t head, int64_t first, int64_t begin, int64_t end,
           int64_t places[kChunk]) {
@@ -97,8 +97,8 @@ inline void Prefetch(const void* row, int64_t bytes) {
   for (int64_t at = 0; at < bytes; at += 64) _mm_prefetch(static_cast<const char*>(row) + at, _MM_HINT_T0);
 }
 
-// The panels of the positions at `places`. Those at `next` are asked for meanwhile: they lie wherever their blocks
-// are, so that the processor does not guess them.
+// Gathers the positions at `places` into panels, and prefetches those at `next`: blocks are scattered, so the hardware
+// prefetcher cannot predict them.
 template <typename Kind>
 void Gather(const Lanes<Kind>& lanes, const int64_t places[kChunk], const int64_t next[kChunk],
             Scratch<Kind>& scratch) {
@@ -130,8 +130,8 @@ inline __m512 Capped(__m512 x, float cap) {  // cap * tanh(x / cap)
   return _mm512_mul_ps(t, _mm512_set1_ps(cap));
 }
 
-// Up to kRows rows of a tile against one chunk, of which row r sees lanes [low[r], high[r]); `kAll`: all of them do.
-// Scores, maxima and sums are kept in powers of two.
+// Processes R rows of a tile against one chunk, of which row r sees positions [low[r], high[r]); with `kAll` all of it.
+// Scores and maxima are in base 2.
 template <typename Kind, int R, bool kAll>
 void Turn(const uint32_t* const q[R], const int64_t low[R], const int64_t high[R], int64_t row, int64_t words,
           int64_t stride, const Scoring& scoring, Scratch<Kind>& scratch) {
@@ -152,7 +152,7 @@ void Turn(const uint32_t* const q[R], const int64_t low[R], const int64_t high[R
         if (scoring.softcap > 0) x = _mm512_mul_ps(Capped(x, scoring.softcap), _mm512_set1_ps(kLog2e));
         if (!kAll) x = _mm512_mask_blend_ps(seen(r, c + v * kLanes), never, x);
         _mm512_store_ps(scratch.scores[r] + c + v * kLanes, x);
-        most[r] = _mm512_max_ps(x, most[r]);  // a NaN does not become the maximum, but is one of the weights
+        most[r] = _mm512_max_ps(x, most[r]);  // max ignores NaN, which still enters through the weights
       }
     }
   }
@@ -187,7 +187,7 @@ void Turn(const uint32_t* const q[R], const int64_t low[R], const int64_t high[R
   }
 }
 
-// The queries of a tile and the G heads of one kv head. `more`: the next kv head follows.
+// Processes the queries of a tile for the G query heads of one kv head. `more`: the next kv head is processed next.
 template <typename Kind>
 void Attend(const typename Kind::Element* q, const Lanes<Kind>& lanes, const int32_t* table, const Tile& tile,
             int64_t heads, int64_t head, bool more, const Scoring& scoring, const float* sinks,
@@ -252,7 +252,7 @@ void Attend(const typename Kind::Element* q, const Lanes<Kind>& lanes, const int
 struct Step {
   ffi::AnyBuffer q, k, v;
   ffi::Buffer<ffi::S32> blocks, offsets, tables, tiles, count;
-  ffi::Buffer<ffi::F32> sinks;  // of size 0: none
+  ffi::Buffer<ffi::F32> sinks;  // empty: no sinks
 };
 
 template <typename Kind>
@@ -282,11 +282,11 @@ void Run(ffi::ThreadPool& pool, const Step& step, const Scoring& scoring, const 
   const float* sinks = step.sinks.element_count() ? step.sinks.typed_data() : nullptr;
   auto* out = static_cast<Element*>(result);
   std::memset(out, 0, step.q.dimensions()[0] * heads * lanes.value_dim * sizeof(Element));
-  // With enough tiles for all threads, one thread takes all heads of one: they lie side by side in a block.
+  // With enough tiles for all threads, one thread processes all heads of a tile, which are adjacent in a block.
   const int64_t together = tiles >= kTilesPerThread * pool.num_threads() ? lanes.heads : 1;
   const int64_t parts = lanes.heads / together;
   ParallelFor(pool, tiles * parts, [&](int64_t task) {
-    // The tiles of a prompt take longer the later they stand: those first.
+    // Later tiles of a prompt see more keys and take longer: process them first.
     const int32_t* t = step.tiles.typed_data() + (tiles - 1 - task / parts) * 6;
     const Tile tile{t[0], t[1], t[2], t[3], t[4], t[5]};
     if (tile.count <= 0 || tile.end <= tile.first) return;
@@ -297,7 +297,7 @@ void Run(ffi::ThreadPool& pool, const Step& step, const Scoring& scoring, const 
   });
 }
 
-// The lanes come as operands and leave as the results that lie in the same memory.
+// The cache arrays are operands aliased to results.
 ffi::Error AttentionImpl(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
                          ffi::Buffer<ffi::S32> blocks, ffi::Buffer<ffi::S32> offsets, ffi::Buffer<ffi::S32> tables,
                          ffi::Buffer<ffi::S32> tiles, ffi::Buffer<ffi::S32> count, ffi::Buffer<ffi::F32> sinks,
@@ -320,7 +320,7 @@ ffi::Error AttentionImpl(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer 
   return ffi::Error::Success();
 }
 
-// Copies block sources[i] of an array [N, ...] to targets[i], in place; a target of N or more is dropped.
+// Copies block sources[i] of an array [N, ...] to targets[i] in place; targets >= N are padding and dropped.
 ffi::Error CopyBlocksImpl(ffi::AnyBuffer, ffi::Buffer<ffi::S32> sources, ffi::Buffer<ffi::S32> targets,
                           ffi::Result<ffi::AnyBuffer> array) {
   const int64_t blocks = array->dimensions()[0], bytes = blocks ? array->size_bytes() / blocks : 0;

@@ -1,7 +1,7 @@
-"""Compiles the C++ kernels for this machine, once, and makes them known to XLA.
+"""Compilation of the C++ kernels for this machine, and their registration with XLA.
 
-They are built on first use by the machine's own compiler (C++17), for the machine's own instructions, and kept in
-the user's cache folder under a name made from all that goes in. Where that cannot be, XLA's kernels serve.
+They are built on first use with the machine's C++17 compiler for its own instruction set, and cached in the user's
+cache folder under a hash of all inputs. If that fails, XLA's kernels are used.
 """
 
 import ctypes
@@ -34,18 +34,18 @@ TARGETS = {
     "jaxinfer_attention": "JaxinferAttention",
     "jaxinfer_copy_blocks": "JaxinferCopyBlocks",
 }
-"""XLA's names -> the library's symbols."""
+"""XLA call targets and the library's symbols."""
 COMPILERS = ("g++", "clang++", "c++")
 FLAGS = ("-O3", "-std=c++17", "-march=native", "-shared", "-fPIC")
 NEEDED = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "avx512_vnni"})
-"""Instructions the kernels are written in, by Linux's names."""
+"""CPU features required by the kernels, by their names in Linux."""
 
 _lock = threading.Lock()
 
 
 @cache
 def cpu_flags() -> frozenset[str]:
-    """What Linux says that this machine's processor can do."""
+    """Return the CPU features that Linux reports."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -54,10 +54,15 @@ def cpu_flags() -> frozenset[str]:
 
 
 def choose(setting: str, asked: str, mesh: Mesh) -> str:
-    """ "native" or "xla" for the devices of a mesh, where `asked` is "auto", "native" or "xla".
+    """Choose "native" or "xla" for the devices of a mesh.
+
+    Args:
+        setting: name of the setting, for errors.
+        asked: its value: "auto", "native" or "xla".
+        mesh: the devices.
 
     Raises:
-        ConfigError: "native" where it cannot be; names the setting and the reason.
+        ConfigError: "native" cannot run; names the setting and the reason.
     """
     platform = mesh.devices.flat[0].platform
     if asked == "xla" or asked == "auto" and platform != "cpu":
@@ -77,7 +82,7 @@ def _say(reason: str) -> None:
 
 
 def lacking() -> str | None:
-    """Why the kernels cannot be called on this CPU, and the remedy; None: they can. Builds them the first time."""
+    """Return why the kernels cannot run on this CPU, with the remedy, or None. Builds them on first use."""
     with _lock:
         return _lacking()
 
@@ -107,7 +112,7 @@ def _compiler() -> str | None:
 
 
 def _built(compiler: str) -> Path:
-    """Return the library for this machine. It is built if it is missing, or if another user could have written it."""
+    """Return the path of this machine's library; builds it if missing, or if other users could have written it."""
     here = Path(__file__).parent
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     made_from = [version, jax.__version__, *FLAGS, *sorted(cpu_flags())]
@@ -121,7 +126,7 @@ def _built(compiler: str) -> Path:
 
 
 def _build(compiler: str, sources: Path, library: Path) -> None:
-    """All sources at a time; the library appears under its name only when it is whole."""
+    """Compile all sources in parallel; the library is moved to its path only when complete."""
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         options = [*FLAGS, "-isystem", jax.ffi.include_dir()]

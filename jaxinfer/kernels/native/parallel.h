@@ -1,4 +1,4 @@
-// A loop over the threads of XLA's own pool, so that no others compete with it.
+// Parallel loop on XLA's own thread pool, so that no other threads compete with it.
 
 #pragma once
 
@@ -17,9 +17,9 @@ namespace jaxinfer {
 
 inline constexpr int kSpins = 1000;
 
-// Runs body(i) for i in [0, count); returns when all have run. Each thread begins in a part of its own and goes through it in
-// order, so that what it reads lies together; one that is done helps in the parts of the others. The caller takes part, so
-// that it never waits for a thread that has not begun.
+// Runs body(i) for i in [0, count) and returns when all have run. Each thread starts with its own contiguous part, for
+// locality, and then takes work from other parts. The caller takes part, so it never waits for a thread that has not
+// started.
 template <typename Body>
 void ParallelFor(xla::ffi::ThreadPool& pool, int64_t count, const Body& body) {
   const int64_t threads = std::min<int64_t>(pool.num_threads(), count);
@@ -37,7 +37,7 @@ void ParallelFor(xla::ffi::ThreadPool& pool, int64_t count, const Body& body) {
     state->parts[p].next = p * count / threads;
     state->parts[p].end = (p + 1) * count / threads;
   }
-  // A thread that begins late finds nothing left, and does not touch `body`, which may be gone.
+  // A thread that starts late finds no work and does not use `body`, which may be out of scope.
   auto work = [state, threads, &body] {
     const int64_t own = state->begun.fetch_add(1);
     for (int64_t p = 0; p < threads; ++p) {
@@ -50,7 +50,7 @@ void ParallelFor(xla::ffi::ThreadPool& pool, int64_t count, const Body& body) {
   };
   for (int64_t i = 1; i < threads; ++i) pool.Schedule(decltype(work)(work));
   work();
-  // The others are about to be done, unless the machine has more to do than processors: then they need this one.
+  // Other threads finish soon, unless the machine is oversubscribed: then yield the processor to them.
   for (int turn = 0; state->done.load(std::memory_order_acquire) < count; ++turn) {
     if (turn < kSpins) _mm_pause();
     else std::this_thread::yield();

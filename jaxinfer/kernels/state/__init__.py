@@ -1,1 +1,1 @@
-"""Recurrent layers: delta rules, short convolutions and the slots of their states."""
+"""Kernels of recurrent layers: delta rules, short convolutions and state slots."""

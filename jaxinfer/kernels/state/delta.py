@@ -1,17 +1,17 @@
-"""The gated delta rule: Kimi Delta Attention (arXiv:2510.26692), gated DeltaNet (arXiv:2412.06464).
+"""Gated delta rule: Kimi Delta Attention (arXiv:2510.26692), gated DeltaNet (arXiv:2412.06464).
 
-A head keeps a matrix S `[Dk, Dv]`, zero at first. A token with query q, key k, value v, log-decay g <= 0 (one a channel
-of the key in KDA, one a head in gated DeltaNet) and strength beta does
+The state of a head is a matrix S `[Dk, Dv]`, initially zero. A token with query q, key k, value v, log-decay g <= 0
+(per key channel in KDA, per head in gated DeltaNet) and strength beta computes
 
     S <- diag(exp g) S;  S <- S + beta k (v - S^T k)^T;  o = S^T q
 
-`recurrence` says it so, token by token; `decode` is one such step for many sequences; `prefill` computes chunks of
-tokens by products of matrices (arXiv:2406.06484), and `whole` the same for whole sequences, differentiable. Within a
-chunk with state S before it, the updates u of its tokens solve
+`recurrence` is this definition, token by token; `decode` is one step for many sequences; `prefill` computes chunks of
+tokens with matmuls (arXiv:2406.06484), and `whole` does so for whole sequences, differentiably. Within a chunk that
+starts from state S, the updates u of its tokens solve
 
     (1 + A) U = beta (V - K^ S),  A_ij = beta_i sum_d k_id k_jd exp(g_j+1 + ... + g_i)_d  for j < i
 
-Everything is float32. Letters: H heads (of values: queries and keys are repeated by the caller), C tokens of a chunk.
+All computations are in float32. Axes: H heads (value heads; the caller repeats queries and keys), C tokens of a chunk.
 """
 
 from collections.abc import Callable
@@ -26,36 +26,36 @@ from jaxinfer.kernels.state.slots import read as read_slots
 from jaxinfer.kernels.state.slots import write as write_slots
 
 CHUNK, CPU_CHUNK = 64, 32
-"""Tokens of a chunk of prefill, at most; powers of two. On a CPU 32 was faster than 64, whose last chunks are emptier:
-16 heads of 128 channels take 19 against 23 ms for one segment of 512 tokens, 20 against 37 for 16 of 32 (jax 0.12, two
-cores with other work on them). For a GPU by arithmetic alone."""
+"""Maximum tokens of a prefill chunk; powers of two. On a CPU 32 was faster than 64, whose last chunks have more
+padding: 16 heads of 128 channels take 19 against 23 ms for one segment of 512 tokens, 20 against 37 for 16 of 32 (jax
+0.12, two cores with other work on them). The GPU value is estimated, not measured."""
 
 _dot = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
 class Tokens(NamedTuple):
-    """What the rule takes of each token, float32; any axes may stand before those named."""
+    """Inputs of the delta rule per token, float32; leading axes may precede those named."""
 
     q: jax.Array
-    """`[T, H, Dk]`, scaled."""
+    """`[T, H, Dk]`, already scaled."""
     k: jax.Array
     """`[T, H, Dk]`."""
     v: jax.Array
     """`[T, H, Dv]`."""
     g: jax.Array
-    """`[T, H, Dk]`, or `[T, H, 1]` where all channels decay alike; 0 or less."""
+    """`[T, H, Dk]`, or `[T, H, 1]` if all channels of a head have the same decay; at most 0."""
     beta: jax.Array
     """`[T, H, 1]`."""
 
 
 def normalise(x: jax.Array, eps: float = 1e-6) -> jax.Array:
-    """`x / sqrt(sum x^2 + eps)` over the last axis, float32."""
+    """Compute `x / sqrt(sum x^2 + eps)` over the last axis, in float32."""
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + eps)
 
 
 def recurrence(tokens: Tokens, state: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The oracle, one token after another: outputs `[T, H, Dv]` and the state `[H, Dk, Dv]` after the last."""
+    """Reference implementation, token by token: outputs `[T, H, Dv]` and the final state `[H, Dk, Dv]`."""
 
     def one(state: jax.Array, token: Tokens) -> tuple[jax.Array, jax.Array]:
         q, k, v, g, beta = token
@@ -69,9 +69,9 @@ def recurrence(tokens: Tokens, state: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _step(tokens: Tokens, states: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """One token for each of `[B, H, Dk, Dv]` -> outputs `[B, H, Dv]` and the states after it.
+    """Process one token for each state `[B, H, Dk, Dv]`: outputs `[B, H, Dv]` and the new states.
 
-    S^T k and S^T q are read of the old state, together: S'^T q = S^T (exp(g) q) + (q k) u.
+    S^T k and S^T q are both computed from the old state: S'^T q = S^T (exp(g) q) + (q k) u.
     """
     q, k, v, g, beta = tokens
     decay = jnp.exp(g)
@@ -82,21 +82,21 @@ def _step(tokens: Tokens, states: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def decode(tokens: Tokens, states: jax.Array, rows: DecodeSlots, *, one_by_one: bool) -> tuple[jax.Array, jax.Array]:
-    """One token a sequence.
+    """Process one token per sequence.
 
     Args:
-        tokens: B of them.
+        tokens: B tokens.
         states: `[N, H, Dk, Dv]`.
-        rows: the slots of each.
-        one_by_one: whether sequences are computed one after another, each state read and written where it lies: on a
-            CPU that is 2.5 times as fast as a gather and a scatter of all (8 sequences of 1 MiB: 0.50 against 1.3 ms).
+        rows: state slots of each sequence.
+        one_by_one: whether to loop over sequences and update each state in place: on a CPU 2.5 times as fast as
+            gathering and scattering all (8 sequences of 1 MiB: 0.50 against 1.3 ms).
 
     Returns:
-        `[B, H, Dv]`, of no meaning for padding, and the states.
+        `[B, H, Dv]`, undefined for padding, and the updated states.
     """
     (sources, targets), count = rows, states.shape[0]
     if not one_by_one:
-        # Clamped, not filled with zeroes: what is read for padding is dropped again.
+        # Clamp instead of filling with zeros: results for padding are dropped anyway.
         outputs, new = _step(tokens, states.at[sources].get(mode="clip"))
         return outputs, write_slots(states, targets, new)
 
@@ -105,7 +105,7 @@ def decode(tokens: Tokens, states: jax.Array, rows: DecodeSlots, *, one_by_one: 
         source, target = jnp.minimum(sources[row], count - 1), jnp.minimum(targets[row], count - 1)
         old = jax.lax.dynamic_slice_in_dim(states, source, 1)
         output, new = _step(jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, row, 1), tokens), old)
-        # For padding source and target are the same slot, which stays.
+        # Padding has equal source and target, which is left unchanged.
         new = jnp.where(targets[row] < count, new, old)
         states = jax.lax.dynamic_update_slice_in_dim(states, new, target, 0)
         return jax.lax.dynamic_update_slice_in_dim(outputs, output, row, 0), states
@@ -114,51 +114,51 @@ def decode(tokens: Tokens, states: jax.Array, rows: DecodeSlots, *, one_by_one: 
 
 
 class _Chunk(NamedTuple):
-    """What of a chunk does not depend on the state before it."""
+    """State-independent part of a chunk."""
 
     reads: jax.Array
-    """`[H, 2 C, Dk]` what the state is read with: keys times beta, then queries, both decayed from the chunk's
-    start."""
+    """`[H, 2 C, Dk]`, multiplied with the state: keys times beta, then queries, both decayed from the chunk's start."""
     values: jax.Array
-    """`[H, C, Dv]` times beta."""
+    """`[H, C, Dv]`, values times beta."""
     inverse: jax.Array
-    """`[H, C, C]` of 1 + A."""
+    """`[H, C, C]`, inverse of 1 + A."""
     weights: jax.Array
-    """`[H, C, C]` how much of each token's update its own and later queries read."""
+    """`[H, C, C]`, weight of each token's update in its own and later outputs."""
     keys: jax.Array
-    """`[H, C, Dk]` decayed to the chunk's end."""
+    """`[H, C, Dk]`, keys decayed to the chunk's end."""
     decay: jax.Array
-    """`[H, Dk or 1, 1]` of the whole chunk."""
+    """`[H, Dk or 1, 1]`, decay over the whole chunk."""
 
 
 def _pairs(rows: jax.Array, columns: jax.Array) -> jax.Array:
-    """`[..., m, D]`, `[..., n, D]` -> `[..., m, n]`; for a few rows not as a product of matrices, which costs a call
-    each."""
+    """Compute row products `[..., m, D]`, `[..., n, D]` -> `[..., m, n]`.
+
+    Few rows are multiplied elementwise, as each matmul costs a library call.
+    """
     if columns.shape[-2] < 8:
         return jnp.sum(rows[..., :, None, :] * columns[..., None, :, :], axis=-1)
     return _dot("...md,...nd->...mn", rows, columns)
 
 
 def _times(a: jax.Array, b: jax.Array) -> jax.Array:
-    """`[..., m, n]`, `[..., n, p]` -> `[..., m, p]`, small ones as in `_pairs`."""
+    """Multiply `[..., m, n]` and `[..., n, p]`; small matrices elementwise as in `_pairs`."""
     if b.shape[-2] < 8:
         return jnp.sum(a[..., :, :, None] * b[..., None, :, :], axis=-2)
     return _dot("...mn,...np->...mp", a, b)
 
 
 def _below(first: jax.Array, corner: jax.Array, second: jax.Array) -> jax.Array:
-    """`[[first, 0], [corner, second]]` of matrices `[..., n, n]`."""
+    """Assemble `[[first, 0], [corner, second]]` from matrices `[..., n, n]`."""
     upper = jnp.concatenate([first, jnp.zeros_like(first)], axis=-1)
     return jnp.concatenate([upper, jnp.concatenate([corner, second], axis=-1)], axis=-2)
 
 
 def _chunk(tokens: Tokens) -> _Chunk:
-    """Of tokens `[..., H, C, .]`, C a power of two.
+    """Compute the state-independent part of chunks `[..., H, C, .]`, C a power of two.
 
-    Neighbouring parts of 1, 2, 4, ... tokens are joined. Between two of them a decay is that to the end of the first
-    times that from the start of the second, each a product of numbers in [0, 1]: nothing grows and nothing is a
-    difference of large numbers, however strong the decay. The inverse of a joined part is made of those of its two:
-    [[X, 0], [-Y B X, Y]].
+    Adjacent parts of 1, 2, 4, ... tokens are merged. The decay between two parts is the decay to the end of the first
+    times the decay from the start of the second, both products of numbers in [0, 1]: nothing overflows or cancels,
+    however strong the decay. The inverse of a merged part follows from those of its two halves: [[X, 0], [-Y B X, Y]].
     """
     q, k, v, g, beta = tokens
     size = q.shape[-2]
@@ -167,8 +167,8 @@ def _chunk(tokens: Tokens) -> _Chunk:
         return a.reshape(*a.shape[:-2], parts, size // parts, a.shape[-1])
 
     inverse, weights = jnp.ones_like(split(beta, size)), split(jnp.sum(q * k, axis=-1, keepdims=True), size)
-    before = split(jnp.exp(g), size)  # decay from a part's start up to each token
-    after = jnp.ones_like(before)  # and from behind it to the part's end
+    before = split(jnp.exp(g), size)  # decay from the part's start through each token
+    after = jnp.ones_like(before)  # decay after each token to the part's end
     parts = size
     while parts > 1:
         (b1, b2), (a1, a2), (x, y), (w1, w2) = (
@@ -180,7 +180,7 @@ def _chunk(tokens: Tokens) -> _Chunk:
         half = found.shape[-1]
         inverse = _below(x, -_times(_times(y, found[..., :half, :]), x), y)
         weights = _below(w1, found[..., half:, :], w2)
-        # A whole part's decay is that up to its last token.
+        # A part's total decay is the one through its last token.
         before = jnp.concatenate([b1, b1[..., -1:, :] * b2], axis=-2)
         after = jnp.concatenate([a1 * b2[..., -1:, :], a2], axis=-2)
         parts //= 2
@@ -190,7 +190,7 @@ def _chunk(tokens: Tokens) -> _Chunk:
 
 
 def _advance(chunk: _Chunk, state: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A chunk after the state `[H, Dk, Dv]` -> outputs `[H, C, Dv]` and the state after it."""
+    """Apply a chunk to the state `[H, Dk, Dv]`: outputs `[H, C, Dv]` and the new state."""
     size = chunk.values.shape[-2]
     found = _dot("hck,hkv->hcv", chunk.reads, state)
     updates = _dot("hij,hjv->hiv", chunk.inverse, chunk.values - found[:, :size])
@@ -199,21 +199,20 @@ def _advance(chunk: _Chunk, state: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def prefill(tokens: Tokens, states: jax.Array, segments: Segments, *, one_by_one: bool) -> tuple[jax.Array, jax.Array]:
-    """Runs of tokens of several sequences, each from its own state.
+    """Process runs of tokens of several sequences, each from its own state.
 
-    Chunks are cut from each segment's own start, so that what a segment gives does not depend on what lies beside it,
-    nor does anything that is not a number leave it.
+    Chunks are aligned to the start of each segment, so that a segment's result does not depend on other segments, and
+    NaN does not spread to other segments.
 
     Args:
-        tokens: T of them, those of all segments one after another.
+        tokens: T tokens, all segments concatenated.
         states: `[N, H, Dk, Dv]`.
-        segments: where they lie, and their slots.
-        one_by_one: whether all of a chunk is computed when its turn comes (a CPU, where work then follows the tokens
-            there are), or what does not depend on the state before, for all chunks at once (a GPU, where loops are
-            dear).
+        segments: tokens and state slots of the segments.
+        one_by_one: whether each chunk is computed in turn (CPU: the work is proportional to the tokens), or the
+            state-independent part of all chunks at once (GPU: loops are expensive).
 
     Returns:
-        `[T, H, Dv]`, finite for padding, and the states.
+        `[T, H, Dv]`, finite for padding, and the updated states.
     """
     count, heads, value_dim = tokens.v.shape
     size = min(CPU_CHUNK if one_by_one else CHUNK, 1 << (count - 1).bit_length())
@@ -236,7 +235,7 @@ def prefill(tokens: Tokens, states: jax.Array, segments: Segments, *, one_by_one
         def one_chunk(index: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             outputs, state = carry
             made, state = _advance(chunk_of(number, index, ends[number] - chunks[number] + index), state)
-            # What lies beyond the segment is overwritten by the segment that follows.
+            # The next segment overwrites outputs beyond the end of this one.
             start = segments.starts[number] + index * size
             return jax.lax.dynamic_update_slice_in_dim(outputs, jnp.swapaxes(made, 0, 1), start, 0), state
 
@@ -251,14 +250,14 @@ def prefill(tokens: Tokens, states: jax.Array, segments: Segments, *, one_by_one
 
 
 def whole(tokens: Tokens, states: jax.Array, rows: Whole, *, one_by_one: bool) -> tuple[jax.Array, jax.Array]:
-    """Whole sequences, each from a state of zeroes, by the chunks of `prefill`; their number is known, so that it can
-    be differentiated.
+    """Process whole sequences from zero state, in the chunks of `prefill`; the loop length is static, hence
+    differentiable.
 
     Args:
-        tokens: those of all sequences, one after another.
-        states: stay as they are.
-        rows: how long the sequences are.
-        one_by_one: which size of chunks suits.
+        tokens: tokens of all sequences, concatenated.
+        states: returned unchanged.
+        rows: length of the sequences.
+        one_by_one: selects the chunk size, as in `prefill`.
 
     Returns:
         `[T, H, Dv]` and the states.
@@ -269,7 +268,7 @@ def whole(tokens: Tokens, states: jax.Array, rows: Whole, *, one_by_one: bool) -
     chunks = -(-length // size)
 
     def cut(a: jax.Array) -> jax.Array:
-        """`[T, H, .]` -> `[chunks * sequences, H, C, .]`."""
+        """Cut `[T, H, .]` into `[chunks * sequences, H, C, .]`."""
         a = jnp.pad(a.reshape(-1, length, *a.shape[1:]), ((0, 0), (0, chunks * size - length), (0, 0), (0, 0)))
         a = a.reshape(a.shape[0], chunks, size, *a.shape[2:]).transpose(1, 0, 3, 2, 4)
         return a.reshape(-1, *a.shape[2:])
@@ -278,7 +277,7 @@ def whole(tokens: Tokens, states: jax.Array, rows: Whole, *, one_by_one: bool) -
         made, state = jax.vmap(_advance)(chunk, state)
         return state, made
 
-    # With an axis more, of chunks and sequences each, the derivative compiled for a CPU ends the process (jax 0.10.2).
+    # One merged axis: with separate chunk and sequence axes the compiled CPU gradient crashes the process (jax 0.10.2).
     made = _chunk(jax.tree.map(cut, tokens))
     made = jax.tree.map(lambda a: a.reshape(chunks, -1, *a.shape[1:]), made)
     _, outputs = jax.lax.scan(one, jnp.zeros((count // length, *states.shape[1:])), made)
@@ -294,7 +293,7 @@ def _each(
     index: jax.Array,
     _: jax.Array,
 ) -> _Chunk:
-    """Chunk `index` of segment `number`, computed now."""
+    """Compute chunk `index` of segment `number`."""
     return cut(segments.starts[number] + index * size, segments.counts[number] - index * size)
 
 
@@ -306,7 +305,7 @@ def _all(
     ends: jax.Array,
     count: int,
 ) -> Callable[[jax.Array, jax.Array, jax.Array], _Chunk]:
-    """The chunks of all segments, computed at once, and what looks up one of them by its number among all."""
+    """Compute the chunks of all segments at once; return a function that looks up one by its number."""
     at = jnp.arange(count // size + chunks.shape[0])
     own = jnp.minimum(jnp.searchsorted(ends, at, side="right", method="compare_all"), chunks.shape[0] - 1)
     first = (at - (ends - chunks)[own]) * size

@@ -1,9 +1,9 @@
-"""The short causal convolution before a recurrence: one depthwise convolution over all columns, then SiLU.
+"""Short causal convolution before a recurrence: a depthwise convolution over all columns, then SiLU.
 
     y_t = silu(sum_j w_j * x_(t - W + 1 + j)),  j of [0, W)
 
-Its state is the last W - 1 inputs of a sequence, `[N, W - 1, columns]`, zeroes at first: columns last, so that a row of
-it is a row of the step. In the dtype of the inputs, which it keeps as they are; sums are float32.
+Its state is the last W - 1 inputs of a sequence, `[N, W - 1, columns]`, initially zero; columns are last, so that a row
+of the state is a row of the step. States have the inputs' dtype and store them unchanged; sums are float32.
 """
 
 import jax
@@ -13,36 +13,36 @@ from jaxinfer.kernels.state.slots import DecodeSlots, Segments, Whole, read, wri
 
 
 def _weighted(inputs: list[jax.Array], weight: jax.Array) -> jax.Array:
-    """The sum of the W inputs `[..., columns]`, or the oldest of them, by `[columns, W]`, float32."""
+    """Sum inputs `[..., columns]` (all W, or only the oldest) weighted by `[columns, W]`, in float32."""
     wide = weight.astype(jnp.float32)
     return sum((x.astype(jnp.float32) * wide[:, j] for j, x in enumerate(inputs)), start=jnp.float32(0))
 
 
 def decode(x: jax.Array, weight: jax.Array, states: jax.Array, rows: DecodeSlots) -> tuple[jax.Array, jax.Array]:
-    """One token a sequence: `[B, columns]` and `[columns, W]` -> float32 `[B, columns]` and the states."""
-    # Clamped, not filled with zeroes: what is read for padding is dropped again.
+    """Process one token per sequence: `[B, columns]`, `[columns, W]` -> float32 `[B, columns]` and new states."""
+    # Clamp instead of filling with zeros: results for padding are dropped anyway.
     past = states.at[rows.sources].get(mode="clip")
     y = _weighted([*(past[:, j] for j in range(past.shape[1])), x], weight)
     new = jnp.concatenate([past[:, 1:], x[:, None].astype(past.dtype)], axis=1)
-    # Where XLA fuses what is read with the scatter it copies all states, so as not to write what is still to be read.
+    # If XLA fuses the gather with the scatter it copies all states, to avoid overwriting values still to be read.
     return jax.nn.silu(y), write(states, rows.targets, jax.lax.optimization_barrier(new))
 
 
 def prefill(x: jax.Array, weight: jax.Array, states: jax.Array, segments: Segments) -> tuple[jax.Array, jax.Array]:
-    """Runs of tokens of several sequences, each behind its own state.
+    """Process runs of tokens of several sequences, each after its own state.
 
     Args:
-        x: `[T, columns]`, the tokens of all segments one after another.
+        x: `[T, columns]`, tokens of all segments, concatenated.
         weight: `[columns, W]`.
         states: `[N, W - 1, columns]`.
-        segments: where they lie, and their slots.
+        segments: tokens and state slots of the segments.
 
     Returns:
-        float32 `[T, columns]` and the states.
+        float32 `[T, columns]` and the updated states.
     """
     count, kept = x.shape[0], states.shape[1]
     heads = segments.heads()
-    starts = segments.starts[heads]  # of the runs that segments continue
+    starts = segments.starts[heads]  # starts of the runs the segments belong to
     past = read(states, segments.sources[heads]).astype(x.dtype)
     since = jnp.arange(count) - starts[segments.owners(count)]
     inputs = [
@@ -58,7 +58,7 @@ def prefill(x: jax.Array, weight: jax.Array, states: jax.Array, segments: Segmen
 
 
 def whole(x: jax.Array, weight: jax.Array, states: jax.Array, rows: Whole) -> tuple[jax.Array, jax.Array]:
-    """Whole sequences, differentiable: `[T, columns]` and `[columns, W]` -> float32 `[T, columns]`; the states stay."""
+    """Process whole sequences, differentiably: `[T, columns]`, `[columns, W]` -> float32 `[T, columns]`, old states."""
     count, length = x.shape[0], rows.length
     kept = states.shape[1]
     padded = jnp.pad(x.reshape(-1, length, x.shape[1]), ((0, 0), (kept, 0), (0, 0)))
@@ -67,28 +67,29 @@ def whole(x: jax.Array, weight: jax.Array, states: jax.Array, rows: Whole) -> tu
 
 
 def _input(x: jax.Array, past: jax.Array, starts: jax.Array, place: jax.Array) -> jax.Array:
-    """`[R, columns]`: the input at `place` `[R]` of the step, or before a run's start the one its state has."""
+    """Return the inputs `[R, columns]` at indices `place` `[R]` of the step, or those of the state before a run."""
     kept = past.shape[1]
     old = jnp.take_along_axis(past, jnp.clip(kept + place - starts, 0, kept - 1)[:, None, None], axis=1)[:, 0]
     return jnp.where((place >= starts)[:, None], x.at[jnp.maximum(place, 0)].get(mode="clip"), old)
 
 
 def _behind_state(past: jax.Array, weight: jax.Array, segments: Segments) -> tuple[jax.Array, jax.Array]:
-    """What the inputs in the states `[R, W - 1, columns]` add to the first W - 1 tokens of each run.
+    """Compute what the inputs in the states `[R, W - 1, columns]` contribute to the first W - 1 tokens of each run.
 
-    Returns the tokens `[R * (W - 1)]`, past the end where there is none, and `[R * (W - 1), columns]`.
+    Returns:
+        Token indices `[R * (W - 1)]`, out of range for missing tokens, and contributions `[R * (W - 1), columns]`.
     """
     count, kept, columns = past.shape
     added = [_weighted([past[:, j] for j in range(at, kept)], weight) for at in range(kept)]
     first = segments.starts[:, None] + jnp.arange(kept)
-    # A run's first tokens may be in several segments: those that continue it take part as far as it reaches.
+    # The first W - 1 tokens of a run may span several segments: include those that continue it.
     length = _run_lengths(segments)[:, None]
     live = (jnp.arange(kept) < length) & ~segments.continues[:, None]
-    nowhere = jnp.iinfo(jnp.int32).max - jnp.arange(count * kept).reshape(count, kept)  # each once
+    nowhere = jnp.iinfo(jnp.int32).max - jnp.arange(count * kept).reshape(count, kept)  # unique indices
     return jnp.where(live, first, nowhere).reshape(-1), jnp.stack(added, axis=1).reshape(-1, columns)
 
 
 def _run_lengths(segments: Segments) -> jax.Array:
-    """`[R]` tokens of the run that each segment begins; of one that continues another it means nothing."""
+    """Return the tokens of the run each segment starts, `[R]`; undefined for segments that continue another."""
     own = segments.heads() == jnp.arange(segments.starts.shape[0])[:, None]
     return jnp.where(own, segments.counts, 0).sum(axis=1)

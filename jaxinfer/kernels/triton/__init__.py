@@ -1,1 +1,1 @@
-"""What the Triton kernels share: launches, tiles and work lists."""
+"""Parts shared by the Triton kernels: launches, tiles and work items."""

@@ -1,4 +1,4 @@
-"""The decorator of Triton kernels. It imports triton, so only files of kernels import it."""
+"""Decorator of Triton kernels. Imports triton, so only kernel modules may import it."""
 
 import inspect
 from collections.abc import Callable
@@ -10,6 +10,6 @@ import triton
 def jit(function: Callable[..., Any]) -> Any:
     """Declare a Triton kernel.
 
-    Triton compiles the source of a function, so wrappers that a type checker has put around it are removed.
+    Triton compiles the function's source, so wrappers of type checkers are removed.
     """
     return triton.jit(inspect.unwrap(function))

@@ -1,8 +1,8 @@
-"""The Triton kernels of attention over the paged cache. The one file that imports triton: loaded when it is chosen.
+"""Triton kernels of attention over the paged cache. Imports triton, so it is imported only when chosen.
 
-`attend` is the online softmax of FlashAttention-2 (arXiv:2307.08691) over the blocks of a table, for decode and for
-chunked prefill; `combine` puts the pieces of a row together (Flash-Decoding). What they are called with is made
-in `triton_attention`. Annotations are Triton's: `tl.constexpr` is fixed at compilation, all else is a pointer.
+`attend` is the online softmax of FlashAttention-2 (arXiv:2307.08691) over the blocks of a table, for decode and chunked
+prefill; `combine` merges the split-K pieces of a row (Flash-Decoding). `triton_attention` makes their arguments.
+Parameters annotated `tl.constexpr` are compile-time constants; all others are pointers.
 """
 
 import triton.language as tl
@@ -10,16 +10,16 @@ import triton.language as tl
 from jaxinfer.kernels.triton.jit import jit
 
 LEAST = tl.constexpr(-1e30)
-"""Where maxima start. Finite, so that a query with nothing to see gives exp2(-inf - LEAST) and not NaN."""
+"""Initial value of running maxima. Finite, so that a query that sees no key gives exp2(-inf - LEAST) = 0, not NaN."""
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @jit
 def _rows(start, live, FIRST: tl.constexpr, WIDTH: tl.constexpr, LIMIT: tl.constexpr, MASKED: tl.constexpr):
-    """Columns [FIRST, FIRST + WIDTH) of rows that begin at `start` `[R]`; 0 from column LIMIT on and where not live."""
+    """Load columns [FIRST, FIRST + WIDTH) of rows at `start` `[R]`; 0 from column LIMIT on and for dead rows."""
     columns = FIRST + tl.arange(0, WIDTH)
     at = start[:, None] + columns[None, :]
-    # A mask that is known to hold would keep the loads from being wide ones.
+    # Omit the mask where it always holds: masked loads are not vectorized.
     if FIRST + WIDTH > LIMIT:
         x = tl.load(at, mask=live[:, None] & (columns < LIMIT)[None, :], other=0.0)
     elif MASKED:
@@ -66,15 +66,15 @@ def _scan(
     PRECISION: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """The online softmax over the keys [first, stop), BLOCK_N at a time; not MASKED: every query sees all of them."""
+    """Run the online softmax over keys [first, stop), BLOCK_N at a time; unless MASKED, every query sees all."""
     for start in range(first, stop, BLOCK_N):
         at = start + tl.arange(0, BLOCK_N)
         live = at < end
         old = at < fresh
         block = tl.load(tables + at // P, mask=live & old, other=0).to(tl.int64)
-        place = (block * K + head) * P + at % P  # of the cache's [N, K, P] rows
+        place = (block * K + head) * P + at % P  # index into the cache's [N, K, P] rows
         own = (at + token_of).to(tl.int64)
-        # The compiler does not see how far a chosen pointer is aligned, and would read element by element.
+        # The compiler cannot infer the alignment of a selected pointer and would load element by element.
         key_at = keys + place * D
         if k is not None:
             key_at = tl.where(old, key_at, k + own * K_ROW + head * D)
@@ -129,7 +129,7 @@ def _keep(
     P: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Copies a head of the tokens [token, token + count) of new, ROW elements each, to the cache `[N, K, P, WIDTH]`."""
+    """Copy one head of tokens [token, token + count) of `new`, ROW elements apart, to the cache `[N, K, P, WIDTH]`."""
     query = tl.arange(0, TILE)
     columns = tl.arange(0, COLUMNS)
     block = tl.load(blocks + token + query, mask=query < count, other=N).to(tl.int64)
@@ -186,22 +186,30 @@ def attend(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One work item and one kv head: writes the item's tokens to the cache and attends to its keys.
+    """Write the tokens of one work item to the cache and attend to its keys, for one kv head.
 
-    Program (x, y): x counts kv heads and parts of MEMBERS of the G query heads of each, y items. A tile of queries has
-    BLOCK_M rows, query by query MEMBERS heads, so that all heads of a group share what is read of the cache.
+    Program (x, y): x enumerates kv heads and parts of MEMBERS of the G query heads of each, y the work items. A query
+    tile has BLOCK_M rows, MEMBERS heads per query, so that all heads of a group share the keys and values read.
 
-    Keys from position `fresh` on are taken from k and v, where they lie one after another, and never from the
-    cache: this is what lets other programs of the same launch write them there. Without k and v (and blocks, offsets,
-        new_keys and
+    Keys from position `fresh` on are read from k and v, where they are contiguous, and never from the cache, so that
+    other programs of the same launch may write them there. Without k and v (and blocks, offsets, new_keys and
     new_values) all keys are in the cache, and nothing is written.
 
-    items `[I, 8]` int32: row of the tables, first token, its position, queries (0: nothing to do), first key, end of
-    the keys, `fresh`, whether the item is one piece of several. tables `[B, W]`, blocks and offsets `[T]` (slots),
-    q `[T, H, D]`, k `[T, K, D]`, v `[T, K, DV]` or None (columns of the keys), each beginning FIRST elements into its
-    array, a token every ROW; keys and new_keys, the same memory,
-    `[N, K, P, D]`, values and new_values likewise or None, sinks `[H]` or None, out `[T, H, DV]`.
-    Of pieces: sums `[I, H, DV]` and stats `[I, 2, H]` (maxima in base 2, totals) in float32; None where there are none.
+    Args:
+        items: `[I, 8]` int32: row of the tables, first token, its position, queries (0: nothing to do), first key, end
+            of the keys, `fresh`, whether the item is one of several pieces.
+        tables: `[B, W]` block ids.
+        blocks: `[T]` slots of the tokens; None if nothing is written.
+        offsets: `[T]`, likewise.
+        q: `[T, H, D]`, starting Q_FIRST elements into its array, Q_ROW elements per token; k and v likewise.
+        k: `[T, K, D]` or None.
+        v: `[T, K, DV]` or None (columns of the keys).
+        keys: `[N, K, P, D]`, the same memory as new_keys.
+        values: `[N, K, P, DV]`, the same memory as new_values, or None.
+        sinks: `[H]` or None.
+        out: `[T, H, DV]`.
+        sums: `[I, H, DV]` float32 for pieces; None if there are none.
+        stats: `[I, 2, H]` float32 for pieces (maxima in base 2, totals); None if there are none.
     """
     index = tl.program_id(1)
     item = items + index * 8
@@ -238,8 +246,8 @@ def attend(
     token_of = token - position
     masked_from = first
     if sums is None and WINDOW is None:
-        # The keys that all queries of a prefill tile see need no mask. Decode has one loop: it is short, and a second
-        # one would wait for its first loads again.
+        # Keys seen by all queries of a prefill tile need no mask. Decode has a single loop: it is short, and a second
+        # loop would have to wait for its first loads again.
         masked_from = first + (position + 1 - first) // BLOCK_N * BLOCK_N
         top, total, acc = _scan(
             top,
@@ -334,7 +342,7 @@ def attend(
         new_top = tl.maximum(top, sink)
         total = total * tl.exp2(top - new_top) + tl.exp2(sink - new_top)
         acc *= tl.exp2(top - new_top)[:, None]
-    total = tl.where(total == 0, 1.0, total)  # padding has seen nothing
+    total = tl.where(total == 0, 1.0, total)  # padding sees no key
     result = (acc / total[:, None]).to(out.dtype.element_ty)
     tl.store(out + (q_token * H + q_head)[:, None] * DV + columns[None, :], result, mask=stored & (not piece))
 
@@ -352,10 +360,13 @@ def combine(
     V_COLUMNS: tl.constexpr,
     PIECES: tl.constexpr,
 ):
-    """Puts the pieces of one row and head together, in their order, PIECES at a time.
+    """Merge the pieces of one row and head, in order, PIECES at a time. For other arguments see `attend`.
 
-    spans `[B, 2]`: a row's first piece and how many it has; a row of one piece is in `whole` already, one of none is
-    padding and gets 0. out and whole, the same memory, `[B, H, DV]`; the rest as for `attend`.
+    Args:
+        spans: `[B, 2]`, a row's first piece and number of pieces; rows of one piece are already in `whole`, rows of
+            none are padding and get 0.
+        out: `[B, H, DV]`, in the same memory as `whole`.
+        whole: the result.
     """
     head, row = tl.program_id(0), tl.program_id(1)
     first, count = tl.load(spans + row * 2), tl.load(spans + row * 2 + 1)

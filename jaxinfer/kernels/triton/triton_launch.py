@@ -1,8 +1,8 @@
-"""Triton kernels inside JAX programs: compiled to PTX without a device, launched by XLA itself.
+"""Triton kernels inside JAX programs: compiled to PTX without a device, launched by XLA.
 
-XLA has a custom call that launches PTX given as text (`__gpu$xla.gpu.ptx`; openxla/xla, `kernel_call.cc`), so a Triton
-kernel needs neither a package between nor a handler of our own, and lies in the command buffer of its step like any
-fusion. Importing this file does not import triton.
+XLA has a custom call that launches PTX text (`__gpu$xla.gpu.ptx`; openxla/xla, `kernel_call.cc`), so no bridge package
+or FFI handler is needed, and the kernel is part of the step's command buffer like any fusion. Importing this module
+does not import triton.
 """
 
 import importlib.metadata
@@ -21,11 +21,11 @@ from jax.sharding import Mesh
 from jaxinfer.errors import ConfigError
 
 OLDEST = (3, 6)
-"""The triton that the kernels were first compiled with."""
+"""Oldest supported triton version."""
 LEAST_CAPABILITY = 80
-"""Ampere: the first with bfloat16 and asynchronous copies to shared memory."""
+"""Ampere: the first architecture with bfloat16 and asynchronous copies to shared memory."""
 TYPES = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32", "int32": "*i32", "int8": "*i8"}
-"""What an array's dtype is called in a kernel's signature."""
+"""Triton signature types by dtype."""
 ALIGNED = [["tt.divisibility", 16]]
 """XLA aligns every buffer to more than 16 bytes."""
 CALL = "__gpu$xla.gpu.ptx"
@@ -33,12 +33,12 @@ CALL = "__gpu$xla.gpu.ptx"
 
 @dataclass(frozen=True)
 class Target:
-    """What of a device shapes its kernels."""
+    """Properties of a device that kernels are compiled for."""
 
     capability: int
     """Compute capability, 90 for 9.0."""
     cores: int
-    """Streaming multiprocessors."""
+    """Number of streaming multiprocessors."""
 
 
 @dataclass(frozen=True)
@@ -48,23 +48,23 @@ class Binary:
     name: str
     ptx: str
     shared_bytes: int
-    """Shared memory of one program."""
+    """Shared memory per program."""
     threads: int
-    """Of one program."""
+    """Threads per program."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """How a kernel is compiled."""
+    """Compilation options of a kernel."""
 
     warps: int
-    """Of 32 threads, of one program."""
+    """Warps (of 32 threads) per program."""
     stages: int
-    """Loads of a loop that are under way at a time, and one."""
+    """Pipeline stages of loops: concurrent loads plus one."""
 
 
 def lacking() -> str | None:
-    """None if triton can be used, else what to do about it."""
+    """Return why triton cannot be used, with the remedy, or None."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; pip install 'jaxinfer[cuda13]' (or cuda12) brings it"
     version = importlib.metadata.version("triton")
@@ -74,7 +74,7 @@ def lacking() -> str | None:
 
 
 def target(mesh: Mesh) -> Target | None:
-    """The devices of a mesh as a target of kernels; None if they are not NVIDIA GPUs with tensor cores for bfloat16."""
+    """Return the target for a mesh's devices; None unless they are NVIDIA GPUs with bfloat16 tensor cores."""
     device = mesh.devices.flat[0]
     capability = re.fullmatch(r"(\d+)\.(\d)", str(getattr(device, "compute_capability", "")))
     if device.platform not in ("gpu", "cuda") or capability is None:
@@ -84,10 +84,15 @@ def target(mesh: Mesh) -> Target | None:
 
 
 def serves(setting: str, asked: str, mesh: Mesh) -> tuple[bool, str]:
-    """Whether Triton's kernels serve the devices of a mesh, where `asked` is "auto" or "triton"; if not, why.
+    """Return whether Triton kernels support the devices of a mesh; if not, why.
+
+    Args:
+        setting: name of the setting, for errors.
+        asked: its value: "auto" or "triton".
+        mesh: the devices.
 
     Raises:
-        ConfigError: "triton" where it cannot be; names the setting and the reason.
+        ConfigError: "triton" cannot run; names the setting and the reason.
     """
     device = mesh.devices.flat[0]
     reason = lacking()
@@ -102,8 +107,10 @@ def serves(setting: str, asked: str, mesh: Mesh) -> tuple[bool, str]:
 
 
 def _ptx_version(capability: int) -> int:
-    """The oldest PTX that knows the device, so that the driver that reads it may be as old as JAX allows: CUDA 12.0
-    reads PTX 8.0, 12.9 reads 8.8. Triton's default is the newest it can write."""
+    """Return the oldest PTX version that supports the device, so that the oldest drivers JAX allows can read it.
+
+    CUDA 12.0 reads PTX 8.0, 12.9 reads 8.8. Triton's default is the newest version it can write.
+    """
     return 80 if capability < 100 else 88
 
 
@@ -115,13 +122,13 @@ def binary(
     target: Target,
     options: Options,
 ) -> Binary:
-    """Compiles a kernel for a target, which need not be here; about a second, or read from triton's cache on disk.
+    """Compile a kernel for a target, which need not be present; takes about a second unless in triton's disk cache.
 
     Args:
         kernel: a function decorated with `triton.jit`.
-        signature: name and type of each argument that is an array, in the kernel's order.
-        constants: name and value of all others.
-        target: the device it is for.
+        signature: name and type of each array argument, in the kernel's order.
+        constants: name and value of all other arguments.
+        target: the device.
         options: warps and stages.
     """
     import triton
@@ -133,7 +140,7 @@ def binary(
     types = {name: arrays.get(name, "constexpr") for name in names}
     aligned = {(i,): ALIGNED for i, name in enumerate(names) if name in arrays}
     with triton.knobs.compilation.scope():
-        # The text travels in every program that launches it: lines of the source would double it.
+        # The PTX text is embedded in every program that launches it; line info would double its size.
         triton.knobs.compilation.disable_line_info = True
         compiled = triton.compile(
             ASTSource(fn=kernel, signature=types, constexprs=dict(constants), attrs=aligned),
@@ -162,14 +169,14 @@ def launch(
     target: Target,
     options: Options,
 ) -> dict[str, jax.Array | None]:
-    """Launches a kernel in the program that is being traced.
+    """Launch a kernel in the program being traced.
 
     Args:
         kernel: a function decorated with `triton.jit` whose parameters are `operands`, `results`, `constants`.
-        operands: arrays by parameter; None where there is none, which the kernel sees as None.
-        results: the same for what the kernel fills.
-        aliases: operand -> result that lies in the same memory.
-        constants: the values that are fixed at compilation.
+        operands: arrays by parameter; None for missing ones, which the kernel sees as None.
+        results: likewise for arrays that the kernel writes.
+        aliases: maps operands to results in the same memory.
+        constants: compile-time constants.
         grid: programs along x and y.
         target: the device.
         options: warps and stages.
@@ -183,7 +190,7 @@ def launch(
     signature = tuple((name, TYPES[jnp.dtype(both[name].dtype).name]) for name in kernel.arg_names if name in both)
     missing = {name: None for name in (*operands, *results) if name not in both}
     built = binary(kernel, signature, tuple(sorted({**constants, **missing}.items())), target, options)
-    # Triton ends a kernel's parameters with scratch memory that these kernels do not use.
+    # Triton appends scratch-memory parameters to kernels, which these kernels do not use.
     hidden = len(re.findall(r"\.param", built.ptx[: built.ptx.index(")")])) - len(signature)
     order = list(wanted)
     call = jax.ffi.ffi_call(

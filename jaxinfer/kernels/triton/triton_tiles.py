@@ -1,16 +1,16 @@
-"""The tiles of the attention kernel, chosen from shapes alone before compilation. By arithmetic; not measured yet."""
+"""Tile sizes of the attention kernel, chosen from shapes before compilation. Estimated; not measured yet."""
 
 from dataclasses import dataclass
 
 from jaxinfer.kernels.triton.triton_launch import Options
 
 TURN_BYTES = 32 << 10
-"""Of keys and values that one turn of a program's loop reads."""
+"""Bytes of keys and values that one iteration of a program's loop reads."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The shapes of one attention call that decide its tiles."""
+    """Shapes of an attention call that determine its tiles."""
 
     heads: int
     """H of this shard."""
@@ -19,45 +19,45 @@ class Layout:
     value_dim: int
     latent: bool
     itemsize: int
-    """Bytes of an element."""
+    """Bytes per element."""
     tile: int
-    """Queries of one row in a program; 1 for decode."""
+    """Queries of one row per program; 1 for decode."""
     decode: bool
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """How one program cuts its work. Chosen by arithmetic, not measured."""
+    """Tile sizes of one program. Estimated, not measured."""
 
     members: int
-    """Query heads of a kv head in one program."""
+    """Query heads of a kv head per program."""
     block_m: int
     """Rows of the query tile: queries x members, padded."""
     block_n: int
-    """Keys a turn of the loop reads."""
+    """Keys per loop iteration."""
     main: int
-    """Columns of a key in the first product, a power of two."""
+    """Key columns in the first matmul, a power of two."""
     rest: int
-    """Those in a second one; 0: there is none."""
+    """Key columns in the second matmul; 0 for none."""
     value_columns: int
     """Dv padded to a power of two."""
     options: Options
 
     def parts(self, group: int) -> int:
-        """Programs that share the G query heads of a kv head."""
+        """Return the number of programs that share the G query heads of a kv head."""
         return -(-group // self.members)
 
 
 def power(size: int, least: int = 16) -> int:
-    """The next power of two: what an axis of a tile must be; a product's axes have 16 at least."""
+    """Round up to a power of two, as tile axes must be; axes of matmuls have at least 16 elements."""
     return max(least, 1 << (size - 1).bit_length())
 
 
 def query_rows(value_dim: int, itemsize: int) -> int:
-    """Rows of the largest query tile whose accumulator of `[rows, Dv]` float32 stays in registers.
+    """Return the rows of the largest query tile whose `[rows, Dv]` float32 accumulator stays in registers.
 
-    In 16 bits the tensor cores take 128 rows (two warp groups of an H100), until Dv is MLA's 512: 32. In float32 there
-    are only ordinary multiplications, which hold both operands in registers: 16.
+    With 16-bit elements tensor cores take 128 rows (two warp groups of an H100), or 32 for MLA's Dv of 512. In float32
+    there are only ordinary multiplications, which keep both operands in registers: 16.
     """
     if itemsize == 4:
         return 16
@@ -65,22 +65,21 @@ def query_rows(value_dim: int, itemsize: int) -> int:
 
 
 def tile(group: int, value_dim: int, itemsize: int) -> int:
-    """Queries of one prefill tile for `group` query heads a kv head: they fill the rows of the query tile."""
+    """Return the queries per prefill tile that fill the query tile's rows, for `group` query heads per kv head."""
     return max(1, query_rows(value_dim, itemsize) // group)
 
 
 def tiling(layout: Layout) -> Tiling:
-    """The tiles for a layout, from its numbers alone.
+    """Choose the tiles for a layout.
 
-    The pipeline keeps what two turns of the loop read in shared memory (an H100 has 227 KiB a multiprocessor): with the
-    query tile that is at most half of it for decode. Five stages give decode
-    two reads ahead, because the block table is a read of its own before them; prefill, whose products take longer
-    than its reads, has one.
+    The software pipeline keeps the data of two loop iterations in shared memory (227 KiB per multiprocessor on an
+    H100); with the query tile that is at most half of it for decode. Five stages let decode load two iterations ahead,
+    since block-table loads precede them; prefill, whose matmuls take longer than its loads, loads one ahead.
     """
     main, rest = _split(layout)
     value_columns = main if layout.latent else power(layout.value_dim)
     most = query_rows(layout.value_dim, layout.itemsize)
-    # 64 rows of 16 bits fill a warp group; a decode tile of 128 gains nothing by being one program and not two.
+    # 64 16-bit rows fill a warp group; one decode program of 128 rows is no faster than two of 64.
     most = min(most, 64) if layout.decode else most
     members = min(layout.heads // layout.kv_heads, max(1, most // layout.tile))
     block_m = power(layout.tile * members)
@@ -93,7 +92,7 @@ def tiling(layout: Layout) -> Tiling:
 
 
 def _split(layout: Layout) -> tuple[int, int]:
-    """D as one power of two, or as two where that is less padding: 576 = 512 + 64, not 1024."""
+    """Split D into one power of two, or two if that has less padding: 576 = 512 + 64, not 1024."""
     whole = power(layout.dim)
     main = whole // 2
     rest = power(layout.dim - main) if main >= 16 else whole

@@ -1,4 +1,4 @@
-"""The work items of the attention kernel (`triton_kernels.attend`), made on the device from lengths or tiles."""
+"""Work items of the attention kernel (`triton_kernels.attend`), computed on the device from lengths or tiles."""
 
 import jax
 import jax.numpy as jnp
@@ -6,34 +6,34 @@ import jax.numpy as jnp
 from jaxinfer.kernels.attention.paged import DecodeRows, PrefillTiles, Scoring
 
 WAVES = 2
-"""Decode: how often all slots are filled at most, beside the first program of each row."""
+"""Decode: most waves of concurrent programs, beside the first program of each row."""
 LONG_PIECE = 1024
-"""Decode: pieces of so many keys or more are cut for `WAVES` fillings of the slots, as the last one is then a smaller
-part of the whole; shorter ones for one, as each piece pays for its first loads."""
+"""Decode: with pieces of at least this many keys the work is cut into `WAVES` waves, so that the last one is a smaller
+part of the whole; shorter pieces into one wave, as each piece waits for its first loads."""
 
 
 def decode_items(rows: int, longest: int, running: int, block_n: int) -> int:
-    """The most pieces that `decode_work` cuts: one a row and `WAVES` a slot, and no more than there are tiles."""
+    """Return the most pieces `decode_work` makes: one per row and `WAVES` per slot, at most the number of tiles."""
     return min(rows + WAVES * running, rows * -(-longest // block_n))
 
 
 def decode_work(
     step: DecodeRows, scoring: Scoring, *, items: int, running: int, block_n: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Cuts the live keys of all rows into pieces of nearly equal size (split-K), on the device.
+    """Cut the live keys of all rows into pieces of nearly equal size (split-K), on the device.
 
-    The size follows from the sum of lengths, so ragged rows, equal ones and a single long one all fill the slots; it is
-    the same for all layers of a kind, and computed once a step.
+    The piece size depends on the sum of lengths, so ragged rows, equal rows and a single long row all occupy the whole
+    device. Independent of the layer within a kind, so it is computed once per step.
 
     Args:
-        step: tables and lengths.
-        scoring: its window hides keys.
+        step: block tables and lengths.
+        scoring: its window limits the keys.
         items: room for pieces, I, from `decode_items`.
-        running: pieces that run at a time.
-        block_n: pieces are multiples of it.
+        running: pieces that run concurrently.
+        block_n: piece sizes are multiples of it.
 
     Returns:
-        Work items `[I, 8]` (`triton_kernels.attend`), and for each row its first piece and their count `[B, 2]`.
+        Work items `[I, 8]` (`triton_kernels.attend`), and each row's first piece and number of pieces `[B, 2]`.
     """
     ends, batch = step.lengths, step.lengths.shape[0]
     firsts = jnp.where(ends > 0, step.first_keys(scoring), 0)
@@ -41,11 +41,11 @@ def decode_work(
     fair = _ceil(live.sum(), running)
     piece = jnp.maximum(jnp.minimum(fair, LONG_PIECE), _ceil(fair, WAVES))
     piece = jnp.maximum(_ceil(piece, block_n), 1) * block_n
-    # Each row's pieces are alike: not some full ones and a rest.
+    # Pieces of a row have equal size, instead of full pieces and a remainder.
     piece = jnp.maximum(_ceil(_ceil(live, jnp.maximum(_ceil(live, piece), 1)), block_n), 1) * block_n
     counts = _ceil(live, piece)
     order = jnp.arange(batch)
-    # A sum over a mask, where cumsum would take several kernels.
+    # A masked sum: cumsum would compile to several kernels.
     stops = jnp.where(order <= order[:, None], counts, 0).sum(axis=1)
     starts = stops - counts
     at = jnp.arange(items)
@@ -60,21 +60,21 @@ def decode_work(
 
 
 def prefill_work(step: PrefillTiles, scoring: Scoring, *, tokens: int, tile: int) -> jax.Array:
-    """The tiles as work items `[NT, 8]`, the last ones first: of one sequence they see the most keys.
+    """Convert tiles to work items `[NT, 8]`, in reverse order: the last tiles of a sequence see the most keys.
 
-    Those that are not needed get the step's padding and no keys, which gives 0 there.
+    Unused items get the step's padding tokens and no keys, which makes their output 0.
     """
     row, token, position, count = step.tiles.T
     at = jnp.arange(len(row))
     live = at < step.count
     position = jnp.where(live, position, 0)
-    # The chunk's first position: keys from there on are the step's own.
+    # First position of the chunk: keys from there on belong to this step.
     same = (row == row[:, None]) & live
     fresh = jnp.where(same, position, jnp.iinfo(jnp.int32).max).min(axis=1)
     used = jnp.where(live, count, 0).sum()
     padding = used + (at - step.count) * tile
     first, end = scoring.first_key(position), position + count
-    if step.spans is not None:  # from its last key on a query sees all before it
+    if step.spans is not None:  # a causal query at the last key's position sees all keys in the span
         (first, end), fresh = step.spans.T, step.spans[:, 1]
         position = end - 1
     columns = [
