@@ -1,28 +1,28 @@
-"""The errors jaxinfer raises. Each message names the field, the value, the limit and the remedy."""
+"""Exceptions raised by jaxinfer. Messages name the field, the value, the limit and the remedy."""
 
 
 class JaxInferError(Exception):
-    """Base of every error that is jaxinfer's own."""
+    """Base class of jaxinfer's exceptions."""
 
 
 class ConfigError(JaxInferError, ValueError):
-    """A model's config.json or an engine setting that cannot be served."""
+    """A model's config.json or an engine setting is not supported."""
 
 
 class CheckpointError(JaxInferError, ValueError):
-    """A checkpoint whose files or tensors are missing, extra, misshaped or unsafe."""
+    """Files or tensors of a checkpoint are missing, unexpected, of the wrong shape, or unsafe."""
 
 
 class CapacityError(JaxInferError, ValueError):
-    """Something that can never fit: a pool too small, a request larger than the pool."""
+    """A pool or request can never fit: the pool is too small, or the request larger than the pool."""
 
 
 class ChatTemplateError(JaxInferError, ValueError):
-    """A chat template that is missing, raises, or does not finish in time."""
+    """A chat template is missing, raises an error, or exceeds its time limit."""
 
 
 class OfflineError(JaxInferError, OSError):
-    """A model that is not on this machine and cannot be fetched."""
+    """A model is not on this machine and cannot be downloaded."""
 
 
 class EngineClosedError(JaxInferError, RuntimeError):
@@ -30,16 +30,16 @@ class EngineClosedError(JaxInferError, RuntimeError):
 
 
 class DistributedError(JaxInferError, RuntimeError):
-    """Several processes serve one model, and one has died, differs from the others, or was asked what it cannot do."""
+    """One of the processes serving a model has died, differs from the others, or got an unsupported call."""
 
 
 class EngineError(JaxInferError, RuntimeError):
-    """A step failed on the device; the message says what was lost and what goes on."""
+    """A step failed on the device; the message says what was lost and what continues."""
 
 
 class EngineDeadError(EngineError):
-    """A step failed, and so did starting over after it: the device is lost. Close the LLM and make a new one."""
+    """A step and the recovery from it failed: the device is lost. Close the LLM and create a new one."""
 
 
 class CacheConsumedError(JaxInferError, RuntimeError):
-    """A cache was used after a step that took its memory."""
+    """A cache was used after its buffers were donated to a step."""

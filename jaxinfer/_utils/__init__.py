@@ -1,1 +1,1 @@
-"""Helpers without a model: checks of values, units, cache folders, the garbage collector."""
+"""Model-independent helpers: argument checks, units, cache folders, garbage collection."""

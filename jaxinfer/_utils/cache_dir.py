@@ -1,4 +1,4 @@
-"""Where jaxinfer keeps what it can make again. All of it is code that will run: compiled programs and kernels."""
+"""Cache folders for reproducible files. These hold code that will be executed: compiled programs and kernels."""
 
 import logging
 import os
@@ -14,9 +14,9 @@ WRITABLE = stat.S_IWGRP | stat.S_IWOTH
 
 
 def cache_folder(name: str) -> Path:
-    """Return the folder `name` of this user, under XDG_CACHE_HOME, by default ~/.cache; it is made if it is missing.
+    """Return this user's cache folder `name`, creating it if needed, under XDG_CACHE_HOME or ~/.cache.
 
-    Where neither can be written, or where another user could write into it, a folder for temporary files is taken.
+    If that is not writable, or other users can write to it, a temporary folder is returned.
     """
     base = os.environ.get("XDG_CACHE_HOME")
     try:
@@ -29,15 +29,15 @@ def cache_folder(name: str) -> Path:
             "%s is not used, as other users can write into it; make it your own with mode 700, or delete it", folder
         )
     except (OSError, RuntimeError):
-        pass  # read-only, or there is no home
+        pass  # read-only, or no home directory
     folder = _temporary() / name
     folder.mkdir(mode=0o700, exist_ok=True)
     return folder
 
 
 def is_private(path: Path) -> bool:
-    """Return whether a file or folder exists and only this user, or root, can have written to it."""
-    if os.name != "posix":  # there the rights of the user's folders say so, and no mode does
+    """Return whether a file or folder exists and only this user or root can have written to it."""
+    if os.name != "posix":  # there access is governed by ACLs of the user's folders, not by modes
         return path.exists()
     try:
         status = path.stat()
@@ -47,7 +47,7 @@ def is_private(path: Path) -> bool:
 
 
 def _keep_group_out(folder: Path) -> None:
-    """Take away the group's right to write into a folder of this user, which a umask of 002 gave."""
+    """Remove group write permission, which a umask of 002 gives, from a folder of this user."""
     status = folder.stat()
     if os.name == "posix" and status.st_uid == os.getuid() and status.st_mode & WRITABLE == stat.S_IWGRP:
         folder.chmod(stat.S_IMODE(status.st_mode) & ~stat.S_IWGRP)
@@ -55,10 +55,10 @@ def _keep_group_out(folder: Path) -> None:
 
 @cache
 def _temporary() -> Path:
-    """Return a folder among the temporary files that is this user's alone, the same one for the whole process.
+    """Return a private folder for temporary files, the same one for the whole process.
 
-    Its usual name can be guessed, and everybody can make it first. Where somebody did, a new one serves until the
-    process ends.
+    Its usual name is predictable, so another user may have created it first; then a new one is used until the process
+    ends.
     """
     if os.name == "posix":
         folder = Path(tempfile.gettempdir()) / f"jaxinfer-{os.getuid()}"
@@ -81,5 +81,5 @@ def _temporary() -> Path:
 
 @cache
 def _kept() -> tempfile.TemporaryDirectory[str]:
-    """Make a folder that is deleted when the process ends."""
+    """Create a folder that is deleted when the process ends."""
     return tempfile.TemporaryDirectory(prefix="jaxinfer-", ignore_cleanup_errors=True)

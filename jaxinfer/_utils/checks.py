@@ -1,4 +1,4 @@
-"""Strict checks of values that users pass: exact types, finite numbers, messages that name the field."""
+"""Strict validation of user-supplied values: exact types, finite numbers, messages that name the field."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ from typing import Any
 import numpy as np
 
 MAX_INT32 = 2**31 - 1
-"""Largest count, position or token id: they are int32 on the device."""
+"""Largest count, position or token id, which are int32 on the device."""
 MAX_LOGPROBS = 20
-"""Most alternatives reported a position by `logprobs` and `prompt_logprobs`."""
+"""Most alternatives per position of `logprobs` and `prompt_logprobs`."""
 
 
 def describe(value: Any) -> str:
-    """A value for an error message: its type, and the value itself where that is plain.
+    """Format a value for an error message: its type, and plain values themselves.
 
-    Long values are cut, and the reprs of arbitrary objects left out: they may be huge, and they show
-    addresses.
+    Long values are truncated; reprs of arbitrary objects are omitted, as they may be huge and show addresses.
     """
     if value is None:
         return "None"
@@ -29,7 +28,7 @@ def describe(value: Any) -> str:
 
 
 def show_int(value: int) -> str:
-    """An integer for an error message; Python refuses to print those of thousands of digits."""
+    """Format an integer for an error message; Python refuses to print thousands of digits."""
     return str(value) if abs(value) < 10**40 else f"one of {value.bit_length()} bits"
 
 
@@ -45,10 +44,10 @@ def plural(count: int, noun: str) -> str:
 
 
 def as_int(name: str, value: Any) -> int:
-    """`value` as a Python int.
+    """Convert `value` to a Python int.
 
     Raises:
-        TypeError: not an integer of Python or NumPy, or a bool.
+        TypeError: not a Python or NumPy integer, or a bool.
     """
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{name} must be an integer, got {describe(value)}.")
@@ -56,10 +55,10 @@ def as_int(name: str, value: Any) -> int:
 
 
 def as_float(name: str, value: Any) -> float:
-    """`value` as a finite Python float.
+    """Convert `value` to a finite Python float.
 
     Raises:
-        TypeError: not a number of Python or NumPy, or a bool.
+        TypeError: not a Python or NumPy number, or a bool.
         ValueError: NaN or infinite.
     """
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
@@ -74,11 +73,17 @@ def as_float(name: str, value: Any) -> float:
 
 
 def as_strings(name: str, values: Any, *, most: int, longest: int) -> tuple[str, ...]:
-    """A list of at most `most` non-empty strings of at most `longest` characters, as a tuple; None is none.
+    """Convert a list of non-empty strings to a tuple; None gives an empty one.
+
+    Args:
+        name: name of the field, for errors.
+        values: the list.
+        most: maximum number of strings.
+        longest: maximum length, in characters.
 
     Raises:
         TypeError: not a list or tuple of strings.
-        ValueError: too many, too long, or empty.
+        ValueError: too many strings, or one is too long or empty.
     """
     if values is None:
         return ()
@@ -97,11 +102,13 @@ def as_strings(name: str, values: Any, *, most: int, longest: int) -> tuple[str,
 
 
 def as_token_ids(name: str, values: Any) -> tuple[int, ...]:
-    """Token ids as a tuple without repeats, in order; None is none. The vocabulary is checked elsewhere.
+    """Convert token ids to a tuple without duplicates, in order; None gives an empty one.
+
+    The vocabulary size is checked elsewhere.
 
     Raises:
         TypeError: not a collection of integers.
-        ValueError: an id that no vocabulary can hold.
+        ValueError: an id outside [0, 2**31 - 1].
     """
     if values is None:
         return ()
@@ -114,11 +121,11 @@ def as_token_ids(name: str, values: Any) -> tuple[int, ...]:
 
 
 def as_token_id(name: str, value: Any) -> int:
-    """One token id, 0 to 2**31 - 1.
+    """Convert a token id, in [0, 2**31 - 1], to an int.
 
     Raises:
         TypeError: not an integer.
-        ValueError: out of that range.
+        ValueError: out of range.
     """
     token = as_int(name, value)
     if not 0 <= token <= MAX_INT32:

@@ -1,4 +1,4 @@
-"""JAX's persistent compilation cache, in the user's cache folder unless the user keeps it elsewhere or not at all."""
+"""JAX's persistent compilation cache, by default in the user's cache folder."""
 
 import logging
 import tempfile
@@ -14,16 +14,16 @@ log = logging.getLogger(__name__)
 
 AUTO = "auto"
 LEAST_SECONDS = 0.1
-"""Programs that compile faster are not kept: reading them takes as long. JAX's own limit is above a small step."""
+"""Programs that compile faster are not cached: reading them takes as long. JAX's default would skip small steps."""
 JAX_LEAST_SECONDS = 1.0
-"""JAX's own limit, where the user set none."""
+"""JAX's default for that limit."""
 
 
 def enable(setting: str | None) -> None:
-    """Keeps what is compiled from here on, for the whole process; what the user told JAX stands.
+    """Enable the persistent compilation cache for the whole process; settings the user made in JAX are kept.
 
     Args:
-        setting: a folder; "auto": the user's cache folder, unless JAX has one already; None: JAX's settings stay.
+        setting: a folder; "auto" for the user's cache folder, unless JAX already has one; None to leave JAX's settings.
     """
     configured = jax.config.jax_compilation_cache_dir
     if setting is None or not jax.config.jax_enable_compilation_cache:
@@ -45,7 +45,7 @@ def enable(setting: str | None) -> None:
         jax.config.update("jax_compilation_cache_dir", str(folder))
         if jax.config.jax_persistent_cache_min_compile_time_secs == JAX_LEAST_SECONDS:
             jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_SECONDS)
-        compilation_cache.reset_cache()  # JAX looks at the setting once
+        compilation_cache.reset_cache()  # JAX reads the setting only once
     _say(str(folder))
 
 

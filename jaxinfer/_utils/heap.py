@@ -1,11 +1,11 @@
-"""Keep Python's garbage collector off the objects that stay as long as a model is served.
+"""Keep Python's garbage collector from scanning the long-lived objects of a served model.
 
-JAX, transformers and a loaded model are a quarter of a million objects. A full collection looks at each of them and
-stops all threads meanwhile, a step for every running request included. `gc.freeze` takes them out of its sight.
+JAX, transformers and a loaded model are about 250,000 objects. A full collection scans them all and stops all threads
+meanwhile, delaying a step of every running request. `gc.freeze` excludes them.
 
-What is frozen is never collected, though: an object of the caller that was alive when a model was loaded and is dropped
-later as part of a reference cycle stays, with all that it refers to. So everything is thawed when an LLM is closed or
-dropped, and before the next one is loaded, which finds an LLM that was dropped in such a cycle.
+Frozen objects are never collected: an object of the caller that was alive when a model was loaded, and is dropped later
+as part of a reference cycle, stays in memory with all it refers to. Therefore everything is unfrozen when an LLM is
+closed or dropped, and before the next one is loaded, which also frees an LLM that was dropped in such a cycle.
 """
 
 import gc
@@ -14,7 +14,7 @@ _frozen = False
 
 
 def freeze() -> None:
-    """Collect garbage, then take all objects that are left out of later collections, where these are enabled."""
+    """Collect garbage, then exclude all remaining objects from later collections, if the collector is enabled."""
     global _frozen
     if gc.isenabled():
         gc.unfreeze()
@@ -24,10 +24,10 @@ def freeze() -> None:
 
 
 def thaw(*, collect: bool = False) -> None:
-    """Undo `freeze`; does nothing where it was not called.
+    """Undo `freeze`; does nothing if it was not called.
 
     Args:
-        collect: also collect what became garbage while it was frozen.
+        collect: whether to collect objects that became garbage while frozen.
     """
     global _frozen
     if _frozen:

@@ -1,8 +1,8 @@
-"""How sizes are written."""
+"""Formatting of sizes."""
 
 
 def size_text(count: float) -> str:
-    """Bytes, in the largest unit of 1024 that leaves at least one."""
+    """Format bytes in the largest of B, KiB, MiB and GiB that gives at least 1."""
     for unit in ("B", "KiB", "MiB"):
         if abs(count) < 1024:
             return f"{count:.4g} {unit}"

@@ -1,4 +1,4 @@
-"""The small trained checkpoint that comes with the package, and the questions it can answer."""
+"""The small trained checkpoint that ships with the package, and questions it can answer."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ _SAMPLES = (
 
 
 def path() -> pathlib.Path:
-    """The directory of the packaged checkpoint, to be given to `LLM` as a model."""
+    """Return the directory of the packaged checkpoint, to pass to `LLM` as the model."""
     return pathlib.Path(__file__).parent / "checkpoint"
 
 
 def sample_questions() -> list[tuple[str, str]]:
-    """The 20 built-in questions, each with a text that a right answer contains."""
+    """Return the 20 built-in questions, each with a text that a correct answer contains."""
     return list(_SAMPLES)

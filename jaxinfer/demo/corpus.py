@@ -1,11 +1,10 @@
-"""Questions with known answers: what the packaged checkpoint is trained on and judged by.
+"""Questions with known answers, for training and evaluating the packaged checkpoint.
 
-Everything here is generated, deterministic and free of torch, so that the training script, the
-tests and the command line speak of the same questions.
+Everything is generated deterministically and without torch, so that the training script, the tests and the command line
+use the same questions.
 
-What is held out. A sum or a comparison is held out by its unordered pair of numbers, in every
-phrasing and in both orders, so a held-out sum has to be computed. A fact cannot be guessed, so of
-each fact exactly one phrasing is held out.
+Held-out data: a sum or comparison is held out by its unordered pair of numbers, in every phrasing and order, so a
+held-out sum has to be computed. A fact cannot be computed, so exactly one phrasing of each fact is held out.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from jaxinfer.demo import facts
 Split = Literal["train", "heldout"]
 
 LARGEST = 99
-"""The largest number in a question; a sum reaches twice that."""
+"""Largest number in a question; sums reach twice that."""
 
 _HELD_OUT_IN = 10  # one pair of numbers in ten is held out
 
@@ -55,7 +54,7 @@ _COUNT_PHRASINGS = (
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """One question and the only sentence that counts as its answer."""
+    """A question and the only sentence accepted as its answer."""
 
     text: str
     """The question as a person asks it: `What is 17 plus 25?`"""
@@ -66,34 +65,34 @@ class Question:
 
     @property
     def prompt(self) -> str:
-        """The plain completion form, to be continued by the answer."""
+        """Completion prompt, to be continued by the answer."""
         return f"Question: {self.text}\nAnswer:"
 
     @property
     def chat_messages(self) -> list[dict[str, str]]:
-        """The question as a conversation of one user message."""
+        """The question as a chat of one user message."""
         return [{"role": "user", "content": self.text}]
 
     def is_correct(self, text: str) -> bool:
-        """True if `text`, decoded without special tokens, is the answer and nothing more.
+        """Return whether `text`, decoded without special tokens, is the answer and nothing else.
 
-        That includes having stopped: an answer followed by anything but white space is wrong.
+        The model must also have stopped: an answer followed by anything but white space is wrong.
         """
         return text.strip() == self.answer
 
 
 def _bucket(key: str, buckets: int) -> int:
-    """A stable number in [0, buckets) for `key`; `hash()` would change between processes."""
+    """Hash `key` to [0, buckets), identically in every process, unlike `hash()`."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") % buckets
 
 
 def is_pair_held_out(kind: str, a: int, b: int) -> bool:
-    """True if no training text of this kind may use the numbers a and b together, in either order."""
+    """Return whether training texts of this kind must not use the numbers a and b together, in either order."""
     return _bucket(f"{kind}:{min(a, b)}:{max(a, b)}", _HELD_OUT_IN) == 0
 
 
 def held_out_phrasing(kind: str, key: str, phrasings: int) -> int:
-    """The index of the one phrasing of this fact that training never sees."""
+    """Return the index of the phrasing of this fact that is held out from training."""
     return _bucket(f"{kind}:{key}", phrasings)
 
 
@@ -105,7 +104,7 @@ def _pick(rng: random.Random, phrasings: tuple[str, ...], split: Split, kind: st
 
 
 def _pair(rng: random.Random, split: Split, kind: str) -> tuple[int, int]:
-    """Two different or equal numbers of this split; one draw in six is of small numbers."""
+    """Draw two numbers of this split, possibly equal; one draw in six is of small numbers."""
     while True:
         top = 12 if rng.random() < 1 / 6 else LARGEST
         a, b = rng.randint(0, top), rng.randint(0, top)
@@ -161,7 +160,7 @@ _KINDS: dict[str, Callable[[random.Random, Split], Question]] = {
     "fact": _fact,
     "talk": _talk,
 }
-# Counting is left out of the held-out share: its answers run to 160 tokens, all others end before 32.
+# Counting is not in the held-out share: its answers take up to 160 tokens, all others less than 32.
 _SHARES: dict[Split, dict[str, float]] = {
     "train": {"sum": 0.46, "compare": 0.13, "neighbour": 0.05, "count": 0.015, "fact": 0.32, "talk": 0.025},
     "heldout": {"sum": 0.5, "compare": 0.2, "neighbour": 0.05, "fact": 0.25},
@@ -169,15 +168,16 @@ _SHARES: dict[Split, dict[str, float]] = {
 
 
 def draw(rng: random.Random, split: Split) -> Question:
-    """One random question of the split, of a kind drawn by the split's shares."""
+    """Draw a random question of the split, of a kind drawn by the split's shares."""
     shares = _SHARES[split]
     return _KINDS[rng.choices(list(shares), list(shares.values()))[0]](rng, split)
 
 
 def questions(split: Split, n: int, seed: int = 0) -> list[Question]:
-    """The first `n` distinct questions of a split for this seed, always the same ones.
+    """Return the first `n` distinct questions of a split for this seed; deterministic.
 
-    Raises ValueError if `n` is negative or above 5000, which is more than the smaller kinds can give.
+    Raises:
+        ValueError: `n` is negative or above 5000, more than the smaller kinds can provide.
     """
     if not 0 <= n <= 5000:
         raise ValueError(f"n must be from 0 to 5000, got {n}.")
@@ -190,5 +190,5 @@ def questions(split: Split, n: int, seed: int = 0) -> list[Question]:
 
 
 def heldout_questions(n: int = 200, seed: int = 0) -> list[Question]:
-    """`n` distinct questions that training never saw; every answer is shorter than 32 tokens."""
+    """Return `n` distinct questions held out from training; every answer is shorter than 32 tokens."""
     return questions("heldout", n, seed)

@@ -1,8 +1,8 @@
-"""Training texts: questions and answers laid out as people prompt a model.
+"""Training texts: questions and answers formatted the way people prompt a model.
 
-A document is a list of messages or of plain pieces, each with the weight its tokens have in the
-loss. Forms: a bare question, `Question:`/`Answer:` pairs, a statement to be completed, and a chat of
-up to five turns; each with or without an instruction in front.
+A document is a list of chat messages or plain pieces, each with a loss weight for its tokens. Forms: a bare question,
+`Question:`/`Answer:` pairs, a statement to complete, and a chat of up to five turns; each with or without an
+instruction in front.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import random
 from jaxinfer.demo.corpus import Question, draw
 
 PROMPT_WEIGHT = 0.05
-"""The loss weight of text the user writes: enough to be modelled, too little to crowd out answers."""
+"""Loss weight of user text: enough for the model to learn it, too little to compete with the answers."""
 
 _OPENINGS = (
     "You are a helpful assistant who answers small questions in one sentence.",
@@ -40,34 +40,34 @@ class Piece:
 
     text: str
     weight: float
-    """Weight of these tokens in the loss."""
+    """Loss weight of these tokens."""
     closed: bool = False
-    """The end token follows, and is learned with weight 1."""
+    """Whether the end token follows, with loss weight 1."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """A training text; `roles` holds one role a piece for a chat and is empty for plain text."""
+    """A training text; `roles` has one role per piece for a chat and is empty for plain text."""
 
     pieces: tuple[Piece, ...]
     roles: tuple[str, ...] = ()
 
 
 def shared_prefix() -> str:
-    """The instruction that `scripts/generate.py --add-prefix` puts before each question.
+    """Return the instruction that `scripts/generate.py --add-prefix` puts before each question.
 
-    About 60 tokens, so several cache blocks are the same for all questions; ends with a blank line.
+    It has about 60 tokens, so several cache blocks are shared by all questions, and ends with a blank line.
     """
     return " ".join((_OPENINGS[0], _RULES[0], _RULES[1], _RULES[3])) + "\n\n"
 
 
 def instruction(rng: random.Random) -> str:
-    """A random instruction: an opening sentence and up to four rules in random order."""
+    """Draw a random instruction: an opening sentence and up to four rules in random order."""
     return " ".join([rng.choice(_OPENINGS), *rng.sample(_RULES, rng.randint(0, 4))])
 
 
 def _as_typed(rng: random.Random, question: Question) -> str:
-    """The question as a hurried person types it, now and then: no capital, no final mark."""
+    """Return the question as typed in a hurry, now and then: without capital or final punctuation."""
     text = question.text
     if rng.random() < 0.06:
         text = text[0].lower() + text[1:]
@@ -87,7 +87,7 @@ def _plain(rng: random.Random, front: str) -> Document:
         asked = _as_typed(rng, question)
         asked = f"Question: {asked}\nAnswer:" if form == "pairs" else asked
         lead = front if shot == 0 else "\n\n"
-        # What follows an earlier answer has no weight: after an answer the model must learn to stop.
+        # Text after an earlier answer has no weight: the model must learn to stop after an answer.
         pieces += [Piece(lead + asked, PROMPT_WEIGHT if shot == 0 else 0.0)]
         pieces += [Piece(" " + question.answer, 1.0, closed=shot == shots - 1)]
     return Document(tuple(pieces))
@@ -106,7 +106,7 @@ def _chat(rng: random.Random, system: str) -> Document:
 
 
 def training_document(rng: random.Random) -> Document:
-    """One random training text; it never contains a held-out question."""
+    """Draw a random training text; it never contains a held-out question."""
     front = instruction(rng) if rng.random() < 0.3 else ""
     if rng.random() < 0.5:
         return _chat(rng, front)

@@ -1,7 +1,7 @@
-"""The small facts the packaged checkpoint knows, each with several ways to ask for it.
+"""Facts that the packaged checkpoint knows, each with several phrasings of its question.
 
-The tables are plain data. `all_facts()` turns them into `Fact`s: the phrasings of one question and
-the one sentence that answers every phrasing.
+The tables are plain data. `all_facts()` converts them to `Fact`s: the phrasings of one question and the sentence that
+answers them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import functools
 
 @dataclasses.dataclass(frozen=True)
 class Fact:
-    """One fact: `phrasings` all ask for it, `answer` is the sentence that answers each of them."""
+    """A fact: all `phrasings` ask for it, and `answer` is the sentence that answers each of them."""
 
     phrasings: tuple[str, ...]
     answer: str
@@ -340,5 +340,5 @@ def _calendar() -> list[Fact]:
 
 @functools.cache
 def all_facts() -> tuple[Fact, ...]:
-    """Every fact, in a fixed order; no two share a phrasing."""
+    """Return every fact, in a fixed order; no two share a phrasing."""
     return tuple(_capitals() + _opposites() + _colours() + _words() + _animals() + _calendar())

@@ -1,4 +1,4 @@
-"""One model on the devices of several processes: how they come together, and the watch they keep on each other."""
+"""Serving one model on the devices of several processes: joining them, and detecting that one has died."""
 
 from jaxinfer.distributed.group import Group as Group
 from jaxinfer.distributed.join import PEER_TIMEOUT as PEER_TIMEOUT

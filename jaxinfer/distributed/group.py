@@ -1,8 +1,8 @@
-"""The processes that serve one model together, and the watch they keep on each other.
+"""The group of processes that serve one model, with failure detection.
 
-Process 0 has a TCP connection to each of the others. It carries the plans, and it is how a dead process is noticed: in
-a collective its peers would wait for ever, on a GPU without an error. The system closes the connections of a process
-that dies; one that hangs, or whose machine is gone, is found by the signs of life that it no longer sends.
+Process 0 has a TCP connection to every other process. It carries the step plans and detects dead processes: in a
+collective the peers of a dead process would wait forever, on a GPU without an error. The operating system closes the
+connections of a process that dies; a hung process, or an unreachable machine, is detected by missing heartbeats.
 """
 
 import atexit
@@ -23,36 +23,36 @@ from jaxinfer.distributed.wire import Kind, Peer
 from jaxinfer.errors import DistributedError
 
 NOW = b"now"
-"""Says at the end that process 0 waits for nobody."""
+"""Payload of an END frame when process 0 ends without waiting for the others."""
 
 log = logging.getLogger(__name__)
 
 SILENCE = 0.5
-"""Part of the time limit after which a process that is not heard is taken to be dead."""
+"""Share of the timeout without heartbeats after which a process is considered dead."""
 GRACE = 0.2
-"""Part of the time limit that a process has to end by itself once something is wrong."""
+"""Share of the timeout that a process has to exit by itself after a failure."""
 END_LIMITS = 10
-"""Time limits that process 0 waits at its end for another one, which gives signs of life: it may have to compile
+"""Timeouts that process 0 waits at its end for another process that still sends heartbeats: it may have to compile
 first."""
 REASON_SECONDS = 2.0
-"""How long a process whose step has failed waits for a reason that lies in another."""
+"""Seconds that a process whose step failed waits for another process to report the cause."""
 
 
 class Group:
-    """What a process knows of the others: process 0 of all of them, another one of process 0.
+    """Connections of a process to the others: process 0 to all of them, another process to process 0.
 
     Args:
-        process: this one's number.
-        peers: connections, in the order of their processes.
-        limit: seconds within which a dead or silent process ends all of them.
+        process: number of this process.
+        peers: connections, in process order.
+        limit: timeout in seconds, within which a dead or silent process ends all of them.
     """
 
     def __init__(self, process: int, peers: Sequence[Peer], limit: float):
         self.process, self.peers, self.limit = process, tuple(peers), limit
         self.failure: str | None = None
-        """What went wrong, in words that name the process."""
+        """Description of the failure, which names the process; None if there is none."""
         self.said = False
-        """Whether an exception has carried it to the user."""
+        """Whether an exception has reported the failure to the user."""
         self._lock = threading.Lock()
         self._over = threading.Event()
         self._inbox: dict[int, queue.SimpleQueue[tuple[Kind, bytes] | None]] = {
@@ -65,14 +65,14 @@ class Group:
 
     @property
     def over(self) -> bool:
-        """Whether it has come to its end."""
+        """Whether this process has left the group."""
         return self._over.is_set()
 
     def share(self, value: Any) -> list[Any]:
-        """Every process's value, in their order, in every process: all must call it, and wait for each other.
+        """Gather a value of every process, in process order, on all processes. All processes must call it.
 
         Raises:
-            DistributedError: a process is gone, or has failed.
+            DistributedError: a process has died or failed.
         """
         if self.process:
             self.peers[0].send_json(Kind.SHARE, value)
@@ -82,14 +82,18 @@ class Group:
         return values
 
     def collect(self) -> list[Any]:
-        """In process 0: what each of the others has sent up to `share`; raises as that."""
+        """Receive on process 0 the values that the others passed to `share`.
+
+        Raises:
+            DistributedError: a process has died or failed.
+        """
         return [json.loads(self.take(peer, Kind.SHARE)[1]) for peer in self.peers]
 
     def agree(self, facts: Mapping[str, Any]) -> None:
-        """Checks that these are the same in all processes.
+        """Check that facts are equal in all processes.
 
         Raises:
-            DistributedError: names process, fact and both values, in every process alike.
+            DistributedError: they differ; names process, fact and both values, in every process alike.
         """
         first, *others = self.share(dict(facts))
         for process, own in enumerate(others, 1):
@@ -102,10 +106,10 @@ class Group:
                     )
 
     def tell(self, kind: Kind, data: bytes = b"") -> None:
-        """Sends to all others.
+        """Send a frame to all other processes.
 
         Raises:
-            DistributedError: something has gone wrong before, or a connection is gone.
+            DistributedError: the group has failed before, or a connection is lost.
         """
         self.check()
         for peer in self.peers:
@@ -116,10 +120,10 @@ class Group:
                 raise self.error() from error
 
     def take(self, peer: Peer, *kinds: Kind) -> tuple[Kind, bytes]:
-        """The next frame of a peer, of one of these kinds; waits for it.
+        """Wait for the next frame of a peer, which must be of one of these kinds.
 
         Raises:
-            DistributedError: it will not come.
+            DistributedError: the group has failed, or the frame is of another kind.
         """
         found = self._inbox[peer.process].get()
         if found is None:
@@ -131,34 +135,41 @@ class Group:
         return found
 
     def check(self) -> None:
-        """Raises what went wrong, if anything has."""
+        """Check that the group has not failed.
+
+        Raises:
+            DistributedError: it has failed or ended.
+        """
         if self.failure is not None or self._over.is_set():
             raise self.error()
 
     def error(self) -> DistributedError:
-        """What went wrong, as an exception."""
+        """Return the failure as an exception."""
         self.said = True
         return DistributedError(self.failure or "the processes of this LLM have ended; make a new one in each of them")
 
     def fail(self, text: str) -> None:
-        """Ends all processes: the others are told, the first reason counts, and this one has `GRACE` to end by
-        itself."""
+        """End all processes: report the failure to the others, and exit this one after `GRACE` unless it has ended by
+        then.
+
+        Only the first failure is recorded.
+        """
         with self._lock:
             if self.failure is not None or self._over.is_set():
                 return
             self.failure = text
         print(f"jaxinfer: process {self.process} ends: {text}", file=sys.stderr, flush=True)
-        for peer in self.peers:  # one that takes no more bytes must not keep the others waiting
+        for peer in self.peers:  # in threads: a peer that no longer reads must not block the others
             threading.Thread(target=_send_quietly, args=(peer, Kind.FAIL, text.encode()), daemon=True).start()
         self._wake()
         self._exit_after(GRACE * self.limit, 1)
 
     @contextmanager
     def guard(self) -> Iterator[None]:
-        """What is raised inside is told to the others, which end with it.
+        """Report exceptions raised inside to the other processes, which end too.
 
         Raises:
-            DistributedError: in the place of what JAX raised, if another process was the reason.
+            DistributedError: instead of a JAX error, if another process was the cause.
         """
         try:
             yield
@@ -169,8 +180,10 @@ class Group:
             raise
 
     def failed(self, error: Exception) -> DistributedError:
-        """What to raise where a step fails: of another process that has died its connection tells at about this
-        time."""
+        """Return the exception to raise after a failed step.
+
+        If another process has died, its connection reports it at about the same time, so wait for that.
+        """
         deadline = time.monotonic() + REASON_SECONDS
         while self.failure is None and not isinstance(error, DistributedError) and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -178,7 +191,7 @@ class Group:
         return self.error()
 
     def abandon(self, text: str) -> None:
-        """This process goes, for a reason of its own that it raises itself; the others end with that reason."""
+        """Leave the group because of an exception in this process, and report it to the others, which end."""
         with self._lock:
             over, self.failure = self._over.is_set() or self.failure is not None, self.failure or text
         if not over:
@@ -187,13 +200,13 @@ class Group:
         self.leave()
 
     def leave(self) -> None:
-        """End this process's part: what the others do from here on is no concern of it."""
+        """Leave the group: failures of other processes no longer affect this one."""
         self._over.set()
         self._wake()
-        atexit.unregister(self.end_quietly)  # which would keep the group until the process ends
+        atexit.unregister(self.end_quietly)  # it would keep the group alive until the process ends
 
     def end(self) -> None:
-        """Process 0 ends the others, and waits for them to have replayed and compared everything.
+        """End the other processes, on process 0, after they have replayed and compared everything.
 
         Raises:
             DistributedError: one of them has failed, or does not answer.
@@ -215,7 +228,7 @@ class Group:
             peer.close()
 
     def end_quietly(self) -> None:
-        """At the end of the program: tells the others, which end with it, and waits for nobody."""
+        """Tell the others at interpreter exit that this process ends, without waiting for them."""
         if self._over.is_set() or self.failure is not None:
             return
         if self.process:
@@ -226,7 +239,7 @@ class Group:
         self.leave()
 
     def answer_end(self) -> None:
-        """Another process than 0 has done all it was told."""
+        """Confirm to process 0 that this process has finished."""
         _send_quietly(self.peers[0], Kind.END)
         self.leave()
 
@@ -235,8 +248,7 @@ class Group:
             inbox.put(None)
 
     def _exit_after(self, seconds: float, code: int) -> None:
-        """Ends this process, wherever it waits by then: a collective whose peer is gone, or JAX's barrier at the
-        end."""
+        """Exit this process after a delay, even if it hangs in a collective or in JAX's shutdown barrier."""
 
         def leave() -> None:
             time.sleep(seconds)
@@ -247,7 +259,7 @@ class Group:
         threading.Thread(target=leave, name="exit", daemon=True).start()
 
     def _listen(self, peer: Peer) -> None:
-        """Take what a peer sends until its connection is closed, as process 0 does once all have ended."""
+        """Receive frames of a peer until its connection is closed, as process 0 does once all have ended."""
         self._receive(peer)
         if peer.ended:
             peer.close()
@@ -275,7 +287,7 @@ class Group:
             self._inbox[peer.process].put((kind, data))
 
     def _leave_with(self, peer: Peer) -> None:
-        """Process 0 was interrupted. This process may wait for it in a collective, for ever."""
+        """Exit if this process hangs in a collective that process 0 was interrupted in."""
 
         def leave() -> None:
             if not self._over.wait(SILENCE * self.limit):
@@ -285,12 +297,12 @@ class Group:
         threading.Thread(target=leave, name="leave", daemon=True).start()
 
     def _watch(self) -> None:
-        """Gives signs of life, and looks for those of the others."""
+        """Send heartbeats to the peers and check theirs."""
         silence = SILENCE * self.limit
         interval, last = silence / 8, time.monotonic()
         while not self._over.wait(interval):
             now = time.monotonic()
-            if now - last > 2 * interval:  # this process was stopped itself, and heard nobody because of that
+            if now - last > 2 * interval:  # this process itself was suspended, so its records are stale
                 for peer in self.peers:
                     peer.heard = now
             last = now
@@ -298,7 +310,7 @@ class Group:
                 try:
                     peer.beat()
                 except OSError:
-                    pass  # `_listen` says so
+                    pass  # `_listen` reports it
                 if not peer.ended and now - peer.heard > silence:
                     self.fail(f"{peer} has not been heard for {now - peer.heard:.0f} s")
                     return
@@ -308,4 +320,4 @@ def _send_quietly(peer: Peer, kind: Kind, data: bytes = b"") -> None:
     try:
         peer.send(kind, data)
     except OSError:
-        pass  # whoever is gone need not be told
+        pass  # the peer is gone

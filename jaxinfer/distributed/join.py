@@ -1,4 +1,4 @@
-"""How processes come together: under `jax.distributed`, then by a connection of each to process 0."""
+"""Joining of processes: through `jax.distributed`, then by a connection of each process to process 0."""
 
 import json
 import logging
@@ -23,29 +23,29 @@ from jaxinfer.errors import ConfigError, DistributedError
 log = logging.getLogger(__name__)
 
 PEER_TIMEOUT = 30.0
-"""Seconds, by default, within which a dead or silent process ends all of them."""
+"""Default timeout in seconds within which a dead or silent process ends all of them."""
 JOIN_SECONDS = 60.0
-"""How long process 0 waits for the connections, once all processes have come to make their `LLM`."""
+"""Seconds that process 0 waits for connections, once all processes have started to create their `LLM`."""
 INVITATION_BYTES = 4096
 LOCAL = "127.0.0.1"
 
 
 def initialize(coordinator: str, num_processes: int, process_id: int, *, join_timeout: int = 300) -> None:
-    """Makes this process one of several: `jax.distributed.initialize` with arguments that are checked.
+    """Join several processes: `jax.distributed.initialize` with validated arguments.
 
-    To be called before anything else of JAX, in each process. A program may call `jax.distributed.initialize` itself.
-    Until the `LLM` is made, which has a watch of its own, JAX ends all processes when it has not heard one for 100 s.
+    Call it in each process before any other use of JAX, or call `jax.distributed.initialize` directly. Until the `LLM`
+    is created, which has its own failure detection, JAX ends all processes when one has been silent for 100 s.
 
     Args:
-        coordinator: "HOST:PORT" of process 0, the same in all; HOST is one that the others reach, the port one that is
-            free.
-        num_processes: how many there are.
-        process_id: this one's number, from 0.
-        join_timeout: seconds to wait for all to have come.
+        coordinator: "HOST:PORT" of process 0, the same in all processes; the host must be reachable from the others,
+            the port free.
+        num_processes: number of processes.
+        process_id: number of this process, from 0.
+        join_timeout: seconds to wait for all processes.
 
     Raises:
-        ConfigError: an argument that cannot be; names it.
-        DistributedError: not all came in time.
+        ConfigError: an invalid argument; names it.
+        DistributedError: not all processes joined in time.
     """
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
@@ -70,15 +70,18 @@ def initialize(coordinator: str, num_processes: int, process_id: int, *, join_ti
 
 
 def join(mesh: Mesh | None, peer_timeout: Any = None) -> Group | None:
-    """Connects the processes of a mesh, in each of them; None where it lies in this process alone.
+    """Connect the processes of a mesh; must be called in each of them.
 
     Args:
-        mesh: None stands for one over devices of all processes.
-        peer_timeout: as in `EngineConfig`; it is checked there, when it can be told to all.
+        mesh: None for a mesh over the devices of all processes.
+        peer_timeout: see `EngineConfig`, which validates it once errors can be reported to all processes.
+
+    Returns:
+        The group, or None if all devices of the mesh belong to this process.
 
     Raises:
-        ConfigError: a mesh that lies on some processes only, or not on this one.
-        DistributedError: a process did not come, or could not connect.
+        ConfigError: the mesh has devices of some processes only, or none of this one.
+        DistributedError: a process did not join, or could not connect.
     """
     if jax.process_count() == 1:
         return None
@@ -97,15 +100,15 @@ def join(mesh: Mesh | None, peer_timeout: Any = None) -> Group | None:
 
 
 def guard(group: Group | None) -> AbstractContextManager[None]:
-    """What is raised inside ends the other processes too, if there are any."""
+    """Report exceptions raised inside to the other processes, if there are any."""
     return nullcontext() if group is None else group.guard()
 
 
 def check_mesh(mesh: Mesh) -> None:
-    """Whether a mesh has devices of every process.
+    """Check that a mesh has devices of every process.
 
     Raises:
-        ConfigError: it has not; says which.
+        ConfigError: it has not; names the missing processes.
     """
     held = {device.process_index for device in mesh.devices.flat}
     if missing := sorted(set(range(jax.process_count())) - held):
@@ -117,7 +120,7 @@ def check_mesh(mesh: Mesh) -> None:
 
 
 def _lead(peer_timeout: float) -> Group:
-    """Process 0: invites the others and waits for their calls."""
+    """Invite the other processes and accept their connections, on process 0."""
     token, hosts = secrets.token_bytes(16), _hosts()
     with _listener(local=hosts == [LOCAL]) as listener:
         invitation = {"hosts": hosts, "port": listener.getsockname()[1], "token": token.hex(), "limit": peer_timeout}
@@ -145,7 +148,7 @@ def _lead(peer_timeout: float) -> Group:
 
 
 def _call() -> Group:
-    """Another process: calls process 0."""
+    """Connect to process 0, on any other process."""
     data = multihost_utils.broadcast_one_to_all(np.zeros(INVITATION_BYTES, np.uint8))
     invitation: dict[str, Any] = json.loads(np.asarray(data).tobytes())
     failures = []
@@ -165,7 +168,7 @@ def _call() -> Group:
 
 
 def _listener(local: bool) -> socket.socket:
-    """On the loopback device alone where all processes are on this machine."""
+    """Open the listening socket, on the loopback interface only if all processes are on this machine."""
     if local:
         return socket.create_server((LOCAL, 0), backlog=1024)
     dual = socket.has_dualstack_ipv6()
@@ -174,10 +177,10 @@ def _listener(local: bool) -> socket.socket:
 
 
 def _hosts() -> list[str]:
-    """Under which names the others may reach this machine, the surest first."""
+    """Return names and addresses under which others may reach this machine, most likely first."""
     found = []
     state = getattr(sys.modules.get("jax._src.distributed"), "global_state", None)
-    # JAX has no public way to say where its own service is, which the others have reached.
+    # The others have reached JAX's coordinator, whose address has no public accessor.
     if address := getattr(state, "coordinator_address", None):
         host = address.rpartition(":")[0].strip("[]")
         if host in ("localhost", LOCAL, "::1"):
@@ -187,7 +190,7 @@ def _hosts() -> list[str]:
     try:
         found += [entry[4][0] for entry in socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)]
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect(("192.0.2.1", 9))  # nothing is sent: this asks for the address of the way out
+            probe.connect(("192.0.2.1", 9))  # sends nothing: selects the interface of the default route
             found.append(probe.getsockname()[0])
     except OSError as error:
         log.debug("addresses of this machine: %s", error)

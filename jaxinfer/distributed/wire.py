@@ -1,8 +1,6 @@
-"""What travels between processes: frames of a kind and bytes, with arrays as plain bytes beside their shapes, never
-pickle.
+"""Wire format between processes: typed frames of bytes; arrays as shapes and raw bytes, never pickle.
 
-All of it is checked when it is read: a kind that is known, a length that is possible, arrays that fill their frame
-exactly.
+Everything is validated when read: known frame kinds, plausible lengths, arrays that fill their frame exactly.
 """
 
 import hashlib
@@ -25,7 +23,7 @@ import numpy as np
 from jaxinfer.errors import DistributedError
 
 MAX_BYTES = 1 << 30
-"""Of one frame: a step's integers are kilobytes, the pixels of a prompt's images megabytes."""
+"""Maximum bytes of a frame: the integers of a step take kilobytes, the pixels of a prompt's images megabytes."""
 HANDSHAKE_SECONDS = 20.0
 DTYPES = tuple(
     np.dtype(kind)
@@ -42,33 +40,33 @@ DTYPES = tuple(
         np.float64,
     )
 )
-"""What arrays may be of; a frame has the number."""
+"""Supported array dtypes, encoded by index."""
 _FRAME, _ARRAY, _HELLO, _NONCE = struct.Struct("<BI"), struct.Struct("<BB"), struct.Struct("<II"), 16
 
 
 class Kind(IntEnum):
-    """What a frame is."""
+    """Kind of a frame."""
 
     BEAT = 0
-    """A sign of life."""
+    """Heartbeat."""
     SHARE = 1
-    """A value for all, or those of all."""
+    """A process's value for `share`, or the values of all processes."""
     KEY = 2
-    """The key that the next number stands for."""
+    """Program key that the next number stands for."""
     LAUNCH = 3
     """A program is dispatched: number of its key, and arrays."""
     CHECK = 4
-    """What a launch has given: its number and a digest."""
+    """Result of a launch: its number and a digest."""
     WARM = 5
-    """Programs are to be compiled."""
+    """Programs to compile."""
     FAIL = 6
-    """Something is wrong, in words: all end."""
+    """Description of a failure: all processes end."""
     END = 7
     """Regular end."""
 
 
 def pack_arrays(arrays: Sequence[np.ndarray]) -> bytes:
-    """Arrays one after another: number of the dtype, number of axes, sizes, bytes."""
+    """Encode arrays one after another: dtype index, number of axes, sizes, bytes."""
     parts = []
     for array in map(np.asarray, arrays):
         parts.append(_ARRAY.pack(DTYPES.index(array.dtype), array.ndim))
@@ -78,10 +76,10 @@ def pack_arrays(arrays: Sequence[np.ndarray]) -> bytes:
 
 
 def unpack_arrays(data: bytes) -> list[np.ndarray]:
-    """The reverse of `pack_arrays`.
+    """Decode the output of `pack_arrays`.
 
     Raises:
-        DistributedError: bytes that are none.
+        DistributedError: the bytes are not valid arrays.
     """
     arrays, at = [], 0
     try:
@@ -90,7 +88,7 @@ def unpack_arrays(data: bytes) -> list[np.ndarray]:
             shape = struct.unpack_from(f"<{axes}I", data, at + _ARRAY.size)
             at += _ARRAY.size + 4 * axes
             kind, count = DTYPES[number], math.prod(shape)
-            arrays.append(np.frombuffer(data, kind, count, at).reshape(shape).copy())  # aligned, as JAX wants it
+            arrays.append(np.frombuffer(data, kind, count, at).reshape(shape).copy())  # copied for alignment
             at += count * kind.itemsize
     except (struct.error, IndexError, ValueError) as error:
         raise DistributedError(f"a frame of {len(data)} bytes holds no arrays at byte {at}: {error}") from error
@@ -98,15 +96,15 @@ def unpack_arrays(data: bytes) -> list[np.ndarray]:
 
 
 class Peer:
-    """The connection to another process. Several threads may send; one receives."""
+    """Connection to another process. Several threads may send; one receives."""
 
     def __init__(self, process: int, where: str, connection: socket.socket):
         self.process, self.where, self._socket = process, where, connection
         self._lock = threading.Lock()
         self.heard = time.monotonic()
-        """When it was last heard."""
+        """Time of the last received frame (`time.monotonic`)."""
         self.ended = False
-        """Whether it has said that it ends."""
+        """Whether the peer has sent END."""
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.settimeout(None)
 
@@ -114,11 +112,11 @@ class Peer:
         return f"process {self.process} ({self.where})"
 
     def send(self, kind: Kind, data: bytes = b"") -> None:
-        """Sends a frame, waiting for room.
+        """Send a frame, blocking while the socket buffer is full.
 
         Raises:
-            OSError: the connection is gone.
-            DistributedError: it is too long.
+            OSError: the connection is lost.
+            DistributedError: the frame is too long.
         """
         if len(data) > MAX_BYTES:
             raise DistributedError(f"a step's arrays take {len(data)} bytes, more than the {MAX_BYTES} of one message")
@@ -126,11 +124,11 @@ class Peer:
             self._socket.sendall(_FRAME.pack(kind, len(data)) + data)
 
     def send_json(self, kind: Kind, value: Any) -> None:
-        """As `send`."""
+        """Send a value as JSON; raises as `send`."""
         self.send(kind, json.dumps(value).encode())
 
     def beat(self) -> None:
-        """A sign of life, unless something is on its way already or there is no room."""
+        """Send a heartbeat, unless a frame is being sent or the socket buffer is full."""
         if self._lock.acquire(blocking=False):
             try:
                 poll = select.poll()
@@ -141,11 +139,11 @@ class Peer:
                 self._lock.release()
 
     def receive(self) -> tuple[Kind, bytes]:
-        """The next frame.
+        """Receive the next frame.
 
         Raises:
-            OSError: the connection is gone (EOFError is none: it is said as ConnectionError).
-            DistributedError: what came is no frame.
+            OSError: the connection is lost; end of file raises ConnectionError.
+            DistributedError: the bytes are not a valid frame.
         """
         kind, size = _FRAME.unpack(read(self._socket, _FRAME.size))
         self.heard = time.monotonic()
@@ -154,16 +152,20 @@ class Peer:
         return Kind(kind), read(self._socket, size)
 
     def close(self) -> None:
-        """Ends the connection; whoever waits in `receive` is woken."""
+        """Close the connection, and wake a thread blocked in `receive`."""
         try:
             self._socket.shutdown(socket.SHUT_RDWR)
         except OSError:
-            pass  # it is gone already
+            pass  # already closed
         self._socket.close()
 
 
 def read(connection: socket.socket, size: int) -> bytes:
-    """So many bytes; ConnectionError where there are fewer."""
+    """Read `size` bytes.
+
+    Raises:
+        ConnectionError: the connection was closed before.
+    """
     data, at = bytearray(size), 0
     while at < size:
         count = connection.recv_into(memoryview(data)[at:])
@@ -178,10 +180,14 @@ def _answer(token: bytes, *parts: bytes) -> bytes:
 
 
 def admit(connection: socket.socket, token: bytes) -> tuple[int, int]:
-    """Process 0's side of the handshake: each shows the other that it knows the token -> process and its pid.
+    """Authenticate a connecting process, on process 0: both sides prove that they know the token.
+
+    Returns:
+        Process number and pid.
 
     Raises:
-        OSError, DistributedError: whoever called is none of ours.
+        OSError: the connection is lost or timed out.
+        DistributedError: the other side does not know the token.
     """
     connection.settimeout(HANDSHAKE_SECONDS)
     nonce = secrets.token_bytes(_NONCE)
@@ -195,7 +201,7 @@ def admit(connection: socket.socket, token: bytes) -> tuple[int, int]:
 
 
 def introduce(connection: socket.socket, token: bytes, process: int, pid: int) -> None:
-    """The other side of `admit`; raises as it does."""
+    """Authenticate to process 0, the other side of `admit`; raises as it does."""
     connection.settimeout(HANDSHAKE_SECONDS)
     nonce = read(connection, _NONCE)
     hello = _HELLO.pack(process, pid) + secrets.token_bytes(_NONCE)
