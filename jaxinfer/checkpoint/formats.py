@@ -1,15 +1,20 @@
 """Quantised formats of published checkpoints: which are read, and why the others are refused."""
 
-from collections.abc import Mapping
+import logging
+import os
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxinfer.checkpoint.plain_json import read_json, shorten, show
 from jaxinfer.errors import ConfigError
 
+log = logging.getLogger(__name__)
+
 READ_QUANTISED: Mapping[str, tuple[str, str]] = {"mxfp4": ("GptOssForCausalLM", "gpt_oss")}
-"""`quant_method` of the formats that are read (`checkpoint.interleaved`), and the architecture and `model_type` of the
-checkpoints that have it."""
+"""`quant_method` of the formats that are read (`checkpoint.gpt_oss_weights`), and the architecture and `model_type` of
+the checkpoints that have it."""
 QUANTISATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 """Files of a quantised folder beside config.json: NVIDIA ModelOpt's, GPTQ's and AWQ's."""
 _FIELDS = ("quantization_config", "compression_config", "quantization")
@@ -34,8 +39,41 @@ def refuse_quantised(config: Mapping[str, Any], directory: Path | None = None) -
             _check_file(directory / name, config)
 
 
-_OTHERS = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".npz")
-"""Endings of files with weights that can run code, or that other frameworks write."""
+_FOLDERS: Sequence[tuple[str, str]] = (
+    (
+        r"adapter_config\.json",
+        "it is a PEFT adapter ({found}). Adapters are not read; merge it into its base model and save that: "
+        "PeftModel.merge_and_unload().save_pretrained(path)",
+    ),
+    (r".*\.gguf", "it holds GGUF files ({found}). GGUF is not read; use the safetensors checkpoint of this model"),
+    (
+        r"params\.json|consolidated\.safetensors",
+        "it holds the original format of Meta or Mistral ({found}), which is not read. Use the folder in the format of "
+        "transformers, which the Hub has beside it",
+    ),
+    (r".*\.safetensors", "found {found}. Fetch the missing file"),
+    (
+        r"openvino_.*",
+        "it holds OpenVINO files ({found}), which are not read. Use the safetensors checkpoint of this model",
+    ),
+    (
+        r"global_step\d+|zero_to_fp32\.py|pytorch_model_fsdp_\d+|.*\.distcp",
+        "it holds the weights in the pieces of a training run ({found}). Join them first: `python zero_to_fp32.py . .` "
+        "(DeepSpeed) or `accelerate merge-weights` (FSDP)",
+    ),
+    (r"checkpoint-\d+", "it is the output of a training run. Pass one of its checkpoints: {found}"),
+    (
+        r"(?!training_args|optimizer|scheduler|rng_state).*\.(bin|pt|pth|ckpt|pkl|h5|msgpack|npz)",
+        "only {found}. Reading such files can run code that they carry, so they are never opened. Convert them "
+        "where you trust them: load the model with transformers and write it with save_pretrained(path)",
+    ),
+    (
+        r"onnx|.*\.onnx(_data)?",
+        "it holds an ONNX export ({found}), which is not read. Use the safetensors checkpoint of this model",
+    ),
+)
+"""Kinds of folders that lack what is read, by the names of files or folders in them, and what to do about each. The
+first that fits is named."""
 
 
 def why_not(directory: Path, wanted: str) -> str:
@@ -43,43 +81,28 @@ def why_not(directory: Path, wanted: str) -> str:
 
     Args:
         directory: the folder.
-        wanted: what was looked for and is not there, for the message.
+        wanted: the file that was looked for and is not there, or several, with "or" between them.
     """
+    for path in (directory / name for name in wanted.split(" or ")):
+        if path.is_symlink():
+            return f"{path} is a link to {os.readlink(path)}, which is absent. Fetch it again: `hf download`."
     names = sorted(entry.name for entry in directory.iterdir()) if directory.is_dir() else []
-    some = {
-        ending: shorten(", ".join(name for name in names if name.endswith(ending)))
-        for ending in (".gguf", ".safetensors")
-    }
-    others = shorten(", ".join(name for name in names if name.endswith(_OTHERS)))
-    if "adapter_config.json" in names:
-        return (
-            f"{directory} is a PEFT adapter (adapter_config.json) without {wanted}. Adapters are not read; merge it "
-            "into its "
-            "base model and save that: PeftModel.merge_and_unload().save_pretrained(path)."
+    for pattern, reason in _FOLDERS:
+        found = [name for name in names if re.fullmatch(pattern, name)]
+        if found:
+            return f"{directory} has no {wanted}: {reason.format(found=shorten(', '.join(found)))}."
+    shown = shorten(", ".join(names)) or "nothing"
+    return f"{directory} has no {wanted}; found {shown}. Pass the folder that save_pretrained or the Hub made."
+
+
+def warn_of_adapter(directory: Path) -> None:
+    """Warn that the adapter which lies beside a model's own weights is not applied to them."""
+    if (directory / "adapter_config.json").is_file():
+        log.warning(
+            "%s has a PEFT adapter (adapter_config.json) beside the model's weights: it is not applied. If the weights "
+            "are not merged already, merge them: PeftModel.merge_and_unload().save_pretrained(path).",
+            directory,
         )
-    if some[".gguf"]:
-        return (
-            f"{directory} has no {wanted}, only GGUF files: {some['.gguf']}. GGUF is not read; use the safetensors "
-            "checkpoint "
-            "of this model."
-        )
-    if "params.json" in names or "consolidated.safetensors" in names:
-        return (
-            f"{directory} has no {wanted}: it holds the original format of Meta or Mistral "
-            f"({shorten(', '.join(names))}), which "
-            "is not read. Use the folder in the format of transformers, which the Hub has beside it."
-        )
-    if some[".safetensors"]:
-        return f"{directory} has no {wanted}; found {some['.safetensors']}. Fetch the missing file."
-    if others:
-        return (
-            f"{directory} has no {wanted}, only {others}. Reading such files can run code that they carry, so they are "
-            "never "
-            "opened. Convert them where you trust them: load the model with transformers and write it with "
-            "save_pretrained(path)."
-        )
-    found = shorten(", ".join(names)) or "nothing"
-    return f"{directory} has no {wanted}; found {found}. Pass the folder that save_pretrained or the Hub made."
 
 
 def _check(field: str, value: Any, config: Mapping[str, Any], override: str) -> None:

@@ -16,9 +16,10 @@ from jaxinfer.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 
-WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|^module\.")
-"""Parts of names that torch.compile, FSDP, activation checkpointing and DataParallel put in when a wrapped model is
-saved."""
+_MODULES = "_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module"
+WRAPPERS = re.compile(rf"^(?:(?:{_MODULES}|module|pretrained_model)\.)+|(?<=\.)(?:{_MODULES})\.")
+"""Parts of names that torch.compile, FSDP, activation checkpointing, DataParallel, Lightning and TRL's models with a
+value head put in when a wrapped model is saved."""
 
 PREFIXES: Sequence[tuple[str, str]] = (
     ("", "model."),
@@ -41,20 +42,27 @@ IGNORED: Sequence[str] = (
     r"(.*\.)?position_ids",
     r"(.*\.)?(encoder|decoder)\.version",
     r"(model\.)?(mtp|mtp_layers|mtp_block)\..*",
+    r"(.*\.)?self_attn\.(attn\.|[kv]_proj\.)?(q|k|v|kv|prob)_scale",
     r"(score|v_head|value_head|reward_head|classifier|classification_head|qa_outputs)\..*",
 )
 """Names of tensors that a forward pass of the served models does not read: buffers that are computed here, layers for
-multi-token prediction, heads of reward models and of classification."""
+multi-token prediction, scales of caches in 8 bits, heads of reward models and of classification."""
 
 _PREDICTING = re.compile(r"(.*\blayers\.\d+\.)(eh_proj|enorm|hnorm|shared_head)\..*")
 """Tensors that only a layer for multi-token prediction has; all with this prefix belong to it (DeepSeek-V3)."""
 
-_ADAPTER = re.compile(r"base_model\.model\..*|.*\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|ia3_l)\b.*")
-_QUANTISED = re.compile(
-    r".*[._](qweight|qzeros|g_idx|weight_scale(_inv|_2)?|input_scale|output_scale|[kv]_scale|weight_packed|"
-    r"weight_zero_point|weight_shape|absmax|quant_map|quant_state\..*|SCB|scales|biases|zeros)"
+_ADAPTER = re.compile(
+    r"base_model\.model\..*|(.*\.)?(base_layer|modules_to_save|original_module|token_adapter|lora_[AB]|"
+    r"lora_embedding_[AB]|lora_magnitude_vector|vera_lambda_[bd]|hada_w\w+|lokr_w\w+|oft_[rR]|ia3_l|prompt_encoder)\b.*"
 )
-"""Names of GPTQ, AWQ, compressed-tensors, ModelOpt, FP8, bitsandbytes and MLX."""
+"""Names that PEFT gives to adapters, and to the layers of a model that is not merged with one."""
+_QUANTISED = re.compile(
+    r".*[._](qweight|qzeros|g_idx|weight_scale(_inv|_2)?|input_scale|output_scale|weight_packed|weight_zero_point|"
+    r"weight_shape|absmax|quant_map|quant_state\..*|SCB|scales|biases|zeros|W_q|q_weight|q_scale|q_groups|q_invperm|"
+    r"trellis|codes|codebooks|centroids|weight_scales|_data|_scale)"
+)
+"""Names of GPTQ, AWQ, compressed-tensors, ModelOpt, FP8, bitsandbytes, MLX, HQQ, ExLlama, AQLM, VPTQ, EETQ and
+Quanto."""
 _FLOATS = ("F16", "BF16", "F32", "F64")
 
 
@@ -138,8 +146,7 @@ def _check_format(where: object, source: Source, found: Mapping[str, str], left:
     if adapter:
         raise CheckpointError(
             f"{where} has {len(adapter)} tensor(s) of a PEFT adapter: {some(adapter)}. Adapters are not read; merge it "
-            "into "
-            "its base model and save that: PeftModel.merge_and_unload().save_pretrained(path)."
+            "into its base model and save that: PeftModel.merge_and_unload().save_pretrained(path)."
         )
     scales = [name for name in left if _QUANTISED.fullmatch(name)]
     kinds = {name: getattr(source.info(there), "dtype", "F32") for name, there in found.items()}
@@ -147,6 +154,5 @@ def _check_format(where: object, source: Source, found: Mapping[str, str], left:
     if scales or packed:
         raise CheckpointError(
             f"{where} is quantised in a format that is not read: {some(packed or scales)}. Use the unquantised "
-            "checkpoint of "
-            "this model; quantization='int8' quantises it while it is loaded."
+            "checkpoint of this model; quantization='int8' quantises it while it is loaded."
         )

@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
 from jaxinfer.checkpoint import naming, orbax, rules, ties
+from jaxinfer.checkpoint.formats import warn_of_adapter
 from jaxinfer.checkpoint.hf import ConfigReader, check_sizes, read_config, whole
 from jaxinfer.checkpoint.manifest import Manifest
 from jaxinfer.checkpoint.plain_json import show
@@ -104,6 +105,7 @@ def settle(
     Raises:
         CheckpointError: tensors of an adapter, or quantised in a format that is not read.
     """
+    warn_of_adapter(directory)
     source = naming.named(
         served.source(reader), served.weight_rules(config), directory, [*served.ignored, *_predicting(hf)]
     )

@@ -252,6 +252,8 @@ UNREAD = (
     "model.layers.1.eh_proj.weight",
     "model.layers.1.mlp.up_proj.weight",
     "model.embeddings.position_ids",
+    f"{LAYER}.self_attn.k_proj.k_scale",
+    f"{LAYER}.self_attn.v_scale",
 )
 
 
@@ -261,7 +263,14 @@ def test_tensors_that_no_forward_pass_reads_are_left_out_with_one_line(tmp_path,
     loaded = load(checkpoint(tmp_path, content | {name: np.zeros(8, np.float32) for name in UNREAD}))
     assert loaded.keys() == load(checkpoint(tmp_path, content)).keys()
     lines = [record.message for record in caplog.records if "left out" in record.message]
-    assert len(lines) == 1 and f"{len(UNREAD)} tensor" in lines[0] and "and 4 more" in lines[0]
+    assert len(lines) == 1 and f"{len(UNREAD)} tensor" in lines[0] and "and 6 more" in lines[0]
+
+
+def test_an_adapter_beside_a_model_is_not_applied_which_a_warning_says(tmp_path, caplog):
+    folder = checkpoint(tmp_path, tensors())
+    (folder / "adapter_config.json").write_text("{}")
+    load(folder)
+    assert "a PEFT adapter (adapter_config.json) beside the model's weights: it is not applied" in caplog.text
 
 
 def test_layers_that_predict_further_tokens_are_those_that_config_counts(tmp_path):
@@ -278,6 +287,9 @@ def test_layers_that_predict_further_tokens_are_those_that_config_counts(tmp_pat
     [
         lambda name: f"_orig_mod.{name}",
         lambda name: f"module.{name}",
+        lambda name: f"module.module.{name}",
+        lambda name: f"_orig_mod.module.{name}",
+        lambda name: f"pretrained_model.{name}",
         lambda name: name.replace(".0.", ".0._orig_mod."),
         lambda name: f"model._fsdp_wrapped_module.{name.removeprefix('model.')}" if name.startswith("model.") else name,
         lambda name: name.removeprefix("model."),
@@ -299,11 +311,18 @@ def test_a_model_saved_within_another_or_without_its_prefix_is_found(rename, tmp
         (("base_model.model.{}.lora_A.weight", "base_model.model.{}.lora_B.weight"), np.float32, "adapter"),
         (("base_model.model.{}.weight",), np.float32, "merge_and_unload"),
         (("{}.lora_A.default.weight",), np.float32, "adapter"),
+        (("{}.base_layer.weight",), np.float32, "adapter"),
+        (("{}.modules_to_save.default.weight", "{}.original_module.weight"), np.float32, "adapter"),
+        (("{}.token_adapter.trainable_tokens_delta",), np.float32, "adapter"),
         (("{}.qweight", "{}.qzeros", "{}.scales", "{}.g_idx"), np.int32, "quantised in a format that is not read"),
         (("{}.weight_scale_inv",), np.float32, "quantised"),
         (("{}.weight",), ml_dtypes.float8_e4m3fn, "F8_E4M3"),
         (("{}.weight",), np.uint8, "U8"),
         (("{}.weight", "{}.weight.absmax", "{}.weight.quant_map"), np.uint8, "quantised"),
+        (("{}.W_q", "{}.scale", "{}.zero"), np.float32, "quantised"),
+        (("{}.q_weight", "{}.q_scale", "{}.q_invperm"), np.float32, "quantised"),
+        (("{}.weight._data", "{}.weight._scale"), np.float32, "quantised"),
+        (("{}.codes", "{}.codebooks"), np.float32, "quantised"),
     ],
 )
 def test_an_adapter_and_quantised_tensors_are_refused_by_that_before_any_shape(names, dtype, reason, tmp_path):

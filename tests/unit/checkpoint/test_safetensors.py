@@ -285,15 +285,32 @@ def test_an_index_as_published_is_read(tmp_path, ramp):
         (["params.json", "consolidated.00.pth"], ["original format of Meta or Mistral"]),
         (["pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"], ["run code", "save_pretrained"]),
         (["model-00001-of-00002.safetensors"], ["model-00001-of-00002.safetensors", "Fetch the missing file"]),
+        (["model.onnx", "model.onnx_data"], ["ONNX", "safetensors checkpoint"]),
+        (["onnx/model.onnx", "tokenizer.json"], ["ONNX", "safetensors checkpoint"]),
+        (["openvino_model.bin", "openvino_model.xml"], ["OpenVINO", "safetensors checkpoint"]),
+        (["global_step10/mp_rank_00_model_states.pt", "zero_to_fp32.py", "training_args.bin"], ["zero_to_fp32.py"]),
+        (["pytorch_model_fsdp_0/__0_0.distcp"], ["accelerate merge-weights"]),
+        (["checkpoint-500/model.safetensors", "training_args.bin"], ["Pass one of its checkpoints: checkpoint-500"]),
+        (["training_args.bin", "optimizer.pt"], ["Pass the folder that save_pretrained"]),
     ],
 )
 def test_a_folder_of_another_kind_is_refused_by_what_it_is(tmp_path, files, named):
     for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
     with pytest.raises(CheckpointError) as error:
         read_config(tmp_path)
     assert all(text in str(error.value) for text in [*named, "config.json"])
     refused(tmp_path, SINGLE, *named)
+
+
+def test_a_link_to_nothing_is_named(tmp_path):
+    """As in the Hub's cache after a blob was removed."""
+    for name in ("config.json", SINGLE):
+        (tmp_path / name).symlink_to(f"../../blobs/{name}")
+    with pytest.raises(CheckpointError, match=r"config\.json is a link to .*/blobs/config\.json, which is absent"):
+        read_config(tmp_path)
+    refused(tmp_path, SINGLE, "is a link to", "which is absent")
 
 
 @pytest.mark.parametrize(
