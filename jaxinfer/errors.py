@@ -26,7 +26,7 @@ class OfflineError(JaxInferError, OSError):
 
 
 class EngineClosedError(JaxInferError, RuntimeError):
-    """The engine was used after `close()`."""
+    """The engine was used after `close()`, or in a fork of its process."""
 
 
 class DistributedError(JaxInferError, RuntimeError):

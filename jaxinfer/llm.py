@@ -28,6 +28,7 @@ from jaxinfer.engine.sizing.setup import build_engine
 from jaxinfer.errors import CapacityError, ConfigError, DistributedError, EngineClosedError
 from jaxinfer.inputs.defaults import ModelLimits, length_remedy
 from jaxinfer.inputs.input_processor import Intake, Params
+from jaxinfer.inputs.loaded_model import LoadedModel
 from jaxinfer.inputs.prompts import Prompt
 from jaxinfer.loading.load import Named, open_model, place
 from jaxinfer.models.whisper.transcription import Transcribing, Transcript, begin
@@ -87,9 +88,9 @@ class LLM:
     def _start(self, named: Named, chat_template: str | None, use_tqdm: bool) -> None:
         """The model and its engine."""
         group = self._group
-        self._opened = open_model(named, self.config, self._mesh, group, progress=use_tqdm)
-        module, known = self._opened.module, self._opened.tokenizer_len
-        self._tokenizer = self._opened.tokenizer
+        opened = open_model(named, self.config, self._mesh, group, progress=use_tqdm)
+        module, known = opened.module, opened.tokenizer_len
+        self._tokenizer = opened.tokenizer
         if group is not None:
             known = group.share(known)[0]
         engine = build_engine(module, self.config, self._mesh, sampled_vocab=known)
@@ -101,10 +102,10 @@ class LLM:
             longest, config.max_model_len, module.config.max_length, contiguous=config.cache == CONTIGUOUS
         )
         limits = ModelLimits(
-            module.config.vocab_size, longest, self._opened.eos_token_ids, tokenizer_len=known, longer=longer,
-            **self._opened.forced,
+            module.config.vocab_size, longest, opened.eos_token_ids, tokenizer_len=known, longer=longer,
+            **opened.forced,
         )  # fmt: skip
-        self._intake = Intake(self._opened, self.config, limits, chat_template)
+        self._served: tuple[LoadedModel, Intake] | None = (opened, Intake(opened, self.config, limits, chat_template))
         self._thread = EngineThread(engine)
         # Also where an LLM is dropped without `close`, and when the interpreter ends.
         self._finalizer = weakref.finalize(self, _drop, self._thread)
@@ -114,7 +115,26 @@ class LLM:
     @property
     def _engine(self) -> Engine:
         """The engine, which belongs to its thread: from here it is only looked at."""
-        return self._thread.engine
+        engine = getattr(self._thread, "engine", None)
+        if engine is None:
+            raise EngineClosedError(CLOSED)
+        return engine
+
+    @property
+    def _opened(self) -> LoadedModel:
+        return self._parts[0]
+
+    @property
+    def _intake(self) -> Intake:
+        return self._parts[1]
+
+    @property
+    def _parts(self) -> tuple[LoadedModel, Intake]:
+        """What `close` lets go of, which another thread may call at any moment."""
+        served = self._served
+        if served is None:
+            raise EngineClosedError(CLOSED)
+        return served
 
     @property
     def default_params(self) -> SamplingParams:
@@ -436,6 +456,9 @@ class LLM:
         if self._closed:
             return
         self._closed = True
+        if self._thread.forked:  # what is to be closed belongs to the other process
+            self._finalizer.detach()
+            return
         leader = self._engine.runner.leader
         try:
             self._thread.close()
@@ -445,7 +468,7 @@ class LLM:
                 leader.end()
             elif self._group is not None:
                 self._group.end_quietly()
-            del self._opened, self._intake
+            self._served = None
             self._tokenizer = None
             heap.thaw()
 

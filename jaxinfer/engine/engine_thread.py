@@ -7,6 +7,7 @@ emptied between steps, and wait for the reply. A caller that is interrupted stop
 """
 
 import atexit
+import os
 import threading
 from collections.abc import Callable, Iterable
 from queue import Empty, SimpleQueue
@@ -64,6 +65,7 @@ class EngineThread:
         self.engine = engine
         self._commands: SimpleQueue[Any] = SimpleQueue()
         self._driven: list[Call] = []
+        self._process = os.getpid()
         self._thread = threading.Thread(target=self._run, name="jaxinfer engine", daemon=True)
         self._thread.start()
         _threads.add(self)
@@ -82,7 +84,7 @@ class EngineThread:
             RuntimeError: called on the engine's own thread, by a finalizer or a callback that runs within a step.
         """
         replies: SimpleQueue[Reply] = SimpleQueue()
-        self._check_thread()
+        self._check_caller()
         self._commands.put((function, arguments, replies))
         return self._wait(replies)
 
@@ -108,7 +110,7 @@ class EngineThread:
             EngineError: the engine has failed for good.
             EngineClosedError: the engine was closed meanwhile.
         """
-        self._check_thread()
+        self._check_caller()
         call.busy = busy
         self._commands.put((self._driven.append, (call,), None))
         self._wait(call.replies, show)
@@ -148,7 +150,18 @@ class EngineThread:
         """Wait at most `timeout` seconds for the thread to end."""
         self._thread.join(timeout)
 
-    def _check_thread(self) -> None:
+    @property
+    def forked(self) -> bool:
+        """Whether this process is a fork of the one that the thread runs in."""
+        return os.getpid() != self._process
+
+    def _check_caller(self) -> None:
+        if self.forked:
+            raise EngineClosedError(
+                f"this LLM was made in process {self._process}, and this one is a fork of it: JAX's threads and the "
+                "engine's are not copied. Make the LLM in the process that uses it, and start processes with "
+                "multiprocessing's method 'spawn'"
+            )
         if threading.current_thread() is self._thread:
             raise RuntimeError(
                 "an LLM was called from its own engine thread; finalizers and callbacks may only call abort and close"

@@ -1,7 +1,9 @@
 """Requests that end before their time, interrupts, threads, two engines, closing."""
 
+import os
 import threading
 import time
+import warnings
 
 import pytest
 from faults.conftest import settle
@@ -280,3 +282,46 @@ def test_close_while_another_thread_generates(make_llm):
 def test_an_unknown_setting_is_named(folder):
     with pytest.raises(TypeError, match="max_num_seq.*max_num_seqs"):
         LLM(folder, max_num_seq=3)
+
+
+def test_a_call_finds_the_llm_closed_by_another_thread_meanwhile(make_llm, monkeypatch):
+    """At whatever moment: here while it tokenises, and before it looks at the engine."""
+    llm = make_llm()
+    parse = llm._intake.parse
+    monkeypatch.setattr(llm._intake, "parse", lambda prompts: (llm.close(), parse(prompts))[1])
+    with pytest.raises(EngineClosedError):
+        llm.generate([IDS], SHORT)
+    for call in (lambda: llm.default_params, lambda: llm._engine, lambda: llm._intake):
+        with pytest.raises(EngineClosedError):
+            call()
+
+
+def test_a_fork_of_the_process_is_told_that_it_has_no_engine(llm):
+    """JAX's threads are not copied, nor is the engine's: calls say so, and `close` ends nothing of the parent's."""
+    expected = tokens(llm.generate([IDS], SHORT))
+
+    def in_child(write):
+        said = []
+        for call in (lambda: llm.generate([IDS], SHORT), lambda: next(llm.stream([IDS], SHORT)), llm.close):
+            try:
+                said.append(str(call()))
+            except EngineClosedError as error:
+                said.append(str(error))
+        os.write(write, "|".join(said).encode())
+
+    read, write = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        child = os.fork()
+    if not child:
+        try:
+            in_child(write)
+        finally:
+            os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        generated, streamed, closed = pipe.read().split("|")
+    os.waitpid(child, 0)
+    assert generated == streamed and f"made in process {os.getpid()}" in generated and "'spawn'" in generated
+    assert closed == "None"
+    assert tokens(llm.generate([IDS], SHORT)) == expected
