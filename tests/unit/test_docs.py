@@ -1,0 +1,93 @@
+"""The documents are wrapped, and the files, modules and links that they name exist."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "jaxinfer"
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
+WIDTH = 120
+WRITTEN = {"results/report.md"}
+"""Files that a command of the docs writes."""
+
+PATH = re.compile(r"[\w.-]+(?:/[\w.-]+)*/(?:[\w-]+\.(?:py|md|json|cc|h|ipynb|txtpb|txt))?")
+MODULE = re.compile(r"[a-z_]+(?:\.[A-Za-z_]\w*)+")
+
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+def code(page: Path) -> Iterator[str]:
+    """Yield the words within backticks, and those of fenced commands."""
+    text = page.read_text(encoding="utf-8")
+    fence = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.DOTALL | re.MULTILINE)
+    for language, block in fence.findall(text):
+        yield from block.split() if language == "bash" else ()
+    for span in re.findall(r"`([^`]+)`", fence.sub("", text)):
+        yield from span.split()
+
+
+def exists(path: str, page: Path) -> bool:
+    folders = ROOT, PACKAGE, ROOT / "scripts", page.parent
+    return path in WRITTEN or any((folder / path).exists() for folder in folders)
+
+
+def found(name: str) -> bool:
+    """Return whether a dotted name is a module, or a name that the module's source has."""
+    parts = name.removeprefix("jaxinfer.").split(".")
+    for length in range(len(parts), -1, -1):
+        path = PACKAGE.joinpath(*parts[:length])
+        source = next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.exists()), None)
+        if source is not None:
+            return set(parts[length:]) <= set(re.findall(r"\w+", source.read_text(encoding="utf-8")))
+    return False
+
+
+@pages
+def test_lines_are_wrapped(page: Path):
+    lines = page.read_text(encoding="utf-8").splitlines()
+    assert [f"{number}: {len(line)}" for number, line in enumerate(lines, 1) if len(line) > WIDTH] == []
+
+
+@pages
+def test_files_that_are_named_exist(page: Path):
+    paths = {word.strip("'\"(),") for word in code(page)}
+    named = {path for path in paths if PATH.fullmatch(path) and not re.search(r"[A-Z]{3}", path)}
+    assert sorted(path for path in named if path.endswith((".py", ".md")) and not exists(path, page)) == []
+    folders = {path for path in named if path.split("/")[0] in {"jaxinfer", "tests", "scripts", "docs", "notebooks"}}
+    assert sorted(path for path in folders if not exists(path, page)) == []
+
+
+@pages
+def test_modules_that_are_named_exist(page: Path):
+    packages = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
+    words = {re.split(r"[(\[=]", word.strip(",;:"))[0] for word in code(page)}
+    named = {word for word in words if MODULE.fullmatch(word) and word.split(".")[0] in packages | {"jaxinfer"}}
+    names = {word for word in named if not word.endswith((".py", ".weight", ".bias", ".json"))}
+    assert sorted(name for name in names if not found(name)) == []
+
+
+@pages
+def test_links_lead_somewhere(page: Path):
+    links = re.findall(r"\]\((?!http)([^)#]*)(#[^)]*)?\)", page.read_text(encoding="utf-8"))
+    assert sorted(link for link, _ in links if link and not (page.parent / link).exists()) == []
+
+
+def test_the_calls_of_a_request_exist():
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+    calls = re.findall(r"^\| (\d+) \| (.*?) \| `(.*?)` \|", text, re.MULTILINE)
+    assert [int(number) for number, _, _ in calls] == list(range(1, len(calls) + 1)) and 15 < len(calls) <= 20
+    for _, functions, file in calls:
+        source = (PACKAGE / file).read_text(encoding="utf-8")
+        for function in re.findall(r"`(.*?)`", functions):
+            *owner, name = function.split(".")
+            assert re.search(rf"\bdef {name}\(", source), function
+            assert not owner or re.search(rf"^class {owner[0]}\b", source, re.MULTILINE), function
+
+
+def test_what_is_missing_is_found():
+    page = ROOT / "README.md"
+    assert exists("models/llama.py", page) and not exists("models/nowhere.py", page)
+    assert found("kv.spec.Full") and found("jaxinfer.sharding.plan") and not found("kv.nowhere.Full")
