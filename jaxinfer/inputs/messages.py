@@ -95,13 +95,18 @@ def plain(value: Any) -> Any:
         if isinstance(value, kind):
             return getattr(kind, f"__{kind.__name__}__")(value)
     if isinstance(value, Mapping):
-        return {plain(key): plain(item) for key, item in value.items()}
+        return {_key(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return type(value)(map(plain, value)) if type(value) in (list, tuple) else [*map(plain, value)]
     if isinstance(value, np.generic):
         return plain(value.item())
     fields = _fields(value)
     return f"<{type(value).__name__}>" if fields is None else plain(fields)
+
+
+def _key(key: Any) -> Any:
+    """The key of an object; what JSON has no key for becomes text."""
+    return plain(key) if key is None or isinstance(key, (str, int, float)) else str(key)
 
 
 def _fields(value: Any) -> Mapping[Any, Any] | None:
@@ -152,17 +157,32 @@ def _content(content: Any, role: str, where: str, images: bool) -> Any:
         return plain(content)
     parts = _is_list(content)
     if role in _TOOL_ROLES and content is not None:
-        if parts and all(isinstance(part, str) or "type" in (_fields(part) or ()) for part in content):
-            return [_part(part, f"{where}[{index}]", images) for index, part in enumerate(content)]
+        if parts and all(map(_is_part, content)):
+            return _parts(content, where, images)
         return plain(content) if isinstance(content, Mapping) else _json(plain(content))
     if not parts:
         kinds = "text and image parts" if images else "text parts"
         raise TypeError(f"{where} must be a string or a list of {kinds}, got {describe(content)}.")
-    return [_part(part, f"{where}[{index}]", images) for index, part in enumerate(content)]
+    return _parts(content, where, images)
 
 
-def _part(part: Any, where: str, images: bool) -> dict[str, Any]:
-    """A part as templates know it; of an image with what the caller passed."""
+def _is_part(value: Any) -> bool:
+    """Whether an item of what a tool returned is a part of a message, and no object of its own that has a type."""
+    if isinstance(value, str):
+        return True
+    fields = _fields(value) or {}
+    kind = fields.get("type")
+    return isinstance(kind, str) and {**_TEXT_PARTS, **_IMAGE_PARTS}.get(kind, kind) in fields
+
+
+def _parts(content: Any, where: str, images: bool) -> list[dict[str, Any]]:
+    """The parts of a message without those whose text is None, which vLLM leaves out as well."""
+    made = [_part(part, f"{where}[{index}]", images) for index, part in enumerate(content)]
+    return [part for part in made if part is not None]
+
+
+def _part(part: Any, where: str, images: bool) -> dict[str, Any] | None:
+    """A part as templates know it, of an image with what the caller passed; None for a text that is None."""
     if isinstance(part, str):
         return {"type": "text", "text": plain(part)}
     fields = _fields(part)
@@ -171,6 +191,8 @@ def _part(part: Any, where: str, images: bool) -> dict[str, Any]:
     kind = fields.get("type")
     if kind in _TEXT_PARTS if isinstance(kind, str) else False:
         text = fields.get(_TEXT_PARTS[kind])
+        if text is None and _TEXT_PARTS[kind] in fields:
+            return None
         if not isinstance(text, str):
             raise TypeError(f"{where}[{_TEXT_PARTS[kind]!r}] must be a string, got {describe(text)}.")
         return {"type": "text", "text": plain(text)}
@@ -250,7 +272,10 @@ def _with_arguments(function: Mapping[Any, Any], where: str) -> dict[str, Any]:
     """A function with its arguments as an object; text that is no JSON, which models do write, counts as none."""
     given = function.get("arguments")
     if not isinstance(given, str):
-        return {**function, "arguments": given if isinstance(given, Mapping) or _is_list(given) else {}}
+        values = given if _is_list(given) else _fields(given)
+        if values is None and given is not None:
+            raise TypeError(f"{where}['arguments'] must be an object or JSON in a string, got {describe(given)}.")
+        return {**function, "arguments": values or {}}
     try:
         return {**function, "arguments": json.loads(given)}
     except ValueError as error:

@@ -92,6 +92,11 @@ def test_tool_calls_in_every_form(byte_bpe, name):
         del without[1]["content"]
         assert render(byte_bpe, without, name) == expected
     assert "f" in render(byte_bpe, chat(None, tool_calls=[call("not JSON")]), name)
+    for empty in ("", "{}", {}, [], None):
+        made = render(byte_bpe, chat("", tool_calls=[call(empty)]), name)
+        assert made == reference(byte_bpe, chat("", tool_calls=[call("{}" if name == "deepseek" else {})]), name)
+    said = Dumped(**ARGUMENTS)
+    assert render_chat(byte_bpe, chat("", tool_calls=[call(said)]), chat_template=ALL[name]) == expected
     assert render(byte_bpe, chat("ok", tool_calls=[]), name) == reference(byte_bpe, chat("ok"), name)
 
 
@@ -121,6 +126,25 @@ def test_results_of_tools(byte_bpe, name):
         assert made == render(byte_bpe, result('{"t": "Zürich"}'), name)
     assert render(byte_bpe, result([1, {"x": 2}]), name) == render(byte_bpe, result('[1, {"x": 2}]'), name)
     assert render(byte_bpe, result(7), name) == render(byte_bpe, result("7"), name)
+
+
+def test_objects_of_a_tool_with_a_type_of_their_own_are_no_parts(byte_bpe):
+    for given in ([{"type": "event", "n": 1}, {"type": "file", "name": "a"}], [{"type": "text"}], [{"type": []}]):
+        expected = render(byte_bpe, result(json.dumps(given)), "qwen")
+        assert render(byte_bpe, result(given), "qwen") == expected
+    with pytest.raises(ValueError, match="of type str 'input_audio': this model takes text only"):
+        render(byte_bpe, result([{"type": "input_audio", "input_audio": {"data": ""}}]), "qwen")
+    assert '{"(1, 2)": 3}' in render(byte_bpe, result({(1, 2): 3}), "qwen")
+
+
+def test_parts_whose_text_is_none_are_left_out(byte_bpe):
+    nothing = [{"type": "text", "text": None}, {"type": "refusal", "refusal": None}]
+    for name in ("qwen", "gemma"):
+        made = render(byte_bpe, [{"role": "user", "content": [*nothing, *parts("hi")]}], name)
+        assert made == render(byte_bpe, [USER], name)
+    assert render(byte_bpe, result([*nothing, *parts("21")]), "qwen") == render(byte_bpe, result("21"), "qwen")
+    with pytest.raises(TypeError, match=r"\['content'\]\[0\]\['text'\] must be a string"):
+        render(byte_bpe, [{"role": "user", "content": [{"type": "text"}]}], "qwen")
 
 
 def test_parts_of_tools_stay_where_a_template_knows_nothing_else(byte_bpe):
@@ -199,6 +223,7 @@ def test_a_template_sees_plain_data_alone(byte_bpe):
         ("f", r"messages\[1\]\['tool_calls'\] must be a list of tool calls, got str"),
         ([3], r"\['tool_calls'\]\[0\] must be a dict with 'function', got int 3"),
         ([{"function": "f"}], r"\['tool_calls'\]\[0\]\['function'\] must be a dict with 'name'"),
+        ([call(7)], r"\['function'\]\['arguments'\] must be an object or JSON in a string, got int 7"),
     ],
 )
 def test_tool_calls_that_are_none(byte_bpe, calls, message):
