@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxinfer._utils.checks import as_int, as_token_id, as_token_ids, describe
+from jaxinfer.checkpoint.hf import whole
 from jaxinfer.errors import ConfigError
 from jaxinfer.sampling_params import SamplingParams
 
@@ -99,12 +100,14 @@ def default_params(generation_config: Mapping[str, Any], *, encoder_decoder: boo
     names = {name: name for name in (*_SAMPLING, "repetition_penalty", "no_repeat_ngram_size")}
     names |= {"max_new_tokens": "max_tokens"}
     fields = {
-        ours: generation_config[theirs] for theirs, ours in names.items() if generation_config.get(theirs) is not None
+        ours: whole(generation_config[theirs])
+        for theirs, ours in names.items()
+        if generation_config.get(theirs) is not None
     }
     if encoder_decoder:
         fields |= {} if generation_config.get("do_sample") else {"temperature": 0.0}
         for theirs, ours in (("max_length", "max_tokens"), ("min_length", "min_tokens")):
-            total = generation_config.get(theirs)
+            total = whole(generation_config.get(theirs))
             if ours not in fields and isinstance(total, int) and total > 1:
                 fields[ours] = total - 1
     try:
@@ -149,7 +152,8 @@ def eos_ids(config: Mapping[str, Any], generation_config: Mapping[str, Any]) -> 
 def _model_ids(name: str, value: Any) -> tuple[int, ...]:
     """Return the ids that a file of the model names, as `_ids`; what is wrong there is an error of the checkpoint's."""
     try:
-        return _ids(name, value)
+        ids = value if isinstance(value, (list, tuple)) else [value]
+        return _ids(name, [whole(token) for token in ids])
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{name} in generation_config.json or config.json: {error}") from error
 

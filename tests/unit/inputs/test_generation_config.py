@@ -128,6 +128,10 @@ def test_defaults_of_a_model():
         "transformers_version": "4.0",
     }
     assert default_params(file) == SamplingParams(temperature=0.6, top_p=0.9, max_tokens=99)
+    floats = {"max_new_tokens": 99.0, "top_k": 20.0, "no_repeat_ngram_size": 3.0}  # as some tools write integers
+    assert default_params(floats) == SamplingParams(max_tokens=99, top_k=20, no_repeat_ngram_size=3)
+    lengths = {"max_length": 12.0, "min_length": 4.0}
+    assert default_params(lengths, encoder_decoder=True) == SamplingParams(temperature=0, max_tokens=11, min_tokens=3)
     with pytest.raises(ConfigError, match="generation_config.json: top_p must be in"):
         default_params({"top_p": 7})
     with pytest.raises(ConfigError, match="generation_config.json: top_k must be an integer"):
@@ -178,6 +182,8 @@ def test_what_a_file_says_is_taken_or_refused_by_a_public_error(value):
 def test_eos_ids():
     assert eos_ids({"eos_token_id": 1}, {"eos_token_id": [2, 3, 2]}) == (2, 3)
     assert eos_ids({"eos_token_id": 1}, {}) == (1,)
+    assert eos_ids({"eos_token_id": 1}, {"eos_token_id": [2.0, 3]}) == (2, 3)
+    assert forced_id({"forced_bos_token_id": 5.0}, "forced_bos_token_id") == 5
     assert eos_ids({"eos_token_id": None}, {"eos_token_id": None}) == ()
     assert eos_ids({"text_config": {"eos_token_id": 4}}, {}) == (4,)
     with pytest.raises(ConfigError, match="every id in eos_token_id must be an integer, got bool"):
