@@ -1,4 +1,4 @@
-"""How a beam search is run: transformers' names and meanings, strictly checked."""
+"""Beam search parameters, with transformers' names and meanings, strictly validated."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -8,9 +8,9 @@ from jaxinfer._utils.checks import as_float, as_int, describe, show_int
 from jaxinfer.sampling_params import SamplingParams
 
 MAX_WIDTH = 256
-"""Most beams of one prompt: each has a row and blocks of its own."""
+"""Maximum number of beams of a prompt: each has its own row and blocks."""
 MAX_LENGTH_PENALTY = 5.0
-"""Largest absolute `length_penalty`: lengths of millions raised to it are finite in float32."""
+"""Maximum absolute `length_penalty`: lengths of millions raised to it are finite in float32."""
 
 _UNUSED = {
     "n": 1,
@@ -22,28 +22,30 @@ _UNUSED = {
     "logprobs": None,
     "prompt_logprobs": None,
 }
-"""Of `SamplingParams`: what a beam search has no use for, with the values that ask for nothing."""
+"""Fields of `SamplingParams` that do not apply to beam search, with their neutral values."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BeamParams:
-    """A beam search as `transformers.GenerationMixin.generate(num_beams=...)` runs it.
+    """Parameters of a beam search as run by `transformers.GenerationMixin.generate(num_beams=...)`.
 
     Raises:
-        TypeError: a value of the wrong type.
-        ValueError: a value out of its range. Both name the field, the value and the limit.
+        TypeError: a value has the wrong type.
+        ValueError: a value is out of range. Both name the field, the value and the limit.
     """
 
     width: int
-    """Beams that go on at each step, 1 to `MAX_WIDTH`: `num_beams`."""
+    """Number of beams that continue at each step (`num_beams`), 1 to `MAX_WIDTH`."""
     length_penalty: float = 1.0
-    """A finished beam's score is the sum of its tokens' log-probabilities over their number raised to this."""
+    """A finished beam's score is the sum of its tokens' log-probabilities divided by their number to the power of
+    this.
+    """
     early_stopping: bool | str = False
-    """When to stop, once there are `width` finished beams. True: at once. False: when the best running beam, with the
-    length it has, would score no better than the worst of them. "never": when it cannot, whatever its length will
-    be."""
+    """When to stop, once there are `width` finished beams. True: at once. False: when the best running beam, at its
+    current length, scores no better than the worst finished one. "never": when it cannot score better at any length.
+    """
     num_return_sequences: int | None = None
-    """Beams to return, the best ones; None for all `width`."""
+    """Number of best beams to return; None for all `width`."""
 
     def __post_init__(self) -> None:
         self._integer("width", MAX_WIDTH, "")
@@ -66,16 +68,16 @@ class BeamParams:
 
 
 def beam_sampling(params: Any, default: SamplingParams, max_tokens: int | None) -> SamplingParams:
-    """What else applies to a beam search: masks, penalties, stop tokens and text settings of `params`.
+    """Return the sampling parameters of a beam search: masks, penalties, stop tokens and text settings of `params`.
 
     Args:
-        params: the caller's; None: those of the model's own defaults that mean anything without sampling.
-        default: the model's own.
-        max_tokens: most new tokens, in the place of what these say.
+        params: the caller's parameters; None for those of the model's defaults that apply without sampling.
+        default: the model's defaults.
+        max_tokens: maximum number of new tokens, replacing that of `params`.
 
     Raises:
-        TypeError: `params` are no `SamplingParams`.
-        ValueError: they ask for what a beam search has no use for.
+        TypeError: `params` is not a `SamplingParams`.
+        ValueError: `params` sets a field that does not apply to beam search.
     """
     if params is not None and not isinstance(params, SamplingParams):
         raise TypeError(f"sampling_params of a beam search must be a SamplingParams, got {describe(params)}.")
@@ -86,6 +88,6 @@ def beam_sampling(params: Any, default: SamplingParams, max_tokens: int | None) 
     plain = {"n": 1, "temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
     if params is not None:
         return dataclasses.replace(params, **plain, max_tokens=max_tokens)
-    least = default.min_tokens  # which may be more than what the caller asks for in all
+    least = default.min_tokens  # may exceed the caller's max_tokens
     least = least if max_tokens is None else min(least, as_int("max_tokens", max_tokens))
     return dataclasses.replace(default, **plain, max_tokens=max_tokens, min_tokens=least)

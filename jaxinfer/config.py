@@ -1,4 +1,4 @@
-"""Settings of the engine: one frozen value, each field with its unit and default."""
+"""Engine settings: one frozen dataclass, each field with unit and default."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -13,11 +13,11 @@ from jaxinfer.errors import ConfigError
 from jaxinfer.sharding.policy import Placement
 
 CPU_CACHE_BYTES = 1 << 30
-"""The cache's default size on a CPU: a fixed share, as the host has other work."""
+"""Default cache size on a CPU in bytes: fixed, as the host has other work."""
 CACHES = (PAGED, CONTIGUOUS) = ("paged", "contiguous")
-"""Implementations of the cache."""
+"""Cache implementations."""
 QUANTIZATIONS = ("int8",)
-"""What matrices may be kept in beside `dtype`."""
+"""Quantisation formats of matrices."""
 MAX_MODEL_LEN = 1 << 22
 MAX_SEQS = 1 << 14
 MAX_DECODE_STEPS = 64
@@ -26,86 +26,108 @@ MAX_BATCHED_TOKENS = 1 << 20
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How the engine runs a model. None means: chosen from the model and the device, and logged."""
+    """Engine settings. None means that a value is chosen for the model and the device, and logged."""
 
     dtype: str = "auto"
-    """Of weights, activations and cache: "auto" (the checkpoint's), "float32", "bfloat16" or "float16"."""
+    """Dtype of weights, activations and cache: "auto" (the checkpoint's), "float32", "bfloat16" or "float16"."""
     quantization: str | None = None
-    """"int8": matrices are kept in int8, a scale an output channel, and multiplied in int8; None: in `dtype`."""
+    """"int8": matrices are stored in int8 with a scale per output channel and multiplied in int8; None: stored in
+    `dtype`.
+    """
     tensor_parallel_size: int = 1
-    """Devices over which weights and kv heads are divided."""
+    """Number of devices that weights and kv heads are divided over."""
     placement: Mapping[str, str] | Placement | None = None
-    """Which modules are divided and which are whole, and computed, on every device: patterns over their paths to
-    "shard", "replicate" or, of mixtures of experts, "experts" (`sharding.policy.Placement`); None: all are divided."""
+    """Which modules are sharded and which are replicated and computed on every device: path patterns mapped to
+    "shard", "replicate" or, for mixtures of experts, "experts" (`sharding.policy.Placement`); None shards all.
+    """
     pad_heads: bool = False
-    """Whether attention heads of zeroes are added where a model's heads do not divide over the devices; without, that
-    is an error. The output is the same; padded heads take memory, cache and time."""
+    """Whether to add zero attention heads if a model's heads are not divisible by the number of devices, which
+    otherwise is an error. The output is the same; padded heads take memory, cache and time.
+    """
     max_model_len: int | None = None
-    """Tokens a sequence may have, prompt included; by default what the model allows and the pool holds."""
+    """Maximum length of a sequence in tokens, prompt included; by default what the model supports and the cache
+    holds.
+    """
     max_num_seqs: int | None = None
-    """Sequences that run at a time; by default 64 on a CPU, 256 on a GPU."""
+    """Maximum number of running sequences; by default 64 on a CPU, 256 on a GPU."""
     max_num_batched_tokens: int | None = None
-    """Tokens of one step, prefill and decode together; by default 512 on a CPU, 2048 on a GPU."""
+    """Maximum number of tokens per step, prefill and decode together; by default 512 on a CPU, 2048 on a GPU."""
     attention_kernel: str = "auto"
-    """"triton" (NVIDIA GPUs, with the extra `cuda13` or `cuda12`), "native" (CPUs with AVX-512 and a C++ compiler),
-    "xla" (everywhere), or "auto": the first of these that can be."""
+    """"triton" (NVIDIA GPUs, with extra `cuda13` or `cuda12`), "native" (CPUs with AVX-512 and a C++ compiler),
+    "xla" (everywhere), or "auto": the first of these that is available.
+    """
     matmul_kernel: str = "auto"
-    """"native" (CPUs, as above, on one device), "triton" (GPUs, as above, for the products of experts; XLA's for all
-    others), "xla" (everywhere), or "auto": the first of these that can be."""
+    """"native" (CPUs, as above, on one device), "triton" (GPUs, as above, for products of experts; XLA's for all
+    others), "xla" (everywhere), or "auto": the first of these that is available.
+    """
     fuse_projections: str | bool = "auto"
-    """Whether projections of one input are one GEMM; "auto": in steps of up to as many tokens as that is faster for
-    (`layers.fusion`). The output is the same."""
+    """Whether projections of the same input are one GEMM; "auto": in steps with up to as many tokens as it is faster
+    for (`layers.fusion`). The output is the same.
+    """
     cache: str = "paged"
-    """"paged": sequences take blocks as they grow, share them, and find those of prefixes again. "contiguous": each of
-    `max_num_seqs` rows has room for `max_model_len` positions reserved from the start (`kv.contiguous`): no block is
-    shared, no prefix found again, and samples of a prompt copy what it has written."""
+    """"paged": sequences allocate blocks as they grow, share them, and reuse those of cached prefixes. "contiguous":
+    each of `max_num_seqs` rows has a fixed region of `max_model_len` positions (`kv.contiguous`): blocks are not
+    shared, prefixes are not cached, and samples copy the prompt's region.
+    """
     block_size: int = 16
-    """Positions in a block of the cache; of a contiguous one the step by which rows grow."""
+    """Number of positions in a cache block; for a contiguous cache, the step by which the read length grows."""
     kv_cache_memory_bytes: int | None = None
-    """Bytes of the cache over all devices; by default 1 GiB on a CPU, a fraction of what is free on a GPU."""
+    """Cache size in bytes over all devices; by default 1 GiB on a CPU, a fraction of the free memory on a GPU."""
     gpu_memory_utilization: float = 0.9
-    """On a GPU: the fraction of the memory JAX's allocator may still give that the cache takes."""
+    """GPU: fraction of the memory available to JAX's allocator that the cache takes."""
     pool_blocks: int | None = None
-    """Blocks of the cache the host uses of those there are; changes no array."""
+    """Number of cache blocks that the host uses, at most those allocated; changes no array shape."""
     enable_prefix_caching: bool = True
-    """Whether prompts reuse the blocks of prefixes computed before."""
+    """Whether prompts reuse the blocks of cached prefixes."""
     enable_block_sharing: bool = True
     """Whether the samples of a request share its prompt's blocks."""
     snapshot_memory_fraction: float = 0.1
-    """Of a model with recurrent layers: the fraction of the cache's memory for states that prompts go on from. It is
-    beside two slots for each of max_num_seqs, and nothing else uses it."""
+    """Models with recurrent layers: fraction of the cache memory for state snapshots that prompts can resume from.
+    It comes in addition to two slots for each of max_num_seqs, and nothing else uses it.
+    """
     feature_cache_tokens: int | None = None
-    """Tokens of encoded images kept on the device, for prompts that are being computed and for images that come again;
-    by default 8 times max_num_batched_tokens, and at least 16 tiles. A prompt may have no more of them."""
+    """Number of image tokens whose encoder output is kept on the device, for prompts being prefilled and for
+    repeated images; by default 8 times max_num_batched_tokens, and at least 16 tiles. A prompt may not have more of
+    them.
+    """
     decode_buckets: Sequence[int] | None = field(default=None)
-    """Numbers of sequences a decode step is compiled for; by default chosen for the device (`engine.setup`)."""
+    """Numbers of sequences that decode steps are compiled for; by default chosen for the device
+    (`engine.sizing.setup`).
+    """
     prefill_buckets: Sequence[int] | None = field(default=None)
-    """Numbers of tokens a prefill step is compiled for; by default chosen for the device (`engine.setup`)."""
+    """Numbers of tokens that prefill steps are compiled for; by default chosen for the device
+    (`engine.sizing.setup`).
+    """
     compilation_cache_dir: str | None = "auto"
-    """Folder in which JAX keeps compiled programs from one process to the next: "auto" is the user's cache folder
-    (`~/.cache/jaxinfer/xla`), unless JAX was given one; None leaves JAX's settings as they are."""
+    """Folder of JAX's persistent compilation cache: "auto" is the user's cache folder (`~/.cache/jaxinfer/xla`),
+    unless JAX has one configured; None leaves JAX's settings unchanged.
+    """
     max_logprobs: int = 20
-    """The most log-probabilities a position that a request may ask for, at most 20."""
+    """Maximum number of log-probabilities per position that a request may ask for, at most 20."""
     decode_steps: int | str = "auto"
-    """Decode steps dispatched at once when nothing waits, so that the host works once for all of them; "auto": as many
-    as take 0.1 s, at most 8. Tokens are the same; they, and requests that come meanwhile, wait for the last step."""
+    """Number of decode steps dispatched at once when nothing is waiting, so that the host works once for all of
+    them; "auto": as many as take 0.1 s, at most 8. Tokens are the same; they, and new requests, wait for the last
+    step.
+    """
     seed: int = 0
-    """Seeds the requests that bring no seed of their own."""
+    """Seed of requests without one of their own."""
     check_invariants: bool = False
-    """Whether the block accounting is checked after every step (slow; for tests and for hunting bugs)."""
+    """Whether to check the block accounting after every step (slow; for tests and debugging)."""
     log_interval: float = 10.0
     """Seconds between log lines of throughput and cache use while there is work."""
     peer_timeout: float = PEER_TIMEOUT
-    """Where several processes serve one model (`jaxinfer.distributed`): seconds within which one that has died, hangs
-    or computes something else ends all of them. Process 0's is for all, like its other settings."""
+    """With several processes (`jaxinfer.distributed`): seconds within which a process that has died, hangs or has
+    diverged ends all of them. Process 0's value applies to all, like its other settings.
+    """
     freeze_gc: bool = True
-    """Whether the objects of this process that are alive once the model is loaded are taken out of Python's garbage
-    collection (`gc.freeze`), whose full runs stop every request; closing the `LLM` puts all of them back. Set it to
-    False in a program that calls gc.freeze itself, or that drops large objects in reference cycles while it serves a
-    model."""
+    """Whether objects that are alive once the model is loaded are excluded from Python's garbage collection
+    (`gc.freeze`), whose full collections stall every request; closing the `LLM` undoes it. Set it to False in a
+    program that calls gc.freeze itself, or that drops large objects in reference cycles while serving.
+    """
     compiler_options: Mapping[str, bool | int | float | str] | None = None
-    """XLA's options for the compilation of the steps, by name; None: none. They are passed with each compilation,
-    so that the environment stays as it is."""
+    """XLA compiler options for the steps, by name; None for none. They are passed with each compilation, so that the
+    environment is unchanged.
+    """
 
     def __post_init__(self) -> None:
         limits = {
@@ -174,11 +196,11 @@ class EngineConfig:
 
     @classmethod
     def of(cls, settings: dict[str, Any]) -> "EngineConfig":
-        """From keywords; an unknown one is named, with the closest that exists.
+        """Create a config from keyword arguments; an unknown one is reported with the closest existing name.
 
         Raises:
-            TypeError: a keyword that is no field.
-            ConfigError: a value that cannot be, or that contradicts another.
+            TypeError: a keyword is not a field.
+            ConfigError: a value is invalid, or contradicts another.
         """
         known = [f.name for f in fields(cls)]
         for name in settings:
@@ -197,7 +219,7 @@ class EngineConfig:
 
 
 def _dtype_name(value: Any) -> str:
-    """The name of a NumPy or jax.numpy dtype, which may stand for it."""
+    """Return the name of a NumPy or jax.numpy dtype."""
     try:
         return np.dtype(value).name
     except TypeError:

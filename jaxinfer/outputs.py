@@ -1,4 +1,4 @@
-"""What a request gives back. All plain data; in a notebook, texts show coloured by log-probability."""
+"""Outputs of requests, as plain data; in notebooks, text is coloured by log-probability."""
 
 from __future__ import annotations
 
@@ -13,57 +13,59 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 @dataclass(frozen=True)
 class Logprob:
-    """One candidate token at one position."""
+    """Log-probability of a candidate token at one position."""
 
     logprob: float
-    """Natural logarithm of its probability."""
+    """Natural logarithm of the token's probability."""
     rank: int | None = None
-    """1 for the likeliest token of the vocabulary."""
+    """Rank in the vocabulary, 1 for the most likely token."""
     decoded_token: str | None = None
-    """The text that it adds to the text before it; None without a tokenizer.
+    """Text that the token adds to the preceding text; None without a tokenizer.
 
-    Those of the tokens of an output join to its text: a token that does not finish a character has an empty string, and
-        so
-    have a special token that the text leaves out and the token that ends the output. Tokens of a stop string keep
-    theirs. Other candidates, and the tokens of a prompt, have theirs even where they are special.
+    The decoded tokens of an output join to its text: a token that does not complete a character has an empty string,
+    and so have special tokens left out of the text and the token that ends the output. Tokens of a stop string keep
+    their text. Other candidates, and prompt tokens, have their text even if they are special.
     """
 
 
 @dataclass(frozen=True)
 class KindHit:
-    """What the layers of one kind could have served of a prompt by themselves; the hit is what all of them can."""
+    """Longest prefix of a prompt that the layers of one kind could reuse; the actual hit is the longest common to
+    all kinds.
+    """
 
     kind: str
-    """"full", "sliding(W)" of layers with a window of W positions, or "recurrent" of layers with a state."""
+    """"full", "sliding(W)" for layers with a window of W positions, or "recurrent" for layers with a state."""
     tokens: int
-    """Prompt tokens."""
+    """Number of prompt tokens."""
     reason: str
-    """Why no more."""
+    """Why no more tokens could be reused."""
 
 
 @dataclass(frozen=True)
 class RequestMetrics:
-    """When what happened to a request. Times are seconds of `time.monotonic`; None: it has not happened."""
+    """Timestamps and cache use of a request. Times are seconds of `time.monotonic`; None if not reached yet."""
 
     arrival_time: float
-    """Handed to the engine."""
+    """When the request was handed to the engine."""
     first_scheduled_time: float | None = None
-    """First in a step."""
+    """When the request was first scheduled in a step."""
     first_token_time: float | None = None
-    """First token known to the host."""
+    """When the host read the first token."""
     finished_time: float | None = None
-    """Last sample finished."""
+    """When the last sample finished."""
     num_preemptions: int = 0
-    """Times its blocks were taken for another request, to be recomputed."""
+    """Number of preemptions, after each of which a sample is recomputed."""
     cached_tokens: int = 0
-    """Prompt tokens found in the prefix cache."""
+    """Number of prompt tokens found in the prefix cache."""
     cache_miss_reason: str | None = None
-    """Why no more of the prompt was found there: "below one block", "absent", "evicted under pressure", "window
-    evicted", "no snapshot at that boundary", "salt differs", "collision" or "complete"."""
+    """Why no more of the prompt was found in the prefix cache: "below one block", "absent", "evicted under
+    pressure", "window evicted", "no snapshot at that boundary", "salt differs", "collision" or "complete".
+    """
     cache_hits: tuple[KindHit, ...] = ()
-    """The same for each kind of layer."""
+    """Longest reusable prefix for each kind of layer."""
     clamped_max_tokens: int | None = None
-    """Most new tokens a sample could have, where the cache holds fewer than `max_tokens` asks for; None: no fewer."""
+    """Maximum number of new tokens of a sample, if the cache holds fewer than `max_tokens`; else None."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -71,25 +73,25 @@ class CompletionOutput:
     """One sample of a request."""
 
     index: int
-    """0 to n - 1."""
+    """Index of the sample, 0 to n - 1."""
     text: str
-    """What its tokens add to the text of the prompt: all of it, or what is new when streaming deltas."""
+    """Text that the output tokens add to the prompt's: all of it, or only the new part when streaming deltas."""
     token_ids: Sequence[int]
-    """Its tokens, those of EOS and stop strings included."""
+    """Output token ids, including EOS and the tokens of stop strings."""
     cumulative_logprob: float | None = None
-    """Sum of the log-probabilities of its tokens; None unless logprobs were asked for."""
+    """Sum of the tokens' log-probabilities; None unless `logprobs` is set."""
     logprobs: Sequence[Mapping[int, Logprob]] | None = None
-    """For each token, the likeliest candidates and the chosen one by token id."""
+    """Per token, a dict of the most likely candidates and the chosen token, by token id."""
     finish_reason: FinishReason | None = None
-    """"stop", "length", "abort", "error"; None while it runs."""
+    """"stop", "length", "abort" or "error"; None while the sample is running."""
     stop_reason: int | str | None = None
-    """The stop token id or stop string that ended it; None for EOS and everything else."""
+    """Stop token id or stop string that ended the sample; None for EOS and other reasons."""
     score: float | None = None
-    """Of a beam search: `cumulative_logprob` over the number of tokens to the power of the length penalty."""
+    """Score of a beam: `cumulative_logprob` / number of tokens ** length penalty."""
 
     @property
     def finished(self) -> bool:
-        """Whether no more will come."""
+        """Whether the sample is complete."""
         return self.finish_reason is not None
 
     def __repr__(self) -> str:
@@ -110,28 +112,28 @@ class CompletionOutput:
 
 @dataclass(frozen=True, repr=False)
 class RequestOutput:
-    """A request's prompt and its samples so far."""
+    """Prompt and samples of a request."""
 
     request_id: str
-    """Unique among the engine's requests."""
+    """Id, unique among the engine's requests."""
     prompt: str | None
-    """The prompt's text; None when it came as token ids."""
+    """Text of the prompt; None if it was passed as token ids."""
     prompt_token_ids: Sequence[int]
-    """The prompt's tokens."""
+    """Token ids of the prompt."""
     outputs: Sequence[CompletionOutput]
-    """One entry a sample, by index."""
+    """Samples of the request, by index."""
     finished: bool
     """Whether every sample has finished."""
     prompt_logprobs: Sequence[Mapping[int, Logprob] | None] | None = None
-    """For each prompt token, as `CompletionOutput.logprobs`; the first is None, nothing comes before it."""
+    """Per prompt token, as in `CompletionOutput.logprobs`; None for the first, which nothing precedes."""
     metrics: RequestMetrics | None = None
-    """Times and cache use."""
+    """Timestamps and cache use."""
     encoder_prompt: str | None = None
-    """The encoder's prompt of an encoder-decoder model."""
+    """Text of the encoder's prompt for an encoder-decoder model."""
     encoder_prompt_token_ids: Sequence[int] | None = None
-    """Its tokens."""
+    """Token ids of the encoder's prompt."""
     num_cached_tokens: int = 0
-    """Prompt tokens whose keys and values came from the prefix cache."""
+    """Number of prompt tokens whose keys and values came from the prefix cache."""
 
     def __repr__(self) -> str:
         return (
@@ -170,7 +172,7 @@ def _block(body: str, colour: str = "inherit") -> str:
 
 
 def _coloured(token_ids: Sequence[int], logprobs: Sequence[Mapping[int, Logprob] | None]) -> str:
-    """Every token in a box from red (unlikely) to green (certain), its candidates in the tooltip."""
+    """Render tokens in boxes from red (unlikely) to green (certain), with their candidates in the tooltip."""
     spans = []
     for token, candidates in zip(token_ids, logprobs, strict=False):
         chosen = candidates.get(token) if candidates else None

@@ -1,4 +1,4 @@
-"""How the tokens of one request are chosen and when it stops: vLLM's names and defaults, strictly checked."""
+"""Sampling parameters of a request, with vLLM's names and defaults, strictly validated."""
 
 from __future__ import annotations
 
@@ -25,29 +25,29 @@ from jaxinfer._utils.checks import (
 )
 
 MAX_N = 1024
-"""Most samples of one request: each needs its own row and blocks, so a huge `n` is refused before fan-out."""
+"""Maximum `n`: each sample needs its own row and blocks, so a huge `n` is refused before fan-out."""
 MAX_STOP_STRINGS = 64
-"""Most entries of `stop`."""
+"""Maximum number of entries of `stop`."""
 MAX_STOP_LENGTH = 1024
-"""Most characters of one entry of `stop` or `bad_words`."""
+"""Maximum length in characters of an entry of `stop` or `bad_words`."""
 MAX_BAD_WORDS = 256
-"""Most entries of `bad_words`."""
+"""Maximum number of entries of `bad_words`."""
 MAX_LOGIT_BIAS = 1024
-"""Most entries of `logit_bias`."""
+"""Maximum number of entries of `logit_bias`."""
 LOGIT_BIAS_LIMIT = 100.0
-"""A bias is clamped to plus or minus this, as in the OpenAI and vLLM interfaces."""
+"""Biases are clamped to plus or minus this, as in the OpenAI and vLLM APIs."""
 MAX_SEED = 2**63 - 1
-"""Largest seed: one that every integer type on the way to the device holds without wrapping."""
+"""Maximum seed; fits every integer type on the way to the device without wrapping."""
 MAX_TOKENS = MAX_INT32
-"""Largest `max_tokens` or `min_tokens`; the model's length clamps long before."""
+"""Maximum `max_tokens` or `min_tokens`; the model's length is a much lower limit."""
 MIN_TEMPERATURE = 0.01
-"""Smallest temperature that is not greedy: below it the scaled logits overflow, so it is raised to this."""
+"""Minimum temperature that is not greedy: lower ones overflow the scaled logits, so they are raised to this."""
 MAX_TEMPERATURE = 1e6
-"""Largest temperature: far beyond uniform sampling, and finite in float32 with its inverse."""
+"""Maximum temperature: far beyond uniform sampling, and finite in float32 with its inverse."""
 MAX_NGRAM = 16
-"""Largest `no_repeat_ngram_size`: the sampler compares so many tokens of each place of a sequence."""
+"""Maximum `no_repeat_ngram_size`: the sampler compares this many tokens at each position of a sequence."""
 MAX_REPETITION_PENALTY = 100.0
-"""Largest `repetition_penalty`: it multiplies logits, which must stay finite."""
+"""Maximum `repetition_penalty`: it multiplies logits, which must stay finite."""
 
 _REPLACED = {
     "best_of": "best_of is gone: use n (all n samples are returned)",
@@ -72,16 +72,16 @@ _C = TypeVar("_C", bound=type)
 
 
 class DefaultInt(int):
-    """The default of a field, told apart from the same number that a caller gives."""
+    """Default value of a field, distinguishable from the same integer passed by the caller."""
 
 
 class RequestOutputKind(enum.Enum):
-    """What each streamed output of a request carries."""
+    """What each streamed output of a request contains."""
 
     CUMULATIVE = 0
-    """All text and tokens so far, every time."""
+    """All text and tokens so far."""
     DELTA = 1
-    """Only what is new since the last output; the sum of the deltas is the final text."""
+    """Only what is new since the last output; the concatenated deltas are the final text."""
     FINAL_ONLY = 2
     """Nothing until the request has finished."""
 
@@ -119,79 +119,83 @@ def _unknown_field(owner: str, name: str, known: Sequence[str]) -> str:
 @_refuse_unknown_keywords
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class SamplingParams:
-    """How one request is sampled. Immutable; checked when made, and against a model by `resolve`.
+    """Sampling parameters of a request. Immutable; validated on construction, and against a model by `resolve`.
 
-    Integers may be NumPy integers; bool is never taken for an integer or a number, NaN and infinities are
-    refused. Lists become tuples.
+    Integers may be NumPy integers; a bool is not accepted as an integer or number; NaN and infinities are refused.
+    Lists become tuples.
 
     Raises:
-        TypeError: an unknown field, a positional argument, or a value of the wrong type.
-        ValueError: a value out of its range. Both name the field, the value and the limit.
+        TypeError: a field is unknown, an argument is positional, or a value has the wrong type.
+        ValueError: a value is out of range. Both name the field, the value and the limit.
     """
 
     n: int = 1
-    """Samples drawn for the prompt, 1 to `MAX_N`; they share the prompt's blocks. Must be 1 when greedy."""
+    """Number of samples drawn for the prompt, 1 to `MAX_N`; they share the prompt's blocks. Must be 1 when greedy."""
     presence_penalty: float = 0.0
     """Subtracted from the logit of every token already generated; -2 to 2."""
     frequency_penalty: float = 0.0
-    """Subtracted once for every time a token was generated; -2 to 2."""
+    """Subtracted from a token's logit for each time it was generated; -2 to 2."""
     repetition_penalty: float = 1.0
     """Divides positive and multiplies negative logits of tokens in prompt or output; above 0, 1 is off."""
     temperature: float = 1.0
     """Divides the logits. 0 is greedy; values in (0, `MIN_TEMPERATURE`) are raised to `MIN_TEMPERATURE`."""
     top_p: float = 1.0
-    """Keep the smallest set of likeliest tokens whose probability reaches this; in (0, 1]."""
+    """Keep the smallest set of most likely tokens whose total probability reaches this; in (0, 1]."""
     top_k: int = 0
-    """Keep this many likeliest tokens; 0 (or -1, stored as 0) keeps all, above the vocabulary is clamped."""
+    """Keep this many most likely tokens; 0 (or -1, stored as 0) keeps all, values above the vocabulary are clamped."""
     min_p: float = 0.0
-    """Drop tokens less likely than this share of the likeliest; in [0, 1]."""
+    """Drop tokens whose probability is below this fraction of the most likely token's; in [0, 1]."""
     seed: int | None = None
-    """0 to 2**63 - 1. The same seed gives the same tokens whatever else runs, as long as the logits are the same but
-    for rounding in float32. In bfloat16 and float16 the logits of a row may differ by more between batches of different
-    sizes: where two tokens are nearly tied such a difference can still decide between them. None takes a seed that
-        follows from the engine's
-    seed and the request's number, so that a program repeats itself."""
+    """Random seed, 0 to 2**63 - 1. The same seed gives the same tokens whatever else runs, as long as the logits are
+    equal up to rounding in float32. In bfloat16 and float16 the logits of a row may differ by more between batches
+    of different sizes: such a difference can still decide between two nearly tied tokens. None derives a seed from
+    the engine's seed and the request's number, so that a program is reproducible.
+    """
     stop: Sequence[str] | str | None = ()
-    """Strings that end the output; at most `MAX_STOP_STRINGS` of `MAX_STOP_LENGTH` characters. They are looked for in
-    the text and in the text with the special tokens that `skip_special_tokens` leaves out, so that "<|im_end|>" stops,
-    too."""
+    """Strings that end the output; at most `MAX_STOP_STRINGS` of `MAX_STOP_LENGTH` characters. They are matched in
+    the text, and in the text including special tokens that `skip_special_tokens` leaves out, so that "<|im_end|>"
+    stops, too.
+    """
     stop_token_ids: Sequence[int] | None = ()
-    """Token ids that end the output, besides the model's EOS."""
+    """Token ids that end the output, in addition to the model's EOS."""
     bad_words: Sequence[str] | None = ()
-    """Strings whose tokens may not be completed in the output; at most `MAX_BAD_WORDS`. A string that begins in the
-    prompt is not looked for, as in vLLM."""
+    """Strings that must not appear in the output; at most `MAX_BAD_WORDS`. A match that begins in the prompt is not
+    prevented, as in vLLM.
+    """
     ignore_eos: bool = False
-    """Go on past the model's EOS ids."""
+    """Continue past the model's EOS ids."""
     max_tokens: int | None = DefaultInt(16)
-    """Most new tokens; None runs to the model's length, which also clamps larger values. Where the cache holds fewer
-    tokens, the result says so in `metrics.clamped_max_tokens`."""
+    """Maximum number of new tokens; None means up to the model's length, which also limits larger values. If the
+    cache holds fewer tokens, the result says so in `metrics.clamped_max_tokens`.
+    """
     min_tokens: int = 0
-    """EOS, stop ids and stop strings are not acted on before this many new tokens."""
+    """Minimum number of new tokens before EOS, stop ids and stop strings apply."""
     logprobs: int | None = None
-    """Report the log-probabilities of this many likeliest tokens and the chosen one; 0 to `MAX_LOGPROBS`."""
+    """Number of most likely tokens to return log-probabilities of, beside the chosen one; 0 to `MAX_LOGPROBS`."""
     prompt_logprobs: int | None = None
     """The same for the prompt's tokens."""
     detokenize: bool = True
-    """Make text from the tokens."""
+    """Whether to detokenize the output."""
     skip_special_tokens: bool = True
-    """Leave special tokens out of the text."""
+    """Whether to leave special tokens out of the text."""
     spaces_between_special_tokens: bool = True
-    """Put spaces between special tokens (acted on by tokenizers without a Rust backend only)."""
+    """Whether to put spaces between special tokens (only with tokenizers without a Rust backend)."""
     include_stop_str_in_output: bool = False
-    """Keep the matched stop string at the end of the text."""
+    """Whether to keep the matched stop string at the end of the text."""
     output_kind: RequestOutputKind = RequestOutputKind.DELTA
-    """What each output of `LLM.stream` carries; `generate` and `chat` return whole results whatever it says."""
+    """What each output of `LLM.stream` contains; `generate` and `chat` always return whole results."""
     logit_bias: Mapping[int, float] | None = dataclasses.field(default=None, hash=False)
-    """Added to the logits of at most `MAX_LOGIT_BIAS` token ids; clamped to +-`LOGIT_BIAS_LIMIT`."""
+    """Bias added to the logits of at most `MAX_LOGIT_BIAS` token ids; clamped to +-`LOGIT_BIAS_LIMIT`."""
     allowed_token_ids: Sequence[int] | None = None
-    """Only these token ids may be chosen; None allows all."""
+    """Token ids that may be sampled; None allows all."""
     no_repeat_ngram_size: int = 0
-    """No so many tokens, prompt included, may come a second time in this order; 0 is off, at most `MAX_NGRAM`."""
+    """Size of n-grams, over prompt and output, that must not repeat; 0 is off, at most `MAX_NGRAM`."""
     forced_bos_token_id: int | None = None
-    """The token that comes first where the prompt is a single one, as that of an encoder-decoder model is; -1 for none,
-    None is what the model's generation_config.json says."""
+    """Token forced first if the prompt is a single token, as for encoder-decoder models; -1 for none, None for the
+    value of generation_config.json.
+    """
     forced_eos_token_id: int | None = None
-    """The token that comes last where the output reaches its greatest length; -1 and None likewise."""
+    """Token forced last if the output reaches its maximum length; -1 and None as for `forced_bos_token_id`."""
     _bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
     _bad_words_ids: tuple[tuple[int, ...], ...] = ()
     _eos_token_ids: tuple[int, ...] = ()
@@ -312,28 +316,29 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        """Whether the likeliest token is always chosen."""
+        """Whether the most likely token is always chosen."""
         return self.temperature == 0.0
 
     @property
     def bad_words_token_ids(self) -> tuple[tuple[int, ...], ...]:
-        """Token sequences whose last token is masked when the others precede it; complete after `resolve`."""
+        """Token sequences whose last token is masked if the others precede it; complete after `resolve`."""
         return self._bad_words_token_ids
 
     @property
     def bad_words_ids(self) -> tuple[tuple[int, ...], ...]:
-        """Those of a transformers `GenerationConfig`, for which the tokens before may be the prompt's; without EOS
-        after `resolve`."""
+        """`bad_words_ids` of a transformers `GenerationConfig`, which also match in the prompt; without EOS after
+        `resolve`.
+        """
         return self._bad_words_ids
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """The model's EOS ids that end this request: filled by `resolve`, empty with `ignore_eos`."""
+        """The model's EOS ids that end this request: set by `resolve`, empty with `ignore_eos`."""
         return self._eos_token_ids
 
     @functools.cached_property
     def all_stop_token_ids(self) -> frozenset[int]:
-        """EOS and stop ids together: masked before `min_tokens`, ending the output after."""
+        """EOS and stop ids: masked before `min_tokens`, ending the output after."""
         return frozenset(self._eos_token_ids).union(self.stop_token_ids or ())
 
     def __repr__(self) -> str:
@@ -360,7 +365,7 @@ def _as_logit_bias(values: Any) -> dict[int, float]:
 
 @functools.cache
 def _say_temperature_raised() -> None:
-    # Cached so that it is said once a process, not once a request.
+    # Cached, so that it is logged once per process.
     logger.warning(
         "temperatures above 0 and below %s overflow the logits and are raised to it; 0 is greedy.", MIN_TEMPERATURE
     )

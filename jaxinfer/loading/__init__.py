@@ -1,1 +1,1 @@
-"""From a folder or Hub id to a module on devices, and the plan before anything is loaded."""
+"""Loading: from a folder or Hub id to a module on devices, and the plan of a model before it is loaded."""

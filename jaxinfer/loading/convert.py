@@ -1,4 +1,4 @@
-"""From a checkpoint's folder to one whose weights are fused, sharded and quantised as they lie on devices."""
+"""Convert a checkpoint's folder to one with weights fused, sharded and quantised as they are on devices."""
 
 import fcntl
 import json
@@ -25,9 +25,9 @@ from jaxinfer.sharding import mesh as meshes
 from jaxinfer.sharding.policy import Placement
 
 COPIED = (".json", ".jinja", ".model", ".txt", ".tiktoken")
-"""Endings of the files beside the weights that are taken over: configurations, tokenizers, chat templates."""
+"""Suffixes of other files that are copied: configurations, tokenizers, chat templates."""
 TEMPLATES = "additional_chat_templates"
-"""The folder in which transformers keeps chat templates beyond the first."""
+"""Folder of additional chat templates, as written by transformers."""
 
 
 def convert(
@@ -42,16 +42,18 @@ def convert(
     overrides: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> Manifest:
-    """Write the weights as they lie on the devices of `mesh` to the folder `out`, which `loading.load` then restores.
+    """Write the weights, as laid out on the devices of `mesh`, to folder `out`, which `loading.load` can restore.
 
-    Its config.json has the `overrides` laid over it, so that they need not be given again.
+    `overrides` are merged into its config.json, so that they need not be passed again.
 
-    The host holds about as many bytes of the weights at a time as the largest parameter has. `out` appears when all is
-    written; an interrupted conversion leaves `.NAME.partial` beside it, without a manifest, which the next one clears.
+    Peak host memory for weights is about the size of the largest parameter. `out` is created by renaming when
+    everything is written; an interrupted conversion leaves `.NAME.partial` beside it, without a manifest, which the
+    next one removes.
 
     Raises:
         ConfigError: as `loading.load`.
-        CheckpointError: a checkpoint that does not fit, a folder that is there already, a disk that is full.
+        CheckpointError: the checkpoint does not match its configuration, the folder exists already, or the disk is
+            full.
     """
     if Manifest.read(directory) is not None:
         raise CheckpointError(f"{directory} is a converted checkpoint itself; convert the one it was made from.")
@@ -59,7 +61,7 @@ def convert(
     mesh = meshes.normalise(mesh)
     how = dict(quantization=quantization, placement=placement, pad_heads=pad_heads)
     with SafetensorsReader(directory) as reader, _new_folder(out) as folder:
-        # As stored: what a dtype costs on this machine means nothing where the folder is loaded.
+        # Keep the stored dtype: this machine's preference does not matter where the folder is loaded.
         kind = weights.resolve_dtype(dtype, weights.said_dtype(hf) or weights.stored_dtype(reader), "", served)
         config, source = weights.settle(served, config, hf, reader, directory)
         module = weights.abstract(served, config, kind, mesh, **how)
@@ -93,7 +95,7 @@ def _write(
     mesh: Mesh,
     progress: bool,
 ) -> None:
-    """The weights, read and written a group of parameters at a time."""
+    """Read and write the weights, a group of parameters at a time."""
     sizes = {path: rules.nbytes(wanted[path]) for path in planned}
     total, free = sum(sizes.values()), shutil.disk_usage(folder).free
     if total > free:
@@ -110,7 +112,7 @@ def _write(
 
 
 def _copy_others(directory: Path, folder: Path) -> None:
-    """What the model needs beside its weights, but for what names files of weights."""
+    """Copy all files the model needs beside its weights, except indices of weight files."""
     for path in sorted([*directory.iterdir(), *directory.glob(f"{TEMPLATES}/*")]):
         if path.is_file() and path.suffix in COPIED and not path.name.endswith(".index.json") and path.name != NAME:
             target = folder / path.relative_to(directory)
@@ -120,12 +122,13 @@ def _copy_others(directory: Path, folder: Path) -> None:
 
 @contextmanager
 def _new_folder(out: Path) -> Iterator[Path]:
-    """A folder beside `out` to write into, which becomes `out` when all went well and goes when not.
+    """Yield a temporary folder beside `out`, which is renamed to `out` on success and removed on failure.
 
-    Whoever writes holds its lock, which ends with the process: what an interrupted conversion left is cleared away.
+    It is locked while it is written; the lock ends with the process, so that leftovers of an interrupted conversion can
+    be removed.
 
     Raises:
-        CheckpointError: `out` is there, or another process is writing it.
+        CheckpointError: `out` exists already, or another process is writing it.
     """
     out = out.absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -147,7 +150,7 @@ def _new_folder(out: Path) -> Iterator[Path]:
 
 
 def _lock(folder: Path) -> int:
-    """Makes the folder and takes its lock; a descriptor that holds it."""
+    """Create and lock the folder; return the descriptor that holds the lock."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder, os.O_RDONLY)
@@ -155,7 +158,7 @@ def _lock(folder: Path) -> int:
         raise CheckpointError(f"{folder} cannot be made: {error.strerror or error}.") from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(lock), os.stat(folder)):  # another may have renamed it meanwhile
+        if os.path.samestat(os.fstat(lock), os.stat(folder)):  # another process may have renamed it meanwhile
             return lock
     except OSError:
         pass

@@ -1,4 +1,6 @@
-"""From what names a model to what an `LLM` serves: the module on its mesh, its tokenizer, what ends an output."""
+"""Load everything that an `LLM` serves with: module on its mesh, tokenizer, prompt readers, default parameters, EOS
+ids.
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -32,7 +34,7 @@ from jaxinfer.sharding.policy import Placement
 
 @dataclass(frozen=True)
 class Named:
-    """What a user names a model by; see the arguments of `LLM`."""
+    """Model arguments of `LLM`."""
 
     model: str | Path | nnx.Module
     tokenizer: Any = None
@@ -42,9 +44,9 @@ class Named:
 
 
 def place(given: Mesh | None, config: EngineConfig, size_given: bool, group: Group | None) -> tuple[Mesh, EngineConfig]:
-    """The user's mesh, or one over as many devices as the settings say; and the settings, which then say what it is.
+    """Return the mesh, the user's or one over `tensor_parallel_size` devices, and the settings matching it.
 
-    `size_given`: whether tensor_parallel_size was passed and not its default.
+    `size_given`: whether tensor_parallel_size was passed by the user.
     """
     if given is None:
         mesh = make_mesh(config.tensor_parallel_size)
@@ -56,9 +58,10 @@ def place(given: Mesh | None, config: EngineConfig, size_given: bool, group: Gro
 
 
 def open_model(named: Named, config: EngineConfig, mesh: Mesh, group: Group | None, *, progress: bool) -> LoadedModel:
-    """Loads a model, or takes a module as it is.
+    """Load a model from a checkpoint, or wrap a given module.
 
-    `group`: the processes that serve it together; all must have the same files, and only the first needs a tokenizer.
+    `group` is the group of processes that serve the model; all must have the same files, and only the first needs a
+    tokenizer.
 
     Raises:
         ConfigError, CheckpointError, OfflineError, DistributedError: see `jaxinfer.errors`.
@@ -88,7 +91,7 @@ def open_model(named: Named, config: EngineConfig, mesh: Mesh, group: Group | No
     source = directory if named.tokenizer is None else named.tokenizer
     tokenizer = None if source is None or named.skip_tokenizer_init or follows else load_tokenizer(source)
     if directory is None and getattr(tokenizer, "eos_token_id", None) is not None:
-        ends = (tokenizer.eos_token_id,)  # a module brings no configuration that would name them
+        ends = (tokenizer.eos_token_id,)  # a module has no configuration files that name EOS ids
     features = module.config.features
     media = None if features is None else _media_reader(features, tokenizer, directory, named.overrides)
     salt = f"{id(module) if directory is None else named.model}|{named.revision}".encode()
@@ -103,7 +106,7 @@ def open_model(named: Named, config: EngineConfig, mesh: Mesh, group: Group | No
 def _media_reader(
     takes: Features, tokenizer: Any, directory: Path | None, overrides: Mapping[str, Any] | None
 ) -> MediaReader:
-    """Of a checkpoint, with its family's image processor; of a module, for token ids and pixel values."""
+    """Build the reader of images; for a module without a checkpoint it accepts token ids and pixel values only."""
     if directory is None:
         return MediaReader(takes)
     hf = read_config(directory, overrides)
@@ -113,7 +116,7 @@ def _media_reader(
 
 
 def _check_module(module: nnx.Module, config: EngineConfig, mesh: Mesh) -> None:
-    """Refuses what only a checkpoint still to be loaded can be given, and a mesh that is not for this module."""
+    """Refuse settings that only apply when a checkpoint is loaded, and a mesh that does not match the module."""
     for name in ("quantization", "placement", "pad_heads"):
         value = getattr(config, name)
         if value not in (None, False):

@@ -1,4 +1,4 @@
-"""The plan of a model from its config.json: no weights, no devices of that number, seconds for any size."""
+"""Plan of a model from its config.json: needs no weights and no devices, and takes seconds for any size."""
 
 import logging
 from collections.abc import Mapping
@@ -34,7 +34,7 @@ from jaxinfer.sharding.policy import Placement
 log = logging.getLogger(__name__)
 
 FILES = ("config.json", NAME, *QUANTISATION_FILES)
-"""All that is fetched of a Hub id."""
+"""Files fetched for a Hub id."""
 
 
 def plan(
@@ -47,26 +47,28 @@ def plan(
     hf_overrides: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> Plan:
-    """Where every weight would lie, what each device would hold and what a step would exchange.
+    """Plan where every weight is placed, what each device holds and what a step communicates.
 
-    `LLM` with the same arguments places its weights so.
+    `LLM` with the same arguments places its weights accordingly.
 
     Args:
-        model: a folder with a config.json, a Hub id whose config.json is in the cache or can be fetched, or what
-            config.json says.
-        tensor_parallel_size: devices over which weights and kv heads are divided; 1 if neither it nor a mesh is given.
-        mesh: a `Mesh` or `AbstractMesh`, which needs no devices, or the sizes of its axes: `{"data": 2, "model": 4}`.
-        memory: bytes of a device; the plan then says how many tokens the cache holds.
-        revision: of the Hub id.
-        hf_overrides: values laid over config.json.
+        model: a folder with a config.json, a Hub id whose config.json is cached or can be fetched, or the contents of a
+            config.json.
+        tensor_parallel_size: number of devices that weights and kv heads are divided over; 1 if neither it nor `mesh`
+            is given.
+        mesh: a `Mesh`, an `AbstractMesh` (which needs no devices), or the sizes of its axes: `{"data": 2, "model": 4}`.
+        memory: memory of a device in bytes; if given, the plan states how many tokens the cache holds.
+        revision: revision of the Hub id.
+        hf_overrides: values that override config.json.
         settings: `placement`, `pad_heads`, `dtype`, `quantization`, `block_size`, `gpu_memory_utilization` of
-            `EngineConfig`; for models with recurrent layers `max_num_seqs`, `snapshot_memory_fraction` and
-            `enable_prefix_caching` as well.
+            `EngineConfig`; for models with recurrent layers also `max_num_seqs`, `snapshot_memory_fraction` and
+            `enable_prefix_caching`.
 
     Raises:
-        ConfigError: an architecture, size, mesh or placement that is not served, or what does not divide over the mesh.
+        ConfigError: an architecture, size, mesh or placement is not supported, or something is not divisible over the
+            mesh.
         CheckpointError, OfflineError: there is no config.json.
-        TypeError: a setting that does not exist.
+        TypeError: a setting does not exist.
     """
     directory, hf = _find(model, revision, hf_overrides)
     if tensor_parallel_size is not None:
@@ -93,7 +95,7 @@ def plan(
 
 
 def cache_plan(module: LanguageModel, block_size: int, dtype: jnp.dtype, mesh: Mesh | AbstractMesh) -> CachePlan:
-    """Count what the cache of a model takes on each device, as the engine counts it."""
+    """Count the bytes of a model's cache per device, in the same way as the engine."""
     specs = tuple(module.cache_specs())
     kept = groups.layout(specs)
     layers = []
@@ -105,7 +107,7 @@ def cache_plan(module: LanguageModel, block_size: int, dtype: jnp.dtype, mesh: M
         )
         sizes = {"state_device_bytes" if isinstance(spec, State) else "block_device_bytes": size}
         layers.append(CacheLayer(layer, whole, **sizes, encoded=spec.kind.encoded))
-    # An id of the pool takes its memory in all lanes; a block of a sequence takes one of each of its groups.
+    # A block id takes memory in all arrays; a block of a sequence takes one id in each of its groups.
     block = kv_cache.block_bytes(kept.lanes, block_size, dtype, mesh) // mesh.size
     encoded = groups.encoded(kept.kinds)
     return CachePlan(
@@ -117,7 +119,7 @@ def cache_plan(module: LanguageModel, block_size: int, dtype: jnp.dtype, mesh: M
 
 
 def _with_states(made: Plan, config: EngineConfig) -> Plan:
-    """Return the plan with as many sequences and states as the engine would make room for in the memory of a GPU."""
+    """Return the plan with the numbers of sequences and state slots that the engine would choose on a GPU."""
     if not made.cache_bytes or not made.cache.state_device_bytes:
         return made
     rows = config.max_num_seqs or min(slots_of.GPU_SEQUENCES, config.max_num_batched_tokens or slots_of.GPU_SEQUENCES)
@@ -126,7 +128,7 @@ def _with_states(made: Plan, config: EngineConfig) -> Plan:
 
 
 def _sampling(module: LanguageModel, dtype: jnp.dtype) -> list[Exchange]:
-    """What the sampler exchanges to compare the logits that a head leaves divided."""
+    """List the collectives with which the sampler compares logits that the head leaves sharded."""
     shards = max(getattr(part, "logit_shards", 0) for _, part, _ in placement.walk(module))
     return [placement.exchange("sampler", made, STEPS, dtype.itemsize) for made in sampler.collectives(shards)]
 
@@ -134,14 +136,14 @@ def _sampling(module: LanguageModel, dtype: jnp.dtype) -> list[Exchange]:
 def read_model_config(
     model: str | Path | Mapping[str, Any], revision: str | None = None, overrides: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """What config.json says, of a folder, a Hub id or given as it is; raises as `plan`."""
+    """Return the contents of the config.json of a folder or Hub id, with overrides; raises as `plan`."""
     return _find(model, revision, overrides)[1]
 
 
 def _find(
     model: str | Path | Mapping[str, Any], revision: str | None, overrides: Mapping[str, Any] | None
 ) -> tuple[Path | None, dict[str, Any]]:
-    """The folder, if there is one, and config.json."""
+    """Return the folder, if there is one, and the contents of config.json."""
     if isinstance(model, Mapping):
         return None, lay_over(model, overrides)
     directory = resolve_model(model, revision, patterns=FILES)
@@ -151,10 +153,9 @@ def _find(
 def _settings(
     config: EngineConfig, hf: Mapping[str, Any], directory: Path | None, served: Family
 ) -> tuple[jnp.dtype, dict[str, Any]]:
-    """Settle the dtype, on a device that is good at it as a GPU is, and how the module is built; as `loading.load`
-    would.
+    """Choose the dtype, assuming a GPU, and the build options of the module, as `loading.load` would.
 
-    Where config.json states no dtype, weights that lie in the folder do, and otherwise the family's default is planned.
+    If config.json states no dtype, that of the weights in the folder is used, or else the family's default.
     """
     how = {
         "quantization": config.quantization,
@@ -173,7 +174,7 @@ def _settings(
 
 
 def _stored(directory: Path | None) -> str:
-    """Return the dtype of the weights of a folder; empty: there are none, as in one with config.json alone."""
+    """Return the dtype of a folder's weights; empty if it has none."""
     if directory is None or not any(directory.glob("*.safetensors")):
         return ""
     with SafetensorsReader(directory) as reader:

@@ -1,4 +1,4 @@
-"""From a module back to the tensors of a checkpoint, by the weight table that reads them."""
+"""Export a module's weights to the tensors of a checkpoint."""
 
 from collections.abc import Sequence
 
@@ -9,14 +9,14 @@ from jaxinfer.checkpoint.rules import Rule, parameters
 
 
 def tensors(module: nnx.Module, table: Sequence[Rule]) -> dict[str, np.ndarray]:
-    """The weights of a module on one device under the names of its checkpoint, the first of each where it has several.
+    """Return the weights of a module under their checkpoint names (the first name of each).
 
     Args:
-        module: with whole heads, as on one device without padding, and not quantised.
+        module: unquantised, on one device, with unpadded heads.
         table: `Family.weight_rules` of its configuration.
 
     Raises:
-        ValueError: a module that was divided or quantised: what it keeps is laid out for its devices.
+        ValueError: the module is sharded or quantised.
     """
     params, found = parameters(module), {}
     for path, param in params.items():

@@ -1,4 +1,4 @@
-"""From a checkpoint's folder to a module with its weights on their devices."""
+"""Load a checkpoint's folder into a module with its weights on their devices."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -31,7 +31,7 @@ from jaxinfer.sharding.policy import Placement
 log = logging.getLogger(__name__)
 
 DTYPES = ("float32", "bfloat16", "float16")
-"""What is computed in."""
+"""Dtypes of computation."""
 
 SIZES = (
     "vocab_size",
@@ -43,7 +43,7 @@ SIZES = (
     "head_dim",
     "max_position_embeddings",
 )
-"""Sizes that are checked whatever the family; those of experts may be 0 where there are none."""
+"""Sizes in config.json that are checked for every family."""
 
 
 def load(
@@ -57,19 +57,19 @@ def load(
     pad_heads: bool = False,
     progress: bool = True,
 ) -> LanguageModel:
-    """Reads a Hugging Face folder; each weight goes straight to the device that owns it.
+    """Load a Hugging Face folder; each weight is transferred directly to the device that owns it.
 
-    With `quantization="int8"` matrices are quantised as they are read (`kernels.int8_matmul`), with `pad_heads` heads
-    of zeroes are added where the checkpoint's do not divide (`layers.heads`). Sizes and placement are checked from
-    config.json and the mesh, before a weight is read or memory taken for one.
+    With `quantization="int8"` matrices are quantised as they are read (`kernels.matmul.int8_matmul`). With `pad_heads`
+    zero heads are added if the checkpoint's are not divisible (`layers.heads`). Sizes and placement are checked from
+    config.json and the mesh before any weight is read or allocated.
 
-    A folder that `loading.convert.convert` wrote is restored as it is: its own dtype, quantisation, placement and
-    padding hold for what is not asked for. Another mesh or placement gets the same numbers, laid out anew.
+    A folder written by `loading.convert.convert` is restored as it is: its dtype, quantisation, placement and padding
+    apply unless others are requested. For another mesh or placement the same values are laid out anew.
 
     Raises:
-        ConfigError: an architecture, attribute, size, mesh or placement that is not served, or a dtype or quantisation
-            whose numbers a converted folder has not.
-        CheckpointError: files or tensors that do not fit the configuration.
+        ConfigError: an architecture, attribute, size, mesh or placement is not supported, or a converted folder does
+            not have the requested dtype or quantisation.
+        CheckpointError: files or tensors do not match the configuration.
     """
     hf = read_config(directory, overrides)
     served, config = parse(hf, directory)
@@ -99,11 +99,11 @@ def load(
 def settle(
     served: Family, config: Any, hf: Mapping[str, Any], reader: SafetensorsReader, directory: Path
 ) -> tuple[Any, Source]:
-    """Return the configuration with the ties that the tensors have, and the tensors under the names of the weight
+    """Adapt the configuration to the ties found in the checkpoint; return it with the tensors, named as in the weight
     table.
 
     Raises:
-        CheckpointError: tensors of an adapter, or quantised in a format that is not read.
+        CheckpointError: the tensors are those of an adapter, or quantised in an unsupported format.
     """
     warn_of_adapter(directory)
     source = naming.named(
@@ -113,7 +113,7 @@ def settle(
 
 
 def _predicting(hf: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the patterns of layers that predict further tokens, which checkpoints number after the model's own."""
+    """Yield patterns of multi-token prediction layers, which checkpoints number after the model's own layers."""
     layers = whole(hf.get("num_hidden_layers"))
     for name in ("num_nextn_predict_layers", "num_mtp_layers"):
         count = whole(hf.get(name))
@@ -122,7 +122,7 @@ def _predicting(hf: Mapping[str, Any]) -> Iterator[str]:
 
 
 def parse(hf: Mapping[str, Any], directory: Path | None = None) -> tuple[Family, Any]:
-    """Read the family and the model configuration of a config.json, with what other files of its folder add to it.
+    """Read family and model configuration of a config.json, extended by other files of its folder.
 
     Raises:
         ConfigError: as `load`.
@@ -147,11 +147,11 @@ def abstract(
     placement: Placement = Placement(),
     pad_heads: bool = False,
 ) -> LanguageModel:
-    """The module with shapes in the place of arrays.
+    """Build the module with shapes in place of arrays.
 
     Raises:
-        ConfigError: a placement that names what is not there or contradicts itself, a mesh that is not for this model,
-            or something that does not divide over it.
+        ConfigError: the placement names unknown modules or contradicts itself, the mesh is not supported by the model,
+            or something is not divisible over it.
     """
     mesh = meshes.normalise(mesh)
     meshes.check_data_axis(mesh, config.features is not None)
@@ -165,9 +165,9 @@ def abstract(
 
 
 def placeable(module: nnx.Module) -> tuple[list[str], list[str]]:
-    """Paths of the modules that a placement may name, and of those that lie inside one which is placed as a whole.
+    """Return the paths of modules that a placement may name, and of modules inside of one that is placed as a whole.
 
-    A module is placed as a whole if its class says so (`placed_whole`): its parts are divided alike.
+    A module is placed as a whole if its class says so (`placed_whole`): all of its parts are sharded in the same way.
     """
     parts = {tuple(map(str, path)): part for path, part in nnx.iter_modules(module) if path}
     wholes = {path for path, part in parts.items() if getattr(part, "placed_whole", False)}
@@ -179,7 +179,7 @@ def placeable(module: nnx.Module) -> tuple[list[str], list[str]]:
 
 
 def with_experts(module: nnx.Module) -> list[str]:
-    """Paths of the modules that have experts (`has_experts` on their class)."""
+    """Return the paths of modules with experts (`has_experts` on their class)."""
     return [".".join(map(str, path)) for path, part in nnx.iter_modules(module) if getattr(part, "has_experts", False)]
 
 
@@ -193,9 +193,9 @@ def random(
     placement: Placement = Placement(),
     pad_heads: bool = False,
 ) -> LanguageModel:
-    """A model of this configuration with random weights, made where they will lie: for benchmarks.
+    """Build a model with random weights, initialised on their devices; for benchmarks.
 
-    Heads of padding are random as well: they cost what they will, and the numbers mean nothing anyway.
+    Padding heads are random as well: their cost is that of real ones, and the values have no meaning anyway.
     """
     mesh = meshes.normalise(mesh)
     served, config = parse(hf)
@@ -216,12 +216,12 @@ def random(
 
 
 def resolve_dtype(asked: str, stored: str, platform: str, served: Family | None = None) -> jnp.dtype:
-    """Return the dtype to run in: what was asked for, or the checkpoint's where the device is good at it.
+    """Return the dtype to run in: the requested one, or the checkpoint's if the device computes it fast.
 
-    A family whose activations overflow in float16 runs float16 weights in bfloat16.
+    Families whose activations overflow in float16 run float16 weights in bfloat16.
 
     Raises:
-        ConfigError: float16 was asked for, and such a family; or the checkpoint's dtype is not one to compute in.
+        ConfigError: float16 is requested for such a family, or the checkpoint's dtype is not supported for computation.
     """
     overflows = served is not None and not served.float16
     if asked == "float16" and overflows:
@@ -243,7 +243,7 @@ def resolve_dtype(asked: str, stored: str, platform: str, served: Family | None 
 
 
 def _dtype_name(stored: str) -> str:
-    """Name the dtype to compute in of a checkpoint in `stored`, as config.json calls it."""
+    """Return the computation dtype for a checkpoint with dtype `stored`, as named in config.json."""
     name = stored.removeprefix("torch.")
     name = {"float64": "float32", "double": "float32", "float": "float32", "half": "float16"}.get(name, name)
     if name not in DTYPES:
@@ -266,8 +266,7 @@ def _say_float32(stored: str) -> None:
 
 
 def said_dtype(hf: Mapping[str, Any]) -> str:
-    """Return what config.json, or else the configuration of its text model, says that the weights are; empty:
-    nothing."""
+    """Return the dtype stated by config.json or its text model's configuration; empty if there is none."""
     for values in (hf, hf.get("text_config"), hf.get("llm_config")):
         for name in ("dtype", "torch_dtype") if isinstance(values, Mapping) else ():
             if isinstance(values.get(name), str) and values[name] not in ("", "auto"):
@@ -278,7 +277,7 @@ def said_dtype(hf: Mapping[str, Any]) -> str:
 
 
 def stored_dtype(reader: SafetensorsReader) -> str:
-    """That of the first tensor of floating-point numbers."""
+    """Return the dtype of the first floating-point tensor."""
     names = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
     found = [names[i.dtype] for i in map(reader.info, reader.names()) if i.dtype in names]
     return found[0] if found else "float32"
