@@ -84,7 +84,7 @@ def beam_sampling(params: Any, default: SamplingParams, max_tokens: int | None) 
     for name, neutral in _UNUSED.items():
         value = getattr(params, name, neutral)
         if value != neutral and (not isinstance(neutral, tuple) or value not in neutral):
-            raise ValueError(f"a beam search has no use for {name}, got {name}={value!r}; leave it out.")
+            raise ValueError(f"{name} does not apply to beam search, got {name}={value!r}; remove it.")
     plain = {"n": 1, "temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
     if params is not None:
         return dataclasses.replace(params, **plain, max_tokens=max_tokens)

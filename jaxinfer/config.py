@@ -176,8 +176,8 @@ class EngineConfig:
             raise ConfigError(f"cache must be {' or '.join(map(repr, CACHES))}, got {self.cache!r}")
         if self.cache == CONTIGUOUS and self.pool_blocks is not None:
             raise ConfigError(
-                f"pool_blocks is {self.pool_blocks}, but the rows of cache='contiguous' take no blocks of a pool; set "
-                "max_num_seqs and max_model_len, or leave it out"
+                f"pool_blocks is {self.pool_blocks}, but cache='contiguous' has no block pool; set max_num_seqs and "
+                "max_model_len instead"
             )
         if not isinstance(self.fuse_projections, bool) and self.fuse_projections != "auto":
             raise ConfigError(f"fuse_projections must be 'auto', True or False, got {self.fuse_projections!r}")
@@ -210,7 +210,7 @@ class EngineConfig:
                 raise TypeError(f"unknown setting {name!r}{hint}")
         if settings.get("cache") == CONTIGUOUS and settings.get("enable_prefix_caching"):
             raise ConfigError(
-                "enable_prefix_caching is True, but cache='contiguous' keeps no prefixes; leave it out, or use "
+                "enable_prefix_caching is True, but cache='contiguous' does not support it; remove it, or use "
                 "cache='paged'"
             )
         if "dtype" in settings and not isinstance(settings["dtype"], str):

@@ -56,7 +56,7 @@ def convert(
             full.
     """
     if Manifest.read(directory) is not None:
-        raise CheckpointError(f"{directory} is a converted checkpoint itself; convert the one it was made from.")
+        raise CheckpointError(f"{directory} is a converted checkpoint already; convert the original checkpoint.")
     served, config = weights.parse(hf := read_config(directory, overrides), directory)
     mesh = meshes.normalise(mesh)
     how = dict(quantization=quantization, placement=placement, pad_heads=pad_heads)
@@ -100,7 +100,7 @@ def _write(
     total, free = sum(sizes.values()), shutil.disk_usage(folder).free
     if total > free:
         raise CheckpointError(
-            f"{folder.parent} has {free} bytes free, and the weights take {total}; make room, or write elsewhere."
+            f"{folder.parent} has {free} bytes free, but the weights need {total}; free space, or write elsewhere."
         )
     int8 = Int8Source(source)
     with tqdm(total=total, unit="B", unit_scale=True, desc="Converting weights", disable=not progress) as bar:
@@ -132,7 +132,7 @@ def _new_folder(out: Path) -> Iterator[Path]:
     """
     out = out.absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"{out} is there already; name another folder, or remove it.")
+        raise CheckpointError(f"{out} exists already; choose another folder, or remove it.")
     folder = out.with_name(f".{out.name}.partial")
     lock = _lock(folder)
     try:
@@ -155,7 +155,7 @@ def _lock(folder: Path) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder, os.O_RDONLY)
     except OSError as error:
-        raise CheckpointError(f"{folder} cannot be made: {error.strerror or error}.") from error
+        raise CheckpointError(f"{folder} cannot be created: {error.strerror or error}.") from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.path.samestat(os.fstat(lock), os.stat(folder)):  # another process may have renamed it meanwhile
@@ -163,7 +163,7 @@ def _lock(folder: Path) -> int:
     except OSError:
         pass
     os.close(lock)
-    raise CheckpointError(f"{folder} is being written by another conversion; wait for it, or name another folder.")
+    raise CheckpointError(f"{folder} is being written by another conversion; wait for it, or choose another folder.")
 
 
 def _clear(folder: Path) -> None:

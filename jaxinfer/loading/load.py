@@ -121,7 +121,7 @@ def _check_module(module: nnx.Module, config: EngineConfig, mesh: Mesh) -> None:
         value = getattr(config, name)
         if value not in (None, False):
             raise ConfigError(
-                f"{name} is {value!r}, but a module has its weights already; leave it out, and make "
+                f"{name} is {value!r}, but the weights of a module are already loaded; remove it, and create "
                 f"the module with loading.weights.load(directory, mesh, {name}=...)"
             )
     meshes.check_data_axis(mesh, getattr(module.config, "features", None) is not None)
@@ -129,8 +129,8 @@ def _check_module(module: nnx.Module, config: EngineConfig, mesh: Mesh) -> None:
     for own in {sharding.mesh for sharding in shardings if isinstance(sharding, NamedSharding)}:
         if own.shape != mesh.shape or (own.devices != mesh.devices).any():
             raise ConfigError(
-                f"the module's weights lie on a mesh of {_axes(own)}, but it is to run on one of {_axes(mesh)}; pass "
-                "mesh= or tensor_parallel_size as it was loaded with"
+                f"the module's weights are on a mesh of {_axes(own)}, but the engine's mesh is {_axes(mesh)}; pass "
+                "the mesh= or tensor_parallel_size that it was loaded with"
             )
 
 

@@ -75,7 +75,7 @@ def plan(
         settings = settings | {"tensor_parallel_size": tensor_parallel_size}
     config = EngineConfig.of(settings)
     if memory is not None and (isinstance(memory, bool) or not isinstance(memory, int) or memory < 1):
-        raise ConfigError(f"memory must be a whole number of bytes of a device, at least 1, got {memory!r}")
+        raise ConfigError(f"memory must be a positive integer, the bytes of a device, got {memory!r}")
     mesh = meshes.normalise(_mesh(mesh, config.tensor_parallel_size), tensor_parallel_size)
     served, parsed = weights.parse(hf, directory)
     dtype, how = _settings(config, hf, directory, served)
@@ -166,7 +166,7 @@ def _settings(
     stored = weights.said_dtype(hf) if manifest is None else manifest.dtype
     if config.dtype == "auto" and not stored:
         stored = _stored(directory) or served.stored_dtype
-        log.warning("config.json states no dtype; planned in %s: pass dtype for another", stored)
+        log.warning("config.json states no dtype; the plan assumes %s: pass dtype to change it", stored)
     dtype = weights.resolve_dtype(config.dtype, stored, "gpu", served)
     if manifest is not None and directory is not None:
         how = manifest.settle(directory, dtype, asked=config.dtype != "auto", **how)
@@ -189,7 +189,7 @@ def _mesh(mesh: Any, shards: int) -> Mesh | AbstractMesh:
         raise TypeError(f"mesh must be a jax.sharding.Mesh or the sizes of its axes by name, got {mesh!r}")
     for name, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ConfigError(f"mesh: axis {name!r} must have a whole number of devices, at least 1, got {size!r}")
+            raise ConfigError(f"mesh: the size of axis {name!r} must be a positive integer, got {size!r}")
     return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 

@@ -21,9 +21,7 @@ def tensors(module: nnx.Module, table: Sequence[Rule]) -> dict[str, np.ndarray]:
     params, found = parameters(module), {}
     for path, param in params.items():
         if "scales_of" in param.get_metadata():
-            raise ValueError(
-                f"{path}: int8 has not the numbers of the checkpoint; load the module without quantization"
-            )
+            raise ValueError(f"{path} is quantised to int8; load the module with quantization=None to export it")
     for rule in table:
         if rule.target is None or rule.tied:
             continue
@@ -33,7 +31,7 @@ def tensors(module: nnx.Module, table: Sequence[Rule]) -> dict[str, np.ndarray]:
             outputs, stacked = metadata["outputs"], int(metadata.get("stacked", False))
             if values.shape[stacked] != 1:
                 raise ValueError(
-                    f"{rule.target} is divided over {values.shape[stacked]} devices; load the module on one"
+                    f"{rule.target} is sharded over {values.shape[stacked]} devices; load the module on one device"
                 )
             ends = np.cumsum([output.rows for output in outputs])[:-1]
             pieces = np.split(np.take(values, 0, axis=stacked), ends, axis=stacked)

@@ -226,8 +226,8 @@ def resolve_dtype(asked: str, stored: str, platform: str, served: Family | None 
     overflows = served is not None and not served.float16
     if asked == "float16" and overflows:
         raise ConfigError(
-            "dtype='float16' is not supported for this architecture: its activations overflow, and every request would "
-            "end in an error; use dtype='bfloat16' or 'float32'"
+            "dtype='float16' is not supported for this architecture: its activations overflow float16, so that every "
+            "request would fail; use dtype='bfloat16' or 'float32'"
         )
     kind = jnp.dtype(_dtype_name(stored) if asked == "auto" else asked)
     if asked != "auto":
@@ -237,7 +237,7 @@ def resolve_dtype(asked: str, stored: str, platform: str, served: Family | None 
             _say_float32(str(kind))
             return jnp.dtype(jnp.float32)
     if kind == jnp.float16 and overflows:
-        log.warning("the weights are float16, in which activations of this architecture overflow; it runs in bfloat16")
+        log.warning("the weights are float16, but this architecture's activations overflow it; running in bfloat16")
         return jnp.dtype(jnp.bfloat16)
     return kind
 
@@ -248,9 +248,8 @@ def _dtype_name(stored: str) -> str:
     name = {"float64": "float32", "double": "float32", "float": "float32", "half": "float16"}.get(name, name)
     if name not in DTYPES:
         raise ConfigError(
-            f"config.json: dtype (torch_dtype) is {show(stored)}; jaxinfer computes in {', '.join(DTYPES)}: pass "
-            "dtype, "
-            "for instance 'bfloat16', if the weights are numbers of such a kind"
+            f"config.json: dtype (torch_dtype) is {show(stored)}; supported: {', '.join(DTYPES)}. If the weights can "
+            "be converted, pass dtype, for instance 'bfloat16'"
         )
     return name
 
@@ -258,7 +257,7 @@ def _dtype_name(stored: str) -> str:
 @cache
 def _say_float32(stored: str) -> None:
     log.warning(
-        "a %s checkpoint runs in float32: on this CPU with jax %s that is faster; dtype=%r keeps it",
+        "a %s checkpoint runs in float32, which is faster on this CPU with jax %s; pass dtype=%r to keep its dtype",
         stored,
         jax.__version__,
         stored,

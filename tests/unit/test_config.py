@@ -86,7 +86,7 @@ def test_a_dtype_may_be_one(dtype):
 @pytest.mark.parametrize("setting", [{"quantization": "int8"}, {"placement": {"*": "replicate"}}, {"pad_heads": True}])
 def test_a_module_that_has_its_weights_is_neither_quantised_nor_placed(setting):
     [(name, value)] = setting.items()
-    expected = re.escape(f"{name} is {value!r}, but a module has its weights already")
+    expected = re.escape(f"{name} is {value!r}, but the weights of a module are already loaded")
     with pytest.raises(ConfigError, match=rf"{expected}.*load\(directory, mesh, {name}="):
         LLM(nnx.Module(), **setting)
 

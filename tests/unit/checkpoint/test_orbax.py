@@ -373,9 +373,9 @@ def test_what_orbax_says_is_said_in_one_line(copy, monkeypatch):
 def test_what_is_there_is_not_overwritten(make, tmp_path):
     source, folder = make()
     for out in (folder, source):
-        with pytest.raises(CheckpointError, match="is there already"):
+        with pytest.raises(CheckpointError, match="exists already"):
             convert.convert(source, out, make_mesh(), progress=False)
-    with pytest.raises(CheckpointError, match="is a converted checkpoint itself"):
+    with pytest.raises(CheckpointError, match="is a converted checkpoint already"):
         convert.convert(folder, tmp_path / "out", make_mesh(), progress=False)
     (tmp_path / "empty").mkdir()
     (tmp_path / ".empty.partial").mkdir()
@@ -405,7 +405,7 @@ def test_a_failed_conversion_leaves_nothing(make, tmp_path, monkeypatch):
     source, _ = make()
     (tmp_path / ".out.partial" / "weights.partial_save").mkdir(parents=True)  # of one that was interrupted
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
-    with pytest.raises(CheckpointError, match="1 bytes free, and the weights take [0-9]+; make room"):
+    with pytest.raises(CheckpointError, match="1 bytes free, but the weights need [0-9]+; free space"):
         convert.convert(source, tmp_path / "out", make_mesh(), progress=False)
     assert list(tmp_path.iterdir()) == []
     monkeypatch.undo()
@@ -562,7 +562,7 @@ def test_the_command_converts_and_verifies(command, make, tmp_path, capsys):
     assert command(["--verify", str(out)]) == 2
     assert str(path) in capsys.readouterr().err
     assert command(arguments) == 2
-    assert capsys.readouterr().err == f"error: {out} is there already; name another folder, or remove it.\n"
+    assert capsys.readouterr().err == f"error: {out} exists already; choose another folder, or remove it.\n"
     assert command(["--verify", str(source)]) == 2
 
 

@@ -348,9 +348,7 @@ def test_bad_models_are_refused_by_name(tmp_path: Path):
         sharding.plan(SMALL | {"architectures": ["BogusModel"]})
     with pytest.raises(ConfigError, match="hidden_size"):
         sharding.plan(SMALL | {"hidden_size": -1})
-    with pytest.raises(
-        ConfigError, match="torch_dtype. is 'float8_e4m3fn'; jaxinfer computes in float32, bfloat16, float16"
-    ):
+    with pytest.raises(ConfigError, match="torch_dtype. is 'float8_e4m3fn'; supported: float32, bfloat16, float16"):
         sharding.plan(SMALL | {"torch_dtype": "float8_e4m3fn"})
     with pytest.raises(ConfigError, match="torch_dtype is 7; it must be a name"):
         sharding.plan(SMALL | {"torch_dtype": 7})
@@ -368,7 +366,7 @@ def test_a_config_without_a_dtype_is_planned_as_wide_as_its_weights_may_be(tmp_p
     """Of a folder with weights, the dtype is theirs."""
     silent = {name: value for name, value in SMALL.items() if name != "torch_dtype"}
     assert sharding.plan(silent).rows == sharding.plan(SMALL, dtype="float32").rows
-    assert "config.json states no dtype; planned in float32" in caplog.text
+    assert "config.json states no dtype; the plan assumes float32" in caplog.text
     assert sharding.plan(silent | {"torch_dtype": "auto"}).rows == sharding.plan(silent).rows
     (tmp_path / "config.json").write_text(json.dumps(silent))
     save_file({"x": np.zeros(2, np.float16)}, tmp_path / "model.safetensors")
