@@ -1,4 +1,4 @@
-"""No step of these tests may fail: the engine would compute again and hide it. And models over several devices."""
+"""Fixtures: fail on failed steps, which the engine would hide by recomputing; and models over several devices."""
 
 import json
 import logging
@@ -19,7 +19,7 @@ from jaxinfer.sharding.policy import Placement
 
 @pytest.fixture(autouse=True)
 def no_failed_steps(caplog):
-    """Turns the engine's own error log into a failure."""
+    """Turn the engine's error log into a test failure."""
     with caplog.at_level(logging.ERROR, "jaxinfer"):
         yield
         failed = [r.getMessage() for r in caplog.get_records("call") if r.levelno >= logging.ERROR]
@@ -28,10 +28,10 @@ def no_failed_steps(caplog):
 
 @pytest.fixture(scope="session")
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Runner]:
-    """The runner of a family's checkpoint over `tp` devices: the same weights for every mesh, read by the real loader.
+    """Runner of a family's checkpoint over `tp` devices: the same weights for every mesh, read by the real loader.
 
-    Eight query heads and two of keys and values, which are repeated over four and eight devices; a vocabulary of 97,
-    padded on all but one.
+    Eight query heads and two kv heads, which are repeated over four and eight devices; a vocabulary of 97, padded on
+    all but one device.
     """
 
     @cache

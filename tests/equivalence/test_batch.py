@@ -1,4 +1,4 @@
-"""A request gives the same tokens whoever runs beside it."""
+"""A request's tokens do not depend on the requests that run with it."""
 
 import pytest
 from support.cases import EDGES, GREEDY, SEEDED, alone, mixed, requests
@@ -11,7 +11,7 @@ pytestmark = pytest.mark.xdist_group("llama")
 
 @pytest.mark.slow
 def test_prompts_differ_and_so_do_their_continuations():
-    """Otherwise nothing here could fail."""
+    """Otherwise the tests below could not fail."""
     results = alone(random_runner(), requests(EDGES, GREEDY)) + alone(random_runner(), requests(EDGES, SEEDED))
     assert len({tuple(tokens) for (tokens,) in results}) == len(results)
     assert all(len(set(tokens)) > 2 for (tokens,) in results)

@@ -1,4 +1,4 @@
-"""Beam searches: batching, chunks, preemption, windows, caches and sharing change no result, and beams share blocks."""
+"""Beam search: batching, chunks, preemption, windows, caches and sharing change no result, and beams share blocks."""
 
 from functools import cache
 
@@ -54,8 +54,9 @@ def searches(lengths=(1, CHUNK, 2 * CHUNK + 2), **how):
 
 
 def by_hand(runner: Runner, ids: list[int], *, new: int, width: int, eos: tuple[int, ...]) -> Found:
-    """Each beam of each step a prompt of its own, and nothing shared or cached; the search as it is defined, in
-    lists."""
+    """Reference search: each beam of each step is a prompt of its own, nothing is shared or cached, and beams are
+    lists.
+    """
     running, ended = [([], 0.0)], []
     for length in range(1, new + 1):
         options = []
@@ -81,7 +82,7 @@ def by_hand(runner: Runner, ids: list[int], *, new: int, width: int, eos: tuple[
 
 @pytest.mark.slow
 @every_kind
-def test_beams_are_what_a_search_by_hand_finds(name):
+def test_beams_equal_a_reference_search(name):
     runner, ids = runner_of(name), prompt(CHUNK + 1, 3)
     expected = by_hand(runner, ids, new=6, width=3, eos=EOS)
     [result] = search(make_engine(runner), [beam_request("all", ids, 6, EOS, width=3)])
@@ -100,7 +101,7 @@ def test_beams_are_what_a_search_by_hand_finds(name):
     ],
     ids=str,
 )
-def test_hosts_settings_change_nothing(name, host):
+def test_host_settings_do_not_change_results(name, host):
     runner = runner_of(name)
     expected = search(make_engine(runner), searches())
     assert len({str(result) for result in expected}) == 3
@@ -108,8 +109,8 @@ def test_hosts_settings_change_nothing(name, host):
 
 
 @every_kind
-def test_searches_beside_others_are_as_alone(name):
-    """Rows for two of five searches and a few requests at a time; the requests are as alone, too."""
+def test_searches_in_a_batch_equal_searches_alone(name):
+    """With rows for two of five searches and a few requests at a time; the requests' tokens are unchanged, too."""
     runner = runner_of(name)
     expected = [search(make_engine(runner), [request])[0] for request in searches((3, 5, 17, 30, 34))]
     engine, wanted = make_engine(runner), searches((3, 5, 17, 30, 34))
@@ -131,8 +132,8 @@ def bound(runner, length, new=NEW, width=WIDTH):
 
 @each_model
 @pytest.mark.parametrize("caching", [True, False])
-def test_preempted_is_not(name, caching):
-    """In a pool that just holds one of the searches, with others beside it."""
+def test_preempted_equals_not_preempted(name, caching):
+    """In a pool that just holds one of the searches, with others waiting."""
     runner = runner_of(name)
     expected = search(make_engine(runner), searches())
     engine = make_engine(runner, pool_blocks=bound(runner, 2 * CHUNK + 2), prefix_caching=caching)
@@ -147,7 +148,7 @@ def test_preempted_is_not(name, caching):
 
 @each_model
 @pytest.mark.parametrize("length", [CHUNK, 2 * CHUNK + 2])
-def test_a_search_fits_in_what_it_is_said_to_take(name, length):
+def test_a_search_fits_into_its_computed_number_of_blocks(name, length):
     runner = runner_of(name)
     engine = make_engine(runner, pool_blocks=bound(runner, length))
     expected = search(make_engine(runner), searches([length]))
@@ -157,7 +158,7 @@ def test_a_search_fits_in_what_it_is_said_to_take(name, length):
 
 @each_model
 def test_any_step_may_preempt_any_beam(name):
-    """Beams that are computed again, one or all, wait for each other; which one makes no difference."""
+    """Preempted beams, one or all, wait for each other; it does not matter which."""
     runner = runner_of(name)
     expected = search(make_engine(runner), searches())
     random = np.random.default_rng(5)
@@ -179,7 +180,7 @@ def test_any_step_may_preempt_any_beam(name):
 
 @each_model
 def test_beams_share_every_block_but_the_last_ones(name):
-    """At each step the blocks held are those of the tree of beams, each counted once; copies are one batch."""
+    """At each step the held blocks are those of the tree of beams, each counted once; copies are one batch."""
     runner = runner_of(name)
     engine, groups = make_engine(runner, prefix_caching=False), runner.program.layout.groups
     [request] = searches([2 * BLOCK + 2], eos=())
@@ -193,7 +194,7 @@ def test_beams_share_every_block_but_the_last_ones(name):
         for group in range(groups):
             named = tables.blocks[group, [s.row for s in running]]
             written = int(tables.lengths[running[0].row])
-            # Beams have a block in common exactly where they have all tokens up to its end in common.
+            # Beams share a block exactly if all their tokens up to the block's end are equal.
             for column in range(written // BLOCK):
                 prefixes = {tuple(s.tokens[: (column + 1) * BLOCK].tolist()) for s in running}
                 held = {int(block) for block in named[:, column]} - {-1}
@@ -202,7 +203,7 @@ def test_beams_share_every_block_but_the_last_ones(name):
 
 
 @pytest.mark.xdist_group("llama")
-def test_a_beam_that_goes_on_twice_is_copied_when_it_is_written():
+def test_a_forked_beam_copies_its_block_on_first_write():
     runner = random_runner()
     engine = make_engine(runner)
     [request] = searches([2 * BLOCK + 2], eos=())
@@ -222,7 +223,7 @@ def test_a_beam_that_goes_on_twice_is_copied_when_it_is_written():
 )
 @pytest.mark.parametrize("host", [dict(), dict(block_sharing=False), dict(budget=5)], ids=str)
 def test_contiguous_is_paged(name, host):
-    """There beams copy all that they have in common."""
+    """In a contiguous cache beams copy all that they have in common."""
     assert search(make_engine(contiguous(name), **host), searches()) == search(make_engine(runner_of(name)), searches())
 
 

@@ -1,4 +1,4 @@
-"""A prompt computed in chunks of any size gives what it gives whole."""
+"""A prompt prefilled in chunks of any size gives the same tokens as in one."""
 
 import pytest
 from support.cases import EDGES, alone, mixed
@@ -19,7 +19,7 @@ def test_every_token_budget_gives_the_same_tokens(budget):
 
 
 def test_the_budget_is_kept():
-    """Chunks were cut as the test above means: no step takes more tokens than the budget."""
+    """No step takes more tokens than the budget, so that the test above splits prompts as intended."""
     runner = random_runner()
     engine = make_engine(runner, budget=3)
     run(engine, mixed(EDGES[-4:]))

@@ -1,4 +1,4 @@
-"""A contiguous cache gives the tokens of the paged one, whatever the host does and however long the rows become."""
+"""A contiguous cache gives the same tokens as a paged one, for all host settings and lengths."""
 
 from functools import cache
 
@@ -40,13 +40,13 @@ MODELS = [
     pytest.param(name, marks=pytest.mark.xdist_group(name))
     for name in ("llama", "five to one", "all sliding", "gpt_oss", "deepseek_v3", "kimi_linear")
 ]
-"""A model of each kind of layer; what is in a family beside does not see which cache it is."""
+"""A model for each kind of layer; other differences between families do not depend on the cache."""
 MOST = [model for model in MODELS if model.values[0] in ("llama", "five to one")]
 
 
 @cache
 def runners(name):
-    """Of one model, over a paged and over a contiguous cache."""
+    """Runners of one model with a paged and with a contiguous cache."""
     paged = random_runner(name) if name in ARCHITECTURES else hybrid_runner(name)
     return paged, Runner(paged.program, paged.params, shapes_of(paged.program, contiguous=True))
 
@@ -58,8 +58,7 @@ def forks(n=3):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_contiguous_is_paged(name):
-    """Prompts in chunks, more requests than rows, one that makes many tokens; a second time over what the first
-    left."""
+    """Prompts in chunks, more requests than rows, one with a long output; run twice, the second time over used rows."""
     paged, contiguous = runners(name)
     many = SamplingParams(temperature=0, max_tokens=50)
 
@@ -85,7 +84,7 @@ def test_forks_copy_or_compute_again(name, host):
 
 
 @pytest.mark.xdist_group("llama")
-def test_a_fork_shares_nothing_and_its_copies_are_made_once():
+def test_contiguous_forks_copy_their_blocks_once():
     engine = make_engine(runners("llama")[1])
     request = make_request("all", prompt(CHUNK - 1), SamplingParams(temperature=0.3, seed=1, n=4, max_tokens=10))
     engine.add(request)
@@ -96,9 +95,10 @@ def test_a_fork_shares_nothing_and_its_copies_are_made_once():
 
 
 @pytest.mark.xdist_group("llama")
-def test_it_grows_through_several_read_lengths():
-    """With XLA's attention, compiled for a read length: a row is read in a larger step when it needs it, and not
-    before."""
+def test_rows_grow_through_several_read_lengths():
+    """With XLA's attention, compiled for a read length: a step with a larger one is used once a row needs it, not
+    earlier.
+    """
     mesh = make_mesh(1)
     hf = config("llama") | dict(max_position_embeddings=1024)
     program, params = split(weights.random(hf, mesh), mesh, attention_kernel="xla")
@@ -154,8 +154,8 @@ def test_an_aborted_request_leaves_its_row():
 
 
 @pytest.mark.xdist_group("cross")
-def test_what_an_encoder_read_lies_in_the_row():
-    """And is computed for each request, and copied by forks, where a paged cache has it once."""
+def test_contiguous_rows_store_encoder_keys_and_values():
+    """Encoder keys and values are computed per request and copied by forks, while a paged cache shares them."""
     paged = cross.cross_runner()
     program = paged.program
     contiguous = Runner(program, paged.params, shapes_of(program, contiguous=True, cross_buckets=cross.UNITS))

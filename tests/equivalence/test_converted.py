@@ -1,4 +1,4 @@
-"""A converted folder gives the tokens of the checkpoint it was made from, over as many devices or over others."""
+"""A converted folder gives the same tokens as its checkpoint, over the same or other devices."""
 
 from functools import cache
 from pathlib import Path
@@ -17,7 +17,7 @@ from jaxinfer.sharding import make_mesh
 pytestmark = [pytest.mark.xdist_group("converted"), pytest.mark.slow]
 
 HEADS = CONFIG | dict(architectures=["LlamaForCausalLM"], num_attention_heads=8)
-"""Eight query heads, two of keys and values: over four devices the latter are repeated."""
+"""Eight query heads and two kv heads, which are repeated over four devices."""
 SETTINGS = dict(
     max_model_len=128,
     max_num_seqs=8,
@@ -35,7 +35,7 @@ SETTINGS = dict(
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """The checkpoint, and what it was converted to for `tp` devices."""
+    """The checkpoint, and its conversions for `tp` devices."""
     base = tmp_path_factory.mktemp("converted")
     source = checkpoint.write(base / "source", HEADS, with_tokenizer=False)
 
@@ -57,7 +57,7 @@ def tokens(folder: Path, **settings: object) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def expected(folders):
-    """The tokens of the checkpoint itself."""
+    """Tokens of the original checkpoint."""
     return cache(lambda tp, quantization: tokens(folders[0], tensor_parallel_size=tp, quantization=quantization))
 
 
@@ -81,7 +81,7 @@ def test_converted_is_original(folders, expected, before, tp, quantization):
     ],
 )
 def test_the_weights_of_recurrent_layers_latents_and_experts_are_read_back(family, quantization, before, tp, tmp_path):
-    """Bit by bit: fused projections and convolutions, decays in float32, stacks of experts."""
+    """Bit for bit: fused projections and convolutions, decays in float32, stacks of experts."""
     heads = {"linear_num_key_heads": 4} if family == "qwen3_next" else {}
     source = checkpoint.write(tmp_path / "source", config(family) | heads, with_tokenizer=False)
     convert.convert(source, tmp_path / "out", make_mesh(before), quantization=quantization, progress=False)

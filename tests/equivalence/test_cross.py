@@ -1,5 +1,4 @@
-"""Requests to a model with cross-attention: however what they read is shared, found or lost, the tokens are the
-same."""
+"""Models with cross-attention: sharing, finding or losing encoder keys and values does not change tokens."""
 
 import numpy as np
 import pytest
@@ -16,9 +15,9 @@ from jaxinfer.sampling_params import SamplingParams
 pytestmark = pytest.mark.xdist_group("cross")
 
 LENGTHS = (1, BLOCK - 1, BLOCK, BLOCK + 1, CHUNK + 1, 33, LENGTH)
-"""Of texts: around the ends of blocks, over that of a small encoder step, the longest."""
+"""Lengths of encoder texts: around block ends, beyond a small encoder step, the maximum."""
 STARTS = (1, 1, BLOCK, CHUNK + 3)
-"""Of the decoder's prompts."""
+"""Lengths of decoder prompts."""
 
 
 def mixed() -> list[Request]:
@@ -32,7 +31,7 @@ def mixed() -> list[Request]:
 
 
 def settled(engine: Engine) -> None:
-    """Nothing is held when all is done, and the accounting holds."""
+    """Assert that nothing is held when all requests have finished, and that the accounting holds."""
     assert int(engine.manager.pool.num_held) == 0
     engine.manager.check()
 
@@ -68,7 +67,7 @@ def test_a_text_that_several_requests_read_is_encoded_once():
 
 @pytest.mark.parametrize("host", [{}, {"block_sharing": False}, {"prefix_caching": False}])
 def test_samples_of_one_text(host: dict[str, bool]):
-    """Eight samples: one run of the encoder, and one set of blocks."""
+    """Eight samples need one run of the encoder and one set of blocks."""
     params = SamplingParams(temperature=0.3, seed=11, max_tokens=12, n=8)
     expected = alone([cross_request("0", text(33), params)])
     engine, request = make_engine(cross_runner(), **host), cross_request("0", text(33), params)
@@ -135,7 +134,7 @@ def test_a_text_is_found_until_it_is_evicted():
     settled(engine)
 
 
-def test_prefixes_of_the_decoder_belong_to_what_it_reads():
+def test_decoder_prefixes_depend_on_the_encoder_inputs():
     long = [START, *prompt(3 * BLOCK, 5)]
     engine = make_engine(cross_runner())
     wanted = [cross_request(str(i), read, GREEDY, long) for i, read in enumerate((text(9), text(9, 1), text(9)))]
@@ -152,7 +151,9 @@ def test_another_salt_finds_nothing():
 
 
 def test_a_digest_that_collides_is_a_miss():
-    """Content decides: of another text with the same digest neither its positions nor the decoder's are taken."""
+    """Content is compared: for another text with the same digest neither encoder positions nor decoder blocks are
+    reused.
+    """
     one, other = CrossInputs((text(9),)), CrossInputs((text(9, 1),))
     object.__setattr__(other, "digest", one.digest)
     long = [START, *prompt(2 * BLOCK, 5)]
@@ -164,8 +165,8 @@ def test_a_digest_that_collides_is_a_miss():
     settled(engine)
 
 
-def test_what_follows_a_range_sees_it_and_nothing_else():
-    """Two texts one behind the other, of which only one is seen, give what that one alone gives."""
+def test_tokens_see_their_range_only():
+    """Of two concatenated texts only one is visible, which gives the same tokens as that text alone."""
     one, other, long = text(9), text(14, 1), [START, *prompt(CHUNK + 2, 6)]
     both = CrossInputs((one, other), ((0, 0, 9),))
     last = CrossInputs((other, one), ((0, 14, 23),))
@@ -176,7 +177,7 @@ def test_what_follows_a_range_sees_it_and_nothing_else():
 
 
 def test_ranges_are_cut_anywhere():
-    """In chunks, in a batch and with prefix hits as in one step; before the first range nothing is seen."""
+    """In chunks, in a batch and with prefix hits as in one step; before the first range nothing is visible."""
     one, other = text(9), text(14, 1)
     ranges = ((2, 0, 9), (3, 0, 23), (9, 9, 23), (BLOCK * 3, 0, 0), (CHUNK + 1, 0, 9))
     long = [START, *prompt(CHUNK + 4, 6)]
@@ -192,8 +193,8 @@ def test_ranges_are_cut_anywhere():
         settled(engine)
 
 
-def test_a_request_that_reads_nothing():
-    """Beside others that do; and none of them is told by what is not there."""
+def test_a_request_without_encoder_inputs():
+    """In a batch with requests that have encoder inputs; neither affects the other."""
     wanted = [
         cross_request("0", text(9), GREEDY),
         cross_request("1", None, GREEDY),
@@ -206,14 +207,14 @@ def test_a_request_that_reads_nothing():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tp", [2, 4])
-def test_over_several_devices(tp: int):
+def test_cross_attention_over_several_devices(tp: int):
     single, several = cross_runner(), cross_runner(tp)
     assert run(make_engine(several), mixed()) == alone(mixed(), single)
 
 
 @pytest.mark.slow
 def test_int8_weights():
-    """Quantised layers give what they give in whatever batch; and nearly what they give unquantised."""
+    """Quantised layers give the same in any batch, and nearly the same as unquantised ones."""
     runner = cross_runner(quantization="int8")
     assert run(make_engine(runner), mixed()) == alone(mixed(), runner)
     module = runner.program.module(runner.params)

@@ -1,4 +1,4 @@
-"""Several decode steps dispatched at once give the tokens of one at a time, however they end."""
+"""Several decode steps dispatched at once give the same tokens as single steps, however sequences end."""
 
 import pytest
 from support.cases import EDGES, GREEDY, SEEDED, alone, mixed
@@ -10,12 +10,12 @@ from jaxinfer.sampling_params import SamplingParams
 pytestmark = pytest.mark.xdist_group("llama")
 
 FEW = EDGES[:ROWS]
-"""As many prompts as there are rows: when all are computed nothing waits."""
+"""As many prompts as rows: once all are prefilled nothing waits."""
 
 
 @pytest.fixture
 def steps_taken(monkeypatch):
-    """The decode steps of every plan that ran."""
+    """Number of decode steps of every plan that ran."""
     runner, taken = random_runner(), []
     dispatch = runner.run
 
@@ -28,7 +28,7 @@ def steps_taken(monkeypatch):
 
 
 @pytest.mark.parametrize("steps", [2, 3, 8])
-def test_many_steps_give_what_one_gives(steps, steps_taken):
+def test_many_steps_equal_single_steps(steps, steps_taken):
     runner = random_runner()
     expected = alone(runner, mixed(FEW))
     steps_taken.clear()
@@ -49,7 +49,7 @@ def test_auto_takes_many_where_steps_are_short(steps_taken, monkeypatch):
 
 
 def test_requests_wait_for_no_more_than_a_plan(steps_taken):
-    """Once one waits, or a prompt is half computed, the next plan has one step."""
+    """If a request waits, or a prompt is partly prefilled, the next plan has one step."""
     runner = random_runner()
     wanted = mixed(FEW)
     expected = alone(runner, wanted)
@@ -77,12 +77,12 @@ def test_samples_of_one_prompt(n, steps_taken):
 
 
 def stopped(made: list[list[list[int]]], at: int) -> list[SamplingParams]:
-    """Greedy, each stopped by the token it makes at this place."""
+    """Greedy parameters, each with the token sampled at this index as stop token."""
     return [SamplingParams(temperature=0, max_tokens=10, stop_token_ids=[tokens[at]]) for [tokens] in made]
 
 
 @pytest.mark.parametrize("at", range(8))
-def test_what_is_made_after_a_stop_token_is_dropped(at, steps_taken):
+def test_tokens_after_a_stop_token_are_dropped(at, steps_taken):
     runner = random_runner()
     plain = [make_request(str(i), prompt(length, i), GREEDY) for i, length in enumerate(FEW)]
     made = alone(runner, plain)
@@ -140,7 +140,7 @@ def test_an_abort_between(steps):
 
 
 @pytest.mark.parametrize("spare", [0, 2, 7])
-def test_in_a_small_pool(spare, steps_taken):
+def test_several_steps_in_a_small_pool(spare, steps_taken):
     runner = random_runner()
     needed = -(-(max(FEW) + GREEDY.max_tokens) // BLOCK)
     expected = alone(runner, mixed(FEW))
@@ -152,7 +152,7 @@ def test_in_a_small_pool(spare, steps_taken):
     assert 0 < many.scheduler.preempted <= one.scheduler.preempted, "nobody is preempted for more steps"
 
 
-def test_with_hits_and_what_was_generated_is_found_again(steps_taken):
+def test_several_steps_with_prefix_hits_on_generated_tokens(steps_taken):
     runner = random_runner()
     engine = make_engine(runner, decode_steps=8)
     ids, made = prompt(CHUNK + 3, 90), []
@@ -161,12 +161,12 @@ def test_with_hits_and_what_was_generated_is_found_again(steps_taken):
         request = make_request(str(turn), ids, GREEDY)
         [[made]] = run(engine, [request])
         assert [[made]] == alone(runner, [request])[0:1]
-        # All but the last token made was written.
+        # All but the last sampled token were written.
         assert not turn or request.cached_tokens == (len(ids) - 1) // BLOCK * BLOCK
     assert max(steps_taken) == 8
 
 
-def test_biases_that_change_and_words_of_several_tokens(steps_taken):
+def test_changing_biases_and_multi_token_bad_words(steps_taken):
     runner = random_runner()
     plain = SamplingParams(
         temperature=0,

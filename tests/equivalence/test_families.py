@@ -1,4 +1,4 @@
-"""Every family once, one of them in int8: chunks, forks, preemption and prefix reuse together are each alone."""
+"""Every family (one of them also in int8) with chunks, forks, preemption and prefix reuse at once."""
 
 import pytest
 from support.cases import alone, poison
@@ -18,7 +18,7 @@ OTHERS = [
 
 
 def requests():
-    """Prompts with a common prefix of three blocks, one to three samples each."""
+    """Prompts with a shared prefix of three blocks, one to three samples each."""
     prefix = prompt(3 * BLOCK, 7)
     return [
         make_request(
@@ -35,7 +35,7 @@ def test_everything_together_is_alone(family, quantization):
     runner = random_runner(family, quantization=quantization)
     first, chunk = requests(), CHUNK - 5
     longest = max(len(request.prompt) + request.params.max_tokens for request in first)
-    # The longest alone, and little more.
+    # Enough blocks for the longest request alone, and few more.
     pool = kv_groups.blocks_needed(runner.program.layout.kinds, longest, BLOCK, chunk) + 4
     expected = alone(runner, first)
     engine = make_engine(runner, pool_blocks=pool, budget=chunk)

@@ -1,4 +1,4 @@
-"""The samples of one request share blocks, and give what they give without."""
+"""Samples of a request share blocks without changing tokens."""
 
 import pytest
 from support.cases import EDGES, SEEDED, alone
@@ -89,7 +89,7 @@ def start(engine: Engine, n: int = 3):
 
 
 def test_a_sample_that_ends_early_leaves_the_others_intact():
-    """As when a fork's parent is aborted: its blocks are its children's, too."""
+    """As when a fork's parent is aborted: its blocks also belong to its children."""
     runner = random_runner()
     engine = make_engine(runner)
     [expected] = alone(runner, [make_request("all", prompt(BLOCK + 2), sampled(3))])

@@ -1,4 +1,4 @@
-"""The engine gives what the public functions give: every token from a prefill of the whole text before it."""
+"""The engine gives the same as the public functions: every token from a prefill of all tokens before it."""
 
 from functools import partial
 
@@ -20,7 +20,7 @@ WIDTH = 64 // BLOCK
 
 @pytest.fixture(scope="module")
 def whole():
-    """Token ids -> the likeliest next token, nothing cached before."""
+    """Function from token ids to the most likely next token, without a cache."""
     runner = random_runner()
     step = jax.jit(partial(functional.prefill, runner.program))
 

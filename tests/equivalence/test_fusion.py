@@ -1,4 +1,4 @@
-"""Projections of one input as one GEMM or as several: the same numbers, by the number of rows that a step has."""
+"""Projections of one input as one GEMM or several: same results, chosen by the number of rows in a step."""
 
 from functools import partial
 

@@ -1,5 +1,4 @@
-"""Requests to a Whisper, with its rule over tokens, and to a Llama 3.2 Vision: however they are run the tokens are the
-same."""
+"""Whisper, with its token rule, and Llama 3.2 Vision: scheduling does not change tokens."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -55,7 +54,7 @@ def heard(seed: int) -> CrossInputs:
 
 
 def spoken() -> list[Request]:
-    """Each with its own sound and rule, greedy and seeded."""
+    """Requests with different audio and rules, greedy and seeded."""
     greedy = SamplingParams(temperature=0, max_tokens=24)
     return [
         cross_request(str(i), heard(i), (greedy, SEEDED)[i % 2], [whisper.START], rule=int(rule))
@@ -63,7 +62,7 @@ def spoken() -> list[Request]:
     ]
 
 
-def test_sounds_side_by_side_are_sounds_alone():
+def test_batched_audio_equals_alone():
     engine = make_engine(runner("whisper"))
     expected = alone(spoken(), runner("whisper"))
     assert run(engine, spoken()) == expected
@@ -73,8 +72,8 @@ def test_sounds_side_by_side_are_sounds_alone():
     assert made[3][2] == whisper.NO_TIMESTAMPS and made[1][0] >= whisper.ZERO
 
 
-def test_a_rule_holds_after_a_preemption():
-    """What was made before counts as made: pairs of timestamps go on where they were."""
+def test_the_token_rule_holds_after_a_preemption():
+    """The output before preemption counts: timestamp pairs continue where they were."""
     wanted = spoken()
     expected = alone(wanted, runner("whisper"))
     blocks = -(-whisper.POSITIONS // BLOCK)
@@ -135,7 +134,7 @@ def test_two_devices_are_one(name: str):
     assert run(make_engine(runner(name, 2)), {"whisper": spoken, "mllama": shown}[name]()) == expected
 
 
-def test_a_prefix_of_another_image_is_none():
+def test_a_prefix_with_another_image_is_not_a_hit():
     ids = [IMAGE, *words(3 * BLOCK)]
     wanted = [cross_request(str(i), mllama.cross(ids, [one]), GREEDY, ids) for i, one in enumerate((ONE, THREE, ONE))]
     assert wanted[0].cross.identity == wanted[2].cross.identity != wanted[1].cross.identity

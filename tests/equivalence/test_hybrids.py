@@ -1,4 +1,4 @@
-"""Models with sliding windows: what is shared, found, released, copied, preempted or divided changes no token."""
+"""Models with sliding windows: sharing, prefix hits, releases, copies, preemption and sharding change no token."""
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,7 @@ MOST = ("alternating", "five to one")
 
 
 def edges(name):
-    """`EDGES`, and prompts that end beside the window's end."""
+    """`EDGES`, and prompt lengths around the window's end."""
     window = HYBRIDS[name]["sliding_window"]
     return sorted({*EDGES, *(n for n in (window - 1, window, window + 1) if 0 < n < 3 * CHUNK)})
 
@@ -59,7 +59,7 @@ def longest(name):
 
 
 def poison_unused(engine):
-    """NaN in every block that nobody holds and no prefix names."""
+    """Write NaN to every block that is neither held nor in the prefix index."""
     pool = engine.manager.pool
     unused = np.zeros((engine.runner.shapes.num_blocks, 1, 1, 1), bool)
     unused[: pool.num_blocks, 0, 0, 0] = (pool.refs == 0) & ~pool.published
@@ -68,7 +68,7 @@ def poison_unused(engine):
 
 @pytest.mark.slow
 @every()
-def test_batched_is_alone_and_cached_is_cold(name):
+def test_batched_equals_alone_and_hits_equal_cold_runs(name):
     runner = hybrid_runner(name)
     wanted, engine = mixed(edges(name)), make_engine(runner)
     expected = alone(runner, wanted)
@@ -97,7 +97,7 @@ def test_decode_steps_at_once_and_windows_that_move_meanwhile(name):
 @every(*MOST, "all sliding")
 @pytest.mark.parametrize("caching", [True, False])
 @pytest.mark.parametrize("spare", [0, 7, 30])
-def test_preempted_is_not(name, spare, caching):
+def test_preempted_equals_not_preempted(name, spare, caching):
     runner = hybrid_runner(name)
     pool = blocks_for(runner, longest(name)) + spare
     engine = make_engine(runner, pool_blocks=pool, prefix_caching=caching)
@@ -150,8 +150,8 @@ def test_forks_share_every_group_and_copy_the_last_block_of_each_once(name):
 
 
 @every(*MOST, "window of one")
-def test_prefixes_that_part(name):
-    """Anywhere in a prompt known from before; every hit is as long as the blocks that both have."""
+def test_prefixes_that_diverge(name):
+    """Prompts that diverge anywhere from a cached one; every hit covers all blocks that both share."""
     runner, shared = hybrid_runner(name), prompt(3 * CHUNK, 70)
     engine = make_engine(runner, pool_blocks=runner.shapes.num_blocks)
     run(engine, [make_request("first", shared, GREEDY)])

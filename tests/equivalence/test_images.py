@@ -1,4 +1,4 @@
-"""Prompts with images give what they give alone, whatever the batch, the chunks, the caches and the pools."""
+"""Prompts with images give the same tokens in any batch and with any chunks, caches and pool sizes."""
 
 import numpy as np
 import pytest
@@ -24,11 +24,11 @@ PROMPTS = (
     (2, image(SLOTS, 9), 1),
     (6, LARGE),
 )
-"""Words and images: at either end, several, the same again, as many tiles as the feature pool holds, and none."""
+"""Words and images: at either end, several, repeated, as many tiles as the feature pool holds, and none."""
 
 
 def requests(params: SamplingParams | None = None, parts=PROMPTS) -> list[Request]:
-    """One a prompt, greedy and seeded in turn."""
+    """One request per prompt, greedy and seeded in turn."""
     return [image_request(str(i), part, params or (GREEDY, SEEDED)[i % 2], seed=40 * i) for i, part in enumerate(parts)]
 
 
@@ -37,7 +37,7 @@ def count(engine: Engine, name: str) -> int:
 
 
 def settled(engine: Engine) -> None:
-    """Nothing is pinned once nothing runs."""
+    """Assert that nothing is pinned once nothing runs."""
     engine.scheduler.encoding.check()
     assert engine.scheduler.encoding.pool.num_pinned == 0 and not engine.scheduler.encoding.rows
 
@@ -51,7 +51,7 @@ def test_a_mixed_batch_in_chunks_that_cut_images(budget):
     settled(engine)
 
 
-def test_the_image_decides_what_is_made():
+def test_tokens_depend_on_the_image():
     made = alone([image_request(str(seed), (5, image(1, seed), 3), GREEDY) for seed in range(4)])
     assert len({tuple(samples[0]) for samples in made}) == 4
 
@@ -99,7 +99,7 @@ def test_a_prompt_whose_image_lies_in_cached_blocks_encodes_nothing():
     expected = alone([first, again, longer])
     engine = make_engine(image_runner())
     made = run(engine, [first])
-    engine.scheduler.encoding.forget()  # so that nothing but the prefix can serve it
+    engine.scheduler.encoding.forget()  # so that only the prefix cache can serve it
     assert [*made, *run(engine, [again]), *run(engine, [longer])] == expected
     assert again.cached_tokens >= 2 + LARGE.length and count(engine, "encoder_inputs") == LARGE.count
     assert count(engine, "mm_cache_queries") == 1
@@ -172,7 +172,7 @@ def test_a_failed_step_makes_a_new_pool():
 
 
 @pytest.mark.parametrize("steps", range(5))
-def test_an_abort_lets_go_of_its_images_and_harms_nobody(steps):
+def test_an_abort_releases_its_images_and_leaves_others_unchanged(steps):
     kept, gone = image_request("kept", (3, A, 8), GREEDY), image_request("gone", (1, LARGE, 9), GREEDY)
     [expected] = alone([kept])
     engine = make_engine(image_runner(), budget=5)
@@ -213,7 +213,7 @@ def test_a_random_workload():
 
 
 def test_token_ids_that_are_made_keep_their_own_embedding():
-    """The image token may be made as any other; computed again it is no image."""
+    """The image token may be sampled like any other; when the sequence is recomputed it is not an image."""
     params = SamplingParams(temperature=0, max_tokens=12, allowed_token_ids=[90])
     wanted = [image_request("0", (2, A, 3), params), image_request("1", (30,), params)]
     expected = alone(wanted)

@@ -1,4 +1,4 @@
-"""A row's token does not depend on the sampler level that its neighbours ask for."""
+"""A row's token does not depend on the sampler level that its neighbours need."""
 
 import pytest
 from support.cases import GREEDY, SEEDED, alone
@@ -20,7 +20,7 @@ TRUNCATED = SamplingParams(temperature=0.2, top_k=7, top_p=0.8, seed=4, max_toke
 @pytest.mark.parametrize(
     "neighbour", ["truncated", *(pytest.param(n, marks=pytest.mark.slow) for n in ("edited", "logprobs"))]
 )
-def test_a_neighbour_forces_another_level(neighbour):
+def test_a_neighbours_sampler_level_does_not_change_tokens(neighbour):
     runner = random_runner()
     kinds = (GREEDY, SEEDED, MIN_P, TRUNCATED)
     wanted = [make_request(str(i), prompt(7 + i, 20 + i), params) for i, params in enumerate(kinds)]

@@ -1,4 +1,4 @@
-"""What lies in unused places of the cache is never used: 0 x NaN would show it."""
+"""Unused cache positions have no effect: 0 x NaN would show it."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +19,7 @@ def test_nan_in_unused_cache_changes_nothing(host):
 
 
 def test_nan_stays_where_nothing_was_written():
-    """Padding rows and tokens write nowhere."""
+    """Padding rows and tokens are not written anywhere."""
     runner = random_runner()
     engine = make_engine(runner, prefix_caching=False)
     poison(runner)

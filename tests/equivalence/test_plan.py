@@ -1,4 +1,4 @@
-"""What a plan says of a step's collectives is what the compiled step has, on eight virtual devices."""
+"""A plan's collectives are those of the compiled step, on eight virtual devices."""
 
 import json
 from pathlib import Path
@@ -28,13 +28,13 @@ def test_a_prefill_step_has_the_collectives_of_the_plan(case: str):
     assert compiled(case, "prefill", make_mesh(8)).collectives == on_cpu(planned(case, 8), "prefill")
 
 
-def test_a_step_on_fewer_devices_has_them_too_and_one_on_one_device_none():
+def test_collectives_on_fewer_devices_and_none_on_one():
     assert compiled("sharded", "decode", make_mesh(2)).collectives == on_cpu(planned("sharded", 2), "decode")
     assert planned("sharded", 1).exchanges == ()
     assert not compiled("sharded", "decode", make_mesh(1)).collectives
 
 
-def test_what_is_added_up_is_as_wide_as_the_plan_says():
+def test_all_reduce_widths_equal_the_plan():
     made = planned("attention replicated", 8)
     widths = [e.collective.width for e in made.exchanges if e.collective.kind == "all-reduce"]
     found = payloads(compiled("attention replicated", "decode", make_mesh(8)).executable.as_text())
@@ -50,7 +50,7 @@ def test_every_family_is_planned():
     ("name", "tied"),
     [*((name, False) for name in EVERY), *((name, True) for name in ("llama", "bart", "whisper", "internvl"))],
 )
-def test_a_plan_counts_what_is_loaded_and_what_the_engine_keeps(name: str, tied: bool, tmp_path: Path):
+def test_plan_bytes_equal_loaded_weights_and_engine_cache(name: str, tied: bool, tmp_path: Path):
     hf = dict(EVERY[name]) | {"tie_word_embeddings": tied, "dtype": "bfloat16"}
     save_file(shaped(hf), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(hf))

@@ -1,4 +1,4 @@
-"""A sequence whose blocks were taken is computed again and gives the same tokens."""
+"""A preempted sequence is recomputed and gives the same tokens."""
 
 import pytest
 from support.cases import EDGES, GREEDY, SEEDED, alone, mixed
@@ -30,7 +30,7 @@ def test_preempted_while_prompts_are_in_chunks(budget):
 
 
 def test_preempted_again_and_again():
-    """Every sequence wants the whole pool: each makes progress only while those after it wait."""
+    """Every sequence needs the whole pool: each progresses only while those after it wait."""
     runner = random_runner()
     params = SamplingParams(temperature=0, max_tokens=CHUNK)
     wanted = [make_request(str(i), prompt(BLOCK, 400 + i), params) for i in range(6)]
@@ -41,7 +41,7 @@ def test_preempted_again_and_again():
 
 
 def test_penalties_and_bad_words_survive():
-    """Their state lives in the device's row, which a preempted sequence loses."""
+    """Their state is in the device's row, which a preempted sequence loses."""
     runner = random_runner()
     params = SamplingParams(
         temperature=0,

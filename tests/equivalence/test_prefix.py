@@ -10,7 +10,7 @@ SHARED = prompt(2 * CHUNK, 70)
 
 
 def branches(lengths=EDGES, params=(GREEDY, SEEDED)):
-    """Prompts that share a prefix of each of these lengths and go on differently, the shorter ones not at all."""
+    """Prompts that share a prefix of each of these lengths and then diverge (the shorter ones share nothing)."""
     made = []
     for i, length in enumerate(lengths):
         ids = SHARED[:length] + prompt(i % 4, 80 + i)
@@ -34,7 +34,7 @@ def test_hits_change_nothing(budget):
         assert request.cached_tokens >= expected
 
 
-def test_off_and_on_are_the_same():
+def test_prefix_caching_off_equals_on():
     runner = random_runner()
     on, off = (make_engine(runner, prefix_caching=way) for way in (True, False))
     # One runner's cache serves one engine at a time; each run starts and ends with nothing held.

@@ -1,5 +1,4 @@
-"""Models with recurrent layers: prefixes that are found, forks, chunks and preemption change no token, at and beside
-blocks' ends."""
+"""Models with recurrent layers: prefix hits, forks, chunks and preemption change no token, at and around block ends."""
 
 import pytest
 from support.cases import EDGES, GREEDY, SEEDED, alone, mixed, poison
@@ -18,7 +17,7 @@ SHARED = prompt(2 * CHUNK + 1, 70)
 
 
 def parting(length: int) -> list[Request]:
-    """Three prompts that share a prefix of this length and part behind it."""
+    """Three prompts that share a prefix of this length and then diverge."""
     tails = [prompt(3 + i, 80 + i) for i in range(3)]
     return [
         make_request(f"{length}, {i}", SHARED[:length] + tail, (GREEDY, SEEDED)[i % 2]) for i, tail in enumerate(tails)
@@ -26,8 +25,8 @@ def parting(length: int) -> list[Request]:
 
 
 @families
-def test_a_hit_is_cold_at_every_boundary(family):
-    """The second prompt shows where they part and leaves a snapshot there; the third goes on from it."""
+def test_hits_equal_cold_runs_at_every_boundary(family):
+    """The second prompt reveals where they diverge and leaves a snapshot there; the third resumes from it."""
     runner = random_runner(family)
     for length in EDGES:
         wanted = parting(length)
@@ -43,7 +42,7 @@ def test_a_hit_is_cold_at_every_boundary(family):
 
 
 @families
-def test_what_was_generated_is_gone_on_from(family):
+def test_generated_tokens_are_reused(family):
     runner = random_runner(family)
     for length in (BLOCK - 1, BLOCK, BLOCK + 1, CHUNK):
         engine, first = make_engine(runner), make_request("first", prompt(length, 90), GREEDY)
@@ -78,7 +77,7 @@ def test_forked_is_separate(family):
 
 @families
 @pytest.mark.parametrize("caching", [True, False])
-def test_preempted_is_not(family, caching):
+def test_preempted_equals_not_preempted(family, caching):
     runner = random_runner(family)
     longest = max(EDGES) + GREEDY.max_tokens
     least = kv_groups.blocks_needed(runner.program.layout.kinds, longest, BLOCK, CHUNK)

@@ -1,4 +1,4 @@
-"""A model over several devices gives what it gives on one: the same checkpoint, read for each mesh and placement."""
+"""A model over several devices gives the same as on one: the same checkpoint, read for each mesh and placement."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -41,18 +41,18 @@ PLACEMENTS = {
 
 
 def everything() -> list[Request]:
-    """Greedy and seeded requests at the ends of blocks and chunks, and one that forks."""
+    """Greedy and seeded requests with lengths at block and chunk ends, and one that forks."""
     fork = SamplingParams(temperature=0.3, seed=5, n=3, max_tokens=10)
     return [*mixed(EDGES), make_request("fork", prompt(18, 50), fork)]
 
 
 def greedy() -> list[Request]:
-    """What models are asked that differ from Llama in their layers alone: how tokens are chosen is the same."""
+    """Greedy requests, for models that differ from Llama only in their layers: sampling is the same."""
     return requests(EDGES, GREEDY)
 
 
 def check(found: Runner, single: Runner, wanted: Callable[[], list[Request]] = everything, **host: Any) -> None:
-    """Every token is the same."""
+    """Assert that all tokens are equal."""
     assert run(make_engine(found, **host), wanted()) == run(make_engine(single), wanted())
 
 
@@ -72,7 +72,9 @@ def test_sharded_is_single(sharded: Sharded, tp: int):
 
 
 MORE = {"olmo3": (2, 8), "gpt_oss": (2, 8), "kimi_linear": (2, 4), "qwen3_moe": (2, 8)}
-"""Families that stand for a kind of layer: norms over all heads, sinks, states, experts. Llama has 2, 4 and 8 above."""
+"""Families that represent a kind of layer: norms over all heads, sinks, states, experts. Llama is tested on 2, 4 and
+8.
+"""
 
 
 @pytest.mark.parametrize(
@@ -91,13 +93,13 @@ def test_every_family_sharded_is_single(sharded: Sharded, family: str, tp: int):
         ("qwen3_moe", 4, "replicate"),
     ],
 )
-def test_experts_divided_otherwise_are_single(sharded: Sharded, family: str, tp: int, placement: str):
-    """Whole ones on each device, or all of them on every device."""
+def test_other_expert_placements_equal_single(sharded: Sharded, family: str, tp: int, placement: str):
+    """Whole experts on each device, or all of them on every device."""
     check(sharded(family, tp, {"*.mlp": placement}), sharded(family), greedy)
 
 
 @pytest.mark.parametrize("tp", [2, 8])
-def test_with_few_blocks_and_short_chunks_sharded_is_single(sharded: Sharded, tp: int):
+def test_sharded_is_single_with_few_blocks_and_short_chunks(sharded: Sharded, tp: int):
     check(sharded("llama", tp), sharded(), pool_blocks=13, budget=7)
 
 
@@ -106,7 +108,7 @@ def test_each_placement_is_single(sharded: Sharded, name: str):
     check(sharded("llama", 4, PLACEMENTS[name]), sharded(), greedy)
 
 
-# Beside the layers' own: the rows looked up and the logits of the sampler, where the ends of the model are divided.
+# In addition to the layers' own: embedding lookup and sampler logits, if the ends of the model are sharded.
 @pytest.mark.parametrize(
     ("case", "layers", "ends"),
     [
@@ -124,14 +126,14 @@ def test_a_replicated_module_has_no_collective(case: str, layers: int, ends: int
 
 
 def zero_heads(runner: Runner) -> int:
-    """Query heads whose rows are all zero, in the first layer."""
+    """Number of query heads whose rows are all zero, in the first layer."""
     weight = parameters(runner.program.module(runner.params))["layers.0.attention.qkv.weight"]
     layout = runner.program.module(runner.params).layers[0].attention.layout
     queries = np.asarray(weight[...])[:, : layout.stored_heads // weight.shape[0] * 16]
     return int((queries.reshape(layout.stored_heads, -1) == 0).all(axis=1).sum())
 
 
-# Groups made larger (14 around 2 as in Qwen2-0.5B), kv heads added, both, no groups at all (25 as in InternViT-6B).
+# Larger groups (14 around 2 as in Qwen2-0.5B), added kv heads, both, no groups at all (25 as in InternViT-6B).
 @pytest.mark.parametrize(
     ("family", "heads", "kv_heads", "tp", "added"),
     [
@@ -144,7 +146,7 @@ def zero_heads(runner: Runner) -> int:
         ("gpt_oss", 6, 2, 4, 2),
     ],
 )
-def test_heads_of_zeroes_change_nothing(sharded: Sharded, family: str, heads: int, kv_heads: int, tp: int, added: int):
+def test_zero_heads_do_not_change_tokens(sharded: Sharded, family: str, heads: int, kv_heads: int, tp: int, added: int):
     sizes = dict(num_attention_heads=heads, num_key_value_heads=kv_heads)
     padded = sharded(family, tp, pad_heads=True, **sizes)
     assert zero_heads(padded) == added

@@ -1,4 +1,4 @@
-"""The Triton kernel in an engine (`triton_engine.py`), in a process of its own."""
+"""The Triton kernel in an engine (`triton_engine.py`), run in a subprocess."""
 
 import importlib.util
 import subprocess

@@ -1,4 +1,4 @@
-"""The vision tower of InternVL sharded, replicated, mixed and over images gives what it gives on one device."""
+"""InternVL's vision tower sharded, replicated, mixed and data-parallel gives the same as on one device."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -25,7 +25,7 @@ from jaxinfer.sharding.policy import Placement
 pytestmark = pytest.mark.xdist_group("internvl")
 
 TILES = 3
-"""Of one call: the axis `data` does not divide it."""
+"""Number of tiles per call: not divisible by the axis `data`."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,11 @@ class Case:
     heads: int = 8
     pad_heads: bool = False
     expected: Mapping[str, int] = field(default_factory=dict)
-    """Collectives of the program for two layers: four or six sums of the tower, one of the projector."""
+    """Collectives of the program for two layers: four or six all-reduces of the tower, one of the projector."""
 
     @property
     def mesh(self) -> Mesh:
-        """Of virtual devices."""
+        """Mesh of virtual devices."""
         sizes = {axes.MODEL: self.model} if self.data is None else {axes.DATA: self.data, axes.MODEL: self.model}
         count = int(np.prod(list(sizes.values())))
         kinds = (AxisType.Auto,) * len(sizes)
@@ -69,7 +69,7 @@ CASES = {
 
 
 def config(heads: int) -> dict:
-    """A tower with all that is hard to divide: norms of q and k over the whole width, biases."""
+    """A tower with everything that is hard to shard: q and k norms over the whole width, biases."""
     vision = dict(use_qk_norm=True, attention_bias=True, num_attention_heads=heads)
     return internvl.config(vision=vision, text={"num_attention_heads": 8})
 
@@ -106,7 +106,7 @@ def test_each_placement_is_single_and_has_the_collectives_of_the_plan(name, fold
 
 
 @pytest.mark.slow
-def test_over_images_a_device_computes_only_its_own_tiles(folder):
+def test_data_parallel_devices_compute_only_their_own_tiles(folder):
     def work(case: Case, count: int) -> float:
         program, params = load(folder(8), case)
         return _encode.lower(program, params, internvl.tiles(count)).compile().cost_analysis()["flops"]
@@ -115,8 +115,8 @@ def test_over_images_a_device_computes_only_its_own_tiles(folder):
 
 
 @pytest.mark.slow
-def test_a_norm_of_each_shard_apart_would_show(folder, monkeypatch):
-    """What the sum over shards is for."""
+def test_norms_per_shard_would_change_results(folder, monkeypatch):
+    """Shows why the sum over shards is needed."""
     from jaxinfer.layers import vision
 
     saved, pixels = folder(8), internvl.tiles(1)

@@ -1,6 +1,6 @@
-"""An engine whose attention is the Triton kernel, interpreted, makes the tokens that XLA's attention makes.
+"""An engine with the interpreted Triton kernel gives the same tokens as with XLA's attention.
 
-Run by `test_triton.py` in a process of its own: triton's interpreter replaces parts of its language for good.
+Run by `test_triton.py` in a subprocess, as triton's interpreter permanently patches parts of its language.
 """
 
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(params=["llama", "alternating"])
 def runners(request: pytest.FixtureRequest) -> Iterator[tuple[Runner, Runner]]:
-    """Triton's and XLA's, of one model."""
+    """Runners of one model with Triton's and with XLA's attention."""
     mesh = make_mesh()
     module = weights.random(CONFIG | HYBRIDS.get(request.param, {"architectures": [ARCHITECTURES["llama"]]}), mesh)
     xla, params = split(module, mesh, attention_kernel="xla", matmul_kernel="xla")
@@ -36,7 +36,7 @@ def runners(request: pytest.FixtureRequest) -> Iterator[tuple[Runner, Runner]]:
 
 
 def test_greedy_tokens_are_the_same(runners: tuple[Runner, Runner]):
-    """Prompts in one chunk and in several, beside each other, and a prefix that two of them share."""
+    """Prompts in one and in several chunks, in one batch, and a prefix that two of them share."""
     params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
     prompts = [prompt(5), prompt(37, 1), prompt(37, 1)[:20] + prompt(4, 2)]
     triton, xla = (

@@ -1,7 +1,6 @@
-"""BART and mBART against transformers: the encoder's output, logits of the decoder, greedy tokens of texts of mixed
-lengths.
+"""BART and mBART against transformers: encoder output, decoder logits, greedy tokens of texts of mixed lengths.
 
-Tiny checkpoints are made on the spot, written by `save_pretrained` and read by the real loader.
+Tiny checkpoints are created on the fly, written by `save_pretrained` and read by the real loader.
 """
 
 from collections.abc import Callable
@@ -29,11 +28,11 @@ from jaxinfer.kv import groups
 pytestmark = [pytest.mark.xdist_group("bart"), pytest.mark.slow]
 
 TOLERANCE = 1e-4
-"""Of a float32 logit; an option that is overlooked must move the logits by 100 times as much."""
+"""Absolute tolerance of a float32 logit; ignoring an option must change the logits by 100 times as much."""
 TEXTS = (1, BLOCK + 1, 33, LENGTH)
-"""Lengths of what is read in one step."""
+"""Lengths of the texts encoded in one step."""
 STARTS, MADE = (1, 9, 2, 5), 6
-"""Lengths of the decoder's prompts, and tokens decoded after them."""
+"""Lengths of the decoder prompts, and number of tokens decoded after them."""
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "bart": ("Bart", {}),
@@ -45,7 +44,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 @cache
 def reference(name: str) -> Any:
-    """A model whose every part is of order one."""
+    """A model in which all activations are of order one."""
     kind, changes = CASES[name]
     values = {key: value for key, value in CONFIG.items() if key not in ("architectures", "dtype")}
     values |= dict(bos_token_id=0, pad_token_id=1, eos_token_id=2, forced_eos_token_id=None) | changes
@@ -67,7 +66,7 @@ def reference(name: str) -> Any:
 
 @cache
 def folder(name: str) -> Path:
-    """Its checkpoint, kept as long as the process."""
+    """Its checkpoint, cached for the process."""
     _folders.append(TemporaryDirectory(prefix="bart"))
     made = Path(_folders[-1].name)
     reference(name).save_pretrained(made)
@@ -93,7 +92,7 @@ _fill, _decode = (jax.jit(one, static_argnums=0) for one in (functional.encode_c
 
 
 def batch_and_tables(program) -> tuple[Any, np.ndarray]:
-    """All texts in one step, and block tables whose blocks are interleaved."""
+    """All texts in one step, and block tables with interleaved blocks."""
     width, total = LENGTH // BLOCK, program.layout.groups
     tables = np.random.default_rng(0).permutation(total * len(TEXTS) * width).astype(np.int32)
     tables = tables.reshape(total, len(TEXTS), width)
@@ -113,7 +112,7 @@ def test_the_encoders_output(name: str):
 
 
 def logits(model: Any) -> list[np.ndarray]:
-    """Of the reference, each text by itself: `[T, V]` at all positions of the decoder."""
+    """Logits of the reference, each text by itself: `[T, V]` at all decoder positions."""
     found = []
     for one, ids in zip(TOKENS, DECODED, strict=True):
         with torch.no_grad():
@@ -127,7 +126,7 @@ DECODED = [[2, *prompt(start + MADE - 1, 60 + i)] for i, start in enumerate(STAR
 
 @pytest.mark.parametrize("name", CASES)
 def test_logits_of_the_decoder(name: str):
-    """Prompts of mixed lengths in one prefill, then decoded one by one together."""
+    """Prompts of mixed lengths in one prefill, then decoded one token at a time together."""
     program, params = load(folder(name))
     batch, tables = batch_and_tables(program)
     cache = _fill(program, params, functional.init_cache(program, tables.size, BLOCK), batch)
@@ -148,7 +147,7 @@ def test_logits_of_the_decoder(name: str):
 
 
 def weights(ending: str, change: Callable[[Any], Any]) -> Callable[[Any], None]:
-    """Weights whose names end so, changed in place."""
+    """Return a function that changes weights whose names have this ending, in place."""
 
     def apply(model: Any) -> None:
         named = [v for n, v in [*model.named_parameters(), *model.named_buffers()] if n.endswith(ending)]
@@ -176,7 +175,7 @@ OVERLOOKED = {
 
 
 @pytest.mark.parametrize("option", OVERLOOKED)
-def test_every_option_tells(option: str):
+def test_every_option_changes_logits(option: str):
     import copy
 
     changed = copy.deepcopy(reference("bart"))
@@ -195,7 +194,7 @@ def test_every_option_tells(option: str):
     ],
 )
 def test_greedy_tokens(name: str, how: dict[str, Any]):
-    """Texts of mixed lengths, twice as many as run at a time, with what generation_config.json may say."""
+    """Texts of mixed lengths, twice as many as run at a time, with options of generation_config.json."""
     texts = [text(length, 80 + length) for length in (1, 3, BLOCK, 17, 31, 33, 64, LENGTH - 1, LENGTH)]
     made = 24
     with engine(name) as llm:
@@ -223,7 +222,7 @@ def test_greedy_tokens(name: str, how: dict[str, Any]):
 )
 @pytest.mark.parametrize("name", ["bart", "mbart"])
 def test_beams_of_texts(name, how):
-    """The same tokens and scores as transformers' beams, all texts in one batch."""
+    """The same tokens and scores as transformers' beams, with all texts in one batch."""
     texts, made, width = [text(length, 60 + length) for length in (1, BLOCK, 31, LENGTH)], 16, 4
     search = {key: how[key] for key in ("length_penalty", "early_stopping") if key in how}
     own = {key: value for key, value in how.items() if key not in search}
@@ -256,7 +255,7 @@ def test_beams_of_texts(name, how):
 
 
 def engine(name: str) -> LLM:
-    """Of a checkpoint, with a few compiled steps."""
+    """An engine for a checkpoint, with few compiled steps."""
     return LLM(
         folder(name),
         skip_tokenizer_init=True,

@@ -38,7 +38,7 @@ MODELS = {
 }
 EOS = [7, 30, 61]
 MANY_EOS = [*range(5, 95, 9)]
-"""So many that beams end at all lengths."""
+"""So many EOS ids that beams end at all lengths."""
 SEARCHES: dict[str, dict[str, Any]] = {
     "plain": dict(width=4, new=12),
     "one beam": dict(width=1, new=12),
@@ -96,7 +96,7 @@ def transformers_beams(
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory) -> Callable[[str], tuple[ref.Model, Path]]:
-    """A model of transformers and its checkpoint, once each."""
+    """A transformers model and its checkpoint, each created once."""
     known: dict[str, tuple[ref.Model, Path]] = {}
 
     def get(name: str) -> tuple[ref.Model, Path]:
@@ -131,15 +131,15 @@ def test_beams_are_those_of_transformers(name, how, made):
     rope = {"length_key": config.length_key, "recompute_after": config.recompute_after}
     prompts = [prompt(length, i) for i, length in enumerate(LENGTHS)]
     if name == "longrope":
-        prompts = [prompt(12)]  # a longer one would have transformers take the other factors from the start
+        prompts = [prompt(12)]  # a longer one would make transformers use the other factors from the start
     requests = [beam_request(str(i), ids, rope=rope, **SEARCHES[how]) for i, ids in enumerate(prompts)]
     for result, ids in zip(search(make_engine(runner), requests), prompts, strict=True):
         check(result, transformers_beams(model, ids, **SEARCHES[how]))
         assert all(0 <= token < VOCAB for tokens, _ in result for token in tokens)
 
 
-def test_the_searches_tell(made):
-    """Penalties and ways to stop change results, and beams end before the greatest length."""
+def test_search_options_change_results(made):
+    """Penalties and stopping rules change results, and beams end before the maximum length."""
     model, _ = made("llama")
     ids = prompt(CHUNK, 1)
     results = {

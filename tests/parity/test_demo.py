@@ -1,4 +1,4 @@
-"""The packaged checkpoint answers as well here as in transformers, and well enough to be recognised."""
+"""The packaged checkpoint answers as accurately here as in transformers, above a minimum."""
 
 import pytest
 
@@ -11,7 +11,7 @@ PARAMS = SamplingParams(temperature=0, max_tokens=48)
 
 @pytest.fixture(scope="module")
 def answers():
-    """What jaxinfer says to held-out questions, asked plainly and as a chat."""
+    """jaxinfer's answers to held-out questions, as plain prompts and as chats."""
     questions = demo.heldout_questions(COUNT)
     with LLM(demo.path(), use_tqdm=False) as llm:
         plain = llm.generate([q.prompt for q in questions], PARAMS, use_tqdm=False)

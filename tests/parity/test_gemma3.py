@@ -1,4 +1,4 @@
-"""The text model of a Gemma 3 that reads images, out of its whole checkpoint, under both kinds of names."""
+"""The text model of a multimodal Gemma 3 checkpoint, under both kinds of tensor names."""
 
 import pytest
 from support.tiny import CONFIG, FULL, SLIDING, prompt
@@ -19,7 +19,7 @@ FOLLOWING = [prompt(4, 10 + seed) for seed in range(4)]
 
 @pytest.fixture(scope="module")
 def reference():
-    """Random weights of its own scale, in text model and vision tower alike."""
+    """Random weights of matching scale, in text model and vision tower."""
     text = {name: value for name, value in CONFIG.items() if name != "dtype"}
     text |= dict(sliding_window=7, layer_types=[SLIDING, FULL], query_pre_attn_scalar=8, pad_token_id=0)
     vision = dict(

@@ -1,4 +1,4 @@
-"""Images from PIL to text against transformers: its processor, its `generate`; both kinds of checkpoints."""
+"""Images from PIL to text against transformers' processor and `generate`, for both kinds of checkpoints."""
 
 import json
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ SETTINGS = dict(
 
 
 def picture(width: int, height: int, mode: str = "RGB", seed: int = 0) -> Image.Image:
-    """A smooth random image, so that how it is resized matters."""
+    """A smooth random image, so that the resizing method matters."""
     small = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), np.uint8)
     return Image.fromarray(small).resize((width, height)).convert(mode)
 
@@ -54,7 +54,7 @@ PROMPTS = (
 
 
 class Processor(transformers.InternVLProcessor):
-    """transformers' own, where there is no torchvision for the videos nobody asks for."""
+    """transformers' processor without torchvision, which only videos need."""
 
     def check_argument_for_proper_class(self, name: str, argument: Any) -> None: ...
 
@@ -73,7 +73,9 @@ def processor(folder: Path) -> Processor:
 def reference(
     model: ref.Model, prepare: Processor, prompts: Sequence[tuple[str, list[Image.Image]]]
 ) -> list[tuple[list[int], list[int]]]:
-    """Of each prompt, alone, its tokens and those made; none that the tokenizer does not know, as in jaxinfer."""
+    """Prompt tokens and output tokens of each prompt alone; like jaxinfer, it samples only ids that the tokenizer
+    knows.
+    """
     model.generation_config.eos_token_id = None
     unknown = list(range(len(prepare.tokenizer), model.config.text_config.vocab_size))
     found = []
@@ -89,7 +91,7 @@ def reference(
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> tuple[ref.Model, Path]:
-    """A model, and its checkpoint as transformers saves it."""
+    """A model, and its checkpoint as saved by transformers."""
     folder = tmp_path_factory.mktemp("internvl")
     hf = folder_config()
     model = ref.model(text={"vocab_size": hf["text_config"]["vocab_size"]}, image_token_id=hf["image_token_id"])
@@ -111,7 +113,7 @@ def test_prompts_with_images_in_one_batch(made):
     assert len({tuple(tokens) for _, tokens in expected}) == len(PROMPTS)
 
 
-def test_an_original_checkpoint_cuts_and_names_images_alike(made, tmp_path):
+def test_an_original_checkpoint_tiles_images_as_transformers(made, tmp_path):
     model, folder = made
     prepare = processor(folder)
     save_file(ref.original_tensors(model), tmp_path / "model.safetensors")
@@ -126,7 +128,7 @@ def test_an_original_checkpoint_cuts_and_names_images_alike(made, tmp_path):
         "size": SIDE,
         "image_mean": [0, 0, 0],
     }
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(misleading))  # as original checkpoints have it
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(misleading))  # as in original checkpoints
     prompts = [
         {"prompt": text.replace(MARKER, "<image>"), "multi_modal_data": {"image": images}}
         for text, images in PROMPTS[:2]

@@ -1,4 +1,4 @@
-"""InternVL against transformers: the tower, the projector, logits of prompts with images; both kinds of checkpoints."""
+"""InternVL against transformers: tower, projector, logits of prompts with images, for both kinds of checkpoints."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -25,23 +25,23 @@ from jaxinfer.models.base import FeatureRows
 pytestmark = [pytest.mark.xdist_group("internvl"), pytest.mark.slow]
 
 TOLERANCE = 1e-4
-"""Of a float32 number; an option that is overlooked must move the rows by 100 times as much."""
+"""Absolute tolerance in float32; ignoring an option must change the rows by 100 times as much."""
 IMAGE = [PLACEHOLDER] * 4
-"""The tokens of one tile."""
+"""Tokens of one tile."""
 
 Change = Callable[[ref.Model], ref.Model]
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model with some options on."""
+    """A model with some options enabled."""
 
     changes: Mapping[str, Any] = field(default_factory=dict)
-    """Of `internvl.config`."""
+    """Arguments of `internvl.config`."""
     without: Mapping[str, Change] = field(default_factory=dict)
-    """Option -> the reference of a program that overlooks it."""
+    """Option -> the reference of a program that ignores it."""
     side: int = 28
-    """Pixels of a tile."""
+    """Side of a tile in pixels."""
 
 
 def tower(**changes: Any) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def model(name: str) -> ref.Model:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The checkpoint of a case in the names of the Hub."""
+    """The checkpoint of a case, with tensor names as on the Hub."""
 
     @cache
     def saved(name: str) -> Path:
@@ -147,7 +147,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 @partial(jax.jit, static_argnums=0)
 def _encode(program: Program, params: list[jax.Array], pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """What the tower gives and what the projector makes of it."""
+    """Outputs of the tower and of the projector."""
     return program.module(params).vision_tower(pixels), functional.encode(program, params, pixels)
 
 
@@ -164,7 +164,7 @@ def test_the_tower_and_the_projector_equal_transformers(name, folder):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_an_option_overlooked_moves_the_rows(name):
+def test_ignoring_an_option_changes_the_rows(name):
     pixels = tiles(3, CASES[name].side)
     whole = ref.rows(model(name), pixels)
     for option, change in CASES[name].without.items():
@@ -186,11 +186,11 @@ PROMPTS = [
     [*IMAGE, *words(4, 4)],
     words(1, 5),
 ]
-"""Of three tiles, one of them beside another; of none; an image before all text; a single token."""
+"""With three tiles, one of them next to another; with none; an image before all text; a single token."""
 COUNTS = (3, 0, 1, 0)
-"""Tiles of each."""
+"""Number of tiles of each prompt."""
 FOLLOWING = [words(3, 10), words(2, 11), words(3, 12), words(1, 13)]
-"""Tokens fed to the decode step after each prompt."""
+"""Tokens fed to decode steps after each prompt."""
 
 
 def expected(reference: ref.Model, pixels: np.ndarray) -> list[np.ndarray]:
@@ -243,13 +243,13 @@ def test_both_formats_of_transformers_are_the_same_weights(tmp_path):
 
 @dataclass(frozen=True)
 class Original:
-    """A checkpoint in the original's names."""
+    """A checkpoint with the original tensor names."""
 
     vision: Mapping[str, Any] = field(default_factory=dict)
     fields: Mapping[str, Any] = field(default_factory=dict)
-    """Of its config.json."""
+    """Attributes of its config.json."""
     reference: Change = lambda model: model
-    """How transformers is brought to do as the original's own code does."""
+    """Makes transformers behave like the original's own code."""
     text: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -266,7 +266,7 @@ ORIGINALS = {
 
 
 @pytest.mark.parametrize("name", ORIGINALS)
-def test_an_original_checkpoint_gives_what_transformers_gives(name, tmp_path):
+def test_an_original_checkpoint_equals_transformers(name, tmp_path):
     case, pixels = ORIGINALS[name], tiles(4)
     made = ref.model(vision=case.vision, text=case.text)
     saved, reference = ref.save_original(made, tmp_path, **case.fields), case.reference(made)

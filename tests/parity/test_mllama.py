@@ -1,4 +1,4 @@
-"""Llama 3.2 Vision against transformers: the tower, logits of prompts with and without images."""
+"""Llama 3.2 Vision against transformers: tower, and logits of prompts with and without images."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -24,9 +24,9 @@ from jaxinfer.media import EncoderInput
 pytestmark = [pytest.mark.xdist_group("mllama"), pytest.mark.slow]
 
 TOLERANCE = 1e-4
-"""Of a float32 number; what is overlooked must move the numbers by 100 times as much."""
+"""Absolute tolerance in float32; ignoring an option must change the values by 100 times as much."""
 IMAGES = [image(1, 0), image(6, 1), image(3, 2)]
-"""Of one, four and three tiles."""
+"""Images of one, four and three tiles."""
 
 
 @cache
@@ -36,7 +36,7 @@ def model() -> ref.Model:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """In the names of the Hub."""
+    """The checkpoint, with tensor names as on the Hub."""
     made = tmp_path_factory.mktemp("mllama")
     model().save_pretrained(made)
     return mllama.add_files(made)
@@ -56,7 +56,7 @@ def rows(folder: Path, tp: int = 1) -> np.ndarray:
 
 @pytest.mark.parametrize("tp", [1, 2])
 def test_the_tower(folder: Path, tp: int):
-    """Images of several numbers of tiles in one step; rows of tiles that an image has not are of no use to anybody."""
+    """Images with different numbers of tiles in one step; rows of absent tiles are not compared."""
     for found, expected, one in zip(rows(folder, tp), ref.rows(model(), IMAGES), IMAGES, strict=True):
         own = one.length // mllama.PATCHES
         np.testing.assert_allclose(found[:own], expected[:own], atol=TOLERANCE, rtol=0)
@@ -74,14 +74,14 @@ WITHOUT = {
 
 
 @pytest.mark.parametrize("option", WITHOUT)
-def test_every_option_of_the_tower_tells(option: str):
+def test_every_option_of_the_tower_changes_rows(option: str):
     changed = ref.rows(WITHOUT[option](model()), IMAGES)
     for one, other in zip(changed, ref.rows(model(), IMAGES), strict=True):
         assert np.abs(one - other)[0].max() > 100 * TOLERANCE
 
 
 def check(folder: Path, reference: ref.Model, prompts: Sequence[tuple], tp: int = 1) -> None:
-    """`prompts`: token ids, images, tokens that follow."""
+    """Check prompts, given as (token ids, images, following tokens)."""
     asked = [Asked(ids, mllama.cross(ids, images), following) for ids, images, following in prompts]
     for found, (ids, images, following) in zip(encoded.logits(folder, asked, tp=tp), prompts, strict=True):
         expected = ref.logits(reference, ids, images, following)
@@ -90,7 +90,7 @@ def check(folder: Path, reference: ref.Model, prompts: Sequence[tuple], tp: int 
 
 @pytest.mark.parametrize("tp", [1, 2])
 def test_prompts_with_and_without_images_side_by_side(folder: Path, tp: int):
-    """As transformers' own processor writes them: the image tokens come first."""
+    """Image tokens first, as written by transformers' processor."""
     one, two, three = IMAGES
     prompts = [
         ([IMAGE, *words(9)], [one], words(3, 1)),
@@ -102,7 +102,7 @@ def test_prompts_with_and_without_images_side_by_side(folder: Path, tp: int):
 
 
 def test_images_between_the_words(folder: Path):
-    """What comes before all images passes cross-attention layers unchanged; later words see the last run of images."""
+    """Tokens before all images pass cross-attention layers unchanged; later ones see the last run of images."""
     one, two, three = IMAGES
     prompts = [
         ([*words(5), IMAGE, *words(4, 1)], [one], words(3, 2)),
@@ -114,11 +114,11 @@ def test_images_between_the_words(folder: Path):
     assert np.abs(found - expected).max() > 100 * TOLERANCE, "that is where transformers differs"
 
 
-def test_a_text_without_images_is_what_a_plain_llama_makes_of_it(folder: Path):
+def test_a_text_without_images_equals_a_plain_llama(folder: Path):
     check(folder, model(), [(words(20), [], words(5, 1))])
 
 
-def test_other_images_and_orders_tell():
+def test_images_and_their_order_change_logits():
     ids, (one, two, three) = [IMAGE, IMAGE, *words(6)], IMAGES
     expected = ref.logits(model(), ids, [one, two])
     for images in ([two, one], [one, three]):
@@ -128,9 +128,8 @@ def test_other_images_and_orders_tell():
         assert np.abs(ref.logits(changed, ids, [one, two]) - expected).max() > 100 * TOLERANCE, option
 
 
-def test_checkpoints_from_before_kept_what_layers_read(tmp_path: Path):
-    """Written by transformers before 4.56, as those on the Hub: `intermediate_layers_indices` names inputs of
-    layers."""
+def test_checkpoints_before_4_56_name_layer_inputs(tmp_path: Path):
+    """Written by transformers before 4.56, like those on the Hub: `intermediate_layers_indices` names layer inputs."""
     names = ref.model(vision={"intermediate_layers_indices": [1, 2]})
     names.save_pretrained(tmp_path)
     hf = json.loads((tmp_path / "config.json").read_text())
@@ -142,21 +141,21 @@ def test_checkpoints_from_before_kept_what_layers_read(tmp_path: Path):
         np.testing.assert_allclose(found[:own], expected[:own], atol=TOLERANCE, rtol=0)
 
 
-def test_the_names_of_transformers_itself(tmp_path: Path, folder: Path):
+def test_tensor_names_of_transformers(tmp_path: Path, folder: Path):
     model().save_pretrained(tmp_path, save_original_format=False)
     np.testing.assert_array_equal(rows(tmp_path), rows(folder))
 
 
 @pytest.fixture(scope="module")
 def llm(folder: Path) -> Iterator[LLM]:
-    """With a budget less than a prompt, so that chunks begin and end among images."""
+    """With a budget smaller than a prompt, so that chunks begin and end among images."""
     settings = dict(max_model_len=128, max_num_batched_tokens=16, block_size=4, check_invariants=True)
     with LLM(folder, skip_tokenizer_init=True, use_tqdm=False, **settings) as made:
         yield made
 
 
 def ask(ids: list[int], images: Sequence[EncoderInput]) -> dict[str, Any]:
-    """A prompt whose images went through the processor already."""
+    """A prompt with preprocessed images."""
     if not images:
         return {"prompt_token_ids": ids}
     pixels, canvases = (np.concatenate(parts) for parts in zip(*((one.values, one.numbers) for one in images)))
@@ -167,7 +166,7 @@ MADE = 24
 
 
 def test_greedy_tokens_of_a_mixed_batch(llm: LLM):
-    """With no, one and several images, of all lengths, chunked; an image that comes again is not encoded again."""
+    """With no, one and several images, of all lengths, chunked; a repeated image is not encoded again."""
     one, two, three = IMAGES
     first = [
         ([IMAGE, *words(9)], [one]),

@@ -1,4 +1,4 @@
-"""A gpt-oss whose experts lie in MXFP4, read whole: the logits of transformers on what its own code makes of them."""
+"""A gpt-oss checkpoint with MXFP4 experts: logits equal transformers' on weights dequantised by its own code."""
 
 import json
 

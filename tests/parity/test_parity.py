@@ -1,7 +1,7 @@
 """Every family and every option against transformers: logits at all positions, 64 greedy tokens.
 
-That each option tells is shown by taking it away from the reference. Tiny checkpoints are made on the spot,
-written by `save_pretrained` and read by the real loader.
+Each option is shown to matter by removing it from the reference. Tiny checkpoints are created on the fly, written by
+`save_pretrained` and read by the real loader.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -21,30 +21,30 @@ from support import reference as ref
 from support.layers import assert_logits_close
 
 TOLERANCE = 1e-4
-"""Of a float32 logit; an option that is overlooked must move the logits by 100 times as much."""
+"""Absolute tolerance of a float32 logit; ignoring an option must change the logits by 100 times as much."""
 GREEDY = 64
 LENGTHS = (3, 17, 40, 1)
-"""Of the prompts of one batch: a part of a chunk, more than one, several, a single token."""
+"""Lengths of the prompts of a batch: part of a chunk, more than one, several, a single token."""
 
 Change = Callable[[ref.Model], ref.Model]
 
 
 @dataclass(frozen=True)
 class Case:
-    """A checkpoint with some options on."""
+    """A checkpoint with some options enabled."""
 
     family: str
     changes: Mapping[str, Any] = field(default_factory=dict)
-    """Of config.json, against the tiny Llama of `support.tiny`."""
+    """Changes of config.json relative to the tiny Llama of `support.tiny`."""
     without: Mapping[str, Change] = field(default_factory=dict)
-    """Option -> the reference of a program that overlooks it."""
+    """Option -> the reference of a program that ignores it."""
     lengths: tuple[int, ...] = LENGTHS
     head: float = 0.7
     cached: bool = True
-    """Whether transformers may use a cache of its own."""
+    """Whether transformers may use its cache."""
     tolerance: float = TOLERANCE
     distinct: int = 15
-    """More different tokens than these must be made for their equality to tell anything."""
+    """Minimum number of distinct output tokens, so that their equality is meaningful (exclusive)."""
 
 
 def rope(kind: str, **parameters: Any) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def yarn(**changed: Any) -> dict[str, Any]:
 
 def longrope(original: int, **changed: Any) -> dict[str, Any]:
     factors = {"short_factor": SHORT, "long_factor": LONG} | changed
-    # Phi-3 keeps the original length beside the rope's parameters, the others within them.
+    # Phi-3 has the original length beside the rope's parameters, others within them.
     parameters = rope("longrope", original_max_position_embeddings=original, **factors)
     return parameters | {"original_max_position_embeddings": original, "max_position_embeddings": 256}
 
@@ -85,7 +85,7 @@ NORMS = {
 
 
 def norms(value: float, *names: str) -> dict[str, Change]:
-    """Their weights left out."""
+    """References without the weights of these norms."""
     return {f"weight of {name}": ref.with_weights(f"{name}.weight", value) for name in names}
 
 
@@ -104,7 +104,7 @@ GEMMA = {
 
 
 def ropes(full: dict[str, Any], sliding: dict[str, Any]) -> dict[str, Any]:
-    """One of each kind of layers."""
+    """A rope for each kind of layers."""
     return {"rope_parameters": {FULL: full["rope_parameters"], SLIDING: sliding["rope_parameters"]}}
 
 
@@ -189,7 +189,7 @@ CASES = {
         {"attention_bias": True, "tie_word_embeddings": True},
         {f"bias of {n}": ref.with_weights(f"{n}_proj.bias", 0.0) for n in "qkvo"},
     ),
-    # Prompts shorter and longer than the window, by one and by many; the steps' chunks (16) are longer than most.
+    # Prompts shorter and longer than the window, by one and by many; chunks (16) are mostly longer than it.
     "mistral window": Case(
         "mistral",
         {"sliding_window": 12},
@@ -198,7 +198,7 @@ CASES = {
     ),
     "mistral window of a chunk": Case("mistral", {"sliding_window": 16}, lengths=(15, 16, 17, 1)),
     "mistral window of a block": Case("mistral", {"sliding_window": 4}, lengths=(3, 4, 5, 40)),
-    # transformers' cache cuts to the last `window - 1` positions with [-0:], which is all of them.
+    # transformers' cache keeps the last `window - 1` positions with [-0:], which is all of them.
     "mistral window of one": Case("mistral", {"sliding_window": 1}, lengths=(1, 2, 17, 40), cached=False, distinct=3),
     "mistral window above all": Case("mistral", {"sliding_window": 4096}),
     "qwen2 windows from layer 1": Case(
@@ -473,7 +473,7 @@ CASES = {
         tolerance=5e-4,
     ),
     "phi3 partial rotary": Case("phi3", rope("default", partial_rotary_factor=0.5), {"partial rotary": PLAIN}),
-    # transformers throws Phi-3's cache away where a sequence grows past the original length, and so do we.
+    # transformers discards Phi-3's cache when a sequence grows past the original length, and so does jaxinfer.
     "phi3 longrope across": Case("phi3", longrope(32) | PHI3_HEADS),
     "phi3 longrope short": Case(
         "phi3", longrope(128) | PHI3_HEADS, {"short": ref.with_config(**longrope(128, short_factor=LONG))}
@@ -494,14 +494,15 @@ ENGINE = {next(name for name, case in CASES.items() if case.family == family) fo
     "qwen2 windows from layer 1",
     "qwen3 alternating",
 }
-"""Cases that run through the engine as well: each family, and what its steps depend on. Of other options the logits say
-all."""
+"""Cases that also run through the engine: each family, and options that its steps depend on. For other options
+logits suffice.
+"""
 
 
 def cases(
     names: Collection[str] = tuple(CASES), quick: tuple[str, ...] = ("llama", "llama llama3")
 ) -> pytest.MarkDecorator:
-    """Parametrises over cases: those of a family on one worker, all but a few out of the quick tier."""
+    """Parametrise over cases: those of a family on one worker, all but a few outside of the quick tier."""
     return pytest.mark.parametrize(
         "name",
         [
@@ -520,7 +521,7 @@ def model(name: str) -> ref.Model:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The checkpoint of a case, written once a worker."""
+    """The checkpoint of a case, written once per worker."""
     return cache(lambda name: ref.save(model(name), tmp_path_factory.mktemp("checkpoint")))
 
 
@@ -529,7 +530,7 @@ def prompts(name: str) -> list[list[int]]:
 
 
 FOLLOWING = [prompt(4, 10), prompt(2, 11), prompt(4, 12), prompt(1, 13)]
-"""Tokens fed to the decode step after each prompt: rows leave it at different times."""
+"""Tokens fed to decode steps after each prompt: rows leave the batch at different times."""
 
 
 @cases()
@@ -563,7 +564,7 @@ def test_greedy_tokens_equal_transformers(name, folder):
 
 
 @cases()
-def test_an_option_overlooked_moves_the_logits(name):
+def test_ignoring_an_option_changes_the_logits(name):
     asked = prompts(name)
     whole = [ref.logits(model(name), ids) for ids in asked]
     for option, change in CASES[name].without.items():

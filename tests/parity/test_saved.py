@@ -1,4 +1,4 @@
-"""However transformers saves a checkpoint, the loader reads the same weights."""
+"""The loader reads the same weights from every format that transformers writes."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ def assert_same_weights(found: Path, expected: Path) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_shards_by_index_are_the_same_weights(family, tmp_path):
+def test_sharded_files_have_the_same_weights(family, tmp_path):
     model = ref.model(family)
     whole = ref.save(model, tmp_path / "whole")
     sharded = ref.save(model, tmp_path / "sharded", max_shard_size="10KB")
@@ -63,11 +63,11 @@ def test_logits_of_a_bfloat16_checkpoint_in_float32_equal_transformers(tmp_path)
 
 
 LOCAL = {"gemma3": 2e4, "olmo3": 5e5}
-"""Base of the sliding layers' rope; Olmo 3 had one for all layers."""
+"""Base of the sliding layers' rope; Olmo 3 used to have one for all layers."""
 
 
 def old_style(values: dict) -> dict:
-    """config.json as transformers 4 wrote it: rope at the top, `torch_dtype`."""
+    """config.json as written by transformers 4: rope at the top level, `torch_dtype`."""
     rope = dict(values.pop("rope_parameters"))
     if FULL in rope:
         local, rope = rope[SLIDING]["rope_theta"], dict(rope[FULL])
@@ -82,7 +82,7 @@ def old_style(values: dict) -> dict:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_config_in_the_style_of_transformers_4_says_the_same(family, tmp_path):
-    # Of Phi-3, transformers takes longrope alone.
+    # For Phi-3 transformers only supports longrope.
     rope = {"rope_type": "default"} if family == "phi3" else {"rope_type": "linear", "factor": 2.0}
     rope["rope_theta"] = 5e5
     if family in LOCAL:  # a rope for each kind of layers

@@ -1,4 +1,4 @@
-"""`LLM` over a folder, on one device and on several: the greedy tokens of transformers."""
+"""`LLM` over a folder, on one device and on several, gives the greedy tokens of transformers."""
 
 from collections.abc import Callable
 from functools import cache

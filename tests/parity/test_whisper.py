@@ -1,4 +1,4 @@
-"""Whisper against transformers: the encoder, the decoder's logits, what is transcribed of sound."""
+"""Whisper against transformers: encoder, decoder logits, transcription."""
 
 from collections.abc import Iterator
 from functools import cache
@@ -20,7 +20,7 @@ from jaxinfer.media import CrossInputs, EncoderInput
 pytestmark = pytest.mark.xdist_group("whisper")
 
 TOLERANCE = 1e-4
-"""Of a float32 number; what is overlooked must move the numbers by 100 times as much."""
+"""Absolute tolerance in float32; ignoring an option must change the values by 100 times as much."""
 
 
 @cache
@@ -40,7 +40,7 @@ def heard(features: np.ndarray) -> EncoderInput:
 @pytest.mark.slow
 @pytest.mark.parametrize("tp", [1, 2])
 def test_the_encoder(folder: Path, tp: int):
-    """Of two windows in one step; another kernel's float32 sums differ in the last digits."""
+    """Two windows in one step; the float32 sums of another kernel differ in the last digits."""
     windows = whisper.features(2)
     found = encoded.encoder_rows(folder, heard(windows), tp=tp).reshape(2, whisper.POSITIONS, -1)
     np.testing.assert_allclose(found, ref.encoded(model(), windows), atol=TOLERANCE, rtol=0)
@@ -48,8 +48,8 @@ def test_the_encoder(folder: Path, tp: int):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tp", [1, 2])
-def test_the_decoder_reads_what_the_encoder_makes(folder: Path, tp: int):
-    """Several windows and prompts of several lengths side by side, then tokens one by one."""
+def test_decoder_logits_with_encoder_positions(folder: Path, tp: int):
+    """Several windows and prompts of several lengths in one batch, then tokens one by one."""
     windows, generator = whisper.features(3), np.random.default_rng(1)
     prompts = [generator.integers(0, whisper.EOS, size).tolist() for size in (1, 20, 4)]
     following = [generator.integers(0, whisper.EOS, size).tolist() for size in (5, 2, 0)]
@@ -89,9 +89,8 @@ OPTIONS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIONS)
-def test_what_is_said_in_a_window(llm: LLM, name: str):
-    """Greedy, several of different lengths at a time: the prompt, or what the rule makes of it, and all that
-    follows."""
+def test_transcription_of_a_window(llm: LLM, name: str):
+    """Greedy, several lengths in one batch: with a prompt, or what the rule forces, and all following tokens."""
     options = OPTIONS[name]
     params = SamplingParams(temperature=0, max_tokens=MADE)
     outputs = llm.generate([ask(sound, **options) for sound in SOUNDS], params, use_tqdm=False)
@@ -109,7 +108,7 @@ def test_what_is_said_in_a_window(llm: LLM, name: str):
 @pytest.mark.slow
 @pytest.mark.parametrize("language", ["de", None])
 def test_long_audio_in_windows(llm: LLM, language: str | None):
-    """Of several lengths at the same time; a language that is not said is that of the first window."""
+    """Audio of several lengths in one batch; an unspecified language is that of the first window."""
     sounds = [whisper.sound(seconds, seed) for seed, seconds in enumerate((3.7, 1.001, 5.03))]
     found = llm.transcribe([(sound, whisper.RATE) for sound in sounds], language=language, use_tqdm=False)
     for sound, transcript in zip(sounds, found, strict=True):
@@ -122,7 +121,7 @@ def test_long_audio_in_windows(llm: LLM, language: str | None):
 
 @pytest.mark.slow
 def test_short_audio_ends_where_it_ends(llm: LLM):
-    """transformers goes on in the silence behind it, up to the end of the window."""
+    """transformers continues into the silence after it, up to the end of the window."""
     sound = whisper.sound(0.6, 1)
     [found] = llm.transcribe((sound, whisper.RATE), language="en", use_tqdm=False)
     segments = [(round(s.start, 4), round(s.end, 4), list(s.token_ids)) for s in found.segments]

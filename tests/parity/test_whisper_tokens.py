@@ -1,4 +1,4 @@
-"""Which tokens Whisper may make next, and what its tokens say was said when: against transformers' own code."""
+"""Whisper's token rule and segments against transformers' own code."""
 
 from functools import partial
 
@@ -32,7 +32,7 @@ def allowed(rule: WhisperTokens, *arrays: jax.Array) -> jax.Array:
 
 
 def histories(seed: int, count: int) -> list[list[int]]:
-    """Tokens made so far: text, and timestamps that never go back."""
+    """Output tokens so far: text, and non-decreasing timestamps."""
     generator, made = np.random.default_rng(seed), []
     for _ in range(count):
         tokens, stamp = [], ZERO
@@ -48,7 +48,7 @@ def histories(seed: int, count: int) -> list[list[int]]:
 
 @pytest.mark.parametrize("timed", [False, True])
 @pytest.mark.parametrize("scale", [0.5, 4.0])
-def test_the_rule_is_what_the_processors_do(timed: bool, scale: float):
+def test_the_token_rule_equals_transformers_processors(timed: bool, scale: float):
     settings = transformers.GenerationConfig(**whisper.GENERATION)
     lists = [
         SuppressTokensAtBeginLogitsProcessor(settings.begin_suppress_tokens, begin_index=BEGIN),
@@ -58,7 +58,7 @@ def test_the_rule_is_what_the_processors_do(timed: bool, scale: float):
         lists.append(WhisperTimeStampLogitsProcessor(settings, begin_index=BEGIN))
     made = histories(int(10 * scale), 150)
     logits = (scale * np.random.default_rng(1).standard_normal((len(made), VOCAB))).astype(np.float32)
-    history = np.full((len(made), LENGTH), VOCAB - 1, np.int32)  # what is not known yet must not be read
+    history = np.full((len(made), LENGTH), VOCAB - 1, np.int32)  # unknown positions must not be read
     position = np.array([BEGIN + len(tokens) for tokens in made], np.int32)
     for row, tokens in enumerate(made):
         history[row, : position[row]] = [*[whisper.START] * BEGIN, *tokens]
@@ -89,8 +89,10 @@ def test_rows_without_a_rule_are_left_as_they_are():
         Says.DETECT | Says.TRANSLATE | Says.TIMESTAMPS,
     ],
 )
-def test_a_language_is_detected_and_what_follows_it_forced(says: Says):
-    """The likeliest of the languages, whatever is likelier than it; what is not suppressed there is at the begin."""
+def test_language_is_detected_and_following_tokens_are_forced(says: Says):
+    """The most likely of the languages, even if other tokens are more likely; suppression applies after the forced
+    tokens.
+    """
     logits = np.random.default_rng(0).standard_normal((1, VOCAB)).astype(np.float32)
     logits[0, 20], logits[0, whisper.GERMAN], logits[0, 7] = 90, 50, 80
     tokens, position = [whisper.START], 1
@@ -111,7 +113,7 @@ def test_a_language_is_detected_and_what_follows_it_forced(says: Says):
 
 
 def reference_segments(tokens: list[int], frames: int) -> tuple[list[tuple[int, int, list[int]]], int]:
-    """transformers' `_retrieve_segment`, times in timestamps."""
+    """transformers' `_retrieve_segment`, with times in timestamp steps."""
     segments, on = WhisperGenerationMixin._retrieve_segment(
         seek_sequence=torch.tensor(tokens),
         seek_outputs=[None],

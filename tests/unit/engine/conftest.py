@@ -1,4 +1,4 @@
-"""What the engine's tests share."""
+"""Fixtures of the engine's tests."""
 
 import jax
 import numpy as np
@@ -8,14 +8,14 @@ from support.tiny import random_runner
 
 @pytest.fixture
 def runner():
-    """The shared tiny Llama; a test may replace what it likes with `monkeypatch`."""
+    """The shared runner of a tiny Llama; tests may patch it with `monkeypatch`."""
     return random_runner()
 
 
 @pytest.fixture
 def nan_token(runner, monkeypatch):
-    """A token id whose embedding is NaN: whoever reads it has logits that are no numbers."""
-    token = 1  # in no prompt of `support.tiny.prompt`, and none that the seeded requests of these tests draw
+    """A token id whose embedding is NaN: sequences that contain it get NaN logits."""
+    token = 1  # not used by `support.tiny.prompt`, nor sampled by the seeded requests of these tests
     state = jax.tree.unflatten(runner.program.tree, runner.params)
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
     place = next(i for i, (path, _) in enumerate(leaves) if "embedding" in jax.tree_util.keystr(path))

@@ -1,4 +1,4 @@
-"""The steps of a model with cross-attention: how inputs are put together, what a step takes, what a warm-up makes."""
+"""Steps of models with cross-attention: encoder batches, step inputs and warm-up."""
 
 from dataclasses import replace
 
@@ -26,7 +26,7 @@ def job(length: int, seed: int = 0, first: int = 0) -> EncodeJob:
     return EncodeJob(text(length, seed), blocks, first)
 
 
-def test_texts_lie_side_by_side_and_see_themselves_alone():
+def test_batched_encoder_texts_attend_to_themselves_only():
     jobs, shape = [job(3), job(6, 1)], EncodeShape(16, 1, 2, 4, tile=4)
     batch = encode_batch(TEXT, jobs, BLOCK, 1000, shape)
     np.testing.assert_array_equal(batch.inputs[:9], np.concatenate([one.input.values for one in jobs]))
@@ -70,7 +70,7 @@ def test_a_step_takes_as_many_inputs_as_it_has_room_for(lengths, expected):
     assert [[one.input.count for one in step] for step in steps] == expected
 
 
-def test_tokens_come_with_what_they_see_and_text_models_without():
+def test_step_inputs_have_seen_ranges_only_with_cross_attention():
     runner, plain = cross_runner(), random_runner()
     for made, cross in ((runner, True), (plain, False)):
         program, shapes = made.program, made.shapes
@@ -107,7 +107,7 @@ def test_encoding_writes_its_blocks_and_no_others():
     assert memory.alias_size_in_bytes >= sum(a.nbytes for lane in runner.cache for a in lane), "in place"
 
 
-def test_a_plan_encodes_what_one_step_holds():
+def test_a_plan_encodes_at_most_one_steps_inputs():
     engine = make_engine(cross_runner())
     engine.scheduler.limits = replace(engine.scheduler.limits, encode_units=20)
     for i, length in enumerate((12, 8, 30, 5)):
@@ -119,7 +119,7 @@ def test_a_plan_encodes_what_one_step_holds():
     assert made[:3] == [2, 3, 4], "two that fit together, one that is too long for any, the last"
 
 
-def test_what_each_token_sees():
+def test_seen_ranges_of_tokens():
     both = CrossInputs((text(9), text(5, 1)), ((2, 0, 9), (5, 9, 14)))
     assert both.length == 14 and both.seen(1, 5).tolist() == [[0, 0], [0, 9], [0, 9], [0, 9], [9, 14]]
     assert both.seen(40, 1).tolist() == [[9, 14]], "what is made sees what the prompt's end sees"
@@ -137,8 +137,10 @@ def test_what_each_token_sees():
     assert whole.digest == both.digest and whole.digest != CrossInputs((text(5, 1), text(9))).digest
 
 
-def test_what_an_input_is_compared_on():
-    """Token ids are themselves; of arrays a hash other than the digest's. Whatever the encoder reads counts."""
+def test_encoder_input_identity():
+    """Token ids are compared themselves, arrays by a hash other than the digest's. Everything the encoder reads
+    counts.
+    """
     assert text(9).values.astype("<i4").tobytes() in text(9).identity
     array = np.ones((1, 2, 3), np.float32)
     kinds = [

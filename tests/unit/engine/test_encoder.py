@@ -1,4 +1,4 @@
-"""The encoder's steps and the feature pool on the device; a model of text alone knows nothing of them."""
+"""Encoder steps and the feature pool on the device; text-only models have neither."""
 
 from dataclasses import replace
 
@@ -21,7 +21,7 @@ from jaxinfer.functional import program as functional_program
 pytestmark = [pytest.mark.xdist_group("internvl"), pytest.mark.slow]
 
 
-def test_a_text_models_steps_take_what_they_took_before():
+def test_text_only_steps_have_no_encoder_inputs():
     runner = random_runner()
     bucket = prefill_bucket(runner.program, runner.shapes, CHUNK, Needs())
     arguments = abstract_arguments(runner.program, runner.shapes, bucket)
@@ -85,7 +85,7 @@ def test_inputs_are_encoded_without_padding_where_that_can_be(buckets, count, st
 
 
 def sizes(**settings) -> tuple[int, tuple[int, ...]]:
-    """Slots and encoder steps that an engine would have."""
+    """Feature slots and encoder buckets that an engine would choose."""
     runner = image_runner()
     config = EngineConfig(**dict(max_model_len=64, max_num_seqs=4, max_num_batched_tokens=32) | settings)
     made = choose_shapes(runner.program.module(runner.params).config, runner.program, config)
@@ -108,7 +108,7 @@ def test_images_that_never_fit_the_pool_are_refused():
     with pytest.raises(CapacityError, match=rf"7 tiles \(28 tokens\) can never fit .* holds {SLOTS} tiles of 4 tokens"):
         engine.add(image_request("0", (image(4), 1, image(3, 1), 1), GREEDY))
     assert not engine.requests
-    run(engine, [image_request("1", (image(4), 1, image(4), 1), GREEDY)])  # the same twice takes the place of one
+    run(engine, [image_request("1", (image(4), 1, image(4), 1), GREEDY)])  # equal images share their slots
 
 
 @pytest.mark.parametrize("failures", [1, 9])

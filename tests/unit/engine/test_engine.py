@@ -1,4 +1,4 @@
-"""The engine's door: what it takes in, what it refuses, aborts in every state, and its counters."""
+"""The engine's interface: admission and refusal of requests, aborts in every state, metrics."""
 
 import pytest
 from support.cases import GREEDY, alone, mixed
@@ -100,7 +100,7 @@ def test_nothing_is_published_before_its_step_was_dispatched(runner, monkeypatch
 
     monkeypatch.setattr(runner, "run", watch)
     run(engine, [make_request("x", prompt(3 * BLOCK), GREEDY)])
-    # The prompt's three blocks after the first step; what is made, block by block, once its tokens are known.
+    # The prompt's three blocks after the first step; output blocks one by one, once their tokens are known.
     assert seen[0] == 0 and seen[1] == 3
     assert sorted(seen) == seen and seen[-1] <= 5
 
@@ -144,8 +144,8 @@ def test_close_ends_everything(runner):
     assert all(r.finished for r in requests) and not engine.has_work
 
 
-def test_a_step_takes_no_more_tokens_than_were_asked_for(runner):
-    """Whatever the largest bucket has room for, which counts where nothing was asked for."""
+def test_the_token_budget_setting_limits_a_step(runner):
+    """The setting applies, not the room of the largest bucket, which only applies by default."""
     largest = runner.shapes.prefill_buckets[-1]
     for asked, budget in ((largest - 1, largest - 1), (largest, largest), (None, largest)):
         assert HostSettings.of(EngineConfig(max_num_batched_tokens=asked), runner).token_budget == budget

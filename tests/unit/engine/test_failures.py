@@ -1,4 +1,4 @@
-"""Faults inside the engine: one request's own, a step's, and an interrupt at any point."""
+"""Faults inside the engine: of a single request, of a step, and interrupts at any point."""
 
 import logging
 
@@ -23,7 +23,7 @@ def reasons(requests):
 
 
 def assert_published_is_finite(engine):
-    """What others may find holds numbers."""
+    """Assert that no published block contains NaN."""
     published = np.flatnonzero(engine.manager.pool.published)
     assert len(published)
     for lane in engine.runner.cache:
@@ -57,9 +57,9 @@ def test_nan_in_a_prompt_is_that_requests_error(runner, nan_token, at):
 @pytest.mark.parametrize("history", [False, True])
 @pytest.mark.parametrize("length", [BLOCK, 2 * BLOCK - 1, 2 * BLOCK])
 def test_nan_while_decoding_takes_its_blocks_out_of_the_index(runner, nan_token, length, history):
-    """The step after reads the NaN token; no block it wrote may be found afterwards.
+    """The next step reads the NaN token; no block it wrote may be found afterwards.
 
-    With multi-token bad words the host sees every token before the next step is planned.
+    With multi-token bad words the host reads every token before the next step is planned.
     """
     params = SamplingParams(
         temperature=0,
@@ -99,21 +99,21 @@ def test_nan_after_a_hit_leaves_the_hit_published(runner, nan_token):
 
 
 def test_nan_ends_one_sample_and_leaves_its_siblings(runner, nan_token):
-    """Samples part ways; only those that read the NaN token end in error."""
+    """Samples diverge; only those that contain the NaN token end in error."""
     params = SamplingParams(temperature=1, seed=1, n=8, max_tokens=12, logit_bias={nan_token: 3.0})
     separate, request = (make_request("x", prompt(6), params) for _ in range(2))
     expected = run(make_engine(runner, block_sharing=False, prefix_caching=False), [separate])
     engine = make_engine(runner)
     assert run(engine, [request]) == expected
     assert {"error", "length"} == set(reasons([request]))
-    # Those whose NaN token was the last of its block had published it before the NaN was seen.
+    # Those whose NaN token completed a block had published the block before the NaN was detected.
     made = [s.output_ids for s in request.sequences if s.finish_reason == "error"]
     assert any((6 + len(tokens)) % BLOCK == 0 for tokens in made)
     assert_published_is_finite(engine)
 
 
 class Fails:
-    """A runner's `run` that raises at the calls asked for."""
+    """A replacement of `Runner.run` that raises at the given calls."""
 
     def __init__(self, runner, *calls, error=RuntimeError("device lost"), when=lambda plan: True):
         self.run, self.calls, self.error, self.when, self.count = runner.run, calls, error, when, 0
@@ -136,8 +136,8 @@ def test_a_failed_step_is_computed_again(runner, monkeypatch, caplog, call):
     assert "a step failed (RuntimeError: device lost)" in caplog.text
 
 
-def test_a_failure_that_shows_when_the_step_is_read(runner, monkeypatch, caplog):
-    """A device's error may come with its results, while the step after is already planned."""
+def test_a_failure_raised_when_results_are_read(runner, monkeypatch, caplog):
+    """A device error may only be raised when the results are read, with the next step already planned."""
     expected = alone(runner, mixed(LENGTHS))
     engine = make_engine(runner)
     take, calls = engine._take_tokens, []
@@ -153,7 +153,7 @@ def test_a_failure_that_shows_when_the_step_is_read(runner, monkeypatch, caplog)
     assert "device lost" in caplog.text
 
 
-def test_failures_far_apart_end_nobody(runner, monkeypatch):
+def test_isolated_failures_end_no_sequence(runner, monkeypatch):
     expected = alone(runner, mixed(LENGTHS))
     for request, result in zip(mixed(LENGTHS), expected, strict=True):
         engine = make_engine(runner)
@@ -162,8 +162,8 @@ def test_failures_far_apart_end_nobody(runner, monkeypatch):
         monkeypatch.undo()
 
 
-def test_prompts_that_always_fail_end_and_the_others_go_on(runner, monkeypatch):
-    """The long prompt's step fails whenever it is run alone or beside others."""
+def test_prompts_that_always_fail_end_alone(runner, monkeypatch):
+    """The step with the long prompt fails whenever it runs, alone or with others."""
     engine = make_engine(runner, budget=CHUNK)
     bad = make_request("bad", prompt(CHUNK, 3), GREEDY)
     others = mixed(LENGTHS)
@@ -177,8 +177,8 @@ def test_prompts_that_always_fail_end_and_the_others_go_on(runner, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["decode", "prefill"])
-def test_a_kind_of_step_that_always_fails(runner, monkeypatch, kind):
-    """As when a bucket does not compile. Everyone who needs it ends; the engine lives on."""
+def test_a_step_kind_that_always_fails_ends_its_requests(runner, monkeypatch, kind):
+    """As when a bucket does not compile: every request that needs it ends in error, and the engine keeps working."""
     monkeypatch.setattr(runner, "run", Fails(runner, when=lambda p: p.decodes if kind == "decode" else p.chunks))
     engine = make_engine(runner)
     requests = mixed(LENGTHS)
@@ -194,7 +194,7 @@ def test_a_kind_of_step_that_always_fails(runner, monkeypatch, kind):
 
 
 def test_a_program_that_does_not_compile(runner, monkeypatch):
-    """Requests that need the program end in error; those that come without it are served."""
+    """Requests that need the program end in error; others are served."""
     params = SamplingParams(temperature=0.5, presence_penalty=1.0, max_tokens=5, seed=1)
 
     def fails(*arguments):
@@ -233,8 +233,8 @@ def test_an_interrupt_and_the_next_call(runner, monkeypatch, call):
     assert outputs(requests) == expected
 
 
-def test_many_interrupts_end_nobody(runner, monkeypatch):
-    """They are the user's, not a fault of who happened to run."""
+def test_many_interrupts_end_no_sequence(runner, monkeypatch):
+    """Interrupts are not counted as failures of the running sequences."""
     expected = alone(runner, mixed(LENGTHS))
     engine = make_engine(runner)
     requests = mixed(LENGTHS)
@@ -273,7 +273,7 @@ def test_a_listener_that_raises_is_its_own_requests_error(runner):
 
 
 def test_a_listener_interrupted_at_a_sequences_last_token(runner):
-    """The token was taken: the sequence is at its end, and must not be made longer."""
+    """The token was appended: the sequence has ended and must not be extended."""
     params = SamplingParams(temperature=0, max_tokens=3)
     request = make_request("x", prompt(7), params, listener=Listens(KeyboardInterrupt()))
     engine = make_engine(runner)
@@ -320,8 +320,8 @@ def test_counters_do_not_go_back_with_a_failure(runner, monkeypatch):
     assert all(s.status is Status.FINISHED for r in requests for s in r.sequences)
 
 
-def test_a_fault_in_planning_ends_all_it_may_be_about_and_not_the_engine(runner, monkeypatch):
-    """Nobody can be blamed alone where no step was planned; it must not be tried for ever."""
+def test_a_failure_in_planning_fails_all_requests_but_not_the_engine(runner, monkeypatch):
+    """If planning fails, no single sequence can be blamed; it must not be retried forever."""
     engine, bad = make_engine(runner), mixed(LENGTHS)
     with monkeypatch.context() as broken:
         broken.setattr(engine.manager.__class__, "admit", lambda *_: 1 / 0)
@@ -335,9 +335,10 @@ def test_a_fault_in_planning_ends_all_it_may_be_about_and_not_the_engine(runner,
 
 
 @pytest.mark.parametrize("place", [0, 2])
-def test_what_nothing_would_ever_schedule_ends_in_error(runner, monkeypatch, place):
-    """Checks say beforehand what has no room; were one of them wrong, its neighbours go on and nobody steps for
-    ever."""
+def test_a_request_that_can_never_be_scheduled_ends_in_error(runner, monkeypatch, place):
+    """Checks at queueing refuse requests that can never fit; if one of them were wrong, the others must continue and
+    the engine must not step forever.
+    """
     expected = alone(runner, mixed(LENGTHS))
     engine = make_engine(runner, pool_blocks=30 // BLOCK)
     monkeypatch.setattr(engine.capacity, "check", lambda request: None)
@@ -355,8 +356,8 @@ def test_what_nothing_would_ever_schedule_ends_in_error(runner, monkeypatch, pla
     assert outputs(requests) == expected
 
 
-def test_an_end_that_was_interrupted_is_told(runner, monkeypatch):
-    """A call waits for `on_finish`: it comes even if an interrupt came between the end of a request and it."""
+def test_on_finish_is_called_after_an_interrupted_end(runner, monkeypatch):
+    """A call waits for `on_finish`: it must be called even if an interrupt came right after the request's end."""
     told, engine = [], make_engine(runner)
     request = make_request("x", prompt(7), SamplingParams(temperature=0, max_tokens=3), on_finish=told.append)
 

@@ -1,4 +1,4 @@
-"""A sequence's own rules: when it ends, what it may say next, which sampler level it needs."""
+"""A sequence: finish reasons, forbidden tokens and required sampler level."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ V = 97
 
 
 def request(eos=(), length=4, **fields):
-    """A request of a model whose EOS ids are `eos`."""
+    """A request for a model with EOS ids `eos`."""
     params = resolve(SamplingParams(**fields), ModelLimits(V, 128, eos), prompt_len=length)
     made = make_request("x", prompt(length), SamplingParams(max_tokens=params.max_tokens, n=params.n))
     made.params, made.stop_ids = params, params.all_stop_token_ids
@@ -22,7 +22,7 @@ def request(eos=(), length=4, **fields):
 
 
 def add(sequence, *tokens):
-    sequence.prepare()  # as when it gets a row
+    sequence.prepare()  # as done when it gets a row
     return [sequence.add(token) for token in tokens]
 
 
@@ -89,8 +89,8 @@ def test_a_request_has_finished_when_all_its_samples_have():
         (dict(logit_bias={3: 1}), Level.EDITED),
         (dict(allowed_token_ids=[3]), Level.EDITED),
         (dict(_bad_words_token_ids=((3,),)), Level.EDITED),
-        (dict(eos=(5,), min_tokens=1), Level.RANDOM),  # but where it is too early to end
-        (dict(_bad_words_token_ids=((3, 4),)), Level.RANDOM),  # but where 3 has come
+        (dict(eos=(5,), min_tokens=1), Level.RANDOM),  # except where it is too early to end
+        (dict(_bad_words_token_ids=((3, 4),)), Level.RANDOM),  # except after a 3
         (dict(_bad_words_ids=((3,),)), Level.EDITED),
         (dict(min_tokens=1), Level.RANDOM),
     ],
@@ -139,7 +139,7 @@ def test_bad_words_of_several_tokens_mask_their_last():
 
 
 def test_a_bad_word_is_looked_for_in_the_output_alone():
-    """As in vLLM; one of a transformers' configuration in the prompt as well, if that is as long."""
+    """As in vLLM; transformers' `bad_words_ids` also match in the prompt, if it is long enough."""
     last, words = prompt(4)[-1], lambda name, *words: request(**{name: words}, max_tokens=3).sequences[0]
     assert np.isfinite(bias(words("_bad_words_token_ids", (last, 50)))).all()
     found = bias(words("_bad_words_ids", (last, 50), (9, *prompt(4), 51), (*prompt(4), 52)))

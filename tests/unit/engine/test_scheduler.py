@@ -1,4 +1,4 @@
-"""The scheduler alone: a host that pretends to run its plans, with tokens that follow from nothing."""
+"""The scheduler alone, with a simulated host whose sampled tokens are arbitrary."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def new(name, length, n=1, made=6):
 
 
 class Host:
-    """Runs plans as the engine does, one step behind: each sequence's token is its position."""
+    """Runs plans as the engine does, one step behind; each sampled token is its position."""
 
     def __init__(self, scheduler, most=1):
         self.scheduler, self.flight, self.plans, self.most = scheduler, None, [], most
@@ -100,7 +100,7 @@ def test_images_stay_while_a_sample_may_be_preempted_and_go_with_the_last():
 
 
 @pytest.mark.parametrize("values", [np.zeros((1, 2), np.float32), np.array([4, 5], np.int32)])
-def test_what_an_encoder_read_goes_with_the_end_unless_it_is_in_the_result(values):
+def test_encoder_inputs_are_dropped_at_the_end_unless_text(values):
     request = new("a", 6)
     request.cross = CrossInputs((EncoderInput("any", values, rows=1),))
     request.drop_inputs()
@@ -120,7 +120,7 @@ def test_first_come_first_served():
     assert order == [r.id for r in requests]
 
 
-def test_one_that_does_not_fit_waits_and_nobody_passes_it():
+def test_a_request_that_does_not_fit_waits_and_is_not_overtaken():
     scheduler = make(blocks=6)
     for name, length in (("first", 12), ("large", 16), ("small", 2)):
         scheduler.add(new(name, length, made=2))
@@ -208,7 +208,7 @@ def test_no_fork_without_sharing():
     assert (scheduler.manager.pool.refs <= 1).all()
 
 
-def test_copies_come_with_the_first_write_after_a_fork():
+def test_blocks_are_copied_at_the_first_write_after_a_fork():
     scheduler = make()
     scheduler.add(new("n", 6, n=3))
     scheduler.schedule()
@@ -231,7 +231,7 @@ def test_no_copies_when_the_prompt_ends_with_its_block():
 
 
 def steps(scheduler, *requests, most=8):
-    """The decode steps of each plan, to the end."""
+    """Number of decode steps of each plan until everything has finished."""
     for request in requests:
         scheduler.add(request)
     host = Host(scheduler, most)
@@ -250,8 +250,8 @@ def test_one_step_while_somebody_waits_or_is_prefilled():
     assert steps(make(tokens=5), new("a", 3, made=9), new("b", 9, made=2))[0] == 1
 
 
-def test_nobody_is_preempted_for_several_steps():
-    """A pool that does not hold what eight steps would take."""
+def test_several_steps_preempt_no_sequence():
+    """The pool does not hold the blocks of eight steps."""
     requests = [new("a", 3, made=12), new("b", 3, made=12)]
     scheduler = make(blocks=5)
     taken = steps(scheduler, *requests)
@@ -272,7 +272,7 @@ def test_blocks_of_several_steps_hold_no_more_than_they_need():
 
 
 def waiting_prefixes(scheduler, shared, others=3):
-    """Queues prompts with a common beginning."""
+    """Queue prompts with a shared prefix."""
     requests = [
         make_request(str(i), [*prompt(shared), 90 + i, 80], SamplingParams(temperature=0, max_tokens=2))
         for i in range(others)
@@ -282,7 +282,7 @@ def waiting_prefixes(scheduler, shared, others=3):
     return requests
 
 
-def test_a_prefix_is_computed_once_and_others_pass_who_waits_for_it():
+def test_a_shared_prefix_is_computed_once_and_others_overtake_waiting_requests():
     scheduler = make(blocks=64, tokens=16, rows=8)
     requests = waiting_prefixes(scheduler, 24)
     scheduler.add(new("other", 4))
@@ -302,7 +302,7 @@ def test_a_prefix_too_short_to_wait_for_is_computed_again():
     assert not any(r.cached_tokens for r in requests)
 
 
-def test_nobody_waits_without_a_prefix_cache_or_for_what_was_preempted():
+def test_no_waiting_without_a_prefix_cache_or_for_a_preempted_sequence():
     manager = BlockManager(64, 8, 32, BLOCK, prefix_caching=False)
     scheduler = Scheduler(manager, Limits(64, 8))
     waiting_prefixes(scheduler, 12)
@@ -317,7 +317,7 @@ def test_nobody_waits_without_a_prefix_cache_or_for_what_was_preempted():
     assert all(r.finished for r in requests)
 
 
-def test_the_chunks_of_a_window_take_blocks_as_they_go():
+def test_sliding_groups_allocate_blocks_per_chunk():
     kinds = (KindGroups(Kind(), 0, 1), KindGroups(Window(5), 1, 2))
     manager = BlockManager(40, ROWS, 32, BLOCK, kinds=kinds)
     scheduler = Scheduler(manager, Limits(8, ROWS))
@@ -330,7 +330,7 @@ def test_the_chunks_of_a_window_take_blocks_as_they_go():
     host.run()
 
 
-def test_a_lone_sequence_that_fills_the_pool_ends():
+def test_a_single_sequence_that_fills_the_pool_finishes():
     scheduler = make(blocks=4)
     scheduler.add(new("a", 8, made=8))
     Host(scheduler).run()
@@ -359,8 +359,9 @@ KINDS = st.sampled_from(
     KINDS,
 )
 def test_every_mix_ends_with_every_token_and_nothing_held(wanted, spare, tokens, sharing, caching, most, kinds):
-    """Arrivals over time, any budget, pools that just hold the longest; `Host` checks the accounting after every
-    step."""
+    """Arrivals over time, any budget, pools that just hold the longest sequence; `Host` checks the accounting after
+    every step.
+    """
     longest = max(length + made for length, _, made, _ in wanted)
     blocks = blocks_needed(kinds, longest, BLOCK, tokens) + spare
     manager = BlockManager(blocks, ROWS, 32, BLOCK, prefix_caching=caching, kinds=kinds)
@@ -384,13 +385,13 @@ def test_every_mix_ends_with_every_token_and_nothing_held(wanted, spare, tokens,
 
 
 def counted(monkeypatch, owner, name):
-    """The calls of a method from here on."""
+    """Record the calls of a method from here on."""
     method, calls = getattr(owner, name), []
     monkeypatch.setattr(owner, name, lambda *a, **k: calls.append(a) or method(*a, **k))
     return calls
 
 
-def test_a_blocked_head_is_looked_up_again_only_when_that_can_help(monkeypatch):
+def test_a_blocked_head_is_looked_up_only_when_blocks_were_released(monkeypatch):
     scheduler = make(blocks=12)
     host = Host(scheduler)
     for name in "ab":
@@ -406,7 +407,7 @@ def test_a_blocked_head_is_looked_up_again_only_when_that_can_help(monkeypatch):
     assert waiting.made == 2
 
 
-def test_a_blocked_head_goes_on_when_what_it_lacks_was_published():
+def test_a_blocked_head_is_admitted_once_its_missing_block_is_published():
     scheduler = make(blocks=8, tokens=16)
     [sequence] = new("x", 16).sequences
     sequence.needed_blocks, sequence.unknown = 9, b"digest"
@@ -430,7 +431,7 @@ def test_needed_blocks_are_those_with_which_it_is_admitted():
     assert taken and manager.pool.num_available == 7 and manager.admit(1, hit, len(tokens))
 
 
-def test_the_queue_keeps_its_order_and_lets_anyone_leave():
+def test_the_queue_keeps_its_order_when_sequences_are_removed():
     queue, sequences = Waiting(), [s for name in "abcd" for s in new(name, 3).sequences]
     queue.extend(sequences[:3])
     queue.push(sequences[3])
@@ -440,7 +441,7 @@ def test_the_queue_keeps_its_order_and_lets_anyone_leave():
         queue.remove(sequences[1])
 
 
-def test_a_step_looks_at_no_more_of_the_queue_than_can_run(monkeypatch):
+def test_a_step_examines_a_bounded_part_of_the_queue(monkeypatch):
     scheduler = make(tokens=8, blocks=64)
     for i in range(6 * ROWS):
         scheduler.add(new(str(i), 16, made=2))

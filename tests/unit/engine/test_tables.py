@@ -1,4 +1,4 @@
-"""The block tables on the device are those of the host, for every row that runs."""
+"""Block tables on the device equal those of the host for every running row."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.xdist_group("llama")
 
 
 def check(engine):
-    """Compares what has been written so far, and a little more: a row's blocks up to its last written position."""
+    """Compare the blocks of each row up to the end of the one being written."""
     device, tables = np.asarray(engine.runner.rows.tables), engine.manager.tables
     for row in tables.used():
         if row not in tables.unsent:
@@ -26,7 +26,7 @@ def check(engine):
 @pytest.mark.parametrize("steps", [1, 8])
 @pytest.mark.parametrize("widths", [(256, 4096), (8, 16)])
 def test_after_every_step(runner, monkeypatch, widths, steps):
-    """With forks, preemption and hits; in pieces where a row has more entries than are sent at once."""
+    """With forks, preemption and prefix hits; split into pieces where a row has more entries than are sent at once."""
     monkeypatch.setattr(runners, "TABLE_WIDTHS", widths)
     engine = make_engine(runner, pool_blocks=26, decode_steps=steps)
     params = SamplingParams(temperature=0.3, seed=1, n=3, max_tokens=14)
@@ -40,8 +40,8 @@ def test_after_every_step(runner, monkeypatch, widths, steps):
     assert [[s.output_ids.tolist() for s in r.sequences] for r in wanted] == alone(runner, wanted)
 
 
-def test_a_step_that_is_not_run_leaves_nothing_half_sent(runner, monkeypatch):
-    """After a failure all is sent again, to tables that know nothing."""
+def test_tables_are_sent_again_after_a_failed_step(runner, monkeypatch):
+    """After a failure all entries are sent again, to empty tables."""
     engine = make_engine(runner)
     wanted = mixed(EDGES[-3:])
     expected = alone(runner, wanted)
@@ -58,14 +58,14 @@ def test_a_step_that_is_not_run_leaves_nothing_half_sent(runner, monkeypatch):
     assert [[s.output_ids.tolist() for s in r.sequences] for r in wanted] == expected
 
 
-def test_rows_keep_their_place_where_all_fit():
+def test_rows_keep_their_index_if_all_fit():
     rows = np.array([5, 0, 3])
     assert lanes(rows, 8, 8).tolist() == [5, 0, 3]
     assert lanes(rows, 4, 8).tolist() == [0, 1, 2]
 
 
-def test_what_rows_ask_is_of_those_that_run(runner):
-    """A row's settings are those of the sequence there now."""
+def test_row_parameters_are_those_of_the_current_sequence(runner):
+    """A row's parameters are those of the sequence it currently holds."""
     asked, edited = Asked(4), SamplingParams(temperature=0, presence_penalty=0.5, logprobs=2, max_tokens=3)
     plain = make_request("a", prompt(4), SamplingParams(temperature=0, max_tokens=3)).sequences[0]
     other = make_request("b", prompt(5), edited).sequences[0]
@@ -81,7 +81,7 @@ def test_what_rows_ask_is_of_those_that_run(runner):
 
 @pytest.mark.slow
 def test_smaller_steps_gather_their_rows(runner):
-    """A bucket of fewer sequences than there are rows reads the same tables."""
+    """A bucket with fewer sequences than there are rows reads the same tables."""
     small = runners.Runner(
         runner.program,
         runner.params,

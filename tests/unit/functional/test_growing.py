@@ -1,4 +1,4 @@
-"""A cache that grows in place: several tokens at once, one at a time, beyond every read length, and never copied."""
+"""GrowingCache: appending one or several tokens, growth through all read lengths, and no copies."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ LONG = CONFIG | dict(architectures=["LlamaForCausalLM"], max_position_embeddings
 
 @pytest.fixture(scope="module")
 def model():
-    """In XLA's attention, which reads as much as it is compiled for."""
+    """With XLA's attention, which reads as much as it is compiled for."""
     mesh = make_mesh(1)
     return split(weights.random(LONG, mesh), mesh, attention_kernel="xla")
 
@@ -36,7 +36,7 @@ def greedy(cache, params, tokens, count):
     return np.stack(made, axis=1).tolist(), cache
 
 
-def test_it_is_the_engine():
+def test_growing_cache_equals_the_engine():
     runner = random_runner()
     wanted = [make_request(str(i), prompt(length, i), GREEDY) for i, length in enumerate((5, 19))]
     cache = GrowingCache.reserve(runner.program, rows=2, capacity=60, step=8)
@@ -46,7 +46,7 @@ def test_it_is_the_engine():
 
 
 @pytest.mark.slow
-def test_several_tokens_at_a_time_are_one_at_a_time(model):
+def test_appending_several_tokens_equals_one_at_a_time(model):
     program, params = model
     text = prompt(40, 3)
     whole, one = GrowingCache.reserve(program, 1, 64, 8).append(params, [text])
@@ -61,7 +61,7 @@ def test_several_tokens_at_a_time_are_one_at_a_time(model):
 
 @pytest.mark.slow
 def test_it_grows_through_several_read_lengths_in_place(model):
-    """One row long, one short; each read length is compiled once and gives what the longest gives."""
+    """With one long and one short row; each read length is compiled once and gives the same results as the longest."""
     program, params = model
     before, addresses = _one._cache_size(), None
     cache = GrowingCache.reserve(program, rows=2, capacity=520, step=64)
@@ -99,7 +99,7 @@ def test_windows_are_masked(name):
 
 @pytest.mark.slow
 def test_another_cache_is_adopted(model):
-    """As arrays `[R, K, S, D]`, whatever lies beyond a row's length; those go on being the caller's."""
+    """Arrays `[R, K, S, D]` with arbitrary values beyond a row's length; they stay the caller's."""
     program, params = model
     texts = [prompt(21, 1), prompt(9, 2)]
     _, cache = GrowingCache.reserve(program, 2, 64, 8).append(params, texts)
@@ -116,7 +116,7 @@ def test_another_cache_is_adopted(model):
     assert adopted.lengths == (22, 10) and np.isfinite(layers[0][0][0]).all()
 
 
-def test_a_cache_that_was_appended_to_says_so(model):
+def test_a_consumed_cache_raises(model):
     program, params = model
     cache = GrowingCache.reserve(program, 1, 64, 8)
     _, cache = cache.append(params, [prompt(12)])
@@ -129,7 +129,7 @@ def test_a_cache_that_was_appended_to_says_so(model):
     assert after.lengths == (13,)
 
 
-def test_its_memory_is_what_was_reserved(model):
+def test_nbytes_is_the_reserved_memory(model):
     program, params = model
     cache = GrowingCache.reserve(program, rows=3, capacity=65, step=32)
     assert cache.nbytes == 3 * 96 * 2 * 2 * 2 * 16 * 4  # rows, positions, layers, keys and values, heads, dim, float32
@@ -157,12 +157,12 @@ def test_the_compiled_steps_copy_no_cache(model, step):
         (dict(step=True), "step must be a positive integer, got True"),
     ],
 )
-def test_sizes_that_cannot_be(model, sizes, message):
+def test_invalid_sizes_are_refused(model, sizes, message):
     with pytest.raises(ConfigError, match=message):
         GrowingCache.reserve(model[0], **sizes)
 
 
-def test_what_does_not_fit_or_is_not_of_the_model(model):
+def test_appending_and_adopting_check_sizes(model):
     program, params = model
     cache = GrowingCache.reserve(program, 2, 16, 8)
     with pytest.raises(CapacityError, match="row 1 would have 17 positions, but its capacity is 16.*capacity=17"):

@@ -1,4 +1,4 @@
-"""The differentiable form of a model gives the logits that are served, and their derivative."""
+"""The differentiable form of a model: same logits as in serving, and correct gradients."""
 
 from dataclasses import replace
 
@@ -18,7 +18,7 @@ from jaxinfer.loading import weights as loading
 from jaxinfer.sharding import make_mesh
 
 LENGTH = 41
-"""More than a chunk of the recurrence, and no multiple of one."""
+"""More than a chunk of the recurrence, and not a multiple of one."""
 SEQUENCES = [prompt(LENGTH, seed) for seed in (1, 2)]
 families = pytest.mark.parametrize(
     "family",
@@ -30,7 +30,7 @@ families = pytest.mark.parametrize(
 
 
 def served(module: nnx.Module) -> np.ndarray:
-    """Logits `[B, L, V]` of one prefill of both sequences."""
+    """Logits `[B, L, V]` of a prefill of both sequences."""
     program, params = functional.split(module, matmul_kernel="xla", attention_kernel="xla")
     width = -(-LENGTH // BLOCK)
     tables = np.arange(program.layout.groups * 2 * width).reshape(-1, 2, width)
@@ -45,7 +45,7 @@ def served(module: nnx.Module) -> np.ndarray:
 
 
 @families
-def test_logits_are_those_that_are_served(family):
+def test_training_logits_equal_serving_logits(family):
     module = loading.random(config(family), make_mesh(1))
     expected = served(module)
     training.prepare(module)
@@ -56,7 +56,7 @@ def test_logits_are_those_that_are_served(family):
 
 
 @families
-def test_the_gradient_is_the_slope(family):
+def test_gradients_equal_finite_differences(family):
     module = loading.random(config(family), make_mesh(1))
     training.prepare(module)
     graph, weights = nnx.split(module, nnx.Param)
@@ -72,7 +72,7 @@ def test_the_gradient_is_the_slope(family):
     gradient = jax.tree.map(np.asarray, value_and_slope(weights)[1])
     scale = np.sqrt(sum(np.sum(g * g) for g in jax.tree.leaves(gradient)))
     assert np.isfinite(scale)
-    step = 3e-5  # of weights whose rows have a length of about 0.1; so short that no token is routed otherwise
+    step = 3e-5  # relative to weight rows with a norm of about 0.1; too small to change the routing of a token
     moved = [
         float(
             value_and_slope(jax.tree.map(lambda w, g, s=sign: np.asarray(w) + s * step * g / scale, weights, gradient))[
@@ -86,6 +86,6 @@ def test_the_gradient_is_the_slope(family):
     assert all(path[-1] == "correction" for path in still), "of the rest every weight counts"
 
 
-def test_a_model_that_reads_more_than_tokens_is_refused():
+def test_training_refuses_multimodal_models():
     with pytest.raises(ConfigError, match="training supports text-only models"):
         training.prepare(loading.random(BART, make_mesh(1)))

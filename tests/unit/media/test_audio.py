@@ -1,4 +1,4 @@
-"""Audio in every accepted form, and what is refused; WAV files; other rates; features."""
+"""Audio: accepted and refused values, WAV files, resampling, features."""
 
 import io
 import json
@@ -131,7 +131,7 @@ def test_rates_are_whole_numbers_of_any_type(rate):
         ((np.array([1j]), RATE), TypeError, "dtype complex128"),
     ],
 )
-def test_what_is_no_audio_is_refused_by_name(audio, error, message):
+def test_invalid_audio_is_refused(audio, error, message):
     with pytest.raises(error, match=message) as raised:
         as_audio(audio, "prompt 3, audio")
     assert str(raised.value).startswith("prompt 3, audio")
@@ -155,14 +155,14 @@ def test_features_of_another_model_are_refused(features, error, message):
 
 
 @pytest.mark.parametrize("rate", [8000, 22_050, 44_100, 48_000])
-def test_another_rate_gives_the_same_sound(rate):
+def test_resampling_preserves_a_tone(rate):
     found = resample(Audio(tone(rate), rate), RATE)
     assert found.dtype == np.float32 and abs(len(found) - RATE // 2) <= 1
-    middle = slice(1000, 7000)  # the filter begins and ends in silence
+    middle = slice(1000, 7000)  # the filter's edges contain silence
     np.testing.assert_allclose(found[:8000][middle], tone(RATE)[middle], atol=0.01)
 
 
-def test_what_the_lower_rate_cannot_hold_is_filtered_out():
+def test_resampling_filters_frequencies_above_the_nyquist_limit():
     high = resample(Audio(tone(48_000, 12_000.0), 48_000), RATE)
     assert np.abs(high[1000:7000]).max() < 0.05
 
@@ -186,7 +186,7 @@ def test_a_truncated_file_gives_what_it_has(tmp_path):
     assert len(read_wav(tmp_path / "a.wav").samples) == 98
 
 
-def test_files_that_are_no_wav_of_pcm(tmp_path):
+def test_unsupported_wav_files_are_refused(tmp_path):
     floats = wav(np.zeros((4, 1)))
     at = floats.index(b"fmt ") + 8
     floats = floats[:at] + struct.pack("<H", 3) + floats[at + 2 :]
@@ -210,7 +210,7 @@ def test_features_are_those_of_transformers(tmp_path):
     np.testing.assert_array_equal(own.whole(Audio(SOUND, RATE)), found)
 
 
-def test_what_is_longer_than_a_window_is_refused_or_taken_whole(tmp_path):
+def test_audio_longer_than_a_window(tmp_path):
     own, audio = processor(tmp_path), Audio(tone(8000, seconds=1.5), 8000)
     with pytest.raises(
         ValueError, match=r"prompt 2, audio is 1\.50 s long; the model takes at most 1 s at once\. Use LLM\.transcribe"
@@ -220,7 +220,7 @@ def test_what_is_longer_than_a_window_is_refused_or_taken_whole(tmp_path):
     own.window(Audio(tone(8000, seconds=1.0), 8000), "x")
 
 
-def test_without_a_file_the_extractor_is_that_of_the_model(tmp_path):
+def test_default_feature_extractor_without_a_file(tmp_path):
     assert AudioProcessor(tmp_path, (20, 3000)).window(Audio(SOUND, RATE), "x").shape == (20, 3000)
 
 
@@ -236,6 +236,6 @@ def test_without_a_file_the_extractor_is_that_of_the_model(tmp_path):
         ({"hop_length": 0}, "hop_length = 0"),
     ],
 )
-def test_extractors_that_are_not_for_this_model(tmp_path, changes, message):
+def test_mismatched_extractors_are_refused(tmp_path, changes, message):
     with pytest.raises(CheckpointError, match=message):
         processor(tmp_path, **changes).window(Audio(SOUND, RATE), "x")

@@ -1,4 +1,4 @@
-"""Images in every accepted form, and those that are refused."""
+"""Images: accepted and refused values."""
 
 import io
 
@@ -51,7 +51,7 @@ def test_accepted_images(image, expected):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode_is_what_pil_makes_of_it(mode):
-    if mode in ("LAB", "La", "RGBa", "PA"):  # which PIL itself does not make of RGB
+    if mode in ("LAB", "La", "RGBa", "PA"):  # PIL cannot convert RGB to these
         image = Image.new(mode, (4, 3))
     else:
         image = Image.fromarray(RGB).convert(mode)
@@ -106,7 +106,7 @@ def test_refused_images(image, error, message):
 def test_truncated_files_are_named(kind):
     data = file(kind)
     assert as_rgb(decoded(data), "image 0").shape == (64, 64, 3)
-    with pytest.raises((ValueError, OSError)) as error:  # PIL may see it when it opens the file already
+    with pytest.raises((ValueError, OSError)) as error:  # PIL may already detect it when it opens the file
         as_rgb(decoded(data[: len(data) * 2 // 3]), "image 0")
     if kind in ("PNG", "JPEG", "BMP"):
         assert str(error.value).startswith("image 0 cannot be decoded, it is truncated or corrupt")

@@ -1,4 +1,4 @@
-"""Where images lie in a prompt, and what that makes of its blocks."""
+"""Placement of images in a prompt, and the media content of its blocks."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ def image(count: int = 1, seed: int = 0) -> EncoderInput:
 
 
 def placed(*parts: int | EncoderInput) -> tuple[np.ndarray, PlacedInputs]:
-    """Tokens of a prompt of so many words and images, an image's being 9, and where its images are."""
+    """Tokens of a prompt with these numbers of words and these images (whose token is 9), and the images' places."""
     lengths = [part if isinstance(part, int) else part.length for part in parts]
     tokens = np.concatenate(
         [np.full(length, 1 if isinstance(part, int) else 9) for part, length in zip(parts, lengths, strict=True)]
@@ -66,7 +66,7 @@ def test_only_what_tokens_from_here_on_read_is_wanted(start: int):
 
 
 def test_blocks_before_an_image_are_shared_and_those_with_it_and_after_are_not():
-    mine, yours = chain(5, image(), 5), chain(5, image(seed=1), 5)  # the image at 5 to 7
+    mine, yours = chain(5, image(), 5), chain(5, image(seed=1), 5)  # the image is at 5 to 7
     assert [a == b for a, b in zip(mine, yours, strict=True)] == [True, False, False]
     assert mine == chain(5, image(), 5)
     tokens, _ = placed(5, image(), 5)
@@ -74,7 +74,7 @@ def test_blocks_before_an_image_are_shared_and_those_with_it_and_after_are_not()
     assert [a == b for a, b in zip(mine, text, strict=True)] == [True, False, False]
 
 
-def test_an_image_over_several_blocks_is_in_each_of_them():
+def test_an_image_over_several_blocks_is_hashed_into_each():
     _, inputs = placed(3, image(3), 4)  # at 3 to 11
     extras = inputs.extras(P)
     assert sorted(extras) == [0, 1, 2]

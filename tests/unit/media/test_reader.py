@@ -1,4 +1,4 @@
-"""From `multi_modal_data` to tiles, text and places."""
+"""Reading `multi_modal_data`: tiles, text with placeholders, positions of image tokens."""
 
 import json
 import sys
@@ -16,7 +16,7 @@ from jaxinfer.models.internvl.images import IMAGES, MEAN, STD
 
 SHAPE, ROWS, TOKEN = (3, SIDE, SIDE), 4, 90
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 90, 3), np.uint8))
-"""Nearly twice as wide as high: two tiles and their thumbnail."""
+"""Almost twice as wide as high: two tiles and a thumbnail."""
 ORIGINAL = {"llm_config": {}, "vision_config": {"image_size": 448}, "force_image_size": SIDE, "max_dynamic_patch": 4}
 
 
@@ -36,7 +36,7 @@ def tiles(count: int, seed: int = 0) -> EncoderInput:
 
 
 def by_hand(columns: int, mean=MEAN, std=STD) -> np.ndarray:
-    """The tiles of the picture in so many columns, and its thumbnail."""
+    """The tiles of the picture in this many columns, and its thumbnail."""
     wide = np.asarray(PICTURE.resize((columns * SIDE, SIDE), Image.Resampling.BICUBIC), np.float32)
     small = np.asarray(PICTURE.resize((SIDE, SIDE), Image.Resampling.BICUBIC), np.float32)
     pieces = np.stack([*np.split(wide, columns, axis=1), small]) / 255
@@ -179,7 +179,7 @@ def test_tokens_and_images_must_match(ids, images, message):
         reader().place(ids, (tiles(2),) * images, 5)
 
 
-def test_the_token_is_the_tokenizers_where_the_checkpoint_does_not_say(folder):
+def test_the_image_token_defaults_to_the_tokenizers(folder):
     tokenizer = checkpoint.tokenizer()
     assert reader(folder, token=-1, tokenizer=tokenizer).place([5], (), 0) is None
     with pytest.raises(ValueError, match="prompt 0: neither config.json nor the tokenizer names the image token"):

@@ -1,4 +1,4 @@
-"""What a config.json leaves out means what transformers takes it for, and what it must not say is refused."""
+"""Attributes that a config.json omits have transformers' defaults; unsupported values are refused."""
 
 import json
 from typing import Any
@@ -31,8 +31,8 @@ def parsed(hf: dict[str, Any]) -> Any:
 
 
 @pytest.mark.parametrize("family", tiny.ARCHITECTURES)
-def test_what_a_file_leaves_out_is_as_in_transformers_class(family):
-    """`to_dict` writes every attribute of the class; a file with the sizes alone must mean the same."""
+def test_omitted_attributes_have_transformers_defaults(family):
+    """`to_dict` writes every attribute of the class; a file with only the sizes must mean the same."""
     stated = SIZES | MOE.get(family, {}) | HEADS.get(family, {})
     cls = getattr(transformers, tiny.ARCHITECTURES[family]).config_class
     whole = json.loads(cls(**stated).to_json_string(use_diff=False))
@@ -41,7 +41,7 @@ def test_what_a_file_leaves_out_is_as_in_transformers_class(family):
 
 
 @pytest.mark.parametrize("architecture", ["MllamaForConditionalGeneration", "InternVLForConditionalGeneration"])
-def test_so_are_the_parts_of_a_whole_model(architecture):
+def test_defaults_of_nested_configs_are_transformers(architecture):
     cls = getattr(transformers, architecture).config_class
     whole = json.loads(cls().to_json_string(use_diff=False)) | {"architectures": [architecture]}
     short = {
@@ -77,7 +77,7 @@ LLAMA = tiny.config("llama")
         ({"quantization_config": {"quant_method": "mxfp4"}}, "quantization_config='mxfp4'.*mxfp4 of GptOssForCausalLM"),
     ],
 )
-def test_what_means_other_numbers_is_refused(changes, message):
+def test_unsupported_computations_are_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
         parsed(LLAMA | changes)
 
@@ -115,10 +115,10 @@ LEFT = dict(
     is_causal=True,
     lm_head_bias=False,
 )
-"""What tools leave in a file of a Llama."""
+"""Attributes that tools write into the config.json of a Llama."""
 
 
-def test_what_tools_leave_changes_nothing():
+def test_attributes_written_by_tools_are_ignored():
     assert parsed(LLAMA | LEFT) == parsed(LLAMA)
 
 
@@ -152,7 +152,7 @@ def test_norms_of_latents_have_an_epsilon_of_their_own(family):
         ("quant_config.json", {"w_bit": 4, "q_group_size": 128}, True),
     ],
 )
-def test_a_quantised_folder_is_refused_before_its_weights_are_looked_at(tmp_path, name, content, refused):
+def test_a_quantised_folder_is_refused_before_its_weights_are_read(tmp_path, name, content, refused):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     (tmp_path / name).write_text(json.dumps(content))
     if not refused:
@@ -178,7 +178,7 @@ def test_formats_inside_a_part_are_refused_as_well(where):
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3"])
-def test_a_model_that_overflows_in_float16_is_refused_at_the_start(family, tmp_path):
+def test_float16_is_refused_for_families_that_overflow(family, tmp_path):
     hf = tiny.config(family)
     served, _ = weights.parse(hf)
     folder = checkpoint.write(tmp_path, hf, with_tokenizer=False)

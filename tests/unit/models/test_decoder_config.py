@@ -1,4 +1,4 @@
-"""A `DecoderConfig` refuses fields that contradict each other."""
+"""`DecoderConfig` refuses inconsistent fields."""
 
 from dataclasses import replace
 from typing import Any

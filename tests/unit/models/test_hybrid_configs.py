@@ -1,4 +1,4 @@
-"""The public config.json of Gemma 2, Gemma 3, Olmo 3 and gpt-oss, as they lie on the Hub: what is read of them."""
+"""Parsing of the published config.json of Gemma 2, Gemma 3, Olmo 3 and gpt-oss."""
 
 from typing import Any
 
@@ -235,7 +235,7 @@ def test_gemma_3():
 
 
 def test_the_text_model_of_gemma_3_with_images():
-    """What its config.json leaves out; the stretched length is the one it states."""
+    """With the attributes that its config.json omits; the stated length is the stretched one."""
     found = parsed(GEMMA_3_4B)
     spec = found.attention
     assert (found.vocab_size, spec.width, spec.heads, spec.kv_heads, spec.head_dim) == (262208, 2560, 8, 4, 256)
@@ -271,7 +271,7 @@ def test_gpt_oss():
 
 @pytest.mark.parametrize("name", ALL)
 def test_rope_parameters_of_each_kind_as_transformers_5_writes_them(name):
-    """The same as the fields before it."""
+    """Equivalent to the older attributes."""
     hf = dict(ALL[name])
     own = dict(hf["text_config"]) if "text_config" in hf else hf
     found, scaling = parsed(hf), own.pop("rope_scaling", None)
@@ -312,12 +312,12 @@ def test_rope_parameters_of_each_kind_as_transformers_5_writes_them(name):
         (GEMMA_2_2B, {"quantization_config": {"quant_method": "mxfp4"}}, "quantization_config"),
     ],
 )
-def test_what_is_not_served_is_refused(hf, changes, message):
+def test_unsupported_values_are_refused(hf, changes, message):
     with pytest.raises(ConfigError, match=message):
         parsed(hf, **changes)
 
 
-def test_a_window_that_is_null_where_layers_slide_is_refused():
+def test_a_null_window_with_sliding_layers_is_refused():
     hf = {name: value for name, value in OLMO_3_7B.items() if name != "sliding_window"} | {"sliding_window": None}
     with pytest.raises(ConfigError, match="layer_types names sliding_attention, but no sliding_window"):
         parsed(hf)
@@ -344,7 +344,7 @@ def test_lanes_and_groups_of_the_real_shapes(name, lanes, groups):
 
 
 def test_the_scale_of_embeddings_is_rounded_to_their_dtype():
-    """33.94 in bfloat16 is 34: by it transformers multiplies."""
+    """33.94 is 34 in bfloat16, which transformers multiplies by."""
     build = Build(nnx.Rngs(0), jnp.dtype("bfloat16"), make_mesh(1))
     made = Embedding(build, 8, 1152, scale=parsed(GEMMA_3_1B).embedding_scale)
     np.testing.assert_array_equal(made(jnp.arange(8)), np.asarray(made.weight[...] * jnp.bfloat16(34.0)))

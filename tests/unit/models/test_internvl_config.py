@@ -1,4 +1,4 @@
-"""InternVL's config.json of both kinds: what it says, and what is refused before anything is made of it."""
+"""Both kinds of InternVL's config.json: parsing, and refusal of unsupported values."""
 
 import copy
 import json
@@ -56,7 +56,7 @@ def parsed(hf: dict[str, Any]) -> InternVLConfig:
 
 
 def changed(path: str, value: Any, hf: dict[str, Any] | None = None) -> dict[str, Any]:
-    """config.json with one field, `part.name` or `name`, set; "absent" leaves it out."""
+    """config.json with one attribute, `part.name` or `name`, set; "absent" removes it."""
     made = copy.deepcopy(internvl.config() if hf is None else hf)
     *parts, name = path.split(".")
     at = made[parts[0]] if parts else made
@@ -66,7 +66,7 @@ def changed(path: str, value: Any, hf: dict[str, Any] | None = None) -> dict[str
     return made
 
 
-def test_a_public_original_config_is_read_and_its_code_is_not():
+def test_a_published_original_config_is_read_without_its_code():
     config = parsed(ORIGINAL)
     assert config.vision == VisionConfig(
         width=1024,
@@ -123,12 +123,12 @@ def test_transformers_has_its_own_names_for_the_same_things():
         ("absent", "absent", True),
     ],
 )
-def test_the_whole_models_word_on_tied_embeddings_goes_before_the_parts(whole, part, tied):
+def test_tie_word_embeddings_of_the_whole_model_has_precedence(whole, part, tied):
     hf = changed("tie_word_embeddings", whole, changed("text_config.tie_word_embeddings", part))
     assert parsed(hf).text.tied is tied
 
 
-def test_the_tower_ends_with_the_layer_that_is_asked_for():
+def test_the_tower_ends_with_the_selected_layer():
     stored = changed("vision_config.num_hidden_layers", 6)
     asked = {-1: 6, -2: 5, -7: 0, 0: 0, 3: 3, 6: 6}
     assert {n: parsed(changed("vision_feature_layer", n, stored)).vision.layers for n in asked} == asked
@@ -185,7 +185,7 @@ def test_the_tower_ends_with_the_layer_that_is_asked_for():
         ("projector_hidden_act", "mish", "projector_hidden_act is 'mish'"),
     ],
 )
-def test_what_is_not_served_is_refused_by_name(path, value, message):
+def test_unsupported_values_are_refused(path, value, message):
     with pytest.raises(ConfigError, match=message) as error:
         weights.parse(changed(path, value))
     assert len(str(error.value)) < 500
@@ -202,12 +202,12 @@ def test_what_is_not_served_is_refused_by_name(path, value, message):
         ("select_layer", 25, "it must be an integer from -25 to 24"),
     ],
 )
-def test_what_is_not_served_of_an_original_is_refused_by_name(path, value, message):
+def test_unsupported_values_of_original_configs_are_refused(path, value, message):
     with pytest.raises(ConfigError, match=message):
         weights.parse(changed(path, value, ORIGINAL))
 
 
-def test_an_attribute_of_a_part_can_be_laid_over():
+def test_an_attribute_of_a_part_can_be_overridden():
     hf = changed("vision_config.unheard_of", 3)
     assert parsed(lay_over(hf, {"vision_config": {"unheard_of": None}})) == parsed(internvl.config())
 

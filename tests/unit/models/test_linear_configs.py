@@ -1,5 +1,4 @@
-"""The public config.json of Kimi-Linear as it lies on the Hub, and what is inconsistent in one; half of a checkpoint's
-groups."""
+"""Parsing of Kimi-Linear's published config.json, inconsistent values, and incomplete groups of tensors."""
 
 import json
 from typing import Any
@@ -99,8 +98,8 @@ def test_kimi_linear():
 
 
 @pytest.mark.slow
-def test_what_it_keeps():
-    """Of each of 20 layers a state, of seven a latent of 512 + 64 columns a token."""
+def test_cache_specs_of_kimi_linear():
+    """20 layers with a state each, and seven with a latent of 512 + 64 columns per token."""
     kept = layout(tuple(abstract(1).cache_specs()))
     assert (len(kept.states), len(kept.lanes) * kept.groups) == (20, 7)
     assert {lane.head_dim for lane in kept.lanes} == {576}
@@ -158,7 +157,7 @@ def linear(**changes: Any) -> dict[str, Any]:
         ({"what": 3}, "unknown attributes.*what"),
     ],
 )
-def test_what_is_inconsistent_is_named(changes, message):
+def test_inconsistent_configs_are_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
         parsed(**changes)
 
@@ -177,14 +176,14 @@ def test_what_is_inconsistent_is_named(changes, message):
         (8, {"num_experts": 252}, {"*.mlp": "experts"}, "layers.1.mlp.*'expert' of size 252 .*'shard'"),
     ],
 )
-def test_what_does_not_divide_over_the_devices_is_named(tp, changes, placement, message):
+def test_indivisible_sizes_are_named(tp, changes, placement, message):
     with pytest.raises(ConfigError, match=message):
         abstract(tp, placement, **changes)
 
 
 @pytest.fixture(scope="module")
 def tensors(tmp_path_factory):
-    """Of the tiny model, under the names of the Hub: the convolutions and the experts one by one."""
+    """Tensors of the tiny model under their names on the Hub: separate convolutions and experts."""
     folder = checkpoint.write(tmp_path_factory.mktemp("kimi"), tiny.config("kimi_linear"), with_tokenizer=False)
     found = {
         name.replace("mlp.", "block_sparse_moe."): value

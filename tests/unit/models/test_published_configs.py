@@ -1,4 +1,4 @@
-"""Published config.json files: each is parsed and planned as it is, and every architecture has one."""
+"""Published config.json files: each is parsed and planned unchanged, and every architecture has one."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ FOLDER = Path(__file__).resolve().parents[2] / "real/configs"
 INDEX: dict[str, dict[str, str]] = json.loads((FOLDER / "index.json").read_text())
 NAMES = sorted(INDEX)
 UNQUANTISED = {"quantization_config": None}
-"""Laid over the file of DeepSeek-V3, whose weights are FP8: bfloat16 copies of it have the rest as it is."""
+"""Override for DeepSeek-V3, whose weights are FP8: bfloat16 conversions have otherwise the same file."""
 
 
 def published(name: str) -> dict[str, Any]:
@@ -25,7 +25,7 @@ def published(name: str) -> dict[str, Any]:
 
 
 def shallow(hf: dict[str, Any]) -> dict[str, Any]:
-    """Two layers of each kind of stack: what differs between layers is planned, in a fraction of the time."""
+    """Reduce to two layers of each kind: plans all that differs between layers in a fraction of the time."""
     made = {
         name: shallow(value) if name.endswith("_config") and isinstance(value, dict) else value
         for name, value in hf.items()
@@ -52,7 +52,7 @@ def test_every_architecture_has_a_published_file_and_every_file_its_entry():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_it_is_read_as_it_is(name):
+def test_published_configs_are_parsed_unchanged(name):
     served, config = weights.parse(published(name))
     assert config.max_length >= 448
     assert weights.resolve_dtype("auto", weights.said_dtype(published(name)) or served.stored_dtype, "gpu", served)
@@ -61,11 +61,11 @@ def test_it_is_read_as_it_is(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_it_is_planned(name):
+def test_published_configs_are_planned(name):
     plan = sharding.plan(shallow(published(name)), tensor_parallel_size=1)
     assert plan.rows and plan.cache.layers
 
 
-def test_a_quantised_one_is_refused_by_its_format():
+def test_an_unsupported_quantisation_format_is_refused():
     with pytest.raises(ConfigError, match=r"quantization_config='fp8' .*not supported in this format .*mxfp4"):
         lay_over(json.loads((FOLDER / "DeepSeek-V3.json").read_text()))

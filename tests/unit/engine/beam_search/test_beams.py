@@ -1,4 +1,4 @@
-"""What a beam search decides, and that faults inside the engine change no result of it."""
+"""Decisions of a beam search, and that faults inside the engine change none of its results."""
 
 import subprocess
 import sys
@@ -23,7 +23,7 @@ NEW, WIDTH, EOS = 12, 4, (7, 30, 61)
 
 
 def offer(**scores: float) -> Candidates:
-    """`t5=-1.0` offers token 5; the likeliest first."""
+    """Candidates from keyword arguments: `t5=-1.0` offers token 5; most likely first."""
     pairs = sorted(((int(name[1:]), score) for name, score in scores.items()), key=lambda pair: -pair[1])
     return Candidates(np.array([p[0] for p in pairs], np.int32), np.array([p[1] for p in pairs], np.float32))
 
@@ -32,7 +32,7 @@ def beams(limit: int = 5, stop: tuple[int, ...] = (9,), **how: object) -> Beams:
     return Beams(BeamParams(**dict(width=2) | how), limit, frozenset(stop))
 
 
-def test_the_likeliest_go_on_whatever_they_come_from():
+def test_the_most_likely_candidates_of_all_beams_continue():
     made = beams()
     assert made.advance([offer(t1=-1, t2=-2, t3=-3, t4=-4)]) == [(0, 1), (0, 2)]
     assert made.advance([offer(t1=-5, t2=-6, t3=-7, t4=-8), offer(t5=-1, t6=-2, t7=-9, t8=-9)]) == [(1, 5), (1, 6)]
@@ -40,14 +40,14 @@ def test_the_likeliest_go_on_whatever_they_come_from():
     np.testing.assert_allclose(made.state.scores, [-3, -4])
 
 
-def test_of_equals_the_first_beams_and_then_the_smaller_token():
+def test_ties_go_to_the_first_beam_then_the_smaller_token():
     made = beams()
     assert made.advance([offer(t8=-1, t1=-1, t3=-1, t2=-1)]) == [(0, 1), (0, 2)]
     assert made.advance([offer(t7=-1, t5=-1, t6=-4, t8=-4), offer(t4=-1, t3=-1, t6=-4, t8=-4)]) == [(0, 5), (0, 7)]
 
 
-def test_a_beam_that_ends_counts_only_among_the_first():
-    """The others are there so that enough beams are left to go on."""
+def test_only_the_first_candidates_can_finish():
+    """Only the first W candidates can finish; the remaining ones are there to leave W beams running."""
     made = beams()
     assert made.advance([offer(t1=-1, t2=-2, t9=-3, t3=-4)]) == [(0, 1), (0, 2)]
     assert made.best == ()
@@ -73,8 +73,10 @@ def test_the_length_penalty_orders_results(penalty, best):
         (dict(early_stopping="never", length_penalty=0.0), True),
     ],
 )
-def test_when_it_is_over(how, over):
-    """Two have ended, the best that goes on has a sum of -3.5: less than the worst of them, but not for its length."""
+def test_early_stopping_rules(how, over):
+    """With two finished beams and a best running sum of -3.5, worse than the worst finished one before length
+    normalisation.
+    """
     made = beams(limit=50, **how)
     made.advance([offer(t9=-3, t1=-3.2, t2=-3.4, t3=-9)])
     going = made.advance([offer(t9=-0.1, t2=-0.3, t3=-6, t4=-7), offer(t2=-9, t3=-9, t4=-9, t5=-9)])
@@ -82,7 +84,7 @@ def test_when_it_is_over(how, over):
 
 
 def test_forbidden_tokens_make_no_beams():
-    """Fewer beams than asked for go on; where none can, it is over."""
+    """Fewer than W beams continue; if none can, the search is over."""
     made, never = beams(), -np.inf
     assert made.advance([offer(t1=-1, t2=never, t3=never, t4=never)]) == [(0, 1)]
     assert made.advance([offer(t1=-1, t2=-1, t3=never, t4=never)]) == [(0, 1), (0, 2)]
@@ -114,8 +116,8 @@ for wrong in sys.argv[1:]:
 """
 
 
-def test_a_wrong_setting_is_named():
-    """In a process of its own: here annotations are checked before the values."""
+def test_invalid_beam_parameters_are_named():
+    """Runs in a subprocess, as annotations are checked before values in this one."""
     command = [sys.executable, "-c", SCRIPT, *(wrong for wrong, _ in WRONG)]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     assert said == [f"{message}." for _, message in WRONG]
@@ -134,12 +136,12 @@ def test_a_wrong_setting_is_named():
         dict(prompt_logprobs=0),
     ],
 )
-def test_what_a_search_has_no_use_for_is_refused(asked):
+def test_parameters_that_do_not_apply_to_beams_are_refused(asked):
     with pytest.raises(ValueError, match=f"{next(iter(asked))} does not apply to beam search"):
         beam_sampling(SamplingParams(**asked), SamplingParams(), 5)
 
 
-def test_of_the_models_own_settings_those_of_sampling_are_left_out():
+def test_sampling_defaults_of_the_model_do_not_apply_to_beams():
     default = SamplingParams(temperature=0.7, top_p=0.9, top_k=5, repetition_penalty=1.2, min_tokens=9, max_tokens=20)
     own = beam_sampling(None, default, 4)
     assert (own.temperature, own.top_p, own.top_k, own.repetition_penalty) == (0, 1, 0, 1.2)
@@ -155,7 +157,7 @@ def searches():
 @pytest.mark.parametrize("error", [RuntimeError("device lost"), KeyboardInterrupt()], ids=["failure", "interrupt"])
 @pytest.mark.parametrize("where", ["run", "regroup", "branch", "adopt"])
 def test_a_step_that_fails_changes_no_result(runner, monkeypatch, where, error):
-    """Anywhere in it: also where some of the beams have their new tokens and the others have not."""
+    """Failures at any point, also when only some of the beams have their new tokens."""
     expected = search(make_engine(runner), searches())
     owner, name = {
         "run": (runner, "run"),
@@ -186,8 +188,8 @@ def test_a_step_that_fails_changes_no_result(runner, monkeypatch, where, error):
 
 
 @pytest.mark.parametrize("least", [0, 6])
-def test_a_search_whose_steps_always_fail_ends_and_others_go_on(runner, monkeypatch, least):
-    """From its first step on that has beams, and from a later one."""
+def test_a_search_whose_steps_always_fail_ends_alone(runner, monkeypatch, least):
+    """Failing from the first step with beams on, or from a later one."""
     others = [make_request("other", prompt(9, 3), GREEDY)]
     expected = alone(runner, others)
     engine, [bad, _] = make_engine(runner), searches()
@@ -204,7 +206,7 @@ def test_a_search_whose_steps_always_fail_ends_and_others_go_on(runner, monkeypa
     assert run(engine, others) == expected
 
 
-def test_a_beam_that_is_not_finite_is_its_searchs_error(runner, nan_token):
+def test_a_beam_with_nan_logits_fails_its_search_only(runner, nan_token):
     wanted = [make_request("other", prompt(9, 3), GREEDY)]
     expected = alone(runner, wanted)
     engine = make_engine(runner)

@@ -1,4 +1,4 @@
-"""What travels of a dispatch, and what tells that a device has gone astray."""
+"""Encoding of dispatches, and detection of diverged devices."""
 
 import json
 
@@ -17,7 +17,7 @@ from jaxinfer.sharding import make_mesh
 pytestmark = pytest.mark.xdist_group("llama")
 
 
-def test_every_key_comes_back_as_the_same():
+def test_keys_round_trip():
     keys = tiny.random_runner().programs.keys()
     assert {type(key).__name__ for key in keys} >= {"Bucket", "Copies", "Install", "InstallTables"}
     for key in keys:
@@ -39,18 +39,18 @@ def test_every_key_comes_back_as_the_same():
         None,
     ],
 )
-def test_what_is_no_key_is_refused(value):
+def test_invalid_keys_are_refused(value):
     with pytest.raises(DistributedError, match="invalid program key"):
         decode_key(json.dumps(value).encode())
 
 
-def test_bytes_that_are_no_json_are_no_key():
+def test_invalid_json_is_refused():
     with pytest.raises(DistributedError, match="invalid program key"):
         decode_key(b"\x80\x04.")
 
 
 def copies(*own: np.ndarray) -> jax.Array:
-    """An array that claims to be whole on every device; device i has `own[i]`."""
+    """An array declared as replicated whose copy on device i is `own[i]`."""
     mesh = make_mesh(len(own))
     parts = [jax.device_put(values, device) for values, device in zip(own, mesh.devices.flat)]
     return jax.make_array_from_single_device_arrays(own[0].shape, NamedSharding(mesh, PartitionSpec()), parts)
@@ -63,7 +63,7 @@ def distances(*own: np.ndarray) -> list[float]:
     return [divergence.apart(rows[i : i + 1], rows[0]) for i in range(len(own))]
 
 
-def test_a_device_that_goes_astray_is_told_from_rounding():
+def test_a_diverged_device_is_distinguished_from_rounding():
     random = np.random.default_rng(1)
     hidden = np.concatenate([random.normal(size=(5, 70)), np.tile(random.normal(size=70), (59, 1))]).astype(np.float32)
     rounded = np.asarray(jnp.asarray(hidden, jnp.bfloat16), np.float32)

@@ -1,4 +1,4 @@
-"""Which programs there are: every bucket that a plan can need is among those of a warm-up, and they are few."""
+"""Buckets: every one that a plan can need is compiled by a warm-up, and there are few."""
 
 from dataclasses import replace
 from itertools import product, starmap
@@ -53,8 +53,10 @@ def test_every_bucket_of_a_plan_is_among_all_buckets(program, kernel, switched, 
     assert met == known
 
 
-def test_a_bucket_does_what_is_asked(program):
-    """And no more at its level; log-probabilities are those of the chosen token alone, or as many as there may be."""
+def test_a_bucket_supports_the_needed_features(program):
+    """The bucket has exactly the needed level; log-probabilities are those of the chosen token alone, or the maximum
+    number.
+    """
     for level, count in product(Level, (-1, 0, 1, 2, 5)):
         bucket = decode_bucket(program, SIZES, 3, 3, Needs(level, count))
         assert (bucket.level, bucket.logprobs, bucket.prompt_logprobs) == (level, {0: 1, 2: 5}.get(count, count), -1)
@@ -68,7 +70,7 @@ def test_a_bucket_has_few_programs(program):
     assert (kinds.count("decode"), kinds.count("prefill")) == (12, 13)
 
 
-def test_a_switched_program_is_one_for_all(program):
+def test_a_switched_bucket_has_one_program(program):
     sizes = replace(SIZES, switched=True)
     native = replace(program, kernel="native")
     assert len(all_buckets(native, sizes)) == len(sizes.decode_buckets) + len(sizes.prefill_buckets)
@@ -79,7 +81,7 @@ def test_copies_have_room_for_all_rows(rows, widths):
     assert copy_widths(shapes(rows=rows)) == widths
 
 
-def test_a_contiguous_step_reads_as_far_as_its_longest_row_needs(program):
+def test_a_contiguous_step_reads_the_blocks_of_its_longest_row(program):
     sizes = replace(SIZES, contiguous=True, width=200, block_size=4)
     nothing = np.zeros((3, 2), np.int32)
     for longest, width in ((1, 32), (127, 32), (128, 64), (600, 200), (799, 200)):

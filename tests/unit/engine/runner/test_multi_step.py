@@ -1,4 +1,4 @@
-"""How many decode steps are dispatched at once, from the time that steps took."""
+"""Number of decode steps dispatched at once, given the measured step times."""
 
 import pytest
 
@@ -6,7 +6,9 @@ from jaxinfer.engine.runner.multi_step import LATENCY, MOST, Pace
 
 
 def follow(*seconds: float, steps: int = 1) -> Pace:
-    """A pace that has seen steps of these times, read at once when they had run, one dispatched behind the other."""
+    """A `Pace` that has measured these step times, each read as soon as it had run, with the next one dispatched
+    behind it.
+    """
     pace, now = Pace("auto"), 100.0
     for each in seconds:
         started, now = now, now + each * steps
@@ -14,14 +16,14 @@ def follow(*seconds: float, steps: int = 1) -> Pace:
     return pace
 
 
-def test_a_number_is_kept():
+def test_a_fixed_number_of_steps_is_kept():
     pace = Pace(3)
     assert pace.steps == 3
     pace.note(1, 0.0, 60.0, late=False)
     assert pace.steps == 3
 
 
-def test_one_until_something_was_measured():
+def test_one_step_until_a_time_is_measured():
     pace = Pace("auto")
     assert pace.steps == 1
     pace.note(0, 5.0, 5.001, late=False)
@@ -36,7 +38,7 @@ def test_as_many_as_the_latency_allows(seconds, steps):
     assert follow(seconds, steps=4).steps == steps, "of several steps the time of one counts"
 
 
-def test_one_slow_step_is_forgotten_and_slow_ones_are_not():
+def test_a_single_slow_step_is_forgotten():
     fast, slow = LATENCY / 6.5, LATENCY * 50
     assert follow(slow, fast).steps == 6
     assert follow(fast, slow).steps == 1
@@ -44,8 +46,8 @@ def test_one_slow_step_is_forgotten_and_slow_ones_are_not():
     assert follow(fast, *[LATENCY / 2.5] * 12).steps == 2
 
 
-def test_a_host_that_comes_late_knows_a_bound_only():
-    """As a consumer of a stream that takes its time."""
+def test_a_late_host_measures_an_upper_bound():
+    """As with a slow consumer of a stream."""
     pace = Pace("auto")
     pace.note(1, 10.0, 10.0 + LATENCY / 4.5, late=False)
     assert pace.steps == 4

@@ -1,4 +1,4 @@
-"""Programs compiled ahead: after a warm-up nothing compiles, whatever requests ask for."""
+"""Warm-up: afterwards no request compiles anything."""
 
 import threading
 import time
@@ -33,12 +33,12 @@ KINDS = (
     dict(prompt_logprobs=2),
     dict(temperature=0.7, top_k=3, logprobs=0, prompt_logprobs=5),
 )
-"""Of requests; every sampler level, with and without log-probabilities."""
+"""Sampling parameters of requests: every sampler level, with and without log-probabilities."""
 
 
 @cache
 def warm_runner() -> Runner:
-    """Over the shared model, with buckets of its own, all compiled ahead."""
+    """A runner over the shared model with its own buckets, all compiled."""
     model = random_runner()
     sizes = shapes(decode_buckets=(2, ROWS), prefill_buckets=(CHUNK // 2, CHUNK), switched=True)
     runner = Runner(model.program, model.params, sizes)
@@ -49,7 +49,7 @@ def warm_runner() -> Runner:
 
 @pytest.fixture
 def compilations() -> list[str]:
-    """The programs compiled from here on; what is read from JAX's cache would count as well."""
+    """Names of programs compiled from here on; programs read from JAX's cache are counted, too."""
     found: list[str] = []
 
     def listen(name: str, _seconds: float, **labels: object) -> None:
@@ -62,7 +62,7 @@ def compilations() -> list[str]:
 
 
 def random_request(number: int, rng: np.random.Generator):
-    """Any kind, often several samples, prompts that share beginnings."""
+    """A request of any kind, often with several samples and a shared prefix."""
     kind = KINDS[number % len(KINDS)]
     count = 1 if kind.get("temperature") == 0 else int(rng.choice([1, 2, 4]))
     params = SamplingParams(**kind, n=count, max_tokens=int(rng.integers(1, 30)), seed=number)
@@ -121,7 +121,7 @@ def test_a_second_warm_up_has_nothing_to_do():
 
 
 class Slow(Programs):
-    """Takes a while to make a number, or fails."""
+    """Programs whose compilation takes a while and returns a number, or fails."""
 
     def __init__(self, fails: int = 0):
         runner = random_runner()
@@ -138,7 +138,7 @@ class Slow(Programs):
 
 
 def ask(programs: Programs, threads: int) -> list[object]:
-    """What so many threads get that ask at once."""
+    """Results of this many threads that ask for a program at the same time."""
     answers: list[object] = []
 
     def get() -> None:
@@ -165,7 +165,7 @@ def test_threads_that_ask_for_one_program_compile_it_once():
     assert int(answers[0]()) == 1
 
 
-def test_all_that_wait_hear_of_a_failure_and_the_next_tries_again():
+def test_a_failed_compilation_raises_in_all_waiting_threads_and_is_retried():
     programs = Slow(fails=1)
     assert ask(programs, 3) == ["no kernel for this shape"] * 3
     assert int(programs.get(Copies(1))()) == 2
@@ -173,7 +173,7 @@ def test_all_that_wait_hear_of_a_failure_and_the_next_tries_again():
 
 
 def test_a_failure_ends_a_warm_up(monkeypatch):
-    """The thread that failed begins no other, even where who waits for it hears of it last."""
+    """The failing thread begins no other compilation, even if the waiting thread hears of the failure last."""
 
     def hears_last(futures):
         wait(futures)
@@ -187,7 +187,7 @@ def test_a_failure_ends_a_warm_up(monkeypatch):
     assert programs.calls == 1, "those not begun are left out"
 
 
-def test_a_name_that_is_no_sampling_is_refused():
+def test_unknown_sampling_names_are_refused():
     assert check_sampling("greedy") == ("greedy",)
     with pytest.raises(ValueError, match="sampling may name greedy, random, .*; got 'beam'"):
         check_sampling(["greedy", "beam"])

@@ -1,4 +1,4 @@
-"""The sampler against the same thing written out in NumPy, a row at a time."""
+"""The sampler against a NumPy implementation that handles one row at a time."""
 
 from functools import partial
 
@@ -15,13 +15,13 @@ from jaxinfer.sampling_params import MAX_NGRAM
 
 V, R, L = 40, 64, 24
 MARGIN = 1e-4
-"""Rows in which a filter decides by less than this are left out: float32 may decide otherwise."""
+"""Rows in which a filter decides by less than this are skipped, as float32 may decide differently."""
 
 step = jax.jit(sample, static_argnums=3, static_argnames="switched")
 
 
 def rows(batch: int, **values) -> SamplingRows:
-    """Rows that ask for nothing, with these values; each row has its own key."""
+    """Rows with neutral parameters except these; each row has its own key."""
     fields = dict(
         row=np.arange(batch),
         position=np.full(batch, 10),
@@ -50,7 +50,7 @@ def one(settings: SamplingRows, i: int) -> SamplingRows:
 
 
 def raced(left: np.ndarray, r: SamplingRows) -> tuple[int, float]:
-    """The winner of the race of tokens with logits `left`, and by which share of its time it won."""
+    """The token with logits `left` that wins the race, and its relative margin."""
     key = jax.random.fold_in(jax.random.wrap_key_data(jnp.asarray(r.key), impl="threefry2x32"), r.position)
     first, second = (int(word) for word in jax.random.key_data(key))
     bits = (np.arange(V) + first) % 2**32
@@ -64,13 +64,13 @@ def raced(left: np.ndarray, r: SamplingRows) -> tuple[int, float]:
 
 
 def filtered(logits: np.ndarray, r: SamplingRows) -> tuple[np.ndarray, float]:
-    """The logits that temperature, min-p, top-k and top-p leave, -inf elsewhere; and by how much it was decided."""
+    """Logits that temperature, min-p, top-k and top-p keep, -inf elsewhere; and the margin of the decision."""
     scaled = (logits / r.temperature).astype(np.float64)
     kept = np.ones(V, bool)
     ratio = np.exp(scaled - scaled.max())
     kept &= ratio >= r.min_p
     margin = np.abs(ratio - r.min_p).min() if r.min_p > 0 else 1.0
-    if r.top_k > 0:  # with all that tie with the last
+    if r.top_k > 0:  # including ties with the last
         kept &= scaled >= np.sort(scaled)[::-1][min(r.top_k, V) - 1]
     if r.top_p < 1:
         left = np.where(kept, np.exp(scaled - scaled.max()), 0)
@@ -82,7 +82,7 @@ def filtered(logits: np.ndarray, r: SamplingRows) -> tuple[np.ndarray, float]:
             if before >= r.top_p:
                 break
             nucleus[token] = True
-        kept &= scaled >= scaled[nucleus].min()  # with all that tie with the last
+        kept &= scaled >= scaled[nucleus].min()  # including ties with the last
     return np.where(kept, logits / np.float32(r.temperature), -np.inf), margin
 
 
@@ -99,7 +99,7 @@ def edited(logits: np.ndarray, r: SamplingRows, history: np.ndarray, bias: np.nd
 
 
 def hold(tokens, logits, settings, edit=None) -> int:
-    """Compares every clear row; how many those were."""
+    """Compare every row with a clear decision; return their number."""
     clear = 0
     for i, token in enumerate(np.asarray(tokens)):
         r = one(settings, i)
@@ -131,8 +131,8 @@ def test_greedy_is_the_largest_logit_at_every_level(level):
 
 
 @pytest.mark.parametrize("by_blocks", [False, True])
-def test_the_largest_is_the_first_of_several(by_blocks):
-    """Over several blocks of the vocabulary and a part of one."""
+def test_argmax_is_the_first_of_ties(by_blocks):
+    """Over several blocks of the vocabulary and a partial one."""
     rng = np.random.default_rng(7)
     logits = rng.integers(-3, 4, (64, 2 * BLOCK + 37)).astype(np.float32)
     logits[3], logits[4, 200], logits[5, :] = -np.inf, np.nan, -1e30
@@ -143,7 +143,7 @@ def test_the_largest_is_the_first_of_several(by_blocks):
 
 
 def test_exponential_numbers_are_accurate_at_both_ends():
-    """A relative error of 1e-6, from the least number there is to the largest."""
+    """The relative error is below 1e-6 from the smallest possible number to the largest."""
     around = [2**i + d for i in range(33) for d in (-2, -1, 0, 1)]
     bits = np.append(np.random.default_rng(0).integers(0, 2**32, 100000), [b for b in around if 0 <= b < 2**32])
     found = np.asarray(jax.jit(exponential)(bits.astype(np.uint32)))
@@ -151,11 +151,11 @@ def test_exponential_numbers_are_accurate_at_both_ends():
 
 
 def test_random_bits_of_neighbouring_tokens_positions_and_keys_are_independent():
-    """Correlations, and chi square of pairs, with keys that differ in one bit and positions that follow each other."""
+    """Correlations, and chi-square tests of pairs, with keys that differ in one bit and consecutive positions."""
     keys = np.array([[0, 0], *([1 << i, 0] for i in range(32)), *([0, 1 << i] for i in range(31))])
     for each in (rows(64, key=keys), rows(64, key=0 * keys, position=np.arange(64))):
         bits = np.asarray(jax.jit(token_bits, static_argnums=1)(each, 1 << 14))
-        for values in (bits / 2.0**32, bits % 2**16 / 2.0**16):  # by high bits and by low ones
+        for values in (bits / 2.0**32, bits % 2**16 / 2.0**16):  # by high and by low bits
             centred = (values - 0.5) * np.sqrt(12)
             between = centred @ centred.T / centred.shape[1]
             assert np.abs(between - np.diag(np.diag(between))).max() < 5.5 / np.sqrt(1 << 14)
@@ -167,7 +167,7 @@ def test_random_bits_of_neighbouring_tokens_positions_and_keys_are_independent()
 
 @pytest.mark.parametrize(("noise", "most"), [(1e-5, 0.0005), (5e-2, 0.06)])
 def test_noise_on_the_logits_changes_few_draws(noise, most):
-    """Neighbours change the rounding of a row's logits; that may decide near ties, and nothing else."""
+    """Other rows of a batch change the rounding of a row's logits; this may only decide near ties."""
     rng = np.random.default_rng(5)
     logits = rng.normal(0, 2, (2000, 500)).astype(np.float32)
     moved = logits + rng.normal(0, noise, logits.shape).astype(np.float32)
@@ -185,7 +185,7 @@ def test_a_larger_vocabulary_of_impossible_tokens_changes_no_draw():
 
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("seed", range(3))
-def test_the_filters_are_their_definition(seed, ties):
+def test_filters_equal_their_definition(seed, ties):
     rng = np.random.default_rng(seed)
     batch = 256
     settings = rows(
@@ -214,20 +214,20 @@ def test_min_p_alone_needs_no_truncation():
 @pytest.mark.parametrize(
     ("fields", "left"),
     [
-        (dict(top_k=3), {0, 1, 2, 3}),  # 2 and 3 tie for the third place
+        (dict(top_k=3), {0, 1, 2, 3}),  # 2 and 3 tie for third place
         (dict(top_k=2), {0, 1}),
         (dict(top_p=0.5), {0}),
         (dict(top_p=0.8), {0, 1}),
         (dict(top_p=0.95), {0, 1, 2, 3}),  # 2 is needed, 3 ties with it
-        (dict(top_k=2, top_p=0.9), {0, 1}),  # of what top-k left
+        (dict(top_k=2, top_p=0.9), {0, 1}),  # of those left by top-k
         (dict(min_p=0.15), {0, 1}),
         (dict(min_p=1.0), {0}),
         (dict(min_p=0.09, top_k=1), {0}),
         (dict(temperature=0.25, top_p=0.97), {0}),
     ],
 )
-def test_what_is_left_of_a_written_out_distribution(fields, left):
-    """Probabilities 0.6, 0.24, 0.06, 0.06 and 0.04, drawn often enough to meet all that are left."""
+def test_filters_of_an_explicit_distribution(fields, left):
+    """Probabilities 0.6, 0.24, 0.06, 0.06 and 0.04, sampled often enough to see every kept token."""
     logits = np.full((1, V), -1e9, np.float32)
     logits[0, :5] = np.log([0.6, 0.24, 0.06, 0.06, 0.04])
     batch = 512
@@ -279,7 +279,7 @@ ASKED = {
 
 
 @pytest.mark.parametrize("asked", ASKED)
-def test_what_is_skipped_at_run_time_changes_no_token(asked):
+def test_switched_programs_sample_the_same_tokens(asked):
     rng = np.random.default_rng(9)
     edits = Edits(
         jnp.asarray(rng.integers(0, 12, (R, L)), jnp.int32), jnp.asarray(rng.normal(0, 1, (R, V)), jnp.float32)
@@ -293,8 +293,8 @@ def test_what_is_skipped_at_run_time_changes_no_token(asked):
     assert tokens[5] == BAD_TOKEN
 
 
-def test_a_greedy_step_of_the_switched_sampler_does_no_more_than_it_needs():
-    """Random numbers and the search for thresholds lie in branches, and nothing is sorted anywhere."""
+def test_a_switched_greedy_step_skips_random_numbers_and_thresholds():
+    """Random numbers and threshold searches are inside of branches, and nothing is sorted."""
     edits = Edits(jnp.zeros((R, L), jnp.int32), jnp.zeros((R, V)))
     closed = jax.make_jaxpr(partial(sample, level=Level.EDITED, switched=True))(random_logits(R, 1), rows(R), edits)
     outside = {equation.primitive.name for equation in closed.jaxpr.eqns}
@@ -303,18 +303,18 @@ def test_a_greedy_step_of_the_switched_sampler_does_no_more_than_it_needs():
 
 
 def repeats(known: list[int], n: int) -> set[int]:
-    """The tokens that would complete n tokens which `known` has already, looked for one by one."""
+    """Tokens that would repeat an n-gram of `known`, found by enumeration."""
     grams = {tuple(known[i : i + n]) for i in range(len(known) - n + 1)}
     return {token for token in range(V) if n and (*known[len(known) - n + 1 :], token) in grams}
 
 
 @pytest.mark.parametrize("switched", [False, True])
 def test_no_tokens_come_twice_in_the_same_order(switched):
-    """Of rows with rules of their own, or none, and histories from nothing to all there is room for."""
+    """Rows with different n or none, and histories from empty to full."""
     rng = np.random.default_rng(3)
     history, position = rng.integers(0, 3, (R, L)).astype(np.int32), np.arange(R) % (L + 1)
     position[-1], ngram = L - 1, np.arange(R) % 6
-    history[-1], ngram[-1] = np.arange(L) % 4, MAX_NGRAM  # the longest rule there is
+    history[-1], ngram[-1] = np.arange(L) % 4, MAX_NGRAM  # the maximum n
     logits = random_logits(R, 4)
     logits[:, :4] += 50
     edits = Edits(jnp.asarray(history), jnp.zeros((R, V)))
@@ -356,7 +356,7 @@ def test_a_row_of_padding_writes_no_history():
 
 @pytest.mark.parametrize("level", Level)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_rows_that_are_no_numbers_are_bad_and_their_neighbours_are_not(level, value):
+def test_nan_rows_are_bad_and_their_neighbours_are_not(level, value):
     logits = random_logits(8, 1)
     edits = Edits(jnp.zeros((R, L), jnp.int32), jnp.zeros((R, V)))
     settings = rows(8, temperature=np.array([0, 1] * 4))
@@ -379,7 +379,7 @@ def test_a_row_with_every_token_masked_is_bad():
 
 
 def test_noise_depends_on_key_and_position_alone():
-    """Not on the place in the batch, on the row of the state, or on what the neighbours ask for."""
+    """They do not depend on the index in the batch, the row of the state, or the neighbours' parameters."""
     logits = np.repeat(random_logits(1, 2), 6, axis=0)
     keys = np.array([[1, 2], [1, 2], [1, 3], [2, 2], [1, 2], [1, 2]])
     settings = rows(6, key=keys, position=np.array([5, 5, 5, 5, 6, 5]), row=np.array([0, 9, 2, 3, 4, 5]), temperature=3)
@@ -395,7 +395,7 @@ def test_noise_depends_on_key_and_position_alone():
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.6])
 def test_random_draws_follow_the_distribution(temperature):
-    """Chi square over all tokens, 20,000 draws; keys as the engine makes them."""
+    """Chi-square test over all tokens with 20,000 draws, with keys as the engine derives them."""
     count = 20000
     logits = random_logits(1, 3)[0]
     keys = np.stack([np.random.SeedSequence([seed, 0]).generate_state(2) for seed in range(count // 100)])
@@ -431,7 +431,7 @@ def test_logprobs_and_ranks(count, switched):
     np.testing.assert_allclose(found.top, np.take_along_axis(exact, order[:, :count], axis=-1), atol=1e-5)
 
 
-def test_packing_keeps_every_bit():
+def test_packed_rows_round_trip():
     settings = dict(
         row=np.array([3, R]),
         position=np.array([0, 2**31 - 1]),

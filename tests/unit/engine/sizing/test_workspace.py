@@ -1,4 +1,4 @@
-"""What a step needs, estimated from what it is traced to."""
+"""Estimate of a step's workspace from its jaxpr."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ def peak(function) -> int:
     return peak_bytes(jax.make_jaxpr(function)(X))
 
 
-def test_values_count_while_they_are_needed():
+def test_values_count_while_they_are_live():
     assert peak(lambda x: x) == 0
     assert peak(lambda x: x + 1) == SIZE
     assert peak(lambda x: jnp.sin(jnp.sin(jnp.sin(jnp.sin(x))))) == 2 * SIZE, "one is read while the next is written"
@@ -21,7 +21,7 @@ def test_values_count_while_they_are_needed():
     assert peak(lambda x: jnp.concatenate([x] * 5).sum()) == 5 * SIZE + 4
 
 
-def test_functions_within_count_where_they_are_called():
+def test_nested_functions_count_at_their_call():
     inner = jax.jit(lambda x: jnp.concatenate([x] * 7).sum())
     assert peak(lambda x: jnp.cos(inner(jnp.sin(x)) + x)) >= SIZE + 7 * SIZE
     assert peak(lambda x: jax.lax.fori_loop(0, 9, lambda _, y: jnp.concatenate([y] * 4)[:10], x)) >= 4 * SIZE
