@@ -170,7 +170,7 @@ def test_any_step_may_preempt_any_beam(name):
         while engine.has_work:
             engine.step()
             steps += 1
-            assert steps < 2000, "nothing goes on"
+            assert steps < 2000, "the searches do not progress"
             for beam in engine.scheduler.active:
                 if random.random() < 0.04:
                     engine.scheduler.preempt(beam)
@@ -211,9 +211,9 @@ def test_a_forked_beam_copies_its_block_on_first_write():
     engine.step()
     engine._commit(engine._take_flight())
     rows = [s.row for s in request.sequences]
-    assert len(rows) == WIDTH and int(engine.manager.pool.num_held) == 3, "all name the prompt's blocks"
+    assert len(rows) == WIDTH and int(engine.manager.pool.num_held) == 3, "all tables refer to the prompt's blocks"
     plan = engine.scheduler.schedule()
-    assert len(plan.copies[0]) == WIDTH - 1, "the last that writes it keeps the block"
+    assert len(plan.copies[0]) == WIDTH - 1, "the last holder to write keeps the block"
     assert len(set(engine.manager.tables.blocks[0, rows, 2].tolist())) == WIDTH
 
 

@@ -118,7 +118,7 @@ def test_a_stop_string_in_the_middle(at):
     expected = alone(runner, wanted)
     assert results[:3] == expected[:3]
     assert results[3] == [expected[3][0][:at]]
-    assert listener.seen == list(range(1, at + 1)), "each token is told once, and none after the end"
+    assert listener.seen == list(range(1, at + 1)), "the listener gets each token once, and none after the end"
 
 
 @pytest.mark.parametrize("steps", range(1, 6))
@@ -149,7 +149,7 @@ def test_several_steps_in_a_small_pool(spare, steps_taken):
     assert run(one, mixed(FEW)) == expected
     many = make_engine(runner, pool_blocks=needed + spare, decode_steps=8)
     assert run(many, mixed(FEW)) == expected
-    assert 0 < many.scheduler.preempted <= one.scheduler.preempted, "nobody is preempted for more steps"
+    assert 0 < many.scheduler.preempted <= one.scheduler.preempted, "several steps cause no preemption"
 
 
 def test_several_steps_with_prefix_hits_on_generated_tokens(steps_taken):

@@ -114,7 +114,7 @@ def test_images_and_texts_in_chunks_of_any_size():
     for budget in (3, CHUNK):
         engine = make_engine(runner("mllama"), budget=budget)
         assert run(engine, shown()) == expected
-        assert run(engine, shown()) == expected, "now from the cache"
+        assert run(engine, shown()) == expected, "encoder keys and values from the cache"
         settled(engine)
 
 

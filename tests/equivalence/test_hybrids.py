@@ -72,7 +72,9 @@ def test_batched_equals_alone_and_hits_equal_cold_runs(name):
     runner = hybrid_runner(name)
     wanted, engine = mixed(edges(name)), make_engine(runner)
     expected = alone(runner, wanted)
-    assert len({tuple(tokens) for (tokens,) in expected}) == len(wanted), "otherwise nothing here could fail"
+    assert len({tuple(tokens) for (tokens,) in expected}) == len(wanted), (
+        "all requests must differ, or the test cannot fail"
+    )
     poison(runner)
     assert run(engine, wanted) == expected
     again = mixed(edges(name))
@@ -141,7 +143,7 @@ def test_forks_share_every_group_and_copy_the_last_block_of_each_once(name):
     request = make_request("all", prompt(2 * BLOCK + 2), SamplingParams(temperature=0.3, seed=1, n=4, max_tokens=10))
     engine.add(request)
     engine.step()
-    assert int(engine.manager.pool.num_held) == 3 * groups, "after the prefill all name the same blocks"
+    assert int(engine.manager.pool.num_held) == 3 * groups, "after the prefill all tables refer to the same blocks"
     plan = engine.scheduler.schedule()
     assert len(plan.copies[0]) == 3 * groups, "one batch for all groups; the last to write keeps its own"
     tables, rows = engine.manager.tables.blocks, [s.row for s in request.sequences]

@@ -28,4 +28,6 @@ def test_nan_stays_where_nothing_was_written():
     written = [np.asarray(~jnp.isnan(lane.keys).any(axis=(1, 3))) for lane in runner.cache]
     made = BLOCK + 1 + GREEDY.max_tokens
     for places in written:
-        assert made - 1 <= places.sum() <= made, "each token once; the last may have been fed by the step in flight"
+        assert made - 1 <= places.sum() <= made, (
+            "each token is written once; the step in flight may have written the last"
+        )

@@ -31,14 +31,14 @@ def test_hits_equal_cold_runs_at_every_boundary(family):
     for length in EDGES:
         wanted = parting(length)
         expected = alone(runner, wanted)
-        assert len({tuple(tokens) for (tokens,) in expected}) == 3, "otherwise nothing here could fail"
+        assert len({tuple(tokens) for (tokens,) in expected}) == 3, "all requests must differ, or the test cannot fail"
         engine = make_engine(runner)
         poison(runner)
         assert [run(engine, [request])[0] for request in wanted] == expected
         assert wanted[2].cached_tokens == length // BLOCK * BLOCK
         again = parting(length)[2]
         assert run(engine, [again]) == expected[2:]
-        assert again.cached_tokens == (len(again.prompt) - 1) // BLOCK * BLOCK, "its own last boundary"
+        assert again.cached_tokens == (len(again.prompt) - 1) // BLOCK * BLOCK, "hit up to its last block boundary"
 
 
 @families

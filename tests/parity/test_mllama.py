@@ -111,7 +111,7 @@ def test_images_between_the_words(folder: Path):
     ]
     check(folder, ref.as_original(model()), prompts)
     found, expected = (ref.logits(m, *prompts[0][:2]) for m in (model(), ref.as_original(model())))
-    assert np.abs(found - expected).max() > 100 * TOLERANCE, "that is where transformers differs"
+    assert np.abs(found - expected).max() > 100 * TOLERANCE, "transformers differs for these tokens"
 
 
 def test_a_text_without_images_equals_a_plain_llama(folder: Path):

@@ -152,4 +152,4 @@ def test_segments_are_those_of_transformers(tokens: list[int], frames: int):
     pieces, on = cut(tokens, ZERO, frames, 2)
     expected, seek = reference_segments(tokens, frames)
     assert [tuple(piece) for piece in pieces] == expected
-    assert on == min(seek, frames), "what lies beyond the audio is its end"
+    assert on == min(seek, frames), "the next window is at most at the end of the audio"

@@ -34,7 +34,7 @@ def test_batched_encoder_texts_attend_to_themselves_only():
     assert batch.count == 3
     assert batch.tiles[:3].tolist() == [[0, 0, 0, 3], [0, 3, 0, 4], [0, 7, 4, 2]]
     assert batch.spans[:3].tolist() == [[0, 3], [3, 9], [3, 9]]
-    assert batch.blocks[0].tolist() == [0] * 3 + [100] * 4 + [101] * 2 + [1000] * 7, "padding goes nowhere"
+    assert batch.blocks[0].tolist() == [0] * 3 + [100] * 4 + [101] * 2 + [1000] * 7, "padding is written nowhere"
     assert batch.blocks[1, :9].tolist() == [16] * 3 + [116] * 4 + [117] * 2
     assert batch.offsets[:9].tolist() == [0, 1, 2, 0, 1, 2, 3, 0, 1]
 
@@ -79,7 +79,7 @@ def test_step_inputs_have_seen_ranges_only_with_cross_attention():
             decode_bucket(program, shapes, ROWS, 8, Needs()),
         )
         assert ("seen" in prefill.shapes, "seen" in decode.shapes) == (cross, cross)
-        assert decode.groups == 1, "a decode step writes to those groups alone that grow"
+        assert decode.groups == 1, "a decode step only writes to groups that grow"
 
 
 def test_a_warm_up_knows_every_step():
@@ -89,7 +89,7 @@ def test_a_warm_up_knows_every_step():
     used = {key for key in runner.programs.seconds if isinstance(key, EncodeCross)}
     assert {key.units for key in used} == set(UNITS) and set(runner.programs.seconds) <= set(runner.programs.keys())
     for key in used:
-        assert decode_key(encode_key(key)) == key, "other processes are told of it"
+        assert decode_key(encode_key(key)) == key, "the key can be sent to other processes"
 
 
 def test_encoding_writes_its_blocks_and_no_others():
@@ -104,7 +104,9 @@ def test_encoding_writes_its_blocks_and_no_others():
             assert not np.delete(written, [7, 9], axis=0).any()
     key = EncodeCross(**vars(encode_shape(runner.program, runner.shapes, BLOCK + 1)))
     memory = runner.programs.get(key).memory_analysis()
-    assert memory.alias_size_in_bytes >= sum(a.nbytes for lane in runner.cache for a in lane), "in place"
+    assert memory.alias_size_in_bytes >= sum(a.nbytes for lane in runner.cache for a in lane), (
+        "the cache is updated in place"
+    )
 
 
 def test_a_plan_encodes_at_most_one_steps_inputs():
@@ -122,7 +124,7 @@ def test_a_plan_encodes_at_most_one_steps_inputs():
 def test_seen_ranges_of_tokens():
     both = CrossInputs((text(9), text(5, 1)), ((2, 0, 9), (5, 9, 14)))
     assert both.length == 14 and both.seen(1, 5).tolist() == [[0, 0], [0, 9], [0, 9], [0, 9], [9, 14]]
-    assert both.seen(40, 1).tolist() == [[9, 14]], "what is made sees what the prompt's end sees"
+    assert both.seen(40, 1).tolist() == [[9, 14]], "output tokens see what the last prompt token sees"
     assert [both.parts(0, n) for n in (1, 2, 3, 5, 6)] == [1, 1, 2, 2, 3] and both.parts(2, 3) == 1
     assert (both.reach(0, 1), both.reach(0, 2), both.reach(0, 3), both.reach(2, 1), both.reach(5, 1)) == (
         2,

@@ -51,7 +51,7 @@ def test_nan_in_a_prompt_is_that_requests_error(runner, nan_token, at):
     run(engine, [again])
     assert again.cached_tokens <= at // BLOCK * BLOCK, "no block at or after the NaN is found"
     assert_published_is_finite(engine)
-    assert run(engine, mixed(LENGTHS)) == expected, "what the NaN left in freed blocks hurts nobody"
+    assert run(engine, mixed(LENGTHS)) == expected, "NaN in freed blocks changes no result"
 
 
 @pytest.mark.parametrize("history", [False, True])
@@ -76,14 +76,14 @@ def test_nan_while_decoding_takes_its_blocks_out_of_the_index(runner, nan_token,
     assert results[1:] == alone(runner, mixed(LENGTHS))
     follow = make_request("follow", [*prompt(length, 5), nan_token, *prompt(BLOCK, 6)], GREEDY)
     run(engine, [follow])
-    assert follow.cached_tokens == 0, "all the bad request had written was withdrawn"
+    assert follow.cached_tokens == 0, "all blocks of the failed request were withdrawn"
     never = SamplingParams(temperature=0, max_tokens=2, logit_bias={nan_token: -100.0})
     healthy = make_request("healthy", [*prompt(length, 5), 7], never)
     run(engine, [healthy])
     assert reasons([healthy]) == ["length"]
     again = make_request("again", follow.prompt.tolist(), GREEDY)
     run(engine, [again])
-    assert again.cached_tokens == length // BLOCK * BLOCK, "nothing bad behind what is healthy again"
+    assert again.cached_tokens == length // BLOCK * BLOCK, "only valid blocks are found after the recomputed ones"
 
 
 def test_nan_after_a_hit_leaves_the_hit_published(runner, nan_token):

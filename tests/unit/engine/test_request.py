@@ -70,7 +70,7 @@ def test_a_request_has_finished_when_all_its_samples_have():
         assert not made.finished
         sequence.status = Status.FINISHED
     assert made.finished
-    assert len({tuple(s.key) for s in made.sequences}) == 3, "each sample draws its own"
+    assert len({tuple(s.key) for s in made.sequences}) == 3, "each sample has its own key"
     assert [s.age for s in made.sequences] == sorted(s.age for s in made.sequences)
 
 
@@ -123,7 +123,7 @@ def test_min_tokens_mask_what_would_end_it():
             assert masked == ({5, 8} if sequence.made < 2 else set())
         sequence.bias_version = version
         add(sequence, 9)
-    assert versions == [(5, 8), (5, 8), (), ()], "the row is made anew only when it changes"
+    assert versions == [(5, 8), (5, 8), (), ()], "the bias row is only rebuilt when it changes"
 
 
 def test_bad_words_of_several_tokens_mask_their_last():
@@ -166,7 +166,7 @@ def test_failures_are_counted_in_a_row():
     [sequence] = request(max_tokens=20).sequences
     assert sequence.blame() == 1
     add(sequence, 9)
-    assert sequence.blame() == 2, "one token is the prefill's, and no success"
+    assert sequence.blame() == 2, "a single token comes from the prefill and is not a success"
     add(sequence, 9, 9)
     assert sequence.blame() == 1
     assert sequence.blame() == 2
@@ -175,7 +175,7 @@ def test_failures_are_counted_in_a_row():
 def test_a_queued_sequence_holds_its_prompt_and_a_finished_one_its_tokens():
     made = request(max_tokens=100, n=2)
     first, second = made.sequences
-    assert first.tokens is second.tokens is made.prompt, "whatever max_tokens is"
+    assert first.tokens is second.tokens is made.prompt, "no room is allocated for max_tokens yet"
     add(first, 5, 6)
     assert len(first.tokens) == 104 and len(second.tokens) == len(made.prompt) == 4
     second.adopt(first)

@@ -77,7 +77,7 @@ def test_states_of_a_sequence():
     assert sequence.status is Status.FINISHED and sequence.finish_reason == "length"
     assert sequence.output_ids.tolist() == [6, 7]
     scheduler.finish(sequence, "abort")
-    assert sequence.finish_reason == "length", "a second end does nothing"
+    assert sequence.finish_reason == "length", "ending it again has no effect"
 
 
 def test_images_stay_while_a_sample_may_be_preempted_and_go_with_the_last():
@@ -258,7 +258,7 @@ def test_several_steps_preempt_no_sequence():
     single = make(blocks=5)
     steps(single, new("a", 3, made=12), new("b", 3, made=12), most=1)
     assert scheduler.preempted == single.preempted > 0
-    assert taken[0] == 4, "as many as there are blocks for"
+    assert taken[0] == 4, "as many steps as there are blocks for"
     assert all(s.output_ids.tolist() == list(range(3, 15)) for r in requests for s in r.sequences)
 
 
@@ -289,8 +289,8 @@ def test_a_shared_prefix_is_computed_once_and_others_overtake_waiting_requests()
     host = Host(scheduler)
     first, second, third = ([(c.sequence.request.id, c.start, c.count) for c in host.step().chunks] for _ in range(3))
     assert first == [("0", 0, 16)]
-    assert second == [("0", 16, 10), ("other", 0, 4)], "the two that wait are passed"
-    assert third == [("1", 24, 2), ("2", 24, 2)], "and go on behind what was published"
+    assert second == [("0", 16, 10), ("other", 0, 4)], "the two waiting requests are overtaken"
+    assert third == [("1", 24, 2), ("2", 24, 2)], "they continue after the published prefix"
     host.run()
     assert [r.cached_tokens for r in requests] == [0, 24, 24]
 
@@ -312,7 +312,7 @@ def test_no_waiting_without_a_prefix_cache_or_for_a_preempted_sequence():
     host = Host(scheduler)
     host.step()
     scheduler.preempt(requests[0].sequences[0])
-    assert not scheduler.computing, "what it was about to publish is up for the next"
+    assert not scheduler.computing, "its announced blocks were retracted"
     host.run()
     assert all(r.finished for r in requests)
 
@@ -326,7 +326,9 @@ def test_sliding_groups_allocate_blocks_per_chunk():
     for _ in range(5):
         host.step()
         held.append((manager.tables.blocks[:, 0] >= 0).sum(axis=1).tolist())
-    assert held == [[10, 2, 2]] + [[10, 3, 3]] * 4, "all of the full kind at once; of a window no more than it sees"
+    assert held == [[10, 2, 2]] + [[10, 3, 3]] * 4, (
+        "full groups allocate all blocks at once, sliding ones only the window's"
+    )
     host.run()
 
 
@@ -402,7 +404,7 @@ def test_a_blocked_head_is_looked_up_only_when_blocks_were_released(monkeypatch)
     [waiting] = scheduler.waiting
     while waiting.status is Status.WAITING:
         host.step()
-    assert len(lookups) <= 3, "when it came, and when others had given blocks back"
+    assert len(lookups) <= 3, "on arrival, and when blocks were released"
     host.run()
     assert waiting.made == 2
 
@@ -415,7 +417,7 @@ def test_a_blocked_head_is_admitted_once_its_missing_block_is_published():
     scheduler.manager.index.insert(b"digest", b"", np.zeros(BLOCK, np.int32))
     assert not scheduler._blocked(sequence)
     sequence.start_over()
-    assert not scheduler._blocked(sequence), "another rope, other blocks"
+    assert not scheduler._blocked(sequence), "another rope needs other blocks"
 
 
 def test_needed_blocks_are_those_with_which_it_is_admitted():

@@ -83,7 +83,7 @@ def test_gradients_equal_finite_differences(family):
     ]
     assert (moved[0] - moved[1]) / (2 * step) == pytest.approx(scale, rel=2e-2)
     still = [path for path, g in nnx.to_flat_state(gradient) if not np.abs(g[...]).max()]
-    assert all(path[-1] == "correction" for path in still), "of the rest every weight counts"
+    assert all(path[-1] == "correction" for path in still), "every other weight has a gradient"
 
 
 def test_training_refuses_multimodal_models():

@@ -78,7 +78,7 @@ def test_an_image_over_several_blocks_is_hashed_into_each():
     _, inputs = placed(3, image(3), 4)  # at 3 to 11
     extras = inputs.extras(P)
     assert sorted(extras) == [0, 1, 2]
-    assert len(set(extras.values())) == 3, "each has other rows"
+    assert len(set(extras.values())) == 3, "each block has other rows"
 
 
 def test_two_images_in_one_block_count_in_order():

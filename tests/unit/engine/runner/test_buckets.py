@@ -88,5 +88,5 @@ def test_a_contiguous_step_reads_the_blocks_of_its_longest_row(program):
         found = reach(sizes, np.array([3, longest, 0]), nothing)
         assert decode_bucket(replace(program, kernel="xla"), sizes, 3, found, Needs()).width == width
         assert decode_bucket(replace(program, kernel="native"), sizes, 3, found, Needs()).width == 200
-    assert reach(sizes, np.array([3]), np.array([[0, 41]])) == 11, "what an encoder read lies in the row too"
+    assert reach(sizes, np.array([3]), np.array([[0, 41]])) == 11, "encoder positions count, too"
     assert copy_widths(sizes) == (16, 256)

@@ -27,7 +27,7 @@ def test_one_step_until_a_time_is_measured():
     pace = Pace("auto")
     assert pace.steps == 1
     pace.note(0, 5.0, 5.001, late=False)
-    assert pace.steps == 1, "a prefill says nothing"
+    assert pace.steps == 1, "a prefill is not measured"
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_one_step_until_a_time_is_measured():
 )
 def test_as_many_as_the_latency_allows(seconds, steps):
     assert follow(seconds).steps == steps
-    assert follow(seconds, steps=4).steps == steps, "of several steps the time of one counts"
+    assert follow(seconds, steps=4).steps == steps, "the time per step counts"
 
 
 def test_a_single_slow_step_is_forgotten():
@@ -52,8 +52,8 @@ def test_a_late_host_measures_an_upper_bound():
     pace.note(1, 10.0, 10.0 + LATENCY / 4.5, late=False)
     assert pace.steps == 4
     pace.note(1, 10.0, 15.0, late=True)
-    assert pace.steps == 4, "the five seconds were not the step's"
+    assert pace.steps == 4, "the delay is not the step's time"
     pace.note(1, 11.0, 15.001, late=False)
-    assert pace.steps == 4, "when it began is not known: it was not after the one before was read"
+    assert pace.steps == 4, "its start is unknown, so its time is not used"
     pace.note(1, 15.0, 15.001 + LATENCY / 2.5, late=False)
-    assert pace.steps == 3, "now it is"
+    assert pace.steps == 3, "the start is known"

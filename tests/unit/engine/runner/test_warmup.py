@@ -99,7 +99,7 @@ def test_a_random_workload_compiles_nothing_after_warm_up(compilations, seed):
             engine._recover(RuntimeError("a step failed"))
         engine.step()
     assert compilations == []
-    assert copies and aborted and engine.scheduler.preempted, "the workload is to need these"
+    assert copies and aborted and engine.scheduler.preempted, "the workload must cause copies, aborts and preemptions"
     assert 0 < runner.padding < runner.places
 
 
@@ -184,7 +184,7 @@ def test_a_failure_ends_a_warm_up(monkeypatch):
     programs.free.set()
     with pytest.raises(RuntimeError, match="no kernel"):
         warm_up(programs, SAMPLING, threads=1, use_tqdm=False)
-    assert programs.calls == 1, "those not begun are left out"
+    assert programs.calls == 1, "compilations not begun are skipped"
 
 
 def test_unknown_sampling_names_are_refused():

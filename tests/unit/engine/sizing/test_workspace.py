@@ -16,7 +16,9 @@ def peak(function) -> int:
 def test_values_count_while_they_are_live():
     assert peak(lambda x: x) == 0
     assert peak(lambda x: x + 1) == SIZE
-    assert peak(lambda x: jnp.sin(jnp.sin(jnp.sin(jnp.sin(x))))) == 2 * SIZE, "one is read while the next is written"
+    assert peak(lambda x: jnp.sin(jnp.sin(jnp.sin(jnp.sin(x))))) == 2 * SIZE, (
+        "input and output of one operation are live together"
+    )
     assert peak(lambda x: jnp.sin(x) * jnp.cos(x) * jnp.tan(x)) == 3 * SIZE
     assert peak(lambda x: jnp.concatenate([x] * 5).sum()) == 5 * SIZE + 4
 
