@@ -84,7 +84,7 @@ def test_what_is_not_asked_for_is_fitted_to_the_memory(make_llm, caplog, setting
     ("settings", "message"),
     [
         (dict(cache="ring"), "cache must be 'paged' or 'contiguous', got 'ring'"),
-        (dict(cache="contiguous", pool_blocks=9), "pool_blocks is 9, but the rows of cache='contiguous'"),
+        (dict(cache="contiguous", pool_blocks=9), "pool_blocks is 9, but cache='contiguous' has no block pool"),
         (dict(cache="contiguous", enable_prefix_caching=True), "enable_prefix_caching is True, but cache='contiguous'"),
     ],
 )

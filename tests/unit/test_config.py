@@ -41,7 +41,7 @@ CASES = [
     ({"placement": {"*.mlp": None}}, r"placement: '\*.mlp' is given None"),
     ({"placement": {3: "shard"}}, "placement: a pattern must be a string such as 'layers.*.mlp', got 3"),
     ({"cache": "ring"}, "cache must be 'paged' or 'contiguous', got 'ring'"),
-    ({"cache": "contiguous", "pool_blocks": 9}, "pool_blocks is 9, but the rows of cache='contiguous'"),
+    ({"cache": "contiguous", "pool_blocks": 9}, "pool_blocks is 9, but cache='contiguous' has no block pool"),
     ({"cache": "contiguous", "enable_prefix_caching": True}, "enable_prefix_caching is True, but cache='contiguous'"),
     ({"pad_heads": 1}, "pad_heads must be True or False, got 1"),
     ({"compiler_options": ["xla_gpu_autotune_level"]}, "compiler_options must map names to .* got "),

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxinfer import functional
-from jaxinfer.functional import growing
+from jaxinfer.functional import growing, program
 
 pytestmark = pytest.mark.xdist_group("demo")
 README = Path(__file__).parents[2] / "README.md"
@@ -31,7 +30,7 @@ def run_example(module):
 
 
 def test_the_example_of_functional():
-    names = run_example(functional)
+    names = run_example(program)
     assert names["position"] == 19 and names["logits"].shape == (1, names["program"].vocab)
 
 

@@ -330,7 +330,7 @@ def test_a_mesh_is_given_by_sizes_abstract_or_of_devices():
         ({"placement": {"*": "split"}}, "a tactic is one of shard, replicate"),
         ({"mesh": {"model": 2, "data": 2}}, "axis 'data'.*vision tower"),
         ({"mesh": {"tensor": 2}}, "axis 'tensor'"),
-        ({"mesh": {"model": 0}}, "axis 'model' must have"),
+        ({"mesh": {"model": 0}}, "the size of axis 'model' must be"),
         ({"mesh": {"model": 2}, "tensor_parallel_size": 4}, "tensor_parallel_size is 4"),
         ({"memory": 0}, "memory must be"),
         ({"memory": True}, "memory must be"),
