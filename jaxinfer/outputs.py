@@ -30,9 +30,7 @@ class Logprob:
 
 @dataclass(frozen=True)
 class KindHit:
-    """Longest prefix of a prompt that the layers of one kind could reuse; the actual hit is the longest common to
-    all kinds.
-    """
+    """Longest prompt prefix that layers of one kind could reuse; the hit is the longest common to all kinds."""
 
     kind: str
     """"full", "sliding(W)" for layers with a window of W positions, or "recurrent" for layers with a state."""

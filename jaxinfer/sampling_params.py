@@ -326,8 +326,9 @@ class SamplingParams:
 
     @property
     def bad_words_ids(self) -> tuple[tuple[int, ...], ...]:
-        """`bad_words_ids` of a transformers `GenerationConfig`, which also match in the prompt; without EOS after
-        `resolve`.
+        """`bad_words_ids` of a transformers `GenerationConfig`, which also match in the prompt.
+
+        Without EOS after `resolve`.
         """
         return self._bad_words_ids
 

@@ -1,8 +1,7 @@
-"""Encoder inputs of running prompts: pinned in the feature pool during prefill, or kept in the cache for
-cross-attention.
+"""Encoder inputs of running prompts: pinned in the feature pool, or stored in the cache for cross-attention.
 
-Inputs that are in neither are encoded first. Cross-attention entries stay as long as their sequence runs
-(`kv.cross_cache`).
+The feature pool holds inputs during prefill. Inputs that are in neither are encoded first. Cross-attention entries stay
+as long as their sequence runs (`kv.cross_cache`).
 """
 
 from typing import NamedTuple
@@ -55,8 +54,9 @@ class Encoding:
         self.rows[sequence.row] = tuple(wanted), sequence.request.inputs.index(held.slots, sequence.length)
 
     def index(self, row: int, start: int, count: int) -> np.ndarray | None:
-        """Return the feature pool row for each position from `start` on, `[count]` int32, -1 for text; None if none
-        reads it.
+        """Return the feature pool row of `count` positions from `start` on, `[count]` int32; None if none reads it.
+
+        Text tokens have row -1.
         """
         return self.rows[row][1][start : start + count] if row in self.rows else None
 
@@ -74,9 +74,7 @@ class Encoding:
         return not units or units + sum(one.count for one in cross.inputs) <= most
 
     def read(self, cross: CrossInputs | None, blocks: np.ndarray | None) -> None:
-        """Queue the encoder inputs of an admitted prompt for encoding into blocks `[m, n]`; None if they are already
-        cached.
-        """
+        """Queue an admitted prompt's encoder inputs for encoding into blocks `[m, n]`; None if already cached."""
         if cross is None:
             return
         if blocks is None:

@@ -101,9 +101,7 @@ class Engine:
         self.metrics.add("prompt_tokens", len(request.prompt))
 
     def _clamp(self, request: Request) -> None:
-        """Clamp a request's maximum length to the cache's capacity; log the first time that fewer tokens than
-        requested fit.
-        """
+        """Clamp a request's maximum length to the cache's capacity; log the first time that this reduces it."""
         prompt, asked = len(request.prompt), request.limit if request.asked is None else request.asked
         request.limit = min(request.limit, self.capacity.tokens(0 if request.cross is None else request.cross.length))
         if request.limit >= asked:
@@ -189,9 +187,7 @@ class Engine:
                 request.on_finish(request)
 
     def _end_stuck(self) -> None:
-        """Fail the first sequence if nothing was planned and nothing is in flight: no later step could run it
-        either.
-        """
+        """Fail the first sequence if nothing was planned and nothing is in flight: it would wait forever."""
         stuck = next(iter([*self.scheduler.active, *self.scheduler.waiting]), None)
         if stuck is not None:
             self._fail(stuck, STUCK)
@@ -251,9 +247,7 @@ class Engine:
         self.metrics.add("generation_tokens", made)
 
     def _take_token(self, sequence: Sequence, token: int, beside: Logprobs | None, i: int) -> None:
-        """Append a token with full handling: bad logits, log-probabilities, first-token time, listener and finish
-        reasons.
-        """
+        """Append a token with full handling: NaN logits, log-probabilities, timestamps, listener, finish reasons."""
         request = sequence.request
         if token == BAD_TOKEN:
             self._fail(sequence, NOT_FINITE)

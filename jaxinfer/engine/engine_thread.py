@@ -71,9 +71,7 @@ class EngineThread:
         _threads.add(self)
 
     def lease(self) -> Lease:
-        """Begin a call. The caller holds the lease until it has its results, and must release it at the end in any
-        case.
-        """
+        """Begin a call. The caller holds the lease until it has its results, and must always release it."""
         return Lease(self._commands)
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> Any:

@@ -31,9 +31,7 @@ class Chunk:
 
     @property
     def parts(self) -> int:
-        """Number of runs of tokens with the same visible encoder positions; the prefill has a limited number of
-        them.
-        """
+        """Number of runs of tokens with equal visible encoder positions, which a prefill has limited room for."""
         cross = self.sequence.request.cross
         return 1 if cross is None else cross.parts(self.start, self.count)
 

@@ -311,9 +311,7 @@ class Sequence:
 
 
 def settings(sequence: Sequence) -> np.ndarray:
-    """Return the sampling parameters of a running sequence as a packed row `[WIDTH]`; the step fills in the
-    position.
-    """
+    """Return the packed sampling parameters of a running sequence, `[WIDTH]`; the step sets the position."""
     request, p = sequence.request, sequence.request.params
     values = SamplingRows(
         row=sequence.row,
@@ -372,8 +370,7 @@ def forbidden(sequence: Sequence, position: int) -> tuple[int, ...]:
 
 
 def bias_row(sequence: Sequence, position: int, vocab: int) -> tuple[tuple[int, ...], Items[Any] | np.ndarray]:
-    """Return the version and the bias `[V']` of the token at `position`; the bias is empty if the device has this
-    version.
+    """Return version and bias `[V']` of the token at `position`; the bias is empty if the device has it.
 
     The version is `forbidden`, as everything else is the same in every step.
     """

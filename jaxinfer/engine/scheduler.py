@@ -118,9 +118,7 @@ class Scheduler:
         )
 
     def _decodes(self, most: int) -> tuple[np.ndarray, int, tuple[np.ndarray, np.ndarray]]:
-        """Choose the rows to decode within the token budget and the number of steps, and allocate blocks for their
-        tokens.
-        """
+        """Choose rows to decode within the token budget, and the number of steps; allocate their blocks."""
         while True:
             rows = np.flatnonzero(self.decoding & (self.remaining > 0))[: self.limits.tokens]
             steps = self._steps(rows, most)
@@ -133,8 +131,10 @@ class Scheduler:
             self.preempt(max(self.active, key=lambda s: s.age))
 
     def _blocking(self) -> Sequence | None:
-        """Return the youngest sequence that holds blocks others need for their next chunk, if no running decode will
-        release any; else None.
+        """Return the youngest sequence that blocks the progress of others, or None.
+
+        A sequence blocks others if it holds blocks that they need for their next chunk, and no running decode will
+        release any.
         """
         chosen = [s for s in self.active if s.candidates is not None]
         if np.count_nonzero(self.decoding) > len(chosen) or self._awaits_tokens():
@@ -149,8 +149,9 @@ class Scheduler:
         return bool(self._unsettled)
 
     def _steps(self, rows: np.ndarray, most: int) -> int:
-        """Return the number of decode steps until the host must act: to admit, prefill, end a row at its limit or
-        change a bias.
+        """Return the number of decode steps until the host must act.
+
+        It acts to admit, to prefill, to end a row at its limit, or to change a bias.
         """
         if most == 1 or not len(rows) or self.waiting or self.prefilling or self.needs_history:
             return 1
@@ -186,8 +187,9 @@ class Scheduler:
         return chunks, samples
 
     def _first_in_line(self) -> list[Sequence]:
-        """Return the head of the waiting queue that a step considers: twice the number of rows, as up to one batch
-        may be waiting for prefixes that others compute.
+        """Return the head of the waiting queue that a step considers.
+
+        Its size is twice the number of rows, as up to one batch may be waiting for prefixes that others compute.
         """
         return list(islice(self.waiting, 2 * len(self.running))) if self.free_rows else []
 
@@ -233,8 +235,7 @@ class Scheduler:
             sequence.digests = self.manager.digests(tokens, sequence.root, sequence.digests, extras)
 
     def _admit(self, sequence: Sequence, budget: int) -> bool:
-        """Admit a waiting sequence: assign a row and allocate blocks for all known tokens. Return False if they do not
-        fit.
+        """Admit a waiting sequence: assign a row and allocate blocks for all known tokens, if they fit.
 
         For layers with a window only the blocks of the first chunk are allocated.
         """
@@ -280,9 +281,7 @@ class Scheduler:
         self._historians += follows_history(request)
 
     def _chunk(self, sequence: Sequence, count: int, chunks: list[Chunk], samples: list[tuple[int, Sequence]]) -> int:
-        """Add a chunk of `count` tokens and, if it completes the prompt, the samples after it; return the tokens
-        taken.
-        """
+        """Add a chunk of `count` tokens and, if it completes the prompt, its samples; return the tokens taken."""
         index = self.encoding.index(sequence.row, sequence.computed, count)
         states, stop = self.manager.states, sequence.computed + count
         segments = () if states is None else tuple(states.chunk(sequence.row, stop))

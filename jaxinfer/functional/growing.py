@@ -139,9 +139,7 @@ class GrowingCache:
         return self.regions.tables(np.arange(self.regions.rows), self.regions.width)
 
     def layer(self, number: int, length: int | None = None) -> tuple[jax.Array, jax.Array | None]:
-        """Copy the first `length` positions of a layer (default: of the longest row): keys and values `[R, K, S,
-        D]`.
-        """
+        """Copy keys and values `[R, K, S, D]` of a layer's first `length` positions (default: the longest row's)."""
         self._check_there()
         place, length = self.program.layout.places[number], max(self.lengths) if length is None else length
         table = self._tables()[place.group]

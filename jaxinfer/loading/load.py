@@ -1,6 +1,4 @@
-"""Load everything that an `LLM` serves with: module on its mesh, tokenizer, prompt readers, default parameters, EOS
-ids.
-"""
+"""Load what an `LLM` serves with: module on its mesh, tokenizer, prompt readers, default parameters, EOS ids."""
 
 import dataclasses
 from collections.abc import Mapping

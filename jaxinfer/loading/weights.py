@@ -99,8 +99,7 @@ def load(
 def settle(
     served: Family, config: Any, hf: Mapping[str, Any], reader: SafetensorsReader, directory: Path
 ) -> tuple[Any, Source]:
-    """Adapt the configuration to the ties found in the checkpoint; return it with the tensors, named as in the weight
-    table.
+    """Adapt the configuration to the checkpoint's ties; return it with the tensors under weight table names.
 
     Raises:
         CheckpointError: the tensors are those of an adapter, or quantised in an unsupported format.

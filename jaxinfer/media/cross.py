@@ -66,9 +66,7 @@ class ReaderSources(NamedTuple):
     """Folder of the checkpoint, or None."""
 
     def said(self, name: str) -> Any:
-        """Return a value of generation_config.json, or else of config.json, as in transformers; None if neither has
-        it.
-        """
+        """Return a value of generation_config.json, else of config.json, as in transformers; None if in neither."""
         value = self.generation.get(name)
         return self.hf.get(name) if value is None else value
 

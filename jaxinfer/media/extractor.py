@@ -44,8 +44,7 @@ class AudioProcessor:
         return self._features(samples, "max_length")
 
     def whole(self, audio: Audio) -> np.ndarray:
-        """Compute the features of audio of any length, `[mel bins, frames]` float32; audio shorter than a window is
-        padded.
+        """Compute features of audio of any length, `[mel bins, frames]` float32; pad to at least one window.
 
         Raises:
             CheckpointError: as `window`.

@@ -41,8 +41,9 @@ class EncoderInput:
 
     @property
     def identity(self) -> bytes:
-        """Bytes compared after a digest matches: token ids themselves; for larger arrays, which are not kept, a
-        second hash (BLAKE2b).
+        """Bytes compared after a digest matches.
+
+        Token ids themselves; for larger arrays, which are not kept, a second hash (BLAKE2b).
         """
         described = self._described(self.values, self.numbers)
         if self.values.dtype.kind == "i":

@@ -74,9 +74,7 @@ class ImageProcessor:
         return tiles
 
     def outputs(self, rgb: np.ndarray) -> Mapping[str, Any]:
-        """Return all outputs of transformers' processor for an image `[height, width, 3]` uint8; raises as
-        `__call__`.
-        """
+        """Run transformers' processor on an image `[height, width, 3]` uint8; raises as `__call__`."""
         if self._made is None:
             self._made = self._make()
         options = self._form.options if self._tiling is None else {}
@@ -110,9 +108,7 @@ class ImageProcessor:
 
 
 def _find(name: str) -> Any:
-    """Return transformers' class that does not need torch: the PIL version, which older releases have as the plain
-    name.
-    """
+    """Return transformers' PIL class, which needs no torch; older releases have it under the plain name."""
     if not name.endswith("ImageProcessor"):
         return None
     return from_transformers(f"{name}Pil") or from_transformers(name)

@@ -36,9 +36,7 @@ class Features:
 
 @runtime_checkable
 class TokenRule(Protocol):
-    """Mask of the tokens that may come next, computed on the device. Static and hashable: compiled steps close over
-    it.
-    """
+    """Mask of the tokens that may come next, on the device. Static and hashable, as steps close over it."""
 
     def __call__(
         self, logits: jax.Array, history: jax.Array, position: jax.Array, begin: jax.Array, says: jax.Array
@@ -169,8 +167,9 @@ class CrossModel(LanguageModel, Protocol):
     """A language model whose `config.cross` is not None: some of its `cache_specs` are `kv.spec.Cross`."""
 
     def encode_cross(self, inputs: jax.Array, numbers: jax.Array, step: EncodeStep, lanes: Cache) -> Cache:
-        """Encode inputs `[U, *cross.shape]` with integers `[U, cross.numbers]`; return the cache with all cross layers'
-        keys and values.
+        """Encode inputs `[U, *cross.shape]` into the cache's cross-attention keys and values.
+
+        Inputs come with integers `[U, cross.numbers]`.
 
         Called under jit. Integer inputs keep their dtype, floats have the dtype of the activations.
         """

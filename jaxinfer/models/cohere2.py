@@ -1,5 +1,6 @@
-"""Cohere 2, Command R7B and A (`Cohere2ForCausalLM`): attention and MLP in parallel on one norm, full layers without
-rope (arXiv:2504.00698).
+"""Cohere 2, Command R7B and A (`Cohere2ForCausalLM`, arXiv:2504.00698): parallel attention and MLP on one norm.
+
+Full layers have no rope.
 """
 
 from collections.abc import Mapping

@@ -1,6 +1,4 @@
-"""Decoder stack of Llama and its relatives: attention and gated MLP or experts with their norms, unrolled over
-layers.
-"""
+"""Decoder stack of Llama and its relatives: attention, gated MLP or experts, and norms, unrolled over layers."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -115,9 +115,7 @@ def stack(
 
 
 def config(reader: ConfigReader) -> DecoderConfig:
-    """Read the configuration; the first layers are dense, and yarn's factor is applied to the scores as well,
-    squared.
-    """
+    """Read the configuration; the first layers are dense, and yarn's squared factor scales the scores as well."""
     reader.absent(q_lora_rank=1536)
     reader.defaults(n_group=8, topk_group=4, routed_scaling_factor=2.5, max_position_embeddings=4096)
     eps, layers = reader.get_float("rms_norm_eps", 1e-6, above=0), reader.get_int("num_hidden_layers")

@@ -1,6 +1,4 @@
-"""Gemma 2 (`Gemma2ForCausalLM`): sliding windows in every other layer, norms on both sides, softcapped scores
-(arXiv:2408.00118).
-"""
+"""Gemma 2 (`Gemma2ForCausalLM`, arXiv:2408.00118): alternating sliding windows, pre- and post-norms, softcaps."""
 
 from collections.abc import Sequence
 from dataclasses import replace

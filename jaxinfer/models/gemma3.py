@@ -1,5 +1,6 @@
-"""Gemma 3 (`Gemma3ForCausalLM`): five sliding layers per full layer, a rope for each kind, and q and k norms in place
-of Gemma 2's softcaps (arXiv:2503.19786).
+"""Gemma 3 (`Gemma3ForCausalLM`, arXiv:2503.19786): five sliding layers per full layer, q and k norms.
+
+Each kind of layer has its own rope; the norms replace Gemma 2's softcaps.
 
 Of checkpoints that read images (`Gemma3ForConditionalGeneration`) only the text model is served.
 """
@@ -28,8 +29,7 @@ NOT_TEXT = (r"(model\.)?(vision_tower|multi_modal_projector)\..*",)
 
 
 def config(reader: ConfigReader) -> DecoderConfig:
-    """Read the configuration; every `sliding_window_pattern`-th layer is full, `rope_scaling` applies to full layers
-    only.
+    """Read the configuration; every `sliding_window_pattern`-th layer is full, and only these use `rope_scaling`.
 
     The `text_config` of a multimodal checkpoint may omit what equals the smallest model's value.
     """

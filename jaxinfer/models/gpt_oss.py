@@ -1,6 +1,4 @@
-"""gpt-oss (`GptOssForCausalLM`): sliding windows in every other layer, attention sinks, experts with biases
-(arXiv:2508.10925).
-"""
+"""gpt-oss (`GptOssForCausalLM`, arXiv:2508.10925): alternating sliding windows, attention sinks, biased experts."""
 
 from dataclasses import replace
 from functools import partial
@@ -28,8 +26,9 @@ ROPE = {
 
 
 def config(reader: ConfigReader) -> DecoderConfig:
-    """Read the configuration; the first layer slides, `intermediate_size` is the width of one expert, `hidden_act` is
-    unused.
+    """Read the configuration; the first layer slides, and `hidden_act` is unused.
+
+    `intermediate_size` is the width of one expert.
 
     MXFP4 experts are dequantised to the model's dtype, so `quantization_config` is not needed.
     """

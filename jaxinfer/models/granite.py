@@ -1,5 +1,6 @@
-"""Granite 3 (`GraniteForCausalLM`): Llama with multipliers on embeddings, attention scores, residuals and logits
-(arXiv:2408.13359).
+"""Granite 3 (`GraniteForCausalLM`, arXiv:2408.13359): Llama with multipliers.
+
+They scale embeddings, attention scores, residuals and logits.
 """
 
 from dataclasses import dataclass, fields, replace

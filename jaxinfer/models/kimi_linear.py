@@ -1,5 +1,6 @@
-"""Kimi-Linear (`KimiLinearForCausalLM`): three Kimi Delta Attention layers per latent attention layer, no rotary
-positions, and experts (arXiv:2510.26692).
+"""Kimi-Linear (`KimiLinearForCausalLM`, arXiv:2510.26692): Kimi Delta Attention, latent attention, experts.
+
+Three KDA layers per latent attention layer, without rotary positions.
 
 config.json is read as on the Hub (`linear_attn_config`, layers counted from one) and as written by transformers
 (`layer_types`).

@@ -1,6 +1,4 @@
-"""mBART and mBART-50 (`MBartForConditionalGeneration`): BART with pre-norm layers (arXiv:2001.08210,
-arXiv:2008.00401).
-"""
+"""mBART and mBART-50 (`MBartForConditionalGeneration`, arXiv:2001.08210, arXiv:2008.00401): pre-norm BART."""
 
 from functools import partial
 

@@ -1,5 +1,6 @@
-"""Olmo 3 (`Olmo3ForCausalLM`): norms after attention and MLP, q and k norms over the whole width as in Olmo 2
-(arXiv:2501.00656), and three sliding layers per full layer.
+"""Olmo 3 (`Olmo3ForCausalLM`): post-norms, three sliding layers per full layer (Olmo 2: arXiv:2501.00656).
+
+As in Olmo 2, q and k norms span the whole width.
 """
 
 from dataclasses import replace

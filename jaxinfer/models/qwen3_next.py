@@ -1,5 +1,6 @@
-"""Qwen3-Next (`Qwen3NextForCausalLM`): three gated DeltaNet layers per gated attention layer, and experts
-(arXiv:2412.06464, arXiv:2505.06708).
+"""Qwen3-Next (`Qwen3NextForCausalLM`, arXiv:2412.06464, arXiv:2505.06708): gated DeltaNet and experts.
+
+Three gated DeltaNet layers per gated attention layer.
 """
 
 from dataclasses import replace
@@ -21,9 +22,7 @@ SCALING = Scaling(offset=1.0, wide=True)
 
 
 def config(reader: ConfigReader) -> DecoderConfig:
-    """Read the configuration; a quarter of a head's columns is rotated, and the output gate is projected with the
-    queries.
-    """
+    """Read the configuration; a quarter of a head's columns is rotated, the output gate is fused with q."""
     reader.absent(num_key_value_heads=2)
     reader.defaults(head_dim=256, max_position_embeddings=32_768)
     for name in ("attn_output_gate", "attention_output_gate"):

@@ -47,8 +47,6 @@ def local(summaries: jax.Array) -> np.ndarray:
 
 
 def apart(rows: np.ndarray, reference: np.ndarray) -> float:
-    """Return the largest distance of rows `[n, GROUPS + 1]` from a reference row `[GROUPS + 1]`, in the unit of
-    `MOST`.
-    """
+    """Return the largest distance of rows `[n, GROUPS + 1]` from a reference row, in the unit of `MOST`."""
     scale = max(float(reference[-1]), float(rows[:, -1].max()), 1e-30)
     return float(np.abs(rows - reference).max()) / scale

@@ -45,8 +45,7 @@ class Needs(NamedTuple):
 
 
 def logprob_counts(most: int) -> tuple[int, ...]:
-    """Return the numbers of log-probabilities per position that programs are compiled for, if requests may ask for
-    `most`.
+    """Return the numbers of log-probabilities that programs are compiled for, up to `most` per position.
 
     Training needs only those of the chosen tokens, at the cost of a maximum; a request for more gets the maximum
     number. An intermediate count would add four programs to each bucket and save one kernel.

@@ -109,9 +109,7 @@ class Programs:
         """Seconds that tracing and compiling each program, or reading it from JAX's compilation cache, took."""
 
     def keys(self, sampling: Collection[str] = SAMPLING) -> list[Key]:
-        """Return the keys of all programs a workload can need whose requests use no sampling feature outside
-        `sampling`.
-        """
+        """Return the keys of all programs needed by requests that use no feature outside `sampling`."""
         copies = [Copies(width) for width in copy_widths(self._shapes)]
         tables = [] if self._shapes.contiguous else [InstallTables(width) for width in TABLE_WIDTHS]
         edits = [Install()] if "edited" in sampling else []
@@ -123,9 +121,7 @@ class Programs:
         return [*all_buckets(self._program, self._shapes, sampling), *encodes, *copies, *tables, *edits]
 
     def get(self, key: Key) -> jax.stages.Compiled:
-        """Return a program, compiling it if needed. Errors of tracing or compiling are raised in all waiting
-        threads.
-        """
+        """Return a program, compiling it if needed. A compilation error is raised in all waiting threads."""
         return self._ready.get(key) or self._make(key)
 
     def prepare(self, keys: Iterable[Key], threads: int, done: Callable[[Key], None]) -> None:

@@ -35,9 +35,7 @@ class Asked:
             self._candidates[row] = 0 if request.beams is None else request.beams.count
 
     def forbid(self, samples: Items[Sequence], positions: np.ndarray) -> None:
-        """Update the level of rows with temporarily forbidden tokens: EDITED in a step that forbids some at
-        `positions`.
-        """
+        """Set the level of rows with temporarily forbidden tokens: EDITED if some are forbidden at `positions`."""
         rows = np.array([sequence.row for sequence in samples], np.int32)
         for i in np.flatnonzero(self.forbid_for_a_while[rows]).tolist():
             sequence, row = samples[i], rows[i]

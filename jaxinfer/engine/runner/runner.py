@@ -128,8 +128,9 @@ class Runner:
         self.reset()
 
     def reset(self) -> None:
-        """Allocate empty cache, sampler state and feature pool: initially, and after a failed step has consumed the
-        old ones.
+        """Allocate empty cache, sampler state and feature pool.
+
+        Called initially, and after a failed step has consumed the old ones by donation.
         """
         self.cache: Cache = []  # free the old one before the new one is allocated
         self.cache = kv_cache.allocate(self._lanes)

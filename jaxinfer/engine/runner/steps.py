@@ -192,9 +192,7 @@ def encode_cross_step(
     numbers: jax.Array,
     packed: jax.Array,
 ) -> Cache:
-    """Encode inputs `[U, *shape]` with numbers `[U, A]` and write their cross-attention keys and values to the
-    cache.
-    """
+    """Encode inputs `[U, *shape]` with numbers `[U, A]` into the cache's cross-attention keys and values."""
     batch = EncodeBatch(inputs, numbers, **batches.unpack(shape, packed), tile=shape.tile)
     return functional.encode_cross(program, params, cache, batch)
 
@@ -220,9 +218,7 @@ def abstract_encode_arguments(program: Program, shapes: Shapes, shape: EncodeSha
 
 
 def install_tables(rows: RowState, entries: jax.Array) -> RowState:
-    """Write `entries` `[4, n]` (group, row, column, block id) to the block tables; entries with a row out of range
-    are dropped.
-    """
+    """Write `entries` `[4, n]` (group, row, column, block id) to the block tables; drop rows out of range."""
     group, row, column, block = entries
     return rows._replace(tables=rows.tables.at[group, row, column].set(block, mode="drop"))
 
@@ -282,9 +278,7 @@ def _prompt_logprobs(module: LanguageModel, hidden: jax.Array, targets: jax.Arra
 
 
 def _reserved(program: Program, bucket: Bucket, cache: Cache, rows: RowState, owners: jax.Array | None) -> jax.Array:
-    """Return the block tables `[G, B, W]` of a contiguous cache for rows `owners` `[B]` (None: all rows), as wide as
-    the step reads.
-    """
+    """Return block tables `[G, B, W]` of a contiguous cache for rows `owners` `[B]`; None for all rows."""
     groups, size = program.layout.groups, len(rows.tokens)
     regions = Regions(size, cache[0].keys.shape[0] // (groups * size), groups)
     return regions.tables(jnp.arange(size) if owners is None else owners, bucket.width)

@@ -31,9 +31,7 @@ _LOG_SERIES = (0.9999998, 0.50003684, 0.33185363, 0.27235743, 0.037412364, 0.787
 def either(
     switched: bool, skip: jax.Array, least: Callable[[], jax.Array], whole: Callable[[], jax.Array]
 ) -> jax.Array:
-    """Return `whole()`; if `switched`, return `least()` when the scalar `skip` is true at run time (the results are
-    equal).
-    """
+    """Return `whole()`, or if `switched` and the scalar `skip` is true at run time, the equal `least()`."""
     return jax.lax.cond(skip, least, whole) if switched else whole()
 
 
@@ -152,8 +150,7 @@ def _truncate(logits: jax.Array, limit: jax.Array, rows: SamplingRows, switched:
 
 
 def _threshold(values: jax.Array, weights: jax.Array | None, target: jax.Array, switched: bool) -> jax.Array:
-    """Return the largest float, `[B]`, with less total weight below it than `target` `[B]`: one of the values, or
-    infinity.
+    """Return the largest float, `[B]`, with less weight below it than `target` `[B]`: a value or infinity.
 
     Args:
         values: non-negative, `[B, V']`.

@@ -34,9 +34,7 @@ class Edits(NamedTuple):
 
 
 def install(edits: Edits, row: jax.Array, history: jax.Array, known: jax.Array, bias: jax.Array) -> Edits:
-    """Set a row's bias `[V']` and the first `known` tokens of its history `[L]`; later tokens stay as the device
-    wrote them.
-    """
+    """Set a row's bias `[V']` and the first `known` tokens of its history `[L]`; keep later tokens."""
     kept = jnp.where(jnp.arange(history.shape[0]) < known, history, edits.history[row])
     return Edits(edits.history.at[row].set(kept), edits.bias.at[row].set(bias))
 
@@ -239,8 +237,7 @@ def _edit(logits: jax.Array, rows: SamplingRows, edits: Edits) -> jax.Array:
 
 
 def _forbid_repeats(logits: jax.Array, rows: SamplingRows, history: jax.Array) -> jax.Array:
-    """Set to -inf each token of logits `[B, V']` that would repeat an n-gram of its row (arXiv:1705.04304, section
-    2.5).
+    """Forbid tokens of logits `[B, V']` that would repeat an n-gram (arXiv:1705.04304, section 2.5).
 
     The prompt counts, as in transformers.
     """

@@ -19,9 +19,7 @@ MOST_TILES = 4096
 
 
 def tiling(hf: Mapping[str, Any]) -> Tiling | None:
-    """Return the tiling of an original checkpoint from config.json, as its own code does; None for transformers'
-    checkpoints.
-    """
+    """Return an original checkpoint's tiling, from config.json as its code does; None for transformers' ones."""
     if "llm_config" not in hf:
         return None
     reader = ConfigReader(hf, "InternVLChatModel")

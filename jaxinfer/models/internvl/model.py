@@ -41,9 +41,7 @@ class Projector(nnx.Module):
         self.mlp = MLP(build, width, out, out, activation)
 
     def __call__(self, x: jax.Array, count: int) -> jax.Array:
-        """Project `[n', rows, width]`, divided over mesh axis `data`, to `[n, rows, M]` on every device; n is
-        `count`.
-        """
+        """Project `[n', rows, width]`, divided over mesh axis `data`, to replicated `[n, rows, M]`, n = `count`."""
         rows = self.mlp(self.norm(x).reshape(-1, x.shape[-1])).reshape(*x.shape[:2], -1)
         return gather(rows, count, self.mesh)
 

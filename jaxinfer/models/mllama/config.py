@@ -130,9 +130,7 @@ def _vision(reader: ConfigReader, names_outputs: bool) -> MllamaVisionConfig:
 
 
 def _names_outputs(reader: ConfigReader) -> bool:
-    """Return the convention of `intermediate_layers_indices` by the version of transformers in the file; by default
-    the newest.
-    """
+    """Whether `intermediate_layers_indices` names outputs: by the file's transformers version, default newest."""
     found = re.match(r"(\d+)\.(\d+)", str(reader.config.get("transformers_version") or ""))
     return found is None or tuple(map(int, found.groups())) >= TAPS_AFTER
 

@@ -51,8 +51,9 @@ class Projector(nnx.Module):
 
 
 class CrossLayer(nnx.Module):
-    """Cross-attention layer: `x + tanh(a) * attention(norm(x))`, then `x + tanh(b) * mlp(norm(x))` for tokens that
-    see an image.
+    """Cross-attention layer, gated and skipped by tokens that see no image.
+
+    `x + tanh(a) * attention(norm(x))`, then `x + tanh(b) * mlp(norm(x))`.
     """
 
     def __init__(self, build: Build, config: DecoderConfig):
@@ -116,9 +117,7 @@ class Mllama(nnx.Module):
         self.language_model = MllamaText(build.at("language_model"), config)
 
     def encode_cross(self, inputs: jax.Array, numbers: jax.Array, step: EncodeStep, lanes: list[Lane]) -> list[Lane]:
-        """Encode images `[U, t, C, height, width]` with canvas ids `[U, 1]`; return the cache with the cross layers'
-        keys and values.
-        """
+        """Encode images `[U, t, C, height, width]` with canvas ids `[U, 1]` into the cache's keys and values."""
         encoded, lanes = self.projector(self.vision_model(inputs, numbers[:, 0])), list(lanes)
         for number in sorted(self.config.cross_layers):
             lane = step.lane(number)

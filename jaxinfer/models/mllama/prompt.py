@@ -18,8 +18,9 @@ IMAGE, PIXELS, CANVASES = "image", "pixel_values", "aspect_ratio_ids"
 
 
 class MllamaReader:
-    """Read prompts with `"multi_modal_data": {"image": one or a list of images}` and one `<|image|>` per image in the
-    text.
+    """Read prompts with `"multi_modal_data": {"image": one or a list of images}`.
+
+    The text has one `<|image|>` per image.
 
     Or, preprocessed by transformers' processor, `{"pixel_values": [images, tiles, C, height, width],
     "aspect_ratio_ids": [images]}`.

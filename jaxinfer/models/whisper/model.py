@@ -1,5 +1,4 @@
-"""Whisper (`WhisperForConditionalGeneration`, arXiv:2212.04356): speech to text, an encoder of log-mel frames and a
-decoder.
+"""Whisper (`WhisperForConditionalGeneration`, arXiv:2212.04356): encoder of log-mel frames and text decoder.
 
 Axis letters beside those of `sharding.axes`: U audio windows in an encoder step, C mel bins, f frames in a window; S =
 U * f / 2 encoder positions.
@@ -128,9 +127,7 @@ class Whisper(nnx.Module):
         self.head = None if config.tied else Embedding(build.at("head"), *sizes, lookup=False, head=True)
 
     def encode_cross(self, inputs: jax.Array, numbers: jax.Array, step: EncodeStep, lanes: list[Lane]) -> list[Lane]:
-        """Encode windows `[U, C, f]` and return the cache with the keys and values of all cross layers; `numbers` is
-        empty.
-        """
+        """Encode windows `[U, C, f]` into the cache's cross-attention keys and values; `numbers` is empty."""
         encoded, lanes = self.encoder(inputs, step), list(lanes)
         for number, layer in enumerate(self.layers, len(self.layers)):
             lane = step.lane(number)

@@ -144,9 +144,7 @@ class WhisperTokens:
         return made
 
     def _prefix(self, logits: jax.Array, ids: jax.Array, at: jax.Array, says: jax.Array) -> jax.Array:
-        """Mask all but the forced token of each row, `[B, V']`: the most likely language, the task, or no
-        timestamps.
-        """
+        """Mask all but each row's forced token, `[B, V']`: most likely language, task, or no timestamps."""
         known = self._mask(tuple(token for _, token in self.languages), logits)
         wanted = jnp.argmax(jnp.where(known, logits, -jnp.inf), axis=-1)
         if self.tasks:
