@@ -56,6 +56,8 @@ def _load(directory: Path) -> Any:
         if not is_library_error(error):
             raise
         raise tokenizer_files.explain(directory, error) from error
+    if (directory / vocabulary_files.SENTENCEPIECE).is_file() and not (directory / tokenizer_files.TOKENIZER).is_file():
+        made = _faithful(made, directory)
     if getattr(made, "chat_template", None) is None:
         made.chat_template = tokenizer_files.chat_template(directory)
     return made
@@ -75,6 +77,31 @@ def _from_library(directory: Path) -> Any:
         made = _import("PreTrainedTokenizerFast").from_pretrained(directory)
         log.info("%s: tokenizer.json is taken as it is, since its own class cannot be used (%s).", directory, error)
         return made
+
+
+def _faithful(made: Any, directory: Path) -> Any:
+    """Return what was converted from tokenizer.model if it gives SentencePiece's tokens, else a conversion that does.
+
+    The classes of some models, Llama's among them, assume merges and a normalisation that the file may not have.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if vocabulary_files.agrees_with_sentencepiece(made, directory):
+        return made
+    ends = {name: bool(getattr(made, name, False)) for name in ("add_bos_token", "add_eos_token")}
+    generic = _import("PreTrainedTokenizerFast").from_pretrained(directory, **ends)
+    if not vocabulary_files.agrees_with_sentencepiece(generic, directory):
+        raise CheckpointError(
+            f"transformers' conversion of {directory / vocabulary_files.SENTENCEPIECE} gives other tokens than "
+            "SentencePiece: give the tokenizer.json of this model."
+        )
+    log.info(
+        "%s: %s of transformers gives other tokens than SentencePiece; the model file is taken as it is.",
+        directory,
+        type(made).__name__,
+    )
+    return generic
 
 
 def _from_data(directory: Path, own: Any) -> Any:

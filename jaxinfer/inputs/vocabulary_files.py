@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from jaxinfer.checkpoint.plain_json import show
 from jaxinfer.checkpoint.tokenizer_errors import REMEDY
@@ -13,6 +14,9 @@ from jaxinfer.inputs.tokenizer_files import TOKENIZER, describe_content, read_ob
 SENTENCEPIECE = "tokenizer.model"
 _VOCABULARY = re.compile(r"vocab|merges|bpe|piece|\.(model|spm|tiktoken)$")
 """In the names of files that hold tokens."""
+
+_PROBES = ("a  two  spaces, it's 12345!\n\tx", "a 你好, мир — नमस्ते 🐱 é ﬁ Ⅳ \x00")
+"""Texts on which conversions go wrong: runs of blanks, digits, scripts, what is normalised, bytes."""
 
 
 def check_vocabulary(directory: Path) -> None:
@@ -43,6 +47,17 @@ def check_vocabulary(directory: Path) -> None:
         if "merges.txt" not in names:
             raise CheckpointError(f"{directory} has vocab.json without merges.txt: fetch it, or a tokenizer.json.")
         _check_merges(directory / "merges.txt")
+
+
+def agrees_with_sentencepiece(tokenizer: Any, directory: Path) -> bool:
+    """Tell whether a tokenizer that was converted from tokenizer.model gives the ids that SentencePiece gives.
+
+    The first token is left out: whether a text begins with a blank of its own is a setting of the tokenizer.
+    """
+    import sentencepiece
+
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(directory / SENTENCEPIECE))
+    return all(tokenizer.encode(text, add_special_tokens=False)[1:] == reference.encode(text)[1:] for text in _PROBES)
 
 
 def _check_model_file(directory: Path) -> None:

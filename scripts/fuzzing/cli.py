@@ -6,10 +6,10 @@ import sys
 import time
 from collections.abc import Sequence
 
-from fuzzing import configs, weights
+from fuzzing import configs, templates, tokenizers, weights
 from fuzzing.part import Failure, Part, run
 
-PARTS: tuple[Part, ...] = (*configs.PARTS, *weights.PARTS)
+PARTS: tuple[Part, ...] = (*configs.PARTS, *weights.PARTS, *tokenizers.PARTS, *templates.PARTS)
 """All parts; a module with more adds its `PARTS` here."""
 
 

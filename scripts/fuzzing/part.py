@@ -62,6 +62,10 @@ def run(part: Part, seed: int, case: int) -> Failure | None:
             report = f"no answer after {LIMIT:g} s\n{traceback.format_exc()}"
         except Exception as error:  # the point of this program
             report = "" if is_public(error) else traceback.format_exc()
+        except BaseException as error:  # a panic of a library in Rust is no `Exception`
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
+            report = traceback.format_exc()
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)

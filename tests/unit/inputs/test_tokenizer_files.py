@@ -1,13 +1,16 @@
 """Tokenizer files that are broken, odd or left by other tools: a public error by file and field, or what transformers
 makes."""
 
+import inspect
 import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from tokenizers import Tokenizer, decoders, models
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES, tokenizer_class_from_name
+from transformers.tokenization_mistral_common import MistralCommonBackend
 
 from jaxinfer.errors import ChatTemplateError, CheckpointError
 from jaxinfer.inputs import vocabulary_files
@@ -142,6 +145,28 @@ def test_a_sentencepiece_model_alone_says_what_converts_it(folder, monkeypatch):
     assert "tiktoken" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["LlamaTokenizer", "PreTrainedTokenizerFast"])
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_a_sentencepiece_model_alone_gives_its_tokens(tmp_path, kind, name):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([line for line in Path(__file__).read_text().splitlines() if line]),
+        model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=500,
+        model_type=kind,
+        byte_fallback=True,
+        minloglevel=2,
+    )
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name, "add_bos_token": True}))
+    tokenizer = load_tokenizer(tmp_path)
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    for text in ("Hello world, it is 12.", "def  test(a):\n    return a", "é ﬁ 🐱 你"):
+        ids = encode(tokenizer, text, special=True)
+        assert ids == [reference.bos_id(), *reference.encode(text)]
+        assert tokenizer.decode(ids, skip_special_tokens=True) == reference.decode(ids[1:])
+
+
 def test_a_vocabulary_without_a_token(folder):
     change(
         folder, "tokenizer.json", added_tokens=[], post_processor=None, model={"type": "BPE", "vocab": {}, "merges": []}
@@ -251,3 +276,19 @@ def test_a_template_that_is_no_source_is_refused():
     tokenizer = SimpleNamespace(chat_template=3, special_tokens_map={})
     with pytest.raises(ChatTemplateError, match="3, no Jinja source"):
         render_chat(tokenizer, CHAT)
+
+
+@pytest.mark.slow
+def test_every_tokenizer_class_has_what_is_called():
+    names = {name for name in TOKENIZER_MAPPING_NAMES.values() if name} | {"TokenizersBackend", "PythonBackend"}
+    classes = [tokenizer_class_from_name(name) for name in sorted(names)]
+    whole = [
+        one for one in classes if issubclass(one, PreTrainedTokenizerBase)
+    ]  # others need a package that is missing
+    assert len(whole) > 60
+    for one in [*whole, MistralCommonBackend]:
+        for name in ("get_vocab", "special_tokens_map", "all_special_ids", "convert_ids_to_tokens"):
+            assert hasattr(one, name), f"{one.__name__} has no {name}"
+        for method, values in ((one.encode, {"add_special_tokens": True}), (one.decode, {"skip_special_tokens": True})):
+            options = {} if method is one.encode else {"clean_up_tokenization_spaces": False}
+            inspect.signature(method).bind(None, "a", **values, **options)
