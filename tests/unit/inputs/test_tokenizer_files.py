@@ -21,6 +21,7 @@ from jaxinfer.results.detokenizer import Detokenizer
 CHAT = [{"role": "user", "content": "hi"}]
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
 SPM = b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02\n\x0c\n\x03<s>\x15\x00\x00\x00\x00\x18\x03"
+MERGE = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]}
 TOOLS = [
     {
         "type": "function",
@@ -65,6 +66,7 @@ def test_a_tokenizer_json_that_is_no_json_object(folder, text, message):
         ({"model": ...}, "model is None; it must be an object"),
         ({"model": {"type": "BPE", "vocab": {"a": -1}, "merges": []}}, "model is .*refuses"),
         ({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "b"]]}}, "model is .*refuses"),
+        ({"model": {**MERGE, "continuing_subword_prefix": "xxxx"}}, "model is .*PanicException"),
         ({"decoder": {"type": "none"}}, "decoder is {'type': 'none'}, which the tokenizers library refuses"),
         ({"normalizer": 3}, "normalizer is 3"),
         ({"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "("}}}, "pre_tokenizer is"),
