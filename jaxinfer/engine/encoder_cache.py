@@ -66,7 +66,7 @@ class Encoding:
             self.pool = encoder_pool.release(self.pool, self.rows.pop(row)[0])
 
     def has_room(self, cross: CrossInputs, most: int) -> bool:
-        """Whether a step that encodes at most `most` values for cross-attention has room for a request's inputs.
+        """Return whether a step that encodes at most `most` values for cross-attention has room for a request's inputs.
 
         A step with no other inputs always has.
         """

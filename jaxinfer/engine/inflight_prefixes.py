@@ -34,7 +34,7 @@ class Computing:
                 del self._owners[digest]
 
     def still_has(self, sequence: Sequence) -> bool:
-        """Whether the block a waiting sequence waits for is still being computed."""
+        """Return whether the block a waiting sequence waits for is still being computed."""
         if sequence.awaits in self._owners:
             return True
         sequence.awaits = None

@@ -144,7 +144,7 @@ class Scheduler:
         return max(self.prefilling, key=lambda s: s.age) if len(self.prefilling) > 1 else None
 
     def _awaits_tokens(self) -> bool:
-        """Whether a waiting sequence has a token in flight that its recomputation must include."""
+        """Return whether a waiting sequence has a token in flight that its recomputation must include."""
         self._unsettled = [s for s in self._unsettled if s.pending and s.status is Status.WAITING]
         return bool(self._unsettled)
 
@@ -194,7 +194,7 @@ class Scheduler:
         return list(islice(self.waiting, 2 * len(self.running))) if self.free_rows else []
 
     def _blocked(self, sequence: Sequence) -> bool:
-        """Whether the cache still has too few blocks for a sequence that failed admission; O(1) in the prompt's length.
+        """Return whether the cache still has too few blocks for a sequence that failed admission, in O(1).
 
         Returns False if more of its prompt has been published since.
         """
@@ -214,7 +214,7 @@ class Scheduler:
         return count if reach is None else min(count, reach)
 
     def _waits(self, sequence: Sequence) -> bool:
-        """Whether a waiting sequence should wait for a prefix that another request is computing."""
+        """Return whether a waiting sequence should wait for a prefix that another request is computing."""
         if sequence.candidates is not None or self.computing.still_has(sequence):
             return True
         if not self.computing or sequence.pending or self._needs_all(sequence):
@@ -224,7 +224,7 @@ class Scheduler:
         return self.computing.has(sequence, (sequence.length - 1) // size, LEAST_SHARED * self.limits.tokens / size)
 
     def _needs_all(self, sequence: Sequence) -> bool:
-        """Whether the whole prompt must be computed, as prompt log-probabilities require."""
+        """Return whether the whole prompt must be computed, as prompt log-probabilities require."""
         return sequence.request.params.prompt_logprobs is not None and sequence.made == 0
 
     def _chain(self, sequence: Sequence) -> None:

@@ -104,7 +104,7 @@ class Beams:
         return beams[order], tokens[order], totals[order]
 
     def _over(self, scores: np.ndarray, finished: Sequence[Finished], length: int) -> bool:
-        """Whether no beam can continue, or the running beams are not expected to reach the best W."""
+        """Return whether no beam can continue, or the running beams are not expected to reach the best W."""
         params = self.params
         if not len(scores):
             return True

@@ -22,7 +22,7 @@ def running(request: Request) -> list[Sequence]:
 
 
 def complete(request: Request) -> bool:
-    """Whether all running beams have their candidates."""
+    """Return whether all running beams have their candidates."""
     return all(sequence.candidates is not None for sequence in running(request))
 
 

@@ -230,7 +230,7 @@ def segments(plan: Plan, bucket: Bucket) -> np.ndarray:
 
 
 def asks_prompt_logprobs(chunk: Chunk) -> bool:
-    """Whether log-probabilities of a chunk's prompt tokens are requested."""
+    """Return whether log-probabilities of a chunk's prompt tokens are requested."""
     return chunk.sequence.request.params.prompt_logprobs is not None and not chunk.sequence.made
 
 

@@ -40,7 +40,7 @@ class Needs(NamedTuple):
     """Number of continuations that beam searches consider: an integer of the bucket, not a choice of variant."""
 
     def serve(self, other: "Needs") -> bool:
-        """Whether a program with these features supports everything `other` needs."""
+        """Return whether a program with these features supports everything `other` needs."""
         return all(mine >= theirs for mine, theirs in zip(self[:3], other[:3], strict=True))
 
 

@@ -130,7 +130,10 @@ def _vision(reader: ConfigReader, names_outputs: bool) -> MllamaVisionConfig:
 
 
 def _names_outputs(reader: ConfigReader) -> bool:
-    """Whether `intermediate_layers_indices` names outputs: by the file's transformers version, default newest."""
+    """Return whether `intermediate_layers_indices` names outputs, by the file's transformers version.
+
+    Without a version it is read as written by the newest.
+    """
     found = re.match(r"(\d+)\.(\d+)", str(reader.config.get("transformers_version") or ""))
     return found is None or tuple(map(int, found.groups())) >= TAPS_AFTER
 
