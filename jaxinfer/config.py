@@ -74,7 +74,7 @@ class EngineConfig:
     kv_cache_memory_bytes: int | None = None
     """Cache size in bytes over all devices; by default 1 GiB on a CPU, a fraction of the free memory on a GPU."""
     gpu_memory_utilization: float = 0.9
-    """GPU: fraction of the memory available to JAX's allocator that the cache takes."""
+    """GPU: fraction of the memory still available to JAX's allocator that the cache takes."""
     pool_blocks: int | None = None
     """Number of cache blocks that the host uses, at most those allocated; changes no array shape."""
     enable_prefix_caching: bool = True

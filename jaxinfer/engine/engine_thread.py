@@ -22,7 +22,7 @@ CLOSED = "this LLM is closed; make a new one"
 TURN = 0.1
 """Seconds between checks of a waiting caller that the thread is alive; its progress bar is redrawn as often."""
 ACKNOWLEDGE = 0.005
-"""Seconds that `abort` waits for the engine to process it. During a compilation it returns earlier than the abort."""
+"""Seconds that `abort` waits for the engine to process it; after a longer step it is processed without a waiter."""
 
 AT_EXIT = 10.0
 """Seconds to wait for a running step at interpreter exit: JAX must not be torn down while it runs."""
