@@ -25,9 +25,7 @@ def cache_folder(name: str) -> Path:
         _keep_group_out(folder)
         if is_private(folder):
             return folder
-        log.warning(
-            "%s is not used, as other users can write into it; make it your own with mode 700, or delete it", folder
-        )
+        log.warning("%s is not used, as other users can write to it; own it with mode 700, or delete it", folder)
     except (OSError, RuntimeError):
         pass  # read-only, or no home directory
     folder = _temporary() / name
@@ -66,14 +64,13 @@ def _temporary() -> Path:
             folder.mkdir(mode=0o700, exist_ok=True)
             status = folder.lstat()
         except OSError as error:
-            log.warning("%s cannot be used: %s; a new folder is made for this process", folder, error)
+            log.warning("%s cannot be used: %s; using a new folder for this process", folder, error)
         else:
             if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & WRITABLE:
                 return folder
             log.warning(
-                "%s is not used: it is a link, belongs to another user, or others can write into it; a new folder is "
-                "made for "
-                "this process, and what is compiled is lost at its end. Delete it, or set XDG_CACHE_HOME",
+                "%s is not used: it is a link, belongs to another user, or others can write to it; compiled code goes "
+                "to a new folder, which is deleted when this process ends. Delete it, or set XDG_CACHE_HOME",
                 folder,
             )
     return Path(_kept().name)

@@ -29,7 +29,7 @@ def describe(value: Any) -> str:
 
 def show_int(value: int) -> str:
     """Format an integer for an error message; Python refuses to print thousands of digits."""
-    return str(value) if abs(value) < 10**40 else f"one of {value.bit_length()} bits"
+    return str(value) if abs(value) < 10**40 else f"<{value.bit_length()}-bit integer>"
 
 
 def is_array(value: Any) -> bool:

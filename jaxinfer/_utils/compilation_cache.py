@@ -37,9 +37,7 @@ def enable(setting: str | None) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        log.warning(
-            "compiled programs are not kept: %s; set compilation_cache_dir to a folder that can be written", error
-        )
+        log.warning("compiled programs are not cached: %s; set compilation_cache_dir to a writable folder", error)
         return
     if configured != str(folder):
         jax.config.update("jax_compilation_cache_dir", str(folder))
@@ -51,4 +49,4 @@ def enable(setting: str | None) -> None:
 
 @cache
 def _say(folder: str) -> None:
-    log.info("compiled programs are kept in %s; it may be deleted at any time", folder)
+    log.info("compiled programs are cached in %s; it may be deleted at any time", folder)

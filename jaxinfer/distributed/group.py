@@ -130,7 +130,7 @@ class Group:
             self._inbox[peer.process].put(None)
             raise self.error()
         if found[0] not in kinds:
-            self.fail(f"{peer} sent {found[0].name} where {' or '.join(k.name for k in kinds)} was due")
+            self.fail(f"{peer} sent {found[0].name}, expected {' or '.join(k.name for k in kinds)}")
             raise self.error()
         return found
 
@@ -312,7 +312,7 @@ class Group:
                 except OSError:
                     pass  # `_listen` reports it
                 if not peer.ended and now - peer.heard > silence:
-                    self.fail(f"{peer} has not been heard for {now - peer.heard:.0f} s")
+                    self.fail(f"{peer} has sent no heartbeat for {now - peer.heard:.0f} s")
                     return
 
 

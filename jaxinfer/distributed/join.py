@@ -92,7 +92,7 @@ def join(mesh: Mesh | None, peer_timeout: Any = None) -> Group | None:
     counts = Counter(device.process_index for device in jax.devices())
     if other := next((process for process in counts if counts[process] != counts[0]), None):
         raise ConfigError(
-            f"process {other} has {counts[other]} device(s), process 0 has {counts[0]}; give every process as many "
+            f"process {other} has {counts[other]} device(s), process 0 has {counts[0]}; give all the same number "
             "(CUDA_VISIBLE_DEVICES, or on a CPU --xla_force_host_platform_device_count in XLA_FLAGS)"
         )
     known = isinstance(peer_timeout, int | float) and 0 < peer_timeout < 1e9
@@ -135,7 +135,7 @@ def _lead(peer_timeout: float) -> Group:
                 missing = sorted(set(range(1, jax.process_count())) - set(peers))
                 raise DistributedError(
                     f"process(es) {missing} did not connect to {hosts}, port {invitation['port']}, within "
-                    f"{JOIN_SECONDS:g} s; let connections between the machines through"
+                    f"{JOIN_SECONDS:g} s; allow TCP connections between the machines"
                 ) from None
             try:
                 process, pid = admit(connection, token)
@@ -163,7 +163,7 @@ def _call() -> Group:
     raise DistributedError(
         f"process {jax.process_index()} could not connect to process 0, port {invitation['port']} "
         f"({'; '.join(failures)}); "
-        "let connections between the machines through"
+        "allow TCP connections between the machines"
     )
 
 

@@ -91,7 +91,7 @@ def unpack_arrays(data: bytes) -> list[np.ndarray]:
             arrays.append(np.frombuffer(data, kind, count, at).reshape(shape).copy())  # copied for alignment
             at += count * kind.itemsize
     except (struct.error, IndexError, ValueError) as error:
-        raise DistributedError(f"a frame of {len(data)} bytes holds no arrays at byte {at}: {error}") from error
+        raise DistributedError(f"a frame of {len(data)} bytes has no valid array at byte {at}: {error}") from error
     return arrays
 
 
@@ -119,7 +119,7 @@ class Peer:
             DistributedError: the frame is too long.
         """
         if len(data) > MAX_BYTES:
-            raise DistributedError(f"a step's arrays take {len(data)} bytes, more than the {MAX_BYTES} of one message")
+            raise DistributedError(f"a message of {len(data)} bytes exceeds the limit of {MAX_BYTES} bytes")
         with self._lock:
             self._socket.sendall(_FRAME.pack(kind, len(data)) + data)
 
@@ -148,7 +148,7 @@ class Peer:
         kind, size = _FRAME.unpack(read(self._socket, _FRAME.size))
         self.heard = time.monotonic()
         if kind not in set(Kind) or size > MAX_BYTES:
-            raise DistributedError(f"{self} sent what is no frame: kind {kind}, {size} bytes")
+            raise DistributedError(f"{self} sent an invalid frame: kind {kind}, {size} bytes")
         return Kind(kind), read(self._socket, size)
 
     def close(self) -> None:
@@ -194,7 +194,7 @@ def admit(connection: socket.socket, token: bytes) -> tuple[int, int]:
     connection.sendall(nonce)
     hello = read(connection, _HELLO.size + _NONCE)
     if not hmac.compare_digest(read(connection, 32), _answer(token, nonce, hello)):
-        raise DistributedError("a connection did not know the token")
+        raise DistributedError("the connecting process does not know the token")
     connection.sendall(_answer(token, hello, nonce))
     process, pid = _HELLO.unpack_from(hello)
     return process, pid
@@ -207,4 +207,4 @@ def introduce(connection: socket.socket, token: bytes, process: int, pid: int) -
     hello = _HELLO.pack(process, pid) + secrets.token_bytes(_NONCE)
     connection.sendall(hello + _answer(token, nonce, hello))
     if not hmac.compare_digest(read(connection, 32), _answer(token, hello, nonce)):
-        raise DistributedError("what listens there did not know the token")
+        raise DistributedError("the listening process does not know the token")

@@ -30,7 +30,7 @@ from jaxinfer.kv.prefix_match import Hit
 from jaxinfer.kv.recurrent import RecurrentStates
 from jaxinfer.kv.tables import Tables
 
-NO_PREFIXES = "a contiguous cache keeps no prefixes"
+NO_PREFIXES = "a contiguous cache has no prefix cache"
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,6 @@ class RowManager:
         if wrong.any():
             row = int(np.flatnonzero(wrong)[0])
             raise PoolInvariantError(
-                f"row {row} of {tables.lengths[row]} positions ({tables.read[row]} of an encoder) has {capacity} "
-                "reserved, "
-                f"blocks in use {tables.counts[:, row].tolist()}, to be copied: {self._forks}"
+                f"row {row} has {tables.lengths[row]} positions ({tables.read[row]} of an encoder) of {capacity} "
+                f"reserved, {tables.counts[:, row].tolist()} blocks in use; pending copies: {self._forks}"
             )

@@ -98,7 +98,7 @@ def release(pool: FeaturePool, digests: Iterable[bytes]) -> FeaturePool:
     for digest in digests:
         entry = entries.get(digest)
         if entry is None or not entry.pins:
-            raise PoolInvariantError(f"input {digest.hex()[:12]} of the feature pool is released, but nobody holds it")
+            raise PoolInvariantError(f"input {digest.hex()[:12]} of the feature pool is released but not pinned")
         entries[digest] = replace(entry, pins=entry.pins - 1)
     return replace(pool, entries=entries)
 

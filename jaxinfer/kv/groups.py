@@ -96,7 +96,7 @@ def layout(specs: tuple[Full | State, ...]) -> Layout:
     states = tuple(spec for spec in specs if isinstance(spec, State))
     if len(states) == len(specs):
         raise ConfigError(
-            "no layer keeps keys and values: a model needs at least one that attends, beside recurrent ones"
+            "no layer stores keys and values; beside recurrent layers a model needs at least one attention layer"
         )
     layers: dict[Kind, list[int]] = {}
     for number, spec in enumerate(specs):
@@ -108,9 +108,8 @@ def layout(specs: tuple[Full | State, ...]) -> Layout:
     if fitting is None:
         one, other = _clash(specs, layers, sizes[-1])
         raise ConfigError(
-            f"layers {one} and {other} keep arrays of different shapes ({specs[one]}, {specs[other]}), which cannot "
-            "share "
-            "memory; where placement makes them differ, place all attention layers alike"
+            f"layers {one} and {other} need cache arrays of different shapes ({specs[one]}, {specs[other]}), which "
+            "cannot share memory; if placement makes them differ, give all attention layers the same tactic"
         )
     places, kinds, groups = [Place(0, 0)] * len(specs), [], 0
     # Encoder kinds come last, so that the groups a decode step writes to come first.

@@ -73,7 +73,9 @@ class BlockPool:
             CapacityError: `num_blocks` is less than 1.
         """
         if num_blocks < 1:
-            raise CapacityError(f"num_blocks must be at least 1, got {num_blocks}: give it more memory.")
+            raise CapacityError(
+                f"num_blocks must be at least 1, got {num_blocks}; raise gpu_memory_utilization or num_blocks."
+            )
         scalar = int if xp is np else xp.int32
         return cls(
             refs=xp.zeros(num_blocks, xp.int32),
@@ -122,7 +124,7 @@ def allocate(pool: BlockPool, n: Count, width: int | None = None) -> tuple[Block
     """
     host = _on_host(pool)
     if width is None and not isinstance(n, int | np.integer):
-        raise ValueError("width must be given when n is traced: it fixes the shape of the ids.")
+        raise ValueError("width must be given when n is traced, as it fixes the shape of the ids.")
     if host and n < 0:
         raise ValueError(f"n must be non-negative, got {n}.")
     lanes = int(n) if width is None else width
@@ -196,7 +198,7 @@ def publish(pool: BlockPool, ids: Ids) -> BlockPool:
         PoolInvariantError: a block is not held (NumPy only).
     """
     ids = _as_ids(pool, ids)
-    _require((pool.refs[ids] > 0) | (ids < 0), pool, ids, "published while nobody holds it")
+    _require((pool.refs[ids] > 0) | (ids < 0), pool, ids, "published while not held")
     return replace(pool, published=put(pool.published, ids, True))
 
 
@@ -352,7 +354,7 @@ def _oldest(pool: BlockPool, count: Count, width: int) -> tuple[Array, Count]:
         if live.size == count:
             break
         if stop == pool.tail:
-            found = f"the queue has {live.size} live entries, {count} are to be evicted; "
+            found = f"the queue has {live.size} live entries, but {count} blocks must be evicted; "
             raise PoolInvariantError(found + _accounting(pool, int(pool.num_held)))
         span *= 2
     ids[:count] = pool.queue[live]

@@ -219,7 +219,7 @@ class PrefixIndex:
         for block_id in ids:
             owner = self._owners.get(block_id)
             if owner is not None and (owner is not node or block_id not in owner.ids[kind]):
-                raise PoolInvariantError(f"block {block_id} is in the prefix index with another content.")
+                raise PoolInvariantError(f"block {block_id} is in the prefix index with different content.")
 
     def _add(self, node: Node) -> Node:
         above = self._nodes.get(node.parent)

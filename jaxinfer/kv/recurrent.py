@@ -49,7 +49,7 @@ class RecurrentStates:
             keep: whether to leave snapshots behind.
         """
         if slots < 2 * rows:
-            raise ValueError(f"slots must be at least twice the rows, {2 * rows}, got {slots}.")
+            raise ValueError(f"slots must be at least {2 * rows}, twice the rows, got {slots}.")
         self.pool = BlockPool.create(slots)
         self.current = np.full(rows, NOWHERE, np.int32)
         self.at = np.zeros(rows, np.int64)
@@ -175,7 +175,9 @@ class RecurrentStates:
     def _take(self, count: int) -> np.ndarray:
         self.pool, ids, evicted, fits = pools.allocate(self.pool, count)
         if not fits:
-            raise pools.PoolInvariantError(f"{count} slots are wanted, {self.pool.num_available} are to be had.")
+            raise pools.PoolInvariantError(
+                f"{count} state slots are needed, but only {self.pool.num_available} are available."
+            )
         if len(evicted):
             self._evicted.append(evicted + self._first)
         return ids

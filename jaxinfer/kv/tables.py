@@ -121,7 +121,7 @@ class Tables:
             ids = blocks[blocks >= 0]
             if (owners[ids] >= 0).any():
                 block = int(ids[owners[ids] >= 0][0])
-                raise PoolInvariantError(f"block {block} is named by groups {owners[block]} and {group}.")
+                raise PoolInvariantError(f"block {block} is in the tables of groups {owners[block]} and {group}.")
             owners[ids] = group
         columns = np.arange(self.blocks.shape[2])
         for kind, firsts, counts in zip(self.kinds, self.firsts, self.counts, strict=True):
@@ -134,9 +134,7 @@ class Tables:
                 row = int(np.flatnonzero(wrong)[0])
                 raise PoolInvariantError(
                     f"row {row} of {lengths[row]} positions holds blocks {self.blocks[kind.span, row].tolist()} of "
-                    f"{kind.kind.name}, said to be those from {firsts[row]} to before {counts[row]}; it needs those "
-                    "from "
-                    f"{needed[row]} on."
+                    f"{kind.kind.name}; recorded are [{firsts[row]}, {counts[row]}), needed from {needed[row]} on."
                 )
 
     def take_unsent(self) -> np.ndarray:

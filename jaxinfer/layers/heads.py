@@ -45,10 +45,10 @@ class HeadLayout:
         stored_kv, stored_group = _padded(tp, kv_heads, group)
         if build.pad_heads:
             return cls(heads, kv_heads, stored_kv, stored_group)
-        pad = f"pad it to {stored_kv * stored_group} (around {stored_kv} kv heads) with pad_heads=True"
+        pad = f"pad to {stored_kv * stored_group} ({stored_kv} kv heads) with pad_heads=True"
         raise indivisible(
             build.path or "attention",
-            f"axis 'heads' of size {heads} (around {kv_heads} kv heads)",
+            f"axis 'heads' of size {heads} ({kv_heads} kv heads)",
             tp,
             lambda count: _fits(count, kv_heads, group),
             module=build.path,

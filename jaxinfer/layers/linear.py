@@ -215,7 +215,7 @@ class BatchedLinear(Multiplying):
         self.outputs, self.tp = tuple(outputs), build.tp
         widths = {output.columns(self.tp, build.path) for output in self.outputs}
         if len(widths) > 1:
-            raise ValueError(f"{build.path}: the outputs of a batched GEMM are of one width, got {sorted(widths)}")
+            raise ValueError(f"{build.path}: outputs of a batched GEMM must have equal widths, got {sorted(widths)}")
         shape, names = (self.tp, len(self.outputs) * widths.pop(), in_features), (axes.SHARD, axes.COLUMNS, axes.EMBED)
         self.weight, self.weight_scale = matrix(build, shape, names, in_features**-0.5, outputs=self.outputs)
 

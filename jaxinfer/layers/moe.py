@@ -82,7 +82,7 @@ class MoEConfig:
         if isinstance(self.activation, str) and self.activation not in ACTIVATIONS:
             raise ConfigError(f"experts: activation is {self.activation!r}; supported: {', '.join(ACTIVATIONS)}")
         if self.shared_gate and not self.shared:
-            raise ConfigError("experts: shared_gate is set, and there are no shared experts; give their width, shared")
+            raise ConfigError("experts: shared_gate is set without shared experts; set shared to their width")
 
     def activate(self, gate: jax.Array, up: jax.Array) -> jax.Array:
         """Apply the activation to gate and up `[..., F]`."""
@@ -233,9 +233,7 @@ def _check_divides(build: Build, config: MoEConfig) -> None:
         return
     other = SHARD if by_expert else EXPERTS
     divided = config.ffn if by_expert else config.experts
-    more = (
-        f"divide {'within' if by_expert else 'by'} the experts with placement={{{any_layer(build.path)!r}: {other!r}}}"
-    )
+    more = f"shard {'within' if by_expert else 'by'} experts with placement={{{any_layer(build.path)!r}: {other!r}}}"
     raise indivisible(
         build.path or "experts",
         f"axis {name!r} of size {size}{'' if by_expert else ' (of each expert)'}",

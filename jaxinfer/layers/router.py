@@ -56,33 +56,31 @@ class RouterConfig:
             raise ConfigError(f"router: score is {self.score!r}; it may be {' or '.join(SCORES)}")
         if not 1 <= per_token <= experts:
             raise ConfigError(
-                f"router: a token takes {per_token} experts ({TAKEN}), and there are {experts} ({COUNTS}); choose 1 to "
-                f"{experts}"
+                f"router: {per_token} experts per token ({TAKEN}) are not possible; with {experts} experts ({COUNTS}) "
+                f"choose 1 to {experts}"
             )
         if not 1 <= self.chosen_groups <= self.groups:
             raise ConfigError(
-                f"router: {self.chosen_groups} groups (topk_group) of {self.groups} ({GROUPS}) cannot be chosen; "
-                "topk_group must "
-                f"be 1 to {max(1, self.groups)}"
+                f"router: topk_group is {self.chosen_groups}; with {self.groups} groups ({GROUPS}) it must be 1 to "
+                f"{max(1, self.groups)}"
             )
         if self.groups == 1:
             return
         if experts % self.groups:
             raise ConfigError(
-                f"router: {experts} experts ({COUNTS}) do not divide into {self.groups} groups ({GROUPS}); choose a "
-                "divisor"
+                f"router: {experts} experts ({COUNTS}) do not divide into {self.groups} groups ({GROUPS}); choose "
+                f"a divisor of {experts}"
             )
         size = experts // self.groups
         if not 1 <= self.group_best <= size:
             raise ConfigError(
-                f"router: groups cannot be chosen by the best {self.group_best} of {size} experts each; choose at most "
-                f"{experts // self.group_best} groups ({GROUPS})"
+                f"router: groups are ranked by their best {self.group_best} experts, but have {size} each; choose at "
+                f"most {experts // self.group_best} groups ({GROUPS})"
             )
         if per_token > self.chosen_groups * size:
             raise ConfigError(
-                f"router: a token takes {per_token} experts ({TAKEN}), and {self.chosen_groups} groups (topk_group) "
-                "have "
-                f"{self.chosen_groups * size}; lower the one or raise the other"
+                f"router: {per_token} experts per token ({TAKEN}) exceed the {self.chosen_groups * size} experts of "
+                f"{self.chosen_groups} groups (topk_group); lower the former or raise topk_group"
             )
 
 

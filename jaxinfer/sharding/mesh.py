@@ -44,9 +44,8 @@ def normalise(mesh: Mesh | AbstractMesh, tensor_parallel_size: int | None = None
     for name, count in mesh.shape.items():
         if name not in (axes.MODEL, axes.DATA):
             raise ConfigError(
-                f"mesh: axis {name!r} of size {count} is unknown; {axes.MODEL!r} divides weights and kv heads and, in "
-                "a "
-                f"model with a vision tower, {axes.DATA!r} divides images: rename it, or make the mesh with "
+                f"mesh: axis {name!r} of size {count} is unknown; {axes.MODEL!r} shards weights and kv heads and, with "
+                f"a vision tower, {axes.DATA!r} shards images; rename it, or make the mesh with "
                 f"jaxinfer.sharding.make_mesh({mesh.size})"
             )
     if axes.MODEL not in mesh.shape:

@@ -70,7 +70,7 @@ def page(plan: Placed) -> str:
 
 def counts(plan: Placed, step: str) -> str:
     """Describe the collectives of a step."""
-    return " + ".join(f"{count} {kind}" for kind, count in plan.collectives(step).items()) or "nothing exchanged"
+    return " + ".join(f"{count} {kind}" for kind, count in plan.collectives(step).items()) or "no collectives"
 
 
 def token_bytes(plan: Placed, step: str) -> int:
@@ -91,7 +91,7 @@ def _title(plan: Placed) -> str:
 
 
 def _tiles(plan: Placed) -> str:
-    sizes = {step: f"{size_text(token_bytes(plan, step))} a token on each device" for step in plan.steps}
+    sizes = {step: f"{size_text(token_bytes(plan, step))} per token on each device" for step in plan.steps}
     steps = [(counts(plan, step), f"in each {step} step: {size}") for step, size in sizes.items()]
     if steps[0] == (steps[1][0], steps[1][1].replace(STEPS[1], STEPS[0])):
         steps[:2] = [(steps[0][0], steps[0][1].replace(STEPS[0], " or ".join(STEPS)))]
@@ -102,16 +102,16 @@ def _tiles(plan: Placed) -> str:
     ]
     if plan.cache is not None:
         per = size_text(plan.cache.block_device_bytes / plan.cache.block_size)
-        tiles.append((per, "of cache a token on each device"))
+        tiles.append((per, "of cache per token on each device"))
         if plan.cache.encoded_block_device_bytes:
             per = size_text(plan.cache.encoded_block_device_bytes / plan.cache.block_size)
-            tiles.append((per, "of cache a position of what the encoder reads, on each device"))
+            tiles.append((per, "of cache per encoder position on each device"))
         if plan.cache.state_device_bytes:
             tiles.append(
-                (size_text(plan.cache.state_device_bytes), "of state a sequence on each device, whatever its length")
+                (size_text(plan.cache.state_device_bytes), "of state per sequence on each device, whatever its length")
             )
     if plan.tokens is not None and plan.cache.sequences is not None:
-        tiles.append((f"{plan.cache.sequences:,}", "sequences run at a time at most, whose states fit"))
+        tiles.append((f"{plan.cache.sequences:,}", "sequences run at a time at most, as many as states fit"))
     if plan.tokens is not None:
         tiles.append((f"{plan.tokens:,}", f"tokens fit beside the weights in {size_text(plan.memory or 0)}"))
     made = "".join(
@@ -123,8 +123,8 @@ def _tiles(plan: Placed) -> str:
 def _device(plan: Placed) -> str:
     """Render the memory use of one device, relative to its memory if known."""
     parts = [
-        ("s", plan.device_bytes - plan.copied_bytes, "weights, divided over the devices"),
-        ("c", plan.copied_bytes, "weights, the same on every device"),
+        ("s", plan.device_bytes - plan.copied_bytes, "weights, sharded"),
+        ("c", plan.copied_bytes, "weights, replicated"),
     ]
     if plan.cache_bytes is not None:
         parts.append(("k", plan.cache_bytes, "cache"))

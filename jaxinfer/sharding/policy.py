@@ -37,7 +37,7 @@ class Placement:
                 raise ConfigError(f"placement: a pattern must be a string such as 'layers.*.mlp', got {pattern!r}")
             if tactic not in TACTICS:
                 raise ConfigError(
-                    f"placement: {pattern!r} is given {tactic!r}; a tactic is one of {', '.join(TACTICS)}"
+                    f"placement: the tactic of {pattern!r} is {tactic!r}; supported: {', '.join(TACTICS)}"
                 )
 
     @classmethod
@@ -63,8 +63,8 @@ class Placement:
         found = {pattern: tactic for pattern, tactic in self.patterns.items() if _matches(pattern, path)}
         if len(set(found.values())) > 1:
             raise ConfigError(
-                f"placement: {path!r} is named by {' and by '.join(f'{p!r} ({t})' for p, t in found.items())}; "
-                "let one pattern name it, or patterns of one tactic"
+                f"placement: {path!r} is matched by {' and by '.join(f'{p!r} ({t})' for p, t in found.items())}; "
+                "let one pattern match it, or give all of them the same tactic"
             )
         return next(iter(found.values()), None)
 
@@ -88,18 +88,21 @@ class Placement:
             if any(_matches(pattern, path) for path in modules):
                 if self.patterns[pattern] == EXPERTS and not any(_matches_around(pattern, path) for path in experts):
                     raise ConfigError(
-                        f"placement: {pattern!r} is given {EXPERTS!r}, and names nothing that has experts; "
-                        f"{f'there are {_some(experts)}' if experts else f'this model has none: leave it {SHARD!r}'}"
+                        f"placement: {pattern!r} is given {EXPERTS!r}, but matches no module with experts; "
+                        + (
+                            f"modules with experts: {_some(experts)}"
+                            if experts
+                            else f"this model has none, use {SHARD!r}"
+                        )
                     )
                 continue
             within = [path for path in inside if _matches(pattern, path)]
             if within:
                 raise ConfigError(
-                    f"placement: {pattern!r} names {within[0]!r}, which lies inside a module that is placed as a "
-                    "whole; "
-                    f"name that one: {within[0].rsplit('.', 1)[0]!r}"
+                    f"placement: {pattern!r} matches {within[0]!r}, which is part of a module placed as a whole; "
+                    f"match {within[0].rsplit('.', 1)[0]!r} instead"
                 )
-            raise ConfigError(f"placement: {pattern!r} names no module; there are {_some(modules)}")
+            raise ConfigError(f"placement: {pattern!r} matches no module; modules: {_some(modules)}")
 
 
 def _matches(pattern: str, path: str) -> bool:

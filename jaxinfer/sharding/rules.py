@@ -38,7 +38,7 @@ def spec(logical: Sequence[str | None], rules: Mapping[str, str | None] = RULES)
         mapped.append(rules[name] if name is not None else None)
     used = [name for name in mapped if name is not None]
     if len(used) != len(set(used)):
-        raise ConfigError(f"logical axes {tuple(logical)} put one mesh axis twice on one array: {mapped}")
+        raise ConfigError(f"logical axes {tuple(logical)} map two axes of an array to the same mesh axis: {mapped}")
     return PartitionSpec(*mapped)
 
 

@@ -95,7 +95,7 @@ def test_a_process_that_hangs_ends_all_of_them(serve, model):
     finally:
         second.popen.send_signal(signal.SIGCONT)
     assert "jaxinfer: process 0 ends: process 1 (127.0.0.1" in first.stderr
-    assert "has not been heard for" in first.stderr
+    assert "has sent no heartbeat for" in first.stderr
     assert second.wait() != 0
 
 

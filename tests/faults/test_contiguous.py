@@ -36,7 +36,7 @@ def test_nothing_is_found_again_and_it_says_why(contiguous):
     for _ in range(2):
         [output] = contiguous.generate(PROMPTS[1], PARAMS, use_tqdm=False)
         assert output.num_cached_tokens == 0
-        assert [hit.reason for hit in output.metrics.cache_hits] == ["a contiguous cache keeps no prefixes"]
+        assert [hit.reason for hit in output.metrics.cache_hits] == ["a contiguous cache has no prefix cache"]
 
 
 def test_after_a_failed_step_all_goes_on(contiguous, monkeypatch):

@@ -36,9 +36,9 @@ CASES = [
     ({"placement": ["*.mlp"]}, r"placement must map patterns of module paths to tactics, got \['\*.mlp'\]"),
     (
         {"placement": {"*.mlp": "sharded"}},
-        r"placement: '\*.mlp' is given 'sharded'; a tactic is one of shard, replicate",
+        r"placement: the tactic of '\*.mlp' is 'sharded'; supported: shard, replicate",
     ),
-    ({"placement": {"*.mlp": None}}, r"placement: '\*.mlp' is given None"),
+    ({"placement": {"*.mlp": None}}, r"placement: the tactic of '\*.mlp' is None"),
     ({"placement": {3: "shard"}}, "placement: a pattern must be a string such as 'layers.*.mlp', got 3"),
     ({"cache": "ring"}, "cache must be 'paged' or 'contiguous', got 'ring'"),
     ({"cache": "contiguous", "pool_blocks": 9}, "pool_blocks is 9, but cache='contiguous' has no block pool"),

@@ -45,7 +45,7 @@ def choose(asked: str, mesh: Mesh) -> str:
 
 @cache
 def _warn(lacking: str) -> None:
-    log.warning("attention runs in XLA, which copies what it reads of the cache: %s", lacking)
+    log.warning("attention uses XLA, which copies the cache blocks it reads: %s", lacking)
 
 
 def implementation(name: str, mesh: Mesh) -> Any:

@@ -71,14 +71,14 @@ def choose(setting: str, asked: str, mesh: Mesh) -> str:
     if reason is None:
         return "native"
     if asked == "native":
-        raise ConfigError(f"{setting} is 'native', but {reason}; 'auto' chooses what can run")
+        raise ConfigError(f"{setting} is 'native', but {reason}; 'auto' selects a kernel that can run")
     _say(reason)
     return "xla"
 
 
 @cache
 def _say(reason: str) -> None:
-    log.info("the CPU kernels are not used, XLA's serve: %s", reason)
+    log.info("using XLA's kernels instead of the native CPU kernels: %s", reason)
 
 
 def lacking() -> str | None:
@@ -91,7 +91,7 @@ def lacking() -> str | None:
 def _lacking() -> str | None:
     missing = sorted(NEEDED - cpu_flags())
     if platform.system() != "Linux" or missing:
-        return f"they are for Linux on x86-64 with AVX-512; here {', '.join(missing) or platform.system()} is missing"
+        return f"native kernels need Linux on x86-64 with AVX-512; missing: {', '.join(missing) or 'Linux'}"
     compiler = _compiler()
     if compiler is None:
         return f"no C++ compiler was found ({', '.join(COMPILERS)}, or CXX); install one, such as Debian's package g++"

@@ -99,7 +99,7 @@ def serves(setting: str, asked: str, mesh: Mesh) -> tuple[bool, str]:
     if target(mesh) is None:
         reason = (
             f"the device is {device.device_kind} ({device.platform}), not an NVIDIA GPU of compute capability "
-            f"{LEAST_CAPABILITY / 10} or more; 'auto' chooses what it can run"
+            f"{LEAST_CAPABILITY / 10} or more; 'auto' selects a kernel that can run"
         )
     if reason is not None and asked == "triton":
         raise ConfigError(f"{setting} is 'triton', but {reason}")
@@ -153,7 +153,9 @@ def binary(
             },
         )
     if getattr(compiled.metadata, "global_scratch_size", 0):
-        raise NotImplementedError(f"kernel {compiled.metadata.name} wants scratch memory from its launcher")
+        raise NotImplementedError(
+            f"kernel {compiled.metadata.name} needs global scratch memory, which the launcher does not provide"
+        )
     found = compiled.metadata
     return Binary(found.name, compiled.asm["ptx"], found.shared, 32 * found.num_warps)
 

@@ -54,7 +54,7 @@ def test_by_default_it_is_the_users_cache_folder(settings, tmp_path, monkeypatch
         enable("auto")
     assert Path(settings.jax_compilation_cache_dir) == tmp_path / "jaxinfer" / "xla"
     assert settings.jax_persistent_cache_min_compile_time_secs < 1
-    assert caplog.text.count("compiled programs are kept in") == 1
+    assert caplog.text.count("compiled programs are cached in") == 1
 
 
 @pytest.mark.parametrize("setting", ["auto", None])

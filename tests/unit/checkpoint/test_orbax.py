@@ -149,7 +149,7 @@ def test_a_placement_holds_until_another_is_asked_for(make):
     assert_same(load(folder, 2), load(source, 2, placement=Placement(whole)))
     assert_same(load(folder, 4), load(source, 4, placement=Placement(whole)))
     assert_same(load(folder, 2, placement=Placement(divided)), load(source, 2))
-    with pytest.raises(ConfigError, match="'nothing.like.it' names no module"):
+    with pytest.raises(ConfigError, match="'nothing.like.it' matches no module"):
         load(folder, 2, placement=Placement({"nothing.like.it": "shard"}))
 
 

@@ -113,7 +113,7 @@ def test_a_process_that_is_silent_is_named(make, exits, monkeypatch):
     groups = make(limit=2.0)
     quiet = groups[2].peers[0]
     until(lambda: groups[0].failure)
-    assert groups[0].failure.startswith("process 2 (b) has not been heard for")
+    assert groups[0].failure.startswith("process 2 (b) has sent no heartbeat for")
 
 
 def test_a_process_that_was_stopped_itself_blames_nobody(make, monkeypatch):
@@ -192,7 +192,7 @@ def test_a_process_that_waits_for_an_interrupted_one_is_ended(make, exits):
 def test_a_message_that_is_not_due_is_an_error(make, exits):
     first, second, _ = make()
     first.tell(Kind.CHECK)
-    with pytest.raises(DistributedError, match="process 0 .a. sent CHECK where LAUNCH or END was due"):
+    with pytest.raises(DistributedError, match="process 0 .a. sent CHECK, expected LAUNCH or END"):
         second.take(second.peers[0], Kind.LAUNCH, Kind.END)
 
 

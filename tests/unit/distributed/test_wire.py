@@ -49,7 +49,7 @@ def test_arrays_come_back_as_they_were():
     ],
 )
 def test_bytes_that_hold_no_arrays_are_refused(data: bytes):
-    with pytest.raises(DistributedError, match=f"a frame of {len(data)} bytes holds no arrays"):
+    with pytest.raises(DistributedError, match=f"a frame of {len(data)} bytes has no valid array"):
         unpack_arrays(data)
 
 
@@ -68,7 +68,7 @@ def test_frames_keep_their_order_and_beats_come_between(pair):
 @pytest.mark.parametrize("frame", [struct.pack("<BI", 99, 0), struct.pack("<BI", Kind.LAUNCH, wire.MAX_BYTES + 1)])
 def test_what_is_no_frame_is_refused(pair, frame: bytes):
     pair[0].sendall(frame)
-    with pytest.raises(DistributedError, match="process 0 .there. sent what is no frame"):
+    with pytest.raises(DistributedError, match="process 0 .there. sent an invalid frame"):
         Peer(0, "there", pair[1]).receive()
 
 
@@ -95,7 +95,7 @@ def test_both_sides_have_to_know_the_token(pair, knows: bool):
     if knows:
         assert admit(pair[1], token) == (3, 77)
     else:
-        with pytest.raises(DistributedError, match="did not know the token"):
+        with pytest.raises(DistributedError, match="does not know the token"):
             admit(pair[1], token)
         pair[1].close()
     caller.join(10)
@@ -110,6 +110,6 @@ def test_the_other_side_is_not_believed_without_the_token(pair):
 
     liar = threading.Thread(target=pretend)
     liar.start()
-    with pytest.raises(DistributedError, match="what listens there did not know the token"):
+    with pytest.raises(DistributedError, match="the listening process does not know the token"):
         introduce(pair[0], b"token", 1, 2)
     liar.join(10)

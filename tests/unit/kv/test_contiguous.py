@@ -72,7 +72,7 @@ def test_a_row_has_room_for_all_it_may_become():
     assert made.pool == (60, 15)
     made.free(2)
     assert made.pool == (60, 0) and made.tables.lengths[2] == 0
-    assert made.lookup(NOTHING, [], b"").reason == "a contiguous cache keeps no prefixes"
+    assert made.lookup(NOTHING, [], b"").reason == "a contiguous cache has no prefix cache"
 
 
 def test_a_fork_copies_what_is_written_of_every_group_before_the_next_step():
@@ -109,9 +109,9 @@ def test_a_row_is_not_given_away_before_it_is_copied():
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
-        (lambda made: made.tables.lengths.__setitem__(1, 21), "row 1 of 21 positions .* has 20 reserved"),
-        (lambda made: made.tables.lengths.__setitem__(2, 1), r"row 2 of 1 positions .* blocks in use \[0, 0\]"),
-        (lambda made: made._forks.__setitem__(3, 1), r"row 3 of 0 positions .* to be copied: \{3: 1\}"),
+        (lambda made: made.tables.lengths.__setitem__(1, 21), "row 1 has 21 positions .* of 20 reserved"),
+        (lambda made: made.tables.lengths.__setitem__(2, 1), r"row 2 has 1 positions .* \[0, 0\] blocks in use"),
+        (lambda made: made._forks.__setitem__(3, 1), r"row 3 has 0 positions .* pending copies: \{3: 1\}"),
     ],
 )
 def test_what_does_not_add_up_is_named(harm, message):

@@ -44,7 +44,8 @@ def test_layers_of_other_shapes_do_not_share_a_lane():
     made = layout((FULL, FULL, SLIDING, SLIDING))
     assert len(made.lanes) == 2
     with pytest.raises(
-        ConfigError, match="layers 0 and 1 keep arrays of different shapes.*place all attention layers alike"
+        ConfigError,
+        match="layers 0 and 1 need cache arrays of different shapes.*give all attention layers the same tactic",
     ):
         layout((FULL, narrow))
 

@@ -199,7 +199,7 @@ def test_eviction_does_not_read_the_whole_queue(monkeypatch: pytest.MonkeyPatch)
         (share, [0, 9], "block 9 does not exist: the pool has 3 blocks"),
         (release, [1], "block 1 is released more often than it is held"),
         (release, [0, 0], "block 0 is released more often than it is held"),
-        (publish, [2], "block 2 is published while nobody holds it"),
+        (publish, [2], "block 2 is published while not held"),
     ],
 )
 def test_misuse_on_the_host_names_the_block(function, ids: list[int], words: str) -> None:

@@ -165,7 +165,7 @@ def test_a_collision_of_different_prefixes_is_a_miss(monkeypatch: pytest.MonkeyP
 
 def test_a_block_id_with_another_content_was_not_evicted() -> None:
     index = filled(TOKENS, [7, 5])
-    with pytest.raises(PoolInvariantError, match="block 7 is in the prefix index with another content"):
+    with pytest.raises(PoolInvariantError, match="block 7 is in the prefix index with different content"):
         put(index, TOKENS + 1, [7])
     with pytest.raises(ValueError, match="tokens must be a full block of 4, got 3 tokens"):
         index.insert(b"digest", ROOT, TOKENS[:3], (1,))

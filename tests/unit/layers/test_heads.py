@@ -147,16 +147,16 @@ def test_plain_outputs_are_cut_evenly_or_whole_on_every_shard(units, width, tp, 
 
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "fitting", "padded"),
-    [(6, 3, "1, 3, 6", "8 (around 4"), (12, 3, "1, 3, 6, 12", "16 (around 4")],
+    [(6, 3, "1, 3, 6", "8 (4"), (12, 3, "1, 3, 6, 12", "16 (4")],
 )
 def test_heads_that_do_not_divide_are_named_with_three_remedies(heads, kv_heads, fitting, padded):
     with pytest.raises(ConfigError) as error:
         HeadLayout.of(build(4), heads, kv_heads)
     assert str(error.value) == (
-        f"layers.5.attention: axis 'heads' of size {heads} (around {kv_heads} kv heads) does not divide over mesh axis "
+        f"layers.5.attention: axis 'heads' of size {heads} ({kv_heads} kv heads) does not divide over mesh axis "
         f"'model' of size 4; choose a tensor_parallel_size that does ({fitting}), or keep the module whole on every "
         "device "
-        f"with placement={{'layers.*.attention': 'replicate'}}, or pad it to {padded} kv heads) with pad_heads=True"
+        f"with placement={{'layers.*.attention': 'replicate'}}, or pad to {padded} kv heads) with pad_heads=True"
     )
 
 

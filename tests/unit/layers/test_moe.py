@@ -209,13 +209,13 @@ def test_in_int8_it_is_near(way: str):
             r"a tensor_parallel_size that does \(1, 2, 3, 4, 6, 8, 12, 24\), or keep the module whole .*'mlp': "
             r"'replicate'}\n",
         ),
-        (5, 10, "shard", r", or divide by the experts with placement=\{'mlp': 'experts'\}"),
+        (5, 10, "shard", r", or shard by experts with placement=\{'mlp': 'experts'\}"),
         (
             6,
             10,
             "experts",
             r"mlp: axis 'expert' of size 10 does not divide over mesh axis 'model' of size 6; choose a "
-            r"tensor_parallel_size that does \(1, 2, 5, 10\), .*, or divide within the experts with placement=\{'mlp': "
+            r"tensor_parallel_size that does \(1, 2, 5, 10\), .*, or shard within experts with placement=\{'mlp': "
             r"'shard'\}",
         ),
     ],
@@ -231,7 +231,7 @@ def test_what_does_not_divide_is_named_with_remedies(tp: int, experts: int, tact
     [
         (dict(activation="swish2"), "activation is 'swish2'; supported: silu"),
         (dict(shared_gate=True), "no shared experts"),
-        (dict(per_token=9), r"a token takes 9 experts .*, and there are 8 "),
+        (dict(per_token=9), r"9 experts per token .*; with 8 experts "),
     ],
 )
 def test_numbers_that_do_not_fit_are_named(changes: dict[str, Any], message: str):

@@ -145,14 +145,14 @@ def linear(**changes: Any) -> dict[str, Any]:
             {"num_expert_group": 3},
             r"256 experts \(num_experts.*do not divide into 3 groups \(.*num_expert_group\); choose",
         ),
-        ({"topk_group": 2}, r"2 groups \(topk_group\) of 1 \(n_group.* cannot be chosen; topk_group must be 1 to 1"),
+        ({"topk_group": 2}, r"topk_group is 2; with 1 groups \(n_group.* it must be 1 to 1"),
         (
             {"num_expert_group": 64, "topk_group": 1},
-            r"8 experts .*num_experts_per_token\), and 1 groups \(topk_group\) have 4; lower",
+            r"8 experts .*num_experts_per_token\) exceed the 4 experts of 1 groups \(topk_group\); lower",
         ),
         (
             {"num_experts_per_token": 257},
-            r"257 experts .*num_experts_per_token\), and there are 256 \(num_experts.*choose 1 to 256",
+            r"257 experts .*num_experts_per_token\) .*; with 256 experts \(num_experts.*choose 1 to 256",
         ),
         ({"what": 3}, "unknown attributes.*what"),
     ],

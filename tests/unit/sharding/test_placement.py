@@ -128,7 +128,7 @@ def test_recurrent_states_are_counted_a_sequence_and_not_a_block():
         QWEN3_NEXT, tensor_parallel_size=8, memory=16 << 30, max_num_seqs=4, enable_prefix_caching=False
     )
     assert few.cache.state_slots == 8 and few.tokens > made.tokens
-    assert "of state a sequence on each device" in page(made)
+    assert "of state per sequence on each device" in page(made)
 
 
 def test_the_collectives_of_llama_70b_are_two_a_layer_those_of_the_embedding_and_of_the_sampler(large: Plan):
@@ -326,8 +326,8 @@ def test_a_mesh_is_given_by_sizes_abstract_or_of_devices():
     [
         ({"tensor_parallel_size": 3}, "layers.0.attention.*64.*size 3|axis 'heads'"),
         ({"tensor_parallel_size": 0}, "tensor_parallel_size must be in"),
-        ({"placement": {"nothing": "replicate"}}, "'nothing' names no module"),
-        ({"placement": {"*": "split"}}, "a tactic is one of shard, replicate"),
+        ({"placement": {"nothing": "replicate"}}, "'nothing' matches no module"),
+        ({"placement": {"*": "split"}}, "supported: shard, replicate"),
         ({"mesh": {"model": 2, "data": 2}}, "axis 'data'.*vision tower"),
         ({"mesh": {"tensor": 2}}, "axis 'tensor'"),
         ({"mesh": {"model": 0}}, "the size of axis 'model' must be"),
@@ -423,6 +423,6 @@ def test_a_module_in_hand_has_a_plan_of_its_own_parts(mixed: Plan):
 
 
 def test_a_collective_of_no_known_kind_is_refused():
-    with pytest.raises(ValueError, match="kind is one of all-reduce, all-gather"):
+    with pytest.raises(ValueError, match="kind must be one of all-reduce, all-gather"):
         Collective("all-to-all", "rows", 4)
     assert Collective(ALL_REDUCE, "sums", 4).arrays == 1

@@ -50,18 +50,18 @@ def test_the_order_of_patterns_decides_nothing(patterns):
 
 def test_two_patterns_that_contradict_each_other_about_one_module_are_both_named():
     with pytest.raises(
-        ConfigError, match=r"'layers.0.mlp' is named by '\*.mlp' \(shard\) and by 'layers.0.\*' \(replicate"
+        ConfigError, match=r"'layers.0.mlp' is matched by '\*.mlp' \(shard\) and by 'layers.0.\*' \(replicate"
     ):
         Placement({"*.mlp": "shard", "layers.0.*": "replicate"}).tactic("layers.0.mlp")
 
 
 def test_a_pattern_that_names_nothing_is_refused_with_what_there_is():
-    with pytest.raises(ConfigError, match=r"'\*.mpl' names no module; there are .*layers.\*.mlp, norm"):
+    with pytest.raises(ConfigError, match=r"'\*.mpl' matches no module; modules: .*layers.\*.mlp, norm"):
         Placement({"*.mpl": "shard"}).check(MODULES, INSIDE)
 
 
 def test_a_pattern_for_a_part_of_what_is_placed_as_a_whole_names_the_whole():
-    with pytest.raises(ConfigError, match="'layers.0.mlp.down', which lies inside .* name that one: 'layers.0.mlp'"):
+    with pytest.raises(ConfigError, match="'layers.0.mlp.down', which is part of .* match 'layers.0.mlp' instead"):
         Placement({"*.down": "replicate"}).check(MODULES, INSIDE)
 
 
@@ -75,17 +75,18 @@ def test_experts_are_divided_by_patterns_that_name_them_or_what_is_around_them(p
 @pytest.mark.parametrize("pattern", ["norm", "layers.0", "*.attention"])
 def test_a_pattern_that_divides_by_experts_what_has_none_is_refused(pattern: str):
     with pytest.raises(
-        ConfigError, match=r"is given 'experts', and names nothing that has experts; there are layers.\*.mlp"
+        ConfigError,
+        match=r"is given 'experts', but matches no module with experts; modules with experts: layers.\*.mlp",
     ):
         Placement({pattern: "experts"}).check(MODULES, INSIDE, ["layers.1.mlp"])
-    with pytest.raises(ConfigError, match="this model has none: leave it 'shard'"):
+    with pytest.raises(ConfigError, match="this model has none, use 'shard'"):
         Placement({pattern: "experts"}).check(MODULES, INSIDE)
 
 
 @pytest.mark.parametrize(
     ("patterns", "message"),
     [
-        ({"*.mlp": "sharded"}, r"'\*.mlp' is given 'sharded'; a tactic is one of shard, replicate"),
+        ({"*.mlp": "sharded"}, r"the tactic of '\*.mlp' is 'sharded'; supported: shard, replicate"),
         ({"": "shard"}, "a pattern must be a string such as .* got ''"),
     ],
 )
@@ -111,6 +112,6 @@ def test_a_contradiction_about_what_is_around_named_parts_is_found_too():
     """`layers.*` names layers and all within them, so that `layers.0` would be passed over in silence."""
     placement = Placement({"layers.*": "replicate", "layers.0": "shard"})
     with pytest.raises(
-        ConfigError, match=r"'layers.0' is named by 'layers.\*' \(replicate\) and by 'layers.0' \(shard\)"
+        ConfigError, match=r"'layers.0' is matched by 'layers.\*' \(replicate\) and by 'layers.0' \(shard\)"
     ):
         placement.check(["layers", "layers.0", "layers.0.mlp", "layers.1", "layers.1.mlp"])

@@ -33,5 +33,5 @@ def test_what_does_not_divide_is_named_with_path_axis_sizes_and_remedies():
 def test_a_name_outside_the_glossary_and_one_mesh_axis_twice_are_refused():
     with pytest.raises(ConfigError, match="logical axis 'width' is not in the rules; known: "):
         rules.spec(("width",))
-    with pytest.raises(ConfigError, match="put one mesh axis twice on one array"):
+    with pytest.raises(ConfigError, match="map two axes of an array to the same mesh axis"):
         rules.spec((axes.HEADS, axes.FFN))

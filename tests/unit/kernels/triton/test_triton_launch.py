@@ -60,7 +60,7 @@ def test_targets_are_nvidia_gpus_from_ampere_on(
 
 
 def test_triton_where_it_cannot_run_is_an_error(monkeypatch: pytest.MonkeyPatch):
-    with pytest.raises(ConfigError, match="NVIDIA GPU of compute capability 8.0 or more; 'auto' chooses"):
+    with pytest.raises(ConfigError, match="NVIDIA GPU of compute capability 8.0 or more; 'auto' selects"):
         attention.choose("triton", make_mesh())
     with pytest.raises(ConfigError, match="must be .*triton, got 'cudnn'"):
         attention.choose("cudnn", make_mesh())
