@@ -384,6 +384,7 @@ class LLM:
 
     def _prepare_programs(self, names: Collection[str], threads: int | None) -> tuple[Programs, Leader | None]:
         """Make what the programs take, on the engine's thread; other processes are told to compile as well."""
+        self._engine.check_alive()
         runner = self._engine.runner
         programs = runner.prepare(names)
         if runner.leader is not None:
@@ -413,6 +414,7 @@ class LLM:
 
     def _update_weights(self, weights: Any) -> None:
         """Replace the weights, on the engine's thread."""
+        self._engine.check_alive()
         if not self._engine.settle():
             raise RuntimeError("update_weights while requests are running; finish or abort them first")
         state = nnx.state(weights) if isinstance(weights, nnx.Module) else weights

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -157,6 +158,11 @@ class Engine:
     def check_alive(self) -> None:
         """Raise EngineDeadError if no further step can run."""
         if self._dead is not None:
+            raise EngineDeadError(self._dead)
+
+    def check_served(self, requests: Iterable[Request]) -> None:
+        """Raise EngineDeadError if any of these requests ended because the engine died."""
+        if self._dead is not None and any(request.error == self._dead for request in requests):
             raise EngineDeadError(self._dead)
 
     def _start_over(self, error: BaseException) -> None:

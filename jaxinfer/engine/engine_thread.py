@@ -223,12 +223,12 @@ class EngineThread:
             return
         self._driven[:] = [call for call in self._driven if self._still(call)]
 
-    @staticmethod
-    def _still(call: Call) -> bool:
+    def _still(self, call: Call) -> bool:
         """Return whether a call is still waited for; if not, reply to it."""
         try:
             if call.busy():
                 return True
+            self.engine.check_served(call.requests)
             call.replies.put((None, None))
         except BaseException as error:
             call.replies.put((None, error))

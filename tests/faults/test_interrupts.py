@@ -156,8 +156,10 @@ def test_an_interrupt_does_not_wait_for_a_step(llm, monkeypatch):
 def test_a_lost_device_is_one_clear_error(make_llm, monkeypatch):
     """The step fails, and so does the new cache: every call says so, nothing is held, and `close` works."""
     llm = make_llm()
-    stream = llm.stream([IDS], LONG)
+    stream, other = llm.stream([IDS], LONG), llm._prepare([IDS], SHORT)
     next(stream)
+    lease = llm._thread.lease()
+    llm._queue(lease, other)
     runner = llm._engine.runner
 
     def lost(*_):
@@ -168,7 +170,14 @@ def test_a_lost_device_is_one_clear_error(make_llm, monkeypatch):
 
     monkeypatch.setattr(runner, "run", lost)
     monkeypatch.setattr(runner, "reset", gone)
-    for call in (lambda: llm.generate([IDS, IDS], SHORT), lambda: next(stream), lambda: llm.generate([IDS], SHORT)):
+    calls = [
+        lambda: next(stream),
+        lambda: llm._thread.drive(lease.call, lambda: not other[0].finished),  # it had not come to wait yet
+        lambda: llm.generate([IDS], SHORT),
+        lambda: llm.warmup(use_tqdm=False),
+        lambda: llm.update_weights(llm._opened.module),
+    ]
+    for call in calls:
         with pytest.raises(EngineDeadError, match="ILLEGAL_ADDRESS.*device is gone.*close this LLM"):
             call()
     stream.close()
