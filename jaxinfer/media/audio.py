@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
-import wave
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +20,9 @@ MAX_SAMPLES = 2**29
 LOUDEST = 2.0**31
 """Maximum absolute value of float samples: full scale of the largest integer format. The spectrum of larger values
 overflows.
+"""
+MAX_FRAME = 64
+"""Bytes of the largest frame, one sample of each channel, for which a file's end is searched: 8 channels, 64 bits.
 """
 PCM = {"uint8": (128, 2.0**7), "int16": (0, 2.0**15), "int32": (0, 2.0**31)}
 """Integer sample formats of WAV files: (value of silence, full scale)."""
@@ -91,33 +96,49 @@ def resample(audio: Audio, rate: int) -> np.ndarray:
 
 
 def read_wav(file: Path | str) -> Audio:
-    """Read a WAV file of PCM samples (8, 16, 24 or 32 bits), averaging several channels.
+    """Read a WAV file with `scipy.io.wavfile`, averaging several channels.
+
+    Samples may be integers of 8, 16, 24 or 32 bits or floats of 32 or 64 bits, plain or as WAVE_FORMAT_EXTENSIBLE.
 
     Raises:
         ValueError: the file cannot be read, or is of another format; names the file and the remedy.
     """
     try:
-        with wave.open(str(file), "rb") as opened:
-            channels, width, rate = opened.getnchannels(), opened.getsampwidth(), opened.getframerate()
-            data = opened.readframes(opened.getnframes())
+        rate, data = _read_frames(file)
     except OSError as error:
         raise ValueError(f"{file}: {error.strerror or error}") from error
-    except (wave.Error, EOFError) as error:
-        raise ValueError(
-            f"{file} is not a WAV file of PCM samples ({str(error) or 'it is truncated'}); convert it: "
-            "ffmpeg -i IN -c:a pcm_s16le OUT.wav"
-        ) from error
-    whole = len(data) // (width * channels) * width * channels  # a file may end within a sample
-    return Audio(_decode(data[:whole], width).reshape(-1, channels).mean(axis=1, dtype=np.float32), rate)
+    except Exception as error:  # SciPy raises errors of many kinds for broken headers
+        raise _not_wav(file, str(error) or "it is truncated") from error
+    if data.dtype.kind != "f" and data.dtype.name not in PCM:
+        raise _not_wav(file, f"its samples are {data.dtype}")
+    samples = data if data.dtype.kind == "f" else _scaled(data)
+    return Audio(samples.reshape(len(samples), -1).mean(axis=1, dtype=np.float32), int(rate))
 
 
-def _decode(data: bytes, width: int) -> np.ndarray:
-    """Decode little-endian samples of `width` bytes to `[n]` float32."""
-    if width == 3:  # widen 24 to 32 bits, with the low byte 0
-        wide = np.zeros((len(data) // 3, 4), np.uint8)
-        wide[:, 1:] = np.frombuffer(data, np.uint8).reshape(-1, 3)
-        data, width = wide.tobytes(), 4
-    return _scaled(np.frombuffer(data, {1: "u1", 2: "<i2", 4: "<i4"}[width]))
+def _read_frames(file: Path | str) -> tuple[int, np.ndarray]:
+    """Return the sampling rate and the samples, `[n]` or `[n, channels]`.
+
+    SciPy refuses a file that ends within a frame, as that of an interrupted recording; its end is cut off then.
+    """
+    from scipy.io import wavfile  # imported lazily, as it is slow
+
+    raw = Path(file).read_bytes()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", wavfile.WavFileWarning)  # of metadata, and of the end of the file
+        try:
+            return wavfile.read(io.BytesIO(raw))
+        except ValueError:
+            for cut in range(1, MAX_FRAME):
+                with contextlib.suppress(Exception):
+                    return wavfile.read(io.BytesIO(raw[:-cut]))
+            raise
+
+
+def _not_wav(file: Path | str, reason: str) -> ValueError:
+    return ValueError(
+        f"{file} is not a WAV file of integer or float samples ({reason}); convert it: "
+        "ffmpeg -i IN -c:a pcm_s16le OUT.wav"
+    )
 
 
 def _scaled(samples: np.ndarray) -> np.ndarray:

@@ -43,7 +43,7 @@ def test_a_transcript_with_times(command, capsys, files):
     ("file", "words"),
     [
         ("/nowhere/a.wav", "/nowhere/a.wav: No such file"),
-        (__file__, "is not a WAV file of PCM samples"),
+        (__file__, "is not a WAV file of integer or float samples"),
     ],
 )
 def test_a_file_that_is_no_sound_is_one_line(command, capsys, files, file, words):

@@ -59,7 +59,7 @@ def settings(
 def _sources() -> str:
     """Return a digest of the package's source files: a working tree has no other version."""
     root, found = Path(__file__).parents[2], hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
+    for path in sorted(path for ending in ("*.py", "*.cc", "*.h") for path in root.rglob(ending)):
         found.update(f"{path.relative_to(root).as_posix()}\0".encode() + path.read_bytes())
     return found.hexdigest()[:12]
 

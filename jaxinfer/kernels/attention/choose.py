@@ -1,17 +1,14 @@
 """Choice of the attention implementation. Each has `decode` and `prefill`, which write the cache and attend."""
 
-import logging
-from functools import cache
 from typing import Any
 
 from jax.sharding import Mesh
 
+from jaxinfer._utils.log import warn_once
 from jaxinfer.errors import ConfigError
 from jaxinfer.kernels.attention import native_attention, triton_attention, whole_attention, xla_attention
 from jaxinfer.kernels.native import build
 from jaxinfer.kernels.triton import triton_launch, triton_tiles
-
-log = logging.getLogger(__name__)
 
 AUTO, XLA, TRITON, NATIVE = "auto", "xla", "triton", "native"
 WHOLE = "whole"
@@ -39,13 +36,8 @@ def choose(asked: str, mesh: Mesh) -> str:
     if served:
         return TRITON
     if triton_launch.target(mesh) is not None:
-        _warn(lacking)
+        warn_once("attention runs in XLA, which copies what it reads of the cache", lacking)
     return XLA
-
-
-@cache
-def _warn(lacking: str) -> None:
-    log.warning("attention uses XLA, which copies the cache blocks it reads: %s", lacking)
 
 
 def implementation(name: str, mesh: Mesh) -> Any:

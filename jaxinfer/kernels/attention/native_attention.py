@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxinfer._utils.log import warn_once
 from jaxinfer.kernels.attention import xla_attention
 from jaxinfer.kernels.attention.paged import DecodeRows, Lane, PrefillTiles, Scoring, Slots
 
@@ -16,8 +17,15 @@ TILE = 64
 
 
 def _served(q: jax.Array, lane: Lane) -> bool:
-    whole_words = q.shape[-1] * q.dtype.itemsize % 4 == 0
-    return q.dtype in (jnp.bfloat16, jnp.float32) and lane.keys.dtype == q.dtype and whole_words
+    """Return whether the kernel computes these arrays; warn if it does not."""
+    if q.dtype not in (jnp.bfloat16, jnp.float32) or lane.keys.dtype != q.dtype:
+        reason = f"the CPU kernel computes float32 and bfloat16, not {q.dtype} with a cache of {lane.keys.dtype}"
+    elif q.shape[-1] * q.dtype.itemsize % 4:
+        reason = f"the CPU kernel computes even head dims in bfloat16, not {q.shape[-1]}"
+    else:
+        return True
+    warn_once("attention runs in XLA, which is slower", reason)
+    return False
 
 
 def decode(

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxinfer._utils.log import warn_once
 from jaxinfer.errors import ConfigError
 from jaxinfer.kernels.native import build
 from jaxinfer.kernels.triton import triton_launch
@@ -29,7 +30,10 @@ def choose(asked: str, mesh: Mesh) -> str:
     if asked not in ("auto", XLA, NATIVE, TRITON):
         raise ConfigError(f"matmul_kernel must be auto, {XLA}, {NATIVE} or {TRITON}, got {asked!r}")
     if asked == TRITON or asked == "auto" and mesh.devices.flat[0].platform != "cpu":
-        return TRITON if triton_launch.serves("matmul_kernel", asked, mesh)[0] else XLA
+        served, lacking = triton_launch.serves("matmul_kernel", asked, mesh)
+        if not served and triton_launch.target(mesh) is not None:
+            warn_once("products of a mixture of experts run in XLA, one expert after another", lacking)
+        return TRITON if served else XLA
     # XLA cannot divide a call of ours over devices.
     return XLA if asked == "auto" and mesh.devices.size > 1 else build.choose("matmul_kernel", asked, mesh)
 
@@ -62,5 +66,9 @@ def _native(x: jax.Array, weight: jax.Array, dtype: jnp.dtype) -> bool:
         return False
     if x.dtype == jnp.float32:
         return True
+    if x.dtype != jnp.bfloat16:
+        warn_once(
+            "products run in XLA, which is slower", f"the CPU kernel computes float32 and bfloat16, not {x.dtype}"
+        )
     units = "amx_bf16" in build.cpu_flags()
     return x.dtype == jnp.bfloat16 and x.shape[1] % 2 == 0 and not (units and x.shape[0] > MATRIX_UNIT_ROWS)

@@ -181,18 +181,45 @@ def test_wav_files_of_eight_bits(tmp_path):
     np.testing.assert_array_equal(read_wav(tmp_path / "a.wav").samples, np.float32([0, 0.5, -1]))
 
 
-def test_a_truncated_file_gives_what_it_has(tmp_path):
-    (tmp_path / "a.wav").write_bytes(wav(np.arange(100)[:, None] * 100)[:-3])
-    assert len(read_wav(tmp_path / "a.wav").samples) == 98
+def wav_of(samples: np.ndarray, tag: int, *, extensible: bool = False) -> bytes:
+    """Return `[n, channels]` as a WAV file with this format tag, which WAVE_FORMAT_EXTENSIBLE has in its GUID."""
+    channels, width = samples.shape[1], samples.dtype.itemsize
+    fields = struct.pack("<HIIHH", channels, RATE, RATE * channels * width, channels * width, 8 * width)
+    made = struct.pack("<H", 0xFFFE if extensible else tag) + fields
+    if extensible:
+        guid = struct.pack("<I", tag) + bytes.fromhex("00001000800000aa00389b71")
+        made += struct.pack("<HHI", 22, 8 * width, 0) + guid
+    body = b"WAVEfmt " + struct.pack("<I", len(made)) + made + b"data" + struct.pack("<I", samples.nbytes)
+    return b"RIFF" + struct.pack("<I", len(body) + samples.nbytes) + body + samples.tobytes()
+
+
+@pytest.mark.parametrize("extensible", [False, True])
+@pytest.mark.parametrize(("dtype", "tag"), [("<f4", 3), ("<f8", 3), ("<i2", 1), ("<i4", 1)])
+def test_wav_files_of_floats_and_of_the_extensible_format(tmp_path, dtype, tag, extensible):
+    wanted = np.array([[0.5, 0.0], [-1.0, -0.5], [0.25, 0.75]])
+    full = 1.0 if tag == 3 else 2.0 ** (8 * np.dtype(dtype).itemsize - 1)
+    (tmp_path / "a.wav").write_bytes(wav_of((wanted * full).astype(dtype), tag, extensible=extensible))
+    found = read_wav(tmp_path / "a.wav")
+    assert found.rate == RATE
+    np.testing.assert_allclose(found.samples, wanted.mean(axis=1), atol=1e-6)
+
+
+@pytest.mark.parametrize(("channels", "width", "left"), [(1, 2, 98), (2, 2, 99), (1, 3, 99), (2, 4, 99)])
+def test_a_file_that_ends_within_a_sample_gives_what_it_has(tmp_path, channels, width, left):
+    (tmp_path / "a.wav").write_bytes(wav(np.arange(100 * channels).reshape(100, -1) * 100, width=width)[:-3])
+    assert len(read_wav(tmp_path / "a.wav").samples) == left
 
 
 def test_unsupported_wav_files_are_refused(tmp_path):
-    floats = wav(np.zeros((4, 1)))
-    at = floats.index(b"fmt ") + 8
-    floats = floats[:at] + struct.pack("<H", 3) + floats[at + 2 :]
-    for name, data in {"text": b"hello", "empty": b"", "floats": floats, "head": wav(np.zeros((4, 1)))[:20]}.items():
+    plain = wav(np.zeros((4, 1)))
+    for name, data in {
+        "text": b"hello",
+        "empty": b"",
+        "adpcm": wav_of(np.zeros((4, 1), np.int16), 2),
+        "head": plain[:20],
+    }.items():
         (tmp_path / name).write_bytes(data)
-        with pytest.raises(ValueError, match=rf"{name} is not a WAV file of PCM samples \(.+\); convert it: ffmpeg"):
+        with pytest.raises(ValueError, match=rf"{name} is not a WAV file of integer or float .*; convert it: ffmpeg"):
             read_wav(tmp_path / name)
     with pytest.raises(ValueError, match="missing.wav: No such file"):
         read_wav(tmp_path / "missing.wav")

@@ -5,6 +5,7 @@ import importlib.util
 import logging
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +13,12 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from jaxinfer._utils.log import warn_once
 from jaxinfer.errors import ConfigError
 from jaxinfer.kernels.attention import choose as attention
 from jaxinfer.kernels.attention import xla_attention
 from jaxinfer.kernels.attention.triton_attention import TritonAttention
+from jaxinfer.kernels.matmul import choose as matmul
 from jaxinfer.kernels.triton import triton_launch
 from jaxinfer.kernels.triton.triton_launch import Binary, Options, Target
 from jaxinfer.sharding import make_mesh
@@ -73,13 +76,14 @@ def test_triton_where_it_cannot_run_is_an_error(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("version", "said"), [(None, "not installed; pip install"), ("3.5.1", "3.5.1, older than 3.6")]
 )
+@pytest.mark.parametrize("kernels", [attention, matmul], ids=["attention", "matmul"])
 def test_a_gpu_without_triton_is_served_by_xla_and_told_so_once(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, version: str | None, said: str
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, version: str | None, said: str, kernels: Any
 ):
     mesh = given(monkeypatch, Device(), version=version)
-    attention._warn.cache_clear()
+    warn_once.cache_clear()
     with caplog.at_level(logging.WARNING):
-        assert [attention.choose("auto", mesh) for _ in range(2)] == ["xla", "xla"]
+        assert [kernels.choose("auto", mesh) for _ in range(2)] == ["xla", "xla"]
     assert len(caplog.records) == 1 and said in caplog.text
 
 
