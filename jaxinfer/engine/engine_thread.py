@@ -138,7 +138,6 @@ class EngineThread:
         finally:
             self.stop()
             self._thread.join()
-            del self.engine  # and with it the weights and the cache
 
     def stop(self) -> None:
         """End the thread after the queued commands; waiting callers get EngineClosedError."""
@@ -186,6 +185,7 @@ class EngineThread:
         for call in self._driven:
             call.replies.put((None, EngineClosedError(CLOSED)))
         self._driven.clear()
+        del self.engine  # and with it weights and cache: here, as an interrupt may end the wait of `close`
 
     def _take_commands(self) -> bool:
         """Run the queued commands, blocking while there is nothing to step for; return False to stop."""

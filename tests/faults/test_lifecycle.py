@@ -1,9 +1,12 @@
 """Requests that end before their time, interrupts, threads, two engines, closing."""
 
+import contextlib
+import gc
 import os
 import threading
 import time
 import warnings
+import weakref
 
 import pytest
 from faults.conftest import settle
@@ -282,6 +285,19 @@ def test_close_while_another_thread_generates(make_llm):
 def test_an_unknown_setting_is_named(folder):
     with pytest.raises(TypeError, match="max_num_seq.*max_num_seqs"):
         LLM(folder, max_num_seq=3)
+
+
+def test_a_close_that_is_interrupted_lets_go_of_everything_all_the_same(make_llm, monkeypatch):
+    llm = make_llm()
+    thread, engine = llm._thread._thread, weakref.ref(llm._engine)
+    with monkeypatch.context() as patch:
+        patch.setattr(thread, "join", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with contextlib.suppress(KeyboardInterrupt):
+            llm.close()
+    thread.join()
+    gc.collect()
+    assert engine() is None
+    llm.close()
 
 
 def test_a_call_finds_the_llm_closed_by_another_thread_meanwhile(make_llm, monkeypatch):
