@@ -44,11 +44,13 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "typical_p": (1.0,),
     "watermarking_config": (),
 }
+_FILLED = ("do_sample", *_SAMPLING, "max_new_tokens", "min_new_tokens", "repetition_penalty", "no_repeat_ngram_size")
+"""What a passed configuration that leaves it at None takes from the model's file."""
 _TRANSFORMERS_MAX_LENGTH = 20
 _TRANSFORMERS_TOP_K = 50
 
 
-def from_generation_config(config: Any) -> SamplingParams:
+def from_generation_config(config: Any, model: Mapping[str, Any] | None = None) -> SamplingParams:
     """The `SamplingParams` that mean what a transformers `GenerationConfig` means there.
 
     Sampling is greedy unless `do_sample` is true, and then `top_k` defaults to 50, as in transformers.
@@ -59,6 +61,8 @@ def from_generation_config(config: Any) -> SamplingParams:
 
     Args:
         config: a `GenerationConfig`, or anything with `to_dict()`, or its dict.
+        model: the model's generation_config.json as plain JSON. As in transformers 5, `do_sample`, temperature, top-p,
+            top-k, min-p, penalty, n-gram size and numbers of new tokens that `config` leaves at None are taken from it.
 
     Raises:
         TypeError: something else.
@@ -68,6 +72,7 @@ def from_generation_config(config: Any) -> SamplingParams:
     values = _to_dict(config)
     _refuse_unsupported(values)
     _refuse_total_lengths(values)
+    values = {name: whole(model[name]) for name in _FILLED if (model or {}).get(name) is not None} | values
     fields = {ours: values[theirs] for theirs, ours in _RENAMED.items() if theirs in values}
     if values.get("do_sample"):
         fields |= {name: values[name] for name in _SAMPLING if name in values}

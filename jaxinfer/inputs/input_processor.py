@@ -110,7 +110,7 @@ class Intake:
             TypeError, ValueError: a prompt or parameter that cannot be served; names the prompt's index.
         """
         if params is not None and hasattr(params, "to_dict"):
-            params = from_generation_config(params)
+            params = from_generation_config(params, self._opened.generation_config)
         each = spread(self._opened.default_params if params is None else params, len(prompts))
         resolved, made = {}, []
         for start in range(0, len(prompts), PIECE):

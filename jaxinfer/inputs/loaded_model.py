@@ -27,6 +27,8 @@ class LoadedModel:
     """Tells its prefixes from those of other models."""
     forced: Mapping[str, int | None] = field(default_factory=dict)
     """The tokens that come first and last, by the names of `SamplingParams`."""
+    generation_config: Mapping[str, Any] = field(default_factory=dict)
+    """generation_config.json as plain JSON; empty where the model has none."""
 
     @property
     def tokenizer_len(self) -> int | None:

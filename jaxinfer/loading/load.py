@@ -98,7 +98,7 @@ def open_model(named: Named, config: EngineConfig, mesh: Mesh, group: Group | No
     if module.config.cross is not None:
         reader = (TextReader if directory is None else family(hf).reader)(sources)
     forced = {name: forced_id({name: sources.said(name)}, name) for name in FORCED}
-    return LoadedModel(module, tokenizer, media, reader, params, ends, salt, forced)
+    return LoadedModel(module, tokenizer, media, reader, params, ends, salt, forced, generation)
 
 
 def _media_reader(

@@ -54,6 +54,19 @@ def test_sampling_attributes_count_only_with_do_sample():
     assert convert(do_sample=True, top_k=0).top_k == 0
 
 
+def test_what_is_not_set_comes_from_the_models_file():
+    """As `generate(generation_config=...)` of transformers 5 fills it."""
+    file = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "max_new_tokens": 50, "repetition_penalty": 1.05}
+    own, theirs = GenerationConfig(max_new_tokens=7, top_p=0.5), GenerationConfig(max_new_tokens=7, top_p=0.5)
+    theirs.update(**file, defaults_only=True)
+    made = from_generation_config(own, file)
+    assert made == from_generation_config(theirs)
+    assert (made.max_tokens, made.temperature, made.top_p, made.repetition_penalty) == (7, 0.6, 0.5, 1.05)
+    assert from_generation_config(GenerationConfig(do_sample=False), file).temperature == 0
+    with pytest.raises(ValueError, match="max_length"):
+        from_generation_config(GenerationConfig(max_length=30), file)
+
+
 def test_a_single_eos_and_none():
     assert convert(eos_token_id=5).stop_token_ids == (5,)
     assert convert(eos_token_id=-1).stop_token_ids == ()
