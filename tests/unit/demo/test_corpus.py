@@ -1,4 +1,4 @@
-"""The demo's questions: held out means held out, and the packaged checkpoint is small and whole."""
+"""Demo questions: held-out data is not in training texts, and the packaged checkpoint is small and complete."""
 
 import json
 import random
@@ -17,7 +17,7 @@ MAX_BYTES = 8_000_000
 
 
 def _bare(text: str) -> str:
-    """A text as a hurried person may have typed it: training drops capitals and final marks at times."""
+    """Normalize a text as training does at times: no capitals and no final punctuation."""
     return text.lower().rstrip("?.!")
 
 

@@ -1,4 +1,4 @@
-"""Processes that watch each other, here as threads of one process; nothing may end it."""
+"""Failure detection between processes, here simulated by threads of one process."""
 
 import socket
 import threading
@@ -17,7 +17,7 @@ from jaxinfer.errors import ConfigError, DistributedError
 
 @pytest.fixture
 def exits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The processes that would have been ended."""
+    """Processes that would have exited."""
     found: list[int] = []
     monkeypatch.setattr(Group, "_exit_after", lambda group, seconds, code: found.append(group.process))
     return found
@@ -25,7 +25,7 @@ def exits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.fixture
 def make(exits: list[int]) -> Iterator[Callable[..., list[Group]]]:
-    """Makes groups of so many processes."""
+    """Make groups of a number of processes."""
     groups: list[Group] = []
 
     def build(count: int = 3, limit: float = 600.0) -> list[Group]:
@@ -44,13 +44,13 @@ def make(exits: list[int]) -> Iterator[Callable[..., list[Group]]]:
     for group in groups:
         for peer in group.peers:
             peer.close()
-    for thread in threading.enumerate():  # one that still ends its process must do so before that is real again
+    for thread in threading.enumerate():  # threads that exit their process must finish before os._exit is restored
         if thread.name.startswith(("from-", "watch", "leave")):
             thread.join(120)
 
 
 def together(*calls: Callable[[], Any]) -> list[Any]:
-    """What calls give that wait for each other, or the exceptions they raise."""
+    """Run calls that wait for each other; return their results or exceptions."""
     found: list[Any] = [None] * len(calls)
 
     def run(i: int) -> None:
@@ -69,7 +69,7 @@ def together(*calls: Callable[[], Any]) -> list[Any]:
 
 
 def until(condition: Callable[[], Any]) -> None:
-    """Waits for it."""
+    """Wait until the condition holds."""
     deadline = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < deadline
@@ -83,7 +83,7 @@ def test_every_process_gets_every_value(make):
     )
 
 
-def test_what_differs_is_named_in_every_process_and_ends_none_by_force(make, exits):
+def test_differing_facts_are_named_in_every_process_without_forced_exit(make, exits):
     groups = make()
     facts = [{"its dtype": "float32", "x": 1}, {"its dtype": "float32", "x": 1}, {"its dtype": "bfloat16", "x": 1}]
     found = together(*[lambda g=g: g.agree(facts[g.process]) for g in groups])
@@ -92,9 +92,9 @@ def test_what_differs_is_named_in_every_process_and_ends_none_by_force(make, exi
     assert exits == []
 
 
-def test_a_process_that_is_gone_is_named_in_all_others(make, exits, capsys):
+def test_a_dead_process_is_named_in_all_others(make, exits, capsys):
     first, second, third = make()
-    second.leave()  # its own watch is none of this
+    second.leave()  # its own failure detection is not tested here
     second.peers[0].close()
     until(lambda: first.failure and third.failure)
     assert first.failure == third.failure and first.failure.startswith("process 1 (b) has died")
@@ -106,7 +106,7 @@ def test_a_process_that_is_gone_is_named_in_all_others(make, exits, capsys):
     assert "jaxinfer: process 2 ends: process 1 (b) has died" in capsys.readouterr().err
 
 
-def test_a_process_that_is_silent_is_named(make, exits, monkeypatch):
+def test_a_silent_process_is_named(make, exits, monkeypatch):
     beat = Peer.beat
     monkeypatch.setattr(Peer, "beat", lambda peer: None if peer.where == "a" and peer is quiet else beat(peer))
     quiet = None
@@ -116,7 +116,7 @@ def test_a_process_that_is_silent_is_named(make, exits, monkeypatch):
     assert groups[0].failure.startswith("process 2 (b) has sent no heartbeat for")
 
 
-def test_a_process_that_was_stopped_itself_blames_nobody(make, monkeypatch):
+def test_a_suspended_process_does_not_report_its_peers(make, monkeypatch):
     groups = make(limit=2.0)
     now = time.monotonic
     skipped = [0.0]
@@ -124,12 +124,12 @@ def test_a_process_that_was_stopped_itself_blames_nobody(make, monkeypatch):
     for module in ("group", "wire"):
         monkeypatch.setattr(f"jaxinfer.distributed.{module}.time", clock)
     time.sleep(0.3)
-    skipped[0] = 1000.0  # heard was before it
+    skipped[0] = 1000.0  # after the last heartbeat
     time.sleep(0.5)
     assert [group.failure for group in groups] == [None] * 3
 
 
-def test_an_error_in_one_process_reaches_the_others_and_stays_what_it_is(make):
+def test_an_error_in_one_process_reaches_the_others_and_keeps_its_type(make):
     first, second, third = make()
     with pytest.raises(ValueError, match="mine"), second.guard():
         raise ValueError("mine")
@@ -155,7 +155,7 @@ def test_the_end_waits_for_all_and_comes_once(make, exits):
     assert exits == []
 
 
-def test_groups_that_have_ended_are_kept_by_nothing(make, monkeypatch):
+def test_ended_groups_are_garbage_collected(make, monkeypatch):
     registered: list[Callable[[], None]] = []
     monkeypatch.setattr(
         "jaxinfer.distributed.group.atexit",
@@ -175,7 +175,7 @@ def test_groups_that_have_ended_are_kept_by_nothing(make, monkeypatch):
     assert first.failure is None and second.failure is None
 
 
-def test_an_end_that_is_not_answered_names_who_did_not(make, exits, monkeypatch):
+def test_an_unanswered_end_names_the_process(make, exits, monkeypatch):
     groups = make(count=2, limit=4.0)
     monkeypatch.setattr("jaxinfer.distributed.group.END_LIMITS", 0.05)
     with pytest.raises(DistributedError, match="process 1 .b. did not end within 0.2 s"):
@@ -184,12 +184,12 @@ def test_an_end_that_is_not_answered_names_who_did_not(make, exits, monkeypatch)
 
 def test_a_process_that_waits_for_an_interrupted_one_is_ended(make, exits):
     first, _, third = make(limit=0.4)
-    third.fail = lambda text: None  # of the silence of the one that was interrupted
+    third.fail = lambda text: None  # ignore the silence of the interrupted process
     first.end_quietly()
     until(lambda: 2 in exits)
 
 
-def test_a_message_that_is_not_due_is_an_error(make, exits):
+def test_an_unexpected_frame_is_an_error(make, exits):
     first, second, _ = make()
     first.tell(Kind.CHECK)
     with pytest.raises(DistributedError, match="process 0 .a. sent CHECK, expected LAUNCH or END"):

@@ -1,4 +1,4 @@
-"""Frames and arrays between processes, and what is refused of them."""
+"""Frames and arrays between processes, and invalid ones."""
 
 import secrets
 import socket
@@ -48,7 +48,7 @@ def test_arrays_come_back_as_they_were():
         b"\x00\x01" + struct.pack("<I", 0xFFFFFFFF),
     ],
 )
-def test_bytes_that_hold_no_arrays_are_refused(data: bytes):
+def test_invalid_array_bytes_are_refused(data: bytes):
     with pytest.raises(DistributedError, match=f"a frame of {len(data)} bytes has no valid array"):
         unpack_arrays(data)
 
@@ -66,13 +66,13 @@ def test_frames_keep_their_order_and_beats_come_between(pair):
 
 
 @pytest.mark.parametrize("frame", [struct.pack("<BI", 99, 0), struct.pack("<BI", Kind.LAUNCH, wire.MAX_BYTES + 1)])
-def test_what_is_no_frame_is_refused(pair, frame: bytes):
+def test_invalid_frames_are_refused(pair, frame: bytes):
     pair[0].sendall(frame)
     with pytest.raises(DistributedError, match="process 0 .there. sent an invalid frame"):
         Peer(0, "there", pair[1]).receive()
 
 
-def test_a_closed_connection_is_said(pair):
+def test_a_closed_connection_raises(pair):
     pair[0].sendall(b"\x01")
     pair[0].close()
     with pytest.raises(ConnectionError):
@@ -102,7 +102,7 @@ def test_both_sides_have_to_know_the_token(pair, knows: bool):
     assert (found == ["in"]) == knows
 
 
-def test_the_other_side_is_not_believed_without_the_token(pair):
+def test_process_0_must_prove_that_it_knows_the_token(pair):
     def pretend() -> None:
         pair[1].sendall(b"n" * 16)
         wire.read(pair[1], 8 + 16 + 32)

@@ -1,4 +1,4 @@
-"""Rows with room of their own: where they lie, what forks copy, and what the accounting notices."""
+"""Contiguous cache: location of rows, pending fork copies, and accounting checks."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -33,7 +33,7 @@ def copies(made, rows=()):
 
 
 @pytest.mark.parametrize("xp", [np, jnp])
-def test_no_two_rows_share_a_block_and_each_lies_in_one_piece(xp):
+def test_rows_are_disjoint_and_contiguous(xp):
     regions = Regions(rows=3, width=5, groups=2)
     tables = regions.tables(xp.arange(3), 5)
     assert isinstance(tables, np.ndarray) == (xp is np) and tables.shape == (2, 3, 5)
@@ -41,14 +41,14 @@ def test_no_two_rows_share_a_block_and_each_lies_in_one_piece(xp):
     np.testing.assert_array_equal(regions.tables(xp.array([2, 0, 3]), 2), np.asarray(tables)[:, [2, 0, 2], :2])
 
 
-def test_read_lengths_end_with_all():
+def test_read_lengths_double_up_to_the_whole_row():
     assert [*Regions(1, 20).widths(2)] == [2, 4, 8, 16, 20]
     assert [*Regions(1, 16).widths(4)] == [4, 8, 16]
     assert [*Regions(1, 3).widths(4)] == [3]
 
 
 @pytest.mark.parametrize("length", [1, 3, 4, 5, 12])
-def test_what_is_filled_in_is_read_and_nothing_else_changes(length):
+def test_fill_and_read_round_trip_and_leave_other_blocks_unchanged(length):
     regions, given = Regions(4, 3), np.random.default_rng(0).normal(size=(2, 2, length, 8))
     given = jnp.asarray(given, jnp.float32)
     before = jnp.full((regions.blocks, 2, P, 8), jnp.nan)
@@ -60,12 +60,12 @@ def test_what_is_filled_in_is_read_and_nothing_else_changes(length):
     assert np.flatnonzero(written).tolist() == [*range(3, 3 + blocks), *range(9, 9 + blocks)]
 
 
-def test_both_caches_answer_what_the_engine_asks():
+def test_both_caches_implement_the_cache_manager_protocol():
     assert isinstance(manager(), CacheManager)
     assert isinstance(BlockManager(8, 2, 4, P), CacheManager)
 
 
-def test_a_row_has_room_for_all_it_may_become():
+def test_an_admitted_row_has_its_whole_capacity():
     made = manager()
     admit(made, 2, 20)
     assert made.extend(2, 16, 20) and copies(made, [2]) == []
@@ -75,17 +75,17 @@ def test_a_row_has_room_for_all_it_may_become():
     assert made.lookup(NOTHING, [], b"").reason == "a contiguous cache has no prefix cache"
 
 
-def test_a_fork_copies_what_is_written_of_every_group_before_the_next_step():
+def test_a_fork_copies_written_blocks_of_every_group_before_the_next_step():
     made = manager()
     admit(made, 0, 6)
     made.fork(0, 3)
     assert made.tables.lengths[3] == 6
-    # Two blocks of the row of each group; groups are 4 rows of 5 blocks.
+    # Two blocks of the row in each group; a group has 4 rows of 5 blocks.
     assert copies(made, [0, 3]) == [(g * 20 + b, g * 20 + 15 + b) for g in range(3) for b in range(2)]
     assert copies(made, [0, 3]) == []
 
 
-def test_forks_of_forks_have_one_origin_and_those_that_ended_copy_nothing():
+def test_forks_of_forks_copy_the_original_row_and_freed_forks_copy_nothing():
     made = manager()
     admit(made, 0, 1)
     made.fork(0, 1)
@@ -95,7 +95,7 @@ def test_forks_of_forks_have_one_origin_and_those_that_ended_copy_nothing():
     assert copies(made) == [(g * 20, g * 20 + 5 * row) for row in (1, 3) for g in range(3)]
 
 
-def test_a_row_is_not_given_away_before_it_is_copied():
+def test_a_row_is_not_admitted_while_a_fork_still_copies_it():
     made = manager()
     admit(made, 0, 3)
     made.fork(0, 1)
@@ -114,7 +114,7 @@ def test_a_row_is_not_given_away_before_it_is_copied():
         (lambda made: made._forks.__setitem__(3, 1), r"row 3 has 0 positions .* pending copies: \{3: 1\}"),
     ],
 )
-def test_what_does_not_add_up_is_named(harm, message):
+def test_check_names_the_inconsistent_row(harm, message):
     made = manager()
     admit(made, 1, 20)
     made.check()

@@ -1,5 +1,4 @@
-"""Blocks of what encoders read: taken, shared, found again, and given back, beside those of the sequences
-themselves."""
+"""Blocks of encoder inputs: allocated, shared, hit and released beside those of the sequences."""
 
 import numpy as np
 import pytest
@@ -32,14 +31,14 @@ def admit(manager: BlockManager, row: int, read: Encoded | None, tokens: int = P
     return admitted
 
 
-def test_layers_of_both_kinds_share_lanes_and_the_encoders_come_last():
+def test_self_and_cross_attention_share_arrays_and_cross_groups_come_last():
     made = layout((Cross(2, 8), Full(2, 8), Full(2, 8), Cross(2, 8)))
     assert [kind.kind.encoded for kind in made.kinds] == [False, True] and len(made.lanes) == 2
     assert [place.group for place in made.places] == [1, 0, 0, 1]
     assert [place.lane for place in made.places] == [0, 0, 1, 1]
 
 
-def test_an_encoders_positions_count_beside_the_sequences_own():
+def test_blocks_needed_includes_encoder_positions():
     assert blocks_needed(KINDS, 9, P, 100) == 3 and blocks_needed(KINDS, 9, P, 100, 5) == 3 + 2 * 2
     assert longest(KINDS, 7, P, 100, 1000, 5) == 3 * P and longest(KINDS, 7, P, 100, 1000) == 7 * P
 
@@ -57,7 +56,7 @@ def test_a_row_holds_the_blocks_of_all_positions(length: int):
     manager.check()
 
 
-def test_what_the_same_step_writes_is_shared_and_later_found():
+def test_inputs_written_in_the_same_step_are_shared_and_later_hit():
     manager = make()
     for row in range(2):
         assert admit(manager, row, content(9))
@@ -75,7 +74,7 @@ def test_what_the_same_step_writes_is_shared_and_later_found():
     manager.check()
 
 
-def test_blocks_that_were_not_written_are_not_found():
+def test_unwritten_blocks_are_a_miss():
     manager = make()
     admit(manager, 0, content(9))
     manager.free(0)
@@ -91,8 +90,8 @@ def test_blocks_that_were_not_written_are_not_found():
         content(9, b"b", digest=b"a"),
     ],
 )
-def test_another_input_is_not_found(other: Encoded):
-    """Of another content, length or salt; or of another content whose digest is the same."""
+def test_a_different_input_is_a_miss(other: Encoded):
+    """Other content, length or salt; and other content with an equal digest."""
     manager = make()
     admit(manager, 0, content(9))
     assert manager.lookup_encoded(other).missing, "before it is written"
@@ -100,13 +99,13 @@ def test_another_input_is_not_found(other: Encoded):
     assert manager.lookup_encoded(other).missing and not manager.lookup_encoded(content(9)).missing
 
 
-def test_an_input_of_which_a_block_was_evicted_is_computed_again():
+def test_an_input_with_an_evicted_block_is_a_miss():
     manager = make(blocks=1 + 2 * 3)
     admit(manager, 0, content(9))
     manager.publish_encoded(0)
     manager.free(0)
     hit = manager.lookup(TOKENS[:0], [], ROOT)
-    assert manager.admit(1, hit, 2 * P, encoded=manager.lookup_encoded(None)), "one block of it goes"
+    assert manager.admit(1, hit, 2 * P, encoded=manager.lookup_encoded(None)), "evicts one of its blocks"
     assert manager.lookup_encoded(content(9)).missing == 6, "before the index knows"
     manager.take_evicted()
     assert manager.lookup_encoded(content(9)).missing == 6
@@ -114,7 +113,7 @@ def test_an_input_of_which_a_block_was_evicted_is_computed_again():
     assert admit(manager, 2, content(9)) and manager.encoded.writes(2) is not None
 
 
-def test_a_sequence_that_does_not_fit_with_its_input_takes_nothing():
+def test_an_admission_that_does_not_fit_with_its_input_allocates_nothing():
     manager = make(blocks=5)
     assert not admit(manager, 0, content(9)) and int(manager.pool.num_held) == 0
     assert admit(manager, 0, content(8))
@@ -128,9 +127,9 @@ def test_forks_share_an_input_and_never_copy_it():
     manager.fork(0, 1)
     rows = np.array([0, 1])
     sources, targets = manager.grow(rows)
-    assert len(targets) == 1, "the partial block of the sequences; not that of the input, which nobody writes"
+    assert len(targets) == 1, "copies the sequence's partial block, not the input's, which is never written"
     assert int(manager.pool.num_held) == 2 + 2 * 2
-    assert manager.tables.at(rows, np.array([0, 0])).shape == (1, 2), "decode is told of blocks that grow alone"
+    assert manager.tables.at(rows, np.array([0, 0])).shape == (1, 2), "decode only gets tables of groups that grow"
     manager.tables.lengths[:2] += 1
     manager.grow(rows)
     np.testing.assert_array_equal(manager.tables.blocks[1:, 0], manager.tables.blocks[1:, 1])
@@ -139,7 +138,7 @@ def test_forks_share_an_input_and_never_copy_it():
     manager.check()
 
 
-def test_without_a_prefix_cache_nothing_is_found():
+def test_no_hits_without_prefix_caching():
     manager = make(prefix_caching=False)
     admit(manager, 0, content(9))
     manager.publish_encoded(0)
@@ -149,7 +148,7 @@ def test_without_a_prefix_cache_nothing_is_found():
     assert int(manager.pool.num_cached) == 0
 
 
-def test_beside_a_window():
+def test_cross_attention_beside_a_sliding_window():
     kinds = (KindGroups(Window(P), 0, 1), KindGroups(EncodedKind(), 1, 1))
     manager = BlockManager(20, 2, 8, P, kinds=kinds)
     hit = manager.lookup(TOKENS[:0], [], ROOT)

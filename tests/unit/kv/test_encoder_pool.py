@@ -1,4 +1,4 @@
-"""The feature pool's accounting: against a model of it, over random workloads."""
+"""Feature pool: random workloads against a model, eviction and error cases."""
 
 import pytest
 from hypothesis import given, settings
@@ -9,7 +9,7 @@ from jaxinfer.kv.encoder_pool import FeaturePool
 from jaxinfer.kv.pool import PoolInvariantError
 
 SIZES = {bytes([name]): 1 + name % 3 for name in range(6)}
-"""Inputs by digest, and the slots each takes."""
+"""Slots each input takes, by digest."""
 
 PROMPTS = st.lists(st.sampled_from(sorted(SIZES)), min_size=1, max_size=4, unique=True)
 STEPS = st.lists(st.one_of(PROMPTS, st.integers(0, 5), st.just("forget")), max_size=30)
@@ -22,7 +22,7 @@ def take(pool: FeaturePool, *names: int) -> encoder_pool.Held:
 @settings(max_examples=200, deadline=None)
 @given(st.integers(1, 9), STEPS)
 def test_a_random_workload(size: int, steps: list):
-    """Everything that is held is in the pool, in slots of its own, and nothing else decides what fits."""
+    """Every held input is in the pool with its own slots; what fits depends on pinned slots alone."""
     pool, held, written = FeaturePool.create(size), [], {}
     for step in steps:
         if step == "forget":
@@ -51,9 +51,9 @@ def test_a_random_workload(size: int, steps: list):
         encoder_pool.check(pool, held)
 
 
-def test_what_is_there_is_found_and_the_least_recently_used_goes():
+def test_hits_and_least_recently_used_eviction():
     pool = FeaturePool.create(4)
-    for name in (0, 3, 0):  # a slot each
+    for name in (0, 3, 0):  # one slot each
         found = take(pool, name)
         assert found.new == (() if name in (0,) and pool.entries else (bytes([name]),))
         pool = encoder_pool.release(found.pool, [bytes([name])])
@@ -62,13 +62,13 @@ def test_what_is_there_is_found_and_the_least_recently_used_goes():
     assert list(pool.entries) == [bytes([0]), bytes([2])]
 
 
-def test_inputs_that_are_held_make_no_room():
+def test_pinned_inputs_are_not_evicted():
     pool = take(FeaturePool.create(4), 2).pool
     assert not take(pool, 1).fits  # two slots, one is free
     assert take(encoder_pool.release(pool, [bytes([2])]), 1).fits
 
 
-def test_one_that_is_wanted_is_not_evicted_for_another():
+def test_a_wanted_input_is_not_evicted_for_another_wanted_one():
     pool = encoder_pool.release(take(FeaturePool.create(3), 0, 1).pool, [bytes([0]), bytes([1])])
     assert not encoder_pool.hold(pool, {bytes([0]): 1, bytes([2]): 3}).fits
     assert encoder_pool.hold(pool, {bytes([0]): 1, bytes([4]): 2}).new == (bytes([4]),)
@@ -84,6 +84,6 @@ def test_a_release_too_many_and_a_wrong_count_raise():
         encoder_pool.check(FeaturePool(3, (0, 1), {}), [])
 
 
-def test_nothing_wanted_is_nothing_done():
+def test_holding_no_inputs_changes_nothing():
     pool = FeaturePool.create(0)
     assert encoder_pool.hold(pool, {}) == (pool, {}, (), True)

@@ -1,4 +1,4 @@
-"""Which layers share lanes and tables, and how many blocks a sequence takes."""
+"""Assignment of layers to cache arrays and groups, and blocks per sequence."""
 
 import pytest
 
@@ -17,12 +17,12 @@ FULL, SLIDING = Full(2, 16), Sliding(2, 16, window=8)
         ([SLIDING, FULL] * 12, 12, [1, 1]),
         (([SLIDING] * 5 + [FULL]) * 8, 8, [5, 1]),
         ([SLIDING] * 5 + [FULL], 1, [5, 1]),
-        (([SLIDING] * 5 + [FULL]) * 4 + [SLIDING] * 2, 2, [11, 2]),  # 22 and 4: four lanes would pad 2 of 26
+        (([SLIDING] * 5 + [FULL]) * 4 + [SLIDING] * 2, 2, [11, 2]),  # 22 and 4: four arrays would pad 2 of 26
         (([SLIDING] * 5 + [FULL]) * 10 + [SLIDING] * 2, 2, [26, 5]),  # 52 and 10
         ([FULL] * 33 + [SLIDING] * 34, 34, [1, 1]),  # one place of 67 without a layer
     ],
 )
-def test_lanes_are_as_many_as_little_padding_allows(specs, lanes, counts):
+def test_the_number_of_arrays_is_the_largest_with_little_padding(specs, lanes, counts):
     made = layout(tuple(specs))
     assert (len(made.lanes), sorted(kind.count for kind in made.kinds)) == (lanes, sorted(counts))
     assert len(set(made.places)) == len(specs), "no two layers in one place"
@@ -32,14 +32,14 @@ def test_lanes_are_as_many_as_little_padding_allows(specs, lanes, counts):
         assert kind.kind == spec.kind
 
 
-def test_a_model_of_one_kind_has_a_lane_a_layer_and_one_table():
+def test_a_model_of_one_kind_has_an_array_per_layer_and_one_group():
     made = layout((FULL, Full(4, 8), Full(2, 16, replicated=True)))
     assert made.places == (Place(0, 0), Place(0, 1), Place(0, 2)) and made.kinds == (KindGroups(Kind()),)
-    assert made.lanes == (FULL, Full(4, 8), Full(2, 16, replicated=True)), "each of its own shape"
+    assert made.lanes == (FULL, Full(4, 8), Full(2, 16, replicated=True)), "each has its own shape"
 
 
-def test_layers_of_other_shapes_do_not_share_a_lane():
-    """With fewer lanes, the same shapes may meet."""
+def test_layers_of_different_shapes_do_not_share_an_array():
+    """With fewer arrays, layers of equal shapes can share them."""
     narrow = Sliding(1, 16, window=8)
     made = layout((FULL, FULL, SLIDING, SLIDING))
     assert len(made.lanes) == 2
@@ -51,7 +51,7 @@ def test_layers_of_other_shapes_do_not_share_a_lane():
 
 
 @pytest.mark.parametrize(("length", "first"), [(0, 0), (1, 0), (7, 0), (8, 1), (9, 2), (100, 93)])
-def test_a_window_ends_with_the_token_that_sees_it(length, first):
+def test_first_needed_position_of_a_window(length, first):
     assert Window(8).first_needed(length) == first
     assert Kind().first_needed(length) == 0
     assert Window(1).first_needed(length) == length

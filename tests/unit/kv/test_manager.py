@@ -1,5 +1,4 @@
-"""The block manager as a Hypothesis state machine: what is written where, modelled token by token, for kinds of layers
-that need all positions and such as need the last few."""
+"""Block manager: a state machine modelling cache contents per token, for full and sliding-window kinds; examples."""
 
 import numpy as np
 import pytest
@@ -19,7 +18,7 @@ ROOT = root(b"salt")
 
 
 def kinds(*counts, windows=()):
-    """Groups: so many of full attention, then of each window."""
+    """Groups of full attention, then of each window, with these counts."""
     found, first = [], 0
     for kind, number in zip([Kind(), *map(Window, windows)], counts, strict=True):
         if number:
@@ -38,8 +37,11 @@ HYBRIDS = [
 
 
 class ManagerMachine(RuleBasedStateMachine):
-    """`written[block][offset]` is the group and the whole text up to the token whose keys lie there; a row must read
-    its own, of what its kinds still need."""
+    """Model of the cache: `written[block][offset]` is the group and the tokens up to the one whose keys are stored
+    there.
+
+    Every row must read its own tokens, as far as its kinds need them.
+    """
 
     @initialize(
         blocks=st.integers(4, 60),
@@ -51,7 +53,7 @@ class ManagerMachine(RuleBasedStateMachine):
         self.kinds, self.groups = layout, count(layout)
         self.manager = BlockManager(blocks, ROWS, WIDTH, P, prefix_caching=caching, kinds=layout, state_slots=slots)
         self.memory: dict[int, tuple[int, ...]] = {}
-        """By slot: the text whose state is there."""
+        """Maps a slot to the text whose state it holds."""
         self.written: dict[tuple[int, int], tuple[int, ...]] = {}
         self.texts: dict[int, list[int]] = {}
         self.read: dict[int, int] = {}
@@ -59,13 +61,12 @@ class ManagerMachine(RuleBasedStateMachine):
         self.device = np.full((self.groups, ROWS, WIDTH), -7)
 
     def send(self):
-        """What a step tells the device before it runs: the rows that are new."""
+        """Send the new rows to the device, as before a step."""
         group, row, column, block = self.manager.tables.take_unsent()
         self.device[group, row, column] = block
 
     def plan(self, decoding=(), steps=0, chunks=()):
-        """The states of a plan: rows that decode so many tokens, and rows whose prompts are computed up to a
-        position."""
+        """Run the state steps of a plan: decode `steps` tokens of some rows, prefill others up to a position."""
         states = self.manager.states
         if states is None:
             return
@@ -74,29 +75,31 @@ class ManagerMachine(RuleBasedStateMachine):
         parts = [states.chunk(row, stop) for row, stop in chunks]
         starts = {row: int(states.at[row]) - sum(part.count for part in some) for (row, _), some in zip(chunks, parts)}
         written, read = [], []
-        for (row, _), some in zip(chunks, parts, strict=True):  # a step computes prompts first
+        for (row, _), some in zip(chunks, parts, strict=True):  # a step runs prefills before decodes
             text, at = (), starts[row]
             for part in some:
                 if not part.continues:
                     text = () if part.source < 0 else self.memory[part.source]
                     read.append(part.source)
-                assert text == tuple(self.texts[row][:at]), "a chunk goes on from where its sequence is"
+                assert text == tuple(self.texts[row][:at]), "a chunk starts from its sequence's state"
                 at += part.count
                 text = self.memory[part.target] = tuple(self.texts[row][:at])
                 written.append(part.target)
         assert len(set(written)) == len(written)
         for step, (sources, targets) in enumerate(moves):
-            assert not set(written) & {*sources.tolist(), *targets.tolist()}, "what a plan reads no other part writes"
+            assert not set(written) & {*sources.tolist(), *targets.tolist()}, (
+                "no part of a plan writes a slot that another reads"
+            )
             assert len(set(targets.tolist())) == len(targets)
             old = [self.memory[slot] for slot in sources.tolist()]
             for row, text, target in zip(decoding, old, targets.tolist(), strict=True):
                 length = int(states.at[row]) - steps + step
-                assert text == tuple(self.texts[row][:length]), "a step goes on from where its sequence is"
+                assert text == tuple(self.texts[row][:length]), "a step starts from its sequence's state"
                 assert not states.published[target], "a snapshot is never written"
                 self.memory[target] = tuple(self.texts[row][: length + 1])
 
     def write(self, row, position):
-        """The step writes a position: never into a block that another names too; and it reads all it needs."""
+        """Write a position; must not write a shared or published block, and must read everything it needs."""
         for group in range(self.groups):
             block = int(self.manager.tables.blocks[group, row, position // P])
             assert self.manager.pool.refs[block] == 1, "a shared block is never written"
@@ -106,7 +109,7 @@ class ManagerMachine(RuleBasedStateMachine):
         self.check_row(row, position)
 
     def check_row(self, row, position):
-        """A token at this position, already written, finds every key it sees on the device."""
+        """Check that a written token finds every key it sees in the device's tables."""
         for kind in self.kinds:
             for group in range(kind.first, kind.first + kind.count):
                 for at in range(int(kind.kind.first_needed(position)), position + 1):
@@ -120,7 +123,7 @@ class ManagerMachine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.texts) < ROWS and int(self.manager.pool.num_available))
     @rule(text=st.lists(st.integers(0, 1), min_size=1, max_size=P * 5), chunk=st.integers(1, P * 5))
     def admit(self, text, chunk):
-        """A prompt in chunks; it gives up where one finds no blocks."""
+        """Admit a prompt and compute it in chunks; drop it if a chunk finds no blocks."""
         manager, row = self.manager, next(r for r in range(ROWS) if r not in self.texts)
         tokens = np.array(text, np.int32)
         hit = manager.lookup(tokens, manager.digests(tokens, ROOT), ROOT)
@@ -157,7 +160,7 @@ class ManagerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.texts)
     @rule(resting=st.sets(st.integers(0, ROWS - 1)), tokens=st.lists(st.integers(0, 1), min_size=1, max_size=2 * P + 1))
     def grow(self, resting, tokens):
-        """Decode steps of the rows that do not rest."""
+        """Run decode steps for the rows that are not resting."""
         room = P * WIDTH - len(tokens)
         rows = [r for r in sorted(self.texts) if r not in resting and len(self.texts[r]) <= room]
         rows = np.array(rows, np.int64)
@@ -168,7 +171,7 @@ class ManagerMachine(RuleBasedStateMachine):
                 del self.texts[row][-len(tokens) :]
 
     def grown(self, rows, tokens):
-        """Whether there was room."""
+        """Grow the rows; return whether there was room."""
         manager = self.manager
         before, pool = manager.tables.blocks.copy(), manager.pool
         copies = manager.grow(rows, len(tokens))
@@ -189,7 +192,7 @@ class ManagerMachine(RuleBasedStateMachine):
             length = len(self.texts[row]) - len(tokens)
             for position in range(length, length + len(tokens)):
                 self.write(row, position)
-                # A step names the blocks it writes, and no other.
+                # A step sends the ids of the blocks it writes, and no others.
                 self.device[:, row, position // P] = manager.tables.blocks[:, row, position // P]
         manager.tables.lengths[rows] += len(tokens)
         manager.take_evicted()
@@ -198,7 +201,7 @@ class ManagerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.texts)
     @rule(data=st.data())
     def fork(self, data):
-        """To an empty row, or as a beam does that takes the place of another."""
+        """Fork to an empty row, or replace another row as beam search does."""
         source = data.draw(st.sampled_from(sorted(self.texts)))
         target = data.draw(st.sampled_from([row for row in range(ROWS) if row != source]))
         self.manager.fork(source, target)
@@ -269,7 +272,7 @@ class ManagerMachine(RuleBasedStateMachine):
                             assert self.written[block, at] == (group, *text[: number * P + at + 1])
             if self.manager.states is not None and hit.blocks:
                 slot = int(hit.ids[-1, -1]) - self.manager.pool.num_blocks
-                assert self.memory[slot] == tuple(text[: hit.blocks * P]), "a snapshot is of the text asked for"
+                assert self.memory[slot] == tuple(text[: hit.blocks * P]), "a snapshot belongs to the requested prefix"
 
     @invariant()
     def the_device_knows_every_table(self):
@@ -305,7 +308,7 @@ def hit(m, text):
 
 
 def admit(m, row, text, chunk=None):
-    """A prompt computed, in chunks, and published."""
+    """Compute a prompt in chunks and publish it."""
     tokens = np.array(text, np.int32)
     digests, found = m.digests(tokens, ROOT), hit(m, text)
     start, published = found.blocks * P, found.blocks
@@ -325,7 +328,7 @@ def end(m, row, text):
     m.free(row, m.digests(np.array(text, np.int32), ROOT))
 
 
-def test_a_block_evicted_in_this_step_is_no_hit_before_the_index_knows():
+def test_a_block_evicted_in_this_step_is_a_miss_before_the_index_is_updated():
     m = manager(blocks=2)
     admit(m, 0, [1, 2, 3])
     m.free(0)
@@ -343,7 +346,7 @@ def test_the_last_token_is_always_left_to_compute():
     assert hit(m, [1, 2, 3, 4, 5]).blocks == 2
 
 
-def test_withdrawn_blocks_are_found_no_more_and_the_prefix_before_them_is():
+def test_withdrawn_blocks_are_a_miss_and_the_prefix_before_them_is_a_hit():
     m = manager()
     text = [1, 2, 3, 4, 5, 6, 7]
     admit(m, 0, text)
@@ -354,7 +357,7 @@ def test_withdrawn_blocks_are_found_no_more_and_the_prefix_before_them_is():
 
 @pytest.mark.parametrize("layout", [SINGLE, kinds(1, 2, windows=[3])])
 @pytest.mark.parametrize(("sharers", "writers", "copies"), [(2, 2, 1), (3, 3, 2), (3, 2, 2), (3, 1, 1), (1, 1, 0)])
-def test_the_last_to_write_a_shared_block_keeps_it(sharers, writers, copies, layout):
+def test_the_last_writer_of_a_shared_block_writes_in_place(sharers, writers, copies, layout):
     m, groups = manager(30, layout), count(layout)
     admit(m, 0, [1, 2, 3])
     for row in range(1, sharers):
@@ -366,7 +369,7 @@ def test_the_last_to_write_a_shared_block_keeps_it(sharers, writers, copies, lay
     m.check()
 
 
-def test_several_steps_take_their_blocks_at_once():
+def test_grow_allocates_blocks_for_several_steps_at_once():
     m = manager()
     admit(m, 0, [1, 2, 3])
     m.fork(0, 1)
@@ -376,7 +379,7 @@ def test_several_steps_take_their_blocks_at_once():
     m.check()
 
 
-def test_a_row_is_sent_once_and_whole():
+def test_a_new_row_is_sent_once_with_all_its_blocks():
     m = manager()
     admit(m, 0, [1, 2, 3])
     m.fork(0, 1)
@@ -388,7 +391,7 @@ def test_a_row_is_sent_once_and_whole():
     assert m.tables.take_unsent().shape == (4, 0)
 
 
-def test_of_a_prompt_in_chunks_only_what_is_new_is_sent():
+def test_only_new_blocks_of_a_chunked_prefill_are_sent():
     m = manager(20, kinds(1, 1, windows=[3]))
     text = list(range(8))
     m.admit(0, hit(m, text), 8, 4)
@@ -400,7 +403,7 @@ def test_of_a_prompt_in_chunks_only_what_is_new_is_sent():
     assert list(zip(groups.tolist(), columns.tolist(), strict=True)) == [(1, 2), (1, 3)]
 
 
-def test_nothing_changes_where_the_blocks_do_not_suffice():
+def test_nothing_changes_if_there_are_too_few_blocks():
     m = manager(blocks=2)
     admit(m, 0, [1, 2, 3])
     m.fork(0, 1)
@@ -419,15 +422,15 @@ def held(m, row, group):
     return np.flatnonzero(m.tables.blocks[group, row] >= 0).tolist()
 
 
-def test_blocks_behind_a_window_are_released_and_stay_findable():
+def test_blocks_behind_a_window_are_released_and_stay_cached():
     m = manager(40, LAYOUT, width=16)
     text = list(range(12))
     admit(m, 0, text, chunk=4)
     assert held(m, 0, 0) == list(range(6))
-    assert held(m, 0, 1) == held(m, 0, 2) == [2, 3, 4, 5], "a window before the last chunk's start, and the chunk"
+    assert held(m, 0, 1) == held(m, 0, 2) == [2, 3, 4, 5], "the window before the last chunk, and the chunk"
     assert m.grow(np.array([0]))
     assert held(m, 0, 1) == [4, 5, 6], "position 12 sees 9 to 12"
-    assert hit(m, [*text[:8], 99, 98]).blocks == 4, "what was released is cached"
+    assert hit(m, [*text[:8], 99, 98]).blocks == 4, "released blocks are cached"
     assert int(m.pool.num_cached) == 2 * 4
     m.check()
 
@@ -457,7 +460,7 @@ def test_a_window_of_one_needs_nothing_before_it():
     assert found.blocks == 3 and (found.ids[1] == -1).all() and (found.ids[0] >= 0).all()
 
 
-def test_the_hit_is_what_every_kind_serves_and_each_says_why():
+def test_the_hit_is_what_every_kind_serves_and_each_has_a_reason():
     m = manager(23, LAYOUT, width=16)
     text = list(range(12))
     admit(m, 0, text, chunk=4)
@@ -470,7 +473,7 @@ def test_the_hit_is_what_every_kind_serves_and_each_says_why():
     assert found.ids.shape == (3, 6) and (found.ids[1:, :4] == -1).all() and (found.ids[1:, 4:] >= 0).all()
     other = hit(m, [*text[:6], 99, 98, 97])
     assert (other.blocks, other.reason, other.known) == (3, "absent", 3)
-    # Another prompt takes the cold ones first: those of blocks 0 and 1, which no prompt is known to need.
+    # Another prompt evicts blocks 0 and 1 of the window first: they are before no known shared prefix end.
     admit(m, 1, [50, 51, 52, 53, 54, 55], chunk=6)
     assert [(h.tokens, h.reason) for h in hit(m, [*text[:6], 99, 98, 97]).kinds] == [
         (6, "absent"),
@@ -480,13 +483,13 @@ def test_the_hit_is_what_every_kind_serves_and_each_says_why():
     assert hit(m, [*text, 99]).blocks == 6, "the end of the prompt is still a hit"
 
 
-def test_a_window_where_prompts_part_stays_with_what_lies_before_it():
-    """The second prompt finds that they part after 6 tokens, but no window there; the third one hits."""
+def test_the_window_where_prompts_diverge_stays_cached_with_the_prefix():
+    """The second prompt diverges after 6 tokens, where no window is cached; the third one hits."""
     m = manager(24, LAYOUT, width=16)
     first, common = list(range(12)), list(range(6))
     admit(m, 0, first, chunk=4)
     end(m, 0, first)
-    admit(m, 0, list(range(70, 82)), chunk=4)  # takes the first one's cold blocks
+    admit(m, 0, list(range(70, 82)), chunk=4)  # evicts the first prompt's blocks that are marked to go first
     end(m, 0, list(range(70, 82)))
     second = [*common, 40, 41, 42, 43, 44, 45]
     found = hit(m, second)
@@ -524,7 +527,7 @@ def test_blocks_published_together_are_evicted_together():
     assert hit(m, [1, 2, 3, 4, 5]).blocks == 1
 
 
-def test_check_finds_a_row_without_what_it_needs_and_a_block_of_two_groups():
+def test_check_finds_missing_blocks_and_a_block_of_two_groups():
     m = manager(40, LAYOUT, width=16)
     admit(m, 0, list(range(12)), chunk=4)
     m.tables.firsts[1, 0] = 6
@@ -537,7 +540,7 @@ def test_check_finds_a_row_without_what_it_needs_and_a_block_of_two_groups():
 
 
 @pytest.mark.parametrize("published", [True, False])
-def test_a_plan_of_many_steps_passes_several_boundaries_with_two_slots_a_row(published):
+def test_a_plan_of_many_steps_passes_several_boundaries_with_two_slots_per_row(published):
     m = BlockManager(60, ROWS, WIDTH, P, state_slots=2 * ROWS)
     states = m.states
     for row in range(ROWS):
@@ -553,9 +556,9 @@ def test_a_plan_of_many_steps_passes_several_boundaries_with_two_slots_a_row(pub
     moves = [states.step(decoding) for _ in range(3 * P)]
     read = {slot for sources, _ in moves for slot in sources.tolist()}
     (part,) = states.chunk(ROWS - 1, P + 1)
-    assert part.target not in read, "the prompts of a plan are computed before its decode steps"
+    assert part.target not in read, "a plan runs prefills before decode steps"
     for (_, targets), (sources, _) in zip(moves, moves[1:], strict=False):
         assert (targets == sources).all() and len(set(targets.tolist())) == len(targets)
     positions = {position for row in range(ROWS - 1) for position, _ in states.kept.get(row, ())}
-    assert positions == (set() if published else {3 * P}), "the latest boundary is kept where a slot is to be had"
+    assert positions == (set() if published else {3 * P}), "the latest boundary is kept if a slot is available"
     m.check()

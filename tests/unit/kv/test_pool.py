@@ -1,4 +1,4 @@
-"""The pool against a plain Python one, NumPy against jitted jnp, and what misuse and corruption raise."""
+"""Block pool: NumPy, jitted jnp and a plain Python model compared, and errors for misuse and corruption."""
 
 import dataclasses
 import subprocess
@@ -36,7 +36,7 @@ JITTED = {name: jax.jit(f, static_argnames="width" if f is allocate else ()) for
 
 
 def pool_with_cached(num_blocks: int, released: list[int]) -> BlockPool:
-    """A pool whose blocks `released` are cached, in this order, and whose other blocks are held once."""
+    """Make a pool whose blocks `released` are cached, in this order, and whose other blocks are held once."""
     pool, ids, _, _ = allocate(BlockPool.create(num_blocks), num_blocks)
     return release(publish(pool, ids), released)
 
@@ -53,7 +53,7 @@ def test_blocks_are_handed_out_from_zero_and_the_last_freed_first() -> None:
     assert all(type(n) is int for n in (pool.num_free, pool.num_cached, pool.num_held))
 
 
-def test_what_does_not_fit_leaves_the_pool_as_it_is() -> None:
+def test_an_allocation_that_does_not_fit_leaves_the_pool_unchanged() -> None:
     pool, _, _, _ = allocate(BlockPool.create(4), 2)
     after, ids, evicted, ok = allocate(pool, 3)
     assert ok is False and after is pool and ids.size == 0 and evicted.size == 0
@@ -129,7 +129,7 @@ def test_reset_makes_every_cached_block_free_and_keeps_what_is_held() -> None:
     assert pool.num_free == 5
 
 
-def test_functions_leave_the_value_they_are_given_alone() -> None:
+def test_functions_do_not_modify_their_argument() -> None:
     pool = pool_with_cached(5, [0, 1, 2])
     before = jax.tree.map(np.copy, pool)
     allocate(pool, 2)
@@ -144,7 +144,7 @@ def test_functions_leave_the_value_they_are_given_alone() -> None:
         pool.num_free = 0
 
 
-def test_the_queue_stays_in_order_through_many_revivals() -> None:
+def test_the_queue_stays_in_order_when_many_cached_blocks_are_shared_again() -> None:
     rng = np.random.default_rng(0)
     pool = pool_with_cached(9, list(range(8)))
     order = list(range(8))
@@ -158,7 +158,7 @@ def test_the_queue_stays_in_order_through_many_revivals() -> None:
         assert ids.tolist() == order
 
 
-def test_eviction_steps_over_a_long_run_of_entries_that_came_back_to_life() -> None:
+def test_eviction_skips_a_long_run_of_stale_entries() -> None:
     pool = pool_with_cached(80, list(range(80)))
     back = list(range(19))
     pool = release(share(pool, back), back)
@@ -257,7 +257,7 @@ def test_check_counts_the_table_entries(tables: list[list[int]]) -> None:
 
 
 class PlainPool:
-    """The same rules said with Python containers: the definition the arrays are held against."""
+    """Reference pool built from Python containers."""
 
     def __init__(self, size: int) -> None:
         self.free = list(range(size - 1, -1, -1))
@@ -308,7 +308,7 @@ class PlainPool:
 
 
 def padded(ids: list[int], gaps: Sequence[bool]) -> np.ndarray:
-    """The ids in order, with -1 put before some of them and after the last: [WIDTH]."""
+    """Return the ids with -1 inserted before some of them and padding at the end: [WIDTH]."""
     out: list[int] = []
     room = WIDTH - len(ids)
     for i, gap in zip(ids, gaps, strict=False):
@@ -320,7 +320,7 @@ def padded(ids: list[int], gaps: Sequence[bool]) -> np.ndarray:
 
 
 def draw_ids(data: st.DataObject, plain: PlainPool, name: str) -> list[int]:
-    """Ids that the function may be given now."""
+    """Draw ids that the function accepts in the current state."""
     held = sorted(i for i, n in plain.refs.items() if n > 0)
     if name == "release":
         entries = data.draw(st.permutations(sorted(plain.refs.elements())))
@@ -336,7 +336,7 @@ def draw_ids(data: st.DataObject, plain: PlainPool, name: str) -> list[int]:
 
 @dataclasses.dataclass
 class Three:
-    """The same pool three times: NumPy, jnp under jit, and plain Python."""
+    """The same pool in three versions: NumPy, jnp under jit, and plain Python."""
 
     host: BlockPool
     device: BlockPool

@@ -1,7 +1,7 @@
-"""The pool and the prefix index as a scheduler uses them: random sequences over a cache of a few blocks.
+"""Pool and prefix index used as by a scheduler: random sequences over a cache of a few blocks.
 
-The cache is played by a list: a cell holds the salt and all tokens up to its own, which is what the keys
-and values at a position depend on. Each rule is a whole step: try it on the pool's value, then commit.
+The cache is simulated by lists of cells: a cell holds the salt and all tokens up to its own, which the keys and values
+at a position depend on. Each rule is a whole step: try it on the pool's value, then commit.
 """
 
 from dataclasses import dataclass, field
@@ -37,7 +37,7 @@ class Sequence:
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """Steps over a pool of 2 to 9 blocks; two token ids and two salts, so that prefixes meet often."""
+    """Steps over a pool of 2 to 9 blocks, with two token ids and two salts, so that prefixes often coincide."""
 
     digest = staticmethod(prefix.block_digest)
 
@@ -58,11 +58,11 @@ class PoolMachine(RuleBasedStateMachine):
             assert self.pool.num_held == 0
             kv.check(self.pool, [])
 
-    # The steps.
+    # Rules.
 
     @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=9), salt=st.integers(0, 1))
     def add(self, tokens: list[int], salt: int) -> None:
-        """Shares the longest published prefix, takes blocks for the rest, writes them, publishes them."""
+        """Share the longest published prefix, allocate blocks for the rest, write and publish them."""
         self.prompts.append((tokens, salt))
         seq = Sequence(salt, tokens)
         array = np.array(tokens, np.int32)
@@ -87,14 +87,14 @@ class PoolMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.prompts)
     @rule(data=st.data(), more=st.lists(st.integers(0, 1), max_size=3))
     def add_longer(self, data: st.DataObject, more: list[int]) -> None:
-        """A prompt that was seen before, or one that goes on from it."""
+        """Admit a previous prompt, or one that extends it."""
         tokens, salt = data.draw(st.sampled_from(self.prompts))
         self.add(tokens + more, salt)
 
     @precondition(lambda self: self.running)
     @rule(data=st.data(), token=st.integers(0, 1))
     def append(self, data: st.DataObject, token: int) -> None:
-        """Writes one token: into a new block, into its own, or into a copy of one that others hold too."""
+        """Write one token to a new block, to the row's own block, or to a copy of a shared one."""
         seq = self.draw_one(data)
         position = len(seq.tokens)
         new_block = position % P == 0
@@ -130,7 +130,7 @@ class PoolMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.running)
     @rule(data=st.data())
     def release_several(self, data: st.DataObject) -> None:
-        """Several sequences end in one step; their blocks are released in any order."""
+        """End several sequences in one step; their blocks are released in any order."""
         gone = data.draw(st.integers(1, len(self.running)))
         ids = [i for seq in self.running[:gone] for i in seq.table]
         del self.running[:gone]
@@ -139,7 +139,7 @@ class PoolMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.running)
     @rule(data=st.data())
     def slide(self, data: st.DataObject) -> None:
-        """A window moves on: the blocks behind it leave the table, and stay cached where published."""
+        """Advance a window: blocks behind it leave the table, and stay cached if published."""
         seq = self.draw_one(data)
         behind = data.draw(st.integers(0, len(seq.table) - 1))
         self.pool = kv.release(self.pool, seq.table[:behind])
@@ -147,7 +147,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def touch(self, data: st.DataObject) -> None:
-        """What is cached is used again before it is held."""
+        """Touch cached blocks."""
         ids = data.draw(st.lists(st.integers(0, self.pool.num_blocks - 1), max_size=4))
         order = [i for i in kv.cached_ids(self.pool).tolist() if i not in ids]
         self.pool = kv.touch(self.pool, ids)
@@ -156,7 +156,7 @@ class PoolMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.running)
     @rule(data=st.data())
     def find_bad(self, data: st.DataObject) -> None:
-        """A row turns out to be bad after it was published."""
+        """Withdraw the blocks of a row found bad after publishing."""
         seq = self.draw_one(data)
         self.index.evict(seq.table)
         self.pool = kv.unpublish(self.pool, seq.table)
@@ -166,7 +166,7 @@ class PoolMachine(RuleBasedStateMachine):
         self.index.clear()
         self.pool = kv.reset_published(self.pool)
 
-    # What the steps are made of.
+    # Helpers of the rules.
 
     def draw_one(self, data: st.DataObject) -> Sequence:
         return self.running[data.draw(st.integers(0, len(self.running) - 1))]
@@ -177,12 +177,12 @@ class PoolMachine(RuleBasedStateMachine):
 
     def write(self, seq: Sequence, position: int) -> None:
         block = seq.table[position // P]
-        assert self.pool.refs[block] == 1, "a block that others hold too is written"
+        assert self.pool.refs[block] == 1, "a shared block is written"
         assert not self.pool.published[block], "a published block is written"
         self.cells[block][position % P] = seq.cell(position)
 
     def publish(self, seq: Sequence, numbers: range | list[int]) -> None:
-        """Enters the blocks of these numbers in the index, then in the pool those that are new to it."""
+        """Enter these blocks in the index, then publish the new ones in the pool."""
         tokens = np.array(seq.tokens, np.int32)
         digests = self.index.chain(tokens, seq.root)
         new = [
@@ -194,7 +194,7 @@ class PoolMachine(RuleBasedStateMachine):
         ]
         self.pool = kv.publish(self.pool, new)
 
-    # What holds after every step.
+    # Invariants after every rule.
 
     @invariant()
     def counts_add_up(self) -> None:
@@ -223,7 +223,7 @@ class PoolMachine(RuleBasedStateMachine):
 
 
 class CollidingMachine(PoolMachine):
-    """The same, with a digest that is equal for all blocks: hits are right or do not happen."""
+    """The same with equal digests for all blocks: hits must be correct or not happen."""
 
     digest = staticmethod(lambda parent, tokens, extra: bytes(32))
 

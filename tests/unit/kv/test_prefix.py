@@ -1,4 +1,4 @@
-"""Digests, longest-prefix matches, what a miss says, and collisions of the digest."""
+"""Prefix index: digests, longest-prefix matches, reasons of misses, and digest collisions."""
 
 import hashlib
 
@@ -21,7 +21,7 @@ def filled(tokens: np.ndarray, ids: list[int], start: bytes = ROOT) -> PrefixInd
 
 
 def put(index: PrefixIndex, tokens: np.ndarray, ids: list[int], start: bytes = ROOT) -> list[bool]:
-    """Inserts the first len(ids) blocks of the tokens."""
+    """Insert the first len(ids) blocks of the tokens."""
     parent, done = start, []
     for number, (digest, block_id) in enumerate(zip(index.chain(tokens, start), ids, strict=False)):
         done.append(index.insert(digest, parent, tokens[number * P : (number + 1) * P], (block_id,)))
@@ -46,7 +46,7 @@ def test_a_digest_is_the_chained_sha256_of_little_endian_tokens() -> None:
     assert PrefixIndex(P).chain(TOKENS, ROOT)[:2] == [first, second]
 
 
-def test_a_root_keeps_the_parts_of_its_salt_apart() -> None:
+def test_a_root_depends_on_the_boundaries_between_salt_parts() -> None:
     salts = [(), (b"",), (b"", b""), (b"ab", b"c"), (b"a", b"bc"), (b"abc",)]
     assert len({root(*salt) for salt in salts}) == len(salts)
     assert root(b"a", b"b") == root(b"a", b"b") and len(ROOT) == 32
@@ -100,7 +100,7 @@ def test_the_first_block_of_a_digest_stays() -> None:
     assert look_up(index, TOKENS)[0] == [7, 5, 3] and len(index) == 3
 
 
-def test_an_evicted_block_is_a_miss_that_says_so_and_can_come_back() -> None:
+def test_an_evicted_block_is_a_miss_with_that_reason_and_can_be_inserted_again() -> None:
     index = filled(TOKENS, [7, 5, 6])
     index.evict(np.array([5, -1, 99], np.int32))
     assert look_up(index, TOKENS) == ([7], MatchEnd.EVICTED) and len(index) == 2
@@ -163,7 +163,7 @@ def test_a_collision_of_different_prefixes_is_a_miss(monkeypatch: pytest.MonkeyP
     assert look_up(index, np.concatenate([tokens[:P], tokens[:P]])) == ([1], MatchEnd.COLLISION)
 
 
-def test_a_block_id_with_another_content_was_not_evicted() -> None:
+def test_inserting_a_block_that_was_not_evicted_raises() -> None:
     index = filled(TOKENS, [7, 5])
     with pytest.raises(PoolInvariantError, match="block 7 is in the prefix index with different content"):
         put(index, TOKENS + 1, [7])
@@ -173,7 +173,7 @@ def test_a_block_id_with_another_content_was_not_evicted() -> None:
         PrefixIndex(0)
 
 
-def test_check_holds_the_index_against_the_pool() -> None:
+def test_check_compares_the_index_with_the_pool() -> None:
     pool, ids, _, _ = allocate(BlockPool.create(4), 3)
     index = filled(TOKENS, [0, 1])
     index.check(publish(pool, [0, 1]))
@@ -195,15 +195,15 @@ def test_kinds_have_their_own_blocks_of_a_node() -> None:
     assert index.insert(digests[2], parents[2], data[2], (7, 8), 1)
     assert not index.insert(digests[2], parents[2], data[2], (5, 6), 1)
     assert [node.ids for node in index.nodes(digests)] == [[(0,), ()], [(1,), ()], [(2,), (7, 8)]]
-    assert index.evict([7]) == [8], "what was published together goes together"
+    assert index.evict([7]) == [8], "blocks published together are evicted together"
     assert index.evict([0, 1]) == [] and len(index) == 1
     found = index.match(digests, TOKENS, ROOT)
-    assert [node.ids[0] for node in found.nodes] == [(), (), (2,)], "still there to be compared"
+    assert [node.ids[0] for node in found.nodes] == [(), (), (2,)], "nodes stay for verification"
     assert index.evict([2]) == [] and digests[0] not in index and len(index) == 0
     assert index.match(digests, TOKENS, ROOT) == ([], MatchEnd.EVICTED)
 
 
-def test_blocks_found_bad_go_with_all_that_was_published_with_them() -> None:
+def test_withdrawing_blocks_removes_all_that_was_published_with_them() -> None:
     index = PrefixIndex(P, kinds=2)
     put(index, TOKENS, [0, 1, 2])
     digests = index.chain(TOKENS, ROOT)

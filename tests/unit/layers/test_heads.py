@@ -1,4 +1,4 @@
-"""Which of a checkpoint's rows a shard holds: fused outputs, repeated heads, heads of zeroes."""
+"""Checkpoint rows per shard: fused outputs, repeated heads, zero padding heads."""
 
 import jax.numpy as jnp
 import pytest
@@ -20,7 +20,7 @@ sizes = st.integers(1, 30)
 
 
 def build(tp: int, **how: object) -> Build:
-    """For any number of devices, none of which is there."""
+    """Make a build for any number of devices, without real ones."""
     mesh = AbstractMesh((tp,), (axes.MODEL,), axis_types=(AxisType.Auto,))
     return Build(RNGS, jnp.dtype("float32"), mesh, path="layers.5.attention", **how)
 
@@ -30,7 +30,7 @@ def layout(tp: int, heads: int, kv_heads: int) -> HeadLayout:
 
 
 def held(output: Output, shard: int, tp: int) -> list[int | None]:
-    """The checkpoint's row in each column of a shard, None where it is zero."""
+    """Return the checkpoint row of each column of a shard, None for zero columns."""
     columns: list[int | None] = [None] * output.columns(tp)
     for piece in output.pieces(shard, tp):
         rows = range(piece.start, piece.stop)
@@ -41,7 +41,7 @@ def held(output: Output, shard: int, tp: int) -> list[int | None]:
 
 
 def units(output: Output, tp: int) -> list[list[int | None]]:
-    """For each shard the checkpoint's heads, every one of them whole."""
+    """Return the checkpoint heads of each shard, all of them whole."""
     found = []
     for shard in range(tp):
         rows = held(output, shard, tp)
@@ -54,13 +54,13 @@ def units(output: Output, tp: int) -> list[list[int | None]]:
 
 @settings(deadline=None)
 @given(kv_heads=sizes, group=st.integers(1, 8), tp=st.integers(1, 64))
-def test_padded_heads_divide_and_every_query_head_is_beside_its_own_kv_head(kv_heads, group, tp):
+def test_padded_heads_divide_and_query_heads_are_on_the_shard_of_their_kv_head(kv_heads, group, tp):
     made = layout(tp, kv_heads * group, kv_heads)
     q, k, v = made.outputs(WIDTH)
     queries, keys = units(q, tp), units(k, tp)
     assert units(v, tp) == keys
     real = [head for shard in queries for head in shard if head is not None]
-    assert real == list(range(kv_heads * group))  # each once, in order
+    assert real == list(range(kv_heads * group))  # every head once, in order
     assert {head for shard in keys for head in shard} - {None} == set(range(kv_heads))
     for own, around in zip(queries, keys, strict=True):
         share = len(own) // len(around)
@@ -68,13 +68,13 @@ def test_padded_heads_divide_and_every_query_head_is_beside_its_own_kv_head(kv_h
         for place, head in enumerate(own):
             assert head is None or around[place // share] == head // group
     assert sum(map(len, queries)) == made.stored_heads
-    assert made.stored_heads < kv_heads * group + tp * group  # less than a group a shard is added
+    assert made.stored_heads < kv_heads * group + tp * group  # adds less than a group per shard
     assert len(keys[0]) * tp == (tp if tp % made.stored_kv_heads == 0 else made.stored_kv_heads)
 
 
 @settings(deadline=None)
 @given(kv_heads=sizes, group=st.integers(1, 8), tp=st.integers(1, 64))
-def test_what_divides_is_kept_as_it_is(kv_heads, group, tp):
+def test_heads_that_divide_are_not_padded(kv_heads, group, tp):
     heads = kv_heads * group
     made = layout(tp, heads, kv_heads)
     if heads % tp == 0 and (kv_heads % tp == 0 or tp % kv_heads == 0):
@@ -99,13 +99,13 @@ def test_what_divides_is_kept_as_it_is(kv_heads, group, tp):
         (8, 2, 4, 8, 2),
     ],
 )
-def test_how_many_heads_are_kept(heads, kv_heads, tp, stored, stored_kv):
+def test_the_number_of_stored_heads(heads, kv_heads, tp, stored, stored_kv):
     made = layout(tp, heads, kv_heads)
     assert (made.stored_heads, made.stored_kv_heads) == (stored, stored_kv)
 
 
 def test_the_rows_of_a_padded_group():
-    """14 query heads around 2 kv heads over 4 shards: groups of 8, half a group a shard."""
+    """14 query heads with 2 kv heads over 4 shards: groups of 8, half a group per shard."""
     q, k, _ = layout(4, 14, 2).outputs(head_dim=10)
     assert [q.pieces(shard, 4) for shard in range(4)] == [
         [Piece(0, 0, 40)],
@@ -130,7 +130,7 @@ def test_any_order_of_units_is_cut_into_whole_runs(stored, tp, width):
         pieces = output.pieces(shard, tp)
         for one, other in zip(pieces, pieces[1:], strict=False):
             gap = other.column - (one.column + one.stop - one.start)
-            assert gap > 0 or other.start != one.stop, "two pieces that are one"
+            assert gap > 0 or other.start != one.stop, "adjacent pieces must be merged"
 
 
 @settings(deadline=None)

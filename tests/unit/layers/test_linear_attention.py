@@ -1,4 +1,4 @@
-"""Kimi Delta Attention and gated DeltaNet against transformers' layers, fused and apart, over several devices."""
+"""Kimi Delta Attention and gated DeltaNet against transformers' layers, fused and separate, over several devices."""
 
 from collections import Counter
 from dataclasses import replace
@@ -35,7 +35,7 @@ SEQUENCES = [inputs(length + 7, seed) for seed, length in enumerate(LENGTHS)]
 
 
 def run(made: nnx.Module, tp: int = 1) -> list[np.ndarray]:
-    """The outputs `[T, M]` of all sequences: side by side in two steps of chunks, then in seven of single tokens."""
+    """Compute outputs `[T, M]` of all sequences, batched: two steps of chunks, then seven of single tokens."""
     graph, params = nnx.split(made)
     state = support.empty(made, make_mesh(tp))
     found: list[list[np.ndarray]] = [[] for _ in SEQUENCES]
@@ -59,7 +59,7 @@ def run(made: nnx.Module, tp: int = 1) -> list[np.ndarray]:
         for row, lane in enumerate((0, 2, 3)):
             found[row].append(np.asarray(y[lane : lane + 1]))
             done[row] += 1
-    assert np.isnan(np.asarray(state.recurrent)[[1, 3, 5]]).all(), "slots that no sequence has"
+    assert np.isnan(np.asarray(state.recurrent)[[1, 3, 5]]).all(), "unused slots stay unchanged"
     return [np.concatenate(parts) for parts in found]
 
 
@@ -76,32 +76,32 @@ def close(found: list[np.ndarray], expected: list[np.ndarray], atol: float = 1e-
 
 @kinds
 @pytest.mark.parametrize("tp", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
-def test_a_layer_is_that_of_transformers(kind, tp, expected):
+def test_a_layer_equals_that_of_transformers(kind, tp, expected):
     close(run(support.layer(kind, tp), tp), expected[kind])
 
 
 @pytest.mark.slow
 @kinds
-def test_a_layer_that_is_whole_on_every_device_is_too(kind, expected):
+def test_a_replicated_layer_equals_that_of_transformers(kind, expected):
     close(run(support.layer(kind, 2, placement={"layer": "replicate"}), 2), expected[kind])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tp", [1, 2])
 @kinds
-def test_projections_apart_give_the_same(kind, tp, expected):
+def test_separate_projections_give_the_same_result(kind, tp, expected):
     apart = run(support.layer(kind, tp, rows_fused=B), tp)
     close(apart, expected[kind])
     close(apart, run(support.layer(kind, tp), tp), atol=2e-5)
 
 
-def test_both_namings_of_kimi_linear_are_one_layer():
+def test_both_tensor_namings_of_kimi_linear_load_the_same_layer():
     found, other = (nnx.split(support.layer(KDA, 2, hub=hub))[1] for hub in (True, False))
     jax.tree.map(np.testing.assert_array_equal, found, other)
 
 
 @pytest.mark.parametrize("lost", ["a.k_conv1d.weight", "a.g_a_proj.weight", "a.f_b_proj.weight"])
-def test_half_of_a_fused_group_that_is_missing_is_named(lost, monkeypatch):
+def test_a_missing_part_of_a_fused_projection_is_named(lost, monkeypatch):
     content = support.tensors(KDA, hub=True)
     del content[lost]
     monkeypatch.setattr(support, "tensors", lambda *_: content)
@@ -111,7 +111,7 @@ def test_half_of_a_fused_group_that_is_missing_is_named(lost, monkeypatch):
 
 @pytest.mark.slow
 @kinds
-def test_int8_keeps_the_fusion_and_is_near(kind, expected):
+def test_int8_stays_fused_and_close(kind, expected):
     made = [run(support.layer(kind, tp, quantization="int8"), tp) for tp in (1, 2)]
     apart = run(support.layer(kind, 1, quantization="int8", rows_fused=0))
     for found in (*made, apart):
@@ -124,7 +124,7 @@ def test_int8_keeps_the_fusion_and_is_near(kind, expected):
 @pytest.mark.parametrize("rows_fused", [0, float("inf")], ids=["apart", "fused"])
 @pytest.mark.parametrize("tp", [2, 4])
 @kinds
-def test_the_only_collective_is_the_sum_behind_the_layer(kind, tp, rows_fused):
+def test_the_only_collective_is_the_all_reduce_of_the_output(kind, tp, rows_fused):
     made = support.layer(kind, tp, rows_fused=rows_fused)
     graph, params = nnx.split(made)
     state = support.empty(made, make_mesh(tp))
@@ -137,7 +137,7 @@ def test_the_only_collective_is_the_sum_behind_the_layer(kind, tp, rows_fused):
 
 
 @pytest.mark.parametrize("quantization", [None, "int8"])
-def test_the_six_projections_are_one_product_and_the_two_behind_them_another(quantization):
+def test_the_six_projections_are_one_gemm_and_the_two_low_rank_ones_another(quantization):
     def products(rows_fused: float) -> int:
         made = support.layer(KDA, rows_fused=rows_fused, quantization=quantization)
         graph, params = nnx.split(made)
@@ -155,8 +155,8 @@ def test_heads_that_do_not_divide_are_an_error(kind):
         nnx.eval_shape(lambda: support.Holder(build, kind))
 
 
-def test_the_state_says_what_it_takes():
-    """Of Kimi-Linear 48B: 2 MiB and 72 KiB a layer."""
+def test_bytes_of_a_state_slot():
+    """Kimi-Linear 48B: 2 MiB and 72 KiB per layer."""
     spec = support.DeltaSpec(2304, 32, 128, 32, 128, 4, 1e-5)
     kept = spec.kept(jax.numpy.dtype("bfloat16"), False)
     assert [np.prod(a.shape) * a.dtype.itemsize for a in kept.arrays] == [2 << 20, 72 << 10]
@@ -164,7 +164,7 @@ def test_the_state_says_what_it_takes():
     assert len(SEQUENCES) < SLOTS
 
 
-def test_how_many_rows_are_fused_is_asked_for_or_looked_up(monkeypatch):
+def test_the_row_limit_of_fusion_is_a_setting_or_looked_up(monkeypatch):
     mesh = make_mesh()
     assert [fusion.rows_fused(asked, mesh) for asked in (True, False, "auto")] == [
         float("inf"),

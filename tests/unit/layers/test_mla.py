@@ -1,5 +1,4 @@
-"""Multi-head latent attention against transformers' layers: expanded in prefill, absorbed in decode, the same
-numbers."""
+"""Multi-head latent attention against transformers' layers: expanded in prefill, absorbed in decode."""
 
 from collections import Counter
 from functools import cache, partial
@@ -62,7 +61,7 @@ kinds = pytest.mark.parametrize("kind", [KIMI, DEEPSEEK])
 
 @cache
 def reference(kind: str) -> torch.nn.Module:
-    """transformers' layer with random weights, activations of order one."""
+    """Make transformers' layer with random weights and activations of order one."""
     if kind == KIMI:
         made = KimiLinearAttention(KimiLinearConfig(**SHAPE, q_lora_rank=None), 0)
     else:
@@ -81,7 +80,7 @@ def reference(kind: str) -> torch.nn.Module:
 
 @cache
 def expected(kind: str) -> list[np.ndarray]:
-    """What transformers makes of each sequence, all at once."""
+    """Compute each sequence's outputs in transformers, in one pass."""
     layer, found = reference(kind), []
     for sequence in SEQUENCES:
         x, count = torch.from_numpy(sequence)[None], len(sequence)
@@ -100,7 +99,7 @@ class Holder(nnx.Module):
 
 
 def layer(kind: str, tp: int = 1, quantization: str | None = None) -> LatentAttention:
-    """Ours with the reference's weights, read by the real loader."""
+    """Make our layer with the reference's weights, read by the real loader."""
     mesh, spec = make_mesh(tp), SPECS[kind]
     holder = nnx.eval_shape(lambda: Holder(Build(nnx.Rngs(0), jnp.dtype("float32"), mesh, quantization), spec))
     tensors = Arrays({f"a.{name}": value.numpy() for name, value in reference(kind).state_dict().items()})
@@ -119,11 +118,11 @@ def step(
 
 
 TABLES = np.random.default_rng(5).permutation(BLOCKS)[: 3 * WIDTH].reshape(3, WIDTH).astype(np.int32)
-"""Of the three sequences; no block in two."""
+"""Block tables of the three sequences, disjoint."""
 
 
 def context(positions: np.ndarray, own: np.ndarray, rows: DecodeRows | PrefillTiles, tp: int, tile: int) -> StepContext:
-    """`positions` `[T]`, -1 for padding; `own` `[T]`: the row of the tables of each token."""
+    """Make a step from positions `[T]`, -1 for padding, and each token's table row `own` `[T]`."""
     at = np.maximum(positions, 0)
     slots = Slots(np.where(positions >= 0, TABLES[own, at // BLOCK], BLOCKS), at % BLOCK)
     arrays = jax.tree.map(jnp.asarray, (at, positions >= 0, at + 1, (GroupStep(slots, rows),)))
@@ -137,7 +136,7 @@ def prefill_step(sizes: tuple[int, ...], done: list[int], tp: int, tile: int = 8
 
 
 def run(made: LatentAttention, tp: int = 1) -> list[np.ndarray]:
-    """The outputs of all sequences: side by side in two prefill steps, then in five of decode."""
+    """Compute the outputs of all sequences, batched: two prefill steps, then five decode steps."""
     graph, params = nnx.split(made)
     whole = jax.sharding.NamedSharding(make_mesh(tp), jax.sharding.PartitionSpec())
     lane = Lane(jax.device_put(np.full((BLOCKS, 1, BLOCK, SPEC.kept), np.nan, np.float32), whole), None)
@@ -149,7 +148,7 @@ def run(made: LatentAttention, tp: int = 1) -> list[np.ndarray]:
             x[start : start + size] = SEQUENCES[row][done[row] : done[row] + size]
             start += size
         y, lane = step(graph, params, x, lane, prefill_step(sizes, done, tp))
-        assert np.isfinite(y).all(), "padding is a number"
+        assert np.isfinite(y).all(), "padding must be finite"
         for row, part in enumerate(np.split(np.asarray(y), np.cumsum(sizes))[:3]):
             found[row].append(part)
             done[row] += len(part)
@@ -166,7 +165,7 @@ def run(made: LatentAttention, tp: int = 1) -> list[np.ndarray]:
 
 @pytest.fixture(params=[256, 6])
 def turns(request, monkeypatch):
-    """Keys and queries in one turn, or in many."""
+    """Set keys and queries per iteration, for one or many iterations."""
     monkeypatch.setattr(latent, "KEYS", request.param)
     monkeypatch.setattr(latent, "QUERIES", request.param)
     step.clear_cache()
@@ -175,15 +174,15 @@ def turns(request, monkeypatch):
 
 
 @kinds
-def test_a_layer_is_that_of_transformers(kind, turns):
+def test_a_layer_equals_that_of_transformers(kind, turns):
     for one, other in zip(run(layer(kind)), expected(kind), strict=True):
         assert np.abs(other).max() > 1
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-4)
 
 
 @kinds
-def test_absorbed_in_prefill_it_is_the_same(kind, monkeypatch):
-    """As with Triton's kernel."""
+def test_absorbed_prefill_gives_the_same_result(kind, monkeypatch):
+    """As with the Triton kernel."""
     monkeypatch.setattr(mla, "EXPANDING", frozenset())
     step.clear_cache()
     for one, other in zip(run(layer(kind)), expected(kind), strict=True):
@@ -193,20 +192,20 @@ def test_absorbed_in_prefill_it_is_the_same(kind, monkeypatch):
 
 @pytest.mark.parametrize("tp", [2, 4])
 @kinds
-def test_over_several_devices_too(kind, tp):
+def test_several_devices_give_the_same_result(kind, tp):
     for one, other in zip(run(layer(kind, tp), tp), expected(kind), strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("tp", [1, 2])
 @kinds
-def test_int8_is_near(kind, tp):
+def test_int8_is_close(kind, tp):
     for one, other in zip(run(layer(kind, tp, "int8"), tp), expected(kind), strict=True):
         assert 0 < np.linalg.norm(one - other) / np.linalg.norm(other) < 0.1
 
 
 @kinds
-def test_the_only_collective_is_the_sum_behind_the_layer(kind):
+def test_the_only_collective_is_the_all_reduce_of_the_output(kind):
     graph, params = nnx.split(layer(kind, 2))
     lane = Lane(jnp.zeros((BLOCKS, 1, BLOCK, SPEC.kept)), None)
     rows = DecodeRows(np.zeros((ROWS, WIDTH), np.int32), np.ones(ROWS, np.int32))
@@ -218,7 +217,7 @@ def test_the_only_collective_is_the_sum_behind_the_layer(kind):
         assert collectives(compiled.as_text()) == Counter({"all-reduce": 1})
 
 
-def test_what_is_not_a_number_stays_in_its_sequence():
+def test_nan_stays_in_its_sequence():
     rng = np.random.default_rng(0)
     q, latents = rng.normal(size=(T, H, DN + R)), rng.normal(size=(T, RANK + R))
     expansion = latent.Expansion(*(rng.normal(size=(H, dim, RANK)).astype(np.float32) for dim in (DN, DV)))

@@ -1,4 +1,4 @@
-"""Mixtures of experts against a loop over tokens and experts, on one device and on several."""
+"""Mixture of experts against a loop over tokens and experts, on one and several devices."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -28,7 +28,7 @@ from jaxinfer.sharding.policy import Placement
 pytestmark = pytest.mark.slow
 
 WIDTH, TOKENS, REAL = 16, 12, 9
-"""M; rows of a step, of which the last are padding."""
+"""M; rows of a step; real rows, followed by padding."""
 CONFIGS = {
     "plain": MoEConfig(8, 2, 24),
     "gpt-oss": MoEConfig(8, 3, 24, RouterConfig(bias=True), ClampedSwiGLU(limit=1.0), bias=True),
@@ -49,7 +49,7 @@ WAYS: Mapping[str, tuple[int, Mapping[str, str]]] = {
 
 
 class Holder(nnx.Module):
-    """A module with the mixture in it, as a weight table names its parts."""
+    """A module that contains the mixture, with the names of a weight table."""
 
     def __init__(self, build: Build, config: MoEConfig):
         self.mlp = MoE(build.at("mlp"), WIDTH, config)
@@ -61,7 +61,7 @@ def build(mesh: Any, placement: Mapping[str, str] | None = None, quantization: s
 
 @cache
 def tensors(name: str) -> dict[str, np.ndarray]:
-    """The checkpoint of a mixture, nothing in it neutral."""
+    """Make a checkpoint of a mixture without neutral values."""
     rng, config = np.random.default_rng(7), CONFIGS[name]
     shapes: dict[str, tuple[int, ...]] = {
         "experts.gate_up_proj": (config.experts, 2 * config.ffn, WIDTH),
@@ -92,7 +92,7 @@ def module(
     quantization: str | None = None,
     **changed: np.ndarray,
 ) -> MoE:
-    """The mixture as the loader lays it out for the devices."""
+    """Load the mixture for the devices."""
     mesh, config = make_mesh(tp), CONFIGS[name]
     made = nnx.eval_shape(lambda: Holder(build(mesh, placement, quantization), config))
     held = MemorySource(tensors(name) | {f"m.mlp.{key.replace('__', '.')}": value for key, value in changed.items()})
@@ -107,7 +107,7 @@ def _call(graph: nnx.GraphDef, tp: int, state: nnx.State, x: jax.Array, real: ja
 
 
 def run(made: MoE, x: np.ndarray, tp: int = 1, real: np.ndarray | None = None) -> np.ndarray:
-    """A step whose last rows are padding, or those that `real` says."""
+    """Make a step whose last rows are padding, or with the given `real` mask."""
     graph, state = nnx.split(made)
     return np.asarray(_call(graph, tp, state, x, np.arange(TOKENS) < REAL if real is None else real))
 
@@ -117,7 +117,7 @@ def tokens() -> np.ndarray:
 
 
 def expected(name: str, x: np.ndarray) -> np.ndarray:
-    """Token by token, expert by expert, of the router's own choice (`test_router.py`)."""
+    """Compute the output token by token and expert by expert, with the router's selection (`test_router.py`)."""
     config, w = CONFIGS[name], {key.removeprefix("m.mlp."): value for key, value in tensors(name).items()}
     logits = x @ w["gate.weight"].T + w.get("gate.bias", 0)
     correction = w.get("gate.e_score_correction_bias")
@@ -147,14 +147,14 @@ def expected(name: str, x: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_it_is_the_sum_over_each_tokens_experts(name: str):
+def test_the_output_is_the_weighted_sum_over_each_tokens_experts(name: str):
     x = tokens()
     np.testing.assert_allclose(run(module(name), x)[:REAL], expected(name, x)[:REAL], rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", ["plain", "gpt-oss", "deepseek", "qwen3-next"])
-def test_over_several_devices_it_is_the_same_with_one_all_reduce(name: str, way: str):
+def test_several_devices_give_the_same_result_with_one_all_reduce(name: str, way: str):
     tp, placement = WAYS[way]
     made, x = module(name, tp, placement), tokens()
     np.testing.assert_allclose(run(made, x, tp)[:REAL], expected(name, x)[:REAL], rtol=0, atol=2e-5)
@@ -167,15 +167,15 @@ def test_over_several_devices_it_is_the_same_with_one_all_reduce(name: str, way:
 def test_padding_goes_to_no_expert_and_changes_nothing(name: str):
     x, made = tokens(), module(name)
     whole = run(made, x)
-    assert not whole[REAL:].any(), "no expert made anything of padding"
+    assert not whole[REAL:].any(), "experts must not process padding"
     x[REAL:] = np.nan
     np.testing.assert_array_equal(run(made, x), whole)
-    assert not run(made, x, real=np.zeros(TOKENS, bool)).any(), "a step of padding alone"
+    assert not run(made, x, real=np.zeros(TOKENS, bool)).any(), "a step of only padding"
 
 
 @pytest.mark.parametrize("expert", [0, 5])
 def test_all_tokens_may_go_to_one_expert(expert: int):
-    """None is dropped, whatever number an expert gets, and a token's numbers do not depend on its neighbours."""
+    """No token is dropped, however many an expert gets, and results do not depend on other tokens."""
     made = module("crowded", gate__bias=np.where(np.arange(8) == expert, 100, 0).astype(np.float32))
     x = tokens()
     assert (np.asarray(made.router(jnp.asarray(x))[0]) == expert).all()
@@ -188,12 +188,12 @@ def test_all_tokens_may_go_to_one_expert(expert: int):
 
 
 @pytest.mark.parametrize("way", ["alone", "sharded over 2", "by experts over 2"])
-def test_in_int8_it_is_near(way: str):
+def test_int8_is_close(way: str):
     x, name = tokens(), "deepseek"
     tp, placement = WAYS.get(way, (1, {}))
     exact, found = module(name), module(name, tp, placement, "int8")
     assert found.gate_up.weight.dtype == found.shared.down.weight.dtype == jnp.int8
-    assert found.router.weight.dtype == jnp.float32, "the choice stays exact"
+    assert found.router.weight.dtype == jnp.float32, "routing must stay exact"
     one, other = run(exact, x)[:REAL], run(found, x, tp)[:REAL]
     assert 0 < np.abs(one - other).max() < 0.05 * np.abs(one).max()
 
@@ -234,6 +234,6 @@ def test_what_does_not_divide_is_named_with_remedies(tp: int, experts: int, tact
         (dict(per_token=9), r"9 experts per token .*; with 8 experts "),
     ],
 )
-def test_numbers_that_do_not_fit_are_named(changes: dict[str, Any], message: str):
+def test_inconsistent_sizes_are_named(changes: dict[str, Any], message: str):
     with pytest.raises(ConfigError, match=message):
         replace(CONFIGS["plain"], **changes)

@@ -1,4 +1,4 @@
-"""Modules in int8: near their own weights, the same over any number of devices, no collective added."""
+"""int8 modules: close to float32, equal over any number of devices, without extra collectives."""
 
 from collections import Counter
 from functools import cache, partial
@@ -37,7 +37,7 @@ SHAPES = {"fused": (1, 49, IN), "row": (16, IN), "table": (50, IN)}
 
 @cache
 def both(name: str) -> list[nnx.Module]:
-    """A module in float32 and in int8, of the same random weights."""
+    """Make a module in float32 and in int8 from the same random weights."""
 
     def make(quantization: str | None) -> nnx.Module:
         return MODULES[name](Build(nnx.Rngs(0), jnp.dtype("float32"), make_mesh(), quantization))
@@ -79,20 +79,20 @@ def test_a_module_in_int8_is_near_the_one_in_float32(name):
         assert (one != other).any()
 
 
-def test_a_tied_table_gives_back_the_rows_it_multiplies_with():
+def test_a_tied_int8_table_looks_up_the_rows_it_multiplies_with():
     plain, found = both("table")
     tokens = np.array([3, 49, 0, 3])
     (expected,), (rows,) = (_call(*nnx.split(module), tokens) for module in (plain, found))
     rows = np.asarray(rows)
     np.testing.assert_allclose(rows, expected, rtol=0, atol=0.51 * np.asarray(found.weight_scale[...]).max())
     np.testing.assert_array_equal(rows[0], rows[3])
-    units = 127 * np.eye(IN, dtype=np.float32)  # quantised without a loss
+    units = 127 * np.eye(IN, dtype=np.float32)  # quantized without loss
     np.testing.assert_allclose(np.asarray(_attend(*nnx.split(found), units))[:, 3] / 127, rows[0], rtol=1e-6)
 
 
 @pytest.fixture(scope="module")
 def logits(tmp_path_factory):
-    """Of a prompt, `[V]`, by devices, quantisation, and whether the head is the table."""
+    """Logits `[V]` of a prompt by number of devices, quantization, and whether embedding and head are tied."""
 
     @cache
     def folder(tied: bool):
@@ -119,12 +119,12 @@ def test_a_model_in_int8_is_near_its_own_weights_over_any_number_of_devices(logi
     plain, found = logits(1, None, tied), logits(tp, "int8", tied)
     distance = np.linalg.norm(found - plain) / np.linalg.norm(plain)
 
-    assert 0 < distance < 0.15  # another prompt is at 1.4
+    assert 0 < distance < 0.15  # the distance to another prompt is 1.4
 
 
 @pytest.mark.parametrize("quantization", [None, "int8"])
-def test_heads_of_zeroes_change_no_logits(logits, quantization):
-    """Over three devices, which the eight heads around two do not divide."""
+def test_padding_heads_change_no_logits(logits, quantization):
+    """Over three devices, over which eight heads with two kv heads do not divide."""
     plain, found = logits(1, None), logits(3, quantization, pad_heads=True)
     distance = np.linalg.norm(found - plain) / np.linalg.norm(plain)
     assert distance < (0.15 if quantization else 1e-5)

@@ -1,4 +1,4 @@
-"""Rope: values worked out by hand for every kind, and equality with transformers where torch is installed."""
+"""Rotary embeddings: hand-computed values for every type, and equality with transformers if torch is installed."""
 
 import dataclasses
 
@@ -13,11 +13,11 @@ from jaxinfer.layers.rope import apply_rope, rope_frequencies
 from jaxinfer.layers.rope_config import ROPE_KINDS, RopeConfig
 
 cos_sin = jax.jit(ropes.cos_sin, static_argnums=0)
-"""One program for a configuration and a length; operation by operation it would be a dozen."""
+"""Jitted, so that each configuration and length compiles one program instead of one per operation."""
 
 
 def config(max_position=64, theta=10000.0, **parameters):
-    """A config.json of transformers 5 with these rope parameters."""
+    """Make a config.json of transformers 5 with these rope parameters."""
     return {"max_position_embeddings": max_position, "rope_parameters": {"rope_theta": theta, **parameters}}
 
 
@@ -49,14 +49,14 @@ BY_HAND = [
     (LLAMA3, 8, [1, 0.1, 0.802817 * 0.01 / 8 + 0.197183 * 0.01, 0.001 / 8], 1.0),
     # The ramp runs from dim floor(0.70) = 0 to ceil(2.20) = 3: 0, 1/3, 2/3, 1 of a quarter of the frequency.
     (YARN, 8, [1, 0.075, 0.005, 0.00025], 1.1386294),
-    # Not rounded, the ramp at dims 1 and 2 is 0.201528 and 0.865914.
+    # Without truncation the ramp at dims 1 and 2 is 0.201528 and 0.865914.
     (
         {**YARN, "truncate": False},
         8,
         [1, 0.1 * (1 - 0.75 * 0.20152799), 0.01 * (1 - 0.75 * 0.86591361), 0.00025],
         1.1386294,
     ),
-    # The ramp's ends, -2 and 1, or -2 and 0, are held to the dims there are.
+    # The ramp's ends, -2 and 1, or -2 and 0, are clamped to the existing dims.
     ({**YARN, "original_max_position_embeddings": 16}, 8, [1, 0.025, 0.0025, 0.00025], 1.1386294),
     ({**YARN, "original_max_position_embeddings": 6}, 8, [1, 0.025, 0.0025, 0.00025], 1.1386294),
     ({**YARN, "attention_factor": 0.5}, 8, [1, 0.075, 0.005, 0.00025], 0.5),
@@ -136,7 +136,7 @@ def test_apply_rope_rotates_the_first_dims_of_any_shape():
         ({"rope_scaling": {**YARN, "finetuned": True}}, YARN),
     ],
 )
-def test_both_styles_of_config_say_the_same(old, new):
+def test_both_styles_of_config_give_the_same_rope(old, new):
     head_dim = 4 if "short_factor" in new else 8
     expected = RopeConfig.from_hf({"max_position_embeddings": 64, "rope_parameters": new}, head_dim)
     assert RopeConfig.from_hf({"max_position_embeddings": 64, **old}, head_dim) == expected
@@ -246,7 +246,7 @@ REFERENCE = {
 
 
 def reference(parameters, head_dim):
-    """transformers' own rotary module, fresh, and the config.json its configuration would be saved as."""
+    """Make transformers' rotary module and the config.json that its configuration is saved as."""
     pytest.importorskip("torch")
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding

@@ -1,4 +1,4 @@
-"""Every kind of router against a plain loop over tokens."""
+"""All router types against a plain loop over tokens."""
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ KINDS = {
 def plain(
     logits: np.ndarray, count: int, config: RouterConfig, correction: np.ndarray
 ) -> tuple[list[int], list[float]]:
-    """Of one token, in float64."""
+    """Route one token in float64."""
     exact = logits.astype(np.float64)
     scores = 1 / (1 + np.exp(-exact)) if config.score == "sigmoid" else np.exp(exact) / np.exp(exact).sum()
     ranks = scores + correction if config.correction else scores
@@ -42,7 +42,7 @@ def plain(
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("count", [1, 2])
-def test_the_choice_and_the_weights(kind: str, count: int):
+def test_selected_experts_and_their_weights(kind: str, count: int):
     config, rng = KINDS[kind], np.random.default_rng(0)
     logits = (2 * rng.standard_normal((TOKENS, EXPERTS))).astype(np.float32)
     correction = rng.standard_normal(EXPERTS).astype(np.float32) * 0.3
@@ -90,6 +90,6 @@ def test_sigmoids_that_are_all_zero_give_no_nan():
         ),
     ],
 )
-def test_what_cannot_choose_is_named(config: RouterConfig, experts: int, count: int, message: str):
+def test_invalid_settings_are_named(config: RouterConfig, experts: int, count: int, message: str):
     with pytest.raises(ConfigError, match=message):
         config.check(experts, count)

@@ -1,4 +1,4 @@
-"""The pieces of a vision tower that can be said in numbers."""
+"""Vision tower: bicubic resampling, attention within tiles, and patches."""
 
 from functools import partial
 
@@ -15,19 +15,19 @@ def test_resampling_to_the_same_size_changes_nothing():
 
 
 @pytest.mark.parametrize(("old", "new"), [(4, 6), (6, 4), (32, 37), (1, 3)])
-def test_a_constant_stays_what_it_is_and_both_ends_are_alike(old, new):
+def test_a_constant_stays_constant_and_both_ends_are_symmetric(old, new):
     made = bicubic(old, new)
     assert made.shape == (new, old)
     np.testing.assert_allclose(made.sum(axis=1), 1, atol=1e-6)
     np.testing.assert_allclose(made, made[::-1, ::-1], atol=1e-6)
 
 
-def test_twice_as_many_points_lie_a_quarter_beside_the_old_ones():
+def test_doubling_places_points_a_quarter_beside_the_old_ones():
     # Keys' polynomials with a = -0.75 at distances 1.25, 0.25, 0.75 and 1.75.
     np.testing.assert_allclose(bicubic(8, 16)[7, 2:6], [-0.10546875, 0.87890625, 0.26171875, -0.03515625], atol=1e-6)
 
 
-def test_points_beyond_the_edge_are_the_edge():
+def test_points_beyond_the_edge_repeat_the_edge():
     first = bicubic(8, 16)[0]
     np.testing.assert_allclose(first[:2], [-0.03515625 + 0.26171875 + 0.87890625, -0.10546875], atol=1e-6)
 

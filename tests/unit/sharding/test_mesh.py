@@ -1,4 +1,4 @@
-"""Meshes that users bring: what is taken, what it becomes, and what is refused."""
+"""User-supplied meshes: accepted, normalized and refused ones."""
 
 import jax
 import pytest
@@ -10,7 +10,7 @@ from jaxinfer.sharding import mesh as meshes
 
 
 def user_mesh(kind: AxisType = AxisType.Explicit, **sizes: int) -> Mesh:
-    """Over the last devices, so that none lies where a default would put it."""
+    """Make a mesh of the last devices, so that default placement would be noticed."""
     count = 1
     for size in sizes.values():
         count *= size
@@ -29,12 +29,12 @@ def test_any_mesh_with_the_axis_becomes_auto_over_the_same_devices(kind, sizes):
     assert (meshes.size(mesh), meshes.copies(mesh)) == (sizes["model"], sizes.get("data", 1))
 
 
-def test_a_mesh_without_devices_is_taken_too():
+def test_an_abstract_mesh_is_accepted():
     mesh = meshes.normalise(user_mesh(model=4).abstract_mesh)
     assert set(mesh.axis_types) == {AxisType.Auto} and meshes.size(mesh) == 4
 
 
-def test_ours_is_one_already():
+def test_make_mesh_needs_no_normalization():
     mesh = make_mesh(4)
     assert meshes.normalise(mesh) is mesh
 
@@ -49,12 +49,12 @@ def test_ours_is_one_already():
         (dict(model=4), 1, "tensor_parallel_size is 1, but axis 'model' of the mesh has size 4"),
     ],
 )
-def test_another_mesh_is_refused_with_axis_size_and_remedy(sizes, asked, message):
+def test_an_invalid_mesh_is_refused_with_axis_size_and_remedy(sizes, asked, message):
     with pytest.raises(ConfigError, match=message):
         meshes.normalise(user_mesh(**sizes), asked)
 
 
-def test_the_axis_of_images_needs_a_model_that_sees():
+def test_the_data_axis_needs_a_vision_tower():
     mesh = meshes.normalise(user_mesh(data=2, model=2))
     meshes.check_data_axis(mesh, True)
     meshes.check_data_axis(make_mesh(2), False)

@@ -1,4 +1,4 @@
-"""The plan of a model: its sums against those done by hand, what it says, and that it touches nothing."""
+"""Placement plan: hand-computed sums, its outputs, and that it allocates nothing."""
 
 import json
 import subprocess
@@ -43,7 +43,7 @@ LLAMA_70B = dict(
         rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
     ),
 )
-"""The public config.json of Llama-3.1-70B, as far as it shapes the model."""
+"""Fields of the public config.json of Llama-3.1-70B that shape the model."""
 SMALL = LLAMA_70B | dict(
     hidden_size=64,
     intermediate_size=96,
@@ -68,7 +68,7 @@ def test_the_weights_of_llama_70b_sum_to_the_bytes_that_one_computes_by_hand(lar
     out = M * (64 // TP * D) * BF16  # 16,777,216
     gate_up = 2 * F // TP * M * BF16  # 7168 columns: 117,440,512
     down = M * F // TP * BF16  # 58,720,256
-    norms = 2 * M * BF16  # whole on every device: 32,768
+    norms = 2 * M * BF16  # replicated: 32,768
     layer = qkv + out + gate_up + down + norms
     assert (vocabulary, layer) == (262_668_288, 213_942_272)
     last_norm = M * BF16
@@ -82,7 +82,7 @@ def test_the_weights_of_llama_70b_sum_to_the_bytes_that_one_computes_by_hand(lar
 
 
 def test_the_cache_of_llama_70b_sums_to_the_bytes_that_one_computes_by_hand(large: Plan):
-    token = 2 * LAYERS * (8 // TP) * D * BF16  # keys and values of one head a layer on each device: 40,960
+    token = 2 * LAYERS * (8 // TP) * D * BF16  # keys and values of one head per layer on each device: 40,960
     assert large.cache.block_device_bytes == 16 * token == 655_360
     left = int(((80 << 30) - 17_640_734_720) * 0.9)
     assert large.tokens == left // 655_360 * 16 == 1_499_808
@@ -112,14 +112,16 @@ QWEN3_NEXT = dict(
     max_position_embeddings=262144,
     rms_norm_eps=1e-6,
 )
-"""The public config.json of Qwen3-Next-80B-A3B as far as it shapes the cache; of its 512 experts eight."""
+"""Fields of the public config.json of Qwen3-Next-80B-A3B that shape the cache; 8 of its 512 experts."""
 
 
-def test_recurrent_states_are_counted_a_sequence_and_not_a_block():
+def test_recurrent_states_are_counted_per_sequence_not_per_block():
     made = sharding.plan(QWEN3_NEXT, tensor_parallel_size=8, memory=16 << 30)
     cache = made.cache
-    assert cache.block_device_bytes == 16 * 12 * 2 * 256 * BF16  # 12 layers attend, with one head on each device
-    state = 36 * (4 * 128 * 128 * 4 + 3 * (2 * 128 + 2 * 128 + 4 * 128) * BF16)  # 36 do not: state and convolution
+    assert cache.block_device_bytes == 16 * 12 * 2 * 256 * BF16  # 12 attention layers, with one head on each device
+    state = 36 * (
+        4 * 128 * 128 * 4 + 3 * (2 * 128 + 2 * 128 + 4 * 128) * BF16
+    )  # 36 recurrent layers: state and convolution
     assert cache.state_device_bytes == state == 9_658_368
     snapshots = int(made.cache_bytes * 0.1) // state
     assert cache.sequences == 256 and cache.state_slots == 2 * 256 + snapshots
@@ -139,23 +141,23 @@ def test_the_collectives_of_llama_70b_are_two_a_layer_those_of_the_embedding_and
     assert "layers.3.attention.out" in by_module and "head" not in by_module
 
 
-def test_kv_heads_that_are_fewer_than_the_devices_are_held_by_several():
+def test_fewer_kv_heads_than_devices_are_repeated():
     few = LLAMA_70B | {"num_hidden_layers": 2}
     once, twice = (sharding.plan(few, tensor_parallel_size=tp) for tp in (8, 16))
-    assert twice.cache == once.cache  # one head a device in both
+    assert twice.cache == once.cache  # one head per device in both
     assert twice.modules["layers.0.attention.qkv"] == (64 // 16 + 1 + 1) * D * M * BF16
     assert twice.checkpoint_bytes == once.checkpoint_bytes
 
 
 @pytest.fixture(scope="module")
 def mixed() -> Plan:
-    """The first layer whole on every device, and in the others attention."""
+    """Plan with the first layer replicated, and the attention of all others."""
     return sharding.plan(
         SMALL, tensor_parallel_size=4, placement={"layers.0": "replicate", "*.attention": "replicate"}, memory=1 << 20
     )
 
 
-def test_a_row_says_where_a_parameter_lies(mixed: Plan):
+def test_a_row_has_the_placement_of_a_parameter(mixed: Plan):
     rows = {row.path: row for row in mixed.rows}
     names = ("attention.out.weight", "mlp.down.weight", "mlp_norm.scale")
     out, down, norm = (rows[f"layers.1.{name}"] for name in names)
@@ -165,7 +167,7 @@ def test_a_row_says_where_a_parameter_lies(mixed: Plan):
     assert (down.shape, down.logical_axes, down.dtype) == ((64, 96), ("embed", "ffn"), "bfloat16")
     assert down.device_bytes == 64 * 96 * BF16 // 4
     assert axes_text(down, mixed) == "[64 embed, 96 ffn /4]"
-    # A norm's scale has no axis to divide: its module is not replicated on purpose, and yet it lies on every device.
+    # A norm's scale has no sharded axis: its tactic is not "replicate", but every device has it.
     assert (norm.tactic, norm.copies) == ("shard", 4)
     # The vocabulary of 97 is padded to 100.
     embedding = rows["embedding.weight"]
@@ -182,7 +184,7 @@ def test_a_plan_of_int8_weights_has_their_scales():
     assert rows["embedding.weight"].dtype == "bfloat16"
 
 
-def test_one_device_has_one_copy_of_everything_and_exchanges_nothing():
+def test_one_device_has_one_copy_of_everything_and_no_collectives():
     alone = sharding.plan(SMALL, memory=1 << 20)
     assert {row.copies for row in alone.rows} == {1}
     assert alone.copied_bytes == 0 and alone.device_bytes == alone.checkpoint_bytes
@@ -190,7 +192,7 @@ def test_one_device_has_one_copy_of_everything_and_exchanges_nothing():
 
 
 @pytest.mark.slow
-def test_layers_that_are_alike_are_one_node_of_the_tree(large: Plan, mixed: Plan):
+def test_equal_layers_are_one_node_of_the_tree(large: Plan, mixed: Plan):
     def nodes(node: Node) -> list[Node]:
         return [node, *(inner for child in node.children for inner in nodes(child))]
 
@@ -207,7 +209,7 @@ def test_layers_that_are_alike_are_one_node_of_the_tree(large: Plan, mixed: Plan
     assert dict(root.collectives("decode")) == mixed.collectives("decode")
 
 
-def test_the_json_has_all_of_it(mixed: Plan):
+def test_as_dict_is_complete(mixed: Plan):
     found = json.loads(json.dumps(mixed.as_dict()))
     assert set(found) == {
         "model",
@@ -259,7 +261,7 @@ def test_the_json_has_all_of_it(mixed: Plan):
 
 
 class Reader(HTMLParser):
-    """Fails where an element is not closed, or another than the open one is."""
+    """HTML parser that fails on unclosed or mismatched elements."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -282,7 +284,7 @@ class Reader(HTMLParser):
             self.texts.append(data)
 
 
-def test_the_picture_is_well_formed_and_says_it_all(mixed: Plan, large: Plan):
+def test_the_html_is_well_formed_and_complete(mixed: Plan, large: Plan):
     shown = Reader(mixed._repr_html_())
     text = " ".join(shown.texts)
     assert EVERYWHERE in text and "none lies on the first device only" in EVERYWHERE
@@ -298,14 +300,14 @@ def test_the_picture_is_well_formed_and_says_it_all(mixed: Plan, large: Plan):
     ):
         assert said in text, said
     assert {"details", "summary", "style"} <= set(shown.tags)
-    assert not {"script", "link", "img"} & set(shown.tags)  # it needs nothing from elsewhere
+    assert not {"script", "link", "img"} & set(shown.tags)  # self-contained
     classes = [value for name, value in shown.attributes if name == "class"]
     assert {"tag sharded", "tag replicated", "tag both", "s", "c", "k"} <= set(classes)
     assert "layers.0 ... layers.79" in " ".join(Reader(large._repr_html_()).texts)
     assert {"html", "head", "body"} <= set(Reader(page(mixed)).tags)
 
 
-def test_the_picture_escapes_what_others_wrote():
+def test_the_html_escapes_names():
     name = "<script>alert('x')</script>"
     made = sharding.plan(SMALL, tensor_parallel_size=2, placement={"[!<>\"']*.attention": "replicate"})
     made = Plan(**{**vars(made), "model": name})
@@ -352,7 +354,7 @@ def test_bad_models_are_refused_by_name(tmp_path: Path):
         sharding.plan(SMALL | {"torch_dtype": "float8_e4m3fn"})
     with pytest.raises(ConfigError, match="torch_dtype is 7; it must be a name"):
         sharding.plan(SMALL | {"torch_dtype": 7})
-    with pytest.raises(ConfigError, match="BogusModel"):  # before what else is missing
+    with pytest.raises(ConfigError, match="BogusModel"):  # reported before other missing fields
         sharding.plan({"architectures": ["BogusModel"], "text_config": {"dtype": "bfloat16"}})
     with pytest.raises(CheckpointError, match="no config.json"):
         sharding.plan(tmp_path)
@@ -363,7 +365,7 @@ def test_bad_models_are_refused_by_name(tmp_path: Path):
 
 
 def test_a_config_without_a_dtype_is_planned_as_wide_as_its_weights_may_be(tmp_path: Path, caplog):
-    """Of a folder with weights, the dtype is theirs."""
+    """The dtype of a folder with weights is that of the weights."""
     silent = {name: value for name, value in SMALL.items() if name != "torch_dtype"}
     assert sharding.plan(silent).rows == sharding.plan(SMALL, dtype="float32").rows
     assert "config.json states no dtype; the plan assumes float32" in caplog.text
@@ -401,7 +403,7 @@ print(json.dumps([len(jax.devices()), made.devices, made.device_bytes, len(jax.l
 
 
 @pytest.mark.slow
-def test_no_device_of_that_number_is_needed_and_nothing_is_put_on_the_one_there_is():
+def test_planning_needs_no_devices_and_allocates_nothing():
     environment = {"JAX_PLATFORMS": "cpu", "PATH": "", "PYTHONPATH": str(Path(jaxinfer.__file__).parents[1])}
     sizes = {"num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 8, "intermediate_size": 128}
     command = [sys.executable, "-c", ALONE, json.dumps(SMALL | sizes)]
@@ -411,8 +413,8 @@ def test_no_device_of_that_number_is_needed_and_nothing_is_put_on_the_one_there_
     assert (here, planned, live) == (1, 64, 0) and size > 0
 
 
-def test_a_module_in_hand_has_a_plan_of_its_own_parts(mixed: Plan):
-    """`sharding.placement.plan` knows parameters alone: no family, no engine."""
+def test_a_module_can_be_planned_without_a_config(mixed: Plan):
+    """`sharding.placement.plan` only needs parameters: no family, no engine."""
     served, config = weights.parse(SMALL)
     mesh = AbstractMesh((4,), ("model",), axis_types=(AxisType.Auto,))
     module = weights.abstract(served, config, jnp.dtype("bfloat16"), mesh, placement=Placement(mixed.patterns))

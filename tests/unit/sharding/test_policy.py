@@ -1,4 +1,4 @@
-"""Patterns over module paths: which module gets which tactic, and which patterns are refused."""
+"""Placement patterns: tactics of modules, and invalid patterns."""
 
 import pytest
 from hypothesis import given
@@ -36,44 +36,44 @@ paths = st.lists(names, min_size=1, max_size=4).map(".".join)
 
 
 @given(st.dictionaries(paths, st.sampled_from(TACTICS)), paths)
-def test_of_plain_paths_the_longest_around_a_module_decides(patterns, path):
+def test_the_innermost_matching_path_decides(patterns, path):
     around = [pattern for pattern in patterns if path == pattern or path.startswith(f"{pattern}.")]
     expected = patterns[max(around, key=len)] if around else SHARD
     assert Placement(patterns).tactic(path) == expected
 
 
 @given(st.permutations([("layers", "replicate"), ("*.mlp", "shard"), ("layers.0.*", "shard"), ("norm", "replicate")]))
-def test_the_order_of_patterns_decides_nothing(patterns):
+def test_the_order_of_patterns_does_not_matter(patterns):
     same = Placement(dict(sorted(patterns)))
     assert [Placement(dict(patterns)).tactic(path) for path in MODULES] == [same.tactic(path) for path in MODULES]
 
 
-def test_two_patterns_that_contradict_each_other_about_one_module_are_both_named():
+def test_contradicting_patterns_for_one_module_are_both_named():
     with pytest.raises(
         ConfigError, match=r"'layers.0.mlp' is matched by '\*.mlp' \(shard\) and by 'layers.0.\*' \(replicate"
     ):
         Placement({"*.mlp": "shard", "layers.0.*": "replicate"}).tactic("layers.0.mlp")
 
 
-def test_a_pattern_that_names_nothing_is_refused_with_what_there_is():
+def test_a_pattern_without_a_match_is_refused_with_the_modules():
     with pytest.raises(ConfigError, match=r"'\*.mpl' matches no module; modules: .*layers.\*.mlp, norm"):
         Placement({"*.mpl": "shard"}).check(MODULES, INSIDE)
 
 
-def test_a_pattern_for_a_part_of_what_is_placed_as_a_whole_names_the_whole():
+def test_a_pattern_for_part_of_a_whole_module_is_refused_with_that_module():
     with pytest.raises(ConfigError, match="'layers.0.mlp.down', which is part of .* match 'layers.0.mlp' instead"):
         Placement({"*.down": "replicate"}).check(MODULES, INSIDE)
 
 
 @pytest.mark.parametrize("pattern", ["*", "layers", "layers.1", "*.mlp", "layers.1.mlp"])
-def test_experts_are_divided_by_patterns_that_name_them_or_what_is_around_them(pattern: str):
+def test_the_experts_tactic_may_match_an_enclosing_module(pattern: str):
     placement = Placement({pattern: "experts"})
     placement.check(MODULES, INSIDE, ["layers.1.mlp"])
     assert placement.tactic("layers.1.mlp") == EXPERTS
 
 
 @pytest.mark.parametrize("pattern", ["norm", "layers.0", "*.attention"])
-def test_a_pattern_that_divides_by_experts_what_has_none_is_refused(pattern: str):
+def test_the_experts_tactic_is_refused_for_modules_without_experts(pattern: str):
     with pytest.raises(
         ConfigError,
         match=r"is given 'experts', but matches no module with experts; modules with experts: layers.\*.mlp",
@@ -95,21 +95,21 @@ def test_a_wrong_pattern_or_tactic_is_named(patterns, message):
         Placement(patterns)
 
 
-def test_a_placement_is_made_of_what_a_user_passes():
+def test_a_placement_is_made_from_user_input():
     given = Placement({"norm": "replicate"})
     assert Placement.of(given) is given
     assert Placement.of({"norm": "replicate"}) == given
     assert Placement.of(None) == Placement()
 
 
-def test_the_numbers_of_layers_are_left_out_of_a_path():
+def test_any_layer_replaces_layer_numbers():
     assert any_layer("layers.11.attention") == "layers.*.attention"
     assert any_layer("layers.3") == "layers.*"
     assert any_layer("block2.norm") == "block2.norm"
 
 
-def test_a_contradiction_about_what_is_around_named_parts_is_found_too():
-    """`layers.*` names layers and all within them, so that `layers.0` would be passed over in silence."""
+def test_contradicting_patterns_for_an_enclosing_module_are_refused():
+    """`layers.*` matches all layers, so "layers.0" would otherwise be ignored silently."""
     placement = Placement({"layers.*": "replicate", "layers.0": "shard"})
     with pytest.raises(
         ConfigError, match=r"'layers.0' is matched by 'layers.\*' \(replicate\) and by 'layers.0' \(shard\)"

@@ -1,4 +1,4 @@
-"""The table from logical axes to mesh axes: what lies where, and what does not divide."""
+"""Rules from logical axes to mesh axes: shardings, and sizes that do not divide."""
 
 import pytest
 from jax.sharding import PartitionSpec

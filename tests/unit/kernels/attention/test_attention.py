@@ -1,4 +1,4 @@
-"""The XLA path over a paged cache against the oracle, and the oracle against attention without a cache."""
+"""XLA attention over a paged cache against the reference, and the reference against attention without a cache."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ P = PLAIN.block
 
 
 def dense(case: Case, q: np.ndarray, row: int, position: int) -> np.ndarray:
-    """One query over its sequence's own keys and values, no cache, in float64."""
+    """Attend with one query to its sequence's keys and values, without a cache, in float64."""
     shape = case.shape
     first = 0 if shape.window is None else max(0, position - shape.window + 1)
     own = [np.repeat(a[first : position + 1], shape.heads // shape.kv_heads, axis=1) for a in case.dense[row]]
@@ -30,7 +30,7 @@ def dense(case: Case, q: np.ndarray, row: int, position: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", [name for name in SHAPES if name != "bfloat16"])
-def test_the_oracle_is_attention_without_a_cache(name: str):
+def test_the_reference_equals_attention_without_a_cache(name: str):
     case = Case(SHAPES[name], [1, 6, 9], [1, 4, 3])
     q, k, v, rows, positions = case.step(padding=1)
     found, _ = case.expected(q, k, v, rows, positions)
@@ -44,10 +44,10 @@ def test_the_oracle_is_attention_without_a_cache(name: str):
     [("plain", None, xla_attention.DECODE_KEYS, None), ("plain", None, 2 * P + 1, 3), ("window", None, 2 * P + 1, 3)]
     + [(name, 7, P, 0) for name in SHAPES],
 )
-def test_decode_is_the_oracle(monkeypatch: pytest.MonkeyPatch, name: str, width, keys, spare):
-    """Every length around the ends of blocks, and rows of padding whose tables name anything.
+def test_decode_equals_the_reference(monkeypatch: pytest.MonkeyPatch, name: str, width, keys, spare):
+    """Lengths around block boundaries, and padding rows whose tables hold arbitrary ids.
 
-    In one piece a row or in several, with room for no more pieces than there are and with room to spare.
+    With one or several pieces per row, with exactly enough room for pieces and with spare room.
     """
     monkeypatch.setattr(xla_attention, "DECODE_KEYS", keys)
     shape = SHAPES[name]
@@ -56,7 +56,7 @@ def test_decode_is_the_oracle(monkeypatch: pytest.MonkeyPatch, name: str, width,
     q, k, v, rows, positions = case.step(padding=2)
     seen = [n if shape.window is None else n - max(0, n - shape.window) // P * P for n in lengths]
     items = None if spare is None else sum(-(-n // xla_attention.item_keys(P)) for n in seen) + spare
-    # A new function, as what was traced before read pieces of another size.
+    # A new function, as cached traces used another piece size.
     run = jax.jit(lambda *args: xla_attention.decode(*args, shape.scoring, case.sinks, items=items))
     found, lane = run(q, k, v, case.lane, case.slots(rows, positions), case.decode_rows(padding=2))
     expected, expected_lane = case.expected(q, k, v, rows, positions)
@@ -71,8 +71,8 @@ def test_decode_is_the_oracle(monkeypatch: pytest.MonkeyPatch, name: str, width,
     + [("several", name, 2 * P) for name in SHAPES if name != "plain"]
     + [("several", "plain", xla_attention.PREFILL_KEYS), ("several", "window", xla_attention.PREFILL_KEYS)],
 )
-def test_prefill_is_the_oracle(monkeypatch: pytest.MonkeyPatch, chunks: str, name: str, keys: int):
-    """Chunks of several sequences beside padding tokens and padding rows; the online softmax in one part or in many."""
+def test_prefill_equals_the_reference(monkeypatch: pytest.MonkeyPatch, chunks: str, name: str, keys: int):
+    """Chunks of several sequences beside padding tokens and rows; the online softmax in one or many parts."""
     monkeypatch.setattr(xla_attention, "PREFILL_KEYS", keys)
     shape = SHAPES[name]
     case = Case(shape, [start + count for start, count in CHUNKS[chunks]], [count for _, count in CHUNKS[chunks]])
@@ -82,7 +82,7 @@ def test_prefill_is_the_oracle(monkeypatch: pytest.MonkeyPatch, chunks: str, nam
     expected, expected_lane = case.expected(q, k, v, rows, positions)
     case.close(found[:-5], expected[:-5])
     same_lane(lane, expected_lane)
-    assert np.isfinite(np.asarray(found, np.float32)).all(), "padding is a number"
+    assert np.isfinite(np.asarray(found, np.float32)).all(), "padding must be finite"
 
 
 def test_writes_of_padding_are_dropped():

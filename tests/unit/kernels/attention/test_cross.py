@@ -1,4 +1,4 @@
-"""Attention to keys that all lie in the cache, in every implementation, against the oracle: nothing is written."""
+"""Attention to keys that are all in the cache, in every implementation, against the reference."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -29,7 +29,7 @@ SHAPES = {
     "narrow values": replace(PLAIN, value_dim=6),
 }
 SPANS = [(0, 0), (0, 1), (0, P), (3, 3), (0, 4 * P + 1), (P - 1, 2 * P + 1), (2 * P, 9 * P), (5, 6), (0, 9 * P + 3)]
-"""The keys that a sequence's queries see: none, around the ends of blocks, all."""
+"""Key spans that a sequence's queries see: none, around block boundaries, all."""
 QUERIES = [1, 2, 1, 3, 9, 1, 4, 5, 2]
 TILE = 4
 
@@ -51,7 +51,7 @@ def kernel(request: pytest.FixtureRequest) -> Iterator[Any]:
 
 
 def cached(shape: Shape) -> SimpleNamespace:
-    """Sequences whose keys are all in a cache that is NaN elsewhere; those outside of what is seen as well."""
+    """Make sequences whose visible keys are in a cache that is NaN everywhere else."""
     lengths = [end for _, end in SPANS]
     case = Case(shape, lengths, [0] * len(lengths))
     keys, values = (np.array(a) for a in case.lane)
@@ -64,7 +64,7 @@ def cached(shape: Shape) -> SimpleNamespace:
 
 
 def queries(work: SimpleNamespace, rows: np.ndarray) -> tuple[jax.Array, np.ndarray]:
-    """Of these rows, and what the oracle makes of them."""
+    """Make the queries of these rows and the reference's result."""
     shape = work.shape
     q = np.random.default_rng(1).normal(size=(len(rows), shape.heads, shape.dim)).astype(np.float32)
     q = jax.device_put(q.astype(work.lane.keys.dtype))
@@ -85,12 +85,12 @@ def test_decode_sees_a_span_of_the_cache(kernel: Any, name: str):
     found, lane = run(q, work.lane, step)
     work.case.close(found, expected)
     same_lane(lane, work.lane)
-    assert not expected[0].any() and not expected[3].any() and expected[1].any(), "nothing seen gives 0"
+    assert not expected[0].any() and not expected[3].any() and expected[1].any(), "0 without visible keys"
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_all_queries_of_a_tile_see_the_same_span(kernel: Any, name: str):
-    """Whatever their positions are, which are no positions of the keys."""
+    """Whatever the queries' positions, which are unrelated to those of the keys."""
     work = cached(SHAPES[name])
     rows = np.repeat(np.arange(len(SPANS)), QUERIES)
     q, expected = queries(work, rows)

@@ -1,4 +1,4 @@
-"""The native attention against the oracle: more than one turn of keys, wide heads, rows that are not numbers."""
+"""Native attention against the reference: several iterations over keys, wide heads, rows with NaN."""
 
 from dataclasses import replace
 
@@ -36,8 +36,8 @@ def decode(case: Case, padding: int) -> tuple[jax.Array, Lane, np.ndarray, Lane]
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_decode_is_the_oracle(name: str):
-    """Lengths around the ends of blocks and of turns, and rows of padding whose tables name anything."""
+def test_decode_equals_the_reference(name: str):
+    """Lengths around block and iteration boundaries, and padding rows whose tables hold arbitrary ids."""
     lengths = [1, P - 1, P, P + 1, 2 * P + 1, 127, 128, 129, 300]
     case = Case(SHAPES[name], lengths, [1] * len(lengths))
     found, lane, expected, expected_lane = decode(case, 2)
@@ -49,8 +49,8 @@ def test_decode_is_the_oracle(name: str):
 @pytest.mark.parametrize(
     ("chunks", "name"), [(name, "plain") for name in CHUNKS] + [("several", name) for name in SHAPES]
 )
-def test_prefill_is_the_oracle(chunks: str, name: str):
-    """Chunks of several sequences beside padding tokens, after 0 to 200 positions that are in the cache."""
+def test_prefill_equals_the_reference(chunks: str, name: str):
+    """Chunks of several sequences beside padding tokens, after 0 to 200 cached positions."""
     sizes = [count for _, count in CHUNKS[chunks]]
     starts = [start + (200 if name in WIDE else 0) for start, _ in CHUNKS[chunks]]
     case = Case(SHAPES[name], [start + count for start, count in zip(starts, sizes, strict=True)], sizes)
@@ -60,12 +60,12 @@ def test_prefill_is_the_oracle(chunks: str, name: str):
     expected, expected_lane = case.expected(q, k, v, rows, positions)
     case.close(found[:-5], expected[:-5])
     same_lane(lane, expected_lane)
-    assert np.isfinite(np.asarray(found, np.float32)).all(), "padding is a number"
+    assert np.isfinite(np.asarray(found, np.float32)).all(), "padding must be finite"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("where", ["keys", "values"])
-def test_what_is_not_a_number_stays_in_its_sequence(where: str, dtype: str):
+def test_nan_stays_in_its_sequence(where: str, dtype: str):
     case = Case(replace(PLAIN, dtype=dtype), [5, 140, 9], [1, 1, 1])
     q, k, v, rows, positions = case.step()
     run = jax.jit(lambda *args: native_attention.decode(*args, case.shape.scoring))
@@ -81,13 +81,13 @@ def test_the_cache_is_written_in_place():
     case = Case(PLAIN, [5, 9], [1, 1])
     q, k, v, rows, positions = case.step()
     run = jax.jit(lambda *args: native_attention.decode(*args, case.shape.scoring), donate_argnums=3)
-    made = jax.tree.map(jnp.copy, case.lane)  # what came from NumPy is not given away
+    made = jax.tree.map(jnp.copy, case.lane)  # arrays made from NumPy cannot be donated
     addresses = [array.unsafe_buffer_pointer() for array in made]
     _, lane = run(q, k, v, made, case.slots(rows, positions), case.decode_rows())
     assert [array.unsafe_buffer_pointer() for array in lane] == addresses
 
 
-def test_what_it_does_not_serve_goes_to_xla():
+def test_unsupported_cases_fall_back_to_xla():
     case = Case(replace(PLAIN, dtype="float16"), [5, 9], [1, 1])
     found, _, expected, _ = decode(case, 0)
     case.close(found, expected)

@@ -1,4 +1,4 @@
-"""The Triton kernel, interpreted on the CPU, against the oracle."""
+"""Triton attention, interpreted on the CPU, against the reference."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -29,12 +29,12 @@ MORE_SHAPES = {
 }
 ALL = SHAPES | MORE_SHAPES
 NAMES = list(ALL)
-"""The interpreter takes a second or so for each."""
+"""Few cases: the interpreter takes about a second for each."""
 
 
 @pytest.fixture(scope="module", autouse=True)
 def attention() -> Iterator[type[TritonAttention]]:
-    """Small tiles: 16 keys a turn in float32, 32 in 16 bits."""
+    """Use small tiles: 16 keys per iteration in float32, 32 in 16 bits."""
     with interpreted() as patch:
         patch.setattr(triton_tiles, "TURN_BYTES", 2048)
         yield TritonAttention
@@ -48,7 +48,7 @@ def check_decode(case: Case, *, cores: int, padding: int = 2) -> None:
     q, k, v, rows, positions = case.step(padding=padding)
     slots, step = case.slots(rows, positions), case.decode_rows(padding=padding)
     kernel, scoring = TritonAttention(Target(90, cores)), case.shape.scoring
-    run = jax.jit(lambda *args: kernel.decode(*args, scoring, case.sinks))  # one program, not one an operation
+    run = jax.jit(lambda *args: kernel.decode(*args, scoring, case.sinks))  # one program instead of one per operation
     found, lane = run(q, k, v, case.lane, slots, step)
     expected, expected_lane = case.expected(q, k, v, rows, positions)
     case.close(found, expected)
@@ -68,20 +68,20 @@ def check_prefill(case: Case, *, tile: int, padding: int = 5) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_decode_is_the_oracle(name: str):
-    """Rows of one piece and of several beside a padding row whose table names anything."""
+def test_decode_equals_the_reference(name: str):
+    """Rows of one and of several pieces beside a padding row whose table holds arbitrary ids."""
     lengths = [1, 2 * P, 17, 75]
     check_decode(Case(ALL[name], lengths, [1] * len(lengths)), cores=4, padding=1)
 
 
 @pytest.mark.parametrize("cores", [1, 2, 64])
-def test_decode_in_one_piece_a_row_and_in_as_many_as_there_can_be(cores: int):
+def test_decode_with_the_fewest_and_the_most_pieces(cores: int):
     case = Case(PLAIN, [80, 2, 49, 33], [1] * 4, width=23)
     check_decode(case, cores=cores, padding=1)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_prefill_of_several_chunks_is_the_oracle(name: str):
+def test_prefill_of_several_chunks_equals_the_reference(name: str):
     check_prefill(chunked(name, "several"), tile=4)
 
 
@@ -89,13 +89,13 @@ def test_prefill_of_several_chunks_is_the_oracle(name: str):
     ("chunks", "tile"),
     [(chunks, size) for chunks in CHUNKS for size in (32, 1)],
 )
-def test_prefill_in_tiles_of_any_size_is_the_oracle(chunks: str, tile: int):
+def test_prefill_in_tiles_of_any_size_equals_the_reference(chunks: str, tile: int):
     check_prefill(chunked("plain", chunks), tile=tile)
 
 
 @st.composite
 def shapes(draw: st.DrawFn) -> Shape:
-    """Any attention layer of small size."""
+    """Draw a small attention layer."""
     kv_heads, group = draw(st.sampled_from([(1, 1), (1, 5), (2, 2), (3, 1), (1, 17)]))
     dim, latent = draw(st.sampled_from([4, 8, 16, 20, 40])), draw(st.booleans())
     return Shape(
@@ -119,7 +119,7 @@ ANY = settings(
 
 @ANY
 @given(shape=shapes(), lengths=st.lists(st.integers(1, 90), min_size=1, max_size=4), cores=st.integers(1, 8))
-def test_any_decode_is_the_oracle(shape: Shape, lengths: list[int], cores: int):
+def test_any_decode_equals_the_reference(shape: Shape, lengths: list[int], cores: int):
     check_decode(Case(shape, lengths, [1] * len(lengths)), cores=cores)
 
 
@@ -129,12 +129,12 @@ def test_any_decode_is_the_oracle(shape: Shape, lengths: list[int], cores: int):
     tile=st.sampled_from([1, 3, 8]),
     chunks=st.lists(st.tuples(st.integers(0, 40), st.integers(1, 20)), min_size=1, max_size=3),
 )
-def test_any_prefill_is_the_oracle(shape: Shape, chunks: list[tuple[int, int]], tile: int):
+def test_any_prefill_equals_the_reference(shape: Shape, chunks: list[tuple[int, int]], tile: int):
     check_prefill(Case(shape, [a + b for a, b in chunks], [b for _, b in chunks]), tile=tile)
 
 
 @pytest.mark.parametrize("kind", ["decode", "prefill"])
-def test_what_is_not_a_number_stays_in_its_row(kind: str):
+def test_nan_stays_in_its_row(kind: str):
     fresh = [1, 1, 1] if kind == "decode" else [2, 3, 2]
     case = Case(replace(PLAIN, sinks=True), [40, 37, 3], fresh)
     q, k, v, rows, positions = case.step()

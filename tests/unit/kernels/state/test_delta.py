@@ -1,4 +1,4 @@
-"""The delta rule in chunks and by single steps against the plain recurrence, one token after another."""
+"""Delta rule in chunks and single steps against the plain token-by-token recurrence."""
 
 from functools import cache, partial
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 H, DK, DV, SLOTS = 2, 16, 12, 7
 NOWHERE = 99
 STRENGTHS = {"none": 0.0, "weak": 1e-3, "strong": 30.0, "mixed": None}
-"""Of decay: what multiplies a token's log-decay of about 1; mixed: from e^-7 to e^4, each channel its own."""
+"""Decay strengths: multipliers of log-decays of about 1; mixed: e^-7 to e^4, a different one per channel."""
 
 _recurrence = jax.jit(delta.recurrence)
 _prefill = {way: jax.jit(partial(delta.prefill, one_by_one=way)) for way in (True, False)}
@@ -26,7 +26,7 @@ ways = pytest.mark.parametrize("one_by_one", [True, False], ids=["one by one", "
 
 @cache
 def tokens(count: int, strength: str = "mixed", per_head: bool = False, seed: int = 0) -> Tokens:
-    """Random ones, NumPy."""
+    """Make random tokens in NumPy."""
     rng = np.random.default_rng(seed)
     q, k = rng.normal(size=(2, count, H, DK))
     v = rng.normal(size=(count, H, DV))
@@ -40,7 +40,7 @@ def tokens(count: int, strength: str = "mixed", per_head: bool = False, seed: in
 
 @cache
 def states() -> np.ndarray:
-    """`[N, H, Dk, Dv]`, none of them like another."""
+    """Make distinct states `[N, H, Dk, Dv]`."""
     return np.random.default_rng(1).normal(size=(SLOTS, H, DK, DV)).astype(np.float32)
 
 
@@ -49,7 +49,7 @@ def cut(made: Tokens, start: int, stop: int) -> Tokens:
 
 
 def segments(rows: list[tuple[int, int, int, bool]], padding: int = 2) -> Segments:
-    """Rows of (tokens, source, target, continues), one after another, and rows of padding that name a slot."""
+    """Make segments of rows (tokens, source, target, continues), followed by padding rows with slot ids."""
     counts = np.array([row[0] for row in rows] + [0] * padding)
     starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
     sources, targets = ([row[i] for row in rows] + [0] * padding for i in (1, 2))
@@ -64,7 +64,7 @@ def close(found, expected) -> None:
 @pytest.mark.parametrize("per_head", [False, True], ids=["channels", "heads"])
 @pytest.mark.parametrize("strength", STRENGTHS)
 @pytest.mark.parametrize("one_by_one", [True, False], ids=["one by one", "at once"])
-def test_chunks_are_the_recurrence_over_thousands_of_tokens(one_by_one, strength, per_head):
+def test_chunks_equal_the_recurrence_over_thousands_of_tokens(one_by_one, strength, per_head):
     made = tokens(4096, strength, per_head)
     expected, last = _recurrence(made, states()[3])
     found, after = _prefill[one_by_one](made, states(), segments([(4096, 3, 5, False)]))
@@ -73,7 +73,7 @@ def test_chunks_are_the_recurrence_over_thousands_of_tokens(one_by_one, strength
     assert np.abs(expected).max() > 0.1 and np.isfinite(after).all()
 
 
-def test_the_recurrence_forgets_as_it_is_told():
+def test_the_recurrence_applies_decay_and_updates():
     made = tokens(20)
     kept, _ = _recurrence(made, states()[3])
     gone, _ = _recurrence(made._replace(g=np.full_like(made.g, -np.inf)), states()[3])
@@ -85,7 +85,7 @@ def test_the_recurrence_forgets_as_it_is_told():
 
 
 @ways
-def test_nothing_of_before_is_left_behind_a_decay_of_all(one_by_one):
+def test_a_full_decay_clears_the_state(one_by_one):
     made = tokens(80)
     made = made._replace(g=np.where(np.arange(80)[:, None, None] == 50, -np.inf, made.g))
     expected, last = _recurrence(made, states()[3])
@@ -95,13 +95,12 @@ def test_nothing_of_before_is_left_behind_a_decay_of_all(one_by_one):
 
 
 MIXED = [(1, NOWHERE, 1, False), (32, 2, 2, False), (33, NOWHERE, NOWHERE, False), (7, 3, 4, False), (64, 5, 3, False)]
-"""Of five sequences: a beginning, one that goes on in its slot, one that is thrown away, one that leaves its slot,
-..."""
+"""Five sequences: a new one, one continued in place, one whose state is dropped, one written to another slot, ..."""
 
 
 @ways
-def test_sequences_side_by_side_are_as_each_alone(one_by_one):
-    """Bit for bit: chunks are cut from each sequence's own start, whatever lies beside it."""
+def test_batched_sequences_equal_each_alone(one_by_one):
+    """Bit for bit, as chunks are aligned to each sequence's own start."""
     total = sum(row[0] for row in MIXED)
     made = tokens(total + 23)
     run = _prefill[one_by_one]
@@ -112,7 +111,7 @@ def test_sequences_side_by_side_are_as_each_alone(one_by_one):
         begin = states()[source] if source < SLOTS else np.zeros((H, DK, DV), np.float32)
         outputs, last = _recurrence(own, begin)
         close(found[start : start + count], outputs)
-        # Alone, in a step of the same size, where it begins elsewhere.
+        # Alone, in a step of the same size, at another offset.
         moved = jax.tree.map(lambda x, s=start: np.roll(x, -s, axis=0), made)
         alone, others = run(moved, states(), segments([(count, source, target, False)], padding=len(MIXED) + 1))
         np.testing.assert_array_equal(found[start : start + count], alone[:count])
@@ -121,12 +120,12 @@ def test_sequences_side_by_side_are_as_each_alone(one_by_one):
             np.testing.assert_array_equal(after[target], others[target])
             expected[target] = after[target]
         start += count
-    np.testing.assert_array_equal(after, expected)  # slots that none names
-    assert np.isfinite(found).all(), "padding is a number"
+    np.testing.assert_array_equal(after, expected)  # unused slots
+    assert np.isfinite(found).all(), "padding must be finite"
 
 
 @ways
-def test_a_cut_inside_a_sequence_leaves_its_state_there_and_changes_nothing_behind(one_by_one):
+def test_a_cut_saves_the_state_and_changes_no_later_output(one_by_one):
     made = tokens(100)
     whole, last = _recurrence(made, states()[2])
     _, middle = _recurrence(cut(made, 0, 48), states()[2])
@@ -138,7 +137,7 @@ def test_a_cut_inside_a_sequence_leaves_its_state_there_and_changes_nothing_behi
 
 
 @ways
-def test_what_is_not_a_number_stays_in_its_sequence(one_by_one):
+def test_nan_stays_in_its_sequence(one_by_one):
     made = tokens(160)
     rows = [(20, 1, 1, False), (30, 2, 2, False), (70, 3, 3, False)]
     whole, whole_after = _prefill[one_by_one](made, states(), segments(rows))
@@ -155,7 +154,7 @@ def test_what_is_not_a_number_stays_in_its_sequence(one_by_one):
 
 @pytest.mark.parametrize("per_head", [False, True], ids=["channels", "heads"])
 @ways
-def test_decode_is_the_recurrence_and_padding_changes_no_state(one_by_one, per_head):
+def test_decode_equals_the_recurrence_and_padding_changes_no_state(one_by_one, per_head):
     sources, targets = np.array([3, NOWHERE, 0, 6], np.int32), np.array([1, NOWHERE, 0, 6], np.int32)
     made = tokens(4, per_head=per_head)
     made = jax.tree.map(lambda x: np.where(np.arange(4)[:, None, None] == 1, np.nan, x), made)
@@ -168,7 +167,7 @@ def test_decode_is_the_recurrence_and_padding_changes_no_state(one_by_one, per_h
     np.testing.assert_array_equal(np.delete(after, [0, 1, 6], 0), np.delete(states(), [0, 1, 6], 0))
 
 
-def test_decode_writes_where_the_state_lies():
+def test_decode_writes_the_state_in_place():
     run = jax.jit(partial(delta.decode, one_by_one=True), donate_argnums=1)
     made, given = tokens(4), jnp.array(states())
     compiled = run.lower(made, given, DecodeSlots(np.arange(4), np.arange(4))).compile()

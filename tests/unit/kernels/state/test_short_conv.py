@@ -1,4 +1,4 @@
-"""The short convolution against one written out in NumPy, over sequences of every length around its taps."""
+"""Short convolution against NumPy, over sequences of every length around the number of taps."""
 
 import jax
 import numpy as np
@@ -17,16 +17,15 @@ INPUTS = _rng.normal(size=(24, COLUMNS)).astype(np.float32)
 
 
 def alone(x: np.ndarray, past: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """One sequence behind its last inputs: outputs and the last inputs after it, in float64."""
+    """Process one sequence after its past inputs, in float64; return outputs and the last inputs."""
     whole = np.concatenate([past, x]).astype(np.float64)
     y = sum(whole[j : j + len(x)] * WEIGHT[:, j] for j in range(TAPS))
     return y / (1 + np.exp(-y)), whole[len(x) :]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_sequences_side_by_side_are_as_each_alone(dtype):
-    """(tokens, source, target, continues): beginnings, ones that go on, cuts so short that the past reaches over
-    several."""
+def test_batched_sequences_equal_each_alone(dtype):
+    """Rows (tokens, source, target, continues): new sequences, continued ones, and cuts shorter than the taps."""
     rows = [
         (5, 1, 2, False),
         (1, 0, 3, True),

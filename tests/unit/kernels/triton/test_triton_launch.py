@@ -1,4 +1,4 @@
-"""Which devices Triton's kernels are for, what is said where they cannot run, and the program that launches one."""
+"""Triton launches: supported devices, errors where it cannot run, and the program that launches a kernel."""
 
 import importlib.metadata
 import importlib.util
@@ -26,7 +26,7 @@ from jaxinfer.sharding import make_mesh
 
 @dataclass(frozen=True)
 class Device:
-    """What is read of a device."""
+    """Stand-in for the attributes read from a device."""
 
     platform: str = "gpu"
     compute_capability: str = "9.0"
@@ -36,7 +36,7 @@ class Device:
 
 
 def given(monkeypatch: pytest.MonkeyPatch, device: Device, version: str | None = "3.6.0") -> Mesh:
-    """A mesh of such a device, on a machine with such a triton."""
+    """Make a mesh of such a device, with this version of triton installed."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: version)
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
     return Mesh(np.array([device], object), ("model",))
@@ -77,7 +77,7 @@ def test_triton_where_it_cannot_run_is_an_error(monkeypatch: pytest.MonkeyPatch)
     ("version", "said"), [(None, "not installed; pip install"), ("3.5.1", "3.5.1, older than 3.6")]
 )
 @pytest.mark.parametrize("kernels", [attention, matmul], ids=["attention", "matmul"])
-def test_a_gpu_without_triton_is_served_by_xla_and_told_so_once(
+def test_a_gpu_without_triton_uses_xla_and_warns_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, version: str | None, said: str, kernels: Any
 ):
     mesh = given(monkeypatch, Device(), version=version)
@@ -88,7 +88,7 @@ def test_a_gpu_without_triton_is_served_by_xla_and_told_so_once(
 
 
 def test_the_buffers_of_a_launch_are_the_kernels_parameters_in_order(monkeypatch: pytest.MonkeyPatch):
-    """Operands, results, and the two that triton adds; what is None is a constant."""
+    """Operands, results, and the two buffers that triton adds; None arguments are constants."""
     text = ".entry double(.param .u64 a, .param .u64 b, .param .u64 c, .param .u64 d, .param .u64 e)\n{ ret; }"
     seen = {}
 

@@ -1,4 +1,4 @@
-"""What the Triton kernel is launched with: pieces of work from lengths, tiles from shapes."""
+"""Inputs of the Triton attention kernel: work items from lengths, tiles from shapes."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -24,7 +24,7 @@ def _work(rows: DecodeRows, scoring: Scoring, **sizes: int) -> tuple[jax.Array, 
 def work(
     lengths: Sequence[int], *, running: int, block_n: int = 16, window: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Items and spans of a decode step."""
+    """Compute work items and spans of a decode step."""
     items = triton_work.decode_items(len(lengths), 1 << 22, running, block_n)
     rows = DecodeRows(*jax.device_put((np.zeros((len(lengths), 1), np.int32), np.array(lengths, np.int32))))
     items, spans = _work(rows, Scoring(1.0, window), items=items, running=running, block_n=block_n)
@@ -39,7 +39,7 @@ def work(
 )
 def test_the_pieces_are_all_live_keys_in_order(lengths: list[int], window: int | None, running: int):
     items, spans = work(lengths, window=window, running=running)
-    assert (items[:, 3] == 1).sum() == spans[:, 1].sum(), "there is room for all"
+    assert (items[:, 3] == 1).sum() == spans[:, 1].sum(), "all pieces fit"
     for row, (length, (first, count)) in enumerate(zip(lengths, spans, strict=True)):
         own = items[first : first + count]
         assert (own[:, 0] == row).all() and (own[:, 2] == length - 1).all() and (own[:, 7] == (count > 1)).all()
@@ -59,8 +59,8 @@ def test_pieces_fill_the_slots(lengths: list[int], pieces: int):
     assert spans[0, 1] == pytest.approx(pieces, rel=0.1)
 
 
-def test_tiles_of_a_prefill_come_last_first_and_the_rest_is_padding():
-    # Two sequences: the second chunk begins at position 7, token 5; 3 tokens of padding.
+def test_prefill_items_are_in_reverse_order_and_the_rest_is_padding():
+    # Two sequences: the second chunk starts at position 7, token 5; 3 padding tokens.
     tiles = np.array([[0, 0, 0, 4], [0, 4, 4, 1], [1, 5, 7, 4], [0, 0, 0, 0], [0, 0, 0, 0]], np.int32)
     step = PrefillTiles(*jax.device_put((np.zeros((2, 8), np.int32), tiles, np.int32(3))))
     items = triton_work.prefill_work(step, Scoring(1.0, window=3), tokens=12, tile=2)
@@ -87,7 +87,7 @@ LAYERS = {
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("decode", [True, False])
 @pytest.mark.parametrize("name", LAYERS)
-def test_tiles_hold_what_they_must_and_fit(name: str, decode: bool, itemsize: int):
+def test_tiles_cover_the_layout_and_fit_the_device(name: str, decode: bool, itemsize: int):
     heads, kv_heads, dim, value_dim, latent = LAYERS[name]
     group = heads // kv_heads
     queries = 1 if decode else triton_tiles.tile(group, value_dim, itemsize)
