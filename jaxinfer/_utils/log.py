@@ -1,4 +1,4 @@
-"""Log lines that are written once a process."""
+"""Warnings logged once per process."""
 
 import logging
 from functools import cache

@@ -1,4 +1,4 @@
-"""Names of transformers, imported when they are first needed."""
+"""Lazy imports from transformers."""
 
 import importlib
 import logging
@@ -6,9 +6,9 @@ from typing import Any
 
 
 def from_transformers(name: str) -> Any | None:
-    """Import a name from transformers; None where its version has none.
+    """Import a name from transformers; None if the installed version does not have it.
 
-    Its warning that torch is not installed is silenced: nothing that is imported here needs torch.
+    Silences the warning that torch is not installed: nothing imported here needs torch.
     """
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)

@@ -36,7 +36,7 @@ def choose(asked: str, mesh: Mesh) -> str:
     if served:
         return TRITON
     if triton_launch.target(mesh) is not None:
-        warn_once("attention runs in XLA, which copies what it reads of the cache", lacking)
+        warn_once("attention uses XLA, which copies the cache blocks it reads", lacking)
     return XLA
 
 
