@@ -87,6 +87,12 @@ def test_the_calls_of_a_request_exist():
             assert not owner or re.search(rf"^class {owner[0]}\b", source, re.MULTILINE), function
 
 
+def test_decisions_are_numbered_newest_first():
+    text = (ROOT / "docs/decisions.md").read_text(encoding="utf-8")
+    numbers = [int(number) for number in re.findall(r"^## (\d+)\. ", text, re.MULTILINE)]
+    assert numbers == list(range(len(numbers), 0, -1)) and len(numbers) >= 75
+
+
 def test_what_is_missing_is_found():
     page = ROOT / "README.md"
     assert exists("models/llama.py", page) and not exists("models/nowhere.py", page)
