@@ -5,7 +5,7 @@ both encoder and decoder.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -14,37 +14,37 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxinfer.checkpoint.hf import ConfigReader
-from jaxinfer.checkpoint.rules import Rule, expand
+from jaxinfer.checkpoint.rules import Rule
 from jaxinfer.kernels.attention.paged import Lane
 from jaxinfer.kv.spec import Full
-from jaxinfer.layers.attention import Attention, AttentionSpec, StepContext
-from jaxinfer.layers.cross import CrossAttention, CrossSpec
+from jaxinfer.layers.attention import StepContext
 from jaxinfer.layers.embedding import Embedding, LearnedPositions
-from jaxinfer.layers.encoder import EncoderAttention, EncodeStep
-from jaxinfer.layers.mlp import ACTIVATIONS, MLP
-from jaxinfer.layers.norms import LayerNorm
+from jaxinfer.layers.encoder import EncodeStep
+from jaxinfer.layers.mlp import ACTIVATIONS
 from jaxinfer.layers.params import Build, constant
 from jaxinfer.models.base import CrossSource, Family, FeatureRows
+from jaxinfer.models.encoder_decoder import (
+    DecoderLayer,
+    EncoderLayer,
+    StackConfig,
+    both,
+    cache_specs,
+    cross_parts,
+    decode,
+    keep_cross,
+    layer_rules,
+    norm,
+    read_stack,
+)
 from jaxinfer.sharding import axes
 from jaxinfer.sharding.collectives import ENCODE, STEPS
 
-NORM_EPS = 1e-5
 OFFSET = 2
 """Index of position 0 in the tables of learned positions."""
-BIASES, HALVES = ("q", "k", "v"), ("encoder", "decoder")
+HALVES = ("encoder", "decoder")
 HEAD = "head"
 TABLES = (*HALVES, HEAD)
 """Users of the token embedding: each shares it or has one of its own."""
-
-
-@dataclass(frozen=True)
-class StackConfig:
-    """Layers of the encoder or of the decoder."""
-
-    layers: int
-    heads: int
-    ffn: int
-    """F: feed-forward width."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,6 @@ class BartConfig:
     encoder: StackConfig
     decoder: StackConfig
     activation: str
-    max_position: int
-    """Maximum number of positions of the encoder and of the decoder."""
     embedding_scale: float
     """Factor on token embeddings."""
     norm_first: bool
@@ -72,6 +70,8 @@ class BartConfig:
     """Rope changes: none, positions are learned."""
     query_group: int = 1
     """Number of query heads per kv head."""
+    biases: tuple[str, ...] = ("q", "k", "v")
+    """Projections with a bias."""
 
     @property
     def num_layers(self) -> int:
@@ -80,13 +80,13 @@ class BartConfig:
 
     @property
     def cross(self) -> CrossSource:
-        """A text of up to `max_position` tokens, encoded together."""
-        return CrossSource("text", (), 1, self.max_position, joint=True)
+        """A text of up to as many tokens as the encoder has positions, encoded together."""
+        return CrossSource("text", (), 1, self.encoder.positions, joint=True)
 
     @property
     def max_length(self) -> int:
         """Maximum length of a decoder sequence."""
-        return self.max_position
+        return self.decoder.positions
 
     def length_key(self, prompt_length: int) -> bytes:
         """Return an empty salt: keys do not depend on the prompt's length."""
@@ -100,11 +100,6 @@ def read_config(reader: ConfigReader, *, norm_first: bool) -> BartConfig:
         ConfigError: sizes do not fit each other, or the activation is unknown.
     """
     width, activation = reader.get_int("d_model"), reader.get_choice("activation_function", "gelu", ACTIVATIONS)
-
-    def stack(name: str) -> StackConfig:
-        layers, heads, ffn = (reader.get_int(f"{name}_{part}") for part in ("layers", "attention_heads", "ffn_dim"))
-        reader.divide("d_model", width, f"{name}_attention_heads", heads)
-        return StackConfig(layers, heads, ffn)
 
     tied = reader.get_bool("tie_word_embeddings", True)
     # transformers no longer reads these, but the code that some checkpoints were published with did.
@@ -126,10 +121,9 @@ def read_config(reader: ConfigReader, *, norm_first: bool) -> BartConfig:
     return BartConfig(
         vocab_size=reader.get_int("vocab_size"),
         width=width,
-        encoder=stack("encoder"),
-        decoder=stack("decoder"),
+        encoder=read_stack(reader, "encoder", width, "max_position_embeddings"),
+        decoder=read_stack(reader, "decoder", width, "max_position_embeddings"),
         activation=activation,
-        max_position=reader.get_int("max_position_embeddings"),
         embedding_scale=math.sqrt(width) if scaled else 1.0,
         norm_first=norm_first,
         own=frozenset() if tied else frozenset(TABLES),
@@ -139,12 +133,11 @@ def read_config(reader: ConfigReader, *, norm_first: bool) -> BartConfig:
 class Stack(nnx.Module):
     """Common parts of encoder and decoder: positions, a norm of the embedding, layers, and in mBART a final norm."""
 
-    def __init__(self, build: Build, config: BartConfig, layer: Callable[[Build], nnx.Module], count: int):
-        norm = partial(LayerNorm, size=config.width, eps=NORM_EPS, axis=axes.EMBED)
-        self.positions = LearnedPositions(build.at("positions"), config.max_position, config.width, offset=OFFSET)
-        self.embedding_norm = norm(build.at("embedding_norm"))
-        self.layers = nnx.List([layer(build.at("layers", i)) for i in range(count)])
-        self.norm = norm(build.at("norm")) if config.norm_first else None
+    def __init__(self, build: Build, config: BartConfig, stack: StackConfig, layer: type[EncoderLayer | DecoderLayer]):
+        self.positions = LearnedPositions(build.at("positions"), stack.positions, config.width, offset=OFFSET)
+        self.embedding_norm = norm(build.at("embedding_norm"), config.width)
+        self.layers = nnx.List([layer(build.at("layers", i), config, stack) for i in range(stack.layers)])
+        self.norm = norm(build.at("norm"), config.width) if config.norm_first else None
 
     def enter(self, embedded: jax.Array, positions: jax.Array) -> jax.Array:
         """Add positions `[T]` to embeddings `[T, M]` and normalise: the input of the first layer."""
@@ -153,67 +146,6 @@ class Stack(nnx.Module):
     def leave(self, x: jax.Array) -> jax.Array:
         """Apply the final norm, if there is one, to the output of the last layer."""
         return x if self.norm is None else self.norm(x)
-
-
-class Residual(nnx.Module):
-    """Residual layer: `norm(x + f(x))`, or `x + f(norm(x))` if pre-norm."""
-
-    def __init__(self, build: Build, config: BartConfig, ffn: int):
-        self.first = config.norm_first
-        norm = partial(LayerNorm, size=config.width, eps=NORM_EPS, axis=axes.EMBED)
-        self.attention_norm, self.mlp_norm = norm(build.at("attention_norm")), norm(build.at("mlp_norm"))
-        self.mlp = MLP(build.at("mlp"), config.width, ffn, config.width, config.activation)
-
-    def before(self, x: jax.Array, norm: LayerNorm) -> jax.Array:
-        """Return the input of f."""
-        return norm(x) if self.first else x
-
-    def after(self, x: jax.Array, y: jax.Array, norm: LayerNorm) -> jax.Array:
-        """Return the output for the residual x and y = f(...)."""
-        return x + y if self.first else norm(x + y)
-
-    def feed_forward(self, x: jax.Array) -> jax.Array:
-        """Apply the MLP branch to `[T, M]`."""
-        return self.after(x, self.mlp(self.before(x, self.mlp_norm)), self.mlp_norm)
-
-
-class EncoderLayer(Residual):
-    """Encoder layer: bidirectional attention, then the MLP."""
-
-    def __init__(self, build: Build, config: BartConfig):
-        stack = config.encoder
-        super().__init__(build, config, stack.ffn)
-        self.attention = EncoderAttention(build.at("attention"), config.width, stack.heads, config.width // stack.heads)
-
-    def __call__(self, x: jax.Array, step: EncodeStep) -> jax.Array:
-        """Map hidden states `[S, M]` to `[S, M]`."""
-        y = self.attention(self.before(x, self.attention_norm), step)
-        return self.feed_forward(self.after(x, y, self.attention_norm))
-
-
-class DecoderLayer(Residual):
-    """Decoder layer: causal attention, cross-attention, then the MLP."""
-
-    def __init__(self, build: Build, config: BartConfig):
-        width, stack = config.width, config.decoder
-        super().__init__(build, config, stack.ffn)
-        shape = (width, stack.heads, stack.heads, width // stack.heads)
-        self.attention = Attention(build.at("attention"), AttentionSpec(*shape, qkv_bias=True, out_bias=True))
-        self.cross_norm = LayerNorm(build.at("cross_norm"), width, NORM_EPS, axes.EMBED)
-        self.cross = CrossAttention(build.at("cross"), CrossSpec(*shape, biases=BIASES, out_bias=True))
-
-    def __call__(
-        self, x: jax.Array, lanes: list[Lane], own: int, read: int, step: StepContext
-    ) -> tuple[jax.Array, list[Lane]]:
-        """Map hidden states `[T, M]` to `[T, M]`; also return the new cache arrays.
-
-        `own` and `read` are the indices of self- and cross-attention in `cache_specs`.
-        """
-        lanes, lane = list(lanes), step.lane(own)
-        y, lanes[lane] = self.attention(self.before(x, self.attention_norm), lanes[lane], None, step.of(own))
-        x, lane = self.after(x, y, self.attention_norm), step.lane(read)
-        y, lanes[lane] = self.cross(self.before(x, self.cross_norm), lanes[lane], step.of(read))
-        return self.feed_forward(self.after(x, y, self.cross_norm)), lanes
 
 
 def _embedding(build: Build, config: BartConfig, parts: Sequence[str]) -> Embedding:
@@ -241,9 +173,9 @@ class Bart(nnx.Module):
             _embedding(build.at(name), config, (part,)) if part in config.own else None
             for part, name in zip(TABLES, ("encoder_embedding", "decoder_embedding", "head"), strict=True)
         )
-        self.encoder = Stack(build.at("encoder"), config, partial(EncoderLayer, config=config), config.encoder.layers)
+        self.encoder = Stack(build.at("encoder"), config, config.encoder, EncoderLayer)
         self.encoder.steps = (ENCODE,)
-        self.decoder = Stack(build.at("decoder"), config, partial(DecoderLayer, config=config), config.decoder.layers)
+        self.decoder = Stack(build.at("decoder"), config, config.decoder, DecoderLayer)
         head = self.embedding if self.head is None else self.head
         names, whole = (None, axes.VOCAB), (1, config.vocab_size)
         at = build.at("embedding" if self.head is None else "head")
@@ -261,19 +193,14 @@ class Bart(nnx.Module):
 
     def encode_cross(self, inputs: jax.Array, numbers: jax.Array, step: EncodeStep, lanes: list[Lane]) -> list[Lane]:
         """Encode token ids `[S]` and return the cache arrays with the keys and values of all cross-attentions."""
-        encoded, lanes = self.encode(inputs, step), list(lanes)
-        for number, layer in enumerate(self.decoder.layers, self.config.num_layers):
-            lane = step.lane(number)
-            lanes[lane] = layer.cross.keep(encoded, lanes[lane], step.of(number))
-        return lanes
+        return keep_cross(cross_parts(self.decoder.layers), self.encode(inputs, step), lanes, step)
 
     def __call__(
         self, tokens: jax.Array, step: StepContext, lanes: list[Lane], features: FeatureRows | None = None
     ) -> tuple[jax.Array, list[Lane]]:
         """Compute hidden states `[T, M]` after the last layer for token ids `[T]`; also return the new cache arrays."""
         x = self.decoder.enter(self._embed(tokens, self.decoder_embedding), step.positions)
-        for number, layer in enumerate(self.decoder.layers):
-            x, lanes = layer(x, lanes, number, number + self.config.num_layers, step)
+        x, lanes = decode(self.decoder.layers, x, lanes, step)
         return self.decoder.leave(x), lanes
 
     def logits(self, hidden: jax.Array) -> jax.Array:
@@ -283,26 +210,7 @@ class Bart(nnx.Module):
 
     def cache_specs(self) -> Sequence[Full]:
         """Return what self-attentions cache, then what cross-attentions cache."""
-        layers = self.decoder.layers
-        return [layer.attention.cache_spec for layer in layers] + [layer.cross.cache_spec for layer in layers]
-
-
-NAMES: Mapping[str, str] = {
-    "self_attn_layer_norm": "attention_norm",
-    "encoder_attn_layer_norm": "cross_norm",
-    "final_layer_norm": "mlp_norm",
-    "self_attn.out_proj": "attention.out",
-    "encoder_attn.out_proj": "cross.out",
-    "fc2": "mlp.down",
-}
-"""Parts of a layer that correspond one to one: checkpoint name to ours."""
-PARTS: Mapping[str, tuple[str, str]] = {
-    **{f"self_attn.{part}_proj": ("attention.qkv", part) for part in BIASES},
-    "encoder_attn.q_proj": ("cross.qkv.q", "q"),
-    **{f"encoder_attn.{part}_proj": ("cross.qkv.kv", part) for part in ("k", "v")},
-    "fc1": ("mlp.up", "up"),
-}
-"""Parts of fused projections: checkpoint name to our projection and its part."""
+        return cache_specs(self.decoder.layers)
 
 
 def weight_rules(config: BartConfig) -> list[Rule]:
@@ -317,23 +225,11 @@ def weight_rules(config: BartConfig) -> list[Rule]:
         table.append(Rule(name, f"{path}.weight") if own else Rule(name, "embedding.weight", tied=part))
     for half, stack in zip(HALVES, (config.encoder, config.decoder), strict=True):
         own = [Rule(f"model.{half}.embed_positions.weight", f"{half}.positions.weight")]
-        own += _both(f"model.{half}.layernorm_embedding", f"{half}.embedding_norm")
-        own += _both(f"model.{half}.layer_norm", f"{half}.norm") if config.norm_first else []
-        source, target = f"model.{half}.layers.{{i}}.", f"{half}.layers.{{i}}."
-        for theirs, ours in NAMES.items():
-            if half == "decoder" or not theirs.startswith("encoder_attn"):
-                own += _both(source + theirs, target + ours)
-        for theirs, (ours, part) in PARTS.items():
-            if half == "decoder" or not theirs.startswith("encoder_attn"):
-                own += _both(source + theirs, target + ours, (part,))
-        table += expand(own, stack.layers)
+        own += both(f"model.{half}.layernorm_embedding", f"{half}.embedding_norm")
+        own += both(f"model.{half}.layer_norm", f"{half}.norm") if config.norm_first else []
+        prefix = f"model.{half}.layers", f"{half}.layers"
+        table += [*own, *layer_rules(*prefix, stack.layers, config.biases, cross=half == "decoder")]
     return table
-
-
-def _both(source: str, target: str, parts: tuple[str, ...] = ()) -> list[Rule]:
-    """Return the rules for weight and bias of a projection or norm; a norm's weight is named scale."""
-    weight = "scale" if target.endswith("norm") else "weight"
-    return [Rule(f"{source}.weight", f"{target}.{weight}", parts), Rule(f"{source}.bias", f"{target}.bias", parts)]
 
 
 def untie(config: BartConfig, tie: str) -> BartConfig:

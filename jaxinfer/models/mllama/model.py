@@ -28,6 +28,7 @@ from jaxinfer.models.base import Family, FeatureRows
 from jaxinfer.models.decoder import Layer
 from jaxinfer.models.decoder import weight_rules as decoder_rules
 from jaxinfer.models.decoder_config import DecoderConfig
+from jaxinfer.models.encoder_decoder import keep_cross
 from jaxinfer.models.mllama import vision
 from jaxinfer.models.mllama.config import EXTRA_TOKENS, MllamaConfig, read_config
 from jaxinfer.models.mllama.prompt import IMAGES, MllamaReader
@@ -118,11 +119,10 @@ class Mllama(nnx.Module):
 
     def encode_cross(self, inputs: jax.Array, numbers: jax.Array, step: EncodeStep, lanes: list[Lane]) -> list[Lane]:
         """Encode images `[U, t, C, height, width]` with canvas ids `[U, 1]` into the cache's keys and values."""
-        encoded, lanes = self.projector(self.vision_model(inputs, numbers[:, 0])), list(lanes)
-        for number in sorted(self.config.cross_layers):
-            lane = step.lane(number)
-            lanes[lane] = self.language_model.layers[number].attention.keep(encoded, lanes[lane], step.of(number))
-        return lanes
+        encoded = self.projector(self.vision_model(inputs, numbers[:, 0]))
+        layers = self.language_model.layers
+        parts = ((number, layers[number].attention) for number in sorted(self.config.cross_layers))
+        return keep_cross(parts, encoded, lanes, step)
 
     def __call__(
         self, tokens: jax.Array, step: StepContext, lanes: list[Lane], features: FeatureRows | None = None

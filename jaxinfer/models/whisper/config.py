@@ -10,6 +10,7 @@ from jaxinfer.checkpoint.plain_json import show
 from jaxinfer.errors import ConfigError
 from jaxinfer.layers.mlp import ACTIVATIONS
 from jaxinfer.models.base import CrossSource
+from jaxinfer.models.encoder_decoder import StackConfig, read_stack
 from jaxinfer.models.whisper.tokens import WhisperTokens
 
 STRIDE = 2
@@ -35,19 +36,6 @@ UNUSED = (
 
 
 @dataclass(frozen=True)
-class StackConfig:
-    """Layers of the encoder or of the decoder."""
-
-    layers: int
-    heads: int
-    """H: number of heads."""
-    ffn: int
-    """F: feed-forward width."""
-    positions: int
-    """Maximum number of positions."""
-
-
-@dataclass(frozen=True)
 class WhisperConfig:
     """Shape and options of the model."""
 
@@ -64,6 +52,10 @@ class WhisperConfig:
     """Token rule; None if no file names the special tokens."""
     tied: bool = True
     """Whether the output head is the token embedding."""
+    norm_first: bool = True
+    """Whether layers are pre-norm."""
+    biases: tuple[str, ...] = ("q", "v")
+    """Projections with a bias."""
 
     @property
     def cross(self) -> CrossSource:
@@ -109,13 +101,6 @@ def read_config(reader: ConfigReader) -> WhisperConfig:
     """
     width = reader.get_int("d_model")
 
-    def stack(name: str, positions: str) -> StackConfig:
-        heads = reader.get_int(f"{name}_attention_heads")
-        reader.divide("d_model", width, f"{name}_attention_heads", heads)
-        return StackConfig(
-            reader.get_int(f"{name}_layers"), heads, reader.get_int(f"{name}_ffn_dim"), reader.get_int(positions)
-        )
-
     activation = reader.get_choice("activation_function", "gelu", ACTIVATIONS)
     reader.defaults(max_source_positions=1500, max_target_positions=448)
     said = reader.get("special_tokens", {})
@@ -125,8 +110,8 @@ def read_config(reader: ConfigReader) -> WhisperConfig:
     return WhisperConfig(
         reader.get_int("vocab_size"),
         width,
-        stack("encoder", "max_source_positions"),
-        stack("decoder", "max_target_positions"),
+        read_stack(reader, "encoder", width, "max_source_positions"),
+        read_stack(reader, "decoder", width, "max_target_positions"),
         reader.get_int("num_mel_bins", 80),
         activation,
         WhisperTokens.of(said, reader.config) if said or "decoder_start_token_id" in reader.config else None,
