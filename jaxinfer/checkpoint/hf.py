@@ -166,6 +166,10 @@ class ConfigReader:
         self._one_value: dict[str, tuple[Any, ...]] = dict(ONE_VALUE)
         self._parts: dict[str, ConfigReader] = {}
 
+    def has(self, name: str) -> bool:
+        """Return whether the file states a field; null is as if it were not there."""
+        return self.config.get(name) is not None
+
     def get(self, name: str, default: Any = REQUIRED) -> Any:
         """Read a field as it stands, or `default`."""
         self._consumed.add(name)

@@ -301,25 +301,58 @@ def _ropes(
     """
     each = reader.get("rope_parameters", None)
     if not isinstance(each, Mapping) or {FULL, SLIDING}.isdisjoint(each):
+        if local and isinstance(each, Mapping) and each:
+            raise ConfigError(
+                f"config.json: rope_parameters is {show(each)}; {reader.family} has a rope per kind of layer: put them "
+                f"in rope_parameters.{FULL} and rope_parameters.{SLIDING}"
+            )
         rope = reader.rope(head_dim)
         return rope, None if local is None else reader.rope(head_dim, **local)
+    return _ropes_of_kinds(reader, head_dim, each, local or {})
+
+
+def _ropes_of_kinds(
+    reader: ConfigReader, head_dim: int, each: Mapping[str, Any], local: Mapping[str, Any]
+) -> tuple[RopeConfig, RopeConfig]:
+    """Read the ropes of full and of sliding layers from `rope_parameters` with an object per kind.
+
+    A kind without one has the default rope, and `rope_scaling` is that of full layers, as in transformers.
+    """
     unknown = sorted(set(each) - {FULL, SLIDING})
     if unknown:
         raise ConfigError(
             f"config.json: rope_parameters has unknown keys {', '.join(unknown)} beside {FULL} and {SLIDING}"
         )
-    bases = {FULL: reader.get("rope_theta", None)}
-    bases[SLIDING] = (local or {}).get("rope_theta", bases[FULL])
-    found = []
-    for kind in (FULL, SLIDING):
-        if not isinstance(each.get(kind) or {}, Mapping):
-            raise ConfigError(f"config.json: rope_parameters.{kind} is {show(each[kind])}; it must be an object")
-        base = {} if bases[kind] is None else {"rope_theta": bases[kind]}
-        if each.get(kind):
-            own = {**base, **each[kind]}
-            found.append(reader.rope(head_dim, rope_scaling=None, rope_theta=None, rope_parameters=own))
-    if not found:
+    stated = {kind: each.get(kind) or {} for kind in (FULL, SLIDING)}
+    for kind, own in stated.items():
+        if not isinstance(own, Mapping):
+            raise ConfigError(f"config.json: rope_parameters.{kind} is {show(own)}; it must be an object")
+    if not any(stated.values()):
         raise ConfigError(
             f"config.json: rope_parameters.{FULL} and rope_parameters.{SLIDING} are both empty; set at least one"
         )
-    return found[0], found[-1]
+    scaling = reader.get("rope_scaling", None) or {}
+    if not isinstance(scaling, Mapping):
+        raise ConfigError(f"config.json: rope_scaling is {show(scaling)}; it must be an object")
+    bases = {FULL: reader.get("rope_theta", None)}
+    bases[SLIDING] = local.get("rope_theta", bases[FULL])
+    for kind, name in ((FULL, "rope_theta"), (SLIDING, "rope_local_base_freq")):
+        outer, inner = reader.config.get(name), stated[kind].get("rope_theta")
+        if outer is not None and inner is not None and outer != inner:
+            raise ConfigError(
+                f"config.json: {name}={show(outer)} contradicts rope_parameters.{kind}.rope_theta={show(inner)}; state "
+                f"one of them, for instance with hf_overrides={{{name!r}: None}}"
+            )
+    if not local:  # one rope for all layers, whichever kind states it
+        stated = {FULL: stated[FULL] or stated[SLIDING], SLIDING: stated[SLIDING] or stated[FULL]}
+    stated[FULL] = {**stated[FULL], **scaling}
+    full, sliding = (
+        reader.rope(
+            head_dim,
+            rope_scaling=None,
+            rope_theta=None,
+            rope_parameters={**({} if bases[kind] is None else {"rope_theta": bases[kind]}), **own},
+        )
+        for kind, own in stated.items()
+    )
+    return full, sliding

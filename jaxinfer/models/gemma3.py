@@ -33,7 +33,7 @@ def config(reader: ConfigReader) -> DecoderConfig:
 
     The `text_config` of a multimodal checkpoint may omit what equals the smallest model's value.
     """
-    if "text_config" in reader.config:
+    if reader.has("text_config"):
         tied = reader.get_bool("tie_word_embeddings", None)
         reader.skip(*IMAGES)
         reader = reader.part("text_config", **{} if tied is None else {"tie_word_embeddings": tied})

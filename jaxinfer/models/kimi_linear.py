@@ -38,7 +38,7 @@ def config(reader: ConfigReader) -> DecoderConfig:
     reader.only("moe_router_activation_func", SIGMOID)
     reader.only("mla_use_nope", True)
     reader.only("use_rope", False)
-    names = {hub: hub if hub in reader.config else own for hub, own in HUB.items()}
+    names = {hub: hub if reader.has(hub) else own for hub, own in HUB.items()}
     reader.skip(*HUB, *HUB.values())
     reader.defaults(routed_scaling_factor=2.446, num_experts=256, num_local_experts=256)
     eps, layers = reader.get_float("rms_norm_eps", 1e-5, above=0), reader.get_int("num_hidden_layers")

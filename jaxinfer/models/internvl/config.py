@@ -107,7 +107,7 @@ def read_config(reader: ConfigReader) -> InternVLConfig:
     Raises:
         ConfigError: sizes do not fit each other, or a part or option is not supported.
     """
-    original = "llm_config" in reader.config
+    original = reader.has("llm_config")
     text = _language_model(reader, "llm_config" if original else "text_config")
     part = reader.part("vision_config")
     part.skip("tie_word_embeddings")  # written by a full dump; the tower has no head

@@ -20,7 +20,7 @@ MOST_TILES = 4096
 
 def tiling(hf: Mapping[str, Any]) -> Tiling | None:
     """Return an original checkpoint's tiling, from config.json as its code does; None for transformers' ones."""
-    if "llm_config" not in hf:
+    if hf.get("llm_config") is None:
         return None
     reader = ConfigReader(hf, "InternVLChatModel")
     if reader.get_bool("pad2square", False):

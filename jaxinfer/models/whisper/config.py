@@ -114,7 +114,7 @@ def read_config(reader: ConfigReader) -> WhisperConfig:
         read_stack(reader, "decoder", width, "max_target_positions"),
         reader.get_int("num_mel_bins", 80),
         activation,
-        WhisperTokens.of(said, reader.config) if said or "decoder_start_token_id" in reader.config else None,
+        WhisperTokens.of(said, reader.config) if said or reader.has("decoder_start_token_id") else None,
         reader.get_bool("tie_word_embeddings", True),
     )
 

@@ -291,9 +291,43 @@ def test_rope_parameters_of_each_kind_as_transformers_5_writes_them(name):
             parsed({**hf, "text_config": own} if own is not hf else own)
 
 
+KINDS = {
+    FULL: {"rope_type": "default", "rope_theta": 1e6},
+    SLIDING: {"rope_type": "default", "rope_theta": 1e4},
+}
+V5 = {"rope_parameters": KINDS, "rope_theta": None, "rope_local_base_freq": None}
+
+
+def test_rope_scaling_beside_ropes_of_each_kind_is_of_full_layers():
+    """As in transformers 5; what people lay over a folder that it wrote."""
+    scaling = {"rope_type": "linear", "factor": 4.0}
+    found = parsed(GEMMA_3_1B, **V5, rope_scaling=scaling)
+    assert found == parsed(GEMMA_3_1B, rope_scaling=scaling)
+    assert (found.rope.kind, found.local_rope.kind) == ("linear", "default")
+
+
+@pytest.mark.parametrize("kind", [FULL, SLIDING])
+def test_a_kind_of_layer_without_a_rope_has_the_default_one(kind):
+    expected = parsed(GEMMA_3_1B, **V5)
+    for nothing in ({}, {kind: None}, {kind: {}}):
+        left = {name: value for name, value in KINDS.items() if name != kind}
+        assert parsed(GEMMA_3_1B, **{**V5, "rope_parameters": {**left, **nothing}}) == expected
+    olmo = parsed(OLMO_3_7B, rope_scaling=None, rope_parameters={FULL: {"rope_type": "linear", "factor": 2.0}})
+    assert (olmo.rope.kind, olmo.local_rope.kind, olmo.local_rope.theta) == ("linear", "default", 500_000)
+
+
+def test_null_is_as_if_a_part_were_not_there():
+    assert parsed(GEMMA_3_1B, text_config=None) == parsed(GEMMA_3_1B)
+
+
 @pytest.mark.parametrize(
     ("hf", "changes", "message"),
     [
+        (GEMMA_3_1B, V5 | {"rope_theta": 5e5}, "rope_theta=500000.0 contradicts rope_parameters.full_attention"),
+        (GEMMA_3_1B, V5 | {"rope_local_base_freq": 5e5}, "contradicts rope_parameters.sliding_attention.rope_theta"),
+        (GEMMA_3_1B, V5 | {"rope_scaling": 2}, "rope_scaling is 2"),
+        (GEMMA_3_1B, {"rope_parameters": {"rope_type": "default"}}, "has a rope per kind of layer: put them in"),
+        (OLMO_3_7B, {"rope_parameters": {"rope_theta": 5e4}}, "has a rope per kind of layer: put them in"),
         (
             GEMMA_2_2B,
             {"sliding_window": 0},
