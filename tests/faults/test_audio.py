@@ -116,7 +116,7 @@ NAN[7] = np.nan
             "prompt 1, audio is 1.50 s long; the model takes at most 1 s at once. Use LLM.transcribe",
         ),
         (ask([(SOUND, RATE)] * 2), ValueError, "prompt 1, audio: got a list of 2; a prompt takes exactly one"),
-        (ask([]), ValueError, "prompt 1, audio: there are 0"),
+        (ask([]), ValueError, "prompt 1, audio: got a list of 0"),
         (
             {"prompt": "hello"},
             ValueError,

@@ -73,7 +73,7 @@ def test_what_does_not_fit_is_named_before_a_weight_is_read(unreadable: Path, se
 def test_a_module_runs_on_the_mesh_that_it_was_loaded_for(folder: Path):
     module = weights.load(folder, make_mesh(2), progress=False)
     with pytest.raises(
-        ConfigError, match=r"lie on a mesh of {'model': 2} over devices \[0, 1\], but .* {'model': 1} over"
+        ConfigError, match=r"are on a mesh of {'model': 2} over devices \[0, 1\], but .* {'model': 1} over"
     ):
         LLM(module)
 
