@@ -120,7 +120,7 @@ NAN[7] = np.nan
         (
             {"prompt": "hello"},
             ValueError,
-            "prompt 1 has no audio, which this model requires: pass {'multi_modal_data'",
+            "prompt 1 has no audio, which this model requires; pass {'multi_modal_data'",
         ),
         ("hello", ValueError, "prompt 1 has no audio, which this model requires"),
         (

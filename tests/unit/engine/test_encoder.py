@@ -139,5 +139,7 @@ def test_a_failed_encoder_step_is_tried_again_and_given_up(monkeypatch, failures
 def test_a_module_whose_encoder_makes_something_else_is_refused():
     program, params = image_runner().program, image_runner().params
     wrong = replace(program, features=replace(program.features, rows=ROWS + 1))
-    with pytest.raises(ConfigError, match=r"encode makes \(1, 4, 32\) of inputs \(1, 3, 28, 28\).* becomes 5 rows"):
+    with pytest.raises(
+        ConfigError, match=r"encode returns shape \(1, 4, 32\) for inputs \(1, 3, 28, 28\).* declares 5 rows"
+    ):
         functional_program._feature_width(wrong, params)
