@@ -133,7 +133,7 @@ GOOD = preprocessed()
         (
             prompt(audio=3),
             ValueError,
-            "multi_modal_data has str 'audio'; this model takes 'image', or preprocessed 'pixel_values' and 'aspect_ratio_ids'",
+            "multi_modal_data has str 'audio'; this model takes 'image', or preprocessed 'pixel_values'",
         ),
         (
             {"prompt": MARKER, "multi_modal_data": GOOD | {"image": SMALL}},
