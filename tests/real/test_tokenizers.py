@@ -1,14 +1,18 @@
 """Text of the tokenizers of real checkpoints: it continues its prompt, whatever the tokens, and each character comes at
 once."""
 
+import json
 import os
 import random
+import shutil
 from functools import cache
 from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
 
+from jaxinfer.inputs.chat import render_chat
+from jaxinfer.inputs.tokenizer import encode, load_tokenizer
 from jaxinfer.results.detokenizer import Detokenizer
 
 FOLDER = os.environ.get("JAXINFER_REAL_MODELS")
@@ -67,3 +71,32 @@ def test_each_character_comes_with_its_last_token(name, text):
         whole = made.decode(ids[:count])
         assert len(shown) >= len(whole.rstrip(BROKEN))
     assert shown == text
+
+
+TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
+PAD = {"content": "[PAD]", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+TUNED = {
+    "a pad token beyond the vocabulary": {"pad_token": "[PAD]", "added_tokens_decoder": {"49152": PAD}},
+    "named templates": {"chat_template": [{"name": name, "template": name + TEMPLATE} for name in ("default", "rag")]},
+    "tokens by name": {"extra_special_tokens": {"image_token": "<image>"}, "tokenizer_class": "LlamaTokenizerFast"},
+    "Qwen's class, left padding": {"tokenizer_class": "Qwen2Tokenizer", "padding_side": "left", "pad_token": None},
+    "a class of its own": {"tokenizer_class": "OwnTokenizerFast", "add_bos_token": True, "bos_token": "<|im_start|>"},
+}
+
+
+@pytest.mark.parametrize("name", TUNED)
+def test_what_tools_for_fine_tuning_leave_reads_as_in_transformers(tmp_path, name):
+    source = Path(FOLDER) / NAMES[0]
+    for file in ("config.json", "tokenizer.json"):
+        shutil.copy(source / file, tmp_path)
+    said = json.loads((source / "tokenizer_config.json").read_text())
+    own = {"chat_template": TEMPLATE, **said, **TUNED[name]}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in own.items() if v is not None}))
+    ours, theirs = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("Hello  world <|im_end|><image>[PAD] 你好", *TEXTS):
+        ids = theirs.encode(text)
+        assert encode(ours, text, special=True) == ids
+        detokenizer = Detokenizer(ours, skip_special_tokens=False)
+        assert detokenizer.push(ids) + detokenizer.finish() == theirs.decode(ids)
+    chat = [{"role": "user", "content": "Hi"}]
+    assert render_chat(ours, chat) == theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
