@@ -1,4 +1,4 @@
-"""From a Hugging Face folder to arrays: finding it, its configuration, its tensors, the weight table."""
+"""Locate a Hugging Face checkpoint, read its config.json and safetensors, and load its weights."""
 
 from jaxinfer.checkpoint.hf import ConfigReader as ConfigReader
 from jaxinfer.checkpoint.hf import check_sizes as check_sizes

@@ -1,8 +1,8 @@
-"""Classes of the attributes that a config.json may have beside those that a model's family reads.
+"""Classify the config.json attributes that a model's family does not read.
 
-An attribute that no family reads is *harmless* (`HARMLESS`: what transformers itself ignores at inference), *required
-to have one value* (`ONE_VALUE` here, and `ConfigReader.only` in the families), *a label* (`is_label`: logged once), or
-unknown, and then refused.
+Such an attribute is *harmless* (`HARMLESS`: transformers itself ignores it at inference), *restricted to one value*
+(`ONE_VALUE` here, `ConfigReader.only` in the families), *a label* (`is_label`: logged once), or unknown, and then
+refused.
 """
 
 import re
@@ -51,9 +51,9 @@ _LENGTHS = """
 HARMLESS = frozenset(
     f"{_SPECIAL_TOKENS} {_GENERATION} {_LABELS_AND_CLASSES} {_IMPLEMENTATION} {_TRAINING} {_LENGTHS}".split()
 )
-"""Attributes that do not change a forward pass at inference, whatever their value: special tokens and defaults of
-`generate`, names of classes and labels, which code computes, training, and lengths of tokenizers and of training. A
-family that does read one of them, reads it."""
+"""Attributes that never change a forward pass at inference: special tokens, defaults of `generate`, names of classes
+and labels, choices of implementation, training settings, and lengths of tokenizers and of training. A family that
+needs one of them still reads it."""
 
 ONE_VALUE: Mapping[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
@@ -62,7 +62,7 @@ ONE_VALUE: Mapping[str, tuple[Any, ...]] = {
     "pruned_heads": ({},),
     "use_lora": (False,),
 }
-"""Attributes that any family's file may have, and the values that mean what is computed."""
+"""Attributes that may occur in the config.json of any family, each with the values that jaxinfer supports."""
 
 _LABEL = re.compile(
     r"_.*|unsloth_.*|tokenizer_.*|dataset.*|train(ing)?_.*|wandb_.*|base_model.*|"
@@ -75,10 +75,10 @@ _LABEL = re.compile(
 
 
 def is_label(name: str) -> bool:
-    """Tell whether an attribute that no family reads is a note of a tool or of its author, by its name."""
+    """Return whether the name of an attribute that no family reads marks it as metadata of a tool or author."""
     return _LABEL.fullmatch(name) is not None
 
 
 def same(value: Any, other: Any) -> bool:
-    """Compare two values of JSON, where true is not 1."""
+    """Return whether two JSON values are equal; unlike in Python, true and 1 are different."""
     return isinstance(value, bool) == isinstance(other, bool) and value == other

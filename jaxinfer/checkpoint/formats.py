@@ -1,4 +1,4 @@
-"""Quantised formats of published checkpoints: which are read, and why the others are refused."""
+"""Recognise checkpoint formats that jaxinfer does not read (quantised, GGUF, adapters, ...) and explain the refusal."""
 
 import logging
 import os
@@ -13,21 +13,27 @@ from jaxinfer.errors import ConfigError
 log = logging.getLogger(__name__)
 
 READ_QUANTISED: Mapping[str, tuple[str, str]] = {"mxfp4": ("GptOssForCausalLM", "gpt_oss")}
-"""`quant_method` of the formats that are read (`checkpoint.gpt_oss_weights`), and the architecture and `model_type` of
-the checkpoints that have it."""
+"""Supported `quant_method` values (`checkpoint.gpt_oss_weights`), each with the architecture and `model_type` of the
+checkpoints that use it."""
 QUANTISATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
-"""Files of a quantised folder beside config.json: NVIDIA ModelOpt's, GPTQ's and AWQ's."""
+"""Files beside config.json that mark a quantised checkpoint: NVIDIA ModelOpt's, GPTQ's and AWQ's."""
 _FIELDS = ("quantization_config", "compression_config", "quantization")
 _PARTS = ("text_config", "llm_config")
 _REMEDY = "Use the checkpoint of this model in bfloat16, float16 or float32"
 
 
 def refuse_quantised(config: Mapping[str, Any], directory: Path | None = None) -> None:
-    """Refuse a quantised checkpoint whose format is not read, by what config.json or another file of its folder says.
+    """Refuse a checkpoint that config.json or a quantisation tool's file declares to be in an unsupported quantised
+    format.
+
+    Args:
+        config: contents of config.json.
+        directory: checkpoint folder, searched for `QUANTISATION_FILES`; None checks config.json alone.
 
     Raises:
-        ConfigError: the format is not read, or not for this architecture; names the field or file and the format.
-        CheckpointError: a file that would say so is not readable.
+        ConfigError: the format is unsupported, or unsupported for this architecture; names the field or file and the
+            format.
+        CheckpointError: one of `QUANTISATION_FILES` is unreadable.
     """
     for part in ("", *_PARTS):
         values = config.get(part) if part else config
@@ -72,16 +78,16 @@ _FOLDERS: Sequence[tuple[str, str]] = (
         "it holds an ONNX export ({found}), which is not read. Use the safetensors checkpoint of this model",
     ),
 )
-"""Kinds of folders that lack what is read, by the names of files or folders in them, and what to do about each. The
-first that fits is named."""
+"""Patterns of file and folder names that identify an unsupported checkpoint folder, each with the message that
+explains it and the remedy. The first match is used."""
 
 
 def why_not(directory: Path, wanted: str) -> str:
-    """Say why a folder cannot be loaded that lacks `wanted`: what it holds in its place, and what to do about it.
+    """Explain why a folder without `wanted` cannot be loaded: what it holds instead, and the remedy.
 
     Args:
-        directory: the folder.
-        wanted: the file that was looked for and is not there, or several, with "or" between them.
+        directory: checkpoint folder.
+        wanted: name of the missing file; alternatives are separated by " or ".
     """
     for path in (directory / name for name in wanted.split(" or ")):
         if path.is_symlink():
@@ -96,7 +102,7 @@ def why_not(directory: Path, wanted: str) -> str:
 
 
 def warn_of_adapter(directory: Path) -> None:
-    """Warn that the adapter which lies beside a model's own weights is not applied to them."""
+    """Warn that a PEFT adapter in the same folder as the model's weights is not applied."""
     if (directory / "adapter_config.json").is_file():
         log.warning(
             "%s has a PEFT adapter (adapter_config.json) beside the model's weights: it is not applied. If the weights "
@@ -125,7 +131,9 @@ def _is(config: Mapping[str, Any], architecture: str, model_type: str) -> bool:
 
 
 def _check_file(path: Path, config: Mapping[str, Any]) -> None:
-    """Read what a file of a quantising tool says; some tools leave one that names no format of weights."""
+    """Check one of `QUANTISATION_FILES`; a file that names no weight format is ignored, since some tools leave such
+    files.
+    """
     said = read_json(path)
     inner = said.get("quantization") if isinstance(said.get("quantization"), Mapping) else said
     method = inner.get("quant_algo") or inner.get("quant_method") or inner.get("bits") or inner.get("w_bit")

@@ -1,10 +1,9 @@
-"""gpt-oss's checkpoints of experts as `models.moe_rules` names them: stacks of `[out, in]`, the gate's rows before
-up's.
+"""Convert gpt-oss expert tensors to the layout of `models.moe_rules`: stacks of `[out, in]`, gate rows before up rows.
 
-They keep `gate_up_proj` as `[E, M, 2F]` and `down_proj` as `[E, F, M]`, in bfloat16, or as MXFP4 (OCP Microscaling
-Formats, https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf): `_blocks` `[E, out, in
-/ 32, 16]` with two numbers of four bits a byte, the lower half first, and `_scales` `[E, out, in / 32]`, exponents of
-two. In both, and in the bias, gate and up alternate.
+gpt-oss stores `gate_up_proj` as `[E, M, 2F]` and `down_proj` as `[E, F, M]`, in bfloat16 or as MXFP4 (OCP Microscaling
+Formats, https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf): `_blocks` is `[E, out,
+in / 32, 16]` with two 4-bit values a byte, the low half first, and `_scales` is `[E, out, in / 32]`, exponents of two.
+Gate and up rows alternate in both encodings and in the bias.
 """
 
 import re
@@ -18,34 +17,34 @@ from jaxinfer.checkpoint.source import Info, Source
 from jaxinfer.errors import CheckpointError
 
 GROUP = 32
-"""Numbers that share a scale."""
+"""Number of values that share a scale."""
 VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
-"""Of the three lower bits of a number (E2M1); the fourth is the sign."""
+"""Magnitudes by the three low bits of an E2M1 value; the fourth bit is the sign."""
 SIGNED = np.concatenate([VALUES, -VALUES])
 PAIRS = np.stack([SIGNED[np.arange(256) & 15], SIGNED[np.arange(256) >> 4]], axis=-1)
-"""`[256, 2]`: the two numbers of a byte."""
+"""Table `[256, 2]` of the two values encoded by each byte."""
 
 _EXPERTS = re.compile(r"(.*\.experts\.(gate_up_proj|down_proj))(_blocks|_bias)?")
 
 
 class Kept(NamedTuple):
-    """A tensor as `moe_rules` names it."""
+    """Shape and dtype of a tensor in the layout of `models.moe_rules`."""
 
     shape: tuple[int, ...]
     dtype: str
-    """The dtype that holds all its numbers, by safetensors' name."""
+    """Safetensors name of a dtype that represents every value exactly."""
 
 
 class InterleavedExperts:
-    """A source whose tensors of experts are as transformers' stacks of other models are; all others as they are.
+    """Present gpt-oss expert tensors as the expert stacks of other models; pass other tensors through unchanged.
 
-    Numbers are turned around and dequantised as they are read, a part at a time.
+    Tensors are transposed, reordered and dequantised on each read, for the requested slices only.
     """
 
     def __init__(self, source: Source):
         self._source = source
         self._found: dict[str, tuple[str, str]] = {}
-        """Name here -> (name in the checkpoint without an ending, the ending)."""
+        """Presented name -> (checkpoint name without suffix, suffix)."""
         names, hidden = set(source.names()), set()
         for name in names:
             match = _EXPERTS.fullmatch(name)
@@ -64,7 +63,11 @@ class InterleavedExperts:
         self._source.release()
 
     def info(self, name: str) -> Info:
-        """Raises CheckpointError where blocks and scales do not fit each other."""
+        """Return a tensor's shape and dtype.
+
+        Raises:
+            CheckpointError: the shapes of MXFP4 blocks and scales do not match.
+        """
         if name not in self._found:
             return self._source.info(name)
         base, ending = self._found[name]
@@ -84,7 +87,7 @@ class InterleavedExperts:
         return Kept((*scales[:2], scales[2] * GROUP), "BF16")
 
     def read(self, name: str, slices: tuple[slice, ...] | None = None) -> np.ndarray:
-        """A part of a tensor, by one slice of step 1 an axis."""
+        """Read a tensor, or the part selected by slices of step 1, one per leading axis."""
         if name not in self._found:
             return self._source.read(name, slices)
         shape = self.info(name).shape
@@ -93,7 +96,7 @@ class InterleavedExperts:
         base, ending = self._found[name]
 
         def read(own: slice) -> np.ndarray:
-            """Rows in the checkpoint's order, `[E', rows]` or `[E', rows, columns]`."""
+            """Read rows in the checkpoint's order, `[E', rows]` or `[E', rows, columns]`."""
             if ending == "_blocks":
                 return self._dequantised(base, stack, own, *columns)
             if ending == "_bias":
@@ -106,7 +109,7 @@ class InterleavedExperts:
         groups = slice(columns.start // GROUP, -(-columns.stop // GROUP))
         blocks = self._source.read(f"{base}_blocks", (stack, rows, groups))
         scales = self._source.read(f"{base}_scales", (stack, rows, groups))
-        # A scale is a number of eight bits that are all exponent.
+        # Scales are E8M0: eight exponent bits, no sign and no mantissa.
         scales = scales.view(ml_dtypes.float8_e8m0fnu).astype(np.float32)
         values = PAIRS[blocks].reshape(*scales.shape, GROUP) * scales[..., None]
         values = values.reshape(*scales.shape[:2], scales.shape[2] * GROUP)
@@ -115,7 +118,7 @@ class InterleavedExperts:
 
 
 def _in_order(read: Callable[[slice], np.ndarray], rows: slice, half: int) -> np.ndarray:
-    """Rows of all gates, then all ups (`half` of each), of rows that alternate."""
+    """Read interleaved gate and up rows as all gate rows, then all up rows (`half` of each)."""
     parts = []
     for kind in (0, 1):
         first, last = max(rows.start - kind * half, 0), min(rows.stop - kind * half, half)

@@ -1,7 +1,7 @@
-"""Reads the JSON of a Hugging Face folder as plain data, and a model's configuration strictly.
+"""Read a Hugging Face folder's JSON files as plain data, and validate config.json strictly.
 
-Nothing here runs code that a checkpoint names. `ConfigReader` hands out typed fields and, at the end,
-refuses what nobody read: an attribute that jaxinfer does not know may change the numbers.
+Code that a checkpoint names is never run. `ConfigReader` returns typed fields and finally refuses attributes that were
+not read, because an attribute unknown to jaxinfer may change the model's outputs.
 """
 
 from __future__ import annotations
@@ -74,19 +74,21 @@ SIZE_CAPS = {
     "num_expert_group": 2**14,
     "topk_group": 2**14,
 }
-"""Largest value accepted of each size in a config.json; far above any real model, far below an overflow."""
+"""Largest accepted value of each size in config.json: far above any real model and far below an integer overflow."""
 
 _TOKENIZER_FILES = ("added_tokens.json", "tokenizer_config.json", "tokenizer.json")
 REQUIRED: Any = object()
-"""Default of a field that must be there."""
+"""Marks a field without a default: a missing value raises ConfigError."""
 
 Default = TypeVar("Default")
 
 
 def read_config(directory: Path, hf_overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Read config.json and lay `hf_overrides` on top (`lay_over`, whose errors it raises).
+    """Read config.json and apply `hf_overrides` (see `lay_over`, whose errors also apply).
 
-    Raises CheckpointError for a missing or unreadable file, ConfigError for a folder in a quantised format.
+    Raises:
+        CheckpointError: the file is missing or unreadable.
+        ConfigError: the checkpoint is in an unsupported quantised format.
     """
     path = directory / "config.json"
     if not path.is_file():
@@ -97,11 +99,14 @@ def read_config(directory: Path, hf_overrides: Mapping[str, Any] | None = None) 
 
 
 def lay_over(config: Mapping[str, Any], hf_overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Return what config.json says with `hf_overrides` on top, name by name; None means "as if it were not there".
+    """Return the contents of config.json with `hf_overrides` applied by field name.
 
-    So within the configuration of a part as well: `{"vision_config": {"name": None}}`.
+    An override of None removes the field. A dict for a nested configuration is merged into it: `{"vision_config":
+    {"name": None}}` removes one nested field.
 
-    Raises ConfigError for a quantised checkpoint, TypeError for overrides that are no dict.
+    Raises:
+        ConfigError: the checkpoint is in an unsupported quantised format.
+        TypeError: the overrides are not a dict with string keys.
     """
     overrides = {} if hf_overrides is None else hf_overrides
     if not isinstance(overrides, Mapping) or not all(isinstance(name, str) for name in overrides):
@@ -117,13 +122,13 @@ def lay_over(config: Mapping[str, Any], hf_overrides: Mapping[str, Any] | None =
 
 
 def read_generation_config(directory: Path) -> dict[str, Any]:
-    """Reads generation_config.json; {} when there is none."""
+    """Read generation_config.json; return {} if the file does not exist."""
     path = directory / "generation_config.json"
     return read_json(path) if path.is_file() else {}
 
 
 def added_token(directory: Path, text: str) -> int | None:
-    """The id of a token that was added to the folder's tokenizer, from its files as plain data; None: not found."""
+    """Return the id of an added token of the folder's tokenizer, read from its JSON files; None if it is not found."""
     found = {name: read_json(directory / name) for name in _TOKENIZER_FILES if (directory / name).is_file()}
     ids = [found.get("added_tokens.json", {}).get(text)]
     listed = found.get("tokenizer_config.json", {}).get("added_tokens_decoder")
@@ -136,11 +141,18 @@ def added_token(directory: Path, text: str) -> int | None:
 
 
 def check_sizes(config: Mapping[str, Any], *fields: str, part: str = "") -> None:
-    """Raises ConfigError unless each of `fields` that is present is a whole number from 1 to its cap.
+    """Check that each present field is a whole number from 1 to its cap in `SIZE_CAPS`, before anything is allocated.
 
-    Meant to run before anything is allocated. Absent fields pass: whether a default exists is the family's
-    affair. Fields are names of `SIZE_CAPS`. The configurations of parts (`vision_config`) are checked alike;
-    `part` is what errors put before a name of theirs.
+    Absent fields pass: the model's family decides whether they have a default. Nested configurations (`vision_config`)
+    are checked too.
+
+    Args:
+        config: contents of config.json, or of a nested configuration.
+        fields: names in `SIZE_CAPS`.
+        part: prefix of field names in error messages.
+
+    Raises:
+        ConfigError: a size is not a whole number or is outside of its range.
     """
     for name in fields:
         value, cap = whole(config.get(name)), SIZE_CAPS[name]
@@ -152,10 +164,10 @@ def check_sizes(config: Mapping[str, Any], *fields: str, part: str = "") -> None
 
 
 class ConfigReader:
-    """Read the attributes of one config.json (or one object inside it), each by its type, and count them.
+    """Read typed attributes of config.json, or of an object in it, and record which ones were read.
 
-    A field may be absent or null wherever a default is given. Every getter raises ConfigError naming the family, the
-    field and the value; `finish` raises for what no getter asked for and may change the numbers.
+    A field with a default may be absent or null. Every getter raises ConfigError with the family, the field and the
+    value; `finish` raises it for attributes that were not read and may change the model's outputs.
     """
 
     def __init__(self, config: Mapping[str, Any], family: str) -> None:
@@ -167,11 +179,11 @@ class ConfigReader:
         self._parts: dict[str, ConfigReader] = {}
 
     def has(self, name: str) -> bool:
-        """Return whether the file states a field; null is as if it were not there."""
+        """Return whether a field is present and not null."""
         return self.config.get(name) is not None
 
     def get(self, name: str, default: Any = REQUIRED) -> Any:
-        """Read a field as it stands, or `default`."""
+        """Read a field of any type, or return `default` if it is absent."""
         self._consumed.add(name)
         value = self.config.get(name)
         if value is None and default is REQUIRED:
@@ -179,7 +191,7 @@ class ConfigReader:
         return default if value is None else value
 
     def get_int(self, name: str, default: Default = REQUIRED, *, least: int = 1) -> int | Default:
-        """Read a whole number from `least` to the field's cap of `SIZE_CAPS` (2^31 - 1 for other fields); 8.0 is 8."""
+        """Read a whole number from `least` to its cap in `SIZE_CAPS` (2^31 - 1 for other fields); 8.0 is read as 8."""
         most = SIZE_CAPS.get(name, 2**31 - 1)
         expected = f"a whole number from {least} to {most}"
         return whole(
@@ -187,13 +199,13 @@ class ConfigReader:
         )
 
     def get_float(self, name: str, default: Default = REQUIRED, *, above: float | None = None) -> float | Default:
-        """Read a finite number; `above`: one that is larger."""
+        """Read a finite number, larger than `above` if that is given."""
         expected = "a finite number" if above is None else f"a finite number above {above:g}"
         value = self._typed(name, default, expected, lambda x: _is_finite(x) and (above is None or x > above))
         return float(value) if _is_int(value) else value
 
     def get_bool(self, name: str, default: Default = REQUIRED) -> bool | Default:
-        """Read true or false."""
+        """Read a boolean."""
         return self._typed(name, default, "true or false", lambda value: isinstance(value, bool))
 
     def get_str(self, name: str, default: Default = REQUIRED) -> str | Default:
@@ -205,10 +217,10 @@ class ConfigReader:
         return self._typed(name, default, "a list", lambda value: isinstance(value, list))
 
     def get_choice(self, name: str, default: Default, supported: Collection[str]) -> str | Default:
-        """Read a string that must be one of the supported ones.
+        """Read a string that must be one of the supported values.
 
         Raises:
-            ConfigError: it is another one; the message lists the supported ones.
+            ConfigError: the value is not supported; the message lists the supported values.
         """
         value = self.get_str(name, default)
         if value not in supported:
@@ -218,7 +230,7 @@ class ConfigReader:
         return value
 
     def divide(self, name: str, size: int, by_name: str, by: int) -> int:
-        """Divide one size by another without a remainder; the names are those of the message.
+        """Divide `size` by `by`, which must leave no remainder; `name` and `by_name` are used in the error message.
 
         Raises:
             ConfigError: there is a remainder.
@@ -228,9 +240,9 @@ class ConfigReader:
         return size // by
 
     def only(self, name: str, *values: Any) -> None:
-        """Require a field to be absent, null, or one of the values that mean what is computed.
+        """Require a field to be absent, null, or one of the values that jaxinfer supports.
 
-        For attributes by which a file of this family could mean numbers that jaxinfer does not compute.
+        For attributes whose other values would need a computation that jaxinfer does not implement.
         """
         self._consumed.add(name)
         value = self.config.get(name)
