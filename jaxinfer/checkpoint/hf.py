@@ -255,49 +255,51 @@ class ConfigReader:
         )
 
     def require(self, values: Mapping[str, tuple[Any, ...]]) -> None:
-        """Have `finish` hold fields that nobody read until then to these values, as `only` does."""
+        """Restrict fields to these values unless the family reads them; `finish` checks them as `only` does."""
         self._one_value.update(values)
 
     def part(self, name: str, **changed: Any) -> ConfigReader:
-        """Make the reader of the object `name`, the configuration of a part of the model, with values laid over it.
+        """Return a reader for the nested configuration `name`, with the `changed` values overriding it.
 
-        `finish` of this reader finishes the part's as well.
+        `finish` of this reader also finishes the nested one.
         """
         value = self._typed(name, REQUIRED, "an object", lambda value: isinstance(value, Mapping))
         self._parts[name] = ConfigReader({**value, **changed}, f"{self.family}, {name}")
         return self._parts[name]
 
     def defaults(self, **values: Any) -> None:
-        """State the values of fields that config.json does not have or has as null, as transformers' class does."""
+        """Set defaults, as transformers' config class does, for fields that are absent or null."""
         self.config = {
             **self.config,
             **{name: value for name, value in values.items() if self.config.get(name) is None},
         }
 
     def absent(self, **values: Any) -> None:
-        """State the values of fields that config.json does not have; null is a value of theirs (a cap: no cap)."""
+        """Set defaults for absent fields only; an explicit null is kept, as a value of its own (a cap of null means
+        no cap).
+        """
         self.config = {**values, **self.config}
 
     def rope(self, head_dim: int, **changed: Any) -> RopeConfig:
-        """Read the rotary embedding that the fields of `ROPE_FIELDS` describe, with values laid over them.
+        """Read the rotary embedding from the fields of `ROPE_FIELDS`, with the `changed` values overriding them.
 
-        Its base is `default_theta`, which a family may set, where the file states none.
+        The base is `default_theta`, which a family may set, if config.json states none.
         """
         self.skip(*ROPE_FIELDS)
         return RopeConfig.from_hf({**self.config, **changed}, head_dim, self.default_theta)
 
     def skip(self, *names: str) -> None:
-        """Mark fields that mean nothing for this family's numbers, whatever their value."""
+        """Accept any value of fields that do not change this family's outputs."""
         self._consumed.update(names)
 
     def finish(self) -> None:
-        """Refuse each attribute that was not read and may change the numbers; log once what is only a label.
+        """Refuse unread attributes that may change the model's outputs; log labels once.
 
-        Passed over: what is null or empty, `HARMLESS`, and `ONE_VALUE` where the value is that one. False is a value
-        like any other.
+        Null and empty values, `HARMLESS` attributes, and `ONE_VALUE` attributes with a supported value are accepted.
+        False does not count as empty.
 
         Raises:
-            ConfigError: names every such attribute of the file and of its parts.
+            ConfigError: names every such attribute of config.json and of its nested configurations.
         """
         left = {name: reader._left() for name, reader in self._parts.items()}
         left = {**self._left(), **{name: found for name, found in left.items() if found}}
@@ -329,7 +331,7 @@ class ConfigReader:
 
 
 def whole(value: Any) -> Any:
-    """Turn a number such as 8192.0, as some tools write sizes, into the integer that it is."""
+    """Convert a whole float (8192.0, as some tools write sizes) to an integer; return other values unchanged."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 

@@ -1,4 +1,4 @@
-"""Finds a model's folder: a local directory, or a Hub id through huggingface_hub and its own cache."""
+"""Resolve a model to a local folder: a directory, or a Hub id downloaded by huggingface_hub into its cache."""
 
 from __future__ import annotations
 
@@ -10,19 +10,25 @@ from pathlib import Path
 from jaxinfer.errors import CheckpointError, OfflineError
 
 ALLOW_PATTERNS = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt")
-"""What is fetched of a repository: configurations, weights, tokenizers, chat templates. No code."""
+"""Files downloaded from a repository: configurations, weights, tokenizers and chat templates, but no code."""
 
 IGNORE_PATTERNS = ("*/*.json", "*/*.safetensors", "*/*.model", "*/*.txt", "consolidated*.safetensors")
-"""Copies of the weights in other formats that some repositories carry beside the ones that are read."""
+"""Files excluded from the download: copies of the weights in other formats, which some repositories also hold."""
 
 
 def resolve_model(model: str | Path, revision: str | None = None, *, patterns: Sequence[str] = ALLOW_PATTERNS) -> Path:
-    """Returns the folder of `model`: a local directory as it is, else a Hub id fetched into the Hub's cache.
+    """Return the folder of a model; download it from the Hub unless it is a local directory.
 
-    `patterns`: the files that are fetched.
+    huggingface_hub honours HF_HOME, HF_HUB_OFFLINE and HF_TOKEN.
 
-    HF_HOME, HF_HUB_OFFLINE and HF_TOKEN are honoured by huggingface_hub. Raises CheckpointError for a local
-    path that is not a directory, OfflineError (saying what to do) when the Hub cannot serve the model.
+    Args:
+        model: local directory, or a Hub id.
+        revision: branch, tag or commit of the Hub repository.
+        patterns: glob patterns of the files to download.
+
+    Raises:
+        CheckpointError: a local path is not a directory, or the name is neither a directory nor a Hub id.
+        OfflineError: the Hub cannot serve the model; says what to do.
     """
     if not isinstance(model, (str, Path)):
         raise TypeError(f"model must be a directory or a Hub id, found {type(model).__name__}.")
@@ -41,7 +47,7 @@ def _looks_local(model: str) -> bool:
 
 
 def _fetch(model: str, revision: str | None, patterns: Sequence[str]) -> Path:
-    # Imported here: a local directory needs neither the library nor the time it takes to import.
+    # Imported lazily: a local directory does not need the library nor the time it takes to import.
     import huggingface_hub
     from huggingface_hub.errors import HFValidationError
 
@@ -53,7 +59,7 @@ def _fetch(model: str, revision: str | None, patterns: Sequence[str]) -> Path:
         )
     except HFValidationError as error:
         raise CheckpointError(f"model={model!r} is neither a directory nor a Hub id (owner/name).") from error
-    except Exception as error:  # The client, its HTTP library and its transfer library each have their own.
+    except Exception as error:  # The client, its HTTP library and its transfer library raise errors of their own.
         raise OfflineError(
             f"model={model!r} is not a directory here and cannot be had from the Hugging Face Hub: "
             f"{_reason(error, model, revision)} Or fetch it on another machine "
@@ -62,7 +68,7 @@ def _fetch(model: str, revision: str | None, patterns: Sequence[str]) -> Path:
 
 
 def _reason(error: Exception, model: str, revision: str | None) -> str:
-    """One cause and its remedy, in two sentences."""
+    """Describe the cause of a failed download and its remedy, in two sentences."""
     from huggingface_hub import constants, errors
 
     cache = constants.HF_HUB_CACHE
@@ -93,7 +99,7 @@ def _reason(error: Exception, model: str, revision: str | None) -> str:
 
 
 def _errno(error: BaseException | None) -> int | None:
-    """The first operating system error number in a chain of causes."""
+    """Return the first operating system error number in a chain of exceptions."""
     while error is not None:
         if isinstance(error, OSError) and error.errno is not None:
             return error.errno

@@ -1,4 +1,4 @@
-"""JSON files of a checkpoint as plain data, and values of theirs as an error message shows them."""
+"""Read a checkpoint's JSON files as plain data, and format values for error messages."""
 
 import json
 from pathlib import Path
@@ -7,16 +7,16 @@ from typing import Any
 from jaxinfer.errors import CheckpointError
 
 MAX_JSON_BYTES = 64 * 2**20
-"""Largest JSON file read. An index of a 100,000-tensor checkpoint is about 10 MiB."""
+"""Size limit of a JSON file in bytes. The index of a checkpoint with 100,000 tensors takes about 10 MiB."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read one JSON object from a file.
+    """Read a JSON object from a file.
 
     Infinity is accepted, because published configurations use it.
 
     Raises:
-        CheckpointError: the file is unreadable or too large, holds no object, or holds NaN or a name given twice.
+        CheckpointError: the file is unreadable or too large, is not a JSON object, or holds NaN or a duplicate name.
     """
     try:
         size = path.stat().st_size
@@ -38,7 +38,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def show(value: Any) -> str:
-    """Show a value in a message, cut short. Python refuses to write integers of thousands of digits."""
+    """Format a value for an error message, shortened; Python cannot format integers of thousands of digits."""
     if isinstance(value, int) and abs(value) >= 2**100:
         return f"an integer of {value.bit_length()} bits"
     try:
@@ -48,12 +48,12 @@ def show(value: Any) -> str:
 
 
 def shorten(text: str, limit: int = 200) -> str:
-    """Cut a text for a message."""
+    """Truncate a text to `limit` characters for an error message."""
     return text if len(text) <= limit else f"{text[:limit]}..."
 
 
 def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Refuse a name that an object gives twice (`object_pairs_hook`); json would silently keep the last value."""
+    """Refuse duplicate names in an object (`object_pairs_hook`); json would silently keep the last value."""
     result = dict(pairs)
     if len(result) < len(pairs):
         seen: set[str] = set()

@@ -1,4 +1,4 @@
-"""A checkpoint read as int8: its matrices quantised row by row while they are copied."""
+"""Quantise matrices of a checkpoint to int8, row by row, while they are loaded."""
 
 import numpy as np
 
@@ -7,12 +7,14 @@ from jaxinfer.kernels.matmul import int8_matmul
 
 
 class Int8Source:
-    """A source whose matrices are int8, with a scale for each row: the whole row's, whatever part of it is read."""
+    """Source that quantises matrices to int8 with one scale per row, computed over the whole row even for partial
+    reads.
+    """
 
     def __init__(self, source: Source):
         self._source = source
         self._scales: dict[str, np.ndarray] = {}
-        """Of each tensor read from: `[rows]` float32, of a stack `[E, rows]`; -1 where no row was read yet."""
+        """Row scales by tensor name, float32: `[rows]`, or `[E, rows]` for a stack; -1 for rows not read yet."""
 
     def names(self) -> list[str]:
         return self._source.names()
@@ -24,9 +26,9 @@ class Int8Source:
         self._source.release()
 
     def read(self, name: str, slices: tuple[slice, ...] | None = None) -> np.ndarray:
-        """For slices of all axes the values, int8; for slices of all but the last the scales of these rows, float32.
+        """Read int8 values (slices for all axes), or float32 row scales (slices for all axes but the last).
 
-        The scales of rows are known from when any part of them was first read.
+        Scales are computed at the first read of any part of a row and cached.
         """
         shape = self.info(name).shape
         slices = slices or (slice(None),) * len(shape)
@@ -35,11 +37,11 @@ class Int8Source:
         unknown = scales < 0
         if not columns and not unknown.any():
             return scales
-        values = self._source.read(name, (*rows, slice(None)))  # a view: what is not used is not read
+        values = self._source.read(name, (*rows, slice(None)))  # a memory-mapped view: unused bytes are not read
         if unknown.any():
             values = values.astype(np.float32)
             scales[:] = int8_matmul.row_scales(values)
         if not columns:
             return scales
-        with np.errstate(invalid="ignore"):  # rows with NaN or infinity: their scale says so
+        with np.errstate(invalid="ignore"):  # rows with NaN or infinity have a non-finite scale
             return int8_matmul.to_int8(values[..., columns[0]], scales)

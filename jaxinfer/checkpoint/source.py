@@ -1,4 +1,4 @@
-"""What the loader reads from: tensors by their names, whole or in parts."""
+"""Protocols of the loader's input: named tensors, read whole or in slices."""
 
 from typing import Protocol, runtime_checkable
 
@@ -7,14 +7,14 @@ import numpy as np
 
 @runtime_checkable
 class Info(Protocol):
-    """What is known of a tensor before it is read."""
+    """Metadata of a tensor, available before its data is read."""
 
     shape: tuple[int, ...]
 
 
 @runtime_checkable
 class Source(Protocol):
-    """Where tensors are read from (`checkpoint.safetensors.SafetensorsReader`)."""
+    """Source of named tensors (`checkpoint.safetensors.SafetensorsReader` is one)."""
 
     def names(self) -> list[str]: ...
     def info(self, name: str) -> Info: ...

@@ -1,8 +1,7 @@
-"""Which parameters of a model are tied: config.json proposes, the tensors of the checkpoint decide.
+"""Resolve tied parameters: config.json declares them, and the checkpoint's tensors confirm or contradict it.
 
-A tied tensor is a `Rule` with `tied`. As in transformers it fills its parameter where the checkpoint has the
-parameter's own tensor under no other name, is passed over where both are there and equal, and is kept apart where they
-differ.
+A tied tensor is a `Rule` with `tied`. As in transformers, it fills its parameter if the checkpoint has no other tensor
+for that parameter, is skipped if both are present and equal, and gets a parameter of its own if they differ.
 """
 
 import logging
@@ -20,13 +19,16 @@ log = logging.getLogger(__name__)
 def settle(
     config: Any, table: Callable[[Any], Sequence[Rule]], untie: Callable[[Any, str], Any], source: Source
 ) -> Any:
-    """Return the configuration with those ties left out that the checkpoint's tensors contradict; each is logged.
+    """Remove the ties that the checkpoint's tensors contradict from the model's configuration; log each of them.
 
     Args:
-        config: the model's configuration as config.json says it.
+        config: model configuration made from config.json.
         table: `Family.weight_rules`.
         untie: `Family.untie`.
-        source: the checkpoint.
+        source: checkpoint to read from.
+
+    Returns:
+        The configuration without these ties.
     """
     for rule, other in list(_pairs(table(config), set(source.names()))):
         if not _equal(rule.source, other, source):
@@ -44,7 +46,7 @@ def settle(
 def settle_stored(
     config: Any, table: Callable[[Any], Sequence[Rule]], untie: Callable[[Any, str], Any], stored: Collection[str]
 ) -> Any:
-    """Return the configuration with the ties that a converted folder has, by the parameters it holds."""
+    """Return the configuration with the ties of a converted folder, derived from its stored parameters."""
     for name in dict.fromkeys(rule.tied for rule in table(config) if rule.tied):
         apart = untie(config, name)
         more = {rule.target for rule in table(apart)} - {rule.target for rule in table(config)}
@@ -54,8 +56,7 @@ def settle_stored(
 
 
 def _pairs(table: Sequence[Rule], names: set[str]) -> Iterator[tuple[Rule, str]]:
-    """Yield each tied tensor of the checkpoint with the name of the one it should equal, where that is there as
-    well."""
+    """Yield each tied tensor with the name of the tensor it should equal, if the checkpoint has both."""
     first: dict[str | None, str] = {}
     for rule in sorted(table, key=lambda rule: bool(rule.tied)):
         own = rule.found(names)
@@ -67,7 +68,7 @@ def _pairs(table: Sequence[Rule], names: set[str]) -> Iterator[tuple[Rule, str]]
 
 
 def _equal(name: str, other: str, source: Source) -> bool:
-    """Compare two tensors, a few rows at a time, until they differ."""
+    """Return whether two tensors are equal; reads a few rows at a time and stops at the first difference."""
     shape = tuple(source.info(name).shape)
     if shape != tuple(source.info(other).shape):
         return False
@@ -82,8 +83,9 @@ def _equal(name: str, other: str, source: Source) -> bool:
 
 
 def _same(a: np.ndarray, b: np.ndarray) -> bool:
-    """Compare numbers; tensors of one dtype by their bytes, eight at a time, which is faster and takes NaN for
-    equal."""
+    """Compare arrays. Arrays of one dtype are compared bytewise, eight bytes at a time: faster, and equal NaNs count
+    as equal.
+    """
     if a.dtype == b.dtype:
         a, b = (np.frombuffer(np.ascontiguousarray(part), np.uint8) for part in (a, b))
         if a.size % 8 == 0:

@@ -1,4 +1,4 @@
-"""Errors of transformers and of the tokenizers library, which are of many kinds, as public ones."""
+"""Convert the various errors of transformers and the tokenizers library to `CheckpointError`."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ REMEDY = "pass tokenizer=DIR of a folder with a whole one, or skip_tokenizer_ini
 
 
 def is_library_error(error: BaseException) -> bool:
-    """Tell whether a library raised an error: an exception, or a panic of Rust code, which is no `Exception`."""
+    """Return whether a library raised this error: an `Exception`, or a Rust panic, which is not an `Exception`."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def cause(error: BaseException) -> str:
-    """Say what a library raised, in one line."""
+    """Format a library's error in one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
 
 
 @contextlib.contextmanager
 def as_checkpoint_error(what: str) -> Iterator[None]:
-    """Raise what the library raises as a `CheckpointError`.
+    """Convert errors of a library to `CheckpointError`.
 
     Args:
-        what: what could not be done, the subject of the message.
+        what: subject of the message, what could not be done.
     """
     try:
         yield
