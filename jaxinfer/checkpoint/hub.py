@@ -47,7 +47,7 @@ def _looks_local(model: str) -> bool:
 
 
 def _fetch(model: str, revision: str | None, patterns: Sequence[str]) -> Path:
-    # Imported lazily: a local directory does not need the library nor the time it takes to import.
+    # Imported lazily: a local directory does not need the library, and importing it takes time.
     import huggingface_hub
     from huggingface_hub.errors import HFValidationError
 

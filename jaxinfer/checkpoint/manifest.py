@@ -1,7 +1,7 @@
-"""What a converted folder says of itself: `jaxinfer.json`, written last and held against the files when it is read.
+"""Read and write `jaxinfer.json`, the manifest of a converted folder: written last, checked against the files on load.
 
-It names each parameter with its shape, dtype and layout, so that a folder made for one number of devices can be read
-for another, and each file of the weights with its size and digest, so that what is missing or changed is known by name.
+It lists each parameter with its shape, dtype and layout, so that a folder converted for one number of devices can be
+loaded on another, and each weight file with its size and digest, so that errors name missing or changed files.
 """
 
 import hashlib
@@ -24,41 +24,40 @@ from jaxinfer.sharding import rules as sharding_rules
 from jaxinfer.sharding.policy import Placement
 
 NAME, WEIGHTS = "jaxinfer.json", "weights"
-"""The manifest, and the folder of Orbax beside it."""
+"""Names of the manifest and of the Orbax folder beside it."""
 VERSION = 1
-"""Of the format. One with a greater number was made by a newer jaxinfer."""
+"""Version of the manifest format; a greater number was written by a newer jaxinfer."""
 SMALL_BYTES = 1 << 20
-"""Files up to this size (Orbax's own metadata and small arrays) are held against their digest at each reading."""
+"""Files up to this size in bytes (Orbax's metadata and small arrays) are checked against their digest on every load."""
 SAMPLE_BYTES = 4096
-"""Of each tensor of the source that go into its fingerprint."""
+"""Bytes of each source tensor that enter the fingerprint."""
 REMEDY = "copy the folder again, or make it again with scripts/convert.py"
 
 
 @dataclass(frozen=True)
 class Stored:
-    """One parameter as it lies in the folder."""
+    """Shape, dtype and layout of a stored parameter."""
 
     shape: tuple[int, ...]
     dtype: str
     spec: tuple[str | None, ...]
-    """The mesh axis of each of its axes."""
+    """Mesh axis of each array axis."""
     unpadded: tuple[int, ...] | None = None
-    """The shape of its tensor in the checkpoint, where that is smaller."""
+    """Shape of the checkpoint tensor, if the parameter is padded."""
     rows: Mapping[str, Sequence[Sequence[int]]] | None = None
-    """Of a fused parameter `[tp, columns, ...]`: for each output, (shard, first column, start, stop) of the intervals
-    of the output's own rows that lie there."""
+    """Row layout of a fused parameter `[tp, columns, ...]`: for each output, the intervals of its rows as (shard,
+    first column, start, stop)."""
     columns: Sequence[Sequence[int]] | None = None
-    """Of one whose last axis has columns of zeroes: (first column, start, stop) of the intervals of the tensor's
-    own."""
+    """Column layout of a parameter with zero padding in its last axis: intervals of the tensor's columns as (first
+    column, start, stop)."""
     scales_of: str | None = None
-    """The path of the int8 parameter whose rows these are the scales of."""
+    """Path of the int8 parameter that these row scales belong to."""
     stacked: bool = False
-    """Whether the first axis is one of several such parameters, to which `unpadded`, `rows` and `columns` apply
-    alone."""
+    """Whether the first axis stacks several parameters; `unpadded`, `rows` and `columns` then describe one of them."""
 
     @classmethod
     def of(cls, path: str, param: nnx.Param, mesh: Mesh) -> "Stored":
-        """From a parameter, values or shapes, and the mesh it is for."""
+        """Describe a parameter (array or abstract shape) as placed on a mesh."""
         metadata = param.get_metadata()
         scaled = metadata.get("scales_of")
         return cls(
@@ -74,12 +73,12 @@ class Stored:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Stored":
-        """As `asdict` gave it."""
+        """Restore an entry from the output of `asdict`."""
         lists = {name: None if value[name] is None else tuple(value[name]) for name in ("shape", "spec", "unpadded")}
         return cls(**{**value, **lists})
 
     def same_as(self, other: "Stored") -> bool:
-        """Whether both hold the same numbers, wherever they lie."""
+        """Return whether both have the same shape, dtype and layout, on whatever mesh axes."""
         return all(
             getattr(self, name) == getattr(other, name) for name in ("shape", "dtype", "unpadded", "rows", "columns")
         )
@@ -106,7 +105,7 @@ def _rows(param: nnx.Param) -> dict[str, list[list[int]]] | None:
 
 
 def _columns(param: nnx.Param, mesh: Mesh) -> list[list[int]] | None:
-    """Pieces that follow each other here and there as one, so that a layout without padding has none."""
+    """Return the column layout with adjacent intervals merged; None for a layout without padding."""
     metadata = param.get_metadata()
     if "inputs" not in metadata or len(param.shape) < 2:
         return None
@@ -125,7 +124,7 @@ def _columns(param: nnx.Param, mesh: Mesh) -> list[list[int]] | None:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A converted folder: how it was made, its parameters by path, its files by their paths within it."""
+    """Manifest of a converted folder: conversion settings, parameters by path, and files by relative path."""
 
     tensor_parallel_size: int
     placement: Mapping[str, str]
@@ -133,16 +132,16 @@ class Manifest:
     quantization: str | None
     dtype: str
     source_dtypes: Sequence[str]
-    """Those of the tensors it was made from."""
+    """Dtypes of the source tensors."""
     source_fingerprint: str
-    """sha256 over the names, dtypes, shapes and first bytes of all tensors there."""
+    """SHA-256 of the names, dtypes, shapes and first bytes of all source tensors."""
     parameters: Mapping[str, Stored]
     files: Mapping[str, Sequence[Any]]
-    """Path -> (bytes, sha256)."""
+    """Relative path -> (size in bytes, SHA-256 digest)."""
 
     @property
     def exact(self) -> bool:
-        """Whether `dtype` holds every number of the source as it was."""
+        """Whether `dtype` represents every value of the source exactly."""
         kept, kinds = jnp.finfo(self.dtype), map(jnp.dtype, self.source_dtypes)
         found = (jnp.finfo(kind) for kind in kinds if jnp.issubdtype(kind, jnp.floating))
         return all(one.nmant <= kept.nmant and one.nexp <= kept.nexp for one in found)
@@ -157,13 +156,18 @@ class Manifest:
         placement: Placement,
         pad_heads: bool,
     ) -> dict[str, Any]:
-        """Quantisation, placement and padding to run with: what was asked for, else the folder's own.
+        """Return the quantisation, placement and padding to run with: the requested values, or the folder's own.
 
-        `asked`: whether `dtype` was asked for by name.
+        Args:
+            directory: converted folder, for error messages.
+            dtype: dtype to run in.
+            asked: whether `dtype` was requested explicitly.
+            quantization: requested quantisation; None for the folder's own.
+            placement: requested placement; without patterns, the folder's own.
+            pad_heads: whether padding of heads was requested.
 
         Raises:
-            ConfigError: the folder's numbers were rounded, and are not those that a dtype or quantisation asked for
-                needs.
+            ConfigError: the folder's weights were rounded, so the requested dtype or quantisation is not available.
         """
         wanted = {"quantization": quantization, "dtype": dtype.name if asked else None}
         for name, value in wanted.items():
@@ -184,7 +188,7 @@ class Manifest:
         }
 
     def write(self, directory: Path) -> None:
-        """Writes it to disk; nothing of the folder may change afterwards."""
+        """Write the manifest to disk; no file of the folder may change afterwards."""
         body = {"format": "jaxinfer", "version": VERSION, **asdict(self)}
         with open(directory / NAME, "w", encoding="utf-8") as file:
             json.dump(body | {"digest": _digest(body)}, file)
@@ -193,10 +197,10 @@ class Manifest:
 
     @classmethod
     def read(cls, directory: Path) -> "Manifest | None":
-        """That of a converted folder; None: the folder is another checkpoint.
+        """Read the manifest of a converted folder; return None for any other checkpoint.
 
         Raises:
-            CheckpointError: of another version, changed, or not there beside converted weights; names the file.
+            CheckpointError: the manifest has another version, was changed, or is missing beside converted weights.
         """
         path = directory / NAME
         if not path.is_file():
@@ -223,10 +227,14 @@ class Manifest:
             raise CheckpointError(f"{path} lacks or misstates a field ({error}); {REMEDY}.") from error
 
     def check_files(self, directory: Path, *, contents: bool = False) -> None:
-        """Holds the folder against the manifest: every file's size, and the digests of small files or of all.
+        """Check the folder against the manifest: the size of every file, and the digests of small files.
+
+        Args:
+            directory: converted folder.
+            contents: whether to check the digests of large files too.
 
         Raises:
-            CheckpointError: a file that is missing, truncated or changed, by its path.
+            CheckpointError: a file is missing, truncated or changed; names its path.
         """
         for name, (size, digest) in self.files.items():
             relative = PurePosixPath(name)
@@ -249,20 +257,20 @@ def _digest(body: Mapping[str, Any]) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """sha256 of a file."""
+    """Return the SHA-256 digest of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def files_of(directory: Path) -> Iterator[tuple[str, list[Any]]]:
-    """Every file of the weights as the manifest lists it."""
+    """Yield every weight file as an entry of `Manifest.files`."""
     for path in sorted((directory / WEIGHTS).rglob("*")):
         if path.is_file():
             yield path.relative_to(directory).as_posix(), [path.stat().st_size, file_digest(path)]
 
 
 def fingerprint(reader: SafetensorsReader) -> str:
-    """Of a checkpoint: sha256 over the name, dtype, shape and first bytes of every tensor."""
+    """Return a checkpoint's fingerprint: SHA-256 of the name, dtype, shape and first bytes of every tensor."""
     found = hashlib.sha256()
     for name in sorted(reader.names()):
         info = reader.info(name)

@@ -1,8 +1,8 @@
-"""Weights as they lie on devices, written and restored with Orbax, each shard a chunk of its own.
+"""Save and restore sharded weights with Orbax, one chunk per shard.
 
-https://orbax.readthedocs.io; the folder is a `dict` of the parameters by their paths, which Orbax alone can read too.
-A parameter whose layout is the same where it is loaded goes straight to its devices. Any other is taken apart into the
-tensors of the checkpoint it came from (`StoredSource`) and put together anew by the weight table, like a checkpoint.
+https://orbax.readthedocs.io. The folder holds a `dict` of parameters by path, which plain Orbax can read too. A
+parameter whose layout is unchanged is loaded directly to its devices. Any other is split into the tensors of the
+original checkpoint (`StoredSource`) and loaded by the weight table, like a checkpoint.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,12 +23,12 @@ from jaxinfer.errors import CheckpointError
 from jaxinfer.sharding import rules as sharding_rules
 
 GROUP_BYTES = 1 << 27
-"""Parameters are restored together up to this size: their files are read at the same time, and little memory is needed
-beside the weights."""
+"""Maximum bytes of parameters restored together: their files are read concurrently, and little memory is needed in
+addition to the weights."""
 
 
 def groups(params: Mapping[str, nnx.Param], most: int) -> Iterator[list[str]]:
-    """Their paths in order, cut where more than `most` bytes would come together; a larger parameter is alone."""
+    """Group parameter paths, in order, up to `most` bytes a group; a larger parameter forms its own group."""
     group, size = [], 0
     for path, param in params.items():
         if group and size + rules.nbytes(param) > most:
@@ -41,10 +41,10 @@ def groups(params: Mapping[str, nnx.Param], most: int) -> Iterator[list[str]]:
 
 
 def save(weights: Path, arrays: Mapping[str, jax.Array]) -> None:
-    """Writes some parameters of a folder that is not there before `finalize`.
+    """Write some parameters of a folder that `finalize` will complete.
 
     Raises:
-        CheckpointError: they cannot be written: the folder and the reason.
+        CheckpointError: the parameters cannot be written; names the folder and the cause.
     """
     from orbax.checkpoint.experimental.v1 import partial
 
@@ -53,7 +53,11 @@ def save(weights: Path, arrays: Mapping[str, jax.Array]) -> None:
 
 
 def finalize(weights: Path) -> None:
-    """Makes one folder of all that was saved; raises as `save`."""
+    """Complete the folder from all calls of `save`.
+
+    Raises:
+        CheckpointError: the folder cannot be written; names the folder and the cause.
+    """
     from orbax.checkpoint.experimental.v1 import partial
 
     with _context(), _named(f"{weights} cannot be written"):
@@ -69,10 +73,10 @@ def restore(
     *,
     progress: bool = True,
 ) -> None:
-    """Fills an abstract module from a converted folder.
+    """Fill an abstract module from a converted folder.
 
     Raises:
-        CheckpointError: files that are missing or changed, or parameters that are not this model's.
+        CheckpointError: files are missing or changed, or the parameters are not those of this model.
     """
     manifest.check_files(directory)
     wanted = rules.parameters(module)
@@ -105,7 +109,7 @@ def _same(path: str, param: nnx.Param, mesh: Mesh, manifest: Manifest) -> bool:
 
 
 def _direct(weights: Path, params: Mapping[str, nnx.Param], mesh: Mesh) -> Iterator[tuple[str, jax.Array]]:
-    """Each shard read to its device, as it lies in the file."""
+    """Yield parameters with an unchanged layout, each shard loaded directly to its device."""
     for group in groups(params, GROUP_BYTES):
         wanted = {path: params[path] for path in group}
         yield from _load(
@@ -122,7 +126,7 @@ def _direct(weights: Path, params: Mapping[str, nnx.Param], mesh: Mesh) -> Itera
 
 
 def _load(weights: Path, abstract: Mapping[str, Any]) -> dict[str, Any]:
-    """Some of the parameters, as arrays of the kind of their stand-ins: `ShapeDtypeStruct` or NumPy arrays."""
+    """Load parameters as JAX or NumPy arrays, by the type of their templates (`ShapeDtypeStruct` or NumPy arrays)."""
     import orbax.checkpoint.experimental.v1 as ocp
 
     with _context(), _named(f"{weights} cannot be read"):
@@ -130,16 +134,16 @@ def _load(weights: Path, abstract: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Tensor(NamedTuple):
-    """A tensor of the checkpoint."""
+    """Shape of a tensor of the original checkpoint."""
 
     shape: tuple[int, ...]
 
 
 class StoredSource:
-    """The tensors of the checkpoint that a folder was made from, put together again from its parameters.
+    """Source that reconstructs the tensors of the original checkpoint from the parameters of a converted folder.
 
-    One parameter is held in the host's memory at a time. Of int8 parameters it gives values and scales as
-    `checkpoint.quantised.Int8Source` does.
+    One parameter at a time is kept in host memory. Int8 parameters are read as values and scales, as in
+    `checkpoint.quantised.Int8Source`.
     """
 
     def __init__(self, weights: Path, manifest: Manifest, table: Sequence[rules.Rule]):
@@ -148,7 +152,7 @@ class StoredSource:
         self._rules = {rule.source: rule for rule in table if rule.target in manifest.parameters and not rule.tied}
         self._scales = {stored.scales_of: path for path, stored in self._stored.items() if stored.scales_of}
         self._held: dict[str, np.ndarray] = {}
-        """The parameter that was read last, by its path."""
+        """The most recently read parameter, by its path."""
 
     def names(self) -> list[str]:
         return list(self._rules)
@@ -164,10 +168,10 @@ class StoredSource:
         return Tensor((*stack, *shape))
 
     def release(self) -> None:
-        """What is held is needed until another parameter is."""
+        """Do nothing: the cached parameter is replaced when another one is read."""
 
     def read(self, name: str, slices: tuple[slice, ...] | None = None) -> np.ndarray:
-        """A part of a tensor; for slices of all axes but the last of an int8 matrix the scales of these rows."""
+        """Read a part of a tensor; slices for all axes but the last of an int8 matrix give its row scales."""
         rule, shape = self._rules[name], self.info(name).shape
         slices = slices or tuple(map(slice, shape))
         path = self._scales.get(rule.target, rule.target) if len(slices) < len(shape) else rule.target
@@ -180,7 +184,7 @@ class StoredSource:
     def _part(
         self, path: str, rule: rules.Rule, values: np.ndarray, shape: Sequence[int], slices: Sequence[slice]
     ) -> np.ndarray:
-        """Of the tensor of this shape, or one of a stack, whose parameter is `values`."""
+        """Read a part of a tensor of this shape, or of one entry of a stack, from its parameter's `values`."""
         rows, *columns = slices
         if self._stored[path].rows is not None:
             return self._fused(path, rule, values, rows, columns)
@@ -196,7 +200,7 @@ class StoredSource:
     def _fused(
         self, path: str, rule: rules.Rule, values: np.ndarray, rows: slice, columns: Sequence[slice]
     ) -> np.ndarray:
-        """Rows of a tensor that stacks outputs of a fused parameter."""
+        """Read rows of a tensor that stacks outputs of a fused parameter."""
         values = values[(slice(None), slice(None), *columns)]
         rows = slice(*rows.indices(sum(self._rows(path, part) for part in rule.parts)))
         made = np.zeros((rows.stop - rows.start, *values.shape[2:]), values.dtype)
@@ -220,7 +224,7 @@ class StoredSource:
 
 
 def _overlap(made: np.ndarray, own: slice, values: np.ndarray, column: int, first: int, last: int) -> None:
-    """Copies what `first:last`, whose rows start at `values[column]`, has of `own`, whose rows are `made`."""
+    """Copy the intersection of rows `first:last`, stored from `values[column]` on, and rows `own`, stored in `made`."""
     start, stop = max(first, own.start), min(last, own.stop)
     if start < stop:
         made[start - own.start : stop - own.start] = values[column + start - first : column + stop - first]
@@ -228,7 +232,9 @@ def _overlap(made: np.ndarray, own: slice, values: np.ndarray, column: int, firs
 
 @contextmanager
 def _context() -> Iterator[None]:
-    """Arrays are written as they are: random bits do not compress, and unpacking would take longer than reading."""
+    """Configure Orbax: no compression (weights barely compress, and decompression takes longer than reading), no
+    copies of host arrays, partial loads.
+    """
     import orbax.checkpoint.experimental.v1 as ocp
 
     context = ocp.Context()
@@ -241,12 +247,12 @@ def _context() -> Iterator[None]:
 
 @contextmanager
 def _named(what: str) -> Iterator[None]:
-    """Says in one line what Orbax says in many; a device that has no memory left is another matter."""
+    """Convert Orbax's long errors to a one-line CheckpointError; out-of-memory errors pass through."""
     try:
         yield
     except CheckpointError:
         raise
-    except Exception as error:  # Orbax, TensorStore and the file system each have their own
+    except Exception as error:  # Orbax, TensorStore and the file system raise errors of their own
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
             raise
         cause = (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -1,4 +1,4 @@
-"""The weight table: which checkpoint tensor becomes which rows of which parameter, held strictly."""
+"""Map checkpoint tensors to model parameters by a weight table, and load them strictly."""
 
 import math
 from collections import Counter
@@ -18,57 +18,58 @@ from jaxinfer.errors import CheckpointError
 from jaxinfer.sharding import rules as sharding_rules
 
 ALIGNMENT = 64
-"""Bytes: JAX on a CPU keeps a NumPy buffer that starts at a multiple of this, and copies any other."""
+"""Alignment in bytes: JAX on CPU adopts a NumPy buffer that starts at a multiple of this, and copies any other."""
 COPY_ELEMENTS = 1 << 21
-"""Numbers copied from the file at a time: 8 MiB of float32, in which they are quantised."""
+"""Elements copied from the file at a time: 8 MiB of float32, the dtype in which they are quantised."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One tensor of the checkpoint."""
+    """Mapping of one checkpoint tensor to a parameter, or to some rows of a fused or stacked one."""
 
     source: str
-    """Its name there; `{i}` stands for the layer."""
+    """Tensor name in the checkpoint; `{i}` stands for the layer index."""
     target: str | None
-    """The path of the parameter; None: the tensor is known, and not needed."""
+    """Path of the parameter to fill; None for a known tensor that the model does not need."""
     parts: tuple[str, ...] = ()
-    """For a fused parameter: the outputs whose rows the tensor stacks, in its order."""
+    """Outputs of a fused parameter whose rows the tensor stacks, in its order."""
     also: tuple[str, ...] = ()
-    """Other names that checkpoints know it by; one has it under a single name."""
+    """Alternative names of the tensor; a checkpoint holds it under only one of its names."""
     index: int | None = None
-    """Of a stacked parameter: which of the stack it is; None: the tensor is a stack itself, of all of them."""
+    """Index of the tensor in a stacked parameter; None if the tensor itself is the whole stack."""
     instead: tuple["Rule", ...] = ()
-    """The tensors that hold the same numbers in checkpoints that do not have this one (`models.moe_rules`)."""
+    """Rules of the tensors that hold the same values in checkpoints without this one (`models.moe_rules`)."""
     tied: str = ""
-    """For a tensor that config.json ties to the target's own: what `Family.untie` calls the tie (`checkpoint.ties`)."""
+    """Name that `Family.untie` has for the tie, for a tensor that config.json ties to the target's own
+    (`checkpoint.ties`)."""
     optional: bool = False
-    """Whether a checkpoint may lack the tensor; the parameter is zero then."""
+    """Whether a checkpoint may omit the tensor; its parameter is then zero."""
 
     def of_layer(self, i: int) -> "Rule":
-        """Write out the layer's number."""
+        """Return the rule with `{i}` replaced by the layer index."""
         source, *also = (name.replace("{i}", str(i)) for name in (self.source, *self.also))
         target = None if self.target is None else self.target.replace("{i}", str(i))
         instead = tuple(rule.of_layer(i) for rule in self.instead)
         return replace(self, source=source, target=target, also=tuple(also), instead=instead)
 
     def found(self, names: Container[str]) -> str | None:
-        """Return the name that a checkpoint has the tensor by; None where it has none of its names."""
+        """Return the tensor's name in a checkpoint, or None if the checkpoint has none of its names."""
         return next((name for name in (self.source, *self.also) if name in names), None)
 
 
 def expand(table: Iterable[Rule], layers: int) -> list[Rule]:
-    """The table with `{i}` written out for every layer."""
+    """Return the table with `{i}` expanded for every layer."""
     return [rule.of_layer(i) for rule in table for i in (range(layers) if "{i}" in rule.source else (0,))]
 
 
 def parameters(module: nnx.Module) -> dict[str, nnx.Param]:
-    """Every parameter of a module by its dotted path, values or shapes."""
+    """Return the parameters of a module (arrays or abstract shapes) by dotted path."""
     flat = nnx.to_flat_state(nnx.state(module, nnx.Param))
     return {".".join(map(str, path)): param for path, param in flat}
 
 
 CHECKPOINT = "the checkpoint"
-"""Where a source's tensors are from, for messages, if nothing more is known."""
+"""Description of the checkpoint in error messages when its folder is not known."""
 REMEDY = "the weights are incomplete, or config.json is another model's: fetch both again"
 HEADS = ("lm_head.weight", "proj_out.weight")
 UNTIED = (
@@ -87,12 +88,21 @@ def load(
     progress: bool = True,
     where: object = CHECKPOINT,
 ) -> None:
-    """Fills an abstract module from a checkpoint, tensor by tensor, each shard read for the device that owns it.
+    """Fill an abstract module from a checkpoint, tensor by tensor; each device's shard is read separately.
 
-    The table is held against the checkpoint before anything is read. `where`: the folder, for messages.
+    The weight table is checked against the checkpoint before any data is read.
+
+    Args:
+        module: abstract module, whose parameters have shapes only.
+        table: weight table of the model.
+        source: checkpoint to read from.
+        mesh: device mesh of the parameters.
+        progress: whether to show a progress bar.
+        where: checkpoint folder, for error messages.
 
     Raises:
-        CheckpointError: a tensor that is missing, extra or misshaped: its name, expected and found.
+        CheckpointError: a tensor is missing, unknown or of the wrong shape; names it, with the expected and found
+            shapes.
     """
     wanted = parameters(module)
     total = sum(map(nbytes, wanted.values()))
@@ -110,9 +120,14 @@ def read(
     mesh: Mesh,
     int8: Source | None = None,
 ) -> Iterator[tuple[str, jax.Array]]:
-    """The parameters of a `plan`, one after the other, each shard read for the device that owns it; none is kept here.
+    """Yield the parameters of a `plan` as sharded arrays, one at a time without keeping them.
 
-    `int8`: where int8 matrices and the scales of their rows come from (`Int8Source`); by default made of `source`.
+    Args:
+        wanted: abstract parameters by path.
+        planned: result of `plan`.
+        source: checkpoint to read from.
+        mesh: device mesh of the parameters.
+        int8: source of int8 matrices and their row scales (`Int8Source`); by default made from `source`.
     """
     int8 = int8 or Int8Source(source)
     for path, sources in planned.items():
@@ -122,7 +137,7 @@ def read(
 
 
 def fill(module: nnx.Module, filled: Mapping[str, nnx.Param]) -> None:
-    """Puts parameters that have their values into the module."""
+    """Update a module with loaded parameters."""
     nnx.update(module, nnx.from_flat_state([(_key(path), param) for path, param in filled.items()]))
 
 
@@ -131,17 +146,17 @@ def _key(path: str) -> tuple[str | int, ...]:
 
 
 def nbytes(param: nnx.Param | jax.Array | jax.ShapeDtypeStruct) -> int:
-    """Bytes of all shards of a parameter, each counted once."""
+    """Return the size of a parameter in bytes; replicas are counted once."""
     return math.prod(param.shape) * np.dtype(param.dtype).itemsize
 
 
 def plan(
     wanted: Mapping[str, nnx.Param], table: Sequence[Rule], source: Source, where: object = CHECKPOINT
 ) -> dict[str, list[Rule]]:
-    """Parameter path -> the rules that fill it, after every name and shape was checked.
+    """Check all tensor names and shapes, and return the rules that fill each parameter, by its path.
 
     Raises:
-        CheckpointError: as `load`.
+        CheckpointError: see `load`.
     """
     by_name: dict[str, Rule] = {}
     names = set(source.names())
@@ -176,15 +191,14 @@ def plan(
 
 
 def _present(table: Sequence[Rule], names: set[str]) -> Iterator[Rule]:
-    """The rules of the tensors that this checkpoint has, where it may have others instead."""
+    """Yield the rules that apply to this checkpoint, with `instead` rules in place of tensors that it lacks."""
     for rule in table:
         absent = rule.instead and names.isdisjoint((rule.source, *rule.also))
         yield from _present(rule.instead, names) if absent else (rule,)
 
 
 def _untied(table: Iterable[Rule], names: set[str]) -> Iterator[Rule]:
-    """Yield the rules, where several are tied to each other with one that has a target: the first whose tensor is
-    there."""
+    """Yield the rules with ties resolved: among tensors tied to one parameter, the first that is present fills it."""
     table = list(table)
     tied = {rule.target for rule in table if rule.tied}
     filled: set[str | None] = set()
@@ -200,7 +214,7 @@ def _untied(table: Iterable[Rule], names: set[str]) -> Iterator[Rule]:
 
 
 def _check_whole(path: str, param: nnx.Param, filled: Sequence[Rule]) -> None:
-    """Whether the rules fill all outputs of a parameter, of each of a stack, once."""
+    """Check that the rules fill every output of a parameter, and of each entry of a stack, exactly once."""
     metadata = param.get_metadata()
     outputs = [output.name for output in metadata.get("outputs", ())] or [""]
     stack = range(param.shape[0]) if metadata.get("stacked") else (None,)
@@ -214,12 +228,12 @@ def _check_whole(path: str, param: nnx.Param, filled: Sequence[Rule]) -> None:
 
 
 def _sibling(path: str, scales: nnx.Param) -> str:
-    """The path of the weight whose rows these are the scales of."""
+    """Return the path of the int8 weight that these row scales belong to."""
     return ".".join([*path.split(".")[:-1], scales.get_metadata()["scales_of"]])
 
 
 def some(names: Sequence[str], most: int = 8) -> str:
-    """Show the first names of a list, and count the others."""
+    """Format the first `most` names of a list and the number of the remaining ones."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(map(repr, names[:most])) + more
 
@@ -242,7 +256,7 @@ def _check_shape(rule: Rule, param: nnx.Param, source: Source, where: object) ->
 
 
 def _place(path: str, param: nnx.Param, filled: list[Rule], source: Source, mesh: Mesh) -> jax.Array:
-    """The parameter as one array, each shard read from the checkpoint for its own device."""
+    """Load a parameter as one sharded array; each device's shard is read separately."""
     metadata = param.get_metadata()
     placed = sharding_rules.of(mesh, metadata, param.shape, path)
 
@@ -265,7 +279,7 @@ def _place(path: str, param: nnx.Param, filled: list[Rule], source: Source, mesh
 
 
 class OneOf:
-    """The tensors of a source that are stacks, as one of each stack."""
+    """Source that presents one entry of stacked tensors."""
 
     def __init__(self, source: Source, number: int):
         self._source, self._number = source, number
@@ -280,7 +294,7 @@ class OneOf:
         self._source.release()
 
     def read(self, name: str, slices: tuple[slice, ...] | None = None) -> np.ndarray:
-        """A part of the one, by slices of its own axes."""
+        """Read the entry, or the part selected by slices of its own axes."""
         return self._source.read(name, (slice(self._number, self._number + 1), *(slices or ())))[0]
 
 
@@ -292,7 +306,7 @@ def _fill(
     filled: list[Rule],
     source: Source,
 ) -> None:
-    """Fills the part `own` of a parameter, or one of a stack, of this shape."""
+    """Fill the slices `own` of a parameter of this shape, or of one entry of a stack."""
     if "outputs" not in metadata:
         return _copy_plain(made, own, shape, metadata, filled[0].source, source)
     for part, number in zip(made, range(own[0].start, own[0].stop), strict=True):
@@ -300,7 +314,7 @@ def _fill(
 
 
 def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-    """Zeroes at an address that JAX on a CPU takes over as it is, so that a weight is never there twice."""
+    """Allocate zeros at an address that JAX on CPU adopts without a copy, so that a weight is never in memory twice."""
     size = math.prod(shape) * dtype.itemsize
     raw = np.zeros(size + ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % ALIGNMENT
@@ -308,10 +322,10 @@ def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
 
 
 def _copy(target: np.ndarray, source: Source, name: str, part: Sequence[slice]) -> None:
-    """Copies a part of a tensor to the start of `target`, a few rows at a time.
+    """Copy a part of a tensor to the start of `target`, a few rows at a time.
 
-    A copy, never a view: the file may be replaced while the weights live. Pages of it that were read count as our
-    memory until they are released.
+    Copies are required, since the file may be replaced while the weights are in use. File pages that were read count as
+    memory of this process until they are released.
     """
     rows, *others = part
     step = max(1, COPY_ELEMENTS * target.shape[0] // max(1, target.size))
@@ -330,7 +344,7 @@ def _copy_plain(
     name: str,
     source: Source,
 ) -> None:
-    """Fills a part of a parameter that is one tensor: what lies beyond the tensor, or in no piece of it, stays zero."""
+    """Fill the slices `own` of a parameter that comes from one tensor; padding stays zero."""
     bounds = metadata.get("unpadded") or shape
     part = [slice(i.start, min(i.stop, n)) for i, n in zip(own, bounds)]
     if "inputs" not in metadata:
@@ -342,7 +356,7 @@ def _copy_plain(
 
 
 def _copy_fused(target: np.ndarray, outputs: Sequence, shard: int, tp: int, filled: list[Rule], source: Source) -> None:
-    """Fills `[columns, in]` of one shard: each output's own rows, one below the other."""
+    """Fill one shard `[columns, in]` of a fused parameter: the shard's rows of each output, in sequence."""
     found = {}
     sizes = {output.name: output.rows for output in outputs}
     for rule in filled:

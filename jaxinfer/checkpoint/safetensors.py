@@ -1,7 +1,7 @@
-"""Reads safetensors folders: every header checked before the first tensor, then only the bytes asked for.
+"""Read safetensors folders: check every header before the first tensor, then read only the requested bytes.
 
-Format: https://huggingface.co/docs/safetensors. An own reader because the library accepts a tensor named
-twice in a header, and because every fault has to name its file and its tensor.
+Format: https://huggingface.co/docs/safetensors. The safetensors library is not used, because it accepts a tensor named
+twice in a header, and because every error must name its file and tensor.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from jaxinfer.checkpoint.plain_json import read_json, refuse_duplicates, shorten
 from jaxinfer.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000
-"""Largest header accepted, as in the safetensors library."""
+"""Size limit of a header in bytes, as in the safetensors library."""
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -47,27 +47,30 @@ DTYPES: dict[str, np.dtype] = {
         "F8_E8M0": ml_dtypes.float8_e8m0fnu,
     }.items()
 }
-"""Names of safetensors to NumPy dtypes."""
+"""NumPy dtypes by safetensors name."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies."""
+    """Location, dtype and shape of a tensor."""
 
     file: Path
     dtype: str
-    """A name of `DTYPES`."""
+    """Safetensors dtype name, a key of `DTYPES`."""
     shape: tuple[int, ...]
     offset: int
-    """First byte, counted from the start of the file."""
+    """Offset of the first byte from the start of the file."""
     nbytes: int
 
 
 class SafetensorsReader:
-    """The tensors of a folder: model.safetensors, else the shards of model.safetensors.index.json.
+    """Reader of the tensors in model.safetensors, or in the shards listed by model.safetensors.index.json.
 
-    Opening reads and checks every header and raises CheckpointError naming file and tensor. A context
-    manager; arrays it returned stay valid after `close`.
+    Every header is read and checked on construction. Can be used as a context manager; returned arrays stay valid after
+    `close`.
+
+    Raises:
+        CheckpointError: a header is invalid; names the file and the tensor.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -82,25 +85,30 @@ class SafetensorsReader:
             raise CheckpointError(why_not(self.directory, f"{SINGLE} or {INDEX}"))
 
     def names(self) -> list[str]:
-        """Every tensor's name, in the order of the bytes on disk."""
+        """Return the tensor names in the order of their bytes on disk."""
         return list(self._tensors)
 
     def info(self, name: str) -> TensorInfo:
-        """Where `name` lies, its dtype and shape. Raises CheckpointError for an unknown name."""
+        """Return a tensor's location, dtype and shape.
+
+        Raises:
+            CheckpointError: there is no tensor of this name.
+        """
         if name not in self._tensors:
             raise CheckpointError(f"{self.directory} has no tensor {name!r}.")
         return self._tensors[name]
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all tensors together."""
+        """Total size of all tensors in bytes."""
         return sum(info.nbytes for info in self._tensors.values())
 
     def read(self, name: str, slices: tuple[slice, ...] | None = None) -> np.ndarray:
-        """Returns `name`, or the part of it that `slices` (one a leading axis, step 1) select.
+        """Read a tensor, or the part selected by slices of step 1, one per leading axis.
 
-        The array is a read-only view of the file: bytes are read when they are used, and only those. Copy
-        it before the file may change. `jax.device_put` on CPU may keep such a view; `jnp.array` copies.
+        Returns:
+            A read-only view of the mapped file: bytes are read on access only. Copy it before the file may change.
+                `jax.device_put` on CPU may keep such a view; `jnp.array` copies.
         """
         info = self.info(name)
         if self._closed:
@@ -117,17 +125,17 @@ class SafetensorsReader:
         return whole[(*slices, ...)]
 
     def release(self) -> None:
-        """Gives back the memory of file pages read so far; arrays stay valid and read their bytes again.
+        """Release the memory of file pages read so far; arrays stay valid and read their bytes again on access.
 
-        Pages of a mapped file count as the process's memory until then, so a loader calls this after each
-        group of tensors it has copied.
+        Pages of a mapped file count as memory of the process until then, so a loader calls this after each group of
+        tensors that it has copied.
         """
         if hasattr(mmap, "MADV_DONTNEED"):
             for mapped in self._maps.values():
                 mapped.madvise(mmap.MADV_DONTNEED)
 
     def close(self) -> None:
-        """Ends reading. A file stays mapped for as long as an array of it lives."""
+        """Close the reader. A file stays mapped while an array of it is alive."""
         self.release()
         self._maps.clear()
         self._closed = True
@@ -146,7 +154,7 @@ class SafetensorsReader:
 
 
 def _read_shards(directory: Path) -> dict[str, TensorInfo]:
-    """Reads the index and every shard it names, and holds the two against each other."""
+    """Read the index and the headers of all shards, and check them against each other."""
     index = directory / INDEX
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -156,7 +164,7 @@ def _read_shards(directory: Path) -> dict[str, TensorInfo]:
         _check_file_name(index, name, file)
         first_of.setdefault(file, name)
     tensors: dict[str, TensorInfo] = {}
-    read: dict[Path, Path] = {}  # a file by what it is: the Hub's cache has links, of which two may lead to one file
+    read: dict[Path, Path] = {}  # by resolved path: in the Hub's cache two links may lead to one file
     for file, name in first_of.items():
         path = directory / file
         if not is_file(path):
@@ -181,7 +189,7 @@ def _read_shards(directory: Path) -> dict[str, TensorInfo]:
 
 
 def is_file(path: Path) -> bool:
-    """Tell whether a file is there, also for names that no file can have."""
+    """Return whether a file exists; also accepts names that no file system allows."""
     try:
         return path.is_file()
     except (OSError, ValueError):
@@ -189,7 +197,7 @@ def is_file(path: Path) -> bool:
 
 
 def _check_file_name(index: Path, name: str, file: Any) -> None:
-    """Refuses whatever could lead out of the folder, or to a file that is not safetensors."""
+    """Refuse file names that lead out of the folder, or to a file that is not safetensors."""
     plain = isinstance(file, str) and file.endswith(".safetensors") and "\\" not in file and "\0" not in file
     if not plain or PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts or ":" in file:
         raise CheckpointError(
@@ -199,7 +207,7 @@ def _check_file_name(index: Path, name: str, file: Any) -> None:
 
 
 def _read_header(file: Path) -> dict[str, TensorInfo]:
-    """Reads and checks one file's header; tensors in the order of their bytes."""
+    """Read and check one file's header; return its tensors in the order of their bytes."""
     try:
         size = os.path.getsize(file)
         with open(file, "rb") as opened:
@@ -236,7 +244,7 @@ def _check_header_length(file: Path, size: int, length_bytes: bytes, length: int
 
 
 def _tensor_info(file: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
-    """Checks one header entry by itself."""
+    """Check a single header entry."""
     entry = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPES:
@@ -255,7 +263,7 @@ def _tensor_info(file: Path, name: str, entry: Any, data_start: int) -> TensorIn
 
 
 def _are_sizes(values: Any) -> bool:
-    """Tell whether this is a shape that NumPy can have."""
+    """Return whether a value is a valid NumPy shape."""
     return (
         isinstance(values, list)
         and len(values) <= 32
@@ -264,7 +272,7 @@ def _are_sizes(values: Any) -> bool:
 
 
 def _check_contiguous(file: Path, size: int, data_start: int, tensors: dict[str, TensorInfo]) -> None:
-    """Every byte after the header belongs to exactly one tensor."""
+    """Check that every byte after the header belongs to exactly one tensor."""
     end = data_start
     for name, info in tensors.items():
         if info.offset != end:
@@ -280,9 +288,9 @@ def _check_contiguous(file: Path, size: int, data_start: int, tensors: dict[str,
 
 
 def _check_slices(name: str, shape: tuple[int, ...], slices: tuple[slice, ...]) -> None:
-    """Refuses what NumPy would silently clip: a shard of the wrong size is a wrong weight.
+    """Refuse slices that NumPy would silently clip, because a shard of the wrong size is a wrong weight.
 
-    A start beyond its stop is an empty part, as a shard that is all padding asks for.
+    A start beyond the stop selects an empty part, as for a shard that is all padding.
     """
 
     def fits(part: slice, size: int) -> bool:
