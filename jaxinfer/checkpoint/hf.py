@@ -111,14 +111,29 @@ def lay_over(config: Mapping[str, Any], hf_overrides: Mapping[str, Any] | None =
     overrides = {} if hf_overrides is None else hf_overrides
     if not isinstance(overrides, Mapping) or not all(isinstance(name, str) for name in overrides):
         raise TypeError(f"hf_overrides must be a dict of config.json names, found {show(overrides)}.")
-    config = dict(config)
+    laid = {**config, **_rope_base(config, overrides), **overrides}
     for name, value in overrides.items():
-        part = name.endswith("_config") and isinstance(value, Mapping) and isinstance(config.get(name), dict)
-        config[name] = {**config[name], **value} if part else value
+        part = config.get(name)
+        if name.endswith("_config") and isinstance(value, Mapping) and isinstance(part, dict):
+            laid[name] = {**part, **_rope_base(part, value), **value}
+    config = laid
     if config.get("auto_map"):
         logger.info("config.json names code of its own (auto_map): ignored, never executed.")
     refuse_quantised(config)
     return config
+
+
+def _rope_base(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the base of the rope that a file states inside `rope_parameters`, where overrides replace that object
+    without stating one.
+
+    People lay a scaling over a model, and mean the base that it was trained with.
+    """
+    stated, given = config.get("rope_parameters"), overrides.get("rope_scaling") or overrides.get("rope_parameters")
+    if not isinstance(stated, Mapping) or not isinstance(given, Mapping):
+        return {}
+    names = [name for name in ("rope_theta", "partial_rotary_factor") if config.get(name) is None]
+    return {name: stated[name] for name in names if stated.get(name) is not None and given.get(name) is None}
 
 
 def read_generation_config(directory: Path) -> dict[str, Any]:

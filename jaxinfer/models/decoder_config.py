@@ -345,7 +345,10 @@ def _ropes_of_kinds(
             )
     if not local:  # one rope for all layers, whichever kind states it
         stated = {FULL: stated[FULL] or stated[SLIDING], SLIDING: stated[SLIDING] or stated[FULL]}
-    stated[FULL] = {**stated[FULL], **scaling}
+    kind = (
+        {"rope_type": scaling["type"]} if scaling.get("type") else {}
+    )  # the older name, which must not lose to "default"
+    stated[FULL] = {**stated[FULL], **kind, **scaling}
     full, sliding = (
         reader.rope(
             head_dim,

@@ -22,6 +22,7 @@ from jaxinfer.checkpoint.hf import (
 )
 from jaxinfer.checkpoint.hub import resolve_model
 from jaxinfer.errors import CheckpointError, ConfigError, OfflineError
+from jaxinfer.layers.rope_config import RopeConfig
 
 
 def write(folder: Path, name: str = "config.json", **content: object) -> Path:
@@ -448,6 +449,24 @@ def test_a_part_is_finished_with_the_whole():
 def test_a_part_that_is_no_object_is_refused(value):
     with pytest.raises(ConfigError, match="internvl.*text_config"):
         ConfigReader({"text_config": value}, "internvl").part("text_config")
+
+
+@pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])
+def test_a_scaling_laid_over_a_rope_keeps_its_base(name):
+    """Which transformers 5 writes into the object that is replaced."""
+    config = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e5}, "max_position_embeddings": 64}
+    yarn = {"rope_type": "yarn", "factor": 4.0}
+
+    def theta(overrides):
+        return RopeConfig.from_hf(lay_over(config, overrides), 8).theta
+
+    assert theta({name: yarn}) == 1e5
+    assert theta({name: yarn | {"rope_theta": 5e5}}) == 5e5
+    assert theta({name: yarn, "rope_theta": 5e5}) == 5e5
+    assert theta({name: yarn, "rope_theta": None}) == 1e4
+    part = lay_over({"text_config": config}, {"text_config": {name: yarn}})["text_config"]
+    assert RopeConfig.from_hf(part, 8).theta == 1e5
+    assert lay_over(config, {name: None}) == config | {name: None}
 
 
 def test_overrides_of_a_part_leave_the_rest_of_it():

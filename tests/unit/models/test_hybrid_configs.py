@@ -304,6 +304,7 @@ def test_rope_scaling_beside_ropes_of_each_kind_is_of_full_layers():
     found = parsed(GEMMA_3_1B, **V5, rope_scaling=scaling)
     assert found == parsed(GEMMA_3_1B, rope_scaling=scaling)
     assert (found.rope.kind, found.local_rope.kind) == ("linear", "default")
+    assert parsed(GEMMA_3_1B, **V5, rope_scaling={"type": "linear", "factor": 4.0}) == found
 
 
 @pytest.mark.parametrize("kind", [FULL, SLIDING])
