@@ -1,4 +1,4 @@
-"""Byte-level BPE of `tokenizers` from tiktoken's ranks."""
+"""Convert tiktoken ranks to a byte-level BPE tokenizer of the `tokenizers` package."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 
 def from_ranks(ranks: Mapping[bytes, int], pattern: str, special: Mapping[str, int] = {}) -> Tokenizer:
-    """Make the tokenizer of ranks: tiktoken joins whichever neighbours make the token of the lowest rank.
+    """Build a byte-level BPE tokenizer from tiktoken ranks.
+
+    tiktoken merges the two neighbours whose joined token has the lowest rank.
 
     Args:
         ranks: bytes of each token -> its rank.
-        pattern: regular expression of the pieces that no merge crosses.
-        special: texts with ids in front of the ranks, which move up by as many. They are not yet added tokens.
+        pattern: regular expression that splits a text into pieces; merges do not cross piece boundaries.
+        special: special token text -> id, numbered from 0; the ranks are shifted up by their count. The caller must
+            still register them as added tokens.
     """
     vocab, merges = _as_pairs(ranks, len(special))
     made = Tokenizer(models.BPE({**special, **vocab}, merges, fuse_unk=False, ignore_merges=True))
@@ -28,16 +31,20 @@ def from_ranks(ranks: Mapping[bytes, int], pattern: str, special: Mapping[str, i
 
 
 def byte_letters() -> list[str]:
-    """Return a visible character for each byte, as GPT-2 has it (`tokenizers`' ByteLevel): its own, or one from 256
-    on."""
+    """Return a printable character for each byte, as GPT-2 and `tokenizers`' ByteLevel map them.
+
+    Printable bytes map to themselves, the others to the code points from 256 on.
+    """
     own = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = iter(range(256, 512))
     return [chr(byte if byte in own else next(others)) for byte in range(256)]
 
 
 def _as_pairs(ranks: Mapping[bytes, int], first: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """The vocabulary from id `first` on, and the merges: every way to divide a token in two, in the order of the
-    ranks."""
+    """Return the vocabulary, with ids from `first` on, and the merges.
+
+    The merges are all splits of each token into two known tokens, in the order of the ranks.
+    """
     letters = byte_letters()
     spelt = {token: "".join(letters[byte] for byte in token) for token in ranks}
 

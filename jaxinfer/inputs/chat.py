@@ -1,4 +1,4 @@
-"""Conversations made into prompts by a model's chat template, which is not trusted."""
+"""Render conversations to prompts with a model's chat template, which is untrusted code."""
 
 from __future__ import annotations
 
@@ -45,29 +45,31 @@ def render_chat(
     image_marker: str | None = None,
     timeout_s: float = templates.TIMEOUT,
 ) -> str | list[str]:
-    """Render the prompt of a conversation, or one for each in a list of conversations.
+    """Render the prompt of a conversation, or a prompt for each of a list of conversations.
 
-    The messages are normalised as in vLLM (`jaxinfer.inputs.messages`), then rendered as transformers'
-    `apply_chat_template` does, in a process with limits of time and memory (`jaxinfer.inputs.templates`). The prompt
-    holds the special tokens that the template writes: tokenise it with `add_special_tokens=False`.
+    Messages are normalised as in vLLM (`jaxinfer.inputs.messages`), then rendered like transformers'
+    `apply_chat_template`, in a worker process with time and memory limits (`jaxinfer.inputs.templates`). The prompt
+    includes the special tokens written by the template: tokenise it with `add_special_tokens=False`.
 
     Args:
-        tokenizer: of transformers.
+        tokenizer: transformers tokenizer.
         messages: dicts or objects with "role" and "content", or a list of such lists.
-        chat_template: Jinja source used instead of the tokenizer's own, or the name of one of its several.
+        chat_template: Jinja source used instead of the tokenizer's template, or the name of one of the tokenizer's
+            templates if it has several.
         add_generation_prompt: whether to end with the header of the assistant's answer.
-        continue_final_message: whether the answer continues the last message, or the name of the field that it
-            continues.
+        continue_final_message: whether the answer continues the last message, or the name of the message field to
+            continue.
         tools: dicts with the JSON schema of a function, or Python functions with type hints and a docstring.
-        chat_template_kwargs: dict of further variables of the template, as `{"enable_thinking": False}`; `tools`,
-            `documents` and `continue_final_message` may be given here as well.
-        image_marker: what stands for an image where the template knows of none; None: the model takes text only.
-        timeout_s: seconds a conversation may take.
+        chat_template_kwargs: dict of further template variables, such as `{"enable_thinking": False}`; `tools`,
+            `documents` and `continue_final_message` may be passed here as well.
+        image_marker: text inserted for each image if the template does not handle images; None for text-only models.
+        timeout_s: time limit per conversation, in seconds.
 
     Raises:
-        TypeError: messages or arguments of the wrong type; the message names the index.
-        ValueError: an empty conversation, a reserved key, content that is not text.
-        ChatTemplateError: no template, one that raises (an unknown role, for one), or one that needs too much.
+        TypeError: messages or arguments of the wrong type; the error names the message's index.
+        ValueError: an empty conversation, a reserved key, or content that is not text.
+        ChatTemplateError: the template is missing, raises (on an unknown role, for example), or exceeds the time,
+            memory or length limit.
     """
     given = {"tools": tools, "continue_final_message": continue_final_message or None}
     variables = _variables(chat_template_kwargs, given)
@@ -90,10 +92,10 @@ def render_chat(
 
 
 def chat_images(messages: Any) -> list[list[Any]]:
-    """Return the images in messages that `render_chat` took, in order: a list for each conversation.
+    """Return the images of each conversation, in order, from messages accepted by `render_chat`.
 
     Raises:
-        ValueError: a data URL that holds no image.
+        ValueError: a data URL does not contain a readable image.
     """
     return [
         [
@@ -105,14 +107,14 @@ def chat_images(messages: Any) -> list[list[Any]]:
 
 
 def _text(token: Any) -> Any:
-    """A special token as text; some tokenizers keep an object with its flags."""
+    """Return the text of a special token, which some tokenizers store as an object with flags (`AddedToken`)."""
     return getattr(token, "content", token)
 
 
 def _variables(kwargs: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The variables of the template that the caller sets, as plain data, "tools" and "documents" among them.
+    """Return the template variables set by the caller as plain data, including "tools" and "documents".
 
-    `given`: those that are arguments as well; None where they are not set.
+    `given`: values of the variables that are also arguments of `render_chat`; None if not set.
     """
     if kwargs is not None and not isinstance(kwargs, Mapping):
         raise TypeError(f"chat_template_kwargs must be a dict, got {describe(kwargs)}.")
@@ -142,7 +144,7 @@ def _variables(kwargs: Any, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _tools(tools: Any) -> list[Any] | None:
-    """Tools as JSON schemas."""
+    """Convert tools to JSON schemas."""
     if tools is None:
         return None
     if not isinstance(tools, (list, tuple)):
@@ -159,12 +161,12 @@ def _tool(tool: Any, index: int) -> Any:
 
     try:
         return get_json_schema(tool)
-    except Exception as error:  # of several kinds: no docstring, no type hint, a hint of an unknown type
+    except Exception as error:  # several types: docstring missing, type hint missing, or type hint unknown
         raise ValueError(f"tools[{index}] cannot be made into a JSON schema: {error}") from error
 
 
 def _continued(field: Any, add_generation_prompt: Any) -> str | None:
-    """The field of the last message that the answer continues."""
+    """Return the field of the last message that the answer continues; None if it starts a new message."""
     if not isinstance(add_generation_prompt, bool):
         raise TypeError(f"add_generation_prompt must be True or False, got {describe(add_generation_prompt)}.")
     if field is None or field is False:
@@ -206,9 +208,9 @@ def _template(tokenizer: Any, chat_template: Any, tools: Any) -> str:
 
 
 def _one_of(templates: Mapping[str, Any], named: str | None, tools: Any) -> str:
-    """Choose from a tokenizer's templates as transformers does.
+    """Select one of a tokenizer's templates as transformers does.
 
-    `named`: what the caller passed, a name or a source.
+    `named`: the caller's `chat_template`, a template name or Jinja source.
     """
     if named is not None and named not in templates:
         return named

@@ -1,4 +1,4 @@
-"""Sampling parameters against a model: the second check, once vocabulary and lengths are known."""
+"""Check sampling parameters against a model's vocabulary and length limits, and fill in model defaults."""
 
 from __future__ import annotations
 
@@ -12,37 +12,39 @@ from jaxinfer.sampling_params import SamplingParams
 
 @dataclasses.dataclass(frozen=True)
 class ModelLimits:
-    """What a model allows, for `resolve`."""
+    """Vocabulary and length limits of a model, as `resolve` needs them."""
 
     vocab_size: int
     """Rows of the output layer, V."""
     max_model_len: int
-    """Most tokens of a sequence, prompt and output together."""
+    """Maximum tokens of a sequence, prompt and output together."""
     eos_token_ids: tuple[int, ...] = ()
-    """Ids that end an output unless `ignore_eos`."""
+    """Token ids that end an output unless `ignore_eos` is set."""
     forced_bos_token_id: int | None = None
-    """The token that comes first after a prompt of one token; None: any may."""
+    """Token forced as the first output token after a prompt of one token; None for no forced token."""
     forced_eos_token_id: int | None = None
-    """The token that comes last where an output reaches its greatest length."""
+    """Token forced as the last output token when an output reaches its maximum length; None for no forced token."""
     tokenizer_len: int | None = None
-    """One more than the highest id the tokenizer knows; ids from there on are padding, never sampled."""
+    """Highest token id of the tokenizer plus 1; higher ids of the output layer are padding and are never sampled."""
     longer: str = ""
-    """What limits `max_model_len` and how to raise it, for errors (`length_remedy`)."""
+    """Error text that says what limits `max_model_len` and how to raise it (`length_remedy`)."""
 
     @property
     def usable(self) -> int:
-        """Token ids below this can be sampled."""
+        """Number of token ids that can be sampled, from 0 on."""
         return self.vocab_size if self.tokenizer_len is None else min(self.vocab_size, self.tokenizer_len)
 
 
 def length_remedy(max_model_len: int, asked: int | None, allowed: int, *, contiguous: bool = False) -> str:
-    """Say what limits the length of a sequence and how to raise it, as the end of a sentence that says to shorten it.
+    """Return an error text that says what limits the length of a sequence and how to raise the limit.
+
+    The text completes a sentence that tells the user to shorten the prompt or output.
 
     Args:
-        max_model_len: the most tokens of a sequence.
-        asked: the setting `max_model_len`; None: it was not set.
-        allowed: tokens that the model allows.
-        contiguous: whether the rows of the cache, and not a pool of blocks, hold them.
+        max_model_len: effective maximum tokens of a sequence.
+        asked: the user's `max_model_len` setting; None if not set.
+        allowed: maximum tokens of a sequence that the model supports.
+        contiguous: whether the cache is contiguous (one region per row) instead of paged (a pool of blocks).
     """
     if max_model_len >= allowed:
         return ": the model allows no more (max_position_embeddings)"
@@ -62,20 +64,19 @@ def resolve(
     prompt_len: int,
     encode: Callable[[str], Sequence[int]] | None = None,
 ) -> SamplingParams:
-    """Check `params` against the model and fill in what depends on it.
+    """Check `params` against the model's limits and fill in the fields that depend on the model.
 
-    The result has `max_tokens` set (clamped to what the model's length leaves after the prompt), `top_k`
-    within the vocabulary, `bad_words_token_ids` and `eos_token_ids` complete. `params` must not be a result
-    of `resolve`.
+    The result has `max_tokens` set (clamped to `max_model_len` less the prompt), `top_k` within the vocabulary, and
+    complete `bad_words_token_ids` and `eos_token_ids`. Do not pass the result to `resolve` again.
 
     Args:
-        params: as the user made them.
-        limits: of the model.
+        params: sampling parameters as the user made them.
+        limits: limits of the model.
         prompt_len: tokens of the prompt, less than `limits.max_model_len`.
-        encode: text to token ids without special tokens; needed for `bad_words` only.
+        encode: encodes a text to token ids without special tokens; only `bad_words` needs it.
 
     Raises:
-        ValueError: a token id outside the vocabulary, every token masked, `min_tokens` beyond what fits.
+        ValueError: a token id is outside the vocabulary, every token is masked, or `min_tokens` exceeds `max_tokens`.
     """
     for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
         _check_in_vocabulary(name, getattr(params, name) or (), limits.vocab_size)
@@ -89,7 +90,7 @@ def resolve(
             f"model length of {limits.max_model_len} less the prompt's {prompt_len}), "
             f"got {params.min_tokens}. Lower it{limits.longer}."
         )
-    # A checkpoint may name an EOS that its output layer does not have; it cannot come.
+    # A checkpoint may list EOS ids beyond its output layer; they cannot be sampled.
     eos = () if params.ignore_eos else tuple(i for i in limits.eos_token_ids if i < limits.vocab_size)
     resolved = dataclasses.replace(
         params,
@@ -105,7 +106,7 @@ def resolve(
 
 
 def _forced(name: str, params: SamplingParams, limits: ModelLimits) -> int | None:
-    """The request's own, else the model's; None for none."""
+    """Return the forced token of the request, else of the model; None if neither forces one."""
     own, model = getattr(params, name), getattr(limits, name)
     token = model if own is None else own
     if token is None or token < 0:
@@ -115,10 +116,10 @@ def _forced(name: str, params: SamplingParams, limits: ModelLimits) -> int | Non
 
 
 def spread(params: Any, count: int) -> list[SamplingParams]:
-    """One `SamplingParams` a prompt: `params` repeated, or the list itself, which must have `count` entries.
+    """Return one `SamplingParams` per prompt: a single one is repeated, a list must have `count` entries.
 
     Raises:
-        TypeError: something else than SamplingParams.
+        TypeError: `params` or one of its entries is not a SamplingParams.
         ValueError: a list of the wrong length.
     """
     if isinstance(params, SamplingParams):
@@ -153,7 +154,7 @@ def _encode_bad_words(
         raise ValueError("bad_words needs the tokenizer: load the model with one, or use logit_bias.")
     sequences: dict[tuple[int, ...], None] = {}
     for word in params.bad_words:
-        # A word has other tokens at the start of a text than after a space; both spellings are banned.
+        # A word is tokenised differently at the start of a text and after a space: ban both.
         for spelling in (word, " " + word.lstrip()):
             ids = tuple(int(token) for token in encode(spelling))
             _check_in_vocabulary("bad_words", ids, limits.vocab_size)
@@ -163,7 +164,7 @@ def _encode_bad_words(
 
 
 def _check_something_left(params: SamplingParams, usable: int) -> None:
-    """Refuse params under which no token could ever be chosen."""
+    """Raise ValueError if the parameters mask every token of the vocabulary."""
     masked = {ids[0] for ids in params.bad_words_token_ids + params.bad_words_ids if len(ids) == 1}
     if params.min_tokens > 0:
         masked |= params.all_stop_token_ids

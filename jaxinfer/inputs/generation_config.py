@@ -1,4 +1,4 @@
-"""Sampling parameters out of transformers' `GenerationConfig` and a model's generation_config.json."""
+"""Convert transformers' `GenerationConfig` and a model's generation_config.json to sampling parameters."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _RENAMED = {
 }
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p")
 
-# Attributes that change which tokens come out and are not supported, each with the values that mean "off".
+# Unsupported attributes that change which tokens are generated, with the values that disable them.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "assistant_early_exit": (),
     "begin_suppress_tokens": ([],),
@@ -45,29 +45,29 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "watermarking_config": (),
 }
 _FILLED = ("do_sample", *_SAMPLING, "max_new_tokens", "min_new_tokens", "repetition_penalty", "no_repeat_ngram_size")
-"""What a passed configuration that leaves it at None takes from the model's file."""
+"""Attributes taken from the model's generation_config.json if the passed `GenerationConfig` has None for them."""
 _TRANSFORMERS_MAX_LENGTH = 20
 _TRANSFORMERS_TOP_K = 50
 
 
 def from_generation_config(config: Any, model: Mapping[str, Any] | None = None) -> SamplingParams:
-    """The `SamplingParams` that mean what a transformers `GenerationConfig` means there.
+    """Convert a transformers `GenerationConfig` to `SamplingParams` of the same meaning.
 
     Sampling is greedy unless `do_sample` is true, and then `top_k` defaults to 50, as in transformers.
-    `eos_token_id` replaces the model's EOS ids. A phrase of `bad_words_ids` may not be completed if it begins in the
-    prompt either, and an EOS id in the list is not banned. `max_length`, which counts the prompt, is refused unless it
-    is transformers' default of 20 or `max_new_tokens` is there too; with neither, `max_tokens` keeps its
-    default. Attributes about speed, memory and extra outputs are ignored.
+    `eos_token_id` replaces the model's EOS ids. A phrase of `bad_words_ids` is also banned if it begins in the prompt;
+    an EOS id in the list is not banned. `max_length`, which counts the prompt, is rejected unless it is transformers'
+    default of 20 or `max_new_tokens` is set as well; with neither set, `max_tokens` keeps its default. Attributes that
+    only affect speed, memory or extra outputs are ignored.
 
     Args:
-        config: a `GenerationConfig`, or anything with `to_dict()`, or its dict.
-        model: the model's generation_config.json as plain JSON. As in transformers 5, `do_sample`, temperature, top-p,
-            top-k, min-p, penalty, n-gram size and numbers of new tokens that `config` leaves at None are taken from it.
+        config: a `GenerationConfig`, any object with `to_dict()`, or such a dict.
+        model: the model's generation_config.json as plain JSON. As in transformers 5, it supplies `do_sample`,
+            temperature, top-p, top-k, min-p, repetition penalty, n-gram size and new-token counts that are None in
+            `config`.
 
     Raises:
-        TypeError: something else.
-        ValueError: attributes that change the result and are not supported (all are listed), or values out of
-            range.
+        TypeError: `config` is neither a dict nor an object with `to_dict()`.
+        ValueError: unsupported attributes that would change the result (all are listed), or values out of range.
     """
     values = _to_dict(config)
     _refuse_unsupported(values)
@@ -80,7 +80,7 @@ def from_generation_config(config: Any, model: Mapping[str, Any] | None = None) 
     else:
         fields["temperature"] = 0.0
     fields |= {name: token for name in FORCED if (token := forced_id(values, name)) is not None}
-    ends = ()  # those of the model, which `resolve` knows
+    ends = ()  # `resolve` fills in the model's EOS ids
     if "eos_token_id" in values:
         ends = _ids("eos_token_id", values["eos_token_id"])
         fields |= {"stop_token_ids": ends, "ignore_eos": True}
@@ -89,18 +89,18 @@ def from_generation_config(config: Any, model: Mapping[str, Any] | None = None) 
 
 
 def default_params(generation_config: Mapping[str, Any], *, encoder_decoder: bool = False) -> SamplingParams:
-    """The parameters a request gets when the user passes none, from a model's generation_config.json.
+    """Return the default sampling parameters of a model, from its generation_config.json.
 
-    temperature, top_p, top_k, min_p, repetition_penalty, no_repeat_ngram_size and max_new_tokens are taken where they
-    are given, whatever `do_sample` says (as vLLM does); everything else keeps the defaults of `SamplingParams`.
+    temperature, top_p, top_k, min_p, repetition_penalty, no_repeat_ngram_size and max_new_tokens are taken from the
+    file if set there, regardless of `do_sample` (as in vLLM); all other fields keep the defaults of `SamplingParams`.
 
     Args:
-        generation_config: the file as plain JSON; empty where a model has none.
-        encoder_decoder: a model with an encoder is greedy unless `do_sample` is true, and `max_length` and
-            `min_length`, which count the decoder's start token, are taken too.
+        generation_config: generation_config.json as plain JSON; empty if the model has no such file.
+        encoder_decoder: whether the model has an encoder. If so, decoding is greedy unless `do_sample` is true, and
+            `max_length` and `min_length`, which count the decoder's start token, are taken as well.
 
     Raises:
-        ConfigError: a value `SamplingParams` refuses; the message names the file.
+        ConfigError: `SamplingParams` rejects a value; the error names the file.
     """
     names = {name: name for name in (*_SAMPLING, "repetition_penalty", "no_repeat_ngram_size")}
     names |= {"max_new_tokens": "max_tokens"}
@@ -125,10 +125,10 @@ FORCED = ("forced_bos_token_id", "forced_eos_token_id")
 
 
 def forced_id(source: Mapping[str, Any], name: str) -> int | None:
-    """The token that one of `FORCED` names in a generation configuration or config.json; None: it names none.
+    """Return the token id of a `FORCED` field of generation_config.json or config.json; None if not set.
 
     Raises:
-        ConfigError: it is no integer or list of integers, or names several.
+        ConfigError: the value is not an integer or a list of integers, or lists several tokens.
     """
     if source.get(name) is None:
         return None
@@ -139,11 +139,12 @@ def forced_id(source: Mapping[str, Any], name: str) -> int | None:
 
 
 def eos_ids(config: Mapping[str, Any], generation_config: Mapping[str, Any]) -> tuple[int, ...]:
-    """The ids that end an output: of generation_config.json, else of config.json, as in transformers.
+    """Return the EOS token ids from generation_config.json, else from config.json, as in transformers.
 
     Args:
-        config: config.json as plain JSON; `text_config` or `llm_config` is looked into when the top level names no id.
-        generation_config: generation_config.json as plain JSON; empty where a model has none.
+        config: config.json as plain JSON; `text_config`, then `llm_config`, is read if the top level has no
+            `eos_token_id`.
+        generation_config: generation_config.json as plain JSON; empty if the model has no such file.
 
     Raises:
         ConfigError: `eos_token_id` is not an integer or a list of integers.
@@ -155,7 +156,7 @@ def eos_ids(config: Mapping[str, Any], generation_config: Mapping[str, Any]) -> 
 
 
 def _model_ids(name: str, value: Any) -> tuple[int, ...]:
-    """Return the ids that a file of the model names, as `_ids`; what is wrong there is an error of the checkpoint's."""
+    """Return the token ids of a field of the model's files like `_ids`, but raise ConfigError for wrong values."""
     try:
         ids = value if isinstance(value, (list, tuple)) else [value]
         return _ids(name, [whole(token) for token in ids])
@@ -164,8 +165,7 @@ def _model_ids(name: str, value: Any) -> tuple[int, ...]:
 
 
 def _bad_words(values: Mapping[str, Any], ends: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-    """Return `bad_words_ids` without the tokens `ends` alone, which end an output and are never banned in
-    transformers."""
+    """Return `bad_words_ids` without single EOS tokens (`ends`), which transformers never bans."""
     words = values.get("bad_words_ids", ())
     if not isinstance(words, (list, tuple)):
         raise TypeError(f"bad_words_ids must be a list of lists of token ids, got {describe(words)}.")
@@ -177,7 +177,7 @@ def _bad_words(values: Mapping[str, Any], ends: tuple[int, ...]) -> tuple[tuple[
 
 
 def _ids(name: str, value: Any) -> tuple[int, ...]:
-    """One id or a list of them; negative ones mean none in transformers, and are dropped."""
+    """Convert one id or a list to a tuple of ids; negative ids, which mean "none" in transformers, are dropped."""
     ids = value if isinstance(value, (list, tuple)) else [value]
     return as_token_ids(name, [i for i in ids if as_int(f"every id in {name}", i) >= 0])
 
