@@ -436,5 +436,6 @@ class Engine:
                 "step_tokens": self.runner.places,
                 "padding_tokens": self.runner.padding,
                 "padding_perc": self.runner.padding / max(1, self.runner.places),
+                **({} if self.runner.memory is None else self.runner.memory.gauges()),
             }
         )

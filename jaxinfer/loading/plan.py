@@ -43,6 +43,7 @@ def plan(
     tensor_parallel_size: int | None = None,
     mesh: Any = None,
     memory: int | None = None,
+    step_bytes: int = 0,
     revision: str | None = None,
     hf_overrides: Mapping[str, Any] | None = None,
     **settings: Any,
@@ -57,7 +58,11 @@ def plan(
         tensor_parallel_size: number of devices that weights and kv heads are divided over; 1 if neither it nor `mesh`
             is given.
         mesh: a `Mesh`, an `AbstractMesh` (which needs no devices), or the sizes of its axes: `{"data": 2, "model": 4}`.
-        memory: memory of a device in bytes; if given, the plan states how many tokens the cache holds.
+        memory: memory of a device in bytes that JAX's allocator may take; if given, the plan states how many tokens the
+            cache holds.
+        step_bytes: bytes of a device for temporaries of steps and arrays of the sampler. An engine measures them on its
+            compiled programs at start (log, metrics `step_temporaries_bytes` and `device_arrays_bytes`); with 0 the
+            plan divides memory between weights and cache alone.
         revision: revision of the Hub id.
         hf_overrides: values that override config.json.
         settings: `placement`, `pad_heads`, `dtype`, `quantization`, `block_size`, `gpu_memory_utilization` of
@@ -76,6 +81,8 @@ def plan(
     config = EngineConfig.of(settings)
     if memory is not None and (isinstance(memory, bool) or not isinstance(memory, int) or memory < 1):
         raise ConfigError(f"memory must be a positive integer, the bytes of a device, got {memory!r}")
+    if isinstance(step_bytes, bool) or not isinstance(step_bytes, int) or step_bytes < 0:
+        raise ConfigError(f"step_bytes must be an integer of at least 0, bytes of a device, got {step_bytes!r}")
     mesh = meshes.normalise(_mesh(mesh, config.tensor_parallel_size), tensor_parallel_size)
     served, parsed = weights.parse(hf, directory)
     dtype, how = _settings(config, hf, directory, served)
@@ -89,7 +96,8 @@ def plan(
         model=_title(model, hf),
         patterns=how["placement"].patterns,
         memory=memory,
-        cache_share=config.gpu_memory_utilization,
+        share=config.gpu_memory_utilization,
+        step_bytes=step_bytes,
     )
     return _with_states(made, config)
 

@@ -44,6 +44,7 @@ class Plan(Placed):
             if self.memory is None
             else {
                 "device_bytes": self.memory,
+                "step_bytes": self.step_bytes,
                 "cache_bytes": self.cache_bytes,
                 "tokens": self.tokens,
             },

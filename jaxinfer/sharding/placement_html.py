@@ -20,7 +20,7 @@ STYLE = """
 .jxp .tile b{display:block;font-size:17px;font-weight:600;font-variant-numeric:tabular-nums}
 .jxp .bar{display:flex;height:10px;border-radius:5px;background:var(--soft);overflow:hidden;width:100%}
 .jxp .bar i{height:100%;flex:none;min-width:1px}.jxp .device{height:20px;border-radius:6px;margin:5px 0 6px}
-.jxp .s{background:var(--shard)}.jxp .c{background:var(--copy)}.jxp .k{background:var(--cache)}
+.jxp .s{background:var(--shard)}.jxp .c{background:var(--copy)}.jxp .k{background:var(--cache)}.jxp .t{background:currentColor;opacity:.4}
 .jxp .key>span{margin-right:18px;white-space:nowrap}
 .jxp .key i{display:inline-block;width:10px;height:10px;border-radius:3px;margin-right:6px}
 .jxp .tree{border-top:1px solid var(--line);margin:14px 0 8px}
@@ -126,6 +126,8 @@ def _device(plan: Placed) -> str:
         ("s", plan.device_bytes - plan.copied_bytes, "weights, sharded"),
         ("c", plan.copied_bytes, "weights, replicated"),
     ]
+    if plan.memory is not None and plan.step_bytes:
+        parts.append(("t", plan.step_bytes, "steps"))
     if plan.cache_bytes is not None:
         parts.append(("k", plan.cache_bytes, "cache"))
     whole = max(plan.memory or 0, sum(size for _, size, _ in parts), 1)

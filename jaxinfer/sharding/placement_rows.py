@@ -152,8 +152,10 @@ class Placed:
     """Requested placement."""
     memory: int | None = None
     """Bytes of memory per device, if known."""
-    cache_share: float = 0.9
-    """Share of the memory left beside the weights that the cache takes (`EngineConfig.gpu_memory_utilization`)."""
+    share: float = 0.9
+    """Share of it that weights, cache and steps may take together (`EngineConfig.gpu_memory_utilization`)."""
+    step_bytes: int = 0
+    """Bytes per device that steps need while they run, and of arrays beside the cache."""
 
     @property
     def devices(self) -> int:
@@ -197,7 +199,9 @@ class Placed:
     @property
     def cache_bytes(self) -> int | None:
         """Bytes available to the cache on each device; None if device memory is unknown."""
-        return None if self.memory is None else max(0, int((self.memory - self.device_bytes) * self.cache_share))
+        if self.memory is None:
+            return None
+        return max(0, int(self.memory * self.share) - self.device_bytes - self.step_bytes)
 
     @property
     def tokens(self) -> int | None:

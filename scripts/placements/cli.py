@@ -58,6 +58,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--quantization", default=None, choices=("int8",))
     add("--block-size", type=_count, default=16, metavar="N", help="tokens of a block of the cache")
     add("--memory", type=_size, default=None, metavar="SIZE", help="of a device, for instance 80GiB: says what fits")
+    add(
+        "--step-memory",
+        type=_size,
+        default=0,
+        metavar="SIZE",
+        help="of a device, for steps while they run: an engine logs what it has measured",
+    )
     add("--revision", default=None, help="of the Hub id")
     add_hf_overrides(parser)
     shown = parser.add_argument_group("what is shown").add_mutually_exclusive_group()
@@ -103,6 +110,7 @@ def make(args: argparse.Namespace, hf: Mapping[str, Any] | None = None, **change
         "mesh": args.mesh,
         "placement": args.placement,
         "memory": args.memory,
+        "step_bytes": args.step_memory,
         "dtype": args.dtype,
         "quantization": args.quantization,
         "block_size": args.block_size,

@@ -122,7 +122,8 @@ def _cache(plan: Plan) -> Iterator[str]:
         names = _ranges(cache.replicated_layers)
         yield f"The cache of layer(s) {names} is whole on every device."
     if plan.tokens is not None and plan.memory is not None:
-        share = f"{plan.cache_share:g} of what the weights leave of {size_text(plan.memory)}"
+        steps = f" and {size_text(plan.step_bytes)} for steps" if plan.step_bytes else ""
+        share = f"{plan.share:g} of {size_text(plan.memory)} beside the weights{steps}"
         if plan.memory < plan.device_bytes:
             yield f"The weights do not fit: {size_text(plan.memory)} is what a device has."
         elif cache.sequences is None:

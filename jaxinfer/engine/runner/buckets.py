@@ -144,6 +144,16 @@ def all_buckets(program: Program, shapes: Shapes, sampling: Collection[str] = SA
     return sorted(found, key=lambda b: (b.tokens, b.items or 0, b.width, b.level, b.logprobs), reverse=True)
 
 
+def largest_buckets(program: Program, shapes: Shapes) -> list[Bucket]:
+    """Return the prefill and the decode step of the most tokens that do all that rows may ask for but beam searches."""
+    needs, rows = Needs(max(Level), shapes.max_logprobs, True), shapes.decode_buckets[-1]
+    *_, reach = _reaches(shapes, rows)
+    return [
+        prefill_bucket(program, shapes, shapes.prefill_buckets[-1], needs),
+        decode_bucket(program, shapes, rows, reach, needs._replace(prompt_logprobs=False)),
+    ]
+
+
 def _widths(shapes: Shapes) -> Iterator[int]:
     """Return the read lengths, in blocks, that decode is compiled for with a contiguous cache."""
     return shapes.regions.widths(item_keys(shapes.block_size) // shapes.block_size)

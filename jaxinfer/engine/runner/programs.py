@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxinfer._utils.units import size_text
 from jaxinfer.engine.runner.batch import Bucket
 from jaxinfer.engine.runner.buckets import SAMPLING, TABLE_WIDTHS, all_buckets, copy_widths, encode_shape
 from jaxinfer.engine.runner.steps import (
@@ -91,7 +92,7 @@ class Programs:
 
     Args:
         program, shapes: the model's program and step shapes.
-        params: the model's parameters; only shapes and shardings are kept.
+        params: the model's parameters, or their shapes; only shapes and shardings are kept.
         options: XLA compiler options for the steps.
     """
 
@@ -100,11 +101,16 @@ class Programs:
     ):
         self._program, self._shapes, self._options = program, shapes, options
         self._params = [
-            jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding if p.committed else None) for p in params
+            jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding if getattr(p, "committed", True) else None)
+            for p in params
         ]
         self._ready: dict[Key, jax.stages.Compiled] = {}
         self._pending: dict[Key, Future[jax.stages.Compiled]] = {}
         self._lock = threading.Lock()
+        self.room: int | None = None
+        """Bytes of device memory left for the temporaries of a program; None: unknown."""
+        self.temporaries: dict[Key, int] = {}
+        """Bytes of device memory that each program needs beside its arguments while it runs."""
         self.seconds: dict[Key, float] = {}
         """Seconds that tracing and compiling each program, or reading it from JAX's compilation cache, took."""
 
@@ -162,6 +168,7 @@ class Programs:
             started = time.perf_counter()
             made = self._lower(key).compile()
             self.seconds[key] = time.perf_counter() - started
+            self._measure(key, made)
             log.info("compiled %s in %.1f s", key, self.seconds[key])
         except BaseException as error:
             with self._lock:
@@ -173,6 +180,21 @@ class Programs:
             del self._pending[key]
         future.set_result(made)
         return made
+
+    def _measure(self, key: Key, made: jax.stages.Compiled) -> None:
+        """Record the temporaries of a program and its results that alias no argument; warn if they do not fit."""
+        memory = made.memory_analysis()
+        needed = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        self.temporaries[key] = needed
+        if self.room is not None and needed > self.room:
+            log.warning(
+                "%s needs %s of a device's memory while it runs, and %s are left: it will fail; lower "
+                "gpu_memory_utilization or "
+                "max_num_seqs",
+                key,
+                size_text(needed),
+                size_text(self.room),
+            )
 
     def _lower(self, key: Key) -> jax.stages.Lowered:
         program, shapes = self._program, self._shapes

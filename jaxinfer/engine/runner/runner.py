@@ -40,6 +40,7 @@ from jaxinfer.engine.runner.steps import (
 )
 from jaxinfer.engine.sampling.sampler import Edits
 from jaxinfer.engine.sampling.sampling_rows import Level
+from jaxinfer.engine.sizing.memory import MemoryUse
 from jaxinfer.errors import EngineError
 from jaxinfer.functional import Program
 from jaxinfer.functional.encoder_batch import EncodeJob, encode_batch
@@ -116,9 +117,13 @@ class Runner:
         shapes: Shapes,
         *,
         compiler_options: Mapping[str, Any] | None = None,
+        programs: Programs | None = None,
+        memory: MemoryUse | None = None,
     ):
         self.program, self.params, self.shapes = program, params, shapes
-        self.programs = Programs(program, shapes, params, compiler_options)
+        self.programs = programs or Programs(program, shapes, params, compiler_options)
+        self.memory = memory
+        """What the engine takes of a device's memory, where it was sized by it."""
         self.leader: Leader | None = None
         """Sends dispatches to the other processes of a multi-process mesh; None in a single process."""
         self.places = self.padding = 0

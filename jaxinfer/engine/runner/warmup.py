@@ -50,12 +50,13 @@ def warm_up(
     """Compile the missing programs, by default in as many threads as there are processors."""
     started, keys = time.perf_counter(), programs.keys(sampling)
     missing = [key for key in keys if key not in programs.seconds]
-    threads = threads or min(_processors(), MOST_THREADS)
+    threads = threads or default_threads()
     with tqdm(total=len(missing), desc="Compiling steps", disable=not use_tqdm, dynamic_ncols=True) as bar:
         programs.prepare(missing, threads, lambda key: bar.update())
     return Warmup(len(keys), len(missing), time.perf_counter() - started)
 
 
-def _processors() -> int:
-    """Return the number of processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def default_threads() -> int:
+    """Return the number of compilation threads: one per processor this process may use, up to a limit."""
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(processors, MOST_THREADS)

@@ -1,16 +1,13 @@
 """How many rows of which length the memory of a contiguous cache holds."""
 
-import logging
-
 from jaxinfer._utils.units import size_text
 from jaxinfer.config import EngineConfig
+from jaxinfer.engine.sizing.memory import Budget
 from jaxinfer.errors import CapacityError
-
-log = logging.getLogger(__name__)
 
 
 def reserve(
-    config: EngineConfig, rows: int, longest: int, read: int, memory: tuple[int, str], block_bytes: int
+    config: EngineConfig, rows: int, longest: int, read: int, budget: Budget, block_bytes: int
 ) -> tuple[int, int]:
     """Rows, and the longest sequence that each of them holds.
 
@@ -21,41 +18,24 @@ def reserve(
         rows: the most there may be; exactly as many where `max_num_seqs` was asked for.
         longest: tokens that the model, or `max_model_len`, allows.
         read: positions of what an encoder reads, for which a row has as much room again.
-        memory: bytes of the cache over all devices, and why as many.
+        budget: what the cache may take over all devices.
         block_bytes: of one block in every group of layers.
 
     Raises:
         CapacityError: what was asked for does not fit.
     """
-    (given, source), block = memory, config.block_size
-    blocks, wanted = given // block_bytes, -(-max(longest, read) // block)
+    block = config.block_size
+    blocks, wanted = budget.size // block_bytes, -(-max(longest, read) // block)
     if config.max_num_seqs is None:
         rows = max(1, min(rows, blocks // wanted))
     width = min(wanted, blocks // rows)
     length = min(longest, width * block)
     if length < 2 or width * block < read or (length < longest and config.max_model_len is not None):
         raise CapacityError(
-            f"the contiguous cache of {size_text(given)} ({source}) holds {rows} rows (max_num_seqs) of "
+            f"the contiguous cache of {size_text(budget.size)} ({budget.source}) holds {rows} rows (max_num_seqs) of "
             f"{width * block} "
             f"positions, less than the {max(longest, read)} of each that need "
             f"{size_text(rows * wanted * block_bytes)}; "
-            "raise kv_cache_memory_bytes, or lower max_model_len or max_num_seqs"
+            f"{budget.remedy}, or lower max_model_len or max_num_seqs"
         )
-    if length < longest:
-        log.warning(
-            "max_model_len is %d, as many tokens as each of %d rows of the contiguous cache holds; the model allows "
-            "%d: "
-            "max_num_seqs and max_model_len share the memory",
-            length,
-            rows,
-            longest,
-        )
-    log.info(
-        "contiguous cache: %d rows of %d tokens, %s of %s (%s)",
-        rows,
-        length,
-        size_text(rows * width * block_bytes),
-        size_text(given),
-        source,
-    )
     return rows, length

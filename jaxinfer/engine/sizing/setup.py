@@ -6,30 +6,28 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from jaxinfer._utils.units import size_text
 from jaxinfer.config import CONTIGUOUS, CPU_CACHE_BYTES, EngineConfig
 from jaxinfer.engine.engine import Engine
+from jaxinfer.engine.runner.programs import Programs
 from jaxinfer.engine.runner.runner import Runner
 from jaxinfer.engine.runner.steps import Shapes
+from jaxinfer.engine.sizing import memory
+from jaxinfer.engine.sizing.memory import Budget, MemoryUse
+from jaxinfer.engine.sizing.report import report
 from jaxinfer.engine.sizing.reserve import reserve
 from jaxinfer.engine.sizing.settings import HostSettings
 from jaxinfer.engine.sizing.slots import GPU_SEQUENCES, state_slots
-from jaxinfer.engine.sizing.workspace import peak_bytes
 from jaxinfer.errors import CapacityError, ConfigError
-from jaxinfer.functional import Program, encode_cross, split
-from jaxinfer.functional.encoder_batch import EncodeBatch, EncodeShape
+from jaxinfer.functional import Program, split
 from jaxinfer.kernels.matmul import choose as matmul
 from jaxinfer.kv import cache as kv_cache
 from jaxinfer.kv import groups as kv_groups
 from jaxinfer.models.base import LanguageModel, ModelConfig
 from jaxinfer.sharding import Mesh
-from jaxinfer.sharding import mesh as meshes
 
 log = logging.getLogger(__name__)
 
@@ -62,10 +60,11 @@ def build_engine(
         matmul_kernel=config.matmul_kernel,
         fuse_projections=config.fuse_projections,
     )
-    shapes = choose_shapes(module.config, program, config, params)
-    shapes = replace(shapes, sampled_vocab=min(sampled_vocab or program.vocab, program.vocab))
+    shapes, programs, use = _size(module.config, program, params, config, sampled_vocab or program.vocab)
     try:
-        runner = Runner(program, params, shapes, compiler_options=config.compiler_options)
+        runner = Runner(
+            program, params, shapes, compiler_options=config.compiler_options, programs=programs, memory=use
+        )
     except (RuntimeError, MemoryError, ValueError) as error:
         if "RESOURCE_EXHAUSTED" not in str(error) and "memory" not in str(error).lower():
             raise
@@ -85,38 +84,49 @@ def build_engine(
     return engine
 
 
-def choose_shapes(
-    model: ModelConfig, program: Program, config: EngineConfig, params: Sequence[jax.Array] = ()
-) -> Shapes:
-    """What fixes the compiled steps, from the settings, the model and the memory.
+def _size(
+    model: ModelConfig, program: Program, params: Sequence[jax.Array], config: EngineConfig, vocab: int
+) -> tuple[Shapes, Programs | None, MemoryUse]:
+    """Choose the shapes of the steps, log them, and return them with the programs that were compiled for it, if any."""
 
-    `params`: of the model, whose encoder's step is measured by them where the memory is to be divided.
-    """
+    def choose(budget: Budget) -> Shapes:
+        return replace(choose_shapes(model, program, config, budget), sampled_vocab=min(vocab, program.vocab))
+
+    budget, device = default_budget(program, config), None
+    if config.kv_cache_memory_bytes is None:
+        device = memory.device_memory(program.mesh, params, config.gpu_memory_utilization)
+    if device is None:
+        shapes, programs = choose(budget), None
+        use = memory.memory_use(program, params, shapes)
+    else:
+        fitted = memory.fit(program, params, config, device, choose)
+        shapes, programs, use, budget = fitted.shapes, fitted.programs, fitted.use, fitted.budget
+    report(program, config, shapes, budget, use, longest_sequence(model, config))
+    return shapes, programs, use
+
+
+def choose_shapes(model: ModelConfig, program: Program, config: EngineConfig, budget: Budget) -> Shapes:
+    """Choose what fixes the compiled steps, from the settings, the model and what the cache may take."""
     gpu = _platform(program) != "cpu"
     native = matmul.choose(config.matmul_kernel, program.mesh) == matmul.NATIVE
     rows = config.max_num_seqs or min(GPU_SEQUENCES if gpu else 64, config.max_num_batched_tokens or 1 << 30)
-    budget = config.max_num_batched_tokens or max(2048 if gpu else 512, rows)
-    if budget < rows:
+    tokens = config.max_num_batched_tokens or max(2048 if gpu else 512, rows)
+    if tokens < rows:
         raise ConfigError(
-            f"max_num_batched_tokens is {budget}, less than max_num_seqs = {rows}: each running sequence takes a token "
+            f"max_num_batched_tokens is {tokens}, less than max_num_seqs = {rows}: each running sequence takes a token "
             "of every step; raise the first or lower the second"
         )
     block = config.block_size
-    longest = _longest(model, config)
-    features = _feature_bytes(program, feature_slots(program, config, budget))
-    beside = features
-    if gpu and params and program.cross is not None and config.kv_cache_memory_bytes is None:
-        beside += encoder_bytes(program, params, max(_cross_buckets(program, budget, gpu=gpu)))
-    budget_bytes, source = _cache_bytes(program, config, beside)
-    rows, slots, taken = state_slots(program, config, rows, (budget_bytes, source))
-    budget_bytes -= taken
+    longest = longest_sequence(model, config)
+    rows, slots, taken = state_slots(program, config, rows, budget)
+    budget = replace(budget, size=budget.size - taken)
     read = 0 if program.cross is None else program.cross.longest
     if config.cache == CONTIGUOUS:
         block_bytes = program.layout.groups * _block_bytes(program, config)
-        rows, length = reserve(config, rows, longest, read, (budget_bytes, source), block_bytes)
+        rows, length = reserve(config, rows, longest, read, budget, block_bytes)
         num_blocks = rows * program.layout.groups * math.ceil(max(length, read) / block)
     else:
-        num_blocks, length = _pool(program, config, rows, longest, read, budget, (budget_bytes, source))
+        num_blocks, length = _pool(program, config, rows, longest, read, tokens, budget)
     decode, prefill = (GPU_DECODE, GPU_PREFILL) if gpu else (CPU_DECODE, CPU_PREFILL)
     if not gpu and not native:
         decode = CPU_DECODE[2:]  # XLA on a CPU takes ten times as long for one row of bfloat16 as for four
@@ -126,72 +136,44 @@ def choose_shapes(
         rows=rows,
         width=math.ceil(max(length, read) / block),
         decode_buckets=_buckets(config.decode_buckets, rows, decode, "decode_buckets", halves=not gpu),
-        prefill_buckets=_buckets(config.prefill_buckets, budget, prefill, "prefill_buckets", halves=True),
+        prefill_buckets=_buckets(config.prefill_buckets, tokens, prefill, "prefill_buckets", halves=True),
         prefill_rows=min(rows, 64 if gpu else 16),
         max_logprobs=config.max_logprobs,
         max_length=length,
         sampled_vocab=program.vocab,
         groups=program.layout.groups,
         switched=not gpu,
-        feature_slots=feature_slots(program, config, budget),
+        feature_slots=feature_slots(program, config, tokens),
         encode_buckets=() if program.features is None else GPU_ENCODE if gpu else CPU_ENCODE,
-        cross_buckets=_cross_buckets(program, budget, gpu=gpu),
+        cross_buckets=_cross_buckets(program, tokens, gpu=gpu),
         contiguous=config.cache == CONTIGUOUS,
         state_slots=slots,
     )
 
 
 def _pool(
-    program: Program, config: EngineConfig, rows: int, longest: int, read: int, budget: int, memory: tuple[int, str]
+    program: Program, config: EngineConfig, rows: int, longest: int, read: int, tokens: int, budget: Budget
 ) -> tuple[int, int]:
-    """Blocks of the paged cache, and the longest sequence that they hold, where a step takes `budget` tokens."""
-    (budget_bytes, source), block = memory, config.block_size
-    needed = partial(kv_groups.blocks_needed, program.layout.kinds, block_size=block, chunk=budget, read=read)
+    """Blocks of the paged cache, and the longest sequence that they hold, where a step takes `tokens`."""
+    block = config.block_size
+    needed = partial(kv_groups.blocks_needed, program.layout.kinds, block_size=block, chunk=tokens, read=read)
     lengths = [read if kind.kind.encoded else longest for kind in program.layout.kinds]
     # With all that windows leave behind cached.
     most = rows * sum(
         kind.count * math.ceil(length / block) for kind, length in zip(program.layout.kinds, lengths, strict=True)
     )
-    num_blocks = min(budget_bytes // _block_bytes(program, config), most)
-    capacity = kv_groups.longest(program.layout.kinds, num_blocks, block, budget, longest, read)
-    length = _check_length(capacity, longest, needed(longest), budget_bytes, source, program, config)
-    used = num_blocks * _block_bytes(program, config)
-    log.info(
-        "cache: %d blocks of %d tokens, %s of %s (%s); max_model_len %d",
-        num_blocks,
-        block,
-        size_text(used),
-        size_text(budget_bytes),
-        source,
-        length,
-    )
-    return num_blocks, length
+    num_blocks = min(budget.size // _block_bytes(program, config), most)
+    capacity = kv_groups.longest(program.layout.kinds, num_blocks, block, tokens, longest, read)
+    return num_blocks, _check_length(capacity, longest, needed(longest), budget, program, config)
 
 
-def encoder_bytes(program: Program, params: Sequence[Any], units: int) -> int:
-    """Bytes that a step of so many values needs on a device, at most, to encode them for cross-attention.
-
-    `params`: of the model, or their shapes.
-    """
-    source, groups = program.cross, kv_groups.encoded(program.layout.kinds).count
-    shape = EncodeShape(units, source.rows, groups, units, program.tile)
-    array, lanes = jax.ShapeDtypeStruct, kv_cache.abstract(program.layout.lanes, 1, 1, program.dtype, program.mesh)
-    integers = {name: array(size, np.int32) for name, size in shape.shapes.items()}
-    inputs = array((units, *source.shape), np.float32 if source.shape else np.int32)
-    batch = EncodeBatch(inputs, array((units, source.numbers), np.int32), **integers, tile=shape.tile)
-    shapes = [array(param.shape, param.dtype) for param in params]
-    size = peak_bytes(jax.make_jaxpr(partial(encode_cross, program))(shapes, lanes, batch))
-    log.info("encoder: up to %s for a step of %d positions", size_text(size), shape.positions)
-    return size
-
-
-def _cross_buckets(program: Program, budget: int, *, gpu: bool) -> tuple[int, ...]:
+def _cross_buckets(program: Program, tokens: int, *, gpu: bool) -> tuple[int, ...]:
     """Values of an encoder step for cross-attention: a whole text fits in the largest, and several short ones."""
     if program.cross is None:
         return ()
     if not program.cross.joint:
         return GPU_CROSS if gpu else CPU_CROSS
-    largest = max(budget, program.cross.longest // program.cross.rows)
+    largest = max(tokens, program.cross.longest // program.cross.rows)
     return _buckets(None, largest, GPU_PREFILL if gpu else CPU_PREFILL, "cross_buckets", halves=True)
 
 
@@ -203,7 +185,9 @@ def _block_bytes(program: Program, config: EngineConfig) -> int:
     return kv_cache.block_bytes(program.layout.lanes, config.block_size, program.dtype, program.mesh)
 
 
-def _longest(model: ModelConfig, config: EngineConfig) -> int:
+def longest_sequence(model: ModelConfig, config: EngineConfig) -> int:
+    """Return the tokens a sequence may have that the model and the settings allow; raises ConfigError where they
+    disagree."""
     asked = config.max_model_len
     if asked is not None and asked > model.max_length:
         raise ConfigError(
@@ -213,9 +197,8 @@ def _longest(model: ModelConfig, config: EngineConfig) -> int:
     return asked or model.max_length
 
 
-def feature_slots(program: Program, config: EngineConfig, budget: int) -> int:
-    """Inputs of the encoder whose rows the feature pool holds, where a step takes `budget` tokens; 0 without an
-    encoder.
+def feature_slots(program: Program, config: EngineConfig, tokens: int) -> int:
+    """Inputs of the encoder whose rows the feature pool holds, where a step takes `tokens`; 0 without an encoder.
 
     Raises:
         ConfigError: a pool that does not hold one.
@@ -225,50 +208,15 @@ def feature_slots(program: Program, config: EngineConfig, budget: int) -> int:
     rows, asked = program.features.rows, config.feature_cache_tokens
     if asked is not None and asked < rows:
         raise ConfigError(f"feature_cache_tokens is {asked}, but one tile of an image takes {rows}; raise it")
-    return max(8 * budget // rows, 16) if asked is None else asked // rows
+    return max(8 * tokens // rows, 16) if asked is None else asked // rows
 
 
-def _feature_bytes(program: Program, slots: int) -> int:
-    """Bytes of the feature pool on each device."""
-    if not slots:
-        return 0
-    rows = slots * program.features.rows
-    size = rows * program.feature_width * program.dtype.itemsize
-    log.info(
-        "feature cache: %d tiles of images, %d tokens, %s a device (feature_cache_tokens)", slots, rows, size_text(size)
-    )
-    return size
-
-
-def _cache_bytes(program: Program, config: EngineConfig, beside: int) -> tuple[int, str]:
-    """The memory the cache may take over all devices, and why as much; on a GPU `beside` bytes a device are left."""
-    if config.kv_cache_memory_bytes is not None:
-        _check_host(program, config.kv_cache_memory_bytes)
-        return config.kv_cache_memory_bytes, "kv_cache_memory_bytes"
-    if _platform(program) == "cpu":
-        return CPU_CACHE_BYTES, "the default on a CPU; kv_cache_memory_bytes sets it"
-    free = max(0, _least_free(program.mesh) - beside)
-    share = config.gpu_memory_utilization
-    total = int(free * share) * program.mesh.size
-    reason = (
-        f"gpu_memory_utilization {share} of the {size_text(free)} a device that JAX's allocator may still give; it "
-        "takes "
-        "75% of the memory at start, XLA_CLIENT_MEM_FRACTION changes that"
-    )
-    return total, reason
-
-
-def _least_free(mesh: Mesh) -> int:
-    """Of the mesh's devices; each process sees its own, and all must come to the same number."""
-    free = min(_free(device) for device in mesh.local_devices)
-    if meshes.processes(mesh) > 1:
-        free = int(np.min(multihost_utils.process_allgather(np.int32(free >> 20)))) << 20  # JAX's integers have 32 bits
-    return free
-
-
-def _free(device: jax.Device) -> int:
-    stats = device.memory_stats() or {}
-    return max(0, stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0))
+def default_budget(program: Program, config: EngineConfig) -> Budget:
+    """Return what the cache may take where the settings say so, or where no device has a limit."""
+    if config.kv_cache_memory_bytes is None:
+        return Budget(CPU_CACHE_BYTES, "the default on a CPU; kv_cache_memory_bytes sets it")
+    _check_host(program, config.kv_cache_memory_bytes)
+    return Budget(config.kv_cache_memory_bytes, "kv_cache_memory_bytes")
 
 
 def _check_host(program: Program, size: int) -> None:
@@ -284,7 +232,7 @@ def _check_host(program: Program, size: int) -> None:
 
 
 def _check_length(
-    capacity: int, longest: int, blocks: int, given: int, source: str, program: Program, config: EngineConfig
+    capacity: int, longest: int, blocks: int, budget: Budget, program: Program, config: EngineConfig
 ) -> int:
     """The longest sequence that can be served: `longest`, which takes so many blocks, or `capacity`."""
     block = _block_bytes(program, config)
@@ -297,19 +245,16 @@ def _check_length(
             else f"one block of {size_text(least)}"
         )
         raise CapacityError(
-            f"the cache may take {size_text(given)} ({source}), less than {what}; raise kv_cache_memory_bytes"
+            f"the cache may take {size_text(budget.size)} ({budget.source}), less than {what}; {budget.remedy}"
         )
-    if capacity >= longest:
-        return longest
-    if config.max_model_len is not None:
+    if capacity < longest and config.max_model_len is not None:
         needed = blocks * block
         raise CapacityError(
-            f"the cache of {size_text(given)} ({source}) holds {capacity} tokens, less than max_model_len = {longest}, "
-            "which "
-            f"needs {size_text(needed)}; raise kv_cache_memory_bytes or lower max_model_len"
+            f"the cache of {size_text(budget.size)} ({budget.source}) holds {capacity} tokens, less than max_model_len "
+            "= "
+            f"{longest}, which needs {size_text(needed)}; lower max_model_len, or {budget.remedy}"
         )
-    log.warning("max_model_len is %d, as many tokens as the cache holds; the model allows %d", capacity, longest)
-    return capacity
+    return min(capacity, longest)
 
 
 def _buckets(

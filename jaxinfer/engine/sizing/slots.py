@@ -1,14 +1,11 @@
 """How many slots recurrent state gets of the cache's memory."""
 
-import logging
-
 from jaxinfer._utils.units import size_text
 from jaxinfer.config import EngineConfig
+from jaxinfer.engine.sizing.memory import Budget
 from jaxinfer.errors import CapacityError
 from jaxinfer.functional import Program
 from jaxinfer.kv import cache as kv_cache
-
-log = logging.getLogger(__name__)
 
 GPU_SEQUENCES = 256
 """Sequences that run at a time at most on a GPU, where max_num_seqs does not say."""
@@ -16,7 +13,7 @@ A_ROW = 2
 """Slots a running sequence may need in one step: the state it reads and the one it writes (`kv.recurrent`)."""
 
 
-def state_slots(program: Program, config: EngineConfig, rows: int, memory: tuple[int, str]) -> tuple[int, int, int]:
+def state_slots(program: Program, config: EngineConfig, rows: int, budget: Budget) -> tuple[int, int, int]:
     """Sequences at a time, slots, and what of the memory (bytes, where they come from) these take; none where no layer
     has a state.
 
@@ -28,7 +25,7 @@ def state_slots(program: Program, config: EngineConfig, rows: int, memory: tuple
     """
     if not program.layout.states:
         return rows, 0, 0
-    (given, source), each = memory, kv_cache.slot_bytes(program.layout.states, program.mesh)
+    given, each = budget.size, kv_cache.slot_bytes(program.layout.states, program.mesh)
     rows, slots = divide(config, rows, each, given)
     least = A_ROW * rows
     if slots * each >= given:
@@ -36,17 +33,10 @@ def state_slots(program: Program, config: EngineConfig, rows: int, memory: tuple
         raise CapacityError(
             f"max_num_seqs is {rows}: their recurrent states take {size_text(least * each)} ({A_ROW} slots of "
             f"{size_text(each)} each), and snapshots {size_text((slots - least) * each)}, of {size_text(given)} "
-            f"({source}) that "
-            f"keys and values need some of as well; lower max_num_seqs to less than {max(1, most)}, or raise "
-            "kv_cache_memory_bytes"
+            f"({budget.source}) that keys and values need some of as well; lower max_num_seqs to less than "
+            f"{max(1, most)}, or "
+            f"{budget.remedy}"
         )
-    log.info(
-        "recurrent state: %d slots of %s, %d of them for snapshots (snapshot_memory_fraction %g)",
-        slots,
-        size_text(each),
-        slots - least,
-        config.snapshot_memory_fraction,
-    )
     return rows, slots, slots * each
 
 

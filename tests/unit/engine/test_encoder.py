@@ -14,6 +14,7 @@ from jaxinfer.config import EngineConfig
 from jaxinfer.engine.runner.buckets import Needs, encode_pieces, prefill_bucket
 from jaxinfer.engine.runner.programs import Encode
 from jaxinfer.engine.runner.steps import abstract_arguments
+from jaxinfer.engine.sizing.memory import Budget
 from jaxinfer.engine.sizing.setup import choose_shapes
 from jaxinfer.errors import CapacityError, ConfigError
 from jaxinfer.functional import program as functional_program
@@ -88,7 +89,7 @@ def sizes(**settings) -> tuple[int, tuple[int, ...]]:
     """Feature slots and encoder buckets that an engine would choose."""
     runner = image_runner()
     config = EngineConfig(**dict(max_model_len=64, max_num_seqs=4, max_num_batched_tokens=32) | settings)
-    made = choose_shapes(runner.program.module(runner.params).config, runner.program, config)
+    made = choose_shapes(runner.program.module(runner.params).config, runner.program, config, Budget(1 << 20, ""))
     return made.feature_slots, made.encode_buckets
 
 

@@ -84,9 +84,17 @@ def test_the_weights_of_llama_70b_sum_to_the_bytes_that_one_computes_by_hand(lar
 def test_the_cache_of_llama_70b_sums_to_the_bytes_that_one_computes_by_hand(large: Plan):
     token = 2 * LAYERS * (8 // TP) * D * BF16  # keys and values of one head per layer on each device: 40,960
     assert large.cache.block_device_bytes == 16 * token == 655_360
-    left = int(((80 << 30) - 17_640_734_720) * 0.9)
-    assert large.tokens == left // 655_360 * 16 == 1_499_808
+    left = int((80 << 30) * 0.9) - 17_640_734_720
+    assert large.tokens == left // 655_360 * 16 == 1_456_736
     assert large.cache.replicated_layers == ()
+
+
+def test_llama_70b_in_bfloat16_loads_on_two_devices_of_80_gb():
+    """Beside 850 MB for steps: more than the programs for two H100s need (docs/decisions.md)."""
+    made = sharding.plan(LLAMA_70B, tensor_parallel_size=2, memory=84_929_347_584, step_bytes=850_000_000)
+    assert made.device_bytes == 70_556_344_320
+    assert made.cache_bytes == 76_436_412_825 - 70_556_344_320 - 850_000_000
+    assert made.tokens == made.cache_bytes // (16 * 163_840) * 16 > 30_000
 
 
 QWEN3_NEXT = dict(
@@ -257,7 +265,12 @@ def test_as_dict_is_complete(mixed: Plan):
         "rows": "sampled sequence",
     }
     assert found["cache"]["replicated_layers"] == [0, 1, 2]
-    assert found["memory"] == {"device_bytes": 1 << 20, "cache_bytes": mixed.cache_bytes, "tokens": mixed.tokens}
+    assert found["memory"] == {
+        "device_bytes": 1 << 20,
+        "step_bytes": 0,
+        "cache_bytes": mixed.cache_bytes,
+        "tokens": mixed.tokens,
+    }
 
 
 class Reader(HTMLParser):

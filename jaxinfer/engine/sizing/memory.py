@@ -1,0 +1,244 @@
+"""Dividing a device's memory: weights, what steps need while they run, arrays beside the cache, and the cache.
+
+What steps need is read off the compiled programs (`memory_analysis`) before the cache is allocated. It depends on the
+cache's size as little as on the number of layers, but the programs' shapes do: a first candidate for the size is
+compiled, and compiled again at the size that its temporaries leave only where that is worth it.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from jaxinfer._utils.units import size_text
+from jaxinfer.config import EngineConfig
+from jaxinfer.engine.runner.buckets import copy_widths, encode_shape, largest_buckets
+from jaxinfer.engine.runner.programs import Copies, Encode, EncodeCross, Key, Programs
+from jaxinfer.engine.runner.steps import Shapes, abstract_cache, abstract_edits, abstract_features, abstract_rows
+from jaxinfer.engine.runner.warmup import default_threads
+from jaxinfer.errors import CapacityError
+from jaxinfer.functional import Program
+from jaxinfer.sharding import Mesh, placement
+from jaxinfer.sharding import mesh as meshes
+
+log = logging.getLogger(__name__)
+
+FIRST_GUESS = 6
+"""Arrays of logits that the sampler's highest level has at a time in a program for an H100. The first candidate leaves
+as much; a wrong one costs a compilation, never memory."""
+WORTH = 0.02
+"""The part of the cache for which programs are compiled a second time."""
+ROUNDS = 5
+REMEDY = (
+    "lower max_num_batched_tokens or max_num_seqs, divide the model over more devices (tensor_parallel_size), raise "
+    "gpu_memory_utilization, or let JAX's allocator take more than 75% of the memory (XLA_CLIENT_MEM_FRACTION)"
+)
+GRAINS = 4096
+"""Memory in use is rounded up to this part of the limit, so that a few bytes more or less make no other programs."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the cache may take."""
+
+    size: int
+    """Bytes over all devices."""
+    source: str
+    """Why as much."""
+    remedy: str = "raise kv_cache_memory_bytes"
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """The memory of the device that has the least to give, in bytes, once the weights are loaded."""
+
+    limit: int
+    """What JAX's allocator may take on it."""
+    in_use: int
+    weights: int
+    share: float
+    """The part of the limit that weights, cache and steps may take together (`gpu_memory_utilization`)."""
+
+    @property
+    def left(self) -> int:
+        """Bytes of the share that nothing has taken yet."""
+        grain = max(1, self.limit // GRAINS)
+        return int(self.limit * self.share) - math.ceil(self.in_use / grain) * grain
+
+    def budget(self, temporaries: int | None, arrays: int, devices: int) -> Budget:
+        """Return what the cache may take, over all devices, beside `temporaries` of steps and other `arrays` of each.
+
+        None for `temporaries`: neither is known yet.
+        """
+        beside = "what steps and the sampler need not counted yet"
+        if temporaries is not None:
+            beside = (
+                f"{size_text(temporaries)} of temporaries of steps and {size_text(arrays)} of arrays beside the cache"
+            )
+        source = (
+            f"gpu_memory_utilization {self.share:g} of the {size_text(self.limit)} a device that JAX's allocator has, "
+            "less "
+            f"{size_text(self.in_use)} in use (weights {size_text(self.weights)}), {beside}"
+        )
+        return Budget(max(0, self.left - (temporaries or 0) - arrays) * devices, source, REMEDY)
+
+
+@dataclass(frozen=True)
+class MemoryUse:
+    """Bytes on each device, by what they are for."""
+
+    weights: int
+    cache: int
+    arrays: int
+    """Of the sampler and of encoders, beside the cache."""
+    temporaries: int | None = None
+    """What a step needs at most while it runs, as its program says; None: not measured."""
+    other: int = 0
+    """In use by what is not the engine's."""
+    limit: int | None = None
+    """What JAX's allocator may take; None: no limit is known."""
+
+    @property
+    def total(self) -> int:
+        """All of it but the limit."""
+        return self.weights + self.cache + self.arrays + (self.temporaries or 0) + self.other
+
+    def gauges(self) -> dict[str, float]:
+        """Return what is known, by the names of metrics."""
+        sizes = {
+            "weights": self.weights,
+            "kv_cache": self.cache,
+            "device_arrays": self.arrays,
+            "step_temporaries": self.temporaries,
+            "memory_limit": self.limit,
+        }
+        return {f"{name}_bytes": size for name, size in sizes.items() if size is not None}
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Shapes that fit, and the programs that show it."""
+
+    shapes: Shapes
+    programs: Programs
+    budget: Budget
+    use: MemoryUse
+
+
+def memory_stats(device: jax.Device) -> Mapping[str, int]:
+    """Return what JAX's allocator says of a device; empty where it has no limit, as on a CPU."""
+    return {} if device.platform == "cpu" else device.memory_stats() or {}
+
+
+def device_memory(mesh: Mesh, params: Sequence[jax.Array], share: float) -> DeviceMemory | None:
+    """Read the memory of the mesh's devices, the same in every process; None where there is no limit."""
+    found = [memory_stats(device) for device in mesh.local_devices]
+    if any("bytes_limit" not in stats for stats in found):
+        return None
+    weights = device_bytes(params)
+    sizes = [(stats["bytes_limit"], max(stats.get("bytes_in_use", 0), weights)) for stats in found]
+    if meshes.processes(mesh) > 1:  # in MiB, as JAX's integers have 32 bits
+        mine = np.array([[limit >> 20, -(-used >> 20)] for limit, used in sizes], np.int32)
+        gathered = multihost_utils.process_allgather(mine).reshape(-1, 2)
+        sizes = [(int(limit) << 20, int(used) << 20) for limit, used in gathered]
+    return min((DeviceMemory(limit, used, weights, share) for limit, used in sizes), key=lambda one: one.left)
+
+
+def device_bytes(arrays: Any) -> int:
+    """Bytes that arrays, or their shapes, take on each device."""
+    return sum(map(placement.device_bytes, jax.tree.leaves(arrays)))
+
+
+def beside_cache(program: Program, shapes: Shapes) -> int:
+    """Bytes of the arrays that a runner keeps on each device beside weights and cache."""
+    made = [abstract_edits(program, shapes), abstract_rows(program, shapes)]
+    return device_bytes([*made, abstract_features(program, shapes)] if shapes.feature_slots else made)
+
+
+def memory_use(
+    program: Program,
+    params: Sequence[Any],
+    shapes: Shapes,
+    device: DeviceMemory | None = None,
+    temporaries: int | None = None,
+) -> MemoryUse:
+    """Return what an engine of these shapes takes on each device."""
+    weights, cache = device_bytes(params), device_bytes(abstract_cache(program, shapes))
+    beside = {} if device is None else {"other": device.in_use - weights, "limit": device.limit}
+    return MemoryUse(weights, cache, beside_cache(program, shapes), temporaries, **beside)
+
+
+def fit(
+    program: Program,
+    params: Sequence[Any],
+    config: EngineConfig,
+    device: DeviceMemory,
+    choose: Callable[[Budget], Shapes],
+) -> Fitted:
+    """Size the cache by what the largest steps need, and return it with their compiled programs.
+
+    Args:
+        program: of the model.
+        params: its parameters, or their shapes and shardings.
+        config: the settings.
+        device: the memory that is to be divided.
+        choose: makes shapes of what the cache may take.
+
+    Raises:
+        CapacityError: too little is left for a cache; names all figures and what to change.
+    """
+    devices = program.mesh.size
+    shapes = choose(device.budget(None, 0, devices))  # the largest there could be: raises where not even these fit
+    arrays = beside_cache(program, shapes)
+    guess = FIRST_GUESS * shapes.rows * program.vocab * 4 // meshes.size(program.mesh)
+    if arrays + guess < device.left // 2:
+        shapes = choose(device.budget(guess, arrays, devices))
+    for _ in range(ROUNDS):
+        programs = Programs(program, shapes, params, config.compiler_options)
+        temporaries = measure(program, shapes, programs)
+        use = memory_use(program, params, shapes, device, temporaries)
+        budget = device.budget(temporaries, use.arrays, devices)
+        better = choose(budget)
+        room = device.left - use.cache - use.arrays - temporaries
+        if room >= 0 and (better == shapes or _nearly(shapes, better)):
+            programs.room = device.limit - device.in_use - use.cache - use.arrays
+            return Fitted(shapes, programs, budget, use)
+        shapes = better
+    raise CapacityError(
+        f"no size of the cache fits beside its steps: {size_text(use.cache)} beside {size_text(temporaries)} for "
+        "temporaries "
+        f"({budget.source}); set kv_cache_memory_bytes"
+    )
+
+
+def _nearly(shapes: Shapes, better: Shapes) -> bool:
+    """Whether others differ in a few blocks more."""
+    ends = (shapes.rows, shapes.max_length, shapes.width) == (better.rows, better.max_length, better.width)
+    slots = better.state_slots - shapes.state_slots <= WORTH * better.state_slots
+    return ends and slots and better.num_blocks - shapes.num_blocks <= WORTH * better.num_blocks
+
+
+def largest_programs(program: Program, shapes: Shapes) -> list[Key]:
+    """Return the keys of the steps than which no other needs more: each level of the sampler has those below within
+    it."""
+    keys: list[Key] = [*largest_buckets(program, shapes), Copies(copy_widths(shapes)[-1])]
+    if shapes.encode_buckets:
+        keys.append(Encode(shapes.encode_buckets[-1]))
+    if shapes.cross_buckets:
+        keys.append(EncodeCross(**vars(encode_shape(program, shapes, shapes.cross_buckets[-1]))))
+    return keys
+
+
+def measure(program: Program, shapes: Shapes, programs: Programs) -> int:
+    """Compile the largest steps and return the most bytes a device that one of them needs beside its arguments."""
+    keys = largest_programs(program, shapes)
+    programs.prepare(keys, min(len(keys), default_threads()), lambda key: None)
+    most = max(programs.temporaries[key] for key in keys)
+    if meshes.processes(program.mesh) > 1:
+        most = int(np.max(multihost_utils.process_allgather(np.int32(-(-most >> 10))))) << 10
+    return most

@@ -1,0 +1,99 @@
+"""The startup log: what the cache and everything beside it takes of the memory, and what that allows."""
+
+import logging
+
+from jaxinfer._utils.units import size_text
+from jaxinfer.config import EngineConfig
+from jaxinfer.engine.runner.steps import Shapes
+from jaxinfer.engine.sizing.memory import Budget, MemoryUse
+from jaxinfer.engine.sizing.slots import A_ROW
+from jaxinfer.functional import Program
+from jaxinfer.kv import cache as kv_cache
+
+log = logging.getLogger(__name__)
+
+
+def report(
+    program: Program, config: EngineConfig, shapes: Shapes, budget: Budget, use: MemoryUse, longest: int
+) -> None:
+    """Log the sizes of an engine, once they are settled.
+
+    Args:
+        program: of the model.
+        config: the settings.
+        shapes: what was chosen.
+        budget: what the cache might take.
+        use: what a device has.
+        longest: tokens of a sequence that the model, or `max_model_len`, allows.
+    """
+    taken = _states(program, config, shapes)
+    if shapes.feature_slots:
+        log.info(
+            "feature cache: %d tiles of images, %d tokens (feature_cache_tokens)",
+            shapes.feature_slots,
+            shapes.feature_slots * program.features.rows,
+        )
+    block = kv_cache.block_bytes(program.layout.lanes, config.block_size, program.dtype, program.mesh)
+    used, given = size_text(shapes.num_blocks * block), size_text(budget.size - taken)
+    if shapes.contiguous:
+        if shapes.max_length < longest:
+            log.warning(
+                "max_model_len is %d, as many tokens as each of %d rows of the contiguous cache holds; the model "
+                "allows %d: "
+                "max_num_seqs and max_model_len share the memory",
+                shapes.max_length,
+                shapes.rows,
+                longest,
+            )
+        log.info(
+            "contiguous cache: %d rows of %d tokens, %s of %s (%s)",
+            shapes.rows,
+            shapes.max_length,
+            used,
+            given,
+            budget.source,
+        )
+    else:
+        if shapes.max_length < longest:
+            log.warning(
+                "max_model_len is %d, as many tokens as the cache holds; the model allows %d",
+                shapes.max_length,
+                longest,
+            )
+        log.info(
+            "cache: %d blocks of %d tokens, %s of %s (%s); max_model_len %d",
+            shapes.num_blocks,
+            shapes.block_size,
+            used,
+            given,
+            budget.source,
+            shapes.max_length,
+        )
+    log.info("%s", _of_a_device(use))
+
+
+def _states(program: Program, config: EngineConfig, shapes: Shapes) -> int:
+    """Log the slots of recurrent state; returns the bytes that they take."""
+    if not shapes.state_slots:
+        return 0
+    each = kv_cache.slot_bytes(program.layout.states, program.mesh)
+    log.info(
+        "recurrent state: %d slots of %s, %d of them for snapshots (snapshot_memory_fraction %g)",
+        shapes.state_slots,
+        size_text(each),
+        shapes.state_slots - A_ROW * shapes.rows,
+        config.snapshot_memory_fraction,
+    )
+    return shapes.state_slots * each
+
+
+def _of_a_device(use: MemoryUse) -> str:
+    """Every figure of a device's memory."""
+    parts = {"weights": use.weights, "cache": use.cache, "arrays of sampler and encoders": use.arrays}
+    if use.temporaries is not None:
+        parts["temporaries of steps"] = use.temporaries
+    if use.other:
+        parts["other use"] = use.other
+    text = ", ".join(f"{name} {size_text(size)}" for name, size in parts.items())
+    limit = "" if use.limit is None else f" of {size_text(use.limit)}"
+    return f"memory of a device: {text}; {size_text(use.total)}{limit}"
