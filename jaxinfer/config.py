@@ -72,9 +72,13 @@ class EngineConfig:
     block_size: int = 16
     """Number of positions in a cache block; for a contiguous cache, the step by which the read length grows."""
     kv_cache_memory_bytes: int | None = None
-    """Cache size in bytes over all devices; by default 1 GiB on a CPU, a fraction of the free memory on a GPU."""
+    """Cache size in bytes over all devices; by default 1 GiB on a CPU, on a GPU what `gpu_memory_utilization` leaves.
+    If set, no step is compiled at start to measure its memory.
+    """
     gpu_memory_utilization: float = 0.9
-    """GPU: fraction of the memory still available to JAX's allocator that the cache takes."""
+    """GPU: fraction of the memory of JAX's allocator that weights, cache and steps may take together. The temporaries
+    of the largest steps, compiled at start, are measured; the cache takes the rest.
+    """
     pool_blocks: int | None = None
     """Number of cache blocks that the host uses, at most those allocated; changes no array shape."""
     enable_prefix_caching: bool = True

@@ -20,7 +20,8 @@ STYLE = """
 .jxp .tile b{display:block;font-size:17px;font-weight:600;font-variant-numeric:tabular-nums}
 .jxp .bar{display:flex;height:10px;border-radius:5px;background:var(--soft);overflow:hidden;width:100%}
 .jxp .bar i{height:100%;flex:none;min-width:1px}.jxp .device{height:20px;border-radius:6px;margin:5px 0 6px}
-.jxp .s{background:var(--shard)}.jxp .c{background:var(--copy)}.jxp .k{background:var(--cache)}.jxp .t{background:currentColor;opacity:.4}
+.jxp .s{background:var(--shard)}.jxp .c{background:var(--copy)}.jxp .k{background:var(--cache)}
+.jxp .t{background:currentColor;opacity:.4}
 .jxp .key>span{margin-right:18px;white-space:nowrap}
 .jxp .key i{display:inline-block;width:10px;height:10px;border-radius:3px;margin-right:6px}
 .jxp .tree{border-top:1px solid var(--line);margin:14px 0 8px}

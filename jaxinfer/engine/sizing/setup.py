@@ -186,8 +186,7 @@ def _block_bytes(program: Program, config: EngineConfig) -> int:
 
 
 def longest_sequence(model: ModelConfig, config: EngineConfig) -> int:
-    """Return the tokens a sequence may have that the model and the settings allow; raises ConfigError where they
-    disagree."""
+    """Return the most tokens of a sequence by the model and `max_model_len`; raises ConfigError if these disagree."""
     asked = config.max_model_len
     if asked is not None and asked > model.max_length:
         raise ConfigError(
@@ -250,9 +249,8 @@ def _check_length(
     if capacity < longest and config.max_model_len is not None:
         needed = blocks * block
         raise CapacityError(
-            f"the cache of {size_text(budget.size)} ({budget.source}) holds {capacity} tokens, less than max_model_len "
-            "= "
-            f"{longest}, which needs {size_text(needed)}; lower max_model_len, or {budget.remedy}"
+            f"the cache of {size_text(budget.size)} ({budget.source}) holds {capacity} tokens, less than "
+            f"max_model_len = {longest}, which needs {size_text(needed)}; lower max_model_len, or {budget.remedy}"
         )
     return min(capacity, longest)
 
