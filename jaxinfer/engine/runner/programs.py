@@ -97,7 +97,7 @@ class Programs:
     """
 
     def __init__(
-        self, program: Program, shapes: Shapes, params: Sequence[jax.Array], options: Mapping[str, Any] | None = None
+        self, program: Program, shapes: Shapes, params: Sequence[Any], options: Mapping[str, Any] | None = None
     ):
         self._program, self._shapes, self._options = program, shapes, options
         self._params = [

@@ -33,7 +33,7 @@ FIRST_GUESS = 6
 as much; a wrong one costs a compilation, never memory."""
 WORTH = 0.02
 """The part of the cache for which programs are compiled a second time."""
-ROUNDS = 5
+ROUNDS = 4
 REMEDY = (
     "lower max_num_batched_tokens or max_num_seqs, divide the model over more devices (tensor_parallel_size), raise "
     "gpu_memory_utilization, or let JAX's allocator take more than 75% of the memory (XLA_CLIENT_MEM_FRACTION)"
@@ -192,32 +192,46 @@ def fit(
     Raises:
         CapacityError: too little is left for a cache; names all figures and what to change.
     """
-    devices = program.mesh.size
-    shapes = choose(device.budget(None, 0, devices))  # the largest there could be: raises where not even these fit
+    shapes, found = _first_candidate(program, device, choose), []
+    for _ in range(ROUNDS):
+        fitted = _measured(program, params, config, device, shapes)
+        if fitted.use.total <= device.in_use + device.left:
+            found.append(fitted)
+        try:
+            shapes = choose(fitted.budget)
+        except CapacityError:
+            if not found:
+                raise
+            break
+        if fitted in found and _nearly(fitted.shapes, shapes):
+            return fitted
+    if found:  # XLA's attention needs more for longer sequences, so that a size may fit and the next one not
+        return max(found, key=lambda fitted: fitted.use.cache)
+    raise CapacityError(f"no size of the cache fits beside its steps ({fitted.budget.source}); {REMEDY}")
+
+
+def _first_candidate(program: Program, device: DeviceMemory, choose: Callable[[Budget], Shapes]) -> Shapes:
+    """Return shapes that leave what steps will probably need; raises CapacityError if not even a cache alone fits."""
+    shapes = choose(device.budget(None, 0, program.mesh.size))
     arrays = beside_cache(program, shapes)
     guess = FIRST_GUESS * shapes.rows * program.vocab * 4 // meshes.size(program.mesh)
     if arrays + guess < device.left // 2:
-        shapes = choose(device.budget(guess, arrays, devices))
-    for _ in range(ROUNDS):
-        programs = Programs(program, shapes, params, config.compiler_options)
-        temporaries = measure(program, shapes, programs)
-        use = memory_use(program, params, shapes, device, temporaries)
-        budget = device.budget(temporaries, use.arrays, devices)
-        better = choose(budget)
-        room = device.left - use.cache - use.arrays - temporaries
-        if room >= 0 and (better == shapes or _nearly(shapes, better)):
-            programs.room = device.limit - device.in_use - use.cache - use.arrays
-            return Fitted(shapes, programs, budget, use)
-        shapes = better
-    raise CapacityError(
-        f"no size of the cache fits beside its steps: {size_text(use.cache)} beside {size_text(temporaries)} for "
-        "temporaries "
-        f"({budget.source}); set kv_cache_memory_bytes"
-    )
+        shapes = choose(device.budget(guess, arrays, program.mesh.size))
+    return shapes
+
+
+def _measured(
+    program: Program, params: Sequence[Any], config: EngineConfig, device: DeviceMemory, shapes: Shapes
+) -> Fitted:
+    """Return the programs of these shapes, what they take of a device, and the budget that they leave for the cache."""
+    programs = Programs(program, shapes, params, config.compiler_options)
+    use = memory_use(program, params, shapes, device, measure(program, shapes, programs))
+    programs.room = device.limit - (use.total - use.temporaries)
+    return Fitted(shapes, programs, device.budget(use.temporaries, use.arrays, program.mesh.size), use)
 
 
 def _nearly(shapes: Shapes, better: Shapes) -> bool:
-    """Whether others differ in a few blocks more."""
+    """Return whether other shapes are the same, or differ in a few blocks more."""
     ends = (shapes.rows, shapes.max_length, shapes.width) == (better.rows, better.max_length, better.width)
     slots = better.state_slots - shapes.state_slots <= WORTH * better.state_slots
     return ends and slots and better.num_blocks - shapes.num_blocks <= WORTH * better.num_blocks
