@@ -8,6 +8,7 @@ does not import triton.
 import importlib.metadata
 import importlib.util
 import re
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -29,6 +30,10 @@ TYPES = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32", "int32": "
 ALIGNED = [["tt.divisibility", 16]]
 """XLA aligns every buffer to more than 16 bytes."""
 CALL = "__gpu$xla.gpu.ptx"
+_TRITON = threading.Lock()
+"""Held while Triton compiles: steps are compiled in several threads, its knobs are the process's, and in CPython 3.11
+`ast.parse` fails where two threads run it (SystemError: AST constructor recursion depth mismatch).
+"""
 
 
 @dataclass(frozen=True)
@@ -139,7 +144,7 @@ def binary(
     arrays = dict(signature)
     types = {name: arrays.get(name, "constexpr") for name in names}
     aligned = {(i,): ALIGNED for i, name in enumerate(names) if name in arrays}
-    with triton.knobs.compilation.scope():
+    with _TRITON, triton.knobs.compilation.scope():
         # The PTX text is embedded in every program that launches it; line info would double its size.
         triton.knobs.compilation.disable_line_info = True
         compiled = triton.compile(

@@ -3,6 +3,8 @@
 import importlib.metadata
 import importlib.util
 import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -85,6 +87,30 @@ def test_a_gpu_without_triton_uses_xla_and_warns_once(
     with caplog.at_level(logging.WARNING):
         assert [kernels.choose("auto", mesh) for _ in range(2)] == ["xla", "xla"]
     assert len(caplog.records) == 1 and said in caplog.text
+
+
+def test_kernels_are_compiled_one_at_a_time(monkeypatch: pytest.MonkeyPatch):
+    """Threads that compile steps side by side; in CPython 3.11 two that parse a kernel's source at a time fail."""
+    triton, compiler = pytest.importorskip("triton"), pytest.importorskip("triton.compiler")
+    inside, crowded = [], []
+
+    def compile_kernel(source: Any, **options: Any) -> SimpleNamespace:
+        inside.append(source)
+        time.sleep(0.002)  # another thread would come in
+        crowded.append(len(inside) > 1)
+        inside.pop()
+        return SimpleNamespace(metadata=SimpleNamespace(name="one", shared=0, num_warps=4), asm={"ptx": ""})
+
+    monkeypatch.setattr(triton, "compile", compile_kernel)
+    monkeypatch.setattr(compiler, "ASTSource", lambda **source: source)
+    kernel, target = type("Kernel", (), {"arg_names": ["x", "SIZE"]}), Target(90, 132)
+    with ThreadPoolExecutor(4) as pool:
+        made = [
+            pool.submit(triton_launch.binary, kernel, (("x", "*fp32"),), (("SIZE", n),), target, Options(4, 2))
+            for n in range(8)
+        ]
+    assert [one.result().name for one in made] == ["one"] * 8
+    assert crowded == [False] * 8
 
 
 def test_the_buffers_of_a_launch_are_the_kernels_parameters_in_order(monkeypatch: pytest.MonkeyPatch):
