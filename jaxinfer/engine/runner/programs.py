@@ -184,6 +184,8 @@ class Programs:
     def _measure(self, key: Key, made: jax.stages.Compiled) -> None:
         """Record the temporaries of a program and its results that alias no argument; warn if they do not fit."""
         memory = made.memory_analysis()
+        if memory is None:  # a backend that does not say
+            return
         needed = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
         self.temporaries[key] = needed
         if self.room is not None and needed > self.room:

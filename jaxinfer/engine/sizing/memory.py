@@ -5,9 +5,9 @@ cache's size as little as on the number of layers, but the programs' shapes do: 
 compiled, and compiled again at the size that its temporaries leave only where that is worth it.
 """
 
-import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,12 +21,10 @@ from jaxinfer.engine.runner.buckets import copy_widths, encode_shape, largest_bu
 from jaxinfer.engine.runner.programs import Copies, Encode, EncodeCross, Key, Programs
 from jaxinfer.engine.runner.steps import Shapes, abstract_cache, abstract_edits, abstract_features, abstract_rows
 from jaxinfer.engine.runner.warmup import default_threads
-from jaxinfer.errors import CapacityError
+from jaxinfer.errors import CapacityError, ConfigError
 from jaxinfer.functional import Program
 from jaxinfer.sharding import Mesh, placement
 from jaxinfer.sharding import mesh as meshes
-
-log = logging.getLogger(__name__)
 
 FIRST_GUESS = 6
 """Arrays of logits that the sampler's highest level has at a time in a program for an H100. The first candidate leaves
@@ -82,8 +80,7 @@ class DeviceMemory:
             )
         source = (
             f"gpu_memory_utilization {self.share:g} of the {size_text(self.limit)} a device that JAX's allocator has, "
-            "less "
-            f"{size_text(self.in_use)} in use (weights {size_text(self.weights)}), {beside}"
+            f"less {size_text(self.in_use)} in use (weights {size_text(self.weights)}), {beside}"
         )
         return Budget(max(0, self.left - (temporaries or 0) - arrays) * devices, source, REMEDY)
 
@@ -216,7 +213,8 @@ def _first_candidate(program: Program, device: DeviceMemory, choose: Callable[[B
     arrays = beside_cache(program, shapes)
     guess = FIRST_GUESS * shapes.rows * program.vocab * 4 // meshes.size(program.mesh)
     if arrays + guess < device.left // 2:
-        shapes = choose(device.budget(guess, arrays, program.mesh.size))
+        with suppress(CapacityError):  # a guess is no reason to fail
+            return choose(device.budget(guess, arrays, program.mesh.size))
     return shapes
 
 
@@ -238,8 +236,7 @@ def _nearly(shapes: Shapes, better: Shapes) -> bool:
 
 
 def largest_programs(program: Program, shapes: Shapes) -> list[Key]:
-    """Return the keys of the steps than which no other needs more: each level of the sampler has those below within
-    it."""
+    """Return the keys of the programs that need the most memory: each sampler level includes those below it."""
     keys: list[Key] = [*largest_buckets(program, shapes), Copies(copy_widths(shapes)[-1])]
     if shapes.encode_buckets:
         keys.append(Encode(shapes.encode_buckets[-1]))
@@ -252,6 +249,8 @@ def measure(program: Program, shapes: Shapes, programs: Programs) -> int:
     """Compile the largest steps and return the most bytes a device that one of them needs beside its arguments."""
     keys = largest_programs(program, shapes)
     programs.prepare(keys, min(len(keys), default_threads()), lambda key: None)
+    if not programs.temporaries.keys() >= set(keys):
+        raise ConfigError("this JAX backend does not say how much memory a program needs; set kv_cache_memory_bytes")
     most = max(programs.temporaries[key] for key in keys)
     if meshes.processes(program.mesh) > 1:
         most = int(np.max(multihost_utils.process_allgather(np.int32(-(-most >> 10))))) << 10
