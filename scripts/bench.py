@@ -1,4 +1,4 @@
-"""Figures of jaxinfer, beside those of peers on the same work in the same run, and where its time goes.
+"""Benchmark jaxinfer, optionally against peers on the same work in the same run, and profile its steps.
 
     python scripts/bench.py --work W1 W2 W3 W4 W5 --peer openvino --openvino-python /path/to/python/with/openvino-genai
     python scripts/bench.py throughput --peer hf --peer hf-cb --peer-python /path/to/python/with/torch
@@ -17,7 +17,7 @@
     python scripts/bench.py gpu --out results
     python scripts/bench.py compiled
 
-Without `--model` a random Llama of 0.25 B parameters is written once and used by all.
+Without `--model`, a random Llama of 0.25 B parameters is written once and used by all systems.
 """
 
 import sys

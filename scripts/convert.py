@@ -1,9 +1,10 @@
 #!/usr/bin/env python
-"""Writes a checkpoint's weights fused, sharded and quantised as they lie on devices, so that a start only reads them.
+"""Convert a checkpoint to weights that are fused, sharded and quantised as on the devices, for a faster start.
 
     python scripts/convert.py --model DIR --out DIR2 --tensor-parallel-size 8
 
-`LLM(DIR2, tensor_parallel_size=8)` restores each shard to its device. It runs on a CPU and needs none of the devices.
+`LLM(DIR2, tensor_parallel_size=8)` loads each shard directly to its device. The conversion runs on a CPU and needs none
+of the devices.
 """
 
 import argparse
@@ -22,9 +23,9 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command."""
+    """Run the command."""
     args = parse(argv)
-    # Read by JAX when it starts: as many virtual devices as there are shards, and no GPU taken.
+    # Read by JAX at start: one virtual device per shard, and no GPU is used.
     os.environ["JAX_PLATFORMS"] = "cpu"
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={args.tensor_parallel_size}"
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", help="a checkpoint's directory or Hub id")
@@ -62,7 +63,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def convert(args: argparse.Namespace) -> int:
-    """Writes the folder and says what is in it."""
+    """Convert the checkpoint and print a summary of the folder."""
     from jaxinfer.checkpoint.hub import resolve_model
     from jaxinfer.loading import convert as converting
     from jaxinfer.sharding import make_mesh
@@ -84,7 +85,7 @@ def convert(args: argparse.Namespace) -> int:
 
 
 def verify(folder: Path) -> int:
-    """Reads every file of a converted folder."""
+    """Check every file of a converted folder against its manifest."""
     from jaxinfer.checkpoint.manifest import NAME, Manifest
     from jaxinfer.errors import CheckpointError
 
@@ -97,7 +98,7 @@ def verify(folder: Path) -> int:
 
 
 def describe(manifest: "Manifest") -> str:
-    """The folder in one line."""
+    """Summarise a converted folder in one line."""
     size = sum(size for size, _ in manifest.files.values())
     kept = manifest.dtype if manifest.quantization is None else f"{manifest.quantization} and {manifest.dtype}"
     shards = f"{manifest.tensor_parallel_size} shard{'s' if manifest.tensor_parallel_size > 1 else ''}"

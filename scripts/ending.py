@@ -1,4 +1,4 @@
-"""How a command ends."""
+"""Map the outcome of a command-line script to its exit status."""
 
 import os
 import sys
@@ -8,13 +8,14 @@ from jaxinfer.errors import JaxInferError
 
 
 def status_of(work: Callable[[], int], interrupted: str = "interrupted") -> int:
-    """What `work` returns; 2 for bad input and 130 after Ctrl+C, each said in one line; 141 where nobody reads the
-    output."""
+    """Run a command and return its exit status: its own, 2 for bad input and 130 after Ctrl+C, each with a one-line
+    message, or 141 after a broken pipe.
+    """
     try:
         return work()
     except (JaxInferError, ValueError, TypeError, OSError) as error:
         if isinstance(error, BrokenPipeError):
-            # The interpreter's own flush at the end must not fail as well.
+            # Otherwise the interpreter's final flush of stdout would fail too.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
         print(f"error: {error}", file=sys.stderr)

@@ -1,18 +1,17 @@
 #!/usr/bin/env python
-"""Asks a model the questions of a file and prints the share that it answers rightly, or prints its perplexity on a
-text.
+"""Measure a model's accuracy on the questions of a file, or its perplexity on a text.
 
     python scripts/eval.py --model DIR --questions gsm8k_test.jsonl --shots 5 --max-tokens 512
     python scripts/eval.py --questions demo          # held-out questions of the packaged checkpoint
     python scripts/eval.py --model DIR --perplexity text.txt --quantization int8
 
-FILE has a JSON object a line with "question" and "answer", as GSM8K's has (arXiv:2110.14168). Answers are greedy. An
-answer with "#### 72" in it is right if the number is the same: of what the model says the one behind its last "####",
-else the last number (commas, a dollar sign and zeroes behind the point do not count). Any other answer is right if the
-text is the same, but for white space around it.
+The questions file has one JSON object per line with "question" and "answer", as in GSM8K (arXiv:2110.14168). Decoding
+is greedy. If the answer contains "#### 72", a response is correct if its number equals that one: the number after its
+last "####", else its last number (commas, dollar signs and trailing zeros after the decimal point are ignored).
+Any other answer must equal the response, apart from surrounding white space.
 
-The perplexity is that of the text's tokens in windows of `--window` tokens one after another, each token given those
-before it in its window.
+Perplexity is computed over consecutive windows of `--window` tokens, each token conditioned on the tokens before it in
+its window.
 """
 
 import argparse
@@ -37,23 +36,23 @@ DEMO = "demo"
 FUSE = {"auto": "auto", "true": True, "false": False}
 NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?")
 STOP = ["\nQuestion:"]
-"""Where a base model goes on to ask itself."""
+"""Stop string at which a base model starts to write the next question."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """A line of the file."""
+    """Question and reference answer from one line of the file."""
 
     question: str
     answer: str
 
     @property
     def prompt(self) -> str:
-        """To be continued by the answer."""
+        """Return the prompt text that the answer continues."""
         return f"Question: {self.question}\nAnswer:"
 
     def is_right(self, said: str) -> bool:
-        """Whether this counts as its answer."""
+        """Return whether a model's text counts as the correct answer."""
         if MARK not in self.answer:
             return said.strip() == self.answer.strip()
         return number(said) == number(self.answer)
@@ -61,28 +60,28 @@ class Question:
 
 @dataclass(frozen=True)
 class Result:
-    """What came of it."""
+    """Accuracy and timing of an evaluation."""
 
     accuracy: float
     right: int
     questions: int
     cut_off: int
-    """Answers that were not at their end after `--max-tokens`."""
+    """Number of answers truncated at `--max-tokens`."""
     seconds: float
 
 
 def number(text: str) -> Decimal | None:
-    """The number behind the last mark, or the last one of a text without; None: there is none."""
+    """Extract the number after the last "####", else the last number of the text; None if there is none."""
     marked = MARK in text
     found = NUMBER.findall(text.rpartition(MARK)[2] if marked else text)
     return Decimal(re.sub(r"[,$]", "", found[0 if marked else -1])) if found else None
 
 
 def read(name: str, limit: int | None) -> list[Question]:
-    """The questions of a file, or of the packaged checkpoint; at most `limit`.
+    """Read at most `limit` questions from a file, or from the packaged checkpoint's held-out set.
 
     Raises:
-        ValueError: it cannot be read, or a line is not as it must be; names file, line and field.
+        ValueError: the file cannot be read, or a line is malformed; names file, line and field.
     """
     if name == DEMO:
         return [Question(one.text, one.answer) for one in demo.heldout_questions(limit or 400)]
@@ -111,13 +110,13 @@ def _line(name: str, place: int, line: str) -> Question:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command."""
+    """Run the command."""
     args = parse(argv)
     return status_of(lambda: run(args))
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure what the command line asks for and print it."""
+    """Run the requested evaluation and print its result."""
     if args.perplexity is not None:
         return run_perplexity(args)
     questions = read(args.questions, None if args.limit is None else args.limit + args.shots)
@@ -156,7 +155,7 @@ def print_json(args: argparse.Namespace, result: Result | perplexity.Perplexity)
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Return what the command line says of the model and its engine."""
+    """Return the model and engine settings of the command line."""
     return dict(
         dtype=args.dtype,
         quantization=args.quantization,
@@ -168,7 +167,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", help="a checkpoint's directory or Hub id; by default the packaged one")
@@ -214,7 +213,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def ask(args: argparse.Namespace, shots: Sequence[Question], questions: Sequence[Question]) -> Result:
-    """Has the model answer all questions, and counts."""
+    """Generate answers to all questions and score them."""
     params = SamplingParams(temperature=0, max_tokens=args.max_tokens, stop=None if args.chat else STOP)
     with LLM(args.model or demo.path(), **settings(args), use_tqdm=False) as llm:
         start = time.perf_counter()

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Feed broken files of checkpoints to what reads them: only public errors may come out, in bounded time.
+"""Fuzz the readers of checkpoint files: a broken file may only raise public errors, in bounded time.
 
     python scripts/fuzz.py --seconds 30
-    python scripts/fuzz.py --part config --seed 7 --case 123    # one input again, as a report names it
+    python scripts/fuzz.py --part config --seed 7 --case 123    # repeat one input of a report
 
-Every input is made from a number, so a run with the same seed makes the same inputs in the same order.
+Inputs are generated from the seed, so runs with the same seed produce the same inputs in the same order.
 """
 
 import os

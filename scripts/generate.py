@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Generates text from the command line; without --model, from the checkpoint that comes with the package."""
+"""Generate text from the command line; without --model, use the checkpoint that comes with the package."""
 
 import argparse
 import json
@@ -18,17 +18,17 @@ from jaxinfer import LLM, SamplingParams, demo, distributed
 from jaxinfer.media import read_wav
 
 DEFAULT_PROMPTS = ("What is 17 plus 25?", "What is the capital of France?")
-"""Asked of the packaged checkpoint when no prompt is given."""
+"""Default prompts for the packaged checkpoint."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command."""
+    """Run the command."""
     args = parse(__doc__, argv)
     return status_of(lambda: run(args))
 
 
 def run(args: argparse.Namespace) -> int:
-    """What the command line asks for."""
+    """Dispatch to the mode that the command line selects."""
     if args.coordinator is not None:
         distributed.initialize(args.coordinator, args.num_processes, args.process_id)
     if args.process_id:
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def make_llm(args: argparse.Namespace, **settings: Any) -> LLM:
-    """The model of the command line."""
+    """Load the model of the command line."""
     if args.tensor_parallel_size is None:
         import jax
 
@@ -57,7 +57,7 @@ def make_llm(args: argparse.Namespace, **settings: Any) -> LLM:
 
 
 def params_of(args: argparse.Namespace) -> SamplingParams:
-    """The sampling parameters of the command line."""
+    """Return the sampling parameters of the command line."""
     default = None if args.chat or args.audio else 128
     return SamplingParams(
         n=args.n,
@@ -70,7 +70,7 @@ def params_of(args: argparse.Namespace) -> SamplingParams:
 
 
 def generate(args: argparse.Namespace) -> int:
-    """Continues the prompts, streaming."""
+    """Generate from the prompts and stream the texts to stdout."""
     prompts = list(args.prompt)
     if args.prompts_file is not None:
         prompts += read_prompts(args.prompts_file)
@@ -91,7 +91,7 @@ def generate(args: argparse.Namespace) -> int:
 
 
 def transcribe(args: argparse.Namespace) -> int:
-    """Says what is said in sound, and when."""
+    """Transcribe audio files with timestamps."""
     sounds = [read_wav(file) for file in args.audio]
     with make_llm(args) as llm:
         found = llm.transcribe(sounds, params_of(args), language=args.language, task=args.task)
@@ -107,7 +107,7 @@ def transcribe(args: argparse.Namespace) -> int:
 
 
 def compare(args: argparse.Namespace) -> int:
-    """Built-in questions, with sharing and prefix reuse on and, if asked, off."""
+    """Answer built-in questions with block sharing and prefix caching on and, with --compare, off."""
 
     def make(on: bool) -> LLM:
         return make_llm(args, enable_prefix_caching=on, enable_block_sharing=on)
@@ -117,7 +117,9 @@ def compare(args: argparse.Namespace) -> int:
 
 
 def follow(args: argparse.Namespace) -> int:
-    """Any process but 0: serves that one until it ends. It makes a model for each that process 0 makes."""
+    """Run a worker process (any but process 0): serve process 0 until it ends, with one model for each of its
+    models.
+    """
     for _ in modes(args):
         with make_llm(args) as llm:
             llm.follow()
@@ -125,7 +127,7 @@ def follow(args: argparse.Namespace) -> int:
 
 
 def modes(args: argparse.Namespace) -> tuple[bool, ...]:
-    """Whether sharing and prefix reuse are on, for each model that is made."""
+    """Return, for each model to load, whether block sharing and prefix caching are on."""
     return (True, False) if args.samples and args.compare else (True,)
 
 

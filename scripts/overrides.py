@@ -1,4 +1,4 @@
-"""`--hf-overrides`, the flag of every command that reads a model: values laid over its config.json."""
+"""Parse and apply `--hf-overrides`, the config.json overrides accepted by every command that reads a model."""
 
 import argparse
 import json
@@ -12,7 +12,7 @@ HELP = (
 
 
 def add_hf_overrides(parser: Any) -> None:
-    """Add the flag to a parser or to a group of one."""
+    """Add the flag to a parser or an argument group."""
     parser.add_argument("--hf-overrides", type=parse_overrides, default=None, metavar="JSON", help=HELP)
 
 
@@ -20,7 +20,7 @@ def parse_overrides(text: str) -> dict[str, Any]:
     """Parse the flag's value.
 
     Raises:
-        argparse.ArgumentTypeError: the file cannot be read, or the text is no JSON object; says so in one line.
+        argparse.ArgumentTypeError: the file cannot be read, or the text is not a JSON object.
     """
     source = "the value"
     if text.startswith("@"):
@@ -43,9 +43,9 @@ def parse_overrides(text: str) -> dict[str, Any]:
 
 
 def laid_over(folder: Path, overrides: dict[str, Any], into: Path) -> Path:
-    """Make a folder with links to the files of another and a config.json that has the overrides; return it.
+    """Create a folder with links to a checkpoint's files and an overridden config.json; return it.
 
-    For what measures a folder, whoever reads it there.
+    For benchmarks, so that every system that reads the folder sees the overrides.
     """
     from jaxinfer.checkpoint.hf import read_config
 

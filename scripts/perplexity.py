@@ -1,5 +1,4 @@
-"""Perplexity of a model on a text, measured through prefill: `prompt_logprobs` of windows that lie one after
-another."""
+"""Measure a model's perplexity on a text with `prompt_logprobs`, over consecutive windows without overlap."""
 
 import math
 import time
@@ -9,26 +8,26 @@ from pathlib import Path
 from jaxinfer import LLM, SamplingParams
 
 WINDOW = 1024
-"""Tokens of a window by default."""
+"""Default window size in tokens."""
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """What a model makes of a text."""
+    """Perplexity of a model on a text."""
 
     perplexity: float
-    """exp of the mean negative log-probability of the tokens that were scored."""
+    """exp of the mean negative log-probability of the scored tokens."""
     tokens: int
-    """Tokens that were scored: all but those that begin a window without a BOS token."""
+    """Number of scored tokens: all except those that start a window without a BOS token."""
     windows: int
     seconds: float
 
 
 def read(name: str) -> str:
-    """Read the text of a file.
+    """Read a text file.
 
     Raises:
-        ValueError: the file cannot be read or has no text in it.
+        ValueError: the file cannot be read or is empty.
     """
     try:
         text = Path(name).read_text(encoding="utf-8")
@@ -42,18 +41,18 @@ def read(name: str) -> str:
 
 
 def measure(llm: LLM, text: str, window: int = WINDOW) -> Perplexity:
-    """Score each token of a text by those before it in its window.
+    """Compute the perplexity of a text, conditioning each token on the tokens before it in its window.
 
-    A window starts with the BOS token if the tokenizer adds one to a text. It needs room for one more token, which
-    generation makes.
+    A window starts with the BOS token if the tokenizer adds one. It needs room for one more token, which generation
+    appends.
 
     Args:
-        llm: a model with a tokenizer.
-        text: the text; its tokens are divided into windows without overlap.
+        llm: model with a tokenizer.
+        text: text to score; its tokens are divided into windows without overlap.
         window: tokens of the text in each window, at least 2.
 
     Raises:
-        ValueError: the text is too short to score a token of it, or a window is longer than the model's sequences.
+        ValueError: the text has no token to score, or a window exceeds the model's maximum length.
     """
     tokenizer = llm.get_tokenizer()
     start = tokenizer("").input_ids[:1]

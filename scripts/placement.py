@@ -1,4 +1,4 @@
-"""Where every weight of a model would lie, from its config.json alone; which placement is the fastest, by measuring.
+"""Print the sharding plan of a model from its config.json alone, or measure which placement is the fastest (`--tune`).
 
     python scripts/placement.py --model DIR --tensor-parallel-size 8
     python scripts/placement.py --model DIR --tensor-parallel-size 8 --placement '*.attention=replicate' --memory 80GiB
@@ -7,7 +7,7 @@
     python scripts/placement.py --model DIR --tune --batch-sizes 1 8 64 --tensor-parallel-size 8
     python scripts/placement.py --model DIR --tune --tensor-parallel-size 8 --devices 8    # virtual ones, on a CPU
 
-Nothing but config.json is read; weights that `--tune` measures are random.
+Only config.json is read; `--tune` uses random weights.
 """
 
 import os

@@ -1,10 +1,9 @@
 """Train a small checkpoint on text that `jaxinfer.demo` generates, and measure it.
 
-    python scripts/train_demo.py --out DIR                      # the one that comes with the package
-    python scripts/train_demo.py --out DIR --arch kimi_linear   # a hybrid with recurrent layers, latents and experts
+    python scripts/train_demo.py --out DIR                      # the checkpoint that comes with the package
+    python scripts/train_demo.py --out DIR --arch kimi_linear   # a hybrid with recurrent layers, MLA and experts
 
-makes the tokenizer, trains the model, writes it to DIR, reads it back and prints its accuracy on questions it never
-saw.
+Trains the tokenizer and the model, writes them to DIR, reads them back and prints the accuracy on held-out questions.
 
 `llama`, two million parameters, is trained with torch and takes about 17 minutes of CPU time. `kimi_linear`, one
 million, is trained through jaxinfer's own layers (`jaxinfer.functional.training`) with optax, which comes with flax.
@@ -32,30 +31,32 @@ from demos import text
 from jaxinfer.demo import corpus
 
 ARCHITECTURES = ("llama", "kimi_linear")
-"""Each a file in `demos`: `Trainer`, `answers(folder, prompts, limit)`, and the `LENGTHS` that batches are filled up
-to."""
+"""Architectures, each a module in `demos` with `Trainer`, `answers(folder, prompts, limit)` and the `LENGTHS` that
+batches are padded to."""
 LONGEST_ANSWER = 48
 
 
 class Trainer(Protocol):
-    """A model in training."""
+    """Interface of a model in training."""
 
     parameters: int
 
     def step(self, ids: Any, weights: Any, rate: float) -> float:
-        """Takes a step on a batch (ids and weights `[B, T]`); its loss before."""
+        """Train on a batch (ids and weights `[B, T]`); return the loss before the update."""
 
     def save(self, out: pathlib.Path) -> None:
-        """Writes the weights, config.json and generation_config.json."""
+        """Write the weights, config.json and generation_config.json."""
 
 
 def rate(step: int, done: float, highest: float) -> float:
-    """The learning rate: 100 steps up, then level, then a line down to zero from `done` 0.3 to 1."""
+    """Return the learning rate: linear warm-up over 100 steps, constant, then linear decay to zero for `done` from
+    0.3 to 1.
+    """
     return highest * min((step + 1) / 100, 1.0, (1 - done) / 0.7)
 
 
 def train(trainer: Trainer, source: Any, args: argparse.Namespace) -> None:
-    """Train in place; the rate reaches zero at --steps, or sooner if --minutes runs out first."""
+    """Train in place; the learning rate reaches zero at --steps, or earlier if --minutes runs out."""
     start, running = time.monotonic(), None
     for step in range(args.steps):
         minutes = (time.monotonic() - start) / 60
@@ -69,19 +70,19 @@ def train(trainer: Trainer, source: Any, args: argparse.Namespace) -> None:
 
 
 def save(trainer: Trainer, tokenizer: transformers.PreTrainedTokenizerFast, out: pathlib.Path) -> None:
-    """Write the checkpoint, readable by older transformers too."""
+    """Write the checkpoint in a form that older transformers can read too."""
     out.mkdir(parents=True, exist_ok=True)
     trainer.save(out)
     tokenizer.save_pretrained(out)
     config = out / "tokenizer_config.json"
     settings = json.loads(config.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
     config.write_text(json.dumps(settings, indent=2) + "\n")
-    # safetensors writes for the owner alone, and a package is read by everyone.
+    # safetensors creates files that only the owner can read, but everyone must be able to read a package.
     (out / "model.safetensors").chmod(0o644)
 
 
 def evaluate(answers: Callable[..., list[list[int]]], out: pathlib.Path, n: int) -> float:
-    """Print the saved checkpoint's accuracy on `n` held-out questions in every form; return the mean."""
+    """Print the saved checkpoint's accuracy on `n` held-out questions for every prompt form; return the mean."""
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(out)
     asked = corpus.heldout_questions(n)
     put = [text.forms(question, asked[i - 1]) for i, question in enumerate(asked)]
@@ -101,7 +102,7 @@ def evaluate(answers: Callable[..., list[list[int]]], out: pathlib.Path, n: int)
 
 
 def arguments() -> argparse.Namespace:
-    """The command line; the packaged checkpoint was made with the defaults and `--threads 1`."""
+    """Parse the command line; the packaged checkpoint was trained with the defaults and `--threads 1`."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
@@ -119,7 +120,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Train, save, evaluate; 1 if the accuracy is below `--least`."""
+    """Train, save and evaluate; return 1 if the accuracy is below `--least`."""
     args = arguments()
     arch = importlib.import_module(f"demos.{args.arch}")
     tokenizer = text.build_tokenizer(args.seed)

@@ -1,1 +1,1 @@
-"""What `scripts/train_demo.py` is made of: the text, and a file for each architecture."""
+"""Parts of `scripts/train_demo.py`: the training text, and a module for each architecture."""

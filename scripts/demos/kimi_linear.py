@@ -1,5 +1,6 @@
-"""A small Kimi-Linear, trained through the layers that serve it: two of Kimi Delta Attention, one of latents, and
-experts."""
+"""Train a small Kimi-Linear through jaxinfer's own layers: two Kimi Delta Attention layers, one MLA layer, and
+experts.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ from jaxinfer.loading import weights as loading
 from jaxinfer.sharding import make_mesh
 
 LENGTHS = (64, 128, MAX_LENGTH)
-"""A program is compiled for each."""
+"""Batch lengths; a step is compiled for each."""
 CONFIG = dict(
     architectures=["KimiLinearForCausalLM"],
     model_type="kimi_linear",
@@ -56,28 +57,28 @@ CONFIG = dict(
     eos_token_id=[EOS, END],
     pad_token_id=PAD,
 )
-"""config.json, but for the vocabulary."""
+"""Contents of config.json, except for the vocabulary size."""
 
 
 class Trainer:
-    """The untrained decoder, float32."""
+    """Trainer of the decoder, float32."""
 
     def __init__(self, vocabulary: int, seed: int, _threads: int):
-        """`_threads`: XLA takes those that the process may use."""
+        """Build the model; `_threads` is unused, because XLA uses every thread available to the process."""
         self.config = CONFIG | {"vocab_size": vocabulary}
         self.module = loading.random(self.config, make_mesh(1), seed=seed)
         start_decays(self.module, np.random.default_rng(seed))
         training.prepare(self.module)
         self.graph, state = nnx.split(self.module, nnx.Param)
         leaves, self.tree = jax.tree.flatten(state)
-        # Not as they lie on the mesh of one: a step's results do not, and it would be compiled for both.
+        # Drop the sharding of the one-device mesh: results of a step have none, so the step would be compiled twice.
         self.weights = dict(zip(parameters(self.module), map(jnp.asarray, map(np.asarray, leaves)), strict=True))
         self.parameters = sum(leaf.size for leaf in leaves)
         self.optimizer = optimizer_for(self.weights)
         self.state = self.optimizer.init(self.weights)
 
     def step(self, ids: np.ndarray, weights: np.ndarray, rate: float) -> float:
-        """Takes a step on a batch; its loss before."""
+        """Train on a batch; return the loss before the update."""
         batch = jnp.asarray(ids, jnp.int32), jnp.asarray(weights), jnp.float32(rate)
         loss, self.weights, self.state = self._step(self.weights, self.state, *batch)
         return float(loss)
@@ -91,13 +92,13 @@ class Trainer:
         return loss, {path: value + rate * updates[path] for path, value in weights.items()}, state
 
     def _loss(self, weights: dict[str, jax.Array], ids: jax.Array, wanted: jax.Array) -> jax.Array:
-        """The weighted mean of the next-token cross-entropy."""
+        """Return the weighted mean of the next-token cross-entropy."""
         module = nnx.merge(self.graph, jax.tree.unflatten(self.tree, list(weights.values())))
         losses = optax.softmax_cross_entropy_with_integer_labels(training.logits(module, ids)[:, :-1], ids[:, 1:])
         return jnp.sum(losses * wanted[:, 1:]) / jnp.sum(wanted[:, 1:])
 
     def save(self, out: pathlib.Path) -> None:
-        """Writes the weights in float32, with both configurations."""
+        """Write the weights in float32, config.json and generation_config.json."""
         served, config = loading.parse(self.config)
         module = nnx.merge(self.graph, jax.tree.unflatten(self.tree, list(self.weights.values())))
         save_file(saving.tensors(module, served.weight_rules(config)), out / "model.safetensors")
@@ -107,7 +108,7 @@ class Trainer:
 
 
 def start_decays(module: nnx.Module, rng: np.random.Generator) -> None:
-    """Sets what a channel forgets a token to begin with: rates of 1 to 16 over times of 0.001 to 0.1, as in Mamba 2
+    """Initialise the decay parameters: rates of 1 to 16 over time steps of 0.001 to 0.1, as in Mamba 2
     (arXiv:2405.21060).
     """
     for path, param in parameters(module).items():
@@ -115,11 +116,15 @@ def start_decays(module: nnx.Module, rng: np.random.Generator) -> None:
             param.set_value(jnp.log(jnp.asarray(rng.uniform(1, 16, param.shape), jnp.float32)))
         elif path.endswith(".decay_bias"):
             times = np.exp(rng.uniform(np.log(1e-3), np.log(1e-1), param.shape))
-            param.set_value(jnp.asarray(np.log(np.expm1(times)), jnp.float32))  # of which softplus makes the times
+            param.set_value(
+                jnp.asarray(np.log(np.expm1(times)), jnp.float32)
+            )  # inverse of the softplus that the layer applies
 
 
 def optimizer_for(weights: dict[str, jax.Array]) -> optax.GradientTransformation:
-    """Muon (K. Jordan, 2024) for the layers' matrices, AdamW for all else; `step` multiplies by the rate."""
+    """Build the optimizer: Muon (K. Jordan, 2024) for the layers' matrices, AdamW for the rest; `step` multiplies by
+    the rate.
+    """
     matrices = {
         path: MuonDimensionNumbers(reduction_axis=-1, output_axis=-2)
         if path.startswith("layers.") and path.endswith((".weight", ".up"))
@@ -133,7 +138,7 @@ def optimizer_for(weights: dict[str, jax.Array]) -> optax.GradientTransformation
 
 
 def answers(folder: pathlib.Path, prompts: list[list[int]], limit: int) -> list[list[int]]:
-    """Greedy answers of up to `limit` tokens."""
+    """Generate greedy answers of up to `limit` tokens."""
     with LLM(folder, skip_tokenizer_init=True, use_tqdm=False) as llm:
         outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=limit), use_tqdm=False)
     return [list(output.outputs[0].token_ids) for output in outputs]

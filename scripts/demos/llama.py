@@ -1,4 +1,4 @@
-"""The packaged demo: a Llama, trained with torch and transformers."""
+"""Train the packaged demo checkpoint: a Llama, with torch and transformers."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import transformers
 from demos.text import BOS, END, EOS, PAD
 
 LENGTHS = ()
-"""A batch is as long as its longest text."""
+"""Fixed batch lengths; none, because a batch is as long as its longest text."""
 
 
 class Trainer:
-    """The untrained decoder, float32: 3 layers, 8 query and 4 key/value heads, tied embeddings."""
+    """Trainer of the decoder, float32: 3 layers, 8 query and 4 key/value heads, tied embeddings."""
 
     def __init__(self, vocabulary: int, seed: int, threads: int):
         torch.set_num_threads(threads)
@@ -40,7 +40,7 @@ class Trainer:
         self.parameters = sum(p.numel() for p in self.model.parameters())
 
     def step(self, ids: np.ndarray, weights: np.ndarray, rate: float) -> float:
-        """Takes a step on a batch; its loss before."""
+        """Train on a batch; return the loss before the update."""
         loss = loss_of(self.model, torch.from_numpy(ids), torch.from_numpy(weights))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -52,7 +52,7 @@ class Trainer:
         return loss.item()
 
     def save(self, out: pathlib.Path) -> None:
-        """Writes the weights in bfloat16, with both configurations."""
+        """Write the weights in bfloat16, config.json and generation_config.json."""
         self.model.generation_config = transformers.GenerationConfig(
             bos_token_id=BOS, eos_token_id=[EOS, END], pad_token_id=PAD
         )
@@ -60,7 +60,7 @@ class Trainer:
 
 
 def loss_of(model: torch.nn.Module, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """The weighted mean of the next-token cross-entropy."""
+    """Return the weighted mean of the next-token cross-entropy."""
     logits = model(input_ids=ids[:, :-1], use_cache=False).logits
     losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     wanted = weights[:, 1:].flatten()
@@ -68,10 +68,10 @@ def loss_of(model: torch.nn.Module, ids: torch.Tensor, weights: torch.Tensor) ->
 
 
 def optimizers_for(model: torch.nn.Module) -> list[torch.optim.Optimizer]:
-    """Muon (K. Jordan, 2024) for the layers' matrices, AdamW for the embedding and the norms.
+    """Build the optimizers: Muon (K. Jordan, 2024) for the layers' matrices, AdamW for the embedding and the norms.
 
-    Over the same 4.9 million tokens AdamW alone (rate 2e-3, 4096 tokens a step) ended at 85% of the
-    held-out questions and this (3e-3, 2048) at 99%; Muon adds a tenth to the time of a step.
+    Over the same 4.9 million tokens, AdamW alone (rate 2e-3, 4096 tokens a step) reached 85% on the held-out questions,
+    and this combination (3e-3, 2048) 99%; Muon lengthens a step by a tenth.
     """
     layers = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
@@ -83,7 +83,7 @@ def optimizers_for(model: torch.nn.Module) -> list[torch.optim.Optimizer]:
 
 @torch.inference_mode()
 def answers(folder: pathlib.Path, prompts: list[list[int]], limit: int) -> list[list[int]]:
-    """Greedy answers of up to `limit` tokens; prompts of one length share a batch, so that nothing is padded."""
+    """Generate greedy answers of up to `limit` tokens; prompts of equal length share a batch, which avoids padding."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     made: list[list[int]] = [[]] * len(prompts)
     for length in {len(prompt) for prompt in prompts}:

@@ -1,4 +1,4 @@
-"""The text that a demo is trained on and asked: its tokenizer, batches of it, the forms of a question."""
+"""Generate the training text of the demos: tokenizer, batches, and forms of a question."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PAD, BOS, EOS, END = 0, 1, 2, 3
 VOCABULARY = 1024
 MAX_LENGTH = 320  # tokens in a training text; longer ones are dropped
 
-# One token a digit, so that every number is read digit by digit; a space stays with its word.
+# One token per digit, so that numbers are read digit by digit; a space belongs to the word after it.
 SPLIT = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 CHAT_TEMPLATE = """{{- bos_token }}
@@ -40,7 +40,7 @@ CHAT_TEMPLATE = """{{- bos_token }}
 
 
 def build_tokenizer(seed: int) -> transformers.PreTrainedTokenizerFast:
-    """A byte-level BPE of 1024 entries, trained on generated text without the emoji."""
+    """Train a byte-level BPE tokenizer of 1024 entries on generated text without emoji."""
     rng = random.Random(f"tokenizer:{seed}")
     texts = ["".join(p.text for p in documents.training_document(rng).pieces) for _ in range(4000)]
     texts += [text for fact in facts.all_facts() for text in (*fact.phrasings, fact.answer)] * 20
@@ -76,7 +76,7 @@ def build_tokenizer(seed: int) -> transformers.PreTrainedTokenizerFast:
 
 
 def lay_out(document: documents.Document) -> tuple[str, list[tuple[int, float]]]:
-    """The document as one string, and its spans as (end in characters, loss weight)."""
+    """Return the document as one string, and its spans as (end in characters, loss weight)."""
     text, spans = "", []
 
     def add(part: str, weight: float) -> None:
@@ -97,7 +97,7 @@ def lay_out(document: documents.Document) -> tuple[str, list[tuple[int, float]]]
 
 
 def weights_of(offsets: list[tuple[int, int]], spans: list[tuple[int, float]]) -> list[float]:
-    """The loss weight of each token: that of the span its last character lies in; 0 for the first."""
+    """Return the loss weight of each token: that of the span with its last character; 0 for the first token."""
     out, span = [0.0], 0
     for _, end in offsets[1:]:
         while end > spans[span][0]:
@@ -109,10 +109,11 @@ def weights_of(offsets: list[tuple[int, int]], spans: list[tuple[int, float]]) -
 def batches(
     tokenizer: Tokenizer, seed: int, tokens: int, lengths: Sequence[int] = ()
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Endless (ids [B, T], weights [B, T]) of about `tokens` tokens, of documents of similar length.
+    """Yield batches without end: (ids [B, T], weights [B, T]) of about `tokens` tokens, from documents of similar
+    length.
 
-    With `lengths` each batch is as long as the least of these that it fits in, and has as many rows as such a batch
-    can: as few shapes as lengths, of which the last is at least `MAX_LENGTH`.
+    With `lengths`, a batch is padded to the smallest of these lengths that fits and has as many rows as that length
+    allows, so that there is one shape per length. The last length must be at least `MAX_LENGTH`.
     """
     rng = random.Random(f"train:{seed}")
 
@@ -140,7 +141,7 @@ def batches(
 
 
 def pad(rows: list[tuple[list[int], list[float]]], length: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows as (ids [count, length], weights [count, length]); on the right, where a causal model never looks."""
+    """Pad rows on the right, which a causal model ignores, into (ids [count, length], weights [count, length])."""
     ids = np.full((count, length), PAD, np.int64)
     weights = np.zeros((count, length), np.float32)
     for i, (row, weight) in enumerate(rows):
@@ -149,7 +150,7 @@ def pad(rows: list[tuple[list[int], list[float]]], length: int, count: int) -> t
 
 
 def forms(question: corpus.Question, earlier: corpus.Question) -> dict[str, str | list[dict[str, str]]]:
-    """The question as a person may put it: a string to be continued, or messages."""
+    """Return the forms of a question: strings to be continued, or messages."""
     turn = [*earlier.chat_messages, {"role": "assistant", "content": earlier.answer}]
     system = {"role": "system", "content": documents.shared_prefix().strip()}
     return {
@@ -164,7 +165,7 @@ def forms(question: corpus.Question, earlier: corpus.Question) -> dict[str, str 
 
 
 def token_ids(tokenizer: transformers.PreTrainedTokenizerFast, prompt: str | list[dict[str, str]]) -> list[int]:
-    """The prompt's tokens; a chat template writes the first token itself."""
+    """Tokenize a prompt; a chat template adds the BOS token itself."""
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]
     text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)

@@ -1,1 +1,1 @@
-"""What `scripts/generate.py` is made of."""
+"""Parts of `scripts/generate.py`."""

@@ -1,4 +1,4 @@
-"""The command line of `scripts/generate.py`, and the prompts it names."""
+"""Command-line options and prompt inputs of `scripts/generate.py`."""
 
 import argparse
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from jaxinfer import demo, distributed
 
 
 def parse(description: str, argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=description)
     add = parser.add_argument
     add("--model", help="a checkpoint's directory or Hub id; by default the packaged one")
@@ -77,7 +77,7 @@ def parse(description: str, argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuses flags that contradict each other."""
+    """Refuse flags that contradict each other."""
     most = len(demo.sample_questions())
     if not 0 <= args.samples <= most:
         parser.error(f"--samples must be from 1 to {most}, got {args.samples}")
@@ -103,10 +103,10 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 
 
 def read_prompts(file: Path) -> list[str]:
-    """The lines of a file that are not blank.
+    """Read the non-blank lines of a file as prompts.
 
     Raises:
-        ValueError: it cannot be read, is not UTF-8, or has none.
+        ValueError: the file cannot be read, is not UTF-8, or has no prompt.
     """
     try:
         lines = file.read_text(encoding="utf-8").split("\n")
@@ -121,7 +121,7 @@ def read_prompts(file: Path) -> list[str]:
 
 
 def as_asked(prompts: Sequence[str], images: Sequence[Any], chat: bool) -> list[Any]:
-    """Prompts, or conversations of one message each, as `LLM` takes them, with the images of each."""
+    """Build `LLM` inputs: prompts, or one-message conversations, each with its images."""
     if not chat:
         return [{"prompt": text, "multi_modal_data": {"image": list(images)}} if images else text for text in prompts]
     parts = [{"type": "image", "image": image} for image in images]
@@ -131,10 +131,10 @@ def as_asked(prompts: Sequence[str], images: Sequence[Any], chat: bool) -> list[
 
 
 def open_image(file: Path) -> Any:
-    """The image of a file, upright.
+    """Open an image and apply its EXIF orientation.
 
     Raises:
-        ValueError: it cannot be read, or Pillow is missing.
+        ValueError: the file cannot be read, or Pillow is missing.
     """
     try:
         from PIL import Image, ImageOps
@@ -142,5 +142,5 @@ def open_image(file: Path) -> Any:
         raise ValueError("--image needs Pillow: pip install 'jaxinfer[vision]'") from error
     try:
         return ImageOps.exif_transpose(Image.open(file))
-    except Exception as error:  # of many kinds: a file that is none, or broken
+    except Exception as error:  # Pillow raises errors of many types for unreadable and broken files
         raise ValueError(f"--image {file}: {getattr(error, 'strerror', None) or error}") from error

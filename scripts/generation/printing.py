@@ -1,4 +1,4 @@
-"""Results on a terminal: texts as they grow, one object a request, speed and memory."""
+"""Print results to a terminal: streamed texts, JSON objects, speed and memory."""
 
 import resource
 import sys
@@ -12,7 +12,9 @@ from jaxinfer import CompletionOutput, RequestOutput
 
 
 def show(updates: Iterable[RequestOutput], prompts: Sequence[str], n: int, chat: bool) -> list[RequestOutput]:
-    """Prints each prompt with its continuation as it is made. All run at once; what is not in turn yet waits."""
+    """Print each prompt with its streamed continuation, in prompt order; requests run concurrently, so later ones
+    are buffered.
+    """
     printer = Printer(prompts, n, chat)
     for update in updates:
         printer.take(update)
@@ -21,7 +23,7 @@ def show(updates: Iterable[RequestOutput], prompts: Sequence[str], n: int, chat:
 
 
 def collect(updates: Iterable[RequestOutput], prompts: Sequence[str], n: int) -> list[RequestOutput]:
-    """Return the whole results of a stream, behind a progress bar over its prompts."""
+    """Collect the final results of a stream, with a progress bar over its prompts."""
     printer = Printer(prompts, n, False)
     with tqdm(total=len(prompts), desc="Processed prompts", dynamic_ncols=True) as bar:
         for update in updates:
@@ -31,7 +33,7 @@ def collect(updates: Iterable[RequestOutput], prompts: Sequence[str], n: int) ->
 
 
 class Printer:
-    """Keeps the updates of a stream, and prints texts in the order of their prompts, the one in turn as it grows."""
+    """Buffer of a stream's updates that prints texts in prompt order, the current one as it grows."""
 
     def __init__(self, prompts: Sequence[str], n: int, chat: bool):
         self._prompts, self._n, self._chat = prompts, n, chat
@@ -40,14 +42,14 @@ class Printer:
         self._turn = self._printed = 0
 
     def take(self, update: RequestOutput) -> None:
-        """Keep an update."""
+        """Store an update."""
         self._last[update.request_id] = update
         parts = self._parts.setdefault(update.request_id, [[] for _ in range(self._n)])
         for part in update.outputs:
             parts[part.index].append(part)
 
     def print(self) -> None:
-        """Print what is in turn."""
+        """Print the new text of the current request, and of later ones once it is complete."""
         while self._turn < len(self._prompts):
             name = sorted(self._parts, key=int)[self._turn : self._turn + 1]
             if not name or not self._print(name[0]):
@@ -55,7 +57,7 @@ class Printer:
             self._turn, self._printed = self._turn + 1, 0
 
     def _print(self, name: str) -> bool:
-        """Prints what is new of the request in turn; whether that is all of it."""
+        """Print the new text of the current request; return whether the request is complete."""
         parts, done = self._parts[name], self._last[name].finished
         if not self._printed and (self._n == 1 or done):
             prompt = self._prompts[self._turn]
@@ -73,7 +75,7 @@ class Printer:
         return done
 
     def results(self) -> list[RequestOutput]:
-        """Return every request with all its text and tokens."""
+        """Return every request with its full text and tokens."""
         whole = []
         for name in sorted(self._parts, key=int):
             outputs = [
@@ -89,7 +91,7 @@ class Printer:
 
 
 def as_json(output: RequestOutput) -> dict[str, Any]:
-    """What --json prints of a request."""
+    """Convert a request's output to the object that --json prints."""
     return {
         "prompt_token_ids": list(output.prompt_token_ids),
         "outputs": [
@@ -106,7 +108,7 @@ def report(rates: str) -> None:
 
 
 def peak_memory() -> str:
-    """Of the host process, and of the device where it is another."""
+    """Return the peak memory of the host process, and of the device if that is separate."""
     import jax
 
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,4 +1,4 @@
-"""Tokens a second of a run, without the time that programs were compiled."""
+"""Measure tokens per second of a run, excluding compilation time."""
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -8,20 +8,22 @@ from jaxinfer import LLM, RequestOutput
 
 
 class Mark(NamedTuple):
-    """A moment of the run."""
+    """Timestamp of a run, with the compilation time up to then."""
 
     time: float
-    """Seconds of `time.perf_counter`."""
+    """Time from `time.perf_counter`, in seconds."""
     compiling: float
-    """Seconds that the engine has compiled so far."""
+    """Total compilation time of the engine so far, in seconds."""
 
     def since(self, other: "Mark") -> float:
-        """Seconds from another moment to this one in which nothing was compiled."""
+        """Return the seconds since another mark, excluding compilation."""
         return max(self.time - other.time - (self.compiling - other.compiling), 1e-9)
 
 
 class Rates:
-    """The times of a stream: prompts are read until the last first token, text is made from the first token on."""
+    """Prefill and decode rates of a stream: prefill lasts until the last first token, decode starts at the first
+    one.
+    """
 
     def __init__(self, llm: LLM):
         """Start the clock."""
@@ -29,7 +31,7 @@ class Rates:
         self._start = self._first = self._last = self._mark()
 
     def watch(self, updates: Iterable[RequestOutput]) -> Iterator[RequestOutput]:
-        """Pass updates on, and note when the first one of each request comes."""
+        """Yield the updates unchanged, and record when the first one of each request arrives."""
         for update in updates:
             if update.request_id not in self._begun and any(output.token_ids for output in update.outputs):
                 self._last = self._mark()
@@ -38,7 +40,7 @@ class Rates:
             yield update
 
     def of(self, outputs: Sequence[RequestOutput]) -> str:
-        """Return the rates of the whole results, once the stream is at its end."""
+        """Format the rates of the final results, after the stream has ended."""
         end = self._mark()
         prompt = sum(len(output.prompt_token_ids) for output in outputs)
         made = sum(len(sample.token_ids) for output in outputs for sample in output.outputs)

@@ -1,4 +1,6 @@
-"""The sanity run of transformers' PR #42877: built-in questions, with sharing and prefix reuse on and off."""
+"""Run the sanity check of transformers' PR #42877: built-in questions with block sharing and prefix caching on and
+off.
+"""
 
 import time
 from collections.abc import Callable, Sequence
@@ -6,23 +8,24 @@ from collections.abc import Callable, Sequence
 from jaxinfer import LLM, RequestOutput, SamplingParams, demo
 
 Runs = Sequence[tuple[list[RequestOutput], float]]
-"""Of each way the answers, and the seconds they took."""
+"""Answers of each mode, with the seconds they took."""
 
 
 def compare(
     make_llm: Callable[[bool], LLM], modes: Sequence[bool], count: int, params: SamplingParams, *, prefix: bool
 ) -> None:
-    """Asks `count` questions, with sharing on and off as `modes` says; `prefix`: behind a text that all have in
-    common."""
+    """Answer `count` questions with sharing on and off as in `modes`; `prefix` prepends a common text to all of
+    them.
+    """
     questions = demo.sample_questions()[:count]
     system = [{"role": "system", "content": demo.shared_prefix()}] if prefix else []
     messages = [[*system, {"role": "user", "content": question}] for question, _ in questions]
     runs = []
     for on in modes:
         with make_llm(on) as llm:
-            llm.chat(messages, params, use_tqdm=False)  # compiles
+            llm.chat(messages, params, use_tqdm=False)  # warm-up: compiles the steps
             llm.reset_prefix_cache()
-            llm.chat(messages[0], params, use_tqdm=False)  # puts the prefix into the cache
+            llm.chat(messages[0], params, use_tqdm=False)  # fills the prefix cache
             start = time.perf_counter()
             outputs = llm.chat(messages, params)
             runs.append((outputs, time.perf_counter() - start))
@@ -30,7 +33,7 @@ def compare(
 
 
 def print_comparison(questions: Sequence[tuple[str, str]], runs: Runs) -> None:
-    """Both outputs of every question side by side, the differences and the hits."""
+    """Print both outputs of every question side by side, with the differences and the prefix cache hits."""
     different = correct = 0
     for i, (question, answer) in enumerate(questions):
         columns = [" | ".join(c.text.strip() for c in outputs[i].outputs) for outputs, _ in runs]

@@ -1,1 +1,1 @@
-"""What `scripts/placement.py` is made of."""
+"""Parts of `scripts/placement.py`."""

@@ -1,4 +1,4 @@
-"""The command line of `scripts/placement.py`."""
+"""Command line of `scripts/placement.py`."""
 
 import argparse
 import contextlib
@@ -22,17 +22,17 @@ from placements import table
 UNITS = {"": 1, "B": 1} | {
     f"{letter}{end}": base**power for power, letter in enumerate("KMGT", 1) for end, base in (("B", 1000), ("iB", 1024))
 }
-"""Of memory sizes."""
+"""Factors of memory size units, in bytes."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command. stdout carries the result alone."""
+    """Run the command; only the result goes to stdout."""
     args = parse(argv)
     return status_of(lambda: tune(args) if args.tune else show(args))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     what = "Where the weights of a model lie, before they are loaded."
     parser = argparse.ArgumentParser(prog="placement.py", description=what)
     add = parser.add_argument
@@ -91,7 +91,7 @@ def _measuring(add: Callable[..., Any]) -> None:
 
 
 def show(args: argparse.Namespace) -> int:
-    """Prints the plan, or writes its picture."""
+    """Print the plan, or write it as HTML."""
     made = make(args)
     if args.json:
         print(json.dumps(made.as_dict()))
@@ -104,7 +104,7 @@ def show(args: argparse.Namespace) -> int:
 
 
 def make(args: argparse.Namespace, hf: Mapping[str, Any] | None = None, **changes: Any) -> Plan:
-    """The plan that the command line asks for; with `changes` in the place of its arguments, of another config.json."""
+    """Make the plan of the command line; `changes` replace its arguments, `hf` replaces the model's config.json."""
     settings = {
         "tensor_parallel_size": args.tensor_parallel_size,
         "mesh": args.mesh,
@@ -123,13 +123,13 @@ def make(args: argparse.Namespace, hf: Mapping[str, Any] | None = None, **change
 
 
 def model(args: argparse.Namespace) -> str | Path:
-    """What is planned."""
+    """Return the model to plan for."""
     return demo.path() if args.model is None else args.model
 
 
 def tune(args: argparse.Namespace) -> int:
-    """Measures, and proposes."""
-    from benchmarks import steptime  # measuring needs more than showing
+    """Measure placements and print a proposal."""
+    from benchmarks import steptime  # imported lazily: only measuring needs it
 
     from placements import tuning
 

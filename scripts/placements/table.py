@@ -1,4 +1,4 @@
-"""A plan, and what was measured, as tables and sentences for a terminal."""
+"""Print plans and measurements as tables and sentences on a terminal."""
 
 import sys
 from collections.abc import Iterator
@@ -18,17 +18,17 @@ from placements.tuned import Tuned
 
 COLOURS = {"sharded": "blue", "replicated": "yellow", "both": "magenta", "": ""}
 WIDTH = 150
-"""Of what goes to no terminal."""
+"""Line width of output that does not go to a terminal."""
 
 
 def console() -> Console:
-    """For stdout, wide enough for a table where that is a file."""
+    """Return a console for stdout, wide enough for a table if stdout is a file."""
     made = Console(soft_wrap=False, highlight=False)
     return made if sys.stdout.isatty() else Console(width=WIDTH, highlight=False)
 
 
 def show(plan: Plan) -> None:
-    """The parameters, the sums of modules, and what they mean."""
+    """Print the parameters, the totals by module, and a summary."""
     out, root = console(), tree(plan)
     out.print(Text(f"{plan.model}, {mesh_text(plan)}", style="bold"))
     out.print(_parameters(plan, root))
@@ -53,7 +53,7 @@ def _parameters(plan: Plan, root: Node) -> Table:
 
 
 def _rows(node: Node, path: str) -> Iterator[tuple[str, Row]]:
-    """Each parameter once where layers are alike: `layers.{0..79}.mlp.down.weight`."""
+    """Yield each parameter, with equal layers merged: `layers.{0..79}.mlp.down.weight`."""
     for row in node.rows:
         yield f"{path}{row.path.rsplit('.', 1)[-1]}", row
     for child in node.children:
@@ -90,7 +90,7 @@ def _nodes(node: Node, depth: int, times: int) -> Iterator[tuple[Node, int, int]
 
 
 def sentences(plan: Plan) -> Iterator[str]:
-    """What the tables mean, one line each."""
+    """Yield the summary of a plan, one sentence a line."""
     yield (
         f"Each device holds {size_text(plan.device_bytes)} of weights, "
         f"{size_text(plan.device_bytes * plan.devices)} on all {plan.devices}; once, in these dtypes, they are "
@@ -140,7 +140,7 @@ def _cache(plan: Plan) -> Iterator[str]:
 
 
 def _ranges(numbers: tuple[int, ...]) -> str:
-    """`0-3, 7`."""
+    """Format numbers as ranges: `0-3, 7`."""
     spans: list[list[int]] = []
     for number in numbers:
         if spans and number == spans[-1][1] + 1:
@@ -151,13 +151,13 @@ def _ranges(numbers: tuple[int, ...]) -> str:
 
 
 def show_tuned(found: Tuned) -> None:
-    """What was measured, kind by kind, and the placement that follows."""
+    """Print the measurements by module kind, and the resulting placement."""
     out = console()
     out.print(_timings(found))
     for line in conclusions(found):
         out.print(Text(line))
     if found.flags:
-        print(found.flags)  # a line to paste, whatever its length
+        print(found.flags)  # printed without wrapping, so that it can be pasted
 
 
 def _timings(found: Tuned) -> Table:
@@ -182,7 +182,7 @@ def _timings(found: Tuned) -> Table:
 
 
 def conclusions(found: Tuned) -> Iterator[str]:
-    """What the figures say, one line each."""
+    """Yield the conclusions of the measurements, one line each."""
     yield "Times are of all layers, from those of a few with random weights; 0 is where the passes do not agree."
     if found.devices == 1:
         yield "There is one device: nothing is divided, so sharded and replicated are the same."

@@ -1,4 +1,4 @@
-"""What `placement.py --tune` finds, as a value."""
+"""Results of `placement.py --tune`."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,62 +12,62 @@ from jaxinfer.sharding.policy import REPLICATE
 
 @dataclass(frozen=True)
 class Kind:
-    """Modules that differ in the number of their layer alone."""
+    """Modules whose names differ only in the layer index."""
 
     pattern: str
-    """Which names them all."""
+    """Pattern that matches all of them."""
     steps: tuple[str, ...]
-    """The steps they are part of."""
+    """Steps that run them."""
     count: int
-    """In the whole model."""
+    """Number of these modules in the whole model."""
     measured: int
-    """In the one measured."""
+    """Number of these modules in the measured model."""
     sharded_bytes: int
-    """On each device, of all of them, where they are divided."""
+    """Bytes per device of all of them when sharded."""
     replicated_bytes: int
-    """And where they are not."""
+    """Bytes per device of all of them when replicated."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """A step of the whole model, as far as the few layers tell."""
+    """Duration of a step of the whole model, extrapolated from the measured layers."""
 
     step: Step
     seconds: float
-    """With every module sharded."""
+    """Seconds with every module sharded."""
     saved: Mapping[str, float]
-    """Seconds that replicating all of a kind saves, negative where it costs; 0 where the passes do not agree."""
+    """Seconds saved by replicating each kind, negative for a cost; 0 if the passes disagree."""
 
     def ratio(self, patterns: Sequence[str]) -> float:
-        """How long the step takes with these replicated, of the time it takes with none."""
+        """Return the step's duration with these kinds replicated, relative to all sharded."""
         return max(0.0, 1 - sum(self.saved.get(pattern, 0.0) for pattern in patterns) / self.seconds)
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """What was measured, and what follows."""
+    """Measurements and the proposed placement."""
 
     devices: int
     kinds: tuple[Kind, ...]
     timings: tuple[Timing, ...]
     proposal: tuple[str, ...]
-    """Patterns to replicate."""
+    """Patterns of the modules to replicate."""
     plan: Plan
-    """With them replicated."""
+    """Plan with these modules replicated."""
     fits: bool
-    """Whether it, or any, fits in the memory asked for."""
+    """Whether the proposal fits in the requested memory; False if no placement does."""
     needed_tokens: int
-    """That the cache must hold: the most rows of a decode step at their context."""
+    """Tokens that the cache must hold: the most rows of a decode step, each at its context length."""
     confirmed: Mapping[str, float]
-    """The proposal measured at last, in the model of few layers: its time of that of all sharded, for each step."""
+    """Final measurement of the proposal in the shortened model: duration relative to all sharded, for each step."""
 
     @property
     def flags(self) -> str:
-        """For `--placement`, or empty."""
+        """Command-line flags of the proposal; empty if nothing is replicated."""
         return "" if not self.proposal else " ".join(["--placement", *(f"'{p}={REPLICATE}'" for p in self.proposal)])
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON; times in seconds."""
+        """Return the result as JSON data; times in seconds."""
         return {
             "devices": self.devices,
             "kinds": [vars(kind) for kind in self.kinds],

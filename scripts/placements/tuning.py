@@ -1,8 +1,8 @@
-"""`placement.py --tune`: modules measured sharded and replicated where they run, in a model of a few of their layers.
+"""Measure which modules to replicate (`placement.py --tune`), on the target devices, with a model of a few layers.
 
-A kind of module (`layers.*.attention`) is measured as the difference that replicating it makes to a whole step, so that
-what it exchanges, and what XLA makes of it beside its neighbours, is in the figure. Steps of one layer more tell what a
-layer takes; so the figures of the few layers become those of all.
+A kind of module (`layers.*.attention`) is measured by the change that replicating it makes to a whole step, so that its
+communication and XLA's fusion with neighbouring modules are included. The duration of one layer comes from steps with
+one layer more; it extrapolates the few layers to the whole model.
 """
 
 import itertools
@@ -20,10 +20,10 @@ from jaxinfer.sharding.policy import REPLICATE, any_layer
 from placements.tuned import Kind, Timing, Tuned
 
 FEW = 2
-"""Layers of the model that is measured."""
+"""Number of layers of the measured model."""
 LAYERS = "num_hidden_layers"
 MOST_KINDS = 12
-"""All subsets of so many are looked at."""
+"""Maximum number of kinds; all of their subsets are evaluated."""
 
 
 def tune(
@@ -33,14 +33,14 @@ def tune(
     steps: Sequence[Step],
     repeats: int,
 ) -> Tuned:
-    """Measures, and chooses.
+    """Measure every kind of module and choose a placement.
 
     Args:
-        hf: config.json.
-        model: random weights for one.
-        plan: of a config.json and a placement.
-        steps: to measure.
-        repeats: passes of each.
+        hf: contents of config.json.
+        model: makes a model with random weights from a config.json.
+        plan: makes a plan from a config.json and a placement.
+        steps: steps to measure.
+        repeats: passes of each step.
     """
     few, fewer = shortened(hf, FEW), shortened(hf, FEW - 1)
     made = model(few)
@@ -65,7 +65,7 @@ def tune(
 
 
 def shortened(hf: Mapping[str, Any], layers: int) -> dict[str, Any]:
-    """The config.json of the same model with at most so many layers, in each of its parts."""
+    """Return the config.json with at most `layers` layers in each of its parts."""
     short = {
         name: shortened(value, layers) if name.endswith("_config") and isinstance(value, Mapping) else value
         for name, value in hf.items()
@@ -76,13 +76,13 @@ def shortened(hf: Mapping[str, Any], layers: int) -> dict[str, Any]:
 
 
 def depth(plan: Plan, step: str) -> int:
-    """Layers of a model that are part of a step."""
+    """Return the number of layers that a step runs."""
     modules = {row.module for row in plan.rows if step in row.steps}
     return max(Counter(any_layer(path) for path in modules).values(), default=0)
 
 
 def kinds(plan: Callable[..., Plan], hf: Mapping[str, Any], few: Mapping[str, Any]) -> tuple[Kind, ...]:
-    """Those that are divided where they are sharded."""
+    """Return the kinds of modules that sharding divides."""
     sharded, whole, measured = plan(hf, {}), plan(hf, {"*": REPLICATE}), plan(few, {})
     sizes = [Counter(), Counter()]
     for size, made in zip(sizes, (sharded, whole), strict=True):
@@ -106,7 +106,7 @@ def _timing(
     missing: int,
     repeats: int,
 ) -> Timing:
-    """`missing`: layers that the whole model has and the one measured has not."""
+    """Measure a step; `missing` is the number of layers that the measured model lacks of the whole one."""
     own = [kind for kind in found if step.kind in kind.steps]
     variants = {"sharded": (few, {}), "fewer": (fewer, {})}
     variants |= {kind.pattern: (few, {kind.pattern: REPLICATE}) for kind in own}
@@ -119,7 +119,7 @@ def _timing(
 
 
 def agreed(differences: np.ndarray) -> float:
-    """The median, or 0 where not three quarters of the passes have its sign."""
+    """Return the median, or 0 if fewer than three quarters of the passes have its sign."""
     low, middle, high = np.percentile(differences, (25, 50, 75))
     return float(middle) if low > 0 or high < 0 else 0.0
 
@@ -127,10 +127,10 @@ def agreed(differences: np.ndarray) -> float:
 def choose(
     found: Sequence[Kind], timings: Sequence[Timing], plan: Callable[[Mapping[str, str]], Plan], tokens: int
 ) -> tuple[tuple[str, ...], Plan, bool]:
-    """The kinds to replicate, the plan with them, and whether it fits.
+    """Choose the kinds to replicate; return them, the plan, and whether it fits in memory.
 
-    The one with the least mean over the steps of their ratios to all sharded, of those whose cache holds `tokens`
-    tokens beside the weights. Where none does, all sharded.
+    The choice has the smallest mean, over the steps, of the duration relative to all sharded, among the placements
+    whose cache holds `tokens` tokens beside the weights. If there is none, everything is sharded.
     """
     worth = [kind.pattern for kind in found if any(timing.saved.get(kind.pattern, 0.0) > 0 for timing in timings)]
     if len(worth) > MOST_KINDS:
