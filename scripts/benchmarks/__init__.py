@@ -1,1 +1,1 @@
-"""The parts of `scripts/bench.py`: the work, the systems that do it, the figures."""
+"""Parts of `scripts/bench.py`: workloads, measured systems, and figures."""

@@ -1,4 +1,4 @@
-"""How many blocks an engine's steps hold, and how many they need."""
+"""Count the cache blocks that an engine's steps hold, and the blocks they need."""
 
 import numpy as np
 
@@ -9,10 +9,10 @@ from jaxinfer.kv.tables import Tables
 
 
 class Counted:
-    """While it is entered: the most blocks that are held in a step, and the most that a step cannot do without.
+    """Context manager that records, over an engine's steps, the most blocks held and the most blocks needed.
 
-    Without are the blocks of the positions that its tokens see or write, in every layer; those of a prompt that several
-    sequences have in common are counted once, but for a block that they do not have in common to its end.
+    Needed are the blocks of the positions that a step's tokens read or write, in every layer. Blocks of a common prompt
+    prefix count once, except for a partial last block, which sequences cannot share.
     """
 
     def __init__(self, engine: Engine):
@@ -49,8 +49,9 @@ class Counted:
 
 
 class Read(Counted):
-    """The same of the blocks of what encoders read alone: those of a step's sequences, and those of its distinct
-    inputs."""
+    """Blocks held and needed for encoder outputs alone: those of a step's sequences, and those of its distinct
+    inputs.
+    """
 
     def _holding(self, plan: Plan, tables: Tables) -> int:
         rows = sorted({sequence.row for sequence in plan.sequences})

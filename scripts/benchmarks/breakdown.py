@@ -1,4 +1,6 @@
-"""Where a decode step's time goes: a trace of the profiler, joined by operation with the compiled programs."""
+"""Break a decode step's time down by category: profiler trace events, joined with the operations of the compiled
+programs.
+"""
 
 import gzip
 import json
@@ -16,22 +18,22 @@ from benchmarks.ours import Online
 from benchmarks.work import Work
 
 STEPS = re.compile(r"decode|prefill")
-"""In the names of the compiled steps."""
+"""Pattern in the names of compiled steps."""
 Event = dict[str, Any]
 
 
 def profile(ours: Online, work: Work, steps: int, out: Path) -> dict[str, float]:
-    """Runs the work once more with the profiler on: milliseconds of a decode step and of the prefill, by category.
+    """Run the workload under the profiler; return milliseconds per decode step and of the prefill, by category.
 
     Args:
-        ours: it has its steps compiled in a first pass, which is not traced.
-        work: prompts and `steps` + 1 new tokens of each.
-        steps: decode steps of it.
-        out: folder of the trace, which xprof and perfetto read.
+        ours: system whose steps were compiled in an earlier pass, which is not traced.
+        work: workload with `steps` + 1 new tokens per prompt.
+        steps: number of decode steps of the workload.
+        out: folder of the trace, readable by xprof and perfetto.
     """
     ours.run(work)
     options = jax.profiler.ProfileOptions()
-    options.python_tracer_level = 0  # an event a Python call would slow the host down
+    options.python_tracer_level = 0  # tracing every Python call would slow the host down
     with jax.profiler.trace(str(out), profiler_options=options):
         ours.run(work)
     found = sorted(out.glob("plugins/profile/*/*.trace.json.gz"))
@@ -43,7 +45,7 @@ def profile(ours: Online, work: Work, steps: int, out: Path) -> dict[str, float]
 
 
 def _operations() -> dict[str, list[Operations]]:
-    """Of every compiled step there is, by the name of its module; buckets share names."""
+    """Return the operations of every compiled step by module name; buckets share a name."""
     programs = defaultdict(list)
     for executable in get_backend().live_executables():
         for module in executable.hlo_modules():
@@ -53,12 +55,12 @@ def _operations() -> dict[str, list[Operations]]:
 
 
 def table(events: Iterable[Event], programs: Mapping[str, list[Operations]], steps: int) -> dict[str, float]:
-    """Milliseconds a decode step, and of the prefill, by category; "elapsed" is what the clock says.
+    """Return milliseconds per decode step, and of the prefill, by category; "elapsed" is wall-clock time.
 
-    Operations that ran at the same time on several threads add up to more than elapsed.
+    Operations that run concurrently on several threads add up to more than the elapsed time.
 
     Raises:
-        RuntimeError: the trace names no operations, or none of a decode step.
+        RuntimeError: the trace has no named operations, or none of a decode step.
     """
     runs: dict[tuple[str, str], list[Event]] = defaultdict(list)
     for event in events:
@@ -82,7 +84,7 @@ def table(events: Iterable[Event], programs: Mapping[str, list[Operations]], ste
 
 
 def _program(programs: list[Operations], events: list[Event]) -> Operations:
-    """The one that has these operations: programs of one name differ in their buckets."""
+    """Return the program with these operations; programs that share a name differ in their buckets."""
     names = {event["args"]["hlo_op"] for event in events}
     if not programs:
         module = events[0]["args"]["hlo_module"]
@@ -91,7 +93,7 @@ def _program(programs: list[Operations], events: list[Event]) -> Operations:
 
 
 def self_times(events: list[Event]) -> list[tuple[Event, float]]:
-    """Each event with its microseconds, those of the events inside it on the same thread taken off."""
+    """Return each event with its self time in microseconds, without events nested in it on the same thread."""
     found: list[tuple[Event, float]] = []
     open_: dict[int, list[int]] = defaultdict(list)
     for event in sorted(events, key=lambda e: (e["ts"], -e["dur"])):

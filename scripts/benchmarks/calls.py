@@ -1,4 +1,4 @@
-"""Calls of one layer in one program, each with weights of its own: what a layer alone costs, timed and counted."""
+"""Time and count a layer alone: several calls in one program, each with its own weights."""
 
 import math
 import re
@@ -16,37 +16,38 @@ from benchmarks.gpu.projections import Way, chained, copies_of
 from jaxinfer.layers.linear import use_fusion, use_kernel
 
 PASS = 0.01
-"""Seconds that a pass takes at least: the host's own time hides behind the device's, and what disturbs the machine
-lasts for several."""
+"""Minimum seconds of a pass, so that host time overlaps with device time, and a disturbance of the machine spans
+several passes."""
 _PRODUCT = re.compile(r' dot\(|custom_call_target="(?:__cublas|__onednn|jaxinfer_)[^"]*(?:gemm|matmul)')
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A module whose parameters are random, and how the engine would run it."""
+    """Module with random parameters, and the settings with which the engine would run it."""
 
     make: Callable[[], nnx.Module]
     kernel: str
-    """Of its products (`kernels.matmul`)."""
+    """Implementation of its matrix products (`kernels.matmul`)."""
     rows_fused: float
-    """`layers.linear.use_fusion`."""
+    """Argument of `layers.linear.use_fusion`."""
     options: Mapping[str, Any]
-    """The compiler's."""
+    """Compiler options."""
 
 
 @dataclass(frozen=True)
 class Calls:
-    """A compiled program of several calls, with its arguments."""
+    """Compiled program of several calls, with its arguments."""
 
     compiled: jax.stages.Compiled
     arguments: tuple[Any, ...]
     count: int
-    """Calls in it."""
+    """Number of calls in the program."""
 
     @classmethod
     def of(cls, layer: Layer, shapes: Sequence[tuple[int, ...]], dtype: jnp.dtype, count: int | None = None) -> "Calls":
-        """`layer(*inputs)` with inputs of these shapes; by default so often that weights leave the caches in
-        between."""
+        """Compile calls `layer(*inputs)` with inputs of these shapes; by default enough calls to evict each call's
+        weights from the CPU caches before reuse.
+        """
         module = nnx.eval_shape(layer.make)
         use_kernel(module, layer.kernel)
         use_fusion(module, layer.rows_fused)
@@ -65,11 +66,11 @@ class Calls:
 
     @property
     def products(self) -> float:
-        """Products of matrices a call."""
+        """Matrix products per call."""
         return products(self.compiled) / self.count
 
     def timer(self) -> Callable[[], float]:
-        """Passes of at least `PASS`: seconds a call."""
+        """Return a function that times a pass of at least `PASS` seconds and returns seconds per call."""
         passes: list[int] = []
 
         def run() -> float:
@@ -87,11 +88,11 @@ class Calls:
 
 
 def products(compiled: jax.stages.Compiled) -> int:
-    """Products of matrices in a program, batched ones counted once."""
+    """Count the matrix products of a program; a batched product counts once."""
     return len(_PRODUCT.findall(compiled.as_text()))
 
 
 def cost(compiled: jax.stages.Compiled) -> dict[str, float]:
-    """Operations, and bytes that instructions read and write, as XLA counts them; 0 for calls of our own kernels."""
+    """Return the operations and the bytes read and written, as counted by XLA; 0 for jaxinfer's own kernels."""
     found = compiled.cost_analysis()
     return {"gflops": found["flops"] / 1e9, "gigabytes": found["bytes accessed"] / 1e9}

@@ -1,4 +1,4 @@
-"""Random checkpoints with Hugging Face's names, of a Llama or a BART, written without torch."""
+"""Write random Llama and BART checkpoints with Hugging Face tensor names, without torch."""
 
 import hashlib
 import json
@@ -13,13 +13,15 @@ import numpy as np
 from safetensors.numpy import save_file
 
 SCALE = 0.02
-"""Standard deviation of the weights, as transformers initialises them."""
+"""Standard deviation of the weights, as in transformers' initialisation."""
 SIDECAR = "bench.json"
-"""Written last: says what the folder was made from."""
+"""Sidecar file, written last, that records the configuration the folder was made from."""
 
 
 def kept(config: dict[str, Any], seed: int, folder: Path | None) -> Path:
-    """The folder of the checkpoint, which is made if it is not there yet; by default a temporary one of its own."""
+    """Return the folder of the checkpoint, created if it does not exist; by default a temporary folder for each
+    configuration.
+    """
     name = hashlib.sha256(json.dumps([config, seed]).encode()).hexdigest()[:12]
     folder = folder or Path(tempfile.gettempdir()) / f"jaxinfer-bench-{name}"
     write(folder, config, seed)
@@ -27,10 +29,10 @@ def kept(config: dict[str, Any], seed: int, folder: Path | None) -> Path:
 
 
 def write(folder: Path, config: dict[str, Any], seed: int) -> None:
-    """Makes the checkpoint in `folder` unless it is there already.
+    """Create the checkpoint in `folder` unless it already exists.
 
     Raises:
-        ValueError: the folder holds something else.
+        ValueError: the folder holds other files.
     """
     made_from = {"config": config, "seed": seed}
     sidecar = folder / SIDECAR
@@ -41,7 +43,7 @@ def write(folder: Path, config: dict[str, Any], seed: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     kind = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32, "float16": np.float16}[config["dtype"]]
     names, sizes = zip(*shapes(config), strict=True)
-    with ThreadPoolExecutor() as pool:  # NumPy draws outside of Python's lock; each tensor has a stream of its own
+    with ThreadPoolExecutor() as pool:  # NumPy releases the GIL while it draws; each tensor has its own random stream
         streams = map(np.random.default_rng, np.random.SeedSequence(seed).spawn(len(names)))
         made = pool.map(lambda *tensor: _values(*tensor).astype(kind), streams, names, sizes)
         tensors = dict(zip(names, made, strict=True))
@@ -51,7 +53,7 @@ def write(folder: Path, config: dict[str, Any], seed: int) -> None:
 
 
 def _values(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Norm scales are ones, biases zeroes, matrices are normal."""
+    """Draw a tensor: norm scales are ones, biases zeros, matrices normally distributed."""
     if name.endswith("bias"):
         return np.zeros(shape, np.float32)
     if len(shape) == 1:
@@ -60,7 +62,7 @@ def _values(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.n
 
 
 def shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of every tensor."""
+    """Yield the name and shape of every tensor."""
     return _bart(config) if config.get("model_type") == "bart" else _llama(config)
 
 
@@ -109,5 +111,5 @@ def _bart(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def parameters(config: dict[str, Any]) -> int:
-    """How many there are."""
+    """Return the number of parameters."""
     return sum(int(np.prod(shape)) for _, shape in shapes(config))

@@ -1,4 +1,4 @@
-"""The command line of `scripts/bench.py`: from arguments to a report."""
+"""Command line of `scripts/bench.py`: parse arguments, run a subcommand, print its report."""
 
 import argparse
 import contextlib
@@ -17,11 +17,13 @@ from benchmarks.gpu import compiled
 from benchmarks.systems import Subject
 
 WITHOUT_MODEL = ("host", "startup", "soak", "placement", "growth", "sharing", "projections", "cross")
-"""Subcommands that need no random checkpoint: a model of their own, or the packaged one."""
+"""Subcommands that need no random checkpoint, because they use a model of their own or the packaged one."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a subcommand; 0 if it succeeded. stdout carries the result alone. `--work W1 ...` says `work W1 ...`."""
+    """Run a subcommand and return 0 on success; only the result goes to stdout. `--work W1 ...` is an alias of `work
+    W1 ...`.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["--work"]:
         words[0] = "work"
@@ -43,9 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _subject(args: argparse.Namespace, own: Path) -> Subject | None:
-    """Find the model of `--model`, or the random one, made if it is not there yet; None if none is needed.
+    """Return the model of `--model`, or the random one, created if needed; None if the subcommand needs none.
 
-    With `--hf-overrides` the folder is `own`, which peers read as well.
+    With `--hf-overrides`, `own` becomes the model's folder, so that peers read the overrides too.
     """
     if args.hf_overrides is not None and args.model is None:
         raise ValueError("--hf-overrides goes with --model")

@@ -1,4 +1,4 @@
-"""The command line of `scripts/fuzz.py`."""
+"""Command line of `scripts/fuzz.py`."""
 
 import argparse
 import logging
@@ -10,11 +10,11 @@ from fuzzing import configs, templates, tokenizers, weights
 from fuzzing.part import Failure, Part, run
 
 PARTS: tuple[Part, ...] = (*configs.PARTS, *weights.PARTS, *tokenizers.PARTS, *templates.PARTS)
-"""All parts; a module with more adds its `PARTS` here."""
+"""All parts; a new module adds its `PARTS` here."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; its status is 1 if an input was not handled."""
+    """Run the command; return 1 if an input was not handled correctly."""
     args = parse(argv)
     logging.disable(logging.WARNING)
     parts = [part for part in PARTS if args.part in (None, part.name)]
@@ -44,9 +44,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def loop(parts: Sequence[Part], seed: int, seconds: float, most: int = 20) -> tuple[list[Failure], int]:
-    """Run inputs of all parts in turn for so long, or until `most` were not handled; return those and how many ran.
+    """Run inputs of all parts in turn for `seconds`, or until `most` failures; return the failures and the number of
+    inputs.
 
-    The time begins after the first input of each part, which imports what the part needs.
+    The time starts after the first input of each part, which imports the modules that the part needs.
     """
     failures: list[Failure] = []
     end, case = float("inf"), 0

@@ -1,4 +1,4 @@
-"""config.json and generation_config.json of published models, broken."""
+"""Fuzz config.json and generation_config.json, from published models."""
 
 import functools
 import json
@@ -20,7 +20,7 @@ PUBLISHED = Path(__file__).resolve().parents[2] / "tests/real/configs"
 LAYERS = ("num_hidden_layers", "encoder_layers", "decoder_layers", "num_global_layers")
 LISTS = ("layer_types",)
 SHALLOW = 0.1
-"""Share of inputs that are made of a model of two layers, whose module is built as well."""
+"""Share of inputs made from a two-layer model, whose module is built too."""
 
 GENERATION: tuple[dict[str, Any], ...] = (
     dict(
@@ -71,7 +71,7 @@ GENERATION: tuple[dict[str, Any], ...] = (
 
 @functools.cache
 def published(name: str | None = None) -> list[dict[str, Any]]:
-    """Return the published configurations, or that of one file."""
+    """Return all published configurations, or the one of a file."""
     return [
         json.loads(path.read_text()) for path in sorted(PUBLISHED.glob(f"{name or '*'}.json")) if path.stem != "index"
     ]
@@ -85,7 +85,7 @@ def shallow(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def make_config(rng: random.Random, folder: Path) -> Callable[[], object]:
-    """Break a published config.json; some are read as a model of two layers, whose module is built."""
+    """Corrupt a published config.json; some inputs are two-layer models, whose module is built."""
     config = rng.choice(published())
     small = rng.random() < SHALLOW
     (folder / "config.json").write_text(json.dumps(broken(rng, shallow(config) if small else config)))
@@ -105,7 +105,7 @@ def make_config(rng: random.Random, folder: Path) -> Callable[[], object]:
 
 
 def make_generation(rng: random.Random, folder: Path) -> Callable[[], object]:
-    """Break a generation_config.json, and read it for a decoder, for an encoder-decoder and for Whisper."""
+    """Corrupt a generation_config.json, and read it for a decoder, an encoder-decoder and Whisper."""
     made = broken(rng, rng.choice(GENERATION))
     (folder / "generation_config.json").write_text(json.dumps(made))
     whisper = published("whisper-tiny")[0]

@@ -1,4 +1,4 @@
-"""Ways to break JSON and bytes, by random numbers alone."""
+"""Mutate JSON values and bytes, determined by the random generator alone."""
 
 import copy
 import random
@@ -47,11 +47,11 @@ VALUES: tuple[Any, ...] = (
     {"type": "yarn"},
     {"full_attention": 3},
 )
-"""What a value is replaced by."""
+"""Replacement values."""
 
 
 def broken(rng: random.Random, tree: Any, most: int = 3) -> Any:
-    """Return a copy of a JSON value with one to `most` places broken."""
+    """Return a copy of a JSON value with one to `most` mutations."""
     tree = copy.deepcopy(tree)
     for _ in range(rng.randint(1, most)):
         places = list(_places(tree))
@@ -63,7 +63,7 @@ def broken(rng: random.Random, tree: Any, most: int = 3) -> Any:
 
 
 def broken_bytes(rng: random.Random, data: bytes, most: int = 4) -> bytes:
-    """Return bytes with one to `most` places flipped, cut out, doubled or replaced."""
+    """Return the bytes with one to `most` places flipped, deleted, duplicated or replaced."""
     for _ in range(rng.randint(1, most)):
         at, length = rng.randrange(len(data) + 1), rng.randint(1, 16)
         piece = rng.choice((b"", data[at : at + length] * 2, rng.randbytes(length), b"\x00" * length, b"\xff"))
@@ -72,7 +72,7 @@ def broken_bytes(rng: random.Random, data: bytes, most: int = 4) -> bytes:
 
 
 def _places(tree: Any) -> Any:
-    """Every place of a JSON value: what holds it, and its key or index there."""
+    """Return every place in a JSON value as its container and key or index."""
     if isinstance(tree, dict | list):
         for key, value in list(tree.items() if isinstance(tree, dict) else enumerate(tree[:8])):
             yield tree, key
@@ -89,7 +89,7 @@ def _break(rng: random.Random, holder: Any, key: Any, places: list[Any]) -> None
         other, name = rng.choice(places)
         try:
             holder[key] = copy.deepcopy(other[name])
-        except (KeyError, IndexError):  # an earlier break took it away
+        except (KeyError, IndexError):  # an earlier mutation removed it
             holder[key] = None
     elif how == 3:
         nested: Any = value

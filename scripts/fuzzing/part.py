@@ -1,4 +1,4 @@
-"""What a part of the fuzzer is, how one input of it is run, and which errors count as public."""
+"""Define a fuzzer part, run one of its inputs, and classify errors as public or not."""
 
 import faulthandler
 import linecache
@@ -17,24 +17,25 @@ from jaxinfer.errors import JaxInferError
 
 PACKAGE = str(Path(jaxinfer.__file__).parent)
 LIMIT = 5.0
-"""Seconds that one input may take."""
+"""Time limit of one input in seconds."""
 HANG = 60.0
-"""Seconds after which the process ends with a traceback: something in C does not come back."""
+"""Time in seconds after which the process exits with a traceback, for C code that does not return."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One kind of file."""
+    """Fuzzer of one kind of file."""
 
     name: str
-    """By which `--part` names it."""
+    """Name for `--part`."""
     make: Callable[[random.Random, Path], Callable[[], object]]
-    """Writes one broken input into an empty folder, from random numbers alone, and returns the call that reads it."""
+    """Function that writes a corrupted input into an empty folder, from the random generator alone, and returns the
+    call that reads it."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """An input that was not handled as it must be."""
+    """Input that was not handled correctly."""
 
     part: str
     case: int
@@ -43,11 +44,11 @@ class Failure:
 
 
 class _TooLong(BaseException):
-    """Ends an input that takes longer than `LIMIT`; no reader catches it."""
+    """Interrupts an input that takes longer than `LIMIT`; no reader catches it."""
 
 
 def run(part: Part, seed: int, case: int) -> Failure | None:
-    """Make one input and read it; return what is wrong with that, if anything is."""
+    """Generate one input and read it; return the failure, if any."""
     rng = random.Random(f"{seed}:{part.name}:{case}")
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
         read = part.make(rng, Path(folder))
@@ -60,9 +61,9 @@ def run(part: Part, seed: int, case: int) -> Failure | None:
             report = ""
         except _TooLong:
             report = f"no answer after {LIMIT:g} s\n{traceback.format_exc()}"
-        except Exception as error:  # the point of this program
+        except Exception as error:  # any error that is not public is a failure
             report = "" if is_public(error) else traceback.format_exc()
-        except BaseException as error:  # a panic of a library in Rust is no `Exception`
+        except BaseException as error:  # a Rust library's panic is not an `Exception`
             if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise
             report = traceback.format_exc()
@@ -74,10 +75,10 @@ def run(part: Part, seed: int, case: int) -> Failure | None:
 
 
 def is_public(error: Exception) -> bool:
-    """Tell whether an error is one that jaxinfer documents.
+    """Return whether jaxinfer documents an error.
 
-    Errors of the package's own classes are; so are a TypeError and a ValueError that a line of the package raised, with
-    a message of its own, and not Python because a line stumbled over a value.
+    That holds for the package's own error classes, and for a TypeError or ValueError that a line of the package raised
+    with a message of its own, as opposed to one that Python raised on an unexpected value.
     """
     if isinstance(error, JaxInferError):
         return True

@@ -1,4 +1,4 @@
-"""Chat templates, broken, and conversations for them."""
+"""Fuzz chat templates and the conversations that they render."""
 
 import functools
 import json
@@ -16,7 +16,7 @@ from jaxinfer.inputs.chat import render_chat
 
 STYLES = Path(__file__).resolve().parents[2] / "tests/support/chat_templates.py"
 SECONDS = 1.0
-"""That a template may take, well below what an input may."""
+"""Time limit of a template in seconds, well below that of an input."""
 PIECES = (
     "{{ messages }}",
     "{% for m in messages %}",
@@ -51,7 +51,7 @@ PIECES = (
     "{{ (((",
     "%}",
 )
-"""What is put into a template."""
+"""Snippets inserted into templates."""
 CHAT: list[dict[str, Any]] = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": [{"type": "text", "text": "Hi"}, {"type": "text", "text": "é"}]},
@@ -66,14 +66,14 @@ TOOLS = [{"type": "function", "function": {"name": "f", "description": "d", "par
 
 @functools.cache
 def templates() -> list[str]:
-    """Return whole templates: in the styles of published models, and that of the packaged checkpoint."""
+    """Return valid templates: in the styles of published models, and the packaged checkpoint's."""
     styles = runpy.run_path(str(STYLES))
     found = [text for name, text in sorted(styles.items()) if name.isupper() and isinstance(text, str)]
     return [*found, (Path(demo.path()) / "chat_template.jinja").read_text()]
 
 
 def broken_text(rng: random.Random, text: str) -> str:
-    """Return a text with one to four pieces cut out, doubled, moved or put in."""
+    """Return the text with one to four pieces deleted, duplicated, moved or inserted."""
     for _ in range(rng.randint(1, 4)):
         at, length, to = rng.randrange(len(text) + 1), rng.randint(1, 40), rng.randrange(len(text) + 1)
         piece = text[at : at + length]
@@ -88,7 +88,7 @@ def broken_text(rng: random.Random, text: str) -> str:
 
 
 def make_template(rng: random.Random, folder: Path) -> Callable[[], object]:
-    """Break a template, or the conversation that it renders."""
+    """Corrupt a template, or the conversation that it renders."""
     source = rng.choice(templates())
     chat, options = CHAT[: rng.randint(1, len(CHAT))], {"tools": TOOLS} if rng.random() < 0.5 else {}
     if rng.random() < 0.7:

@@ -1,4 +1,4 @@
-"""The files of a tokenizer, broken: tokenizer.json, the small files beside it, and the formats that have none."""
+"""Fuzz tokenizer files: tokenizer.json, the small files beside it, and formats without it."""
 
 import base64
 import functools
@@ -42,10 +42,10 @@ SPECIAL_MAP = {"eos_token": {"content": "</s>", "lstrip": False, "normalized": F
 
 @functools.cache
 def whole() -> tuple[dict[str, Any], ...]:
-    """Return the content of a small tokenizer.json of each kind of model."""
+    """Return the contents of a small tokenizer.json for each type of model."""
     from transformers import AutoTokenizer
 
-    AutoTokenizer.from_pretrained(demo.path())  # so that no input's time goes into imports
+    AutoTokenizer.from_pretrained(demo.path())  # imports modules now, so that no input's time includes it
     text = [line for line in (Path(__file__).read_text() + "".join(TEXTS)).splitlines() if line] * 2
     special = ["<unk>", "<s>", "</s>"]
     bpe = Tokenizer(models.BPE())
@@ -79,12 +79,12 @@ def whole() -> tuple[dict[str, Any], ...]:
 
 
 def demo_tokenizer() -> dict[str, Any]:
-    """Return that of the packaged checkpoint."""
+    """Return the tokenizer.json of the packaged checkpoint."""
     return json.loads((Path(demo.path()) / "tokenizer.json").read_text())
 
 
 def broken_part(rng: random.Random, said: dict[str, Any]) -> Any:
-    """Break one of the parts of tokenizer.json, which else would nearly always be the vocabulary."""
+    """Corrupt one top-level part of tokenizer.json; uniform mutations would nearly always hit the vocabulary."""
     if rng.random() < 0.1:
         return broken(rng, said)
     name = rng.choice(list(said))
@@ -115,7 +115,7 @@ def use(folder: Path) -> Callable[[], object]:
 
 
 def make_tokenizer(rng: random.Random, folder: Path) -> Callable[[], object]:
-    """Break one of the files of a tokenizer."""
+    """Corrupt one of the files of a tokenizer."""
     (folder / "config.json").write_text(json.dumps(CONFIG))
     how = rng.random()
     if how < 0.15:
@@ -132,7 +132,7 @@ def make_tokenizer(rng: random.Random, folder: Path) -> Callable[[], object]:
     (folder / "tokenizer.json").write_text(json.dumps(said))
     name = rng.choice(list(small))
     if rng.random() < 0.5:
-        # Without added_tokens_decoder transformers reads the files of older tokenizers as well.
+        # Without added_tokens_decoder transformers also reads the files of older tokenizers.
         small["tokenizer_config.json"] = {k: v for k, v in SETTINGS.items() if k != "added_tokens_decoder"}
     for other, content in small.items():
         if other == name:
@@ -143,7 +143,7 @@ def make_tokenizer(rng: random.Random, folder: Path) -> Callable[[], object]:
 
 
 def make_other(rng: random.Random, folder: Path) -> Callable[[], object]:
-    """Break a tokenizer in a format without tokenizer.json."""
+    """Corrupt a tokenizer in a format without tokenizer.json."""
     name = rng.choice(("vocab.json", "merges.txt", "tekken.json", "tiktoken.model", "tokenizer.model"))
     bpe = whole()[0]["model"]
     letters = {letter: byte for byte, letter in enumerate(byte_letters())}
@@ -182,7 +182,7 @@ def make_other(rng: random.Random, folder: Path) -> Callable[[], object]:
 
 
 def write(rng: random.Random, path: Path, said: Any, breaks: Callable[[random.Random, Any], Any]) -> None:
-    """Write a JSON file that is broken as JSON or, some of the time, by bytes."""
+    """Write a JSON file corrupted by `breaks` or, for some inputs, bytewise."""
     if rng.random() < 0.15:
         path.write_bytes(broken_bytes(rng, json.dumps(said).encode()))
     else:

@@ -1,4 +1,4 @@
-"""The index of a sharded checkpoint and the headers of its files, broken."""
+"""Fuzz the index of a sharded checkpoint and the headers of its files."""
 
 import json
 import random
@@ -43,12 +43,12 @@ SHAPES = {
         }.items()
     },
 }
-"""The tensors of `CONFIG`, the tied head among them."""
+"""Tensors of `CONFIG`, including the tied head."""
 FILES = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 
 
 def header(names: list[str]) -> tuple[dict[str, dict], int]:
-    """Return the header of a file with these tensors, and the bytes of its data."""
+    """Return a safetensors header for these tensors, and the size of its data in bytes."""
     made, end = {"__metadata__": {"format": "pt"}}, 0
     for name in names:
         size = 4
@@ -60,7 +60,7 @@ def header(names: list[str]) -> tuple[dict[str, dict], int]:
 
 
 def write(path: Path, text: bytes, data: int) -> None:
-    """Write a file of safetensors with zeroes for data."""
+    """Write a safetensors file with zeros as data."""
     path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(data))
 
 
@@ -71,7 +71,7 @@ def load(folder: Path) -> Callable[[], object]:
 
 
 def make_index(rng: random.Random, folder: Path) -> Callable[[], object]:
-    """Break the index of two shards, as JSON or by bytes."""
+    """Corrupt the index of two shards, as JSON or bytewise."""
     names, half = list(SHAPES), len(SHAPES) // 2
     for file, own in zip(FILES, (names[:half], names[half:]), strict=True):
         made, data = header(own)
@@ -88,7 +88,7 @@ def make_index(rng: random.Random, folder: Path) -> Callable[[], object]:
 
 
 def make_header(rng: random.Random, folder: Path) -> Callable[[], object]:
-    """Break the header of a file, as JSON or by bytes, or the length before it."""
+    """Corrupt the header of a file, as JSON or bytewise, or the header length."""
     made, data = header(list(SHAPES))
     how = rng.random()
     if how < 0.6:
