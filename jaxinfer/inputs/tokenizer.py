@@ -6,6 +6,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from jaxinfer.checkpoint.hub import resolve_model
 from jaxinfer.checkpoint.plain_json import shorten
 from jaxinfer.checkpoint.tokenizer_errors import as_checkpoint_error, is_library_error
@@ -32,6 +34,11 @@ def load_tokenizer(source: str | Path | Any) -> Any:
     if not isinstance(source, (str, Path)):
         if not hasattr(source, "get_vocab"):
             raise TypeError(f"tokenizer must be a directory, a Hub id or a tokenizer, got {type(source).__name__}")
+        if isinstance(source, Tokenizer):
+            raise TypeError(
+                "tokenizer must be one of transformers, got a tokenizers.Tokenizer: wrap it as "
+                "PreTrainedTokenizerFast(tokenizer_object=...)."
+            )
         return source
     try:
         directory = resolve_model(source)

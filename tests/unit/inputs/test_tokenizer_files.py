@@ -178,6 +178,12 @@ def test_a_vocabulary_without_a_token(folder):
         load_tokenizer(folder)
 
 
+def test_a_tokenizer_of_the_tokenizers_library_is_refused(byte_bpe):
+    with pytest.raises(TypeError, match="wrap it as PreTrainedTokenizerFast"):
+        load_tokenizer(byte_bpe.backend_tokenizer)
+    assert load_tokenizer(byte_bpe) is byte_bpe
+
+
 def test_a_text_that_cannot_be_encoded():
     backend = Tokenizer(models.WordLevel({"a": 0}, unk_token="<unk>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
