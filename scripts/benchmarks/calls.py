@@ -45,8 +45,8 @@ class Calls:
 
     @classmethod
     def of(cls, layer: Layer, shapes: Sequence[tuple[int, ...]], dtype: jnp.dtype, count: int | None = None) -> "Calls":
-        """Compile calls `layer(*inputs)` with inputs of these shapes; by default enough calls to evict each call's
-        weights from the CPU caches before reuse.
+        """Compile calls `layer(*inputs)` with inputs of these shapes; by default so many that weights leave the
+        caches between uses.
         """
         module = nnx.eval_shape(layer.make)
         use_kernel(module, layer.kernel)

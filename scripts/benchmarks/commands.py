@@ -1,4 +1,4 @@
-"""The subcommands: each has something done, and reports."""
+"""Subcommands of `scripts/bench.py`: each runs a measurement and returns a report."""
 
 import argparse
 import json
@@ -14,7 +14,7 @@ from benchmarks.work import Work, spread
 
 
 def throughput(args: argparse.Namespace, model: Subject) -> Report:
-    """All requests at once; medians over the passes."""
+    """Measure throughput with all requests submitted at once; medians over the passes."""
     inputs = (args.min_input_len, args.max_input_len)
     work = spread(args.num_prompts, inputs, (args.output_len, args.output_len), vocab=model.vocab, seed=args.seed)
     report = Report({"command": "throughput", **work.describe(), "repeats": args.repeats})
@@ -27,7 +27,7 @@ def throughput(args: argparse.Namespace, model: Subject) -> Report:
 
 
 def latency(args: argparse.Namespace, model: Subject) -> Report:
-    """One batch of equal requests, again and again."""
+    """Measure the latency of one batch of equal requests, repeatedly."""
     lengths = (args.input_len, args.input_len), (args.output_len, args.output_len)
     work = spread(args.batch_size, *lengths, vocab=model.vocab, seed=args.seed)
     report = Report({"command": "latency", **work.describe(), "repeats": args.num_iters})
@@ -39,7 +39,9 @@ def latency(args: argparse.Namespace, model: Subject) -> Report:
 
 
 def serving(args: argparse.Namespace, model: Subject) -> Report:
-    """Requests that arrive as others finish, at each concurrency; medians over the passes."""
+    """Measure serving at each concurrency, where a request arrives whenever another finishes; medians over the
+    passes.
+    """
     works = [_served(args, concurrency, model.vocab) for concurrency in args.concurrency]
     report = Report({"command": "serving", "scale": args.scale, "repeats": args.repeats})
     with systems(args, model, works, online=True) as (ours, peers):
@@ -54,7 +56,7 @@ def serving(args: argparse.Namespace, model: Subject) -> Report:
 
 
 def _served(args: argparse.Namespace, concurrency: int, vocab: int) -> Work:
-    """Lengths around their scaled means, so that requests fall out of step as real ones do."""
+    """Return requests with lengths spread around their scaled means, so that they desynchronise as real ones do."""
 
     def around(mean: int) -> tuple[int, int]:
         size = max(2, round(mean * args.scale))
@@ -71,7 +73,9 @@ def _medians(of: traces.Figures, work: Work, runs: list[Trace]) -> dict[str, flo
 
 
 def work(args: argparse.Namespace, model: Subject) -> Report:
-    """The standard works W1 to W5, each with its own figures: median, least and most over the passes."""
+    """Measure the standard workloads W1 to W5, each with its own figures: median, minimum and maximum over the
+    passes.
+    """
     works = {name: STANDARDS[name].work(vocab=model.vocab, seed=args.seed, scale=args.scale) for name in args.works}
     report = Report({"command": "work", "scale": args.scale, "repeats": args.repeats})
     with systems(args, model, list(works.values()), online=True) as (ours, peers):
@@ -92,7 +96,7 @@ def work(args: argparse.Namespace, model: Subject) -> Report:
 
 
 def roofline(args: argparse.Namespace, model: Subject) -> Report:
-    """What the machine reads and multiplies a second, and which share of it the works' steps reach."""
+    """Measure the machine's bandwidth and matmul rate, and the share of them that the workloads' steps reach."""
     from benchmarks import machine, shares
 
     works = {name: STANDARDS[name].work(vocab=model.vocab, seed=args.seed, scale=args.scale) for name in args.works}
@@ -111,7 +115,7 @@ def roofline(args: argparse.Namespace, model: Subject) -> Report:
 
 
 def profile(args: argparse.Namespace, model: Subject) -> Report:
-    """A trace of N decode steps and the prefill before them, and where a decode step's time goes."""
+    """Trace N decode steps and the prefill before them, and break the time of a decode step down by category."""
     from benchmarks import breakdown
 
     lengths = (args.input_len, args.input_len), (args.steps + 1, args.steps + 1)
@@ -124,7 +128,7 @@ def profile(args: argparse.Namespace, model: Subject) -> Report:
 
 
 def host(args: argparse.Namespace, model: Subject | None) -> Report:
-    """Python's share of a pure decode step, with a device that does nothing; milliseconds over many steps."""
+    """Measure Python's host time in a decode step, with a stubbed device; milliseconds over many steps."""
     from benchmarks import hosttime
 
     report = Report(
@@ -145,7 +149,9 @@ def host(args: argparse.Namespace, model: Subject | None) -> Report:
 
 
 def startup(args: argparse.Namespace, model: Subject | None) -> Report:
-    """Seconds from a fresh process to its first token, with an empty and with a filled compilation cache."""
+    """Measure seconds from the start of a process to its first token, with an empty and with a filled compilation
+    cache.
+    """
     from benchmarks import start
 
     folder = start.checkpoint() if model is None else model.folder
@@ -160,7 +166,9 @@ def startup(args: argparse.Namespace, model: Subject | None) -> Report:
 
 
 def placement(args: argparse.Namespace, model: Subject | None) -> Report:
-    """A decode step on virtual CPU devices under four placements, in turns; ratios to the one that divides all."""
+    """Compare a decode step on virtual CPU devices under four placements, in turns; ratios are to the fully sharded
+    one.
+    """
     from benchmarks import flags, placed
 
     hf = flags.random_config(args) if model is None else json.loads((model.folder / "config.json").read_text())
@@ -173,7 +181,9 @@ def placement(args: argparse.Namespace, model: Subject | None) -> Report:
 
 
 def growth(args: argparse.Namespace, model: Subject | None) -> Report:
-    """A decode step as its cache grows: concatenated every step, contiguous, and paged; on the same work, in turns."""
+    """Compare a decode step as its cache grows: concatenated every step, contiguous, and paged; on the same work, in
+    turns.
+    """
     from benchmarks import flags, growth
 
     hf = flags.random_config(args) if model is None else json.loads((model.folder / "config.json").read_text())
@@ -192,7 +202,7 @@ def growth(args: argparse.Namespace, model: Subject | None) -> Report:
 
 
 def sharing(args: argparse.Namespace, model: Subject | None) -> Report:
-    """What the sequences of hybrid models share: blocks of samples, prefixes of prompts; and what sharing costs."""
+    """Measure block sharing of hybrid models' samples, their prefix cache hits, and the cost of sharing."""
     from benchmarks import sharing
 
     work = replace(
@@ -209,7 +219,7 @@ def sharing(args: argparse.Namespace, model: Subject | None) -> Report:
 
 
 def projections(args: argparse.Namespace, model: Subject | None) -> Report:
-    """Projections of one input as one product and as several, by rows, beside the figures of SGLang #17801."""
+    """Compare fused and separate projections of one input, by number of rows, beside the figures of SGLang #17801."""
     from benchmarks import projections
 
     groups = {name: projections.GROUPS[name] for name in args.groups}
@@ -230,7 +240,7 @@ def projections(args: argparse.Namespace, model: Subject | None) -> Report:
 
 
 def cross(args: argparse.Namespace, model: Subject | None) -> Report:
-    """Cross-attention of a model of bart-large's shape: what its projections save, how fast it is, what it shares."""
+    """Measure cross-attention of a bart-large-shaped model: savings of its projections, speed, and sharing."""
     from benchmarks import cross, documents
 
     hf = cross.config(args.checkpoint_dtype, small=args.small) if model is None else documents.config(model)
@@ -250,7 +260,7 @@ def cross(args: argparse.Namespace, model: Subject | None) -> Report:
 
 
 def soak(args: argparse.Namespace, model: Subject | None) -> Report:
-    """A random workload of every kind of request, after a warm-up: how many programs compile then."""
+    """Run a random workload of every kind of request after a warm-up, and count the programs compiled during it."""
     from benchmarks import soaking, start
 
     folder = start.checkpoint() if model is None else model.folder

@@ -1,13 +1,12 @@
-"""`bench.py cross`, its steps: queries of one stream and keys and values of another, against all three of both.
+"""Measure the steps of `bench.py cross`: cross-attention projections of the needed stream, against Q, K and V of both.
 
-Before vLLM's PR #12325 cross-attention had one projection of queries, keys and values, which was called on the
-decoder's stream, of which the queries were kept, and on the encoder's, of which keys and values were kept: `padded`
-here. It is put in the place of `layers.cross.CrossQKV` in a model of random weights, with the same weights, and gives
-the same numbers:
+Before vLLM's PR #12325, cross-attention had one QKV projection. It was applied to the decoder's stream, of which only
+the queries were kept, and to the encoder's, of which only keys and values were kept: `padded` here. It replaces
+`layers.cross.CrossQKV` in a model of random weights, with the same weights and the same results:
 
-- projections: those of all layers alone, for a prefill (the decoder's first tokens and all of the encoder's) and a
-  decode step
-- steps: of the whole model: the encoder's and the decoder's first, and one token more
+- projections: those of all layers alone, for a prefill (the decoder's first tokens and the encoder's whole input) and a
+decode step
+- steps: of the whole model: the encoder's step with the decoder's first, and one decode step
 """
 
 from collections.abc import Mapping
@@ -61,7 +60,7 @@ LARGE: Mapping[str, Any] = {
     "eos_token_id": 2,
     "decoder_start_token_id": 2,
 }
-"""config.json of the shape of bart-large-cnn, but for what its tokens are forced to be."""
+"""Contents of config.json in the shape of bart-large-cnn, without its forced tokens."""
 SMALL = {
     "vocab_size": 4096,
     "d_model": 256,
@@ -72,64 +71,64 @@ SMALL = {
     "encoder_ffn_dim": 1024,
     "decoder_ffn_dim": 1024,
 }
-"""For a quick look."""
+"""Smaller values for a quick run."""
 STEPS = (PREFILL, DECODE)
 Figures = dict[str, float]
 
 
 @dataclass(frozen=True)
 class Work:
-    """What the steps are of."""
+    """Sizes of the measured steps."""
 
     rows: int
-    """B: documents."""
+    """B, the number of documents."""
     document: int
-    """Tokens of each."""
+    """Tokens of each document."""
     context: int
-    """Tokens of the decoder's sequences where they decode."""
+    """Context length of the decoder's sequences in a decode step, in tokens."""
     repeats: int
-    """Passes of each in turns."""
+    """Passes of each variant, in turns."""
 
 
 SCALE = 8
-"""What lengths are divided by for a quick look."""
+"""Divisor of lengths for a quick run."""
 
 
 def smaller(work: Work) -> Work:
-    """An eighth of the lengths."""
+    """Return the sizes with an eighth of the lengths."""
     return replace(work, document=max(1, work.document // SCALE), context=max(1, work.context // SCALE))
 
 
 def config(dtype: str, *, small: bool = False) -> dict[str, Any]:
-    """config.json of the model."""
+    """Return the config.json of the model."""
     return {**LARGE, **(SMALL if small else {}), "dtype": dtype}
 
 
 class Whole(FusedLinear):
-    """One whose product is made whole, whatever is used of it: XLA may shrink it."""
+    """Fused projection that always computes its whole product, which XLA could otherwise shrink to the used outputs."""
 
     def product(self, *arguments: Any, **named: Any) -> jax.Array:
-        """As that of all."""
+        """Compute the product of all outputs."""
         return jax.lax.optimization_barrier(super().product(*arguments, **named))
 
 
 class PaddedQKV(nnx.Module):
-    """In the place of `CrossQKV`: all three of both streams."""
+    """Replacement of `CrossQKV` that computes Q, K and V of both streams."""
 
     def __init__(self, build: Build, qkv: CrossQKV, width: int):
         self.whole = Whole(build, width, (*qkv.q.outputs, *qkv.kv.outputs), bias=(*qkv.q.biased, *qkv.kv.biased))
 
     def q(self, x: jax.Array) -> tuple[jax.Array, ...]:
-        """As `CrossQKV.q`."""
+        """See `CrossQKV.q`."""
         return self.whole(x)[:1]
 
     def kv(self, x: jax.Array) -> tuple[jax.Array, ...]:
-        """As `CrossQKV.kv`."""
+        """See `CrossQKV.kv`."""
         return self.whole(x)[1:]
 
 
 def padded(module: LanguageModel, build: Build) -> LanguageModel:
-    """The same model with the same weights, but for how it projects what its cross-attention reads; one shard."""
+    """Replace the cross-attention projections of a model by `PaddedQKV` with the same weights; one shard."""
     made = nnx.merge(*nnx.split(module))
     for layer in made.decoder.layers:
         own: CrossQKV = layer.cross.qkv
@@ -142,18 +141,18 @@ def padded(module: LanguageModel, build: Build) -> LanguageModel:
 
 
 class Streams(nnx.Module):
-    """What one layer projects, `[T, M]` of the decoder and in a prefill `[S, M]` of the encoder."""
+    """Projections of one layer: of the decoder's `[T, M]` and, in a prefill, of the encoder's `[S, M]`."""
 
     def __init__(self, qkv: nnx.Module):
         self.qkv = qkv
 
     def __call__(self, x: jax.Array, *encoded: jax.Array) -> list[jax.Array]:
-        """Columns of q, of k and of v."""
+        """Return the columns of Q, K and V."""
         return [y.reshape(len(y), -1) for y in (*self.qkv.q(x), *(own for one in encoded for own in self.qkv.kv(one)))]
 
 
 class Bench:
-    """A model of random weights both ways, and what it is run on."""
+    """Model of random weights in both variants, with its inputs."""
 
     def __init__(self, hf: Mapping[str, Any], work: Work, *, dtype: str, seed: int, kernel: str = "auto"):
         self.work, self.mesh, self._asked = work, make_mesh(1), kernel
@@ -163,12 +162,12 @@ class Bench:
         self.layers, self.width, self.dtype = module.config.num_layers, module.config.width, jnp.dtype(dtype)
 
     def program(self, variant: str, kernel: str | None = None) -> tuple[Program, list[jax.Array]]:
-        """With the implementation of products and attention that the engine chooses, or this one."""
+        """Return the program of a variant and its parameters, with the engine's choice of kernels or the given one."""
         kernel, attention = (self._asked, "auto") if kernel is None else (kernel, kernel)
         return functional.split(self._modules[variant], self.mesh, matmul_kernel=kernel, attention_kernel=attention)
 
     def projections(self, step: str) -> Figures:
-        """Of all layers, one after another: milliseconds, operations and bytes."""
+        """Measure the projections of all layers, one after another: milliseconds, operations and bytes."""
         rows, read = self.work.rows, self.work.rows * self.work.document
         shapes = [(rows, self.width)] + ([(read, self.width)] if step == PREFILL else [])
         options = {} if self.mesh.devices.flat[0].platform == "cpu" else SERIAL
@@ -186,12 +185,12 @@ class Bench:
         return _compared(found, {variant: cost(calls(variant, matmul.XLA).compiled) for variant in found})
 
     def steps(self, step: str) -> Figures:
-        """Of the whole model: milliseconds, operations and bytes."""
+        """Measure steps of the whole model: milliseconds, operations and bytes."""
         found = in_turns({variant: self.runner(step, variant) for variant in (OURS, PADDED)}, self.work.repeats)
         return _compared(found, {variant: cost(self.compiled(step, variant, matmul.XLA)[0]) for variant in found})
 
     def compiled(self, step: str, variant: str, kernel: str | None = None) -> tuple[jax.stages.Compiled, list[Any]]:
-        """A step and its arguments: parameters, cache, batches."""
+        """Compile a step; return it with its arguments: parameters, cache, batches."""
         program, params = self.program(variant, kernel)
         cache = functional.init_cache(program, _blocks(program, self.work)[1], BLOCK)
         *begin, decode = _batches(program, self.work)
@@ -201,7 +200,7 @@ class Bench:
         return jitted.lower(params, cache, *batches).compile(), [params, cache, *batches]
 
     def runner(self, step: str, variant: str) -> Run:
-        """Passes of a step, in seconds."""
+        """Return a function that runs a step and returns its seconds."""
         compiled, (params, cache, *batches) = self.compiled(step, variant)
         lanes = [cache]
 
@@ -215,12 +214,12 @@ class Bench:
 def _begin(
     program: Program, params: list[jax.Array], cache: Cache, encode: EncodeBatch, batch: PrefillBatch
 ) -> tuple[jax.Array, Cache]:
-    """The encoder's step and the decoder's first."""
+    """Run the encoder's step and the decoder's first step."""
     return greedy(program, params, functional.encode_cross(program, params, cache, encode), batch)
 
 
 def _blocks(program: Program, work: Work) -> tuple[np.ndarray, int]:
-    """Tables `[G, B, W]` of blocks of their own, and N."""
+    """Return block tables `[G, B, W]` without shared blocks, and the number of blocks N."""
     width = -(-max(work.document, work.context) // BLOCK)
     shape = program.layout.groups, work.rows, width
     tables = np.arange(np.prod(shape), dtype=np.int32).reshape(shape)
@@ -228,7 +227,7 @@ def _blocks(program: Program, work: Work) -> tuple[np.ndarray, int]:
 
 
 def _batches(program: Program, work: Work) -> tuple[EncodeBatch, PrefillBatch, DecodeBatch]:
-    """Random documents, the decoder's first token of each, and one in the middle."""
+    """Return batches of random documents: the encoder's, the decoder's first token of each, and one in mid-sequence."""
     tables, blocks = _blocks(program, work)
     rng, (first,) = np.random.default_rng(0), np.ones((1, 1), np.int32)
     documents = rng.integers(3, program.vocab, (work.rows, work.document)).astype(np.int32)
@@ -244,7 +243,7 @@ def _batches(program: Program, work: Work) -> tuple[EncodeBatch, PrefillBatch, D
 
 
 def _compared(found: Mapping[str, list[float]], costs: Mapping[str, Figures]) -> Figures:
-    """Figures of both, and how many times as much the padded one has of each."""
+    """Return the figures of both variants, and the ratio of the padded one to the other."""
     figures = {f"{variant}_ms": 1e3 * median(seconds) for variant, seconds in found.items()}
     figures |= {f"{variant}_{name}": value for variant, own in costs.items() for name, value in own.items()}
     ratios = [other / own for other, own in zip(found[PADDED], found[OURS], strict=True)]
@@ -253,7 +252,7 @@ def _compared(found: Mapping[str, list[float]], costs: Mapping[str, Figures]) ->
 
 
 def measure(hf: Mapping[str, Any], work: Work, *, dtype: str, seed: int, kernel: str = "auto") -> Figures:
-    """Of projections and of whole steps, prefill and decode apart."""
+    """Measure the projections and the whole steps, for prefill and decode."""
     bench = Bench(hf, work, dtype=dtype, seed=seed, kernel=kernel)
     figures: Figures = {}
     for step in STEPS:

@@ -1,5 +1,4 @@
-"""`bench.py cross`, its documents: tokens a second, and how often encoders run and what they keep where it is
-shared."""
+"""Measure the documents of `bench.py cross`: tokens per second, encoder runs, and blocks held with sharing."""
 
 import argparse
 import json
@@ -20,11 +19,11 @@ from jaxinfer import LLM, SamplingParams
 from jaxinfer.engine.metrics import PREFIX
 
 STARTS = 8
-"""Tokens that a decoder begins with at most."""
+"""Maximum number of tokens that a decoder starts with."""
 COUNTED = 8
-"""New tokens of each sample and beam where only blocks are counted."""
+"""New tokens of each sample and beam if only blocks are counted."""
 SMALL = 8
-"""What lengths are divided by for a quick look."""
+"""Divisor of lengths for a quick run."""
 Figures = dict[str, float]
 
 
@@ -34,31 +33,31 @@ class Work:
 
     count: int
     document: tuple[int, int]
-    """Tokens of the shortest and of the longest."""
+    """Tokens of the shortest and the longest document."""
     new: int
-    """Tokens that the decoder makes of each."""
+    """New tokens for each document."""
 
 
 def smaller(work: Work) -> Work:
-    """An eighth of the lengths and a quarter of the documents."""
+    """Return the sizes with an eighth of the lengths and a quarter of the documents."""
     shortest, longest = (max(1, size // SMALL) for size in work.document)
     return replace(work, count=max(2, work.count // 4), document=(shortest, longest), new=max(2, work.new // SMALL))
 
 
 def config(model: Subject) -> dict[str, Any]:
-    """config.json of a checkpoint."""
+    """Return the config.json of a checkpoint."""
     return json.loads((model.folder / "config.json").read_text())
 
 
 def subject(hf: dict[str, Any], args: argparse.Namespace) -> Subject:
-    """A random checkpoint of this configuration."""
+    """Return a random checkpoint of this configuration."""
     folder = checkpoint.kept(hf, args.seed, args.checkpoint_dir)
     title = f"random BART, {checkpoint.parameters(hf) / 1e6:.4g} M parameters, {hf['dtype']}"
     return Subject(folder, hf["vocab_size"], title)
 
 
 def add(report: Report, args: argparse.Namespace, model: Subject, work: Work) -> None:
-    """Adds the parts that are asked for: "documents" and "int8", each with a model of its own, and "shared"."""
+    """Add the requested parts to the report: "documents" and "int8", each with a model of its own, and "shared"."""
     requests = spread(work.count, work.document, (work.new, work.new), vocab=model.vocab, seed=args.seed)
     report.work |= {"documents": asdict(work)}
     # The decoder's own sequences are short, however long the documents are.
@@ -89,7 +88,7 @@ def _throughput(report: Report, ours: Any, peers: list[Any], requests: Requests,
 
 
 def shared(llm: LLM, requests: Requests, samples: int, beams: int) -> Figures:
-    """Encoder runs, and the most blocks of what they made that are held at a time, against the fewest possible."""
+    """Count encoder runs, and the most encoder-output blocks held at a time, against the fewest possible."""
     prompts = [{"prompt_token_ids": prompt} for prompt in requests.prompts]
     several = SamplingParams(n=samples, temperature=1.0, seed=0, max_tokens=COUNTED, ignore_eos=True)
     search = SamplingParams(ignore_eos=True)
@@ -113,5 +112,5 @@ def shared(llm: LLM, requests: Requests, samples: int, beams: int) -> Figures:
 
 
 def encoder_runs(llm: LLM) -> int:
-    """Inputs that were encoded so far."""
+    """Return the number of encoded inputs so far."""
     return next(int(metric.value) for metric in llm.get_metrics() if metric.name == f"{PREFIX}encoder_inputs")

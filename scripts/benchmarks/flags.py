@@ -1,4 +1,4 @@
-"""The flags of `scripts/bench.py`."""
+"""Command-line flags of `scripts/bench.py`."""
 
 import argparse
 import json
@@ -22,11 +22,11 @@ SIZES = {
     "vocab_size": (32000, "its vocabulary"),
     "max_position_embeddings": (8192, "its longest sequence"),
 }
-"""Flags, their defaults and what they say: 0.25 B parameters."""
+"""Flags of the random model with their defaults and help texts; the defaults give 0.25 B parameters."""
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Of all subcommands."""
+    """Return the parser of all subcommands."""
     parser = argparse.ArgumentParser(prog="bench.py", description="Figures of jaxinfer and of peers, in one run.")
     subcommands = parser.add_subparsers(dest="command", required=True)
     common = _common()
@@ -268,7 +268,7 @@ def _common() -> argparse.ArgumentParser:
 
 
 def _positive(group: Any, flags: Mapping[str, tuple[int, str]]) -> None:
-    """Flags of counts: name, default, help."""
+    """Add flags of positive counts, given as name, default and help text."""
     for name, (default, text) in flags.items():
         group.add_argument("--" + name.replace("_", "-"), type=_count, default=default, help=text)
 
@@ -281,7 +281,9 @@ def _count(text: str) -> int:
 
 
 def _one_of(*names: str) -> Callable[[str], str]:
-    """argparse's own `choices` refuse the default of an argument that may be left out."""
+    """Return a parser for one of these names; argparse's `choices` refuse the default of an optional positional
+    argument.
+    """
 
     def parse(text: str) -> str:
         if text not in names:
@@ -302,7 +304,7 @@ def _setting(text: str) -> tuple[str, Any]:
 
 
 def random_config(args: argparse.Namespace) -> dict[str, Any]:
-    """config.json of the random Llama."""
+    """Return the config.json of the random Llama."""
     sizes = {name: getattr(args, name) for name in SIZES}
     if sizes["hidden_size"] % sizes["num_attention_heads"]:
         raise ValueError(

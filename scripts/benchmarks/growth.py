@@ -1,16 +1,16 @@
-"""`bench.py growth`: what a decode step costs as its cache grows: by concatenation, contiguous, and paged.
+"""Measure the cost of a decode step as its cache grows (`bench.py growth`): concatenated, contiguous and paged.
 
-One generation is run, a prompt and then a token a step. At some of its lengths every method takes the same step from
-the same keys and values, in turns and several times:
+One generation is run: a prompt, then one token a step. At some lengths every method runs the same step from the same
+keys and values, in turns and several times:
 
-- `concatenation`: a plain loop whose step makes every layer's keys and values anew, a position longer
-  (`jnp.concatenate`), and frees the old ones, as PaddleNLP's did before its PR #9126. There, without a compiler,
-  lengths cost nothing; here each is a program of its own, and compiling it is left out of the times. Padding to fewer
-  lengths would be reserving. Asking the system for fresh memory is in them. All but the cache, the attention kernel
-  too, is as in the others.
-- `contiguous`: rows with room reserved from the start, tokens written in place (`kv.contiguous`).
-- `contiguous_x4`: the same with four times the room.
-- `paged`: blocks of 16 positions anywhere in a pool, found through a table (`kv.manager`).
+- `concatenation`: a plain loop whose step rebuilds the keys and values of every layer with one more position
+(`jnp.concatenate`) and frees the old ones, as PaddleNLP did before its PR #9126. There, without a compiler, new lengths
+cost nothing; here each length is a program of its own, whose compilation is excluded from the times. Padding to fewer
+lengths would amount to reserving memory. Allocating fresh memory is included. Everything except the cache is shared
+with the other methods, including the attention kernel.
+- `contiguous`: rows with reserved capacity, tokens written in place (`kv.contiguous`).
+- `contiguous_x4`: the same with four times the capacity.
+- `paged`: blocks of 16 positions anywhere in a pool, addressed by a block table (`kv.manager`).
 """
 
 import time
@@ -37,9 +37,9 @@ from jaxinfer.sharding import make_mesh
 
 CONCATENATION, CONTIGUOUS, ROOMY, PAGED = METHODS = ("concatenation", "contiguous", "contiguous_x4", "paged")
 BLOCK = 16
-"""Positions of a block of the paged cache: the engine's default."""
+"""Positions per block of the paged cache: the engine's default."""
 CHUNK = 256
-"""Tokens of a row's prompt that are computed at a time."""
+"""Prompt tokens of a row that are prefilled at a time."""
 MEBIBYTE = 1 << 20
 Params = Sequence[Array]
 Figures = dict[str, float]
@@ -47,31 +47,31 @@ Figures = dict[str, float]
 
 @dataclass(frozen=True)
 class Work:
-    """What is generated, and where it is measured."""
+    """Sizes of the generation, and its measured lengths."""
 
     rows: int
     prompt: int
     new: int
     step: int
-    """Positions by which the read length of the contiguous cache grows."""
+    """Increment of the contiguous cache's read length, in positions."""
     lengths: int
-    """That are measured, those of the first and the last step among them."""
+    """Number of measured lengths, including those of the first and last step."""
     repeats: int
 
     @property
     def end(self) -> int:
-        """Positions of a row at last."""
+        """Final number of positions of a row."""
         return self.prompt + self.new
 
     @cached_property
     def measured(self) -> tuple[int, ...]:
-        """Positions that the cache has before each measured step."""
+        """Number of cached positions before each measured step."""
         places = np.linspace(self.prompt, self.end - 1, min(self.lengths, self.new))
         return tuple(sorted({round(place) for place in places.tolist()}))
 
 
 class Step:
-    """A step of one method at one length, compiled: `lanes, tables` and what it makes of them."""
+    """Compiled step of one method at one length, with its cache arrays."""
 
     def __init__(
         self,
@@ -90,18 +90,21 @@ class Step:
         ).compile()
 
     def run(self, tokens: np.ndarray, position: int) -> tuple[float, np.ndarray]:
-        """Seconds, and the next token of each row; may be run again, as it writes what it wrote."""
+        """Run the step; return its seconds and the next token of each row. May be repeated, as it rewrites the same
+        values.
+        """
         positions = np.full(len(tokens), position, np.int32)
         start = time.perf_counter()
         made, lanes = jax.block_until_ready(self._compiled(self._params, self._lanes, self._tables, tokens, positions))
         if not self._longer:
             self._lanes = lanes
-        del lanes  # a loop that concatenates frees the old ones each step; the new ones are as large
+        del lanes  # the concatenating loop frees the old arrays each step; the new ones are as large
         return time.perf_counter() - start, np.asarray(made)
 
     def figures(self) -> Figures:
-        """Read off the compiled program: what lies in the memory of an argument, what is made anew, the most there is
-        at once beside the weights."""
+        """Return memory figures of the compiled program: bytes aliased to arguments, bytes newly allocated, and the
+        peak beside the weights.
+        """
         memory = self._compiled.memory_analysis()
         anew = memory.output_size_in_bytes - memory.alias_size_in_bytes
         weights = sum(array.nbytes for array in self._params)
@@ -128,14 +131,14 @@ def _step(
 
 @dataclass(frozen=True)
 class Bench:
-    """A model and what is run on it."""
+    """Model with the inputs that it is measured on."""
 
     program: Program
     params: Params
     work: Work
 
     def begin(self, seed: int) -> tuple[GrowingCache, np.ndarray]:
-        """The cache of prompts `[R, S]`, some hundred tokens at a time, and the first token of each row."""
+        """Prefill prompts `[R, S]` in chunks; return the cache and the first token of each row."""
         work, vocab = self.work, self.program.vocab
         prompts = np.random.default_rng(seed).integers(3, vocab, (work.rows, work.prompt))
         cache = GrowingCache.reserve(self.program, work.rows, work.end, work.step)
@@ -144,7 +147,7 @@ class Bench:
         return cache, np.asarray(logits.argmax(axis=-1), np.int32)
 
     def steps(self, layers: list[Lane]) -> dict[str, Step]:
-        """Of each method, over caches with these keys and values `[R, K, S, D]` in them."""
+        """Return the step of each method, with caches holding these keys and values `[R, K, S, D]`."""
         length = layers[0].keys.shape[2]
         return {
             CONCATENATION: Step(
@@ -162,7 +165,7 @@ class Bench:
 
     def _paged(self, layers: list[Lane], length: int) -> Step:
         work, width = self.work, -(-self.work.end // BLOCK)
-        # As a pool gives them that has served others before.
+        # Random block order, as in a pool that has served other requests before.
         tables = np.random.default_rng(0).permutation(work.rows * width).astype(np.int32).reshape(work.rows, width)
         lanes = functional.init_cache(self.program, work.rows * width, BLOCK)
         fill = jax.jit(
@@ -180,7 +183,7 @@ class Bench:
 def measure(
     hf: Mapping[str, Any], work: Work, *, dtype: str = "auto", seed: int = 0, kernel: str = "auto", say: Any = print
 ) -> Figures:
-    """Generates, and measures on the way."""
+    """Run the generation, and measure every method at the chosen lengths."""
     mesh = make_mesh(1)
     program, params = functional.split(loading.random(hf, mesh, dtype=dtype), mesh, attention_kernel=kernel)
     if program.layout.groups > 1:
@@ -218,7 +221,7 @@ def measure(
 def _in_turns(
     steps: Mapping[str, Step], tokens: np.ndarray, position: int, repeats: int
 ) -> tuple[dict[str, list[float]], dict[str, np.ndarray]]:
-    """Seconds of each, by round, and the tokens that each makes; a pass before does not count."""
+    """Run the steps in turns after a warm-up pass; return the seconds of each by round, and its tokens."""
     made = {name: step.run(tokens, position)[1] for name, step in steps.items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(repeats):
@@ -228,7 +231,7 @@ def _in_turns(
 
 
 def _summary(seconds: Mapping[str, Sequence[Sequence[float]]], work: Work) -> Figures:
-    """Over all measured lengths: medians, ratios of the same round, and what a thousand positions more cost."""
+    """Summarise all measured lengths: medians, ratios within a round, and the cost of a thousand more positions."""
 
     def ratio(one: str, other: str) -> float:
         return median(a / b for ours, theirs in zip(seconds[one], seconds[other]) for a, b in zip(ours, theirs))
@@ -247,10 +250,10 @@ def _summary(seconds: Mapping[str, Sequence[Sequence[float]]], work: Work) -> Fi
 
 
 def plot(found: Figures, work: Work, path: Path) -> None:
-    """Step time against length.
+    """Plot step time against length.
 
     Raises:
-        RuntimeError: matplotlib is not there.
+        RuntimeError: matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure

@@ -1,6 +1,7 @@
-"""transformers as a peer: `python hf_server.py (hf|hf-static|hf-cb) FOLDER DTYPE`, lines of JSON in and out.
+"""Serve transformers as a benchmark peer: `python hf_server.py (hf|hf-static|hf-cb) FOLDER DTYPE`, JSON lines in and
+out.
 
-Needs torch and transformers and nothing of jaxinfer, so that any interpreter that has them will do.
+Needs torch and transformers and nothing of jaxinfer, so that any interpreter with them will do.
 """
 
 import os
@@ -15,19 +16,20 @@ from peer_server import serve
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 PAGE = 256
-"""Tokens in a page of transformers' paged cache: its default."""
+"""Tokens per page of transformers' paged cache: its default."""
 
 
 def _sampling(samples: int, temperature: float) -> dict[str, Any]:
-    """Fields of a `GenerationConfig`; the defaults of transformers would cut off to the 50 most likely tokens."""
+    """Return `GenerationConfig` fields for sampling; transformers' defaults would restrict it to the top 50 tokens."""
     if temperature == 0:
         return {"do_sample": False}
     return {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0, "num_return_sequences": samples}
 
 
 class Static:
-    """`generate` over batches padded on the left, or for an encoder on the right; what arrives meanwhile waits for the
-    next."""
+    """`generate` over batches padded on the left (encoders: on the right); requests that arrive meanwhile wait for
+    the next batch.
+    """
 
     def __init__(self, model: Any, **cache: str):
         self.model, self.cache = model, cache
@@ -35,7 +37,9 @@ class Static:
     def run(
         self, prompts: list[list[int]], lengths: list[int], concurrency: int | None, samples: int, temperature: float
     ) -> dict[str, Any]:
-        """One pass: seconds, arrivals of the requests, and of each sample its tokens and their times."""
+        """Run one pass; return its seconds, the arrival times of requests, and the tokens of each sample with their
+        times.
+        """
         size = concurrency or len(prompts)
         start = time.perf_counter()
         tokens, times, arrivals = [], [], [0.0] * min(size, len(prompts))
@@ -45,7 +49,7 @@ class Static:
             kept = [length for length in lengths[batch] for _ in range(samples)]
             tokens += [row[:length] for row, length in zip(made, kept, strict=True)]
             times += [[t - start for t in at[:length]] for length in kept]
-            # Whoever is served asks again at once.
+            # Closed loop: a finished request is followed by a new one at once.
             arrivals += sorted(at[length - 1] - start for length in lengths[batch])
         seconds = time.perf_counter() - start
         return {"seconds": seconds, "tokens": tokens, "arrivals": arrivals[: len(prompts)], "times": times}
@@ -53,7 +57,7 @@ class Static:
     def _generate(
         self, prompts: Sequence[list[int]], new: int, sampling: dict[str, Any]
     ) -> tuple[list[list[int]], list[float]]:
-        """The new tokens of each sample of each prompt, and when each step was done."""
+        """Generate a batch; return the new tokens of each sample of each prompt, and the time each step ended."""
         import torch
         from transformers import StoppingCriteria, StoppingCriteriaList
 
@@ -82,12 +86,12 @@ class Static:
                 **self.cache,
                 **sampling,
             )
-        # The prompts, or what the decoder starts with.
+        # Cut off the prompts, or the decoder's start token.
         return made[:, 1 if encoder else width :].tolist(), at
 
 
 class Continuous:
-    """The continuous batching manager, kept from pass to pass."""
+    """Continuous batching manager, kept between passes."""
 
     def __init__(self, model: Any):
         self.model, self.manager, self.pages = model, None, 0
@@ -96,7 +100,9 @@ class Continuous:
     def run(
         self, prompts: list[list[int]], lengths: list[int], concurrency: int | None, samples: int, temperature: float
     ) -> dict[str, Any]:
-        """One pass: seconds, arrivals of the requests, and of each sample its tokens and their times."""
+        """Run one pass; return its seconds, the arrival times of requests, and the tokens of each sample with their
+        times.
+        """
         size = min(concurrency or len(prompts), len(prompts))
         pages = [-(-(len(prompt) + new) // PAGE) for prompt, new in zip(prompts, lengths, strict=True)]
         self._prepare(samples * sum(sorted(pages)[-size:]), _sampling(samples, temperature))
@@ -134,7 +140,7 @@ class Continuous:
         }
 
     def _prepare(self, pages: int, sampling: dict[str, Any]) -> None:
-        """A manager whose cache holds all that is in flight."""
+        """Create a manager whose cache holds all requests in flight."""
         if self.manager is not None and self.pages >= pages and self.sampling == sampling:
             return
         from transformers import ContinuousBatchingConfig, GenerationConfig
@@ -148,19 +154,21 @@ class Continuous:
         self.manager.start()
 
     def _sizes(self) -> dict[str, int]:
-        """On a GPU what transformers itself takes of the memory there is; elsewhere it would take the whole machine."""
+        """Return cache sizes: transformers' defaults on a GPU; elsewhere they would take all of the machine's
+        memory.
+        """
         if self.model.device.type != "cpu":
             return {}
         return {"page_size": PAGE, "num_blocks": self.pages, "max_batch_tokens": 512}
 
     def close(self) -> None:
-        """Ends the manager's thread."""
+        """Stop the manager's thread."""
         if self.manager is not None:
             self.manager.stop(block=True, timeout=10)
 
 
 def load(mode: str, folder: str, dtype: str) -> tuple[Static | Continuous, dict[str, str]]:
-    """The model, to be run as `mode` says."""
+    """Load the model to run in this mode."""
     import torch
     import transformers
 
@@ -168,8 +176,8 @@ def load(mode: str, folder: str, dtype: str) -> tuple[Static | Continuous, dict[
     auto = transformers.AutoModelForSeq2SeqLM if encoder else transformers.AutoModelForCausalLM
     model = auto.from_pretrained(folder, dtype=dtype).eval().to("cuda" if torch.cuda.is_available() else "cpu")
     model.generation_config.eos_token_id = None  # every request runs to its length
-    model.generation_config.forced_eos_token_id = None  # BART's end by themselves otherwise
-    # A static cache is what transformers compiles `generate` for, on a GPU.
+    model.generation_config.forced_eos_token_id = None  # otherwise BART forces an EOS token at the end
+    # On a GPU, transformers compiles `generate` for a static cache.
     systems = {"hf": Static, "hf-static": partial(Static, cache_implementation="static"), "hf-cb": Continuous}
     system = systems[mode](model)
     return system, {"torch": torch.__version__, "transformers": transformers.__version__, "dtype": str(model.dtype)}

@@ -1,4 +1,4 @@
-"""What the operations of a compiled program are for, read off its text."""
+"""Classify the operations of a compiled program from its HLO text."""
 
 import re
 from collections import Counter
@@ -15,27 +15,28 @@ CATEGORIES = (
     ("attention", re.compile(r"jaxinfer/layers/attention\.py attend|jaxinfer/kernels/\w*(attention|paged)")),
     ("gemms", re.compile(r"jaxinfer/layers/(linear\.py|embedding\.py Embedding\.attend)|jaxinfer/kernels/\w*matmul")),
 )
-"""The first whose pattern is found among "file function" of an operation's stack; else it is of the rest."""
+"""Categories with their patterns, matched against "file function" of an operation's stack; the first match is used,
+else "rest"."""
 
 
 @dataclass(frozen=True)
 class Operations:
-    """The category of each operation of a program, by its name."""
+    """Categories of a program's operations by name."""
 
     categories: dict[str, str]
 
     @property
     def names(self) -> set[str]:
-        """Of all operations."""
+        """Names of all operations."""
         return set(self.categories)
 
     def category(self, name: str) -> str:
-        """ "sampling", "attention", "gemms" or "rest"."""
+        """Return an operation's category: "sampling", "attention", "gemms" or "rest"."""
         return self.categories.get(name, "rest")
 
     @classmethod
     def of(cls, text: str) -> "Operations":
-        """From `HloModule.to_string()`, whose head lists the files, functions and stack frames of its operations."""
+        """Parse the output of `HloModule.to_string()`, whose header lists files, functions and stack frames."""
         lines = text.splitlines()
         stacks = _stacks(lines)
         own: dict[str, str | None] = {}
@@ -57,7 +58,7 @@ class Operations:
 
 
 def _most(bodies: dict[str, Counter[str]], called: str | None) -> str:
-    """A fusion without a stack of its own is what most of the operations in it are."""
+    """Return the most frequent category within a fusion, for fusions without a stack frame of their own."""
     inside = bodies.get(called or "")
     return inside.most_common(1)[0][0] if inside else "rest"
 
@@ -67,7 +68,7 @@ def _category(stack: str) -> str:
 
 
 def _stacks(lines: list[str]) -> dict[int, str]:
-    """Of each stack frame, "file function" of it and of all its callers."""
+    """Return, for each stack frame, "file function" of it and of all its callers."""
     files = dict(_rows(lines, "FileNames"))
     functions = dict(_rows(lines, "FunctionNames"))
     places, stacks = {}, {}
@@ -77,14 +78,14 @@ def _stacks(lines: list[str]) -> dict[int, str]:
         places[number] = f"{file.strip(chr(34))} {function.strip(chr(34))}"
     for number, row in _rows(lines, "StackFrames"):
         fields = _fields(row)
-        # The text counts callers from 1, where 1 is nobody and 2 is frame 1.
+        # parent_frame_id is offset by one: 1 means no caller, 2 means frame 1.
         caller = stacks.get(fields["parent_frame_id"] - 1, "")
         stacks[number] = f"{caller}\n{places[fields['file_location_id']]}"
     return stacks
 
 
 def _rows(lines: list[str], title: str) -> Iterator[tuple[int, str]]:
-    """The numbered rows of a table in the text's head."""
+    """Yield the numbered rows of a table in the header."""
     if title not in lines:
         return
     for line in lines[lines.index(title) + 1 :]:
