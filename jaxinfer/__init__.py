@@ -1,4 +1,4 @@
-"""jaxinfer: Hugging Face checkpoints in, text out, on JAX.
+"""jaxinfer: inference engine for Hugging Face checkpoints, on JAX.
 
 `models`, `sharding` and `kv` are the public subpackages.
 """
@@ -38,12 +38,12 @@ _MODULES = {
 }
 _SUBPACKAGES = ("demo", "distributed", "functional", "kv", "loading", "models", "sharding")
 _FROM_ABOVE = {("jaxinfer.sharding", "plan"): "jaxinfer.loading.plan"}
-"""Names that users look for in a subpackage whose code knows nothing of them: (subpackage, name) -> module."""
+"""Names exposed in a subpackage but defined in a module of a higher layer: (subpackage, name) -> module."""
 __all__ = [*_MODULES, *_SUBPACKAGES]
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used, so that importing the package loads nothing else."""
+    """Import a public name on first use, so that importing the package stays cheap."""
     if name in _MODULES:
         return getattr(importlib.import_module(f"jaxinfer.{_MODULES[name]}"), name)
     if name in _SUBPACKAGES:
@@ -52,10 +52,10 @@ def __getattr__(name: str) -> Any:
 
 
 def name_from_above(module: str, name: str) -> Any:
-    """Return what a subpackage shows under `name` although it is made of layers above that subpackage.
+    """Return a name of a subpackage that is defined in a higher layer (`_FROM_ABOVE`).
 
     Raises:
-        AttributeError: there is no such name.
+        AttributeError: `_FROM_ABOVE` has no such name for the subpackage.
     """
     if (module, name) in _FROM_ABOVE:
         return getattr(importlib.import_module(_FROM_ABOVE[module, name]), name)

@@ -1,4 +1,4 @@
-"""Text in, text out."""
+"""`LLM`, the offline inference API: generate, chat, beam search, streaming and transcription."""
 
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -39,23 +39,24 @@ from jaxinfer.sampling_params import SamplingParams
 
 
 class LLM:
-    """A model that continues prompts; its methods may be called from several threads.
+    """A language model with its inference engine; methods may be called from several threads.
 
     Args:
-        model: a directory with a Hugging Face checkpoint, a Hub id, or an NNX module (then token ids go in
-            and come out, unless `tokenizer` is given).
-        tokenizer: another directory, Hub id or transformers tokenizer than the model's own.
-        skip_tokenizer_init: serve token ids only.
-        revision: of the Hub id.
-        chat_template: Jinja source to use instead of the tokenizer's.
-        hf_overrides: values laid over config.json.
-        mesh: a mesh with the axis `model`, and for a model with a vision tower `data` to divide images over; by default
-            one over `tensor_parallel_size` devices.
+        model: a directory with a Hugging Face checkpoint, a Hub id, or an NNX module (which takes and returns token
+            ids only, unless `tokenizer` is given).
+        tokenizer: directory, Hub id or transformers tokenizer to use instead of the model's own.
+        skip_tokenizer_init: load no tokenizer; prompts and outputs are token ids only.
+        revision: Git revision of the Hub id.
+        chat_template: Jinja source to use instead of the tokenizer's chat template.
+        hf_overrides: values that override those of config.json.
+        mesh: device mesh with the axis `model`, and for a model with a vision tower the axis `data` to shard images
+            over; by default a mesh over `tensor_parallel_size` devices.
+        use_tqdm: whether to show a progress bar while the weights are loaded.
         settings: fields of `EngineConfig`.
 
     Raises:
         ConfigError, CheckpointError, CapacityError, OfflineError: see `jaxinfer.errors`.
-        TypeError: a setting that does not exist.
+        TypeError: `settings` has an unknown field.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class LLM:
         with distributed.guard(self._group):
             config = EngineConfig.of(settings)
             compilation_cache.enable(config.compilation_cache_dir)
-            heap.thaw(collect=True)  # an LLM that was dropped meanwhile may still hold its weights
+            heap.thaw(collect=True)  # free the weights of an earlier LLM that was deleted without `close`
             if self._group is not None:
                 config, hf_overrides = handshake.settings(self._group, config, hf_overrides)
             self._mesh, self.config = place(mesh, config, "tensor_parallel_size" in settings, self._group)
@@ -86,7 +87,7 @@ class LLM:
             self._start(named, chat_template, use_tqdm)
 
     def _start(self, named: Named, chat_template: str | None, use_tqdm: bool) -> None:
-        """The model and its engine."""
+        """Load the model, build its engine and start the engine thread."""
         group = self._group
         opened = open_model(named, self.config, self._mesh, group, progress=use_tqdm)
         module, known = opened.module, opened.tokenizer_len
@@ -107,14 +108,14 @@ class LLM:
         )  # fmt: skip
         self._served: tuple[LoadedModel, Intake] | None = (opened, Intake(opened, self.config, limits, chat_template))
         self._thread = EngineThread(engine)
-        # Also where an LLM is dropped without `close`, and when the interpreter ends.
+        # Stops the thread if the LLM is garbage-collected without `close`, and when the interpreter exits.
         self._finalizer = weakref.finalize(self, _drop, self._thread)
         if self.config.freeze_gc:
             heap.freeze()
 
     @property
     def _engine(self) -> Engine:
-        """The engine, which belongs to its thread: from here it is only looked at."""
+        """The engine. The engine thread owns it; code on other threads must only read from it."""
         engine = getattr(self._thread, "engine", None)
         if engine is None:
             raise EngineClosedError(CLOSED)
@@ -130,7 +131,7 @@ class LLM:
 
     @property
     def _parts(self) -> tuple[LoadedModel, Intake]:
-        """What `close` lets go of, which another thread may call at any moment."""
+        """The loaded model and its input processor; raises once `close` (maybe on another thread) has freed them."""
         served = self._served
         if served is None:
             raise EngineClosedError(CLOSED)
@@ -138,26 +139,29 @@ class LLM:
 
     @property
     def default_params(self) -> SamplingParams:
-        """Return the parameters of requests that bring none: what the model's generation_config.json says. They cannot
-        be set."""
+        """Default sampling parameters of requests, from the model's generation_config.json (read-only)."""
         return self._opened.default_params
 
     def generate(self, prompts: Any, sampling_params: Params = None, *, use_tqdm: bool = True) -> list[RequestOutput]:
-        """Continues each prompt; results in the order of the prompts.
+        """Generate completions for each prompt.
 
         Args:
-            prompts: a string, a list of token ids, `{"prompt": ...}` or `{"prompt_token_ids": ...}` with an
-                optional `"cache_salt"`, or a list of these. For a model that reads images also with
-                `"multi_modal_data"`: `{"image": one or a list of PIL images or arrays}` (`media.images.as_rgb`) or,
-                preprocessed, `{"pixel_values": one or a list of arrays [n, C, height, width], one an image}`. A text
-                has the model's image marker where each image belongs; token ids have all of each image's tokens.
-                Of an encoder-decoder of text a prompt is the encoder's, and the decoder begins by itself; both are
-                given by `{"encoder_prompt": ..., "decoder_prompt": ...}`, each a string, token ids or such a dict.
-            sampling_params: one for all or one a prompt; by default what generation_config.json says.
-            use_tqdm: whether a progress bar is shown.
+            prompts: a string, a list of token ids, `{"prompt": ...}` or `{"prompt_token_ids": ...}` with an optional
+                `"cache_salt"`, or a list of these. Multimodal models also accept `"multi_modal_data"`:
+                `{"image": one or a list of PIL images or arrays}` (`media.images.as_rgb`) or, for preprocessed images,
+                `{"pixel_values": one or a list of arrays [n, C, height, width], one per image}`. A text must contain
+                the model's image marker at the place of each image; token ids must contain all tokens of each image.
+                For a text encoder-decoder model, a prompt goes to the encoder, and the decoder starts from its start
+                token; to set both, pass `{"encoder_prompt": ..., "decoder_prompt": ...}`, each a string, token ids or
+                such a dict.
+            sampling_params: one for all prompts or one per prompt; by default `default_params`.
+            use_tqdm: whether to show a progress bar.
+
+        Returns:
+            One output per prompt, in the order of the prompts.
 
         Raises:
-            TypeError, ValueError: a prompt or parameter that cannot be served; nothing was queued then.
+            TypeError, ValueError: a prompt or parameter is invalid; no request of the call was queued.
         """
         return self._finish(self._prepare(prompts, sampling_params), use_tqdm)
 
@@ -176,21 +180,26 @@ class LLM:
         """Answer a conversation, or each of a list of conversations.
 
         Args:
-            messages: dicts with "role" and "content" as OpenAI's clients send them, or such objects, or a list of such
-                lists. Content is text or a list of parts, of which `{"type": "image", "image": PIL image or array}` is
-                an image for a model that reads them. Tool calls may have their arguments as JSON in a string.
-            sampling_params: as of `generate`; without them an answer runs to its end.
-            use_tqdm: whether a progress bar is shown.
-            chat_template: Jinja source used instead of the tokenizer's, or the name of one of its several.
+            messages: a list of messages in OpenAI's format, dicts or objects with "role" and "content", or a list of
+                such lists. Content is text or a list of parts; multimodal models accept image parts
+                `{"type": "image", "image": PIL image or array}`. Arguments of tool calls may be a JSON string.
+            sampling_params: as in `generate`, but without `max_tokens` if omitted: answers run until EOS.
+            use_tqdm: whether to show a progress bar.
+            chat_template: Jinja source used instead of the tokenizer's template, or the name of one of the tokenizer's
+                templates if it has several.
             add_generation_prompt: whether the answer begins a new message.
-            continue_final_message: whether the answer continues the last message instead, or the name of the field that
-                it continues; then `add_generation_prompt` must be False.
-            tools: that the model may call: dicts with the JSON schema of a function, or Python functions with type
-                hints and a docstring.
-            chat_template_kwargs: further variables of the template, such as `{"enable_thinking": False}`.
+            continue_final_message: whether the answer continues the last message, or the name of the message field to
+                continue; requires `add_generation_prompt=False`.
+            tools: tools that the model may call: dicts with the JSON schema of a function, or Python functions with
+                type hints and a docstring.
+            chat_template_kwargs: further template variables, such as `{"enable_thinking": False}`.
+
+        Returns:
+            One output per conversation, in order.
 
         Raises:
-            ChatTemplateError: no template, or one that fails; otherwise as `generate`.
+            ChatTemplateError: the chat template is missing or fails.
+            TypeError, ValueError: as in `generate`.
         """
         handles = self._prepare_chat(
             messages,
@@ -215,22 +224,26 @@ class LLM:
         sampling_params: SamplingParams | None = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
-        """The most likely continuations of each prompt that a search with `width` beams finds, best first.
+        """Run beam search on each prompt.
 
-        Tokens and scores are those of transformers' `generate(num_beams=width)`, the same for each prompt whatever
-        others there are; `CompletionOutput.score` is its `sequences_scores`.
+        Tokens and scores equal those of transformers' `generate(num_beams=width)` and do not depend on the other
+        prompts of the call; `CompletionOutput.score` is transformers' `sequences_scores`.
 
         Args:
-            prompts: as of `generate`.
+            prompts: as in `generate`.
             width, length_penalty, early_stopping, num_return_sequences: see `BeamParams`.
-            max_tokens: most new tokens; None runs to the model's length.
-            sampling_params: what else applies: masks, penalties, `min_tokens`, `stop_token_ids`, `ignore_eos`, text
-                settings. Its `max_tokens` is not looked at.
-            use_tqdm: whether a progress bar is shown.
+            max_tokens: maximum new tokens; None for no limit but the model's maximum length.
+            sampling_params: further parameters: masks, penalties, `min_tokens`, `stop_token_ids`, `ignore_eos`,
+                detokenization settings. Its `max_tokens` is ignored.
+            use_tqdm: whether to show a progress bar.
+
+        Returns:
+            One output per prompt, its beams sorted by score, best first.
 
         Raises:
-            TypeError, ValueError: a prompt or parameter that cannot be served; nothing was queued then.
-            CapacityError: more beams than sequences run at a time, or than the cache has blocks for; likewise.
+            TypeError, ValueError: a prompt or parameter is invalid; no request of the call was queued.
+            CapacityError: the beams exceed the maximum number of running sequences or the blocks of the cache; no
+                request of the call was queued.
         """
         search = BeamParams(
             width=width,
@@ -244,9 +257,9 @@ class LLM:
         return self._finish(self._checked(requests, parsed, BeamHandle), use_tqdm)
 
     def stream(self, prompts: Any, sampling_params: Params = None) -> Iterator[RequestOutput]:
-        """Continues prompts and yields what is new as it is made, in the form `output_kind` says.
+        """Generate completions for each prompt and yield outputs as tokens arrive, in the form set by `output_kind`.
 
-        The deltas of a sample add up to its final text. Closing the iterator aborts what is unfinished.
+        The deltas of a sample concatenate to its final text. Closing the iterator aborts unfinished requests.
         """
         return self._watch(self._prepare(prompts, sampling_params, streaming=True))
 
@@ -261,7 +274,7 @@ class LLM:
         tools: Sequence[Any] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Iterator[RequestOutput]:
-        """Answer as `chat` does, and yield what is new as it is made, as `stream` does."""
+        """Answer conversations like `chat` and yield outputs as tokens arrive, like `stream`."""
         handles = self._prepare_chat(
             messages,
             sampling_params,
@@ -283,22 +296,25 @@ class LLM:
         task: str | None = None,
         use_tqdm: bool = True,
     ) -> list[Transcript]:
-        """What is said in audio of any length, and when, by a model that transcribes; results in the order of the
-        audio.
+        """Transcribe audio of any length, with timestamps, using a speech model (Whisper).
 
-        Window by window (`jaxinfer.models.whisper.transcription`), all audio at the same time. `generate` takes one
-        window.
+        The windows of a recording are transcribed one after the other (`jaxinfer.models.whisper.transcription`); all
+        recordings run concurrently. `generate` transcribes a single window.
 
         Args:
             audio: `(array, sampling_rate)` or a list of these (`media.audio.as_audio`).
-            sampling_params: of each window; by default greedy, to its end. n must be 1.
-            language: of all audio: its code, name or token; by default that of each one's first window is detected.
-            task: "transcribe", the default, or "translate", into English.
-            use_tqdm: whether a progress bar is shown, in seconds of audio.
+            sampling_params: parameters of each window; by default greedy without `max_tokens`. n must be 1.
+            language: language code, name or token of all audio; by default detected from the first window of each
+                recording.
+            task: "transcribe" (the default) or "translate" (into English).
+            use_tqdm: whether to show a progress bar, in seconds of audio.
+
+        Returns:
+            One transcript per recording, in order.
 
         Raises:
-            TypeError, ValueError: audio or an option that cannot be served, or a model that does not transcribe;
-                nothing was queued then.
+            TypeError, ValueError: audio or an option is invalid, or the model is not a speech model; no request of the
+                call was queued.
         """
         self._check_open()
         params = SamplingParams(temperature=0, max_tokens=None) if sampling_params is None else sampling_params
@@ -321,7 +337,7 @@ class LLM:
         return [job.transcript(self._tokenizer) for job in jobs]
 
     def _next_windows(self, lease: Lease, running: Running, jobs: dict[Handle, Transcribing], params: Params) -> None:
-        """Take what finished windows gave, and queue those that follow them."""
+        """Collect the results of finished windows and queue the next window of each recording."""
         for handle in running.take_ended():
             job = jobs.pop(handle)
             job.take(handle.output(), handle.request.rule)
@@ -332,9 +348,9 @@ class LLM:
                 self._queue(lease, [following])
 
     def abort(self, request_id: Any) -> None:
-        """End one request or a list of them before the next step; their outputs say "abort".
+        """Abort one request or a list of requests before the next step; their `finish_reason` is "abort".
 
-        Ids that are unknown or finished do nothing. It does not wait for a step that runs or compiles.
+        Ids of unknown or finished requests are ignored. Returns without waiting for a running or compiling step.
         """
         ids = [request_id] if isinstance(request_id, str) else request_id
         if not isinstance(ids, (list, tuple, set)) or not all(isinstance(one, str) for one in ids):
@@ -343,32 +359,32 @@ class LLM:
         self._thread.abort(list(ids))
 
     def get_tokenizer(self) -> Any:
-        """Return the transformers tokenizer; None where it was skipped."""
+        """Return the transformers tokenizer; None with `skip_tokenizer_init`."""
         if self._closed:
             raise EngineClosedError(CLOSED)
         return self._tokenizer
 
     def get_metrics(self) -> list[Metric]:
-        """Return counters, gauges and histograms as they are now, without waiting for a step that runs or compiles."""
+        """Return current counters, gauges and histograms without waiting for a running or compiling step."""
         self._check_open()
         return self._engine.readings()
 
     def warmup(
         self, *, sampling: Collection[str] = SAMPLING, threads: int | None = None, use_tqdm: bool = True
     ) -> Warmup:
-        """Compiles every step that requests can need, so that none of them waits for the compiler.
+        """Compile all step programs ahead of time, so that no request waits for compilation.
 
-        Requests may be served meanwhile. With the compilation cache filled, programs are read from it.
+        Requests may be served meanwhile. Programs in the compilation cache are read from it.
 
         Args:
-            sampling: what requests will ask for, where the sampler's variants are programs of their own (GPUs; on a CPU
-                one program serves all): "greedy", "random" (temperature, min-p), "truncated" (top-k, top-p), "edited"
-                (penalties, biases, masks), "logprobs", "prompt_logprobs"; by default everything.
-            threads: that compile, by default as many as there are processors, at most 16.
-            use_tqdm: whether a progress bar is shown.
+            sampling: sampler variants to compile where each is a separate program (GPUs; on a CPU one program serves
+                all): "greedy", "random" (temperature, min-p), "truncated" (top-k, top-p), "edited" (penalties, biases,
+                masks), "logprobs", "prompt_logprobs"; by default all.
+            threads: number of compiling threads; by default the number of processors, at most 16.
+            use_tqdm: whether to show a progress bar.
 
         Raises:
-            ValueError: another name in `sampling`.
+            ValueError: `sampling` has an unknown name.
         """
         names = check_sampling(sampling)
         self._check_open()
@@ -379,11 +395,11 @@ class LLM:
             if leader is not None:
                 leader.warmed()
         if self.config.freeze_gc:
-            heap.freeze()  # the programs as well
+            heap.freeze()  # exclude the compiled programs from garbage collection, too
         return done
 
     def _prepare_programs(self, names: Collection[str], threads: int | None) -> tuple[Programs, Leader | None]:
-        """Make what the programs take, on the engine's thread; other processes are told to compile as well."""
+        """Prepare the programs to compile, on the engine thread, and tell the other processes to compile as well."""
         self._engine.check_alive()
         runner = self._engine.runner
         programs = runner.prepare(names)
@@ -392,15 +408,15 @@ class LLM:
         return programs, runner.leader
 
     def reset_prefix_cache(self) -> None:
-        """Forget all cached prefixes."""
+        """Clear the prefix cache."""
         self._check_open()
         self._thread.run(self._engine.reset_prefix_cache)
 
     def update_weights(self, weights: Any) -> None:
-        """Replaces all weights by those of an NNX module or state of the same structure; cached prefixes are forgotten.
+        """Replace all weights by those of an NNX module or state of the same structure and clear the prefix cache.
 
         Raises:
-            ConfigError: another structure, shape or dtype.
+            ConfigError: the structure, a shape or a dtype differs from the model's.
             RuntimeError: requests are running.
             DistributedError: several processes serve the model.
         """
@@ -413,7 +429,7 @@ class LLM:
         self._thread.run(self._update_weights, weights)
 
     def _update_weights(self, weights: Any) -> None:
-        """Replace the weights, on the engine's thread."""
+        """Replace the weights; runs on the engine thread."""
         self._engine.check_alive()
         if not self._engine.settle():
             raise RuntimeError("update_weights while requests are running; finish or abort them first")
@@ -428,8 +444,9 @@ class LLM:
         self._engine.reset_prefix_cache()
 
     def follow(self) -> None:
-        """In every process but 0 of several that serve one model: does what process 0 does, until that closes its
-        `LLM`.
+        """Replay the steps of process 0 until it closes its `LLM`.
+
+        Call this in every process except process 0 when several processes serve one model:
 
             with LLM(model, tensor_parallel_size=jax.device_count()) as llm:
                 if jax.process_index():
@@ -438,8 +455,8 @@ class LLM:
                     print(llm.generate("..."))
 
         Raises:
-            RuntimeError: this process takes the requests.
-            DistributedError: a process has died, or its tokens are not those of process 0.
+            RuntimeError: this is process 0, which takes the requests.
+            DistributedError: a process has died, or its tokens differ from those of process 0.
         """
         if self._closed:
             raise EngineClosedError("this LLM is closed; make a new one")
@@ -450,15 +467,15 @@ class LLM:
         follow(self._engine.runner, self._group)
 
     def close(self) -> None:
-        """End all requests and give the cache's memory back; a second time does nothing.
+        """Abort all requests and free the cache's memory; further calls do nothing.
 
-        Calls of other threads that wait for results raise EngineClosedError. Where several processes serve the model
-        those that `follow` return from it.
+        Calls on other threads that wait for results raise EngineClosedError. If several processes serve the model,
+        `follow` returns in the other processes.
         """
         if self._closed:
             return
         self._closed = True
-        if self._thread.forked:  # what is to be closed belongs to the other process
+        if self._thread.forked:  # in a forked child: the engine belongs to the parent process
             self._finalizer.detach()
             return
         leader = self._engine.runner.leader
@@ -490,12 +507,15 @@ class LLM:
             )
 
     def _prepare(self, prompts: Any, params: Params, *, streaming: bool = False) -> list[Handle]:
-        """Checks the whole call; nothing is queued yet."""
+        """Parse and check all prompts of a call and return their handles, without queueing requests."""
         self._check_open()
         return self._handles(self._intake.parse(prompts), params, streaming)
 
     def _prepare_chat(self, messages: Any, params: Params, *, streaming: bool = False, **options: Any) -> list[Handle]:
-        """Check a whole call of `chat`, whose `options` are those of `Intake.render`; nothing is queued yet."""
+        """Render and check all conversations of a `chat` call and return their handles, without queueing requests.
+
+        `options`: keyword arguments of `Intake.render`.
+        """
         self._check_open()
         prompts = self._intake.render(messages, **options)
         return self._handles(prompts, self._intake.chat_params(params), streaming)
@@ -530,7 +550,7 @@ class LLM:
         return self._group is not None and self._group.process > 0
 
     def _finish(self, handles: list[Handle], use_tqdm: bool) -> list[RequestOutput]:
-        """Queue requests, wait for all of them and return their results; interrupted, they are aborted."""
+        """Queue requests, wait for all of them and return their outputs; abort them on an exception."""
         lease = self._thread.lease()
         release, call = lease.release, lease.call
         try:
@@ -539,12 +559,12 @@ class LLM:
                 progress = Progress(bar, handles)
                 self._thread.drive(call, progress.unfinished, progress.show)
         finally:
-            release(call)  # first of all: nothing can come between the interrupt and this
+            release(call)  # must come first, so that an interrupt cannot leave requests running
         say_if_cut(handles)
         return [handle.output() for handle in handles]
 
     def _watch(self, handles: list[Handle]) -> Iterator[RequestOutput]:
-        """Queue requests and yield what each step gives; closed, dropped or interrupted, they are aborted."""
+        """Queue requests and yield new outputs after each step; abort them if the iterator is closed or fails."""
         updates, left = Updates(handles), bool(handles)
         lease = self._thread.lease()
         release, call = lease.release, lease.call
@@ -558,7 +578,7 @@ class LLM:
             release(call)
 
     def _advance(self, updates: Updates) -> tuple[list[RequestOutput], bool]:
-        """Take a step for a stream, on the engine's thread; returns what is new, and whether more will come."""
+        """Run a step on the engine thread; return new outputs and whether requests are unfinished."""
         self._engine.check_alive()
         if updates.unfinished():
             self._engine.step()
@@ -567,6 +587,6 @@ class LLM:
 
 
 def _drop(thread: EngineThread) -> None:
-    """Let go of an LLM that nobody refers to any more."""
+    """Stop the engine thread of a garbage-collected LLM."""
     thread.stop()
     heap.thaw()

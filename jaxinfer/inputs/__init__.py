@@ -1,4 +1,4 @@
-"""Prompts, chat messages and media in; validated requests out. Needs no device."""
+"""Convert prompts, chat messages and media to validated requests; runs on the host only."""
 
 from jaxinfer.inputs.chat import chat_images as chat_images
 from jaxinfer.inputs.chat import render_chat as render_chat

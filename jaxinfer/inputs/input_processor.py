@@ -1,4 +1,4 @@
-"""From what a caller passes to requests: parsed, tokenised, resolved and checked against the model, nothing queued."""
+"""Convert the prompts of a call to engine requests: parse, tokenise and check them against the model."""
 
 import dataclasses
 import hashlib
@@ -23,20 +23,21 @@ from jaxinfer.media import CrossInputs, CrossPrompt, Forms, PlacedInputs
 from jaxinfer.sampling_params import SamplingParams
 
 PIECE = 1024
-"""Prompts of a call that are tokenised together: their ids as Python's integers take ten times the memory that they
-keep."""
+"""Prompts tokenised per batch. Limits peak memory: token ids as Python integers take ten times the memory of the int32
+arrays that requests keep."""
 
 _Resolved: TypeAlias = dict[tuple[int, int, int], SamplingParams]
-"""By the id of a call's own parameters, extra tokens and most tokens: resolved."""
+"""Cache of resolved parameters within a call: (`id` of the caller's parameters, extra tokens, maximum tokens) ->
+result."""
 
 Params = SamplingParams | Sequence[SamplingParams] | Any | None
-"""One for all prompts or one a prompt; a transformers `GenerationConfig` serves as well."""
+"""Sampling parameters of a call: one for all prompts, one per prompt, or a transformers `GenerationConfig`."""
 
 
 class Intake:
-    """What checks calls for one model.
+    """Input processor of a model: parses prompts, renders chats and makes checked requests.
 
-    `limits`: what the model and its engine allow.
+    `limits`: vocabulary and length limits of the model and its engine.
     """
 
     def __init__(self, opened: LoadedModel, config: EngineConfig, limits: ModelLimits, chat_template: str | None):
@@ -45,7 +46,7 @@ class Intake:
         self._numbers = itertools.count()
 
     def parse(self, prompts: Any) -> list[Prompt]:
-        """Prompts in any of the accepted forms; raises as `text.parse_prompts`."""
+        """Parse prompts in any of the accepted forms; errors are those of `parse_prompts`."""
         opened, most, cross = self._opened, None, self._opened.module.config.cross
         longest = self.limits.max_model_len if cross is None else max(self.limits.max_model_len, cross.longest)
         if opened.tokenizer is not None:
@@ -58,14 +59,13 @@ class Intake:
         return longest_token(self._opened.tokenizer)
 
     def render(self, messages: Any, *, chat_template: str | None, **options: Any) -> list[Prompt]:
-        """Make prompts of conversations, their images beside them; `options` and errors are those of
-        `text.render_chat`."""
+        """Render conversations to prompts with their images; options and errors are those of `render_chat`."""
         tokenizer, marker, modality = self._opened.tokenizer, *self._marked()
         if tokenizer is None:
             raise ValueError("chat needs the tokenizer, which was skipped; pass tokenizer=")
         template = self._chat_template if chat_template is None else chat_template
         rendered = render_chat(tokenizer, messages, chat_template=template, image_marker=marker, **options)
-        # The template writes the special tokens itself.
+        # The template has already written the special tokens.
         prompts = [dataclasses.replace(prompt, special_tokens=False) for prompt in self.parse(rendered)]
         if modality is None:
             return prompts
@@ -75,21 +75,23 @@ class Intake:
         ]
 
     def _marked(self) -> tuple[str | None, str | None]:
-        """What stands for an image in a chat's text, and the name of images; None: the model's chats have none."""
+        """Return the image marker of a chat's text and the modality name of images; None, None for text-only models."""
         media, cross = self._opened.media, self._opened.cross
         if media is not None:
             return media.marker, media.takes.modality
         return (None, None) if cross is None or cross.marker is None else (cross.marker, cross.modality)
 
     def chat_params(self, params: Params) -> Params:
-        """Without parameters an answer runs to its end."""
+        """Return the parameters of a chat: by default those of the model, without `max_tokens`."""
         return dataclasses.replace(self._opened.default_params, max_tokens=None) if params is None else params
 
     def beams(
         self, prompts: Sequence[Prompt], params: SamplingParams | None, search: BeamParams, most: int | None
     ) -> list[Request]:
-        """One request a prompt, each a beam search of at most `most` new tokens; raises as `requests` and
-        `beam_sampling`."""
+        """Make a beam-search request per prompt, of at most `most` new tokens.
+
+        Errors are those of `requests` and `beam_sampling`, and ValueError if `width` is too large for the vocabulary.
+        """
         requests = self.requests(prompts, beam_sampling(params, self._opened.default_params, most))
         for index, request in enumerate(requests):
             request.beams = beams = Beams(search, request.limit - len(request.prompt), request.stop_ids)
@@ -104,10 +106,10 @@ class Intake:
         return requests
 
     def requests(self, prompts: Sequence[Prompt], params: Params) -> list[Request]:
-        """One request a prompt.
+        """Make a checked request per prompt, without queueing it.
 
         Raises:
-            TypeError, ValueError: a prompt or parameter that cannot be served; names the prompt's index.
+            TypeError, ValueError: a prompt or parameter is invalid; the error names the prompt's index.
         """
         if params is not None and hasattr(params, "to_dict"):
             params = from_generation_config(params, self._opened.generation_config)
@@ -125,17 +127,17 @@ class Intake:
         """Make the request of one prompt.
 
         Args:
-            index: of the prompt in its call, for errors.
-            prompt: as the caller gave it.
-            encoded: its token ids, if they are known (`_encode_plain`).
-            params: its own.
-            resolved: what parameters of the same call have become; this request's are added.
+            index: index of the prompt in its call, for errors.
+            prompt: parsed prompt.
+            encoded: token ids of the prompt if already tokenised (`_encode_plain`), else None.
+            params: the caller's sampling parameters of this prompt.
+            resolved: cache of the call's resolved parameters, updated in place.
         """
         opened = self._opened
         (ids, cross, rule, extra), inputs = self._read(index, prompt, encoded)
         own, config = self._resolve(index, params, len(ids), extra, resolved), opened.module.config
         number = next(self._numbers)
-        # The longest sequence if the cache had room: without max_model_len, the limit may be what the cache holds.
+        # Length requested by the caller, ignoring the cache size: without max_model_len, the cache may set the limit.
         room = (self._config.max_model_len or config.max_length) - len(ids)
         asked = len(ids) + (room if params.max_tokens is None else min(params.max_tokens + extra, room))
         return Request(
@@ -156,11 +158,10 @@ class Intake:
     def _resolve(
         self, index: int, params: SamplingParams, length: int, extra: int, resolved: _Resolved
     ) -> SamplingParams:
-        """Check a prompt's parameters and fill in what depends on the model, once for all prompts of a call that share
-        them.
+        """Check sampling parameters and fill in model-dependent fields, once for all prompts that share them.
 
-        `length`: tokens of the prompt; `extra`: tokens that the model's rule makes beside those that `max_tokens`
-            counts.
+        `length`: tokens of the prompt; `extra`: tokens produced by the model's decoding rule that `max_tokens` does not
+            count.
         """
         room = self.limits.max_model_len - length
         most = room if params.max_tokens is None else min(params.max_tokens + extra, room)
@@ -187,7 +188,7 @@ class Intake:
     def _read(
         self, index: int, prompt: Prompt, encoded: Sequence[int] | None
     ) -> tuple[CrossPrompt, PlacedInputs | None]:
-        """Return the token ids of a prompt, checked, with what they attend to, and what of them is no text."""
+        """Return a prompt's checked token ids with its cross-attention inputs, and its media inputs if it has any."""
         media, inputs, ids, text = self._opened.media, (), encoded or prompt.token_ids, prompt.text
         read, known = CrossPrompt([], None), self.limits.vocab_size
         for one in (prompt, prompt.encoder):
@@ -209,7 +210,7 @@ class Intake:
         return read._replace(token_ids=list(ids)), None if media is None else media.place(ids, inputs, index)
 
     def _check_cross(self, index: int, cross: CrossInputs | None) -> None:
-        """What an encoder is to read, against its limits."""
+        """Check the encoder's input against the encoder's length limit and vocabulary."""
         source, length = self._opened.module.config.cross, 0 if cross is None else cross.length
         if length > source.longest:
             raise ValueError(
@@ -226,10 +227,9 @@ class Intake:
         return encode(self._opened.tokenizer, text, special)
 
     def _encode_plain(self, prompts: Sequence[Prompt]) -> list[Sequence[int] | None]:
-        """Encode together the prompts that are text and nothing else, if the tokenizer can; None for each of the
-        others.
+        """Encode text-only prompts as a batch if the tokenizer supports it; the entry of any other prompt is None.
 
-        The ids are those of encoding one by one, but all processors work on them.
+        Batch encoding gives the same ids as encoding one by one, but runs on all processors.
         """
         opened, found = self._opened, [None] * len(prompts)
         plain = [place for place, prompt in enumerate(prompts) if prompt.text and prompt.token_ids is None]
@@ -248,11 +248,11 @@ class Intake:
         return found
 
     def _seed(self, number: int) -> int:
-        """Of a request that brings none: from the engine's seed and the request's number."""
+        """Derive the seed of a request without one from the engine's seed and the request's number."""
         return int(np.random.SeedSequence([self._config.seed, number, 1]).generate_state(1, np.uint64)[0])
 
 
 @lru_cache(maxsize=256)
 def _salt(model: bytes, own: str) -> bytes:
-    """What the prefix cache tells a prompt apart by: the model, and the caller's own salt."""
+    """Combine the model's salt and the caller's cache salt into the prefix-cache salt of a prompt."""
     return b"".join(hashlib.sha256(salt).digest() for salt in (model, own.encode()))

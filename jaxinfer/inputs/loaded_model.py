@@ -1,4 +1,4 @@
-"""A model as an `LLM` serves it."""
+"""Loaded model: weights, tokenizer, media readers and generation defaults."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,28 +12,30 @@ from jaxinfer.sampling_params import SamplingParams
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model with its weights in place, and what its folder says beside them."""
+    """A model with its weights loaded, its tokenizer, and the settings of its checkpoint."""
 
     module: LanguageModel
     tokenizer: Any
-    """None: only token ids are served."""
+    """transformers tokenizer; None if only token ids are served."""
     media: MediaReader | None
-    """What reads the inputs that take the places of tokens; None: the model has none."""
+    """Reader of media that take the places of tokens, such as images; None if the model takes no media."""
     cross: CrossReader | None
-    """What reads the prompts of a model with cross-attention; None: it is none."""
+    """Reader of the prompts of a model with cross-attention; None for other models."""
     default_params: SamplingParams
     eos_token_ids: tuple[int, ...]
     salt: bytes
-    """Tells its prefixes from those of other models."""
+    """Salt of prefix-cache hashes that distinguishes this model's prefixes from those of other models."""
     forced: Mapping[str, int | None] = field(default_factory=dict)
-    """The tokens that come first and last, by the names of `SamplingParams`."""
+    """Forced first and last output tokens: `SamplingParams` field name -> token id."""
     generation_config: Mapping[str, Any] = field(default_factory=dict)
-    """generation_config.json as plain JSON; empty where the model has none."""
+    """generation_config.json as plain JSON; empty if the model has no such file."""
 
     @property
     def tokenizer_len(self) -> int | None:
-        """One more than the highest id the tokenizer knows; None: none, or a rule makes tokens that it may not know, as
-        the timestamps of Whisper's older tokenizers.
+        """Highest token id of the tokenizer plus 1.
+
+        None without a tokenizer, or if the model's decoding rule produces tokens that the tokenizer may lack (the
+        timestamps of older Whisper tokenizers).
         """
         cross = self.module.config.cross
         if self.tokenizer is None or (cross is not None and cross.rule is not None):
