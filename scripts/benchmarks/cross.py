@@ -5,7 +5,7 @@ the queries were kept, and to the encoder's, of which only keys and values were 
 `layers.cross.CrossQKV` in a model of random weights, with the same weights and the same results:
 
 - projections: those of all layers alone, for a prefill (the decoder's first tokens and the encoder's whole input) and a
-decode step
+  decode step
 - steps: of the whole model: the encoder's step with the decoder's first, and one decode step
 """
 

@@ -4,10 +4,10 @@ One generation is run: a prompt, then one token a step. At some lengths every me
 keys and values, in turns and several times:
 
 - `concatenation`: a plain loop whose step rebuilds the keys and values of every layer with one more position
-(`jnp.concatenate`) and frees the old ones, as PaddleNLP did before its PR #9126. There, without a compiler, new lengths
-cost nothing; here each length is a program of its own, whose compilation is excluded from the times. Padding to fewer
-lengths would amount to reserving memory. Allocating fresh memory is included. Everything except the cache is shared
-with the other methods, including the attention kernel.
+  (`jnp.concatenate`) and frees the old ones, as PaddleNLP did before its PR #9126. There, without a compiler, new
+  lengths cost nothing; here each length is a program of its own, whose compilation is excluded from the times. Padding
+  to fewer lengths would amount to reserving memory. Allocating fresh memory is included. Everything except the cache is
+  shared with the other methods, including the attention kernel.
 - `contiguous`: rows with reserved capacity, tokens written in place (`kv.contiguous`).
 - `contiguous_x4`: the same with four times the capacity.
 - `paged`: blocks of 16 positions anywhere in a pool, addressed by a block table (`kv.manager`).

@@ -1,4 +1,4 @@
-"""Python's work in a decode step, part by part: the model's own computation is left out of the compiled steps."""
+"""Measure Python's host time in a decode step, part by part; the compiled steps omit the model's computation."""
 
 import tempfile
 import time
@@ -25,21 +25,21 @@ from jaxinfer.results.text_stream import TextStream
 
 BLOCK, VOCAB = 16, 97
 WARMUP = 8
-"""Decode steps that do not count."""
+"""Warm-up decode steps."""
 PREFILLS = 16
-"""Prompts that one step has room for."""
+"""Prompts that fit in one prefill step."""
 STOPS = ("\n\nQuestion:", "###", "</answer>")
-"""Stop strings that the text below never completes."""
+"""Stop strings that the generated text never completes."""
 
 
 class Clock:
-    """Seconds that named calls took since the last `take`."""
+    """Accumulated seconds of named calls since the last `take`."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
     def wrap(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, timed."""
+        """Return the function with its calls timed."""
 
         def timed(*arguments: Any, **keywords: Any) -> Any:
             started = time.perf_counter()
@@ -51,17 +51,17 @@ class Clock:
         return timed
 
     def take(self) -> dict[str, float]:
-        """What there is, and starts over."""
+        """Return the accumulated seconds and reset them."""
         taken, self.seconds = self.seconds, {}
         return taken
 
 
 @contextmanager
 def stub_device() -> Iterator[None]:
-    """Steps compiled meanwhile take and give every array a real one does, but compute no model."""
+    """Compile steps that take and return the arrays of a real one, but do not compute the model."""
 
     def touched(params: list[jax.Array]) -> jax.Array:
-        # jit drops arguments that nothing reads, and a dispatch costs by the argument.
+        # jit drops unused arguments, but dispatch time depends on their number.
         return sum(leaf.ravel()[0].astype(jnp.float32) for leaf in params) * 0
 
     traced = set()
@@ -84,20 +84,21 @@ def stub_device() -> Iterator[None]:
 
 
 def measure(rows: int, length: int, steps: int, layers: int, queued: int = 0) -> dict[str, float]:
-    """Measure a pure decode step of `rows` sequences of `length` tokens, in milliseconds: medians, and the step's 90%.
+    """Measure a pure decode step of `rows` sequences of `length` tokens, in milliseconds: medians, and the step's 90th
+    percentile.
 
     Args:
-        rows: sequences that run.
-        length: tokens of each of them at first.
-        steps: decode steps that are measured.
-        layers: of the model.
-        queued: prompts that wait behind them for a row. What one of them takes is measured as well (`queue`).
+        rows: running sequences.
+        length: initial tokens of each sequence.
+        steps: measured decode steps.
+        layers: layers of the model.
+        queued: prompts that wait for a row; the cost of queueing one is measured too (`queue`).
 
     Raises:
-        RuntimeError: the engine no longer calls what is timed here.
+        RuntimeError: the engine no longer calls the functions that are timed here.
     """
     clock = Clock()
-    new = rows + WARMUP + steps + 2  # the first rows decode while the last are prefilled
+    new = rows + WARMUP + steps + 2  # the first rows decode while the last ones are prefilled
     with stub_device(), _llm(rows, length, new, layers) as llm:
         engine = llm._engine
         _queue(llm, rows, length, new)
@@ -118,9 +119,9 @@ def measure(rows: int, length: int, steps: int, layers: int, queued: int = 0) ->
 
 
 def queue(llm: LLM, count: int) -> dict[str, float]:
-    """Queue prompts as a call does, and return what one of them takes: microseconds, and bytes while it waits.
+    """Queue prompts as `LLM.generate` does; return the microseconds that one takes, and its bytes while it waits.
 
-    The prompts have 16 tokens and may run to the end of the model's length.
+    The prompts have 16 tokens and may run to the model's maximum length.
     """
     prompts = np.random.default_rng(1).integers(3, VOCAB, (count, 16)).tolist()
     params = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
@@ -138,7 +139,7 @@ def queue(llm: LLM, count: int) -> dict[str, float]:
 
 
 def _add(llm: LLM, prompts: list[Any], params: SamplingParams) -> list[Any]:
-    """Queue prompts; their handles."""
+    """Queue prompts; return their handles."""
     handles = llm._prepare(prompts, params) if prompts else []
     for handle in handles:
         llm._engine.add(handle.request)
@@ -146,7 +147,7 @@ def _add(llm: LLM, prompts: list[Any], params: SamplingParams) -> list[Any]:
 
 
 def _watch(engine: Engine, clock: Clock) -> None:
-    """Has the parts of the engine's steps timed."""
+    """Time the parts of the engine's steps."""
     programs = engine.runner.programs
     compiled = programs.get
     programs.get = lambda key: clock.wrap("dispatch", compiled(key))
@@ -156,7 +157,7 @@ def _watch(engine: Engine, clock: Clock) -> None:
 
 
 def _parts(clock: Clock, engine: Engine) -> dict[str, float]:
-    """Seconds of one step and of its parts."""
+    """Return the seconds of one step and of its parts."""
     started = time.perf_counter()
     engine.step()
     whole, seconds = time.perf_counter() - started, clock.take()
@@ -174,7 +175,7 @@ def _parts(clock: Clock, engine: Engine) -> dict[str, float]:
 
 @contextmanager
 def _llm(rows: int, length: int, new: int, layers: int) -> Iterator[LLM]:
-    """A model with as many arrays as one of `layers` layers has, each of them tiny."""
+    """Create a model with the number of arrays of a model of `layers` layers, each of them tiny."""
     longest, budget = length + BLOCK + new, PREFILLS * (length + BLOCK) + rows
     config = {
         "architectures": ["LlamaForCausalLM"],
@@ -208,7 +209,7 @@ def _llm(rows: int, length: int, new: int, layers: int) -> Iterator[LLM]:
 
 
 def _queue(llm: LLM, rows: int, length: int, new: int) -> None:
-    """Prompts of all phases within a block, so that every step has some rows that need a new one."""
+    """Queue prompts at all offsets within a block, so that some rows need a new block in every step."""
     rng = np.random.default_rng(0)
     prompts = [{"prompt_token_ids": rng.integers(3, VOCAB, length + row % BLOCK).tolist()} for row in range(rows)]
     params = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True)
@@ -216,7 +217,9 @@ def _queue(llm: LLM, rows: int, length: int, new: int) -> None:
 
 
 def text(rows: int, steps: int) -> dict[str, float]:
-    """Milliseconds of what is off the step's path, a token of each row: text, and a search for stop strings in it."""
+    """Measure the work outside of the step's critical path, in milliseconds per token of each row: detokenization
+    and stop strings.
+    """
     tokenizer = load_tokenizer(demo.path())
     ids = tokenizer.encode(" ".join(f"{question} {answer}." for question, answer in demo.sample_questions()))
     stop = StopStrings(STOPS)
@@ -231,7 +234,7 @@ def _stream(tokenizer: Any, stop: StopStrings | None) -> TextStream:
 
 
 def _push(make: Callable[[], TextStream], ids: list[int], rows: int, steps: int) -> float:
-    """Seconds that one more token of every row takes, the median over the steps."""
+    """Return the median seconds to process one more token of every row."""
     streams, seconds = [make() for _ in range(rows)], []
     for step in range(steps):
         started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What this machine can do, measured through jax with the threads jax uses: bandwidth and matmul rates."""
+"""Measure the machine's memory bandwidth and matmul rates through JAX, with JAX's threads."""
 
 import time
 from collections.abc import Callable
@@ -8,17 +8,18 @@ import jax
 import jax.numpy as jnp
 
 ROWS = 512
-"""M of the product: a large prefill chunk."""
+"""Rows M of the product: a large prefill chunk."""
 RATES = {"bfloat16": None, "float32": None, "int8": jnp.int32}
-"""dtypes of the product, and what each accumulates in if not itself."""
+"""Dtypes of the product, each with its accumulation dtype (None: the same)."""
 
 
 def measure(size: int, width: int, repeats: int) -> dict[str, float]:
-    """Gigabytes and teraoperations a second, the best of `repeats` passes.
+    """Measure gigabytes and teraoperations per second, the best of `repeats` passes.
 
     Args:
-        size: bytes of the array that is read, and of the one that is read and written in place.
-        width: K and N of the product `[512, K] x [N, K]`, the layout of a prefill's weights.
+        size: bytes of the array that is read, and of the one that is updated in place.
+        width: K and N of the product `[512, K] x [N, K]`, the weight layout of a prefill.
+        repeats: passes of each measurement.
     """
     array = jnp.ones((size // 4096, 1024), jnp.float32)
     read = _best(jax.jit(lambda x: x.sum(axis=1)), (array,), repeats)
@@ -33,7 +34,7 @@ def measure(size: int, width: int, repeats: int) -> dict[str, float]:
 
 
 def _matmul_rate(dtype: jnp.dtype, total: Any, width: int, repeats: int) -> float:
-    """Multiplications and additions a second."""
+    """Measure multiplications and additions per second."""
     rows, weights = jnp.ones((ROWS, width), dtype), jnp.ones((width, width), dtype)
 
     @jax.jit
@@ -44,13 +45,13 @@ def _matmul_rate(dtype: jnp.dtype, total: Any, width: int, repeats: int) -> floa
 
 
 def _best(function: Callable[..., jax.Array], arguments: tuple[jax.Array, ...], repeats: int) -> float:
-    """Seconds of the fastest pass, compilation aside."""
+    """Return the seconds of the fastest pass, without compilation."""
     jax.block_until_ready(function(*arguments))
     return min(_seconds(function, arguments)[0] for _ in range(repeats))
 
 
 def _best_in_place(array: jax.Array, repeats: int) -> float:
-    """Seconds to read and write an array in place: a fresh target would measure the system's page faults."""
+    """Return the seconds to update an array in place; a fresh output would measure the system's page faults."""
     step = jax.jit(lambda x: x + 1, donate_argnums=0)
     array = jax.block_until_ready(step(array))
     best = float("inf")

@@ -1,4 +1,4 @@
-"""Passes over the work, in turn: jaxinfer, then each peer, and again, so that all see the same machine."""
+"""Run passes over the workload, jaxinfer and peers in turns, so that all see the same state of the machine."""
 
 import sys
 import time
@@ -9,33 +9,33 @@ from benchmarks.trace import Trace
 from benchmarks.work import Work
 
 PAUSE = 0.3
-"""Seconds between passes of different systems: thread pools spin for a while when they run out of work."""
+"""Pause in seconds between passes of different systems, because idle thread pools spin for a while."""
 SETTLING = 5
-"""How often a pass that compiled something is thrown away and done again."""
+"""Maximum repetitions of a pass in which something was compiled."""
 
 
 class System(Protocol):
-    """Something that does the work."""
+    """System under measurement."""
 
     name: str
 
     def run(self, work: Work) -> Trace:
-        """One pass."""
+        """Run one pass."""
         ...
 
 
 class Ours(System, Protocol):
-    """jaxinfer."""
+    """jaxinfer under measurement."""
 
     def compiled(self) -> tuple[int, float]:
-        """Steps compiled so far, and the seconds that took."""
+        """Return the number of compiled steps so far, and their compilation time in seconds."""
         ...
 
 
 def alternate(
     ours: Ours, peers: Sequence[System], work: Work, *, repeats: int, warmup: int = 1
 ) -> dict[str, list[Trace]]:
-    """`repeats` passes of each system, after `warmup` that do not count; by the system's name."""
+    """Run `repeats` passes of each system after `warmup` discarded ones; return the traces by system name."""
     for round_ in range(warmup):
         for system in (ours, *peers):
             seconds = system.run(work).seconds
@@ -55,7 +55,7 @@ def _say(line: str) -> None:
 
 
 def _settled(ours: Ours, work: Work) -> Trace:
-    """A pass in which nothing was compiled."""
+    """Run passes until one in which nothing was compiled; return its trace."""
     for _ in range(SETTLING):
         before, _ = ours.compiled()
         trace = ours.run(work)
@@ -65,6 +65,6 @@ def _settled(ours: Ours, work: Work) -> Trace:
 
 
 def agreement(ours: Sequence[Trace], theirs: Sequence[Trace]) -> float:
-    """The share of requests whose tokens are the same in the last passes; 1 is expected in float32 alone."""
+    """Return the share of requests with equal tokens in the last passes; 1 is expected in float32 only."""
     pairs = list(zip(ours[-1].tokens, theirs[-1].tokens, strict=True))
     return sum(a == b for a, b in pairs) / len(pairs)

@@ -1,6 +1,6 @@
-"""openvino-genai as a peer: `python openvino_server.py (openvino|openvino-int8) FOLDER DTYPE EXPORTED`.
+"""Serve openvino-genai as a benchmark peer: `python openvino_server.py (openvino|openvino-int8) FOLDER DTYPE EXPORTED`.
 
-Needs openvino-genai and optimum-intel (with transformers < 5.6 and no torchvision, which breaks the export), and
+Needs openvino-genai and optimum-intel (with transformers < 5.6 and without torchvision, which breaks the export), and
 nothing of jaxinfer. The checkpoint is exported to the folder EXPORTED unless it is there already.
 """
 
@@ -20,16 +20,16 @@ import openvino_genai
 from peer_server import serve
 
 CACHE_GIB = 1
-"""As much as jaxinfer's default on a CPU."""
+"""Cache size in GiB: jaxinfer's default on a CPU."""
 
 
 class Pipeline:
-    """The continuous batching pipeline: requests are added, it is stepped, what it made is read after each step."""
+    """Continuous batching pipeline: requests are added, and new tokens are read after each step."""
 
     def __init__(self, folder: str, precision: str):
         scheduler = openvino_genai.SchedulerConfig()
         scheduler.cache_size = CACHE_GIB
-        scheduler.enable_prefix_caching = False  # a pass repeats the prompts of the one before
+        scheduler.enable_prefix_caching = False  # every pass repeats the same prompts
         self.pipeline = openvino_genai.ContinuousBatchingPipeline(
             folder, scheduler, "CPU", {"INFERENCE_PRECISION_HINT": precision}
         )
@@ -38,7 +38,9 @@ class Pipeline:
     def run(
         self, prompts: list[list[int]], lengths: list[int], concurrency: int | None, samples: int, temperature: float
     ) -> dict[str, Any]:
-        """One pass: seconds, arrivals of the requests, and of each sample its tokens and their times."""
+        """Run one pass; return its seconds, the arrival times of requests, and the tokens of each sample with their
+        times.
+        """
         size = concurrency or len(prompts)
         waiting, running, arrivals = deque(range(len(prompts))), {}, []
         made: list[dict[int, tuple[list[int], list[float]]]] = [{} for _ in prompts]
@@ -57,7 +59,7 @@ class Pipeline:
                 if sum(len(tokens) for tokens, _ in made[index].values()) >= lengths[index] * samples:
                     del running[index]
         seconds = time.perf_counter() - start
-        while self.pipeline.has_non_finished_requests():  # it sees the end of a request one step later
+        while self.pipeline.has_non_finished_requests():  # the pipeline reports a finished request one step late
             self.pipeline.step()
         ordered = [own for request in made for _, own in sorted(request.items())]
         tokens, times = (list(column) for column in zip(*ordered, strict=True))
@@ -73,7 +75,7 @@ class Pipeline:
 
 
 def _read(handle: Any, made: dict[int, tuple[list[int], list[float]]], now: float) -> None:
-    """Takes what a request has new into `made`: of each sample, tokens and times."""
+    """Append a request's new tokens and their times to `made`, by sample."""
     while handle.can_read():
         for sample, output in handle.read().items():
             tokens, times = made.setdefault(sample, ([], []))
@@ -82,7 +84,7 @@ def _read(handle: Any, made: dict[int, tuple[list[int], list[float]]], now: floa
 
 
 def export(folder: str, target: Path, weights: str) -> None:
-    """The checkpoint in OpenVINO's form, unless it is there already."""
+    """Export the checkpoint to OpenVINO's format, unless that was done before."""
     if (target / "openvino_model.xml").exists():
         return
     subprocess.run(
@@ -105,7 +107,7 @@ def export(folder: str, target: Path, weights: str) -> None:
 
 
 def load(name: str, folder: str, dtype: str, exported: str) -> tuple[Pipeline, dict[str, str]]:
-    """The pipeline over the exported checkpoint; weights of 16 bits are computed with in bfloat16."""
+    """Load the pipeline of the exported checkpoint; 16-bit weights are computed in bfloat16."""
     weights = "int8" if name == "openvino-int8" else "fp32" if dtype == "float32" else "fp16"
     target = Path(exported) / weights
     export(folder, target, weights)

@@ -1,4 +1,4 @@
-"""jaxinfer under measurement: a whole call of `LLM.generate`, or its engine with requests that keep arriving."""
+"""Run jaxinfer under measurement: one call of `LLM.generate`, or its engine with continuous arrivals."""
 
 import time
 from collections import deque
@@ -13,7 +13,7 @@ from jaxinfer.engine.request import Request
 
 
 class Offline:
-    """All requests in one call of `LLM.generate`."""
+    """System that submits all requests in one call of `LLM.generate`."""
 
     name = "jaxinfer"
 
@@ -22,7 +22,7 @@ class Offline:
         self.llm = LLM(folder, skip_tokenizer_init=True, use_tqdm=False, **settings)
 
     def run(self, work: Work) -> Trace:
-        """One pass, with nothing in the prefix cache."""
+        """Run one pass with an empty prefix cache."""
         prompts, params = _asked(work)
         self.llm.reset_prefix_cache()
         start = time.perf_counter()
@@ -32,24 +32,24 @@ class Offline:
         return Trace(seconds, tokens, [0.0] * len(results), [])
 
     def compiled(self) -> tuple[int, float]:
-        """Steps compiled so far, and the seconds that took."""
+        """Return the number of compiled steps so far, and their compilation time in seconds."""
         values = {metric.name.removeprefix(PREFIX): metric.value for metric in self.llm.get_metrics()}
         return int(values["compiled_steps"]), float(values["compile_seconds"])
 
     def close(self) -> None:
-        """Gives the memory back."""
+        """Release the memory."""
         self.llm.close()
 
 
 class Online(Offline):
-    """The engine under a closed loop: a new request arrives whenever one has finished.
+    """System with a closed loop: a new request arrives whenever one has finished.
 
-    It takes the LLM's own engine and requests, and steps it as `LLM.generate` does; only so can requests arrive
-    between steps, and tokens be seen when the host has them without a listener that the engine would know of.
+    Uses the LLM's engine and requests directly and steps it as `LLM.generate` does. Requests can then arrive between
+    steps, and token times are recorded when the host receives them, without a listener in the engine.
     """
 
     def run(self, work: Work) -> Trace:
-        """One pass, with nothing in the prefix cache."""
+        """Run one pass with an empty prefix cache."""
         engine = self.llm._engine
         prompts, params = _asked(work)
         self.llm.reset_prefix_cache()
@@ -74,7 +74,7 @@ class Online(Offline):
 
 
 def _asked(work: Work) -> tuple[list[dict[str, Any]], list[SamplingParams]]:
-    """Prompts and parameters for `LLM.generate`."""
+    """Return prompts and parameters for `LLM.generate`."""
     params = [
         SamplingParams(temperature=work.temperature, n=work.samples, max_tokens=new, ignore_eos=True)
         for new in work.lengths

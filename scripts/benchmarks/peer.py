@@ -1,4 +1,4 @@
-"""A peer under measurement: another process, perhaps of another interpreter, that takes work as lines of JSON."""
+"""Run a benchmark peer in another process, possibly of another interpreter, that takes work as JSON lines."""
 
 import json
 import subprocess
@@ -15,7 +15,7 @@ FOLDER = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Kind:
-    """A sort of peer: its program, the flag that names its interpreter, and what that needs."""
+    """Kind of peer: its program, the flag that names its interpreter, and the packages it needs."""
 
     server: Path
     flag: str
@@ -31,12 +31,12 @@ PEERS = {
     "openvino": _OPENVINO,
     "openvino-int8": _OPENVINO,
 }
-"""transformers' `generate` with left padding, the same with a static cache, and its continuous batching;
-openvino-genai's, and with int8 weights."""
+"""Peers: transformers' `generate` with left padding, the same with a static cache, and its continuous batching;
+openvino-genai, and the same with int8 weights."""
 
 
 class Peer:
-    """The same `run` as jaxinfer's. `more` are further arguments of its program."""
+    """Peer process with the interface of `measure.System`; `more` are further arguments of its program."""
 
     def __init__(self, name: str, python: str, folder: Path, dtype: str, *more: str):
         self.name, self._kind = name, PEERS[name]
@@ -52,10 +52,10 @@ class Peer:
         self.versions: Mapping[str, str] = self._read()["ready"]
 
     def run(self, work: Work) -> Trace:
-        """One pass.
+        """Run one pass.
 
         Raises:
-            RuntimeError: it failed, or gave another number of tokens than was asked for.
+            RuntimeError: the peer failed, or returned a wrong number of tokens.
         """
         self._process.stdin.write(json.dumps(asdict(work)) + "\n")
         self._process.stdin.flush()
@@ -79,7 +79,7 @@ class Peer:
         return reply
 
     def close(self) -> None:
-        """Ends the process."""
+        """Stop the process."""
         self._process.kill()
         self._process.wait()
         self._process.stdin.close()

@@ -1,4 +1,4 @@
-"""The peers' side of the protocol: lines of JSON in and out. Needs nothing but Python."""
+"""Implement the peers' side of the protocol, JSON lines in and out; needs only Python."""
 
 import json
 import os
@@ -8,19 +8,21 @@ from typing import Any, Protocol
 
 
 class System(Protocol):
-    """Something that does the work."""
+    """System under measurement."""
 
     def run(
         self, prompts: list[list[int]], lengths: list[int], concurrency: int | None, samples: int, temperature: float
     ) -> dict[str, Any]:
-        """One pass: seconds, arrivals of the requests, and of each sample its tokens and their times."""
+        """Run one pass; return its seconds, the arrival times of requests, and the tokens of each sample with their
+        times.
+        """
         ...
 
 
 def serve(load: Callable[..., tuple[System, dict[str, str]]]) -> None:
-    """Loads a system with the command line's arguments, says its versions, and runs work until stdin ends.
+    """Load a system with the command line's arguments, report its versions, and run work until stdin ends.
 
-    What libraries print goes to stderr; stdout carries the answers alone.
+    Output of libraries goes to stderr; only replies go to stdout.
     """
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

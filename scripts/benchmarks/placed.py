@@ -1,7 +1,7 @@
-"""`bench.py placement`: what replicating modules costs a decode step where all devices share one processor.
+"""Measure what replicating modules costs a decode step on virtual devices of one processor (`bench.py placement`).
 
-Virtual devices compute what is replicated as often as there are of them, and exchange through the same memory: the
-ratios show the work that a placement adds, not what links between real devices would cost.
+Virtual devices compute replicated modules once each and communicate through the same memory. The ratios therefore show
+the work that a placement adds, not the cost of links between real devices.
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ PLACEMENTS: Mapping[str, Mapping[str, str]] = {
 
 
 def measure(hf: Mapping[str, Any], devices: int, rows: int, context: int, repeats: int) -> dict[str, float]:
-    """Milliseconds of a greedy decode step under each placement, and how many times as long it takes as all divided."""
+    """Measure a greedy decode step under each placement: milliseconds, and the ratio to the fully sharded placement."""
     steptime.devices(devices)
     model = steptime.Model(hf, make_mesh(devices))
     variants = {name: (hf, placement) for name, placement in PLACEMENTS.items()}

@@ -1,14 +1,15 @@
-"""`bench.py projections`: projections of one input as one GEMM and as several, by the number of rows.
+"""Compare projections of one input as one GEMM and as several, by number of rows (`bench.py projections`).
 
-The layers are those that the engine runs (`layers.linear`), with the implementation of products that it chooses:
+The layers are those of the engine (`layers.linear`), with its choice of matrix product implementation:
 
-- `unfused`: a layer, and so a weight, an output; where XLA would put products together itself, it may not.
-- `fused`: one layer for all of them, as one GEMM at any number of rows.
-- `apart`: the same layer, its one weight cut up for a GEMM an output, as the engine does above the crossover.
-- `auto`: whichever of these two `layers.fusion` says for so many rows: its figures are those of the same program.
+- `unfused`: one layer, and so one weight, per output; XLA is kept from merging the products.
+- `fused`: one layer for all outputs, as one GEMM at any number of rows.
+- `apart`: the same layer with its weight split into one GEMM per output, as in the engine above the crossover.
+- `auto`: the one of these two that `layers.fusion` chooses for the number of rows; its figures are those of the same
+  program.
 
-Of Kimi Delta Attention it is the microbenchmark of SGLang #17801, whose figures stand beside: six projections of the
-hidden state, then two low-rank ones of the last two results.
+For Kimi Delta Attention this is the microbenchmark of SGLang #17801, whose figures are shown beside: six projections of
+the hidden state, then two low-rank ones of the last two results.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,7 +34,7 @@ from jaxinfer.sharding import make_mesh
 UNFUSED, FUSED, APART, AUTO = "unfused", "fused", "apart", "auto"
 ROWS = (1, 8, 64, 512, 4096, 8192, 16384)
 CPU_ROWS = (1, 8, 64, 512, 4096)
-"""By default on a CPU, where twice as many rows take twice as long and nothing else changes."""
+"""Default rows on a CPU, where more rows only scale the time."""
 SOURCE = "sglang#17801"
 PUBLISHED: Mapping[str, float] = {
     "unfused_ms@kda_m4096": 0.57,
@@ -45,13 +46,14 @@ PUBLISHED: Mapping[str, float] = {
     "unfused_ms@kda_decode": 0.0388,
     "fused_ms@kda_decode": 0.0117,
 }
-"""By the pull request; the GPU is not named, nor the rows of decode. What it calls before is `unfused` here."""
+"""Figures of the pull request, which names neither the GPU nor the rows of the decode step. Its baseline is
+`unfused` here."""
 Figures = dict[str, float]
 
 
 @dataclass(frozen=True)
 class Group:
-    """Projections of one input `[m, width]`; `behind`: projections of the last results, one of each."""
+    """Projections of one input `[m, width]`, and in `behind` projections of the last results, one for each."""
 
     width: int
     outputs: tuple[Output, ...]
@@ -81,13 +83,13 @@ GROUPS: Mapping[str, Group] = {
 }
 """KDA of Kimi-Linear-48B over four shards; attention and MLP of a Llama of 1.1 B parameters."""
 SECONDS = 3.0
-"""For which each number of rows is measured at least."""
+"""Minimum seconds of measurement for each number of rows."""
 SMALL = 8
-"""What all sizes are divided by for a quick look."""
+"""Divisor of all sizes for a quick run."""
 
 
 def smaller(group: Group) -> Group:
-    """An eighth of the width and of each head."""
+    """Return the group with an eighth of the width and of each head."""
 
     def less(outputs: Sequence[Output]) -> tuple[Output, ...]:
         return tuple(
@@ -99,7 +101,7 @@ def smaller(group: Group) -> Group:
 
 
 class Projections(nnx.Module):
-    """A group, `[m, width]` -> its results; `apart`: as layers of one output each."""
+    """Module of a group, `[m, width]` -> its results; with `apart`, one layer per output."""
 
     def __init__(self, build: Build, group: Group, *, apart: bool):
         def layers(outputs: Sequence[Output]) -> list[Sequence[Output]]:
@@ -112,7 +114,7 @@ class Projections(nnx.Module):
         self.inputs = inputs
 
     def __call__(self, x: jax.Array) -> list[jax.Array]:
-        """All results, those that the layers behind take included."""
+        """Return all results, including those of the second projections."""
         made = [y for layer in self.first for y in layer(x)]
         low, last = made[len(made) - self.inputs :], []
         for layer in self.behind:
@@ -120,7 +122,7 @@ class Projections(nnx.Module):
             last += layer(*low[:count])
             low = low[count:]
         whole = len(self.first) == 1 and x.shape[0] <= self.first[0].rows_fused
-        # What one GEMM made is one array, which a layer reads parts of: as results of a program they would be copied.
+        # Return one GEMM's output as one array, as layers read slices of it; separate program outputs would be copied.
         first = [jnp.concatenate(made, axis=-1)] if whole else made
         if whole and last and self.behind[0].kernel != matmul.NATIVE:
             last = [jnp.stack(last, axis=2)]
@@ -128,7 +130,7 @@ class Projections(nnx.Module):
 
 
 class Bench:
-    """The layers of one group in one dtype, ready to be run with any number of rows."""
+    """Layers of one group in one dtype, to be run with any number of rows."""
 
     def __init__(self, group: Group, mesh: Mesh, dtype: str, kernel: str = "auto"):
         self.group, self.mesh, self.dtype = group, mesh, jnp.dtype(dtype)
@@ -136,7 +138,7 @@ class Bench:
         self.auto = fusion.rows_fused(fusion.AUTO, mesh)
 
     def calls(self, variant: str, rows: int) -> Calls:
-        """The program of a variant."""
+        """Return the program of a variant."""
 
         def make() -> Projections:
             return Projections(Build(nnx.Rngs(0), self.dtype, self.mesh), self.group, apart=variant == UNFUSED)
@@ -146,7 +148,9 @@ class Bench:
         return Calls.of(layer, [(rows, self.group.width)], self.dtype)
 
     def measure(self, rows: int, repeats: int, seconds: float = 0.0) -> Figures:
-        """Milliseconds of each variant at so many rows, and ratios by round, which all ran in: median and quartiles."""
+        """Measure each variant at this number of rows: milliseconds, and ratios within a round as median and
+        quartiles.
+        """
         made = {variant: self.calls(variant, rows) for variant in (UNFUSED, FUSED, APART)}
         found = in_turns({variant: calls.timer() for variant, calls in made.items()}, repeats, seconds)
         found[AUTO] = found[FUSED if rows <= self.auto else APART]
@@ -169,9 +173,15 @@ def measure(
     kernel: str = "auto",
     seconds: float = 0.0,
 ) -> Figures:
-    """The figures of all groups; `rows` by default what suits the device, `kernel` as `EngineConfig.matmul_kernel`.
+    """Measure all groups, each for at least `seconds`.
 
-    Each is measured for `seconds` at least.
+    Args:
+        groups: groups by name.
+        rows: numbers of rows; by default suited to the device.
+        repeats: rounds of measurement.
+        dtype: dtype of inputs and weights.
+        kernel: see `EngineConfig.matmul_kernel`.
+        seconds: minimum seconds for each number of rows.
     """
     mesh = make_mesh(1)
     sizes = rows or (CPU_ROWS if mesh.devices.flat[0].platform == "cpu" else ROWS)
@@ -187,9 +197,9 @@ def measure(
 
 
 def h100() -> Figures:
-    """Of a greedy decode step of `gpu.models.KIMI_LINEAR_4`, compiled for an H100 without one: what it launches.
+    """Count the kernels of a greedy decode step of `gpu.models.KIMI_LINEAR_4`, compiled for an H100 without one.
 
-    Before: projections apart, and XLA not to put them together again; after: fused, with XLA's defaults.
+    Before: separate projections, which XLA is kept from merging; after: fused, with XLA's defaults.
     """
     from benchmarks.gpu.compiled import compile_step
     from benchmarks.gpu.models import KIMI_LINEAR_4
@@ -204,7 +214,7 @@ def h100() -> Figures:
 
 
 def published(figures: Figures) -> Figures:
-    """The source's own figures of what was measured, and its ratios."""
+    """Return the published figures, with their ratios, for what was measured."""
     own = {name: value for name, value in PUBLISHED.items() if name in figures or name.endswith("_decode")}
     ratios = {
         name.replace("unfused_ms", "unfused_over_fused"): value / own[name.replace("unfused", "fused")]

@@ -1,4 +1,4 @@
-"""The result as one JSON object, or as a table."""
+"""Format results as a JSON object or a table."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,23 +8,23 @@ Figures = dict[str, float]
 
 @dataclass
 class Report:
-    """What was measured."""
+    """Results of a benchmark."""
 
     work: dict[str, Any]
     jaxinfer: Figures = field(default_factory=dict)
     peers: dict[str, Figures] = field(default_factory=dict)
     ratio: Figures = field(default_factory=dict)
-    """How many times as fast as the peer jaxinfer is; above 1 is faster."""
+    """Speed of jaxinfer relative to the peer; above 1 is faster."""
 
     def add(self, figures: dict[str, Figures], ours: str, *, fast: str, label: str = "", invert: bool = False) -> None:
-        """Takes in each system's figures and the ratios of the one named `fast`.
+        """Add each system's figures, and the ratios of the figure named `fast`.
 
         Args:
-            figures: by the system's name.
-            ours: the name of jaxinfer in it.
-            fast: the figure that ratios are made of.
-            label: appended to each name, to tell several works apart.
-            invert: less is faster.
+            figures: figures by system name.
+            ours: name of jaxinfer in `figures`.
+            fast: figure to compute ratios of.
+            label: suffix of each name, to distinguish workloads.
+            invert: whether smaller is faster.
         """
         for name, own in figures.items():
             target = self.jaxinfer if name == ours else self.peers.setdefault(name, {})
@@ -34,11 +34,11 @@ class Report:
                 self.ratio[f"{name}{label}"] = pair[1] / pair[0] if invert else pair[0] / pair[1]
 
     def as_dict(self) -> dict[str, Any]:
-        """`{"work", "jaxinfer", "peers", "ratio"}`."""
+        """Return `{"work", "jaxinfer", "peers", "ratio"}`."""
         return {"work": self.work, "jaxinfer": self.jaxinfer, "peers": self.peers, "ratio": self.ratio}
 
     def as_table(self) -> str:
-        """One line a figure, one column a system."""
+        """Format a table with a line per figure and a column per system."""
         columns = {"jaxinfer": self.jaxinfer, **self.peers}
         names = list(dict.fromkeys(name for own in columns.values() for name in own))
         width = max(map(len, names), default=0)
