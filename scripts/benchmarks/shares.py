@@ -1,4 +1,6 @@
-"""Which share of the machine's bandwidth a decode step reaches, and of its matmul rate a prefill."""
+"""Compute the share of the machine's bandwidth that a decode step reaches, and of its matmul rate that a prefill
+reaches.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,24 +16,24 @@ from jaxinfer.checkpoint.rules import parameters
 
 @dataclass(frozen=True)
 class Costs:
-    """What a step of a model must read and multiply."""
+    """Bytes read and operations computed by a step of a model."""
 
     weight_bytes: int
-    """Read by a step: everything but an embedding that is only looked up in."""
+    """Weight bytes read by a step: all except an embedding that is only looked up."""
     weights: int
-    """Of them, those of matrices: each is multiplied once a token."""
+    """Number of matrix weights, each multiplied once per token."""
     head: int
-    """Of them, the head's: multiplied once a sequence in a prefill."""
+    """Number of these in the head, multiplied once per sequence in a prefill."""
     kv_bytes: int
-    """Keys and values of one position, all layers."""
+    """Bytes of keys and values of one position, over all layers."""
     attention: int
-    """Multiplications and additions of one query with one position, all layers."""
+    """Multiplications and additions of one query with one position, over all layers."""
     dtype: str
-    """That matrices are multiplied in."""
+    """Dtype of matrix products."""
 
     @classmethod
     def of(cls, llm: LLM) -> "Costs":
-        """Of a model, as it is loaded."""
+        """Compute the costs of a loaded model."""
         module, runner = llm._opened.module, llm._engine.runner
         config, found = module.config, parameters(module)
         read = {path: p for path, p in found.items() if config.tied or not path.startswith("embedding.")}
@@ -49,7 +51,7 @@ class Costs:
 
 
 def of(work: Work, trace: Trace, costs: Costs, rates: Mapping[str, float]) -> dict[str, float]:
-    """The shares of one pass: of its decode steps where there are any, of its prefill where it is one prompt's."""
+    """Return the shares of one pass: of its decode steps if there are any, of its prefill if it has one prompt."""
     found = {}
     if max(work.lengths) > 1:
         found |= _decode(work, trace, costs, rates["read_gigabytes_per_second"])
@@ -59,7 +61,9 @@ def of(work: Work, trace: Trace, costs: Costs, rates: Mapping[str, float]) -> di
 
 
 def _decode(work: Work, trace: Trace, costs: Costs, bandwidth: float) -> dict[str, float]:
-    """Of the steps after everyone's first token: weights are read once a step, live keys and values once a sequence."""
+    """Return the share of decode steps after every first token; weights are read once per step, live keys and values
+    once per sequence.
+    """
     start, end = first_tokens(trace), max(times[-1] for times in trace.times)
     steps = max(sum(at > start for at in times) for times in trace.times)
     prompts = [len(prompt) for prompt in work.prompts for _ in range(work.samples)]
@@ -78,7 +82,9 @@ def _decode(work: Work, trace: Trace, costs: Costs, bandwidth: float) -> dict[st
 
 
 def _prefill(prompt: int, trace: Trace, costs: Costs, rate: float) -> dict[str, float]:
-    """Of the time to the first token: every weight once a token, the head once, and causal attention."""
+    """Return the share over the time to the first token; every weight is multiplied once per token, the head once,
+    attention is causal.
+    """
     pairs = prompt * (prompt + 1) // 2
     operations = 2 * (costs.weights - costs.head) * prompt + 2 * costs.head + costs.attention * pairs
     seconds = first_tokens(trace)

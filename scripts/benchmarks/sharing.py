@@ -1,15 +1,15 @@
-"""`bench.py sharing`: what hybrids' sequences share: blocks of samples, prefixes of prompts; and what sharing costs.
+"""Measure what hybrid models' sequences share (blocks of samples, prompt prefixes), and the cost (`bench.py sharing`).
 
-On random models with the layers of Gemma 3 (five sliding for a full one), of gpt-oss (sliding and full in turn, sinks,
-experts) and of Kimi-Linear (three recurrent for one that attends to latents), small ones:
+Uses small random models with the layers of Gemma 3 (five sliding-window per full one), gpt-oss (sliding-window and full
+in turn, sinks, experts) and Kimi-Linear (three recurrent per MLA layer):
 
-- samples: the most blocks that are held at a time while n samples of one prompt are drawn, against the fewest possible:
-  for each layer the blocks that the tokens of the step see or write, each counted once; and against no sharing.
-- prefixes: the requests of vLLM #45238, whose prompts begin alike and then part; one after another and all at once. Of
-  each but the first, how much of what it has in common with the others was computed again, and when its first token
-  came. Where layers are recurrent the second one leaves the state at the point where it parts, so that those from the
-  third on count.
-- speed: tokens a second of prompts that have nothing in common, and of samples, with sharing and without, in turns.
+- samples: the most blocks held at a time while n samples of one prompt are drawn, relative to the fewest possible (for
+  each layer, the blocks that the step's tokens read or write, each counted once) and to no sharing.
+- prefixes: the requests of vLLM #45238, whose prompts share a prefix and then diverge, one after another and all at
+  once. For every request but the first: how much of the common prefix was recomputed, and the time to the first token.
+  With recurrent layers, the second request stores the state at the point of divergence, so requests count from the
+  third on.
+- speed: tokens per second of prompts without a common prefix, and of samples, with and without sharing, in turns.
 """
 
 import time
@@ -74,32 +74,32 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
         "model_max_length": 8192,
     },
 }
-"""Of each config.json what `COMMON` has not: the windows of Gemma 3 1B and of gpt-oss."""
+"""Fields of each config.json beyond `COMMON`: the windows are those of Gemma 3 1B and gpt-oss."""
 NEW = 4
-"""Tokens that each request of a prefix workload makes."""
+"""New tokens per request of a prefix workload."""
 SAMPLING = ("greedy", "random")
-"""What requests ask of the sampler, and chunks that do not end a prompt."""
+"""Sampling modes of requests, including chunks that do not end a prompt."""
 Figures = dict[str, float]
 
 
 @dataclass(frozen=True)
 class Work:
-    """Sizes of the three parts, in tokens unless said."""
+    """Sizes of the three parts, in tokens unless noted."""
 
     samples: int
-    """n."""
+    """Number of samples, n."""
     prompt: int
-    """Of which samples are drawn."""
+    """Prompt tokens for the samples."""
     new: int
-    """That each of them makes."""
+    """New tokens of each sample."""
     requests: int
-    """Of a prefix workload."""
+    """Number of requests of a prefix workload."""
     prefixes: tuple[tuple[int, int], ...]
-    """Of each prefix workload: what all prompts have in common, and what each has of its own."""
+    """For each prefix workload: length of the common prefix, and of each request's own part."""
     pool: int
-    """Requests of a prefix workload that the cache has blocks for, without sharing."""
+    """Capacity of the cache, in requests of a prefix workload without sharing."""
     throughput: tuple[int, int, int]
-    """Requests that have nothing in common, tokens of each prompt, and new ones."""
+    """Number of requests without a common prefix, tokens of each prompt, and new tokens."""
     repeats: int
     """Passes with and without sharing."""
 
@@ -107,11 +107,11 @@ class Work:
 WORK = Work(16, 1024, 256, 64, ((1600, 600), (1500, 700)), 8, (32, 256, 64), 25)
 
 SMALL = 8
-"""What lengths and windows are divided by for a quick look."""
+"""Divisor of lengths and windows for a quick run."""
 
 
 def config(name: str, *, small: bool = False) -> dict[str, Any]:
-    """config.json of a model; `small`: with windows to go with `smaller`."""
+    """Return the config.json of a model; `small` scales the windows to match `smaller`."""
     values = dict(COMMON | MODELS[name])
     if "sliding_window" in values:
         values["sliding_window"] //= SMALL if small else 1
@@ -130,7 +130,7 @@ def config(name: str, *, small: bool = False) -> dict[str, Any]:
 
 
 def smaller(work: Work) -> Work:
-    """An eighth of all lengths and a quarter of the requests."""
+    """Return the sizes with an eighth of the lengths and a quarter of the requests."""
     count, prompt, new = work.throughput
     return replace(
         work,
@@ -145,7 +145,7 @@ def smaller(work: Work) -> Work:
 def measure(
     config: Mapping[str, Any], work: Work, settings: Mapping[str, Any], parts: Sequence[str], *, dtype: str, seed: int
 ) -> Figures:
-    """The figures of one model, by methods of `Bench`."""
+    """Measure one model with the chosen methods of `Bench`."""
     mesh = make_mesh(1)
     module = weights.random(dict(config), mesh, dtype=dtype, seed=seed)
     lengths = *map(sum, work.prefixes), work.prompt + work.new, sum(work.throughput[1:])
@@ -161,7 +161,7 @@ def measure(
 
 
 class Bench:
-    """One model's compiled steps, under engines with and without sharing."""
+    """Compiled steps of one model, run by engines with and without sharing."""
 
     def __init__(self, engine: Engine, seed: int):
         self.runner: Runner = engine.runner
@@ -171,7 +171,7 @@ class Bench:
         self._limits = ModelLimits(program.vocab, self.runner.shapes.max_length)
 
     def samples(self, work: Work) -> Figures:
-        """Blocks held at a time by the samples of one prompt."""
+        """Measure the blocks held at a time by the samples of one prompt."""
         peaks = {}
         for share in (True, False):
             engine = self._engine(share=share, decode_steps=1)
@@ -189,8 +189,7 @@ class Bench:
         }
 
     def prefixes(self, work: Work) -> Figures:
-        """What of the prompts' common beginning was found, and when the first tokens came, in a pool of a few
-        requests."""
+        """Measure prefix cache hits and times to first token, with a cache for a few requests."""
         figures: Figures = {}
         for shared, own in work.prefixes:
             pool = work.pool * self._blocks(shared + own + NEW)
@@ -213,7 +212,9 @@ class Bench:
         return figures
 
     def _found(self, engine: Engine, requests: Sequence[Request], shared: int) -> Figures:
-        """How much of their common beginning the requests found that could, and what snapshots of states that took."""
+        """Return the share of the common prefix that eligible requests found cached, and the cost of state
+        snapshots.
+        """
         states = engine.manager.states
         block, found = self.runner.shapes.block_size, [r.cached_tokens for r in requests[1 if states is None else 2 :]]
         figures = {
@@ -230,7 +231,7 @@ class Bench:
         return figures
 
     def speed(self, work: Work) -> Figures:
-        """Tokens a second with sharing and without, in turns; medians, and that of the ratios."""
+        """Measure tokens per second with and without sharing, in turns: medians, and the median of the ratios."""
         count, prompt, new = work.throughput
         figures = {}
         for name, samples in (("distinct", 1), ("samples", work.samples)):
@@ -249,17 +250,17 @@ class Bench:
         return figures
 
     def _engine(self, *, share: bool, **settings: Any) -> Engine:
-        """A fresh one, with nothing cached."""
+        """Return a new engine with an empty prefix cache."""
         self.runner.reset()
         return Engine(self.runner, replace(self._settings, prefix_caching=share, block_sharing=share, **settings))
 
     def _blocks(self, tokens: int) -> int:
-        """That a sequence takes at most."""
+        """Return the maximum number of blocks of a sequence."""
         shapes, kinds = self.runner.shapes, self.runner.program.layout.kinds
         return blocks_needed(kinds, tokens, shapes.block_size, self._settings.token_budget)
 
     def _requests(self, count: int, shared: int, own: int, new: int, *, samples: int = 1) -> list[Request]:
-        """Prompts of random tokens, the first `shared` of which they have in common; never seen before."""
+        """Return requests with new random prompts, whose first `shared` tokens are common."""
         self._names += 1
         rng = np.random.default_rng([self._seed, self._names])
         head = rng.integers(3, VOCAB, shared)
@@ -277,10 +278,10 @@ class Bench:
         ]
 
     def _serve(self, engine: Engine, requests: Sequence[Request], at_once: int | None = None) -> float:
-        """Seconds until the last token, where so many requests are there at a time, or all.
+        """Serve the requests, at most `at_once` at a time; return the seconds until the last token.
 
         Raises:
-            RuntimeError: one of them failed.
+            RuntimeError: a request failed.
         """
         waiting, running = list(requests)[::-1], []
         start = time.perf_counter()

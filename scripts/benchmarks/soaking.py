@@ -1,4 +1,4 @@
-"""A random workload of every kind of request for a while: what compiles after the warm-up, and what is left over."""
+"""Run a random workload of every kind of request; count compilations after the warm-up and leaked resources."""
 
 import time
 from collections.abc import Iterator
@@ -27,16 +27,16 @@ KINDS: tuple[dict[str, Any], ...] = (
     dict(temperature=0.7, top_k=5, logprobs=0, prompt_logprobs=4),
     dict(min_tokens=3),
 )
-"""What requests ask of the sampler: all it has."""
+"""Sampling parameters of requests, covering every option."""
 PREFIXES = 6
-"""Beginnings that prompts share."""
+"""Number of common prompt prefixes."""
 MOST_REQUESTS = 96
-"""Of one call."""
+"""Maximum number of requests of one call."""
 
 
 @contextmanager
 def compilations() -> Iterator[list[float]]:
-    """Seconds of each program compiled meanwhile, or read from JAX's cache."""
+    """Record the seconds of each program that is compiled, or read from JAX's cache, in this context."""
     found: list[float] = []
 
     def listen(name: str, seconds: float, **_: object) -> None:
@@ -51,7 +51,7 @@ def compilations() -> Iterator[list[float]]:
 
 
 def measure(folder: Path, vocab: int, settings: dict[str, Any], seconds: float, seed: int) -> dict[str, float]:
-    """Warms up, then serves random calls of up to 96 requests for so many seconds.
+    """Warm up, then serve random calls of up to 96 requests for `seconds` seconds.
 
     Some calls are streams that are closed half-way, so that their requests are aborted.
     """
@@ -80,7 +80,7 @@ def measure(folder: Path, vocab: int, settings: dict[str, Any], seconds: float, 
 
 
 def _requests(rng: np.random.Generator, vocab: int, longest: int) -> tuple[list[dict[str, Any]], list[SamplingParams]]:
-    """Prompts and settings of one call, lengths and number of any size in between."""
+    """Return prompts and sampling parameters of one call, with random lengths and counts."""
     count = int(np.exp(rng.uniform(0, np.log(MOST_REQUESTS))))
     prompts, params = [], []
     for _ in range(count):
@@ -96,7 +96,7 @@ def _requests(rng: np.random.Generator, vocab: int, longest: int) -> tuple[list[
 
 
 def _cut_short(llm: LLM, prompts: list[dict[str, Any]], params: list[SamplingParams], updates: int) -> int:
-    """Streams and stops after some updates; whether anything was left to abort."""
+    """Close a stream after some updates; return the number of requests left to abort."""
     stream = llm.stream(prompts, params)
     for _ in range(updates):
         if next(stream, None) is None:

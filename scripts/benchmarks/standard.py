@@ -1,4 +1,4 @@
-"""The five works that are followed over time, W1 to W5, and the figures that each is judged by."""
+"""Define the five standard workloads that are tracked over time, W1 to W5, with their key figures."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from benchmarks.work import Work, spread
 
 @dataclass(frozen=True)
 class Figure:
-    """One number of a pass."""
+    """Key figure computed from a pass."""
 
     name: str
     of: Callable[[Work, Trace], float]
@@ -25,7 +25,9 @@ FIRST = Figure("first_token_seconds", lambda work, trace: traces.first_tokens(tr
 
 @dataclass(frozen=True)
 class Standard:
-    """A work by its sizes: requests, prompt tokens (least, most), new tokens of each sample, samples a prompt."""
+    """Sizes of a standard workload: requests, prompt tokens (min, max), new tokens of each sample, samples per
+    prompt.
+    """
 
     what: str
     requests: int
@@ -35,7 +37,9 @@ class Standard:
     samples: int = 1
 
     def work(self, *, vocab: int, seed: int, scale: float = 1.0) -> Work:
-        """The requests; `scale` multiplies all lengths, for a quick look. Several samples need a temperature."""
+        """Return the requests; `scale` multiplies all lengths, for a quick run. Several samples require a
+        temperature.
+        """
 
         def scaled(size: int) -> int:
             return max(2, round(size * scale)) if size > 1 else size

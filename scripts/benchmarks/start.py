@@ -1,4 +1,4 @@
-"""Fresh processes from their start to a first token, with an empty and then a filled compilation cache."""
+"""Measure new processes from start to first token, with an empty and then a filled compilation cache."""
 
 import json
 import os
@@ -11,18 +11,18 @@ from typing import Any
 
 CHILD = Path(__file__).with_name("start_child.py")
 STATES = ("empty", "filled")
-"""Of the compilation cache."""
+"""States of the compilation cache."""
 
 
 def checkpoint() -> Path:
-    """The one that comes with the package."""
+    """Return the packaged checkpoint's folder."""
     from jaxinfer import demo
 
     return demo.path()
 
 
 def measure(folder: Path, settings: dict[str, Any], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each phase by state and name: `repeats` pairs of processes, each pair with a cache of its own."""
+    """Measure `repeats` pairs of processes, each pair with its own cache; return seconds by state and phase."""
     found: dict[str, list[float]] = {}
     for round_ in range(repeats):
         with tempfile.TemporaryDirectory(prefix="jaxinfer-cache-") as cache:
@@ -39,10 +39,10 @@ def measure(folder: Path, settings: dict[str, Any], repeats: int) -> dict[str, l
 
 
 def run(folder: Path, settings: dict[str, Any], cache: Path) -> dict[str, float]:
-    """One fresh process: seconds of its phases, and from its start to the first token.
+    """Run one new process; return the seconds of its phases, and from its start to the first token.
 
     Raises:
-        RuntimeError: it failed; what it said is on stderr.
+        RuntimeError: the process failed; its messages are on stderr.
     """
     started = time.time()
     done = subprocess.run(
@@ -65,7 +65,7 @@ def run(folder: Path, settings: dict[str, Any], cache: Path) -> dict[str, float]
 
 
 def _cache_in(folder: Path) -> dict[str, str]:
-    """What makes a process keep its compiled programs in `folder`, the quickly compiled ones too."""
+    """Return environment variables that store all compiled programs in `folder`, including quickly compiled ones."""
     return {
         "JAX_ENABLE_COMPILATION_CACHE": "true",
         "JAX_COMPILATION_CACHE_DIR": str(folder),

@@ -1,4 +1,6 @@
-"""A fresh process: `python start_child.py FOLDER SETTINGS` prints when it had what, in seconds of the wall clock."""
+"""Measure start-up in a new process: `python start_child.py FOLDER SETTINGS` prints the wall-clock time of each
+phase.
+"""
 
 import time
 
@@ -15,7 +17,7 @@ from jaxinfer import LLM, SamplingParams
 at["imported"] = time.time()
 
 TOKENS = 32
-"""Of the answer; its first ones need the compiled decode steps as well."""
+"""New tokens; the first ones include compilation of the decode steps."""
 
 folder, settings = sys.argv[1:]
 with LLM(folder, use_tqdm=False, **json.loads(settings)) as llm:

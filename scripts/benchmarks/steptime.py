@@ -1,4 +1,4 @@
-"""How long a model's steps take under several placements, with random weights, in turns."""
+"""Time a model's steps under several placements, with random weights, in turns."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,40 +24,40 @@ from jaxinfer.sharding.collectives import DECODE, ENCODE
 from jaxinfer.sharding.policy import REPLICATE, Placement
 
 BLOCK = 16
-"""Positions of a block of the cache."""
+"""Positions per cache block."""
 WARMUP = 2
-"""Passes of each that do not count; the first compiles."""
+"""Warm-up passes of each variant; the first one compiles."""
 Run = Callable[[], float]
-"""One pass; its seconds."""
+"""Function that runs one pass and returns its seconds."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """A step to be measured."""
+    """Step to measure."""
 
     kind: str
     """"decode", "prefill" or "encode"."""
     size: int
-    """Rows of a decode step, tokens of a prefill, inputs of an encoder."""
+    """Rows of a decode step, tokens of a prefill, inputs of an encoder step."""
     context: int = 1
-    """Tokens of each sequence that decode attends to."""
+    """Context length of each sequence of a decode step, in tokens."""
 
     def __str__(self) -> str:
         return f"{self.kind} {self.size}"
 
 
 def devices(count: int | None) -> None:
-    """Makes `count` virtual CPU devices; None: those there are serve.
+    """Create `count` virtual CPU devices; None uses the existing devices.
 
     Raises:
-        ValueError: JAX has started already, with fewer.
+        ValueError: JAX was already started, with fewer devices.
     """
     if count is None:
         return
     try:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", count)
-    except RuntimeError:  # it has started: what it has may be enough
+    except RuntimeError:  # JAX is already started, perhaps with enough devices
         pass
     if len(jax.devices()) < count:
         raise ValueError(
@@ -66,7 +66,7 @@ def devices(count: int | None) -> None:
 
 
 def mesh_of(sizes: Mapping[str, int] | None, shards: int | None) -> Mesh:
-    """The mesh of these axes, or of so many shards; by default over all devices."""
+    """Return the mesh of these axes, or of this number of shards; by default over all devices."""
     if sizes is None:
         return make_mesh(shards or len(jax.devices()))
     count = int(np.prod(list(sizes.values())))
@@ -78,7 +78,7 @@ def mesh_of(sizes: Mapping[str, int] | None, shards: int | None) -> Mesh:
 
 
 class Model:
-    """One model under any placement; every weight is there twice, divided and whole."""
+    """Model with any placement; every weight is stored twice, sharded and replicated."""
 
     def __init__(self, hf: Mapping[str, Any], mesh: Mesh, *, dtype: str = "auto", **how: Any):
         self.mesh, self.how = mesh, how
@@ -91,7 +91,7 @@ class Model:
         }
 
     def program(self, hf: Mapping[str, Any], placement: Mapping[str, str]) -> tuple[Program, list[jax.Array]]:
-        """The model, or one with fewer of its layers, under a placement."""
+        """Return the program and the parameters of the model, or of a shortened one, under a placement."""
         served, config = weights.parse(hf)
         module = weights.abstract(served, config, self.dtype, self.mesh, placement=Placement.of(placement), **self.how)
         program, _ = functional.split(module, self.mesh)
@@ -100,7 +100,7 @@ class Model:
 
 
 def runner(program: Program, params: Sequence[jax.Array], step: Step) -> Run:
-    """The compiled step with all that it takes, to be run again and again."""
+    """Compile a step with its arguments; return a function that runs it repeatedly."""
     if step.kind == ENCODE:
         features = program.module(params).config.features
         inputs = jnp.zeros((step.size, *features.shape), program.dtype)
@@ -131,7 +131,7 @@ def runner(program: Program, params: Sequence[jax.Array], step: Step) -> Run:
 def greedy(
     program: Program, params: Sequence[Array], cache: list[Lane], batch: DecodeBatch | PrefillBatch
 ) -> tuple[jax.Array, list[Lane]]:
-    """The likeliest next tokens, and the cache."""
+    """Return the most likely next tokens and the cache."""
     body = functional.decode if isinstance(batch, DecodeBatch) else functional.prefill
     logits, cache = body(program, params, cache, batch)
     unasked = SamplingRows(*[jnp.zeros(len(logits))] * len(SamplingRows._fields))
@@ -139,16 +139,17 @@ def greedy(
 
 
 def timed(call: Callable[[], Any]) -> float:
-    """Seconds until what it gives is there."""
+    """Return the seconds until the result of a call is ready."""
     start = time.perf_counter()
     jax.block_until_ready(call())
     return time.perf_counter() - start
 
 
 def in_turns(runs: Mapping[str, Run], repeats: int, seconds: float = 0.0) -> dict[str, list[float]]:
-    """Seconds of `repeats` passes of each, by round: what disturbs the machine for a while disturbs all alike.
+    """Run `repeats` rounds of all passes in turns, so that a disturbance of the machine affects all alike; return
+    seconds by round.
 
-    `seconds`: rounds go on for as long, where `repeats` of them take less.
+    `seconds`: minimum duration; further rounds run until it is reached.
     """
     for run in runs.values():
         for _ in range(WARMUP):
@@ -165,6 +166,6 @@ def in_turns(runs: Mapping[str, Run], repeats: int, seconds: float = 0.0) -> dic
 def measure(
     model: Model, variants: Mapping[str, tuple[Mapping[str, Any], Mapping[str, str]]], step: Step, repeats: int
 ) -> dict[str, list[float]]:
-    """Seconds of a step for each variant: a config.json and a placement."""
+    """Return the seconds of a step for each variant, a config.json with a placement."""
     runs = {name: runner(*model.program(hf, placement), step) for name, (hf, placement) in variants.items()}
     return in_turns(runs, repeats)

@@ -1,4 +1,4 @@
-"""jaxinfer and the peers with one model loaded, and what a report says of them beside the figures."""
+"""Load one model in jaxinfer and the peers, and report settings and versions beside the figures."""
 
 import argparse
 import hashlib
@@ -18,7 +18,7 @@ from benchmarks.work import Work
 
 @dataclass(frozen=True)
 class Subject:
-    """The model that is measured."""
+    """Model under measurement."""
 
     folder: Path
     vocab: int
@@ -29,8 +29,8 @@ class Subject:
 def systems(
     args: argparse.Namespace, model: Subject, works: Sequence[Work], *, online: bool = False
 ) -> Iterator[tuple[Any, list[Peer]]]:
-    """jaxinfer and the peers, each with the model loaded; all closed in the end."""
-    from benchmarks import ours  # after the command line was understood: it imports jax
+    """Yield jaxinfer and the peers with the model loaded; close all of them at exit."""
+    from benchmarks import ours  # imported lazily, after the command line is checked, because it imports jax
 
     settings = {"max_model_len": max(work.longest for work in works)}
     if online:
@@ -59,7 +59,7 @@ def _peer(name: str, args: argparse.Namespace, model: Subject) -> Peer:
 def compare(
     measured: Mapping[str, list[Trace]], ours: Any, of: Callable[[list[Trace]], dict[str, float]]
 ) -> dict[str, dict[str, float]]:
-    """Each system's figures, and how far the peers' tokens are jaxinfer's."""
+    """Return each system's figures, with the share of the peers' tokens that equal jaxinfer's."""
     figures = {name: of(runs) for name, runs in measured.items()}
     for name, runs in measured.items():
         if name != ours.name:
@@ -68,7 +68,7 @@ def compare(
 
 
 def finish(report: Report, model: Subject, ours: Any, peers: Sequence[Peer]) -> None:
-    """What is not in the figures: compilation, settings, versions."""
+    """Add compilation, settings and versions to the report."""
     steps, seconds = ours.compiled()
     report.jaxinfer |= {"compiled_steps": steps, "compile_seconds": seconds}
     report.work |= {"model": model.title, "settings": ours.settings}
@@ -78,7 +78,7 @@ def finish(report: Report, model: Subject, ours: Any, peers: Sequence[Peer]) -> 
 
 
 def versions(peers: Mapping[str, str] | None = None) -> dict[str, dict[str, str]]:
-    """What of the machine and its software the figures hold for."""
+    """Return the versions of hardware and software that the figures apply to."""
     import jax
 
     return {"versions": {"jax": jax.__version__, "device": jax.devices()[0].device_kind, **(peers or {})}}

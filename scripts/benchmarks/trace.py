@@ -1,4 +1,4 @@
-"""What a system did with the work, and the figures that follow: the same formulas for all systems."""
+"""Record what a system did with a workload, and compute figures with the same formulas for all systems."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,29 +12,29 @@ from benchmarks.work import Work
 
 @dataclass(frozen=True)
 class Trace:
-    """One pass over the work. Times are seconds since its start."""
+    """One pass over the workload. Times are seconds since its start."""
 
     seconds: float
-    """Until the last token."""
+    """Time of the last token."""
     tokens: list[list[int]]
-    """The new tokens of each sample, those of a request one after another."""
+    """New tokens of each sample, with the samples of a request in sequence."""
     arrivals: list[float]
-    """Of each request."""
+    """Arrival time of each request."""
     times: list[list[float]]
-    """Of each sample, of each token; empty where the system does not tell them."""
+    """Time of each token of each sample; empty if the system does not report them."""
 
     @classmethod
     def of(cls, reply: Mapping[str, Any]) -> "Trace":
-        """From what a peer answered."""
+        """Parse a peer's reply."""
         return cls(reply["seconds"], reply["tokens"], reply["arrivals"], reply["times"])
 
 
 Figures = Callable[[Work, Trace], dict[str, float]]
-"""What several figures of one pass are computed by."""
+"""Function that computes several figures of one pass."""
 
 
 def throughput(work: Work, trace: Trace) -> dict[str, float]:
-    """Requests and tokens a second."""
+    """Return requests and tokens per second."""
     return {
         "elapsed_time": trace.seconds,
         "requests_per_second": len(work.prompts) / trace.seconds,
@@ -44,39 +44,41 @@ def throughput(work: Work, trace: Trace) -> dict[str, float]:
 
 
 def first_tokens(trace: Trace) -> float:
-    """When every sample had its first token."""
+    """Return the time at which every sample had its first token."""
     return max(times[0] for times in trace.times)
 
 
 def prefill_rate(work: Work, trace: Trace) -> float:
-    """Prompt tokens a second until every sample has its first token."""
+    """Return prompt tokens per second until every sample has its first token."""
     return work.prompt_tokens / first_tokens(trace)
 
 
 def decode_rate(work: Work, trace: Trace) -> float:
-    """Tokens a second after that, while nothing but decoding is left.
+    """Return tokens per second after every first token, while all sequences decode.
 
-    For one sequence: all but the first token, over the time from the first to the last. Of several, those that are
-    ahead bring tokens while others prefill, which do not count.
+    For one sequence: all tokens but the first, over the time from the first to the last. For several, tokens that early
+    sequences produce while others are in prefill do not count.
     """
     start, end = first_tokens(trace), max(times[-1] for times in trace.times)
     return sum(at > start for times in trace.times for at in times) / (end - start)
 
 
 def span(values: Sequence[float]) -> dict[str, float]:
-    """Median and extremes of one figure over the passes."""
+    """Return the median, minimum and maximum of a figure over the passes."""
     return {"median": median(values), "min": min(values), "max": max(values)}
 
 
 def latency(traces: Sequence[Trace]) -> dict[str, float]:
-    """Seconds that one batch takes, over all passes."""
+    """Return the seconds of one batch over all passes."""
     seconds = [trace.seconds for trace in traces]
     parts = {f"p{q}_latency": float(np.percentile(seconds, q)) for q in (50, 90, 99)}
     return {"avg_latency": mean(seconds), "best_latency": min(seconds), **parts}
 
 
 def serving(work: Work, trace: Trace) -> dict[str, float]:
-    """Throughput, time to the first token, time a token after it, and the longest silence while others prefill."""
+    """Return throughput, time to first token, time per output token, and the longest gap while others are in
+    prefill.
+    """
     first = [times[0] - arrival for times, arrival in zip(trace.times, trace.arrivals, strict=True)]
     after = [(times[-1] - times[0]) / (len(times) - 1) for times in trace.times if len(times) > 1]
     figures = throughput(work, trace) | _spread("ttft", first) | _spread("tpot", after or [0.0])
@@ -92,14 +94,16 @@ def _spread(name: str, seconds: Sequence[float]) -> dict[str, float]:
 
 
 def _gaps(trace: Trace) -> Iterator[tuple[int, float, float]]:
-    """(request, start, end) between any two tokens that follow one another."""
+    """Yield (request, start, end) for any two consecutive tokens."""
     for index, times in enumerate(trace.times):
         for start, end in zip(times, times[1:], strict=False):
             yield index, start, end
 
 
 def _longest_gap_beside_prefill(trace: Trace) -> float:
-    """The longest time between two tokens of a request, part of which another one waited for its first token."""
+    """Return the longest time between two tokens of a request that overlaps with another request's wait for its
+    first token.
+    """
     waits = [(arrival, times[0]) for arrival, times in zip(trace.arrivals, trace.times, strict=True)]
     longest = 0.0
     for index, start, end in _gaps(trace):
@@ -111,5 +115,5 @@ def _longest_gap_beside_prefill(trace: Trace) -> float:
 
 
 def medians(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Of each figure, its median over the passes."""
+    """Return the median of each figure over the passes."""
     return {name: median(run[name] for run in runs) for name in runs[0]}

@@ -1,4 +1,4 @@
-"""What is asked of every system alike: prompts of random tokens, and how many new ones each shall bring."""
+"""Define a workload for all systems: prompts of random tokens, and the number of new tokens for each."""
 
 from dataclasses import dataclass
 
@@ -7,46 +7,46 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Work:
-    """Requests, in the order of their arrival."""
+    """Requests in the order of their arrival."""
 
     prompts: list[list[int]]
-    """Token ids."""
+    """Token ids of each prompt."""
     lengths: list[int]
-    """New tokens of each sample of each."""
+    """New tokens per sample, for each prompt."""
     concurrency: int | None = None
-    """Requests in flight: the next arrives when one of them has finished. None: all arrive at once."""
+    """Requests in flight: one arrives whenever another finishes. None: all arrive at once."""
     samples: int = 1
-    """Continuations of each prompt."""
+    """Samples per prompt."""
     temperature: float = 0.0
-    """0: greedy."""
+    """Sampling temperature; 0 is greedy."""
 
     @property
     def prompt_tokens(self) -> int:
-        """Of all prompts."""
+        """Total number of prompt tokens."""
         return sum(map(len, self.prompts))
 
     @property
     def new_tokens(self) -> int:
-        """Of all samples of all requests."""
+        """Total number of new tokens over all samples."""
         return sum(self.sample_lengths)
 
     @property
     def sample_lengths(self) -> list[int]:
-        """New tokens of every sample, those of a request one after another."""
+        """New tokens of every sample, with the samples of a request in sequence."""
         return [length for length in self.lengths for _ in range(self.samples)]
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest sequence."""
+        """Number of tokens of the longest sequence."""
         return max(len(prompt) + new for prompt, new in zip(self.prompts, self.lengths, strict=True))
 
     @property
     def at_once(self) -> int:
-        """Requests in flight at most."""
+        """Maximum number of requests in flight."""
         return min(self.concurrency or len(self.prompts), len(self.prompts))
 
     def describe(self) -> dict[str, int]:
-        """Its sizes, for the report."""
+        """Return the workload's sizes for the report."""
         sizes = [len(prompt) for prompt in self.prompts]
         return {
             "requests": len(sizes),
@@ -70,10 +70,10 @@ def spread(
     samples: int = 1,
     temperature: float = 0.0,
 ) -> Work:
-    """`count` requests with prompt lengths and new tokens drawn evenly from the two ranges, ends included.
+    """Return `count` requests with prompt lengths and new tokens drawn uniformly from two inclusive ranges.
 
     Raises:
-        ValueError: a range that ends before it begins.
+        ValueError: a range is empty.
     """
     for what, (least, most) in (("prompt", inputs), ("output", outputs)):
         if least > most:
