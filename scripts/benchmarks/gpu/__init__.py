@@ -1,1 +1,1 @@
-"""`scripts/bench.py gpu`: every figure a GPU is needed for, row by row, each in a process of its own."""
+"""Benchmarks that need a GPU (`scripts/bench.py gpu`), one row at a time, each in its own process."""

@@ -1,4 +1,4 @@
-"""The attention of one layer alone, over the cache of many sequences."""
+"""Measure the attention of one layer alone, over the cache of many sequences."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ from jaxinfer.kernels.triton.triton_tiles import Tiling
 from jaxinfer.sharding import make_mesh
 
 HEADS, KV_HEADS, DIM, BLOCK = 32, 4, 128, 16
-"""GQA of 8 queries a key: H = 32, K = 4, D = 128, in blocks of 16 positions."""
+"""GQA with 8 query heads per key head: H = 32, K = 4, D = 128, in blocks of 16 positions."""
 CASES = {
     "64x4096": (4096,) * 64,
     "1x131072": (131072,),
@@ -31,16 +31,16 @@ CASES = {
     "100000_and_63_short": (100_000, *(16 + 8 * i for i in range(63))),
     "ragged_to_8192": tuple(range(128, 8192 + 128, 128)),
 }
-"""Positions of each sequence."""
+"""Cached positions of each sequence, by case."""
 TOY_CASES = {"64x4096": (24, 24), "ragged_to_8192": (7, 33, 0)}
 MAIN = "64x4096"
 CANDIDATES = tuple((block, warps, stages) for block in (32, 64, 128) for warps in (4, 8) for stages in (3, 5, 7))
-"""Keys a turn, warps and stages that are tried beside what `triton_tiles.tiling` chooses."""
+"""Candidate tilings (keys per iteration, warps, stages), tried beside the choice of `triton_tiles.tiling`."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A decode call: random queries, keys and values, blocks in random order."""
+    """Arguments of a decode call: random queries, keys and values, blocks in random order."""
 
     q: jax.Array
     k: jax.Array
@@ -51,13 +51,13 @@ class Problem:
 
     @property
     def live_bytes(self) -> int:
-        """Of the keys and values that must be read."""
+        """Bytes of the keys and values that must be read."""
         positions = int(np.asarray(self.rows.lengths).sum())
         return 2 * positions * self.lane.keys.shape[1] * self.lane.keys.shape[3] * self.lane.keys.dtype.itemsize
 
 
 def problem(lengths: Sequence[int], dtype: jnp.dtype = jnp.bfloat16, dim: int = DIM) -> Problem:
-    """One new token a sequence, which is the last of its `lengths` positions."""
+    """Make a problem with one new token per sequence, the last of its `lengths` positions."""
     needed = [-(-length // BLOCK) for length in lengths]
     total, batch = sum(needed), len(lengths)
     ids = np.random.default_rng(0).permutation(total).astype(np.int32)
@@ -87,13 +87,13 @@ def problem(lengths: Sequence[int], dtype: jnp.dtype = jnp.bfloat16, dim: int = 
 
 
 def seconds(kernel: str, given: Problem) -> float:
-    """Of one call of an implementation, the writing of the new keys and values included."""
+    """Measure the seconds of one call of an implementation, including the write of the new keys and values."""
     made = attention.implementation(kernel, make_mesh())
-    # XLA's path makes room for as many pieces as there are, as the engine's buckets do.
+    # The XLA implementation allocates one item per piece, as in the engine's buckets.
     items = int((-(-np.asarray(given.rows.lengths) // item_keys(BLOCK))).sum())
     scoring = Scoring(given.q.shape[-1] ** -0.5)
     call = jax.jit(partial(made.decode, scoring=scoring, items=items), donate_argnums=3)
-    # Donated and handed on: a copy each, so that the problem can be used again.
+    # Donated at each call, so use a copy and keep the problem reusable.
     lane = [jax.tree.map(jnp.copy, given.lane)]
 
     def once() -> jax.Array:
@@ -104,7 +104,7 @@ def seconds(kernel: str, given: Problem) -> float:
 
 
 def run(context: Context) -> Figures:
-    """Bytes of live keys and values a second, for each implementation that can run here."""
+    """Measure bytes of live keys and values per second, for each implementation available here."""
     figures: Figures = dict(context.kept) | {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": DIM, "block_size": BLOCK}
     kernels = _kernels()
     for name, lengths in context.size(CASES, TOY_CASES).items():
@@ -122,7 +122,7 @@ def run(context: Context) -> Figures:
 
 
 def _kernels() -> list[str]:
-    """The implementations that can run here, the one that serves last."""
+    """Return the available implementations; the engine's choice is last."""
     try:
         return [attention.XLA, attention.choose(attention.TRITON, make_mesh())]
     except ConfigError:
@@ -130,11 +130,11 @@ def _kernels() -> list[str]:
 
 
 def tiles(context: Context) -> Figures:
-    """Candidates for the tiles of `64x4096`, beside the choice made from shapes."""
+    """Compare candidate tilings of the case `64x4096` with the tiling chosen from the shapes."""
     if attention.TRITON not in _kernels():
         if context.dry:
             return {}
-        attention.choose(attention.TRITON, make_mesh())  # says why not
+        attention.choose(attention.TRITON, make_mesh())  # raises with the reason
     figures, given = dict(context.kept), problem(CASES[MAIN])
     for block, warps, stages in CANDIDATES:
         key = f"us keys={block} warps={warps} stages={stages}"
@@ -145,7 +145,7 @@ def tiles(context: Context) -> Figures:
         ):
             try:
                 figures[key] = 1e6 * seconds(attention.TRITON, given)
-            except Exception as error:  # more shared memory than there is, say: the others are still of interest
+            except Exception as error:  # for example too little shared memory; the other candidates still count
                 figures[key] = f"{type(error).__name__}: {error}"[:160]
         context.save(figures)
     best = min((key for key in figures if isinstance(figures[key], float)), key=lambda key: figures[key])
@@ -160,7 +160,7 @@ def tiles(context: Context) -> Figures:
 
 @contextmanager
 def _tiled(change: Callable[[Tiling], Tiling]) -> Iterator[None]:
-    """Lets the kernel be traced with other tiles."""
+    """Trace the kernel with another tiling."""
     chosen = triton_attention.tiling
     with mock.patch.object(triton_attention, "tiling", lambda layout: change(chosen(layout))):
         yield

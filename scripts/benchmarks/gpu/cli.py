@@ -1,4 +1,4 @@
-"""`bench.py gpu`: its flags."""
+"""Command line of `bench.py gpu`."""
 
 import argparse
 import sys
@@ -9,11 +9,11 @@ from benchmarks.gpu import suite
 from benchmarks.gpu.rows import ROWS
 
 SECONDS = 460.0
-"""All rows together: less than eight minutes."""
+"""Default time limit in seconds of all rows together: less than eight minutes."""
 
 
 def main(words: Sequence[str]) -> int:
-    """Runs the rows; 0 unless one failed."""
+    """Run the rows; return 0 unless one failed."""
     args = parser().parse_args(words)
     try:
         return suite.run(args)
@@ -23,7 +23,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The flags, with every row and what it measures."""
+    """Return the parser, whose help lists every row."""
     table = "\n".join(f"  {row.name:<18}{row.what}" for row in ROWS)
     made = argparse.ArgumentParser(
         prog="bench.py gpu",

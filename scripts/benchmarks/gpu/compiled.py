@@ -1,6 +1,6 @@
-"""`bench.py compiled`: the engine's steps compiled for H100s without one, and what their programs say.
+"""Compile the engine's steps for H100s without one, and summarise the programs (`bench.py compiled`).
 
-Needs what the tests in `tests/h100` need: the CUDA plugin of jax and nvcc, no GPU.
+Needs what the tests in `tests/h100` need: JAX's CUDA plugin and nvcc, but no GPU.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from typing import Any
 
 TESTS = Path(__file__).resolve().parents[3] / "tests"
 ROWS, POSITIONS, BLOCK, CHUNK = 8, 4096, 16, 2048
-"""Sequences and their longest; positions of a block; tokens of a prefill."""
+"""Number of sequences; their maximum length; positions per block; tokens of a prefill."""
 SHAPES = {"0.25B": "LLAMA_250M", "8B": "LLAMA_8B"}
 COLUMNS = (
     "model",
@@ -31,7 +31,7 @@ COLUMNS = (
 
 
 def main(words: Sequence[str]) -> int:
-    """Prints the table, a line as soon as it is known."""
+    """Print the table, each line as soon as it is available."""
     parser = argparse.ArgumentParser(prog="bench.py compiled", description=__doc__)
     parser.add_argument("--model", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--step", nargs="+", choices=["decode", "prefill"], default=["decode", "prefill"])
@@ -51,7 +51,7 @@ def _line(*cells: Any) -> str:
 
 
 def _row(model: str, step: str, tp: int, layers: int | None) -> list[Any]:
-    """The cells of one program."""
+    """Return the table cells of one program."""
     from benchmarks.gpu import models
 
     hf = getattr(models, SHAPES[model])
@@ -81,10 +81,10 @@ def _row(model: str, step: str, tp: int, layers: int | None) -> list[Any]:
 def compile_step(
     hf: dict[str, Any], step: str, tp: int, *, fuse_projections: str | bool = "auto", **options: Any
 ) -> Any:
-    """A step of the engine for `tp` H100s: `support.lowering.Compiled`; `options` of the compiler."""
+    """Compile an engine step for `tp` H100s to a `support.lowering.Compiled`; `options` are compiler options."""
     if str(TESTS) not in sys.path:
         sys.path.insert(0, str(TESTS))
-    from support import lowering  # the one place that knows how to compile without a device
+    from support import lowering  # the only code that compiles without a device
 
     from jaxinfer.engine.runner.buckets import Needs, decode_bucket, prefill_bucket
     from jaxinfer.engine.runner.steps import Shapes
@@ -92,7 +92,7 @@ def compile_step(
     program, params = lowering.abstract_model(hf, lowering.h100_mesh(tp), fuse_projections=fuse_projections)
     width = POSITIONS // BLOCK
     shapes = Shapes(
-        # So many that no array of activations is mistaken for one of the cache.
+        # Large enough that no activation array has the size of a cache array.
         num_blocks=16 * ROWS * width,
         block_size=BLOCK,
         rows=ROWS,
@@ -114,11 +114,13 @@ def compile_step(
 
 
 def fewest_bytes(hf: dict[str, Any], step: str, tp: int) -> int:
-    """Bytes a device must move in a step, attention apart: weights once, each product's input and result once."""
+    """Return the minimum bytes a device moves in a step, without attention: weights once, and each product's input
+    and output once.
+    """
     tokens, logits = (ROWS, ROWS) if step == "decode" else (CHUNK, ROWS)
     size, width, ffn, vocab = 2, hf["hidden_size"], hf["intermediate_size"] // tp, hf["vocab_size"] // tp
     heads = hf["num_attention_heads"] // tp
-    # Where there are more shards than kv heads, each has one.
+    # With more shards than kv heads, each shard has one.
     kv_heads = max(1, hf["num_key_value_heads"] // tp)
     qkv = (heads + 2 * kv_heads) * hf["head_dim"]
     products = ((width, qkv), (heads * hf["head_dim"], width), (width, 2 * ffn), (ffn, width))

@@ -1,4 +1,4 @@
-"""What a row is given, and how it says that it cannot be run."""
+"""Define the context a row runs in, and how a row reports that it cannot run."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 Figures = dict[str, Any]
-"""Name -> number, text, or a list of numbers."""
+"""Figures of a row: name -> number, text, or list of numbers."""
 
 PEAK_BANDWIDTH = {
     "NVIDIA A100-SXM4-40GB": 1.555e12,
@@ -18,40 +18,42 @@ PEAK_BANDWIDTH = {
     "NVIDIA H100 NVL": 3.9e12,
     "NVIDIA H200": 4.8e12,
 }
-"""Bytes a second of a device's memory by NVIDIA's data sheets, by JAX's `device_kind`."""
+"""Memory bandwidth in bytes per second from NVIDIA's data sheets, by JAX's `device_kind`."""
 
 
 class Skip(Exception):
-    """A row cannot be run here; the message says what it lacks."""
+    """Raised by a row that cannot run here; the message names what is missing."""
 
 
 @dataclass(frozen=True)
 class Context:
-    """Where and how a row runs."""
+    """Settings of a row's run."""
 
     out: Path
-    """The folder of all results."""
+    """Folder of all results."""
     dry: bool
-    """Toy sizes, to see that the code runs."""
+    """Whether to use toy sizes, to check that the code runs."""
     peer_python: str
-    """An interpreter with torch and transformers."""
+    """Python interpreter with torch and transformers."""
     kept: Mapping[str, Any] = field(default_factory=dict)
-    """Figures of an earlier run of this row that was cut short."""
+    """Figures of an earlier, interrupted run of this row."""
     save: Callable[[Figures], None] = lambda figures: None
-    """Keeps what has been measured so far, should the row be cut short."""
+    """Function that saves the figures measured so far, in case the row is interrupted."""
 
     def size(self, full: Any, toy: Any) -> Any:
-        """`toy` in a dry run."""
+        """Return `toy` in a dry run, else `full`."""
         return toy if self.dry else full
 
     def figures(self, row: str) -> Figures:
-        """What another row found; empty if it has not run."""
+        """Return the figures of another row; empty if it has not run."""
         path = self.out / f"{row}.json"
         return json.loads(path.read_text())["figures"] if path.exists() else {}
 
 
 def bandwidth_shares(context: Context, name: str, rate: float) -> Figures:
-    """A rate in bytes a second as shares of the data sheet's and of the copy bandwidth, where these are known."""
+    """Return a rate in bytes per second as shares of the data sheet's bandwidth and of the copy bandwidth, where
+    known.
+    """
     shares = {f"{name}_gb_per_second": rate / 1e9}
     peak, copied = peak_bandwidth(), context.figures("roofline").get("copy_gb_per_second")
     if peak is not None:
@@ -62,7 +64,7 @@ def bandwidth_shares(context: Context, name: str, rate: float) -> Figures:
 
 
 def peak_bandwidth() -> float | None:
-    """Bytes a second of the device in use by its data sheet, if it is known here."""
+    """Return the data sheet's bandwidth of the device in use in bytes per second; None if it is unknown."""
     import jax
 
     return PEAK_BANDWIDTH.get(jax.devices()[0].device_kind)

@@ -1,4 +1,4 @@
-"""Engines over random models, and the time of their steps."""
+"""Run engines on random models, and time their steps."""
 
 import time
 from collections.abc import Callable
@@ -20,32 +20,32 @@ from jaxinfer.models.base import LanguageModel
 from jaxinfer.sharding import make_mesh
 
 SETTLING = 4
-"""How often a pass that compiled something is done again."""
+"""Maximum repetitions of a pass in which something was compiled."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A random model and an engine over it."""
+    """Random model with an engine."""
 
     module: LanguageModel
     engine: Engine
     init_seconds: float
-    """How long the weights took, compilation of their makers included."""
+    """Seconds to initialise the weights, including compilation."""
 
     @property
     def compile_seconds(self) -> dict[str, float]:
-        """Of each step met so far: its first call, which traces and compiles it."""
+        """Seconds of the first call of each step, which traces and compiles it."""
         return {str(bucket): seconds for bucket, seconds in self.engine.runner.compile_seconds.items()}
 
     @property
     def token_bytes(self) -> int:
-        """Of keys and values of one position."""
+        """Bytes of keys and values of one position."""
         program = self.engine.runner.program
         return models.token_bytes(self.module, program.mesh, program.dtype)
 
 
 def build(hf: dict[str, Any], **settings: Any) -> Subject:
-    """The model with random weights and an engine with these settings of `EngineConfig`."""
+    """Make a model with random weights, and an engine with these `EngineConfig` settings."""
     start = time.perf_counter()
     module = models.random(hf, make_mesh())
     jax.block_until_ready([array for _, array in models.arrays(module)])
@@ -54,32 +54,31 @@ def build(hf: dict[str, Any], **settings: Any) -> Subject:
 
 
 def engine_of(module: LanguageModel, **settings: Any) -> Engine:
-    """An engine over a model whose weights are in place."""
-    # Every prompt is computed, as a cached one would look free; and a step of the engine is one of the device.
+    """Make an engine for a model with loaded weights."""
+    # No prefix caching, since cached prompts would seem free; and one device step per engine step.
     config = EngineConfig.of({"enable_prefix_caching": False, "decode_steps": 1} | settings)
     return build_engine(module, config, make_mesh())
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """What a run of decode steps took."""
+    """Result of a run of decode steps."""
 
     seconds: float
-    """A step."""
+    """Seconds per step."""
     positions: float
-    """Positions that a sequence had on average, its new token included."""
+    """Mean number of positions of a sequence, including its new token."""
 
 
 def decode(engine: Engine, *, rows: int, prompt: int, steps: int) -> Decoded:
-    """Seconds of a decode step of `rows` sequences, over `steps` steps after a prompt of `prompt` tokens.
+    """Measure a decode step of `rows` sequences, over `steps` steps after a prompt of `prompt` tokens.
 
-    The engine as it is: scheduling, packing and reading the tokens are part of it, as far as the device does not
-    hide them.
+    Includes the engine's scheduling, packing and reading of tokens, as far as they do not overlap with device time.
     """
 
     def once() -> Decoded:
         start_decode(engine, rows=rows, prompt=prompt, steps=steps)
-        # What is known or on its way when the first of the steps is dispatched; each step adds one.
+        # Positions known or in flight when the first step is dispatched; each step adds one.
         first = _positions(engine)
         seconds = run_steps(engine, steps) / steps
         if _positions(engine) != first + steps:
@@ -91,16 +90,16 @@ def decode(engine: Engine, *, rows: int, prompt: int, steps: int) -> Decoded:
 
 
 def _positions(engine: Engine) -> float:
-    """Of a sequence on average, with the tokens that are on their way."""
+    """Return the mean number of positions of a sequence, including tokens in flight."""
     return mean(s.length + s.pending for request in engine.requests.values() for s in request.sequences)
 
 
 WARM = 2
-"""Decode steps that do not count."""
+"""Warm-up decode steps."""
 
 
 def start_decode(engine: Engine, *, rows: int, prompt: int, steps: int) -> None:
-    """Requests with room for `steps` decode steps more, brought to where all of them have decoded `WARM` steps."""
+    """Add requests with capacity for `steps` more decode steps, and run until all of them have decoded `WARM` steps."""
     add(engine, rows=rows, prompt=prompt, new=1 + WARM + steps + 4)
     target = engine.metrics.counters["generation_tokens"] + rows * (1 + WARM)
     while engine.metrics.counters["generation_tokens"] < target:
@@ -110,7 +109,7 @@ def start_decode(engine: Engine, *, rows: int, prompt: int, steps: int) -> None:
 
 
 def run_steps(engine: Engine, steps: int) -> float:
-    """Seconds that `steps` steps of the engine take, until the device has done them."""
+    """Return the seconds of `steps` engine steps, until the device has finished them."""
     jax.block_until_ready(engine.runner.rows.tokens)
     start = time.perf_counter()
     for _ in range(steps):
@@ -120,14 +119,14 @@ def run_steps(engine: Engine, steps: int) -> float:
 
 
 def drain(engine: Engine) -> None:
-    """Ends all requests."""
+    """Finish all requests."""
     for request in list(engine.requests):
         engine.abort(request)
     engine.settle()
 
 
 def prefill(engine: Engine, *, tokens: int, repeats: int = 5) -> float:
-    """Seconds from a prompt's arrival to its first token: the median over `repeats` prompts."""
+    """Return the seconds from a prompt's arrival to its first token: the median over `repeats` prompts."""
 
     def once() -> float:
         start = time.perf_counter()
@@ -141,7 +140,7 @@ def prefill(engine: Engine, *, tokens: int, repeats: int = 5) -> float:
 
 
 def settled(engine: Engine, once: Callable[[], Any]) -> Any:
-    """The result of a pass in which nothing was compiled."""
+    """Run passes until one in which nothing was compiled; return its result."""
     once()
     for _ in range(SETTLING):
         before = len(engine.runner.compile_seconds)
@@ -155,7 +154,7 @@ _number = count()
 
 
 def add(engine: Engine, *, rows: int, prompt: int, new: int) -> None:
-    """Queues `rows` greedy requests of random tokens that run to their length."""
+    """Queue `rows` greedy requests of random tokens that run to their maximum length."""
     limits = ModelLimits(engine.runner.program.vocab, engine.runner.shapes.max_length)
     params = resolve(SamplingParams(temperature=0, max_tokens=new, ignore_eos=True), limits, prompt_len=prompt)
     for _ in range(rows):

@@ -1,4 +1,4 @@
-"""XLA's options for the steps, tried one at a time, each passed with its compilation."""
+"""Try XLA options for the steps one at a time, each in its own compilation."""
 
 import gc
 
@@ -8,7 +8,7 @@ from benchmarks.gpu import engines, models
 from benchmarks.gpu.context import Context, Figures
 
 LAYERS = 8
-"""Of the 8 B shape: enough that the head does not outweigh them, few enough to compile often."""
+"""Layers of the 8 B shape: enough that the head does not dominate, few enough to compile often."""
 PROMPT, STEPS = 2048, 64
 CANDIDATES: dict[str, dict[str, bool | int | str] | None] = {
     "default": None,
@@ -23,11 +23,11 @@ CANDIDATES: dict[str, dict[str, bool | int | str] | None] = {
     "command buffers from 1 kernel": {"xla_gpu_graph_min_graph_size": 1},
     "GEMM fusions all": {"xla_gpu_triton_gemm_any": True},
 }
-"""Name -> options of XLA; `optimization_level` by the numbers of `jax_optimization_level`."""
+"""Name -> XLA options; `optimization_level` takes the values of `jax_optimization_level`."""
 
 
 def run(context: Context) -> Figures:
-    """Milliseconds of a decode step and of a prefill under each candidate, by the engine."""
+    """Measure a decode step and a prefill of the engine under each candidate, in milliseconds."""
     shape = context.size(models.LLAMA_8B | {"num_hidden_layers": LAYERS}, models.TOY)
     prompt, steps = context.size((PROMPT, STEPS), (16, 8))
     candidates = context.size(CANDIDATES, dict.fromkeys(("default", "again")))
@@ -49,12 +49,12 @@ def run(context: Context) -> Figures:
             figures[f"{name}: prefill ms"] = 1e3 * engines.prefill(engine, tokens=prompt)
             figures[f"{name}: decode ms"] = 1e3 * engines.decode(engine, rows=1, prompt=prompt, steps=steps).seconds
             figures[f"{name}: compile seconds"] = sum(engine.runner.compile_seconds.values())
-        except (RuntimeError, jax.errors.JaxRuntimeError) as error:  # an option that this XLA does not know
+        except (RuntimeError, jax.errors.JaxRuntimeError) as error:  # an option unknown to this XLA version
             figures[f"{name}: decode ms"] = str(error).splitlines()[0][:160]
         context.save(figures)
         engine.close()
         del engine
-        gc.collect()  # its cache, before the next one is made
+        gc.collect()  # free its cache before the next engine is made
     times = {key: value for key, value in figures.items() if key.endswith("decode ms") and isinstance(value, float)}
     if not times:
         raise RuntimeError(f"no candidate ran: {figures['default: decode ms']}")

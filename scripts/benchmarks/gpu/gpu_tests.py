@@ -1,4 +1,4 @@
-"""The tests that need a GPU, in a pytest of their own."""
+"""Run the tests that need a GPU, in a pytest process of their own."""
 
 import os
 import subprocess
@@ -13,16 +13,16 @@ FOLDER = "tests/gpu"
 
 
 def run(context: Context) -> Figures:
-    """Counts of `tests/gpu`; the log is kept beside the results.
+    """Return the result counts of `tests/gpu`; the log is stored with the results.
 
     Raises:
-        Skip: there is no pytest, or no GPU.
+        Skip: pytest or a GPU is missing.
         RuntimeError: a test failed.
     """
     report, log = (context.out / f"tests.{kind}" for kind in ("xml", "log"))
     report.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", FOLDER, "-q", "-p", "no:cacheprovider", f"--junitxml={report.resolve()}"]
-    # JAX would take three quarters of the memory for a few megabytes.
+    # JAX would otherwise preallocate three quarters of the memory for a few megabytes.
     more = {"JAXINFER_TEST_GPU": "1", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     with log.open("w") as out:
         code = subprocess.run(command, cwd=ROOT, env=os.environ | more, stdout=out, stderr=subprocess.STDOUT).returncode

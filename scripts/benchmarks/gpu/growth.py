@@ -1,4 +1,4 @@
-"""A cache that grows a token at a time: in blocks, in one array reserved at once, and by concatenation."""
+"""Compare caches that grow by one token per step: paged, contiguous with reserved capacity, and concatenated."""
 
 import time
 from collections.abc import Iterator
@@ -25,15 +25,15 @@ from jaxinfer.sharding import make_mesh
 
 BLOCK = 16
 WARM = 4
-"""Steps that do not count, the first of which compiles."""
+"""Warm-up steps, the first of which compiles."""
 
 
 @dataclass(frozen=True)
 class Contiguous:
-    """Attention over caches `[B, K, S, D]`, a sequence an array: a `Lane` of B blocks of S positions."""
+    """Attention over caches `[B, K, S, D]`, one array row per sequence: a `Lane` of B blocks of S positions."""
 
     grows: bool
-    """Whether every step makes new arrays, as concatenation does, or writes into those there are."""
+    """Whether every step allocates new arrays, as concatenation does, or writes in place."""
 
     def decode(
         self,
@@ -48,7 +48,7 @@ class Contiguous:
         *,
         items: int | None = None,
     ) -> tuple[jax.Array, Lane]:
-        """As `xla_attention.decode`, with a plain softmax over all S positions."""
+        """See `xla_attention.decode`; computes a plain softmax over all S positions."""
         lane = self._append(lane, k, v) if self.grows else paged.write(lane, k, v, slots)
         batch, heads, dim = q.shape
         kv_heads, length = lane.keys.shape[1:3]
@@ -60,8 +60,9 @@ class Contiguous:
         return out.reshape(batch, heads, dim).astype(q.dtype), lane
 
     def _append(self, lane: Lane, k: jax.Array, v: jax.Array) -> Lane:
-        """New arrays that end in the new token. The oldest goes, so that shapes stay and one program serves; what is
-        read and written is what a concatenation to S positions reads and writes, less one token."""
+        """Return new arrays that end with the new token. The oldest token is dropped, so that shapes stay the same
+        and one program suffices; reads and writes equal those of a concatenation to S positions, less one token.
+        """
 
         def join(array: jax.Array, new: jax.Array) -> jax.Array:
             return jnp.concatenate([array[:, :, 1:], new[:, :, None].astype(array.dtype)], axis=2)
@@ -71,13 +72,13 @@ class Contiguous:
 
 @contextmanager
 def _served_by(kernel: Any) -> Iterator[None]:
-    """Lets steps be traced with another implementation of attention."""
+    """Trace steps with another attention implementation."""
     with mock.patch.object(attention, "implementation", lambda name, mesh: kernel):
         yield
 
 
 def run(context: Context) -> Figures:
-    """Milliseconds of a decode step of a 1 B-shaped Llama from 3072 to 4096 positions, by each cache."""
+    """Measure a decode step of a 1 B-shaped Llama from 3072 to 4096 positions with each cache, in milliseconds."""
     start, new = context.size((3072, 1024), (24, 8))
     module = models.random(context.size(models.LLAMA_1B, models.TOY), make_mesh())
     program, params = functional.split(module, make_mesh())
@@ -95,7 +96,7 @@ def run(context: Context) -> Figures:
 def _compare(
     module: LanguageModel, program: Program, params: list[jax.Array], batch: int, start: int, new: int
 ) -> Figures:
-    """All three caches for one number of sequences."""
+    """Compare the three caches for one number of sequences."""
     width = -(-(start + new) // BLOCK)
     tables = np.arange(batch * width, dtype=np.int32).reshape(batch, width)
     whole = np.arange(batch, dtype=np.int32)[:, None]
@@ -116,7 +117,7 @@ def _compare(
 
 
 def _cache(program: Program, blocks: int, size: int) -> list[Lane]:
-    """Random keys and values everywhere, in the place of a prompt's."""
+    """Return a cache of random keys and values, in place of a prompt's."""
     fill = jax.jit(models.values, static_argnums=(1, 2))
     lanes = functional.init_cache(program, blocks, size)
     flat, tree = jax.tree.flatten(lanes)
@@ -133,7 +134,7 @@ def _step(program: Program, params: Any, cache: list[Lane], batch: DecodeBatch) 
 def _growing(
     program: Program, params: list[jax.Array], cache: list[Lane], tables: np.ndarray, start: int, new: int
 ) -> float:
-    """Seconds a step while every sequence grows from `start` by `new` tokens; the cache is donated."""
+    """Return the seconds per step while every sequence grows from `start` by `new` tokens; the cache is donated."""
     step, tokens = jax.jit(_step, static_argnums=0, donate_argnums=2), jnp.zeros(len(tables), jnp.int32)
     begun = 0.0
     for position in range(start - WARM, start + new):
@@ -147,7 +148,9 @@ def _growing(
 
 
 def _joining(program: Program, params: list[jax.Array], batch: int, length: int) -> float:
-    """Seconds of a step that ends at `length` positions; nothing is donated, as concatenation keeps the old array."""
+    """Return the seconds of a step that ends at `length` positions; nothing is donated, as concatenation needs the
+    old arrays.
+    """
     step, cache = jax.jit(_step, static_argnums=0), _cache(program, batch, length)
     rows = DecodeBatch(
         np.zeros(batch, np.int32), np.full(batch, length - 1, np.int32), np.arange(batch, dtype=np.int32)[:, None]

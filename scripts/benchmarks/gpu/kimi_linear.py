@@ -1,15 +1,16 @@
-"""The row over Kimi-Linear's widths: decode of one sequence, against the weights that its tokens touch."""
+"""Measure decoding of one sequence with Kimi-Linear's widths, relative to the weights that a token uses."""
 
 from benchmarks.gpu import engines, models
 from benchmarks.gpu.context import Context, Figures, bandwidth_shares
 
 PROMPT, STEPS = 128, 256
-"""Of one sequence that decodes."""
+"""Prompt tokens and decode steps of the sequence."""
 
 
 def decode(context: Context) -> Figures:
-    """Milliseconds of a decode step, and over it the bytes of the weights that a token touches, of its experts the
-    chosen."""
+    """Measure the milliseconds of a decode step, and the bandwidth over the weights that a token uses (its routed
+    experts only).
+    """
     prompt, steps = context.size((PROMPT, STEPS), (8, 16))
     subject = engines.build(
         context.size(models.KIMI_LINEAR, models.KIMI_LINEAR_TOY),

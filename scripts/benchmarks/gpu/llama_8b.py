@@ -1,4 +1,4 @@
-"""Rows over an 8 B-shaped Llama: decode of one sequence, prefill, start-up, and the trace of decode steps."""
+"""Measure an 8 B-shaped Llama: decode of one sequence, prefill, start-up, and a trace of decode steps."""
 
 import shutil
 from typing import Any
@@ -10,13 +10,13 @@ from benchmarks.gpu.context import Context, Figures, Skip, bandwidth_shares
 from benchmarks.gpu.engines import Subject
 
 PROMPT, STEPS = 128, 256
-"""Of one sequence that decodes."""
+"""Prompt tokens and decode steps of the sequence."""
 TRACED = 32
-"""Decode steps in a trace."""
+"""Number of traced decode steps."""
 
 
 def _subject(context: Context, *, prompt: int, new: int) -> Subject:
-    """One sequence, its prompt computed in one step."""
+    """Make the model and an engine for one sequence whose prompt is prefilled in one step."""
     return engines.build(context.size(models.LLAMA_8B, models.TOY), **_settings(prompt, new))
 
 
@@ -30,13 +30,13 @@ def _settings(prompt: int, new: int) -> dict[str, Any]:
 
 
 def _decoding(context: Context) -> tuple[Subject, int, int]:
-    """The subject, the prompt's length, and the steps to be measured."""
+    """Return the subject, the prompt length, and the number of measured steps."""
     prompt, steps = context.size((PROMPT, STEPS), (8, 16))
     return _subject(context, prompt=prompt, new=steps + 16), prompt, steps
 
 
 def decode(context: Context) -> Figures:
-    """Milliseconds of a decode step, and bytes of weights and of live keys and values over it."""
+    """Measure the milliseconds of a decode step, and its bandwidth over weights and live keys and values."""
     subject, prompt, steps = _decoding(context)
     engine = subject.engine
     found = engines.decode(engine, rows=1, prompt=prompt, steps=steps)
@@ -57,14 +57,16 @@ def decode(context: Context) -> Figures:
 
 
 def prefill(context: Context) -> Figures:
-    """The rate of a prompt's products, its causal attention among them, over that of large ones in the same run."""
+    """Measure the rate of a prompt's products, including causal attention, relative to that of large products in the
+    same run.
+    """
     tokens = context.size(4096, 64)
     subject = _subject(context, prompt=tokens, new=1)
     seconds = engines.prefill(subject.engine, tokens=tokens)
     spec = subject.module.config.attention
     each, head = models.matrix_sizes(subject.module)
     gemms = 2 * (each * tokens + head)
-    # Scores and weighted values of every query with the keys up to it.
+    # Scores and weighted values of every query over the keys up to its position.
     attention = 4 * spec.heads * spec.head_dim * subject.module.config.num_layers * tokens * (tokens + 1) // 2
     figures = {
         "kernel": subject.engine.runner.program.kernel,
@@ -82,7 +84,7 @@ def prefill(context: Context) -> Figures:
 
 
 def command_buffers(context: Context) -> Figures:
-    """A trace of decode steps: how busy the GPU was, graph launches and kernels a step."""
+    """Trace decode steps: how busy the GPU was, graph launches and kernels per step."""
     subject, prompt, _ = _decoding(context)
     engine, steps = subject.engine, context.size(TRACED, 4)
     engines.decode(engine, rows=1, prompt=prompt, steps=steps)
@@ -103,7 +105,9 @@ def command_buffers(context: Context) -> Figures:
 
 
 def startup(context: Context) -> Figures:
-    """Seconds until the steps of one sequence are compiled: with an empty compilation cache, and with a filled one."""
+    """Measure the seconds until the steps of one sequence are compiled, with an empty and a filled compilation
+    cache.
+    """
     cache = context.out / "startup.compiled"
     shutil.rmtree(cache, ignore_errors=True)
     jax.config.update("jax_compilation_cache_dir", str(cache))
@@ -114,7 +118,7 @@ def startup(context: Context) -> Figures:
     for state in ("cold", "warm"):
         if state == "warm":
             engine.close()
-            engine.runner.cache.clear()  # before the next one is made
+            engine.runner.cache.clear()  # free the cache before the next engine is made
             jax.clear_caches()
             engine = engines.engine_of(subject.module, **_settings(prompt, steps + 16))
         engines.decode(engine, rows=1, prompt=prompt, steps=steps)

@@ -1,4 +1,4 @@
-"""Random models of well-known shapes, made on the device within seconds."""
+"""Make random models of well-known shapes on the device, within seconds."""
 
 import re
 from functools import cache
@@ -28,7 +28,7 @@ def llama(
     dtype: str = "bfloat16",
     positions: int = 131072,
 ) -> dict[str, Any]:
-    """config.json of a Llama."""
+    """Return the config.json of a Llama."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -49,12 +49,12 @@ def llama(
 
 
 LLAMA_8B = llama(4096, 32, 32, 8, 14336, 128256)
-"""The shape of Llama 3 8B."""
+"""Shape of Llama 3 8B."""
 LLAMA_1B = llama(2048, 16, 32, 8, 8192, 128256, tied=True)
-"""The shape of Llama 3.2 1B: heads of 64, embedding and head in one."""
+"""Shape of Llama 3.2 1B: head dimension 64, tied embedding."""
 LLAMA_250M = llama(1024, 16, 16, 4, 2816, 32000)
 TOY = llama(64, 2, 4, 2, 96, 259, positions=2048, dtype="float32")
-"""For dry runs."""
+"""Shape for dry runs."""
 
 
 def kimi_linear(
@@ -69,8 +69,7 @@ def kimi_linear(
     layers: int,
     dtype: str = "bfloat16",
 ) -> dict[str, Any]:
-    """config.json of a Kimi-Linear: of four layers the last has attention over latents, all but the first have
-    experts."""
+    """Return the config.json of a Kimi-Linear: every fourth layer is MLA, and all layers but the first have experts."""
     full = [n for n in range(1, layers + 1) if n % 4 == 0]
     return {
         "architectures": ["KimiLinearForCausalLM"],
@@ -105,17 +104,17 @@ def kimi_linear(
 
 
 KIMI_LINEAR = kimi_linear(2304, 9216, 32, 128, 512, 256, 1024, 163840, layers=12)
-"""The widths of Kimi-Linear-48B-A3B; all of its 27 layers do not fit on one device."""
+"""Widths of Kimi-Linear-48B-A3B; its full 27 layers do not fit on one device."""
 KIMI_LINEAR_4 = kimi_linear(2304, 9216, 32, 128, 512, 256, 1024, 163840, layers=4)
-"""Four of its layers, three of them KDA: for compilations."""
+"""Four of its layers, three of them KDA, for compilations."""
 KIMI_LINEAR_TOY = kimi_linear(32, 48, 4, 8, 16, 6, 24, 97, layers=4, dtype="float32")
 
 
 def random(hf: dict[str, Any], mesh: Mesh, seed: int = 0) -> LanguageModel:
-    """A model with weights of the usual size, each made where it lies and alone, so that memory holds one copy.
+    """Make a model with weights of realistic scale, each created on its own device, so that memory holds one copy.
 
-    `loading.weights.random` compiles one program that draws all weights, which for 32 layers takes more than a
-    minute; here a shape is compiled once, and the values come from a hash.
+    `loading.weights.random` compiles one program that draws all weights, which takes more than a minute for 32 layers.
+    Here each shape is compiled once, and the values come from a hash.
     """
     served, config = weights.parse(hf)
     kind = weights.resolve_dtype("auto", hf["dtype"], mesh.devices.flat[0].platform)
@@ -138,10 +137,10 @@ def _maker(shape: tuple[int, ...], dtype: jnp.dtype, placed: NamedSharding) -> A
 
 
 def values(number: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-    """A vector of ones (a norm's scale), or even values of standard deviation `shape[-1]^-0.5`.
+    """Return a vector of ones (a norm's scale), or uniform values of standard deviation `shape[-1]^-0.5`.
 
-    A multiplicative hash of each place (murmur3's finaliser) fuses into one kernel without temporaries, where
-    JAX's own generator would lay out its counters first.
+    A multiplicative hash of each index (murmur3's finaliser) fuses into one kernel without temporaries, whereas JAX's
+    generator materialises its counters first.
     """
     if len(shape) == 1:
         return jnp.ones(shape, dtype)
@@ -156,7 +155,7 @@ def values(number: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.A
 
 
 def step_bytes(module: LanguageModel) -> int:
-    """Bytes of the weights that a decode step reads: all, but of an embedding apart from the head only a row."""
+    """Return the bytes of weights that a decode step reads: all, but only one row of an untied embedding."""
     return sum(
         param.nbytes
         for path, param in arrays(module)
@@ -165,7 +164,7 @@ def step_bytes(module: LanguageModel) -> int:
 
 
 def touched_bytes(module: LanguageModel) -> int:
-    """Of `step_bytes` those that one token needs: of each layer's experts the few it is routed to."""
+    """Return the part of `step_bytes` that one token uses: only the routed experts of each layer."""
     moe, dense = module.config.moe, {str(layer) for layer in module.config.dense_layers}
     found = ((_MLP.search(path), array.nbytes) for path, array in arrays(module))
     routed = sum(size for match, size in found if match and match[1] not in dense)
@@ -173,17 +172,17 @@ def touched_bytes(module: LanguageModel) -> int:
 
 
 def matrix_sizes(module: LanguageModel) -> tuple[int, int]:
-    """Weights that every token of a prompt is multiplied with, and those of the head."""
+    """Return the number of weights that every prompt token is multiplied with, and the number in the head."""
     sizes = {path: array.size for path, array in arrays(module) if array.ndim > 1}
     outer = {path: size for path, size in sizes.items() if path.startswith(("embedding.", "head."))}
     return sum(sizes.values()) - sum(outer.values()), outer.get("head.weight", outer["embedding.weight"])
 
 
 def token_bytes(module: LanguageModel, mesh: Mesh, dtype: jnp.dtype) -> int:
-    """Bytes of keys and values of one position in all layers."""
+    """Return the bytes of keys and values of one position over all layers."""
     return kv_cache.block_bytes(module.cache_specs(), 1, dtype, mesh)
 
 
 def arrays(module: LanguageModel) -> list[tuple[str, jax.Array]]:
-    """The parameters with their paths."""
+    """Return the parameters with their paths."""
     return [(path, param[...]) for path, param in rules.parameters(module).items()]
