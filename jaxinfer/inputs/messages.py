@@ -1,8 +1,8 @@
-"""Normalise the messages of a conversation to what chat templates take, as vLLM does.
+"""Normalise chat messages to the forms that chat templates accept, as vLLM does.
 
-Clients send messages in several forms: content as text, as parts, as None or, for the result of a tool, as an object;
-arguments of tool calls as objects or as JSON in a string; messages as dicts or as objects of a client library. All of
-them become plain data here. Nothing of what the caller passed is changed.
+Clients send messages in several forms: content as text, as parts, as None or, for tool results, as an object; tool-call
+arguments as objects or as a JSON string; messages as dicts or as objects of a client library. This module converts all
+of them to plain data and never modifies the caller's objects.
 """
 
 from __future__ import annotations
@@ -30,27 +30,27 @@ _TEXT_PARTS = {
     "refusal": "refusal",
     "thinking": "thinking",
 }
-"""Types of parts that are text, and the key of the text."""
+"""Text part types: type -> key of the text."""
 _IMAGE_PARTS = {"image": "image", "image_pil": "image_pil", "image_url": "image_url", "input_image": "image_url"}
-"""Types of parts that are images, and the key of the image."""
+"""Image part types: type -> key of the image."""
 
 Forms = Callable[[str], str]
-"""The forms of content that a template takes for a role: letters of `template_worker.describe`."""
+"""Function from a role to the content forms that a template accepts for it: letters of `template_worker.describe`."""
 
 
 def conversations(messages: Any, *, images: bool) -> tuple[list[list[dict[str, Any]]], bool]:
-    """Check messages, and make plain data of them.
+    """Check messages and convert them to plain data.
 
     Args:
         messages: dicts with "role" and "content", objects with `model_dump` or dataclasses, or a list of such lists.
         images: whether the model takes images in messages.
 
     Returns:
-        The messages of each conversation, their contents strings, lists of parts or, of tools, objects; and whether
-        `messages` were several conversations. Image parts keep what the caller passed under "image".
+        The messages of each conversation, with content as a string, a list of parts or, for tool results, an object;
+        and whether `messages` is a list of conversations. Image parts keep the caller's object under "image".
 
     Raises:
-        TypeError, ValueError: what is no message; the message names the index.
+        TypeError, ValueError: a message is invalid; the error names its index.
     """
     several = is_several(messages)
     try:
@@ -63,31 +63,31 @@ def conversations(messages: Any, *, images: bool) -> tuple[list[list[dict[str, A
 
 
 def for_template(chat: list[dict[str, Any]], forms: Forms, image_marker: str | None) -> list[dict[str, Any]]:
-    """Bring the contents of a conversation into the forms that a template takes.
+    """Convert the contents of a conversation to the forms that a template accepts.
 
     Args:
-        chat: of `conversations`.
-        forms: says what the template takes for a role.
-        image_marker: text that stands for an image where the template knows of none.
+        chat: messages from `conversations`.
+        forms: returns the content forms that the template accepts for a role.
+        image_marker: text inserted for each image if the template does not handle images.
     """
     return [_for_template(message, forms(message["role"]), image_marker) for message in chat]
 
 
 def images_of(chat: list[dict[str, Any]]) -> list[Any]:
-    """Return the images in the parts of a conversation of `conversations`, in order."""
+    """Return the images of a conversation from `conversations`, in order."""
     contents = [message["content"] for message in chat if isinstance(message["content"], list)]
     return [part["image"] for content in contents for part in content if part["type"] == "image"]
 
 
 def is_several(messages: Any) -> bool:
-    """Whether these are conversations, not the messages of one."""
+    """Return whether `messages` is a list of conversations, not a single conversation."""
     return _is_list(messages) and len(messages) > 0 and all(_is_list(item) for item in messages)
 
 
 def plain(value: Any) -> Any:
-    """Rebuild a value of plain Python data; what is no data becomes the name of its type, as in transformers.
+    """Convert a value to plain Python data; other objects become the name of their type, as in transformers.
 
-    A template must not get objects: their methods may do anything.
+    Templates are untrusted and must not get objects, whose methods they could call.
     """
     if value is None or type(value) in (str, int, float, bool):
         return value
@@ -105,12 +105,12 @@ def plain(value: Any) -> Any:
 
 
 def _key(key: Any) -> Any:
-    """The key of an object; what JSON has no key for becomes text."""
+    """Convert a dict key to a JSON-compatible key; keys of other types become text."""
     return plain(key) if key is None or isinstance(key, (str, int, float)) else str(key)
 
 
 def _fields(value: Any) -> Mapping[Any, Any] | None:
-    """The fields of a dict, of an object of pydantic or of a dataclass; None of anything else."""
+    """Return the fields of a dict, pydantic object or dataclass; None for other types."""
     if isinstance(value, Mapping):
         return value
     if isinstance(value, type):
@@ -152,7 +152,7 @@ def _message(message: Any, where: str, images: bool) -> dict[str, Any]:
 
 
 def _content(content: Any, role: str, where: str, images: bool) -> Any:
-    """The content of a message: a string, a list of parts, or the object that a tool returned."""
+    """Normalise the content of a message to a string, a list of parts, or the object that a tool returned."""
     if isinstance(content, str):
         return plain(content)
     parts = _is_list(content)
@@ -167,7 +167,7 @@ def _content(content: Any, role: str, where: str, images: bool) -> Any:
 
 
 def _is_part(value: Any) -> bool:
-    """Whether an item of what a tool returned is a part of a message, and no object of its own that has a type."""
+    """Return whether an item of a tool result is a message part, rather than the tool's own object with a "type"."""
     if isinstance(value, str):
         return True
     fields = _fields(value) or {}
@@ -176,13 +176,13 @@ def _is_part(value: Any) -> bool:
 
 
 def _parts(content: Any, where: str, images: bool) -> list[dict[str, Any]]:
-    """The parts of a message without those whose text is None, which vLLM leaves out as well."""
+    """Normalise the parts of a message; drop parts whose text is None, as vLLM does."""
     made = [_part(part, f"{where}[{index}]", images) for index, part in enumerate(content)]
     return [part for part in made if part is not None]
 
 
 def _part(part: Any, where: str, images: bool) -> dict[str, Any] | None:
-    """A part as templates know it, of an image with what the caller passed; None for a text that is None."""
+    """Normalise a part to a text part or an image part with the caller's image; None if its text is None."""
     if isinstance(part, str):
         return {"type": "text", "text": plain(part)}
     fields = _fields(part)
@@ -203,7 +203,7 @@ def _part(part: Any, where: str, images: bool) -> dict[str, Any] | None:
 
 
 def _image(fields: Mapping[Any, Any], kind: str, where: str) -> Any:
-    """The image of a part: what the caller passed, or the text of a data URL."""
+    """Return the image of a part: the caller's object, or a data URL as a string."""
     image = fields.get(_IMAGE_PARTS[kind])
     if kind in ("image_url", "input_image"):
         url = image.get("url") if isinstance(image, Mapping) else image
@@ -223,10 +223,10 @@ def _image(fields: Mapping[Any, Any], kind: str, where: str) -> Any:
 
 
 def decoded(image: Any, where: str) -> Any:
-    """Open the image of a data URL; anything else is returned as it is.
+    """Open the image of a data URL; any other image is returned unchanged.
 
     Raises:
-        ValueError: it is no image in base64.
+        ValueError: the data URL is not in base64 or does not contain a readable image.
     """
     if not isinstance(image, str):
         return image
@@ -242,7 +242,7 @@ def decoded(image: Any, where: str) -> Any:
 
 
 def _add_calls(made: dict[str, Any], where: str) -> None:
-    """Bring the tool calls of a message into one form, in place: a list of dicts, their arguments parsed."""
+    """Normalise the tool calls of a message in place to a list of dicts with parsed arguments."""
     legacy = made.get("function_call")
     if legacy is not None and not made.get("tool_calls"):
         made["tool_calls"] = [{"type": "function", "function": legacy}]
@@ -269,7 +269,7 @@ def _call(call: Any, where: str) -> dict[str, Any]:
 
 
 def _with_arguments(function: Mapping[Any, Any], where: str) -> dict[str, Any]:
-    """A function with its arguments as an object; text that is no JSON, which models do write, counts as none."""
+    """Return a function with its arguments as an object; invalid JSON, which models do write, becomes {}."""
     given = function.get("arguments")
     if not isinstance(given, str):
         values = given if _is_list(given) else _fields(given)
@@ -302,9 +302,9 @@ def _for_template(message: dict[str, Any], forms: str, image_marker: str | None)
 
 
 def _keeps_parts(role: str, content: list[dict[str, Any]], forms: str) -> bool:
-    """Whether a template gets the parts as they are.
+    """Return whether the template gets a list of parts instead of joined text.
 
-    The result of a tool is text for every template that takes text there, as in vLLM.
+    Tool results are joined to text for every template that accepts text there, as in vLLM.
     """
     if any(part["type"] == "image" for part in content):
         return "i" in forms
@@ -312,7 +312,7 @@ def _keeps_parts(role: str, content: list[dict[str, Any]], forms: str) -> bool:
 
 
 def _with_json(call: dict[str, Any]) -> dict[str, Any]:
-    """A tool call with its arguments as JSON in a string."""
+    """Return a tool call with its arguments as a JSON string."""
     if "function" in call:
         return {**call, "function": _with_json(call["function"])}
     return {**call, "arguments": _json(call["arguments"])} if "arguments" in call else call

@@ -1,4 +1,4 @@
-"""The prompts a user passes, in any of the accepted forms, made into one; wrong ones named by index."""
+"""Parse prompts from any of the accepted forms and check them; errors name the prompt by index."""
 
 from __future__ import annotations
 
@@ -21,45 +21,48 @@ _NOT_TEXT = (_MEDIA, "multi_modal_uuids", "mm_processor_kwargs", "prompt_embeds"
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt. At least one of `text` and `token_ids` is given; token ids win where both are.
+    """A parsed prompt. At least one of `text` and `token_ids` is set; if both are, `token_ids` are used.
 
-    Of a model with an encoder that reads prompts, it is the decoder's, and may be empty.
+    For an encoder-decoder model of text, this is the decoder's prompt, which may be empty.
     """
 
     text: str | None = None
     token_ids: tuple[int, ...] | None = None
     cache_salt: str | None = None
-    """Prompts share cached blocks only with prompts of the same salt."""
+    """Salt of the prefix cache: a prompt shares cached blocks only with prompts of the same salt."""
     media: Mapping[str, Any] | None = field(default=None, compare=False)
-    """What of it is no text, as the user passed it."""
+    """The user's `multi_modal_data`, unchanged."""
     special_tokens: bool = True
     """Whether the tokenizer adds its special tokens to the text."""
     encoder: Prompt | None = None
-    """What the encoder reads."""
+    """Prompt of the encoder; None for models whose encoder takes no prompt."""
     options: Mapping[str, Any] = field(default_factory=dict, compare=False)
-    """Further keys of the dict, as the user passed them (`Forms.options`)."""
+    """Model-specific keys of the prompt's dict (`Forms.options`), unchanged."""
 
 
 def parse_prompts(prompts: Any, *, max_chars: int | None = None, forms: Forms = Forms()) -> list[Prompt]:
-    """Every accepted form of prompts as a list of `Prompt`, in order.
+    """Parse prompts in any of the accepted forms.
 
-    A prompt is a string, a list of token ids, or a dict with "prompt" or "prompt_token_ids" (or both: the ids
-    are used, the text is shown) and optionally "cache_salt" and "multi_modal_data". `prompts` is one prompt or a list
-    or tuple of them; a list of numbers is one prompt of token ids, an empty list no prompt.
+    A prompt is a string, a list of token ids, or a dict with "prompt" or "prompt_token_ids" (or both: the ids are used
+    and the text is returned in the output) and optionally "cache_salt" and "multi_modal_data". `prompts` is one prompt
+    or a list or tuple of prompts; a list of numbers is one prompt of token ids, an empty list is no prompt.
 
-    Of a model whose encoder reads prompts, such a prompt is the encoder's. Both are given by a dict with
+    For an encoder-decoder model of text, such a prompt is the encoder's. To set both prompts, pass a dict with
     "encoder_prompt" and "decoder_prompt", each a string, token ids, or a dict with "prompt" or "prompt_token_ids"; the
-    decoder's may be None or left out.
+    decoder's may be None or omitted.
 
     Args:
-        prompts: what the user passed.
-        max_chars: longest text, in characters, that can fit the model (`max_prompt_chars`); None: no limit.
-        forms: what prompts of the model may have; of "multi_modal_data" the rest is checked elsewhere (`media`).
+        prompts: the user's prompts.
+        max_chars: maximum length of a text, in characters (`max_prompt_chars`); None for no limit.
+        forms: prompt forms that the model accepts; the contents of "multi_modal_data" are checked in `media`.
+
+    Returns:
+        The parsed prompts, in order.
 
     Raises:
-        TypeError: a form that is none of these.
-        ValueError: an empty or too long prompt, text that is not Unicode, keys that are unknown or not for
-            text models. Every message names the index of the prompt.
+        TypeError: `prompts` or one of its fields has an unsupported type.
+        ValueError: a prompt is empty or too long, a text is not Unicode, or a key is unknown or unsupported by the
+            model. Every error names the index of the prompt.
     """
     if isinstance(prompts, (str, Mapping)) or _is_numbers(prompts):
         prompts = [prompts]
@@ -69,10 +72,10 @@ def parse_prompts(prompts: Any, *, max_chars: int | None = None, forms: Forms = 
 
 
 def check_token_ids(token_ids: Sequence[int], vocab_size: int, index: int) -> None:
-    """Refuse ids outside the vocabulary.
+    """Check that all token ids are in the vocabulary.
 
     Raises:
-        ValueError: names the prompt's index, the id, its position and the vocabulary.
+        ValueError: an id is outside; the error names the prompt's index, the id, its position and the vocabulary size.
     """
     if not token_ids or (min(token_ids) >= 0 and max(token_ids) < vocab_size):
         return
@@ -84,17 +87,17 @@ def check_token_ids(token_ids: Sequence[int], vocab_size: int, index: int) -> No
 
 
 def check_prompt_length(length: int, max_model_len: int, index: int, of_images: int = 0, longer: str = "") -> None:
-    """Refuse a prompt of `length` tokens, `of_images` of them for images, that leaves no room for one new token.
+    """Check that a prompt leaves room for at least one new token.
 
     Args:
-        length: tokens of the prompt.
-        max_model_len: the most tokens of a sequence.
-        index: of the prompt in its call.
-        of_images: of `length`.
-        longer: what limits `max_model_len` and how to raise it, after "Shorten the prompt" (`ModelLimits.longer`).
+        length: tokens of the prompt, image tokens included.
+        max_model_len: maximum tokens of a sequence.
+        index: index of the prompt in its call.
+        of_images: number of image tokens in the prompt.
+        longer: error text that says what limits `max_model_len` and how to raise it (`ModelLimits.longer`).
 
     Raises:
-        ValueError: names the prompt's index, both lengths and the remedy.
+        ValueError: the prompt is too long; the error names the prompt's index, both lengths and the remedy.
     """
     if length < max_model_len:
         return
@@ -108,12 +111,12 @@ def check_prompt_length(length: int, max_model_len: int, index: int, of_images: 
 
 
 def max_prompt_chars(longest_token: int, max_model_len: int) -> int:
-    """Characters that `max_model_len` tokens can stand for: a bound to check before tokenising a long text.
+    """Return an upper bound on the characters of `max_model_len` tokens, to reject long texts before tokenising them.
 
     Args:
-        longest_token: characters of the vocabulary's longest token. At least 64 are assumed, since tokenizers
-            may drop or merge characters (spaces, accents) before they look tokens up.
-        max_model_len: tokens of the longest sequence.
+        longest_token: characters of the vocabulary's longest token. At least 64 are assumed, since tokenizers may drop
+            or merge characters (spaces, accents) before they look tokens up.
+        max_model_len: maximum tokens of a sequence.
     """
     return max(longest_token, 64) * max_model_len
 
@@ -139,7 +142,7 @@ def _parse(prompt: Any, index: int, max_chars: int | None, forms: Forms) -> Prom
 
 
 def _parse_pair(prompt: Any, index: int, max_chars: int | None) -> Prompt:
-    """Of a model whose encoder reads prompts."""
+    """Parse the prompt of an encoder-decoder model of text into the encoder's and the decoder's prompt."""
     if not isinstance(prompt, Mapping) or not any(key in prompt for key in _PAIR):
         whole = _parse_side(prompt, index, max_chars, _ENCODER, f", or {_PAIR[0]} and {_PAIR[1]}")
         return Prompt(cache_salt=whole.cache_salt, encoder=replace(whole, cache_salt=None))
@@ -163,7 +166,7 @@ def _parse_pair(prompt: Any, index: int, max_chars: int | None) -> Prompt:
 
 
 def _parse_side(prompt: Any, index: int, max_chars: int | None, side: str, others: str = "") -> Prompt:
-    """The encoder's prompt or the decoder's; `others`: keys that a dict could have had instead, as they are said."""
+    """Parse the encoder's or the decoder's prompt; `others`: error text with alternative keys of a dict."""
     if isinstance(prompt, str):
         return Prompt(text=_text(prompt, index, max_chars, side))
     if _is_sequence(prompt):
@@ -223,7 +226,7 @@ def _text(text: str, index: int, max_chars: int | None, side: str = _DECODER) ->
 
 
 def _check_unicode(text: str, where: str) -> None:
-    """Lone surrogates have no UTF-8, so no tokenizer takes them. Everything else is text, NUL included."""
+    """Reject lone surrogates: they have no UTF-8 encoding, so tokenizers fail on them. All else is valid, even NUL."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

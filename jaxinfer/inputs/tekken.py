@@ -1,7 +1,7 @@
-"""Mistral's tokenizers in their own format, `tekken.json`, read as data: the package mistral-common is not needed.
+"""Read Mistral's tokenizer format, `tekken.json`, without the package mistral-common.
 
-Its own tokenizer class reads control tokens in a text as plain text, so that no rendered chat could be encoded. Here
-they are added tokens, as in the tokenizer.json of Mistral's checkpoints that have both files.
+The tokenizer class of mistral-common encodes control tokens in a text as plain text, so that rendered chats cannot be
+encoded. Here control tokens are added tokens, as in the tokenizer.json of Mistral checkpoints that have both files.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from jaxinfer.inputs import byte_bpe
 
 FILE = "tekken.json"
 MAX_TOKENS = 2**22
-"""Most tokens of a file; Mistral's have 2^17."""
+"""Maximum number of tokens in a file; Mistral's files have 2^17."""
 NAMED = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
-"""Control tokens with a role; the first is put in front of a text."""
+"""Control tokens with a role in transformers; the BOS token is prepended to each text."""
 FIRST = (
     "<unk>",
     "<s>",
@@ -44,19 +44,22 @@ FIRST = (
     "[/SYSTEM_PROMPT]",
     "[TOOL_CONTENT]",
 )
-"""The control tokens of files that list none (up to version 7)."""
+"""Control tokens of files without a `special_tokens` list (up to version 7), in the order of their ids."""
 
 
 def is_kept_so(directory: Path) -> bool:
-    """Whether the folder has its tokenizer in this format alone."""
+    """Return whether the folder has tekken.json and no tokenizer.json."""
     return (directory / FILE).is_file() and not (directory / "tokenizer.json").is_file()
 
 
 def backend(directory: Path) -> tuple[Tokenizer, dict[str, Any]]:
-    """Make the tokenizer, and what `PreTrainedTokenizerFast` is to know beside it.
+    """Build the tokenizer of a folder with tekken.json.
+
+    Returns:
+        The tokenizer, and further keyword arguments of `PreTrainedTokenizerFast`.
 
     Raises:
-        CheckpointError: names the field that is not as it must be.
+        CheckpointError: a field is invalid; the error names the field and its value.
     """
     path = directory / FILE
     said = read_json(path)
@@ -87,7 +90,7 @@ def backend(directory: Path) -> tuple[Tokenizer, dict[str, Any]]:
 
 
 def _control(listed: Any, config: dict[str, Any], path: Path) -> list[str]:
-    """The texts of the control tokens, by their ids."""
+    """Return the texts of the control tokens, in the order of their ids."""
     texts = list(FIRST)
     if listed is not None:
         if not isinstance(listed, list) or not all(
@@ -125,7 +128,7 @@ def _count(config: dict[str, Any], name: str, default: int, path: Path) -> int:
 
 
 def _ranks(entries: list[Any], path: Path) -> dict[bytes, int]:
-    """Bytes of each token -> its rank, which is its place in the list."""
+    """Return bytes of each token -> rank, which is the token's index in the list."""
     ranks: dict[bytes, int] = {}
     for at, entry in enumerate(entries):
         try:

@@ -1,8 +1,7 @@
-"""Tokenizers kept as a file of tiktoken ranks, `tiktoken.model`, whose class is code of the checkpoint: Moonshot's
-(Kimi).
+"""Read Moonshot's (Kimi's) tokenizers, a file of tiktoken ranks (`tiktoken.model`) whose class is checkpoint code.
 
-The file has a line a token: its bytes in base64, and its rank, which is its id. What else that class does is stated
-here as data, so that none of it is run: how text is divided before bytes are merged, and which ids are added tokens.
+The file has one line per token: its bytes in base64, and its rank, which is its id. The rest of that class is restated
+here as data, so that no checkpoint code runs: how text is split before merging, and which ids are added tokens.
 """
 
 from __future__ import annotations
@@ -21,11 +20,12 @@ from jaxinfer.inputs import byte_bpe
 
 FILE = "tiktoken.model"
 CLASS = "TikTokenTokenizer"
-"""What tokenizer_config.json calls Moonshot's class."""
+"""Name of Moonshot's class in tokenizer_config.json (`tokenizer_class`)."""
 ADDED = 256
-"""Ids behind the ranks; those that tokenizer_config.json gives no text are `<|reserved_token_ID|>`."""
+"""Number of added-token ids after the ranks; ids without a text in tokenizer_config.json are
+`<|reserved_token_ID|>`."""
 MAX_BYTES = 64 * 2**20
-"""Largest file read; that of 163,584 tokens has 2.8 MiB."""
+"""Maximum size of the file; a file of 163,584 tokens has 2.8 MiB."""
 
 _ENDING = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 _BEFORE = r"[^\r\n\p{L}\p{N}]?"
@@ -42,23 +42,26 @@ SPLIT = "|".join(
         r"\s+",
     ]
 )
-"""Pieces that no merge crosses: runs of Han characters, words by their case with an English ending, up to three digits,
-punctuation, white space."""
+"""Regular expression that splits a text into pieces, which merges do not cross: runs of Han characters, words by their
+case with an English ending, up to three digits, punctuation, white space."""
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
 _SETTINGS = ("model_max_length", "chat_template")
 
 
 def is_kept_so(directory: Path) -> bool:
-    """Whether the folder has its tokenizer as a file of ranks and in no form that says more."""
+    """Return whether the folder has tiktoken.model and no tokenizer.json."""
     return (directory / FILE).is_file() and not (directory / "tokenizer.json").is_file()
 
 
 def backend(directory: Path) -> tuple[Tokenizer, dict[str, Any]]:
-    """The tokenizer, and what `PreTrainedTokenizerFast` is to know beside it.
+    """Build the tokenizer of a folder with tiktoken.model.
+
+    Returns:
+        The tokenizer, and further keyword arguments of `PreTrainedTokenizerFast`.
 
     Raises:
-        CheckpointError: a class whose way to divide text is not known, or a file that is not as described above.
+        CheckpointError: the tokenizer class, and so its text splitting, is unknown, or a file is invalid.
     """
     path = directory / "tokenizer_config.json"
     settings = read_json(path) if path.is_file() else {}
@@ -85,10 +88,13 @@ def backend(directory: Path) -> tuple[Tokenizer, dict[str, Any]]:
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
-    """Bytes of each token -> its rank, which are 0 to n - 1.
+    """Read a file of tiktoken ranks.
+
+    Returns:
+        Bytes of each token -> rank; the ranks are 0 to n - 1.
 
     Raises:
-        CheckpointError: names the file and the line, or what is missing.
+        CheckpointError: the file is invalid; the error names the file and the line, or the missing token.
     """
     if path.stat().st_size > MAX_BYTES:
         raise CheckpointError(f"{path} has {path.stat().st_size} bytes; a file of ranks may have {MAX_BYTES}.")
@@ -116,7 +122,7 @@ def read_ranks(path: Path) -> dict[bytes, int]:
 
 
 def _added(listed: Any, first: int, path: Path) -> list[AddedToken]:
-    """The tokens behind the ranks, in the order of their ids; `listed` has been checked (`tokenizer_files.check`)."""
+    """Return the added tokens, in the order of their ids; `listed` is already checked (`tokenizer_files.check`)."""
     texts: dict[int, Mapping[str, Any]] = {}
     for name, token in listed.items() if isinstance(listed, Mapping) else ():
         if not first <= int(name) < first + ADDED:
