@@ -1,16 +1,16 @@
-"""Render chat templates in a process of their own: run as a script by `jaxinfer.inputs.templates`, imported by nothing.
+"""Worker process that renders chat templates; `jaxinfer.inputs.templates` runs this file as a script.
 
-A template comes from the Hub or from a request. One call into C that it makes may take hours or terabytes while it
-holds the interpreter's lock, which no limit inside the process reaches. Here the kernel ends the process when a render
-takes too long, and refuses it memory beyond `MEMORY`.
+Templates come from the Hub or from requests and are untrusted. A single C call made by a template can take hours or
+terabytes while it holds the GIL, so limits inside the server process cannot stop it. In the worker, the kernel kills
+the process when a render takes too long, and denies memory beyond `MEMORY`.
 
 The environment is that of transformers' `apply_chat_template`: Jinja's immutable sandbox with `tojson`,
 `raise_exception`, `strftime_now`, loop controls and `{% generation %}`. Only Jinja and the standard library are
-imported, so that a process starts in a tenth of a second.
+imported, so that a worker starts in a tenth of a second.
 
-A request on the standard input is 8 bytes of length and a marshalled tuple: what to do ("describe" or "render"), the
-limits in seconds and characters, and arguments. An answer on the standard output is one byte (`OK` and the others), 8
-bytes of length and text.
+Protocol: a request on stdin is a length of 8 bytes and a marshalled tuple: the operation ("describe" or "render"), the
+limits in seconds and characters, and arguments. An answer on stdout is a status of one byte (`OK` etc.), a length of 8
+bytes, and text.
 """
 
 import functools
@@ -21,27 +21,26 @@ import sys
 from datetime import datetime
 
 MEMORY = 2**30
-"""Bytes of address space of the process."""
+"""Address space limit of the process, in bytes."""
 OK, FAILED, TOO_LONG, NO_MEMORY = range(4)
 TAG = "CONTINUE_FINAL_MESSAGE_TAG "
 REASONING = ("reasoning_content", "thinking", "reasoning")
-"""Names under which templates and clients know the reasoning of a message."""
+"""Message fields that templates and clients use for reasoning text."""
 
 
 class TooLong(Exception):
-    """The output has more characters than the limit."""
+    """Raised when a template's output exceeds the character limit."""
 
 
 def make_environment():
-    """Make the sandbox that transformers renders chat templates in."""
+    """Return a Jinja sandbox equal to the one transformers renders chat templates in."""
     import jinja2
     import jinja2.ext
     import jinja2.nodes
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(jinja2.ext.Extension):
-        """`{% generation %}`, which marks what the assistant wrote, for training; here its body is rendered as it
-        is."""
+        """`{% generation %}` block, which marks assistant text for training; its body is rendered unchanged."""
 
         tags = frozenset({"generation"})
 
@@ -72,7 +71,7 @@ def make_environment():
                 )
 
     class Dict:
-        """`dict`, without the attributes of the type."""
+        """Replacement of `dict` in templates that hides the attributes of the type."""
 
         def __call__(self, *args, **kwargs):
             return dict(*args, **kwargs)
@@ -104,12 +103,12 @@ environment = functools.cache(make_environment)
 
 @functools.lru_cache(maxsize=32)
 def compiled(source):
-    """Compile a template."""
+    """Compile a template, cached by source."""
     return environment().from_string(source)
 
 
 def write(source, most, variables):
-    """Render a template to a string of at most `most` characters."""
+    """Render a template to a string; raise TooLong beyond `most` characters."""
     pieces, total = [], 0
     for piece in compiled(source).generate(**variables):
         total += len(piece)
@@ -120,7 +119,7 @@ def write(source, most, variables):
 
 
 def render(source, most, chat, variables, field):
-    """Render a conversation; `field`: of its last message what the answer continues, None for a new answer."""
+    """Render a conversation; `field`: field of the last message that the answer continues, None for a new message."""
     chat = [_with_reasoning(message) for message in chat]
     if field is None:
         return write(source, most, {**variables, "messages": chat})
@@ -131,18 +130,18 @@ def render(source, most, chat, variables, field):
             "continue_final_message is set, but the template leaves out or changes the end of the last message"
         )
     at = made.rindex(TAG.strip())
-    # A template that strips the message has stripped the blank at the end of the tag as well.
+    # If the template strips the message, it has stripped the space at the end of the tag as well.
     return made[:at] if made.startswith(TAG, at) else made[:at].rstrip()
 
 
 def _with_reasoning(message):
-    """The message with its reasoning under the names that templates read."""
+    """Return the message with its reasoning text copied to the field names that templates read."""
     text = next((message[name] for name in REASONING if message.get(name) is not None), None)
     return message if text is None else {"thinking": text, **message, "reasoning_content": text}
 
 
 def _tag(source, chat, field):
-    """Mark the end of the text to continue, in place, and return that text."""
+    """Append `TAG` to the text to continue, in place, and return the original text."""
     last = chat[-1]
     text = last.get(field)
     if text is None:
@@ -163,28 +162,29 @@ def _tag(source, chat, field):
 
 
 MARKS = ("Zqa7", "Zqb7")
-"""Words that no template has."""
+"""Probe words that occur in no template."""
 _TEXT = "".join(MARKS)
 _USER = {"role": "user", "content": "Hi"}
 
 
 def _calling(arguments):
-    """The message of an assistant that calls a tool."""
+    """Return an assistant message that calls a tool."""
     call = {"id": "abcdefghi", "type": "function", "function": {"name": "f", "arguments": arguments}}
     return {"role": "assistant", "content": "", "tool_calls": [call]}
 
 
 _CALL = _calling({"x": 1})
 _PLACES = (((), ()), ((), (_USER,)), ((_USER,), ()), ((_USER, _CALL), ()), ((_USER, _calling('{"x": 1}')), ()))
-"""What stands before and after the message in question: templates refuse some orders of roles."""
+"""Messages to place (before, after) the probed message: templates reject some orders of roles."""
 
 
 def describe(source, most, role, variables):
-    """Find out in which forms a template takes the messages of a role, by rendering some.
+    """Detect which content forms a template accepts for a role, by rendering probe messages.
 
-    Returns letters: "s" if content may be a string, "p" if it may be a list of parts, "o" if the content of a tool may
-        be an
-    object, "j" if the arguments of tool calls must be JSON in a string, "i" if the template knows of images.
+    Returns:
+        A string of letters: "s" if content may be a string, "p" if it may be a list of parts, "o" if the content of a
+        tool message may be an object, "j" if tool-call arguments must be a JSON string, "i" if the template handles
+        images.
     """
 
     def try_to_write(*messages):
@@ -192,14 +192,14 @@ def describe(source, most, role, variables):
             return write(source, most, {**variables, "messages": messages, "add_generation_prompt": False})
         except MemoryError:
             raise
-        except Exception:  # a template may fail in every way on what it does not take
+        except Exception:  # templates raise any exception type on unsupported messages
             return None
 
-    compiled(source)  # what is no Jinja fails here
+    compiled(source)  # raises on invalid Jinja
     found = "i" if _names_images(source) else ""
     if role == "assistant" and try_to_write(_USER, _CALL) is None:
         found += "" if try_to_write(_USER, _calling('{"x": 1}')) is None else "j"
-    # Objects alone do not show that a template takes a role here: JSON is made of anything.
+    # Form "o" alone does not prove that the template accepts the role here: `tojson` accepts any value.
     for before, after in _PLACES:
         shown = ""
         for form, content in _contents(role).items():
@@ -214,13 +214,13 @@ def describe(source, most, role, variables):
 
 
 def _contents(role):
-    """The marks as content in each form."""
+    """Return the probe words as content, by form."""
     forms = {"s": _TEXT, "p": [{"type": "text", "text": mark} for mark in MARKS]}
     return {**forms, "o": dict([MARKS])} if role in ("tool", "function") else forms
 
 
 def _shows(made, form):
-    """Whether the marks are there in the sense of their form, and not as the Python or JSON form of what holds them."""
+    """Return whether the output has the probe words as rendered content, not as a Python or JSON dump of it."""
     if form == "s":
         return _TEXT in made
     if form == "o":
@@ -229,12 +229,12 @@ def _shows(made, form):
 
 
 def _names_images(source):
-    """Whether a string constant of the template has the word "image"."""
+    """Return whether a string constant of the template contains "image"."""
     return any(kind == "string" and "image" in text for _, kind, text in environment().lex(source))
 
 
 def _loops_over_content(source):
-    """Whether a loop goes over the content of something: for templates that no probe satisfies."""
+    """Return whether a loop of the template iterates over a `content` field; used if every probe fails."""
     from jinja2 import nodes
 
     def is_content(node):
@@ -248,11 +248,11 @@ def _loops_over_content(source):
 
 
 def answer(request):
-    """Do what a request says: the status and the text of the answer."""
+    """Run a request and return the status and text of the answer."""
     what, seconds, most, *rest = request
     if hasattr(signal, "setitimer"):
-        # The default action ends the process, whatever it does at that moment. The one who asked gives up earlier; this
-        # is for the case that it is gone.
+        # SIGALRM's default action kills the process even inside a C call. The parent times out earlier; this timer
+        # covers the case that the parent has died.
         signal.setitimer(signal.ITIMER_REAL, seconds + 1)
     try:
         return OK, {"describe": describe, "render": render}[what](rest[0], most, *rest[1:])
@@ -275,20 +275,20 @@ def reply(sink, status, text):
 
 
 def serve(source, sink):
-    """Say that the process has started, then answer requests until there are no more."""
+    """Send a start message, then answer requests until stdin is closed."""
     reply(sink, OK, "")
     while len(head := source.read(8)) == 8:
         reply(sink, *answer(marshal.loads(source.read(int.from_bytes(head, "little")))))
 
 
 def main():
-    """Limit the memory, find Jinja, serve."""
+    """Set the memory limit, import Jinja and serve requests."""
     try:
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    except (ImportError, ValueError, OSError):  # not every system has limits
+    except (ImportError, ValueError, OSError):  # not every system supports resource limits
         pass
     sys.path.extend(sys.argv[1:])
     environment()

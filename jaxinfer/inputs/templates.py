@@ -1,5 +1,4 @@
-"""Run chat templates in processes of their own, within limits of time, memory and output that hold for every
-template."""
+"""Render chat templates in worker processes with limits on time, memory and output length."""
 
 from __future__ import annotations
 
@@ -24,13 +23,13 @@ from jaxinfer.inputs import template_worker
 from jaxinfer.inputs.template_worker import FAILED, MEMORY, NO_MEMORY, OK, TOO_LONG
 
 TIMEOUT = 5.0
-"""Seconds a template may run for one conversation."""
+"""Time limit for rendering one conversation, in seconds."""
 MAX_CHARS = 2**25
-"""Characters a template may write for one conversation."""
+"""Maximum output of a template for one conversation, in characters."""
 START_TIMEOUT = 60.0
-"""Seconds a process may take to start, which is a tenth of one where the machine is not busy."""
+"""Time limit for starting a process, in seconds; a start takes 0.1 s on an idle machine."""
 IDLE = 2
-"""Processes that are kept for the next call."""
+"""Maximum number of idle processes kept for later calls."""
 STARTING = "jaxinfer template"
 """Name of the threads that start processes."""
 
@@ -45,13 +44,13 @@ def render(
 
     Args:
         source: Jinja source.
-        chat: messages of plain data.
-        variables: what else the template sees, of plain data.
-        field: name of the text of the last message that the answer continues; None: the answer begins anew.
-        timeout_s: seconds it may take.
+        chat: messages, as plain data.
+        variables: further template variables, as plain data.
+        field: field of the last message that the answer continues; None if the answer begins a new message.
+        timeout_s: time limit, in seconds.
 
     Raises:
-        ChatTemplateError: the template fails, or needs more than it may have.
+        ChatTemplateError: the template fails or exceeds a limit.
     """
     return _ask(("render", timeout_s, MAX_CHARS, source, chat, variables, field))
 
@@ -60,16 +59,16 @@ def render(
 def message_forms(
     source: str, role: str, special_tokens: tuple[tuple[str, Any], ...], timeout_s: float = TIMEOUT
 ) -> str:
-    """Find out which forms of messages a template takes for a role: the letters of `template_worker.describe`.
+    """Return the content forms that a template accepts for a role, as letters of `template_worker.describe`.
 
     Raises:
-        ChatTemplateError: as `render`.
+        ChatTemplateError: as in `render`.
     """
     return _ask(("describe", timeout_s, MAX_CHARS, source, role, dict(special_tokens)))
 
 
 def _ask(request: tuple[Any, ...]) -> str:
-    """Have a process answer a request; the process is ended unless it has answered in time."""
+    """Send a request to a worker process and return its answer; kill the process if it does not answer in time."""
     seconds, most = request[1:3]
     try:
         data = marshal.dumps(request)
@@ -89,7 +88,7 @@ def _ask(request: tuple[Any, ...]) -> str:
         raise ChatTemplateError(
             f"the process that rendered the chat template ended (exit status {code}): pass another chat_template=."
         ) from None
-    except BaseException:  # such as KeyboardInterrupt: what the process would answer is of no use to the next request
+    except BaseException:  # such as KeyboardInterrupt: the pending answer must not reach the next request
         process.end()
         raise
     _give_back(process)
@@ -105,7 +104,7 @@ def _ask(request: tuple[Any, ...]) -> str:
 
 
 class _Process:
-    """A running `template_worker`."""
+    """A running worker process (`template_worker`)."""
 
     def __init__(self) -> None:
         paths = _paths_of_jinja()
@@ -113,8 +112,8 @@ class _Process:
             raise ChatTemplateError(
                 "chat templates run in a Python process of their own, but sys.executable is not set."
             )
-        # Without the site module nothing of the environment runs at the start. In a session of its own no Ctrl-C
-        # reaches it.
+        # -S skips the site module, so that no start-up code of the environment runs. A new session keeps Ctrl-C from
+        # reaching the worker.
         command = [sys.executable, "-I", "-S", str(Path(template_worker.__file__)), *paths]
         self._popen = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
@@ -124,10 +123,10 @@ class _Process:
         self._started = False
 
     def ask(self, data: bytes, seconds: float) -> tuple[int, str]:
-        """Send a request and wait for the answer.
+        """Send a request and wait for its answer, a status and a text.
 
         Raises:
-            TimeoutError: it takes longer than `seconds`.
+            TimeoutError: the answer takes longer than `seconds`.
             EOFError: the process has ended.
         """
         try:
@@ -152,7 +151,7 @@ class _Process:
         return head[0], self._bytes(size, ends).decode("utf-8", "surrogatepass")
 
     def _bytes(self, count: int, ends: float) -> bytes:
-        """Read so many bytes of the answer before the clock says `ends`."""
+        """Read `count` bytes of the answer; `ends`: deadline on the monotonic clock, in seconds."""
         made = bytearray()
         while len(made) < count:
             if not self._read.select(max(ends - time.monotonic(), 0)):
@@ -164,28 +163,28 @@ class _Process:
         return bytes(made)
 
     def alive(self) -> bool:
-        """Whether the process has not ended by itself."""
+        """Return whether the process is running."""
         return self._popen.poll() is None
 
     def end(self) -> int:
-        """End the process and free what it holds here; returns its exit status."""
+        """Kill the process, close its pipes and return its exit status."""
         with contextlib.suppress(OSError):
             self._popen.kill()
         code = self._popen.wait()
         self._read.close()
-        with contextlib.suppress(OSError):  # what is buffered for a process that has ended
+        with contextlib.suppress(OSError):  # closing flushes buffered data to a broken pipe
             self._popen.stdin.close()
         self._popen.stdout.close()
         return code
 
     def __del__(self) -> None:
-        """End a process that nobody refers to: an interrupt came while it was started, taken or ended."""
+        """Kill an unreferenced process, left by an interrupt while it was being started, taken or ended."""
         with contextlib.suppress(Exception):
             self.end()
 
 
 def _take() -> _Process:
-    """Take a process that is idle, or start one."""
+    """Return an idle process, or start one."""
     while True:
         with _lock:
             process = _idle.pop() if _idle else None
@@ -197,8 +196,11 @@ def _take() -> _Process:
 
 
 def _start() -> _Process:
-    """Start a process, on a thread: an interrupt of the main one could come when `Popen` has started it and not noted
-    it yet, and then nobody would wait for its end."""
+    """Start a process on a separate thread.
+
+    On the main thread, an interrupt could come after `Popen` has started the process and before it has stored its id;
+    the process would never be waited for.
+    """
     made: SimpleQueue[_Process | Exception] = SimpleQueue()
 
     def start() -> None:
@@ -215,7 +217,7 @@ def _start() -> _Process:
 
 
 def _give_back(process: _Process) -> None:
-    """Keep a process for the next call, or end it where enough are kept."""
+    """Keep a process for later calls, or end it if `IDLE` processes are kept already."""
     with _lock:
         kept = len(_idle) < IDLE
         if kept:
@@ -225,10 +227,10 @@ def _give_back(process: _Process) -> None:
 
 
 def _paths_of_jinja() -> list[str]:
-    """Folders that a process needs to import Jinja.
+    """Return the folders that a worker process must add to `sys.path` to import Jinja.
 
     Raises:
-        ChatTemplateError: it is not installed.
+        ChatTemplateError: Jinja is not installed.
     """
     found = [importlib.util.find_spec(name) for name in ("jinja2", "markupsafe")]
     if not all(spec is not None and spec.origin for spec in found):
@@ -237,7 +239,7 @@ def _paths_of_jinja() -> list[str]:
 
 
 def _forget() -> None:
-    """In a forked process: the pipes belong to the other one."""
+    """Drop all processes in a forked child: their pipes belong to the parent."""
     global _lock
     _lock = threading.Lock()
     _idle.clear()

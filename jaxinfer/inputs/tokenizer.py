@@ -1,4 +1,4 @@
-"""Loading a tokenizer, and what is known of it before text comes."""
+"""Load tokenizers and encode texts."""
 
 import importlib
 import json
@@ -17,19 +17,19 @@ from jaxinfer.inputs import tekken, tiktoken, tokenizer_files, vocabulary_files
 log = logging.getLogger(__name__)
 
 GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
-"""Names of the class that is what tokenizer.json says and nothing else."""
+"""Names of the generic class, whose behaviour is defined by tokenizer.json alone."""
 
 
 def load_tokenizer(source: str | Path | Any) -> Any:
-    """Load a transformers tokenizer from a directory or Hub id; a tokenizer is given back as it is.
+    """Load a transformers tokenizer from a directory or Hub id; a tokenizer object is returned unchanged.
 
-    No code of the checkpoint is run: a tokenizer class that only exists there is replaced by its tokenizer.json or, of
-    Moonshot's, by what its tiktoken.model says (`tiktoken`). Mistral's tekken.json is read as data as well
-    (`tekken`), whether or not mistral-common is installed.
+    No checkpoint code is run: a tokenizer class that only exists in the checkpoint is replaced by its tokenizer.json
+    or, for Moonshot's class, by tiktoken.model (`tiktoken`). Mistral's tekken.json is also read as data (`tekken`),
+    whether or not mistral-common is installed.
 
     Raises:
-        CheckpointError: there is none to load, or its files are broken; names the file and the field.
-        TypeError: something else.
+        CheckpointError: the folder has no tokenizer, or its files are broken; the error names the file and the field.
+        TypeError: `source` is neither a path, a Hub id nor a tokenizer.
     """
     if not isinstance(source, (str, Path)):
         if not hasattr(source, "get_vocab"):
@@ -59,7 +59,7 @@ def _load(directory: Path) -> Any:
     vocabulary_files.check_vocabulary(directory)
     try:
         made = _from_library(directory)
-    except BaseException as error:  # transformers raises many kinds
+    except BaseException as error:  # transformers raises many exception types
         if not is_library_error(error):
             raise
         raise tokenizer_files.explain(directory, error) from error
@@ -71,9 +71,9 @@ def _load(directory: Path) -> Any:
 
 
 def _from_library(directory: Path) -> Any:
-    """The tokenizer that transformers makes of a folder."""
+    """Load the tokenizer of a folder with transformers."""
     whole = (directory / "tokenizer.json").is_file()
-    # Where tekken.json is there as well, AutoTokenizer would take it if mistral-common is installed.
+    # If tekken.json is there as well and mistral-common is installed, AutoTokenizer would prefer tekken.json.
     if _is_generic(directory) or (whole and (directory / tekken.FILE).is_file()):
         return _import("PreTrainedTokenizerFast").from_pretrained(directory)
     try:
@@ -87,12 +87,12 @@ def _from_library(directory: Path) -> Any:
 
 
 def _faithful(made: Any, directory: Path) -> Any:
-    """Return what was converted from tokenizer.model if it gives SentencePiece's tokens, else a conversion that does.
+    """Return a conversion of tokenizer.model that encodes like SentencePiece: `made`, else the generic conversion.
 
-    The classes of some models, Llama's among them, assume merges and a normalisation that the file may not have.
+    The tokenizer classes of some models, such as Llama, assume merges and a normalisation that the file may not have.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: neither conversion encodes like SentencePiece.
     """
     if vocabulary_files.agrees_with_sentencepiece(made, directory):
         return made
@@ -112,10 +112,7 @@ def _faithful(made: Any, directory: Path) -> Any:
 
 
 def _from_data(directory: Path, own: Any) -> Any:
-    """The tokenizer of a folder that has it in a format of its own.
-
-    `own`: the module that reads the format.
-    """
+    """Load a tokenizer from a format that jaxinfer reads itself; `own`: its module, `tekken` or `tiktoken`."""
     backend, known = own.backend(directory)
     template = tokenizer_files.chat_template(directory)
     if template is not None:
@@ -125,10 +122,10 @@ def _from_data(directory: Path, own: Any) -> Any:
 
 
 def _try_out(tokenizer: Any, directory: Path) -> None:
-    """Use what every request uses.
+    """Encode and decode a text, so that a broken tokenizer fails at load time and not in a request.
 
     Raises:
-        CheckpointError: it has no tokens.
+        CheckpointError: the vocabulary is empty.
     """
     if not tokenizer.get_vocab():
         raise CheckpointError(f"the tokenizer of {directory} has no tokens: the vocabulary of its files is empty.")
@@ -136,9 +133,10 @@ def _try_out(tokenizer: Any, directory: Path) -> None:
 
 
 def _is_generic(directory: Path) -> bool:
-    """Whether `AutoTokenizer` would take tokenizer.json as it is; importing it brings in torch, which takes seconds.
+    """Return whether `AutoTokenizer` would use the generic class.
 
-    For some types of models it puts a class of its own in the place of the generic one, for Llama never.
+    Skipping `AutoTokenizer` saves the import of torch, which takes seconds. `AutoTokenizer` replaces the generic class
+    by a specific one for some model types, but never for Llama.
     """
     try:
         model, declared = (
@@ -151,9 +149,9 @@ def _is_generic(directory: Path) -> bool:
 
 
 def _import(name: str) -> Any:
-    """A class of transformers, imported when needed: serving token ids needs none of it."""
+    """Import a transformers class on first use: serving token ids does not need transformers."""
     disabled = logging.root.manager.disable
-    # It warns on import that there is no torch, of which nothing here has need.
+    # On import, transformers warns if torch is missing; jaxinfer does not need torch.
     logging.disable(logging.WARNING)
     try:
         return getattr(importlib.import_module("transformers"), name)
@@ -162,18 +160,17 @@ def _import(name: str) -> Any:
 
 
 def id_bound(tokenizer: Any) -> int:
-    """One more than the highest token id the tokenizer knows."""
+    """Return the highest token id of the tokenizer plus 1."""
     return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
 def longest_token(tokenizer: Any) -> int:
-    """Characters of the longest token."""
+    """Return the length of the longest token, in characters."""
     return max(map(len, tokenizer.get_vocab()), default=1)
 
 
 def encodes_batches(tokenizer: Any) -> bool:
-    """Whether `encode_batch` gives what the tokenizer's own `encode` gives: it has a Rust backend, and no `encode` of
-    its own."""
+    """Return whether `encode_batch` gives the ids of `encode`: a Rust backend, and `encode` is not overridden."""
     method = getattr(type(tokenizer), "encode", None)
     return (
         getattr(tokenizer, "is_fast", False) is True
@@ -183,7 +180,7 @@ def encodes_batches(tokenizer: Any) -> bool:
 
 
 def encode(tokenizer: Any, text: str, special: bool) -> list[int]:
-    """Return the token ids of a text; `special`: whether the tokenizer adds its special tokens.
+    """Encode a text to token ids; `special`: whether the tokenizer adds its special tokens.
 
     Raises:
         CheckpointError: the tokenizer fails on this text.
@@ -193,7 +190,7 @@ def encode(tokenizer: Any, text: str, special: bool) -> list[int]:
 
 
 def encode_batch(tokenizer: Any, texts: list[str], special: bool) -> list[list[int]]:
-    """Return the token ids of each text, as `encode` does."""
+    """Encode each text to token ids as `encode` does, but on all processors."""
     if not texts:
         return []
     with as_checkpoint_error(f"the tokenizer cannot encode one of {len(texts)} texts"):

@@ -1,4 +1,4 @@
-"""The files of a tokenizer as plain data: what is wrong with them, by file and field."""
+"""Validate a tokenizer's files as plain data; errors name the file and field."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from jaxinfer.errors import CheckpointError
 
 TOKENIZER, CONFIG, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-"""Special tokens with a role."""
+"""Fields of special tokens with a role."""
 _POINTER = b"version https://git-lfs"
 _PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder", "truncation", "padding")
-"""Parts of tokenizer.json beside the model and the added tokens."""
+"""Parts of tokenizer.json other than the model and the added tokens."""
 _EMPTY = {"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": []}}
 
 
@@ -72,14 +72,15 @@ _FIELDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "truncation_side": (_is_side, '"left" or "right"'),
     "tokenizer_class": (_is_text, "a string"),
 }
-"""Of tokenizer_config.json and special_tokens_map.json: what a field may be. Any may be null."""
+"""Fields of tokenizer_config.json and special_tokens_map.json: name -> (check, description of valid values). Any field
+may be null."""
 
 
 def check(directory: Path) -> None:
-    """Check the small files, which transformers reads without looking at what they hold.
+    """Check the small tokenizer files, which transformers reads without validation.
 
     Raises:
-        CheckpointError: names the file, the field, its value and what it must be.
+        CheckpointError: a field is invalid; the error names the file, the field, its value and valid values.
     """
     for path in (directory / TEMPLATE, *sorted((directory / "additional_chat_templates").glob("*.jinja"))):
         if path.is_file():
@@ -100,10 +101,10 @@ def check(directory: Path) -> None:
 
 
 def chat_template(directory: Path) -> str | None:
-    """Read the template of chat_template.jinja or, without one, of chat_template.json, where processors keep theirs.
+    """Read the chat template from chat_template.jinja, else from chat_template.json, which processors use.
 
     Raises:
-        CheckpointError: a file that holds none.
+        CheckpointError: the file has no valid template.
     """
     path = directory / TEMPLATE
     if path.is_file():
@@ -116,9 +117,7 @@ def chat_template(directory: Path) -> str | None:
 
 
 def explain(directory: Path, error: BaseException) -> CheckpointError:
-    """Make the error for a folder whose tokenizer the library did not load: the field of tokenizer.json, if it is
-    found.
-    """
+    """Return an error for a tokenizer that failed to load, naming the broken field of tokenizer.json if found."""
     try:
         if (directory / TOKENIZER).is_file():
             _check_parts(directory / TOKENIZER)
@@ -131,7 +130,7 @@ def explain(directory: Path, error: BaseException) -> CheckpointError:
 
 
 def describe_content(path: Path) -> str:
-    """Say what a broken file is, as far as its first bytes show it."""
+    """Describe a broken file by its first bytes, for errors."""
     with path.open("rb") as file:
         head = file.read(64)
     if head.startswith(_POINTER):
@@ -140,10 +139,10 @@ def describe_content(path: Path) -> str:
 
 
 def read_text(path: Path) -> str:
-    """Read a file of text.
+    """Read a text file.
 
     Raises:
-        CheckpointError: it is none.
+        CheckpointError: the file is not UTF-8.
     """
     try:
         return path.read_text(encoding="utf-8")
@@ -154,12 +153,12 @@ def read_text(path: Path) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Read a JSON file; {} where there is none."""
+    """Read a JSON file; {} if it does not exist."""
     return read_object(path) if path.is_file() else {}
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON object, as `read_json`; an error says what the file is in its place."""
+    """Read a JSON object like `read_json`; errors also describe the file's actual content."""
     try:
         return read_json(path)
     except CheckpointError as error:
@@ -179,7 +178,7 @@ def _check_added(listed: Any, path: Path) -> None:
 
 
 def _check_parts(path: Path) -> None:
-    """Find the field of tokenizer.json that the library refuses, by giving it one after the other."""
+    """Find the part of tokenizer.json that the tokenizers library rejects, by loading each part on its own."""
     said = read_object(path)
     if not isinstance(said.get("model"), dict):
         raise CheckpointError(f"{path}: model is {show(said.get('model'))}; it must be an object with type and vocab.")

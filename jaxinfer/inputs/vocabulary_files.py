@@ -1,4 +1,4 @@
-"""The vocabulary files that transformers converts where a folder has no tokenizer.json: whether they are whole."""
+"""Check the vocabulary files that transformers converts if a folder has no tokenizer.json."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from jaxinfer.inputs.tokenizer_files import TOKENIZER, describe_content, read_ob
 
 SENTENCEPIECE = "tokenizer.model"
 _VOCABULARY = re.compile(r"vocab|merges|bpe|piece|\.(model|spm|tiktoken)$")
-"""In the names of files that hold tokens."""
+"""Pattern of the names of vocabulary files."""
 
 _PROBES = ("a  two  spaces, it's 12345!\n\tx", "a 你好, мир — नमस्ते 🐱 é ﬁ Ⅳ \x00")
-"""Texts on which conversions go wrong: runs of blanks, digits, scripts, what is normalised, bytes."""
+"""Texts that reveal wrong conversions: runs of spaces, digits, several scripts, normalised characters, bytes."""
 
 
 def check_vocabulary(directory: Path) -> None:
-    """Check the files that transformers makes a tokenizer of where there is no tokenizer.json.
+    """Check the vocabulary files from which transformers builds a tokenizer without tokenizer.json.
 
-    Of a folder with none of them it makes a tokenizer whose only tokens are the special ones.
+    For a folder without any of them, transformers silently builds a tokenizer of special tokens only.
 
     Raises:
-        CheckpointError: says what is missing, or names the file and what in it is broken.
+        CheckpointError: files are missing or broken; the error names them and the broken entry.
     """
     names = {path.name for path in directory.iterdir()}
     if TOKENIZER in names:
@@ -50,9 +50,9 @@ def check_vocabulary(directory: Path) -> None:
 
 
 def agrees_with_sentencepiece(tokenizer: Any, directory: Path) -> bool:
-    """Tell whether a tokenizer that was converted from tokenizer.model gives the ids that SentencePiece gives.
+    """Return whether a tokenizer converted from tokenizer.model encodes to the same ids as SentencePiece.
 
-    The first token is left out: whether a text begins with a blank of its own is a setting of the tokenizer.
+    The first token is not compared: adding a space before a text is a setting of the tokenizer.
     """
     import sentencepiece
 
@@ -61,7 +61,7 @@ def agrees_with_sentencepiece(tokenizer: Any, directory: Path) -> bool:
 
 
 def _check_model_file(directory: Path) -> None:
-    """Check that a tokenizer.model can be converted here."""
+    """Check that tokenizer.model is a SentencePiece model and that sentencepiece is installed to convert it."""
     path = directory / SENTENCEPIECE
     kind = model_kind(path)
     if kind == "tiktoken":
@@ -85,15 +85,13 @@ def _check_model_file(directory: Path) -> None:
 
 
 def model_kind(path: Path) -> str | None:
-    """Tell by its content whether a file is SentencePiece's ("sentencepiece"), of tiktoken's ranks ("tiktoken"), or
-    neither (None).
-    """
+    """Return the format of a file by its content: "sentencepiece", "tiktoken" (a file of ranks), or None for others."""
     with path.open("rb") as file:
         head = file.read(4096)
     first = head.split(b"\n", 1)[0].split()
     if len(first) == 2 and first[1].isdigit():
         return "tiktoken"
-    # A SentencePiece model is a protobuf message whose first field, number 1, is a message with a text, number 1.
+    # A SentencePiece model is a protobuf message whose field 1 is a message whose field 1 is a string.
     at = 1
     while at < min(len(head), 5) and head[at] & 0x80:
         at += 1
