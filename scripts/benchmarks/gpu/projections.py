@@ -1,4 +1,4 @@
-"""Projections alone: fused against separate, at the shapes of their models."""
+"""Measure projections alone, fused and separate, at the shapes of their models."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -14,11 +14,12 @@ from benchmarks.gpu.timing import Timed, measure
 from jaxinfer.kernels.matmul.choose import matmul
 
 SERIAL = {"xla_gpu_command_buffer_scheduling_mode": "SERIALIZE"}
-"""Calls that do not depend on each other run one after another, as they would in a model."""
+"""XLA options that run independent calls one after another, as in a model."""
 SEPARATE = SERIAL | {"xla_gpu_dot_merger_threshold_mb": 0}
-"""XLA would merge products of one input itself, by concatenating their weights in every call."""
+"""XLA options that also keep XLA from merging products of one input, which it does by concatenating their weights in
+every call."""
 COPIES = 256 << 20
-"""Bytes of weights that a program goes through before it comes back to the first: several times an L2 cache."""
+"""Bytes of weights that a program cycles through before it reuses the first: several times an L2 cache."""
 KDA_DEPTH, KDA_COLUMNS = 2304, (1024, 1024, 1024, 8, 128, 128)
 """Kimi Delta Attention over four shards: q, k, v, b and the two low-rank inputs (sgl-project/sglang#17801)."""
 SHAPES = {
@@ -32,7 +33,7 @@ DECODE_ROWS = (1, 8, 32, 64)
 
 @dataclass(frozen=True)
 class Way:
-    """One way to do a projection: of an input and the weights of one call, whatever it makes."""
+    """Implementation of a projection: a function of an input and the weights of one call, with compiler options."""
 
     call: Callable[[jax.Array, Sequence[jax.Array]], object]
     options: dict[str, object]
@@ -49,15 +50,16 @@ def _separate(x: jax.Array, weights: Sequence[jax.Array]) -> list[jax.Array]:
 def timed(
     way: Way, rows: int, shapes: Sequence[tuple[int, ...]], dtype: jnp.dtype, *, copies: int, own: bool = True
 ) -> Timed:
-    """Seconds of one call, among `copies` calls in one program, each with its own input and weights `[columns, depth]`.
+    """Measure the seconds of one call, among `copies` calls in one program, each with its own input and weights
+    `[columns, depth]`.
 
     Args:
-        way: what is called.
-        rows: of the input.
-        shapes: of the weights of one call; the first one's last axis is the input's width.
-        dtype: of all.
-        copies: calls in the program.
-        own: whether the options are the GPU's and to be used.
+        way: implementation to call.
+        rows: rows of the input.
+        shapes: weight shapes of one call; the last axis of the first one is the input's width.
+        dtype: dtype of inputs and weights.
+        copies: number of calls in the program.
+        own: whether to apply the implementation's compiler options, which are for GPUs.
     """
     make = jax.jit(values, static_argnums=(1, 2))
     inputs = [make(jnp.uint32(call), (rows, shapes[0][-1]), dtype) for call in range(copies)]
@@ -72,13 +74,13 @@ def timed(
 
 
 def chained(way: Way) -> Any:
-    """The program of several calls: (their inputs, their weights) -> their results."""
+    """Return the program of several calls: (inputs, weights) -> results."""
 
     def program(inputs: Sequence[jax.Array], weights: Sequence[Sequence[jax.Array]]) -> list[Any]:
         results: list[Any] = []
         for x, mine in zip(inputs, weights, strict=True):
             if results:
-                # Without it XLA puts small products of several calls into one kernel.
+                # Without the barrier XLA merges small products of several calls into one kernel.
                 x, results[-1] = jax.lax.optimization_barrier((x, results[-1]))
             results.append(way.call(x, mine))
         return results
@@ -87,20 +89,20 @@ def chained(way: Way) -> Any:
 
 
 def copies_for(context: Context, shapes: Sequence[tuple[int, ...]], rows: int) -> int:
-    """Copies of bfloat16 weights of these shapes; two in a dry run."""
+    """Return the number of copies for bfloat16 weights of these shapes; two in a dry run."""
     return context.size(copies_of(2 * sum(map(math.prod, shapes)), rows), 2)
 
 
 def copies_of(size: int, rows: int) -> int:
-    """Calls with weights of `size` bytes that one program makes, each with its own.
+    """Return how many calls a program makes, each with its own weights of `size` bytes.
 
-    Enough for weights to leave the cache between two uses; fewer where rows, not weights, fill the memory.
+    Enough that weights leave the cache before reuse; fewer if the memory is filled by rows rather than weights.
     """
     return max(2, min(32, -(-COPIES // size), -(-65536 // rows)))
 
 
 def fused_m(context: Context) -> Figures:
-    """Microseconds of fused and of separate products for each number of rows, and their ratio."""
+    """Measure fused and separate products for each number of rows: microseconds, and their ratio."""
     figures = dict(context.kept)
     toy = {"kda_tp4": (32, (16, 16, 8))}
     dtype = context.size(jnp.bfloat16, jnp.float32)
@@ -125,7 +127,9 @@ def fused_m(context: Context) -> Figures:
 
 
 def kda_decode(context: Context) -> Figures:
-    """One product for all six inputs and a batched one for the two low-rank paths, against eight of their own."""
+    """Compare one product for all six inputs and a batched one for the two low-rank paths with eight separate
+    products.
+    """
     depth, columns = context.size((KDA_DEPTH, KDA_COLUMNS), (32, (16, 16, 16, 4, 8, 8)))
     rank, width = columns[-1], columns[0]
     dtype, figures = context.size(jnp.bfloat16, jnp.float32), {}
@@ -149,17 +153,17 @@ def kda_decode(context: Context) -> Figures:
         many = timed(Way(separate, SEPARATE), rows, parts, dtype, copies=copies, own=not context.dry)
         figures |= {f"fused_us m={rows}": 1e6 * one.median, f"separate_us m={rows}": 1e6 * many.median}
         context.save(figures)
-    # The source does not say at how many rows it measured; a single one is a decode step of one sequence.
+    # The source does not state its number of rows; one row is a decode step of one sequence.
     figures |= {"weight_bytes": bytes_, "fused_us": figures["fused_us m=1"]}
     peak = peak_bandwidth()
     return figures | ({} if peak is None else {"floor_us_at_peak": 1e6 * bytes_ / peak})
 
 
 def cross(context: Context) -> Figures:
-    """A cross-attention layer of an Mllama-11B shape: queries of the text, keys and values of the images.
+    """Measure a cross-attention layer of an Mllama-11B shape: queries from the text, keys and values from the images.
 
-    Against one QKV projection over each of the two inputs, of which the halves that are not needed are thrown away,
-    as vLLM did before `QKVCrossParallelLinear` (vllm-project/vllm#7448, #12325).
+    The baseline is one QKV projection of each input whose unneeded outputs are discarded, as vLLM did before
+    `QKVCrossParallelLinear` (vllm-project/vllm#7448, #12325).
     """
     model, heads, kv_heads, dim = context.size((4096, 32, 8, 128), (32, 4, 2, 8))
     batch, text, image = context.size((16, 32, 6404), (2, 4, 8))
@@ -177,7 +181,7 @@ def cross(context: Context) -> Figures:
 
     @jax.jit
     def padded(x: jax.Array, encoded: jax.Array, weight: jax.Array) -> list[jax.Array]:
-        # The barrier keeps XLA from shrinking the products to what is used of them, which is the point.
+        # The barrier keeps XLA from shrinking the products to the used outputs, which would defeat the comparison.
         one, other = jax.lax.optimization_barrier((matmul(x, weight), matmul(encoded, weight)))
         return [one[:, :queries], *jnp.split(other[:, queries:], 2, axis=1)]
 

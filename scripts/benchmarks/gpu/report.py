@@ -1,4 +1,4 @@
-"""Results as a table: goals beside figures, nothing where nothing was measured."""
+"""Format results as a table of goals and figures; unmeasured cells stay empty."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +9,7 @@ NOT_YET = "not yet measured"
 
 
 def state(result: Mapping[str, Any] | None) -> str:
-    """What became of a row, in a few words."""
+    """Describe the state of a row in a few words."""
     if result is None:
         return NOT_YET
     reason = f": {result['reason']}" if result["reason"] else ""
@@ -17,7 +17,7 @@ def state(result: Mapping[str, Any] | None) -> str:
 
 
 def markdown(machine: Mapping[str, Any], results: Mapping[str, Mapping[str, Any]]) -> str:
-    """The machine, the table of goals, and below it the figures of each row."""
+    """Format the machine, the table of goals, and the figures of each row as Markdown."""
     lines = [f"{key}: {value}" for key, value in machine.items() if key != "versions"]
     lines.append("versions: " + ", ".join(f"{name} {version}" for name, version in machine["versions"].items()))
     if any(result["dry"] for result in results.values()):

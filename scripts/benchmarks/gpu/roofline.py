@@ -1,4 +1,4 @@
-"""What the device can do at most: the measures that other rows are held against."""
+"""Measure the device's peak bandwidth and matmul rate, the reference of other rows."""
 
 from collections.abc import Sequence
 
@@ -16,11 +16,13 @@ MATMULS = {
     "gate_up": (4096, 28672, 4096),
     "down": (4096, 4096, 14336),
 }
-"""(rows, columns, depth): a large one, and those of an 8 B Llama's layer over 4096 tokens."""
+"""Product sizes (rows, columns, depth): a large one, and those of an 8 B Llama layer over 4096 tokens."""
 
 
 def run(context: Context) -> Figures:
-    """Bandwidth of copying and of reading a large array; rates of bfloat16 products of random matrices."""
+    """Measure the bandwidth of copying and reading a large array, and the rates of bfloat16 products of random
+    matrices.
+    """
     elements = context.size(1 << 31, 1 << 16)
     array = jax.jit(lambda: values(jnp.uint32(1), (elements >> 10, 1 << 10), jnp.bfloat16))()
     bytes_ = array.nbytes
@@ -32,7 +34,7 @@ def run(context: Context) -> Figures:
     figures = {
         "copied_bytes": bytes_,
         "read_gb_per_second": bytes_ / read / 1e9,
-        # Whichever way of moving an array is the faster: shares of it are the stricter.
+        # The faster of the two ways to copy, as shares of it are stricter.
         "copy_gb_per_second": 2 * bytes_ / min(copies.values()) / 1e9,
         **{f"{name}_kernel_gb_per_second": 2 * bytes_ / seconds / 1e9 for name, seconds in copies.items()},
     }
@@ -50,7 +52,7 @@ _copy, _add, _read = jax.jit(jnp.copy), jax.jit(lambda a: a + 1), jax.jit(lambda
 
 
 def matmul_rate(sizes: Sequence[int]) -> float:
-    """Floating-point operations a second of `[rows, depth] x [columns, depth]^T` in bfloat16."""
+    """Return floating-point operations per second of `[rows, depth] x [columns, depth]^T` in bfloat16."""
     rows, columns, depth = sizes
 
     @jax.jit

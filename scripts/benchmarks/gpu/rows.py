@@ -1,4 +1,4 @@
-"""The table: every row with its goals. Nothing here imports jax."""
+"""Define every row with its goals; this module does not import JAX."""
 
 import importlib
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from benchmarks.gpu.context import Context, Figures
 
 @dataclass(frozen=True)
 class Goal:
-    """A figure of a row and what it is to reach."""
+    """Figure of a row with its target value."""
 
     figure: str
     text: str
@@ -16,31 +16,31 @@ class Goal:
     at_most: float | None = None
 
     def met(self, value: float) -> bool:
-        """Whether a measured value reaches the goal."""
+        """Return whether a measured value reaches the goal."""
         return (self.at_least is None or value >= self.at_least) and (self.at_most is None or value <= self.at_most)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One thing that is measured, in a process of its own."""
+    """Measurement that runs in a process of its own."""
 
     name: str
     what: str
     function: str
     """"module:function" in this package, called with a `Context`."""
     limit: float
-    """Seconds it may take."""
+    """Time limit in seconds."""
     goals: tuple[Goal, ...] = ()
     needs: tuple[str, ...] = ()
-    """Rows whose figures it uses: run before it even where they were not asked for."""
+    """Rows whose figures this row uses; they run first, even if not requested."""
     memory: float = 0.75
-    """The share of the GPU's memory that JAX takes."""
+    """Share of the GPU memory that JAX allocates."""
 
     def run(self, context: Context) -> Figures:
-        """Its figures.
+        """Run the row and return its figures.
 
         Raises:
-            Skip: it cannot be run here.
+            Skip: the row cannot run here.
         """
         module, _, function = self.function.partition(":")
         return getattr(importlib.import_module(f"benchmarks.gpu.{module}"), function)(context)
@@ -133,14 +133,14 @@ ROWS = (
         ("roofline",),
     ),
 )
-"""In the order they are run: what the others need first, then by what is wanted most."""
+"""Rows in execution order: dependencies first, then by importance."""
 
 
 def chosen(names: list[str] | None) -> list[Row]:
-    """The rows of these names, all by default, with those they need.
+    """Return the rows of these names (default: all) and their dependencies.
 
     Raises:
-        ValueError: a name that is not known.
+        ValueError: a name is unknown.
     """
     known = {row.name: row for row in ROWS}
     wanted = set(known if names is None else names)

@@ -1,4 +1,4 @@
-"""Runs the rows one after another, each with a time limit, and gathers what they wrote."""
+"""Run the rows one after another, each with a time limit, and collect their results."""
 
 import argparse
 import json
@@ -16,7 +16,7 @@ from benchmarks.gpu.rows import ROWS, Row, chosen
 SCRIPTS = Path(__file__).resolve().parents[2]
 WORKER = (sys.executable, "-m", "benchmarks.gpu.worker")
 LEAST = 10.0
-"""Seconds that must be left for a row to be started."""
+"""Minimum remaining seconds to start a row."""
 PACKAGES = (
     "jax",
     "jaxlib",
@@ -31,10 +31,10 @@ PACKAGES = (
 
 
 def run(args: argparse.Namespace) -> int:
-    """All rows that are asked for and have no result yet; 0 unless one failed.
+    """Run all requested rows without a result; return 0 unless one failed.
 
     Raises:
-        ValueError: a row that is not known, or a folder with results of the other kind (dry or not).
+        ValueError: a row is unknown, or the folder holds results of the other mode (dry run or not).
     """
     rows, out = chosen(args.only), args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _to_do(row: Row, path: Path, args: argparse.Namespace) -> bool:
-    """Whether a row has no result yet, or it is to be made again."""
+    """Return whether a row has no result yet, or must be repeated."""
     before = _read(path)
     if before and before["dry"] != args.dry_run:
         raise ValueError(
@@ -70,7 +70,7 @@ def _to_do(row: Row, path: Path, args: argparse.Namespace) -> bool:
 
 
 def _run(row: Row, out: Path, args: argparse.Namespace, limit: float) -> None:
-    """One row in a process of its own, which is ended at the limit; what it has saved by then is kept."""
+    """Run a row in its own process, killed at the time limit; figures saved until then are kept."""
     command = [*WORKER, row.name, str(out), args.peer_python]
     path = out / f"{row.name}.json"
     reason = ""
@@ -87,7 +87,7 @@ def _run(row: Row, out: Path, args: argparse.Namespace, limit: float) -> None:
             if code:
                 reason = f"ended with code {code}, see {row.name}.log"
         except BaseException as error:
-            os.killpg(process.pid, 9)  # peers and pytest are its children
+            os.killpg(process.pid, 9)  # also kills its children, peers and pytest
             process.wait()
             if not isinstance(error, subprocess.TimeoutExpired):
                 raise
@@ -100,13 +100,13 @@ def _run(row: Row, out: Path, args: argparse.Namespace, limit: float) -> None:
 
 
 def _environment(row: Row) -> dict[str, str]:
-    """The checkout's own package, and the share of memory that JAX takes when it starts."""
+    """Return the environment: the package of this checkout, and JAX's share of the GPU memory."""
     paths = [str(SCRIPTS), str(SCRIPTS.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "XLA_CLIENT_MEM_FRACTION": str(row.memory)}
 
 
 def machine(out: Path) -> dict[str, Any]:
-    """What the figures hold for: packages, device and driver."""
+    """Return the packages, device and driver that the figures apply to."""
     versions = {}
     for name in PACKAGES:
         try:

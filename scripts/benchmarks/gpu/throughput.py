@@ -1,4 +1,4 @@
-"""A batch of requests through `LLM`, beside transformers on the same GPU in the same run."""
+"""Measure a batch of requests through `LLM`, beside transformers on the same GPU in the same run."""
 
 import hashlib
 import json
@@ -14,16 +14,17 @@ from benchmarks.peer import Peer
 from benchmarks.work import Work, spread
 
 PEERS = ("hf-static", "hf-cb")
-"""transformers' `generate` with a static cache, which it compiles on a GPU; its continuous batching."""
+"""Peers: transformers' `generate` with a static cache, which it compiles on a GPU, and its continuous batching."""
 REPEATS = 2
 
 
 def run(context: Context) -> Figures:
-    """Generated tokens a second of 64 requests of 512 + 256 tokens, a 1 B-shaped Llama: medians over the passes.
+    """Measure generated tokens per second of 64 requests of 512 + 256 tokens on a 1 B-shaped Llama: medians over the
+    passes.
 
-    One system after the other, each with the GPU's memory to itself; the peers first, as JAX keeps what it takes.
+    Systems run one after another, each with the whole GPU memory; peers run first, because JAX does not return memory.
     """
-    from benchmarks.gpu.models import LLAMA_1B, TOY  # imports jax, which takes no memory yet
+    from benchmarks.gpu.models import LLAMA_1B, TOY  # imports JAX, which does not allocate GPU memory yet
 
     config: dict[str, Any] = context.size(LLAMA_1B, TOY)
     requests, prompt, new = context.size((64, 512, 256), (3, 12, 6))
@@ -35,7 +36,7 @@ def run(context: Context) -> Figures:
             continue
         try:
             figures |= _peer(context, name, folder, work)
-        except RuntimeError as error:  # without it the others still have their figures
+        except RuntimeError as error:  # the figures of the other systems still count
             figures[f"{name}_error"] = str(error)[:300]
         context.save(figures)
     figures |= _ours(folder, work)
@@ -47,7 +48,7 @@ def run(context: Context) -> Figures:
 
 
 def _checkpoint(config: dict[str, Any]) -> Path:
-    """Written once to a temporary folder; what an interruption left of it is removed."""
+    """Write the checkpoint once to a temporary folder; leftovers of an interrupted run are removed."""
     name = hashlib.sha256(json.dumps(config).encode()).hexdigest()[:12]
     folder = Path(tempfile.gettempdir()) / f"jaxinfer-bench-gpu-{name}"
     if not (folder / checkpoint.SIDECAR).exists():

@@ -1,4 +1,4 @@
-"""Seconds of work that a device does behind the host's back."""
+"""Time asynchronously dispatched device work."""
 
 import time
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import jax
 
 @dataclass(frozen=True)
 class Timed:
-    """Seconds a call, over several batches of calls."""
+    """Seconds per call, over several batches of calls."""
 
     median: float
     least: float
@@ -19,20 +19,20 @@ class Timed:
 
     @property
     def spread(self) -> float:
-        """(most - least) / median: differences smaller than this are noise."""
+        """(max - min) / median; smaller differences are noise."""
         return (self.most - self.least) / self.median
 
 
 def measure(call: Callable[[], Any], *, seconds: float = 0.3, repeats: int = 5) -> Timed:
-    """Times a call that dispatches work and returns arrays of it.
+    """Time a call that dispatches work and returns its arrays.
 
-    Calls are dispatched one after another and only the last of a batch is waited for, so that the host's own time
-    is hidden as long as it is shorter than the device's.
+    Calls are dispatched without waiting, except for the last one of a batch, so that host time is hidden as long as it
+    is shorter than device time.
 
     Args:
-        call: warmed up twice, then repeated.
-        seconds: about how long all batches take together.
-        repeats: batches.
+        call: function to time; warmed up twice.
+        seconds: approximate duration of all batches together.
+        repeats: number of batches.
     """
     for _ in range(2):
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""One row in a process of its own: `python -m benchmarks.gpu.worker ROW OUT PEER_PYTHON [dry]`."""
+"""Run one row in its own process: `python -m benchmarks.gpu.worker ROW OUT PEER_PYTHON [dry]`."""
 
 import json
 import logging
@@ -15,10 +15,10 @@ from benchmarks.gpu.rows import ROWS
 
 
 def main(name: str, out: str, peer_python: str, mode: str = "") -> None:
-    """Runs the row and writes OUT/ROW.json, whatever comes of it."""
+    """Run the row and write OUT/ROW.json, also if it fails."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     folder, dry = Path(out), mode == "dry"
-    # Later rows find what earlier ones compiled, the autotuning of their products included.
+    # Later rows reuse the compilations of earlier ones, including the autotuning of products.
     jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     row, start = next(row for row in ROWS if row.name == name), time.perf_counter()
@@ -50,7 +50,7 @@ def main(name: str, out: str, peer_python: str, mode: str = "") -> None:
     except Exception as error:
         traceback.print_exc()
         short = f"{type(error).__name__}: {error}"
-        # What does not fit is no fault of the row.
+        # Out of memory does not count as a failure of the row.
         write("skipped" if "RESOURCE_EXHAUSTED" in short else "failed", partial, short[:500])
     else:
         write("done", figures)
@@ -58,14 +58,14 @@ def main(name: str, out: str, peer_python: str, mode: str = "") -> None:
 
 
 def swap(path: Path, value: Any) -> None:
-    """Writes JSON so that an interruption leaves the old file or the new one."""
+    """Write JSON atomically: an interruption leaves the old file or the new one."""
     new = path.with_suffix(".new")
     new.write_text(json.dumps(value, indent=1))
     new.replace(path)
 
 
 def device() -> dict[str, str]:
-    """What the figures hold for."""
+    """Return the device and versions that the figures apply to."""
     import jaxlib
 
     first = jax.devices()[0]

@@ -1,4 +1,4 @@
-"""What a profiler's trace says of a GPU: when it was busy, with which kernels, launched how."""
+"""Summarise the GPU events of a profiler trace: busy time, kernels and launches."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -8,26 +8,26 @@ from typing import Any
 from jax.profiler import ProfileData
 
 DEVICE, STREAM = "/device:GPU:", "Stream"
-"""How planes of GPUs, and lines of what ran on them, begin; other lines of the plane say the same by HLO module."""
+"""Prefixes of GPU planes and of their stream lines; other lines of a plane repeat the events by HLO module."""
 GRAPH_LAUNCHES = ("cuGraphLaunch", "cudaGraphLaunch")
 KERNEL_LAUNCHES = ("cuLaunchKernel", "cuLaunchKernelEx", "cudaLaunchKernel")
 
 
 @dataclass(frozen=True)
 class Seen:
-    """The events of a trace."""
+    """GPU events of a trace."""
 
     kernels: tuple[tuple[str, float, float], ...]
-    """Name, start and end in nanoseconds of what ran on the GPU, by start; copies among it."""
+    """Name, start and end in nanoseconds of kernels and copies on the GPU, sorted by start."""
     graph_launches: int
-    """Command buffers the host started."""
+    """Number of command buffers launched by the host."""
     kernel_launches: int
-    """Kernels the host started alone."""
+    """Number of kernels launched by the host outside of command buffers."""
     host_events: int
 
     @property
     def busy(self) -> float:
-        """The share of the time from the first start to the last end in which anything ran."""
+        """Share of the time between the first start and the last end in which the GPU was busy."""
         covered, reached = 0.0, self.kernels[0][1]
         for _, start, end in self.kernels:
             covered += max(0.0, end - max(start, reached))
@@ -35,7 +35,7 @@ class Seen:
         return covered / (reached - self.kernels[0][1])
 
     def per_step(self, steps: int, most: int = 12) -> dict[str, Any]:
-        """Figures of a trace of `steps` equal steps, with the `most` longest kernels by name."""
+        """Return figures per step of a trace of `steps` equal steps, with the `most` longest kernels by name."""
         total, calls = Counter[str](), Counter[str]()
         for name, start, end in self.kernels:
             total[name] += end - start
@@ -53,10 +53,10 @@ class Seen:
 
 
 def read(folder: Path) -> Seen:
-    """The newest trace that `jax.profiler` wrote under a folder.
+    """Read the newest trace that `jax.profiler` wrote under a folder.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: the folder has no trace.
     """
     files = sorted(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
     if not files:
@@ -65,7 +65,7 @@ def read(folder: Path) -> Seen:
 
 
 def seen(data: ProfileData) -> Seen:
-    """The events of all planes."""
+    """Collect the GPU events of all planes."""
     kernels, host = [], Counter[str]()
     for plane in data.planes:
         for line in plane.lines:

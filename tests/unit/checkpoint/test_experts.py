@@ -1,4 +1,6 @@
-"""Experts one by one, in stacks, in gpt-oss's layouts, in int8 and converted: the same weights on every device."""
+"""Test loading of experts: per-expert, stacked and gpt-oss layouts, int8, and converted folders give the same
+weights.
+"""
 
 import json
 import re
@@ -40,14 +42,14 @@ WAYS: Mapping[str, Any] = {
 
 @pytest.fixture(scope="module")
 def stacked(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
-    """A checkpoint of each family with its experts stacked."""
+    """Return a checkpoint of each family with stacked experts."""
     return {
         family: checkpoint.write(tmp_path_factory.mktemp(family), HF[family], with_tokenizer=False) for family in EACH
     }
 
 
 def one_by_one(family: str, source: Path, folder: Path) -> Path:
-    """The same checkpoint with a tensor for each expert's projections."""
+    """Rewrite a checkpoint with one tensor per expert and projection."""
     names, found = EACH[family], {}
     for name, value in load_file(source / "model.safetensors").items():
         match = STACKED.fullmatch(name)
@@ -201,7 +203,7 @@ NAME = "m.experts."
 
 
 def gpt_oss(packed: bool) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """A checkpoint of gpt-oss's experts, and the numbers in it as stacks of `[out, in]`, gate before up."""
+    """Return a checkpoint of gpt-oss experts, and its values as stacks of `[out, in]`, gate rows before up rows."""
     rng, kept, plain = np.random.default_rng(0), {}, {}
     for name, out, inner in (("gate_up_proj", 2 * FFN, WIDTH), ("down_proj", WIDTH, FFN)):
         if packed:

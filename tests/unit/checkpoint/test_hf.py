@@ -1,4 +1,4 @@
-"""Finding a model's folder, its JSON as plain data, its configuration held strictly."""
+"""Test model lookup, JSON reading, and strict validation of config.json."""
 
 import errno
 import json
@@ -40,7 +40,7 @@ def named(error: pytest.ExceptionInfo, *texts: str) -> None:
 
 @pytest.fixture
 def downloads(monkeypatch):
-    """Stands in for the Hub: records calls, raises or returns what `downloads["answer"]` is."""
+    """Replace the Hub client: record calls; raise or return `downloads["answer"]`."""
     calls = {"answer": RuntimeError("the Hub was asked")}
 
     def snapshot_download(model, **options):
@@ -113,7 +113,7 @@ def test_only_what_is_read_is_fetched(downloads):
 
 
 def http_error(kind):
-    """An error as the client raises it, whichever HTTP library it is built on."""
+    """Return an HTTP error as raised by the client, for whichever HTTP library it uses."""
     error = kind.__new__(kind)
     Exception.__init__(error, "refused")
     return error
@@ -364,7 +364,7 @@ def test_what_nobody_read_is_refused_with_the_remedy():
 )
 @pytest.mark.parametrize("later", [False, True])
 def test_an_attribute_that_may_have_one_value(value, values, passes, later):
-    """At once, or when all is read; an empty value is none there."""
+    """Unsupported values raise immediately, or in `finish`; an empty value counts as absent."""
     reader = ConfigReader({"is_causal": value}, "llama")
 
     def check() -> None:
@@ -425,7 +425,7 @@ def test_the_patterns_fetch_no_code():
     assert not any(pattern.endswith((".py", ".bin", ".pt")) for pattern in hub.ALLOW_PATTERNS)
 
 
-# --- The configurations of parts ----------------------------------------------------------------------
+# --- Nested configurations ------------------------------------------------------------------------------
 
 
 def test_the_sizes_of_parts_are_checked_under_their_name():
@@ -453,7 +453,7 @@ def test_a_part_that_is_no_object_is_refused(value):
 
 @pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])
 def test_a_scaling_laid_over_a_rope_keeps_its_base(name):
-    """Which transformers 5 writes into the object that is replaced."""
+    """transformers 5 stores the base in the object that the override replaces."""
     config = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e5}, "max_position_embeddings": 64}
     yarn = {"rope_type": "yarn", "factor": 4.0}
 

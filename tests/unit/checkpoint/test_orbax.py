@@ -1,4 +1,4 @@
-"""Converted folders: the same weights on every device whatever they were converted for, and every fault by its name."""
+"""Test converted folders: weights are identical on any number of devices, and every error names its file."""
 
 import hashlib
 import json
@@ -35,7 +35,7 @@ ROOT = Path(__file__).parents[3]
 
 
 def write(folder: Path, family: str = "llama", stored: type = np.float32, **changes: Any) -> Path:
-    """A checkpoint of the tiny configuration."""
+    """Write a checkpoint of the tiny configuration."""
     folder.mkdir(parents=True)
     hf = CONFIG | {"architectures": [ARCHITECTURES[family]], "dtype": np.dtype(stored).name} | changes
     save_file(shaped(hf, stored), folder / "model.safetensors")
@@ -45,7 +45,9 @@ def write(folder: Path, family: str = "llama", stored: type = np.float32, **chan
 
 @pytest.fixture(scope="module")
 def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Path]]:
-    """`make(family, tp, stored, **settings of convert)`: a checkpoint and the folder made of it, each made once."""
+    """Return `make(family, tp, stored, **settings of convert)`, which gives a cached checkpoint and its converted
+    folder.
+    """
     base = tmp_path_factory.mktemp("orbax")
 
     @cache
@@ -68,7 +70,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, 
 
 @pytest.fixture
 def copy(make, tmp_path: Path) -> Path:
-    """A converted folder for two devices that may be spoilt."""
+    """Return a converted folder for two devices that a test may modify."""
     return shutil.copytree(make(tp=2)[1], tmp_path / "copy")
 
 
@@ -77,7 +79,7 @@ def load(folder: Path, tp: int = 1, **settings: Any) -> dict[str, Any]:
 
 
 def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Every device holds the same part of every parameter, bit for bit, and by the same sharding."""
+    """Check that every device holds the same part of every parameter, bit for bit, with the same sharding."""
     assert found.keys() == expected.keys()
     for path, param in expected.items():
         ours, theirs = found[path].get_value(), param.get_value()
@@ -97,8 +99,9 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
     ],
 )
 def test_it_restores_what_the_checkpoint_gives_on_as_many_devices(make, before, after, family, quantization):
-    """Biases (qwen2), tensors that stack outputs (phi3), kv heads that four devices share, a padded vocabulary of
-    97."""
+    """Cover biases (qwen2), tensors that stack outputs (phi3), kv heads shared by four devices, and a padded
+    vocabulary of 97.
+    """
     source, folder = make(family, before, quantization=quantization)
     assert_same(load(folder, after), load(source, after, quantization=quantization))
 
@@ -284,7 +287,7 @@ def test_a_large_file_is_held_against_its_digest_when_that_is_asked_for(copy, mo
 
 
 def edit(folder: Path, change: Callable[[dict], None], *, sign: bool = False) -> None:
-    """Changes a manifest; `sign`: with a digest that fits."""
+    """Modify a manifest; `sign` also updates its digest."""
     body = json.loads((folder / NAME).read_text())
     change(body)
     if sign:
@@ -317,7 +320,7 @@ def test_a_changed_manifest_is_refused(copy, change, sign, message):
 
 
 def test_rows_lie_where_the_manifest_says(copy):
-    """A release may order the outputs of a fused weight otherwise: the shape alone does not tell."""
+    """The order of a fused weight's outputs may change between releases, which the shape does not show."""
 
     def swap(body: dict) -> None:
         for path, stored in body["parameters"].items():
@@ -354,7 +357,7 @@ def test_a_configuration_that_does_not_fit_the_weights(copy):
         refused(copy, named)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # TensorStore's, after its error
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # raised by TensorStore after its error
 def test_what_orbax_says_is_said_in_one_line(copy, monkeypatch):
     import orbax.checkpoint.experimental.v1 as ocp
 
@@ -366,7 +369,7 @@ def test_what_orbax_says_is_said_in_one_line(copy, monkeypatch):
         raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
     monkeypatch.setattr(ocp, "load", full)
-    with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):  # which `LLM` knows
+    with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):  # handled by `LLM`
         load(copy, 2)
 
 
@@ -403,7 +406,7 @@ def test_two_conversions_to_one_folder(make, tmp_path, monkeypatch):
 
 def test_a_failed_conversion_leaves_nothing(make, tmp_path, monkeypatch):
     source, _ = make()
-    (tmp_path / ".out.partial" / "weights.partial_save").mkdir(parents=True)  # of one that was interrupted
+    (tmp_path / ".out.partial" / "weights.partial_save").mkdir(parents=True)  # left by an interrupted conversion
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
     with pytest.raises(CheckpointError, match="1 bytes free, but the weights need [0-9]+; free space"):
         convert.convert(source, tmp_path / "out", make_mesh(), progress=False)
@@ -464,7 +467,7 @@ for point, patch in POINTS.items():
         os._exit(0)
     print(point, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
-"""Conversions that are killed, each at its point."""
+"""Program that runs conversions and kills each at a different point."""
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -510,12 +513,13 @@ for source, name in ((tiny, "tiny"), (large, "large")):
         reading = peak(lambda: loading.load(target, mesh, progress=False))
         print(json.dumps([name, kind, writing, reading]), flush=True)
 """
-"""A first, tiny checkpoint brings in what any conversion needs; then the growth of resident memory with a large one."""
+"""Program that converts a tiny checkpoint first, to import all modules, then measures the growth of resident memory
+with a large one."""
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs /proc")
 def test_conversion_takes_less_memory_than_three_times_the_largest_tensor(tmp_path):
-    """And restoring little more than the weights."""
+    """Restoring needs little more memory than the weights."""
     tiny = write(tmp_path / "tiny", stored=ml_dtypes.bfloat16)
     large = write(
         tmp_path / "large",
@@ -542,7 +546,7 @@ def test_conversion_takes_less_memory_than_three_times_the_largest_tensor(tmp_pa
 
 @pytest.fixture
 def command(monkeypatch):
-    """`main` of scripts/convert.py; JAX has its devices already."""
+    """Return `main` of scripts/convert.py, with JAX's devices already set up."""
     for name in ("JAX_PLATFORMS", "XLA_FLAGS"):
         monkeypatch.setenv(name, os.environ.get(name, ""))
     return scripts.load("convert").main

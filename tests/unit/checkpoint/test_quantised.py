@@ -1,4 +1,4 @@
-"""A checkpoint loaded in int8 is the checkpoint loaded, then quantised: the same bits in the same places."""
+"""Test int8 loading: it gives the same bits as loading first and quantising afterwards."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from jaxinfer.sharding import make_mesh
 pytestmark = pytest.mark.slow
 
 HEADS = dict(vocab_size=97, num_attention_heads=4, num_key_value_heads=2)
-"""An odd vocabulary, so that over several devices the head has rows of padding."""
+"""Odd vocabulary size, so that the head has padding rows on several devices."""
 
 
 def write(folder: Path, family: str = "llama", **changes: object) -> Path:
@@ -113,7 +113,7 @@ def test_no_rule_may_fill_the_scales(tmp_path):
 
 
 def test_any_order_of_reading_gives_the_same(tmp_path):
-    """Parts of rows, scales before values, rows twice."""
+    """Cover partial rows, scales before values, and rows read twice."""
     folder, name = write(tmp_path), "model.layers.0.mlp.down_proj.weight"
     values, scales = int8_matmul.quantise(load_file(folder / "model.safetensors")[name])
     with SafetensorsReader(folder) as reader:

@@ -1,4 +1,4 @@
-"""The weight table through the real loader: the right rows on the right device, every fault named by its tensor."""
+"""Test the weight table through the real loader: every device gets its rows, and every error names its tensor."""
 
 import json
 import os
@@ -27,7 +27,7 @@ LAYER = "model.layers.0"
 
 
 def tensors(family: str = "llama", *, dtype: type = np.float32, tied: bool = False) -> dict[str, np.ndarray]:
-    """A one-layer checkpoint written out by hand; no two numbers in it are equal."""
+    """Return a one-layer checkpoint written out by hand; all of its values differ."""
     shapes = {
         "model.embed_tokens.weight": (V, M),
         "model.norm.weight": (M,),
@@ -68,13 +68,13 @@ def refused(folder: Path, *named: str) -> None:
 
 
 def shards(parameter) -> list[np.ndarray]:
-    """What each device holds, in the order of the devices."""
+    """Return the shard of each device, in device order."""
     held = sorted(parameter.get_value().addressable_shards, key=lambda shard: shard.device.id)
     return [np.asarray(shard.data) for shard in held]
 
 
 def rows(weight: np.ndarray, units: int, shard: int, tp: int) -> np.ndarray:
-    """The rows of a projection of `units` heads that a shard owns: its heads, or the one head it shares."""
+    """Return the rows of a projection of `units` heads that a shard owns: its heads, or the one head that it shares."""
     heads = weight.reshape(units, -1, weight.shape[-1])
     own = heads[shard * units // tp :][: max(1, units // tp)]
     return own.reshape(-1, weight.shape[-1])
@@ -109,7 +109,7 @@ def test_each_device_holds_its_rows_and_no_others(family, tp, tmp_path):
         np.testing.assert_array_equal(shards(loaded["norm.scale"])[s], content["model.norm.weight"])
 
 
-# Beside the two kv heads, each with two query heads around it, a third group; in each group two more query heads.
+# A third group beside two kv heads with two query heads each (first case); two more query heads per group (second).
 @pytest.mark.parametrize(
     ("tp", "queries", "keys"),
     [(3, [0, 1, 2, 3, None, None], [0, 1, None]), (8, [0, 1, None, None, 2, 3, None, None], [0, 0, 0, 0, 1, 1, 1, 1])],
@@ -123,7 +123,7 @@ def test_heads_of_zeroes_are_zero_in_every_tensor(quantization, tp, queries, key
         return rules.parameters(module)
 
     def heads(part: np.ndarray, wanted: list[int | None]) -> np.ndarray:
-        """`[heads, D, ...]`, those that are None zero."""
+        """Return `[heads, D, ...]`, with zeros for heads that are None."""
         own = part.reshape(-1, D, *part.shape[1:])
         return np.stack([np.zeros_like(own[0]) if head is None else own[head] for head in wanted])
 
@@ -332,7 +332,7 @@ def test_an_adapter_and_quantised_tensors_are_refused_by_that_before_any_shape(n
 
 
 def test_a_table_that_is_wrong_itself_is_refused(tmp_path):
-    """Faults of a new family's author, not of a checkpoint."""
+    """Cover mistakes of the author of a new family, not of a checkpoint."""
     folder = checkpoint(tmp_path, tensors())
     config = json.loads((folder / "config.json").read_text())
     served, parsed = loading.parse(config)
@@ -370,7 +370,8 @@ before = status("VmRSS")
 module = loading.load(Path(sys.argv[3]), mesh, dtype="float32", quantization=sys.argv[4] or None, progress=False)
 print(status("VmHWM") - before)
 """
-"""A first, tiny checkpoint brings in what any loading needs; then the highest resident memory of a large one."""
+"""Program that loads a tiny checkpoint first, to import all modules, then measures the peak resident memory with a
+large one."""
 
 
 @pytest.mark.slow
@@ -380,12 +381,12 @@ print(status("VmHWM") - before)
     ("stored", "quantization"), [(np.float32, ""), (ml_dtypes.bfloat16, ""), (ml_dtypes.bfloat16, "int8")]
 )
 def test_loading_takes_little_more_memory_than_the_weights(tp, stored, quantization, tmp_path):
-    """At most 1.3 x the largest group of tensors beside the weights, whatever the checkpoint's dtype."""
+    """Allow at most 1.3 x the largest tensor group beside the weights, for any dtype of the checkpoint."""
     width, ffn, layers, vocab = 1024, 4096, 3, 4096
     rng = np.random.default_rng(0)
     content = {}
     for name, value in tensors().items():
-        sizes = {M: width, F: ffn, V: vocab, H * D: 2 * width}  # K x D is M, here and there
+        sizes = {M: width, F: ffn, V: vocab, H * D: 2 * width}  # K x D equals M in both sizes
         for i in range(layers) if "layers" in name else (0,):
             shape = tuple(sizes[n] for n in value.shape)
             content[name.replace("layers.0", f"layers.{i}")] = rng.random(shape, np.float32).astype(stored)
@@ -402,7 +403,7 @@ def test_loading_takes_little_more_memory_than_the_weights(tp, stored, quantizat
         (tmp_path / name).mkdir()
     tiny, large = checkpoint(tmp_path / "tiny", tensors()), checkpoint(tmp_path / "large", content, **changes)
     weights = 4 * sum(value.size for value in content.values())
-    if quantization:  # all that has rows and columns, but for the table of the embedding
+    if quantization:  # all matrices except the embedding
         weights = sum(value.size for value in content.values()) + 3 * vocab * width
     largest = 4 * 2 * ffn * width
     del content

@@ -1,4 +1,4 @@
-"""The safetensors reader: the right bytes, only those, and every fault named by file and tensor."""
+"""Test the safetensors reader: it reads exactly the requested bytes, and every error names file and tensor."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ from jaxinfer.errors import CheckpointError
 
 
 def write(path: Path, header: str | bytes | dict, data: bytes = b"", length: int | None = None) -> None:
-    """Writes a file whose header is taken as it stands, however wrong."""
+    """Write a file with the given header, valid or not."""
     text = json.dumps(header) if isinstance(header, dict) else header
     raw = text.encode() if isinstance(text, str) else text
     path.write_bytes((len(raw) if length is None else length).to_bytes(8, "little") + raw + data)
@@ -257,7 +257,7 @@ def test_an_index_and_its_shards_must_agree(tmp_path, ramp):
 
 
 def test_an_index_as_published_is_read(tmp_path, ramp):
-    """Links as in the Hub's cache, two of them to one file; a size that is no integer; other formats beside."""
+    """Cover links as in the Hub's cache, two of them to one file, a size that is not an integer, and other formats."""
     folder, blobs = tmp_path / "snapshot", tmp_path / "blobs"
     blobs.mkdir()
     (folder / "original").mkdir(parents=True)
@@ -305,7 +305,7 @@ def test_a_folder_of_another_kind_is_refused_by_what_it_is(tmp_path, files, name
 
 
 def test_a_link_to_nothing_is_named(tmp_path):
-    """As in the Hub's cache after a blob was removed."""
+    """As in the Hub's cache after a blob was removed: the link is dangling."""
     for name in ("config.json", SINGLE):
         (tmp_path / name).symlink_to(f"../../blobs/{name}")
     with pytest.raises(CheckpointError, match=r"config\.json is a link to .*/blobs/config\.json, which is absent"):
