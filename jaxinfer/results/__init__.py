@@ -1,4 +1,4 @@
-"""Token ids in; text, stop strings and tables of log-probabilities out. Needs no device."""
+"""Convert token ids to text, stop-string matches and tables of log-probabilities; runs on the host only."""
 
 from jaxinfer.results.detokenizer import Detokenizer as Detokenizer
 from jaxinfer.results.logprobs import LogprobTable as LogprobTable

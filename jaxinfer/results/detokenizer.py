@@ -1,4 +1,4 @@
-"""Text from tokens as they come: each character is given when its last token is there."""
+"""Incremental detokenization: emit each character as soon as its last token arrives."""
 
 from __future__ import annotations
 
@@ -13,48 +13,48 @@ from jaxinfer.results.vocabulary import backend_of, knows_spaces, vocabulary
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _LONGEST_CHARACTER = 4
-"""Bytes of the longest character in UTF-8: of an unfinished one at most three are there."""
+"""Maximum bytes of a character in UTF-8; an incomplete character has at most three."""
 _WINDOW = 4
-"""Tokens that are decoded together before the first of them are dropped."""
+"""Window length, in tokens, at which the window is first shortened."""
 _CONTEXTS = (1, 4, 8)
-"""Tokens of the text before that new ones are decoded with: the fewest that have text and hold what is not given
-yet."""
+"""Numbers of preceding tokens to try as decoding context of new tokens; the first that has text and contains all text
+not yet emitted is used."""
 _PROMPT = 4
-"""Tokens of the prompt that its output is decoded with; more, if they have no text."""
+"""Number of prompt tokens used as decoding context of the output; more if these have no text."""
 
 
 class _State(NamedTuple):
-    """The progress of one text. It is never changed, so that a token can be tried and dropped again."""
+    """Decoding state of one text; immutable, so that `peek` can decode a token without committing it."""
 
     window: tuple[int, ...] = ()
-    """The last tokens of the text: some whose text was given as context, and all whose text was not."""
+    """Last tokens of the text: context tokens with emitted text, then all tokens whose text is not yet emitted."""
     text: str = ""
-    """The window, decoded."""
+    """Decoded text of the window."""
     given: int = 0
-    """Characters of `text` that were given out."""
+    """Number of characters of `text` already emitted."""
     settled: int = 0
-    """Tokens of the window whose text was given out whole."""
+    """Number of tokens of the window whose text is emitted completely."""
     limit: int = _WINDOW
-    """Tokens at which the window is shortened."""
+    """Window length, in tokens, at which the window is shortened."""
     partial: tuple[int, ...] = ()
-    """The byte tokens of an unfinished character."""
+    """Byte tokens of an incomplete character."""
     broken: bool = False
-    """Whether the run of byte tokens at the end of the text is not UTF-8."""
+    """Whether the run of byte tokens at the end of the text is invalid UTF-8."""
     shown: str = ""
-    """Replacement characters at the end of the prompt's text that the output may still resolve."""
+    """Replacement characters at the end of the prompt's text that the output may still complete to characters."""
 
 
 class Detokenizer:
-    """Decodes one sequence token by token.
+    """Incremental detokenizer of one sequence.
 
-    The pieces add up to what `tokenizer.decode(prompt + output, skip_special_tokens=...,
-    clean_up_tokenization_spaces=False)` adds to the text of `prompt`, whatever the division into pushes. A character
-    is given with its last token. When the sequence ends inside a character, `finish` gives the replacement characters
-    that `decode` does.
+    The pieces concatenate to the text that `tokenizer.decode(prompt + output, skip_special_tokens=...,
+    clean_up_tokenization_spaces=False)` adds to the text of `prompt`, however the tokens are divided into pushes. A
+    character is emitted with its last token. If the sequence ends inside a character, `finish` returns the replacement
+    characters that `decode` returns.
 
     The pieces differ from `decode` in one case: a decoder with byte fallback (Llama 2, Gemma) replaces every byte of a
-    run of byte tokens if one of them is wrong. The characters of the run that were given before the wrong byte stay.
-    Tokenizers whose decoding of a prefix is not a prefix of the decoding keep what was given as well.
+    run of byte tokens if one byte is invalid. Characters of the run emitted before the invalid byte are kept. Emitted
+    text is also kept for tokenizers whose decoded prefix is not a prefix of the decoded whole.
 
     Each token costs the decoding of about four tokens.
     """
@@ -70,11 +70,11 @@ class Detokenizer:
         """Start a text after a prompt.
 
         Args:
-            tokenizer: a tokenizer of transformers; its Rust backend is used where it has one.
+            tokenizer: transformers tokenizer; its Rust backend is used if it has one.
             prompt: token ids that the text continues. Its last tokens decide, for instance, whether the first word
                 keeps its leading space.
-            skip_special_tokens: leave special tokens out of the text.
-            spaces_between_special_tokens: acted on only by tokenizers without a Rust backend that know it.
+            skip_special_tokens: whether to leave special tokens out of the text.
+            spaces_between_special_tokens: passed to Python tokenizers that support it; ignored with a Rust backend.
         """
         self._tokenizer = tokenizer
         self._backend = backend_of(tokenizer)
@@ -88,7 +88,7 @@ class Detokenizer:
             self._read(prompt)
 
     def push(self, token_ids: Iterable[int]) -> str:
-        """Take the next tokens and return the text that they complete."""
+        """Append tokens and return the text that they complete."""
         pieces = []
         for token in token_ids:
             self._state, piece = self._step(self._state, int(token))
@@ -96,7 +96,7 @@ class Detokenizer:
         return "".join(pieces)
 
     def peek(self, token: int) -> str:
-        """Return the text that `push([token])` would return, without taking the token."""
+        """Return the text that `push([token])` would return, without appending the token."""
         state, pieces = self._state, self._vocabulary.pieces
         complete = 0 < state.given == len(state.text) and not state.partial and not state.shown
         if pieces is None or not complete or token in self._vocabulary.bytes or self.skips(token):
@@ -106,24 +106,24 @@ class Detokenizer:
         return pieces[token]
 
     def finish(self) -> str:
-        """Return the rest of the text, once no more tokens come."""
+        """Return the rest of the text at the end of the sequence."""
         state = self._state
         rest = state.text[state.given :] + _REPLACEMENT * len(state.partial)
         self._state, rest = _pass_shown(state._replace(given=len(state.text), partial=()), rest)
         return rest
 
     def skips(self, token: int) -> bool:
-        """Whether a token is a special one that is left out of the text."""
+        """Return whether a token is a special token that is left out of the text."""
         return self._skips and token in self._vocabulary.special
 
     def special_text(self, token: int) -> str | None:
-        """Return the text of a special token, whether or not special tokens are left out; None for other tokens."""
+        """Return the text of a special token, even if special tokens are skipped; None for other tokens."""
         if token not in self._vocabulary.special:
             return None
         return self._backend.id_to_token(token) if self._backend else self._tokenizer.convert_ids_to_tokens(token)
 
     def _read(self, prompt: Sequence[int] | np.ndarray) -> None:
-        """Take the last tokens of the prompt, from the beginning of a run of byte tokens if it ends in one."""
+        """Load the last tokens of the prompt as context; a run of byte tokens at its end is loaded from its start."""
         kept: list[int] = []
         for token in map(int, reversed(prompt)):
             if self._is_left_out(token):
@@ -137,11 +137,11 @@ class Detokenizer:
         self._state = state._replace(shown=state.text[state.given :] + _REPLACEMENT * len(state.partial))
 
     def _is_left_out(self, token: int) -> bool:
-        """Whether a token gives no text: a special token that is skipped, or an id that the tokenizer does not have."""
+        """Return whether a token has no text: a skipped special token, or an id unknown to the tokenizer."""
         return self.skips(token) or (self._backend is not None and self._backend.id_to_token(token) is None)
 
     def _step(self, state: _State, token: int) -> tuple[_State, str]:
-        """The state after one more token, and the text that it completes."""
+        """Return the state after one more token, and the text that it completes."""
         if self._is_left_out(token):
             return state, ""
         if token in self._vocabulary.bytes:
@@ -153,7 +153,7 @@ class Detokenizer:
         return _pass_shown(state, text) if state.shown else (state, text)
 
     def _step_byte(self, state: _State, token: int) -> tuple[_State, str]:
-        """Take a byte token. `tokenizers` decodes a run of them as one, so only whole characters are decoded."""
+        """Append a byte token. `tokenizers` decodes a run of byte tokens as a unit, so decode only whole characters."""
         if state.broken:
             return state, _REPLACEMENT
         partial = (*state.partial, token)
@@ -165,19 +165,19 @@ class Detokenizer:
         return self._extend(state._replace(partial=()), partial)
 
     def _break(self, state: _State) -> tuple[_State, str]:
-        """Replace each byte of a character that cannot be finished, as `tokenizers` does for the rest of the run."""
+        """Replace each byte of an invalid character, as `tokenizers` does for the rest of the run."""
         window = state.partial[:1]
         text = self._decode(window)
         broken = _State(window, text, given=len(text), settled=1, broken=True, shown=state.shown)
         return broken, _REPLACEMENT * len(state.partial)
 
     def _extend(self, state: _State, token_ids: tuple[int, ...]) -> tuple[_State, str]:
-        """Decode tokens together with those before them."""
+        """Append tokens to the window and return the text that they complete."""
         window = (*state.window, *token_ids)
         text, before = self._decode(window), state.text[: state.given]
         settled = state.settled
         if not text.startswith(before):
-            # The tokenizer contradicts the text that was given. It stays, and the tokens after it are decoded anew.
+            # The new decoding contradicts text already emitted: keep that text and decode the tokens after it alone.
             window, before, settled = window[settled:], "", 0
             text = self._decode(window)
         held = 0 if self._vocabulary.bytes else _replaced_at_end(text)
@@ -187,17 +187,17 @@ class Detokenizer:
         return (self._shorten(state) if len(window) >= state.limit else state), text[len(before) : given]
 
     def _shorten(self, state: _State) -> _State:
-        """Drop tokens from the window where the text that follows does not need them."""
+        """Drop tokens from the start of the window that do not change the text after them."""
         window, rest = state.window, state.text[state.given :]
         tails = [window[self._boundary(window, len(window) - count) :] for count in _CONTEXTS]
         if not self._vocabulary.bytes:
-            tails.append((*window[:_PROMPT], *window[-_PROMPT:]))  # for many tokens in a row that have no text
+            tails.append((*window[:_PROMPT], *window[-_PROMPT:]))  # for long runs of tokens without text
         for tail in tails:
             if len(tail) >= len(window):
                 continue
             text = self._decode(tail)
             given = len(text) - len(rest)
-            # Without any text before it, a token would be decoded as the first of the text.
+            # Without context text, a token would be decoded as the first of a text (without its leading space).
             if text[max(given, 0) :] == rest and (given > 0 or not state.given):
                 settled = max(0, state.settled - (len(window) - len(tail)))
                 return state._replace(
@@ -206,7 +206,7 @@ class Detokenizer:
         return state._replace(limit=2 * len(window))
 
     def _boundary(self, window: tuple[int, ...], start: int) -> int:
-        """The last place, at or before `start`, that is not inside a character of several byte tokens."""
+        """Return the last index at or before `start` that is not inside a character of several byte tokens."""
         while start > 0 and self._vocabulary.bytes.get(window[start], 0) & 0xC0 == 0x80:
             start -= 1
         return max(start, 0)
@@ -226,13 +226,13 @@ class Detokenizer:
 
 
 def _replaced_at_end(text: str) -> int:
-    """Replacement characters at the end of the text that may be an unfinished character."""
+    """Count the replacement characters at the end of a text that may be an incomplete character."""
     end = text[1 - _LONGEST_CHARACTER :]
     return len(end) - len(end.rstrip(_REPLACEMENT))
 
 
 def _pass_shown(state: _State, text: str) -> tuple[_State, str]:
-    """Drop from new text the replacement characters that the prompt's text ends in."""
+    """Drop from the start of new text the replacement characters that already end the prompt's text."""
     if not text:
         return state, text
     shown = state.shown

@@ -1,4 +1,4 @@
-"""Tables of log-probabilities whose tokens read as the text does."""
+"""Tables of log-probabilities with the decoded text of each candidate token."""
 
 from __future__ import annotations
 
@@ -11,42 +11,44 @@ from jaxinfer.results.detokenizer import Detokenizer
 
 
 class Likely(NamedTuple):
-    """The log-probabilities of one position, as the engine reads them from the device."""
+    """Log-probabilities of one position, as the engine reads them from the device."""
 
     chosen: float | np.floating
-    """Of the token that is there."""
+    """Log-probability of the sequence's token at this position."""
     rank: int | np.integer
+    """Rank of that token among all tokens."""
     ids: np.ndarray
-    """The likeliest tokens."""
+    """Ids of the most likely tokens, in descending order of likelihood."""
     top: np.ndarray
-    """Their log-probabilities."""
+    """Log-probabilities of `ids`."""
 
 
 class LogprobTable:
-    """Makes the candidates of one position after the other, each with the text that it adds to the text before it."""
+    """Builder of a sequence's log-probability table: per position, candidate tokens and the text that each adds."""
 
     def __init__(self, detokenizer: Detokenizer | None, count: int) -> None:
-        """Show `count` candidates a position; without a detokenizer they have no text.
+        """Start a table.
 
         Args:
-            detokenizer: of this table alone, at the end of the text before the first position.
-            count: how many of the likeliest tokens to show beside the one that is there.
+            detokenizer: detokenizer used by this table only, at the end of the text before the first position; None
+                for candidates without text.
+            count: number of most likely tokens to list besides the sequence's token.
         """
         self._detokenizer, self._count = detokenizer, count
 
     def skip(self, token: int) -> None:
-        """Pass over a token of the text that has no log-probability: the first of a prompt."""
+        """Skip a token without log-probability, the first of a prompt."""
         if self._detokenizer is not None:
             self._detokenizer.push([token])
 
     def row(self, token: int, likely: Likely, *, last: bool = False, in_text: bool = True) -> dict[int, Logprob]:
-        """Return the candidates of the next position by their ids, the token that is there first.
+        """Return the candidates of the next position: token id -> log-probability, the sequence's token first.
 
         Args:
-            token: the token that is there.
-            likely: its log-probability and those of the likeliest tokens.
-            last: whether the text ends with it, so that an unfinished character is shown.
-            in_text: whether the token is part of the text; one that ends an output may not be.
+            token: the sequence's token at this position.
+            likely: log-probabilities of `token` and of the most likely tokens.
+            last: whether the text ends with this token, so that an incomplete character is emitted.
+            in_text: whether the token is part of the text; a token that ends an output may not be.
         """
         others = likely.ids[: self._count].tolist()
         words = {other: self._candidate(other) for other in others if other != token}
@@ -57,7 +59,7 @@ class LogprobTable:
         return rows
 
     def _candidate(self, token: int) -> str | None:
-        """The text that another token would have added. Special tokens are shown even if the text leaves them out."""
+        """Return the text that another token would have added; skipped special tokens have text here, too."""
         made = self._detokenizer
         if made is None:
             return None

@@ -1,4 +1,4 @@
-"""A user's view of one request: its text as it grows, and its results."""
+"""Convert the tokens of a request to user-facing outputs: text, log-probabilities, deltas and final results."""
 
 from collections.abc import Callable, Mapping
 from functools import cached_property, lru_cache
@@ -14,30 +14,36 @@ from jaxinfer.results.text_stream import TextStream
 from jaxinfer.sampling_params import RequestOutputKind
 
 _stops = lru_cache(maxsize=16)(StopStrings)
-"""The automaton for `SamplingParams.stop`, which most requests of a call have in common."""
+"""Build the automaton for `SamplingParams.stop`, cached because most requests of a call share it."""
 
 
 class Sample:
-    """One sequence as its user sees it: its text as it grows, and what of it was given out."""
+    """Output of one sequence: its text so far, and how much of it earlier deltas contained."""
 
     def __init__(self, sequence: Sequence, stream: Callable[[], TextStream] | None, table: Callable[[], LogprobTable]):
-        """Follow a sequence; `stream` and `table` are called once its first token is there. No stream: no text."""
+        """Track a sequence.
+
+        Args:
+            sequence: engine sequence.
+            stream: creates its text stream, on first use; None for an output without text.
+            table: creates its log-probability table, on first use.
+        """
         self.sequence, self._new_stream, self._new_table = sequence, stream, table
         self._taken = 0
-        """Tokens that the text has taken."""
+        """Number of tokens passed to the text stream."""
         self._hides_last = False
-        """Whether the last of them ended the sequence and is no part of the text."""
+        """Whether the last token ended the sequence and is not part of the text."""
         self._flushed = False
         self._fresh: list[str] = []
-        """Text made since the last delta."""
+        """Text since the last delta."""
         self._token_ids: list[int] = []
         self._logprobs: list[Mapping[int, Logprob]] = []
         self._listed = 0
-        """Tokens whose log-probabilities were given out or are in `_logprobs`."""
+        """Number of tokens whose log-probabilities are in earlier deltas or in `_logprobs`."""
         self.given = 0
-        """Tokens in deltas so far."""
+        """Number of tokens in updates so far."""
         self.ended = False
-        """Whether its end was given out."""
+        """Whether an update has reported the end of the sequence."""
 
     @cached_property
     def _text(self) -> TextStream | None:
@@ -49,26 +55,26 @@ class Sample:
 
     @property
     def text(self) -> str:
-        """All of its text."""
+        """Whole text of the sequence so far."""
         return "" if self._text is None else self._text.text
 
     @property
     def token_ids(self) -> list[int]:
-        """All of its tokens."""
+        """All output tokens so far."""
         self._token_ids += self.sequence.output_ids[len(self._token_ids) :].tolist()
         return self._token_ids.copy()
 
     @property
     def matched(self) -> str | None:
-        """The stop string that ended it."""
+        """Stop string that ended the sequence; None if none did."""
         return None if self._text is None else self._text.matched
 
     def take(self, reason: str | None) -> None:
-        """Give new tokens to the text, and flush what it holds back if the sequence ends with them.
+        """Pass new tokens to the text stream; flush held-back text if the sequence ends with them.
 
         Args:
-            reason: why the last of the tokens ends the sequence, stop strings aside. If it is "stop", the token is no
-                part of the text, unless the request asks for it.
+            reason: finish reason of the sequence at the last token, stop strings aside; None if it continues. With
+                "stop", the last token is left out of the text unless `include_stop_str_in_output` is set.
         """
         self._hides_last = reason == "stop" and not self.sequence.request.params.include_stop_str_in_output
         tokens = self.sequence.output_ids[self._taken :].tolist()
@@ -81,7 +87,7 @@ class Sample:
             self._flush()
 
     def settle(self) -> None:
-        """Once the sequence has ended: take what nobody listened to, and flush what was held back."""
+        """If the sequence has finished, process tokens not seen through `on_token` and flush held-back text."""
         if self._text is None or self._flushed or self.sequence.status is not Status.FINISHED:
             return
         if self._taken < self.sequence.made:
@@ -95,13 +101,13 @@ class Sample:
             self._flushed = True
 
     def take_fresh(self) -> str:
-        """The text made since the last call."""
+        """Return the text since the last call."""
         text = "".join(self._fresh)
         self._fresh.clear()
         return text
 
     def fresh_logprobs(self) -> list[Mapping[int, Logprob]]:
-        """The tables of the tokens made since the last call."""
+        """Return the log-probability tables of the tokens since the last call."""
         sequence, start = self.sequence, self._listed
         tokens, ended = sequence.output_ids[start:].tolist(), sequence.status is Status.FINISHED
         rows = []
@@ -112,24 +118,24 @@ class Sample:
         return rows
 
     def logprobs(self) -> list[Mapping[int, Logprob]]:
-        """The tables of all its tokens."""
+        """Return the log-probability tables of all output tokens."""
         self._logprobs += self.fresh_logprobs()
         return self._logprobs.copy()
 
 
 class Handle:
-    """Follows a request; listens to its tokens where text is needed before the end.
+    """Output processor of one request; listens to tokens if text is needed before the end (streaming, stop strings).
 
-    A call may have a hundred thousand of them in the queue, so what is not needed before the first token is made then.
+    A call may queue a hundred thousand requests, so state that the queue does not need is created at the first token.
     """
 
     def __init__(self, request: Request, text: str | None, tokenizer: Any, *, streaming: bool):
         self.request, self.text = request, text
         self.read: str | None = None
-        """The text that its encoder reads."""
+        """Text of the encoder's prompt."""
         self._tokenizer = tokenizer
         self._chunks = 0
-        """Chunks of the prompt whose log-probabilities are in its table."""
+        """Number of prefill chunks whose log-probabilities are in the prompt's table."""
         if (streaming or request.params.stop) and self._makes_text:
             request.listener = self
 
@@ -147,7 +153,7 @@ class Handle:
         return [None]
 
     def _detokenizer(self) -> Detokenizer:
-        """At the end of the prompt."""
+        """Return a new detokenizer positioned at the end of the prompt."""
         params = self.request.params
         return Detokenizer(
             self._tokenizer,
@@ -170,7 +176,7 @@ class Handle:
 
     @cached_property
     def _prompt_table(self) -> LogprobTable:
-        """At the second token of the prompt: the first has no log-probability."""
+        """Log-probability table of the prompt, from its second token on: the first has no log-probability."""
         detokenizer = None if self._tokenizer is None else Detokenizer(self._tokenizer, skip_special_tokens=False)
         table = LogprobTable(detokenizer, self.request.params.prompt_logprobs)
         table.skip(int(self.request.prompt[0]))
@@ -182,21 +188,21 @@ class Handle:
 
     @property
     def finished(self) -> bool:
-        """Whether every sample has ended."""
+        """Whether all samples have finished."""
         return self.request.finished
 
     def on_token(self, sequence: Sequence, reason: str | None) -> str | None:
-        """Called by the engine for each token; a stop string that it completed."""
+        """Process a new token (called by the engine); return the stop string that it completes, if any."""
         sample = self._samples[sequence.index]
         sample.take(reason)
         return sample.matched
 
     def output(self) -> RequestOutput:
-        """Everything so far."""
+        """Return the cumulative output."""
         return self._wrap([self._completion(sample) for sample in self._samples])
 
     def update(self, kind: RequestOutputKind) -> RequestOutput | None:
-        """What is new since the last update, in the form asked for; None if nothing is."""
+        """Return samples with new tokens since the last update, in the form set by `kind`; None if there are none."""
         if kind is RequestOutputKind.FINAL_ONLY and not self.finished:
             return None
         fresh = []
@@ -239,7 +245,7 @@ class Handle:
         )
 
     def _known_prompt_logprobs(self) -> list[Mapping[int, Logprob] | None] | None:
-        """The tables of the prompt's tokens that are known; all updates of a request share one list of them."""
+        """Return the prompt's log-probability tables computed so far; all updates of a request share this list."""
         if self.request.params.prompt_logprobs is None:
             return None
         table, prompt = self._prompt_logprobs, self.request.prompt
@@ -266,13 +272,13 @@ class Handle:
 
 
 class BeamHandle(Handle):
-    """Follows a beam search, whose results are known at its end."""
+    """Output processor of a beam search, whose results are available only at its end."""
 
     def __init__(self, request: Request, text: str | None, tokenizer: Any):
         super().__init__(request, text, tokenizer, streaming=False)
 
     def output(self) -> RequestOutput:
-        """The best beams; of a search that was cut short or failed a single one, without tokens, that says so."""
+        """Return the best beams; for an aborted or failed search, a single empty completion with the reason."""
         request, [first, *_] = self.request, self.request.sequences
         outputs = [self._beam(index, beam) for index, beam in enumerate(request.beams.best)]
         if request.error is not None or not outputs:

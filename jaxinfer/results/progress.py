@@ -1,4 +1,4 @@
-"""Which requests of a call have ended, and what the call says of itself while it runs and at its end."""
+"""Track finished requests of a call, stream updates, and show progress."""
 
 import logging
 import time
@@ -20,9 +20,9 @@ log = logging.getLogger(__name__)
 
 
 class Running:
-    """The handles of a call that have not ended yet.
+    """Unfinished handles of a call.
 
-    The engine says which ends (`Request.on_finish`), so that nobody has to look at all of them after each step.
+    The engine reports finished requests (`Request.on_finish`), so that no step iterates over all handles.
     """
 
     def __init__(self, handles: Iterable[Handle] = ()):
@@ -36,11 +36,11 @@ class Running:
 
     @property
     def some_ended(self) -> bool:
-        """Whether `take_ended` would return any."""
+        """Whether requests have finished since the last `take_ended`."""
         return bool(self._ended)
 
     def add(self, handle: Handle) -> None:
-        """Follow a handle whose request is not queued yet."""
+        """Track a handle whose request is not queued yet."""
         self._left[handle.request.id] = handle
         handle.request.on_finish = self._end
 
@@ -48,18 +48,17 @@ class Running:
         self._ended.append(request.id)
 
     def take_ended(self) -> list[Handle]:
-        """Return the handles that have ended since the last call."""
+        """Return the handles whose requests have finished since the last call."""
         ended = []
         while self._ended:
-            handle = self._left.pop(self._ended.popleft(), None)  # None: it was told twice
+            handle = self._left.pop(self._ended.popleft(), None)  # None: reported twice
             if handle is not None:
                 ended.append(handle)
         return ended
 
 
 class Updates:
-    """What the handles of a stream have to give out after a step: only those are looked at that got a token or
-    ended."""
+    """New outputs of a stream after each step; visits only handles whose requests got a token or finished."""
 
     def __init__(self, handles: Sequence[Handle]):
         self._running = Running(handles)
@@ -69,12 +68,12 @@ class Updates:
             handle.request.listener = _Told(self._changed, handle.request.listener)
 
     def unfinished(self) -> bool:
-        """Take note of what has ended, and return whether anything is left."""
+        """Record finished requests and return whether any are left."""
         self._changed.update(handle.request.id for handle in self._running.take_ended())
         return len(self._running) > 0
 
     def take(self) -> list[RequestOutput]:
-        """Return what is new of each handle since the last call, in the order of the handles."""
+        """Return the new outputs of all handles since the last call, in the order of the handles."""
         self.unfinished()
         changed = [self._places[name] for name in self._changed]
         self._changed.clear()
@@ -83,21 +82,21 @@ class Updates:
 
 
 class _Told:
-    """A listener that notes which requests got tokens, before the handle's own."""
+    """Listener that records which requests got tokens, then calls the handle's own listener."""
 
     def __init__(self, changed: set[str], own: Listener | None):
         self._changed, self._own = changed, own
 
     def on_token(self, sequence: Sample, *rest: Any) -> str | None:
-        """Note that there is a token, and pass it on."""
+        """Record the request and forward the token."""
         self._changed.add(sequence.request.id)
         return None if self._own is None else self._own.on_token(sequence, *rest)
 
 
 class Progress:
-    """The bar over a call: prompts done, tokens a second.
+    """Progress bar of a call: finished prompts and tokens per second.
 
-    `unfinished` runs on the engine's thread and only counts; `show` draws, on the caller's.
+    `unfinished` runs on the engine thread and only counts; `show` draws on the caller's thread.
     """
 
     def __init__(self, bar: tqdm, handles: Sequence[Handle]):
@@ -105,7 +104,7 @@ class Progress:
         self._start, self._prompt, self._made, self._done = time.perf_counter(), 0, 0, 0
 
     def unfinished(self) -> bool:
-        """Take note of what has finished, and return whether anything is left."""
+        """Count finished requests and return whether any are left."""
         if self._running.some_ended:
             done = self._running.take_ended()
             self._prompt += sum(len(handle.request.prompt) for handle in done)
@@ -114,7 +113,7 @@ class Progress:
         return len(self._running) > 0
 
     def show(self) -> None:
-        """Draw what has finished since the last time."""
+        """Update the bar with the requests finished since the last call."""
         fresh = self._done - self._bar.n
         if fresh:
             passed = max(time.perf_counter() - self._start, 1e-9)
@@ -126,7 +125,7 @@ class Progress:
 
 
 def say_if_cut(handles: Sequence[Handle]) -> None:
-    """Log once a process that results ended at the `max_tokens` that a caller gets without giving any."""
+    """Warn, once per process, if results were cut at the default `max_tokens`."""
     for handle in handles:
         most = handle.request.params.max_tokens
         if isinstance(most, DefaultInt) and any(

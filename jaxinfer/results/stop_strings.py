@@ -1,4 +1,4 @@
-"""Stop strings, found while text streams: nothing that may become one is let out before it is decided."""
+"""Stop-string matching on streamed text; text that may become part of a stop string is held back."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from collections.abc import Sequence
 
 
 class StopStrings:
-    """Stop strings as an Aho-Corasick automaton (Aho and Corasick, 1975): constant time a character.
+    """Stop strings as an Aho-Corasick automaton (Aho and Corasick, 1975): constant time per character.
 
-    States are the prefixes of the strings, 0 the empty one. After some text, the state is the longest suffix
-    of the text that begins a stop string: exactly what must be held back. Immutable; shared by all samples of
-    a request.
+    States are the prefixes of the strings; state 0 is the empty prefix. After some text, the state is the longest
+    suffix of the text that begins a stop string, which is the text to hold back. Immutable; shared by all samples of a
+    request.
     """
 
     def __init__(self, strings: Sequence[str]) -> None:
-        """Build it in time and memory proportional to the characters of `strings`; none may be empty."""
+        """Build the automaton, in time and memory linear in the characters of `strings`; no string may be empty."""
         self._next: list[dict[str, int]] = [{}]
         self._match: list[str | None] = [None]
         depth = [0]
@@ -33,67 +33,70 @@ class StopStrings:
         self._held = self._hold_lengths(depth)
 
     def _link(self) -> None:
-        """Breadth first: a state's failure is the longest proper suffix of it that is a state, too."""
+        """Compute failure links breadth-first: the link of a state is its longest proper suffix that is a state."""
         queue = list(self._next[0].values())
         for state in queue:
             for char, child in self._next[state].items():
                 queue.append(child)
                 self._fail[child] = self.step(self._fail[state], char)
-                # The longest string that ends here wins: the one that began first.
+                # Of the strings that end here, the longest (which began first) wins.
                 if self._match[child] is None:
                     self._match[child] = self._match[self._fail[child]]
         self._order = queue
 
     def _hold_lengths(self, depth: list[int]) -> list[int]:
-        """A state that nothing continues (a whole stop string, not acted on) holds what its failure does."""
+        """Return the characters to hold back in each state.
+
+        A state without successors (a complete stop string that was not acted on) holds back what its failure link does.
+        """
         held = [0] * len(depth)
         for state in self._order:
             held[state] = depth[state] if self._next[state] else held[self._fail[state]]
         return held
 
     def step(self, state: int, char: str) -> int:
-        """The state after one more character."""
+        """Return the state after one more character."""
         while state and char not in self._next[state]:
             state = self._fail[state]
         return self._next[state].get(char, 0)
 
     def match(self, state: int) -> str | None:
-        """The longest stop string that ends in this state."""
+        """Return the longest stop string that ends in this state; None if none does."""
         return self._match[state]
 
     def held(self, state: int) -> int:
-        """Characters at the end of the text that may still become part of a stop string."""
+        """Return how many characters at the end of the text may still become part of a stop string."""
         return self._held[state]
 
 
 class StopChecker:
-    """Lets the text of one sequence through up to its first stop string, holding back what may become one.
+    """Filter that passes the text of one sequence up to its first stop string, holding back possible matches.
 
-    The text may have hidden parts: special tokens that are left out of what is shown. A stop string is found both in
-    the text with its hidden parts, as transformers' `stop_strings` are, and in the shown text alone, as vLLM's `stop`.
+    The text may have hidden parts: special tokens that are left out of the shown text. Stop strings are matched both in
+    the text with hidden parts, like transformers' `stop_strings`, and in the shown text alone, like vLLM's `stop`.
 
-    The first match is the one that ends first; of those that end together, the one that began first. So the
-    cut does not depend on how the text was divided into pushes.
+    The first match is the one that ends first; of matches that end together, the one that began first. The cut
+    therefore does not depend on how the text is divided into pushes.
     """
 
     def __init__(self, strings: StopStrings, *, include_stop: bool = False) -> None:
-        """Check against `strings`; `include_stop` lets the matched string itself through, too."""
+        """Start with no text; `include_stop`: whether the output includes the matched stop string."""
         self._strings = strings
         self._include = include_stop
         self._whole = self._shown = 0
-        """States after all text, and after the shown text."""
+        """Automaton states after the whole text and after the shown text."""
         self._held: list[str] = []
-        """The characters at the end of the text that are held back; a hidden one is an empty string."""
+        """Held-back characters at the end of the text; a hidden character is an empty string."""
         self.matched: str | None = None
-        """The stop string that was found."""
+        """Matched stop string; None before a match."""
 
     def push(self, text: str, *, act: bool = True, hidden: bool = False) -> str:
-        """Take new text and return what may be shown. After a match, everything is dropped.
+        """Append text and return the text that can be shown; after a match, all text is dropped.
 
         Args:
-            text: what follows the text pushed before.
-            act: whether a stop string that ends in this text counts (not before `min_tokens`).
-            hidden: whether the text is left out of what is shown.
+            text: text that follows the text pushed before.
+            act: whether stop strings that end in this text count (False before `min_tokens`).
+            hidden: whether this text is left out of the shown text.
         """
         if self.matched is not None:
             return ""
@@ -112,11 +115,11 @@ class StopChecker:
         return self._let(min(len(self._held) - whole, self._start_of_shown(shown)))
 
     def finish(self) -> str:
-        """Return what was held back, once no more text comes."""
+        """Return the held-back text at the end of the sequence."""
         return self._let(len(self._held))
 
     def _end(self, whole: str | None, shown: str | None) -> str:
-        """Cut the text before the stop string that ends with it: of the two found, the one that began first."""
+        """Cut the text at the matched stop string: of the matches `whole` and `shown`, the one that began first."""
         starts = {}
         if shown is not None:
             starts[self._start_of_shown(len(shown))] = shown
@@ -128,7 +131,7 @@ class StopChecker:
         return text + self.matched if self._include else text
 
     def _start_of_shown(self, count: int) -> int:
-        """The place among the held characters where the last `count` shown ones begin."""
+        """Return the index in the held-back characters at which the last `count` shown characters begin."""
         at = len(self._held)
         while count > 0:
             at -= 1
@@ -136,7 +139,7 @@ class StopChecker:
         return at
 
     def _let(self, count: int) -> str:
-        """Let the first held characters through."""
+        """Release the first `count` held-back characters."""
         text = "".join(self._held[:count])
         del self._held[:count]
         return text

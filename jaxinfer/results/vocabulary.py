@@ -1,4 +1,4 @@
-"""The facts about a tokenizer that detokenisation needs."""
+"""Read the tokenizer data that detokenization needs."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from weakref import WeakKeyDictionary
 from tokenizers import Tokenizer
 
 _LOCAL = {"ByteLevel", "ByteFallback", "Fuse", "Metaspace", "Replace", "Strip", "WordPiece"}
-"""Decoders that, apart from the beginning and the end of a text, look at one token alone."""
+"""Decoder types that decode each token on its own, except at the start and end of a text."""
 
 
 class Vocabulary(NamedTuple):
-    """The facts about a tokenizer that detokenisation needs, read once for all requests."""
+    """Tokenizer data that detokenization needs, read once per tokenizer."""
 
     special: frozenset[int]
     """Ids that `skip_special_tokens` leaves out."""
     bytes: Mapping[int, int] = {}
-    """The byte that each of the tokens <0x00> to <0xFF> stands for, where the decoder has byte fallback."""
+    """Byte token id -> byte, for the tokens <0x00> to <0xFF> of decoders with byte fallback."""
     pieces: dict[int, str] | None = None
-    """The text of each token that was asked for, as it is inside a text; None if it depends on the tokens before it."""
+    """Cache of token id -> text inside a text; None if the text of a token depends on the tokens before it."""
 
 
 _vocabularies: WeakKeyDictionary[Any, Vocabulary] = WeakKeyDictionary()
 
 
 def vocabulary(tokenizer: Any) -> Vocabulary:
-    """Return the facts about a tokenizer, which take milliseconds to read where it has thousands of added tokens."""
+    """Return a tokenizer's data, cached because reading thousands of added tokens takes milliseconds."""
     found = _vocabularies.get(tokenizer)
     if found is None:
         backend = backend_of(tokenizer)
@@ -43,13 +43,13 @@ def vocabulary(tokenizer: Any) -> Vocabulary:
 
 
 def backend_of(tokenizer: Any) -> Tokenizer | None:
-    """The Rust tokenizer behind one of transformers; None for those in Python."""
+    """Return the Rust backend of a transformers tokenizer; None for Python tokenizers."""
     backend = getattr(tokenizer, "_tokenizer", None)
     return backend if isinstance(backend, Tokenizer) else None
 
 
 def _decoder_steps(backend: Tokenizer) -> list[dict[str, Any]]:
-    """The parts of a tokenizer's decoder, as tokenizer.json has them, in order."""
+    """Return the steps of a tokenizer's decoder as in tokenizer.json, with sequences flattened."""
     steps, left = [], [] if backend.decoder is None else [json.loads(backend.decoder.__getstate__())]
     while left:
         step = left.pop(0)
@@ -61,7 +61,7 @@ def _decoder_steps(backend: Tokenizer) -> list[dict[str, Any]]:
 
 
 def _byte_values(backend: Tokenizer, steps: list[dict[str, Any]]) -> dict[int, int]:
-    """The bytes of the tokens <0x00> to <0xFF>, if the decoder turns them into bytes."""
+    """Return byte token id -> byte for the tokens <0x00> to <0xFF>; empty without byte fallback."""
     if all(step["type"] != "ByteFallback" for step in steps):
         return {}
     ids = {backend.token_to_id(f"<0x{byte:02X}>"): byte for byte in range(256)}
@@ -69,7 +69,7 @@ def _byte_values(backend: Tokenizer, steps: list[dict[str, Any]]) -> dict[int, i
 
 
 def _is_local(steps: list[dict[str, Any]]) -> bool:
-    """Whether a token has the same text wherever it is inside a text: so it is with nearly all tokenizers."""
+    """Return whether a token has the same text anywhere inside a text, as with nearly all tokenizers."""
     for step in steps:
         kind = step["type"]
         whole = kind == "Replace" and len(step["pattern"].get("String", "")) != 1
@@ -79,8 +79,7 @@ def _is_local(steps: list[dict[str, Any]]) -> bool:
 
 
 def knows_spaces(tokenizer: Any) -> bool:
-    """Whether a Python tokenizer's `decode` takes `spaces_between_special_tokens`; that of mistral-common refuses
-    it."""
+    """Return whether a Python tokenizer's `decode` accepts `spaces_between_special_tokens` (mistral-common: no)."""
     try:
         tokenizer.decode([], spaces_between_special_tokens=False)
     except (TypeError, ValueError):
