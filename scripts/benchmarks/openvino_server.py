@@ -1,7 +1,7 @@
 """Serve openvino-genai as a benchmark peer: `python openvino_server.py (openvino|openvino-int8) FOLDER DTYPE EXPORTED`.
 
 Needs openvino-genai and optimum-intel (with transformers < 5.6 and without torchvision, which breaks the export), and
-nothing of jaxinfer. The checkpoint is exported to the folder EXPORTED unless it is there already.
+nothing of jaxinfer. The checkpoint is exported to the folder EXPORTED unless that exists.
 """
 
 import os

@@ -78,7 +78,7 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
 NEW = 4
 """New tokens per request of a prefix workload."""
 SAMPLING = ("greedy", "random")
-"""Sampling modes of requests, including chunks that do not end a prompt."""
+"""Sampler levels used by the requests, and by prefill chunks that do not end a prompt."""
 Figures = dict[str, float]
 
 

@@ -425,7 +425,7 @@ def test_the_patterns_fetch_no_code():
     assert not any(pattern.endswith((".py", ".bin", ".pt")) for pattern in hub.ALLOW_PATTERNS)
 
 
-# --- Nested configurations ------------------------------------------------------------------------------
+# --- Nested configurations ----------------------------------------------------------------------------
 
 
 def test_the_sizes_of_parts_are_checked_under_their_name():
