@@ -1,6 +1,6 @@
-"""Runs every test on eight virtual CPU devices with type checks on, and counts compilations.
+"""Run all tests on eight virtual CPU devices with run-time type checks, and count compiled programs.
 
-With JAXINFER_TEST_GPU=1 JAX keeps its GPU instead: for the tests in `tests/gpu`.
+With JAXINFER_TEST_GPU=1, JAX uses the GPU instead, for the tests in `tests/gpu`.
 """
 
 import gc
@@ -15,26 +15,26 @@ from support import compiler
 
 if os.environ.get("JAXINFER_TEST_GPU") != "1":
     os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ["XLA_FLAGS"] = f"{compiler.flags(8)} {os.environ.get('XLA_FLAGS', '')}"  # the last one wins
+    os.environ["XLA_FLAGS"] = f"{compiler.flags(8)} {os.environ.get('XLA_FLAGS', '')}"  # the last duplicate wins
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # beside another worker torch's threads wait for each other
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # nothing is left in the user's folders
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # with several test workers, torch's threads contend for cores
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # leave no files in the user's folders
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import jax
 import pytest
 from jaxtyping import install_import_hook
 
-# Annotations are checked at run time, in the tests only.
+# Type annotations are checked at run time in tests only.
 install_import_hook("jaxinfer", "support.checked")
 
 COMPILATIONS = "/jax/core/compile/backend_compile_duration"
 COMPILE_BUDGET = 3690
-"""Programs the whole suite may compile: a test that needs one of its own shape pays for it here. The real checkpoints,
-which run where there are some, have 34 of them."""
+"""Maximum number of programs that the whole suite may compile; a test that needs a new shape must raise it. The tests
+on real checkpoints, which run only if these are available, account for 34."""
 
 _compiled: Counter[str] = Counter()
-"""Programs compiled so far by the file of the test that ran."""
+"""Number of programs compiled so far, by test file."""
 _running = ["collection"]
 
 
@@ -48,7 +48,7 @@ jax.monitoring.register_event_duration_secs_listener(_count)
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Fails where groups are asked for and ignored: every worker would compile every model."""
+    """Fail if xdist is set to ignore the tests' groups, since every worker would compile every model."""
     if not getattr(config.option, "loadgroup", False):
         return
     for item in items:
@@ -61,13 +61,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> None:
-    """What compiles from here on is this test's."""
+    """Attribute programs compiled from here on to this test."""
     _running[0] = item.location[0]
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Adds up the workers' counts; a total above the budget fails the run."""
+    """Add up the counts of the workers; fail the run if the total exceeds the budget."""
     output = getattr(session.config, "workeroutput", None)
     if output is not None:
         output["compilations"] = dict(_compiled)
@@ -78,14 +78,14 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: object) -> None:
-    """A worker has finished."""
+    """Add the counts of a finished worker."""
     _compiled.update(getattr(node, "workeroutput", {}).get("compilations", {}))
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_freezing() -> Iterator[None]:
-    """A full collection for each LLM that the tests make would take more time than most of them."""
-    from jaxinfer._utils import heap  # not before annotations are checked
+    """Disable `heap.freeze`: a full collection for each LLM would take longer than most tests."""
+    from jaxinfer._utils import heap  # import only after the type checker is installed
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(heap, "freeze", lambda: None)
@@ -93,13 +93,13 @@ def _no_freezing() -> Iterator[None]:
 
 
 MAPPINGS = 20_000
-"""Memory mappings of a process from which programs are dropped. Each compiled program has about thirty, and Linux ends
-a process that has 65,530 (vm.max_map_count) in the midst of compiling another."""
+"""Number of memory mappings of the process above which compiled programs are dropped. Each compiled program has about
+thirty; a process at Linux's limit of 65,530 (vm.max_map_count) crashes while compiling."""
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    """Behind a group's last test what it has compiled is of no more use: programs, and the runners that hold them."""
+    """After the last test of a group, drop its compiled programs and the runners that hold them."""
     if nextitem is None or _groups(item) == _groups(nextitem) or _mappings() < MAPPINGS:
         return
     for name, module in list(sys.modules.items()):
@@ -116,13 +116,13 @@ def _groups(item: pytest.Item) -> set[str]:
 
 
 def _mappings() -> int:
-    """Of this process; 0 where it cannot be known."""
+    """Return the number of memory mappings of this process; 0 if unknown."""
     path = Path("/proc/self/maps")
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def pytest_terminal_summary(terminalreporter: object) -> None:
-    """Says how many programs were compiled, and which files had the most of them."""
+    """Report the number of compiled programs and the files with the most."""
     total = _compiled.total()
     verdict = "within" if total <= COMPILE_BUDGET else "ABOVE"
     most = ", ".join(f"{file.removeprefix('tests/')} {count}" for file, count in _compiled.most_common(12))

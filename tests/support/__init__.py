@@ -1,3 +1,3 @@
-"""What the tests share: tiny models, one runner each, and engines with other host settings over it."""
+"""Shared test helpers: tiny models with one runner each, engines over a runner, and reference implementations."""
 
 from support.typecheck import checked as checked

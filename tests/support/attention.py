@@ -1,4 +1,4 @@
-"""Random work for the attention kernels: sequences in a paged cache whose every other place is NaN."""
+"""Random inputs for attention kernels: sequences in a paged cache whose unused slots are NaN."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,12 +15,12 @@ from jaxinfer.kernels.attention.xla_attention import TILE
 
 TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2, "float16": 4e-3}
 CAPACITY = 3
-"""Blocks the cache has beyond what its sequences hold."""
+"""Number of cache blocks beyond those that the sequences hold."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The shape of one attention layer and how it scores."""
+    """Shape and score options of an attention layer."""
 
     heads: int = 6
     kv_heads: int = 2
@@ -31,9 +31,9 @@ class Shape:
     softcap: float | None = None
     sinks: bool = False
     value_dim: int | None = None
-    """Dv; None: as the keys."""
+    """Head size of the values, Dv; None for that of the keys."""
     latent: bool = False
-    """The values are the first `value_dim` columns of the keys."""
+    """Whether the values are the first `value_dim` columns of the keys (MLA)."""
 
     @property
     def scoring(self) -> Scoring:
@@ -55,7 +55,7 @@ SHAPES = {
     "narrow values": replace(PLAIN, value_dim=5),
     "latent": replace(PLAIN, kv_heads=1, value_dim=6, latent=True),
 }
-"""What every implementation must serve."""
+"""Layer shapes that every implementation must support."""
 
 CHUNKS = {
     "one whole prompt": [(0, 11)],
@@ -65,11 +65,11 @@ CHUNKS = {
     "more than a tile": [(3, TILE + 5), (0, 2)],
     "exactly a tile": [(0, TILE), (1, TILE - 1), (2, TILE + 1)],
 }
-"""Where a step's chunks begin, and their tokens: around the ends of blocks of 4 and of tiles."""
+"""Start positions and lengths of a step's chunks, around the ends of blocks of 4 and of tiles."""
 
 
 class Case:
-    """Sequences of given lengths; `fresh` of each are the tokens of the step, not in the cache yet."""
+    """Sequences of given lengths; the last `fresh` tokens of each belong to the step and are not in the cache yet."""
 
     def __init__(self, shape: Shape, lengths: Sequence[int], fresh: Sequence[int], *, width: int | None = None, seed=0):
         self.shape, self.lengths, self.fresh = shape, list(lengths), list(fresh)
@@ -86,7 +86,7 @@ class Case:
             own = [rng.normal(size=(length, shape.kv_heads, d)).astype(np.float32) for d in dims]
             self.dense.append(own)
             for lane, values in zip(cached, own, strict=True):
-                # Behind the window nothing is kept.
+                # The cache keeps no positions before the window.
                 first = 0 if shape.window is None else max(0, length - new - shape.window + 1)
                 for at in range(first, length - new):
                     lane[self.tables[row, at // shape.block], :, at % shape.block] = values[at]
@@ -96,7 +96,8 @@ class Case:
         self.sinks = jax.device_put(sinks) if shape.sinks else None
 
     def step(self, padding: int = 0) -> tuple[jax.Array, jax.Array, jax.Array | None, np.ndarray, np.ndarray]:
-        """q, k, v of the fresh tokens and `padding` more, the row and position (-1: padding) of each."""
+        """Return q, k, v of the step's tokens plus `padding` padding tokens, and each token's row and position (-1 for
+        padding)."""
         shape = self.shape
         rows = np.concatenate([np.full(new, row) for row, new in enumerate(self.fresh)] + [np.zeros(padding)])
         positions = np.concatenate(
@@ -129,7 +130,7 @@ class Case:
     def expected(
         self, q: jax.Array, k: jax.Array, v: jax.Array | None, rows: np.ndarray, positions: np.ndarray
     ) -> tuple[np.ndarray, Lane]:
-        """The oracle's result and the lane it leaves."""
+        """Return the reference implementation's output and updated lane."""
         out, lane = _oracle(
             q,
             k,
@@ -158,7 +159,7 @@ def _oracle(q, k, v, lane, slots, tables, rows, positions, sinks, *, scoring):
 
 
 def same_lane(found: Lane, expected: Lane) -> None:
-    """Bit for bit, NaN where NaN was."""
+    """Assert that two lanes are bitwise equal, with NaN equal to NaN."""
     for one, other in zip(found, expected, strict=True):
         assert (one is None) == (other is None)
         if one is not None:

@@ -11,7 +11,7 @@ from jaxinfer.sampling_params import SamplingParams
 from support.tiny import make_request
 
 MOST_STEPS = 5000
-"""Of all searches of a test together: beams may wait for each other, but not for ever."""
+"""Maximum engine steps for all searches of a test, to detect beams that wait for each other forever."""
 Found = list[tuple[list[int], float]]
 """Tokens and score of each result, best first."""
 
@@ -26,7 +26,7 @@ def beam_request(
     params: dict[str, Any] | None = None,
     **search: Any,
 ) -> Request:
-    """A search of `new` tokens at most, which any of `eos` ends; `params` are of `SamplingParams`."""
+    """Make a beam-search request of at most `new` tokens with EOS ids `eos`; `params`: `SamplingParams` fields."""
     own = SamplingParams(temperature=0, max_tokens=new, stop_token_ids=list(eos), **params or {})
     request = make_request(name, prompt, own, **rope or {})
     request.beams = Beams(BeamParams(**search), request.limit - len(prompt), request.stop_ids)
@@ -34,12 +34,12 @@ def beam_request(
 
 
 def found(request: Request) -> Found:
-    """What a search has come to."""
+    """Return the results of a finished search."""
     return [(beam.tokens.tolist(), float(beam.score)) for beam in request.beams.best]
 
 
 def search(engine: Engine, requests: Sequence[Request]) -> list[Found]:
-    """Runs searches to their end; nothing may stay held."""
+    """Run searches to their end and check that no block or row stays allocated."""
     for request in requests:
         engine.add(request)
     for _ in range(MOST_STEPS):

@@ -1,4 +1,4 @@
-"""Tiny Hugging Face checkpoints with a tokenizer, written without torch."""
+"""Write tiny Hugging Face checkpoints with a tokenizer, without torch."""
 
 import json
 from collections.abc import Mapping
@@ -16,9 +16,9 @@ from jaxinfer.loading import weights as loading
 from jaxinfer.sharding import make_mesh
 
 PADDED_VOCAB = 320
-"""Rows of the embedding: more than the tokenizer has ids."""
+"""Rows of the embedding, more than the tokenizer's ids."""
 SPECIAL = ("<s>", "</s>", "<|end|>")
-"""Ids 0, 1 and 2; the last two end an output."""
+"""Special tokens with ids 0, 1 and 2; the last two are EOS tokens."""
 CHAT = (
     "<s>{% for m in messages %}{{ m.role }}: {{ m.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -44,7 +44,7 @@ GPT_OSS = ["GptOssForCausalLM"]
 
 
 def tensors(hf: Mapping[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
-    """Random weights of a model under the names of its checkpoint, by way of its weight table."""
+    """Return random weights of a model under their checkpoint names, from its weight table."""
     served, config = loading.parse(hf)
     found = save.tensors(loading.random(hf, make_mesh(1), dtype="float32", seed=seed), served.weight_rules(config))
     return (
@@ -53,14 +53,14 @@ def tensors(hf: Mapping[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def _interleaved(name: str, values: np.ndarray) -> np.ndarray:
-    """As gpt-oss has its experts: `[E, in, out]`, gate and up in turns."""
+    """Interleave gate and up projections as in gpt-oss checkpoints: `[E, in, out]`."""
     if ".experts.gate_up_proj" in name:
         values = np.stack(np.split(values, 2, axis=1), axis=2).reshape(values.shape)
     return np.ascontiguousarray(values.swapaxes(1, 2)) if ".experts." in name and values.ndim == 3 else values
 
 
 def shaped(hf: Mapping[str, Any], dtype: Any = np.float32) -> dict[str, np.ndarray]:
-    """Random tensors in the shapes that the weight table of a configuration knows, without a compiled program."""
+    """Return random tensors in the shapes of a configuration's weight table, without compiling a program."""
     served, config = loading.parse(hf)
     wanted = rules.parameters(loading.abstract(served, config, np.dtype(np.float32), make_mesh()))
     rng, found = np.random.default_rng(0), {}
@@ -81,7 +81,7 @@ def shaped(hf: Mapping[str, Any], dtype: Any = np.float32) -> dict[str, np.ndarr
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE over two sentences, with a chat template: every character beyond ASCII takes several tokens."""
+    """Train a byte-level BPE on two sentences, with a chat template; non-ASCII characters take several tokens."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -103,9 +103,9 @@ def write(
     with_tokenizer: bool = True,
     scale: float = 1.0,
 ) -> Path:
-    """A checkpoint in `folder`: weights, both configurations and, unless told, the tokenizer.
+    """Write a checkpoint to `folder`: weights, config.json, generation_config.json and, by default, the tokenizer.
 
-    `scale` multiplies the head: with more, the model is surer of its next token.
+    `scale` multiplies the LM head: a larger scale makes the next-token distribution sharper.
     """
     hf = CONFIG | dict(changes or {})
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""A tiny encoder-decoder with random weights, and requests to it."""
+"""Tiny encoder-decoder model (BART) with random weights, and requests for it."""
 
 import json
 from collections.abc import Sequence
@@ -22,9 +22,9 @@ from support.checkpoint import tensors, tokenizer
 from support.tiny import BLOCK, LENGTH, VOCAB, make_engine, make_request, run, shapes
 
 START = 2
-"""What decoders start with."""
+"""Start token of the decoder."""
 UNITS = (32, LENGTH)
-"""Tokens of an encoder step."""
+"""Bucket sizes of an encoder step, in tokens."""
 
 CONFIG = dict(
     architectures=["BartForConditionalGeneration"],
@@ -41,15 +41,15 @@ CONFIG = dict(
     dtype="float32",
     decoder_start_token_id=START,
 )
-"""config.json of a BART; the halves differ in what may differ."""
+"""config.json of a BART; encoder and decoder differ in every setting that may differ."""
 
 LOUDER = {"shared": 12, "embed_positions": 40, "encoder_attn.out": 3, "encoder_attn": 4}
-"""Factors of random weights: what a request reads, and in which order, is to show in every token."""
+"""Scale factors of random weights, so that the encoder's input and its order change every output token."""
 
 
 @cache
 def folder(*, with_tokenizer: bool = False, **changes: Any) -> Path:
-    """A checkpoint of it, kept as long as the process."""
+    """Return a checkpoint folder of the model, kept for the lifetime of the process."""
     _folders.append(TemporaryDirectory(prefix="cross"))
     hf, made = CONFIG | changes, Path(_folders[-1].name)
     weights = {
@@ -67,11 +67,11 @@ _folders: list[TemporaryDirectory] = []
 
 
 def cross_runner(tp: int = 1, quantization: str | None = None) -> Runner:
-    """Its steps over `tp` devices."""
+    """Return the model's runner over `tp` devices."""
     return _cross_runner(tp, quantization)
 
 
-@cache  # by both arguments, however a test writes them
+@cache  # positional key of both arguments, whether a test passes them by position or by name
 def _cross_runner(tp: int, quantization: str | None) -> Runner:
     mesh = make_mesh(tp)
     module = loading.load(folder(), mesh, quantization=quantization, progress=False)
@@ -80,7 +80,7 @@ def _cross_runner(tp: int, quantization: str | None) -> Runner:
 
 
 def text(length: int, seed: int = 0) -> EncoderInput:
-    """One that differs from seed to seed."""
+    """Return a random encoder input of text for a seed."""
     return EncoderInput("text", np.random.default_rng(seed).integers(3, VOCAB, length).astype(np.int32), 1)
 
 
@@ -91,27 +91,27 @@ def cross_request(
     prompt: Sequence[int] = (START,),
     **fields: Any,
 ) -> Request:
-    """A request as `LLM` would make it."""
+    """Make a request as `LLM` does."""
     cross = CrossInputs((read,)) if isinstance(read, EncoderInput) else read
     return make_request(name, prompt, params, cross=cross, **fields)
 
 
 def alone(requests: Sequence[Request], runner: Runner | None = None) -> list[list[list[int]]]:
-    """What each gives by itself, on an engine of its own."""
+    """Return the tokens of each request run alone on its own engine."""
     return [run(make_engine(runner or cross_runner()), [again(request)])[0] for request in requests]
 
 
 def again(request: Request, name: str | None = None) -> Request:
-    """The same request, not begun, maybe under another id."""
+    """Return a fresh copy of a request, optionally with another id."""
     names = ("params", "limit", "salt", "seed", "cross", "rule")
     return Request(name or request.id, request.prompt, **{name: getattr(request, name) for name in names})
 
 
 def count(engine: Engine, name: str) -> int:
-    """A counter."""
+    """Return the value of an engine counter."""
     return engine.metrics.counters[name]
 
 
 def blocks(length: int) -> int:
-    """Ids that a text's positions take."""
+    """Return the number of block ids, over all layers of the group, that a text of `length` positions takes."""
     return -(-length // BLOCK) * cross_runner().program.layout.kinds[-1].count

@@ -1,4 +1,4 @@
-"""Prompts of models with cross-attention through the pure functions: logits, several prompts side by side."""
+"""Compute logits of models with cross-attention through `jaxinfer.functional`, several prompts per batch."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -19,11 +19,11 @@ from jaxinfer.media import CrossInputs, EncoderInput
 from support import loaded
 
 BLOCK, WIDTH, PROMPTS, TOKENS = 4, 64, 4, 64
-"""Positions of a block, blocks of a table, prompts of a batch, tokens of its prefill."""
+"""Positions per block, blocks per block table, prompts per batch, tokens per prefill."""
 
 
 class Asked(NamedTuple):
-    """A prompt, what its encoder reads, and the tokens that follow."""
+    """A prompt, its encoder input, and the tokens decoded after it."""
 
     ids: Sequence[int]
     cross: CrossInputs | None
@@ -61,18 +61,18 @@ def _rows(program: Program, params: list[jax.Array], batch: EncodeBatch) -> jax.
 
 
 def encoder_rows(folder: Path, one: EncoderInput, **how: Any) -> np.ndarray:
-    """What the module's `encoder` makes of all values of an input, `[S, M]`."""
+    """Return the output of the module's `encoder` for all values of an input, `[S, M]`."""
     program, params = loaded.load(folder, **how)
     job = EncodeJob(one, np.zeros((1, one.length // BLOCK + 1), np.int32), 0)
     return np.asarray(_rows(program, params, encode_batch(program.cross, [job], BLOCK, 1)))
 
 
 def logits(folder: Path, prompts: Sequence[Asked], **how: Any) -> list[np.ndarray]:
-    """For each prompt the logits `[T, V]` at all its positions, then of its following tokens, decoded one by one."""
+    """Return, per prompt, logits `[T, V]` at all its positions, then of its following tokens, decoded one by one."""
     program, params = loaded.load(folder, **how)
     kinds = program.layout.kinds
     groups = program.layout.groups
-    # Blocks of the prompts interleaved, and none at its own number, so that only the tables can be right.
+    # Interleave the prompts' blocks, and place no block at its own number, so that code ignoring block tables fails.
     tables = np.arange(groups * PROMPTS * WIDTH, dtype=np.int32)[::-1].reshape(WIDTH, groups, PROMPTS)
     tables = tables.transpose(1, 2, 0).copy()
     cache = functional.init_cache(program, tables.size, BLOCK)

@@ -1,4 +1,4 @@
-"""Tiny models: one compiled prefill and one decode bucket for each, however the host is set."""
+"""Tiny models with one compiled prefill and one decode bucket each, shared by engines with different host settings."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -18,9 +18,9 @@ from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.sharding import make_mesh
 
 VOCAB, BLOCK, CHUNK, ROWS, LENGTH = 97, 4, 16, 8, 128
-"""Of every tiny model; blocks and chunks are small, so that short prompts cross many of them."""
+"""Sizes of every tiny model; blocks and chunks are small, so that short prompts span many of them."""
 SNAPSHOTS = 6
-"""Of recurrent state, beside two slots a row: so few that they are evicted."""
+"""Snapshots of recurrent state, besides two slots per row: few enough to be evicted."""
 
 CONFIG = dict(
     vocab_size=VOCAB,
@@ -34,7 +34,7 @@ CONFIG = dict(
     rms_norm_eps=1e-5,
     dtype="float32",
 )
-"""config.json of a Llama; head_dim is apart from hidden_size / heads."""
+"""config.json of a Llama whose head_dim differs from hidden_size / heads."""
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -68,12 +68,12 @@ LATENT = dict(
     routed_scaling_factor=1.5,
     head_dim=None,
 )
-"""Latent attention and experts of the DeepSeek lineage."""
+"""Fields of config.json for latent attention (MLA) and experts of DeepSeek models."""
 
 OWN: dict[str, dict[str, Any]] = {
     "mixtral": dict(num_local_experts=6, num_experts_per_tok=2),
     "qwen3_moe": dict(num_experts=8, num_experts_per_tok=3, moe_intermediate_size=24, norm_topk_prob=True),
-    # A sliding and a full layer: two groups on one lane.
+    # A sliding-window layer and a full-attention layer: two groups on one lane.
     "gemma2": dict(sliding_window=10, query_pre_attn_scalar=8, attn_logit_softcapping=2.0, final_logit_softcapping=4.0),
     "gemma3": dict(sliding_window=7, query_pre_attn_scalar=8, layer_types=[SLIDING, FULL]),
     "olmo3": dict(sliding_window=9, layer_types=[SLIDING, FULL]),
@@ -117,16 +117,16 @@ OWN: dict[str, dict[str, Any]] = {
         layer_types=[LINEAR, FULL],
     ),
 }
-"""What a family's config.json has beside `CONFIG`."""
+"""Fields of a family's config.json in addition to `CONFIG`."""
 
 
 def config(family: str) -> dict[str, Any]:
-    """config.json of a family's tiny model."""
+    """Return config.json of a family's tiny model."""
     return CONFIG | OWN.get(family, {}) | {"architectures": [ARCHITECTURES[family]]}
 
 
 def layers(kinds: Sequence[str], window: int) -> dict[str, Any]:
-    """config.json of a Qwen2 whose layers are of these kinds."""
+    """Return config.json of a Qwen2 with layers of these kinds."""
     return dict(
         architectures=["Qwen2ForCausalLM"],
         num_hidden_layers=len(kinds),
@@ -144,11 +144,11 @@ HYBRIDS = {
     "window of a block": layers([FULL, SLIDING], BLOCK),
     "window above all": layers([FULL, SLIDING], 4 * LENGTH),
 }
-"""Models with layers that see only a window, most of them less than a chunk: config.json, on top of `CONFIG`."""
+"""Models with sliding-window layers, most windows shorter than a chunk: config.json fields in addition to `CONFIG`."""
 
 
 def shapes(**changes: Any) -> Shapes:
-    """The shapes of a tiny model's steps.
+    """Return the shapes of a tiny model's steps.
 
     Not switched, as on a GPU: what is greedy alone then compiles in a third of the time. What stands for a kind of
     cache is switched, as it is on a CPU.
@@ -169,17 +169,17 @@ def shapes(**changes: Any) -> Shapes:
 
 
 def shapes_of(program: Program, **changes: Any) -> Shapes:
-    """The same of a model with several groups of layers, or with recurrent ones."""
+    """Return the shapes of the steps of a model with several groups of layers, or with recurrent layers."""
     slots = 2 * ROWS + SNAPSHOTS if program.layout.states else 0
     return shapes(groups=program.layout.groups, state_slots=slots, **changes)
 
 
 def random_runner(family: str = "llama", tp: int = 1, quantization: str | None = None) -> Runner:
-    """A model with random weights, and its steps: one for all tests of a worker."""
+    """Return the runner of a model with random weights, shared by all tests of a worker."""
     return _random_runner(family, tp, quantization)
 
 
-@cache  # by all three arguments, however a test writes them
+@cache  # positional key of all three arguments, whether a test passes them by position or by name
 def _random_runner(family: str, tp: int, quantization: str | None) -> Runner:
     mesh = make_mesh(tp)
     module = weights.random(config(family), mesh, quantization=quantization)
@@ -189,21 +189,21 @@ def _random_runner(family: str, tp: int, quantization: str | None) -> Runner:
 
 @cache
 def hybrid_runner(name: str) -> Runner:
-    """One of `HYBRIDS` with random weights."""
+    """Return the runner of one of `HYBRIDS` with random weights."""
     mesh = make_mesh(1)
     program, params = split(weights.random(CONFIG | HYBRIDS[name], mesh), mesh)
     return Runner(program, params, shapes_of(program, switched=name == "alternating"))
 
 
 def make_engine(runner: Runner, *, pool_blocks: int | None = None, budget: int = CHUNK, **host: Any) -> Engine:
-    """A fresh engine over a runner; only host settings, nothing is compiled again."""
+    """Make a new engine over a runner; only host settings change, so that nothing is recompiled."""
     runner.reset()
     settings = HostSettings(pool_blocks or runner.shapes.num_blocks, budget, check_invariants=True, **host)
     return Engine(runner, settings)
 
 
 def make_request(name: str, prompt: Sequence[int], params: SamplingParams, **fields: Any) -> Request:
-    """A request as `LLM` would make it of a prompt of token ids."""
+    """Make a request as `LLM` does from a prompt of token ids."""
     own = resolve(params, ModelLimits(VOCAB, LENGTH), prompt_len=len(prompt))
     limit = len(prompt) + own.max_tokens
     return Request(
@@ -212,7 +212,8 @@ def make_request(name: str, prompt: Sequence[int], params: SamplingParams, **fie
 
 
 def run(engine: Engine, requests: Sequence[Request]) -> list[list[list[int]]]:
-    """Runs requests to their end: for each request, for each sample, the tokens made. Nothing may stay held."""
+    """Run requests to their end and return the tokens of each sample of each request; check that nothing stays
+    allocated."""
     for request in requests:
         engine.add(request)
     while engine.has_work:
@@ -222,5 +223,5 @@ def run(engine: Engine, requests: Sequence[Request]) -> list[list[list[int]]]:
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
-    """Token ids that differ from seed to seed from the first on."""
+    """Return random token ids; the first id already differs between seeds."""
     return np.random.default_rng(seed).integers(3, VOCAB, length).tolist()
