@@ -48,7 +48,7 @@ jax.monitoring.register_event_duration_secs_listener(_count)
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Fail if xdist is set to ignore the tests' groups, since every worker would compile every model."""
+    """Fail if pytest-xdist ignores the tests' groups: every worker would then compile every model."""
     if not getattr(config.option, "loadgroup", False):
         return
     for item in items:

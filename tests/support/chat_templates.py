@@ -1,4 +1,4 @@
-"""Chat templates in the styles of published models, shortened: how they take content and tool calls is what matters."""
+"""Chat templates in the styles of published models, reduced to their handling of content and tool calls."""
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + "
@@ -24,7 +24,7 @@ LLAMA = (
     "{%- else %}{{- message.content }}{%- endif %}{{- '<|eot_id|>' }}{%- endif %}{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}"
 )
-"""Of Llama 3.1, with tools; its `tojson` of a tool's text is in the original."""
+"""In the style of Llama 3.1, with tools; the original also applies `tojson` to the text of a tool."""
 QWEN = (
     "{%- if messages[0].role == 'system' %}{{- '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}{%- "
     "endif %}"
@@ -48,7 +48,7 @@ QWEN = (
     "enable_thinking is false %}"
     "{{- '<think>\n\n</think>\n\n' }}{%- endif %}{%- endif %}"
 )
-"""Of Qwen 3: content that is no string counts as empty."""
+"""In the style of Qwen 3: content that is not a string counts as empty."""
 GEMMA = (
     "{{ bos_token }}{%- if messages[0]['role'] == 'system' -%}{%- if messages[0]['content'] is string -%}"
     "{%- set first = messages[0]['content'] + '\n\n' -%}{%- else -%}{%- set first = messages[0]['content'][0]['text'] "
@@ -100,7 +100,7 @@ DEEPSEEK = (
     "{%- elif message['role'] == 'tool' %}{{'<output>' + message['content']}}{%- endif %}{%- endfor -%}"
     "{% if add_generation_prompt %}{{'<Assistant><think>\n'}}{% endif %}"
 )
-"""Adds the arguments of tool calls to a string: they must be JSON in a string."""
+"""Concatenates the arguments of tool calls to a string, so they must be a JSON string."""
 ITEMS = (
     "{% macro text(content) %}{% if content is string %}{{- content }}{% elif content is iterable and content is not "
     "mapping %}"
@@ -115,7 +115,7 @@ ITEMS = (
     "tojson }}</v>"
     "{% endfor %}</tool_call>{% endfor %}{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-"""As GLM 4.5 and Qwen 3 Coder: goes over the items of the arguments; a macro takes content."""
+"""In the style of GLM 4.5 and Qwen 3 Coder: iterates over the items of the arguments; a macro renders content."""
 PARTS_ONLY = (
     "{% for m in messages %}{{ m['role'] }}:{% for p in m['content'] %}{% if p['type'] == 'text' %}{{ p['text'] }}{% "
     "endif %}"
@@ -126,10 +126,10 @@ VISION = (
     "{% for p in m.content if m.content is not string %}{{ '<image>' if p.type == 'image' else p.text }}{% endfor %}"
     "{{ m.content if m.content is string }}\n{% endif %}{% endfor %}"
 )
-"""Takes parts of users, and adds the content of a system message to a string."""
+"""Accepts parts from users, and concatenates the content of a system message to a string."""
 
 STRING = dict(chatml=CHATML, llama=LLAMA, qwen=QWEN, mistral=MISTRAL, phi=PHI, deepseek=DEEPSEEK)
-"""Those that take text alone."""
+"""Templates that accept only text."""
 PARTS = dict(gemma=GEMMA, items=ITEMS, parts=PARTS_ONLY)
-"""Those that take parts from every role."""
+"""Templates that accept parts from every role."""
 ALL = STRING | PARTS | dict(vision=VISION)

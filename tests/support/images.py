@@ -1,4 +1,4 @@
-"""Requests with images for the tiny InternVL, in shapes that all tests of a worker share."""
+"""Requests with images for the tiny InternVL, in compiled shapes shared by all tests of a worker."""
 
 import json
 import tempfile
@@ -21,14 +21,14 @@ from support.internvl import PLACEHOLDER, config, tiles, words, write
 from support.tiny import make_engine, make_request, run, shapes
 
 ROWS = 4
-"""Tokens of a tile."""
+"""Tokens per tile."""
 SLOTS = 6
-"""Tiles that the feature pool holds."""
+"""Capacity of the feature pool, in tiles."""
 
 
 @cache
 def image_runner(tp: int = 1) -> Runner:
-    """The tiny InternVL and its steps: one for all tests of a worker."""
+    """Return the runner of the tiny InternVL, shared by all tests of a worker."""
     with tempfile.TemporaryDirectory() as folder:
         module = weights.load(write(Path(folder), config()), make_mesh(tp), progress=False)
     program, params = functional.split(module, make_mesh(tp))
@@ -36,12 +36,12 @@ def image_runner(tp: int = 1) -> Runner:
 
 
 def image(count: int = 1, seed: int = 0) -> EncoderInput:
-    """An image of `count` tiles; another seed, another image."""
+    """Return a random image of `count` tiles for a seed."""
     return EncoderInput("image", tiles(count, seed=seed), ROWS)
 
 
 def ids_of(parts: Sequence[int | EncoderInput], seed: int = 0) -> list[int]:
-    """Token ids of a prompt: so many words, or an image's tokens."""
+    """Return token ids of a prompt of parts: an int for that many words, an image for its tokens."""
     made: list[int] = []
     for at, part in enumerate(parts):
         made += words(part, seed + at) if isinstance(part, int) else [PLACEHOLDER] * part.length
@@ -51,7 +51,7 @@ def ids_of(parts: Sequence[int | EncoderInput], seed: int = 0) -> list[int]:
 def image_request(
     name: str, parts: Sequence[int | EncoderInput], params: SamplingParams, *, seed: int = 0, **fields: Any
 ) -> Request:
-    """A request of words and images, placed as `LLM` places them."""
+    """Make a request of words and images, placed as `LLM` places them."""
     ids = ids_of(parts, seed)
     reader = MediaReader(image_runner().program.features)
     placed = reader.place(ids, tuple(part for part in parts if not isinstance(part, int)), 0)
@@ -59,7 +59,7 @@ def image_request(
 
 
 def alone(wanted: Sequence[Request]) -> list[list[list[int]]]:
-    """What each request makes in an engine of its own: nothing shared, cached or preempted."""
+    """Return the tokens of each request run alone on its own engine, without prefix-cache hits or preemption."""
     return [_alone(r.id, tuple(r.prompt.tolist()), r.params, r.seed, r.inputs) for r in wanted]
 
 
@@ -77,14 +77,14 @@ def _alone(
 
 IMAGE_MARKERS = ("<img>", "</img>", "<IMG_CONTEXT>")
 SIDE = 28
-"""Pixels a side of a tile."""
+"""Side length of a tile, in pixels."""
 CHAT = (
     "<s>{% for m in messages %}{{ m.role }}: {% if m.content is string %}{{ m.content }}{% else %}{% for part in "
     "m.content %}"
     "{% if part.type == 'image' %}<IMG_CONTEXT>\n{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|end|>"
     "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
 )
-"""A chat template that knows of images, in the way of InternVL's."""
+"""A chat template that handles images, in the style of InternVL's."""
 PROCESSOR = dict(
     image_processor_type="GotOcr2ImageProcessor",
     size={"height": SIDE, "width": SIDE},
@@ -99,7 +99,7 @@ PROCESSOR = dict(
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """That of `support.checkpoint`, with an image's tokens and a chat template that knows of images."""
+    """Return the tokenizer of `support.checkpoint` with image tokens and a chat template that handles images."""
     made = checkpoint.tokenizer()
     made.add_special_tokens({"additional_special_tokens": list(IMAGE_MARKERS)})
     made.chat_template = CHAT
@@ -107,13 +107,13 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def folder_config(**changes: Any) -> dict[str, Any]:
-    """`support.internvl.config` with the vocabulary of `tokenizer`."""
+    """Return `support.internvl.config` with the vocabulary of `tokenizer`."""
     token = tokenizer().convert_tokens_to_ids(IMAGE_MARKERS[2])
     return config(**{"text": dict(vocab_size=checkpoint.PADDED_VOCAB), "image_token_id": token} | changes)
 
 
 def add_files(folder: Path) -> Path:
-    """What a checkpoint has beside weights and config.json: tokenizer, image processor, defaults of generation."""
+    """Write the other files of a checkpoint: tokenizer, image processor, generation defaults."""
     tokenizer().save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 2], "max_new_tokens": 16}))
@@ -121,5 +121,5 @@ def add_files(folder: Path) -> Path:
 
 
 def write_folder(folder: Path) -> Path:
-    """A whole checkpoint of random weights."""
+    """Write a complete checkpoint of random weights."""
     return add_files(write(folder, folder_config()))

@@ -1,4 +1,4 @@
-"""A tiny InternVL: its config.json, weights written without torch, tiles of images."""
+"""Tiny InternVL: config.json, weights written without torch, image tiles."""
 
 import json
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from support import checkpoint
 from support.tiny import CONFIG, prompt
 
 PLACEHOLDER = 90
-"""The image token of the tiny vocabulary."""
+"""Image token id of the tiny vocabulary."""
 
 VISION = dict(
     model_type="internvl_vision",
@@ -29,13 +29,13 @@ VISION = dict(
     use_qk_norm=False,
     attention_bias=False,
 )
-"""Four by four patches, which become four rows."""
+"""Vision configuration of four by four patches, which become four feature rows."""
 
 
 def config(
     vision: Mapping[str, Any] | None = None, text: Mapping[str, Any] | None = None, **changes: Any
 ) -> dict[str, Any]:
-    """config.json as transformers writes it."""
+    """Return config.json as transformers writes it."""
     own = {name: value for name, value in CONFIG.items() if name != "dtype"}
     return (
         dict(
@@ -55,7 +55,7 @@ def config(
 
 
 def noise(name: str, shape: tuple[int, ...], generator: np.random.Generator) -> np.ndarray:
-    """Random values of a tensor at its own scale: activations are of order one, no bias, norm or scale is neutral."""
+    """Return random values of a tensor, scaled for activations of order one; no bias, norm or scale is neutral."""
     values = generator.standard_normal(shape, np.float32)
     if name.endswith(("norm.weight", "layernorm_before.weight", "layernorm_after.weight", "lambda_1", "lambda_2")):
         return 1 + 0.4 * values
@@ -70,7 +70,7 @@ def noise(name: str, shape: tuple[int, ...], generator: np.random.Generator) -> 
 
 
 def write(folder: Path, hf: Mapping[str, Any], seed: int = 0) -> Path:
-    """A checkpoint of random weights."""
+    """Write a checkpoint of random weights."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = np.random.default_rng(seed)
     made = {name: noise(name, value.shape, generator) for name, value in sorted(checkpoint.tensors(hf).items())}
@@ -80,17 +80,17 @@ def write(folder: Path, hf: Mapping[str, Any], seed: int = 0) -> Path:
 
 
 def tiles(count: int, side: int = 28, seed: int = 0) -> np.ndarray:
-    """Pixel values `[count, 3, side, side]`."""
+    """Return random pixel values `[count, 3, side, side]`."""
     return np.random.default_rng(seed).standard_normal((count, 3, side, side), np.float32)
 
 
 def words(count: int, seed: int = 0) -> list[int]:
-    """Token ids of text: none is the image token."""
+    """Return random token ids of text, without the image token."""
     return [token if token != PLACEHOLDER else PLACEHOLDER + 1 for token in prompt(count, seed)]
 
 
 def spread(ids: list[list[int]], length: int) -> np.ndarray:
-    """The `index` of a step of these prompts side by side: the places of image tokens take the pool's rows in order."""
+    """Return the feature `index` of a step with these prompts in order: image tokens take the pool's rows in order."""
     flat = np.array([token for prompt in ids for token in prompt])
     places = flat == PLACEHOLDER
     index = np.full(length, -1, np.int32)

@@ -1,4 +1,4 @@
-"""Triton's interpreter in the place of a GPU: kernels run as NumPy, one program after another."""
+"""Run Triton kernels in Triton's interpreter, without a GPU: as NumPy, one program after the other."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ from jaxinfer.kernels.triton.triton_launch import Options, Target
 
 
 class Memory:
-    """What the interpreter asks of a tensor, over a NumPy array."""
+    """NumPy array with the tensor interface that the interpreter needs."""
 
     def __init__(self, array: np.ndarray):
         self.array, self.dtype = array, str(array.dtype)
@@ -45,7 +45,7 @@ class Memory:
         return tuple(step // self.array.itemsize for step in self.array.strides)
 
     def copy_(self, _other: "Memory") -> None:
-        """The kernel wrote to the array itself."""
+        """Do nothing: the kernel has written to the array itself."""
 
 
 def launch(
@@ -59,14 +59,14 @@ def launch(
     target: Target,
     options: Options,
 ) -> dict[str, Any]:
-    """As `triton_launch.launch`, also under jit."""
+    """Replace `triton_launch.launch`; also works under jit."""
     given = {name: array for name, array in operands.items() if array is not None}
     wanted = {name: shape for name, shape in results.items() if shape is not None}
     missing = dict.fromkeys(name for name in (*operands, *results) if name not in given and name not in wanted)
 
     def on_host(*arrays: Any) -> list[np.ndarray]:
         inputs = {name: np.array(array, order="C") for name, array in zip(given, arrays, strict=True)}
-        # What no program writes stays NaN.
+        # Outputs that no program writes stay NaN.
         outputs = {name: _unwritten(shape) for name, shape in wanted.items()}
         outputs |= {result: inputs[operand] for operand, result in aliases.items() if operand in inputs}
         with np.errstate(all="ignore"):
@@ -86,7 +86,7 @@ def _interpreted(function: Callable[..., Any]) -> Any:
 
 
 def _dot(_builder: Any, a: Any, b: Any, acc: Any, *_precision: Any) -> Any:
-    """a b + acc; the interpreter's own takes bfloat16 for the integers it keeps them as."""
+    """Return a b + acc; the interpreter's own version misreads bfloat16 as the integers it stores them as."""
     return type(acc)((np.matmul(_wide(a), _wide(b)) + acc.data).astype(acc.data.dtype), acc.dtype.scalar)
 
 
@@ -101,7 +101,7 @@ def _unwritten(shape: jax.ShapeDtypeStruct) -> np.ndarray:
 
 @contextmanager
 def interpreted() -> Iterator[pytest.MonkeyPatch]:
-    """Kernels run here; skips the test where triton is not installed, or one whose interpreter needs an older NumPy."""
+    """Run kernels in the interpreter; skip the test if triton is missing or its interpreter needs an older NumPy."""
     pytest.importorskip("triton", minversion="3.9")
     import triton.language as tl
     from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder

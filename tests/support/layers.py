@@ -88,7 +88,7 @@ def _hidden_states(program: Program, params: list[jax.Array], cache: Cache, batc
 
 @torch.no_grad()
 def reference_hidden_states(reference: Model, prompt: Sequence[int]) -> list[np.ndarray]:
-    """Return what `hidden_states` does, of the transformers model."""
+    """Return the hidden states of the transformers model, in the form of `hidden_states`."""
     decoder, found = fresh(reference).get_decoder(), []
 
     def keep(value: Any) -> None:

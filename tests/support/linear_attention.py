@@ -1,4 +1,4 @@
-"""Layers of linear attention: transformers' modules with random weights, ours with the same, and how both are run."""
+"""Linear-attention layers: transformers' modules with random weights, jaxinfer's with the same weights, and runners."""
 
 from collections.abc import Mapping
 from functools import cache, partial
@@ -37,7 +37,7 @@ RULES = {KDA: kda_rules("a", "layer"), NET: delta_net_rules("a", "layer")}
 
 @cache
 def reference(kind: str) -> torch.nn.Module:
-    """transformers' layer; all activations of order one, decays from weak to strong."""
+    """Return transformers' layer with activations of order one and decays from weak to strong."""
     spec = SPECS[kind]
     if kind == KDA:
         config = KimiLinearConfig(
@@ -78,13 +78,13 @@ def reference(kind: str) -> torch.nn.Module:
 
 @torch.no_grad()
 def expected(kind: str, x: np.ndarray) -> np.ndarray:
-    """What transformers makes of one sequence `[T, M]`, all at once."""
+    """Return transformers' output for one sequence `[T, M]` in a single call."""
     return reference(kind)(torch.from_numpy(x)[None])[0].numpy()
 
 
 def tensors(kind: str, hub: bool = False) -> dict[str, np.ndarray]:
-    """The layer's checkpoint under the prefix "a", by transformers' names or, `hub`, by those of Kimi-Linear on the
-    Hub."""
+    """Return the layer's tensors with the prefix "a", named as in transformers or, if `hub`, as in Kimi-Linear's Hub
+    checkpoints."""
     found = {f"a.{name}": value.numpy() for name, value in reference(kind).state_dict().items()}
     if not hub:
         return found
@@ -94,7 +94,7 @@ def tensors(kind: str, hub: bool = False) -> dict[str, np.ndarray]:
 
 
 class Arrays:
-    """Tensors in memory, as the loader reads them."""
+    """Checkpoint source of tensors in memory."""
 
     def __init__(self, content: Mapping[str, np.ndarray]):
         self.content = content
@@ -113,7 +113,7 @@ class Arrays:
 
 
 class Holder(nnx.Module):
-    """The layer at a path."""
+    """Module that holds the layer at a path."""
 
     def __init__(self, build: Build, kind: str, spec: DeltaSpec | None = None):
         self.layer = MODULES[kind](build.at("layer"), spec or SPECS[kind])
@@ -128,7 +128,7 @@ def layer(
     quantization: str | None = None,
     placement: Mapping[str, str] | None = None,
 ) -> nnx.Module:
-    """Ours with the reference's weights, read by the real loader."""
+    """Return jaxinfer's layer with the reference's weights, read by the real loader."""
     mesh = make_mesh(tp)
     build = partial(
         Build, dtype=jnp.dtype("float32"), mesh=mesh, quantization=quantization, placement=Placement.of(placement)
@@ -140,7 +140,7 @@ def layer(
 
 
 def empty(made: nnx.Module, mesh: Mesh, slots: int = SLOTS, value: float = np.nan) -> DeltaState:
-    """State of all slots where it belongs, filled with what nobody may read."""
+    """Return the sharded state of all slots, filled with `value`, which the layer must not read."""
     arrays = []
     for own in made.cache_spec.arrays:
         shape = slots, *own.shape
@@ -153,5 +153,5 @@ def empty(made: nnx.Module, mesh: Mesh, slots: int = SLOTS, value: float = np.na
 def step(
     graph: nnx.GraphDef, params: nnx.State, x: jax.Array, state: DeltaState, rows: DecodeSlots | Segments
 ) -> tuple[jax.Array, DeltaState]:
-    """One step of the layer."""
+    """Run one step of the layer."""
     return nnx.merge(graph, params)(x, state, rows)

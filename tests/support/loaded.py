@@ -1,4 +1,4 @@
-"""A checkpoint's folder as what the tests run: the module the real loader makes, its logits, its steps."""
+"""Load a checkpoint folder with the real loader and compute logits, greedy tokens and steps of it."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,7 +21,7 @@ from jaxinfer.sharding import make_mesh
 from support.tiny import BLOCK, LENGTH, VOCAB, make_engine, make_request, run, shapes_of
 
 PROMPT_TOKENS = 64
-"""T of the one program that gives logits at every position of up to `PROMPTS` prompts."""
+"""Tokens, T, of the program that computes logits at every position of up to `PROMPTS` prompts."""
 PROMPTS = 4
 
 
@@ -29,20 +29,20 @@ PROMPTS = 4
 def load(
     folder: Path, dtype: str = "float32", tp: int = 1, quantization: str | None = None
 ) -> tuple[Program, list[jax.Array]]:
-    """The checkpoint through the real loader, split for `jaxinfer.functional`."""
+    """Load a checkpoint with the real loader, split for `jaxinfer.functional`."""
     mesh = make_mesh(tp)
     return functional.split(weights.load(folder, mesh, dtype=dtype, quantization=quantization, progress=False), mesh)
 
 
 @cache
 def checkpoint_runner(folder: Path) -> Runner:
-    """The steps of a checkpoint in the shapes of all tiny models."""
+    """Return the runner of a checkpoint, in the shapes of all tiny models."""
     program, params = load(folder)
     return Runner(program, params, shapes_of(program))
 
 
 def greedy(folder: Path, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
-    """Greedy tokens of all prompts in one engine: their chunks and their decode steps are mixed."""
+    """Return greedy tokens of all prompts, run in one engine with mixed prefill chunks and decode steps."""
     params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
     runner = checkpoint_runner(folder)
     config = runner.program.module(runner.params).config
@@ -60,16 +60,16 @@ def _prompt_logits(
 
 
 def _beginnings(lengths: Sequence[int]) -> Segments:
-    """Of prompts side by side, whose states go to the slots in their order."""
+    """Return segments of packed prompts whose states take the slots in order."""
     counts = np.array([*lengths, *[0] * (PROMPTS - len(lengths))])
     nowhere, none = np.full(PROMPTS, PROMPTS), np.zeros(PROMPTS, bool)
     return Segments(np.cumsum(counts) - counts, counts, nowhere, np.arange(PROMPTS), none)
 
 
 def prefill_inputs(program: Program, prompts: Sequence[Sequence[int]]) -> tuple[Cache, PrefillBatch]:
-    """Return an empty cache and the prefill of whole prompts side by side, in the shapes of all tiny models."""
+    """Return an empty cache and the prefill of whole prompts packed in one batch, in the shapes of all tiny models."""
     width, groups = LENGTH // BLOCK, program.layout.groups
-    # Blocks of the sequences interleaved and none at its own number, so that only the tables can be right.
+    # Interleave the prompts' blocks, and place no block at its own number, so that code ignoring block tables fails.
     tables = np.arange(groups * PROMPTS * width, dtype=np.int32)[::-1].reshape(width, groups, PROMPTS)
     tables = tables.transpose(1, 2, 0).copy()
     cache = functional.init_cache(program, tables.size, BLOCK, slots=PROMPTS)
@@ -91,10 +91,10 @@ def logits(
     features: FeatureRows | None = None,
     **how: Any,
 ) -> list[np.ndarray]:
-    """For each prompt the logits `[T, V]` at all its positions, then of its following tokens, decoded one by one.
+    """Return, per prompt, logits `[T, V]` at all its positions, then of its following tokens, decoded one by one.
 
-    All prompts go in one prefill, side by side, and in the same decode steps. `features` are for the `PROMPT_TOKENS`
-    tokens of the prefill.
+    All prompts share one prefill and the same decode steps. `features` are those of the `PROMPT_TOKENS` tokens of the
+    prefill.
     """
     program, params = load(folder, dtype, **how)
     cache, batch = prefill_inputs(program, prompts)

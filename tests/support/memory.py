@@ -1,4 +1,4 @@
-"""A checkpoint that is held in memory."""
+"""Checkpoint source in memory."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -9,14 +9,14 @@ from jaxinfer.checkpoint.safetensors import DTYPES
 
 
 class Held(NamedTuple):
-    """What is known of a tensor."""
+    """Metadata of a tensor."""
 
     shape: tuple[int, ...]
     dtype: str
 
 
 class MemorySource:
-    """`checkpoint.source.Source` over arrays by their names."""
+    """`checkpoint.source.Source` over a mapping of names to arrays."""
 
     def __init__(self, tensors: Mapping[str, np.ndarray]):
         self.tensors = dict(tensors)

@@ -1,4 +1,4 @@
-"""The kernels that are compiled for this machine."""
+"""Requirements of the native CPU kernels."""
 
 import os
 
@@ -8,7 +8,7 @@ from jaxinfer.kernels.native import build
 
 
 def require_native_kernels() -> None:
-    """Skips a test where they cannot be built; in CI only a processor without the instructions is a reason."""
+    """Skip the test if native kernels cannot be built; in CI, only if the processor lacks the instructions."""
     reason = build.lacking()
     if reason is None:
         return

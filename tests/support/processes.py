@@ -1,4 +1,4 @@
-"""Several processes on this machine that serve one model, each with two virtual devices."""
+"""Start several processes on this machine that serve one model, each with two virtual devices."""
 
 import json
 import os
@@ -26,11 +26,11 @@ SETTINGS = dict(
     compilation_cache_dir=None,
 )
 WAIT = 500
-"""Seconds before a test gives a process up: the machine may have other work."""
+"""Timeout for a process, in seconds; generous because the machine may be busy."""
 
 
 def free_port() -> int:
-    """One that nobody listens on."""
+    """Return a free TCP port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -38,7 +38,7 @@ def free_port() -> int:
 
 @dataclass
 class Process:
-    """A process whose output is collected while it runs."""
+    """Running process whose output is collected."""
 
     popen: subprocess.Popen
     out: list[str] = field(default_factory=list)
@@ -54,28 +54,28 @@ class Process:
 
     @property
     def stdout(self) -> str:
-        """What it has printed."""
+        """Standard output so far."""
         return "".join(self.out)
 
     @property
     def stderr(self) -> str:
-        """The same of its errors."""
+        """Standard error so far."""
         return "".join(self.err)
 
     def said(self) -> dict[str, Any]:
-        """All lines of JSON that it has printed, as one mapping."""
+        """All JSON lines of standard output, merged to one mapping."""
         lines = [json.loads(line) for line in self.out if line.startswith("{")]
         return {name: value for line in lines for name, value in line.items()}
 
     def wait_for(self, text: str) -> None:
-        """Until it has printed this."""
+        """Wait until standard output contains `text`."""
         deadline = time.monotonic() + WAIT
         while text not in self.stdout:
             assert self.popen.poll() is None and time.monotonic() < deadline, self.stdout + self.stderr
             time.sleep(0.05)
 
     def wait(self) -> int:
-        """Its exit status."""
+        """Wait for the process to end and return its exit status."""
         status = self.popen.wait(WAIT)
         for reader in self._readers:
             reader.join(10)
@@ -83,7 +83,7 @@ class Process:
 
 
 def start(commands: Sequence[Sequence[str]]) -> list[Process]:
-    """Starts a Python program with arguments for each process."""
+    """Start one Python process per list of arguments."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": compiler.flags(2),
@@ -107,7 +107,7 @@ def start(commands: Sequence[Sequence[str]]) -> list[Process]:
 
 
 def serve(models: Sequence[Path], acts: Sequence[str] = ("", ""), *, timeout: float = 120) -> list[Process]:
-    """Starts `worker.py` once for each of these folders, with what it shall do."""
+    """Start `worker.py` once per model folder, with its `act`."""
     address = f"127.0.0.1:{free_port()}"
     told = [
         dict(
@@ -125,7 +125,7 @@ def serve(models: Sequence[Path], acts: Sequence[str] = ("", ""), *, timeout: fl
 
 
 def end(processes: Sequence[Process]) -> None:
-    """Ends those that still run."""
+    """End the processes that are still running."""
     for process in processes:
         if process.popen.poll() is None:
             process.popen.kill()

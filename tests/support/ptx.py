@@ -1,4 +1,4 @@
-"""What can be read off Triton's kernels as they are compiled for a device."""
+"""Inspect Triton kernels compiled for a device."""
 
 import re
 import subprocess
@@ -14,7 +14,7 @@ from jaxinfer.kernels.triton.triton_launch import Binary
 
 @contextmanager
 def compiled_kernels() -> Iterator[list[Binary]]:
-    """The kernels of all programs that are traced meanwhile, in order."""
+    """Collect the kernels of all programs traced in this context, in order."""
     made: list[Binary] = []
     real = triton_launch.binary
 
@@ -28,7 +28,7 @@ def compiled_kernels() -> Iterator[list[Binary]]:
 
 
 def spilled(ptx: str, folder: Path) -> int:
-    """Bytes that the assembler of triton keeps in memory for want of registers."""
+    """Return the register spills reported by Triton's assembler, in bytes."""
     import triton
 
     (folder / "kernel.ptx").write_text(ptx)

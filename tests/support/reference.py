@@ -1,4 +1,4 @@
-"""The reference: tiny transformers models whose every option shows in the logits. Needs torch."""
+"""Reference implementation: tiny transformers models whose options all change the logits. Needs torch."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -14,20 +14,20 @@ from support.tiny import ARCHITECTURES, CONFIG, OWN
 Model = transformers.PreTrainedModel
 
 COMMON = dict(CONFIG, rms_norm_eps=0.05, bos_token_id=1, eos_token_id=2, pad_token_id=0)
-"""config.json of every tiny model; the ids lie inside its vocabulary, and no norm has an epsilon that is a default."""
+"""config.json of every tiny model; special ids lie inside its vocabulary, and the norm epsilon is no default."""
 
 
 def config(family: str, **changes: Any) -> transformers.PreTrainedConfig:
-    """A tiny configuration of the family; a change to None leaves the attribute out."""
+    """Return a tiny configuration of the family; a change to None removes the attribute."""
     own = COMMON | OWN.get(family, {}) | changes
     values = {name: value for name, value in own.items() if value is not None}
     return getattr(transformers, ARCHITECTURES[family]).config_class(**values, attn_implementation="eager")
 
 
 def model(family: str, *, seed: int = 0, head: float = 0.7, **changes: Any) -> Model:
-    """A model with random weights of its own scale: all activations are of order one, no bias or norm is neutral.
+    """Return a model with random weights, scaled for activations of order one; no bias or norm is neutral.
 
-    `head`: standard deviation of the language-model head, and with it of the logits.
+    `head`: standard deviation of the LM head's weights, and so of the logits.
     """
     made = getattr(transformers, ARCHITECTURES[family])(config(family, **changes)).float().eval()
     generator = torch.Generator().manual_seed(seed)
@@ -42,21 +42,22 @@ def model(family: str, *, seed: int = 0, head: float = 0.7, **changes: Any) -> M
             elif name == "lm_head.weight":
                 value.copy_(head * noise)
             elif "embed" in name:
-                # Tied, a large embedding would have every token predict itself.
+                # With tied embeddings, a large embedding would make every token predict itself.
                 value.copy_((0.25 if tied else 1.0) * noise)
             elif name.endswith("sinks"):
                 value.copy_(1 + noise)
             else:
-                # The MLP outweighs the embedding, so that the kinds of gelu can be told apart.
+                # The MLP outweighs the embedding, so that a wrong gelu variant shows in the logits.
                 scale = 3.0 if "down_proj" in name else 1.5
                 value.copy_(scale * value.shape[1] ** -0.5 * noise)
     return made
 
 
 def _norm_weight(reference: Model, name: str) -> float:
-    """What the weights of a norm lie around: 1, which Gemma keeps less one.
+    """Return the mean of a norm's stored weights: 1, or 0 for Gemma, which stores weights minus 1.
 
-    Gemma's tied embedding is scaled up, and its layers give what their last norm makes of it: so that makes more.
+    Gemma scales its tied embedding up and normalises the outputs of attention and MLP (`post_` norms): those norms get
+    a mean of 3, to match the embedding.
     """
     if not reference.config.model_type.startswith("gemma"):
         return 1.0
@@ -64,13 +65,13 @@ def _norm_weight(reference: Model, name: str) -> float:
 
 
 def save(reference: Model, folder: Path, **how: Any) -> Path:
-    """`save_pretrained`; gives the folder."""
+    """Call `save_pretrained` and return the folder."""
     reference.save_pretrained(folder, **how)
     return folder
 
 
 def fresh(reference: Model) -> Model:
-    """Forgets the lengths that a rope scaled by length has seen in other prompts."""
+    """Reset length-dependent RoPE scaling, which remembers the lengths of earlier prompts."""
     rotary = getattr(reference.model, "rotary_emb", None)
     if rotary is not None:
         reference.model.rotary_emb = type(rotary)(reference.config)
@@ -81,9 +82,9 @@ def fresh(reference: Model) -> Model:
 def logits(
     reference: Model, prompt: Sequence[int], following: Sequence[int] = (), *, cached: bool = True
 ) -> np.ndarray:
-    """Float32 logits `[T, V]` at every position of the prompt, then of each following token, decoded one by one.
+    """Return float32 logits `[T, V]` at every position of the prompt, then of each following token, decoded one by one.
 
-    Not `cached`: all in one call.
+    If not `cached`, all tokens go in one call without a cache.
     """
     fresh(reference)
     if not cached:
@@ -97,7 +98,7 @@ def logits(
 
 
 def greedy(reference: Model, prompt: Sequence[int], count: int, *, cached: bool = True) -> list[int]:
-    """The tokens `generate` makes without sampling; no token ends it."""
+    """Return the greedy tokens of `generate`, without EOS."""
     settings = transformers.GenerationConfig(
         do_sample=False, max_new_tokens=count, eos_token_id=None, pad_token_id=0, use_cache=cached
     )
@@ -107,11 +108,11 @@ def greedy(reference: Model, prompt: Sequence[int], count: int, *, cached: bool 
     return out[0, len(prompt) :].tolist()
 
 
-# What follows takes one option of a model away. Each gives the reference of a program that overlooks that option.
+# The functions below disable one option of a model each: the reference of an implementation that ignores the option.
 
 
 def with_config(**changes: Any) -> Callable[[Model], Model]:
-    """The same weights under another configuration; weights it has no place for are dropped."""
+    """Use the same weights under another configuration; weights without a place in it are dropped."""
 
     def change(reference: Model) -> Model:
         values = reference.config.to_dict() | changes
@@ -124,7 +125,7 @@ def with_config(**changes: Any) -> Callable[[Model], Model]:
 
 
 def with_weights(ending: str, value: float) -> Callable[[Model], Model]:
-    """Weights whose names end so set to one value."""
+    """Set the weights whose names end in `ending` to `value`."""
 
     @torch.no_grad()
     def change(reference: Model) -> Model:
@@ -139,7 +140,7 @@ def with_weights(ending: str, value: float) -> Callable[[Model], Model]:
 
 
 def with_attention(change_one: Callable[[torch.nn.Module], None]) -> Callable[[Model], Model]:
-    """Every attention layer changed in place."""
+    """Change every attention layer in place."""
 
     def change(reference: Model) -> Model:
         made = copy.deepcopy(reference)
@@ -151,7 +152,7 @@ def with_attention(change_one: Callable[[torch.nn.Module], None]) -> Callable[[M
 
 
 def without(name: str) -> Callable[[Model], Model]:
-    """The part of this name of every layer left out."""
+    """Remove the submodule of this name from every layer."""
 
     def change(reference: Model) -> Model:
         made = copy.deepcopy(reference)
@@ -165,7 +166,7 @@ def without(name: str) -> Callable[[Model], Model]:
 
 @torch.no_grad()
 def without_embedding_scale(reference: Model) -> Model:
-    """Embeddings as the table has them."""
+    """Do not scale embeddings."""
     made = copy.deepcopy(reference)
     made.model.embed_tokens.embed_scale.fill_(1.0)
     return made
@@ -173,7 +174,7 @@ def without_embedding_scale(reference: Model) -> Model:
 
 @torch.no_grad()
 def norms_as_kept(reference: Model) -> Model:
-    """The weights of all norms, with nothing added to them."""
+    """Use norm weights as stored, without adding 1."""
     made = copy.deepcopy(reference)
     for name, value in made.named_parameters():
         if name.endswith("norm.weight"):
@@ -182,17 +183,17 @@ def norms_as_kept(reference: Model) -> Model:
 
 
 def without_qk_norm(attention: torch.nn.Module) -> None:
-    """Queries and keys as the projection gives them."""
+    """Do not normalise queries and keys."""
     attention.q_norm = attention.k_norm = torch.nn.Identity()
 
 
 def scale_of_width(attention: torch.nn.Module) -> None:
-    """Scores scaled as if a head had hidden_size / heads dimensions."""
+    """Scale scores as if the head size were hidden_size / heads."""
     attention.scaling = (attention.config.hidden_size // attention.config.num_attention_heads) ** -0.5
 
 
 def other_groups(reference: Model) -> Model:
-    """Query head h reads kv head h mod K, not h div (H / K)."""
+    """Let query head h read KV head h mod K instead of h div (H / K)."""
     heads, kv_heads = reference.config.num_attention_heads, reference.config.num_key_value_heads
     size = reference.model.layers[0].self_attn.head_dim
     order = np.arange(heads).reshape(heads // kv_heads, kv_heads).T.ravel()
@@ -209,7 +210,7 @@ def other_groups(reference: Model) -> Model:
 
 
 def first_head_only(reference: Model) -> Model:
-    """Only query head 0 finds keys and values: each head is expected to have its own, and there is one."""
+    """Give keys and values to query head 0 only: an implementation that expects one KV head per query head."""
     made = copy.deepcopy(reference)
     size = made.model.layers[0].self_attn.head_dim
     with torch.no_grad():

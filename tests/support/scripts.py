@@ -1,4 +1,4 @@
-"""The scripts as a user runs them, but in this process."""
+"""Load the scripts as modules, to run them in the test process."""
 
 import importlib.util
 import sys
@@ -12,7 +12,7 @@ sys.path.insert(0, str(SCRIPTS))
 
 @cache
 def load(name: str) -> ModuleType:
-    """The module of a script by its name."""
+    """Return the module of a script by name."""
     spec = importlib.util.spec_from_file_location(f"{name}_script", SCRIPTS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

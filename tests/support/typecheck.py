@@ -1,6 +1,6 @@
-"""The run-time type checker of the tests: beartype, with int taken where float is asked for (PEP 484).
+"""Run-time type checker of the tests: beartype, with int accepted for float (PEP 484).
 
-On a machine with a GPU (JAXINFER_TEST_GPU=1) beartype may be missing: then annotations are not checked there.
+With JAXINFER_TEST_GPU=1 beartype may be missing; annotations are then not checked.
 """
 
 import os
@@ -14,5 +14,5 @@ except ModuleNotFoundError:
         raise
 
     def checked(function):
-        """The function as it is."""
+        """Return the function unchanged."""
         return function
