@@ -11,7 +11,7 @@ CALLED = re.compile(r"(?:calls|to_apply|body)=%?([\w.\-]+)")
 FRAME = re.compile(r"stack_frame_id=(\d+)")
 ROW = re.compile(r"^(\d+) (.*)$")
 CATEGORIES = (
-    ("sampling", re.compile(r"jaxinfer/engine/(?:sampler|drawing)\.py")),
+    ("sampling", re.compile(r"jaxinfer/engine/sampling/(?:sampler|drawing)\.py")),
     ("attention", re.compile(r"jaxinfer/layers/attention\.py attend|jaxinfer/kernels/\w*(attention|paged)")),
     ("gemms", re.compile(r"jaxinfer/layers/(linear\.py|embedding\.py Embedding\.attend)|jaxinfer/kernels/\w*matmul")),
 )
