@@ -1,4 +1,4 @@
-"""InternVL by transformers, and its checkpoints in the names of the original. Needs torch."""
+"""Reference implementation of InternVL (transformers), and checkpoints with OpenGVLab's names. Needs torch."""
 
 import copy
 import json
@@ -18,7 +18,7 @@ Model = transformers.InternVLForConditionalGeneration
 
 
 def model(seed: int = 0, **changes: Any) -> Model:
-    """A tiny model (`internvl.config`) with random weights."""
+    """Return a tiny model (`internvl.config`) with random weights."""
     hf = internvl.config(**changes)
     made = Model(transformers.InternVLConfig.from_dict(hf, attn_implementation="eager")).float().eval()
     generator = np.random.default_rng(seed)
@@ -30,26 +30,27 @@ def model(seed: int = 0, **changes: Any) -> Model:
 
 @torch.no_grad()
 def tower(reference: Model, pixels: np.ndarray) -> np.ndarray:
-    """What the vision tower gives for tiles, `[n, t, M]`, of its last layer."""
+    """Return the output of the vision tower's last layer for tiles, `[n, t, M]`."""
     return reference.model.vision_tower(pixel_values=torch.tensor(pixels)).last_hidden_state.numpy()
 
 
 @torch.no_grad()
 def rows(reference: Model, pixels: np.ndarray) -> np.ndarray:
-    """What the projector gives for tiles, `[n, rows, M]`."""
+    """Return the output of the projector for tiles, `[n, rows, M]`."""
     layer = reference.config.vision_feature_layer
     return reference.get_image_features(torch.tensor(pixels), vision_feature_layer=layer).pooler_output.numpy()
 
 
 @torch.no_grad()
 def logits(reference: Model, ids: list[int], pixels: np.ndarray | None) -> np.ndarray:
-    """Float32 logits `[T, V]` at every position."""
+    """Return float32 logits `[T, V]` at every position."""
     images = {} if pixels is None else {"pixel_values": torch.tensor(pixels)}
     return reference(input_ids=torch.tensor([ids]), **images).logits[0].float().numpy()
 
 
 def changed(**changes: Any) -> Callable[[Model], Model]:
-    """The same weights under another configuration (as `internvl.config` takes it); what has no place is dropped."""
+    """Use the same weights under another configuration (arguments of `internvl.config`); drop weights without a
+    place."""
 
     def change(reference: Model) -> Model:
         hf = reference.config.to_dict()
@@ -65,7 +66,7 @@ def changed(**changes: Any) -> Callable[[Model], Model]:
 
 
 def filled(ending: str, value: float) -> Callable[[Model], Model]:
-    """Weights whose names end so set to one value."""
+    """Set the weights whose names end in `ending` to `value`."""
 
     @torch.no_grad()
     def change(reference: Model) -> Model:
@@ -80,7 +81,7 @@ def filled(ending: str, value: float) -> Callable[[Model], Model]:
 
 
 def normed(epsilon: float) -> Callable[[Model], Model]:
-    """Another epsilon in the norms of queries and keys."""
+    """Set the epsilon of the query and key norms."""
 
     def change(reference: Model) -> Model:
         made = copy.deepcopy(reference)
@@ -92,7 +93,7 @@ def normed(epsilon: float) -> Callable[[Model], Model]:
 
 
 def a_head_apart(reference: Model) -> Model:
-    """Queries and keys normalised head by head, where the model does it over the whole width."""
+    """Normalise queries and keys per head instead of over the whole width."""
     made = copy.deepcopy(reference)
     for layer in made.model.vision_tower.encoder.layer:
         attention = layer.attention
@@ -114,7 +115,7 @@ class _HeadNorm(torch.nn.Module):
 
 
 def down_the_columns(reference: Model) -> Model:
-    """The pixel shuffle of the original's `ps_version` "v1"."""
+    """Use the pixel shuffle of the original's `ps_version` "v1"."""
     made = copy.deepcopy(reference)
     whole = made.model.pixel_shuffle
     made.model.pixel_shuffle = lambda *args, **kwargs: whole(*args, **kwargs).transpose(1, 2).contiguous()
@@ -122,12 +123,12 @@ def down_the_columns(reference: Model) -> Model:
 
 
 def bilinear(reference: Model) -> Model:
-    """Positions of other tile sizes resampled linearly."""
+    """Resample position embeddings for other tile sizes bilinearly."""
     return _resampled(reference, mode="bilinear")
 
 
 def antialiased(reference: Model) -> Model:
-    """Positions of other tile sizes resampled with a filter as wide as what is left out."""
+    """Resample position embeddings for other tile sizes with antialiasing."""
     return _resampled(reference, mode="bicubic", antialias=True)
 
 
@@ -166,7 +167,7 @@ _RENAMED = (
 
 
 def original_tensors(reference: Model) -> dict[str, np.ndarray]:
-    """The weights under the names that OpenGVLab's own code gives them: q, k and v are one tensor."""
+    """Return the weights under the names of OpenGVLab's code, where q, k and v are one tensor."""
     found = {}
     for name, value in reference.state_dict().items():
         for pattern, replacement in _RENAMED:
@@ -181,7 +182,7 @@ def original_tensors(reference: Model) -> dict[str, np.ndarray]:
 
 
 def original_config(reference: Model, **changes: Any) -> dict[str, Any]:
-    """config.json as OpenGVLab's checkpoints have it, with what of it changes no numbers."""
+    """Return config.json as in OpenGVLab's checkpoints, including fields that do not affect the computation."""
     hf = reference.config.to_dict()
     vision, text = hf["vision_config"], hf["text_config"]
     own = {
@@ -241,7 +242,7 @@ def original_config(reference: Model, **changes: Any) -> dict[str, Any]:
 
 
 def save_original(reference: Model, folder: Path, **changes: Any) -> Path:
-    """A checkpoint as OpenGVLab's: there is no class of transformers for it."""
+    """Write a checkpoint in OpenGVLab's format, for which transformers has no class."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(original_tensors(reference), folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(original_config(reference, **changes)))

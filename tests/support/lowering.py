@@ -1,4 +1,4 @@
-"""Compiled programs without the devices they are for, and what can be read off them."""
+"""Compile programs for devices that need not be present, and inspect the compiled programs."""
 
 import importlib.util
 import math
@@ -30,7 +30,7 @@ from jaxinfer.sharding import rules as sharding_rules
 from support import compiler
 
 PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
-"""Either of them compiles for an NVIDIA GPU."""
+"""JAX plugins that can compile for NVIDIA GPUs; one suffices."""
 TARGET = Path(__file__).parent.parent / "h100" / "h100.txtpb"
 
 MEDIUM = dict(
@@ -48,7 +48,7 @@ MEDIUM = dict(
 )
 """config.json of a Llama of 0.25 B parameters."""
 
-# A conversion or a transposition of a whole array moves as much as a copy does.
+# Converting or transposing a whole array moves as many bytes as copying it.
 _COPY = re.compile(r"^\s*(?:ROOT )?%?\S+ = .*? (?:copy|copy-start|convert|transpose)\(", re.MULTILINE)
 _ARRAY = re.compile(r"\w+\[([\d,]*)\]")
 _THUNK = re.compile(r"^ *\d+: k(\w+) *\[[^\]]*\] (\S+)", re.MULTILINE)
@@ -61,7 +61,7 @@ _COLLECTIVE = re.compile(
 
 
 def require_cuda_compiler() -> None:
-    """Skips the test where the CUDA plugin is not installed; fails it there in CI."""
+    """Skip the test if the CUDA plugin is not installed; in CI, fail it."""
     if any(_installed(plugin) for plugin in PLUGINS):
         return
     reason = f"compiling for an H100 needs the CUDA plugin of the extra `test` ({PLUGINS[0]}; Linux on x86-64)"
@@ -73,13 +73,13 @@ def require_cuda_compiler() -> None:
 def _installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # not even the package around it
+    except ModuleNotFoundError:  # the parent package is missing, too
         return False
 
 
 @cache
 def h100_mesh(tp: int) -> Mesh:
-    """A mesh over `tp` H100s of one host, none of which need be here."""
+    """Return a mesh over `tp` H100s of one host, which need not be present."""
     topology = topologies.get_topology_desc(platform="cuda", target_config=TARGET.read_text(), topology=f"1x1x{tp}")
     return make_mesh(tp, devices=list(topology.devices))
 
@@ -87,9 +87,9 @@ def h100_mesh(tp: int) -> Mesh:
 def abstract_model(
     hf: Mapping[str, Any], mesh: Mesh, *, fuse_projections: str | bool = "auto", **how: Any
 ) -> tuple[Program, list[jax.ShapeDtypeStruct]]:
-    """A model of this config.json as a program and the shapes and shardings of its parameters.
+    """Return the program of a config.json, with the shapes and shardings of its parameters.
 
-    `how`: quantisation and placement, as `loading.abstract` takes them.
+    `how`: quantisation and placement arguments of `weights.abstract`.
     """
     served, config = weights.parse(hf)
     module = weights.abstract(served, config, jnp.dtype(hf["dtype"]), mesh, **how)
@@ -103,50 +103,50 @@ def abstract_model(
 
 @dataclass(frozen=True)
 class Compiled:
-    """A compiled step and the sizes of its cache on one device."""
+    """A compiled step, with the sizes of its cache per device."""
 
     executable: jax.stages.Compiled
     cache_bytes: int
-    """Of all lanes."""
+    """Size of all lanes of the cache, in bytes."""
     lane_elements: int
-    """Of one array of keys or values."""
+    """Number of elements of one array of keys or values."""
     thunks: str = ""
-    """What XLA launches, in order and grouped into command buffers, as it writes it; of programs for a GPU only."""
+    """XLA's dump of the launched thunks, in order and grouped by command buffer; GPU programs only."""
 
     @property
     def kernels(self) -> list[str]:
-        """Names of what the device runs: kernels, copies and collectives."""
+        """Return the names of the kernels, copies and collectives that the device runs."""
         return [name for kind, name in _THUNK.findall(self.thunks) if kind not in _NO_KERNELS]
 
     @property
     def command_buffers(self) -> int:
-        """CUDA graphs, each of which is one launch for the host."""
+        """Return the number of command buffers (CUDA graphs), each of which the host launches once."""
         return self.thunks.count("kCommandBuffer")
 
     @property
     def launched_alone(self) -> list[str]:
-        """Those that lie in no command buffer, so that the host launches each of them."""
+        """Return the kernels outside command buffers, each of which the host launches by itself."""
         alone = "\n".join(line for line in self.thunks.splitlines() if not line.startswith(" "))
         return [name for kind, name in _THUNK.findall(alone) if kind not in _NO_KERNELS]
 
     @property
     def moved_bytes(self) -> int:
-        """Operands and results of all that is launched, custom kernels apart (they read what they choose to)."""
+        """Return the bytes of operands and results of all launches but custom kernels, which may read only parts."""
         return moved_bytes(self.executable.as_text())
 
     @property
     def aliased_bytes(self) -> int:
-        """Of arguments that the results lie in."""
+        """Return the bytes of arguments whose buffers are reused for results (donated)."""
         return self.executable.memory_analysis().alias_size_in_bytes
 
     @property
     def temporary_bytes(self) -> int:
-        """What the step needs beside its arguments and results."""
+        """Return the bytes that the step needs in addition to its arguments and results."""
         return self.executable.memory_analysis().temp_size_in_bytes
 
     @property
     def large_copies(self) -> list[str]:
-        """Copies, also inside fusions and loops, of at least as many elements as one array of the cache has."""
+        """Return copies, also in fusions and loops, of at least as many elements as one array of the cache."""
         return large_copies(self.executable.as_text(), self.lane_elements)
 
     @property
@@ -161,7 +161,7 @@ def collectives(program: str) -> Counter[str]:
 
 
 def large_copies(program: str, elements: int) -> list[str]:
-    """The instructions of a program's text that copy, convert or transpose at least `elements` elements."""
+    """Return the instructions of a program's text that copy, convert or transpose at least `elements` elements."""
     found = []
     for match in _COPY.finditer(program):
         sizes = [math.prod(map(int, filter(None, dims.split(",")))) for dims in _ARRAY.findall(match[0])]
@@ -171,9 +171,9 @@ def large_copies(program: str, elements: int) -> list[str]:
 
 
 def moved_bytes(program: str) -> int:
-    """Bytes of the operands and results of the instructions of a program's entry, custom calls apart.
+    """Return the bytes of operands and results of the instructions of a program's entry, without custom calls.
 
-    A fusion that gathers or slices reads as much of its largest operand as it writes.
+    For a fusion that gathers or slices, the largest operand counts with the size of the result.
     """
     bodies = dict(re.findall(r"^%(\S+) [^\n]*\{\n(.*?)^\}", program, re.MULTILINE | re.DOTALL))
     sizes, total = {}, 0
@@ -195,13 +195,13 @@ def moved_bytes(program: str) -> int:
 
 
 def compile_step(program: Program, params: list[Any], shapes: Shapes, bucket: Bucket, **options: Any) -> Compiled:
-    """The engine's own step for a bucket, compiled for the devices of the program's mesh; `options` of the compiler."""
+    """Compile the engine's step for a bucket, for the devices of the program's mesh; `options`: compiler options."""
     arguments = abstract_arguments(program, shapes, bucket)
     return compile_lowered(make_step(program, shapes, bucket).lower(params, *arguments), arguments[0], **options)
 
 
 def unread_in_decode(hf: Mapping[str, Any], mesh: Mesh, rows: int = 8) -> tuple[set[str], list[str]]:
-    """Of an encoder-decoder the parameters that a decode step does not read, and all there are."""
+    """Return the parameters of an encoder-decoder that a decode step does not read, and all its parameters."""
     program, params = abstract_model(hf, mesh)
     cache = kv_cache.abstract(program.layout.lanes, 64, 16, program.dtype, mesh)
     whole = partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
@@ -214,7 +214,7 @@ def unread_in_decode(hf: Mapping[str, Any], mesh: Mesh, rows: int = 8) -> tuple[
 
 
 def compile_lowered(lowered: jax.stages.Lowered, cache: Any, **options: Any) -> Compiled:
-    """A program that takes this cache."""
+    """Compile a lowered program that takes this cache."""
     lanes = jax.tree.leaves(cache)
     local = [math.prod(lane.sharding.shard_shape(lane.shape)) for lane in lanes]
     size = sum(np.dtype(lane.dtype).itemsize * count for lane, count in zip(lanes, local, strict=True))

@@ -1,4 +1,4 @@
-"""A tiny Llama 3.2 Vision: its config.json, weights written without torch, images."""
+"""Tiny Llama 3.2 Vision: config.json, weights written without torch, images."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -14,10 +14,10 @@ from jaxinfer.models.mllama.prompt import ranges
 from support import checkpoint
 
 VOCAB, SIDE, PATCHES, TILES = 96, 28, 17, 4
-"""Tokens of the head; pixels a side of a tile; patches of one, the class token among them; tiles of an image at
-most."""
+"""Tokens of the head; side length of a tile in pixels; patches per tile, including the class token; maximum tiles per
+image."""
 IMAGE = VOCAB
-"""The image token: the embedding's first row beyond the head's."""
+"""Image token id: the first row of the embedding beyond the head's tokens."""
 RATIOS = [[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]]
 
 VISION = dict(
@@ -77,7 +77,7 @@ MARKER = "<|image|>"
 def config(
     vision: Mapping[str, Any] | None = None, text: Mapping[str, Any] | None = None, **changes: Any
 ) -> dict[str, Any]:
-    """config.json as transformers writes it."""
+    """Return config.json as transformers writes it."""
     return (
         dict(
             architectures=["MllamaForConditionalGeneration"],
@@ -92,13 +92,13 @@ def config(
 
 
 def noise(name: str, shape: tuple[int, ...], generator: np.random.Generator) -> np.ndarray:
-    """Random values of a tensor at its own scale: activations are of order one, no bias, gate or norm is neutral."""
+    """Return random values of a tensor, scaled for activations of order one; no bias, gate or norm is neutral."""
     values = generator.standard_normal(shape, np.float32)
     if name.endswith(("norm.weight", "layernorm_pre.weight", "layernorm_post.weight")):
         return 1 + 0.4 * values
     if name.endswith(
         ("cross_attn_attn_gate", "cross_attn_mlp_gate")
-    ):  # with more, an image would leave one token to say
+    ):  # larger gates would make every image predict the same token
         return np.float32(0.3 if "attn_attn" in name else 0.1) * np.sign(values)
     if "gate" in name and "proj" not in name:
         return np.sign(values) * (0.5 + 0.3 * np.abs(values))
@@ -113,7 +113,7 @@ def noise(name: str, shape: tuple[int, ...], generator: np.random.Generator) -> 
 
 
 def write(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
-    """A checkpoint of random weights, with its image processor."""
+    """Write a checkpoint of random weights with its image processor."""
     folder.mkdir(parents=True, exist_ok=True)
     hf, generator = config(**changes), np.random.default_rng(seed)
     made = {name: noise(name, value.shape, generator) for name, value in sorted(checkpoint.tensors(hf).items())}
@@ -123,7 +123,7 @@ def write(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
 
 
 def add_files(folder: Path) -> Path:
-    """What a checkpoint has beside weights and config.json."""
+    """Write the files of a checkpoint other than weights and config.json."""
     (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, "max_new_tokens": 16}))
     return folder
@@ -135,11 +135,11 @@ CHAT = (
     "{% if part.type == 'image' %}<|image|>{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|end|>"
     "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
 )
-"""A chat template that knows of images, in the way of Llama 3.2's."""
+"""A chat template that handles images, in the style of Llama 3.2's."""
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """That of `support.checkpoint` with the image token as its last: the first that the head does not have."""
+    """Return the tokenizer of `support.checkpoint` plus the image token, its last id, which the head does not have."""
     made = checkpoint.tokenizer()
     made.add_special_tokens({"additional_special_tokens": [MARKER]})
     made.chat_template = CHAT
@@ -147,7 +147,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def write_folder(folder: Path) -> Path:
-    """A checkpoint with a tokenizer."""
+    """Write a checkpoint with a tokenizer."""
     made = tokenizer()
     token = made.convert_tokens_to_ids(MARKER)
     write(folder, text={"vocab_size": token}, image_token_index=token)
@@ -156,7 +156,7 @@ def write_folder(folder: Path) -> Path:
 
 
 def image(canvas: int = 1, seed: int = 0) -> EncoderInput:
-    """An image on a canvas of this number, as the reader makes it."""
+    """Return a random image with this canvas (aspect-ratio id), as the media reader makes it."""
     down, across = RATIOS[canvas - 1]
     tiles = np.zeros((TILES, 3, SIDE, SIDE), np.float32)
     tiles[: down * across] = np.random.default_rng(seed).standard_normal((down * across, 3, SIDE, SIDE))
@@ -164,7 +164,7 @@ def image(canvas: int = 1, seed: int = 0) -> EncoderInput:
 
 
 def cross(ids: Sequence[int], images: Sequence[EncoderInput]) -> CrossInputs | None:
-    """What the tokens of a prompt attend to, as the reader makes it."""
+    """Return the cross-attention inputs of a prompt, as the reader makes them."""
     if not images:
         return None
     places = [at for at, token in enumerate(ids) if token == IMAGE]
@@ -172,5 +172,5 @@ def cross(ids: Sequence[int], images: Sequence[EncoderInput]) -> CrossInputs | N
 
 
 def words(count: int, seed: int = 0) -> list[int]:
-    """Token ids of text."""
+    """Return random token ids of text."""
     return np.random.default_rng(seed).integers(3, VOCAB, count).tolist()

@@ -1,4 +1,4 @@
-"""Llama 3.2 Vision by transformers. Needs torch."""
+"""Reference implementation of Llama 3.2 Vision (transformers). Needs torch."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +19,7 @@ Model = transformers.MllamaForConditionalGeneration
 
 
 def model(seed: int = 0, **changes: Any) -> Model:
-    """A tiny model with random weights."""
+    """Return a tiny model with random weights."""
     hf = mllama.config(**changes)
     made = Model(transformers.MllamaConfig(**hf, attn_implementation="eager")).float().eval()
     generator = np.random.default_rng(seed)
@@ -30,10 +30,10 @@ def model(seed: int = 0, **changes: Any) -> Model:
 
 
 def as_original(reference: Model) -> Model:
-    """Cross-attention layers that a token that sees no image passes unchanged, as in the original code.
+    """Make tokens without a preceding image skip the cross-attention layers, as in the original code.
 
-    transformers lets it attend to all images there, even those that follow it and tiles that there are not, and leaves
-    out the MLP alone (its issue 39379).
+    transformers lets such tokens attend to all images, including later ones and padding tiles, and skips only the MLP
+    (transformers issue 39379).
     """
     made = copy.deepcopy(reference)
     for number in sorted(made.config.text_config.cross_attention_layers):
@@ -55,7 +55,7 @@ def _masked(layer: torch.nn.Module) -> Callable[..., Any]:
 
 
 def inputs(ids: Sequence[int], images: Sequence[EncoderInput]) -> dict[str, torch.Tensor]:
-    """What transformers' processor makes of a prompt with these images."""
+    """Return the model inputs that transformers' processor makes of a prompt with these images."""
     made = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
     if not images:
         return made
@@ -74,7 +74,7 @@ def inputs(ids: Sequence[int], images: Sequence[EncoderInput]) -> dict[str, torc
 
 @torch.no_grad()
 def rows(reference: Model, images: Sequence[EncoderInput]) -> list[np.ndarray]:
-    """What the tower and the projector make of each image, `[t, p, M]`."""
+    """Return the output of vision tower and projector for each image, `[t, p, M]`."""
     given = inputs([mllama.IMAGE] * len(images), images)
     names = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
     out = reference.model.vision_model(**{name: given[name] for name in names}).last_hidden_state
@@ -85,26 +85,26 @@ def rows(reference: Model, images: Sequence[EncoderInput]) -> list[np.ndarray]:
 def logits(
     reference: Model, ids: Sequence[int], images: Sequence[EncoderInput], following: Sequence[int] = ()
 ) -> np.ndarray:
-    """Float32 logits `[T, V]` of a prompt and of the tokens that follow it."""
+    """Return float32 logits `[T, V]` of a prompt and of the tokens decoded after it."""
     given = inputs(ids, images)
     if following:
         given["input_ids"] = torch.tensor([[*ids, *following]])
         given["attention_mask"] = torch.ones(1, len(ids) + len(following), dtype=torch.long)
-        if images:  # a new token sees what the last one does
+        if images:  # a new token attends to the same images as the last token
             mask = given["cross_attention_mask"]
             given["cross_attention_mask"] = torch.cat([mask, mask[:, -1:].expand(-1, len(following), -1, -1)], dim=1)
     return reference(**given, use_cache=False).logits[0].float().numpy()
 
 
 def greedy(reference: Model, ids: Sequence[int], images: Sequence[EncoderInput], count: int) -> list[int]:
-    """The tokens that `generate` makes without sampling; no token ends it."""
+    """Return the greedy tokens of `generate`, without EOS."""
     settings = transformers.GenerationConfig(do_sample=False, max_new_tokens=count, eos_token_id=None, pad_token_id=0)
     reference.generation_config = settings
     return reference.generate(**inputs(ids, images), generation_config=settings)[0, len(ids) :].tolist()
 
 
 def changed(**changes: Any) -> Callable[[Model], Model]:
-    """The same weights under another configuration (as `mllama.config` takes it)."""
+    """Use the same weights under another configuration (arguments of `mllama.config`)."""
 
     def change(reference: Model) -> Model:
         hf = reference.config.to_dict()
@@ -119,7 +119,7 @@ def changed(**changes: Any) -> Callable[[Model], Model]:
 
 
 def filled(ending: str, value: float) -> Callable[[Model], Model]:
-    """Weights whose names end so set to one value."""
+    """Set the weights whose names end in `ending` to `value`."""
 
     @torch.no_grad()
     def change(reference: Model) -> Model:

@@ -1,4 +1,4 @@
-"""Plans beside the programs that they are about."""
+"""Sharding plans and the compiled programs that they describe."""
 
 import re
 from collections import Counter
@@ -18,12 +18,12 @@ from support.lowering import Compiled, abstract_model, compile_step
 from support.tiny import ARCHITECTURES, BLOCK, CHUNK, CONFIG, FULL, LENGTH, ROWS, config, shapes
 
 LLAMA = CONFIG | {"architectures": ["LlamaForCausalLM"], "num_attention_heads": 8, "dtype": "bfloat16"}
-"""Eight query heads, two of keys and values, a vocabulary of 97 that is padded."""
+"""Llama with eight query heads, two KV heads, and a vocabulary of 97 that is padded."""
 MOE = config("qwen3_moe") | {"num_attention_heads": 8, "dtype": "bfloat16"}
-"""Eight experts in every layer."""
+"""Mixture of experts with eight experts in every layer."""
 TIED = LLAMA | {"tie_word_embeddings": True}
 OLMO = config("olmo3") | {"num_attention_heads": 8, "dtype": "bfloat16", "layer_types": [FULL] * 2}
-"""Queries and keys are normalised over their whole width; kv heads serve several devices."""
+"""Model whose queries and keys are normalised over their whole width; KV heads are replicated over devices."""
 
 CASES: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
     "sharded": (LLAMA, {}),
@@ -41,7 +41,7 @@ CASES: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
     "by experts": (MOE, {"placement": {"*.mlp": "experts"}}),
     "experts replicated, int8": (MOE, {"placement": {"*.mlp": "replicate"}, "quantization": "int8"}),
 }
-"""config.json and settings."""
+"""Name of a case -> (config.json, settings)."""
 
 
 EVERY: Mapping[str, Mapping[str, Any]] = {
@@ -52,18 +52,18 @@ EVERY: Mapping[str, Mapping[str, Any]] = {
     "internvl": internvl.config(),
     "mllama": mllama.config(),
 }
-"""A tiny config.json of every family, but for its dtype."""
+"""A tiny config.json of every family, without the dtype."""
 
 
 def planned(case: str, tp: int) -> Plan:
-    """The plan, which sees no device."""
+    """Return the plan of a case, made without devices."""
     hf, settings = CASES[case]
     return plan(hf, tensor_parallel_size=tp, **settings)
 
 
 @cache
 def compiled(case: str, kind: str, mesh: Mesh) -> Compiled:
-    """The engine's own greedy step, compiled for the devices of the mesh."""
+    """Compile the engine's greedy step for the devices of the mesh."""
     hf, settings = CASES[case]
     how = settings | {"placement": Placement.of(settings.get("placement"))}
     program, params = abstract_model(hf, mesh, **how)
@@ -73,15 +73,15 @@ def compiled(case: str, kind: str, mesh: Mesh) -> Compiled:
 
 
 def on_gpu(made: Plan, step: str) -> Counter[str]:
-    """The collectives of a program for GPUs: those of the plan, no others."""
+    """Return the collectives expected in a program for GPUs: exactly those of the plan."""
     return Counter(made.collectives(step))
 
 
 def on_cpu(made: Plan, step: str) -> Counter[str]:
-    """The collectives of a program for CPUs, whose compiler differs in two things.
+    """Return the collectives expected in a program for CPUs, whose compiler differs in two ways.
 
-    It does not let arrays that could go together do so: each array is a collective. And the sampler's largest logits,
-    which a GPU has of the search for their tokens, it looks for a second time, with an all-reduce.
+    It does not combine collectives: each array is a collective of its own. And it computes the sampler's maximum logits
+    a second time, with an all-reduce, while a GPU takes them from the search for the maximum's token.
     """
     found = Counter()
     for exchange in made.exchanges:
@@ -92,6 +92,6 @@ def on_cpu(made: Plan, step: str) -> Counter[str]:
 
 
 def payloads(program: str) -> list[tuple[str, int, int]]:
-    """Of every all-reduce of a program's text: the dtype, rows and numbers a row of what it adds up."""
+    """Return dtype, rows and row width of the operand of every all-reduce in a program's text."""
     found = re.findall(r"= (\w+)\[(\d+),(\d+)\]\S* all-reduce(?:-start)?\(", program)
     return [(kind, int(rows), int(width)) for kind, rows, width in found]

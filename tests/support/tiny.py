@@ -150,8 +150,8 @@ HYBRIDS = {
 def shapes(**changes: Any) -> Shapes:
     """Return the shapes of a tiny model's steps.
 
-    Not switched, as on a GPU: what is greedy alone then compiles in a third of the time. What stands for a kind of
-    cache is switched, as it is on a CPU.
+    By default not `switched`, as on a GPU: each sampler level is a program of its own, and the greedy program compiles
+    in a third of the time. Models that stand for a kind of cache are `switched`, as on a CPU.
     """
     values = dict(
         num_blocks=changes.get("groups", 1) * ROWS * LENGTH // BLOCK,

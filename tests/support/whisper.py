@@ -1,4 +1,4 @@
-"""A tiny Whisper: its config.json, generation_config.json, weights written without torch, sound."""
+"""Tiny Whisper: config.json, generation_config.json, weights written without torch, audio."""
 
 import json
 from collections.abc import Mapping
@@ -12,11 +12,11 @@ from transformers import PreTrainedTokenizerFast
 from support import checkpoint
 
 VOCAB, BINS, POSITIONS, LENGTH = 160, 20, 50, 64
-"""Tokens; mel bins; positions of the encoder, those of one second; tokens of the decoder."""
+"""Vocabulary size; mel bins; positions of the encoder (one second); maximum tokens of the decoder."""
 RATE, FRAMES = 16_000, 2 * POSITIONS
 EOS, START, ENGLISH, GERMAN, TRANSLATE, TRANSCRIBE, PREVIOUS, NO_SPEECH, NO_TIMESTAMPS = range(100, 109)
 ZERO = NO_TIMESTAMPS + 1
-"""The token of 0.00 s, the first of `POSITIONS` + 1."""
+"""Timestamp token of 0.00 s, the first of `POSITIONS` + 1."""
 
 CONFIG = dict(
     architectures=["WhisperForConditionalGeneration"],
@@ -68,20 +68,20 @@ EXTRACTOR = dict(
 
 
 def noise(name: str, shape: tuple[int, ...], generator: np.random.Generator) -> np.ndarray:
-    """Random values of a tensor at its own scale: activations are of order one, no bias or norm is neutral."""
+    """Return random values of a tensor, scaled for activations of order one; no bias or norm is neutral."""
     values = generator.standard_normal(shape, np.float32)
     if name.endswith("norm.weight"):
         return 1 + 0.4 * values
     if name.endswith("bias"):
         return 0.5 * values
-    if "embed" in name:  # of tokens it is the head as well: with a larger one every token would predict itself
+    if "embed" in name:  # tied with the head: a larger token embedding would make every token predict itself
         return (0.2 if "tokens" in name else 1.5) * values
     scale = 3.0 if "fc2" in name or "encoder_attn" in name else 1.5
     return scale * np.float32(np.prod(shape[1:]) ** -0.5) * values
 
 
 def write(folder: Path, generation: Mapping[str, Any] | None = None, *, seed: int = 0, **changes: Any) -> Path:
-    """A checkpoint of random weights, with the files beside them."""
+    """Write a checkpoint of random weights with its other files."""
     folder.mkdir(parents=True, exist_ok=True)
     hf, generator = CONFIG | changes, np.random.default_rng(seed)
     made = {name: noise(name, value.shape, generator) for name, value in sorted(checkpoint.tensors(hf).items())}
@@ -91,7 +91,7 @@ def write(folder: Path, generation: Mapping[str, Any] | None = None, *, seed: in
 
 
 def add_files(folder: Path, generation: Mapping[str, Any] | None = None) -> Path:
-    """What a checkpoint has beside weights and config.json."""
+    """Write the files of a checkpoint other than weights and config.json."""
     (folder / "generation_config.json").write_text(json.dumps(GENERATION if generation is None else generation))
     (folder / "preprocessor_config.json").write_text(json.dumps(EXTRACTOR))
     return folder
@@ -108,11 +108,12 @@ SPECIAL = (
     "<|nospeech|>",
     "<|notimestamps|>",
 )
-"""The texts of `EOS`, `START`, ..."""
+"""Texts of the special tokens `EOS`, `START`, ..."""
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """That of `support.checkpoint` with Whisper's tokens; those of timestamps are not special, as in real ones."""
+    """Return the tokenizer of `support.checkpoint` with Whisper's tokens; as in real checkpoints, timestamp tokens are
+    not special."""
     made = checkpoint.tokenizer()
     made.add_special_tokens({"additional_special_tokens": list(SPECIAL)})
     made.add_tokens([f"<|{step / POSITIONS:.2f}|>" for step in range(POSITIONS + 1)])
@@ -121,7 +122,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def write_folder(folder: Path, seed: int = 0) -> Path:
-    """A checkpoint with a tokenizer, whose ids of special tokens are others than those above."""
+    """Write a checkpoint with a tokenizer whose special-token ids differ from the constants of this module."""
     made = tokenizer()
     ids = dict(
         zip(
@@ -146,12 +147,12 @@ def write_folder(folder: Path, seed: int = 0) -> Path:
 
 
 def sound(seconds: float = 0.6, seed: int = 0, rate: int = RATE) -> np.ndarray:
-    """A few tones and noise, float32."""
+    """Return float32 audio of a few tones and noise."""
     generator, at = np.random.default_rng(seed), np.arange(int(seconds * rate)) / rate
     tones = [np.sin(2 * np.pi * hertz * at) for hertz in generator.uniform(100, 4000, 4)]
     return (0.2 * np.sum(tones, axis=0) + 0.05 * generator.standard_normal(len(at))).astype(np.float32)
 
 
 def features(count: int, seed: int = 0) -> np.ndarray:
-    """Log-mel features of so many windows, `[count, BINS, FRAMES]`."""
+    """Return log-mel features of `count` windows, `[count, BINS, FRAMES]`."""
     return np.random.default_rng(seed).uniform(-1, 1.5, (count, BINS, FRAMES)).astype(np.float32)

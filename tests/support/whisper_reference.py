@@ -1,4 +1,4 @@
-"""Whisper by transformers. Needs torch."""
+"""Reference implementation of Whisper (transformers). Needs torch."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ Model = transformers.WhisperForConditionalGeneration
 
 
 def model(seed: int = 0, **changes: Any) -> Model:
-    """A tiny model with random weights."""
+    """Return a tiny model with random weights."""
     hf = whisper.CONFIG | changes
     made = Model(transformers.WhisperConfig(**hf, attn_implementation="eager")).float().eval()
     generator = np.random.default_rng(seed)
@@ -26,26 +26,26 @@ def model(seed: int = 0, **changes: Any) -> Model:
 
 
 def save(reference: Model, folder: Path, **how: Any) -> Path:
-    """`save_pretrained`, and the files beside."""
+    """Call `save_pretrained` and write the other files of the checkpoint."""
     reference.save_pretrained(folder, **how)
     return whisper.add_files(folder)
 
 
 @torch.no_grad()
 def encoded(reference: Model, features: np.ndarray) -> np.ndarray:
-    """What the encoder makes of windows, `[n, S, M]`."""
+    """Return the encoder's output for windows, `[n, S, M]`."""
     return reference.model.encoder(torch.tensor(features)).last_hidden_state.numpy()
 
 
 @torch.no_grad()
 def logits(reference: Model, features: np.ndarray, ids: Sequence[int]) -> np.ndarray:
-    """Float32 logits `[T, V]` of one window at every position."""
+    """Return float32 logits `[T, V]` of one window at every position."""
     out = reference(input_features=torch.tensor(features)[None], decoder_input_ids=torch.tensor([ids]), use_cache=False)
     return out.logits[0].float().numpy()
 
 
 def features(sound: np.ndarray) -> np.ndarray:
-    """Of one window, `[BINS, FRAMES]`; of longer sound those of all of it."""
+    """Return log-mel features of one window, `[BINS, FRAMES]`, or of the whole audio if longer."""
     extractor = transformers.WhisperFeatureExtractor(feature_size=whisper.BINS, chunk_length=1)
     padding = "max_length" if len(sound) <= whisper.RATE else "longest"
     out = extractor(sound, sampling_rate=whisper.RATE, padding=padding, truncation=False, return_tensors="np")
@@ -53,7 +53,7 @@ def features(sound: np.ndarray) -> np.ndarray:
 
 
 def generate(reference: Model, features: np.ndarray, count: int, **how: Any) -> list[int]:
-    """The tokens that `generate` makes of one window, with those it starts with."""
+    """Return the tokens of `generate` for one window, start tokens included."""
     out = reference.generate(
         torch.tensor(features)[None], do_sample=False, max_new_tokens=count, force_unique_generate_call=True, **how
     )
@@ -61,7 +61,7 @@ def generate(reference: Model, features: np.ndarray, count: int, **how: Any) -> 
 
 
 def segments(reference: Model, sound: np.ndarray, language: str | None) -> list[tuple[float, float, list[int]]]:
-    """Start, end and tokens of what `generate` finds in sound of any length."""
+    """Return start, end and tokens of each segment that `generate` finds in audio of any length."""
     out = reference.generate(
         torch.tensor(features(sound))[None],
         do_sample=False,

@@ -1,6 +1,6 @@
-"""One of several processes that serve a model, as a user would write it; what a test wants of it comes as JSON.
+"""Script of one of several processes that serve a model, written as a user would; its settings are a JSON argument.
 
-Prints what it made as lines of JSON. `act` is what this process does beside, or what goes wrong in it.
+Prints results as lines of JSON. `act` selects an additional action of this process, or a fault to inject.
 """
 
 import json
@@ -14,7 +14,7 @@ PROMPTS = ([5, 6, 7, 8, 9, 10, 11], [40, 41], list(range(20, 60)))
 
 
 def requests(**more: object) -> list[SamplingParams]:
-    """Greedy, random with every setting, and several samples of one prompt."""
+    """Return parameters for greedy sampling, random sampling with every setting, and several samples of a prompt."""
     common = dict(max_tokens=12, ignore_eos=True) | more
     return [
         SamplingParams(temperature=0.0, **common),
@@ -24,14 +24,14 @@ def requests(**more: object) -> list[SamplingParams]:
 
 
 def change_a_weight(llm: LLM) -> None:
-    """Of the last norm, which is whole on every device: what this process computes from here on is its own."""
+    """Negate the last norm's weights, which are replicated, so that this process computes different tokens."""
     runner = llm._engine.runner
     at = max(i for i, p in enumerate(runner.params) if p.is_fully_replicated and p.ndim == 1)
     runner.params[at] = -runner.params[at]
 
 
 def lead(llm: LLM, act: str) -> None:
-    """Process 0."""
+    """Run the requests in process 0."""
     if act == "warm":
         assert llm.warmup(sampling=["greedy"], use_tqdm=False).compiled
         llm.reset_prefix_cache()
@@ -51,13 +51,13 @@ def lead(llm: LLM, act: str) -> None:
 
 
 def main() -> None:
-    """See above."""
+    """Run this process as its JSON argument says."""
     told = json.loads(sys.argv[1])
-    # What starts the tests in the background of a shell has them ignore it.
+    # Tests started in the background of a shell inherit an ignored SIGINT.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     distributed.initialize(told["coordinator"], told["count"], told["process"])
     act = told["act"]
-    # Only process 0's settings count.
+    # Only the settings of process 0 take effect.
     settings = told["settings"] if not told["process"] else dict(max_num_seqs=3, compilation_cache_dir=None)
     with LLM(told["model"], skip_tokenizer_init=True, use_tqdm=False, peer_timeout=told["timeout"], **settings) as llm:
         if act in ("warm", "generate"):
