@@ -55,7 +55,7 @@ def test_sampling_attributes_count_only_with_do_sample():
 
 
 def test_what_is_not_set_comes_from_the_models_file():
-    """As `generate(generation_config=...)` of transformers 5 fills it."""
+    """Unset attributes are filled as by `generate(generation_config=...)` of transformers 5."""
     file = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "max_new_tokens": 50, "repetition_penalty": 1.05}
     own, theirs = GenerationConfig(max_new_tokens=7, top_p=0.5), GenerationConfig(max_new_tokens=7, top_p=0.5)
     theirs.update(**file, defaults_only=True)
@@ -141,7 +141,7 @@ def test_defaults_of_a_model():
         "transformers_version": "4.0",
     }
     assert default_params(file) == SamplingParams(temperature=0.6, top_p=0.9, max_tokens=99)
-    floats = {"max_new_tokens": 99.0, "top_k": 20.0, "no_repeat_ngram_size": 3.0}  # as some tools write integers
+    floats = {"max_new_tokens": 99.0, "top_k": 20.0, "no_repeat_ngram_size": 3.0}  # some tools write integers as floats
     assert default_params(floats) == SamplingParams(max_tokens=99, top_k=20, no_repeat_ngram_size=3)
     lengths = {"max_length": 12.0, "min_length": 4.0}
     assert default_params(lengths, encoder_decoder=True) == SamplingParams(temperature=0, max_tokens=11, min_tokens=3)
@@ -152,7 +152,7 @@ def test_defaults_of_a_model():
 
 
 def test_an_end_token_is_no_bad_word():
-    """Whether the configuration names it or the model does."""
+    """EOS ids are not banned, whether the configuration or the model sets them."""
     own = convert(bad_words_ids=[[3], [4], [5, 3]], eos_token_id=[3, 9])
     assert own._bad_words_ids == ((4,), (5, 3))
     model = convert(bad_words_ids=[[3], [4], [5, 3]], suppress_tokens=[3])

@@ -1,4 +1,4 @@
-"""Messages as clients send them, rendered as transformers renders them once vLLM has normalised them."""
+"""Test that messages as sent by clients render like transformers on messages normalised by vLLM."""
 
 import base64
 import copy
@@ -36,7 +36,7 @@ def result(content):
 
 
 def reference(tokenizer, messages, name, **kwargs):
-    """transformers on messages that need no normalisation."""
+    """Render messages that need no normalisation with transformers."""
     return tokenizer.apply_chat_template(
         messages, chat_template=ALL[name], tokenize=False, add_generation_prompt=True, **kwargs
     )
@@ -50,7 +50,7 @@ def render(tokenizer, messages, name, **kwargs):
 
 
 def textual(name):
-    """A text as the content that a template takes."""
+    """Return a text in the content form that a template accepts."""
     return (lambda text: parts(text) if text else []) if name == "parts" else (lambda text: text)
 
 
@@ -80,7 +80,7 @@ def test_parts_are_joined_by_the_template_or_else_by_line_breaks(byte_bpe, name)
 
 @pytest.mark.parametrize("name", ["llama", "qwen", "mistral", "deepseek", "items"])
 def test_tool_calls_in_every_form(byte_bpe, name):
-    """Arguments are JSON in a string or an object; the content is text, None or not there."""
+    """Arguments may be a JSON string or an object; content may be text, None or missing."""
     text = json.dumps(ARGUMENTS, ensure_ascii=False)
     expected = reference(byte_bpe, chat("", tool_calls=[call(text if name == "deepseek" else ARGUMENTS)]), name)
     assert "Zürich" in expected
@@ -115,7 +115,7 @@ def test_content_that_is_none_is_empty(byte_bpe, name):
 
 @pytest.mark.parametrize("name", ["llama", "qwen", "mistral", "deepseek", "items", "chatml"])
 def test_results_of_tools(byte_bpe, name):
-    """Text, parts and objects; an object is JSON where the template does not take it as it is."""
+    """Tool results may be text, parts or objects; objects become JSON if the template does not accept them."""
     tool = render(byte_bpe, result("21 degrees"), name)
     assert tool.count("21 degrees") == 1
     assert render(byte_bpe, result(parts("21 ", "degrees")), name) == render(byte_bpe, result("21 \ndegrees"), name)
@@ -174,7 +174,7 @@ class Said:
 
 
 class Dumped:
-    """As the objects of OpenAI's client."""
+    """Object with `model_dump`, like those of OpenAI's client."""
 
     def __init__(self, **fields):
         self.fields = fields

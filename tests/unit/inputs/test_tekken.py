@@ -1,5 +1,4 @@
-"""Mistral's tekken.json, read without mistral-common, against tiktoken and, where it is installed, mistral-common
-itself."""
+"""Compare tekken.json, read without mistral-common, with tiktoken and, if installed, mistral-common."""
 
 import base64
 import json
@@ -35,7 +34,7 @@ TEXTS = ("Hello wörld, it isn't 12345!\n\n\tx = f(y)", " 你好 🐱🐶", "\x0
 
 @pytest.fixture(scope="module")
 def said() -> dict:
-    """The content of a small file."""
+    """Return the content of a small tekken.json."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -67,7 +66,7 @@ def said() -> dict:
 
 
 def write(folder: Path, said: dict, **changes: object) -> Path:
-    """A folder of a Mistral with the file."""
+    """Write a Mistral checkpoint folder with the file."""
     (folder / "tekken.json").write_text(json.dumps({**said, **changes}))
     (folder / "config.json").write_text('{"model_type": "mistral", "architectures": ["MistralForCausalLM"]}')
     (folder / "chat_template.jinja").write_text(TEMPLATE)
@@ -82,7 +81,7 @@ def texts() -> list[str]:
 
 @pytest.fixture(params=["tiktoken", "mistral_common"])
 def reference(request, said, tmp_path):
-    """The ids of a text in the reference, the first token in front."""
+    """Return the reference's encoder from a text to ids, BOS included."""
     if request.param == "tiktoken":
         tiktoken = pytest.importorskip("tiktoken")
         ranks = {base64.b64decode(one["token_bytes"]): one["rank"] for one in said["vocab"][: MERGED - 8]}

@@ -1,4 +1,4 @@
-"""Chat templates within limits that hold for every template, whatever one call into C does."""
+"""Test that time, memory and output limits hold for all chat templates, even inside a single C call."""
 
 import contextlib
 import os
@@ -32,7 +32,7 @@ def render(source, chat=CHAT, **more):
     ],
 )
 def test_what_takes_too_long_is_ended_and_other_threads_run_on(source):
-    render("")  # a process is there
+    render("")  # start a worker process
     gaps, ended = [], threading.Event()
 
     def tick():
@@ -105,7 +105,7 @@ def test_an_interrupt_ends_the_process(monkeypatch):
 
 
 def test_an_interrupt_in_the_midst_of_a_start_loses_no_process(monkeypatch):
-    """A process has started and `Popen` has not noted it yet: nobody would ever wait for it."""
+    """An interrupt after the process has started and before `Popen` has stored its id must not leave a zombie."""
     fork, made = subprocess._fork_exec, []
 
     def interrupted(*args):
@@ -125,7 +125,7 @@ def test_an_interrupt_in_the_midst_of_a_start_loses_no_process(monkeypatch):
     templates.end_all()
     assert len(made) == 3
     for process in made:
-        with pytest.raises(ChildProcessError):  # ended, and waited for
+        with pytest.raises(ChildProcessError):  # already ended and reaped
             os.waitpid(process, os.WNOHANG)
 
 

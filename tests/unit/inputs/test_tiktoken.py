@@ -1,5 +1,4 @@
-"""A tokenizer of tiktoken ranks, as Kimi checkpoints have it, against tiktoken's own algorithm; nothing of the
-checkpoint is run."""
+"""Compare tokenizers of tiktoken ranks (Kimi checkpoints) with tiktoken's algorithm; no checkpoint code may run."""
 
 import base64
 import json
@@ -53,7 +52,7 @@ PATTERN = "|".join(
         r"\s+",
     ]
 )
-"""Of Moonshot's class, as a whole."""
+"""The complete split pattern of Moonshot's class."""
 SETTINGS = dict(
     tokenizer_class="TikTokenTokenizer",
     auto_map={"AutoTokenizer": ["tokenization_kimi.TikTokenTokenizer", None]},
@@ -80,7 +79,7 @@ SETTINGS = dict(
 
 @pytest.fixture(scope="module")
 def ranks() -> dict[bytes, int]:
-    """Learned from the texts: the bytes, then what they are merged to."""
+    """Train ranks on the texts: the 256 bytes, then merged tokens."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -100,7 +99,7 @@ def ranks() -> dict[bytes, int]:
 
 
 def write(folder: Path, ranks: dict[bytes, int], **changes: object) -> Path:
-    """A folder with the file and tokenizer_config.json, and code that must not run."""
+    """Write a folder with the file, tokenizer_config.json, and checkpoint code that must not run."""
     folder.mkdir(exist_ok=True)
     lines = [base64.b64encode(token) + b" %d" % rank for token, rank in sorted(ranks.items(), key=lambda item: item[1])]
     (folder / "tiktoken.model").write_bytes(b"\n".join(lines) + b"\n")
@@ -120,8 +119,8 @@ def tokenizer(folder):
 
 
 def plain(ranks: dict[bytes, int], text: str) -> list[int]:
-    """tiktoken's algorithm as it says it: in each piece the neighbours whose join has the lowest rank, the first of
-    them."""
+    """Encode with tiktoken's algorithm: in each piece, repeatedly merge the first pair whose join has the lowest
+    rank."""
     ids = []
     for piece in regex.findall(PATTERN, text, flags=regex.V1):
         parts = [bytes([byte]) for byte in piece.encode()]
@@ -141,7 +140,7 @@ def plain(ranks: dict[bytes, int], text: str) -> list[int]:
 
 @pytest.fixture(params=["plain", "tiktoken"])
 def encode(request, ranks) -> Callable[[str], list[int]]:
-    """The reference: as above, or the library where it is installed."""
+    """Return the reference encoder: `plain`, or the tiktoken library if installed."""
     if request.param == "plain":
         return lambda text: plain(ranks, text)
     tiktoken = pytest.importorskip("tiktoken")
@@ -149,7 +148,7 @@ def encode(request, ranks) -> Callable[[str], list[int]]:
 
 
 def noise(count: int) -> list[str]:
-    """Random texts of what is divided in different ways."""
+    """Return random texts of characters that the split pattern treats differently."""
     rng = random.Random(0)
     kinds = "aZé中日한 \n\r\t'sLlɐǅ1٣.,!?\u0301🐱\u3000\x00\x7f\xadⅣªʰ々〇"
     return ["".join(rng.choice(kinds) for _ in range(rng.randint(1, 40))) for _ in range(count)]

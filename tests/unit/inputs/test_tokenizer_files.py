@@ -1,5 +1,5 @@
-"""Tokenizer files that are broken, odd or left by other tools: a public error by file and field, or what transformers
-makes."""
+"""Test broken, unusual and tool-written tokenizer files: an error names file and field, or the result is that of
+transformers."""
 
 import inspect
 import json
@@ -32,14 +32,14 @@ TOOLS = [
 
 @pytest.fixture
 def folder(byte_bpe, tmp_path) -> Path:
-    """A folder of a Llama whose files are whole."""
+    """Return a Llama checkpoint folder with valid tokenizer files."""
     byte_bpe.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     return tmp_path
 
 
 def change(folder: Path, name: str, **values: object) -> None:
-    """Lay values over a JSON file of the folder; Ellipsis takes one away."""
+    """Override values of a JSON file of the folder; Ellipsis removes a key."""
     path = folder / name
     said = json.loads(path.read_text()) if path.is_file() else {}
     path.write_text(json.dumps({key: value for key, value in {**said, **values}.items() if value is not ...}))
@@ -242,7 +242,7 @@ TUNED = {
         }
     },
 }
-"""What tools leave in tokenizer_config.json or, under their names, in other files."""
+"""Values that tools leave in tokenizer_config.json or, keyed by file name, in other files."""
 
 
 @pytest.mark.parametrize("name", TUNED)
@@ -258,7 +258,7 @@ def test_what_tools_leave_reads_as_in_transformers(folder, name):
     ours = load_tokenizer(folder)
     try:
         theirs = AutoTokenizer.from_pretrained(folder)
-    except ValueError:  # it would run code of the folder
+    except ValueError:  # transformers would run checkpoint code
         assert name == "remote code"
         theirs = PreTrainedTokenizerFast.from_pretrained(folder)
     for text in ("hello  wörld <extra><tool>[PAD]</s> 你", " a , b ."):
@@ -290,9 +290,7 @@ def test_a_template_that_is_no_source_is_refused():
 def test_every_tokenizer_class_has_what_is_called():
     names = {name for name in TOKENIZER_MAPPING_NAMES.values() if name} | {"TokenizersBackend", "PythonBackend"}
     classes = [tokenizer_class_from_name(name) for name in sorted(names)]
-    whole = [
-        one for one in classes if issubclass(one, PreTrainedTokenizerBase)
-    ]  # others need a package that is missing
+    whole = [one for one in classes if issubclass(one, PreTrainedTokenizerBase)]  # the others need a missing package
     assert len(whole) > 60
     for one in [*whole, MistralCommonBackend]:
         for name in ("get_vocab", "special_tokens_map", "all_special_ids", "convert_ids_to_tokens"):

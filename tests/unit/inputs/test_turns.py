@@ -1,5 +1,4 @@
-"""Chat templates of the kinds that Gemma and gpt-oss have: markers are one token each, the first token is there
-once."""
+"""Test chat templates in the style of Gemma and gpt-oss: each marker is one token, and BOS occurs once."""
 
 import datetime
 
@@ -29,7 +28,7 @@ GEMMA = (
     "{{ '<end_of_turn>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
-"""The system's words go into the first turn, the assistant is called model."""
+"""In the style of Gemma: the system message is part of the first turn, and the assistant's role is "model"."""
 
 HARMONY = (
     "{%- macro marked(role, text, channel=none) -%}"
@@ -45,13 +44,12 @@ HARMONY = (
     "{%- set state.last = message.role -%}{%- endfor -%}"
     "{%- if add_generation_prompt and state.last != 'assistant' -%}<|start|>assistant{%- endif -%}"
 )
-"""Macros, a namespace, the date, and a variable of the caller's."""
+"""In the style of gpt-oss: macros, a namespace, the date, and a caller-defined variable."""
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Pieces with bytes to fall back on, blanks as ▁ and none before the first word, as Gemma's; it adds <bos> by
-    itself."""
+    """Return a tokenizer like Gemma's: byte fallback, spaces as ▁, no space before the first word, <bos> added."""
     from tokenizers.processors import TemplateProcessing
 
     pieces = [*MARKERS, "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "user", "model", "\n"]
@@ -72,7 +70,7 @@ CHAT = [
 
 
 def markers(tokenizer, text: str) -> list[str]:
-    """Those among the tokens of a rendered prompt, in order, as `LLM.chat` makes them."""
+    """Return the marker tokens of a rendered prompt, in order, tokenised as by `LLM.chat`."""
     ids = tokenizer.encode(text, add_special_tokens=False)
     return [token for token in tokenizer.convert_ids_to_tokens(ids) if token in MARKERS]
 

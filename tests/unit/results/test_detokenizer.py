@@ -50,7 +50,7 @@ class CountingTokenizer:
 
 
 def run_text(values):
-    """What is shown of a run of byte tokens: its characters until a byte is wrong, from there on replacements."""
+    """Return the streamed text of a run of byte tokens: characters up to an invalid byte, then replacements."""
     for end in range(len(values), -1, -1):
         try:
             return bytes(values[:end]).decode() + "\ufffd" * (len(values) - end)
@@ -64,8 +64,8 @@ def run_text(values):
     skip=st.booleans(),
 )
 def test_deltas_add_up_with_byte_fallback(byte_fallback, ids, skip):
-    """As `decode` gives it with every run of byte tokens on its own; for a run that is text, or begins wrong, it is
-    `decode`."""
+    """Deltas add up to `decode` with every run of byte tokens decoded alone; for runs that are valid UTF-8 or begin
+    with an invalid byte, this equals `decode`."""
     shown = ""
     for is_byte, run in groupby((i for i in ids if not (skip and i in (0, 1))), lambda i: 2 <= i < 258):
         run = list(run)
@@ -75,7 +75,7 @@ def test_deltas_add_up_with_byte_fallback(byte_fallback, ids, skip):
 
 
 def test_characters_of_byte_tokens_come_one_by_one(byte_fallback):
-    """Each with its last byte; behind a wrong byte the rest of the run is replaced, as `decode` does."""
+    """Each character comes with its last byte; after an invalid one the rest of the run is replaced, as by `decode`."""
     ids = [byte + 2 for byte in "\U0001f9a9é\U0001f9a9".encode()]
     assert deltas(byte_fallback, ids) == ["", "", "", "\U0001f9a9", "", "é", "", "", "", "\U0001f9a9", ""]
     assert deltas(byte_fallback, [*ids[:6], 0xFF + 2, *ids[:4], 259]) == [
@@ -131,8 +131,7 @@ KINDS = {
     skip=st.booleans(),
 )
 def test_a_text_continues_its_prompt(byte_bpe, kind, ids, at, skip):
-    """Prompt and text read as the tokenizer decodes the tokens of both together; what `peek` says is what `push`
-    gives."""
+    """Prompt plus text equals the tokenizer's decoding of all tokens together; `peek` returns what `push` does."""
     tokenizer = KINDS.get(kind, byte_bpe)
     ids = [token % len(tokenizer) for token in ids]
     prompt, output = ids[:at], ids[at:]
@@ -146,7 +145,7 @@ def test_a_text_continues_its_prompt(byte_bpe, kind, ids, at, skip):
     before, both = whole(tokenizer, prompt, skip), whole(tokenizer, ids, skip)
     if both.startswith(before):
         assert before + text == both
-    else:  # the prompt ends inside a character
+    else:  # the prompt ends with an incomplete character
         assert both.endswith(text) and before.startswith(both[: len(both) - len(text)])
 
 
@@ -182,7 +181,7 @@ def test_deltas_add_up_without_a_rust_backend(ids, text):
 
 
 class Refusing(CountingTokenizer):
-    """A Python tokenizer whose `decode` knows no `spaces_between_special_tokens`, as that of mistral-common."""
+    """A Python tokenizer whose `decode` rejects `spaces_between_special_tokens`, like mistral-common's."""
 
     def decode(self, token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=None, **options):
         if options:
@@ -240,7 +239,7 @@ def test_time_is_linear_when_no_text_comes(byte_bpe, token):
         detokenizer.finish()
         return time.perf_counter() - start
 
-    # Quadratic cost would be 100 times more; half a second is far above what linear takes on a busy machine.
+    # Quadratic cost would be 100 times higher; linear cost stays far below half a second, even on a busy machine.
     small = min(seconds(1_000) for _ in range(3))
     assert seconds(10_000) < 40 * small + 0.5
 
@@ -262,7 +261,7 @@ def test_a_decoder_that_contradicts_itself_keeps_what_was_shown(fast):
 
 
 def stream(tokenizer, text, stops, **options):
-    """The deltas of `text`, pushed token by token until the stop string, and the stream."""
+    """Push the tokens of `text` one by one up to the stop string; return the deltas and the stream."""
     texts = TextStream(Detokenizer(tokenizer), StopStrings(stops), **options)
     pieces = []
     for token in tokenizer.encode(text, add_special_tokens=False):
@@ -349,7 +348,7 @@ SPECIAL = [
 @pytest.mark.parametrize(("text", "stops", "shown"), SPECIAL)
 @pytest.mark.parametrize("include", [False, True])
 def test_stop_strings_with_special_tokens(byte_bpe, text, stops, shown, include):
-    """They are found where special tokens are left out of the text, and nothing of them is shown early."""
+    """Stop strings match across skipped special tokens, and no part of them is emitted early."""
     pieces, texts = stream(byte_bpe, text, stops, include_stop=include)
     assert "".join(pieces) == texts.text == shown + (texts.matched or "") * include
     assert (texts.matched is None) == (stops in (["</s>c"], ["b</t"]))

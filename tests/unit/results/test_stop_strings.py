@@ -10,7 +10,7 @@ stop_lists = st.lists(st.text(alphabet="abc", min_size=1, max_size=5), min_size=
 
 
 def first_match(text, stops, after=0):
-    """By the definition: the occurrence that ends first, after `after`; of those, the first to begin."""
+    """Return the match by definition: the occurrence that ends first after `after`; of those, the first to begin."""
     ends = [
         (at + len(stop), at)
         for stop in stops
@@ -35,7 +35,7 @@ def test_matches_that_end_in_text_not_acted_on_do_not_count(text, stops, after):
     checker = StopChecker(StopStrings(stops))
     shown = checker.push(text[:after], act=False) + checker.push(text[after:]) + checker.finish()
     match = first_match(text, stops, after)
-    # A match that began in text already shown cannot exist: it was held back.
+    # No match can begin in text already shown, since that text would have been held back.
     assert shown == (text if match is None else text[: match[1]])
 
 
