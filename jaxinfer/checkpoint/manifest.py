@@ -25,8 +25,8 @@ from jaxinfer.sharding.policy import Placement
 
 NAME, WEIGHTS = "jaxinfer.json", "weights"
 """Names of the manifest and of the Orbax folder beside it."""
-VERSION = 1
-"""Version of the manifest format; a greater number was written by a newer jaxinfer."""
+VERSION = 2
+"""Version of the manifest format; a greater number was written by a newer jaxinfer. 2 added `Stored.block`."""
 SMALL_BYTES = 1 << 20
 """Files up to this size in bytes (Orbax's metadata and small arrays) are checked against their digest on every load."""
 SAMPLE_BYTES = 4096
@@ -54,6 +54,8 @@ class Stored:
     """Path of the int8 parameter that these row scales belong to."""
     stacked: bool = False
     """Whether the first axis stacks several parameters; `unpadded`, `rows` and `columns` then describe one of them."""
+    block: int = 1
+    """Columns per rotated block of an int8 parameter (`int8_matmul.rotation`); 1 if it is not rotated."""
 
     @classmethod
     def of(cls, path: str, param: nnx.Param, mesh: Mesh) -> "Stored":
@@ -69,6 +71,7 @@ class Stored:
             _columns(param, mesh),
             None if scaled is None else ".".join([*path.split(".")[:-1], scaled]),
             bool(metadata.get("stacked")),
+            metadata.get("block", 1),
         )
 
     @classmethod
@@ -80,7 +83,8 @@ class Stored:
     def same_as(self, other: "Stored") -> bool:
         """Return whether both have the same shape, dtype and layout, on whatever mesh axes."""
         return all(
-            getattr(self, name) == getattr(other, name) for name in ("shape", "dtype", "unpadded", "rows", "columns")
+            getattr(self, name) == getattr(other, name)
+            for name in ("shape", "dtype", "unpadded", "rows", "columns", "block")
         )
 
 

@@ -86,6 +86,8 @@ def restore(
             f"{directory} holds {len(extra)} parameter(s) that the model of its config.json does not have: "
             f"{', '.join(extra[:8])}; {REMEDY}."
         )
+    for path, param in wanted.items():
+        _check_block(path, param, directory, manifest)
     source = StoredSource(directory / WEIGHTS, manifest, table)
     planned = rules.plan(wanted, table, source, directory)
     same = {path for path, param in wanted.items() if _same(path, param, mesh, manifest)}
@@ -101,6 +103,16 @@ def restore(
                 wanted[path].set_value(array)
                 bar.update(rules.nbytes(array))
     rules.fill(module, wanted)
+
+
+def _check_block(path: str, param: nnx.Param, directory: Path, manifest: Manifest) -> None:
+    """Raise CheckpointError for an int8 parameter whose rotated blocks are not those that its products need."""
+    stored, block = manifest.parameters.get(path), param.get_metadata().get("block", 1)
+    if stored is not None and manifest.quantization is not None and stored.block != block:
+        raise CheckpointError(
+            f"{directory} keeps {path!r} in int8 with {stored.block} columns per rotated block, this model needs "
+            f"{block}; convert the original checkpoint again with this jaxinfer, for this number of devices."
+        )
 
 
 def _same(path: str, param: nnx.Param, mesh: Mesh, manifest: Manifest) -> bool:

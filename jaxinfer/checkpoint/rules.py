@@ -129,11 +129,20 @@ def read(
         mesh: device mesh of the parameters.
         int8: source of int8 matrices and their row scales (`Int8Source`); by default made from `source`.
     """
-    int8 = int8 or Int8Source(source)
+    int8 = int8 or int8_source(wanted, planned, source)
     for path, sources in planned.items():
         param = wanted[path]
         quantised = param.dtype == np.int8 or "scales_of" in param.get_metadata()
         yield path, _place(path, param, sources, int8 if quantised else source, mesh)
+
+
+def int8_source(wanted: Mapping[str, nnx.Param], planned: Mapping[str, list[Rule]], source: Source) -> Int8Source:
+    """Create the source of int8 matrices and scales for the parameters of a `plan`."""
+    quantised = {path: filled for path, filled in planned.items() if wanted[path].dtype == np.int8}
+    blocks = {
+        rule.source: wanted[path].get_metadata()["block"] for path, filled in quantised.items() for rule in filled
+    }
+    return Int8Source(source, blocks)
 
 
 def fill(module: nnx.Module, filled: Mapping[str, nnx.Param]) -> None:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxinfer.kernels.matmul import int8_matmul
 from jaxinfer.layers.linear import Multiplying
 from jaxinfer.layers.norms import scale_by
 from jaxinfer.layers.params import Build, matrix, weight
@@ -51,14 +52,18 @@ class Embedding(Multiplying):
         padded = -(-vocab // shards) * shards
         self.dtype = build.dtype
         shape, names = (padded, width), (axes.VOCAB, axes.EMBED)
-        self.weight, self.weight_scale = matrix(build, shape, names, 0.02, whole_scales=True, unpadded=(vocab, width))
+        self.block = int8_matmul.rotation(width)
+        self.weight, self.weight_scale = matrix(
+            build, shape, names, 0.02, block=self.block, whole_scales=True, unpadded=(vocab, width)
+        )
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Embed token ids `[T]` as `[T, M]`; ids of padding are clamped, their embeddings are not used."""
         rows = jnp.take(self.weight[...], tokens, axis=0, mode="clip")
         if self.weight_scale is not None:
             scales = jnp.take(self.weight_scale[...], tokens, mode="clip")
-            rows = (rows.astype(jnp.float32) * scales[:, None]).astype(self.dtype)
+            # Another rotation undoes that of the weight.
+            rows = int8_matmul.rotate(rows.astype(jnp.float32) * scales[:, None], self.block).astype(self.dtype)
         return rows if self.scale is None else scale_by(rows, self.scale)
 
     def attend(self, hidden: jax.Array) -> jax.Array:

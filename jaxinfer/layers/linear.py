@@ -8,6 +8,7 @@ projections are declarations of outputs, not classes.
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, groupby, pairwise
 from typing import NamedTuple
 
@@ -101,6 +102,8 @@ class Multiplying(nnx.Module):
 
     kernel: str = XLA
     """Implementation of matmul (`kernels.matmul.choose`); set by `use_kernel`."""
+    block: int = 1
+    """Columns per block that int8 matmuls rotate (`int8_matmul.rotation`)."""
 
     def product(
         self,
@@ -125,7 +128,9 @@ class Multiplying(nnx.Module):
         rows = weight[...].reshape(-1, weight.shape[-1])
         if scales is None:
             return matmul(x.reshape(x.shape[0], -1), rows, dtype, kernel=self.kernel, part=part)
-        return int8_matmul.matmul(x, rows, scales[...].reshape(-1), dtype, kernel=self.kernel, part=part)
+        return int8_matmul.matmul(
+            x, rows, scales[...].reshape(-1), dtype, kernel=self.kernel, part=part, block=self.block
+        )
 
 
 def use_kernel(module: nnx.Module, kernel: str) -> None:
@@ -162,7 +167,10 @@ class FusedLinear(Multiplying):
         self.tp = build.tp
         columns = sum(output.columns(self.tp, build.path) for output in self.outputs)
         shape, names = (self.tp, columns, in_features), (axes.SHARD, axes.COLUMNS, axes.EMBED)
-        self.weight, self.weight_scale = matrix(build, shape, names, in_features**-0.5, outputs=self.outputs)
+        self.block = int8_matmul.rotation(in_features)
+        self.weight, self.weight_scale = matrix(
+            build, shape, names, in_features**-0.5, block=self.block, outputs=self.outputs
+        )
         named = [output.name for output in self.outputs] if bias is True else bias or ()
         biased = tuple(output for output in self.outputs if output.name in named)
         sizes = [output.columns(self.tp) for output in biased]
@@ -217,7 +225,10 @@ class BatchedLinear(Multiplying):
         if len(widths) > 1:
             raise ValueError(f"{build.path}: outputs of a batched GEMM must have equal widths, got {sorted(widths)}")
         shape, names = (self.tp, len(self.outputs) * widths.pop(), in_features), (axes.SHARD, axes.COLUMNS, axes.EMBED)
-        self.weight, self.weight_scale = matrix(build, shape, names, in_features**-0.5, outputs=self.outputs)
+        self.block = int8_matmul.rotation(in_features)
+        self.weight, self.weight_scale = matrix(
+            build, shape, names, in_features**-0.5, block=self.block, outputs=self.outputs
+        )
 
     def __call__(self, *inputs: jax.Array) -> tuple[jax.Array, ...]:
         """Map inputs `[T, tp, in]` to outputs `[T, tp, columns]`."""
@@ -241,7 +252,7 @@ class BatchedLinear(Multiplying):
 
     def _shards(self, x: jax.Array, *operands: jax.Array) -> jax.Array:
         """Multiply `[T, tp, in]` with `[tp, columns, in]` and, for int8, scales `[tp, columns]`: `[T, tp, columns]`."""
-        multiply = matmul if len(operands) == 1 else int8_matmul.matmul
+        multiply = matmul if len(operands) == 1 else partial(int8_matmul.matmul, block=self.block)
         return jax.vmap(multiply, in_axes=(1, *[0] * len(operands)), out_axes=1)(x, *operands)
 
 
@@ -272,8 +283,16 @@ class RowLinear(Multiplying):
         inputs = Output(in_axis, inputs) if isinstance(inputs, int) else inputs
         self.tp, self.summed = build.tp, summed
         shape, names = (out_features, inputs.columns(build.tp, build.path) * build.tp), (axes.EMBED, in_axis)
+        # Shards hold whole units, so blocks within a unit fit every number of shards.
+        self.block = int8_matmul.rotation(*(inputs.rows, build.tp) if inputs.width == 1 else (inputs.width,))
         self.weight, self.weight_scale = matrix(
-            build, shape, names, inputs.rows**-0.5, unpadded=(out_features, inputs.rows), inputs=inputs
+            build,
+            shape,
+            names,
+            inputs.rows**-0.5,
+            block=self.block,
+            unpadded=(out_features, inputs.rows),
+            inputs=inputs,
         )
         self.bias = constant(build, (out_features,), (axes.EMBED,), 0.0) if bias else None
 

@@ -21,7 +21,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from jaxinfer.errors import ConfigError
-from jaxinfer.kernels.matmul import grouped
+from jaxinfer.kernels.matmul import grouped, int8_matmul
 from jaxinfer.kernels.matmul.grouped import Dispatch
 from jaxinfer.kernels.triton import triton_launch
 from jaxinfer.kernels.triton.triton_launch import Target
@@ -99,13 +99,24 @@ class ExpertLinear(Multiplying):
         shape: shape of the weight.
         names: logical axes.
         bias: number of leading axes a bias has; 0 for no bias.
+        block: columns per block that int8 matmuls rotate (`int8_matmul.rotation`).
         **metadata: for the loader (`params.weight`).
     """
 
     def __init__(
-        self, build: Build, shape: tuple[int, ...], names: tuple[str | None, ...], *, bias: int, **metadata: Any
+        self,
+        build: Build,
+        shape: tuple[int, ...],
+        names: tuple[str | None, ...],
+        *,
+        bias: int,
+        block: int,
+        **metadata: Any,
     ):
-        self.weight, self.weight_scale = matrix(build, shape, names, shape[-1] ** -0.5, stacked=True, **metadata)
+        self.block = block
+        self.weight, self.weight_scale = matrix(
+            build, shape, names, shape[-1] ** -0.5, block=block, stacked=True, **metadata
+        )
         kept = {name: value for name, value in metadata.items() if name == "outputs"}
         self.bias = constant(build, shape[:bias], names[:bias], 0.0, stacked=True, **kept) if bias else None
 
@@ -121,7 +132,7 @@ class ExpertLinear(Multiplying):
         weight, scales = own["weight"], own.get("weight_scale")
         weight = weight.reshape(weight.shape[0], -1, weight.shape[-1])
         scales = None if scales is None else scales.reshape(weight.shape[:2])
-        return grouped.matmul(x, weight, laid.offsets, scales, kernel=self.kernel, target=target)
+        return grouped.matmul(x, weight, laid.offsets, scales, kernel=self.kernel, target=target, block=self.block)
 
 
 class MoE(Multiplying):
@@ -149,6 +160,7 @@ class MoE(Multiplying):
             (config.experts, shards, columns, width),
             (stack, None if self.by_expert else axes.SHARD, axes.COLUMNS, axes.EMBED),
             bias=3 if config.bias else 0,
+            block=int8_matmul.rotation(width),
             outputs=outputs,
         )
         self.down = ExpertLinear(
@@ -156,6 +168,7 @@ class MoE(Multiplying):
             (config.experts, width, config.ffn),
             (stack, axes.EMBED, ffn),
             bias=2 if config.bias else 0,
+            block=int8_matmul.rotation(config.ffn, build.tp),
         )
         self.shared = (
             GatedMLP(build.at("shared"), width, config.shared, str(config.activation), summed=False)

@@ -77,23 +77,25 @@ def matrix(
     axes: tuple[str | None, ...],
     scale: float,
     *,
+    block: int,
     whole_scales: bool = False,
     **metadata: Any,
 ) -> tuple[nnx.Param, nnx.Param | None]:
     """Create a `weight` for matmuls and, if weights are quantized, the scales of its rows `shape[:-1]`.
 
     The loader computes the scales from the weight's tensors. Scales are sharded like the rows, or replicated with
-    `whole_scales`, for rows that every device looks up.
+    `whole_scales`, for rows that every device looks up. In int8 the rows are rotated in blocks of `block` columns
+    (`int8_matmul.rotation`).
     """
     made = weight(build, shape, axes, scale, **metadata)
     if build.quantization is None:
         return made, None
-    values, scales = int8_matmul.quantise(made[...])
+    values, scales = int8_matmul.quantise_weight(made[...], block)
     names = (None,) * scales.ndim if whole_scales else axes[:-1]
     rows = {name: value[:-1] if name == "unpadded" else value for name, value in metadata.items() if name != "inputs"}
     return (
-        param(build, values, axes, **metadata),
-        param(build, scales, names, scales_of="weight", **rows),
+        param(build, values, axes, block=block, **metadata),
+        param(build, scales, names, scales_of="weight", block=block, **rows),
     )
 
 

@@ -16,7 +16,6 @@ from tqdm.auto import tqdm
 from jaxinfer.checkpoint import orbax, rules
 from jaxinfer.checkpoint.hf import read_config
 from jaxinfer.checkpoint.manifest import NAME, WEIGHTS, Manifest, Stored, files_of, fingerprint
-from jaxinfer.checkpoint.quantised import Int8Source
 from jaxinfer.checkpoint.safetensors import DTYPES, SafetensorsReader
 from jaxinfer.checkpoint.source import Source
 from jaxinfer.errors import CheckpointError
@@ -102,7 +101,7 @@ def _write(
         raise CheckpointError(
             f"{folder.parent} has {free} bytes free, but the weights need {total}; free space, or write elsewhere."
         )
-    int8 = Int8Source(source)
+    int8 = rules.int8_source(wanted, planned, source)
     with tqdm(total=total, unit="B", unit_scale=True, desc="Converting weights", disable=not progress) as bar:
         for group in orbax.groups({path: wanted[path] for path in planned}, max(sizes.values())):
             parts = {path: planned[path] for path in group}

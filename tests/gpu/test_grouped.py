@@ -31,19 +31,20 @@ def test_each_row_is_multiplied_with_the_matrix_of_its_group(name: str, dtype: s
     end, kind = offsets[-1], jnp.bfloat16 if dtype == "bfloat16" else jnp.float32
     x, weight = (rng.standard_normal(shape).astype(kind) for shape in ((rows, inner), (len(sizes), out, inner)))
     x[end:] = np.nan
-    call = jax.jit(partial(grouped.matmul, kernel=matmul.TRITON, target=triton_launch.target(mesh)))
+    block = int8_matmul.rotation(inner)
+    call = jax.jit(partial(grouped.matmul, kernel=matmul.TRITON, target=triton_launch.target(mesh), block=block))
     if dtype == "int8":
-        values, scales = int8_matmul.quantise(weight)
+        values, scales = int8_matmul.quantise_weight(weight, block)
         found = np.asarray(call(x, values, offsets, scales), np.float64)[:end]
         expected = np.concatenate(
             [
-                int8_matmul.reference(x[a:b], v, s)
+                int8_matmul.reference(x[a:b], v, s, block)
                 for a, b, v, s in zip(offsets, offsets[1:], values, scales, strict=False)
             ]
         )
         steps = np.concatenate(
             [
-                int8_matmul.row_scales(x[a:b])[:, None] * 127 * s
+                int8_matmul.row_scales(int8_matmul.rotate(x[a:b], block))[:, None] * 127 * s
                 for a, b, s in zip(offsets, offsets[1:], scales, strict=False)
             ]
         )

@@ -108,6 +108,14 @@ def test_perplexity_is_transformers_and_bfloat16_errs_no_more(model):
     assert error(ours["float32"][first], exact[0]) < 1e-4
 
 
+def test_int8_costs_at_most_one_percent_of_perplexity(model):
+    script, text = scripts.load("perplexity"), WORKSHOP.read_text(encoding="utf-8")[:9000]
+    exact = script.measure(model.llm(), text).perplexity
+    rounded = script.measure(model.llm("int8"), text).perplexity
+    model.forget("int8")
+    assert rounded <= 1.01 * exact
+
+
 def error(found, exact):
     """Root of the mean square."""
     return np.sqrt(np.square(found - exact).mean())

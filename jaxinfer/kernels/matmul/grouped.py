@@ -87,6 +87,7 @@ def matmul(
     *,
     kernel: str = XLA,
     target: Target | None = None,
+    block: int = 1,
 ) -> jax.Array:
     """`y[r] = x[r] W[e]^T` for the rows r in `offsets[e] .. offsets[e + 1]`.
 
@@ -97,18 +98,21 @@ def matmul(
         scales: `[E, out]` float32, of an int8 weight's rows (`kernels.int8_matmul`).
         kernel: "native", "triton" or "xla" (`kernels.matmul.choose`), or "ragged", without scales.
         target: the device, for "triton".
+        block: the columns of a block that is rotated, of an int8 weight.
 
     Returns:
         `[R, out]` in the dtype of `x`, with sums taken in float32; what lies in rows from `offsets[E]` on means
         nothing.
     """
     if kernel == TRITON and target is not None:
-        return triton_grouped.matmul(x, weight, offsets, scales, target)
+        return triton_grouped.matmul(x, weight, offsets, scales, target, block)
     if kernel == NATIVE and _native(x, weight):
         result = jax.ShapeDtypeStruct((x.shape[0], weight.shape[1]), x.dtype)
         if scales is None:
             return jax.ffi.ffi_call("jaxinfer_grouped_matmul", result)(x, weight, offsets)
-        return jax.ffi.ffi_call("jaxinfer_grouped_int8_matmul", result)(x, weight, scales, offsets)
+        return jax.ffi.ffi_call("jaxinfer_grouped_int8_matmul", result)(
+            x, weight, scales, offsets, block=np.int64(block)
+        )
 
     if kernel == RAGGED:
         precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
@@ -117,7 +121,7 @@ def matmul(
     def product(rows: jax.Array, group: jax.Array) -> jax.Array:
         if scales is None:
             return dense(rows, weight[group])
-        return int8_matmul.matmul(rows, weight[group], scales[group])
+        return int8_matmul.matmul(rows, weight[group], scales[group], block=block)
 
     return _tiles(x, offsets, weight.shape[1], product)
 

@@ -1,9 +1,14 @@
-"""Products in int8: weights quantised once, activations as they come, both symmetric and by rows.
+"""Matmul in int8: weights quantised at load time, activations at run time; both are rotated first.
 
 `x W^T` with one scale a row of W (an output channel) and one a row of x (a token) is an int8 x int8 -> int32 GEMM
 and two multiplications behind it: `y[t, o] = (q_x[t] . q_w[o]) s_x[t] s_w[o]` (arXiv:2206.01861, token-wise and
 group-wise quantisation; arXiv:2211.10438). int32 holds the sum exactly up to 133,000 columns. Weights stay
 `[out, in]`, contracted on the last axis of both sides, which was the fastest form on a CPU.
+
+A few channels of activations are many times larger than the rest, which one scale per row would round to a few steps.
+So both operands are first multiplied by a Hadamard matrix H in blocks of b columns (QuaRot, arXiv:2404.00456):
+`x W^T = (x H) (W H / b)^T`. This spreads an outlier evenly over its block. `x H` is computed in each matmul; `W H / b`
+is quantised and kept. A row of the result depends on its own row of x only.
 """
 
 from typing import TypeVar
@@ -11,6 +16,7 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.linalg import hadamard
 
 from jaxinfer.kernels.matmul.choose import NATIVE, XLA
 
@@ -18,8 +24,52 @@ Array = TypeVar("Array", jax.Array, np.ndarray)
 
 UNIT = np.float32(1 / 127)
 """Of a row's largest magnitude. Multiplied with, as XLA makes a product of a division by a constant, NumPy does not."""
+MOST_ROTATED = 128
+"""Columns of the largest block. Larger ones reduce the error little and make `x H` more expensive."""
+DIVISIONS = 8
+"""Blocks of sharded columns are small enough for this many devices, so that 1 to 8 devices use the same weights."""
 SMALLEST = float(np.finfo(np.float32).tiny)
 """Scales below are subnormal, which a device may take for zero: such a row is all zeroes."""
+
+
+def rotation(columns: int, tp: int | None = None) -> int:
+    """Return the number of columns per block, a power of two; 1 means no rotation.
+
+    Args:
+        columns: columns of the whole weight, a multiple of the block.
+        tp: number of shards the columns are divided over, each of which holds whole blocks; None if not sharded.
+    """
+    shards = 1 if tp is None else max(DIVISIONS, tp & -tp)
+    return min(MOST_ROTATED, max(1, (columns & -columns) // shards))
+
+
+def rotate(rows: Array, block: int) -> Array:
+    """Multiply rows by Sylvester's Hadamard matrix, which is symmetric and `block` times its own inverse.
+
+    Args:
+        rows: `[..., in]`.
+        block: columns per block, a power of two that divides `in`.
+
+    Returns:
+        `[..., in]` float32.
+    """
+    if block == 1:
+        return rows.astype(np.float32)
+    if isinstance(rows, np.ndarray):
+        # In float64, so that the result does not depend on how many rows are read at a time.
+        with np.errstate(invalid="ignore"):
+            made = rows.astype(np.float64).reshape(-1, block) @ hadamard(block).astype(np.float64)
+        return made.astype(np.float32).reshape(rows.shape)
+    matrix = jnp.asarray(hadamard(block), rows.dtype)
+    precision = jax.lax.Precision.HIGHEST if rows.dtype == jnp.float32 else None  # bfloat16 times 1 or -1 is exact
+    blocks = rows.reshape(*rows.shape[:-1], -1, block)
+    made = jnp.einsum("...b,bc->...c", blocks, matrix, precision=precision, preferred_element_type=jnp.float32)
+    return made.reshape(rows.shape)
+
+
+def rotate_weight(rows: Array, block: int) -> Array:
+    """Rotate rows `[..., in]` of a weight that is multiplied with rotated activations."""
+    return rotate(rows, block) * np.float32(1 / block)
 
 
 def row_scales(rows: Array) -> Array:
@@ -43,6 +93,11 @@ def to_int8(rows: Array, scales: Array) -> Array:
     return xp.rint(rows.astype(np.float32, copy=False) * inverse[..., None]).astype(np.int8)
 
 
+def quantise_weight(rows: Array, block: int) -> tuple[Array, Array]:
+    """Quantise rows `[..., in]` of a weight for `matmul` with blocks of this size."""
+    return quantise(rotate_weight(rows, block))
+
+
 def quantise(rows: Array) -> tuple[Array, Array]:
     """`[..., in]` -> int8 `[..., in]` and the scales `[...]` by which it is multiplied to come back."""
     scales = row_scales(rows)
@@ -57,6 +112,7 @@ def matmul(
     *,
     kernel: str = XLA,
     part: tuple[int, int] | None = None,
+    block: int = 1,
 ) -> jax.Array:
     """`x W^T`, in `dtype` or that of `x`.
 
@@ -65,10 +121,11 @@ def matmul(
     Args:
         x: `[T, in]`, or `[T, tp, in / tp]` where the columns are divided over devices: then each device
             quantises its own columns, so that nothing is said between devices but the one sum at the end.
-        weight: `[out, in]` int8.
+        weight: `[out, in]` int8, of `quantise_weight`.
         scales: `[out]`, of the weight's rows.
         kernel: "xla" or, where nothing is divided, "native" (`kernels.matmul.choose`).
         part: the first and the end of the weight's rows to multiply with; None: all of them.
+        block: columns per rotated block (`rotation`), which divides `in / tp`.
 
     Returns:
         `[T, out]`.
@@ -79,9 +136,10 @@ def matmul(
     if kernel == NATIVE and _native(x, dtype):
         result = jax.ShapeDtypeStruct((rows, end - first), dtype)
         return jax.ffi.ffi_call("jaxinfer_int8_matmul", result)(
-            x.reshape(rows, -1), weight, scales, first=np.int64(first)
+            x.reshape(rows, -1), weight, scales, first=np.int64(first), block=np.int64(block)
         )
     weight, scales = weight[first:end], scales[first:end]
+    x = rotate(x, block)
     if rows == 1:
         # XLA's int8 product of a single row is not a GEMM on a CPU: 30 ms against 1.5 for a head of 32000 x 1024.
         x = jnp.pad(x, ((0, 1), *[(0, 0)] * (x.ndim - 1)))
@@ -103,7 +161,7 @@ def _product(x: jax.Array, weight: jax.Array, scales: jax.Array, dtype: jax.typi
     return (y.astype(jnp.float32) * own[:, None] * scales).astype(dtype)
 
 
-def reference(x: np.ndarray, weight: np.ndarray, scales: np.ndarray) -> np.ndarray:
+def reference(x: np.ndarray, weight: np.ndarray, scales: np.ndarray, block: int = 1) -> np.ndarray:
     """The oracle of `matmul` for `[T, in]`: rounded on the host, every sum taken term by term in float64."""
-    units, own = quantise(x)
+    units, own = quantise(rotate(x, block))
     return (units[:, None, :] * weight.astype(np.float64)).sum(-1) * own[:, None] * scales

@@ -60,13 +60,15 @@ def cut(offsets: jax.Array, rows: int, tile: int) -> jax.Array:
     return jnp.stack([group, first, jnp.clip(offsets[group + 1] - first, 0, tile)], axis=1).astype(jnp.int32)
 
 
-def matmul(x: jax.Array, weight: jax.Array, offsets: jax.Array, scales: jax.Array | None, target: Target) -> jax.Array:
+def matmul(
+    x: jax.Array, weight: jax.Array, offsets: jax.Array, scales: jax.Array | None, target: Target, block: int = 1
+) -> jax.Array:
     """As `grouped.matmul`; what is not computed is not written either."""
     from jaxinfer.kernels.matmul import triton_products  # imports triton
 
     (rows, inner), (groups, columns, _) = x.shape, weight.shape
     tiles = tiling(rows, groups, inner, weight.dtype.itemsize)
-    values, own = (x, None) if scales is None else int8_matmul.quantise(x)
+    values, own = (x, None) if scales is None else int8_matmul.quantise(int8_matmul.rotate(x, block))
     work = cut(offsets, rows, tiles.block_m)
     found = triton_launch.launch(
         triton_products.grouped,

@@ -110,7 +110,7 @@ void Gather(const Lanes<Kind>& lanes, const int64_t places[kChunk], const int64_
       rows[j] = places[i + j] < 0 ? nullptr : reinterpret_cast<const char*>(lanes.Key(places[i + j]));
       if (next[i + j] >= 0) Prefetch(lanes.Key(next[i + j]), bytes);
     }
-    PackColumns(rows, words, bytes, scratch.keys.data() + i, kChunk);
+    PackColumns<Kind>(rows, words, bytes, scratch.keys.data() + i, kChunk);
   }
   const int64_t stride = RoundUp(lanes.value_dim, kWide);
   for (int64_t i = 0; i < kChunk; i += Kind::kPerWord) {

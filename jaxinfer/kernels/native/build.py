@@ -25,7 +25,7 @@ from jaxinfer.errors import ConfigError
 log = logging.getLogger(__name__)
 
 SOURCES = ("matmul.cc", "attention.cc")
-HEADERS = ("simd.h", "parallel.h")
+HEADERS = ("simd.h", "parallel.h", "rotate.h")
 TARGETS = {
     "jaxinfer_matmul": "JaxinferMatmul",
     "jaxinfer_int8_matmul": "JaxinferInt8Matmul",

@@ -4,10 +4,13 @@
 // (prefill) are bound by arithmetic: some weight rows at a time are transposed into a panel that stays in the
 // second-level cache, and multiplied without a sum over lanes.
 
+#include <cmath>
+#include <limits>
 #include <type_traits>
 #include <vector>
 
 #include "parallel.h"
+#include "rotate.h"
 #include "simd.h"
 
 namespace jaxinfer {
@@ -16,7 +19,7 @@ namespace {
 namespace ffi = xla::ffi;
 
 // Measured on two cores of a Zen 5 with weights of 2 MB to 65 MB; see docs/results/cpu.md.
-constexpr int64_t kFewRows = 33;  // up to here as dot products: 32, and the constant one of int8
+constexpr int64_t kFewRows = 32;  // up to here as dot products
 constexpr int64_t kColumns = 48;  // of a panel, and of one task
 constexpr int kPanelRows = 8;     // rows of x that are multiplied with a panel at a time
 constexpr int kDotRows = 4, kDotColumns = 4;
@@ -39,7 +42,7 @@ inline void Dots(const char* const x[R], const char* const w[C], int64_t bytes, 
   const int64_t whole = bytes / 64 * 64;
   for (int64_t at = 0; at < whole; at += 64) {
     __m512i b[C];
-    for (int c = 0; c < C; ++c) b[c] = _mm512_loadu_si512(w[c] + at);
+    for (int c = 0; c < C; ++c) b[c] = Kind::Right(_mm512_loadu_si512(w[c] + at));
     if (ahead)
       for (int c = 0; c < C; ++c) _mm_prefetch(w[c] + at + C * bytes, _MM_HINT_T0);
     for (int r = 0; r < R; ++r) {
@@ -48,9 +51,10 @@ inline void Dots(const char* const x[R], const char* const w[C], int64_t bytes, 
     }
   }
   if (whole < bytes) {
-    for (int r = 0; r < R; ++r)
-      for (int c = 0; c < C; ++c)
-        sums[r][c] = Kind::MultiplyAdd(sums[r][c], LoadWords(x[r], whole / 4, bytes), LoadWords(w[c], whole / 4, bytes));
+    for (int c = 0; c < C; ++c) {
+      const __m512i b = Kind::Right(LoadWords(w[c], whole / 4, bytes));
+      for (int r = 0; r < R; ++r) sums[r][c] = Kind::MultiplyAdd(sums[r][c], LoadWords(x[r], whole / 4, bytes), b);
+    }
   }
   for (int r = 0; r < R; ++r)
     for (int c = 0; c < C; ++c) out[r][c] = sums[r][c];
@@ -99,7 +103,7 @@ void ManyRows(const typename Kind::Element* x, const typename Kind::Element* w, 
   for (int64_t c = 0; c < kColumns; c += kLanes) {
     const char* rows[kLanes];
     for (int i = 0; i < kLanes; ++i) rows[i] = begin + c + i < end ? Row<Kind>(w, begin + c + i, k) : nullptr;
-    PackColumns(rows, words, bytes, panel.data() + c, kColumns);
+    PackColumns<Kind>(rows, words, bytes, panel.data() + c, kColumns);
   }
   auto run = [&](int64_t row, auto count) {
     constexpr int R = decltype(count)::value;
@@ -191,88 +195,81 @@ ffi::Error GroupedMatmulImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuf
   return ffi::Error::Success();
 }
 
-// Quantises a row: q = round(x / scale) + 128 with scale = max |x| / 127. A row with a NaN gives a scale of NaN.
-template <typename In>
-float QuantiseRow(const In* x, int64_t k, uint8_t* q) {
+// A quantised row's scale, and the sum of its values.
+struct Quantised {
+  float scale;
+  int32_t sum;
+};
+
+// Quantises a rotated row: q = round(x / scale) with scale = max |x| / 127, which is NaN where a value is not finite.
+Quantised QuantiseRow(const float* x, int64_t k, int8_t* q) {
   const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
   // As integers, NaN is larger than any number, so that it is not lost.
-  __m512i top = _mm512_setzero_si512();
+  __m512i top = _mm512_setzero_si512(), sums = _mm512_setzero_si512();
   for (int64_t i = 0; i < k; i += kLanes)
     top = _mm512_max_epi32(top, _mm512_and_si512(_mm512_castps_si512(Load(x + i, FirstLanes(k - i))), magnitude));
   const float most = _mm512_cvtss_f32(_mm512_castsi512_ps(_mm512_set1_epi32(_mm512_reduce_max_epi32(top))));
-  const __m512 inverse = _mm512_set1_ps(most > 0 ? 127.0f / most : 0.0f);
+  const float scale = std::isfinite(most) ? most * (1.0f / 127.0f) : std::numeric_limits<float>::quiet_NaN();
+  const __m512 inverse = _mm512_set1_ps(scale >= std::numeric_limits<float>::min() ? 1.0f / scale : 0.0f);
   for (int64_t i = 0; i < k; i += kLanes) {
     const __mmask16 mask = FirstLanes(k - i);
     const __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(Load(x + i, mask), inverse));
-    _mm_mask_storeu_epi8(q + i, mask, _mm512_cvtepi32_epi8(_mm512_add_epi32(rounded, _mm512_set1_epi32(128))));
+    sums = _mm512_add_epi32(sums, rounded);
+    _mm_mask_storeu_epi8(q + i, mask, _mm512_cvtepi32_epi8(rounded));
   }
-  return most / 127.0f;
+  return {scale, _mm512_reduce_add_epi32(sums)};
 }
 
-// One value a column of a task.
-struct Columns {
-  __m512i vectors[kColumns / kLanes];
-};
-
-// The instruction multiplies unsigned with signed bytes, so rows are moved up by 128, and a first row of 128s in each
-// group gives what that adds to every column.
+// `block`: the columns of a block of x that is rotated.
 template <typename In, typename Out>
 void Int8(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const ffi::AnyBuffer& w, const float* scales,
-          std::vector<Group> groups, int64_t n, Out* y) {
-  const int64_t k = x.dimensions()[1];
-  std::vector<int64_t> from;  // the row of x that each quantised one is made of; -1: the constant row
-  for (Group& group : groups) {
-    const int64_t first = from.size();
-    from.push_back(-1);
-    for (int64_t row = 0; row < group.rows; ++row) from.push_back(group.first + row);
-    group = {first, group.rows + 1, group.result - 1, group.matrix};
-  }
-  const int64_t count = from.size();
-  std::vector<uint8_t> rows(count * k, 128);
-  std::vector<float> row_scales(count);
+          const std::vector<Group>& groups, int64_t block, int64_t n, Out* y) {
+  if (groups.empty()) return;
+  const int64_t k = x.dimensions()[1], count = groups.back().first + groups.back().rows;
+  std::vector<int8_t> values(count * k);
+  std::vector<Quantised> rows(count);
   const auto* in = static_cast<const In*>(x.untyped_data());
   constexpr int64_t kRows = 16;
   ParallelFor(pool, (count + kRows - 1) / kRows, [&](int64_t task) {
-    for (int64_t row = task * kRows; row < std::min(count, (task + 1) * kRows); ++row)
-      if (from[row] >= 0) row_scales[row] = QuantiseRow(in + from[row] * k, k, rows.data() + row * k);
+    thread_local std::vector<float> rotated;
+    rotated.resize(k);
+    for (int64_t row = task * kRows; row < std::min(count, (task + 1) * kRows); ++row) {
+      RotateRow(in + row * k, k, block, rotated.data());
+      rows[row] = QuantiseRow(rotated.data(), k, values.data() + row * k);
+    }
   });
-  Matmul<KindInt8>(pool, reinterpret_cast<const int8_t*>(rows.data()), static_cast<const int8_t*>(w.untyped_data()),
-                   groups, n, k, [&](const Group& group, int64_t begin) {
-                     return [&, begin, added = Columns{}](int64_t row, int64_t column, __m512i sums,
-                                                          __mmask16 mask) mutable {
-                       __m512i& constant = added.vectors[(column - begin) / kLanes];
-                       if (row == 0) {
-                         constant = sums;
-                         return;
-                       }
-                       const __m512 exact = _mm512_cvtepi32_ps(_mm512_sub_epi32(sums, constant));
-                       const __m512 scale = _mm512_mul_ps(Load(scales + group.matrix + column, mask),
-                                                          _mm512_set1_ps(row_scales[group.first + row]));
-                       Store(y + (group.result + row) * n + column, _mm512_mul_ps(exact, scale), mask);
+  Matmul<KindInt8>(pool, values.data(), static_cast<const int8_t*>(w.untyped_data()), groups, n, k,
+                   [&](const Group& group, int64_t) {
+                     return [&](int64_t row, int64_t column, __m512i sums, __mmask16 mask) {
+                       const Quantised& own = rows[group.first + row];
+                       const __m512 exact = _mm512_cvtepi32_ps(_mm512_sub_epi32(sums, _mm512_set1_epi32(128 * own.sum)));
+                       const __m512 scaled = _mm512_mul_ps(exact, _mm512_set1_ps(own.scale));
+                       const __m512 made = _mm512_mul_ps(scaled, Load(scales + group.matrix + column, mask));
+                       Store(y + (group.result + row) * n + column, made, mask);
                      };
                    });
 }
 
 void AnyInt8(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const ffi::AnyBuffer& w, const ffi::Buffer<ffi::F32>& scales,
-             const std::vector<Group>& groups, ffi::Result<ffi::AnyBuffer>& y) {
+             const std::vector<Group>& groups, int64_t block, ffi::Result<ffi::AnyBuffer>& y) {
   const bool half = x.element_type() == ffi::DataType::BF16;
   void* out = y->untyped_data();
   const float* s = scales.typed_data();
   const int64_t n = y->dimensions()[1];
-  if (y->element_type() == ffi::DataType::BF16) Int8<BF16>(pool, x, w, s, groups, n, static_cast<BF16*>(out));
-  else if (half) Int8<BF16>(pool, x, w, s, groups, n, static_cast<float*>(out));
-  else Int8<float>(pool, x, w, s, groups, n, static_cast<float*>(out));
+  if (y->element_type() == ffi::DataType::BF16) Int8<BF16>(pool, x, w, s, groups, block, n, static_cast<BF16*>(out));
+  else if (half) Int8<BF16>(pool, x, w, s, groups, block, n, static_cast<float*>(out));
+  else Int8<float>(pool, x, w, s, groups, block, n, static_cast<float*>(out));
 }
 
 ffi::Error Int8MatmulImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::Buffer<ffi::F32> scales,
-                          ffi::Result<ffi::AnyBuffer> y, int64_t first) {
-  AnyInt8(pool, x, w, scales, OneGroup(x, first), y);
+                          ffi::Result<ffi::AnyBuffer> y, int64_t first, int64_t block) {
+  AnyInt8(pool, x, w, scales, OneGroup(x, first), block, y);
   return ffi::Error::Success();
 }
 
 ffi::Error GroupedInt8MatmulImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::Buffer<ffi::F32> scales,
-                                 ffi::Buffer<ffi::S32> offsets, ffi::Result<ffi::AnyBuffer> y) {
-  AnyInt8(pool, x, w, scales, Groups(offsets, y->dimensions()[1]), y);
+                                 ffi::Buffer<ffi::S32> offsets, ffi::Result<ffi::AnyBuffer> y, int64_t block) {
+  AnyInt8(pool, x, w, scales, Groups(offsets, y->dimensions()[1]), block, y);
   return ffi::Error::Success();
 }
 
@@ -294,7 +291,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxinferInt8Matmul, jaxinfer::Int8MatmulImpl,
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
                                   .Ret<xla::ffi::AnyBuffer>()
-                                  .Attr<int64_t>("first"));
+                                  .Attr<int64_t>("first")
+                                  .Attr<int64_t>("block"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxinferGroupedMatmul, jaxinfer::GroupedMatmulImpl,
                               xla::ffi::Ffi::Bind()
@@ -311,4 +309,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxinferGroupedInt8Matmul, jaxinfer::GroupedInt8Ma
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
-                                  .Ret<xla::ffi::AnyBuffer>());
+                                  .Ret<xla::ffi::AnyBuffer>()
+                                  .Attr<int64_t>("block"));

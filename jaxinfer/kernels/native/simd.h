@@ -24,11 +24,13 @@ struct BF16 {
 inline __m512 ToFloat(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
 inline __m256i ToBF16(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
 
-// Each kind says how many elements a word holds and how words are multiplied and added up.
+// Each kind says how many elements a word holds, what becomes of the right operand's words when they are loaded, and how
+// words are multiplied and added up.
 struct KindBF16 {
   using Element = BF16;
   using Sum = __m512;
   static constexpr int kPerWord = 2;
+  static __m512i Right(__m512i b) { return b; }
   static Sum Zero() { return _mm512_setzero_ps(); }
   static Sum MultiplyAdd(Sum sum, __m512i a, __m512i b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
 };
@@ -37,19 +39,22 @@ struct KindF32 {
   using Element = float;
   using Sum = __m512;
   static constexpr int kPerWord = 1;
+  static __m512i Right(__m512i b) { return b; }
   static Sum Zero() { return _mm512_setzero_ps(); }
   static Sum MultiplyAdd(Sum sum, __m512i a, __m512i b) {
     return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum);
   }
 };
 
-// The left operand is unsigned (quantised rows, moved up by 128), the right one signed.
+// The instruction multiplies unsigned with signed bytes, so the right operand is moved up by 128. That adds 128 times the
+// sum of the left operand's row, to be taken off the whole sum; int32 may overflow on the way and comes back.
 struct KindInt8 {
   using Element = int8_t;
   using Sum = __m512i;
   static constexpr int kPerWord = 4;
+  static __m512i Right(__m512i b) { return _mm512_xor_si512(b, _mm512_set1_epi8(-128)); }
   static Sum Zero() { return _mm512_setzero_si512(); }
-  static Sum MultiplyAdd(Sum sum, __m512i a, __m512i b) { return _mm512_dpbusd_epi32(sum, a, b); }
+  static Sum MultiplyAdd(Sum sum, __m512i a, __m512i b) { return _mm512_dpbusd_epi32(sum, b, a); }
 };
 
 inline __mmask16 FirstLanes(int64_t count) {
@@ -92,11 +97,13 @@ inline void Transpose16(__m512i r[16]) {
 }
 
 // Transposes up to 16 rows of `words` words (`bytes` bytes, zero beyond) into columns [0, 16) of a panel whose
-// lines are `stride` words long. A null row gives a column of zeroes.
+// lines are `stride` words long, as the right operand of a kind. A null row stands for one of zeroes.
+template <typename Kind>
 inline void PackColumns(const char* const rows[16], int64_t words, int64_t bytes, uint32_t* panel, int64_t stride) {
   for (int64_t word = 0; word < words; word += kLanes) {
     __m512i r[16];
     for (int i = 0; i < 16; ++i) r[i] = rows[i] ? LoadWords(rows[i], word, bytes) : _mm512_setzero_si512();
+    for (int i = 0; i < 16; ++i) r[i] = Kind::Right(r[i]);
     Transpose16(r);
     const int64_t count = std::min<int64_t>(kLanes, words - word);
     for (int64_t i = 0; i < count; ++i) _mm512_storeu_si512(panel + (word + i) * stride, r[i]);

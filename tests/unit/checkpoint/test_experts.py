@@ -113,7 +113,7 @@ def test_each_device_holds_its_part_of_every_expert_or_all_of_its_own(way: str, 
 def test_int8_is_each_experts_rows_quantised(way: str, stacked):
     plain, found = load(stacked["mixtral"], way), load(stacked["mixtral"], way, "int8")
     for path in ("layers.0.mlp.gate_up.weight", "layers.0.mlp.down.weight"):
-        values, scales = int8_matmul.quantise(np.asarray(plain[path][...]))
+        values, scales = int8_matmul.quantise_weight(np.asarray(plain[path][...]), found[path].get_metadata()["block"])
         np.testing.assert_array_equal(found[path][...], values)
         np.testing.assert_array_equal(found[f"{path}_scale"][...], scales)
     assert found["layers.0.mlp.router.weight"].dtype == np.float32
@@ -244,8 +244,8 @@ def test_gpt_oss_experts_are_read_as_stacks_of_rows(packed: bool):
 def test_mxfp4_is_quantised_to_int8_from_its_own_numbers():
     kept, plain = gpt_oss(packed=True)
     name = f"{NAME}gate_up_proj"
-    source = Int8Source(InterleavedExperts(MemorySource(kept)))
-    values, scales = int8_matmul.quantise(plain[name])
+    source = Int8Source(InterleavedExperts(MemorySource(kept)), {name: 16})
+    values, scales = int8_matmul.quantise_weight(plain[name], 16)
     np.testing.assert_array_equal(source.read(name, (slice(1, 2), slice(3, 9))), scales[1:2, 3:9])
     np.testing.assert_array_equal(source.read(name, (slice(1, 2), slice(3, 40), slice(5, 50))), values[1:2, 3:40, 5:50])
 

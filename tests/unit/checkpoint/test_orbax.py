@@ -296,6 +296,18 @@ def edit(folder: Path, change: Callable[[dict], None], *, sign: bool = False) ->
     (folder / NAME).write_text(json.dumps(body))
 
 
+def test_int8_of_other_blocks_or_of_none_is_refused(make, tmp_path):
+    """What an older jaxinfer wrote says nothing of blocks, and was not rotated."""
+    path = "layers.0.mlp.gate_up.weight"
+    for change in (lambda stored: stored.update(block=2), lambda stored: stored.pop("block")):
+        folder = shutil.copytree(make(tp=2, quantization="int8")[1], tmp_path / "copy", dirs_exist_ok=True)
+        edit(folder, lambda body: change(body["parameters"][path]), sign=True)  # noqa: B023
+        with pytest.raises(
+            CheckpointError, match=f"keeps '{path}' in int8 with [12] columns per rotated block, this model needs 32"
+        ):
+            load(folder, 2)
+
+
 @pytest.mark.parametrize(
     ("change", "sign", "message"),
     [

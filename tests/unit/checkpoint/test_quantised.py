@@ -54,7 +54,7 @@ def test_int8_weights_are_the_weights_quantised(family, tp, tied, tmp_path):
     for path, param in plain.items():
         values = np.asarray(param[...])
         if path in quantised:
-            expected, scales = int8_matmul.quantise(values)
+            expected, scales = int8_matmul.quantise_weight(values, found[path].get_metadata()["block"])
             np.testing.assert_array_equal(found[f"{path}_scale"][...], scales, path)
             assert found[f"{path}_scale"].dtype == np.float32 and (scales > 0).any()
         else:
@@ -69,7 +69,7 @@ def test_bfloat16_and_float16_are_quantised_from_their_own_values(tmp_path):
     for stored in (ml_dtypes.bfloat16, np.float16):
         save_file({name: value.astype(stored) for name, value in content.items()}, folder / "model.safetensors")
         found = load(folder)["head.weight"][...]
-        expected, _ = int8_matmul.quantise(content["lm_head.weight"].astype(stored).astype(np.float32))
+        expected, _ = int8_matmul.quantise_weight(content["lm_head.weight"].astype(stored).astype(np.float32), 32)
         np.testing.assert_array_equal(found, expected)
 
 
@@ -115,9 +115,9 @@ def test_no_rule_may_fill_the_scales(tmp_path):
 def test_any_order_of_reading_gives_the_same(tmp_path):
     """Cover partial rows, scales before values, and rows read twice."""
     folder, name = write(tmp_path), "model.layers.0.mlp.down_proj.weight"
-    values, scales = int8_matmul.quantise(load_file(folder / "model.safetensors")[name])
+    values, scales = int8_matmul.quantise_weight(load_file(folder / "model.safetensors")[name], 8)
     with SafetensorsReader(folder) as reader:
-        source = Int8Source(reader)
+        source = Int8Source(reader, {name: 8})
         np.testing.assert_array_equal(source.read(name, (slice(4, 9),)), scales[4:9])
         np.testing.assert_array_equal(source.read(name, (slice(0, 20), slice(3, 17))), values[:20, 3:17])
         np.testing.assert_array_equal(source.read(name, (slice(10, 32), slice(17, 48))), values[10:, 17:])
@@ -133,5 +133,6 @@ def test_random_weights_are_quantised_ones():
     assert len(quantised) == 2 * 4 + 1
     for path in quantised:
         scales = np.asarray(made[f"{path}_scale"][...])[..., None]
-        error = np.abs(np.asarray(made[path][...]) * scales - np.asarray(plain[path][...]))
+        rotated = int8_matmul.rotate_weight(np.asarray(plain[path][...]), made[path].get_metadata()["block"])
+        error = np.abs(np.asarray(made[path][...]) * scales - rotated)
         assert (error <= 0.5001 * scales).all()

@@ -25,7 +25,7 @@ SIZES = {
 """Rows of each group, and how many there are with those of none."""
 OUT, IN = 50, 36
 
-run = {kernel: jax.jit(partial(grouped.matmul, kernel=kernel)) for kernel in KERNELS}
+run = {kernel: jax.jit(partial(grouped.matmul, kernel=kernel, block=4)) for kernel in KERNELS}
 
 
 def case(name: str, dtype: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -62,12 +62,13 @@ def test_each_row_is_multiplied_with_the_matrix_of_its_group(name: str, dtype: s
 def test_int8_is_the_product_of_each_group_in_int8(name: str, kernel: str):
     require(kernel)
     x, weight, offsets = case(name, "float32")
-    values, scales = int8_matmul.quantise(weight)
+    values, scales = int8_matmul.quantise_weight(weight, 4)
     found = np.asarray(run[kernel](x, values, offsets, scales))
     for group, (first, last) in enumerate(pairwise(offsets)):
-        expected = int8_matmul.reference(x[first:last], values[group], scales[group])
+        expected = int8_matmul.reference(x[first:last], values[group], scales[group], 4)
         # A number half way between two steps may be rounded to either.
-        step = int8_matmul.row_scales(x[first:last])[:, None] * 127 * scales[group] if last > first else 0
+        rows = int8_matmul.rotate(x[first:last], 4)
+        step = int8_matmul.row_scales(rows)[:, None] * 127 * scales[group] if last > first else 0
         assert (np.abs(found[first:last] - expected) <= 2.01 * step + 1e-6 * np.abs(expected)).all()
 
 

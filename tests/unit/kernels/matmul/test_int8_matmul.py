@@ -17,8 +17,11 @@ def numbers(*shape: int, seed: int = 0, dtype: type = np.float32) -> np.ndarray:
     return (rng.normal(size=shape) * 10.0 ** rng.uniform(-3, 3, (shape[0], *[1] * (len(shape) - 1)))).astype(dtype)
 
 
-def product(x: np.ndarray, weight: np.ndarray, scales: np.ndarray, dtype: type | None = None) -> np.ndarray:
-    return np.asarray(jax.jit(int8_matmul.matmul, static_argnums=3)(x, weight, scales, dtype))
+def product(
+    x: np.ndarray, weight: np.ndarray, scales: np.ndarray, dtype: type | None = None, block: int = 1
+) -> np.ndarray:
+    run = jax.jit(int8_matmul.matmul, static_argnums=3, static_argnames="block")
+    return np.asarray(run(x, weight, scales, dtype, block=block))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -31,6 +34,59 @@ def test_it_is_the_sum_of_its_terms(rows, columns, out, dtype):
     expected = int8_matmul.reference(x, weight, scales)
     assert (np.abs(found - expected) <= 1e-6 * np.abs(expected).max(axis=1, keepdims=True)).all()
     np.testing.assert_array_equal(product(x, weight, scales), found.astype(dtype))
+
+
+@pytest.mark.parametrize(
+    ("columns", "tp", "block"),
+    [(4096, None, 128), (576, None, 64), (33, None, 1), (1536, 1, 64), (1536, 8, 64), (11008, 16, 16), (12, 4, 1)],
+)
+def test_a_block_divides_the_columns_of_every_shard(columns: int, tp: int | None, block: int):
+    assert int8_matmul.rotation(columns, tp) == block
+    assert columns // (tp or 1) % block == 0
+
+
+@pytest.mark.parametrize("block", [1, 2, 16, 128])
+def test_host_and_device_rotate_alike_and_twice_is_once_the_block(block: int):
+    rows = np.random.default_rng(0).normal(size=(3, 256)).astype(np.float32)
+    once = int8_matmul.rotate(rows, block)
+    np.testing.assert_allclose(jax.jit(int8_matmul.rotate, static_argnums=1)(rows, block), once, rtol=0, atol=2e-5)
+    np.testing.assert_allclose(int8_matmul.rotate(once, block), block * rows, rtol=0, atol=2e-4)
+    np.testing.assert_array_equal(int8_matmul.rotate(rows[1:2], block), once[1:2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "columns", "out"), [(1, 48, 97), (3, 5, 3), (7, 64, 32), (33, 384, 65)])
+def test_rotated_rows_are_multiplied_as_the_reference_does(rows: int, columns: int, out: int, dtype: type):
+    x, block = numbers(rows, columns, dtype=dtype), int8_matmul.rotation(columns)
+    x[0] = 0
+    weight, scales = int8_matmul.quantise_weight(numbers(out, columns, seed=1), block)
+    found, expected = product(x, weight, scales, np.float32, block), int8_matmul.reference(x, weight, scales, block)
+    # A number half way between two steps may be rounded to either.
+    step = int8_matmul.row_scales(int8_matmul.rotate(x, block))[:, None] * 127 * scales
+    assert (np.abs(found - expected) <= 2.01 * step + 1e-6 * np.abs(expected)).all()
+    assert not found[0].any()
+
+
+def test_an_outlier_costs_the_other_columns_little():
+    """One channel 300 times as large as the others: a scale for the whole row leaves them a step or two."""
+    x, weight = (np.random.default_rng(i).normal(size=(32, 512)).astype(np.float32) for i in range(2))
+    x[:, 77] *= 300
+    weight[:, 77] = 0
+    exact, error = x.astype(np.float64) @ weight.T, []
+    for block in (1, 128):
+        found = product(x, *int8_matmul.quantise_weight(weight, block), block=block)
+        error.append(np.sqrt(np.square(found - exact).mean() / np.square(exact).mean()))
+    assert error[0] > 0.5 and error[1] < error[0] / 4
+
+
+def test_what_other_rows_hold_changes_nothing():
+    x, (weight, scales) = numbers(8, 128), int8_matmul.quantise_weight(numbers(16, 128, seed=1), 128)
+    others = x[::-1].copy()
+    others[2] = x[2]
+    others[5, 3] = np.nan
+    found, expected = (product(rows, weight, scales, block=128) for rows in (others, x))
+    np.testing.assert_array_equal(found[2], expected[2])
+    assert np.isnan(found[5]).all() and np.isfinite(np.delete(found, 5, 0)).all()
 
 
 @pytest.mark.parametrize("rows", [1, 9])

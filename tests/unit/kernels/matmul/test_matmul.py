@@ -14,8 +14,8 @@ from jaxinfer.kernels.matmul import int8_matmul
 from jaxinfer.kernels.matmul.choose import NATIVE
 from jaxinfer.sharding import make_mesh
 
-SHAPES = [(1, 16, 32), (2, 47, 34), (7, 49, 1000), (33, 100, 66), (34, 48, 64), (45, 97, 130)]
-"""Rows, columns, inner dimension: few rows (up to 33) and many, whole panels and parts."""
+SHAPES = [(1, 16, 32), (2, 47, 34), (7, 49, 1000), (32, 100, 66), (33, 48, 64), (45, 97, 130), (9, 33, 384)]
+"""Rows, columns, inner dimension: few rows (up to 32) and many, whole panels and parts."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -45,11 +45,12 @@ def test_products(rows: int, columns: int, inner: int, kind: str):
 def test_int8_products(rows: int, columns: int, inner: int, dtype: str):
     x = numbers(rows, inner).astype(jnp.dtype(dtype))
     x[0] = 0
-    values, scales = int8_matmul.quantise(numbers(columns, inner, seed=1))
-    found = jax.jit(partial(int8_matmul.matmul, dtype=jnp.float32, kernel=NATIVE))(x, values, scales)
-    expected = int8_matmul.reference(x.astype(np.float32), values, scales)
+    block = int8_matmul.rotation(inner)
+    values, scales = int8_matmul.quantise_weight(numbers(columns, inner, seed=1), block)
+    found = jax.jit(partial(int8_matmul.matmul, dtype=jnp.float32, kernel=NATIVE, block=block))(x, values, scales)
+    expected = int8_matmul.reference(x.astype(np.float32), values, scales, block)
     # A number half way between two steps may be rounded to either.
-    step = int8_matmul.row_scales(x.astype(np.float32))[:, None] * 127 * scales
+    step = int8_matmul.row_scales(int8_matmul.rotate(x, block))[:, None] * 127 * scales
     assert (np.abs(np.asarray(found) - expected) <= 2.01 * step + 1e-6 * np.abs(expected)).all()
     assert not np.asarray(found)[0].any()
 
@@ -70,8 +71,8 @@ def test_a_part_of_the_weight_is_not_copied(first: int, end: int, quantised: boo
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_row_that_is_not_finite_stays_alone(rows: int, value: float):
     x = numbers(rows, 64)
-    values, scales = int8_matmul.quantise(numbers(50, 64, seed=1))
-    run = jax.jit(partial(int8_matmul.matmul, kernel=NATIVE))
+    values, scales = int8_matmul.quantise_weight(numbers(50, 64, seed=1), 64)
+    run = jax.jit(partial(int8_matmul.matmul, kernel=NATIVE, block=64))
     whole = np.asarray(run(x, values, scales))
     x[2, 5] = value
     found = np.asarray(run(x, values, scales))

@@ -39,9 +39,9 @@ def case(name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return x, rng.standard_normal((len(sizes), out, inner)).astype(jnp.dtype(dtype)), offsets
 
 
-def run(*operands: np.ndarray) -> np.ndarray:
+def run(*operands: np.ndarray, block: int = 1) -> np.ndarray:
     with interpreted():
-        return np.asarray(jax.jit(partial(grouped.matmul, kernel=TRITON, target=TARGET))(*operands))
+        return np.asarray(jax.jit(partial(grouped.matmul, kernel=TRITON, target=TARGET, block=block))(*operands))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -57,12 +57,17 @@ def test_each_row_is_multiplied_with_the_matrix_of_its_group(name: str):
 @pytest.mark.parametrize("name", ["few rows", "several tiles"])
 def test_int8(name: str):
     x, weight, offsets = case(name)
-    values, scales = int8_matmul.quantise(weight.astype(np.float32))
-    found = run(x, values, offsets, scales).astype(np.float64)
+    block = int8_matmul.rotation(x.shape[1])
+    values, scales = int8_matmul.quantise_weight(weight.astype(np.float32), block)
+    found = run(x, values, offsets, scales, block=block).astype(np.float64)
     for group, (first, last) in enumerate(pairwise(offsets)):
         rows = x[first:last].astype(np.float32)
-        expected = int8_matmul.reference(rows, values[group], scales[group])
-        step = int8_matmul.row_scales(rows)[:, None] * 127 * scales[group] if last > first else 0
+        expected = int8_matmul.reference(rows, values[group], scales[group], block)
+        step = (
+            int8_matmul.row_scales(int8_matmul.rotate(rows, block))[:, None] * 127 * scales[group]
+            if last > first
+            else 0
+        )
         tolerance = BFLOAT16 * np.abs(expected) if x.dtype.itemsize == 2 else 1e-6 * np.abs(expected)
         assert (np.abs(found[first:last] - expected) <= 2.01 * step + tolerance).all()
 
