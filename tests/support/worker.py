@@ -8,7 +8,7 @@ import signal
 import sys
 
 from jaxinfer import LLM, SamplingParams, distributed
-from jaxinfer.engine.sizing import setup
+from jaxinfer.engine.sizing import memory
 
 PROMPTS = ([5, 6, 7, 8, 9, 10, 11], [40, 41], list(range(20, 60)))
 
@@ -61,8 +61,8 @@ def main() -> None:
     settings = told["settings"] if not told["process"] else dict(max_num_seqs=3, compilation_cache_dir=None)
     with LLM(told["model"], skip_tokenizer_init=True, use_tqdm=False, peer_timeout=told["timeout"], **settings) as llm:
         if act in ("warm", "generate"):
-            setup._free = lambda device: (5 + told["process"]) << 30
-            print(json.dumps({"free": setup._least_free(llm._mesh)}), flush=True)
+            memory.memory_stats = lambda device: {"bytes_limit": (5 + told["process"]) << 30}
+            print(json.dumps({"free": memory.device_memory(llm._mesh, [], 1.0).left}), flush=True)
         if not told["process"]:
             try:
                 lead(llm, act)
