@@ -106,7 +106,7 @@ def test_overrides_are_laid_over_the_configuration(folder):
 
 def test_no_tokenizer(tmp_path):
     folder = checkpoint.write(tmp_path / "bare", with_tokenizer=False)
-    with pytest.raises(CheckpointError, match="tokenizer=DIR, or skip_tokenizer_init=True"):
+    with pytest.raises(CheckpointError, match="pass tokenizer=DIR .*, or skip_tokenizer_init=True"):
         LLM(folder, use_tqdm=False)
 
 
