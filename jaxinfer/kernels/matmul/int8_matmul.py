@@ -28,6 +28,8 @@ MOST_ROTATED = 128
 """Columns of the largest block. Larger ones reduce the error little and make `x H` more expensive."""
 DIVISIONS = 8
 """Blocks of sharded columns are small enough for this many devices, so that 1 to 8 devices use the same weights."""
+HOST_VALUES = 1 << 18
+"""Values of a weight that the host rotates at a time."""
 SMALLEST = float(np.finfo(np.float32).tiny)
 """Scales below are subnormal, which a device may take for zero: such a row is all zeroes."""
 
@@ -56,10 +58,7 @@ def rotate(rows: Array, block: int) -> Array:
     if block == 1:
         return rows.astype(np.float32)
     if isinstance(rows, np.ndarray):
-        # In float64, so that the result does not depend on how many rows are read at a time.
-        with np.errstate(invalid="ignore"):
-            made = rows.astype(np.float64).reshape(-1, block) @ hadamard(block).astype(np.float64)
-        return made.astype(np.float32).reshape(rows.shape)
+        return _rotate_on_host(rows, block)
     matrix = jnp.asarray(hadamard(block), rows.dtype)
     precision = jax.lax.Precision.HIGHEST if rows.dtype == jnp.float32 else None  # bfloat16 times 1 or -1 is exact
     blocks = rows.reshape(*rows.shape[:-1], -1, block)
@@ -67,8 +66,24 @@ def rotate(rows: Array, block: int) -> Array:
     return made.reshape(rows.shape)
 
 
+def _rotate_on_host(rows: np.ndarray, block: int, factor: float = 1.0) -> np.ndarray:
+    """Rotate in float64, so that the result does not depend on how many rows are read at a time; a piece at a time, so
+    that only float32 values of the whole array are in memory.
+    """
+    made = np.empty(rows.shape, np.float32)
+    blocks, result, matrix = rows.reshape(-1, block), made.reshape(-1, block), hadamard(block) * np.float64(factor)
+    count = max(1, HOST_VALUES // block)
+    with np.errstate(invalid="ignore"):
+        for first in range(0, len(blocks), count):
+            piece = slice(first, first + count)
+            result[piece] = blocks[piece].astype(np.float64) @ matrix
+    return made
+
+
 def rotate_weight(rows: Array, block: int) -> Array:
     """Rotate rows `[..., in]` of a weight that is multiplied with rotated activations."""
+    if isinstance(rows, np.ndarray):
+        return _rotate_on_host(rows, block, 1 / block)
     return rotate(rows, block) * np.float32(1 / block)
 
 

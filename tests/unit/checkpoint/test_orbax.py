@@ -442,7 +442,7 @@ import os, signal, sys, threading
 from pathlib import Path
 from jaxinfer.checkpoint import orbax
 from jaxinfer.checkpoint.manifest import Manifest
-from jaxinfer.models import converting
+from jaxinfer.loading import convert
 from jaxinfer.sharding import make_mesh
 
 def dies_in(owner, name, calls=1, after=False):
@@ -468,14 +468,14 @@ POINTS = {
     "written": lambda: dies_in(orbax, "finalize"),
     "merging": lambda: threading.Thread(target=dies_with, args=["weights.partial_save/state"], daemon=True).start(),
     "finalized": lambda: dies_in(orbax, "finalize", after=True),
-    "copied": lambda: dies_in(converting, "_copy_others", after=True),
+    "copied": lambda: dies_in(convert, "_copy_others", after=True),
     "manifest": lambda: dies_in(Manifest, "write"),
 }
 for point, patch in POINTS.items():
     child = os.fork()  # before JAX has started anything
     if child == 0:
         patch()
-        converting.convert(Path(sys.argv[1]), Path(sys.argv[2]) / point, make_mesh(1), progress=False)
+        convert.convert(Path(sys.argv[1]), Path(sys.argv[2]) / point, make_mesh(1), progress=False)
         os._exit(0)
     print(point, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
@@ -505,7 +505,7 @@ def test_a_killed_conversion_leaves_nothing_that_loads_and_the_next_one_works(tm
 PEAK = """
 import json, sys
 from pathlib import Path
-from jaxinfer.models import converting, loading
+from jaxinfer.loading import convert, weights
 from jaxinfer.sharding import make_mesh
 
 def status(name):
@@ -521,8 +521,8 @@ tiny, large, out, mesh = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
 for source, name in ((tiny, "tiny"), (large, "large")):
     for kind in (None, "int8"):
         target = out / f"{name}-{kind}"
-        writing = peak(lambda: converting.convert(source, target, mesh, quantization=kind, progress=False))
-        reading = peak(lambda: loading.load(target, mesh, progress=False))
+        writing = peak(lambda: convert.convert(source, target, mesh, quantization=kind, progress=False))
+        reading = peak(lambda: weights.load(target, mesh, progress=False))
         print(json.dumps([name, kind, writing, reading]), flush=True)
 """
 """Program that converts a tiny checkpoint first, to import all modules, then measures the growth of resident memory

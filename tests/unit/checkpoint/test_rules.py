@@ -358,16 +358,16 @@ def test_a_table_that_is_wrong_itself_is_refused(tmp_path):
 PEAK = """
 import sys
 from pathlib import Path
-from jaxinfer.models import loading
+from jaxinfer.loading import weights
 from jaxinfer.sharding import make_mesh
 
 def status(name):
     return int(next(l for l in open("/proc/self/status") if l.startswith(name)).split()[1]) * 1024
 
 mesh = make_mesh(int(sys.argv[1]))
-kept = loading.load(Path(sys.argv[2]), mesh, dtype="float32", quantization=sys.argv[4] or None, progress=False)
+kept = weights.load(Path(sys.argv[2]), mesh, dtype="float32", quantization=sys.argv[4] or None, progress=False)
 before = status("VmRSS")
-module = loading.load(Path(sys.argv[3]), mesh, dtype="float32", quantization=sys.argv[4] or None, progress=False)
+module = weights.load(Path(sys.argv[3]), mesh, dtype="float32", quantization=sys.argv[4] or None, progress=False)
 print(status("VmHWM") - before)
 """
 """Program that loads a tiny checkpoint first, to import all modules, then measures the peak resident memory with a

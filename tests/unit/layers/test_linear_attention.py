@@ -145,7 +145,8 @@ def test_the_six_projections_are_one_gemm_and_the_two_low_rank_ones_another(quan
         traced = support.step.trace(graph, params, np.zeros((B, support.M), np.float32), state, rows)
         return str(traced.jaxpr).count("dot_general[")
 
-    assert products(0) - products(float("inf")) == (6 + 2) - (1 + 1)
+    rotations = 2 if quantization == "int8" else 1  # an int8 product comes with a rotation of its rows
+    assert products(0) - products(float("inf")) == ((6 + 2) - (1 + 1)) * rotations
 
 
 @kinds
