@@ -118,11 +118,10 @@ def test_an_interrupt_in_the_midst_of_a_start_loses_no_process(monkeypatch):
     for _ in range(3):
         with contextlib.suppress(KeyboardInterrupt):
             render("")
-    starting = [thread for thread in threading.enumerate() if thread.name == templates.STARTING]
-    for thread in starting:
-        thread.join()
-    del starting
-    templates.end_all()
+        for thread in threading.enumerate():
+            if thread.name == templates.STARTING:
+                thread.join()
+        templates.end_all()  # the next turn starts a process of its own
     assert len(made) == 3
     for process in made:
         with pytest.raises(ChildProcessError):  # already ended and reaped
