@@ -522,7 +522,7 @@ for source, name in ((tiny, "tiny"), (large, "large")):
     for kind in (None, "int8"):
         target = out / f"{name}-{kind}"
         writing = peak(lambda: convert.convert(source, target, mesh, quantization=kind, progress=False))
-        reading = peak(lambda: weights.load(target, mesh, progress=False))
+        reading = peak(lambda: weights.load(target, mesh, dtype="bfloat16", progress=False))
         print(json.dumps([name, kind, writing, reading]), flush=True)
 """
 """Program that converts a tiny checkpoint first, to import all modules, then measures the growth of resident memory
