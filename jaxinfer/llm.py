@@ -103,9 +103,13 @@ class LLM:
             longest, config.max_model_len, module.config.max_length, contiguous=config.cache == CONTIGUOUS
         )
         limits = ModelLimits(
-            module.config.vocab_size, longest, opened.eos_token_ids, tokenizer_len=known, longer=longer,
+            module.config.vocab_size,
+            longest,
+            opened.eos_token_ids,
+            tokenizer_len=known,
+            longer=longer,
             **opened.forced,
-        )  # fmt: skip
+        )
         self._served: tuple[LoadedModel, Intake] | None = (opened, Intake(opened, self.config, limits, chat_template))
         self._thread = EngineThread(engine)
         # Stops the thread if the LLM is garbage-collected without `close`, and when the interpreter exits.

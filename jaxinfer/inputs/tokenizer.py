@@ -1,6 +1,5 @@
 """Load tokenizers and encode texts."""
 
-import importlib
 import json
 import logging
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from jaxinfer._utils.transformers import from_transformers
 from jaxinfer.checkpoint.hub import resolve_model
 from jaxinfer.checkpoint.plain_json import shorten
 from jaxinfer.checkpoint.tokenizer_errors import as_checkpoint_error, is_library_error
@@ -75,13 +75,13 @@ def _from_library(directory: Path) -> Any:
     whole = (directory / "tokenizer.json").is_file()
     # If tekken.json is there as well and mistral-common is installed, AutoTokenizer would prefer tekken.json.
     if _is_generic(directory) or (whole and (directory / tekken.FILE).is_file()):
-        return _import("PreTrainedTokenizerFast").from_pretrained(directory)
+        return from_transformers("PreTrainedTokenizerFast").from_pretrained(directory)
     try:
-        return _import("AutoTokenizer").from_pretrained(directory, trust_remote_code=False)
+        return from_transformers("AutoTokenizer").from_pretrained(directory, trust_remote_code=False)
     except BaseException as error:
         if not whole or not is_library_error(error):
             raise
-        made = _import("PreTrainedTokenizerFast").from_pretrained(directory)
+        made = from_transformers("PreTrainedTokenizerFast").from_pretrained(directory)
         log.info("%s: tokenizer.json is taken as it is, since its own class cannot be used (%s).", directory, error)
         return made
 
@@ -97,7 +97,7 @@ def _faithful(made: Any, directory: Path) -> Any:
     if vocabulary_files.agrees_with_sentencepiece(made, directory):
         return made
     ends = {name: bool(getattr(made, name, False)) for name in ("add_bos_token", "add_eos_token")}
-    generic = _import("PreTrainedTokenizerFast").from_pretrained(directory, **ends)
+    generic = from_transformers("PreTrainedTokenizerFast").from_pretrained(directory, **ends)
     if not vocabulary_files.agrees_with_sentencepiece(generic, directory):
         raise CheckpointError(
             f"transformers' conversion of {directory / vocabulary_files.SENTENCEPIECE} gives other tokens than "
@@ -118,7 +118,7 @@ def _from_data(directory: Path, own: Any) -> Any:
     if template is not None:
         known["chat_template"] = template
     log.info("%s is read as data; code of the checkpoint is not run.", directory / own.FILE)
-    return _import("PreTrainedTokenizerFast")(tokenizer_object=backend, **known)
+    return from_transformers("PreTrainedTokenizerFast")(tokenizer_object=backend, **known)
 
 
 def _try_out(tokenizer: Any, directory: Path) -> None:
@@ -146,17 +146,6 @@ def _is_generic(directory: Path) -> bool:
         return not own and model.get("model_type") == "llama" and (directory / "tokenizer.json").is_file()
     except (OSError, ValueError, AttributeError):
         return False
-
-
-def _import(name: str) -> Any:
-    """Import a transformers class on first use: serving token ids does not need transformers."""
-    disabled = logging.root.manager.disable
-    # On import, transformers warns if torch is missing; jaxinfer does not need torch.
-    logging.disable(logging.WARNING)
-    try:
-        return getattr(importlib.import_module("transformers"), name)
-    finally:
-        logging.disable(disabled)
 
 
 def id_bound(tokenizer: Any) -> int:

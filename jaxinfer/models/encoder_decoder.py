@@ -1,6 +1,6 @@
 """Layers of encoder-decoder Transformers (BART, mBART, Whisper), and the loops that models with cross-attention share.
 
-Of a model's layers the cache keeps self-attention first, then cross-attention.
+`cache_specs` lists the self-attentions of all layers first, then their cross-attentions.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

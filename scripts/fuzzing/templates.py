@@ -55,12 +55,15 @@ PIECES = (
 CHAT: list[dict[str, Any]] = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": [{"type": "text", "text": "Hi"}, {"type": "text", "text": "é"}]},
-    {"role": "assistant", "content": None, "tool_calls": [
-        {"id": "abcdefghi", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}]},
+    {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"id": "abcdefghi", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}],
+    },
     {"role": "tool", "tool_call_id": "abcdefghi", "name": "f", "content": {"y": 2}},
     {"role": "assistant", "content": "done", "reasoning_content": "hm"},
     {"role": "user", "content": "so?"},
-]  # fmt: skip
+]
 TOOLS = [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}]
 
 

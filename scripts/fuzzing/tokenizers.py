@@ -147,8 +147,11 @@ def make_other(rng: random.Random, folder: Path) -> Callable[[], object]:
     name = rng.choice(("vocab.json", "merges.txt", "tekken.json", "tiktoken.model", "tokenizer.model"))
     bpe = whole()[0]["model"]
     letters = {letter: byte for byte, letter in enumerate(byte_letters())}
-    tokens = [bytes(letters[c] for c in text) for text in sorted(bpe["vocab"], key=bpe["vocab"].get) if len(text) > 1
-              and set(text) <= set(letters)]  # fmt: skip
+    tokens = [
+        bytes(letters[c] for c in text)
+        for text in sorted(bpe["vocab"], key=bpe["vocab"].get)
+        if len(text) > 1 and set(text) <= set(letters)
+    ]
     tokens = [*(bytes([byte]) for byte in range(256)), *tokens]
     coded = [base64.b64encode(token) for token in tokens]
     merges = "\n".join(" ".join(pair) for pair in bpe["merges"]).encode()
@@ -170,8 +173,12 @@ def make_other(rng: random.Random, folder: Path) -> Callable[[], object]:
         vocab = [{"rank": at, "token_bytes": token.decode()} for at, token in enumerate(coded)]
         write(rng, folder / name, {"config": config, "special_tokens": listed, "vocab": vocab}, broken_part)
     elif name == "tiktoken.model":
-        settings = {"tokenizer_class": tiktoken.CLASS, "bos_token": "[BOS]", "chat_template": "x",
-                    "added_tokens_decoder": {str(len(coded)): {"content": "[BOS]", "special": True}}}  # fmt: skip
+        settings = {
+            "tokenizer_class": tiktoken.CLASS,
+            "bos_token": "[BOS]",
+            "chat_template": "x",
+            "added_tokens_decoder": {str(len(coded)): {"content": "[BOS]", "special": True}},
+        }
         lines = b"\n".join(token + b" %d" % at for at, token in enumerate(coded))
         cut = rng.random() < 0.5
         (folder / name).write_bytes(broken_bytes(rng, lines) if cut else lines)

@@ -51,6 +51,20 @@ def test_lines_are_wrapped(page: Path):
     assert [f"{number}: {len(line)}" for number, line in enumerate(lines, 1) if len(line) > WIDTH] == []
 
 
+def test_sources_are_wrapped_and_formatted_without_exceptions():
+    """Ruff checks the width of Python alone, and leaves alone what a comment takes out of it."""
+    exempt = re.compile(r"# fmt: (?:skip|off)\b")
+    folders = [ROOT / name for name in ("jaxinfer", "scripts", "tests", "notebooks")]
+    sources = [path for folder in folders for end in ("*.py", "*.cc", "*.h") for path in folder.rglob(end)]
+    wrong = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in [*sources, ROOT / "pyproject.toml", ROOT / ".ci/run"]
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if len(line) > WIDTH or exempt.search(line)
+    ]
+    assert wrong == []
+
+
 @pages
 def test_files_that_are_named_exist(page: Path):
     paths = {word.strip("'\"(),") for word in code(page)}

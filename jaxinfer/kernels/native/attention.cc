@@ -62,7 +62,8 @@ inline int64_t RoundUp(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 inline void PackValues(const BF16* const rows[2], int64_t dim, uint32_t* line) {
   for (int64_t d = 0; d < dim; d += kLanes) {
     const __mmask16 mask = FirstLanes(dim - d);
-    __m512i pair = rows[0] ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, rows[0] + d)) : _mm512_setzero_si512();
+    __m512i pair =
+        rows[0] ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, rows[0] + d)) : _mm512_setzero_si512();
     if (rows[1]) {
       const __m512i second = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, rows[1] + d));
       pair = _mm512_or_si512(pair, _mm512_slli_epi32(second, 16));
@@ -327,7 +328,8 @@ ffi::Error CopyBlocksImpl(ffi::AnyBuffer, ffi::Buffer<ffi::S32> sources, ffi::Bu
   char* base = static_cast<char*>(array->untyped_data());
   for (size_t i = 0; i < sources.element_count(); ++i) {
     const int64_t from = sources.typed_data()[i], to = targets.typed_data()[i];
-    if (to >= 0 && to < blocks && from >= 0 && from < blocks) std::memcpy(base + to * bytes, base + from * bytes, bytes);
+    if (to >= 0 && to < blocks && from >= 0 && from < blocks)
+      std::memcpy(base + to * bytes, base + from * bytes, bytes);
   }
   return ffi::Error::Success();
 }

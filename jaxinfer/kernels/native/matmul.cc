@@ -1,4 +1,5 @@
-// y = x w^T: rows [M, K] times weights [N, K], both as they lie in memory; or groups of rows, each times its own weights.
+// y = x w^T: rows [M, K] times weights [N, K], both as they lie in memory; or groups of rows, each times its own
+// weights.
 //
 // A few rows (decode) are bound by reading the weights: each is read once, as dot products along k. Many rows
 // (prefill) are bound by arithmetic: some weight rows at a time are transposed into a panel that stays in the
@@ -242,7 +243,8 @@ void Int8(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const ffi::AnyBuffer& 
                    [&](const Group& group, int64_t) {
                      return [&](int64_t row, int64_t column, __m512i sums, __mmask16 mask) {
                        const Quantised& own = rows[group.first + row];
-                       const __m512 exact = _mm512_cvtepi32_ps(_mm512_sub_epi32(sums, _mm512_set1_epi32(128 * own.sum)));
+                       const __m512i added = _mm512_set1_epi32(128 * own.sum);
+                       const __m512 exact = _mm512_cvtepi32_ps(_mm512_sub_epi32(sums, added));
                        const __m512 scaled = _mm512_mul_ps(exact, _mm512_set1_ps(own.scale));
                        const __m512 made = _mm512_mul_ps(scaled, Load(scales + group.matrix + column, mask));
                        Store(y + (group.result + row) * n + column, made, mask);
@@ -250,8 +252,9 @@ void Int8(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const ffi::AnyBuffer& 
                    });
 }
 
-void AnyInt8(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const ffi::AnyBuffer& w, const ffi::Buffer<ffi::F32>& scales,
-             const std::vector<Group>& groups, int64_t block, ffi::Result<ffi::AnyBuffer>& y) {
+void AnyInt8(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const ffi::AnyBuffer& w,
+             const ffi::Buffer<ffi::F32>& scales, const std::vector<Group>& groups, int64_t block,
+             ffi::Result<ffi::AnyBuffer>& y) {
   const bool half = x.element_type() == ffi::DataType::BF16;
   void* out = y->untyped_data();
   const float* s = scales.typed_data();

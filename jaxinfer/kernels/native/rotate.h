@@ -1,4 +1,5 @@
-// Rows times a Hadamard matrix in blocks of columns, as `int8_matmul.rotate`: butterflies, log2(block) additions an element.
+// Rows times a Hadamard matrix in blocks of columns, as `int8_matmul.rotate`: butterflies, log2(block) additions an
+// element.
 
 #pragma once
 

@@ -24,8 +24,8 @@ struct BF16 {
 inline __m512 ToFloat(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
 inline __m256i ToBF16(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
 
-// Each kind says how many elements a word holds, what becomes of the right operand's words when they are loaded, and how
-// words are multiplied and added up.
+// Each kind says how many elements a word holds, what becomes of the right operand's words when they are loaded, and
+// how words are multiplied and added up.
 struct KindBF16 {
   using Element = BF16;
   using Sum = __m512;
@@ -46,8 +46,8 @@ struct KindF32 {
   }
 };
 
-// The instruction multiplies unsigned with signed bytes, so the right operand is moved up by 128. That adds 128 times the
-// sum of the left operand's row, to be taken off the whole sum; int32 may overflow on the way and comes back.
+// The instruction multiplies unsigned with signed bytes, so the right operand is moved up by 128. That adds 128 times
+// the sum of the left operand's row, to be taken off the whole sum; int32 may overflow on the way and comes back.
 struct KindInt8 {
   using Element = int8_t;
   using Sum = __m512i;
@@ -152,7 +152,8 @@ inline void Store(BF16* out, __m512 x, __mmask16 mask) { _mm256_mask_storeu_epi1
 inline __m512 Load(const float* in, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, in); }
 inline __m512 Load(const BF16* in, __mmask16 mask) { return ToFloat(_mm256_maskz_loadu_epi16(mask, in)); }
 
-// 2^x; NaN stays NaN. To about one unit in the last place of float32, and for bfloat16 to a hundredth of one of its own.
+// 2^x; NaN stays NaN. To about one unit in the last place of float32, and for bfloat16 to a hundredth of one of its
+// own.
 // Polynomials of least relative error for 2^r with r in [-1/2, 1/2].
 template <typename Element>
 inline __m512 Exp2(__m512 x) {

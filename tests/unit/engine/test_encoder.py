@@ -41,7 +41,8 @@ def test_text_only_steps_have_no_encoder_inputs():
     ]
     cache, rows, edits, packed = arguments
     assert packed.shape == (sum(int(np.prod(shape)) for shape in bucket.shapes.values()),)
-    assert runner.features is None and not any(isinstance(key, Encode) for key in runner.programs.keys())  # noqa: SIM118
+    keys = runner.programs.keys()
+    assert runner.features is None and not any(isinstance(key, Encode) for key in keys)
 
 
 def test_a_prefill_with_images_has_the_pool_and_an_index_beside_it():
