@@ -122,7 +122,10 @@ def test_searches_in_a_batch_equal_searches_alone(name):
             engine.add(other)
     while engine.has_work:
         engine.step()
-    assert [found(request) for request in wanted] == expected
+    for request, beams in zip(wanted, expected, strict=True):
+        assert [tokens for tokens, _ in found(request)] == [tokens for tokens, _ in beams]
+        # Other chunks of a prompt may change the last bit of a recurrent state, and with it that of a score.
+        np.testing.assert_allclose([score for _, score in found(request)], [score for _, score in beams], rtol=1e-6)
     assert [[s.output_ids.tolist() for s in other.sequences] for other in others] == expected_others
 
 

@@ -230,7 +230,7 @@ def test_what_does_not_divide_is_named_with_remedies(tp: int, experts: int, tact
     ("changes", "message"),
     [
         (dict(activation="swish2"), "activation is 'swish2'; supported: silu"),
-        (dict(shared_gate=True), "no shared experts"),
+        (dict(shared_gate=True), "shared_gate is set without shared experts"),
         (dict(per_token=9), r"9 experts per token .*; with 8 experts "),
     ],
 )
