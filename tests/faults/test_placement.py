@@ -55,7 +55,7 @@ def user_mesh(**sizes: int) -> jax.sharding.Mesh:
             dict(placement={"*.mlp": "shard", "layers.0": "replicate", "layers.?.mlp": "replicate"}),
             r"placement: 'layers.0.mlp' is matched by '\*.mlp' \(shard\) and by 'layers.\?.mlp'",
         ),
-        (dict(placement={"*.qkv": "shard"}), "'layers.0.attention.qkv', which is part of .* match 'layers.0.attention' instead"),
+        (dict(placement={"*.qkv": "shard"}), "'layers.0.attention.qkv', which is part of a module placed as a whole"),
         (dict(placement={"*": "both"}), r"placement: the tactic of '\*' is 'both'"),
         (dict(hf_overrides={"intermediate_size": 0}), "intermediate_size"),
         (dict(hf_overrides={"num_attention_heads": -4}), "num_attention_heads"),
