@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from jaxinfer import loading as loading
     from jaxinfer import models as models
     from jaxinfer import sharding as sharding
+    from jaxinfer.async_llm import AsyncLLM as AsyncLLM
     from jaxinfer.config import EngineConfig as EngineConfig
     from jaxinfer.llm import LLM as LLM
     from jaxinfer.models.whisper.transcription import Segment as Segment
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MODULES = {
+    "AsyncLLM": "async_llm",
     "EngineConfig": "config",
     "LLM": "llm",
     "CompletionOutput": "outputs",

@@ -11,7 +11,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 from weakref import WeakSet
 
 from jaxinfer.engine.engine import Engine
@@ -30,6 +30,15 @@ AT_EXIT = 10.0
 Reply = tuple[Any, BaseException | None]
 
 
+@runtime_checkable
+class Replies(Protocol):
+    """Where the engine thread puts replies: a queue, or an object that passes them on without blocking."""
+
+    def put(self, reply: Reply) -> None:
+        """Take a reply."""
+        ...
+
+
 class Call:
     """The requests of one caller, and the condition until which the engine steps for it."""
 
@@ -37,7 +46,7 @@ class Call:
         self.requests: list[Request] = []
         self.busy: Callable[[], bool] = bool
         """While driven: returns whether the caller still waits for results."""
-        self.replies: SimpleQueue[Reply] = SimpleQueue()
+        self.replies: Any = SimpleQueue()
 
 
 class Lease:
@@ -114,6 +123,16 @@ class EngineThread:
         self._wait(call.replies, show)
         show()
 
+    def post(self, function: Callable[..., Any], *arguments: Any, done: Replies) -> None:
+        """Call a function between two steps without waiting; `done` gets its result or error on the engine thread."""
+        self._check_caller()
+        self._commands.put((function, arguments, done))
+
+    def step_for(self, call: Call) -> None:
+        """Step until `call.busy` returns False, then reply to the call; runs on the engine thread, does not wait."""
+        if call not in self._driven:
+            self._driven.append(call)
+
     def abort(self, ids: list[str]) -> None:
         """Abort requests before the next step, and wait up to `ACKNOWLEDGE` seconds for it."""
         replies: SimpleQueue[Reply] = SimpleQueue()
@@ -146,6 +165,11 @@ class EngineThread:
     def join(self, timeout: float) -> None:
         """Wait at most `timeout` seconds for the thread to end."""
         self._thread.join(timeout)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread is running."""
+        return self._thread.is_alive()
 
     @property
     def forked(self) -> bool:

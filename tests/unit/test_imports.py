@@ -30,6 +30,7 @@ TIERS = (
     {"inputs"},
     {"loading"},
     {"llm"},
+    {"async_llm"},
     {"jaxinfer"},
 )
 """The files and folders of the package, lowest first: each imports only from lines above its own."""

@@ -1,0 +1,236 @@
+"""`AsyncLLM`, the inference API for asyncio: each request is an asynchronous iterator over its outputs."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from functools import partial
+from typing import Any
+
+from jaxinfer.config import EngineConfig
+from jaxinfer.engine.metrics import Metric
+from jaxinfer.engine.runner.warmup import Warmup
+from jaxinfer.errors import EngineClosedError
+from jaxinfer.llm import CLOSED, LLM
+from jaxinfer.models.whisper.transcription import Transcript
+from jaxinfer.outputs import RequestOutput
+from jaxinfer.results.output_processor import Handle
+from jaxinfer.results.output_streams import OutputStream, StreamHub
+from jaxinfer.sampling_params import RequestOutputKind, SamplingParams
+
+INPUT_THREADS = 4
+"""Number of threads that render chats and tokenise prompts."""
+
+
+class AsyncLLM:
+    """A language model with its inference engine, for asyncio.
+
+        async with AsyncLLM(model) as llm:
+            async for output in llm.generate("Once upon a time", SamplingParams(max_tokens=32)):
+                print(output.outputs[0].text, end="", flush=True)
+
+    The engine steps on a thread of its own, and prompts are rendered and tokenised on others, so that the event loop
+    is never blocked. A consumer that is slower than the engine gets several tokens in one output. Ending the iteration
+    early (`aclose`, a cancelled task, a dropped iterator) aborts the request. Methods may be called from several event
+    loops.
+
+    Args:
+        model: as in `LLM`.
+        settings: the other arguments of `LLM`.
+
+    Raises:
+        ConfigError, CheckpointError, CapacityError, OfflineError, TypeError: as in `LLM`.
+    """
+
+    def __init__(self, model: Any, **settings: Any):
+        self._attach(LLM(model, **settings))
+
+    @classmethod
+    def of(cls, llm: LLM) -> "AsyncLLM":
+        """Return an asynchronous interface to an LLM; both share its engine, and `close` closes it."""
+        made = cls.__new__(cls)
+        made._attach(llm)
+        return made
+
+    def _attach(self, llm: LLM) -> None:
+        self._llm = llm
+        self._hub = StreamHub(llm._thread)
+        self._threads = ThreadPoolExecutor(INPUT_THREADS, thread_name_prefix="jaxinfer inputs")
+
+    @property
+    def config(self) -> EngineConfig:
+        """Settings of the engine."""
+        return self._llm.config
+
+    @property
+    def default_params(self) -> SamplingParams:
+        """Default sampling parameters of requests, from the model's generation_config.json (read-only)."""
+        return self._llm.default_params
+
+    @property
+    def max_model_len(self) -> int:
+        """Maximum tokens of a sequence, prompt and output together."""
+        return self._llm._intake.limits.max_model_len
+
+    async def generate(
+        self, prompt: Any, sampling_params: SamplingParams | None = None, *, request_id: str | None = None
+    ) -> AsyncIterator[RequestOutput]:
+        """Generate completions of one prompt and yield outputs as tokens arrive, in the form set by `output_kind`.
+
+        Args:
+            prompt: one prompt, in any form that `LLM.generate` takes.
+            sampling_params: by default `default_params`.
+            request_id: id for `abort` and in the outputs; by default a new one.
+
+        Raises:
+            TypeError, ValueError: the prompt or a parameter is invalid, or the id is in use; nothing was queued.
+            EngineDeadError: the device was lost.
+            EngineClosedError: the LLM was closed meanwhile.
+        """
+        async with aclosing(await self.add_request(prompt, sampling_params, request_id=request_id)) as stream:
+            async for output in stream:
+                yield output
+
+    async def chat(
+        self,
+        messages: Any,
+        sampling_params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        **options: Any,
+    ) -> AsyncIterator[RequestOutput]:
+        """Answer one conversation and yield outputs as tokens arrive, like `generate`.
+
+        Args:
+            messages: the messages of one conversation, as in `LLM.chat`.
+            sampling_params: as in `LLM.chat`: without `max_tokens` if omitted.
+            request_id: as in `generate`.
+            options: `chat_template`, `add_generation_prompt`, `continue_final_message`, `tools` and
+                `chat_template_kwargs` of `LLM.chat`.
+        """
+        async with aclosing(await self.add_chat(messages, sampling_params, request_id=request_id, **options)) as stream:
+            async for output in stream:
+                yield output
+
+    async def add_request(
+        self, prompt: Any, sampling_params: SamplingParams | None = None, *, request_id: str | None = None
+    ) -> OutputStream:
+        """Check and queue one prompt, and return its outputs; arguments and errors are those of `generate`.
+
+        The errors of invalid input are raised here, before the first token.
+        """
+        return await self._add(partial(self._parse, prompt, sampling_params), request_id)
+
+    async def add_chat(
+        self,
+        messages: Any,
+        sampling_params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool | str = False,
+        tools: Sequence[Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> OutputStream:
+        """Render and queue one conversation and return its outputs; arguments and errors are those of `chat`."""
+        render = partial(
+            self._render,
+            messages,
+            sampling_params,
+            chat_template=chat_template,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            tools=tools,
+            chat_template_kwargs=chat_template_kwargs,
+        )
+        return await self._add(render, request_id)
+
+    def _parse(self, prompt: Any, params: SamplingParams | None) -> Handle:
+        return self._handle(self._llm._intake.parse(prompt), params)
+
+    def _render(self, messages: Any, params: SamplingParams | None, **options: Any) -> Handle:
+        intake = self._llm._intake
+        return self._handle(intake.render(messages, **options), intake.chat_params(params))
+
+    def _handle(self, prompts: Sequence[Any], params: SamplingParams | None) -> Handle:
+        """Make the unqueued request of a call's only prompt, with its output processor."""
+        if len(prompts) != 1:
+            raise ValueError(f"a request has one prompt, got {len(prompts)}: make a request for each")
+        [prompt], [request] = prompts, self._llm._intake.requests(prompts, params)
+        streaming = request.params.output_kind is not RequestOutputKind.FINAL_ONLY
+        handle = Handle(request, prompt.text, self._llm._tokenizer, streaming=streaming)
+        handle.read = None if prompt.encoder is None else prompt.encoder.text
+        return handle
+
+    async def _add(self, prepare: Callable[[], Handle], request_id: str | None) -> OutputStream:
+        if request_id is not None and (not isinstance(request_id, str) or not request_id):
+            raise TypeError(f"request_id must be a string that is not empty, got {request_id!r}")
+        handle = await self._run(prepare)
+        if request_id is not None:
+            handle.request.id = request_id
+        stream = OutputStream(handle, self._hub)
+        await stream.queue()
+        return stream
+
+    async def _run(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call a function on a thread for inputs."""
+        self._llm._check_open()
+        try:
+            waiting = asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
+        except RuntimeError:  # closed by another thread meanwhile
+            raise EngineClosedError(CLOSED) from None
+        return await waiting
+
+    async def tokenize(self, prompt: Any) -> list[int]:
+        """Return the token ids of one prompt as the model gets them; arguments and errors are those of `generate`."""
+        return (await self._run(self._parse, prompt, None)).request.prompt.tolist()
+
+    async def tokenize_chat(self, messages: Any, **options: Any) -> list[int]:
+        """Return the token ids of one conversation; arguments and errors are those of `chat`."""
+        return (await self._run(partial(self._render, messages, None, **options))).request.prompt.tolist()
+
+    async def transcribe(self, audio: Any, sampling_params: SamplingParams | None = None, **options: Any) -> Transcript:
+        """Transcribe one recording; arguments and errors are those of `LLM.transcribe`."""
+        call = partial(self._llm.transcribe, audio, sampling_params, use_tqdm=False, **options)
+        self._llm._check_open()
+        return (await asyncio.to_thread(call))[0]
+
+    async def abort(self, request_id: str | Sequence[str]) -> None:
+        """Abort one request or a list of requests before the next step; their `finish_reason` is "abort".
+
+        Ids of unknown or finished requests are ignored.
+        """
+        await self._run(self._llm.abort, request_id)
+
+    def get_tokenizer(self) -> Any:
+        """Return the transformers tokenizer; None with `skip_tokenizer_init`."""
+        return self._llm.get_tokenizer()
+
+    def get_metrics(self) -> list[Metric]:
+        """Return current counters, gauges and histograms without waiting for a running or compiling step."""
+        return self._llm.get_metrics()
+
+    async def warmup(self, **options: Any) -> Warmup:
+        """Compile all step programs ahead of time; arguments are those of `LLM.warmup`."""
+        return await self._run(partial(self._llm.warmup, **options))
+
+    async def reset_prefix_cache(self) -> None:
+        """Clear the prefix cache."""
+        await self._run(self._llm.reset_prefix_cache)
+
+    def follow(self) -> None:
+        """Replay the steps of process 0, as `LLM.follow`; blocks until process 0 closes its LLM."""
+        self._llm.follow()
+
+    async def close(self) -> None:
+        """Abort all requests and free the cache's memory; streams raise EngineClosedError. Further calls do nothing."""
+        self._hub.end_all(EngineClosedError(CLOSED))
+        await asyncio.to_thread(self._llm.close)
+        self._threads.shutdown(wait=False)
+
+    async def __aenter__(self) -> "AsyncLLM":
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self.close()
