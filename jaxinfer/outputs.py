@@ -29,7 +29,7 @@ class Logprob:
 
 
 @dataclass(frozen=True)
-class KindHit:
+class CacheHit:
     """Longest prompt prefix that layers of one kind could reuse; the hit is the longest common to all kinds."""
 
     kind: str
@@ -60,7 +60,7 @@ class RequestMetrics:
     """Why no more of the prompt was found in the prefix cache: "below one block", "absent", "evicted under
     pressure", "window evicted", "no snapshot at that boundary", "salt differs", "collision" or "complete".
     """
-    cache_hits: tuple[KindHit, ...] = ()
+    cache_hits: tuple[CacheHit, ...] = ()
     """Longest reusable prefix for each kind of layer."""
     clamped_max_tokens: int | None = None
     """Maximum number of new tokens of a sample, if the cache holds fewer than `max_tokens`; else None."""

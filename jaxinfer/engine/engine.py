@@ -227,10 +227,12 @@ class Engine:
 
     def _take_tokens(self, result: Result) -> None:
         """Append sampled tokens to their sequences; inline fast path for tokens that need no other handling."""
-        sampled, lanes, size = result.sampled, result.lanes, self.runner.shapes.block_size
-        tokens = np.asarray(sampled.tokens)[lanes].tolist()
-        beside = None if sampled.logprobs is None else Logprobs(*(np.asarray(c)[lanes] for c in sampled.logprobs))
-        offers = None if sampled.candidates is None else [np.asarray(c)[lanes] for c in sampled.candidates]
+        sampled, batch_indices, size = result.sampled, result.batch_indices, self.runner.shapes.block_size
+        tokens = np.asarray(sampled.tokens)[batch_indices].tolist()
+        beside = (
+            None if sampled.logprobs is None else Logprobs(*(np.asarray(c)[batch_indices] for c in sampled.logprobs))
+        )
+        offers = None if sampled.candidates is None else [np.asarray(c)[batch_indices] for c in sampled.candidates]
         finished, made = Status.FINISHED, 0
         for i, (sequence, token) in enumerate(zip(result.samples, tokens, strict=True)):
             sequence.pending -= 1

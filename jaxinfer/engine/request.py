@@ -16,7 +16,7 @@ from jaxinfer.engine.sampling.sampling_rows import Level, SamplingRows, pack_row
 from jaxinfer.kv.cross_cache import Encoded
 from jaxinfer.kv.prefix import NO_EXTRAS, Extras, root
 from jaxinfer.media import CrossInputs, PlacedInputs
-from jaxinfer.outputs import KindHit
+from jaxinfer.outputs import CacheHit
 from jaxinfer.sampling_params import SamplingParams
 
 _arrivals = itertools.count()
@@ -96,7 +96,7 @@ class Request:
     cached_tokens: int = 0
     """Number of prompt tokens found in the prefix cache."""
     miss_reason: str | None = None
-    hits: tuple[KindHit, ...] = ()
+    hits: tuple[CacheHit, ...] = ()
     """Prompt tokens that each kind of layer could have reused from the prefix cache."""
     error: str | None = None
     stop_ids: frozenset[int] = field(init=False)

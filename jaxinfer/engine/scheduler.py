@@ -245,13 +245,13 @@ class Scheduler:
         hit = manager.lookup(tokens[:0] if skip else tokens, sequence.digests, sequence.root, request.extras)
         row, found = self.free_rows[-1], hit.blocks * manager.block_size
         offer, encoded = self.encoding.offer(sequence, found), manager.lookup_encoded(request.encoded)
-        reach = min(sequence.length, found + budget)
+        chunk_end = min(sequence.length, found + budget)
         if encoded.missing and not self.encoding.has_room(request.cross, self.limits.encode_units):
             return False
         if not offer.fits:
             return False
-        if not manager.admit(row, hit, sequence.length, reach, encoded):
-            sequence.needed_blocks = manager.needed(hit, sequence.length, reach, encoded)
+        if not manager.admit(row, hit, sequence.length, chunk_end, encoded):
+            sequence.needed_blocks = manager.needed(hit, sequence.length, chunk_end, encoded)
             sequence.unknown = None if skip else next(iter(sequence.digests[hit.known : hit.known + 1]), None)
             return False
         self._take_row(sequence)

@@ -28,7 +28,7 @@ import numpy as np
 from jaxinfer import functional
 from jaxinfer.errors import CacheConsumedError, CapacityError, ConfigError
 from jaxinfer.functional import DecodeBatch, PrefillBatch, Program
-from jaxinfer.kernels.attention.paged import Cache, Lane
+from jaxinfer.kernels.attention.paged import Cache, KVCache
 from jaxinfer.kernels.attention.xla_attention import item_keys
 from jaxinfer.kv import contiguous
 from jaxinfer.kv import groups as kv_groups
@@ -43,7 +43,7 @@ class GrowingCache:
     """Keys and values of R rows with room for `capacity` positions each; an immutable value that `append` consumes."""
 
     program: Program
-    lanes: Cache
+    arrays: Cache
     """Keys and values, `[N, K, P, D]`."""
     regions: Regions
     """Layout of the rows' blocks."""
@@ -74,8 +74,8 @@ class GrowingCache:
                 "LLM(model, cache='contiguous')"
             )
         regions = Regions(rows, -(-capacity // step), layout.groups)
-        lanes = functional.init_cache(program, regions.blocks, step)
-        return cls(program, lanes, regions, (0,) * rows)
+        arrays = functional.init_cache(program, regions.blocks, step)
+        return cls(program, arrays, regions, (0,) * rows)
 
     @classmethod
     def adopt(
@@ -103,8 +103,8 @@ class GrowingCache:
         rows, _, length, _ = np.shape(layers[0][0])
         empty, places = cls.reserve(program, rows, capacity, step), program.layout.places
         for number, (layer, place) in enumerate(zip(layers, places, strict=True)):
-            lane = empty.lanes[place.lane]
-            for name, given, array in zip(("keys", "values"), layer, lane, strict=True):
+            pair = empty.arrays[place.array]
+            for name, given, array in zip(("keys", "values"), layer, pair, strict=True):
                 expected = None if array is None else (rows, array.shape[1], length, array.shape[3])
                 found = None if given is None else np.shape(given)
                 if found != expected:
@@ -115,11 +115,11 @@ class GrowingCache:
         if len(counts) != rows or not all(0 <= count <= length for count in counts):
             raise ConfigError(f"lengths must be {rows} integers in [0, {length}], got {counts}")
         empty._check_room((length,) * rows)
-        lanes = list(empty.lanes)
+        arrays = list(empty.arrays)
         tables = empty._tables()
         for place, layer in zip(places, layers, strict=True):
-            lanes[place.lane] = _fill(lanes[place.lane], layer, tables[place.group])
-        return replace(empty, lanes=lanes, lengths=counts)
+            arrays[place.array] = _fill(arrays[place.array], layer, tables[place.group])
+        return replace(empty, arrays=arrays, lengths=counts)
 
     @property
     def capacity(self) -> int:
@@ -129,11 +129,11 @@ class GrowingCache:
     @property
     def nbytes(self) -> int:
         """Allocated bytes over all devices, used or not."""
-        return sum(array.nbytes for array in jax.tree.leaves(self.lanes))
+        return sum(array.nbytes for array in jax.tree.leaves(self.arrays))
 
     @property
     def _step(self) -> int:
-        return self.lanes[0].keys.shape[2]
+        return self.arrays[0].keys.shape[2]
 
     def _tables(self) -> np.ndarray:
         return self.regions.tables(np.arange(self.regions.rows), self.regions.width)
@@ -143,13 +143,13 @@ class GrowingCache:
         self._check_there()
         place, length = self.program.layout.places[number], max(self.lengths) if length is None else length
         table = self._tables()[place.group]
-        keys, values = jax.tree.map(lambda array: contiguous.read(array, table, length), self.lanes[place.lane])
+        keys, values = jax.tree.map(lambda array: contiguous.read(array, table, length), self.arrays[place.array])
         return keys, values
 
     def copy(self) -> "GrowingCache":
         """Copy the cache to new memory."""
         self._check_there()
-        return replace(self, lanes=jax.tree.map(jnp.copy, self.lanes))
+        return replace(self, arrays=jax.tree.map(jnp.copy, self.arrays))
 
     def append(self, params: Sequence[jax.Array], tokens: Any) -> tuple[jax.Array, "GrowingCache"]:
         """Run the model over new tokens.
@@ -176,7 +176,9 @@ class GrowingCache:
         if max(map(len, new)) == 1:
             positions = np.array(self.lengths, np.int32)
             width = self.read_width(max(lengths))
-            logits, lanes = _one(self.program, self.regions, width, params, self.lanes, np.concatenate(new), positions)
+            logits, arrays = _one(
+                self.program, self.regions, width, params, self.arrays, np.concatenate(new), positions
+            )
         else:
             total = LEAST_TOKENS
             while total < sum(map(len, new)):
@@ -184,8 +186,8 @@ class GrowingCache:
             chunks = [(row, old, length) for row, old, length in zip(new, self.lengths, lengths, strict=True)]
             empty = np.zeros((len(new), 0), np.int32)
             batch = functional.prefill_batch(chunks, empty, tokens=total, tile=self.program.tile)
-            logits, lanes = _several(self.program, self.regions, params, self.lanes, batch)
-        return logits, replace(self, lanes=lanes, lengths=lengths)
+            logits, arrays = _several(self.program, self.regions, params, self.arrays, batch)
+        return logits, replace(self, arrays=arrays, lengths=lengths)
 
     def read_width(self, length: int) -> int:
         """Return the number of blocks read by the step that makes a row `length` positions long.
@@ -198,7 +200,7 @@ class GrowingCache:
         return next(width for width in self.regions.widths(least) if width * self._step >= length)
 
     def _check_there(self) -> None:
-        if any(array.is_deleted() for array in jax.tree.leaves(self.lanes)):
+        if any(array.is_deleted() for array in jax.tree.leaves(self.arrays)):
             raise CacheConsumedError(
                 f"this cache of {max(self.lengths)} positions was consumed by append; use the cache that append "
                 "returned, or append to a copy() to keep both"
@@ -214,8 +216,8 @@ class GrowingCache:
 
 
 @partial(jax.jit, donate_argnums=0)
-def _fill(lane: Lane, layer: Sequence[jax.Array | None], table: jax.Array) -> Lane:
-    return jax.tree.map(lambda array, given: contiguous.fill(array, given, table), lane, Lane(*layer))
+def _fill(pair: KVCache, layer: Sequence[jax.Array | None], table: jax.Array) -> KVCache:
+    return jax.tree.map(lambda array, given: contiguous.fill(array, given, table), pair, KVCache(*layer))
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
@@ -224,17 +226,17 @@ def _one(
     regions: Regions,
     width: int,
     params: Sequence[jax.Array],
-    lanes: Cache,
+    arrays: Cache,
     tokens: jax.Array,
     positions: jax.Array,
 ) -> tuple[jax.Array, Cache]:
     tables = regions.tables(jnp.arange(regions.rows), width)
-    return functional.decode(program, params, lanes, DecodeBatch(tokens, positions, tables))
+    return functional.decode(program, params, arrays, DecodeBatch(tokens, positions, tables))
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def _several(
-    program: Program, regions: Regions, params: Sequence[jax.Array], lanes: Cache, batch: PrefillBatch
+    program: Program, regions: Regions, params: Sequence[jax.Array], arrays: Cache, batch: PrefillBatch
 ) -> tuple[jax.Array, Cache]:
     tables = regions.tables(jnp.arange(regions.rows), regions.width)
-    return functional.prefill(program, params, lanes, replace(batch, tables=tables))
+    return functional.prefill(program, params, arrays, replace(batch, tables=tables))

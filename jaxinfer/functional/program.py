@@ -177,7 +177,7 @@ def encode_step(program: Program, batch: EncodeBatch) -> EncodeStep:
         mesh=program.mesh,
         kernel=program.kernel,
         tile=batch.tile,
-        places=tuple(Place(place.group - first, place.lane) for place in program.layout.places),
+        places=tuple(Place(place.group - first, place.array) for place in program.layout.places),
     )
 
 
@@ -192,8 +192,10 @@ def init_cache(program: Program, num_blocks: int, block_size: int = 16, slots: i
 
 def abstract_cache(program: Program, num_blocks: int, block_size: int, slots: int = 1) -> Cache:
     """Return shapes and shardings of `init_cache` without allocating it."""
-    kept = program.layout
-    return kv_cache.abstract((*kept.lanes, *kept.states), num_blocks, block_size, program.dtype, program.mesh, slots)
+    cache_layout = program.layout
+    return kv_cache.abstract(
+        (*cache_layout.array_specs, *cache_layout.states), num_blocks, block_size, program.dtype, program.mesh, slots
+    )
 
 
 @partial(

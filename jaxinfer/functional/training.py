@@ -45,24 +45,24 @@ def logits(module: LanguageModel, tokens: jax.Array) -> jax.Array:
     Shorter sequences are padded at the end with any ids, which no earlier token sees.
     """
     batch, length = tokens.shape
-    mesh, kept = make_mesh(1), layout(tuple(module.cache_specs()))
+    mesh, cache_layout = make_mesh(1), layout(tuple(module.cache_specs()))
     whole, positions = Whole(length), jnp.tile(jnp.arange(length, dtype=jnp.int32), batch)
     step = StepContext(
         positions=positions,
         real=jnp.ones(batch * length, bool),
         rope_lengths=jnp.full(batch * length, length, jnp.int32),
-        groups=(GroupStep(None, whole),) * kept.groups,
+        groups=(GroupStep(None, whole),) * cache_layout.groups,
         mesh=mesh,
         kernel=attention.WHOLE,
-        places=kept.places,
+        places=cache_layout.places,
         states=whole,
     )
-    hidden, _ = module(tokens.reshape(-1), step, _nothing(module, kept.lanes, kept.states))
+    hidden, _ = module(tokens.reshape(-1), step, _nothing(module, cache_layout.array_specs, cache_layout.states))
     return module.logits(hidden).reshape(batch, length, -1)[..., : module.config.vocab_size]
 
 
-def _nothing(module: LanguageModel, lanes: tuple, states: tuple) -> Cache:
+def _nothing(module: LanguageModel, cache: tuple, states: tuple) -> Cache:
     """Allocate a cache of one position, which layers pass through unused."""
     dtype = module.embedding.dtype
-    shapes = kv_cache.abstract((*lanes, *states), 1, 1, dtype, make_mesh(1), 1)
+    shapes = kv_cache.abstract((*cache, *states), 1, 1, dtype, make_mesh(1), 1)
     return jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)

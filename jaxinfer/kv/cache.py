@@ -8,12 +8,12 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
 from jaxinfer.kernels.attention import native_attention
-from jaxinfer.kernels.attention.paged import Cache, Lane
+from jaxinfer.kernels.attention.paged import Cache, KVCache
 from jaxinfer.kv.spec import Full, Latent, State, StateArray
 from jaxinfer.sharding import axes, rules
 from jaxinfer.sharding import mesh as meshes
 
-LANE_AXES = (axes.BLOCKS, axes.KV_HEADS, axes.BLOCK, axes.HEAD_DIM)
+CACHE_AXES = (axes.BLOCKS, axes.KV_HEADS, axes.BLOCK, axes.HEAD_DIM)
 """Logical axes of one cache array `[N, K, P, D]`."""
 
 
@@ -36,21 +36,20 @@ def abstract(
         slots: state slots of recurrent layers.
 
     Returns:
-        One entry per layer: a `Lane` of arrays `[N, K, P, D]` (values are None for `Latent`), or for a recurrent layer
-            its own
-        arrays `[slots, ...]`.
+        One entry per layer: a `KVCache` of arrays `[N, K, P, D]` (values are None for `Latent`), or for a recurrent
+        layer its own arrays `[slots, ...]`.
     """
-    lanes = []
+    cache = []
     for layer, spec in enumerate(specs):
         if isinstance(spec, State):
             make = partial(_state_array, spec, slots, mesh, f"state of layer {layer}")
-            lanes.append(jax.tree.map(make, spec.arrays, is_leaf=lambda x: isinstance(x, StateArray)))
+            cache.append(jax.tree.map(make, spec.arrays, is_leaf=lambda x: isinstance(x, StateArray)))
             continue
         shape = (num_blocks, spec.heads_on(meshes.size(mesh)), block_size, spec.head_dim)
-        placed = rules.sharding(mesh, LANE_AXES, shape, f"cache of layer {layer}", replicated=spec.replicated)
+        placed = rules.sharding(mesh, CACHE_AXES, shape, f"cache of layer {layer}", replicated=spec.replicated)
         array = jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
-        lanes.append(Lane(array, None if isinstance(spec, Latent) else array))
-    return lanes
+        cache.append(KVCache(array, None if isinstance(spec, Latent) else array))
+    return cache
 
 
 def _state_array(
@@ -61,9 +60,9 @@ def _state_array(
     return jax.ShapeDtypeStruct(shape, array.dtype, sharding=placed)
 
 
-def allocate(lanes: Cache) -> Cache:
+def allocate(cache: Cache) -> Cache:
     """Allocate zeroed arrays of these shapes, each on the devices that own it."""
-    return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype, device=a.sharding), lanes)
+    return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype, device=a.sharding), cache)
 
 
 def block_bytes(specs: Sequence[Full], block_size: int, dtype: jnp.dtype, mesh: Mesh | AbstractMesh) -> int:
@@ -77,13 +76,13 @@ def slot_bytes(specs: Sequence[State], mesh: Mesh | AbstractMesh) -> int:
     return meshes.copies(mesh) * sum(spec.slot_bytes(meshes.size(mesh)) for spec in specs)
 
 
-def copy_blocks(lanes: Cache, sources: jax.Array, targets: jax.Array, *, native: bool = False) -> Cache:
+def copy_blocks(cache: Cache, sources: jax.Array, targets: jax.Array, *, native: bool = False) -> Cache:
     """Copy block `sources[i]` to `targets[i]` in every cache array; targets >= N are padding and dropped.
 
     Copies all copy-on-write blocks of a step in one call, before the step writes. No target may also be a source.
 
     Args:
-        lanes: the cache arrays.
+        cache: the cache arrays.
         sources: block ids to read, `[n]` int32.
         targets: block ids to write, `[n]` int32.
         native: use the native CPU kernel, which handles arrays on a single device.
@@ -94,4 +93,4 @@ def copy_blocks(lanes: Cache, sources: jax.Array, targets: jax.Array, *, native:
             return native_attention.copy_blocks(array, sources, targets)
         return array.at[targets].set(array.at[sources].get(mode="clip"), mode="drop")
 
-    return [jax.tree.map(copy, lane) if isinstance(lane, Lane) else lane for lane in lanes]
+    return [jax.tree.map(copy, layer) if isinstance(layer, KVCache) else layer for layer in cache]

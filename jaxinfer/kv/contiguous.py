@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinfer.kv import prefix_match
-from jaxinfer.kv.cross_cache import NOTHING_READ, Encoded, EncodedBlocks, EncodedHit
+from jaxinfer.kv.cross_cache import NO_ENCODER_INPUT, Encoded, EncodedBlocks, EncodedHit
 from jaxinfer.kv.groups import SINGLE, KindGroups, own
 from jaxinfer.kv.pool import PoolInvariantError
 from jaxinfer.kv.prefix import PrefixIndex
@@ -109,7 +109,7 @@ class RowManager:
         self.encoded = EncodedBlocks(kinds, PrefixIndex(block_size, kinds=len(kinds)), prefix_caching=False)
         self.states: RecurrentStates | None = None
         if state_slots:
-            self.states = RecurrentStates(state_slots, regions.rows, PrefixIndex(block_size), 0, keep=False)
+            self.states = RecurrentStates(state_slots, regions.rows, PrefixIndex(block_size), 0, snapshots=False)
         self.block_size = block_size
         self._forks: dict[int, int] = {}
         """Maps a row forked since the last step to the row it is to be copied from."""
@@ -128,7 +128,7 @@ class RowManager:
         return self.encoded.lookup(content, np.empty(0, bool))
 
     def admit(
-        self, row: int, _hit: Hit, _tokens: int, _reach: int | None = None, encoded: EncodedHit = NOTHING_READ
+        self, row: int, _hit: Hit, _tokens: int, _chunk_end: int | None = None, encoded: EncodedHit = NO_ENCODER_INPUT
     ) -> bool:
         """Assign an empty row to a sequence; False if a pending fork still has to be copied from that row."""
         if row in self._forks.values():

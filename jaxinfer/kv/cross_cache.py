@@ -89,7 +89,7 @@ class EncodedHit(NamedTuple):
         return 0 if self.content is None else self.content.length
 
 
-NOTHING_READ = EncodedHit(np.empty((0, 0), np.int32), None)
+NO_ENCODER_INPUT = EncodedHit(np.empty((0, 0), np.int32), None)
 
 
 class EncodedBlocks:
@@ -119,7 +119,7 @@ class EncodedBlocks:
             published: the pool's flags of published blocks, `[N]` bool.
         """
         if self.kind is None:
-            return NOTHING_READ
+            return NO_ENCODER_INPUT
         if content is None:
             return EncodedHit(np.empty((self.kind.count, 0), np.int32), None)
         nothing = EncodedHit(np.empty((self.kind.count, 0), np.int32), content, self.kind.count * content.blocks)

@@ -105,9 +105,9 @@ def release(pool: FeaturePool, digests: Iterable[bytes]) -> FeaturePool:
 
 def forget(pool: FeaturePool) -> FeaturePool:
     """Drop all unpinned inputs, as after a weight update."""
-    kept = {digest: entry for digest, entry in pool.entries.items() if entry.pins}
-    gone = (slot for digest, entry in pool.entries.items() if digest not in kept for slot in entry.slots)
-    return replace(pool, free=(*pool.free, *gone), entries=kept)
+    pinned = {digest: entry for digest, entry in pool.entries.items() if entry.pins}
+    gone = (slot for digest, entry in pool.entries.items() if digest not in pinned for slot in entry.slots)
+    return replace(pool, free=(*pool.free, *gone), entries=pinned)
 
 
 def check(pool: FeaturePool, holders: Iterable[Iterable[bytes]]) -> None:

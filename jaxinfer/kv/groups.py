@@ -1,6 +1,6 @@
 """Assignment of layers to cache arrays and to groups, which share block tables.
 
-There are `g` cache arrays (`lanes`). The layers of each kind are cut into groups of `g` in layer order, the last group
+There are `g` cache arrays. The layers of each kind are cut into groups of `g` in layer order, the last group
 maybe smaller; layer i of every group uses array i. A block id addresses a block in all arrays and belongs to one group
 at a time, so one pool of ids is an elastic memory budget: blocks that sliding-window layers do not need serve
 full-attention layers. A kind with m groups takes m ids for each logical block; they are allocated, reference-counted,
@@ -21,7 +21,7 @@ from typing import NamedTuple
 from jaxinfer.errors import ConfigError
 from jaxinfer.kv.spec import Full, Kind, State
 
-MOST_PADDING = 0.03
+MAX_PADDING = 0.03
 """Largest allowed ratio of unused (group, array) places to layers: each wastes one layer's memory in every block."""
 
 
@@ -30,7 +30,7 @@ class Place(NamedTuple):
 
     group: int
     """Group, i.e. block table, of the layer; -1 for recurrent layers, which have none."""
-    lane: int
+    array: int
     """Index of the layer's array in the cache."""
 
 
@@ -69,7 +69,7 @@ class Layout:
 
     places: tuple[Place, ...]
     """Place of each layer."""
-    lanes: tuple[Full, ...]
+    array_specs: tuple[Full, ...]
     """Spec of each cache array."""
     kinds: tuple[KindGroups, ...]
     states: tuple[State, ...] = ()
@@ -102,7 +102,7 @@ def layout(specs: tuple[Full | State, ...]) -> Layout:
     for number, spec in enumerate(specs):
         if not isinstance(spec, State):
             layers.setdefault(spec.kind, []).append(number)
-    most = MOST_PADDING * (len(specs) - len(states))
+    most = MAX_PADDING * (len(specs) - len(states))
     sizes = [size for size in range(len(specs), 0, -1) if _padding(layers, size) <= most]
     fitting = next((size for size in sizes if _clash(specs, layers, size) is None), None)
     if fitting is None:
@@ -120,8 +120,8 @@ def layout(specs: tuple[Full | State, ...]) -> Layout:
         groups += kinds[-1].count
     for index, number in enumerate(n for n, spec in enumerate(specs) if isinstance(spec, State)):
         places[number] = Place(-1, fitting + index)
-    lanes = {place.lane: spec.lane for place, spec in zip(places, specs, strict=True) if place.group >= 0}
-    return Layout(tuple(places), tuple(lanes[lane] for lane in range(fitting)), tuple(kinds), states)
+    specs_of = {place.array: spec.array_spec for place, spec in zip(places, specs, strict=True) if place.group >= 0}
+    return Layout(tuple(places), tuple(specs_of[index] for index in range(fitting)), tuple(kinds), states)
 
 
 def _padding(layers: dict[Kind, list[int]], size: int) -> float:
@@ -137,7 +137,7 @@ def _clash(specs: Sequence[Full | State], layers: dict[Kind, list[int]], size: i
     for members in layers.values():
         for index, number in enumerate(members):
             owner = owners.setdefault(index % size, number)
-            if specs[owner].lane != specs[number].lane:
+            if specs[owner].array_spec != specs[number].array_spec:
                 return owner, number
     return None
 
@@ -180,18 +180,20 @@ def blocks_of_beams(
             total += kind.count * -(-read // block_size)
             continue
         held = _most_blocks(kind.kind, tokens, block_size, 1)
-        apart = min(held, -(-tokens // block_size) - prompt // block_size)
-        total += kind.count * max(_most_blocks(kind.kind, tokens, block_size, chunk), held - apart + width * apart)
+        unshared = min(held, -(-tokens // block_size) - prompt // block_size)
+        total += kind.count * max(
+            _most_blocks(kind.kind, tokens, block_size, chunk), held - unshared + width * unshared
+        )
     return total
 
 
 def _most_blocks(kind: Kind, tokens: int, block_size: int, chunk: int) -> int:
     every = -(-tokens // block_size)
-    if kind.whole:
+    if kind.keeps_all:
         return every
-    kept = tokens - kind.first_needed(tokens)  # positions still read, before the chunk
+    needed = tokens - kind.first_needed(tokens)  # positions still read, before the chunk
     # The range may start and end in the middle of a block.
-    return min(every, -(-(kept + min(chunk, tokens)) // block_size) + 1)
+    return min(every, -(-(needed + min(chunk, tokens)) // block_size) + 1)
 
 
 def longest(kinds: Sequence[KindGroups], num_blocks: int, block_size: int, chunk: int, most: int, read: int = 0) -> int:

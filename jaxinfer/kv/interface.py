@@ -41,14 +41,14 @@ class CacheManager(Protocol):
         """Find the blocks of an encoder input."""
         ...
 
-    def admit(self, row: int, hit: Hit, tokens: int, reach: int | None, encoded: EncodedHit) -> bool:
+    def admit(self, row: int, hit: Hit, tokens: int, chunk_end: int | None, encoded: EncodedHit) -> bool:
         """Admit a sequence of `tokens` positions to an empty row; False if there is no room.
 
-        Kinds that are filled chunk by chunk get blocks up to position `reach` only.
+        Kinds that are filled chunk by chunk get blocks up to position `chunk_end` only.
         """
         ...
 
-    def needed(self, hit: Hit, tokens: int, reach: int | None, encoded: EncodedHit) -> int:
+    def needed(self, hit: Hit, tokens: int, chunk_end: int | None, encoded: EncodedHit) -> int:
         """Return the available blocks that `admit` with these arguments needs; 0 if admission needs no blocks."""
         ...
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxinfer.kv import pool as pools
 from jaxinfer.kv import prefix_match
-from jaxinfer.kv.cross_cache import NOTHING_READ, Encoded, EncodedBlocks, EncodedHit
+from jaxinfer.kv.cross_cache import NO_ENCODER_INPUT, Encoded, EncodedBlocks, EncodedHit
 from jaxinfer.kv.groups import SINGLE, KindGroups, count, own
 from jaxinfer.kv.pool import BlockPool, EvictFirst
 from jaxinfer.kv.prefix import NO_EXTRAS, TOKEN_BYTES, Extras, PrefixIndex, as_bytes
@@ -57,7 +57,7 @@ class BlockManager:
         self.states: RecurrentStates | None = None
         """State slots of recurrent layers; None if the model has none."""
         if state_slots:
-            self.states = RecurrentStates(state_slots, rows, self.index, num_blocks, keep=prefix_caching)
+            self.states = RecurrentStates(state_slots, rows, self.index, num_blocks, snapshots=prefix_caching)
         self.block_size = block_size
         self.prefix_caching = prefix_caching
         self.boundaries = np.zeros((2, rows), np.int32)
@@ -65,18 +65,18 @@ class BlockManager:
         diverges from earlier prompts, and all but its last token. The windows before these ends are kept in the prefix
         cache."""
         self._groups, self._spans = count(kinds), [kind.span for kind in self.kinds]
-        self._moving = [k for k, kind in enumerate(self.kinds) if not kind.kind.whole]
+        self._windowed = [k for k, kind in enumerate(self.kinds) if not kind.kind.keeps_all]
         """Indices of kinds whose first needed position advances with the sequence."""
-        self._cold = EvictFirst()
+        self._evict_first = EvictFirst()
         self._evicted: list[np.ndarray] = []
-        self._entered: list[int] = []
+        self._newly_published: list[int] = []
 
     @property
     def pool(self) -> BlockPool:
         """The current pool. Blocks published since the last access are marked here in one batch."""
-        if self._entered:
-            self._pool = pools.publish(self._pool, np.array(self._entered, np.int32))
-            self._entered = []
+        if self._newly_published:
+            self._pool = pools.publish(self._pool, np.array(self._newly_published, np.int32))
+            self._newly_published = []
         return self._pool
 
     @pool.setter
@@ -114,17 +114,17 @@ class BlockManager:
         return self.encoded.lookup(content, self.pool.published)
 
     def admit(
-        self, row: int, hit: Hit, tokens: int, reach: int | None = None, encoded: EncodedHit = NOTHING_READ
+        self, row: int, hit: Hit, tokens: int, chunk_end: int | None = None, encoded: EncodedHit = NO_ENCODER_INPUT
     ) -> bool:
         """Give a row the blocks of its hits and new blocks for the rest of `tokens` positions, or nothing at all.
 
-        Kinds that are filled chunk by chunk get blocks up to position `reach` only; `extend` takes the rest.
+        Kinds that are filled chunk by chunk get blocks up to position `chunk_end` only; `extend` takes the rest.
 
         Args:
             row: an empty row.
             hit: the prefix hit.
             tokens: positions of the sequence.
-            reach: positions to allocate for now; None for all.
+            chunk_end: positions to allocate for now; None for all.
             encoded: the encoder input's hit.
 
         Returns:
@@ -134,12 +134,12 @@ class BlockManager:
         shared = np.concatenate([own.T.ravel(), encoded.ids.T.ravel()])
         shared = shared[shared >= 0]
         pool = pools.share(self.pool, shared)
-        ends, wanted = self._wanted(hit, tokens, reach)
+        ends, wanted = self._wanted(hit, tokens, chunk_end)
         taken = self._allocate(pool, sum(wanted) + encoded.missing)
         if taken is None:
             return False
         self.pool, ids = taken
-        self._cold.drop(shared)
+        self._evict_first.drop(shared)
         *own_ids, read = np.split(ids, np.cumsum(wanted))
         read = self.encoded.take(row, encoded, read)
         table = np.full((self._groups, max(hit.blocks, *ends, read.shape[1])), -1, np.int32)
@@ -154,19 +154,21 @@ class BlockManager:
             self.states.admit(row, snapshot, hit.blocks, self.boundaries[:, row].tolist())
         return True
 
-    def needed(self, hit: Hit, tokens: int, reach: int | None = None, encoded: EncodedHit = NOTHING_READ) -> int:
+    def needed(
+        self, hit: Hit, tokens: int, chunk_end: int | None = None, encoded: EncodedHit = NO_ENCODER_INPUT
+    ) -> int:
         """Return the available blocks that `admit` with the same arguments needs.
 
         Counts new blocks, and hit blocks that no sequence holds.
         """
         shared = np.concatenate([hit.ids[: count(self.kinds)].ravel(), encoded.ids.ravel()])
         unheld = int(np.count_nonzero(self.pool.refs[shared[shared >= 0]] == 0))
-        return sum(self._wanted(hit, tokens, reach)[1]) + encoded.missing + unheld
+        return sum(self._wanted(hit, tokens, chunk_end)[1]) + encoded.missing + unheld
 
-    def _wanted(self, hit: Hit, tokens: int, reach: int | None) -> tuple[list[int], list[int]]:
+    def _wanted(self, hit: Hit, tokens: int, chunk_end: int | None) -> tuple[list[int], list[int]]:
         """Return the end of each kind's blocks after an admission, and the new block ids of each kind."""
-        reach = tokens if reach is None else reach
-        ends = [self.blocks_for(tokens if kind.kind.whole else reach) for kind in self.kinds]
+        chunk_end = tokens if chunk_end is None else chunk_end
+        ends = [self.blocks_for(tokens if kind.kind.keeps_all else chunk_end) for kind in self.kinds]
         return ends, [kind.count * (end - hit.blocks) for kind, end in zip(self.kinds, ends, strict=True)]
 
     def extend(self, row: int, start: int, stop: int) -> bool:
@@ -177,18 +179,18 @@ class BlockManager:
         Returns:
             Whether there were enough blocks; if not, nothing has changed.
         """
-        if not self._moving:
+        if not self._windowed:
             return True
         tables, end = self.tables, self.blocks_for(stop)
         pool, behind = self._release_behind(self.pool, np.array([row]), np.array([start]))
-        added = [max(0, end - int(tables.counts[k, row])) for k in self._moving]
-        wanted = [self.kinds[k].count * n for k, n in zip(self._moving, added, strict=True)]
+        added = [max(0, end - int(tables.counts[k, row])) for k in self._windowed]
+        wanted = [self.kinds[k].count * n for k, n in zip(self._windowed, added, strict=True)]
         taken = self._allocate(pool, sum(wanted))
         if taken is None:
             return False
         self.pool, ids = taken
-        self._forget(behind)
-        for k, n, some in zip(self._moving, added, np.split(ids, np.cumsum(wanted)[:-1]), strict=True):
+        self._clear_released(behind)
+        for k, n, some in zip(self._windowed, added, np.split(ids, np.cumsum(wanted)[:-1]), strict=True):
             if n:
                 tables.append(k, row, some.reshape(n, -1).T)
         return True
@@ -210,7 +212,7 @@ class BlockManager:
         tables = self.tables
         lengths = tables.lengths[rows]
         pool, behind = self.pool, []
-        if self._moving:
+        if self._windowed:
             pool, behind = self._release_behind(pool, rows, lengths)
         at = lengths // self.block_size
         last = (lengths + (steps - 1)) // self.block_size + 1
@@ -222,13 +224,13 @@ class BlockManager:
         new = sum(news)
         if not new and not len(copied):
             self.pool = pool
-            self._forget(behind)
+            self._clear_released(behind)
             return current[copied], current[copied]
         taken = self._allocate(pool, new + len(copied))
         if taken is None:
             return None
         pool, ids = taken
-        self._forget(behind)
+        self._clear_released(behind)
         start = 0
         for k, (more, n) in enumerate(zip(added, news, strict=True)):
             if n:
@@ -270,7 +272,7 @@ class BlockManager:
             The pool, and the table entries to clear if that pool is kept: kind, rows, columns, ids `[m, n]`.
         """
         tables, found = self.tables, []
-        for k in self._moving:
+        for k in self._windowed:
             firsts = tables.firsts[k, rows]
             needed = self.kinds[k].kind.first_needed(starts) // self.block_size
             behind = np.maximum(np.minimum(needed, tables.counts[k, rows]) - firsts, 0)
@@ -283,7 +285,7 @@ class BlockManager:
             found.append((k, owners, columns, ids))
         return pool, found
 
-    def _forget(self, behind: Sequence[tuple[int, np.ndarray, np.ndarray, np.ndarray]]) -> None:
+    def _clear_released(self, behind: Sequence[tuple[int, np.ndarray, np.ndarray, np.ndarray]]) -> None:
         """Clear the table entries released behind windows.
 
         Blocks that are in no window before a shared prefix end are evicted first: no other prompt is likely to hit
@@ -295,20 +297,20 @@ class BlockManager:
             np.maximum.at(tables.firsts[k], owners, columns + 1)
             ends = self.boundaries[:, owners]
             starts = self.kinds[k].kind.first_block(ends, self.block_size)
-            cold = ((columns >= ends) | (columns < starts)).all(axis=0)
-            self._cold.add(ids[:, cold].T.ravel().tolist())
+            unshared = ((columns >= ends) | (columns < starts)).all(axis=0)
+            self._evict_first.add(ids[:, unshared].T.ravel().tolist())
 
     def _allocate(self, pool: BlockPool, n: int) -> tuple[BlockPool, np.ndarray] | None:
         """Allocate n blocks, evicting those marked to go first before other cached ones; None if there are too few."""
         if n > pool.num_available:
             return None
-        if self._cold and n > pool.num_free:
-            chosen = self._cold.take(pool, n - int(pool.num_free))
+        if self._evict_first and n > pool.num_free:
+            chosen = self._evict_first.take(pool, n - int(pool.num_free))
             self._evicted.append(chosen)
             pool = pools.unpublish(pool, chosen)
         pool, ids, evicted, _ = pools.allocate(pool, n)
         self._evicted.append(evicted)
-        self._cold.drop(ids)
+        self._evict_first.drop(ids)
         return pool, ids
 
     def fork(self, source: int, target: int) -> None:
@@ -330,7 +332,7 @@ class BlockManager:
         self.encoded.leave(row)
         if self.states is not None:
             self.states.free(row)
-        ends = sorted(set(self.boundaries[:, row].tolist()), reverse=True) if self._moving and digests else []
+        ends = sorted(set(self.boundaries[:, row].tolist()), reverse=True) if self._windowed and digests else []
         blocks = self.tables.blocks[:, row].copy() if ends else None
         ids = self.tables.clear(row)
         released: list[np.ndarray] = []
@@ -347,10 +349,10 @@ class BlockManager:
     def _window_before(self, digests: Sequence[bytes]) -> np.ndarray:
         """Return the unheld cached blocks of the windows before a prefix's end; no longer evict them first."""
         ids: list[int] = []
-        for k in self._moving:
+        for k in self._windowed:
             start = self.kinds[k].kind.first_block(len(digests), self.block_size)
             ids += [i for node in self.index.nodes(digests[start:]) for i in node.ids[k]]
-        self._cold.drop(ids)
+        self._evict_first.drop(ids)
         window = np.array(ids, np.int32)
         return window[self.pool.slot[window] >= 0]
 
@@ -394,7 +396,7 @@ class BlockManager:
             stop: end of the blocks.
             extras: extra content of blocks, by block number.
         """
-        if start < stop and self._moving:
+        if start < stop and self._windowed:
             self._make_nodes(tokens, digests, root, start, extras)
         width = self.block_size * TOKEN_BYTES
         data = as_bytes(tokens[start * self.block_size : stop * self.block_size])
@@ -405,13 +407,13 @@ class BlockManager:
             for k, span in enumerate(self._spans):
                 ids = blocks[span]
                 if ids[0] >= 0 and self.index.insert(digests[number], parent, known, ids, k, extra):
-                    self._entered += ids
+                    self._newly_published += ids
         if self.states is not None:
             self.states.publish(row, tokens, digests, root, stop, extras)
 
     def publish_encoded(self, row: int) -> None:
         """Enter the blocks of a row's encoder input in the index; the step that fills them must be dispatched."""
-        self._entered += self.encoded.publish(row)
+        self._newly_published += self.encoded.publish(row)
 
     def _make_nodes(self, tokens: np.ndarray, digests: Sequence[bytes], root: bytes, stop: int, extras: Extras) -> None:
         """Create missing nodes for blocks [0, stop); nodes may be gone if their blocks were evicted."""
@@ -430,7 +432,7 @@ class BlockManager:
         """Unpublish all blocks."""
         self.index.clear()
         self._evicted.clear()
-        self._cold.clear()
+        self._evict_first.clear()
         self.pool = pools.reset_published(self.pool)
         if self.states is not None:
             self.states.reset_published()

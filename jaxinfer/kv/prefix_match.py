@@ -12,7 +12,7 @@ import numpy as np
 from jaxinfer.kv.groups import KindGroups, count
 from jaxinfer.kv.prefix import Match, MatchEnd
 from jaxinfer.kv.spec import Kind
-from jaxinfer.outputs import KindHit
+from jaxinfer.outputs import CacheHit
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Hit:
     """Block ids `[G, n]` int32 in every group; -1 where a group does not need the block."""
     reason: str
     """Why the hit is not longer."""
-    kinds: tuple[KindHit, ...]
+    kinds: tuple[CacheHit, ...]
     """Hit of each kind on its own."""
     known: int = 0
     """Blocks of the prompt whose nodes are in the index: where it diverges from earlier prompts."""
@@ -36,7 +36,7 @@ class Hit:
 
 def nothing(kinds: Sequence[KindGroups], reason: str) -> Hit:
     """Return an empty hit with one reason for all kinds."""
-    none = tuple(KindHit(kind.kind.name, 0, reason) for kind in kinds)
+    none = tuple(CacheHit(kind.kind.name, 0, reason) for kind in kinds)
     return Hit(np.empty((count(kinds), 0), np.int32), reason, none)
 
 
@@ -55,16 +55,16 @@ def longest(kinds: Sequence[KindGroups], found: Match, published: np.ndarray, mo
     ids = _ids(kinds, found)
     present = (ids >= 0) & published[ids]
     numbers = np.arange(len(found.nodes) + 1)
-    served, alone = np.ones(len(numbers), bool), []
+    usable, hits = np.ones(len(numbers), bool), []
     for kind in kinds:
         absent = np.concatenate([[0], np.cumsum(~present[kind.span].all(axis=0))])
         mine = absent == absent[kind.kind.first_block(numbers, block_size)]
-        served &= mine
-        alone.append(_alone(kind.kind, mine, found.reason, most, block_size))
-    blocks = int(np.flatnonzero(served)[-1])
+        usable &= mine
+        hits.append(_kind_hit(kind.kind, mine, found.reason, most, block_size))
+    blocks = int(np.flatnonzero(usable)[-1])
     for kind in kinds:
         ids[kind.span, : kind.kind.first_block(blocks, block_size)] = -1
-    return Hit(ids[:, :blocks], _reason(blocks, most, alone, block_size), tuple(alone), len(found.nodes))
+    return Hit(ids[:, :blocks], _reason(blocks, most, hits, block_size), tuple(hits), len(found.nodes))
 
 
 def _ids(kinds: Sequence[KindGroups], found: Match) -> np.ndarray:
@@ -76,17 +76,17 @@ def _ids(kinds: Sequence[KindGroups], found: Match) -> np.ndarray:
     return ids
 
 
-def _alone(kind: Kind, served: np.ndarray, end: MatchEnd, most: int, block_size: int) -> KindHit:
-    blocks = int(np.flatnonzero(served)[-1])
-    reason = kind.absent
-    if blocks == len(served) - 1:
+def _kind_hit(kind: Kind, usable: np.ndarray, end: MatchEnd, most: int, block_size: int) -> CacheHit:
+    blocks = int(np.flatnonzero(usable)[-1])
+    reason = kind.miss_reason
+    if blocks == len(usable) - 1:
         reason = str(MatchEnd.COMPLETE if blocks == most else end)
-    return KindHit(kind.name, blocks * block_size, reason)
+    return CacheHit(kind.name, blocks * block_size, reason)
 
 
-def _reason(blocks: int, most: int, alone: Sequence[KindHit], block_size: int) -> str:
+def _reason(blocks: int, most: int, hits: Sequence[CacheHit], block_size: int) -> str:
     """Return the reason of the kind with the shortest hit; WINDOW if every kind alone serves more than all together."""
     if blocks == most:
         return str(MatchEnd.COMPLETE)
-    least = min(alone, key=lambda hit: hit.tokens)
+    least = min(hits, key=lambda hit: hit.tokens)
     return least.reason if least.tokens == blocks * block_size else str(MatchEnd.WINDOW)

@@ -19,7 +19,7 @@ from jaxinfer.kv import pool as pools
 from jaxinfer.kv.pool import BlockPool
 from jaxinfer.kv.prefix import NO_EXTRAS, Extras, PrefixIndex
 
-NOWHERE = -1
+NO_SLOT = -1
 """No slot: read as zeros, the state before the first token."""
 
 
@@ -29,16 +29,16 @@ class Segment(NamedTuple):
     count: int
     """Tokens."""
     source: int
-    """Slot of the initial state; NOWHERE at the start of a sequence or after another segment of the chunk."""
+    """Slot of the initial state; NO_SLOT at the start of a sequence or after another segment of the chunk."""
     target: int
     continues: bool
     """Whether the initial state comes from the previous segment of the chunk."""
 
 
 class RecurrentStates:
-    """State slots of rows: `current` holds the row's state at position `at`; slots in `kept` await publishing."""
+    """State slots of rows: slot `current[r]` has row r's state after `positions[r]` tokens."""
 
-    def __init__(self, slots: int, rows: int, index: PrefixIndex, first: int, *, keep: bool = True):
+    def __init__(self, slots: int, rows: int, index: PrefixIndex, first: int, *, snapshots: bool = True):
         """Create the slots; recurrent layers are the last kind of the index.
 
         Args:
@@ -46,23 +46,23 @@ class RecurrentStates:
             rows: rows of the batch.
             index: the prefix index.
             first: number of slot 0 in the index.
-            keep: whether to leave snapshots behind.
+            snapshots: whether to leave snapshots behind.
         """
         if slots < 2 * rows:
             raise ValueError(f"slots must be at least {2 * rows}, twice the rows, got {slots}.")
         self.pool = BlockPool.create(slots)
-        self.current = np.full(rows, NOWHERE, np.int32)
-        self.at = np.zeros(rows, np.int64)
-        self.keep = keep
-        self.kept: dict[int, list[tuple[int, int]]] = {}
+        self.current = np.full(rows, NO_SLOT, np.int32)
+        self.positions = np.zeros(rows, np.int64)
+        self.snapshots = snapshots
+        self.unpublished: dict[int, list[tuple[int, int]]] = {}
         """Per row: unpublished snapshots as (position at a block boundary, slot)."""
-        self._last: dict[int, tuple[int, bytes]] = {}
+        self._latest: dict[int, tuple[int, bytes]] = {}
         """Per row: its latest snapshot of generated tokens, replaced by the next one."""
         self._boundaries: dict[int, frozenset[int]] = {}
         """Per row: positions of its prompt to snapshot."""
         self._size, self._index, self._kind, self._first = index.block_size, index, index.kinds - 1, first
         self._evicted: list[np.ndarray] = []
-        self._left: list[int] = []
+        self._to_release: list[int] = []
         """Slots that rows have left in this plan and whose steps still read them."""
         self._moved = np.zeros(rows, bool)
         """Rows that have taken a slot in this plan; every other row has one reserved."""
@@ -81,42 +81,42 @@ class RecurrentStates:
             blocks: blocks already computed.
             boundaries: ends of prompt prefixes, in blocks, whose states other requests may continue from.
         """
-        slot = NOWHERE if number is None else number - self._first
-        if slot != NOWHERE:
+        slot = NO_SLOT if number is None else number - self._first
+        if slot != NO_SLOT:
             self.pool = pools.share(self.pool, [slot])
-        self.current[row], self.at[row] = slot, blocks * self._size
-        self._boundaries[row] = frozenset(end * self._size for end in boundaries if self.keep)
+        self.current[row], self.positions[row] = slot, blocks * self._size
+        self._boundaries[row] = frozenset(end * self._size for end in boundaries if self.snapshots)
 
     def begin(self) -> None:
         """Begin a plan: slots read by the previous plan may now be written.
 
         Guarantees a slot for every row to move to; drops unpublished snapshots if there are too few.
         """
-        self.pool = pools.release(self.pool, self._left)
-        self._left = []
+        self.pool = pools.release(self.pool, self._to_release)
+        self._to_release = []
         self._moved[:] = False
-        for row in list(self.kept):
+        for row in list(self.unpublished):
             if self.pool.num_available >= len(self.current):
                 break
-            self._drop_kept(row)
+            self._drop_unpublished(row)
 
     def chunk(self, row: int, stop: int) -> list[Segment]:
         """Advance a row's state to position `stop`, leaving snapshots at the boundaries it passes."""
-        start, source, boundaries = int(self.at[row]), int(self.current[row]), self._boundaries[row]
+        start, source, boundaries = int(self.positions[row]), int(self.current[row]), self._boundaries[row]
         inside = sorted({b for b in boundaries if start < b < stop})
         if self._spare < len(inside):
             inside = []
         ends = [*inside, stop]
-        in_place = not inside and source != NOWHERE and not self._must_leave(row, start in boundaries)
+        in_place = not inside and source != NO_SLOT and not self._must_leave(row, start in boundaries)
         targets = [source] if in_place else self._take(len(ends)).tolist()
         if not in_place:
             self._moved[row] = True
             self._leave_behind(row, start in boundaries)
-            self.kept.setdefault(row, []).extend(zip(inside, targets, strict=False))
-        self.current[row], self.at[row] = targets[-1], stop
+            self.unpublished.setdefault(row, []).extend(zip(inside, targets, strict=False))
+        self.current[row], self.positions[row] = targets[-1], stop
         starts = [start, *inside]
         return [
-            Segment(end - begin, NOWHERE if i else source, target, bool(i))
+            Segment(end - begin, NO_SLOT if i else source, target, bool(i))
             for i, (begin, end, target) in enumerate(zip(starts, ends, targets, strict=True))
         ]
 
@@ -124,7 +124,7 @@ class RecurrentStates:
         """Advance the state of rows `[B]` by one token; return the slots read and the slots written, each `[B]`."""
         sources, pool = self.current[rows], self.pool
         must = (pool.refs[sources] > 1) | pool.published[sources]
-        boundary = self.at[rows] % self._size == 0 if self.keep else np.zeros(len(rows), bool)
+        boundary = self.positions[rows] % self._size == 0 if self.snapshots else np.zeros(len(rows), bool)
         moving = np.flatnonzero(must | boundary)
         first = ~self._moved[rows[moving]]
         fresh = iter(self._take(int(first.sum())).tolist()) if first.any() else iter(())
@@ -134,7 +134,7 @@ class RecurrentStates:
             if slot is not None:
                 self._leave_behind(row, bool(boundary[index]))
                 self.current[row], self._moved[row] = slot, True
-        self.at[rows] += 1
+        self.positions[rows] += 1
         return sources, self.current[rows]
 
     @property
@@ -151,10 +151,10 @@ class RecurrentStates:
         """
         if must or self._spare > 0:
             return int(self._take(1)[0])
-        position, slot = self.kept[row][-1] if self.kept.get(row) else (0, NOWHERE)
+        position, slot = self.unpublished[row][-1] if self.unpublished.get(row) else (0, NO_SLOT)
         if position <= max(self._boundaries[row], default=0) or self.pool.refs[slot] > 1:
             return None
-        self.kept[row].pop()
+        self.unpublished[row].pop()
         return slot
 
     def _must_leave(self, row: int, wanted: bool) -> bool:
@@ -165,12 +165,12 @@ class RecurrentStates:
     def _leave_behind(self, row: int, wanted: bool) -> None:
         """Detach a row from its slot, keeping it as an unpublished snapshot if wanted and not yet published."""
         slot = int(self.current[row])
-        if slot == NOWHERE:
+        if slot == NO_SLOT:
             return
         if wanted and not self.pool.published[slot]:
-            self.kept.setdefault(row, []).append((int(self.at[row]), slot))
+            self.unpublished.setdefault(row, []).append((int(self.positions[row]), slot))
         else:
-            self._left.append(slot)
+            self._to_release.append(slot)
 
     def _take(self, count: int) -> np.ndarray:
         self.pool, ids, evicted, fits = pools.allocate(self.pool, count)
@@ -182,23 +182,23 @@ class RecurrentStates:
             self._evicted.append(evicted + self._first)
         return ids
 
-    def _drop_kept(self, row: int) -> None:
-        for _, slot in self.kept.pop(row, ()):
+    def _drop_unpublished(self, row: int) -> None:
+        for _, slot in self.unpublished.pop(row, ()):
             self.pool = pools.release(self.pool, [slot])
 
     def fork(self, source: int, target: int) -> None:
         """Make row `target` continue from the state of row `source`."""
         self.pool = pools.share(self.pool, self.current[[source]])
-        self.current[target], self.at[target] = self.current[source], self.at[source]
+        self.current[target], self.positions[target] = self.current[source], self.positions[source]
         self._boundaries[target] = self._boundaries[source]
 
     def free(self, row: int) -> None:
         """Release a row's slots; published snapshots stay until evicted."""
-        self._drop_kept(row)
-        if self.current[row] != NOWHERE:
+        self._drop_unpublished(row)
+        if self.current[row] != NO_SLOT:
             self.pool = pools.release(self.pool, self.current[[row]])
-        self.current[row], self.at[row] = NOWHERE, 0
-        self._last.pop(row, None)
+        self.current[row], self.positions[row] = NO_SLOT, 0
+        self._latest.pop(row, None)
         self._boundaries.pop(row, None)
 
     def publish(
@@ -215,16 +215,16 @@ class RecurrentStates:
             extras: extra content of blocks, by block number.
         """
         boundaries = self._boundaries[row]
-        waiting, limit = self.kept.pop(row, []), stop * self._size
+        waiting, limit = self.unpublished.pop(row, []), stop * self._size
         ready = [one for one in waiting if one[0] <= limit]
         if rest := [one for one in waiting if one[0] > limit]:
-            self.kept[row] = rest
+            self.unpublished[row] = rest
         for position, slot in ready:
             self._enter(row, slot, position, tokens, digests, root, extras)
             self.pool = pools.release(self.pool, [slot])
-        position, slot = int(self.at[row]), int(self.current[row])
+        position, slot = int(self.positions[row]), int(self.current[row])
         wanted = position in boundaries or position > max(boundaries, default=0)
-        if wanted and slot != NOWHERE and 0 < position <= limit and not position % self._size:
+        if wanted and slot != NO_SLOT and 0 < position <= limit and not position % self._size:
             self._enter(row, slot, position, tokens, digests, root, extras)
 
     def _enter(
@@ -248,13 +248,13 @@ class RecurrentStates:
         if position <= max(self._boundaries[row], default=0):
             return
         # Keep only the latest snapshot of the generated tokens.
-        before = self._last.get(row)
-        self._last[row] = (slot, digest)
-        if before is not None and self._is(*before):
+        before = self._latest.get(row)
+        self._latest[row] = (slot, digest)
+        if before is not None and self._is_unheld_snapshot(*before):
             self.withdraw([self._first + before[0]])
             self._index.evict([self._first + before[0]])
 
-    def _is(self, slot: int, digest: bytes) -> bool:
+    def _is_unheld_snapshot(self, slot: int, digest: bytes) -> bool:
         """Return whether a slot is still the snapshot of this node and held by no row."""
         nodes = self._index.nodes([digest])
         same = bool(nodes) and nodes[0].ids[self._kind] == (self._first + slot,)
@@ -274,9 +274,9 @@ class RecurrentStates:
     def reset_published(self) -> None:
         """Unpublish all snapshots."""
         self._evicted.clear()
-        self._last.clear()
-        for row in list(self.kept):
-            self._drop_kept(row)
+        self._latest.clear()
+        for row in list(self.unpublished):
+            self._drop_unpublished(row)
         self.pool = pools.reset_published(self.pool)
 
     def check(self) -> list[int]:
@@ -288,6 +288,9 @@ class RecurrentStates:
         Raises:
             PoolInvariantError: a reference is unaccounted for.
         """
-        kept = [[slot for _, slot in some] for some in self.kept.values()]
-        pools.check(self.pool, [self.current[self.current >= 0], np.array(self._left, np.int32), *map(np.array, kept)])
+        unpublished = [[slot for _, slot in some] for some in self.unpublished.values()]
+        pools.check(
+            self.pool,
+            [self.current[self.current >= 0], np.array(self._to_release, np.int32), *map(np.array, unpublished)],
+        )
         return (np.flatnonzero(self.pool.published) + self._first).tolist()

@@ -15,9 +15,9 @@ import numpy as np
 class Kind:
     """How long a layer needs its cache entries; layers with equal kinds share block tables."""
 
-    whole: ClassVar[bool] = True
-    """Whether all blocks of a prompt are needed at once: they are allocated at admission, otherwise chunk by chunk."""
-    absent: ClassVar[str] = "evicted under pressure"
+    keeps_all: ClassVar[bool] = True
+    """Whether all positions stay needed: a prompt's blocks are allocated at admission, otherwise chunk by chunk."""
+    miss_reason: ClassVar[str] = "evicted under pressure"
     """Miss reason when a known prefix cannot be reused because a needed block is gone."""
     slots: ClassVar[bool] = False
     """Whether entries are stored in state slots and not in blocks (`kv.recurrent`)."""
@@ -46,8 +46,8 @@ class Kind:
 class Window(Kind):
     """Sliding window: a token at p sees positions (p - size, p]."""
 
-    whole: ClassVar[bool] = False
-    absent: ClassVar[str] = "window evicted"
+    keeps_all: ClassVar[bool] = False
+    miss_reason: ClassVar[str] = "window evicted"
 
     size: int
     """Positions a token sees, itself included; at least 1."""
@@ -79,9 +79,9 @@ class Encoded(Kind):
 class Recurrent(Kind):
     """One state for all positions up to a point, stored in slots at some block boundaries (`kv.recurrent`)."""
 
-    whole: ClassVar[bool] = False
+    keeps_all: ClassVar[bool] = False
     slots: ClassVar[bool] = True
-    absent: ClassVar[str] = "no snapshot at that boundary"
+    miss_reason: ClassVar[str] = "no snapshot at that boundary"
 
     @property
     def name(self) -> str:
@@ -120,7 +120,7 @@ class Full:
         return Kind()
 
     @property
-    def lane(self) -> "Full":
+    def array_spec(self) -> "Full":
         """Spec of the cache array, without the kind."""
         return Full(self.kv_heads, self.head_dim, self.replicated)
 
@@ -164,7 +164,7 @@ class Latent(Full):
         return tp * block_size * self.head_dim * itemsize
 
     @property
-    def lane(self) -> "Full":
+    def array_spec(self) -> "Full":
         """Spec of the cache array."""
         return self
 

@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxinfer.kernels.attention import choose as attention
-from jaxinfer.kernels.attention.paged import DecodeRows, Lane, PrefillTiles, Scoring, Slots
+from jaxinfer.kernels.attention.paged import DecodeRows, KVCache, PrefillTiles, Scoring, Slots
 from jaxinfer.kernels.state.slots import DecodeSlots, Segments, Whole
 from jaxinfer.kv.groups import Place
 from jaxinfer.kv.spec import Full, Sliding
@@ -74,9 +74,9 @@ class StepContext:
         """Rows of the layer's group; for a layer's view only."""
         return self.groups[0].rows
 
-    def lane(self, layer: int) -> int:
+    def array_index(self, layer: int) -> int:
         """Return the index of the layer's cache array, which layers of other groups may share."""
-        return self.places[layer].lane
+        return self.places[layer].array
 
     def of(self, layer: int) -> "StepContext":
         """Return the view of one layer."""
@@ -88,11 +88,11 @@ def attend(
     q: jax.Array,
     k: jax.Array | None,
     v: jax.Array | None,
-    lane: Lane,
+    kv_cache: KVCache,
     step: StepContext,
     scoring: Scoring,
     sinks: jax.Array | None = None,
-) -> tuple[jax.Array, Lane]:
+) -> tuple[jax.Array, KVCache]:
     """Write the step's keys and values to the cache, if there are any, and attend.
 
     Runs on local shapes in `jax.shard_map`: under Auto axes the fast gather of the cache would add all-gathers.
@@ -101,7 +101,7 @@ def attend(
         q: `[T, tp, H / tp, D]`.
         k: `[T, tp, K / tp, D]`; None if all keys are in the cache (cross-attention).
         v: `[T, tp, K / tp, Dv]`; None without keys, or if the values are columns of the keys.
-        lane: cache arrays `[N, K, P, D]` of keys and values, sharded on K.
+        kv_cache: cache arrays `[N, K, P, D]` of keys and values, sharded on K.
         step: positions, slots and block tables.
         scoring: scale, window, softcap.
         sinks: attention sink logit per head, `[tp, H / tp]`.
@@ -112,19 +112,24 @@ def attend(
     kernel = attention.implementation(step.kernel, step.mesh)
 
     def local(
-        q: jax.Array, k: jax.Array | None, v: jax.Array | None, lane: Lane, sinks: jax.Array | None, step: StepContext
-    ) -> tuple[jax.Array, Lane]:
+        q: jax.Array,
+        k: jax.Array | None,
+        v: jax.Array | None,
+        kv_cache: KVCache,
+        sinks: jax.Array | None,
+        step: StepContext,
+    ) -> tuple[jax.Array, KVCache]:
         q, k, v = (None if x is None else x[:, 0] for x in (q, k, v))
         sinks = None if sinks is None else sinks[0]
         if isinstance(step.rows, DecodeRows):
-            out, lane = kernel.decode(q, k, v, lane, step.slots, step.rows, scoring, sinks, items=step.items)
+            out, kv_cache = kernel.decode(q, k, v, kv_cache, step.slots, step.rows, scoring, sinks, items=step.items)
         else:
-            out, lane = kernel.prefill(q, k, v, lane, step.slots, step.rows, scoring, sinks, tile=step.tile)
-        return out[:, None], lane
+            out, kv_cache = kernel.prefill(q, k, v, kv_cache, step.slots, step.rows, scoring, sinks, tile=step.tile)
+        return out[:, None], kv_cache
 
     model = model_axis(q.shape[1])
     heads, specs = PartitionSpec(None, model), (PartitionSpec(model), PartitionSpec())
-    return on_shards(local, step.mesh, (*[heads] * 4, *specs), (heads, heads), q, k, v, lane, sinks, step)
+    return on_shards(local, step.mesh, (*[heads] * 4, *specs), (heads, heads), q, k, v, kv_cache, sinks, step)
 
 
 @dataclass(frozen=True)
@@ -200,13 +205,13 @@ class Attention(nnx.Module):
         return Sliding(spec.kv_heads, spec.head_dim, spec.replicated, window=self.spec.window)
 
     def __call__(
-        self, x: jax.Array, lane: Lane, rope: tuple[jax.Array, jax.Array] | None, step: StepContext
-    ) -> tuple[jax.Array, Lane]:
+        self, x: jax.Array, kv_cache: KVCache, rope: tuple[jax.Array, jax.Array] | None, step: StepContext
+    ) -> tuple[jax.Array, KVCache]:
         """Apply attention.
 
         Args:
             x: `[T, M]`.
-            lane: cache arrays of the layer.
+            kv_cache: cache arrays of the layer.
             rope: cosines and sines of the positions; None if the layer has no positional encoding.
             step: the layer's view of the step.
 
@@ -227,10 +232,10 @@ class Attention(nnx.Module):
                 q, k = deinterleave(q), deinterleave(k)
             q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         sinks = None if self.sinks is None else self.sinks[...]
-        y, lane = attend(q, k, v, lane, step, self.spec.scoring, sinks)
+        y, kv_cache = attend(q, k, v, kv_cache, step, self.spec.scoring, sinks)
         if gate is not None:
             y = y * jax.nn.sigmoid(gate)
-        return self.out(y.reshape(*y.shape[:2], -1)), lane
+        return self.out(y.reshape(*y.shape[:2], -1)), kv_cache
 
     def _normalise(self, q: jax.Array, k: jax.Array, mesh: Mesh) -> tuple[jax.Array, ...]:
         """Apply the q and k norms over the whole width of each; `[T, tp, columns]`."""

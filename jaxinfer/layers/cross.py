@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from jaxinfer.kernels.attention import paged
-from jaxinfer.kernels.attention.paged import Lane, Scoring
+from jaxinfer.kernels.attention.paged import KVCache, Scoring
 from jaxinfer.kv.spec import Cross
 from jaxinfer.layers.attention import StepContext, attend
 from jaxinfer.layers.encoder import EncodeStep
@@ -86,21 +86,21 @@ class CrossAttention(nnx.Module):
         """Cache spec of the layer."""
         return Cross(self.layout.stored_kv_heads, self.spec.head_dim, self.replicated)
 
-    def __call__(self, x: jax.Array, lane: Lane, step: StepContext) -> tuple[jax.Array, Lane]:
+    def __call__(self, x: jax.Array, kv_cache: KVCache, step: StepContext) -> tuple[jax.Array, KVCache]:
         """Map `[T, M]` to `[T, M]`, leaving the cache unchanged; tokens that see no position get the output bias."""
         (q,) = self.qkv.q(x)
         q = q.reshape(*q.shape[:2], -1, self.spec.head_dim)
         if self.q_norm is not None:
             q = self.q_norm(q)
-        y, lane = attend(q, None, None, lane, step, Scoring(self.spec.head_dim**-0.5))
-        return self.out(y.reshape(*y.shape[:2], -1)), lane
+        y, kv_cache = attend(q, None, None, kv_cache, step, Scoring(self.spec.head_dim**-0.5))
+        return self.out(y.reshape(*y.shape[:2], -1)), kv_cache
 
-    def keep(self, encoded: jax.Array, lane: Lane, step: EncodeStep) -> Lane:
+    def keep(self, encoded: jax.Array, kv_cache: KVCache, step: EncodeStep) -> KVCache:
         """Write keys and values of encoder outputs to the cache, in the encoder step.
 
         Args:
             encoded: encoder outputs, `[S, M]`.
-            lane: cache arrays of the layer.
+            kv_cache: cache arrays of the layer.
             step: slots of the positions.
 
         Returns:
@@ -110,8 +110,8 @@ class CrossAttention(nnx.Module):
         if self.k_norm is not None:
             k = self.k_norm(k)
 
-        def local(k: jax.Array, v: jax.Array, lane: Lane, step: EncodeStep) -> Lane:
-            return paged.write(lane, k[:, 0], v[:, 0], step.slots[0])
+        def local(k: jax.Array, v: jax.Array, kv_cache: KVCache, step: EncodeStep) -> KVCache:
+            return paged.write(kv_cache, k[:, 0], v[:, 0], step.slots[0])
 
         heads = PartitionSpec(None, model_axis(k.shape[1]))
-        return on_shards(local, step.mesh, (heads, heads, heads, PartitionSpec()), heads, k, v, lane, step)
+        return on_shards(local, step.mesh, (heads, heads, heads, PartitionSpec()), heads, k, v, kv_cache, step)

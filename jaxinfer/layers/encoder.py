@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxinfer.kernels.attention import choose as attention
-from jaxinfer.kernels.attention.paged import Lane, PrefillTiles, Scoring, Slots
+from jaxinfer.kernels.attention.paged import KVCache, PrefillTiles, Scoring, Slots
 from jaxinfer.kv.groups import Place
 from jaxinfer.layers.heads import HeadLayout
 from jaxinfer.layers.linear import FusedLinear, RowLinear
@@ -45,9 +45,9 @@ class EncodeStep:
     places: tuple[Place, ...] = field(default=(), metadata={"static": True})
     """Group, numbered from the first group of cross layers, and cache array of every layer."""
 
-    def lane(self, layer: int) -> int:
+    def array_index(self, layer: int) -> int:
         """Return the index of the layer's cache array, which layers of other groups may share."""
-        return self.places[layer].lane
+        return self.places[layer].array
 
     def of(self, layer: int) -> "EncodeStep":
         """Return the view of one cross layer."""
@@ -63,8 +63,8 @@ def attend_both_ways(q: jax.Array, k: jax.Array, v: jax.Array, step: EncodeStep,
     kernel = attention.implementation(step.kernel, step.mesh)
 
     def local(q: jax.Array, k: jax.Array, v: jax.Array, step: EncodeStep) -> jax.Array:
-        lane = Lane(*(x[:, 0, :, None] for x in (k, v)))
-        out, _ = kernel.prefill(q[:, 0], None, None, lane, None, step.rows, scoring, tile=step.tile)
+        kv_cache = KVCache(*(x[:, 0, :, None] for x in (k, v)))
+        out, _ = kernel.prefill(q[:, 0], None, None, kv_cache, None, step.rows, scoring, tile=step.tile)
         return out[:, None]
 
     heads = PartitionSpec(None, model_axis(q.shape[1]))

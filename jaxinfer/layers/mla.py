@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 from jaxinfer.kernels.attention import choose as attention
 from jaxinfer.kernels.attention import latent
 from jaxinfer.kernels.attention.latent import Expansion
-from jaxinfer.kernels.attention.paged import DecodeRows, Lane, Scoring
+from jaxinfer.kernels.attention.paged import DecodeRows, KVCache, Scoring
 from jaxinfer.kv.spec import Latent
 from jaxinfer.layers.attention import StepContext
 from jaxinfer.layers.linear import BatchedLinear, FusedLinear, Output, RowLinear
@@ -103,13 +103,13 @@ class LatentAttention(nnx.Module):
         return Latent(head_dim=self.spec.kept)
 
     def __call__(
-        self, x: jax.Array, lane: Lane, rope: tuple[jax.Array, jax.Array] | None, step: StepContext
-    ) -> tuple[jax.Array, Lane]:
+        self, x: jax.Array, kv_cache: KVCache, rope: tuple[jax.Array, jax.Array] | None, step: StepContext
+    ) -> tuple[jax.Array, KVCache]:
         """Apply attention.
 
         Args:
             x: `[T, M]`.
-            lane: cache array of the layer.
+            kv_cache: cache array of the layer.
             rope: cosines and sines of the positions; None if the model has no rotary embedding.
             step: the layer's view of the step.
 
@@ -125,34 +125,36 @@ class LatentAttention(nnx.Module):
         if rope is not None:
             turned = self._rotate(q[..., spec.key_dim :], rope)
             q, shared = jnp.concatenate([q[..., : spec.key_dim], turned], axis=-1), self._rotate(shared, rope)
-        y, lane = self._attend(q, jnp.concatenate([own, shared], axis=-1), lane, step)
-        return self.out(y), lane
+        y, kv_cache = self._attend(q, jnp.concatenate([own, shared], axis=-1), kv_cache, step)
+        return self.out(y), kv_cache
 
     def _rotate(self, x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
         """Rotate the shared columns `[T, ..., R]` of queries or keys."""
         return apply_rope(deinterleave(x) if self.spec.interleaved else x, *rope)
 
-    def _attend(self, q: jax.Array, latents: jax.Array, lane: Lane, step: StepContext) -> tuple[jax.Array, Lane]:
+    def _attend(
+        self, q: jax.Array, latents: jax.Array, kv_cache: KVCache, step: StepContext
+    ) -> tuple[jax.Array, KVCache]:
         """Attend: q `[T, tp, H / tp, Dn + R]`, latents `[T, tp, L + R]` -> `[T, tp, H / tp * Dv]` and the cache."""
         spec, kernel = self.spec, attention.implementation(step.kernel, step.mesh)
         scoring = Scoring(spec.scale, value_dim=spec.rank)
 
         def local(
-            q: jax.Array, latents: jax.Array, up: jax.Array, lane: Lane, step: StepContext
-        ) -> tuple[jax.Array, Lane]:
+            q: jax.Array, latents: jax.Array, up: jax.Array, kv_cache: KVCache, step: StepContext
+        ) -> tuple[jax.Array, KVCache]:
             q, latents = q[:, 0], latents[:, 0]
             heads = up.reshape(-1, spec.key_dim + spec.value_dim, spec.rank)
             expansion = Expansion(heads[:, : spec.key_dim], heads[:, spec.key_dim :])
             decoding = isinstance(step.rows, DecodeRows)
             if not decoding and step.kernel in EXPANDING:
-                out, lane = latent.prefill(q, latents, lane, step.slots, step.rows, expansion, spec.scale)
-                return out.reshape(out.shape[0], 1, -1), lane
+                out, kv_cache = latent.prefill(q, latents, kv_cache, step.slots, step.rows, expansion, spec.scale)
+                return out.reshape(out.shape[0], 1, -1), kv_cache
             attend = partial(kernel.decode, items=step.items) if decoding else partial(kernel.prefill, tile=step.tile)
             own = latent.absorb(q, expansion), latents[:, None], None
-            out, lane = attend(*own, lane, step.slots, step.rows, scoring, None)
-            return latent.release(out, expansion).reshape(out.shape[0], 1, -1), lane
+            out, kv_cache = attend(*own, kv_cache, step.slots, step.rows, scoring, None)
+            return latent.release(out, expansion).reshape(out.shape[0], 1, -1), kv_cache
 
         model = model_axis(q.shape[1])
         tokens, whole = PartitionSpec(None, model), PartitionSpec()
         specs = tokens, tokens, PartitionSpec(model), whole, whole
-        return on_shards(local, step.mesh, specs, (tokens, whole), q, latents, self.up[...], lane, step)
+        return on_shards(local, step.mesh, specs, (tokens, whole), q, latents, self.up[...], kv_cache, step)

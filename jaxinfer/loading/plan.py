@@ -105,10 +105,12 @@ def plan(
 def cache_plan(module: LanguageModel, block_size: int, dtype: jnp.dtype, mesh: Mesh | AbstractMesh) -> CachePlan:
     """Count the bytes of a model's cache per device, in the same way as the engine."""
     specs = tuple(module.cache_specs())
-    kept = groups.layout(specs)
+    cache_layout = groups.layout(specs)
     layers = []
-    for layer, (spec, lane) in enumerate(zip(specs, kv_cache.abstract(specs, 1, block_size, dtype, mesh), strict=True)):
-        arrays = jax.tree.leaves(lane)
+    for layer, (spec, stored) in enumerate(
+        zip(specs, kv_cache.abstract(specs, 1, block_size, dtype, mesh), strict=True)
+    ):
+        arrays = jax.tree.leaves(stored)
         whole, size = (
             all(array.sharding.is_fully_replicated for array in arrays),
             sum(map(placement.device_bytes, arrays)),
@@ -116,12 +118,12 @@ def cache_plan(module: LanguageModel, block_size: int, dtype: jnp.dtype, mesh: M
         sizes = {"state_device_bytes" if isinstance(spec, State) else "block_device_bytes": size}
         layers.append(CacheLayer(layer, whole, **sizes, encoded=spec.kind.encoded))
     # A block id takes memory in all arrays; a block of a sequence takes one id in each of its groups.
-    block = kv_cache.block_bytes(kept.lanes, block_size, dtype, mesh) // mesh.size
-    encoded = groups.encoded(kept.kinds)
+    block = kv_cache.block_bytes(cache_layout.array_specs, block_size, dtype, mesh) // mesh.size
+    encoded = groups.encoded(cache_layout.kinds)
     return CachePlan(
         block_size,
         tuple(layers),
-        block * groups.count(groups.own(kept.kinds)),
+        block * groups.count(groups.own(cache_layout.kinds)),
         block * (encoded.count if encoded else 0),
     )
 

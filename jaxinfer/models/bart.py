@@ -15,7 +15,7 @@ from flax import nnx
 
 from jaxinfer.checkpoint.hf import ConfigReader
 from jaxinfer.checkpoint.rules import Rule
-from jaxinfer.kernels.attention.paged import Lane
+from jaxinfer.kernels.attention.paged import KVCache
 from jaxinfer.kv.spec import Full
 from jaxinfer.layers.attention import StepContext
 from jaxinfer.layers.embedding import Embedding, LearnedPositions
@@ -191,17 +191,19 @@ class Bart(nnx.Module):
             x = layer(x, step)
         return self.encoder.leave(x)
 
-    def encode_cross(self, inputs: jax.Array, numbers: jax.Array, step: EncodeStep, lanes: list[Lane]) -> list[Lane]:
+    def encode_cross(
+        self, inputs: jax.Array, numbers: jax.Array, step: EncodeStep, cache: list[KVCache]
+    ) -> list[KVCache]:
         """Encode token ids `[S]` and return the cache arrays with the keys and values of all cross-attentions."""
-        return keep_cross(cross_parts(self.decoder.layers), self.encode(inputs, step), lanes, step)
+        return keep_cross(cross_parts(self.decoder.layers), self.encode(inputs, step), cache, step)
 
     def __call__(
-        self, tokens: jax.Array, step: StepContext, lanes: list[Lane], features: FeatureRows | None = None
-    ) -> tuple[jax.Array, list[Lane]]:
+        self, tokens: jax.Array, step: StepContext, cache: list[KVCache], features: FeatureRows | None = None
+    ) -> tuple[jax.Array, list[KVCache]]:
         """Compute hidden states `[T, M]` after the last layer for token ids `[T]`; also return the new cache arrays."""
         x = self.decoder.enter(self._embed(tokens, self.decoder_embedding), step.positions)
-        x, lanes = decode(self.decoder.layers, x, lanes, step)
-        return self.decoder.leave(x), lanes
+        x, cache = decode(self.decoder.layers, x, cache, step)
+        return self.decoder.leave(x), cache
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Compute float32 logits `[B, V']` of hidden states `[B, M]`."""

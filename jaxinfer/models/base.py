@@ -135,7 +135,7 @@ class LanguageModel(Protocol):
     config: ModelConfig
 
     def __call__(
-        self, tokens: jax.Array, step: StepContext, lanes: Cache, features: FeatureRows | None = None
+        self, tokens: jax.Array, step: StepContext, cache: Cache, features: FeatureRows | None = None
     ) -> tuple[jax.Array, Cache]:
         """Compute hidden states `[T, M]` after the final norm for token ids `[T]`; also return the new cache arrays."""
         ...
@@ -166,7 +166,7 @@ class MultimodalModel(LanguageModel, Protocol):
 class CrossModel(LanguageModel, Protocol):
     """A language model whose `config.cross` is not None: some of its `cache_specs` are `kv.spec.Cross`."""
 
-    def encode_cross(self, inputs: jax.Array, numbers: jax.Array, step: EncodeStep, lanes: Cache) -> Cache:
+    def encode_cross(self, inputs: jax.Array, numbers: jax.Array, step: EncodeStep, cache: Cache) -> Cache:
         """Encode inputs `[U, *cross.shape]` into the cache's cross-attention keys and values.
 
         Inputs come with integers `[U, cross.numbers]`.

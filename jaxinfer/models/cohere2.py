@@ -26,12 +26,12 @@ class ParallelLayer(Layer):
         return {"attention_norm": "input_layernorm"}
 
     def __call__(
-        self, x: jax.Array, lane: Any, rope: tuple[jax.Array, jax.Array] | None, step: StepContext
+        self, x: jax.Array, kv_cache: Any, rope: tuple[jax.Array, jax.Array] | None, step: StepContext
     ) -> tuple[jax.Array, Any]:
         """Map hidden states `[T, M]` to `[T, M]`; also return the layer's new cache."""
         normed = self.attention_norm(x)
-        y, lane = self.attend(normed, lane, rope, step)
-        return x + y + self.feed_forward(normed, step), lane
+        y, kv_cache = self.attend(normed, kv_cache, rope, step)
+        return x + y + self.feed_forward(normed, step), kv_cache
 
 
 def config(reader: ConfigReader) -> DecoderConfig:

@@ -69,25 +69,25 @@ class Layer(nnx.Module):
         return _norm_names(config.norms)
 
     def __call__(
-        self, x: jax.Array, lane: Any, rope: tuple[jax.Array, jax.Array] | None, step: StepContext
+        self, x: jax.Array, kv_cache: Any, rope: tuple[jax.Array, jax.Array] | None, step: StepContext
     ) -> tuple[jax.Array, Any]:
         """Map hidden states `[T, M]` to `[T, M]`; also return the layer's new cache or state."""
-        y, lane = self.attend(_normed(self.attention_norm, x), lane, rope, step)
+        y, kv_cache = self.attend(_normed(self.attention_norm, x), kv_cache, rope, step)
         x = self.add(x, _normed(self.attention_post_norm, y))
         y = self.feed_forward(_normed(self.mlp_norm, x), step)
-        return self.add(x, _normed(self.mlp_post_norm, y)), lane
+        return self.add(x, _normed(self.mlp_post_norm, y)), kv_cache
 
     def add(self, x: jax.Array, y: jax.Array) -> jax.Array:
         """Add the output of attention or the MLP, `[T, M]`, to the residual `[T, M]`."""
         return x + y
 
     def attend(
-        self, x: jax.Array, lane: Any, rope: tuple[jax.Array, jax.Array] | None, step: StepContext
+        self, x: jax.Array, kv_cache: Any, rope: tuple[jax.Array, jax.Array] | None, step: StepContext
     ) -> tuple[jax.Array, Any]:
         """Mix the tokens of each sequence, `[T, M]` to `[T, M]`; also return the layer's new cache or state."""
         if isinstance(self.attention.spec, DeltaSpec):
-            return self.attention(x, lane, step.states)
-        return self.attention(x, lane, rope, step)
+            return self.attention(x, kv_cache, step.states)
+        return self.attention(x, kv_cache, rope, step)
 
     def feed_forward(self, x: jax.Array, step: StepContext) -> jax.Array:
         """Apply the MLP or the mixture of experts to `[T, M]`."""
@@ -135,7 +135,7 @@ class Decoder(nnx.Module):
         self.head = None if config.tied else Embedding(build.at("head"), *sizes, lookup=False, head=True, **logits)
 
     def __call__(
-        self, tokens: jax.Array, step: StepContext, lanes: Cache, features: FeatureRows | None = None
+        self, tokens: jax.Array, step: StepContext, cache: Cache, features: FeatureRows | None = None
     ) -> tuple[jax.Array, Cache]:
         """Compute hidden states `[T, M]` after the final norm for token ids `[T]`; also return the new cache arrays.
 
@@ -150,11 +150,11 @@ class Decoder(nnx.Module):
             rope: None if rope is None else cos_sin(rope, step.positions, step.rope_lengths)
             for rope in dict.fromkeys(ropes)
         }
-        lanes = list(lanes)
+        cache = list(cache)
         for number, layer in enumerate(self.layers):
-            lane = step.lane(number)
-            x, lanes[lane] = layer(x, lanes[lane], turned[ropes[number]], step.of(number))
-        return self.norm(x), lanes
+            index = step.array_index(number)
+            x, cache[index] = layer(x, cache[index], turned[ropes[number]], step.of(number))
+        return self.norm(x), cache
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Compute float32 logits `[B, V']` of hidden states `[B, M]`."""

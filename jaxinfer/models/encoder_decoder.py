@@ -12,7 +12,7 @@ from flax import nnx
 
 from jaxinfer.checkpoint.hf import ConfigReader
 from jaxinfer.checkpoint.rules import Rule, expand
-from jaxinfer.kernels.attention.paged import Lane
+from jaxinfer.kernels.attention.paged import KVCache
 from jaxinfer.kv.spec import Full
 from jaxinfer.layers.attention import Attention, AttentionSpec, StepContext
 from jaxinfer.layers.cross import CrossAttention, CrossSpec
@@ -132,49 +132,49 @@ class DecoderLayer(Residual):
         self.cross = CrossAttention(build.at("cross"), CrossSpec(*shape, biases=config.biases, out_bias=True))
 
     def __call__(
-        self, x: jax.Array, lanes: list[Lane], own: int, read: int, step: StepContext
-    ) -> tuple[jax.Array, list[Lane]]:
+        self, x: jax.Array, cache: list[KVCache], own: int, read: int, step: StepContext
+    ) -> tuple[jax.Array, list[KVCache]]:
         """Map `[T, M]` to `[T, M]`; also return the new cache arrays.
 
         Args:
             x: hidden states.
-            lanes: cache arrays.
+            cache: cache arrays.
             own: index of the self-attention in `cache_specs`.
             read: index of the cross-attention in `cache_specs`.
             step: the step.
         """
-        lanes, lane = list(lanes), step.lane(own)
-        y, lanes[lane] = self.attention(self.before(x, self.attention_norm), lanes[lane], None, step.of(own))
-        x, lane = self.after(x, y, self.attention_norm), step.lane(read)
-        y, lanes[lane] = self.cross(self.before(x, self.cross_norm), lanes[lane], step.of(read))
-        return self.feed_forward(self.after(x, y, self.cross_norm)), lanes
+        cache, index = list(cache), step.array_index(own)
+        y, cache[index] = self.attention(self.before(x, self.attention_norm), cache[index], None, step.of(own))
+        x, index = self.after(x, y, self.attention_norm), step.array_index(read)
+        y, cache[index] = self.cross(self.before(x, self.cross_norm), cache[index], step.of(read))
+        return self.feed_forward(self.after(x, y, self.cross_norm)), cache
 
 
 def decode(
-    layers: Sequence[DecoderLayer], x: jax.Array, lanes: list[Lane], step: StepContext
-) -> tuple[jax.Array, list[Lane]]:
+    layers: Sequence[DecoderLayer], x: jax.Array, cache: list[KVCache], step: StepContext
+) -> tuple[jax.Array, list[KVCache]]:
     """Apply all decoder layers to `[T, M]`; also return the new cache arrays."""
     for number, layer in enumerate(layers):
-        x, lanes = layer(x, lanes, number, number + len(layers), step)
-    return x, lanes
+        x, cache = layer(x, cache, number, number + len(layers), step)
+    return x, cache
 
 
 def keep_cross(
-    parts: Iterable[tuple[int, CrossAttention]], encoded: jax.Array, lanes: list[Lane], step: EncodeStep
-) -> list[Lane]:
+    parts: Iterable[tuple[int, CrossAttention]], encoded: jax.Array, cache: list[KVCache], step: EncodeStep
+) -> list[KVCache]:
     """Return the cache arrays with the keys and values of an encoder's output.
 
     Args:
         parts: cross-attentions with their indices in `cache_specs`.
         encoded: the encoder's output, `[S, M]`.
-        lanes: cache arrays.
+        cache: cache arrays.
         step: the encoder step.
     """
-    lanes = list(lanes)
+    cache = list(cache)
     for number, part in parts:
-        lane = step.lane(number)
-        lanes[lane] = part.keep(encoded, lanes[lane], step.of(number))
-    return lanes
+        index = step.array_index(number)
+        cache[index] = part.keep(encoded, cache[index], step.of(number))
+    return cache
 
 
 def cross_parts(layers: Sequence[DecoderLayer]) -> Iterable[tuple[int, CrossAttention]]:

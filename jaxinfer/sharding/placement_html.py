@@ -143,8 +143,8 @@ def _device(plan: Placed) -> str:
 
 def _node(node: Node, plan: Placed, depth: int, times: int, whole: int) -> str:
     """Render a module in `times` equal enclosing modules; `whole` is the number of bytes of a full bar."""
-    several, of_all = node.alike * times, node.device_bytes * times
-    alike = f"<small>({node.alike} alike)</small>" if node.alike > 1 else ""
+    several, of_all = node.count * times, node.device_bytes * times
+    alike = f"<small>({node.count} alike)</small>" if node.count > 1 else ""
     each = f"<br><small>{several} x {size_text(of_all / several)}</small>" if several > 1 and of_all else ""
     placed = node.placed if plan.devices > 1 else ""
     tag = f'<span class="tag {placed}">{placed}</span>' if placed else "<span></span>"
@@ -160,7 +160,7 @@ def _node(node: Node, plan: Placed, depth: int, times: int, whole: int) -> str:
     inside += "".join(_node(child, plan, depth + 1, several, whole) for child in node.children)
     if not inside:
         return f'<div class="row leaf">{cells}</div>'
-    folds = node.alike > 1 or any(child.alike > 1 for child in node.children)
+    folds = node.count > 1 or any(child.count > 1 for child in node.children)
     opened = " open" if node.children and (depth == 0 or folds) else ""
     return f'<details{opened}><summary class="row">{cells}</summary>{inside}</details>'
 

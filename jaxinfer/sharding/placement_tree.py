@@ -17,7 +17,7 @@ class Node:
     """Path of the first module."""
     last: str
     """Path of the last module; equal to `path` for a single module."""
-    alike: int
+    count: int
     """Number of modules."""
     rows: tuple[Row, ...]
     """Parameters of the first module, without those of submodules."""
@@ -33,7 +33,7 @@ class Node:
     @property
     def name(self) -> str:
         """Path, or first and last path."""
-        return self.path if self.alike == 1 else f"{self.path} ... {self.last}"
+        return self.path if self.count == 1 else f"{self.path} ... {self.last}"
 
     @property
     def label(self) -> str:
@@ -61,7 +61,7 @@ class Node:
         found = Counter(exchange.collective.kind for exchange in self.exchanges if step in exchange.steps)
         for child in self.children:
             found += child.collectives(step)
-        return Counter({kind: count * self.alike for kind, count in found.items()})
+        return Counter({kind: count * self.count for kind, count in found.items()})
 
 
 def tree(plan: Placed) -> Node:
@@ -125,4 +125,4 @@ def _shape(node: Node) -> tuple:
         for row in node.rows
     ]
     exchanges = [(exchange.collective, exchange.steps, exchange.row_bytes) for exchange in node.exchanges]
-    return tuple(rows), tuple(exchanges), tuple((c.path[start:], c.alike, _shape(c)) for c in node.children)
+    return tuple(rows), tuple(exchanges), tuple((c.path[start:], c.count, _shape(c)) for c in node.children)

@@ -202,10 +202,10 @@ class Bench:
     def runner(self, step: str, variant: str) -> Run:
         """Return a function that runs a step and returns its seconds."""
         compiled, (params, cache, *batches) = self.compiled(step, variant)
-        lanes = [cache]
+        held = [cache]
 
         def call() -> jax.Array:
-            tokens, lanes[0] = compiled(params, lanes[0], *batches)
+            tokens, held[0] = compiled(params, held[0], *batches)
             return tokens
 
         return partial(timed, call)

@@ -29,7 +29,7 @@ from benchmarks.steptime import greedy
 from jaxinfer import functional
 from jaxinfer.functional import Array, DecodeBatch, Program
 from jaxinfer.functional.growing import GrowingCache
-from jaxinfer.kernels.attention.paged import Lane
+from jaxinfer.kernels.attention.paged import KVCache
 from jaxinfer.kernels.attention.xla_attention import decode_items, item_keys
 from jaxinfer.kv import contiguous
 from jaxinfer.loading import weights as loading
@@ -77,16 +77,16 @@ class Step:
         self,
         program: Program,
         params: Params,
-        lanes: list[Lane],
+        cache: list[KVCache],
         tables: Array,
         *,
         items: int | None = None,
         longer: bool = False,
     ):
-        self._params, self._lanes, self._tables, self._longer = params, lanes, tables, longer
+        self._params, self._cache, self._tables, self._longer = params, cache, tables, longer
         step = jax.jit(partial(_step, program, items, longer), donate_argnums=() if longer else 1)
         self._compiled = step.lower(
-            params, lanes, tables, *[jax.ShapeDtypeStruct((len(tables),), np.int32)] * 2
+            params, cache, tables, *[jax.ShapeDtypeStruct((len(tables),), np.int32)] * 2
         ).compile()
 
     def run(self, tokens: np.ndarray, position: int) -> tuple[float, np.ndarray]:
@@ -95,10 +95,10 @@ class Step:
         """
         positions = np.full(len(tokens), position, np.int32)
         start = time.perf_counter()
-        made, lanes = jax.block_until_ready(self._compiled(self._params, self._lanes, self._tables, tokens, positions))
+        made, cache = jax.block_until_ready(self._compiled(self._params, self._cache, self._tables, tokens, positions))
         if not self._longer:
-            self._lanes = lanes
-        del lanes  # the concatenating loop frees the old arrays each step; the new ones are as large
+            self._cache = cache
+        del cache  # the concatenating loop frees the old arrays each step; the new ones are as large
         return time.perf_counter() - start, np.asarray(made)
 
     def figures(self) -> Figures:
@@ -119,14 +119,14 @@ def _step(
     items: int | None,
     longer: bool,
     params: Params,
-    lanes: list[Lane],
+    cache: list[KVCache],
     tables: Array,
     tokens: Array,
     positions: Array,
-) -> tuple[jax.Array, list[Lane]]:
+) -> tuple[jax.Array, list[KVCache]]:
     if longer:
-        lanes = jax.tree.map(lambda a: jnp.concatenate([a, jnp.zeros_like(a[:, :, :1])], axis=2), lanes)
-    return greedy(program, params, lanes, DecodeBatch(tokens, positions, tables, items))
+        cache = jax.tree.map(lambda a: jnp.concatenate([a, jnp.zeros_like(a[:, :, :1])], axis=2), cache)
+    return greedy(program, params, cache, DecodeBatch(tokens, positions, tables, items))
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ class Bench:
             logits, cache = cache.append(self.params, prompts[:, start : start + CHUNK])
         return cache, np.asarray(logits.argmax(axis=-1), np.int32)
 
-    def steps(self, layers: list[Lane]) -> dict[str, Step]:
+    def steps(self, layers: list[KVCache]) -> dict[str, Step]:
         """Return the step of each method, with caches holding these keys and values `[R, K, S, D]`."""
         length = layers[0].keys.shape[2]
         return {
@@ -158,16 +158,16 @@ class Bench:
             PAGED: self._paged(layers, length),
         }
 
-    def _contiguous(self, layers: list[Lane], length: int, room: int) -> Step:
+    def _contiguous(self, layers: list[KVCache], length: int, room: int) -> Step:
         cache = GrowingCache.adopt(self.program, layers, self.work.end * room, self.work.step)
         tables = cache.regions.tables(jnp.arange(self.work.rows), cache.read_width(length + 1))[0]
-        return Step(self.program, self.params, cache.lanes, tables)
+        return Step(self.program, self.params, cache.arrays, tables)
 
-    def _paged(self, layers: list[Lane], length: int) -> Step:
+    def _paged(self, layers: list[KVCache], length: int) -> Step:
         work, width = self.work, -(-self.work.end // BLOCK)
         # Random block order, as in a pool that has served other requests before.
         tables = np.random.default_rng(0).permutation(work.rows * width).astype(np.int32).reshape(work.rows, width)
-        lanes = functional.init_cache(self.program, work.rows * width, BLOCK)
+        cache = functional.init_cache(self.program, work.rows * width, BLOCK)
         fill = jax.jit(
             partial(jax.tree.map, lambda array, given: contiguous.fill(array, given, tables)), donate_argnums=0
         )
@@ -177,7 +177,7 @@ class Bench:
             while items < needed:
                 items *= 2
             items = min(items, decode_items(work.rows, width * BLOCK, BLOCK))
-        return Step(self.program, self.params, fill(lanes, layers), jnp.asarray(tables), items=items)
+        return Step(self.program, self.params, fill(cache, layers), jnp.asarray(tables), items=items)
 
 
 def measure(
@@ -194,7 +194,7 @@ def measure(
     found: Figures = {"cache_mib": cache.nbytes / MEBIBYTE}
     for position in range(work.prompt, work.end):
         if position in work.measured:
-            layers = [Lane(*cache.layer(number)) for number in range(len(program.specs))]
+            layers = [KVCache(*cache.layer(number)) for number in range(len(program.specs))]
             steps = bench.steps(layers)
             del layers
             times, made = _in_turns(steps, tokens, position, work.repeats)

@@ -16,7 +16,7 @@ from jaxinfer.checkpoint import rules
 from jaxinfer.engine.sampling.sampler import sample
 from jaxinfer.engine.sampling.sampling_rows import Level, SamplingRows
 from jaxinfer.functional import Array, DecodeBatch, PrefillBatch, Program
-from jaxinfer.kernels.attention.paged import Lane
+from jaxinfer.kernels.attention.paged import KVCache
 from jaxinfer.loading import weights
 from jaxinfer.sharding import make_mesh
 from jaxinfer.sharding import mesh as meshes
@@ -116,11 +116,11 @@ def runner(program: Program, params: Sequence[jax.Array], step: Step) -> Run:
         batch = functional.prefill_batch([(np.zeros(length, np.int32), 0, length)], tables, tile=program.tile)
     placed = jax.tree.map(lambda array: array.sharding, cache)
     compiled = jax.jit(partial(greedy, program), donate_argnums=1, out_shardings=(None, placed))
-    lanes = [cache]
+    held = [cache]
 
     def run() -> float:
         def call() -> jax.Array:
-            tokens, lanes[0] = compiled(params, lanes[0], batch)
+            tokens, held[0] = compiled(params, held[0], batch)
             return tokens
 
         return timed(call)
@@ -129,8 +129,8 @@ def runner(program: Program, params: Sequence[jax.Array], step: Step) -> Run:
 
 
 def greedy(
-    program: Program, params: Sequence[Array], cache: list[Lane], batch: DecodeBatch | PrefillBatch
-) -> tuple[jax.Array, list[Lane]]:
+    program: Program, params: Sequence[Array], cache: list[KVCache], batch: DecodeBatch | PrefillBatch
+) -> tuple[jax.Array, list[KVCache]]:
     """Return the most likely next tokens and the cache."""
     body = functional.decode if isinstance(batch, DecodeBatch) else functional.prefill
     logits, cache = body(program, params, cache, batch)

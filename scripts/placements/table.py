@@ -58,7 +58,7 @@ def _rows(node: Node, path: str) -> Iterator[tuple[str, Row]]:
         yield f"{path}{row.path.rsplit('.', 1)[-1]}", row
     for child in node.children:
         first, last = (end.rsplit(".", 1)[-1] for end in (child.path, child.last))
-        yield from _rows(child, f"{path}{first if child.alike == 1 else f'{{{first}..{last}}}'}.")
+        yield from _rows(child, f"{path}{first if child.count == 1 else f'{{{first}..{last}}}'}.")
 
 
 def _modules(plan: Plan, root: Node) -> Table:
@@ -72,7 +72,7 @@ def _modules(plan: Plan, root: Node) -> Table:
     for node, depth, times in _nodes(root, 0, 1):
         found = [node.collectives(step).items() for step in plan.steps]
         causes = (", ".join(f"{count * times} {kind}" for kind, count in own) for own in found)
-        several = node.alike * times
+        several = node.count * times
         table.add_row(
             "  " * depth + node.label,
             Text(node.placed, style=COLOURS[node.placed]),
@@ -86,7 +86,7 @@ def _modules(plan: Plan, root: Node) -> Table:
 def _nodes(node: Node, depth: int, times: int) -> Iterator[tuple[Node, int, int]]:
     for child in node.children:
         yield child, depth, times
-        yield from _nodes(child, depth + 1, times * child.alike)
+        yield from _nodes(child, depth + 1, times * child.count)
 
 
 def sentences(plan: Plan) -> Iterator[str]:

@@ -25,7 +25,7 @@ def test_nan_stays_where_nothing_was_written():
     poison(runner)
     request = make_request("one", prompt(BLOCK + 1), GREEDY)
     run(engine, [request])
-    written = [np.asarray(~jnp.isnan(lane.keys).any(axis=(1, 3))) for lane in runner.cache]
+    written = [np.asarray(~jnp.isnan(layer.keys).any(axis=(1, 3))) for layer in runner.cache]
     made = BLOCK + 1 + GREEDY.max_tokens
     for places in written:
         assert made - 1 <= places.sum() <= made, (

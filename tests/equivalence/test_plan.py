@@ -61,7 +61,7 @@ def test_plan_bytes_equal_loaded_weights_and_engine_cache(name: str, tied: bool,
         held = [{shard.device: shard.data.nbytes for shard in param.addressable_shards} for param in params]
         assert {sum(one[device] for one in held) for device in mesh.devices.flat} == {made.device_bytes}
         kinds = program.layout.kinds
-        each = kv_cache.block_bytes(program.layout.lanes, 16, program.dtype, mesh)
+        each = kv_cache.block_bytes(program.layout.array_specs, 16, program.dtype, mesh)
         encoded = groups.encoded(kinds)
         assert made.cache.block_device_bytes * tp == each * groups.count(groups.own(kinds))
         assert made.cache.encoded_block_device_bytes * tp == each * (encoded.count if encoded else 0)

@@ -130,7 +130,7 @@ def test_below_one_block_and_evicted_windows_are_told(runner):
     first = make_request("first", SHARED, GREEDY)
     run(engine, [first])
     manager = engine.manager
-    [sliding] = [k for k, kind in enumerate(manager.kinds) if not kind.kind.whole]
+    [sliding] = [k for k, kind in enumerate(manager.kinds) if not kind.kind.keeps_all]
     digests = manager.digests(first.prompt, first.sequences[0].root, [], first.extras)
     node = manager.index.nodes(digests)[3]
     manager._unpublish(list(node.ids[sliding]) + manager.index.evict(node.ids[sliding]))

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from support.attention import CHUNKS, PLAIN, SHAPES, Case, Shape, same_lane
+from support.attention import CHUNKS, PLAIN, SHAPES, Case, Shape, same_cache
 
 from jaxinfer.kernels.attention import choose as attention
 from jaxinfer.sharding import make_mesh
@@ -34,12 +34,12 @@ def kernel() -> Any:
 def check(case: Case, call: Any, step: Any, values: tuple) -> None:
     """Runs a case; the result and the cache are the oracle's."""
     q, k, v, rows, positions = values
-    found, lane = jax.jit(partial(call, scoring=case.shape.scoring))(
-        q, k, v, case.lane, case.slots(rows, positions), step, sinks=case.sinks
+    found, kv_cache = jax.jit(partial(call, scoring=case.shape.scoring))(
+        q, k, v, case.kv_cache, case.slots(rows, positions), step, sinks=case.sinks
     )
-    expected, expected_lane = case.expected(q, k, v, rows, positions)
+    expected, expected_cache = case.expected(q, k, v, rows, positions)
     case.close(found[:-PADDING], expected[:-PADDING])
-    same_lane(lane, expected_lane)
+    same_cache(kv_cache, expected_cache)
     assert np.isfinite(np.asarray(found[-PADDING:], np.float32)).all(), "padding gives what harms nobody"
 
 
@@ -68,7 +68,7 @@ def test_prefill_is_the_oracle(kernel: Any, name: str, chunks: str):
     case = Case(shape, [start + count for start, count in wide], [count for _, count in wide])
     value_dim = shape.value_dim or shape.dim
     tile = attention.prefill_tile(
-        attention.TRITON, shape.heads // shape.kv_heads, value_dim, np.dtype(case.lane.keys.dtype).itemsize
+        attention.TRITON, shape.heads // shape.kv_heads, value_dim, np.dtype(case.kv_cache.keys.dtype).itemsize
     )
     call = partial(kernel.prefill, tile=tile)
     check(case, call, case.prefill_tiles(tile, padding=PADDING), case.step(padding=PADDING))

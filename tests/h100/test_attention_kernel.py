@@ -9,7 +9,7 @@ import pytest
 from support.ptx import compiled_kernels, spilled
 
 from jaxinfer.kernels.attention import triton_attention
-from jaxinfer.kernels.attention.paged import DecodeRows, Lane, PrefillTiles, Scoring, Slots
+from jaxinfer.kernels.attention.paged import DecodeRows, KVCache, PrefillTiles, Scoring, Slots
 from jaxinfer.kernels.attention.triton_attention import TritonAttention
 from jaxinfer.kernels.triton import triton_tiles
 from jaxinfer.kernels.triton.triton_launch import Target
@@ -37,7 +37,7 @@ def trace(name: str, kind: str) -> None:
     """Builds the program of one attention call, for which its kernels are compiled."""
     heads, kv_heads, dim, value_dim, dtype, scoring, sinks = LAYERS[name]
     tokens, array, ints = 8 if kind == "decode" else 512, jax.ShapeDtypeStruct, jnp.int32
-    lane = Lane(*(None if d is None else array((BLOCKS, kv_heads, BLOCK, d), dtype) for d in (dim, value_dim)))
+    kv_cache = KVCache(*(None if d is None else array((BLOCKS, kv_heads, BLOCK, d), dtype) for d in (dim, value_dim)))
     q, k = array((tokens, heads, dim), dtype), array((tokens, kv_heads, dim), dtype)
     v = None if value_dim is None else array((tokens, kv_heads, value_dim), dtype)
     slots, tables = Slots(array((tokens,), ints), array((tokens,), ints)), array((8, WIDTH), ints)
@@ -45,14 +45,14 @@ def trace(name: str, kind: str) -> None:
     kernels = TritonAttention(H100)
     if kind == "decode":
         rows, call = DecodeRows(tables, array((8,), ints)), kernels.decode
-        run = lambda q, k, v, lane, slots, rows, extra: call(q, k, v, lane, slots, rows, scoring, extra)  # noqa: E731
+        run = lambda q, k, v, kv, slots, rows, extra: call(q, k, v, kv, slots, rows, scoring, extra)  # noqa: E731
     else:
         rows, call = PrefillTiles(tables, array((40, 4), ints), array((), ints)), kernels.prefill
         tile = triton_tiles.tile(heads // kv_heads, value_dim or 512, jnp.dtype(dtype).itemsize)
-        run = lambda q, k, v, lane, slots, rows, extra: call(  # noqa: E731
-            q, k, v, lane, slots, rows, scoring, extra, tile=tile
+        run = lambda q, k, v, kv_cache, slots, rows, extra: call(  # noqa: E731
+            q, k, v, kv_cache, slots, rows, scoring, extra, tile=tile
         )
-    jax.eval_shape(run, q, k, v, lane, slots, rows, extra)
+    jax.eval_shape(run, q, k, v, kv_cache, slots, rows, extra)
 
 
 @pytest.mark.slow

@@ -139,8 +139,7 @@ def test_a_step_is_one_command_buffer_of_11_kernels_a_layer(kind: str, layers: i
     ],
 )
 def test_layers_that_share_arrays_update_them_in_place(kind: str, name: str):
-    """12 layers on 6 lanes in 2 groups, or on 2 lanes in 6: each kind of layer takes its work items from its own
-    tables."""
+    """12 layers on 6 cache arrays in 2 groups, or on 2 in 6: each kind takes work items from its own tables."""
     compiled = hybrid(kind, name)
     check_in_place(compiled)
     assert compiled.temporary_bytes < (8 << 20 if kind == "decode" else 32 << 20)
@@ -233,7 +232,7 @@ def test_a_layer_has_two_all_reduces_and_nothing_else(kind: str, tp: int, quanti
     assert two.collectives == Counter({"all-reduce": 2 * 2 + 1, "all-gather": 1})
 
 
-# A replicated lane is whole on every device: four times the bytes of a divided one.
+# A replicated cache array is whole on every device: four times the bytes of a divided one.
 @pytest.mark.parametrize(
     ("kind", "replicated", "reduces", "share"),
     [
@@ -243,7 +242,7 @@ def test_a_layer_has_two_all_reduces_and_nothing_else(kind: str, tp: int, quanti
         ("decode", "layers.*", 0, 1),
     ],
 )
-def test_a_replicated_module_has_no_collective_and_its_lane_stays_in_place(
+def test_a_replicated_module_has_no_collective_and_its_cache_stays_in_place(
     kind: str, replicated: str, reduces: int, share: float
 ):
     two, three = (step(kind, layers, 4, replicated=replicated) for layers in (2, 3))

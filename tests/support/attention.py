@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxinfer.functional import prefill_batch
 from jaxinfer.kernels.attention import paged
-from jaxinfer.kernels.attention.paged import DecodeRows, Lane, PrefillTiles, Scoring, Slots
+from jaxinfer.kernels.attention.paged import DecodeRows, KVCache, PrefillTiles, Scoring, Slots
 from jaxinfer.kernels.attention.xla_attention import TILE
 
 TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2, "float16": 4e-3}
@@ -85,13 +85,13 @@ class Case:
             self.tables[row] = ids[row * width : (row + 1) * width]
             own = [rng.normal(size=(length, shape.kv_heads, d)).astype(np.float32) for d in dims]
             self.dense.append(own)
-            for lane, values in zip(cached, own, strict=True):
+            for array, values in zip(cached, own, strict=True):
                 # The cache keeps no positions before the window.
                 first = 0 if shape.window is None else max(0, length - new - shape.window + 1)
                 for at in range(first, length - new):
-                    lane[self.tables[row, at // shape.block], :, at % shape.block] = values[at]
-        lanes = [jax.device_put(lane.astype(jnp.dtype(shape.dtype))) for lane in cached]
-        self.lane = Lane(lanes[0], None if shape.latent else lanes[1])
+                    array[self.tables[row, at // shape.block], :, at % shape.block] = values[at]
+        arrays = [jax.device_put(array.astype(jnp.dtype(shape.dtype))) for array in cached]
+        self.kv_cache = KVCache(arrays[0], None if shape.latent else arrays[1])
         sinks = rng.normal(size=shape.heads).astype(jnp.dtype(shape.dtype))
         self.sinks = jax.device_put(sinks) if shape.sinks else None
 
@@ -129,13 +129,13 @@ class Case:
 
     def expected(
         self, q: jax.Array, k: jax.Array, v: jax.Array | None, rows: np.ndarray, positions: np.ndarray
-    ) -> tuple[np.ndarray, Lane]:
-        """Return the reference implementation's output and updated lane."""
-        out, lane = _oracle(
+    ) -> tuple[np.ndarray, KVCache]:
+        """Return the reference implementation's output and updated cache."""
+        out, kv_cache = _oracle(
             q,
             k,
             v,
-            self.lane,
+            self.kv_cache,
             self.slots(rows, positions),
             self.tables,
             rows,
@@ -143,7 +143,7 @@ class Case:
             self.sinks,
             scoring=self.shape.scoring,
         )
-        return np.asarray(out, np.float32), lane
+        return np.asarray(out, np.float32), kv_cache
 
     def close(self, found: jax.Array, expected: np.ndarray) -> None:
         assert found.dtype == jnp.dtype(self.shape.dtype)
@@ -153,13 +153,13 @@ class Case:
 
 
 @partial(jax.jit, static_argnames="scoring")
-def _oracle(q, k, v, lane, slots, tables, rows, positions, sinks, *, scoring):
-    lane = paged.write(lane, k, v, slots)
-    return paged.reference(q, lane, tables, rows, positions, scoring, sinks), lane
+def _oracle(q, k, v, kv_cache, slots, tables, rows, positions, sinks, *, scoring):
+    kv_cache = paged.write(kv_cache, k, v, slots)
+    return paged.reference(q, kv_cache, tables, rows, positions, scoring, sinks), kv_cache
 
 
-def same_lane(found: Lane, expected: Lane) -> None:
-    """Assert that two lanes are bitwise equal, with NaN equal to NaN."""
+def same_cache(found: KVCache, expected: KVCache) -> None:
+    """Assert that two caches are bitwise equal, with NaN equal to NaN."""
     for one, other in zip(found, expected, strict=True):
         assert (one is None) == (other is None)
         if one is not None:

@@ -12,7 +12,7 @@ import numpy as np
 from jaxinfer import functional
 from jaxinfer.functional import DecodeBatch, PrefillBatch, Program
 from jaxinfer.functional.encoder_batch import EncodeBatch, EncodeJob, encode_batch
-from jaxinfer.kernels.attention.paged import Lane, PrefillTiles
+from jaxinfer.kernels.attention.paged import KVCache, PrefillTiles
 from jaxinfer.kv import groups as kv_groups
 from jaxinfer.layers.encoder import EncodeStep
 from jaxinfer.media import CrossInputs, EncoderInput
@@ -36,8 +36,8 @@ _decode = jax.jit(functional.decode, static_argnums=0)
 
 @partial(jax.jit, static_argnums=0)
 def _prefill(
-    program: Program, params: list[jax.Array], cache: list[Lane], batch: PrefillBatch
-) -> tuple[jax.Array, list[Lane]]:
+    program: Program, params: list[jax.Array], cache: list[KVCache], batch: PrefillBatch
+) -> tuple[jax.Array, list[KVCache]]:
     hidden, cache = functional.prefill_hidden(program, params, cache, batch)
     return program.module(params).logits(hidden), cache
 

@@ -73,9 +73,9 @@ def _hidden_states(program: Program, params: list[jax.Array], cache: Cache, batc
         def recorded(layer: Any, x: jax.Array, *others: Any) -> Any:
             if not found:
                 found.append(x)
-            y, lane = call(layer, x, *others)
+            y, kv_cache = call(layer, x, *others)
             found.append(y)
-            return y, lane
+            return y, kv_cache
 
         return recorded
 

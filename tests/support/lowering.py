@@ -107,8 +107,8 @@ class Compiled:
 
     executable: jax.stages.Compiled
     cache_bytes: int
-    """Size of all lanes of the cache, in bytes."""
-    lane_elements: int
+    """Size of all arrays of the cache, in bytes."""
+    array_elements: int
     """Number of elements of one array of keys or values."""
     thunks: str = ""
     """XLA's dump of the launched thunks, in order and grouped by command buffer; GPU programs only."""
@@ -147,7 +147,7 @@ class Compiled:
     @property
     def large_copies(self) -> list[str]:
         """Return copies, also in fusions and loops, of at least as many elements as one array of the cache."""
-        return large_copies(self.executable.as_text(), self.lane_elements)
+        return large_copies(self.executable.as_text(), self.array_elements)
 
     @property
     def collectives(self) -> Counter[str]:
@@ -203,7 +203,7 @@ def compile_step(program: Program, params: list[Any], shapes: Shapes, bucket: Bu
 def unread_in_decode(hf: Mapping[str, Any], mesh: Mesh, rows: int = 8) -> tuple[set[str], list[str]]:
     """Return the parameters of an encoder-decoder that a decode step does not read, and all its parameters."""
     program, params = abstract_model(hf, mesh)
-    cache = kv_cache.abstract(program.layout.lanes, 64, 16, program.dtype, mesh)
+    cache = kv_cache.abstract(program.layout.array_specs, 64, 16, program.dtype, mesh)
     whole = partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
     tables = whole((program.layout.groups, rows, 4))
     batch = DecodeBatch(whole((rows,)), whole((rows,)), tables, seen=whole((rows, 2)))
@@ -215,10 +215,10 @@ def unread_in_decode(hf: Mapping[str, Any], mesh: Mesh, rows: int = 8) -> tuple[
 
 def compile_lowered(lowered: jax.stages.Lowered, cache: Any, **options: Any) -> Compiled:
     """Compile a lowered program that takes this cache."""
-    lanes = jax.tree.leaves(cache)
-    local = [math.prod(lane.sharding.shard_shape(lane.shape)) for lane in lanes]
-    size = sum(np.dtype(lane.dtype).itemsize * count for lane, count in zip(lanes, local, strict=True))
-    if lanes[0].sharding.mesh.devices.flat[0].platform == "cpu":
+    arrays = jax.tree.leaves(cache)
+    local = [math.prod(array.sharding.shard_shape(array.shape)) for array in arrays]
+    size = sum(np.dtype(array.dtype).itemsize * count for array, count in zip(arrays, local, strict=True))
+    if arrays[0].sharding.mesh.devices.flat[0].platform == "cpu":
         return Compiled(lowered.compile(compiler_options=options or None), size, min(local))
     with TemporaryDirectory() as folder:
         options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True} | compiler.GPU | options

@@ -73,7 +73,7 @@ LATENT = dict(
 OWN: dict[str, dict[str, Any]] = {
     "mixtral": dict(num_local_experts=6, num_experts_per_tok=2),
     "qwen3_moe": dict(num_experts=8, num_experts_per_tok=3, moe_intermediate_size=24, norm_topk_prob=True),
-    # A sliding-window layer and a full-attention layer: two groups on one lane.
+    # A sliding-window layer and a full-attention layer: two groups on one cache array.
     "gemma2": dict(sliding_window=10, query_pre_attn_scalar=8, attn_logit_softcapping=2.0, final_logit_softcapping=4.0),
     "gemma3": dict(sliding_window=7, query_pre_attn_scalar=8, layer_types=[SLIDING, FULL]),
     "olmo3": dict(sliding_window=9, layer_types=[SLIDING, FULL]),

@@ -131,7 +131,7 @@ def unpack(bucket: Bucket | EncodeShape, packed: jax.Array) -> dict[str, jax.Arr
     return parts
 
 
-def lanes(rows: np.ndarray, size: int, all_rows: int) -> np.ndarray:
+def batch_indices(rows: np.ndarray, size: int, all_rows: int) -> np.ndarray:
     """Return the index of each of `rows` in the batch of a step for `size` sequences.
 
     If the step has room for all rows, each row keeps its own index, so the step reads tables and tokens without a
@@ -141,28 +141,28 @@ def lanes(rows: np.ndarray, size: int, all_rows: int) -> np.ndarray:
 
 
 def sampling_rows(
-    settings: np.ndarray, rows: np.ndarray, lanes: np.ndarray, positions: np.ndarray, size: int
+    settings: np.ndarray, rows: np.ndarray, batch_indices: np.ndarray, positions: np.ndarray, size: int
 ) -> np.ndarray:
     """Return sampling parameters `[size, WIDTH]` for the batch of a step.
 
     Args:
         settings: parameters of all rows, `[R, WIDTH]`.
         rows: rows of the step.
-        lanes: index of each row in the batch.
+        batch_indices: index of each row in the batch.
         positions: positions of the tokens to be sampled.
         size: batch size of the step.
     """
     packed = np.zeros((size, WIDTH), np.int32)
     packed[:, ROW] = len(settings)
-    packed[lanes] = settings[rows]
-    packed[lanes, POSITION] = positions
+    packed[batch_indices] = settings[rows]
+    packed[batch_indices, POSITION] = positions
     return packed
 
 
 def decode_parts(plan: Plan, bucket: Bucket, tables: Tables, settings: np.ndarray, ahead: int) -> dict[str, np.ndarray]:
     """Build the inputs of decode step number `ahead` of a plan."""
     rows, now = plan.rows, plan.positions + ahead
-    at = lanes(rows, bucket.rows, tables.rows)
+    at = batch_indices(rows, bucket.rows, tables.rows)
     positions, blocks = np.full(bucket.rows, -1, np.int32), np.zeros((bucket.groups, bucket.rows), np.int32)
     positions[at] = now
     if not bucket.contiguous:

@@ -216,11 +216,11 @@ class Programs:
             step = make_encode_step(program, shapes, key, self._options)
             return step.lower(self._params, *abstract_encode_arguments(program, shapes, key))
         if isinstance(key, Copies):
-            lanes, ids = abstract_cache(program, shapes), array((key.width,), np.int32)
+            cache, ids = abstract_cache(program, shapes), array((key.width,), np.int32)
             native = program.kernel == attention.NATIVE and program.mesh.size == 1
             copy = partial(kv_cache.copy_blocks, native=native)
-            copy = jax.jit(copy, donate_argnums=0, out_shardings=shardings(lanes))
-            return copy.lower(lanes, ids, ids)
+            copy = jax.jit(copy, donate_argnums=0, out_shardings=shardings(cache))
+            return copy.lower(cache, ids, ids)
         if isinstance(key, InstallTables):
             entries = array((4, key.width), np.int32)
             fill = jax.jit(install_tables, donate_argnums=0, out_shardings=whole)

@@ -54,7 +54,7 @@ class Result:
     """Output of a compiled step, still on the device, and the sequences it belongs to."""
 
     samples: Sequence[Sample]
-    lanes: np.ndarray
+    batch_indices: np.ndarray
     """Index of each sequence in the step's batch."""
     sampled: Sampled
     first: bool
@@ -128,7 +128,7 @@ class Runner:
         """Sends dispatches to the other processes of a multi-process mesh; None in a single process."""
         self.places = self.padding = 0
         """Total number of token places in the steps so far, and how many of them were padding."""
-        self._lanes = abstract_cache(program, shapes)
+        self._cache_shapes = abstract_cache(program, shapes)
         self._whole = replicated(program)
         self.reset()
 
@@ -138,7 +138,7 @@ class Runner:
         Called initially, and after a failed step has consumed the old ones by donation.
         """
         self.cache: Cache = []  # free the old one before the new one is allocated
-        self.cache = kv_cache.allocate(self._lanes)
+        self.cache = kv_cache.allocate(self._cache_shapes)
         rows = self.shapes.rows
         empty = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), abstract_rows(self.program, self.shapes))
         self.rows = jax.device_put(empty, self._whole)
@@ -249,8 +249,8 @@ class Runner:
         bucket = decode_bucket(self.program, self.shapes, count, reached, needs)
         self.padding += bucket.tokens - count
         parts = batches.decode_parts(plan, bucket, tables, self.asked.settings, ahead)
-        lanes = batches.lanes(plan.rows, bucket.rows, tables.rows)
-        return Result(plan.decodes, lanes, self._dispatch(bucket, needs, parts), first=False)
+        batch_indices = batches.batch_indices(plan.rows, bucket.rows, tables.rows)
+        return Result(plan.decodes, batch_indices, self._dispatch(bucket, needs, parts), first=False)
 
     def _dispatch(self, bucket: Bucket, needs: Needs, parts: Mapping[str, np.ndarray]) -> Sampled:
         try:

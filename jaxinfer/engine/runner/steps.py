@@ -148,8 +148,8 @@ def abstract_arguments(program: Program, shapes: Shapes, bucket: Bucket) -> tupl
     return abstract_cache(program, shapes), abstract_rows(program, shapes), edits, *pool, whole((size,), jnp.int32)
 
 
-def shardings(lanes: Cache) -> Cache:
-    return jax.tree.map(lambda array: array.sharding, lanes)
+def shardings(cache: Cache) -> Cache:
+    return jax.tree.map(lambda array: array.sharding, cache)
 
 
 def abstract_rows(program: Program, shapes: Shapes) -> RowState:
@@ -298,7 +298,7 @@ def decode_step(
     parts = batches.unpack(bucket, packed)
     asked, positions = unpack_rows(parts["sampling"]), parts["positions"]
     last, tables, owners = rows.tokens, rows.tables, None
-    if bucket.rows < len(last):  # else each sequence is at its row's index (`batch.lanes`)
+    if bucket.rows < len(last):  # else each sequence is at its row's index (`batch.batch_indices`)
         last, owners = last.at[asked.row].get(mode="clip"), asked.row
     if bucket.candidates:
         last = jnp.where(parts["tokens"] < 0, last, parts["tokens"])

@@ -33,7 +33,7 @@ def report(
             shapes.feature_slots,
             shapes.feature_slots * program.features.rows,
         )
-    block = kv_cache.block_bytes(program.layout.lanes, config.block_size, program.dtype, program.mesh)
+    block = kv_cache.block_bytes(program.layout.array_specs, config.block_size, program.dtype, program.mesh)
     used, given = size_text(shapes.num_blocks * block), size_text(budget.size - taken)
     if shapes.contiguous:
         if shapes.max_length < longest:

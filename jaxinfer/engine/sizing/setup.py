@@ -182,7 +182,7 @@ def _platform(program: Program) -> str:
 
 
 def _block_bytes(program: Program, config: EngineConfig) -> int:
-    return kv_cache.block_bytes(program.layout.lanes, config.block_size, program.dtype, program.mesh)
+    return kv_cache.block_bytes(program.layout.array_specs, config.block_size, program.dtype, program.mesh)
 
 
 def longest_sequence(model: ModelConfig, config: EngineConfig) -> int:

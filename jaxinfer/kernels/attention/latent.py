@@ -5,7 +5,7 @@ models with rope). Head h has keys `[U_h c | r]` and values `W_h c`. Two computa
 
 - *absorbed*: `q . U c = (U^T q) . c`. Queries are projected to the latent space, where latents are the keys and, in
   their
-  first L columns, the values; outputs are projected with W. This is a `paged.Lane` without values, with one kv head
+  first L columns, the values; outputs are projected with W. This is a `paged.KVCache` without values, with one kv head
   shared
   by all heads, so every attention implementation supports it. It reads least: used for decode.
 - *expanded*: keys and values of all heads are computed from the latents, once per step, and attended to directly, with
@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxinfer.kernels.attention import paged
-from jaxinfer.kernels.attention.paged import Lane, PrefillTiles, Slots
+from jaxinfer.kernels.attention.paged import KVCache, PrefillTiles, Slots
 from jaxinfer.kernels.attention.xla_attention import LEAST
 
 KEYS, QUERIES = 128, 64
@@ -75,8 +75,14 @@ def _rows(step: PrefillTiles) -> _Rows:
 
 
 def prefill(
-    q: jax.Array, latents: jax.Array, lane: Lane, slots: Slots, step: PrefillTiles, expansion: Expansion, scale: float
-) -> tuple[jax.Array, Lane]:
+    q: jax.Array,
+    latents: jax.Array,
+    kv_cache: KVCache,
+    slots: Slots,
+    step: PrefillTiles,
+    expansion: Expansion,
+    scale: float,
+) -> tuple[jax.Array, KVCache]:
     """Write the chunk's latents and attend in expanded form, causally over everything cached of each sequence.
 
     Each latent is expanded once. The online softmax (arXiv:2205.14135) of all queries is carried from one run of keys
@@ -85,7 +91,7 @@ def prefill(
     Args:
         q: `[T, H, Dn + R]`.
         latents: `[T, L + R]`.
-        lane: the cache array.
+        kv_cache: the cache array.
         slots: where the latents are written.
         step: block tables and tiles; tokens of a row are contiguous.
         expansion: up-projections of the heads of `q`.
@@ -94,9 +100,9 @@ def prefill(
     Returns:
         `[T, H, Dv]`, finite for padding, and the updated cache array.
     """
-    lane = paged.write(lane, latents[:, None], None, slots)
+    kv_cache = paged.write(kv_cache, latents[:, None], None, slots)
     tokens, heads, _ = q.shape
-    queries, block = min(QUERIES, tokens), lane.keys.shape[2]
+    queries, block = min(QUERIES, tokens), kv_cache.keys.shape[2]
     width = min(max(1, KEYS // block), step.tables.shape[1])
     tables = jnp.pad(step.tables, ((0, 0), (0, width)))
     # Heads first: matmuls can then use their operands without transposing.
@@ -108,7 +114,7 @@ def prefill(
 
         def keys(number: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             blocks = jax.lax.dynamic_slice(tables[row], (number * width,), (width,))
-            found, first = paged.gather(lane.keys, blocks)[0], number * width * block
+            found, first = paged.gather(kv_cache.keys, blocks)[0], number * width * block
             own = (first + jnp.arange(width * block) < length)[:, None]
             place = rows.starts[row], position, length, first
             return turn(jnp.where(own, found, 0), place, carry)
@@ -120,7 +126,7 @@ def prefill(
     begin = jnp.full(lead, LEAST), jnp.zeros(lead), jnp.zeros((*lead, expansion.values.shape[1]))
     _, total, out = jax.lax.fori_loop(0, tables.shape[0], one_row, begin)
     out = out / jnp.maximum(total, 1e-30)[..., None]
-    return out[:, :tokens].swapaxes(0, 1).astype(q.dtype), lane
+    return out[:, :tokens].swapaxes(0, 1).astype(q.dtype), kv_cache
 
 
 def _turn(

@@ -10,16 +10,16 @@ import numpy as np
 
 from jaxinfer._utils.log import warn_once
 from jaxinfer.kernels.attention import xla_attention
-from jaxinfer.kernels.attention.paged import DecodeRows, Lane, PrefillTiles, Scoring, Slots
+from jaxinfer.kernels.attention.paged import DecodeRows, KVCache, PrefillTiles, Scoring, Slots
 
 TILE = 64
 """Queries per prefill tile; 6% faster than 32, where the packing of keys is shared by half as many rows."""
 
 
-def _served(q: jax.Array, lane: Lane) -> bool:
+def _served(q: jax.Array, kv_cache: KVCache) -> bool:
     """Return whether the kernel computes these arrays; warn if it does not."""
-    if q.dtype not in (jnp.bfloat16, jnp.float32) or lane.keys.dtype != q.dtype:
-        reason = f"the CPU kernel computes float32 and bfloat16, not {q.dtype} with a cache of {lane.keys.dtype}"
+    if q.dtype not in (jnp.bfloat16, jnp.float32) or kv_cache.keys.dtype != q.dtype:
+        reason = f"the CPU kernel computes float32 and bfloat16, not {q.dtype} with a cache of {kv_cache.keys.dtype}"
     elif q.shape[-1] * q.dtype.itemsize % 4:
         reason = f"the CPU kernel computes even head dims in bfloat16, not {q.shape[-1]}"
     else:
@@ -32,56 +32,58 @@ def decode(
     q: jax.Array,
     k: jax.Array | None,
     v: jax.Array | None,
-    lane: Lane,
+    kv_cache: KVCache,
     slots: Slots | None,
     step: DecodeRows,
     scoring: Scoring,
     sinks: jax.Array | None = None,
     *,
     items: int | None = None,
-) -> tuple[jax.Array, Lane]:
+) -> tuple[jax.Array, KVCache]:
     """Attend as `xla_attention.decode`; `items` is ignored."""
-    if not _served(q, lane):
-        return xla_attention.decode(q, k, v, lane, slots, step, scoring, sinks, items=items)
+    if not _served(q, kv_cache):
+        return xla_attention.decode(q, k, v, kv_cache, slots, step, scoring, sinks, items=items)
     rows = jnp.arange(q.shape[0], dtype=jnp.int32)
     tiles = jnp.stack([rows + step.first, rows, step.lengths - 1, (step.lengths > 0).astype(jnp.int32)], axis=1)
     spans = None if step.starts is None else jnp.stack([step.starts, step.lengths], axis=1)
-    return _call(q, k, v, lane, slots, PrefillTiles(step.tables, tiles, jnp.int32(q.shape[0]), spans), scoring, sinks)
+    return _call(
+        q, k, v, kv_cache, slots, PrefillTiles(step.tables, tiles, jnp.int32(q.shape[0]), spans), scoring, sinks
+    )
 
 
 def prefill(
     q: jax.Array,
     k: jax.Array | None,
     v: jax.Array | None,
-    lane: Lane,
+    kv_cache: KVCache,
     slots: Slots | None,
     step: PrefillTiles,
     scoring: Scoring,
     sinks: jax.Array | None = None,
     *,
     tile: int,
-) -> tuple[jax.Array, Lane]:
+) -> tuple[jax.Array, KVCache]:
     """Attend as `xla_attention.prefill`."""
-    if not _served(q, lane):
-        return xla_attention.prefill(q, k, v, lane, slots, step, scoring, sinks, tile=tile)
-    return _call(q, k, v, lane, slots, step, scoring, sinks)
+    if not _served(q, kv_cache):
+        return xla_attention.prefill(q, k, v, kv_cache, slots, step, scoring, sinks, tile=tile)
+    return _call(q, k, v, kv_cache, slots, step, scoring, sinks)
 
 
 def _call(
     q: jax.Array,
     k: jax.Array | None,
     v: jax.Array | None,
-    lane: Lane,
+    kv_cache: KVCache,
     slots: Slots | None,
     step: PrefillTiles,
     scoring: Scoring,
     sinks: jax.Array | None,
-) -> tuple[jax.Array, Lane]:
+) -> tuple[jax.Array, KVCache]:
     none, nowhere = jnp.zeros((0,), q.dtype), jnp.zeros((0,), jnp.int32)
-    value_dim = scoring.value_dim if lane.values is None else lane.values.shape[3]
-    values = none if lane.values is None else lane.values
+    value_dim = scoring.value_dim if kv_cache.values is None else kv_cache.values.shape[3]
+    values = none if kv_cache.values is None else kv_cache.values
     results = [
-        jax.ShapeDtypeStruct(shape, q.dtype) for shape in ((*q.shape[:2], value_dim), lane.keys.shape, values.shape)
+        jax.ShapeDtypeStruct(shape, q.dtype) for shape in ((*q.shape[:2], value_dim), kv_cache.keys.shape, values.shape)
     ]
     call = jax.ffi.ffi_call("jaxinfer_attention", results, input_output_aliases={9: 1, 10: 2})
     slots = Slots(nowhere, nowhere) if slots is None else slots
@@ -92,13 +94,13 @@ def _call(
         none if v is None else v.astype(q.dtype),
         *integers,
         jnp.zeros((0,), jnp.float32) if sinks is None else sinks.astype(jnp.float32),
-        lane.keys,
+        kv_cache.keys,
         values,
         scale=np.float32(scoring.scale),
         softcap=np.float32(scoring.softcap or 0),
         window=np.int64(scoring.window or 0),
     )
-    return out, Lane(keys, None if lane.values is None else values)
+    return out, KVCache(keys, None if kv_cache.values is None else values)
 
 
 def _spanned(step: PrefillTiles) -> jax.Array:

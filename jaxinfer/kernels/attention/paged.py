@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 
-class Lane(NamedTuple):
-    """Cache arrays of one layer."""
+class KVCache(NamedTuple):
+    """Pair of cache arrays; layers of different groups may share it (`kv.groups`)."""
 
     keys: jax.Array
     """`[N, K, P, D]`."""
@@ -23,7 +23,7 @@ class Lane(NamedTuple):
 
 
 Cache: TypeAlias = list[Any]
-"""Cache of all sequences: one `Lane` per cache array, then the arrays of each recurrent layer (`kernels.state`)."""
+"""Cache of all sequences: one `KVCache` per pair of arrays, then arrays of each recurrent layer (`kernels.state`)."""
 
 
 class Slots(NamedTuple):
@@ -92,15 +92,15 @@ class Scoring:
         return scores if self.softcap is None else self.softcap * jnp.tanh(scores / self.softcap)
 
 
-def write(lane: Lane, keys: jax.Array | None, values: jax.Array | None, slots: Slots | None) -> Lane:
+def write(kv_cache: KVCache, keys: jax.Array | None, values: jax.Array | None, slots: Slots | None) -> KVCache:
     """Write keys `[T, K, D]` and values `[T, K, Dv]` to their slots; without keys the cache is unchanged."""
     if keys is None:
-        return lane
+        return kv_cache
 
     def put(array: jax.Array, new: jax.Array) -> jax.Array:
         return array.at[slots.blocks, :, slots.offsets].set(new.astype(array.dtype), mode="drop")
 
-    return Lane(put(lane.keys, keys), None if lane.values is None else put(lane.values, values))
+    return KVCache(put(kv_cache.keys, keys), None if kv_cache.values is None else put(kv_cache.values, values))
 
 
 def gather(cache: jax.Array, tables: jax.Array) -> jax.Array:
@@ -115,15 +115,15 @@ def gather(cache: jax.Array, tables: jax.Array) -> jax.Array:
     return picked.reshape(*tables.shape[:-1], heads, tables.shape[-1] * positions, dim)
 
 
-def gather_lane(lane: Lane, tables: jax.Array, scoring: Scoring) -> tuple[jax.Array, jax.Array]:
+def gather_kv(kv_cache: KVCache, tables: jax.Array, scoring: Scoring) -> tuple[jax.Array, jax.Array]:
     """Gather keys `[..., K, S, D]` and values `[..., K, S, Dv]` of the blocks in `tables` `[..., W]`, S = W * P."""
-    keys = gather(lane.keys, tables)
-    return keys, keys[..., : scoring.value_dim] if lane.values is None else gather(lane.values, tables)
+    keys = gather(kv_cache.keys, tables)
+    return keys, keys[..., : scoring.value_dim] if kv_cache.values is None else gather(kv_cache.values, tables)
 
 
 def reference(
     q: jax.Array,
-    lane: Lane,
+    kv_cache: KVCache,
     tables: jax.Array,
     rows: jax.Array,
     positions: jax.Array,
@@ -135,7 +135,7 @@ def reference(
 
     Args:
         q: `[T, H, D]`.
-        lane: the cache, which already holds the tokens' own keys and values.
+        kv_cache: the cache, which already holds the tokens' own keys and values.
         tables: block ids `[B, W]`.
         rows: row of `tables` of each token, `[T]`.
         positions: position of each token, `[T]`; it sees keys up to it. Negative for padding, whose output is 0.
@@ -146,7 +146,7 @@ def reference(
     Returns:
         `[T, H, Dv]`.
     """
-    keys, values = gather_lane(lane, tables[rows], scoring)
+    keys, values = gather_kv(kv_cache, tables[rows], scoring)
     group = q.shape[1] // keys.shape[1]
     keys, values = (jnp.repeat(a, group, axis=1).astype(jnp.float32) for a in (keys, values))
     at, last = jnp.arange(keys.shape[2]), positions[:, None]

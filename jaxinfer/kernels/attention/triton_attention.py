@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxinfer.kernels.attention.paged import DecodeRows, Lane, PrefillTiles, Scoring, Slots
+from jaxinfer.kernels.attention.paged import DecodeRows, KVCache, PrefillTiles, Scoring, Slots
 from jaxinfer.kernels.triton import triton_launch
 from jaxinfer.kernels.triton.triton_launch import Options, Target
 from jaxinfer.kernels.triton.triton_tiles import Layout, power, tiling
@@ -37,23 +37,23 @@ class TritonAttention:
         q: jax.Array,
         k: jax.Array | None,
         v: jax.Array | None,
-        lane: Lane,
+        kv_cache: KVCache,
         slots: Slots | None,
         step: DecodeRows,
         scoring: Scoring,
         sinks: jax.Array | None = None,
         *,
         items: int | None = None,
-    ) -> tuple[jax.Array, Lane]:
+    ) -> tuple[jax.Array, KVCache]:
         """Attend as `xla_attention.decode`; `items` is ignored: pieces are computed from lengths on the device."""
-        layout = _layout(q, lane, scoring, tile=1, decode=True)
+        layout = _layout(q, kv_cache, scoring, tile=1, decode=True)
         tiles = tiling(layout)
         batch, group = q.shape[0], layout.heads // layout.kv_heads
         running = max(1, SLOTS_A_CORE * self.target.cores // (layout.kv_heads * tiles.parts(group)))
-        longest = step.tables.shape[1] * lane.keys.shape[2]
+        longest = step.tables.shape[1] * kv_cache.keys.shape[2]
         items = decode_items(batch, min(longest, scoring.window or longest), running, tiles.block_n)
         work, spans = decode_work(step, scoring, items=items, running=running, block_n=tiles.block_n)
-        found = self._attend((q, k, v), lane, slots, step.tables, work, scoring, sinks, layout)
+        found = self._attend((q, k, v), kv_cache, slots, step.tables, work, scoring, sinks, layout)
         whole = self._launch(
             "combine",
             dict(spans=spans, sums=found["sums"], stats=found["stats"], sinks=sinks, out=found["out"]),
@@ -63,31 +63,31 @@ class TritonAttention:
             options=Options(4, 2),
             constants=dict(H=layout.heads, DV=layout.value_dim, V_COLUMNS=power(layout.value_dim), PIECES=PIECES),
         )
-        return whole["whole"], lane if k is None else Lane(found["new_keys"], found["new_values"])
+        return whole["whole"], kv_cache if k is None else KVCache(found["new_keys"], found["new_values"])
 
     def prefill(
         self,
         q: jax.Array,
         k: jax.Array | None,
         v: jax.Array | None,
-        lane: Lane,
+        kv_cache: KVCache,
         slots: Slots | None,
         step: PrefillTiles,
         scoring: Scoring,
         sinks: jax.Array | None = None,
         *,
         tile: int,
-    ) -> tuple[jax.Array, Lane]:
+    ) -> tuple[jax.Array, KVCache]:
         """Attend as `xla_attention.prefill`; fastest with tiles of `tile()` queries; outputs of padding are 0."""
-        layout = _layout(q, lane, scoring, tile=tile, decode=False)
+        layout = _layout(q, kv_cache, scoring, tile=tile, decode=False)
         work = prefill_work(step, scoring, tokens=q.shape[0], tile=tile)
-        found = self._attend((q, k, v), lane, slots, step.tables, work, scoring, sinks, layout)
-        return found["out"], lane if k is None else Lane(found["new_keys"], found["new_values"])
+        found = self._attend((q, k, v), kv_cache, slots, step.tables, work, scoring, sinks, layout)
+        return found["out"], kv_cache if k is None else KVCache(found["new_keys"], found["new_values"])
 
     def _attend(
         self,
         qkv: tuple[jax.Array, jax.Array | None, jax.Array | None],
-        lane: Lane,
+        kv_cache: KVCache,
         slots: Slots | None,
         tables: jax.Array,
         work: jax.Array,
@@ -96,8 +96,8 @@ class TritonAttention:
         layout: Layout,
     ) -> dict[str, Any]:
         """Launch the kernel over work items."""
-        (q, k, v), tiles, dtype = qkv, tiling(layout), lane.keys.dtype
-        blocks, kv_heads, block, dim = lane.keys.shape
+        (q, k, v), tiles, dtype = qkv, tiling(layout), kv_cache.keys.dtype
+        blocks, kv_heads, block, dim = kv_cache.keys.shape
         shape, items = jax.ShapeDtypeStruct, work.shape[0]
         heads, value_dim = layout.heads, layout.value_dim
         out_shape = shape((q.shape[0], heads, value_dim), q.dtype)
@@ -111,11 +111,11 @@ class TritonAttention:
             q=q,
             k=k,
             v=v,
-            keys=lane.keys,
-            values=lane.values,
+            keys=kv_cache.keys,
+            values=kv_cache.values,
             sinks=sinks,
         )
-        written = [None if array is None or k is None else _shape(array) for array in lane]
+        written = [None if array is None or k is None else _shape(array) for array in kv_cache]
         results = dict(
             out=out_shape,
             new_keys=written[0],
@@ -196,8 +196,8 @@ def _shape(array: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(array.shape, array.dtype)
 
 
-def _layout(q: jax.Array, lane: Lane, scoring: Scoring, *, tile: int, decode: bool) -> Layout:
-    latent = lane.values is None
-    value_dim = scoring.value_dim if latent else lane.values.shape[3]
-    itemsize = jnp.dtype(lane.keys.dtype).itemsize
-    return Layout(q.shape[1], lane.keys.shape[1], lane.keys.shape[3], value_dim, latent, itemsize, tile, decode)
+def _layout(q: jax.Array, kv_cache: KVCache, scoring: Scoring, *, tile: int, decode: bool) -> Layout:
+    latent = kv_cache.values is None
+    value_dim = scoring.value_dim if latent else kv_cache.values.shape[3]
+    itemsize = jnp.dtype(kv_cache.keys.dtype).itemsize
+    return Layout(q.shape[1], kv_cache.keys.shape[1], kv_cache.keys.shape[3], value_dim, latent, itemsize, tile, decode)

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from jaxinfer.kernels.attention.paged import Lane, Scoring, Slots
+from jaxinfer.kernels.attention.paged import KVCache, Scoring, Slots
 from jaxinfer.kernels.state.slots import Whole
 
 
@@ -11,21 +11,21 @@ def prefill(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array | None,
-    lane: Lane,
+    kv_cache: KVCache,
     slots: Slots | None,
     step: Whole,
     scoring: Scoring,
     sinks: jax.Array | None = None,
     *,
     tile: int,
-) -> tuple[jax.Array, Lane]:
+) -> tuple[jax.Array, KVCache]:
     """Attend causally within each sequence: softmax(score(q K^T)) V.
 
     Args:
         q: `[T, H, D]`, with the sequences concatenated.
         k: `[T, K, D]`.
         v: `[T, K, Dv]`; None if the values are the first `scoring.value_dim` columns of the keys.
-        lane: returned unchanged.
+        kv_cache: returned unchanged.
         slots: ignored.
         step: length of the sequences.
         scoring: scale, window, softcap.
@@ -33,7 +33,7 @@ def prefill(
         tile: ignored.
 
     Returns:
-        `[T, H, Dv]` and `lane`.
+        `[T, H, Dv]` and `kv_cache`.
     """
     length, kv_heads = step.length, k.shape[1]
     v = k[..., : scoring.value_dim] if v is None else v
@@ -49,4 +49,4 @@ def prefill(
         scores = jnp.concatenate([scores, extra], axis=-1)
     weights = jax.nn.softmax(scores, axis=-1)[..., :length].astype(values.dtype)
     out = jnp.einsum("bkgqs,bskd->bqkgd", weights, values, precision=precision, preferred_element_type=jnp.float32)
-    return out.reshape(*q.shape[:2], -1).astype(q.dtype), lane
+    return out.reshape(*q.shape[:2], -1).astype(q.dtype), kv_cache

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxinfer.kernels.attention import paged
-from jaxinfer.kernels.attention.paged import DecodeRows, Lane, PrefillTiles, Scoring, Slots
+from jaxinfer.kernels.attention.paged import DecodeRows, KVCache, PrefillTiles, Scoring, Slots
 
 PREFILL_KEYS = 128
 """Key positions per step of prefill's online softmax: on a CPU 128 with tiles of 32 queries was fastest for prompts of
@@ -59,13 +59,13 @@ def decode(
     q: jax.Array,
     k: jax.Array | None,
     v: jax.Array | None,
-    lane: Lane,
+    kv_cache: KVCache,
     slots: Slots | None,
     step: DecodeRows,
     scoring: Scoring,
     sinks: jax.Array | None = None,
     items: int | None = None,
-) -> tuple[jax.Array, Lane]:
+) -> tuple[jax.Array, KVCache]:
     """Write one new token per row to the cache and attend: softmax(score(q K^T)) V over each row's own positions.
 
     The rows' live keys are split into pieces of equal size, attended to separately and combined (split-K), so the work
@@ -75,7 +75,7 @@ def decode(
         q: `[B, H, D]`.
         k: `[B, K, D]`; None with `step.starts`: nothing is written, all keys are in the cache (cross-attention).
         v: `[B, K, Dv]`; None if the cache has no values.
-        lane: the cache arrays.
+        kv_cache: the cache arrays.
         slots: where the new tokens are written.
         step: block tables and lengths.
         scoring: scale, window, softcap.
@@ -85,15 +85,15 @@ def decode(
     Returns:
         `[B, H, Dv]`, 0 for padding, and the updated cache arrays.
     """
-    lane = paged.write(lane, k, v, slots)
+    kv_cache = paged.write(kv_cache, k, v, slots)
     batch, heads, dim = q.shape
-    block = lane.keys.shape[2]
+    block = kv_cache.keys.shape[2]
     items = items or decode_items(batch, step.tables.shape[1] * block, block)
     if scoring.window is not None:
         # The window, and the part of its first block before it.
         items = min(items, decode_items(batch, scoring.window + block - 1, block))
     rows, starts, blocks = _decode_work(step, items, block, scoring)
-    keys, values = paged.gather_lane(lane, blocks, scoring)
+    keys, values = paged.gather_kv(kv_cache, blocks, scoring)
     kv_heads, span = keys.shape[1:3]
     grouped = q.reshape(batch, kv_heads, heads // kv_heads, dim).at[rows].get(mode="clip")
     lengths = step.lengths.at[rows].get(mode="fill", fill_value=0)[:, None]
@@ -118,7 +118,7 @@ def decode(
     whole = _add_pieces(jnp.concatenate([parts, weights.sum(axis=-1, keepdims=True)], axis=-1), mine)
     total = whole[..., -1:] if sinks is None else whole[..., -1:] + jnp.exp(sinks - top)[..., None]
     out = whole[..., :-1] / jnp.maximum(total, 1e-30)
-    return out.reshape(batch, heads, -1).astype(q.dtype), lane
+    return out.reshape(batch, heads, -1).astype(q.dtype), kv_cache
 
 
 def _add_pieces(parts: jax.Array, mine: jax.Array) -> jax.Array:
@@ -137,14 +137,14 @@ def prefill(
     q: jax.Array,
     k: jax.Array | None,
     v: jax.Array | None,
-    lane: Lane,
+    kv_cache: KVCache,
     slots: Slots | None,
     step: PrefillTiles,
     scoring: Scoring,
     sinks: jax.Array | None = None,
     *,
     tile: int,
-) -> tuple[jax.Array, Lane]:
+) -> tuple[jax.Array, KVCache]:
     """Write the chunk's keys and values and attend, causally over everything cached of each sequence.
 
     Online softmax (arXiv:2205.14135) over the blocks a tile can see: only live blocks are read, once per tile of `tile`
@@ -154,7 +154,7 @@ def prefill(
         q: `[T, H, D]`.
         k: `[T, K, D]`; None with `step.spans`: nothing is written, all keys are in the cache.
         v: `[T, K, Dv]`; None if the cache has no values.
-        lane: the cache arrays.
+        kv_cache: the cache arrays.
         slots: where the tokens are written.
         step: block tables and tiles.
         scoring: scale, window, softcap.
@@ -164,10 +164,10 @@ def prefill(
     Returns:
         `[T, H, Dv]` and the updated cache arrays.
     """
-    lane = paged.write(lane, k, v, slots)
+    kv_cache = paged.write(kv_cache, k, v, slots)
     tokens, heads, dim = q.shape
-    kv_heads, block = lane.keys.shape[1], lane.keys.shape[2]
-    value_dim = scoring.value_dim if lane.values is None else lane.values.shape[3]
+    kv_heads, block = kv_cache.keys.shape[1], kv_cache.keys.shape[2]
+    value_dim = scoring.value_dim if kv_cache.values is None else kv_cache.values.shape[3]
     width = min(max(1, PREFILL_KEYS // block), step.tables.shape[1])
     tables = jnp.pad(step.tables, ((0, 0), (0, width)))
     padded = jnp.pad(q, ((0, tile), (0, 0), (0, 0)))
@@ -182,17 +182,17 @@ def prefill(
         if step.spans is not None:
             first, end = step.spans[index]
             span = (jnp.full(tile, first), jnp.full(tile, end - 1), end)
-        result = _tile(queries, lane, tables[row], span, scoring, sinks, width)
+        result = _tile(queries, kv_cache, tables[row], span, scoring, sinks, width)
         # The next tile overwrites this tile's output beyond `count`.
         return jax.lax.dynamic_update_slice(out, result.reshape(tile, heads, value_dim), (start, 0, 0))
 
     empty = jnp.zeros((*padded.shape[:2], value_dim), q.dtype)
-    return jax.lax.fori_loop(0, step.count, one_tile, empty)[:tokens], lane
+    return jax.lax.fori_loop(0, step.count, one_tile, empty)[:tokens], kv_cache
 
 
 def _tile(
     q: jax.Array,
-    lane: Lane,
+    kv_cache: KVCache,
     table: jax.Array,
     span: tuple[jax.Array, jax.Array, jax.Array],
     scoring: Scoring,
@@ -205,13 +205,13 @@ def _tile(
     """
     count, kv_heads, group, dim = q.shape
     least, q_at, length = span[0][:, None], span[1][:, None], span[2]
-    keys_read = width * lane.keys.shape[2]
+    keys_read = width * kv_cache.keys.shape[2]
     precision = _precision(q.dtype)
 
     def body(chunk: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
         top, total, acc = carry
         blocks = jax.lax.dynamic_slice(table, (chunk * width,), (width,))
-        keys, values = paged.gather_lane(lane, blocks, scoring)
+        keys, values = paged.gather_kv(kv_cache, blocks, scoring)
         at = chunk * keys_read + jnp.arange(keys_read)
         scores = scoring.cap(
             scoring.scale
@@ -232,7 +232,7 @@ def _tile(
         return new_top, total * shrink + weights.sum(axis=-1), acc * shrink[..., None] + part
 
     lead = (kv_heads, group, count)
-    value_dim = scoring.value_dim if lane.values is None else lane.values.shape[3]
+    value_dim = scoring.value_dim if kv_cache.values is None else kv_cache.values.shape[3]
     top, total = jnp.full(lead, LEAST), jnp.zeros(lead)
     if sinks is not None:
         top, total = jnp.broadcast_to(sinks[..., None], lead), jnp.ones(lead)

@@ -33,7 +33,7 @@ struct Scoring {
 };
 
 template <typename Kind>
-struct Lanes {
+struct KVCache {
   typename Kind::Element *keys, *values;  // null values: the first value_dim columns of the keys (MLA)
   int64_t blocks, heads, block, dim, value_dim;
 
@@ -81,7 +81,7 @@ inline void PackValues(const float* const rows[1], int64_t dim, uint32_t* line) 
 
 // Computes the cache index of key positions [first, first + kChunk); -1 outside [begin, end).
 template <typename Kind>
-void Find(const Lanes<Kind>& lanes, const int32_t* table, int64_t head, int64_t first, int64_t begin, int64_t end,
+void Find(const KVCache<Kind>& cache, const int32_t* table, int64_t head, int64_t first, int64_t begin, int64_t end,
           int64_t places[kChunk]) {
   for (int64_t i = 0; i < kChunk; ++i) {
     const int64_t at = first + i;
@@ -89,8 +89,8 @@ void Find(const Lanes<Kind>& lanes, const int32_t* table, int64_t head, int64_t 
       places[i] = -1;
       continue;
     }
-    const int64_t id = std::min<int64_t>(std::max<int64_t>(table[at / lanes.block], 0), lanes.blocks - 1);
-    places[i] = lanes.At(id, head, at % lanes.block);
+    const int64_t id = std::min<int64_t>(std::max<int64_t>(table[at / cache.block], 0), cache.blocks - 1);
+    places[i] = cache.At(id, head, at % cache.block);
   }
 }
 
@@ -101,26 +101,26 @@ inline void Prefetch(const void* row, int64_t bytes) {
 // Gathers the positions at `places` into panels, and prefetches those at `next`: blocks are scattered, so the hardware
 // prefetcher cannot predict them.
 template <typename Kind>
-void Gather(const Lanes<Kind>& lanes, const int64_t places[kChunk], const int64_t next[kChunk],
+void Gather(const KVCache<Kind>& cache, const int64_t places[kChunk], const int64_t next[kChunk],
             Scratch<Kind>& scratch) {
   using Element = typename Kind::Element;
-  const int64_t bytes = lanes.dim * sizeof(Element), words = bytes / 4;
+  const int64_t bytes = cache.dim * sizeof(Element), words = bytes / 4;
   for (int64_t i = 0; i < kChunk; i += kLanes) {
     const char* rows[kLanes];
     for (int j = 0; j < kLanes; ++j) {
-      rows[j] = places[i + j] < 0 ? nullptr : reinterpret_cast<const char*>(lanes.Key(places[i + j]));
-      if (next[i + j] >= 0) Prefetch(lanes.Key(next[i + j]), bytes);
+      rows[j] = places[i + j] < 0 ? nullptr : reinterpret_cast<const char*>(cache.Key(places[i + j]));
+      if (next[i + j] >= 0) Prefetch(cache.Key(next[i + j]), bytes);
     }
     PackColumns<Kind>(rows, words, bytes, scratch.keys.data() + i, kChunk);
   }
-  const int64_t stride = RoundUp(lanes.value_dim, kWide);
+  const int64_t stride = RoundUp(cache.value_dim, kWide);
   for (int64_t i = 0; i < kChunk; i += Kind::kPerWord) {
     const Element* rows[Kind::kPerWord];
     for (int j = 0; j < Kind::kPerWord; ++j) {
-      rows[j] = places[i + j] < 0 ? nullptr : lanes.Value(places[i + j]);
-      if (next[i + j] >= 0) Prefetch(lanes.Value(next[i + j]), lanes.value_dim * sizeof(Element));
+      rows[j] = places[i + j] < 0 ? nullptr : cache.Value(places[i + j]);
+      if (next[i + j] >= 0) Prefetch(cache.Value(next[i + j]), cache.value_dim * sizeof(Element));
     }
-    PackValues(rows, lanes.value_dim, scratch.values.data() + i / Kind::kPerWord * stride);
+    PackValues(rows, cache.value_dim, scratch.values.data() + i / Kind::kPerWord * stride);
   }
 }
 
@@ -190,12 +190,12 @@ void Turn(const uint32_t* const q[R], const int64_t low[R], const int64_t high[R
 
 // Processes the queries of a tile for the G query heads of one kv head. `more`: the next kv head is processed next.
 template <typename Kind>
-void Attend(const typename Kind::Element* q, const Lanes<Kind>& lanes, const int32_t* table, const Tile& tile,
+void Attend(const typename Kind::Element* q, const KVCache<Kind>& cache, const int32_t* table, const Tile& tile,
             int64_t heads, int64_t head, bool more, const Scoring& scoring, const float* sinks,
             typename Kind::Element* out) {
   thread_local Scratch<Kind> scratch;
-  const int64_t group = heads / lanes.heads, rows = tile.count * group;
-  const int64_t stride = RoundUp(lanes.value_dim, kWide), words = lanes.dim * sizeof(*q) / 4;
+  const int64_t group = heads / cache.heads, rows = tile.count * group;
+  const int64_t stride = RoundUp(cache.value_dim, kWide), words = cache.dim * sizeof(*q) / 4;
   scratch.keys.resize(words * kChunk);
   scratch.values.assign(kChunk / Kind::kPerWord * stride, 0);
   scratch.sums.assign(rows * stride, 0);
@@ -215,20 +215,20 @@ void Attend(const typename Kind::Element* q, const Lanes<Kind>& lanes, const int
   const int64_t end = std::min(tile.position + tile.count, tile.end);
   int64_t found[2][kChunk];
   int64_t *places = found[0], *next = found[1];
-  const int64_t start = begin / lanes.block * lanes.block;
-  Find(lanes, table, head, start, begin, end, places);
+  const int64_t start = begin / cache.block * cache.block;
+  Find(cache, table, head, start, begin, end, places);
   for (int64_t first = start; first < end; first += kChunk, std::swap(places, next)) {
     const bool last = first + kChunk >= end;
-    if (last && more) Find(lanes, table, head + 1, start, begin, end, next);
-    else Find(lanes, table, head, first + kChunk, begin, end, next);
-    Gather(lanes, places, next, scratch);
+    if (last && more) Find(cache, table, head + 1, start, begin, end, next);
+    else Find(cache, table, head, first + kChunk, begin, end, next);
+    Gather(cache, places, next, scratch);
     auto turn = [&](int64_t row, auto count) {
       constexpr int R = decltype(count)::value;
       const uint32_t* qs[R];
       int64_t low[R], high[R];
       for (int r = 0; r < R; ++r) {
         const int64_t position = tile.position + (row + r) / group;
-        qs[r] = reinterpret_cast<const uint32_t*>(q + place(row + r) * lanes.dim);
+        qs[r] = reinterpret_cast<const uint32_t*>(q + place(row + r) * cache.dim);
         low[r] = std::max(first_key(position), tile.first) - first;
         high[r] = std::min(position + 1, tile.end) - first;
       }
@@ -244,9 +244,9 @@ void Attend(const typename Kind::Element* q, const Lanes<Kind>& lanes, const int
   for (int64_t row = 0; row < rows; ++row) {
     const float* sums = scratch.sums.data() + row * stride;
     const __m512 total = _mm512_set1_ps(scratch.totals[row]);
-    for (int64_t d = 0; d < lanes.value_dim; d += kLanes)
-      Store(out + place(row) * lanes.value_dim + d, _mm512_div_ps(_mm512_loadu_ps(sums + d), total),
-            FirstLanes(lanes.value_dim - d));
+    for (int64_t d = 0; d < cache.value_dim; d += kLanes)
+      Store(out + place(row) * cache.value_dim + d, _mm512_div_ps(_mm512_loadu_ps(sums + d), total),
+            FirstLanes(cache.value_dim - d));
   }
 }
 
@@ -257,35 +257,35 @@ struct Step {
 };
 
 template <typename Kind>
-void Write(const Step& step, const Lanes<Kind>& lanes) {
+void Write(const Step& step, const KVCache<Kind>& cache) {
   using Element = typename Kind::Element;
   const auto* keys = static_cast<const Element*>(step.k.untyped_data());
   const auto* values = static_cast<const Element*>(step.v.untyped_data());
   for (int64_t t = 0; t < step.k.dimensions()[0]; ++t) {
     const int64_t id = step.blocks.typed_data()[t];
-    if (id < 0 || id >= lanes.blocks) continue;
-    for (int64_t head = 0; head < lanes.heads; ++head) {
-      const int64_t place = lanes.At(id, head, step.offsets.typed_data()[t]), from = t * lanes.heads + head;
-      std::memcpy(lanes.keys + place * lanes.dim, keys + from * lanes.dim, lanes.dim * sizeof(Element));
-      if (lanes.values)
-        std::memcpy(lanes.values + place * lanes.value_dim, values + from * lanes.value_dim,
-                    lanes.value_dim * sizeof(Element));
+    if (id < 0 || id >= cache.blocks) continue;
+    for (int64_t head = 0; head < cache.heads; ++head) {
+      const int64_t place = cache.At(id, head, step.offsets.typed_data()[t]), from = t * cache.heads + head;
+      std::memcpy(cache.keys + place * cache.dim, keys + from * cache.dim, cache.dim * sizeof(Element));
+      if (cache.values)
+        std::memcpy(cache.values + place * cache.value_dim, values + from * cache.value_dim,
+                    cache.value_dim * sizeof(Element));
     }
   }
 }
 
 template <typename Kind>
-void Run(ffi::ThreadPool& pool, const Step& step, const Scoring& scoring, const Lanes<Kind>& lanes, void* result) {
+void Run(ffi::ThreadPool& pool, const Step& step, const Scoring& scoring, const KVCache<Kind>& cache, void* result) {
   using Element = typename Kind::Element;
-  Write(step, lanes);
+  Write(step, cache);
   const int64_t heads = step.q.dimensions()[1], width = step.tables.dimensions()[1];
   const int64_t tiles = std::min<int64_t>(step.count.typed_data()[0], step.tiles.dimensions()[0]);
   const float* sinks = step.sinks.element_count() ? step.sinks.typed_data() : nullptr;
   auto* out = static_cast<Element*>(result);
-  std::memset(out, 0, step.q.dimensions()[0] * heads * lanes.value_dim * sizeof(Element));
+  std::memset(out, 0, step.q.dimensions()[0] * heads * cache.value_dim * sizeof(Element));
   // With enough tiles for all threads, one thread processes all heads of a tile, which are adjacent in a block.
-  const int64_t together = tiles >= kTilesPerThread * pool.num_threads() ? lanes.heads : 1;
-  const int64_t parts = lanes.heads / together;
+  const int64_t together = tiles >= kTilesPerThread * pool.num_threads() ? cache.heads : 1;
+  const int64_t parts = cache.heads / together;
   ParallelFor(pool, tiles * parts, [&](int64_t task) {
     // Later tiles of a prompt see more keys and take longer: process them first.
     const int32_t* t = step.tiles.typed_data() + (tiles - 1 - task / parts) * 6;
@@ -294,7 +294,7 @@ void Run(ffi::ThreadPool& pool, const Step& step, const Scoring& scoring, const 
     const auto* q = static_cast<const Element*>(step.q.untyped_data());
     const int32_t* table = step.tables.typed_data() + tile.row * width;
     for (int64_t i = 0; i < together; ++i)
-      Attend<Kind>(q, lanes, table, tile, heads, task % parts * together + i, i + 1 < together, scoring, sinks, out);
+      Attend<Kind>(q, cache, table, tile, heads, task % parts * together + i, i + 1 < together, scoring, sinks, out);
   });
 }
 
@@ -312,9 +312,9 @@ ffi::Error AttentionImpl(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer 
     using Kind = decltype(kind);
     using Element = typename Kind::Element;
     auto* own = values->element_count() ? static_cast<Element*>(values->untyped_data()) : nullptr;
-    const Lanes<Kind> lanes{static_cast<Element*>(keys->untyped_data()), own, shape[0], shape[1], shape[2], shape[3],
+    const KVCache<Kind> cache{static_cast<Element*>(keys->untyped_data()), own, shape[0], shape[1], shape[2], shape[3],
                             out->dimensions()[2]};
-    Run<Kind>(pool, step, scoring, lanes, out->untyped_data());
+    Run<Kind>(pool, step, scoring, cache, out->untyped_data());
   };
   if (q.element_type() == ffi::DataType::BF16) run(KindBF16{});
   else run(KindF32{});

@@ -69,10 +69,10 @@ class InternVL(nnx.Module):
         return self.projector(x, inputs.shape[0])
 
     def __call__(
-        self, tokens: jax.Array, step: StepContext, lanes: Cache, features: FeatureRows | None = None
+        self, tokens: jax.Array, step: StepContext, cache: Cache, features: FeatureRows | None = None
     ) -> tuple[jax.Array, Cache]:
         """Compute hidden states `[T, M]` after the final norm for token ids `[T]`; also return the new cache arrays."""
-        return self.language_model(tokens, step, lanes, features)
+        return self.language_model(tokens, step, cache, features)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Compute float32 logits `[B, V']` of hidden states `[B, M]`."""

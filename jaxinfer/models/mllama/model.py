@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxinfer.checkpoint.rules import Rule
-from jaxinfer.kernels.attention.paged import Lane
+from jaxinfer.kernels.attention.paged import KVCache
 from jaxinfer.kv.spec import Full
 from jaxinfer.layers.attention import StepContext
 from jaxinfer.layers.cross import CrossAttention, CrossSpec
@@ -68,14 +68,14 @@ class CrossLayer(nnx.Module):
         self.mlp_gate = constant(build, (1,), (None,), 0.0)
 
     def __call__(
-        self, x: jax.Array, lane: Lane, rope: tuple[jax.Array, jax.Array], step: StepContext
-    ) -> tuple[jax.Array, Lane]:
+        self, x: jax.Array, kv_cache: KVCache, rope: tuple[jax.Array, jax.Array], step: StepContext
+    ) -> tuple[jax.Array, KVCache]:
         """Map hidden states `[T, M]` to `[T, M]`; also return the layer's new cache."""
-        y, lane = self.attention(self.attention_norm(x), lane, step)
+        y, kv_cache = self.attention(self.attention_norm(x), kv_cache, step)
         x = x + jnp.tanh(self.attention_gate[...]) * y
         sees = (step.seen[:, 1] > step.seen[:, 0])[:, None]
         y = jnp.where(sees, self.mlp(self.mlp_norm(x)), 0)
-        return x + jnp.tanh(self.mlp_gate[...]) * y, lane
+        return x + jnp.tanh(self.mlp_gate[...]) * y, kv_cache
 
 
 class MllamaText(nnx.Module):
@@ -97,14 +97,14 @@ class MllamaText(nnx.Module):
         self.norm = RMSNorm(build.at("norm"), width, text.norm_eps, axes.EMBED)
         self.head = Embedding(build.at("head"), text.vocab_size, width, lookup=False, head=True)
 
-    def __call__(self, tokens: jax.Array, step: StepContext, lanes: list[Lane]) -> tuple[jax.Array, list[Lane]]:
+    def __call__(self, tokens: jax.Array, step: StepContext, cache: list[KVCache]) -> tuple[jax.Array, list[KVCache]]:
         """Compute hidden states `[T, M]` after the final norm for token ids `[T]`; also return the new cache arrays."""
-        x, lanes = self.embedding(tokens), list(lanes)
+        x, cache = self.embedding(tokens), list(cache)
         rope = cos_sin(self.config.text.rope, step.positions, step.rope_lengths)
         for number, layer in enumerate(self.layers):
-            lane = step.lane(number)
-            x, lanes[lane] = layer(x, lanes[lane], rope, step.of(number))
-        return self.norm(x), lanes
+            index = step.array_index(number)
+            x, cache[index] = layer(x, cache[index], rope, step.of(number))
+        return self.norm(x), cache
 
 
 class Mllama(nnx.Module):
@@ -117,18 +117,20 @@ class Mllama(nnx.Module):
         self.projector = Projector(unquantised.at("projector"), config.vision.width, config.text.attention.width)
         self.language_model = MllamaText(build.at("language_model"), config)
 
-    def encode_cross(self, inputs: jax.Array, numbers: jax.Array, step: EncodeStep, lanes: list[Lane]) -> list[Lane]:
+    def encode_cross(
+        self, inputs: jax.Array, numbers: jax.Array, step: EncodeStep, cache: list[KVCache]
+    ) -> list[KVCache]:
         """Encode images `[U, t, C, height, width]` with canvas ids `[U, 1]` into the cache's keys and values."""
         encoded = self.projector(self.vision_model(inputs, numbers[:, 0]))
         layers = self.language_model.layers
         parts = ((number, layers[number].attention) for number in sorted(self.config.cross_layers))
-        return keep_cross(parts, encoded, lanes, step)
+        return keep_cross(parts, encoded, cache, step)
 
     def __call__(
-        self, tokens: jax.Array, step: StepContext, lanes: list[Lane], features: FeatureRows | None = None
-    ) -> tuple[jax.Array, list[Lane]]:
+        self, tokens: jax.Array, step: StepContext, cache: list[KVCache], features: FeatureRows | None = None
+    ) -> tuple[jax.Array, list[KVCache]]:
         """Compute hidden states `[T, M]` after the final norm for token ids `[T]`; also return the new cache arrays."""
-        return self.language_model(tokens, step, lanes)
+        return self.language_model(tokens, step, cache)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Compute float32 logits `[B, V']` of hidden states `[B, M]`."""

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxinfer.checkpoint.rules import Rule
-from jaxinfer.kernels.attention.paged import Lane
+from jaxinfer.kernels.attention.paged import KVCache
 from jaxinfer.kernels.matmul.choose import matmul
 from jaxinfer.kv.spec import Full
 from jaxinfer.layers.attention import StepContext
@@ -101,17 +101,19 @@ class Whisper(nnx.Module):
         self.norm = norm(build.at("norm"), config.width)
         self.head = None if config.tied else Embedding(build.at("head"), *sizes, lookup=False, head=True)
 
-    def encode_cross(self, inputs: jax.Array, numbers: jax.Array, step: EncodeStep, lanes: list[Lane]) -> list[Lane]:
+    def encode_cross(
+        self, inputs: jax.Array, numbers: jax.Array, step: EncodeStep, cache: list[KVCache]
+    ) -> list[KVCache]:
         """Encode windows `[U, C, f]` into the cache's cross-attention keys and values; `numbers` is empty."""
-        return keep_cross(cross_parts(self.layers), self.encoder(inputs, step), lanes, step)
+        return keep_cross(cross_parts(self.layers), self.encoder(inputs, step), cache, step)
 
     def __call__(
-        self, tokens: jax.Array, step: StepContext, lanes: list[Lane], features: FeatureRows | None = None
-    ) -> tuple[jax.Array, list[Lane]]:
+        self, tokens: jax.Array, step: StepContext, cache: list[KVCache], features: FeatureRows | None = None
+    ) -> tuple[jax.Array, list[KVCache]]:
         """Compute hidden states `[T, M]` after the final norm for token ids `[T]`; also return the new cache arrays."""
         x = self.embedding(tokens) + self.positions(step.positions)
-        x, lanes = decode(self.layers, x, lanes, step)
-        return self.norm(x), lanes
+        x, cache = decode(self.layers, x, cache, step)
+        return self.norm(x), cache
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Compute float32 logits `[B, V']` of hidden states `[B, M]`."""

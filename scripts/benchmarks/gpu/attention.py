@@ -16,7 +16,7 @@ from benchmarks.gpu.timing import measure
 from jaxinfer.errors import ConfigError
 from jaxinfer.kernels.attention import choose as attention
 from jaxinfer.kernels.attention import triton_attention
-from jaxinfer.kernels.attention.paged import DecodeRows, Lane, Scoring, Slots
+from jaxinfer.kernels.attention.paged import DecodeRows, KVCache, Scoring, Slots
 from jaxinfer.kernels.attention.xla_attention import item_keys
 from jaxinfer.kernels.triton import triton_launch
 from jaxinfer.kernels.triton.triton_tiles import Tiling
@@ -45,7 +45,7 @@ class Problem:
     q: jax.Array
     k: jax.Array
     v: jax.Array
-    lane: Lane
+    kv_cache: KVCache
     slots: Slots
     rows: DecodeRows
 
@@ -53,7 +53,13 @@ class Problem:
     def live_bytes(self) -> int:
         """Bytes of the keys and values that must be read."""
         positions = int(np.asarray(self.rows.lengths).sum())
-        return 2 * positions * self.lane.keys.shape[1] * self.lane.keys.shape[3] * self.lane.keys.dtype.itemsize
+        return (
+            2
+            * positions
+            * self.kv_cache.keys.shape[1]
+            * self.kv_cache.keys.shape[3]
+            * self.kv_cache.keys.dtype.itemsize
+        )
 
 
 def problem(lengths: Sequence[int], dtype: jnp.dtype = jnp.bfloat16, dim: int = DIM) -> Problem:
@@ -83,7 +89,7 @@ def problem(lengths: Sequence[int], dtype: jnp.dtype = jnp.bfloat16, dim: int = 
         )
     ]
     rows = DecodeRows(tables, np.array(lengths, np.int32))
-    return Problem(*arrays[:3], Lane(*arrays[3:]), *jax.device_put((slots, rows)))
+    return Problem(*arrays[:3], KVCache(*arrays[3:]), *jax.device_put((slots, rows)))
 
 
 def seconds(kernel: str, given: Problem) -> float:
@@ -94,10 +100,10 @@ def seconds(kernel: str, given: Problem) -> float:
     scoring = Scoring(given.q.shape[-1] ** -0.5)
     call = jax.jit(partial(made.decode, scoring=scoring, items=items), donate_argnums=3)
     # Donated at each call, so use a copy and keep the problem reusable.
-    lane = [jax.tree.map(jnp.copy, given.lane)]
+    kv_cache = [jax.tree.map(jnp.copy, given.kv_cache)]
 
     def once() -> jax.Array:
-        out, lane[0] = call(given.q, given.k, given.v, lane[0], given.slots, given.rows)
+        out, kv_cache[0] = call(given.q, given.k, given.v, kv_cache[0], given.slots, given.rows)
         return out
 
     return measure(once).median

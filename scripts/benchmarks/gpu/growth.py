@@ -19,7 +19,7 @@ from jaxinfer import functional
 from jaxinfer.functional import DecodeBatch, Program
 from jaxinfer.kernels.attention import choose as attention
 from jaxinfer.kernels.attention import paged
-from jaxinfer.kernels.attention.paged import DecodeRows, Lane, Scoring, Slots
+from jaxinfer.kernels.attention.paged import DecodeRows, KVCache, Scoring, Slots
 from jaxinfer.models.base import LanguageModel
 from jaxinfer.sharding import make_mesh
 
@@ -30,7 +30,7 @@ WARM = 4
 
 @dataclass(frozen=True)
 class Contiguous:
-    """Attention over caches `[B, K, S, D]`, one array row per sequence: a `Lane` of B blocks of S positions."""
+    """Attention over caches `[B, K, S, D]`, one array row per sequence: a `KVCache` of B blocks of S positions."""
 
     grows: bool
     """Whether every step allocates new arrays, as concatenation does, or writes in place."""
@@ -40,26 +40,28 @@ class Contiguous:
         q: jax.Array,
         k: jax.Array,
         v: jax.Array,
-        lane: Lane,
+        kv_cache: KVCache,
         slots: Slots,
         step: DecodeRows,
         scoring: Scoring,
         sinks: jax.Array | None = None,
         *,
         items: int | None = None,
-    ) -> tuple[jax.Array, Lane]:
+    ) -> tuple[jax.Array, KVCache]:
         """See `xla_attention.decode`; computes a plain softmax over all S positions."""
-        lane = self._append(lane, k, v) if self.grows else paged.write(lane, k, v, slots)
+        kv_cache = self._append(kv_cache, k, v) if self.grows else paged.write(kv_cache, k, v, slots)
         batch, heads, dim = q.shape
-        kv_heads, length = lane.keys.shape[1:3]
+        kv_heads, length = kv_cache.keys.shape[1:3]
         grouped = q.reshape(batch, kv_heads, heads // kv_heads, dim)
-        scores = scoring.scale * jnp.einsum("bkgd,bksd->bkgs", grouped, lane.keys, preferred_element_type=jnp.float32)
+        scores = scoring.scale * jnp.einsum(
+            "bkgd,bksd->bkgs", grouped, kv_cache.keys, preferred_element_type=jnp.float32
+        )
         live = jnp.arange(length) < step.lengths[:, None]
         weights = jax.nn.softmax(jnp.where(live[:, None, None], scores, -jnp.inf), axis=-1).astype(q.dtype)
-        out = jnp.einsum("bkgs,bksd->bkgd", weights, lane.values, preferred_element_type=jnp.float32)
-        return out.reshape(batch, heads, dim).astype(q.dtype), lane
+        out = jnp.einsum("bkgs,bksd->bkgd", weights, kv_cache.values, preferred_element_type=jnp.float32)
+        return out.reshape(batch, heads, dim).astype(q.dtype), kv_cache
 
-    def _append(self, lane: Lane, k: jax.Array, v: jax.Array) -> Lane:
+    def _append(self, kv_cache: KVCache, k: jax.Array, v: jax.Array) -> KVCache:
         """Return new arrays that end with the new token. The oldest token is dropped, so that shapes stay the same
         and one program suffices; reads and writes equal those of a concatenation to S positions, less one token.
         """
@@ -67,7 +69,7 @@ class Contiguous:
         def join(array: jax.Array, new: jax.Array) -> jax.Array:
             return jnp.concatenate([array[:, :, 1:], new[:, :, None].astype(array.dtype)], axis=2)
 
-        return Lane(join(lane.keys, k), join(lane.values, v))
+        return KVCache(join(kv_cache.keys, k), join(kv_cache.values, v))
 
 
 @contextmanager
@@ -116,23 +118,23 @@ def _compare(
     }
 
 
-def _cache(program: Program, blocks: int, size: int) -> list[Lane]:
+def _cache(program: Program, blocks: int, size: int) -> list[KVCache]:
     """Return a cache of random keys and values, in place of a prompt's."""
     fill = jax.jit(models.values, static_argnums=(1, 2))
-    lanes = functional.init_cache(program, blocks, size)
-    flat, tree = jax.tree.flatten(lanes)
+    cache = functional.init_cache(program, blocks, size)
+    flat, tree = jax.tree.flatten(cache)
     shape, dtype = flat[0].shape, flat[0].dtype
-    del lanes
+    del cache
     return jax.tree.unflatten(tree, [fill(jnp.uint32(i), shape, dtype) for i in range(len(flat))])
 
 
-def _step(program: Program, params: Any, cache: list[Lane], batch: DecodeBatch) -> tuple[jax.Array, list[Lane]]:
+def _step(program: Program, params: Any, cache: list[KVCache], batch: DecodeBatch) -> tuple[jax.Array, list[KVCache]]:
     logits, cache = functional.decode(program, params, cache, batch)
     return jnp.argmax(logits, axis=-1).astype(jnp.int32), cache
 
 
 def _growing(
-    program: Program, params: list[jax.Array], cache: list[Lane], tables: np.ndarray, start: int, new: int
+    program: Program, params: list[jax.Array], cache: list[KVCache], tables: np.ndarray, start: int, new: int
 ) -> float:
     """Return the seconds per step while every sequence grows from `start` by `new` tokens; the cache is donated."""
     step, tokens = jax.jit(_step, static_argnums=0, donate_argnums=2), jnp.zeros(len(tables), jnp.int32)

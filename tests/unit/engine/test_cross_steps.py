@@ -97,14 +97,14 @@ def test_encoding_writes_its_blocks_and_no_others():
     runner.reset()
     blocks = np.array([[7, 9, 0, 0]], np.int32)
     runner._encode_cross([EncodeJob(text(BLOCK + 1), blocks, 0)])
-    for lane in runner.cache:
-        for array in lane:
+    for layer in runner.cache:
+        for array in layer:
             written = np.asarray(array).any(axis=(1, 3))
             assert written[7].all() and written[9].tolist() == [True] + [False] * (BLOCK - 1)
             assert not np.delete(written, [7, 9], axis=0).any()
     key = EncodeCross(**vars(encode_shape(runner.program, runner.shapes, BLOCK + 1)))
     memory = runner.programs.get(key).memory_analysis()
-    assert memory.alias_size_in_bytes >= sum(a.nbytes for lane in runner.cache for a in lane), (
+    assert memory.alias_size_in_bytes >= sum(a.nbytes for layer in runner.cache for a in layer), (
         "the cache is updated in place"
     )
 

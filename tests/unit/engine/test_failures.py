@@ -26,8 +26,8 @@ def assert_published_is_finite(engine):
     """Assert that no published block contains NaN."""
     published = np.flatnonzero(engine.manager.pool.published)
     assert len(published)
-    for lane in engine.runner.cache:
-        assert np.isfinite(np.asarray(lane.keys)[published]).all()
+    for layer in engine.runner.cache:
+        assert np.isfinite(np.asarray(layer.keys)[published]).all()
 
 
 LENGTHS = (3, 9, 18, 5)

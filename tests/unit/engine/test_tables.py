@@ -6,7 +6,7 @@ from support.cases import EDGES, alone, mixed
 from support.tiny import CHUNK, make_engine, make_request, prompt, run
 
 from jaxinfer.engine.runner import runner as runners
-from jaxinfer.engine.runner.batch import lanes
+from jaxinfer.engine.runner.batch import batch_indices
 from jaxinfer.engine.runner.row_params import Asked
 from jaxinfer.engine.sampling.sampling_rows import Level
 from jaxinfer.sampling_params import SamplingParams
@@ -60,8 +60,8 @@ def test_tables_are_sent_again_after_a_failed_step(runner, monkeypatch):
 
 def test_rows_keep_their_index_if_all_fit():
     rows = np.array([5, 0, 3])
-    assert lanes(rows, 8, 8).tolist() == [5, 0, 3]
-    assert lanes(rows, 4, 8).tolist() == [0, 1, 2]
+    assert batch_indices(rows, 8, 8).tolist() == [5, 0, 3]
+    assert batch_indices(rows, 4, 8).tolist() == [0, 1, 2]
 
 
 def test_row_parameters_are_those_of_the_current_sequence(runner):

@@ -71,7 +71,7 @@ def test_it_grows_through_several_read_lengths_in_place(model):
     for _ in range(300):
         logits, cache = cache.append(params, [[5], [7]])
         made.append(np.asarray(logits))
-        found = [array.unsafe_buffer_pointer() for array in jax.tree.leaves(cache.lanes)]
+        found = [array.unsafe_buffer_pointer() for array in jax.tree.leaves(cache.arrays)]
         assert addresses in (None, found), "the cache was copied"
         addresses = found
     assert cache.lengths == (420, 303) and cache.regions.width == 9
@@ -144,9 +144,9 @@ def test_the_compiled_steps_copy_no_cache(model, step):
     batch = prefill_batch([(prompt(8), 0, 8)] * 2, np.zeros((2, 0), np.int32), tokens=16, tile=program.tile)
     ints = jax.ShapeDtypeStruct((2,), np.int32)
     sizes, inputs = ((cache.regions, 2), (ints, ints)) if step is _one else ((cache.regions,), (batch,))
-    compiled = step.lower(program, *sizes, params, cache.lanes, *inputs).compile()
+    compiled = step.lower(program, *sizes, params, cache.arrays, *inputs).compile()
     assert compiled.memory_analysis().alias_size_in_bytes == cache.nbytes
-    assert large_copies(compiled.as_text(), cache.lanes[0].keys.size) == []
+    assert large_copies(compiled.as_text(), cache.arrays[0].keys.size) == []
 
 
 @pytest.mark.parametrize(

@@ -33,9 +33,9 @@ def admit(manager: BlockManager, row: int, read: Encoded | None, tokens: int = P
 
 def test_self_and_cross_attention_share_arrays_and_cross_groups_come_last():
     made = layout((Cross(2, 8), Full(2, 8), Full(2, 8), Cross(2, 8)))
-    assert [kind.kind.encoded for kind in made.kinds] == [False, True] and len(made.lanes) == 2
+    assert [kind.kind.encoded for kind in made.kinds] == [False, True] and len(made.array_specs) == 2
     assert [place.group for place in made.places] == [1, 0, 0, 1]
-    assert [place.lane for place in made.places] == [0, 0, 1, 1]
+    assert [place.array for place in made.places] == [0, 0, 1, 1]
 
 
 def test_blocks_needed_includes_encoder_positions():

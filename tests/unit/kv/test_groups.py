@@ -3,14 +3,14 @@
 import pytest
 
 from jaxinfer.errors import ConfigError
-from jaxinfer.kv.groups import MOST_PADDING, KindGroups, Place, blocks_needed, layout, longest
+from jaxinfer.kv.groups import MAX_PADDING, KindGroups, Place, blocks_needed, layout, longest
 from jaxinfer.kv.spec import Full, Kind, Sliding, Window
 
 FULL, SLIDING = Full(2, 16), Sliding(2, 16, window=8)
 
 
 @pytest.mark.parametrize(
-    ("specs", "lanes", "counts"),
+    ("specs", "arrays", "counts"),
     [
         ([FULL] * 16, 16, [1]),
         ([SLIDING] * 7, 7, [1]),
@@ -22,11 +22,11 @@ FULL, SLIDING = Full(2, 16), Sliding(2, 16, window=8)
         ([FULL] * 33 + [SLIDING] * 34, 34, [1, 1]),  # one place of 67 without a layer
     ],
 )
-def test_the_number_of_arrays_is_the_largest_with_little_padding(specs, lanes, counts):
+def test_the_number_of_arrays_is_the_largest_with_little_padding(specs, arrays, counts):
     made = layout(tuple(specs))
-    assert (len(made.lanes), sorted(kind.count for kind in made.kinds)) == (lanes, sorted(counts))
+    assert (len(made.array_specs), sorted(kind.count for kind in made.kinds)) == (arrays, sorted(counts))
     assert len(set(made.places)) == len(specs), "no two layers in one place"
-    assert made.groups * lanes - len(specs) <= MOST_PADDING * len(specs)
+    assert made.groups * arrays - len(specs) <= MAX_PADDING * len(specs)
     for place, spec in zip(made.places, specs, strict=True):
         [kind] = [kind for kind in made.kinds if place.group in range(made.groups)[kind.span]]
         assert kind.kind == spec.kind
@@ -35,14 +35,14 @@ def test_the_number_of_arrays_is_the_largest_with_little_padding(specs, lanes, c
 def test_a_model_of_one_kind_has_an_array_per_layer_and_one_group():
     made = layout((FULL, Full(4, 8), Full(2, 16, replicated=True)))
     assert made.places == (Place(0, 0), Place(0, 1), Place(0, 2)) and made.kinds == (KindGroups(Kind()),)
-    assert made.lanes == (FULL, Full(4, 8), Full(2, 16, replicated=True)), "each has its own shape"
+    assert made.array_specs == (FULL, Full(4, 8), Full(2, 16, replicated=True)), "each has its own shape"
 
 
 def test_layers_of_different_shapes_do_not_share_an_array():
     """With fewer arrays, layers of equal shapes can share them."""
     narrow = Sliding(1, 16, window=8)
     made = layout((FULL, FULL, SLIDING, SLIDING))
-    assert len(made.lanes) == 2
+    assert len(made.array_specs) == 2
     with pytest.raises(
         ConfigError,
         match="layers 0 and 1 need cache arrays of different shapes.*give all attention layers the same tactic",

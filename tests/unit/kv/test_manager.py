@@ -73,7 +73,9 @@ class ManagerMachine(RuleBasedStateMachine):
         states.begin()
         moves = [states.step(np.array(decoding, np.int64)) for _ in range(steps)]
         parts = [states.chunk(row, stop) for row, stop in chunks]
-        starts = {row: int(states.at[row]) - sum(part.count for part in some) for (row, _), some in zip(chunks, parts)}
+        starts = {
+            row: int(states.positions[row]) - sum(part.count for part in some) for (row, _), some in zip(chunks, parts)
+        }
         written, read = [], []
         for (row, _), some in zip(chunks, parts, strict=True):  # a step runs prefills before decodes
             text, at = (), starts[row]
@@ -93,7 +95,7 @@ class ManagerMachine(RuleBasedStateMachine):
             assert len(set(targets.tolist())) == len(targets)
             old = [self.memory[slot] for slot in sources.tolist()]
             for row, text, target in zip(decoding, old, targets.tolist(), strict=True):
-                length = int(states.at[row]) - steps + step
+                length = int(states.positions[row]) - steps + step
                 assert text == tuple(self.texts[row][:length]), "a step starts from its sequence's state"
                 assert not states.published[target], "a snapshot is never written"
                 self.memory[target] = tuple(self.texts[row][: length + 1])
@@ -129,11 +131,11 @@ class ManagerMachine(RuleBasedStateMachine):
         hit = manager.lookup(tokens, manager.digests(tokens, ROOT), ROOT)
         assert hit.blocks <= (len(text) - 1) // P
         pool, counts = manager.pool, manager.tables.counts.copy()
-        reach = min(len(text), hit.blocks * P + chunk)
-        if not manager.admit(row, hit, len(text), reach):
+        chunk_end = min(len(text), hit.blocks * P + chunk)
+        if not manager.admit(row, hit, len(text), chunk_end):
             assert manager.pool is pool and (manager.tables.counts == counts).all(), "all or nothing"
             ids = hit.ids[: self.groups][hit.ids[: self.groups] >= 0]
-            ends = [manager.blocks_for(len(text) if kind.kind.whole else reach) for kind in self.kinds]
+            ends = [manager.blocks_for(len(text) if kind.kind.keeps_all else chunk_end) for kind in self.kinds]
             new = sum(kind.count * (end - hit.blocks) for kind, end in zip(self.kinds, ends, strict=True))
             assert new > int(pool.num_available) - sum(pool.refs[ids] == 0)
             return
@@ -559,6 +561,6 @@ def test_a_plan_of_many_steps_passes_several_boundaries_with_two_slots_per_row(p
     assert part.target not in read, "a plan runs prefills before decode steps"
     for (_, targets), (sources, _) in zip(moves, moves[1:], strict=False):
         assert (targets == sources).all() and len(set(targets.tolist())) == len(targets)
-    positions = {position for row in range(ROWS - 1) for position, _ in states.kept.get(row, ())}
+    positions = {position for row in range(ROWS - 1) for position, _ in states.unpublished.get(row, ())}
     assert positions == (set() if published else {3 * P}), "the latest boundary is kept if a slot is available"
     m.check()

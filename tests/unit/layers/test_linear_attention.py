@@ -22,7 +22,7 @@ from jaxinfer.sharding import make_mesh
 
 pytestmark = pytest.mark.xdist_group("linear attention")
 
-T, B, NOWHERE = 48, 4, 99
+T, B, NO_SLOT = 48, 4, 99
 LENGTHS = (29, 3, 16)
 kinds = pytest.mark.parametrize("kind", [KDA, NET])
 
@@ -47,7 +47,7 @@ def run(made: nnx.Module, tp: int = 1) -> list[np.ndarray]:
         for row, count in enumerate(sizes):
             x[starts[row] : starts[row] + count] = SEQUENCES[row][done[row] : done[row] + count]
         slots = np.array([4, 0, 2, 1])
-        sources = np.where(np.array([*done, 0]) > 0, slots, NOWHERE)
+        sources = np.where(np.array([*done, 0]) > 0, slots, NO_SLOT)
         y, state = support.step(graph, params, x, state, Segments(starts, counts, sources, slots, np.zeros(4, bool)))
         for row, count in enumerate(sizes):
             found[row].append(np.asarray(y[starts[row] : starts[row] + count]))
@@ -55,9 +55,9 @@ def run(made: nnx.Module, tp: int = 1) -> list[np.ndarray]:
     for _ in range(7):
         x = np.full((B, support.M), 7, np.float32)
         x[[0, 2, 3]] = [sequence[at] for sequence, at in zip(SEQUENCES, done, strict=True)]
-        y, state = support.step(graph, params, x, state, DecodeSlots(*[np.array([4, NOWHERE, 0, 2])] * 2))
-        for row, lane in enumerate((0, 2, 3)):
-            found[row].append(np.asarray(y[lane : lane + 1]))
+        y, state = support.step(graph, params, x, state, DecodeSlots(*[np.array([4, NO_SLOT, 0, 2])] * 2))
+        for row, position in enumerate((0, 2, 3)):
+            found[row].append(np.asarray(y[position : position + 1]))
             done[row] += 1
     assert np.isnan(np.asarray(state.recurrent)[[1, 3, 5]]).all(), "unused slots stay unchanged"
     return [np.concatenate(parts) for parts in found]

@@ -20,7 +20,7 @@ from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearAtten
 from jaxinfer import functional
 from jaxinfer.checkpoint import rules
 from jaxinfer.kernels.attention import latent
-from jaxinfer.kernels.attention.paged import DecodeRows, Lane, PrefillTiles, Slots
+from jaxinfer.kernels.attention.paged import DecodeRows, KVCache, PrefillTiles, Slots
 from jaxinfer.layers import mla
 from jaxinfer.layers.attention import GroupStep, StepContext
 from jaxinfer.layers.mla import LatentAttention, LatentSpec
@@ -110,11 +110,11 @@ def layer(kind: str, tp: int = 1, quantization: str | None = None) -> LatentAtte
 
 @partial(jax.jit, static_argnums=0, donate_argnums=3)
 def step(
-    graph: nnx.GraphDef, params: nnx.State, x: jax.Array, lane: Lane, context: StepContext
-) -> tuple[jax.Array, Lane]:
+    graph: nnx.GraphDef, params: nnx.State, x: jax.Array, kv_cache: KVCache, context: StepContext
+) -> tuple[jax.Array, KVCache]:
     module = nnx.merge(graph, params)
     rope = cos_sin(ROPE, context.positions, context.rope_lengths) if module.spec.interleaved else None
-    return module(x, lane, rope, context)
+    return module(x, kv_cache, rope, context)
 
 
 TABLES = np.random.default_rng(5).permutation(BLOCKS)[: 3 * WIDTH].reshape(3, WIDTH).astype(np.int32)
@@ -139,7 +139,7 @@ def run(made: LatentAttention, tp: int = 1) -> list[np.ndarray]:
     """Compute the outputs of all sequences, batched: two prefill steps, then five decode steps."""
     graph, params = nnx.split(made)
     whole = jax.sharding.NamedSharding(make_mesh(tp), jax.sharding.PartitionSpec())
-    lane = Lane(jax.device_put(np.full((BLOCKS, 1, BLOCK, SPEC.kept), np.nan, np.float32), whole), None)
+    kv_cache = KVCache(jax.device_put(np.full((BLOCKS, 1, BLOCK, SPEC.kept), np.nan, np.float32), whole), None)
     found: list[list[np.ndarray]] = [[] for _ in SEQUENCES]
     done = [0] * len(SEQUENCES)
     for sizes in ((10, 2, 16), (19, 1, 0)):
@@ -147,7 +147,7 @@ def run(made: LatentAttention, tp: int = 1) -> list[np.ndarray]:
         for row, size in enumerate(sizes):
             x[start : start + size] = SEQUENCES[row][done[row] : done[row] + size]
             start += size
-        y, lane = step(graph, params, x, lane, prefill_step(sizes, done, tp))
+        y, kv_cache = step(graph, params, x, kv_cache, prefill_step(sizes, done, tp))
         assert np.isfinite(y).all(), "padding must be finite"
         for row, part in enumerate(np.split(np.asarray(y), np.cumsum(sizes))[:3]):
             found[row].append(part)
@@ -156,7 +156,7 @@ def run(made: LatentAttention, tp: int = 1) -> list[np.ndarray]:
         x, positions = np.full((ROWS, M), 7, np.float32), np.array([*done, -1])
         x[:3] = [sequence[at] for sequence, at in zip(SEQUENCES, done, strict=True)]
         rows = DecodeRows(np.concatenate([TABLES, TABLES[:1]]), positions + 1)
-        y, lane = step(graph, params, x, lane, context(positions, np.array([0, 1, 2, 0]), rows, tp, 1))
+        y, kv_cache = step(graph, params, x, kv_cache, context(positions, np.array([0, 1, 2, 0]), rows, tp, 1))
         for row in range(3):
             found[row].append(np.asarray(y[row : row + 1]))
             done[row] += 1
@@ -207,13 +207,15 @@ def test_int8_is_close(kind, tp):
 @kinds
 def test_the_only_collective_is_the_all_reduce_of_the_output(kind):
     graph, params = nnx.split(layer(kind, 2))
-    lane = Lane(jnp.zeros((BLOCKS, 1, BLOCK, SPEC.kept)), None)
+    kv_cache = KVCache(jnp.zeros((BLOCKS, 1, BLOCK, SPEC.kept)), None)
     rows = DecodeRows(np.zeros((ROWS, WIDTH), np.int32), np.ones(ROWS, np.int32))
     own = np.zeros(ROWS, np.int32)
     for count, given in ((T, prefill_step((3, 2, 0), [0, 0, 0], 2)), (ROWS, context(own, own, rows, 2, 1))):
         leaves, tree = jax.tree.flatten(given)
-        flat = jax.jit(lambda p, x, lane, leaves, tree=tree: step(graph, p, x, lane, jax.tree.unflatten(tree, leaves)))
-        compiled = flat.lower(params, jnp.zeros((count, M)), lane, leaves).compile()
+        flat = jax.jit(
+            lambda p, x, kv_cache, leaves, tree=tree: step(graph, p, x, kv_cache, jax.tree.unflatten(tree, leaves))
+        )
+        compiled = flat.lower(params, jnp.zeros((count, M)), kv_cache, leaves).compile()
         assert collectives(compiled.as_text()) == Counter({"all-reduce": 1})
 
 
@@ -221,13 +223,13 @@ def test_nan_stays_in_its_sequence():
     rng = np.random.default_rng(0)
     q, latents = rng.normal(size=(T, H, DN + R)), rng.normal(size=(T, RANK + R))
     expansion = latent.Expansion(*(rng.normal(size=(H, dim, RANK)).astype(np.float32) for dim in (DN, DV)))
-    lane = Lane(rng.normal(size=(BLOCKS, 1, BLOCK, RANK + R)).astype(np.float32), None)
+    kv_cache = KVCache(rng.normal(size=(BLOCKS, 1, BLOCK, RANK + R)).astype(np.float32), None)
     given = prefill_step((10, 2, 16), [8, 4, 0], 1)
     prefill = jax.jit(partial(latent.prefill, scale=0.3))
 
     def attend(latents: np.ndarray) -> np.ndarray:
         arrays = q.astype(np.float32), latents.astype(np.float32)
-        return np.asarray(prefill(*arrays, lane, given.slots, given.rows, expansion)[0])
+        return np.asarray(prefill(*arrays, kv_cache, given.slots, given.rows, expansion)[0])
 
     whole = attend(latents)
     latents[11] = np.nan  # the second sequence

@@ -360,7 +360,7 @@ def test_a_null_window_with_sliding_layers_is_refused():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "lanes", "groups"),
+    ("name", "arrays", "groups"),
     [
         ("gemma-2-2b", 13, 2),
         ("gemma-3-1b", 2, 13),
@@ -369,12 +369,12 @@ def test_a_null_window_with_sliding_layers_is_refused():
         ("gpt-oss-20b", 12, 2),
     ],
 )
-def test_lanes_and_groups_of_the_real_shapes(name, lanes, groups):
+def test_cache_arrays_and_groups_of_the_real_shapes(name, arrays, groups):
     config = parsed(ALL[name])
     served, _ = weights.parse(lay_over(ALL[name]))
     module = weights.abstract(served, config, np.dtype("float32"), make_mesh(1))
     found = layout(tuple(module.cache_specs()))
-    assert (len(found.lanes), found.groups) == (lanes, groups)
+    assert (len(found.array_specs), found.groups) == (arrays, groups)
     assert {type(spec) for spec in module.cache_specs()} == {Full, Sliding}
 
 

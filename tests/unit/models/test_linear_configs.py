@@ -101,8 +101,8 @@ def test_kimi_linear():
 def test_cache_specs_of_kimi_linear():
     """20 layers with a state each, and seven with a latent of 512 + 64 columns per token."""
     kept = layout(tuple(abstract(1).cache_specs()))
-    assert (len(kept.states), len(kept.lanes) * kept.groups) == (20, 7)
-    assert {lane.head_dim for lane in kept.lanes} == {576}
+    assert (len(kept.states), len(kept.array_specs) * kept.groups) == (20, 7)
+    assert {spec.head_dim for spec in kept.array_specs} == {576}
 
 
 def linear(**changes: Any) -> dict[str, Any]:

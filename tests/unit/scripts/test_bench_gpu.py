@@ -21,7 +21,7 @@ from jax.profiler import ProfileData
 from support.lowering import require_cuda_compiler
 
 from jaxinfer.kernels.attention import paged
-from jaxinfer.kernels.attention.paged import DecodeRows, Lane, Scoring, Slots
+from jaxinfer.kernels.attention.paged import DecodeRows, KVCache, Scoring, Slots
 from jaxinfer.loading import weights as loading
 from jaxinfer.sharding import make_mesh
 
@@ -220,26 +220,28 @@ def test_a_token_touches_of_the_experts_those_it_is_routed_to():
 def test_contiguous_caches_attend_as_the_oracle(grows: bool):
     rng, batch, length = np.random.default_rng(0), 2, 6
     q, k, v = (rng.normal(size=(batch, heads, 8)).astype(np.float32) for heads in (4, 2, 2))
-    lane = Lane(*(rng.normal(size=(batch, 2, length, 8)).astype(np.float32) for _ in range(2)))
+    kv_cache = KVCache(*(rng.normal(size=(batch, 2, length, 8)).astype(np.float32) for _ in range(2)))
     blocks, last = np.arange(batch), np.full(batch, length - 1)
     step, slots, scoring = DecodeRows(blocks[:, None], last + 1), Slots(blocks, last), Scoring(8**-0.5)
     # Growing, the oldest has gone and the rest has moved up.
-    moved = Lane(*(np.roll(array, -1, axis=2) for array in lane)) if grows else lane
+    moved = KVCache(*(np.roll(array, -1, axis=2) for array in kv_cache)) if grows else kv_cache
 
     @jax.jit
-    def both(q: Any, k: Any, v: Any, lane: Lane, moved: Lane, slots: Slots, step: DecodeRows) -> tuple[Any, Any]:
+    def both(
+        q: Any, k: Any, v: Any, kv_cache: KVCache, moved: KVCache, slots: Slots, step: DecodeRows
+    ) -> tuple[Any, Any]:
         written = paged.write(moved, k, v, slots)
         wanted = paged.reference(q, written, step.tables, slots.blocks, slots.offsets, scoring), written
-        return growth.Contiguous(grows).decode(q, k, v, lane, slots, step, scoring), wanted
+        return growth.Contiguous(grows).decode(q, k, v, kv_cache, slots, step, scoring), wanted
 
-    found, wanted = both(q, k, v, lane, moved, slots, step)
+    found, wanted = both(q, k, v, kv_cache, moved, slots, step)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, wanted)
 
 
 def test_a_decode_problem_counts_its_live_bytes():
     given = attention.problem((3, 0, 17), jnp.float32, 8)
     assert given.live_bytes == 2 * 20 * attention.KV_HEADS * 8 * 4
-    assert given.slots.blocks.tolist()[1] == given.lane.keys.shape[0] == 3, "an empty row writes nowhere"
+    assert given.slots.blocks.tolist()[1] == given.kv_cache.keys.shape[0] == 3, "an empty row writes nowhere"
     assert given.rows.tables.shape == (3, 2)
 
 

@@ -204,8 +204,8 @@ def test_equal_layers_are_one_node_of_the_tree(large: Plan, mixed: Plan):
     def nodes(node: Node) -> list[Node]:
         return [node, *(inner for child in node.children for inner in nodes(child))]
 
-    (folded,) = [node for node in nodes(tree(large)) if node.alike > 1]
-    assert (folded.name, folded.alike, folded.placed) == ("layers.0 ... layers.79", 80, "sharded")
+    (folded,) = [node for node in nodes(tree(large)) if node.count > 1]
+    assert (folded.name, folded.count, folded.placed) == ("layers.0 ... layers.79", 80, "sharded")
     assert folded.device_bytes == large.modules["layers"] and folded.collectives("decode") == {"all-reduce": 160}
     root = tree(mixed)
     layers = next(child for child in root.children if child.path == "layers")

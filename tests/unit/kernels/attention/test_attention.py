@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.attention import CHUNKS, PLAIN, SHAPES, Case, same_lane
+from support.attention import CHUNKS, PLAIN, SHAPES, Case, same_cache
 
 from jaxinfer.kernels.attention import paged, xla_attention
-from jaxinfer.kernels.attention.paged import Lane, Slots
+from jaxinfer.kernels.attention.paged import KVCache, Slots
 from jaxinfer.kernels.attention.xla_attention import TILE
 
 P = PLAIN.block
@@ -58,10 +58,10 @@ def test_decode_equals_the_reference(monkeypatch: pytest.MonkeyPatch, name: str,
     items = None if spare is None else sum(-(-n // xla_attention.item_keys(P)) for n in seen) + spare
     # A new function, as cached traces used another piece size.
     run = jax.jit(lambda *args: xla_attention.decode(*args, shape.scoring, case.sinks, items=items))
-    found, lane = run(q, k, v, case.lane, case.slots(rows, positions), case.decode_rows(padding=2))
-    expected, expected_lane = case.expected(q, k, v, rows, positions)
+    found, kv_cache = run(q, k, v, case.kv_cache, case.slots(rows, positions), case.decode_rows(padding=2))
+    expected, expected_cache = case.expected(q, k, v, rows, positions)
     case.close(found, expected)
-    same_lane(lane, expected_lane)
+    same_cache(kv_cache, expected_cache)
     assert not np.asarray(found[-2:], np.float32).any(), "padding gives 0"
 
 
@@ -78,17 +78,17 @@ def test_prefill_equals_the_reference(monkeypatch: pytest.MonkeyPatch, chunks: s
     case = Case(shape, [start + count for start, count in CHUNKS[chunks]], [count for _, count in CHUNKS[chunks]])
     q, k, v, rows, positions = case.step(padding=5)
     run = jax.jit(lambda *args: xla_attention.prefill(*args, shape.scoring, case.sinks, tile=TILE))
-    found, lane = run(q, k, v, case.lane, case.slots(rows, positions), case.prefill_tiles(TILE, padding=5))
-    expected, expected_lane = case.expected(q, k, v, rows, positions)
+    found, kv_cache = run(q, k, v, case.kv_cache, case.slots(rows, positions), case.prefill_tiles(TILE, padding=5))
+    expected, expected_cache = case.expected(q, k, v, rows, positions)
     case.close(found[:-5], expected[:-5])
-    same_lane(lane, expected_lane)
+    same_cache(kv_cache, expected_cache)
     assert np.isfinite(np.asarray(found, np.float32)).all(), "padding must be finite"
 
 
 def test_writes_of_padding_are_dropped():
     empty, ones = jnp.zeros((3, 2, P, 8)), jnp.ones((4, 2, 8))
     slots = Slots(jnp.array([0, 2, 3, 7]), jnp.array([1, 3, 0, 2]))
-    written = paged.write(Lane(empty, empty), ones, 2 * ones, slots)
-    for lane, value in zip(written, (1, 2), strict=True):
-        assert (lane[0, :, 1] == value).all() and (lane[2, :, 3] == value).all()
-        assert lane.sum() == value * 2 * 2 * 8
+    written = paged.write(KVCache(empty, empty), ones, 2 * ones, slots)
+    for array, value in zip(written, (1, 2), strict=True):
+        assert (array[0, :, 1] == value).all() and (array[2, :, 3] == value).all()
+        assert array.sum() == value * 2 * 2 * 8

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from support.attention import PLAIN, Case, Shape, same_lane
+from support.attention import PLAIN, Case, Shape, same_cache
 from support.interpret import interpreted
 from support.native import require_native_kernels
 
@@ -54,23 +54,25 @@ def cached(shape: Shape) -> SimpleNamespace:
     """Make sequences whose visible keys are in a cache that is NaN everywhere else."""
     lengths = [end for _, end in SPANS]
     case = Case(shape, lengths, [0] * len(lengths))
-    keys, values = (np.array(a) for a in case.lane)
+    keys, values = (np.array(a) for a in case.kv_cache)
     for row, (first, _) in enumerate(SPANS):
         for at in range(first):
-            for lane in (keys, values):
-                lane[case.tables[row, at // shape.block], :, at % shape.block] = np.nan
-    lane = paged.Lane(jax.device_put(keys), jax.device_put(values))
-    return SimpleNamespace(case=case, lane=lane, tables=jax.device_put(case.tables), shape=shape, sinks=case.sinks)
+            for array in (keys, values):
+                array[case.tables[row, at // shape.block], :, at % shape.block] = np.nan
+    kv_cache = paged.KVCache(jax.device_put(keys), jax.device_put(values))
+    return SimpleNamespace(
+        case=case, kv_cache=kv_cache, tables=jax.device_put(case.tables), shape=shape, sinks=case.sinks
+    )
 
 
 def queries(work: SimpleNamespace, rows: np.ndarray) -> tuple[jax.Array, np.ndarray]:
     """Make the queries of these rows and the reference's result."""
     shape = work.shape
     q = np.random.default_rng(1).normal(size=(len(rows), shape.heads, shape.dim)).astype(np.float32)
-    q = jax.device_put(q.astype(work.lane.keys.dtype))
+    q = jax.device_put(q.astype(work.kv_cache.keys.dtype))
     spans = np.array(SPANS, np.int32)[rows]
     expected = jax.jit(paged.reference, static_argnums=5)(
-        q, work.lane, work.tables, rows, np.zeros(len(rows), np.int32), shape.scoring, work.sinks, spans
+        q, work.kv_cache, work.tables, rows, np.zeros(len(rows), np.int32), shape.scoring, work.sinks, spans
     )
     return q, np.asarray(expected, np.float32)
 
@@ -81,10 +83,12 @@ def test_decode_sees_a_span_of_the_cache(kernel: Any, name: str):
     q, expected = queries(work, np.arange(len(SPANS)))
     starts, ends = np.array(SPANS, np.int32).T
     step = DecodeRows(work.tables, jax.device_put(ends), 0, jax.device_put(starts))
-    run = jax.jit(lambda q, lane, step: kernel.decode(q, None, None, lane, None, step, work.shape.scoring, work.sinks))
-    found, lane = run(q, work.lane, step)
+    run = jax.jit(
+        lambda q, kv_cache, step: kernel.decode(q, None, None, kv_cache, None, step, work.shape.scoring, work.sinks)
+    )
+    found, kv_cache = run(q, work.kv_cache, step)
     work.case.close(found, expected)
-    same_lane(lane, work.lane)
+    same_cache(kv_cache, work.kv_cache)
     assert not expected[0].any() and not expected[3].any() and expected[1].any(), "0 without visible keys"
 
 
@@ -105,8 +109,10 @@ def test_all_queries_of_a_tile_see_the_same_span(kernel: Any, name: str):
     tiles, spans = (np.pad(np.array(a, np.int32), ((0, unused), (0, 0))) for a in (tiles, spans))
     step = PrefillTiles(*jax.device_put((work.tables, tiles, np.int32(len(tiles) - unused), spans)))
     run = jax.jit(
-        lambda q, lane, step: kernel.prefill(q, None, None, lane, None, step, work.shape.scoring, work.sinks, tile=TILE)
+        lambda q, kv_cache, step: kernel.prefill(
+            q, None, None, kv_cache, None, step, work.shape.scoring, work.sinks, tile=TILE
+        )
     )
-    found, lane = run(q, work.lane, step)
+    found, kv_cache = run(q, work.kv_cache, step)
     work.case.close(found, expected)
-    same_lane(lane, work.lane)
+    same_cache(kv_cache, work.kv_cache)

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.attention import CHUNKS, PLAIN, SHAPES, Case, same_lane
+from support.attention import CHUNKS, PLAIN, SHAPES, Case, same_cache
 from support.native import require_native_kernels
 
 from jaxinfer.kernels.attention import native_attention
-from jaxinfer.kernels.attention.paged import Lane
+from jaxinfer.kernels.attention.paged import KVCache
 from jaxinfer.kernels.attention.xla_attention import TILE
 
 P = PLAIN.block
@@ -28,10 +28,10 @@ def native() -> None:
     require_native_kernels()
 
 
-def decode(case: Case, padding: int) -> tuple[jax.Array, Lane, np.ndarray, Lane]:
+def decode(case: Case, padding: int) -> tuple[jax.Array, KVCache, np.ndarray, KVCache]:
     q, k, v, rows, positions = case.step(padding)
     run = jax.jit(lambda *args: native_attention.decode(*args, case.shape.scoring, case.sinks))
-    found = run(q, k, v, case.lane, case.slots(rows, positions), case.decode_rows(padding))
+    found = run(q, k, v, case.kv_cache, case.slots(rows, positions), case.decode_rows(padding))
     return *found, *case.expected(q, k, v, rows, positions)
 
 
@@ -40,9 +40,9 @@ def test_decode_equals_the_reference(name: str):
     """Lengths around block and iteration boundaries, and padding rows whose tables hold arbitrary ids."""
     lengths = [1, P - 1, P, P + 1, 2 * P + 1, 127, 128, 129, 300]
     case = Case(SHAPES[name], lengths, [1] * len(lengths))
-    found, lane, expected, expected_lane = decode(case, 2)
+    found, kv_cache, expected, expected_cache = decode(case, 2)
     case.close(found, expected)
-    same_lane(lane, expected_lane)
+    same_cache(kv_cache, expected_cache)
     assert not np.asarray(found[-2:], np.float32).any(), "padding gives 0"
 
 
@@ -56,10 +56,10 @@ def test_prefill_equals_the_reference(chunks: str, name: str):
     case = Case(SHAPES[name], [start + count for start, count in zip(starts, sizes, strict=True)], sizes)
     q, k, v, rows, positions = case.step(padding=5)
     run = jax.jit(lambda *args: native_attention.prefill(*args, case.shape.scoring, case.sinks, tile=TILE))
-    found, lane = run(q, k, v, case.lane, case.slots(rows, positions), case.prefill_tiles(TILE, padding=5))
-    expected, expected_lane = case.expected(q, k, v, rows, positions)
+    found, kv_cache = run(q, k, v, case.kv_cache, case.slots(rows, positions), case.prefill_tiles(TILE, padding=5))
+    expected, expected_cache = case.expected(q, k, v, rows, positions)
     case.close(found[:-5], expected[:-5])
-    same_lane(lane, expected_lane)
+    same_cache(kv_cache, expected_cache)
     assert np.isfinite(np.asarray(found, np.float32)).all(), "padding must be finite"
 
 
@@ -70,9 +70,9 @@ def test_nan_stays_in_its_sequence(where: str, dtype: str):
     q, k, v, rows, positions = case.step()
     run = jax.jit(lambda *args: native_attention.decode(*args, case.shape.scoring))
     arguments = case.slots(rows, positions), case.decode_rows()
-    whole, _ = run(q, k, v, case.lane, *arguments)
-    broken = getattr(case.lane, where).at[case.tables[1, 2]].set(jnp.nan)
-    found, _ = run(q, k, v, case.lane._replace(**{where: broken}), *arguments)
+    whole, _ = run(q, k, v, case.kv_cache, *arguments)
+    broken = getattr(case.kv_cache, where).at[case.tables[1, 2]].set(jnp.nan)
+    found, _ = run(q, k, v, case.kv_cache._replace(**{where: broken}), *arguments)
     assert np.isnan(np.asarray(found[1], np.float32)).all()
     np.testing.assert_array_equal(np.asarray(found, np.float32)[[0, 2]], np.asarray(whole, np.float32)[[0, 2]])
 
@@ -81,10 +81,10 @@ def test_the_cache_is_written_in_place():
     case = Case(PLAIN, [5, 9], [1, 1])
     q, k, v, rows, positions = case.step()
     run = jax.jit(lambda *args: native_attention.decode(*args, case.shape.scoring), donate_argnums=3)
-    made = jax.tree.map(jnp.copy, case.lane)  # arrays made from NumPy cannot be donated
+    made = jax.tree.map(jnp.copy, case.kv_cache)  # arrays made from NumPy cannot be donated
     addresses = [array.unsafe_buffer_pointer() for array in made]
-    _, lane = run(q, k, v, made, case.slots(rows, positions), case.decode_rows())
-    assert [array.unsafe_buffer_pointer() for array in lane] == addresses
+    _, kv_cache = run(q, k, v, made, case.slots(rows, positions), case.decode_rows())
+    assert [array.unsafe_buffer_pointer() for array in kv_cache] == addresses
 
 
 def test_unsupported_cases_fall_back_to_xla():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.attention import CHUNKS, PLAIN, SHAPES, Case, Shape, same_lane
+from support.attention import CHUNKS, PLAIN, SHAPES, Case, Shape, same_cache
 from support.interpret import interpreted
 
 from jaxinfer.kernels.attention.triton_attention import TritonAttention
@@ -49,10 +49,10 @@ def check_decode(case: Case, *, cores: int, padding: int = 2) -> None:
     slots, step = case.slots(rows, positions), case.decode_rows(padding=padding)
     kernel, scoring = TritonAttention(Target(90, cores)), case.shape.scoring
     run = jax.jit(lambda *args: kernel.decode(*args, scoring, case.sinks))  # one program instead of one per operation
-    found, lane = run(q, k, v, case.lane, slots, step)
-    expected, expected_lane = case.expected(q, k, v, rows, positions)
+    found, kv_cache = run(q, k, v, case.kv_cache, slots, step)
+    expected, expected_cache = case.expected(q, k, v, rows, positions)
     case.close(found, expected)
-    same_lane(lane, expected_lane)
+    same_cache(kv_cache, expected_cache)
     assert not np.asarray(found[len(found) - padding :], np.float32).any(), "padding gives 0"
 
 
@@ -61,10 +61,10 @@ def check_prefill(case: Case, *, tile: int, padding: int = 5) -> None:
     slots, step = case.slots(rows, positions), case.prefill_tiles(tile, padding=padding)
     kernel, scoring = TritonAttention(Target(90, 1)), case.shape.scoring
     run = jax.jit(lambda *args: kernel.prefill(*args, scoring, case.sinks, tile=tile))
-    found, lane = run(q, k, v, case.lane, slots, step)
-    expected, expected_lane = case.expected(q, k, v, rows, positions)
+    found, kv_cache = run(q, k, v, case.kv_cache, slots, step)
+    expected, expected_cache = case.expected(q, k, v, rows, positions)
     case.close(found, expected)
-    same_lane(lane, expected_lane)
+    same_cache(kv_cache, expected_cache)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -146,6 +146,6 @@ def test_nan_stays_in_its_row(kind: str):
         step, run = case.decode_rows(), lambda *args: kernel.decode(*args, scoring, case.sinks)[0]
     else:
         step, run = case.prefill_tiles(8), lambda *args: kernel.prefill(*args, scoring, case.sinks, tile=8)[0]
-    found = np.asarray(jax.jit(run)(q, k, v, case.lane, slots, step))
+    found = np.asarray(jax.jit(run)(q, k, v, case.kv_cache, slots, step))
     assert np.isnan(found[bad]).all()
     assert np.isfinite(found[~bad]).all()

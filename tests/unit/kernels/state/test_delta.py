@@ -14,7 +14,7 @@ from jaxinfer.kernels.state.slots import DecodeSlots, Segments
 pytestmark = pytest.mark.slow
 
 H, DK, DV, SLOTS = 2, 16, 12, 7
-NOWHERE = 99
+NO_SLOT = 99
 STRENGTHS = {"none": 0.0, "weak": 1e-3, "strong": 30.0, "mixed": None}
 """Decay strengths: multipliers of log-decays of about 1; mixed: e^-7 to e^4, a different one per channel."""
 
@@ -94,7 +94,7 @@ def test_a_full_decay_clears_the_state(one_by_one):
     close(after[3], last)
 
 
-MIXED = [(1, NOWHERE, 1, False), (32, 2, 2, False), (33, NOWHERE, NOWHERE, False), (7, 3, 4, False), (64, 5, 3, False)]
+MIXED = [(1, NO_SLOT, 1, False), (32, 2, 2, False), (33, NO_SLOT, NO_SLOT, False), (7, 3, 4, False), (64, 5, 3, False)]
 """Five sequences: a new one, one continued in place, one whose state is dropped, one written to another slot, ..."""
 
 
@@ -129,7 +129,7 @@ def test_a_cut_saves_the_state_and_changes_no_later_output(one_by_one):
     made = tokens(100)
     whole, last = _recurrence(made, states()[2])
     _, middle = _recurrence(cut(made, 0, 48), states()[2])
-    rows = [(48, 2, 4, False), (51, NOWHERE, 5, True), (1, NOWHERE, 2, True)]
+    rows = [(48, 2, 4, False), (51, NO_SLOT, 5, True), (1, NO_SLOT, 2, True)]
     found, after = _prefill[one_by_one](made, states(), segments(rows))
     close(found, whole)
     close(after[4], middle)
@@ -155,7 +155,7 @@ def test_nan_stays_in_its_sequence(one_by_one):
 @pytest.mark.parametrize("per_head", [False, True], ids=["channels", "heads"])
 @ways
 def test_decode_equals_the_recurrence_and_padding_changes_no_state(one_by_one, per_head):
-    sources, targets = np.array([3, NOWHERE, 0, 6], np.int32), np.array([1, NOWHERE, 0, 6], np.int32)
+    sources, targets = np.array([3, NO_SLOT, 0, 6], np.int32), np.array([1, NO_SLOT, 0, 6], np.int32)
     made = tokens(4, per_head=per_head)
     made = jax.tree.map(lambda x: np.where(np.arange(4)[:, None, None] == 1, np.nan, x), made)
     found, after = _decode[one_by_one](made, states(), DecodeSlots(sources, targets))

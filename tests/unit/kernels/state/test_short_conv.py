@@ -7,7 +7,7 @@ import pytest
 from jaxinfer.kernels.state import short_conv
 from jaxinfer.kernels.state.slots import DecodeSlots, Segments
 
-COLUMNS, TAPS, SLOTS, NOWHERE = 6, 4, 8, 99
+COLUMNS, TAPS, SLOTS, NO_SLOT = 6, 4, 8, 99
 
 _prefill, _decode = jax.jit(short_conv.prefill), jax.jit(short_conv.decode)
 _rng = np.random.default_rng(0)
@@ -29,10 +29,10 @@ def test_batched_sequences_equal_each_alone(dtype):
     rows = [
         (5, 1, 2, False),
         (1, 0, 3, True),
-        (1, 0, NOWHERE, True),
+        (1, 0, NO_SLOT, True),
         (4, 0, 4, True),
         (1, 6, 6, False),
-        (2, NOWHERE, 5, False),
+        (2, NO_SLOT, 5, False),
     ]
     counts = np.array([row[0] for row in rows] + [0, 0])
     starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
@@ -55,7 +55,7 @@ def test_batched_sequences_equal_each_alone(dtype):
 def test_decode_is_one_more_token_and_padding_changes_no_state():
     x = np.array(INPUTS[:3])
     x[1] = np.nan
-    found, after = _decode(x, WEIGHT, STATES, DecodeSlots(np.array([3, NOWHERE, 0]), np.array([2, NOWHERE, 0])))
+    found, after = _decode(x, WEIGHT, STATES, DecodeSlots(np.array([3, NO_SLOT, 0]), np.array([2, NO_SLOT, 0])))
     expected = STATES.copy()
     for row, source, target in ((0, 3, 2), (2, 0, 0)):
         y, expected[target] = alone(x[row : row + 1], STATES[source])
