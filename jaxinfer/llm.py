@@ -34,7 +34,7 @@ from jaxinfer.loading.load import Named, open_model, place
 from jaxinfer.models.whisper.transcription import Transcribing, Transcript, begin
 from jaxinfer.outputs import RequestOutput
 from jaxinfer.results.output_processor import BeamHandle, Handle
-from jaxinfer.results.progress import Progress, Running, Updates, say_if_cut
+from jaxinfer.results.progress import Progress, Running, Updates, warn_if_truncated
 from jaxinfer.sampling_params import SamplingParams
 
 
@@ -81,7 +81,7 @@ class LLM:
             compilation_cache.enable(config.compilation_cache_dir)
             heap.thaw(collect=True)  # free the weights of an earlier LLM that was deleted without `close`
             if self._group is not None:
-                config, hf_overrides = handshake.settings(self._group, config, hf_overrides)
+                config, hf_overrides = handshake.share_config(self._group, config, hf_overrides)
             self._mesh, self.config = place(mesh, config, "tensor_parallel_size" in settings, self._group)
             named = Named(model, tokenizer, skip_tokenizer_init, revision, hf_overrides)
             self._start(named, chat_template, use_tqdm)
@@ -93,10 +93,10 @@ class LLM:
         module, known = opened.module, opened.tokenizer_len
         self._tokenizer = opened.tokenizer
         if group is not None:
-            known = group.share(known)[0]
+            known = group.all_gather(known)[0]
         engine = build_engine(module, self.config, self._mesh, sampled_vocab=known)
         if group is not None:
-            handshake.steps(group, engine.runner)
+            handshake.check_programs(group, engine.runner)
             engine.runner.leader = None if self._follows else Leader(group)
         longest, config = engine.runner.shapes.max_length, self.config
         longer = length_remedy(
@@ -110,7 +110,7 @@ class LLM:
             longer=longer,
             **opened.forced,
         )
-        self._served: tuple[LoadedModel, Intake] | None = (opened, Intake(opened, self.config, limits, chat_template))
+        self._loaded: tuple[LoadedModel, Intake] | None = (opened, Intake(opened, self.config, limits, chat_template))
         self._thread = EngineThread(engine)
         # Stops the thread if the LLM is garbage-collected without `close`, and when the interpreter exits.
         self._finalizer = weakref.finalize(self, _drop, self._thread)
@@ -136,10 +136,10 @@ class LLM:
     @property
     def _parts(self) -> tuple[LoadedModel, Intake]:
         """The loaded model and its input processor; raises once `close` (maybe on another thread) has freed them."""
-        served = self._served
-        if served is None:
+        loaded = self._loaded
+        if loaded is None:
             raise EngineClosedError(CLOSED)
-        return served
+        return loaded
 
     @property
     def default_params(self) -> SamplingParams:
@@ -491,7 +491,7 @@ class LLM:
                 leader.end()
             elif self._group is not None:
                 self._group.end_quietly()
-            self._served = None
+            self._loaded = None
             self._tokenizer = None
             heap.thaw()
 
@@ -535,7 +535,7 @@ class LLM:
         handles = []
         for request, prompt in zip(requests, prompts, strict=True):
             handles.append(follow(request, prompt.text, self._tokenizer))
-            handles[-1].read = None if prompt.encoder is None else prompt.encoder.text
+            handles[-1].encoder_text = None if prompt.encoder is None else prompt.encoder.text
         return handles
 
     def _check_requests(self, requests: Sequence[Request]) -> None:
@@ -564,7 +564,7 @@ class LLM:
                 self._thread.drive(call, progress.unfinished, progress.show)
         finally:
             release(call)  # must come first, so that an interrupt cannot leave requests running
-        say_if_cut(handles)
+        warn_if_truncated(handles)
         return [handle.output() for handle in handles]
 
     def _watch(self, handles: list[Handle]) -> Iterator[RequestOutput]:

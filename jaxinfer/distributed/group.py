@@ -51,7 +51,7 @@ class Group:
         self.process, self.peers, self.limit = process, tuple(peers), limit
         self.failure: str | None = None
         """Description of the failure, which names the process; None if there is none."""
-        self.said = False
+        self.failure_raised = False
         """Whether an exception has reported the failure to the user."""
         self._lock = threading.Lock()
         self._over = threading.Event()
@@ -64,11 +64,11 @@ class Group:
         atexit.register(self.end_quietly)
 
     @property
-    def over(self) -> bool:
+    def has_left(self) -> bool:
         """Whether this process has left the group."""
         return self._over.is_set()
 
-    def share(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         """Gather a value of every process, in process order, on all processes. All processes must call it.
 
         Raises:
@@ -77,11 +77,11 @@ class Group:
         if self.process:
             self.peers[0].send_json(Kind.SHARE, value)
             return json.loads(self.take(self.peers[0], Kind.SHARE)[1])
-        values = [value, *self.collect()]
-        self.tell(Kind.SHARE, json.dumps(values).encode())
+        values = [value, *self.gather()]
+        self.broadcast(Kind.SHARE, json.dumps(values).encode())
         return values
 
-    def collect(self) -> list[Any]:
+    def gather(self) -> list[Any]:
         """Receive on process 0 the values that the others passed to `share`.
 
         Raises:
@@ -89,13 +89,13 @@ class Group:
         """
         return [json.loads(self.take(peer, Kind.SHARE)[1]) for peer in self.peers]
 
-    def agree(self, facts: Mapping[str, Any]) -> None:
+    def check_equal(self, facts: Mapping[str, Any]) -> None:
         """Check that facts are equal in all processes.
 
         Raises:
             DistributedError: they differ; names process, fact and both values, in every process alike.
         """
-        first, *others = self.share(dict(facts))
+        first, *others = self.all_gather(dict(facts))
         for process, own in enumerate(others, 1):
             for name, value in first.items():
                 if own.get(name) != value:
@@ -105,7 +105,7 @@ class Group:
                         "processes need the same model folder, the same versions and the same kind of device"
                     )
 
-    def tell(self, kind: Kind, data: bytes = b"") -> None:
+    def broadcast(self, kind: Kind, data: bytes = b"") -> None:
         """Send a frame to all other processes.
 
         Raises:
@@ -145,7 +145,7 @@ class Group:
 
     def error(self) -> DistributedError:
         """Return the failure as an exception."""
-        self.said = True
+        self.failure_raised = True
         return DistributedError(self.failure or "the processes of this LLM have ended; make a new one in each of them")
 
     def fail(self, text: str) -> None:
@@ -213,7 +213,7 @@ class Group:
         """
         if self._over.is_set() and self.failure is None:
             return
-        self.tell(Kind.END)
+        self.broadcast(Kind.END)
         deadline = time.monotonic() + END_LIMITS * self.limit
         for peer in self.peers:
             while not peer.ended and self.failure is None and time.monotonic() < deadline:

@@ -15,7 +15,7 @@ from jaxinfer.kv.encoder_pool import FeaturePool, Held, Slots
 from jaxinfer.media import CrossInputs, EncoderInput
 
 
-class Offer(NamedTuple):
+class Reservation(NamedTuple):
     """Encoder inputs that a prompt would pin if it were admitted."""
 
     wanted: dict[bytes, EncoderInput]
@@ -27,7 +27,7 @@ class Offer(NamedTuple):
         return self.held.fits
 
 
-class Encoding:
+class EncoderCache:
     """Inputs pinned by each prefilling row, and the feature pool row of each of its tokens."""
 
     def __init__(self, slots: int):
@@ -37,23 +37,23 @@ class Encoding:
         self._reads: list[EncodeJob] = []
         self._reused = 0
 
-    def offer(self, sequence: Sequence, start: int) -> Offer:
+    def find_room(self, sequence: Sequence, start: int) -> Reservation:
         """Check for room for the inputs that tokens from position `start` on read; no state is changed."""
         inputs = sequence.request.inputs
         wanted = {} if inputs is None else inputs.wanted(start)
-        return Offer(wanted, encoder_pool.hold(self.pool, {digest: one.count for digest, one in wanted.items()}))
+        return Reservation(wanted, encoder_pool.hold(self.pool, {digest: one.count for digest, one in wanted.items()}))
 
-    def accept(self, sequence: Sequence, offer: Offer) -> None:
-        """Pin the inputs of an offer for a sequence that has been given a row."""
-        if not offer.wanted:
+    def pin(self, sequence: Sequence, reservation: Reservation) -> None:
+        """Pin the inputs of a reservation for a sequence that has been given a row."""
+        if not reservation.wanted:
             return
-        wanted, held = offer
+        wanted, held = reservation
         self.pool = held.pool
         self._encodes += [(wanted[digest], held.slots[digest]) for digest in held.new]
         self._reused += len(wanted) - len(held.new)
         self.rows[sequence.row] = tuple(wanted), sequence.request.inputs.index(held.slots, sequence.length)
 
-    def index(self, row: int, start: int, count: int) -> np.ndarray | None:
+    def feature_rows(self, row: int, start: int, count: int) -> np.ndarray | None:
         """Return the feature pool row of `count` positions from `start` on, `[count]` int32; None if none reads it.
 
         Text tokens have row -1.
@@ -65,7 +65,7 @@ class Encoding:
         if row in self.rows:
             self.pool = encoder_pool.release(self.pool, self.rows.pop(row)[0])
 
-    def has_room(self, cross: CrossInputs, most: int) -> bool:
+    def has_cross_room(self, cross: CrossInputs, most: int) -> bool:
         """Return whether a step that encodes at most `most` values for cross-attention has room for a request's inputs.
 
         A step with no other inputs always has.
@@ -73,7 +73,7 @@ class Encoding:
         units = sum(job.input.count for job in self._reads)
         return not units or units + sum(one.count for one in cross.inputs) <= most
 
-    def read(self, cross: CrossInputs | None, blocks: np.ndarray | None) -> None:
+    def add_cross(self, cross: CrossInputs | None, blocks: np.ndarray | None) -> None:
         """Queue an admitted prompt's encoder inputs for encoding into blocks `[m, n]`; None if already cached."""
         if cross is None:
             return
@@ -85,7 +85,7 @@ class Encoding:
             self._reads.append(EncodeJob(one, blocks, first))
             first += one.length
 
-    def take(self) -> tuple[list[tuple[EncoderInput, Slots]], list[EncodeJob], int]:
+    def take_scheduled(self) -> tuple[list[tuple[EncoderInput, Slots]], list[EncodeJob], int]:
         """Return and clear what was accepted since the last call.
 
         Returns:
@@ -96,7 +96,7 @@ class Encoding:
         self._encodes, self._reads, self._reused = [], [], 0
         return taken
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Drop all inputs except those that running prompts will read."""
         self.pool = encoder_pool.forget(self.pool)
 

@@ -160,7 +160,7 @@ class Engine:
         if self._dead is not None:
             raise EngineDeadError(self._dead)
 
-    def check_served(self, requests: Iterable[Request]) -> None:
+    def check_not_lost(self, requests: Iterable[Request]) -> None:
         """Raise EngineDeadError if any of these requests ended because the engine died."""
         if self._dead is not None and any(request.error == self._dead for request in requests):
             raise EngineDeadError(self._dead)
@@ -239,7 +239,13 @@ class Engine:
             if sequence.status is finished:
                 continue
             request, length = sequence.request, sequence.length + 1
-            if result.first or token < 0 or sequence.watched or length >= sequence.bound or token in request.stop_ids:
+            if (
+                result.first
+                or token < 0
+                or sequence.needs_full_commit
+                or length >= sequence.commit_limit
+                or token in request.stop_ids
+            ):
                 made += token != BAD_TOKEN
                 if request.beams is None:
                     self._take_token(sequence, token, beside, i)
@@ -361,7 +367,7 @@ class Engine:
         again = [s for r in self.requests.values() for s in r.sequences if s.status is not Status.FINISHED]
         # If planning itself failed, any sequence may be the cause.
         suspects = set(self._suspect.sequences or again) if isinstance(error, Exception) else set()
-        blamed = {id(s): s.blame() for s in suspects}
+        blamed = {id(s): s.count_failure() for s in suspects}
         self._flight, self._suspect, preempted = None, Plan(), self.scheduler.preempted
         for sequence in again:
             sequence.status, sequence.row, sequence.computed, sequence.pending = Status.WAITING, -1, 0, 0
@@ -398,7 +404,7 @@ class Engine:
     def reset_prefix_cache(self) -> None:
         """Drop all cached prefixes and encoded images, e.g. after new weights."""
         self.manager.reset_index()
-        self.scheduler.encoding.forget()
+        self.scheduler.encoder_cache.reset()
         for sequence in self.scheduler.active:
             sequence.published = sequence.hit_blocks = 0
 
@@ -423,7 +429,7 @@ class Engine:
         self.metrics.maybe_log(running, len(self.scheduler.waiting), int(pool.num_held) / pool.num_blocks)
         if self.settings.check_invariants:
             self.manager.check()
-            self.scheduler.encoding.check()
+            self.scheduler.encoder_cache.check()
 
     def readings(self) -> list[Metric]:
         """Return the current value of every metric; may be called from any thread while a step runs."""

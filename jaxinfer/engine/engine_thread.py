@@ -252,7 +252,7 @@ class EngineThread:
         try:
             if call.busy():
                 return True
-            self.engine.check_served(call.requests)
+            self.engine.check_not_lost(call.requests)
             call.replies.put((None, None))
         except BaseException as error:
             call.replies.put((None, error))

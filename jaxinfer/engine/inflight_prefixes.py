@@ -12,7 +12,7 @@ recomputed.
 """
 
 
-class Computing:
+class InflightPrefixes:
     """Map from block digest to the running sequence that will compute and publish the block."""
 
     def __init__(self) -> None:
@@ -21,34 +21,34 @@ class Computing:
     def __len__(self) -> int:
         return len(self._owners)
 
-    def announce(self, sequence: Sequence) -> None:
+    def register(self, sequence: Sequence) -> None:
         """Register the unpublished prompt blocks of a sequence as being computed."""
-        sequence.announced = len(sequence.digests)
+        sequence.num_registered = len(sequence.digests)
         for digest in sequence.digests[sequence.published :]:
             self._owners.setdefault(digest, sequence)
 
-    def retract(self, sequence: Sequence, stop: int) -> None:
+    def unregister(self, sequence: Sequence, stop: int) -> None:
         """Unregister a sequence's blocks before index `stop`: they are published or will not be computed."""
         for digest in sequence.digests[sequence.published : stop]:
             if self._owners.get(digest) is sequence:
                 del self._owners[digest]
 
-    def still_has(self, sequence: Sequence) -> bool:
+    def still_waits(self, sequence: Sequence) -> bool:
         """Return whether the block a waiting sequence waits for is still being computed."""
-        if sequence.awaits in self._owners:
+        if sequence.awaited_digest in self._owners:
             return True
-        sequence.awaits = None
+        sequence.awaited_digest = None
         return False
 
-    def has(self, sequence: Sequence, usable: int, least: float) -> bool:
+    def should_wait(self, sequence: Sequence, usable: int, least: float) -> bool:
         """Check whether other requests are computing at least `least` of the first `usable` blocks of a sequence.
 
-        If so, the sequence waits for the last of them (`Sequence.awaits`).
+        If so, the sequence waits for the last of them (`Sequence.awaited_digest`).
         """
         owners = [(digest, self._owners.get(digest)) for digest in sequence.digests[:usable]]
         mine = None if sequence.request.beams else sequence.request  # samples of one request share by forking
         shared = [digest for digest, owner in owners if owner is not None and owner.request is not mine]
         if not shared or len(shared) < least:
             return False
-        sequence.awaits = shared[-1]
+        sequence.awaited_digest = shared[-1]
         return True

@@ -169,9 +169,9 @@ class Sequence:
     """Number of leading blocks in the prefix index."""
     hit_blocks: int = 0
     """Number of leading blocks that were found in the prefix index at admission."""
-    announced: int = 0
-    """Number of leading blocks announced to `Computing`, for which other sequences may wait."""
-    awaits: bytes | None = None
+    num_registered: int = 0
+    """Number of leading blocks registered with `InflightPrefixes`, for which other sequences may wait."""
+    awaited_digest: bytes | None = None
     """While waiting: digest of the last prompt block that another sequence is computing."""
     pending: int = 0
     """Number of tokens sampled by dispatched steps that the host has not read yet."""
@@ -181,15 +181,15 @@ class Sequence:
     """While running: version of the bias row on the device (the temporarily forbidden token ids); -1 if none is
     installed.
     """
-    bound: int = 0
+    commit_limit: int = 0
     """While running: length in tokens at which commit must handle the sequence (`stage_limit`)."""
-    watched: bool = False
+    needs_full_commit: bool = False
     """While running: whether each token needs more than being appended (a listener, log-probabilities, beams)."""
     needed_blocks: int = 0
     """While waiting: number of available blocks required, as found by the last failed admission; 0 if blocks were
     not what it failed on.
     """
-    unknown: bytes | None = None
+    first_missing: bytes | None = None
     """Digest of the first prompt block missing from the prefix index at the last failed admission; once it is
     published fewer blocks are needed.
     """
@@ -239,9 +239,11 @@ class Sequence:
     def prepare(self) -> None:
         """Allocate room for the output and cache what commit needs per token; called when the sequence gets a row."""
         self.reserve()
-        self.bound = self.stage_limit
+        self.commit_limit = self.stage_limit
         request = self.request
-        self.watched = request.listener is not None or request.params.logprobs is not None or request.beams is not None
+        self.needs_full_commit = (
+            request.listener is not None or request.params.logprobs is not None or request.beams is not None
+        )
 
     def start_over(self) -> None:
         """Compute rope for the current length: initially, and when a new length changes all keys."""
@@ -265,7 +267,7 @@ class Sequence:
         self.rope_base, self._root, self.digests = other.rope_base, other.root, list(other.digests)
         self.needed_blocks = 0
         self.computed, self.prefilled = other.computed, other.prefilled
-        self.published, self.hit_blocks, self.announced = other.published, other.hit_blocks, 0
+        self.published, self.hit_blocks, self.num_registered = other.published, other.hit_blocks, 0
 
     @property
     def stage_limit(self) -> int:
@@ -286,7 +288,7 @@ class Sequence:
             return "stop"
         return "length" if self.length >= request.limit else None
 
-    def blame(self) -> int:
+    def count_failure(self) -> int:
         """Count a failed step and return the number of consecutive failures.
 
         A single token between two failures does not reset the count: it comes from the prefill when every decode fails.
@@ -310,7 +312,7 @@ class Sequence:
         return reason
 
 
-def settings(sequence: Sequence) -> np.ndarray:
+def sampling_row(sequence: Sequence) -> np.ndarray:
     """Return the packed sampling parameters of a running sequence, `[WIDTH]`; the step sets the position."""
     request, p = sequence.request, sequence.request.params
     values = SamplingRows(
@@ -387,6 +389,6 @@ def bias_row(sequence: Sequence, position: int, vocab: int) -> tuple[tuple[int, 
     return version, bias
 
 
-def follows_history(request: Request) -> bool:
+def depends_on_history(request: Request) -> bool:
     """Return whether the host must have read every token before it can prepare the next step."""
     return request.beams is not None or bool(_phrases(request.params))

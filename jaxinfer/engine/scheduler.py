@@ -11,10 +11,10 @@ from itertools import islice
 
 import numpy as np
 
-from jaxinfer.engine.encoder_cache import Encoding
-from jaxinfer.engine.inflight_prefixes import LEAST_SHARED, Computing
+from jaxinfer.engine.encoder_cache import EncoderCache
+from jaxinfer.engine.inflight_prefixes import LEAST_SHARED, InflightPrefixes
 from jaxinfer.engine.plan import Chunk, Plan
-from jaxinfer.engine.request import Request, Sequence, Status, follows_history
+from jaxinfer.engine.request import Request, Sequence, Status, depends_on_history
 from jaxinfer.engine.waiting import Waiting
 from jaxinfer.kv.cross_cache import Encoded
 from jaxinfer.kv.interface import CacheManager
@@ -43,7 +43,7 @@ class Scheduler:
         self.manager = manager
         self.limits = limits
         self.waiting = Waiting()
-        self._unsettled: list[Sequence] = []
+        self._requeued_in_flight: list[Sequence] = []
         """Waiting sequences that were requeued while a sampled token was still in flight."""
         rows = manager.tables.rows
         self.running: list[Sequence | None] = [None] * rows
@@ -56,11 +56,11 @@ class Scheduler:
         """Number of tokens each row may still sample, not counting those in flight."""
         self.masked = np.zeros(rows, np.int64)
         """Number of tokens until the row's bias changes (`min_tokens`); 0 or less if it no longer does."""
-        self._historians = 0
+        self._num_history_dependent = 0
         """Number of running sequences whose next step depends on tokens the host must have read."""
-        self.computing = Computing()
+        self.inflight = InflightPrefixes()
         self.preempted = 0
-        self.encoding = Encoding(limits.feature_slots)
+        self.encoder_cache = EncoderCache(limits.feature_slots)
 
     def add(self, request: Request) -> None:
         """Queue all sequences of a request."""
@@ -90,7 +90,7 @@ class Scheduler:
     @property
     def needs_history(self) -> bool:
         """Whether some running sequence's next step depends on tokens the host must have read."""
-        return self._historians > 0
+        return self._num_history_dependent > 0
 
     def schedule(self, most: int = 1) -> Plan:
         """Plan the next step, or up to `most` decode steps, and update all state as if it had been dispatched."""
@@ -108,11 +108,11 @@ class Scheduler:
         for sequence in decodes:
             sequence.pending += steps
         chunks, samples = self._prefills(self.limits.tokens - len(rows))
-        while not chunks and not len(rows) and (blocking := self._blocking()) is not None:
+        while not chunks and not len(rows) and (blocking := self._blocking_sequence()) is not None:
             self.preempt(blocking)
             chunks, samples = self._prefills(self.limits.tokens)
         self.manager.take_evicted()
-        encodes, reads, reused = self.encoding.take()
+        encodes, reads, reused = self.encoder_cache.take_scheduled()
         return Plan(
             chunks, samples, decodes, rows.astype(np.int32), positions, steps, copies, slots, encodes, reused, reads
         )
@@ -130,7 +130,7 @@ class Scheduler:
                 return rows, steps, copies
             self.preempt(max(self.active, key=lambda s: s.age))
 
-    def _blocking(self) -> Sequence | None:
+    def _blocking_sequence(self) -> Sequence | None:
         """Return the youngest sequence that blocks the progress of others, or None.
 
         A sequence blocks others if it holds blocks that they need for their next chunk, and no running decode will
@@ -145,8 +145,8 @@ class Scheduler:
 
     def _awaits_tokens(self) -> bool:
         """Return whether a waiting sequence has a token in flight that its recomputation must include."""
-        self._unsettled = [s for s in self._unsettled if s.pending and s.status is Status.WAITING]
-        return bool(self._unsettled)
+        self._requeued_in_flight = [s for s in self._requeued_in_flight if s.pending and s.status is Status.WAITING]
+        return bool(self._requeued_in_flight)
 
     def _steps(self, rows: np.ndarray, most: int) -> int:
         """Return the number of decode steps until the host must act.
@@ -165,65 +165,67 @@ class Scheduler:
         for sequence in sorted(self.prefilling, key=lambda s: s.age):
             if budget <= 0 or not self._room(chunks):
                 break
-            count, start = self._fitting(sequence, budget, chunks), sequence.computed
+            count, start = self._chunk_length(sequence, budget, chunks), sequence.computed
             if not self.manager.extend(sequence.row, start, start + count):
                 return chunks, samples  # decoding sequences will release blocks
             budget -= self._chunk(sequence, count, chunks, samples)
-        for sequence in self._first_in_line():
+        for sequence in self._queue_head():
             if not (self.free_rows and budget > 0 and self._room(chunks) and self._room(samples)):
                 break
             if sequence.status is not Status.WAITING:
                 continue  # a sample that was just forked
-            if self._blocked(sequence):
+            if self._lacks_blocks(sequence):
                 break
-            if self._waits(sequence):
+            if self._waits_for_prefix(sequence):
                 continue
             # A sequence preempted in this call may have a token in flight, which its recomputation must include.
             if sequence.pending or not self._admit(sequence, budget):
                 break
             self.waiting.remove(sequence)
-            count = self._fitting(sequence, budget, chunks)
+            count = self._chunk_length(sequence, budget, chunks)
             budget -= self._chunk(sequence, count, chunks, samples)
         return chunks, samples
 
-    def _first_in_line(self) -> list[Sequence]:
+    def _queue_head(self) -> list[Sequence]:
         """Return the head of the waiting queue that a step considers.
 
         Its size is twice the number of rows, as up to one batch may be waiting for prefixes that others compute.
         """
         return list(islice(self.waiting, 2 * len(self.running))) if self.free_rows else []
 
-    def _blocked(self, sequence: Sequence) -> bool:
+    def _lacks_blocks(self, sequence: Sequence) -> bool:
         """Return whether the cache still has too few blocks for a sequence that failed admission, in O(1).
 
         Returns False if more of its prompt has been published since.
         """
         if sequence.needed_blocks <= 0 or self.manager.pool.num_available >= sequence.needed_blocks:
             return False
-        return sequence.unknown is None or sequence.unknown not in self.manager.index
+        return sequence.first_missing is None or sequence.first_missing not in self.manager.index
 
     def _room(self, taken: list[Chunk] | list[tuple[int, Sequence]]) -> int:
         """Return how many more chunk parts, or samples, fit into the prefill."""
         parts = sum(one.parts if isinstance(one, Chunk) else 1 for one in taken)
         return max(0, self.limits.prefill_rows - parts)
 
-    def _fitting(self, sequence: Sequence, budget: int, chunks: list[Chunk]) -> int:
+    def _chunk_length(self, sequence: Sequence, budget: int, chunks: list[Chunk]) -> int:
         """Return the number of tokens of a prompt's next chunk."""
         count, cross = min(budget, sequence.prefilled - sequence.computed), sequence.request.cross
         reach = None if cross is None else cross.reach(sequence.computed, self._room(chunks))
         return count if reach is None else min(count, reach)
 
-    def _waits(self, sequence: Sequence) -> bool:
+    def _waits_for_prefix(self, sequence: Sequence) -> bool:
         """Return whether a waiting sequence should wait for a prefix that another request is computing."""
-        if sequence.candidates is not None or self.computing.still_has(sequence):
+        if sequence.candidates is not None or self.inflight.still_waits(sequence):
             return True
-        if not self.computing or sequence.pending or self._needs_all(sequence):
+        if not self.inflight or sequence.pending or self._needs_whole_prompt(sequence):
             return False
         self._chain(sequence)
         size = self.manager.block_size
-        return self.computing.has(sequence, (sequence.length - 1) // size, LEAST_SHARED * self.limits.tokens / size)
+        return self.inflight.should_wait(
+            sequence, (sequence.length - 1) // size, LEAST_SHARED * self.limits.tokens / size
+        )
 
-    def _needs_all(self, sequence: Sequence) -> bool:
+    def _needs_whole_prompt(self, sequence: Sequence) -> bool:
         """Return whether the whole prompt must be computed, as prompt log-probabilities require."""
         return sequence.request.params.prompt_logprobs is not None and sequence.made == 0
 
@@ -240,27 +242,27 @@ class Scheduler:
         For layers with a window only the blocks of the first chunk are allocated.
         """
         manager, request = self.manager, sequence.request
-        tokens, skip = sequence.tokens[: sequence.length], self._needs_all(sequence)
+        tokens, skip = sequence.tokens[: sequence.length], self._needs_whole_prompt(sequence)
         self._chain(sequence)
         hit = manager.lookup(tokens[:0] if skip else tokens, sequence.digests, sequence.root, request.extras)
         row, found = self.free_rows[-1], hit.blocks * manager.block_size
-        offer, encoded = self.encoding.offer(sequence, found), manager.lookup_encoded(request.encoded)
+        reservation, encoded = self.encoder_cache.find_room(sequence, found), manager.lookup_encoded(request.encoded)
         chunk_end = min(sequence.length, found + budget)
-        if encoded.missing and not self.encoding.has_room(request.cross, self.limits.encode_units):
+        if encoded.missing and not self.encoder_cache.has_cross_room(request.cross, self.limits.encode_units):
             return False
-        if not offer.fits:
+        if not reservation.fits:
             return False
         if not manager.admit(row, hit, sequence.length, chunk_end, encoded):
             sequence.needed_blocks = manager.needed(hit, sequence.length, chunk_end, encoded)
-            sequence.unknown = None if skip else next(iter(sequence.digests[hit.known : hit.known + 1]), None)
+            sequence.first_missing = None if skip else next(iter(sequence.digests[hit.known : hit.known + 1]), None)
             return False
         self._take_row(sequence)
-        self.encoding.accept(sequence, offer)
-        self.encoding.read(request.cross, manager.encoded.writes(row))
+        self.encoder_cache.pin(sequence, reservation)
+        self.encoder_cache.add_cross(request.cross, manager.encoded.writes(row))
         sequence.computed = found
         sequence.prefilled = sequence.length
         sequence.published = sequence.hit_blocks = hit.blocks
-        self.computing.announce(sequence)
+        self.inflight.register(sequence)
         if sequence.made == 0 and sequence.index == 0:
             request.cached_tokens, request.hits = found, hit.kinds
             request.miss_reason = "prompt_logprobs needs the whole prompt" if skip else hit.reason
@@ -278,11 +280,11 @@ class Scheduler:
         self.masked[row] = request.params.min_tokens - sequence.made if request.stop_ids else 0
         if request.cross is not None:
             self.manager.tables.seen[row] = request.cross.seen(len(request.prompt), 1)[0]
-        self._historians += follows_history(request)
+        self._num_history_dependent += depends_on_history(request)
 
     def _chunk(self, sequence: Sequence, count: int, chunks: list[Chunk], samples: list[tuple[int, Sequence]]) -> int:
         """Add a chunk of `count` tokens and, if it completes the prompt, its samples; return the tokens taken."""
-        index = self.encoding.index(sequence.row, sequence.computed, count)
+        index = self.encoder_cache.feature_rows(sequence.row, sequence.computed, count)
         states, stop = self.manager.states, sequence.computed + count
         segments = () if states is None else tuple(states.chunk(sequence.row, stop))
         chunks.append(Chunk(sequence, sequence.computed, count, segments, index))
@@ -350,7 +352,7 @@ class Scheduler:
         sequence.status, sequence.computed = Status.WAITING, 0
         self.waiting.push(sequence)
         if sequence.pending:
-            self._unsettled.append(sequence)
+            self._requeued_in_flight.append(sequence)
 
     def finish(self, sequence: Sequence, reason: str) -> None:
         """End a sequence in any state; does nothing if it has already finished."""
@@ -369,9 +371,9 @@ class Scheduler:
         row = sequence.row
         if not self.decoding[row]:
             self.prefilling.remove(sequence)
-        self._historians -= follows_history(sequence.request)
-        self.computing.retract(sequence, sequence.announced)
-        self.encoding.release(row)
+        self._num_history_dependent -= depends_on_history(sequence.request)
+        self.inflight.unregister(sequence, sequence.num_registered)
+        self.encoder_cache.release(row)
         self.manager.free(row, sequence.digests)
         self.running[row], self.decoding[row], self.remaining[row] = None, False, 0
         self.free_rows.append(row)
@@ -381,7 +383,7 @@ class Scheduler:
         """Publish what a dispatched plan writes; later steps may reuse it and may overwrite what the plan reads."""
         for chunk in plan.chunks:
             if chunk.start + chunk.count == chunk.sequence.prefilled:
-                self.encoding.release(chunk.sequence.row)
+                self.encoder_cache.release(chunk.sequence.row)
             self.manager.publish_encoded(chunk.sequence.row)
             self.publish(chunk.sequence)
 
@@ -399,6 +401,6 @@ class Scheduler:
         extras = sequence.request.extras
         manager.extend_digests(digests, tokens, sequence.root, extras)
         manager.publish(sequence.row, tokens, digests, sequence.root, sequence.published, full, extras)
-        if self.computing:
-            self.computing.retract(sequence, full)
+        if self.inflight:
+            self.inflight.unregister(sequence, full)
         sequence.published = full

@@ -72,7 +72,7 @@ def open_model(named: Named, config: EngineConfig, mesh: Mesh, group: Group | No
     else:
         directory = resolve_model(named.model, named.revision)
         if group is not None:
-            handshake.files(group, directory)
+            handshake.check_checkpoint(group, directory)
         hf, generation = read_config(directory, named.overrides), read_generation_config(directory)
         params = default_params(generation, encoder_decoder=bool(hf.get("is_encoder_decoder")))
         ends = eos_ids(hf, generation)

@@ -131,7 +131,7 @@ class Handle:
 
     def __init__(self, request: Request, text: str | None, tokenizer: Any, *, streaming: bool):
         self.request, self.text = request, text
-        self.read: str | None = None
+        self.encoder_text: str | None = None
         """Text of the encoder's prompt."""
         self._tokenizer = tokenizer
         self._chunks = 0
@@ -224,7 +224,7 @@ class Handle:
             finished=request.finished,
             prompt_logprobs=self._known_prompt_logprobs(),
             metrics=self._metrics(),
-            encoder_prompt=self.read,
+            encoder_prompt=self.encoder_text,
             encoder_prompt_token_ids=None if request.cross is None else request.cross.token_ids,
             num_cached_tokens=request.cached_tokens,
         )

@@ -65,7 +65,7 @@ class Updates:
         self._places = {handle.request.id: (place, handle) for place, handle in enumerate(handles)}
         self._changed: set[str] = set()
         for handle in handles:
-            handle.request.listener = _Told(self._changed, handle.request.listener)
+            handle.request.listener = _UpdateRecorder(self._changed, handle.request.listener)
 
     def unfinished(self) -> bool:
         """Record finished requests and return whether any are left."""
@@ -81,7 +81,7 @@ class Updates:
         return [update for update in found if update is not None]
 
 
-class _Told:
+class _UpdateRecorder:
     """Listener that records which requests got tokens, then calls the handle's own listener."""
 
     def __init__(self, changed: set[str], own: Listener | None):
@@ -124,17 +124,17 @@ class Progress:
             self._bar.update(fresh)
 
 
-def say_if_cut(handles: Sequence[Handle]) -> None:
+def warn_if_truncated(handles: Sequence[Handle]) -> None:
     """Warn, once per process, if results were cut at the default `max_tokens`."""
     for handle in handles:
         most = handle.request.params.max_tokens
         if isinstance(most, DefaultInt) and any(
             s.finish_reason == "length" and s.made == most for s in handle.request.sequences
         ):
-            _say_cut(int(most))
+            _warn_truncated(int(most))
             return
 
 
 @cache
-def _say_cut(count: int) -> None:
+def _warn_truncated(count: int) -> None:
     log.warning("results were cut at max_tokens=%d, the default; pass SamplingParams(max_tokens=...) for more", count)

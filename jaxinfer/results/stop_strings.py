@@ -112,11 +112,11 @@ class StopChecker:
                 if whole is not None or shown is not None:
                     return self._end(whole, shown)
         whole, shown = strings.held(self._whole), strings.held(self._shown)
-        return self._let(min(len(self._held) - whole, self._start_of_shown(shown)))
+        return self._release(min(len(self._held) - whole, self._start_of_shown(shown)))
 
     def finish(self) -> str:
         """Return the held-back text at the end of the sequence."""
-        return self._let(len(self._held))
+        return self._release(len(self._held))
 
     def _end(self, whole: str | None, shown: str | None) -> str:
         """Cut the text at the matched stop string: of the matches `whole` and `shown`, the one that began first."""
@@ -126,7 +126,7 @@ class StopChecker:
         if whole is not None:
             starts[len(self._held) - len(whole)] = whole
         self.matched = starts[min(starts)]
-        text = self._let(min(starts))
+        text = self._release(min(starts))
         self._held.clear()
         return text + self.matched if self._include else text
 
@@ -138,7 +138,7 @@ class StopChecker:
             count -= len(self._held[at])
         return at
 
-    def _let(self, count: int) -> str:
+    def _release(self, count: int) -> str:
         """Release the first `count` held-back characters."""
         text = "".join(self._held[:count])
         del self._held[:count]

@@ -38,8 +38,8 @@ def count(engine: Engine, name: str) -> int:
 
 def settled(engine: Engine) -> None:
     """Assert that nothing is pinned once nothing runs."""
-    engine.scheduler.encoding.check()
-    assert engine.scheduler.encoding.pool.num_pinned == 0 and not engine.scheduler.encoding.rows
+    engine.scheduler.encoder_cache.check()
+    assert engine.scheduler.encoder_cache.pool.num_pinned == 0 and not engine.scheduler.encoder_cache.rows
 
 
 @pytest.mark.parametrize("budget", [3, 7, CHUNK])
@@ -77,7 +77,7 @@ def test_an_image_is_pinned_until_its_prompt_is_computed_and_no_longer():
     pinned = []
     while request.first_token_time is None:
         engine.step()
-        pinned.append(engine.scheduler.encoding.pool.num_pinned)
+        pinned.append(engine.scheduler.encoder_cache.pool.num_pinned)
     assert pinned[:3] == [LARGE.count] * 3 and pinned[3:] == [0] * len(pinned[3:]) and len(pinned) > 3
     assert not request.finished
     engine.abort("0")
@@ -99,7 +99,7 @@ def test_a_prompt_whose_image_lies_in_cached_blocks_encodes_nothing():
     expected = alone([first, again, longer])
     engine = make_engine(image_runner())
     made = run(engine, [first])
-    engine.scheduler.encoding.forget()  # so that only the prefix cache can serve it
+    engine.scheduler.encoder_cache.reset()  # so that only the prefix cache can serve it
     assert [*made, *run(engine, [again]), *run(engine, [longer])] == expected
     assert again.cached_tokens >= 2 + LARGE.length and count(engine, "encoder_inputs") == LARGE.count
     assert count(engine, "mm_cache_queries") == 1
@@ -110,7 +110,7 @@ def test_an_image_that_is_partly_in_cached_blocks_is_encoded_again():
     expected = alone([whole, part])
     engine = make_engine(image_runner())
     made = run(engine, [whole])
-    engine.scheduler.encoding.forget()
+    engine.scheduler.encoder_cache.reset()
     assert [*made, *run(engine, [part])] == expected
     assert part.cached_tokens == (2 + LARGE.length - 1) // BLOCK * BLOCK
     assert count(engine, "encoder_inputs") == 2 * LARGE.count
@@ -181,7 +181,7 @@ def test_an_abort_releases_its_images_and_leaves_others_unchanged(steps):
     for _ in range(steps):
         engine.step()
     engine.abort("gone")
-    engine.scheduler.encoding.check()
+    engine.scheduler.encoder_cache.check()
     while engine.has_work:
         engine.step()
     assert [kept.sequences[0].output_ids.tolist()] == expected

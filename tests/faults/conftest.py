@@ -66,7 +66,7 @@ def assert_idle(llm: LLM) -> None:
         engine.step()
     assert not engine.requests and not engine.has_work
     assert int(engine.manager.pool.num_held) == 0
-    assert engine.scheduler.encoding.pool.num_pinned == 0
+    assert engine.scheduler.encoder_cache.pool.num_pinned == 0
     engine.manager.check()
 
 

@@ -193,7 +193,7 @@ def test_a_stream_makes_each_table_once(llm, monkeypatch):
 
 
 def test_only_a_caller_who_gave_no_max_tokens_is_told_of_the_default(llm, caplog):
-    progress._say_cut.cache_clear()
+    progress._warn_truncated.cache_clear()
     llm.generate("hello", SamplingParams(temperature=0, ignore_eos=True, max_tokens=16))
     llm.generate("hello", replace(SamplingParams(temperature=0, ignore_eos=True), max_tokens=16))
     assert "cut at max_tokens" not in caplog.text

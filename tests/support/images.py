@@ -71,7 +71,7 @@ def _alone(
     request = make_request(name, ids, params, seed=seed, inputs=inputs)
     [made] = run(engine, [request])
     assert all(s.finish_reason != "error" for s in request.sequences)
-    assert engine.scheduler.encoding.pool.num_pinned == 0
+    assert engine.scheduler.encoder_cache.pool.num_pinned == 0
     return made
 
 

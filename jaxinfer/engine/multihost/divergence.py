@@ -14,7 +14,7 @@ from jaxinfer.layers.sharded import on_shards
 
 GROUPS = 8
 """Number of groups of neighbouring columns that are summed up, under random signs."""
-MOST = 0.1
+TOLERANCE = 0.1
 """Maximum distance of two sums, relative to the expected size of a sum of independent numbers. Different programs on
 different devices round differently, by a few hundredths in bfloat16; unrelated numbers have a distance of about 1.
 """
@@ -46,7 +46,7 @@ def local(summaries: jax.Array) -> np.ndarray:
     return np.concatenate([np.asarray(shard.data) for shard in summaries.addressable_shards])
 
 
-def apart(rows: np.ndarray, reference: np.ndarray) -> float:
-    """Return the largest distance of rows `[n, GROUPS + 1]` from a reference row, in the unit of `MOST`."""
+def max_distance(rows: np.ndarray, reference: np.ndarray) -> float:
+    """Return the largest distance of rows `[n, GROUPS + 1]` from a reference row, in the unit of `TOLERANCE`."""
     scale = max(float(reference[-1]), float(rows[:, -1].max()), 1e-30)
     return float(np.abs(rows - reference).max()) / scale

@@ -24,7 +24,7 @@ OWN = ("compilation_cache_dir", "log_interval")
 """Settings that may differ between processes."""
 
 
-def settings(
+def share_config(
     group: Group, config: EngineConfig, overrides: Mapping[str, Any] | None
 ) -> tuple[EngineConfig, Mapping[str, Any] | None]:
     """Return process 0's settings and `hf_overrides` in every process, after checking that all run the same versions.
@@ -34,7 +34,7 @@ def settings(
         DistributedError: versions or devices differ, or a process is gone.
     """
     device = jax.local_devices()[0]
-    group.agree(
+    group.check_equal(
         {
             "jaxinfer's sources (sha256)": _sources(),
             "jax's version": jax.__version__,
@@ -52,7 +52,7 @@ def settings(
         mine = json.loads(json.dumps([values, None if overrides is None else dict(overrides)]))
     except (TypeError, ValueError) as error:
         raise ConfigError(f"hf_overrides must be plain JSON where several processes serve a model: {error}") from error
-    values, overrides = group.share(mine)[0]
+    values, overrides = group.all_gather(mine)[0]
     return replace(EngineConfig(**values), **{name: getattr(config, name) for name in OWN}), overrides
 
 
@@ -64,7 +64,7 @@ def _sources() -> str:
     return found.hexdigest()[:12]
 
 
-def files(group: Group, directory: Path) -> None:
+def check_checkpoint(group: Group, directory: Path) -> None:
     """Check that all processes have the same checkpoint: the whole config.json, and the first bytes of each tensor.
 
     Raises:
@@ -77,7 +77,7 @@ def files(group: Group, directory: Path) -> None:
         with SafetensorsReader(directory) as reader:
             weights = manifest.fingerprint(reader)
     config = directory / "config.json"
-    group.agree(
+    group.check_equal(
         {
             "its config.json (sha256)": manifest.file_digest(config)[:16] if config.is_file() else None,
             "its model's tensors (sha256)": weights[:16],
@@ -85,7 +85,7 @@ def files(group: Group, directory: Path) -> None:
     )
 
 
-def steps(group: Group, runner: Runner) -> None:
+def check_programs(group: Group, runner: Runner) -> None:
     """Check that all processes compile the same steps over the same weights.
 
     Raises:
@@ -93,7 +93,7 @@ def steps(group: Group, runner: Runner) -> None:
     """
     program = runner.program
     shapes = json.loads(json.dumps(asdict(runner.shapes)))
-    group.agree(
+    group.check_equal(
         shapes
         | {
             "its mesh": str(program.mesh.device_ids.tolist()),
@@ -102,7 +102,7 @@ def steps(group: Group, runner: Runner) -> None:
             "its parameters": [f"{p.dtype}{list(p.shape)} {p.sharding.spec}" for p in runner.params],
         }
     )
-    group.agree({"its weights that are whole on every device (checksum)": checksum(runner.params)})
+    group.check_equal({"its weights that are whole on every device (checksum)": checksum(runner.params)})
 
 
 def checksum(params: Sequence[jax.Array]) -> int:

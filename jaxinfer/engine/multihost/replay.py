@@ -86,9 +86,9 @@ class Leader:
         self._compare(wait=False)
         if key not in self._keys:
             self._keys[key] = len(self._keys)
-            self._group.tell(Kind.KEY, encode_key(key))
+            self._group.broadcast(Kind.KEY, encode_key(key))
         self._launches += 1
-        self._group.tell(Kind.LAUNCH, _NUMBER.pack(self._keys[key]) + pack_arrays(arrays))
+        self._group.broadcast(Kind.LAUNCH, _NUMBER.pack(self._keys[key]) + pack_arrays(arrays))
 
     def watch(self, result: Sampled | None) -> None:
         """Queue the result of a dispatch to be compared once it is computed."""
@@ -98,11 +98,11 @@ class Leader:
 
     def warm(self, sampling: Collection[str], threads: int | None) -> None:
         """Have the other processes compile the programs that this one is about to compile; `warmed` waits for them."""
-        self._group.tell(Kind.WARM, json.dumps([list(sampling), threads]).encode())
+        self._group.broadcast(Kind.WARM, json.dumps([list(sampling), threads]).encode())
 
     def warmed(self) -> None:
         """Wait until all processes have compiled."""
-        self._group.collect()
+        self._group.gather()
 
     def give_up(self, error: BaseException) -> None:
         """End all processes after a failed step, as their states are no longer known to be equal.
@@ -124,7 +124,7 @@ class Leader:
         Raises:
             DistributedError: they failed to; not raised a second time.
         """
-        if self._group.said or self._group.over:
+        if self._group.failure_raised or self._group.has_left:
             return
         try:
             self._compare(wait=True)
@@ -135,7 +135,7 @@ class Leader:
     def _compare(self, *, wait: bool) -> None:
         while self._sampled and (wait or self._sampled[0][1].summary.is_ready()):
             number, sampled = self._sampled.popleft()
-            self._group.tell(
+            self._group.broadcast(
                 Kind.CHECK, _CHECK.pack(number, digest(sampled.tokens), *divergence.local(sampled.summary)[0])
             )
 
@@ -181,14 +181,14 @@ class _Follower:
     def _check(self, data: bytes) -> None:
         number, expected, *reference = _CHECK.unpack(data)
         key, sampled = self._sampled.pop(number)
-        distance = divergence.apart(divergence.local(sampled.summary), np.array(reference, np.float32))
+        distance = divergence.max_distance(divergence.local(sampled.summary), np.array(reference, np.float32))
         what = None
         if digest(sampled.tokens) != expected:
             what = "sampled different tokens"
-        elif not distance <= divergence.MOST:
+        elif not distance <= divergence.TOLERANCE:
             what = (
                 f"computed different hidden states (relative distance {distance:.2g}; rounding gives at most "
-                f"{divergence.MOST:g})"
+                f"{divergence.TOLERANCE:g})"
             )
         if what is not None:
             self._group.fail(

@@ -5,7 +5,7 @@ from collections.abc import Sequence as Items
 
 import numpy as np
 
-from jaxinfer.engine.request import Sequence, forbidden, settings
+from jaxinfer.engine.request import Sequence, forbidden, sampling_row
 from jaxinfer.engine.runner.buckets import Needs
 from jaxinfer.engine.sampling.sampling_rows import EDITED, WIDTH, Level
 
@@ -29,7 +29,7 @@ class Asked:
         """Write the parameters of these sequences' rows."""
         for sequence in samples:
             row, request, count = sequence.row, sequence.request, sequence.request.params.logprobs
-            self.settings[row] = settings(sequence)
+            self.settings[row] = sampling_row(sequence)
             self.levels[row], self._logprobs[row] = request.level, -1 if count is None else count
             self.forbid_for_a_while[row] = request.forbids_for_a_while
             self._candidates[row] = 0 if request.beams is None else request.beams.count

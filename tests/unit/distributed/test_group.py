@@ -79,14 +79,15 @@ def until(condition: Callable[[], Any]) -> None:
 def test_every_process_gets_every_value(make):
     groups = make()
     assert (
-        together(*[lambda g=g: g.share({"from": g.process}) for g in groups]) == [[{"from": i} for i in range(3)]] * 3
+        together(*[lambda g=g: g.all_gather({"from": g.process}) for g in groups])
+        == [[{"from": i} for i in range(3)]] * 3
     )
 
 
 def test_differing_facts_are_named_in_every_process_without_forced_exit(make, exits):
     groups = make()
     facts = [{"its dtype": "float32", "x": 1}, {"its dtype": "float32", "x": 1}, {"its dtype": "bfloat16", "x": 1}]
-    found = together(*[lambda g=g: g.agree(facts[g.process]) for g in groups])
+    found = together(*[lambda g=g: g.check_equal(facts[g.process]) for g in groups])
     text = "process 2 differs from process 0 in its dtype: 'bfloat16' against 'float32'"
     assert all(isinstance(error, DistributedError) and text in str(error) for error in found)
     assert exits == []
@@ -99,7 +100,7 @@ def test_a_dead_process_is_named_in_all_others(make, exits, capsys):
     until(lambda: first.failure and third.failure)
     assert first.failure == third.failure and first.failure.startswith("process 1 (b) has died")
     with pytest.raises(DistributedError, match="process 1 .b. has died"):
-        first.tell(Kind.LAUNCH)
+        first.broadcast(Kind.LAUNCH)
     with pytest.raises(DistributedError, match="process 1 .b. has died"):
         third.take(third.peers[0], Kind.LAUNCH)
     assert sorted(exits) == [0, 2]
@@ -147,11 +148,11 @@ def test_the_end_waits_for_all_and_comes_once(make, exits):
         group.answer_end()
         return kind
 
-    first.tell(Kind.LAUNCH)
+    first.broadcast(Kind.LAUNCH)
     assert together(first.end, *[lambda g=g: serve(g) for g in others]) == [None, Kind.END, Kind.END]
     first.end()
     with pytest.raises(DistributedError, match="have ended"):
-        first.tell(Kind.LAUNCH)
+        first.broadcast(Kind.LAUNCH)
     assert exits == []
 
 
@@ -165,7 +166,7 @@ def test_ended_groups_are_garbage_collected(make, monkeypatch):
     )
     first, second = make(count=2)
     assert registered == [second.end_quietly, first.end_quietly]
-    first.tell(Kind.END)
+    first.broadcast(Kind.END)
     second.take(second.peers[0], Kind.END)
     second.answer_end()
     until(lambda: first.peers[0].ended)
@@ -191,7 +192,7 @@ def test_a_process_that_waits_for_an_interrupted_one_is_ended(make, exits):
 
 def test_an_unexpected_frame_is_an_error(make, exits):
     first, second, _ = make()
-    first.tell(Kind.CHECK)
+    first.broadcast(Kind.CHECK)
     with pytest.raises(DistributedError, match="process 0 .a. sent CHECK, expected LAUNCH or END"):
         second.take(second.peers[0], Kind.LAUNCH, Kind.END)
 

@@ -128,7 +128,7 @@ def test_a_failed_encoder_step_is_tried_again_and_given_up(monkeypatch, failures
 
     monkeypatch.setattr(engine.runner, "_launch", failing)
     made = run(engine, [wanted])
-    assert engine.scheduler.encoding.pool.num_pinned == 0
+    assert engine.scheduler.encoder_cache.pool.num_pinned == 0
     if failures == 1:
         assert made == [expected]
     else:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from support.tiny import make_request, prompt
 
-from jaxinfer.engine.request import Status, bias_row, follows_history
+from jaxinfer.engine.request import Status, bias_row, depends_on_history
 from jaxinfer.engine.runner.row_params import Asked
 from jaxinfer.engine.sampling.sampling_rows import EDITED, Level
 from jaxinfer.inputs.defaults import ModelLimits, resolve
@@ -134,8 +134,8 @@ def test_bad_words_of_several_tokens_mask_their_last():
         add(sequence, token)
     masked.append(sorted(np.flatnonzero(np.isinf(bias(sequence))).tolist()))
     assert masked == [[15], [15], [13, 14, 15], [15], [14, 15], [15], [13, 14, 15]]
-    assert follows_history(sequence.request)
-    assert not follows_history(request(_bad_words_token_ids=((15,),)))
+    assert depends_on_history(sequence.request)
+    assert not depends_on_history(request(_bad_words_token_ids=((15,),)))
 
 
 def test_a_bad_word_is_looked_for_in_the_output_alone():
@@ -164,12 +164,12 @@ def test_a_row_takes_the_highest_level_only_while_tokens_are_forbidden():
 
 def test_failures_are_counted_in_a_row():
     [sequence] = request(max_tokens=20).sequences
-    assert sequence.blame() == 1
+    assert sequence.count_failure() == 1
     add(sequence, 9)
-    assert sequence.blame() == 2, "a single token comes from the prefill and is not a success"
+    assert sequence.count_failure() == 2, "a single token comes from the prefill and is not a success"
     add(sequence, 9, 9)
-    assert sequence.blame() == 1
-    assert sequence.blame() == 2
+    assert sequence.count_failure() == 1
+    assert sequence.count_failure() == 2
 
 
 def test_a_queued_sequence_holds_its_prompt_and_a_finished_one_its_tokens():

@@ -96,7 +96,7 @@ def test_images_stay_while_a_sample_may_be_preempted_and_go_with_the_last():
     assert len(host.plans[-1].encodes) + host.plans[-1].reused == 1
     host.run()
     assert request.finished and request.inputs is None
-    scheduler.encoding.check()
+    scheduler.encoder_cache.check()
 
 
 @pytest.mark.parametrize("values", [np.zeros((1, 2), np.float32), np.array([4, 5], np.int32)])
@@ -312,7 +312,7 @@ def test_no_waiting_without_a_prefix_cache_or_for_a_preempted_sequence():
     host = Host(scheduler)
     host.step()
     scheduler.preempt(requests[0].sequences[0])
-    assert not scheduler.computing, "its announced blocks were retracted"
+    assert not scheduler.inflight, "its registered blocks were unregistered"
     host.run()
     assert all(r.finished for r in requests)
 
@@ -412,12 +412,12 @@ def test_a_blocked_head_is_looked_up_only_when_blocks_were_released(monkeypatch)
 def test_a_blocked_head_is_admitted_once_its_missing_block_is_published():
     scheduler = make(blocks=8, tokens=16)
     [sequence] = new("x", 16).sequences
-    sequence.needed_blocks, sequence.unknown = 9, b"digest"
-    assert scheduler._blocked(sequence)
+    sequence.needed_blocks, sequence.first_missing = 9, b"digest"
+    assert scheduler._lacks_blocks(sequence)
     scheduler.manager.index.insert(b"digest", b"", np.zeros(BLOCK, np.int32))
-    assert not scheduler._blocked(sequence)
+    assert not scheduler._lacks_blocks(sequence)
     sequence.start_over()
-    assert not scheduler._blocked(sequence), "another rope needs other blocks"
+    assert not scheduler._lacks_blocks(sequence), "another rope needs other blocks"
 
 
 def test_needed_blocks_are_those_with_which_it_is_admitted():
@@ -447,7 +447,7 @@ def test_a_step_examines_a_bounded_part_of_the_queue(monkeypatch):
     scheduler = make(tokens=8, blocks=64)
     for i in range(6 * ROWS):
         scheduler.add(new(str(i), 16, made=2))
-    calls = counted(monkeypatch, scheduler, "_waits")
+    calls = counted(monkeypatch, scheduler, "_waits_for_prefix")
     scheduler.schedule()
     assert 0 < len(calls) <= 2 * ROWS
     for request in [s.request for s in scheduler.waiting]:

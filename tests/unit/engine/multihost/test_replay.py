@@ -60,7 +60,7 @@ def distances(*own: np.ndarray) -> list[float]:
     hidden = copies(*own)
     rows = divergence.local(jax.jit(divergence.summary, static_argnums=0)(hidden.sharding.mesh, hidden))
     assert rows.shape == (len(own), divergence.GROUPS + 1)
-    return [divergence.apart(rows[i : i + 1], rows[0]) for i in range(len(own))]
+    return [divergence.max_distance(rows[i : i + 1], rows[0]) for i in range(len(own))]
 
 
 def test_a_diverged_device_is_distinguished_from_rounding():
@@ -69,8 +69,8 @@ def test_a_diverged_device_is_distinguished_from_rounding():
     rounded = np.asarray(jnp.asarray(hidden, jnp.bfloat16), np.float32)
     other = random.normal(size=hidden.shape).astype(np.float32)
     same, near, far, flipped = distances(hidden, rounded, other, -hidden)
-    assert same == 0 and 0 < near < divergence.MOST / 3
-    assert far > 5 * divergence.MOST and flipped > 5 * divergence.MOST
+    assert same == 0 and 0 < near < divergence.TOLERANCE / 3
+    assert far > 5 * divergence.TOLERANCE and flipped > 5 * divergence.TOLERANCE
 
 
 def test_rows_that_failed_are_not_compared():
