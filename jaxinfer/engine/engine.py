@@ -10,8 +10,8 @@ from jaxinfer.engine.beam_search import branching
 from jaxinfer.engine.metrics import Metric, Metrics
 from jaxinfer.engine.plan import Plan
 from jaxinfer.engine.request import Request, Sequence, Status
-from jaxinfer.engine.runner.batch import asks_prompt_logprobs, spans
-from jaxinfer.engine.runner.multi_step import Pace
+from jaxinfer.engine.runner.batch import spans, wants_prompt_logprobs
+from jaxinfer.engine.runner.multi_step import MultiStep
 from jaxinfer.engine.runner.runner import Flight, Result, Runner
 from jaxinfer.engine.sampling.sampler import BAD_TOKEN, Candidates, Logprobs
 from jaxinfer.engine.scheduler import Limits, Scheduler
@@ -41,7 +41,7 @@ class Engine:
         self.capacity = Capacity(runner, settings)
         self.requests: dict[str, Request] = {}
         self.metrics = Metrics(settings.log_interval)
-        self._pace = Pace(settings.decode_steps)
+        self._multi_step = MultiStep(settings.decode_steps)
         self._flight: Flight | None = None
         self._suspect = Plan()
         self._said_clamped = False
@@ -143,7 +143,7 @@ class Engine:
             if self.scheduler.needs_history:
                 self._commit(self._take_flight())
             idle = self._flight is None
-            plan = self.scheduler.schedule(self._pace.steps)
+            plan = self.scheduler.schedule(self._multi_step.steps)
             flight = self._run(plan) if plan else None
             self._commit(self._take_flight())
             self._flight = flight
@@ -223,16 +223,16 @@ class Engine:
             if result.sampled.prompt_logprobs is not None:
                 self._take_prompt_logprobs(flight.plan, Logprobs(*map(np.asarray, result.sampled.prompt_logprobs)))
             self._take_tokens(result)
-        self._pace.note(0 if flight.plan.chunks else flight.plan.steps, flight.started, time.monotonic(), late=late)
+        self._multi_step.note(
+            0 if flight.plan.chunks else flight.plan.steps, flight.started, time.monotonic(), late=late
+        )
 
     def _take_tokens(self, result: Result) -> None:
         """Append sampled tokens to their sequences; inline fast path for tokens that need no other handling."""
-        sampled, batch_indices, size = result.sampled, result.batch_indices, self.runner.shapes.block_size
-        tokens = np.asarray(sampled.tokens)[batch_indices].tolist()
-        beside = (
-            None if sampled.logprobs is None else Logprobs(*(np.asarray(c)[batch_indices] for c in sampled.logprobs))
-        )
-        offers = None if sampled.candidates is None else [np.asarray(c)[batch_indices] for c in sampled.candidates]
+        sampled, indices, size = result.sampled, result.indices, self.runner.shapes.block_size
+        tokens = np.asarray(sampled.tokens)[indices].tolist()
+        beside = None if sampled.logprobs is None else Logprobs(*(np.asarray(c)[indices] for c in sampled.logprobs))
+        offers = None if sampled.candidates is None else [np.asarray(c)[indices] for c in sampled.candidates]
         finished, made = Status.FINISHED, 0
         for i, (sequence, token) in enumerate(zip(result.samples, tokens, strict=True)):
             sequence.pending -= 1
@@ -309,7 +309,7 @@ class Engine:
     def _take_prompt_logprobs(self, plan: Plan, found: Logprobs) -> None:
         for span, chunk in zip(spans(plan), plan.chunks, strict=True):
             request = chunk.sequence.request
-            if not asks_prompt_logprobs(chunk) or chunk.sequence.index:
+            if not wants_prompt_logprobs(chunk) or chunk.sequence.index:
                 continue
             # Some are already known if the prompt was preempted half way and recomputed.
             known = sum(len(part.chosen) for part in request.prompt_logprobs)

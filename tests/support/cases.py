@@ -44,11 +44,11 @@ def alone(runner: Runner, wanted: Sequence[Request]) -> list[list[list[int]]]:
 
 @cache
 def _alone(runner: Runner, name: str, ids: tuple[int, ...], params: SamplingParams, seed: int) -> list[list[int]]:
-    state = runner.cache, runner.rows, runner.edits, runner.asked  # save the state of the engine under test
+    state = runner.cache, runner.rows, runner.edits, runner.row_params  # save the state of the engine under test
     request = make_request(name, ids, params, seed=seed)
     [made] = run(make_engine(runner, prefix_caching=False, block_sharing=False), [request])
     assert all(s.finish_reason != "error" for s in request.sequences)
-    runner.cache, runner.rows, runner.edits, runner.asked = state
+    runner.cache, runner.rows, runner.edits, runner.row_params = state
     return made
 
 

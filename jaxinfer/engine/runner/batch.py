@@ -141,25 +141,25 @@ def batch_indices(rows: np.ndarray, size: int, all_rows: int) -> np.ndarray:
 
 
 def sampling_rows(
-    settings: np.ndarray, rows: np.ndarray, batch_indices: np.ndarray, positions: np.ndarray, size: int
+    params: np.ndarray, rows: np.ndarray, indices: np.ndarray, positions: np.ndarray, size: int
 ) -> np.ndarray:
     """Return sampling parameters `[size, WIDTH]` for the batch of a step.
 
     Args:
-        settings: parameters of all rows, `[R, WIDTH]`.
+        params: parameters of all rows, `[R, WIDTH]`.
         rows: rows of the step.
-        batch_indices: index of each row in the batch.
+        indices: index of each row in the batch.
         positions: positions of the tokens to be sampled.
         size: batch size of the step.
     """
     packed = np.zeros((size, WIDTH), np.int32)
-    packed[:, ROW] = len(settings)
-    packed[batch_indices] = settings[rows]
-    packed[batch_indices, POSITION] = positions
+    packed[:, ROW] = len(params)
+    packed[indices] = params[rows]
+    packed[indices, POSITION] = positions
     return packed
 
 
-def decode_parts(plan: Plan, bucket: Bucket, tables: Tables, settings: np.ndarray, ahead: int) -> dict[str, np.ndarray]:
+def decode_parts(plan: Plan, bucket: Bucket, tables: Tables, params: np.ndarray, ahead: int) -> dict[str, np.ndarray]:
     """Build the inputs of decode step number `ahead` of a plan."""
     rows, now = plan.rows, plan.positions + ahead
     at = batch_indices(rows, bucket.rows, tables.rows)
@@ -167,7 +167,7 @@ def decode_parts(plan: Plan, bucket: Bucket, tables: Tables, settings: np.ndarra
     positions[at] = now
     if not bucket.contiguous:
         blocks[:, at] = tables.at(rows, now // tables.block_size)
-    sampling = sampling_rows(settings, rows, at, now + 1, bucket.rows)
+    sampling = sampling_rows(params, rows, at, now + 1, bucket.rows)
     seen = np.zeros((bucket.rows, 2), np.int32)
     seen[at] = tables.seen[rows]
     parts = {"sampling": sampling, "positions": positions, "blocks": blocks, "seen": seen}
@@ -180,7 +180,7 @@ def decode_parts(plan: Plan, bucket: Bucket, tables: Tables, settings: np.ndarra
     return parts
 
 
-def prefill_parts(plan: Plan, bucket: Bucket, settings: np.ndarray) -> dict[str, np.ndarray]:
+def prefill_parts(plan: Plan, bucket: Bucket, params: np.ndarray) -> dict[str, np.ndarray]:
     """Build the prefill inputs of a plan."""
     chunks = [(c.sequence.tokens[c.start : c.start + c.count], c.start, c.sequence.rope_base) for c in plan.chunks]
     seen = np.concatenate([c.seen for c in plan.chunks]) if bucket.cross else None
@@ -198,10 +198,10 @@ def prefill_parts(plan: Plan, bucket: Bucket, settings: np.ndarray) -> dict[str,
     parts["owners"][: len(chunks)] = [c.sequence.row for c in plan.chunks]
     rows = np.array([s.row for _, s in plan.samples], np.int32)
     positions = np.array([s.prefilled for _, s in plan.samples], np.int32)
-    parts["sampling"] = sampling_rows(settings, rows, np.arange(len(rows)), positions, bucket.rows)
+    parts["sampling"] = sampling_rows(params, rows, np.arange(len(rows)), positions, bucket.rows)
     targets = np.full(bucket.shapes["targets"], -1, np.int32)
     for span, chunk in zip(spans(plan), plan.chunks, strict=True):
-        if asks_prompt_logprobs(chunk):
+        if wants_prompt_logprobs(chunk):
             tokens = chunk.sequence.tokens[: chunk.sequence.length]
             known = tokens[chunk.start + 1 : chunk.start + chunk.count + 1]
             targets[span][: len(known)] = known
@@ -229,7 +229,7 @@ def segments(plan: Plan, bucket: Bucket) -> np.ndarray:
     return packed
 
 
-def asks_prompt_logprobs(chunk: Chunk) -> bool:
+def wants_prompt_logprobs(chunk: Chunk) -> bool:
     """Return whether log-probabilities of a chunk's prompt tokens are requested."""
     return chunk.sequence.request.params.prompt_logprobs is not None and not chunk.sequence.made
 

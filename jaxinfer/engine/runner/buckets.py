@@ -39,9 +39,9 @@ class Needs(NamedTuple):
     candidates: int = 0
     """Number of continuations that beam searches consider: an integer of the bucket, not a choice of variant."""
 
-    def serve(self, other: "Needs") -> bool:
+    def covers(self, other: "Needs") -> bool:
         """Return whether a program with these features supports everything `other` needs."""
-        return all(mine >= theirs for mine, theirs in zip(self[:3], other[:3], strict=True))
+        return all(own >= needed for own, needed in zip(self[:3], other[:3], strict=True))
 
 
 def logprob_counts(most: int) -> tuple[int, ...]:
@@ -80,7 +80,7 @@ def prefill_bucket(program: Program, shapes: Shapes, tokens: int, needs: Needs) 
     )
 
 
-def reach(shapes: Shapes, positions: np.ndarray, seen: np.ndarray) -> int:
+def read_size(shapes: Shapes, positions: np.ndarray, seen: np.ndarray) -> int:
     """Return how much of the cache a decode step of tokens at `positions` `[B]` reads.
 
     That is the number of work items, or for a contiguous cache the number of blocks of the longest row. `seen` `[B, 2]`
@@ -93,13 +93,16 @@ def reach(shapes: Shapes, positions: np.ndarray, seen: np.ndarray) -> int:
     return max(int((positions // size + 1).sum()), int((-(-(end - first // block * block) // size)).sum()))
 
 
-def decode_bucket(program: Program, shapes: Shapes, rows: int, reach: int, needs: Needs) -> Bucket:
-    """Return the decode bucket for this many rows that read `reach` (if the attention kernel is compiled for it)."""
+def decode_bucket(program: Program, shapes: Shapes, rows: int, reads: int, needs: Needs) -> Bucket:
+    """Return the decode bucket of this many rows.
+
+    `reads` is their `read_size`; it matters only if the attention kernel is compiled for it.
+    """
     rows, own, xla = least(shapes.decode_buckets, rows), {}, program.kernel == "xla"
     if xla and shapes.contiguous:
-        own["width"] = least([*_widths(shapes)], reach)
+        own["width"] = least([*_widths(shapes)], reads)
     elif xla:
-        own["items"] = shapes.items_bucket(rows, reach)
+        own["items"] = shapes.items_bucket(rows, reads)
     groups = kv_groups.count(kv_groups.own(program.layout.kinds))
     return _bucket(
         shapes,
@@ -118,7 +121,7 @@ def _bucket(shapes: Shapes, kind: str, tokens: int, rows: int, needs: Needs, **o
     if shapes.switched:
         can = Needs(Level.EDITED, shapes.max_logprobs, kind == "prefill")
     else:
-        can = next(variant for variant in variants(shapes.max_logprobs) if variant.serve(needs))
+        can = next(variant for variant in variants(shapes.max_logprobs) if variant.covers(needs))
     prompt = shapes.max_logprobs if can.prompt_logprobs else -1
     own = {"width": shapes.width, "switched": shapes.switched, "contiguous": shapes.contiguous} | own
     if needs.candidates:  # a power of two, so that searches of similar widths share a program
@@ -136,9 +139,9 @@ def all_buckets(program: Program, shapes: Shapes, sampling: Collection[str] = SA
     found = {
         prefill_bucket(program, shapes, tokens, needs) for tokens in shapes.prefill_buckets for needs in mixtures
     } | {
-        decode_bucket(program, shapes, rows, reach, needs._replace(prompt_logprobs=False))
+        decode_bucket(program, shapes, rows, reads, needs._replace(prompt_logprobs=False))
         for rows in shapes.decode_buckets
-        for reach in _reaches(shapes, rows)
+        for reads in _read_sizes(shapes, rows)
         for needs in mixtures
     }
     return sorted(found, key=lambda b: (b.tokens, b.items or 0, b.width, b.level, b.logprobs), reverse=True)
@@ -147,10 +150,10 @@ def all_buckets(program: Program, shapes: Shapes, sampling: Collection[str] = SA
 def largest_buckets(program: Program, shapes: Shapes) -> list[Bucket]:
     """Return the prefill and the decode step of the most tokens that do all that rows may ask for but beam searches."""
     needs, rows = Needs(max(Level), shapes.max_logprobs, True), shapes.decode_buckets[-1]
-    *_, reach = _reaches(shapes, rows)
+    *_, reads = _read_sizes(shapes, rows)
     return [
         prefill_bucket(program, shapes, shapes.prefill_buckets[-1], needs),
-        decode_bucket(program, shapes, rows, reach, needs._replace(prompt_logprobs=False)),
+        decode_bucket(program, shapes, rows, reads, needs._replace(prompt_logprobs=False)),
     ]
 
 
@@ -159,8 +162,8 @@ def _widths(shapes: Shapes) -> Iterator[int]:
     return shapes.regions.widths(item_keys(shapes.block_size) // shapes.block_size)
 
 
-def _reaches(shapes: Shapes, rows: int) -> Iterator[int]:
-    """Return a value of `reach` for each decode bucket of `rows` rows."""
+def _read_sizes(shapes: Shapes, rows: int) -> Iterator[int]:
+    """Return a value of `read_size` for each decode bucket of `rows` rows."""
     if shapes.contiguous:
         yield from _widths(shapes)
         return

@@ -1,29 +1,29 @@
 """Number of decode steps that the host dispatches at once."""
 
-MOST = 8
+MAX_STEPS = 8
 """Maximum number of decode steps at once with "auto": it divides the host's work per step by eight."""
-LATENCY = 0.1
+MAX_SECONDS = 0.1
 """Maximum seconds that steps dispatched at once may take with "auto": tokens and new requests may be delayed by
 this.
 """
 
 
-class Pace:
+class MultiStep:
     """Number of decode steps per dispatch: fixed, or adapted to the measured time of a step."""
 
-    def __init__(self, asked: int | str):
-        self._asked = asked
+    def __init__(self, steps: int | str):
+        self._steps = steps
         self._seconds: float | None = None
         self._ready_at, self._late = 0.0, False
 
     @property
     def steps(self) -> int:
         """Maximum number of steps to dispatch at once, if nothing else limits them."""
-        if not isinstance(self._asked, str):
-            return self._asked
+        if not isinstance(self._steps, str):
+            return self._steps
         if self._seconds is None:
             return 1
-        return max(1, min(MOST, int(LATENCY / self._seconds)))
+        return max(1, min(MAX_STEPS, int(MAX_SECONDS / self._seconds)))
 
     def note(self, steps: int, started: float, now: float, *, late: bool) -> None:
         """Record that the host now reads what was dispatched at `started`.

@@ -10,16 +10,16 @@ from jaxinfer.engine.runner.buckets import Needs
 from jaxinfer.engine.sampling.sampling_rows import EDITED, WIDTH, Level
 
 
-class Asked:
+class RowParams:
     """Sampling parameters by row, written when a row's sequence starts to sample."""
 
     def __init__(self, rows: int):
-        self.settings = np.zeros((rows, WIDTH), np.int32)
+        self.packed = np.zeros((rows, WIDTH), np.int32)
         """Parameters, `[R, WIDTH]`, as packed by `sampling_rows.pack_rows`."""
         self.levels = np.zeros(rows, np.int8)
         """Sampler level of each row's next step, `[R]`."""
-        self.forbid_for_a_while = np.zeros(rows, bool)
-        """Whether each row's level changes as tokens are sampled, `[R]`, so that `forbid` must be called for each
+        self.varying = np.zeros(rows, bool)
+        """Whether each row's level changes as tokens are sampled, `[R]`: `update_levels` must then be called for each
         step.
         """
         self._logprobs = np.full(rows, -1, np.int8)
@@ -29,18 +29,18 @@ class Asked:
         """Write the parameters of these sequences' rows."""
         for sequence in samples:
             row, request, count = sequence.row, sequence.request, sequence.request.params.logprobs
-            self.settings[row] = sampling_row(sequence)
+            self.packed[row] = sampling_row(sequence)
             self.levels[row], self._logprobs[row] = request.level, -1 if count is None else count
-            self.forbid_for_a_while[row] = request.forbids_for_a_while
+            self.varying[row] = request.forbids_for_a_while
             self._candidates[row] = 0 if request.beams is None else request.beams.count
 
-    def forbid(self, samples: Items[Sequence], positions: np.ndarray) -> None:
+    def update_levels(self, samples: Items[Sequence], positions: np.ndarray) -> None:
         """Set the level of rows with temporarily forbidden tokens: EDITED if some are forbidden at `positions`."""
         rows = np.array([sequence.row for sequence in samples], np.int32)
-        for i in np.flatnonzero(self.forbid_for_a_while[rows]).tolist():
+        for i in np.flatnonzero(self.varying[rows]).tolist():
             sequence, row = samples[i], rows[i]
             level = Level.EDITED if forbidden(sequence, int(positions[i])) else sequence.request.level
-            self.levels[row], self.settings[row, EDITED] = level, level >= Level.EDITED
+            self.levels[row], self.packed[row, EDITED] = level, level >= Level.EDITED
 
     def needs(self, rows: np.ndarray) -> Needs:
         """Return the least features that serve all these rows."""

@@ -25,10 +25,10 @@ from jaxinfer.engine.runner.buckets import (
     encode_steps,
     least,
     prefill_bucket,
-    reach,
+    read_size,
 )
 from jaxinfer.engine.runner.programs import Copies, Encode, EncodeCross, Install, InstallTables, Key, Programs
-from jaxinfer.engine.runner.row_params import Asked
+from jaxinfer.engine.runner.row_params import RowParams
 from jaxinfer.engine.runner.steps import (
     Sampled,
     Shapes,
@@ -54,7 +54,7 @@ class Result:
     """Output of a compiled step, still on the device, and the sequences it belongs to."""
 
     samples: Sequence[Sample]
-    batch_indices: np.ndarray
+    indices: np.ndarray
     """Index of each sequence in the step's batch."""
     sampled: Sampled
     first: bool
@@ -128,8 +128,8 @@ class Runner:
         """Sends dispatches to the other processes of a multi-process mesh; None in a single process."""
         self.places = self.padding = 0
         """Total number of token places in the steps so far, and how many of them were padding."""
-        self._cache_shapes = abstract_cache(program, shapes)
-        self._whole = replicated(program)
+        self._abstract_cache = abstract_cache(program, shapes)
+        self._replicated = replicated(program)
         self.reset()
 
     def reset(self) -> None:
@@ -138,15 +138,15 @@ class Runner:
         Called initially, and after a failed step has consumed the old ones by donation.
         """
         self.cache: Cache = []  # free the old one before the new one is allocated
-        self.cache = kv_cache.allocate(self._cache_shapes)
+        self.cache = kv_cache.allocate(self._abstract_cache)
         rows = self.shapes.rows
         empty = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), abstract_rows(self.program, self.shapes))
-        self.rows = jax.device_put(empty, self._whole)
+        self.rows = jax.device_put(empty, self._replicated)
         self.features: jax.Array | None = None
         if self.program.features is not None:
             pool = abstract_features(self.program, self.shapes)
             self.features = jnp.zeros(pool.shape, pool.dtype, device=pool.sharding)
-        self.asked = Asked(rows)
+        self.row_params = RowParams(rows)
         self.edits: Edits | None = None
         if self.shapes.switched:
             self._make_edits()
@@ -228,29 +228,31 @@ class Runner:
     def _prefill(self, plan: Plan) -> Result:
         samples, tokens = [s for _, s in plan.samples], sum(chunk.count for chunk in plan.chunks)
         positions = np.array([s.prefilled for s in samples], np.int32)
-        self.asked.write(samples)
-        self.asked.forbid(samples, positions)
-        asked = any(batches.asks_prompt_logprobs(chunk) for chunk in plan.chunks)
-        needs = self.asked.needs(np.array([s.row for s in samples], np.int32))._replace(prompt_logprobs=asked)
+        self.row_params.write(samples)
+        self.row_params.update_levels(samples, positions)
+        prompt_logprobs = any(batches.wants_prompt_logprobs(chunk) for chunk in plan.chunks)
+        needs = self.row_params.needs(np.array([s.row for s in samples], np.int32))._replace(
+            prompt_logprobs=prompt_logprobs
+        )
         if needs.level >= Level.EDITED:
             self._install_edits(samples, positions.tolist())
         bucket = prefill_bucket(self.program, self.shapes, tokens, needs)
         self.padding += bucket.tokens - tokens
-        sampled = self._dispatch(bucket, needs, batches.prefill_parts(plan, bucket, self.asked.settings))
+        sampled = self._dispatch(bucket, needs, batches.prefill_parts(plan, bucket, self.row_params.packed))
         return Result(samples, np.arange(len(samples)), sampled, first=True)
 
     def _decode(self, plan: Plan, tables: Tables, ahead: int) -> Result:
-        if not ahead and self.asked.forbid_for_a_while[plan.rows].any():  # a plan ends before a bias changes
-            self.asked.forbid(plan.decodes, plan.positions + 1)
-        needs, count = self.asked.needs(plan.rows), len(plan.rows)
+        if not ahead and self.row_params.varying[plan.rows].any():  # a plan ends before a bias changes
+            self.row_params.update_levels(plan.decodes, plan.positions + 1)
+        needs, count = self.row_params.needs(plan.rows), len(plan.rows)
         if needs.level >= Level.EDITED and not ahead:
             self._install_edits(plan.decodes, (plan.positions + 1).tolist())
-        reached = reach(self.shapes, plan.positions + ahead, tables.seen[plan.rows])
-        bucket = decode_bucket(self.program, self.shapes, count, reached, needs)
+        reads = read_size(self.shapes, plan.positions + ahead, tables.seen[plan.rows])
+        bucket = decode_bucket(self.program, self.shapes, count, reads, needs)
         self.padding += bucket.tokens - count
-        parts = batches.decode_parts(plan, bucket, tables, self.asked.settings, ahead)
-        batch_indices = batches.batch_indices(plan.rows, bucket.rows, tables.rows)
-        return Result(plan.decodes, batch_indices, self._dispatch(bucket, needs, parts), first=False)
+        parts = batches.decode_parts(plan, bucket, tables, self.row_params.packed, ahead)
+        indices = batches.batch_indices(plan.rows, bucket.rows, tables.rows)
+        return Result(plan.decodes, indices, self._dispatch(bucket, needs, parts), first=False)
 
     def _dispatch(self, bucket: Bucket, needs: Needs, parts: Mapping[str, np.ndarray]) -> Sampled:
         try:
@@ -287,7 +289,7 @@ class Runner:
         return made[-1] if len(made) > len(key.gives) else None
 
     def _make_edits(self) -> None:
-        make = partial(jnp.zeros, device=self._whole)
+        make = partial(jnp.zeros, device=self._replicated)
         self.edits = jax.tree.map(lambda a: make(a.shape, a.dtype), abstract_edits(self.program, self.shapes))
 
     def _install_edits(self, samples: Sequence[Sample], positions: Sequence[int]) -> None:
@@ -295,7 +297,7 @@ class Runner:
         if self.edits is None:
             self._make_edits()
         for sequence, position in zip(samples, positions, strict=True):
-            if self.asked.levels[sequence.row] < Level.EDITED:
+            if self.row_params.levels[sequence.row] < Level.EDITED:
                 continue
             version, bias = bias_row(sequence, position, self.edits.bias.shape[1])
             if version != sequence.bias_version:

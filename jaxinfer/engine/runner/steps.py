@@ -241,7 +241,7 @@ def _sample(
     new, edits = sample(_mask_padding(logits, sampled_vocab), rows, edits, bucket.level, **how)
     if bucket.logprobs < 0:
         return edits, Sampled(new, None, candidates=offered)
-    beside = _if_asked(
+    beside = _if_requested(
         bucket,
         (rows.logprobs > 0).any(),
         bucket.rows,
@@ -251,13 +251,15 @@ def _sample(
     return edits, Sampled(new, beside, candidates=offered)
 
 
-def _if_asked(bucket: Bucket, asked: jax.Array, rows: int, count: int, compute: Callable[[], Logprobs]) -> Logprobs:
+def _if_requested(
+    bucket: Bucket, requested: jax.Array, rows: int, count: int, compute: Callable[[], Logprobs]
+) -> Logprobs:
     """Compute log-probabilities; in a switched program, return zeros if no row requests them."""
     if not bucket.switched:
         return compute()
     one, few = jax.ShapeDtypeStruct((rows,), jnp.float32), jax.ShapeDtypeStruct((rows, count), jnp.float32)
     none = Logprobs(one, one.update(dtype=jnp.int32), few.update(dtype=jnp.int32), few)
-    return jax.lax.cond(asked, compute, lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), none))
+    return jax.lax.cond(requested, compute, lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), none))
 
 
 def _prompt_logprobs(module: LanguageModel, hidden: jax.Array, targets: jax.Array, bucket: Bucket) -> Logprobs:
@@ -296,10 +298,10 @@ def decode_step(
 ) -> tuple[Cache, RowState, Edits | None, Sampled]:
     """Decode one token for every sequence. `rows` holds each row's last token and receives the new one."""
     parts = batches.unpack(bucket, packed)
-    asked, positions = unpack_rows(parts["sampling"]), parts["positions"]
+    sampling, positions = unpack_rows(parts["sampling"]), parts["positions"]
     last, tables, owners = rows.tokens, rows.tables, None
     if bucket.rows < len(last):  # else each sequence is at its row's index (`batch.batch_indices`)
-        last, owners = last.at[asked.row].get(mode="clip"), asked.row
+        last, owners = last.at[sampling.row].get(mode="clip"), sampling.row
     if bucket.candidates:
         last = jnp.where(parts["tokens"] < 0, last, parts["tokens"])
     if bucket.contiguous:
@@ -308,14 +310,14 @@ def decode_step(
         # Of the table entries that are read, only the block being written may have changed since the previous step.
         number = jnp.maximum(positions, 0) // cache[0].keys.shape[2]
         group = jnp.arange(bucket.groups)[:, None]
-        tables = tables.at[group, asked.row, number].set(parts["blocks"], mode="drop")
+        tables = tables.at[group, sampling.row, number].set(parts["blocks"], mode="drop")
         own = tables if owners is None else tables.at[:, owners].get(mode="clip")
     states = DecodeSlots(*parts["states"]) if bucket.states else None
     batch = DecodeBatch(last, positions, own, bucket.items, parts.get("seen"), states)
     hidden, cache = functional.decode_hidden(program, params, cache, batch)
     logits = program.module(params).logits(hidden)
-    edits, sampled = _sample(program, bucket, sampled_vocab, logits, asked, edits)
-    rows = RowState(rows.tokens.at[asked.row].set(sampled.tokens, mode="drop"), tables)
+    edits, sampled = _sample(program, bucket, sampled_vocab, logits, sampling, edits)
+    rows = RowState(rows.tokens.at[sampling.row].set(sampled.tokens, mode="drop"), tables)
     return cache, rows, edits, sampled._replace(summary=_summary(program, hidden))
 
 
@@ -336,7 +338,7 @@ def prefill_step(
     *pool, packed = pool_and_packed
     parts = batches.unpack(bucket, packed)
     features = FeatureRows(pool[0], parts.pop("features")) if bucket.features else None
-    asked, targets = unpack_rows(parts.pop("sampling")), parts.pop("targets")
+    sampling, targets = unpack_rows(parts.pop("sampling")), parts.pop("targets")
     owners = parts.pop("owners")
     if bucket.states:
         parts["states"] = Segments(*parts["states"])
@@ -347,17 +349,17 @@ def prefill_step(
     module = program.module(params)
     last = hidden[parts["last"]]
     logits = module.logits(last)
-    edits, sampled = _sample(program, bucket, sampled_vocab, logits, asked, edits)
+    edits, sampled = _sample(program, bucket, sampled_vocab, logits, sampling, edits)
     prompt = None
     if bucket.prompt_logprobs >= 0:
-        prompt = _if_asked(
+        prompt = _if_requested(
             bucket,
             (targets >= 0).any(),
             bucket.tokens,
             bucket.prompt_logprobs,
             lambda: _prompt_logprobs(module, hidden, targets, bucket),
         )
-    rows = rows._replace(tokens=rows.tokens.at[asked.row].set(sampled.tokens, mode="drop"))
+    rows = rows._replace(tokens=rows.tokens.at[sampling.row].set(sampled.tokens, mode="drop"))
     return cache, rows, edits, sampled._replace(prompt_logprobs=prompt, summary=_summary(program, last))
 
 

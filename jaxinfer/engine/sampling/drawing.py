@@ -28,18 +28,20 @@ _LOG_SERIES = (0.9999998, 0.50003684, 0.33185363, 0.27235743, 0.037412364, 0.787
 """-log(1 - t) / t for t in [0, 1/2] as a polynomial, constant term first; relative error 2e-7."""
 
 
-def either(
-    switched: bool, skip: jax.Array, least: Callable[[], jax.Array], whole: Callable[[], jax.Array]
+def skip_if(
+    switched: bool, skip: jax.Array, cheap: Callable[[], jax.Array], full: Callable[[], jax.Array]
 ) -> jax.Array:
-    """Return `whole()`, or if `switched` and the scalar `skip` is true at run time, the equal `least()`."""
-    return jax.lax.cond(skip, least, whole) if switched else whole()
+    """Return `full()`, or if `switched` and the scalar `skip` is true at run time, the equal `cheap()`."""
+    return jax.lax.cond(skip, cheap, full) if switched else full()
 
 
 def choose(logits: jax.Array, rows: SamplingRows, level: Level, switched: bool) -> jax.Array:
     """Return the token of each row, `[B]`: sampled if its temperature is above 0, else the argmax."""
     random = (rows.temperature > 0)[:, None]
     # One search decides both kinds of rows: the smallest time wins the race.
-    return largest(_apart(jnp.where(random, -_race(logits, rows, level, switched), logits), switched), switched)
+    return largest(
+        _fusion_barrier(jnp.where(random, -_race(logits, rows, level, switched), logits), switched), switched
+    )
 
 
 def largest(logits: jax.Array, by_blocks: bool) -> jax.Array:
@@ -68,7 +70,7 @@ def _race(logits: jax.Array, rows: SamplingRows, level: Level, switched: bool) -
     if level >= Level.TRUNCATED:
         limit = _truncate(logits, limit, rows, switched)
     gap = _gaps(logits, rows)
-    time = _apart(exponential(token_bits(rows, logits.shape[1])), switched) * jnp.exp(gap)
+    time = _fusion_barrier(exponential(token_bits(rows, logits.shape[1])), switched) * jnp.exp(gap)
     return jnp.where(gap > limit[:, None], jnp.inf, time)  # a NaN gap is kept and makes the row bad
 
 
@@ -114,7 +116,7 @@ def exponential(bits: jax.Array) -> jax.Array:
     return part * series + halvings * np.float32(np.log(2))
 
 
-def _apart(values: jax.Array, switched: bool) -> jax.Array:
+def _fusion_barrier(values: jax.Array, switched: bool) -> jax.Array:
     """Keep a CPU from fusing `values` with its consumers, as XLA would not vectorise the fused loop."""
     return jax.lax.optimization_barrier(values) if switched else values
 
@@ -145,8 +147,8 @@ def _truncate(logits: jax.Array, limit: jax.Array, rows: SamplingRows, switched:
         return jnp.where(rows.top_p < 1, jnp.minimum(kept, nucleus), kept)
 
     # Branches recompute gaps from the logits: an array of that size that enters a branch is written to memory first.
-    kept = either(switched, ~(random & (rows.top_k > 0)).any(), lambda: limit, top_k)
-    return either(switched, ~(random & (rows.top_p < 1)).any(), lambda: kept, top_p)
+    kept = skip_if(switched, ~(random & (rows.top_k > 0)).any(), lambda: limit, top_k)
+    return skip_if(switched, ~(random & (rows.top_p < 1)).any(), lambda: kept, top_p)
 
 
 def _threshold(values: jax.Array, weights: jax.Array | None, target: jax.Array, switched: bool) -> jax.Array:

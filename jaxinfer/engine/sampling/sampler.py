@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinfer.engine.sampling.drawing import BAD_TOKEN, choose, either, largest
+from jaxinfer.engine.sampling.drawing import BAD_TOKEN, choose, largest, skip_if
 from jaxinfer.engine.sampling.sampling_rows import Level, SamplingRows
 from jaxinfer.sampling_params import MAX_NGRAM
 from jaxinfer.sharding.collectives import ALL_GATHER, SAMPLE, Collective
@@ -121,7 +121,7 @@ def sample(
         return _force(largest(logits, switched), rows), edits
     # Branches return tokens alone: arrays that enter or leave a branch are copied, and logits are large.
     plain = ~((rows.temperature > 0).any() | (rows.edited > 0).any())
-    tokens = either(
+    tokens = skip_if(
         switched,
         plain,
         lambda: largest(logits, switched),
@@ -177,7 +177,7 @@ def candidates(
     scores = jax.nn.log_softmax(logits, axis=-1)
     if edits is not None:
         plain = scores
-        scores = either(
+        scores = skip_if(
             switched, ~(rows.edited > 0).any(), lambda: plain, lambda: _edited(plain, rows, edits, switched, rule)
         )
     forced, tokens = _forced(rows)[:, None], jnp.arange(logits.shape[-1])
@@ -204,13 +204,13 @@ def _choose_edited(logits: jax.Array, rows: SamplingRows, edits: Edits, switched
         # Check for NaN before masking: masks could hide it.
         return jnp.where(largest(logits, switched) != BAD_TOKEN, tokens, BAD_TOKEN)
 
-    return either(switched, ~(rows.edited > 0).any(), lambda: choose(logits, rows, Level.TRUNCATED, switched), edit)
+    return skip_if(switched, ~(rows.edited > 0).any(), lambda: choose(logits, rows, Level.TRUNCATED, switched), edit)
 
 
 def _edited(logits: jax.Array, rows: SamplingRows, edits: Edits, switched: bool, rule: Rule | None) -> jax.Array:
     """Apply penalties, biases, masks and token rules of EDITED rows to logits `[B, V']`."""
     changed = jnp.where((rows.edited > 0)[:, None], _edit(logits, rows, edits), logits)
-    changed = either(
+    changed = skip_if(
         switched, ~(rows.ngram > 0).any(), lambda: changed, lambda: _forbid_repeats(changed, rows, edits.history)
     )
     if rule is not None:

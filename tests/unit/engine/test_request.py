@@ -5,7 +5,7 @@ import pytest
 from support.tiny import make_request, prompt
 
 from jaxinfer.engine.request import Status, bias_row, depends_on_history
-from jaxinfer.engine.runner.row_params import Asked
+from jaxinfer.engine.runner.row_params import RowParams
 from jaxinfer.engine.sampling.sampling_rows import EDITED, Level
 from jaxinfer.inputs.defaults import ModelLimits, resolve
 from jaxinfer.sampling_params import SamplingParams
@@ -147,17 +147,17 @@ def test_a_bad_word_is_looked_for_in_the_output_alone():
 
 
 def test_a_row_takes_the_highest_level_only_while_tokens_are_forbidden():
-    asked, made = (
-        Asked(4),
+    params_by_row, made = (
+        RowParams(4),
         request(eos=(5,), min_tokens=2, _bad_words_token_ids=((11, 12),), max_tokens=9, temperature=0),
     )
     [sequence], levels = made.sequences, []
     sequence.row = 2
-    asked.write([sequence])
+    params_by_row.write([sequence])
     for token in (9, 9, 9, 11, 9):
-        asked.forbid([sequence], np.array([sequence.length]))
-        levels.append(asked.needs(np.array([0, 2])).level)
-        assert asked.settings[2, EDITED] == (levels[-1] == Level.EDITED)
+        params_by_row.update_levels([sequence], np.array([sequence.length]))
+        levels.append(params_by_row.needs(np.array([0, 2])).level)
+        assert params_by_row.packed[2, EDITED] == (levels[-1] == Level.EDITED)
         add(sequence, token)
     assert levels == [Level.EDITED, Level.EDITED, Level.GREEDY, Level.GREEDY, Level.EDITED]
 

@@ -7,7 +7,7 @@ from support.tiny import CHUNK, make_engine, make_request, prompt, run
 
 from jaxinfer.engine.runner import runner as runners
 from jaxinfer.engine.runner.batch import batch_indices
-from jaxinfer.engine.runner.row_params import Asked
+from jaxinfer.engine.runner.row_params import RowParams
 from jaxinfer.engine.sampling.sampling_rows import Level
 from jaxinfer.sampling_params import SamplingParams
 
@@ -66,17 +66,17 @@ def test_rows_keep_their_index_if_all_fit():
 
 def test_row_parameters_are_those_of_the_current_sequence(runner):
     """A row's parameters are those of the sequence it currently holds."""
-    asked, edited = Asked(4), SamplingParams(temperature=0, presence_penalty=0.5, logprobs=2, max_tokens=3)
+    params_by_row, edited = RowParams(4), SamplingParams(temperature=0, presence_penalty=0.5, logprobs=2, max_tokens=3)
     plain = make_request("a", prompt(4), SamplingParams(temperature=0, max_tokens=3)).sequences[0]
     other = make_request("b", prompt(5), edited).sequences[0]
     plain.row, other.row = 1, 2
-    asked.write([plain, other])
-    assert asked.needs(np.array([1]))[:2] == (Level.GREEDY, -1)
-    assert asked.needs(np.array([1, 2]))[:2] == (Level.EDITED, 2)
-    assert asked.needs(np.array([], np.int32))[:2] == (Level.GREEDY, -1)
+    params_by_row.write([plain, other])
+    assert params_by_row.needs(np.array([1]))[:2] == (Level.GREEDY, -1)
+    assert params_by_row.needs(np.array([1, 2]))[:2] == (Level.EDITED, 2)
+    assert params_by_row.needs(np.array([], np.int32))[:2] == (Level.GREEDY, -1)
     other.row = 1
-    asked.write([other])
-    assert asked.needs(np.array([1]))[:2] == (Level.EDITED, 2)
+    params_by_row.write([other])
+    assert params_by_row.needs(np.array([1]))[:2] == (Level.EDITED, 2)
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from jaxinfer.engine.runner.buckets import (
     copy_widths,
     decode_bucket,
     prefill_bucket,
-    reach,
+    read_size,
 )
 from jaxinfer.engine.sampling.sampling_rows import Level
 from jaxinfer.functional import Program, split
@@ -48,8 +48,8 @@ def test_every_bucket_of_a_plan_is_among_all_buckets(program, kernel, switched, 
         met |= {prefill_bucket(program, sizes, tokens, needs) for tokens in range(1, 49)}
         own = needs._replace(prompt_logprobs=False)
         most = sizes.width * sizes.block_size // 128
-        reaches = {n: range(1, sizes.width + 1) if contiguous else range(n, n * most + 1) for n in range(1, 21)}
-        met |= {decode_bucket(program, sizes, n, k, own) for n, reach in reaches.items() for k in reach}
+        read_sizes = {n: range(1, sizes.width + 1) if contiguous else range(n, n * most + 1) for n in range(1, 21)}
+        met |= {decode_bucket(program, sizes, n, k, own) for n, reads in read_sizes.items() for k in reads}
     assert met == known
 
 
@@ -85,8 +85,8 @@ def test_a_contiguous_step_reads_the_blocks_of_its_longest_row(program):
     sizes = replace(SIZES, contiguous=True, width=200, block_size=4)
     nothing = np.zeros((3, 2), np.int32)
     for longest, width in ((1, 32), (127, 32), (128, 64), (600, 200), (799, 200)):
-        found = reach(sizes, np.array([3, longest, 0]), nothing)
+        found = read_size(sizes, np.array([3, longest, 0]), nothing)
         assert decode_bucket(replace(program, kernel="xla"), sizes, 3, found, Needs()).width == width
         assert decode_bucket(replace(program, kernel="native"), sizes, 3, found, Needs()).width == 200
-    assert reach(sizes, np.array([3]), np.array([[0, 41]])) == 11, "encoder positions count, too"
+    assert read_size(sizes, np.array([3]), np.array([[0, 41]])) == 11, "encoder positions count, too"
     assert copy_widths(sizes) == (16, 256)
