@@ -27,10 +27,10 @@ from jaxinfer.engine.runner.warmup import Warmup, check_sampling, warm_up
 from jaxinfer.engine.sizing.setup import build_engine
 from jaxinfer.errors import CapacityError, ConfigError, DistributedError, EngineClosedError
 from jaxinfer.inputs.defaults import ModelLimits, length_remedy
-from jaxinfer.inputs.input_processor import Intake, Params
+from jaxinfer.inputs.input_processor import InputProcessor, Params
 from jaxinfer.inputs.loaded_model import LoadedModel
 from jaxinfer.inputs.prompts import Prompt
-from jaxinfer.loading.load import Named, open_model, place
+from jaxinfer.loading.load import ModelArguments, open_model, place
 from jaxinfer.models.whisper.transcription import Transcribing, Transcript, begin
 from jaxinfer.outputs import RequestOutput
 from jaxinfer.results.output_processor import BeamHandle, Handle
@@ -83,10 +83,10 @@ class LLM:
             if self._group is not None:
                 config, hf_overrides = handshake.share_config(self._group, config, hf_overrides)
             self._mesh, self.config = place(mesh, config, "tensor_parallel_size" in settings, self._group)
-            named = Named(model, tokenizer, skip_tokenizer_init, revision, hf_overrides)
+            named = ModelArguments(model, tokenizer, skip_tokenizer_init, revision, hf_overrides)
             self._start(named, chat_template, use_tqdm)
 
-    def _start(self, named: Named, chat_template: str | None, use_tqdm: bool) -> None:
+    def _start(self, named: ModelArguments, chat_template: str | None, use_tqdm: bool) -> None:
         """Load the model, build its engine and start the engine thread."""
         group = self._group
         opened = open_model(named, self.config, self._mesh, group, progress=use_tqdm)
@@ -99,7 +99,7 @@ class LLM:
             handshake.check_programs(group, engine.runner)
             engine.runner.leader = None if self._follows else Leader(group)
         longest, config = engine.runner.shapes.max_length, self.config
-        longer = length_remedy(
+        length_hint = length_remedy(
             longest, config.max_model_len, module.config.max_length, contiguous=config.cache == CONTIGUOUS
         )
         limits = ModelLimits(
@@ -107,10 +107,13 @@ class LLM:
             longest,
             opened.eos_token_ids,
             tokenizer_len=known,
-            longer=longer,
+            length_hint=length_hint,
             **opened.forced,
         )
-        self._loaded: tuple[LoadedModel, Intake] | None = (opened, Intake(opened, self.config, limits, chat_template))
+        self._loaded: tuple[LoadedModel, InputProcessor] | None = (
+            opened,
+            InputProcessor(opened, self.config, limits, chat_template),
+        )
         self._thread = EngineThread(engine)
         # Stops the thread if the LLM is garbage-collected without `close`, and when the interpreter exits.
         self._finalizer = weakref.finalize(self, _drop, self._thread)
@@ -130,11 +133,11 @@ class LLM:
         return self._parts[0]
 
     @property
-    def _intake(self) -> Intake:
+    def _input_processor(self) -> InputProcessor:
         return self._parts[1]
 
     @property
-    def _parts(self) -> tuple[LoadedModel, Intake]:
+    def _parts(self) -> tuple[LoadedModel, InputProcessor]:
         """The loaded model and its input processor; raises once `close` (maybe on another thread) has freed them."""
         loaded = self._loaded
         if loaded is None:
@@ -256,8 +259,8 @@ class LLM:
             num_return_sequences=num_return_sequences,
         )
         self._check_open()
-        parsed = self._intake.parse(prompts)
-        requests = self._intake.beams(parsed, sampling_params, search, max_tokens)
+        parsed = self._input_processor.parse(prompts)
+        requests = self._input_processor.beams(parsed, sampling_params, search, max_tokens)
         return self._finish(self._checked(requests, parsed, BeamHandle), use_tqdm)
 
     def stream(self, prompts: Any, sampling_params: Params = None) -> Iterator[RequestOutput]:
@@ -513,19 +516,21 @@ class LLM:
     def _prepare(self, prompts: Any, params: Params, *, streaming: bool = False) -> list[Handle]:
         """Parse and check all prompts of a call and return their handles, without queueing requests."""
         self._check_open()
-        return self._handles(self._intake.parse(prompts), params, streaming)
+        return self._handles(self._input_processor.parse(prompts), params, streaming)
 
     def _prepare_chat(self, messages: Any, params: Params, *, streaming: bool = False, **options: Any) -> list[Handle]:
         """Render and check all conversations of a `chat` call and return their handles, without queueing requests.
 
-        `options`: keyword arguments of `Intake.render`.
+        `options`: keyword arguments of `InputProcessor.render`.
         """
         self._check_open()
-        prompts = self._intake.render(messages, **options)
-        return self._handles(prompts, self._intake.chat_params(params), streaming)
+        prompts = self._input_processor.render(messages, **options)
+        return self._handles(prompts, self._input_processor.chat_params(params), streaming)
 
     def _handles(self, prompts: Sequence[Prompt], params: Params, streaming: bool) -> list[Handle]:
-        return self._checked(self._intake.requests(prompts, params), prompts, partial(Handle, streaming=streaming))
+        return self._checked(
+            self._input_processor.requests(prompts, params), prompts, partial(Handle, streaming=streaming)
+        )
 
     def _checked(
         self, requests: Sequence[Request], prompts: Sequence[Prompt], follow: Callable[..., Handle]

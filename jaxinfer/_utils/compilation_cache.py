@@ -29,7 +29,7 @@ def enable(setting: str | None) -> None:
     if setting is None or not jax.config.jax_enable_compilation_cache:
         return
     if setting == AUTO and configured:
-        _say(configured)
+        _log_once(configured)
         return
     try:
         folder = cache_folder("xla") if setting == AUTO else Path(setting).expanduser()
@@ -44,9 +44,9 @@ def enable(setting: str | None) -> None:
         if jax.config.jax_persistent_cache_min_compile_time_secs == JAX_LEAST_SECONDS:
             jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_SECONDS)
         compilation_cache.reset_cache()  # JAX reads the setting only once
-    _say(str(folder))
+    _log_once(str(folder))
 
 
 @cache
-def _say(folder: str) -> None:
+def _log_once(folder: str) -> None:
     log.info("compiled programs are cached in %s; it may be deleted at any time", folder)

@@ -1,7 +1,7 @@
 """Classify the config.json attributes that a model's family does not read.
 
 Such an attribute is *harmless* (`HARMLESS`: transformers itself ignores it at inference), *restricted to one value*
-(`ONE_VALUE` here, `ConfigReader.only` in the families), *a label* (`is_label`: logged once), or unknown, and then
+(`ONE_VALUE` here, `ConfigReader.require` in the families), *a label* (`is_label`: logged once), or unknown, and then
 refused.
 """
 
@@ -79,6 +79,6 @@ def is_label(name: str) -> bool:
     return _LABEL.fullmatch(name) is not None
 
 
-def same(value: Any, other: Any) -> bool:
+def json_equal(value: Any, other: Any) -> bool:
     """Return whether two JSON values are equal; unlike in Python, true and 1 are different."""
     return isinstance(value, bool) == isinstance(other, bool) and value == other

@@ -82,7 +82,7 @@ _FOLDERS: Sequence[tuple[str, str]] = (
 explains it and the remedy. The first match is used."""
 
 
-def why_not(directory: Path, wanted: str) -> str:
+def explain_missing(directory: Path, wanted: str) -> str:
     """Explain why a folder without `wanted` cannot be loaded: what it holds instead, and the remedy.
 
     Args:

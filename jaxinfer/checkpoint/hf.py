@@ -14,8 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jaxinfer.checkpoint.attributes import HARMLESS, ONE_VALUE, is_label, same
-from jaxinfer.checkpoint.formats import refuse_quantised, why_not
+from jaxinfer.checkpoint.attributes import HARMLESS, ONE_VALUE, is_label, json_equal
+from jaxinfer.checkpoint.formats import explain_missing, refuse_quantised
 from jaxinfer.checkpoint.plain_json import read_json, show
 from jaxinfer.errors import CheckpointError, ConfigError
 from jaxinfer.layers.rope_config import ROPE_FIELDS, RopeConfig
@@ -84,7 +84,7 @@ Default = TypeVar("Default")
 
 
 def read_config(directory: Path, hf_overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Read config.json and apply `hf_overrides` (see `lay_over`, whose errors also apply).
+    """Read config.json and apply `hf_overrides` (see `apply_overrides`, whose errors also apply).
 
     Raises:
         CheckpointError: the file is missing or unreadable.
@@ -92,13 +92,13 @@ def read_config(directory: Path, hf_overrides: Mapping[str, Any] | None = None) 
     """
     path = directory / "config.json"
     if not path.is_file():
-        raise CheckpointError(why_not(directory, "config.json"))
-    config = lay_over(read_json(path), hf_overrides)
+        raise CheckpointError(explain_missing(directory, "config.json"))
+    config = apply_overrides(read_json(path), hf_overrides)
     refuse_quantised(config, directory)
     return config
 
 
-def lay_over(config: Mapping[str, Any], hf_overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def apply_overrides(config: Mapping[str, Any], hf_overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Return the contents of config.json with `hf_overrides` applied by field name.
 
     An override of None removes the field. A dict for a nested configuration is merged into it: `{"vision_config":
@@ -170,7 +170,7 @@ def check_sizes(config: Mapping[str, Any], *fields: str, part: str = "") -> None
         ConfigError: a size is not a whole number or is outside of its range.
     """
     for name in fields:
-        value, cap = whole(config.get(name)), SIZE_CAPS[name]
+        value, cap = int_if_whole(config.get(name)), SIZE_CAPS[name]
         if value is not None and (not _is_int(value) or not 1 <= value <= cap):
             raise ConfigError(f"{part}{name}={show(value)} must be a whole number from 1 to {cap}.")
     for name, value in config.items() if not part else ():
@@ -209,8 +209,8 @@ class ConfigReader:
         """Read a whole number from `least` to its cap in `SIZE_CAPS` (2^31 - 1 for other fields); 8.0 is read as 8."""
         most = SIZE_CAPS.get(name, 2**31 - 1)
         expected = f"a whole number from {least} to {most}"
-        return whole(
-            self._typed(name, default, expected, lambda value: _is_int(whole(value)) and least <= value <= most)
+        return int_if_whole(
+            self._typed(name, default, expected, lambda value: _is_int(int_if_whole(value)) and least <= value <= most)
         )
 
     def get_float(self, name: str, default: Default = REQUIRED, *, above: float | None = None) -> float | Default:
@@ -254,14 +254,14 @@ class ConfigReader:
             raise ConfigError(f"{self.family}: {name} is {size}, which {by_name} = {by} does not divide")
         return size // by
 
-    def only(self, name: str, *values: Any) -> None:
+    def require(self, name: str, *values: Any) -> None:
         """Require a field to be absent, null, or one of the values that jaxinfer supports.
 
         For attributes whose other values would need a computation that jaxinfer does not implement.
         """
         self._consumed.add(name)
         value = self.config.get(name)
-        if value is None or any(same(value, one) for one in values):
+        if value is None or any(json_equal(value, one) for one in values):
             return
         known = " or ".join(json.dumps(one) for one in values) or "null"
         raise ConfigError(
@@ -269,8 +269,8 @@ class ConfigReader:
             f"that is what the weights were trained for, pass hf_overrides={{{name!r}: None}}."
         )
 
-    def require(self, values: Mapping[str, tuple[Any, ...]]) -> None:
-        """Restrict fields to these values unless the family reads them; `finish` checks them as `only` does."""
+    def restrict(self, values: Mapping[str, tuple[Any, ...]]) -> None:
+        """Restrict fields to these values unless the family reads them; `finish` checks them as `require` does."""
         self._one_value.update(values)
 
     def part(self, name: str, **changed: Any) -> ConfigReader:
@@ -289,7 +289,7 @@ class ConfigReader:
             **{name: value for name, value in values.items() if self.config.get(name) is None},
         }
 
-    def absent(self, **values: Any) -> None:
+    def defaults_if_absent(self, **values: Any) -> None:
         """Set defaults for absent fields only; an explicit null is kept, as a value of its own (a cap of null means
         no cap).
         """
@@ -330,7 +330,7 @@ class ConfigReader:
     def _left(self) -> dict[str, Any]:
         for name, values in self._one_value.items():
             if name not in self._consumed:
-                self.only(name, *values)
+                self.require(name, *values)
         known = self._consumed | HARMLESS
         left = {name: value for name, value in self.config.items() if name not in known and not _is_empty(value)}
         labels = tuple(name for name in left if is_label(name))
@@ -345,7 +345,7 @@ class ConfigReader:
         return value
 
 
-def whole(value: Any) -> Any:
+def int_if_whole(value: Any) -> Any:
     """Convert a whole float (8192.0, as some tools write sizes) to an integer; return other values unchanged."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 

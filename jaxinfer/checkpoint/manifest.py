@@ -150,12 +150,12 @@ class Manifest:
         found = (jnp.finfo(kind) for kind in kinds if jnp.issubdtype(kind, jnp.floating))
         return all(one.nmant <= kept.nmant and one.nexp <= kept.nexp for one in found)
 
-    def settle(
+    def resolve_options(
         self,
         directory: Path,
         dtype: jnp.dtype,
         *,
-        asked: bool,
+        requested: bool,
         quantization: str | None,
         placement: Placement,
         pad_heads: bool,
@@ -165,7 +165,7 @@ class Manifest:
         Args:
             directory: converted folder, for error messages.
             dtype: dtype to run in.
-            asked: whether `dtype` was requested explicitly.
+            requested: whether `dtype` was requested explicitly.
             quantization: requested quantisation; None for the folder's own.
             placement: requested placement; without patterns, the folder's own.
             pad_heads: whether padding of heads was requested.
@@ -173,7 +173,7 @@ class Manifest:
         Raises:
             ConfigError: the folder's weights were rounded, so the requested dtype or quantisation is not available.
         """
-        wanted = {"quantization": quantization, "dtype": dtype.name if asked else None}
+        wanted = {"quantization": quantization, "dtype": dtype.name if requested else None}
         for name, value in wanted.items():
             found = getattr(self, name)
             if value in (None, found) or self.exact and (name == "dtype" or found is None):

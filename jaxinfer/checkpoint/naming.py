@@ -1,7 +1,7 @@
 """Map tensor names of a checkpoint to the names of a weight table.
 
-Tools save the same model with other prefixes, and add tensors that no forward pass reads. `named` renames the former,
-drops the latter, and refuses adapters and quantised weights.
+Tools save the same model with other prefixes, and add tensors that no forward pass reads. `rename_tensors` renames the
+former, drops the latter, and refuses adapters and quantised weights.
 """
 
 import logging
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from jaxinfer.checkpoint.rules import Rule, some
+from jaxinfer.checkpoint.rules import Rule, format_names
 from jaxinfer.checkpoint.source import Info, Source
 from jaxinfer.errors import CheckpointError
 
@@ -96,7 +96,7 @@ class Renamed:
         self._source.release()
 
 
-def named(source: Source, table: Sequence[Rule], where: object, ignored: Iterable[str] = ()) -> Renamed:
+def rename_tensors(source: Source, table: Sequence[Rule], where: object, ignored: Iterable[str] = ()) -> Renamed:
     """Rename a checkpoint's tensors to the names of a weight table, and drop those that the model does not read.
 
     Unknown tensors are kept; `rules.plan` refuses them.
@@ -123,7 +123,9 @@ def named(source: Source, table: Sequence[Rule], where: object, ignored: Iterabl
     predicting = tuple({match[1] for match in map(_PREDICTING.fullmatch, left) if match})
     unread = [name for name in left if patterns.fullmatch(WRAPPERS.sub("", name)) or name.startswith(predicting)]
     if unread:
-        log.info("%s: %d tensor(s) that the model does not read are left out: %s", where, len(unread), some(unread))
+        log.info(
+            "%s: %d tensor(s) that the model does not read are left out: %s", where, len(unread), format_names(unread)
+        )
     return Renamed(source, found | {name: name for name in left if name not in set(unread)})
 
 
@@ -147,14 +149,14 @@ def _check_format(where: object, source: Source, found: Mapping[str, str], left:
     adapter = [name for name in left if _ADAPTER.fullmatch(name)]
     if adapter:
         raise CheckpointError(
-            f"{where} has {len(adapter)} tensor(s) of a PEFT adapter: {some(adapter)}. Adapters are not read; merge it "
-            "into its base model and save that: PeftModel.merge_and_unload().save_pretrained(path)."
+            f"{where} has {len(adapter)} tensor(s) of a PEFT adapter: {format_names(adapter)}. Adapters are not read; "
+            "merge it into its base model and save that: PeftModel.merge_and_unload().save_pretrained(path)."
         )
     scales = [name for name in left if _QUANTISED.fullmatch(name)]
     kinds = {name: getattr(source.info(there), "dtype", "F32") for name, there in found.items()}
     packed = [f"{name} ({kind})" for name, kind in kinds.items() if kind not in _FLOATS]
     if scales or packed:
         raise CheckpointError(
-            f"{where} is quantised in a format that is not read: {some(packed or scales)}. Use the unquantised "
+            f"{where} is quantised in a format that is not read: {format_names(packed or scales)}. Use the unquantised "
             "checkpoint of this model; quantization='int8' quantises it while it is loaded."
         )

@@ -102,7 +102,7 @@ def restore(
             for path, array in arrays:
                 wanted[path].set_value(array)
                 bar.update(rules.nbytes(array))
-    rules.fill(module, wanted)
+    rules.update_params(module, wanted)
 
 
 def _check_block(path: str, param: nnx.Param, directory: Path, manifest: Manifest) -> None:

@@ -110,7 +110,7 @@ def load(
         for path, array in read(wanted, plan(wanted, table, source, where), source, mesh):
             wanted[path].set_value(array)
             bar.update(nbytes(array))
-    fill(module, wanted)
+    update_params(module, wanted)
 
 
 def read(
@@ -145,7 +145,7 @@ def int8_source(wanted: Mapping[str, nnx.Param], planned: Mapping[str, list[Rule
     return Int8Source(source, blocks)
 
 
-def fill(module: nnx.Module, filled: Mapping[str, nnx.Param]) -> None:
+def update_params(module: nnx.Module, filled: Mapping[str, nnx.Param]) -> None:
     """Update a module with loaded parameters."""
     nnx.update(module, nnx.from_flat_state([(_key(path), param) for path, param in filled.items()]))
 
@@ -176,12 +176,16 @@ def plan(
         by_name[found] = replace(rule, source=found)
     extra = sorted(names - set(by_name))
     if extra:
-        raise CheckpointError(f"{where} has {len(extra)} tensor(s) this model does not know: {some(extra)}; {REMEDY}")
+        raise CheckpointError(
+            f"{where} has {len(extra)} tensor(s) this model does not know: {format_names(extra)}; {REMEDY}"
+        )
     absent = {name: rule for name, rule in by_name.items() if rule.target is not None and name not in names}
     missing = sorted(name for name, rule in absent.items() if not rule.optional)
     if missing:
         remedy = UNTIED if all(name.endswith(HEADS) for name in missing) else REMEDY
-        raise CheckpointError(f"{where} lacks {len(missing)} tensor(s) of this model: {some(missing)}; {remedy}")
+        raise CheckpointError(
+            f"{where} lacks {len(missing)} tensor(s) of this model: {format_names(missing)}; {remedy}"
+        )
     scales = {path: _sibling(path, param) for path, param in wanted.items() if "scales_of" in param.get_metadata()}
     planned: dict[str, list[Rule]] = {path: [] for path in wanted if path not in scales}
     for name, rule in by_name.items():
@@ -232,7 +236,7 @@ def _check_whole(path: str, param: nnx.Param, filled: Sequence[Rule]) -> None:
         for index in stack if rule.index is None else (rule.index,):
             found.update((index, part) for part in rule.parts or ("",))
     if found != Counter((index, name) for index in stack for name in outputs):
-        sources = some([rule.source for rule in filled]) or "nothing"
+        sources = format_names([rule.source for rule in filled]) or "nothing"
         raise CheckpointError(f"the weight table fills {path!r} from {sources}, not wholly or not once")
 
 
@@ -241,7 +245,7 @@ def _sibling(path: str, scales: nnx.Param) -> str:
     return ".".join([*path.split(".")[:-1], scales.get_metadata()["scales_of"]])
 
 
-def some(names: Sequence[str], most: int = 8) -> str:
+def format_names(names: Sequence[str], most: int = 8) -> str:
     """Format the first `most` names of a list and the number of the remaining ones."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(map(repr, names[:most])) + more
@@ -275,19 +279,19 @@ def _place(path: str, param: nnx.Param, filled: list[Rule], source: Source, mesh
         if not filled:
             return made
         if not metadata.get("stacked"):
-            _fill(made, own, tuple(param.shape), metadata, filled, source)
+            _copy_param(made, own, tuple(param.shape), metadata, filled, source)
             return made
         stack, *rest = own
         for one, number in zip(made, range(stack.start, stack.stop), strict=True):
             alone = [rule for rule in filled if rule.index == number]
-            parts = (alone, source) if alone else (filled, OneOf(source, number))
-            _fill(one, rest, tuple(param.shape[1:]), metadata, *parts)
+            parts = (alone, source) if alone else (filled, StackEntry(source, number))
+            _copy_param(one, rest, tuple(param.shape[1:]), metadata, *parts)
         return made
 
     return jax.make_array_from_callback(tuple(param.shape), placed, shard)
 
 
-class OneOf:
+class StackEntry:
     """Source that presents one entry of stacked tensors."""
 
     def __init__(self, source: Source, number: int):
@@ -307,7 +311,7 @@ class OneOf:
         return self._source.read(name, (slice(self._number, self._number + 1), *(slices or ())))[0]
 
 
-def _fill(
+def _copy_param(
     made: np.ndarray,
     own: Sequence[slice],
     shape: tuple[int, ...],

@@ -17,7 +17,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jaxinfer.checkpoint.formats import why_not
+from jaxinfer.checkpoint.formats import explain_missing
 from jaxinfer.checkpoint.plain_json import read_json, refuse_duplicates, shorten, show
 from jaxinfer.errors import CheckpointError
 
@@ -82,7 +82,7 @@ class SafetensorsReader:
         elif (self.directory / INDEX).is_file():
             self._tensors = _read_shards(self.directory)
         else:
-            raise CheckpointError(why_not(self.directory, f"{SINGLE} or {INDEX}"))
+            raise CheckpointError(explain_missing(self.directory, f"{SINGLE} or {INDEX}"))
 
     def names(self) -> list[str]:
         """Return the tensor names in the order of their bytes on disk."""

@@ -16,7 +16,7 @@ from jaxinfer.checkpoint.source import Source
 log = logging.getLogger(__name__)
 
 
-def settle(
+def resolve(
     config: Any, table: Callable[[Any], Sequence[Rule]], untie: Callable[[Any, str], Any], source: Source
 ) -> Any:
     """Remove the ties that the checkpoint's tensors contradict from the model's configuration; log each of them.
@@ -43,15 +43,15 @@ def settle(
     return config
 
 
-def settle_stored(
+def resolve_stored(
     config: Any, table: Callable[[Any], Sequence[Rule]], untie: Callable[[Any, str], Any], stored: Collection[str]
 ) -> Any:
     """Return the configuration with the ties of a converted folder, derived from its stored parameters."""
     for name in dict.fromkeys(rule.tied for rule in table(config) if rule.tied):
-        apart = untie(config, name)
-        more = {rule.target for rule in table(apart)} - {rule.target for rule in table(config)}
+        untied = untie(config, name)
+        more = {rule.target for rule in table(untied)} - {rule.target for rule in table(config)}
         if more and more <= {*stored, None}:
-            config = apart
+            config = untied
     return config
 
 
@@ -75,14 +75,14 @@ def _equal(name: str, other: str, source: Source) -> bool:
     step = max(1, COPY_ELEMENTS * shape[0] // max(1, int(np.prod(shape))))
     for first in range(0, shape[0], step):
         rows = (slice(first, min(first + step, shape[0])),)
-        same = _same(source.read(name, rows), source.read(other, rows))
+        same = _arrays_equal(source.read(name, rows), source.read(other, rows))
         source.release()
         if not same:
             return False
     return True
 
 
-def _same(a: np.ndarray, b: np.ndarray) -> bool:
+def _arrays_equal(a: np.ndarray, b: np.ndarray) -> bool:
     """Compare arrays. Arrays of one dtype are compared bytewise, eight bytes at a time: faster, and equal NaNs count
     as equal.
     """

@@ -210,7 +210,7 @@ class Scheduler:
     def _chunk_length(self, sequence: Sequence, budget: int, chunks: list[Chunk]) -> int:
         """Return the number of tokens of a prompt's next chunk."""
         count, cross = min(budget, sequence.prefilled - sequence.computed), sequence.request.cross
-        reach = None if cross is None else cross.reach(sequence.computed, self._room(chunks))
+        reach = None if cross is None else cross.tokens_within(sequence.computed, self._room(chunks))
         return count if reach is None else min(count, reach)
 
     def _waits_for_prefix(self, sequence: Sequence) -> bool:

@@ -6,7 +6,7 @@
     loss = lambda weights: cross_entropy(training.logits(nnx.merge(graph, weights), tokens), ...)
 
 The serving kernels use loops with run-time bounds, which have no derivative. Here all sequences have one length, so
-attention (`kernels.attention.whole_attention`), recurrence (`kernels.state.delta`), convolutions and expert products
+attention (`kernels.attention.uncached_attention`), recurrence (`kernels.state.delta`), convolutions and expert products
 are plain operations. Everything else is the same code. On one device only.
 """
 
@@ -17,7 +17,7 @@ from jaxinfer.errors import ConfigError
 from jaxinfer.kernels.attention import choose as attention
 from jaxinfer.kernels.attention.paged import Cache
 from jaxinfer.kernels.matmul import choose as matmul
-from jaxinfer.kernels.state.slots import Whole
+from jaxinfer.kernels.state.slots import FullSequences
 from jaxinfer.kv import cache as kv_cache
 from jaxinfer.kv.groups import layout
 from jaxinfer.layers.attention import GroupStep, StepContext
@@ -46,7 +46,7 @@ def logits(module: LanguageModel, tokens: jax.Array) -> jax.Array:
     """
     batch, length = tokens.shape
     mesh, cache_layout = make_mesh(1), layout(tuple(module.cache_specs()))
-    whole, positions = Whole(length), jnp.tile(jnp.arange(length, dtype=jnp.int32), batch)
+    whole, positions = FullSequences(length), jnp.tile(jnp.arange(length, dtype=jnp.int32), batch)
     step = StepContext(
         positions=positions,
         real=jnp.ones(batch * length, bool),

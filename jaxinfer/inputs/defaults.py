@@ -26,7 +26,7 @@ class ModelLimits:
     """Token forced as the last output token when an output reaches its maximum length; None for no forced token."""
     tokenizer_len: int | None = None
     """Highest token id of the tokenizer plus 1; higher ids of the output layer are padding and are never sampled."""
-    longer: str = ""
+    length_hint: str = ""
     """Error text that says what limits `max_model_len` and how to raise it (`length_remedy`)."""
 
     @property
@@ -35,20 +35,20 @@ class ModelLimits:
         return self.vocab_size if self.tokenizer_len is None else min(self.vocab_size, self.tokenizer_len)
 
 
-def length_remedy(max_model_len: int, asked: int | None, allowed: int, *, contiguous: bool = False) -> str:
+def length_remedy(max_model_len: int, requested: int | None, allowed: int, *, contiguous: bool = False) -> str:
     """Return an error text that says what limits the length of a sequence and how to raise the limit.
 
     The text completes a sentence that tells the user to shorten the prompt or output.
 
     Args:
         max_model_len: effective maximum tokens of a sequence.
-        asked: the user's `max_model_len` setting; None if not set.
+        requested: the user's `max_model_len` setting; None if not set.
         allowed: maximum tokens of a sequence that the model supports.
         contiguous: whether the cache is contiguous (one region per row) instead of paged (a pool of blocks).
     """
     if max_model_len >= allowed:
         return ": the model allows no more (max_position_embeddings)"
-    if asked is not None:
+    if requested is not None:
         return f", or raise max_model_len: the model allows {allowed}"
     fewer = " or lower max_num_seqs" if contiguous else ""
     return (
@@ -88,7 +88,7 @@ def resolve(
         raise ValueError(
             f"min_tokens must be less than or equal to max_tokens={max_tokens} (the maximum "
             f"model length of {limits.max_model_len} less the prompt's {prompt_len}), "
-            f"got {params.min_tokens}. Lower it{limits.longer}."
+            f"got {params.min_tokens}. Lower it{limits.length_hint}."
         )
     # A checkpoint may list EOS ids beyond its output layer; they cannot be sampled.
     eos = () if params.ignore_eos else tuple(i for i in limits.eos_token_ids if i < limits.vocab_size)
@@ -115,7 +115,7 @@ def _forced(name: str, params: SamplingParams, limits: ModelLimits) -> int | Non
     return token
 
 
-def spread(params: Any, count: int) -> list[SamplingParams]:
+def params_per_prompt(params: Any, count: int) -> list[SamplingParams]:
     """Return one `SamplingParams` per prompt: a single one is repeated, a list must have `count` entries.
 
     Raises:

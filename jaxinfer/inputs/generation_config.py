@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxinfer._utils.checks import as_int, as_token_id, as_token_ids, describe
-from jaxinfer.checkpoint.hf import whole
+from jaxinfer.checkpoint.hf import int_if_whole
 from jaxinfer.errors import ConfigError
 from jaxinfer.sampling_params import SamplingParams
 
@@ -72,7 +72,7 @@ def from_generation_config(config: Any, model: Mapping[str, Any] | None = None) 
     values = _to_dict(config)
     _refuse_unsupported(values)
     _refuse_total_lengths(values)
-    values = {name: whole(model[name]) for name in _FILLED if (model or {}).get(name) is not None} | values
+    values = {name: int_if_whole(model[name]) for name in _FILLED if (model or {}).get(name) is not None} | values
     fields = {ours: values[theirs] for theirs, ours in _RENAMED.items() if theirs in values}
     if values.get("do_sample"):
         fields |= {name: values[name] for name in _SAMPLING if name in values}
@@ -105,14 +105,14 @@ def default_params(generation_config: Mapping[str, Any], *, encoder_decoder: boo
     names = {name: name for name in (*_SAMPLING, "repetition_penalty", "no_repeat_ngram_size")}
     names |= {"max_new_tokens": "max_tokens"}
     fields = {
-        ours: whole(generation_config[theirs])
+        ours: int_if_whole(generation_config[theirs])
         for theirs, ours in names.items()
         if generation_config.get(theirs) is not None
     }
     if encoder_decoder:
         fields |= {} if generation_config.get("do_sample") else {"temperature": 0.0}
         for theirs, ours in (("max_length", "max_tokens"), ("min_length", "min_tokens")):
-            total = whole(generation_config.get(theirs))
+            total = int_if_whole(generation_config.get(theirs))
             if ours not in fields and isinstance(total, int) and total > 1:
                 fields[ours] = total - 1
     try:
@@ -159,7 +159,7 @@ def _model_ids(name: str, value: Any) -> tuple[int, ...]:
     """Return the token ids of a field of the model's files like `_ids`, but raise ConfigError for wrong values."""
     try:
         ids = value if isinstance(value, (list, tuple)) else [value]
-        return _ids(name, [whole(token) for token in ids])
+        return _ids(name, [int_if_whole(token) for token in ids])
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{name} in generation_config.json or config.json: {error}") from error
 

@@ -14,12 +14,12 @@ from jaxinfer.config import EngineConfig
 from jaxinfer.engine.beam_search.beams import Beams
 from jaxinfer.engine.request import Request
 from jaxinfer.inputs.chat import chat_images, render_chat
-from jaxinfer.inputs.defaults import ModelLimits, resolve, spread
+from jaxinfer.inputs.defaults import ModelLimits, params_per_prompt, resolve
 from jaxinfer.inputs.generation_config import from_generation_config
 from jaxinfer.inputs.loaded_model import LoadedModel
 from jaxinfer.inputs.prompts import Prompt, check_prompt_length, check_token_ids, max_prompt_chars, parse_prompts
 from jaxinfer.inputs.tokenizer import encode, encode_batch, encodes_batches, longest_token
-from jaxinfer.media import CrossInputs, CrossPrompt, Forms, PlacedInputs
+from jaxinfer.media import CrossInputs, CrossPrompt, PlacedInputs, PromptForms
 from jaxinfer.sampling_params import SamplingParams
 
 PIECE = 1024
@@ -34,7 +34,7 @@ Params = SamplingParams | Sequence[SamplingParams] | Any | None
 """Sampling parameters of a call: one for all prompts, one per prompt, or a transformers `GenerationConfig`."""
 
 
-class Intake:
+class InputProcessor:
     """Input processor of a model: parses prompts, renders chats and makes checked requests.
 
     `limits`: vocabulary and length limits of the model and its engine.
@@ -51,7 +51,7 @@ class Intake:
         longest = self.limits.max_model_len if cross is None else max(self.limits.max_model_len, cross.longest)
         if opened.tokenizer is not None:
             most = max_prompt_chars(self._longest_token, longest)
-        forms = Forms(media=opened.media is not None) if opened.cross is None else opened.cross.forms
+        forms = PromptForms(media=opened.media is not None) if opened.cross is None else opened.cross.forms
         return parse_prompts(prompts, max_chars=most, forms=forms)
 
     @cached_property
@@ -78,7 +78,7 @@ class Intake:
         """Return the image marker of a chat's text and the modality name of images; None, None for text-only models."""
         media, cross = self._opened.media, self._opened.cross
         if media is not None:
-            return media.marker, media.takes.modality
+            return media.marker, media.features.modality
         return (None, None) if cross is None or cross.marker is None else (cross.marker, cross.modality)
 
     def chat_params(self, params: Params) -> Params:
@@ -113,7 +113,7 @@ class Intake:
         """
         if params is not None and hasattr(params, "to_dict"):
             params = from_generation_config(params, self._opened.generation_config)
-        each = spread(self._opened.default_params if params is None else params, len(prompts))
+        each = params_per_prompt(self._opened.default_params if params is None else params, len(prompts))
         resolved, made = {}, []
         for start in range(0, len(prompts), PIECE):
             piece = prompts[start : start + PIECE]
@@ -206,7 +206,7 @@ class Intake:
             raise ValueError(f"prompt {index} has no tokens")
         check_token_ids(ids, known, index)
         limits, of_images = self.limits, sum(one.length for one in inputs)
-        check_prompt_length(len(ids), limits.max_model_len, index, of_images, limits.longer)
+        check_prompt_length(len(ids), limits.max_model_len, index, of_images, limits.length_hint)
         return read._replace(token_ids=list(ids)), None if media is None else media.place(ids, inputs, index)
 
     def _check_cross(self, index: int, cross: CrossInputs | None) -> None:

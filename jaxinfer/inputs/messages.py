@@ -34,7 +34,7 @@ _TEXT_PARTS = {
 _IMAGE_PARTS = {"image": "image", "image_pil": "image_pil", "image_url": "image_url", "input_image": "image_url"}
 """Image part types: type -> key of the image."""
 
-Forms = Callable[[str], str]
+ContentForms = Callable[[str], str]
 """Function from a role to the content forms that a template accepts for it: letters of `template_worker.describe`."""
 
 
@@ -62,7 +62,7 @@ def conversations(messages: Any, *, images: bool) -> tuple[list[list[dict[str, A
         raise ValueError("messages are nested too deeply, or contain themselves.") from None
 
 
-def for_template(chat: list[dict[str, Any]], forms: Forms, image_marker: str | None) -> list[dict[str, Any]]:
+def for_template(chat: list[dict[str, Any]], forms: ContentForms, image_marker: str | None) -> list[dict[str, Any]]:
     """Convert the contents of a conversation to the forms that a template accepts.
 
     Args:

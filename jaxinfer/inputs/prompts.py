@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from jaxinfer._utils.checks import describe, show_int
-from jaxinfer.media import Forms
+from jaxinfer.media import PromptForms
 
 _KEYS = ("prompt", "prompt_token_ids", "cache_salt")
 _MEDIA = "multi_modal_data"
@@ -37,10 +37,10 @@ class Prompt:
     encoder: Prompt | None = None
     """Prompt of the encoder; None for models whose encoder takes no prompt."""
     options: Mapping[str, Any] = field(default_factory=dict, compare=False)
-    """Model-specific keys of the prompt's dict (`Forms.options`), unchanged."""
+    """Model-specific keys of the prompt's dict (`PromptForms.options`), unchanged."""
 
 
-def parse_prompts(prompts: Any, *, max_chars: int | None = None, forms: Forms = Forms()) -> list[Prompt]:
+def parse_prompts(prompts: Any, *, max_chars: int | None = None, forms: PromptForms = PromptForms()) -> list[Prompt]:
     """Parse prompts in any of the accepted forms.
 
     A prompt is a string, a list of token ids, or a dict with "prompt" or "prompt_token_ids" (or both: the ids are used
@@ -86,7 +86,7 @@ def check_token_ids(token_ids: Sequence[int], vocab_size: int, index: int) -> No
     )
 
 
-def check_prompt_length(length: int, max_model_len: int, index: int, of_images: int = 0, longer: str = "") -> None:
+def check_prompt_length(length: int, max_model_len: int, index: int, of_images: int = 0, length_hint: str = "") -> None:
     """Check that a prompt leaves room for at least one new token.
 
     Args:
@@ -94,19 +94,19 @@ def check_prompt_length(length: int, max_model_len: int, index: int, of_images: 
         max_model_len: maximum tokens of a sequence.
         index: index of the prompt in its call.
         of_images: number of image tokens in the prompt.
-        longer: error text that says what limits `max_model_len` and how to raise it (`ModelLimits.longer`).
+        length_hint: error text that says what limits `max_model_len` and how to raise it (`ModelLimits.length_hint`).
 
     Raises:
         ValueError: the prompt is too long; the error names the prompt's index, both lengths and the remedy.
     """
     if length < max_model_len:
         return
-    asked = "" if length > max_model_len else " plus the number of requested output tokens (at least 1)"
+    requested = "" if length > max_model_len else " plus the number of requested output tokens (at least 1)"
     images = f", {of_images} of it images" if of_images else ""
     shorten = "Pass fewer or smaller images" if of_images else "Shorten the prompt"
     raise ValueError(
-        f"prompt {index}: The decoder prompt (length {length}{images}){asked} is longer than the "
-        f"maximum model length of {max_model_len}. {shorten}{longer}."
+        f"prompt {index}: The decoder prompt (length {length}{images}){requested} is longer than the "
+        f"maximum model length of {max_model_len}. {shorten}{length_hint}."
     )
 
 
@@ -129,7 +129,7 @@ def _is_numbers(value: Any) -> bool:
     return _is_sequence(value) and len(value) > 0 and all(isinstance(item, numbers.Number) for item in value)
 
 
-def _parse(prompt: Any, index: int, max_chars: int | None, forms: Forms) -> Prompt:
+def _parse(prompt: Any, index: int, max_chars: int | None, forms: PromptForms) -> Prompt:
     if forms.encoder:
         return _parse_pair(prompt, index, max_chars)
     if isinstance(prompt, str):
@@ -172,7 +172,7 @@ def _parse_side(prompt: Any, index: int, max_chars: int | None, side: str, other
     if _is_sequence(prompt):
         return Prompt(token_ids=_token_ids(prompt, index, side))
     if isinstance(prompt, Mapping):
-        return _parse_dict(prompt, index, max_chars, Forms(), side, others)
+        return _parse_dict(prompt, index, max_chars, PromptForms(), side, others)
     raise TypeError(
         f"prompt {index}: the {side} prompt must be a string, a list of token ids or a dict, got {describe(prompt)}."
     )
@@ -182,7 +182,7 @@ def _parse_dict(
     prompt: Mapping[Any, Any],
     index: int,
     max_chars: int | None,
-    forms: Forms,
+    forms: PromptForms,
     side: str = _DECODER,
     others: str = "",
 ) -> Prompt:

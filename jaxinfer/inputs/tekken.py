@@ -47,7 +47,7 @@ FIRST = (
 """Control tokens of files without a `special_tokens` list (up to version 7), in the order of their ids."""
 
 
-def is_kept_so(directory: Path) -> bool:
+def applies_to(directory: Path) -> bool:
     """Return whether the folder has tekken.json and no tokenizer.json."""
     return (directory / FILE).is_file() and not (directory / "tokenizer.json").is_file()
 
@@ -62,12 +62,12 @@ def backend(directory: Path) -> tuple[Tokenizer, dict[str, Any]]:
         CheckpointError: a field is invalid; the error names the field and its value.
     """
     path = directory / FILE
-    said = read_json(path)
-    config = said.get("config")
+    contents = read_json(path)
+    config = contents.get("config")
     if not isinstance(config, dict) or not isinstance(config.get("pattern"), str):
         raise CheckpointError(f"{path}: config must be an object with the string pattern, found {show(config)}.")
-    control = _control(said.get("special_tokens"), config, path)
-    entries = said.get("vocab")
+    control = _control(contents.get("special_tokens"), config, path)
+    entries = contents.get("vocab")
     if not isinstance(entries, list):
         raise CheckpointError(f"{path}: vocab must be a list of tokens, found {show(entries)}.")
     size = _count(config, "default_vocab_size", len(entries) + len(control), path)

@@ -49,7 +49,7 @@ _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
 _SETTINGS = ("model_max_length", "chat_template")
 
 
-def is_kept_so(directory: Path) -> bool:
+def applies_to(directory: Path) -> bool:
     """Return whether the folder has tiktoken.model and no tokenizer.json."""
     return (directory / FILE).is_file() and not (directory / "tokenizer.json").is_file()
 

@@ -48,13 +48,13 @@ def load_tokenizer(source: str | Path | Any) -> Any:
     with as_checkpoint_error(f"the tokenizer of {directory} could not be read"):
         made = _load(directory)
     with as_checkpoint_error(f"the tokenizer of {directory} cannot be used"):
-        _try_out(made, directory)
+        _check_round_trip(made, directory)
     return made
 
 
 def _load(directory: Path) -> Any:
     for own in (tekken, tiktoken):
-        if own.is_kept_so(directory):
+        if own.applies_to(directory):
             return _from_data(directory, own)
     vocabulary_files.check_vocabulary(directory)
     try:
@@ -64,7 +64,7 @@ def _load(directory: Path) -> Any:
             raise
         raise tokenizer_files.explain(directory, error) from error
     if (directory / vocabulary_files.SENTENCEPIECE).is_file() and not (directory / tokenizer_files.TOKENIZER).is_file():
-        made = _faithful(made, directory)
+        made = _match_sentencepiece(made, directory)
     if getattr(made, "chat_template", None) is None:
         made.chat_template = tokenizer_files.chat_template(directory)
     return made
@@ -86,7 +86,7 @@ def _from_library(directory: Path) -> Any:
         return made
 
 
-def _faithful(made: Any, directory: Path) -> Any:
+def _match_sentencepiece(made: Any, directory: Path) -> Any:
     """Return a conversion of tokenizer.model that encodes like SentencePiece: `made`, else the generic conversion.
 
     The tokenizer classes of some models, such as Llama, assume merges and a normalisation that the file may not have.
@@ -121,7 +121,7 @@ def _from_data(directory: Path, own: Any) -> Any:
     return from_transformers("PreTrainedTokenizerFast")(tokenizer_object=backend, **known)
 
 
-def _try_out(tokenizer: Any, directory: Path) -> None:
+def _check_round_trip(tokenizer: Any, directory: Path) -> None:
     """Encode and decode a text, so that a broken tokenizer fails at load time and not in a request.
 
     Raises:

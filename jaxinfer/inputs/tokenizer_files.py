@@ -179,13 +179,15 @@ def _check_added(listed: Any, path: Path) -> None:
 
 def _check_parts(path: Path) -> None:
     """Find the part of tokenizer.json that the tokenizers library rejects, by loading each part on its own."""
-    said = read_object(path)
-    if not isinstance(said.get("model"), dict):
-        raise CheckpointError(f"{path}: model is {show(said.get('model'))}; it must be an object with type and vocab.")
-    added = said.get("added_tokens")
+    contents = read_object(path)
+    if not isinstance(contents.get("model"), dict):
+        raise CheckpointError(
+            f"{path}: model is {show(contents.get('model'))}; it must be an object with type and vocab."
+        )
+    added = contents.get("added_tokens")
     if not isinstance(added, list):
         raise CheckpointError(f"{path}: added_tokens is {show(added)}; it must be a list.")
-    parts = {name: {name: said[name]} for name in (*_PARTS, "model") if said.get(name) is not None}
+    parts = {name: {name: contents[name]} for name in (*_PARTS, "model") if contents.get(name) is not None}
     parts |= {f"added_tokens[{at}]": {"added_tokens": [token]} for at, token in enumerate(added)}
     for name, part in parts.items():
         try:

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jaxinfer.kernels.attention import choose as attention
 from jaxinfer.kernels.attention.paged import DecodeRows, KVCache, PrefillTiles, Scoring, Slots
-from jaxinfer.kernels.state.slots import DecodeSlots, Segments, Whole
+from jaxinfer.kernels.state.slots import DecodeSlots, FullSequences, Segments
 from jaxinfer.kv.groups import Place
 from jaxinfer.kv.spec import Full, Sliding
 from jaxinfer.layers.heads import HeadLayout
@@ -28,7 +28,7 @@ class GroupStep(NamedTuple):
 
     slots: Slots | None
     """Slots that each token's keys and values are written to; None for encoder keys, which are already in the cache."""
-    rows: DecodeRows | PrefillTiles | Whole
+    rows: DecodeRows | PrefillTiles | FullSequences
     """Block tables, and the tokens that read each of them."""
 
 
@@ -58,7 +58,7 @@ class StepContext:
     """Work items that decode has room for (`kernels.attention.xla_attention.decode`)."""
     places: tuple[Place, ...] = field(default=(), metadata={"static": True})
     """Group and cache array of every layer."""
-    states: DecodeSlots | Segments | Whole | None = None
+    states: DecodeSlots | Segments | FullSequences | None = None
     """State slots that recurrent layers read and write."""
     seen: jax.Array | None = None
     """For models with cross-attention, the start and end of the encoder positions each token sees, `[T, 2]` int32. (0,
@@ -70,7 +70,7 @@ class StepContext:
         return self.groups[0].slots
 
     @property
-    def rows(self) -> DecodeRows | PrefillTiles | Whole:
+    def rows(self) -> DecodeRows | PrefillTiles | FullSequences:
         """Rows of the layer's group; for a layer's view only."""
         return self.groups[0].rows
 
@@ -176,7 +176,7 @@ class AttentionSpec:
 class Attention(nnx.Module):
     """Grouped-query attention (arXiv:2305.13245), with optional rotary embeddings, q/k norms, gating and sinks."""
 
-    placed_whole = True
+    no_split = True
     """A placement shards or replicates all parts together (`loading.weights.placeable`)."""
 
     def __init__(self, build: Build, spec: AttentionSpec):

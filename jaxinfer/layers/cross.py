@@ -68,7 +68,7 @@ class CrossQKV(nnx.Module):
 class CrossAttention(nnx.Module):
     """Grouped-query attention to encoder positions, without positional encoding."""
 
-    placed_whole = True
+    no_split = True
     """A placement shards or replicates all parts together (`loading.weights.placeable`)."""
 
     def __init__(self, build: Build, spec: CrossSpec):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxinfer.kernels.state import delta, short_conv
-from jaxinfer.kernels.state.slots import DecodeSlots, Segments, Whole
+from jaxinfer.kernels.state.slots import DecodeSlots, FullSequences, Segments
 from jaxinfer.kv.spec import State, StateArray
 from jaxinfer.layers.linear import Output
 from jaxinfer.layers.sharded import model_axis, on_shards
@@ -22,13 +22,13 @@ from jaxinfer.sharding import axes
 EPS = 1e-6
 """Epsilon of the l2 norm of queries and keys."""
 
-Rows: TypeAlias = DecodeSlots | Segments | Whole
+Rows: TypeAlias = DecodeSlots | Segments | FullSequences
 """Tokens of a step, and the state slots it reads and writes for them."""
 
 KERNELS: Mapping[type, tuple[Callable[..., Any], Callable[..., Any]]] = {
     DecodeSlots: (short_conv.decode, delta.decode),
     Segments: (short_conv.prefill, delta.prefill),
-    Whole: (short_conv.whole, delta.whole),
+    FullSequences: (short_conv.full_sequences, delta.full_sequences),
 }
 """Convolution and delta-rule kernels for each type of rows."""
 
@@ -69,7 +69,7 @@ class DeltaSpec:
             Output("v", self.value_heads, self.value_dim),
         )
 
-    def kept(self, dtype: jnp.dtype, replicated: bool) -> State:
+    def cache_spec(self, dtype: jnp.dtype, replicated: bool) -> State:
         """Return the cache spec; `dtype` is that of activations, in which convolution inputs are stored."""
         columns = sum(output.rows for output in self.convolved)
         heads, names = (self.value_heads, self.key_dim, self.value_dim), (axes.HEADS, axes.HEAD_DIM, axes.HEAD_DIM)

@@ -22,7 +22,7 @@ class DeltaNetSpec(DeltaSpec):
 class GatedDeltaNet(nnx.Module):
     """Gated DeltaNet layer; the number of value heads is a multiple of the number of key heads."""
 
-    placed_whole = True
+    no_split = True
     """A placement shards or replicates all parts together (`loading.weights.placeable`)."""
 
     def __init__(self, build: Build, spec: DeltaSpec):
@@ -48,7 +48,7 @@ class GatedDeltaNet(nnx.Module):
     @property
     def cache_spec(self) -> State:
         """Cache spec of the layer."""
-        return self.spec.kept(self.dtype, self.replicated)
+        return self.spec.cache_spec(self.dtype, self.replicated)
 
     def __call__(self, x: jax.Array, state: DeltaState, rows: Rows) -> tuple[jax.Array, DeltaState]:
         """Map `[T, M]` to `[T, M]` and the state after the step's tokens."""

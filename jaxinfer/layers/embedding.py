@@ -6,7 +6,7 @@ import numpy as np
 from flax import nnx
 
 from jaxinfer.kernels.matmul import int8_matmul
-from jaxinfer.layers.linear import Multiplying
+from jaxinfer.layers.linear import MatmulModule
 from jaxinfer.layers.norms import scale_by
 from jaxinfer.layers.params import Build, matrix, weight
 from jaxinfer.sharding import axes
@@ -14,7 +14,7 @@ from jaxinfer.sharding import mesh as meshes
 from jaxinfer.sharding.collectives import ALL_REDUCE, Collective
 
 
-class Embedding(Multiplying):
+class Embedding(MatmulModule):
     """Table `[V', M]` of token embeddings, a language-model head, or both; V' is V padded to a multiple of the shards.
 
     Args:
@@ -29,7 +29,7 @@ class Embedding(Multiplying):
         logit_scale: multiplier of logits, before the softcap; None for no scaling.
     """
 
-    placed_whole = True
+    no_split = True
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class Embedding(Multiplying):
             rows = int8_matmul.rotate(rows.astype(jnp.float32) * scales[:, None], self.block).astype(self.dtype)
         return rows if self.scale is None else scale_by(rows, self.scale)
 
-    def attend(self, hidden: jax.Array) -> jax.Array:
+    def logits(self, hidden: jax.Array) -> jax.Array:
         """Compute float32 logits `[B, V']` of hidden states `[B, M]`; logits of vocabulary padding are -inf."""
         logits = self.product(hidden, self.weight, self.weight_scale, jnp.dtype("float32"))
         if self.logit_scale is not None:
@@ -93,7 +93,7 @@ class Embedding(Multiplying):
 class LearnedPositions(nnx.Module):
     """Learned position embeddings; the table has `offset` rows before that of position 0."""
 
-    placed_whole = True
+    no_split = True
 
     def __init__(self, build: Build, count: int, width: int, *, offset: int = 0):
         self.offset = offset

@@ -83,7 +83,7 @@ class EncoderAttention(nnx.Module):
         out_bias: whether the output projection has a bias.
     """
 
-    placed_whole = True
+    no_split = True
 
     def __init__(
         self,

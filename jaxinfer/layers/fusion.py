@@ -24,15 +24,15 @@ times the time of one in bfloat16, and 0.96 to 1.09 times in float32, where no u
 """
 
 
-def rows_fused(asked: str | bool, mesh: Mesh) -> float:
+def rows_fused(requested: str | bool, mesh: Mesh) -> float:
     """Return the most rows that are multiplied as one GEMM on these devices.
 
     Raises:
         ConfigError: the setting is neither "auto" nor True nor False.
     """
-    if isinstance(asked, bool):
-        return ALWAYS if asked else NEVER
-    if asked != AUTO:
-        raise ConfigError(f"fuse_projections must be {AUTO!r}, True or False, got {asked!r}")
+    if isinstance(requested, bool):
+        return ALWAYS if requested else NEVER
+    if requested != AUTO:
+        raise ConfigError(f"fuse_projections must be {AUTO!r}, True or False, got {requested!r}")
     platform = mesh.devices.flat[0].platform
     return CROSSOVERS.get("gpu" if platform == "cuda" else platform, ALWAYS)

@@ -23,7 +23,7 @@ class KdaSpec(DeltaSpec):
 class KimiDeltaAttention(nnx.Module):
     """Kimi Delta Attention layer; q, k and v have equal heads and head dims (`spec.key_heads == spec.value_heads`)."""
 
-    placed_whole = True
+    no_split = True
     """A placement shards or replicates all parts together (`loading.weights.placeable`)."""
 
     def __init__(self, build: Build, spec: DeltaSpec):
@@ -49,7 +49,7 @@ class KimiDeltaAttention(nnx.Module):
     @property
     def cache_spec(self) -> State:
         """Cache spec of the layer."""
-        return self.spec.kept(self.dtype, self.replicated)
+        return self.spec.cache_spec(self.dtype, self.replicated)
 
     def __call__(self, x: jax.Array, state: DeltaState, rows: Rows) -> tuple[jax.Array, DeltaState]:
         """Map `[T, M]` to `[T, M]` and the state after the step's tokens."""

@@ -97,7 +97,7 @@ class Output:
         return found
 
 
-class Multiplying(nnx.Module):
+class MatmulModule(nnx.Module):
     """Base of modules that multiply activations with weights made by `params.matrix`."""
 
     kernel: str = XLA
@@ -136,7 +136,7 @@ class Multiplying(nnx.Module):
 def use_kernel(module: nnx.Module, kernel: str) -> None:
     """Set the matmul implementation of all parts of a module."""
     for _, part in nnx.iter_modules(module):
-        if isinstance(part, Multiplying):
+        if isinstance(part, MatmulModule):
             part.kernel = kernel
 
 
@@ -147,7 +147,7 @@ def use_fusion(module: nnx.Module, rows: float) -> None:
             part.rows_fused = rows
 
 
-class FusedLinear(Multiplying):
+class FusedLinear(MatmulModule):
     """`y_i = x W_i^T (+ b_i)` for several outputs `i`, as one GEMM, or one per output above `rows_fused` rows.
 
     Args:
@@ -210,7 +210,7 @@ class FusedLinear(Multiplying):
         return tuple(jnp.split(y, ends[:-1], axis=-1))
 
 
-class BatchedLinear(Multiplying):
+class BatchedLinear(MatmulModule):
     """`y_i = x_i W_i^T` for several inputs of equal width, as one batched GEMM, or one by one above `rows_fused` rows.
 
     The inputs are replicated outputs of a fused projection; each shard uses its own copy.
@@ -256,7 +256,7 @@ class BatchedLinear(Multiplying):
         return jax.vmap(multiply, in_axes=(1, *[0] * len(operands)), out_axes=1)(x, *operands)
 
 
-class RowLinear(Multiplying):
+class RowLinear(MatmulModule):
     """Row-parallel `y = x W^T (+ b)`: the input is sharded, and the output is the all-reduce of a block.
 
     Args:

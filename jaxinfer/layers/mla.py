@@ -62,7 +62,7 @@ class LatentSpec:
     """Whether the down-projections and the output projection have biases."""
 
     @property
-    def kept(self) -> int:
+    def latent_width(self) -> int:
         """Columns of the cache."""
         return self.rank + self.shared_dim
 
@@ -70,10 +70,10 @@ class LatentSpec:
 class LatentAttention(nnx.Module):
     """MLA layer: absorbed in decode, expanded in prefill (`kernels.attention.latent`, `EXPANDING`).
 
-    Its cache is one array `[N, 1, P, spec.kept]`, replicated on every device, with no separate values.
+    Its cache is one array `[N, 1, P, spec.latent_width]`, replicated on every device, with no separate values.
     """
 
-    placed_whole = True
+    no_split = True
     """A placement shards or replicates all parts together (`loading.weights.placeable`)."""
 
     def __init__(self, build: Build, spec: LatentSpec):
@@ -84,7 +84,7 @@ class LatentAttention(nnx.Module):
         """
         self.spec, self.replicated = spec, build.replicated
         queries = Output("q", spec.heads, spec.key_dim + spec.shared_dim)
-        kept = Output("kv_a", 1, spec.kept, sharded=False)
+        kept = Output("kv_a", 1, spec.latent_width, sharded=False)
         first = queries if spec.query_rank is None else Output("q_a", 1, spec.query_rank, sharded=False)
         self.down = FusedLinear(build, spec.width, (first, kept), bias=("q_a", "kv_a") if spec.bias else False)
         rank = spec.query_rank
@@ -100,7 +100,7 @@ class LatentAttention(nnx.Module):
     @property
     def cache_spec(self) -> Latent:
         """Cache spec of the layer."""
-        return Latent(head_dim=self.spec.kept)
+        return Latent(head_dim=self.spec.latent_width)
 
     def __call__(
         self, x: jax.Array, kv_cache: KVCache, rope: tuple[jax.Array, jax.Array] | None, step: StepContext

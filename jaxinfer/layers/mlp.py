@@ -23,7 +23,7 @@ ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
 class GatedMLP(nnx.Module):
     """`down(act(gate(x)) * up(x))`, with gate and up as one GEMM (arXiv:2002.05202); `summed` as in `RowLinear`."""
 
-    placed_whole = True
+    no_split = True
     """A placement shards or replicates all parts together (`loading.weights.placeable`)."""
 
     def __init__(self, build: Build, width: int, ffn: int, activation: str, *, bias: bool = False, summed: bool = True):
@@ -45,7 +45,7 @@ class GatedMLP(nnx.Module):
 class MLP(nnx.Module):
     """`down(act(up(x)))` with biases."""
 
-    placed_whole = True
+    no_split = True
 
     def __init__(self, build: Build, width: int, ffn: int, out: int, activation: str):
         hidden = Output("up", ffn)

@@ -26,7 +26,7 @@ from jaxinfer.kernels.matmul.grouped import Dispatch
 from jaxinfer.kernels.triton import triton_launch
 from jaxinfer.kernels.triton.triton_launch import Target
 from jaxinfer.layers.attention import StepContext
-from jaxinfer.layers.linear import Multiplying, Output
+from jaxinfer.layers.linear import MatmulModule, Output
 from jaxinfer.layers.mlp import ACTIVATIONS, GatedMLP
 from jaxinfer.layers.params import Build, constant, matrix, weight
 from jaxinfer.layers.router import Router, RouterConfig
@@ -91,7 +91,7 @@ class MoEConfig:
         return self.activation(gate, up)
 
 
-class ExpertLinear(Multiplying):
+class ExpertLinear(MatmulModule):
     """Weights of one projection for all experts, stacked. Runs on local shapes only.
 
     Args:
@@ -135,14 +135,14 @@ class ExpertLinear(Multiplying):
         return grouped.matmul(x, weight, laid.offsets, scales, kernel=self.kernel, target=target, block=self.block)
 
 
-class MoE(Multiplying):
+class MoE(MatmulModule):
     """`sum_j w_j down_j(act(gate_j(x), up_j(x)))` over each token's experts j, plus shared experts.
 
     By default every expert's width F is sharded, like an MLP's; with the placement tactic "experts" each device has E /
     tp whole experts. Router and tokens are replicated in both cases, and a single all-reduce sums the devices' outputs.
     """
 
-    placed_whole = True
+    no_split = True
     """A placement shards or replicates all parts together (`loading.weights.placeable`)."""
     has_experts = True
     """Whether a placement may use the tactic "experts"."""

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxinfer.errors import ConfigError
-from jaxinfer.layers.linear import Multiplying
+from jaxinfer.layers.linear import MatmulModule
 from jaxinfer.layers.params import Build, constant, param, weight
 from jaxinfer.sharding import axes
 
@@ -84,7 +84,7 @@ class RouterConfig:
             )
 
 
-class Router(Multiplying):
+class Router(MatmulModule):
     """Map `[T, M]` to each token's experts and weights. Replicated: every device computes the same selection."""
 
     def __init__(self, build: Build, width: int, experts: int, per_token: int, config: RouterConfig):

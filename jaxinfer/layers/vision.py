@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxinfer.kernels.matmul.choose import matmul
 from jaxinfer.layers.heads import HeadLayout
-from jaxinfer.layers.linear import FusedLinear, Multiplying, RowLinear
+from jaxinfer.layers.linear import FusedLinear, MatmulModule, RowLinear
 from jaxinfer.layers.mlp import MLP
 from jaxinfer.layers.norms import LayerNorm, RMSNorm, normalise_together
 from jaxinfer.layers.params import Build, constant, weight
@@ -65,10 +65,10 @@ class VisionConfig:
         return self.image_size // self.patch_size
 
 
-class PatchEmbedding(Multiplying):
+class PatchEmbedding(MatmulModule):
     """Embed pixels as tokens: CLS token, patches and learned positions."""
 
-    placed_whole = True
+    no_split = True
 
     def __init__(self, build: Build, config: VisionConfig):
         self.config = config
@@ -173,7 +173,7 @@ def _attend(
 class VisionAttention(nnx.Module):
     """Bidirectional attention, optionally with q/k norms over the whole width."""
 
-    placed_whole = True
+    no_split = True
 
     def __init__(self, build: Build, config: VisionConfig):
         self.mesh, self.config = build.mesh, config

@@ -56,21 +56,21 @@ def convert(
     """
     if Manifest.read(directory) is not None:
         raise CheckpointError(f"{directory} is a converted checkpoint already; convert the original checkpoint.")
-    served, config = weights.parse(hf := read_config(directory, overrides), directory)
+    model_family, config = weights.parse(hf := read_config(directory, overrides), directory)
     mesh = meshes.normalise(mesh)
     how = dict(quantization=quantization, placement=placement, pad_heads=pad_heads)
     with SafetensorsReader(directory) as reader, _new_folder(out) as folder:
         # Keep the stored dtype: this machine's preference does not matter where the folder is loaded.
-        kind = weights.resolve_dtype(dtype, weights.said_dtype(hf) or weights.stored_dtype(reader), "", served)
-        config, source = weights.settle(served, config, hf, reader, directory)
-        module = weights.abstract(served, config, kind, mesh, **how)
+        kind = weights.resolve_dtype(dtype, weights.config_dtype(hf) or weights.stored_dtype(reader), "", model_family)
+        config, source = weights.match_tensors(model_family, config, hf, reader, directory)
+        module = weights.abstract(model_family, config, kind, mesh, **how)
         wanted = rules.parameters(module)
-        planned = rules.plan(wanted, served.weight_rules(config), source, directory)
+        planned = rules.plan(wanted, model_family.weight_rules(config), source, directory)
         _write(folder, wanted, planned, source, mesh, progress)
         _copy_others(directory, folder)
         if overrides:
-            said = {name: value for name, value in hf.items() if value is not None}
-            (folder / "config.json").write_text(json.dumps(said, indent=2), encoding="utf-8")
+            values = {name: value for name, value in hf.items() if value is not None}
+            (folder / "config.json").write_text(json.dumps(values, indent=2), encoding="utf-8")
         manifest = Manifest(
             meshes.size(mesh),
             dict(placement.patterns),

@@ -31,7 +31,7 @@ from jaxinfer.sharding.policy import Placement
 
 
 @dataclass(frozen=True)
-class Named:
+class ModelArguments:
     """Model arguments of `LLM`."""
 
     model: str | Path | nnx.Module
@@ -55,7 +55,9 @@ def place(given: Mesh | None, config: EngineConfig, size_given: bool, group: Gro
     return mesh, dataclasses.replace(config, tensor_parallel_size=meshes.size(mesh))
 
 
-def open_model(named: Named, config: EngineConfig, mesh: Mesh, group: Group | None, *, progress: bool) -> LoadedModel:
+def open_model(
+    arguments: ModelArguments, config: EngineConfig, mesh: Mesh, group: Group | None, *, progress: bool
+) -> LoadedModel:
     """Load a model from a checkpoint, or wrap a given module.
 
     `group` is the group of processes that serve the model; all must have the same files, and only the first needs a
@@ -65,15 +67,15 @@ def open_model(named: Named, config: EngineConfig, mesh: Mesh, group: Group | No
         ConfigError, CheckpointError, OfflineError, DistributedError: see `jaxinfer.errors`.
     """
     follows = group is not None and group.process > 0
-    if isinstance(named.model, nnx.Module):
-        _check_module(named.model, config, mesh)
-        module, directory, params, ends = named.model, None, SamplingParams(), ()
+    if isinstance(arguments.model, nnx.Module):
+        _check_module(arguments.model, config, mesh)
+        module, directory, params, ends = arguments.model, None, SamplingParams(), ()
         hf, generation = {}, {}
     else:
-        directory = resolve_model(named.model, named.revision)
+        directory = resolve_model(arguments.model, arguments.revision)
         if group is not None:
             handshake.check_checkpoint(group, directory)
-        hf, generation = read_config(directory, named.overrides), read_generation_config(directory)
+        hf, generation = read_config(directory, arguments.overrides), read_generation_config(directory)
         params = default_params(generation, encoder_decoder=bool(hf.get("is_encoder_decoder")))
         ends = eos_ids(hf, generation)
         module = weights.load(
@@ -81,36 +83,36 @@ def open_model(named: Named, config: EngineConfig, mesh: Mesh, group: Group | No
             mesh,
             dtype=config.dtype,
             quantization=config.quantization,
-            overrides=named.overrides,
+            overrides=arguments.overrides,
             placement=Placement.of(config.placement),
             pad_heads=config.pad_heads,
             progress=progress,
         )
-    source = directory if named.tokenizer is None else named.tokenizer
-    tokenizer = None if source is None or named.skip_tokenizer_init or follows else load_tokenizer(source)
+    source = directory if arguments.tokenizer is None else arguments.tokenizer
+    tokenizer = None if source is None or arguments.skip_tokenizer_init or follows else load_tokenizer(source)
     if directory is None and getattr(tokenizer, "eos_token_id", None) is not None:
         ends = (tokenizer.eos_token_id,)  # a module has no configuration files that name EOS ids
     features = module.config.features
-    media = None if features is None else _media_reader(features, tokenizer, directory, named.overrides)
-    salt = f"{id(module) if directory is None else named.model}|{named.revision}".encode()
+    media = None if features is None else _media_reader(features, tokenizer, directory, arguments.overrides)
+    salt = f"{id(module) if directory is None else arguments.model}|{arguments.revision}".encode()
     sources = ReaderSources(module.config, hf, generation, tokenizer, directory)
     reader = None
     if module.config.cross is not None:
         reader = (TextReader if directory is None else family(hf).reader)(sources)
-    forced = {name: forced_id({name: sources.said(name)}, name) for name in FORCED}
+    forced = {name: forced_id({name: sources.lookup(name)}, name) for name in FORCED}
     return LoadedModel(module, tokenizer, media, reader, params, ends, salt, forced, generation)
 
 
 def _media_reader(
-    takes: Features, tokenizer: Any, directory: Path | None, overrides: Mapping[str, Any] | None
+    features: Features, tokenizer: Any, directory: Path | None, overrides: Mapping[str, Any] | None
 ) -> MediaReader:
     """Build the reader of images; for a module without a checkpoint it accepts token ids and pixel values only."""
     if directory is None:
-        return MediaReader(takes)
+        return MediaReader(features)
     hf = read_config(directory, overrides)
     form = family(hf).images
-    processor = None if form is None else ImageProcessor(form, directory, hf, takes.shape)
-    return MediaReader(takes, tokenizer, form, processor)
+    processor = None if form is None else ImageProcessor(form, directory, hf, features.shape)
+    return MediaReader(features, tokenizer, form, processor)
 
 
 def _check_module(module: nnx.Module, config: EngineConfig, mesh: Mesh) -> None:

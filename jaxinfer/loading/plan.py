@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from jaxinfer.checkpoint.formats import QUANTISATION_FILES
-from jaxinfer.checkpoint.hf import lay_over, read_config
+from jaxinfer.checkpoint.hf import apply_overrides, read_config
 from jaxinfer.checkpoint.hub import resolve_model
 from jaxinfer.checkpoint.manifest import NAME, Manifest
 from jaxinfer.checkpoint.safetensors import SafetensorsReader
@@ -84,9 +84,9 @@ def plan(
     if isinstance(step_bytes, bool) or not isinstance(step_bytes, int) or step_bytes < 0:
         raise ConfigError(f"step_bytes must be an integer of at least 0, bytes of a device, got {step_bytes!r}")
     mesh = meshes.normalise(_mesh(mesh, config.tensor_parallel_size), tensor_parallel_size)
-    served, parsed = weights.parse(hf, directory)
-    dtype, how = _settings(config, hf, directory, served)
-    module = weights.abstract(served, parsed, dtype, mesh, **how)
+    model_family, parsed = weights.parse(hf, directory)
+    dtype, how = _settings(config, hf, directory, model_family)
+    module = weights.abstract(model_family, parsed, dtype, mesh, **how)
     made = placement.plan(
         module,
         mesh,
@@ -155,13 +155,13 @@ def _find(
 ) -> tuple[Path | None, dict[str, Any]]:
     """Return the folder, if there is one, and the contents of config.json."""
     if isinstance(model, Mapping):
-        return None, lay_over(model, overrides)
+        return None, apply_overrides(model, overrides)
     directory = resolve_model(model, revision, patterns=FILES)
     return directory, read_config(directory, overrides)
 
 
 def _settings(
-    config: EngineConfig, hf: Mapping[str, Any], directory: Path | None, served: Family
+    config: EngineConfig, hf: Mapping[str, Any], directory: Path | None, model_family: Family
 ) -> tuple[jnp.dtype, dict[str, Any]]:
     """Choose the dtype, assuming a GPU, and the build options of the module, as `loading.load` would.
 
@@ -173,13 +173,13 @@ def _settings(
         "pad_heads": config.pad_heads,
     }
     manifest = None if directory is None else Manifest.read(directory)
-    stored = weights.said_dtype(hf) if manifest is None else manifest.dtype
+    stored = weights.config_dtype(hf) if manifest is None else manifest.dtype
     if config.dtype == "auto" and not stored:
-        stored = _stored(directory) or served.stored_dtype
+        stored = _stored(directory) or model_family.stored_dtype
         log.warning("config.json states no dtype; the plan assumes %s: pass dtype to change it", stored)
-    dtype = weights.resolve_dtype(config.dtype, stored, "gpu", served)
+    dtype = weights.resolve_dtype(config.dtype, stored, "gpu", model_family)
     if manifest is not None and directory is not None:
-        how = manifest.settle(directory, dtype, asked=config.dtype != "auto", **how)
+        how = manifest.resolve_options(directory, dtype, requested=config.dtype != "auto", **how)
     return dtype, how
 
 

@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from jaxinfer.checkpoint import naming, orbax, rules, ties
 from jaxinfer.checkpoint.formats import warn_of_adapter
-from jaxinfer.checkpoint.hf import ConfigReader, check_sizes, read_config, whole
+from jaxinfer.checkpoint.hf import ConfigReader, check_sizes, int_if_whole, read_config
 from jaxinfer.checkpoint.manifest import Manifest
 from jaxinfer.checkpoint.plain_json import show
 from jaxinfer.checkpoint.safetensors import SafetensorsReader
@@ -72,7 +72,7 @@ def load(
         CheckpointError: files or tensors do not match the configuration.
     """
     hf = read_config(directory, overrides)
-    served, config = parse(hf, directory)
+    model_family, config = parse(hf, directory)
     mesh = meshes.normalise(mesh)
     platform, how = (
         mesh.devices.flat[0].platform,
@@ -80,24 +80,32 @@ def load(
     )
     manifest = Manifest.read(directory)
     if manifest is not None:
-        config = ties.settle_stored(config, served.weight_rules, served.untie, manifest.parameters)
-        kind = resolve_dtype(dtype, manifest.dtype, platform, served)
-        module = abstract(served, config, kind, mesh, **manifest.settle(directory, kind, asked=dtype != "auto", **how))
-        orbax.restore(module, served.weight_rules(config), directory, manifest, mesh, progress=progress)
+        config = ties.resolve_stored(config, model_family.weight_rules, model_family.untie, manifest.parameters)
+        kind = resolve_dtype(dtype, manifest.dtype, platform, model_family)
+        module = abstract(
+            model_family,
+            config,
+            kind,
+            mesh,
+            **manifest.resolve_options(directory, kind, requested=dtype != "auto", **how),
+        )
+        orbax.restore(module, model_family.weight_rules(config), directory, manifest, mesh, progress=progress)
         return module
-    said = said_dtype(hf)
-    module = abstract(served, config, resolve_dtype(dtype, said or "float32", platform, served), mesh, **how)
+    stated = config_dtype(hf)
+    module = abstract(
+        model_family, config, resolve_dtype(dtype, stated or "float32", platform, model_family), mesh, **how
+    )
     with SafetensorsReader(directory) as reader:
-        settled, source = settle(served, config, hf, reader, directory)
-        if settled != config or not said:
-            kind = resolve_dtype(dtype, said or stored_dtype(reader), platform, served)
-            module = abstract(served, settled, kind, mesh, **how)
-        rules.load(module, served.weight_rules(settled), source, mesh, progress=progress, where=directory)
+        settled, source = match_tensors(model_family, config, hf, reader, directory)
+        if settled != config or not stated:
+            kind = resolve_dtype(dtype, stated or stored_dtype(reader), platform, model_family)
+            module = abstract(model_family, settled, kind, mesh, **how)
+        rules.load(module, model_family.weight_rules(settled), source, mesh, progress=progress, where=directory)
     return module
 
 
-def settle(
-    served: Family, config: Any, hf: Mapping[str, Any], reader: SafetensorsReader, directory: Path
+def match_tensors(
+    model_family: Family, config: Any, hf: Mapping[str, Any], reader: SafetensorsReader, directory: Path
 ) -> tuple[Any, Source]:
     """Adapt the configuration to the checkpoint's ties; return it with the tensors under weight table names.
 
@@ -105,17 +113,20 @@ def settle(
         CheckpointError: the tensors are those of an adapter, or quantised in an unsupported format.
     """
     warn_of_adapter(directory)
-    source = naming.named(
-        served.source(reader), served.weight_rules(config), directory, [*served.ignored, *_predicting(hf)]
+    source = naming.rename_tensors(
+        model_family.source(reader),
+        model_family.weight_rules(config),
+        directory,
+        [*model_family.ignored, *_predicting(hf)],
     )
-    return ties.settle(config, served.weight_rules, served.untie, source), source
+    return ties.resolve(config, model_family.weight_rules, model_family.untie, source), source
 
 
 def _predicting(hf: Mapping[str, Any]) -> Iterator[str]:
     """Yield patterns of multi-token prediction layers, which checkpoints number after the model's own layers."""
-    layers = whole(hf.get("num_hidden_layers"))
+    layers = int_if_whole(hf.get("num_hidden_layers"))
     for name in ("num_nextn_predict_layers", "num_mtp_layers"):
-        count = whole(hf.get(name))
+        count = int_if_whole(hf.get(name))
         if isinstance(layers, int) and isinstance(count, int):
             yield from (rf"model\.layers\.{layers + i}\..*" for i in range(min(count, 64)))
 
@@ -126,18 +137,18 @@ def parse(hf: Mapping[str, Any], directory: Path | None = None) -> tuple[Family,
     Raises:
         ConfigError: as `load`.
     """
-    served = family(hf)
-    added = {} if directory is None else served.from_folder(directory)
+    model_family = family(hf)
+    added = {} if directory is None else model_family.from_folder(directory)
     hf = {**hf, **{name: value for name, value in added.items() if hf.get(name) is None}}
     check_sizes(hf, *SIZES)
     reader = ConfigReader(hf, architecture(hf))
-    config = served.read_config(reader)
+    config = model_family.read_config(reader)
     reader.finish()
-    return served, config
+    return model_family, config
 
 
 def abstract(
-    served: Family,
+    model_family: Family,
     config: Any,
     dtype: jnp.dtype,
     mesh: Mesh | AbstractMesh,
@@ -155,7 +166,7 @@ def abstract(
     mesh = meshes.normalise(mesh)
     meshes.check_data_axis(mesh, config.features is not None)
     build = partial(Build, dtype=dtype, mesh=mesh, quantization=quantization, placement=placement, pad_heads=pad_heads)
-    module = nnx.eval_shape(lambda: served.build(build(nnx.Rngs(0)), config))
+    module = nnx.eval_shape(lambda: model_family.build(build(nnx.Rngs(0)), config))
     placement.check(*placeable(module), with_experts(module))
     for path, param in rules.parameters(module).items():
         sharding_rules.of(mesh, param.get_metadata(), param.shape, path)
@@ -166,10 +177,10 @@ def abstract(
 def placeable(module: nnx.Module) -> tuple[list[str], list[str]]:
     """Return the paths of modules that a placement may name, and of modules inside of one that is placed as a whole.
 
-    A module is placed as a whole if its class says so (`placed_whole`): all of its parts are sharded in the same way.
+    A module is placed as a whole if its class says so (`no_split`): all of its parts are sharded in the same way.
     """
     parts = {tuple(map(str, path)): part for path, part in nnx.iter_modules(module) if path}
-    wholes = {path for path, part in parts.items() if getattr(part, "placed_whole", False)}
+    wholes = {path for path, part in parts.items() if getattr(part, "no_split", False)}
     modules, inside = [], []
     for path in sorted(parts):
         within = any(path[:end] in wholes for end in range(1, len(path)))
@@ -197,10 +208,10 @@ def random(
     Padding heads are random as well: their cost is that of real ones, and the values have no meaning anyway.
     """
     mesh = meshes.normalise(mesh)
-    served, config = parse(hf)
-    kind = resolve_dtype(dtype, said_dtype(hf) or "bfloat16", mesh.devices.flat[0].platform, served)
+    model_family, config = parse(hf)
+    kind = resolve_dtype(dtype, config_dtype(hf) or "bfloat16", mesh.devices.flat[0].platform, model_family)
     how = dict(quantization=quantization, placement=placement, pad_heads=pad_heads)
-    module = abstract(served, config, kind, mesh, **how)
+    module = abstract(model_family, config, kind, mesh, **how)
     graph, state = nnx.split(module)
     shardings = [
         sharding_rules.of(mesh, param.get_metadata(), param.shape, path)
@@ -208,13 +219,13 @@ def random(
     ]
 
     def make() -> list[jax.Array]:
-        made = served.build(Build(nnx.Rngs(seed), kind, mesh, **how), config)
+        made = model_family.build(Build(nnx.Rngs(seed), kind, mesh, **how), config)
         return jax.tree.leaves(nnx.split(made)[1])
 
     return nnx.merge(graph, jax.tree.unflatten(jax.tree.structure(state), jax.jit(make, out_shardings=shardings)()))
 
 
-def resolve_dtype(asked: str, stored: str, platform: str, served: Family | None = None) -> jnp.dtype:
+def resolve_dtype(requested: str, stored: str, platform: str, model_family: Family | None = None) -> jnp.dtype:
     """Return the dtype to run in: the requested one, or the checkpoint's if the device computes it fast.
 
     Families whose activations overflow in float16 run float16 weights in bfloat16.
@@ -222,18 +233,18 @@ def resolve_dtype(asked: str, stored: str, platform: str, served: Family | None 
     Raises:
         ConfigError: float16 is requested for such a family, or the checkpoint's dtype is not supported for computation.
     """
-    overflows = served is not None and not served.float16
-    if asked == "float16" and overflows:
+    overflows = model_family is not None and not model_family.float16
+    if requested == "float16" and overflows:
         raise ConfigError(
             "dtype='float16' is not supported for this architecture: its activations overflow float16, so that every "
             "request would fail; use dtype='bfloat16' or 'float32'"
         )
-    kind = jnp.dtype(_dtype_name(stored) if asked == "auto" else asked)
-    if asked != "auto":
+    kind = jnp.dtype(_dtype_name(stored) if requested == "auto" else requested)
+    if requested != "auto":
         return kind
     if platform == "cpu" and kind != jnp.float32:
         if kind == jnp.float16 or jax.__version_info__ < (0, 11) and native.lacking() is not None:
-            _say_float32(str(kind))
+            _warn_float32(str(kind))
             return jnp.dtype(jnp.float32)
     if kind == jnp.float16 and overflows:
         log.warning("the weights are float16, but this architecture's activations overflow it; running in bfloat16")
@@ -254,7 +265,7 @@ def _dtype_name(stored: str) -> str:
 
 
 @cache
-def _say_float32(stored: str) -> None:
+def _warn_float32(stored: str) -> None:
     log.warning(
         "a %s checkpoint runs in float32, which is faster on this CPU with jax %s; pass dtype=%r to keep its dtype",
         stored,
@@ -263,7 +274,7 @@ def _say_float32(stored: str) -> None:
     )
 
 
-def said_dtype(hf: Mapping[str, Any]) -> str:
+def config_dtype(hf: Mapping[str, Any]) -> str:
     """Return the dtype stated by config.json or its text model's configuration; empty if there is none."""
     for values in (hf, hf.get("text_config"), hf.get("llm_config")):
         for name in ("dtype", "torch_dtype") if isinstance(values, Mapping) else ():

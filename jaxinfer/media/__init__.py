@@ -3,7 +3,7 @@
 from jaxinfer.media.audio import read_wav as read_wav
 from jaxinfer.media.cross import CrossPrompt as CrossPrompt
 from jaxinfer.media.cross import CrossReader as CrossReader
-from jaxinfer.media.cross import Forms as Forms
+from jaxinfer.media.cross import PromptForms as PromptForms
 from jaxinfer.media.cross import ReaderSources as ReaderSources
 from jaxinfer.media.cross import TextReader as TextReader
 from jaxinfer.media.inputs import CrossInputs as CrossInputs

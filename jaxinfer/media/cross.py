@@ -9,7 +9,7 @@ import numpy as np
 from jaxinfer.media.inputs import CrossInputs, EncoderInput
 
 
-class Forms(NamedTuple):
+class PromptForms(NamedTuple):
     """Forms of prompts that a model accepts."""
 
     media: bool = False
@@ -23,7 +23,7 @@ class Forms(NamedTuple):
 
 
 @runtime_checkable
-class Asked(Protocol):
+class ParsedPrompt(Protocol):
     """A parsed prompt (`inputs.prompts.Prompt`)."""
 
     text: str | None
@@ -33,7 +33,7 @@ class Asked(Protocol):
     options: Mapping[str, Any]
 
     @property
-    def encoder(self) -> "Asked | None":
+    def encoder(self) -> "ParsedPrompt | None":
         """The encoder's own prompt."""
         ...
 
@@ -65,7 +65,7 @@ class ReaderSources(NamedTuple):
     directory: Path | None
     """Folder of the checkpoint, or None."""
 
-    def said(self, name: str) -> Any:
+    def lookup(self, name: str) -> Any:
         """Return a value of generation_config.json, else of config.json, as in transformers; None if in neither."""
         value = self.generation.get(name)
         return self.hf.get(name) if value is None else value
@@ -75,13 +75,13 @@ class ReaderSources(NamedTuple):
 class CrossReader(Protocol):
     """Reads the prompts of a model; created by its family (`models.base.Family.reader`)."""
 
-    forms: Forms
+    forms: PromptForms
     modality: str
     """Modality of the encoder inputs: "text", or the key in `multi_modal_data`."""
     marker: str | None
     """Marker of an input in the text of a chat; None if chats have none."""
 
-    def read(self, prompt: Asked, index: int, encode: Callable[[str, bool], list[int]]) -> CrossPrompt:
+    def read(self, prompt: ParsedPrompt, index: int, encode: Callable[[str, bool], list[int]]) -> CrossPrompt:
         """Read prompt number `index`.
 
         Token ids and lengths are checked against the model's limits elsewhere.
@@ -104,21 +104,21 @@ class TextReader:
     followed by the text, after `forced_bos_token_id`.
     """
 
-    forms = Forms(encoder=True)
+    forms = PromptForms(encoder=True)
     modality = "text"
     marker: str | None = None
 
     def __init__(self, sources: ReaderSources):
-        start = sources.said("decoder_start_token_id")
-        self._start = sources.said("bos_token_id") if start is None else start
-        self._first = sources.said("forced_bos_token_id")
+        start = sources.lookup("decoder_start_token_id")
+        self._start = sources.lookup("bos_token_id") if start is None else start
+        self._first = sources.lookup("forced_bos_token_id")
 
-    def read(self, prompt: Asked, index: int, encode: Callable[[str, bool], list[int]]) -> CrossPrompt:
+    def read(self, prompt: ParsedPrompt, index: int, encode: Callable[[str, bool], list[int]]) -> CrossPrompt:
         """Read prompt number `index`; see `CrossReader.read`."""
-        asked = prompt.encoder
-        if asked is None:
+        prompted = prompt.encoder
+        if prompted is None:
             raise ValueError(f"prompt {index} has no 'encoder_prompt'; pass one.")
-        read = list(encode(asked.text, True) if asked.token_ids is None else asked.token_ids)
+        read = list(encode(prompted.text, True) if prompted.token_ids is None else prompted.token_ids)
         if not read:
             raise ValueError(f"prompt {index}: the encoder prompt has no tokens.")
         ids = list(prompt.token_ids or ())

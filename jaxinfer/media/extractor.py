@@ -43,7 +43,7 @@ class AudioProcessor:
             )
         return self._features(samples, "max_length")
 
-    def whole(self, audio: Audio) -> np.ndarray:
+    def extract(self, audio: Audio) -> np.ndarray:
         """Compute features of audio of any length, `[mel bins, frames]` float32; pad to at least one window.
 
         Raises:

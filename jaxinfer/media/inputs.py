@@ -17,7 +17,7 @@ class EncoderInput:
     """Values, `[n, *shape]`: float32 (such as the tiles of an image), or int32 token ids."""
     rows: int
     """Number of embeddings, or of cross-attention positions, per value."""
-    kept: int | None = None
+    num_positions: int | None = None
     """Cross-attention: number of leading rows that are positions, the others being padding; None if all are."""
     numbers: np.ndarray | None = None
     """Integers for the encoder beside the values, `[n, A]` int32; None if there are none."""
@@ -36,7 +36,11 @@ class EncoderInput:
 
     def _described(self, values: np.ndarray, numbers: np.ndarray) -> bytes:
         """Return everything but the values as bytes."""
-        beside = b"" if self.kept is None and not numbers.size else f"{self.kept} ".encode() + numbers.tobytes()
+        beside = (
+            b""
+            if self.num_positions is None and not numbers.size
+            else f"{self.num_positions} ".encode() + numbers.tobytes()
+        )
         return f"{self.modality} {values.shape} {self.rows} ".encode() + beside
 
     @property
@@ -58,7 +62,7 @@ class EncoderInput:
     @property
     def length(self) -> int:
         """Number of prompt tokens that the input replaces, or of its cross-attention positions."""
-        return self.count * self.rows if self.kept is None else self.kept
+        return self.count * self.rows if self.num_positions is None else self.num_positions
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,7 +161,7 @@ class CrossInputs:
             found[block] = found.get(block, b"") + np.array([token, first, end], "<i8").tobytes()
         return found
 
-    def reach(self, start: int, most: int) -> int | None:
+    def tokens_within(self, start: int, most: int) -> int | None:
         """Return how many tokens from `start` on fall into `most` ranges; None if all remaining ones do."""
         later = [token for token, _, _ in self.ranges if token > start]
         return later[most - 1] - start if len(later) >= most else None

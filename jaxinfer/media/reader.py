@@ -16,7 +16,7 @@ PREPROCESSED = "pixel_values"
 
 
 @runtime_checkable
-class Takes(Protocol):
+class FeatureSpec(Protocol):
     """Description of the encoder's inputs (`models.base.Features`)."""
 
     modality: str
@@ -29,7 +29,7 @@ class MediaReader:
     """Reads the images of prompts for one model.
 
     Args:
-        takes: the model's `config.features`.
+        features: the model's `config.features`.
         tokenizer: transformers tokenizer, or None.
         form: image format of the model's family; None if only tokens and pixel values are accepted.
         processor: image processor; None if only pixel values are accepted.
@@ -37,14 +37,16 @@ class MediaReader:
 
     def __init__(
         self,
-        takes: Takes,
+        features: FeatureSpec,
         tokenizer: Any = None,
         form: ImageFormat | None = None,
         processor: ImageProcessor | None = None,
     ):
-        self.takes, self.form, self._processor = takes, form, processor
+        self.features, self.form, self._processor = features, form, processor
         known = {} if tokenizer is None or form is None else tokenizer.get_vocab()
-        self.placeholder = known.get(form.placeholder, -1) if takes.placeholder < 0 and form else takes.placeholder
+        self.placeholder = (
+            known.get(form.placeholder, -1) if features.placeholder < 0 and form else features.placeholder
+        )
 
     @property
     def marker(self) -> str | None:
@@ -57,7 +59,7 @@ class MediaReader:
         Raises:
             TypeError, ValueError: an input is not an image that the model supports; names prompt and image.
         """
-        given, keys = data or {}, (self.takes.modality, PREPROCESSED)
+        given, keys = data or {}, (self.features.modality, PREPROCESSED)
         for key in given:
             if key not in keys:
                 raise ValueError(
@@ -74,9 +76,11 @@ class MediaReader:
         return ()
 
     def _input(self, value: Any, key: str, where: str) -> EncoderInput:
-        takes = self.takes
+        features = self.features
         if key == PREPROCESSED:
-            return EncoderInput(takes.modality, as_values(value, takes.shape, f"{where}: pixel_values"), takes.rows)
+            return EncoderInput(
+                features.modality, as_values(value, features.shape, f"{where}: pixel_values"), features.rows
+            )
         rgb = as_rgb(value, where)
         if self._processor is None:
             raise ValueError(f"{where}: there is no checkpoint with an image processor; pass {PREPROCESSED!r}.")
@@ -89,7 +93,7 @@ class MediaReader:
                 f"{where} of {rgb.shape[0]} x {rgb.shape[1]} pixels cannot be preprocessed: {type(error).__name__}: "
                 f"{error}."
             ) from error
-        return EncoderInput(takes.modality, tiles, takes.rows)
+        return EncoderInput(features.modality, tiles, features.rows)
 
     def expand(self, text: str, inputs: Sequence[EncoderInput], index: int) -> str:
         """Replace each image marker of a text by as many placeholders as the image has rows.
@@ -128,9 +132,11 @@ class MediaReader:
             return PlacedInputs(inputs, places) if inputs else None
         found = f"prompt {index} has {plural(len(places), 'image token')} (id {self.placeholder})"
         if not inputs:
-            raise ValueError(f"{found}, but no image is given; pass multi_modal_data={{{self.takes.modality!r}: ...}}.")
+            raise ValueError(
+                f"{found}, but no image is given; pass multi_modal_data={{{self.features.modality!r}: ...}}."
+            )
         tiles = " + ".join(str(one.count) for one in inputs)
         raise ValueError(
-            f"{found}, but {plural(len(inputs), 'image')} of {tiles} tiles x {self.takes.rows} tokens need "
+            f"{found}, but {plural(len(inputs), 'image')} of {tiles} tiles x {self.features.rows} tokens need "
             f"{wanted}; prompt_token_ids must contain them all."
         )

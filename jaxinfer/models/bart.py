@@ -113,7 +113,7 @@ def read_config(reader: ConfigReader, *, norm_first: bool) -> BartConfig:
         "do_blenderbot_90_layernorm": False,
     }
     for name, value in one_value.items():
-        reader.only(name, value)
+        reader.require(name, value)
     # Attributes of training and of other tasks, and copies.
     reader.skip("num_hidden_layers", "force_bos_token_to_be_generated", "gradient_checkpointing")
     reader.defaults(max_position_embeddings=1024)
@@ -208,7 +208,7 @@ class Bart(nnx.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Compute float32 logits `[B, V']` of hidden states `[B, M]`."""
         head = self.embedding if self.head is None else self.head
-        return head.attend(hidden) + self.logits_bias[...].astype(jnp.float32)
+        return head.logits(hidden) + self.logits_bias[...].astype(jnp.float32)
 
     def cache_specs(self) -> Sequence[Full]:
         """Return what self-attentions cache, then what cross-attentions cache."""

@@ -39,7 +39,7 @@ class TokenRule(Protocol):
     """Mask of the tokens that may come next, on the device. Static and hashable, as steps close over it."""
 
     def __call__(
-        self, logits: jax.Array, history: jax.Array, position: jax.Array, begin: jax.Array, says: jax.Array
+        self, logits: jax.Array, history: jax.Array, position: jax.Array, begin: jax.Array, flags: jax.Array
     ) -> jax.Array:
         """Mask logits `[B, V']`: return them with -inf for forbidden tokens.
 
@@ -48,7 +48,7 @@ class TokenRule(Protocol):
             history: tokens of each row, prompt first, `[B, L]`.
             position: position of the token to sample, `[B]`.
             begin: number of prompt tokens, `[B]`.
-            says: parameter set by the prompt's reader (`media.CrossPrompt.rule`), `[B]`; rows with 0 are returned
+            flags: parameter set by the prompt's reader (`media.CrossPrompt.rule`), `[B]`; rows with 0 are returned
                 unchanged.
         """
         ...
@@ -65,7 +65,7 @@ class CrossSource:
     everything else float32.
     """
     rows: int
-    """Maximum number of positions per value (see `media.EncoderInput.kept`)."""
+    """Maximum number of positions per value (see `media.EncoderInput.num_positions`)."""
     longest: int
     """Maximum number of positions per request."""
     joint: bool = False

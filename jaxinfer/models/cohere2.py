@@ -36,7 +36,7 @@ class ParallelLayer(Layer):
 
 def config(reader: ConfigReader) -> DecoderConfig:
     """Read the configuration; by default every fourth layer is full, and only sliding layers have a rope."""
-    reader.absent(sliding_window=4096)
+    reader.defaults_if_absent(sliding_window=4096)
     reader.defaults(tie_word_embeddings=True, max_position_embeddings=8192)
     one_value = {
         "use_parallel_block": (True,),
@@ -46,10 +46,10 @@ def config(reader: ConfigReader) -> DecoderConfig:
         "rotary_pct": (1,),
     }
     for name, values in one_value.items():
-        reader.only(name, *values)
+        reader.require(name, *values)
     reader.skip("use_parallel_embedding")  # how embeddings are divided over devices
     pattern, layers = reader.get_int("sliding_window_pattern", 4), reader.get_int("num_hidden_layers")
-    reader.only("layer_switch", pattern)
+    reader.require("layer_switch", pattern)
     kinds = layer_kinds(reader, [SLIDING if number % pattern else FULL for number in range(1, layers + 1)])
     bias = reader.get_bool("attention_bias", False)
     shared = read_config(

@@ -158,7 +158,7 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Compute float32 logits `[B, V']` of hidden states `[B, M]`."""
-        return (self.embedding if self.head is None else self.head).attend(hidden)
+        return (self.embedding if self.head is None else self.head).logits(hidden)
 
     def cache_specs(self) -> Sequence[Full | State]:
         """Return what each layer caches."""

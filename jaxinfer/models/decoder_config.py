@@ -153,7 +153,7 @@ class DecoderConfig:
         return self.rope.original_max_position if longrope else None
 
 
-class AroundDecoder:
+class CompositeConfig:
     """Mixin for configurations of models around a decoder: passes on what the decoder's configuration says."""
 
     text: DecoderConfig
@@ -229,7 +229,7 @@ def read_config(
     head_dim = reader.get_int("head_dim", None) or reader.divide("hidden_size", width, "num_attention_heads", heads)
     reader.divide("num_attention_heads", heads, "num_key_value_heads", kv_heads)
     chosen = reader.get_choice(activation, "silu", ACTIVATIONS)
-    reader.require(one_values(qk_norm=qk_norm, experts=moe is not None))
+    reader.restrict(one_values(qk_norm=qk_norm, experts=moe is not None))
     eps = reader.get_float(*norm_eps, above=0)
     rope, local = _ropes(reader, head_dim, local_rope)
     turned = min(one.rotary_dim for one in (rope, local) if one is not None)

@@ -34,7 +34,7 @@ def latent_spec(reader: ConfigReader, *, rotated: bool) -> LatentSpec:
             "num_attention_heads"
         )
     reader.skip("head_dim")  # derived from others in transformers' files, unused in published ones
-    reader.only("qk_head_dim", own + shared)
+    reader.require("qk_head_dim", own + shared)
     return LatentSpec(
         reader.get_int("hidden_size"),
         heads,
@@ -55,7 +55,7 @@ def experts(
 ) -> MoEConfig:
     """Read the mixture of experts, whose attribute names differ between families."""
     for name, value in ("scoring_func", SIGMOID), ("topk_method", "noaux_tc"), ("moe_layer_freq", 1):
-        reader.only(name, value)
+        reader.require(name, value)
     width, one = reader.get_int("moe_intermediate_size"), reader.get_int(groups, 1)
     router = RouterConfig(
         SIGMOID,
@@ -96,7 +96,7 @@ def stack(
         rope: rotary embedding; None for no positional encoding.
         eps: epsilon of the norms, except those of the latents.
     """
-    reader.require(one_values(qk_norm=False, experts=True) | {"use_qk_norm": (False, True)})
+    reader.restrict(one_values(qk_norm=False, experts=True) | {"use_qk_norm": (False, True)})
     layers, activation = reader.get_int("num_hidden_layers"), reader.get_choice("hidden_act", "silu", ACTIVATIONS)
     return DecoderConfig(
         vocab_size=reader.get_int("vocab_size"),
@@ -116,7 +116,7 @@ def stack(
 
 def config(reader: ConfigReader) -> DecoderConfig:
     """Read the configuration; the first layers are dense, and yarn's squared factor scales the scores as well."""
-    reader.absent(q_lora_rank=1536)
+    reader.defaults_if_absent(q_lora_rank=1536)
     reader.defaults(n_group=8, topk_group=4, routed_scaling_factor=2.5, max_position_embeddings=4096)
     eps, layers = reader.get_float("rms_norm_eps", 1e-6, above=0), reader.get_int("num_hidden_layers")
     attention = latent_spec(reader, rotated=True)

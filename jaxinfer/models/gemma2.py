@@ -52,7 +52,9 @@ def gemma(reader: ConfigReader, kinds: Sequence[str], **more: Any) -> DecoderCon
 
 def config(reader: ConfigReader) -> DecoderConfig:
     """Read the configuration; the first layer slides, and both softcaps may be null."""
-    reader.absent(attn_logit_softcapping=50.0, final_logit_softcapping=30.0, sliding_window=4096, num_key_value_heads=4)
+    reader.defaults_if_absent(
+        attn_logit_softcapping=50.0, final_logit_softcapping=30.0, sliding_window=4096, num_key_value_heads=4
+    )
     reader.defaults(
         query_pre_attn_scalar=256,
         hidden_activation="gelu_pytorch_tanh",

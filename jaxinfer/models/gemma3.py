@@ -38,7 +38,7 @@ def config(reader: ConfigReader) -> DecoderConfig:
         reader.skip(*IMAGES)
         reader = reader.part("text_config", **{} if tied is None else {"tie_word_embeddings": tied})
         reader.defaults(hidden_size=2304, intermediate_size=9216, num_hidden_layers=26)
-    reader.absent(sliding_window=4096)
+    reader.defaults_if_absent(sliding_window=4096)
     reader.defaults(
         vocab_size=262_208,
         num_attention_heads=8,

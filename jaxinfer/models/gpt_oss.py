@@ -34,11 +34,11 @@ def config(reader: ConfigReader) -> DecoderConfig:
     """
     # Copies of num_experts_per_tok and of rope's original length, in files on the Hub.
     reader.skip("hidden_act", "quantization_config", "experts_per_token", "initial_context_length")
-    reader.only("norm_topk_prob", True)
+    reader.require("norm_topk_prob", True)
     reader.default_theta = 150_000.0
     if not reader.get("rope_scaling", None):
         reader.defaults(rope_parameters=ROPE)
-    reader.absent(sliding_window=128, num_key_value_heads=8)
+    reader.defaults_if_absent(sliding_window=128, num_key_value_heads=8)
     reader.defaults(attention_bias=True, head_dim=64, max_position_embeddings=131_072, rms_norm_eps=1e-5)
     limit = reader.get_float("swiglu_limit", 7.0, above=0)
     activation = ClampedSwiGLU(reader.get_float("swiglu_alpha", 1.702), limit)

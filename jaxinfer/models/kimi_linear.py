@@ -35,9 +35,9 @@ HUB = {
 def config(reader: ConfigReader) -> DecoderConfig:
     """Read the configuration; the `qk_rope_head_dim` columns are shared by all heads, but not rotated."""
     reader.skip("rope_theta", "rope_scaling", "rope_parameters", "use_grouped_topk")
-    reader.only("moe_router_activation_func", SIGMOID)
-    reader.only("mla_use_nope", True)
-    reader.only("use_rope", False)
+    reader.require("moe_router_activation_func", SIGMOID)
+    reader.require("mla_use_nope", True)
+    reader.require("use_rope", False)
     names = {hub: hub if reader.has(hub) else own for hub, own in HUB.items()}
     reader.skip(*HUB, *HUB.values())
     reader.defaults(routed_scaling_factor=2.446, num_experts=256, num_local_experts=256)
@@ -97,9 +97,9 @@ def _linear(reader: ConfigReader, layers: int, eps: float) -> tuple[KdaSpec, tup
                 "config.json: layer_types and linear_attn_config name different kinds of layers; remove one"
             )
         for own, flat in shape.items():
-            if None not in (said := (part.get(own, None), reader.get(flat, None))) and said[0] != said[1]:
+            if None not in (stated := (part.get(own, None), reader.get(flat, None))) and stated[0] != stated[1]:
                 raise ConfigError(
-                    f"config.json: linear_attn_config.{own} is {said[0]!r} and {flat} is {said[1]!r}; remove one"
+                    f"config.json: linear_attn_config.{own} is {stated[0]!r} and {flat} is {stated[1]!r}; remove one"
                 )
     heads, dim = part.get_int(names["num_heads"], 32), part.get_int(names["head_dim"], 128)
     taps = part.get_int(names["short_conv_kernel_size"], 4, least=2)

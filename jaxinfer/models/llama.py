@@ -15,7 +15,7 @@ def config(reader: ConfigReader) -> DecoderConfig:
     reader.defaults(max_position_embeddings=2048)
     window = reader.get_int("sliding_window", 0, least=0)
     if reader.get_bool("use_sliding_window", True) and window < reader.get_int("max_position_embeddings"):
-        reader.only("sliding_window", 0)
+        reader.require("sliding_window", 0)
     reader.skip("max_window_layers")
     layer_kinds(reader, [FULL] * reader.get_int("num_hidden_layers"), known=(FULL,))
     bias = reader.get_bool("attention_bias", False)

@@ -8,10 +8,10 @@ from jaxinfer.models.decoder_config import FULL, SLIDING, DecoderConfig, layer_k
 
 def config(reader: ConfigReader) -> DecoderConfig:
     """Read the configuration; a window applies to all layers unless `layer_types` says otherwise."""
-    reader.absent(sliding_window=4096, num_key_value_heads=8)
+    reader.defaults_if_absent(sliding_window=4096, num_key_value_heads=8)
     reader.defaults(max_position_embeddings=131_072)
     window = window_of(reader)
-    reader.only("use_sliding_window", window is not None)
+    reader.require("use_sliding_window", window is not None)
     reader.skip("max_window_layers")
     default = [SLIDING if window else FULL] * reader.get_int("num_hidden_layers")
     return read_config(reader, window=window, kinds=layer_kinds(reader, default))

@@ -14,10 +14,10 @@ NAMES = MoENames(("block_sparse_moe", "mlp"), gate="w1", up="w3", down="w2")
 
 def config(reader: ConfigReader) -> DecoderConfig:
     """Read the configuration; `intermediate_size` is the width of one expert."""
-    reader.absent(num_key_value_heads=8)
+    reader.defaults_if_absent(num_key_value_heads=8)
     reader.defaults(max_position_embeddings=131_072, rms_norm_eps=1e-5)
     reader.default_theta = 1_000_000.0
-    reader.only("norm_topk_prob", True)
+    reader.require("norm_topk_prob", True)
     moe = MoEConfig(
         reader.get_int("num_local_experts", 8),
         reader.get_int("num_experts_per_tok", 2),

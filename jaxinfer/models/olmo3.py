@@ -17,7 +17,7 @@ SCALING = Scaling(wide=True)
 def config(reader: ConfigReader) -> DecoderConfig:
     """Read the configuration; `rope_scaling` applies to full layers only, `rope_theta` to all."""
     reader.default_theta = 500_000.0
-    reader.absent(sliding_window=4096)
+    reader.defaults_if_absent(sliding_window=4096)
     reader.defaults(max_position_embeddings=2048, rms_norm_eps=1e-5)
     bias, layers = reader.get_bool("attention_bias", False), reader.get_int("num_hidden_layers")
     kinds = [SLIDING if number % 4 else FULL for number in range(1, layers + 1)]

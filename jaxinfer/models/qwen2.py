@@ -24,7 +24,7 @@ def windows(reader: ConfigReader) -> dict[str, Any]:
 
 def config(reader: ConfigReader) -> DecoderConfig:
     """Read the configuration; q, k and v always have biases and o never, whatever the file says."""
-    reader.absent(num_key_value_heads=32)
+    reader.defaults_if_absent(num_key_value_heads=32)
     reader.defaults(max_position_embeddings=32_768)
     reader.skip("attention_bias", "qkv_bias")
     return read_config(reader, qkv_bias=True, **windows(reader))

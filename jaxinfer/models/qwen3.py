@@ -15,7 +15,7 @@ def config(reader: ConfigReader, **more: Any) -> DecoderConfig:
     `more` are arguments of `decoder_config.read_config`; families with experts set their own defaults first.
     """
     if "moe" not in more:
-        reader.absent(num_key_value_heads=32)
+        reader.defaults_if_absent(num_key_value_heads=32)
         reader.defaults(head_dim=128)
     reader.defaults(max_position_embeddings=32_768)
     bias = reader.get_bool("attention_bias", False)

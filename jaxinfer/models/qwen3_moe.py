@@ -29,8 +29,8 @@ def dense_layers(reader: ConfigReader) -> tuple[int, ...]:
 
 def config(reader: ConfigReader) -> DecoderConfig:
     """Read the configuration; `intermediate_size` is the width of the layers without experts."""
-    reader.absent(num_key_value_heads=4)
-    reader.only("shared_expert_intermediate_size", 0)
+    reader.defaults_if_absent(num_key_value_heads=4)
+    reader.require("shared_expert_intermediate_size", 0)
     router = RouterConfig(renormalise=reader.get_bool("norm_topk_prob", False))
     experts = reader.get_int("num_local_experts", 128)
     moe = MoEConfig(

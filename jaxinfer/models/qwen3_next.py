@@ -23,10 +23,10 @@ SCALING = Scaling(offset=1.0, wide=True)
 
 def config(reader: ConfigReader) -> DecoderConfig:
     """Read the configuration; a quarter of a head's columns is rotated, the output gate is fused with q."""
-    reader.absent(num_key_value_heads=2)
+    reader.defaults_if_absent(num_key_value_heads=2)
     reader.defaults(head_dim=256, max_position_embeddings=32_768)
     for name in ("attn_output_gate", "attention_output_gate"):
-        reader.only(name, True)
+        reader.require(name, True)
     stated = reader.get("rope_parameters", None) or {}
     if not isinstance(stated, dict) or "partial_rotary_factor" not in stated:
         reader.defaults(partial_rotary_factor=0.25)

@@ -5,7 +5,7 @@ from html import escape
 
 from jaxinfer._utils.units import size_text
 from jaxinfer.sharding.collectives import DECODE, PREFILL, STEPS, TOKEN
-from jaxinfer.sharding.placement_rows import EVERYWHERE, Placed, Row
+from jaxinfer.sharding.placement_rows import REPLICATION_NOTE, Placed, Row
 from jaxinfer.sharding.placement_tree import Node, tree
 
 # Only marks are colored and lines are translucent: text and background are the notebook's, in light and dark mode.
@@ -56,7 +56,7 @@ def render(plan: Placed) -> str:
     body = "".join(_node(child, plan, 0, 1, root.device_bytes) for child in root.children)
     return (
         f'<div class="jxp"><style>{STYLE}</style>{_title(plan)}{_tiles(plan)}{_device(plan)}'
-        f'<div class="tree">{head}{body}</div><p class="note">{escape(EVERYWHERE)}</p></div>'
+        f'<div class="tree">{head}{body}</div><p class="note">{escape(REPLICATION_NOTE)}</p></div>'
     )
 
 

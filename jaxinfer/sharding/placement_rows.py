@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 
 from jaxinfer.sharding.collectives import STEPS, Collective
 
-EVERYWHERE = (
+REPLICATION_NOTE = (
     "A replicated layer is copied to every device and computed on every device; none lies on the first device only."
 )
 """Note shown with every plan."""

@@ -13,7 +13,7 @@ ROW = re.compile(r"^(\d+) (.*)$")
 CATEGORIES = (
     ("sampling", re.compile(r"jaxinfer/engine/sampling/(?:sampler|drawing)\.py")),
     ("attention", re.compile(r"jaxinfer/layers/attention\.py attend|jaxinfer/kernels/\w*(attention|paged)")),
-    ("gemms", re.compile(r"jaxinfer/layers/(linear\.py|embedding\.py Embedding\.attend)|jaxinfer/kernels/\w*matmul")),
+    ("gemms", re.compile(r"jaxinfer/layers/(linear\.py|embedding\.py Embedding\.logits)|jaxinfer/kernels/\w*matmul")),
 )
 """Categories with their patterns, matched against "file function" of an operation's stack; the first match is used,
 else "rest"."""

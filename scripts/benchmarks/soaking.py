@@ -58,7 +58,7 @@ def measure(folder: Path, vocab: int, settings: dict[str, Any], seconds: float, 
     rng, calls, aborted = np.random.default_rng(seed), 0, 0
     with LLM(folder, use_tqdm=False, **settings) as llm:
         done = llm.warmup()
-        longest = llm._intake.limits.max_model_len
+        longest = llm._input_processor.limits.max_model_len
         with compilations() as compiled:
             end = time.monotonic() + seconds
             while time.monotonic() < end:

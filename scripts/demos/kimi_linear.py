@@ -99,9 +99,9 @@ class Trainer:
 
     def save(self, out: pathlib.Path) -> None:
         """Write the weights in float32, config.json and generation_config.json."""
-        served, config = loading.parse(self.config)
+        model_family, config = loading.parse(self.config)
         module = nnx.merge(self.graph, jax.tree.unflatten(self.tree, list(self.weights.values())))
-        save_file(saving.tensors(module, served.weight_rules(config)), out / "model.safetensors")
+        save_file(saving.tensors(module, model_family.weight_rules(config)), out / "model.safetensors")
         (out / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
         said = {name: self.config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         (out / "generation_config.json").write_text(json.dumps(said, indent=2) + "\n")

@@ -92,14 +92,14 @@ def make_config(rng: random.Random, folder: Path) -> Callable[[], object]:
 
     def read() -> None:
         hf = read_config(folder)
-        served, parsed = weights.parse(hf, folder)
-        weights.resolve_dtype("auto", weights.said_dtype(hf) or served.stored_dtype, "gpu", served)
+        model_family, parsed = weights.parse(hf, folder)
+        weights.resolve_dtype("auto", weights.config_dtype(hf) or model_family.stored_dtype, "gpu", model_family)
         for name in ("max_length", "query_group", "features", "cross", "recompute_after"):
             getattr(parsed, name)
         parsed.length_key(100)
         generation.eos_ids(hf, {})
         if small:
-            weights.abstract(served, parsed, jnp.dtype("bfloat16"), make_mesh(1))
+            weights.abstract(model_family, parsed, jnp.dtype("bfloat16"), make_mesh(1))
 
     return read
 

@@ -12,7 +12,7 @@ from jaxinfer._utils.units import size_text
 from jaxinfer.sharding import Plan
 from jaxinfer.sharding.collectives import DECODE, SAMPLE, TOKEN
 from jaxinfer.sharding.placement_html import axes_text, counts, mesh_text, token_bytes
-from jaxinfer.sharding.placement_rows import EVERYWHERE, Row
+from jaxinfer.sharding.placement_rows import REPLICATION_NOTE, Row
 from jaxinfer.sharding.placement_tree import Node, tree
 from placements.tuned import Tuned
 
@@ -97,7 +97,7 @@ def sentences(plan: Plan) -> Iterator[str]:
         f"{size_text(plan.checkpoint_bytes)}."
     )
     if plan.devices > 1:
-        yield f"{size_text(plan.copied_bytes)} of it is the same on every device. {EVERYWHERE}"
+        yield f"{size_text(plan.copied_bytes)} of it is the same on every device. {REPLICATION_NOTE}"
     for step in plan.steps:
         what = f"{counts(plan, step)}, {size_text(token_bytes(plan, step))} a token on each device"
         yield f"Each {step} step exchanges {what if plan.collectives(step) else 'nothing'}."
@@ -193,7 +193,7 @@ def conclusions(found: Tuned) -> Iterator[str]:
     elif not found.proposal:
         yield f"All sharded is the fastest that fits: {size}."
     else:
-        yield f"The fastest that fits replicates {', '.join(found.proposal)}: {size}. {EVERYWHERE}"
+        yield f"The fastest that fits replicates {', '.join(found.proposal)}: {size}. {REPLICATION_NOTE}"
         for timing in found.timings:
             again = found.confirmed[str(timing.step)]
             yield (

@@ -37,8 +37,8 @@ def whole():
 @pytest.mark.parametrize("quantization", [None, "int8"])
 @pytest.mark.parametrize(("dtype", "other"), [("float32", "bfloat16"), ("bfloat16", "float32")])
 def test_the_cache_has_the_dtype_of_the_embedding_whatever_a_single_parameter_has(dtype, other, quantization):
-    served, parsed = weights.parse(config("llama") | {"tie_word_embeddings": True})
-    module = weights.abstract(served, parsed, np.dtype(dtype), make_mesh(), quantization=quantization)
+    model_family, parsed = weights.parse(config("llama") | {"tie_word_embeddings": True})
+    module = weights.abstract(model_family, parsed, np.dtype(dtype), make_mesh(), quantization=quantization)
     module.norm.scale = nnx.Param(jax.ShapeDtypeStruct((32,), np.dtype(other)), **module.norm.scale.get_metadata())
     program, _ = functional.split(module)
     assert program.dtype == np.dtype(dtype)

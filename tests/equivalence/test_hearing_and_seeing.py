@@ -18,7 +18,7 @@ from jaxinfer.engine.runner.runner import Runner
 from jaxinfer.functional import split
 from jaxinfer.loading import weights
 from jaxinfer.media import CrossInputs, EncoderInput
-from jaxinfer.models.whisper.tokens import Says
+from jaxinfer.models.whisper.tokens import RuleFlags
 from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.sharding import make_mesh
 
@@ -46,7 +46,8 @@ def settled(engine: Engine) -> None:
 
 
 SEEDED = SamplingParams(temperature=0.3, seed=11, max_tokens=24)
-RULES = (Says.TEXT, Says.TEXT | Says.TIMESTAMPS, Says.TEXT | Says.TIMESTAMPS | Says.DETECT, Says.TEXT | Says.DETECT, 0)
+TEXT, TIMESTAMPS, DETECT = RuleFlags.TEXT, RuleFlags.TIMESTAMPS, RuleFlags.DETECT
+RULES = (TEXT, TEXT | TIMESTAMPS, TEXT | TIMESTAMPS | DETECT, TEXT | DETECT, 0)
 
 
 def heard(seed: int) -> CrossInputs:

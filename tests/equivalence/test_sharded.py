@@ -157,12 +157,12 @@ def test_a_decoder_beside_a_vision_tower_has_a_copy_on_each_device_of_the_axis_d
     hf = CONFIG | dict(architectures=["LlamaForCausalLM"], num_attention_heads=8)
     folder = checkpoint.write(tmp_path, hf, with_tokenizer=False)
     mesh = jax.make_mesh((2, 2), (axes.DATA, axes.MODEL), axis_types=(AxisType.Auto,) * 2)
-    served, config = weights.parse(hf)
+    model_family, config = weights.parse(hf)
     seeing = replace(config, features=Features("image", (3, 8, 8), rows=4, placeholder=-1))
-    module = weights.abstract(served, seeing, np.dtype("float32"), mesh)
+    module = weights.abstract(model_family, seeing, np.dtype("float32"), mesh)
     module.config = config  # the decoder alone
     with SafetensorsReader(folder) as reader:
-        rules.load(module, served.weight_rules(config), reader, mesh, progress=False)
+        rules.load(module, model_family.weight_rules(config), reader, mesh, progress=False)
     runner = Runner(*split(module, mesh), shapes())
     assert {len(param.sharding.device_set) for param in runner.params} == {4}
     check(runner, sharded(), greedy)

@@ -303,11 +303,11 @@ def test_a_close_that_is_interrupted_lets_go_of_everything_all_the_same(make_llm
 def test_a_call_finds_the_llm_closed_by_another_thread_meanwhile(make_llm, monkeypatch):
     """At whatever moment: here while it tokenises, and before it looks at the engine."""
     llm = make_llm()
-    parse = llm._intake.parse
-    monkeypatch.setattr(llm._intake, "parse", lambda prompts: (llm.close(), parse(prompts))[1])
+    parse = llm._input_processor.parse
+    monkeypatch.setattr(llm._input_processor, "parse", lambda prompts: (llm.close(), parse(prompts))[1])
     with pytest.raises(EngineClosedError):
         llm.generate([IDS], SHORT)
-    for call in (lambda: llm.default_params, lambda: llm._engine, lambda: llm._intake):
+    for call in (lambda: llm.default_params, lambda: llm._engine, lambda: llm._input_processor):
         with pytest.raises(EngineClosedError):
             call()
 

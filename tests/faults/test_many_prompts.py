@@ -63,10 +63,14 @@ def test_texts_of_a_call_are_encoded_together(llm, monkeypatch):
         assert encode_batch(tokenizer, texts, special) == [
             tokenizer.encode(t, add_special_tokens=special) for t in texts
         ]
-    alone = [llm._intake.requests(llm._intake.parse(text), ONE)[0].prompt.tolist() for text in texts if text]
+    alone = [
+        llm._input_processor.requests(llm._input_processor.parse(text), ONE)[0].prompt.tolist()
+        for text in texts
+        if text
+    ]
     mixed = ["one two", {"prompt_token_ids": [4, 5]}, *texts[2:]]
-    monkeypatch.setattr(type(llm._intake), "_encode", None)
-    requests = llm._intake.requests(llm._intake.parse(mixed), ONE)
+    monkeypatch.setattr(type(llm._input_processor), "_encode", None)
+    requests = llm._input_processor.requests(llm._input_processor.parse(mixed), ONE)
     assert [r.prompt.tolist() for r in requests] == [alone[0], [4, 5], *alone[1:]]
     assert len({id(r.params) for r in requests}) == 1, "resolved once"
 

@@ -24,7 +24,7 @@ def test_a_pool_too_small_for_the_length_asked_for(make_llm):
 
 def test_without_a_length_asked_for_the_pool_sets_it(make_llm, caplog):
     with make_llm(kv_cache_memory_bytes=3 * BLOCK_BYTES, max_model_len=None) as llm:
-        assert llm._intake.limits.max_model_len == 12
+        assert llm._input_processor.limits.max_model_len == 12
         [handle] = llm._prepare([[5, 6]], SamplingParams(max_tokens=20))
         llm._engine.add(handle.request)
         assert handle.output().metrics.clamped_max_tokens == 10 and "max_tokens lowered to 10 from 20" in caplog.text

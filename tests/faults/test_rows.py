@@ -144,7 +144,7 @@ def test_a_prompt_that_is_too_long_names_what_limits_it(llm, make_llm):
     ):
         llm.generate([[3] * 128], SHORT)
     with make_llm(max_model_len=None, kv_cache_memory_bytes=1 << 16) as small:
-        room = small._intake.limits.max_model_len
+        room = small._input_processor.limits.max_model_len
         with pytest.raises(
             ValueError, match=rf"prompt, or raise kv_cache_memory_bytes: .* allows 256 .* room for {room}\."
         ):

@@ -362,6 +362,6 @@ def test_a_module_with_a_tokenizer_stops_at_its_end(llm):
     from jaxinfer import LLM
 
     with LLM(llm._opened.module, tokenizer=llm.get_tokenizer(), use_tqdm=False) as other:
-        assert other._intake.limits.eos_token_ids == (llm.get_tokenizer().eos_token_id,)
+        assert other._input_processor.limits.eos_token_ids == (llm.get_tokenizer().eos_token_id,)
     with pytest.raises(TypeError, match="tokenizer must be a directory, a Hub id or a tokenizer, got int"):
         LLM(llm._opened.module, tokenizer=5)

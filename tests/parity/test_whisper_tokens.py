@@ -19,7 +19,7 @@ from transformers.generation.logits_process import (
 )
 from transformers.models.whisper.generation_whisper import WhisperGenerationMixin
 
-from jaxinfer.models.whisper.tokens import Says, WhisperTokens
+from jaxinfer.models.whisper.tokens import RuleFlags, WhisperTokens
 from jaxinfer.models.whisper.transcription import cut
 
 RULE = WhisperTokens.of(whisper.GENERATION, {})
@@ -62,7 +62,7 @@ def test_the_token_rule_equals_transformers_processors(timed: bool, scale: float
     position = np.array([BEGIN + len(tokens) for tokens in made], np.int32)
     for row, tokens in enumerate(made):
         history[row, : position[row]] = [*[whisper.START] * BEGIN, *tokens]
-    says = np.full(len(made), Says.TEXT | (Says.TIMESTAMPS if timed else 0), np.int32)
+    says = np.full(len(made), RuleFlags.TEXT | (RuleFlags.TIMESTAMPS if timed else 0), np.int32)
     found = np.asarray(allowed(RULE, logits, history, position, np.full(len(made), BEGIN, np.int32), says))
     for row, tokens in enumerate(made):
         expected = torch.tensor(logits[row : row + 1])
@@ -83,31 +83,31 @@ def test_rows_without_a_rule_are_left_as_they_are():
 @pytest.mark.parametrize(
     "says",
     [
-        Says.DETECT,
-        Says.DETECT | Says.TIMESTAMPS,
-        Says.DETECT | Says.TRANSLATE,
-        Says.DETECT | Says.TRANSLATE | Says.TIMESTAMPS,
+        RuleFlags.DETECT,
+        RuleFlags.DETECT | RuleFlags.TIMESTAMPS,
+        RuleFlags.DETECT | RuleFlags.TRANSLATE,
+        RuleFlags.DETECT | RuleFlags.TRANSLATE | RuleFlags.TIMESTAMPS,
     ],
 )
-def test_language_is_detected_and_following_tokens_are_forced(says: Says):
+def test_language_is_detected_and_following_tokens_are_forced(says: RuleFlags):
     """The most likely of the languages, even if other tokens are more likely; suppression applies after the forced
     tokens.
     """
     logits = np.random.default_rng(0).standard_normal((1, VOCAB)).astype(np.float32)
     logits[0, 20], logits[0, whisper.GERMAN], logits[0, 7] = 90, 50, 80
     tokens, position = [whisper.START], 1
-    task = whisper.TRANSLATE if says & Says.TRANSLATE else whisper.TRANSCRIBE
-    end = [] if says & Says.TIMESTAMPS else [whisper.NO_TIMESTAMPS]
+    task = whisper.TRANSLATE if says & RuleFlags.TRANSLATE else whisper.TRANSCRIBE
+    end = [] if says & RuleFlags.TIMESTAMPS else [whisper.NO_TIMESTAMPS]
     for expected in [whisper.GERMAN, task, *end]:
         history = np.zeros((1, LENGTH), np.int32)
         history[0, :position] = tokens
-        found = allowed(RULE, logits, history, *(np.array([n], np.int32) for n in (position, 1, says | Says.TEXT)))
+        found = allowed(RULE, logits, history, *(np.array([n], np.int32) for n in (position, 1, says | RuleFlags.TEXT)))
         assert np.flatnonzero(np.isfinite(found[0])).tolist() == [expected]
         tokens.append(expected)
         position += 1
     assert RULE.forced(says) == position - 1
     history[0, :position] = tokens
-    found = allowed(RULE, logits, history, *(np.array([n], np.int32) for n in (position, 1, says | Says.TEXT)))
+    found = allowed(RULE, logits, history, *(np.array([n], np.int32) for n in (position, 1, says | RuleFlags.TEXT)))
     left = np.isfinite(np.asarray(found)[0])
     assert left[ZERO : ZERO + 21].all() and not left[ZERO + 21 :].any() if end == [] else left[20] and not left[7]
 

@@ -45,8 +45,10 @@ GPT_OSS = ["GptOssForCausalLM"]
 
 def tensors(hf: Mapping[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
     """Return random weights of a model under their checkpoint names, from its weight table."""
-    served, config = loading.parse(hf)
-    found = save.tensors(loading.random(hf, make_mesh(1), dtype="float32", seed=seed), served.weight_rules(config))
+    model_family, config = loading.parse(hf)
+    found = save.tensors(
+        loading.random(hf, make_mesh(1), dtype="float32", seed=seed), model_family.weight_rules(config)
+    )
     return (
         {name: _interleaved(name, value) for name, value in found.items()} if hf["architectures"] == GPT_OSS else found
     )
@@ -61,10 +63,10 @@ def _interleaved(name: str, values: np.ndarray) -> np.ndarray:
 
 def shaped(hf: Mapping[str, Any], dtype: Any = np.float32) -> dict[str, np.ndarray]:
     """Return random tensors in the shapes of a configuration's weight table, without compiling a program."""
-    served, config = loading.parse(hf)
-    wanted = rules.parameters(loading.abstract(served, config, np.dtype(np.float32), make_mesh()))
+    model_family, config = loading.parse(hf)
+    wanted = rules.parameters(loading.abstract(model_family, config, np.dtype(np.float32), make_mesh()))
     rng, found = np.random.default_rng(0), {}
-    for rule in served.weight_rules(config):
+    for rule in model_family.weight_rules(config):
         if rule.target is None or rule.tied:
             continue
         param = wanted[rule.target]

@@ -91,8 +91,8 @@ def abstract_model(
 
     `how`: quantisation and placement arguments of `weights.abstract`.
     """
-    served, config = weights.parse(hf)
-    module = weights.abstract(served, config, jnp.dtype(hf["dtype"]), mesh, **how)
+    model_family, config = weights.parse(hf)
+    module = weights.abstract(model_family, config, jnp.dtype(hf["dtype"]), mesh, **how)
     program, leaves = split(module, mesh, fuse_projections=fuse_projections)
     params = []
     for leaf, (path, param) in zip(leaves, rules.parameters(module).items(), strict=True):

@@ -6,7 +6,7 @@ from jax.sharding import Mesh
 
 from jaxinfer._utils.log import warn_once
 from jaxinfer.errors import ConfigError
-from jaxinfer.kernels.attention import native_attention, triton_attention, whole_attention, xla_attention
+from jaxinfer.kernels.attention import native_attention, triton_attention, uncached_attention, xla_attention
 from jaxinfer.kernels.native import build
 from jaxinfer.kernels.triton import triton_launch, triton_tiles
 
@@ -15,25 +15,25 @@ WHOLE = "whole"
 """Differentiable attention for training (`jaxinfer.functional.training`); not a user setting."""
 
 
-def choose(asked: str, mesh: Mesh) -> str:
+def choose(requested: str, mesh: Mesh) -> str:
     """Choose the implementation for a mesh: Triton on GPUs, native on CPUs, and XLA where those cannot run.
 
     Args:
-        asked: the setting: "auto", "xla", "native" or "triton".
+        requested: the setting: "auto", "xla", "native" or "triton".
         mesh: the devices.
 
     Raises:
         ConfigError: an unknown implementation, or one that cannot run on these devices.
     """
-    if asked not in (AUTO, XLA, TRITON, NATIVE):
-        raise ConfigError(f"attention_kernel must be {AUTO}, {XLA}, {NATIVE} or {TRITON}, got {asked!r}")
-    if asked == XLA:
+    if requested not in (AUTO, XLA, TRITON, NATIVE):
+        raise ConfigError(f"attention_kernel must be {AUTO}, {XLA}, {NATIVE} or {TRITON}, got {requested!r}")
+    if requested == XLA:
         return XLA
     device = mesh.devices.flat[0]
-    if asked == NATIVE or asked == AUTO and device.platform == "cpu":
-        return build.choose("attention_kernel", asked, mesh)
-    served, lacking = triton_launch.serves("attention_kernel", asked, mesh)
-    if served:
+    if requested == NATIVE or requested == AUTO and device.platform == "cpu":
+        return build.choose("attention_kernel", requested, mesh)
+    supported, lacking = triton_launch.supports("attention_kernel", requested, mesh)
+    if supported:
         return TRITON
     if triton_launch.target(mesh) is not None:
         warn_once("attention uses XLA, which copies the cache blocks it reads", lacking)
@@ -43,7 +43,7 @@ def choose(asked: str, mesh: Mesh) -> str:
 def implementation(name: str, mesh: Mesh) -> Any:
     """Return the object with `decode` and `prefill` for a name from `choose`, or with `prefill` alone for `WHOLE`."""
     if name == WHOLE:
-        return whole_attention
+        return uncached_attention
     if name in (XLA, NATIVE):
         return xla_attention if name == XLA else native_attention
     return triton_attention.TritonAttention(triton_launch.target(mesh))

@@ -107,7 +107,7 @@ def prefill(
     tables = jnp.pad(step.tables, ((0, 0), (0, width)))
     # Heads first: matmuls can then use their operands without transposing.
     padded, rows = jnp.pad(q.swapaxes(0, 1), ((0, 0), (0, queries), (0, 0))), _rows(step)
-    turn = partial(_turn, q=padded, expansion=expansion, scale=scale, queries=queries)
+    attend_chunk = partial(_attend_chunk, q=padded, expansion=expansion, scale=scale, queries=queries)
 
     def one_row(row: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         position, length = rows.positions[row], rows.positions[row] + rows.counts[row]
@@ -117,7 +117,7 @@ def prefill(
             found, first = paged.gather(kv_cache.keys, blocks)[0], number * width * block
             own = (first + jnp.arange(width * block) < length)[:, None]
             place = rows.starts[row], position, length, first
-            return turn(jnp.where(own, found, 0), place, carry)
+            return attend_chunk(jnp.where(own, found, 0), place, carry)
 
         runs = jnp.where(rows.counts[row] > 0, -(-length // (width * block)), 0)
         return jax.lax.fori_loop(0, runs, keys, carry)
@@ -129,7 +129,7 @@ def prefill(
     return out[:, :tokens].swapaxes(0, 1).astype(q.dtype), kv_cache
 
 
-def _turn(
+def _attend_chunk(
     latents: jax.Array,
     place: tuple[jax.Array, ...],
     carry: tuple[jax.Array, ...],

@@ -21,21 +21,21 @@ MATRIX_UNIT_ROWS = 16
 there reading the weights is what takes the time, and XLA reads them at a little over half the speed."""
 
 
-def choose(asked: str, mesh: Mesh) -> str:
+def choose(requested: str, mesh: Mesh) -> str:
     """The implementation for the devices of a mesh.
 
     Raises:
         ConfigError: one that is not known, or that cannot run here.
     """
-    if asked not in ("auto", XLA, NATIVE, TRITON):
-        raise ConfigError(f"matmul_kernel must be auto, {XLA}, {NATIVE} or {TRITON}, got {asked!r}")
-    if asked == TRITON or asked == "auto" and mesh.devices.flat[0].platform != "cpu":
-        served, lacking = triton_launch.serves("matmul_kernel", asked, mesh)
-        if not served and triton_launch.target(mesh) is not None:
+    if requested not in ("auto", XLA, NATIVE, TRITON):
+        raise ConfigError(f"matmul_kernel must be auto, {XLA}, {NATIVE} or {TRITON}, got {requested!r}")
+    if requested == TRITON or requested == "auto" and mesh.devices.flat[0].platform != "cpu":
+        supported, lacking = triton_launch.supports("matmul_kernel", requested, mesh)
+        if not supported and triton_launch.target(mesh) is not None:
             warn_once("products of a mixture of experts run in XLA, one expert after another", lacking)
-        return TRITON if served else XLA
+        return TRITON if supported else XLA
     # XLA cannot divide a call of ours over devices.
-    return XLA if asked == "auto" and mesh.devices.size > 1 else build.choose("matmul_kernel", asked, mesh)
+    return XLA if requested == "auto" and mesh.devices.size > 1 else build.choose("matmul_kernel", requested, mesh)
 
 
 def matmul(

@@ -53,31 +53,31 @@ def cpu_flags() -> frozenset[str]:
     return frozenset(next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), ()))
 
 
-def choose(setting: str, asked: str, mesh: Mesh) -> str:
+def choose(setting: str, requested: str, mesh: Mesh) -> str:
     """Choose "native" or "xla" for the devices of a mesh.
 
     Args:
         setting: name of the setting, for errors.
-        asked: its value: "auto", "native" or "xla".
+        requested: its value: "auto", "native" or "xla".
         mesh: the devices.
 
     Raises:
         ConfigError: "native" cannot run; names the setting and the reason.
     """
     platform = mesh.devices.flat[0].platform
-    if asked == "xla" or asked == "auto" and platform != "cpu":
+    if requested == "xla" or requested == "auto" and platform != "cpu":
         return "xla"
     reason = lacking() if platform == "cpu" else f"the devices are of platform {platform!r}, not a CPU"
     if reason is None:
         return "native"
-    if asked == "native":
+    if requested == "native":
         raise ConfigError(f"{setting} is 'native', but {reason}; 'auto' selects a kernel that can run")
-    _say(reason)
+    _log_once(reason)
     return "xla"
 
 
 @cache
-def _say(reason: str) -> None:
+def _log_once(reason: str) -> None:
     log.info("using XLA's kernels instead of the native CPU kernels: %s", reason)
 
 

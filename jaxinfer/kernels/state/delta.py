@@ -21,7 +21,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxinfer.kernels.state.slots import DecodeSlots, Segments, Whole
+from jaxinfer.kernels.state.slots import DecodeSlots, FullSequences, Segments
 from jaxinfer.kernels.state.slots import read as read_slots
 from jaxinfer.kernels.state.slots import write as write_slots
 
@@ -140,14 +140,14 @@ def _pairs(rows: jax.Array, columns: jax.Array) -> jax.Array:
     return _dot("...md,...nd->...mn", rows, columns)
 
 
-def _times(a: jax.Array, b: jax.Array) -> jax.Array:
+def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
     """Multiply `[..., m, n]` and `[..., n, p]`; small matrices elementwise as in `_pairs`."""
     if b.shape[-2] < 8:
         return jnp.sum(a[..., :, :, None] * b[..., None, :, :], axis=-2)
     return _dot("...mn,...np->...mp", a, b)
 
 
-def _below(first: jax.Array, corner: jax.Array, second: jax.Array) -> jax.Array:
+def _block_lower_triangular(first: jax.Array, corner: jax.Array, second: jax.Array) -> jax.Array:
     """Assemble `[[first, 0], [corner, second]]` from matrices `[..., n, n]`."""
     upper = jnp.concatenate([first, jnp.zeros_like(first)], axis=-1)
     return jnp.concatenate([upper, jnp.concatenate([corner, second], axis=-1)], axis=-2)
@@ -178,8 +178,8 @@ def _chunk(tokens: Tokens) -> _Chunk:
         rows = jnp.concatenate([k2 * (beta2 * b2), q2 * b2], axis=-2)
         found = _pairs(rows, split(k, parts)[..., ::2, :, :] * a1)
         half = found.shape[-1]
-        inverse = _below(x, -_times(_times(y, found[..., :half, :]), x), y)
-        weights = _below(w1, found[..., half:, :], w2)
+        inverse = _block_lower_triangular(x, -_matmul(_matmul(y, found[..., :half, :]), x), y)
+        weights = _block_lower_triangular(w1, found[..., half:, :], w2)
         # A part's total decay is the one through its last token.
         before = jnp.concatenate([b1, b1[..., -1:, :] * b2], axis=-2)
         after = jnp.concatenate([a1 * b2[..., -1:, :], a2], axis=-2)
@@ -249,7 +249,9 @@ def prefill(tokens: Tokens, states: jax.Array, segments: Segments, *, one_by_one
     return outputs[:count], states
 
 
-def whole(tokens: Tokens, states: jax.Array, rows: Whole, *, one_by_one: bool) -> tuple[jax.Array, jax.Array]:
+def full_sequences(
+    tokens: Tokens, states: jax.Array, rows: FullSequences, *, one_by_one: bool
+) -> tuple[jax.Array, jax.Array]:
     """Process whole sequences from zero state, in the chunks of `prefill`; the loop length is static, hence
     differentiable.
 

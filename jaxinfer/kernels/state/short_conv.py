@@ -9,7 +9,7 @@ of the state is a row of the step. States have the inputs' dtype and store them 
 import jax
 import jax.numpy as jnp
 
-from jaxinfer.kernels.state.slots import DecodeSlots, Segments, Whole, read, write
+from jaxinfer.kernels.state.slots import DecodeSlots, FullSequences, Segments, read, write
 
 
 def _weighted(inputs: list[jax.Array], weight: jax.Array) -> jax.Array:
@@ -57,7 +57,9 @@ def prefill(x: jax.Array, weight: jax.Array, states: jax.Array, segments: Segmen
     return jax.nn.silu(y), write(states, targets, jnp.stack(new, axis=1))
 
 
-def whole(x: jax.Array, weight: jax.Array, states: jax.Array, rows: Whole) -> tuple[jax.Array, jax.Array]:
+def full_sequences(
+    x: jax.Array, weight: jax.Array, states: jax.Array, rows: FullSequences
+) -> tuple[jax.Array, jax.Array]:
     """Process whole sequences, differentiably: `[T, columns]`, `[columns, W]` -> float32 `[T, columns]`, old states."""
     count, length = x.shape[0], rows.length
     kept = states.shape[1]

@@ -54,7 +54,7 @@ class Segments(NamedTuple):
 
 @jax.tree_util.register_static
 @dataclass(frozen=True)
-class Whole:
+class FullSequences:
     """Whole sequences of equal length without cached state, for training."""
 
     length: int

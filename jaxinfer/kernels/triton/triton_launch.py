@@ -88,12 +88,12 @@ def target(mesh: Mesh) -> Target | None:
     return found if found.capability >= LEAST_CAPABILITY else None
 
 
-def serves(setting: str, asked: str, mesh: Mesh) -> tuple[bool, str]:
+def supports(setting: str, requested: str, mesh: Mesh) -> tuple[bool, str]:
     """Return whether Triton kernels support the devices of a mesh; if not, why.
 
     Args:
         setting: name of the setting, for errors.
-        asked: its value: "auto" or "triton".
+        requested: its value: "auto" or "triton".
         mesh: the devices.
 
     Raises:
@@ -106,7 +106,7 @@ def serves(setting: str, asked: str, mesh: Mesh) -> tuple[bool, str]:
             f"the device is {device.device_kind} ({device.platform}), not an NVIDIA GPU of compute capability "
             f"{LEAST_CAPABILITY / 10} or more; 'auto' selects a kernel that can run"
         )
-    if reason is not None and asked == "triton":
+    if reason is not None and requested == "triton":
         raise ConfigError(f"{setting} is 'triton', but {reason}")
     return reason is None, reason or ""
 

@@ -3,14 +3,14 @@
 from dataclasses import dataclass
 from typing import Any
 
-from jaxinfer.checkpoint.hf import ConfigReader, whole
+from jaxinfer.checkpoint.hf import ConfigReader, int_if_whole
 from jaxinfer.checkpoint.plain_json import show
 from jaxinfer.errors import ConfigError
 from jaxinfer.layers.mlp import ACTIVATIONS
 from jaxinfer.layers.vision import NORMS, VisionConfig
 from jaxinfer.models import registry
 from jaxinfer.models.base import CrossSource, Features
-from jaxinfer.models.decoder_config import AroundDecoder, DecoderConfig
+from jaxinfer.models.decoder_config import CompositeConfig, DecoderConfig
 
 LANGUAGE_MODELS = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
 """`model_type` -> architecture of the supported language models."""
@@ -72,7 +72,7 @@ TRAINING_ONLY = (
 
 
 @dataclass(frozen=True)
-class InternVLConfig(AroundDecoder):
+class InternVLConfig(CompositeConfig):
     """Configuration of vision tower, projector and language model."""
 
     vision: VisionConfig
@@ -120,7 +120,7 @@ def read_config(reader: ConfigReader) -> InternVLConfig:
         size, token, activation = reader.get_int("force_image_size", vision.image_size), -1, "gelu"
         reader.skip(*CHAT_ONLY)
         part.skip(*TRAINING_ONLY)
-        part.only("use_moe", False)
+        part.require("use_moe", False)
     else:
         layer = reader.get("vision_feature_layer", -1)
         vision, total = _vision(part, layer, "attention_bias", "use_qk_norm", original=False)
@@ -213,7 +213,7 @@ def _shuffle(ratio: float) -> int:
 def side(reader: ConfigReader, name: str) -> int:
     """Read a size in pixels, given as one number or as a pair of equal ones."""
     value = reader.get(name)
-    sides = [whole(side) for side in (value if isinstance(value, list) and len(value) == 2 else [value, value])]
+    sides = [int_if_whole(side) for side in (value if isinstance(value, list) and len(value) == 2 else [value, value])]
     if sides[0] != sides[1] or any(type(side) is not int or not 1 <= side <= MAX_SIDE for side in sides):
         raise ConfigError(
             f"{reader.family}: {name}={str(value)[:80]} must be a whole number from 1 to {MAX_SIDE}, or two equal ones"

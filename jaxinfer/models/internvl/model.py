@@ -32,7 +32,7 @@ from jaxinfer.sharding.collectives import ALL_GATHER, ENCODE, Collective
 class Projector(nnx.Module):
     """Projector from tower rows to embeddings of the language model: LayerNorm, then an MLP of the model's width."""
 
-    placed_whole = True
+    no_split = True
     steps = (ENCODE,)
 
     def __init__(self, build: Build, width: int, out: int, activation: str):

@@ -9,7 +9,7 @@ from jaxinfer.errors import ConfigError
 from jaxinfer.layers.mlp import ACTIVATIONS
 from jaxinfer.layers.vision import VisionConfig
 from jaxinfer.models.base import CrossSource
-from jaxinfer.models.decoder_config import AroundDecoder, DecoderConfig
+from jaxinfer.models.decoder_config import CompositeConfig, DecoderConfig
 from jaxinfer.models.decoder_config import read_config as read_decoder_config
 from jaxinfer.models.internvl.config import side
 from jaxinfer.models.mllama.vision import MllamaVisionConfig
@@ -30,7 +30,7 @@ and in the original, it named layers whose inputs are (docs/decisions.md).
 
 
 @dataclass(frozen=True)
-class MllamaConfig(AroundDecoder):
+class MllamaConfig(CompositeConfig):
     """Configuration of vision tower and decoder."""
 
     vision: MllamaVisionConfig
@@ -62,7 +62,7 @@ def read_config(reader: ConfigReader) -> MllamaConfig:
     """
     text = reader.part("text_config")
     text.default_theta = 500_000.0
-    text.absent(num_key_value_heads=8)
+    text.defaults_if_absent(num_key_value_heads=8)
     text.defaults(
         vocab_size=128_256,
         hidden_size=4096,
@@ -79,7 +79,7 @@ def read_config(reader: ConfigReader) -> MllamaConfig:
     reader.skip("tie_word_embeddings")
     config = replace(config, tied=False)
     vision = _vision(reader.part("vision_config"), _names_outputs(reader))
-    reader.only("image_token_id", reader.config.get("image_token_index"))
+    reader.require("image_token_id", reader.config.get("image_token_index"))
     token = reader.get_int("image_token_index", config.vocab_size, least=0)
     if token >= config.vocab_size + EXTRA_TOKENS:
         raise ConfigError(

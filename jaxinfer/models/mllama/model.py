@@ -40,7 +40,7 @@ from jaxinfer.sharding.collectives import ENCODE
 class Projector(nnx.Module):
     """Projector from tower rows to the decoder's width."""
 
-    placed_whole = True
+    no_split = True
     steps = (ENCODE,)
 
     def __init__(self, build: Build, width: int, out: int):
@@ -134,7 +134,7 @@ class Mllama(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Compute float32 logits `[B, V']` of hidden states `[B, M]`."""
-        return self.language_model.head.attend(hidden)
+        return self.language_model.head.logits(hidden)
 
     def cache_specs(self) -> Sequence[Full]:
         """Return what each layer caches."""

@@ -8,7 +8,7 @@ import numpy as np
 from jaxinfer._utils.checks import describe, plural
 from jaxinfer.errors import CheckpointError
 from jaxinfer.media import EncoderInput, ImageFormat, ImageProcessor
-from jaxinfer.media.cross import Asked, CrossPrompt, Forms, ReaderSources
+from jaxinfer.media.cross import CrossPrompt, ParsedPrompt, PromptForms, ReaderSources
 from jaxinfer.media.images import as_rgb, as_values
 from jaxinfer.media.inputs import CrossInputs
 
@@ -26,7 +26,7 @@ class MllamaReader:
     "aspect_ratio_ids": [images]}`.
     """
 
-    forms = Forms(media=True)
+    forms = PromptForms(media=True)
 
     def __init__(self, sources: ReaderSources):
         self._config, self.source = sources.config, sources.config.cross
@@ -36,7 +36,7 @@ class MllamaReader:
             None if directory is None else ImageProcessor(IMAGES, directory, sources.hf, self.source.shape[1:])
         )
 
-    def read(self, prompt: Asked, index: int, encode: Callable[[str, bool], list[int]]) -> CrossPrompt:
+    def read(self, prompt: ParsedPrompt, index: int, encode: Callable[[str, bool], list[int]]) -> CrossPrompt:
         """Read one prompt.
 
         Raises:

@@ -19,7 +19,7 @@ from flax import nnx
 
 from jaxinfer.checkpoint.rules import Rule
 from jaxinfer.kernels.matmul.choose import matmul
-from jaxinfer.layers.linear import Multiplying
+from jaxinfer.layers.linear import MatmulModule
 from jaxinfer.layers.mlp import MLP
 from jaxinfer.layers.norms import LayerNorm
 from jaxinfer.layers.params import Build, constant, weight
@@ -79,10 +79,10 @@ class Gated(nnx.Module):
         return jnp.tanh(self.gate[...]) * entry
 
 
-class TileEmbedding(Multiplying):
+class TileEmbedding(MatmulModule):
     """Embedding of pixels: patches, tile and canvas, class token, positions."""
 
-    placed_whole = True
+    no_split = True
 
     def __init__(self, build: Build, config: MllamaVisionConfig):
         layer = config.layer

@@ -103,9 +103,9 @@ def read_config(reader: ConfigReader) -> WhisperConfig:
 
     activation = reader.get_choice("activation_function", "gelu", ACTIVATIONS)
     reader.defaults(max_source_positions=1500, max_target_positions=448)
-    said = reader.get("special_tokens", {})
-    if not isinstance(said, Mapping):
-        raise ConfigError(f"config.json: special_tokens must be an object, got {show(said)}")
+    special_tokens = reader.get("special_tokens", {})
+    if not isinstance(special_tokens, Mapping):
+        raise ConfigError(f"config.json: special_tokens must be an object, got {show(special_tokens)}")
     reader.skip(*UNUSED)
     return WhisperConfig(
         reader.get_int("vocab_size"),
@@ -114,7 +114,9 @@ def read_config(reader: ConfigReader) -> WhisperConfig:
         read_stack(reader, "decoder", width, "max_target_positions"),
         reader.get_int("num_mel_bins", 80),
         activation,
-        WhisperTokens.of(said, reader.config) if said or reader.has("decoder_start_token_id") else None,
+        WhisperTokens.of(special_tokens, reader.config)
+        if special_tokens or reader.has("decoder_start_token_id")
+        else None,
         reader.get_bool("tie_word_embeddings", True),
     )
 

@@ -17,7 +17,7 @@ from jaxinfer.kv.spec import Full
 from jaxinfer.layers.attention import StepContext
 from jaxinfer.layers.embedding import Embedding, LearnedPositions
 from jaxinfer.layers.encoder import EncodeStep
-from jaxinfer.layers.linear import Multiplying
+from jaxinfer.layers.linear import MatmulModule
 from jaxinfer.layers.mlp import ACTIVATIONS
 from jaxinfer.layers.params import Build, constant, weight
 from jaxinfer.models.base import Family, FeatureRows
@@ -38,10 +38,10 @@ from jaxinfer.sharding import axes
 from jaxinfer.sharding.collectives import ENCODE
 
 
-class Convolution(Multiplying):
+class Convolution(MatmulModule):
     """Convolution over three frames as one matrix product: `[U, f, in]` to `[U, f / stride, out]`."""
 
-    placed_whole = True
+    no_split = True
 
     def __init__(self, build: Build, inputs: int, outputs: int, stride: int):
         self.stride = stride
@@ -117,7 +117,7 @@ class Whisper(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Compute float32 logits `[B, V']` of hidden states `[B, M]`."""
-        return (self.embedding if self.head is None else self.head).attend(hidden)
+        return (self.embedding if self.head is None else self.head).logits(hidden)
 
     def cache_specs(self) -> Sequence[Full]:
         """Return what self-attentions cache, then what cross-attentions cache."""

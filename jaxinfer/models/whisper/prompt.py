@@ -7,10 +7,10 @@ import numpy as np
 
 from jaxinfer._utils.checks import describe
 from jaxinfer.media.audio import Audio, as_audio, as_features
-from jaxinfer.media.cross import Asked, CrossPrompt, Forms, ReaderSources
+from jaxinfer.media.cross import CrossPrompt, ParsedPrompt, PromptForms, ReaderSources
 from jaxinfer.media.extractor import AudioProcessor
 from jaxinfer.media.inputs import CrossInputs, EncoderInput
-from jaxinfer.models.whisper.tokens import Says, WhisperTokens
+from jaxinfer.models.whisper.tokens import RuleFlags, WhisperTokens
 
 TASKS = ("transcribe", "translate")
 AUDIO, FEATURES = "audio", "input_features"
@@ -30,7 +30,7 @@ class WhisperReader:
     with exactly that.
     """
 
-    forms = Forms(media=True, promptless=True, options=("language", "task", "timestamps"))
+    forms = PromptForms(media=True, promptless=True, options=("language", "task", "timestamps"))
     marker: str | None = None
     """Marker of audio in a text: none."""
 
@@ -43,7 +43,7 @@ class WhisperReader:
         directory = sources.directory
         self.processor = None if directory is None else AudioProcessor(directory, self.source.shape)
 
-    def read(self, prompt: Asked, index: int, encode: Callable[[str, bool], list[int]]) -> CrossPrompt:
+    def read(self, prompt: ParsedPrompt, index: int, encode: Callable[[str, bool], list[int]]) -> CrossPrompt:
         """Read one prompt.
 
         Raises:
@@ -52,9 +52,9 @@ class WhisperReader:
         cross = CrossInputs((self._input(prompt.media, index),))
         options = prompt.options
         if prompt.token_ids is None and prompt.text is None:
-            ids, says = self._begin(options, index)
-            extra = 0 if self._rule is None else self._rule.forced(says)
-            return CrossPrompt(ids, cross, rule=int(says), extra_tokens=extra)
+            ids, flags = self._begin(options, index)
+            extra = 0 if self._rule is None else self._rule.forced(flags)
+            return CrossPrompt(ids, cross, rule=int(flags), extra_tokens=extra)
         for name in options:
             raise ValueError(
                 f"prompt {index}: {name!r} cannot be combined with 'prompt' or 'prompt_token_ids', whose tokens "
@@ -64,7 +64,7 @@ class WhisperReader:
         if self._rule is None:
             return CrossPrompt(ids, cross)
         timed = self._rule.no_timestamps is not None and self._rule.no_timestamps not in ids
-        return CrossPrompt(ids, cross, rule=int(Says.TEXT | (Says.TIMESTAMPS if timed else 0)))
+        return CrossPrompt(ids, cross, rule=int(RuleFlags.TEXT | (RuleFlags.TIMESTAMPS if timed else 0)))
 
     @property
     def transcribes(self) -> bool:
@@ -91,15 +91,15 @@ class WhisperReader:
         """Duration of a frame in seconds."""
         return self.processor.frame_seconds
 
-    def said(self, prompt: Sequence[int], made: Sequence[int], says: int) -> tuple[str | None, list[int]]:
+    def parse_output(self, prompt: Sequence[int], made: Sequence[int], flags: int) -> tuple[str | None, list[int]]:
         """Return the language and the output tokens of a window, without forced tokens and EOS."""
-        skipped = self._rule.forced(says)
+        skipped = self._rule.forced(flags)
         languages = map(self._rule.language, [*prompt, *made[:skipped]])
         return next(filter(None, languages), None), [token for token in made[skipped:] if token != self._rule.eos]
 
-    def whole(self, audio: Audio) -> np.ndarray:
-        """Compute the features of audio of any length (`AudioProcessor.whole`)."""
-        return self.processor.whole(audio)
+    def extract(self, audio: Audio) -> np.ndarray:
+        """Compute the features of audio of any length (`AudioProcessor.extract`)."""
+        return self.processor.extract(audio)
 
     def frames(self, audio: Audio) -> int:
         """Return the number of feature frames that are audio (`AudioProcessor.frames`)."""
@@ -138,7 +138,7 @@ class WhisperReader:
             features = self.processor.window(self.audio(value, where), where)
         return EncoderInput(self.modality, features[None], self.source.rows)
 
-    def _begin(self, options: Mapping[str, Any], index: int) -> tuple[list[int], Says]:
+    def _begin(self, options: Mapping[str, Any], index: int) -> tuple[list[int], RuleFlags]:
         """Return the decoder's first tokens and the rule for the following ones."""
         rule = self._rule
         if rule is None:
@@ -153,14 +153,14 @@ class WhisperReader:
             raise ValueError(
                 f"prompt {index}: this model has no timestamps: generation_config.json has no no_timestamps_token_id."
             )
-        says = Says.TEXT | (Says.TIMESTAMPS if timed else 0)
+        flags = RuleFlags.TEXT | (RuleFlags.TIMESTAMPS if timed else 0)
         language, task = self._language(options, index), self._task(options, index)
         if rule.languages and language is None:
-            return [rule.start], says | Says.DETECT | (Says.TRANSLATE if task == "translate" else 0)
+            return [rule.start], flags | RuleFlags.DETECT | (RuleFlags.TRANSLATE if task == "translate" else 0)
         ids = [rule.start]
         if rule.languages:
             ids += [language, *([dict(rule.tasks)[task]] if rule.tasks else [])]
-        return ids + ([] if timed or rule.no_timestamps is None else [rule.no_timestamps]), says
+        return ids + ([] if timed or rule.no_timestamps is None else [rule.no_timestamps]), flags
 
     def _language(self, options: Mapping[str, Any], index: int) -> int | None:
         """Return the language token; None to detect it, or for English-only models."""

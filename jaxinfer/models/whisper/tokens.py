@@ -18,7 +18,7 @@ from jaxinfer.checkpoint.plain_json import shorten, show
 from jaxinfer.errors import ConfigError
 
 
-class Says(IntFlag):
+class RuleFlags(IntFlag):
     """Bits of a request's rule parameter: which kinds of tokens its output has."""
 
     TEXT = 1
@@ -101,18 +101,18 @@ class WhisperTokens:
         """Token id of timestamp 0.00."""
         return None if self.no_timestamps is None else self.no_timestamps + 1
 
-    def forced(self, says: int) -> int:
+    def forced(self, flags: int) -> int:
         """Return the number of forced tokens before the text when the language is detected."""
-        if not says & Says.DETECT:
+        if not flags & RuleFlags.DETECT:
             return 0
-        return 1 + bool(self.tasks) + (not says & Says.TIMESTAMPS and self.no_timestamps is not None)
+        return 1 + bool(self.tasks) + (not flags & RuleFlags.TIMESTAMPS and self.no_timestamps is not None)
 
     def language(self, token: int) -> str | None:
         """Return the code ("en") of a language token, or None."""
         return next((name.strip("<|>") for name, known in self.languages if known == token), None)
 
     def __call__(
-        self, logits: jax.Array, history: jax.Array, position: jax.Array, begin: jax.Array, says: jax.Array
+        self, logits: jax.Array, history: jax.Array, position: jax.Array, begin: jax.Array, flags: jax.Array
     ) -> jax.Array:
         """Mask logits `[B, V']`: return them with -inf for forbidden tokens.
 
@@ -121,10 +121,10 @@ class WhisperTokens:
             history: tokens of each row, prompt first, `[B, L]`.
             position: position of the token to sample, `[B]`.
             begin: number of prompt tokens, `[B]`.
-            says: `Says` of each row, `[B]`; rows with 0 are returned unchanged.
+            flags: `RuleFlags` of each row, `[B]`; rows with 0 are returned unchanged.
         """
         at = position - begin
-        detect, timed = (says & Says.DETECT) > 0, (says & Says.TIMESTAMPS) > 0
+        detect, timed = (flags & RuleFlags.DETECT) > 0, (flags & RuleFlags.TIMESTAMPS) > 0
         plain = self.no_timestamps is not None
         forced = jnp.where(detect, 1 + bool(self.tasks) + jnp.where(timed, 0, int(plain)), 0)
         ids = jnp.arange(logits.shape[-1])
@@ -134,8 +134,8 @@ class WhisperTokens:
         if plain:
             out = jnp.where(timed[:, None], self._timestamps(out, history, position, begin + forced), out)
         if self.languages:
-            out = jnp.where((at < forced)[:, None], self._prefix(logits, ids, at, says), out)
-        return jnp.where((says > 0)[:, None], out, logits)
+            out = jnp.where((at < forced)[:, None], self._prefix(logits, ids, at, flags), out)
+        return jnp.where((flags > 0)[:, None], out, logits)
 
     def _mask(self, tokens: tuple[int, ...], logits: jax.Array) -> np.ndarray:
         """Return a mask `[V']` that is True at these tokens."""
@@ -143,13 +143,13 @@ class WhisperTokens:
         made[[token for token in tokens if token < len(made)]] = True
         return made
 
-    def _prefix(self, logits: jax.Array, ids: jax.Array, at: jax.Array, says: jax.Array) -> jax.Array:
+    def _prefix(self, logits: jax.Array, ids: jax.Array, at: jax.Array, flags: jax.Array) -> jax.Array:
         """Mask all but each row's forced token, `[B, V']`: most likely language, task, or no timestamps."""
         known = self._mask(tuple(token for _, token in self.languages), logits)
         wanted = jnp.argmax(jnp.where(known, logits, -jnp.inf), axis=-1)
         if self.tasks:
             tasks = dict(self.tasks)
-            task = jnp.where((says & Says.TRANSLATE) > 0, tasks.get("translate", 0), tasks.get("transcribe", 0))
+            task = jnp.where((flags & RuleFlags.TRANSLATE) > 0, tasks.get("translate", 0), tasks.get("transcribe", 0))
             wanted = jnp.where(at == 1, task, wanted)
         wanted = jnp.where(at == 1 + bool(self.tasks), self.no_timestamps or 0, wanted)
         # Keep NaN and infinite values, so that the sampler detects them.
@@ -166,9 +166,9 @@ class WhisperTokens:
         after_stamp = (made >= 1) & (last >= zero)
         after_two = (made < 2) | (before >= zero)
         place = jnp.arange(history.shape[1])
-        said = (place >= begin[:, None]) & (place < position[:, None]) & (history >= zero)
+        timestamps = (place >= begin[:, None]) & (place < position[:, None]) & (history >= zero)
         # The last timestamp is the largest one, as they never decrease.
-        latest = jnp.max(jnp.where(said, history, -1), axis=-1)
+        latest = jnp.max(jnp.where(timestamps, history, -1), axis=-1)
         least = jnp.where(latest < 0, zero, jnp.where(after_stamp & ~after_two, latest, latest + 1))
         forbidden = (ids == self.no_timestamps) | (stamps & (ids < least[:, None]))
         forbidden |= (after_stamp & after_two)[:, None] & stamps

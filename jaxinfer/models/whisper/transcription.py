@@ -133,7 +133,7 @@ class Transcribing:
             return
         if made.finish_reason == "length":
             self.finish_reason = "length"
-        self.language, tokens = self.reader.said(output.prompt_token_ids, made.token_ids, rule)
+        self.language, tokens = self.reader.parse_output(output.prompt_token_ids, made.token_ids, rule)
         if self.language is not None:
             self.options["language"] = self.language
         frames = min(self.reader.window, self.frames - self.seek)
@@ -185,4 +185,4 @@ def begin(reader: Any, audio: Any, params: Any, options: Mapping[str, Any]) -> l
         )
     several = audio if isinstance(audio, list) else [audio]
     heard = [reader.audio(one, f"audio {index}") for index, one in enumerate(several)]
-    return [Transcribing(reader, reader.whole(one), reader.frames(one), dict(options)) for one in heard]
+    return [Transcribing(reader, reader.extract(one), reader.frames(one), dict(options)) for one in heard]

@@ -116,9 +116,9 @@ def random(hf: dict[str, Any], mesh: Mesh, seed: int = 0) -> LanguageModel:
     `loading.weights.random` compiles one program that draws all weights, which takes more than a minute for 32 layers.
     Here each shape is compiled once, and the values come from a hash.
     """
-    served, config = weights.parse(hf)
+    model_family, config = weights.parse(hf)
     kind = weights.resolve_dtype("auto", hf["dtype"], mesh.devices.flat[0].platform)
-    module = weights.abstract(served, config, kind, mesh)
+    module = weights.abstract(model_family, config, kind, mesh)
     graph, state = nnx.split(module)
     leaves = []
     for number, (path, param) in enumerate(rules.parameters(module).items()):

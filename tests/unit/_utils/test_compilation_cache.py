@@ -40,7 +40,7 @@ def settings():
     """JAX's settings as a user's process has them; nothing is compiled meanwhile."""
     before = {name: getattr(jax.config, name) for name in NAMES}
     jax.config.update("jax_enable_compilation_cache", True)
-    compilation_cache._say.cache_clear()
+    compilation_cache._log_once.cache_clear()
     yield jax.config
     for name, value in before.items():
         jax.config.update(name, value)

@@ -186,12 +186,12 @@ def test_a_stack_of_another_number_of_experts_is_named(stacked, tmp_path: Path):
 
 
 def test_a_table_that_fills_a_stack_twice_or_not_wholly_is_refused(stacked):
-    served, parsed = weights.parse(HF["qwen3_moe"])
-    wanted = rules.parameters(weights.abstract(served, parsed, np.dtype("float32"), make_mesh()))
+    family, parsed = weights.parse(HF["qwen3_moe"])
+    wanted = rules.parameters(weights.abstract(family, parsed, np.dtype("float32"), make_mesh()))
     content, target = load_file(stacked["qwen3_moe"] / "model.safetensors"), "layers.0.mlp.down.weight"
     shape = content["model.layers.0.mlp.experts.down_proj"].shape[1:]
     for more in ({}, {"x": Rule("x", target, index=0)}):
-        table = [rule for rule in served.weight_rules(parsed) if more or rule.target != target] + list(more.values())
+        table = [rule for rule in family.weight_rules(parsed) if more or rule.target != target] + list(more.values())
         held = {name: value for name, value in content.items() if more or "experts.down_proj" not in name}
         source = MemorySource(held | {name: np.zeros(shape, np.float32) for name in more})
         with pytest.raises(CheckpointError, match=f"fills '{target}' from .*, not wholly or not once"):

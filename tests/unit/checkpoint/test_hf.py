@@ -14,8 +14,8 @@ from jaxinfer.checkpoint import hf, hub, plain_json
 from jaxinfer.checkpoint.hf import (
     ConfigReader,
     added_token,
+    apply_overrides,
     check_sizes,
-    lay_over,
     read_config,
     read_generation_config,
     read_json,
@@ -369,10 +369,10 @@ def test_an_attribute_that_may_have_one_value(value, values, passes, later):
 
     def check() -> None:
         if later:
-            reader.require({"is_causal": values})
+            reader.restrict({"is_causal": values})
             reader.finish()
         else:
-            reader.only("is_causal", *values)
+            reader.require("is_causal", *values)
             reader.finish()
 
     if passes:
@@ -385,7 +385,7 @@ def test_an_attribute_that_may_have_one_value(value, values, passes, later):
 
 def test_what_a_family_requires_may_still_be_read():
     reader = ConfigReader({"logit_scale": 0.25}, "cohere2")
-    reader.require({"logit_scale": (1,)})
+    reader.restrict({"logit_scale": (1,)})
     assert reader.get_float("logit_scale") == 0.25
     reader.finish()
 
@@ -409,7 +409,7 @@ def test_notes_of_tools_are_logged_once(caplog):
 def test_null_is_a_value_only_where_a_family_says_so():
     reader = ConfigReader({"cap": None, "size": None}, "gemma2")
     reader.defaults(size=8, other=9)
-    reader.absent(cap=50.0, window=7)
+    reader.defaults_if_absent(cap=50.0, window=7)
     assert [reader.get(name, None) for name in ("size", "other", "cap", "window")] == [8, 9, None, 7]
 
 
@@ -458,20 +458,20 @@ def test_a_scaling_laid_over_a_rope_keeps_its_base(name):
     yarn = {"rope_type": "yarn", "factor": 4.0}
 
     def theta(overrides):
-        return RopeConfig.from_hf(lay_over(config, overrides), 8).theta
+        return RopeConfig.from_hf(apply_overrides(config, overrides), 8).theta
 
     assert theta({name: yarn}) == 1e5
     assert theta({name: yarn | {"rope_theta": 5e5}}) == 5e5
     assert theta({name: yarn, "rope_theta": 5e5}) == 5e5
     assert theta({name: yarn, "rope_theta": None}) == 1e4
-    part = lay_over({"text_config": config}, {"text_config": {name: yarn}})["text_config"]
+    part = apply_overrides({"text_config": config}, {"text_config": {name: yarn}})["text_config"]
     assert RopeConfig.from_hf(part, 8).theta == 1e5
-    assert lay_over(config, {name: None}) == config | {name: None}
+    assert apply_overrides(config, {name: None}) == config | {name: None}
 
 
 def test_overrides_of_a_part_leave_the_rest_of_it():
     config = {"text_config": {"a": 1, "b": 2}, "rope_scaling": {"a": 1}}
-    assert lay_over(config, {"text_config": {"b": None}, "rope_scaling": {"b": 2}}) == {
+    assert apply_overrides(config, {"text_config": {"b": None}, "rope_scaling": {"b": 2}}) == {
         "text_config": {"a": 1, "b": None},
         "rope_scaling": {"b": 2},
     }

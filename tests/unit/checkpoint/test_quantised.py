@@ -101,12 +101,12 @@ def test_a_tensor_that_is_missing_or_unknown_is_an_error_still(change, tmp_path)
 
 def test_no_rule_may_fill_the_scales(tmp_path):
     folder = write(tmp_path)
-    served, config = weights.parse(checkpoint.CONFIG | HEADS)
+    model_family, config = weights.parse(checkpoint.CONFIG | HEADS)
     mesh = make_mesh()
-    module = weights.abstract(served, config, np.dtype("float32"), mesh, quantization="int8")
+    module = weights.abstract(model_family, config, np.dtype("float32"), mesh, quantization="int8")
     table = [
         Rule(r.source, "head.weight_scale" if r.target == "norm.scale" else r.target, r.parts)
-        for r in served.weight_rules(config)
+        for r in model_family.weight_rules(config)
     ]
     with SafetensorsReader(folder) as reader, pytest.raises(CheckpointError, match="fills 'head.weight_scale'"):
         rules.load(module, table, reader, mesh, progress=False)

@@ -335,12 +335,12 @@ def test_a_table_that_is_wrong_itself_is_refused(tmp_path):
     """Cover mistakes of the author of a new family, not of a checkpoint."""
     folder = checkpoint(tmp_path, tensors())
     config = json.loads((folder / "config.json").read_text())
-    served, parsed = loading.parse(config)
-    table = list(served.weight_rules(parsed))
+    model_family, parsed = loading.parse(config)
+    table = list(model_family.weight_rules(parsed))
 
     def load_with(table: list[Rule]) -> None:
         mesh = make_mesh()
-        module = loading.abstract(served, parsed, np.dtype("float32"), mesh)
+        module = loading.abstract(model_family, parsed, np.dtype("float32"), mesh)
         with loading.SafetensorsReader(folder) as reader:
             rules.load(module, table, reader, mesh, progress=False)
 
@@ -424,9 +424,9 @@ def test_a_tensor_is_found_by_any_of_its_names_and_may_have_only_one(tmp_path):
     assert [(rule.source, rule.also) for rule in expanded[1:]] == [("layer.0.x", ("h.0.x",)), ("layer.1.x", ("h.1.x",))]
     content = tensors()
     folder = checkpoint(tmp_path, content)
-    served, config = loading.parse(json.loads((folder / "config.json").read_text()))
-    module = loading.abstract(served, config, np.dtype("float32"), make_mesh(1))
-    table = [rule for rule in served.weight_rules(config) if rule.source != "model.norm.weight"]
+    model_family, config = loading.parse(json.loads((folder / "config.json").read_text()))
+    module = loading.abstract(model_family, config, np.dtype("float32"), make_mesh(1))
+    table = [rule for rule in model_family.weight_rules(config) if rule.source != "model.norm.weight"]
 
     def fill() -> None:
         with SafetensorsReader(folder) as reader:

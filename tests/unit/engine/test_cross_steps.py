@@ -42,7 +42,7 @@ def test_batched_encoder_texts_attend_to_themselves_only():
 def test_values_that_are_encoded_apart_and_kept_in_part():
     """The second image of a request, whose positions begin where those of the first end."""
     values = np.arange(12, dtype=np.float32).reshape(2, 2, 3)
-    one = EncoderInput("image", values, 5, kept=7, numbers=np.array([[3], [4]]))
+    one = EncoderInput("image", values, 5, num_positions=7, numbers=np.array([[3], [4]]))
     blocks = np.arange(16, dtype=np.int32)[None]
     batch = encode_batch(IMAGES, [EncodeJob(one, blocks, 6)], BLOCK, 1000, EncodeShape(3, 5, 1, 3, tile=4))
     assert batch.inputs.shape == (3, 2, 3) and batch.numbers.tolist() == [[3], [4], [0]]
@@ -147,7 +147,7 @@ def test_encoder_input_identity():
     array = np.ones((1, 2, 3), np.float32)
     kinds = [
         EncoderInput("image", array, 5),
-        EncoderInput("image", array, 5, kept=3),
+        EncoderInput("image", array, 5, num_positions=3),
         EncoderInput("image", array, 6),
         EncoderInput("image", array, 5, numbers=np.array([[1]])),
         EncoderInput("image", 2 * array, 5),

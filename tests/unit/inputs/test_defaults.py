@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from jaxinfer.inputs.defaults import ModelLimits, length_remedy, resolve, spread
+from jaxinfer.inputs.defaults import ModelLimits, length_remedy, params_per_prompt, resolve
 from jaxinfer.sampling_params import SamplingParams
 
 limits = ModelLimits(vocab_size=100, max_model_len=64, eos_token_ids=(2, 3), tokenizer_len=90)
@@ -41,7 +41,7 @@ def test_the_remedy_is_that_of_what_limits_the_length():
     assert of_cache == ", or raise kv_cache_memory_bytes: the model allows 64 tokens, and the cache has room for 32"
     assert "kv_cache_memory_bytes or lower max_num_seqs: " in length_remedy(32, None, 64, contiguous=True)
     with pytest.raises(ValueError, match=r"got 61\. Lower it, or raise max_model_len: the model allows 99\."):
-        at(min_tokens=61, max_tokens=None, limits=ModelLimits(100, 64, longer=length_remedy(64, 64, 99)))
+        at(min_tokens=61, max_tokens=None, limits=ModelLimits(100, 64, length_hint=length_remedy(64, 64, 99)))
 
 
 @pytest.mark.parametrize(
@@ -109,11 +109,11 @@ def test_one_token_left_is_enough(fields):
 
 def test_spread():
     one, two = SamplingParams(), SamplingParams(n=2)
-    assert spread(one, 2) == [one, one]
-    assert spread([one, two], 2) == [one, two]
+    assert params_per_prompt(one, 2) == [one, one]
+    assert params_per_prompt([one, two], 2) == [one, two]
     with pytest.raises(ValueError, match="has 2 entries for 3 prompts"):
-        spread([one, two], 3)
+        params_per_prompt([one, two], 3)
     with pytest.raises(TypeError, match=r"sampling_params\[1\] must be a SamplingParams, got int 3"):
-        spread([one, 3], 2)
+        params_per_prompt([one, 3], 2)
     with pytest.raises(TypeError, match="sampling_params must be a SamplingParams or a list"):
-        spread("x", 1)
+        params_per_prompt("x", 1)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxinfer.inputs.prompts import Prompt, check_prompt_length, check_token_ids, max_prompt_chars, parse_prompts
-from jaxinfer.media import Forms
+from jaxinfer.media import PromptForms
 
 
 @pytest.mark.parametrize(
@@ -81,13 +81,13 @@ def test_refused_types(prompts, message):
 
 def test_a_model_of_images_takes_their_data():
     data = {"image": object()}
-    parsed = parse_prompts(["a", {"prompt": "b", "multi_modal_data": data}], forms=Forms(media=True))
+    parsed = parse_prompts(["a", {"prompt": "b", "multi_modal_data": data}], forms=PromptForms(media=True))
     assert parsed == [Prompt("a"), Prompt("b")]
     assert [prompt.media for prompt in parsed] == [None, data]
     with pytest.raises(TypeError, match="prompt 0: 'multi_modal_data' must be a dict .* got list"):
-        parse_prompts({"prompt": "a", "multi_modal_data": [1]}, forms=Forms(media=True))
+        parse_prompts({"prompt": "a", "multi_modal_data": [1]}, forms=PromptForms(media=True))
     with pytest.raises(ValueError, match="prompt 0: this model takes text and multi_modal_data, leave out 'mm_proc"):
-        parse_prompts({"prompt": "a", "mm_processor_kwargs": {}}, forms=Forms(media=True))
+        parse_prompts({"prompt": "a", "mm_processor_kwargs": {}}, forms=PromptForms(media=True))
 
 
 def test_token_ids_are_checked_against_the_vocabulary():
@@ -113,7 +113,7 @@ def test_prompts_that_leave_no_room():
     with pytest.raises(ValueError, match=r"\(length 11, 8 of it images\) is longer .* Pass fewer or smaller images"):
         check_prompt_length(11, 10, 1, 8)
     with pytest.raises(ValueError, match=r"of 10\. Shorten the prompt, or lengthen the model\."):
-        check_prompt_length(11, 10, 1, longer=", or lengthen the model")
+        check_prompt_length(11, 10, 1, length_hint=", or lengthen the model")
 
 
 def test_ten_megabytes_of_text_are_refused_or_taken_quickly():

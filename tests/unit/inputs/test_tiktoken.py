@@ -199,7 +199,7 @@ def test_no_code_is_run_and_that_is_said(folder, caplog):
 def test_a_tokenizer_json_beside_it_is_taken(ranks, tokenizer, tmp_path):
     write(tmp_path, ranks)
     tokenizer.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
-    assert not tiktoken.is_kept_so(tmp_path)
+    assert not tiktoken.applies_to(tmp_path)
     assert load_tokenizer(tmp_path).encode("cat") == tokenizer.encode("cat")
 
 

@@ -159,7 +159,7 @@ def test_heads_that_do_not_divide_are_an_error(kind):
 def test_bytes_of_a_state_slot():
     """Kimi-Linear 48B: 2 MiB and 72 KiB per layer."""
     spec = support.DeltaSpec(2304, 32, 128, 32, 128, 4, 1e-5)
-    kept = spec.kept(jax.numpy.dtype("bfloat16"), False)
+    kept = spec.cache_spec(jax.numpy.dtype("bfloat16"), False)
     assert [np.prod(a.shape) * a.dtype.itemsize for a in kept.arrays] == [2 << 20, 72 << 10]
     assert kept.slot_bytes(4) == (2 << 20) + (72 << 10) == replace(kept, replicated=True).slot_bytes(4) / 4
     assert len(SEQUENCES) < SLOTS

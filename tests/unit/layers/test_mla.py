@@ -139,7 +139,7 @@ def run(made: LatentAttention, tp: int = 1) -> list[np.ndarray]:
     """Compute the outputs of all sequences, batched: two prefill steps, then five decode steps."""
     graph, params = nnx.split(made)
     whole = jax.sharding.NamedSharding(make_mesh(tp), jax.sharding.PartitionSpec())
-    kv_cache = KVCache(jax.device_put(np.full((BLOCKS, 1, BLOCK, SPEC.kept), np.nan, np.float32), whole), None)
+    kv_cache = KVCache(jax.device_put(np.full((BLOCKS, 1, BLOCK, SPEC.latent_width), np.nan, np.float32), whole), None)
     found: list[list[np.ndarray]] = [[] for _ in SEQUENCES]
     done = [0] * len(SEQUENCES)
     for sizes in ((10, 2, 16), (19, 1, 0)):
@@ -207,7 +207,7 @@ def test_int8_is_close(kind, tp):
 @kinds
 def test_the_only_collective_is_the_all_reduce_of_the_output(kind):
     graph, params = nnx.split(layer(kind, 2))
-    kv_cache = KVCache(jnp.zeros((BLOCKS, 1, BLOCK, SPEC.kept)), None)
+    kv_cache = KVCache(jnp.zeros((BLOCKS, 1, BLOCK, SPEC.latent_width)), None)
     rows = DecodeRows(np.zeros((ROWS, WIDTH), np.int32), np.ones(ROWS, np.int32))
     own = np.zeros(ROWS, np.int32)
     for count, given in ((T, prefill_step((3, 2, 0), [0, 0, 0], 2)), (ROWS, context(own, own, rows, 2, 1))):

@@ -57,7 +57,7 @@ def _call(graph: nnx.GraphDef, state: nnx.State, x: jax.Array) -> tuple[jax.Arra
 
 @partial(jax.jit, static_argnums=0)
 def _attend(graph: nnx.GraphDef, state: nnx.State, x: jax.Array) -> jax.Array:
-    return nnx.merge(graph, state).attend(x)
+    return nnx.merge(graph, state).logits(x)
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -234,7 +234,7 @@ def test_features_are_those_of_transformers(tmp_path):
     assert found.shape == SHAPE and found.dtype == np.float32
     np.testing.assert_array_equal(found, expected["input_features"][0])
     assert (own.rate, own.frame_seconds, own.frames(Audio(SOUND, RATE))) == (RATE, 0.01, 5)
-    np.testing.assert_array_equal(own.whole(Audio(SOUND, RATE)), found)
+    np.testing.assert_array_equal(own.extract(Audio(SOUND, RATE)), found)
 
 
 def test_audio_longer_than_a_window(tmp_path):
@@ -243,7 +243,7 @@ def test_audio_longer_than_a_window(tmp_path):
         ValueError, match=r"prompt 2, audio is 1\.50 s long; the model takes at most 1 s at once\. Use LLM\.transcribe"
     ):
         own.window(audio, "prompt 2, audio")
-    assert own.whole(audio).shape == (20, 150) and own.frames(audio) == 150
+    assert own.extract(audio).shape == (20, 150) and own.frames(audio) == 150
     own.window(Audio(tone(8000, seconds=1.0), 8000), "x")
 
 

@@ -9,7 +9,7 @@ import transformers
 from support import checkpoint, tiny
 
 from jaxinfer import LLM, sharding
-from jaxinfer.checkpoint.hf import lay_over, read_config
+from jaxinfer.checkpoint.hf import apply_overrides, read_config
 from jaxinfer.errors import ConfigError
 from jaxinfer.loading import weights
 
@@ -27,7 +27,7 @@ HEADS = {
 
 
 def parsed(hf: dict[str, Any]) -> Any:
-    return weights.parse(lay_over(hf))[1]
+    return weights.parse(apply_overrides(hf))[1]
 
 
 @pytest.mark.parametrize("family", tiny.ARCHITECTURES)
@@ -170,9 +170,9 @@ def test_formats_inside_a_part_are_refused_as_well(where):
     with pytest.raises(
         ConfigError, match=r"text_config.quantization_config='bitsandbytes'.*hf_overrides=\{'text_config'"
     ):
-        lay_over(hf)
+        apply_overrides(hf)
     if where:
-        assert lay_over(hf, {"text_config": {"quantization_config": None}})["text_config"] == {
+        assert apply_overrides(hf, {"text_config": {"quantization_config": None}})["text_config"] == {
             "quantization_config": None
         }
 
@@ -180,7 +180,7 @@ def test_formats_inside_a_part_are_refused_as_well(where):
 @pytest.mark.parametrize("family", ["gemma2", "gemma3"])
 def test_float16_is_refused_for_families_that_overflow(family, tmp_path):
     hf = tiny.config(family)
-    served, _ = weights.parse(hf)
+    model_family, _ = weights.parse(hf)
     folder = checkpoint.write(tmp_path, hf, with_tokenizer=False)
     for refused in (
         lambda: sharding.plan(hf, dtype="float16"),
@@ -188,6 +188,6 @@ def test_float16_is_refused_for_families_that_overflow(family, tmp_path):
     ):
         with pytest.raises(ConfigError, match="dtype='float16' is not supported .* overflow.*'bfloat16' or 'float32'"):
             refused()
-    assert weights.resolve_dtype("auto", "float16", "gpu", served) == jnp.bfloat16
-    assert weights.resolve_dtype("auto", "float16", "cpu", served) == jnp.float32
+    assert weights.resolve_dtype("auto", "float16", "gpu", model_family) == jnp.bfloat16
+    assert weights.resolve_dtype("auto", "float16", "cpu", model_family) == jnp.float32
     assert weights.resolve_dtype("float16", "float32", "gpu", weights.parse(LLAMA)[0]) == jnp.float16

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxinfer.checkpoint.hf import lay_over
+from jaxinfer.checkpoint.hf import apply_overrides
 from jaxinfer.errors import ConfigError
 from jaxinfer.kv.groups import layout
 from jaxinfer.kv.spec import Full, Sliding
@@ -207,7 +207,7 @@ ALL = {
 
 
 def parsed(hf: dict[str, Any], **changes: Any) -> DecoderConfig:
-    return weights.parse(lay_over(hf, changes))[1]
+    return weights.parse(apply_overrides(hf, changes))[1]
 
 
 def test_gemma_2():
@@ -371,8 +371,8 @@ def test_a_null_window_with_sliding_layers_is_refused():
 )
 def test_cache_arrays_and_groups_of_the_real_shapes(name, arrays, groups):
     config = parsed(ALL[name])
-    served, _ = weights.parse(lay_over(ALL[name]))
-    module = weights.abstract(served, config, np.dtype("float32"), make_mesh(1))
+    model_family, _ = weights.parse(apply_overrides(ALL[name]))
+    module = weights.abstract(model_family, config, np.dtype("float32"), make_mesh(1))
     found = layout(tuple(module.cache_specs()))
     assert (len(found.array_specs), found.groups) == (arrays, groups)
     assert {type(spec) for spec in module.cache_specs()} == {Full, Sliding}

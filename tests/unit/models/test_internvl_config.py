@@ -9,7 +9,7 @@ import pytest
 from support import internvl
 from support.tiny import CONFIG
 
-from jaxinfer.checkpoint.hf import lay_over
+from jaxinfer.checkpoint.hf import apply_overrides
 from jaxinfer.errors import ConfigError
 from jaxinfer.layers.vision import VisionConfig
 from jaxinfer.loading import weights
@@ -209,7 +209,7 @@ def test_unsupported_values_of_original_configs_are_refused(path, value, message
 
 def test_an_attribute_of_a_part_can_be_overridden():
     hf = changed("vision_config.unheard_of", 3)
-    assert parsed(lay_over(hf, {"vision_config": {"unheard_of": None}})) == parsed(internvl.config())
+    assert parsed(apply_overrides(hf, {"vision_config": {"unheard_of": None}})) == parsed(internvl.config())
 
 
 def test_the_text_model_is_the_tiny_one():

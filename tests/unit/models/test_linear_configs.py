@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from support import checkpoint, tiny
 
-from jaxinfer.checkpoint.hf import lay_over
+from jaxinfer.checkpoint.hf import apply_overrides
 from jaxinfer.errors import CheckpointError, ConfigError
 from jaxinfer.kv.groups import layout
 from jaxinfer.layers.kda import KdaSpec
@@ -77,12 +77,12 @@ KIMI_LINEAR: dict[str, Any] = dict(
 
 
 def parsed(**changes: Any) -> DecoderConfig:
-    return weights.parse(lay_over(KIMI_LINEAR, changes))[1]
+    return weights.parse(apply_overrides(KIMI_LINEAR, changes))[1]
 
 
 def abstract(tp: int, placement: dict[str, str] | None = None, **changes: Any) -> Any:
-    served, config = weights.parse(lay_over(KIMI_LINEAR, changes))
-    return weights.abstract(served, config, np.dtype("float32"), make_mesh(tp), placement=Placement.of(placement))
+    model_family, config = weights.parse(apply_overrides(KIMI_LINEAR, changes))
+    return weights.abstract(model_family, config, np.dtype("float32"), make_mesh(tp), placement=Placement.of(placement))
 
 
 def test_kimi_linear():

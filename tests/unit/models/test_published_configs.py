@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from jaxinfer import sharding
-from jaxinfer.checkpoint.hf import lay_over
+from jaxinfer.checkpoint.hf import apply_overrides
 from jaxinfer.errors import ConfigError
 from jaxinfer.loading import weights
 from jaxinfer.models.registry import ARCHITECTURES, MODEL_TYPES, architecture
@@ -21,7 +21,7 @@ UNQUANTISED = {"quantization_config": None}
 
 def published(name: str) -> dict[str, Any]:
     hf = json.loads((FOLDER / f"{name}.json").read_text())
-    return lay_over(hf, UNQUANTISED if name.startswith("DeepSeek") else None)
+    return apply_overrides(hf, UNQUANTISED if name.startswith("DeepSeek") else None)
 
 
 def shallow(hf: dict[str, Any]) -> dict[str, Any]:
@@ -53,9 +53,11 @@ def test_every_architecture_has_a_published_file_and_every_file_its_entry():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_published_configs_are_parsed_unchanged(name):
-    served, config = weights.parse(published(name))
+    model_family, config = weights.parse(published(name))
     assert config.max_length >= 448
-    assert weights.resolve_dtype("auto", weights.said_dtype(published(name)) or served.stored_dtype, "gpu", served)
+    assert weights.resolve_dtype(
+        "auto", weights.config_dtype(published(name)) or model_family.stored_dtype, "gpu", model_family
+    )
     without = {key: value for key, value in published(name).items() if key != "architectures"}
     assert weights.parse(without)[1] == config
 
@@ -68,4 +70,4 @@ def test_published_configs_are_planned(name):
 
 def test_an_unsupported_quantisation_format_is_refused():
     with pytest.raises(ConfigError, match=r"quantization_config='fp8' .*not supported in this format .*mxfp4"):
-        lay_over(json.loads((FOLDER / "DeepSeek-V3.json").read_text()))
+        apply_overrides(json.loads((FOLDER / "DeepSeek-V3.json").read_text()))

@@ -21,7 +21,7 @@ from jaxinfer.loading.convert import convert
 from jaxinfer.sharding import Plan, make_mesh, placement
 from jaxinfer.sharding.collectives import ALL_REDUCE, Collective
 from jaxinfer.sharding.placement_html import axes_text, page
-from jaxinfer.sharding.placement_rows import EVERYWHERE
+from jaxinfer.sharding.placement_rows import REPLICATION_NOTE
 from jaxinfer.sharding.placement_tree import Node, tree
 from jaxinfer.sharding.policy import Placement
 
@@ -300,7 +300,7 @@ class Reader(HTMLParser):
 def test_the_html_is_well_formed_and_complete(mixed: Plan, large: Plan):
     shown = Reader(mixed._repr_html_())
     text = " ".join(shown.texts)
-    assert EVERYWHERE in text and "none lies on the first device only" in EVERYWHERE
+    assert REPLICATION_NOTE in text and "none lies on the first device only" in REPLICATION_NOTE
     for said in (
         "layers.1 ... layers.2",
         "(2 alike)",
@@ -428,9 +428,9 @@ def test_planning_needs_no_devices_and_allocates_nothing():
 
 def test_a_module_can_be_planned_without_a_config(mixed: Plan):
     """`sharding.placement.plan` only needs parameters: no family, no engine."""
-    served, config = weights.parse(SMALL)
+    model_family, config = weights.parse(SMALL)
     mesh = AbstractMesh((4,), ("model",), axis_types=(AxisType.Auto,))
-    module = weights.abstract(served, config, jnp.dtype("bfloat16"), mesh, placement=Placement(mixed.patterns))
+    module = weights.abstract(model_family, config, jnp.dtype("bfloat16"), mesh, placement=Placement(mixed.patterns))
     own = placement.plan(module, mesh, itemsize=BF16)
     assert own.rows == mixed.rows
     assert own.exchanges == tuple(e for e in mixed.exchanges if e.module != "sampler")

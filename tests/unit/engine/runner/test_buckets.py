@@ -28,8 +28,8 @@ SIZES = shapes(rows=20, decode_buckets=(4, 8, 20), prefill_buckets=(16, 48), swi
 @pytest.fixture(scope="module")
 def program() -> Program:
     mesh = make_mesh(1)
-    served, config = weights.parse(CONFIG | {"architectures": ["LlamaForCausalLM"]})
-    return split(weights.abstract(served, config, jnp.dtype("float32"), mesh), mesh)[0]
+    model_family, config = weights.parse(CONFIG | {"architectures": ["LlamaForCausalLM"]})
+    return split(weights.abstract(model_family, config, jnp.dtype("float32"), mesh), mesh)[0]
 
 
 @pytest.mark.parametrize("kernel", ["xla", "native"])

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxinfer.kernels.attention.paged import KVCache, Scoring, Slots
-from jaxinfer.kernels.state.slots import Whole
+from jaxinfer.kernels.state.slots import FullSequences
 
 
 def prefill(
@@ -13,7 +13,7 @@ def prefill(
     v: jax.Array | None,
     kv_cache: KVCache,
     slots: Slots | None,
-    step: Whole,
+    step: FullSequences,
     scoring: Scoring,
     sinks: jax.Array | None = None,
     *,
