@@ -126,7 +126,13 @@ def test_seen_ranges_of_tokens():
     assert both.length == 14 and both.seen(1, 5).tolist() == [[0, 0], [0, 9], [0, 9], [0, 9], [9, 14]]
     assert both.seen(40, 1).tolist() == [[9, 14]], "output tokens see what the last prompt token sees"
     assert [both.parts(0, n) for n in (1, 2, 3, 5, 6)] == [1, 1, 2, 2, 3] and both.parts(2, 3) == 1
-    assert (both.reach(0, 1), both.reach(0, 2), both.reach(0, 3), both.reach(2, 1), both.reach(5, 1)) == (
+    assert (
+        both.tokens_within(0, 1),
+        both.tokens_within(0, 2),
+        both.tokens_within(0, 3),
+        both.tokens_within(2, 1),
+        both.tokens_within(5, 1),
+    ) == (
         2,
         5,
         None,
@@ -134,7 +140,7 @@ def test_seen_ranges_of_tokens():
         None,
     )
     whole = CrossInputs((text(9), text(5, 1)))
-    assert whole.seen(3, 2).tolist() == [[0, 14]] * 2 and whole.reach(0, 1) is None and whole.parts(0, 99) == 1
+    assert whole.seen(3, 2).tolist() == [[0, 14]] * 2 and whole.tokens_within(0, 1) is None and whole.parts(0, 99) == 1
     assert set(both.extras(4)) == {0, 1} and both.extras(4)[1] != whole.extras(4).get(1)
     assert whole.digest == both.digest and whole.digest != CrossInputs((text(5, 1), text(9))).digest
 
