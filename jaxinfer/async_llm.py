@@ -70,7 +70,7 @@ class AsyncLLM:
     @property
     def max_model_len(self) -> int:
         """Maximum tokens of a sequence, prompt and output together."""
-        return self._llm._intake.limits.max_model_len
+        return self._llm._input_processor.limits.max_model_len
 
     async def generate(
         self, prompt: Any, sampling_params: SamplingParams | None = None, *, request_id: str | None = None
@@ -147,17 +147,17 @@ class AsyncLLM:
         return await self._add(render, request_id)
 
     def _parse(self, prompt: Any, params: SamplingParams | None) -> Handle:
-        return self._handle(self._llm._intake.parse(prompt), params)
+        return self._handle(self._llm._input_processor.parse(prompt), params)
 
     def _render(self, messages: Any, params: SamplingParams | None, **options: Any) -> Handle:
-        intake = self._llm._intake
-        return self._handle(intake.render(messages, **options), intake.chat_params(params))
+        processor = self._llm._input_processor
+        return self._handle(processor.render(messages, **options), processor.chat_params(params))
 
     def _handle(self, prompts: Sequence[Any], params: SamplingParams | None) -> Handle:
         """Make the unqueued request of a call's only prompt, with its output processor."""
         if len(prompts) != 1:
             raise ValueError(f"a request has one prompt, got {len(prompts)}: make a request for each")
-        [prompt], [request] = prompts, self._llm._intake.requests(prompts, params)
+        [prompt], [request] = prompts, self._llm._input_processor.requests(prompts, params)
         streaming = request.params.output_kind is not RequestOutputKind.FINAL_ONLY
         handle = Handle(request, prompt.text, self._llm._tokenizer, streaming=streaming)
         handle.read = None if prompt.encoder is None else prompt.encoder.text
