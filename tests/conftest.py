@@ -18,7 +18,7 @@ if os.environ.get("JAXINFER_TEST_GPU") != "1":
     os.environ["XLA_FLAGS"] = f"{compiler.flags(8)} {os.environ.get('XLA_FLAGS', '')}"  # the last duplicate wins
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # with several test workers, torch's threads contend for cores
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # leave no files in the user's folders
+os.environ |= compiler.cache_settings(os.environ)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import jax
@@ -34,7 +34,7 @@ COMPILE_BUDGET = 3690
 on real checkpoints, which run only if these are available, account for 34."""
 
 _compiled: Counter[str] = Counter()
-"""Number of programs compiled so far, by test file."""
+"""Number of programs compiled or read from the compilation cache so far, by test file."""
 _running = ["collection"]
 
 

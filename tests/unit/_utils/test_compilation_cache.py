@@ -41,6 +41,8 @@ def settings():
     before = {name: getattr(jax.config, name) for name in NAMES}
     jax.config.update("jax_enable_compilation_cache", True)
     compilation_cache._log_once.cache_clear()
+    jax.config.update("jax_compilation_cache_dir", None)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", compilation_cache.JAX_LEAST_SECONDS)
     yield jax.config
     for name, value in before.items():
         jax.config.update(name, value)
@@ -88,6 +90,7 @@ def test_a_folder_that_cannot_be_written_is_a_warning(settings, tmp_path, caplog
 @pytest.mark.slow
 def test_a_second_process_reads_all_programs_and_gives_the_same_tokens(tmp_path):
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "JAX_ENABLE_COMPILATION_CACHE": "true"}
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
     environment["XLA_FLAGS"] = flags(1)
     environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = (
         "0"  # fast machines compile small ones in less than ours
