@@ -42,7 +42,8 @@ class LLM:
     """A language model with its inference engine; methods may be called from several threads.
 
     Args:
-        model: a directory with a Hugging Face checkpoint, a Hub id, or an NNX module (which takes and returns token
+        model: a directory with a Hugging Face checkpoint, a GGUF file, "smollm2" (`checkpoint.packaged`), a Hub id, or
+            an NNX module (which takes and returns token
             ids only, unless `tokenizer` is given).
         tokenizer: directory, Hub id or transformers tokenizer to use instead of the model's own.
         skip_tokenizer_init: load no tokenizer; prompts and outputs are token ids only.

@@ -1,4 +1,4 @@
-"""Recognise checkpoint formats that jaxinfer does not read (quantised, GGUF, adapters, ...) and explain the refusal."""
+"""Recognise checkpoint formats that jaxinfer does not read (quantised, adapters, ...) and explain the refusal."""
 
 import logging
 import os
@@ -51,7 +51,7 @@ _FOLDERS: Sequence[tuple[str, str]] = (
         "it is a PEFT adapter ({found}). Adapters are not read; merge it into its base model and save that: "
         "PeftModel.merge_and_unload().save_pretrained(path)",
     ),
-    (r".*\.gguf", "it holds GGUF files ({found}). GGUF is not read; use the safetensors checkpoint of this model"),
+    (r".*\.gguf", "it holds GGUF files ({found}). Pass the path of the file as the model"),
     (
         r"params\.json|consolidated\.safetensors",
         "it holds the original format of Meta or Mistral ({found}), which is not read. Use the folder in the format of "

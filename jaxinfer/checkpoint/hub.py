@@ -1,4 +1,5 @@
-"""Resolve a model to a local folder: a directory, or a Hub id downloaded by huggingface_hub into its cache."""
+"""Resolve a model to a local folder: a directory, a GGUF file presented as one (`checkpoint.gguf_folder`), or a Hub id
+downloaded by huggingface_hub into its cache."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from jaxinfer.checkpoint import gguf_folder, packaged
 from jaxinfer.errors import CheckpointError, OfflineError
 
 ALLOW_PATTERNS = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt")
@@ -17,17 +19,18 @@ IGNORE_PATTERNS = ("*/*.json", "*/*.safetensors", "*/*.model", "*/*.txt", "conso
 
 
 def resolve_model(model: str | Path, revision: str | None = None, *, patterns: Sequence[str] = ALLOW_PATTERNS) -> Path:
-    """Return the folder of a model; download it from the Hub unless it is a local directory.
+    """Return the folder of a model; download it from the Hub unless it is a local directory or GGUF file.
 
     huggingface_hub honours HF_HOME, HF_HUB_OFFLINE and HF_TOKEN.
 
     Args:
-        model: local directory, or a Hub id.
+        model: local directory or GGUF file, a name of `packaged.MODELS`, or a Hub id.
         revision: branch, tag or commit of the Hub repository.
         patterns: glob patterns of the files to download.
 
     Raises:
-        CheckpointError: a local path is not a directory, or the name is neither a directory nor a Hub id.
+        CheckpointError: a local path is neither a directory nor a valid GGUF file, or the name is no Hub id either.
+        ConfigError: the architecture of a GGUF file, or a value in it, is not supported.
         OfflineError: the Hub cannot serve the model; says what to do.
     """
     if not isinstance(model, (str, Path)):
@@ -35,15 +38,19 @@ def resolve_model(model: str | Path, revision: str | None = None, *, patterns: S
     path = Path(model).expanduser()
     if str(model) and path.is_dir():
         return path
+    if model in packaged.MODELS:
+        return gguf_folder.folder_of(packaged.path_of(model))
     if path.is_file():
+        if gguf_folder.is_gguf(path):
+            return gguf_folder.folder_of(path)
         raise CheckpointError(f"model={str(model)!r} is a file; pass the directory that holds config.json.")
     if not str(model) or isinstance(model, Path) or _looks_local(model):
-        raise CheckpointError(f"model={str(model)!r}: the directory does not exist (seen from {Path.cwd()}).")
+        raise CheckpointError(f"model={str(model)!r}: the file or directory does not exist (seen from {Path.cwd()}).")
     return _fetch(model, revision, patterns)
 
 
 def _looks_local(model: str) -> bool:
-    return model.startswith((".", "/", "~", os.sep)) or model.endswith("/") or model.count("/") > 1
+    return model.startswith((".", "/", "~", os.sep)) or model.endswith(("/", ".gguf")) or model.count("/") > 1
 
 
 def _fetch(model: str, revision: str | None, patterns: Sequence[str]) -> Path:

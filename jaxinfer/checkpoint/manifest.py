@@ -6,6 +6,7 @@ loaded on another, and each weight file with its size and digest, so that errors
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +18,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxinfer.checkpoint.hf import read_json
-from jaxinfer.checkpoint.safetensors import DTYPES, SafetensorsReader
+from jaxinfer.checkpoint.safetensors import DTYPES
+from jaxinfer.checkpoint.source import Source
 from jaxinfer.errors import CheckpointError, ConfigError
 from jaxinfer.sharding import mesh as meshes
 from jaxinfer.sharding import rules as sharding_rules
@@ -273,12 +275,15 @@ def files_of(directory: Path) -> Iterator[tuple[str, list[Any]]]:
             yield path.relative_to(directory).as_posix(), [path.stat().st_size, file_digest(path)]
 
 
-def fingerprint(reader: SafetensorsReader) -> str:
+def fingerprint(reader: Source) -> str:
     """Return a checkpoint's fingerprint: SHA-256 of the name, dtype, shape and first bytes of every tensor."""
     found = hashlib.sha256()
     for name in sorted(reader.names()):
         info = reader.info(name)
         found.update(json.dumps([name, info.dtype, info.shape]).encode())
-        found.update(reader.read(name).reshape(-1)[: SAMPLE_BYTES // DTYPES[info.dtype].itemsize].tobytes())
+        values = SAMPLE_BYTES // DTYPES[info.dtype].itemsize
+        rows = -(-values // max(1, math.prod(info.shape[1:])))  # a GGUF file's values are dequantised, so as few as do
+        part = (slice(min(rows, *info.shape[:1])),) if info.shape else None
+        found.update(reader.read(name, part).reshape(-1)[:values].tobytes())
     reader.release()
     return found.hexdigest()

@@ -14,7 +14,7 @@ class Info(Protocol):
 
 @runtime_checkable
 class Source(Protocol):
-    """Source of named tensors (`checkpoint.safetensors.SafetensorsReader` is one)."""
+    """Source of named tensors (`SafetensorsReader`, `GgufReader`)."""
 
     def names(self) -> list[str]: ...
     def info(self, name: str) -> Info: ...

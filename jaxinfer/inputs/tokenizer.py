@@ -12,7 +12,7 @@ from jaxinfer.checkpoint.hub import resolve_model
 from jaxinfer.checkpoint.plain_json import shorten
 from jaxinfer.checkpoint.tokenizer_errors import as_checkpoint_error, is_library_error
 from jaxinfer.errors import CheckpointError
-from jaxinfer.inputs import tekken, tiktoken, tokenizer_files, vocabulary_files
+from jaxinfer.inputs import gguf_tokenizer, tekken, tiktoken, tokenizer_files, vocabulary_files
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 
 def load_tokenizer(source: str | Path | Any) -> Any:
-    """Load a transformers tokenizer from a directory or Hub id; a tokenizer object is returned unchanged.
+    """Load a transformers tokenizer from a directory, GGUF file or Hub id; a tokenizer object is returned unchanged.
 
     No checkpoint code is run: a tokenizer class that only exists in the checkpoint is replaced by its tokenizer.json
     or, for Moonshot's class, by tiktoken.model (`tiktoken`). Mistral's tekken.json is also read as data (`tekken`),
@@ -53,7 +53,7 @@ def load_tokenizer(source: str | Path | Any) -> Any:
 
 
 def _load(directory: Path) -> Any:
-    for own in (tekken, tiktoken):
+    for own in (gguf_tokenizer, tekken, tiktoken):
         if own.applies_to(directory):
             return _from_data(directory, own)
     vocabulary_files.check_vocabulary(directory)

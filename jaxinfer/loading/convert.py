@@ -14,11 +14,14 @@ from jax.sharding import Mesh
 from tqdm.auto import tqdm
 
 from jaxinfer.checkpoint import orbax, rules
+from jaxinfer.checkpoint.gguf_folder import open_weights
 from jaxinfer.checkpoint.hf import read_config
 from jaxinfer.checkpoint.manifest import NAME, WEIGHTS, Manifest, Stored, files_of, fingerprint
-from jaxinfer.checkpoint.safetensors import DTYPES, SafetensorsReader
+from jaxinfer.checkpoint.safetensors import DTYPES
 from jaxinfer.checkpoint.source import Source
 from jaxinfer.errors import CheckpointError
+from jaxinfer.inputs import gguf_tokenizer
+from jaxinfer.inputs.tokenizer import load_tokenizer
 from jaxinfer.loading import weights
 from jaxinfer.sharding import mesh as meshes
 from jaxinfer.sharding.policy import Placement
@@ -59,7 +62,7 @@ def convert(
     model_family, config = weights.parse(hf := read_config(directory, overrides), directory)
     mesh = meshes.normalise(mesh)
     how = dict(quantization=quantization, placement=placement, pad_heads=pad_heads)
-    with SafetensorsReader(directory) as reader, _new_folder(out) as folder:
+    with open_weights(directory) as reader, _new_folder(out) as folder:
         # Keep the stored dtype: this machine's preference does not matter where the folder is loaded.
         kind = weights.resolve_dtype(dtype, weights.config_dtype(hf) or weights.stored_dtype(reader), "", model_family)
         config, source = weights.match_tensors(model_family, config, hf, reader, directory)
@@ -117,6 +120,8 @@ def _copy_others(directory: Path, folder: Path) -> None:
             target = folder / path.relative_to(directory)
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, target)
+    if gguf_tokenizer.applies_to(directory):
+        load_tokenizer(directory).save_pretrained(folder)
 
 
 @contextmanager

@@ -13,10 +13,10 @@ from jax.sharding import AbstractMesh, Mesh
 
 from jaxinfer.checkpoint import naming, orbax, rules, ties
 from jaxinfer.checkpoint.formats import warn_of_adapter
+from jaxinfer.checkpoint.gguf_folder import open_weights
 from jaxinfer.checkpoint.hf import ConfigReader, check_sizes, int_if_whole, read_config
 from jaxinfer.checkpoint.manifest import Manifest
 from jaxinfer.checkpoint.plain_json import show
-from jaxinfer.checkpoint.safetensors import SafetensorsReader
 from jaxinfer.checkpoint.source import Source
 from jaxinfer.errors import ConfigError
 from jaxinfer.kernels.native import build as native
@@ -95,7 +95,7 @@ def load(
     module = abstract(
         model_family, config, resolve_dtype(dtype, stated or "float32", platform, model_family), mesh, **how
     )
-    with SafetensorsReader(directory) as reader:
+    with open_weights(directory) as reader:
         settled, source = match_tensors(model_family, config, hf, reader, directory)
         if settled != config or not stated:
             kind = resolve_dtype(dtype, stated or stored_dtype(reader), platform, model_family)
@@ -105,7 +105,7 @@ def load(
 
 
 def match_tensors(
-    model_family: Family, config: Any, hf: Mapping[str, Any], reader: SafetensorsReader, directory: Path
+    model_family: Family, config: Any, hf: Mapping[str, Any], reader: Source, directory: Path
 ) -> tuple[Any, Source]:
     """Adapt the configuration to the checkpoint's ties; return it with the tensors under weight table names.
 
@@ -285,7 +285,7 @@ def config_dtype(hf: Mapping[str, Any]) -> str:
     return ""
 
 
-def stored_dtype(reader: SafetensorsReader) -> str:
+def stored_dtype(reader: Source) -> str:
     """Return the dtype of the first floating-point tensor."""
     names = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
     found = [names[i.dtype] for i in map(reader.info, reader.names()) if i.dtype in names]

@@ -77,7 +77,7 @@ def test_the_sanity_run_shows_both_outputs_the_differences_and_the_hits(command,
         (["--prompt", "x", "--max-tokens", "0"], "max_tokens must be at least 1"),
         (["--prompts-file", "/nowhere/prompts.txt"], "/nowhere/prompts.txt: No such file or directory"),
         (["--prompts-file", "/dev/null"], "has no prompt in it"),
-        (["--model", "./no-such-folder"], "the directory does not exist"),
+        (["--model", "./no-such-folder"], "directory does not exist"),
         (["--model", "nobody/nothing"], "cannot be had from the Hugging Face Hub"),
     ],
 )

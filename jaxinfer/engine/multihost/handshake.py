@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import jaxlib
 
 from jaxinfer.checkpoint import manifest
-from jaxinfer.checkpoint.safetensors import SafetensorsReader
+from jaxinfer.checkpoint.gguf_folder import open_weights
 from jaxinfer.config import EngineConfig
 from jaxinfer.distributed.group import Group
 from jaxinfer.engine.runner.runner import Runner
@@ -74,7 +74,7 @@ def check_checkpoint(group: Group, directory: Path) -> None:
     if (directory / manifest.NAME).is_file():
         weights = manifest.file_digest(directory / manifest.NAME)
     else:
-        with SafetensorsReader(directory) as reader:
+        with open_weights(directory) as reader:
             weights = manifest.fingerprint(reader)
     config = directory / "config.json"
     group.check_equal(

@@ -73,9 +73,9 @@ def test_a_path_that_is_not_there_is_not_asked_of_the_hub(tmp_path, monkeypatch,
 
 
 def test_a_file_is_not_a_directory(tmp_path, downloads):
-    (tmp_path / "model.gguf").write_bytes(b"")
+    (tmp_path / "model.bin").write_bytes(b"")
     with pytest.raises(CheckpointError, match="is a file"):
-        resolve_model(tmp_path / "model.gguf")
+        resolve_model(tmp_path / "model.bin")
     with pytest.raises(TypeError, match="model"):
         resolve_model(None)
 

@@ -280,7 +280,7 @@ def test_an_index_as_published_is_read(tmp_path, ramp):
     ("files", "named"),
     [
         (["adapter_config.json", "adapter_model.safetensors"], ["PEFT adapter", "merge_and_unload"]),
-        (["model-Q4_K_M.gguf"], ["GGUF is not read", "model-Q4_K_M.gguf"]),
+        (["model-Q4_K_M.gguf"], ["path of the file", "model-Q4_K_M.gguf"]),
         (["params.json", "consolidated.safetensors", "tekken.json"], ["original format of Meta or Mistral"]),
         (["params.json", "consolidated.00.pth"], ["original format of Meta or Mistral"]),
         (["pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"], ["run code", "save_pretrained"]),
