@@ -112,7 +112,7 @@ def _match_sentencepiece(made: Any, directory: Path) -> Any:
 
 
 def _from_data(directory: Path, own: Any) -> Any:
-    """Load a tokenizer from a format that jaxinfer reads itself; `own`: its module, `tekken` or `tiktoken`."""
+    """Load a tokenizer from a format that jaxinfer reads itself; `own`: its module, such as `tekken`."""
     backend, known = own.backend(directory)
     template = tokenizer_files.chat_template(directory)
     if template is not None:

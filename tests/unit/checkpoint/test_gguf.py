@@ -44,7 +44,8 @@ def cache(tmp_path, monkeypatch) -> Path:
 def hf_config(family: str) -> dict:
     """A tiny config.json with what its file cannot leave out."""
     ropes = {"full_attention": {"rope_theta": 5e5}, "sliding_attention": {"rope_theta": 1e4}}
-    more = {"gemma3": {"rope_parameters": ropes, "layer_types": None}}
+    more = {"gemma2": {"query_pre_attn_scalar": 16}}  # a file does not state it
+    more["gemma3"] = more["gemma2"] | {"rope_parameters": ropes, "layer_types": None}
     made = {"rope_theta": None, "rope_parameters": {"rope_theta": 5e5}, **tiny_config(family), **more.get(family, {})}
     made["tie_word_embeddings"] = family.startswith("gemma")
     return {name: value for name, value in made.items() if value is not None}
