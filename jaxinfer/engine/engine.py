@@ -417,28 +417,25 @@ class Engine:
         for request_id in list(self.requests):
             self.abort(request_id)
         self._flight = None
-        held = int(self.manager.pool.num_held)
+        held = self.manager.pool.num_held
         if held:
             raise EngineError(f"{held} blocks are held with nothing running: {self.manager.pool}")
 
     def _observe(self, plan: Plan) -> None:
         self.metrics.count_step(plan)
         self.metrics.counters["num_preemptions"] = self.scheduler.preempted
-        pool = self.manager.pool
-        running = self.scheduler.rows_in_use
-        self.metrics.maybe_log(running, len(self.scheduler.waiting), int(pool.num_held) / pool.num_blocks)
+        self.metrics.maybe_log(self.scheduler.rows_in_use, len(self.scheduler.waiting), self.manager.usage)
         if self.settings.check_invariants:
             self.manager.check()
             self.scheduler.encoder_cache.check()
 
     def readings(self) -> list[Metric]:
         """Return the current value of every metric; may be called from any thread while a step runs."""
-        pool = self.manager.pool
         return self.metrics.readings(
             {
                 "num_requests_running": self.scheduler.rows_in_use,
                 "num_requests_waiting": len(self.scheduler.waiting),
-                "kv_cache_usage_perc": int(pool.num_held) / pool.num_blocks,
+                "kv_cache_usage_perc": self.manager.usage,
                 "compiled_steps": len(self.runner.compile_seconds),
                 "compile_seconds": sum(tuple(self.runner.compile_seconds.values())),
                 "step_tokens": self.runner.places,

@@ -1,4 +1,4 @@
-"""Paged KV cache: host bookkeeping as values (`pool`, `prefix`), device memory as donated arrays (`cache`)."""
+"""Paged KV cache: host bookkeeping (`pool`, `prefix`), device memory as donated arrays (`cache`)."""
 
 from jaxinfer.kv import cache as cache
 from jaxinfer.kv import pool as pool

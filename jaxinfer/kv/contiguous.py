@@ -119,6 +119,11 @@ class RowManager:
         """Memory in use."""
         return Reserved(self.regions.blocks, len(self.tables.used()) * self.regions.groups * self.regions.width)
 
+    @property
+    def usage(self) -> float:
+        """Share of the blocks that are reserved for rows in use."""
+        return self.pool.num_held / self.pool.num_blocks
+
     def lookup(self, *_: Any) -> Hit:
         """Return an empty hit: the contiguous cache has no prefix cache."""
         return prefix_match.nothing(self.kinds, NO_PREFIXES)

@@ -33,6 +33,11 @@ class CacheManager(Protocol):
         """Memory use: `num_blocks`, `num_held`, and `num_available` if `needed` can be non-zero."""
         ...
 
+    @property
+    def usage(self) -> float:
+        """Share of the blocks in use; may be read from any thread while a step runs."""
+        ...
+
     def lookup(self, tokens: np.ndarray, digests: Sequence[bytes], root: bytes, extras: Extras) -> Hit:
         """Find the longest usable cached prefix."""
         ...

@@ -83,6 +83,11 @@ class BlockManager:
     def pool(self, pool: BlockPool) -> None:
         self._pool = pool
 
+    @property
+    def usage(self) -> float:
+        """Share of the blocks that sequences hold; may be read from any thread while a step runs."""
+        return self._pool.state.num_held / self._pool.num_blocks
+
     def blocks_for(self, tokens: int) -> int:
         """Return the logical blocks that hold this many positions."""
         return -(-tokens // self.block_size)
@@ -103,11 +108,19 @@ class BlockManager:
             return prefix_match.nothing(self.kinds, "prefix caching is off")
         most = max(0, (len(tokens) - 1) // self.block_size)
         found = self.index.match(digests[:most], tokens, root, extras)
-        kinds, published = self.kinds, self.pool.published
+        kinds = self.kinds
         if self.states is not None:
             kinds = *kinds, KindGroups(Recurrent(), count(kinds))
-            published = np.concatenate([published, self.states.published])
-        return prefix_match.longest(kinds, found, published, most, self.block_size)
+        return prefix_match.longest(kinds, found, self._are_published, most, self.block_size)
+
+    def _are_published(self, ids: np.ndarray) -> np.ndarray:
+        """Return which of these numbers of the index, blocks and state slots, are published; False for -1."""
+        blocks, states = self.pool.published, self.states
+        if states is None:
+            return blocks[ids] & (ids >= 0)
+        slots = ids - len(blocks)
+        of_blocks, of_slots = blocks[np.where(slots < 0, ids, 0)], states.published[np.maximum(slots, 0)]
+        return np.where(slots < 0, of_blocks, of_slots) & (ids >= 0)
 
     def lookup_encoded(self, content: Encoded | None) -> EncodedHit:
         """Find the blocks of an encoder input (None if the sequence has none); all of them or none."""
@@ -133,12 +146,14 @@ class BlockManager:
         own = hit.ids[: count(self.kinds)]
         shared = np.concatenate([own.T.ravel(), encoded.ids.T.ravel()])
         shared = shared[shared >= 0]
-        pool = pools.share(self.pool, shared)
+        pool = pools.share(pools.begin(self.pool), shared)
         ends, wanted = self._wanted(hit, tokens, chunk_end)
         taken = self._allocate(pool, sum(wanted) + encoded.missing)
         if taken is None:
+            self.pool = pools.rollback(pool)
             return False
-        self.pool, ids = taken
+        pool, ids = taken
+        self.pool = pools.commit(pool)
         self._evict_first.drop(shared)
         *own_ids, read = np.split(ids, np.cumsum(wanted))
         read = self.encoded.take(row, encoded, read)
@@ -182,13 +197,15 @@ class BlockManager:
         if not self._windowed:
             return True
         tables, end = self.tables, self.blocks_for(stop)
-        pool, behind = self._release_behind(self.pool, np.array([row]), np.array([start]))
+        pool, behind = self._release_behind(pools.begin(self.pool), np.array([row]), np.array([start]))
         added = [max(0, end - int(tables.counts[k, row])) for k in self._windowed]
         wanted = [self.kinds[k].count * n for k, n in zip(self._windowed, added, strict=True)]
         taken = self._allocate(pool, sum(wanted))
         if taken is None:
+            self.pool = pools.rollback(pool)
             return False
-        self.pool, ids = taken
+        pool, ids = taken
+        self.pool = pools.commit(pool)
         self._clear_released(behind)
         for k, n, some in zip(self._windowed, added, np.split(ids, np.cumsum(wanted)[:-1]), strict=True):
             if n:
@@ -211,7 +228,7 @@ class BlockManager:
         """
         tables = self.tables
         lengths = tables.lengths[rows]
-        pool, behind = self.pool, []
+        pool, behind = pools.begin(self.pool), []
         if self._windowed:
             pool, behind = self._release_behind(pool, rows, lengths)
         at = lengths // self.block_size
@@ -223,11 +240,12 @@ class BlockManager:
         copied = self._must_copy(pool, current)
         new = sum(news)
         if not new and not len(copied):
-            self.pool = pool
+            self.pool = pools.commit(pool)
             self._clear_released(behind)
             return current[copied], current[copied]
         taken = self._allocate(pool, new + len(copied))
         if taken is None:
+            self.pool = pools.rollback(pool)
             return None
         pool, ids = taken
         self._clear_released(behind)
@@ -241,7 +259,7 @@ class BlockManager:
             groups, owners = np.divmod(copied, len(rows))
             tables.blocks[groups, rows[owners], at[owners]] = targets
             pool = pools.release(pool, sources)
-        self.pool = pool
+        self.pool = pools.commit(pool)
         return sources, targets
 
     def _append(self, k: int, rows: np.ndarray, added: np.ndarray, ids: np.ndarray) -> None:
@@ -305,7 +323,7 @@ class BlockManager:
         if n > pool.num_available:
             return None
         if self._evict_first and n > pool.num_free:
-            chosen = self._evict_first.take(pool, n - int(pool.num_free))
+            chosen = self._evict_first.take(pool, n - pool.num_free)
             self._evicted.append(chosen)
             pool = pools.unpublish(pool, chosen)
         pool, ids, evicted, _ = pools.allocate(pool, n)
@@ -354,7 +372,7 @@ class BlockManager:
             ids += [i for node in self.index.nodes(digests[start:]) for i in node.ids[k]]
         self._evict_first.drop(ids)
         window = np.array(ids, np.int32)
-        return window[self.pool.slot[window] >= 0]
+        return window[pools.is_cached(self.pool, window)]
 
     def take_evicted(self) -> None:
         """Remove blocks evicted since the last call from the index, with the other blocks of the same nodes."""

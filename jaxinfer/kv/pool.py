@@ -1,73 +1,49 @@
-"""Block pool of the paged cache: free, cached and held blocks, as an immutable value with pure functions.
+"""Block pool of the paged cache: free, cached and held blocks, as a value that operations consume and return.
 
 Each block is in exactly one state:
 
     free    refs == 0, not published    on the stack `free[0:num_free]`
-    cached  refs == 0, published        in the queue `queue[head:tail]`, oldest release first
+    cached  refs == 0, published        in a doubly linked list, oldest release first
     held    refs >= 1                   in block tables, one entry per reference
 
-The queue is invalidated lazily: a cached block that is shared again only clears its `slot`, and its stale queue entry
-is skipped later. The entry at position q is live if `slot[queue[q]] == q`. When the queue is full, its live entries are
-moved to the front, which costs O(N) once in N / 4 releases.
+Operations map a pool to a pool, like JAX functions with donated arrays: the argument is consumed and updated in place,
+so the cost depends on the number of ids and not on the number of blocks. Using a consumed value raises. `begin` starts
+a transaction, which `rollback` undoes operation by operation.
 
-The functions run on NumPy arrays on the host and on jnp arrays under `jax.jit`. Negative ids mean "no block", so
-batches can be padded to a fixed width. Misuse (releasing a block that is not held, sharing a free one) raises on the
-host; code under jit cannot raise, so `check` finds it there.
+Operations are loops over ids, because few ids at a time are the rule and each call of NumPy costs as much as a dozen
+ids. Negative ids mean "no block" and are skipped.
 """
 
+from array import array
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxinfer.errors import CapacityError, JaxInferError
-from jaxinfer.kv.arrays import Array, Count, add, count_true, last_of_each, only, put
+from jaxinfer.kv.pool_state import NO_EVICTED, PoolState, read_only
 
-Ids: TypeAlias = np.ndarray | jax.Array | Sequence[int]
+Ids: TypeAlias = np.ndarray | Sequence[int]
 
 
 class PoolInvariantError(JaxInferError, RuntimeError):
     """An invariant of the pool's accounting is violated; the message carries the accounting."""
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
 class BlockPool:
-    """State of N blocks. Q, the length of the queue's buffer, is at least N.
+    """Value of a pool of N blocks; operations consume it and return the next one."""
 
-    Leaves are NumPy arrays and ints, or jnp arrays. Fields are annotated `Any` because jax also builds the pytree with
-    other leaves (shapes, shardings).
-    """
+    __slots__ = ("state", "version")
 
-    refs: Any
-    """Number of block-table entries that name the block, [N] int32."""
-    published: Any
-    """Whether the block's content is in the prefix index, [N] bool."""
-    free: Any
-    """Stack of free block ids, [N] int32; the first `num_free` entries are in use."""
-    queue: Any
-    """Cached block ids in release order, [Q] int32; in use from `head` up to `tail`."""
-    slot: Any
-    """Position in `queue` of a cached block's live entry, [N] int32; -1 for other blocks."""
-    num_free: Any
-    """Blocks on the stack, int."""
-    num_cached: Any
-    """Live entries in the queue, int."""
-    head: Any
-    """Lower bound of the queue positions with live entries, int."""
-    tail: Any
-    """Queue position of the next release, int."""
+    def __init__(self, state: PoolState, version: int):
+        self.state, self.version = state, version
 
     @classmethod
-    def create(cls, num_blocks: int, xp: Any = np) -> "BlockPool":
+    def create(cls, num_blocks: int) -> "BlockPool":
         """Create a pool of free blocks, allocated from id 0 upwards.
 
         Args:
             num_blocks: N, at least 1.
-            xp: numpy or jax.numpy.
 
         Raises:
             CapacityError: `num_blocks` is less than 1.
@@ -76,166 +52,233 @@ class BlockPool:
             raise CapacityError(
                 f"num_blocks must be at least 1, got {num_blocks}; raise gpu_memory_utilization or num_blocks."
             )
-        scalar = int if xp is np else xp.int32
-        return cls(
-            refs=xp.zeros(num_blocks, xp.int32),
-            published=xp.zeros(num_blocks, bool),
-            free=xp.arange(num_blocks - 1, -1, -1, dtype=xp.int32),
-            queue=xp.full(num_blocks + num_blocks // 4, -1, xp.int32),
-            slot=xp.full(num_blocks, -1, xp.int32),
-            num_free=scalar(num_blocks),
-            num_cached=scalar(0),
-            head=scalar(0),
-            tail=scalar(0),
-        )
+        return cls(PoolState(num_blocks), 0)
+
+    def __repr__(self) -> str:
+        consumed = self.version != self.state.version
+        return f"BlockPool({'consumed' if consumed else _accounting(self.state)})"
+
+    def current(self) -> PoolState:
+        """Return the state.
+
+        Raises:
+            PoolInvariantError: the value is consumed.
+        """
+        if self.version != self.state.version:
+            raise PoolInvariantError(
+                f"version {self.version} of the block pool is consumed, version {self.state.version} is current; use "
+                "the value that the last operation returned."
+            )
+        return self.state
+
+    @property
+    def refs(self) -> np.ndarray:
+        """Number of block-table entries that name each block, [N] int32; a view that later operations change."""
+        return self.current().refs_view
+
+    @property
+    def published(self) -> np.ndarray:
+        """Whether each block's content is in the prefix index, [N] bool; a view that later operations change."""
+        return self.current().published_view
 
     @property
     def num_blocks(self) -> int:
         """N, all blocks."""
-        return self.refs.shape[0]
+        return self.state.num_blocks
 
     @property
-    def num_held(self) -> Count:
+    def num_free(self) -> int:
+        """Blocks without content."""
+        return self.current().num_free
+
+    @property
+    def num_cached(self) -> int:
+        """Published blocks without references."""
+        return self.current().num_cached
+
+    @property
+    def num_held(self) -> int:
         """Blocks with at least one reference."""
-        return self.num_blocks - self.num_free - self.num_cached
+        return self.current().num_held
 
     @property
-    def num_available(self) -> Count:
+    def num_available(self) -> int:
         """Blocks that `allocate` can return: free ones, then cached ones."""
-        return self.num_free + self.num_cached
+        state = self.current()
+        return state.num_free + state.num_cached
 
 
-def allocate(pool: BlockPool, n: Count, width: int | None = None) -> tuple[BlockPool, Array, Array, Any]:
+def begin(pool: BlockPool) -> BlockPool:
+    """Begin a transaction; `rollback` makes `pool` current again.
+
+    Raises:
+        PoolInvariantError: a transaction is already open.
+    """
+    if pool.current().record is not None:
+        raise PoolInvariantError("a transaction of the block pool is already open; commit or roll it back first.")
+    state, after = _consume(pool)
+    state.record, state.before = [], pool
+    return after
+
+
+def commit(pool: BlockPool) -> BlockPool:
+    """End a transaction and keep its changes."""
+    state, after = _consume(pool)
+    state.record = state.before = None
+    return after
+
+
+def rollback(pool: BlockPool) -> BlockPool:
+    """Undo the open transaction; return the value that `begin` consumed."""
+    state = pool.current()
+    for undo, argument in reversed(state.record):
+        undo(argument)
+    before, state.record, state.before = state.before, None, None
+    state.version = before.version
+    return before
+
+
+def allocate(pool: BlockPool, n: int) -> tuple[BlockPool, np.ndarray, np.ndarray, bool]:
     """Allocate n blocks with one reference each: free blocks first, then cached ones, oldest release first.
 
     Args:
         pool: the pool.
-        n: number of blocks; may be traced under jit.
-        width: pads `ids` and `evicted` with -1 to [width]; required under jit.
+        n: number of blocks.
 
     Returns:
         (pool, ids, evicted, ok). `ids` are int32 [n]; `evicted`, int32 [m], are those of them that were cached and are
-        now
-        unpublished: the caller removes them from the prefix index when it commits. If n exceeds the available blocks or
-        `width`, `ok` is False and the pool is unchanged.
+        now unpublished: the caller removes them from the prefix index when it commits. If n exceeds the available
+        blocks, `ok` is False and the pool is the argument, which is not consumed.
 
     Raises:
-        ValueError: n is negative (NumPy), or n is traced and `width` is None.
+        ValueError: n is negative.
     """
-    host = _on_host(pool)
-    if width is None and not isinstance(n, int | np.integer):
-        raise ValueError("width must be given when n is traced, as it fixes the shape of the ids.")
-    if host and n < 0:
+    if n < 0:
         raise ValueError(f"n must be non-negative, got {n}.")
-    lanes = int(n) if width is None else width
-    ok = (n <= pool.num_available) & (n <= lanes)
-    if host and not ok:
-        none = np.full(0 if width is None else width, -1, np.int32)
-        return pool, none, none, False
-    n = int(n) if host else jnp.where(ok, n, 0)
-    taken = min(n, pool.num_free) if host else jnp.minimum(n, pool.num_free)
-    evicted, head = _oldest(pool, n - taken, lanes)
-
-    xp = np if host else jnp
-    lane = xp.arange(lanes, dtype=xp.int32)
-    from_stack = pool.free[xp.maximum(pool.num_free - 1 - lane, 0)]
-    ids = xp.where(lane < taken, from_stack, evicted[lane - taken])
-    ids = xp.where(lane < n, ids, -1)
-    pool = replace(
-        pool,
-        refs=put(pool.refs, ids, 1),
-        published=put(pool.published, evicted, False),
-        slot=put(pool.slot, evicted, -1),
-        num_free=pool.num_free - taken,
-        num_cached=pool.num_cached - (n - taken),
-        head=head,
-    )
-    if width is None:
-        evicted = evicted[: n - taken] if host else evicted
-    return pool, ids, evicted, bool(ok) if host else ok
+    if n > pool.num_available:
+        return pool, NO_BLOCKS, NO_BLOCKS, False
+    state, after = _consume(pool)
+    refs, top = state.refs, state.num_free
+    bottom = top - n if top > n else 0
+    ids, evicted = state.free[bottom:top], NO_EVICTED
+    ids.reverse()
+    state.num_free = bottom
+    for block in ids:
+        refs[block] = 1
+    if len(ids) < n:
+        evicted = state.evict(n - len(ids))
+    state.keep(state.undo_allocate, (ids, evicted))
+    return after, _as_array(ids + evicted), _as_array(evicted), True
 
 
 def share(pool: BlockPool, ids: Ids) -> BlockPool:
     """Add one reference for each entry of ids [n]; cached blocks become held.
 
     Raises:
-        PoolInvariantError: a block is free or does not exist (NumPy only).
+        PoolInvariantError: a block is free or does not exist.
     """
-    ids = _as_ids(pool, ids)
-    cached = (ids >= 0) & (pool.slot[ids] >= 0)
-    _require(cached | (pool.refs[ids] > 0) | (ids < 0), pool, ids, "shared while free")
-    revived = only(ids, cached)
-    return replace(
-        pool,
-        refs=add(pool.refs, ids, 1),
-        slot=put(pool.slot, revived, -1),
-        num_cached=pool.num_cached - count_true(last_of_each(revived, pool.num_blocks)),
-    )
+    ids, (state, after) = _as_list(ids), _consume(pool)
+    refs, following = state.refs, iter(ids)
+    try:
+        for block in following:
+            if block >= 0:
+                count = refs[block]
+                if not count:
+                    state.unlink_cached(block)
+                refs[block] = count + 1
+    except LookupError:
+        state.undo_share(ids[: -1 - len(list(following))])
+        raise _misuse(pool, block, "shared while free") from None
+    state.keep(state.undo_share, ids)
+    return after
 
 
 def release(pool: BlockPool, ids: Ids) -> BlockPool:
     """Remove one reference for each entry of ids [n]; blocks without references become cached or free.
 
-    Blocks join the queue in the order of their last entry in `ids`. Callers pass a sequence's blocks last first, so
-    that the end of a prefix is evicted before its start.
+    Blocks join the list of cached blocks in the order of their last entry in `ids`. Callers pass a sequence's blocks
+    last first, so that the end of a prefix is evicted before its start.
 
     Raises:
-        PoolInvariantError: a block has fewer references than entries in `ids` (NumPy only).
+        PoolInvariantError: a block has fewer references than entries in `ids`, or does not exist.
     """
-    ids = _as_ids(pool, ids)
-    refs = add(pool.refs, ids, -1)
-    _require((refs[ids] >= 0) | (ids < 0), pool, ids, "released more often than it is held")
-    gone = last_of_each(only(ids, refs[ids] == 0), pool.num_blocks)
-    published = pool.published[ids]
-    pool = _push_free(replace(pool, refs=refs), ids, gone & ~published)
-    return _push_queue(pool, ids, gone & published)
+    ids, (state, after) = _as_list(ids), _consume(pool)
+    refs, links, following = state.refs, [], iter(ids)
+    try:
+        for block in following:
+            if block >= 0:
+                count = refs[block]
+                if count < 2:
+                    state.let_go(block, links)
+                refs[block] = count - 1
+    except LookupError:
+        state.undo_release((ids[: -1 - len(list(following))], links))
+        raise _misuse(pool, block, "released more often than it is held") from None
+    state.keep(state.undo_release, (ids, links))
+    return after
 
 
 def publish(pool: BlockPool, ids: Ids) -> BlockPool:
     """Mark the held blocks ids [n] as being in the prefix index.
 
     Raises:
-        PoolInvariantError: a block is not held (NumPy only).
+        PoolInvariantError: a block is not held.
     """
-    ids = _as_ids(pool, ids)
-    _require((pool.refs[ids] > 0) | (ids < 0), pool, ids, "published while not held")
-    return replace(pool, published=put(pool.published, ids, True))
+    ids, (state, after), changed = _as_list(ids), _consume(pool), []
+    for block in ids:
+        if block < 0:
+            continue
+        if block >= state.num_blocks or not state.refs[block]:
+            state.undo_publish(changed)
+            raise _misuse(pool, block, "published while not held")
+        if not state.published[block]:
+            state.published[block] = True
+            changed.append(block)
+    state.keep(state.undo_publish, changed)
+    return after
 
 
 def unpublish(pool: BlockPool, ids: Ids) -> BlockPool:
     """Mark the blocks ids [n] as no longer in the prefix index; cached ones become free."""
-    ids = _as_ids(pool, ids)
-    cached = only(ids, pool.slot[ids] >= 0)
-    freed = last_of_each(cached, pool.num_blocks)
-    pool = replace(
-        pool,
-        published=put(pool.published, ids, False),
-        slot=put(pool.slot, cached, -1),
-        num_cached=pool.num_cached - count_true(freed),
-    )
-    return _push_free(pool, ids, freed)
+    (state, after), changed = _consume(pool), []
+    for block in _as_list(ids):
+        if block >= 0 and state.published[block]:
+            state.published[block] = False
+            changed.append(block)
+            if not state.refs[block]:
+                state.unlink(block)
+                state.push(block)
+    state.keep(state.undo_unpublish, changed)
+    return after
 
 
 def touch(pool: BlockPool, ids: Ids) -> BlockPool:
-    """Move the cached blocks among ids [n] to the end of the queue, as if released now."""
-    ids = _as_ids(pool, ids)
-    cached = only(ids, pool.slot[ids] >= 0)
-    moved = last_of_each(cached, pool.num_blocks)
-    pool = replace(pool, slot=put(pool.slot, cached, -1), num_cached=pool.num_cached - count_true(moved))
-    return _push_queue(pool, ids, moved)
+    """Move the cached blocks among ids [n] to the end of the list, as if released now."""
+    (state, after), moved = _consume(pool), []
+    for block in _as_list(ids):
+        if block >= 0 and state.published[block] and not state.refs[block]:
+            state.unlink(block)
+            moved.append((block, state.append(block)))
+    state.keep(state.undo_touch, moved)
+    return after
 
 
 def reset_published(pool: BlockPool) -> BlockPool:
-    """Unpublish all blocks: every cached block becomes free."""
-    live, _ = _live(pool)
-    pool = unpublish(pool, only(pool.queue, live))
-    return replace(pool, published=pool.published & False, head=pool.head * 0, tail=pool.tail * 0)
+    """Unpublish all blocks: every cached block becomes free. Costs O(N)."""
+    cached = cached_ids(pool)
+    return unpublish(unpublish(pool, cached), np.flatnonzero(pool.state.published_view))
+
+
+def is_cached(pool: BlockPool, ids: np.ndarray) -> np.ndarray:
+    """Return which of the blocks ids [n] are cached, [n] bool."""
+    return pool.published[ids] & (pool.refs[ids] == 0)
 
 
 def cached_ids(pool: BlockPool) -> np.ndarray:
-    """Return the cached blocks [num_cached] int32 on the host, next to be evicted first."""
-    live, _ = _live(pool)
-    return np.asarray(pool.queue)[np.asarray(live)]
+    """Return the cached blocks [num_cached] int32, next to be evicted first."""
+    state = pool.current()
+    block, follower = state.num_blocks, state.follower
+    return np.array([block := follower[block] for _ in range(state.num_cached)], np.int32)
 
 
 def check(pool: BlockPool, tables: Iterable[Ids]) -> None:
@@ -243,32 +286,58 @@ def check(pool: BlockPool, tables: Iterable[Ids]) -> None:
 
     Raises:
         PoolInvariantError: reference counts differ from the table entries, a count is negative, free + cached + held is
-            not N,
-            or the stack or queue disagrees with the counts.
+            not N, or the stack or the list of cached blocks disagrees with the counts.
     """
-    pool = BlockPool(**{field.name: np.asarray(getattr(pool, field.name)) for field in fields(pool)})
-    size = pool.num_blocks
-    flat = [np.asarray(table, np.int32).ravel() for table in tables]
-    named = np.concatenate([np.zeros(0, np.int32), *flat])
-    entries = _tally(named, size)
-    on_stack = _tally(pool.free[: pool.num_free], size)
-    in_queue = _tally(cached_ids(pool), size)
-    idle = pool.refs == 0
+    state = pool.current()
+    size, refs, published = pool.num_blocks, state.refs_view, state.published_view
+    named = np.concatenate([NO_BLOCKS, *(np.asarray(table, np.int32).ravel() for table in tables)])
+    entries, unheld, order = _tally(named, size), refs == 0, cached_ids(pool)
+    on_stack, in_list = _tally(np.array(state.free[: state.num_free], np.int32), size), _tally(order, size)
+    links = np.append(order, size)
+    preceding = np.roll(links, 1)
+    follower, predecessor = np.array(state.follower), np.array(state.predecessor)
     faults = {
         "no such block": np.unique(named[named >= size]),
-        "negative count": np.flatnonzero(pool.refs < 0),
-        "count differs from the table entries": np.flatnonzero(pool.refs != entries),
-        "stack differs from free": np.flatnonzero(on_stack != (idle & ~pool.published)),
-        "queue differs from cached": np.flatnonzero(in_queue != (idle & pool.published)),
-        "slot of a block that is not cached": np.flatnonzero((pool.slot >= 0) != (in_queue > 0)),
+        "negative count": np.flatnonzero(refs < 0),
+        "count differs from the table entries": np.flatnonzero(refs != entries),
+        "stack differs from free": np.flatnonzero(on_stack != (unheld & ~published)),
+        "list differs from cached": np.flatnonzero(in_list != (unheld & published)),
+        "links of the list differ": links[(predecessor[links] != preceding) | (follower[preceding] != links)],
     }
-    held = int((pool.refs > 0).sum())
-    total_is_right = pool.num_free + pool.num_cached + held == size and pool.num_cached == in_queue.sum()
+    held = int((refs > 0).sum())
+    total_is_right = state.num_free + state.num_cached + held == size
     found = {fault: ids for fault, ids in faults.items() if ids.size}
     if not found and total_is_right:
         return
-    details = [f"{fault}: {_describe(pool, ids, entries)}" for fault, ids in found.items()]
-    raise PoolInvariantError("; ".join([_accounting(pool, held), *details]))
+    details = [f"{fault}: {_describe(state, ids, entries)}" for fault, ids in found.items()]
+    raise PoolInvariantError("; ".join([_accounting(state, held), *details]))
+
+
+def _consume(pool: BlockPool) -> tuple[PoolState, BlockPool]:
+    """Consume a value; return the state to update and the value after the update."""
+    state = pool.current()
+    state.version = state.latest = state.latest + 1
+    return state, BlockPool(state, state.version)
+
+
+def _misuse(pool: BlockPool, block: int, fault: str) -> PoolInvariantError:
+    """Make `pool` current again after a refused operation; return the error."""
+    state = pool.state
+    state.version = pool.version
+    if block >= state.num_blocks:
+        return PoolInvariantError(f"block {block} does not exist: the pool has {state.num_blocks} blocks.")
+    return PoolInvariantError(f"block {block} is {fault} (count {state.refs[block]}); {_accounting(state)}")
+
+
+NO_BLOCKS = read_only(np.empty(0, np.int32))
+
+
+def _as_array(ids: array) -> np.ndarray:
+    return np.frombuffer(ids, np.int32) if ids else NO_BLOCKS
+
+
+def _as_list(ids: Ids) -> list[int]:
+    return ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
 
 
 def _tally(ids: np.ndarray, size: int) -> np.ndarray:
@@ -276,110 +345,22 @@ def _tally(ids: np.ndarray, size: int) -> np.ndarray:
     return np.bincount(ids[(ids >= 0) & (ids < size)], minlength=size)
 
 
-def _accounting(pool: BlockPool, held: int) -> str:
+def _accounting(state: PoolState, held: int | None = None) -> str:
+    held = state.num_held if held is None else held
     return (
-        f"free {pool.num_free} + cached {pool.num_cached} + held {held} of {pool.num_blocks} blocks "
-        f"(references {pool.refs.sum()}, published {pool.published.sum()}, "
-        f"queue {pool.head}..{pool.tail} of {pool.queue.size})"
+        f"free {state.num_free} + cached {state.num_cached} + held {held} of {state.num_blocks} blocks "
+        f"(references {state.refs_view.sum()}, published {state.published_view.sum()})"
     )
 
 
-def _describe(pool: BlockPool, ids: np.ndarray, entries: np.ndarray, most: int = 8) -> str:
+def _describe(state: PoolState, ids: np.ndarray, entries: np.ndarray, most: int = 8) -> str:
     shown = [
-        f"block {i} (count {pool.refs[i]}, table entries {entries[i]}, published {bool(pool.published[i])})"
-        if i < pool.num_blocks
+        f"block {i} (count {state.refs[i]}, table entries {entries[i]}, published {bool(state.published[i])})"
+        if i < state.num_blocks
         else f"block {i}"
         for i in ids[:most].tolist()
     ]
     return ", ".join(shown) + (f" and {ids.size - most} more" if ids.size > most else "")
-
-
-def _push_free(pool: BlockPool, ids: Array, chosen: Array) -> BlockPool:
-    """Push the chosen ids [n] on the stack of free blocks."""
-    position = only(pool.num_free + chosen.cumsum() - 1, chosen)
-    return replace(pool, free=put(pool.free, position, ids), num_free=pool.num_free + count_true(chosen))
-
-
-def _push_queue(pool: BlockPool, ids: Array, chosen: Array) -> BlockPool:
-    """Append the chosen ids [n] to the queue, compacting it first if it is full."""
-    count = count_true(chosen)
-    full = pool.tail + count > pool.queue.shape[0]
-    if not _on_host(pool):
-        pool = jax.lax.cond(full, _compact, lambda pool: pool, pool)
-    elif full:
-        pool = _compact(pool)
-    position = only(pool.tail + chosen.cumsum() - 1, chosen)
-    return replace(
-        pool,
-        queue=put(pool.queue, position, ids),
-        slot=put(pool.slot, only(ids, chosen), position),
-        num_cached=pool.num_cached + count,
-        tail=pool.tail + count,
-    )
-
-
-def _compact(pool: BlockPool) -> BlockPool:
-    """Move the live entries to the front of the queue, in order."""
-    live, rank = _live(pool)
-    queue = put(pool.queue * 0 - 1, only(rank, live), pool.queue)
-    slot = put(pool.slot, only(pool.queue, live), rank)
-    return replace(pool, queue=queue, slot=slot, head=pool.head * 0, tail=pool.head * 0 + pool.num_cached)
-
-
-def _live(pool: BlockPool) -> tuple[Array, Array]:
-    """Return which queue entries are live [Q], and the number of live ones before each [Q] int32."""
-    xp = np if isinstance(pool.queue, np.ndarray) else jnp
-    at = xp.arange(pool.queue.shape[0], dtype=xp.int32)
-    live = (at >= pool.head) & (at < pool.tail) & (pool.slot[pool.queue] == at)
-    return live, live.cumsum(dtype=xp.int32) - 1
-
-
-def _oldest(pool: BlockPool, count: Count, width: int) -> tuple[Array, Count]:
-    """Return the first `count` live queue entries, padded with -1 to [width], and the new head."""
-    if not _on_host(pool):
-        live, rank = _live(pool)
-        chosen = live & (rank < count)
-        at = jnp.where(chosen, jnp.arange(live.shape[0], dtype=jnp.int32), -1)
-        ids = put(jnp.full(width, -1, jnp.int32), only(rank, chosen), pool.queue)
-        return ids, jnp.maximum(pool.head, at.max() + 1)
-    ids = np.full(width, -1, np.int32)
-    if count == 0:
-        return ids, pool.head
-    # Each stale entry is skipped only once, so eviction is amortized O(count) whatever the queue's length.
-    span = 2 * count
-    while True:
-        stop = min(pool.head + span, pool.tail)
-        at = np.arange(pool.head, stop, dtype=np.int32)
-        live = at[pool.slot[pool.queue[pool.head : stop]] == at][:count]
-        if live.size == count:
-            break
-        if stop == pool.tail:
-            found = f"the queue has {live.size} live entries, but {count} blocks must be evicted; "
-            raise PoolInvariantError(found + _accounting(pool, int(pool.num_held)))
-        span *= 2
-    ids[:count] = pool.queue[live]
-    return ids, int(live[-1]) + 1
-
-
-def _on_host(pool: BlockPool) -> bool:
-    return isinstance(pool.refs, np.ndarray)
-
-
-def _as_ids(pool: BlockPool, ids: Ids) -> Array:
-    if not _on_host(pool):
-        return jnp.asarray(ids, jnp.int32)
-    ids = np.asarray(ids, np.int32)
-    if ids.size and ids.max() >= pool.num_blocks:
-        raise PoolInvariantError(f"block {ids.max()} does not exist: the pool has {pool.num_blocks} blocks.")
-    return np.maximum(ids, -1)
-
-
-def _require(fine: Array, pool: BlockPool, ids: Array, fault: str) -> None:
-    if _on_host(pool) and not fine.all():
-        bad = int(ids[~fine][0])
-        raise PoolInvariantError(
-            f"block {bad} is {fault} (count {pool.refs[bad]}); " + _accounting(pool, int(pool.num_held))
-        )
 
 
 class EvictFirst:
@@ -408,10 +389,11 @@ class EvictFirst:
     def take(self, pool: BlockPool, count: int) -> np.ndarray:
         """Remove and return up to `count` blocks that are still cached, the oldest first."""
         chosen: list[int] = []
+        refs, published = pool.refs, pool.published
         while self._blocks and len(chosen) < count:
             block = next(iter(self._blocks))
             del self._blocks[block]
-            if pool.slot[block] >= 0:
+            if published[block] and not refs[block]:
                 chosen.append(block)
         return np.array(chosen, np.int32)
 

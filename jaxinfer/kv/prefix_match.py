@@ -4,7 +4,7 @@ A kind serves n blocks if it has all blocks from the first one that a token afte
 depends on n alone and not on other kinds, so the hit is the largest n that all kinds serve.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,20 +40,26 @@ def nothing(kinds: Sequence[KindGroups], reason: str) -> Hit:
     return Hit(np.empty((count(kinds), 0), np.int32), reason, none)
 
 
-def longest(kinds: Sequence[KindGroups], found: Match, published: np.ndarray, most: int, block_size: int) -> Hit:
+def longest(
+    kinds: Sequence[KindGroups],
+    found: Match,
+    are_published: Callable[[np.ndarray], np.ndarray],
+    most: int,
+    block_size: int,
+) -> Hit:
     """Find the longest hit among the nodes of a match.
 
     Args:
         kinds: groups of the model's layers.
         found: the nodes of the prompt's blocks, and why the match ended.
-        published: the pool's flags of published blocks, `[N]` bool.
+        are_published: function from block ids to whether the pool has them as published; False for -1.
         most: most blocks the hit may have.
         block_size: P.
     """
     if not found.nodes:
         return nothing(kinds, str(found.reason))
     ids = _ids(kinds, found)
-    present = (ids >= 0) & published[ids]
+    present = are_published(ids)
     numbers = np.arange(len(found.nodes) + 1)
     usable, hits = np.ones(len(numbers), bool), []
     for kind in kinds:

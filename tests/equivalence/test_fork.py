@@ -44,9 +44,9 @@ def test_forks_share_the_prompt_and_copy_what_they_write():
     request = make_request("all", prompt(length), sampled(4))
     engine.add(request)
     engine.step()
-    tables, pool = engine.manager.tables, engine.manager.pool
+    tables = engine.manager.tables
     rows = [s.row for s in request.sequences]
-    assert int(pool.num_held) == 3, "after the prefill all tables refer to the same blocks"
+    assert engine.manager.pool.num_held == 3, "after the prefill all tables refer to the same blocks"
     engine.step()
     assert int(engine.manager.pool.num_held) == 2 + 4, "each writes its own copy of the last"
     assert len({int(tables.blocks[0, row, 2]) for row in rows}) == 4

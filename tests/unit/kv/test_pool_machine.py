@@ -1,12 +1,11 @@
 """Pool and prefix index used as by a scheduler: random sequences over a cache of a few blocks.
 
 The cache is simulated by lists of cells: a cell holds the salt and all tokens up to its own, which the keys and values
-at a position depend on. Each rule is a whole step: try it on the pool's value, then commit.
+at a position depend on. Each rule is a whole step: try it in a transaction, then commit it or roll it back.
 """
 
 from dataclasses import dataclass, field
 
-import jax
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
@@ -49,7 +48,7 @@ class PoolMachine(RuleBasedStateMachine):
         self.cells: list[list[Cell]] = [[()] * P for _ in range(num_blocks)]
         self.running: list[Sequence] = []
         self.prompts: list[tuple[list[int], int]] = []
-        self.earlier = (self.pool, jax.tree.map(np.copy, self.pool))
+        self.earlier = self.pool
 
     def teardown(self) -> None:
         if hasattr(self, "running"):
@@ -72,12 +71,13 @@ class PoolMachine(RuleBasedStateMachine):
             if not node.ids[0]:
                 break
             hits += node.ids[0]
-        trial = kv.share(self.pool, hits)
+        trial = kv.share(kv.begin(self.pool), hits)
         trial, ids, evicted, ok = kv.allocate(trial, -(-len(tokens) // P) - len(hits))
         if not ok:
             assert trial.num_available < -(-len(tokens) // P) - len(hits)
+            assert kv.rollback(trial) is self.pool
             return
-        self.commit(trial, evicted)
+        self.commit(kv.commit(trial), evicted)
         seq.table = hits + ids.tolist()
         self.running.append(seq)
         for position in range(len(hits) * P, len(tokens)):
@@ -202,9 +202,11 @@ class PoolMachine(RuleBasedStateMachine):
         self.index.check(self.pool)
 
     @invariant()
-    def earlier_values_are_untouched(self) -> None:
-        jax.tree.map(np.testing.assert_array_equal, *self.earlier)
-        self.earlier = (self.pool, jax.tree.map(np.copy, self.pool))
+    def earlier_values_are_consumed(self) -> None:
+        if self.earlier is not self.pool:
+            with pytest.raises(kv.PoolInvariantError, match="consumed"):
+                kv.cached_ids(self.earlier)
+        self.earlier = self.pool
 
     @invariant()
     def every_sequence_reads_its_own_tokens(self) -> None:
