@@ -72,6 +72,21 @@ class AsyncLLM:
         """Maximum tokens of a sequence, prompt and output together."""
         return self._llm._input_processor.limits.max_model_len
 
+    @property
+    def num_waiting(self) -> int:
+        """Number of sequences that wait in the engine's queue."""
+        return len(self._llm._engine.scheduler.waiting)
+
+    def check_alive(self) -> None:
+        """Check that requests can be served.
+
+        Raises:
+            EngineDeadError: the device was lost.
+            EngineClosedError: this was closed.
+        """
+        self._llm._check_open()
+        self._llm._engine.check_alive()
+
     async def generate(
         self, prompt: Any, sampling_params: SamplingParams | None = None, *, request_id: str | None = None
     ) -> AsyncIterator[RequestOutput]:
@@ -188,7 +203,8 @@ class AsyncLLM:
 
     async def tokenize_chat(self, messages: Any, **options: Any) -> list[int]:
         """Return the token ids of one conversation; arguments and errors are those of `chat`."""
-        return (await self._run(partial(self._render, messages, None, **options))).request.prompt.tolist()
+        render = partial(self._render, messages, None, **{"chat_template": None} | options)
+        return (await self._run(render)).request.prompt.tolist()
 
     async def transcribe(self, audio: Any, sampling_params: SamplingParams | None = None, **options: Any) -> Transcript:
         """Transcribe one recording; arguments and errors are those of `LLM.transcribe`."""

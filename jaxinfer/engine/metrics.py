@@ -13,6 +13,19 @@ log = logging.getLogger(__name__)
 SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 PREFIX = "jaxinfer:"
+COUNTERS = (
+    "prompt_tokens",
+    "prompt_tokens_cached",
+    "generation_tokens",
+    "num_preemptions",
+    "prefix_cache_queries",
+    "prefix_cache_hits",
+    "mm_cache_queries",
+    "mm_cache_hits",
+    "encoder_inputs",
+)
+SUCCESS = "request_success"
+"""Counter of finished requests by their finish reason."""
 
 
 @dataclass
@@ -51,20 +64,7 @@ class Metrics:
     """Counters and histograms of an engine."""
 
     def __init__(self, interval: float):
-        self.counters = dict.fromkeys(
-            (
-                "prompt_tokens",
-                "prompt_tokens_cached",
-                "generation_tokens",
-                "num_preemptions",
-                "prefix_cache_queries",
-                "prefix_cache_hits",
-                "mm_cache_queries",
-                "mm_cache_hits",
-                "encoder_inputs",
-            ),
-            0,
-        )
+        self.counters = dict.fromkeys(COUNTERS, 0)
         self.success: dict[str, int] = {}
         self.histograms = {
             name: Histogram(SECONDS)
@@ -126,9 +126,7 @@ class Metrics:
     def readings(self, gauges: dict[str, float]) -> list[Metric]:
         """Return all metrics, in the form of `LLM.get_metrics`."""
         rows = [Metric(PREFIX + name, value) for name, value in (gauges | self.counters).items()]
-        rows += [
-            Metric(f"{PREFIX}request_success", n, (("finished_reason", r),)) for r, n in dict(self.success).items()
-        ]
+        rows += [Metric(PREFIX + SUCCESS, n, (("finished_reason", r),)) for r, n in dict(self.success).items()]
         return rows + [Metric(PREFIX + name, histogram.copy()) for name, histogram in self.histograms.items()]
 
     def maybe_log(self, running: int, waiting: int, usage: float) -> None:

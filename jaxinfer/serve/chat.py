@@ -1,0 +1,202 @@
+"""`POST /v1/chat/completions`."""
+
+import dataclasses
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from jaxinfer._utils.checks import describe
+from jaxinfer.outputs import CompletionOutput, RequestOutput
+from jaxinfer.results.output_streams import OutputStream
+from jaxinfer.sampling_params import SamplingParams
+from jaxinfer.serve import sampling
+from jaxinfer.serve.body import Fields, read_json
+from jaxinfer.serve.context import Context, new_id, of
+from jaxinfer.serve.errors import APIError, wrong_type
+from jaxinfer.serve.parsing import AnswerParser, has_template, message_of
+from jaxinfer.serve.streaming import DONE, event, merged, respond
+from jaxinfer.serve.usage import Usage, chat_logprobs, finish_reason, first_of
+
+TEMPLATE = ("add_generation_prompt", "continue_final_message", "chat_template_kwargs")
+"""Fields, not OpenAI's, that are arguments of `LLM.chat`."""
+KNOWN = frozenset(
+    {
+        *sampling.COMMON,
+        *sampling.EXTRA,
+        *sampling.IGNORED,
+        *TEMPLATE,
+        "messages",
+        "top_logprobs",
+        "max_completion_tokens",
+        "tools",
+        "tool_choice",
+        "response_format",
+        "reasoning_effort",
+    }
+)
+NEUTRAL: Mapping[str, Sequence[Any]] = {
+    "modalities": [["text"]],
+    "audio": [],
+    "prediction": [],
+    "web_search_options": [],
+    "functions": [[]],
+    "function_call": ["none", "auto"],
+    "verbosity": [],
+    "moderation": [],
+}
+"""Fields of OpenAI's API that are not supported, with the values that change nothing."""
+
+
+@dataclass(frozen=True)
+class ChatCall:
+    """A checked chat request."""
+
+    messages: list[Any]
+    params: SamplingParams
+    options: dict[str, Any]
+    """Arguments of `AsyncLLM.add_chat`."""
+    top_logprobs: int = 0
+    streamed: bool = False
+    usage: bool = False
+    """Whether the stream ends with a chunk of usage."""
+
+    @property
+    def tools(self) -> Sequence[Any] | None:
+        """Tools that the model may call."""
+        return self.options.get("tools")
+
+
+async def chat_completions(request: Request) -> Response:
+    """Answer a conversation."""
+    context = of(request)
+    call = read_call(context, Fields(await read_json(request, context.config)))
+    base = {"id": new_id("chatcmpl"), "created": int(time.time()), "model": context.config.model_name}
+
+    async def queue() -> list[OutputStream]:
+        return [await add(context, call, base["id"])]
+
+    return await respond(
+        request,
+        queue,
+        streamed=call.streamed,
+        events=lambda streams: _events(context, call, base, streams),
+        whole=lambda outputs: _whole(context, call, base, first_of(outputs)),
+    )
+
+
+async def add(context: Context, call: ChatCall, request_id: str) -> OutputStream:
+    """Queue a chat request."""
+    return await context.llm.add_chat(call.messages, call.params, request_id=request_id, **call.options)
+
+
+def read_call(context: Context, fields: Fields) -> ChatCall:
+    """Check the body of a chat request."""
+    fields.check_known(KNOWN, NEUTRAL)
+    context.check_model(fields.get("model", str))
+    sampling.refuse_formats(fields)
+    messages = fields.need("messages", list)
+    asked, top = fields.get("logprobs", bool, False), fields.within("top_logprobs", int, 0, 20)
+    if top is not None and not asked:
+        raise APIError("top_logprobs needs logprobs=true.", param="top_logprobs")
+    limit = "max_tokens" if fields.raw("max_completion_tokens") is None else "max_completion_tokens"
+    params = sampling.read(context, fields, logprobs=(top or 0) if asked else None, limit=limit)
+    options = {name: fields.raw(name) for name in TEMPLATE if fields.raw(name) is not None}
+    effort = fields.get("reasoning_effort", str)
+    if effort is not None:
+        variables = fields.get("chat_template_kwargs", dict, {})
+        options["chat_template_kwargs"] = {"reasoning_effort": effort} | variables
+    tools = _tools(fields)
+    if tools is not None:
+        options["tools"] = tools
+    if has_template(context.llm.get_tokenizer()):
+        # Response templates see special tokens, such as those around reasoning.
+        params = dataclasses.replace(params, skip_special_tokens=False)
+    streamed = fields.get("stream", bool, False)
+    return ChatCall(messages, params, options, top or 0, streamed, sampling.stream_usage(fields))
+
+
+def _tools(fields: Fields) -> list[Any] | None:
+    """Return the tools to render into the prompt; None if there are none or they must not be called."""
+    tools, choice = fields.get("tools", list), fields.raw("tool_choice")
+    for index, tool in enumerate(tools or ()):
+        function = tool.get("function") if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            expected = "an object with type 'function' and a function with a name"
+            raise wrong_type(f"tools[{index}]", expected, tool)
+    check_choice(choice)
+    return None if choice == "none" else tools or None
+
+
+def check_choice(choice: Any) -> None:
+    """Refuse a tool choice that would have to constrain the answer."""
+    if choice not in (None, "none", "auto"):
+        raise APIError(
+            f"tool_choice {describe(choice)} is not supported by this server, as it does not constrain answers: use "
+            '"auto" or "none".',
+            param="tool_choice",
+            code="unsupported_parameter",
+        )
+
+
+def _whole(context: Context, call: ChatCall, base: dict[str, Any], output: RequestOutput) -> dict[str, Any]:
+    choices = []
+    for sample in output.outputs:
+        parser = AnswerParser(context.llm.get_tokenizer(), output.prompt, call.tools)
+        message = message_of(parser.push(sample.text, last=True))
+        choices.append(
+            {
+                "index": sample.index,
+                "message": message,
+                "logprobs": chat_logprobs(sample, call.top_logprobs),
+                "finish_reason": finish_reason(sample, calls=parser.calls > 0),
+                "stop_reason": sample.stop_reason,
+            }
+        )
+    return base | {"object": "chat.completion", "choices": choices, "usage": Usage.of([output]).as_json()}
+
+
+async def _events(
+    context: Context, call: ChatCall, base: dict[str, Any], streams: Sequence[OutputStream]
+) -> AsyncGenerator[bytes, None]:
+    base = base | {"object": "chat.completion.chunk"}
+    extra = {"usage": None} if call.usage else {}
+    usage, parsers = Usage(), {}
+    async for _, output in merged(streams):
+        if not parsers:
+            usage.add_prompt(output)
+        usage.add(output)
+        for sample in output.outputs:
+            parser = parsers.get(sample.index)
+            if parser is None:
+                parser = AnswerParser(context.llm.get_tokenizer(), output.prompt, call.tools)
+                parsers[sample.index] = parser
+                first = _choice(sample.index, {"role": "assistant", "content": ""})
+                yield event(base | {"choices": [first]} | extra)
+            for choice in _choices(call, parser, sample):
+                yield event(base | {"choices": [choice]} | extra)
+    if call.usage:
+        yield event(base | {"choices": [], "usage": usage.as_json()})
+    yield DONE
+
+
+def _choice(index: int, delta: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None} | more
+
+
+def _choices(call: ChatCall, parser: AnswerParser, sample: CompletionOutput) -> list[dict[str, Any]]:
+    """Return the choices of a delta: its parts, the first with the log-probabilities, then the finish reason."""
+    deltas = parser.push(sample.text, last=sample.finished)
+    logprobs = chat_logprobs(sample, call.top_logprobs)
+    if logprobs is not None and not deltas:
+        deltas = [{"content": ""}]
+    found = [_choice(sample.index, delta) for delta in deltas]
+    if found:
+        found[0]["logprobs"] = logprobs
+    if sample.finished:
+        reason = finish_reason(sample, calls=parser.calls > 0)
+        found.append(_choice(sample.index, {}, finish_reason=reason, stop_reason=sample.stop_reason))
+    return found

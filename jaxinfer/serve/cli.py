@@ -1,0 +1,137 @@
+"""Command line of the server: `jaxinfer serve MODEL`."""
+
+import argparse
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxinfer.errors import ConfigError, JaxInferError
+
+KEY = "JAXINFER_API_KEY"
+"""Environment variable of the key; a command line is visible to other users of the machine."""
+ENGINE = ("dtype", "quantization", "tensor_parallel_size", "max_model_len", "max_num_seqs", "max_num_batched_tokens")
+ENGINE += ("kv_cache_memory_bytes", "gpu_memory_utilization", "enable_prefix_caching", "seed")
+ENGINE += ("tokenizer", "revision", "hf_overrides")
+"""Options that are arguments of `LLM`, passed on where they are given."""
+LIMITS = ("max_body_bytes", "body_timeout", "write_timeout", "max_n", "max_tokens", "max_concurrent_requests")
+LIMITS += ("max_queue_length",)
+"""Options that are fields of `ServerConfig`."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the server to a parser."""
+    add = parser.add_argument
+    add("model", help="a checkpoint's directory or Hub id")
+    add("--served-model-name", metavar="NAME", help="name in requests and responses; by default MODEL as given")
+    server = parser.add_argument_group("server").add_argument
+    server("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
+    server("--port", type=int, default=8000, help="port to listen on, 0 for any (%(default)s)")
+    server("--api-key", metavar="KEY", help=f"key that requests must carry; or in the environment as {KEY}")
+    server("--ssl-certfile", metavar="FILE", help="certificate for TLS")
+    server("--ssl-keyfile", metavar="FILE", help="private key for TLS")
+    server("--shutdown-timeout", type=int, default=30, metavar="S", help="seconds that requests may take to end")
+    server("--warmup", action="store_true", help="compile all steps before the first request")
+    server("--access-log", action="store_true", help="log each request")
+    limit = parser.add_argument_group("limits").add_argument
+    limit("--max-body-bytes", type=int, help="bytes of a request")
+    limit("--body-timeout", type=float, metavar="S", help="seconds for a request to arrive")
+    limit("--write-timeout", type=float, metavar="S", help="seconds that a stream may stay unread")
+    limit("--max-n", type=int, help="samples of a request")
+    limit("--max-tokens", type=int, help="new tokens of a sample")
+    limit("--max-concurrent-requests", type=int, help="requests that are answered at a time")
+    limit("--max-queue-length", type=int, help="waiting sequences above which requests are refused")
+    engine = parser.add_argument_group("engine (see jaxinfer.EngineConfig)").add_argument
+    engine("--dtype", choices=("auto", "float32", "bfloat16", "float16"))
+    engine("--quantization", choices=("int8",))
+    for name in ("tensor-parallel-size", "max-model-len", "max-num-seqs", "max-num-batched-tokens"):
+        engine(f"--{name}", type=int)
+    engine("--kv-cache-memory-bytes", type=int)
+    engine("--gpu-memory-utilization", type=float)
+    engine("--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=None)
+    engine("--seed", type=int)
+    engine("--tokenizer", metavar="DIR", help="tokenizer to use instead of the model's")
+    engine("--revision", help="Git revision of the Hub id")
+    engine("--chat-template", type=Path, metavar="FILE", help="Jinja source to use instead of the model's")
+    engine("--hf-overrides", type=_object, metavar="JSON", help="values that override those of config.json")
+
+
+def _object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"must be a JSON object, not {type(value).__name__}")
+    return value
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `python -m jaxinfer.serve`."""
+    parser = argparse.ArgumentParser(prog="python -m jaxinfer.serve", description=__doc__)
+    add_arguments(parser)
+    return run(parser.parse_args(argv))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until a signal; return the exit status, 2 for bad input."""
+    try:
+        import uvicorn
+
+        from jaxinfer.serve.app import create_app
+    except ImportError as error:
+        print(f"error: {error.name} is missing: pip install 'jaxinfer[serve]'", file=sys.stderr)
+        return 2
+    from jaxinfer.serve.config import ServerConfig
+
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    logging.getLogger("jaxinfer").setLevel(logging.INFO)
+    try:
+        key = args.api_key if args.api_key is not None else os.environ.get(KEY)
+        if (args.ssl_certfile is None) != (args.ssl_keyfile is None):
+            raise ConfigError("--ssl-certfile and --ssl-keyfile belong together: give both")
+        config = ServerConfig(args.served_model_name or args.model, key, **_given(args, LIMITS))
+        llm = _load(args)
+    except (JaxInferError, ValueError, TypeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    options = uvicorn.Config(
+        create_app(llm, config, close=True),
+        host=args.host,
+        port=args.port,
+        ssl_certfile=args.ssl_certfile,
+        ssl_keyfile=args.ssl_keyfile,
+        timeout_graceful_shutdown=args.shutdown_timeout,
+        access_log=args.access_log,
+        ws="none",
+        lifespan="on",
+    )
+    server = uvicorn.Server(options)
+    # uvicorn raises the signals that ended it again: a graceful stop is no failure.
+    for one in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(one, lambda *_: None)
+    server.run()
+    return 0 if server.started else 1
+
+
+def _given(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    """Return the options that the command line sets."""
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
+def _load(args: argparse.Namespace) -> Any:
+    """Load the model and, with `--warmup`, compile its steps."""
+    from jaxinfer.async_llm import AsyncLLM
+    from jaxinfer.llm import LLM
+
+    template = None if args.chat_template is None else args.chat_template.read_text(encoding="utf-8")
+    llm = LLM(args.model, chat_template=template, **_given(args, ENGINE))
+    if args.warmup:
+        llm.warmup()
+    return AsyncLLM.of(llm)

@@ -1,0 +1,43 @@
+"""Settings of the server: one frozen dataclass, each field with unit and default."""
+
+from dataclasses import dataclass
+
+from jaxinfer.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """Limits and identity of a server. Requests over a limit are refused with an error that names it."""
+
+    model_name: str
+    """Name of the model in requests and responses."""
+    api_key: str | None = None
+    """Key that requests must carry, as `Authorization: Bearer KEY` or `x-api-key: KEY`; None for no check."""
+    max_body_bytes: int = 32 << 20
+    """Maximum size of a request body; images arrive in it as data URLs."""
+    body_timeout: float = 60.0
+    """Seconds within which a request body must have arrived."""
+    write_timeout: float = 60.0
+    """Seconds that a client may leave a part of a streamed response unread before its request is aborted."""
+    max_n: int = 64
+    """Maximum number of samples of a request: `n` times the number of prompts."""
+    max_tokens: int | None = None
+    """Maximum `max_tokens` of a request; None for no limit but the model's length."""
+    max_concurrent_requests: int = 1024
+    """Maximum number of requests that are accepted at the same time, running or waiting."""
+    max_queue_length: int = 512
+    """Maximum number of sequences that wait in the engine; above it new requests are refused."""
+
+    def __post_init__(self) -> None:
+        if not self.model_name:
+            raise ConfigError("model_name cannot be empty: it names the model in requests and responses")
+        if self.api_key is not None and not self.api_key:
+            raise ConfigError("api_key cannot be empty: leave it out to check no key")
+        for name in ("max_body_bytes", "max_n", "max_tokens", "max_concurrent_requests", "max_queue_length"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}")
+        for name in ("body_timeout", "write_timeout"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 86400:
+                raise ConfigError(f"{name} must be a number of seconds in (0, 86400], got {value!r}")

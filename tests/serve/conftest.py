@@ -1,0 +1,73 @@
+"""A server in this process, on a port of its own, over a tiny checkpoint."""
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from faults.conftest import SETTINGS, assert_idle
+from support import checkpoint
+
+uvicorn = pytest.importorskip("uvicorn")
+openai = pytest.importorskip("openai")
+
+from jaxinfer import LLM, AsyncLLM, SamplingParams
+from jaxinfer.serve.app import create_app
+from jaxinfer.serve.config import ServerConfig
+
+MODEL = "tiny"
+CHAT = [{"role": "user", "content": "hello cat"}]
+
+
+@pytest.fixture(scope="session")
+def llm(tmp_path_factory) -> Iterator[LLM]:
+    folder = checkpoint.write(tmp_path_factory.mktemp("tiny"), scale=4.0)
+    with LLM(folder, **SETTINGS) as made:
+        made.generate("hello", SamplingParams(max_tokens=2), use_tqdm=False)  # compiled before a client waits
+        yield made
+
+
+@contextmanager
+def serving(llm: LLM, **settings: Any) -> Iterator[str]:
+    """Serve a model on a thread; the value is the address."""
+    app = create_app(AsyncLLM.of(llm), ServerConfig(MODEL, **settings))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=2))
+    started = threading.Event()
+
+    async def run() -> None:
+        task = asyncio.ensure_future(server.serve())
+        while not server.started and not task.done():
+            await asyncio.sleep(0.005)
+        started.set()
+        await task
+
+    thread = threading.Thread(target=asyncio.run, args=(run(),), daemon=True)
+    thread.start()
+    assert started.wait(30) and server.started
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        assert_idle(llm)
+
+
+@pytest.fixture(scope="session")
+def make_server(llm) -> Callable[..., Any]:
+    """`with make_server(max_n=2) as url: ...`: a server of its own over the same engine."""
+    return lambda **settings: serving(llm, **settings)
+
+
+@pytest.fixture(scope="session")
+def url(llm) -> Iterator[str]:
+    with serving(llm) as address:
+        yield address
+
+
+@pytest.fixture
+def client(url) -> Iterator[Any]:
+    """OpenAI's client of the server; after the test, nothing is running."""
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as made:
+        yield made

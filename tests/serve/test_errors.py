@@ -1,0 +1,151 @@
+"""Requests that are refused: each error has OpenAI's form and names the field and the limit."""
+
+import re
+import socket
+import threading
+
+import openai
+import pytest
+from serve.conftest import CHAT, MODEL
+
+httpx = pytest.importorskip("httpx")
+pytestmark = pytest.mark.xdist_group("serve")
+
+
+def refused(url: str, path: str, body, **headers) -> tuple[int, dict]:
+    given = {"content": body} if isinstance(body, bytes) else {"json": body}
+    found = httpx.post(url + path, headers=headers, timeout=60, **given)
+    error = found.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return found.status_code, error
+
+
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("temperature", -1, "non-negative"),
+        ("temperature", "hot", "temperature must be a number"),
+        ("top_p", 0, r"\(0, 1\]"),
+        ("n", 65, "at most max_n = 64"),
+        ("n", True, "n must be"),
+        ("max_tokens", 0, "at least 1"),
+        ("max_completion_tokens", 1.5, "max_completion_tokens must be an integer"),
+        ("stop", [""], "empty string"),
+        ("seed", 2**70, "seed must be"),
+        ("logit_bias", {"x": 1}, "token ids"),
+        ("logit_bias", {"999": 1}, "outside the vocabulary"),
+        ("top_logprobs", 3, "logprobs=true"),
+        ("top_logprobs", 21, "between 0 and 20"),
+        ("stream", "yes", "true or false"),
+        ("stream_options", {"include_usage": True}, "stream=true"),
+        ("response_format", {"type": "json_object"}, "not supported"),
+        ("tool_choice", "required", "not supported"),
+        ("tools", [{}], r"tools\[0\] must be"),
+        ("functions", [{"name": "f"}], "not supported"),
+        ("best_of", 2, "Unrecognized request argument supplied: best_of"),
+        ("messages", [], "cannot be empty"),
+        ("messages", [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}], "text"),
+        ("messages", "hello", "messages must be a list"),
+        ("chat_template_kwargs", {"tokenize": True}, "reserved"),
+        ("model", "other", "does not exist"),
+    ],
+)
+def test_a_wrong_field_is_named(url, field, value, message):
+    status, error = refused(url, "/v1/chat/completions", {"model": MODEL, "messages": CHAT, field: value})
+    assert status == (404 if field == "model" else 400)
+    assert re.search(message, error["message"]), error["message"]
+    assert error["type"] == ("not_found_error" if field == "model" else "invalid_request_error")
+    if field != "messages":
+        assert error["param"].split("[")[0] == field
+
+
+@pytest.mark.parametrize(
+    "body", [b"{", b"[1]", b"\xff", b'{"n": NaN}', b'{"a":' * 100_000, b"", b'{"seed": ' + b"9" * 10_000 + b"}"]
+)
+def test_wrong_json(url, body):
+    status, error = refused(url, "/v1/completions", body)
+    assert status == 400 and error["code"] == "invalid_json" and "JSON" in error["message"]
+
+
+@pytest.mark.parametrize("prompt", [None, "", [], [True], [-1], [999], [[1], "a", 3], "\ud800", "hello " * 200])
+def test_wrong_prompts(url, prompt):
+    status, error = refused(
+        url, "/v1/completions", {"prompt": prompt} if prompt != "\ud800" else b'{"prompt":"\\ud800"}'
+    )
+    assert status == 400 and "prompt" in error["message"]
+
+
+def test_unknown_paths_and_methods(url):
+    assert refused(url, "/v1/none", {})[0] == 404
+    assert refused(url, "/health", {})[0] == 405
+
+
+def test_limits(make_server):
+    with make_server(max_body_bytes=2000, max_n=2, max_tokens=8) as url:
+        status, error = refused(url, "/v1/completions", {"prompt": "a" * 3000})
+        assert status == 413 and "max_body_bytes = 2000" in error["message"]
+        chunks = (b"a" * 500 for _ in range(100))
+        assert httpx.post(f"{url}/v1/completions", content=chunks).status_code == 413
+        status, error = refused(url, "/v1/completions", {"prompt": ["a", "b", "c"]})
+        assert status == 400 and "max_n = 2" in error["message"] and error["param"] == "prompt"
+        status, error = refused(url, "/v1/completions", {"prompt": "a", "max_tokens": 9})
+        assert status == 400 and "max_tokens must be at most 8" in error["message"]
+
+
+def test_concurrent_requests(make_server, llm, monkeypatch):
+    go_on, step = threading.Event(), llm._engine.step
+    monkeypatch.setattr(llm._engine, "step", lambda: (go_on.wait(30), step()))
+    with make_server(max_concurrent_requests=1) as url:
+        with httpx.stream("POST", f"{url}/v1/completions", json={"prompt": "a", "stream": True}, timeout=60) as first:
+            status, error = refused(url, "/v1/completions", {"prompt": "a"})
+            go_on.set()
+            assert first.read().endswith(b"data: [DONE]\n\n")
+        assert status == 429 and "max_concurrent_requests of this server is 1" in error["message"]
+        assert httpx.post(f"{url}/v1/completions", json={"prompt": "a"}, timeout=60).status_code == 200
+
+
+def test_a_full_queue(make_server, monkeypatch):
+    from jaxinfer import AsyncLLM
+
+    monkeypatch.setattr(AsyncLLM, "num_waiting", property(lambda self: 7))
+    with make_server(max_queue_length=7) as url:
+        status, error = refused(url, "/v1/completions", {"prompt": "a"})
+    assert (
+        status == 429 and error["code"] == "queue_full" and "max_queue_length of this server is 7" in error["message"]
+    )
+
+
+def test_keys(make_server):
+    with make_server(api_key="secret") as url:
+        asked = {"prompt": "a", "max_tokens": 1}
+        for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "secret"}, {"x-api-key": "ö"}):
+            encoded = {name: value.encode() for name, value in headers.items()}
+            status, error = refused(url, "/v1/completions", asked, **encoded)
+            assert status == 401 and error["code"] == "invalid_api_key"
+        for headers in ({"authorization": "Bearer secret"}, {"x-api-key": "secret"}):
+            assert httpx.post(f"{url}/v1/completions", json=asked, headers=headers).status_code == 200
+        assert httpx.get(f"{url}/health").status_code == 200
+        assert httpx.get(f"{url}/metrics").status_code == 401
+        wrong = openai.OpenAI(base_url=f"{url}/v1", api_key="wrong", max_retries=0)
+        with wrong as client, pytest.raises(openai.AuthenticationError):
+            client.models.list()
+
+
+def test_a_body_that_arrives_a_byte_at_a_time_is_given_up(make_server):
+    with make_server(body_timeout=0.2) as url, httpx.Client() as other:
+        address = url.removeprefix("http://").split(":")
+        with socket.create_connection((address[0], int(address[1]))) as slow:
+            slow.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")
+            assert other.post(f"{url}/v1/completions", json={"prompt": "a", "max_tokens": 1}).status_code == 200
+            assert b"408" in slow.recv(4096).split(b"\r\n")[0]
+
+
+def test_a_request_whose_logits_are_not_finite_ends_alone(url, llm, monkeypatch):
+    engine, fail = llm._engine, type(llm._engine)._fail
+    take = engine._take_token
+    monkeypatch.setattr(engine, "_take_token", lambda sequence, *_: fail(engine, sequence, "not finite"))
+    assert refused(url, "/v1/completions", {"prompt": "a"})[0] == 500
+    streamed = httpx.post(f"{url}/v1/completions", json={"prompt": "a", "stream": True})
+    assert streamed.status_code == 200 and '"error":{' in streamed.text and "not finite" in streamed.text
+    monkeypatch.setattr(engine, "_take_token", take)
+    assert httpx.post(f"{url}/v1/completions", json={"prompt": "a"}).status_code == 200
