@@ -10,12 +10,7 @@ import pytest
 from faults.conftest import SETTINGS, assert_idle
 from support import checkpoint
 
-uvicorn = pytest.importorskip("uvicorn")
-openai = pytest.importorskip("openai")
-
 from jaxinfer import LLM, AsyncLLM, SamplingParams
-from jaxinfer.serve.app import create_app
-from jaxinfer.serve.config import ServerConfig
 
 MODEL = "tiny"
 CHAT = [{"role": "user", "content": "hello cat"}]
@@ -32,6 +27,11 @@ def llm(tmp_path_factory) -> Iterator[LLM]:
 @contextmanager
 def serving(llm: LLM, **settings: Any) -> Iterator[str]:
     """Serve a model on a thread; the value is the address."""
+    import uvicorn
+
+    from jaxinfer.serve.app import create_app
+    from jaxinfer.serve.config import ServerConfig
+
     app = create_app(AsyncLLM.of(llm), ServerConfig(MODEL, **settings))
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=2))
     started = threading.Event()
@@ -69,5 +69,7 @@ def url(llm) -> Iterator[str]:
 @pytest.fixture
 def client(url) -> Iterator[Any]:
     """OpenAI's client of the server; after the test, nothing is running."""
+    import openai
+
     with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as made:
         yield made

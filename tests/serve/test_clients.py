@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+pytest.importorskip("uvicorn")
 httpx = pytest.importorskip("httpx")
 pytestmark = pytest.mark.xdist_group("serve")
 

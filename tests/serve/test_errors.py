@@ -4,11 +4,12 @@ import re
 import socket
 import threading
 
-import openai
 import pytest
 from serve.conftest import CHAT, MODEL
 
+pytest.importorskip("uvicorn")
 httpx = pytest.importorskip("httpx")
+openai = pytest.importorskip("openai")
 pytestmark = pytest.mark.xdist_group("serve")
 
 

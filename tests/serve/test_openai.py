@@ -5,6 +5,9 @@ from serve.conftest import CHAT, MODEL
 
 from jaxinfer import SamplingParams
 
+pytest.importorskip("uvicorn")
+httpx = pytest.importorskip("httpx")
+pytest.importorskip("openai")
 pytestmark = pytest.mark.xdist_group("serve")
 
 DRAWN = dict(temperature=0.8, seed=3, n=2)
@@ -70,8 +73,6 @@ def test_stop_strings_and_fields_that_are_not_openais(client, llm):
 
 
 def test_models_and_tokens(client, llm):
-    import httpx
-
     assert [model.id for model in client.models.list()] == [MODEL]
     assert client.models.retrieve(MODEL).max_model_len == 128
     base = str(client.base_url).removesuffix("/v1/")
