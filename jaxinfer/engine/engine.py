@@ -295,7 +295,7 @@ class Engine:
         beams, running = request.beams, branching.running(request)
         chosen = beams.advance([beam.candidates for beam in running])
         if chosen:
-            self.runner.asked.write(s for s in branching.regroup(self.scheduler, request, chosen) if s.row >= 0)
+            self.runner.row_params.write(s for s in branching.regroup(self.scheduler, request, chosen) if s.row >= 0)
         else:
             self._end_search(request)
 
