@@ -43,7 +43,7 @@ def test_auto_takes_many_where_steps_are_short(steps_taken, monkeypatch):
     expected = alone(runner, mixed(FEW))
     steps_taken.clear()
     engine = make_engine(runner, decode_steps="auto")
-    monkeypatch.setattr(type(engine._pace), "steps", property(lambda pace: 1 if pace._seconds is None else 4))
+    monkeypatch.setattr(type(engine._multi_step), "steps", property(lambda multi: 1 if multi._seconds is None else 4))
     assert run(engine, mixed(FEW)) == expected
     assert max(steps_taken) > 1, "the time of a step was measured"
 
