@@ -1,5 +1,6 @@
 """Registry of architectures; a family's file is imported on first use."""
 
+import difflib
 import importlib
 from collections.abc import Mapping
 
@@ -21,7 +22,11 @@ ARCHITECTURES: Mapping[str, str] = {
     "Gemma2ForCausalLM": "gemma2",
     "Gemma3ForCausalLM": "gemma3",
     "Gemma3ForConditionalGeneration": "gemma3",
+    "Olmo2ForCausalLM": "olmo2",
     "Olmo3ForCausalLM": "olmo3",
+    "SmolLM3ForCausalLM": "smollm3",
+    "SeedOssForCausalLM": "seed_oss",
+    "Exaone4ForCausalLM": "exaone4",
     "GraniteForCausalLM": "granite",
     "Cohere2ForCausalLM": "cohere2",
     "GptOssForCausalLM": "gpt_oss",
@@ -50,7 +55,11 @@ MODEL_TYPES: Mapping[str, str] = {
     "gemma3": "Gemma3ForConditionalGeneration",
     "granite": "GraniteForCausalLM",
     "cohere2": "Cohere2ForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
     "olmo3": "Olmo3ForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+    "seed_oss": "SeedOssForCausalLM",
+    "exaone4": "Exaone4ForCausalLM",
     "gpt_oss": "GptOssForCausalLM",
     "bart": "BartForConditionalGeneration",
     "mbart": "MBartForConditionalGeneration",
@@ -79,8 +88,21 @@ def architecture(config: Mapping[str, object]) -> str:
             return name
     raise ConfigError(
         f"config.json: architectures is {show(named)} (model_type {show(kind)}), which is not supported; "
-        f"supported: {', '.join(ARCHITECTURES)}"
+        f"supported: {', '.join(ARCHITECTURES)}{_nearest(named, kind)}"
     )
+
+
+def _nearest(named: object, kind: object) -> str:
+    """Return the end of a message that names the supported architecture whose name is most alike."""
+    known = {name.lower(): name for name in ARCHITECTURES} | {name.lower(): MODEL_TYPES[name] for name in MODEL_TYPES}
+    given = [*(named if isinstance(named, list) else ()), kind]
+    for name in (name.lower()[:200] for name in given if isinstance(name, str)):
+        if found := difflib.get_close_matches(name, known, n=1, cutoff=0.7):
+            return (
+                f". Nearest by name: {known[found[0]]}; if this model is computed in the same way, pass "
+                f"hf_overrides={{'architectures': [{known[found[0]]!r}]}}"
+            )
+    return ""
 
 
 def family(config: Mapping[str, object]) -> Family:

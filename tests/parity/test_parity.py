@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support import loaded
-from support.tiny import ARCHITECTURES, prompt
+from support.tiny import ARCHITECTURES, VARIANTS, prompt
 
 pytest.importorskip("torch", reason="the reference of the parity tests; it comes with the extra `test`")
 
@@ -304,6 +304,57 @@ CASES = {
         },
         lengths=(15, 16, 17, 9),
     ),
+    "olmo2": Case(
+        "olmo2",
+        {"attention_bias": True},
+        {
+            **GROUPS,
+            **BIASES,
+            "q and k norm": ref.with_attention(ref.without_qk_norm),
+            **norms(1.0, "q_norm", "k_norm", "post_attention_layernorm", "post_feedforward_layernorm", "model.norm"),
+        },
+    ),
+    "smollm3": Case(
+        "smollm3", {}, {**GROUPS, **HEAD_DIM, "layers without rope": ref.with_config(no_rope_layers=[1, 1])}
+    ),
+    "smollm3 window, biases": Case(
+        "smollm3",
+        {
+            "num_hidden_layers": 4,
+            "no_rope_layers": None,
+            "use_sliding_window": True,
+            "sliding_window": 9,
+            "attention_bias": True,
+            "mlp_bias": True,
+        },
+        {**BIASES, "window": ref.with_config(layer_types=[FULL] * 4)},
+        lengths=(8, 9, 10, 37),
+        head=1.5,
+    ),
+    "seed_oss": Case(
+        "seed_oss",
+        {"attention_out_bias": True, "mlp_bias": True},
+        {
+            **GROUPS,
+            **{
+                f"bias of {n}": ref.with_weights(f"{n}_proj.bias", 0.0)
+                for n in ("q", "k", "v", "o", "gate", "up", "down")
+            },
+        },
+        head=1.5,
+    ),
+    "exaone4": Case(
+        "exaone4",
+        {},
+        {
+            **GROUPS,
+            "q and k norm": ref.with_attention(ref.without_qk_norm),
+            **norms(1.0, "q_norm", "k_norm", "post_attention_layernorm", "post_feedforward_layernorm", "model.norm"),
+            "kinds of layers": ref.with_config(layer_types=[FULL, SLIDING]),
+            "window": ref.with_config(sliding_window=30),
+        },
+        lengths=(8, 9, 10, 36),
+    ),
     "granite": Case(
         "granite",
         {},
@@ -484,7 +535,9 @@ CASES = {
 }
 
 
-ENGINE = {next(name for name, case in CASES.items() if case.family == family) for family in ARCHITECTURES} | {
+ENGINE = {
+    next(name for name, case in CASES.items() if case.family == family) for family in ARCHITECTURES | VARIANTS
+} | {
     "llama dynamic",
     "llama longrope",
     "phi3 longrope across",

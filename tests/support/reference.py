@@ -9,9 +9,10 @@ import numpy as np
 import torch
 import transformers
 
-from support.tiny import ARCHITECTURES, CONFIG, OWN
+from support.tiny import ARCHITECTURES, CONFIG, OWN, VARIANTS
 
 Model = transformers.PreTrainedModel
+CLASSES = ARCHITECTURES | VARIANTS
 
 COMMON = dict(CONFIG, rms_norm_eps=0.05, bos_token_id=1, eos_token_id=2, pad_token_id=0)
 """config.json of every tiny model; special ids lie inside its vocabulary, and the norm epsilon is no default."""
@@ -21,7 +22,7 @@ def config(family: str, **changes: Any) -> transformers.PreTrainedConfig:
     """Return a tiny configuration of the family; a change to None removes the attribute."""
     own = COMMON | OWN.get(family, {}) | changes
     values = {name: value for name, value in own.items() if value is not None}
-    return getattr(transformers, ARCHITECTURES[family]).config_class(**values, attn_implementation="eager")
+    return getattr(transformers, CLASSES[family]).config_class(**values, attn_implementation="eager")
 
 
 def model(family: str, *, seed: int = 0, head: float = 0.7, **changes: Any) -> Model:
@@ -29,7 +30,7 @@ def model(family: str, *, seed: int = 0, head: float = 0.7, **changes: Any) -> M
 
     `head`: standard deviation of the LM head's weights, and so of the logits.
     """
-    made = getattr(transformers, ARCHITECTURES[family])(config(family, **changes)).float().eval()
+    made = getattr(transformers, CLASSES[family])(config(family, **changes)).float().eval()
     generator = torch.Generator().manual_seed(seed)
     tied = made.config.tie_word_embeddings
     with torch.no_grad():

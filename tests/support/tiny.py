@@ -55,6 +55,15 @@ ARCHITECTURES = {
     "qwen3_next": "Qwen3NextForCausalLM",
 }
 
+VARIANTS = {
+    "olmo2": "Olmo2ForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+    "seed_oss": "SeedOssForCausalLM",
+    "exaone4": "Exaone4ForCausalLM",
+}
+"""Architectures whose layers are those of `ARCHITECTURES` with other options. They are compared with transformers only:
+equivalences and plans are those of the layers."""
+
 FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
 LATENT = dict(
     num_key_value_heads=4,
@@ -77,6 +86,8 @@ OWN: dict[str, dict[str, Any]] = {
     "gemma2": dict(sliding_window=10, query_pre_attn_scalar=8, attn_logit_softcapping=2.0, final_logit_softcapping=4.0),
     "gemma3": dict(sliding_window=7, query_pre_attn_scalar=8, layer_types=[SLIDING, FULL]),
     "olmo3": dict(sliding_window=9, layer_types=[SLIDING, FULL]),
+    "smollm3": dict(no_rope_layers=[1, 0], tie_word_embeddings=False),
+    "exaone4": dict(sliding_window=9, layer_types=[SLIDING, FULL]),
     "granite": dict(embedding_multiplier=1.5, attention_multiplier=0.4, residual_multiplier=0.5, logits_scaling=0.8),
     "cohere2": dict(
         sliding_window=9,

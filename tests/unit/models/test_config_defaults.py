@@ -30,13 +30,14 @@ def parsed(hf: dict[str, Any]) -> Any:
     return weights.parse(apply_overrides(hf))[1]
 
 
-@pytest.mark.parametrize("family", tiny.ARCHITECTURES)
+@pytest.mark.parametrize("family", tiny.ARCHITECTURES | tiny.VARIANTS)
 def test_omitted_attributes_have_transformers_defaults(family):
     """`to_dict` writes every attribute of the class; a file with only the sizes must mean the same."""
     stated = SIZES | MOE.get(family, {}) | HEADS.get(family, {})
-    cls = getattr(transformers, tiny.ARCHITECTURES[family]).config_class
+    name = (tiny.ARCHITECTURES | tiny.VARIANTS)[family]
+    cls = getattr(transformers, name).config_class
     whole = json.loads(cls(**stated).to_json_string(use_diff=False))
-    named = {"architectures": [tiny.ARCHITECTURES[family]]}
+    named = {"architectures": [name]}
     assert parsed(stated | named) == parsed(whole | named)
 
 
@@ -191,3 +192,27 @@ def test_float16_is_refused_for_families_that_overflow(family, tmp_path):
     assert weights.resolve_dtype("auto", "float16", "gpu", model_family) == jnp.bfloat16
     assert weights.resolve_dtype("auto", "float16", "cpu", model_family) == jnp.float32
     assert weights.resolve_dtype("float16", "float32", "gpu", weights.parse(LLAMA)[0]) == jnp.float16
+
+
+def test_layers_of_exaone_4_have_a_rope_unless_they_are_full_beside_sliding_ones():
+    base = tiny.CONFIG | {"architectures": ["Exaone4ForCausalLM"], "num_hidden_layers": 4}
+    hybrid = parsed(base | {"sliding_window": 8})
+    assert [hybrid.rope_of(layer) is not None for layer in range(4)] == [True, True, True, False]
+    whole = parsed(base | {"sliding_window": None})
+    assert all(whole.rope_of(layer) is not None and not whole.slides(layer) for layer in range(4))
+    with pytest.raises(ConfigError, match="sliding_window_pattern is 'LLLG'"):
+        parsed(base | {"sliding_window": 8, "sliding_window_pattern": "LLLG"})
+    with pytest.raises(ConfigError, match="no_rope_layers is .1, 2.; it must be"):
+        parsed(tiny.CONFIG | {"architectures": ["SmolLM3ForCausalLM"], "no_rope_layers": [1, 2]})
+
+
+@pytest.mark.parametrize(
+    ("named", "nearest"),
+    [("Qwen3_5ForCausalLM", "Qwen3ForCausalLM"), ("Olmo4ForCausalLM", "Olmo"), ("Gemma4ForCausalLM", "Gemma")],
+)
+def test_an_unknown_architecture_names_the_nearest_by_name(named, nearest):
+    with pytest.raises(ConfigError, match=f"{named}.*supported: LlamaForCausalLM.*Nearest by name: {nearest}"):
+        parsed(LLAMA | {"architectures": [named]})
+    with pytest.raises(ConfigError, match="WhisperForConditionalGeneration.*$") as error:
+        parsed(LLAMA | {"architectures": ["Zyx"], "model_type": "zyx"})
+    assert "Nearest" not in str(error.value)
