@@ -4,7 +4,11 @@ Prompts are prefilled in order of arrival, so waiting costs at most the rest of 
 the prefix ends early, the next one computes it.
 """
 
+import itertools
+
 from jaxinfer.engine.request import Sequence
+
+_versions = itertools.count(1)
 
 LEAST_SHARED = 1 / 32
 """Minimum length of a shared prefix to wait for, as a fraction of a step's token budget; shorter ones are
@@ -17,12 +21,15 @@ class InflightPrefixes:
 
     def __init__(self) -> None:
         self._owners: dict[bytes, Sequence] = {}
+        self.version = next(_versions)
+        """Changes with each registration: a sequence that need not wait is checked again only after the next one."""
 
     def __len__(self) -> int:
         return len(self._owners)
 
     def register(self, sequence: Sequence) -> None:
         """Register the unpublished prompt blocks of a sequence as being computed."""
+        self.version = next(_versions)
         sequence.num_registered = len(sequence.digests)
         for digest in sequence.digests[sequence.published :]:
             self._owners.setdefault(digest, sequence)

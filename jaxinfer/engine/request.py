@@ -15,6 +15,7 @@ from jaxinfer.engine.sampling.sampler import Candidates, Logprobs
 from jaxinfer.engine.sampling.sampling_rows import Level, SamplingRows, pack_rows
 from jaxinfer.kv.cross_cache import Encoded
 from jaxinfer.kv.prefix import NO_EXTRAS, Extras, root
+from jaxinfer.kv.prefix_match import Hit
 from jaxinfer.media import CrossInputs, PlacedInputs
 from jaxinfer.outputs import CacheHit
 from jaxinfer.sampling_params import SamplingParams
@@ -189,6 +190,10 @@ class Sequence:
     """While waiting: number of available blocks required, as found by the last failed admission; 0 if blocks were
     not what it failed on.
     """
+    last_hit: tuple[tuple[int, int], Hit] | None = None
+    """While waiting: the last prefix hit, with the version of the prefix index and the length it was found for."""
+    checked_inflight: tuple[int, int] | None = None
+    """While waiting: version of `InflightPrefixes` and length for which the sequence need not wait for a prefix."""
     first_missing: bytes | None = None
     """Digest of the first prompt block missing from the prefix index at the last failed admission; once it is
     published fewer blocks are needed.
@@ -248,6 +253,7 @@ class Sequence:
     def start_over(self) -> None:
         """Compute rope for the current length: initially, and when a new length changes all keys."""
         self.rope_base, self.digests, self._root, self.needed_blocks = self.length, [], None, 0
+        self.last_hit = self.checked_inflight = None
 
     def reserve(self) -> None:
         """Grow `tokens` to the maximum length. The prompt array, shared by all samples, is never written."""
@@ -265,7 +271,7 @@ class Sequence:
         self.reserve()
         self.tokens[: other.length], self.length = other.tokens[: other.length], other.length
         self.rope_base, self._root, self.digests = other.rope_base, other.root, list(other.digests)
-        self.needed_blocks = 0
+        self.needed_blocks, self.last_hit, self.checked_inflight = 0, None, None
         self.computed, self.prefilled = other.computed, other.prefilled
         self.published, self.hit_blocks, self.num_registered = other.published, other.hit_blocks, 0
 

@@ -18,6 +18,7 @@ from jaxinfer.engine.request import Request, Sequence, Status, depends_on_histor
 from jaxinfer.engine.waiting import Waiting
 from jaxinfer.kv.cross_cache import Encoded
 from jaxinfer.kv.interface import CacheManager
+from jaxinfer.kv.prefix_match import Hit
 
 
 @dataclass(frozen=True)
@@ -219,11 +220,16 @@ class Scheduler:
             return True
         if not self.inflight or sequence.pending or self._needs_whole_prompt(sequence):
             return False
+        key = self.inflight.version, sequence.length
+        if sequence.checked_inflight == key:
+            return False
         self._chain(sequence)
         size = self.manager.block_size
-        return self.inflight.should_wait(
+        waits = self.inflight.should_wait(
             sequence, (sequence.length - 1) // size, LEAST_SHARED * self.limits.tokens / size
         )
+        sequence.checked_inflight = None if waits else key
+        return waits
 
     def _needs_whole_prompt(self, sequence: Sequence) -> bool:
         """Return whether the whole prompt must be computed, as prompt log-probabilities require."""
@@ -236,22 +242,31 @@ class Scheduler:
             extras = sequence.request.extras
             sequence.digests = self.manager.digests(tokens, sequence.root, sequence.digests, extras)
 
+    def _lookup(self, sequence: Sequence) -> Hit:
+        """Return the prefix hit of a waiting sequence, looked up again only after the prefix index has changed."""
+        key = self.manager.index_version, sequence.length
+        if sequence.last_hit is None or sequence.last_hit[0] != key:
+            self._chain(sequence)
+            known = 0 if self._needs_whole_prompt(sequence) else sequence.length
+            tokens, extras = sequence.tokens[:known], sequence.request.extras
+            sequence.last_hit = key, self.manager.lookup(tokens, sequence.digests, sequence.root, extras)
+        return sequence.last_hit[1]
+
     def _admit(self, sequence: Sequence, budget: int) -> bool:
         """Admit a waiting sequence: assign a row and allocate blocks for all known tokens, if they fit.
 
         For layers with a window only the blocks of the first chunk are allocated.
         """
-        manager, request = self.manager, sequence.request
-        tokens, skip = sequence.tokens[: sequence.length], self._needs_whole_prompt(sequence)
-        self._chain(sequence)
-        hit = manager.lookup(tokens[:0] if skip else tokens, sequence.digests, sequence.root, request.extras)
-        row, found = self.free_rows[-1], hit.blocks * manager.block_size
-        reservation, encoded = self.encoder_cache.find_room(sequence, found), manager.lookup_encoded(request.encoded)
-        chunk_end = min(sequence.length, found + budget)
+        manager, request, skip = self.manager, sequence.request, self._needs_whole_prompt(sequence)
+        encoded = manager.lookup_encoded(request.encoded)
         if encoded.missing and not self.encoder_cache.has_cross_room(request.cross, self.limits.encode_units):
             return False
+        hit = self._lookup(sequence)
+        row, found = self.free_rows[-1], hit.blocks * manager.block_size
+        reservation = self.encoder_cache.find_room(sequence, found)
         if not reservation.fits:
             return False
+        chunk_end = min(sequence.length, found + budget)
         if not manager.admit(row, hit, sequence.length, chunk_end, encoded):
             sequence.needed_blocks = manager.needed(hit, sequence.length, chunk_end, encoded)
             sequence.first_missing = None if skip else next(iter(sequence.digests[hit.known : hit.known + 1]), None)
@@ -271,6 +286,7 @@ class Scheduler:
     def _take_row(self, sequence: Sequence) -> None:
         sequence.row = self.free_rows.pop()
         sequence.status, sequence.bias_version, sequence.needed_blocks = Status.RUNNING, -1, 0
+        sequence.last_hit = sequence.checked_inflight = None
         sequence.prepare()
         row, request = sequence.row, sequence.request
         self.running[row] = sequence

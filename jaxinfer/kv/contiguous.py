@@ -120,6 +120,11 @@ class RowManager:
         return Reserved(self.regions.blocks, len(self.tables.used()) * self.regions.groups * self.regions.width)
 
     @property
+    def index_version(self) -> int:
+        """Constant: there is no prefix index."""
+        return 0
+
+    @property
     def usage(self) -> float:
         """Share of the blocks that are reserved for rows in use."""
         return self.pool.num_held / self.pool.num_blocks

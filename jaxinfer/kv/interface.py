@@ -34,6 +34,11 @@ class CacheManager(Protocol):
         ...
 
     @property
+    def index_version(self) -> int:
+        """Number that changes whenever `lookup` may find another hit."""
+        ...
+
+    @property
     def usage(self) -> float:
         """Share of the blocks in use; may be read from any thread while a step runs."""
         ...

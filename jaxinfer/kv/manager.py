@@ -84,6 +84,11 @@ class BlockManager:
         self._pool = pool
 
     @property
+    def index_version(self) -> int:
+        """Number that changes whenever `lookup` may find another hit: a block is published or evicted."""
+        return self.index.version
+
+    @property
     def usage(self) -> float:
         """Share of the blocks that sequences hold; may be read from any thread while a step runs."""
         return self._pool.state.num_held / self._pool.num_blocks
@@ -324,12 +329,18 @@ class BlockManager:
             return None
         if self._evict_first and n > pool.num_free:
             chosen = self._evict_first.take(pool, n - pool.num_free)
-            self._evicted.append(chosen)
+            self._evict(chosen)
             pool = pools.unpublish(pool, chosen)
         pool, ids, evicted, _ = pools.allocate(pool, n)
-        self._evicted.append(evicted)
+        self._evict(evicted)
         self._evict_first.drop(ids)
         return pool, ids
+
+    def _evict(self, ids: np.ndarray) -> None:
+        """Remember blocks that the pool no longer marks as published; they leave the index with the plan."""
+        if len(ids):
+            self._evicted.append(ids)
+            self.index.mark_changed()
 
     def fork(self, source: int, target: int) -> None:
         """Make row `target` share every block of row `source`; releases the target's own blocks."""
@@ -376,7 +387,7 @@ class BlockManager:
 
     def take_evicted(self) -> None:
         """Remove blocks evicted since the last call from the index, with the other blocks of the same nodes."""
-        ids = [some for some in self._evicted if len(some)]
+        ids = list(self._evicted)
         if self.states is not None:
             ids += self.states.take_evicted()
         if ids:

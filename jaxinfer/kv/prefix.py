@@ -15,6 +15,7 @@ commits a step. sha256 is the same in every process, unlike Python's `hash`.
 """
 
 import hashlib
+import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
@@ -31,6 +32,7 @@ Extras: TypeAlias = Mapping[int, bytes]
 """Extra content of blocks beside their tokens, by block number in the sequence; empty for blocks not in it."""
 
 NO_EXTRAS: Extras = {}
+_versions = itertools.count(1)
 TOKEN_BYTES = 4
 """Bytes of a token id, as hashed and compared."""
 
@@ -112,6 +114,14 @@ class PrefixIndex:
         self._owners: dict[int, Node] = {}
         self._heads: Counter[bytes] = Counter()
         self._evicted: dict[bytes, None] = {}
+        self.mark_changed()
+
+    def mark_changed(self) -> None:
+        """Take a new `version`; called as well when blocks are unpublished before they are evicted from the index.
+
+        No two indices of a process share a version, as sequences outlive an index that is made anew after a failure.
+        """
+        self.version = next(_versions)
 
     def __len__(self) -> int:
         """Return the number of blocks in the index."""
@@ -211,6 +221,7 @@ class PrefixIndex:
         if node.ids[kind] or not ids:
             return False
         node.ids[kind] = tuple(ids)
+        self.mark_changed()
         self._owners.update(dict.fromkeys(ids, node))
         return True
 
@@ -228,6 +239,7 @@ class PrefixIndex:
         else:
             above.children += 1
             node.linked = True
+        self.mark_changed()
         self._nodes[node.digest] = node
         self._evicted.pop(node.digest, None)
         return node
@@ -249,6 +261,7 @@ class PrefixIndex:
 
     def _strip(self, node: Node, kind: int) -> tuple[int, ...]:
         """Remove a kind's blocks from a node, and the node if nothing is left of it; return the blocks."""
+        self.mark_changed()
         ids, node.ids[kind] = node.ids[kind], ()
         for block_id in ids:
             del self._owners[block_id]
@@ -288,6 +301,7 @@ class PrefixIndex:
 
     def clear(self) -> None:
         """Remove everything; the caller resets the pool's published blocks."""
+        self.mark_changed()
         self._nodes.clear()
         self._owners.clear()
         self._heads.clear()

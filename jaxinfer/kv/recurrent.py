@@ -180,6 +180,7 @@ class RecurrentStates:
             )
         if len(evicted):
             self._evicted.append(evicted + self._first)
+            self._index.mark_changed()
         return ids
 
     def _drop_unpublished(self, row: int) -> None:

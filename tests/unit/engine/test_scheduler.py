@@ -1,5 +1,7 @@
 """The scheduler alone, with a simulated host whose sampled tokens are arbitrary."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -407,6 +409,34 @@ def test_a_blocked_head_is_looked_up_only_when_blocks_were_released(monkeypatch)
     assert len(lookups) <= 3, "on arrival, and when blocks were released"
     host.run()
     assert waiting.made == 2
+
+
+def test_a_head_that_is_blocked_for_another_reason_is_looked_up_only_when_the_index_changes(monkeypatch):
+    """A cached prompt waits for room in the feature pool, beside a prompt whose blocks are being computed."""
+    scheduler = make(blocks=64, tokens=4, rows=8)
+    host, text = Host(scheduler), prompt(17, 3)
+    scheduler.add(make_request("first", text, SamplingParams(max_tokens=1)))
+    host.run()
+    [other] = new("other", BLOCK).sequences
+    other.digests = [b"other"]
+    scheduler.inflight.register(other)
+    manager, room = scheduler.manager, scheduler.encoder_cache.find_room
+    monkeypatch.setattr(scheduler.encoder_cache, "find_room", lambda *_: SimpleNamespace(fits=False))
+    calls = [counted(monkeypatch, manager, name) for name in ("lookup", "digests")]
+    calls.append(counted(monkeypatch, scheduler.inflight, "should_wait"))
+    scheduler.add(make_request("again", text, SamplingParams(max_tokens=1)))
+    [waiting] = scheduler.waiting
+    for _ in range(20):
+        scheduler._prefills(4)
+    assert [len(found) for found in calls] == [1, 2, 1] and waiting.status is Status.WAITING
+    manager.index.insert(b"digest", b"", np.zeros(BLOCK, np.int32))
+    scheduler._prefills(4)
+    assert [len(found) for found in calls] == [2, 3, 1], "the index has changed, the prefixes in flight have not"
+    monkeypatch.setattr(scheduler.encoder_cache, "find_room", room)
+    assert scheduler._admit(waiting, 4) and len(calls[0]) == 2 and waiting.request.cached_tokens == 16
+    assert waiting.last_hit is None
+    versions = [(one.manager.index_version, one.inflight.version) for one in (make(), make())]
+    assert all(one != other for one, other in zip(*versions, strict=True)), "a failed step makes both anew"
 
 
 def test_a_blocked_head_is_admitted_once_its_missing_block_is_published():

@@ -11,6 +11,7 @@ from jaxinfer.kv.groups import SINGLE, KindGroups, blocks_needed, count
 from jaxinfer.kv.manager import BlockManager
 from jaxinfer.kv.pool import PoolInvariantError
 from jaxinfer.kv.prefix import root
+from jaxinfer.kv.prefix_match import Hit
 from jaxinfer.kv.spec import Kind, Window
 
 P, ROWS, WIDTH = 2, 5, 8
@@ -56,6 +57,7 @@ class ManagerMachine(RuleBasedStateMachine):
         """Maps a slot to the text whose state it holds."""
         self.written: dict[tuple[int, int], tuple[int, ...]] = {}
         self.texts: dict[int, list[int]] = {}
+        self.hits: dict[tuple[int, ...], Hit] = {}
         self.read: dict[int, int] = {}
         self.published: dict[int, int] = {}
         self.device = np.full((self.groups, ROWS, WIDTH), -7)
@@ -264,6 +266,8 @@ class ManagerMachine(RuleBasedStateMachine):
             return
         for row, text in self.texts.items():
             hit = self.manager.lookup(np.array(text, np.int32), self.digests(row), ROOT)
+            earlier = self.hits.setdefault((self.manager.index_version, *text), hit)
+            assert np.array_equal(earlier.ids, hit.ids), "another hit has another version"
             for kind in self.kinds:
                 first = int(kind.kind.first_needed(hit.blocks * P)) // P
                 ids = hit.ids[kind.span]
