@@ -129,7 +129,7 @@ def profile(args: argparse.Namespace, model: Subject) -> Report:
 
 def host(args: argparse.Namespace, model: Subject | None) -> Report:
     """Measure Python's host time in a decode step, with a stubbed device; milliseconds over many steps."""
-    from benchmarks import hosttime
+    from benchmarks import hosttime, pooltime
 
     report = Report(
         {
@@ -144,6 +144,9 @@ def host(args: argparse.Namespace, model: Subject | None) -> Report:
         found = hosttime.measure(args.rows, length, args.steps, args.num_hidden_layers, args.queued)
         report.jaxinfer |= {f"{metric}@{length}": value for metric, value in found.items()}
     report.jaxinfer |= hosttime.text(args.rows, args.steps)
+    for blocks in pooltime.POOLS:
+        report.jaxinfer |= {f"{metric}@{blocks}": value for metric, value in pooltime.pool_times(blocks).items()}
+    report.jaxinfer |= pooltime.blocked_head(args.rows)
     report.work |= versions()
     return report
 

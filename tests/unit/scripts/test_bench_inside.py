@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import jax
 import pytest
-from benchmarks import breakdown, checkpoint, growth, hlo, hosttime, machine, placed, shares, start
+from benchmarks import breakdown, checkpoint, growth, hlo, hosttime, machine, placed, pooltime, shares, start
 from benchmarks.shares import Costs
 from benchmarks.trace import Trace
 from benchmarks.work import Work
@@ -24,6 +24,12 @@ def test_host_work_is_divided_without_rest(result: Callable[..., dict]):
     parts = ("schedule", "pack", "dispatch", "commit", "other")
     assert all(0 < found[f"{part}_ms@20"] < found["step_ms@20"] <= found["step_p90_ms@20"] for part in parts)
     assert found["detokenise_ms"] > 0 and found["detokenise_and_stop_strings_ms"] > 0
+
+
+def test_pool_and_blocked_prompt_are_measured():
+    found = pooltime.pool_times(200, repeats=3) | pooltime.blocked_head(2, tokens=512, steps=5)
+    times = ("allocate_share_release_us", "admit_cached_us", "schedule_ms", "blocked_head_first_ms")
+    assert all(found[name] > 0 for name in times) and "blocked_head_adds_ms" in found
 
 
 def test_host_work_that_is_not_seen_is_an_error():
