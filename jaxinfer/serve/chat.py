@@ -112,11 +112,16 @@ def read_call(context: Context, fields: Fields) -> ChatCall:
     tools = _tools(fields)
     if tools is not None:
         options["tools"] = tools
-    if has_template(context.llm.get_tokenizer()):
-        # Response templates see special tokens, such as those around reasoning.
-        params = dataclasses.replace(params, skip_special_tokens=False)
+    params = visible(context, params)
     streamed = fields.get("stream", bool, False)
     return ChatCall(messages, params, options, top or 0, streamed, sampling.stream_usage(fields))
+
+
+def visible(context: Context, params: SamplingParams) -> SamplingParams:
+    """Return parameters with special tokens in the text if a response template parses it: it may name them."""
+    if has_template(context.llm.get_tokenizer()):
+        return dataclasses.replace(params, skip_special_tokens=False)
+    return params
 
 
 def _tools(fields: Fields) -> list[Any] | None:
