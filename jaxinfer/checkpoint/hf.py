@@ -77,6 +77,8 @@ SIZE_CAPS = {
 """Largest accepted value of each size in config.json: far above any real model and far below an integer overflow."""
 
 _TOKENIZER_FILES = ("added_tokens.json", "tokenizer_config.json", "tokenizer.json")
+_ID_DIGITS = 11
+"""Digits from which on a token id cannot be an int32. Python refuses to convert thousands of digits."""
 REQUIRED: Any = object()
 """Marks a field without a default: a missing value raises ConfigError."""
 
@@ -148,11 +150,12 @@ def added_token(directory: Path, text: str) -> int | None:
     ids = [found.get("added_tokens.json", {}).get(text)]
     listed = found.get("tokenizer_config.json", {}).get("added_tokens_decoder")
     for name, token in listed.items() if isinstance(listed, dict) else ():
-        ids += [int(name)] if isinstance(token, dict) and token.get("content") == text and name.isdecimal() else []
+        named = isinstance(token, dict) and token.get("content") == text
+        ids += [int(name)] if named and name.isdecimal() and len(name) < _ID_DIGITS else []
     listed = found.get("tokenizer.json", {}).get("added_tokens")
     for token in listed if isinstance(listed, list) else ():
         ids += [token.get("id")] if isinstance(token, dict) and token.get("content") == text else []
-    return next(filter(_is_int, ids), None)
+    return next((token for token in ids if _is_int(token) and 0 <= token < 2**31), None)
 
 
 def check_sizes(config: Mapping[str, Any], *fields: str, part: str = "") -> None:

@@ -64,7 +64,7 @@ class Request:
     clamped_max_tokens: int | None = None
     """Maximum number of new tokens per sequence, if the cache holds fewer than requested; else None."""
     salt: bytes = b""
-    """Salt of the prefix cache hashes: model and the caller's `cache_salt`."""
+    """Salt of the prefix cache hashes: the caller's `cache_salt`. The cache itself belongs to one engine and model."""
     length_key: Callable[[int], bytes] = lambda length: b""
     """Map the length that rope was computed for to a salt of the keys (`ModelConfig.length_key`)."""
     recompute_after: int | None = None

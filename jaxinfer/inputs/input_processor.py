@@ -1,10 +1,9 @@
 """Convert the prompts of a call to engine requests: parse, tokenise and check them against the model."""
 
 import dataclasses
-import hashlib
 import itertools
 from collections.abc import Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -146,7 +145,7 @@ class InputProcessor:
             params=own,
             limit=len(ids) + own.max_tokens,
             asked=asked,
-            salt=_salt(opened.salt, prompt.cache_salt or ""),
+            salt=(prompt.cache_salt or "").encode(),
             length_key=config.length_key,
             recompute_after=config.recompute_after,
             seed=self._seed(number) if own.seed is None else own.seed,
@@ -250,9 +249,3 @@ class InputProcessor:
     def _seed(self, number: int) -> int:
         """Derive the seed of a request without one from the engine's seed and the request's number."""
         return int(np.random.SeedSequence([self._config.seed, number, 1]).generate_state(1, np.uint64)[0])
-
-
-@lru_cache(maxsize=256)
-def _salt(model: bytes, own: str) -> bytes:
-    """Combine the model's salt and the caller's cache salt into the prefix-cache salt of a prompt."""
-    return b"".join(hashlib.sha256(salt).digest() for salt in (model, own.encode()))

@@ -23,8 +23,6 @@ class LoadedModel:
     """Reader of the prompts of a model with cross-attention; None for other models."""
     default_params: SamplingParams
     eos_token_ids: tuple[int, ...]
-    salt: bytes
-    """Salt of prefix-cache hashes that distinguishes this model's prefixes from those of other models."""
     forced: Mapping[str, int | None] = field(default_factory=dict)
     """Forced first and last output tokens: `SamplingParams` field name -> token id."""
     generation_config: Mapping[str, Any] = field(default_factory=dict)

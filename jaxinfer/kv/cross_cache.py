@@ -31,7 +31,7 @@ class Encoded:
     """Identifies the encoder input of one request."""
 
     salt: bytes
-    """Cache salt of the request: model and the caller's `cache_salt`."""
+    """The caller's `cache_salt`."""
     digest: bytes
     """Digest of the input."""
     identity: bytes

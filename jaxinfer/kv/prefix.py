@@ -1,8 +1,8 @@
 """Prefix index: maps chained block digests to published blocks, for automatic prefix caching.
 
 Full blocks never change, so their content is identified by a chained digest: sha256 of the parent block's digest and
-the block's tokens. The parent of a first block is the root, derived from everything else the content depends on (model,
-adapter, the caller's salt), so that prefixes with different roots never match.
+the block's tokens. The parent of a first block is the root, derived from everything else the content depends on (the
+caller's salt, an encoder's input), so that prefixes with different roots never match. An index belongs to one model.
 
     root = sha256(salt) -> d0 = sha256(root | tokens[0:P] | extra[0]) -> d1 = sha256(d0 | tokens[P:2P] | extra[1]) ->
     ...
@@ -51,7 +51,7 @@ class MatchEnd(StrEnum):
     WINDOW = "window evicted"
     """The prefix is known, but a block of the window before its end has been evicted."""
     SALT = "salt differs"
-    """The first block's tokens are cached under another model, adapter, image or salt."""
+    """The first block's tokens are cached with another image or salt."""
     COLLISION = "collision"
     """The digest is cached with different content; the match is rejected."""
 

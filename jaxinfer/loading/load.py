@@ -22,7 +22,7 @@ from jaxinfer.inputs.loaded_model import LoadedModel
 from jaxinfer.inputs.tokenizer import load_tokenizer
 from jaxinfer.loading import weights
 from jaxinfer.media import ImageProcessor, MediaReader, ReaderSources, TextReader
-from jaxinfer.models.base import Features
+from jaxinfer.models.base import Features, LanguageModel
 from jaxinfer.models.registry import family
 from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.sharding import make_mesh
@@ -60,6 +60,9 @@ def open_model(
 ) -> LoadedModel:
     """Load a model from a checkpoint, or wrap a given module.
 
+    Configuration, tokenizer and processors are read before the weights, which take longest, so that what they lack
+    is reported at once.
+
     `group` is the group of processes that serve the model; all must have the same files, and only the first needs a
     tokenizer.
 
@@ -69,8 +72,8 @@ def open_model(
     follows = group is not None and group.process > 0
     if isinstance(arguments.model, nnx.Module):
         _check_module(arguments.model, config, mesh)
-        module, directory, params, ends = arguments.model, None, SamplingParams(), ()
-        hf, generation = {}, {}
+        directory, params, ends = None, SamplingParams(), ()
+        hf, generation, model_config = {}, {}, arguments.model.config
     else:
         directory = resolve_model(arguments.model, arguments.revision)
         if group is not None:
@@ -78,38 +81,41 @@ def open_model(
         hf, generation = read_config(directory, arguments.overrides), read_generation_config(directory)
         params = default_params(generation, encoder_decoder=bool(hf.get("is_encoder_decoder")))
         ends = eos_ids(hf, generation)
-        module = weights.load(
-            directory,
-            mesh,
-            dtype=config.dtype,
-            quantization=config.quantization,
-            overrides=arguments.overrides,
-            placement=Placement.of(config.placement),
-            pad_heads=config.pad_heads,
-            progress=progress,
-        )
+        model_config = weights.parse(hf, directory)[1]
     source = directory if arguments.tokenizer is None else arguments.tokenizer
     tokenizer = None if source is None or arguments.skip_tokenizer_init or follows else load_tokenizer(source)
     if directory is None and getattr(tokenizer, "eos_token_id", None) is not None:
         ends = (tokenizer.eos_token_id,)  # a module has no configuration files that name EOS ids
-    features = module.config.features
-    media = None if features is None else _media_reader(features, tokenizer, directory, arguments.overrides)
-    salt = f"{id(module) if directory is None else arguments.model}|{arguments.revision}".encode()
-    sources = ReaderSources(module.config, hf, generation, tokenizer, directory)
+    features = model_config.features
+    media = None if features is None else _media_reader(features, tokenizer, directory, hf)
+    sources = ReaderSources(model_config, hf, generation, tokenizer, directory)
     reader = None
-    if module.config.cross is not None:
+    if model_config.cross is not None:
         reader = (TextReader if directory is None else family(hf).reader)(sources)
     forced = {name: forced_id({name: sources.lookup(name)}, name) for name in FORCED}
-    return LoadedModel(module, tokenizer, media, reader, params, ends, salt, forced, generation)
+    module = arguments.model if directory is None else _load_weights(directory, hf, config, mesh, progress)
+    return LoadedModel(module, tokenizer, media, reader, params, ends, forced, generation)
 
 
-def _media_reader(
-    features: Features, tokenizer: Any, directory: Path | None, overrides: Mapping[str, Any] | None
-) -> MediaReader:
+def _load_weights(
+    directory: Path, hf: Mapping[str, Any], config: EngineConfig, mesh: Mesh, progress: bool
+) -> LanguageModel:
+    return weights.load(
+        directory,
+        mesh,
+        dtype=config.dtype,
+        quantization=config.quantization,
+        hf=hf,
+        placement=Placement.of(config.placement),
+        pad_heads=config.pad_heads,
+        progress=progress,
+    )
+
+
+def _media_reader(features: Features, tokenizer: Any, directory: Path | None, hf: Mapping[str, Any]) -> MediaReader:
     """Build the reader of images; for a module without a checkpoint it accepts token ids and pixel values only."""
     if directory is None:
         return MediaReader(features)
-    hf = read_config(directory, overrides)
     form = family(hf).images
     processor = None if form is None else ImageProcessor(form, directory, hf, features.shape)
     return MediaReader(features, tokenizer, form, processor)

@@ -53,6 +53,7 @@ def load(
     dtype: str = "auto",
     quantization: str | None = None,
     overrides: Mapping[str, Any] | None = None,
+    hf: Mapping[str, Any] | None = None,
     placement: Placement = Placement(),
     pad_heads: bool = False,
     progress: bool = True,
@@ -66,12 +67,14 @@ def load(
     A folder written by `loading.convert.convert` is restored as it is: its dtype, quantisation, placement and padding
     apply unless others are requested. For another mesh or placement the same values are laid out anew.
 
+    `hf`: contents of config.json (`checkpoint.hf.read_config`) if already read; `overrides` are then not applied.
+
     Raises:
         ConfigError: an architecture, attribute, size, mesh or placement is not supported, or a converted folder does
             not have the requested dtype or quantisation.
         CheckpointError: files or tensors do not match the configuration.
     """
-    hf = read_config(directory, overrides)
+    hf = read_config(directory, overrides) if hf is None else hf
     model_family, config = parse(hf, directory)
     mesh = meshes.normalise(mesh)
     platform, how = (

@@ -10,6 +10,7 @@ from safetensors.numpy import load_file, save_file
 from support import checkpoint
 
 from jaxinfer import LLM
+from jaxinfer.checkpoint import hf
 from jaxinfer.errors import CheckpointError, ConfigError
 from jaxinfer.loading.convert import convert
 from jaxinfer.sharding import make_mesh
@@ -108,6 +109,21 @@ def test_no_tokenizer(tmp_path):
     folder = checkpoint.write(tmp_path / "bare", with_tokenizer=False)
     with pytest.raises(CheckpointError, match="pass tokenizer=DIR .*, or skip_tokenizer_init=True"):
         LLM(folder, use_tqdm=False)
+
+
+def test_a_tokenizer_fails_before_the_weights_are_read_and_config_json_is_read_once(copy, monkeypatch):
+    reads, read = [], hf.read_json
+    monkeypatch.setattr(hf, "read_json", lambda path: (reads.append(path.name), read(path))[1])
+    (copy / "model.safetensors").unlink()
+    tokenizer = (copy / "tokenizer.json").rename(copy / "kept")
+    (copy / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="tokenizer.json"):
+        LLM(copy, use_tqdm=False)
+    tokenizer.rename(copy / "tokenizer.json")
+    reads.clear()
+    with pytest.raises(CheckpointError, match="has no model.safetensors"):
+        LLM(copy, use_tqdm=False)
+    assert reads.count("config.json") == 1
 
 
 @pytest.fixture

@@ -497,6 +497,8 @@ def test_the_id_of_an_added_token_is_read_from_whichever_file_has_it(tmp_path, n
         {"added_tokens_decoder": [1]},
         {"added_tokens_decoder": {"seven": {"content": "<x>"}}},
         {"added_tokens_decoder": {"7": "<x>"}},
+        {"added_tokens_decoder": {"7" * 5000: {"content": "<x>"}}},
+        {"added_tokens_decoder": {"9999999999": {"content": "<x>"}}},
     ],
 )
 def test_files_of_another_shape_name_no_token(tmp_path, content):
