@@ -141,6 +141,5 @@ def _check_file(path: Path, config: Mapping[str, Any]) -> None:
         return
     raise ConfigError(
         f"{path} says that the weights are quantised ({shorten(show(dict(inner)), 120)}), and checkpoints of this "
-        "format "
-        f"are not supported. {_REMEDY}; if these weights are not quantised in fact, remove the file."
+        f"format are not supported. {_REMEDY}; if these weights are not quantised in fact, remove the file."
     )

@@ -81,8 +81,7 @@ class InterleavedExperts:
         if found.shape != (*scales, GROUP // 2) or len(scales) != 3:
             raise CheckpointError(
                 f"tensors {base}_blocks of shape {list(found.shape)} and {base}_scales of shape {list(scales)} do not "
-                "fit: "
-                f"expected [E, out, in / {GROUP}, {GROUP // 2}] and [E, out, in / {GROUP}]"
+                f"fit: expected [E, out, in / {GROUP}, {GROUP // 2}] and [E, out, in / {GROUP}]"
             )
         return Kept((*scales[:2], scales[2] * GROUP), "BF16")
 

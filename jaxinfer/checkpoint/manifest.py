@@ -184,8 +184,7 @@ class Manifest:
             raise ConfigError(
                 f"{name} is {value!r}, but {directory} was converted with {name} {found!r}, which rounded weights "
                 f"{f'to {found}' if found and name == 'quantization' else rounded}; leave {name} out, or convert the "
-                "original "
-                f"checkpoint again with --{name} {value}"
+                f"original checkpoint again with --{name} {value}"
             )
         return {
             "quantization": quantization or self.quantization,
@@ -220,8 +219,7 @@ class Manifest:
         if version > VERSION:
             raise CheckpointError(
                 f"{path} has format version {version}, and this jaxinfer reads up to {VERSION}; install a newer "
-                "jaxinfer, or "
-                "convert the original checkpoint again with this one."
+                "jaxinfer, or convert the original checkpoint again with this one."
             )
         if body.pop("digest", None) != _digest(body):
             raise CheckpointError(f"{path} was changed after the conversion: its digest does not fit it; {REMEDY}.")

@@ -74,8 +74,8 @@ REMEDY = "the weights are incomplete, or config.json is another model's: fetch b
 HEADS = ("lm_head.weight", "proj_out.weight")
 UNTIED = (
     "config.json says that the head is not tied to the embedding (tie_word_embeddings), or the family never ties it. "
-    "Where "
-    "they are tied pass hf_overrides={'tie_word_embeddings': True}; else the weights are incomplete: fetch them again"
+    "Where they are tied pass hf_overrides={'tie_word_embeddings': True}; else the weights are incomplete: fetch them "
+    "again"
 )
 
 

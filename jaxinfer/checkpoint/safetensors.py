@@ -170,8 +170,7 @@ def _read_shards(directory: Path) -> dict[str, TensorInfo]:
         if not is_file(path):
             raise CheckpointError(
                 f"{index} says that tensor {shorten(repr(name))} is in {shorten(repr(file))}, which is absent. Fetch "
-                "the "
-                "missing file."
+                "the missing file."
             )
         if read.setdefault(path.resolve(), path) != path:
             continue

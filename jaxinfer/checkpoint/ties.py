@@ -34,8 +34,7 @@ def resolve(
         if not _equal(rule.source, other, source):
             log.warning(
                 "config.json says that %s is tied to %s, but the checkpoint has both, and they differ: both are used. "
-                "Set "
-                "tie_word_embeddings to false to say so in config.json",
+                "Set tie_word_embeddings to false to say so in config.json",
                 rule.source,
                 other,
             )

@@ -162,8 +162,7 @@ def _call() -> Group:
         return Group(jax.process_index(), [Peer(0, host, connection)], invitation["limit"])
     raise DistributedError(
         f"process {jax.process_index()} could not connect to process 0, port {invitation['port']} "
-        f"({'; '.join(failures)}); "
-        "allow TCP connections between the machines"
+        f"({'; '.join(failures)}); allow TCP connections between the machines"
     )
 
 

@@ -185,8 +185,7 @@ def _template(tokenizer: Any, chat_template: Any, tools: Any) -> str:
     if type(tokenizer).__module__.endswith("tokenization_mistral_common"):
         raise ChatTemplateError(
             "the tokenizer of mistral-common reads control tokens in a text as plain text, so that no rendered chat "
-            "can be "
-            "encoded: pass the folder of its tekken.json as tokenizer=, which is read without that package."
+            "can be encoded: pass the folder of its tekken.json as tokenizer=, which is read without that package."
         )
     if chat_template is not None and not isinstance(chat_template, str):
         raise TypeError(f"chat_template must be a string of Jinja source, got {describe(chat_template)}.")
@@ -219,7 +218,6 @@ def _one_of(templates: Mapping[str, Any], named: str | None, tools: Any) -> str:
     if not isinstance(templates.get(name), str):
         raise ChatTemplateError(
             f"no chat template could be chosen: the tokenizer has {', '.join(sorted(map(str, templates)))}, and none "
-            "named "
-            f"{name!r}. Pass chat_template= with one of these names, or with Jinja source."
+            f"named {name!r}. Pass chat_template= with one of these names, or with Jinja source."
         )
     return templates[name]

@@ -98,8 +98,7 @@ class InputProcessor:
             if beams.count > known:
                 raise ValueError(
                     f"prompt {index}: width must be at most {known * search.width // beams.count} with {stops} tokens "
-                    "that end "
-                    f"a beam, got {search.width}: a step looks at {beams.count} of the {known} tokens of the "
+                    f"that end a beam, got {search.width}: a step looks at {beams.count} of the {known} tokens of the "
                     "vocabulary."
                 )
         return requests
@@ -214,8 +213,7 @@ class InputProcessor:
         if length > source.longest:
             raise ValueError(
                 f"prompt {index}: The encoder prompt (length {length}) is longer than the {source.longest} positions "
-                "that the "
-                "model's encoder takes. Shorten it"
+                "that the model's encoder takes. Shorten it"
             )
         if cross is not None and not length:
             raise ValueError(f"prompt {index}: The encoder prompt cannot be empty")

@@ -74,8 +74,7 @@ def backend(directory: Path) -> tuple[Tokenizer, dict[str, Any]]:
     if not len(control) + 256 <= size <= len(entries) + len(control):
         raise CheckpointError(
             f"{path}: config.default_vocab_size is {size}; with {len(control)} control tokens and {len(entries)} "
-            "others it must "
-            f"be {len(control) + 256} to {len(control) + len(entries)}."
+            f"others it must be {len(control) + 256} to {len(control) + len(entries)}."
         )
     ranks = _ranks(entries[: size - len(control)], path)
     made = byte_bpe.from_ranks(ranks, config["pattern"], {text: at for at, text in enumerate(control)})

@@ -69,8 +69,8 @@ def backend(directory: Path) -> tuple[Tokenizer, dict[str, Any]]:
     if named != CLASS:
         raise CheckpointError(
             f"{directory / FILE} says nothing of how text is divided before it, and tokenizer_class in "
-            "tokenizer_config.json "
-            f"is {named!r}; known is {CLASS!r}. Give a tokenizer.json, made by who trusts the checkpoint's own code."
+            f"tokenizer_config.json is {named!r}; known is {CLASS!r}. Give a tokenizer.json, made by who trusts the "
+            "checkpoint's own code."
         )
     ranks = read_ranks(directory / FILE)
     made = byte_bpe.from_ranks(ranks, SPLIT)
@@ -128,8 +128,7 @@ def _added(listed: Any, first: int, path: Path) -> list[AddedToken]:
         if not first <= int(name) < first + ADDED:
             raise CheckpointError(
                 f"{path}: added_tokens_decoder names id {name}; behind the {first} tokens of {FILE} there are {first} "
-                "to "
-                f"{first + ADDED - 1}."
+                f"to {first + ADDED - 1}."
             )
         texts[int(name)] = token
     named = [texts.get(at, {"content": f"<|reserved_token_{at}|>"}) for at in range(first, first + ADDED)]

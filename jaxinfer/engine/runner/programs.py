@@ -191,8 +191,7 @@ class Programs:
         if self.room is not None and needed > self.room:
             log.warning(
                 "%s needs %s of a device's memory while it runs, and %s are left: it will fail; lower "
-                "gpu_memory_utilization or "
-                "max_num_seqs",
+                "gpu_memory_utilization or max_num_seqs",
                 key,
                 size_text(needed),
                 size_text(self.room),

@@ -43,8 +43,7 @@ class Capacity:
             beside = f" beside the {read} positions that its encoder reads" if read else ""
             raise CapacityError(
                 f"a prompt of {len(request.prompt)} tokens can never fit in the cache: with the first token of its "
-                "output it "
-                f"needs {len(request.prompt) + 1}, and the cache holds {capacity} tokens{beside} "
+                f"output it needs {len(request.prompt) + 1}, and the cache holds {capacity} tokens{beside} "
                 f"({self._settings.pool_blocks} blocks of {self._shapes.block_size}); shorten the prompt, or raise "
                 "kv_cache_memory_bytes, or pool_blocks where that is set"
             )
@@ -69,8 +68,7 @@ class Capacity:
             raise CapacityError(
                 f"a beam search of width {width} over a prompt of {len(request.prompt)} tokens and "
                 f"{request.limit - len(request.prompt)} more takes up to {needed} blocks of {size}, and the cache has "
-                f"{pool}; "
-                "lower width or max_tokens, or raise kv_cache_memory_bytes, or pool_blocks where that is set"
+                f"{pool}; lower width or max_tokens, or raise kv_cache_memory_bytes, or pool_blocks where that is set"
             )
 
     def _check_inputs(self, inputs: PlacedInputs) -> None:
@@ -79,7 +77,6 @@ class Capacity:
             rows = inputs.inputs[0].rows
             raise CapacityError(
                 f"a prompt whose images have {needed} tiles ({needed * rows} tokens) can never fit in the feature "
-                "cache: it "
-                f"holds {slots} tiles of {rows} tokens; pass fewer or smaller images, or make the LLM with "
+                f"cache: it holds {slots} tiles of {rows} tokens; pass fewer or smaller images, or make the LLM with "
                 f"feature_cache_tokens={needed * rows}"
             )

@@ -39,8 +39,7 @@ def report(
         if shapes.max_length < longest:
             log.warning(
                 "max_model_len is %d, as many tokens as each of %d rows of the contiguous cache holds; the model "
-                "allows %d: "
-                "max_num_seqs and max_model_len share the memory",
+                "allows %d: max_num_seqs and max_model_len share the memory",
                 shapes.max_length,
                 shapes.rows,
                 longest,

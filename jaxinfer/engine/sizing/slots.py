@@ -34,8 +34,7 @@ def state_slots(program: Program, config: EngineConfig, rows: int, budget: Budge
             f"max_num_seqs is {rows}: their recurrent states take {size_text(least * each)} ({A_ROW} slots of "
             f"{size_text(each)} each), and snapshots {size_text((slots - least) * each)}, of {size_text(given)} "
             f"({budget.source}) that keys and values need some of as well; lower max_num_seqs to less than "
-            f"{max(1, most)}, or "
-            f"{budget.remedy}"
+            f"{max(1, most)}, or {budget.remedy}"
         )
     return rows, slots, slots * each
 

@@ -155,8 +155,7 @@ def test_heads_that_do_not_divide_are_named_with_three_remedies(heads, kv_heads,
     assert str(error.value) == (
         f"layers.5.attention: axis 'heads' of size {heads} ({kv_heads} kv heads) does not divide over mesh axis "
         f"'model' of size 4; choose a tensor_parallel_size that does ({fitting}), or keep the module whole on every "
-        "device "
-        f"with placement={{'layers.*.attention': 'replicate'}}, or pad to {padded} kv heads) with pad_heads=True"
+        f"device with placement={{'layers.*.attention': 'replicate'}}, or pad to {padded} kv heads) with pad_heads=True"
     )
 
 
