@@ -61,8 +61,9 @@ class EngineConfig:
     others), "xla" (everywhere), or "auto": the first of these that is available.
     """
     fuse_projections: str | bool = "auto"
-    """Whether projections of the same input are one GEMM; "auto": in steps with up to as many tokens as it is faster
-    for (`layers.fusion`). The output is the same.
+    """Whether projections of the same input are one GEMM; False: one each. "auto" is True up to the number of tokens
+    in a step that `layers.fusion.CROSSOVERS` has for the platform; no such number is known on CPUs, where one GEMM was
+    never slower, nor on GPUs, which are not measured, so "auto" equals True today. The output is the same.
     """
     cache: str = "paged"
     """"paged": sequences allocate blocks as they grow, share them, and reuse those of cached prefixes. "contiguous":

@@ -195,7 +195,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--fuse-projections",
         choices=FUSE,
         default="auto",
-        help="projections of one input as one product (default: %(default)s)",
+        help="projections of one input as one product (default: %(default)s, which equals true today)",
     )
     add("--tensor-parallel-size", type=int, default=1, metavar="N", help="devices (default: %(default)s)")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))

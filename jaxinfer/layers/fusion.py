@@ -20,7 +20,8 @@ CROSSOVERS: Mapping[str, float] = {"cpu": ALWAYS, "gpu": ALWAYS}
 
 CPU: for the projections of a KDA, an attention and an MLP layer at 1 to 4096 rows, several GEMMs took 1.00 to 1.12
 times the time of one in bfloat16, and 0.96 to 1.09 times in float32, where no upper quartile is below 1.00
-(`scripts/bench.py projections`, docs/results/cpu.md; jax 0.12, two cores of an AMD EPYC). GPU: not measured yet.
+(`scripts/bench.py projections`, docs/results/cpu.md; jax 0.12, two cores of an AMD EPYC). GPU: not measured yet. So
+"auto" equals True on both; a measurement on a GPU may change the table.
 """
 
 

@@ -77,10 +77,8 @@ def load(
     hf = read_config(directory, overrides) if hf is None else hf
     model_family, config = parse(hf, directory)
     mesh = meshes.normalise(mesh)
-    platform, how = (
-        mesh.devices.flat[0].platform,
-        dict(quantization=quantization, placement=placement, pad_heads=pad_heads),
-    )
+    platform = mesh.devices.flat[0].platform
+    how = dict(quantization=quantization, placement=placement, pad_heads=pad_heads)
     manifest = Manifest.read(directory)
     if manifest is not None:
         config = ties.resolve_stored(config, model_family.weight_rules, model_family.untie, manifest.parameters)
