@@ -341,7 +341,7 @@ def test_a_table_that_is_wrong_itself_is_refused(tmp_path):
     def load_with(table: list[Rule]) -> None:
         mesh = make_mesh()
         module = loading.abstract(model_family, parsed, np.dtype("float32"), mesh)
-        with loading.SafetensorsReader(folder) as reader:
+        with SafetensorsReader(folder) as reader:
             rules.load(module, table, reader, mesh, progress=False)
 
     load_with(table)
