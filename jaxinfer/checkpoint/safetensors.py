@@ -112,7 +112,9 @@ class SafetensorsReader:
         """
         info = self.info(name)
         if self._closed:
-            raise CheckpointError(f"{name!r} was asked for after the reader of {self.directory} was closed.")
+            raise CheckpointError(
+                f"tensor {name!r} of {self.directory} was requested after its reader was closed; read it before."
+            )
         whole = np.frombuffer(
             self._map(info.file) if info.nbytes else b"",
             DTYPES[info.dtype],
@@ -158,7 +160,7 @@ def _read_shards(directory: Path) -> dict[str, TensorInfo]:
     index = directory / INDEX
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index} has no weight_map from tensor names to files.")
+        raise CheckpointError(f"{index} has no weight_map from tensor names to files; fetch it again.")
     first_of: dict[str, str] = {}
     for name, file in weight_map.items():
         _check_file_name(index, name, file)
@@ -177,12 +179,13 @@ def _read_shards(directory: Path) -> dict[str, TensorInfo]:
         for found, info in _read_header(path).items():
             if found in tensors:
                 both = f"{tensors[found].file} and {info.file}"
-                raise CheckpointError(f"tensor {shorten(repr(found))} is in two files: {both}.")
+                raise CheckpointError(f"tensor {shorten(repr(found))} is in two files: {both}; fetch the folder again.")
             tensors[found] = info
     for name, file in weight_map.items():
         if name not in tensors or tensors[name].file != read[(directory / file).resolve()]:
             raise CheckpointError(
-                f"{index} says that tensor {shorten(repr(name))} is in {shorten(repr(file))}, which lacks it."
+                f"{index} says that tensor {shorten(repr(name))} is in {shorten(repr(file))}, which lacks it; fetch "
+                "both again."
             )
     return tensors
 
@@ -219,9 +222,11 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
     try:
         header = json.loads(text.decode(), object_pairs_hook=refuse_duplicates)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} has a bad header: {error}.") from error
+        raise CheckpointError(f"{file} has a bad header: {error}. Fetch it again.") from error
     if not isinstance(header, dict):
-        raise CheckpointError(f"{file} has a bad header: expected an object, found {type(header).__name__}.")
+        raise CheckpointError(
+            f"{file} has a bad header: expected an object, found {type(header).__name__}. Fetch it again."
+        )
     header.pop("__metadata__", None)
     tensors = {name: _tensor_info(file, name, entry, 8 + length) for name, entry in header.items()}
     tensors = dict(sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)))
@@ -233,13 +238,16 @@ def _check_header_length(file: Path, size: int, length_bytes: bytes, length: int
     if length_bytes == b"version ":
         raise CheckpointError(f"{file} is a Git LFS pointer, not tensors; run `git lfs pull` in its folder.")
     if size < 8:
-        raise CheckpointError(f"{file} is truncated: a header needs 8 bytes, found {size}.")
+        raise CheckpointError(f"{file} is truncated: a header needs 8 bytes, found {size}. Fetch it again.")
     if length > MAX_HEADER_BYTES:
         raise CheckpointError(
-            f"{file} has a bad header: it claims {length} bytes, and at most {MAX_HEADER_BYTES} are accepted."
+            f"{file} has a bad header: it claims {length} bytes, and at most {MAX_HEADER_BYTES} are accepted. Fetch it "
+            "again."
         )
     if 8 + length > size:
-        raise CheckpointError(f"{file} is truncated: its header needs {8 + length} bytes, found {size}.")
+        raise CheckpointError(
+            f"{file} is truncated: its header needs {8 + length} bytes, found {size}. Fetch it again."
+        )
 
 
 def _tensor_info(file: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
@@ -283,7 +291,7 @@ def _check_contiguous(file: Path, size: int, data_start: int, tensors: dict[str,
                 f"{file} is truncated: tensor {name!r} ends at byte {end}, the file at {size}. Fetch it again."
             )
     if end != size:
-        raise CheckpointError(f"{file}: the tensors end at byte {end}, found {size} bytes.")
+        raise CheckpointError(f"{file}: the tensors end at byte {end}, but the file has {size} bytes. Fetch it again.")
 
 
 def _check_slices(name: str, shape: tuple[int, ...], slices: tuple[slice, ...]) -> None:

@@ -201,7 +201,7 @@ class InputProcessor:
             text = media.expand(text, inputs, index) if ids is None else text
         ids = self._encode(text, prompt.special_tokens) if ids is None else ids
         if not ids:
-            raise ValueError(f"prompt {index} has no tokens")
+            raise ValueError(f"prompt {index} has no tokens; pass a text that is not empty, or at least one token id")
         check_token_ids(ids, known, index)
         limits, of_images = self.limits, sum(one.length for one in inputs)
         check_prompt_length(len(ids), limits.max_model_len, index, of_images, limits.length_hint)
@@ -216,7 +216,7 @@ class InputProcessor:
                 "that the model's encoder takes. Shorten it"
             )
         if cross is not None and not length:
-            raise ValueError(f"prompt {index}: The encoder prompt cannot be empty")
+            raise ValueError(f"prompt {index}: The encoder prompt cannot be empty; pass a text or token ids")
         for one in () if cross is None or source.shape else cross.inputs:
             check_token_ids(one.values.tolist(), self.limits.vocab_size, index)
 

@@ -128,7 +128,9 @@ def _check_round_trip(tokenizer: Any, directory: Path) -> None:
         CheckpointError: the vocabulary is empty.
     """
     if not tokenizer.get_vocab():
-        raise CheckpointError(f"the tokenizer of {directory} has no tokens: the vocabulary of its files is empty.")
+        raise CheckpointError(
+            f"the tokenizer of {directory} has no tokens: the vocabulary of its files is empty; fetch them again."
+        )
     tokenizer.decode(tokenizer.encode("a", add_special_tokens=True), clean_up_tokenization_spaces=False)
 
 

@@ -61,7 +61,7 @@ def test_a_stop_token_is_told_and_left_out_of_the_text(llm):
     ("arguments", "error", "message"),
     [
         (([IDS], 0), ValueError, "width must be between 1 and 256, got 0"),
-        (([IDS], 9), CapacityError, "width 9 takes as many of the sequences that run at a time, of which there are 8"),
+        (([IDS], 9), CapacityError, "width 9 runs 9 sequences at a time, more than max_num_seqs = 8"),
         (([IDS], 4, 0), ValueError, "max_tokens must be at least 1, got 0"),
         (([IDS, [10**6]], 4), ValueError, "prompt 1: .*1000000"),
         (([IDS, []], 4), ValueError, "prompt 1"),

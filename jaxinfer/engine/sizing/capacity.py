@@ -56,7 +56,7 @@ class Capacity:
         shapes, width = self._shapes, request.beams.params.width
         if width > shapes.rows:
             raise CapacityError(
-                f"a beam search of width {width} takes as many of the sequences that run at a time, of which there are "
+                f"a beam search of width {width} runs {width} sequences at a time, more than max_num_seqs = "
                 f"{shapes.rows}; lower width, or make the LLM with max_num_seqs={width}"
             )
         if shapes.contiguous:

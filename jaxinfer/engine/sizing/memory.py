@@ -204,7 +204,9 @@ def fit(
             return fitted
     if found:  # XLA's attention needs more for longer sequences, so that a size may fit and the next one not
         return max(found, key=lambda fitted: fitted.use.cache)
-    raise CapacityError(f"no size of the cache fits beside its steps ({fitted.budget.source}); {REMEDY}")
+    raise CapacityError(
+        f"no cache fits in memory together with the steps' temporaries ({fitted.budget.source}); {REMEDY}"
+    )
 
 
 def _first_candidate(program: Program, device: DeviceMemory, choose: Callable[[Budget], Shapes]) -> Shapes:
@@ -250,7 +252,9 @@ def measure(program: Program, shapes: Shapes, programs: Programs) -> int:
     keys = largest_programs(program, shapes)
     programs.prepare(keys, min(len(keys), default_threads()), lambda key: None)
     if not programs.temporaries.keys() >= set(keys):
-        raise ConfigError("this JAX backend does not say how much memory a program needs; set kv_cache_memory_bytes")
+        raise ConfigError(
+            "this JAX backend does not report the memory that a compiled program needs; set kv_cache_memory_bytes"
+        )
     most = max(programs.temporaries[key] for key in keys)
     if meshes.processes(program.mesh) > 1:
         most = int(np.max(multihost_utils.process_allgather(np.int32(-(-most >> 10))))) << 10

@@ -33,7 +33,7 @@ def reserve(
     if length < 2 or width * block < read or (length < longest and config.max_model_len is not None):
         raise CapacityError(
             f"the contiguous cache of {size_text(budget.size)} ({budget.source}) holds {rows} rows (max_num_seqs) of "
-            f"{width * block} positions, less than the {max(longest, read)} of each that need "
+            f"{width * block} positions; rows of the required {max(longest, read)} positions need "
             f"{size_text(rows * wanted * block_bytes)}; {budget.remedy}, or lower max_model_len or max_num_seqs"
         )
     return rows, length

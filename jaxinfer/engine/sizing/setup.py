@@ -190,7 +190,7 @@ def longest_sequence(model: ModelConfig, config: EngineConfig) -> int:
     asked = config.max_model_len
     if asked is not None and asked > model.max_length:
         raise ConfigError(
-            f"max_model_len is {asked}, but the model's numbers hold for {model.max_length} tokens "
+            f"max_model_len is {asked}, more than the {model.max_length} tokens that the model supports "
             "(max_position_embeddings); lower it"
         )
     return asked or model.max_length

@@ -31,10 +31,10 @@ def state_slots(program: Program, config: EngineConfig, rows: int, budget: Budge
     if slots * each >= given:
         most = int(given * (1 - config.snapshot_memory_fraction)) // (A_ROW * each)
         raise CapacityError(
-            f"max_num_seqs is {rows}: their recurrent states take {size_text(least * each)} ({A_ROW} slots of "
-            f"{size_text(each)} each), and snapshots {size_text((slots - least) * each)}, of {size_text(given)} "
-            f"({budget.source}) that keys and values need some of as well; lower max_num_seqs to less than "
-            f"{max(1, most)}, or {budget.remedy}"
+            f"max_num_seqs is {rows}: recurrent states take {size_text(least * each)} ({A_ROW} slots of "
+            f"{size_text(each)} for each sequence) and their snapshots {size_text((slots - least) * each)}, which "
+            f"leaves nothing for keys and values of the cache's {size_text(given)} ({budget.source}); lower "
+            f"max_num_seqs to less than {max(1, most)}, or {budget.remedy}"
         )
     return rows, slots, slots * each
 
