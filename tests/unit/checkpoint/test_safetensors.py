@@ -196,7 +196,7 @@ TWICE = (
         ({"a": entry(0, 2), "b": entry(1, 3)}, b"abc", ["'b'", "overlaps"]),
         ({"a": entry(0, 2), "b": entry(3, 4)}, b"abcd", ["'b'", "gap"]),
         ({"a": entry(1, 2)}, b"ab", ["'a'", "gap"]),
-        ({"a": entry(0, 2)}, b"abc", ["end at byte 70", "found 71"]),
+        ({"a": entry(0, 2)}, b"abc", ["end at byte 70", "has 71 bytes"]),
         ({"a": entry(0, 9)}, b"abc", ["'a'", "truncated"]),
     ],
 )
