@@ -36,7 +36,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", help="a checkpoint's directory or Hub id")
+    add("--model", help="a checkpoint's directory, GGUF file or Hub id")
     add("--out", type=Path, metavar="DIR", help="the folder to write, which must not be there yet")
     add("--tensor-parallel-size", type=int, default=1, metavar="N", help="devices to divide the weights over")
     add(

@@ -170,7 +170,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", help="a checkpoint's directory or Hub id; by default the packaged one")
+    add("--model", help="a checkpoint's directory, GGUF file or Hub id, or smollm2; by default the packaged one")
     work = parser.add_mutually_exclusive_group(required=True)
     work.add_argument("--questions", metavar="FILE", help=f"a JSON object a line, or {DEMO!r}")
     work.add_argument("--perplexity", metavar="FILE", help="print the perplexity on this UTF-8 text instead")

@@ -16,8 +16,9 @@ from jaxinfer.checkpoint import gguf_config
 from jaxinfer.checkpoint.gguf_file import GgufFile, GgufTensor, library
 from jaxinfer.errors import CheckpointError
 
-ROW_CHUNK = 1 << 22
-"""Number of values that are dequantised at a time: their temporaries take several times the memory of the result."""
+ROW_CHUNK = 1 << 18
+"""Number of values that are dequantised at a time: few enough for temporaries, which take several times the memory of
+the result, to stay in a processor's cache."""
 
 INTERLEAVED = ("llama", "granite")
 """Architectures whose rows of queries and keys are reordered to interleaved rotary pairs."""
@@ -121,13 +122,14 @@ class GgufReader:
         step = max(1, ROW_CHUNK // tensor.shape[-1])
         for start in range(0, len(rows), step):
             part = raw[rows[start : start + step]]
-            try:
-                made[start : start + step] = gguf.dequantize(part, gguf.GGMLQuantizationType[tensor.kind])
+            try:  # as one row: the package takes 16 rows at a time, and blocks do not depend on each other
+                values = gguf.dequantize(part.reshape(1, -1), gguf.GGMLQuantizationType[tensor.kind])
             except NotImplementedError as error:
                 raise CheckpointError(
                     f"{self.path}: tensor {name!r} has type {tensor.kind}, which the package gguf does not dequantise. "
                     "Use another file of this model."
                 ) from error
+            made[start : start + step] = values.reshape(len(part), -1)
         return made
 
     def release(self) -> None:

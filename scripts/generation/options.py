@@ -14,7 +14,7 @@ def parse(description: str, argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=description)
     add = parser.add_argument
-    add("--model", help="a checkpoint's directory or Hub id; by default the packaged one")
+    add("--model", help="a checkpoint's directory, GGUF file or Hub id, or smollm2; by default the packaged one")
     add("--prompt", action="append", default=[], help="repeatable")
     add("--prompts-file", type=Path, help="a text file with a prompt a line")
     add(
