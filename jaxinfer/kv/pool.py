@@ -155,10 +155,11 @@ def allocate(pool: BlockPool, n: int) -> tuple[BlockPool, np.ndarray, np.ndarray
     """
     if n < 0:
         raise ValueError(f"n must be non-negative, got {n}.")
-    if n > pool.num_available:
+    state = pool.current()
+    refs, top = state.refs, state.num_free
+    if n > top + state.num_cached:
         return pool, NO_BLOCKS, NO_BLOCKS, False
     state, after = _consume(pool)
-    refs, top = state.refs, state.num_free
     bottom = top - n if top > n else 0
     ids, evicted = state.free[bottom:top], NO_EVICTED
     ids.reverse()
@@ -167,8 +168,9 @@ def allocate(pool: BlockPool, n: int) -> tuple[BlockPool, np.ndarray, np.ndarray
         refs[block] = 1
     if len(ids) < n:
         evicted = state.evict(n - len(ids))
-    state.keep(state.undo_allocate, (ids, evicted))
-    return after, _as_array(ids + evicted), _as_array(evicted), True
+    if state.record is not None:
+        state.record.append((state.undo_allocate, (ids, evicted)))
+    return after, _as_array(ids + evicted if evicted else ids), _as_array(evicted), True
 
 
 def share(pool: BlockPool, ids: Ids) -> BlockPool:
@@ -189,7 +191,8 @@ def share(pool: BlockPool, ids: Ids) -> BlockPool:
     except LookupError:
         state.undo_share(ids[: -1 - len(list(following))])
         raise _misuse(pool, block, "shared while free") from None
-    state.keep(state.undo_share, ids)
+    if state.record is not None:
+        state.record.append((state.undo_share, ids))
     return after
 
 
@@ -214,7 +217,8 @@ def release(pool: BlockPool, ids: Ids) -> BlockPool:
     except LookupError:
         state.undo_release((ids[: -1 - len(list(following))], links))
         raise _misuse(pool, block, "released more often than it is held") from None
-    state.keep(state.undo_release, (ids, links))
+    if state.record is not None:
+        state.record.append((state.undo_release, (ids, links)))
     return after
 
 
@@ -316,8 +320,8 @@ def check(pool: BlockPool, tables: Iterable[Ids]) -> None:
 def _consume(pool: BlockPool) -> tuple[PoolState, BlockPool]:
     """Consume a value; return the state to update and the value after the update."""
     state = pool.current()
-    state.version = state.latest = state.latest + 1
-    return state, BlockPool(state, state.version)
+    state.version = state.latest = version = state.latest + 1
+    return state, BlockPool(state, version)
 
 
 def _misuse(pool: BlockPool, block: int, fault: str) -> PoolInvariantError:

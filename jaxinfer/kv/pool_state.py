@@ -102,7 +102,7 @@ class PoolState:
         return evicted
 
     def keep(self, undo: Callable[..., None], argument: Any) -> None:
-        """Record how to undo an operation, if a transaction is open."""
+        """Record how to undo an operation, if a transaction is open; frequent operations inline this."""
         if self.record is not None:
             self.record.append((undo, argument))
 
