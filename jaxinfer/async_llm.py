@@ -175,7 +175,7 @@ class AsyncLLM:
         [prompt], [request] = prompts, self._llm._input_processor.requests(prompts, params)
         streaming = request.params.output_kind is not RequestOutputKind.FINAL_ONLY
         handle = Handle(request, prompt.text, self._llm._tokenizer, streaming=streaming)
-        handle.read = None if prompt.encoder is None else prompt.encoder.text
+        handle.encoder_text = None if prompt.encoder is None else prompt.encoder.text
         return handle
 
     async def _add(self, prepare: Callable[[], Handle], request_id: str | None) -> OutputStream:

@@ -13,7 +13,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="jaxinfer", description="JAX inference for Hugging Face checkpoints.")
     parser.add_argument("--version", action="version", version=f"jaxinfer {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    about = "serve a model over HTTP with the APIs of OpenAI"
+    about = "serve a model over HTTP with the APIs of OpenAI and Anthropic"
     serve.add_arguments(commands.add_parser("serve", help=about, description=about))
     return serve.run(parser.parse_args(argv))
 
