@@ -16,7 +16,7 @@ TOY = dict(num_hidden_layers=6, hidden_size=32, num_attention_heads=4, num_key_v
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sharing.MODELS)
+@pytest.mark.parametrize("name", ["kimi_linear", "gemma3"])
 def test_samples_and_prefixes_are_shared_as_far_as_can_be(result: Callable[..., dict], monkeypatch, name: str):
     monkeypatch.setattr(sharing, "COMMON", sharing.COMMON | TOY)
     buckets = [f"--set={kind}_buckets={sizes}" for kind, sizes in (("decode", "[8]"), ("prefill", "[64]"))]
