@@ -59,9 +59,11 @@ def settle(llm: LLM) -> None:
 
 
 def assert_idle(llm: LLM) -> None:
-    """Nothing runs, waits or is held; the accounting adds up."""
-    settle(llm)
-    engine = llm._engine
+    """Check that nothing runs, waits or is held, on the engine's thread, as no other may use the block pool."""
+    llm._thread.run(_assert_idle, llm._engine)
+
+
+def _assert_idle(engine: Engine) -> None:
     while engine.has_work and not engine.requests:  # a last step in flight of what was aborted
         engine.step()
     assert not engine.requests and not engine.has_work

@@ -95,11 +95,11 @@ def test_abort_wherever_it_is(llm, n, steps):
     lease = llm._thread.lease()
     llm._queue(lease, handles)
     for _ in range(steps):
-        llm._engine.step()
+        llm._thread.run(llm._engine.step)
     llm.abort(handles[0].request.id)
     llm.abort(handles[0].request.id)
     while not all(handle.finished for handle in handles):
-        llm._engine.step()
+        llm._thread.run(llm._engine.step)
     aborted, other = (handle.output() for handle in handles)
     assert [o.finish_reason for o in aborted.outputs] == ["abort"] * n
     assert list(other.outputs[0].token_ids) == expected
