@@ -134,16 +134,15 @@ def test_threads_do_not_wait_for_each_other():
 
     def run():
         try:
-            render(slow, timeout_s=0.8)
+            render(slow, timeout_s=3)
         except ChatTemplateError as error:
             errors.append(error)
 
     threads = [threading.Thread(target=run) for _ in range(2)]
     for thread in threads:
         thread.start()
-    start = time.monotonic()
     assert render("{{ x }}") == "x"
-    assert time.monotonic() - start < 0.75
+    assert not errors, "the slow ones are still running"
     for thread in threads:
         thread.join()
     assert len(errors) == 2 and len(templates._idle) <= templates.IDLE
