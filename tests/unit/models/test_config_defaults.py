@@ -1,6 +1,7 @@
 """Attributes that a config.json omits have transformers' defaults; unsupported values are refused."""
 
 import json
+from importlib.util import find_spec
 from typing import Any
 
 import jax.numpy as jnp
@@ -30,6 +31,10 @@ def parsed(hf: dict[str, Any]) -> Any:
     return weights.parse(apply_overrides(hf))[1]
 
 
+needs_torch = pytest.mark.skipif(find_spec("torch") is None, reason="transformers' models need torch to be named")
+
+
+@needs_torch
 @pytest.mark.parametrize("family", tiny.ARCHITECTURES | tiny.VARIANTS)
 def test_omitted_attributes_have_transformers_defaults(family):
     """`to_dict` writes every attribute of the class; a file with only the sizes must mean the same."""
@@ -41,6 +46,7 @@ def test_omitted_attributes_have_transformers_defaults(family):
     assert parsed(stated | named) == parsed(whole | named)
 
 
+@needs_torch
 @pytest.mark.parametrize("architecture", ["MllamaForConditionalGeneration", "InternVLForConditionalGeneration"])
 def test_defaults_of_nested_configs_are_transformers(architecture):
     cls = getattr(transformers, architecture).config_class
