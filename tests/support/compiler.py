@@ -22,7 +22,7 @@ def flags(devices: int) -> str:
 
 
 MAX_CACHE_BYTES = 4 << 30
-"""Size above which the tests' compilation cache is deleted when a run starts. One run of all tests writes 0.4 GB."""
+"""Size above which the tests' compilation cache is deleted when a run starts. One run of all tests writes 0.2 GB."""
 
 
 def cache_settings(environment: Mapping[str, str]) -> dict[str, str]:

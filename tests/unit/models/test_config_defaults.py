@@ -31,7 +31,9 @@ def parsed(hf: dict[str, Any]) -> Any:
     return weights.parse(apply_overrides(hf))[1]
 
 
-needs_torch = pytest.mark.skipif(find_spec("torch") is None, reason="transformers' models need torch to be named")
+needs_torch = pytest.mark.skipif(
+    find_spec("torch") is None, reason="transformers gives access to its model classes only where torch is installed"
+)
 
 
 @needs_torch
