@@ -174,9 +174,7 @@ class AsyncLLM:
             raise ValueError(f"a request has one prompt, got {len(prompts)}: make a request for each")
         [prompt], [request] = prompts, self._llm._input_processor.requests(prompts, params)
         streaming = request.params.output_kind is not RequestOutputKind.FINAL_ONLY
-        handle = Handle(request, prompt.text, self._llm._tokenizer, streaming=streaming)
-        handle.encoder_text = None if prompt.encoder is None else prompt.encoder.text
-        return handle
+        return Handle(request, prompt.text, self._llm._tokenizer, encoder_text=prompt.encoder_text, streaming=streaming)
 
     async def _add(self, prepare: Callable[[], Handle], request_id: str | None) -> OutputStream:
         if request_id is not None and (not isinstance(request_id, str) or not request_id):

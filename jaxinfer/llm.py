@@ -538,11 +538,10 @@ class LLM:
     ) -> list[Handle]:
         self._check_open()
         self._thread.run(self._check_requests, requests)
-        handles = []
-        for request, prompt in zip(requests, prompts, strict=True):
-            handles.append(follow(request, prompt.text, self._tokenizer))
-            handles[-1].encoder_text = None if prompt.encoder is None else prompt.encoder.text
-        return handles
+        return [
+            follow(request, prompt.text, self._tokenizer, encoder_text=prompt.encoder_text)
+            for request, prompt in zip(requests, prompts, strict=True)
+        ]
 
     def _check_requests(self, requests: Sequence[Request]) -> None:
         for index, request in enumerate(requests):

@@ -39,6 +39,11 @@ class Prompt:
     options: Mapping[str, Any] = field(default_factory=dict, compare=False)
     """Model-specific keys of the prompt's dict (`PromptForms.options`), unchanged."""
 
+    @property
+    def encoder_text(self) -> str | None:
+        """Text of the encoder's prompt; None if the encoder takes no prompt or got token ids alone."""
+        return None if self.encoder is None else self.encoder.text
+
 
 def parse_prompts(prompts: Any, *, max_chars: int | None = None, forms: PromptForms = PromptForms()) -> list[Prompt]:
     """Parse prompts in any of the accepted forms.

@@ -129,10 +129,16 @@ class Handle:
     A call may queue a hundred thousand requests, so state that the queue does not need is created at the first token.
     """
 
-    def __init__(self, request: Request, text: str | None, tokenizer: Any, *, streaming: bool):
-        self.request, self.text = request, text
-        self.encoder_text: str | None = None
-        """Text of the encoder's prompt."""
+    def __init__(
+        self,
+        request: Request,
+        text: str | None,
+        tokenizer: Any,
+        *,
+        encoder_text: str | None = None,
+        streaming: bool = False,
+    ):
+        self.request, self.text, self.encoder_text = request, text, encoder_text
         self._tokenizer = tokenizer
         self._chunks = 0
         """Number of prefill chunks whose log-probabilities are in the prompt's table."""
@@ -273,9 +279,6 @@ class Handle:
 
 class BeamHandle(Handle):
     """Output processor of a beam search, whose results are available only at its end."""
-
-    def __init__(self, request: Request, text: str | None, tokenizer: Any):
-        super().__init__(request, text, tokenizer, streaming=False)
 
     def output(self) -> RequestOutput:
         """Return the best beams; for an aborted or failed search, a single empty completion with the reason."""

@@ -88,7 +88,7 @@ def test_a_slow_consumer_gets_what_was_made_meanwhile_in_one_output(llm, async_l
     assert len(deltas) <= 4 and deltas[-1].finish_reason == "length"
 
 
-@pytest.mark.parametrize("ending", ["cancel", "close", "break", "drop"])
+@pytest.mark.parametrize("ending", ["cancel", "close", "close and keep", "break", "drop"])
 def test_a_consumer_that_goes_aborts_its_request(llm, async_llm, ending):
     async def consume():
         async for _output in async_llm.generate(IDS, LONG):
@@ -105,6 +105,10 @@ def test_a_consumer_that_goes_aborts_its_request(llm, async_llm, ending):
         elif ending == "close":
             async with aclosing(async_llm.generate(IDS, LONG)) as outputs:
                 await anext(outputs)
+        elif ending == "close and keep":
+            kept.append(await async_llm.add_request(IDS, LONG))
+            await anext(kept[0])
+            await kept[0].aclose()
         elif ending == "break":
             async for _output in async_llm.generate(IDS, LONG):
                 break
@@ -113,7 +117,7 @@ def test_a_consumer_that_goes_aborts_its_request(llm, async_llm, ending):
             await anext(stream)
             del stream
 
-    made = llm._engine.metrics.counters["generation_tokens"]
+    kept, made = [], llm._engine.metrics.counters["generation_tokens"]
     asyncio.run(run())
     settle(llm)
     assert not llm._engine.requests

@@ -1,12 +1,14 @@
 """Prompts of an encoder-decoder: every form there is, every wrong one named, the others unharmed."""
 
+import asyncio
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from faults.conftest import SETTINGS
 from support.cross import START, folder
 
-from jaxinfer import LLM, SamplingParams
+from jaxinfer import LLM, AsyncLLM, RequestOutput, RequestOutputKind, SamplingParams
 from jaxinfer.errors import CapacityError
 
 pytestmark = [pytest.mark.xdist_group("cross faults"), pytest.mark.slow]
@@ -53,6 +55,16 @@ def test_every_form_of_an_encoder_prompt_gives_the_same(llm):
     for output in made:
         assert list(output.prompt_token_ids) == [START] and list(output.encoder_prompt_token_ids) == ids
     assert made[0].encoder_prompt == TEXT and made[0].prompt is None and made[1].encoder_prompt is None
+
+
+def test_an_asyncio_program_gets_the_same_output(llm):
+    async def last() -> RequestOutput:
+        outputs = AsyncLLM.of(llm).generate(TEXT, replace(PARAMS, output_kind=RequestOutputKind.FINAL_ONLY))
+        return [output async for output in outputs][-1]
+
+    [expected], found = llm.generate(TEXT, PARAMS), asyncio.run(last())
+    assert tokens([found]) == tokens([expected]) and found.encoder_prompt == TEXT
+    assert found.encoder_prompt_token_ids == expected.encoder_prompt_token_ids
 
 
 def test_a_decoder_prompt_follows_the_start_token(llm):
