@@ -109,6 +109,8 @@ def test_a_consumer_that_goes_aborts_its_request(llm, async_llm, ending):
             kept.append(await async_llm.add_request(IDS, LONG))
             await anext(kept[0])
             await kept[0].aclose()
+            await asyncio.to_thread(settle, llm)
+            assert not llm._engine.requests, "aborted while its stream is referenced and its event loop runs"
         elif ending == "break":
             async for _output in async_llm.generate(IDS, LONG):
                 break
