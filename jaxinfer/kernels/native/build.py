@@ -142,10 +142,11 @@ def _build(compiler: str, sources: Path, library: Path) -> None:
                 error = run.communicate()[1]
                 if run.returncode:
                     raise subprocess.CalledProcessError(run.returncode, run.args, stderr=error)
-        finally:  # of an interrupt or an error: the others write into a folder that goes
+        finally:  # after an interrupt or an error, the other compilers still write into the temporary folder
             for run in runs:
                 run.kill()
-                run.communicate()
+                run.wait()
+                run.stderr.close()
         whole = Path(folder) / library.name
         command = [compiler, *FLAGS, *map(str, objects), "-o", str(whole)]
         subprocess.run(command, capture_output=True, text=True, check=True)
