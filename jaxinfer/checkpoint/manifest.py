@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxinfer.checkpoint.hf import read_json
+from jaxinfer.checkpoint.plain_json import read_json
 from jaxinfer.checkpoint.safetensors import DTYPES
 from jaxinfer.checkpoint.source import Source
 from jaxinfer.errors import CheckpointError, ConfigError

@@ -14,7 +14,7 @@ from jaxinfer.engine.beam_search.beams import Beams
 from jaxinfer.engine.sampling.sampler import Candidates, Logprobs
 from jaxinfer.engine.sampling.sampling_rows import Level, SamplingRows, pack_rows
 from jaxinfer.kv.cross_cache import Encoded
-from jaxinfer.kv.prefix import NO_EXTRAS, Extras, root
+from jaxinfer.kv.digests import NO_EXTRAS, Extras, root
 from jaxinfer.kv.prefix_match import Hit
 from jaxinfer.media import CrossInputs, PlacedInputs
 from jaxinfer.outputs import CacheHit

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxinfer._utils.checks import as_int, as_token_id, as_token_ids, describe
-from jaxinfer.checkpoint.hf import int_if_whole
+from jaxinfer.checkpoint.size_limits import int_if_whole
 from jaxinfer.errors import ConfigError
 from jaxinfer.sampling_params import SamplingParams
 

@@ -22,8 +22,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxinfer.kv.digests import Extras, block_digest, root
 from jaxinfer.kv.groups import KindGroups, encoded
-from jaxinfer.kv.prefix import Extras, PrefixIndex, block_digest, root
+from jaxinfer.kv.prefix import PrefixIndex
 
 
 @dataclass(frozen=True)

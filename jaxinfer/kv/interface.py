@@ -6,7 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from jaxinfer.kv.cross_cache import Encoded, EncodedBlocks, EncodedHit
-from jaxinfer.kv.prefix import Extras
+from jaxinfer.kv.digests import Extras
 from jaxinfer.kv.prefix_match import Hit
 from jaxinfer.kv.recurrent import RecurrentStates
 from jaxinfer.kv.tables import Tables

@@ -15,9 +15,11 @@ import numpy as np
 from jaxinfer.kv import pool as pools
 from jaxinfer.kv import prefix_match
 from jaxinfer.kv.cross_cache import NO_ENCODER_INPUT, Encoded, EncodedBlocks, EncodedHit
+from jaxinfer.kv.digests import NO_EXTRAS, TOKEN_BYTES, Extras, as_bytes
+from jaxinfer.kv.eviction import EvictFirst
 from jaxinfer.kv.groups import SINGLE, KindGroups, count, own
-from jaxinfer.kv.pool import BlockPool, EvictFirst
-from jaxinfer.kv.prefix import NO_EXTRAS, TOKEN_BYTES, Extras, PrefixIndex, as_bytes
+from jaxinfer.kv.pool import BlockPool
+from jaxinfer.kv.prefix import PrefixIndex
 from jaxinfer.kv.prefix_match import Hit
 from jaxinfer.kv.recurrent import RecurrentStates
 from jaxinfer.kv.spec import Recurrent

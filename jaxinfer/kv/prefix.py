@@ -14,27 +14,18 @@ each node has the blocks of every kind, or none for a kind. The index is mutable
 commits a step. sha256 is the same in every process, unlike Python's `hash`.
 """
 
-import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from enum import StrEnum
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import numpy as np
 
+from jaxinfer.kv.digests import NO_EXTRAS, TOKEN_BYTES, Extras, Tokens, as_bytes, block_digest
 from jaxinfer.kv.pool import BlockPool, Ids, PoolInvariantError
 
-Tokens: TypeAlias = np.ndarray | bytes
-"""Token ids as an integer array, or as the bytes of little-endian int32."""
-
-Extras: TypeAlias = Mapping[int, bytes]
-"""Extra content of blocks beside their tokens, by block number in the sequence; empty for blocks not in it."""
-
-NO_EXTRAS: Extras = {}
 _versions = itertools.count(1)
-TOKEN_BYTES = 4
-"""Bytes of a token id, as hashed and compared."""
 
 
 class MatchEnd(StrEnum):
@@ -78,18 +69,6 @@ class Match(NamedTuple):
 
     nodes: list[Node]
     reason: MatchEnd
-
-
-def block_digest(parent: bytes, tokens: Tokens, extra: bytes = b"") -> bytes:
-    """Compute the 32-byte digest of a block of tokens [P] whose parent is a block or the root."""
-    return hashlib.sha256(parent + as_bytes(tokens) + extra).digest()
-
-
-def root(*salt: bytes) -> bytes:
-    """Compute the parent digest of first blocks, 32 bytes, from all parts of the salt."""
-    # Parts are length-prefixed, so that ("ab", "c") and ("a", "bc") differ.
-    parts = b"".join(len(part).to_bytes(8, "little") + part for part in salt)
-    return hashlib.sha256(b"jaxinfer prefix root" + parts).digest()
 
 
 class PrefixIndex:
@@ -331,8 +310,3 @@ class PrefixIndex:
                 f"the pool: {sorted(published - listed.keys())[:8]}, only in the index: "
                 f"{sorted(listed.keys() - published)[:8]}."
             )
-
-
-def as_bytes(tokens: Tokens) -> bytes:
-    """Encode tokens as little-endian int32, so that digests do not depend on the machine or dtype."""
-    return tokens if isinstance(tokens, bytes) else np.asarray(tokens, "<i4").tobytes()

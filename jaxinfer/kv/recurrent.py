@@ -16,8 +16,9 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxinfer.kv import pool as pools
+from jaxinfer.kv.digests import NO_EXTRAS, Extras
 from jaxinfer.kv.pool import BlockPool
-from jaxinfer.kv.prefix import NO_EXTRAS, Extras, PrefixIndex
+from jaxinfer.kv.prefix import PrefixIndex
 
 NO_SLOT = -1
 """No slot: read as zeros, the state before the first token."""

@@ -12,11 +12,13 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
 from jaxinfer.checkpoint import naming, orbax, rules, ties
+from jaxinfer.checkpoint.config_reader import ConfigReader
 from jaxinfer.checkpoint.formats import warn_of_adapter
 from jaxinfer.checkpoint.gguf_folder import open_weights
-from jaxinfer.checkpoint.hf import ConfigReader, check_sizes, int_if_whole, read_config
+from jaxinfer.checkpoint.hf import read_config
 from jaxinfer.checkpoint.manifest import Manifest
 from jaxinfer.checkpoint.plain_json import show
+from jaxinfer.checkpoint.size_limits import check_sizes, int_if_whole
 from jaxinfer.checkpoint.source import Source
 from jaxinfer.errors import ConfigError
 from jaxinfer.kernels.native import build as native

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from jaxinfer.checkpoint.hf import read_json
+from jaxinfer.checkpoint.plain_json import read_json
 
 NO_SETTINGS = ("image_processor_type", "processor_class", "auto_map", "feature_extractor_type")
 """Keys of these files that are not settings. Code that they refer to is not executed."""

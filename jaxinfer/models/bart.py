@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxinfer.checkpoint.hf import ConfigReader
+from jaxinfer.checkpoint.config_reader import ConfigReader
 from jaxinfer.checkpoint.rules import Rule
 from jaxinfer.kernels.attention.paged import KVCache
 from jaxinfer.kv.spec import Full

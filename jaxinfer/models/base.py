@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 from flax import nnx
 
-from jaxinfer.checkpoint.hf import ConfigReader
+from jaxinfer.checkpoint.config_reader import ConfigReader
 from jaxinfer.checkpoint.rules import Rule
 from jaxinfer.checkpoint.source import Source
 from jaxinfer.kernels.attention.paged import Cache

@@ -10,11 +10,12 @@ from typing import Any
 
 import jax
 
-from jaxinfer.checkpoint.hf import ConfigReader
+from jaxinfer.checkpoint.config_reader import ConfigReader
 from jaxinfer.layers.attention import StepContext
 from jaxinfer.models.base import Family
 from jaxinfer.models.decoder import Decoder, Layer, weight_rules
-from jaxinfer.models.decoder_config import FULL, SLIDING, DecoderConfig, layer_kinds, read_config, window_of
+from jaxinfer.models.decoder_config import FULL, SLIDING, DecoderConfig
+from jaxinfer.models.decoder_reader import layer_kinds, read_config, window_of
 
 
 class ParallelLayer(Layer):

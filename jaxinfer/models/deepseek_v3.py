@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
-from jaxinfer.checkpoint.hf import ConfigReader
+from jaxinfer.checkpoint.config_reader import ConfigReader
 from jaxinfer.errors import ConfigError
 from jaxinfer.layers.mla import LatentSpec
 from jaxinfer.layers.mlp import ACTIVATIONS

@@ -10,7 +10,7 @@ from typing import Protocol, runtime_checkable
 import jax
 from flax import nnx
 
-from jaxinfer.checkpoint.hf import ConfigReader
+from jaxinfer.checkpoint.config_reader import ConfigReader
 from jaxinfer.checkpoint.rules import Rule, expand
 from jaxinfer.kernels.attention.paged import KVCache
 from jaxinfer.kv.spec import Full

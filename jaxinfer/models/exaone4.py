@@ -3,12 +3,13 @@ rope."""
 
 from dataclasses import replace
 
-from jaxinfer.checkpoint.hf import ConfigReader
+from jaxinfer.checkpoint.config_reader import ConfigReader
 from jaxinfer.checkpoint.plain_json import show
 from jaxinfer.errors import ConfigError
 from jaxinfer.models.base import Family
 from jaxinfer.models.decoder import Decoder, weight_rules
-from jaxinfer.models.decoder_config import AFTER, FULL, SLIDING, DecoderConfig, layer_kinds, read_config, window_of
+from jaxinfer.models.decoder_config import AFTER, FULL, SLIDING, DecoderConfig
+from jaxinfer.models.decoder_reader import layer_kinds, read_config, window_of
 
 
 def config(reader: ConfigReader) -> DecoderConfig:

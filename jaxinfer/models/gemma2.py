@@ -4,27 +4,19 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from jaxinfer.checkpoint.hf import ConfigReader
+from jaxinfer.checkpoint.config_reader import ConfigReader
 from jaxinfer.layers.norms import Scaling
 from jaxinfer.models.base import Family
 from jaxinfer.models.decoder import Decoder, weight_rules
-from jaxinfer.models.decoder_config import (
-    AFTER,
-    BEFORE,
-    FULL,
-    SLIDING,
-    DecoderConfig,
-    layer_kinds,
-    read_config,
-    window_of,
-)
+from jaxinfer.models.decoder_config import AFTER, BEFORE, FULL, SLIDING, DecoderConfig
+from jaxinfer.models.decoder_reader import layer_kinds, read_config, window_of
 
 SCALING = Scaling(offset=1.0, wide=True)
 """Scaling of Gemma's norms."""
 
 
 def gemma(reader: ConfigReader, kinds: Sequence[str], **more: Any) -> DecoderConfig:
-    """Read what Gemma 2 and 3 share; `more` are arguments of `decoder_config.read_config`.
+    """Read what Gemma 2 and 3 share; `more` are arguments of `decoder_reader.read_config`.
 
     `hidden_act` is present in old files and was never used.
     """

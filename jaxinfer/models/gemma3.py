@@ -5,7 +5,7 @@ Each kind of layer has its own rope; the norms replace Gemma 2's softcaps.
 Of checkpoints that read images (`Gemma3ForConditionalGeneration`) only the text model is served.
 """
 
-from jaxinfer.checkpoint.hf import ConfigReader
+from jaxinfer.checkpoint.config_reader import ConfigReader
 from jaxinfer.models.base import Family
 from jaxinfer.models.decoder import Decoder, weight_rules
 from jaxinfer.models.decoder_config import FULL, SLIDING, DecoderConfig

@@ -3,14 +3,15 @@
 from dataclasses import replace
 from functools import partial
 
+from jaxinfer.checkpoint.config_reader import ConfigReader
 from jaxinfer.checkpoint.gpt_oss_weights import InterleavedExperts
-from jaxinfer.checkpoint.hf import ConfigReader
 from jaxinfer.layers.moe import ClampedSwiGLU, MoEConfig
 from jaxinfer.layers.norms import Scaling
 from jaxinfer.layers.router import RouterConfig
 from jaxinfer.models.base import Family
 from jaxinfer.models.decoder import Decoder, weight_rules
-from jaxinfer.models.decoder_config import FULL, SLIDING, DecoderConfig, layer_kinds, read_config, window_of
+from jaxinfer.models.decoder_config import FULL, SLIDING, DecoderConfig
+from jaxinfer.models.decoder_reader import layer_kinds, read_config, window_of
 from jaxinfer.models.moe_rules import MoENames
 
 NAMES = MoENames(router="router")

@@ -8,7 +8,7 @@ from functools import partial
 
 import jax
 
-from jaxinfer.checkpoint.hf import ConfigReader
+from jaxinfer.checkpoint.config_reader import ConfigReader
 from jaxinfer.layers.norms import scale_by
 from jaxinfer.layers.params import Build
 from jaxinfer.models import llama

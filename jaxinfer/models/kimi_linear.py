@@ -9,14 +9,15 @@ config.json is read as on the Hub (`linear_attn_config`, layers counted from one
 from dataclasses import replace
 from functools import partial
 
-from jaxinfer.checkpoint.hf import ConfigReader
+from jaxinfer.checkpoint.config_reader import ConfigReader
 from jaxinfer.checkpoint.plain_json import show
 from jaxinfer.errors import ConfigError
 from jaxinfer.layers.kda import KdaSpec
 from jaxinfer.layers.router import SIGMOID
 from jaxinfer.models.base import Family
 from jaxinfer.models.decoder import Decoder, weight_rules
-from jaxinfer.models.decoder_config import FULL, LINEAR, DecoderConfig, layer_kinds
+from jaxinfer.models.decoder_config import FULL, LINEAR, DecoderConfig
+from jaxinfer.models.decoder_reader import layer_kinds
 from jaxinfer.models.deepseek_v3 import experts, latent_spec, stack
 from jaxinfer.models.moe_rules import MoENames
 

@@ -2,11 +2,12 @@
 
 from functools import partial
 
-from jaxinfer.checkpoint.hf import ConfigReader
+from jaxinfer.checkpoint.config_reader import ConfigReader
 from jaxinfer.layers.moe import MoEConfig
 from jaxinfer.models.base import Family
 from jaxinfer.models.decoder import Decoder, weight_rules
-from jaxinfer.models.decoder_config import DecoderConfig, read_config, window_of
+from jaxinfer.models.decoder_config import DecoderConfig
+from jaxinfer.models.decoder_reader import read_config, window_of
 from jaxinfer.models.moe_rules import MoENames
 
 NAMES = MoENames(("block_sparse_moe", "mlp"), gate="w1", up="w3", down="w2")

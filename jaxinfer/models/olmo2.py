@@ -2,10 +2,11 @@
 
 from dataclasses import replace
 
-from jaxinfer.checkpoint.hf import ConfigReader
+from jaxinfer.checkpoint.config_reader import ConfigReader
 from jaxinfer.models.base import Family
 from jaxinfer.models.decoder import Decoder, weight_rules
-from jaxinfer.models.decoder_config import AFTER, FULL, DecoderConfig, layer_kinds, read_config
+from jaxinfer.models.decoder_config import AFTER, FULL, DecoderConfig
+from jaxinfer.models.decoder_reader import layer_kinds, read_config
 from jaxinfer.models.olmo3 import SCALING
 
 

@@ -5,11 +5,12 @@ As in Olmo 2, q and k norms span the whole width.
 
 from dataclasses import replace
 
-from jaxinfer.checkpoint.hf import ConfigReader
+from jaxinfer.checkpoint.config_reader import ConfigReader
 from jaxinfer.layers.norms import Scaling
 from jaxinfer.models.base import Family
 from jaxinfer.models.decoder import Decoder, weight_rules
-from jaxinfer.models.decoder_config import AFTER, FULL, SLIDING, DecoderConfig, layer_kinds, read_config, window_of
+from jaxinfer.models.decoder_config import AFTER, FULL, SLIDING, DecoderConfig
+from jaxinfer.models.decoder_reader import layer_kinds, read_config, window_of
 
 SCALING = Scaling(wide=True)
 

@@ -3,10 +3,11 @@
 from dataclasses import replace
 from functools import partial
 
-from jaxinfer.checkpoint.hf import ConfigReader
+from jaxinfer.checkpoint.config_reader import ConfigReader
 from jaxinfer.models.base import Family
 from jaxinfer.models.decoder import Decoder, weight_rules
-from jaxinfer.models.decoder_config import DecoderConfig, read_config, window_of
+from jaxinfer.models.decoder_config import DecoderConfig
+from jaxinfer.models.decoder_reader import read_config, window_of
 
 
 def config(reader: ConfigReader) -> DecoderConfig:

@@ -2,14 +2,15 @@
 
 from typing import Any
 
-from jaxinfer.checkpoint.hf import ConfigReader
+from jaxinfer.checkpoint.config_reader import ConfigReader
 from jaxinfer.models.base import Family
 from jaxinfer.models.decoder import Decoder, weight_rules
-from jaxinfer.models.decoder_config import FULL, SLIDING, DecoderConfig, layer_kinds, read_config, window_of
+from jaxinfer.models.decoder_config import FULL, SLIDING, DecoderConfig
+from jaxinfer.models.decoder_reader import layer_kinds, read_config, window_of
 
 
 def windows(reader: ConfigReader) -> dict[str, Any]:
-    """Read Qwen's sliding window as arguments of `decoder_config.read_config`.
+    """Read Qwen's sliding window as arguments of `decoder_reader.read_config`.
 
     It applies only if `use_sliding_window` is true, and then to the layers named by `layer_types`, or else to those
     from `max_window_layers` on.

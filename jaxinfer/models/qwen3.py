@@ -2,17 +2,18 @@
 
 from typing import Any
 
-from jaxinfer.checkpoint.hf import ConfigReader
+from jaxinfer.checkpoint.config_reader import ConfigReader
 from jaxinfer.models.base import Family
 from jaxinfer.models.decoder import Decoder, weight_rules
-from jaxinfer.models.decoder_config import DecoderConfig, read_config
+from jaxinfer.models.decoder_config import DecoderConfig
+from jaxinfer.models.decoder_reader import read_config
 from jaxinfer.models.qwen2 import windows
 
 
 def config(reader: ConfigReader, **more: Any) -> DecoderConfig:
     """Read the configuration; `attention_bias` applies to q, k, v and o.
 
-    `more` are arguments of `decoder_config.read_config`; families with experts set their own defaults first.
+    `more` are arguments of `decoder_reader.read_config`; families with experts set their own defaults first.
     """
     if "moe" not in more:
         reader.defaults_if_absent(num_key_value_heads=32)

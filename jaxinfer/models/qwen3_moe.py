@@ -1,6 +1,6 @@
 """Qwen3 with experts (`Qwen3MoeForCausalLM`): Qwen3's attention, a softmax router (arXiv:2505.09388)."""
 
-from jaxinfer.checkpoint.hf import ConfigReader
+from jaxinfer.checkpoint.config_reader import ConfigReader
 from jaxinfer.checkpoint.plain_json import show
 from jaxinfer.errors import ConfigError
 from jaxinfer.layers.moe import MoEConfig

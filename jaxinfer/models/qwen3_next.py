@@ -6,14 +6,15 @@ Three gated DeltaNet layers per gated attention layer.
 from dataclasses import replace
 from functools import partial
 
-from jaxinfer.checkpoint.hf import ConfigReader
+from jaxinfer.checkpoint.config_reader import ConfigReader
 from jaxinfer.layers.delta_net import DeltaNetSpec
 from jaxinfer.layers.moe import MoEConfig
 from jaxinfer.layers.norms import Scaling
 from jaxinfer.layers.router import RouterConfig
 from jaxinfer.models.base import Family
 from jaxinfer.models.decoder import Decoder, weight_rules
-from jaxinfer.models.decoder_config import FULL, LINEAR, DecoderConfig, layer_kinds, read_config
+from jaxinfer.models.decoder_config import FULL, LINEAR, DecoderConfig
+from jaxinfer.models.decoder_reader import layer_kinds, read_config
 from jaxinfer.models.moe_rules import MoENames
 from jaxinfer.models.qwen3_moe import dense_layers
 

@@ -1,9 +1,10 @@
 """Seed-OSS (`SeedOssForCausalLM`): Llama with biases on q, k and v."""
 
-from jaxinfer.checkpoint.hf import ConfigReader
+from jaxinfer.checkpoint.config_reader import ConfigReader
 from jaxinfer.models.base import Family
 from jaxinfer.models.decoder import Decoder, weight_rules
-from jaxinfer.models.decoder_config import FULL, DecoderConfig, layer_kinds, read_config
+from jaxinfer.models.decoder_config import FULL, DecoderConfig
+from jaxinfer.models.decoder_reader import layer_kinds, read_config
 
 
 def config(reader: ConfigReader) -> DecoderConfig:

@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass, fields
 
-from jaxinfer.checkpoint.hf import ConfigReader
+from jaxinfer.checkpoint.config_reader import ConfigReader
 from jaxinfer.checkpoint.plain_json import show
 from jaxinfer.errors import ConfigError
 from jaxinfer.layers.rope import RopeConfig
 from jaxinfer.models.base import Family
 from jaxinfer.models.decoder import Decoder, weight_rules
-from jaxinfer.models.decoder_config import FULL, SLIDING, DecoderConfig, layer_kinds, read_config, window_of
+from jaxinfer.models.decoder_config import FULL, SLIDING, DecoderConfig
+from jaxinfer.models.decoder_reader import layer_kinds, read_config, window_of
 
 
 @dataclass(frozen=True)

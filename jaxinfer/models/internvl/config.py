@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
-from jaxinfer.checkpoint.hf import ConfigReader, int_if_whole
+from jaxinfer.checkpoint.config_reader import ConfigReader
 from jaxinfer.checkpoint.plain_json import show
+from jaxinfer.checkpoint.size_limits import int_if_whole
 from jaxinfer.errors import ConfigError
 from jaxinfer.layers.mlp import ACTIVATIONS
 from jaxinfer.layers.vision import NORMS, VisionConfig

@@ -7,7 +7,7 @@ resolution" of InternVL 1.5 (arXiv:2404.16821). transformers' processor for it i
 from collections.abc import Mapping
 from typing import Any
 
-from jaxinfer.checkpoint.hf import ConfigReader
+from jaxinfer.checkpoint.config_reader import ConfigReader
 from jaxinfer.errors import ConfigError
 from jaxinfer.media import ImageFormat, Tiling
 

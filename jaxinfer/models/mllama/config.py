@@ -4,13 +4,13 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
-from jaxinfer.checkpoint.hf import ConfigReader
+from jaxinfer.checkpoint.config_reader import ConfigReader
 from jaxinfer.errors import ConfigError
 from jaxinfer.layers.mlp import ACTIVATIONS
 from jaxinfer.layers.vision import VisionConfig
 from jaxinfer.models.base import CrossSource
 from jaxinfer.models.decoder_config import CompositeConfig, DecoderConfig
-from jaxinfer.models.decoder_config import read_config as read_decoder_config
+from jaxinfer.models.decoder_reader import read_config as read_decoder_config
 from jaxinfer.models.internvl.config import side
 from jaxinfer.models.mllama.vision import MllamaVisionConfig
 

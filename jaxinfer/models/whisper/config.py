@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxinfer.checkpoint.hf import ConfigReader, read_generation_config
+from jaxinfer.checkpoint.config_reader import ConfigReader
+from jaxinfer.checkpoint.hf import read_generation_config
 from jaxinfer.checkpoint.plain_json import show
 from jaxinfer.errors import ConfigError
 from jaxinfer.layers.mlp import ACTIVATIONS

@@ -10,17 +10,12 @@ import pytest
 from huggingface_hub import constants, errors
 from huggingface_hub.utils import filter_repo_objects
 
-from jaxinfer.checkpoint import hf, hub, plain_json
-from jaxinfer.checkpoint.hf import (
-    ConfigReader,
-    added_token,
-    apply_overrides,
-    check_sizes,
-    read_config,
-    read_generation_config,
-    read_json,
-)
+from jaxinfer.checkpoint import hub, plain_json, size_limits
+from jaxinfer.checkpoint.config_reader import ConfigReader
+from jaxinfer.checkpoint.hf import added_token, apply_overrides, read_config, read_generation_config
 from jaxinfer.checkpoint.hub import resolve_model
+from jaxinfer.checkpoint.plain_json import read_json
+from jaxinfer.checkpoint.size_limits import check_sizes
 from jaxinfer.errors import CheckpointError, ConfigError, OfflineError
 from jaxinfer.layers.rope_config import RopeConfig
 
@@ -269,7 +264,7 @@ def test_sizes_are_checked_before_anything_is_made_of_them(value):
 
 
 def test_good_and_absent_sizes_pass():
-    check_sizes({"vocab_size": 2**22, "hidden_size": 1, "head_dim": None}, *hf.SIZE_CAPS)
+    check_sizes({"vocab_size": 2**22, "hidden_size": 1, "head_dim": None}, *size_limits.SIZE_CAPS)
 
 
 def test_getters_give_types_and_defaults():

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from jaxinfer.kv.cross_cache import Encoded
+from jaxinfer.kv.digests import root
 from jaxinfer.kv.groups import KindGroups, blocks_needed, layout, longest
 from jaxinfer.kv.manager import BlockManager
-from jaxinfer.kv.prefix import root
 from jaxinfer.kv.spec import Cross, Full, Kind, Window
 from jaxinfer.kv.spec import Encoded as EncodedKind
 

@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from jaxinfer.kv import pool as pools
+from jaxinfer.kv.digests import root
 from jaxinfer.kv.groups import SINGLE, KindGroups, blocks_needed, count
 from jaxinfer.kv.manager import BlockManager
 from jaxinfer.kv.pool import PoolInvariantError
-from jaxinfer.kv.prefix import root
 from jaxinfer.kv.prefix_match import Hit
 from jaxinfer.kv.spec import Kind, Window
 

@@ -14,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from jaxinfer.kv import pool as kv
 from jaxinfer.kv import prefix
+from jaxinfer.kv.digests import root
 
 P = 2
 Cell = tuple[int, ...]
@@ -32,7 +33,7 @@ class Sequence:
 
     @property
     def root(self) -> bytes:
-        return prefix.root(b"%d" % self.salt)
+        return root(b"%d" % self.salt)
 
 
 class PoolMachine(RuleBasedStateMachine):
@@ -219,7 +220,7 @@ class PoolMachine(RuleBasedStateMachine):
     def published_blocks_hold_what_their_digest_says(self) -> None:
         for block in np.flatnonzero(self.pool.published).tolist():
             salt, *tokens = self.cells[block][-1]
-            digests = self.index.chain(np.array(tokens, np.int32), prefix.root(b"%d" % salt))
+            digests = self.index.chain(np.array(tokens, np.int32), root(b"%d" % salt))
             assert self.index._owners[block].digest == digests[-1]
             assert self.cells[block] == [(salt, *tokens[:-1]), (salt, *tokens)]
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from jaxinfer.kv import prefix
+from jaxinfer.kv.digests import block_digest, root
 from jaxinfer.kv.pool import BlockPool, PoolInvariantError, allocate, publish
-from jaxinfer.kv.prefix import MatchEnd, PrefixIndex, block_digest, root
+from jaxinfer.kv.prefix import MatchEnd, PrefixIndex
 
 P = 4
 ROOT = root(b"model")

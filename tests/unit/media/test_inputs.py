@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from jaxinfer.kv.prefix import PrefixIndex, root
+from jaxinfer.kv.digests import root
+from jaxinfer.kv.prefix import PrefixIndex
 from jaxinfer.media import EncoderInput, PlacedInputs
 
 ROWS, P = 3, 4

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from support.tiny import CONFIG
 
-from jaxinfer.checkpoint.hf import ConfigReader
+from jaxinfer.checkpoint.config_reader import ConfigReader
 from jaxinfer.layers.norms import Scaling
 from jaxinfer.models import llama
 from jaxinfer.models.decoder_config import LINEAR, SLIDING, DecoderConfig
