@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import enum
 import functools
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +22,7 @@ from jaxinfer._utils.checks import (
     describe,
     show_int,
 )
+from jaxinfer._utils.keywords import refuse_unknown
 
 MAX_N = 1024
 """Maximum `n`: each sample needs its own row and blocks, so a huge `n` is refused before fan-out."""
@@ -68,7 +68,6 @@ _REPLACED = {
 }
 
 logger = logging.getLogger(__name__)
-_C = TypeVar("_C", bound=type)
 
 
 class DefaultInt(int):
@@ -86,37 +85,7 @@ class RequestOutputKind(enum.Enum):
     """Nothing until the request has finished."""
 
 
-def _refuse_unknown_keywords(cls: _C) -> _C:
-    """Make the constructor's TypeError name the unknown field and its replacement."""
-    generated = cls.__init__
-
-    @functools.wraps(generated)
-    def __init__(self: Any, *args: Any, **fields: Any) -> None:
-        if args:
-            raise TypeError(
-                f"{cls.__name__} takes keywords only, e.g. {cls.__name__}(temperature=0.8), "
-                f"got {len(args)} positional argument(s)."
-            )
-        known = [field.name for field in dataclasses.fields(cls)]
-        for name in fields:
-            if name not in known:
-                raise TypeError(_unknown_field(cls.__name__, name, known))
-        generated(self, **fields)
-
-    cls.__init__ = __init__
-    return cls
-
-
-def _unknown_field(owner: str, name: str, known: Sequence[str]) -> str:
-    hint = _REPLACED.get(name)
-    if hint is None:
-        public = [field for field in known if not field.startswith("_")]
-        close = difflib.get_close_matches(name, public, n=1)
-        hint = f"did you mean {close[0]}?" if close else "the fields are " + ", ".join(public)
-    return f"{owner} has no field {name!r}: {hint}"
-
-
-@_refuse_unknown_keywords
+@refuse_unknown(_REPLACED)
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class SamplingParams:
     """Sampling parameters of a request. Immutable; validated on construction, and against a model by `resolve`.
