@@ -13,10 +13,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxinfer.kv import pool as pools
-from jaxinfer.kv import prefix_match
+from jaxinfer.kv import pool_check, prefix_match
 from jaxinfer.kv.cross_cache import NO_ENCODER_INPUT, Encoded, EncodedBlocks, EncodedHit
 from jaxinfer.kv.digests import NO_EXTRAS, TOKEN_BYTES, Extras, as_bytes
-from jaxinfer.kv.eviction import EvictFirst
 from jaxinfer.kv.groups import SINGLE, KindGroups, count, own
 from jaxinfer.kv.pool import BlockPool
 from jaxinfer.kv.prefix import PrefixIndex
@@ -24,6 +23,7 @@ from jaxinfer.kv.prefix_match import Hit
 from jaxinfer.kv.recurrent import RecurrentStates
 from jaxinfer.kv.spec import Recurrent
 from jaxinfer.kv.tables import Tables
+from jaxinfer.kv.windows import Windows
 
 
 class BlockManager:
@@ -67,9 +67,7 @@ class BlockManager:
         diverges from earlier prompts, and all but its last token. The windows before these ends are kept in the prefix
         cache."""
         self._groups, self._spans = count(kinds), [kind.span for kind in self.kinds]
-        self._windowed = [k for k, kind in enumerate(self.kinds) if not kind.kind.keeps_all]
-        """Indices of kinds whose first needed position advances with the sequence."""
-        self._evict_first = EvictFirst()
+        self._windows = Windows(self.tables, len(self.kinds), self.boundaries)
         self._evicted: list[np.ndarray] = []
         self._newly_published: list[int] = []
 
@@ -161,7 +159,7 @@ class BlockManager:
             return False
         pool, ids = taken
         self.pool = pools.commit(pool)
-        self._evict_first.drop(shared)
+        self._windows.evict_first.drop(shared)
         *own_ids, read = np.split(ids, np.cumsum(wanted))
         read = self.encoded.take(row, encoded, read)
         table = np.full((self._groups, max(hit.blocks, *ends, read.shape[1])), -1, np.int32)
@@ -201,20 +199,20 @@ class BlockManager:
         Returns:
             Whether there were enough blocks; if not, nothing has changed.
         """
-        if not self._windowed:
+        if not self._windows.numbers:
             return True
         tables, end = self.tables, self.blocks_for(stop)
-        pool, behind = self._release_behind(pools.begin(self.pool), np.array([row]), np.array([start]))
-        added = [max(0, end - int(tables.counts[k, row])) for k in self._windowed]
-        wanted = [self.kinds[k].count * n for k, n in zip(self._windowed, added, strict=True)]
+        pool, passed = self._windows.release(pools.begin(self.pool), np.array([row]), np.array([start]))
+        added = [max(0, end - int(tables.counts[k, row])) for k in self._windows.numbers]
+        wanted = [self.kinds[k].count * n for k, n in zip(self._windows.numbers, added, strict=True)]
         taken = self._allocate(pool, sum(wanted))
         if taken is None:
             self.pool = pools.rollback(pool)
             return False
         pool, ids = taken
         self.pool = pools.commit(pool)
-        self._clear_released(behind)
-        for k, n, some in zip(self._windowed, added, np.split(ids, np.cumsum(wanted)[:-1]), strict=True):
+        self._windows.clear(passed)
+        for k, n, some in zip(self._windows.numbers, added, np.split(ids, np.cumsum(wanted)[:-1]), strict=True):
             if n:
                 tables.append(k, row, some.reshape(n, -1).T)
         return True
@@ -235,9 +233,9 @@ class BlockManager:
         """
         tables = self.tables
         lengths = tables.lengths[rows]
-        pool, behind = pools.begin(self.pool), []
-        if self._windowed:
-            pool, behind = self._release_behind(pool, rows, lengths)
+        pool, passed = pools.begin(self.pool), []
+        if self._windows.numbers:
+            pool, passed = self._windows.release(pool, rows, lengths)
         at = lengths // self.block_size
         last = (lengths + (steps - 1)) // self.block_size + 1
         added = [np.maximum(last - counts[rows], 0) for counts in tables.counts[: len(self.kinds)]]
@@ -248,36 +246,25 @@ class BlockManager:
         new = sum(news)
         if not new and not len(copied):
             self.pool = pools.commit(pool)
-            self._clear_released(behind)
+            self._windows.clear(passed)
             return current[copied], current[copied]
         taken = self._allocate(pool, new + len(copied))
         if taken is None:
             self.pool = pools.rollback(pool)
             return None
         pool, ids = taken
-        self._clear_released(behind)
+        self._windows.clear(passed)
         start = 0
         for k, (more, n) in enumerate(zip(added, news, strict=True)):
             if n:
-                self._append(k, rows, more, ids[start : start + n])
+                tables.append_to(k, rows, more, ids[start : start + n])
             start += n
         targets, sources = ids[new:], current[copied]
         if len(copied):
-            groups, owners = np.divmod(copied, len(rows))
-            tables.blocks[groups, rows[owners], at[owners]] = targets
+            tables.replace(rows, at, copied, targets)
             pool = pools.release(pool, sources)
         self.pool = pools.commit(pool)
         return sources, targets
-
-    def _append(self, k: int, rows: np.ndarray, added: np.ndarray, ids: np.ndarray) -> None:
-        """Append `added[i]` blocks of kind `k` to each row; `ids` has one id per block and group of the kind."""
-        tables, kind, before = self.tables, self.kinds[k], self.tables.counts[k, rows]
-        owners = np.repeat(rows, added)
-        first = np.repeat(before - (np.cumsum(added) - added), added)
-        columns = first + np.arange(len(owners))
-        for group, some in enumerate(ids.reshape(-1, kind.count).T, kind.first):
-            tables.blocks[group, owners, columns] = some
-        tables.counts[k, rows] += added
 
     def _must_copy(self, pool: BlockPool, current: np.ndarray) -> np.ndarray:
         """Return the indices into `current` of blocks that must be copied before rows write them."""
@@ -288,54 +275,17 @@ class BlockManager:
         # If every holder of a block is about to write it, the first one writes in place.
         return np.delete(shared, first[writers == pool.refs[blocks]])
 
-    def _release_behind(
-        self, pool: BlockPool, rows: np.ndarray, starts: np.ndarray
-    ) -> tuple[BlockPool, list[tuple[int, np.ndarray, np.ndarray, np.ndarray]]]:
-        """Release blocks that tokens from positions `starts` on no longer read.
-
-        Returns:
-            The pool, and the table entries to clear if that pool is kept: kind, rows, columns, ids `[m, n]`.
-        """
-        tables, found = self.tables, []
-        for k in self._windowed:
-            firsts = tables.firsts[k, rows]
-            needed = self.kinds[k].kind.first_needed(starts) // self.block_size
-            behind = np.maximum(np.minimum(needed, tables.counts[k, rows]) - firsts, 0)
-            if not behind.any():
-                continue
-            owners = np.repeat(rows, behind)
-            columns = np.repeat(firsts - (np.cumsum(behind) - behind), behind) + np.arange(len(owners))
-            ids = tables.blocks[self.kinds[k].span, owners, columns]
-            pool = pools.release(pool, ids.T.ravel())
-            found.append((k, owners, columns, ids))
-        return pool, found
-
-    def _clear_released(self, behind: Sequence[tuple[int, np.ndarray, np.ndarray, np.ndarray]]) -> None:
-        """Clear the table entries released behind windows.
-
-        Blocks that are in no window before a shared prefix end are evicted first: no other prompt is likely to hit
-        them.
-        """
-        tables = self.tables
-        for k, owners, columns, ids in behind:
-            tables.blocks[self.kinds[k].span, owners, columns] = -1
-            np.maximum.at(tables.firsts[k], owners, columns + 1)
-            ends = self.boundaries[:, owners]
-            starts = self.kinds[k].kind.first_block(ends, self.block_size)
-            unshared = ((columns >= ends) | (columns < starts)).all(axis=0)
-            self._evict_first.add(ids[:, unshared].T.ravel().tolist())
-
     def _allocate(self, pool: BlockPool, n: int) -> tuple[BlockPool, np.ndarray] | None:
         """Allocate n blocks, evicting those marked to go first before other cached ones; None if there are too few."""
         if n > pool.num_available:
             return None
-        if self._evict_first and n > pool.num_free:
-            chosen = self._evict_first.take(pool, n - pool.num_free)
+        if self._windows.evict_first and n > pool.num_free:
+            chosen = self._windows.evict_first.take(pool, n - pool.num_free)
             self._evict(chosen)
             pool = pools.unpublish(pool, chosen)
         pool, ids, evicted, _ = pools.allocate(pool, n)
         self._evict(evicted)
-        self._evict_first.drop(ids)
+        self._windows.evict_first.drop(ids)
         return pool, ids
 
     def _evict(self, ids: np.ndarray) -> None:
@@ -363,7 +313,7 @@ class BlockManager:
         self.encoded.leave(row)
         if self.states is not None:
             self.states.free(row)
-        ends = sorted(set(self.boundaries[:, row].tolist()), reverse=True) if self._windowed and digests else []
+        ends = sorted(set(self.boundaries[:, row].tolist()), reverse=True) if self._windows.numbers and digests else []
         blocks = self.tables.blocks[:, row].copy() if ends else None
         ids = self.tables.clear(row)
         released: list[np.ndarray] = []
@@ -372,20 +322,10 @@ class BlockManager:
             blocks[:, end:] = -1
             released.append(ids[:count])
             ids = ids[count:]
-            if len(window := self._window_before(digests[:end])):
+            if len(window := self._windows.cached_before(self.pool, self.index, digests[:end])):
                 self.pool = pools.touch(pools.release(self.pool, np.concatenate(released)), window)
                 released = []
         self.pool = pools.release(self.pool, np.concatenate([*released, ids]))
-
-    def _window_before(self, digests: Sequence[bytes]) -> np.ndarray:
-        """Return the unheld cached blocks of the windows before a prefix's end; no longer evict them first."""
-        ids: list[int] = []
-        for k in self._windowed:
-            start = self.kinds[k].kind.first_block(len(digests), self.block_size)
-            ids += [i for node in self.index.nodes(digests[start:]) for i in node.ids[k]]
-        self._evict_first.drop(ids)
-        window = np.array(ids, np.int32)
-        return window[pools.is_cached(self.pool, window)]
 
     def take_evicted(self) -> None:
         """Remove blocks evicted since the last call from the index, with the other blocks of the same nodes."""
@@ -427,8 +367,8 @@ class BlockManager:
             stop: end of the blocks.
             extras: extra content of blocks, by block number.
         """
-        if start < stop and self._windowed:
-            self._make_nodes(tokens, digests, root, start, extras)
+        if start < stop and self._windows.numbers:
+            self.index.insert_missing(tokens, digests, root, start, extras)
         width = self.block_size * TOKEN_BYTES
         data = as_bytes(tokens[start * self.block_size : stop * self.block_size])
         columns = self.tables.blocks[:, row, start:stop].T.tolist()
@@ -446,15 +386,6 @@ class BlockManager:
         """Enter the blocks of a row's encoder input in the index; the step that fills them must be dispatched."""
         self._newly_published += self.encoded.publish(row)
 
-    def _make_nodes(self, tokens: np.ndarray, digests: Sequence[bytes], root: bytes, stop: int, extras: Extras) -> None:
-        """Create missing nodes for blocks [0, stop); nodes may be gone if their blocks were evicted."""
-        start, size = stop, self.block_size
-        while start and digests[start - 1] not in self.index:
-            start -= 1
-        for number in range(start, stop):
-            known, parent = tokens[number * size : (number + 1) * size], digests[number - 1] if number else root
-            self.index.insert(digests[number], parent, known, extra=extras.get(number, b""))
-
     def withdraw(self, digests: Sequence[bytes]) -> None:
         """Remove the blocks with these digests from the index, because their content was found to be bad."""
         self._unpublish(self.index.withdraw(digests))
@@ -463,7 +394,7 @@ class BlockManager:
         """Unpublish all blocks."""
         self.index.clear()
         self._evicted.clear()
-        self._evict_first.clear()
+        self._windows.evict_first.clear()
         self.pool = pools.reset_published(self.pool)
         if self.states is not None:
             self.states.reset_published()
@@ -475,7 +406,7 @@ class BlockManager:
             PoolInvariantError: an invariant is violated; the message carries the accounting.
         """
         tables = self.tables
-        pools.check(self.pool, [tables.of(row) for row in tables.used()])
+        pool_check.check(self.pool, [tables.of(row) for row in tables.used()])
         self.take_evicted()
         self.index.check(self.pool, [] if self.states is None else self.states.check())
         tables.check(self.pool.num_blocks)

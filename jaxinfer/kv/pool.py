@@ -15,7 +15,7 @@ ids. Negative ids mean "no block" and are skipped.
 """
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -56,7 +56,7 @@ class BlockPool:
 
     def __repr__(self) -> str:
         consumed = self.version != self.state.version
-        return f"BlockPool({'consumed' if consumed else _accounting(self.state)})"
+        return f"BlockPool({'consumed' if consumed else self.state.accounting()})"
 
     def current(self) -> PoolState:
         """Return the state.
@@ -285,38 +285,6 @@ def cached_ids(pool: BlockPool) -> np.ndarray:
     return np.array([block := follower[block] for _ in range(state.num_cached)], np.int32)
 
 
-def check(pool: BlockPool, tables: Iterable[Ids]) -> None:
-    """Check the pool against all block tables, one array of ids per sequence (-1 = no block). Costs O(N).
-
-    Raises:
-        PoolInvariantError: reference counts differ from the table entries, a count is negative, free + cached + held is
-            not N, or the stack or the list of cached blocks disagrees with the counts.
-    """
-    state = pool.current()
-    size, refs, published = pool.num_blocks, state.refs_view, state.published_view
-    named = np.concatenate([NO_BLOCKS, *(np.asarray(table, np.int32).ravel() for table in tables)])
-    entries, unheld, order = _tally(named, size), refs == 0, cached_ids(pool)
-    on_stack, in_list = _tally(np.array(state.free[: state.num_free], np.int32), size), _tally(order, size)
-    links = np.append(order, size)
-    preceding = np.roll(links, 1)
-    follower, predecessor = np.array(state.follower), np.array(state.predecessor)
-    faults = {
-        "no such block": np.unique(named[named >= size]),
-        "negative count": np.flatnonzero(refs < 0),
-        "count differs from the table entries": np.flatnonzero(refs != entries),
-        "stack differs from free": np.flatnonzero(on_stack != (unheld & ~published)),
-        "list differs from cached": np.flatnonzero(in_list != (unheld & published)),
-        "links of the list differ": links[(predecessor[links] != preceding) | (follower[preceding] != links)],
-    }
-    held = int((refs > 0).sum())
-    total_is_right = state.num_free + state.num_cached + held == size
-    found = {fault: ids for fault, ids in faults.items() if ids.size}
-    if not found and total_is_right:
-        return
-    details = [f"{fault}: {_describe(state, ids, entries)}" for fault, ids in found.items()]
-    raise PoolInvariantError("; ".join([_accounting(state, held), *details]))
-
-
 def _consume(pool: BlockPool) -> tuple[PoolState, BlockPool]:
     """Consume a value; return the state to update and the value after the update."""
     state = pool.current()
@@ -330,7 +298,7 @@ def _misuse(pool: BlockPool, block: int, fault: str) -> PoolInvariantError:
     state.version = pool.version
     if block >= state.num_blocks:
         return PoolInvariantError(f"block {block} does not exist: the pool has {state.num_blocks} blocks.")
-    return PoolInvariantError(f"block {block} is {fault} (count {state.refs[block]}); {_accounting(state)}")
+    return PoolInvariantError(f"block {block} is {fault} (count {state.refs[block]}); {state.accounting()}")
 
 
 NO_BLOCKS = read_only(np.empty(0, np.int32))
@@ -342,26 +310,3 @@ def _as_array(ids: array) -> np.ndarray:
 
 def _as_list(ids: Ids) -> list[int]:
     return ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
-
-
-def _tally(ids: np.ndarray, size: int) -> np.ndarray:
-    """Count how often each block occurs in ids [n], ignoring ids outside the pool: [N]."""
-    return np.bincount(ids[(ids >= 0) & (ids < size)], minlength=size)
-
-
-def _accounting(state: PoolState, held: int | None = None) -> str:
-    held = state.num_held if held is None else held
-    return (
-        f"free {state.num_free} + cached {state.num_cached} + held {held} of {state.num_blocks} blocks "
-        f"(references {state.refs_view.sum()}, published {state.published_view.sum()})"
-    )
-
-
-def _describe(state: PoolState, ids: np.ndarray, entries: np.ndarray, most: int = 8) -> str:
-    shown = [
-        f"block {i} (count {state.refs[i]}, table entries {entries[i]}, published {bool(state.published[i])})"
-        if i < state.num_blocks
-        else f"block {i}"
-        for i in ids[:most].tolist()
-    ]
-    return ", ".join(shown) + (f" and {ids.size - most} more" if ids.size > most else "")

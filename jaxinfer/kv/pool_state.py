@@ -47,6 +47,14 @@ class PoolState:
         """Blocks with at least one reference."""
         return self.num_blocks - self.num_free - self.num_cached
 
+    def accounting(self, held: int | None = None) -> str:
+        """Describe the counts for an error message; `held` replaces the number of held blocks."""
+        held = self.num_held if held is None else held
+        return (
+            f"free {self.num_free} + cached {self.num_cached} + held {held} of {self.num_blocks} blocks "
+            f"(references {self.refs_view.sum()}, published {self.published_view.sum()})"
+        )
+
     def unlink(self, block: int) -> None:
         """Remove a block from the list of cached blocks; its own links stay, for `relink`."""
         before, after = self.predecessor[block], self.follower[block]

@@ -17,58 +17,14 @@ commits a step. sha256 is the same in every process, unlike Python's `hash`.
 import itertools
 from collections import Counter
 from collections.abc import Sequence
-from enum import StrEnum
-from typing import NamedTuple
 
 import numpy as np
 
 from jaxinfer.kv.digests import NO_EXTRAS, TOKEN_BYTES, Extras, Tokens, as_bytes, block_digest
 from jaxinfer.kv.pool import BlockPool, Ids, PoolInvariantError
+from jaxinfer.kv.prefix_node import Match, MatchEnd, Node
 
 _versions = itertools.count(1)
-
-
-class MatchEnd(StrEnum):
-    """Why a prefix match ended."""
-
-    COMPLETE = "complete"
-    """Every requested block is cached."""
-    NO_FULL_BLOCK = "below one block"
-    """The prompt is shorter than one block."""
-    ABSENT = "absent"
-    """The next block was never published, or its eviction is no longer remembered."""
-    EVICTED = "evicted under pressure"
-    """The next block was published and has been evicted; a larger pool would have kept it."""
-    WINDOW = "window evicted"
-    """The prefix is known, but a block of the window before its end has been evicted."""
-    SALT = "salt differs"
-    """The first block's tokens are cached with another image or salt."""
-    COLLISION = "collision"
-    """The digest is cached with different content; the match is rejected."""
-
-
-class Node:
-    """A block of tokens after a prefix, with the cache blocks of each kind; nodes form a tree of prefixes."""
-
-    __slots__ = ("children", "content", "digest", "ids", "linked", "parent")
-
-    def __init__(self, digest: bytes, parent: bytes, content: bytes, kinds: int) -> None:
-        self.digest, self.parent = digest, parent
-        self.content = content
-        """Tokens and extra of the block."""
-        self.ids: list[tuple[int, ...]] = [()] * kinds
-        """Block ids of each kind, one per group; () for kinds without the block, as behind a window."""
-        self.children = 0
-        """Number of child nodes."""
-        self.linked = False
-        """Whether the parent is a node that counts this one as a child; False for the first block of a prefix."""
-
-
-class Match(NamedTuple):
-    """Nodes of the longest known prefix, first block first, and why it ends there."""
-
-    nodes: list[Node]
-    reason: MatchEnd
 
 
 class PrefixIndex:
@@ -203,6 +159,17 @@ class PrefixIndex:
         self.mark_changed()
         self._owners.update(dict.fromkeys(ids, node))
         return True
+
+    def insert_missing(
+        self, tokens: np.ndarray, digests: Sequence[bytes], root: bytes, stop: int, extras: Extras = NO_EXTRAS
+    ) -> None:
+        """Create missing nodes for blocks [0, stop); nodes may be gone if their blocks were evicted."""
+        start, size = stop, self.block_size
+        while start and digests[start - 1] not in self:
+            start -= 1
+        for number in range(start, stop):
+            known, parent = tokens[number * size : (number + 1) * size], digests[number - 1] if number else root
+            self.insert(digests[number], parent, known, extra=extras.get(number, b""))
 
     def _require(self, ids: Sequence[int], node: Node | None, kind: int) -> None:
         """Check that blocks which are already in the index belong to this node and kind."""

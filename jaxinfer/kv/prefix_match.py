@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from jaxinfer.kv.groups import KindGroups, count
-from jaxinfer.kv.prefix import Match, MatchEnd
+from jaxinfer.kv.prefix_node import Match, MatchEnd
 from jaxinfer.kv.spec import Kind
 from jaxinfer.outputs import CacheHit
 

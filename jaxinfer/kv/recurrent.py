@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxinfer.kv import pool as pools
+from jaxinfer.kv import pool_check
 from jaxinfer.kv.digests import NO_EXTRAS, Extras
 from jaxinfer.kv.pool import BlockPool
 from jaxinfer.kv.prefix import PrefixIndex
@@ -291,7 +292,7 @@ class RecurrentStates:
             PoolInvariantError: a reference is unaccounted for.
         """
         unpublished = [[slot for _, slot in some] for some in self.unpublished.values()]
-        pools.check(
+        pool_check.check(
             self.pool,
             [self.current[self.current >= 0], np.array(self._to_release, np.int32), *map(np.array, unpublished)],
         )

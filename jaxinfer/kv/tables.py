@@ -76,6 +76,24 @@ class Tables:
             self.unsent.add(row)
         self.counts[k, row] = stop
 
+    def append_to(self, k: int, rows: np.ndarray, added: np.ndarray, ids: np.ndarray) -> None:
+        """Append `added[i]` blocks of kind `k` to each row, which the next decode step sends to the device.
+
+        `ids` has one id per block and group of the kind, `[added.sum() * m]`.
+        """
+        kind, before = self.kinds[k], self.counts[k, rows]
+        owners = np.repeat(rows, added)
+        first = np.repeat(before - (np.cumsum(added) - added), added)
+        columns = first + np.arange(len(owners))
+        for group, some in enumerate(ids.reshape(-1, kind.count).T, kind.first):
+            self.blocks[group, owners, columns] = some
+        self.counts[k, rows] += added
+
+    def replace(self, rows: np.ndarray, numbers: np.ndarray, places: np.ndarray, ids: np.ndarray) -> None:
+        """Replace some of the blocks that `at(rows, numbers)` returns: those at `places` of its flat result."""
+        groups, owners = np.divmod(places, len(rows))
+        self.blocks[groups, rows[owners], numbers[owners]] = ids
+
     def fork(self, source: int, target: int) -> np.ndarray:
         """Replace the entries of row `target` with those of `source`; return the ids, to be shared in the pool."""
         for k, kind in enumerate(self.kinds):

@@ -9,6 +9,7 @@ from jaxinfer import SamplingParams
 from jaxinfer.engine.request import Request, Status
 from jaxinfer.engine.scheduler import Limits, Scheduler
 from jaxinfer.kv import pool as pools
+from jaxinfer.kv import pool_check
 from jaxinfer.kv.manager import BlockManager
 
 BLOCK, IDS, VOCAB = 16, 16, 97
@@ -38,7 +39,7 @@ def pool_times(blocks: int, repeats: int = REPEATS) -> dict[str, float]:
         pool, ids, _, _ = pools.allocate(pools.share(pools.begin(pool), hit), IDS)
         pool = pools.release(pools.release(pools.commit(pool), ids), hit)
         admitted.append(time.perf_counter() - started)
-    pools.check(pool, [held[blocks // 4 :]])
+    pool_check.check(pool, [held[blocks // 4 :]])
     return {"allocate_share_release_us": 1e6 * median(plain), "admit_cached_us": 1e6 * median(admitted)}
 
 

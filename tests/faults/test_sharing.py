@@ -9,7 +9,7 @@ from support.tiny import HYBRIDS
 
 from jaxinfer import LLM, EngineConfig, SamplingParams
 from jaxinfer.engine.sizing.settings import HostSettings
-from jaxinfer.kv.prefix import MatchEnd
+from jaxinfer.kv.prefix_node import MatchEnd
 
 pytestmark = [pytest.mark.xdist_group("hybrid faults"), pytest.mark.slow]
 

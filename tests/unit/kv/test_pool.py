@@ -18,7 +18,6 @@ from jaxinfer.kv.pool import (
     allocate,
     begin,
     cached_ids,
-    check,
     commit,
     publish,
     release,
@@ -28,6 +27,7 @@ from jaxinfer.kv.pool import (
     touch,
     unpublish,
 )
+from jaxinfer.kv.pool_check import check
 
 NUM_BLOCKS = 6
 WIDTH = 8

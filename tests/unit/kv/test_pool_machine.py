@@ -15,6 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from jaxinfer.kv import pool as kv
 from jaxinfer.kv import prefix
 from jaxinfer.kv.digests import root
+from jaxinfer.kv.pool_check import check
 
 P = 2
 Cell = tuple[int, ...]
@@ -56,7 +57,7 @@ class PoolMachine(RuleBasedStateMachine):
             prefix.block_digest = self.real_digest
             self.pool = kv.release(self.pool, [i for seq in self.running for i in seq.table])
             assert self.pool.num_held == 0
-            kv.check(self.pool, [])
+            check(self.pool, [])
 
     # Rules.
 
@@ -199,7 +200,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     @invariant()
     def counts_add_up(self) -> None:
-        kv.check(self.pool, [seq.table for seq in self.running])
+        check(self.pool, [seq.table for seq in self.running])
         self.index.check(self.pool)
 
     @invariant()

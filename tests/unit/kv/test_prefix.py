@@ -8,7 +8,8 @@ import pytest
 from jaxinfer.kv import prefix
 from jaxinfer.kv.digests import block_digest, root
 from jaxinfer.kv.pool import BlockPool, PoolInvariantError, allocate, publish
-from jaxinfer.kv.prefix import MatchEnd, PrefixIndex
+from jaxinfer.kv.prefix import PrefixIndex
+from jaxinfer.kv.prefix_node import MatchEnd
 
 P = 4
 ROOT = root(b"model")
