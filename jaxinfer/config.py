@@ -23,6 +23,28 @@ MAX_SEQS = 1 << 14
 MAX_DECODE_STEPS = 64
 MAX_BATCHED_TOKENS = 1 << 20
 
+_LIMITS = {
+    "tensor_parallel_size": (1, 4096),
+    "max_model_len": (2, MAX_MODEL_LEN),
+    "max_num_seqs": (1, MAX_SEQS),
+    "max_num_batched_tokens": (1, MAX_BATCHED_TOKENS),
+    "block_size": (1, 1024),
+    "kv_cache_memory_bytes": (1, 1 << 50),
+    "pool_blocks": (1, 1 << 31),
+    "max_logprobs": (0, MAX_LOGPROBS),
+    "feature_cache_tokens": (1, 1 << 30),
+    "seed": (0, 2**63 - 1),
+}
+"""Smallest and largest value of each integer setting."""
+_BOOLEANS = (
+    "fuse_projections",
+    "enable_prefix_caching",
+    "enable_block_sharing",
+    "check_invariants",
+    "pad_heads",
+    "freeze_gc",
+)
+
 
 @dataclass(frozen=True)
 class EngineConfig:
@@ -60,11 +82,8 @@ class EngineConfig:
     """"native" (CPUs, as above, on one device), "triton" (GPUs, as above, for products of experts; XLA's for all
     others), "xla" (everywhere), or "auto": the first of these that is available.
     """
-    fuse_projections: str | bool = "auto"
-    """Whether projections of the same input are one GEMM; False: one each. "auto" is True up to the number of tokens
-    in a step that `layers.fusion.CROSSOVERS` has for the platform; no such number is known on CPUs, where one GEMM was
-    never slower, nor on GPUs, which are not measured, so "auto" equals True today. The output is the same.
-    """
+    fuse_projections: bool = True
+    """Whether projections of the same input are one GEMM; False: one each. The output is the same."""
     cache: str = "paged"
     """"paged": sequences allocate blocks as they grow, share them, and reuse those of cached prefixes. "contiguous":
     each of `max_num_seqs` rows has a fixed region of `max_model_len` positions (`kv.contiguous`): blocks are not
@@ -135,19 +154,19 @@ class EngineConfig:
     """
 
     def __post_init__(self) -> None:
-        limits = {
-            "tensor_parallel_size": (1, 4096),
-            "max_model_len": (2, MAX_MODEL_LEN),
-            "max_num_seqs": (1, MAX_SEQS),
-            "max_num_batched_tokens": (1, MAX_BATCHED_TOKENS),
-            "block_size": (1, 1024),
-            "kv_cache_memory_bytes": (1, 1 << 50),
-            "pool_blocks": (1, 1 << 31),
-            "max_logprobs": (0, MAX_LOGPROBS),
-            "feature_cache_tokens": (1, 1 << 30),
-            "seed": (0, 2**63 - 1),
-        }
-        for name, (least, most) in limits.items():
+        self._check_integers()
+        self._check_fractions()
+        Placement.of(self.placement)
+        for name in _BOOLEANS:
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        self._check_buckets()
+        self._check_choices()
+        self._check_cache()
+        self._check_compilation()
+
+    def _check_integers(self) -> None:
+        for name, (least, most) in _LIMITS.items():
             value = getattr(self, name)
             if value is None:
                 continue
@@ -155,28 +174,33 @@ class EngineConfig:
                 raise ConfigError(f"{name} must be an integer, got {value!r}")
             if not least <= value <= most:
                 raise ConfigError(f"{name} must be in [{least}, {most}], got {value}")
-        fractions = ("gpu_memory_utilization", 1), ("snapshot_memory_fraction", 0.9)
-        for name, most in (*fractions, ("log_interval", 1e9), ("peer_timeout", 86400)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:
-                raise ConfigError(f"{name} must be a number in (0, {most:g}], got {value!r}")
-        Placement.of(self.placement)
-        for name in ("enable_prefix_caching", "enable_block_sharing", "check_invariants", "pad_heads", "freeze_gc"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        for name in ("decode_buckets", "prefill_buckets"):
-            sizes = getattr(self, name)
-            whole = isinstance(sizes, list | tuple) and sizes and all(isinstance(s, int) and s > 0 for s in sizes)
-            if sizes is not None and not whole:
-                raise ConfigError(f"{name} must be a list of positive integers, got {sizes!r}")
         steps = self.decode_steps
         if steps != "auto" and (
             isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MAX_DECODE_STEPS
         ):
             raise ConfigError(f"decode_steps must be 'auto' or an integer in [1, {MAX_DECODE_STEPS}], got {steps!r}")
-        folder = self.compilation_cache_dir
-        if folder is not None and (not isinstance(folder, str) or not folder):
-            raise ConfigError(f"compilation_cache_dir must be 'auto', a folder or None, got {folder!r}")
+
+    def _check_fractions(self) -> None:
+        fractions = ("gpu_memory_utilization", 1), ("snapshot_memory_fraction", 0.9)
+        for name, most in (*fractions, ("log_interval", 1e9), ("peer_timeout", 86400)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:
+                raise ConfigError(f"{name} must be a number in (0, {most:g}], got {value!r}")
+
+    def _check_buckets(self) -> None:
+        for name in ("decode_buckets", "prefill_buckets"):
+            sizes = getattr(self, name)
+            valid = isinstance(sizes, list | tuple) and sizes and all(isinstance(s, int) and s > 0 for s in sizes)
+            if sizes is not None and not valid:
+                raise ConfigError(f"{name} must be a list of positive integers, got {sizes!r}")
+
+    def _check_choices(self) -> None:
+        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
+            raise ConfigError(f"dtype must be auto, float32, bfloat16 or float16, got {self.dtype!r}")
+        if self.quantization not in (None, *QUANTIZATIONS):
+            raise ConfigError(f"quantization must be None or {', '.join(QUANTIZATIONS)}, got {self.quantization!r}")
+
+    def _check_cache(self) -> None:
         if self.cache not in CACHES:
             raise ConfigError(f"cache must be {' or '.join(map(repr, CACHES))}, got {self.cache!r}")
         if self.cache == CONTIGUOUS and self.pool_blocks is not None:
@@ -184,10 +208,11 @@ class EngineConfig:
                 f"pool_blocks is {self.pool_blocks}, but cache='contiguous' has no block pool; set max_num_seqs and "
                 "max_model_len instead"
             )
-        if not isinstance(self.fuse_projections, bool) and self.fuse_projections != "auto":
-            raise ConfigError(f"fuse_projections must be 'auto', True or False, got {self.fuse_projections!r}")
-        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
-            raise ConfigError(f"dtype must be auto, float32, bfloat16 or float16, got {self.dtype!r}")
+
+    def _check_compilation(self) -> None:
+        folder = self.compilation_cache_dir
+        if folder is not None and (not isinstance(folder, str) or not folder):
+            raise ConfigError(f"compilation_cache_dir must be 'auto', a folder or None, got {folder!r}")
         options = self.compiler_options or {}
         if not isinstance(options, Mapping) or not all(
             isinstance(k, str) and isinstance(v, bool | int | float | str) for k, v in options.items()
@@ -196,8 +221,6 @@ class EngineConfig:
                 "compiler_options must map names to booleans, numbers or strings, such as "
                 f"{{'xla_gpu_autotune_level': 4}}; got {options!r}"
             )
-        if self.quantization not in (None, *QUANTIZATIONS):
-            raise ConfigError(f"quantization must be None or {', '.join(QUANTIZATIONS)}, got {self.quantization!r}")
 
     @classmethod
     def of(cls, settings: dict[str, Any]) -> "EngineConfig":

@@ -33,7 +33,6 @@ from jaxinfer import LLM, SamplingParams, demo
 
 MARK = "####"
 DEMO = "demo"
-FUSE = {"auto": "auto", "true": True, "false": False}
 NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?")
 STOP = ["\nQuestion:"]
 """Stop string at which a base model starts to write the next question."""
@@ -161,7 +160,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
         quantization=args.quantization,
         max_model_len=args.max_model_len,
         tensor_parallel_size=args.tensor_parallel_size,
-        fuse_projections=FUSE[args.fuse_projections],
+        fuse_projections=args.fuse_projections,
         hf_overrides=args.hf_overrides,
     )
 
@@ -193,9 +192,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--max-tokens", type=int, default=256, help="of an answer (default: %(default)s)")
     add(
         "--fuse-projections",
-        choices=FUSE,
-        default="auto",
-        help="projections of one input as one product (default: %(default)s, which equals true today)",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compute projections of one input as one matrix product",
     )
     add("--tensor-parallel-size", type=int, default=1, metavar="N", help="devices (default: %(default)s)")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))

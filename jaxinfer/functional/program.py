@@ -42,12 +42,12 @@ from jaxinfer.kv import cache as kv_cache
 from jaxinfer.kv import groups as kv_groups
 from jaxinfer.kv.groups import Layout, Place, layout
 from jaxinfer.kv.spec import Full, State
-from jaxinfer.layers import fusion
 from jaxinfer.layers.attention import GroupStep, StepContext
 from jaxinfer.layers.embedding import Embedding
 from jaxinfer.layers.encoder import EncodeStep
 from jaxinfer.layers.linear import use_fusion, use_kernel
-from jaxinfer.models.base import CrossSource, FeatureRows, Features, LanguageModel
+from jaxinfer.media.inputs import Features
+from jaxinfer.models.base import CrossSource, FeatureRows, LanguageModel
 from jaxinfer.sharding import make_mesh
 from jaxinfer.sharding import mesh as meshes
 
@@ -90,18 +90,18 @@ def split(
     *,
     attention_kernel: str = attention.AUTO,
     matmul_kernel: str = attention.AUTO,
-    fuse_projections: str | bool = fusion.AUTO,
+    fuse_projections: bool = True,
 ) -> tuple[Program, list[Array]]:
     """Split a module into a static program and the flat list of its parameters (shapes if the module is abstract).
 
     The list is flat because dispatch takes 0.08 ms with it and 11.6 ms through `nnx.jit`.
 
     Raises:
-        ConfigError: a kernel is unknown or does not support these devices, or `fuse_projections` is invalid.
+        ConfigError: a kernel is unknown or does not support these devices.
     """
     mesh = make_mesh() if mesh is None else meshes.normalise(mesh)
     use_kernel(module, matmul.choose(matmul_kernel, mesh))
-    use_fusion(module, fusion.rows_fused(fuse_projections, mesh))
+    use_fusion(module, fuse_projections)
     graph, state = nnx.split(module)
     params, tree = jax.tree.flatten(state)
     dtype = _activation_dtype(module, params)

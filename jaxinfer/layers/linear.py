@@ -18,7 +18,6 @@ from flax import nnx
 
 from jaxinfer.kernels.matmul import int8_matmul
 from jaxinfer.kernels.matmul.choose import NATIVE, XLA, matmul
-from jaxinfer.layers.fusion import ALWAYS
 from jaxinfer.layers.params import Build, constant, matrix
 from jaxinfer.sharding import axes
 from jaxinfer.sharding.collectives import ALL_REDUCE, Collective
@@ -140,15 +139,15 @@ def use_kernel(module: nnx.Module, kernel: str) -> None:
             part.kernel = kernel
 
 
-def use_fusion(module: nnx.Module, rows: float) -> None:
-    """Set the row limit of fused GEMMs in all parts of a module (`layers.fusion.rows_fused`)."""
+def use_fusion(module: nnx.Module, fused: bool) -> None:
+    """Set whether the fused projections in all parts of a module run as one GEMM, or as one per output."""
     for _, part in nnx.iter_modules(module):
         if isinstance(part, FusedLinear | BatchedLinear):
-            part.rows_fused = rows
+            part.fused = fused
 
 
 class FusedLinear(MatmulModule):
-    """`y_i = x W_i^T (+ b_i)` for several outputs `i`, as one GEMM, or one per output above `rows_fused` rows.
+    """`y_i = x W_i^T (+ b_i)` for several outputs `i`, as one GEMM, or one per output unless `fused`.
 
     Args:
         build: how parameters are made.
@@ -157,7 +156,7 @@ class FusedLinear(MatmulModule):
         bias: whether outputs have a bias, or the names of those that do.
     """
 
-    rows_fused: float = ALWAYS
+    fused: bool = True
     """Set by `use_fusion`."""
 
     def __init__(
@@ -179,7 +178,7 @@ class FusedLinear(MatmulModule):
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, ...]:
         """Map `[T, in]` to one `[T, tp, columns_i]` per output, in the declared order."""
-        if x.shape[0] > self.rows_fused:
+        if not self.fused:
             parts = self._apart(x)
         else:
             y = self.product(x, self.weight, self.weight_scale).reshape(x.shape[0], self.tp, -1)
@@ -211,12 +210,12 @@ class FusedLinear(MatmulModule):
 
 
 class BatchedLinear(MatmulModule):
-    """`y_i = x_i W_i^T` for several inputs of equal width, as one batched GEMM, or one by one above `rows_fused` rows.
+    """`y_i = x_i W_i^T` for several inputs of equal width, as one batched GEMM, or one by one unless `fused`.
 
     The inputs are replicated outputs of a fused projection; each shard uses its own copy.
     """
 
-    rows_fused: float = ALWAYS
+    fused: bool = True
     """Set by `use_fusion`."""
 
     def __init__(self, build: Build, in_features: int, outputs: Sequence[Output]):
@@ -245,7 +244,7 @@ class BatchedLinear(MatmulModule):
         shape = self.tp, len(self.outputs), -1
         weight = self.weight[...].reshape(*shape, self.weight.shape[-1])
         operands = (weight,) if self.weight_scale is None else (weight, self.weight_scale[...].reshape(shape))
-        if inputs[0].shape[0] > self.rows_fused or len(inputs) == 1:
+        if not self.fused or len(inputs) == 1:
             return tuple(self._shards(x, *(own[:, i] for own in operands)) for i, x in enumerate(inputs))
         batched = jax.vmap(self._shards, in_axes=(2, *[1] * len(operands)), out_axes=2)
         return tuple(jnp.unstack(batched(jnp.stack(inputs, axis=2), *operands), axis=2))

@@ -22,7 +22,8 @@ from jaxinfer.inputs.loaded_model import LoadedModel
 from jaxinfer.inputs.tokenizer import load_tokenizer
 from jaxinfer.loading import weights
 from jaxinfer.media import ImageProcessor, MediaReader, ReaderSources, TextReader
-from jaxinfer.models.base import Features, LanguageModel
+from jaxinfer.media.inputs import Features
+from jaxinfer.models.base import LanguageModel
 from jaxinfer.models.registry import family
 from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.sharding import make_mesh

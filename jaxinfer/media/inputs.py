@@ -169,3 +169,17 @@ class CrossInputs:
     def parts(self, start: int, count: int) -> int:
         """Return the number of ranges that tokens from `start` on fall into."""
         return 1 + sum(start < token < start + count for token, _, _ in self.ranges)
+
+
+@dataclass(frozen=True)
+class Features:
+    """Encoder inputs whose embeddings replace those of placeholder tokens, such as tiles of images."""
+
+    modality: str
+    """Key in `multi_modal_data`: "image"."""
+    shape: tuple[int, ...]
+    """Shape of one input: pixel values `(C, height, width)` of a tile, as computed by transformers' processor."""
+    rows: int
+    """Number of embeddings `[rows, M]` per input, in the order of the tokens that they replace."""
+    placeholder: int
+    """Id of the placeholder token; -1 if the checkpoint does not say."""

@@ -2,27 +2,17 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 
 from jaxinfer._utils.checks import describe, plural
 from jaxinfer.errors import CheckpointError
 from jaxinfer.media.images import as_rgb, as_values
-from jaxinfer.media.inputs import EncoderInput, PlacedInputs
+from jaxinfer.media.inputs import EncoderInput, Features, PlacedInputs
 from jaxinfer.media.processor import ImageFormat, ImageProcessor
 
 PREPROCESSED = "pixel_values"
-
-
-@runtime_checkable
-class FeatureSpec(Protocol):
-    """Description of the encoder's inputs (`models.base.Features`)."""
-
-    modality: str
-    shape: tuple[int, ...]
-    rows: int
-    placeholder: int
 
 
 class MediaReader:
@@ -37,7 +27,7 @@ class MediaReader:
 
     def __init__(
         self,
-        features: FeatureSpec,
+        features: Features,
         tokenizer: Any = None,
         form: ImageFormat | None = None,
         processor: ImageProcessor | None = None,

@@ -18,20 +18,7 @@ from jaxinfer.layers.attention import StepContext
 from jaxinfer.layers.encoder import EncodeStep
 from jaxinfer.layers.params import Build
 from jaxinfer.media import CrossReader, ImageFormat, ReaderSources, TextReader
-
-
-@dataclass(frozen=True)
-class Features:
-    """Encoder inputs whose embeddings replace those of placeholder tokens, such as tiles of images."""
-
-    modality: str
-    """Key in `multi_modal_data`: "image"."""
-    shape: tuple[int, ...]
-    """Shape of one input: pixel values `(C, height, width)` of a tile, as computed by transformers' processor."""
-    rows: int
-    """Number of embeddings `[rows, M]` per input, in the order of the tokens that they replace."""
-    placeholder: int
-    """Id of the placeholder token; -1 if the checkpoint does not say."""
+from jaxinfer.media.inputs import Features
 
 
 @runtime_checkable

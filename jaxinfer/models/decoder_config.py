@@ -10,7 +10,8 @@ from jaxinfer.layers.mla import LatentSpec
 from jaxinfer.layers.moe import MoEConfig
 from jaxinfer.layers.norms import Scaling
 from jaxinfer.layers.rope import RopeConfig
-from jaxinfer.models.base import CrossSource, Features
+from jaxinfer.media.inputs import Features
+from jaxinfer.models.base import CrossSource
 
 FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
 """Kinds of layers, as named in `layer_types` of config.json."""

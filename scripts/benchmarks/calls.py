@@ -28,7 +28,7 @@ class Layer:
     make: Callable[[], nnx.Module]
     kernel: str
     """Implementation of its matrix products (`kernels.matmul`)."""
-    rows_fused: float
+    fused: bool
     """Argument of `layers.linear.use_fusion`."""
     options: Mapping[str, Any]
     """Compiler options."""
@@ -50,7 +50,7 @@ class Calls:
         """
         module = nnx.eval_shape(layer.make)
         use_kernel(module, layer.kernel)
-        use_fusion(module, layer.rows_fused)
+        use_fusion(module, layer.fused)
         graph, state = nnx.split(module)
         leaves, tree = jax.tree.flatten(state)
         way = Way(lambda x, weights: nnx.merge(graph, jax.tree.unflatten(tree, weights))(*x), dict(layer.options))

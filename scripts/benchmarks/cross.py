@@ -31,7 +31,6 @@ from jaxinfer.kernels.attention.paged import Cache
 from jaxinfer.kernels.matmul import choose as matmul
 from jaxinfer.kv import groups as kv_groups
 from jaxinfer.layers.cross import CrossQKV
-from jaxinfer.layers.fusion import ALWAYS
 from jaxinfer.layers.linear import FusedLinear
 from jaxinfer.layers.params import Build
 from jaxinfer.loading import weights
@@ -176,7 +175,7 @@ class Bench:
             def make() -> Streams:
                 return Streams(nnx.clone(self._modules[variant].decoder.layers[0].cross.qkv))
 
-            return Calls.of(Layer(make, kernel, ALWAYS, options), shapes, self.dtype, self.layers)
+            return Calls.of(Layer(make, kernel, True, options), shapes, self.dtype, self.layers)
 
         chosen = matmul.choose(self._asked, self.mesh)
         runs = {variant: calls(variant, chosen).timer() for variant in (OURS, PADDED)}

@@ -4,9 +4,8 @@ The layers are those of the engine (`layers.linear`), with its choice of matrix 
 
 - `unfused`: one layer, and so one weight, per output; XLA is kept from merging the products.
 - `fused`: one layer for all outputs, as one GEMM at any number of rows.
-- `apart`: the same layer with its weight split into one GEMM per output, as in the engine above the crossover.
-- `auto`: the one of these two that `layers.fusion` chooses for the number of rows; its figures are those of the same
-  program.
+- `apart`: the same layer with its weight split into one GEMM per output, as in the engine with
+  `fuse_projections=False`.
 
 For Kimi Delta Attention this is the microbenchmark of SGLang #17801, whose figures are shown beside: six projections of
 the hidden state, then two low-rank ones of the last two results.
@@ -26,12 +25,11 @@ from benchmarks.calls import Calls, Layer, products
 from benchmarks.gpu.projections import SEPARATE, SERIAL
 from benchmarks.steptime import in_turns
 from jaxinfer.kernels.matmul import choose as matmul
-from jaxinfer.layers import fusion
 from jaxinfer.layers.linear import BatchedLinear, FusedLinear, Output
 from jaxinfer.layers.params import Build
 from jaxinfer.sharding import make_mesh
 
-UNFUSED, FUSED, APART, AUTO = "unfused", "fused", "apart", "auto"
+UNFUSED, FUSED, APART = "unfused", "fused", "apart"
 ROWS = (1, 8, 64, 512, 4096, 8192, 16384)
 CPU_ROWS = (1, 8, 64, 512, 4096)
 """Default rows on a CPU, where more rows only scale the time."""
@@ -121,10 +119,10 @@ class Projections(nnx.Module):
             count = len(layer.outputs)
             last += layer(*low[:count])
             low = low[count:]
-        whole = len(self.first) == 1 and x.shape[0] <= self.first[0].rows_fused
+        one = len(self.first) == 1 and self.first[0].fused
         # Return one GEMM's output as one array, as layers read slices of it; separate program outputs would be copied.
-        first = [jnp.concatenate(made, axis=-1)] if whole else made
-        if whole and last and self.behind[0].kernel != matmul.NATIVE:
+        first = [jnp.concatenate(made, axis=-1)] if one else made
+        if one and last and self.behind[0].kernel != matmul.NATIVE:
             last = [jnp.stack(last, axis=2)]
         return [y.reshape(x.shape[0], -1) for y in (*first, *last)]
 
@@ -135,7 +133,6 @@ class Bench:
     def __init__(self, group: Group, mesh: Mesh, dtype: str, kernel: str = "auto"):
         self.group, self.mesh, self.dtype = group, mesh, jnp.dtype(dtype)
         self.kernel = matmul.choose(kernel, mesh)
-        self.auto = fusion.rows_fused(fusion.AUTO, mesh)
 
     def calls(self, variant: str, rows: int) -> Calls:
         """Return the program of a variant."""
@@ -144,7 +141,7 @@ class Bench:
             return Projections(Build(nnx.Rngs(0), self.dtype, self.mesh), self.group, apart=variant == UNFUSED)
 
         options = (SEPARATE if variant == UNFUSED else SERIAL) if self.mesh.devices.flat[0].platform != "cpu" else {}
-        layer = Layer(make, self.kernel, fusion.rows_fused(variant != APART, self.mesh), options)
+        layer = Layer(make, self.kernel, variant != APART, options)
         return Calls.of(layer, [(rows, self.group.width)], self.dtype)
 
     def measure(self, rows: int, repeats: int, seconds: float = 0.0) -> Figures:
@@ -153,14 +150,11 @@ class Bench:
         """
         made = {variant: self.calls(variant, rows) for variant in (UNFUSED, FUSED, APART)}
         found = in_turns({variant: calls.timer() for variant, calls in made.items()}, repeats, seconds)
-        found[AUTO] = found[FUSED if rows <= self.auto else APART]
         figures = {f"{variant}_ms": 1e3 * median(passes) for variant, passes in found.items()}
         figures |= {f"{variant}_products": calls.products for variant, calls in made.items()}
-        for variant in (FUSED, AUTO):
-            ratios = [one / other for one, other in zip(found[UNFUSED], found[variant], strict=True)]
-            low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75)).tolist()
-            name = f"unfused_over_{variant}"
-            figures |= {name: middle, f"{name}_q25": low, f"{name}_q75": high}
+        ratios = [one / other for one, other in zip(found[UNFUSED], found[FUSED], strict=True)]
+        low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75)).tolist()
+        figures |= {"unfused_over_fused": middle, "unfused_over_fused_q25": low, "unfused_over_fused_q75": high}
         return figures | {"apart_over_fused": median(a / f for a, f in zip(found[APART], found[FUSED], strict=True))}
 
 
@@ -192,8 +186,8 @@ def measure(
             figures |= {
                 f"{metric}@{name}_m{count}": value for metric, value in bench.measure(count, repeats, seconds).items()
             }
-    ratios = [value for name, value in figures.items() if name.startswith("unfused_over_auto@")]
-    return figures | {"least_unfused_over_auto": min(ratios)}
+    ratios = [value for name, value in figures.items() if name.startswith("unfused_over_fused@")]
+    return figures | {"least_unfused_over_fused": min(ratios)}
 
 
 def h100() -> Figures:

@@ -22,7 +22,7 @@ from jaxinfer.engine.request import Request
 from jaxinfer.engine.runner.runner import Runner
 from jaxinfer.functional import split
 from jaxinfer.loading import weights
-from jaxinfer.models.base import Features
+from jaxinfer.media.inputs import Features
 from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.sharding import axes, make_mesh
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 from support import encoded, loaded, mllama
-from support.encoded import Asked
+from support.encoded import PromptCase
 from support.mllama import IMAGE, image, words
 
 pytest.importorskip("torch", reason="the reference of the parity tests; it comes with the extra `test`")
@@ -82,8 +82,8 @@ def test_every_option_of_the_tower_changes_rows(option: str):
 
 def check(folder: Path, reference: ref.Model, prompts: Sequence[tuple], tp: int = 1) -> None:
     """Check prompts, given as (token ids, images, following tokens)."""
-    asked = [Asked(ids, mllama.cross(ids, images), following) for ids, images, following in prompts]
-    for found, (ids, images, following) in zip(encoded.logits(folder, asked, tp=tp), prompts, strict=True):
+    cases = [PromptCase(ids, mllama.cross(ids, images), following) for ids, images, following in prompts]
+    for found, (ids, images, following) in zip(encoded.logits(folder, cases, tp=tp), prompts, strict=True):
         expected = ref.logits(reference, ids, images, following)
         np.testing.assert_allclose(found[:, : mllama.VOCAB], expected, atol=TOLERANCE, rtol=0)
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support import encoded, whisper
-from support.encoded import Asked
+from support.encoded import PromptCase
 
 pytest.importorskip("torch", reason="the reference of the parity tests; it comes with the extra `test`")
 
@@ -54,8 +54,8 @@ def test_decoder_logits_with_encoder_positions(folder: Path, tp: int):
     prompts = [generator.integers(0, whisper.EOS, size).tolist() for size in (1, 20, 4)]
     following = [generator.integers(0, whisper.EOS, size).tolist() for size in (5, 2, 0)]
     inputs = [CrossInputs((heard(window[None]),)) for window in windows]
-    asked = [Asked(*each) for each in zip(prompts, inputs, following, strict=True)]
-    for number, (found, one) in enumerate(zip(encoded.logits(folder, asked, tp=tp), asked, strict=True)):
+    cases = [PromptCase(*each) for each in zip(prompts, inputs, following, strict=True)]
+    for number, (found, one) in enumerate(zip(encoded.logits(folder, cases, tp=tp), cases, strict=True)):
         ids = [*one.ids, *one.following]
         expected = ref.logits(model(), windows[number], ids)
         np.testing.assert_allclose(found[:, : whisper.VOCAB], expected, atol=TOLERANCE, rtol=0)

@@ -69,7 +69,7 @@ def test_accuracy_is_that_of_the_answers(script, asked, tmp_path, capsys):
     found = json.loads(said.out)
     assert (found["questions"], found["cut_off"]) == (COUNT, 0)
     assert found["right"] == round(found["accuracy"] * COUNT) and 0.65 <= found["accuracy"] <= 0.75
-    assert found["settings"]["fuse_projections"] == "auto" and found["seconds"] > 0
+    assert found["settings"]["fuse_projections"] is True and found["seconds"] > 0
     assert said.err.count("not 'nobody says so'") == 2
 
 
@@ -79,8 +79,8 @@ def test_sums_are_judged_by_their_number_with_and_without_fusion(script, asked, 
     rows = [{"question": one.text, "answer": f"so\n#### {one.answer.rstrip('.').split()[-1]}"} for one in sums]
     path = write(tmp_path / "sums.jsonl", rows)
     found = []
-    for fuse, more in (("true", []), ("false", []), ("true", ["--chat"])):
-        assert script.main(["--questions", path, "--fuse-projections", fuse, "--max-tokens", "32", *more]) == 0
+    for fuse, more in (("--fuse-projections", []), ("--no-fuse-projections", []), ("--fuse-projections", ["--chat"])):
+        assert script.main(["--questions", path, fuse, "--max-tokens", "32", *more]) == 0
         found.append(capsys.readouterr().out.split(" in ")[0])
     assert found[0] == found[1] and found[0].startswith("accuracy 1.0000" if len(sums) < 12 else "accuracy ")
     assert f"of {len(sums)} right" in found[2]
@@ -139,9 +139,7 @@ def test_what_is_wrong_is_named(script, content, more, message, tmp_path, capsys
     assert re.search(message, capsys.readouterr().err)
 
 
-@pytest.mark.parametrize(
-    ("flag", "value"), [("--limit", "0"), ("--shots", "-1"), ("--max-tokens", "0"), ("--fuse-projections", "maybe")]
-)
+@pytest.mark.parametrize(("flag", "value"), [("--limit", "0"), ("--shots", "-1"), ("--max-tokens", "0")])
 def test_flags_out_of_range(script, flag, value, capsys):
     with pytest.raises(SystemExit):
         script.main(["--questions", "demo", flag, value])

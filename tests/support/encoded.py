@@ -22,7 +22,7 @@ BLOCK, WIDTH, PROMPTS, TOKENS = 4, 64, 4, 64
 """Positions per block, blocks per block table, prompts per batch, tokens per prefill."""
 
 
-class Asked(NamedTuple):
+class PromptCase(NamedTuple):
     """A prompt, its encoder input, and the tokens decoded after it."""
 
     ids: Sequence[int]
@@ -42,8 +42,8 @@ def _prefill(
     return program.module(params).logits(hidden), cache
 
 
-def _seen(asked: Asked, start: int, count: int) -> np.ndarray:
-    return np.zeros((count, 2), np.int32) if asked.cross is None else asked.cross.seen(start, count)
+def _seen(case: PromptCase, start: int, count: int) -> np.ndarray:
+    return np.zeros((count, 2), np.int32) if case.cross is None else case.cross.seen(start, count)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -67,7 +67,7 @@ def encoder_rows(folder: Path, one: EncoderInput, **how: Any) -> np.ndarray:
     return np.asarray(_rows(program, params, encode_batch(program.cross, [job], BLOCK, 1)))
 
 
-def logits(folder: Path, prompts: Sequence[Asked], **how: Any) -> list[np.ndarray]:
+def logits(folder: Path, prompts: Sequence[PromptCase], **how: Any) -> list[np.ndarray]:
     """Return, per prompt, logits `[T, V]` at all its positions, then of its following tokens, decoded one by one."""
     program, params = loaded.load(folder, **how)
     kinds = program.layout.kinds
@@ -77,29 +77,29 @@ def logits(folder: Path, prompts: Sequence[Asked], **how: Any) -> list[np.ndarra
     tables = tables.transpose(1, 2, 0).copy()
     cache = functional.init_cache(program, tables.size, BLOCK)
     own = kv_groups.encoded(kinds).span
-    for row, asked in enumerate(prompts):
+    for row, case in enumerate(prompts):
         first = 0
-        for one in () if asked.cross is None else asked.cross.inputs:
+        for one in () if case.cross is None else case.cross.inputs:
             job = EncodeJob(one, tables[own, row], first)
             cache = _encode(program, params, cache, encode_batch(program.cross, [job], BLOCK, tables.size))
             first += one.length
-    chunks = [(np.array(asked.ids, np.int32), 0, len(asked.ids)) for asked in prompts]
-    seen = np.concatenate([_seen(asked, 0, len(asked.ids)) for asked in prompts])
+    chunks = [(np.array(case.ids, np.int32), 0, len(case.ids)) for case in prompts]
+    seen = np.concatenate([_seen(case, 0, len(case.ids)) for case in prompts])
     batch = functional.prefill_batch(
         chunks, tables[:, : len(prompts)], tokens=TOKENS, rows=2 * PROMPTS, seen=seen, tile=program.tile
     )
     flat, cache = _prefill(program, params, cache, batch)
-    ends = np.cumsum([len(asked.ids) for asked in prompts])
+    ends = np.cumsum([len(case.ids) for case in prompts])
     found = [[part] for part in np.split(np.asarray(flat[: ends[-1]]), ends[:-1])]
-    for step in range(max(len(asked.following) for asked in prompts)):
+    for step in range(max(len(case.following) for case in prompts)):
         tokens, positions = np.zeros(PROMPTS, np.int32), np.full(PROMPTS, -1, np.int32)
         sees = np.zeros((PROMPTS, 2), np.int32)
-        for row, asked in enumerate(prompts):
-            if step < len(asked.following):
-                tokens[row], positions[row] = asked.following[step], len(asked.ids) + step
-                sees[row] = _seen(asked, len(asked.ids) + step, 1)[0]
+        for row, case in enumerate(prompts):
+            if step < len(case.following):
+                tokens[row], positions[row] = case.following[step], len(case.ids) + step
+                sees[row] = _seen(case, len(case.ids) + step, 1)[0]
         rows, cache = _decode(program, params, cache, DecodeBatch(tokens, positions, tables, seen=sees))
-        for row, asked in enumerate(prompts):
-            if step < len(asked.following):
+        for row, case in enumerate(prompts):
+            if step < len(case.following):
                 found[row].append(np.asarray(rows[row : row + 1]))
     return [np.concatenate(parts) for parts in found]

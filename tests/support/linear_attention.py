@@ -124,7 +124,7 @@ def layer(
     tp: int = 1,
     *,
     hub: bool = False,
-    rows_fused: float = float("inf"),
+    fused: bool = True,
     quantization: str | None = None,
     placement: Mapping[str, str] | None = None,
 ) -> nnx.Module:
@@ -135,7 +135,7 @@ def layer(
     )
     holder = nnx.eval_shape(lambda: Holder(build(nnx.Rngs(0)), kind))
     rules.load(holder, RULES[kind], Arrays(tensors(kind, hub)), mesh, progress=False)
-    use_fusion(holder, rows_fused)
+    use_fusion(holder, fused)
     return holder.layer
 
 

@@ -85,7 +85,7 @@ def h100_mesh(tp: int) -> Mesh:
 
 
 def abstract_model(
-    hf: Mapping[str, Any], mesh: Mesh, *, fuse_projections: str | bool = "auto", **how: Any
+    hf: Mapping[str, Any], mesh: Mesh, *, fuse_projections: bool = True, **how: Any
 ) -> tuple[Program, list[jax.ShapeDtypeStruct]]:
     """Return the program of a config.json, with the shapes and shardings of its parameters.
 

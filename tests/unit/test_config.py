@@ -22,6 +22,7 @@ CASES = [
     ({"gpu_memory_utilization": 0}, r"gpu_memory_utilization must be a number in \(0, 1\], got 0"),
     ({"log_interval": "x"}, "log_interval must be a number"),
     ({"enable_prefix_caching": "no"}, "enable_prefix_caching must be True or False, got 'no'"),
+    ({"fuse_projections": "auto"}, "fuse_projections must be True or False, got 'auto'"),
     ({"decode_buckets": 5}, "decode_buckets must be a list of positive integers, got 5"),
     ({"decode_steps": "many"}, r"decode_steps must be 'auto' or an integer in \[1, 64\], got 'many'"),
     ({"decode_steps": 0}, r"decode_steps must be 'auto' or an integer in \[1, 64\], got 0"),

@@ -9,8 +9,9 @@ from jaxinfer.checkpoint.size_limits import int_if_whole
 from jaxinfer.errors import ConfigError
 from jaxinfer.layers.mlp import ACTIVATIONS
 from jaxinfer.layers.vision import NORMS, VisionConfig
+from jaxinfer.media.inputs import Features
 from jaxinfer.models import registry
-from jaxinfer.models.base import CrossSource, Features
+from jaxinfer.models.base import CrossSource
 from jaxinfer.models.decoder_config import CompositeConfig, DecoderConfig
 
 LANGUAGE_MODELS = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}

@@ -78,9 +78,7 @@ def _row(model: str, step: str, tp: int, layers: int | None) -> list[Any]:
     ]
 
 
-def compile_step(
-    hf: dict[str, Any], step: str, tp: int, *, fuse_projections: str | bool = "auto", **options: Any
-) -> Any:
+def compile_step(hf: dict[str, Any], step: str, tp: int, *, fuse_projections: bool = True, **options: Any) -> Any:
     """Compile an engine step for `tp` H100s to a `support.lowering.Compiled`; `options` are compiler options."""
     if str(TESTS) not in sys.path:
         sys.path.insert(0, str(TESTS))

@@ -16,7 +16,6 @@ from support.lowering import collectives
 
 from jaxinfer.errors import CheckpointError, ConfigError
 from jaxinfer.kernels.state.slots import DecodeSlots, Segments
-from jaxinfer.layers import fusion
 from jaxinfer.layers.params import Build
 from jaxinfer.sharding import make_mesh
 
@@ -90,7 +89,7 @@ def test_a_replicated_layer_equals_that_of_transformers(kind, expected):
 @pytest.mark.parametrize("tp", [1, 2])
 @kinds
 def test_separate_projections_give_the_same_result(kind, tp, expected):
-    apart = run(support.layer(kind, tp, rows_fused=B), tp)
+    apart = run(support.layer(kind, tp, fused=False), tp)
     close(apart, expected[kind])
     close(apart, run(support.layer(kind, tp), tp), atol=2e-5)
 
@@ -113,7 +112,7 @@ def test_a_missing_part_of_a_fused_projection_is_named(lost, monkeypatch):
 @kinds
 def test_int8_stays_fused_and_close(kind, expected):
     made = [run(support.layer(kind, tp, quantization="int8"), tp) for tp in (1, 2)]
-    apart = run(support.layer(kind, 1, quantization="int8", rows_fused=0))
+    apart = run(support.layer(kind, 1, quantization="int8", fused=False))
     for found in (*made, apart):
         for one, other in zip(found, expected[kind], strict=True):
             assert 0 < np.linalg.norm(one - other) / np.linalg.norm(other) < 0.1
@@ -121,11 +120,11 @@ def test_int8_stays_fused_and_close(kind, expected):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rows_fused", [0, float("inf")], ids=["apart", "fused"])
+@pytest.mark.parametrize("fused", [False, True], ids=["apart", "fused"])
 @pytest.mark.parametrize("tp", [2, 4])
 @kinds
-def test_the_only_collective_is_the_all_reduce_of_the_output(kind, tp, rows_fused):
-    made = support.layer(kind, tp, rows_fused=rows_fused)
+def test_the_only_collective_is_the_all_reduce_of_the_output(kind, tp, fused):
+    made = support.layer(kind, tp, fused=fused)
     graph, params = nnx.split(made)
     state = support.empty(made, make_mesh(tp))
     segments = Segments(*(np.zeros(B, np.int32) for _ in range(4)), np.zeros(B, bool))
@@ -138,15 +137,15 @@ def test_the_only_collective_is_the_all_reduce_of_the_output(kind, tp, rows_fuse
 
 @pytest.mark.parametrize("quantization", [None, "int8"])
 def test_the_six_projections_are_one_gemm_and_the_two_low_rank_ones_another(quantization):
-    def products(rows_fused: float) -> int:
-        made = support.layer(KDA, rows_fused=rows_fused, quantization=quantization)
+    def products(fused: bool) -> int:
+        made = support.layer(KDA, fused=fused, quantization=quantization)
         graph, params = nnx.split(made)
         state, rows = support.empty(made, make_mesh()), DecodeSlots(np.arange(B), np.arange(B))
         traced = support.step.trace(graph, params, np.zeros((B, support.M), np.float32), state, rows)
         return str(traced.jaxpr).count("dot_general[")
 
     rotations = 2 if quantization == "int8" else 1  # an int8 product comes with a rotation of its rows
-    assert products(0) - products(float("inf")) == ((6 + 2) - (1 + 1)) * rotations
+    assert products(False) - products(True) == ((6 + 2) - (1 + 1)) * rotations
 
 
 @kinds
@@ -163,16 +162,3 @@ def test_bytes_of_a_state_slot():
     assert [np.prod(a.shape) * a.dtype.itemsize for a in kept.arrays] == [2 << 20, 72 << 10]
     assert kept.slot_bytes(4) == (2 << 20) + (72 << 10) == replace(kept, replicated=True).slot_bytes(4) / 4
     assert len(SEQUENCES) < SLOTS
-
-
-def test_the_row_limit_of_fusion_is_a_setting_or_looked_up(monkeypatch):
-    mesh = make_mesh()
-    assert [fusion.rows_fused(asked, mesh) for asked in (True, False, "auto")] == [
-        float("inf"),
-        0,
-        fusion.CROSSOVERS["cpu"],
-    ]
-    monkeypatch.setattr(fusion, "CROSSOVERS", {"cpu": 64})
-    assert fusion.rows_fused("auto", mesh) == 64
-    with pytest.raises(ConfigError, match="fuse_projections must be 'auto', True or False, got 'never'"):
-        fusion.rows_fused("never", mesh)

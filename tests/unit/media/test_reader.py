@@ -11,7 +11,7 @@ from support.images import IMAGE_MARKERS, PROCESSOR, SIDE
 
 from jaxinfer.errors import CheckpointError, ConfigError
 from jaxinfer.media import EncoderInput, ImageProcessor, MediaReader
-from jaxinfer.models.base import Features
+from jaxinfer.media.inputs import Features
 from jaxinfer.models.internvl.images import IMAGES, MEAN, STD
 
 SHAPE, ROWS, TOKEN = (3, SIDE, SIDE), 4, 90

@@ -13,7 +13,7 @@ from jaxinfer.checkpoint.hf import apply_overrides
 from jaxinfer.errors import ConfigError
 from jaxinfer.layers.vision import VisionConfig
 from jaxinfer.loading import weights
-from jaxinfer.models.base import Features
+from jaxinfer.media.inputs import Features
 from jaxinfer.models.internvl.config import InternVLConfig
 from jaxinfer.sharding import make_mesh
 
