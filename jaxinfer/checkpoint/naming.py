@@ -10,8 +10,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from jaxinfer.checkpoint.rules import Rule, format_names
+from jaxinfer.checkpoint.rules import format_names
 from jaxinfer.checkpoint.source import Info, Source
+from jaxinfer.checkpoint.weight_table import Rule
 from jaxinfer.errors import CheckpointError
 
 log = logging.getLogger(__name__)

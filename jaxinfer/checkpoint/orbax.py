@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from jaxinfer.checkpoint import rules
 from jaxinfer.checkpoint.manifest import REMEDY, WEIGHTS, Manifest, Stored
+from jaxinfer.checkpoint.weight_table import Rule
 from jaxinfer.errors import CheckpointError
 from jaxinfer.sharding import rules as sharding_rules
 
@@ -66,7 +67,7 @@ def finalize(weights: Path) -> None:
 
 def restore(
     module: nnx.Module,
-    table: Sequence[rules.Rule],
+    table: Sequence[Rule],
     directory: Path,
     manifest: Manifest,
     mesh: Mesh,
@@ -158,7 +159,7 @@ class StoredSource:
     `checkpoint.quantised.Int8Source`.
     """
 
-    def __init__(self, weights: Path, manifest: Manifest, table: Sequence[rules.Rule]):
+    def __init__(self, weights: Path, manifest: Manifest, table: Sequence[Rule]):
         self._weights = weights
         self._stored = manifest.parameters
         self._rules = {rule.source: rule for rule in table if rule.target in manifest.parameters and not rule.tied}
@@ -194,7 +195,7 @@ class StoredSource:
         return np.stack([self._part(path, rule, one, shape[1:], rest) for one in values[stack]])
 
     def _part(
-        self, path: str, rule: rules.Rule, values: np.ndarray, shape: Sequence[int], slices: Sequence[slice]
+        self, path: str, rule: Rule, values: np.ndarray, shape: Sequence[int], slices: Sequence[slice]
     ) -> np.ndarray:
         """Read a part of a tensor of this shape, or of one entry of a stack, from its parameter's `values`."""
         rows, *columns = slices
@@ -209,9 +210,7 @@ class StoredSource:
             _overlap(made.T, own, values.T, column, first, last)
         return made
 
-    def _fused(
-        self, path: str, rule: rules.Rule, values: np.ndarray, rows: slice, columns: Sequence[slice]
-    ) -> np.ndarray:
+    def _fused(self, path: str, rule: Rule, values: np.ndarray, rows: slice, columns: Sequence[slice]) -> np.ndarray:
         """Read rows of a tensor that stacks outputs of a fused parameter."""
         values = values[(slice(None), slice(None), *columns)]
         rows = slice(*rows.indices(sum(self._rows(path, part) for part in rule.parts)))

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxinfer.checkpoint.rules import COPY_ELEMENTS, Rule
+from jaxinfer.checkpoint.copying import COPY_ELEMENTS
 from jaxinfer.checkpoint.source import Source
+from jaxinfer.checkpoint.weight_table import Rule
 
 log = logging.getLogger(__name__)
 

@@ -19,6 +19,7 @@ from jaxinfer.checkpoint.hf import read_config
 from jaxinfer.checkpoint.manifest import NAME, WEIGHTS, Manifest, Stored, files_of, fingerprint
 from jaxinfer.checkpoint.safetensors import DTYPES
 from jaxinfer.checkpoint.source import Source
+from jaxinfer.checkpoint.weight_table import Rule
 from jaxinfer.errors import CheckpointError
 from jaxinfer.inputs import gguf_tokenizer
 from jaxinfer.inputs.tokenizer import load_tokenizer
@@ -92,7 +93,7 @@ def convert(
 def _write(
     folder: Path,
     wanted: Mapping[str, nnx.Param],
-    planned: Mapping[str, list[rules.Rule]],
+    planned: Mapping[str, list[Rule]],
     source: Source,
     mesh: Mesh,
     progress: bool,

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 from flax import nnx
 
-from jaxinfer.checkpoint.rules import Rule, parameters
+from jaxinfer.checkpoint.rules import parameters
+from jaxinfer.checkpoint.weight_table import Rule
 
 
 def tensors(module: nnx.Module, table: Sequence[Rule]) -> dict[str, np.ndarray]:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxinfer.checkpoint.config_reader import ConfigReader
-from jaxinfer.checkpoint.rules import Rule
+from jaxinfer.checkpoint.weight_table import Rule
 from jaxinfer.kernels.attention.paged import KVCache
 from jaxinfer.kv.spec import Full
 from jaxinfer.layers.attention import StepContext

@@ -10,8 +10,8 @@ import jax
 from flax import nnx
 
 from jaxinfer.checkpoint.config_reader import ConfigReader
-from jaxinfer.checkpoint.rules import Rule
 from jaxinfer.checkpoint.source import Source
+from jaxinfer.checkpoint.weight_table import Rule
 from jaxinfer.kernels.attention.paged import Cache
 from jaxinfer.kv.spec import Full, State
 from jaxinfer.layers.attention import StepContext

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxinfer.checkpoint.rules import Rule, expand
+from jaxinfer.checkpoint.weight_table import Rule, expand
 from jaxinfer.kernels.attention.paged import Cache
 from jaxinfer.kv.spec import Full, State
 from jaxinfer.layers.attention import Attention, AttentionSpec, StepContext

@@ -1,6 +1,6 @@
 """Weight rules of linear attention (KDA and gated DeltaNet)."""
 
-from jaxinfer.checkpoint.rules import Rule
+from jaxinfer.checkpoint.weight_table import Rule
 
 
 def kda_rules(layer: str = "model.layers.{i}.self_attn", target: str = "layers.{i}.attention") -> list[Rule]:

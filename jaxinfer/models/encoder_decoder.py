@@ -11,7 +11,7 @@ import jax
 from flax import nnx
 
 from jaxinfer.checkpoint.config_reader import ConfigReader
-from jaxinfer.checkpoint.rules import Rule, expand
+from jaxinfer.checkpoint.weight_table import Rule, expand
 from jaxinfer.kernels.attention.paged import KVCache
 from jaxinfer.kv.spec import Full
 from jaxinfer.layers.attention import Attention, AttentionSpec, StepContext

@@ -1,6 +1,6 @@
 """Weight rules of multi-head latent attention."""
 
-from jaxinfer.checkpoint.rules import Rule
+from jaxinfer.checkpoint.weight_table import Rule
 
 
 def mla_rules(

@@ -6,7 +6,7 @@ Checkpoints store experts one by one (`experts.3.gate_proj.weight`, as on the Hu
 
 from dataclasses import dataclass
 
-from jaxinfer.checkpoint.rules import Rule
+from jaxinfer.checkpoint.weight_table import Rule
 from jaxinfer.layers.moe import MoEConfig
 
 

@@ -12,7 +12,7 @@ import jax
 from flax import nnx
 
 from jaxinfer.checkpoint.hf import added_token
-from jaxinfer.checkpoint.rules import Rule
+from jaxinfer.checkpoint.weight_table import Rule
 from jaxinfer.kernels.attention.paged import Cache
 from jaxinfer.kv.spec import Full, State
 from jaxinfer.layers.attention import StepContext

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxinfer.checkpoint.rules import Rule
+from jaxinfer.checkpoint.weight_table import Rule
 from jaxinfer.kernels.matmul.choose import matmul
 from jaxinfer.layers.linear import MatmulModule
 from jaxinfer.layers.mlp import MLP

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxinfer.checkpoint.rules import Rule
+from jaxinfer.checkpoint.weight_table import Rule
 from jaxinfer.kernels.attention.paged import KVCache
 from jaxinfer.kernels.matmul.choose import matmul
 from jaxinfer.kv.spec import Full

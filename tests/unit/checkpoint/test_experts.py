@@ -20,7 +20,7 @@ from support.tiny import config
 from jaxinfer.checkpoint import gpt_oss_weights, rules
 from jaxinfer.checkpoint.gpt_oss_weights import InterleavedExperts
 from jaxinfer.checkpoint.quantised import Int8Source
-from jaxinfer.checkpoint.rules import Rule
+from jaxinfer.checkpoint.weight_table import Rule
 from jaxinfer.errors import CheckpointError, ConfigError
 from jaxinfer.kernels.matmul import int8_matmul
 from jaxinfer.loading import convert, weights

@@ -11,8 +11,8 @@ from support.tiny import ARCHITECTURES
 
 from jaxinfer.checkpoint import rules
 from jaxinfer.checkpoint.quantised import Int8Source
-from jaxinfer.checkpoint.rules import Rule
 from jaxinfer.checkpoint.safetensors import SafetensorsReader
+from jaxinfer.checkpoint.weight_table import Rule
 from jaxinfer.errors import CheckpointError
 from jaxinfer.kernels.matmul import int8_matmul
 from jaxinfer.loading import weights

@@ -15,8 +15,8 @@ from support.compiler import flags
 from support.tiny import ARCHITECTURES, CONFIG, config
 
 from jaxinfer.checkpoint import rules, ties
-from jaxinfer.checkpoint.rules import Rule
 from jaxinfer.checkpoint.safetensors import SafetensorsReader
+from jaxinfer.checkpoint.weight_table import Rule, expand
 from jaxinfer.errors import CheckpointError
 from jaxinfer.loading import weights as loading
 from jaxinfer.sharding import make_mesh
@@ -420,7 +420,7 @@ NAMES = [
 
 
 def test_a_tensor_is_found_by_any_of_its_names_and_may_have_only_one(tmp_path):
-    expanded = rules.expand(NAMES, 2)
+    expanded = expand(NAMES, 2)
     assert [(rule.source, rule.also) for rule in expanded[1:]] == [("layer.0.x", ("h.0.x",)), ("layer.1.x", ("h.1.x",))]
     content = tensors()
     folder = checkpoint(tmp_path, content)
