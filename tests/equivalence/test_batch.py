@@ -1,5 +1,7 @@
 """A request's tokens do not depend on the requests that run with it."""
 
+from dataclasses import replace
+
 import pytest
 from support.cases import EDGES, GREEDY, SEEDED, alone, mixed, requests
 from support.tiny import ROWS, make_engine, make_request, prompt, random_runner, run
@@ -46,16 +48,31 @@ def test_requests_that_arrive_while_others_run():
     assert [[s.output_ids.tolist() for s in r.sequences] for r in wanted] == alone(runner, wanted)
 
 
-def test_one_seed_gives_the_same_tokens_in_a_batch_of_one_and_of_eight():
-    runner = random_runner()
-    one = make_request("one", prompt(9, 50), SEEDED)
-    others = [make_request(str(i), prompt(5 + i, i), SamplingParams(seed=i, max_tokens=12)) for i in range(7)]
-    [expected] = alone(runner, [make_request("one", prompt(9, 50), SEEDED)])
-    for place in (0, 4, 7):
-        one = make_request("one", prompt(9, 50), SEEDED)
-        again = [make_request(r.id, r.prompt.tolist(), r.params) for r in others]
-        batch = [*again[:place], one, *again[place:]]
-        assert run(make_engine(runner), batch)[place] == expected
+OTHERS = (
+    dict(temperature=1.0),
+    dict(temperature=0),
+    dict(temperature=0.7, top_k=5, top_p=0.9),
+    dict(temperature=0.7, presence_penalty=1.0, logit_bias={5: 2.0}),
+)
+"""Sampling of the requests beside a seeded one: each level of the sampler."""
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("place", [0, 15, 31])
+def test_a_seed_gives_the_same_tokens_alone_and_preempted_among_31_others(n, place):
+    runner, seeded = random_runner(), replace(SEEDED, n=n)
+    [expected] = alone(runner, [make_request("one", prompt(9, 50), seeded)])
+    assert len(set(map(tuple, expected))) == n
+    batch = [
+        make_request(str(i), prompt(5 + i % 9, i), SamplingParams(**OTHERS[i % 4], seed=i, max_tokens=6 + i % 7))
+        for i in range(31)
+    ]
+    one = make_request("one", prompt(9, 50), seeded)
+    batch.insert(place, one)
+    # The blocks of three sequences: the youngest of the running ones is preempted again and again.
+    engine = make_engine(runner, pool_blocks=15)
+    assert run(engine, batch)[place] == expected
+    assert one.preemptions > 0 if place == 15 else engine.scheduler.preempted > 0
 
 
 def test_another_seed_gives_other_tokens():
