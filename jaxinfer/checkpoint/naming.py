@@ -22,6 +22,9 @@ WRAPPERS = re.compile(rf"^(?:(?:{_MODULES}|module|pretrained_model)\.)+|(?<=\.)(
 """Name components inserted by torch.compile, FSDP, activation checkpointing, DataParallel, Lightning and TRL's
 value-head models when a wrapped model is saved."""
 
+PEFT = "base_model.model."
+"""Prefix of all tensors of a model that was saved inside a PeftModel, with its adapter merged."""
+
 PREFIXES: Sequence[tuple[str, str]] = (
     ("", "model."),
     ("model.", ""),  # a base model saved without its head, and the reverse
@@ -113,8 +116,11 @@ def rename_tensors(source: Source, table: Sequence[Rule], where: object, ignored
     """
     known, names = set(_known(table)), source.names()
     taken, found, left = known.intersection(names), {}, []
+    bare = {name: WRAPPERS.sub("", name) for name in names}
+    if all(name.startswith(PEFT) for name in bare.values()):
+        bare = {name: WRAPPERS.sub("", short.removeprefix(PEFT)) for name, short in bare.items()}
     for name in names:
-        own = name if name in known else _canonical(name, known)
+        own = name if name in known else _canonical(bare[name], known)
         if own in known and own not in found and (own == name or own not in taken):
             found[own] = name
         else:
@@ -122,7 +128,7 @@ def rename_tensors(source: Source, table: Sequence[Rule], where: object, ignored
     _check_format(where, source, found, left)
     patterns = re.compile("|".join(f"(?:{pattern})" for pattern in (*IGNORED, *ignored)))
     predicting = tuple({match[1] for match in map(_PREDICTING.fullmatch, left) if match})
-    unread = [name for name in left if patterns.fullmatch(WRAPPERS.sub("", name)) or name.startswith(predicting)]
+    unread = [name for name in left if patterns.fullmatch(bare[name]) or name.startswith(predicting)]
     if unread:
         log.info(
             "%s: %d tensor(s) that the model does not read are left out: %s", where, len(unread), format_names(unread)
@@ -138,9 +144,8 @@ def _known(table: Iterable[Rule]) -> Iterator[str]:
         yield from _known(rule.instead)
 
 
-def _canonical(name: str, known: set[str]) -> str:
-    """Return a tensor's name in the weight table, or its name without wrapper components if the table has none."""
-    bare = WRAPPERS.sub("", name)
+def _canonical(bare: str, known: set[str]) -> str:
+    """Return the name in the weight table of a tensor's name without wrapper components; that name if it has none."""
     candidates = (here + bare.removeprefix(there) for there, here in PREFIXES if bare.startswith(there))
     return bare if bare in known else next((one for one in candidates if one in known), bare)
 

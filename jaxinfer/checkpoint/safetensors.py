@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import mmap
 import os
@@ -20,6 +21,8 @@ import numpy as np
 from jaxinfer.checkpoint.formats import explain_missing
 from jaxinfer.checkpoint.plain_json import read_json, refuse_duplicates, shorten, show
 from jaxinfer.errors import CheckpointError
+
+log = logging.getLogger(__name__)
 
 MAX_HEADER_BYTES = 100_000_000
 """Size limit of a header in bytes, as in the safetensors library."""
@@ -182,11 +185,20 @@ def _read_shards(directory: Path) -> dict[str, TensorInfo]:
                 raise CheckpointError(f"tensor {shorten(repr(found))} is in two files: {both}; fetch the folder again.")
             tensors[found] = info
     for name, file in weight_map.items():
-        if name not in tensors or tensors[name].file != read[(directory / file).resolve()]:
+        if name in tensors and tensors[name].file != read[(directory / file).resolve()]:
             raise CheckpointError(
-                f"{index} says that tensor {shorten(repr(name))} is in {shorten(repr(file))}, which lacks it; fetch "
-                "both again."
+                f"{index} says that tensor {shorten(repr(name))} is in {shorten(repr(file))}, which lacks it: it is in "
+                f"{tensors[name].file}; fetch both again."
             )
+    stale = [f"{name} ({file})" for name, file in weight_map.items() if name not in tensors]
+    if stale:
+        log.warning(
+            "%s names %d tensor(s) that their files lack, such as a head that is tied by now: %s. Fetch both again if "
+            "the model is then refused as incomplete.",
+            index,
+            len(stale),
+            shorten(", ".join(stale)),
+        )
     return tensors
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,8 @@ from jaxinfer._utils.checks import as_int, as_token_id, as_token_ids, describe
 from jaxinfer.checkpoint.size_limits import int_if_whole
 from jaxinfer.errors import ConfigError
 from jaxinfer.sampling_params import SamplingParams
+
+log = logging.getLogger(__name__)
 
 _RENAMED = {
     "max_new_tokens": "max_tokens",
@@ -138,21 +141,40 @@ def forced_id(source: Mapping[str, Any], name: str) -> int | None:
     return ids[0] if ids else None
 
 
-def eos_ids(config: Mapping[str, Any], generation_config: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return the EOS token ids from generation_config.json, else from config.json, as in transformers.
+def eos_ids(
+    config: Mapping[str, Any], generation_config: Mapping[str, Any], tokenizer: Any = None
+) -> tuple[int, ...]:
+    """Return the EOS token ids of generation_config.json, else of config.json, and that of the tokenizer, as in vLLM.
+
+    Fine-tuning tools give the tokenizer the end of a chat's turn as its EOS token, and often leave the base model's in
+    the other files. Answers of such a model would never end without the tokenizer's.
 
     Args:
         config: config.json as plain JSON; `text_config`, then `llm_config`, is read if the top level has no
             `eos_token_id`.
         generation_config: generation_config.json as plain JSON; empty if the model has no such file.
+        tokenizer: tokenizer of the model; None if only token ids are served.
 
     Raises:
         ConfigError: `eos_token_id` is not an integer or a list of integers.
     """
+    found: tuple[int, ...] = ()
     for source in (generation_config, config, config.get("text_config"), config.get("llm_config")):
         if isinstance(source, Mapping) and source.get("eos_token_id") is not None:
-            return _model_ids("eos_token_id", source["eos_token_id"])
-    return ()
+            found = _model_ids("eos_token_id", source["eos_token_id"])
+            break
+    own = getattr(tokenizer, "eos_token_id", None)
+    if own is None or own in found:
+        return found
+    if found:
+        log.info(
+            "the tokenizer's EOS token %r (%d) ends an output, beside the EOS ids %s of generation_config.json or "
+            "config.json",
+            tokenizer.eos_token,
+            own,
+            list(found),
+        )
+    return (*found, own)
 
 
 def _model_ids(name: str, value: Any) -> tuple[int, ...]:

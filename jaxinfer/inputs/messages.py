@@ -269,7 +269,7 @@ def _call(call: Any, where: str) -> dict[str, Any]:
 
 
 def _with_arguments(function: Mapping[Any, Any], where: str) -> dict[str, Any]:
-    """Return a function with its arguments as an object; invalid JSON, which models do write, becomes {}."""
+    """Return a function with its arguments as an object; null and invalid JSON, which models do write, become {}."""
     given = function.get("arguments")
     if not isinstance(given, str):
         values = given if _is_list(given) else _fields(given)
@@ -277,24 +277,26 @@ def _with_arguments(function: Mapping[Any, Any], where: str) -> dict[str, Any]:
             raise TypeError(f"{where}['arguments'] must be an object or JSON in a string, got {describe(given)}.")
         return {**function, "arguments": values or {}}
     try:
-        return {**function, "arguments": json.loads(given)}
+        values = json.loads(given)
     except ValueError as error:
         if given.strip():
             log.warning("%s['arguments'] is not JSON (%s): taken as {}.", where, error)
-        return {**function, "arguments": {}}
+        values = None
+    return {**function, "arguments": {} if values is None else values}
 
 
 def _for_template(message: dict[str, Any], forms: str, image_marker: str | None) -> dict[str, Any]:
     content = message["content"]
+    if isinstance(content, Mapping) and "o" not in forms:
+        content = _json(content)
     if isinstance(content, str):
         if "p" in forms and "s" not in forms:
             content = [{"type": "text", "text": content}] if content else []
-    elif isinstance(content, Mapping):
-        content = content if "o" in forms else _json(content)
-    elif _keeps_parts(message["role"], content, forms):
-        content = [{"type": "image"} if part["type"] == "image" else dict(part) for part in content]
-    else:
-        content = "\n".join(image_marker or "" if part["type"] == "image" else part["text"] for part in content)
+    elif isinstance(content, list):
+        if _keeps_parts(message["role"], content, forms):
+            content = [{"type": "image"} if part["type"] == "image" else dict(part) for part in content]
+        else:
+            content = "\n".join(image_marker or "" if part["type"] == "image" else part["text"] for part in content)
     made = {**message, "content": content}
     if "j" in forms and "tool_calls" in made:
         made["tool_calls"] = [_with_json(call) for call in made["tool_calls"]]

@@ -73,7 +73,7 @@ def open_model(
     follows = group is not None and group.process > 0
     if isinstance(arguments.model, nnx.Module):
         _check_module(arguments.model, config, mesh)
-        directory, params, ends = None, SamplingParams(), ()
+        directory, params = None, SamplingParams()
         hf, generation, model_config = {}, {}, arguments.model.config
     else:
         directory = resolve_model(arguments.model, arguments.revision)
@@ -81,12 +81,10 @@ def open_model(
             handshake.check_checkpoint(group, directory)
         hf, generation = read_config(directory, arguments.overrides), read_generation_config(directory)
         params = default_params(generation, encoder_decoder=bool(hf.get("is_encoder_decoder")))
-        ends = eos_ids(hf, generation)
         model_config = weights.parse(hf, directory)[1]
     source = directory if arguments.tokenizer is None else arguments.tokenizer
     tokenizer = None if source is None or arguments.skip_tokenizer_init or follows else load_tokenizer(source)
-    if directory is None and getattr(tokenizer, "eos_token_id", None) is not None:
-        ends = (tokenizer.eos_token_id,)  # a module has no configuration files that name EOS ids
+    ends = eos_ids(hf, generation, tokenizer)
     features = model_config.features
     media = None if features is None else _media_reader(features, tokenizer, directory, hf)
     sources = ReaderSources(model_config, hf, generation, tokenizer, directory)

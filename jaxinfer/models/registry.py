@@ -71,6 +71,10 @@ MODEL_TYPES: Mapping[str, str] = {
 """`model_type` in config.json -> architecture, for files without `architectures`."""
 ALIASES: Mapping[str, str] = {"LLaMAForCausalLM": "LlamaForCausalLM"}
 """Architecture names written by early versions of transformers."""
+SHARDED = "FSDP"
+"""Prefix that PyTorch's `fully_shard` puts before the name of a model's class, which is saved as its architecture."""
+WRAPPERS = ("PeftModel", "PeftModelForCausalLM", "PeftModelForSeq2SeqLM")
+"""Classes around a model that some tools save as its architecture; `model_type` says what is inside."""
 
 
 def architecture(config: Mapping[str, object]) -> str:
@@ -80,10 +84,11 @@ def architecture(config: Mapping[str, object]) -> str:
         ConfigError: the architecture is not supported; the message lists those that are.
     """
     named, kind = config.get("architectures") or [], config.get("model_type")
-    if not named and isinstance(kind, str) and kind in MODEL_TYPES:
+    wrapped = not named or (isinstance(named, list) and all(name in WRAPPERS for name in named))
+    if wrapped and isinstance(kind, str) and kind in MODEL_TYPES:
         return MODEL_TYPES[kind]
     for name in named if isinstance(named, list) else []:
-        name = ALIASES.get(name, name) if isinstance(name, str) else ""
+        name = ALIASES.get(name, name).removeprefix(SHARDED) if isinstance(name, str) else ""
         if name in ARCHITECTURES:
             return name
     raise ConfigError(

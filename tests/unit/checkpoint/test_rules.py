@@ -290,6 +290,9 @@ def test_layers_that_predict_further_tokens_are_those_that_config_counts(tmp_pat
         lambda name: f"module.module.{name}",
         lambda name: f"_orig_mod.module.{name}",
         lambda name: f"pretrained_model.{name}",
+        lambda name: f"base_model.model.{name}",
+        lambda name: f"module.base_model.model._orig_mod.{name}",
+        lambda name: f"model.{name}",
         lambda name: name.replace(".0.", ".0._orig_mod."),
         lambda name: f"model._fsdp_wrapped_module.{name.removeprefix('model.')}" if name.startswith("model.") else name,
         lambda name: name.removeprefix("model."),
@@ -309,7 +312,7 @@ def test_a_model_saved_within_another_or_without_its_prefix_is_found(rename, tmp
     ("names", "dtype", "reason"),
     [
         (("base_model.model.{}.lora_A.weight", "base_model.model.{}.lora_B.weight"), np.float32, "adapter"),
-        (("base_model.model.{}.weight",), np.float32, "merge_and_unload"),
+        (("base_model.model.{}.weight",), np.float32, "merge_and_unload"),  # beside tensors of the model itself
         (("{}.lora_A.default.weight",), np.float32, "adapter"),
         (("{}.base_layer.weight",), np.float32, "adapter"),
         (("{}.modules_to_save.default.weight", "{}.original_module.weight"), np.float32, "adapter"),

@@ -246,14 +246,20 @@ def test_an_index_that_leads_elsewhere_is_refused(tmp_path, ramp, file):
 def test_an_index_and_its_shards_must_agree(tmp_path, ramp):
     shards(tmp_path, {"a": "one.safetensors", "b": "absent.safetensors"}, one={"a": ramp})
     refused(tmp_path, "'b'", "'absent.safetensors'", INDEX)
-    shards(tmp_path, {"a": "one.safetensors", "b": "one.safetensors"})
-    refused(tmp_path, "'b'", "'one.safetensors'", "lacks it")
     swapped = {"a": "two.safetensors", "c": "one.safetensors"}
     shards(tmp_path, swapped, one={"a": ramp, "c": ramp}, two={"d": ramp})
     refused(tmp_path, "'a'", "'two.safetensors'", "lacks it")
     both = {"a": "one.safetensors", "d": "two.safetensors"}
     shards(tmp_path, both, one={"a": ramp}, two={"a": ramp, "d": ramp})
     refused(tmp_path, "'a'", "one.safetensors", "two.safetensors", "two files")
+
+
+def test_a_name_in_an_index_that_its_shard_lacks_is_left_out_with_a_warning(tmp_path, ramp, caplog):
+    """Saving a model whose head has become tied leaves the head's name in the index; transformers reads the shards."""
+    shards(tmp_path, {"a": "one.safetensors", "lm_head.weight": "one.safetensors"}, one={"a": ramp})
+    with SafetensorsReader(tmp_path) as reader:
+        assert reader.names() == ["a"]
+    assert "1 tensor(s) that their files lack" in caplog.text and "lm_head.weight (one.safetensors)" in caplog.text
 
 
 def test_an_index_as_published_is_read(tmp_path, ramp):

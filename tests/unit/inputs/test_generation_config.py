@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 from transformers import GenerationConfig
 
@@ -199,5 +201,10 @@ def test_eos_ids():
     assert forced_id({"forced_bos_token_id": 5.0}, "forced_bos_token_id") == 5
     assert eos_ids({"eos_token_id": None}, {"eos_token_id": None}) == ()
     assert eos_ids({"text_config": {"eos_token_id": 4}}, {}) == (4,)
+    tuned = SimpleNamespace(eos_token="<|im_end|>", eos_token_id=9)
+    assert eos_ids({"eos_token_id": 1}, {"eos_token_id": [2, 3]}, tuned) == (2, 3, 9)
+    assert eos_ids({}, {"eos_token_id": [2, 9]}, tuned) == (2, 9)
+    assert eos_ids({}, {}, tuned) == (9,)
+    assert eos_ids({"eos_token_id": 1}, {}, SimpleNamespace(eos_token=None, eos_token_id=None)) == (1,)
     with pytest.raises(ConfigError, match="every id in eos_token_id must be an integer, got bool"):
         eos_ids({"eos_token_id": True}, {})

@@ -92,7 +92,7 @@ def test_tool_calls_in_every_form(byte_bpe, name):
         del without[1]["content"]
         assert render(byte_bpe, without, name) == expected
     assert "f" in render(byte_bpe, chat(None, tool_calls=[call("not JSON")]), name)
-    for empty in ("", "{}", {}, [], None):
+    for empty in ("", "{}", "null", {}, [], None):
         made = render(byte_bpe, chat("", tool_calls=[call(empty)]), name)
         assert made == reference(byte_bpe, chat("", tool_calls=[call("{}" if name == "deepseek" else {})]), name)
     said = Dumped(**ARGUMENTS)
@@ -126,6 +126,10 @@ def test_results_of_tools(byte_bpe, name):
         assert made == render(byte_bpe, result('{"t": "Zürich"}'), name)
     assert render(byte_bpe, result([1, {"x": 2}]), name) == render(byte_bpe, result('[1, {"x": 2}]'), name)
     assert render(byte_bpe, result(7), name) == render(byte_bpe, result("7"), name)
+
+
+def test_an_object_of_a_tool_is_text_for_a_template_that_knows_parts_alone(byte_bpe):
+    assert '{"t": 21}' in render(byte_bpe, result({"t": 21}), "parts")
 
 
 def test_objects_of_a_tool_with_a_type_of_their_own_are_no_parts(byte_bpe):

@@ -214,6 +214,14 @@ def test_layers_of_exaone_4_have_a_rope_unless_they_are_full_beside_sliding_ones
         parsed(tiny.CONFIG | {"architectures": ["SmolLM3ForCausalLM"], "no_rope_layers": [1, 2]})
 
 
+@pytest.mark.parametrize("named", ["FSDPQwen2ForCausalLM", "PeftModelForCausalLM"])
+def test_the_class_around_a_model_is_not_its_architecture(named):
+    hf = tiny.config("qwen2") | {"model_type": "qwen2"}
+    assert parsed(hf | {"architectures": [named]}) == parsed(hf)
+    with pytest.raises(ConfigError, match="architectures is .*FSDPZyx.*PeftModel"):
+        parsed(hf | {"architectures": ["FSDPZyx", "PeftModel"]})
+
+
 @pytest.mark.parametrize(
     ("named", "nearest"),
     [("Qwen3_5ForCausalLM", "Qwen3ForCausalLM"), ("Olmo4ForCausalLM", "Olmo"), ("Gemma4ForCausalLM", "Gemma")],
