@@ -25,24 +25,27 @@ _GENERATION = """
 _LABELS_AND_CLASSES = """
     _attn_implementation _attn_implementation_autoset _attn_implementation_internal _commit_hash
     _experts_implementation _flash_attn_2_enabled _model_name_or_path _name_or_path _num_labels architectures
-    auto_map finetuning_task id2label is_llama_config keys_to_ignore_at_inference label2id model_name_or_path
-    model_type name_or_path num_labels problem_type task_specific_params tokenizer_class transformers.js_config
-    transformers_version
+    auto_map chat_template finetuning_task id2label ignore_keys_at_rope_validation is_llama_config
+    keys_to_ignore_at_inference label2id model_name_or_path model_type name_or_path num_labels padding_side
+    problem_type task task_specific_params task_type tokenizer_class transformers.js_config transformers_version
+    transformers_weights truncation_side trust_remote_code
 """
 _IMPLEMENTATION = """
-    attn_implementation cache_implementation chunk_size_feed_forward dtype ep_size flash_attn
-    flash_attn_version flash_attention fused_mlp is_decoder is_encoder_decoder num_logits_to_keep output_attentions
-    output_hidden_states output_past pretraining_tp return_dict tf_legacy_loss torch_dtype torchscript
+    attn_implementation bf16 cache_implementation chunk_size_feed_forward dtype ep_size flash_attn fp16 fp32
+    flash_attn_version flash_attention fused_mlp is_decoder is_encoder_decoder load_in_4bit load_in_8bit
+    model_parallel num_logits_to_keep output_attentions output_hidden_states output_past pretraining_tp return_dict
+    tensor_parallel_degree tf_legacy_loss torch_compile torch_dtype torchscript
     unsloth_fixed unsloth_tiled_mlp use_bfloat16 use_flash_attention use_flash_attention_2 use_flash_attn
     use_fused_rms_norm use_fused_rope use_kernel use_liger_kernel use_sdpa use_xformers
 """
 _TRAINING = """
     attention_dropout attention_probs_dropout_prob attn_pdrop aux_loss_alpha classif_dropout classifier_dropout
-    dropout embd_pdrop gradient_checkpointing hidden_dropout hidden_dropout_prob init_method_std init_std
-    initializer_factor initializer_range loss_function loss_type neftune_noise_alpha num_mtp_layers
-    num_nextn_predict_layers output_router_logits resid_pdrop router_aux_loss_coef router_jitter_noise
-    router_z_loss_coef seq_aux summary_activation summary_first_dropout summary_proj_to_labels summary_type
-    summary_use_proj
+    dropout embd_pdrop gradient_checkpointing hidden_dropout hidden_dropout_prob ignore_index inference_mode
+    init_method_std init_std initializer_factor initializer_range label_smoothing lora_alpha lora_dropout lora_r
+    lora_rank loss_function loss_type neftune_noise_alpha num_mtp_layers num_nextn_predict_layers
+    output_router_logits peft_config peft_type resid_pdrop router_aux_loss_coef router_jitter_noise
+    router_z_loss_coef seed seq_aux summary_activation summary_first_dropout summary_proj_to_labels summary_type
+    summary_use_proj target_modules use_dora use_rslora
 """
 _LENGTHS = """
     max_seq_len max_seq_length max_sequence_length model_max_length n_ctx seq_len seq_length
