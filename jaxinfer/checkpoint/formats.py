@@ -117,11 +117,11 @@ def _check(field: str, value: Any, config: Mapping[str, Any], override: str) -> 
     if reader is not None and _is(config, *reader):
         return
     supported = ", ".join(f"{name} of {architecture}" for name, (architecture, _) in READ_QUANTISED.items())
-    said = f"{method!r} ({shorten(show(value), 120)})" if method else show(value)
+    stated = f"{method!r} ({shorten(show(value), 120)})" if method else show(value)
     nothing = {override: None} if field == override else {override: {field.rpartition(".")[2]: None}}
     raise ConfigError(
-        f"{field}={said}: quantised checkpoints are not supported in this format (supported: {supported}). {_REMEDY}; "
-        f"if the weights of this folder are not quantised in fact, pass hf_overrides={nothing}."
+        f"{field}={stated}: quantised checkpoints are not supported in this format (supported: {supported}). "
+        f"{_REMEDY}; if the weights of this folder are not quantised in fact, pass hf_overrides={nothing}."
     )
 
 
@@ -134,8 +134,8 @@ def _check_file(path: Path, config: Mapping[str, Any]) -> None:
     """Check one of `QUANTISATION_FILES`; a file that names no weight format is ignored, since some tools leave such
     files.
     """
-    said = read_json(path)
-    inner = said.get("quantization") if isinstance(said.get("quantization"), Mapping) else said
+    content = read_json(path)
+    inner = content.get("quantization") if isinstance(content.get("quantization"), Mapping) else content
     method = inner.get("quant_algo") or inner.get("quant_method") or inner.get("bits") or inner.get("w_bit")
     if not method or str(method).lower() in READ_QUANTISED:
         return

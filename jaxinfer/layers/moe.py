@@ -120,19 +120,19 @@ class ExpertLinear(MatmulModule):
         kept = {name: value for name, value in metadata.items() if name == "outputs"}
         self.bias = constant(build, shape[:bias], names[:bias], 0.0, stacked=True, **kept) if bias else None
 
-    def rows(self, x: jax.Array, laid: Dispatch, own: Arrays, target: Target | None) -> jax.Array:
+    def rows(self, x: jax.Array, pairs: Dispatch, own: Arrays, target: Target | None) -> jax.Array:
         """Multiply tokens sorted by expert: `[R, in]` -> `[R, out]`, without the bias.
 
         Args:
             x: `[R, in]`.
-            laid: assignment of rows to experts.
+            pairs: assignment of rows to experts.
             own: local parameters.
             target: the GPU that the kernel is compiled for, if any.
         """
         weight, scales = own["weight"], own.get("weight_scale")
         weight = weight.reshape(weight.shape[0], -1, weight.shape[-1])
         scales = None if scales is None else scales.reshape(weight.shape[:2])
-        return grouped.matmul(x, weight, laid.offsets, scales, kernel=self.kernel, target=target, block=self.block)
+        return grouped.matmul(x, weight, pairs.offsets, scales, kernel=self.kernel, target=target, block=self.block)
 
 
 class MoE(MatmulModule):
@@ -211,14 +211,14 @@ class MoE(MatmulModule):
         experts = own["down"]["weight"].shape[0]
         if self.by_expert:
             chosen = chosen - jax.lax.axis_index(axes.MODEL) * experts
-        laid = grouped.dispatch(chosen, experts)
-        y = self.gate_up.rows(x[laid.tokens], laid, own["gate_up"], target)
+        pairs = grouped.dispatch(chosen, experts)
+        y = self.gate_up.rows(x[pairs.tokens], pairs, own["gate_up"], target)
         if self.config.bias:
-            y = y + own["gate_up"]["bias"].reshape(experts, -1)[laid.experts]
-        y = self.down.rows(self.config.activate(*jnp.split(y, 2, axis=-1)), laid, own["down"], target)
+            y = y + own["gate_up"]["bias"].reshape(experts, -1)[pairs.experts]
+        y = self.down.rows(self.config.activate(*jnp.split(y, 2, axis=-1)), pairs, own["down"], target)
         if self.config.bias:
-            y = y + self._once(own["down"]["bias"])[laid.experts]
-        y = grouped.combine(y, weights, laid.places, laid.offsets[-1])
+            y = y + self._once(own["down"]["bias"])[pairs.experts]
+        y = grouped.combine(y, weights, pairs.places, pairs.offsets[-1])
         if self.shared is not None and hidden is not None:
             y = y + self.shared.down.product(hidden[:, 0], own["shared"]["weight"], own["shared"].get("weight_scale"))
         return y if self.tp == 1 else jax.lax.psum(y, axes.MODEL)

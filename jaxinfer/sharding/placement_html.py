@@ -137,14 +137,14 @@ def _device(plan: Placed) -> str:
         f'<span><i class="{kind}"></i><span class="dim">{escape(what)}: {size_text(size)}</span></span>'
         for kind, size, what in parts
     )
-    where = "the device" if plan.devices == 1 else f"each of the {plan.devices} devices, all alike"
+    where = "the device" if plan.devices == 1 else f"each of the {plan.devices} devices, all with the same"
     return f'<p class="dim">On {where}</p><div class="bar device">{bars}</div><p class="key">{keys}</p>'
 
 
 def _node(node: Node, plan: Placed, depth: int, times: int, whole: int) -> str:
     """Render a module in `times` equal enclosing modules; `whole` is the number of bytes of a full bar."""
     several, of_all = node.count * times, node.device_bytes * times
-    alike = f"<small>({node.count} alike)</small>" if node.count > 1 else ""
+    equal = f"<small>({node.count} equal)</small>" if node.count > 1 else ""
     each = f"<br><small>{several} x {size_text(of_all / several)}</small>" if several > 1 and of_all else ""
     placed = node.placed if plan.devices > 1 else ""
     tag = f'<span class="tag {placed}">{placed}</span>' if placed else "<span></span>"
@@ -153,7 +153,7 @@ def _node(node: Node, plan: Placed, depth: int, times: int, whole: int) -> str:
     causes = "<br>".join(_causes(node, plan, times))
     cells = (
         f'<span class="n" style="padding-left:{depth * 1.15:.2f}em" title="{escape(node.name, quote=True)}">'
-        f'<code>{escape(node.label)}</code>{alike}</span>{tag}<span class="num">{size}{each}</span>'
+        f'<code>{escape(node.label)}</code>{equal}</span>{tag}<span class="num">{size}{each}</span>'
         f'{_bar(node, times, whole)}<span class="num" title="{what}">{causes}</span>'
     )
     inside = "".join(_param(row, plan, depth + 1) for row in node.rows)

@@ -10,13 +10,13 @@ from benchmarks.report import Report
 from benchmarks.standard import STANDARDS
 from benchmarks.systems import Subject, compare, finish, systems, versions
 from benchmarks.trace import Trace
-from benchmarks.work import Work, spread
+from benchmarks.work import Work, random_work
 
 
 def throughput(args: argparse.Namespace, model: Subject) -> Report:
     """Measure throughput with all requests submitted at once; medians over the passes."""
     inputs = (args.min_input_len, args.max_input_len)
-    work = spread(args.num_prompts, inputs, (args.output_len, args.output_len), vocab=model.vocab, seed=args.seed)
+    work = random_work(args.num_prompts, inputs, (args.output_len, args.output_len), vocab=model.vocab, seed=args.seed)
     report = Report({"command": "throughput", **work.describe(), "repeats": args.repeats})
     with systems(args, model, [work]) as (ours, peers):
         measured = alternate(ours, peers, work, repeats=args.repeats)
@@ -29,7 +29,7 @@ def throughput(args: argparse.Namespace, model: Subject) -> Report:
 def latency(args: argparse.Namespace, model: Subject) -> Report:
     """Measure the latency of one batch of equal requests, repeatedly."""
     lengths = (args.input_len, args.input_len), (args.output_len, args.output_len)
-    work = spread(args.batch_size, *lengths, vocab=model.vocab, seed=args.seed)
+    work = random_work(args.batch_size, *lengths, vocab=model.vocab, seed=args.seed)
     report = Report({"command": "latency", **work.describe(), "repeats": args.num_iters})
     with systems(args, model, [work]) as (ours, peers):
         measured = alternate(ours, peers, work, repeats=args.num_iters, warmup=args.num_iters_warmup)
@@ -63,7 +63,7 @@ def _served(args: argparse.Namespace, concurrency: int, vocab: int) -> Work:
         return max(1, round(size * (1 - args.length_spread))), max(1, round(size * (1 + args.length_spread)))
 
     count = args.requests_per_client * concurrency
-    return spread(
+    return random_work(
         count, around(args.input_len), around(args.output_len), vocab=vocab, seed=args.seed, concurrency=concurrency
     )
 
@@ -119,7 +119,7 @@ def profile(args: argparse.Namespace, model: Subject) -> Report:
     from benchmarks import breakdown
 
     lengths = (args.input_len, args.input_len), (args.steps + 1, args.steps + 1)
-    asked = spread(args.batch_size, *lengths, vocab=model.vocab, seed=args.seed)
+    asked = random_work(args.batch_size, *lengths, vocab=model.vocab, seed=args.seed)
     report = Report({"command": "profile", **asked.describe(), "steps": args.steps, "out": str(args.out)})
     with systems(args, model, [asked], online=True) as (ours, _):
         report.jaxinfer |= breakdown.profile(ours, asked, args.steps, args.out)

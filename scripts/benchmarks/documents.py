@@ -14,7 +14,7 @@ from benchmarks.report import Report
 from benchmarks.systems import Subject, compare, finish, systems
 from benchmarks.trace import Trace
 from benchmarks.work import Work as Requests
-from benchmarks.work import spread
+from benchmarks.work import random_work
 from jaxinfer import LLM, SamplingParams
 from jaxinfer.engine.metrics import PREFIX
 
@@ -58,7 +58,7 @@ def subject(hf: dict[str, Any], args: argparse.Namespace) -> Subject:
 
 def add(report: Report, args: argparse.Namespace, model: Subject, work: Work) -> None:
     """Add the requested parts to the report: "documents" and "int8", each with a model of its own, and "shared"."""
-    requests = spread(work.count, work.document, (work.new, work.new), vocab=model.vocab, seed=args.seed)
+    requests = random_work(work.count, work.document, (work.new, work.new), vocab=model.vocab, seed=args.seed)
     report.work |= {"documents": asdict(work)}
     # The decoder's own sequences are short, however long the documents are.
     own = {"max_model_len": STARTS + max(work.new, COUNTED)} | args.settings

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from benchmarks import trace as traces
 from benchmarks.trace import Trace
-from benchmarks.work import Work, spread
+from benchmarks.work import Work, random_work
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Standard:
             return max(2, round(size * scale)) if size > 1 else size
 
         inputs = scaled(self.inputs[0]), scaled(self.inputs[1])
-        return spread(
+        return random_work(
             self.requests,
             inputs,
             (scaled(self.new),) * 2,

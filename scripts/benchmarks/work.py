@@ -59,7 +59,7 @@ class Work:
         }
 
 
-def spread(
+def random_work(
     count: int,
     inputs: tuple[int, int],
     outputs: tuple[int, int],

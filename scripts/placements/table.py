@@ -65,7 +65,7 @@ def _modules(plan: Plan, root: Node) -> Table:
     table = Table(box=box.SIMPLE_HEAD, title="modules", title_justify="left", show_footer=True)
     table.add_column("module", footer="all")
     table.add_column("placed")
-    table.add_column("alike", justify="right")
+    table.add_column("count", justify="right")
     table.add_column("a device, all of them", justify="right", footer=size_text(plan.device_bytes))
     for step in plan.steps:
         table.add_column(f"each {step} step", footer=counts(plan, step))
@@ -127,15 +127,13 @@ def _cache(plan: Plan) -> Iterator[str]:
         if plan.memory < plan.device_bytes:
             yield f"The weights do not fit: {size_text(plan.memory)} is what a device has."
         elif cache.sequences is None:
-            yield f"{plan.tokens:,} tokens fit in {share}, with all devices alike."
+            yield f"{plan.tokens:,} tokens fit in {share}; every device holds the same share of them."
         else:
             states = size_text(cache.state_slots * cache.state_device_bytes)
             yield (
-                f"{plan.tokens:,} tokens fit in {share}, with all devices alike, beside {states} for "
-                f"{cache.state_slots:,} "
-                f"states: two for each of {cache.sequences:,} sequences that run at a time at most, the others for "
-                "snapshots "
-                "of cached prefixes."
+                f"{plan.tokens:,} tokens fit in {share}, beside {states} for {cache.state_slots:,} states: two for "
+                f"each of {cache.sequences:,} sequences that run at a time at most, the others for snapshots of "
+                "cached prefixes; every device holds the same share."
             )
 
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 from support import internvl, loaded
-from support.internvl import PLACEHOLDER, spread, tiles, words
+from support.internvl import PLACEHOLDER, feature_index, tiles, words
 
 pytest.importorskip("torch", reason="the reference of the parity tests; it comes with the extra `test`")
 
@@ -204,7 +204,7 @@ def expected(reference: ref.Model, pixels: np.ndarray) -> list[np.ndarray]:
 def found_logits(folder: Path, pixels: np.ndarray, **how: Any) -> list[np.ndarray]:
     program, params = loaded.load(folder, **how)
     _, rows = _encode(program, params, pixels)
-    features = FeatureRows(rows.reshape(-1, rows.shape[-1]), spread(PROMPTS, loaded.PROMPT_TOKENS))
+    features = FeatureRows(rows.reshape(-1, rows.shape[-1]), feature_index(PROMPTS, loaded.PROMPT_TOKENS))
     return loaded.logits(folder, PROMPTS, FOLLOWING, features=features, **how)
 
 

@@ -89,7 +89,7 @@ def words(count: int, seed: int = 0) -> list[int]:
     return [token if token != PLACEHOLDER else PLACEHOLDER + 1 for token in prompt(count, seed)]
 
 
-def spread(ids: list[list[int]], length: int) -> np.ndarray:
+def feature_index(ids: list[list[int]], length: int) -> np.ndarray:
     """Return the feature `index` of a step with these prompts in order: image tokens take the pool's rows in order."""
     flat = np.array([token for prompt in ids for token in prompt])
     places = flat == PLACEHOLDER

@@ -202,13 +202,13 @@ class Programs:
         if isinstance(key, Bucket):
             step = make_step(program, shapes, key, self._options)
             return step.lower(self._params, *abstract_arguments(program, shapes, key))
-        whole = replicated(program)
-        array = partial(jax.ShapeDtypeStruct, sharding=whole)
+        sharding = replicated(program)
+        array = partial(jax.ShapeDtypeStruct, sharding=sharding)
         if isinstance(key, Encode):
             pool, inputs = abstract_features(program, shapes), array((key.count, *program.features.shape), np.float32)
             options = None if self._options is None else dict(self._options)
             step = jax.jit(
-                partial(encode_step, program), donate_argnums=1, out_shardings=whole, compiler_options=options
+                partial(encode_step, program), donate_argnums=1, out_shardings=sharding, compiler_options=options
             )
             return step.lower(self._params, pool, inputs, array((key.count,), np.int32))
         if isinstance(key, EncodeCross):
@@ -222,8 +222,8 @@ class Programs:
             return copy.lower(cache, ids, ids)
         if isinstance(key, InstallTables):
             entries = array((4, key.width), np.int32)
-            fill = jax.jit(install_tables, donate_argnums=0, out_shardings=whole)
+            fill = jax.jit(install_tables, donate_argnums=0, out_shardings=sharding)
             return fill.lower(abstract_rows(program, shapes), entries)
         edits, number = abstract_edits(program, shapes), array((), np.int32)
         history, bias = (array(one.shape[1:], one.dtype) for one in edits)
-        return jax.jit(install, donate_argnums=0, out_shardings=whole).lower(edits, number, history, number, bias)
+        return jax.jit(install, donate_argnums=0, out_shardings=sharding).lower(edits, number, history, number, bias)

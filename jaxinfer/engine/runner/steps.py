@@ -123,15 +123,15 @@ def make_step(
     `compiler_options` are XLA options for this compilation alone.
     """
     body = prefill_step if bucket.kind == "prefill" else decode_step
-    whole, each = replicated(program), NamedSharding(program.mesh, PartitionSpec(program.mesh.axis_names))
+    everywhere, own = replicated(program), NamedSharding(program.mesh, PartitionSpec(program.mesh.axis_names))
     return jax.jit(
         partial(body, program, bucket, shapes.sampled_vocab),
         donate_argnums=(1, 2, 3),
         out_shardings=(
             shardings(abstract_cache(program, shapes)),
-            whole,
-            whole,
-            Sampled(whole, whole, whole, whole, each),
+            everywhere,
+            everywhere,
+            Sampled(everywhere, everywhere, everywhere, everywhere, own),
         ),
         compiler_options=None if compiler_options is None else dict(compiler_options),
     )
@@ -139,13 +139,13 @@ def make_step(
 
 def abstract_arguments(program: Program, shapes: Shapes, bucket: Bucket) -> tuple[Any, ...]:
     """Return shapes and shardings of a step's arguments after the parameters, to compile it without such a device."""
-    whole = partial(jax.ShapeDtypeStruct, sharding=replicated(program))
+    array = partial(jax.ShapeDtypeStruct, sharding=replicated(program))
     size = sum(int(np.prod(shape)) for shape in bucket.shapes.values())
     edits = None
     if bucket.level >= Level.EDITED:
         edits = abstract_edits(program, shapes)
     pool = (abstract_features(program, shapes),) if bucket.features else ()
-    return abstract_cache(program, shapes), abstract_rows(program, shapes), edits, *pool, whole((size,), jnp.int32)
+    return abstract_cache(program, shapes), abstract_rows(program, shapes), edits, *pool, array((size,), jnp.int32)
 
 
 def shardings(cache: Cache) -> Cache:
@@ -154,15 +154,15 @@ def shardings(cache: Cache) -> Cache:
 
 def abstract_rows(program: Program, shapes: Shapes) -> RowState:
     """Return shapes and shardings of the row state."""
-    whole = partial(jax.ShapeDtypeStruct, sharding=replicated(program))
-    tables = None if shapes.contiguous else whole((shapes.groups, shapes.rows, shapes.width), jnp.int32)
-    return RowState(whole((shapes.rows,), jnp.int32), tables)
+    array = partial(jax.ShapeDtypeStruct, sharding=replicated(program))
+    tables = None if shapes.contiguous else array((shapes.groups, shapes.rows, shapes.width), jnp.int32)
+    return RowState(array((shapes.rows,), jnp.int32), tables)
 
 
 def abstract_edits(program: Program, shapes: Shapes) -> Edits:
     """Return shapes and shardings of history `[R, L]` and bias `[R, V']`."""
-    whole, length = partial(jax.ShapeDtypeStruct, sharding=replicated(program)), shapes.width * shapes.block_size
-    return Edits(whole((shapes.rows, length), jnp.int32), whole((shapes.rows, program.vocab), jnp.float32))
+    array, length = partial(jax.ShapeDtypeStruct, sharding=replicated(program)), shapes.width * shapes.block_size
+    return Edits(array((shapes.rows, length), jnp.int32), array((shapes.rows, program.vocab), jnp.float32))
 
 
 def abstract_features(program: Program, shapes: Shapes) -> jax.ShapeDtypeStruct:

@@ -1,4 +1,4 @@
-"""What there is room for, said before a request is queued."""
+"""Check that a request fits in the cache before it is queued."""
 
 from functools import cache
 
@@ -11,7 +11,7 @@ from jaxinfer.media import PlacedInputs
 
 
 class Capacity:
-    """Of a runner's cache under an engine's settings."""
+    """Capacity of a runner's cache under an engine's settings."""
 
     def __init__(self, runner: Runner, settings: HostSettings):
         self._shapes, self._program, self._settings = runner.shapes, runner.program, settings
@@ -20,11 +20,11 @@ class Capacity:
 
     @property
     def longest(self) -> int:
-        """The most tokens a sequence can have whose blocks the pool holds, with all that its encoder may read."""
+        """Maximum tokens of a sequence whose blocks fit in the pool beside the longest encoder input."""
         return self.tokens(0 if self._program.cross is None else self._program.cross.longest)
 
     def _tokens(self, read: int) -> int:
-        """The same beside so many positions of an encoder (`tokens` remembers it)."""
+        """Return the maximum tokens of a sequence beside `read` encoder positions; `tokens` caches the result."""
         shapes, settings = self._shapes, self._settings
         if shapes.contiguous:
             return shapes.max_length
@@ -32,7 +32,7 @@ class Capacity:
         return longest(self._kinds, settings.pool_blocks, shapes.block_size, settings.token_budget, most, read)
 
     def check(self, request: Request) -> None:
-        """Whether a request can ever be served.
+        """Check that a request can be served once nothing else runs.
 
         Raises:
             CapacityError: its prompt or its beams never fit in the pool, or its images in the feature pool.

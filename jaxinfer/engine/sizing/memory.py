@@ -1,8 +1,8 @@
-"""Dividing a device's memory: weights, what steps need while they run, arrays beside the cache, and the cache.
+"""Divide a device's memory between weights, temporaries of steps, arrays beside the cache, and the cache.
 
-What steps need is read off the compiled programs (`memory_analysis`) before the cache is allocated. It depends on the
-cache's size as little as on the number of layers, but the programs' shapes do: a first candidate for the size is
-compiled, and compiled again at the size that its temporaries leave only where that is worth it.
+Temporaries are read from the compiled programs (`memory_analysis`) before the cache is allocated. They hardly depend on
+the cache's size, but the shapes of the programs do. So the programs are compiled for a first candidate of the size, and
+again for the size that their temporaries leave, unless the two are nearly equal.
 """
 
 import math
@@ -27,51 +27,55 @@ from jaxinfer.sharding import Mesh, placement
 from jaxinfer.sharding import mesh as meshes
 
 FIRST_GUESS = 6
-"""Arrays of logits that the sampler's highest level has at a time in a program for an H100. The first candidate leaves
-as much; a wrong one costs a compilation, never memory."""
-WORTH = 0.02
-"""The part of the cache for which programs are compiled a second time."""
+"""Number of arrays of logits that the sampler's highest level keeps at a time in a program for an H100. The first
+candidate leaves as much memory; a wrong guess costs a compilation, not memory."""
+LEAST_GAIN = 0.02
+"""Smallest gain, as a fraction of the cache, for which programs are compiled a second time."""
 ROUNDS = 4
 REMEDY = (
     "lower max_num_batched_tokens or max_num_seqs, divide the model over more devices (tensor_parallel_size), raise "
     "gpu_memory_utilization, or let JAX's allocator take more than 75% of the memory (XLA_CLIENT_MEM_FRACTION)"
 )
-GRAINS = 4096
-"""Memory in use is rounded up to this part of the limit, so that a few bytes more or less make no other programs."""
+ROUNDING = 4096
+"""Memory in use is rounded up to the limit divided by this, so that a difference of a few bytes compiles no other
+programs."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What the cache may take."""
+    """Memory that the cache may take."""
 
     size: int
     """Bytes over all devices."""
     source: str
-    """Why as much."""
+    """Origin of the size, for log lines and errors."""
     remedy: str = "raise kv_cache_memory_bytes"
 
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """The memory of the device that has the least to give, in bytes, once the weights are loaded."""
+    """Memory, in bytes, of the device that has the least left once the weights are loaded."""
 
     limit: int
-    """What JAX's allocator may take on it."""
+    """Bytes that JAX's allocator may take."""
     in_use: int
     weights: int
     share: float
-    """The part of the limit that weights, cache and steps may take together (`gpu_memory_utilization`)."""
+    """Fraction of the limit that weights, cache and steps may take together (`gpu_memory_utilization`)."""
 
     @property
     def left(self) -> int:
-        """Bytes of the share that nothing has taken yet."""
-        grain = max(1, self.limit // GRAINS)
-        return int(self.limit * self.share) - math.ceil(self.in_use / grain) * grain
+        """Bytes of the share that are not in use."""
+        unit = max(1, self.limit // ROUNDING)
+        return int(self.limit * self.share) - math.ceil(self.in_use / unit) * unit
 
     def budget(self, temporaries: int | None, arrays: int, devices: int) -> Budget:
-        """Return what the cache may take, over all devices, beside `temporaries` of steps and other `arrays` of each.
+        """Return the cache's budget over all devices.
 
-        None for `temporaries`: neither is known yet.
+        Args:
+            temporaries: bytes of temporaries of steps on each device; None if neither they nor `arrays` are known yet.
+            arrays: bytes of arrays beside the cache on each device.
+            devices: number of devices.
         """
         beside = "what steps and the sampler need not counted yet"
         if temporaries is not None:
@@ -87,26 +91,26 @@ class DeviceMemory:
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """Bytes on each device, by what they are for."""
+    """Bytes in use on each device, by purpose."""
 
     weights: int
     cache: int
     arrays: int
-    """Of the sampler and of encoders, beside the cache."""
+    """Arrays of the sampler and of encoders, beside the cache."""
     temporaries: int | None = None
-    """What a step needs at most while it runs, as its program says; None: not measured."""
+    """Most temporaries of a step, as reported by its program; None if not measured."""
     other: int = 0
-    """In use by what is not the engine's."""
+    """Memory in use outside of the engine."""
     limit: int | None = None
-    """What JAX's allocator may take; None: no limit is known."""
+    """Bytes that JAX's allocator may take; None if no limit is known."""
 
     @property
     def total(self) -> int:
-        """All of it but the limit."""
+        """Sum of all uses."""
         return self.weights + self.cache + self.arrays + (self.temporaries or 0) + self.other
 
     def gauges(self) -> dict[str, float]:
-        """Return what is known, by the names of metrics."""
+        """Return the known sizes by the names of metrics."""
         sizes = {
             "weights": self.weights,
             "kv_cache": self.cache,
@@ -119,7 +123,7 @@ class MemoryUse:
 
 @dataclass(frozen=True)
 class Fitted:
-    """Shapes that fit, and the programs that show it."""
+    """Shapes that fit in memory, with the programs whose temporaries were measured."""
 
     shapes: Shapes
     programs: Programs
@@ -128,12 +132,12 @@ class Fitted:
 
 
 def memory_stats(device: jax.Device) -> Mapping[str, int]:
-    """Return what JAX's allocator says of a device; empty where it has no limit, as on a CPU."""
+    """Return the statistics of JAX's allocator on a device; empty if it has no limit, as on a CPU."""
     return {} if device.platform == "cpu" else device.memory_stats() or {}
 
 
 def device_memory(mesh: Mesh, params: Sequence[jax.Array], share: float) -> DeviceMemory | None:
-    """Read the memory of the mesh's devices, the same in every process; None where there is no limit."""
+    """Read the memory of the mesh's devices, the same in every process; None if there is no limit."""
     found = [memory_stats(device) for device in mesh.local_devices]
     if any("bytes_limit" not in stats for stats in found):
         return None
@@ -147,12 +151,12 @@ def device_memory(mesh: Mesh, params: Sequence[jax.Array], share: float) -> Devi
 
 
 def device_bytes(arrays: Any) -> int:
-    """Bytes that arrays, or their shapes, take on each device."""
+    """Return the bytes that arrays, or their shapes, take on each device."""
     return sum(map(placement.device_bytes, jax.tree.leaves(arrays)))
 
 
 def beside_cache(program: Program, shapes: Shapes) -> int:
-    """Bytes of the arrays that a runner keeps on each device beside weights and cache."""
+    """Return the bytes of the arrays that a runner keeps on each device beside weights and cache."""
     made = [abstract_edits(program, shapes), abstract_rows(program, shapes)]
     return device_bytes([*made, abstract_features(program, shapes)] if shapes.feature_slots else made)
 
@@ -164,7 +168,7 @@ def memory_use(
     device: DeviceMemory | None = None,
     temporaries: int | None = None,
 ) -> MemoryUse:
-    """Return what an engine of these shapes takes on each device."""
+    """Return the memory that an engine of these shapes takes on each device."""
     weights, cache = device_bytes(params), device_bytes(abstract_cache(program, shapes))
     beside = {} if device is None else {"other": device.in_use - weights, "limit": device.limit}
     return MemoryUse(weights, cache, beside_cache(program, shapes), temporaries, **beside)
@@ -177,17 +181,17 @@ def fit(
     device: DeviceMemory,
     choose: Callable[[Budget], Shapes],
 ) -> Fitted:
-    """Size the cache by what the largest steps need, and return it with their compiled programs.
+    """Size the cache by the temporaries of the largest steps; return the shapes and the compiled programs.
 
     Args:
-        program: of the model.
+        program: static part of the model.
         params: its parameters, or their shapes and shardings.
-        config: the settings.
-        device: the memory that is to be divided.
-        choose: makes shapes of what the cache may take.
+        config: engine settings.
+        device: memory to divide.
+        choose: function from a budget to shapes.
 
     Raises:
-        CapacityError: too little is left for a cache; names all figures and what to change.
+        CapacityError: too little memory is left for a cache; names all figures and the settings to change.
     """
     shapes, found = _first_candidate(program, device, choose), []
     for _ in range(ROUNDS):
@@ -210,7 +214,11 @@ def fit(
 
 
 def _first_candidate(program: Program, device: DeviceMemory, choose: Callable[[Budget], Shapes]) -> Shapes:
-    """Return shapes that leave what steps will probably need; raises CapacityError if not even a cache alone fits."""
+    """Return shapes that leave memory for the likely temporaries of steps.
+
+    Raises:
+        CapacityError: no cache fits, even without temporaries.
+    """
     shapes = choose(device.budget(None, 0, program.mesh.size))
     arrays = beside_cache(program, shapes)
     guess = FIRST_GUESS * shapes.rows * program.vocab * 4 // meshes.size(program.mesh)
@@ -223,7 +231,7 @@ def _first_candidate(program: Program, device: DeviceMemory, choose: Callable[[B
 def _measured(
     program: Program, params: Sequence[Any], config: EngineConfig, device: DeviceMemory, shapes: Shapes
 ) -> Fitted:
-    """Return the programs of these shapes, what they take of a device, and the budget that they leave for the cache."""
+    """Compile the programs of these shapes; return them with their memory use and the budget left for the cache."""
     programs = Programs(program, shapes, params, config.compiler_options)
     use = memory_use(program, params, shapes, device, measure(program, shapes, programs))
     programs.room = device.limit - (use.total - use.temporaries)
@@ -231,10 +239,10 @@ def _measured(
 
 
 def _nearly(shapes: Shapes, better: Shapes) -> bool:
-    """Return whether other shapes are the same, or differ in a few blocks more."""
+    """Return whether `better` shapes are equal to `shapes`, or have only a few more blocks."""
     ends = (shapes.rows, shapes.max_length, shapes.width) == (better.rows, better.max_length, better.width)
-    slots = better.state_slots - shapes.state_slots <= WORTH * better.state_slots
-    return ends and slots and better.num_blocks - shapes.num_blocks <= WORTH * better.num_blocks
+    slots = better.state_slots - shapes.state_slots <= LEAST_GAIN * better.state_slots
+    return ends and slots and better.num_blocks - shapes.num_blocks <= LEAST_GAIN * better.num_blocks
 
 
 def largest_programs(program: Program, shapes: Shapes) -> list[Key]:
@@ -248,7 +256,7 @@ def largest_programs(program: Program, shapes: Shapes) -> list[Key]:
 
 
 def measure(program: Program, shapes: Shapes, programs: Programs) -> int:
-    """Compile the largest steps and return the most bytes a device that one of them needs beside its arguments."""
+    """Compile the largest steps and return the most bytes that one of them needs on a device beside its arguments."""
     keys = largest_programs(program, shapes)
     programs.prepare(keys, min(len(keys), default_threads()), lambda key: None)
     if not programs.temporaries.keys() >= set(keys):

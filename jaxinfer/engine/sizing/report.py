@@ -1,4 +1,4 @@
-"""The startup log: what the cache and everything beside it takes of the memory, and what that allows."""
+"""Log an engine's memory use and the resulting sizes at startup."""
 
 import logging
 
@@ -6,7 +6,7 @@ from jaxinfer._utils.units import size_text
 from jaxinfer.config import EngineConfig
 from jaxinfer.engine.runner.steps import Shapes
 from jaxinfer.engine.sizing.memory import Budget, MemoryUse
-from jaxinfer.engine.sizing.slots import A_ROW
+from jaxinfer.engine.sizing.slots import SLOTS_PER_ROW
 from jaxinfer.functional import Program
 from jaxinfer.kv import cache as kv_cache
 
@@ -16,15 +16,15 @@ log = logging.getLogger(__name__)
 def report(
     program: Program, config: EngineConfig, shapes: Shapes, budget: Budget, use: MemoryUse, longest: int
 ) -> None:
-    """Log the sizes of an engine, once they are settled.
+    """Log the chosen sizes of an engine.
 
     Args:
-        program: of the model.
-        config: the settings.
-        shapes: what was chosen.
-        budget: what the cache might take.
-        use: what a device has.
-        longest: tokens of a sequence that the model, or `max_model_len`, allows.
+        program: static part of the model.
+        config: engine settings.
+        shapes: chosen shapes.
+        budget: memory that the cache may take.
+        use: memory use of a device.
+        longest: maximum tokens of a sequence by the model and `max_model_len`.
     """
     taken = _states(program, config, shapes)
     if shapes.feature_slots:
@@ -68,11 +68,11 @@ def report(
             budget.source,
             shapes.max_length,
         )
-    log.info("%s", _of_a_device(use))
+    log.info("%s", _memory_text(use))
 
 
 def _states(program: Program, config: EngineConfig, shapes: Shapes) -> int:
-    """Log the slots of recurrent state; returns the bytes that they take."""
+    """Log the slots of recurrent state and return their size in bytes."""
     if not shapes.state_slots:
         return 0
     each = kv_cache.slot_bytes(program.layout.states, program.mesh)
@@ -80,14 +80,14 @@ def _states(program: Program, config: EngineConfig, shapes: Shapes) -> int:
         "recurrent state: %d slots of %s, %d of them for snapshots (snapshot_memory_fraction %g)",
         shapes.state_slots,
         size_text(each),
-        shapes.state_slots - A_ROW * shapes.rows,
+        shapes.state_slots - SLOTS_PER_ROW * shapes.rows,
         config.snapshot_memory_fraction,
     )
     return shapes.state_slots * each
 
 
-def _of_a_device(use: MemoryUse) -> str:
-    """Every figure of a device's memory."""
+def _memory_text(use: MemoryUse) -> str:
+    """Format the memory use of a device."""
     parts = {"weights": use.weights, "cache": use.cache, "arrays of sampler and encoders": use.arrays}
     if use.temporaries is not None:
         parts["temporaries of steps"] = use.temporaries

@@ -1,4 +1,4 @@
-"""How many rows of which length the memory of a contiguous cache holds."""
+"""Choose the number and length of the rows of a contiguous cache."""
 
 from jaxinfer._utils.units import size_text
 from jaxinfer.config import EngineConfig
@@ -9,20 +9,20 @@ from jaxinfer.errors import CapacityError
 def reserve(
     config: EngineConfig, rows: int, longest: int, read: int, budget: Budget, block_bytes: int
 ) -> tuple[int, int]:
-    """Rows, and the longest sequence that each of them holds.
+    """Return the number of rows and the maximum length of a sequence.
 
-    What was not asked for is fitted to the memory: first the rows, then the length.
+    Settings that the user did not give are fitted to the memory: first the rows, then the length.
 
     Args:
-        config: the settings.
-        rows: the most there may be; exactly as many where `max_num_seqs` was asked for.
-        longest: tokens that the model, or `max_model_len`, allows.
-        read: positions of what an encoder reads, for which a row has as much room again.
-        budget: what the cache may take over all devices.
-        block_bytes: of one block in every group of layers.
+        config: engine settings.
+        rows: maximum number of rows; exactly as many if `max_num_seqs` is set.
+        longest: maximum tokens of a sequence by the model and `max_model_len`.
+        read: maximum encoder positions of a row, which have the same blocks again.
+        budget: memory that the cache may take over all devices.
+        block_bytes: bytes of one block in all groups of layers.
 
     Raises:
-        CapacityError: what was asked for does not fit.
+        CapacityError: the requested rows or length do not fit.
     """
     block = config.block_size
     blocks, wanted = budget.size // block_bytes, -(-max(longest, read) // block)

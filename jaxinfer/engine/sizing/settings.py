@@ -1,4 +1,4 @@
-"""What of the configuration an engine is free to change."""
+"""Settings that affect the host alone."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from jaxinfer.engine.runner.runner import Runner
 
 @dataclass(frozen=True)
 class HostSettings:
-    """What of the configuration changes no array: several engines may share one runner in turn."""
+    """Settings that change no array shape, so that engines with different ones can use one runner in turn."""
 
     pool_blocks: int
     token_budget: int
@@ -20,7 +20,7 @@ class HostSettings:
 
     @classmethod
     def of(cls, config: EngineConfig, runner: Runner) -> "HostSettings":
-        """From the engine's configuration."""
+        """Take the settings from the engine's configuration, limited by the runner's shapes."""
         blocks = min(config.pool_blocks or runner.shapes.num_blocks, runner.shapes.num_blocks)
         largest = runner.shapes.prefill_buckets[-1]
         return cls(

@@ -1,4 +1,4 @@
-"""From a model and the settings to an engine: sizes chosen, checked and logged."""
+"""Build an engine from a model and the settings: choose, check and log its sizes."""
 
 import logging
 import math
@@ -32,26 +32,30 @@ from jaxinfer.sharding import Mesh
 log = logging.getLogger(__name__)
 
 CPU_DECODE, CPU_PREFILL = (1, 2, 4, 8, 16), (32, 64)
-"""The first sizes of steps. On a CPU a step takes as long as it has places, so that half steps pay from some size
-on."""
+"""Smallest buckets in tokens. On a CPU the time of a step is proportional to its size, so there are sizes between the
+doublings, too."""
 CPU_ENCODE, GPU_ENCODE = (1, 2, 4, 8), (1, 2, 4, 8, 16, 32)
-"""Inputs of an encoder step: each is whole, so that what is left is encoded in a smaller step, not padded."""
+"""Inputs per encoder step. The remaining inputs are encoded in a smaller step instead of being padded."""
 CPU_CROSS, GPU_CROSS = (1, 2, 4), (1, 2, 4, 8, 16)
-"""The same for cross-attention, of audio and images; texts have the sizes of prefill steps, up to the longest."""
+"""The same for cross-attention to audio and images; texts have the buckets of prefill, up to the longest."""
 GPU_DECODE, GPU_PREFILL = (1, 8, 32), (256, 512)
-"""On a GPU a small step takes as long as reading the weights, however few its places are."""
+"""Smallest buckets in tokens. On a GPU any small step takes as long as reading the weights."""
 
 
 def build_engine(
     module: LanguageModel, config: EngineConfig, mesh: Mesh, *, sampled_vocab: int | None = None
 ) -> Engine:
-    """An engine for a module whose weights are in place.
+    """Build the engine of a loaded module.
 
-    `sampled_vocab`: token ids from there on are padding of the embedding and are never sampled.
+    Args:
+        module: the model.
+        config: engine settings.
+        mesh: device mesh of the parameters.
+        sampled_vocab: number of token ids that may be sampled; higher ones are padding of the embedding.
 
     Raises:
-        ConfigError: settings that contradict each other or the model.
-        CapacityError: a cache too small, or too large for the memory; names the sizes and the setting.
+        ConfigError: settings contradict each other or the model.
+        CapacityError: the cache is too small, or too large for the memory; names the sizes and the setting.
     """
     program, params = split(
         module,
@@ -87,7 +91,7 @@ def build_engine(
 def _size(
     model: ModelConfig, program: Program, params: Sequence[jax.Array], config: EngineConfig, vocab: int
 ) -> tuple[Shapes, Programs | None, MemoryUse]:
-    """Choose the shapes of the steps, log them, and return them with the programs that were compiled for it, if any."""
+    """Choose the shapes of the steps and log them; return them with the programs compiled to measure memory, if any."""
 
     def choose(budget: Budget) -> Shapes:
         return replace(choose_shapes(model, program, config, budget), sampled_vocab=min(vocab, program.vocab))
@@ -106,7 +110,7 @@ def _size(
 
 
 def choose_shapes(model: ModelConfig, program: Program, config: EngineConfig, budget: Budget) -> Shapes:
-    """Choose what fixes the compiled steps, from the settings, the model and what the cache may take."""
+    """Choose the shapes of the compiled steps from the settings, the model and the cache's budget."""
     gpu = _platform(program) != "cpu"
     native = matmul.choose(config.matmul_kernel, program.mesh) == matmul.NATIVE
     rows = config.max_num_seqs or min(GPU_SEQUENCES if gpu else 64, config.max_num_batched_tokens or 1 << 30)
@@ -154,11 +158,11 @@ def choose_shapes(model: ModelConfig, program: Program, config: EngineConfig, bu
 def _pool(
     program: Program, config: EngineConfig, rows: int, longest: int, read: int, tokens: int, budget: Budget
 ) -> tuple[int, int]:
-    """Blocks of the paged cache, and the longest sequence that they hold, where a step takes `tokens`."""
+    """Return the blocks of the paged cache and the longest sequence that they hold; a step computes up to `tokens`."""
     block = config.block_size
     needed = partial(kv_groups.blocks_needed, program.layout.kinds, block_size=block, chunk=tokens, read=read)
     lengths = [read if kind.kind.encoded else longest for kind in program.layout.kinds]
-    # With all that windows leave behind cached.
+    # As many blocks as there are if those behind windows stay cached.
     most = rows * sum(
         kind.count * math.ceil(length / block) for kind, length in zip(program.layout.kinds, lengths, strict=True)
     )
@@ -168,7 +172,7 @@ def _pool(
 
 
 def _cross_buckets(program: Program, tokens: int, *, gpu: bool) -> tuple[int, ...]:
-    """Values of an encoder step for cross-attention: a whole text fits in the largest, and several short ones."""
+    """Return the numbers of values per encoder step for cross-attention; the longest text fits in the largest."""
     if program.cross is None:
         return ()
     if not program.cross.joint:
@@ -186,32 +190,38 @@ def _block_bytes(program: Program, config: EngineConfig) -> int:
 
 
 def longest_sequence(model: ModelConfig, config: EngineConfig) -> int:
-    """Return the most tokens of a sequence by the model and `max_model_len`; raises ConfigError if these disagree."""
-    asked = config.max_model_len
-    if asked is not None and asked > model.max_length:
+    """Return the maximum tokens of a sequence: `max_model_len`, by default the model's.
+
+    Raises:
+        ConfigError: `max_model_len` exceeds the model's maximum.
+    """
+    requested = config.max_model_len
+    if requested is not None and requested > model.max_length:
         raise ConfigError(
-            f"max_model_len is {asked}, more than the {model.max_length} tokens that the model supports "
+            f"max_model_len is {requested}, more than the {model.max_length} tokens that the model supports "
             "(max_position_embeddings); lower it"
         )
-    return asked or model.max_length
+    return requested or model.max_length
 
 
 def feature_slots(program: Program, config: EngineConfig, tokens: int) -> int:
-    """Inputs of the encoder whose rows the feature pool holds, where a step takes `tokens`; 0 without an encoder.
+    """Return the number of encoder inputs whose features fit in the feature pool; 0 without an encoder.
+
+    By default eight times those of a step of `tokens`.
 
     Raises:
-        ConfigError: a pool that does not hold one.
+        ConfigError: the pool is smaller than one input.
     """
     if program.features is None:
         return 0
-    rows, asked = program.features.rows, config.feature_cache_tokens
-    if asked is not None and asked < rows:
-        raise ConfigError(f"feature_cache_tokens is {asked}, but one tile of an image takes {rows}; raise it")
-    return max(8 * tokens // rows, 16) if asked is None else asked // rows
+    rows, requested = program.features.rows, config.feature_cache_tokens
+    if requested is not None and requested < rows:
+        raise ConfigError(f"feature_cache_tokens is {requested}, but one tile of an image takes {rows}; raise it")
+    return max(8 * tokens // rows, 16) if requested is None else requested // rows
 
 
 def default_budget(program: Program, config: EngineConfig) -> Budget:
-    """Return what the cache may take where the settings say so, or where no device has a limit."""
+    """Return the budget that the settings give, or the default of a device without a memory limit."""
     if config.kv_cache_memory_bytes is None:
         return Budget(CPU_CACHE_BYTES, "the default on a CPU; kv_cache_memory_bytes sets it")
     _check_host(program, config.kv_cache_memory_bytes)
@@ -219,7 +229,7 @@ def default_budget(program: Program, config: EngineConfig) -> Budget:
 
 
 def _check_host(program: Program, size: int) -> None:
-    """On a CPU the system would hand out memory it does not have, and kill the process later."""
+    """Refuse a cache larger than the host's memory: the system would overcommit it and kill the process later."""
     if _platform(program) != "cpu" or not hasattr(os, "sysconf"):
         return
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -233,7 +243,7 @@ def _check_host(program: Program, size: int) -> None:
 def _check_length(
     capacity: int, longest: int, blocks: int, budget: Budget, program: Program, config: EngineConfig
 ) -> int:
-    """The longest sequence that can be served: `longest`, which takes so many blocks, or `capacity`."""
+    """Return the longest sequence that can be served: `longest`, which needs `blocks` blocks, or else `capacity`."""
     block = _block_bytes(program, config)
     if capacity < 2:
         read = 0 if program.cross is None else program.cross.longest
@@ -256,15 +266,17 @@ def _check_length(
 
 
 def _buckets(
-    asked: Sequence[int] | None, largest: int, first: Sequence[int], name: str, *, halves: bool
+    requested: Sequence[int] | None, largest: int, first: Sequence[int], name: str, *, halves: bool
 ) -> tuple[int, ...]:
-    """What was asked for; by default the first sizes, doubled on and on, with those half-way between if `halves`."""
-    if asked is not None:
-        if max(asked) < largest:
-            raise ConfigError(f"{name} ends at {max(asked)}, but up to {largest} are needed; add a bucket of {largest}")
-        return tuple(sorted(set(asked)))
+    """Return the requested buckets, else the `first` ones, doubled up to `largest`; `halves`: with 1.5 times each."""
+    if requested is not None:
+        if max(requested) < largest:
+            raise ConfigError(
+                f"{name} ends at {max(requested)}, but up to {largest} are needed; add a bucket of {largest}"
+            )
+        return tuple(sorted(set(requested)))
     sizes = list(first)
     while (size := sizes[-1]) < largest:
         sizes += [size * 3 // 2, size * 2] if halves else [size * 2]
-    # One that is nearly the largest spares little.
+    # A size that is nearly the largest saves little.
     return (*(size for size in sizes if size * 4 <= largest * 3), largest)

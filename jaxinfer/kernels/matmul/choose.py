@@ -1,4 +1,4 @@
-"""Rows of activations times a weight `[out, in]`: XLA's product, or on a CPU the native one (`native/matmul.cc`)."""
+"""Products of rows of activations with a weight `[out, in]`: XLA's, or on a CPU the native one (`native/matmul.cc`)."""
 
 import jax
 import jax.numpy as jnp
@@ -17,15 +17,15 @@ RAGGED = "ragged"
 it."""
 
 MATRIX_UNIT_ROWS = 16
-"""Rows up to which the native product of bfloat16 serves on a CPU with matrix units (AMX), which XLA uses beyond:
-there reading the weights is what takes the time, and XLA reads them at a little over half the speed."""
+"""Most rows for which the native bfloat16 product is used on a CPU with matrix units (AMX); XLA uses these units for
+more rows. Up to here reading the weights dominates, which XLA does at a little over half the speed."""
 
 
 def choose(requested: str, mesh: Mesh) -> str:
-    """The implementation for the devices of a mesh.
+    """Choose the implementation for the devices of a mesh.
 
     Raises:
-        ConfigError: one that is not known, or that cannot run here.
+        ConfigError: the implementation is unknown or cannot run here.
     """
     if requested not in ("auto", XLA, NATIVE, TRITON):
         raise ConfigError(f"matmul_kernel must be auto, {XLA}, {NATIVE} or {TRITON}, got {requested!r}")
@@ -34,7 +34,7 @@ def choose(requested: str, mesh: Mesh) -> str:
         if not supported and triton_launch.target(mesh) is not None:
             warn_once("products of a mixture of experts run in XLA, one expert after another", lacking)
         return TRITON if supported else XLA
-    # XLA cannot divide a call of ours over devices.
+    # XLA cannot divide the native call over devices.
     return XLA if requested == "auto" and mesh.devices.size > 1 else build.choose("matmul_kernel", requested, mesh)
 
 
@@ -46,9 +46,9 @@ def matmul(
     kernel: str = XLA,
     part: tuple[int, int] | None = None,
 ) -> jax.Array:
-    """`[T, in] x [out, in]^T -> [T, out]` in `dtype` or that of `x`; sums are taken in float32.
+    """Compute `[T, in] x [out, in]^T -> [T, out]` in `dtype`, by default that of `x`; sums are taken in float32.
 
-    `part`: the first and the end of the weight's rows to multiply with, of which no copy is made; None: all of them.
+    `part`: first and end of the weight's rows to multiply with, which are not copied; None for all.
     """
     dtype = jnp.dtype(x.dtype if dtype is None else dtype)
     first, end = part or (0, weight.shape[0])

@@ -1,9 +1,9 @@
 """Products of rows with the matrix of their own group: the experts of a mixture.
 
-Rows lie in order of their groups, and the work is proportional to the rows there are: groups without rows are not read,
-rows that belong to no group lie at the end and are not computed. (`lax.ragged_dot` is dense over the groups on a CPU.)
-On a CPU the native product serves (`native/matmul.cc`), on an NVIDIA GPU Triton's (`triton_grouped`), elsewhere a loop
-of XLA over tiles of rows.
+Rows are sorted by group, and the work is proportional to the number of rows: matrices of groups without rows are not
+read, and rows of no group come last and are not computed. (`lax.ragged_dot` is dense over the groups on a CPU.)
+CPUs use the native product (`native/matmul.cc`), NVIDIA GPUs the Triton kernel (`triton_grouped`), and other devices a
+loop in XLA over tiles of rows.
 """
 
 from collections.abc import Callable
@@ -20,28 +20,28 @@ from jaxinfer.kernels.matmul.choose import matmul as dense
 from jaxinfer.kernels.triton.triton_launch import Target
 
 KEYS = 1 << 31
-"""Keys that int32 has room for: those from 0 on."""
+"""Number of non-negative int32 keys."""
 LEAST_TILE, MOST_TILE = 8, 128
-"""Rows of a tile of the loop in XLA, which are multiplied with one matrix at a time."""
+"""Bounds of the rows per tile of the loop in XLA; a tile is multiplied with one matrix."""
 
 
 class Dispatch(NamedTuple):
-    """Pairs of a token and an expert, laid out by experts."""
+    """Pairs of a token and an expert, sorted by expert."""
 
     tokens: jax.Array
-    """`[R]` int32, R = T * k: the token at each place, in order of the experts; pairs with no expert are last."""
+    """Token of each row, `[R]` int32, R = T * k, sorted by expert; pairs without an expert come last."""
     experts: jax.Array
-    """`[R]` int32: the expert at each place; some expert at the places of pairs with none."""
+    """Expert of each row, `[R]` int32; any expert for pairs without one."""
     places: jax.Array
-    """`[T, k]` int32: where each pair lies."""
+    """Row of each pair, `[T, k]` int32."""
     offsets: jax.Array
-    """`[E + 1]` int32: where the places of each expert begin and, last, where those of all of them end."""
+    """First row of each expert, then the end of the last one, `[E + 1]` int32."""
 
 
 def dispatch(chosen: jax.Array, experts: int) -> Dispatch:
-    """Lays out the experts of each token `[T, k]`, numbers below `experts`; any other number stands for none.
+    """Sort the pairs of each token and its chosen experts `[T, k]` by expert; numbers from `experts` on mean none.
 
-    The order within an expert is that of the tokens.
+    Pairs of one expert stay in the order of the tokens.
     """
     pairs, per_token = chosen.size, chosen.shape[1]
     owners = chosen.reshape(-1).astype(jnp.int32)
@@ -59,20 +59,20 @@ def dispatch(chosen: jax.Array, experts: int) -> Dispatch:
 
 
 def has_one_key(experts: int, pairs: int) -> bool:
-    """Return whether an expert, or none, and the number of a pair fit into one int32."""
+    """Return whether the expert of a pair and the number of the pair fit into one int32."""
     return (experts + 1) * pairs <= KEYS
 
 
 def combine(y: jax.Array, weights: jax.Array, places: jax.Array, end: jax.Array) -> jax.Array:
-    """What the experts made, `[R, M]` by places, as one row a token: `[T, M]` in the dtype of `y`.
+    """Sum the weighted outputs of each token's experts: `[T, M]` in the dtype of `y`.
 
-    The sum over the k pairs of a token is taken in their order, in float32: no row is added to by two at a time.
+    The sum is taken in float32 in the order of the pairs, so that it is deterministic.
 
     Args:
-        y: the rows from `end` on are not read.
+        y: outputs of the experts `[R, M]`, sorted by expert; rows from `end` on are not read.
         weights: `[T, k]` float32.
-        places: `[T, k]`, as `Dispatch`.
-        end: `[]`, the last of `Dispatch.offsets`.
+        places: `[T, k]`, see `Dispatch`.
+        end: `[]`, last entry of `Dispatch.offsets`.
     """
     rows = y[jnp.minimum(places, y.shape[0] - 1)].astype(jnp.float32)
     rows = jnp.where((places < end)[..., None], rows * weights[..., None], 0)
@@ -89,20 +89,19 @@ def matmul(
     target: Target | None = None,
     block: int = 1,
 ) -> jax.Array:
-    """`y[r] = x[r] W[e]^T` for the rows r in `offsets[e] .. offsets[e + 1]`.
+    """Compute `y[r] = x[r] W[e]^T` for the rows r in `offsets[e] .. offsets[e + 1]`.
 
     Args:
         x: `[R, in]`.
         weight: `[E, out, in]`; int8 with `scales`, else in the dtype of `x`.
         offsets: `[E + 1]` int32, ascending from 0 to at most R.
-        scales: `[E, out]` float32, of an int8 weight's rows (`kernels.int8_matmul`).
+        scales: scales of the rows of an int8 weight, `[E, out]` float32 (`int8_matmul`).
         kernel: "native", "triton" or "xla" (`kernels.matmul.choose`), or "ragged", without scales.
-        target: the device, for "triton".
-        block: the columns of a block that is rotated, of an int8 weight.
+        target: kind of device, for "triton".
+        block: columns per rotated block of an int8 weight.
 
     Returns:
-        `[R, out]` in the dtype of `x`, with sums taken in float32; what lies in rows from `offsets[E]` on means
-        nothing.
+        `[R, out]` in the dtype of `x`, with sums taken in float32; rows from `offsets[E]` on are undefined.
     """
     if kernel == TRITON and target is not None:
         return triton_grouped.matmul(x, weight, offsets, scales, target, block)
@@ -135,7 +134,7 @@ def _native(x: jax.Array, weight: jax.Array) -> bool:
 def _tiles(
     x: jax.Array, offsets: jax.Array, columns: int, product: Callable[[jax.Array, jax.Array], jax.Array]
 ) -> jax.Array:
-    """A loop over tiles of rows of one group; as many turns as there are tiles with rows in them."""
+    """Multiply tile by tile, each of rows of one group; the loop runs once per tile that has rows."""
     rows, groups = x.shape[0], offsets.shape[0] - 1
     tile = min(MOST_TILE, max(LEAST_TILE, 1 << (rows // groups).bit_length()))
     tiles = -(-jnp.diff(offsets) // tile)
@@ -146,14 +145,14 @@ def _tiles(
         group = jnp.sum(ends <= number)
         first = offsets[group] + (number - ends[group] + tiles[group]) * tile
         made = product(jax.lax.dynamic_slice_in_dim(x, first, tile), group)
-        # Rows beyond the group's end are put right by the tiles that follow.
+        # Rows beyond the group's end are overwritten by the tiles that follow.
         return jax.lax.dynamic_update_slice_in_dim(y, made, first, 0)
 
     return jax.lax.fori_loop(0, ends[-1], turn, jnp.zeros((rows + tile, columns), x.dtype))[:rows]
 
 
 def reference(x: np.ndarray, weight: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """The oracle of `matmul` in float64, row by row; zero in rows of no group."""
+    """Reference implementation of `matmul` in float64, row by row; rows of no group are zero."""
     y = np.zeros((x.shape[0], weight.shape[1]))
     for group, (first, last) in enumerate(pairwise(offsets)):
         y[first:last] = x[first:last].astype(np.float64) @ weight[group].astype(np.float64).T

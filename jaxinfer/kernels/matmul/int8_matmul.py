@@ -23,7 +23,8 @@ from jaxinfer.kernels.matmul.choose import NATIVE, XLA
 Array = TypeVar("Array", jax.Array, np.ndarray)
 
 UNIT = np.float32(1 / 127)
-"""Of a row's largest magnitude. Multiplied with, as XLA makes a product of a division by a constant, NumPy does not."""
+"""Scale of a row, per unit of its largest magnitude. A factor, since XLA turns a division by a constant into a
+multiplication and NumPy does not."""
 MOST_ROTATED = 128
 """Columns of the largest block. Larger ones reduce the error little and make `x H` more expensive."""
 DIVISIONS = 8
@@ -31,7 +32,7 @@ DIVISIONS = 8
 HOST_VALUES = 1 << 18
 """Values of a weight that the host rotates at a time."""
 SMALLEST = float(np.finfo(np.float32).tiny)
-"""Scales below are subnormal, which a device may take for zero: such a row is all zeroes."""
+"""Rows with smaller scales become zeros: these scales are subnormal, and some devices flush them to zero."""
 
 
 def rotation(columns: int, tp: int | None = None) -> int:
@@ -88,9 +89,9 @@ def rotate_weight(rows: Array, block: int) -> Array:
 
 
 def row_scales(rows: Array) -> Array:
-    """`[..., in]` -> `[...]` float32: what one unit of int8 stands for in each row, its largest magnitude / 127.
+    """Return the scale of each row, its largest magnitude / 127: `[..., in]` -> `[...]` float32.
 
-    NaN for a row in which something is not finite.
+    The scale of a row with a value that is not finite is NaN.
     """
     xp = rows.__array_namespace__()
     largest = xp.max(xp.abs(rows), axis=-1).astype(np.float32)
@@ -98,9 +99,9 @@ def row_scales(rows: Array) -> Array:
 
 
 def to_int8(rows: Array, scales: Array) -> Array:
-    """`[..., in]` rounded to the nearest multiple of each row's scale `[...]`, as int8.
+    """Round `[..., in]` to the nearest multiple of each row's scale `[...]`, as int8.
 
-    What a row whose scale is NaN gives has no meaning.
+    Rows whose scale is NaN are undefined.
     """
     xp = rows.__array_namespace__()
     usable = scales >= SMALLEST
@@ -114,7 +115,7 @@ def quantise_weight(rows: Array, block: int) -> tuple[Array, Array]:
 
 
 def quantise(rows: Array) -> tuple[Array, Array]:
-    """`[..., in]` -> int8 `[..., in]` and the scales `[...]` by which it is multiplied to come back."""
+    """Quantise rows `[..., in]`; return int8 values `[..., in]` and scales `[...]`, whose product approximates them."""
     scales = row_scales(rows)
     return to_int8(rows, scales), scales
 
@@ -129,17 +130,17 @@ def matmul(
     part: tuple[int, int] | None = None,
     block: int = 1,
 ) -> jax.Array:
-    """`x W^T`, in `dtype` or that of `x`.
+    """Compute `x W^T` in `dtype`, by default that of `x`.
 
-    A row of `x` with NaN or infinity in it gives a row of NaN and changes no other.
+    A row of `x` with a NaN or infinity gives a row of NaN and changes no other row.
 
     Args:
-        x: `[T, in]`, or `[T, tp, in / tp]` where the columns are divided over devices: then each device
-            quantises its own columns, so that nothing is said between devices but the one sum at the end.
-        weight: `[out, in]` int8, of `quantise_weight`.
-        scales: `[out]`, of the weight's rows.
+        x: `[T, in]`, or `[T, tp, in / tp]` if the columns are divided over devices: then each device quantises its
+            own columns, so that the devices exchange nothing but the sum at the end.
+        weight: `[out, in]` int8, made by `quantise_weight`.
+        scales: scales of the weight's rows, `[out]`.
         kernel: "xla" or, where nothing is divided, "native" (`kernels.matmul.choose`).
-        part: the first and the end of the weight's rows to multiply with; None: all of them.
+        part: first and end of the weight's rows to multiply with; None for all.
         block: columns per rotated block (`rotation`), which divides `in / tp`.
 
     Returns:
@@ -177,6 +178,6 @@ def _product(x: jax.Array, weight: jax.Array, scales: jax.Array, dtype: jax.typi
 
 
 def reference(x: np.ndarray, weight: np.ndarray, scales: np.ndarray, block: int = 1) -> np.ndarray:
-    """The oracle of `matmul` for `[T, in]`: rounded on the host, every sum taken term by term in float64."""
+    """Reference implementation of `matmul` for `[T, in]`: rounds on the host and sums in float64."""
     units, own = quantise(rotate(x, block))
     return (units[:, None, :] * weight.astype(np.float64)).sum(-1) * own[:, None] * scales

@@ -1,8 +1,8 @@
-"""Grouped products on NVIDIA GPUs: tiles of rows of one group, cut on the device, over a grid whose size is static.
+"""Grouped products on NVIDIA GPUs: tiles of rows of one group, computed on the device, over a grid of static size.
 
-The kernel is `triton_products.grouped`. As many programs are launched as any routing of the rows could need; those
-without rows end at once, so that reading weights and multiplying is proportional to the rows, and the call lies in the
-command buffer of its step, whatever the router says.
+The kernel is `triton_products.grouped`. As many programs are launched as any routing could need; programs without rows
+end at once, so the time is proportional to the rows. As the grid is static, the call is part of the step's command
+buffer.
 """
 
 from dataclasses import dataclass
@@ -17,21 +17,21 @@ from jaxinfer.kernels.triton.triton_launch import Options, Target
 
 @dataclass(frozen=True)
 class Tiling:
-    """The tiles of one product, chosen from shapes by arithmetic; not measured."""
+    """Tile sizes of one product, estimated from shapes; not measured."""
 
     block_m: int
-    """Rows of a group in one program."""
+    """Rows of a group per program."""
     block_n: int
-    """Rows of its matrix."""
+    """Rows of the group's matrix per program."""
     block_k: int
-    """Columns of both that a turn of the loop reads."""
+    """Columns of both per loop iteration."""
     options: Options
 
 
 def tiling(rows: int, groups: int, inner: int, itemsize: int) -> Tiling:
-    """For `[rows, inner]` in so many groups, of elements of so many bytes.
+    """Choose the tiles for activations `[rows, inner]` in `groups` groups, whose elements have `itemsize` bytes.
 
-    A few rows a group are bound by reading weights: small tiles of rows, and long pieces of the matrices' rows.
+    With few rows per group, reading weights takes the time: row tiles are small and pieces of the matrices long.
     """
     mean = -(-rows // groups)
     least = 1 << max(0, inner - 1).bit_length()
@@ -46,9 +46,10 @@ def tiling(rows: int, groups: int, inner: int, itemsize: int) -> Tiling:
 
 
 def cut(offsets: jax.Array, rows: int, tile: int) -> jax.Array:
-    """`[*, 3]` int32 (group, first row, rows) of tiles of at most `tile` rows, as many as `rows` rows may need.
+    """Cut rows into tiles of one group and at most `tile` rows: `[*, 3]` int32 of group, first row, number of rows.
 
-    `offsets` `[E + 1]`. Tiles that are not needed come last and have no rows.
+    The number of tiles is the most that `rows` rows may need; unneeded ones come last and have no rows. `offsets` is
+    `[E + 1]`.
     """
     groups = offsets.shape[0] - 1
     needed = -(-jnp.diff(offsets) // tile)
@@ -63,7 +64,7 @@ def cut(offsets: jax.Array, rows: int, tile: int) -> jax.Array:
 def matmul(
     x: jax.Array, weight: jax.Array, offsets: jax.Array, scales: jax.Array | None, target: Target, block: int = 1
 ) -> jax.Array:
-    """As `grouped.matmul`; what is not computed is not written either."""
+    """Multiply as `grouped.matmul`; rows of no group are not written."""
     from jaxinfer.kernels.matmul import triton_products  # imports triton
 
     (rows, inner), (groups, columns, _) = x.shape, weight.shape

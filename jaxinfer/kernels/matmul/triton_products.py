@@ -1,4 +1,4 @@
-"""The Triton kernel of grouped products. It imports triton: loaded when it is launched (`triton_grouped`)."""
+"""Triton kernel of grouped products. Imports triton, so it is imported only when launched (`triton_grouped`)."""
 
 import triton.language as tl
 
@@ -20,7 +20,7 @@ def grouped(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One tile of rows of one group times BLOCK_N rows of its matrix.
+    """Multiply one tile of rows of one group with BLOCK_N rows of its matrix.
 
     `tiles` `[*, 3]`: group, first row, rows (0: none); `x` `[R, K]`, `weight` `[E, N, K]`, `x_scales` `[R]` and
     `scales` `[E, N]` of int8, `y` `[R, N]`.
@@ -33,7 +33,7 @@ def grouped(
         live = tl.arange(0, BLOCK_M) < count
         column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
         inside = column < N
-        # Columns that are not there read the first one's: a mask would keep the loads from being wide ones.
+        # Columns out of range read column 0: with a mask the loads would not be vectorized.
         matrix_row = group * N + tl.where(inside, column, 0)
         within = tl.arange(0, BLOCK_K)
         x_at = x + row[:, None] * K + within[None, :]

@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks import checkpoint
 from benchmarks.gpu.context import Context, Figures
 from benchmarks.peer import Peer
-from benchmarks.work import Work, spread
+from benchmarks.work import Work, random_work
 
 PEERS = ("hf-static", "hf-cb")
 """Peers: transformers' `generate` with a static cache, which it compiles on a GPU, and its continuous batching."""
@@ -29,7 +29,7 @@ def run(context: Context) -> Figures:
     config: dict[str, Any] = context.size(LLAMA_1B, TOY)
     requests, prompt, new = context.size((64, 512, 256), (3, 12, 6))
     folder = _checkpoint(config)
-    work = spread(requests, (prompt, prompt), (new, new), vocab=config["vocab_size"], seed=0)
+    work = random_work(requests, (prompt, prompt), (new, new), vocab=config["vocab_size"], seed=0)
     figures: Figures = dict(context.kept) | {"requests": requests, "prompt_tokens": prompt, "new_tokens": new}
     for name in () if context.dry else PEERS:
         if f"{name}_tokens_per_second" in figures:

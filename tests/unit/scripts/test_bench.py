@@ -11,7 +11,7 @@ from benchmarks import checkpoint, commands, measure, trace
 from benchmarks.peer import Peer
 from benchmarks.report import Report
 from benchmarks.trace import Trace
-from benchmarks.work import Work, spread
+from benchmarks.work import Work, random_work
 
 from jaxinfer.checkpoint import SafetensorsReader
 
@@ -151,12 +151,12 @@ def test_transformers_makes_the_same_tokens_of_the_same_work(result: Callable[..
 
 
 def test_work_is_drawn_from_the_ranges_and_repeatable():
-    first, again = (spread(200, (3, 6), (2, 4), vocab=50, seed=1) for _ in range(2))
-    assert first == again != spread(200, (3, 6), (2, 4), vocab=50, seed=2)
+    first, again = (random_work(200, (3, 6), (2, 4), vocab=50, seed=1) for _ in range(2))
+    assert first == again != random_work(200, (3, 6), (2, 4), vocab=50, seed=2)
     assert {len(prompt) for prompt in first.prompts} == {3, 4, 5, 6}
     assert set(first.lengths) == {2, 3, 4}
     assert {token for prompt in first.prompts for token in prompt} == set(range(3, 50))
-    assert (first.at_once, spread(5, (1, 1), (1, 1), vocab=9, seed=0, concurrency=2).at_once) == (200, 2)
+    assert (first.at_once, random_work(5, (1, 1), (1, 1), vocab=9, seed=0, concurrency=2).at_once) == (200, 2)
 
 
 def test_serving_figures_by_hand():

@@ -16,7 +16,7 @@ from benchmarks.gpu import attention, cli, compiled, engines, growth, models, re
 from benchmarks.gpu.context import Context, bandwidth_shares
 from benchmarks.gpu.rows import ROWS, Goal, Row
 from benchmarks.peer import Peer
-from benchmarks.work import spread
+from benchmarks.work import random_work
 from jax.profiler import ProfileData
 from support.lowering import require_cuda_compiler
 
@@ -282,7 +282,7 @@ def test_compiled_prints_a_line_for_each_program(capsys: pytest.CaptureFixture[s
 def test_transformers_with_a_static_cache_makes_the_same_tokens(tmp_path: Path):
     pytest.importorskip("torch")
     checkpoint.write(tmp_path / "toy", models.TOY | {"tie_word_embeddings": True}, 0)
-    work, tokens = spread(3, (12, 12), (6, 6), vocab=models.TOY["vocab_size"], seed=0), []
+    work, tokens = random_work(3, (12, 12), (6, 6), vocab=models.TOY["vocab_size"], seed=0), []
     for name in ("hf", "hf-static"):
         system = Peer(name, sys.executable, tmp_path / "toy", "auto")
         tokens.append(system.run(work).tokens)

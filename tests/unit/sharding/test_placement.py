@@ -303,7 +303,7 @@ def test_the_html_is_well_formed_and_complete(mixed: Plan, large: Plan):
     assert REPLICATION_NOTE in text and "none lies on the first device only" in REPLICATION_NOTE
     for said in (
         "layers.1 ... layers.2",
-        "(2 alike)",
+        "(2 equal)",
         "sharded",
         "replicated",
         "both",

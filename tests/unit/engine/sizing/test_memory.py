@@ -115,7 +115,9 @@ def test_all_there_is_fits_in_the_share_of_the_limit(device_limit, compiled):
     assert max(runner.programs.temporaries.values()) == use.temporaries, "no other step needs more"
     assert held(engine) + use.temporaries == use.total <= 0.9 * SCARCE
     block = use.cache // runner.shapes.num_blocks
-    assert 0.9 * SCARCE - use.total < block + memory.WORTH * use.cache + SCARCE / memory.GRAINS, "no more is left over"
+    assert 0.9 * SCARCE - use.total < block + memory.LEAST_GAIN * use.cache + SCARCE / memory.ROUNDING, (
+        "no more is left over"
+    )
 
 
 @pytest.mark.slow
