@@ -26,6 +26,7 @@ from jaxinfer.sharding import rules as sharding_rules
 GROUP_BYTES = 1 << 27
 """Maximum bytes of parameters restored together: their files are read concurrently, and little memory is needed in
 addition to the weights."""
+WRITE_REMEDY = "free space there, or convert to another folder"
 
 
 def groups(params: Mapping[str, nnx.Param], most: int) -> Iterator[list[str]]:
@@ -49,7 +50,7 @@ def save(weights: Path, arrays: Mapping[str, jax.Array]) -> None:
     """
     from orbax.checkpoint.experimental.v1 import partial
 
-    with _context(), _named(f"{weights} cannot be written"):
+    with _context(), _named(f"{weights} cannot be written", WRITE_REMEDY):
         partial.save(weights.absolute(), dict(arrays))
 
 
@@ -61,7 +62,7 @@ def finalize(weights: Path) -> None:
     """
     from orbax.checkpoint.experimental.v1 import partial
 
-    with _context(), _named(f"{weights} cannot be written"):
+    with _context(), _named(f"{weights} cannot be written", WRITE_REMEDY):
         partial.finalize(weights.absolute())
 
 
@@ -142,7 +143,7 @@ def _load(weights: Path, abstract: Mapping[str, Any]) -> dict[str, Any]:
     """Load parameters as JAX or NumPy arrays, by the type of their templates (`ShapeDtypeStruct` or NumPy arrays)."""
     import orbax.checkpoint.experimental.v1 as ocp
 
-    with _context(), _named(f"{weights} cannot be read"):
+    with _context(), _named(f"{weights} cannot be read", REMEDY):
         return ocp.load(weights.absolute(), dict(abstract))
 
 
@@ -257,7 +258,7 @@ def _context() -> Iterator[None]:
 
 
 @contextmanager
-def _named(what: str) -> Iterator[None]:
+def _named(what: str, remedy: str) -> Iterator[None]:
     """Convert Orbax's long errors to a one-line CheckpointError; out-of-memory errors pass through."""
     try:
         yield
@@ -267,4 +268,4 @@ def _named(what: str) -> Iterator[None]:
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
             raise
         cause = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-        raise CheckpointError(f"{what}: {cause}") from error
+        raise CheckpointError(f"{what}: {cause.rstrip('.')}; {remedy}.") from error

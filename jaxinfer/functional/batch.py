@@ -102,35 +102,50 @@ def prefill_batch(
             within a chunk, the parts count as rows.
     """
     tables = np.asarray(tables, np.int32)
-    sizes = np.array([len(ids) for ids, _, _ in chunks], np.int32)
-    starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
+    starts = np.cumsum([0, *(len(ids) for ids, _, _ in chunks)]).astype(np.int32)
     total, batch = tokens or int(starts[-1]), rows or len(chunks)
-    columns = {
-        name: np.full(total, fill, np.int32)
-        for name, fill in (("tokens", 0), ("positions", -1), ("rows", 0), ("rope_lengths", 1))
-    }
-    tiles = np.zeros((tile_count(total, batch, tile), 4), np.int32)
-    count = 0
+    columns = _token_columns(chunks, starts, total)
     if seen is not None:
         columns["seen"] = np.zeros((total, 2), np.int32)
         columns["seen"][: len(seen)] = seen
-    turns = [] if seen is None else (np.flatnonzero((np.diff(seen, axis=0) != 0).any(axis=1)) + 1).tolist()
-    for row, (ids, position, prompt) in enumerate(chunks):
-        span = slice(starts[row], starts[row + 1])
-        at = np.arange(position, position + len(ids), dtype=np.int32)
-        columns["tokens"][span], columns["positions"][span], columns["rows"][span] = ids, at, row
-        columns["rope_lengths"][span] = np.where(at < prompt, prompt, at + 1)
-        parts = [0, *(turn - starts[row] for turn in turns if starts[row] < turn < starts[row + 1]), len(ids)]
-        for begin, end in pairwise(parts):
-            for first in range(begin, end, tile):
-                tiles[count] = row, starts[row] + first, position + first, min(tile, end - first)
-                count += 1
+    cut = _cut_tiles(chunks, starts, tile, seen)
+    tiles = np.zeros((tile_count(total, batch, tile), 4), np.int32)
+    tiles[: len(cut)] = cut
     padded = np.zeros((*tables.shape[:-2], batch, tables.shape[-1]), np.int32)
     padded[..., : len(chunks), :] = tables
     samples = np.arange(len(chunks)) if samples is None else samples
     last = np.zeros(batch, np.int32)
     last[: len(samples)] = starts[1:][samples] - 1
-    return PrefillBatch(**columns, tables=padded, tiles=tiles, count=np.int32(count), last=last, tile=tile)
+    return PrefillBatch(**columns, tables=padded, tiles=tiles, count=np.int32(len(cut)), last=last, tile=tile)
+
+
+def _token_columns(chunks: Sequence[tuple[Any, int, int]], starts: np.ndarray, total: int) -> dict[str, np.ndarray]:
+    """Return the fields of `PrefillBatch` with an entry per token, padded to `total`; chunk r begins at `starts[r]`."""
+    columns = {
+        name: np.full(total, fill, np.int32)
+        for name, fill in (("tokens", 0), ("positions", -1), ("rows", 0), ("rope_lengths", 1))
+    }
+    for row, (ids, position, prompt) in enumerate(chunks):
+        span = slice(starts[row], starts[row + 1])
+        at = np.arange(position, position + len(ids), dtype=np.int32)
+        columns["tokens"][span], columns["positions"][span], columns["rows"][span] = ids, at, row
+        columns["rope_lengths"][span] = np.where(at < prompt, prompt, at + 1)
+    return columns
+
+
+def _cut_tiles(
+    chunks: Sequence[tuple[Any, int, int]], starts: np.ndarray, tile: int, seen: np.ndarray | None
+) -> np.ndarray:
+    """Cut chunks into tiles of at most `tile` tokens that see the same encoder positions (`PrefillTiles.tiles`)."""
+    changes = [] if seen is None else (np.flatnonzero((np.diff(seen, axis=0) != 0).any(axis=1)) + 1).tolist()
+    tiles = []
+    for row, (ids, position, _) in enumerate(chunks):
+        start = int(starts[row])
+        parts = [0, *(change - start for change in changes if start < change < starts[row + 1]), len(ids)]
+        for begin, end in pairwise(parts):
+            for first in range(begin, end, tile):
+                tiles.append((row, start + first, position + first, min(tile, end - first)))
+    return np.array(tiles, np.int32).reshape(-1, 4)
 
 
 def tile_count(tokens: int, rows: int, tile: int = TILE) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxinfer._utils.checks import as_int, as_token_id, as_token_ids, describe
+from jaxinfer.checkpoint.plain_json import shorten
 from jaxinfer.checkpoint.size_limits import int_if_whole
 from jaxinfer.errors import ConfigError
 from jaxinfer.sampling_params import SamplingParams
@@ -76,7 +77,7 @@ def from_generation_config(config: Any, model: Mapping[str, Any] | None = None) 
     _refuse_unsupported(values)
     _refuse_total_lengths(values)
     values = {name: int_if_whole(model[name]) for name in _FILLED if (model or {}).get(name) is not None} | values
-    fields = {ours: values[theirs] for theirs, ours in _RENAMED.items() if theirs in values}
+    fields = {own_name: values[hf_name] for hf_name, own_name in _RENAMED.items() if hf_name in values}
     if values.get("do_sample"):
         fields |= {name: values[name] for name in _SAMPLING if name in values}
         fields.setdefault("top_k", _TRANSFORMERS_TOP_K)
@@ -108,16 +109,16 @@ def default_params(generation_config: Mapping[str, Any], *, encoder_decoder: boo
     names = {name: name for name in (*_SAMPLING, "repetition_penalty", "no_repeat_ngram_size")}
     names |= {"max_new_tokens": "max_tokens"}
     fields = {
-        ours: int_if_whole(generation_config[theirs])
-        for theirs, ours in names.items()
-        if generation_config.get(theirs) is not None
+        own_name: int_if_whole(generation_config[hf_name])
+        for hf_name, own_name in names.items()
+        if generation_config.get(hf_name) is not None
     }
     if encoder_decoder:
         fields |= {} if generation_config.get("do_sample") else {"temperature": 0.0}
-        for theirs, ours in (("max_length", "max_tokens"), ("min_length", "min_tokens")):
-            total = int_if_whole(generation_config.get(theirs))
-            if ours not in fields and isinstance(total, int) and total > 1:
-                fields[ours] = total - 1
+        for hf_name, own_name in (("max_length", "max_tokens"), ("min_length", "min_tokens")):
+            total = int_if_whole(generation_config.get(hf_name))
+            if own_name not in fields and isinstance(total, int) and total > 1:
+                fields[own_name] = total - 1
     try:
         return SamplingParams(**fields)
     except (TypeError, ValueError) as error:
@@ -137,7 +138,7 @@ def forced_id(source: Mapping[str, Any], name: str) -> int | None:
         return None
     ids = _model_ids(name, source[name])
     if len(ids) > 1:
-        raise ConfigError(f"{name} may be a single token, got {describe(source[name])}: pass one of them.")
+        raise ConfigError(f"{name} must be one token id, got {list(ids)}; keep one of them.")
     return ids[0] if ids else None
 
 
@@ -190,10 +191,15 @@ def _bad_words(values: Mapping[str, Any], ends: tuple[int, ...]) -> tuple[tuple[
     """Return `bad_words_ids` without single EOS tokens (`ends`), which transformers never bans."""
     words = values.get("bad_words_ids", ())
     if not isinstance(words, (list, tuple)):
-        raise TypeError(f"bad_words_ids must be a list of lists of token ids, got {describe(words)}.")
+        raise TypeError(
+            f"bad_words_ids must be a list of lists of token ids, got {describe(words)}; wrap it in a list."
+        )
     for index, word in enumerate(words):
         if not isinstance(word, (list, tuple)) or not word:
-            raise ValueError(f"bad_words_ids[{index}] must be a list of token ids, not empty.")
+            raise ValueError(
+                f"bad_words_ids[{index}] must be a non-empty list of token ids, got {shorten(repr(word), 80)}; "
+                "correct it, or leave it out."
+            )
     sequences = [tuple(as_token_id("every id in bad_words_ids", token) for token in word) for word in words]
     return tuple(word for word in sequences if word not in {(token,) for token in ends})
 
@@ -222,7 +228,7 @@ def _refuse_unsupported(values: Mapping[str, Any]) -> None:
     ]
     if found:
         hint = " LLM.beam_search searches with beams." if any(name.startswith("num_beams=") for name in found) else ""
-        raise ValueError(f"GenerationConfig sets what is not supported: {', '.join(found)}. Leave them out.{hint}")
+        raise ValueError(f"GenerationConfig sets unsupported attributes: {', '.join(found)}; leave them out.{hint}")
 
 
 def _refuse_total_lengths(values: Mapping[str, Any]) -> None:

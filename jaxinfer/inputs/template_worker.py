@@ -36,8 +36,41 @@ def make_environment():
     """Return a Jinja sandbox equal to the one transformers renders chat templates in."""
     import jinja2
     import jinja2.ext
-    import jinja2.nodes
     from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def raise_exception(message):
+        raise jinja2.exceptions.TemplateError(message)
+
+    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    made = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_generation_block(), jinja2.ext.loopcontrols]
+    )
+    made.filters["tojson"] = tojson
+    made.globals.update(
+        raise_exception=raise_exception,
+        strftime_now=lambda form: datetime.now().strftime(form),
+        dict=Dict(),
+        namespace=_safe_namespace(),
+    )
+    return made
+
+
+class Dict:
+    """Replacement of `dict` in templates that hides the attributes of the type."""
+
+    def __call__(self, *args, **kwargs):
+        return dict(*args, **kwargs)
+
+    def fromkeys(self, *args, **kwargs):
+        return dict.fromkeys(*args, **kwargs)
+
+
+def _generation_block():
+    """Return the Jinja extension of `{% generation %}`."""
+    import jinja2.ext
+    import jinja2.nodes
 
     class Generation(jinja2.ext.Extension):
         """`{% generation %}` block, which marks assistant text for training; its body is rendered unchanged."""
@@ -51,6 +84,13 @@ def make_environment():
 
         def _body(self, caller):
             return caller()
+
+    return Generation
+
+
+def _safe_namespace():
+    """Return the class of `namespace` in templates, which refuses private names."""
+    import jinja2
 
     class Namespace(jinja2.utils.Namespace):
         def __init__(*args, **kwargs):
@@ -70,32 +110,7 @@ def make_environment():
                     f"a namespace takes no name with an underscore in front, got {name!r}"
                 )
 
-    class Dict:
-        """Replacement of `dict` in templates that hides the attributes of the type."""
-
-        def __call__(self, *args, **kwargs):
-            return dict(*args, **kwargs)
-
-        def fromkeys(self, *args, **kwargs):
-            return dict.fromkeys(*args, **kwargs)
-
-    def raise_exception(message):
-        raise jinja2.exceptions.TemplateError(message)
-
-    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    made = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
-    )
-    made.filters["tojson"] = tojson
-    made.globals.update(
-        raise_exception=raise_exception,
-        strftime_now=lambda form: datetime.now().strftime(form),
-        dict=Dict(),
-        namespace=Namespace,
-    )
-    return made
+    return Namespace
 
 
 environment = functools.cache(make_environment)

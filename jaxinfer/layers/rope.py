@@ -52,8 +52,7 @@ def cos_sin(config: RopeConfig, positions: jax.Array, rope_length: jax.Array) ->
         config: the rotary embedding.
         positions: [T] int32, the position of each token in its sequence.
         rope_length: [T] int32, the sequence length that selects a token's frequencies: the prompt's length for prompt
-            tokens,
-            position + 1 for generated ones. Only dynamic and longrope use it.
+            tokens, position + 1 for generated ones. Only dynamic and longrope use it.
 
     Returns:
         cos [T, R/2] and sin [T, R/2], float32.
@@ -93,7 +92,7 @@ def deinterleave(x: jax.Array) -> jax.Array:
     """Reorder the last axis `[..., R]` from interleaved rotary pairs (2i, 2i + 1) to two halves.
 
     GPT-J-style checkpoints rotate columns 2i and 2i + 1 against each other, `apply_rope` columns i and i + R/2. Scores
-    are sums over columns, so reordering queries and keys alike does not change them.
+    are sums over columns, so reordering queries and keys in the same way does not change them.
     """
     return jnp.concatenate([x[..., ::2], x[..., 1::2]], axis=-1)
 

@@ -48,6 +48,7 @@ _OPTIONAL = {
     "yarn": (_ORIGINAL, "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
     "longrope": (_ORIGINAL, "attention_factor", "factor"),
 }
+REMEDY = "correct config.json, or pass the right value with hf_overrides"
 _EVERY_KIND = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned"}
 # Keys of some kinds only: transformers ignores them for other kinds, so they are ignored here too.
 _OF_SOME_KIND = {name for table in (_REQUIRED, _OPTIONAL) for names in table.values() for name in names}
@@ -103,7 +104,7 @@ class RopeConfig:
         _check_keys(kind, parameters)
         partial = _positive(parameters, "partial_rotary_factor") or 1.0
         if partial > 1:
-            raise ConfigError(f"rope: partial_rotary_factor={partial} must be in (0, 1].")
+            raise ConfigError(f"rope: partial_rotary_factor={partial} must be in (0, 1]; {REMEDY}.")
         fields: dict[str, Any] = {
             "kind": kind,
             "head_dim": head_dim,
@@ -150,7 +151,9 @@ def _standardise(config: dict[str, Any], default_theta: float) -> dict[str, Any]
     source = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     parameters = config.get(source) or {}
     if not isinstance(parameters, dict):
-        raise ConfigError(f"{source} must be an object, found {_show(parameters)}.")
+        raise ConfigError(
+            f"{source} must be an object, or null for the default rope, found {_show(parameters)}; {REMEDY}."
+        )
     parameters = dict(parameters)
     for name, default in (("rope_theta", default_theta), ("partial_rotary_factor", None)):
         outer, inner = config.get(name), parameters.get(name)
@@ -177,7 +180,7 @@ def _kind(parameters: dict[str, Any]) -> str:
     if kind == "su" or (kind == "yarn" and "short_factor" in parameters and "long_factor" in parameters):
         kind = "longrope"
     if kind not in ROPE_KINDS:
-        raise ConfigError(f"rope type {_show(kind)} is not supported; supported: {', '.join(ROPE_KINDS)}.")
+        raise ConfigError(f"rope type {_show(kind)} is not supported; supported: {', '.join(ROPE_KINDS)}; {REMEDY}.")
     return kind
 
 
@@ -189,15 +192,15 @@ def _check_keys(kind: str, parameters: dict[str, Any]) -> None:
     """
     missing = [name for name in _REQUIRED[kind] if name not in parameters]
     if missing:
-        raise ConfigError(f"rope type {kind!r} needs {', '.join(missing)}; found {sorted(parameters)}.")
+        raise ConfigError(f"rope type {kind!r} needs {', '.join(missing)}; found {sorted(parameters)}; {REMEDY}.")
     used = _EVERY_KIND.union(_REQUIRED[kind], _OPTIONAL[kind])
     extra = [name for name, value in parameters.items() if name not in used and value is not None]
     unknown = [name for name in extra if name not in _OF_SOME_KIND]
     if unknown:
         found = ", ".join(f"{name}={_show(parameters[name])}" for name in unknown)
         raise ConfigError(
-            f"rope type {kind!r}: unknown {found}, which may change the numbers; supported "
-            f"kinds: {', '.join(ROPE_KINDS)}. If it is known to be harmless, pass "
+            f"rope type {kind!r}: unknown {found}, which may change the outputs; supported "
+            f"types: {', '.join(ROPE_KINDS)}. If it is known to be harmless, pass "
             "hf_overrides with rope_parameters that leave it out."
         )
     if extra:
@@ -208,12 +211,12 @@ def _read(parameters: dict[str, Any], name: str) -> Any:
     if name in ("short_factor", "long_factor"):
         values = parameters[name]
         if not isinstance(values, list) or not values:
-            raise ConfigError(f"rope: {name} must be a list of numbers, found {_show(values)}.")
+            raise ConfigError(f"rope: {name} must be a list of numbers, found {_show(values)}; {REMEDY}.")
         return tuple(_positive({name: value}, name) for value in values)
     if name == "truncate":
         value = parameters.get(name)
         if value is not None and not isinstance(value, bool):
-            raise ConfigError(f"rope: truncate must be true or false, found {_show(value)}.")
+            raise ConfigError(f"rope: truncate must be true or false, found {_show(value)}; {REMEDY}.")
         return True if value is None else value
     if name == _ORIGINAL:
         return _length(parameters, name) if parameters.get(name) is not None else None
@@ -222,7 +225,7 @@ def _read(parameters: dict[str, Any], name: str) -> Any:
         return 0.0
     value = _positive(parameters, name)
     if value is None and name in ("low_freq_factor", "high_freq_factor"):
-        raise ConfigError(f"rope: {name} must be a number, found None.")
+        raise ConfigError(f"rope: {name} must be a number, found null; {REMEDY}.")
     return value
 
 
@@ -232,7 +235,7 @@ def _positive(parameters: dict[str, Any], name: str) -> float | None:
         return None
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not 0 < value <= MAX_NUMBER:
-        raise ConfigError(f"rope: {name}={_show(value)} must be a number above 0, up to {MAX_NUMBER:g}.")
+        raise ConfigError(f"rope: {name}={_show(value)} must be a number above 0, up to {MAX_NUMBER:g}; {REMEDY}.")
     return float(value)
 
 
@@ -240,7 +243,9 @@ def _length(config: dict[str, Any], name: str) -> int:
     value = config.get(name)
     value = int(value) if isinstance(value, float) and value.is_integer() else value
     if not isinstance(value, int) or isinstance(value, bool) or not 2 <= value <= MAX_LENGTH:
-        raise ConfigError(f"rope: {name}={_show(value)} must be a whole number of tokens, from 2 to {MAX_LENGTH}.")
+        raise ConfigError(
+            f"rope: {name}={_show(value)} must be a whole number of tokens, from 2 to {MAX_LENGTH}; {REMEDY}."
+        )
     return value
 
 
@@ -260,23 +265,23 @@ def _check(rope: RopeConfig) -> None:
     if rope.rotary_dim < 2 or rope.rotary_dim % 2:
         raise ConfigError(
             f"rope: head_dim={rope.head_dim} x partial_rotary_factor gives {rope.rotary_dim} "
-            "rotary dims; they must be even and at least 2."
+            f"rotary dims; they must be even and at least 2; {REMEDY}."
         )
     if rope.theta <= 1:
-        raise ConfigError(f"rope: rope_theta={rope.theta} must be above 1.")
+        raise ConfigError(f"rope: rope_theta={rope.theta} must be above 1; {REMEDY}.")
     if rope.factor is None and rope.kind in ("linear", "dynamic", "llama3"):
-        raise ConfigError(f"rope type {rope.kind!r}: factor must be a number, found None.")
+        raise ConfigError(f"rope type {rope.kind!r}: factor must be a number, found null; {REMEDY}.")
     if rope.kind == "dynamic" and rope.rotary_dim <= 2:
-        raise ConfigError(f"rope type 'dynamic' needs more than 2 rotary dims, found {rope.rotary_dim}.")
+        raise ConfigError(f"rope type 'dynamic' needs more than 2 rotary dims, found {rope.rotary_dim}; {REMEDY}.")
     if rope.kind == "llama3" and rope.high_freq_factor <= rope.low_freq_factor:
         raise ConfigError(
             f"rope type 'llama3': high_freq_factor={rope.high_freq_factor} must be above "
-            f"low_freq_factor={rope.low_freq_factor}."
+            f"low_freq_factor={rope.low_freq_factor}; {REMEDY}."
         )
     for name in ("short_factor", "long_factor"):
         factors = getattr(rope, name)
         if factors is not None and len(factors) != rope.rotary_dim // 2:
             raise ConfigError(
                 f"rope: {name} has {len(factors)} numbers, expected {rope.rotary_dim // 2} "
-                f"(half of {rope.rotary_dim} rotary dims)."
+                f"(half of {rope.rotary_dim} rotary dims); {REMEDY}."
             )

@@ -52,21 +52,13 @@ def read_config(
     Raises:
         ConfigError: sizes do not fit each other, or an activation or rope is unknown.
     """
-    width, heads = reader.get_int("hidden_size"), reader.get_int("num_attention_heads")
-    kv_heads = reader.get_int("num_key_value_heads", heads)
-    head_dim = reader.get_int("head_dim", None) or reader.divide("hidden_size", width, "num_attention_heads", heads)
-    reader.divide("num_attention_heads", heads, "num_key_value_heads", kv_heads)
+    eps = reader.get_float(*norm_eps, above=0)
+    attention = _attention_spec(reader, qkv_bias, out_bias, eps if qk_norm else None)
     chosen = reader.get_choice(activation, "silu", ACTIVATIONS)
     reader.restrict(one_values(qk_norm=qk_norm, experts=moe is not None))
-    eps = reader.get_float(*norm_eps, above=0)
-    rope, local = _ropes(reader, head_dim, local_rope)
-    turned = min(one.rotary_dim for one in (rope, local) if one is not None)
-    if turned != head_dim and not partial_rotary:
-        raise ConfigError(
-            f"config.json: rope turns {turned} of {head_dim} dimensions (partial_rotary_factor), which "
-            f"{reader.family} does not support; remove it, or use a family that does (Phi3ForCausalLM)"
-        )
-    spec = AttentionSpec(width, heads, kv_heads, head_dim, qkv_bias, out_bias, eps if qk_norm else None)
+    rope, local = _ropes(reader, attention.head_dim, local_rope)
+    if not partial_rotary:
+        _refuse_partial_rope(reader, attention.head_dim, rope, local)
     layers = reader.get_int("num_hidden_layers")
     if window is None and SLIDING in kinds:
         raise ConfigError(
@@ -78,7 +70,7 @@ def read_config(
         ffn=reader.get_int("intermediate_size"),
         activation=chosen,
         norm_eps=eps,
-        attention=spec,
+        attention=attention,
         rope=rope,
         local_rope=local,
         max_position=reader.get_int("max_position_embeddings"),
@@ -90,6 +82,25 @@ def read_config(
         dense_layers=tuple(dense_layers),
         tied=reader.get_bool("tie_word_embeddings", False),
     )
+
+
+def _attention_spec(reader: ConfigReader, qkv_bias: bool, out_bias: bool, norm_eps: float | None) -> AttentionSpec:
+    """Read the sizes of self-attention."""
+    width, heads = reader.get_int("hidden_size"), reader.get_int("num_attention_heads")
+    kv_heads = reader.get_int("num_key_value_heads", heads)
+    head_dim = reader.get_int("head_dim", None) or reader.divide("hidden_size", width, "num_attention_heads", heads)
+    reader.divide("num_attention_heads", heads, "num_key_value_heads", kv_heads)
+    return AttentionSpec(width, heads, kv_heads, head_dim, qkv_bias, out_bias, norm_eps)
+
+
+def _refuse_partial_rope(reader: ConfigReader, head_dim: int, rope: RopeConfig, local: RopeConfig | None) -> None:
+    """Refuse a rope that rotates a part of a head's dimensions."""
+    rotated = min(one.rotary_dim for one in (rope, local) if one is not None)
+    if rotated != head_dim:
+        raise ConfigError(
+            f"config.json: rope rotates {rotated} of {head_dim} dimensions (partial_rotary_factor), which "
+            f"{reader.family} does not support; remove it, or use a family that does (Phi3ForCausalLM)"
+        )
 
 
 def window_of(reader: ConfigReader) -> int | None:
@@ -146,6 +157,35 @@ def _ropes_of_kinds(
 
     A kind without one has the default rope, and `rope_scaling` is that of full layers, as in transformers.
     """
+    stated = _stated_ropes(reader, each)
+    scaling = reader.get("rope_scaling", None) or {}
+    if not isinstance(scaling, Mapping):
+        raise ConfigError(f"config.json: rope_scaling is {show(scaling)}; it must be an object")
+    bases = {FULL: reader.get("rope_theta", None)}
+    bases[SLIDING] = local.get("rope_theta", bases[FULL])
+    if not local:  # one rope for all layers, whichever kind states it
+        stated = {FULL: stated[FULL] or stated[SLIDING], SLIDING: stated[SLIDING] or stated[FULL]}
+    # "type" is the older name of "rope_type", and must take precedence over a stated "default".
+    kind = {"rope_type": scaling["type"]} if scaling.get("type") else {}
+    stated[FULL] = {**stated[FULL], **kind, **scaling}
+    full, sliding = (
+        reader.rope(
+            head_dim,
+            rope_scaling=None,
+            rope_theta=None,
+            rope_parameters={**({} if bases[kind] is None else {"rope_theta": bases[kind]}), **own},
+        )
+        for kind, own in stated.items()
+    )
+    return full, sliding
+
+
+def _stated_ropes(reader: ConfigReader, each: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Return the object of each kind in `rope_parameters`, {} for a kind without one.
+
+    Raises:
+        ConfigError: a key or value is invalid, both objects are empty, or one contradicts a field beside them.
+    """
     unknown = sorted(set(each) - {FULL, SLIDING})
     if unknown:
         raise ConfigError(
@@ -159,11 +199,6 @@ def _ropes_of_kinds(
         raise ConfigError(
             f"config.json: rope_parameters.{FULL} and rope_parameters.{SLIDING} are both empty; set at least one"
         )
-    scaling = reader.get("rope_scaling", None) or {}
-    if not isinstance(scaling, Mapping):
-        raise ConfigError(f"config.json: rope_scaling is {show(scaling)}; it must be an object")
-    bases = {FULL: reader.get("rope_theta", None)}
-    bases[SLIDING] = local.get("rope_theta", bases[FULL])
     for kind, name in ((FULL, "rope_theta"), (SLIDING, "rope_local_base_freq")):
         outer, inner = reader.config.get(name), stated[kind].get("rope_theta")
         if outer is not None and inner is not None and outer != inner:
@@ -171,19 +206,4 @@ def _ropes_of_kinds(
                 f"config.json: {name}={show(outer)} contradicts rope_parameters.{kind}.rope_theta={show(inner)}; state "
                 f"one of them, for instance with hf_overrides={{{name!r}: None}}"
             )
-    if not local:  # one rope for all layers, whichever kind states it
-        stated = {FULL: stated[FULL] or stated[SLIDING], SLIDING: stated[SLIDING] or stated[FULL]}
-    kind = (
-        {"rope_type": scaling["type"]} if scaling.get("type") else {}
-    )  # the older name, which must not lose to "default"
-    stated[FULL] = {**stated[FULL], **kind, **scaling}
-    full, sliding = (
-        reader.rope(
-            head_dim,
-            rope_scaling=None,
-            rope_theta=None,
-            rope_parameters={**({} if bases[kind] is None else {"rope_theta": bases[kind]}), **own},
-        )
-        for kind, own in stated.items()
-    )
-    return full, sliding
+    return stated

@@ -216,10 +216,10 @@ def layer_rules(source: str, target: str, layers: int, biases: Sequence[str], *,
         cross: whether the layers have cross-attention.
     """
     table = []
-    for theirs, (ours, *parts) in {**{name: (path,) for name, path in NAMES.items()}, **PARTS}.items():
-        if cross or not theirs.startswith("encoder_attn"):
-            rules = both(f"{source}.{{i}}.{theirs}", f"{target}.{{i}}.{ours}", tuple(parts))
-            has_bias = "attn." not in theirs or not parts or parts[0] in biases
+    for hf_name, (own_name, *parts) in {**{name: (path,) for name, path in NAMES.items()}, **PARTS}.items():
+        if cross or not hf_name.startswith("encoder_attn"):
+            rules = both(f"{source}.{{i}}.{hf_name}", f"{target}.{{i}}.{own_name}", tuple(parts))
+            has_bias = "attn." not in hf_name or not parts or parts[0] in biases
             table += rules if has_bias else rules[:1]
     return expand(table, layers)
 

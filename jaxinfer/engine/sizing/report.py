@@ -34,41 +34,40 @@ def report(
             shapes.feature_slots * program.features.rows,
         )
     block = kv_cache.block_bytes(program.layout.array_specs, config.block_size, program.dtype, program.mesh)
-    used, given = size_text(shapes.num_blocks * block), size_text(budget.size - taken)
+    sizes = size_text(shapes.num_blocks * block), size_text(budget.size - taken), budget.source
     if shapes.contiguous:
-        if shapes.max_length < longest:
-            log.warning(
-                "max_model_len is %d, as many tokens as each of %d rows of the contiguous cache holds; the model "
-                "allows %d: max_num_seqs and max_model_len share the memory",
-                shapes.max_length,
-                shapes.rows,
-                longest,
-            )
-        log.info(
-            "contiguous cache: %d rows of %d tokens, %s of %s (%s)",
-            shapes.rows,
-            shapes.max_length,
-            used,
-            given,
-            budget.source,
-        )
+        _contiguous(shapes, longest, sizes)
     else:
-        if shapes.max_length < longest:
-            log.warning(
-                "max_model_len is %d, as many tokens as the cache holds; the model allows %d",
-                shapes.max_length,
-                longest,
-            )
-        log.info(
-            "cache: %d blocks of %d tokens, %s of %s (%s); max_model_len %d",
-            shapes.num_blocks,
-            shapes.block_size,
-            used,
-            given,
-            budget.source,
-            shapes.max_length,
-        )
+        _paged(shapes, longest, sizes)
     log.info("%s", _memory_text(use))
+
+
+def _contiguous(shapes: Shapes, longest: int, sizes: tuple[str, str, str]) -> None:
+    """Log the rows of a contiguous cache; `sizes`: memory used, memory available, its origin."""
+    if shapes.max_length < longest:
+        log.warning(
+            "max_model_len is %d, as many tokens as each of %d rows of the contiguous cache holds; the model allows "
+            "%d: max_num_seqs and max_model_len share the memory",
+            shapes.max_length,
+            shapes.rows,
+            longest,
+        )
+    log.info("contiguous cache: %d rows of %d tokens, %s of %s (%s)", shapes.rows, shapes.max_length, *sizes)
+
+
+def _paged(shapes: Shapes, longest: int, sizes: tuple[str, str, str]) -> None:
+    """Log the blocks of a paged cache; `sizes` as in `_contiguous`."""
+    if shapes.max_length < longest:
+        log.warning(
+            "max_model_len is %d, as many tokens as the cache holds; the model allows %d", shapes.max_length, longest
+        )
+    log.info(
+        "cache: %d blocks of %d tokens, %s of %s (%s); max_model_len %d",
+        shapes.num_blocks,
+        shapes.block_size,
+        *sizes,
+        shapes.max_length,
+    )
 
 
 def _states(program: Program, config: EngineConfig, shapes: Shapes) -> int:

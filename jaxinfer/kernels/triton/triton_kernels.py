@@ -3,6 +3,8 @@
 `attend` is the online softmax of FlashAttention-2 (arXiv:2307.08691) over the blocks of a table, for decode and chunked
 prefill; `combine` merges the split-K pieces of a row (Flash-Decoding). `triton_attention` makes their arguments.
 Parameters annotated `tl.constexpr` are compile-time constants; all others are pointers.
+
+Triton has no structs, so each call lists all pointers and constants: `attend` and `_scan` are longer than they do work.
 """
 
 import triton.language as tl

@@ -146,8 +146,8 @@ def _tower_rules(config: InternVLConfig) -> list[Rule]:
             target = f"layers.{layer}.{target}"
         unused = layer is not None and layer >= vision.layers
         source = names[name].replace("{i}", str(layer))
-        for theirs, ours in leaves.items():
-            table.append(Rule(source + theirs, None if unused else target + ours, parts))
+        for hf_name, own_name in leaves.items():
+            table.append(Rule(source + hf_name, None if unused else target + own_name, parts))
 
     whole = {"": ""}
     add("embedding.cls", "embedding.cls", whole)
@@ -189,7 +189,8 @@ def weight_rules(config: InternVLConfig) -> list[Rule]:
     for part, target, leaves in zip(parts, ("norm", "mlp.up", "mlp.down"), (NORM, LINEAR, LINEAR), strict=True):
         fused = ("up",) if target == "mlp.up" else ()
         table += [
-            Rule(f"{projector}.{part}{theirs}", f"projector.{target}{ours}", fused) for theirs, ours in leaves.items()
+            Rule(f"{projector}.{part}{hf_name}", f"projector.{target}{own_name}", fused)
+            for hf_name, own_name in leaves.items()
         ]
     if not config.original:
         table = [replace(rule, also=(f"model.{rule.source}",)) for rule in table]

@@ -225,8 +225,8 @@ def weight_rules(config: MllamaVisionConfig) -> list[Rule]:
 
 
 def _layer(source: str, target: str, names: dict[str, str]) -> Iterator[Rule]:
-    for theirs, ours in names.items():
-        yield Rule(f"{source}.{theirs}", f"{target}.{ours}")
+    for hf_name, own_name in names.items():
+        yield Rule(f"{source}.{hf_name}", f"{target}.{own_name}")
     for part in ("q", "k", "v"):
         yield Rule(f"{source}.self_attn.{part}_proj.weight", f"{target}.attention.qkv.weight", (part,))
     for leaf in ("weight", "bias"):
