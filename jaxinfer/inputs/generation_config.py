@@ -142,9 +142,7 @@ def forced_id(source: Mapping[str, Any], name: str) -> int | None:
     return ids[0] if ids else None
 
 
-def eos_ids(
-    config: Mapping[str, Any], generation_config: Mapping[str, Any], tokenizer: Any = None
-) -> tuple[int, ...]:
+def eos_ids(config: Mapping[str, Any], generation_config: Mapping[str, Any], tokenizer: Any = None) -> tuple[int, ...]:
     """Return the EOS token ids of generation_config.json, else of config.json, and that of the tokenizer, as in vLLM.
 
     Fine-tuning tools give the tokenizer the end of a chat's turn as its EOS token, and often leave the base model's in
