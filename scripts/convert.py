@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ending import status_of
-from overrides import add_hf_overrides
+from jaxinfer.commands.exit_status import status_of
+from jaxinfer.commands.overrides import add_hf_overrides
 
 if TYPE_CHECKING:
     from jaxinfer.checkpoint.manifest import Manifest

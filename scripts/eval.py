@@ -26,10 +26,10 @@ from pathlib import Path
 from typing import Any
 
 import perplexity
-from ending import status_of
-from overrides import add_hf_overrides
 
 from jaxinfer import LLM, SamplingParams, demo
+from jaxinfer.commands.exit_status import status_of
+from jaxinfer.commands.overrides import add_hf_overrides
 
 MARK = "####"
 DEMO = "demo"

@@ -1,7 +1,6 @@
 """Command line of the server: `jaxinfer serve MODEL`."""
 
 import argparse
-import json
 import logging
 import os
 import signal
@@ -10,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxinfer.commands.overrides import add_hf_overrides
 from jaxinfer.errors import ConfigError, JaxInferError
 
 KEY = "JAXINFER_API_KEY"
@@ -26,6 +26,7 @@ LIMITS += ("max_queue_length",)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the server to a parser."""
     add = parser.add_argument
+    parser.usage = "jaxinfer serve MODEL [OPTIONS]"
     add("model", help="a checkpoint's directory or Hub id")
     add("--served-model-name", metavar="NAME", help="name in requests and responses; by default MODEL as given")
     server = parser.add_argument_group("server").add_argument
@@ -38,46 +39,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     server("--warmup", action="store_true", help="compile all steps before the first request")
     server("--access-log", action="store_true", help="log each request")
     limit = parser.add_argument_group("limits").add_argument
-    limit("--max-body-bytes", type=int, help="bytes of a request")
+    limit("--max-body-bytes", type=int, metavar="N", help="bytes of a request")
     limit("--body-timeout", type=float, metavar="S", help="seconds for a request to arrive")
     limit("--write-timeout", type=float, metavar="S", help="seconds that a stream may stay unread")
-    limit("--max-n", type=int, help="samples of a request")
-    limit("--max-tokens", type=int, help="new tokens of a sample")
-    limit("--max-concurrent-requests", type=int, help="requests that are answered at a time")
-    limit("--max-queue-length", type=int, help="waiting sequences above which requests are refused")
+    limit("--max-n", type=int, metavar="N", help="samples of a request")
+    limit("--max-tokens", type=int, metavar="N", help="new tokens of a sample")
+    limit("--max-concurrent-requests", type=int, metavar="N", help="requests that are answered at a time")
+    limit("--max-queue-length", type=int, metavar="N", help="waiting sequences above which requests are refused")
     engine = parser.add_argument_group("engine (see jaxinfer.EngineConfig)").add_argument
     engine("--dtype", choices=("auto", "float32", "bfloat16", "float16"))
     engine("--quantization", choices=("int8",))
     for name in ("tensor-parallel-size", "max-model-len", "max-num-seqs", "max-num-batched-tokens"):
-        engine(f"--{name}", type=int)
-    engine("--kv-cache-memory-bytes", type=int)
-    engine("--gpu-memory-utilization", type=float)
+        engine(f"--{name}", type=int, metavar="N")
+    engine("--kv-cache-memory-bytes", type=int, metavar="N")
+    engine("--gpu-memory-utilization", type=float, metavar="SHARE")
     engine("--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=None)
-    engine("--seed", type=int)
+    engine("--seed", type=int, metavar="N")
     engine("--tokenizer", metavar="DIR", help="tokenizer to use instead of the model's")
     engine("--revision", help="Git revision of the Hub id")
     engine("--chat-template", type=Path, metavar="FILE", help="Jinja source to use instead of the model's")
-    engine("--hf-overrides", type=_object, metavar="JSON", help="values that override those of config.json")
-
-
-def _object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"must be a JSON object, not {type(value).__name__}")
-    return value
+    add_hf_overrides(parser)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `python -m jaxinfer.serve`."""
     parser = argparse.ArgumentParser(prog="python -m jaxinfer.serve", description=__doc__)
     add_arguments(parser)
-    return run(parser.parse_args(argv))
+    return run(parser, parser.parse_args(argv))
 
 
-def run(args: argparse.Namespace) -> int:
+def run(_: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     """Serve until a signal; return the exit status, 2 for bad input."""
     try:
         import uvicorn

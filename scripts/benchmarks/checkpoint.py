@@ -113,3 +113,18 @@ def _bart(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
 def parameters(config: dict[str, Any]) -> int:
     """Return the number of parameters."""
     return sum(int(np.prod(shape)) for _, shape in shapes(config))
+
+
+def laid_over(folder: Path, overrides: dict[str, Any], into: Path) -> Path:
+    """Create a folder with links to a checkpoint's files and an overridden config.json; return it.
+
+    For benchmarks, so that every system that reads the folder sees the overrides.
+    """
+    from jaxinfer.checkpoint.hf import read_config
+
+    for path in folder.iterdir():
+        (into / path.name).symlink_to(path.resolve())
+    (into / "config.json").unlink()
+    config = {name: value for name, value in read_config(folder, overrides).items() if value is not None}
+    (into / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    return into

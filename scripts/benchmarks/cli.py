@@ -9,8 +9,6 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from overrides import laid_over
-
 from benchmarks import checkpoint, commands, flags
 from benchmarks.gpu import cli as gpu
 from benchmarks.gpu import compiled
@@ -53,7 +51,7 @@ def _subject(args: argparse.Namespace, own: Path) -> Subject | None:
         raise ValueError("--hf-overrides goes with --model")
     if args.model is not None:
         if args.hf_overrides is not None:
-            args.model = laid_over(args.model, args.hf_overrides, own)
+            args.model = checkpoint.laid_over(args.model, args.hf_overrides, own)
         config = json.loads((args.model / "config.json").read_text())
         return Subject(args.model, config["vocab_size"], str(args.model))
     if args.command in WITHOUT_MODEL:

@@ -7,11 +7,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from overrides import add_hf_overrides
-
 from benchmarks import commands
 from benchmarks.peer import PEERS
 from benchmarks.standard import STANDARDS
+from jaxinfer.commands.overrides import add_hf_overrides
 
 SIZES = {
     "hidden_size": (1024, "M of the random Llama"),

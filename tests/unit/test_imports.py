@@ -31,6 +31,7 @@ TIERS = (
     {"loading"},
     {"llm"},
     {"async_llm"},
+    {"commands"},
     {"serve"},
     {"jaxinfer"},
     {"cli"},

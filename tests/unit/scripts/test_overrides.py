@@ -5,12 +5,14 @@ import json
 import random
 
 import pytest
+from benchmarks.checkpoint import laid_over
 from fuzzing import cli as fuzz
 from fuzzing import mutations, part
-from overrides import laid_over, parse_overrides
 from support import checkpoint, scripts, tiny
 
+from jaxinfer import cli
 from jaxinfer.checkpoint.hf import read_config
+from jaxinfer.commands.overrides import parse_overrides
 
 
 @pytest.mark.parametrize(
@@ -70,15 +72,15 @@ def test_what_is_measured_is_a_folder_that_says_so(folder, tmp_path):
 
 def test_every_other_command_has_the_flag():
     from benchmarks import flags
-    from generation import options
 
     given = ["--hf-overrides", '{"x": 1}']
     parsed = [
-        options.parse("", ["--model=M", "--prompt=x", *given]),
+        *(cli.parse([command, *given])[1] for command in ("generate", "chat", "plan")),
+        cli.parse(["serve", "M", *given])[1],
         scripts.load("eval").parse(["--questions=demo", *given]),
         flags.make_parser().parse_args(["throughput", "--model=M", *given]),
     ]
-    assert [args.hf_overrides for args in parsed] == [{"x": 1}] * 3
+    assert [args.hf_overrides for args in parsed] == [{"x": 1}] * 6
 
 
 # --- Fuzzing ------------------------------------------------------------------------------------------

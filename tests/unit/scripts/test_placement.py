@@ -12,10 +12,12 @@ import jax
 import numpy as np
 import pytest
 from benchmarks.steptime import Step
-from placements import cli, table, tuning
+from placements import cli, tuned_table, tuning
 from placements.tuned import Kind, Timing, Tuned
 
+from jaxinfer import cli as command
 from jaxinfer import sharding
+from jaxinfer.commands.plan import table
 from jaxinfer.sharding import Plan
 
 pytestmark = pytest.mark.xdist_group("placement")
@@ -137,7 +139,7 @@ def test_an_unknown_architecture_is_one_line(place, tmp_path: Path):
 
 @pytest.mark.parametrize(("text", "size"), [("80GiB", 80 << 30), ("24GB", 24 * 10**9), ("123", 123), ("1.5KiB", 1536)])
 def test_sizes(text: str, size: int):
-    assert cli.parse([f"--memory={text}"]).memory == size
+    assert command.parse(["plan", f"--memory={text}"])[1].memory == size
 
 
 @pytest.mark.slow
@@ -201,15 +203,15 @@ def test_what_was_found_is_said(capsys: pytest.CaptureFixture[str]):
     timing = Timing(DECODE, 2e-3, {ATTENTION: 1e-3, MLP: -1e-3})
     made = planned()(HF, {ATTENTION: "replicate"})
     found = Tuned(2, kinds, (timing,), (ATTENTION,), made, True, 256, {str(DECODE): 0.75})
-    table.show_tuned(found)
+    tuned_table.show(found)
     out = capsys.readouterr().out
     words = " ".join(out.split())
     assert out.splitlines()[-1] == f"--placement '{ATTENTION}=replicate'" == found.flags
     assert "+1" in words and "-1" in words and "2 ms" in words and "decode 8: 0.500" in words and "0.750" in words
     none = replace(found, proposal=(), confirmed={})
-    assert none.flags == "" and "All sharded is the fastest" in " ".join(table.conclusions(none))
-    assert "No placement fits" in " ".join(table.conclusions(replace(none, fits=False)))
-    assert "There is one device" in " ".join(table.conclusions(replace(none, devices=1)))
+    assert none.flags == "" and "All sharded is the fastest" in " ".join(tuned_table.conclusions(none))
+    assert "No placement fits" in " ".join(tuned_table.conclusions(replace(none, fits=False)))
+    assert "There is one device" in " ".join(tuned_table.conclusions(replace(none, devices=1)))
     assert json.loads(json.dumps(found.as_dict()))["placement"] == {ATTENTION: "replicate"}
 
 

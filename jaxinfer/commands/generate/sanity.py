@@ -5,7 +5,10 @@ off.
 import time
 from collections.abc import Callable, Sequence
 
-from jaxinfer import LLM, RequestOutput, SamplingParams, demo
+from jaxinfer import demo
+from jaxinfer.llm import LLM
+from jaxinfer.outputs import RequestOutput
+from jaxinfer.sampling_params import SamplingParams
 
 Runs = Sequence[tuple[list[RequestOutput], float]]
 """Answers of each mode, with the seconds they took."""

@@ -1,18 +1,16 @@
-"""Command-line options and prompt inputs of `scripts/generate.py`."""
+"""Command-line options and prompt inputs of `jaxinfer generate`."""
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from overrides import add_hf_overrides
-
 from jaxinfer import demo, distributed
+from jaxinfer.commands.overrides import add_hf_overrides
 
 
-def parse(description: str, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(description=description)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the command to a parser."""
     add = parser.add_argument
     add("--model", help="a checkpoint's directory, GGUF file or Hub id, or smollm2; by default the packaged one")
     add("--prompt", action="append", default=[], help="repeatable")
@@ -70,10 +68,12 @@ def parse(description: str, argv: Sequence[str] | None) -> argparse.Namespace:
     add("--samples", type=int, default=0, metavar="N", help="ask N built-in questions (at most 20)")
     add("--add-prefix", action="store_true", help="with --samples: put a shared prefix before each question")
     add("--compare", action="store_true", help="with --samples: again without sharing and prefix reuse, side by side")
-    args = parser.parse_args(argv)
+
+
+def finish(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse options that contradict each other, and derive those that follow from others."""
     check(parser, args)
     args.chat |= args.samples > 0 or (args.model is None and not args.prompt and args.prompts_file is None)
-    return args
 
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -120,7 +120,7 @@ def read_prompts(file: Path) -> list[str]:
     return prompts
 
 
-def as_asked(prompts: Sequence[str], images: Sequence[Any], chat: bool) -> list[Any]:
+def as_inputs(prompts: Sequence[str], images: Sequence[Any], chat: bool) -> list[Any]:
     """Build `LLM` inputs: prompts, or one-message conversations, each with its images."""
     if not chat:
         return [{"prompt": text, "multi_modal_data": {"image": list(images)}} if images else text for text in prompts]

@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from jaxinfer import CompletionOutput, RequestOutput
+from jaxinfer.outputs import CompletionOutput, RequestOutput
 
 
 def show(updates: Iterable[RequestOutput], prompts: Sequence[str], n: int, chat: bool) -> list[RequestOutput]:

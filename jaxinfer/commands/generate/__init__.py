@@ -1,0 +1,1 @@
+"""`jaxinfer generate`: texts, chats and transcripts of prompts."""
