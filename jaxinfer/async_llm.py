@@ -1,6 +1,7 @@
 """`AsyncLLM`, the inference API for asyncio: each request is an asynchronous iterator over its outputs."""
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
@@ -12,7 +13,7 @@ from jaxinfer.engine.metrics import Metric
 from jaxinfer.engine.runner.warmup import Warmup
 from jaxinfer.errors import EngineClosedError
 from jaxinfer.llm import CLOSED, LLM
-from jaxinfer.models.whisper.transcription import Transcript
+from jaxinfer.models.whisper.transcription import Transcript, begin
 from jaxinfer.outputs import RequestOutput
 from jaxinfer.results.output_processor import Handle
 from jaxinfer.results.output_streams import OutputStream, StreamHub
@@ -179,15 +180,19 @@ class AsyncLLM:
     async def _add(self, prepare: Callable[[], Handle], request_id: str | None) -> OutputStream:
         if request_id is not None and (not isinstance(request_id, str) or not request_id):
             raise TypeError(f"request_id must be a string that is not empty, got {request_id!r}")
-        handle = await self._run(prepare)
+        handle = await self.run_on_thread(prepare)
         if request_id is not None:
             handle.request.id = request_id
+        return await self._queued(handle)
+
+    async def _queued(self, handle: Handle) -> OutputStream:
+        """Queue a request and return its outputs."""
         stream = OutputStream(handle, self._hub)
         await stream.queue()
         return stream
 
-    async def _run(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Call a function on a thread for inputs."""
+    async def run_on_thread(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call a function on one of the threads that prepare inputs, and return its result."""
         self._llm._check_open()
         try:
             waiting = asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
@@ -197,25 +202,45 @@ class AsyncLLM:
 
     async def tokenize(self, prompt: Any) -> list[int]:
         """Return the token ids of one prompt as the model gets them; arguments and errors are those of `generate`."""
-        return (await self._run(self._parse, prompt, None)).request.prompt.tolist()
+        return (await self.run_on_thread(self._parse, prompt, None)).request.prompt.tolist()
 
     async def tokenize_chat(self, messages: Any, **options: Any) -> list[int]:
         """Return the token ids of one conversation; arguments and errors are those of `chat`."""
         render = partial(self._render, messages, None, **{"chat_template": None} | options)
-        return (await self._run(render)).request.prompt.tolist()
+        return (await self.run_on_thread(render)).request.prompt.tolist()
 
-    async def transcribe(self, audio: Any, sampling_params: SamplingParams | None = None, **options: Any) -> Transcript:
-        """Transcribe one recording; arguments and errors are those of `LLM.transcribe`."""
-        call = partial(self._llm.transcribe, audio, sampling_params, use_tqdm=False, **options)
-        self._llm._check_open()
-        return (await asyncio.to_thread(call))[0]
+    async def transcribe(
+        self,
+        audio: Any,
+        sampling_params: SamplingParams | None = None,
+        *,
+        language: str | None = None,
+        task: str | None = None,
+    ) -> Transcript:
+        """Transcribe one recording; arguments and errors are those of `LLM.transcribe`.
+
+        Cancelling the task aborts the window that is being transcribed.
+        """
+        if isinstance(audio, list):
+            raise TypeError("audio must be one recording, got a list: transcribe each")
+        params = SamplingParams(temperature=0, max_tokens=None) if sampling_params is None else sampling_params
+        options = {name: value for name, value in (("language", language), ("task", task)) if value is not None}
+        [job] = await self.run_on_thread(begin, self._llm._opened.cross, audio, params, options)
+        window = dataclasses.replace(params, output_kind=RequestOutputKind.FINAL_ONLY)
+        while True:
+            handle = await self.run_on_thread(lambda: self._parse(job.prompt(), window))
+            async with aclosing(await self._queued(handle)) as stream:
+                async for output in stream:
+                    await self.run_on_thread(job.take, output, handle.request.rule)
+            if not job.left:
+                return await self.run_on_thread(job.transcript, self._llm._tokenizer)
 
     async def abort(self, request_id: str | Sequence[str]) -> None:
         """Abort one request or a list of requests before the next step; their `finish_reason` is "abort".
 
         Ids of unknown or finished requests are ignored.
         """
-        await self._run(self._llm.abort, request_id)
+        await self.run_on_thread(self._llm.abort, request_id)
 
     def get_tokenizer(self) -> Any:
         """Return the transformers tokenizer; None with `skip_tokenizer_init`."""
@@ -227,11 +252,11 @@ class AsyncLLM:
 
     async def warmup(self, **options: Any) -> Warmup:
         """Compile all step programs ahead of time; arguments are those of `LLM.warmup`."""
-        return await self._run(partial(self._llm.warmup, **options))
+        return await self.run_on_thread(partial(self._llm.warmup, **options))
 
     async def reset_prefix_cache(self) -> None:
         """Clear the prefix cache."""
-        await self._run(self._llm.reset_prefix_cache)
+        await self.run_on_thread(self._llm.reset_prefix_cache)
 
     def follow(self) -> None:
         """Replay the steps of process 0, as `LLM.follow`; blocks until process 0 closes its LLM."""

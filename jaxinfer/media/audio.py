@@ -95,34 +95,38 @@ def resample(audio: Audio, rate: int) -> np.ndarray:
     return resample_poly(audio.samples, rate // shared, audio.rate // shared).astype(np.float32)
 
 
-def read_wav(file: Path | str) -> Audio:
+def read_wav(file: Path | str | bytes, name: str | None = None) -> Audio:
     """Read a WAV file with `scipy.io.wavfile`, averaging several channels.
+
+    Args:
+        file: path of the file, or its contents.
+        name: what errors call it; by default its path.
 
     Samples may be integers of 8, 16, 24 or 32 bits or floats of 32 or 64 bits, plain or as WAVE_FORMAT_EXTENSIBLE.
 
     Raises:
         ValueError: the file cannot be read, or is of another format; names the file and the remedy.
     """
+    name = name or ("the audio" if isinstance(file, bytes) else str(file))
     try:
-        rate, data = _read_frames(file)
+        rate, data = _read_frames(file if isinstance(file, bytes) else Path(file).read_bytes())
     except OSError as error:
-        raise ValueError(f"{file}: {error.strerror or error}") from error
+        raise ValueError(f"{name}: {error.strerror or error}") from error
     except Exception as error:  # SciPy raises errors of many kinds for broken headers
-        raise _not_wav(file, str(error) or "it is truncated") from error
+        raise _not_wav(name, str(error) or "it is truncated") from error
     if data.dtype.kind != "f" and data.dtype.name not in PCM:
-        raise _not_wav(file, f"its samples are {data.dtype}")
+        raise _not_wav(name, f"its samples are {data.dtype}")
     samples = data if data.dtype.kind == "f" else _scaled(data)
     return Audio(samples.reshape(len(samples), -1).mean(axis=1, dtype=np.float32), int(rate))
 
 
-def _read_frames(file: Path | str) -> tuple[int, np.ndarray]:
+def _read_frames(raw: bytes) -> tuple[int, np.ndarray]:
     """Return the sampling rate and the samples, `[n]` or `[n, channels]`.
 
     SciPy refuses a file that ends within a frame, as that of an interrupted recording; its end is cut off then.
     """
     from scipy.io import wavfile  # imported lazily, as it is slow
 
-    raw = Path(file).read_bytes()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", wavfile.WavFileWarning)  # of metadata, and of the end of the file
         try:
@@ -134,9 +138,9 @@ def _read_frames(file: Path | str) -> tuple[int, np.ndarray]:
             raise
 
 
-def _not_wav(file: Path | str, reason: str) -> ValueError:
+def _not_wav(name: str, reason: str) -> ValueError:
     return ValueError(
-        f"{file} is not a WAV file of integer or float samples ({reason}); convert it: "
+        f"{name} is not a WAV file of integer or float samples ({reason}); convert it: "
         "ffmpeg -i IN -c:a pcm_s16le OUT.wav"
     )
 

@@ -1,16 +1,22 @@
 """A Whisper with a tokenizer: texts and segments; bad audio and options are errors that name the prompt, the others go
 on."""
 
+import asyncio
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from faults.conftest import assert_idle
+from scipy.io import wavfile
+from serve.conftest import MODEL, serving
 from support import checkpoint, whisper
 from support.whisper import RATE, sound, write_folder
 
-from jaxinfer import LLM, SamplingParams, Transcript
+from jaxinfer import LLM, AsyncLLM, SamplingParams, Transcript
+from jaxinfer.media import read_wav
 
 pytestmark = [pytest.mark.xdist_group("whisper"), pytest.mark.slow]
 
@@ -203,3 +209,94 @@ def test_a_tokenizer_that_knows_no_timestamps(llm, folder):
         [found] = other.transcribe((SOUND, RATE), language="en", use_tqdm=False)
     [expected] = llm.transcribe((SOUND, RATE), language="en", use_tqdm=False)
     assert found == expected
+
+
+# --- The server ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def server(shared_llm) -> Iterator[Any]:
+    """OpenAI's client of a server of this model."""
+    import openai
+
+    with serving(shared_llm) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def wav(seconds: float = 2.3, rate: int = 22_050) -> bytes:
+    """A stereo WAV file."""
+    file, samples = io.BytesIO(), np.stack([sound(seconds, 1, rate)] * 2, axis=1)
+    wavfile.write(file, rate, (samples * 2**14).astype("<i2"))
+    return file.getvalue()
+
+
+def test_the_servers_transcripts_are_those_of_transcribe(shared_llm, server):
+    data = wav()
+    [expected] = shared_llm.transcribe([read_wav(data)], language="en")
+    given = {"model": MODEL, "file": ("a.wav", data), "language": "en"}
+    found = {
+        shape: server.audio.transcriptions.create(**given, response_format=shape)
+        for shape in ("json", "text", "verbose_json", "srt", "vtt")
+    }
+    text = expected.text.strip()
+    assert found["json"].text == text and found["text"] == text + "\n"
+    assert found["verbose_json"].language == "en" and found["verbose_json"].duration == pytest.approx(2.3, abs=0.01)
+    segments = [(one.start, one.end, one.text, one.tokens) for one in found["verbose_json"].segments]
+    assert segments == [(one.start, one.end, one.text, list(one.token_ids)) for one in expected.segments]
+    assert found["vtt"].startswith("WEBVTT\n\n00:00:0") and found["srt"].startswith("1\n00:00:0")
+    assert found["srt"].count(" --> ") == found["vtt"].count(" --> ") == len(expected.segments)
+    [english] = shared_llm.transcribe([read_wav(data)], task="translate")
+    assert server.audio.translations.create(model=MODEL, file=("a.wav", data)).text == english.text.strip()
+
+
+@pytest.mark.parametrize(
+    ("changed", "param", "words"),
+    [
+        ({"file": ("a.mp3", b"ID3 no wav")}, None, "file 'a.mp3' is not a WAV file"),
+        ({"response_format": "docx"}, "response_format", "must be one of json, text, srt, verbose_json, vtt"),
+        ({"language": "Klingon"}, None, "language"),
+        ({"temperature": -1}, "temperature", "temperature"),
+        ({"prompt": "Umm,"}, "prompt", "is not supported"),
+        ({"timestamp_granularities": ["word"]}, "timestamp_granularities[]", "is not supported"),
+        ({"extra_body": {"hotwords": "x"}}, "hotwords", "Unrecognized"),
+        ({"model": "other"}, "model", "does not exist"),
+    ],
+)
+def test_bad_transcriptions_name_the_field(server, changed, param, words):
+    import openai
+
+    given = {"model": MODEL, "file": ("a.wav", wav(0.2))} | changed
+    with pytest.raises(openai.APIStatusError, match=words) as error:
+        server.audio.transcriptions.create(**given)
+    assert error.value.status_code in (400, 404) and (param is None or error.value.body["param"] == param)
+
+
+def test_a_form_that_is_none_is_refused(server):
+    import httpx
+
+    url = f"{server.base_url}audio/transcriptions"
+    for headers, content, words in (
+        ({"content-type": "application/json"}, b"{}", "must be multipart/form-data"),
+        ({"content-type": "multipart/form-data"}, b"x", "not a valid multipart form"),
+        ({"content-type": "multipart/form-data; boundary=b"}, b"x", "not a valid multipart form"),
+    ):
+        answer = httpx.post(url, headers=headers, content=content)
+        assert answer.status_code == 400 and words in answer.json()["error"]["message"]
+    assert httpx.post(url, files={"other": ("a.wav", b"")}).json()["error"]["param"] == "other"
+    assert httpx.post(url, data={"model": MODEL}, files={}).status_code == 400
+
+
+def test_a_cancelled_transcription_is_aborted(shared_llm):
+    async def run() -> None:
+        llm = AsyncLLM.of(shared_llm)
+        task = asyncio.ensure_future(llm.transcribe((sound(30.0), RATE), language="en"))
+        while not shared_llm._engine.requests:
+            await asyncio.sleep(0.005)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        while shared_llm._engine.requests:
+            await asyncio.sleep(0.005)
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+    assert_idle(shared_llm)

@@ -13,6 +13,10 @@ openai = pytest.importorskip("openai")
 pytestmark = pytest.mark.xdist_group("serve")
 
 
+WAV = b"RIFF,\0\0\0WAVEfmt \x10\0\0\0\1\0\1\0\x80>\0\0\0}\0\0\2\0\x10\0data\x08\0\0\0" + b"\1\0" * 4
+"""Four samples."""
+
+
 def refused(url: str, path: str, body, **headers) -> tuple[int, dict]:
     given = {"content": body} if isinstance(body, bytes) else {"json": body}
     found = httpx.post(url + path, headers=headers, timeout=60, **given)
@@ -79,6 +83,14 @@ def test_wrong_prompts(url, prompt):
 def test_unknown_paths_and_methods(url):
     assert refused(url, "/v1/none", {})[0] == 404
     assert refused(url, "/health", {})[0] == 405
+
+
+def test_what_the_model_cannot_do_is_said(url):
+    status, error = refused(url, "/v1/embeddings", {"model": MODEL, "input": "hello"})
+    assert status == 404 and error["code"] == "unsupported_endpoint" and "has no embeddings" in error["message"]
+    form = {"files": {"file": ("a.wav", WAV)}, "data": {"model": MODEL}}
+    found = httpx.post(f"{url}/v1/audio/transcriptions", **form)
+    assert found.status_code == 400 and "does not transcribe" in found.json()["error"]["message"]
 
 
 def test_limits(make_server):
