@@ -10,7 +10,7 @@ class ConfigError(JaxInferError, ValueError):
 
 
 class CheckpointError(JaxInferError, ValueError):
-    """Files or tensors of a checkpoint are missing, unexpected, of the wrong shape, or unsafe."""
+    """Files or tensors of a checkpoint or of `LLM.update_weights` are missing, unexpected, misshaped or unsafe."""
 
 
 class CapacityError(JaxInferError, ValueError):

@@ -1,5 +1,7 @@
 """`LLM`, the offline inference API: generate, chat, beam search, streaming and transcription."""
 
+import dataclasses
+import threading
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
@@ -25,12 +27,13 @@ from jaxinfer.engine.runner.buckets import SAMPLING
 from jaxinfer.engine.runner.programs import Programs
 from jaxinfer.engine.runner.warmup import Warmup, check_sampling, warm_up
 from jaxinfer.engine.sizing.setup import build_engine
-from jaxinfer.errors import CapacityError, ConfigError, DistributedError, EngineClosedError
+from jaxinfer.errors import CapacityError, DistributedError, EngineClosedError
 from jaxinfer.inputs.defaults import ModelLimits, length_remedy
 from jaxinfer.inputs.input_processor import InputProcessor, Params
 from jaxinfer.inputs.loaded_model import LoadedModel
 from jaxinfer.inputs.prompts import Prompt
 from jaxinfer.loading.load import ModelArguments, open_model, place
+from jaxinfer.loading.update import HF, JAXINFER, WeightTable, WeightUpdate
 from jaxinfer.models.whisper.transcription import Transcribing, Transcript, begin
 from jaxinfer.outputs import RequestOutput
 from jaxinfer.results.output_processor import BeamHandle, Handle
@@ -111,6 +114,11 @@ class LLM:
             length_hint=length_hint,
             **opened.forced,
         )
+        self._weights = WeightTable(engine.runner.program, engine.runner.params)
+        self._updating = threading.Lock()
+        # Without its weights, which would stay in memory after others have replaced them.
+        opened = dataclasses.replace(opened, module=self._weights.module)
+        del module
         self._loaded: tuple[LoadedModel, InputProcessor] | None = (
             opened,
             InputProcessor(opened, self.config, limits, chat_template),
@@ -420,36 +428,80 @@ class LLM:
         self._check_open()
         self._thread.run(self._engine.reset_prefix_cache)
 
-    def update_weights(self, weights: Any) -> None:
-        """Replace all weights by those of an NNX module or state of the same structure and clear the prefix cache.
+    def update_weights(self, weights: Any, *, partial: bool = False, cast: bool = False) -> WeightUpdate:
+        """Replace the weights and clear the prefix cache; after an error the old weights stay.
+
+        Everything is checked before anything is replaced: names, shapes, dtypes, and that all values are finite.
+
+        Args:
+            weights: a dict of Hugging Face names to arrays of JAX (on any devices, however sharded) or NumPy, which
+                are fused on the engine's devices and copied; or an NNX module like the engine's, or its `nnx.state`,
+                whose arrays are shared with the engine if they already lie as its own.
+            partial: whether some tensors may be missing; what they fill keeps its values, down to single outputs of a
+                fused projection and single experts.
+            cast: whether floating-point values may be rounded to the engine's dtype. Conversions that keep every value
+                need no permission.
 
         Raises:
-            ConfigError: the structure, a shape or a dtype differs from the model's.
-            RuntimeError: requests are running.
+            CheckpointError: a tensor is missing, unknown, or of another shape or dtype, not finite, or differs from
+                one that it is tied to; names it, with what was expected and found.
+            ConfigError: names of Hugging Face for a module that was not made by `loading.weights`.
+            TypeError: the weights are of another type.
+            RuntimeError: requests are running, or another update is.
+            EngineDeadError: the device failed while weights were replaced.
             DistributedError: several processes serve the model.
         """
+        self._check_local("update_weights")
+        if not self._updating.acquire(blocking=False):
+            raise RuntimeError("update_weights while another update is running; wait for it")
+        try:
+            self._thread.run(self._engine.check_idle)
+            prepared = self._weights.prepare(weights, partial=partial, cast=cast)
+            self._thread.run(self._engine.replace_weights, lambda params: self._weights.apply(prepared, params))
+            return prepared.report
+        finally:
+            self._updating.release()
+
+    def weights(self, names: str = "hf") -> Any:
+        """Return the weights; arrays stay on their devices, and keep their values when the engine's are replaced.
+
+        Args:
+            names: "hf" for a dict of the names and shapes of transformers' state dict to arrays: equal bit for bit to
+                a checkpoint in the engine's dtype, experts stacked, tied tensors once, without tensors that the model
+                does not read; "jaxinfer" for the `nnx.state` of the engine's module, fused as they are.
+
+        Raises:
+            ConfigError: the weights are quantised, which only "jaxinfer" can give; or the module was not made by
+                `loading.weights`.
+        """
+        if names not in (HF, JAXINFER):
+            raise ValueError(f"weights: names must be {HF!r} or {JAXINFER!r}, got {names!r}")
+        self._check_local("weights")
+        params = self._thread.run(self._params)
+        return dict(self._weights.tensors(params)) if names == HF else self._weights.state(params)
+
+    def weights_checksum(self) -> str:
+        """Return `loading.checksum.checksum(weights(names="hf"))`, made from one parameter at a time.
+
+        Raises:
+            ConfigError: as `weights`.
+        """
+        self._check_local("weights_checksum")
+        return self._weights.checksum(self._thread.run(self._params))
+
+    def _params(self) -> list[jax.Array]:
+        """Return the parameters; runs on the engine thread."""
+        self._engine.check_alive()
+        return list(self._engine.runner.params)
+
+    def _check_local(self, method: str) -> None:
+        """Check that the LLM is open and that all of its weights can be reached from this process."""
         self._check_open()
         if self._group is not None:
             raise DistributedError(
-                "update_weights: the weights lie in several processes, and those of the others cannot be replaced from "
-                "here; close this LLM in each of them and make a new one"
+                f"{method}: the weights lie in several processes, and those of the others cannot be reached from here; "
+                "close this LLM in each of them and make a new one"
             )
-        self._thread.run(self._update_weights, weights)
-
-    def _update_weights(self, weights: Any) -> None:
-        """Replace the weights; runs on the engine thread."""
-        self._engine.check_alive()
-        if not self._engine.settle():
-            raise RuntimeError("update_weights while requests are running; finish or abort them first")
-        state = nnx.state(weights) if isinstance(weights, nnx.Module) else weights
-        runner = self._engine.runner
-        new, tree = jax.tree.flatten(state)
-        if tree != runner.program.tree or any(
-            (a.shape, a.dtype) != (b.shape, b.dtype) for a, b in zip(new, runner.params, strict=True)
-        ):
-            raise ConfigError("update_weights needs the same parameters, shapes and dtypes as the model has")
-        runner.params = [jax.device_put(a, b.sharding) for a, b in zip(new, runner.params, strict=True)]
-        self._engine.reset_prefix_cache()
 
     def follow(self) -> None:
         """Replay the steps of process 0 until it closes its `LLM`.

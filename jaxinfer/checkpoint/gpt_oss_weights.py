@@ -8,7 +8,7 @@ Gate and up rows alternate in both encodings and in the bias.
 
 import re
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -123,4 +123,21 @@ def _in_order(read: Callable[[slice], np.ndarray], rows: slice, half: int) -> np
         first, last = max(rows.start - kind * half, 0), min(rows.stop - kind * half, half)
         if first < last:
             parts.append(read(slice(2 * first + kind, 2 * last - 1 + kind))[:, ::2])
-    return np.concatenate(parts, axis=1) if parts else read(slice(0, 0))
+    return parts[0].__array_namespace__().concatenate(parts, axis=1) if parts else read(slice(0, 0))
+
+
+def interleave(name: str, values: Any) -> Any:
+    """Return an array of `models.moe_rules` in the layout of gpt-oss in bfloat16, the inverse of `InterleavedExperts`.
+
+    Args:
+        name: name of the tensor; those that are not of experts are returned unchanged.
+        values: array of NumPy or JAX.
+    """
+    match = _EXPERTS.fullmatch(name)
+    if match is None:
+        return values
+    if match[2] == "gate_up_proj":
+        xp, (experts, rows, *_) = values.__array_namespace__(), values.shape
+        halves = values.reshape(experts, 2, rows // 2, *values.shape[2:])
+        values = xp.moveaxis(halves, 1, 2).reshape(values.shape)
+    return values if match[3] == "_bias" else values.swapaxes(1, 2)

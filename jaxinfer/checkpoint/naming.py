@@ -87,6 +87,10 @@ class Renamed:
         """Return the new names, in the order of the mapping."""
         return list(self._names)
 
+    def original(self, name: str) -> str:
+        """Return the name that a tensor has in the other source."""
+        return self._names[name]
+
     def info(self, name: str) -> Info:
         """Return a tensor's shape and dtype."""
         return self._source.info(self._names[name])

@@ -116,9 +116,23 @@ def nbytes(param: nnx.Param | jax.Array | jax.ShapeDtypeStruct) -> int:
 
 
 def plan(
-    wanted: Mapping[str, nnx.Param], table: Sequence[Rule], source: Source, where: object = CHECKPOINT
+    wanted: Mapping[str, nnx.Param],
+    table: Sequence[Rule],
+    source: Source,
+    where: object = CHECKPOINT,
+    *,
+    remedy: str = "",
+    incomplete: bool = False,
 ) -> dict[str, list[Rule]]:
     """Check all tensor names and shapes, and return the rules that fill each parameter, by its path.
+
+    Args:
+        wanted: parameters by path.
+        table: weight table of the model.
+        source: checkpoint to read from.
+        where: checkpoint folder, for error messages.
+        remedy: remedy in error messages; by default that of a folder.
+        incomplete: whether tensors may be missing; their parameters are then filled in part or not at all.
 
     Raises:
         CheckpointError: see `load`.
@@ -133,16 +147,16 @@ def plan(
     extra = sorted(names - set(by_name))
     if extra:
         raise CheckpointError(
-            f"{where} has {len(extra)} tensor(s) this model does not know: {format_names(extra)}; {REMEDY}"
+            f"{where} has {len(extra)} tensor(s) this model does not know: {format_names(extra)}; {remedy or REMEDY}"
         )
     absent = {name: rule for name, rule in by_name.items() if rule.target is not None and name not in names}
     missing = sorted(name for name, rule in absent.items() if not rule.optional)
-    if missing:
-        remedy = UNTIED if all(name.endswith(HEADS) for name in missing) else REMEDY
+    if missing and not incomplete:
+        remedy = remedy or (UNTIED if all(name.endswith(HEADS) for name in missing) else REMEDY)
         raise CheckpointError(
             f"{where} lacks {len(missing)} tensor(s) of this model: {format_names(missing)}; {remedy}"
         )
-    scales = {path: _sibling(path, param) for path, param in wanted.items() if "scales_of" in param.get_metadata()}
+    scales = {path: weight_of(path, param) for path, param in wanted.items() if "scales_of" in param.get_metadata()}
     planned: dict[str, list[Rule]] = {path: [] for path in wanted if path not in scales}
     for name, rule in by_name.items():
         if rule.target is None:
@@ -150,11 +164,11 @@ def plan(
         if rule.target not in planned:
             raise CheckpointError(f"the weight table fills {rule.target!r}, which the model does not have")
         if name not in absent:
-            _check_shape(rule, wanted[rule.target], source, where)
+            _check_shape(rule, wanted[rule.target], source, where, remedy or REMEDY)
             planned[rule.target].append(rule)
     zero = {rule.target for rule in absent.values()}
     for path, filled in planned.items():
-        if filled or path not in zero:
+        if not incomplete and (filled or path not in zero):
             _check_whole(path, wanted[path], filled)
     return planned | {path: planned[weight] for path, weight in scales.items()}
 
@@ -196,7 +210,7 @@ def _check_whole(path: str, param: nnx.Param, filled: Sequence[Rule]) -> None:
         raise CheckpointError(f"the weight table fills {path!r} from {sources}, not wholly or not once")
 
 
-def _sibling(path: str, scales: nnx.Param) -> str:
+def weight_of(path: str, scales: nnx.Param) -> str:
     """Return the path of the int8 weight that these row scales belong to."""
     return ".".join([*path.split(".")[:-1], scales.get_metadata()["scales_of"]])
 
@@ -207,7 +221,7 @@ def format_names(names: Sequence[str], most: int = 8) -> str:
     return ", ".join(map(repr, names[:most])) + more
 
 
-def _check_shape(rule: Rule, param: nnx.Param, source: Source, where: object) -> None:
+def _check_shape(rule: Rule, param: nnx.Param, source: Source, where: object, remedy: str) -> None:
     metadata = param.get_metadata()
     stack, shape = (param.shape[:1], param.shape[1:]) if metadata.get("stacked") else ((), tuple(param.shape))
     if rule.parts:
@@ -220,5 +234,5 @@ def _check_shape(rule: Rule, param: nnx.Param, source: Source, where: object) ->
     found = tuple(source.info(rule.source).shape)
     if found != expected:
         raise CheckpointError(
-            f"{where}: tensor {rule.source!r}: expected shape {list(expected)}, found {list(found)}; {REMEDY}"
+            f"{where}: tensor {rule.source!r}: expected shape {list(expected)}, found {list(found)}; {remedy}"
         )

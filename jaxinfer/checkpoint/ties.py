@@ -31,7 +31,7 @@ def resolve(
     Returns:
         The configuration without these ties.
     """
-    for rule, other in list(_pairs(table(config), set(source.names()))):
+    for rule, other in list(pairs(table(config), set(source.names()))):
         if not _equal(rule.source, other, source):
             log.warning(
                 "config.json says that %s is tied to %s, but the checkpoint has both, and they differ: both are used. "
@@ -55,7 +55,7 @@ def resolve_stored(
     return config
 
 
-def _pairs(table: Sequence[Rule], names: set[str]) -> Iterator[tuple[Rule, str]]:
+def pairs(table: Sequence[Rule], names: set[str]) -> Iterator[tuple[Rule, str]]:
     """Yield each tied tensor with the name of the tensor it should equal, if the checkpoint has both."""
     first: dict[str | None, str] = {}
     for rule in sorted(table, key=lambda rule: bool(rule.tied)):

@@ -2,7 +2,8 @@
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 
@@ -400,6 +401,33 @@ class Engine:
         """Commit the step in flight and return whether nothing is left to do."""
         self._commit(self._take_flight())
         return not self.has_work
+
+    def check_idle(self) -> None:
+        """Raise RuntimeError if requests are running, EngineDeadError if no step can run."""
+        self.check_alive()
+        if not self.settle():
+            raise RuntimeError("update_weights while requests are running; finish or abort them first")
+
+    def replace_weights(self, replace: Callable[[list[Any]], None]) -> None:
+        """Replace weights while nothing is running, and drop what was cached with the old ones.
+
+        Args:
+            replace: replaces arrays in the list of parameters.
+
+        Raises:
+            RuntimeError: requests are running.
+            EngineDeadError: the replacement failed half way.
+        """
+        self.check_idle()
+        try:
+            replace(self.runner.params)
+        except BaseException as error:
+            self._dead = (
+                f"the engine is dead: replacing its weights failed half way ({type(error).__name__}: {error}); close "
+                "this LLM and make a new one"
+            )
+            raise EngineDeadError(self._dead) from error
+        self.reset_prefix_cache()
 
     def reset_prefix_cache(self) -> None:
         """Drop all cached prefixes and encoded images, e.g. after new weights."""

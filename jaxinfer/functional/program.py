@@ -79,7 +79,7 @@ class Program:
         """Assignment of layers to cache arrays and block tables."""
         return layout(self.specs)
 
-    def module(self, params: Sequence[jax.Array]) -> LanguageModel:
+    def module(self, params: Sequence[Array]) -> LanguageModel:
         """Return the module with these parameters; under a trace this costs nothing at run time."""
         return nnx.merge(self.graph, jax.tree.unflatten(self.tree, params))
 

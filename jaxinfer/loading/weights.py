@@ -170,6 +170,7 @@ def abstract(
     meshes.check_data_axis(mesh, config.features is not None)
     build = partial(Build, dtype=dtype, mesh=mesh, quantization=quantization, placement=placement, pad_heads=pad_heads)
     module = nnx.eval_shape(lambda: model_family.build(build(nnx.Rngs(0)), config))
+    module.architecture = model_family.architecture  # names the weight table that `LLM.update_weights` reads by
     placement.check(*placeable(module), with_experts(module))
     for path, param in rules.parameters(module).items():
         sharding_rules.of(mesh, param.get_metadata(), param.shape, path)

@@ -178,8 +178,10 @@ class Family:
     """Reader of the prompts of a model with cross-attention."""
     source: Callable[[Source], Source] = lambda source: source
     """Wrap a checkpoint that stores tensors in another layout, so that it yields them as the weight table names
-    them.
+    them. It must also work on arrays of JAX (`loading.update`).
     """
+    restore: Callable[[str, Any], Any] = lambda name, values: values
+    """Return an array of the weight table in the checkpoint's layout, given its name: the inverse of `source`."""
     untie: Callable[[Any, str], Any] = lambda config, tie: replace(config, tied=False)
     """Return the configuration without a tie (`Rule.tied`), for checkpoints whose tied tensors differ."""
     ignored: Sequence[str] = ()
@@ -188,3 +190,5 @@ class Family:
     """Whether float16 can hold the activations without overflow."""
     stored_dtype: str = "float32"
     """Dtype of the weights assumed by the plan if config.json states none."""
+    architecture: str = ""
+    """Name in config.json's `architectures` that the family was looked up by (`registry.family`)."""

@@ -4,7 +4,7 @@ from dataclasses import replace
 from functools import partial
 
 from jaxinfer.checkpoint.config_reader import ConfigReader
-from jaxinfer.checkpoint.gpt_oss_weights import InterleavedExperts
+from jaxinfer.checkpoint.gpt_oss_weights import InterleavedExperts, interleave
 from jaxinfer.layers.moe import ClampedSwiGLU, MoEConfig
 from jaxinfer.layers.norms import Scaling
 from jaxinfer.layers.router import RouterConfig
@@ -63,4 +63,11 @@ def config(reader: ConfigReader) -> DecoderConfig:
     return replace(shared, attention=replace(shared.attention, sinks=True), norm_scaling=Scaling(wide=True))
 
 
-FAMILY = Family(config, Decoder, partial(weight_rules, names=NAMES), source=InterleavedExperts, stored_dtype="bfloat16")
+FAMILY = Family(
+    config,
+    Decoder,
+    partial(weight_rules, names=NAMES),
+    source=InterleavedExperts,
+    restore=interleave,
+    stored_dtype="bfloat16",
+)

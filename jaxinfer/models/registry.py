@@ -3,6 +3,7 @@
 import difflib
 import importlib
 from collections.abc import Mapping
+from dataclasses import replace
 
 from jaxinfer.checkpoint.plain_json import show
 from jaxinfer.errors import ConfigError
@@ -116,4 +117,5 @@ def family(config: Mapping[str, object]) -> Family:
     Raises:
         ConfigError: as `architecture`.
     """
-    return importlib.import_module(f"jaxinfer.models.{ARCHITECTURES[architecture(config)]}").FAMILY
+    name = architecture(config)
+    return replace(importlib.import_module(f"jaxinfer.models.{ARCHITECTURES[name]}").FAMILY, architecture=name)

@@ -38,6 +38,15 @@ def test_sharded_files_have_the_same_weights(family, tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_the_state_dict_is_taken_and_given_back(family, tmp_path):
+    model = ref.model(family)
+    state = model.state_dict()
+    if family != "llama":  # tensors of torch are checked by programs, arrays of NumPy on the host
+        state = {name: tensor.numpy() for name, tensor in state.items()}
+    loaded.assert_same_by_name(ref.save(model, tmp_path), state)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_both_formats_of_names_are_the_same_weights(family, tmp_path):
     model = ref.model(family)
     formats = [ref.save(model, tmp_path / str(own), save_original_format=own) for own in (True, False)]

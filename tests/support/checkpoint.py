@@ -40,7 +40,6 @@ CONFIG = dict(
     eos_token_id=1,
 )
 """config.json; generation_config.json names a second EOS."""
-GPT_OSS = ["GptOssForCausalLM"]
 
 
 def tensors(hf: Mapping[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
@@ -49,16 +48,7 @@ def tensors(hf: Mapping[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
     found = save.tensors(
         loading.random(hf, make_mesh(1), dtype="float32", seed=seed), model_family.weight_rules(config)
     )
-    return (
-        {name: _interleaved(name, value) for name, value in found.items()} if hf["architectures"] == GPT_OSS else found
-    )
-
-
-def _interleaved(name: str, values: np.ndarray) -> np.ndarray:
-    """Interleave gate and up projections as in gpt-oss checkpoints: `[E, in, out]`."""
-    if ".experts.gate_up_proj" in name:
-        values = np.stack(np.split(values, 2, axis=1), axis=2).reshape(values.shape)
-    return np.ascontiguousarray(values.swapaxes(1, 2)) if ".experts." in name and values.ndim == 3 else values
+    return {name: np.ascontiguousarray(model_family.restore(name, value)) for name, value in found.items()}
 
 
 def shaped(hf: Mapping[str, Any], dtype: Any = np.float32) -> dict[str, np.ndarray]:
@@ -77,9 +67,7 @@ def shaped(hf: Mapping[str, Any], dtype: Any = np.float32) -> dict[str, np.ndarr
             (sum(rows[part] for part in rule.parts), *shape[2:]) if rule.parts else metadata.get("unpadded") or shape
         )
         found[rule.source] = rng.standard_normal((*stack, *shape), np.float32).astype(dtype)
-    return (
-        {name: _interleaved(name, value) for name, value in found.items()} if hf["architectures"] == GPT_OSS else found
-    )
+    return {name: np.ascontiguousarray(model_family.restore(name, value)) for name, value in found.items()}
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

@@ -1,6 +1,6 @@
 """Load a checkpoint folder with the real loader and compute logits, greedy tokens and steps of it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -10,11 +10,13 @@ import jax
 import numpy as np
 
 from jaxinfer import functional
+from jaxinfer.checkpoint import naming
 from jaxinfer.engine.runner.runner import Runner
 from jaxinfer.functional import DecodeBatch, PrefillBatch, Program
 from jaxinfer.kernels.attention.paged import Cache
 from jaxinfer.kernels.state.slots import DecodeSlots, Segments
 from jaxinfer.loading import weights
+from jaxinfer.loading.update import WeightTable
 from jaxinfer.models.base import FeatureRows
 from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.sharding import make_mesh
@@ -32,6 +34,22 @@ def load(
     """Load a checkpoint with the real loader, split for `jaxinfer.functional`."""
     mesh = make_mesh(tp)
     return functional.split(weights.load(folder, mesh, dtype=dtype, quantization=quantization, progress=False), mesh)
+
+
+def assert_same_by_name(folder: Path, tensors: Mapping[str, Any]) -> None:
+    """Check that tensors by name become the parameters that the loader makes of their checkpoint, and come back."""
+    program, params = load(folder)
+    table = WeightTable(program, params)
+    found: list[Any] = [None] * len(params)
+    table.apply(table.prepare(tensors), found)
+    for new, param in zip(found, params, strict=True):
+        assert (new.dtype, new.sharding) == (param.dtype, param.sharding)
+        np.testing.assert_array_equal(new, param)
+    given = {naming.WRAPPERS.sub("", name): np.asarray(tensor) for name, tensor in tensors.items()}
+    back = dict(table.tensors(params))
+    for name, tensor in back.items():
+        np.testing.assert_array_equal(tensor, given[name], name)
+    assert {id(tensor) for tensor in back.values()} & {id(param) for param in params}, "no copies of whole parameters"
 
 
 @cache
