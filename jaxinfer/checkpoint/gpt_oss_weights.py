@@ -85,8 +85,11 @@ class InterleavedExperts:
             )
         return Kept((*scales[:2], scales[2] * GROUP), "BF16")
 
-    def read(self, name: str, slices: tuple[slice, ...] | None = None) -> np.ndarray:
-        """Read a tensor, or the part selected by slices of step 1, one per leading axis."""
+    def read(self, name: str, slices: tuple[slice, ...] | None = None) -> Any:
+        """Read a tensor, or the part selected by slices of step 1, one per leading axis.
+
+        The array is of NumPy, or of JAX if the source's are.
+        """
         if name not in self._found:
             return self._source.read(name, slices)
         shape = self.info(name).shape
@@ -94,7 +97,7 @@ class InterleavedExperts:
         stack, rows, *columns = [*given, *map(slice, [0] * (len(shape) - len(given)), shape[len(given) :])]
         base, ending = self._found[name]
 
-        def read(own: slice) -> np.ndarray:
+        def read(own: slice) -> Any:
             """Read rows in the checkpoint's order, `[E', rows]` or `[E', rows, columns]`."""
             if ending == "_blocks":
                 return self._dequantised(base, stack, own, *columns)
@@ -116,7 +119,7 @@ class InterleavedExperts:
         return values[..., first : first + columns.stop - columns.start]
 
 
-def _in_order(read: Callable[[slice], np.ndarray], rows: slice, half: int) -> np.ndarray:
+def _in_order(read: Callable[[slice], Any], rows: slice, half: int) -> Any:
     """Read interleaved gate and up rows as all gate rows, then all up rows (`half` of each)."""
     parts = []
     for kind in (0, 1):

@@ -118,7 +118,7 @@ def rename_tensors(source: Source, table: Sequence[Rule], where: object, ignored
     Raises:
         CheckpointError: the tensors belong to an adapter, or are quantised in an unsupported format.
     """
-    known, names = set(_known(table)), source.names()
+    known, names = set(known_names(table)), source.names()
     taken, found, left = known.intersection(names), {}, []
     bare = {name: WRAPPERS.sub("", name) for name in names}
     if all(name.startswith(PEFT) for name in bare.values()):
@@ -140,12 +140,12 @@ def rename_tensors(source: Source, table: Sequence[Rule], where: object, ignored
     return Renamed(source, found | {name: name for name in left if name not in set(unread)})
 
 
-def _known(table: Iterable[Rule]) -> Iterator[str]:
+def known_names(table: Iterable[Rule]) -> Iterator[str]:
     """Yield every tensor name in a weight table."""
     for rule in table:
         yield rule.source
         yield from rule.also
-        yield from _known(rule.instead)
+        yield from known_names(rule.instead)
 
 
 def _canonical(bare: str, known: set[str]) -> str:

@@ -66,10 +66,10 @@ class WeightTable:
 
     Args:
         program: static part of the module.
-        params: its parameters, of which only shapes, dtypes and shardings are kept.
+        params: its parameters or their shapes; only shapes, dtypes and shardings are kept.
     """
 
-    def __init__(self, program: Program, params: Sequence[jax.Array]):
+    def __init__(self, program: Program, params: Sequence[Any]):
         self._program, self._programs = program, FusePrograms(program.mesh)
         self._specs = [jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding) for p in params]
         self.module = program.module(self._specs)
@@ -118,6 +118,9 @@ class WeightTable:
     def _prepare_named(self, arrays: Arrays, partial: bool, cast: bool) -> Prepared:
         """Check tensors by their Hugging Face names."""
         family, table = self._family()
+        for name in set(naming.known_names(table)).intersection(arrays):
+            if not jnp.issubdtype(arrays[name].dtype, jnp.floating):
+                _check_dtype(name, arrays[name].dtype, FLOATS, cast)
         source = naming.rename_tensors(family.source(ArraySource(arrays)), table, WHERE, family.ignored)
         planned = rules.plan(
             self._params, table, source, WHERE, remedy=REMEDY if partial else INCOMPLETE, incomplete=partial
@@ -251,5 +254,5 @@ def _inspect(arrays: Arrays, dtypes: Mapping[str, np.dtype], tied: Sequence[tupl
                 f"{WHERE}: {name!r} and {other!r} differ, and are one parameter in this engine (tie_word_embeddings); "
                 "load a checkpoint in which they differ to have both"
             )
-    size = sum(rules.nbytes(array) for array in arrays.values())
+    size = sum(array.size * array.dtype.itemsize for array in arrays.values())
     return WeightUpdate(len(arrays), size, checksum.combine(arrays, found, dtypes))

@@ -1,10 +1,16 @@
 """Prefix reuse as a user meets it: never a stale block, never someone else's."""
 
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
 import pytest
+from flax import nnx
 from support import checkpoint
 
 from jaxinfer import SamplingParams
-from jaxinfer.loading import weights
+from jaxinfer.errors import CheckpointError, EngineDeadError
+from jaxinfer.loading import fuse_programs, weights
 from jaxinfer.sharding import make_mesh
 
 pytestmark = pytest.mark.xdist_group("faults")
@@ -83,26 +89,46 @@ def test_prompt_logprobs_of_a_sequence_preempted_half_way(llm, host):
     assert preempted is not None
 
 
+@pytest.fixture
+def kept(llm) -> Iterator[Any]:
+    """The weights of the shared LLM in the engine's own form, which are put back afterwards."""
+    state = llm.weights(names="jaxinfer")
+    yield state
+    llm.update_weights(state)
+
+
 @pytest.mark.slow
-def test_new_weights_forget_the_cache(llm):
+def test_new_weights_forget_the_cache(llm, kept):
+    """By their Hugging Face names, as a module and as its state; back again the tokens are the same, bit for bit."""
+    before = llm.generate([PREFIX], SHORT)
+    names, checksum = llm.weights(), llm.weights_checksum()
     other = weights.random(checkpoint.CONFIG, make_mesh(1), seed=3)
-    old = weights.random(checkpoint.CONFIG, make_mesh(1), seed=4)
-    before = llm._engine.runner.params
-    try:
-        llm.update_weights(old)
-        first = llm.generate([PREFIX], SHORT)
-        llm.update_weights(other)
-        [second] = llm.generate([PREFIX], SHORT)
-        assert second.num_cached_tokens == 0
-        assert tokens([second]) != tokens(first)
-        llm.update_weights(old)
-        assert tokens(llm.generate([PREFIX], SHORT)) == tokens(first)
-    finally:
-        llm._engine.runner.params = before
-        llm.reset_prefix_cache()
+    llm.update_weights(other)
+    [second] = llm.generate([PREFIX], SHORT)
+    assert second.num_cached_tokens == 0
+    assert tokens([second]) != tokens(before)
+    assert llm.weights_checksum() != checksum
+    report = llm.update_weights(names)
+    assert (report.tensors, report.checksum) == (len(names), checksum) == (len(names), llm.weights_checksum())
+    [third] = llm.generate([PREFIX], SHORT)
+    assert third.num_cached_tokens == 0 and tokens([third]) == tokens(before)
+    llm.update_weights(nnx.state(other))
+    assert tokens(llm.generate([PREFIX], SHORT)) == tokens([second])
 
 
-def test_weights_are_not_replaced_under_running_requests(llm):
+def test_weights_of_some_layers_are_replaced_and_the_rest_kept(llm, kept):
+    before, names = llm.generate([PREFIX], SHORT), llm.weights()
+    layer = {name: tensor for name, tensor in names.items() if name.startswith("model.layers.1.")}
+    llm.update_weights({name: -tensor for name, tensor in layer.items()}, partial=True)
+    [changed] = llm.generate([PREFIX], SHORT)
+    assert changed.num_cached_tokens == 0 and tokens([changed]) != tokens(before)
+    for name, tensor in llm.weights().items():
+        np.testing.assert_array_equal(tensor, -names[name] if name in layer else names[name])
+    llm.update_weights(layer, partial=True)
+    assert tokens(llm.generate([PREFIX], SHORT)) == tokens(before)
+
+
+def test_weights_are_not_replaced_under_running_requests(llm, kept):
     other = weights.random(checkpoint.CONFIG, make_mesh(1), seed=3)
     stream = llm.stream([PREFIX], SamplingParams(max_tokens=20, ignore_eos=True))
     next(stream)
@@ -110,16 +136,46 @@ def test_weights_are_not_replaced_under_running_requests(llm):
         llm.update_weights(other)
     stream.close()
     # The step of the aborted request is still in flight; nothing runs all the same.
-    before = llm._engine.runner.params
-    try:
-        llm.update_weights(other)
-    finally:
-        llm._engine.runner.params = before
-        llm.reset_prefix_cache()
+    llm.update_weights(other)
 
 
-def test_weights_of_another_shape_are_refused(llm):
+def test_two_updates_at_once_are_refused(llm, kept):
+    with llm._updating, pytest.raises(RuntimeError, match="another update is running"):
+        llm.update_weights(kept)
+    llm.update_weights(kept)
+
+
+def test_after_wrong_weights_the_old_ones_serve(llm):
+    before, checksum = llm.generate([PREFIX], SHORT), llm.weights_checksum()
     other = weights.random(checkpoint.CONFIG | {"intermediate_size": 64}, make_mesh(1))
-    with pytest.raises(ValueError, match="same parameters"):
-        llm.update_weights(other)
-    assert llm.generate([PREFIX], SHORT)[0].finished
+    names = llm.weights()
+    wrong = names | {"model.norm.weight": names["model.norm.weight"].at[3].set(float("nan"))}
+    for given, message in [
+        (other, r"'layers.0.mlp.down.weight': expected shape \[32, 48\], found \[32, 64\]"),
+        (wrong, "'model.norm.weight': expected finite values, found 1"),
+        ({"model.norm.weight": names["model.norm.weight"]}, "lacks 20 tensor"),
+    ]:
+        with pytest.raises(CheckpointError, match=message):
+            llm.update_weights(given)
+    with pytest.raises(TypeError, match="weights must be"):
+        llm.update_weights(None)
+    with pytest.raises(ValueError, match="names must be 'hf' or 'jaxinfer', got 'torch'"):
+        llm.weights("torch")
+    assert llm.weights_checksum() == checksum
+    [after] = llm.generate([PREFIX], SHORT)
+    assert tokens([after]) == tokens(before) and after.num_cached_tokens, "the cache is kept as well"
+
+
+def test_a_device_that_fails_half_way_ends_the_engine(make_llm, monkeypatch):
+    """A mixture of old and new weights must not serve."""
+    with make_llm() as llm:
+        names = llm.weights()
+
+        def lost(*_: object) -> None:
+            raise RuntimeError("CUDA_ERROR_ILLEGAL_ADDRESS")
+
+        monkeypatch.setattr(fuse_programs.FusePrograms, "make", lost)
+        with pytest.raises(EngineDeadError, match="half way.*ILLEGAL_ADDRESS"):
+            llm.update_weights(names)
+        with pytest.raises(EngineDeadError, match="half way"):
+            llm.generate([PREFIX], SHORT)

@@ -195,10 +195,9 @@ def test_another_image_under_the_same_text_is_never_a_hit(llm):
 
 def test_new_weights_forget_encoded_images(llm):
     import jax
-    from flax import nnx
 
     before = tokens(llm.generate([prompt(PICTURE)], PARAMS))
-    own = nnx.state(llm._opened.module)
+    own = llm.weights(names="jaxinfer")
     changed = jax.tree.map_with_path(lambda path, a: -a if "vision_tower" in str(path) else a, own)
     try:
         llm.update_weights(changed)

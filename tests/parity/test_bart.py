@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 from support.cross import CONFIG, text
-from support.loaded import load
+from support.loaded import assert_same_by_name, load
 from support.tiny import BLOCK, LENGTH, VOCAB, prompt
 
 torch = pytest.importorskip("torch", reason="the reference of the parity tests; it comes with the extra `test`")
@@ -71,6 +71,11 @@ def folder(name: str) -> Path:
     made = Path(_folders[-1].name)
     reference(name).save_pretrained(made)
     return made
+
+
+@pytest.mark.parametrize("name", ["bart", "bart, untied"])
+def test_the_state_dict_is_taken_and_given_back(name):
+    assert_same_by_name(folder(name), {path: value.numpy() for path, value in reference(name).state_dict().items()})
 
 
 _folders: list[TemporaryDirectory] = []

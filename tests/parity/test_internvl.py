@@ -231,6 +231,11 @@ def test_logits_at_every_position_equal_transformers(name, tmp_path):
     assert (np.array(moved) > 1e-2).tolist() == [True, False, True, False]
 
 
+@pytest.mark.parametrize("name", ["rms_norm, norm of q and k"])
+def test_the_state_dict_is_taken_and_given_back(name, folder):
+    loaded.assert_same_by_name(folder(name), {path: v.numpy() for path, v in model(name).state_dict().items()})
+
+
 def test_both_formats_of_transformers_are_the_same_weights(tmp_path):
     reference = model("rms_norm, norm of q and k")
     for own in (True, False):

@@ -54,6 +54,11 @@ def rows(folder: Path, tp: int = 1) -> np.ndarray:
     return np.asarray(_rows(program, params, pixels, canvases[:, 0])).reshape(3, mllama.TILES, mllama.PATCHES, -1)
 
 
+def test_the_state_dict_is_taken_and_given_back(folder: Path):
+    state = {name: value.numpy() for name, value in model().state_dict().items()}
+    loaded.assert_same_by_name(folder, state)
+
+
 @pytest.mark.parametrize("tp", [1, 2])
 def test_the_tower(folder: Path, tp: int):
     """Images with different numbers of tiles in one step; rows of absent tiles are not compared."""

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from support import encoded, whisper
 from support.encoded import PromptCase
+from support.loaded import assert_same_by_name
 
 pytest.importorskip("torch", reason="the reference of the parity tests; it comes with the extra `test`")
 
@@ -35,6 +36,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def heard(features: np.ndarray) -> EncoderInput:
     return EncoderInput("audio", features, whisper.POSITIONS)
+
+
+@pytest.mark.slow
+def test_the_state_dict_is_taken_and_given_back(folder: Path):
+    assert_same_by_name(folder, {name: value.numpy() for name, value in model().state_dict().items()})
 
 
 @pytest.mark.slow
