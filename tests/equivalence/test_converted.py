@@ -1,4 +1,4 @@
-"""A converted folder gives the same tokens as its checkpoint, over the same or other devices."""
+"""A converted folder gives the same weights and tokens as its checkpoint, over the same or other devices."""
 
 from functools import cache
 from pathlib import Path
@@ -33,6 +33,21 @@ SETTINGS = dict(
 )
 
 
+def assert_same_weights(source: Path, converted: Path, tp: int, quantization: str | None) -> list[str]:
+    """Check that both folders give the same parameters, bit for bit; return their paths."""
+
+    def read(folder: Path) -> dict[str, np.ndarray]:
+        made = weights.load(folder, make_mesh(tp), quantization=quantization, progress=False)
+        return {path: np.asarray(param[...]) for path, param in parameters(made).items()}
+
+    expected, found = read(source), read(converted)
+    assert list(found) == list(expected)
+    for path, values in expected.items():
+        assert found[path].dtype == values.dtype
+        np.testing.assert_array_equal(found[path], values, err_msg=path)
+    return list(found)
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """The checkpoint, and its conversions for `tp` devices."""
@@ -48,26 +63,24 @@ def folders(tmp_path_factory):
     return source, converted
 
 
-def tokens(folder: Path, **settings: object) -> list[list[int]]:
-    prompts = [prompt(length, i) for i, length in enumerate(EDGES)]
-    with LLM(folder, **SETTINGS | settings) as llm:
-        found = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=10, ignore_eos=True), use_tqdm=False)
-    return [list(output.outputs[0].token_ids) for output in found]
-
-
-@pytest.fixture(scope="module")
-def expected(folders):
-    """Tokens of the original checkpoint."""
-    return cache(lambda tp, quantization: tokens(folders[0], tensor_parallel_size=tp, quantization=quantization))
-
-
 @pytest.mark.parametrize(
     ("before", "tp", "quantization"),
     [(1, 1, None), (2, 1, None), (2, 2, None), (2, 4, None), (1, 1, "int8"), (2, 2, "int8"), (2, 4, "int8")],
 )
-def test_converted_is_original(folders, expected, before, tp, quantization):
-    folder = folders[1](before, quantization)
-    assert tokens(folder, tensor_parallel_size=tp) == expected(tp, quantization)
+def test_converted_is_original(folders, before, tp, quantization):
+    assert_same_weights(folders[0], folders[1](before, quantization), tp, quantization)
+
+
+def test_an_engine_runs_a_converted_folder_as_the_original(folders):
+    """The folder says that its weights are int8; the original needs the setting."""
+
+    def tokens(folder: Path, **settings: object) -> list[list[int]]:
+        prompts = [prompt(length, i) for i, length in enumerate(EDGES)]
+        with LLM(folder, tensor_parallel_size=4, **SETTINGS | settings) as llm:
+            found = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=10, ignore_eos=True), use_tqdm=False)
+        return [list(output.outputs[0].token_ids) for output in found]
+
+    assert tokens(folders[1](2, "int8")) == tokens(folders[0], quantization="int8")
 
 
 @pytest.mark.parametrize(
@@ -81,17 +94,8 @@ def test_converted_is_original(folders, expected, before, tp, quantization):
     ],
 )
 def test_the_weights_of_recurrent_layers_latents_and_experts_are_read_back(family, quantization, before, tp, tmp_path):
-    """Bit for bit: fused projections and convolutions, decays in float32, stacks of experts."""
+    """Fused projections and convolutions, decays in float32, stacks of experts."""
     heads = {"linear_num_key_heads": 4} if family == "qwen3_next" else {}
     source = checkpoint.write(tmp_path / "source", config(family) | heads, with_tokenizer=False)
     convert.convert(source, tmp_path / "out", make_mesh(before), quantization=quantization, progress=False)
-
-    def read(folder: Path) -> dict[str, np.ndarray]:
-        made = weights.load(folder, make_mesh(tp), quantization=quantization, progress=False)
-        return {path: np.asarray(param[...]) for path, param in parameters(made).items()}
-
-    expected, found = read(source), read(tmp_path / "out")
-    assert list(found) == list(expected) and any("decay" in path for path in found)
-    for path, values in expected.items():
-        assert found[path].dtype == values.dtype
-        np.testing.assert_array_equal(found[path], values, err_msg=path)
+    assert any("decay" in path for path in assert_same_weights(source, tmp_path / "out", tp, quantization))

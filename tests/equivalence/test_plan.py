@@ -1,6 +1,7 @@
 """A plan's collectives are those of the compiled step, on eight virtual devices."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,23 @@ pytestmark = [pytest.mark.xdist_group("plan"), pytest.mark.slow]
 @pytest.mark.parametrize("case", CASES)
 def test_a_decode_step_has_the_collectives_of_the_plan(case: str):
     assert compiled(case, "decode", make_mesh(8)).collectives == on_cpu(planned(case, 8), "decode")
+
+
+# In addition to the layers' own: embedding lookup and sampler logits, if the ends of the model are sharded.
+@pytest.mark.parametrize(
+    ("case", "layers", "ends"),
+    [
+        ("all replicated", 0, 0),
+        ("sharded", 4, 2),
+        ("attention replicated", 2, 2),
+        ("mlp replicated", 2, 2),
+        ("first layer replicated", 2, 2),
+        ("ends replicated", 4, 0),
+    ],
+)
+def test_a_replicated_module_has_no_collective(case: str, layers: int, ends: int):
+    found = compiled(case, "decode", make_mesh(8)).collectives
+    assert found == +Counter({"all-reduce": layers + ends, "all-gather": ends})
 
 
 @pytest.mark.parametrize("case", ["sharded", "mlp replicated", "tied"])

@@ -1,6 +1,5 @@
 """A model over several devices gives the same as on one: the same checkpoint, read for each mesh and placement."""
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,6 @@ import pytest
 from jax.sharding import AxisType
 from support import checkpoint
 from support.cases import EDGES, GREEDY, mixed, requests
-from support.plans import compiled
 from support.tiny import ARCHITECTURES, CONFIG, make_engine, make_request, prompt, run, shapes
 
 from jaxinfer.checkpoint import rules
@@ -106,23 +104,6 @@ def test_sharded_is_single_with_few_blocks_and_short_chunks(sharded: Sharded, tp
 @pytest.mark.parametrize("name", PLACEMENTS)
 def test_each_placement_is_single(sharded: Sharded, name: str):
     check(sharded("llama", 4, PLACEMENTS[name]), sharded(), greedy)
-
-
-# In addition to the layers' own: embedding lookup and sampler logits, if the ends of the model are sharded.
-@pytest.mark.parametrize(
-    ("case", "layers", "ends"),
-    [
-        ("all replicated", 0, 0),
-        ("sharded", 4, 2),
-        ("attention replicated", 2, 2),
-        ("mlp replicated", 2, 2),
-        ("first layer replicated", 2, 2),
-        ("ends replicated", 4, 0),
-    ],
-)
-def test_a_replicated_module_has_no_collective(case: str, layers: int, ends: int):
-    found = compiled(case, "decode", make_mesh(8)).collectives
-    assert found == +Counter({"all-reduce": layers + ends, "all-gather": ends})
 
 
 def zero_heads(runner: Runner) -> int:

@@ -1,8 +1,8 @@
-"""`LLM` over a folder, on one device and on several, gives the greedy tokens of transformers."""
+"""`LLM` over a folder, on more devices than the model has kv heads, gives the greedy tokens of transformers.
 
-from collections.abc import Callable
-from functools import cache
-from pathlib import Path
+Every family is compared with transformers on one device in `test_parity`, and over several devices with one device in
+`tests/equivalence/test_sharded.py`.
+"""
 
 import pytest
 from support.tiny import BLOCK, CHUNK, LENGTH, prompt
@@ -28,32 +28,16 @@ SETTINGS = dict(
 )
 
 
-@cache
-def model(family: str) -> ref.Model:
-    return ref.model(family)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    return cache(lambda family: ref.save(model(family), tmp_path_factory.mktemp("checkpoint")))
-
-
-CASES = [
-    pytest.param("llama", 1, marks=pytest.mark.xdist_group("llama")),
-    pytest.param("llama", 2, marks=pytest.mark.xdist_group("llama")),
-    # More shards than the two kv heads: each head serves two shards.
-    pytest.param("qwen3", 4, marks=pytest.mark.xdist_group("qwen3")),
-    pytest.param("gpt_oss", 2, marks=pytest.mark.xdist_group("gpt_oss")),
-]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "tp"), CASES)
-def test_greedy_tokens_of_a_folder_equal_transformers(family, tp, folder):
-    with LLM(folder(family), skip_tokenizer_init=True, tensor_parallel_size=tp, use_tqdm=False, **SETTINGS) as llm:
+@pytest.mark.xdist_group("qwen3")
+def test_greedy_tokens_of_a_folder_equal_transformers(tmp_path):
+    """On four devices each of the two kv heads serves two shards."""
+    model = ref.model("qwen3")
+    folder = ref.save(model, tmp_path)
+    with LLM(folder, skip_tokenizer_init=True, tensor_parallel_size=4, use_tqdm=False, **SETTINGS) as llm:
         outputs = llm.generate(
             [{"prompt_token_ids": ids} for ids in PROMPTS],
             SamplingParams(temperature=0, max_tokens=COUNT, ignore_eos=True),
             use_tqdm=False,
         )
-    assert [list(o.outputs[0].token_ids) for o in outputs] == [ref.greedy(model(family), ids, COUNT) for ids in PROMPTS]
+    assert [list(o.outputs[0].token_ids) for o in outputs] == [ref.greedy(model, ids, COUNT) for ids in PROMPTS]
