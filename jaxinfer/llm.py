@@ -626,25 +626,17 @@ class LLM:
 
     def _watch(self, handles: list[Handle]) -> Iterator[RequestOutput]:
         """Queue requests and yield new outputs after each step; abort them if the iterator is closed or fails."""
-        updates, left = Updates(handles), bool(handles)
+        updates = Updates(handles)
         lease = self._thread.lease()
         release, call = lease.release, lease.call
         try:
             self._queue(lease, handles)
-            while left:
+            while updates.left:
                 self._check_open()
-                found, left = self._thread.run(self._advance, updates)
-                yield from found
+                self._thread.drive(call, updates.awaited)
+                yield from updates.found
         finally:
             release(call)
-
-    def _advance(self, updates: Updates) -> tuple[list[RequestOutput], bool]:
-        """Run a step on the engine thread; return new outputs and whether requests are unfinished."""
-        self._engine.check_alive()
-        if updates.unfinished():
-            self._engine.step()
-        found = updates.take()
-        return found, updates.unfinished()
 
 
 def _drop(thread: EngineThread) -> None:

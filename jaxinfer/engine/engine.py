@@ -13,6 +13,7 @@ from jaxinfer.engine.plan import Plan
 from jaxinfer.engine.request import Request, Sequence, Status
 from jaxinfer.engine.runner.batch import spans, wants_prompt_logprobs
 from jaxinfer.engine.runner.multi_step import MultiStep
+from jaxinfer.engine.runner.programs import CompilationError
 from jaxinfer.engine.runner.runner import Flight, Result, Runner
 from jaxinfer.engine.sampling.sampler import BAD_TOKEN, Candidates, Logprobs
 from jaxinfer.engine.scheduler import Limits, Scheduler
@@ -44,6 +45,9 @@ class Engine:
         self.metrics = Metrics(settings.log_interval)
         self._multi_step = MultiStep(settings.decode_steps)
         self._flight: Flight | None = None
+        """The step that was dispatched last, until its tokens are read."""
+        self._held: Flight | None = None
+        """The next step, while programs that it needs are compiled. Nothing is scheduled until it is dispatched."""
         self._suspect = Plan()
         self._said_clamped = False
         self._dead: str | None = None
@@ -79,7 +83,23 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether `step` has anything to do."""
-        return self._flight is not None or self.scheduler.has_work
+        return self._flight is not None or self._held is not None or self.scheduler.has_work
+
+    @property
+    def is_compiling(self) -> bool:
+        """Whether the next step waits for programs that are being compiled aside; `step` then does nothing."""
+        return self._held is not None and not self._held.compiled
+
+    def compile_aside(self, done: Callable[[], None]) -> None:
+        """Compile missing programs on threads of their own from now on; without effect if there are several processes.
+
+        Those must dispatch the same programs in the same order, and compile at the same time by waiting for each other.
+
+        Args:
+            done: called on another thread when the next step may have its programs.
+        """
+        if self.runner.leader is None:
+            self.runner.compiled_aside = done
 
     def check(self, request: Request) -> None:
         """Check whether a request can be queued, without changing any state.
@@ -128,33 +148,66 @@ class Engine:
         if request is not None:
             for sequence in request.sequences:
                 self._finish(sequence, "abort")
+            self._drop_held_if_unwanted()
 
     def step(self) -> None:
         """Schedule and dispatch the next step (or several decode steps), then commit the previous one.
 
-        After a failed step the cache is rebuilt and the running sequences are recomputed.
+        After a failed step the cache is rebuilt and the running sequences are recomputed. While a step waits for its
+        programs (`is_compiling`) nothing is done.
 
         Raises:
             EngineDeadError: recovery failed as well, now or earlier.
             DistributedError: the step failed and several processes serve the model.
         """
         self.check_alive()
+        if self.is_compiling:
+            return
         plan = self._suspect = Plan()
         try:
-            if self.scheduler.needs_history:
-                self._commit(self._take_flight())
-            idle = self._flight is None
-            plan = self.scheduler.schedule(self._multi_step.steps)
-            flight = self._run(plan) if plan else None
-            self._commit(self._take_flight())
-            self._flight = flight
-            if idle and not plan:
-                self._end_stuck()
+            plan = self._next() if self._held is None else self._dispatch_held()
         except BaseException as error:
             self._start_over(error)
             if not isinstance(error, Exception):
                 raise
         self._observe(plan)
+
+    def _next(self) -> Plan:
+        """Schedule and run a plan, then commit the previous one."""
+        if self.scheduler.needs_history:
+            self._commit(self._take_flight())
+        idle = self._flight is None
+        plan = self.scheduler.schedule(self._multi_step.steps)
+        flight = self._run(plan) if plan else None
+        self._commit(self._take_flight())
+        if idle and not plan:
+            self._end_stuck()
+        if flight is not None and flight.compilations:
+            self._held = flight
+            self._drop_held_if_unwanted()
+            return Plan()
+        self._flight = flight
+        return plan
+
+    def _drop_held_if_unwanted(self) -> None:
+        """Drop the plan that waits for its programs if all of its sequences have ended, as no other may wait for it."""
+        if self._held is None or any(s.status is not Status.FINISHED for s in self._held.plan.sequences):
+            return
+        self.scheduler.drop(self._held.plan)
+        self._held = None
+
+    def _dispatch_held(self) -> Plan:
+        """Dispatch the plan that has waited for its programs."""
+        held, self._held = self._held, None
+        self._suspect = held.plan
+        try:
+            self.runner.dispatch(held)
+        except CompilationError as error:
+            self._suspect = held.needing(error.key)
+            raise
+        self._dispatched(held.plan)
+        self._flight = held
+        return held.plan
 
     def check_alive(self) -> None:
         """Raise EngineDeadError if no further step can run."""
@@ -183,7 +236,7 @@ class Engine:
             f"({type(second).__name__}: {second}); close this LLM and make a new one"
         )
         log.error("%s", self._dead)
-        requests, self.requests, self._flight = list(self.requests.values()), {}, None
+        requests, self.requests, self._flight, self._held = list(self.requests.values()), {}, None, None
         self._start()
         for request in requests:
             request.error = self._dead
@@ -206,9 +259,15 @@ class Engine:
                 chunk.sequence.request.first_scheduled_time = now
                 self.metrics.count_hits(chunk.sequence.request)
         flight = self.runner.run(plan, self.manager.tables)
+        if flight.compilations:
+            self.scheduler.hold(plan)
+        else:
+            self._dispatched(plan)
+        return flight
+
+    def _dispatched(self, plan: Plan) -> None:
         self.scheduler.dispatched(plan)
         self.metrics.count_inputs(plan)
-        return flight
 
     def _take_flight(self) -> Flight | None:
         flight, self._flight = self._flight, None
@@ -369,7 +428,7 @@ class Engine:
         # If planning itself failed, any sequence may be the cause.
         suspects = set(self._suspect.sequences or again) if isinstance(error, Exception) else set()
         blamed = {id(s): s.count_failure() for s in suspects}
-        self._flight, self._suspect, preempted = None, Plan(), self.scheduler.preempted
+        self._flight, self._held, self._suspect, preempted = None, None, Plan(), self.scheduler.preempted
         for sequence in again:
             sequence.status, sequence.row, sequence.computed, sequence.pending = Status.WAITING, -1, 0, 0
         self._start()
@@ -392,6 +451,8 @@ class Engine:
         reason = sequence.end() if sequence.made else None
         if reason is not None:
             self._finish(sequence, reason)
+        elif failures and isinstance(error, CompilationError):  # it would fail again
+            self._fail(sequence, str(error))
         elif failures > RETRIES:
             self._fail(sequence, f"its step failed {failures} times: {type(error).__name__}: {error}")
         elif sequence.length == sequence.stage_limit:
@@ -444,7 +505,7 @@ class Engine:
         """
         for request_id in list(self.requests):
             self.abort(request_id)
-        self._flight = None
+        self._flight = self._held = None
         held = self.manager.pool.num_held
         if held:
             raise EngineError(f"{held} blocks are held with nothing running: {self.manager.pool}")

@@ -10,6 +10,7 @@ import atexit
 import os
 import threading
 from collections.abc import Callable, Iterable
+from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol, runtime_checkable
 from weakref import WeakSet
@@ -26,6 +27,9 @@ ACKNOWLEDGE = 0.005
 
 AT_EXIT = 10.0
 """Seconds to wait for a running step at interpreter exit: JAX must not be torn down while it runs."""
+
+WAKE = "wake"
+"""Command that does nothing: the step that waited for a compilation may go on."""
 
 Reply = tuple[Any, BaseException | None]
 
@@ -75,6 +79,7 @@ class EngineThread:
         self._commands: SimpleQueue[Any] = SimpleQueue()
         self._driven: list[Call] = []
         self._process = os.getpid()
+        engine.compile_aside(partial(self._commands.put, WAKE))
         self._thread = threading.Thread(target=self._run, name="jaxinfer engine", daemon=True)
         self._thread.start()
         _threads.add(self)
@@ -119,7 +124,7 @@ class EngineThread:
         """
         self._check_caller()
         call.busy = busy
-        self._commands.put((self._driven.append, (call,), None))
+        self._commands.put((self._drive, (call,), None))
         self._wait(call.replies, show)
         show()
 
@@ -212,14 +217,21 @@ class EngineThread:
         del self.engine  # and with it weights and cache: here, as an interrupt may end the wait of `close`
 
     def _take_commands(self) -> bool:
-        """Run the queued commands, blocking while there is nothing to step for; return False to stop."""
+        """Run the queued commands; return False to stop.
+
+        Waits for a command while there is nothing to step for, or while the next step's programs are compiled.
+        """
+        waits = not self._driven or self.engine.is_compiling
         while True:
             try:
-                command = self._commands.get(block=not self._driven)
+                command = self._commands.get(block=waits)
             except Empty:
                 return True
+            waits = False
             if command is None:
                 return False
+            if command is WAKE:
+                continue
             if isinstance(command, Call):
                 self._abandon(command)
                 continue
@@ -230,11 +242,13 @@ class EngineThread:
                 result, error = None, raised
             if replies is not None:
                 replies.put((result, error))
-            elif self._driven and not self._still(self._driven[-1]):
-                self._driven.pop()
             # This frame must not keep a command's objects (a module, a caller's results) alive while it waits for the
             # next.
             del command, function, arguments, replies, result, error
+
+    def _drive(self, call: Call) -> None:
+        if self._still(call):
+            self._driven.append(call)
 
     def _step(self) -> None:
         """Run a step and reply to the callers whose results it completed."""

@@ -59,6 +59,8 @@ class Scheduler:
         """Number of tokens until the row's bias changes (`min_tokens`); 0 or less if it no longer does."""
         self._num_history_dependent = 0
         """Number of running sequences whose next step depends on tokens the host must have read."""
+        self._unwritten: dict[Sequence, int] = {}
+        """Number of the last positions of each sequence that a plan which is not dispatched yet will write."""
         self.inflight = InflightPrefixes()
         self.preempted = 0
         self.encoder_cache = EncoderCache(limits.feature_slots)
@@ -395,8 +397,22 @@ class Scheduler:
         self.free_rows.append(row)
         sequence.row = -1
 
+    def hold(self, plan: Plan) -> None:
+        """Note that a plan is not dispatched yet: the blocks that it fills are not published before it is."""
+        self._unwritten = {chunk.sequence: chunk.count for chunk in plan.chunks} | dict.fromkeys(
+            plan.decodes, plan.steps
+        )
+
+    def drop(self, plan: Plan) -> None:
+        """Forget a plan that is held and whose sequences have all ended; it is never dispatched."""
+        self._unwritten = {}
+        if plan.encodes:
+            self.encoder_cache.reset()  # some of its inputs were never encoded
+        self.manager.resend([sequence.row for sequence in self.active])
+
     def dispatched(self, plan: Plan) -> None:
         """Publish what a dispatched plan writes; later steps may reuse it and may overwrite what the plan reads."""
+        self._unwritten = {}
         for chunk in plan.chunks:
             if chunk.start + chunk.count == chunk.sequence.prefilled:
                 self.encoder_cache.release(chunk.sequence.row)
@@ -408,7 +424,10 @@ class Scheduler:
         manager = self.manager
         if not manager.prefix_caching or sequence.status is not Status.RUNNING:
             return
-        written = min(int(manager.tables.lengths[sequence.row]), sequence.length)
+        written = int(manager.tables.lengths[sequence.row])
+        if self._unwritten:
+            written -= self._unwritten.get(sequence, 0)
+        written = min(written, sequence.length)
         full, digests = written // manager.block_size, sequence.digests
         if full <= sequence.published:
             return

@@ -202,6 +202,9 @@ class RowManager:
         """Mark a row's encoder input as written; it is not shared with other requests."""
         self.encoded.publish(row)
 
+    def resend(self, _rows: Sequence[int]) -> None:
+        """Do nothing: the device computes block tables from the rows."""
+
     def take_evicted(self) -> None:
         """Do nothing: nothing is evicted."""
 

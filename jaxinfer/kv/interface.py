@@ -86,6 +86,10 @@ class CacheManager(Protocol):
         """Mark a row's encoder input as written: the step that writes it is dispatched."""
         ...
 
+    def resend(self, rows: Sequence[int]) -> None:
+        """Send the block tables of these rows to the device again, as a step that sent them was dropped."""
+        ...
+
     def take_evicted(self) -> None:
         """Remove blocks evicted by the current plan from the prefix index, once the plan is decided."""
         ...

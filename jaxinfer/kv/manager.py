@@ -327,6 +327,10 @@ class BlockManager:
                 released = []
         self.pool = pools.release(self.pool, np.concatenate([*released, ids]))
 
+    def resend(self, rows: Sequence[int]) -> None:
+        """Send the block tables of these rows to the device again, as a step that sent them was dropped."""
+        self.tables.resend(rows)
+
     def take_evicted(self) -> None:
         """Remove blocks evicted since the last call from the index, with the other blocks of the same nodes."""
         ids = list(self._evicted)

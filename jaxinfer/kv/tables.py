@@ -155,6 +155,11 @@ class Tables:
                     f"{kind.kind.name}; recorded are [{firsts[row]}, {counts[row]}), needed from {needed[row]} on."
                 )
 
+    def resend(self, rows: Sequence[int]) -> None:
+        """Mark all entries of these rows as not known to the device."""
+        self._sent[:, rows] = 0
+        self.unsent.update(rows)
+
     def take_unsent(self) -> np.ndarray:
         """Return the entries the device does not know yet, `[4, n]` int32: group, row, column, block id."""
         if not self.unsent:

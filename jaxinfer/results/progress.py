@@ -64,6 +64,10 @@ class Updates:
         self._running = Running(handles)
         self._places = {handle.request.id: (place, handle) for place, handle in enumerate(handles)}
         self._changed: set[str] = set()
+        self.found: list[RequestOutput] = []
+        """Outputs that the last call of `awaited` found."""
+        self.left = bool(handles)
+        """Whether requests were unfinished at the last call of `awaited`."""
         for handle in handles:
             handle.request.listener = _UpdateRecorder(self._changed, handle.request.listener)
 
@@ -71,6 +75,11 @@ class Updates:
         """Record finished requests and return whether any are left."""
         self._changed.update(handle.request.id for handle in self._running.take_ended())
         return len(self._running) > 0
+
+    def awaited(self) -> bool:
+        """Take new outputs and return whether a step is needed for the next ones; runs on the engine thread."""
+        self.found, self.left = self.take(), self.unfinished()
+        return self.left and not self.found
 
     def take(self) -> list[RequestOutput]:
         """Return the new outputs of all handles since the last call, in the order of the handles."""

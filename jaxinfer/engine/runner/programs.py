@@ -1,5 +1,6 @@
 """Compiled programs of a model's steps: compiled ahead in several threads, or on first use."""
 
+import atexit
 import logging
 import threading
 import time
@@ -8,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 import jax
 import numpy as np
@@ -31,6 +33,7 @@ from jaxinfer.engine.runner.steps import (
     shardings,
 )
 from jaxinfer.engine.sampling.sampler import install
+from jaxinfer.errors import EngineError
 from jaxinfer.functional import Program
 from jaxinfer.functional.encoder_batch import EncodeShape
 from jaxinfer.kernels.attention import choose as attention
@@ -82,6 +85,14 @@ Key = Bucket | Copies | Install | InstallTables | Encode | EncodeCross
 that the program returns first (not in a tuple if it is a single value). None marks state that this program does not
 use.
 """
+
+
+class CompilationError(EngineError):
+    """A program of a step could not be compiled."""
+
+    def __init__(self, key: "Key", message: str):
+        super().__init__(message)
+        self.key = key
 
 
 class Programs:
@@ -156,14 +167,51 @@ class Programs:
             finally:
                 failed.set()  # after an interrupt, too, skip compilations not begun
 
+    def start(self, key: Key, done: Callable[[], None]) -> Future[jax.stages.Compiled] | None:
+        """Compile a program on a thread of its own, unless it is ready or being compiled.
+
+        Args:
+            key: the program.
+            done: called on the compiling thread once the program is ready or its compilation has failed.
+
+        Returns:
+            The future program; None if it is ready.
+        """
+        if key in self._ready:
+            return None
+        future, mine = self._claim(key)
+        if mine:
+            thread = threading.Thread(
+                target=self._compile, args=(key, future), name=f"jaxinfer compile {key}", daemon=True
+            )
+            _compiling.add(thread)
+            try:
+                thread.start()
+            except RuntimeError as error:  # no more threads
+                self._fail(key, future, error)
+        future.add_done_callback(lambda _: done())
+        return future
+
     def _make(self, key: Key) -> jax.stages.Compiled:
+        future, mine = self._claim(key)
+        if mine:
+            self._compile(key, future)
+        return future.result()
+
+    def _claim(self, key: Key) -> tuple[Future[jax.stages.Compiled], bool]:
+        """Return the future of a program, and whether the caller must compile it."""
         with self._lock:
+            if key in self._pending:
+                return self._pending[key], False
+            future: Future[jax.stages.Compiled] = Future()
             if key in self._ready:
-                return self._ready[key]
-            mine = key not in self._pending
-            future = self._pending.setdefault(key, Future())
-        if not mine:
-            return future.result()
+                future.set_result(self._ready[key])
+                return future, False
+            self._pending[key] = future
+            return future, True
+
+    def _compile(self, key: Key, future: Future[jax.stages.Compiled]) -> None:
+        """Compile a claimed program and settle its future."""
         try:
             started = time.perf_counter()
             made = self._lower(key).compile()
@@ -171,15 +219,18 @@ class Programs:
             self._measure(key, made)
             log.info("compiled %s in %.1f s", key, self.seconds[key])
         except BaseException as error:
-            with self._lock:
-                del self._pending[key]
-            future.set_exception(error)
-            raise
+            self._fail(key, future, error)
+            return
         with self._lock:
             self._ready[key] = made
             del self._pending[key]
         future.set_result(made)
-        return made
+
+    def _fail(self, key: Key, future: Future[jax.stages.Compiled], error: BaseException) -> None:
+        """Settle the future of a program that could not be compiled; the next caller tries again."""
+        with self._lock:
+            del self._pending[key]
+        future.set_exception(error)
 
     def _measure(self, key: Key, made: jax.stages.Compiled) -> None:
         """Record the temporaries of a program and its results that alias no argument; warn if they do not fit."""
@@ -227,3 +278,17 @@ class Programs:
         edits, number = abstract_edits(program, shapes), array((), np.int32)
         history, bias = (array(one.shape[1:], one.dtype) for one in edits)
         return jax.jit(install, donate_argnums=0, out_shardings=sharding).lower(edits, number, history, number, bias)
+
+
+AT_EXIT = 10.0
+"""Seconds to wait for compilations at interpreter exit: JAX must not be torn down while they run."""
+
+_compiling: WeakSet[threading.Thread] = WeakSet()
+
+
+@atexit.register
+def _wait_at_exit() -> None:
+    """Wait until programs are compiled; XLA cannot be interrupted."""
+    until = time.monotonic() + AT_EXIT
+    for thread in list(_compiling):
+        thread.join(max(0.0, until - time.monotonic()))

@@ -1,8 +1,9 @@
 """Runner: owns parameters, cache and sampler state on the device, and runs compiled steps over them."""
 
 import time
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -12,22 +13,9 @@ import numpy as np
 
 from jaxinfer.engine.plan import Plan
 from jaxinfer.engine.request import Sequence as Sample
-from jaxinfer.engine.request import bias_row
-from jaxinfer.engine.runner import batch as batches
 from jaxinfer.engine.runner.batch import Bucket
-from jaxinfer.engine.runner.buckets import (
-    TABLE_WIDTHS,
-    Needs,
-    copy_widths,
-    decode_bucket,
-    encode_pieces,
-    encode_shape,
-    encode_steps,
-    least,
-    prefill_bucket,
-    read_size,
-)
-from jaxinfer.engine.runner.programs import Copies, Encode, EncodeCross, Install, InstallTables, Key, Programs
+from jaxinfer.engine.runner.launches import Launch, Packer, describe
+from jaxinfer.engine.runner.programs import CompilationError, Encode, EncodeCross, Key, Programs
 from jaxinfer.engine.runner.row_params import RowParams
 from jaxinfer.engine.runner.steps import (
     Sampled,
@@ -43,7 +31,6 @@ from jaxinfer.engine.sampling.sampling_rows import Level
 from jaxinfer.engine.sizing.memory import MemoryUse
 from jaxinfer.errors import EngineError
 from jaxinfer.functional import Program
-from jaxinfer.functional.encoder_batch import EncodeJob, encode_batch
 from jaxinfer.kernels.attention.paged import Cache
 from jaxinfer.kv import cache as kv_cache
 from jaxinfer.kv.tables import Tables
@@ -70,13 +57,28 @@ class Result:
         return self.sampled.tokens.is_ready()
 
 
-@dataclass(frozen=True)
+@dataclass
 class Flight:
-    """A dispatched plan: the outputs of its steps and the time of the first dispatch."""
+    """A packed plan: its launches, and once it is dispatched the outputs of its steps."""
 
     plan: Plan
-    results: list[Result]
+    launches: list[Launch]
+    compilations: dict[Key, Future[Any]] = field(default_factory=dict)
+    """Programs of the launches that were missing when the plan was packed."""
+    results: list[Result] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
+    """Time of the first dispatch."""
+
+    @property
+    def compiled(self) -> bool:
+        """Whether no program is being compiled any more."""
+        return all(future.done() for future in self.compilations.values())
+
+    def needing(self, key: Key) -> Plan:
+        """Return the part of the plan that a program is for: its prefill, its decodes, or both."""
+        if isinstance(key, Bucket) and key.kind == "decode":
+            return replace(self.plan, chunks=[], samples=[])
+        return replace(self.plan, decodes=[]) if isinstance(key, (Bucket, Encode, EncodeCross)) else self.plan
 
 
 class Leader(Protocol):
@@ -126,8 +128,11 @@ class Runner:
         """What the engine takes of a device's memory, where it was sized by it."""
         self.leader: Leader | None = None
         """Sends dispatches to the other processes of a multi-process mesh; None in a single process."""
+        self.compiled_aside: Callable[[], None] | None = None
+        """Called on another thread when a program is compiled. If None, a launch compiles the program that it needs."""
         self.places = self.padding = 0
         """Total number of token places in the steps so far, and how many of them were padding."""
+        self._packer = Packer(program, shapes)
         self._abstract_cache = abstract_cache(program, shapes)
         self._replicated = replicated(program)
         self.reset()
@@ -164,108 +169,56 @@ class Runner:
         return self.programs
 
     def run(self, plan: Plan, tables: Tables) -> Flight:
-        """Dispatch a plan: block copies, encoders, prefill, decode steps. Returns before they have run."""
-        started = time.monotonic()
-        self._copy_blocks(*plan.copies)
-        self._send_tables(tables.take_unsent())
-        if plan.encodes:
-            self._encode(plan)
-        if plan.reads:
-            self._encode_cross(plan.reads)
-        results = [self._prefill(plan)] if plan.chunks else []
-        if plan.decodes:
-            results += [self._decode(plan, tables, ahead) for ahead in range(plan.steps)]
-        return Flight(plan, results, started)
+        """Pack a plan and dispatch it; returns before it has run.
 
-    def _copy_blocks(self, sources: np.ndarray, targets: np.ndarray) -> None:
-        widths = copy_widths(self.shapes)
-        for start in range(0, len(sources), widths[-1]):
-            some = slice(start, start + widths[-1])
-            count = len(sources[some])
-            width = least(widths, count)
-            ids = np.zeros(width, np.int32), np.full(width, self.shapes.num_blocks, np.int32)
-            ids[0][:count], ids[1][:count] = sources[some], targets[some]
-            self._launch(Copies(width), *ids)
+        A plan is not dispatched yet if programs are compiled aside and some of its own are missing
+        (`Flight.compilations`): the caller calls `dispatch` once `Flight.compiled`.
+        """
+        flight = Flight(plan, self._packer.pack(plan, tables, self.row_params))
+        if self.compiled_aside is not None:
+            for key in dict.fromkeys(launch.key for launch in flight.launches):
+                future = self.programs.start(key, self.compiled_aside)
+                if future is not None:
+                    flight.compilations[key] = future
+        if not flight.compilations:
+            self.dispatch(flight)
+        return flight
 
-    def _send_tables(self, entries: np.ndarray) -> None:
-        """Send block table updates `[4, n]` (`Tables.take_unsent`)."""
-        while count := entries.shape[1]:
-            width = least(TABLE_WIDTHS, min(count, TABLE_WIDTHS[-1]))
-            padded = np.full((4, width), self.shapes.rows, np.int32)
-            padded[:, :count] = entries[:, :width]
-            self._launch(InstallTables(width), padded)
-            entries = entries[:, width:]
+    def dispatch(self, flight: Flight) -> None:
+        """Dispatch the launches of a plan.
 
-    def _encode(self, plan: Plan) -> None:
-        """Encode all inputs of a plan together, whichever prompts they belong to."""
-        values = np.concatenate([one.values for one, _ in plan.encodes])
-        slots = np.concatenate([np.asarray(slots, np.int32) for _, slots in plan.encodes])
-        start = 0
-        for size in encode_pieces(self.shapes, len(slots)):
-            some = slice(start, start + size)
-            inputs, targets = values[some], slots[some]
-            padding = size - len(targets)
-            inputs = np.pad(inputs, [(0, padding), *[(0, 0)] * (inputs.ndim - 1)])
-            targets = np.pad(targets, (0, padding), constant_values=self.shapes.feature_slots)
-            try:
-                self._launch(Encode(size), inputs, targets)
-            except Exception as error:
-                raise EngineError(f"the encoder step of {size} failed: {type(error).__name__}: {error}") from error
-            start += size
+        Raises:
+            CompilationError: a program could not be compiled.
+            EngineError: a launch failed.
+        """
+        for key, future in flight.compilations.items():
+            if (error := future.exception()) is not None:
+                message = f"{describe(key)} could not be compiled: {type(error).__name__}: {error}"
+                raise CompilationError(key, message) from error
+        flight.started = time.monotonic()
+        for launch in flight.launches:
+            result = self._run_launch(launch)
+            if result is not None:
+                flight.results.append(result)
 
-    def _encode_cross(self, jobs: Sequence[EncodeJob]) -> None:
-        """Encode the cross-attention inputs of a plan's prompts into the cache."""
-        program, shapes = self.program, self.shapes
-        for step in encode_steps(jobs, encode_shape(program, shapes, shapes.cross_buckets[-1])):
-            key = EncodeCross(**vars(encode_shape(program, shapes, sum(job.input.count for job in step))))
-            batch = encode_batch(program.cross, step, shapes.block_size, shapes.num_blocks, key)
-            packed = batches.pack(key, {name: getattr(batch, name) for name in key.shapes})
-            try:
-                self._launch(key, batch.inputs, batch.numbers, packed)
-            except Exception as error:
-                raise EngineError(f"the encoder step of {key.units} failed: {type(error).__name__}: {error}") from error
-
-    def _prefill(self, plan: Plan) -> Result:
-        samples, tokens = [s for _, s in plan.samples], sum(chunk.count for chunk in plan.chunks)
-        positions = np.array([s.prefilled for s in samples], np.int32)
-        self.row_params.write(samples)
-        self.row_params.update_levels(samples, positions)
-        prompt_logprobs = any(batches.wants_prompt_logprobs(chunk) for chunk in plan.chunks)
-        needs = self.row_params.needs(np.array([s.row for s in samples], np.int32))._replace(
-            prompt_logprobs=prompt_logprobs
-        )
-        if needs.level >= Level.EDITED:
-            self._install_edits(samples, positions.tolist())
-        bucket = prefill_bucket(self.program, self.shapes, tokens, needs)
-        self.padding += bucket.tokens - tokens
-        sampled = self._dispatch(bucket, needs, batches.prefill_parts(plan, bucket, self.row_params.packed))
-        return Result(samples, np.arange(len(samples)), sampled, first=True)
-
-    def _decode(self, plan: Plan, tables: Tables, ahead: int) -> Result:
-        if not ahead and self.row_params.varying[plan.rows].any():  # a plan ends before a bias changes
-            self.row_params.update_levels(plan.decodes, plan.positions + 1)
-        needs, count = self.row_params.needs(plan.rows), len(plan.rows)
-        if needs.level >= Level.EDITED and not ahead:
-            self._install_edits(plan.decodes, (plan.positions + 1).tolist())
-        reads = read_size(self.shapes, plan.positions + ahead, tables.seen[plan.rows])
-        bucket = decode_bucket(self.program, self.shapes, count, reads, needs)
-        self.padding += bucket.tokens - count
-        parts = batches.decode_parts(plan, bucket, tables, self.row_params.packed, ahead)
-        indices = batches.batch_indices(plan.rows, bucket.rows, tables.rows)
-        return Result(plan.decodes, indices, self._dispatch(bucket, needs, parts), first=False)
-
-    def _dispatch(self, bucket: Bucket, needs: Needs, parts: Mapping[str, np.ndarray]) -> Sampled:
+    def _run_launch(self, launch: Launch) -> Result | None:
+        """Dispatch a launch; return the output of a prefill or decode step."""
+        key, step = launch.key, launch.step
         try:
-            sampled = self._launch(bucket, batches.pack(bucket, parts))
+            sampled = self._launch(key, *launch.arrays)
         except Exception as error:
-            raise EngineError(f"the step {bucket} failed: {type(error).__name__}: {error}") from error
-        self.places += bucket.tokens
-        return Sampled(
+            raise EngineError(f"{describe(key)} failed: {type(error).__name__}: {error}") from error
+        if step is None:
+            return None
+        self.places += key.tokens
+        self.padding += key.tokens - step.tokens
+        sampled = Sampled(
             sampled.tokens,
-            sampled.logprobs if needs.logprobs >= 0 else None,
-            sampled.prompt_logprobs if needs.prompt_logprobs else None,
+            sampled.logprobs if step.needs.logprobs >= 0 else None,
+            sampled.prompt_logprobs if step.needs.prompt_logprobs else None,
             sampled.candidates,
         )
+        return Result(step.samples, step.indices, sampled, step.first)
 
     def _launch(self, key: Key, *arrays: np.ndarray) -> Any:
         """Dispatch a program, after sending it to the other processes if there are any."""
@@ -291,18 +244,3 @@ class Runner:
     def _make_edits(self) -> None:
         make = partial(jnp.zeros, device=self._replicated)
         self.edits = jax.tree.map(lambda a: make(a.shape, a.dtype), abstract_edits(self.program, self.shapes))
-
-    def _install_edits(self, samples: Sequence[Sample], positions: Sequence[int]) -> None:
-        """Update history and bias of EDITED rows on the device, if they have changed, for tokens at `positions`."""
-        if self.edits is None:
-            self._make_edits()
-        for sequence, position in zip(samples, positions, strict=True):
-            if self.row_params.levels[sequence.row] < Level.EDITED:
-                continue
-            version, bias = bias_row(sequence, position, self.edits.bias.shape[1])
-            if version != sequence.bias_version:
-                history = np.zeros(self.edits.history.shape[1], np.int32)
-                history[: sequence.length] = sequence.tokens[: sequence.length]
-                known = np.array(sequence.length, np.int32)
-                self._launch(Install(), np.array(sequence.row, np.int32), history, known, bias)
-                sequence.bias_version = version

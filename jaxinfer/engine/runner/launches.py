@@ -1,0 +1,177 @@
+"""Pack a plan into launches: the programs of a step, each with the host arrays that it is called with.
+
+Packing reads all that a launch needs of the host's state, so the engine may change that state before the launch is
+dispatched: a step waits for its programs to be compiled while requests are aborted and queued.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from jaxinfer.engine.plan import Plan
+from jaxinfer.engine.request import Sequence as Sample
+from jaxinfer.engine.request import bias_row
+from jaxinfer.engine.runner import batch as batches
+from jaxinfer.engine.runner.batch import Bucket
+from jaxinfer.engine.runner.buckets import (
+    TABLE_WIDTHS,
+    Needs,
+    copy_widths,
+    decode_bucket,
+    encode_pieces,
+    encode_shape,
+    encode_steps,
+    least,
+    prefill_bucket,
+    read_size,
+)
+from jaxinfer.engine.runner.programs import Copies, Encode, EncodeCross, Install, InstallTables, Key
+from jaxinfer.engine.runner.row_params import RowParams
+from jaxinfer.engine.runner.steps import Shapes, abstract_edits
+from jaxinfer.engine.sampling.sampling_rows import Level
+from jaxinfer.functional import Program
+from jaxinfer.functional.encoder_batch import EncodeJob, encode_batch
+from jaxinfer.kv.tables import Tables
+
+
+@dataclass(frozen=True)
+class Step:
+    """What becomes of the tokens that a prefill or decode program samples."""
+
+    samples: Sequence[Sample]
+    indices: np.ndarray
+    """Index of each sequence in the step's batch."""
+    needs: Needs
+    tokens: int
+    """Number of tokens that the step computes, padding aside."""
+    first: bool
+    """Whether the tokens are the first ones after a prefill."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A program and the host arrays that it is called with."""
+
+    key: Key
+    arrays: tuple[np.ndarray, ...]
+    step: Step | None = None
+    """For prefill and decode programs."""
+
+
+class Packer:
+    """Packs plans of a model (`program`) for steps of these shapes."""
+
+    def __init__(self, program: Program, shapes: Shapes):
+        self._program, self._shapes = program, shapes
+        edits = abstract_edits(program, shapes)
+        self._history_length, self._vocab = edits.history.shape[1], edits.bias.shape[1]
+
+    def pack(self, plan: Plan, tables: Tables, params: RowParams) -> list[Launch]:
+        """Return the launches of a plan in order: block copies, tables, encoders, prefill, decode steps.
+
+        The rows' sampling parameters `params` are updated to those of the plan's sequences.
+        """
+        launches = [*self._copies(*plan.copies), *self._tables(tables.take_unsent())]
+        if plan.encodes:
+            launches += self._encodes(plan)
+        if plan.reads:
+            launches += self._encodes_cross(plan.reads)
+        if plan.chunks:
+            launches += self._prefill(plan, params)
+        if plan.decodes:
+            for ahead in range(plan.steps):
+                launches += self._decode(plan, tables, params, ahead)
+        return launches
+
+    def _copies(self, sources: np.ndarray, targets: np.ndarray) -> Iterator[Launch]:
+        widths = copy_widths(self._shapes)
+        for start in range(0, len(sources), widths[-1]):
+            some = slice(start, start + widths[-1])
+            count = len(sources[some])
+            width = least(widths, count)
+            ids = np.zeros(width, np.int32), np.full(width, self._shapes.num_blocks, np.int32)
+            ids[0][:count], ids[1][:count] = sources[some], targets[some]
+            yield Launch(Copies(width), ids)
+
+    def _tables(self, entries: np.ndarray) -> Iterator[Launch]:
+        """Send block table updates `[4, n]` (`Tables.take_unsent`)."""
+        while count := entries.shape[1]:
+            width = least(TABLE_WIDTHS, min(count, TABLE_WIDTHS[-1]))
+            padded = np.full((4, width), self._shapes.rows, np.int32)
+            padded[:, :count] = entries[:, :width]
+            yield Launch(InstallTables(width), (padded,))
+            entries = entries[:, width:]
+
+    def _encodes(self, plan: Plan) -> Iterator[Launch]:
+        """Encode all inputs of a plan together, whichever prompts they belong to."""
+        values = np.concatenate([one.values for one, _ in plan.encodes])
+        slots = np.concatenate([np.asarray(slots, np.int32) for _, slots in plan.encodes])
+        start = 0
+        for size in encode_pieces(self._shapes, len(slots)):
+            some = slice(start, start + size)
+            inputs, targets = values[some], slots[some]
+            padding = size - len(targets)
+            inputs = np.pad(inputs, [(0, padding), *[(0, 0)] * (inputs.ndim - 1)])
+            targets = np.pad(targets, (0, padding), constant_values=self._shapes.feature_slots)
+            yield Launch(Encode(size), (inputs, targets))
+            start += size
+
+    def _encodes_cross(self, jobs: Sequence[EncodeJob]) -> Iterator[Launch]:
+        """Encode the cross-attention inputs of a plan's prompts into the cache."""
+        program, shapes = self._program, self._shapes
+        for step in encode_steps(jobs, encode_shape(program, shapes, shapes.cross_buckets[-1])):
+            key = EncodeCross(**vars(encode_shape(program, shapes, sum(job.input.count for job in step))))
+            batch = encode_batch(program.cross, step, shapes.block_size, shapes.num_blocks, key)
+            packed = batches.pack(key, {name: getattr(batch, name) for name in key.shapes})
+            yield Launch(key, (batch.inputs, batch.numbers, packed))
+
+    def _prefill(self, plan: Plan, params: RowParams) -> list[Launch]:
+        samples, tokens = [s for _, s in plan.samples], sum(chunk.count for chunk in plan.chunks)
+        positions = np.array([s.prefilled for s in samples], np.int32)
+        params.write(samples)
+        params.update_levels(samples, positions)
+        prompt_logprobs = any(batches.wants_prompt_logprobs(chunk) for chunk in plan.chunks)
+        needs = params.needs(np.array([s.row for s in samples], np.int32))._replace(prompt_logprobs=prompt_logprobs)
+        edits = self._edits(samples, positions.tolist(), params) if needs.level >= Level.EDITED else []
+        bucket = prefill_bucket(self._program, self._shapes, tokens, needs)
+        packed = batches.pack(bucket, batches.prefill_parts(plan, bucket, params.packed))
+        step = Step(samples, np.arange(len(samples)), needs, tokens, first=True)
+        return [*edits, Launch(bucket, (packed,), step)]
+
+    def _decode(self, plan: Plan, tables: Tables, params: RowParams, ahead: int) -> list[Launch]:
+        if not ahead and params.varying[plan.rows].any():  # a plan ends before a bias changes
+            params.update_levels(plan.decodes, plan.positions + 1)
+        needs, count = params.needs(plan.rows), len(plan.rows)
+        edits: Iterable[Launch] = ()
+        if needs.level >= Level.EDITED and not ahead:
+            edits = self._edits(plan.decodes, (plan.positions + 1).tolist(), params)
+        reads = read_size(self._shapes, plan.positions + ahead, tables.seen[plan.rows])
+        bucket = decode_bucket(self._program, self._shapes, count, reads, needs)
+        packed = batches.pack(bucket, batches.decode_parts(plan, bucket, tables, params.packed, ahead))
+        indices = batches.batch_indices(plan.rows, bucket.rows, tables.rows)
+        return [*edits, Launch(bucket, (packed,), Step(plan.decodes, indices, needs, count, first=False))]
+
+    def _edits(self, samples: Sequence[Sample], positions: Sequence[int], params: RowParams) -> Iterator[Launch]:
+        """Update history and bias of EDITED rows on the device, if they have changed, for tokens at `positions`."""
+        for sequence, position in zip(samples, positions, strict=True):
+            if params.levels[sequence.row] < Level.EDITED:
+                continue
+            version, bias = bias_row(sequence, position, self._vocab)
+            if version != sequence.bias_version:
+                history = np.zeros(self._history_length, np.int32)
+                history[: sequence.length] = sequence.tokens[: sequence.length]
+                known = np.array(sequence.length, np.int32)
+                yield Launch(Install(), (np.array(sequence.row, np.int32), history, known, bias))
+                sequence.bias_version = version
+
+
+def describe(key: Key) -> str:
+    """Return the name of a program in an error."""
+    if isinstance(key, Bucket):
+        return f"the step {key}"
+    if isinstance(key, Encode):
+        return f"the encoder step of {key.count}"
+    if isinstance(key, EncodeCross):
+        return f"the encoder step of {key.units}"
+    return f"the program {key}"
