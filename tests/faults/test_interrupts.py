@@ -118,29 +118,6 @@ def test_a_stream_in_a_cycle_that_is_collected_within_a_step(llm, monkeypatch):
     assert not llm._engine.requests
 
 
-def test_abort_and_metrics_do_not_wait_for_a_step(llm, monkeypatch):
-    """A step may compile for seconds."""
-    run, began = llm._engine.runner.run, threading.Event()
-
-    def slow(*args):
-        began.set()
-        time.sleep(0.5)
-        return run(*args)
-
-    monkeypatch.setattr(llm._engine.runner, "run", slow)
-    found = []
-    caller = threading.Thread(target=lambda: found.extend(llm.generate([IDS], LONG, use_tqdm=False)))
-    caller.start()
-    assert began.wait(30)
-    start = time.perf_counter()
-    llm.abort(list(llm._engine.requests))
-    llm.get_metrics()
-    assert time.perf_counter() - start < 0.25
-    monkeypatch.undo()
-    caller.join(30)
-    assert found[0].outputs[0].finish_reason == "abort"
-
-
 def test_an_interrupt_does_not_wait_for_a_step(llm, monkeypatch):
     run = llm._engine.runner.run
     monkeypatch.setattr(llm._engine.runner, "run", lambda *args: (time.sleep(0.5), run(*args))[1])

@@ -1,5 +1,6 @@
 """Compilations that take as long as a test wants: programs that are compiled already and seem to be missing."""
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
@@ -20,16 +21,19 @@ class Gate:
         """
         self._programs, self._chosen = programs, chosen
         self.pending: dict[Key, Future[None]] = {}
-        self._ready: set[Key] = set()
+        self.ready: set[Key] = set()
+        """Programs that do not seem to be missing any more."""
+        self._lock = threading.Lock()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._programs, name)
 
     def start(self, key: Key, done: Callable[[], None]) -> Future[None] | None:
         """Do as `Programs.start`."""
-        if key in self._ready or not self._chosen(key):
-            return None
-        future = self.pending.setdefault(key, Future())
+        with self._lock:
+            if key in self.ready or not self._chosen(key):
+                return None
+            future = self.pending.setdefault(key, Future())
         future.add_done_callback(lambda _: done())
         return future
 
@@ -38,9 +42,11 @@ class Gate:
         another one.
         """
         for one in list(self.pending) if key is None else [key]:
-            future = self.pending.pop(one)
+            with self._lock:
+                future = self.pending.pop(one)
+                if error is None:
+                    self.ready.add(one)
             if error is None:
-                self._ready.add(one)
                 future.set_result(None)
             else:
                 future.set_exception(error)

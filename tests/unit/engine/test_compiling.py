@@ -86,7 +86,7 @@ def test_an_abort_ends_a_request_whose_step_is_compiled(gated, runner, chosen):
     assert reasons([request]) == ["abort"] and ended == [request]
     assert not engine.is_compiling and not engine.has_work and int(engine.manager.pool.num_held) == 0
     [stuck] = gate.pending
-    gate._ready.add(stuck)
+    gate.ready.add(stuck)
     again = make_request("again", prompt(2 * BLOCK + 1), GREEDY)
     assert run(engine, [again]) == expected(runner, [again])
 
@@ -169,7 +169,7 @@ def test_a_program_that_never_compiles_ends_each_request_once(gated):
 
 
 def test_close_does_not_wait(gated):
-        engine, _ = gated()
+    engine, _ = gated()
     for request in mixed(LENGTHS):
         engine.add(request)
     engine.step()
@@ -191,7 +191,6 @@ def test_random_compilations_aborts_and_failures(gated, runner, seed):
 
     engine, gate = gated(chosen, pool_blocks=24, budget=rng.choice([5, CHUNK]))
     requests, added = [], 0
-    bad = {"abort", "error"}
     for _ in range(3000):
         if added < 40 and rng.random() < 0.3:
             kind = rng.randrange(4)
@@ -213,10 +212,9 @@ def test_random_compilations_aborts_and_failures(gated, runner, seed):
             missing.discard(key)
         if added == 40 and not engine.has_work:
             break
-        gate._ready.clear()
+        gate.ready.clear()
         engine.step()
     assert added == 40 and not engine.has_work and not engine.requests
     assert int(engine.manager.pool.num_held) == 0
-    whole = [r for r in requests if not bad & set(reasons([r]))]
-    assert len(whole) > 5 and outputs(whole) == expected(runner, whole)
-    assert {"abort", "error"} & set(reasons(requests))
+    whole = [r for r in requests if not {"abort", "error"} & set(reasons([r]))]
+    assert 5 < len(whole) < 40 and outputs(whole) == expected(runner, whole)

@@ -172,6 +172,24 @@ def test_a_failed_compilation_raises_in_all_waiting_threads_and_is_retried():
     assert programs.calls == 2 and list(programs.seconds) == [Copies(1)]
 
 
+@pytest.mark.parametrize("fails", [0, 1])
+def test_a_program_is_compiled_on_a_thread_of_its_own(fails):
+    """It is begun once, whoever asks for it, and the thread ends with it."""
+    programs, told = Slow(fails), threading.Event()
+    first, second = (programs.start(Copies(1), told.set) for _ in range(2))
+    assert first is second and not told.is_set() and programs.calls == 1
+    programs.free.set()
+    assert told.wait(10)
+    if fails:
+        assert str(first.exception()) == "no kernel for this shape"
+        assert int(programs.get(Copies(1))()) == 2, "the next use begins another compilation"
+    assert programs.start(Copies(1), told.set) is None
+    for thread in threading.enumerate():
+        if thread.name.startswith("jaxinfer compile"):
+            thread.join(10)
+            assert not thread.is_alive()
+
+
 def test_a_failure_ends_a_warm_up(monkeypatch):
     """The failing thread begins no other compilation, even if the waiting thread hears of the failure last."""
 
