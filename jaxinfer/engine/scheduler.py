@@ -399,9 +399,11 @@ class Scheduler:
 
     def hold(self, plan: Plan) -> None:
         """Note that a plan is not dispatched yet: the blocks that it fills are not published before it is."""
-        self._unwritten = {chunk.sequence: chunk.count for chunk in plan.chunks} | dict.fromkeys(
-            plan.decodes, plan.steps
-        )
+        self._unwritten = {
+            **{chunk.sequence: chunk.count for chunk in plan.chunks},
+            **{sequence: plan.chunks[number].count for number, sequence in plan.samples},
+            **dict.fromkeys(plan.decodes, plan.steps),
+        }
 
     def drop(self, plan: Plan) -> None:
         """Forget a plan that is held and whose sequences have all ended; it is never dispatched."""

@@ -106,6 +106,20 @@ def test_what_a_dropped_step_would_have_written_is_not_found(gated, runner):
     assert again.cached_tokens == BLOCK
 
 
+def test_what_dropped_samples_would_have_written_is_not_found(gated, runner):
+    """Samples share the blocks of a prompt that no step has computed."""
+    engine, gate = gated(is_prefill)
+    ids = prompt(2 * BLOCK + 1)
+    engine.add(make_request("x", ids, SamplingParams(temperature=1, n=3, seed=1, max_tokens=4)))
+    engine.step()
+    assert engine.is_compiling and engine.scheduler.rows_in_use == 3
+    engine.abort("x")
+    gate.release()
+    again = make_request("again", ids, GREEDY)
+    assert run(engine, [again]) == expected(runner, [again])
+    assert again.cached_tokens == 0
+
+
 def test_an_abort_of_one_of_several_requests_of_a_step(gated, runner):
     engine, gate = gated()
     requests = mixed(LENGTHS)
