@@ -154,11 +154,11 @@ class EngineThread:
         On the engine's own thread, where a finalizer may call it, it returns without waiting.
         """
         if threading.current_thread() is self._thread:
-            self._commands.put((self.engine.close, (), None))
+            self._commands.put((self._close, (), None))
             self.stop()
             return
         try:
-            self.run(self.engine.close)
+            self.run(self._close)
         finally:
             self.stop()
             self._thread.join()
@@ -211,9 +211,7 @@ class EngineThread:
         while self._take_commands():
             if self._driven:
                 self._step()
-        for call in self._driven:
-            call.replies.put((None, EngineClosedError(CLOSED)))
-        self._driven.clear()
+        self._fail_calls(EngineClosedError(CLOSED))
         del self.engine  # and with it weights and cache: here, as an interrupt may end the wait of `close`
 
     def _take_commands(self) -> bool:
@@ -255,11 +253,19 @@ class EngineThread:
         try:
             self.engine.step()
         except BaseException as error:
-            for call in self._driven:
-                call.replies.put((None, error))
-            self._driven.clear()
+            self._fail_calls(error)
             return
         self._driven[:] = [call for call in self._driven if self._still(call)]
+
+    def _close(self) -> None:
+        """Close the engine; waiting callers get EngineClosedError, not the results of their aborted requests."""
+        self._fail_calls(EngineClosedError(CLOSED))
+        self.engine.close()
+
+    def _fail_calls(self, error: BaseException) -> None:
+        for call in self._driven:
+            call.replies.put((None, error))
+        self._driven.clear()
 
     def _still(self, call: Call) -> bool:
         """Return whether a call is still waited for; if not, reply to it."""
