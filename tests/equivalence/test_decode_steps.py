@@ -207,15 +207,20 @@ def test_a_step_that_fails_in_the_middle_is_computed_again(monkeypatch, caplog):
     runner = random_runner()
     expected = alone(runner, mixed(FEW))
     engine = make_engine(runner, decode_steps=8)
-    decode, calls = runner._decode, []
+    run_plan, launch, middle = runner.dispatch, runner._run_launch, []
 
-    def fails(plan, tables, ahead):
-        calls.append(ahead)
-        if ahead == 3 and calls.count(3) == 1:
+    def watch(flight):
+        if flight.plan.steps > 3 and not middle:
+            middle.append(flight.launches[-2])
+        run_plan(flight)
+
+    def fails(one):
+        if middle and one is middle[0]:
             raise RuntimeError("device lost")
-        return decode(plan, tables, ahead)
+        return launch(one)
 
-    monkeypatch.setattr(runner, "_decode", fails)
+    monkeypatch.setattr(runner, "dispatch", watch)
+    monkeypatch.setattr(runner, "_run_launch", fails)
     assert run(engine, mixed(FEW)) == expected
-    assert calls.count(3) > 1 and "device lost" in caplog.text
+    assert middle and "device lost" in caplog.text
     caplog.clear()

@@ -96,7 +96,8 @@ def test_encoding_writes_its_blocks_and_no_others():
     runner = cross_runner()
     runner.reset()
     blocks = np.array([[7, 9, 0, 0]], np.int32)
-    runner._encode_cross([EncodeJob(text(BLOCK + 1), blocks, 0)])
+    for launch in runner._packer._encodes_cross([EncodeJob(text(BLOCK + 1), blocks, 0)]):
+        runner._run_launch(launch)
     for layer in runner.cache:
         for array in layer:
             written = np.asarray(array).any(axis=(1, 3))

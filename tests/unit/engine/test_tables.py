@@ -5,7 +5,7 @@ import pytest
 from support.cases import EDGES, alone, mixed
 from support.tiny import CHUNK, make_engine, make_request, prompt, run
 
-from jaxinfer.engine.runner import runner as runners
+from jaxinfer.engine.runner import launches
 from jaxinfer.engine.runner.batch import batch_indices
 from jaxinfer.engine.runner.row_params import RowParams
 from jaxinfer.engine.sampling.sampling_rows import Level
@@ -27,7 +27,7 @@ def check(engine):
 @pytest.mark.parametrize("widths", [(256, 4096), (8, 16)])
 def test_after_every_step(runner, monkeypatch, widths, steps):
     """With forks, preemption and prefix hits; split into pieces where a row has more entries than are sent at once."""
-    monkeypatch.setattr(runners, "TABLE_WIDTHS", widths)
+    monkeypatch.setattr(launches, "TABLE_WIDTHS", widths)
     engine = make_engine(runner, pool_blocks=26, decode_steps=steps)
     params = SamplingParams(temperature=0.3, seed=1, n=3, max_tokens=14)
     wanted = [*mixed(EDGES[-3:]), make_request("long", prompt(5 * CHUNK), params), make_request("n", prompt(9), params)]
