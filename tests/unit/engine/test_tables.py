@@ -8,6 +8,7 @@ from support.tiny import CHUNK, make_engine, make_request, prompt, run
 from jaxinfer.engine.runner import launches
 from jaxinfer.engine.runner.batch import batch_indices
 from jaxinfer.engine.runner.row_params import RowParams
+from jaxinfer.engine.runner.runner import Runner
 from jaxinfer.engine.sampling.sampling_rows import Level
 from jaxinfer.sampling_params import SamplingParams
 
@@ -82,7 +83,7 @@ def test_row_parameters_are_those_of_the_current_sequence(runner):
 @pytest.mark.slow
 def test_smaller_steps_gather_their_rows(runner):
     """A bucket with fewer sequences than there are rows reads the same tables."""
-    small = runners.Runner(
+    small = Runner(
         runner.program,
         runner.params,
         runner.shapes.__class__(**runner.shapes.__dict__ | {"decode_buckets": (2, runner.shapes.rows)}),
