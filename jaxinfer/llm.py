@@ -615,9 +615,9 @@ class LLM:
         lease = self._thread.lease()
         release, call = lease.release, lease.call
         try:
-            self._queue(lease, handles)
             with tqdm(total=len(handles), desc="Processed prompts", disable=not use_tqdm, dynamic_ncols=True) as bar:
-                progress = Progress(bar, handles)
+                progress = Progress(bar, handles)  # first, as a request may be aborted as soon as it is queued
+                self._queue(lease, handles)
                 self._thread.drive(call, progress.unfinished, progress.show)
         finally:
             release(call)  # must come first, so that an interrupt cannot leave requests running

@@ -71,6 +71,20 @@ def test_an_aborted_call_returns(llm, gate):
     assert_idle(llm)
 
 
+def test_a_request_aborted_before_its_caller_waits(llm, monkeypatch):
+    """Its end is told to a call that does not wait yet."""
+    add = llm._thread.add
+
+    def aborts(call, requests):
+        queued = list(requests)
+        add(call, queued)
+        llm._thread.run(llm._thread._abort, [request.id for request in queued])
+
+    monkeypatch.setattr(llm._thread, "add", aborts)
+    caller = Caller(generate, llm)
+    assert caller.ended(10) and caller.result.finish_reason == "abort"
+
+
 def test_aborted_streams_end_and_others_go_on(llm, gate):
     gate._chosen = is_decode
     expected = Caller(generate, llm)
