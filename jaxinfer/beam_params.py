@@ -21,6 +21,7 @@ _UNUSED = {
     "stop": (),
     "logprobs": None,
     "prompt_logprobs": None,
+    "structured_outputs": None,
 }
 """Fields of `SamplingParams` that do not apply to beam search, with their neutral values."""
 

@@ -395,7 +395,8 @@ class LLM:
         Args:
             sampling: sampler variants to compile where each is a separate program (GPUs; on a CPU one program serves
                 all): "greedy", "random" (temperature, min-p), "truncated" (top-k, top-p), "edited" (penalties, biases,
-                masks), "logprobs", "prompt_logprobs"; by default all.
+                masks), "logprobs", "prompt_logprobs"; by default all of these. "structured" adds the steps of rows with
+                `structured_outputs`, on a CPU as well.
             threads: number of compiling threads; by default the number of processors, at most 16.
             use_tqdm: whether to show a progress bar.
 

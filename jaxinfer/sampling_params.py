@@ -23,6 +23,7 @@ from jaxinfer._utils.checks import (
     show_int,
 )
 from jaxinfer._utils.keywords import refuse_unknown
+from jaxinfer.structured_outputs import StructuredOutputsParams, as_structured_outputs
 
 MAX_N = 1024
 """Maximum `n`: each sample needs its own row and blocks, so a huge `n` is refused before fan-out."""
@@ -54,7 +55,8 @@ _REPLACED = {
     "do_sample": "use temperature=0 for greedy decoding",
     "early_stopping": "use LLM.beam_search(early_stopping=...)",
     "eos_token_id": "use stop_token_ids",
-    "guided_decoding": "structured output is not supported",
+    "guided_decoding": "use structured_outputs",
+    "guided_json": "use structured_outputs={'json': ...}",
     "length_penalty": "use LLM.beam_search(length_penalty=...)",
     "logits_processors": "use logit_bias, allowed_token_ids or bad_words",
     "max_length": "use max_tokens, which counts new tokens only",
@@ -62,7 +64,7 @@ _REPLACED = {
     "min_new_tokens": "use min_tokens",
     "num_return_sequences": "use n",
     "stop_strings": "use stop",
-    "structured_outputs": "structured output is not supported",
+    "response_format": "use structured_outputs={'json': ...}",
     "temp": "use temperature",
     "use_beam_search": "use LLM.beam_search(width=...)",
 }
@@ -165,6 +167,10 @@ class SamplingParams:
     """
     forced_eos_token_id: int | None = None
     """Token forced last if the output reaches its maximum length; -1 and None as for `forced_bos_token_id`."""
+    structured_outputs: StructuredOutputsParams | Mapping[str, Any] | None = None
+    """Structure that the output must have: a `StructuredOutputsParams`, or a dict of one of its fields such as
+    `{"json": schema}`. The output ends when it is complete, also before `min_tokens` and with `ignore_eos`.
+    """
     _bad_words_token_ids: tuple[tuple[int, ...], ...] = ()
     _bad_words_ids: tuple[tuple[int, ...], ...] = ()
     _eos_token_ids: tuple[int, ...] = ()
@@ -175,6 +181,7 @@ class SamplingParams:
         self._check_flags()
         self._check_strings()
         self._check_token_ids()
+        self._set("structured_outputs", as_structured_outputs(self.structured_outputs))
         self._check_together()
 
     def _check_numbers(self) -> None:
@@ -262,6 +269,11 @@ class SamplingParams:
         if self.stop and not self.detokenize:
             raise ValueError(
                 "stop strings are matched in the text: set detokenize=True to use stop, or use stop_token_ids."
+            )
+        if self.structured_outputs is not None and self.forced_eos_token_id not in (None, -1):
+            raise ValueError(
+                "forced_eos_token_id does not apply with structured_outputs, which says where an output may end: got "
+                f"{self.forced_eos_token_id}; leave it None or -1."
             )
         if self.greedy and self.n > 1:
             raise ValueError(f"n must be 1 when using greedy sampling, got {self.n}.")

@@ -21,12 +21,12 @@ def refuse_unknown(replaced: Mapping[str, str]) -> Callable[[C], C]:
 
         @functools.wraps(generated)
         def __init__(self: Any, *args: Any, **fields: Any) -> None:
+            known = [field.name for field in dataclasses.fields(cls)]
             if args:
                 raise TypeError(
-                    f"{cls.__name__} takes keywords only, e.g. {cls.__name__}(temperature=0.8), "
+                    f"{cls.__name__} takes keywords only, e.g. {cls.__name__}({known[0]}=...), "
                     f"got {len(args)} positional argument(s)."
                 )
-            known = [field.name for field in dataclasses.fields(cls)]
             for name in fields:
                 if name not in known:
                     hint = replaced.get(name) or _suggest(name, known)

@@ -19,6 +19,7 @@ from jaxinfer.engine.sampling.sampler import BAD_TOKEN, Candidates, Logprobs
 from jaxinfer.engine.scheduler import Limits, Scheduler
 from jaxinfer.engine.sizing.capacity import Capacity
 from jaxinfer.engine.sizing.settings import HostSettings
+from jaxinfer.engine.structured.masks import ends_without_token
 from jaxinfer.errors import EngineDeadError, EngineError
 from jaxinfer.kv.contiguous import RowManager
 from jaxinfer.kv.interface import CacheManager
@@ -29,6 +30,10 @@ log = logging.getLogger(__name__)
 RETRIES = 2
 """Maximum number of consecutive failed steps after which a sequence is recomputed; then it ends in error."""
 NOT_FINITE = "the model's logits are not finite, or every token is masked"
+NO_TOKEN_LEFT = (
+    "structured_outputs: no token is left: those that the structure allows next are masked by bad_words, "
+    "allowed_token_ids, logit_bias, no_repeat_ngram_size or min_tokens, or the model's logits are not finite"
+)
 STUCK = (
     "the cache has no room for this request although nothing else is running, and the check at queueing passed; this "
     "is a bug of the engine, please report it with the request and the engine's settings"
@@ -186,6 +191,8 @@ class Engine:
             self._held = flight
             self._drop_held_if_unwanted()
             return Plan()
+        if flight is not None:
+            self.runner.sample_pending(flight)  # with masks that depend on the tokens just read
         self._flight = flight
         return plan
 
@@ -206,6 +213,7 @@ class Engine:
             self._suspect = held.needing(error.key)
             raise
         self._dispatched(held.plan)
+        self.runner.sample_pending(held)
         self._flight = held
         return held.plan
 
@@ -323,8 +331,14 @@ class Engine:
     def _take_token(self, sequence: Sequence, token: int, beside: Logprobs | None, i: int) -> None:
         """Append a token with full handling: NaN logits, log-probabilities, timestamps, listener, finish reasons."""
         request = sequence.request
+        if sequence.matcher is not None and sequence.matcher.error is not None:
+            self._fail(sequence, sequence.matcher.error)
+            return
         if token == BAD_TOKEN:
-            self._fail(sequence, NOT_FINITE)
+            if ends_without_token(sequence):
+                self._finish(sequence, "stop")
+            else:
+                self._fail(sequence, NOT_FINITE if sequence.matcher is None else NO_TOKEN_LEFT)
             return
         if beside is not None and request.params.logprobs is not None:
             sequence.cumulative_logprob += float(beside.chosen[i])
@@ -337,7 +351,9 @@ class Engine:
             log.exception("request %s: the listener failed", request.id)
             self._fail(sequence, f"listener failed: {error}")
             return
-        if reason is not None:
+        if sequence.matcher is not None and sequence.matcher.error is not None:
+            self._fail(sequence, sequence.matcher.error)
+        elif reason is not None:
             self._finish(sequence, reason)
         elif sequence.length == sequence.stage_limit:
             self.scheduler.recompute(sequence)

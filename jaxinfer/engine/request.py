@@ -13,6 +13,7 @@ import numpy as np
 from jaxinfer.engine.beam_search.beams import Beams
 from jaxinfer.engine.sampling.sampler import Candidates, Logprobs
 from jaxinfer.engine.sampling.sampling_rows import Level, SamplingRows, pack_rows
+from jaxinfer.engine.structured.grammar import Grammar, Matcher
 from jaxinfer.kv.cross_cache import Encoded
 from jaxinfer.kv.digests import NO_EXTRAS, Extras, root
 from jaxinfer.kv.prefix_match import Hit
@@ -76,6 +77,8 @@ class Request:
     """Encoder inputs for cross-attention."""
     rule: int = 0
     """Parameter of the model's token rule (`models.base.TokenRule`); 0 if the rule does not apply."""
+    grammar: Grammar | None = None
+    """Grammar that each sample must follow (`SamplingParams.structured_outputs`)."""
     extras: Extras = field(default_factory=lambda: NO_EXTRAS)
     """Media content of each block, part of the prefix cache hash; set when the request is queued."""
     encoded: Encoded | None = None
@@ -200,6 +203,8 @@ class Sequence:
     """
     _root: bytes | None = None
     _key: np.ndarray | None = None
+    matcher: Matcher | None = None
+    """State in the request's grammar, from the first row until the end; a preemption keeps it."""
     cumulative_logprob: float = 0.0
     logprobs: list[tuple[float, int, np.ndarray, np.ndarray]] = field(default_factory=list)
     """Per token: log-probability, rank, and ids and log-probabilities of the most likely tokens."""
@@ -247,8 +252,14 @@ class Sequence:
         self.commit_limit = self.stage_limit
         request = self.request
         self.needs_full_commit = (
-            request.listener is not None or request.params.logprobs is not None or request.beams is not None
+            request.listener is not None
+            or request.params.logprobs is not None
+            or request.beams is not None
+            or request.grammar is not None
         )
+        if request.grammar is not None and self.matcher is None:
+            forced = request.params.forced_bos_token_id is not None and len(request.prompt) == 1
+            self.matcher = Matcher(request.grammar, int(forced))
 
     def start_over(self) -> None:
         """Compute rope for the current length: initially, and when a new length changes all keys."""
@@ -264,7 +275,7 @@ class Sequence:
 
     def trim(self) -> None:
         """Shrink `tokens` to the final length; the caller may hold the sequence much longer."""
-        self.tokens, self.digests = self.tokens[: self.length].copy(), []
+        self.tokens, self.digests, self.matcher = self.tokens[: self.length].copy(), [], None
 
     def adopt(self, other: "Sequence") -> None:
         """Continue from the state of another sequence of the same request."""
@@ -287,11 +298,15 @@ class Sequence:
         return self.request.arrival, self.index
 
     def end(self) -> str | None:
-        """Return the finish reason implied by the last token, apart from stop strings, or None."""
+        """Return the finish reason implied by the last token or a complete structure, stop strings aside, or None."""
         request, token = self.request, int(self.tokens[self.length - 1])
         if self.made > request.params.min_tokens and token in request.stop_ids:
             self.stop_reason = None if token in request.params.eos_token_ids else token
             return "stop"
+        if self.matcher is not None and token not in request.stop_ids:
+            self.matcher.follow(self.output_ids)
+            if self.matcher.stopped:
+                return "stop"
         return "length" if self.length >= request.limit else None
 
     def count_failure(self) -> int:

@@ -61,6 +61,8 @@ class Scheduler:
         """Number of running sequences whose next step depends on tokens the host must have read."""
         self._unwritten: dict[Sequence, int] = {}
         """Number of the last positions of each sequence that a plan which is not dispatched yet will write."""
+        self._num_structured = 0
+        """Number of running sequences with a grammar: the mask of each step depends on the token before."""
         self.inflight = InflightPrefixes()
         self.preempted = 0
         self.encoder_cache = EncoderCache(limits.feature_slots)
@@ -156,7 +158,7 @@ class Scheduler:
 
         It acts to admit, to prefill, to end a row at its limit, or to change a bias.
         """
-        if most == 1 or not len(rows) or self.waiting or self.prefilling or self.needs_history:
+        if most == 1 or not len(rows) or self.waiting or self.prefilling or self.needs_history or self._num_structured:
             return 1
         masked = self.masked[rows]
         return min(most, int(self.remaining[rows].min()), int(masked[masked > 0].min(initial=most)))
@@ -299,6 +301,7 @@ class Scheduler:
         if request.cross is not None:
             self.manager.tables.seen[row] = request.cross.seen(len(request.prompt), 1)[0]
         self._num_history_dependent += depends_on_history(request)
+        self._num_structured += request.grammar is not None
 
     def _chunk(self, sequence: Sequence, count: int, chunks: list[Chunk], samples: list[tuple[int, Sequence]]) -> int:
         """Add a chunk of `count` tokens and, if it completes the prompt, its samples; return the tokens taken."""
@@ -390,6 +393,7 @@ class Scheduler:
         if not self.decoding[row]:
             self.prefilling.remove(sequence)
         self._num_history_dependent -= depends_on_history(sequence.request)
+        self._num_structured -= sequence.request.grammar is not None
         self.inflight.unregister(sequence, sequence.num_registered)
         self.encoder_cache.release(row)
         self.manager.free(row, sequence.digests)

@@ -108,6 +108,8 @@ def resolve(
 def _forced(name: str, params: SamplingParams, limits: ModelLimits) -> int | None:
     """Return the forced token of the request, else of the model; None if neither forces one."""
     own, model = getattr(params, name), getattr(limits, name)
+    if name == "forced_eos_token_id" and params.structured_outputs is not None:
+        return None  # an output that is cut short must not look complete
     token = model if own is None else own
     if token is None or token < 0:
         return None

@@ -12,9 +12,11 @@ from jaxinfer.beam_params import BeamParams, beam_sampling
 from jaxinfer.config import EngineConfig
 from jaxinfer.engine.beam_search.beams import Beams
 from jaxinfer.engine.request import Request
+from jaxinfer.engine.structured.grammar import Grammar
 from jaxinfer.inputs.chat import chat_images, render_chat
 from jaxinfer.inputs.defaults import ModelLimits, params_per_prompt, resolve
 from jaxinfer.inputs.generation_config import from_generation_config
+from jaxinfer.inputs.grammars import Grammars
 from jaxinfer.inputs.loaded_model import LoadedModel
 from jaxinfer.inputs.prompts import Prompt, check_prompt_length, check_token_ids, max_prompt_chars, parse_prompts
 from jaxinfer.inputs.tokenizer import encode, encode_batch, encodes_batches, longest_token
@@ -42,6 +44,7 @@ class InputProcessor:
     def __init__(self, opened: LoadedModel, config: EngineConfig, limits: ModelLimits, chat_template: str | None):
         self.limits = limits
         self._opened, self._config, self._chat_template = opened, config, chat_template
+        self._grammars = Grammars(opened.tokenizer, limits.vocab_size, limits.eos_token_ids)
         self._numbers = itertools.count()
 
     def parse(self, prompts: Any) -> list[Prompt]:
@@ -151,7 +154,18 @@ class InputProcessor:
             inputs=inputs,
             cross=cross,
             rule=rule,
+            grammar=self._grammar(index, own, rule),
         )
+
+    def _grammar(self, index: int, params: SamplingParams, rule: int) -> Grammar | None:
+        """Return the compiled grammar of a request; None without structure."""
+        if params.structured_outputs is None:
+            return None
+        if rule:
+            raise ValueError(
+                f"structured_outputs does not apply to prompt {index}: this model's own rule says which tokens follow."
+            )
+        return self._grammars.get(params.structured_outputs)
 
     def _resolve(
         self, index: int, params: SamplingParams, length: int, extra: int, resolved: _Resolved

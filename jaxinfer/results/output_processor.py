@@ -74,11 +74,15 @@ class Sample:
 
         Args:
             reason: finish reason of the sequence at the last token, stop strings aside; None if it continues. With
-                "stop", the last token is left out of the text unless `include_stop_str_in_output` is set.
+                "stop", a stop token at the end is left out of the text unless `include_stop_str_in_output` is set.
+                A complete structure ends with a token of its own, which stays.
         """
-        self._hides_last = reason == "stop" and not self.sequence.request.params.include_stop_str_in_output
+        request = self.sequence.request
         tokens = self.sequence.output_ids[self._taken :].tolist()
         self._taken += len(tokens)
+        self._hides_last = reason == "stop" and not request.params.include_stop_str_in_output
+        if self._hides_last and request.grammar is not None:
+            self._hides_last = bool(tokens) and tokens[-1] in request.stop_ids
         ending = tokens.pop() if self._hides_last and tokens else None
         self._fresh.append(self._text.push(tokens))
         if ending is not None:

@@ -9,13 +9,14 @@ from starlette.responses import Response
 from jaxinfer._utils.checks import describe
 from jaxinfer.outputs import CompletionOutput, RequestOutput
 from jaxinfer.results.output_streams import OutputStream
-from jaxinfer.serve import anthropic_input, sampling
+from jaxinfer.serve import anthropic_input, sampling, structure
 from jaxinfer.serve.body import Fields, read_json
 from jaxinfer.serve.chat import ChatCall, add, visible
 from jaxinfer.serve.context import Context, new_id, of
 from jaxinfer.serve.errors import APIError, Json
 from jaxinfer.serve.parsing import CALLS, AnswerParser, message_of
 from jaxinfer.serve.streaming import event, merged, respond
+from jaxinfer.serve.structure import CallParser, Structure
 from jaxinfer.serve.usage import first_of
 
 PROMPT = ("model", "messages", "system", "tools", "tool_choice")
@@ -36,10 +37,11 @@ async def messages(request: Request) -> Response:
     fields.need("max_tokens", int)
     given = {name: fields.raw(name) for name in READ if name != "stop_sequences"}
     common = Fields(given | {"stop": fields.get("stop_sequences", list)})
-    params = visible(context, sampling.read(context, common, logprobs=None))
-    streamed = fields.get("stream", bool, False)
     chat, options = _prompt(context, fields)
-    call, name = ChatCall(chat, params, options, streamed=streamed), new_id("msg")
+    shape = _structure(fields, options.get("tools"))
+    params = visible(context, sampling.read(context, common, logprobs=None, structure=shape))
+    streamed = fields.get("stream", bool, False)
+    call, name = ChatCall(chat, params, options, streamed=streamed, structure=shape), new_id("msg")
 
     async def queue() -> list[OutputStream]:
         return [await add(context, call, name)]
@@ -68,21 +70,33 @@ def _prompt(context: Context, fields: Fields) -> tuple[list[Any], dict[str, Any]
     context.check_model(fields.get("model", str))
     chat = anthropic_input.conversation(fields.raw("system"), fields.need("messages", list))
     options: dict[str, Any] = {}
-    if fields.get("output_config", dict, {}).get("format") is not None:
-        raise APIError("output_config.format is not supported by this server; leave it out.", param="output_config")
-    choice = fields.get("tool_choice", dict, {"type": "auto"}).get("type")
-    if choice not in ("auto", "none"):
-        raise APIError(
-            f"tool_choice of type {describe(choice)} is not supported by this server, as it does not constrain "
-            'answers: use "auto" or "none".',
-            param="tool_choice",
-        )
     tools = anthropic_input.tools(fields.get("tools", list))
-    if tools and choice == "auto":
+    if tools and _choice(fields) != "none":
         options["tools"] = tools
     if chat and chat[-1]["role"] == "assistant":  # the answer continues this message
         options |= {"add_generation_prompt": False, "continue_final_message": True}
     return chat, options
+
+
+def _choice(fields: Fields) -> Any:
+    """Return the tool choice in OpenAI's form."""
+    asked = fields.get("tool_choice", dict, {"type": "auto"})
+    kind, same = asked.get("type"), {"auto": "auto", "none": "none", "any": "required"}
+    if kind == "tool":
+        return {"type": "function", "function": {"name": asked.get("name")}}
+    if kind not in same:
+        raise APIError(
+            f"tool_choice must be of type auto, none, any or tool, got {describe(kind)}.", param="tool_choice"
+        )
+    return same[kind]
+
+
+def _structure(fields: Fields, tools: Sequence[Any] | None) -> Structure | None:
+    """Return the structure of an answer: tool calls that it must make, else that of its format."""
+    choice = fields.get("tool_choice", dict, {})
+    calls = structure.of_choice(_choice(fields), tools, parallel=choice.get("disable_parallel_tool_use") is not True)
+    form = fields.get("output_config", dict, {}).get("format")
+    return structure.of_format(form, "output_config.format", None) if calls is None else calls
 
 
 def _usage(output: RequestOutput, made: int) -> dict[str, Any]:
@@ -95,7 +109,7 @@ def _usage(output: RequestOutput, made: int) -> dict[str, Any]:
     }
 
 
-def _stop(sample: CompletionOutput, parser: AnswerParser) -> dict[str, Any]:
+def _stop(sample: CompletionOutput, parser: AnswerParser | CallParser) -> dict[str, Any]:
     """Return the stop reason of an answer."""
     if isinstance(sample.stop_reason, str):
         return {"stop_reason": "stop_sequence", "stop_sequence": sample.stop_reason}
@@ -111,7 +125,7 @@ def _message(context: Context, name: str, content: list[Any], usage: dict[str, A
 
 def _whole(context: Context, call: ChatCall, name: str, output: RequestOutput) -> dict[str, Any]:
     [sample] = output.outputs
-    parser = AnswerParser(context.llm.get_tokenizer(), output.prompt, call.tools)
+    parser = call.parser(context, output.prompt)
     message = message_of(parser.push(sample.text, last=True))
     content: list[dict[str, Any]] = []
     if message.get("reasoning_content"):
@@ -174,7 +188,7 @@ async def _events(
     async for _, output in merged(streams):
         [sample] = output.outputs
         if parser is None:
-            parser = AnswerParser(context.llm.get_tokenizer(), output.prompt, call.tools)
+            parser = call.parser(context, output.prompt)
             yield _named({"type": "message_start", "message": _message(context, name, [], _usage(output, 0))})
         made += len(sample.token_ids)
         for delta in parser.push(sample.text, last=sample.finished):

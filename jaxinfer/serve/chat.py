@@ -9,16 +9,16 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from jaxinfer._utils.checks import describe
 from jaxinfer.outputs import CompletionOutput, RequestOutput
 from jaxinfer.results.output_streams import OutputStream
 from jaxinfer.sampling_params import SamplingParams
-from jaxinfer.serve import sampling
+from jaxinfer.serve import sampling, structure
 from jaxinfer.serve.body import Fields, read_json
 from jaxinfer.serve.context import Context, new_id, of
 from jaxinfer.serve.errors import APIError, wrong_type
 from jaxinfer.serve.parsing import AnswerParser, has_template, message_of
 from jaxinfer.serve.streaming import DONE, event, merged, respond
+from jaxinfer.serve.structure import FIELD, CallParser, Structure, named
 from jaxinfer.serve.usage import Usage, chat_logprobs, finish_reason, first_of
 
 TEMPLATE = ("add_generation_prompt", "continue_final_message", "chat_template_kwargs")
@@ -35,6 +35,7 @@ KNOWN = frozenset(
         "tools",
         "tool_choice",
         "response_format",
+        structure.FIELD,
         "reasoning_effort",
     }
 )
@@ -63,11 +64,21 @@ class ChatCall:
     streamed: bool = False
     usage: bool = False
     """Whether the stream ends with a chunk of usage."""
+    structure: Structure | None = None
+    """Structure of the answer; None if it is free."""
 
     @property
     def tools(self) -> Sequence[Any] | None:
         """Tools that the model may call."""
         return self.options.get("tools")
+
+    def parser(self, context: Context, prompt: str | None) -> AnswerParser | CallParser:
+        """Return the parser of a sample; an answer with a structure is content or tool calls as a whole."""
+        if self.structure is None:
+            return AnswerParser(context.llm.get_tokenizer(), prompt, self.tools)
+        if self.structure.calls or self.structure.call is not None:
+            return CallParser(self.structure)
+        return AnswerParser(None, prompt, None)
 
 
 async def chat_completions(request: Request) -> Response:
@@ -90,35 +101,46 @@ async def chat_completions(request: Request) -> Response:
 
 async def add(context: Context, call: ChatCall, request_id: str) -> OutputStream:
     """Queue a chat request."""
-    return await context.llm.add_chat(call.messages, call.params, request_id=request_id, **call.options)
+    with named(FIELD if call.structure is None else call.structure.field):
+        return await context.llm.add_chat(call.messages, call.params, request_id=request_id, **call.options)
 
 
 def read_call(context: Context, fields: Fields) -> ChatCall:
     """Check the body of a chat request."""
     fields.check_known(KNOWN, NEUTRAL)
     context.check_model(fields.get("model", str))
-    sampling.refuse_formats(fields)
     messages = fields.need("messages", list)
     asked, top = fields.get("logprobs", bool, False), fields.within("top_logprobs", int, 0, 20)
     if top is not None and not asked:
         raise APIError("top_logprobs needs logprobs=true.", param="top_logprobs")
     limit = "max_tokens" if fields.raw("max_completion_tokens") is None else "max_completion_tokens"
-    params = sampling.read(context, fields, logprobs=(top or 0) if asked else None, limit=limit)
+    tools = _tools(fields)
+    shape = _structure(fields, tools)
+    logprobs = (top or 0) if asked else None
+    params = sampling.read(context, fields, logprobs=logprobs, limit=limit, structure=shape)
     options = {name: fields.raw(name) for name in TEMPLATE if fields.raw(name) is not None}
     effort = fields.get("reasoning_effort", str)
     if effort is not None:
         variables = fields.get("chat_template_kwargs", dict, {})
         options["chat_template_kwargs"] = {"reasoning_effort": effort} | variables
-    tools = _tools(fields)
     if tools is not None:
         options["tools"] = tools
     params = visible(context, params)
     streamed = fields.get("stream", bool, False)
-    return ChatCall(messages, params, options, top or 0, streamed, sampling.stream_usage(fields))
+    return ChatCall(messages, params, options, top or 0, streamed, sampling.stream_usage(fields), shape)
+
+
+def _structure(fields: Fields, tools: Sequence[Any] | None) -> Structure | None:
+    """Return the structure of an answer: tool calls that it must make, else that of its format."""
+    parallel = fields.get("parallel_tool_calls", bool, True)
+    calls = structure.of_choice(fields.raw("tool_choice"), tools, parallel=parallel)
+    return structure.of_fields(fields) if calls is None else calls
 
 
 def visible(context: Context, params: SamplingParams) -> SamplingParams:
     """Return parameters with special tokens in the text if a response template parses it: it may name them."""
+    if params.structured_outputs is not None:
+        return params
     if has_template(context.llm.get_tokenizer()):
         return dataclasses.replace(params, skip_special_tokens=False)
     return params
@@ -132,25 +154,13 @@ def _tools(fields: Fields) -> list[Any] | None:
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             expected = "an object with type 'function' and a function with a name"
             raise wrong_type(f"tools[{index}]", expected, tool)
-    check_choice(choice)
     return None if choice == "none" else tools or None
-
-
-def check_choice(choice: Any) -> None:
-    """Refuse a tool choice that would have to constrain the answer."""
-    if choice not in (None, "none", "auto"):
-        raise APIError(
-            f"tool_choice {describe(choice)} is not supported by this server, as it does not constrain answers: use "
-            '"auto" or "none".',
-            param="tool_choice",
-            code="unsupported_parameter",
-        )
 
 
 def _whole(context: Context, call: ChatCall, base: dict[str, Any], output: RequestOutput) -> dict[str, Any]:
     choices = []
     for sample in output.outputs:
-        parser = AnswerParser(context.llm.get_tokenizer(), output.prompt, call.tools)
+        parser = call.parser(context, output.prompt)
         message = message_of(parser.push(sample.text, last=True))
         choices.append(
             {
@@ -177,7 +187,7 @@ async def _events(
         for sample in output.outputs:
             parser = parsers.get(sample.index)
             if parser is None:
-                parser = AnswerParser(context.llm.get_tokenizer(), output.prompt, call.tools)
+                parser = call.parser(context, output.prompt)
                 parsers[sample.index] = parser
                 first = _choice(sample.index, {"role": "assistant", "content": ""})
                 yield event(base | {"choices": [first]} | extra)
@@ -192,7 +202,7 @@ def _choice(index: int, delta: dict[str, Any], **more: Any) -> dict[str, Any]:
     return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None} | more
 
 
-def _choices(call: ChatCall, parser: AnswerParser, sample: CompletionOutput) -> list[dict[str, Any]]:
+def _choices(call: ChatCall, parser: AnswerParser | CallParser, sample: CompletionOutput) -> list[dict[str, Any]]:
     """Return the choices of a delta: its parts, the first with the log-probabilities, then the finish reason."""
     deltas = parser.push(sample.text, last=sample.finished)
     logprobs = chat_logprobs(sample, call.top_logprobs)

@@ -10,14 +10,16 @@ from starlette.responses import Response
 
 from jaxinfer.outputs import CompletionOutput, RequestOutput
 from jaxinfer.results.output_streams import OutputStream
-from jaxinfer.serve import sampling
+from jaxinfer.serve import sampling, structure
 from jaxinfer.serve.body import Fields, read_json
 from jaxinfer.serve.context import new_id, of
 from jaxinfer.serve.errors import APIError, wrong_type
 from jaxinfer.serve.streaming import DONE, event, merged, respond
 from jaxinfer.serve.usage import Usage, completion_logprobs, finish_reason
 
-KNOWN = frozenset({*sampling.COMMON, *sampling.EXTRA, *sampling.IGNORED, "prompt", "cache_salt", "response_format"})
+KNOWN = frozenset(
+    {*sampling.COMMON, *sampling.EXTRA, *sampling.IGNORED, "prompt", "cache_salt", "response_format", structure.FIELD}
+)
 NEUTRAL: Mapping[str, Sequence[Any]] = {"best_of": [1], "echo": [False], "suffix": [""]}
 """Fields of OpenAI's API that are not supported, with the values that change nothing."""
 
@@ -28,10 +30,10 @@ async def completions(request: Request) -> Response:
     fields = Fields(await read_json(request, context.config))
     fields.check_known(KNOWN, NEUTRAL)
     context.check_model(fields.get("model", str))
-    sampling.refuse_formats(fields)
+    asked = structure.of_fields(fields)
     prompts, salt = _prompts(fields.raw("prompt")), fields.get("cache_salt", str)
     logprobs, default = fields.within("logprobs", int, 0, 20), context.llm.default_params.max_tokens
-    params = sampling.read(context, fields, prompts=len(prompts), logprobs=logprobs, default=default)
+    params = sampling.read(context, fields, prompts=len(prompts), logprobs=logprobs, default=default, structure=asked)
     usage = sampling.stream_usage(fields)
     base = {
         "id": new_id("cmpl"),
@@ -44,7 +46,8 @@ async def completions(request: Request) -> Response:
         found = []
         for index, prompt in enumerate(prompts):
             given = prompt if salt is None else prompt | {"cache_salt": salt}
-            found.append(await context.llm.add_request(given, params, request_id=f"{base['id']}-{index}"))
+            with structure.named(structure.FIELD if asked is None else asked.field):
+                found.append(await context.llm.add_request(given, params, request_id=f"{base['id']}-{index}"))
         return found
 
     return await respond(

@@ -10,14 +10,15 @@ from starlette.responses import Response
 from jaxinfer._utils.checks import describe
 from jaxinfer.outputs import CompletionOutput, RequestOutput
 from jaxinfer.results.output_streams import OutputStream
-from jaxinfer.serve import sampling
+from jaxinfer.serve import sampling, structure
 from jaxinfer.serve.body import Fields, read_json
-from jaxinfer.serve.chat import ChatCall, add, check_choice, visible
+from jaxinfer.serve.chat import ChatCall, add, visible
 from jaxinfer.serve.context import new_id, of
 from jaxinfer.serve.errors import APIError, wrong_type
 from jaxinfer.serve.parsing import CALLS, AnswerParser, message_of
 from jaxinfer.serve.response_items import Items, items_of
 from jaxinfer.serve.streaming import event, merged, respond
+from jaxinfer.serve.structure import CallParser
 from jaxinfer.serve.usage import first_of
 
 READ = ("temperature", "top_p", "stream", "max_output_tokens")
@@ -44,21 +45,22 @@ async def responses(request: Request) -> Response:
     fields = Fields(await read_json(request, context.config))
     fields.check_known(KNOWN, NEUTRAL)
     context.check_model(fields.get("model", str))
-    form = fields.get("text", dict, {}).get("format") or {"type": "text"}
-    if not isinstance(form, dict) or form.get("type") != "text":
-        raise APIError("text.format must be of type 'text': this server does not constrain answers.", param="text")
-    check_choice(fields.raw("tool_choice"))
+    options, form = _options(fields), fields.get("text", dict, {}).get("format")
+    shape = structure.of_choice(_choice(fields), options.get("tools"))
+    if shape is None:
+        shape = structure.of_format(form, "text.format", None)
     common = Fields({name: fields.raw(name) for name in READ})
-    params = visible(context, sampling.read(context, common, logprobs=None, limit="max_output_tokens"))
+    params = sampling.read(context, common, logprobs=None, limit="max_output_tokens", structure=shape)
+    params = visible(context, params)
     streamed = fields.get("stream", bool, False)
-    call = ChatCall(conversation(fields), params, _options(fields), streamed=streamed)
+    call = ChatCall(conversation(fields), params, options, streamed=streamed, structure=shape)
     base = _base(fields, context.config.model_name, params.temperature, params.top_p)
 
     async def queue() -> list[OutputStream]:
         return [await add(context, call, base["id"])]
 
-    def parser(output: RequestOutput) -> AnswerParser:
-        return AnswerParser(context.llm.get_tokenizer(), output.prompt, call.tools)
+    def parser(output: RequestOutput) -> AnswerParser | CallParser:
+        return call.parser(context, output.prompt)
 
     return await respond(
         request,
@@ -105,6 +107,14 @@ def _item(item: Any, where: str) -> dict[str, Any]:
     )
 
 
+def _choice(fields: Fields) -> Any:
+    """Return the tool choice in the form of chat completions."""
+    choice = fields.raw("tool_choice")
+    if isinstance(choice, dict) and choice.get("type") == "function":
+        return {"type": "function", "function": {"name": choice.get("name")}}
+    return choice
+
+
 def _options(fields: Fields) -> dict[str, Any]:
     """Return the arguments of `AsyncLLM.add_chat`."""
     options: dict[str, Any] = {}
@@ -140,7 +150,7 @@ def _base(fields: Fields, model: str, temperature: float, top_p: float) -> dict[
         "previous_response_id": None,
         "store": False,
         "temperature": temperature,
-        "text": {"format": {"type": "text"}},
+        "text": {"format": fields.get("text", dict, {}).get("format") or {"type": "text"}},
         "tool_choice": fields.raw("tool_choice") or "auto",
         "tools": fields.raw("tools") or [],
         "top_p": top_p,

@@ -3,11 +3,11 @@
 import dataclasses
 from typing import Any
 
-from jaxinfer._utils.checks import describe
 from jaxinfer.sampling_params import RequestOutputKind, SamplingParams
 from jaxinfer.serve.body import Fields
 from jaxinfer.serve.context import Context
 from jaxinfer.serve.errors import APIError, wrong_type
+from jaxinfer.serve.structure import Structure
 
 COMMON = (
     "model",
@@ -60,6 +60,7 @@ def read(
     logprobs: int | None,
     default: int | None = None,
     limit: str = "max_tokens",
+    structure: Structure | None = None,
 ) -> SamplingParams:
     """Return the sampling parameters of a request; those that it leaves out are the model's defaults.
 
@@ -70,6 +71,7 @@ def read(
         logprobs: number of most likely tokens to return at each position; None for none.
         default: maximum number of new tokens if the request sets none; None for no limit but the model's length.
         limit: field with the maximum number of new tokens.
+        structure: structure of the answers.
 
     Raises:
         APIError, TypeError, ValueError: a value is invalid or above a limit; the error names the field.
@@ -82,6 +84,8 @@ def read(
         found["seed"] += 2**63  # OpenAI's seeds may be negative
     if fields.raw("logit_bias") is not None:
         found["logit_bias"] = _logit_bias(fields.get("logit_bias", dict))
+    if structure is not None:
+        found["structured_outputs"] = structure.params
     streamed = fields.get("stream", bool, False)
     found["output_kind"] = RequestOutputKind.DELTA if streamed else RequestOutputKind.FINAL_ONLY
     params = dataclasses.replace(context.llm.default_params, **found)
@@ -118,15 +122,3 @@ def stream_usage(fields: Fields) -> bool:
     inner = Fields(options, "stream_options.")
     inner.check_known(("include_usage", "include_obfuscation"), {})
     return inner.get("include_usage", bool, False)
-
-
-def refuse_formats(fields: Fields) -> None:
-    """Refuse a `response_format` other than text."""
-    asked = fields.get("response_format", dict)
-    if asked is not None and asked.get("type") != "text":
-        raise APIError(
-            f"response_format of type {describe(asked.get('type'))} is not supported by this server: use "
-            '{"type": "text"}, and ask for the format in the prompt.',
-            param="response_format",
-            code="unsupported_parameter",
-        )

@@ -14,7 +14,17 @@ from benchmarks.gpu import cli as gpu
 from benchmarks.gpu import compiled
 from benchmarks.systems import Subject
 
-WITHOUT_MODEL = ("host", "startup", "soak", "placement", "growth", "sharing", "projections", "cross")
+WITHOUT_MODEL = (
+    "host",
+    "startup",
+    "soak",
+    "placement",
+    "growth",
+    "sharing",
+    "projections",
+    "cross",
+    "structured",
+)
 """Subcommands that need no random checkpoint, because they use a model of their own or the packaged one."""
 
 

@@ -204,6 +204,19 @@ def growth(args: argparse.Namespace, model: Subject | None) -> Report:
     return report
 
 
+def structured(args: argparse.Namespace, model: Subject | None) -> Report:
+    """Measure structured output at a schema a row against free output: speed, and how long steps wait for masks."""
+    from benchmarks import structured
+    from jaxinfer import demo
+
+    folder = demo.path() if model is None else model.folder
+    work = structured.Work(args.batch_size, args.output_len, args.repeats)
+    report = Report({"command": "structured", "model": str(folder), "settings": args.settings, **asdict(work)})
+    report.jaxinfer |= structured.measure(str(folder), work, args.settings)
+    report.work |= versions()
+    return report
+
+
 def sharing(args: argparse.Namespace, model: Subject | None) -> Report:
     """Measure block sharing of hybrid models' samples, their prefix cache hits, and the cost of sharing."""
     from benchmarks import sharing

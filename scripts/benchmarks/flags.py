@@ -45,6 +45,7 @@ def make_parser() -> argparse.ArgumentParser:
         _sharing,
         _projections,
         _cross,
+        _structured,
     ):
         name = flags.__name__.removeprefix("_")
         what = getattr(commands, name).__doc__
@@ -174,6 +175,17 @@ def _growth(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--small", action="store_true", help="a quarter of the lengths and of the layers")
     parser.add_argument("--dtype", default="auto", help="auto is the checkpoint's")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="step time against length; needs matplotlib")
+
+
+def _structured(parser: argparse.ArgumentParser) -> None:
+    _positive(
+        parser,
+        {
+            "batch_size": (64, "rows, each with a schema of its own"),
+            "output_len": (64, "new tokens of each"),
+            "repeats": (3, "passes with structure and without, in turns"),
+        },
+    )
 
 
 def _sharing(parser: argparse.ArgumentParser) -> None:

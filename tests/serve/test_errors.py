@@ -43,8 +43,6 @@ def refused(url: str, path: str, body, **headers) -> tuple[int, dict]:
         ("top_logprobs", 21, "between 0 and 20"),
         ("stream", "yes", "true or false"),
         ("stream_options", {"include_usage": True}, "stream=true"),
-        ("response_format", {"type": "json_object"}, "not supported"),
-        ("tool_choice", "required", "not supported"),
         ("tools", [{}], r"tools\[0\] must be"),
         ("functions", [{"name": "f"}], "not supported"),
         ("best_of", 2, "Unrecognized request argument supplied: best_of"),

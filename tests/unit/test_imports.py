@@ -17,7 +17,7 @@ PACKAGE = Path(jaxinfer.__file__).parent
 
 TIERS = (
     {"errors", "_utils"},
-    {"distributed", "sharding"},
+    {"distributed", "sharding", "structured_outputs"},
     {"kernels", "outputs", "sampling_params", "config", "demo"},
     {"beam_params", "kv"},
     {"layers"},

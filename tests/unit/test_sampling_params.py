@@ -44,6 +44,7 @@ def test_defaults():
         no_repeat_ngram_size=0,
         forced_bos_token_id=None,
         forced_eos_token_id=None,
+        structured_outputs=None,
     )
     assert {name: getattr(params, name) for name in expected} == expected
     fields = {field.name for field in dataclasses.fields(params) if not field.name.startswith("_")}
@@ -155,7 +156,7 @@ def test_values_of_a_wrong_type_are_named(fields, message):
     [
         ("best_of", "best_of is gone: use n"),
         ("max_new_tokens", "use max_tokens"),
-        ("structured_outputs", "not supported"),
+        ("guided_decoding", "use structured_outputs"),
         ("temprature", "did you mean temperature?"),
         ("stop_token_id", "did you mean stop_token_ids?"),
         ("qqqq", "the fields are n, presence_penalty"),

@@ -65,23 +65,33 @@ class Bucket:
     """
     cross: bool = False
     """Whether tokens attend to encoder positions."""
+    pending: bool = False
+    """Whether the step ends with logits, from which `programs.SampleMasked` samples; `level` and `logprobs` are then
+    the least.
+    """
 
     def __str__(self) -> str:
         keys = "" if self.items is None else f" items={self.items}"
         keys += f" width={self.width}" if self.contiguous else ""
         keys += f" candidates={self.candidates}" if self.candidates else ""
         level = "" if self.switched else f" {self.level.name.lower()}"
+        level = " pending" if self.pending else level
         return f"{self.kind} T={self.tokens} rows={self.rows}{keys}{level}"
 
     @property
     def takes(self) -> tuple[str | None, ...]:
         """Runner state passed to the step (see `programs.Key`)."""
-        return ("params", *self.gives, *(["features"] if self.features else []))
+        return ("params", "cache", "rows", self._edits, *(["features"] if self.features else []))
 
     @property
     def gives(self) -> tuple[str | None, ...]:
         """Runner state returned by the step before `Sampled` (see `programs.Key`)."""
-        return ("cache", "rows", "edits" if self.level >= Level.EDITED else None)
+        logits = ("logits", "summary", "prompt_logprobs") if self.pending else ()
+        return ("cache", "rows", self._edits, *logits)
+
+    @property
+    def _edits(self) -> str | None:
+        return "edits" if self.level >= Level.EDITED else None
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

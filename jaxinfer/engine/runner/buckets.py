@@ -6,13 +6,14 @@ uses the first of `variants` that supports everything its rows need.
 """
 
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from itertools import product
 from typing import NamedTuple
 
 import numpy as np
 
 from jaxinfer.engine.runner.batch import Bucket
-from jaxinfer.engine.runner.steps import Shapes
+from jaxinfer.engine.runner.steps import SampleMasked, Shapes
 from jaxinfer.engine.sampling.sampling_rows import Level
 from jaxinfer.functional import Program
 from jaxinfer.functional.encoder_batch import EncodeJob, EncodeShape
@@ -21,6 +22,8 @@ from jaxinfer.kv import groups as kv_groups
 
 SAMPLING = (*(level.name.lower() for level in Level), "logprobs", "prompt_logprobs")
 """Names of sampling features that a warm-up can be restricted to."""
+STRUCTURED = "structured"
+"""Name of a further feature for a warm-up, not among the default ones as it doubles the number of steps."""
 COPY_WIDTH = 16
 """Block copies of a step are padded to this many (or to one of the larger sizes of `copy_widths`)."""
 LEAST_CANDIDATES = 16
@@ -127,6 +130,17 @@ def _bucket(shapes: Shapes, kind: str, tokens: int, rows: int, needs: Needs, **o
     if needs.candidates:  # a power of two, so that searches of similar widths share a program
         own["candidates"] = min(max(LEAST_CANDIDATES, 1 << (needs.candidates - 1).bit_length()), shapes.sampled_vocab)
     return Bucket(kind, tokens, rows, **own, level=can.level, logprobs=can.logprobs, prompt_logprobs=prompt)
+
+
+def masked(bucket: Bucket) -> tuple[Bucket, SampleMasked]:
+    """Split a step in two: the bucket of the step up to its logits, and the program that samples with masks."""
+    sampler = SampleMasked(bucket.rows, bucket.level, bucket.logprobs, bucket.candidates, bucket.switched)
+    return replace(bucket, pending=True, level=Level.GREEDY, logprobs=-1), sampler
+
+
+def masked_keys(buckets: Collection[Bucket]) -> list[Bucket | SampleMasked]:
+    """Return the keys of all programs that these steps need for rows with structure."""
+    return list(dict.fromkeys(key for pair in map(masked, buckets) for key in pair))
 
 
 def all_buckets(program: Program, shapes: Shapes, sampling: Collection[str] = SAMPLING) -> list[Bucket]:

@@ -4,7 +4,7 @@ Packing reads all that a launch needs of the host's state, so the engine may cha
 dispatched: a step waits for its programs to be compiled while requests are aborted and queued.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +23,7 @@ from jaxinfer.engine.runner.buckets import (
     encode_shape,
     encode_steps,
     least,
+    masked,
     prefill_bucket,
     read_size,
 )
@@ -132,12 +133,13 @@ class Packer:
         params.write(samples)
         params.update_levels(samples, positions)
         prompt_logprobs = any(batches.wants_prompt_logprobs(chunk) for chunk in plan.chunks)
-        needs = params.needs(np.array([s.row for s in samples], np.int32))._replace(prompt_logprobs=prompt_logprobs)
+        rows = np.array([s.row for s in samples], np.int32)
+        needs = params.needs(rows)._replace(prompt_logprobs=prompt_logprobs)
         edits = self._edits(samples, positions.tolist(), params) if needs.level >= Level.EDITED else []
         bucket = prefill_bucket(self._program, self._shapes, tokens, needs)
-        packed = batches.pack(bucket, batches.prefill_parts(plan, bucket, params.packed))
+        parts = batches.prefill_parts(plan, bucket, params.packed)
         step = Step(samples, np.arange(len(samples)), needs, tokens, first=True)
-        return [*edits, Launch(bucket, (packed,), step)]
+        return [*edits, *_launches(bucket, parts, step, bool(params.structured[rows].any()))]
 
     def _decode(self, plan: Plan, tables: Tables, params: RowParams, ahead: int) -> list[Launch]:
         if not ahead and params.varying[plan.rows].any():  # a plan ends before a bias changes
@@ -148,9 +150,10 @@ class Packer:
             edits = self._edits(plan.decodes, (plan.positions + 1).tolist(), params)
         reads = read_size(self._shapes, plan.positions + ahead, tables.seen[plan.rows])
         bucket = decode_bucket(self._program, self._shapes, count, reads, needs)
-        packed = batches.pack(bucket, batches.decode_parts(plan, bucket, tables, params.packed, ahead))
+        parts = batches.decode_parts(plan, bucket, tables, params.packed, ahead)
         indices = batches.batch_indices(plan.rows, bucket.rows, tables.rows)
-        return [*edits, Launch(bucket, (packed,), Step(plan.decodes, indices, needs, count, first=False))]
+        step = Step(plan.decodes, indices, needs, count, first=False)
+        return [*edits, *_launches(bucket, parts, step, bool(params.structured[plan.rows].any()))]
 
     def _edits(self, samples: Sequence[Sample], positions: Sequence[int], params: RowParams) -> Iterator[Launch]:
         """Update history and bias of EDITED rows on the device, if they have changed, for tokens at `positions`."""
@@ -164,6 +167,17 @@ class Packer:
                 known = np.array(sequence.length, np.int32)
                 yield Launch(Install(), (np.array(sequence.row, np.int32), history, known, bias))
                 sequence.bias_version = version
+
+
+def _launches(bucket: Bucket, parts: Mapping[str, np.ndarray], step: Step, structured: bool) -> list[Launch]:
+    """Return the launch of a prefill or decode step, or if a row has a grammar those of its logits and of its tokens.
+
+    The latter takes the rows' masks as well, which are computed when it is dispatched.
+    """
+    if not structured:
+        return [Launch(bucket, (batches.pack(bucket, parts),), step)]
+    pending, sampler = masked(bucket)
+    return [Launch(pending, (batches.pack(pending, parts),), step), Launch(sampler, (parts["sampling"],), step)]
 
 
 def describe(key: Key) -> str:

@@ -16,8 +16,17 @@ import numpy as np
 
 from jaxinfer._utils.units import size_text
 from jaxinfer.engine.runner.batch import Bucket
-from jaxinfer.engine.runner.buckets import SAMPLING, TABLE_WIDTHS, all_buckets, copy_widths, encode_shape
+from jaxinfer.engine.runner.buckets import (
+    SAMPLING,
+    STRUCTURED,
+    TABLE_WIDTHS,
+    all_buckets,
+    copy_widths,
+    encode_shape,
+    masked_keys,
+)
 from jaxinfer.engine.runner.steps import (
+    SampleMasked,
     Shapes,
     abstract_arguments,
     abstract_cache,
@@ -25,9 +34,11 @@ from jaxinfer.engine.runner.steps import (
     abstract_encode_arguments,
     abstract_features,
     abstract_rows,
+    abstract_sample_arguments,
     encode_step,
     install_tables,
     make_encode_step,
+    make_sample_masked,
     make_step,
     replicated,
     shardings,
@@ -80,7 +91,7 @@ class EncodeCross(EncodeShape):
     takes, gives = ("params", "cache"), ("cache",)
 
 
-Key = Bucket | Copies | Install | InstallTables | Encode | EncodeCross
+Key = Bucket | SampleMasked | Copies | Install | InstallTables | Encode | EncodeCross
 """Key of a program. `takes` names the runner state passed before the call's own arrays, `gives` the runner state
 that the program returns first (not in a tuple if it is a single value). None marks state that this program does not
 use.
@@ -135,7 +146,9 @@ class Programs:
             EncodeCross(**vars(encode_shape(self._program, self._shapes, units)))
             for units in self._shapes.cross_buckets
         ]
-        return [*all_buckets(self._program, self._shapes, sampling), *encodes, *copies, *tables, *edits]
+        buckets = all_buckets(self._program, self._shapes, sampling)
+        masked = masked_keys(buckets) if STRUCTURED in sampling else []
+        return [*buckets, *masked, *encodes, *copies, *tables, *edits]
 
     def get(self, key: Key) -> jax.stages.Compiled:
         """Return a program, compiling it if needed. A compilation error is raised in all waiting threads."""
@@ -253,6 +266,9 @@ class Programs:
         if isinstance(key, Bucket):
             step = make_step(program, shapes, key, self._options)
             return step.lower(self._params, *abstract_arguments(program, shapes, key))
+        if isinstance(key, SampleMasked):
+            arguments = abstract_sample_arguments(program, shapes, key)
+            return make_sample_masked(program, shapes, key, self._options).lower(*arguments)
         sharding = replicated(program)
         array = partial(jax.ShapeDtypeStruct, sharding=sharding)
         if isinstance(key, Encode):

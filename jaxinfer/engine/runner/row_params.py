@@ -22,6 +22,8 @@ class RowParams:
         """Whether each row's level changes as tokens are sampled, `[R]`: `update_levels` must then be called for each
         step.
         """
+        self.structured = np.zeros(rows, bool)
+        """Whether each row has a grammar, `[R]`."""
         self._logprobs = np.full(rows, -1, np.int8)
         self._candidates = np.zeros(rows, np.int32)
 
@@ -32,6 +34,7 @@ class RowParams:
             self.packed[row] = sampling_row(sequence)
             self.levels[row], self._logprobs[row] = request.level, -1 if count is None else count
             self.varying[row] = request.forbids_for_a_while
+            self.structured[row] = request.grammar is not None
             self._candidates[row] = 0 if request.beams is None else request.beams.count
 
     def update_levels(self, samples: Items[Sequence], positions: np.ndarray) -> None:

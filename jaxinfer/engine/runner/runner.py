@@ -14,11 +14,12 @@ import numpy as np
 from jaxinfer.engine.plan import Plan
 from jaxinfer.engine.request import Sequence as Sample
 from jaxinfer.engine.runner.batch import Bucket
-from jaxinfer.engine.runner.launches import Launch, Packer, describe
+from jaxinfer.engine.runner.launches import Launch, Packer, Step, describe
 from jaxinfer.engine.runner.programs import CompilationError, Encode, EncodeCross, Key, Programs
 from jaxinfer.engine.runner.row_params import RowParams
 from jaxinfer.engine.runner.steps import (
     Sampled,
+    SampleMasked,
     Shapes,
     abstract_cache,
     abstract_edits,
@@ -26,9 +27,10 @@ from jaxinfer.engine.runner.steps import (
     abstract_rows,
     replicated,
 )
-from jaxinfer.engine.sampling.sampler import Edits
+from jaxinfer.engine.sampling.sampler import Edits, Logprobs
 from jaxinfer.engine.sampling.sampling_rows import Level
 from jaxinfer.engine.sizing.memory import MemoryUse
+from jaxinfer.engine.structured.masks import fill_masks
 from jaxinfer.errors import EngineError
 from jaxinfer.functional import Program
 from jaxinfer.kernels.attention.paged import Cache
@@ -66,6 +68,8 @@ class Flight:
     compilations: dict[Key, Future[Any]] = field(default_factory=dict)
     """Programs of the launches that were missing when the plan was packed."""
     results: list[Result] = field(default_factory=list)
+    pending: Launch | None = None
+    """Launch that samples the decode step's tokens, until the tokens that its masks depend on are read."""
     started: float = field(default_factory=time.monotonic)
     """Time of the first dispatch."""
 
@@ -132,6 +136,10 @@ class Runner:
         """Called on another thread when a program is compiled. If None, a launch compiles the program that it needs."""
         self.places = self.padding = 0
         """Total number of token places in the steps so far, and how many of them were padding."""
+        self.masked_steps = self.late_masks = 0
+        """Number of steps with masks so far, and of those whose logits waited for the masks."""
+        self.mask_seconds = 0.0
+        """Seconds that computing masks has taken so far."""
         self._packer = Packer(program, shapes)
         self._abstract_cache = abstract_cache(program, shapes)
         self._replicated = replicated(program)
@@ -152,6 +160,12 @@ class Runner:
             pool = abstract_features(self.program, self.shapes)
             self.features = jnp.zeros(pool.shape, pool.dtype, device=pool.sharding)
         self.row_params = RowParams(rows)
+        self.logits: jax.Array | None = None
+        """Logits `[B, V']` of the step whose tokens are pending."""
+        self.summary: jax.Array | None = None
+        """Summary of its hidden states (`Sampled.summary`)."""
+        self.prompt_logprobs: Logprobs | None = None
+        """Log-probabilities of its prompts."""
         self.edits: Edits | None = None
         if self.shapes.switched:
             self._make_edits()
@@ -172,7 +186,8 @@ class Runner:
         """Pack a plan and dispatch it; returns before it has run.
 
         A plan is not dispatched yet if programs are compiled aside and some of its own are missing
-        (`Flight.compilations`): the caller calls `dispatch` once `Flight.compiled`.
+        (`Flight.compilations`): the caller calls `dispatch` once `Flight.compiled`. After either the caller reads the
+        tokens of the flight before, and then calls `sample_pending`.
         """
         flight = Flight(plan, self._packer.pack(plan, tables, self.row_params))
         if self.compiled_aside is not None:
@@ -197,21 +212,48 @@ class Runner:
                 raise CompilationError(key, message) from error
         flight.started = time.monotonic()
         for launch in flight.launches:
+            if isinstance(launch.key, SampleMasked) and not launch.step.first:
+                flight.pending = launch  # the last launch, since such a plan has one decode step
+                continue
             result = self._run_launch(launch)
             if result is not None:
                 flight.results.append(result)
 
+    def sample_pending(self, flight: Flight) -> None:
+        """Sample the tokens of a dispatched flight's decode step, if rows of it have a grammar.
+
+        All tokens before them must have been read. The masks are computed while the device computes the logits.
+        """
+        if flight.pending is not None:
+            flight.results.append(self._run_launch(flight.pending))
+            flight.pending = None
+
+    def _masks(self, key: SampleMasked, step: Step) -> np.ndarray:
+        started = time.perf_counter()
+        masks = fill_masks(step.samples, step.indices, key.rows, self.program.vocab)
+        self.masked_steps, self.late_masks = self.masked_steps + 1, self.late_masks + self.logits.is_ready()
+        self.mask_seconds += time.perf_counter() - started
+        return masks
+
     def _run_launch(self, launch: Launch) -> Result | None:
         """Dispatch a launch; return the output of a prefill or decode step."""
-        key, step = launch.key, launch.step
+        key, step, arrays = launch.key, launch.step, launch.arrays
+        if isinstance(key, SampleMasked):
+            arrays = (*arrays, self._masks(key, step))
         try:
-            sampled = self._launch(key, *launch.arrays)
+            sampled = self._launch(key, *arrays)
         except Exception as error:
             raise EngineError(f"{describe(key)} failed: {type(error).__name__}: {error}") from error
         if step is None:
             return None
-        self.places += key.tokens
-        self.padding += key.tokens - step.tokens
+        if isinstance(key, SampleMasked):
+            sampled = sampled._replace(prompt_logprobs=self.prompt_logprobs)
+            self.logits = self.summary = self.prompt_logprobs = None
+        else:
+            self.places += key.tokens
+            self.padding += key.tokens - step.tokens
+            if key.pending:
+                return None
         sampled = Sampled(
             sampled.tokens,
             sampled.logprobs if step.needs.logprobs >= 0 else None,

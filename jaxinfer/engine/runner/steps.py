@@ -15,8 +15,17 @@ from jaxinfer import functional
 from jaxinfer.engine.multihost import divergence
 from jaxinfer.engine.runner import batch as batches
 from jaxinfer.engine.runner.batch import Bucket
-from jaxinfer.engine.sampling.sampler import Candidates, Edits, Logprobs, candidates, logprobs, sample
-from jaxinfer.engine.sampling.sampling_rows import Level, SamplingRows, unpack_rows
+from jaxinfer.engine.sampling.sampler import (
+    Candidates,
+    Edits,
+    Logprobs,
+    allow,
+    candidates,
+    logprobs,
+    mask_width,
+    sample,
+)
+from jaxinfer.engine.sampling.sampling_rows import WIDTH, Level, SamplingRows, unpack_rows
 from jaxinfer.functional import DecodeBatch, PrefillBatch, Program
 from jaxinfer.functional.encoder_batch import EncodeBatch, EncodeShape
 from jaxinfer.kernels.attention.paged import Cache
@@ -104,6 +113,29 @@ class Sampled(NamedTuple):
     """Summary of the hidden states the tokens were sampled from (`multihost.divergence`), with several processes."""
 
 
+@dataclass(frozen=True)
+class SampleMasked:
+    """Key of the program that samples from the logits of a pending step, with a mask of allowed tokens per row."""
+
+    rows: int
+    """B: number of rows of the step."""
+    level: Level
+    logprobs: int
+    candidates: int = 0
+    switched: bool = False
+    """As in `Bucket`, like the fields above."""
+
+    @property
+    def takes(self) -> tuple[str | None, ...]:
+        """Runner state passed to the program (see `programs.Key`)."""
+        return (*self.gives, "logits", "summary")
+
+    @property
+    def gives(self) -> tuple[str | None, ...]:
+        """Runner state returned by the program before `Sampled` (see `programs.Key`)."""
+        return ("rows", "edits" if self.level >= Level.EDITED else None)
+
+
 def replicated(program: Program) -> NamedSharding:
     """Return the sharding of all inputs and outputs of a step other than parameters and cache: replicated."""
     return NamedSharding(program.mesh, PartitionSpec())
@@ -120,19 +152,17 @@ def make_step(
     """Return the jitted step of a bucket: (params, cache, rows, edits, packed) -> (cache, rows, edits, Sampled).
 
     The prefill of a model with an encoder also takes the feature pool, before `packed`, which is not donated.
-    `compiler_options` are XLA options for this compilation alone.
+    `compiler_options` are XLA options for this compilation alone. A pending bucket's step returns logits, summary and
+    the prompt's log-probabilities in place of `Sampled`.
     """
     body = prefill_step if bucket.kind == "prefill" else decode_step
-    everywhere, own = replicated(program), NamedSharding(program.mesh, PartitionSpec(program.mesh.axis_names))
+    everywhere, own = replicated(program), _by_device(program)
+    result = Sampled(everywhere, everywhere, everywhere, everywhere, own)
+    last = (everywhere, own, everywhere) if bucket.pending else (result,)
     return jax.jit(
         partial(body, program, bucket, shapes.sampled_vocab),
         donate_argnums=(1, 2, 3),
-        out_shardings=(
-            shardings(abstract_cache(program, shapes)),
-            everywhere,
-            everywhere,
-            Sampled(everywhere, everywhere, everywhere, everywhere, own),
-        ),
+        out_shardings=(shardings(abstract_cache(program, shapes)), everywhere, everywhere, *last),
         compiler_options=None if compiler_options is None else dict(compiler_options),
     )
 
@@ -146,6 +176,10 @@ def abstract_arguments(program: Program, shapes: Shapes, bucket: Bucket) -> tupl
         edits = abstract_edits(program, shapes)
     pool = (abstract_features(program, shapes),) if bucket.features else ()
     return abstract_cache(program, shapes), abstract_rows(program, shapes), edits, *pool, array((size,), jnp.int32)
+
+
+def _by_device(program: Program) -> NamedSharding:
+    return NamedSharding(program.mesh, PartitionSpec(program.mesh.axis_names))
 
 
 def shardings(cache: Cache) -> Cache:
@@ -232,13 +266,25 @@ def _mask_padding(logits: jax.Array, vocab: int) -> jax.Array:
 
 
 def _sample(
-    program: Program, bucket: Bucket, sampled_vocab: int, logits: jax.Array, rows: SamplingRows, edits: Edits | None
+    program: Program,
+    bucket: Bucket | SampleMasked,
+    sampled_vocab: int,
+    logits: jax.Array,
+    rows: SamplingRows,
+    edits: Edits | None,
+    masks: jax.Array | None = None,
 ) -> tuple[Edits | None, Sampled]:
-    """Sample tokens from logits `[B, V']`, with the bucket's log-probabilities and beam candidates."""
+    """Sample tokens from logits `[B, V']`, with the bucket's log-probabilities and beam candidates.
+
+    `masks` `[B, W]`: tokens that each row may sample (`sampler.allow`); None for all.
+    """
     how, offered = {"switched": bucket.switched, "rule": None if program.cross is None else program.cross.rule}, None
     if bucket.candidates:
         offered = candidates(logits, rows, edits, bucket.candidates, sampled_vocab, **how)
-    new, edits = sample(_mask_padding(logits, sampled_vocab), rows, edits, bucket.level, **how)
+    allowed = _mask_padding(logits, sampled_vocab)
+    if masks is not None:
+        allowed = allow(allowed, masks)
+    new, edits = sample(allowed, rows, edits, bucket.level, **how)
     if bucket.logprobs < 0:
         return edits, Sampled(new, None, candidates=offered)
     beside = _if_requested(
@@ -252,7 +298,7 @@ def _sample(
 
 
 def _if_requested(
-    bucket: Bucket, requested: jax.Array, rows: int, count: int, compute: Callable[[], Logprobs]
+    bucket: Bucket | SampleMasked, requested: jax.Array, rows: int, count: int, compute: Callable[[], Logprobs]
 ) -> Logprobs:
     """Compute log-probabilities; in a switched program, return zeros if no row requests them."""
     if not bucket.switched:
@@ -295,8 +341,12 @@ def decode_step(
     rows: RowState,
     edits: Edits | None,
     packed: jax.Array,
-) -> tuple[Cache, RowState, Edits | None, Sampled]:
-    """Decode one token for every sequence. `rows` holds each row's last token and receives the new one."""
+) -> tuple[Any, ...]:
+    """Decode one token for every sequence. `rows` holds each row's last token and receives the new one.
+
+    Returns:
+        cache, rows, edits, `Sampled`; for a pending bucket cache, rows, edits, logits, summary, None.
+    """
     parts = batches.unpack(bucket, packed)
     sampling, positions = unpack_rows(parts["sampling"]), parts["positions"]
     last, tables, owners = rows.tokens, rows.tables, None
@@ -316,6 +366,8 @@ def decode_step(
     batch = DecodeBatch(last, positions, own, bucket.items, parts.get("seen"), states)
     hidden, cache = functional.decode_hidden(program, params, cache, batch)
     logits = program.module(params).logits(hidden)
+    if bucket.pending:
+        return cache, RowState(rows.tokens, tables), edits, logits, _summary(program, hidden), None
     edits, sampled = _sample(program, bucket, sampled_vocab, logits, sampling, edits)
     rows = RowState(rows.tokens.at[sampling.row].set(sampled.tokens, mode="drop"), tables)
     return cache, rows, edits, sampled._replace(summary=_summary(program, hidden))
@@ -330,10 +382,13 @@ def prefill_step(
     rows: RowState,
     edits: Edits | None,
     *pool_and_packed: jax.Array,
-) -> tuple[Cache, RowState, Edits | None, Sampled]:
+) -> tuple[Any, ...]:
     """Prefill chunks, and sample a token for each sequence whose prompt is complete.
 
     `pool_and_packed` is the feature pool, if the bucket has `features`, and the packed inputs.
+
+    Returns:
+        As `decode_step`, with the prompt's log-probabilities last for a pending bucket.
     """
     *pool, packed = pool_and_packed
     parts = batches.unpack(bucket, packed)
@@ -349,7 +404,6 @@ def prefill_step(
     module = program.module(params)
     last = hidden[parts["last"]]
     logits = module.logits(last)
-    edits, sampled = _sample(program, bucket, sampled_vocab, logits, sampling, edits)
     prompt = None
     if bucket.prompt_logprobs >= 0:
         prompt = _if_requested(
@@ -359,8 +413,67 @@ def prefill_step(
             bucket.prompt_logprobs,
             lambda: _prompt_logprobs(module, hidden, targets, bucket),
         )
+    if bucket.pending:
+        return cache, rows, edits, logits, _summary(program, last), prompt
+    edits, sampled = _sample(program, bucket, sampled_vocab, logits, sampling, edits)
     rows = rows._replace(tokens=rows.tokens.at[sampling.row].set(sampled.tokens, mode="drop"))
     return cache, rows, edits, sampled._replace(prompt_logprobs=prompt, summary=_summary(program, last))
+
+
+def sample_masked(
+    program: Program,
+    key: SampleMasked,
+    sampled_vocab: int,
+    rows: RowState,
+    edits: Edits | None,
+    logits: jax.Array,
+    summary: jax.Array | None,
+    packed: jax.Array,
+    masks: jax.Array,
+) -> tuple[RowState, Edits | None, Sampled]:
+    """Sample a token for each row of a pending step from its logits `[B, V']`.
+
+    `packed` `[B, WIDTH]`: sampling parameters; `masks` `[B, W]` int32: tokens that each row may sample.
+    """
+    sampling = unpack_rows(packed)
+    edits, sampled = _sample(program, key, sampled_vocab, logits, sampling, edits, masks)
+    rows = rows._replace(tokens=rows.tokens.at[sampling.row].set(sampled.tokens, mode="drop"))
+    return rows, edits, sampled._replace(summary=summary)
+
+
+def make_sample_masked(
+    program: Program, shapes: Shapes, key: SampleMasked, compiler_options: Mapping[str, Any] | None = None
+) -> Callable[..., Any]:
+    """Return the jitted `sample_masked`: (rows, edits, logits, summary, packed, masks) -> (rows, edits, Sampled)."""
+    everywhere = replicated(program)
+    return jax.jit(
+        partial(sample_masked, program, key, shapes.sampled_vocab),
+        donate_argnums=(0, 1),
+        out_shardings=(
+            everywhere,
+            everywhere,
+            Sampled(everywhere, everywhere, everywhere, everywhere, _by_device(program)),
+        ),
+        compiler_options=None if compiler_options is None else dict(compiler_options),
+    )
+
+
+def abstract_sample_arguments(program: Program, shapes: Shapes, key: SampleMasked) -> tuple[Any, ...]:
+    """Return shapes and shardings of the arguments of `make_sample_masked`."""
+    array = partial(jax.ShapeDtypeStruct, sharding=replicated(program))
+    edits = abstract_edits(program, shapes) if key.level >= Level.EDITED else None
+    summary = None
+    if meshes.processes(program.mesh) > 1:
+        shape = program.mesh.size, divergence.GROUPS + 1
+        summary = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=_by_device(program))
+    return (
+        abstract_rows(program, shapes),
+        edits,
+        array((key.rows, program.vocab), jnp.float32),
+        summary,
+        array((key.rows, WIDTH), jnp.int32),
+        array((key.rows, mask_width(program.vocab)), jnp.int32),
+    )
 
 
 def _summary(program: Program, hidden: jax.Array) -> jax.Array | None:

@@ -39,6 +39,18 @@ def install(edits: Edits, row: jax.Array, history: jax.Array, known: jax.Array, 
     return Edits(edits.history.at[row].set(kept), edits.bias.at[row].set(bias))
 
 
+def mask_width(vocab: int) -> int:
+    """Return W, the number of 32-bit words of a mask of `vocab` tokens."""
+    return -(-vocab // 32)
+
+
+def allow(logits: jax.Array, masks: jax.Array) -> jax.Array:
+    """Set logits `[B, V']` whose bit of masks `[B, W]` int32 is 0 to -inf; bit v % 32 of word v // 32 is that of v."""
+    bits = (masks[:, :, None] >> jnp.arange(32)) & 1
+    # Added instead of selected, so that a NaN row stays NaN.
+    return logits + jnp.where(bits.reshape(len(masks), -1)[:, : logits.shape[1]] > 0, 0.0, -jnp.inf)
+
+
 class Candidates(NamedTuple):
     """Most likely continuations of each beam; on the host, of one beam, without the axis B."""
 
