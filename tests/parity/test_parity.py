@@ -331,6 +331,19 @@ CASES = {
         lengths=(8, 9, 10, 37),
         head=1.5,
     ),
+    "ernie4_5": Case(
+        "ernie4_5",
+        {"use_bias": True},
+        {
+            **GROUPS,
+            **HEAD_DIM,
+            "rope over neighbouring columns": ref.with_attention(ref.rope_over_halves),
+            **{
+                f"bias of {n}": ref.with_weights(f"{n}_proj.bias", 0.0)
+                for n in ("q", "k", "v", "o", "gate", "up", "down")
+            },
+        },
+    ),
     "seed_oss": Case(
         "seed_oss",
         {"attention_out_bias": True, "mlp_bias": True},

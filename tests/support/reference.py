@@ -188,6 +188,16 @@ def without_qk_norm(attention: torch.nn.Module) -> None:
     attention.q_norm = attention.k_norm = torch.nn.Identity()
 
 
+def rope_over_halves(attention: torch.nn.Module) -> None:
+    """Rotate column i against column i + D / 2 of a head, where the model rotates columns 2i and 2i + 1."""
+    size = attention.head_dim
+    order = torch.arange(size).reshape(2, size // 2).T.flatten()
+    for projection in (attention.q_proj, attention.k_proj):
+        for value in projection.parameters():  # rows of the weight, entries of the bias
+            heads = value.data.reshape(-1, size, *value.shape[1:])
+            value.data = heads[:, order].reshape(value.shape)
+
+
 def scale_of_width(attention: torch.nn.Module) -> None:
     """Scale scores as if the head size were hidden_size / heads."""
     attention.scaling = (attention.config.hidden_size // attention.config.num_attention_heads) ** -0.5

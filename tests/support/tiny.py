@@ -60,6 +60,7 @@ VARIANTS = {
     "smollm3": "SmolLM3ForCausalLM",
     "seed_oss": "SeedOssForCausalLM",
     "exaone4": "Exaone4ForCausalLM",
+    "ernie4_5": "Ernie4_5ForCausalLM",
 }
 """Architectures whose layers are those of `ARCHITECTURES` with other options. They are compared with transformers only:
 equivalences and plans are those of the layers."""
@@ -86,6 +87,7 @@ OWN: dict[str, dict[str, Any]] = {
     "gemma2": dict(sliding_window=10, query_pre_attn_scalar=8, attn_logit_softcapping=2.0, final_logit_softcapping=4.0),
     "gemma3": dict(sliding_window=7, query_pre_attn_scalar=8, layer_types=[SLIDING, FULL]),
     "olmo3": dict(sliding_window=9, layer_types=[SLIDING, FULL]),
+    "ernie4_5": dict(tie_word_embeddings=False),
     "smollm3": dict(no_rope_layers=[1, 0], tie_word_embeddings=False),
     "exaone4": dict(sliding_window=9, layer_types=[SLIDING, FULL]),
     "granite": dict(embedding_multiplier=1.5, attention_multiplier=0.4, residual_multiplier=0.5, logits_scaling=0.8),
