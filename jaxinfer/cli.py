@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from jaxinfer import __version__
+from jaxinfer.commands.exit_status import end
 
 COMMANDS = {
     "serve": ("jaxinfer.serve.cli", "serve a model over HTTP with the APIs of OpenAI and Anthropic"),
@@ -50,5 +51,10 @@ def _module(command: str) -> ModuleType:
     return importlib.import_module(COMMANDS[command][0])
 
 
+def command() -> None:
+    """Run a subcommand and end the process with its exit status."""
+    end(main())
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

@@ -1,8 +1,9 @@
-"""Map the outcome of a command-line script to its exit status."""
+"""Exit statuses of command lines."""
 
 import os
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 from jaxinfer.errors import JaxInferError
 
@@ -23,3 +24,11 @@ def status_of(work: Callable[[], int], interrupted: str = "interrupted") -> int:
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return 130
+
+
+def end(status: int) -> NoReturn:
+    """End the process with an exit status; a program that is still being compiled is given up."""
+    programs = sys.modules.get("jaxinfer.engine.runner.programs")
+    if programs is not None:
+        programs.exit_while_compiling(status)
+    sys.exit(status)

@@ -1,8 +1,7 @@
 """Run the server: `python -m jaxinfer.serve MODEL`."""
 
-import sys
-
+from jaxinfer.commands.exit_status import end
 from jaxinfer.serve.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main())

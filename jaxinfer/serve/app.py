@@ -1,8 +1,6 @@
 """The server as an ASGI application."""
 
 import hmac
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
@@ -63,29 +61,18 @@ class KeyCheck:
         return any(hmac.compare_digest(key.encode("latin-1", "replace"), self._key) for key in keys)
 
 
-def create_app(llm: AsyncLLM, config: ServerConfig, *, close: bool = False) -> Starlette:
-    """Return the application that serves a model.
+def create_app(llm: AsyncLLM, config: ServerConfig) -> Starlette:
+    """Return the application that serves a model, which stays open when the server stops.
 
     Args:
         llm: model and engine.
         config: settings of the server.
-        close: whether the model is closed when the server stops.
     """
-
-    @asynccontextmanager
-    async def lifespan(_app: Starlette) -> AsyncIterator[None]:
-        try:
-            yield
-        finally:
-            if close:
-                await llm.close()
-
     checks = [] if config.api_key is None else [Middleware(KeyCheck, key=config.api_key)]
     app = Starlette(
         routes=[Route(path, endpoint(handler), methods=[method]) for method, path, handler in ROUTES],
         middleware=checks,
         exception_handlers={HTTPException: on_error},
-        lifespan=lifespan,
     )
     app.state.context = Context(llm, config)
     app.state.registry = metrics.registry(app.state.context)

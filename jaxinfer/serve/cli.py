@@ -1,6 +1,7 @@
 """Command line of the server: `jaxinfer serve MODEL`."""
 
 import argparse
+import asyncio
 import logging
 import os
 import signal
@@ -18,6 +19,8 @@ ENGINE = ("dtype", "quantization", "tensor_parallel_size", "max_model_len", "max
 ENGINE += ("kv_cache_memory_bytes", "gpu_memory_utilization", "enable_prefix_caching", "seed")
 ENGINE += ("tokenizer", "revision", "hf_overrides")
 """Options that are arguments of `LLM`, passed on where they are given."""
+CLOSING = 5
+"""Seconds for the responses to requests that the stop of the server ends."""
 LIMITS = ("max_body_bytes", "body_timeout", "write_timeout", "max_n", "max_tokens", "max_concurrent_requests")
 LIMITS += ("max_queue_length",)
 """Options that are fields of `ServerConfig`."""
@@ -93,22 +96,36 @@ def run(_: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         return 130
     options = uvicorn.Config(
-        create_app(llm, config, close=True),
+        create_app(llm, config),
         host=args.host,
         port=args.port,
         ssl_certfile=args.ssl_certfile,
         ssl_keyfile=args.ssl_keyfile,
-        timeout_graceful_shutdown=args.shutdown_timeout,
+        timeout_graceful_shutdown=args.shutdown_timeout + CLOSING,
         access_log=args.access_log,
         ws="none",
         lifespan="on",
     )
-    server = uvicorn.Server(options)
+
+    class Server(uvicorn.Server):
+        async def shutdown(self, sockets: Any = None) -> None:
+            """Wait for running requests; those that take too long end with an error of the API, not uvicorn's."""
+            closing = asyncio.ensure_future(_close_after(llm, args.shutdown_timeout))
+            await super().shutdown(sockets)
+            closing.cancel()
+            await llm.close()
+
+    server = Server(options)
     # uvicorn raises the signals that ended it again: a graceful stop is no failure.
     for one in (signal.SIGINT, signal.SIGTERM):
         signal.signal(one, lambda *_: None)
     server.run()
     return 0 if server.started else 1
+
+
+async def _close_after(llm: Any, seconds: float) -> None:
+    await asyncio.sleep(seconds)
+    await llm.close()
 
 
 def _given(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:

@@ -112,3 +112,35 @@ def test_an_interrupt_keeps_the_text_so_far(talk, capsys):
 def test_an_error_of_the_engine_is_a_public_error():
     with pytest.raises(EngineError, match="its log describes"):
         chat._show(text for text in [output("", "error")])
+
+
+COMPILING = """
+import sys, threading, time
+from jaxinfer.commands.exit_status import end
+from jaxinfer.engine.runner import programs
+
+def compile():
+    time.sleep(float(sys.argv[1]))
+    print("compiled", flush=True)
+
+thread = threading.Thread(target=compile, daemon=True)
+programs._compiling.add(thread)
+thread.start()
+print("begun")
+"""
+"""A process that ends while a program is compiled."""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "ending", "status", "out"),
+    [
+        ("60", "end(3)", 3, "begun\n"),
+        ("0.5", "", 0, "begun\ncompiled\n"),
+        ("0.5", "sys.exit(4)", 4, "begun\ncompiled\n"),
+    ],
+)
+def test_a_command_ends_while_a_program_compiles_and_python_waits_for_it(seconds, ending, status, out):
+    run = subprocess.run(
+        [sys.executable, "-c", COMPILING + ending, seconds], capture_output=True, text=True, timeout=50
+    )
+    assert (run.returncode, run.stdout) == (status, out)

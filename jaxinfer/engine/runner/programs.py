@@ -1,7 +1,10 @@
 """Compiled programs of a model's steps: compiled ahead in several threads, or on first use."""
 
 import atexit
+import contextlib
 import logging
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -296,15 +299,27 @@ class Programs:
         return jax.jit(install, donate_argnums=0, out_shardings=sharding).lower(edits, number, history, number, bias)
 
 
-AT_EXIT = 10.0
-"""Seconds to wait for compilations at interpreter exit: JAX must not be torn down while they run."""
-
 _compiling: WeakSet[threading.Thread] = WeakSet()
+_exit_status: int | None = None
+
+
+def exit_while_compiling(status: int) -> None:
+    """End the process with this status at interpreter exit even if programs are being compiled then.
+
+    For a command, which has nothing to lose. Otherwise the exit of the interpreter waits for compilations.
+    """
+    global _exit_status
+    _exit_status = status
 
 
 @atexit.register
 def _wait_at_exit() -> None:
-    """Wait until programs are compiled; XLA cannot be interrupted."""
-    until = time.monotonic() + AT_EXIT
-    for thread in list(_compiling):
-        thread.join(max(0.0, until - time.monotonic()))
+    """Wait until programs are compiled: XLA cannot be interrupted, and crashes if JAX is torn down meanwhile."""
+    threads = [thread for thread in _compiling if thread.is_alive()]
+    if threads and _exit_status is not None:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(_exit_status)
+    for thread in threads:
+        thread.join()
