@@ -101,8 +101,9 @@ def test_perplexity_is_transformers_and_bfloat16_errs_no_more(model):
     rounded = model.reference_scores(windows[0], "bfloat16")
     model.forget("bfloat16")
     perplexity = math.exp(-np.concatenate(exact).mean(dtype=np.float64))
+    print(f"perplexity of transformers in float32 {perplexity:.4f}, here", measured)
     assert measured["float32"] == pytest.approx(perplexity, rel=1e-4)
-    assert measured["bfloat16"] == pytest.approx(perplexity, rel=2e-3)
+    assert measured["bfloat16"] == pytest.approx(perplexity, rel=1e-3)
     first = slice(len(rounded))
     assert error(ours["bfloat16"][first], exact[0]) <= 1.2 * error(rounded, exact[0])
     assert error(ours["float32"][first], exact[0]) < 1e-4
@@ -113,6 +114,7 @@ def test_int8_costs_at_most_one_percent_of_perplexity(model):
     exact = script.measure(model.llm(), text).perplexity
     rounded = script.measure(model.llm("int8"), text).perplexity
     model.forget("int8")
+    print(f"perplexity in float32 {exact:.4f}, in int8 {rounded:.4f}")
     assert rounded <= 1.01 * exact
 
 
