@@ -368,6 +368,16 @@ CASES = {
         },
         lengths=(8, 9, 10, 36),
     ),
+    "helium": Case("helium", {}, {**GROUPS, **NORMS, "neighbouring columns": ref.with_attention(ref.rope_over_halves)}),
+    "helium biases, tied": Case(
+        "helium",
+        {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+        {
+            f"bias of {name}": ref.with_weights(f"{name}_proj.bias", 0.0)
+            for name in ("q", "k", "v", "gate", "up", "down")
+        },
+        head=1.5,
+    ),
     "granite": Case(
         "granite",
         {},

@@ -61,6 +61,7 @@ VARIANTS = {
     "seed_oss": "SeedOssForCausalLM",
     "exaone4": "Exaone4ForCausalLM",
     "ernie4_5": "Ernie4_5ForCausalLM",
+    "helium": "HeliumForCausalLM",
 }
 """Architectures whose layers are those of `ARCHITECTURES` with other options. They are compared with transformers only:
 equivalences and plans are those of the layers."""
@@ -90,6 +91,8 @@ OWN: dict[str, dict[str, Any]] = {
     "ernie4_5": dict(tie_word_embeddings=False),
     "smollm3": dict(no_rope_layers=[1, 0], tie_word_embeddings=False),
     "exaone4": dict(sliding_window=9, layer_types=[SLIDING, FULL]),
+    # transformers' o_proj is square, so that head_dim must be hidden_size / heads.
+    "helium": dict(hidden_size=64),
     "granite": dict(embedding_multiplier=1.5, attention_multiplier=0.4, residual_multiplier=0.5, logits_scaling=0.8),
     "cohere2": dict(
         sliding_window=9,

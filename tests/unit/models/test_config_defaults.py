@@ -24,6 +24,7 @@ MOE = {
 HEADS = {
     "deepseek_v3": {"num_attention_heads": 4, "num_key_value_heads": 4},
     "kimi_linear": {"num_attention_heads": 32},
+    "helium": {"num_attention_heads": 20},
 }
 
 
