@@ -198,7 +198,7 @@ class SamplingParams:
         if value > MAX_TEMPERATURE:
             raise ValueError(f"temperature must be at most {MAX_TEMPERATURE:g}, got {value}.")
         if 0.0 < value < MIN_TEMPERATURE:
-            _say_temperature_raised()
+            _warn_temperature_raised()
             self._set("temperature", MIN_TEMPERATURE)
         value = self._number("top_p")
         if not 0.0 < value <= 1.0:
@@ -346,7 +346,7 @@ def _as_logit_bias(values: Any) -> dict[int, float]:
 
 
 @functools.cache
-def _say_temperature_raised() -> None:
+def _warn_temperature_raised() -> None:
     # Cached, so that it is logged once per process.
     logger.warning(
         "temperatures above 0 and below %s overflow the logits and are raised to it; 0 is greedy.", MIN_TEMPERATURE

@@ -114,7 +114,7 @@ class GgufReader:
     def _rows(self, name: str, info: Presented, rows: np.ndarray) -> np.ndarray:
         """Dequantise rows of a GGUF tensor."""
         if self._file is None:
-            raise CheckpointError(f"{name!r} was asked for after the reader of {self.path} was closed.")
+            raise CheckpointError(f"{name!r} was requested after the reader of {self.path} was closed.")
         gguf, tensor = library(), info.tensor
         raw = np.frombuffer(self._file.bytes, np.uint8, tensor.rows * tensor.row_bytes, tensor.offset)
         raw = raw.reshape(tensor.rows, tensor.row_bytes)

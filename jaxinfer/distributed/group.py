@@ -304,15 +304,15 @@ class Group:
             now = time.monotonic()
             if now - last > 2 * interval:  # this process itself was suspended, so its records are stale
                 for peer in self.peers:
-                    peer.heard = now
+                    peer.last_heard = now
             last = now
             for peer in self.peers:
                 try:
                     peer.beat()
                 except OSError:
                     pass  # `_listen` reports it
-                if not peer.ended and now - peer.heard > silence:
-                    self.fail(f"{peer} has sent no heartbeat for {now - peer.heard:.0f} s")
+                if not peer.ended and now - peer.last_heard > silence:
+                    self.fail(f"{peer} has sent no heartbeat for {now - peer.last_heard:.0f} s")
                     return
 
 

@@ -101,7 +101,7 @@ class Peer:
     def __init__(self, process: int, where: str, connection: socket.socket):
         self.process, self.where, self._socket = process, where, connection
         self._lock = threading.Lock()
-        self.heard = time.monotonic()
+        self.last_heard = time.monotonic()
         """Time of the last received frame (`time.monotonic`)."""
         self.ended = False
         """Whether the peer has sent END."""
@@ -146,7 +146,7 @@ class Peer:
             DistributedError: the bytes are not a valid frame.
         """
         kind, size = _FRAME.unpack(read(self._socket, _FRAME.size))
-        self.heard = time.monotonic()
+        self.last_heard = time.monotonic()
         if kind not in set(Kind) or size > MAX_BYTES:
             raise DistributedError(f"{self} sent an invalid frame: kind {kind}, {size} bytes")
         return Kind(kind), read(self._socket, size)

@@ -136,8 +136,8 @@ class Metrics:
             return
         seen = self.counters["prompt_tokens"], self.counters["generation_tokens"]
         prompt, made = ((b - a) / (now - self._last) for a, b in zip(self._seen, seen, strict=True))
-        asked = self.counters["prefix_cache_queries"]
-        rate = self.counters["prefix_cache_hits"] / asked if asked else 0.0
+        queries = self.counters["prefix_cache_queries"]
+        rate = self.counters["prefix_cache_hits"] / queries if queries else 0.0
         log.info(
             "prompt %.1f tok/s, generation %.1f tok/s, running %d, waiting %d, cache use %.1f%%, prefix hits %.1f%%",
             prompt,

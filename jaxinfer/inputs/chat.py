@@ -176,7 +176,7 @@ def _continued(field: Any, add_generation_prompt: Any) -> str | None:
     if add_generation_prompt:
         raise ValueError(
             "continue_final_message needs add_generation_prompt=False: an answer cannot continue the last message and "
-            "begin anew."
+            "begin another one; pass one of them."
         )
     return "content" if field is True else field
 

@@ -196,14 +196,14 @@ class PrefixIndex:
         Returns:
             The other blocks of the same nodes and kinds, which are removed too; the caller unpublishes them.
         """
-        gone, asked = [], np.asarray(ids, np.int64).tolist()
-        for block_id in asked:
+        gone, given = [], np.asarray(ids, np.int64).tolist()
+        for block_id in given:
             node = self._owners.get(block_id)
             if node is not None:
                 gone += self._strip(node, next(kind for kind, some in enumerate(node.ids) if block_id in some))
         while len(self._evicted) > self._remember:
             del self._evicted[next(iter(self._evicted))]
-        return list(set(gone) - set(asked)) if len(gone) > 1 else []
+        return list(set(gone) - set(given)) if len(gone) > 1 else []
 
     def _strip(self, node: Node, kind: int) -> tuple[int, ...]:
         """Remove a kind's blocks from a node, and the node if nothing is left of it; return the blocks."""

@@ -67,7 +67,7 @@ def load(
     config.json and the mesh before any weight is read or allocated.
 
     A folder written by `loading.convert.convert` is restored as it is: its dtype, quantisation, placement and padding
-    apply unless others are requested. For another mesh or placement the same values are laid out anew.
+    apply unless others are requested. For another mesh or placement the same values are laid out again.
 
     `hf`: contents of config.json (`checkpoint.hf.read_config`) if already read; `overrides` are then not applied.
 

@@ -110,13 +110,13 @@ def read_call(context: Context, fields: Fields) -> ChatCall:
     fields.check_known(KNOWN, NEUTRAL)
     context.check_model(fields.get("model", str))
     messages = fields.need("messages", list)
-    asked, top = fields.get("logprobs", bool, False), fields.within("top_logprobs", int, 0, 20)
-    if top is not None and not asked:
+    wanted, top = fields.get("logprobs", bool, False), fields.within("top_logprobs", int, 0, 20)
+    if top is not None and not wanted:
         raise APIError("top_logprobs needs logprobs=true.", param="top_logprobs")
     limit = "max_tokens" if fields.raw("max_completion_tokens") is None else "max_completion_tokens"
     tools = _tools(fields)
     shape = _structure(fields, tools)
-    logprobs = (top or 0) if asked else None
+    logprobs = (top or 0) if wanted else None
     params = sampling.read(context, fields, logprobs=logprobs, limit=limit, structure=shape)
     options = {name: fields.raw(name) for name in TEMPLATE if fields.raw(name) is not None}
     effort = fields.get("reasoning_effort", str)

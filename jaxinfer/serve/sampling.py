@@ -94,14 +94,16 @@ def read(
 
 
 def _limit(context: Context, fields: Fields, name: str, default: int | None) -> int | None:
-    asked, most = fields.get(name, int), context.config.max_tokens
-    if asked is not None and asked < 1:
-        raise APIError(f"{name} must be at least 1, got {str(asked)[:40]}.", param=name)
+    requested, most = fields.get(name, int), context.config.max_tokens
+    if requested is not None and requested < 1:
+        raise APIError(f"{name} must be at least 1, got {str(requested)[:40]}.", param=name)
     if most is None:
-        return default if asked is None else asked
-    if asked is not None and asked > most:
-        raise APIError(f"{name} must be at most {most} (max_tokens of this server), got {str(asked)[:40]}.", param=name)
-    return asked or min(default or most, most)
+        return default if requested is None else requested
+    if requested is not None and requested > most:
+        raise APIError(
+            f"{name} must be at most {most} (max_tokens of this server), got {str(requested)[:40]}.", param=name
+        )
+    return requested or min(default or most, most)
 
 
 def _logit_bias(values: dict[str, Any]) -> dict[int, Any]:

@@ -86,9 +86,9 @@ def mesh_text(plan: Placed) -> str:
 
 
 def _title(plan: Placed) -> str:
-    asked = ", ".join(f"{pattern}={tactic}" for pattern, tactic in plan.patterns.items())
-    asked = f"placement: <code>{escape(asked)}</code>" if asked else "every module sharded"
-    return f'<h4>{escape(plan.model)}</h4><p class="dim">{escape(mesh_text(plan))}, {asked}</p>'
+    placement = ", ".join(f"{pattern}={tactic}" for pattern, tactic in plan.patterns.items())
+    placement = f"placement: <code>{escape(placement)}</code>" if placement else "every module sharded"
+    return f'<h4>{escape(plan.model)}</h4><p class="dim">{escape(mesh_text(plan))}, {placement}</p>'
 
 
 def _tiles(plan: Placed) -> str:

@@ -206,7 +206,7 @@ def test_values_are_normalised():
 
 
 def test_tiny_temperatures_are_raised_and_said_once(caplog):
-    sampling_params._say_temperature_raised.cache_clear()
+    sampling_params._warn_temperature_raised.cache_clear()
     with caplog.at_level(logging.WARNING):
         assert SamplingParams(temperature=1e-9).temperature == 0.01
         assert SamplingParams(temperature=5e-324).temperature == 0.01

@@ -184,5 +184,5 @@ def begin(reader: Any, audio: Any, params: Any, options: Mapping[str, Any]) -> l
             f"n must be 1 for transcription, got {params.n}: each window begins where the previous one ended."
         )
     several = audio if isinstance(audio, list) else [audio]
-    heard = [reader.audio(one, f"audio {index}") for index, one in enumerate(several)]
-    return [Transcribing(reader, reader.extract(one), reader.frames(one), dict(options)) for one in heard]
+    recordings = [reader.audio(one, f"audio {index}") for index, one in enumerate(several)]
+    return [Transcribing(reader, reader.extract(one), reader.frames(one), dict(options)) for one in recordings]
