@@ -13,6 +13,7 @@ from jaxinfer.engine.metrics import Metric
 from jaxinfer.engine.runner.warmup import Warmup
 from jaxinfer.errors import EngineClosedError
 from jaxinfer.llm import CLOSED, LLM
+from jaxinfer.loading.update import WeightUpdate
 from jaxinfer.models.whisper.transcription import Transcript, begin
 from jaxinfer.outputs import RequestOutput
 from jaxinfer.results.output_processor import Handle
@@ -257,6 +258,44 @@ class AsyncLLM:
     async def reset_prefix_cache(self) -> None:
         """Clear the prefix cache."""
         await self.run_on_thread(self._llm.reset_prefix_cache)
+
+    async def update_weights(self, weights: Any, **options: bool) -> WeightUpdate:
+        """Replace the weights; arguments and errors are those of `LLM.update_weights`."""
+        return await self._apart(self._llm.update_weights, weights, **options)
+
+    async def weights(self, names: str = "hf") -> Any:
+        """Return the weights; arguments and errors are those of `LLM.weights`."""
+        return await self._apart(self._llm.weights, names)
+
+    async def weights_checksum(self) -> str:
+        """Return the checksum of the weights, as `LLM.weights_checksum`."""
+        return await self._apart(self._llm.weights_checksum)
+
+    @property
+    def weight_version(self) -> int:
+        """Number of times that the weights were replaced."""
+        return self._llm.weight_version
+
+    async def pause(self, mode: str = "keep") -> None:
+        """Run no more steps until `resume`; arguments and errors are those of `LLM.pause`."""
+        await self._apart(self._llm.pause, mode)
+
+    async def resume(self, *, recompute: bool = False) -> None:
+        """Run steps again; arguments and errors are those of `LLM.resume`."""
+        await self._apart(self._llm.resume, recompute=recompute)
+
+    async def sleep(self, level: int = 1) -> None:
+        """Free the cache and, at level 2, the weights; arguments and errors are those of `LLM.sleep`."""
+        await self._apart(self._llm.sleep, level)
+
+    async def wake_up(self) -> None:
+        """Allocate the cache again after `sleep`, as `LLM.wake_up`."""
+        await self._apart(self._llm.wake_up)
+
+    async def _apart(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """Call a method of the LLM that may take long on a thread of its own."""
+        self._llm._check_open()
+        return await asyncio.to_thread(function, *arguments, **options)
 
     def follow(self) -> None:
         """Replay the steps of process 0, as `LLM.follow`; blocks until process 0 closes its LLM."""

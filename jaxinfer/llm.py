@@ -1,14 +1,12 @@
 """`LLM`, the offline inference API: generate, chat, beam search, streaming and transcription."""
 
 import dataclasses
-import threading
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 from flax import nnx
 from jax.sharding import Mesh
 from tqdm.auto import tqdm
@@ -32,8 +30,8 @@ from jaxinfer.inputs.defaults import ModelLimits, length_remedy
 from jaxinfer.inputs.input_processor import InputProcessor, Params
 from jaxinfer.inputs.loaded_model import LoadedModel
 from jaxinfer.inputs.prompts import Prompt
+from jaxinfer.llm_control import WeightsAndPauses
 from jaxinfer.loading.load import ModelArguments, open_model, place
-from jaxinfer.loading.update import HF, JAXINFER, WeightTable, WeightUpdate
 from jaxinfer.models.whisper.transcription import Transcribing, Transcript, begin
 from jaxinfer.outputs import RequestOutput
 from jaxinfer.results.output_processor import BeamHandle, Handle
@@ -41,7 +39,7 @@ from jaxinfer.results.progress import Progress, Running, Updates, warn_if_trunca
 from jaxinfer.sampling_params import SamplingParams
 
 
-class LLM:
+class LLM(WeightsAndPauses):
     """A language model with its inference engine; methods may be called from several threads.
 
     Args:
@@ -114,8 +112,7 @@ class LLM:
             length_hint=length_hint,
             **opened.forced,
         )
-        self._weights = WeightTable(engine.runner.program, engine.runner.params)
-        self._updating = threading.Lock()
+        self._name_weights(engine)
         # Without its weights, which would stay in memory after others have replaced them.
         opened = dataclasses.replace(opened, module=self._weights.module)
         del module
@@ -428,81 +425,6 @@ class LLM:
         """Clear the prefix cache."""
         self._check_open()
         self._thread.run(self._engine.reset_prefix_cache)
-
-    def update_weights(self, weights: Any, *, partial: bool = False, cast: bool = False) -> WeightUpdate:
-        """Replace the weights and clear the prefix cache; after an error the old weights stay.
-
-        Everything is checked before anything is replaced: names, shapes, dtypes, and that all values are finite.
-
-        Args:
-            weights: a dict of Hugging Face names to arrays of JAX (on any devices, however sharded) or NumPy, which
-                are fused on the engine's devices and copied; or an NNX module like the engine's, or its `nnx.state`,
-                whose arrays are shared with the engine if they already lie as its own.
-            partial: whether some tensors may be missing; what they fill keeps its values, down to single outputs of a
-                fused projection and single experts.
-            cast: whether floating-point values may be rounded to the engine's dtype. Conversions that keep every value
-                need no permission.
-
-        Raises:
-            CheckpointError: a tensor is missing, unknown, or of another shape or dtype, not finite, or differs from
-                one that it is tied to; names it, with what was expected and found.
-            ConfigError: names of Hugging Face for a module that was not made by `loading.weights`.
-            TypeError: the weights are of another type.
-            RuntimeError: requests are running, or another update is.
-            EngineDeadError: the device failed while weights were replaced.
-            DistributedError: several processes serve the model.
-        """
-        self._check_local("update_weights")
-        if not self._updating.acquire(blocking=False):
-            raise RuntimeError("update_weights while another update is running; wait for it")
-        try:
-            self._thread.run(self._engine.check_idle)
-            prepared = self._weights.prepare(weights, partial=partial, cast=cast)
-            self._thread.run(self._engine.replace_weights, lambda params: self._weights.apply(prepared, params))
-            return prepared.report
-        finally:
-            self._updating.release()
-
-    def weights(self, names: str = "hf") -> Any:
-        """Return the weights; arrays stay on their devices, and keep their values when the engine's are replaced.
-
-        Args:
-            names: "hf" for a dict of the names and shapes of transformers' state dict to arrays: equal bit for bit to
-                a checkpoint in the engine's dtype, experts stacked, tied tensors once, without tensors that the model
-                does not read; "jaxinfer" for the `nnx.state` of the engine's module, fused as they are.
-
-        Raises:
-            ConfigError: the weights are quantised, which only "jaxinfer" can give; or the module was not made by
-                `loading.weights`.
-        """
-        if names not in (HF, JAXINFER):
-            raise ValueError(f"weights: names must be {HF!r} or {JAXINFER!r}, got {names!r}")
-        self._check_local("weights")
-        params = self._thread.run(self._params)
-        return dict(self._weights.tensors(params)) if names == HF else self._weights.state(params)
-
-    def weights_checksum(self) -> str:
-        """Return `loading.checksum.checksum(weights(names="hf"))`, made from one parameter at a time.
-
-        Raises:
-            ConfigError: as `weights`.
-        """
-        self._check_local("weights_checksum")
-        return self._weights.checksum(self._thread.run(self._params))
-
-    def _params(self) -> list[jax.Array]:
-        """Return the parameters; runs on the engine thread."""
-        self._engine.check_alive()
-        return list(self._engine.runner.params)
-
-    def _check_local(self, method: str) -> None:
-        """Check that the LLM is open and that all of its weights can be reached from this process."""
-        self._check_open()
-        if self._group is not None:
-            raise DistributedError(
-                f"{method}: the weights lie in several processes, and those of the others cannot be reached from here; "
-                "close this LLM in each of them and make a new one"
-            )
 
     def follow(self) -> None:
         """Replay the steps of process 0 until it closes its `LLM`.

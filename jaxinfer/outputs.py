@@ -66,6 +66,18 @@ class RequestMetrics:
     """Maximum number of new tokens of a sample, if the cache holds fewer than `max_tokens`; else None."""
 
 
+@dataclass(frozen=True)
+class WeightSegment:
+    """Output tokens that were computed with weights of one version."""
+
+    version: int
+    """Number of times that the weights had been replaced (`LLM.weight_version`)."""
+    start: int
+    """Index of the first token, in all of the output also when streaming deltas."""
+    stop: int
+    """Index after the last token."""
+
+
 @dataclass(frozen=True, repr=False)
 class CompletionOutput:
     """One sample of a request."""
@@ -84,6 +96,8 @@ class CompletionOutput:
     """"stop", "length", "abort" or "error"; None while the sample is running."""
     stop_reason: int | str | None = None
     """Stop token id or stop string that ended the sample; None for EOS and other reasons."""
+    weight_segments: Sequence[WeightSegment] = ()
+    """Which tokens so far were computed with weights of which version, in order; empty for beams."""
     score: float | None = None
     """Score of a beam: `cumulative_logprob` / number of tokens ** length penalty."""
 

@@ -3,11 +3,11 @@
 import logging
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import numpy as np
 
 from jaxinfer.engine.beam_search import branching
+from jaxinfer.engine.control import EngineControl
 from jaxinfer.engine.metrics import Metric, Metrics
 from jaxinfer.engine.plan import Plan
 from jaxinfer.engine.request import Request, Sequence, Status
@@ -55,8 +55,9 @@ class Engine:
         """The next step, while programs that it needs are compiled. Nothing is scheduled until it is dispatched."""
         self._suspect = Plan()
         self._said_clamped = False
-        self._dead: str | None = None
+        self.dead: str | None = None
         """Why no further step can run, or None."""
+        self.control = EngineControl(self)
         self._start()
 
     def _start(self) -> None:
@@ -91,6 +92,11 @@ class Engine:
         return self._flight is not None or self._held is not None or self.scheduler.has_work
 
     @property
+    def is_held(self) -> bool:
+        """Whether a step is planned and not dispatched yet."""
+        return self._held is not None
+
+    @property
     def is_compiling(self) -> bool:
         """Whether the next step waits for programs that are being compiled aside; `step` then does nothing."""
         return self._held is not None and not self._held.compiled
@@ -114,7 +120,7 @@ class Engine:
             CapacityError: the request can never fit into the cache (`Capacity.check`).
             EngineDeadError: the device was lost.
         """
-        self.check_alive()
+        self.control.check_serves()
         if request.id in self.requests:
             raise ValueError(f"request id {request.id!r} is in use; choose another, or wait until it has finished")
         self.capacity.check(request)
@@ -123,6 +129,7 @@ class Engine:
         """Queue a request, its length clamped to what the cache holds; raises as `check`."""
         self.check(request)
         self._clamp(request)
+        request.weight_version = self.control.version
         self.requests[request.id] = request
         self.scheduler.add(request)
         self.metrics.add("prompt_tokens", len(request.prompt))
@@ -166,7 +173,7 @@ class Engine:
             DistributedError: the step failed and several processes serve the model.
         """
         self.check_alive()
-        if self.is_compiling:
+        if self.is_compiling or self.control.paused or (self.control.pausing and self._held is None):
             return
         plan = self._suspect = Plan()
         try:
@@ -219,13 +226,13 @@ class Engine:
 
     def check_alive(self) -> None:
         """Raise EngineDeadError if no further step can run."""
-        if self._dead is not None:
-            raise EngineDeadError(self._dead)
+        if self.dead is not None:
+            raise EngineDeadError(self.dead)
 
     def check_not_lost(self, requests: Iterable[Request]) -> None:
         """Raise EngineDeadError if any of these requests ended because the engine died."""
-        if self._dead is not None and any(request.error == self._dead for request in requests):
-            raise EngineDeadError(self._dead)
+        if self.dead is not None and any(request.error == self.dead for request in requests):
+            raise EngineDeadError(self.dead)
 
     def _start_over(self, error: BaseException) -> None:
         """Recover from a failed step, or mark the engine as dead if that fails."""
@@ -234,20 +241,21 @@ class Engine:
         except Exception as second:
             if self.runner.leader is not None:
                 raise
-            self._die(error, second)
-            raise EngineDeadError(self._dead) from error
+            self.kill(
+                f"a step failed ({type(error).__name__}: {error}), and starting over failed as well "
+                f"({type(second).__name__}: {second})"
+            )
+            raise EngineDeadError(self.dead) from error
 
-    def _die(self, error: BaseException, second: BaseException) -> None:
-        """End every request in error and drop the cache, which is lost with the device."""
-        self._dead = (
-            f"the engine is dead: a step failed ({type(error).__name__}: {error}), and starting over failed as well "
-            f"({type(second).__name__}: {second}); close this LLM and make a new one"
-        )
-        log.error("%s", self._dead)
+    def kill(self, reason: str) -> None:
+        """End every request in error and drop the cache; no further step can run."""
+        self.dead = f"the engine is dead: {reason}; close this LLM and make a new one"
+        log.error("%s", self.dead)
         requests, self.requests, self._flight, self._held = list(self.requests.values()), {}, None, None
         self._start()
+        self.control.paused = self.control.pausing = False
         for request in requests:
-            request.error = self._dead
+            request.error = self.dead
             for sequence in request.sequences:
                 if sequence.status is not Status.FINISHED:
                     sequence.status, sequence.finish_reason, sequence.row = Status.FINISHED, "error", -1
@@ -257,7 +265,7 @@ class Engine:
     def _end_stuck(self) -> None:
         """Fail the first sequence if nothing was planned and nothing is in flight: it would wait forever."""
         stuck = next(iter([*self.scheduler.active, *self.scheduler.waiting]), None)
-        if stuck is not None:
+        if stuck is not None and self.scheduler.last_arrival is None:
             self._fail(stuck, STUCK)
 
     def _run(self, plan: Plan) -> Flight:
@@ -447,8 +455,9 @@ class Engine:
         self._flight, self._held, self._suspect, preempted = None, None, Plan(), self.scheduler.preempted
         for sequence in again:
             sequence.status, sequence.row, sequence.computed, sequence.pending = Status.WAITING, -1, 0, 0
+        last = self.scheduler.last_arrival
         self._start()
-        self.scheduler.preempted = preempted
+        self.scheduler.preempted, self.scheduler.last_arrival = preempted, last
         again.sort(key=lambda s: s.age)
         self.scheduler.waiting.extend(again)
         if leader is None:
@@ -476,35 +485,11 @@ class Engine:
 
     def settle(self) -> bool:
         """Commit the step in flight and return whether nothing is left to do."""
-        self._commit(self._take_flight())
-        return not self.has_work
-
-    def check_idle(self) -> None:
-        """Raise RuntimeError if requests are running, EngineDeadError if no step can run."""
-        self.check_alive()
-        if not self.settle():
-            raise RuntimeError("update_weights while requests are running; finish or abort them first")
-
-    def replace_weights(self, replace: Callable[[list[Any]], None]) -> None:
-        """Replace weights while nothing is running, and drop what was cached with the old ones.
-
-        Args:
-            replace: replaces arrays in the list of parameters.
-
-        Raises:
-            RuntimeError: requests are running.
-            EngineDeadError: the replacement failed half way.
-        """
-        self.check_idle()
         try:
-            replace(self.runner.params)
-        except BaseException as error:
-            self._dead = (
-                f"the engine is dead: replacing its weights failed half way ({type(error).__name__}: {error}); close "
-                "this LLM and make a new one"
-            )
-            raise EngineDeadError(self._dead) from error
-        self.reset_prefix_cache()
+            self._commit(self._take_flight())
+        except Exception as error:
+            self._start_over(error)
+        return not self.has_work
 
     def reset_prefix_cache(self) -> None:
         """Drop all cached prefixes and encoded images, e.g. after new weights."""

@@ -207,7 +207,7 @@ class EngineThread:
             return result
 
     def _run(self) -> None:
-        """Take commands and step until stopped."""
+        """Take commands and, unless paused, step until stopped."""
         while self._take_commands():
             if self._driven:
                 self._step()
@@ -217,9 +217,10 @@ class EngineThread:
     def _take_commands(self) -> bool:
         """Run the queued commands; return False to stop.
 
-        Waits for a command while there is nothing to step for, or while the next step's programs are compiled.
+        Waits for a command while there is nothing to step for, the engine is paused, or the next step's programs are
+        compiled.
         """
-        waits = not self._driven or self.engine.is_compiling
+        waits = not self._driven or self.engine.is_compiling or self.engine.control.paused
         while True:
             try:
                 command = self._commands.get(block=waits)

@@ -103,6 +103,8 @@ class Request:
     hits: tuple[CacheHit, ...] = ()
     """Prompt tokens that each kind of layer could have reused from the prefix cache."""
     error: str | None = None
+    weight_version: int = 0
+    """Version of the weights when the request was queued (`engine.control`)."""
     stop_ids: frozenset[int] = field(init=False)
     """Token ids that end a sequence."""
 
@@ -212,6 +214,10 @@ class Sequence:
     """Number of consecutive failed steps the sequence took part in."""
     failed_at: int = 0
     """Number of output tokens at the last failure."""
+    stale: bool = False
+    """While running: whether its cache was computed with weights that have been replaced, so it is never published."""
+    weight_changes: tuple[tuple[int, int], ...] = ()
+    """Number of output tokens at each replacement of the weights, and the version of the new ones."""
     finish_reason: str | None = None
     stop_reason: int | str | None = None
 
@@ -285,6 +291,7 @@ class Sequence:
         self.needed_blocks, self.last_hit, self.checked_inflight = 0, None, None
         self.computed, self.prefilled = other.computed, other.prefilled
         self.published, self.hit_blocks, self.num_registered = other.published, other.hit_blocks, 0
+        self.stale, self.weight_changes = other.stale, other.weight_changes
 
     @property
     def stage_limit(self) -> int:

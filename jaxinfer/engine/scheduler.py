@@ -65,6 +65,8 @@ class Scheduler:
         """Number of running sequences with a grammar: the mask of each step depends on the token before."""
         self.inflight = InflightPrefixes()
         self.preempted = 0
+        self.last_arrival: int | None = None
+        """While draining: number of the last request to start (`Request.arrival`); None if all may start."""
         self.encoder_cache = EncoderCache(limits.feature_slots)
 
     def add(self, request: Request) -> None:
@@ -196,7 +198,9 @@ class Scheduler:
 
         Its size is twice the number of rows, as up to one batch may be waiting for prefixes that others compute.
         """
-        return list(islice(self.waiting, 2 * len(self.running))) if self.free_rows else []
+        head = list(islice(self.waiting, 2 * len(self.running))) if self.free_rows else []
+        last = self.last_arrival
+        return head if last is None else [sequence for sequence in head if sequence.request.arrival <= last]
 
     def _lacks_blocks(self, sequence: Sequence) -> bool:
         """Return whether the cache still has too few blocks for a sequence that failed admission, in O(1).
@@ -281,6 +285,7 @@ class Scheduler:
         sequence.computed = found
         sequence.prefilled = sequence.length
         sequence.published = sequence.hit_blocks = hit.blocks
+        sequence.stale = False
         self.inflight.register(sequence)
         if sequence.made == 0 and sequence.index == 0:
             request.cached_tokens, request.hits = found, hit.kinds
@@ -428,7 +433,7 @@ class Scheduler:
     def publish(self, sequence: Sequence) -> None:
         """Publish the sequence's full blocks whose tokens are known and whose writing steps have been dispatched."""
         manager = self.manager
-        if not manager.prefix_caching or sequence.status is not Status.RUNNING:
+        if not manager.prefix_caching or sequence.status is not Status.RUNNING or sequence.stale:
             return
         written = int(manager.tables.lengths[sequence.row])
         if self._unwritten:

@@ -48,6 +48,8 @@ class WeightUpdate:
     """Their bytes, as given."""
     checksum: str
     """Checksum of what arrived, in the dtypes that the engine keeps (`loading.checksum`)."""
+    version: int = 0
+    """Version of the weights from here on (`LLM.weight_version`)."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 from jaxinfer.engine.beam_search.beams import Finished
+from jaxinfer.engine.control import weight_segments
 from jaxinfer.engine.request import Request, Sequence, Status
 from jaxinfer.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from jaxinfer.results.detokenizer import Detokenizer
@@ -252,6 +253,7 @@ class Handle:
             logprobs=logprobs,
             finish_reason=sequence.finish_reason,
             stop_reason=self.request.error if sequence.finish_reason == "error" else sequence.stop_reason,
+            weight_segments=weight_segments(sequence),
         )
 
     def _known_prompt_logprobs(self) -> list[Mapping[int, Logprob] | None] | None:

@@ -29,6 +29,7 @@ TIERS = (
     {"results"},
     {"inputs"},
     {"loading"},
+    {"llm_control"},
     {"llm"},
     {"async_llm"},
     {"commands"},

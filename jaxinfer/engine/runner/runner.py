@@ -170,6 +170,10 @@ class Runner:
         if self.shapes.switched:
             self._make_edits()
 
+    def release(self) -> None:
+        """Free cache, sampler state and feature pool until `reset`."""
+        self.cache, self.rows, self.features, self.edits = [], None, None, None
+
     @property
     def compile_seconds(self) -> dict[Key, float]:
         """Seconds that tracing and compiling each program took."""

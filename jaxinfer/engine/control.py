@@ -1,0 +1,197 @@
+"""Pause an engine, put it to sleep, and replace its weights between two steps."""
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+from jaxinfer.engine.request import Sequence, Status
+from jaxinfer.errors import EngineDeadError
+from jaxinfer.outputs import WeightSegment
+
+PAUSE_MODES = ("keep", "abort", "wait")
+LEVELS = (1, 2)
+"""Levels of sleep: without the cache; without the weights, too."""
+
+
+class EngineControl:
+    """Pauses, sleep and weight versions of an `engine.engine.Engine`. All methods run on the engine thread."""
+
+    def __init__(self, engine: Any):
+        self._engine = engine
+        self.paused = False
+        """Whether no step runs until `resume`."""
+        self.pausing = False
+        """Whether no step is planned any more, while one that is planned waits for its programs."""
+        self.level = 0
+        """Level of sleep; 0 while awake."""
+        self.weightless = False
+        """Whether the weights were dropped and none were given since."""
+        self.version = 0
+        """Number of times that weights were replaced."""
+
+    def stop(self, mode: str) -> None:
+        """Plan no step any more, and abort all requests if the mode is "abort"."""
+        self.check_awake("pause")
+        self.pausing = not self.paused
+        for name in list(self._engine.requests) if mode == "abort" else ():
+            self._engine.abort(name)
+
+    def stopped(self) -> bool:
+        """Pause and return True once the step that was planned last has been dispatched; its tokens are kept."""
+        if self.paused or not self.pausing:
+            return True
+        if self._engine.is_held:
+            return False
+        self._engine.settle()
+        self._engine.scheduler.last_arrival = None
+        self.paused, self.pausing = True, False
+        return True
+
+    def drain(self) -> None:
+        """Start no request any more but those that are queued."""
+        self.check_awake("pause")
+        if self.paused:
+            raise RuntimeError("pause('wait'): the engine is paused, so no request would end; resume() first")
+        arrivals = [request.arrival for request in self._engine.requests.values()]
+        self._engine.scheduler.last_arrival = max(arrivals, default=-1)
+
+    def drained(self) -> bool:
+        """Pause and return True once all requests from before `drain` have ended."""
+        last = self._engine.scheduler.last_arrival
+        if last is None:
+            return True
+        if any(request.arrival <= last for request in self._engine.requests.values()):
+            return False
+        self.pausing = True
+        return self.stopped()
+
+    def give_up(self) -> None:
+        """Run on, if a call that waits for a pause is interrupted."""
+        self._engine.scheduler.last_arrival, self.pausing = None, False
+
+    def resume(self, *, recompute: bool) -> None:
+        """Run steps again.
+
+        Args:
+            recompute: whether running sequences are computed again from their first token on.
+
+        Raises:
+            RuntimeError: the engine is not paused, or asleep.
+        """
+        self.check_awake("resume")
+        if not self.paused:
+            raise RuntimeError("resume: the engine is not paused")
+        if recompute:
+            for sequence in sorted(self._engine.scheduler.active, key=lambda s: s.age, reverse=True):
+                self._engine.scheduler.preempt(sequence)
+        self.paused = False
+
+    def sleep(self, level: int) -> None:
+        """Free the cache and, at level 2, the weights; compiled programs stay.
+
+        Raises:
+            RuntimeError: requests are running, or it sleeps as deeply already.
+        """
+        engine = self._engine
+        engine.check_alive()
+        if level <= self.level:
+            raise RuntimeError(f"sleep(level={level}): the engine sleeps at level {self.level} already")
+        if not engine.settle() or engine.requests:
+            raise RuntimeError(
+                f"sleep while {len(engine.requests)} request(s) are running or paused; finish or abort them first"
+            )
+        engine.reset_prefix_cache()
+        engine.runner.release()
+        self.level = level
+        if level == LEVELS[-1]:
+            engine.runner.params[:] = [None] * len(engine.runner.params)
+            self.weightless = True
+
+    def wake_up(self) -> None:
+        """Allocate the cache again.
+
+        Raises:
+            RuntimeError: the engine does not sleep.
+        """
+        self._engine.check_alive()
+        if not self.level:
+            raise RuntimeError("wake_up: the engine does not sleep")
+        self._engine.runner.reset()
+        self.level = 0
+
+    def check_awake(self, what: str) -> None:
+        """Check that the engine is alive and does not sleep.
+
+        Raises:
+            RuntimeError, EngineDeadError: it is not, or does.
+        """
+        self._engine.check_alive()
+        if self.level:
+            raise RuntimeError(f"{what}: the engine sleeps (level {self.level}); call wake_up() first")
+
+    def check_serves(self) -> None:
+        """Check that requests can be taken.
+
+        Raises:
+            RuntimeError, EngineDeadError: they cannot.
+        """
+        self.check_awake("a request")
+        if self.weightless:
+            raise RuntimeError(
+                "a request: sleep(level=2) has dropped the weights; give them with update_weights() first"
+            )
+
+    def check_replaceable(self, *, partial: bool = False) -> None:
+        """Check that weights can be replaced now.
+
+        Raises:
+            RuntimeError: requests are running, or some weights are to be kept that were dropped.
+            EngineDeadError: no step can run.
+        """
+        self._engine.check_alive()
+        if not self.paused and not self._engine.settle():
+            raise RuntimeError("update_weights while requests are running; pause(), or finish or abort them, first")
+        if partial and self.weightless:
+            raise RuntimeError("update_weights(partial=True): sleep(level=2) has dropped the weights; give all of them")
+
+    def replace_weights(self, replace: Callable[[list[Any]], None], *, partial: bool = False) -> int:
+        """Replace weights, and forget what was cached with the old ones; return their version.
+
+        Paused sequences keep their own cache. Nobody else will find it: it is never published. Prompts that are not
+        computed yet start over.
+
+        Args:
+            replace: replaces arrays in the list of parameters.
+            partial: whether it keeps some of them.
+
+        Raises:
+            RuntimeError, EngineDeadError: as `check_replaceable`, or the replacement failed half way.
+        """
+        engine, scheduler = self._engine, self._engine.scheduler
+        self.check_replaceable(partial=partial)
+        try:
+            replace(engine.runner.params)
+        except BaseException as error:
+            engine.kill(f"replacing its weights failed half way ({type(error).__name__}: {error})")
+            raise EngineDeadError(engine.dead) from error
+        self.weightless, self.version = False, self.version + 1
+        for sequence in sorted(scheduler.active, key=lambda s: s.age, reverse=True):
+            if scheduler.decoding[sequence.row]:
+                scheduler.inflight.unregister(sequence, sequence.num_registered)
+                sequence.stale = True
+            else:
+                scheduler.preempt(sequence)
+        engine.reset_prefix_cache()
+        for request in engine.requests.values():
+            for sequence in request.sequences:
+                if sequence.status is not Status.FINISHED:
+                    sequence.weight_changes = (*sequence.weight_changes, (sequence.made, self.version))
+        return self.version
+
+
+def weight_segments(sequence: Sequence) -> tuple[WeightSegment, ...]:
+    """Return which output tokens of a sequence were computed with weights of which version."""
+    starts = [(0, sequence.request.weight_version), *sequence.weight_changes, (sequence.made, -1)]
+    return tuple(
+        WeightSegment(version, start, stop) for (start, version), (stop, _) in pairwise(starts) if start < stop
+    )
