@@ -60,6 +60,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             )
 
 
+NUMERIC = ("tests/unit/kernels/", "tests/unit/layers/")
+"""Folders of the tests that depend most on JAX's version; CI runs all of them on the newer one."""
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark the tests of kernels and layers, so that one run of pytest has these and the quick tier."""
+    if item.nodeid.startswith(NUMERIC):
+        item.add_marker("numeric")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> None:
     """Attribute programs compiled from here on to this test."""

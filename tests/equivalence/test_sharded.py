@@ -119,7 +119,6 @@ def zero_heads(runner: Runner) -> int:
     ("family", "heads", "kv_heads", "tp", "added"),
     [
         ("llama", 6, 3, 4, 2),
-        ("llama", 6, 2, 4, 2),
         ("qwen2", 14, 2, 8, 2),
         ("qwen3", 9, 3, 8, 7),
         ("llama", 5, 5, 4, 3),

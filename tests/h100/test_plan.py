@@ -21,8 +21,13 @@ def cuda_compiler() -> None:
     require_cuda_compiler()
 
 
+ELSEWHERE = ("all replicated", "int8", "tied")
+"""Cases that `test_steps`, or the case "tied, int8", compiles for an H100 as well; `tests/equivalence/test_plan.py` has
+all of them on a CPU."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [case for case in CASES if case not in ELSEWHERE])
 def test_a_decode_step_has_the_collectives_of_the_plan(case: str):
     assert compiled(case, "decode", h100_mesh(8)).collectives == on_gpu(planned(case, 8), "decode")
 

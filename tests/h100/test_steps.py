@@ -168,9 +168,8 @@ def test_all_but_collectives_lies_in_command_buffers_on_several_devices():
     assert step("decode", 3, 4).kernels.count("attend") == 3
 
 
-@pytest.mark.parametrize("layers", [2, 16])
-def test_a_prefill_step_updates_the_cache_in_place(layers: int):
-    compiled = step("prefill", layers)
+def test_a_prefill_step_updates_the_cache_in_place():
+    compiled = step("prefill", 2)
     check_in_place(compiled)
     assert compiled.temporary_bytes < 32 << 20
     assert compiled.collectives == Counter()
