@@ -43,6 +43,7 @@ _BOOLEANS = (
     "check_invariants",
     "pad_heads",
     "freeze_gc",
+    "deterministic",
 )
 
 
@@ -132,6 +133,11 @@ class EngineConfig:
     """Number of decode steps dispatched at once when nothing is waiting, so that the host works once for all of
     them; "auto": as many as take 0.1 s, at most 8. Tokens are the same; they, and new requests, wait for the last
     step.
+    """
+    deterministic: bool = False
+    """Whether tokens and log-probabilities are the same bit for bit whatever else runs: batch, order, chunks, prefix
+    hits, preemption, forks, restarts. Prefill and decode then run in one program of `max_num_batched_tokens` tokens (by
+    default 64 on a CPU, 256 on a GPU), which costs throughput; the log says how much (docs/rl.md).
     """
     seed: int = 0
     """Seed of requests without one of their own."""

@@ -21,11 +21,12 @@ from jaxinfer.engine.metrics import Metric
 from jaxinfer.engine.multihost import handshake
 from jaxinfer.engine.multihost.replay import Leader, follow
 from jaxinfer.engine.request import Request
-from jaxinfer.engine.runner.buckets import SAMPLING
+from jaxinfer.engine.runner.buckets import SAMPLING, step_shape
 from jaxinfer.engine.runner.programs import Programs
 from jaxinfer.engine.runner.warmup import Warmup, check_sampling, warm_up
 from jaxinfer.engine.sizing.setup import build_engine
-from jaxinfer.errors import CapacityError, DistributedError, EngineClosedError
+from jaxinfer.errors import CapacityError, ConfigError, DistributedError, EngineClosedError
+from jaxinfer.functional.deterministic import StepShape
 from jaxinfer.inputs.defaults import ModelLimits, length_remedy
 from jaxinfer.inputs.input_processor import InputProcessor, Params
 from jaxinfer.inputs.loaded_model import LoadedModel
@@ -149,6 +150,23 @@ class LLM(WeightsAndPauses):
         if loaded is None:
             raise EngineClosedError(CLOSED)
         return loaded
+
+    @property
+    def step_shape(self) -> StepShape:
+        """Shape of the one step of a deterministic engine, for a trainer (`functional.training.logits`).
+
+        Raises:
+            ConfigError: the engine is not deterministic, or spans several devices.
+        """
+        program, shapes = self._engine.runner.program, self._engine.runner.shapes
+        if not program.deterministic:
+            raise ConfigError("step_shape is that of a deterministic engine; make the LLM with deterministic=True")
+        if program.mesh.size > 1:
+            raise ConfigError(
+                f"step_shape: the engine runs on {program.mesh.size} devices, and training on one; make the LLM with "
+                "tensor_parallel_size=1"
+            )
+        return step_shape(program, shapes, self.config.matmul_kernel)
 
     @property
     def default_params(self) -> SamplingParams:

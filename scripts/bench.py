@@ -7,6 +7,7 @@
     python scripts/bench.py host
     python scripts/bench.py startup
     python scripts/bench.py soak --minutes 10
+    python scripts/bench.py deterministic W2 W3 W5
     python scripts/bench.py roofline W1 W2
     python scripts/bench.py profile --steps 16 --out trace
     python scripts/bench.py placement --num-hidden-layers 4

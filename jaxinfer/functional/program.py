@@ -51,6 +51,9 @@ from jaxinfer.models.base import CrossSource, FeatureRows, LanguageModel
 from jaxinfer.sharding import make_mesh
 from jaxinfer.sharding import mesh as meshes
 
+SMALL_TILE = 8
+"""Queries per tile of XLA's attention in deterministic steps, where a decoding sequence has a tile of its own."""
+
 
 @dataclass(frozen=True)
 class Program:
@@ -73,6 +76,9 @@ class Program:
     """M of the rows computed by the model's encoder; 0 without one."""
     cross: CrossSource | None = None
     """Encoder inputs for cross-attention; None without it."""
+    deterministic: bool = False
+    """Whether a token's result may depend on nothing but its own sequence: kernels divide their work alike for every
+    token, and recurrent layers advance one token at a time (`engine.runner.mixed`)."""
 
     @property
     def layout(self) -> Layout:
@@ -91,6 +97,7 @@ def split(
     attention_kernel: str = attention.AUTO,
     matmul_kernel: str = attention.AUTO,
     fuse_projections: bool = True,
+    deterministic: bool = False,
 ) -> tuple[Program, list[Array]]:
     """Split a module into a static program and the flat list of its parameters (shapes if the module is abstract).
 
@@ -100,7 +107,8 @@ def split(
         ConfigError: a kernel is unknown or does not support these devices.
     """
     mesh = make_mesh() if mesh is None else meshes.normalise(mesh)
-    use_kernel(module, matmul.choose(matmul_kernel, mesh))
+    product = matmul.choose(matmul_kernel, mesh)
+    use_kernel(module, matmul.stable(product) if deterministic else product)
     use_fusion(module, fuse_projections)
     graph, state = nnx.split(module)
     params, tree = jax.tree.flatten(state)
@@ -109,8 +117,11 @@ def split(
     specs, kernel = tuple(module.cache_specs()), attention.choose(attention_kernel, mesh)
     widest = max(spec.head_dim for spec in specs if isinstance(spec, Full))
     tile = attention.prefill_tile(kernel, module.config.query_group, widest, dtype.itemsize)
+    if deterministic and kernel == attention.XLA:
+        tile = SMALL_TILE
     program = Program(graph, tree, specs, vocab, dtype, mesh, kernel, tile, module.config.features)
-    return replace(program, feature_width=_feature_width(program, params), cross=module.config.cross), params
+    width, cross = _feature_width(program, params), module.config.cross
+    return replace(program, feature_width=width, cross=cross, deterministic=deterministic), params
 
 
 def _activation_dtype(module: nnx.Module, params: Sequence[Array]) -> jnp.dtype:
@@ -317,4 +328,5 @@ def _context(
         places=program.layout.places,
         seen=batch.seen,
         states=batch.states,
+        deterministic=program.deterministic,
     )

@@ -8,12 +8,22 @@
 The serving kernels use loops with run-time bounds, which have no derivative. Here all sequences have one length, so
 attention (`kernels.attention.uncached_attention`), recurrence (`kernels.state.delta`), convolutions and expert products
 are plain operations. Everything else is the same code. On one device only.
+
+Their sums are taken in another order than serving's, so that log-probabilities differ from a rollout's in their last
+bits. With `serving=llm.step_shape` of an `LLM(deterministic=True)` they do not: values are computed by the serving
+kernels in steps of the engine's shape (`functional.deterministic`), and gradients by the plain operations, which
+compute the activations again.
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from jaxinfer.errors import ConfigError
+from jaxinfer.functional import deterministic
+from jaxinfer.functional.deterministic import StepShape
 from jaxinfer.kernels.attention import choose as attention
 from jaxinfer.kernels.attention.paged import Cache
 from jaxinfer.kernels.matmul import choose as matmul
@@ -39,11 +49,70 @@ def prepare(module: LanguageModel) -> None:
     use_kernel(module, matmul.RAGGED)
 
 
-def logits(module: LanguageModel, tokens: jax.Array) -> jax.Array:
+def logits(
+    module: LanguageModel, tokens: jax.Array, *, serving: StepShape | None = None, remat: bool = False
+) -> jax.Array:
     """Return next-token logits, float32 `[B, L, V]`, for token ids `[B, L]`.
 
     Shorter sequences are padded at the end with any ids, which no earlier token sees.
+
+    Args:
+        module: the model, after `prepare`.
+        tokens: `[B, L]`.
+        serving: `LLM.step_shape`, for the bits that this engine serves; None for plain operations.
+        remat: whether the gradient computes each layer's activations again in place of keeping them.
     """
+
+    def plain(module: LanguageModel) -> jax.Array:
+        return _plain_logits(module, tokens, remat=remat)
+
+    if serving is None:
+        return plain(module)
+    return _value_of_serving(module, lambda own: deterministic.logits(own, tokens, serving), plain)
+
+
+def logprobs(
+    module: LanguageModel, tokens: jax.Array, *, serving: StepShape | None = None, remat: bool = False
+) -> jax.Array:
+    """Return the log-probability of each token after the first, float32 `[B, L - 1]`; arguments as of `logits`.
+
+    With `serving` they are those of `SamplingParams(logprobs=0)` and `prompt_logprobs`, bit for bit.
+    """
+
+    def plain(module: LanguageModel) -> jax.Array:
+        normal = deterministic.log_probabilities(_plain_logits(module, tokens, remat=remat)[:, :-1])
+        return jnp.take_along_axis(normal, tokens[:, 1:, None], axis=-1)[..., 0]
+
+    if serving is None:
+        return plain(module)
+    return _value_of_serving(module, lambda own: deterministic.logprobs(own, tokens, serving), plain)
+
+
+def _value_of_serving(
+    module: LanguageModel,
+    serve: Callable[[LanguageModel], jax.Array],
+    plain: Callable[[LanguageModel], jax.Array],
+) -> jax.Array:
+    """Return `serve(module)`, whose derivative by the parameters is that of `plain`."""
+    graph, params, rest = nnx.split(module, nnx.Param, ...)
+
+    @jax.custom_vjp
+    def run(params: nnx.State) -> jax.Array:
+        return serve(nnx.merge(graph, params, rest))
+
+    def forward(params: nnx.State) -> tuple[jax.Array, nnx.State]:
+        return run(params), params
+
+    def backward(params: nnx.State, cotangent: jax.Array) -> tuple[nnx.State]:
+        _, pull = jax.vjp(lambda params: plain(nnx.merge(graph, params, rest)), params)
+        return pull(cotangent)
+
+    run.defvjp(forward, backward)
+    return run(params)
+
+
+def _plain_logits(module: LanguageModel, tokens: jax.Array, *, remat: bool) -> jax.Array:
+    """Return `[B, L, V]`, computed by plain operations."""
     batch, length = tokens.shape
     mesh, cache_layout = make_mesh(1), layout(tuple(module.cache_specs()))
     whole, positions = FullSequences(length), jnp.tile(jnp.arange(length, dtype=jnp.int32), batch)
@@ -56,6 +125,7 @@ def logits(module: LanguageModel, tokens: jax.Array) -> jax.Array:
         kernel=attention.WHOLE,
         places=cache_layout.places,
         states=whole,
+        remat=remat,
     )
     hidden, _ = module(tokens.reshape(-1), step, _nothing(module, cache_layout.array_specs, cache_layout.states))
     return module.logits(hidden).reshape(batch, length, -1)[..., : module.config.vocab_size]

@@ -92,8 +92,14 @@ class InputProcessor:
     ) -> list[Request]:
         """Make a beam-search request per prompt, of at most `most` new tokens.
 
-        Errors are those of `requests` and `beam_sampling`, and ValueError if `width` is too large for the vocabulary.
+        Errors are those of `requests` and `beam_sampling`, and ValueError if `width` is too large for the vocabulary
+        or the engine is deterministic.
         """
+        if self._config.deterministic:
+            raise ValueError(
+                "beam_search is not available with deterministic=True, whose one step program does not rank "
+                "continuations; make another LLM without it, or sample with n"
+            )
         requests = self.requests(prompts, beam_sampling(params, self._opened.default_params, most))
         for index, request in enumerate(requests):
             request.beams = beams = Beams(search, request.limit - len(request.prompt), request.stop_ids)
@@ -161,6 +167,11 @@ class InputProcessor:
         """Return the compiled grammar of a request; None without structure."""
         if params.structured_outputs is None:
             return None
+        if self._config.deterministic:
+            raise ValueError(
+                f"structured_outputs of prompt {index} is not available with deterministic=True, whose one step takes "
+                "no masks; make another LLM without it"
+            )
         if rule:
             raise ValueError(
                 f"structured_outputs does not apply to prompt {index}: this model's own rule says which tokens follow."

@@ -35,7 +35,7 @@ class GroupStep(NamedTuple):
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["positions", "real", "rope_lengths", "groups", "seen", "states"],
-    meta_fields=["mesh", "kernel", "tile", "items", "places"],
+    meta_fields=["mesh", "kernel", "tile", "items", "places", "deterministic", "remat"],
 )
 @dataclass(frozen=True)
 class StepContext:
@@ -63,6 +63,10 @@ class StepContext:
     seen: jax.Array | None = None
     """For models with cross-attention, the start and end of the encoder positions each token sees, `[T, 2]` int32. (0,
     0) means none; cross-attention then returns 0."""
+    deterministic: bool = field(default=False, metadata={"static": True})
+    """Whether each token is computed in the same way whatever else the step has (`functional.Program`)."""
+    remat: bool = field(default=False, metadata={"static": True})
+    """Training: whether a gradient computes each layer's activations again (`jax.checkpoint`)."""
 
     @property
     def slots(self) -> Slots | None:
@@ -109,7 +113,7 @@ def attend(
     Returns:
         `[T, tp, H / tp, Dv]` and the updated cache arrays.
     """
-    kernel = attention.implementation(step.kernel, step.mesh)
+    kernel = attention.implementation(step.kernel, step.mesh, deterministic=step.deterministic)
 
     def local(
         q: jax.Array,

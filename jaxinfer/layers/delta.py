@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxinfer.kernels.state import delta, short_conv
-from jaxinfer.kernels.state.slots import DecodeSlots, FullSequences, Segments
+from jaxinfer.kernels.state.slots import DecodeSlots, FullSequences, Segments, StepSegments
 from jaxinfer.kv.spec import State, StateArray
 from jaxinfer.layers.linear import Output
 from jaxinfer.layers.sharded import model_axis, on_shards
@@ -28,6 +28,7 @@ Rows: TypeAlias = DecodeSlots | Segments | FullSequences
 KERNELS: Mapping[type, tuple[Callable[..., Any], Callable[..., Any]]] = {
     DecodeSlots: (short_conv.decode, delta.decode),
     Segments: (short_conv.prefill, delta.prefill),
+    StepSegments: (short_conv.prefill, delta.prefill_steps),
     FullSequences: (short_conv.full_sequences, delta.full_sequences),
 }
 """Convolution and delta-rule kernels for each type of rows."""

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxinfer.kernels.matmul import int8_matmul
-from jaxinfer.kernels.matmul.choose import NATIVE, XLA, matmul
+from jaxinfer.kernels.matmul.choose import NATIVES, XLA, matmul
 from jaxinfer.layers.params import Build, constant, matrix
 from jaxinfer.sharding import axes
 from jaxinfer.sharding.collectives import ALL_REDUCE, Collective
@@ -232,7 +232,7 @@ class BatchedLinear(MatmulModule):
     def __call__(self, *inputs: jax.Array) -> tuple[jax.Array, ...]:
         """Map inputs `[T, tp, in]` to outputs `[T, tp, columns]`."""
         if (
-            self.kernel == NATIVE
+            self.kernel in NATIVES
         ):  # single shard only (XLA cannot partition it); no batched form, which would gain nothing
             width = self.weight.shape[1] // len(self.outputs)
             parts = ((i * width, (i + 1) * width) for i in range(len(inputs)))

@@ -31,6 +31,8 @@ EXPANDING = frozenset({attention.XLA, attention.NATIVE})
 On a CPU that is faster than the native kernel on absorbed queries: 16 heads of 128, bfloat16, 512 prompt tokens take 17
 against 57 ms, after 1536 cached ones 87 against 304 ms (jax 0.12, two cores with other work on them). Triton's kernel
 runs absorbed: expanding needs a third of the multiplications, but loops driven by the host. Not measured on a GPU yet.
+Deterministic steps, which decode and prefill alike, run absorbed too: expanding all latents for each new token would
+cost more than it spares.
 """
 
 
@@ -136,7 +138,8 @@ class LatentAttention(nnx.Module):
         self, q: jax.Array, latents: jax.Array, kv_cache: KVCache, step: StepContext
     ) -> tuple[jax.Array, KVCache]:
         """Attend: q `[T, tp, H / tp, Dn + R]`, latents `[T, tp, L + R]` -> `[T, tp, H / tp * Dv]` and the cache."""
-        spec, kernel = self.spec, attention.implementation(step.kernel, step.mesh)
+        spec = self.spec
+        kernel = attention.implementation(step.kernel, step.mesh, deterministic=step.deterministic)
         scoring = Scoring(spec.scale, value_dim=spec.rank)
 
         def local(
@@ -146,7 +149,7 @@ class LatentAttention(nnx.Module):
             heads = up.reshape(-1, spec.key_dim + spec.value_dim, spec.rank)
             expansion = Expansion(heads[:, : spec.key_dim], heads[:, spec.key_dim :])
             decoding = isinstance(step.rows, DecodeRows)
-            if not decoding and step.kernel in EXPANDING:
+            if not decoding and step.kernel in EXPANDING and not step.deterministic:
                 out, kv_cache = latent.prefill(q, latents, kv_cache, step.slots, step.rows, expansion, spec.scale)
                 return out.reshape(out.shape[0], 1, -1), kv_cache
             attend = partial(kernel.decode, items=step.items) if decoding else partial(kernel.prefill, tile=step.tile)

@@ -1,6 +1,7 @@
 """Decoder stack of Llama and its relatives: attention, gated MLP or experts, and norms, unrolled over layers."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -145,6 +146,8 @@ class Decoder(nnx.Module):
         if features is not None:
             rows = jnp.take(features.pool, features.index, axis=0, mode="clip").astype(x.dtype)
             x = jnp.where((features.index >= 0)[:, None], rows, x)
+        if step.deterministic:  # products skip padding that is zero (`kernels.matmul.choose.STABLE`)
+            x = jnp.where(step.real[:, None], x, 0)
         ropes = [self.config.rope_of(number) for number in range(self.config.num_layers)]
         turned = {
             rope: None if rope is None else cos_sin(rope, step.positions, step.rope_lengths)
@@ -153,7 +156,9 @@ class Decoder(nnx.Module):
         cache = list(cache)
         for number, layer in enumerate(self.layers):
             index = step.array_index(number)
-            x, cache[index] = layer(x, cache[index], turned[ropes[number]], step.of(number))
+            apply = partial(layer, rope=turned[ropes[number]], step=step.of(number))
+            apply = jax.checkpoint(apply) if step.remat else apply
+            x, cache[index] = apply(x, cache[index])
         return self.norm(x), cache
 
     def logits(self, hidden: jax.Array) -> jax.Array:

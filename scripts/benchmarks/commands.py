@@ -95,6 +95,34 @@ def work(args: argparse.Namespace, model: Subject) -> Report:
     return report
 
 
+def deterministic(args: argparse.Namespace, model: Subject) -> Report:
+    """Measure what deterministic=True costs: the standard workloads with and without it, in turns in one run."""
+    from benchmarks import ours
+
+    works = {name: STANDARDS[name].work(vocab=model.vocab, seed=args.seed, scale=args.scale) for name in args.works}
+    report = Report({"command": "deterministic", "scale": args.scale, "repeats": args.repeats})
+    with systems(args, model, list(works.values()), online=True) as (default, _):
+        fixed = ours.Online(model.folder, default.settings | {"deterministic": True})
+        fixed.name = "deterministic"
+        try:
+            for name, asked in works.items():
+                report.work[name] = STANDARDS[name].what
+                measured = alternate(default, [fixed], asked, repeats=args.repeats, warmup=2)
+                for figure in STANDARDS[name].figures:
+                    found = {
+                        system: traces.span([figure.of(asked, run) for run in runs])
+                        for system, runs in measured.items()
+                    }
+                    label = f"@{name}_{figure.name}"
+                    report.add(found, default.name, fast="median", label=label, invert=figure.less_is_faster)
+                    share = 1 / report.ratio[f"{fixed.name}{label}"]
+                    report.peers[fixed.name][f"share_of_default{label}"] = share
+        finally:
+            fixed.close()
+        finish(report, model, default, [])
+    return report
+
+
 def roofline(args: argparse.Namespace, model: Subject) -> Report:
     """Measure the machine's bandwidth and matmul rate, and the share of them that the workloads' steps reach."""
     from benchmarks import machine, shares

@@ -35,6 +35,7 @@ def make_parser() -> argparse.ArgumentParser:
         _latency,
         _serving,
         _work,
+        _deterministic,
         _host,
         _startup,
         _soak,
@@ -107,6 +108,11 @@ def _work(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("works", nargs="*", type=_one_of(*STANDARDS), default=list(STANDARDS), metavar="W", help=what)
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies all lengths; 1: the works as they are")
     _positive(parser, {"repeats": (5, "passes of each system")})
+
+
+def _deterministic(parser: argparse.ArgumentParser) -> None:
+    _work(parser)
+    parser.set_defaults(works=["W2", "W3", "W5"])
 
 
 def _host(parser: argparse.ArgumentParser) -> None:

@@ -79,6 +79,15 @@ def _cross_runner(tp: int, quantization: str | None) -> Runner:
     return Runner(program, params, shapes(groups=program.layout.groups, cross_buckets=UNITS))
 
 
+@cache
+def deterministic_runner() -> Runner:
+    """Return the runner of a deterministic engine of the model in bfloat16."""
+    mesh = make_mesh(1)
+    module = loading.load(folder(), mesh, dtype="bfloat16", progress=False)
+    program, params = split(module, mesh, deterministic=True)
+    return Runner(program, params, shapes(groups=program.layout.groups, cross_buckets=UNITS, switched=True))
+
+
 def text(length: int, seed: int = 0) -> EncoderInput:
     """Return a random encoder input of text for a seed."""
     return EncoderInput("text", np.random.default_rng(seed).integers(3, VOCAB, length).astype(np.int32), 1)

@@ -35,6 +35,15 @@ def image_runner(tp: int = 1) -> Runner:
     return Runner(program, params, shapes(feature_slots=SLOTS, encode_buckets=(1, 2)))
 
 
+@cache
+def deterministic_runner() -> Runner:
+    """Return the runner of a deterministic engine of the tiny InternVL in bfloat16, which encodes each tile alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        module = weights.load(write(Path(folder), config()), make_mesh(1), dtype="bfloat16", progress=False)
+    program, params = functional.split(module, make_mesh(1), deterministic=True)
+    return Runner(program, params, shapes(feature_slots=SLOTS, encode_buckets=(1,), switched=True))
+
+
 def image(count: int = 1, seed: int = 0) -> EncoderInput:
     """Return a random image of `count` tiles for a seed."""
     return EncoderInput("image", tiles(count, seed=seed), ROWS)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -11,7 +12,6 @@ from jaxinfer import functional
 from jaxinfer.engine.plan import Chunk, Plan
 from jaxinfer.engine.sampling.sampling_rows import POSITION, ROW, WIDTH, Level
 from jaxinfer.functional import PrefillBatch
-from jaxinfer.functional.encoder_batch import EncodeShape
 from jaxinfer.kernels.attention.xla_attention import TILE
 from jaxinfer.kernels.state.slots import Segments
 from jaxinfer.kv.tables import Tables
@@ -126,12 +126,22 @@ class Bucket:
         return PARTS * self.rows
 
 
-def pack(bucket: Bucket | EncodeShape, parts: Mapping[str, np.ndarray]) -> np.ndarray:
+@runtime_checkable
+class StepShapes(Protocol):
+    """Static shape of a compiled step."""
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the parts of the packed vector, in order."""
+        ...
+
+
+def pack(bucket: StepShapes, parts: Mapping[str, np.ndarray]) -> np.ndarray:
     """Pack the parts of a bucket into one int32 vector."""
     return np.concatenate([np.asarray(parts[name], np.int32).ravel() for name in bucket.shapes])
 
 
-def unpack(bucket: Bucket | EncodeShape, packed: jax.Array) -> dict[str, jax.Array]:
+def unpack(bucket: StepShapes, packed: jax.Array) -> dict[str, jax.Array]:
     """Unpack a vector into its parts; the inverse of `pack`. Under jit the slices cost nothing."""
     parts, start = {}, 0
     for name, shape in bucket.shapes.items():

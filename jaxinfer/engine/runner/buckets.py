@@ -13,9 +13,11 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxinfer.engine.runner.batch import Bucket
+from jaxinfer.engine.runner.mixed import Mixed
 from jaxinfer.engine.runner.steps import SampleMasked, Shapes
 from jaxinfer.engine.sampling.sampling_rows import Level
 from jaxinfer.functional import Program
+from jaxinfer.functional.deterministic import StepShape
 from jaxinfer.functional.encoder_batch import EncodeJob, EncodeShape
 from jaxinfer.kernels.attention.xla_attention import decode_items, item_keys
 from jaxinfer.kv import groups as kv_groups
@@ -24,6 +26,9 @@ SAMPLING = (*(level.name.lower() for level in Level), "logprobs", "prompt_logpro
 """Names of sampling features that a warm-up can be restricted to."""
 STRUCTURED = "structured"
 """Name of a further feature for a warm-up, not among the default ones as it doubles the number of steps."""
+HEAD_ROWS, SAMPLED_ROWS = 32, 8
+"""Deterministic steps on a CPU: tokens whose logits are computed at a time, and of these, those that the sampler looks
+at at a time, which takes as long as it has rows. The first is a multiple of the second."""
 COPY_WIDTH = 16
 """Block copies of a step are padded to this many (or to one of the larger sizes of `copy_widths`)."""
 LEAST_CANDIDATES = 16
@@ -117,6 +122,43 @@ def decode_bucket(program: Program, shapes: Shapes, rows: int, reads: int, needs
         cross=program.cross is not None,
         states=bool(program.layout.states),
         **own,
+    )
+
+
+def mixed_bucket(program: Program, shapes: Shapes) -> Mixed:
+    """Return the one step of a deterministic engine."""
+    return Mixed(
+        tokens=shapes.prefill_buckets[-1],
+        rows=shapes.rows,
+        chunks=shapes.prefill_rows,
+        width=shapes.width,
+        logprobs=shapes.max_logprobs,
+        head_rows=HEAD_ROWS if shapes.switched else shapes.rows,
+        sampled_rows=SAMPLED_ROWS if shapes.switched else shapes.rows,
+        tile=program.tile,
+        groups=kv_groups.count(kv_groups.own(program.layout.kinds)),
+        switched=shapes.switched,
+        features=program.features is not None,
+        cross=program.cross is not None,
+        states=bool(program.layout.states),
+        contiguous=shapes.contiguous,
+    )
+
+
+def step_shape(program: Program, shapes: Shapes, matmul_kernel: str) -> StepShape:
+    """Return what a trainer needs to compute the bits of a deterministic engine (`functional.deterministic`)."""
+    bucket = mixed_bucket(program, shapes)
+    return StepShape(
+        attention_kernel=program.kernel,
+        matmul_kernel=matmul_kernel,
+        tokens=bucket.tokens,
+        rows=bucket.rows,
+        runs=bucket.rows + bucket.chunks,
+        segments=bucket.segments,
+        head_rows=bucket.head_rows,
+        sampled_rows=bucket.sampled_rows,
+        width=bucket.width,
+        block_size=shapes.block_size,
     )
 
 

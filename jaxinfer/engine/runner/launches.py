@@ -24,9 +24,11 @@ from jaxinfer.engine.runner.buckets import (
     encode_steps,
     least,
     masked,
+    mixed_bucket,
     prefill_bucket,
     read_size,
 )
+from jaxinfer.engine.runner.mixed import Mixed, mixed_parts
 from jaxinfer.engine.runner.programs import Copies, Encode, EncodeCross, Install, InstallTables, Key
 from jaxinfer.engine.runner.row_params import RowParams
 from jaxinfer.engine.runner.steps import Shapes, abstract_edits
@@ -57,7 +59,9 @@ class Launch:
     key: Key
     arrays: tuple[np.ndarray, ...]
     step: Step | None = None
-    """For prefill and decode programs."""
+    """For prefill and decode programs, and of a mixed step for its chunks."""
+    decodes: Step | None = None
+    """For a mixed step's decodes."""
 
 
 class Packer:
@@ -78,6 +82,10 @@ class Packer:
             launches += self._encodes(plan)
         if plan.reads:
             launches += self._encodes_cross(plan.reads)
+        if self._program.deterministic:
+            for ahead in range(plan.steps if plan.decodes else 1):
+                launches += self._mixed(plan, tables, params, ahead)
+            return launches
         if plan.chunks:
             launches += self._prefill(plan, params)
         if plan.decodes:
@@ -121,7 +129,8 @@ class Packer:
     def _encodes_cross(self, jobs: Sequence[EncodeJob]) -> Iterator[Launch]:
         """Encode the cross-attention inputs of a plan's prompts into the cache."""
         program, shapes = self._program, self._shapes
-        for step in encode_steps(jobs, encode_shape(program, shapes, shapes.cross_buckets[-1])):
+        together = encode_steps(jobs, encode_shape(program, shapes, shapes.cross_buckets[-1]))
+        for step in [[job] for job in jobs] if program.deterministic else together:
             key = EncodeCross(**vars(encode_shape(program, shapes, sum(job.input.count for job in step))))
             batch = encode_batch(program.cross, step, shapes.block_size, shapes.num_blocks, key)
             packed = batches.pack(key, {name: getattr(batch, name) for name in key.shapes})
@@ -155,6 +164,26 @@ class Packer:
         step = Step(plan.decodes, indices, needs, count, first=False)
         return [*edits, *_launches(bucket, parts, step, bool(params.structured[plan.rows].any()))]
 
+    def _mixed(self, plan: Plan, tables: Tables, params: RowParams, ahead: int) -> list[Launch]:
+        """Pack step number `ahead` of a plan for the one program of a deterministic engine."""
+        samples, chunked = [s for _, s in plan.samples], np.array([s.prefilled for _, s in plan.samples], np.int32)
+        edits: Iterable[Launch] = ()
+        if not ahead:
+            params.write(samples)
+            everyone, positions = [*samples, *plan.decodes], np.concatenate([chunked, plan.positions + 1])
+            params.update_levels(everyone, positions)
+            if params.needs(np.array([s.row for s in everyone], np.int32)).level >= Level.EDITED:
+                edits = self._edits(everyone, positions.tolist(), params)
+        bucket = mixed_bucket(self._program, self._shapes)
+        parts = mixed_parts(plan, bucket, tables, params.packed, ahead)
+        prompts = any(batches.wants_prompt_logprobs(chunk) for chunk in plan.chunks)
+        needs = Needs(Level.EDITED, self._shapes.max_logprobs, prompts)
+        tokens = len(plan.rows) + sum(chunk.count for chunk in plan.chunks)
+        step = Step(samples, np.arange(len(samples)), needs, tokens, first=True)
+        indices = len(samples) + np.arange(len(plan.decodes))
+        decodes = Step(plan.decodes, indices, needs, tokens, first=False) if plan.decodes else None
+        return [*edits, Launch(bucket, (batches.pack(bucket, parts),), step, decodes)]
+
     def _edits(self, samples: Sequence[Sample], positions: Sequence[int], params: RowParams) -> Iterator[Launch]:
         """Update history and bias of EDITED rows on the device, if they have changed, for tokens at `positions`."""
         for sequence, position in zip(samples, positions, strict=True):
@@ -182,7 +211,7 @@ def _launches(bucket: Bucket, parts: Mapping[str, np.ndarray], step: Step, struc
 
 def describe(key: Key) -> str:
     """Return the name of a program in an error."""
-    if isinstance(key, Bucket):
+    if isinstance(key, Bucket | Mixed):
         return f"the step {key}"
     if isinstance(key, Encode):
         return f"the encoder step of {key.count}"

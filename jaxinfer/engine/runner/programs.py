@@ -27,7 +27,10 @@ from jaxinfer.engine.runner.buckets import (
     copy_widths,
     encode_shape,
     masked_keys,
+    mixed_bucket,
 )
+from jaxinfer.engine.runner.mixed import Mixed
+from jaxinfer.engine.runner.mixed_step import mixed_step
 from jaxinfer.engine.runner.steps import (
     SampleMasked,
     Shapes,
@@ -94,7 +97,7 @@ class EncodeCross(EncodeShape):
     takes, gives = ("params", "cache"), ("cache",)
 
 
-Key = Bucket | SampleMasked | Copies | Install | InstallTables | Encode | EncodeCross
+Key = Bucket | Mixed | SampleMasked | Copies | Install | InstallTables | Encode | EncodeCross
 """Key of a program. `takes` names the runner state passed before the call's own arrays, `gives` the runner state
 that the program returns first (not in a tuple if it is a single value). None marks state that this program does not
 use.
@@ -149,7 +152,10 @@ class Programs:
             EncodeCross(**vars(encode_shape(self._program, self._shapes, units)))
             for units in self._shapes.cross_buckets
         ]
-        buckets = all_buckets(self._program, self._shapes, sampling)
+        program, shapes = self._program, self._shapes
+        if program.deterministic:
+            return [mixed_bucket(program, shapes), *encodes, *copies, *tables, *edits]
+        buckets = all_buckets(program, shapes, sampling)
         masked = masked_keys(buckets) if STRUCTURED in sampling else []
         return [*buckets, *masked, *encodes, *copies, *tables, *edits]
 
@@ -266,8 +272,9 @@ class Programs:
 
     def _lower(self, key: Key) -> jax.stages.Lowered:
         program, shapes = self._program, self._shapes
-        if isinstance(key, Bucket):
-            step = make_step(program, shapes, key, self._options)
+        if isinstance(key, Bucket | Mixed):
+            body = mixed_step if isinstance(key, Mixed) else None
+            step = make_step(program, shapes, key, self._options, body)
             return step.lower(self._params, *abstract_arguments(program, shapes, key))
         if isinstance(key, SampleMasked):
             arguments = abstract_sample_arguments(program, shapes, key)

@@ -15,6 +15,7 @@ from jaxinfer.engine.plan import Plan
 from jaxinfer.engine.request import Sequence as Sample
 from jaxinfer.engine.runner.batch import Bucket
 from jaxinfer.engine.runner.launches import Launch, Packer, Step, describe
+from jaxinfer.engine.runner.mixed import Mixed
 from jaxinfer.engine.runner.programs import CompilationError, Encode, EncodeCross, Key, Programs
 from jaxinfer.engine.runner.row_params import RowParams
 from jaxinfer.engine.runner.steps import (
@@ -181,7 +182,7 @@ class Runner:
 
     def prepare(self, sampling: Collection[str]) -> Programs:
         """Return the programs, after allocating arrays that requests with these sampling features need."""
-        buckets = (key for key in self.programs.keys(sampling) if isinstance(key, Bucket))
+        buckets = (key for key in self.programs.keys(sampling) if isinstance(key, Bucket | Mixed))
         if self.edits is None and any(bucket.level >= Level.EDITED for bucket in buckets):
             self._make_edits()
         return self.programs
@@ -222,6 +223,9 @@ class Runner:
             result = self._run_launch(launch)
             if result is not None:
                 flight.results.append(result)
+            if launch.decodes is not None:
+                sampled = result.sampled._replace(prompt_logprobs=None)
+                flight.results.append(Result(launch.decodes.samples, launch.decodes.indices, sampled, first=False))
 
     def sample_pending(self, flight: Flight) -> None:
         """Sample the tokens of a dispatched flight's decode step, if rows of it have a grammar.

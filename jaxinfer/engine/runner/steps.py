@@ -15,6 +15,7 @@ from jaxinfer import functional
 from jaxinfer.engine.multihost import divergence
 from jaxinfer.engine.runner import batch as batches
 from jaxinfer.engine.runner.batch import Bucket
+from jaxinfer.engine.runner.mixed import Mixed
 from jaxinfer.engine.sampling.sampler import (
     Candidates,
     Edits,
@@ -147,15 +148,20 @@ def abstract_cache(program: Program, shapes: Shapes) -> Cache:
 
 
 def make_step(
-    program: Program, shapes: Shapes, bucket: Bucket, compiler_options: Mapping[str, Any] | None = None
+    program: Program,
+    shapes: Shapes,
+    bucket: Bucket | Mixed,
+    compiler_options: Mapping[str, Any] | None = None,
+    body: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """Return the jitted step of a bucket: (params, cache, rows, edits, packed) -> (cache, rows, edits, Sampled).
 
     The prefill of a model with an encoder also takes the feature pool, before `packed`, which is not donated.
     `compiler_options` are XLA options for this compilation alone. A pending bucket's step returns logits, summary and
-    the prompt's log-probabilities in place of `Sampled`.
+    the prompt's log-probabilities in place of `Sampled`. `body` is the step function of a `Mixed` bucket.
     """
-    body = prefill_step if bucket.kind == "prefill" else decode_step
+    if body is None:
+        body = prefill_step if bucket.kind == "prefill" else decode_step
     everywhere, own = replicated(program), _by_device(program)
     result = Sampled(everywhere, everywhere, everywhere, everywhere, own)
     last = (everywhere, own, everywhere) if bucket.pending else (result,)
@@ -167,7 +173,7 @@ def make_step(
     )
 
 
-def abstract_arguments(program: Program, shapes: Shapes, bucket: Bucket) -> tuple[Any, ...]:
+def abstract_arguments(program: Program, shapes: Shapes, bucket: Bucket | Mixed) -> tuple[Any, ...]:
     """Return shapes and shardings of a step's arguments after the parameters, to compile it without such a device."""
     array = partial(jax.ShapeDtypeStruct, sharding=replicated(program))
     size = sum(int(np.prod(shape)) for shape in bucket.shapes.values())
@@ -257,7 +263,7 @@ def install_tables(rows: RowState, entries: jax.Array) -> RowState:
     return rows._replace(tables=rows.tables.at[group, row, column].set(block, mode="drop"))
 
 
-def _mask_padding(logits: jax.Array, vocab: int) -> jax.Array:
+def mask_padding(logits: jax.Array, vocab: int) -> jax.Array:
     """Set the columns of logits `[B, V']` that no tokenizer id refers to to -inf."""
     if vocab >= logits.shape[-1]:
         return logits
@@ -281,7 +287,7 @@ def _sample(
     how, offered = {"switched": bucket.switched, "rule": None if program.cross is None else program.cross.rule}, None
     if bucket.candidates:
         offered = candidates(logits, rows, edits, bucket.candidates, sampled_vocab, **how)
-    allowed = _mask_padding(logits, sampled_vocab)
+    allowed = mask_padding(logits, sampled_vocab)
     if masks is not None:
         allowed = allow(allowed, masks)
     new, edits = sample(allowed, rows, edits, bucket.level, **how)
@@ -325,7 +331,9 @@ def _prompt_logprobs(module: LanguageModel, hidden: jax.Array, targets: jax.Arra
     return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:tokens], found)
 
 
-def _reserved(program: Program, bucket: Bucket, cache: Cache, rows: RowState, owners: jax.Array | None) -> jax.Array:
+def reserved(
+    program: Program, bucket: Bucket | Mixed, cache: Cache, rows: RowState, owners: jax.Array | None
+) -> jax.Array:
     """Return block tables `[G, B, W]` of a contiguous cache for rows `owners` `[B]`; None for all rows."""
     groups, size = program.layout.groups, len(rows.tokens)
     regions = Regions(size, cache[0].keys.shape[0] // (groups * size), groups)
@@ -355,7 +363,7 @@ def decode_step(
     if bucket.candidates:
         last = jnp.where(parts["tokens"] < 0, last, parts["tokens"])
     if bucket.contiguous:
-        own = _reserved(program, bucket, cache, rows, owners)
+        own = reserved(program, bucket, cache, rows, owners)
     else:
         # Of the table entries that are read, only the block being written may have changed since the previous step.
         number = jnp.maximum(positions, 0) // cache[0].keys.shape[2]
@@ -367,10 +375,10 @@ def decode_step(
     hidden, cache = functional.decode_hidden(program, params, cache, batch)
     logits = program.module(params).logits(hidden)
     if bucket.pending:
-        return cache, RowState(rows.tokens, tables), edits, logits, _summary(program, hidden), None
+        return cache, RowState(rows.tokens, tables), edits, logits, hidden_summary(program, hidden), None
     edits, sampled = _sample(program, bucket, sampled_vocab, logits, sampling, edits)
     rows = RowState(rows.tokens.at[sampling.row].set(sampled.tokens, mode="drop"), tables)
-    return cache, rows, edits, sampled._replace(summary=_summary(program, hidden))
+    return cache, rows, edits, sampled._replace(summary=hidden_summary(program, hidden))
 
 
 def prefill_step(
@@ -397,7 +405,7 @@ def prefill_step(
     owners = parts.pop("owners")
     if bucket.states:
         parts["states"] = Segments(*parts["states"])
-    tables = _reserved(program, bucket, cache, rows, owners) if bucket.contiguous else rows.tables[:, owners]
+    tables = reserved(program, bucket, cache, rows, owners) if bucket.contiguous else rows.tables[:, owners]
     hidden, cache = functional.prefill_hidden(
         program, params, cache, PrefillBatch(**parts, tables=tables, tile=bucket.tile), features
     )
@@ -414,10 +422,10 @@ def prefill_step(
             lambda: _prompt_logprobs(module, hidden, targets, bucket),
         )
     if bucket.pending:
-        return cache, rows, edits, logits, _summary(program, last), prompt
+        return cache, rows, edits, logits, hidden_summary(program, last), prompt
     edits, sampled = _sample(program, bucket, sampled_vocab, logits, sampling, edits)
     rows = rows._replace(tokens=rows.tokens.at[sampling.row].set(sampled.tokens, mode="drop"))
-    return cache, rows, edits, sampled._replace(prompt_logprobs=prompt, summary=_summary(program, last))
+    return cache, rows, edits, sampled._replace(prompt_logprobs=prompt, summary=hidden_summary(program, last))
 
 
 def sample_masked(
@@ -476,5 +484,6 @@ def abstract_sample_arguments(program: Program, shapes: Shapes, key: SampleMaske
     )
 
 
-def _summary(program: Program, hidden: jax.Array) -> jax.Array | None:
+def hidden_summary(program: Program, hidden: jax.Array) -> jax.Array | None:
+    """Summarise hidden states `[B, M]` for comparison between processes; None with a single one."""
     return divergence.summary(program.mesh, hidden) if meshes.processes(program.mesh) > 1 else None

@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxinfer.engine.sampling.drawing import BAD_TOKEN, choose, largest, skip_if
 from jaxinfer.engine.sampling.sampling_rows import Level, SamplingRows
+from jaxinfer.functional.deterministic import chosen, log_probabilities
 from jaxinfer.sampling_params import MAX_NGRAM
 from jaxinfer.sharding.collectives import ALL_GATHER, SAMPLE, Collective
 
@@ -78,12 +79,12 @@ def logprobs(logits: jax.Array, tokens: jax.Array, count: int, *, switched: bool
 
     Token ids of V' or more have probability 0. `switched` as in `sample`.
     """
-    normal = logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    normal = log_probabilities(logits)
     # A prompt may contain token ids that are never sampled, such as image placeholders.
-    chosen = jnp.take_along_axis(normal, jnp.maximum(tokens, 0)[:, None], axis=-1, mode="fill", fill_value=-jnp.inf)
-    rank = (normal > chosen).sum(axis=-1) + 1
+    own = chosen(normal, tokens)
+    rank = (normal > own[:, None]).sum(axis=-1) + 1
     top, top_ids = _top(normal, count, switched)
-    return Logprobs(chosen[:, 0], rank, top_ids, top)
+    return Logprobs(own, rank, top_ids, top)
 
 
 def _top(values: jax.Array, count: int, switched: bool) -> tuple[jax.Array, jax.Array]:

@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 
 from jaxinfer._utils.units import size_text
 from jaxinfer.config import EngineConfig
-from jaxinfer.engine.runner.buckets import copy_widths, encode_shape, largest_buckets
+from jaxinfer.engine.runner.buckets import copy_widths, encode_shape, largest_buckets, mixed_bucket
 from jaxinfer.engine.runner.programs import Copies, Encode, EncodeCross, Key, Programs
 from jaxinfer.engine.runner.steps import Shapes, abstract_cache, abstract_edits, abstract_features, abstract_rows
 from jaxinfer.engine.runner.warmup import default_threads
@@ -247,7 +247,8 @@ def _nearly(shapes: Shapes, better: Shapes) -> bool:
 
 def largest_programs(program: Program, shapes: Shapes) -> list[Key]:
     """Return the keys of the programs that need the most memory: each sampler level includes those below it."""
-    keys: list[Key] = [*largest_buckets(program, shapes), Copies(copy_widths(shapes)[-1])]
+    steps = [mixed_bucket(program, shapes)] if program.deterministic else largest_buckets(program, shapes)
+    keys: list[Key] = [*steps, Copies(copy_widths(shapes)[-1])]
     if shapes.encode_buckets:
         keys.append(Encode(shapes.encode_buckets[-1]))
     if shapes.cross_buckets:

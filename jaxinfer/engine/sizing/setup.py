@@ -15,7 +15,7 @@ from jaxinfer.engine.engine import Engine
 from jaxinfer.engine.runner.programs import Programs
 from jaxinfer.engine.runner.runner import Runner
 from jaxinfer.engine.runner.steps import Shapes
-from jaxinfer.engine.sizing import memory
+from jaxinfer.engine.sizing import deterministic, memory
 from jaxinfer.engine.sizing.memory import Budget, MemoryUse
 from jaxinfer.engine.sizing.report import report
 from jaxinfer.engine.sizing.reserve import reserve
@@ -63,7 +63,10 @@ def build_engine(
         attention_kernel=config.attention_kernel,
         matmul_kernel=config.matmul_kernel,
         fuse_projections=config.fuse_projections,
+        deterministic=config.deterministic,
     )
+    if config.deterministic:
+        config = deterministic.settings(config, program)
     shapes, programs, use = _size(module.config, program, params, config, sampled_vocab or program.vocab)
     try:
         runner = Runner(
@@ -140,7 +143,9 @@ def choose_shapes(model: ModelConfig, program: Program, config: EngineConfig, bu
         rows=rows,
         width=math.ceil(max(length, read) / block),
         decode_buckets=_buckets(config.decode_buckets, rows, decode, "decode_buckets", halves=not gpu),
-        prefill_buckets=_buckets(config.prefill_buckets, tokens, prefill, "prefill_buckets", halves=True),
+        prefill_buckets=(tokens,)
+        if program.deterministic
+        else _buckets(config.prefill_buckets, tokens, prefill, "prefill_buckets", halves=True),
         prefill_rows=min(rows, 64 if gpu else 16),
         max_logprobs=config.max_logprobs,
         max_length=length,
@@ -148,7 +153,7 @@ def choose_shapes(model: ModelConfig, program: Program, config: EngineConfig, bu
         groups=program.layout.groups,
         switched=not gpu,
         feature_slots=feature_slots(program, config, tokens),
-        encode_buckets=() if program.features is None else GPU_ENCODE if gpu else CPU_ENCODE,
+        encode_buckets=_encode_buckets(program, gpu=gpu),
         cross_buckets=_cross_buckets(program, tokens, gpu=gpu),
         contiguous=config.cache == CONTIGUOUS,
         state_slots=slots,
@@ -169,6 +174,13 @@ def _pool(
     num_blocks = min(budget.size // _block_bytes(program, config), most)
     capacity = kv_groups.longest(program.layout.kinds, num_blocks, block, tokens, longest, read)
     return num_blocks, _check_length(capacity, longest, needed(longest), budget, program, config)
+
+
+def _encode_buckets(program: Program, *, gpu: bool) -> tuple[int, ...]:
+    """Inputs of an encoder step: with `deterministic`, each is encoded alone."""
+    if program.features is None:
+        return ()
+    return (1,) if program.deterministic else GPU_ENCODE if gpu else CPU_ENCODE
 
 
 def _cross_buckets(program: Program, tokens: int, *, gpu: bool) -> tuple[int, ...]:

@@ -40,13 +40,17 @@ def choose(requested: str, mesh: Mesh) -> str:
     return XLA
 
 
-def implementation(name: str, mesh: Mesh) -> Any:
-    """Return the object with `decode` and `prefill` for a name from `choose`, or with `prefill` alone for `WHOLE`."""
+def implementation(name: str, mesh: Mesh, *, deterministic: bool = False) -> Any:
+    """Return the object with `decode` and `prefill` for a name from `choose`, or with `prefill` alone for `WHOLE`.
+
+    With `deterministic`, a query's result from `prefill` does not depend on its tile. XLA's and the native one always
+    are so.
+    """
     if name == WHOLE:
         return uncached_attention
     if name in (XLA, NATIVE):
         return xla_attention if name == XLA else native_attention
-    return triton_attention.TritonAttention(triton_launch.target(mesh))
+    return triton_attention.TritonAttention(triton_launch.target(mesh), deterministic)
 
 
 def prefill_tile(name: str, group: int, value_dim: int, itemsize: int) -> int:

@@ -31,6 +31,9 @@ class TritonAttention:
     """Triton attention for one kind of device."""
 
     target: Target
+    deterministic: bool = False
+    """Whether a query's result from `prefill` does not depend on its tile: keys are read in pieces that begin at the
+    same positions for every tile, and all pieces with a mask, as the compiler may round otherwise without."""
 
     def decode(
         self,
@@ -80,7 +83,8 @@ class TritonAttention:
     ) -> tuple[jax.Array, KVCache]:
         """Attend as `xla_attention.prefill`; fastest with tiles of `tile()` queries; outputs of padding are 0."""
         layout = _layout(q, kv_cache, scoring, tile=tile, decode=False)
-        work = prefill_work(step, scoring, tokens=q.shape[0], tile=tile)
+        align = tiling(layout).block_n if self.deterministic else 1
+        work = prefill_work(step, scoring, tokens=q.shape[0], tile=tile, align=align)
         found = self._attend((q, k, v), kv_cache, slots, step.tables, work, scoring, sinks, layout)
         return found["out"], kv_cache if k is None else KVCache(found["new_keys"], found["new_values"])
 
@@ -140,6 +144,7 @@ class TritonAttention:
             P=block,
             W=tables.shape[1],
             TILE=power(layout.tile, 1),
+            UNMASKED=not (layout.decode or self.deterministic) and scoring.window is None,
             K_ALIGN=math.gcd(16, dim * layout.itemsize),
             V_ALIGN=math.gcd(16, value_dim * layout.itemsize),
             **places,

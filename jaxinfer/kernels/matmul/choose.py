@@ -15,6 +15,10 @@ XLA, NATIVE, TRITON = "xla", "native", "triton"
 RAGGED = "ragged"
 """XLA's, and for products of groups its own, which is differentiable (`jaxinfer.functional.training`); no user chooses
 it."""
+STABLE = "stable"
+"""The native product, whose result for a row then has the same bits however many rows there are; rows of zeros at the
+end are skipped. `deterministic` makes it of "native" (`stable`); no user chooses it."""
+NATIVES = (NATIVE, STABLE)
 
 MATRIX_UNIT_ROWS = 16
 """Most rows for which the native bfloat16 product is used on a CPU with matrix units (AMX); XLA uses these units for
@@ -38,6 +42,14 @@ def choose(requested: str, mesh: Mesh) -> str:
     return XLA if requested == "auto" and mesh.devices.size > 1 else build.choose("matmul_kernel", requested, mesh)
 
 
+def stable(kernel: str) -> str:
+    """Return the implementation with which a row's result does not depend on the number of rows beside it.
+
+    XLA's and Triton's depend on the shape alone, which deterministic steps keep the same.
+    """
+    return STABLE if kernel == NATIVE else kernel
+
+
 def matmul(
     x: jax.Array,
     weight: jax.Array,
@@ -52,9 +64,9 @@ def matmul(
     """
     dtype = jnp.dtype(x.dtype if dtype is None else dtype)
     first, end = part or (0, weight.shape[0])
-    if kernel == NATIVE and _native(x, weight, dtype):
+    if kernel in NATIVES and _native(x, weight, dtype):
         result = jax.ShapeDtypeStruct((x.shape[0], end - first), dtype)
-        return jax.ffi.ffi_call("jaxinfer_matmul", result)(x, weight, first=np.int64(first))
+        return jax.ffi.ffi_call("jaxinfer_matmul", result)(x, weight, first=np.int64(first), stable=kernel == STABLE)
     weight = weight[first:end]
     # TF32 would break parity on a GPU.
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinfer.kernels.matmul import int8_matmul, triton_grouped
-from jaxinfer.kernels.matmul.choose import NATIVE, RAGGED, TRITON, XLA
+from jaxinfer.kernels.matmul.choose import NATIVES, RAGGED, STABLE, TRITON, XLA
 from jaxinfer.kernels.matmul.choose import matmul as dense
 from jaxinfer.kernels.triton.triton_launch import Target
 
@@ -96,7 +96,7 @@ def matmul(
         weight: `[E, out, in]`; int8 with `scales`, else in the dtype of `x`.
         offsets: `[E + 1]` int32, ascending from 0 to at most R.
         scales: scales of the rows of an int8 weight, `[E, out]` float32 (`int8_matmul`).
-        kernel: "native", "triton" or "xla" (`kernels.matmul.choose`), or "ragged", without scales.
+        kernel: "native", "stable", "triton" or "xla" (`kernels.matmul.choose`), or "ragged", without scales.
         target: kind of device, for "triton".
         block: columns per rotated block of an int8 weight.
 
@@ -105,10 +105,10 @@ def matmul(
     """
     if kernel == TRITON and target is not None:
         return triton_grouped.matmul(x, weight, offsets, scales, target, block)
-    if kernel == NATIVE and _native(x, weight):
+    if kernel in NATIVES and _native(x, weight):
         result = jax.ShapeDtypeStruct((x.shape[0], weight.shape[1]), x.dtype)
         if scales is None:
-            return jax.ffi.ffi_call("jaxinfer_grouped_matmul", result)(x, weight, offsets)
+            return jax.ffi.ffi_call("jaxinfer_grouped_matmul", result)(x, weight, offsets, stable=kernel == STABLE)
         return jax.ffi.ffi_call("jaxinfer_grouped_int8_matmul", result)(
             x, weight, scales, offsets, block=np.int64(block)
         )

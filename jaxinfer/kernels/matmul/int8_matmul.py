@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.linalg import hadamard
 
-from jaxinfer.kernels.matmul.choose import NATIVE, XLA
+from jaxinfer.kernels.matmul.choose import NATIVES, STABLE, XLA
 
 Array = TypeVar("Array", jax.Array, np.ndarray)
 
@@ -139,7 +139,7 @@ def matmul(
             own columns, so that the devices exchange nothing but the sum at the end.
         weight: `[out, in]` int8, made by `quantise_weight`.
         scales: scales of the weight's rows, `[out]`.
-        kernel: "xla" or, where nothing is divided, "native" (`kernels.matmul.choose`).
+        kernel: "xla" or, where nothing is divided, "native" or "stable" (`kernels.matmul.choose`).
         part: first and end of the weight's rows to multiply with; None for all.
         block: columns per rotated block (`rotation`), which divides `in / tp`.
 
@@ -149,10 +149,15 @@ def matmul(
     rows = x.shape[0]
     dtype = jnp.dtype(x.dtype if dtype is None else dtype)
     first, end = part or (0, weight.shape[0])
-    if kernel == NATIVE and _native(x, dtype):
+    if kernel in NATIVES and _native(x, dtype):
         result = jax.ShapeDtypeStruct((rows, end - first), dtype)
         return jax.ffi.ffi_call("jaxinfer_int8_matmul", result)(
-            x.reshape(rows, -1), weight, scales, first=np.int64(first), block=np.int64(block)
+            x.reshape(rows, -1),
+            weight,
+            scales,
+            first=np.int64(first),
+            block=np.int64(block),
+            stable=kernel == STABLE,
         )
     weight, scales = weight[first:end], scales[first:end]
     x = rotate(x, block)

@@ -215,7 +215,8 @@ void Attend(const typename Kind::Element* q, const KVCache<Kind>& cache, const i
   const int64_t end = std::min(tile.position + tile.count, tile.end);
   int64_t found[2][kChunk];
   int64_t *places = found[0], *next = found[1];
-  const int64_t start = begin / cache.block * cache.block;
+  // Chunks begin at the same positions for every tile, so that a query's result does not depend on its tile.
+  const int64_t start = begin / kChunk * kChunk;
   Find(cache, table, head, start, begin, end, places);
   for (int64_t first = start; first < end; first += kChunk, std::swap(places, next)) {
     const bool last = first + kChunk >= end;

@@ -36,7 +36,9 @@ TARGETS = {
 }
 """XLA call targets and the library's symbols."""
 COMPILERS = ("g++", "clang++", "c++")
-FLAGS = ("-O3", "-std=c++17", "-march=native", "-shared", "-fPIC")
+FLAGS = ("-O3", "-std=c++17", "-march=native", "-shared", "-fPIC", "-ffp-contract=off")
+"""Without contraction the compiler fuses no multiplication with an addition on its own, which it might do in one
+instance of a template and not in another, so that a row's bits would depend on the rows beside it."""
 NEEDED = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "avx512_vnni"})
 """CPU features required by the kernels, by their names in Linux."""
 

@@ -4,6 +4,9 @@
 // A few rows (decode) are bound by reading the weights: each is read once, as dot products along k. Many rows
 // (prefill) are bound by arithmetic: some weight rows at a time are transposed into a panel that stays in the
 // second-level cache, and multiplied without a sum over lanes.
+//
+// The two ways add up a row's products in different orders. With `stable`, every row takes the first way, so that its
+// result has the same bits however many rows there are; and rows of zeros at the end (padding) are not computed.
 
 #include <cmath>
 #include <limits>
@@ -136,7 +139,7 @@ struct Group {
 // All of x w^T; `make_emit(group, begin)` gives the function that takes the results of one task.
 template <typename Kind, typename MakeEmit>
 void Matmul(ffi::ThreadPool& pool, const typename Kind::Element* x, const typename Kind::Element* w,
-            const std::vector<Group>& groups, int64_t n, int64_t k, const MakeEmit& make_emit) {
+            const std::vector<Group>& groups, int64_t n, int64_t k, bool stable, const MakeEmit& make_emit) {
   const int64_t tasks = (n + kColumns - 1) / kColumns;
   ParallelFor(pool, groups.size() * tasks, [&](int64_t task) {
     const Group& group = groups[task / tasks];
@@ -144,18 +147,26 @@ void Matmul(ffi::ThreadPool& pool, const typename Kind::Element* x, const typena
     const auto* rows = x + group.first * k;
     const auto* matrix = w + group.matrix * k;
     auto emit = make_emit(group, begin);
-    if (group.rows <= kFewRows) FewRows<Kind>(rows, matrix, group.rows, k, begin, end, emit);
-    else ManyRows<Kind>(rows, matrix, group.rows, k, begin, end, emit);
+    if (group.rows > kFewRows && !stable) {
+      ManyRows<Kind>(rows, matrix, group.rows, k, begin, end, emit);
+      return;
+    }
+    for (int64_t first = 0; first < group.rows; first += kFewRows) {
+      auto part = [&, first](int64_t row, int64_t column, auto sums, __mmask16 mask) {
+        emit(first + row, column, sums, mask);
+      };
+      FewRows<Kind>(rows + first * k, matrix, std::min(kFewRows, group.rows - first), k, begin, end, part);
+    }
   });
 }
 
 template <typename Kind, typename Out>
 void Floats(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const ffi::AnyBuffer& w, const std::vector<Group>& groups,
-            int64_t n, Out* y) {
+            int64_t n, bool stable, Out* y) {
   using Element = typename Kind::Element;
   const int64_t k = x.dimensions()[1];
   Matmul<Kind>(pool, static_cast<const Element*>(x.untyped_data()), static_cast<const Element*>(w.untyped_data()),
-               groups, n, k, [=](const Group& group, int64_t) {
+               groups, n, k, stable, [=](const Group& group, int64_t) {
                  return [=, to = y + group.result * n](int64_t row, int64_t column, __m512 sums, __mmask16 mask) {
                    Store(to + row * n + column, sums, mask);
                  };
@@ -163,17 +174,41 @@ void Floats(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const ffi::AnyBuffer
 }
 
 void AnyFloats(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const ffi::AnyBuffer& w,
-               const std::vector<Group>& groups, ffi::Result<ffi::AnyBuffer>& y) {
+               const std::vector<Group>& groups, bool stable, ffi::Result<ffi::AnyBuffer>& y) {
   const bool half = x.element_type() == ffi::DataType::BF16;
   void* out = y->untyped_data();
   const int64_t n = y->dimensions()[1];
-  if (y->element_type() == ffi::DataType::BF16) Floats<KindBF16>(pool, x, w, groups, n, static_cast<BF16*>(out));
-  else if (half) Floats<KindBF16>(pool, x, w, groups, n, static_cast<float*>(out));
-  else Floats<KindF32>(pool, x, w, groups, n, static_cast<float*>(out));
+  const bool rounded = y->element_type() == ffi::DataType::BF16;
+  if (rounded) Floats<KindBF16>(pool, x, w, groups, n, stable, static_cast<BF16*>(out));
+  else if (half) Floats<KindBF16>(pool, x, w, groups, n, stable, static_cast<float*>(out));
+  else Floats<KindF32>(pool, x, w, groups, n, stable, static_cast<float*>(out));
 }
 
-// All rows of x times the rows of w from `first` on.
-std::vector<Group> OneGroup(const ffi::AnyBuffer& x, int64_t first) { return {{0, x.dimensions()[0], 0, first}}; }
+// The number of rows of x up to the last that is not all zeros; NaN is not zero.
+int64_t LiveRows(const ffi::AnyBuffer& x) {
+  const auto* bytes = static_cast<const char*>(x.untyped_data());
+  const int64_t size = x.dimensions()[0] ? static_cast<int64_t>(x.size_bytes()) / x.dimensions()[0] : 0;
+  for (int64_t row = x.dimensions()[0]; row > 0; --row)
+    for (int64_t at = 0; at < size; at += 64) {
+      const int64_t left = std::min<int64_t>(64, size - at);
+      const __mmask64 mask = left == 64 ? ~0ull : (1ull << left) - 1;
+      const __m512i x64 = _mm512_maskz_loadu_epi8(mask, bytes + (row - 1) * size + at);
+      if (_mm512_test_epi8_mask(x64, x64)) return row;
+    }
+  return 0;
+}
+
+// All rows of x times the rows of w from `first` on. With `stable`, the results of rows of zeros at the end are set
+// here.
+std::vector<Group> OneGroup(const ffi::AnyBuffer& x, int64_t first, bool stable, ffi::Result<ffi::AnyBuffer>& y) {
+  const int64_t all = x.dimensions()[0], live = stable ? LiveRows(x) : all;
+  if (live < all) {
+    const int64_t size = static_cast<int64_t>(y->size_bytes()) / all;
+    std::memset(static_cast<char*>(y->untyped_data()) + live * size, 0, (all - live) * size);
+  }
+  if (live == 0) return {};
+  return {{0, live, 0, first}};
+}
 
 // Rows [offsets[e], offsets[e + 1]) times matrix e of n rows; those without rows are left out.
 std::vector<Group> Groups(const ffi::Buffer<ffi::S32>& offsets, int64_t n) {
@@ -185,14 +220,14 @@ std::vector<Group> Groups(const ffi::Buffer<ffi::S32>& offsets, int64_t n) {
 }
 
 ffi::Error MatmulImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::Result<ffi::AnyBuffer> y,
-                      int64_t first) {
-  AnyFloats(pool, x, w, OneGroup(x, first), y);
+                      int64_t first, bool stable) {
+  AnyFloats(pool, x, w, OneGroup(x, first, stable, y), stable, y);
   return ffi::Error::Success();
 }
 
 ffi::Error GroupedMatmulImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::Buffer<ffi::S32> offsets,
-                             ffi::Result<ffi::AnyBuffer> y) {
-  AnyFloats(pool, x, w, Groups(offsets, y->dimensions()[1]), y);
+                             ffi::Result<ffi::AnyBuffer> y, bool stable) {
+  AnyFloats(pool, x, w, Groups(offsets, y->dimensions()[1]), stable, y);
   return ffi::Error::Success();
 }
 
@@ -239,7 +274,8 @@ void Int8(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const ffi::AnyBuffer& 
       rows[row] = QuantiseRow(rotated.data(), k, values.data() + row * k);
     }
   });
-  Matmul<KindInt8>(pool, values.data(), static_cast<const int8_t*>(w.untyped_data()), groups, n, k,
+  // Sums of integers are exact in any order.
+  Matmul<KindInt8>(pool, values.data(), static_cast<const int8_t*>(w.untyped_data()), groups, n, k, false,
                    [&](const Group& group, int64_t) {
                      return [&](int64_t row, int64_t column, __m512i sums, __mmask16 mask) {
                        const Quantised& own = rows[group.first + row];
@@ -265,8 +301,8 @@ void AnyInt8(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const ffi::AnyBuffe
 }
 
 ffi::Error Int8MatmulImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::Buffer<ffi::F32> scales,
-                          ffi::Result<ffi::AnyBuffer> y, int64_t first, int64_t block) {
-  AnyInt8(pool, x, w, scales, OneGroup(x, first), block, y);
+                          ffi::Result<ffi::AnyBuffer> y, int64_t first, int64_t block, bool stable) {
+  AnyInt8(pool, x, w, scales, OneGroup(x, first, stable, y), block, y);
   return ffi::Error::Success();
 }
 
@@ -285,7 +321,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxinferMatmul, jaxinfer::MatmulImpl,
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Ret<xla::ffi::AnyBuffer>()
-                                  .Attr<int64_t>("first"));
+                                  .Attr<int64_t>("first")
+                                  .Attr<bool>("stable"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxinferInt8Matmul, jaxinfer::Int8MatmulImpl,
                               xla::ffi::Ffi::Bind()
@@ -295,7 +332,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxinferInt8Matmul, jaxinfer::Int8MatmulImpl,
                                   .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
                                   .Ret<xla::ffi::AnyBuffer>()
                                   .Attr<int64_t>("first")
-                                  .Attr<int64_t>("block"));
+                                  .Attr<int64_t>("block")
+                                  .Attr<bool>("stable"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxinferGroupedMatmul, jaxinfer::GroupedMatmulImpl,
                               xla::ffi::Ffi::Bind()
@@ -303,7 +341,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxinferGroupedMatmul, jaxinfer::GroupedMatmulImpl
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
-                                  .Ret<xla::ffi::AnyBuffer>());
+                                  .Ret<xla::ffi::AnyBuffer>()
+                                  .Attr<bool>("stable"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxinferGroupedInt8Matmul, jaxinfer::GroupedInt8MatmulImpl,
                               xla::ffi::Ffi::Bind()

@@ -6,8 +6,9 @@ The state of a head is a matrix S `[Dk, Dv]`, initially zero. A token with query
     S <- diag(exp g) S;  S <- S + beta k (v - S^T k)^T;  o = S^T q
 
 `recurrence` is this definition, token by token; `decode` is one step for many sequences; `prefill` computes chunks of
-tokens with matmuls (arXiv:2406.06484), and `whole` does so for whole sequences, differentiably. Within a chunk that
-starts from state S, the updates u of its tokens solve
+tokens with matmuls (arXiv:2406.06484), and `full_sequences` does so for whole sequences, differentiably;
+`prefill_steps` takes one step a token, so that its bits do not depend on where chunks begin. Within a chunk that starts
+from state S, the updates u of its tokens solve
 
     (1 + A) U = beta (V - K^ S),  A_ij = beta_i sum_d k_id k_jd exp(g_j+1 + ... + g_i)_d  for j < i
 
@@ -247,6 +248,45 @@ def prefill(tokens: Tokens, states: jax.Array, segments: Segments, *, one_by_one
     last = jnp.max(jnp.where(segments.counts > 0, jnp.arange(chunks.shape[0]) + 1, 0))
     outputs, states, _ = jax.lax.fori_loop(0, last, one_segment, begin)
     return outputs[:count], states
+
+
+def prefill_steps(
+    tokens: Tokens, states: jax.Array, segments: Segments, *, one_by_one: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Process runs of tokens as `prefill`, one token at a time: each step is the same operation on the same state.
+
+    The state after a token then has the same bits wherever chunks and segments begin, which no chunked form has. On a
+    CPU it takes 1.6 times as long as chunks (16 heads of 128 channels).
+
+    Args:
+        tokens: T tokens, all segments concatenated.
+        states: `[N, H, Dk, Dv]`.
+        segments: tokens and state slots of the segments.
+        one_by_one: ignored.
+
+    Returns:
+        `[T, H, Dv]`, 0 for padding, and the updated states.
+    """
+
+    def one_segment(number: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        outputs, states, state = carry
+        fresh = read_slots(states, segments.sources[number][None])
+        state = jnp.where(segments.continues[number], state, fresh)
+        start = segments.starts[number]
+
+        def one_token(at: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            outputs, state = carry
+            made, state = _step(jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, at, 1), tokens), state)
+            return jax.lax.dynamic_update_slice_in_dim(outputs, made, at, 0), state
+
+        outputs, state = jax.lax.fori_loop(start, start + segments.counts[number], one_token, (outputs, state))
+        target = jnp.where(segments.counts[number] > 0, segments.targets[number], states.shape[0])
+        return outputs, write_slots(states, target[None], state), state
+
+    begin = jnp.zeros_like(tokens.v), states, jnp.zeros((1, *states.shape[1:]))
+    last = jnp.max(jnp.where(segments.counts > 0, jnp.arange(segments.counts.shape[0]) + 1, 0))
+    outputs, states, _ = jax.lax.fori_loop(0, last, one_segment, begin)
+    return outputs, states
 
 
 def full_sequences(

@@ -44,13 +44,15 @@ def prefill(x: jax.Array, weight: jax.Array, states: jax.Array, segments: Segmen
     heads = segments.heads()
     starts = segments.starts[heads]  # starts of the runs the segments belong to
     past = read(states, segments.sources[heads]).astype(x.dtype)
-    since = jnp.arange(count) - starts[segments.owners(count)]
-    inputs = [
-        jnp.where((since >= back)[:, None], jnp.pad(x, ((back, 0), (0, 0)))[:count], 0) for back in range(kept, 0, -1)
-    ]
+    owner = segments.owners(count)
+    since = jnp.arange(count) - starts[owner]
+    # Every token adds up its W inputs in one order, wherever its run begins.
+    inputs = []
+    for back in range(kept, 0, -1):
+        before = past[owner, jnp.clip(kept + since - back, 0, kept - 1)]
+        own = jnp.pad(x, ((back, 0), (0, 0)))[:count]
+        inputs.append(jnp.where((since >= back)[:, None], own, before))
     y = _weighted([*inputs, x], weight)
-    at, before = _behind_state(past, weight, segments)
-    y = y.at[at].add(before, mode="drop", unique_indices=True)
     last = segments.starts + segments.counts - kept + jnp.arange(kept)[:, None]
     new = [_input(x, past, starts, place) for place in last]
     targets = jnp.where(segments.counts > 0, segments.targets, states.shape[0])
@@ -73,25 +75,3 @@ def _input(x: jax.Array, past: jax.Array, starts: jax.Array, place: jax.Array) -
     kept = past.shape[1]
     old = jnp.take_along_axis(past, jnp.clip(kept + place - starts, 0, kept - 1)[:, None, None], axis=1)[:, 0]
     return jnp.where((place >= starts)[:, None], x.at[jnp.maximum(place, 0)].get(mode="clip"), old)
-
-
-def _behind_state(past: jax.Array, weight: jax.Array, segments: Segments) -> tuple[jax.Array, jax.Array]:
-    """Compute what the inputs in the states `[R, W - 1, columns]` contribute to the first W - 1 tokens of each run.
-
-    Returns:
-        Token indices `[R * (W - 1)]`, out of range for missing tokens, and contributions `[R * (W - 1), columns]`.
-    """
-    count, kept, columns = past.shape
-    added = [_weighted([past[:, j] for j in range(at, kept)], weight) for at in range(kept)]
-    first = segments.starts[:, None] + jnp.arange(kept)
-    # The first W - 1 tokens of a run may span several segments: include those that continue it.
-    length = _run_lengths(segments)[:, None]
-    live = (jnp.arange(kept) < length) & ~segments.continues[:, None]
-    nowhere = jnp.iinfo(jnp.int32).max - jnp.arange(count * kept).reshape(count, kept)  # unique indices
-    return jnp.where(live, first, nowhere).reshape(-1), jnp.stack(added, axis=1).reshape(-1, columns)
-
-
-def _run_lengths(segments: Segments) -> jax.Array:
-    """Return the tokens of the run each segment starts, `[R]`; undefined for segments that continue another."""
-    own = segments.heads() == jnp.arange(segments.starts.shape[0])[:, None]
-    return jnp.where(own, segments.counts, 0).sum(axis=1)

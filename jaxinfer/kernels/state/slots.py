@@ -52,6 +52,12 @@ class Segments(NamedTuple):
         return jax.lax.cummax(jnp.where(self.continues, 0, own))
 
 
+class StepSegments(Segments):
+    """Segments in which recurrent states advance one token at a time, as in decode: for deterministic steps."""
+
+    __slots__ = ()
+
+
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class FullSequences:

@@ -184,6 +184,7 @@ def attend(
     P: tl.constexpr,
     W: tl.constexpr,
     TILE: tl.constexpr,
+    UNMASKED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -247,7 +248,7 @@ def attend(
     tables += row * W
     token_of = token - position
     masked_from = first
-    if sums is None and WINDOW is None:
+    if UNMASKED:
         # Keys seen by all queries of a prefill tile need no mask. Decode has a single loop: it is short, and a second
         # loop would have to wait for its first loads again.
         masked_from = first + (position + 1 - first) // BLOCK_N * BLOCK_N

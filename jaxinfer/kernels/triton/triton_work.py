@@ -59,10 +59,11 @@ def decode_work(
     return _columns(columns), _columns([starts, counts])
 
 
-def prefill_work(step: PrefillTiles, scoring: Scoring, *, tokens: int, tile: int) -> jax.Array:
+def prefill_work(step: PrefillTiles, scoring: Scoring, *, tokens: int, tile: int, align: int = 1) -> jax.Array:
     """Convert tiles to work items `[NT, 8]`, in reverse order: the last tiles of a sequence see the most keys.
 
-    Unused items get the step's padding tokens and no keys, which makes their output 0.
+    Unused items get the step's padding tokens and no keys, which makes their output 0. Of causal items the first key is
+    a multiple of `align`; those before a window are masked.
     """
     row, token, position, count = step.tiles.T
     at = jnp.arange(len(row))
@@ -73,7 +74,7 @@ def prefill_work(step: PrefillTiles, scoring: Scoring, *, tokens: int, tile: int
     fresh = jnp.where(same, position, jnp.iinfo(jnp.int32).max).min(axis=1)
     used = jnp.where(live, count, 0).sum()
     padding = used + (at - step.count) * tile
-    first, end = scoring.first_key(position), position + count
+    first, end = scoring.first_key(position) // align * align, position + count
     if step.spans is not None:  # a causal query at the last key's position sees all keys in the span
         (first, end), fresh = step.spans.T, step.spans[:, 1]
         position = end - 1

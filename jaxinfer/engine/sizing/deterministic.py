@@ -1,0 +1,46 @@
+"""Settings of a deterministic engine: one size of step, and what cannot be combined with it."""
+
+import logging
+from dataclasses import replace
+
+from jaxinfer.config import EngineConfig
+from jaxinfer.errors import ConfigError
+from jaxinfer.functional import Program
+from jaxinfer.kernels.attention import choose as attention
+
+log = logging.getLogger(__name__)
+
+NATIVE_TOKENS, XLA_TOKENS, GPU_TOKENS = 64, 32, 256
+"""Tokens of the one step, by default. The native products skip padding, XLA's compute it; on a GPU a step of this many
+takes about as long as reading the weights."""
+PRICE = {attention.NATIVE: "about 0.85 x of the throughput of the default steps"}
+"""What `scripts/bench.py deterministic` measured (docs/rl.md), by attention kernel."""
+GPU_OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_exclude_nondeterministic_ops": True}
+"""XLA options of a deterministic engine's programs on a GPU. Autotuning times candidates, and may choose another one in
+each process; without it XLA takes a fixed one. The second option leaves out operations whose order of additions is not
+fixed."""
+
+
+def settings(config: EngineConfig, program: Program) -> EngineConfig:
+    """Return the settings with the size of the one step, and log what it costs.
+
+    Raises:
+        ConfigError: a setting contradicts `deterministic`.
+    """
+    for name, sizes in (("decode_buckets", config.decode_buckets), ("prefill_buckets", config.prefill_buckets)):
+        if sizes is not None:
+            raise ConfigError(
+                f"{name} is {list(sizes)}, but deterministic=True computes prefill and decode in one program of "
+                "max_num_batched_tokens tokens; remove it, and set max_num_batched_tokens for another size"
+            )
+    gpu = program.mesh.devices.flat[0].platform != "cpu"
+    default = GPU_TOKENS if gpu else NATIVE_TOKENS if program.kernel == attention.NATIVE else XLA_TOKENS
+    tokens = config.max_num_batched_tokens or max(default, config.max_num_seqs or 0)
+    log.info(
+        "deterministic: prefill and decode in one program of %d tokens, %s; the bits are the same on this model of "
+        "processor with these versions of jaxinfer and jax (docs/rl.md)",
+        tokens,
+        PRICE.get(program.kernel, "whose price was not measured on such devices and kernels"),
+    )
+    options = GPU_OPTIONS | dict(config.compiler_options or {}) if gpu else config.compiler_options
+    return replace(config, max_num_batched_tokens=tokens, compiler_options=options)
