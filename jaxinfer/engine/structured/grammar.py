@@ -66,7 +66,7 @@ class Grammar:
 
     def __init__(self, tokenizer: Any, source: str):
         self._tokenizer, self._source = tokenizer, source
-        self.end_ids = tuple(tokenizer.eos_tokens)
+        self.end_ids = frozenset(tokenizer.eos_tokens)
         """Token ids by which llguidance's masks say that the output may end."""
         self.mask_words = -(-tokenizer.vocab_size // 32)
         """Number of 32-bit words of a mask."""

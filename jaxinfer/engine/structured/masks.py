@@ -45,7 +45,7 @@ def fill_masks(samples: Items[Sequence], indices: np.ndarray, rows: int, vocab: 
     for sequence, index in bound:
         if sequence.matcher.error is not None:
             masks[index] = 0xFFFFFFFF  # it ends in error when its next token is read, whatever that is
-        else:
+        elif sequence.matcher.grammar.end_ids != sequence.request.stop_ids:
             allow_ends(masks[index], sequence.matcher.grammar.end_ids, sequence.request.stop_ids)
     if masks.shape[1] != width:  # the tokenizer has more tokens than the model, or the model has padding
         masks = np.pad(masks[:, :width], ((0, 0), (0, max(0, width - masks.shape[1]))))
