@@ -22,8 +22,8 @@ WHITESPACE = r"\x20|\r?\n[\x20\t]{0,40}"
 without end where they may."""
 MAX_GRAMMARS = 32
 """Maximum number of compiled grammars that are kept for later requests, the least recently used dropped first."""
-SHORTEST = 200
-"""Characters of a reason that errors show."""
+MAX_REASON = 200
+"""Maximum number of characters of a reason in an error."""
 
 
 class Grammars:
@@ -131,4 +131,4 @@ def _library(name: str) -> Any:
 
 def _cut(reason: str) -> str:
     reason = reason.rstrip(".")
-    return reason if len(reason) <= SHORTEST else reason[: SHORTEST - 3] + "..."
+    return reason if len(reason) <= MAX_REASON else reason[: MAX_REASON - 3] + "..."

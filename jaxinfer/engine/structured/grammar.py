@@ -20,10 +20,8 @@ LIMITS = {
 }
 """Limits of one mask (about 10 ms, most take 0.1 ms) and of one grammar (about 100 MB); llguidance's others, of the
 size of a grammar, stay as they are."""
-MAX_RESTARTS = 3
-"""Maximum number of times that a sequence's matcher is made again after it hit a limit."""
-SHORTEST = 200
-"""Characters of llguidance's reasons that errors show."""
+MAX_REASON = 200
+"""Maximum number of characters of a reason in an error."""
 
 _T = TypeVar("_T")
 _lock = threading.Lock()
@@ -72,6 +70,8 @@ class Grammar:
         """Number of 32-bit words of a mask."""
         self.generation = 0
         """Number of times that the lexer was made again."""
+        self.uses = 0
+        """Number of sequences that have used the present lexer."""
         self._first = with_large_stack(self._compile)
 
     def _compile(self) -> Any:
@@ -88,12 +88,13 @@ class Grammar:
 
     def start(self) -> Any:
         """Return a matcher at the start of the grammar."""
+        self.uses += 1
         return self._first.deep_copy()
 
     def restart(self, generation: int) -> Any:
         """Return a matcher at the start whose lexer is newer than that of `generation`."""
         if generation == self.generation:
-            self._first = with_large_stack(self._compile)
+            self._first, self.uses = with_large_stack(self._compile), 0
             self.generation += 1
         return self.start()
 
@@ -108,7 +109,7 @@ def reason(matcher: Any) -> str:
     if _dead(matcher):
         return "no token can follow"
     text = " ".join(matcher.get_error().replace("<non-verbose/>", "").split())
-    return text if len(text) <= SHORTEST else text[: SHORTEST - 3] + "..."
+    return text if len(text) <= MAX_REASON else text[: MAX_REASON - 3] + "..."
 
 
 class Matcher:
@@ -127,7 +128,7 @@ class Matcher:
         """Why the sequence cannot be continued, or None."""
         self._taken = 0
         """Number of output tokens that the state includes."""
-        self._generation, self._restarts = grammar.generation, 0
+        self._generation, self._restarted_at = grammar.generation, -1
 
     @property
     def accepting(self) -> bool:
@@ -156,19 +157,22 @@ class Matcher:
     def recover(self, output: np.ndarray) -> bool:
         """Make the state again after an error, which may come from what other sequences left in the lexer.
 
+        A sequence that had its lexer to itself, or that fails a second time at the same token, is the cause itself.
+
         Returns:
             Whether the state includes the output; `error` is set if not.
         """
-        failed = self.state
-        while self._restarts < MAX_RESTARTS:
-            self._restarts += 1
+        failed, grammar = self.state, self.grammar
+        alone = grammar.generation == self._generation and grammar.uses == 1
+        if not alone and self._restarted_at != len(output):
+            self._restarted_at = len(output)
             try:
-                self.state = self.grammar.restart(self._generation)
-            except ValueError:
-                break
-            self._generation = self.grammar.generation
-            if self.state.consume_tokens(output[self._skip :].tolist()):
-                return True
+                self.state = grammar.restart(self._generation)
+                self._generation = grammar.generation
+                if self.state.consume_tokens(output[self._skip :].tolist()):
+                    return True
+            except ValueError:  # within its limits it cannot even be compiled again
+                pass
         self.error = f"structured_outputs: the output cannot be continued: {reason(failed)}"
         return False
 
