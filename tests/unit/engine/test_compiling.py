@@ -192,7 +192,7 @@ def test_close_does_not_wait(gated):
     assert not engine.has_work
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_random_compilations_aborts_and_failures(gated, runner, seed):
     """Whatever is compiled, fails or is aborted when: greedy answers are those of requests that ran alone."""
     rng = random.Random(seed)
