@@ -70,10 +70,10 @@ def _hidden_states(program: Program, params: list[jax.Array], cache: Cache, batc
     found: list[jax.Array] = []
 
     def recording(call: Any) -> Any:
-        def recorded(layer: Any, x: jax.Array, *others: Any) -> Any:
+        def recorded(layer: Any, x: jax.Array, *others: Any, **named: Any) -> Any:
             if not found:
                 found.append(x)
-            y, kv_cache = call(layer, x, *others)
+            y, kv_cache = call(layer, x, *others, **named)
             found.append(y)
             return y, kv_cache
 
