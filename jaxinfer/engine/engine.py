@@ -101,13 +101,14 @@ class Engine:
         """Whether the next step waits for programs that are being compiled aside; `step` then does nothing."""
         return self._held is not None and not self._held.compiled
 
-    def compile_aside(self, done: Callable[[], None]) -> None:
+    def compile_aside(self, done: Callable[[], None] | None) -> None:
         """Compile missing programs on threads of their own from now on; without effect if there are several processes.
 
         Those must dispatch the same programs in the same order, and compile at the same time by waiting for each other.
 
         Args:
-            done: called on another thread when the next step may have its programs.
+            done: called on another thread when the next step may have its programs; None to compile within steps, as
+                is the default.
         """
         if self.runner.leader is None:
             self.runner.compiled_aside = done

@@ -129,6 +129,12 @@ def _check_module(module: nnx.Module, config: EngineConfig, mesh: Mesh) -> None:
                 f"{name} is {value!r}, but the weights of a module are already loaded; remove it, and create "
                 f"the module with loading.weights.load(directory, mesh, {name}=...)"
             )
+    for path, leaf in nnx.to_flat_state(nnx.state(module, nnx.Param)):
+        if not isinstance(leaf.get_value(), jax.Array):
+            raise ConfigError(
+                f"the module's {'.'.join(map(str, path))} is a shape without values; load the weights with "
+                "loading.weights.load(directory, mesh)"
+            )
     meshes.check_data_axis(mesh, getattr(module.config, "features", None) is not None)
     shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(nnx.state(module))]
     for own in {sharding.mesh for sharding in shardings if isinstance(sharding, NamedSharding)}:

@@ -51,6 +51,7 @@ class Online(Offline):
     def run(self, work: Work) -> Trace:
         """Run one pass with an empty prefix cache."""
         engine = self.llm._engine
+        engine.compile_aside(None)  # a step that waits for its programs would do nothing here
         prompts, params = _asked(work)
         self.llm.reset_prefix_cache()
         requests = [handle.request for handle in self.llm._prepare(prompts, params)]

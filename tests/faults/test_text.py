@@ -12,16 +12,24 @@ import pytest
 from transformers import GenerationConfig
 
 from jaxinfer import LLM, SamplingParams
-from jaxinfer.errors import EngineClosedError
+from jaxinfer.errors import ConfigError, EngineClosedError
+from jaxinfer.loading import weights
 from jaxinfer.results import progress
 from jaxinfer.results.logprobs import LogprobTable
 from jaxinfer.sampling_params import RequestOutputKind
+from jaxinfer.sharding import make_mesh
 
 pytestmark = pytest.mark.xdist_group("faults")
 
 WARM = SamplingParams(temperature=2.0, seed=5, max_tokens=40, ignore_eos=True)
 DELTA = RequestOutputKind.DELTA
 EMOJI = "\U0001f600"
+
+
+@pytest.fixture(scope="module")
+def module(folder):
+    """The model of `llm`."""
+    return weights.load(folder, make_mesh(1), progress=False)
 
 
 def warm(**fields):
@@ -324,10 +332,8 @@ def test_token_ids_only(llm, make_llm):
 
 
 @pytest.mark.slow
-def test_the_module_itself_is_taken(llm):
-    with LLM(
-        llm._opened.module, tokenizer=llm.get_tokenizer(), max_model_len=64, max_num_seqs=2, max_num_batched_tokens=8
-    ) as own:
+def test_the_module_itself_is_taken(llm, module):
+    with LLM(module, tokenizer=llm.get_tokenizer(), max_model_len=64, max_num_seqs=2, max_num_batched_tokens=8) as own:
         greedy = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
         assert own.generate("hello", greedy, use_tqdm=False)[0].outputs[0].text == (
             llm.generate("hello", greedy)[0].outputs[0].text
@@ -358,10 +364,13 @@ def test_abort_wants_ids(llm, wrong):
         llm.abort(wrong)
 
 
-def test_a_module_with_a_tokenizer_stops_at_its_end(llm):
-    from jaxinfer import LLM
+def test_a_module_without_weights_is_refused(llm):
+    with pytest.raises(ConfigError, match="embedding.weight is a shape without values; load the weights"):
+        LLM(llm._opened.module, tokenizer=llm.get_tokenizer())
 
-    with LLM(llm._opened.module, tokenizer=llm.get_tokenizer(), use_tqdm=False) as other:
+
+def test_a_module_with_a_tokenizer_stops_at_its_end(llm, module):
+    with LLM(module, tokenizer=llm.get_tokenizer(), use_tqdm=False) as other:
         assert other._input_processor.limits.eos_token_ids == (llm.get_tokenizer().eos_token_id,)
     with pytest.raises(TypeError, match="tokenizer must be a directory, a Hub id or a tokenizer, got int"):
-        LLM(llm._opened.module, tokenizer=5)
+        LLM(module, tokenizer=5)

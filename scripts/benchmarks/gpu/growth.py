@@ -75,7 +75,7 @@ class Contiguous:
 @contextmanager
 def _served_by(kernel: Any) -> Iterator[None]:
     """Trace steps with another attention implementation."""
-    with mock.patch.object(attention, "implementation", lambda name, mesh: kernel):
+    with mock.patch.object(attention, "implementation", lambda name, mesh, **how: kernel):
         yield
 
 

@@ -9,7 +9,7 @@ from support import tiny
 
 from jaxinfer.config import EngineConfig
 from jaxinfer.engine.engine import Engine
-from jaxinfer.engine.runner.programs import Copies, Key, Programs
+from jaxinfer.engine.runner.programs import Copies, InstallTables, Key, Programs
 from jaxinfer.engine.runner.warmup import warm_up
 from jaxinfer.engine.sizing import memory
 from jaxinfer.engine.sizing.setup import build_engine
@@ -107,12 +107,14 @@ def test_all_there_is_fits_in_the_share_of_the_limit(device_limit, compiled):
     device_limit(SCARCE)
     engine = build()
     runner, use = engine.runner, engine.runner.memory
-    assert use.cache == sum(array.nbytes for array in jax.tree.leaves(runner.cache)) < 1 << 18
+    assert use.cache == sum(array.nbytes for array in jax.tree.leaves(runner.cache)) < 0.9 * SCARCE
     rounds = len({blocks for blocks, _ in compiled})
     assert rounds == 2 and len(compiled) == 6, "a first candidate, and the size that its temporaries leave"
     warm_up(runner.programs, ("edited", "logprobs", "prompt_logprobs"), use_tqdm=False)
     assert set(compiled.values()) == {1}
-    assert max(runner.programs.temporaries.values()) == use.temporaries, "no other step needs more"
+    # Installing tables takes 64 KiB for every model: more than the steps of this one, with native kernels.
+    others = {key: size for key, size in runner.programs.temporaries.items() if not isinstance(key, InstallTables)}
+    assert max(others.values()) == use.temporaries, "no other step needs more"
     assert held(engine) + use.temporaries == use.total <= 0.9 * SCARCE
     block = use.cache // runner.shapes.num_blocks
     assert 0.9 * SCARCE - use.total < block + memory.LEAST_GAIN * use.cache + SCARCE / memory.ROUNDING, (
