@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 NATIVE_TOKENS, XLA_TOKENS, GPU_TOKENS = 64, 32, 256
 """Tokens of the one step, by default. The native products skip padding, XLA's compute it; on a GPU a step of this many
 takes about as long as reading the weights."""
-PRICE = {attention.NATIVE: "about 0.8 to 0.85 x of the throughput of the default steps"}
+PRICE = {attention.NATIVE: "about 0.8 x of the throughput of the default steps"}
 """What `scripts/bench.py deterministic` measured (docs/rl.md), by attention kernel."""
 GPU_OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_exclude_nondeterministic_ops": True}
 """XLA options of a deterministic engine's programs on a GPU. Autotuning times candidates, and may choose another one in
