@@ -8,12 +8,13 @@ python scripts/server_load.py --model m --streams 64 --seconds 60
 import argparse
 import asyncio
 import json
+import random
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import count, islice
 
 PROMPT = "Write about number {}. " + "The quick brown fox jumps over the lazy dog. " * 5
 """Prompt of a request, with its number in front so that prompts share no prefix."""
@@ -28,6 +29,11 @@ class Figures:
     between: list[float] = field(default_factory=list)
     """Mean time between the tokens of a request."""
     tokens: int = 0
+
+
+def new_numbers() -> Iterator[int]:
+    """Yield numbers of ten digits that no earlier run has used, so that no prompt is found in the prefix cache."""
+    return count(10**9 + 1000 * random.randrange(10**6))
 
 
 async def one_request(client, args: argparse.Namespace, number: int, figures: Figures) -> None:
@@ -52,7 +58,7 @@ async def load(args: argparse.Namespace) -> dict[str, float]:
     """Keep `--streams` requests running for `--seconds`, let them end, and return the figures."""
     import httpx
 
-    figures, numbers = Figures(), count()
+    figures, numbers = Figures(), new_numbers()
     async with httpx.AsyncClient(timeout=600, limits=httpx.Limits(max_connections=args.streams)) as client:
         start = time.perf_counter()
 
@@ -75,15 +81,16 @@ async def load(args: argparse.Namespace) -> dict[str, float]:
 
 
 def baseline(args: argparse.Namespace, requests: int) -> dict[str, float]:
-    """Run as many requests with `LLM.generate`, `--streams` at a time."""
+    """Run as many requests with `LLM.generate`, `--streams` at a time, after as many that compile what they need."""
     from jaxinfer import LLM, SamplingParams
 
     params = SamplingParams(temperature=0, max_tokens=args.max_tokens, ignore_eos=True)
-    with LLM(args.baseline, max_num_seqs=args.streams) as llm:
-        llm.warmup()
-        start = time.perf_counter()
-        outputs = llm.generate([PROMPT.format(number) for number in range(requests)], params, use_tqdm=False)
-        passed = time.perf_counter() - start
+    with LLM(args.baseline, max_num_seqs=args.streams, max_model_len=args.max_model_len) as llm:
+        for _ in range(2):
+            prompts = [PROMPT.format(number) for number in islice(new_numbers(), requests)]
+            start = time.perf_counter()
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+            passed = time.perf_counter() - start
     made = sum(len(output.outputs[0].token_ids) for output in outputs)
     return {"requests_per_second": round(requests / passed, 3), "tokens_per_second": round(made / passed, 1)}
 
@@ -97,6 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=60.0, help="how long new requests are sent")
     parser.add_argument("--max-tokens", type=int, default=32, help="new tokens of a request")
     parser.add_argument("--baseline", metavar="DIR", help="instead of a server, run LLM.generate on this checkpoint")
+    parser.add_argument("--max-model-len", type=int, help="with --baseline: as that of the server")
     parser.add_argument("--requests", type=int, default=256, help="with --baseline: number of requests")
     args = parser.parse_args(argv)
     print(json.dumps(baseline(args, args.requests) if args.baseline else asyncio.run(load(args))))
