@@ -63,6 +63,21 @@ def test_prefill_equals_the_reference(chunks: str, name: str):
     assert np.isfinite(np.asarray(found, np.float32)).all(), "padding must be finite"
 
 
+def test_the_bits_of_a_query_do_not_depend_on_its_tile():
+    """A window begins at another position for every tile; keys are added up in the same pieces all the same."""
+    shape = WIDE["long window"]
+    case = Case(shape, [400], [40])
+    q, k, v, rows, positions = case.step()
+    run = jax.jit(lambda *args: native_attention.prefill(*args, shape.scoring, case.sinks, tile=TILE))
+    expected, kv_cache = run(q, k, v, case.kv_cache, case.slots(rows, positions), case.prefill_tiles(TILE))
+    for count in (1, 7, 25):
+        part = Case(shape, [400], [count])
+        part.tables = case.tables
+        slots = part.slots(rows[-count:], positions[-count:])
+        found, _ = run(q[-count:], k[-count:], v[-count:], kv_cache, slots, part.prefill_tiles(TILE))
+        np.testing.assert_array_equal(np.asarray(found), np.asarray(expected[-count:]))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("where", ["keys", "values"])
 def test_nan_stays_in_its_sequence(where: str, dtype: str):
