@@ -235,14 +235,20 @@ def prefill_parts(plan: Plan, bucket: Bucket, params: np.ndarray) -> dict[str, n
     return parts | {"targets": targets}
 
 
-def segments(plan: Plan, bucket: Bucket) -> np.ndarray:
-    """Return the parts of all chunks in order as `[fields, segments]` of `kernels.state.Segments`."""
+def chunk_segments(plan: Plan) -> list[Segments]:
+    """Return the parts of all chunks in order; the first begins at token 0."""
     listed, start = [], 0
     for chunk in plan.chunks:
         for part in chunk.segments:
             source = NO_SLOT if part.source < 0 else part.source
             listed.append(Segments(start, part.count, source, part.target, part.continues))
             start += part.count
+    return listed
+
+
+def segments(plan: Plan, bucket: Bucket) -> np.ndarray:
+    """Return the parts of all chunks in order as `[fields, segments]` of `kernels.state.Segments`."""
+    listed = chunk_segments(plan)
     packed = np.zeros((len(Segments._fields), bucket.segments), np.int32)
     packed[2:4] = NO_SLOT
     packed[:, : len(listed)] = np.array(listed, np.int32).T

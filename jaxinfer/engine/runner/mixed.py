@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxinfer import functional
 from jaxinfer.engine.plan import Plan
-from jaxinfer.engine.runner.batch import NO_SLOT, PARTS, sampling_rows, spans, wants_prompt_logprobs
+from jaxinfer.engine.runner.batch import NO_SLOT, PARTS, chunk_segments, sampling_rows, spans, wants_prompt_logprobs
 from jaxinfer.engine.sampling.sampling_rows import WIDTH, Level
 from jaxinfer.kernels.state.slots import Segments
 from jaxinfer.kv.tables import Tables
@@ -171,12 +171,7 @@ def _chunk_tokens(plan: Plan, bucket: Mixed, parts: dict[str, np.ndarray]) -> in
 
 def _state_segments(plan: Plan, first: int, ahead: int, states: np.ndarray) -> None:
     """Fill in the state slots of chunks' parts and of decodes, the first of which is token `first`."""
-    listed, start = [], 0
-    for chunk in plan.chunks:
-        for part in chunk.segments:
-            source = NO_SLOT if part.source < 0 else part.source
-            listed.append(Segments(start, part.count, source, part.target, part.continues))
-            start += part.count
+    listed = chunk_segments(plan)
     states[2:4] = NO_SLOT
     if listed:
         states[:, : len(listed)] = np.array(listed, np.int32).T
