@@ -9,10 +9,11 @@ from functools import partial
 from typing import Any
 
 from jaxinfer.config import EngineConfig
+from jaxinfer.engine.engine_thread import CLOSED
 from jaxinfer.engine.metrics import Metric
 from jaxinfer.engine.runner.warmup import Warmup
 from jaxinfer.errors import EngineClosedError
-from jaxinfer.llm import CLOSED, LLM
+from jaxinfer.llm import LLM
 from jaxinfer.loading.update import WeightUpdate
 from jaxinfer.models.whisper.transcription import Transcript, begin
 from jaxinfer.outputs import RequestOutput

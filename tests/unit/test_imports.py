@@ -29,7 +29,7 @@ TIERS = (
     {"results"},
     {"inputs"},
     {"loading"},
-    {"llm_control"},
+    {"llm_base"},
     {"llm"},
     {"async_llm"},
     {"commands"},

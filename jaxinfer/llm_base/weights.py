@@ -1,33 +1,19 @@
-"""Methods of `LLM` for people who train: weights in and out, pauses, sleep."""
+"""Base class of `LLM` for training loops: weights in and out, pauses, sleep."""
 
-import threading
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial as bind
 from typing import Any
 
 import jax
 
-from jaxinfer.distributed.group import Group
 from jaxinfer.engine.control import LEVELS, PAUSE_MODES
-from jaxinfer.engine.engine import Engine
-from jaxinfer.engine.engine_thread import EngineThread
 from jaxinfer.errors import DistributedError
-from jaxinfer.loading.update import HF, JAXINFER, WeightTable, WeightUpdate
+from jaxinfer.llm_base.lifecycle import EngineOwner
+from jaxinfer.loading.update import HF, JAXINFER, WeightUpdate
 
 
-class WeightsAndPauses:
-    """Part of `LLM`; `AsyncLLM` has the same methods as coroutines."""
-
-    _engine: Engine
-    _thread: EngineThread
-    _group: Group | None
-    _check_open: Callable[[], None]
-
-    def _name_weights(self, engine: Engine) -> None:
-        """Prepare the names of an engine's weights."""
-        self._weights = WeightTable(engine.runner.program, engine.runner.params)
-        self._updating = threading.Lock()
+class WeightsAndPauses(EngineOwner):
+    """Methods of `LLM` that replace, return or free weights; `AsyncLLM` has the same as coroutines."""
 
     def update_weights(self, weights: Any, *, partial: bool = False, cast: bool = False) -> WeightUpdate:
         """Replace the weights and clear the prefix cache; after an error the old weights stay.

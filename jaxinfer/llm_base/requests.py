@@ -1,0 +1,89 @@
+"""Base class of `LLM` that turns the prompts of a call into requests and waits for their outputs."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from jaxinfer.engine.engine_thread import Lease
+from jaxinfer.engine.request import Request
+from jaxinfer.errors import CapacityError
+from jaxinfer.inputs.input_processor import Params
+from jaxinfer.inputs.prompts import Prompt
+from jaxinfer.llm_base.lifecycle import EngineOwner
+from jaxinfer.outputs import RequestOutput
+from jaxinfer.results.output_processor import Handle
+from jaxinfer.results.progress import Progress, Updates, warn_if_truncated
+
+
+class RequestCalls(EngineOwner):
+    """The steps that all calls of `LLM` share: check all prompts, queue their requests, wait or watch."""
+
+    def _prepare(self, prompts: Any, params: Params, *, streaming: bool = False) -> list[Handle]:
+        """Parse and check all prompts of a call and return their handles, without queueing requests."""
+        self._check_open()
+        return self._handles(self._input_processor.parse(prompts), params, streaming)
+
+    def _prepare_chat(self, messages: Any, params: Params, *, streaming: bool = False, **options: Any) -> list[Handle]:
+        """Render and check all conversations of a `chat` call and return their handles, without queueing requests.
+
+        `options`: keyword arguments of `InputProcessor.render`.
+        """
+        self._check_open()
+        prompts = self._input_processor.render(messages, **options)
+        return self._handles(prompts, self._input_processor.chat_params(params), streaming)
+
+    def _handles(self, prompts: Sequence[Prompt], params: Params, streaming: bool) -> list[Handle]:
+        return self._checked(
+            self._input_processor.requests(prompts, params), prompts, partial(Handle, streaming=streaming)
+        )
+
+    def _checked(
+        self, requests: Sequence[Request], prompts: Sequence[Prompt], follow: Callable[..., Handle]
+    ) -> list[Handle]:
+        self._check_open()
+        self._thread.run(self._check_requests, requests)
+        return [
+            follow(request, prompt.text, self._tokenizer, encoder_text=prompt.encoder_text)
+            for request, prompt in zip(requests, prompts, strict=True)
+        ]
+
+    def _check_requests(self, requests: Sequence[Request]) -> None:
+        for index, request in enumerate(requests):
+            try:
+                self._engine.check(request)
+            except CapacityError as error:
+                raise CapacityError(f"prompt {index}: {error}") from None
+
+    def _queue(self, lease: Lease, handles: Sequence[Handle]) -> None:
+        self._check_open()
+        self._thread.add(lease.call, (handle.request for handle in handles))
+
+    def _finish(self, handles: list[Handle], use_tqdm: bool) -> list[RequestOutput]:
+        """Queue requests, wait for all of them and return their outputs; abort them on an exception."""
+        lease = self._thread.lease()
+        release, call = lease.release, lease.call
+        try:
+            with tqdm(total=len(handles), desc="Processed prompts", disable=not use_tqdm, dynamic_ncols=True) as bar:
+                progress = Progress(bar, handles)  # first, as a request may be aborted as soon as it is queued
+                self._queue(lease, handles)
+                self._thread.drive(call, progress.unfinished, progress.show)
+        finally:
+            release(call)  # must come first, so that an interrupt cannot leave requests running
+        warn_if_truncated(handles)
+        return [handle.output() for handle in handles]
+
+    def _watch(self, handles: list[Handle]) -> Iterator[RequestOutput]:
+        """Queue requests and yield new outputs after each step; abort them if the iterator is closed or fails."""
+        updates = Updates(handles)
+        lease = self._thread.lease()
+        release, call = lease.release, lease.call
+        try:
+            self._queue(lease, handles)
+            while updates.left:
+                self._check_open()
+                self._thread.drive(call, updates.awaited)
+                yield from updates.found
+        finally:
+            release(call)
