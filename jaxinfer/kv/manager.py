@@ -1,11 +1,8 @@
 """Host-side manager of the paged cache: updates the block pool, the prefix index and the block tables together.
 
-Each method either succeeds as a whole or changes nothing. Blocks evicted by a step are collected, and leave the index
-when the step is committed (`take_evicted`). Until then a prefix hit ends before such a block, because the pool no
-longer marks it as published.
-
-The kind of a layer (`kv.spec.Kind`) decides which blocks a sequence needs: blocks before `first_needed` are released,
-and a kind can serve a prefix if all its blocks from there to the prefix's end are cached.
+Each method either succeeds as a whole or changes nothing. The kind of a layer (`kv.spec.Kind`) decides which blocks a
+sequence needs: blocks before `first_needed` are released, and a kind can serve a prefix if all its blocks from there to
+the prefix's end are cached.
 """
 
 from collections.abc import Sequence
@@ -13,21 +10,19 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxinfer.kv import pool as pools
-from jaxinfer.kv import pool_check, prefix_match
-from jaxinfer.kv.cross_cache import NO_ENCODER_INPUT, Encoded, EncodedBlocks, EncodedHit
+from jaxinfer.kv import pool_check
+from jaxinfer.kv.cross_cache import NO_ENCODER_INPUT, EncodedHit
 from jaxinfer.kv.digests import NO_EXTRAS, TOKEN_BYTES, Extras, as_bytes
-from jaxinfer.kv.groups import SINGLE, KindGroups, count, own
+from jaxinfer.kv.groups import SINGLE, KindGroups, count
 from jaxinfer.kv.pool import BlockPool
-from jaxinfer.kv.prefix import PrefixIndex
+from jaxinfer.kv.prefix_cache import PrefixCache
 from jaxinfer.kv.prefix_match import Hit
-from jaxinfer.kv.recurrent import RecurrentStates
-from jaxinfer.kv.spec import Recurrent
 from jaxinfer.kv.tables import Tables
 from jaxinfer.kv.windows import Windows
 
 
-class BlockManager:
-    """Block pool, prefix index and block tables of a paged cache.
+class BlockManager(PrefixCache):
+    """Block tables of a paged cache over its prefix cache.
 
     Args:
         num_blocks: N.
@@ -50,86 +45,20 @@ class BlockManager:
         kinds: Sequence[KindGroups] = SINGLE,
         state_slots: int = 0,
     ):
-        self.pool = BlockPool.create(num_blocks)
-        self.kinds = own(kinds)
-        """Kinds that store the sequences' own positions, as opposed to encoder positions."""
-        self.index = PrefixIndex(block_size, kinds=len(kinds) + 1)
+        super().__init__(
+            num_blocks, rows, block_size, prefix_caching=prefix_caching, kinds=kinds, state_slots=state_slots
+        )
         self.tables = Tables(rows, width, block_size, kinds)
-        self.encoded = EncodedBlocks(kinds, self.index, prefix_caching=prefix_caching)
-        self.states: RecurrentStates | None = None
-        """State slots of recurrent layers; None if the model has none."""
-        if state_slots:
-            self.states = RecurrentStates(state_slots, rows, self.index, num_blocks, snapshots=prefix_caching)
-        self.block_size = block_size
-        self.prefix_caching = prefix_caching
         self.boundaries = np.zeros((2, rows), np.int32)
         """Two prefix ends `[2, rows]` of each row's prompt, in blocks, that other prompts are likely to share: where it
         diverges from earlier prompts, and all but its last token. The windows before these ends are kept in the prefix
         cache."""
         self._groups, self._spans = count(kinds), [kind.span for kind in self.kinds]
-        self._windows = Windows(self.tables, len(self.kinds), self.boundaries)
-        self._evicted: list[np.ndarray] = []
-        self._newly_published: list[int] = []
-
-    @property
-    def pool(self) -> BlockPool:
-        """The current pool. Blocks published since the last access are marked here in one batch."""
-        if self._newly_published:
-            self._pool = pools.publish(self._pool, np.array(self._newly_published, np.int32))
-            self._newly_published = []
-        return self._pool
-
-    @pool.setter
-    def pool(self, pool: BlockPool) -> None:
-        self._pool = pool
-
-    @property
-    def index_version(self) -> int:
-        """Number that changes whenever `lookup` may find another hit: a block is published or evicted."""
-        return self.index.version
-
-    @property
-    def usage(self) -> float:
-        """Share of the blocks that sequences hold; may be read from any thread while a step runs."""
-        return self._pool.state.num_held / self._pool.num_blocks
+        self._windows = Windows(self.tables, len(self.kinds), self.boundaries, self.evict_first)
 
     def blocks_for(self, tokens: int) -> int:
         """Return the logical blocks that hold this many positions."""
         return -(-tokens // self.block_size)
-
-    def digests(
-        self, tokens: np.ndarray, root: bytes, known: Sequence[bytes] = (), extras: Extras = NO_EXTRAS
-    ) -> list[bytes]:
-        """Compute the chained digests of the full blocks of `tokens`; `known` leading ones are not recomputed."""
-        return self.index.chain(tokens, root, known, extras)
-
-    def extend_digests(self, digests: list[bytes], tokens: np.ndarray, root: bytes, extras: Extras = NO_EXTRAS) -> None:
-        """Append the missing digests of the full blocks of `tokens` to `digests`, in place."""
-        self.index.extend(digests, tokens, root, extras)
-
-    def lookup(self, tokens: np.ndarray, digests: Sequence[bytes], root: bytes, extras: Extras = NO_EXTRAS) -> Hit:
-        """Find the longest usable prefix: at most floor((L - 1) / P) blocks, so that at least one token is computed."""
-        if not self.prefix_caching:
-            return prefix_match.nothing(self.kinds, "prefix caching is off")
-        most = max(0, (len(tokens) - 1) // self.block_size)
-        found = self.index.match(digests[:most], tokens, root, extras)
-        kinds = self.kinds
-        if self.states is not None:
-            kinds = *kinds, KindGroups(Recurrent(), count(kinds))
-        return prefix_match.longest(kinds, found, self._are_published, most, self.block_size)
-
-    def _are_published(self, ids: np.ndarray) -> np.ndarray:
-        """Return which of these numbers of the index, blocks and state slots, are published; False for -1."""
-        blocks, states = self.pool.published, self.states
-        if states is None:
-            return blocks[ids] & (ids >= 0)
-        slots = ids - len(blocks)
-        of_blocks, of_slots = blocks[np.where(slots < 0, ids, 0)], states.published[np.maximum(slots, 0)]
-        return np.where(slots < 0, of_blocks, of_slots) & (ids >= 0)
-
-    def lookup_encoded(self, content: Encoded | None) -> EncodedHit:
-        """Find the blocks of an encoder input (None if the sequence has none); all of them or none."""
-        return self.encoded.lookup(content, self.pool.published)
 
     def admit(
         self, row: int, hit: Hit, tokens: int, chunk_end: int | None = None, encoded: EncodedHit = NO_ENCODER_INPUT
@@ -159,7 +88,7 @@ class BlockManager:
             return False
         pool, ids = taken
         self.pool = pools.commit(pool)
-        self._windows.evict_first.drop(shared)
+        self.evict_first.drop(shared)
         *own_ids, read = np.split(ids, np.cumsum(wanted))
         read = self.encoded.take(row, encoded, read)
         table = np.full((self._groups, max(hit.blocks, *ends, read.shape[1])), -1, np.int32)
@@ -275,25 +204,6 @@ class BlockManager:
         # If every holder of a block is about to write it, the first one writes in place.
         return np.delete(shared, first[writers == pool.refs[blocks]])
 
-    def _allocate(self, pool: BlockPool, n: int) -> tuple[BlockPool, np.ndarray] | None:
-        """Allocate n blocks, evicting those marked to go first before other cached ones; None if there are too few."""
-        if n > pool.num_available:
-            return None
-        if self._windows.evict_first and n > pool.num_free:
-            chosen = self._windows.evict_first.take(pool, n - pool.num_free)
-            self._evict(chosen)
-            pool = pools.unpublish(pool, chosen)
-        pool, ids, evicted, _ = pools.allocate(pool, n)
-        self._evict(evicted)
-        self._windows.evict_first.drop(ids)
-        return pool, ids
-
-    def _evict(self, ids: np.ndarray) -> None:
-        """Remember blocks that the pool no longer marks as published; they leave the index with the plan."""
-        if len(ids):
-            self._evicted.append(ids)
-            self.index.mark_changed()
-
     def fork(self, source: int, target: int) -> None:
         """Make row `target` share every block of row `source`; releases the target's own blocks."""
         own = self.tables.of(target)[::-1].copy()
@@ -330,22 +240,6 @@ class BlockManager:
     def resend(self, rows: Sequence[int]) -> None:
         """Send the block tables of these rows to the device again, as a step that sent them was dropped."""
         self.tables.resend(rows)
-
-    def take_evicted(self) -> None:
-        """Remove blocks evicted since the last call from the index, with the other blocks of the same nodes."""
-        ids = list(self._evicted)
-        if self.states is not None:
-            ids += self.states.take_evicted()
-        if ids:
-            self._unpublish(self.index.evict(np.concatenate(ids)))
-        self._evicted.clear()
-
-    def _unpublish(self, ids: list[int]) -> None:
-        blocks = [i for i in ids if i < self._pool.num_blocks]
-        if blocks:
-            self.pool = pools.unpublish(self.pool, blocks)
-        if self.states is not None:
-            self.states.withdraw(ids)
 
     def publish(
         self,
@@ -389,19 +283,6 @@ class BlockManager:
     def publish_encoded(self, row: int) -> None:
         """Enter the blocks of a row's encoder input in the index; the step that fills them must be dispatched."""
         self._newly_published += self.encoded.publish(row)
-
-    def withdraw(self, digests: Sequence[bytes]) -> None:
-        """Remove the blocks with these digests from the index, because their content was found to be bad."""
-        self._unpublish(self.index.withdraw(digests))
-
-    def reset_index(self) -> None:
-        """Unpublish all blocks."""
-        self.index.clear()
-        self._evicted.clear()
-        self._windows.evict_first.clear()
-        self.pool = pools.reset_published(self.pool)
-        if self.states is not None:
-            self.states.reset_published()
 
     def check(self) -> None:
         """Check the invariants of pool, index, tables and states.

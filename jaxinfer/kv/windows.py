@@ -31,13 +31,14 @@ class Windows:
         tables: block tables of the rows.
         kinds: number of kinds that store the sequences' own positions; they are the first ones of the tables.
         boundaries: two prefix ends `[2, rows]` of each row's prompt, in blocks, that other prompts are likely to share.
+        evict_first: takes the blocks that no other prompt is likely to hit.
     """
 
-    def __init__(self, tables: Tables, kinds: int, boundaries: np.ndarray):
+    def __init__(self, tables: Tables, kinds: int, boundaries: np.ndarray, evict_first: EvictFirst):
         self.tables, self.boundaries = tables, boundaries
         self.numbers = [k for k, kind in enumerate(tables.kinds[:kinds]) if not kind.kind.keeps_all]
         """Indices of kinds whose first needed position advances with the sequence."""
-        self.evict_first = EvictFirst()
+        self._evict_first = evict_first
 
     def release(self, pool: BlockPool, rows: np.ndarray, starts: np.ndarray) -> tuple[BlockPool, list[Passed]]:
         """Release blocks that tokens from positions `starts` on no longer read.
@@ -73,7 +74,7 @@ class Windows:
             ends = self.boundaries[:, owners]
             starts = kind.kind.first_block(ends, tables.block_size)
             unshared = ((columns >= ends) | (columns < starts)).all(axis=0)
-            self.evict_first.add(ids[:, unshared].T.ravel().tolist())
+            self._evict_first.add(ids[:, unshared].T.ravel().tolist())
 
     def cached_before(self, pool: BlockPool, index: PrefixIndex, digests: Sequence[bytes]) -> np.ndarray:
         """Return the cached blocks of the windows before a prefix's end; no longer evict them first."""
@@ -81,6 +82,6 @@ class Windows:
         for k in self.numbers:
             start = self.tables.kinds[k].kind.first_block(len(digests), self.tables.block_size)
             ids += [i for node in index.nodes(digests[start:]) for i in node.ids[k]]
-        self.evict_first.drop(ids)
+        self._evict_first.drop(ids)
         window = np.array(ids, np.int32)
         return window[pools.is_cached(pool, window)]
