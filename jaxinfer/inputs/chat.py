@@ -8,8 +8,11 @@ from typing import Any
 
 from jaxinfer._utils.checks import describe
 from jaxinfer.errors import ChatTemplateError
-from jaxinfer.inputs import messages as forms
 from jaxinfer.inputs import templates
+from jaxinfer.inputs.message_parts import open_image
+from jaxinfer.inputs.messages import conversations, images_of
+from jaxinfer.inputs.plain_data import plain
+from jaxinfer.inputs.template_messages import for_template
 
 _RESERVED = frozenset(
     {
@@ -74,9 +77,9 @@ def render_chat(
     given = {"tools": tools, "continue_final_message": continue_final_message or None}
     variables = _variables(chat_template_kwargs, given)
     field = _continued(variables.pop("continue_final_message", None), add_generation_prompt)
-    chats, several = forms.conversations(messages, images=image_marker is not None)
+    chats, several = conversations(messages, images=image_marker is not None)
     source = _template(tokenizer, chat_template, variables["tools"])
-    special = {name: forms.plain(_text(token)) for name, token in tokenizer.special_tokens_map.items()}
+    special = {name: plain(_text(token)) for name, token in tokenizer.special_tokens_map.items()}
     variables = {"add_generation_prompt": add_generation_prompt, **special, **variables}
     takes = functools.partial(
         templates.message_forms,
@@ -85,8 +88,7 @@ def render_chat(
         timeout_s=timeout_s,
     )
     prompts = [
-        templates.render(source, forms.for_template(chat, takes, image_marker), variables, field, timeout_s)
-        for chat in chats
+        templates.render(source, for_template(chat, takes, image_marker), variables, field, timeout_s) for chat in chats
     ]
     return prompts if several else prompts[0]
 
@@ -98,11 +100,8 @@ def chat_images(messages: Any) -> list[list[Any]]:
         ValueError: a data URL does not contain a readable image.
     """
     return [
-        [
-            forms.decoded(image, f"conversation {index}, image {place}")
-            for place, image in enumerate(forms.images_of(chat))
-        ]
-        for index, chat in enumerate(forms.conversations(messages, images=True)[0])
+        [open_image(image, f"conversation {index}, image {place}") for place, image in enumerate(images_of(chat))]
+        for index, chat in enumerate(conversations(messages, images=True)[0])
     ]
 
 
@@ -138,7 +137,7 @@ def _variables(kwargs: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     ):
         raise TypeError(f"documents must be a list of dicts with 'title' and 'text', got {describe(documents)}.")
     try:
-        return forms.plain(made)
+        return plain(made)
     except RecursionError:
         raise ValueError("chat_template_kwargs are nested too deeply, or contain themselves.") from None
 

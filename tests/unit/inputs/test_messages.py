@@ -11,7 +11,7 @@ import pytest
 from support.chat_templates import ALL, PARTS, STRING
 
 from jaxinfer.inputs.chat import chat_images, render_chat
-from jaxinfer.inputs.messages import plain
+from jaxinfer.inputs.plain_data import plain
 
 ARGUMENTS = {"city": "Zürich", "days": [1, 2]}
 
