@@ -6,5 +6,5 @@ from jaxinfer.checkpoint.hf import read_generation_config as read_generation_con
 from jaxinfer.checkpoint.hub import resolve_model as resolve_model
 from jaxinfer.checkpoint.plain_json import read_json as read_json
 from jaxinfer.checkpoint.safetensors import SafetensorsReader as SafetensorsReader
-from jaxinfer.checkpoint.safetensors import TensorInfo as TensorInfo
+from jaxinfer.checkpoint.safetensors_header import TensorInfo as TensorInfo
 from jaxinfer.checkpoint.size_limits import check_sizes as check_sizes

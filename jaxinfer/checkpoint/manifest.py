@@ -18,7 +18,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxinfer.checkpoint.plain_json import read_json
-from jaxinfer.checkpoint.safetensors import DTYPES
+from jaxinfer.checkpoint.safetensors_header import DTYPES
 from jaxinfer.checkpoint.source import Source
 from jaxinfer.errors import CheckpointError, ConfigError
 from jaxinfer.sharding import mesh as meshes

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxinfer.kernels.state import delta, short_conv
+from jaxinfer.kernels.state import delta, delta_chunks, short_conv
 from jaxinfer.kernels.state.slots import DecodeSlots, FullSequences, Segments, StepSegments
 from jaxinfer.kv.spec import State, StateArray
 from jaxinfer.layers.linear import Output
@@ -27,9 +27,9 @@ Rows: TypeAlias = DecodeSlots | Segments | FullSequences
 
 KERNELS: Mapping[type, tuple[Callable[..., Any], Callable[..., Any]]] = {
     DecodeSlots: (short_conv.decode, delta.decode),
-    Segments: (short_conv.prefill, delta.prefill),
+    Segments: (short_conv.prefill, delta_chunks.prefill),
     StepSegments: (short_conv.prefill, delta.prefill_steps),
-    FullSequences: (short_conv.full_sequences, delta.full_sequences),
+    FullSequences: (short_conv.full_sequences, delta_chunks.full_sequences),
 }
 """Convolution and delta-rule kernels for each type of rows."""
 
@@ -99,7 +99,7 @@ def run(
         spec: the layer; the number of local heads is derived from the shapes.
         state: this shard's state.
         rows: state slots the step reads and writes.
-        one_by_one: see `kernels.state.delta.prefill`.
+        one_by_one: see `kernels.state.delta_chunks.prefill`.
 
     Returns:
         `[T, H, Dv]` float32 and the updated state.

@@ -17,7 +17,7 @@ from jaxinfer.checkpoint import orbax, rules
 from jaxinfer.checkpoint.gguf_folder import open_weights
 from jaxinfer.checkpoint.hf import read_config
 from jaxinfer.checkpoint.manifest import NAME, WEIGHTS, Manifest, Stored, files_of, fingerprint
-from jaxinfer.checkpoint.safetensors import DTYPES
+from jaxinfer.checkpoint.safetensors_header import DTYPES
 from jaxinfer.checkpoint.source import Source
 from jaxinfer.checkpoint.weight_table import Rule
 from jaxinfer.errors import CheckpointError

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxinfer.checkpoint.fusing import Layout, fuse, unfuse
-from jaxinfer.checkpoint.safetensors import DTYPES
+from jaxinfer.checkpoint.safetensors_header import DTYPES
 from jaxinfer.checkpoint.source import Source
 from jaxinfer.checkpoint.weight_table import Rule
 from jaxinfer.models.base import Family

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxinfer.checkpoint.safetensors import DTYPES
+from jaxinfer.checkpoint.safetensors_header import DTYPES
 
 
 class Held(NamedTuple):

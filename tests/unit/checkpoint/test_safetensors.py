@@ -11,7 +11,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from jaxinfer.checkpoint.hf import read_config
-from jaxinfer.checkpoint.safetensors import DTYPES, INDEX, SINGLE, SafetensorsReader
+from jaxinfer.checkpoint.safetensors import INDEX, SINGLE, SafetensorsReader
+from jaxinfer.checkpoint.safetensors_header import DTYPES
 from jaxinfer.errors import CheckpointError
 
 

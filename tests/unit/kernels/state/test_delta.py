@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxinfer.kernels.state import delta
+from jaxinfer.kernels.state import delta, delta_chunks
 from jaxinfer.kernels.state.delta import Tokens
 from jaxinfer.kernels.state.slots import DecodeSlots, Segments
 
@@ -19,7 +19,7 @@ STRENGTHS = {"none": 0.0, "weak": 1e-3, "strong": 30.0, "mixed": None}
 """Decay strengths: multipliers of log-decays of about 1; mixed: e^-7 to e^4, a different one per channel."""
 
 _recurrence = jax.jit(delta.recurrence)
-_prefill = {way: jax.jit(partial(delta.prefill, one_by_one=way)) for way in (True, False)}
+_prefill = {way: jax.jit(partial(delta_chunks.prefill, one_by_one=way)) for way in (True, False)}
 _decode = {way: jax.jit(partial(delta.decode, one_by_one=way)) for way in (True, False)}
 ways = pytest.mark.parametrize("one_by_one", [True, False], ids=["one by one", "at once"])
 
