@@ -14,6 +14,7 @@ COMMANDS = {
     "serve": ("jaxinfer.serve.cli", "serve a model over HTTP with the APIs of OpenAI and Anthropic"),
     "generate": ("jaxinfer.commands.generate.cli", "generate from prompts, images or audio files"),
     "chat": ("jaxinfer.commands.chat", "chat with a model in the terminal"),
+    "bench": ("jaxinfer.commands.bench.cli", "measure a model on this machine, or a server"),
     "plan": ("jaxinfer.commands.plan.cli", "print where a model's weights lie and what fits, without loading it"),
 }
 """Subcommands with the module of each, which has `add_arguments(parser)` and `run(parser, args)`, and its help."""

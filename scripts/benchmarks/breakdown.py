@@ -14,8 +14,8 @@ import jax
 from jax.extend.backend import get_backend
 
 from benchmarks.hlo import Operations
-from benchmarks.ours import Online
-from benchmarks.work import Work
+from jaxinfer.commands.bench.ours import Online
+from jaxinfer.commands.bench.work import Work
 
 STEPS = re.compile(r"decode|prefill")
 """Pattern in the names of compiled steps."""

@@ -4,13 +4,13 @@ import argparse
 import json
 from dataclasses import asdict, replace
 
-from benchmarks import trace as traces
-from benchmarks.measure import agreement, alternate
 from benchmarks.report import Report
 from benchmarks.standard import STANDARDS
 from benchmarks.systems import Subject, compare, finish, systems, versions
-from benchmarks.trace import Trace
-from benchmarks.work import Work, random_work
+from jaxinfer.commands.bench import trace as traces
+from jaxinfer.commands.bench.measure import agreement, alternate
+from jaxinfer.commands.bench.trace import Trace
+from jaxinfer.commands.bench.work import Work, random_work
 
 
 def throughput(args: argparse.Namespace, model: Subject) -> Report:
@@ -97,7 +97,7 @@ def work(args: argparse.Namespace, model: Subject) -> Report:
 
 def deterministic(args: argparse.Namespace, model: Subject) -> Report:
     """Measure what deterministic=True costs: the standard workloads with and without it, in turns in one run."""
-    from benchmarks import ours
+    from jaxinfer.commands.bench import ours
 
     works = {name: STANDARDS[name].work(vocab=model.vocab, seed=args.seed, scale=args.scale) for name in args.works}
     report = Report({"command": "deterministic", "scale": args.scale, "repeats": args.repeats})

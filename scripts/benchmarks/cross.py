@@ -23,8 +23,8 @@ from flax import nnx
 from benchmarks.calls import Calls, Layer, cost
 from benchmarks.gpu.projections import SERIAL
 from benchmarks.steptime import BLOCK, Run, greedy, in_turns, timed
-from benchmarks.trace import span
 from jaxinfer import functional
+from jaxinfer.commands.bench.trace import span
 from jaxinfer.functional import DecodeBatch, PrefillBatch, Program
 from jaxinfer.functional.encoder_batch import EncodeBatch, EncodeJob, EncodeShape, encode_batch
 from jaxinfer.kernels.attention.paged import Cache

@@ -7,15 +7,15 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from benchmarks import checkpoint
-from benchmarks import trace as traces
 from benchmarks.blocks import Read
-from benchmarks.measure import alternate
 from benchmarks.report import Report
 from benchmarks.systems import Subject, compare, finish, systems
-from benchmarks.trace import Trace
-from benchmarks.work import Work as Requests
-from benchmarks.work import random_work
 from jaxinfer import LLM, SamplingParams
+from jaxinfer.commands.bench import trace as traces
+from jaxinfer.commands.bench.measure import alternate
+from jaxinfer.commands.bench.trace import Trace
+from jaxinfer.commands.bench.work import Work as Requests
+from jaxinfer.commands.bench.work import random_work
 from jaxinfer.engine.metrics import PREFIX
 
 STARTS = 8

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.trace import Trace
-from benchmarks.work import Work
+from jaxinfer.commands.bench.trace import Trace
+from jaxinfer.commands.bench.work import Work
 
 FOLDER = Path(__file__).parent
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from benchmarks.trace import Trace, first_tokens
-from benchmarks.work import Work
 from jaxinfer import LLM
 from jaxinfer.checkpoint.rules import parameters
+from jaxinfer.commands.bench.trace import Trace, first_tokens
+from jaxinfer.commands.bench.work import Work
 
 
 @dataclass(frozen=True)

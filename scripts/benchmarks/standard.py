@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from benchmarks import trace as traces
-from benchmarks.trace import Trace
-from benchmarks.work import Work, random_work
+from jaxinfer.commands.bench import trace as traces
+from jaxinfer.commands.bench.trace import Trace
+from jaxinfer.commands.bench.work import Work, random_work
 
 
 @dataclass(frozen=True)

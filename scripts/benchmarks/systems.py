@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import agreement
 from benchmarks.peer import Peer
 from benchmarks.report import Report
-from benchmarks.trace import Trace
-from benchmarks.work import Work
+from jaxinfer.commands.bench.measure import agreement
+from jaxinfer.commands.bench.trace import Trace
+from jaxinfer.commands.bench.work import Work
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ def systems(
     args: argparse.Namespace, model: Subject, works: Sequence[Work], *, online: bool = False
 ) -> Iterator[tuple[Any, list[Peer]]]:
     """Yield jaxinfer and the peers with the model loaded; close all of them at exit."""
-    from benchmarks import ours  # imported lazily, after the command line is checked, because it imports jax
+    from jaxinfer.commands.bench import ours  # imported when the command line has been checked: it imports jax
 
     settings = {"max_model_len": max(work.longest for work in works)}
     if online:

@@ -22,10 +22,12 @@ def exit_status(*words: str) -> int:
         return exit.code
 
 
-@pytest.mark.parametrize("command", ["generate", "chat", "plan", "serve"])
+@pytest.mark.parametrize(
+    "command", ["generate", "chat", "plan", "serve", "bench", "bench throughput", "bench latency", "bench serve"]
+)
 def test_help_fits_a_screen(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
-    assert exit_status(command, "--help") == 0
+    assert exit_status(*command.split(), "--help") == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"usage: jaxinfer {command} ") and len(lines) <= 50
 

@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks import checkpoint
 from benchmarks.gpu.context import Context, Figures
 from benchmarks.peer import Peer
-from benchmarks.work import Work, random_work
+from jaxinfer.commands.bench.work import Work, random_work
 
 PEERS = ("hf-static", "hf-cb")
 """Peers: transformers' `generate` with a static cache, which it compiles on a GPU, and its continuous batching."""
@@ -73,7 +73,7 @@ def _peer(context: Context, name: str, folder: Path, work: Work) -> Figures:
 
 
 def _ours(folder: Path, work: Work) -> Figures:
-    from benchmarks.ours import Offline
+    from jaxinfer.commands.bench.ours import Offline
 
     system = Offline(folder, {"max_model_len": work.longest, "max_num_seqs": len(work.prompts)})
     first = system.run(work).seconds

@@ -13,8 +13,10 @@ import pytest
 SCRIPTS = Path(__file__).resolve().parents[3] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
-from benchmarks import measure, peer
+from benchmarks import peer
 from benchmarks.cli import main
+
+from jaxinfer.commands.bench import measure
 
 SIZES = {
     "hidden_size": 32,

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from benchmarks import checkpoint, commands, measure, trace
+from benchmarks import checkpoint, commands
 from benchmarks.peer import Peer
 from benchmarks.report import Report
-from benchmarks.trace import Trace
-from benchmarks.work import Work, random_work
 
 from jaxinfer.checkpoint import SafetensorsReader
+from jaxinfer.commands.bench import measure, trace
+from jaxinfer.commands.bench.trace import Trace
+from jaxinfer.commands.bench.work import Work, random_work
 
 pytestmark = pytest.mark.xdist_group("bench")
 

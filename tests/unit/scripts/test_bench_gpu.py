@@ -16,10 +16,10 @@ from benchmarks.gpu import attention, cli, compiled, engines, growth, models, re
 from benchmarks.gpu.context import Context, bandwidth_shares
 from benchmarks.gpu.rows import ROWS, Goal, Row
 from benchmarks.peer import Peer
-from benchmarks.work import random_work
 from jax.profiler import ProfileData
 from support.lowering import require_cuda_compiler
 
+from jaxinfer.commands.bench.work import random_work
 from jaxinfer.kernels.attention import paged
 from jaxinfer.kernels.attention.paged import DecodeRows, KVCache, Scoring, Slots
 from jaxinfer.loading import weights as loading

@@ -11,10 +11,10 @@ import jax
 import pytest
 from benchmarks import breakdown, checkpoint, growth, hlo, hosttime, machine, placed, pooltime, shares, start
 from benchmarks.shares import Costs
-from benchmarks.trace import Trace
-from benchmarks.work import Work
 
 from jaxinfer import LLM
+from jaxinfer.commands.bench.trace import Trace
+from jaxinfer.commands.bench.work import Work
 
 pytestmark = pytest.mark.xdist_group("bench")
 

@@ -5,11 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from benchmarks import standard, trace
+from benchmarks import standard
 from benchmarks.peer import Peer
 from benchmarks.standard import STANDARDS
-from benchmarks.trace import Trace
-from benchmarks.work import Work
+
+from jaxinfer.commands.bench import trace
+from jaxinfer.commands.bench.trace import Trace
+from jaxinfer.commands.bench.work import Work
 
 pytestmark = pytest.mark.xdist_group("bench")
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.work import Work
+from jaxinfer.commands.bench.work import Work
 
 
 @dataclass(frozen=True)

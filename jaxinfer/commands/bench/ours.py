@@ -5,11 +5,12 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-from benchmarks.trace import Trace
-from benchmarks.work import Work
-from jaxinfer import LLM, SamplingParams
+from jaxinfer.commands.bench.trace import Trace
+from jaxinfer.commands.bench.work import Work
 from jaxinfer.engine.metrics import PREFIX
 from jaxinfer.engine.request import Request
+from jaxinfer.llm import LLM
+from jaxinfer.sampling_params import SamplingParams
 
 
 class Offline:
@@ -17,7 +18,7 @@ class Offline:
 
     name = "jaxinfer"
 
-    def __init__(self, folder: Path, settings: dict[str, Any]):
+    def __init__(self, folder: Path | str, settings: dict[str, Any]):
         self.settings = settings
         self.llm = LLM(folder, skip_tokenizer_init=True, use_tqdm=False, **settings)
 

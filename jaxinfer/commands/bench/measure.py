@@ -3,10 +3,10 @@
 import sys
 import time
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
-from benchmarks.trace import Trace
-from benchmarks.work import Work
+from jaxinfer.commands.bench.trace import Trace
+from jaxinfer.commands.bench.work import Work
 
 PAUSE = 0.3
 """Pause in seconds between passes of different systems, because idle thread pools spin for a while."""
@@ -14,6 +14,7 @@ SETTLING = 5
 """Maximum repetitions of a pass in which something was compiled."""
 
 
+@runtime_checkable
 class System(Protocol):
     """System under measurement."""
 
@@ -24,6 +25,7 @@ class System(Protocol):
         ...
 
 
+@runtime_checkable
 class Ours(System, Protocol):
     """jaxinfer under measurement."""
 

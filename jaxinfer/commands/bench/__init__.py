@@ -1,0 +1,1 @@
+"""`jaxinfer bench`: throughput and latency of a model on this machine, and of a server over HTTP."""
