@@ -16,7 +16,8 @@ from flax import nnx
 
 from jaxinfer.errors import ConfigError
 from jaxinfer.functional.batch import PrefillBatch, tile_count
-from jaxinfer.functional.program import Program, abstract_cache, prefill_hidden, split
+from jaxinfer.functional.forward import prefill_hidden
+from jaxinfer.functional.program import Program, abstract_cache, split
 from jaxinfer.kernels.attention.paged import Cache
 from jaxinfer.kernels.state.slots import StepSegments
 from jaxinfer.models.base import LanguageModel

@@ -1,6 +1,6 @@
 """Convert the tokens of a request to user-facing outputs: text, log-probabilities, deltas and final results."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -10,122 +10,13 @@ from jaxinfer.engine.request import Request, Sequence, Status
 from jaxinfer.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from jaxinfer.results.detokenizer import Detokenizer
 from jaxinfer.results.logprobs import Likely, LogprobTable
+from jaxinfer.results.sequence_output import SequenceOutput
 from jaxinfer.results.stop_strings import StopStrings
 from jaxinfer.results.text_stream import TextStream
 from jaxinfer.sampling_params import RequestOutputKind
 
 _stops = lru_cache(maxsize=16)(StopStrings)
 """Build the automaton for `SamplingParams.stop`, cached because most requests of a call share it."""
-
-
-class Sample:
-    """Output of one sequence: its text so far, and how much of it earlier deltas contained."""
-
-    def __init__(self, sequence: Sequence, stream: Callable[[], TextStream] | None, table: Callable[[], LogprobTable]):
-        """Track a sequence.
-
-        Args:
-            sequence: engine sequence.
-            stream: creates its text stream, on first use; None for an output without text.
-            table: creates its log-probability table, on first use.
-        """
-        self.sequence, self._new_stream, self._new_table = sequence, stream, table
-        self._taken = 0
-        """Number of tokens passed to the text stream."""
-        self._hides_last = False
-        """Whether the last token ended the sequence and is not part of the text."""
-        self._flushed = False
-        self._fresh: list[str] = []
-        """Text since the last delta."""
-        self._token_ids: list[int] = []
-        self._logprobs: list[Mapping[int, Logprob]] = []
-        self._listed = 0
-        """Number of tokens whose log-probabilities are in earlier deltas or in `_logprobs`."""
-        self.given = 0
-        """Number of tokens in updates so far."""
-        self.ended = False
-        """Whether an update has reported the end of the sequence."""
-
-    @cached_property
-    def _text(self) -> TextStream | None:
-        return None if self._new_stream is None else self._new_stream()
-
-    @cached_property
-    def _table(self) -> LogprobTable:
-        return self._new_table()
-
-    @property
-    def text(self) -> str:
-        """Whole text of the sequence so far."""
-        return "" if self._text is None else self._text.text
-
-    @property
-    def token_ids(self) -> list[int]:
-        """All output tokens so far."""
-        self._token_ids += self.sequence.output_ids[len(self._token_ids) :].tolist()
-        return self._token_ids.copy()
-
-    @property
-    def matched(self) -> str | None:
-        """Stop string that ended the sequence; None if none did."""
-        return None if self._text is None else self._text.matched
-
-    def take(self, reason: str | None) -> None:
-        """Pass new tokens to the text stream; flush held-back text if the sequence ends with them.
-
-        Args:
-            reason: finish reason of the sequence at the last token, stop strings aside; None if it continues. With
-                "stop", a stop token at the end is left out of the text unless `include_stop_str_in_output` is set.
-                A complete structure ends with a token of its own, which stays.
-        """
-        request = self.sequence.request
-        tokens = self.sequence.output_ids[self._taken :].tolist()
-        self._taken += len(tokens)
-        self._hides_last = reason == "stop" and not request.params.include_stop_str_in_output
-        if self._hides_last and request.grammar is not None:
-            self._hides_last = bool(tokens) and tokens[-1] in request.stop_ids
-        ending = tokens.pop() if self._hides_last and tokens else None
-        self._fresh.append(self._text.push(tokens))
-        if ending is not None:
-            self._fresh.append(self._text.end(ending))
-        if reason is not None:
-            self._flush()
-
-    def settle(self) -> None:
-        """If the sequence has finished, process tokens not seen through `on_token` and flush held-back text."""
-        if self._text is None or self._flushed or self.sequence.status is not Status.FINISHED:
-            return
-        if self._taken < self.sequence.made:
-            self.take(self.sequence.finish_reason)
-        else:
-            self._flush()
-
-    def _flush(self) -> None:
-        if not self._flushed:
-            self._fresh.append(self._text.finish())
-            self._flushed = True
-
-    def take_fresh(self) -> str:
-        """Return the text since the last call."""
-        text = "".join(self._fresh)
-        self._fresh.clear()
-        return text
-
-    def fresh_logprobs(self) -> list[Mapping[int, Logprob]]:
-        """Return the log-probability tables of the tokens since the last call."""
-        sequence, start = self.sequence, self._listed
-        tokens, ended = sequence.output_ids[start:].tolist(), sequence.status is Status.FINISHED
-        rows = []
-        for left, token, entry in zip(range(len(tokens), 0, -1), tokens, sequence.logprobs[start:], strict=True):
-            last = ended and left == 1
-            rows.append(self._table.row(token, Likely(*entry), last=last, in_text=not (last and self._hides_last)))
-        self._listed += len(rows)
-        return rows
-
-    def logprobs(self) -> list[Mapping[int, Logprob]]:
-        """Return the log-probability tables of all output tokens."""
-        self._logprobs += self.fresh_logprobs()
-        return self._logprobs.copy()
 
 
 class Handle:
@@ -155,9 +46,9 @@ class Handle:
         return self._tokenizer is not None and self.request.params.detokenize
 
     @cached_property
-    def _samples(self) -> list[Sample]:
+    def _samples(self) -> list[SequenceOutput]:
         stream = self._stream if self._makes_text else None
-        return [Sample(sequence, stream, self._output_table) for sequence in self.request.sequences]
+        return [SequenceOutput(sequence, stream, self._output_table) for sequence in self.request.sequences]
 
     @cached_property
     def _prompt_logprobs(self) -> list[Mapping[int, Logprob] | None]:
@@ -240,7 +131,7 @@ class Handle:
             num_cached_tokens=request.cached_tokens,
         )
 
-    def _completion(self, sample: Sample, *, delta: bool = False) -> CompletionOutput:
+    def _completion(self, sample: SequenceOutput, *, delta: bool = False) -> CompletionOutput:
         sample.settle()
         sequence, logprobs = sample.sequence, None
         if self.request.params.logprobs is not None:
