@@ -15,13 +15,14 @@ from jaxinfer.errors import ConfigError, EngineClosedError
 from jaxinfer.functional.deterministic import StepShape
 from jaxinfer.inputs.input_processor import Params
 from jaxinfer.llm_base.transcription import TranscriptionCalls
+from jaxinfer.llm_base.views import Views
 from jaxinfer.llm_base.weights import WeightsAndPauses
 from jaxinfer.outputs import RequestOutput
 from jaxinfer.results.output_processor import BeamHandle
 from jaxinfer.sampling_params import SamplingParams
 
 
-class LLM(TranscriptionCalls, WeightsAndPauses):
+class LLM(TranscriptionCalls, WeightsAndPauses, Views):
     """A language model with its inference engine; methods may be called from several threads.
 
     Args:

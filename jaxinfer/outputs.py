@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+from jaxinfer._utils.html import element, table
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -165,7 +167,56 @@ class RequestOutput:
         else:
             body = _coloured(self.prompt_token_ids, self.prompt_logprobs)
         samples = "".join(output._repr_html_() for output in self.outputs)
-        return f"<div>{_small(head)}{_block(body, colour='#777')}{samples}</div>"
+        return f"<div>{_small(head)}{_block(body, dim=True)}{samples}</div>"
+
+
+class RequestOutputs(list):
+    """List of `RequestOutput`: a plain list that shows itself as a table in notebooks."""
+
+    def __getitem__(self, index: Any) -> Any:
+        found = super().__getitem__(index)
+        return RequestOutputs(found) if isinstance(index, slice) else found
+
+    def __repr__(self) -> str:
+        lines = [
+            f"[{place}] {_short(_prompt(output), 50)} -> {', '.join(_short(s.text or _ids(s), 70) for s in samples)}"
+            for place, output, samples in self._shown()
+        ]
+        more = [f"and {len(self) - SHOWN} more"] if len(self) > SHOWN else []
+        return "\n".join([f"{len(self)} output{'' if len(self) == 1 else 's'}", *lines, *more])
+
+    def _shown(self) -> Iterator[tuple[int, RequestOutput, Sequence[CompletionOutput]]]:
+        for place, output in enumerate(self[:SHOWN]):
+            yield place, output, output.outputs[:SHOWN_SAMPLES]
+
+    def _repr_html_(self) -> str:
+        rows = []
+        for place, output, samples in self._shown():
+            state = f"{len(output.prompt_token_ids)} tokens, {output.num_cached_tokens} cached"
+            for number, sample in enumerate(samples):
+                prompt = (place, _cut(_prompt(output)), state) if not number else ("", "", "")
+                done = sample.finish_reason or "running"
+                rows.append((*prompt, _cut(sample.text or _ids(sample)), f"{len(sample.token_ids)} tokens, {done}"))
+            if len(output.outputs) > len(samples):
+                rows.append(("", "", "", f"and {len(output.outputs) - len(samples)} more samples", ""))
+        more = f'<p class="dim">and {len(self) - SHOWN} more outputs</p>' if len(self) > SHOWN else ""
+        return element(table(["", "prompt", "", "output", ""], rows), more)
+
+
+SHOWN, SHOWN_SAMPLES = 20, 8
+"""Number of outputs of a list, and of samples of each, that are shown."""
+
+
+def _prompt(output: RequestOutput) -> str:
+    return " ".join(map(str, output.prompt_token_ids)) if output.prompt is None else output.prompt
+
+
+def _ids(sample: CompletionOutput) -> str:
+    return " ".join(map(str, sample.token_ids))
+
+
+def _cut(text: str, most: int = 300) -> str:
+    return text if len(text) <= most else f"{text[:most]}… ({len(text):,} characters)"
 
 
 def _short(text: str | None, most: int = 60) -> str:
@@ -175,11 +226,11 @@ def _short(text: str | None, most: int = 60) -> str:
 
 
 def _small(head: str) -> str:
-    return f"<div style='font-size:85%;color:#777'>{head}</div>"
+    return f"<div style='font-size:85%;opacity:.68'>{head}</div>"
 
 
-def _block(body: str, colour: str = "inherit") -> str:
-    style = f"white-space:pre-wrap;font-family:monospace;margin:2px 0 8px 0;color:{colour}"
+def _block(body: str, *, dim: bool = False) -> str:
+    style = f"white-space:pre-wrap;font-family:monospace;margin:2px 0 8px 0;opacity:{0.75 if dim else 1}"
     return f"<div style='{style}'>{body}</div>"
 
 

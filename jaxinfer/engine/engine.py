@@ -10,6 +10,7 @@ from jaxinfer.engine.beam_search import branching
 from jaxinfer.engine.control import EngineControl
 from jaxinfer.engine.metrics import Metric, Metrics
 from jaxinfer.engine.plan import Plan
+from jaxinfer.engine.recorder import Recorder
 from jaxinfer.engine.request import Request, Sequence, Status
 from jaxinfer.engine.runner.batch import spans, wants_prompt_logprobs
 from jaxinfer.engine.runner.multi_step import MultiStep
@@ -48,6 +49,8 @@ class Engine:
         self.capacity = Capacity(runner, settings)
         self.requests: dict[str, Request] = {}
         self.metrics = Metrics(settings.log_interval)
+        self.recorder: Recorder | None = None
+        """Event log of the steps while a recording runs (`LLM.start_recording`)."""
         self._multi_step = MultiStep(settings.decode_steps)
         self._flight: Flight | None = None
         """The step that was dispatched last, until its tokens are read."""
@@ -490,6 +493,7 @@ class Engine:
             self._commit(self._take_flight())
         except Exception as error:
             self._start_over(error)
+        self._record(Plan())
         return not self.has_work
 
     def reset_prefix_cache(self) -> None:
@@ -516,9 +520,23 @@ class Engine:
         self.metrics.count_step(plan)
         self.metrics.counters["num_preemptions"] = self.scheduler.preempted
         self.metrics.maybe_log(self.scheduler.rows_in_use, len(self.scheduler.waiting), self.manager.usage)
+        self._record(plan)
         if self.settings.check_invariants:
             self.manager.check()
             self.scheduler.encoder_cache.check()
+
+    def _record(self, plan: Plan) -> None:
+        """Append a plan that was just dispatched, or an empty one, to the recording if there is one."""
+        if self.recorder is None:
+            return
+        try:
+            if self._held is not None:
+                self.recorder.wait(time.monotonic())
+            else:
+                self.recorder.observe(self.scheduler, plan, self._flight.started if plan else time.monotonic())
+        except Exception:  # a view of the engine must not end requests
+            log.exception("the recording failed and is switched off")
+            self.recorder = None
 
     def readings(self) -> list[Metric]:
         """Return the current value of every metric; may be called from any thread while a step runs."""

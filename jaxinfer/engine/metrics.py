@@ -26,6 +26,8 @@ COUNTERS = (
 )
 SUCCESS = "request_success"
 """Counter of finished requests by their finish reason."""
+LOOKUPS = "prefix_cache_lookups"
+"""Counter of requests by why no more of their prompt was found in the prefix cache; "complete" is no miss."""
 
 
 @dataclass
@@ -66,6 +68,7 @@ class Metrics:
     def __init__(self, interval: float):
         self.counters = dict.fromkeys(COUNTERS, 0)
         self.success: dict[str, int] = {}
+        self.lookups: dict[str, int] = {}
         self.histograms = {
             name: Histogram(SECONDS)
             for name in (
@@ -102,6 +105,8 @@ class Metrics:
         self.add("prefix_cache_queries", len(request.prompt))
         self.add("prefix_cache_hits", request.cached_tokens)
         self.add("prompt_tokens_cached", request.cached_tokens)
+        if request.miss_reason is not None:
+            self.lookups[request.miss_reason] = self.lookups.get(request.miss_reason, 0) + 1
 
     def count_inputs(self, plan: Plan) -> None:
         """Count the encoder inputs of a plan: encoded ones and cache hits."""
@@ -127,6 +132,7 @@ class Metrics:
         """Return all metrics, in the form of `LLM.get_metrics`."""
         rows = [Metric(PREFIX + name, value) for name, value in (gauges | self.counters).items()]
         rows += [Metric(PREFIX + SUCCESS, n, (("finished_reason", r),)) for r, n in dict(self.success).items()]
+        rows += [Metric(PREFIX + LOOKUPS, n, (("reason", r),)) for r, n in dict(self.lookups).items()]
         return rows + [Metric(PREFIX + name, histogram.copy()) for name, histogram in self.histograms.items()]
 
     def maybe_log(self, running: int, waiting: int, usage: float) -> None:

@@ -129,6 +129,14 @@ class RowManager:
         """Share of the blocks that are reserved for rows in use."""
         return self.pool.num_held / self.pool.num_blocks
 
+    def blocks_of(self, row: int) -> np.ndarray:
+        """Return the ids of all blocks that are reserved for a row in use, in every group."""
+        return self.regions.tables(np.array([row]), self.regions.width).ravel()
+
+    def cached_blocks(self) -> np.ndarray:
+        """Return no ids: nothing is cached."""
+        return np.empty(0, np.int32)
+
     def lookup(self, *_: Any) -> Hit:
         """Return an empty hit: the contiguous cache has no prefix cache."""
         return prefix_match.nothing(self.kinds, NO_PREFIXES)

@@ -43,6 +43,14 @@ class CacheManager(Protocol):
         """Share of the blocks in use; may be read from any thread while a step runs."""
         ...
 
+    def blocks_of(self, row: int) -> np.ndarray:
+        """Return the ids of all blocks that a row in use holds."""
+        ...
+
+    def cached_blocks(self) -> np.ndarray:
+        """Return the ids of the blocks that no row holds and that keep a prefix."""
+        ...
+
     def lookup(self, tokens: np.ndarray, digests: Sequence[bytes], root: bytes, extras: Extras) -> Hit:
         """Find the longest usable cached prefix."""
         ...

@@ -56,6 +56,15 @@ class BlockManager(PrefixCache):
         self._groups, self._spans = count(kinds), [kind.span for kind in self.kinds]
         self._windows = Windows(self.tables, len(self.kinds), self.boundaries, self.evict_first)
 
+    def blocks_of(self, row: int) -> np.ndarray:
+        """Return the ids of all blocks that a row holds, in every group."""
+        return self.tables.of(row)
+
+    def cached_blocks(self) -> np.ndarray:
+        """Return the ids of the blocks that no row holds and that keep a prefix, in any order. Costs O(N)."""
+        pool = self.pool
+        return np.flatnonzero(pool.published & (pool.refs == 0))
+
     def blocks_for(self, tokens: int) -> int:
         """Return the logical blocks that hold this many positions."""
         return -(-tokens // self.block_size)

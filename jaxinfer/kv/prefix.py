@@ -16,7 +16,7 @@ commits a step. sha256 is the same in every process, unlike Python's `hash`.
 
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -118,6 +118,10 @@ class PrefixIndex:
     def nodes(self, digests: Sequence[bytes]) -> list[Node]:
         """Return the nodes of those of these digests that are in the index."""
         return [self._nodes[digest] for digest in digests if digest in self._nodes]
+
+    def all_nodes(self) -> Iterable[Node]:
+        """Return all nodes, in the order in which they were entered."""
+        return self._nodes.values()
 
     def insert(
         self,

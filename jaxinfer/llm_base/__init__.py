@@ -1,1 +1,1 @@
-"""Base classes of `LLM`: its lifecycle, the requests of a call, and methods for people who train."""
+"""Base classes of `LLM`: its lifecycle, the requests of a call, methods for people who train, and pictures."""

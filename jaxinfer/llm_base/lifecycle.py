@@ -43,6 +43,7 @@ class EngineOwner:
         **settings: Any,
     ):
         self._closed = False
+        self._name = type(model).__name__ if isinstance(model, nnx.Module) else str(model)
         if mesh is not None and not isinstance(mesh, Mesh):
             raise TypeError(f"mesh must be a jax.sharding.Mesh, got {type(mesh).__name__}")
         self._group = distributed.join(mesh, settings.get("peer_timeout"))

@@ -12,7 +12,7 @@ from jaxinfer.errors import CapacityError
 from jaxinfer.inputs.input_processor import Params
 from jaxinfer.inputs.prompts import Prompt
 from jaxinfer.llm_base.lifecycle import EngineOwner
-from jaxinfer.outputs import RequestOutput
+from jaxinfer.outputs import RequestOutput, RequestOutputs
 from jaxinfer.results.output_processor import Handle
 from jaxinfer.results.progress import Progress, Updates, warn_if_truncated
 
@@ -72,7 +72,7 @@ class RequestCalls(EngineOwner):
         finally:
             release(call)  # must come first, so that an interrupt cannot leave requests running
         warn_if_truncated(handles)
-        return [handle.output() for handle in handles]
+        return RequestOutputs(handle.output() for handle in handles)
 
     def _watch(self, handles: list[Handle]) -> Iterator[RequestOutput]:
         """Queue requests and yield new outputs after each step; abort them if the iterator is closed or fails."""

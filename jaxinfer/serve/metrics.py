@@ -8,7 +8,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from starlette.requests import Request
 from starlette.responses import Response
 
-from jaxinfer.engine.metrics import COUNTERS, SUCCESS, Histogram
+from jaxinfer.engine.metrics import COUNTERS, LOOKUPS, SUCCESS, Histogram
 from jaxinfer.serve.context import Context, of
 
 MODEL = "model_name"
@@ -42,7 +42,7 @@ def _family(name: str, value: float | Histogram, labels: list[str]) -> Metric:
     text = name.split(":", 1)[1].replace("_", " ")
     if isinstance(value, Histogram):
         return HistogramMetricFamily(name, text, labels=labels)
-    kind = CounterMetricFamily if name.split(":", 1)[1] in (*COUNTERS, SUCCESS) else GaugeMetricFamily
+    kind = CounterMetricFamily if name.split(":", 1)[1] in (*COUNTERS, SUCCESS, LOOKUPS) else GaugeMetricFamily
     return kind(name, text, labels=labels)
 
 

@@ -3,27 +3,17 @@
 from collections.abc import Iterator
 from html import escape
 
+from jaxinfer._utils import html
 from jaxinfer._utils.units import size_text
 from jaxinfer.sharding.collectives import DECODE, PREFILL, STEPS, TOKEN
 from jaxinfer.sharding.placement_rows import REPLICATION_NOTE, Placed, Row
 from jaxinfer.sharding.placement_tree import Node, tree
 
-# Only marks are colored and lines are translucent: text and background are the notebook's, in light and dark mode.
+# A module's tree beside what all objects have (`_utils.html`).
 STYLE = """
-.jxp{--shard:#4a8cf7;--copy:#ee9a2f;--cache:#3fae7b;--line:rgba(128,128,128,.28);--soft:rgba(128,128,128,.12);
- font:13px/1.45 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;max-width:1080px;color:inherit;text-align:left}
-.jxp *{box-sizing:border-box}
-.jxp code{font:12px/1.4 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;background:none;color:inherit;padding:0}
-.jxp h4{font-size:16px;margin:0;font-weight:600}.jxp p{margin:3px 0}.jxp .dim{opacity:.68}
-.jxp .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(140px,1fr));gap:8px;margin:12px 0}
-.jxp .tile{border:1px solid var(--line);border-radius:8px;padding:8px 12px}
-.jxp .tile b{display:block;font-size:17px;font-weight:600;font-variant-numeric:tabular-nums}
-.jxp .bar{display:flex;height:10px;border-radius:5px;background:var(--soft);overflow:hidden;width:100%}
-.jxp .bar i{height:100%;flex:none;min-width:1px}.jxp .device{height:20px;border-radius:6px;margin:5px 0 6px}
+.jxp{--shard:#4a8cf7;--copy:#ee9a2f;--cache:#3fae7b;}
 .jxp .s{background:var(--shard)}.jxp .c{background:var(--copy)}.jxp .k{background:var(--cache)}
 .jxp .t{background:currentColor;opacity:.4}
-.jxp .key>span{margin-right:18px;white-space:nowrap}
-.jxp .key i{display:inline-block;width:10px;height:10px;border-radius:3px;margin-right:6px}
 .jxp .tree{border-top:1px solid var(--line);margin:14px 0 8px}
 .jxp .row{display:grid;grid-template-columns:minmax(230px,1fr) 92px 140px 140px 150px;gap:12px;align-items:center;
  padding:4px 8px;border-bottom:1px solid var(--line)}
@@ -34,7 +24,6 @@ STYLE = """
 .jxp summary .n::before{content:"\\25b8";opacity:.6;width:.9em;flex:none}
 .jxp details[open]>summary .n::before{content:"\\25be"}
 .jxp .leaf .n::before{content:"";width:.9em;flex:none}
-.jxp .num{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 .jxp .num small,.jxp .n small{opacity:.68;font-size:11px;white-space:nowrap}
 .jxp .tag{justify-self:start;font-size:11px;line-height:1;padding:4px 9px 4px 8px;border-radius:9px;
  background:var(--soft);white-space:nowrap}
@@ -54,9 +43,13 @@ def render(plan: Placed) -> str:
         '<span></span><span class="num">in each step</span></div>'
     )
     body = "".join(_node(child, plan, 0, 1, root.device_bytes) for child in root.children)
-    return (
-        f'<div class="jxp"><style>{STYLE}</style>{_title(plan)}{_tiles(plan)}{_device(plan)}'
-        f'<div class="tree">{head}{body}</div><p class="note">{escape(REPLICATION_NOTE)}</p></div>'
+    return html.element(
+        _title(plan),
+        _tiles(plan),
+        _device(plan),
+        f'<div class="tree">{head}{body}</div><p class="note">{escape(REPLICATION_NOTE)}</p>',
+        style=STYLE,
+        name="jxp",
     )
 
 
@@ -115,10 +108,7 @@ def _tiles(plan: Placed) -> str:
         tiles.append((f"{plan.cache.sequences:,}", "sequences run at a time at most, as many as states fit"))
     if plan.tokens is not None:
         tiles.append((f"{plan.tokens:,}", f"tokens fit beside the weights in {size_text(plan.memory or 0)}"))
-    made = "".join(
-        f'<div class="tile"><b>{escape(big)}</b><span class="dim">{escape(small)}</span></div>' for big, small in tiles
-    )
-    return f'<div class="tiles">{made}</div>'
+    return html.tiles(tiles)
 
 
 def _device(plan: Placed) -> str:
@@ -138,7 +128,7 @@ def _device(plan: Placed) -> str:
         for kind, size, what in parts
     )
     where = "the device" if plan.devices == 1 else f"each of the {plan.devices} devices, all with the same"
-    return f'<p class="dim">On {where}</p><div class="bar device">{bars}</div><p class="key">{keys}</p>'
+    return f'<p class="dim">On {where}</p><div class="bar wide">{bars}</div><p class="key">{keys}</p>'
 
 
 def _node(node: Node, plan: Placed, depth: int, times: int, whole: int) -> str:

@@ -19,7 +19,7 @@ TIERS = (
     {"errors", "_utils"},
     {"distributed", "sharding", "structured_outputs"},
     {"kernels", "outputs", "sampling_params", "config", "demo"},
-    {"beam_params", "kv"},
+    {"beam_params", "kv", "recording"},
     {"layers"},
     {"checkpoint"},
     {"media"},

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from jaxinfer._utils import html
 from jaxinfer._utils.units import size_text
 from jaxinfer.config import EngineConfig
 from jaxinfer.engine.runner.buckets import copy_widths, encode_shape, largest_buckets, mixed_bucket
@@ -23,6 +24,7 @@ from jaxinfer.engine.runner.steps import Shapes, abstract_cache, abstract_edits,
 from jaxinfer.engine.runner.warmup import default_threads
 from jaxinfer.errors import CapacityError, ConfigError
 from jaxinfer.functional import Program
+from jaxinfer.recording import palette
 from jaxinfer.sharding import Mesh, placement
 from jaxinfer.sharding import mesh as meshes
 
@@ -89,7 +91,7 @@ class DeviceMemory:
         return Budget(max(0, self.left - (temporaries or 0) - arrays) * devices, source, REMEDY)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MemoryUse:
     """Bytes in use on each device, by purpose."""
 
@@ -108,6 +110,29 @@ class MemoryUse:
     def total(self) -> int:
         """Sum of all uses."""
         return self.weights + self.cache + self.arrays + (self.temporaries or 0) + self.other
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Bytes by purpose, those that are known."""
+        parts = {"weights": self.weights, "cache": self.cache, "arrays of sampler and encoders": self.arrays}
+        if self.temporaries is not None:
+            parts["temporaries of steps"] = self.temporaries
+        return parts | {"other use": self.other} if self.other else parts
+
+    def __str__(self) -> str:
+        text = ", ".join(f"{name} {size_text(size)}" for name, size in self.parts.items())
+        limit = "" if self.limit is None else f" of {size_text(self.limit)}"
+        return f"memory of a device: {text}; {size_text(self.total)}{limit}"
+
+    def __repr__(self) -> str:
+        return f"MemoryUse({self})"
+
+    def _repr_html_(self) -> str:
+        sizes = zip(palette.OWNERS, self.parts.items())
+        parts = [(colour, size, f"{name}: {size_text(size)}") for colour, (name, size) in sizes]
+        limit = "" if self.limit is None else f" of {size_text(self.limit)}"
+        head = f'<p class="dim">Memory of a device: {size_text(self.total)}{limit}</p>'
+        return html.element(head, html.bar(parts, self.limit or self.total))
 
     def gauges(self) -> dict[str, float]:
         """Return the known sizes by the names of metrics."""

@@ -39,7 +39,7 @@ def report(
         _contiguous(shapes, longest, sizes)
     else:
         _paged(shapes, longest, sizes)
-    log.info("%s", _memory_text(use))
+    log.info("%s", use)
 
 
 def _contiguous(shapes: Shapes, longest: int, sizes: tuple[str, str, str]) -> None:
@@ -83,15 +83,3 @@ def _states(program: Program, config: EngineConfig, shapes: Shapes) -> int:
         config.snapshot_memory_fraction,
     )
     return shapes.state_slots * each
-
-
-def _memory_text(use: MemoryUse) -> str:
-    """Format the memory use of a device."""
-    parts = {"weights": use.weights, "cache": use.cache, "arrays of sampler and encoders": use.arrays}
-    if use.temporaries is not None:
-        parts["temporaries of steps"] = use.temporaries
-    if use.other:
-        parts["other use"] = use.other
-    text = ", ".join(f"{name} {size_text(size)}" for name, size in parts.items())
-    limit = "" if use.limit is None else f" of {size_text(use.limit)}"
-    return f"memory of a device: {text}; {size_text(use.total)}{limit}"
