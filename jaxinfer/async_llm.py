@@ -17,6 +17,9 @@ from jaxinfer.llm import LLM
 from jaxinfer.loading.update import WeightUpdate
 from jaxinfer.models.whisper.transcription import Transcript, begin
 from jaxinfer.outputs import RequestOutput
+from jaxinfer.recording.cache_state import CacheState
+from jaxinfer.recording.events import MAX_STEPS
+from jaxinfer.recording.recording import Recording
 from jaxinfer.results.output_processor import Handle
 from jaxinfer.results.output_streams import OutputStream, StreamHub
 from jaxinfer.sampling_params import RequestOutputKind, SamplingParams
@@ -251,6 +254,22 @@ class AsyncLLM:
     def get_metrics(self) -> list[Metric]:
         """Return current counters, gauges and histograms without waiting for a running or compiling step."""
         return self._llm.get_metrics()
+
+    async def start_recording(self, *, max_steps: int = MAX_STEPS) -> None:
+        """Record the engine's steps from now on; arguments and errors are those of `LLM.start_recording`."""
+        await self._apart(self._llm.start_recording, max_steps=max_steps)
+
+    async def stop_recording(self) -> Recording:
+        """Stop recording, as `LLM.stop_recording`."""
+        return await self._apart(self._llm.stop_recording)
+
+    async def recording(self) -> Recording:
+        """Return what was recorded so far, as `LLM.recording`."""
+        return await self._apart(lambda: self._llm.recording)
+
+    async def cache(self, *, prefixes: bool = True) -> CacheState:
+        """Return the state of the cache, as `LLM.cache`, with or without its prefix tree."""
+        return await self._apart(self._llm._read_cache, prefixes)
 
     async def warmup(self, **options: Any) -> Warmup:
         """Compile all step programs ahead of time; arguments are those of `LLM.warmup`."""

@@ -42,6 +42,7 @@ def read(engine: Engine, decode: Decode | None = None, *, tree: bool = True) -> 
         hit_tokens=counters["prefix_cache_hits"],
         lookups=dict(engine.metrics.lookups),
         preemptions=scheduler.preempted,
+        compiling=engine.is_compiling,
         prefixes=tuple(prefixes),
         more_prefixes=more,
     )

@@ -24,7 +24,7 @@ class Recorder:
     """
 
     def __init__(self, manager: CacheManager, max_steps: int = MAX_STEPS):
-        self.log = EventLog(manager.pool.num_blocks, manager.block_size, max_steps)
+        self.log = EventLog(manager.pool.num_blocks, manager.block_size, max_steps, time.monotonic())
         self._live: dict[Sequence, Owner] = {}
         """Sequences in the log that have not ended."""
         self._running: set[Sequence] = set()

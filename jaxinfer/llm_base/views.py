@@ -82,10 +82,13 @@ class Views(EngineOwner):
     @property
     def cache(self) -> CacheState:
         """State of the cache now: blocks by owner, requests, hits and misses, the prefix tree."""
+        return self._read_cache()
+
+    def _read_cache(self, prefixes: bool = True) -> CacheState:
         self._check_open()
         tokenizer = self._tokenizer
         decode = None if tokenizer is None else lambda tokens: _shorten(tokenizer.decode(tokens[:TEXT]))
-        return self._thread.run(lambda: cache_state.read(self._engine, decode))
+        return self._thread.run(lambda: cache_state.read(self._engine, decode, tree=prefixes))
 
     @property
     def memory(self) -> MemoryUse:

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxinfer._utils import html
 from jaxinfer.recording import palette
-from jaxinfer.recording.events import CACHED, FREE, Owner
+from jaxinfer.recording.events import CACHED, FREE, Owner, as_runs
 
 SHOWN = 40
 """Number of prefixes and of requests that the text and HTML list."""
@@ -72,6 +72,8 @@ class CacheState:
     lookups: Mapping[str, int]
     """Number of requests by why no more of their prompt was found; "complete" is no miss."""
     preemptions: int
+    compiling: bool = False
+    """Whether the next step waits for programs that are being compiled."""
     prefixes: tuple[Prefix, ...] = ()
     """The prefix tree, depth first."""
     more_prefixes: int = 0
@@ -96,19 +98,18 @@ class CacheState:
 
     def as_dict(self) -> dict[str, Any]:
         """Convert to plain JSON values, without the prefix tree; blocks as runs of `[code, length]`."""
-        starts = np.flatnonzero(np.diff(self.codes, prepend=self.codes[:1] - 1))
-        lengths = np.diff(np.append(starts, len(self.codes)))
         return {
             "num_blocks": self.num_blocks,
             "block_size": self.block_size,
             "groups": self.groups,
             "counts": self.counts,
-            "codes": np.stack([self.codes[starts], lengths], axis=1).tolist(),
+            "codes": as_runs(self.codes),
             "waiting": self.waiting,
             "queried_tokens": self.queried_tokens,
             "hit_tokens": self.hit_tokens,
             "lookups": dict(self.lookups),
             "preemptions": self.preemptions,
+            "compiling": self.compiling,
             "requests": [
                 {
                     "number": one.owner.number,

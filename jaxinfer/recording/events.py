@@ -14,6 +14,12 @@ MAX_CHANGES = 1 << 20
 """Number of changed blocks that a log keeps, over all of its events: 8 MiB."""
 
 
+def as_runs(codes: np.ndarray) -> list[list[int]]:
+    """Return the codes of blocks as runs of `[code, length]`."""
+    starts = np.flatnonzero(np.diff(codes, prepend=codes[:1] - 1))
+    return np.stack([codes[starts], np.diff(np.append(starts, len(codes)))], axis=1).tolist()
+
+
 @dataclass(slots=True)
 class Owner:
     """A sequence in the log: one sample of a request."""
@@ -86,6 +92,8 @@ class EventLog:
     num_blocks: int
     block_size: int
     max_steps: int = MAX_STEPS
+    started: float = 0.0
+    """When the log was begun."""
     owners: dict[int, Owner] = field(default_factory=dict)
     events: deque[Step] = field(default_factory=deque)
     count: int = 0

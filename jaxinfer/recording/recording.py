@@ -27,14 +27,17 @@ class Recording:
     block_size: int
     dropped: int
     """Number of older steps that are no longer kept."""
+    start: float
+    """Time from which on the steps are known."""
     time: float
     """When the recording was read."""
 
     @classmethod
     def of(cls, log: EventLog, time: float) -> "Recording":
         """Copy a log."""
-        first = log.events[0].number if log.events else log.count
-        return cls(tuple(log.events), log.owners_now(), log.before.copy(), log.block_size, first, time)
+        first = log.events[0].number if log.events else 0
+        start = log.events[0].time if first else log.started
+        return cls(tuple(log.events), log.owners_now(), log.before.copy(), log.block_size, first, start, time)
 
     @property
     def num_blocks(self) -> int:
@@ -63,7 +66,7 @@ class Recording:
     @cached_property
     def timeline(self) -> Timeline:
         """What each sequence did when."""
-        return Timeline.of(self.steps, self.owners, self.time, self.dropped)
+        return Timeline.of(self.steps, self.owners, self.time, self.start)
 
     def plot_blocks(self, ax: Any = None, *, last: int | None = None) -> Any:
         """Draw blocks over steps, coloured by owner (`blocks_plot.draw`); return matplotlib's axes."""

@@ -49,19 +49,17 @@ class Timeline:
     """Length in seconds, from the first arrival or step."""
 
     @classmethod
-    def of(cls, steps: Sequence[Step], owners: Mapping[int, Owner], now: float, dropped: int = 0) -> "Timeline":
+    def of(cls, steps: Sequence[Step], owners: Mapping[int, Owner], now: float, start: float) -> "Timeline":
         """Make the timeline of the steps of a log.
 
         Args:
             steps: in order.
             owners: the sequences by number.
             now: when the log was read; sequences that have not ended last until then.
-            dropped: number of steps before these that are not known; the timeline then begins with the first one.
+            start: time from which on the steps are known.
         """
-        starts = [step.time for step in steps[:1]]
-        if not dropped:
-            starts += [owner.arrival for owner in owners.values()]
-        first = min(starts, default=now)
+        starts = [step.time for step in steps[:1]] + [owner.arrival for owner in owners.values()]
+        first = max(start, min(starts, default=now))
         done: dict[int, list[tuple[str, float, float]]] = {number: [] for number in owners}
         for step, following in zip(steps, [*steps[1:], None]):
             stop = now if following is None else following.time

@@ -1,5 +1,6 @@
 """The server as an ASGI application."""
 
+import base64
 import hmac
 
 from starlette.applications import Starlette
@@ -10,7 +11,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from jaxinfer.async_llm import AsyncLLM
-from jaxinfer.serve import anthropic, audio, chat, completions, metrics, models, responses
+from jaxinfer.serve import anthropic, audio, chat, completions, debug, metrics, models, responses
 from jaxinfer.serve.config import ServerConfig
 from jaxinfer.serve.context import Context
 from jaxinfer.serve.errors import APIError, endpoint, on_error, response
@@ -32,6 +33,8 @@ ROUTES = (
     ("POST", "/v1/messages/count_tokens", anthropic.count_tokens),
 )
 """Method, path and handler of each endpoint."""
+DEBUG_ROUTES = (("GET", debug.PATH, debug.page), ("GET", f"{debug.PATH}/data", debug.data))
+"""Endpoints with `ServerConfig.debug_cache`."""
 OPEN = ("/health",)
 """Paths that need no key: load balancers ask them."""
 
@@ -44,7 +47,12 @@ class KeyCheck:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle a request (ASGI)."""
-        if scope["type"] != "http" or scope["path"] in OPEN or self._right(Headers(scope=scope)):
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        # A browser sends a key as the password of basic authentication, which it asks for.
+        browsed = scope["path"].startswith(debug.PATH)
+        if scope["path"] in OPEN or self._right(Headers(scope=scope), browsed):
             await self._app(scope, receive, send)
             return
         error = APIError(
@@ -52,13 +60,26 @@ class KeyCheck:
             status=401,
             code="invalid_api_key",
         )
-        await response(error, anthropic=scope["path"].startswith("/v1/messages"))(scope, receive, send)
+        refused = response(error, anthropic=scope["path"].startswith("/v1/messages"))
+        if browsed:
+            refused.headers["www-authenticate"] = 'Basic realm="jaxinfer: any name, the API key as password"'
+        await refused(scope, receive, send)
 
-    def _right(self, headers: Headers) -> bool:
+    def _right(self, headers: Headers, browsed: bool) -> bool:
         scheme, _, given = headers.get("authorization", "").partition(" ")
         keys = [given.strip()] if scheme.lower() == "bearer" else []
+        if browsed and scheme.lower() == "basic":
+            keys.append(_password(given))
         keys.append(headers.get("x-api-key", ""))
         return any(hmac.compare_digest(key.encode("latin-1", "replace"), self._key) for key in keys)
+
+
+def _password(given: str) -> str:
+    """Return the password of basic authentication; an empty string if it is malformed."""
+    try:
+        return base64.b64decode(given, validate=True).decode("latin-1").partition(":")[2]
+    except ValueError:
+        return ""
 
 
 def create_app(llm: AsyncLLM, config: ServerConfig) -> Starlette:
@@ -69,11 +90,13 @@ def create_app(llm: AsyncLLM, config: ServerConfig) -> Starlette:
         config: settings of the server.
     """
     checks = [] if config.api_key is None else [Middleware(KeyCheck, key=config.api_key)]
+    routes = ROUTES + (DEBUG_ROUTES if config.debug_cache else ())
     app = Starlette(
-        routes=[Route(path, endpoint(handler), methods=[method]) for method, path, handler in ROUTES],
+        routes=[Route(path, endpoint(handler), methods=[method]) for method, path, handler in routes],
         middleware=checks,
         exception_handlers={HTTPException: on_error},
     )
     app.state.context = Context(llm, config)
+    app.state.watch = debug.Watch(llm)
     app.state.registry = metrics.registry(app.state.context)
     return app

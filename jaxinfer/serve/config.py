@@ -13,6 +13,10 @@ class ServerConfig:
     """Name of the model in requests and responses."""
     api_key: str | None = None
     """Key that requests must carry, as `Authorization: Bearer KEY` or `x-api-key: KEY`; None for no check."""
+    debug_cache: bool = False
+    """Whether `/debug/cache` shows blocks and requests: ids, numbers of tokens and times, no text. The engine's steps
+    are recorded while somebody looks at it.
+    """
     max_body_bytes: int = 32 << 20
     """Maximum size of a request body; images arrive in it as data URLs."""
     body_timeout: float = 60.0
@@ -37,6 +41,8 @@ class ServerConfig:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}")
+        if not isinstance(self.debug_cache, bool):
+            raise ConfigError(f"debug_cache must be True or False, got {self.debug_cache!r}")
         for name in ("body_timeout", "write_timeout"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 86400:

@@ -87,6 +87,18 @@ def test_a_timeline_begins_with_the_first_step_that_is_kept():
     assert [(span.phase, span.start, span.stop) for span in row.spans] == [("decode", 0, 2)]
 
 
+def test_a_sequence_that_ran_before_the_recording_is_shown_from_its_start():
+    log = EventLog(4, 4, started=10.0)
+    log.name(owner("a", 0.0))
+    log.name(owner("b", 10.5))
+    log.append(11.0, np.zeros(4, np.int32), decodes=(0,))
+    rows = Recording.of(log, 12.0).timeline.rows
+    assert [[(span.phase, span.start, span.stop) for span in row.spans] for row in rows] == [
+        [("waiting", 0, 1), ("decode", 1, 2)],
+        [("waiting", 0.5, 2)],
+    ]
+
+
 def test_empty_values_show_themselves():
     found = Recording.of(EventLog(4, 4), 1.0)
     assert "0 steps" in repr(found) and found.blocks().shape == (4, 0)
@@ -103,9 +115,8 @@ def test_what_users_write_is_escaped():
     log.name(owner(HOSTILE, 0.0))
     log.append(1.0, np.ones(4, np.int32), decodes=(0,))
     found = Recording.of(log, 2.0)
-    state = CacheState(
-        np.zeros(4, np.int32), 4, 1, (), 0, 0, 0, {HOSTILE: 1}, 0, (Prefix(0, 1, 1, (1, 2), text=HOSTILE),)
-    )
+    tree = (Prefix(0, 1, 1, (1, 2), text=HOSTILE),)
+    state = CacheState(np.zeros(4, np.int32), 4, 1, (), 0, 0, 0, {HOSTILE: 1}, 0, prefixes=tree)
     for value in (found.timeline, state):
         shown = value._repr_html_()
         assert "<script>" not in shown and "&lt;script&gt;" in shown
