@@ -239,4 +239,6 @@ def untie(config: BartConfig, tie: str) -> BartConfig:
     return replace(config, own=config.own | {tie})
 
 
-FAMILY = Family(partial(read_config, norm_first=False), Bart, weight_rules, untie=untie)
+FAMILY = Family(
+    {"BartForConditionalGeneration": "bart"}, partial(read_config, norm_first=False), Bart, weight_rules, untie=untie
+)

@@ -165,8 +165,13 @@ class CrossModel(LanguageModel, Protocol):
 
 @dataclass(frozen=True)
 class Family:
-    """A family of checkpoints: how to read its config, build its module and name its tensors."""
+    """A family of checkpoints: how to read its config, build its module and name its tensors.
 
+    A file of this folder declares its family as `FAMILY`, by which `registry.families` finds it.
+    """
+
+    architectures: Mapping[str, str]
+    """Names in config.json's `architectures` -> the `model_type` that goes with each."""
     read_config: Callable[[ConfigReader], Any]
     build: Callable[[Build, Any], nnx.Module]
     weight_rules: Callable[[Any], Sequence[Rule]]

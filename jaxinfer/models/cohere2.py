@@ -71,4 +71,9 @@ def config(reader: ConfigReader) -> DecoderConfig:
     )
 
 
-FAMILY = Family(config, partial(Decoder, block=ParallelLayer), partial(weight_rules, block=ParallelLayer))
+FAMILY = Family(
+    {"Cohere2ForCausalLM": "cohere2"},
+    config,
+    partial(Decoder, block=ParallelLayer),
+    partial(weight_rules, block=ParallelLayer),
+)

@@ -142,4 +142,4 @@ def _score_factor(rope: RopeConfig) -> float:
     return 0.1 * rope.mscale_all_dim * math.log(rope.factor) + 1.0
 
 
-FAMILY = Family(config, Decoder, partial(weight_rules, names=NAMES))
+FAMILY = Family({"DeepseekV3ForCausalLM": "deepseek_v3"}, config, Decoder, partial(weight_rules, names=NAMES))

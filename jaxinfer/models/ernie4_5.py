@@ -19,4 +19,4 @@ def config(reader: ConfigReader) -> DecoderConfig:
     return replace(shared, attention=replace(shared.attention, interleaved=True))
 
 
-FAMILY = Family(config, Decoder, weight_rules)
+FAMILY = Family({"Ernie4_5ForCausalLM": "ernie4_5"}, config, Decoder, weight_rules)

@@ -30,4 +30,4 @@ def config(reader: ConfigReader) -> DecoderConfig:
     return shared if window is None else replace(shared, rope=None)
 
 
-FAMILY = Family(config, Decoder, weight_rules)
+FAMILY = Family({"Exaone4ForCausalLM": "exaone4"}, config, Decoder, weight_rules)

@@ -60,4 +60,4 @@ def config(reader: ConfigReader) -> DecoderConfig:
     return replace(made, attention=replace(made.attention, softcap=softcap))
 
 
-FAMILY = Family(config, Decoder, weight_rules, float16=False)
+FAMILY = Family({"Gemma2ForCausalLM": "gemma2"}, config, Decoder, weight_rules, float16=False)

@@ -57,4 +57,11 @@ def config(reader: ConfigReader) -> DecoderConfig:
     return gemma(reader, kinds, qk_norm=True, local_rope=local)
 
 
-FAMILY = Family(config, Decoder, weight_rules, ignored=NOT_TEXT, float16=False)
+FAMILY = Family(
+    {"Gemma3ForCausalLM": "gemma3_text", "Gemma3ForConditionalGeneration": "gemma3"},
+    config,
+    Decoder,
+    weight_rules,
+    ignored=NOT_TEXT,
+    float16=False,
+)

@@ -64,6 +64,7 @@ def config(reader: ConfigReader) -> DecoderConfig:
 
 
 FAMILY = Family(
+    {"GptOssForCausalLM": "gpt_oss"},
     config,
     Decoder,
     partial(weight_rules, names=NAMES),

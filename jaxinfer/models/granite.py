@@ -51,4 +51,9 @@ def config(reader: ConfigReader) -> GraniteConfig:
     return GraniteConfig(**values, residual_multiplier=reader.get_float("residual_multiplier", 1.0))
 
 
-FAMILY = Family(config, partial(Decoder, block=GraniteLayer), partial(weight_rules, block=GraniteLayer))
+FAMILY = Family(
+    {"GraniteForCausalLM": "granite"},
+    config,
+    partial(Decoder, block=GraniteLayer),
+    partial(weight_rules, block=GraniteLayer),
+)

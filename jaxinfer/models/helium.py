@@ -21,4 +21,4 @@ def config(reader: ConfigReader) -> DecoderConfig:
     return replace(shared, attention=replace(shared.attention, interleaved=True), norm_scaling=Scaling(wide=True))
 
 
-FAMILY = Family(config, Decoder, weight_rules)
+FAMILY = Family({"HeliumForCausalLM": "helium"}, config, Decoder, weight_rules)

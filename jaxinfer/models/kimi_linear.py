@@ -136,4 +136,4 @@ def _listed(part: ConfigReader, layers: int) -> tuple[str, ...]:
     return tuple(found[i] for i in range(1, layers + 1))
 
 
-FAMILY = Family(config, Decoder, partial(weight_rules, names=NAMES))
+FAMILY = Family({"KimiLinearForCausalLM": "kimi_linear"}, config, Decoder, partial(weight_rules, names=NAMES))

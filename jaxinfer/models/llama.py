@@ -24,4 +24,4 @@ def config(reader: ConfigReader) -> DecoderConfig:
     return read_config(reader, qkv_bias=bias, out_bias=bias, mlp_bias=mlp_bias)
 
 
-FAMILY = Family(config, Decoder, weight_rules)
+FAMILY = Family({"LlamaForCausalLM": "llama"}, config, Decoder, weight_rules)

@@ -5,4 +5,6 @@ from functools import partial
 from jaxinfer.models.bart import Bart, read_config, untie, weight_rules
 from jaxinfer.models.base import Family
 
-FAMILY = Family(partial(read_config, norm_first=True), Bart, weight_rules, untie=untie)
+FAMILY = Family(
+    {"MBartForConditionalGeneration": "mbart"}, partial(read_config, norm_first=True), Bart, weight_rules, untie=untie
+)

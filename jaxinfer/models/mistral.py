@@ -18,4 +18,4 @@ def config(reader: ConfigReader) -> DecoderConfig:
     return read_config(reader, window=window, kinds=layer_kinds(reader, default))
 
 
-FAMILY = Family(config, Decoder, weight_rules)
+FAMILY = Family({"MistralForCausalLM": "mistral"}, config, Decoder, weight_rules)

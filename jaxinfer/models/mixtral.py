@@ -28,4 +28,4 @@ def config(reader: ConfigReader) -> DecoderConfig:
     return read_config(reader, window=window_of(reader), moe=moe)
 
 
-FAMILY = Family(config, Decoder, partial(weight_rules, names=NAMES))
+FAMILY = Family({"MixtralForCausalLM": "mixtral"}, config, Decoder, partial(weight_rules, names=NAMES))

@@ -20,4 +20,4 @@ def config(reader: ConfigReader) -> DecoderConfig:
     return replace(shared, attention=attention, norms=(AFTER,), norm_scaling=SCALING)
 
 
-FAMILY = Family(config, Decoder, weight_rules)
+FAMILY = Family({"Olmo2ForCausalLM": "olmo2"}, config, Decoder, weight_rules)

@@ -35,4 +35,4 @@ def config(reader: ConfigReader) -> DecoderConfig:
     return replace(shared, attention=attention, norms=(AFTER,), norm_scaling=SCALING)
 
 
-FAMILY = Family(config, Decoder, weight_rules)
+FAMILY = Family({"Olmo3ForCausalLM": "olmo3"}, config, Decoder, weight_rules)

@@ -22,4 +22,4 @@ def config(reader: ConfigReader) -> DecoderConfig:
     return replace(shared, recomputed=True)
 
 
-FAMILY = Family(config, Decoder, partial(weight_rules, fused=True))
+FAMILY = Family({"Phi3ForCausalLM": "phi3"}, config, Decoder, partial(weight_rules, fused=True))

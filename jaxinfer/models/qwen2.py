@@ -31,4 +31,4 @@ def config(reader: ConfigReader) -> DecoderConfig:
     return read_config(reader, qkv_bias=True, **windows(reader))
 
 
-FAMILY = Family(config, Decoder, weight_rules)
+FAMILY = Family({"Qwen2ForCausalLM": "qwen2"}, config, Decoder, weight_rules)

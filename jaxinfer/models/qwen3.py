@@ -23,4 +23,4 @@ def config(reader: ConfigReader, **more: Any) -> DecoderConfig:
     return read_config(reader, qkv_bias=bias, out_bias=bias, qk_norm=True, **windows(reader), **more)
 
 
-FAMILY = Family(config, Decoder, weight_rules)
+FAMILY = Family({"Qwen3ForCausalLM": "qwen3"}, config, Decoder, weight_rules)

@@ -43,4 +43,4 @@ def config(reader: ConfigReader) -> DecoderConfig:
     return qwen3.config(reader, moe=moe, dense_layers=dense_layers(reader))
 
 
-FAMILY = Family(config, Decoder, weight_rules)
+FAMILY = Family({"Qwen3MoeForCausalLM": "qwen3_moe"}, config, Decoder, weight_rules)

@@ -67,4 +67,4 @@ def config(reader: ConfigReader) -> DecoderConfig:
     return replace(made, attention=attention, norm_scaling=SCALING)
 
 
-FAMILY = Family(config, Decoder, partial(weight_rules, names=NAMES))
+FAMILY = Family({"Qwen3NextForCausalLM": "qwen3_next"}, config, Decoder, partial(weight_rules, names=NAMES))

@@ -1,85 +1,49 @@
-"""Registry of architectures; a family's file is imported on first use."""
+"""Registry of architectures: every file of this folder that has a `FAMILY` is found, and says which it serves."""
 
 import difflib
 import importlib
+import pkgutil
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
+from pathlib import Path
 
 from jaxinfer.checkpoint.plain_json import show
 from jaxinfer.errors import ConfigError
 from jaxinfer.models.base import Family
 
-ARCHITECTURES: Mapping[str, str] = {
-    "LlamaForCausalLM": "llama",
-    "MistralForCausalLM": "mistral",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
-    "Phi3ForCausalLM": "phi3",
-    "MixtralForCausalLM": "mixtral",
-    "DeepseekV3ForCausalLM": "deepseek_v3",
-    "KimiLinearForCausalLM": "kimi_linear",
-    "Qwen3NextForCausalLM": "qwen3_next",
-    "Qwen3MoeForCausalLM": "qwen3_moe",
-    "Gemma2ForCausalLM": "gemma2",
-    "Gemma3ForCausalLM": "gemma3",
-    "Gemma3ForConditionalGeneration": "gemma3",
-    "Olmo2ForCausalLM": "olmo2",
-    "Olmo3ForCausalLM": "olmo3",
-    "SmolLM3ForCausalLM": "smollm3",
-    "SeedOssForCausalLM": "seed_oss",
-    "Exaone4ForCausalLM": "exaone4",
-    "Ernie4_5ForCausalLM": "ernie4_5",
-    "HeliumForCausalLM": "helium",
-    "GraniteForCausalLM": "granite",
-    "Cohere2ForCausalLM": "cohere2",
-    "GptOssForCausalLM": "gpt_oss",
-    "BartForConditionalGeneration": "bart",
-    "MBartForConditionalGeneration": "mbart",
-    "InternVLForConditionalGeneration": "internvl.model",
-    "InternVLChatModel": "internvl.model",
-    "WhisperForConditionalGeneration": "whisper.model",
-    "MllamaForConditionalGeneration": "mllama.model",
-}
-"""`architectures` in config.json -> module in this folder with the family's `FAMILY`."""
-
-MODEL_TYPES: Mapping[str, str] = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "phi3": "Phi3ForCausalLM",
-    "mixtral": "MixtralForCausalLM",
-    "deepseek_v3": "DeepseekV3ForCausalLM",
-    "kimi_linear": "KimiLinearForCausalLM",
-    "qwen3_next": "Qwen3NextForCausalLM",
-    "qwen3_moe": "Qwen3MoeForCausalLM",
-    "gemma2": "Gemma2ForCausalLM",
-    "gemma3_text": "Gemma3ForCausalLM",
-    "gemma3": "Gemma3ForConditionalGeneration",
-    "granite": "GraniteForCausalLM",
-    "cohere2": "Cohere2ForCausalLM",
-    "olmo2": "Olmo2ForCausalLM",
-    "olmo3": "Olmo3ForCausalLM",
-    "smollm3": "SmolLM3ForCausalLM",
-    "ernie4_5": "Ernie4_5ForCausalLM",
-    "seed_oss": "SeedOssForCausalLM",
-    "exaone4": "Exaone4ForCausalLM",
-    "helium": "HeliumForCausalLM",
-    "gpt_oss": "GptOssForCausalLM",
-    "bart": "BartForConditionalGeneration",
-    "mbart": "MBartForConditionalGeneration",
-    "internvl": "InternVLForConditionalGeneration",
-    "internvl_chat": "InternVLChatModel",
-    "whisper": "WhisperForConditionalGeneration",
-    "mllama": "MllamaForConditionalGeneration",
-}
-"""`model_type` in config.json -> architecture, for files without `architectures`."""
 ALIASES: Mapping[str, str] = {"LLaMAForCausalLM": "LlamaForCausalLM"}
 """Architecture names written by early versions of transformers."""
 SHARDED = "FSDP"
 """Prefix that PyTorch's `fully_shard` puts before the name of a model's class, which is saved as its architecture."""
 WRAPPERS = ("PeftModel", "PeftModelForCausalLM", "PeftModelForSeq2SeqLM")
 """Classes around a model that some tools save as its architecture; `model_type` says what is inside."""
+
+
+@cache
+def families() -> Mapping[str, Family]:
+    """Return the families of all supported architectures, by the architecture's name, sorted.
+
+    Raises:
+        ConfigError: two files declare the same architecture or model type.
+    """
+    found: dict[str, Family] = {}
+    owners: dict[str, str] = {}
+    for module in pkgutil.walk_packages([str(Path(__file__).parent)], "jaxinfer.models."):
+        family = getattr(importlib.import_module(module.name), "FAMILY", None)
+        for name, kind in family.architectures.items() if family is not None else ():
+            for key in (name, kind):
+                if key in owners:
+                    raise ConfigError(f"{owners[key]} and {module.name} both declare {key!r}; remove one of them")
+                owners[key] = module.name
+            found[name] = replace(family, architecture=name)
+    return dict(sorted(found.items()))
+
+
+@cache
+def model_types() -> Mapping[str, str]:
+    """Return `model_type` in config.json -> architecture, for files without `architectures`."""
+    return {family.architectures[name]: name for name, family in families().items()}
 
 
 def architecture(config: Mapping[str, object]) -> str:
@@ -90,21 +54,22 @@ def architecture(config: Mapping[str, object]) -> str:
     """
     named, kind = config.get("architectures") or [], config.get("model_type")
     wrapped = not named or (isinstance(named, list) and all(name in WRAPPERS for name in named))
-    if wrapped and isinstance(kind, str) and kind in MODEL_TYPES:
-        return MODEL_TYPES[kind]
+    if wrapped and isinstance(kind, str) and kind in model_types():
+        return model_types()[kind]
     for name in named if isinstance(named, list) else []:
         name = ALIASES.get(name, name).removeprefix(SHARDED) if isinstance(name, str) else ""
-        if name in ARCHITECTURES:
+        if name in families():
             return name
     raise ConfigError(
         f"config.json: architectures is {show(named)} (model_type {show(kind)}), which is not supported; "
-        f"supported: {', '.join(ARCHITECTURES)}{_nearest(named, kind)}"
+        f"supported: {', '.join(families())}{_nearest(named, kind)}"
     )
 
 
 def _nearest(named: object, kind: object) -> str:
     """Return the end of a message that names the supported architecture whose name is most alike."""
-    known = {name.lower(): name for name in ARCHITECTURES} | {name.lower(): MODEL_TYPES[name] for name in MODEL_TYPES}
+    types = model_types()
+    known = {name.lower(): name for name in families()} | {kind.lower(): name for kind, name in types.items()}
     given = [*(named if isinstance(named, list) else ()), kind]
     for name in (name.lower()[:200] for name in given if isinstance(name, str)):
         if found := difflib.get_close_matches(name, known, n=1, cutoff=0.7):
@@ -121,5 +86,4 @@ def family(config: Mapping[str, object]) -> Family:
     Raises:
         ConfigError: as `architecture`.
     """
-    name = architecture(config)
-    return replace(importlib.import_module(f"jaxinfer.models.{ARCHITECTURES[name]}").FAMILY, architecture=name)
+    return families()[architecture(config)]

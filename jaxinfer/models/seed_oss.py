@@ -20,4 +20,4 @@ def config(reader: ConfigReader) -> DecoderConfig:
     )
 
 
-FAMILY = Family(config, Decoder, weight_rules)
+FAMILY = Family({"SeedOssForCausalLM": "seed_oss"}, config, Decoder, weight_rules)

@@ -57,4 +57,4 @@ def config(reader: ConfigReader) -> SmolLM3Config:
     return SmolLM3Config(**values, nope_layers=tuple(layer for layer in range(layers) if not turned[layer]))
 
 
-FAMILY = Family(config, Decoder, weight_rules)
+FAMILY = Family({"SmolLM3ForCausalLM": "smollm3"}, config, Decoder, weight_rules)

@@ -72,9 +72,7 @@ GENERATION: tuple[dict[str, Any], ...] = (
 @functools.cache
 def published(name: str | None = None) -> list[dict[str, Any]]:
     """Return all published configurations, or the one of a file."""
-    return [
-        json.loads(path.read_text()) for path in sorted(PUBLISHED.glob(f"{name or '*'}.json")) if path.stem != "index"
-    ]
+    return [json.loads(path.read_text()) for path in sorted(PUBLISHED.glob(f"{name or '*'}.json"))]
 
 
 def shallow(config: dict[str, Any]) -> dict[str, Any]:

@@ -7,14 +7,13 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import save_file
 from support.checkpoint import shaped
+from support.families import families
 from support.plans import CASES, EVERY, compiled, on_cpu, payloads, planned
-from support.tiny import VARIANTS
 
 from jaxinfer import functional
 from jaxinfer.kv import cache as kv_cache
 from jaxinfer.kv import groups
 from jaxinfer.loading import weights
-from jaxinfer.models.registry import ARCHITECTURES
 from jaxinfer.sharding import make_mesh, plan
 
 pytestmark = [pytest.mark.xdist_group("plan"), pytest.mark.slow]
@@ -61,8 +60,7 @@ def test_all_reduce_widths_equal_the_plan():
 
 
 def test_every_family_is_planned():
-    files = {ARCHITECTURES[hf["architectures"][0]] for hf in EVERY.values()}
-    assert files == set(ARCHITECTURES.values()) - set(VARIANTS)  # their modules have the names of the families
+    assert set(EVERY) == {name for name, data in families().items() if not data.variant}
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from jaxinfer.inputs.defaults import ModelLimits, resolve
 from jaxinfer.loading import weights
 from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.sharding import make_mesh
+from support.families import FULL, SLIDING, families
 
 VOCAB, BLOCK, CHUNK, ROWS, LENGTH = 97, 4, 16, 8, 128
 """Sizes of every tiny model; blocks and chunks are small, so that short prompts span many of them."""
@@ -36,103 +37,11 @@ CONFIG = dict(
 )
 """config.json of a Llama whose head_dim differs from hidden_size / heads."""
 
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "phi3": "Phi3ForCausalLM",
-    "mixtral": "MixtralForCausalLM",
-    "qwen3_moe": "Qwen3MoeForCausalLM",
-    "gemma2": "Gemma2ForCausalLM",
-    "gemma3": "Gemma3ForCausalLM",
-    "olmo3": "Olmo3ForCausalLM",
-    "granite": "GraniteForCausalLM",
-    "cohere2": "Cohere2ForCausalLM",
-    "gpt_oss": "GptOssForCausalLM",
-    "deepseek_v3": "DeepseekV3ForCausalLM",
-    "kimi_linear": "KimiLinearForCausalLM",
-    "qwen3_next": "Qwen3NextForCausalLM",
-}
-
-VARIANTS = {
-    "olmo2": "Olmo2ForCausalLM",
-    "smollm3": "SmolLM3ForCausalLM",
-    "seed_oss": "SeedOssForCausalLM",
-    "exaone4": "Exaone4ForCausalLM",
-    "ernie4_5": "Ernie4_5ForCausalLM",
-    "helium": "HeliumForCausalLM",
-}
-"""Architectures whose layers are those of `ARCHITECTURES` with other options. They are compared with transformers only:
-equivalences and plans are those of the layers."""
-
-FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
-LATENT = dict(
-    num_key_value_heads=4,
-    kv_lora_rank=16,
-    qk_nope_head_dim=8,
-    qk_rope_head_dim=8,
-    v_head_dim=12,
-    num_experts_per_tok=2,
-    moe_intermediate_size=24,
-    n_shared_experts=1,
-    routed_scaling_factor=1.5,
-    head_dim=None,
-)
-"""Fields of config.json for latent attention (MLA) and experts of DeepSeek models."""
-
-OWN: dict[str, dict[str, Any]] = {
-    "mixtral": dict(num_local_experts=6, num_experts_per_tok=2),
-    "qwen3_moe": dict(num_experts=8, num_experts_per_tok=3, moe_intermediate_size=24, norm_topk_prob=True),
-    # A sliding-window layer and a full-attention layer: two groups on one cache array.
-    "gemma2": dict(sliding_window=10, query_pre_attn_scalar=8, attn_logit_softcapping=2.0, final_logit_softcapping=4.0),
-    "gemma3": dict(sliding_window=7, query_pre_attn_scalar=8, layer_types=[SLIDING, FULL]),
-    "olmo3": dict(sliding_window=9, layer_types=[SLIDING, FULL]),
-    "ernie4_5": dict(tie_word_embeddings=False),
-    "smollm3": dict(no_rope_layers=[1, 0], tie_word_embeddings=False),
-    "exaone4": dict(sliding_window=9, layer_types=[SLIDING, FULL]),
-    # transformers' o_proj is square, so that head_dim must be hidden_size / heads.
-    "helium": dict(hidden_size=64),
-    "granite": dict(embedding_multiplier=1.5, attention_multiplier=0.4, residual_multiplier=0.5, logits_scaling=0.8),
-    "cohere2": dict(
-        sliding_window=9,
-        layer_types=[SLIDING, FULL],
-        logit_scale=0.5,
-        head_dim=None,
-        hidden_size=64,
-        tie_word_embeddings=False,
-        layer_norm_eps=1e-3,
-        rms_norm_eps=None,
-    ),
-    "gpt_oss": dict(sliding_window=8, num_local_experts=6, num_experts_per_tok=2),
-    "deepseek_v3": LATENT
-    | dict(
-        n_routed_experts=8,
-        n_group=4,
-        topk_group=2,
-        q_lora_rank=20,
-        first_k_dense_replace=1,
-        attention_bias=False,
-    ),
-    "kimi_linear": LATENT
-    | dict(
-        num_local_experts=6,
-        linear_num_heads=4,
-        linear_head_dim=8,
-        layer_types=[LINEAR, FULL],
-    ),
-    "qwen3_next": dict(
-        num_experts=6,
-        num_experts_per_tok=2,
-        moe_intermediate_size=24,
-        shared_expert_intermediate_size=20,
-        linear_num_key_heads=2,
-        linear_key_head_dim=8,
-        linear_num_value_heads=4,
-        linear_value_head_dim=12,
-        layer_types=[LINEAR, FULL],
-    ),
-}
+ARCHITECTURES = {name: data.architecture for name, data in families().items() if data.architecture and not data.variant}
+"""Architecture of each family that the tests of equivalences, plans and saved checkpoints run over."""
+VARIANTS = {name: data.architecture for name, data in families().items() if data.variant}
+"""Architectures whose layers are those of `ARCHITECTURES` with other options."""
+OWN = {name: dict(data.config) for name, data in families().items()}
 """Fields of a family's config.json in addition to `CONFIG`."""
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from jaxinfer.models import registry
+
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "jaxinfer"
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
@@ -111,3 +113,9 @@ def test_what_is_missing_is_found():
     page = ROOT / "README.md"
     assert exists("models/llama.py", page) and not exists("models/nowhere.py", page)
     assert found("kv.spec.Full") and found("jaxinfer.sharding.plan") and not found("kv.nowhere.Full")
+
+
+def test_the_readme_lists_the_architectures_of_the_registry():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    listed = re.search(r"^\*\*Architectures\.\*\*\n(.*?)^They cover", text, re.DOTALL | re.MULTILINE)
+    assert listed and sorted(re.findall(r"`(\w+)`", listed[1])) == sorted(registry.families())

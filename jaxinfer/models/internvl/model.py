@@ -213,4 +213,12 @@ def _untie(config: InternVLConfig, tie: str) -> InternVLConfig:
     return replace(config, text=replace(config.text, tied=False))
 
 
-FAMILY = Family(read_config, InternVL, weight_rules, _from_folder, IMAGES, untie=_untie)
+FAMILY = Family(
+    {"InternVLForConditionalGeneration": "internvl", "InternVLChatModel": "internvl_chat"},
+    read_config,
+    InternVL,
+    weight_rules,
+    _from_folder,
+    IMAGES,
+    untie=_untie,
+)

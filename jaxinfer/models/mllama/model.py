@@ -178,4 +178,6 @@ def _cross_rules(config: MllamaConfig) -> list[Rule]:
     return made
 
 
-FAMILY = Family(read_config, Mllama, weight_rules, images=IMAGES, reader=MllamaReader)
+FAMILY = Family(
+    {"MllamaForConditionalGeneration": "mllama"}, read_config, Mllama, weight_rules, images=IMAGES, reader=MllamaReader
+)

@@ -148,4 +148,11 @@ def weight_rules(config: WhisperConfig) -> list[Rule]:
     ]
 
 
-FAMILY = Family(read_config, Whisper, weight_rules, from_folder, reader=WhisperReader)
+FAMILY = Family(
+    {"WhisperForConditionalGeneration": "whisper"},
+    read_config,
+    Whisper,
+    weight_rules,
+    from_folder,
+    reader=WhisperReader,
+)
