@@ -166,7 +166,7 @@ class AttentionSpec:
     """Whether each head's output is multiplied by a sigmoid gate, whose columns follow the head's queries in q_proj
     (arXiv:2505.06708)."""
     interleaved: bool = False
-    """Whether rope rotates columns (2i, 2i + 1) of a head (GPT-J, Cohere); False for (i, i + R/2)."""
+    """Whether rope pairs the rotated columns as (2i, 2i + 1) (GPT-J, Cohere); False for (i, i + R/2)."""
     sinks: bool = False
     """Whether each head has an attention sink: a learned logit in the softmax beside the keys (arXiv:2309.17453)."""
 
@@ -233,7 +233,8 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             if self.spec.interleaved:
-                q, k = deinterleave(q), deinterleave(k)
+                rotated = 2 * rope[0].shape[-1]
+                q, k = deinterleave(q, rotated), deinterleave(k, rotated)
             q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         sinks = None if self.sinks is None else self.sinks[...]
         y, kv_cache = attend(q, k, v, kv_cache, step, self.spec.scoring, sinks)

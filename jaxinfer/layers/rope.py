@@ -88,13 +88,18 @@ def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
 
 
-def deinterleave(x: jax.Array) -> jax.Array:
-    """Reorder the last axis `[..., R]` from interleaved rotary pairs (2i, 2i + 1) to two halves.
+def deinterleave(x: jax.Array, rotated: int | None = None) -> jax.Array:
+    """Reorder the first R columns of `[..., D]` from interleaved rotary pairs (2i, 2i + 1) to two halves.
 
     GPT-J-style checkpoints rotate columns 2i and 2i + 1 against each other, `apply_rope` columns i and i + R/2. Scores
     are sums over columns, so reordering queries and keys in the same way does not change them.
+
+    Args:
+        x: queries or keys.
+        rotated: R; None for all columns.
     """
-    return jnp.concatenate([x[..., ::2], x[..., 1::2]], axis=-1)
+    pairs, rest = (x, ()) if rotated in (None, x.shape[-1]) else (x[..., :rotated], (x[..., rotated:],))
+    return jnp.concatenate([pairs[..., ::2], pairs[..., 1::2], *rest], axis=-1)
 
 
 def _wavelengths(config: RopeConfig) -> np.ndarray:
