@@ -3,6 +3,7 @@
 import importlib
 import json
 import pkgutil
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -88,10 +89,19 @@ class FamilyData:
 
 @cache
 def families() -> Mapping[str, FamilyData]:
-    """Return the data of all families, by name."""
+    """Return the data of all families, by name.
+
+    Raises:
+        ValueError: two families have a case or a published config of the same name.
+    """
     folder = Path(__file__).resolve().parents[1] / "families"
     names = sorted(module.name for module in pkgutil.iter_modules([str(folder)]))
-    return {name: importlib.import_module(f"families.{name}").DATA for name in names}
+    found = {name: importlib.import_module(f"families.{name}").DATA for name in names}
+    for kind in ("cases", "published"):
+        counts = Counter(entry for data in found.values() for entry in getattr(data, kind))
+        if twice := [entry for entry, count in counts.items() if count > 1]:
+            raise ValueError(f"{kind} of the same name in two files of tests/families: {', '.join(twice)}; rename one")
+    return found
 
 
 def published() -> dict[str, dict[str, Any]]:
