@@ -137,25 +137,10 @@ def plan(
     Raises:
         CheckpointError: see `load`.
     """
-    by_name: dict[str, Rule] = {}
     names = set(source.names())
-    for rule in _untied(_present(table, names), names):
-        found = rule.found(names) or rule.source
-        if found in by_name:
-            raise CheckpointError(f"the weight table names tensor {found!r} twice")
-        by_name[found] = replace(rule, source=found)
-    extra = sorted(names - set(by_name))
-    if extra:
-        raise CheckpointError(
-            f"{where} has {len(extra)} tensor(s) this model does not know: {format_names(extra)}; {remedy or REMEDY}"
-        )
+    by_name = _by_tensor(table, names)
     absent = {name: rule for name, rule in by_name.items() if rule.target is not None and name not in names}
-    missing = sorted(name for name, rule in absent.items() if not rule.optional)
-    if missing and not incomplete:
-        remedy = remedy or (UNTIED if all(name.endswith(HEADS) for name in missing) else REMEDY)
-        raise CheckpointError(
-            f"{where} lacks {len(missing)} tensor(s) of this model: {format_names(missing)}; {remedy}"
-        )
+    _check_names(by_name, names, absent, where, remedy, incomplete=incomplete)
     scales = {path: weight_of(path, param) for path, param in wanted.items() if "scales_of" in param.get_metadata()}
     planned: dict[str, list[Rule]] = {path: [] for path in wanted if path not in scales}
     for name, rule in by_name.items():
@@ -171,6 +156,39 @@ def plan(
         if not incomplete and (filled or path not in zero):
             _check_whole(path, wanted[path], filled)
     return planned | {path: planned[weight] for path, weight in scales.items()}
+
+
+def _by_tensor(table: Sequence[Rule], names: set[str]) -> dict[str, Rule]:
+    """Return the rule of each tensor by its name in the checkpoint, or by its first name if the checkpoint lacks it."""
+    by_name: dict[str, Rule] = {}
+    for rule in _untied(_present(table, names), names):
+        found = rule.found(names) or rule.source
+        if found in by_name:
+            raise CheckpointError(f"the weight table names tensor {found!r} twice")
+        by_name[found] = replace(rule, source=found)
+    return by_name
+
+
+def _check_names(
+    by_name: Mapping[str, Rule],
+    names: set[str],
+    absent: Mapping[str, Rule],
+    where: object,
+    remedy: str,
+    *,
+    incomplete: bool,
+) -> None:
+    """Refuse tensors that the model does not know, and a checkpoint that lacks some, unless it may be incomplete."""
+    if extra := sorted(names - set(by_name)):
+        raise CheckpointError(
+            f"{where} has {len(extra)} tensor(s) this model does not know: {format_names(extra)}; {remedy or REMEDY}"
+        )
+    missing = sorted(name for name, rule in absent.items() if not rule.optional)
+    if missing and not incomplete:
+        remedy = remedy or (UNTIED if all(name.endswith(HEADS) for name in missing) else REMEDY)
+        raise CheckpointError(
+            f"{where} lacks {len(missing)} tensor(s) of this model: {format_names(missing)}; {remedy}"
+        )
 
 
 def _present(table: Sequence[Rule], names: set[str]) -> Iterator[Rule]:

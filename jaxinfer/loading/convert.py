@@ -73,8 +73,7 @@ def convert(
         _write(folder, wanted, planned, source, mesh, progress)
         _copy_others(directory, folder)
         if overrides:
-            values = {name: value for name, value in hf.items() if value is not None}
-            (folder / "config.json").write_text(json.dumps(values, indent=2), encoding="utf-8")
+            _write_config(folder, hf)
         manifest = Manifest(
             meshes.size(mesh),
             dict(placement.patterns),
@@ -88,6 +87,12 @@ def convert(
         )
         manifest.write(folder)
     return manifest
+
+
+def _write_config(folder: Path, hf: Mapping[str, Any]) -> None:
+    """Write config.json with the overrides in it."""
+    values = {name: value for name, value in hf.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(values, indent=2), encoding="utf-8")
 
 
 def _write(

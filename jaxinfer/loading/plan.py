@@ -79,10 +79,7 @@ def plan(
     if tensor_parallel_size is not None:
         settings = settings | {"tensor_parallel_size": tensor_parallel_size}
     config = EngineConfig.of(settings)
-    if memory is not None and (isinstance(memory, bool) or not isinstance(memory, int) or memory < 1):
-        raise ConfigError(f"memory must be a positive integer, the bytes of a device, got {memory!r}")
-    if isinstance(step_bytes, bool) or not isinstance(step_bytes, int) or step_bytes < 0:
-        raise ConfigError(f"step_bytes must be an integer of at least 0, bytes of a device, got {step_bytes!r}")
+    _check_bytes(memory, step_bytes)
     mesh = meshes.normalise(_mesh(mesh, config.tensor_parallel_size), tensor_parallel_size)
     model_family, parsed = weights.parse(hf, directory)
     dtype, how = _settings(config, hf, directory, model_family)
@@ -100,6 +97,14 @@ def plan(
         step_bytes=step_bytes,
     )
     return _with_states(made, config)
+
+
+def _check_bytes(memory: object, step_bytes: object) -> None:
+    """Check the sizes that `plan` gets in bytes."""
+    if memory is not None and (isinstance(memory, bool) or not isinstance(memory, int) or memory < 1):
+        raise ConfigError(f"memory must be a positive integer, the bytes of a device, got {memory!r}")
+    if isinstance(step_bytes, bool) or not isinstance(step_bytes, int) or step_bytes < 0:
+        raise ConfigError(f"step_bytes must be an integer of at least 0, bytes of a device, got {step_bytes!r}")
 
 
 def cache_plan(module: LanguageModel, block_size: int, dtype: jnp.dtype, mesh: Mesh | AbstractMesh) -> CachePlan:

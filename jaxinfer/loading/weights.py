@@ -83,17 +83,7 @@ def load(
     how = dict(quantization=quantization, placement=placement, pad_heads=pad_heads)
     manifest = Manifest.read(directory)
     if manifest is not None:
-        config = ties.resolve_stored(config, model_family.weight_rules, model_family.untie, manifest.parameters)
-        kind = resolve_dtype(dtype, manifest.dtype, platform, model_family)
-        module = abstract(
-            model_family,
-            config,
-            kind,
-            mesh,
-            **manifest.resolve_options(directory, kind, requested=dtype != "auto", **how),
-        )
-        orbax.restore(module, model_family.weight_rules(config), directory, manifest, mesh, progress=progress)
-        return module
+        return _restore(directory, mesh, manifest, model_family, config, dtype, how, progress)
     stated = config_dtype(hf)
     module = abstract(
         model_family, config, resolve_dtype(dtype, stated or "float32", platform, model_family), mesh, **how
@@ -104,6 +94,25 @@ def load(
             kind = resolve_dtype(dtype, stated or stored_dtype(reader), platform, model_family)
             module = abstract(model_family, settled, kind, mesh, **how)
         rules.load(module, model_family.weight_rules(settled), source, mesh, progress=progress, where=directory)
+    return module
+
+
+def _restore(
+    directory: Path,
+    mesh: Mesh,
+    manifest: Manifest,
+    model_family: Family,
+    config: Any,
+    dtype: str,
+    how: Mapping[str, Any],
+    progress: bool,
+) -> LanguageModel:
+    """Restore a converted folder; its dtype and layout apply unless others are requested."""
+    config = ties.resolve_stored(config, model_family.weight_rules, model_family.untie, manifest.parameters)
+    kind = resolve_dtype(dtype, manifest.dtype, mesh.devices.flat[0].platform, model_family)
+    options = manifest.resolve_options(directory, kind, requested=dtype != "auto", **how)
+    module = abstract(model_family, config, kind, mesh, **options)
+    orbax.restore(module, model_family.weight_rules(config), directory, manifest, mesh, progress=progress)
     return module
 
 

@@ -60,10 +60,6 @@ def read_config(
     if not partial_rotary:
         _refuse_partial_rope(reader, attention.head_dim, rope, local)
     layers = reader.get_int("num_hidden_layers")
-    if window is None and SLIDING in kinds:
-        raise ConfigError(
-            f"config.json: layer_types names {SLIDING}, but no sliding_window is set or enabled; add its size"
-        )
     return DecoderConfig(
         vocab_size=reader.get_int("vocab_size"),
         num_layers=layers,
@@ -75,13 +71,22 @@ def read_config(
         local_rope=local,
         max_position=reader.get_int("max_position_embeddings"),
         window=window,
-        kinds=tuple(kinds) or ((SLIDING if window else FULL),) * layers,
+        kinds=_checked_kinds(kinds, window) or ((SLIDING if window else FULL),) * layers,
         linear=linear,
         mlp_bias=mlp_bias,
         moe=moe,
         dense_layers=tuple(dense_layers),
         tied=reader.get_bool("tie_word_embeddings", False),
     )
+
+
+def _checked_kinds(kinds: Sequence[str], window: int | None) -> tuple[str, ...]:
+    """Return the kinds of layers; refuse sliding ones without a window."""
+    if window is None and SLIDING in kinds:
+        raise ConfigError(
+            f"config.json: layer_types names {SLIDING}, but no sliding_window is set or enabled; add its size"
+        )
+    return tuple(kinds)
 
 
 def _attention_spec(reader: ConfigReader, qkv_bias: bool, out_bias: bool, norm_eps: float | None) -> AttentionSpec:

@@ -1,7 +1,6 @@
 """Command line of the server: `jaxinfer serve MODEL`."""
 
 import argparse
-import asyncio
 import logging
 import os
 import signal
@@ -19,8 +18,6 @@ ENGINE = ("dtype", "quantization", "tensor_parallel_size", "max_model_len", "max
 ENGINE += ("kv_cache_memory_bytes", "gpu_memory_utilization", "enable_prefix_caching", "seed")
 ENGINE += ("tokenizer", "revision", "hf_overrides")
 """Options that are arguments of `LLM`, passed on where they are given."""
-CLOSING = 5
-"""Seconds for the responses to requests that the stop of the server ends."""
 LIMITS = ("max_body_bytes", "body_timeout", "write_timeout", "max_n", "max_tokens", "max_concurrent_requests")
 LIMITS += ("max_queue_length",)
 """Options that are fields of `ServerConfig`."""
@@ -75,9 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(_: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     """Serve until a signal; return the exit status, 2 for bad input."""
     try:
-        import uvicorn
-
-        from jaxinfer.serve.app import create_app
+        from jaxinfer.serve.server import make_server
     except ImportError as error:
         print(f"error: {error.name} is missing: pip install 'jaxinfer[serve]'", file=sys.stderr)
         return 2
@@ -96,37 +91,12 @@ def run(_: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    options = uvicorn.Config(
-        create_app(llm, config),
-        host=args.host,
-        port=args.port,
-        ssl_certfile=args.ssl_certfile,
-        ssl_keyfile=args.ssl_keyfile,
-        timeout_graceful_shutdown=args.shutdown_timeout + CLOSING,
-        access_log=args.access_log,
-        ws="none",
-        lifespan="on",
-    )
-
-    class Server(uvicorn.Server):
-        async def shutdown(self, sockets: Any = None) -> None:
-            """Wait for running requests; those that take too long end with an error of the API, not uvicorn's."""
-            closing = asyncio.ensure_future(_close_after(llm, args.shutdown_timeout))
-            await super().shutdown(sockets)
-            closing.cancel()
-            await llm.close()
-
-    server = Server(options)
+    server = make_server(llm, config, args)
     # uvicorn raises the signals that ended it again: a graceful stop is no failure.
     for one in (signal.SIGINT, signal.SIGTERM):
         signal.signal(one, lambda *_: None)
     server.run()
     return 0 if server.started else 1
-
-
-async def _close_after(llm: Any, seconds: float) -> None:
-    await asyncio.sleep(seconds)
-    await llm.close()
 
 
 def _given(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:

@@ -1,0 +1,44 @@
+"""uvicorn's server of the HTTP API, stopped without losing the answers of running requests."""
+
+import argparse
+import asyncio
+from typing import Any
+
+import uvicorn
+
+from jaxinfer.async_llm import AsyncLLM
+from jaxinfer.serve.app import create_app
+from jaxinfer.serve.config import ServerConfig
+
+CLOSING = 5
+"""Seconds for the responses to requests that the stop of the server ends."""
+
+
+def make_server(llm: AsyncLLM, config: ServerConfig, args: argparse.Namespace) -> uvicorn.Server:
+    """Return uvicorn's server of the API; it closes the LLM when it stops. `args`: see `serve.cli.add_arguments`."""
+    options = uvicorn.Config(
+        create_app(llm, config),
+        host=args.host,
+        port=args.port,
+        ssl_certfile=args.ssl_certfile,
+        ssl_keyfile=args.ssl_keyfile,
+        timeout_graceful_shutdown=args.shutdown_timeout + CLOSING,
+        access_log=args.access_log,
+        ws="none",
+        lifespan="on",
+    )
+
+    class Server(uvicorn.Server):
+        async def shutdown(self, sockets: Any = None) -> None:
+            """Wait for running requests; those that take too long end with an error of the API, not uvicorn's."""
+            closing = asyncio.ensure_future(_close_after(llm, args.shutdown_timeout))
+            await super().shutdown(sockets)
+            closing.cancel()
+            await llm.close()
+
+    return Server(options)
+
+
+async def _close_after(llm: AsyncLLM, seconds: float) -> None:
+    await asyncio.sleep(seconds)
+    await llm.close()
