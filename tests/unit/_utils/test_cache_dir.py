@@ -2,13 +2,14 @@
 
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from jaxinfer._utils import cache_dir
 from jaxinfer._utils.cache_dir import cache_folder, is_private
-from jaxinfer.kernels.native import build
+from jaxinfer.kernels.native import build, library
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="modes and owners are POSIX's")
 
@@ -91,16 +92,16 @@ def test_a_library_others_can_have_written_is_built_anew(tmp_path, planted, monk
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     built = []
 
-    def compile(compiler: str, sources: Path, library: Path) -> None:
-        built.append(library)
-        library.write_bytes(b"")
-        library.chmod(0o755)
+    def compile(compiler: str, flags: Sequence[str], include: str, path: Path) -> None:
+        built.append(path)
+        path.write_bytes(b"")
+        path.chmod(0o755)
 
-    monkeypatch.setattr(build, "_build", compile)
-    library = build._built("true")
+    monkeypatch.setattr(library, "build", compile)
+    path = build._built("true")
     if planted == "owner":
-        of_another(monkeypatch, library)
+        of_another(monkeypatch, path)
     elif planted:
-        library.chmod({"group": 0o775, "others": 0o757}[planted])
-    assert build._built("true") == library
+        path.chmod({"group": 0o775, "others": 0o757}[planted])
+    assert build._built("true") == path
     assert len(built) == (2 if planted else 1)

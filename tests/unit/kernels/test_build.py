@@ -1,11 +1,16 @@
-"""Building the CPU kernels with the machine's compiler."""
+"""Building the CPU kernels with the machine's compiler, and the choice between a wheel's library and a built one."""
 
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from jaxinfer.kernels.native import build
+from jaxinfer.kernels.native import build, library
+
+
+def compile_with(compiler: str, target: Path) -> None:
+    library.build(compiler, library.THIS_MACHINE, "include", target)
 
 
 def test_an_interrupted_build_ends_its_compilers(tmp_path, monkeypatch):
@@ -26,8 +31,8 @@ def test_an_interrupted_build_ends_its_compilers(tmp_path, monkeypatch):
 
     monkeypatch.setattr(subprocess, "Popen", Run)
     with pytest.raises(KeyboardInterrupt):
-        build._build(str(compiler), Path(build.__file__).parent, tmp_path / "lib" / "kernels.so")
-    assert len(runs) == len(build.SOURCES) and all(run.returncode is not None for run in runs)
+        compile_with(str(compiler), tmp_path / "lib" / "kernels.so")
+    assert len(runs) == len(library.SOURCES) and all(run.returncode is not None for run in runs)
     assert not list((tmp_path / "lib").iterdir())
 
 
@@ -40,15 +45,76 @@ def compiler_that(tmp_path, does):
 
 
 def test_a_build_moves_the_whole_library_to_its_path(tmp_path):
-    library = tmp_path / "lib" / "kernels.so"
-    compiler = compiler_that(tmp_path, 'echo "a warning" >&2; echo made > "$out"')
-    build._build(compiler, Path(build.__file__).parent, library)
-    assert library.read_text() == "made\n" and [*library.parent.iterdir()] == [library]
+    target = tmp_path / "lib" / "kernels.so"
+    compile_with(compiler_that(tmp_path, 'echo "a warning" >&2; echo made > "$out"'), target)
+    assert target.read_text() == "made\n" and [*target.parent.iterdir()] == [target]
 
 
 def test_a_failed_build_keeps_the_compilers_message(tmp_path):
     compiler = compiler_that(tmp_path, 'echo "ffi.h: no such file" >&2; exit 1')
     with pytest.raises(subprocess.CalledProcessError) as caught:
-        build._build(compiler, Path(build.__file__).parent, tmp_path / "lib" / "kernels.so")
+        compile_with(compiler, tmp_path / "lib" / "kernels.so")
     assert caught.value.stderr == "ffi.h: no such file\n"
     assert not list((tmp_path / "lib").iterdir())
+
+
+Loads = list[Path]
+
+
+@pytest.fixture
+def loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[str | None, Loads]]:
+    """Return a function that chooses a library on a CPU with these features; it returns the reason why none can run,
+    and what was loaded.
+    """
+
+    def choose(*, flags: frozenset[str] = library.NEEDED, broken: bool = False) -> tuple[str | None, Loads]:
+        loaded: Loads = []
+
+        def register(path: Path) -> None:
+            loaded.append(path)
+            if broken and path == library.prebuilt():
+                raise RuntimeError("the handler's API version (0.9) is incompatible")
+
+        monkeypatch.setattr(build, "cpu_flags", lambda: flags)
+        monkeypatch.setattr(build, "_register", register)
+        monkeypatch.setattr(build, "_built", lambda compiler: tmp_path / "built.so")
+        return build._lacking.__wrapped__(), loaded
+
+    prebuilt = tmp_path / "prebuilt.so"
+    monkeypatch.setattr(library, "prebuilt", lambda: prebuilt)
+    monkeypatch.setenv("CXX", "true")
+    return choose
+
+
+def test_the_library_of_a_wheel_needs_no_compiler(loads, tmp_path, monkeypatch):
+    (tmp_path / "prebuilt.so").touch()
+    monkeypatch.setenv("CXX", "no-compiler")
+    assert loads() == (None, [tmp_path / "prebuilt.so"])
+
+
+def test_a_library_that_this_jaxlib_cannot_use_is_compiled_anew(loads, tmp_path, monkeypatch):
+    (tmp_path / "prebuilt.so").touch()
+    assert loads(broken=True) == (None, [tmp_path / "prebuilt.so", tmp_path / "built.so"])
+    monkeypatch.setenv("CXX", "no-compiler")
+    reason, loaded = loads(broken=True)
+    assert reason is not None and "no C++ compiler" in reason and len(loaded) == 1
+
+
+def test_without_a_wheels_library_kernels_are_compiled(loads, tmp_path):
+    assert loads() == (None, [tmp_path / "built.so"])
+
+
+def test_a_cpu_without_avx512_loads_nothing(loads, tmp_path):
+    (tmp_path / "prebuilt.so").touch()
+    reason, loaded = loads(flags=library.NEEDED - {"avx512_bf16"})
+    assert reason is not None and "missing: avx512_bf16" in reason and loaded == []
+
+
+def test_a_wheels_library_is_of_the_sources_beside_it(tmp_path, monkeypatch):
+    name = library.prebuilt().name
+    for source in (*library.SOURCES, *library.HEADERS):
+        (tmp_path / source).write_text((library.HERE / source).read_text())
+    monkeypatch.setattr(library, "HERE", tmp_path)
+    assert library.prebuilt().name == name
+    (tmp_path / "rotate.h").write_text("// changed")
+    assert library.prebuilt().name != name
