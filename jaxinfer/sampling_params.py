@@ -51,7 +51,7 @@ MAX_REPETITION_PENALTY = 100.0
 """Maximum `repetition_penalty`: it multiplies logits, which must stay finite."""
 
 _REPLACED = {
-    "best_of": "best_of is gone: use n (all n samples are returned)",
+    "best_of": "best_of is not supported: use n (all n samples are returned)",
     "do_sample": "use temperature=0 for greedy decoding",
     "early_stopping": "use LLM.beam_search(early_stopping=...)",
     "eos_token_id": "use stop_token_ids",

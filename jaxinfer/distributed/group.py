@@ -82,7 +82,7 @@ class Group:
         return values
 
     def gather(self) -> list[Any]:
-        """Receive on process 0 the values that the others passed to `share`.
+        """Receive on process 0 the values that the others passed to `all_gather`.
 
         Raises:
             DistributedError: a process has died or failed.
@@ -93,7 +93,7 @@ class Group:
         """Check that facts are equal in all processes.
 
         Raises:
-            DistributedError: they differ; names process, fact and both values, in every process alike.
+            DistributedError: they differ; names process, fact and both values, in every process.
         """
         first, *others = self.all_gather(dict(facts))
         for process, own in enumerate(others, 1):

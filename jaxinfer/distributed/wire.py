@@ -50,7 +50,7 @@ class Kind(IntEnum):
     BEAT = 0
     """Heartbeat."""
     SHARE = 1
-    """A process's value for `share`, or the values of all processes."""
+    """A process's value for `Group.all_gather`, or the values of all processes."""
     KEY = 2
     """Program key that the next number stands for."""
     LAUNCH = 3

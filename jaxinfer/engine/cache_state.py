@@ -96,7 +96,7 @@ def _chain(node: Node, children: dict[bytes, list[Node]], refs: np.ndarray) -> I
 
 
 def _refs(node: Node, refs: np.ndarray) -> int:
-    """Return how many sequences hold a node's blocks: the most of its kinds, as those behind a window are let go."""
+    """Return how many sequences hold a node's blocks: the maximum over its kinds, as windows release theirs."""
     return max((int(refs[i]) for ids in node.ids for i in ids if i < len(refs)), default=0)
 
 

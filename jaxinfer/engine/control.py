@@ -21,7 +21,7 @@ class EngineControl:
         self.paused = False
         """Whether no step runs until `resume`."""
         self.pausing = False
-        """Whether no step is planned any more, while one that is planned waits for its programs."""
+        """Whether no more steps are planned, while a planned one waits for its programs."""
         self.level = 0
         """Level of sleep; 0 while awake."""
         self.weightless = False
@@ -30,7 +30,7 @@ class EngineControl:
         """Number of times that weights were replaced."""
 
     def stop(self, mode: str) -> None:
-        """Plan no step any more, and abort all requests if the mode is "abort"."""
+        """Plan no more steps, and abort all requests if the mode is "abort"."""
         self.check_awake("pause")
         self.pausing = not self.paused
         for name in list(self._engine.requests) if mode == "abort" else ():
@@ -48,7 +48,7 @@ class EngineControl:
         return True
 
     def drain(self) -> None:
-        """Start no request any more but those that are queued."""
+        """Start only requests that are already queued."""
         self.check_awake("pause")
         if self.paused:
             raise RuntimeError("pause('wait'): the engine is paused, so no request would end; resume() first")
@@ -66,7 +66,7 @@ class EngineControl:
         return self.stopped()
 
     def give_up(self) -> None:
-        """Run on, if a call that waits for a pause is interrupted."""
+        """Undo a pause that is not reached, as the call that waits for it was interrupted."""
         self._engine.scheduler.last_arrival, self.pausing = None, False
 
     def resume(self, *, recompute: bool) -> None:
@@ -90,7 +90,7 @@ class EngineControl:
         """Free the cache and, at level 2, the weights; compiled programs stay.
 
         Raises:
-            RuntimeError: requests are running, or it sleeps as deeply already.
+            RuntimeError: requests are running, or the engine sleeps at this level or a deeper one already.
         """
         engine = self._engine
         engine.check_alive()
@@ -157,8 +157,8 @@ class EngineControl:
     def replace_weights(self, replace: Callable[[list[Any]], None], *, partial: bool = False) -> int:
         """Replace weights, and forget what was cached with the old ones; return their version.
 
-        Paused sequences keep their own cache. Nobody else will find it: it is never published. Prompts that are not
-        computed yet start over.
+        Paused sequences keep their own cache. No other request reuses it, because it is never published. Prompts that
+        are not computed yet start over.
 
         Args:
             replace: replaces arrays in the list of parameters.

@@ -1,7 +1,7 @@
-"""The numbers of a deterministic engine, computed outside of it: whole sequences through steps of the engine's shape.
+"""Compute the logits of a deterministic engine outside of it: whole sequences through steps of the engine's shape.
 
-An engine with `deterministic=True` computes every token in one program of a fixed shape. What a token's bits depend on
-beside its own sequence is that shape, a `StepShape`. `logits` and `logprobs` run the same functions over sequences of a
+An engine with `deterministic=True` computes every token in one program of a fixed shape. A token's bits depend on
+its own sequence and on that shape, a `StepShape`. `logits` and `logprobs` run the same functions over sequences of a
 trainer, a step of as many tokens at a time, and thereby give the same bits.
 """
 

@@ -140,7 +140,7 @@ class GrowingCache:
 
     def layer(self, number: int, length: int | None = None) -> tuple[jax.Array, jax.Array | None]:
         """Copy keys and values `[R, K, S, D]` of a layer's first `length` positions (default: the longest row's)."""
-        self._check_there()
+        self._check_current()
         place, length = self.program.layout.places[number], max(self.lengths) if length is None else length
         table = self._tables()[place.group]
         keys, values = jax.tree.map(lambda array: contiguous.read(array, table, length), self.arrays[place.array])
@@ -148,7 +148,7 @@ class GrowingCache:
 
     def copy(self) -> "GrowingCache":
         """Copy the cache to new memory."""
-        self._check_there()
+        self._check_current()
         return replace(self, arrays=jax.tree.map(jnp.copy, self.arrays))
 
     def append(self, params: Sequence[jax.Array], tokens: Any) -> tuple[jax.Array, "GrowingCache"]:
@@ -166,7 +166,7 @@ class GrowingCache:
             CapacityError: a row has too little room.
             ValueError: the number of rows differs, or a row has no token.
         """
-        self._check_there()
+        self._check_current()
         new = [np.asarray(row, np.int32).ravel() for row in tokens]
         if len(new) != self.regions.rows or not all(map(len, new)):
             counts = [len(row) for row in new]
@@ -199,7 +199,7 @@ class GrowingCache:
         least = max(1, item_keys(self._step) // self._step)
         return next(width for width in self.regions.widths(least) if width * self._step >= length)
 
-    def _check_there(self) -> None:
+    def _check_current(self) -> None:
         if any(array.is_deleted() for array in jax.tree.leaves(self.arrays)):
             raise CacheConsumedError(
                 f"this cache of {max(self.lengths)} positions was consumed by append; use the cache that append "

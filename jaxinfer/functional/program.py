@@ -53,8 +53,8 @@ class Program:
     cross: CrossSource | None = None
     """Encoder inputs for cross-attention; None without it."""
     deterministic: bool = False
-    """Whether a token's result may depend on nothing but its own sequence: kernels divide their work alike for every
-    token, and recurrent layers advance one token at a time (`engine.runner.mixed`)."""
+    """Whether a token's result may depend on nothing but its own sequence: kernels divide their work in the same way
+    for every token, and recurrent layers advance one token at a time (`engine.runner.mixed`)."""
 
     @property
     def layout(self) -> Layout:

@@ -69,8 +69,8 @@ def backend(directory: Path) -> tuple[Tokenizer, dict[str, Any]]:
     if named != CLASS:
         raise CheckpointError(
             f"{directory / FILE} says nothing of how text is divided before it, and tokenizer_class in "
-            f"tokenizer_config.json is {named!r}; known is {CLASS!r}. Give a tokenizer.json, made by who trusts the "
-            "checkpoint's own code."
+            f"tokenizer_config.json is {named!r}; known is {CLASS!r}. Add a tokenizer.json, which transformers writes "
+            "if it may run the checkpoint's code."
         )
     ranks = read_ranks(directory / FILE)
     made = byte_bpe.from_ranks(ranks, SPLIT)

@@ -30,8 +30,8 @@ _versions = itertools.count(1)
 class PrefixIndex:
     """Tree of published prefixes: for each node, the blocks of every kind of layer that has them.
 
-    A node stays while it or a descendant has blocks, so that a hit whose first blocks are gone, as behind a window, is
-    still verified token by token.
+    A node stays while it or a descendant has blocks, so that a hit whose first blocks were evicted, as behind a window,
+    is still verified token by token.
 
     Args:
         block_size: P.

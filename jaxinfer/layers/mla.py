@@ -31,8 +31,8 @@ EXPANDING = frozenset({attention.XLA, attention.NATIVE})
 On a CPU that is faster than the native kernel on absorbed queries: 16 heads of 128, bfloat16, 512 prompt tokens take 17
 against 57 ms, after 1536 cached ones 87 against 304 ms (jax 0.12, two cores with other work on them). Triton's kernel
 runs absorbed: expanding needs a third of the multiplications, but loops driven by the host. Not measured on a GPU yet.
-Deterministic steps, which decode and prefill alike, run absorbed too: expanding all latents for each new token would
-cost more than it spares.
+Deterministic steps, in which a decoding sequence is a chunk of one token, run absorbed too: expanding all latents for
+each new token would cost more than it saves.
 """
 
 

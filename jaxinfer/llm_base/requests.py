@@ -40,12 +40,12 @@ class RequestCalls(EngineOwner):
         )
 
     def _checked(
-        self, requests: Sequence[Request], prompts: Sequence[Prompt], follow: Callable[..., Handle]
+        self, requests: Sequence[Request], prompts: Sequence[Prompt], make_handle: Callable[..., Handle]
     ) -> list[Handle]:
         self._check_open()
         self._thread.run(self._check_requests, requests)
         return [
-            follow(request, prompt.text, self._tokenizer, encoder_text=prompt.encoder_text)
+            make_handle(request, prompt.text, self._tokenizer, encoder_text=prompt.encoder_text)
             for request, prompt in zip(requests, prompts, strict=True)
         ]
 

@@ -26,7 +26,7 @@ class WeightsAndPauses(EngineOwner):
         Args:
             weights: a dict of Hugging Face names to arrays of JAX (on any devices, however sharded) or NumPy, which
                 are fused on the engine's devices and copied; or an NNX module like the engine's, or its `nnx.state`,
-                whose arrays are shared with the engine if they already lie as its own.
+                whose arrays are shared with the engine if their shardings are those of its own.
             partial: whether some tensors may be missing; what they fill keeps its values, down to single outputs of a
                 fused projection and single experts.
             cast: whether floating-point values may be rounded to the engine's dtype. Conversions that keep every value
@@ -139,7 +139,7 @@ class WeightsAndPauses(EngineOwner):
 
         Raises:
             ValueError: the level is unknown.
-            RuntimeError: requests are running or paused, or the engine sleeps as deeply already.
+            RuntimeError: requests are running or paused, or the engine sleeps at this level or a deeper one.
             DistributedError: several processes serve the model.
         """
         if level not in LEVELS or isinstance(level, bool):

@@ -25,7 +25,7 @@ _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32}
 
 
 class Sums(NamedTuple):
-    """What is known of a tensor's values."""
+    """Sums over a tensor's values."""
 
     first: int
     second: int

@@ -1,4 +1,4 @@
-"""Compiled programs that fuse tensors into parameters on the devices (`checkpoint.fusing`), and take these apart.
+"""Compiled programs that fuse tensors into parameters on the devices (`checkpoint.fusing`), and split parameters.
 
 Layers of the same shape share a program. A stack of experts whose tensors come one by one is filled entry by entry, in
 place, so that no second copy of it is needed.
@@ -59,7 +59,7 @@ class Job:
     places: list[int]
     """Indices in the flat list of parameters."""
     specs: list[jax.ShapeDtypeStruct]
-    """What they are, and where they lie."""
+    """Their shapes, dtypes and shardings."""
     layout: Layout
     rules: list[Rule]
     """Rules of the tensors; none for a parameter of zeros."""
@@ -136,7 +136,7 @@ class FusePrograms:
         return Step(self._ready[key], arrays, shardings, index)
 
     def _source_sharding(self, job: Job, index: int | None, shape: Sequence[int]) -> NamedSharding:
-        """Return the sharding in which a tensor is brought to the devices: as near to its place as its sizes divide."""
+        """Return the sharding of a tensor on the devices: that of its parameter, on the axes whose sizes divide."""
         layout, lead = job.layout, int(job.layout.stacked and index is None)
         own = tuple(getattr(job.specs[0].sharding, "spec", ()))[int(layout.stacked) - lead :]
         spec = list(own[: lead + 1] if layout.outputs else own)
@@ -145,7 +145,7 @@ class FusePrograms:
         return NamedSharding(self._mesh, PartitionSpec(*(name if fit else None for name, fit in zip(spec, fits))))
 
     def make(self, job: Job, steps: Sequence[Step], params: list[Any]) -> None:
-        """Replace a parameter in the list; where nothing of it stays it is dropped before its successor is made."""
+        """Replace a parameter in the list; if none of it is kept, its memory is freed before the new one is made."""
         old = None if job.complete else [params[place] for place in job.places]
         for place in job.places:
             params[place] = None

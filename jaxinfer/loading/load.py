@@ -1,4 +1,4 @@
-"""Load what an `LLM` serves with: module on its mesh, tokenizer, prompt readers, default parameters, EOS ids."""
+"""Load the parts of an `LLM`: module on its mesh, tokenizer, prompt readers, default parameters, EOS ids."""
 
 import dataclasses
 from collections.abc import Mapping

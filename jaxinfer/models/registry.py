@@ -1,4 +1,4 @@
-"""Registry of architectures: every file of this folder that has a `FAMILY` is found, and says which it serves."""
+"""Registry of architectures: each file of this folder with a `FAMILY` declares its own."""
 
 import difflib
 import importlib
@@ -67,7 +67,7 @@ def architecture(config: Mapping[str, object]) -> str:
 
 
 def _nearest(named: object, kind: object) -> str:
-    """Return the end of a message that names the supported architecture whose name is most alike."""
+    """Return the end of a message that names the supported architecture with the most similar name."""
     types = model_types()
     known = {name.lower(): name for name in families()} | {kind.lower(): name for kind, name in types.items()}
     given = [*(named if isinstance(named, list) else ()), kind]

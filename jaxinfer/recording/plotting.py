@@ -1,4 +1,4 @@
-"""What the pictures share: axes on a transparent background, readable in light and dark."""
+"""Axes shared by the pictures: a transparent background, readable in light and dark."""
 
 from typing import Any
 

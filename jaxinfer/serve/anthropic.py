@@ -51,7 +51,7 @@ async def messages(request: Request) -> Response:
         queue,
         streamed=streamed,
         events=lambda streams: _events(context, call, name, streams),
-        whole=lambda outputs: _whole(context, call, name, first_of(outputs)),
+        whole=lambda outputs: _complete(context, call, name, first_of(outputs)),
         anthropic=True,
     )
 
@@ -123,7 +123,7 @@ def _message(context: Context, name: str, content: list[Any], usage: dict[str, A
     return made | {"content": content, "stop_reason": None, "stop_sequence": None, "usage": usage}
 
 
-def _whole(context: Context, call: ChatCall, name: str, output: RequestOutput) -> dict[str, Any]:
+def _complete(context: Context, call: ChatCall, name: str, output: RequestOutput) -> dict[str, Any]:
     [sample] = output.outputs
     parser = call.parser(context, output.prompt)
     message = message_of(parser.push(sample.text, last=True))

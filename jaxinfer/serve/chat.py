@@ -95,7 +95,7 @@ async def chat_completions(request: Request) -> Response:
         queue,
         streamed=call.streamed,
         events=lambda streams: _events(context, call, base, streams),
-        whole=lambda outputs: _whole(context, call, base, first_of(outputs)),
+        whole=lambda outputs: _complete(context, call, base, first_of(outputs)),
     )
 
 
@@ -157,7 +157,7 @@ def _tools(fields: Fields) -> list[Any] | None:
     return None if choice == "none" else tools or None
 
 
-def _whole(context: Context, call: ChatCall, base: dict[str, Any], output: RequestOutput) -> dict[str, Any]:
+def _complete(context: Context, call: ChatCall, base: dict[str, Any], output: RequestOutput) -> dict[str, Any]:
     choices = []
     for sample in output.outputs:
         parser = call.parser(context, output.prompt)

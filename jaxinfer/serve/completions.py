@@ -55,7 +55,7 @@ async def completions(request: Request) -> Response:
         queue,
         streamed=fields.get("stream", bool, False),
         events=lambda streams: _events(base, params.n, logprobs or 0, usage, streams),
-        whole=lambda outputs: _whole(base, params.n, logprobs or 0, outputs),
+        whole=lambda outputs: _complete(base, params.n, logprobs or 0, outputs),
     )
 
 
@@ -85,7 +85,7 @@ def _choice(sample: CompletionOutput, index: int, top: int, start: int = 0) -> d
     }
 
 
-def _whole(base: dict[str, Any], n: int, top: int, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+def _complete(base: dict[str, Any], n: int, top: int, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
     choices = [
         _choice(sample, place * n + sample.index, top)
         for place, output in enumerate(outputs)

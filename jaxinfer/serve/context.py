@@ -1,4 +1,4 @@
-"""What the endpoints share: the model, the settings and the count of accepted requests."""
+"""Shared state of the endpoints: the model, the settings and the count of accepted requests."""
 
 import time
 import uuid

@@ -67,7 +67,7 @@ async def responses(request: Request) -> Response:
         queue,
         streamed=streamed,
         events=lambda streams: _events(base, parser, streams),
-        whole=lambda outputs: _whole(base, parser, first_of(outputs)),
+        whole=lambda outputs: _complete(base, parser, first_of(outputs)),
     )
 
 
@@ -179,7 +179,7 @@ def _status(sample: CompletionOutput) -> dict[str, Any]:
     return {"status": "completed"}
 
 
-def _whole(base: dict[str, Any], parser: Any, output: RequestOutput) -> dict[str, Any]:
+def _complete(base: dict[str, Any], parser: Any, output: RequestOutput) -> dict[str, Any]:
     [sample] = output.outputs
     items = items_of(message_of(parser(output).push(sample.text, last=True)))
     return _finished(base, items, output, len(sample.token_ids))

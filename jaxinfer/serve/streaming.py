@@ -37,7 +37,7 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, Any]) -> A
     """Return the result of a coroutine; cancel it if the client disconnects.
 
     Raises:
-        APIError: the client has disconnected; nobody will read this.
+        APIError: the client has disconnected, so that it does not get this error.
     """
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request.receive))
     try:

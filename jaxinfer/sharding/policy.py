@@ -90,7 +90,7 @@ class Placement:
                     raise ConfigError(
                         f"placement: {pattern!r} is given {EXPERTS!r}, but matches no module with experts; "
                         + (
-                            f"modules with experts: {_some(experts)}"
+                            f"modules with experts: {_listed(experts)}"
                             if experts
                             else f"this model has none, use {SHARD!r}"
                         )
@@ -102,7 +102,7 @@ class Placement:
                     f"placement: {pattern!r} matches {within[0]!r}, which is part of a module placed as a whole; "
                     f"match {within[0].rsplit('.', 1)[0]!r} instead"
                 )
-            raise ConfigError(f"placement: {pattern!r} matches no module; modules: {_some(modules)}")
+            raise ConfigError(f"placement: {pattern!r} matches no module; modules: {_listed(modules)}")
 
 
 def _matches(pattern: str, path: str) -> bool:
@@ -115,7 +115,7 @@ def _matches_around(pattern: str, path: str) -> bool:
     return any(_matches(pattern, ".".join(parts[:end])) for end in range(1, len(parts) + 1))
 
 
-def _some(paths: list[str]) -> str:
+def _listed(paths: list[str]) -> str:
     """List paths with layer numbers replaced by `*`, without duplicates."""
     return ", ".join(list(dict.fromkeys(map(any_layer, paths)))[:24])
 

@@ -148,7 +148,7 @@ def timed(call: Callable[[], Any]) -> float:
 
 
 def in_turns(runs: Mapping[str, Run], repeats: int, seconds: float = 0.0) -> dict[str, list[float]]:
-    """Run `repeats` rounds of all passes in turns, so that a disturbance of the machine affects all alike; return
+    """Run `repeats` rounds of all passes in turns, so that a disturbance of the machine affects all of them; return
     seconds by round.
 
     `seconds`: minimum duration; further rounds run until it is reached.

@@ -24,7 +24,7 @@ class Offline:
 
     def run(self, work: Work) -> Trace:
         """Run one pass with an empty prefix cache."""
-        prompts, params = _asked(work)
+        prompts, params = _inputs(work)
         self.llm.reset_prefix_cache()
         start = time.perf_counter()
         results = self.llm.generate(prompts, params, use_tqdm=False)
@@ -53,7 +53,7 @@ class Online(Offline):
         """Run one pass with an empty prefix cache."""
         engine = self.llm._engine
         engine.compile_aside(None)  # a step that waits for its programs would do nothing here
-        prompts, params = _asked(work)
+        prompts, params = _inputs(work)
         self.llm.reset_prefix_cache()
         requests = [handle.request for handle in self.llm._prepare(prompts, params)]
         waiting, running, arrivals = deque(requests), [], []
@@ -75,7 +75,7 @@ class Online(Offline):
         return Trace(seconds, tokens, arrivals, [own for request in requests for own in times[request.id]])
 
 
-def _asked(work: Work) -> tuple[list[dict[str, Any]], list[SamplingParams]]:
+def _inputs(work: Work) -> tuple[list[dict[str, Any]], list[SamplingParams]]:
     """Return prompts and parameters for `LLM.generate`."""
     params = [
         SamplingParams(temperature=work.temperature, n=work.samples, max_tokens=new, ignore_eos=True)

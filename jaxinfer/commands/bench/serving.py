@@ -112,11 +112,11 @@ def figures(answers: Sequence[Answer], seconds: float, shown: Sequence[float]) -
         "e2el": [answer.seconds for answer in done],
     }
     for name, values in latencies.items():
-        found |= _spread(name, values, shown)
+        found |= _statistics(name, values, shown)
     return found
 
 
-def _spread(name: str, seconds: Sequence[float], shown: Sequence[float]) -> dict[str, float]:
+def _statistics(name: str, seconds: Sequence[float], shown: Sequence[float]) -> dict[str, float]:
     """Return mean, deviation and percentiles in milliseconds; nothing if there are no values."""
     if not seconds:
         return {}

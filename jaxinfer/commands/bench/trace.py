@@ -81,14 +81,14 @@ def serving(work: Work, trace: Trace) -> dict[str, float]:
     """
     first = [times[0] - arrival for times, arrival in zip(trace.times, trace.arrivals, strict=True)]
     after = [(times[-1] - times[0]) / (len(times) - 1) for times in trace.times if len(times) > 1]
-    figures = throughput(work, trace) | _spread("ttft", first) | _spread("tpot", after or [0.0])
+    figures = throughput(work, trace) | _statistics("ttft", first) | _statistics("tpot", after or [0.0])
     return figures | {
         "longest_gap_ms": 1e3 * max((end - start for _, start, end in _gaps(trace)), default=0.0),
         "longest_gap_while_others_prefill_ms": 1e3 * _longest_gap_beside_prefill(trace),
     }
 
 
-def _spread(name: str, seconds: Sequence[float]) -> dict[str, float]:
+def _statistics(name: str, seconds: Sequence[float]) -> dict[str, float]:
     figures = {"mean": mean(seconds), "median": median(seconds), "p99": float(np.percentile(seconds, 99))}
     return {f"{kind}_{name}_ms": 1e3 * value for kind, value in figures.items()}
 

@@ -27,7 +27,7 @@ def summary(mesh: Mesh, hidden: jax.Array) -> jax.Array:
     compared.
     """
 
-    # Padding rows are all alike: without random weights per row their rounding errors would add up.
+    # Padding rows are equal: without random weights per row their rounding errors would add up.
     random = np.random.default_rng(0)
     rows = random.normal(size=(hidden.shape[0], 1)).astype(np.float32)
     signs = random.choice(np.array([-1, 1], np.float32), hidden.shape[1])

@@ -2,8 +2,8 @@
 
 A compiler may add up the same numbers in another order for another shape or in another program. So all tokens of a
 deterministic engine are computed by one program of one shape, whatever they are: a decoding sequence is a chunk of one
-token. Its kernels compute each token alike whatever its neighbours are, and the logits of `head_rows` tokens at a time
-are computed by one loop body, whether a token is sampled from them or a prompt's log-probability is asked for.
+token. Its kernels compute a token in the same way whatever its neighbours are, and the logits of `head_rows` tokens at
+a time are computed by one loop body, whether a token is sampled from them or a prompt's log-probability is needed.
 """
 
 from dataclasses import dataclass

@@ -17,8 +17,8 @@ from jaxinfer.kernels.state.slots import StepSegments
 from jaxinfer.models.base import FeatureRows
 
 
-class _Made(NamedTuple):
-    """What the turns have computed so far."""
+class _Outputs(NamedTuple):
+    """Outputs of the iterations so far; a place is a token whose logits are computed (`Mixed.places`)."""
 
     last: jax.Array
     """Last token of each row, `[R]`."""
@@ -26,7 +26,7 @@ class _Made(NamedTuple):
     """`Edits.history`."""
     tokens: jax.Array
     """Sampled tokens by place."""
-    beside: Logprobs
+    logprobs: Logprobs
     """Log-probabilities by place."""
 
 
@@ -66,18 +66,18 @@ def mixed_step(
         **{name: parts[name] for name in ("positions", "rows", "rope_lengths", "tiles", "count")},
     )
     hidden, cache = functional.prefill_hidden(program, params, cache, batch, features)
-    made = _read(program, bucket, sampled_vocab, params, hidden, parts, rows, edits)
+    outputs = _sample(program, bucket, sampled_vocab, params, hidden, parts, rows, edits)
     samples, ends = slice(bucket.rows), (bucket.sample_places, bucket.sample_places + bucket.tokens)
     sampled = Sampled(
-        made.tokens[samples],
-        Logprobs(*(column[samples] for column in made.beside)),
-        Logprobs(*(column[slice(*ends)] for column in made.beside)),
+        outputs.tokens[samples],
+        Logprobs(*(column[samples] for column in outputs.logprobs)),
+        Logprobs(*(column[slice(*ends)] for column in outputs.logprobs)),
         summary=hidden_summary(program, hidden[parts["at"][samples]]),
     )
-    return cache, RowState(made.last, tables), edits._replace(history=made.history), sampled
+    return cache, RowState(outputs.last, tables), edits._replace(history=outputs.history), sampled
 
 
-def _read(
+def _sample(
     program: Program,
     bucket: Mixed,
     sampled_vocab: int,
@@ -86,54 +86,66 @@ def _read(
     parts: dict[str, jax.Array],
     rows: RowState,
     edits: Edits,
-) -> _Made:
-    """Sample from hidden states `[T, M]` and find log-probabilities, `head_rows` places a turn."""
-    module, size, count = program.module(params), bucket.sampled_rows, bucket.logprobs
+) -> _Outputs:
+    """Sample from hidden states `[T, M]` and compute log-probabilities.
+
+    An iteration computes the logits of `head_rows` places; `sampled_rows` of them at a time are sampled.
+    """
+    module, size = program.module(params), bucket.sampled_rows
     how = {"switched": bucket.switched, "rule": None if program.cross is None else program.cross.rule}
 
-    def turn(number: jax.Array, made: _Made) -> _Made:
+    def iterate(number: jax.Array, outputs: _Outputs) -> _Outputs:
         block = parts["turns"][number]
         first = block * bucket.head_rows
         at = jax.lax.dynamic_slice_in_dim(parts["at"], first, bucket.head_rows)
         logits = module.logits(hidden.at[at].get(mode="fill", fill_value=0))
-        parts_of_turn = -(-parts["ends"][block] // size)
-        return jax.lax.fori_loop(0, parts_of_turn, lambda i, made: some(first + i * size, logits, i, made), made)
+        count = -(-parts["ends"][block] // size)
+        return jax.lax.fori_loop(0, count, lambda i, outputs: sample_places(first, logits, i, outputs), outputs)
 
-    def some(first: jax.Array, of_turn: jax.Array, index: jax.Array, made: _Made) -> _Made:
-        def own(name: str) -> jax.Array:
-            return jax.lax.dynamic_slice_in_dim(parts[name], first, size)
-
-        sampling, targets = unpack_rows(own("sampling")), own("targets")
-        logits = jax.lax.dynamic_slice_in_dim(of_turn, index * size, size)
-        held = Edits(made.history, edits.bias)
-        tokens, held = sample(mask_padding(logits, sampled_vocab), sampling, held, bucket.level, **how)
-        asked = jnp.where(targets >= 0, targets, tokens)
-
-        def compute() -> Logprobs:
-            return logprobs(logits, asked, count, switched=bucket.switched)
-
-        if bucket.switched:
-            wanted = (sampling.logprobs > 0).any() | (targets >= 0).any()
-            nothing = jax.tree.map(lambda a: jnp.zeros((size, *a.shape[1:]), a.dtype), made.beside)
-            beside = jax.lax.cond(wanted, compute, lambda: nothing)
-        else:
-            beside = compute()
-        return _Made(
-            made.last.at[sampling.row].set(tokens, mode="drop"),
-            held.history,
+    def sample_places(first: jax.Array, logits: jax.Array, index: jax.Array, outputs: _Outputs) -> _Outputs:
+        place = first + index * size
+        sampling, targets = (jax.lax.dynamic_slice_in_dim(parts[name], place, size) for name in ("sampling", "targets"))
+        sampling = unpack_rows(sampling)
+        logits = jax.lax.dynamic_slice_in_dim(logits, index * size, size)
+        state = Edits(outputs.history, edits.bias)
+        tokens, state = sample(mask_padding(logits, sampled_vocab), sampling, state, bucket.level, **how)
+        targets_or_tokens = jnp.where(targets >= 0, targets, tokens)
+        requested = (sampling.logprobs > 0).any() | (targets >= 0).any()
+        found = _logprobs(bucket, logits, targets_or_tokens, requested, outputs.logprobs)
+        return _Outputs(
+            outputs.last.at[sampling.row].set(tokens, mode="drop"),
+            state.history,
             *jax.tree.map(
-                lambda all_places, new: jax.lax.dynamic_update_slice_in_dim(all_places, new, first, 0),
-                (made.tokens, made.beside),
-                (tokens, beside),
+                lambda all_places, new: jax.lax.dynamic_update_slice_in_dim(all_places, new, place, 0),
+                (outputs.tokens, outputs.logprobs),
+                (tokens, found),
             ),
         )
 
-    places = bucket.places
-    none = Logprobs(
+    begin = _Outputs(rows.tokens, edits.history, jnp.zeros(bucket.places, jnp.int32), _no_logprobs(bucket))
+    return jax.lax.fori_loop(0, parts["turn_count"], iterate, begin)
+
+
+def _logprobs(
+    bucket: Mixed, logits: jax.Array, tokens: jax.Array, requested: jax.Array, template: Logprobs
+) -> Logprobs:
+    """Compute log-probabilities of tokens; in a switched program, return zeros if no row requests them."""
+
+    def compute() -> Logprobs:
+        return logprobs(logits, tokens, bucket.logprobs, switched=bucket.switched)
+
+    if not bucket.switched:
+        return compute()
+    zeros = jax.tree.map(lambda a: jnp.zeros((len(tokens), *a.shape[1:]), a.dtype), template)
+    return jax.lax.cond(requested, compute, lambda: zeros)
+
+
+def _no_logprobs(bucket: Mixed) -> Logprobs:
+    """Return zeros in the shapes of all places' log-probabilities."""
+    places, count = bucket.places, bucket.logprobs
+    return Logprobs(
         jnp.zeros(places),
         jnp.zeros(places, jnp.int32),
         jnp.zeros((places, count), jnp.int32),
         jnp.zeros((places, count)),
     )
-    begin = _Made(rows.tokens, edits.history, jnp.zeros(places, jnp.int32), none)
-    return jax.lax.fori_loop(0, parts["turn_count"], turn, begin)

@@ -31,7 +31,7 @@ ALIGNED = [["tt.divisibility", 16]]
 """XLA aligns every buffer to more than 16 bytes."""
 CALL = "__gpu$xla.gpu.ptx"
 _TRITON = threading.Lock()
-"""Held while Triton compiles: steps are compiled in several threads, its knobs are the process's, and in CPython 3.11
+"""Lock held while Triton compiles: steps are compiled in several threads, its settings are global, and in CPython 3.11
 `ast.parse` fails where two threads run it (SystemError: AST constructor recursion depth mismatch).
 """
 
