@@ -79,7 +79,7 @@ def test_only_pickles(copy):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (dict(architectures=["T5ForConditionalGeneration"]), "T5.*not supported; supported: LlamaForCausalLM"),
+        (dict(architectures=["T5ForConditionalGeneration"]), "T5.*not supported; supported: .*LlamaForCausalLM"),
         (dict(hidden_size=0), "hidden_size"),
         (dict(num_hidden_layers=-1), "num_hidden_layers"),
         (dict(vocab_size=10**12), "vocab_size"),
