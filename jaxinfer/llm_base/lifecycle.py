@@ -43,7 +43,7 @@ class EngineOwner:
         **settings: Any,
     ):
         self._closed = False
-        self._name = type(model).__name__ if isinstance(model, nnx.Module) else str(model)
+        self._name = _name_of(model)
         if mesh is not None and not isinstance(mesh, Mesh):
             raise TypeError(f"mesh must be a jax.sharding.Mesh, got {type(mesh).__name__}")
         self._group = distributed.join(mesh, settings.get("peer_timeout"))
@@ -180,6 +180,14 @@ class EngineOwner:
                 f"this is process {self._group.process} of a model on several: requests enter at process 0; call "
                 "llm.follow() here, which serves that one until it ends"
             )
+
+
+def _name_of(model: str | Path | nnx.Module) -> str:
+    """Return a short name of a model: its class, the last part of its path, or its Hub id."""
+    if isinstance(model, nnx.Module):
+        return type(model).__name__
+    path = Path(model)
+    return path.resolve().name if path.exists() else str(model)
 
 
 def _drop(thread: EngineThread) -> None:

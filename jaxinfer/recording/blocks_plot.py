@@ -12,6 +12,9 @@ LISTED = 12
 """Number of sequences that the key names."""
 COUNTED = 3000
 """Number of cells up to which the number of holders is written into shared ones."""
+ARROW = {"arrowstyle": "-|>", "color": palette.TEXT, "linewidth": 1, "mutation_scale": 7, "shrinkA": 0, "shrinkB": 0}
+ARROW |= {"connectionstyle": "arc3,rad=0.3"}
+"""Arrow from the source of a copy to its target."""
 NO_OWNER = 4
 """Places of the colour table before those of the owners: free, cached, shared, and one unused."""
 
@@ -21,7 +24,7 @@ def draw(recording: Any, ax: Any = None, *, last: int | None = None) -> Any:
 
     A column is a step as the host planned it, with the tokens of the step before read. Arrows show copies on write:
     from the shared block to the new one, in the column of the step that writes it. Numbers in shared blocks are the
-    sequences that hold them, where there is room.
+    sequences that hold them, where there is room. Marks above show forks and preemptions.
 
     Args:
         recording: a `Recording`.
@@ -49,14 +52,14 @@ def draw(recording: Any, ax: Any = None, *, last: int | None = None) -> Any:
     for block, column in shared:
         ax.text(first + column, block, -codes[block, column], ha="center", va="center", fontsize=6, color="#111111")
     _draw_copies(ax, steps)
-    _draw_forks(ax, steps)
+    _draw_marks(ax, steps)
     from matplotlib.ticker import MaxNLocator
 
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True))
     left = recording.num_blocks - len(codes)
     title = f"blocks over steps ({left} more were never used)" if left else "blocks over steps"
-    return finish(ax, _key(recording, codes), xlabel="step", ylabel="block", title=title)
+    return finish(ax, _key(recording, codes, steps), xlabel="step", ylabel="block", title=title)
 
 
 def _colours(codes: np.ndarray) -> np.ndarray:
@@ -74,36 +77,29 @@ def _draw_copies(ax: Any, steps: Any) -> None:
                 "",
                 xy=(step.number - 0.35, target),
                 xytext=(step.number - 0.65, source),
-                arrowprops={"arrowstyle": "-|>", "color": palette.TEXT, "linewidth": 1.4, "shrinkA": 0, "shrinkB": 0},
+                arrowprops=ARROW,
             )
 
 
-def _draw_forks(ax: Any, steps: Any) -> None:
-    """Mark the steps above the picture in which samples began to share their parent's blocks."""
+def _draw_marks(ax: Any, steps: Any) -> None:
+    """Mark above the picture in which steps samples began to share their parent's blocks, and which were preempted."""
     across = ax.get_xaxis_transform()
+    beside = {"transform": across, "clip_on": False}
     for step in steps:
         if step.forks:
-            ax.text(
-                step.number,
-                1.01,
-                f"fork x{len(step.forks)}",
-                transform=across,
-                ha="center",
-                va="bottom",
-                fontsize=7,
-                color=palette.TEXT,
-            )
+            place = {"ha": "center", "va": "bottom", "fontsize": 7, "color": palette.TEXT}
+            ax.text(step.number, 1.01, f"fork x{len(step.forks)}", **beside, **place)
+        if step.preempted:
+            ax.plot([step.number], [1.015], marker="v", markersize=6, color=palette.PHASES["preempted"], **beside)
 
 
-def _key(recording: Any, codes: np.ndarray) -> list[tuple[str, str]]:
+def _key(recording: Any, codes: np.ndarray, steps: Any) -> list[tuple[str, str]]:
     numbers = [int(code) - 1 for code in np.unique(codes[codes > FREE])]
     owners = [recording.owners[number] for number in numbers if number in recording.owners]
-    entries = [
-        (palette.KINDS["free"], "free"),
-        (palette.KINDS["cached"], "cached"),
-        (palette.KINDS["shared"], "shared"),
-        *((palette.owner(owner.number), _short(owner.label)) for owner in owners[:LISTED]),
-    ]
+    entries = [(palette.KINDS[kind], kind) for kind in ("free", "cached", "shared")]
+    if any(step.preempted for step in steps):
+        entries.append((palette.PHASES["preempted"], "preempted (mark)"))
+    entries += [(palette.owner(owner.number), _short(owner.label)) for owner in owners[:LISTED]]
     return entries + ([("none", f"and {len(owners) - LISTED} more")] if len(owners) > LISTED else [])
 
 

@@ -28,19 +28,20 @@ def axes_of(ax: Any, height: float, width: float = 10.0) -> Any:
     return ax
 
 
-def finish(ax: Any, entries: list[tuple[str, str]], **labels: str) -> Any:
+def finish(ax: Any, entries: list[tuple[str, str]], title: str, **labels: str) -> Any:
     """Label axes, add the key and colour texts and lines; return the axes.
 
     Args:
         ax: the axes.
         entries: colours and what they stand for.
+        title: the title, with room for marks below.
         labels: arguments of `Axes.set`.
     """
     from matplotlib.patches import Patch
 
     handles = [Patch(facecolor=mpl_colour(colour), label=label) for colour, label in entries]
     ax.set(**labels)
-    ax.title.set_color(palette.TEXT)
+    ax.set_title(title, color=palette.TEXT, pad=16)
     ax.tick_params(colors=palette.TEXT)
     for label in (ax.xaxis.label, ax.yaxis.label):
         label.set_color(palette.TEXT)

@@ -93,7 +93,7 @@ class Timeline:
         more = f'<p class="dim">and {len(self.rows) - SHOWN} more</p>' if len(self.rows) > SHOWN else ""
         return html.element(
             html.title(f"Timeline of {len(self.rows)} sequences", f"{self.seconds:.3g} s"),
-            html.key(palette.PHASES.items()),
+            html.key((colour, phase) for phase, colour in palette.PHASES.items()),
             f'<div class="lanes">{rows}</div>{more}',
             style=LANES,
             name="jxt",

@@ -260,9 +260,13 @@ def plot(found: Figures, work: Work, path: Path) -> None:
     except ImportError as error:
         raise RuntimeError("--plot needs matplotlib, of the extra `notebook`: pip install '.[notebook]'") from error
     figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot()
+    draw(found, work, figure.add_subplot())
+    figure.savefig(path)
+
+
+def draw(found: Figures, work: Work, axes: Any) -> None:
+    """Draw step time against length on matplotlib's axes."""
     for name in METHODS:
         axes.plot(work.measured, [found[f"step_ms@{name}_{place}"] for place in work.measured], marker=".", label=name)
     axes.set(xlabel=f"positions of each of {work.rows} rows", ylabel="ms a decode step", ylim=(0, None))
     axes.legend()
-    figure.savefig(path)

@@ -11,6 +11,17 @@ FOLDER = Path(__file__).parents[2] / "notebooks"
 SCRIPTS = sorted(FOLDER.glob("*.py"))
 
 SHOWN = {
+    "cache": (
+        "copies of blocks ((2, 3), (2, 4), (2, 5))",
+        "8 sequences",
+        "then: evicted under pressure",
+        "then: salt differs",
+        "preemptions",
+        "image/png",
+    ),
+    "cross_attention": ("inputs encoded: 1 before, 1 now", "encoder input", "image/png"),
+    "growth": ("times as fast as concatenation", "CacheConsumedError", "image/png"),
+    "serving": ("Paris", "Timeline of 20 sequences", "prompt tokens", "image/png"),
     "quickstart": ("42", "Paris", "image/png"),
     "placement": ("layers.0 ... layers.79", "none lies on the first device only", "pad_heads=True", "46 all-reduce"),
 }

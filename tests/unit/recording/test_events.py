@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from jaxinfer.recording import events
+from jaxinfer.recording import events, palette
 from jaxinfer.recording.cache_state import CacheState, Prefix
 from jaxinfer.recording.events import EventLog, Owner
 from jaxinfer.recording.recording import Recording
@@ -76,6 +76,9 @@ def test_phases_follow_from_the_steps():
         ("waiting", 6, 6.5),
     ]
     assert row.seconds("prefill") == 2
+    shown = Recording.of(log, 9.0).timeline._repr_html_()
+    for phase, colour in palette.PHASES.items():
+        assert f'<i style="background:{colour}"></i><span class="dim">{phase}</span>' in shown
 
 
 def test_a_timeline_begins_with_the_first_step_that_is_kept():
