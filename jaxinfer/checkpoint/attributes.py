@@ -51,8 +51,11 @@ _LENGTHS = """
     max_seq_len max_seq_length max_sequence_length model_max_length n_ctx seq_len seq_length
     tokenizer_model_max_length tokenizer_padding_side
 """
+_QUANTISATION = "quantization_config compression_config quantization"
+"""Read by `checkpoint.packed.declared`."""
 HARMLESS = frozenset(
-    f"{_SPECIAL_TOKENS} {_GENERATION} {_LABELS_AND_CLASSES} {_IMPLEMENTATION} {_TRAINING} {_LENGTHS}".split()
+    f"{_SPECIAL_TOKENS} {_GENERATION} {_LABELS_AND_CLASSES} {_IMPLEMENTATION} {_TRAINING} {_LENGTHS} "
+    f"{_QUANTISATION}".split()
 )
 """Attributes that never change a forward pass at inference: special tokens, defaults of `generate`, names of classes
 and labels, choices of implementation, training settings, and lengths of tokenizers and of training. A family that

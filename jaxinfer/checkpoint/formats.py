@@ -1,49 +1,14 @@
-"""Recognise checkpoint formats that jaxinfer does not read (quantised, adapters, ...) and explain the refusal."""
+"""Recognise checkpoint folders that jaxinfer does not read (adapters, other formats, ...) and explain the refusal."""
 
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from jaxinfer.checkpoint.plain_json import read_json, shorten, show
-from jaxinfer.errors import ConfigError
+from jaxinfer.checkpoint.plain_json import shorten
 
 log = logging.getLogger(__name__)
-
-READ_QUANTISED: Mapping[str, tuple[str, str]] = {"mxfp4": ("GptOssForCausalLM", "gpt_oss")}
-"""Supported `quant_method` values (`checkpoint.gpt_oss_weights`), each with the architecture and `model_type` of the
-checkpoints that use it."""
-QUANTISATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
-"""Files beside config.json that mark a quantised checkpoint: NVIDIA ModelOpt's, GPTQ's and AWQ's."""
-_FIELDS = ("quantization_config", "compression_config", "quantization")
-_PARTS = ("text_config", "llm_config")
-_REMEDY = "Use the checkpoint of this model in bfloat16, float16 or float32"
-
-
-def refuse_quantised(config: Mapping[str, Any], directory: Path | None = None) -> None:
-    """Refuse a checkpoint that config.json or a quantisation tool's file declares to be in an unsupported quantised
-    format.
-
-    Args:
-        config: contents of config.json.
-        directory: checkpoint folder, searched for `QUANTISATION_FILES`; None checks config.json alone.
-
-    Raises:
-        ConfigError: the format is unsupported, or unsupported for this architecture; names the field or file and the
-            format.
-        CheckpointError: one of `QUANTISATION_FILES` is unreadable.
-    """
-    for part in ("", *_PARTS):
-        values = config.get(part) if part else config
-        for field in _FIELDS if isinstance(values, Mapping) else ():
-            if values.get(field):
-                _check(f"{part}.{field}" if part else field, values[field], config, part or field)
-    for name in QUANTISATION_FILES if directory is not None else ():
-        if (directory / name).is_file():
-            _check_file(directory / name, config)
-
 
 _FOLDERS: Sequence[tuple[str, str]] = (
     (
@@ -109,37 +74,3 @@ def warn_of_adapter(directory: Path) -> None:
             "are not merged already, merge them: PeftModel.merge_and_unload().save_pretrained(path).",
             directory,
         )
-
-
-def _check(field: str, value: Any, config: Mapping[str, Any], override: str) -> None:
-    method = value.get("quant_method") if isinstance(value, Mapping) else None
-    reader = READ_QUANTISED.get(method) if isinstance(method, str) else None
-    if reader is not None and _is(config, *reader):
-        return
-    supported = ", ".join(f"{name} of {architecture}" for name, (architecture, _) in READ_QUANTISED.items())
-    stated = f"{method!r} ({shorten(show(value), 120)})" if method else show(value)
-    nothing = {override: None} if field == override else {override: {field.rpartition(".")[2]: None}}
-    raise ConfigError(
-        f"{field}={stated}: quantised checkpoints are not supported in this format (supported: {supported}). "
-        f"{_REMEDY}; if the weights of this folder are not quantised in fact, pass hf_overrides={nothing}."
-    )
-
-
-def _is(config: Mapping[str, Any], architecture: str, model_type: str) -> bool:
-    named = config.get("architectures")
-    return architecture in named if isinstance(named, list) and named else config.get("model_type") == model_type
-
-
-def _check_file(path: Path, config: Mapping[str, Any]) -> None:
-    """Check one of `QUANTISATION_FILES`; a file that names no weight format is ignored, since some tools leave such
-    files.
-    """
-    content = read_json(path)
-    inner = content.get("quantization") if isinstance(content.get("quantization"), Mapping) else content
-    method = inner.get("quant_algo") or inner.get("quant_method") or inner.get("bits") or inner.get("w_bit")
-    if not method or str(method).lower() in READ_QUANTISED:
-        return
-    raise ConfigError(
-        f"{path} says that the weights are quantised ({shorten(show(dict(inner)), 120)}), and checkpoints of this "
-        f"format are not supported. {_REMEDY}; if these weights are not quantised in fact, remove the file."
-    )

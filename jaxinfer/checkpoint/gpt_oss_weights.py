@@ -13,16 +13,12 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from jaxinfer.checkpoint.packed.matrix import E2M1_PAIRS
 from jaxinfer.checkpoint.source import Info, Source
 from jaxinfer.errors import CheckpointError
 
 GROUP = 32
 """Number of values that share a scale."""
-VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
-"""Magnitudes by the three low bits of an E2M1 value; the fourth bit is the sign."""
-SIGNED = np.concatenate([VALUES, -VALUES])
-PAIRS = np.stack([SIGNED[np.arange(256) & 15], SIGNED[np.arange(256) >> 4]], axis=-1)
-"""Table `[256, 2]` of the two values encoded by each byte."""
 
 _EXPERTS = re.compile(r"(.*\.experts\.(gate_up_proj|down_proj))(_blocks|_bias)?")
 
@@ -113,7 +109,7 @@ class InterleavedExperts:
         scales = self._source.read(f"{base}_scales", (stack, rows, groups))
         # Scales are E8M0: eight exponent bits, no sign and no mantissa.
         scales = scales.view(ml_dtypes.float8_e8m0fnu).astype(np.float32)
-        values = PAIRS[blocks].reshape(*scales.shape, GROUP) * scales[..., None]
+        values = E2M1_PAIRS[blocks].reshape(*scales.shape, GROUP) * scales[..., None]
         values = values.reshape(*scales.shape[:2], scales.shape[2] * GROUP)
         first = columns.start - groups.start * GROUP
         return values[..., first : first + columns.stop - columns.start]

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxinfer.checkpoint.formats import explain_missing, refuse_quantised
+from jaxinfer.checkpoint.formats import explain_missing
+from jaxinfer.checkpoint.packed.declared import declared
 from jaxinfer.checkpoint.plain_json import read_json, show
 from jaxinfer.checkpoint.size_limits import is_int
 from jaxinfer.errors import CheckpointError
@@ -30,7 +31,7 @@ def read_config(directory: Path, hf_overrides: Mapping[str, Any] | None = None) 
     if not path.is_file():
         raise CheckpointError(explain_missing(directory, "config.json"))
     config = apply_overrides(read_json(path), hf_overrides)
-    refuse_quantised(config, directory)
+    declared(config, directory)  # raises for formats that are not read
     return config
 
 
@@ -55,7 +56,7 @@ def apply_overrides(config: Mapping[str, Any], hf_overrides: Mapping[str, Any] |
     config = merged
     if config.get("auto_map"):
         logger.info("config.json names code of its own (auto_map): ignored, never executed.")
-    refuse_quantised(config)
+    declared(config)  # raises for formats that are not read
     return config
 
 

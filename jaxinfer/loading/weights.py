@@ -17,6 +17,7 @@ from jaxinfer.checkpoint.formats import warn_of_adapter
 from jaxinfer.checkpoint.gguf_folder import open_weights
 from jaxinfer.checkpoint.hf import read_config
 from jaxinfer.checkpoint.manifest import Manifest
+from jaxinfer.checkpoint.packed.source import dequantised
 from jaxinfer.checkpoint.plain_json import show
 from jaxinfer.checkpoint.size_limits import check_sizes, int_if_whole
 from jaxinfer.checkpoint.source import Source
@@ -125,6 +126,7 @@ def match_tensors(
         CheckpointError: the tensors are those of an adapter, or quantised in an unsupported format.
     """
     warn_of_adapter(directory)
+    reader = dequantised(reader, hf, directory)
     source = naming.rename_tensors(
         model_family.source(reader),
         model_family.weight_rules(config),

@@ -31,10 +31,10 @@ def config(reader: ConfigReader) -> DecoderConfig:
 
     `intermediate_size` is the width of one expert.
 
-    MXFP4 experts are dequantised to the model's dtype, so `quantization_config` is not needed.
+    MXFP4 experts are dequantised to the model's dtype.
     """
     # Copies of num_experts_per_tok and of rope's original length, in files on the Hub.
-    reader.skip("hidden_act", "quantization_config", "experts_per_token", "initial_context_length")
+    reader.skip("hidden_act", "experts_per_token", "initial_context_length")
     reader.require("norm_topk_prob", True)
     reader.default_theta = 150_000.0
     if not reader.get("rope_scaling", None):

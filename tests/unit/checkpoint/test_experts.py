@@ -17,8 +17,9 @@ from support import checkpoint
 from support.memory import MemorySource
 from support.tiny import config
 
-from jaxinfer.checkpoint import gpt_oss_weights, rules
+from jaxinfer.checkpoint import rules
 from jaxinfer.checkpoint.gpt_oss_weights import InterleavedExperts
+from jaxinfer.checkpoint.packed import matrix
 from jaxinfer.checkpoint.quantised import Int8Source
 from jaxinfer.checkpoint.weight_table import Rule
 from jaxinfer.errors import CheckpointError, ConfigError
@@ -285,5 +286,5 @@ def test_mxfp4_of_a_family_that_does_not_read_it_is_refused(tmp_path: Path):
 
 def test_the_sixteen_numbers_of_four_bits():
     expected = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
-    assert gpt_oss_weights.SIGNED.tolist() == [*expected, *[-value for value in expected]]
-    assert gpt_oss_weights.PAIRS[0x2A].tolist() == [-1.0, 1.0], "the lower half of a byte comes first"
+    assert matrix.SIGNED_E2M1.tolist() == [*expected, *[-value for value in expected]]
+    assert matrix.E2M1_PAIRS[0x2A].tolist() == [-1.0, 1.0], "the lower half of a byte comes first"

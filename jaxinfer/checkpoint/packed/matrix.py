@@ -1,0 +1,143 @@
+"""Matrices of quantised values with scales and zero points per block, dequantised part by part."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from jaxinfer.checkpoint.packed.tensors import Tensors
+
+Read = Callable[[slice, slice], np.ndarray]
+"""Reads rows and columns of a matrix: two slices of step 1 -> `[rows, columns]`."""
+
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+"""Magnitudes by the three low bits of a 4-bit floating-point value; the fourth bit is the sign."""
+SIGNED_E2M1 = np.concatenate([E2M1, -E2M1])
+E2M1_PAIRS = np.stack([SIGNED_E2M1[np.arange(256) & 15], SIGNED_E2M1[np.arange(256) >> 4]], axis=-1)
+"""Table `[256, 2]` of the two values encoded by each byte, the low half first."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Values that blocks of a matrix share, such as scales.
+
+    Entry `[i, j]` belongs to rows `i * rows` to `(i + 1) * rows` and columns `j * columns` to `(j + 1) * columns`.
+    """
+
+    read: Read
+    """Reads entries as float32."""
+    rows: int = 1
+    columns: int = 1
+    order: np.ndarray | None = None
+    """Column of the grid for each column of the matrix, where these are not in order (`g_idx` of GPTQ)."""
+
+    def part(self, rows: slice, columns: slice) -> np.ndarray:
+        """Return the values of a part of the matrix, `[rows, columns]`."""
+        down = np.arange(rows.start, rows.stop) // self.rows
+        across = np.arange(columns.start, columns.stop) // self.columns
+        across = across if self.order is None else self.order[columns]
+        if not down.size or not across.size:
+            return np.zeros((down.size, across.size), np.float32)
+        above, left = int(down[0]), int(across.min())
+        values = self.read(slice(above, int(down[-1]) + 1), slice(left, int(across.max()) + 1))
+        return values[(down - above)[:, None], (across - left)[None]]
+
+
+@dataclass(frozen=True)
+class PackedMatrix:
+    """Matrix whose values are `(codes - zeros) * scales + biases`, computed in float32 for the part that is read."""
+
+    shape: tuple[int, int]
+    codes: Read
+    """Reads quantised values as float32."""
+    scales: Grid
+    zeros: Grid | None = None
+    biases: Grid | None = None
+    dtype: str = "F32"
+    """Safetensors name of the dtype of the dequantised values."""
+
+    def read(self, rows: slice, columns: slice) -> np.ndarray:
+        """Dequantise a part of the matrix, `[rows, columns]` float32."""
+        values = self.codes(rows, columns)
+        if self.zeros is not None:
+            values = values - self.zeros.part(rows, columns)
+        values = values * self.scales.part(rows, columns)
+        return values if self.biases is None else values + self.biases.part(rows, columns)
+
+
+def plain(source: Tensors, name: str) -> Read:
+    """Return the reader of a tensor `[rows, columns]` as float32."""
+    return lambda rows, columns: source.read(name, (rows, columns)).astype(np.float32)
+
+
+def transposed(read: Read) -> Read:
+    """Return the reader of a transposed matrix."""
+    return lambda rows, columns: read(columns, rows).T
+
+
+def packed_bits(
+    source: Tensors, name: str, bits: int, *, order: tuple[int, ...] = (), words_first: bool = False
+) -> Read:
+    """Return the reader of unsigned integers of a few bits that are packed into the 32-bit words of a tensor.
+
+    Value i of a row has the bits from `i * bits` on of the row's words, the lowest bits first, as GPTQ, AWQ, MLX and
+    `pack-quantized` of compressed-tensors store them.
+
+    Args:
+        source: source of the tensor.
+        name: tensor of words, `[rows, words]`.
+        bits: bits per value.
+        order: position of each value within its word, where values are stored in another order (AWQ).
+        words_first: whether the tensor is `[words, rows]` instead.
+    """
+    count = source.info(name).shape[0 if words_first else 1]
+    group = 32 // bits if 32 % bits == 0 else 32  # values after which a value begins at a word again
+    per_group = group * bits // 32
+
+    def read(rows: slice, columns: slice) -> np.ndarray:
+        first, end = columns.start // group, -(-columns.stop // group)
+        words = slice(first * per_group, min(end * per_group, count))
+        found = source.read(name, (words, rows)).T if words_first else source.read(name, (rows, words))
+        values = unpack(np.ascontiguousarray(found), bits)
+        if order:
+            in_words = values.reshape(len(values), values.shape[1] // group, group)
+            values = in_words[..., list(order)].reshape(values.shape)
+        start = columns.start - first * group
+        return values[:, start : start + columns.stop - columns.start].astype(np.float32)
+
+    return read
+
+
+def unpack(words: np.ndarray, bits: int) -> np.ndarray:
+    """Unpack integers of `bits` bits from 32-bit words, the lowest bits first; `[rows, words]` -> `[rows, values]`.
+
+    Bits at the end of a row that do not make a whole value are dropped.
+    """
+    octets = words.view(np.uint8)
+    if bits == 8:
+        return octets
+    if bits == 4:
+        return np.stack([octets & 15, octets >> 4], axis=-1).reshape(len(octets), 2 * octets.shape[1])
+    each = np.unpackbits(octets, axis=1, bitorder="little")
+    count = each.shape[1] // bits
+    return np.packbits(each[:, : count * bits].reshape(len(octets), count, bits), axis=-1, bitorder="little").reshape(
+        len(octets), count
+    )
+
+
+def packed_e2m1(source: Tensors, name: str) -> Read:
+    """Return the reader of 4-bit floating-point values, two a byte: `[rows, columns / 2]` uint8."""
+
+    def read(rows: slice, columns: slice) -> np.ndarray:
+        first = columns.start // 2
+        octets = source.read(name, (rows, slice(first, -(-columns.stop // 2))))
+        values = E2M1_PAIRS[octets].reshape(octets.shape[0], octets.shape[1] * 2)
+        start = columns.start - 2 * first
+        return values[:, start : start + columns.stop - columns.start]
+
+    return read
+
+
+def whole(values: np.ndarray) -> Read:
+    """Return the reader of a grid `[rows, columns]` that is kept in memory."""
+    return lambda rows, columns: values[rows, columns]
