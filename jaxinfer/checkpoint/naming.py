@@ -167,6 +167,7 @@ def _check_format(where: object, source: Source, found: Mapping[str, str], left:
     packed = [f"{name} ({kind})" for name, kind in kinds.items() if kind not in _FLOATS]
     if scales or packed:
         raise CheckpointError(
-            f"{where} is quantised in a format that is not read: {format_names(packed or scales)}. Use the unquantised "
+            f"{where} is quantised in a format that is not read, or that config.json does not declare: "
+            f"{format_names(packed or scales)}. Use the unquantised "
             "checkpoint of this model; quantization='int8' quantises it while it is loaded."
         )

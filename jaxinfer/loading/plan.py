@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
-from jaxinfer.checkpoint.formats import QUANTISATION_FILES
 from jaxinfer.checkpoint.hf import apply_overrides, read_config
 from jaxinfer.checkpoint.hub import resolve_model
 from jaxinfer.checkpoint.manifest import NAME, Manifest
+from jaxinfer.checkpoint.packed import declared as quantised
 from jaxinfer.checkpoint.safetensors import SafetensorsReader
 from jaxinfer.config import EngineConfig
 from jaxinfer.engine.sampling import sampler
@@ -33,7 +33,7 @@ from jaxinfer.sharding.policy import Placement
 
 log = logging.getLogger(__name__)
 
-FILES = ("config.json", NAME, *QUANTISATION_FILES)
+FILES = ("config.json", NAME, *quantised.FILES)
 """Files fetched for a Hub id."""
 
 

@@ -85,7 +85,7 @@ def test_only_pickles(copy):
         (dict(vocab_size=10**12), "vocab_size"),
         (dict(num_key_value_heads=3), "num_attention_heads is 4, which num_key_value_heads = 3 does not divide"),
         (dict(rope_scaling={"rope_type": "spiral", "factor": 2.0}), "spiral"),
-        (dict(quantization_config={"quant_method": "gptq"}), "gptq"),
+        (dict(quantization_config={"quant_method": "gptq"}), "bits=None is not one of"),
         (dict(attn_logit_softcapping=50.0), "attn_logit_softcapping"),
     ],
 )

@@ -233,11 +233,11 @@ def test_auto_map_is_ignored_logged_once_and_never_run(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("name", ["quantization_config", "compression_config", "quantization"])
-def test_a_quantised_checkpoint_is_refused(tmp_path, name):
-    write(tmp_path, **{name: {"quant_method": "gptq", "bits": 4}})
+def test_a_quantised_format_that_is_not_read_is_refused(tmp_path, name):
+    write(tmp_path, **{name: {"quant_method": "aqlm", "bits": 4}})
     with pytest.raises(ConfigError) as error:
         read_config(tmp_path)
-    named(error, name, "gptq", "supported: mxfp4")
+    named(error, name, "aqlm", "formats that are read: fp8")
 
 
 def test_generation_config_is_optional(tmp_path):

@@ -343,8 +343,8 @@ def test_null_is_as_if_a_part_were_not_there():
         (GEMMA_3_1B, {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0"),
         (GEMMA_3_1B, {"hidden_activation": "mish"}, "hidden_activation is 'mish'"),
         (GPT_OSS_20B, {"num_experts_per_tok": 33}, r"33 experts per token .*; with 32 experts .* choose 1 to 32"),
-        (GPT_OSS_20B, {"quantization_config": {"quant_method": "gptq"}}, "quantised checkpoints are not supported"),
-        (GEMMA_2_2B, {"quantization_config": {"quant_method": "mxfp4"}}, "quantization_config"),
+        (GPT_OSS_20B, {"quantization_config": {"quant_method": "gptq"}}, "bits=None is not one of 2, 3, 4, 8"),
+        (GEMMA_2_2B, {"quantization_config": {"quant_method": "mxfp4"}}, "read for GptOssForCausalLM alone"),
     ],
 )
 def test_unsupported_values_are_refused(hf, changes, message):
