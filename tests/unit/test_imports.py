@@ -31,7 +31,7 @@ TIERS = (
     {"loading"},
     {"llm_base"},
     {"llm"},
-    {"async_llm"},
+    {"async_llm", "integrations"},
     {"commands"},
     {"serve"},
     {"jaxinfer"},
@@ -47,6 +47,8 @@ TRITON = (
 """What imports triton."""
 SERVER = "jaxinfer.serve."
 """What imports the libraries of the extra `serve`."""
+ADAPTERS = {"jaxinfer.integrations.lm_eval": "lm_eval"}
+"""What imports the library that it adapts `LLM` to."""
 
 
 def files() -> dict[str, Path]:
@@ -156,6 +158,7 @@ def test_importing_starts_no_backend_sets_no_variable_and_needs_no_torch(stateme
     # Without the extras that bring triton and the server's libraries, what needs them is never imported.
     known = [name for name in files() if name not in TRITON or find_spec("triton")]
     known = [name for name in known if not name.startswith(SERVER) or find_spec("uvicorn")]
+    known = [name for name in known if name not in ADAPTERS]  # lm_eval imports torch
     found = report(statement.format(modules=known))
     assert (found["changed"], found["started"]) == ([], False)
     assert "torch" not in found["loaded"]
