@@ -155,8 +155,11 @@ class LLM(TranscriptionCalls, WeightsAndPauses, Views):
 
         Args:
             prompts: as in `generate`.
-            width, length_penalty, early_stopping, num_return_sequences: see `BeamParams`.
+            width: as in `BeamParams`.
             max_tokens: maximum new tokens; None for no limit but the model's maximum length.
+            length_penalty: as in `BeamParams`.
+            early_stopping: as in `BeamParams`.
+            num_return_sequences: as in `BeamParams`.
             sampling_params: further parameters: masks, penalties, `min_tokens`, `stop_token_ids`, `ignore_eos`,
                 detokenization settings. Its `max_tokens` is ignored.
             use_tqdm: whether to show a progress bar.
