@@ -47,8 +47,8 @@ MAX_TEMPERATURE = 1e6
 """Maximum temperature: far beyond uniform sampling, and finite in float32 with its inverse."""
 MAX_NGRAM = 16
 """Maximum `no_repeat_ngram_size`: the sampler compares this many tokens at each position of a sequence."""
-MAX_REPETITION_PENALTY = 100.0
-"""Maximum `repetition_penalty`: it multiplies logits, which must stay finite."""
+MAX_REPETITION_PENALTY, MIN_REPETITION_PENALTY = 100.0, 0.01
+"""Limits of `repetition_penalty`: it multiplies and divides logits, which must stay finite."""
 
 _REPLACED = {
     "best_of": "best_of is not supported: use n (all n samples are returned)",
@@ -107,7 +107,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     """Subtracted from a token's logit for each time it was generated; -2 to 2."""
     repetition_penalty: float = 1.0
-    """Divides positive and multiplies negative logits of tokens in prompt or output; above 0, 1 is off."""
+    """Divides positive and multiplies negative logits of tokens in prompt or output; 0.01 to 100, 1 is off."""
     temperature: float = 1.0
     """Divides the logits. 0 is greedy; values in (0, `MIN_TEMPERATURE`) are raised to `MIN_TEMPERATURE`."""
     top_p: float = 1.0
@@ -190,8 +190,9 @@ class SamplingParams:
             if not -2.0 <= value <= 2.0:
                 raise ValueError(f"{name} must be in [-2, 2], got {value}.")
         value = self._number("repetition_penalty")
-        if not 0.0 < value <= MAX_REPETITION_PENALTY:
-            raise ValueError(f"repetition_penalty must be in (0, {MAX_REPETITION_PENALTY:g}], got {value}.")
+        if not MIN_REPETITION_PENALTY <= value <= MAX_REPETITION_PENALTY:
+            limits = f"[{MIN_REPETITION_PENALTY:g}, {MAX_REPETITION_PENALTY:g}]"
+            raise ValueError(f"repetition_penalty must be in {limits}, got {value}.")
         value = self._number("temperature")
         if value < 0.0:
             raise ValueError(f"temperature must be non-negative, got {value}.")

@@ -14,6 +14,7 @@ from jaxinfer.engine.request import Request, Sequence
 from jaxinfer.errors import EngineClosedError
 from jaxinfer.outputs import RequestOutput
 from jaxinfer.results.output_processor import Handle
+from jaxinfer.results.tracing import Span
 from jaxinfer.sampling_params import RequestOutputKind
 
 Delivery = tuple["Mailbox", RequestOutput | None, BaseException | None]
@@ -77,6 +78,7 @@ class OutputStream(AsyncIterator[RequestOutput]):
         self._lease = hub.thread.lease()
         self._mailbox = Mailbox(handle, hub, self._lease.call)
         self._ended = False
+        self._span = Span(handle.request.id, handle.request.params)
 
     @property
     def request_id(self) -> str:
@@ -107,18 +109,22 @@ class OutputStream(AsyncIterator[RequestOutput]):
             raise
         output = mailbox.take()
         if output is not None:
+            self._span.take(output)
             return output
         self._ended = True
         if mailbox.error is not None:
+            self._span.fail(str(mailbox.error))
             raise mailbox.error
         last = self.handle.update(mailbox.kind)  # the engine no longer touches the request
         if last is None:
             raise StopAsyncIteration
+        self._span.take(last)
         return last
 
     def close(self) -> None:
         """Abort the request before the next step, unless it has finished."""
         self._ended = True
+        self._span.fail("aborted")
         self._lease.release(self._lease.call)
 
     async def aclose(self) -> None:

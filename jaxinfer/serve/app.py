@@ -11,7 +11,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from jaxinfer.async_llm import AsyncLLM
-from jaxinfer.serve import anthropic, audio, chat, completions, debug, metrics, models, responses
+from jaxinfer.serve import anthropic, audio, chat, completions, debug, metrics, models, openapi, responses
 from jaxinfer.serve.config import ServerConfig
 from jaxinfer.serve.context import Context
 from jaxinfer.serve.errors import APIError, endpoint, on_error, response
@@ -19,6 +19,7 @@ from jaxinfer.serve.errors import APIError, endpoint, on_error, response
 ROUTES = (
     ("GET", "/health", models.health),
     ("GET", "/metrics", metrics.metrics),
+    ("GET", "/openapi.json", openapi.openapi),
     ("GET", "/v1/models", models.models),
     ("GET", "/v1/models/{name:path}", models.model),
     ("POST", "/tokenize", models.tokenize),

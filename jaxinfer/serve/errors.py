@@ -12,6 +12,7 @@ from starlette.responses import JSONResponse, Response
 
 from jaxinfer._utils.checks import describe
 from jaxinfer.errors import EngineClosedError, EngineError
+from jaxinfer.results import tracing
 from jaxinfer.sampling_params import SamplingParams
 
 log = logging.getLogger(__name__)
@@ -102,7 +103,8 @@ def endpoint(handler: Callable[[Request], Awaitable[Response]]) -> Callable[[Req
     @functools.wraps(handler)
     async def safe(request: Request) -> Response:
         try:
-            return await handler(request)
+            with tracing.within(request.headers):
+                return await handler(request)
         except Exception as error:
             return await on_error(request, error)
 
@@ -111,7 +113,10 @@ def endpoint(handler: Callable[[Request], Awaitable[Response]]) -> Callable[[Req
 
 async def on_error(request: Request, error: Exception) -> Json:
     """Return the response of an exception."""
-    return response(error, anthropic=request.url.path.startswith("/v1/messages"))
+    found = response(error, anthropic=request.url.path.startswith("/v1/messages"))
+    if isinstance(error, HTTPException):
+        found.headers.update(error.headers or {})  # those of a wrong method name the right ones
+    return found
 
 
 def wrong_type(param: str, expected: str, value: Any) -> APIError:

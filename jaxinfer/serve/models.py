@@ -10,6 +10,9 @@ from jaxinfer.serve.body import Fields, read_json
 from jaxinfer.serve.context import Context, of
 from jaxinfer.serve.errors import APIError, Json
 
+CHAT_OPTIONS = ("add_generation_prompt", "continue_final_message", "chat_template_kwargs", "tools")
+"""Fields of `/tokenize` that are arguments of `AsyncLLM.tokenize_chat`."""
+
 
 async def health(request: Request) -> Response:
     """Return an empty response if the engine can run steps."""
@@ -53,8 +56,7 @@ async def tokenize(request: Request) -> Response:
     """Return the token ids of a prompt or of a conversation."""
     context = of(request)
     fields = Fields(await read_json(request, context.config))
-    options = ("add_generation_prompt", "continue_final_message", "chat_template_kwargs", "tools")
-    fields.check_known(("model", "prompt", "messages", *options), {})
+    fields.check_known(("model", "prompt", "messages", *CHAT_OPTIONS), {})
     context.check_model(fields.get("model", str))
     prompt, messages = fields.get("prompt", str), fields.get("messages", list)
     if (prompt is None) == (messages is None):
@@ -62,7 +64,7 @@ async def tokenize(request: Request) -> Response:
     if prompt is not None:
         tokens = await context.llm.tokenize(prompt)
     else:
-        given = {name: fields.raw(name) for name in options if fields.raw(name) is not None}
+        given = {name: fields.raw(name) for name in CHAT_OPTIONS if fields.raw(name) is not None}
         tokens = await context.llm.tokenize_chat(messages, **given)
     return Json({"tokens": tokens, "count": len(tokens), "max_model_len": context.llm.max_model_len})
 

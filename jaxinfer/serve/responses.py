@@ -46,7 +46,8 @@ async def responses(request: Request) -> Response:
     fields.check_known(KNOWN, NEUTRAL)
     context.check_model(fields.get("model", str))
     options, form = _options(fields), fields.get("text", dict, {}).get("format")
-    shape = structure.of_choice(_choice(fields), options.get("tools"))
+    parallel = fields.get("parallel_tool_calls", bool, True)
+    shape = structure.of_choice(_choice(fields), options.get("tools"), parallel=parallel)
     if shape is None:
         shape = structure.of_format(form, "text.format", None)
     common = Fields({name: fields.raw(name) for name in READ})

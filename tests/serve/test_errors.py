@@ -81,6 +81,8 @@ def test_wrong_prompts(url, prompt):
 def test_unknown_paths_and_methods(url):
     assert refused(url, "/v1/none", {})[0] == 404
     assert refused(url, "/health", {})[0] == 405
+    assert "GET" in httpx.post(f"{url}/health").headers["allow"]
+    assert httpx.request("TRACE", f"{url}/v1/completions").headers["allow"] == "POST"
 
 
 def test_what_the_model_cannot_do_is_said(url):
