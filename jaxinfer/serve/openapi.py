@@ -23,7 +23,7 @@ MESSAGE = {
         "content": {"anyOf": [STRING, {"type": "array", "items": OBJECT}, {"type": "null"}]},
     },
 }
-FUNCTION = {"type": "object", "required": ["name"], "properties": {"name": STRING, "parameters": OBJECT}}
+FUNCTION = {"type": "object", "required": ["name"], "properties": {"name": STRING}}
 TOOL = {
     "type": "object",
     "required": ["type", "function"],
@@ -37,13 +37,13 @@ FORMAT = {
 JSON, EVENTS = "application/json", "text/event-stream"
 
 
+def _number(low: float | None = None, high: float | None = None, kind: str = "number", **more: float) -> Schema:
+    limits = {"minimum": low, "maximum": high, **more}
+    return {"type": kind} | {name: value for name, value in limits.items() if value is not None}
+
+
 def _integer(low: int | None = None, high: int | None = None) -> Schema:
-    limits = {"minimum": low, "maximum": high}
-    return {"type": "integer"} | {name: value for name, value in limits.items() if value is not None}
-
-
-def _number(low: float | None = None, high: float | None = None, **more: float) -> Schema:
-    return _integer(low, high) | {"type": "number"} | more  # type: ignore[arg-type]
+    return _number(low, high, "integer")
 
 
 def _objects(*required: str) -> Schema:
@@ -65,7 +65,7 @@ def fields(context: Context) -> dict[str, Schema]:
         "stop": {"anyOf": [STRING | {"minLength": 1}, {"type": "array", "items": STRING | {"minLength": 1}}]},
         "seed": _integer(-(2**63), 2**63 - 1),
         "temperature": _number(0),
-        "top_p": _number(exclusiveMinimum=0, maximum=1),
+        "top_p": _number(high=1, exclusiveMinimum=0),
         "top_k": _integer(-1, 2**31 - 1),
         "min_p": _number(0, 1),
         "presence_penalty": _number(-2, 2),
