@@ -76,7 +76,7 @@ class Recorder:
         preempted = []
         for sequence, owner in list(self._live.items()):
             request = sequence.request
-            owner.tokens = sequence.made
+            owner.tokens, owner.samples = sequence.made, len(request.sequences)  # a beam search makes more of them
             owner.cached_tokens, owner.miss_reason = request.cached_tokens, request.miss_reason
             if sequence.status is Status.FINISHED:
                 owner.end, owner.finish_reason = now, sequence.finish_reason
@@ -104,7 +104,7 @@ def owner_of(sequence: Sequence, number: int = 0) -> Owner:
         number=number,
         request_id=request.id,
         sample=sequence.index,
-        samples=request.params.n if request.beams is None else len(request.sequences),
+        samples=len(request.sequences),
         arrival=request.arrival_time,
         prompt_tokens=len(request.prompt),
         cached_tokens=request.cached_tokens,

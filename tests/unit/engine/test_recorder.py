@@ -5,7 +5,10 @@ import pytest
 from support.tiny import BLOCK, make_engine, make_request, prompt, run
 
 from jaxinfer.engine import cache_state
-from jaxinfer.engine.recorder import Recorder
+from jaxinfer.engine.recorder import Recorder, block_codes
+from jaxinfer.kv.contiguous import Regions, RowManager
+from jaxinfer.kv.groups import KindGroups
+from jaxinfer.kv.spec import Kind
 from jaxinfer.recording.events import CACHED, FREE
 from jaxinfer.sampling_params import SamplingParams
 
@@ -78,6 +81,15 @@ def test_a_sequence_that_ends_while_its_next_step_runs_is_one_owner(runner):
     _, found = recorded(runner, [make_request(f"{i}", prompt(5, i), GREEDY) for i in range(3)])
     assert sorted(owner.request_id for owner in found.owners.values()) == ["0", "1", "2"]
     assert all(owner.end is not None for owner in found.owners.values())
+
+
+def test_rows_of_a_contiguous_cache_own_their_regions():
+    manager = RowManager(Regions(rows=3, width=2, groups=2), block_size=4, kinds=[KindGroups(Kind(), count=2)])
+    assert manager.admit(1, manager.lookup(), 5)
+    [sequence] = make_request("a", prompt(5), GREEDY).sequences
+    sequence.row = 1
+    codes = block_codes(manager, [sequence], lambda sequence: 7)
+    assert codes.tolist() == [0, 0, 8, 8, 0, 0] * 2
 
 
 def test_an_abort_outside_of_steps_is_seen(runner):
