@@ -11,12 +11,14 @@ from typing import Any
 from jaxinfer.config import EngineConfig
 from jaxinfer.engine.engine_thread import CLOSED
 from jaxinfer.engine.metrics import Metric
+from jaxinfer.engine.request import Request
 from jaxinfer.engine.runner.warmup import Warmup
 from jaxinfer.errors import EngineClosedError
 from jaxinfer.llm import LLM
+from jaxinfer.llm_base.prefill import LAST_TOKEN, check_ended, embedding_of, score_of, states_of
 from jaxinfer.loading.update import WeightUpdate
 from jaxinfer.models.whisper.transcription import Transcript, begin
-from jaxinfer.outputs import RequestOutput
+from jaxinfer.outputs import EmbeddingOutput, HiddenStates, RequestOutput, ScoreOutput
 from jaxinfer.recording.cache_state import CacheState
 from jaxinfer.recording.events import MAX_STEPS
 from jaxinfer.recording.recording import Recording
@@ -239,6 +241,42 @@ class AsyncLLM:
                     await self.run_on_thread(job.take, output, handle.request.rule)
             if not job.left:
                 return await self.run_on_thread(job.transcript, self._llm._tokenizer)
+
+    async def score(self, prompt: Any, completion: Any) -> ScoreOutput:
+        """Compute the log-probabilities of a completion; arguments and errors are those of `LLM.score`."""
+        stream = await self._add_prefill(self._llm._scores, prompt, [completion])
+        return score_of(await self._computed(stream))
+
+    async def embed(self, prompt: Any, *, pooling: str = LAST_TOKEN, normalize: bool = True) -> EmbeddingOutput:
+        """Compute the embedding of one prompt; arguments and errors are those of `LLM.embed`."""
+        return embedding_of(await self._computed(await self.add_embed(prompt, pooling)), normalize=normalize)
+
+    async def hidden_states(self, prompt: Any, capture: Sequence[str]) -> HiddenStates:
+        """Compute the outputs of modules; arguments and errors are those of `LLM.hidden_states`."""
+        return states_of(await self._computed(await self._add_prefill(self._llm._captures, prompt, capture)))
+
+    async def add_embed(self, prompt: Any, pooling: str = LAST_TOKEN) -> OutputStream:
+        """Check and queue one prompt for `llm_prefill.embedding_of`; its stream has one output, without tokens."""
+        return await self._add_prefill(self._llm._embeds, prompt, pooling)
+
+    async def _add_prefill(self, make: Callable[..., Any], prompt: Any, *options: Any) -> OutputStream:
+        """Queue the request of one prompt that ends with its prefill."""
+
+        def prepare() -> Handle:
+            requests, prompts = make(prompt, *options)
+            if len(requests) != 1:
+                raise ValueError(f"a request has one prompt, got {len(requests)}: make a request for each")
+            return Handle(requests[0], prompts[0].text, self._llm._tokenizer, encoder_text=prompts[0].encoder_text)
+
+        return await self._queued(await self.run_on_thread(prepare))
+
+    async def _computed(self, stream: OutputStream) -> Request:
+        """Wait for a request that ends with its prefill, and return it."""
+        async with aclosing(stream):
+            async for _ in stream:
+                pass
+        check_ended(stream.handle.request)
+        return stream.handle.request
 
     async def abort(self, request_id: str | Sequence[str]) -> None:
         """Abort one request or a list of requests before the next step; their `finish_reason` is "abort".

@@ -18,6 +18,14 @@ CACHES = (PAGED, CONTIGUOUS) = ("paged", "contiguous")
 """Cache implementations."""
 QUANTIZATIONS = ("int8",)
 """Quantisation formats of matrices."""
+LOGPROBS_MODES = (RAW_LOGPROBS, PROCESSED_LOGPROBS, RAW_LOGITS, PROCESSED_LOGITS) = (
+    "raw_logprobs",
+    "processed_logprobs",
+    "raw_logits",
+    "processed_logits",
+)
+"""Modes of log-probabilities, named as in vLLM."""
+LOGITS_MODES, PROCESSED_MODES = (RAW_LOGITS, PROCESSED_LOGITS), (PROCESSED_LOGPROBS, PROCESSED_LOGITS)
 MAX_MODEL_LEN = 1 << 22
 MAX_SEQS = 1 << 14
 MAX_DECODE_STEPS = 64
@@ -44,6 +52,7 @@ _BOOLEANS = (
     "pad_heads",
     "freeze_gc",
     "deterministic",
+    "return_routed_experts",
 )
 
 
@@ -129,6 +138,13 @@ class EngineConfig:
     """
     max_logprobs: int = 20
     """Maximum number of log-probabilities per position that a request may ask for, at most 20."""
+    logprobs_mode: str = RAW_LOGPROBS
+    """What `logprobs` and `prompt_logprobs` are, as in vLLM: "raw_logprobs", log-probabilities of the model's own
+    distribution; "processed_logprobs", those of the distribution that tokens are drawn from, after biases, masks,
+    penalties, temperature, min-p, top-k and top-p (-inf for tokens that they remove; of greedy requests, before the
+    argmax); "raw_logits" and "processed_logits", logits in their place. Tokens of a prompt are not drawn, so for them
+    the processed modes give what the raw ones do.
+    """
     decode_steps: int | str = "auto"
     """Number of decode steps dispatched at once when nothing is waiting, so that the host works once for all of
     them; "auto": as many as take 0.1 s, at most 8. Tokens are the same; they, and new requests, wait for the last
@@ -138,6 +154,14 @@ class EngineConfig:
     """Whether tokens and log-probabilities are the same bit for bit whatever else runs: batch, order, chunks, prefix
     hits, preemption, forks, restarts. Prefill and decode then run in one program of `max_num_batched_tokens` tokens (by
     default 64 on a CPU, 256 on a GPU), which costs throughput; the log says how much (docs/rl.md).
+    """
+    capture: Sequence[str] = ()
+    """Paths of modules whose outputs `LLM.hidden_states` may return with `deterministic`, beside the model's own: its
+    one program has to return them in each step. Other engines compile a program for the paths of a call.
+    """
+    return_routed_experts: bool = False
+    """Whether outputs have the experts of each token (`CompletionOutput.routed_experts`). Steps then return them, and
+    prompts do not reuse cached prefixes, which keep none.
     """
     seed: int = 0
     """Seed of requests without one of their own."""
@@ -168,6 +192,8 @@ class EngineConfig:
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}")
         self._check_buckets()
         self._check_choices()
+        if isinstance(self.capture, str) or not all(isinstance(path, str) for path in self.capture):
+            raise ConfigError(f"capture must be a list of paths such as 'layers.11', got {self.capture!r}")
         self._check_cache()
         self._check_compilation()
 
@@ -203,6 +229,9 @@ class EngineConfig:
     def _check_choices(self) -> None:
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ConfigError(f"dtype must be auto, float32, bfloat16 or float16, got {self.dtype!r}")
+        if self.logprobs_mode not in LOGPROBS_MODES:
+            modes = ", ".join(LOGPROBS_MODES)
+            raise ConfigError(f"logprobs_mode must be one of {modes}, got {self.logprobs_mode!r}")
         if self.quantization not in (None, *QUANTIZATIONS):
             raise ConfigError(f"quantization must be None or {', '.join(QUANTIZATIONS)}, got {self.quantization!r}")
 

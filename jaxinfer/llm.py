@@ -14,6 +14,7 @@ from jaxinfer.engine.runner.warmup import Warmup, check_sampling, warm_up
 from jaxinfer.errors import ConfigError, EngineClosedError
 from jaxinfer.functional.deterministic import StepShape
 from jaxinfer.inputs.input_processor import Params
+from jaxinfer.llm_base.prefill import PrefillOnly
 from jaxinfer.llm_base.transcription import TranscriptionCalls
 from jaxinfer.llm_base.views import Views
 from jaxinfer.llm_base.weights import WeightsAndPauses
@@ -22,7 +23,7 @@ from jaxinfer.results.output_processor import BeamHandle
 from jaxinfer.sampling_params import SamplingParams
 
 
-class LLM(TranscriptionCalls, WeightsAndPauses, Views):
+class LLM(TranscriptionCalls, PrefillOnly, WeightsAndPauses, Views):
     """A language model with its inference engine; methods may be called from several threads.
 
     Args:

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
+
 from jaxinfer._utils.html import element, table
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -18,7 +20,7 @@ class Logprob:
     """Log-probability of a candidate token at one position."""
 
     logprob: float
-    """Natural logarithm of the token's probability."""
+    """Natural logarithm of the token's probability, or what else `EngineConfig.logprobs_mode` says."""
     rank: int | None = None
     """Rank in the vocabulary, 1 for the most likely token."""
     decoded_token: str | None = None
@@ -100,6 +102,10 @@ class CompletionOutput:
     """Stop token id or stop string that ended the sample; None for EOS and other reasons."""
     weight_segments: Sequence[WeightSegment] = ()
     """Which tokens so far were computed with weights of which version, in order; empty for beams."""
+    routed_experts: np.ndarray | None = None
+    """Experts of each token of prompt and output but the last, which no step has computed: `[tokens, L, k]` for L
+    layers with experts; None without `return_routed_experts`.
+    """
     score: float | None = None
     """Score of a beam: `cumulative_logprob` / number of tokens ** length penalty."""
 
@@ -217,6 +223,47 @@ def _ids(sample: CompletionOutput) -> str:
 
 def _cut(text: str, most: int = 300) -> str:
     return text if len(text) <= most else f"{text[:most]}… ({len(text):,} characters)"
+
+
+@dataclass(frozen=True)
+class ScoreOutput:
+    """Log-probabilities of a given completion."""
+
+    prompt_token_ids: Sequence[int]
+    """Token ids of the prompt."""
+    token_ids: Sequence[int]
+    """Token ids of the completion."""
+    logprobs: Sequence[float]
+    """Log-probability of each token of the completion."""
+    num_cached_tokens: int = 0
+    """Number of prompt tokens whose keys and values came from the prefix cache."""
+
+    @property
+    def cumulative_logprob(self) -> float:
+        """Sum of the log-probabilities."""
+        return math.fsum(self.logprobs)
+
+
+@dataclass(frozen=True)
+class EmbeddingOutput:
+    """Pooled hidden states of a prompt."""
+
+    prompt_token_ids: Sequence[int]
+    """Token ids of the prompt."""
+    embedding: np.ndarray
+    """float32 `[M]`."""
+    num_cached_tokens: int = 0
+    """Number of prompt tokens whose keys and values came from the prefix cache."""
+
+
+@dataclass(frozen=True)
+class HiddenStates:
+    """Outputs of modules for the tokens of a prompt."""
+
+    prompt_token_ids: Sequence[int]
+    """Token ids of the prompt, `[T]`."""
+    states: Mapping[str, np.ndarray]
+    """By path: float32 `[T, M]`, or integers `[T, k]` of a router."""
 
 
 def _short(text: str | None, most: int = 60) -> str:

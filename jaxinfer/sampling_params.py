@@ -142,7 +142,10 @@ class SamplingParams:
     min_tokens: int = 0
     """Minimum number of new tokens before EOS, stop ids and stop strings apply."""
     logprobs: int | None = None
-    """Number of most likely tokens to return log-probabilities of, beside the chosen one; 0 to `MAX_LOGPROBS`."""
+    """Number of most likely tokens to return log-probabilities of, beside the chosen one; 0 to `MAX_LOGPROBS`. They are
+    those of the model's distribution, before temperature and all other parameters, unless the LLM was made with another
+    `logprobs_mode` (`EngineConfig.logprobs_mode`).
+    """
     prompt_logprobs: int | None = None
     """The same for the prompt's tokens."""
     detokenize: bool = True

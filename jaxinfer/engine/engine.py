@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
+from jaxinfer.engine import captures
 from jaxinfer.engine.beam_search import branching
 from jaxinfer.engine.control import EngineControl
 from jaxinfer.engine.metrics import Metric, Metrics
@@ -22,6 +23,7 @@ from jaxinfer.engine.sizing.capacity import Capacity
 from jaxinfer.engine.sizing.settings import HostSettings
 from jaxinfer.engine.structured.masks import ends_without_token
 from jaxinfer.errors import EngineDeadError, EngineError
+from jaxinfer.functional.taps import EXPERTS
 from jaxinfer.kv.contiguous import RowManager
 from jaxinfer.kv.interface import CacheManager
 from jaxinfer.kv.manager import BlockManager
@@ -72,6 +74,7 @@ class Engine:
             settings.block_sharing,
             shapes.feature_slots,
             max(shapes.cross_buckets, default=0),
+            whole_prompts=EXPERTS in shapes.capture,
         )
         self.scheduler = Scheduler(self.manager, limits)
 
@@ -302,7 +305,12 @@ class Engine:
         for result in flight.results:
             if result.sampled.prompt_logprobs is not None:
                 self._take_prompt_logprobs(flight.plan, Logprobs(*map(np.asarray, result.sampled.prompt_logprobs)))
+            if result.sampled.captured:
+                captures.take_captured(flight.plan, result)
             self._take_tokens(result)
+        for sequence in [chunk.sequence for chunk in flight.plan.chunks if captures.ends_here(chunk)]:
+            sequence.pending -= 1
+            self._finish(sequence, "length")
         self._multi_step.note(
             0 if flight.plan.chunks else flight.plan.steps, flight.started, time.monotonic(), late=late
         )
@@ -400,7 +408,7 @@ class Engine:
             if not wants_prompt_logprobs(chunk) or chunk.sequence.index:
                 continue
             # Some are already known if the prompt was preempted half way and recomputed.
-            known = sum(len(part.chosen) for part in request.prompt_logprobs)
+            known = request.first_scored + sum(len(part.chosen) for part in request.prompt_logprobs)
             first, end = max(0, known - chunk.start), min(chunk.count, len(request.prompt) - 1 - chunk.start)
             if first < end:
                 span = slice(span.start + first, span.start + end)

@@ -14,6 +14,7 @@ from jaxinfer.engine.beam_search.beams import Beams
 from jaxinfer.engine.sampling.sampler import Candidates, Logprobs
 from jaxinfer.engine.sampling.sampling_rows import Level, SamplingRows, pack_rows
 from jaxinfer.engine.structured.grammar import Grammar, Matcher
+from jaxinfer.engine.wanted import Wanted
 from jaxinfer.kv.cross_cache import Encoded
 from jaxinfer.kv.digests import NO_EXTRAS, Extras, root
 from jaxinfer.kv.prefix_match import Hit
@@ -85,6 +86,8 @@ class Request:
     """Cache key of `cross`; set when the request is queued."""
     beams: Beams | None = None
     """State of a beam search. `sequences` are then the running beams, initially one, and finish together."""
+    wanted: Wanted | None = None
+    """What the request wants of its prefill, after which it ends; None if it samples tokens."""
     listener: Listener | None = None
     on_finish: Callable[["Request"], None] | None = None
     """Called when all sequences have finished; may be called a second time after a failed step."""
@@ -111,6 +114,11 @@ class Request:
     def __post_init__(self) -> None:
         self.sequences = [Sequence(self, index) for index in range(self.params.n)]
         self.stop_ids = self.params.all_stop_token_ids
+
+    @property
+    def first_scored(self) -> int:
+        """First position whose successor's log-probability is wanted, if any is."""
+        return 0 if self.wanted is None else self.wanted.first
 
     @property
     def finished(self) -> bool:
@@ -216,6 +224,8 @@ class Sequence:
     """Number of output tokens at the last failure."""
     stale: bool = False
     """While running: whether its cache was computed with weights that have been replaced, so it is never published."""
+    experts: list[np.ndarray] = field(default_factory=list)
+    """Experts of each token computed so far, `[n, L, k]` each, with `return_routed_experts`."""
     weight_changes: tuple[tuple[int, int], ...] = ()
     """Number of output tokens at each replacement of the weights, and the version of the new ones."""
     finish_reason: str | None = None

@@ -35,6 +35,8 @@ class Limits:
     """Number of slots of the feature pool (in total, not per step)."""
     encode_units: int = 0
     """Maximum number of values encoded for cross-attention in one step; a single request may exceed it."""
+    whole_prompts: bool = False
+    """Whether all prompts are computed whole, since what is wanted of their tokens is not kept in the prefix cache."""
 
 
 class Scheduler:
@@ -226,22 +228,29 @@ class Scheduler:
         """Return whether a waiting sequence should wait for a prefix that another request is computing."""
         if sequence.candidates is not None or self.inflight.still_waits(sequence):
             return True
-        if not self.inflight or sequence.pending or self._needs_whole_prompt(sequence):
+        findable = self._findable(sequence)
+        if not self.inflight or sequence.pending or not findable:
             return False
         key = self.inflight.version, sequence.length
         if sequence.checked_inflight == key:
             return False
         self._chain(sequence)
         size = self.manager.block_size
-        waits = self.inflight.should_wait(
-            sequence, (sequence.length - 1) // size, LEAST_SHARED * self.limits.tokens / size
-        )
+        waits = self.inflight.should_wait(sequence, (findable - 1) // size, LEAST_SHARED * self.limits.tokens / size)
         sequence.checked_inflight = None if waits else key
         return waits
 
-    def _needs_whole_prompt(self, sequence: Sequence) -> bool:
-        """Return whether the whole prompt must be computed, as prompt log-probabilities require."""
-        return sequence.request.params.prompt_logprobs is not None and sequence.made == 0
+    def _findable(self, sequence: Sequence) -> int:
+        """Return the number of leading tokens of which all but the last may be found in the prefix cache.
+
+        Log-probabilities, hidden states and experts of a prompt's tokens are not kept there.
+        """
+        request = sequence.request
+        if request.wanted is not None:
+            return request.wanted.first + 1 if request.wanted.first else 0
+        if self.limits.whole_prompts or (request.params.prompt_logprobs is not None and sequence.made == 0):
+            return 0
+        return sequence.length
 
     def _chain(self, sequence: Sequence) -> None:
         """Update the sequence's block digests to all known tokens."""
@@ -255,8 +264,7 @@ class Scheduler:
         key = self.manager.index_version, sequence.length
         if sequence.last_hit is None or sequence.last_hit[0] != key:
             self._chain(sequence)
-            known = 0 if self._needs_whole_prompt(sequence) else sequence.length
-            tokens, extras = sequence.tokens[:known], sequence.request.extras
+            tokens, extras = sequence.tokens[: self._findable(sequence)], sequence.request.extras
             sequence.last_hit = key, self.manager.lookup(tokens, sequence.digests, sequence.root, extras)
         return sequence.last_hit[1]
 
@@ -265,7 +273,8 @@ class Scheduler:
 
         For layers with a window only the blocks of the first chunk are allocated.
         """
-        manager, request, skip = self.manager, sequence.request, self._needs_whole_prompt(sequence)
+        manager, request = self.manager, sequence.request
+        skip = self._findable(sequence) < sequence.length
         encoded = manager.lookup_encoded(request.encoded)
         if encoded.missing and not self.encoder_cache.has_cross_room(request.cross, self.limits.encode_units):
             return False
@@ -289,7 +298,7 @@ class Scheduler:
         self.inflight.register(sequence)
         if sequence.made == 0 and sequence.index == 0:
             request.cached_tokens, request.hits = found, hit.kinds
-            request.miss_reason = "prompt_logprobs needs the whole prompt" if skip else hit.reason
+            request.miss_reason = "the request needs more of its prompt computed" if skip else hit.reason
         return True
 
     def _take_row(self, sequence: Sequence) -> None:
@@ -316,11 +325,19 @@ class Scheduler:
         chunks.append(Chunk(sequence, sequence.computed, count, segments, index))
         sequence.computed += count
         self.manager.tables.lengths[sequence.row] = sequence.computed
-        if sequence.computed == sequence.prefilled:
+        if sequence.computed == sequence.prefilled and sequence.request.wanted is not None:
+            self._end_prefill(sequence)
+        elif sequence.computed == sequence.prefilled:
             self._start_decoding(sequence, len(chunks) - 1, samples)
             if sequence.made == 0 and self.limits.share_blocks:
                 self._fork(sequence, len(chunks) - 1, samples)
         return count
+
+    def _end_prefill(self, sequence: Sequence) -> None:
+        """Let a sequence that samples no token wait for the end of the step that completes its prefill."""
+        sequence.pending += 1  # so that it is not computed again meanwhile if it is preempted
+        self.prefilling.remove(sequence)
+        self.decoding[sequence.row], self.remaining[sequence.row] = True, 0
 
     def _start_decoding(self, sequence: Sequence, chunk: int, samples: list[tuple[int, Sequence]]) -> None:
         samples.append((chunk, sequence))

@@ -28,13 +28,14 @@ import jax.numpy as jnp
 from jaxinfer.functional.batch import Array, DecodeBatch, PrefillBatch
 from jaxinfer.functional.encoder_batch import EncodeBatch
 from jaxinfer.functional.program import Program
+from jaxinfer.functional.taps import Taps
 from jaxinfer.kernels.attention.paged import Cache, DecodeRows, PrefillTiles, Slots
 from jaxinfer.kernels.attention.xla_attention import TILE
 from jaxinfer.kv import groups as kv_groups
 from jaxinfer.kv.groups import Place
 from jaxinfer.layers.attention import GroupStep, StepContext
 from jaxinfer.layers.encoder import EncodeStep
-from jaxinfer.models.base import FeatureRows
+from jaxinfer.models.base import FeatureRows, LanguageModel
 
 
 def encode_cross(program: Program, params: Sequence[jax.Array], cache: Cache, batch: EncodeBatch) -> Cache:
@@ -83,8 +84,13 @@ def prefill_hidden(
     cache: Cache,
     batch: PrefillBatch,
     features: FeatureRows | None = None,
+    *,
+    taps: Taps | None = None,
 ) -> tuple[jax.Array, Cache]:
-    """Run `prefill`, but return the hidden states `[T, M]` of all tokens in place of logits."""
+    """Run `prefill`, but return the hidden states `[T, M]` of all tokens in place of logits.
+
+    `taps` read and change the outputs of modules (`functional.taps`).
+    """
     tables, size = _flat(program, batch.tables)
     tiles = [batch.tiles.at[:, 0].add(group * size) if group else batch.tiles for group in range(program.layout.groups)]
     rows = [
@@ -92,7 +98,7 @@ def prefill_hidden(
         for group, reads in enumerate(_reading(program, batch.seen))
     ]
     step = _context(program, cache, batch, batch.rows, batch.rope_lengths, rows, tile=batch.tile)
-    return program.module(params)(batch.tokens, step, cache, features)
+    return _tapped(program, params, taps)(batch.tokens, step, cache, features)
 
 
 def decode(program: Program, params: Sequence[jax.Array], cache: Cache, batch: DecodeBatch) -> tuple[jax.Array, Cache]:
@@ -102,9 +108,9 @@ def decode(program: Program, params: Sequence[jax.Array], cache: Cache, batch: D
 
 
 def decode_hidden(
-    program: Program, params: Sequence[jax.Array], cache: Cache, batch: DecodeBatch
+    program: Program, params: Sequence[jax.Array], cache: Cache, batch: DecodeBatch, *, taps: Taps | None = None
 ) -> tuple[jax.Array, Cache]:
-    """Run `decode`, but return the hidden states `[B, M]` in place of logits."""
+    """Run `decode`, but return the hidden states `[B, M]` in place of logits; `taps` as in `prefill_hidden`."""
     tables, size = _flat(program, batch.tables)
     rows = [
         DecodeRows(tables, batch.seen[:, 1], group * size, batch.seen[:, 0])
@@ -114,7 +120,14 @@ def decode_hidden(
     ]
     owners = jnp.arange(size)
     step = _context(program, cache, batch, owners, batch.positions + 1, rows, items=batch.items)
-    return program.module(params)(batch.tokens, step, cache)
+    return _tapped(program, params, taps)(batch.tokens, step, cache)
+
+
+def _tapped(program: Program, params: Sequence[jax.Array], taps: Taps | None) -> LanguageModel:
+    module = program.module(params)
+    if taps is not None:
+        taps.attach(module)
+    return module
 
 
 def _flat(program: Program, tables: jax.Array) -> tuple[jax.Array, int]:

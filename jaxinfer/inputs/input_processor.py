@@ -2,27 +2,42 @@
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, TypeAlias
 
 import numpy as np
 
+from jaxinfer._utils.checks import as_token_id, describe
 from jaxinfer.beam_params import BeamParams, beam_sampling
 from jaxinfer.config import EngineConfig
 from jaxinfer.engine.beam_search.beams import Beams
 from jaxinfer.engine.request import Request
 from jaxinfer.engine.structured.grammar import Grammar
+from jaxinfer.engine.wanted import Wanted
 from jaxinfer.inputs.chat import chat_images, render_chat
 from jaxinfer.inputs.defaults import ModelLimits, params_per_prompt, resolve
 from jaxinfer.inputs.generation_config import from_generation_config
 from jaxinfer.inputs.grammars import Grammars
 from jaxinfer.inputs.loaded_model import LoadedModel
-from jaxinfer.inputs.prompts import Prompt, check_prompt_length, check_token_ids, max_prompt_chars, parse_prompts
+from jaxinfer.inputs.prompts import (
+    Prompt,
+    check_prompt_length,
+    check_token_ids,
+    check_unicode,
+    is_sequence,
+    max_prompt_chars,
+    parse_prompts,
+)
 from jaxinfer.inputs.tokenizer import encode, encode_batch, encodes_batches, longest_token
 from jaxinfer.media import CrossInputs, CrossPrompt, PlacedInputs, PromptForms
-from jaxinfer.sampling_params import SamplingParams
+from jaxinfer.sampling_params import RequestOutputKind, SamplingParams
 
+SCORED = SamplingParams(
+    temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
+)
+EMBEDDED = dataclasses.replace(SCORED, prompt_logprobs=None)
+"""Parameters of requests that end with their prefill."""
 PIECE = 1024
 """Prompts tokenised per batch. Limits peak memory: token ids as Python integers take ten times the memory of the int32
 arrays that requests keep."""
@@ -143,25 +158,84 @@ class InputProcessor:
         opened = self._opened
         (ids, cross, rule, extra), inputs = self._read(index, prompt, encoded)
         own, config = self._resolve(index, params, len(ids), extra, resolved), opened.module.config
-        number = next(self._numbers)
         # Length requested by the caller, ignoring the cache size: without max_model_len, the cache may set the limit.
         room = (self._config.max_model_len or config.max_length) - len(ids)
         asked = len(ids) + (room if params.max_tokens is None else min(params.max_tokens + extra, room))
+        fields = dict(limit=len(ids) + own.max_tokens, asked=asked, inputs=inputs, cross=cross, rule=rule)
+        return self._made(prompt, ids, own, **fields, grammar=self._grammar(index, own, rule))
+
+    def _made(self, prompt: Prompt, ids: Sequence[int], params: SamplingParams, **fields: Any) -> Request:
+        number, config = next(self._numbers), self._opened.module.config
         return Request(
             id=str(number),
             prompt=np.array(ids, np.int32),
-            params=own,
-            limit=len(ids) + own.max_tokens,
-            asked=asked,
+            params=params,
             salt=(prompt.cache_salt or "").encode(),
             length_key=config.length_key,
             recompute_after=config.recompute_after,
-            seed=self._seed(number) if own.seed is None else own.seed,
-            inputs=inputs,
-            cross=cross,
-            rule=rule,
-            grammar=self._grammar(index, own, rule),
+            seed=self._seed(number) if params.seed is None else params.seed,
+            **fields,
         )
+
+    def prefills(
+        self,
+        prompts: Sequence[Prompt],
+        wants: Callable[[int, int], Wanted],
+        completions: Sequence[Sequence[int]] | None = None,
+    ) -> list[Request]:
+        """Make a checked request per prompt that ends with its prefill, without queueing it.
+
+        Args:
+            prompts: parsed prompts.
+            wants: makes what a request wants from the number of tokens of its prompt, and with its completion.
+            completions: token ids after each prompt, which are scored; by default none.
+
+        Raises:
+            TypeError, ValueError: a prompt is invalid; the error names its index.
+        """
+        params, made = EMBEDDED if completions is None else SCORED, []
+        for start in range(0, len(prompts), PIECE):
+            piece = prompts[start : start + PIECE]
+            for index, (prompt, encoded) in enumerate(zip(piece, self._encode_plain(piece), strict=True), start):
+                after = () if completions is None else completions[index]
+                (ids, cross, _, _), inputs = self._read(index, prompt, encoded, after)
+                whole = [*ids, *after]
+                fields = dict(limit=len(whole), inputs=inputs, cross=cross, wanted=wants(len(ids), len(whole)))
+                made.append(self._made(prompt, whole, params, **fields))
+        return made
+
+    def completions(self, values: Any, count: int) -> list[list[int]]:
+        """Return the token ids of `count` completions, each a text or token ids.
+
+        Raises:
+            TypeError, ValueError: one is empty or invalid, or there are not as many; the error names its index.
+        """
+        if isinstance(values, str) or (is_sequence(values) and len(values) and isinstance(values[0], int | np.integer)):
+            values = [values]
+        if not is_sequence(values):
+            raise TypeError(f"completions must be texts, token ids, or a list of these, got {describe(values)}")
+        if len(values) != count:
+            raise ValueError(
+                f"there are {count} prompts and {len(values)} completions; pass one completion a prompt, or one prompt "
+                "and several completions"
+            )
+        return [self._completion(value, index) for index, value in enumerate(values)]
+
+    def _completion(self, value: Any, index: int) -> list[int]:
+        where = f"completion {index}"
+        if isinstance(value, str):
+            if self._opened.tokenizer is None:
+                raise ValueError(f"{where} is text, but there is no tokenizer; pass token ids")
+            check_unicode(value, where)
+            ids = self._encode(value)
+        elif is_sequence(value):
+            ids = [as_token_id(f"every id of {where}", token) for token in value]
+        else:
+            raise TypeError(f"{where} must be a string or a list of token ids, got {describe(value)}")
+        if not ids:
+            raise ValueError(f"{where} is empty; there is no token to score")
+        check_token_ids(ids, self.limits.vocab_size, index, "completion")
+        return ids
 
     def _grammar(self, index: int, params: SamplingParams, rule: int) -> Grammar | None:
         """Return the compiled grammar of a request; None without structure."""
@@ -209,9 +283,12 @@ class InputProcessor:
                 )
 
     def _read(
-        self, index: int, prompt: Prompt, encoded: Sequence[int] | None
+        self, index: int, prompt: Prompt, encoded: Sequence[int] | None, after: Sequence[int] | None = None
     ) -> tuple[CrossPrompt, PlacedInputs | None]:
-        """Return a prompt's checked token ids with its cross-attention inputs, and its media inputs if it has any."""
+        """Return a prompt's checked token ids with its cross-attention inputs, and its media inputs if it has any.
+
+        `after`: tokens that must fit behind it; None for one that is sampled.
+        """
         media, inputs, ids, text = self._opened.media, (), encoded or prompt.token_ids, prompt.text
         read, known = CrossPrompt([], None), self.limits.vocab_size
         for one in (prompt, prompt.encoder):
@@ -229,7 +306,14 @@ class InputProcessor:
             raise ValueError(f"prompt {index} has no tokens; pass a text that is not empty, or at least one token id")
         check_token_ids(ids, known, index)
         limits, of_images = self.limits, sum(one.length for one in inputs)
-        check_prompt_length(len(ids), limits.max_model_len, index, of_images, limits.length_hint)
+        if after is None:
+            check_prompt_length(len(ids), limits.max_model_len, index, of_images, limits.length_hint)
+        elif len(ids) + len(after) > limits.max_model_len:
+            beside = f" and the {len(after)} of its completion" if after else ""
+            raise ValueError(
+                f"prompt {index}: its {len(ids)} tokens{beside} exceed the maximum model length of "
+                f"{limits.max_model_len}. Shorten the text{limits.length_hint}."
+            )
         return read._replace(token_ids=list(ids)), None if media is None else media.place(ids, inputs, index)
 
     def _check_cross(self, index: int, cross: CrossInputs | None) -> None:

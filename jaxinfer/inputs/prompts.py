@@ -71,12 +71,12 @@ def parse_prompts(prompts: Any, *, max_chars: int | None = None, forms: PromptFo
     """
     if isinstance(prompts, (str, Mapping)) or _is_numbers(prompts):
         prompts = [prompts]
-    elif not _is_sequence(prompts):
+    elif not is_sequence(prompts):
         raise TypeError(f"prompts must be a string, token ids, a dict, or a list of these, got {describe(prompts)}.")
     return [_parse(prompt, index, max_chars, forms) for index, prompt in enumerate(prompts)]
 
 
-def check_token_ids(token_ids: Sequence[int], vocab_size: int, index: int) -> None:
+def check_token_ids(token_ids: Sequence[int], vocab_size: int, index: int, what: str = "prompt") -> None:
     """Check that all token ids are in the vocabulary.
 
     Raises:
@@ -86,7 +86,7 @@ def check_token_ids(token_ids: Sequence[int], vocab_size: int, index: int) -> No
         return
     position, token = next((at, token) for at, token in enumerate(token_ids) if not 0 <= token < vocab_size)
     raise ValueError(
-        f"prompt {index}: token id {show_int(token)} at position {position} is out of "
+        f"{what} {index}: token id {show_int(token)} at position {position} is out of "
         f"vocabulary: ids run from 0 to {vocab_size - 1} (vocab_size={vocab_size})."
     )
 
@@ -126,12 +126,13 @@ def max_prompt_chars(longest_token: int, max_model_len: int) -> int:
     return max(longest_token, 64) * max_model_len
 
 
-def _is_sequence(value: Any) -> bool:
+def is_sequence(value: Any) -> bool:
+    """Return whether a value is a list, a tuple or an array."""
     return isinstance(value, (list, tuple)) or (isinstance(value, np.ndarray) and value.ndim >= 1)
 
 
 def _is_numbers(value: Any) -> bool:
-    return _is_sequence(value) and len(value) > 0 and all(isinstance(item, numbers.Number) for item in value)
+    return is_sequence(value) and len(value) > 0 and all(isinstance(item, numbers.Number) for item in value)
 
 
 def _parse(prompt: Any, index: int, max_chars: int | None, forms: PromptForms) -> Prompt:
@@ -139,7 +140,7 @@ def _parse(prompt: Any, index: int, max_chars: int | None, forms: PromptForms) -
         return _parse_pair(prompt, index, max_chars)
     if isinstance(prompt, str):
         return Prompt(text=_text(prompt, index, max_chars))
-    if _is_sequence(prompt):
+    if is_sequence(prompt):
         return Prompt(token_ids=_token_ids(prompt, index))
     if isinstance(prompt, Mapping):
         return _parse_dict(prompt, index, max_chars, forms)
@@ -174,7 +175,7 @@ def _parse_side(prompt: Any, index: int, max_chars: int | None, side: str, other
     """Parse the encoder's or the decoder's prompt; `others`: error text with alternative keys of a dict."""
     if isinstance(prompt, str):
         return Prompt(text=_text(prompt, index, max_chars, side))
-    if _is_sequence(prompt):
+    if is_sequence(prompt):
         return Prompt(token_ids=_token_ids(prompt, index, side))
     if isinstance(prompt, Mapping):
         return _parse_dict(prompt, index, max_chars, PromptForms(), side, others)
@@ -207,7 +208,7 @@ def _parse_dict(
         raise ValueError(f"prompt {index}: a dict needs 'prompt' or 'prompt_token_ids'{others}.")
     if text is not None and not isinstance(text, str):
         raise TypeError(f"prompt {index}: 'prompt' must be a string, got {describe(text)}.")
-    if ids is not None and not _is_sequence(ids):
+    if ids is not None and not is_sequence(ids):
         raise TypeError(f"prompt {index}: 'prompt_token_ids' must be a list of token ids, got {describe(ids)}.")
     return Prompt(
         text=None if text is None or (ids is not None and text == "") else _text(text, index, max_chars, side),
@@ -226,11 +227,11 @@ def _text(text: str, index: int, max_chars: int | None, side: str = _DECODER) ->
             f"prompt {index}: the text has {len(text)} characters, more than the {max_chars} "
             "that the maximum model length can hold. Shorten the prompt."
         )
-    _check_unicode(text, f"prompt {index}")
+    check_unicode(text, f"prompt {index}")
     return text
 
 
-def _check_unicode(text: str, where: str) -> None:
+def check_unicode(text: str, where: str) -> None:
     """Reject lone surrogates: they have no UTF-8 encoding, so tokenizers fail on them. All else is valid, even NUL."""
     try:
         text.encode("utf-8")
@@ -260,5 +261,5 @@ def _salt(salt: Any, index: int) -> str:
         raise TypeError(f"prompt {index}: cache_salt must be a string, got {describe(salt)}.")
     if not salt:
         raise ValueError(f"prompt {index}: cache_salt cannot be empty; leave it out to share with all.")
-    _check_unicode(salt, f"prompt {index}: cache_salt")
+    check_unicode(salt, f"prompt {index}: cache_salt")
     return salt

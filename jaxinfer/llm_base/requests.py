@@ -61,7 +61,13 @@ class RequestCalls(EngineOwner):
         self._thread.add(lease.call, (handle.request for handle in handles))
 
     def _finish(self, handles: list[Handle], use_tqdm: bool) -> list[RequestOutput]:
-        """Queue requests, wait for all of them and return their outputs; abort them on an exception."""
+        """Queue requests, wait for all of them and return their outputs."""
+        self._serve(handles, use_tqdm)
+        warn_if_truncated(handles)
+        return RequestOutputs(handle.output() for handle in handles)
+
+    def _serve(self, handles: list[Handle], use_tqdm: bool) -> None:
+        """Queue requests and wait for all of them; abort them on an exception."""
         lease = self._thread.lease()
         release, call = lease.release, lease.call
         try:
@@ -71,8 +77,6 @@ class RequestCalls(EngineOwner):
                 self._thread.drive(call, progress.unfinished, progress.show)
         finally:
             release(call)  # must come first, so that an interrupt cannot leave requests running
-        warn_if_truncated(handles)
-        return RequestOutputs(handle.output() for handle in handles)
 
     def _watch(self, handles: list[Handle]) -> Iterator[RequestOutput]:
         """Queue requests and yield new outputs after each step; abort them if the iterator is closed or fails."""

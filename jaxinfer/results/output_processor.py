@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from functools import cached_property, lru_cache
 from typing import Any
 
+import numpy as np
+
 from jaxinfer.engine.beam_search.beams import Finished
 from jaxinfer.engine.control import weight_segments
 from jaxinfer.engine.request import Request, Sequence, Status
@@ -145,6 +147,7 @@ class Handle:
             finish_reason=sequence.finish_reason,
             stop_reason=self.request.error if sequence.finish_reason == "error" else sequence.stop_reason,
             weight_segments=weight_segments(sequence),
+            routed_experts=_experts(sequence),
         )
 
     def _known_prompt_logprobs(self) -> list[Mapping[int, Logprob] | None] | None:
@@ -172,6 +175,14 @@ class Handle:
             r.hits,
             r.clamped_max_tokens,
         )
+
+
+def _experts(sequence: Sequence) -> np.ndarray | None:
+    """Return the experts of a sequence's tokens but the last, in the smallest type; None if they are not recorded."""
+    if not sequence.experts:
+        return None
+    found = np.concatenate(sequence.experts)[: sequence.length - 1]
+    return found.astype(np.min_scalar_type(int(found.max(initial=0))))
 
 
 class BeamHandle(Handle):

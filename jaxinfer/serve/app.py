@@ -11,7 +11,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from jaxinfer.async_llm import AsyncLLM
-from jaxinfer.serve import anthropic, audio, chat, completions, debug, metrics, models, openapi, responses
+from jaxinfer.serve import anthropic, audio, chat, completions, debug, embeddings, metrics, models, openapi, responses
 from jaxinfer.serve.config import ServerConfig
 from jaxinfer.serve.context import Context
 from jaxinfer.serve.errors import APIError, endpoint, on_error, response
@@ -27,7 +27,7 @@ ROUTES = (
     ("POST", "/v1/completions", completions.completions),
     ("POST", "/v1/chat/completions", chat.chat_completions),
     ("POST", "/v1/responses", responses.responses),
-    ("POST", "/v1/embeddings", models.embeddings),
+    ("POST", "/v1/embeddings", embeddings.embeddings),
     ("POST", "/v1/audio/transcriptions", audio.transcriptions),
     ("POST", "/v1/audio/translations", audio.translations),
     ("POST", "/v1/messages", anthropic.messages),

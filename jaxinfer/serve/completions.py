@@ -31,7 +31,7 @@ async def completions(request: Request) -> Response:
     fields.check_known(KNOWN, NEUTRAL)
     context.check_model(fields.get("model", str))
     asked = structure.of_fields(fields)
-    prompts, salt = _prompts(fields.raw("prompt")), fields.get("cache_salt", str)
+    prompts, salt = prompts_of(fields.raw("prompt")), fields.get("cache_salt", str)
     logprobs, default = fields.within("logprobs", int, 0, 20), context.llm.default_params.max_tokens
     params = sampling.read(context, fields, prompts=len(prompts), logprobs=logprobs, default=default, structure=asked)
     usage = sampling.stream_usage(fields)
@@ -59,19 +59,19 @@ async def completions(request: Request) -> Response:
     )
 
 
-def _prompts(value: Any) -> list[dict[str, Any]]:
-    """Return the prompts of a request: a text, token ids, or a list of either."""
+def prompts_of(value: Any, name: str = "prompt") -> list[dict[str, Any]]:
+    """Return the prompts in a request's field `name`: a text, token ids, or a list of either."""
     if value is None:
-        raise APIError("Missing required parameter: 'prompt'.", param="prompt", code="missing_required_parameter")
+        raise APIError(f"Missing required parameter: '{name}'.", param=name, code="missing_required_parameter")
     if isinstance(value, str):
         return [{"prompt": value}]
     if not isinstance(value, list) or not value:
-        raise wrong_type("prompt", "a string, token ids, or a list of these that is not empty", value)
+        raise wrong_type(name, "a string, token ids, or a list of these that is not empty", value)
     if isinstance(value[0], int):
         return [{"prompt_token_ids": value}]
     for index, one in enumerate(value):
         if not isinstance(one, str | list):
-            raise wrong_type("prompt", f"a list of strings or of token ids (entry {index})", one)
+            raise wrong_type(name, f"a list of strings or of token ids (entry {index})", one)
     return [{"prompt": one} if isinstance(one, str) else {"prompt_token_ids": one} for one in value]
 
 

@@ -1,4 +1,4 @@
-"""`GET /v1/models`, `POST /v1/embeddings`, `POST /tokenize`, `POST /detokenize`, `GET /health`."""
+"""`GET /v1/models`, `POST /tokenize`, `POST /detokenize`, `GET /health`."""
 
 import asyncio
 from typing import Any
@@ -39,17 +39,6 @@ async def model(request: Request) -> Response:
     """Describe the model."""
     of(request).check_model(request.path_params["name"])
     return Json(_model(of(request)))
-
-
-async def embeddings(request: Request) -> Response:
-    """Refuse embeddings, which no model of this engine computes."""
-    raise APIError(
-        f"The model `{of(request).config.model_name}` generates text and has no embeddings; "
-        "send chats to /v1/chat/completions and prompts to /v1/completions.",
-        status=404,
-        param="model",
-        code="unsupported_endpoint",
-    )
 
 
 async def tokenize(request: Request) -> Response:

@@ -114,9 +114,9 @@ async def respond(
     request: Request,
     queue: Callable[[], Coroutine[Any, Any, Sequence[OutputStream]]],
     *,
-    streamed: bool,
-    events: Callable[[Sequence[OutputStream]], AsyncGenerator[bytes, None]],
     whole: Callable[[Sequence[RequestOutput]], Any],
+    events: Callable[[Sequence[OutputStream]], AsyncGenerator[bytes, None]] | None = None,
+    streamed: bool = False,
     anthropic: bool = False,
 ) -> Response:
     """Queue the requests of an API call and return their response, streamed or whole.
@@ -124,9 +124,9 @@ async def respond(
     Args:
         request: HTTP request whose body has been read.
         queue: queues the requests and returns their outputs; invalid ones are refused before the response begins.
-        streamed: whether the response is a stream of events.
-        events: makes the events of the outputs.
         whole: makes the JSON of the final outputs.
+        events: makes the events of the outputs; None if this call is never streamed.
+        streamed: whether the response is a stream of events.
         anthropic: whether errors within a stream have Anthropic's form.
 
     Raises:

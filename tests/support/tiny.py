@@ -113,17 +113,21 @@ def _random_runner(family: str, tp: int, quantization: str | None) -> Runner:
 
 
 @cache
-def deterministic_runner(family: str, dtype: str = "bfloat16", kernel: str = "auto", *, on: bool = True) -> Runner:
+def deterministic_runner(
+    family: str, dtype: str = "bfloat16", kernel: str = "auto", *, on: bool = True, capture: tuple[str, ...] = ()
+) -> Runner:
     """Return the runner of a deterministic engine; `dtype` may be "int8", of weights in a bfloat16 model.
 
-    `on=False`: the same without `deterministic`, with prefill steps of 64 tokens.
+    `on=False`: the same without `deterministic`, with prefill steps of 64 tokens. `capture`: outputs of modules that
+    its steps return.
     """
     mesh, int8 = make_mesh(1), dtype == "int8"
     hf = config(family) | {"dtype": "bfloat16" if int8 else dtype}
     module = weights.random(hf, mesh, quantization="int8" if int8 else None)
     program, params = split(module, mesh, attention_kernel=kernel, matmul_kernel=kernel, deterministic=on)
     buckets = (CHUNK,) if on else (64,)
-    return Runner(program, params, shapes_of(program, switched=True, prefill_buckets=buckets))
+    own = dict(switched=True, prefill_buckets=buckets, capture=capture)
+    return Runner(program, params, shapes_of(program, **own))
 
 
 @cache

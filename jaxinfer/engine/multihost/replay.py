@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from enum import Enum
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import jax
 import numpy as np
@@ -58,6 +58,8 @@ def decode_key(data: bytes) -> Key:
 def _typed(value: Any, hint: Any) -> Any:
     if isinstance(hint, type) and issubclass(hint, Enum):
         return hint(value)
+    if get_origin(hint) is tuple:
+        return tuple(_typed(one, get_args(hint)[0]) for one in value)
     if type(value) not in (get_args(hint) or (hint,)):
         raise ValueError(f"{value!r} is not of type {hint}")
     return value

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from jaxinfer import functional
+from jaxinfer.config import RAW_LOGPROBS
 from jaxinfer.engine.plan import Chunk, Plan
 from jaxinfer.engine.sampling.sampling_rows import POSITION, ROW, WIDTH, Level
 from jaxinfer.functional import PrefillBatch
@@ -69,6 +70,10 @@ class Bucket:
     """Whether the step ends with logits, from which `programs.SampleMasked` samples; `level` and `logprobs` are then
     the least.
     """
+    logprobs_mode: str = RAW_LOGPROBS
+    """What log-probabilities are of (`EngineConfig.logprobs_mode`)."""
+    capture: tuple[str, ...] = ()
+    """Paths of the modules whose outputs the step returns (`functional.taps`)."""
 
     def __str__(self) -> str:
         keys = "" if self.items is None else f" items={self.items}"
@@ -76,6 +81,7 @@ class Bucket:
         keys += f" candidates={self.candidates}" if self.candidates else ""
         level = "" if self.switched else f" {self.level.name.lower()}"
         level = " pending" if self.pending else level
+        level += f" capturing {', '.join(self.capture)}" if self.capture else ""
         return f"{self.kind} T={self.tokens} rows={self.rows}{keys}{level}"
 
     @property
@@ -86,7 +92,7 @@ class Bucket:
     @property
     def gives(self) -> tuple[str | None, ...]:
         """Runner state returned by the step before `Sampled` (see `programs.Key`)."""
-        logits = ("logits", "summary", "prompt_logprobs") if self.pending else ()
+        logits = ("logits", "summary", "prompt_logprobs", "captured") if self.pending else ()
         return ("cache", "rows", self._edits, *logits)
 
     @property
@@ -222,9 +228,8 @@ def prefill_parts(plan: Plan, bucket: Bucket, params: np.ndarray) -> dict[str, n
     targets = np.full(bucket.shapes["targets"], -1, np.int32)
     for span, chunk in zip(spans(plan), plan.chunks, strict=True):
         if wants_prompt_logprobs(chunk):
-            tokens = chunk.sequence.tokens[: chunk.sequence.length]
-            known = tokens[chunk.start + 1 : chunk.start + chunk.count + 1]
-            targets[span][: len(known)] = known
+            first, known = scored_tokens(chunk)
+            targets[span][first : first + len(known)] = known
     if bucket.features:
         parts["features"] = np.full(bucket.tokens, -1, np.int32)
         for span, chunk in zip(spans(plan), plan.chunks, strict=True):
@@ -258,6 +263,21 @@ def segments(plan: Plan, bucket: Bucket) -> np.ndarray:
 def wants_prompt_logprobs(chunk: Chunk) -> bool:
     """Return whether log-probabilities of a chunk's prompt tokens are requested."""
     return chunk.sequence.request.params.prompt_logprobs is not None and not chunk.sequence.made
+
+
+def scored_tokens(chunk: Chunk) -> tuple[int, np.ndarray]:
+    """Return the prompt tokens whose log-probabilities a chunk gives, and the index in the chunk of the first's
+    predecessor."""
+    first = max(0, chunk.sequence.request.first_scored - chunk.start)
+    tokens = chunk.sequence.tokens[: chunk.sequence.length]
+    return first, tokens[chunk.start + first + 1 : chunk.start + chunk.count + 1]
+
+
+def wanted_modules(plan: Plan) -> tuple[str, ...]:
+    """Return the paths of the modules whose outputs requests of a plan's prefill want."""
+    wanted = ((chunk, chunk.sequence.request.wanted) for chunk in plan.chunks)
+    found = {m for c, own in wanted if own is not None and c.start + c.count > own.first for m in own.modules}
+    return tuple(sorted(found))
 
 
 def spans(plan: Plan) -> list[slice]:

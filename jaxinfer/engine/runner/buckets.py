@@ -8,7 +8,7 @@ uses the first of `variants` that supports everything its rows need.
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -73,8 +73,8 @@ def variants(most: int) -> list[Needs]:
     return [Needs(*each) for each in product(Level, (-1, *logprob_counts(most)))] + [Needs(Level.EDITED, most, True)]
 
 
-def prefill_bucket(program: Program, shapes: Shapes, tokens: int, needs: Needs) -> Bucket:
-    """Return the prefill bucket for this many tokens in total."""
+def prefill_bucket(program: Program, shapes: Shapes, tokens: int, needs: Needs, capture: Sequence[str] = ()) -> Bucket:
+    """Return the prefill bucket for this many tokens in total; `capture` beside what all steps return."""
     return _bucket(
         shapes,
         "prefill",
@@ -85,6 +85,7 @@ def prefill_bucket(program: Program, shapes: Shapes, tokens: int, needs: Needs) 
         features=program.features is not None,
         cross=program.cross is not None,
         states=bool(program.layout.states),
+        capture=tuple(dict.fromkeys((*shapes.capture, *capture))),
     )
 
 
@@ -142,6 +143,8 @@ def mixed_bucket(program: Program, shapes: Shapes) -> Mixed:
         cross=program.cross is not None,
         states=bool(program.layout.states),
         contiguous=shapes.contiguous,
+        logprobs_mode=shapes.logprobs_mode,
+        capture=shapes.capture,
     )
 
 
@@ -162,13 +165,14 @@ def step_shape(program: Program, shapes: Shapes, matmul_kernel: str) -> StepShap
     )
 
 
-def _bucket(shapes: Shapes, kind: str, tokens: int, rows: int, needs: Needs, **own: int | bool | None) -> Bucket:
+def _bucket(shapes: Shapes, kind: str, tokens: int, rows: int, needs: Needs, **own: Any) -> Bucket:
     if shapes.switched:
         can = Needs(Level.EDITED, shapes.max_logprobs, kind == "prefill")
     else:
         can = next(variant for variant in variants(shapes.max_logprobs) if variant.covers(needs))
     prompt = shapes.max_logprobs if can.prompt_logprobs else -1
     own = {"width": shapes.width, "switched": shapes.switched, "contiguous": shapes.contiguous} | own
+    own = {"logprobs_mode": shapes.logprobs_mode, "capture": shapes.capture} | own
     if needs.candidates:  # a power of two, so that searches of similar widths share a program
         own["candidates"] = min(max(LEAST_CANDIDATES, 1 << (needs.candidates - 1).bit_length()), shapes.sampled_vocab)
     return Bucket(kind, tokens, rows, **own, level=can.level, logprobs=can.logprobs, prompt_logprobs=prompt)
@@ -176,7 +180,8 @@ def _bucket(shapes: Shapes, kind: str, tokens: int, rows: int, needs: Needs, **o
 
 def masked(bucket: Bucket) -> tuple[Bucket, SampleMasked]:
     """Split a step in two: the bucket of the step up to its logits, and the program that samples with masks."""
-    sampler = SampleMasked(bucket.rows, bucket.level, bucket.logprobs, bucket.candidates, bucket.switched)
+    names = ("rows", "level", "logprobs", "candidates", "switched", "logprobs_mode")
+    sampler = SampleMasked(**{name: getattr(bucket, name) for name in names})
     return replace(bucket, pending=True, level=Level.GREEDY, logprobs=-1), sampler
 
 

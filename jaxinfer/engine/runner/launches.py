@@ -35,6 +35,7 @@ from jaxinfer.engine.runner.steps import Shapes, abstract_edits
 from jaxinfer.engine.sampling.sampling_rows import Level
 from jaxinfer.functional import Program
 from jaxinfer.functional.encoder_batch import EncodeJob, encode_batch
+from jaxinfer.functional.taps import EXPERTS
 from jaxinfer.kv.tables import Tables
 
 
@@ -50,6 +51,10 @@ class Step:
     """Number of tokens that the step computes, padding aside."""
     first: bool
     """Whether the tokens are the first ones after a prefill."""
+    places: np.ndarray | None = None
+    """Decode: index of each sequence's token among those of the step."""
+    capture: tuple[str, ...] = ()
+    """Outputs of modules that sequences of the step want."""
 
 
 @dataclass(frozen=True)
@@ -145,9 +150,10 @@ class Packer:
         rows = np.array([s.row for s in samples], np.int32)
         needs = params.needs(rows)._replace(prompt_logprobs=prompt_logprobs)
         edits = self._edits(samples, positions.tolist(), params) if needs.level >= Level.EDITED else []
-        bucket = prefill_bucket(self._program, self._shapes, tokens, needs)
+        capture = self._capture(plan)
+        bucket = prefill_bucket(self._program, self._shapes, tokens, needs, capture)
         parts = batches.prefill_parts(plan, bucket, params.packed)
-        step = Step(samples, np.arange(len(samples)), needs, tokens, first=True)
+        step = Step(samples, np.arange(len(samples)), needs, tokens, first=True, capture=capture)
         return [*edits, *_launches(bucket, parts, step, bool(params.structured[rows].any()))]
 
     def _decode(self, plan: Plan, tables: Tables, params: RowParams, ahead: int) -> list[Launch]:
@@ -161,7 +167,7 @@ class Packer:
         bucket = decode_bucket(self._program, self._shapes, count, reads, needs)
         parts = batches.decode_parts(plan, bucket, tables, params.packed, ahead)
         indices = batches.batch_indices(plan.rows, bucket.rows, tables.rows)
-        step = Step(plan.decodes, indices, needs, count, first=False)
+        step = Step(plan.decodes, indices, needs, count, first=False, places=indices, capture=self._experts)
         return [*edits, *_launches(bucket, parts, step, bool(params.structured[plan.rows].any()))]
 
     def _mixed(self, plan: Plan, tables: Tables, params: RowParams, ahead: int) -> list[Launch]:
@@ -179,10 +185,22 @@ class Packer:
         prompts = any(batches.wants_prompt_logprobs(chunk) for chunk in plan.chunks)
         needs = Needs(Level.EDITED, self._shapes.max_logprobs, prompts)
         tokens = len(plan.rows) + sum(chunk.count for chunk in plan.chunks)
-        step = Step(samples, np.arange(len(samples)), needs, tokens, first=True)
-        indices = len(samples) + np.arange(len(plan.decodes))
-        decodes = Step(plan.decodes, indices, needs, tokens, first=False) if plan.decodes else None
+        capture = self._capture(plan)
+        step = Step(samples, np.arange(len(samples)), needs, tokens, first=True, capture=capture)
+        own = np.arange(len(plan.decodes))
+        indices, places = len(samples) + own, tokens - len(plan.rows) + own
+        decodes = Step(plan.decodes, indices, needs, tokens, first=False, places=places, capture=self._experts)
+        decodes = decodes if plan.decodes else None
         return [*edits, Launch(bucket, (batches.pack(bucket, parts),), step, decodes)]
+
+    @property
+    def _experts(self) -> tuple[str, ...]:
+        """Outputs that all requests want."""
+        return (EXPERTS,) if EXPERTS in self._shapes.capture else ()
+
+    def _capture(self, plan: Plan) -> tuple[str, ...]:
+        """Return the outputs of modules that requests of a plan's chunks want."""
+        return (*self._experts, *batches.wanted_modules(plan)) if plan.chunks else ()
 
     def _edits(self, samples: Sequence[Sample], positions: Sequence[int], params: RowParams) -> Iterator[Launch]:
         """Update history and bias of EDITED rows on the device, if they have changed, for tokens at `positions`."""

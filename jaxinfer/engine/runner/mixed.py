@@ -11,8 +11,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from jaxinfer import functional
+from jaxinfer.config import RAW_LOGPROBS
 from jaxinfer.engine.plan import Plan
-from jaxinfer.engine.runner.batch import NO_SLOT, PARTS, chunk_segments, sampling_rows, spans, wants_prompt_logprobs
+from jaxinfer.engine.runner.batch import (
+    NO_SLOT,
+    PARTS,
+    chunk_segments,
+    sampling_rows,
+    scored_tokens,
+    spans,
+    wants_prompt_logprobs,
+)
 from jaxinfer.engine.sampling.sampling_rows import WIDTH, Level
 from jaxinfer.kernels.state.slots import Segments
 from jaxinfer.kv.tables import Tables
@@ -50,6 +59,10 @@ class Mixed:
     """Whether the model has recurrent layers."""
     contiguous: bool
     """Whether block tables follow from the rows (`kv.contiguous`)."""
+    logprobs_mode: str = RAW_LOGPROBS
+    """What log-probabilities are of (`EngineConfig.logprobs_mode`)."""
+    capture: tuple[str, ...] = ()
+    """Paths of the modules whose outputs the step returns (`functional.taps`)."""
 
     def __str__(self) -> str:
         return f"deterministic T={self.tokens} rows={self.rows}"
@@ -198,9 +211,9 @@ def _places(
     asked[:] = -1
     for span, chunk in zip(spans(plan), plan.chunks, strict=True):
         if wants_prompt_logprobs(chunk):
-            tokens = chunk.sequence.tokens[: chunk.sequence.length]
-            known = tokens[chunk.start + 1 : chunk.start + chunk.count + 1]
-            asked[offset + span.start : offset + span.start + len(known)] = known
+            first, known = scored_tokens(chunk)
+            start = offset + span.start + first
+            asked[start : start + len(known)] = known
     scored = np.flatnonzero(asked >= 0)
     parts["at"][scored] = scored - offset
     needed = (parts["at"] < bucket.tokens).reshape(-1, bucket.head_rows)

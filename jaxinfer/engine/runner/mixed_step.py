@@ -1,5 +1,6 @@
 """Device side of the step of a deterministic engine (`mixed`)."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -9,9 +10,10 @@ from jaxinfer import functional
 from jaxinfer.engine.runner import batch as batches
 from jaxinfer.engine.runner.mixed import Mixed
 from jaxinfer.engine.runner.steps import RowState, Sampled, hidden_summary, mask_padding, reserved
-from jaxinfer.engine.sampling.sampler import Edits, Logprobs, logprobs, sample
+from jaxinfer.engine.sampling.sampler import Edits, Logprobs, logprobs, reported, sample
 from jaxinfer.engine.sampling.sampling_rows import unpack_rows
 from jaxinfer.functional import PrefillBatch, Program
+from jaxinfer.functional.taps import Taps
 from jaxinfer.kernels.attention.paged import Cache
 from jaxinfer.kernels.state.slots import StepSegments
 from jaxinfer.models.base import FeatureRows
@@ -65,7 +67,8 @@ def mixed_step(
         tile=bucket.tile,
         **{name: parts[name] for name in ("positions", "rows", "rope_lengths", "tiles", "count")},
     )
-    hidden, cache = functional.prefill_hidden(program, params, cache, batch, features)
+    taps = Taps(bucket.capture)
+    hidden, cache = functional.prefill_hidden(program, params, cache, batch, features, taps=taps)
     outputs = _sample(program, bucket, sampled_vocab, params, hidden, parts, rows, edits)
     samples, ends = slice(bucket.rows), (bucket.sample_places, bucket.sample_places + bucket.tokens)
     sampled = Sampled(
@@ -73,6 +76,7 @@ def mixed_step(
         Logprobs(*(column[samples] for column in outputs.logprobs)),
         Logprobs(*(column[slice(*ends)] for column in outputs.logprobs)),
         summary=hidden_summary(program, hidden[parts["at"][samples]]),
+        captured=taps.captured(hidden),
     )
     return cache, RowState(outputs.last, tables), edits._replace(history=outputs.history), sampled
 
@@ -108,10 +112,16 @@ def _sample(
         sampling = unpack_rows(sampling)
         logits = jax.lax.dynamic_slice_in_dim(logits, index * size, size)
         state = Edits(outputs.history, edits.bias)
-        tokens, state = sample(mask_padding(logits, sampled_vocab), sampling, state, bucket.level, **how)
+        allowed = mask_padding(logits, sampled_vocab)
+        tokens, state = sample(allowed, sampling, state, bucket.level, **how)
         targets_or_tokens = jnp.where(targets >= 0, targets, tokens)
         requested = (sampling.logprobs > 0).any() | (targets >= 0).any()
-        found = _logprobs(bucket, logits, targets_or_tokens, requested, outputs.logprobs)
+
+        def of() -> jax.Array:
+            drawn_by = reported(logits, allowed, sampling, state, bucket.level, bucket.logprobs_mode, **how)
+            return jnp.where((targets >= 0)[:, None], logits, drawn_by)  # parameters are not those of a prompt's tokens
+
+        found = _logprobs(bucket, of, targets_or_tokens, requested, outputs.logprobs)
         return _Outputs(
             outputs.last.at[sampling.row].set(tokens, mode="drop"),
             state.history,
@@ -127,12 +137,15 @@ def _sample(
 
 
 def _logprobs(
-    bucket: Mixed, logits: jax.Array, tokens: jax.Array, requested: jax.Array, template: Logprobs
+    bucket: Mixed, logits: Callable[[], jax.Array], tokens: jax.Array, requested: jax.Array, template: Logprobs
 ) -> Logprobs:
-    """Compute log-probabilities of tokens; in a switched program, return zeros if no row requests them."""
+    """Compute log-probabilities of tokens; in a switched program, return zeros if no row requests them.
+
+    `logits` makes those that they are of.
+    """
 
     def compute() -> Logprobs:
-        return logprobs(logits, tokens, bucket.logprobs, switched=bucket.switched)
+        return logprobs(logits(), tokens, bucket.logprobs, switched=bucket.switched, mode=bucket.logprobs_mode)
 
     if not bucket.switched:
         return compute()

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 from weakref import WeakSet
@@ -23,15 +23,18 @@ from jaxinfer.engine.runner.buckets import (
     SAMPLING,
     STRUCTURED,
     TABLE_WIDTHS,
+    Needs,
     all_buckets,
     copy_widths,
     encode_shape,
     masked_keys,
     mixed_bucket,
+    prefill_bucket,
 )
 from jaxinfer.engine.runner.mixed import Mixed
 from jaxinfer.engine.runner.mixed_step import mixed_step
 from jaxinfer.engine.runner.steps import (
+    Sampled,
     SampleMasked,
     Shapes,
     abstract_arguments,
@@ -46,6 +49,7 @@ from jaxinfer.engine.runner.steps import (
     make_encode_step,
     make_sample_masked,
     make_step,
+    prefill_step,
     replicated,
     shardings,
 )
@@ -134,6 +138,7 @@ class Programs:
         ]
         self._ready: dict[Key, jax.stages.Compiled] = {}
         self._pending: dict[Key, Future[jax.stages.Compiled]] = {}
+        self._traced: dict[tuple[str, ...], Sampled] = {}
         self._lock = threading.Lock()
         self.room: int | None = None
         """Bytes of device memory left for the temporaries of a program; None: unknown."""
@@ -162,6 +167,22 @@ class Programs:
     def get(self, key: Key) -> jax.stages.Compiled:
         """Return a program, compiling it if needed. A compilation error is raised in all waiting threads."""
         return self._ready.get(key) or self._make(key)
+
+    def captured(self, paths: Sequence[str]) -> dict[str, jax.ShapeDtypeStruct]:
+        """Return shapes and dtypes `[T, ...]` of the outputs of modules, by tracing a step.
+
+        Raises:
+            ConfigError: a path is no module, or none whose output can be read.
+        """
+        program, shapes, key = self._program, self._shapes, tuple(paths)
+        if key not in self._traced:
+            bucket, body = prefill_bucket(program, shapes, 1, Needs(), key), prefill_step
+            if program.deterministic:
+                bucket, body = replace(mixed_bucket(program, shapes), capture=key), mixed_step
+            step = partial(body, program, bucket, shapes.sampled_vocab)
+            self._traced[key] = jax.eval_shape(step, self._params, *abstract_arguments(program, shapes, bucket))[-1]
+        found = self._traced[key].captured
+        return {path: found[path] for path in paths}
 
     def prepare(self, keys: Iterable[Key], threads: int, done: Callable[[Key], None]) -> None:
         """Compile programs in `threads` threads and call `done` after each. XLA compiles without holding Python's GIL.

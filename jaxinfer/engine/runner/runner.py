@@ -34,6 +34,7 @@ from jaxinfer.engine.sizing.memory import MemoryUse
 from jaxinfer.engine.structured.masks import fill_masks
 from jaxinfer.errors import EngineError
 from jaxinfer.functional import Program
+from jaxinfer.functional.taps import Captured
 from jaxinfer.kernels.attention.paged import Cache
 from jaxinfer.kv import cache as kv_cache
 from jaxinfer.kv.tables import Tables
@@ -49,6 +50,8 @@ class Result:
     sampled: Sampled
     first: bool
     """Whether these are the first tokens after a prefill."""
+    places: np.ndarray | None = None
+    """Decode: index of each sequence's token among those of the step."""
 
     def __post_init__(self) -> None:
         for array in jax.tree.leaves(self.sampled):
@@ -84,6 +87,13 @@ class Flight:
         if isinstance(key, Bucket) and key.kind == "decode":
             return replace(self.plan, chunks=[], samples=[])
         return replace(self.plan, decodes=[]) if isinstance(key, (Bucket, Encode, EncodeCross)) else self.plan
+
+
+def _of_decodes(result: Result, step: Step) -> Result:
+    """Return the part of a mixed step's output that belongs to its decodes."""
+    captured = {name: result.sampled.captured[name] for name in step.capture}
+    sampled = result.sampled._replace(prompt_logprobs=None, captured=captured)
+    return Result(step.samples, step.indices, sampled, first=False, places=step.places)
 
 
 class Leader(Protocol):
@@ -167,6 +177,8 @@ class Runner:
         """Summary of its hidden states (`Sampled.summary`)."""
         self.prompt_logprobs: Logprobs | None = None
         """Log-probabilities of its prompts."""
+        self.captured: Captured = {}
+        """Outputs of its modules."""
         self.edits: Edits | None = None
         if self.shapes.switched:
             self._make_edits()
@@ -224,8 +236,7 @@ class Runner:
             if result is not None:
                 flight.results.append(result)
             if launch.decodes is not None:
-                sampled = result.sampled._replace(prompt_logprobs=None)
-                flight.results.append(Result(launch.decodes.samples, launch.decodes.indices, sampled, first=False))
+                flight.results.append(_of_decodes(result, launch.decodes))
 
     def sample_pending(self, flight: Flight) -> None:
         """Sample the tokens of a dispatched flight's decode step, if rows of it have a grammar.
@@ -255,20 +266,23 @@ class Runner:
         if step is None:
             return None
         if isinstance(key, SampleMasked):
-            sampled = sampled._replace(prompt_logprobs=self.prompt_logprobs)
+            sampled = sampled._replace(prompt_logprobs=self.prompt_logprobs, captured=self.captured)
             self.logits = self.summary = self.prompt_logprobs = None
+            self.captured = {}
         else:
             self.places += key.tokens
             self.padding += key.tokens - step.tokens
             if key.pending:
                 return None
+        wanted = dict.fromkeys(step.capture + (() if launch.decodes is None else launch.decodes.capture))
         sampled = Sampled(
             sampled.tokens,
             sampled.logprobs if step.needs.logprobs >= 0 else None,
             sampled.prompt_logprobs if step.needs.prompt_logprobs else None,
             sampled.candidates,
+            captured={name: sampled.captured[name] for name in wanted},
         )
-        return Result(step.samples, step.indices, sampled, step.first)
+        return Result(step.samples, step.indices, sampled, step.first, step.places)
 
     def _launch(self, key: Key, *arrays: np.ndarray) -> Any:
         """Dispatch a program, after sending it to the other processes if there are any."""

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxinfer import functional
+from jaxinfer.config import RAW_LOGPROBS
 from jaxinfer.engine.multihost import divergence
 from jaxinfer.engine.runner import batch as batches
 from jaxinfer.engine.runner.batch import Bucket
@@ -24,11 +25,13 @@ from jaxinfer.engine.sampling.sampler import (
     candidates,
     logprobs,
     mask_width,
+    reported,
     sample,
 )
 from jaxinfer.engine.sampling.sampling_rows import WIDTH, Level, SamplingRows, unpack_rows
 from jaxinfer.functional import DecodeBatch, PrefillBatch, Program
 from jaxinfer.functional.encoder_batch import EncodeBatch, EncodeShape
+from jaxinfer.functional.taps import Captured, Taps
 from jaxinfer.kernels.attention.paged import Cache
 from jaxinfer.kernels.attention.xla_attention import decode_items
 from jaxinfer.kernels.state.slots import DecodeSlots, Segments
@@ -75,6 +78,10 @@ class Shapes:
     """Number of slots of recurrent state; 0 without recurrent layers."""
     contiguous: bool = False
     """Whether each row has W fixed blocks (`kv.contiguous`) instead of a block table."""
+    logprobs_mode: str = RAW_LOGPROBS
+    """What log-probabilities are of (`EngineConfig.logprobs_mode`)."""
+    capture: tuple[str, ...] = ()
+    """Paths of the modules whose outputs all steps return (`functional.taps`)."""
 
     @property
     def regions(self) -> Regions:
@@ -112,6 +119,8 @@ class Sampled(NamedTuple):
     """Continuations of every row, if some rows are beams."""
     summary: jax.Array | None = None
     """Summary of the hidden states the tokens were sampled from (`multihost.divergence`), with several processes."""
+    captured: Captured = {}
+    """Outputs of the bucket's `capture`, with an entry for each token of the step."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +133,7 @@ class SampleMasked:
     logprobs: int
     candidates: int = 0
     switched: bool = False
+    logprobs_mode: str = RAW_LOGPROBS
     """As in `Bucket`, like the fields above."""
 
     @property
@@ -163,8 +173,8 @@ def make_step(
     if body is None:
         body = prefill_step if bucket.kind == "prefill" else decode_step
     everywhere, own = replicated(program), _by_device(program)
-    result = Sampled(everywhere, everywhere, everywhere, everywhere, own)
-    last = (everywhere, own, everywhere) if bucket.pending else (result,)
+    result = Sampled(everywhere, everywhere, everywhere, everywhere, own, everywhere)
+    last = (everywhere, own, everywhere, everywhere) if bucket.pending else (result,)
     return jax.jit(
         partial(body, program, bucket, shapes.sampled_vocab),
         donate_argnums=(1, 2, 3),
@@ -293,13 +303,12 @@ def _sample(
     new, edits = sample(allowed, rows, edits, bucket.level, **how)
     if bucket.logprobs < 0:
         return edits, Sampled(new, None, candidates=offered)
-    beside = _if_requested(
-        bucket,
-        (rows.logprobs > 0).any(),
-        bucket.rows,
-        bucket.logprobs,
-        lambda: logprobs(logits, new, bucket.logprobs, switched=bucket.switched),
-    )
+
+    def compute() -> Logprobs:
+        of = reported(logits, allowed, rows, edits, bucket.level, bucket.logprobs_mode, **how)
+        return logprobs(of, new, bucket.logprobs, switched=bucket.switched, mode=bucket.logprobs_mode)
+
+    beside = _if_requested(bucket, (rows.logprobs > 0).any(), bucket.rows, bucket.logprobs, compute)
     return edits, Sampled(new, beside, candidates=offered)
 
 
@@ -326,7 +335,7 @@ def _prompt_logprobs(module: LanguageModel, hidden: jax.Array, targets: jax.Arra
         jnp.pad(hidden, ((0, padding), (0, 0))).reshape(-1, size, hidden.shape[1]),
         jnp.pad(targets, (0, padding)).reshape(-1, size),
     )
-    find = partial(logprobs, count=bucket.prompt_logprobs, switched=bucket.switched)
+    find = partial(logprobs, count=bucket.prompt_logprobs, switched=bucket.switched, mode=bucket.logprobs_mode)
     found = jax.lax.map(lambda part: find(module.logits(part[0]), part[1]), parts)
     return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:tokens], found)
 
@@ -353,7 +362,7 @@ def decode_step(
     """Decode one token for every sequence. `rows` holds each row's last token and receives the new one.
 
     Returns:
-        cache, rows, edits, `Sampled`; for a pending bucket cache, rows, edits, logits, summary, None.
+        cache, rows, edits, `Sampled`; for a pending bucket cache, rows, edits, logits, summary, None, captured outputs.
     """
     parts = batches.unpack(bucket, packed)
     sampling, positions = unpack_rows(parts["sampling"]), parts["positions"]
@@ -372,13 +381,16 @@ def decode_step(
         own = tables if owners is None else tables.at[:, owners].get(mode="clip")
     states = DecodeSlots(*parts["states"]) if bucket.states else None
     batch = DecodeBatch(last, positions, own, bucket.items, parts.get("seen"), states)
-    hidden, cache = functional.decode_hidden(program, params, cache, batch)
+    taps = Taps(bucket.capture)
+    hidden, cache = functional.decode_hidden(program, params, cache, batch, taps=taps)
     logits = program.module(params).logits(hidden)
     if bucket.pending:
-        return cache, RowState(rows.tokens, tables), edits, logits, hidden_summary(program, hidden), None
+        rest = hidden_summary(program, hidden), None, taps.captured(hidden)
+        return cache, RowState(rows.tokens, tables), edits, logits, *rest
     edits, sampled = _sample(program, bucket, sampled_vocab, logits, sampling, edits)
     rows = RowState(rows.tokens.at[sampling.row].set(sampled.tokens, mode="drop"), tables)
-    return cache, rows, edits, sampled._replace(summary=hidden_summary(program, hidden))
+    sampled = sampled._replace(summary=hidden_summary(program, hidden), captured=taps.captured(hidden))
+    return cache, rows, edits, sampled
 
 
 def prefill_step(
@@ -396,7 +408,7 @@ def prefill_step(
     `pool_and_packed` is the feature pool, if the bucket has `features`, and the packed inputs.
 
     Returns:
-        As `decode_step`, with the prompt's log-probabilities last for a pending bucket.
+        As `decode_step`, with the prompt's log-probabilities in place of None for a pending bucket.
     """
     *pool, packed = pool_and_packed
     parts = batches.unpack(bucket, packed)
@@ -406,9 +418,8 @@ def prefill_step(
     if bucket.states:
         parts["states"] = Segments(*parts["states"])
     tables = reserved(program, bucket, cache, rows, owners) if bucket.contiguous else rows.tables[:, owners]
-    hidden, cache = functional.prefill_hidden(
-        program, params, cache, PrefillBatch(**parts, tables=tables, tile=bucket.tile), features
-    )
+    taps, batch = Taps(bucket.capture), PrefillBatch(**parts, tables=tables, tile=bucket.tile)
+    hidden, cache = functional.prefill_hidden(program, params, cache, batch, features, taps=taps)
     module = program.module(params)
     last = hidden[parts["last"]]
     logits = module.logits(last)
@@ -422,10 +433,13 @@ def prefill_step(
             lambda: _prompt_logprobs(module, hidden, targets, bucket),
         )
     if bucket.pending:
-        return cache, rows, edits, logits, hidden_summary(program, last), prompt
+        return cache, rows, edits, logits, hidden_summary(program, last), prompt, taps.captured(hidden)
     edits, sampled = _sample(program, bucket, sampled_vocab, logits, sampling, edits)
     rows = rows._replace(tokens=rows.tokens.at[sampling.row].set(sampled.tokens, mode="drop"))
-    return cache, rows, edits, sampled._replace(prompt_logprobs=prompt, summary=hidden_summary(program, last))
+    sampled = sampled._replace(
+        prompt_logprobs=prompt, summary=hidden_summary(program, last), captured=taps.captured(hidden)
+    )
+    return cache, rows, edits, sampled
 
 
 def sample_masked(
@@ -460,7 +474,7 @@ def make_sample_masked(
         out_shardings=(
             everywhere,
             everywhere,
-            Sampled(everywhere, everywhere, everywhere, everywhere, _by_device(program)),
+            Sampled(everywhere, everywhere, everywhere, everywhere, _by_device(program), everywhere),
         ),
         compiler_options=None if compiler_options is None else dict(compiler_options),
     )

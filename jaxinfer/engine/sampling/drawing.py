@@ -66,12 +66,27 @@ def largest(logits: jax.Array, by_blocks: bool) -> jax.Array:
 
 def _race(logits: jax.Array, rows: SamplingRows, level: Level, switched: bool) -> jax.Array:
     """Return the race time of each token, `[B, V']`; infinity for tokens removed by min-p, top-k or top-p."""
-    limit = -jnp.log(rows.min_p)  # infinite for 0
-    if level >= Level.TRUNCATED:
-        limit = _truncate(logits, limit, rows, switched)
-    gap = _gaps(logits, rows)
+    limit, gap = _limit(logits, rows, level, switched), _gaps(logits, rows)
     time = _fusion_barrier(exponential(token_bits(rows, logits.shape[1])), switched) * jnp.exp(gap)
     return jnp.where(gap > limit[:, None], jnp.inf, time)  # a NaN gap is kept and makes the row bad
+
+
+def distribution(logits: jax.Array, rows: SamplingRows, level: Level, switched: bool) -> jax.Array:
+    """Return the logits `[B, V']` that tokens are drawn by: divided by the temperature, -inf for removed tokens.
+
+    Those of greedy rows are unchanged.
+    """
+    if level == Level.GREEDY:
+        return logits
+    limit, random = _limit(logits, rows, level, switched), (rows.temperature > 0)[:, None]
+    scaled = logits / jnp.where(random, rows.temperature[:, None], 1.0)
+    return jnp.where(random & (_gaps(logits, rows) > limit[:, None]), -jnp.inf, scaled)
+
+
+def _limit(logits: jax.Array, rows: SamplingRows, level: Level, switched: bool) -> jax.Array:
+    """Return the largest gap, `[B]`, that min-p, top-k and top-p keep."""
+    limit = -jnp.log(rows.min_p)  # infinite for 0
+    return _truncate(logits, limit, rows, switched) if level >= Level.TRUNCATED else limit
 
 
 def _gaps(logits: jax.Array, rows: SamplingRows) -> jax.Array:

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinfer.engine.sampling.drawing import BAD_TOKEN, choose, largest, skip_if
+from jaxinfer.config import LOGITS_MODES, PROCESSED_MODES, RAW_LOGPROBS
+from jaxinfer.engine.sampling.drawing import BAD_TOKEN, choose, distribution, largest, skip_if
 from jaxinfer.engine.sampling.sampling_rows import Level, SamplingRows
 from jaxinfer.functional.deterministic import chosen, log_probabilities
 from jaxinfer.sampling_params import MAX_NGRAM
@@ -62,7 +63,7 @@ class Candidates(NamedTuple):
 
 
 class Logprobs(NamedTuple):
-    """Log-probabilities of the model's own distribution, before any sampling parameter is applied."""
+    """Log-probabilities of tokens, or their logits, as `EngineConfig.logprobs_mode` says."""
 
     chosen: jax.Array
     """Log-probability of the given token, `[B]`."""
@@ -74,12 +75,15 @@ class Logprobs(NamedTuple):
     """Log-probabilities of the most likely tokens, `[B, n]`."""
 
 
-def logprobs(logits: jax.Array, tokens: jax.Array, count: int, *, switched: bool = False) -> Logprobs:
+def logprobs(
+    logits: jax.Array, tokens: jax.Array, count: int, *, switched: bool = False, mode: str = RAW_LOGPROBS
+) -> Logprobs:
     """Return log-probabilities of `tokens` `[B]` under `logits` `[B, V']`, and those of the `count` most likely tokens.
 
-    Token ids of V' or more have probability 0. `switched` as in `sample`.
+    Token ids of V' or more have probability 0. `switched` as in `sample`. With a `mode` of logits
+    (`EngineConfig.logprobs_mode`), these take the place of log-probabilities.
     """
-    normal = log_probabilities(logits)
+    normal = logits if mode in LOGITS_MODES else log_probabilities(logits)
     # A prompt may contain token ids that are never sampled, such as image placeholders.
     own = chosen(normal, tokens)
     rank = (normal > own[:, None]).sum(axis=-1) + 1
@@ -151,6 +155,41 @@ def sample(
     return tokens, edits
 
 
+def reported(
+    logits: jax.Array,
+    allowed: jax.Array,
+    rows: SamplingRows,
+    edits: Edits | None,
+    level: Level,
+    mode: str,
+    *,
+    switched: bool = False,
+    rule: Rule | None = None,
+) -> jax.Array:
+    """Return the logits `[B, V']` that log-probabilities of sampled tokens are of (`EngineConfig.logprobs_mode`).
+
+    Args:
+        logits: the model's own.
+        allowed: those passed to `sample`, with -inf for tokens that no row may sample.
+        rows, edits, level, switched, rule: as in `sample`; `edits` before or after it.
+        mode: static; for a processed mode, all parameters of a row are applied, and a forced token is the only one.
+    """
+    if mode not in PROCESSED_MODES:
+        return logits
+    if level >= Level.EDITED:
+        plain = allowed
+        allowed = skip_if(
+            switched, ~(rows.edited > 0).any(), lambda: plain, lambda: _edited(plain, rows, edits, switched, rule)
+        )
+    return _forced_only(distribution(allowed, rows, level, switched), rows)
+
+
+def _forced_only(scores: jax.Array, rows: SamplingRows) -> jax.Array:
+    """Replace scores `[B, V']` of rows whose token is forced by 0 for that token and -inf for all others."""
+    forced, tokens = _forced(rows)[:, None], jnp.arange(scores.shape[-1])
+    return jnp.where(forced < 0, scores, jnp.where(tokens == forced, 0.0, -jnp.inf))
+
+
 def _force(tokens: jax.Array, rows: SamplingRows) -> jax.Array:
     """Replace tokens `[B]` by forced tokens at their positions."""
     forced = _forced(rows)
@@ -193,9 +232,8 @@ def candidates(
         scores = skip_if(
             switched, ~(rows.edited > 0).any(), lambda: plain, lambda: _edited(plain, rows, edits, switched, rule)
         )
-    forced, tokens = _forced(rows)[:, None], jnp.arange(logits.shape[-1])
-    scores = jnp.where(forced < 0, scores, jnp.where(tokens == forced, 0.0, -jnp.inf))
-    scores, ids = _top(jnp.where(tokens < usable, scores, -jnp.inf), count, switched)
+    scores = jnp.where(jnp.arange(logits.shape[-1]) < usable, _forced_only(scores, rows), -jnp.inf)
+    scores, ids = _top(scores, count, switched)
     return Candidates(ids, scores)
 
 

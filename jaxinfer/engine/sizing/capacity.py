@@ -39,7 +39,7 @@ class Capacity:
         """
         read = 0 if request.cross is None else request.cross.length
         capacity = self.tokens(read)
-        if len(request.prompt) + 1 > capacity:
+        if len(request.prompt) + (request.wanted is None) > capacity:
             beside = f" beside the {read} positions that its encoder reads" if read else ""
             raise CapacityError(
                 f"a prompt of {len(request.prompt)} tokens can never fit in the cache: with the first token of its "

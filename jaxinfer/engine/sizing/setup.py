@@ -23,6 +23,7 @@ from jaxinfer.engine.sizing.settings import HostSettings
 from jaxinfer.engine.sizing.slots import GPU_SEQUENCES, state_slots
 from jaxinfer.errors import CapacityError, ConfigError
 from jaxinfer.functional import Program, split
+from jaxinfer.functional.taps import EXPERTS, LAST, normalise
 from jaxinfer.kernels.matmul import choose as matmul
 from jaxinfer.kv import cache as kv_cache
 from jaxinfer.kv import groups as kv_groups
@@ -80,6 +81,8 @@ def build_engine(
             f"the cache of {shapes.num_blocks} blocks ({size_text(needed)}) does not fit in the device's memory; "
             "lower kv_cache_memory_bytes or gpu_memory_utilization"
         ) from error
+    if named := _named(config):
+        runner.programs.captured(named)
     engine = Engine(runner, HostSettings.of(config, runner))
     if engine.capacity.longest < shapes.max_length:
         log.warning(
@@ -157,7 +160,20 @@ def choose_shapes(model: ModelConfig, program: Program, config: EngineConfig, bu
         cross_buckets=_cross_buckets(program, tokens, gpu=gpu),
         contiguous=config.cache == CONTIGUOUS,
         state_slots=slots,
+        logprobs_mode=config.logprobs_mode,
+        capture=_capture(config),
     )
+
+
+def _capture(config: EngineConfig) -> tuple[str, ...]:
+    """Return the modules whose outputs all steps return: those of a deterministic engine, which has one program."""
+    own = (LAST, *_named(config)) if config.deterministic else _named(config)[len(config.capture) :]
+    return tuple(dict.fromkeys(own))
+
+
+def _named(config: EngineConfig) -> tuple[str, ...]:
+    """Return what the settings ask steps to return: outputs of modules, then the experts."""
+    return (*map(normalise, config.capture), *([EXPERTS] if config.return_routed_experts else []))
 
 
 def _pool(

@@ -9,7 +9,7 @@ import pytest
 
 from jaxinfer.engine.sampling import drawing
 from jaxinfer.engine.sampling.drawing import BAD_TOKEN, BLOCK, exponential, token_bits
-from jaxinfer.engine.sampling.sampler import Edits, logprobs, sample
+from jaxinfer.engine.sampling.sampler import Edits, logprobs, reported, sample
 from jaxinfer.engine.sampling.sampling_rows import Level, SamplingRows, pack_rows, unpack_rows
 from jaxinfer.sampling_params import MAX_NGRAM
 
@@ -455,3 +455,52 @@ def test_packed_rows_round_trip():
     back = unpack_rows(jnp.asarray(pack_rows(SamplingRows(**settings))))
     for name, value in settings.items():
         np.testing.assert_array_equal(getattr(back, name), value, err_msg=name)
+
+
+@pytest.mark.parametrize("switched", [False, True])
+@pytest.mark.parametrize("level", Level)
+def test_reported_logits_are_what_tokens_are_drawn_by(level, switched):
+    """At every level: temperature and min-p, top-k and top-p, then penalties and biases; and a forced token."""
+    rng = np.random.default_rng(int(level))
+    edits = Edits(
+        jnp.asarray(rng.integers(0, 12, (R, L)), jnp.int32),
+        jnp.asarray(rng.choice([0, 0, 1.5, -np.inf], (R, V)), jnp.float32),
+    )
+    asked = dict(
+        temperature=0 if level == Level.GREEDY else rng.choice([0, 0.7, 1.6], R),
+        min_p=rng.choice([0, 0.05], R),
+        forced_last=np.where(np.arange(R) == 5, 8, 0),
+        last_position=10,
+    )
+    if level >= Level.TRUNCATED:
+        asked |= dict(top_k=rng.choice([0, 6], R), top_p=rng.choice([1, 0.8], R))
+    if level >= Level.EDITED:
+        asked |= dict(edited=rng.choice([0, 1], R), presence=0.9, frequency=0.4, repetition=1.7)
+    settings, logits = rows(R, **asked), random_logits(R, 21)
+    _, after = step(logits, settings, edits if level >= Level.EDITED else None, level, switched=switched)
+    found, raw = (
+        np.asarray(reported(jnp.asarray(logits), jnp.asarray(logits), settings, after, level, mode, switched=switched))
+        for mode in ("processed_logits", "raw_logits")
+    )
+    np.testing.assert_array_equal(raw, logits)
+    clear = 0
+    for i in range(R):
+        r, own = one(settings, i), logits[i]
+        if level >= Level.EDITED and r.edited:
+            own = edited(own, r, *(np.asarray(part)[i] for part in edits))
+        left, margin = filtered(own, r) if r.temperature > 0 else (own, 1.0)
+        if i == 5:
+            left, margin = np.where(np.arange(V) == 7, 0, -np.inf), 1.0
+        if margin > MARGIN:
+            clear += 1
+            np.testing.assert_allclose(found[i], left, rtol=1e-5, atol=1e-5, err_msg=str(r))
+    assert clear > R // 2
+
+
+def test_log_probabilities_of_removed_tokens_are_minus_infinity():
+    logits = jnp.log(jnp.array([[0.5, 0.3, 0.2]]))
+    kept = jnp.where(jnp.arange(3) < 2, logits, -jnp.inf)
+    found = logprobs(kept, jnp.array([0]), 3, mode="processed_logprobs")
+    np.testing.assert_allclose(found.top[0], [np.log(0.625), np.log(0.375), -np.inf], rtol=1e-5)
+    assert found.chosen[0] == found.top[0, 0] and found.rank[0] == 1
+    assert logprobs(kept, jnp.array([1]), 0, mode="raw_logits").chosen[0] == logits[0, 1]
