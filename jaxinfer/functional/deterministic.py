@@ -7,7 +7,7 @@ trainer, a step of as many tokens at a time, and thereby give the same bits.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 
 from jaxinfer.errors import ConfigError
+from jaxinfer.functional import taps
 from jaxinfer.functional.batch import PrefillBatch, tile_count
 from jaxinfer.functional.forward import prefill_hidden
 from jaxinfer.functional.program import Program, abstract_cache, split
@@ -66,17 +67,23 @@ def chosen(normal: jax.Array, tokens: jax.Array) -> jax.Array:
     return jnp.take_along_axis(normal, ids, axis=-1, mode="fill", fill_value=-jnp.inf)[:, 0]
 
 
-def logits(module: LanguageModel, tokens: jax.Array, shape: StepShape) -> jax.Array:
-    """Return the engine's next-token logits, float32 `[B, L, V]`, for token ids `[B, L]`."""
-    program, params, hidden = _hidden(module, tokens, shape)
+def logits(module: LanguageModel, tokens: jax.Array, shape: StepShape, experts: jax.Array | None = None) -> jax.Array:
+    """Return the engine's next-token logits, float32 `[B, L, V]`, for token ids `[B, L]`.
+
+    `experts` `[B, L, N, k]`: experts of each token in the N layers that have some; None to choose them.
+    """
+    program, params, hidden = _hidden(module, tokens, shape, experts)
     own = program.module(params)
     found = _by_rows(lambda rows: own.logits(rows), shape.head_rows, hidden.reshape(-1, hidden.shape[-1]))
     return found.reshape(*tokens.shape, -1)[..., : module.config.vocab_size]
 
 
-def logprobs(module: LanguageModel, tokens: jax.Array, shape: StepShape) -> jax.Array:
-    """Return the engine's log-probability of each token after the first, float32 `[B, L - 1]`, for ids `[B, L]`."""
-    program, params, hidden = _hidden(module, tokens, shape)
+def logprobs(module: LanguageModel, tokens: jax.Array, shape: StepShape, experts: jax.Array | None = None) -> jax.Array:
+    """Return the engine's log-probability of each token after the first, float32 `[B, L - 1]`, for ids `[B, L]`.
+
+    `experts` as in `logits`.
+    """
+    program, params, hidden = _hidden(module, tokens, shape, experts)
     own = program.module(params)
 
     def find(rows: jax.Array, targets: jax.Array) -> jax.Array:
@@ -97,7 +104,32 @@ def _by_rows(function: Callable[..., jax.Array], size: int, *arrays: jax.Array) 
     return found.reshape(-1, *found.shape[2:])[:count]
 
 
-def _hidden(module: LanguageModel, tokens: jax.Array, shape: StepShape) -> tuple[Program, list[jax.Array], jax.Array]:
+def by_layer(module: LanguageModel, experts: jax.Array | None) -> tuple[jax.Array | None, ...] | None:
+    """Divide experts `[..., N, k]` among a model's layers: `[..., k]` each, None for layers without experts.
+
+    Raises:
+        ConfigError: the model has another number of layers with experts, or of experts per token.
+    """
+    if experts is None:
+        return None
+    paths = taps.routers(module)
+    numbers = [int(path.split(".")[1]) for path in paths]
+    counts = {taps.module_at(module, path).per_token for path in paths}
+    if experts.shape[-2:] != (len(paths), *counts):
+        raise ConfigError(
+            f"routed_experts has shape {list(experts.shape)}; this model has {len(paths)} layers with experts and "
+            f"{', '.join(map(str, counts)) or 'no'} experts a token, so it must end with these two numbers"
+        )
+    places = {number: place for place, number in enumerate(numbers)}
+    return tuple(
+        experts[..., places[layer], :].astype(jnp.int32) if layer in places else None
+        for layer in range(module.config.num_layers)
+    )
+
+
+def _hidden(
+    module: LanguageModel, tokens: jax.Array, shape: StepShape, experts: jax.Array | None = None
+) -> tuple[Program, list[jax.Array], jax.Array]:
     """Return the module's program and parameters, and its hidden states `[B, L, M]` for token ids `[B, L]`.
 
     Raises:
@@ -116,14 +148,18 @@ def _hidden(module: LanguageModel, tokens: jax.Array, shape: StepShape) -> tuple
     chunks = -(-length // shape.tokens)
     padded = jnp.pad(tokens.astype(jnp.int32), ((0, 0), (0, chunks * shape.tokens - length)))
     steps = _steps(count, length, chunks, program, shape)
+    routed = None
+    if experts is not None:
+        filled = jnp.pad(experts, ((0, 0), (0, chunks * shape.tokens - length), (0, 0), (0, 0)))
+        routed = by_layer(own, filled.reshape(count * chunks, shape.tokens, *experts.shape[2:]))
     tables = np.zeros((program.layout.groups, shape.rows, shape.width), np.int32)
     tables[:, 0] = np.arange(program.layout.groups * shape.width).reshape(program.layout.groups, -1)
     blocks = program.layout.groups * shape.width
     abstract = abstract_cache(program, blocks, shape.block_size, 1)
     cache = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), abstract)
 
-    def step(cache: Cache, inputs: tuple[jax.Array, dict[str, jax.Array]]) -> tuple[Cache, jax.Array]:
-        ids, fields = inputs
+    def step(cache: Cache, inputs: tuple[jax.Array, dict[str, jax.Array], Any]) -> tuple[Cache, jax.Array]:
+        ids, fields, routed = inputs
         states = StepSegments(*fields.pop("states")) if program.layout.states else None
         nowhere = jnp.zeros(shape.rows, jnp.int32)
         batch = PrefillBatch(
@@ -135,10 +171,10 @@ def _hidden(module: LanguageModel, tokens: jax.Array, shape: StepShape) -> tuple
             states=states,
             **{name: fields[name] for name in ("positions", "rope_lengths", "tiles", "count")},
         )
-        hidden, cache = prefill_hidden(program, params, cache, batch)
+        hidden, cache = prefill_hidden(program, params, cache, batch, routed=routed)
         return cache, hidden
 
-    _, hidden = jax.lax.scan(step, cache, (padded.reshape(count * chunks, -1), steps))
+    _, hidden = jax.lax.scan(step, cache, (padded.reshape(count * chunks, -1), steps, routed))
     return program, params, hidden.reshape(count, chunks * shape.tokens, -1)[:, :length]
 
 

@@ -21,6 +21,7 @@ Token ids, positions and block ids are not checked: under jit they cannot be.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -86,10 +87,12 @@ def prefill_hidden(
     features: FeatureRows | None = None,
     *,
     taps: Taps | None = None,
+    routed: tuple[jax.Array | None, ...] | None = None,
 ) -> tuple[jax.Array, Cache]:
     """Run `prefill`, but return the hidden states `[T, M]` of all tokens in place of logits.
 
-    `taps` read and change the outputs of modules (`functional.taps`).
+    `taps` read and change the outputs of modules (`functional.taps`). `routed` are experts of each layer's tokens, in
+    place of the routers' own choice (`StepContext.routed`).
     """
     tables, size = _flat(program, batch.tables)
     tiles = [batch.tiles.at[:, 0].add(group * size) if group else batch.tiles for group in range(program.layout.groups)]
@@ -98,6 +101,7 @@ def prefill_hidden(
         for group, reads in enumerate(_reading(program, batch.seen))
     ]
     step = _context(program, cache, batch, batch.rows, batch.rope_lengths, rows, tile=batch.tile)
+    step = replace(step, routed=routed)
     return _tapped(program, params, taps)(batch.tokens, step, cache, features)
 
 

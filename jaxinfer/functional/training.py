@@ -50,7 +50,12 @@ def prepare(module: LanguageModel) -> None:
 
 
 def logits(
-    module: LanguageModel, tokens: jax.Array, *, serving: StepShape | None = None, remat: bool = False
+    module: LanguageModel,
+    tokens: jax.Array,
+    *,
+    serving: StepShape | None = None,
+    remat: bool = False,
+    routed_experts: jax.Array | None = None,
 ) -> jax.Array:
     """Return next-token logits, float32 `[B, L, V]`, for token ids `[B, L]`.
 
@@ -61,31 +66,41 @@ def logits(
         tokens: `[B, L]`.
         serving: `LLM.step_shape`, for the bits that this engine serves; None for plain operations.
         remat: whether the gradient computes each layer's activations again in place of keeping them.
+        routed_experts: experts of each token, `[B, L, N, k]` for N layers with experts, which take the place of the
+            routers' own choice, or `[B, L - 1, N, k]`, where the last token's make no difference, as rollouts give them
+            (`CompletionOutput.routed_experts`). Weights of the experts are computed as ever, and have gradients.
     """
+    experts = _padded(routed_experts, tokens)
 
     def plain(module: LanguageModel) -> jax.Array:
-        return _plain_logits(module, tokens, remat=remat)
+        return _plain_logits(module, tokens, remat=remat, experts=experts)
 
     if serving is None:
         return plain(module)
-    return _value_of_serving(module, lambda own: deterministic.logits(own, tokens, serving), plain)
+    return _value_of_serving(module, lambda own: deterministic.logits(own, tokens, serving, experts), plain)
 
 
 def logprobs(
-    module: LanguageModel, tokens: jax.Array, *, serving: StepShape | None = None, remat: bool = False
+    module: LanguageModel,
+    tokens: jax.Array,
+    *,
+    serving: StepShape | None = None,
+    remat: bool = False,
+    routed_experts: jax.Array | None = None,
 ) -> jax.Array:
     """Return the log-probability of each token after the first, float32 `[B, L - 1]`; arguments as of `logits`.
 
     With `serving` they are those of `SamplingParams(logprobs=0)` and `prompt_logprobs`, bit for bit.
     """
+    experts = _padded(routed_experts, tokens)
 
     def plain(module: LanguageModel) -> jax.Array:
-        normal = deterministic.log_probabilities(_plain_logits(module, tokens, remat=remat)[:, :-1])
+        normal = deterministic.log_probabilities(_plain_logits(module, tokens, remat=remat, experts=experts)[:, :-1])
         return jnp.take_along_axis(normal, tokens[:, 1:, None], axis=-1)[..., 0]
 
     if serving is None:
         return plain(module)
-    return _value_of_serving(module, lambda own: deterministic.logprobs(own, tokens, serving), plain)
+    return _value_of_serving(module, lambda own: deterministic.logprobs(own, tokens, serving, experts), plain)
 
 
 def _value_of_serving(
@@ -111,7 +126,26 @@ def _value_of_serving(
     return run(params)
 
 
-def _plain_logits(module: LanguageModel, tokens: jax.Array, *, remat: bool) -> jax.Array:
+def _padded(experts: jax.Array | None, tokens: jax.Array) -> jax.Array | None:
+    """Return experts `[B, L, N, k]` for tokens `[B, L]`.
+
+    Raises:
+        ConfigError: they are of another number of sequences or tokens.
+    """
+    if experts is None:
+        return None
+    batch, length = tokens.shape
+    if experts.ndim != 4 or experts.shape[0] != batch or experts.shape[1] not in (length - 1, length):
+        raise ConfigError(
+            f"routed_experts has shape {list(experts.shape)} for tokens {list(tokens.shape)}; pass "
+            f"[{batch}, {length} or {length - 1}, layers with experts, experts per token]"
+        )
+    return jnp.pad(experts.astype(jnp.int32), ((0, 0), (0, length - experts.shape[1]), (0, 0), (0, 0)))
+
+
+def _plain_logits(
+    module: LanguageModel, tokens: jax.Array, *, remat: bool, experts: jax.Array | None = None
+) -> jax.Array:
     """Return `[B, L, V]`, computed by plain operations."""
     batch, length = tokens.shape
     mesh, cache_layout = make_mesh(1), layout(tuple(module.cache_specs()))
@@ -126,6 +160,7 @@ def _plain_logits(module: LanguageModel, tokens: jax.Array, *, remat: bool) -> j
         places=cache_layout.places,
         states=whole,
         remat=remat,
+        routed=deterministic.by_layer(module, None if experts is None else experts.reshape(-1, *experts.shape[2:])),
     )
     hidden, _ = module(tokens.reshape(-1), step, _nothing(module, cache_layout.array_specs, cache_layout.states))
     return module.logits(hidden).reshape(batch, length, -1)[..., : module.config.vocab_size]

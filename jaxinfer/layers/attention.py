@@ -34,7 +34,7 @@ class GroupStep(NamedTuple):
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["positions", "real", "rope_lengths", "groups", "seen", "states"],
+    data_fields=["positions", "real", "rope_lengths", "groups", "seen", "states", "routed"],
     meta_fields=["mesh", "kernel", "tile", "items", "places", "deterministic", "remat"],
 )
 @dataclass(frozen=True)
@@ -63,6 +63,9 @@ class StepContext:
     seen: jax.Array | None = None
     """For models with cross-attention, the start and end of the encoder positions each token sees, `[T, 2]` int32. (0,
     0) means none; cross-attention then returns 0."""
+    routed: tuple[jax.Array | None, ...] | None = None
+    """Experts `[T, k]` of each layer's tokens, in place of the router's own choice; a single entry in a layer's view.
+    None to let routers choose."""
     deterministic: bool = field(default=False, metadata={"static": True})
     """Whether each token is computed in the same way whatever else the step has (`functional.Program`)."""
     remat: bool = field(default=False, metadata={"static": True})
@@ -85,7 +88,8 @@ class StepContext:
     def of(self, layer: int) -> "StepContext":
         """Return the view of one layer."""
         group = self.places[layer].group
-        return replace(self, groups=() if group < 0 else (self.groups[group],), places=())
+        routed = None if self.routed is None else (self.routed[layer],)
+        return replace(self, groups=() if group < 0 else (self.groups[group],), places=(), routed=routed)
 
 
 def attend(

@@ -179,7 +179,7 @@ class MoE(MatmulModule):
 
     def __call__(self, x: jax.Array, step: StepContext) -> jax.Array:
         """Map `[T, M]` to `[T, M]`; padding rows get only the shared experts' output."""
-        chosen, weights = self.router(x)
+        chosen, weights = self.router(x, None if step.routed is None else step.routed[0])
         chosen = jnp.where(step.real[:, None], chosen, self.config.experts)
         hidden = None if self.shared is None else self._gated(x, self.shared.hidden(x))
         parts = {"gate_up": self.gate_up, "down": self.down}

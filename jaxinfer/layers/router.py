@@ -94,17 +94,21 @@ class Router(MatmulModule):
         self.bias = constant(build, (experts,), (None,), 0.0) if config.bias else None
         self.correction = param(build, jnp.zeros(experts, jnp.float32), (None,)) if config.correction else None
 
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Return experts `[T, k]` int32 and weights `[T, k]` float32, best first."""
+    def __call__(self, x: jax.Array, given: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+        """Return experts `[T, k]` int32 and weights `[T, k]` float32, best first; `given` as in `route`."""
         logits = self.product(x, self.weight, None, jnp.float32)
         if self.bias is not None:
             logits = logits + self.bias[...].astype(jnp.float32)
         correction = None if self.correction is None else self.correction[...]
-        return route(logits, self.per_token, self.config, correction)
+        return route(logits, self.per_token, self.config, correction, given)
 
 
 def route(
-    logits: jax.Array, per_token: int, config: RouterConfig, correction: jax.Array | None = None
+    logits: jax.Array,
+    per_token: int,
+    config: RouterConfig,
+    correction: jax.Array | None = None,
+    given: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Select experts from float32 logits `[T, E]`; ties go to the lower index.
 
@@ -113,6 +117,7 @@ def route(
         per_token: k.
         config: how scores determine the selection.
         correction: `[E]`, added to scores for selection only.
+        given: experts `[T, k]` int32 to take instead of the best; their weights are those of these logits.
 
     Returns:
         Experts `[T, k]` int32 and weights `[T, k]` float32, best first.
@@ -126,8 +131,11 @@ def route(
         ranks = ranks + correction
     if config.groups > 1:
         ranks = jnp.where(_in_chosen_groups(ranks, config), ranks, -jnp.inf)
-    best, chosen = jax.lax.top_k(ranks, per_token)
-    if scores is not ranks:
+    if given is None:
+        best, chosen = jax.lax.top_k(ranks, per_token)
+    else:
+        best, chosen = jnp.take_along_axis(scores, given, axis=-1), given
+    if given is None and scores is not ranks:
         best = jnp.take_along_axis(scores, chosen, axis=-1)
     if scores is logits:
         return chosen, config.scale * _softmax(best, logits, config.renormalise)
