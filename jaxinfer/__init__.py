@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from jaxinfer.outputs import RequestOutput as RequestOutput
     from jaxinfer.sampling_params import RequestOutputKind as RequestOutputKind
     from jaxinfer.sampling_params import SamplingParams as SamplingParams
+    from jaxinfer.steering import Steering as Steering
     from jaxinfer.structured_outputs import StructuredOutputsParams as StructuredOutputsParams
 
 __version__ = "0.1.0"
@@ -36,6 +37,7 @@ _MODULES = {
     "RequestOutput": "outputs",
     "RequestOutputKind": "sampling_params",
     "SamplingParams": "sampling_params",
+    "Steering": "steering",
     "Segment": "models.whisper.transcription",
     "StructuredOutputsParams": "structured_outputs",
     "Transcript": "models.whisper.transcription",

@@ -96,7 +96,12 @@ class AsyncLLM:
         self._llm._engine.check_alive()
 
     async def generate(
-        self, prompt: Any, sampling_params: SamplingParams | None = None, *, request_id: str | None = None
+        self,
+        prompt: Any,
+        sampling_params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        steering: Any = None,
     ) -> AsyncIterator[RequestOutput]:
         """Generate completions of one prompt and yield outputs as tokens arrive, in the form set by `output_kind`.
 
@@ -104,13 +109,15 @@ class AsyncLLM:
             prompt: one prompt, in any form that `LLM.generate` takes.
             sampling_params: by default `default_params`.
             request_id: id for `abort` and in the outputs; by default a new one.
+            steering: vectors added to the outputs of modules, as in `LLM.generate`.
 
         Raises:
             TypeError, ValueError: the prompt or a parameter is invalid, or the id is in use; nothing was queued.
             EngineDeadError: the device was lost.
             EngineClosedError: the LLM was closed meanwhile.
         """
-        async with aclosing(await self.add_request(prompt, sampling_params, request_id=request_id)) as stream:
+        queued = self.add_request(prompt, sampling_params, request_id=request_id, steering=steering)
+        async with aclosing(await queued) as stream:
             async for output in stream:
                 yield output
 
@@ -136,13 +143,18 @@ class AsyncLLM:
                 yield output
 
     async def add_request(
-        self, prompt: Any, sampling_params: SamplingParams | None = None, *, request_id: str | None = None
+        self,
+        prompt: Any,
+        sampling_params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        steering: Any = None,
     ) -> OutputStream:
         """Check and queue one prompt, and return its outputs; arguments and errors are those of `generate`.
 
         The errors of invalid input are raised here, before the first token.
         """
-        return await self._add(partial(self._parse, prompt, sampling_params), request_id)
+        return await self._add(partial(self._parse, prompt, sampling_params, steering), request_id)
 
     async def add_chat(
         self,
@@ -169,8 +181,10 @@ class AsyncLLM:
         )
         return await self._add(render, request_id)
 
-    def _parse(self, prompt: Any, params: SamplingParams | None) -> Handle:
-        return self._handle(self._llm._input_processor.parse(prompt), params)
+    def _parse(self, prompt: Any, params: SamplingParams | None, steering: Any = None) -> Handle:
+        handle = self._handle(self._llm._input_processor.parse(prompt), params)
+        self._llm._steer([handle.request], steering)
+        return handle
 
     def _render(self, messages: Any, params: SamplingParams | None, **options: Any) -> Handle:
         processor = self._llm._input_processor

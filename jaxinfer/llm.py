@@ -67,7 +67,9 @@ class LLM(TranscriptionCalls, PrefillOnly, WeightsAndPauses, Views):
         """Default sampling parameters of requests, from the model's generation_config.json (read-only)."""
         return self._opened.default_params
 
-    def generate(self, prompts: Any, sampling_params: Params = None, *, use_tqdm: bool = True) -> list[RequestOutput]:
+    def generate(
+        self, prompts: Any, sampling_params: Params = None, *, steering: Any = None, use_tqdm: bool = True
+    ) -> list[RequestOutput]:
         """Generate completions for each prompt.
 
         Args:
@@ -80,6 +82,8 @@ class LLM(TranscriptionCalls, PrefillOnly, WeightsAndPauses, Views):
                 token; to set both, pass `{"encoder_prompt": ..., "decoder_prompt": ...}`, each a string, token ids or
                 such a dict.
             sampling_params: one for all prompts or one per prompt; by default `default_params`.
+            steering: vectors added to the outputs of modules: a `Steering`, a dict of paths to vectors, or a list of
+                these and None, one per prompt.
             use_tqdm: whether to show a progress bar.
 
         Returns:
@@ -88,7 +92,7 @@ class LLM(TranscriptionCalls, PrefillOnly, WeightsAndPauses, Views):
         Raises:
             TypeError, ValueError: a prompt or parameter is invalid; no request of the call was queued.
         """
-        return self._finish(self._prepare(prompts, sampling_params), use_tqdm)
+        return self._finish(self._prepare(prompts, sampling_params, steering=steering), use_tqdm)
 
     def chat(
         self,
@@ -184,12 +188,12 @@ class LLM(TranscriptionCalls, PrefillOnly, WeightsAndPauses, Views):
         requests = self._input_processor.beams(parsed, sampling_params, search, max_tokens)
         return self._finish(self._checked(requests, parsed, BeamHandle), use_tqdm)
 
-    def stream(self, prompts: Any, sampling_params: Params = None) -> Iterator[RequestOutput]:
+    def stream(self, prompts: Any, sampling_params: Params = None, *, steering: Any = None) -> Iterator[RequestOutput]:
         """Generate completions for each prompt and yield outputs as tokens arrive, in the form set by `output_kind`.
 
         The deltas of a sample concatenate to its final text. Closing the iterator aborts unfinished requests.
         """
-        return self._watch(self._prepare(prompts, sampling_params, streaming=True))
+        return self._watch(self._prepare(prompts, sampling_params, streaming=True, steering=steering))
 
     def stream_chat(
         self,

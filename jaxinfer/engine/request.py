@@ -21,6 +21,7 @@ from jaxinfer.kv.prefix_match import Hit
 from jaxinfer.media import CrossInputs, PlacedInputs
 from jaxinfer.outputs import CacheHit
 from jaxinfer.sampling_params import SamplingParams
+from jaxinfer.steering import Steering
 
 _arrivals = itertools.count()
 
@@ -86,6 +87,8 @@ class Request:
     """Cache key of `cross`; set when the request is queued."""
     beams: Beams | None = None
     """State of a beam search. `sequences` are then the running beams, initially one, and finish together."""
+    steering: Steering | None = None
+    """Vectors added to the outputs of modules for all tokens of the request."""
     wanted: Wanted | None = None
     """What the request wants of its prefill, after which it ends; None if it samples tokens."""
     listener: Listener | None = None

@@ -8,6 +8,7 @@ from tqdm.auto import tqdm
 
 from jaxinfer.engine.engine_thread import Lease
 from jaxinfer.engine.request import Request
+from jaxinfer.engine.runner import steered
 from jaxinfer.errors import CapacityError
 from jaxinfer.inputs.input_processor import Params
 from jaxinfer.inputs.prompts import Prompt
@@ -15,15 +16,16 @@ from jaxinfer.llm_base.lifecycle import EngineOwner
 from jaxinfer.outputs import RequestOutput, RequestOutputs
 from jaxinfer.results.output_processor import Handle
 from jaxinfer.results.progress import Progress, Updates, warn_if_truncated
+from jaxinfer.steering import Steering
 
 
 class RequestCalls(EngineOwner):
     """The steps that all calls of `LLM` share: check all prompts, queue their requests, wait or watch."""
 
-    def _prepare(self, prompts: Any, params: Params, *, streaming: bool = False) -> list[Handle]:
+    def _prepare(self, prompts: Any, params: Params, *, streaming: bool = False, steering: Any = None) -> list[Handle]:
         """Parse and check all prompts of a call and return their handles, without queueing requests."""
         self._check_open()
-        return self._handles(self._input_processor.parse(prompts), params, streaming)
+        return self._handles(self._input_processor.parse(prompts), params, streaming, steering)
 
     def _prepare_chat(self, messages: Any, params: Params, *, streaming: bool = False, **options: Any) -> list[Handle]:
         """Render and check all conversations of a `chat` call and return their handles, without queueing requests.
@@ -34,10 +36,26 @@ class RequestCalls(EngineOwner):
         prompts = self._input_processor.render(messages, **options)
         return self._handles(prompts, self._input_processor.chat_params(params), streaming)
 
-    def _handles(self, prompts: Sequence[Prompt], params: Params, streaming: bool) -> list[Handle]:
-        return self._checked(
-            self._input_processor.requests(prompts, params), prompts, partial(Handle, streaming=streaming)
-        )
+    def _handles(
+        self, prompts: Sequence[Prompt], params: Params, streaming: bool, steering: Any = None
+    ) -> list[Handle]:
+        requests = self._input_processor.requests(prompts, params)
+        self._steer(requests, steering)
+        return self._checked(requests, prompts, partial(Handle, streaming=streaming))
+
+    def _steer(self, requests: Sequence[Request], steering: Any) -> None:
+        """Set the steering of requests: one for all of them, or a list with one for each; None for none."""
+        if isinstance(steering, list | tuple):
+            if len(steering) != len(requests):
+                raise ValueError(f"steering has {len(steering)} entries for {len(requests)} prompts: pass one for each")
+            each = [Steering.of(one) for one in steering]
+        else:
+            each = [Steering.of(steering)] * len(requests)
+        for one in dict.fromkeys(one for one in each if one is not None):
+            steered.check(self._engine.runner, one)
+        for request, one in zip(requests, each, strict=True):
+            if one is not None:
+                request.steering, request.salt = one, request.salt + one.digest
 
     def _checked(
         self, requests: Sequence[Request], prompts: Sequence[Prompt], make_handle: Callable[..., Handle]

@@ -95,8 +95,9 @@ def test_values_are_those_of_transformers_logits(folder, model, mode, determinis
         outputs = llm.generate([PROMPT] * len(own), own, use_tqdm=False)
         tokenizer, words = llm.get_tokenizer(), CASES["bad words"]["bad_words"]
         forms = [form for word in words for form in (word, f" {word}")]  # both, as in vLLM
-        banned, used = [tokenizer.encode(form, add_special_tokens=False) for form in forms], len(tokenizer)
-    assert all(len(ids) == 1 for ids in banned)
+        tokens = [tokenizer.encode(form, add_special_tokens=False) for form in forms]
+        banned, used = [ids for ids in tokens if len(ids) == 1], len(tokenizer)
+    assert len(banned) > len(words)
     removed = 0
     for case, asked, output in zip(CASES, own, outputs, strict=True):
         [sample] = output.outputs

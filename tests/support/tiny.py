@@ -47,7 +47,7 @@ OWN = {name: dict(data.config) for name, data in families().items()}
 
 def config(family: str) -> dict[str, Any]:
     """Return config.json of a family's tiny model."""
-    return CONFIG | OWN.get(family, {}) | {"architectures": [ARCHITECTURES[family]]}
+    return CONFIG | OWN.get(family, {}) | {"architectures": [(ARCHITECTURES | VARIANTS)[family]]}
 
 
 def layers(kinds: Sequence[str], window: int) -> dict[str, Any]:
@@ -114,14 +114,20 @@ def _random_runner(family: str, tp: int, quantization: str | None) -> Runner:
 
 @cache
 def deterministic_runner(
-    family: str, dtype: str = "bfloat16", kernel: str = "auto", *, on: bool = True, capture: tuple[str, ...] = ()
+    family: str,
+    dtype: str = "bfloat16",
+    kernel: str = "auto",
+    *,
+    on: bool = True,
+    capture: tuple[str, ...] = (),
+    tp: int = 1,
 ) -> Runner:
     """Return the runner of a deterministic engine; `dtype` may be "int8", of weights in a bfloat16 model.
 
     `on=False`: the same without `deterministic`, with prefill steps of 64 tokens. `capture`: outputs of modules that
-    its steps return.
+    its steps return. `tp`: number of devices.
     """
-    mesh, int8 = make_mesh(1), dtype == "int8"
+    mesh, int8 = make_mesh(tp), dtype == "int8"
     hf = config(family) | {"dtype": "bfloat16" if int8 else dtype}
     module = weights.random(hf, mesh, quantization="int8" if int8 else None)
     program, params = split(module, mesh, attention_kernel=kernel, matmul_kernel=kernel, deterministic=on)

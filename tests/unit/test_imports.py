@@ -18,7 +18,7 @@ PACKAGE = Path(jaxinfer.__file__).parent
 TIERS = (
     {"errors", "_utils"},
     {"distributed", "sharding", "structured_outputs"},
-    {"kernels", "outputs", "sampling_params", "config", "demo"},
+    {"kernels", "outputs", "sampling_params", "config", "demo", "steering"},
     {"beam_params", "kv", "recording"},
     {"layers"},
     {"checkpoint"},

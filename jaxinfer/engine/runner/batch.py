@@ -11,6 +11,7 @@ import numpy as np
 from jaxinfer import functional
 from jaxinfer.config import RAW_LOGPROBS
 from jaxinfer.engine.plan import Chunk, Plan
+from jaxinfer.engine.runner import steered
 from jaxinfer.engine.sampling.sampling_rows import POSITION, ROW, WIDTH, Level
 from jaxinfer.functional import PrefillBatch
 from jaxinfer.kernels.attention.xla_attention import TILE
@@ -74,6 +75,12 @@ class Bucket:
     """What log-probabilities are of (`EngineConfig.logprobs_mode`)."""
     capture: tuple[str, ...] = ()
     """Paths of the modules whose outputs the step returns (`functional.taps`)."""
+    steer: tuple[str, ...] = ()
+    """Paths of the modules to whose outputs vectors are added (`runner.steered`)."""
+    steers: int = 0
+    """Number of different vectors per path."""
+    steer_width: int = 0
+    """Length of a vector."""
 
     def __str__(self) -> str:
         keys = "" if self.items is None else f" items={self.items}"
@@ -82,6 +89,7 @@ class Bucket:
         level = "" if self.switched else f" {self.level.name.lower()}"
         level = " pending" if self.pending else level
         level += f" capturing {', '.join(self.capture)}" if self.capture else ""
+        level += f" steering {', '.join(self.steer)} by {self.steers}" if self.steer else ""
         return f"{self.kind} T={self.tokens} rows={self.rows}{keys}{level}"
 
     @property
@@ -103,6 +111,7 @@ class Bucket:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the parts of the packed vector, in order."""
         seen = {"seen": (self.tokens, 2)} if self.cross else {}
+        seen |= steered.shapes(self)
         if self.states:
             seen["states"] = (2, self.rows) if self.kind == "decode" else (len(Segments._fields), self.segments)
         if self.kind == "decode":
@@ -203,7 +212,7 @@ def decode_parts(plan: Plan, bucket: Bucket, tables: Tables, params: np.ndarray,
     if bucket.candidates:
         parts["tokens"] = np.full(bucket.rows, -1, np.int32)
         parts["tokens"][at] = [-1 if s.request.beams is None else s.tokens[s.length - 1] for s in plan.decodes]
-    return parts
+    return parts | steered.parts(bucket, plan.decodes, at.tolist())
 
 
 def prefill_parts(plan: Plan, bucket: Bucket, params: np.ndarray) -> dict[str, np.ndarray]:
@@ -237,7 +246,8 @@ def prefill_parts(plan: Plan, bucket: Bucket, params: np.ndarray) -> dict[str, n
                 parts["features"][span] = chunk.features
     if bucket.states:
         parts["states"] = segments(plan, bucket)
-    return parts | {"targets": targets}
+    steering = steered.parts(bucket, [chunk.sequence for chunk in plan.chunks], spans(plan))
+    return parts | {"targets": targets} | steering
 
 
 def chunk_segments(plan: Plan) -> list[Segments]:

@@ -73,8 +73,13 @@ def variants(most: int) -> list[Needs]:
     return [Needs(*each) for each in product(Level, (-1, *logprob_counts(most)))] + [Needs(Level.EDITED, most, True)]
 
 
-def prefill_bucket(program: Program, shapes: Shapes, tokens: int, needs: Needs, capture: Sequence[str] = ()) -> Bucket:
-    """Return the prefill bucket for this many tokens in total; `capture` beside what all steps return."""
+def prefill_bucket(
+    program: Program, shapes: Shapes, tokens: int, needs: Needs, capture: Sequence[str] = (), **steering: Any
+) -> Bucket:
+    """Return the prefill bucket for this many tokens in total.
+
+    `capture` beside what all steps return; `steering`: fields of `runner.steered`.
+    """
     return _bucket(
         shapes,
         "prefill",
@@ -86,6 +91,7 @@ def prefill_bucket(program: Program, shapes: Shapes, tokens: int, needs: Needs, 
         cross=program.cross is not None,
         states=bool(program.layout.states),
         capture=tuple(dict.fromkeys((*shapes.capture, *capture))),
+        **steering,
     )
 
 
@@ -102,12 +108,12 @@ def read_size(shapes: Shapes, positions: np.ndarray, seen: np.ndarray) -> int:
     return max(int((positions // size + 1).sum()), int((-(-(end - first // block * block) // size)).sum()))
 
 
-def decode_bucket(program: Program, shapes: Shapes, rows: int, reads: int, needs: Needs) -> Bucket:
-    """Return the decode bucket of this many rows.
+def decode_bucket(program: Program, shapes: Shapes, rows: int, reads: int, needs: Needs, **steering: Any) -> Bucket:
+    """Return the decode bucket of this many rows; `steering` as in `prefill_bucket`.
 
     `reads` is their `read_size`; it matters only if the attention kernel is compiled for it.
     """
-    rows, own, xla = least(shapes.decode_buckets, rows), {}, program.kernel == "xla"
+    rows, own, xla = least(shapes.decode_buckets, rows), steering, program.kernel == "xla"
     if xla and shapes.contiguous:
         own["width"] = least([*_widths(shapes)], reads)
     elif xla:

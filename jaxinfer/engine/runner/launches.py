@@ -13,6 +13,7 @@ from jaxinfer.engine.plan import Plan
 from jaxinfer.engine.request import Sequence as Sample
 from jaxinfer.engine.request import bias_row
 from jaxinfer.engine.runner import batch as batches
+from jaxinfer.engine.runner import steered
 from jaxinfer.engine.runner.batch import Bucket
 from jaxinfer.engine.runner.buckets import (
     TABLE_WIDTHS,
@@ -151,7 +152,8 @@ class Packer:
         needs = params.needs(rows)._replace(prompt_logprobs=prompt_logprobs)
         edits = self._edits(samples, positions.tolist(), params) if needs.level >= Level.EDITED else []
         capture = self._capture(plan)
-        bucket = prefill_bucket(self._program, self._shapes, tokens, needs, capture)
+        steering = steered.fields([chunk.sequence for chunk in plan.chunks])
+        bucket = prefill_bucket(self._program, self._shapes, tokens, needs, capture, **steering)
         parts = batches.prefill_parts(plan, bucket, params.packed)
         step = Step(samples, np.arange(len(samples)), needs, tokens, first=True, capture=capture)
         return [*edits, *_launches(bucket, parts, step, bool(params.structured[rows].any()))]
@@ -164,7 +166,8 @@ class Packer:
         if needs.level >= Level.EDITED and not ahead:
             edits = self._edits(plan.decodes, (plan.positions + 1).tolist(), params)
         reads = read_size(self._shapes, plan.positions + ahead, tables.seen[plan.rows])
-        bucket = decode_bucket(self._program, self._shapes, count, reads, needs)
+        steering = steered.fields(plan.decodes)
+        bucket = decode_bucket(self._program, self._shapes, count, reads, needs, **steering)
         parts = batches.decode_parts(plan, bucket, tables, params.packed, ahead)
         indices = batches.batch_indices(plan.rows, bucket.rows, tables.rows)
         step = Step(plan.decodes, indices, needs, count, first=False, places=indices, capture=self._experts)

@@ -15,6 +15,7 @@ from jaxinfer import functional
 from jaxinfer.config import RAW_LOGPROBS
 from jaxinfer.engine.multihost import divergence
 from jaxinfer.engine.runner import batch as batches
+from jaxinfer.engine.runner import steered
 from jaxinfer.engine.runner.batch import Bucket
 from jaxinfer.engine.runner.mixed import Mixed
 from jaxinfer.engine.sampling.sampler import (
@@ -381,7 +382,7 @@ def decode_step(
         own = tables if owners is None else tables.at[:, owners].get(mode="clip")
     states = DecodeSlots(*parts["states"]) if bucket.states else None
     batch = DecodeBatch(last, positions, own, bucket.items, parts.get("seen"), states)
-    taps = Taps(bucket.capture)
+    taps = Taps(bucket.capture, steered.added(bucket, parts))
     hidden, cache = functional.decode_hidden(program, params, cache, batch, taps=taps)
     logits = program.module(params).logits(hidden)
     if bucket.pending:
@@ -418,7 +419,8 @@ def prefill_step(
     if bucket.states:
         parts["states"] = Segments(*parts["states"])
     tables = reserved(program, bucket, cache, rows, owners) if bucket.contiguous else rows.tables[:, owners]
-    taps, batch = Taps(bucket.capture), PrefillBatch(**parts, tables=tables, tile=bucket.tile)
+    taps = Taps(bucket.capture, steered.added(bucket, parts))
+    batch = PrefillBatch(**parts, tables=tables, tile=bucket.tile)
     hidden, cache = functional.prefill_hidden(program, params, cache, batch, features, taps=taps)
     module = program.module(params)
     last = hidden[parts["last"]]

@@ -13,8 +13,8 @@ log = logging.getLogger(__name__)
 NATIVE_TOKENS, XLA_TOKENS, GPU_TOKENS = 64, 32, 256
 """Tokens of the one step, by default. The native products skip padding, XLA's compute it; on a GPU a step of this many
 takes about as long as reading the weights."""
-PRICE = {attention.NATIVE: "about 0.8 x of the throughput of the default steps"}
-"""What `scripts/bench.py deterministic` measured (docs/rl.md), by attention kernel."""
+PRICE = {attention.NATIVE: "0.78 to 0.82 x the throughput of the default steps on the machine of docs/rl.md"}
+"""What `scripts/bench.py deterministic` measured there, by attention kernel."""
 GPU_OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_exclude_nondeterministic_ops": True}
 """XLA options of a deterministic engine's programs on a GPU. Autotuning times candidates, and may choose another one in
 each process; without it XLA takes a fixed one. The second option leaves out operations whose order of additions is not
@@ -37,8 +37,8 @@ def settings(config: EngineConfig, program: Program) -> EngineConfig:
     default = GPU_TOKENS if gpu else NATIVE_TOKENS if program.kernel == attention.NATIVE else XLA_TOKENS
     tokens = config.max_num_batched_tokens or max(default, config.max_num_seqs or 0)
     log.info(
-        "deterministic: prefill and decode in one program of %d tokens, %s; the bits are the same on this model of "
-        "processor with these versions of jaxinfer and jax (docs/rl.md)",
+        "deterministic: prefill and decode in one program of %d tokens, %s (python scripts/bench.py deterministic "
+        "measures it here); the bits are the same on this model of processor with these versions of jaxinfer and jax",
         tokens,
         PRICE.get(program.kernel, "whose price was not measured on such devices and kernels"),
     )
