@@ -183,6 +183,9 @@ class EngineControl:
                 scheduler.preempt(sequence)
         engine.reset_prefix_cache()
         for request in engine.requests.values():
+            [first, *_] = request.sequences
+            if first.status is Status.WAITING and not first.made:
+                request.forget_prompt()
             for sequence in request.sequences:
                 if sequence.status is not Status.FINISHED:
                     sequence.weight_changes = (*sequence.weight_changes, (sequence.made, self.version))

@@ -128,6 +128,12 @@ class Request:
         """Whether all sequences have finished."""
         return all(s.status is Status.FINISHED for s in self.sequences)
 
+    def forget_prompt(self) -> None:
+        """Forget what has been computed of the prompt, which is computed again with other weights."""
+        self.prompt_logprobs.clear()
+        if self.wanted is not None and self.wanted.captures is not None:
+            self.wanted.captures.reset()
+
     def drop_inputs(self) -> None:
         """Drop images and audio once all sequences have finished; a preempted sequence would need them again.
 

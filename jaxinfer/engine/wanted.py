@@ -16,7 +16,11 @@ class Captures:
     """
 
     def __init__(self, first: int = 0):
-        self._next = first
+        self._first = self._next = first
+
+    def reset(self) -> None:
+        """Forget all rows: they are computed again."""
+        self._next = self._first
 
     def take(self, start: int, rows: Rows) -> None:
         """Take rows of the tokens from position `start` on."""
@@ -38,6 +42,11 @@ class Kept(Captures):
         super().__init__(first)
         self._parts: list[Rows] = []
 
+    def reset(self) -> None:
+        """Forget all rows: they are computed again."""
+        super().reset()
+        self._parts.clear()
+
     def _add(self, rows: Rows) -> None:
         self._parts.append({name: np.array(value) for name, value in rows.items()})
 
@@ -56,6 +65,11 @@ class Pooled(Captures):
     def __init__(self, first: int, *, mean: bool):
         super().__init__(first)
         self._mean, self._sum, self._count = mean, None, 0
+
+    def reset(self) -> None:
+        """Forget all rows: they are computed again."""
+        super().reset()
+        self._sum, self._count = None, 0
 
     def _add(self, rows: Rows) -> None:
         [values] = rows.values()

@@ -136,3 +136,38 @@ def test_an_engine_that_captures_nothing_has_the_same_programs():
     )
     captures = {getattr(key, "capture", ()) for key in runner.programs.temporaries}
     assert (LAST,) in captures and () in captures and kept.arrays()[LAST].shape[0] == 5
+
+
+@pytest.mark.parametrize("what", ["hidden states", "log-probabilities"])
+def test_new_weights_start_a_prompt_over(what: str):
+    """What old weights gave for the first chunks is forgotten."""
+    runner, ids = random_runner(), prompt(4 * CHUNK, 2)
+    old = list(runner.params)
+    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
+
+    def wanted() -> tuple[Request, Kept]:
+        kept = Kept()
+        return embed("a", ids, kept) if what == "hidden states" else make_request("b", ids, params), kept
+
+    def result(request: Request, kept: Kept) -> np.ndarray:
+        return kept.arrays()[LAST] if what == "hidden states" else np.array(scores(request))
+
+    def replace(own: list) -> None:
+        own[:] = [value * 1.25 for value in own]
+
+    (first, kept), engine = wanted(), make_engine(runner)
+    engine.add(first)
+    for _ in range(3):
+        engine.step()
+    assert 0 < first.sequences[0].computed < len(ids)
+    engine.control.stop("keep")
+    assert engine.control.stopped()
+    try:
+        engine.control.replace_weights(replace)
+        engine.control.resume(recompute=False)
+        run(engine, [])
+        again, expected = wanted()
+        run(make_engine(runner), [again])
+    finally:
+        runner.params[:] = old
+    np.testing.assert_allclose(result(first, kept), result(again, expected), rtol=1e-4, atol=1e-4)
