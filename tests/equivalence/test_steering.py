@@ -39,7 +39,7 @@ def test_each_request_has_its_own_vectors():
     runner = random_runner()
     alone = [run(make_engine(runner), [request("a", steering)])[0] for steering in EACH]
     assert alone[0] == alone[3] and alone[1] == alone[4] and len({tuple(one) for one in alone}) == 3
-    for settings in (dict(), dict(budget=5), dict(pool_blocks=14), dict(decode_steps=4)):
+    for settings in (dict(), dict(budget=5), dict(pool_blocks=12), dict(decode_steps=4)):
         engine = make_engine(runner, **settings)
         poison(runner)
         for _ in range(2):
