@@ -33,12 +33,6 @@ OTHERS = [("kimi_linear", "float32", "auto"), ("gpt_oss", "bfloat16", "auto"), (
 OTHERS += [("gemma2", "bfloat16", "xla"), ("qwen3_next", "float32", "xla")]
 
 
-ALIKE = [name for name in tiny.ARCHITECTURES if name not in {family for family, *_ in QUICK + OTHERS}]
-ALIKE += list(tiny.VARIANTS)
-"""Families made of the layers of those above."""
-SHARDED = ("llama", "gemma3", "qwen3_moe")
-
-
 def _case(case: tuple[str, str, str], *marks: pytest.MarkDecorator) -> object:
     return pytest.param(*case, marks=(*marks, pytest.mark.xdist_group(f"deterministic {case[0]}")), id=" ".join(case))
 
@@ -141,20 +135,6 @@ def test_whatever_else_runs(family: str, dtype: str, kernel: str):
 def test_a_decode_step_gives_what_prefill_gives(family: str, dtype: str, kernel: str):
     runner = deterministic_runner(family, dtype, kernel)
     for request, ((tokens, logprobs),) in zip(requests(), alone(runner, requests()), strict=True):
-        assert scored(runner, request.prompt.tolist() + tokens, len(tokens)) == logprobs, request.id
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("family", "devices"), [*((family, 1) for family in ALIKE), *((family, 2) for family in SHARDED)]
-)
-def test_families_of_the_same_layers_and_two_devices(family: str, devices: int):
-    """Another order, small chunks, neighbours, and prefill in place of decode."""
-    runner = deterministic_runner(family, "bfloat16", "auto" if devices == 1 else "xla", tp=devices)
-    expected = alone(runner, requests())
-    assert run(make_engine(runner), requests()[::-1], *neighbours())[::-1] == expected
-    assert run(make_engine(runner, budget=9), requests(), steps_apart=2) == expected
-    for request, ((tokens, logprobs),) in zip(requests(), expected, strict=True):
         assert scored(runner, request.prompt.tolist() + tokens, len(tokens)) == logprobs, request.id
 
 

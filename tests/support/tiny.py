@@ -120,14 +120,13 @@ def deterministic_runner(
     *,
     on: bool = True,
     capture: tuple[str, ...] = (),
-    tp: int = 1,
 ) -> Runner:
     """Return the runner of a deterministic engine; `dtype` may be "int8", of weights in a bfloat16 model.
 
     `on=False`: the same without `deterministic`, with prefill steps of 64 tokens. `capture`: outputs of modules that
-    its steps return. `tp`: number of devices.
+    its steps return.
     """
-    mesh, int8 = make_mesh(tp), dtype == "int8"
+    mesh, int8 = make_mesh(1), dtype == "int8"
     hf = config(family) | {"dtype": "bfloat16" if int8 else dtype}
     module = weights.random(hf, mesh, quantization="int8" if int8 else None)
     program, params = split(module, mesh, attention_kernel=kernel, matmul_kernel=kernel, deterministic=on)
