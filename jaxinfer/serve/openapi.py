@@ -6,8 +6,9 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from jaxinfer.llm_base.prefill import POOLINGS
 from jaxinfer.sampling_params import MAX_LOGPROBS, MAX_REPETITION_PENALTY, MIN_REPETITION_PENALTY
-from jaxinfer.serve import anthropic, audio, chat, completions, models, responses
+from jaxinfer.serve import anthropic, audio, chat, completions, embeddings, models, responses
 from jaxinfer.serve.context import Context, of
 from jaxinfer.serve.errors import TYPES, Json
 
@@ -125,6 +126,12 @@ OWN: Mapping[str, Mapping[str, Schema]] = {
     "/v1/messages": {"tools": _objects("name", "input_schema"), "tool_choice": OBJECT},
     "/v1/messages/count_tokens": {"tools": _objects("name", "input_schema"), "tool_choice": OBJECT},
     "/tokenize": {"prompt": STRING},
+    "/v1/embeddings": {
+        "input": {"anyOf": [STRING | {"minLength": 1}, IDS, TEXTS, {"type": "array", "items": IDS}]},
+        "encoding_format": _choice(*embeddings.FORMATS),
+        "pooling": _choice(*POOLINGS),
+        "normalize": BOOLEAN,
+    },
 }
 """Fields that an endpoint reads in another way than the others."""
 BODIES: Mapping[str, tuple[Sequence[str], Mapping[str, Any], Sequence[str], str]] = {
@@ -143,6 +150,7 @@ BODIES: Mapping[str, tuple[Sequence[str], Mapping[str, Any], Sequence[str], str]
         ("messages",),
         "Count the tokens of a conversation",
     ),
+    "/v1/embeddings": (sorted(embeddings.KNOWN), {}, ("input",), "Return the embeddings of texts"),
     "/tokenize": (["model", "prompt", "messages", *models.CHAT_OPTIONS], {}, (), "Return the token ids of a text"),
     "/detokenize": (["model", "tokens"], {}, ("tokens",), "Return the text of token ids"),
 }
@@ -208,7 +216,6 @@ def document(context: Context) -> dict[str, Any]:
     for path, summary in (("transcriptions", "Transcribe speech"), ("translations", "Translate speech into English")):
         media, made = {"multipart/form-data": _form(context)}, f"/v1/audio/{path}"
         paths[made] = _post(made, media, (JSON, "text/plain"), summary)
-    paths["/v1/embeddings"] = _post("/v1/embeddings", {JSON: OBJECT}, (JSON,), "Refused: no model has embeddings")
     name = {"name": "name", "in": "path", "required": True, "schema": STRING}
     for path, (summary, media) in READS.items():
         get = {"summary": summary, "responses": _answers(path, (media,), (401, 404, 500, 503))}

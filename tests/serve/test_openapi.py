@@ -12,6 +12,7 @@ ASKED = {
     "/v1/completions": {"prompt": "a", "max_tokens": 1},
     "/v1/chat/completions": {"messages": CHAT, "max_tokens": 1},
     "/v1/responses": {"input": "hello", "max_output_tokens": 1},
+    "/v1/embeddings": {"input": "hello"},
     "/v1/messages": {"messages": CHAT, "max_tokens": 1},
     "/v1/messages/count_tokens": {"messages": CHAT},
     "/tokenize": {"prompt": "a"},
