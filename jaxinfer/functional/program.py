@@ -20,6 +20,7 @@ from jaxinfer.kernels.matmul import choose as matmul
 from jaxinfer.kv import cache as kv_cache
 from jaxinfer.kv.groups import Layout, layout
 from jaxinfer.kv.spec import Full, State
+from jaxinfer.layers.attending import use_attention
 from jaxinfer.layers.embedding import Embedding
 from jaxinfer.layers.linear import use_fusion, use_kernel
 from jaxinfer.media.inputs import Features
@@ -86,11 +87,13 @@ def split(
     product = matmul.choose(matmul_kernel, mesh)
     use_kernel(module, matmul.stable(product) if deterministic else product)
     use_fusion(module, fuse_projections)
+    kernel = attention.choose(attention_kernel, mesh)
+    use_attention(module, kernel)
     graph, state = nnx.split(module)
     params, tree = jax.tree.flatten(state)
     dtype = _activation_dtype(module, params)
     vocab = -(-module.config.vocab_size // meshes.size(mesh)) * meshes.size(mesh)
-    specs, kernel = tuple(module.cache_specs()), attention.choose(attention_kernel, mesh)
+    specs = tuple(module.cache_specs())
     widest = max(spec.head_dim for spec in specs if isinstance(spec, Full))
     tile = attention.prefill_tile(kernel, module.config.query_group, widest, dtype.itemsize)
     if deterministic and kernel == attention.XLA:

@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxinfer.kernels.state import delta, delta_chunks, short_conv
+from jaxinfer.kernels.attention import choose
+from jaxinfer.kernels.state import delta, delta_chunks, short_conv, triton_delta
 from jaxinfer.kernels.state.slots import DecodeSlots, FullSequences, Segments, StepSegments
+from jaxinfer.kernels.triton import triton_launch
 from jaxinfer.kv.spec import State, StateArray
 from jaxinfer.layers.linear import Output
 from jaxinfer.layers.sharded import model_axis, on_shards
@@ -32,6 +34,29 @@ KERNELS: Mapping[type, tuple[Callable[..., Any], Callable[..., Any]]] = {
     FullSequences: (short_conv.full_sequences, delta_chunks.full_sequences),
 }
 """Convolution and delta-rule kernels for each type of rows."""
+
+TRITON: Mapping[type, Callable[..., Any]] = {
+    DecodeSlots: triton_delta.decode,
+    Segments: triton_delta.prefill,
+    StepSegments: triton_delta.prefill_steps,
+}
+"""Delta-rule kernels on NVIDIA GPUs. Whole sequences are for training, and differentiable."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """How the delta rule is computed on the devices at hand."""
+
+    one_by_one: bool
+    """Whether to loop over sequences and chunks, as suits a CPU (`kernels.state.delta_chunks.prefill`)."""
+    target: triton_launch.Target | None = None
+    """The GPU to compute on with Triton's kernels; None for XLA's operations."""
+
+    def attend(self, tokens: delta.Tokens, state: jax.Array, rows: Rows) -> tuple[jax.Array, jax.Array]:
+        """Return `[T, H, Dv]` and the updated state of all slots."""
+        if self.target is not None and type(rows) in TRITON:
+            return TRITON[type(rows)](tokens, state, rows, self.target)
+        return KERNELS[type(rows)][1](tokens, state, rows, one_by_one=self.one_by_one)
 
 
 class DeltaState(NamedTuple):
@@ -87,7 +112,7 @@ def run(
     spec: DeltaSpec,
     state: DeltaState,
     rows: Rows,
-    one_by_one: bool,
+    way: Way,
 ) -> tuple[jax.Array, DeltaState]:
     """Apply convolution, l2 norms and delta rule: everything between a layer's projections, on local shapes.
 
@@ -99,20 +124,19 @@ def run(
         spec: the layer; the number of local heads is derived from the shapes.
         state: this shard's state.
         rows: state slots the step reads and writes.
-        one_by_one: see `kernels.state.delta_chunks.prefill`.
+        way: how the delta rule is computed.
 
     Returns:
         `[T, H, Dv]` float32 and the updated state.
     """
-    convolve, attend = KERNELS[type(rows)]
-    y, conv = convolve(columns, weight, state.conv, rows)
+    y, conv = KERNELS[type(rows)][0](columns, weight, state.conv, rows)
     here, group = g.shape[1], spec.value_heads // spec.key_heads
     keys = here // group * spec.key_dim
     q, k = (part.reshape(-1, here // group, spec.key_dim) for part in (y[:, :keys], y[:, keys : 2 * keys]))
     q, k = delta.normalise(q, EPS) * spec.key_dim**-0.5, delta.normalise(k, EPS)
     q, k = (jnp.repeat(part, group, axis=1) for part in (q, k))
     tokens = delta.Tokens(q, k, y[:, 2 * keys :].reshape(-1, here, spec.value_dim), g, beta[..., None])
-    out, recurrent = attend(tokens, state.recurrent, rows, one_by_one=one_by_one)
+    out, recurrent = way.attend(tokens, state.recurrent, rows)
     return out, DeltaState(recurrent, conv)
 
 
@@ -127,24 +151,27 @@ def gated_norm(
 def run_on_shards(
     local: Callable[..., tuple[jax.Array, DeltaState]],
     mesh: Mesh,
+    kernel: str,
     by_token: tuple[jax.Array, ...],
     by_shard: tuple[jax.Array, ...],
     whole: Any,
     state: DeltaState,
     rows: Rows,
 ) -> tuple[jax.Array, DeltaState]:
-    """Call `local(by_token, by_shard, whole, state, rows, one_by_one)` with the local arrays of each shard.
+    """Call `local(by_token, by_shard, whole, state, rows, way)` with the local arrays of each shard.
 
     Args:
         local: returns `[T, 1, columns]` and the state.
         mesh: the devices.
+        kernel: implementation of attention (`kernels.attention.choose`), which is followed here.
         by_token: activations `[T, tp, ...]`; `local` gets `[T, ...]`.
         by_shard: parameters `[tp, ...]`; `local` gets `[...]`.
         whole: replicated parameters.
         state: state of all slots.
         rows: state slots the step reads and writes.
     """
-    one_by_one = mesh.devices.flat[0].platform == "cpu"
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    way = Way(on_cpu, triton_launch.target(mesh) if kernel == choose.TRITON else None)
 
     def inside(
         by_token: tuple[jax.Array, ...],
@@ -154,7 +181,7 @@ def run_on_shards(
         rows: Rows,
     ) -> tuple[jax.Array, DeltaState]:
         own = tuple(a[:, 0] for a in by_token), tuple(a[0] for a in by_shard)
-        return local(*own, whole, state, rows, one_by_one)
+        return local(*own, whole, state, rows, way)
 
     model = model_axis(by_token[0].shape[1])
     tokens, states = (

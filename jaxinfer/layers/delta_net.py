@@ -6,10 +6,10 @@ and gates, so the rows of a shard are contiguous in the checkpoint.
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from jaxinfer.kv.spec import State
-from jaxinfer.layers.delta import DeltaSpec, DeltaState, Rows, gated_norm, run, run_on_shards
+from jaxinfer.layers.attending import AttentionModule
+from jaxinfer.layers.delta import DeltaSpec, DeltaState, Rows, Way, gated_norm, run, run_on_shards
 from jaxinfer.layers.linear import FusedLinear, Output, RowLinear
 from jaxinfer.layers.params import Build, constant, param, weight
 from jaxinfer.sharding import axes
@@ -19,7 +19,7 @@ class DeltaNetSpec(DeltaSpec):
     """Configuration of a gated DeltaNet layer."""
 
 
-class GatedDeltaNet(nnx.Module):
+class GatedDeltaNet(AttentionModule):
     """Gated DeltaNet layer; the number of value heads is a multiple of the number of key heads."""
 
     no_split = True
@@ -55,7 +55,9 @@ class GatedDeltaNet(nnx.Module):
         by_token = self.projection(x)
         tp = by_token[0].shape[1]
         by_shard = self.conv[...][:, :, 0], self.decay[...].reshape(tp, -1), self.decay_bias[...].reshape(tp, -1)
-        y, state = run_on_shards(self._local, self.mesh, by_token, by_shard, self.norm[...], state, rows)
+        y, state = run_on_shards(
+            self._local, self.mesh, self.attention_kernel, by_token, by_shard, self.norm[...], state, rows
+        )
         return self.out(y), state
 
     def _local(
@@ -65,7 +67,7 @@ class GatedDeltaNet(nnx.Module):
         norm: jax.Array,
         state: DeltaState,
         rows: Rows,
-        one_by_one: bool,
+        way: Way,
     ) -> tuple[jax.Array, DeltaState]:
         """Compute `[T, 1, H Dv]` for the local heads."""
         (qkvz, ba), (conv, decay, bias) = by_token, by_shard
@@ -76,6 +78,6 @@ class GatedDeltaNet(nnx.Module):
         b, a = (y.reshape(count, -1).astype(jnp.float32) for y in jnp.split(ba.reshape(count, heads, -1), 2, axis=-1))
         g = -jnp.exp(decay) * jax.nn.softplus(a + bias)
         columns = jnp.concatenate([q, k, v], axis=-1)
-        y, state = run(columns, conv, g[..., None], jax.nn.sigmoid(b), spec, state, rows, one_by_one)
+        y, state = run(columns, conv, g[..., None], jax.nn.sigmoid(b), spec, state, rows, way)
         y = gated_norm(y, z.reshape(y.shape), norm, spec.norm_eps, jax.nn.silu)
         return y.astype(columns.dtype).reshape(count, 1, -1), state

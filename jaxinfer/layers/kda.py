@@ -7,10 +7,10 @@ all-reduce of the output projection.
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from jaxinfer.kv.spec import State
-from jaxinfer.layers.delta import DeltaSpec, DeltaState, Rows, gated_norm, run, run_on_shards
+from jaxinfer.layers.attending import AttentionModule
+from jaxinfer.layers.delta import DeltaSpec, DeltaState, Rows, Way, gated_norm, run, run_on_shards
 from jaxinfer.layers.linear import BatchedLinear, FusedLinear, Output, RowLinear
 from jaxinfer.layers.params import Build, constant, param, weight
 from jaxinfer.sharding import axes
@@ -20,7 +20,7 @@ class KdaSpec(DeltaSpec):
     """Configuration of a Kimi Delta Attention layer."""
 
 
-class KimiDeltaAttention(nnx.Module):
+class KimiDeltaAttention(AttentionModule):
     """Kimi Delta Attention layer; q, k and v have equal heads and head dims (`spec.key_heads == spec.value_heads`)."""
 
     no_split = True
@@ -58,7 +58,9 @@ class KimiDeltaAttention(nnx.Module):
         tp, dim = q.shape[1], self.spec.value_dim
         by_token = jnp.concatenate([q, k, v], axis=-1), b, *(y.reshape(*y.shape[:2], -1, dim) for y in (forget, gate))
         by_shard = self.conv[...][:, :, 0], self.decay[...].reshape(tp, -1), self.decay_bias[...].reshape(tp, -1, dim)
-        y, state = run_on_shards(self._local, self.mesh, by_token, by_shard, self.norm[...], state, rows)
+        y, state = run_on_shards(
+            self._local, self.mesh, self.attention_kernel, by_token, by_shard, self.norm[...], state, rows
+        )
         return self.out(y), state
 
     def _local(
@@ -68,12 +70,12 @@ class KimiDeltaAttention(nnx.Module):
         norm: jax.Array,
         state: DeltaState,
         rows: Rows,
-        one_by_one: bool,
+        way: Way,
     ) -> tuple[jax.Array, DeltaState]:
         """Compute `[T, 1, H Dv]` for the local heads."""
         (columns, b, forget, gate), (conv, decay, bias) = by_token, by_shard
         g = -jnp.exp(decay)[:, None] * jax.nn.softplus(forget.astype(jnp.float32) + bias)
         beta = jax.nn.sigmoid(b.astype(jnp.float32))
-        y, state = run(columns, conv, g, beta, self.spec, state, rows, one_by_one)
+        y, state = run(columns, conv, g, beta, self.spec, state, rows, way)
         y = gated_norm(y, gate, norm, self.spec.norm_eps, jax.nn.sigmoid)
         return y.astype(columns.dtype).reshape(y.shape[0], 1, -1), state

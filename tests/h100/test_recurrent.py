@@ -1,15 +1,25 @@
-"""The steps of a model of Kimi-Linear's widths compiled for H100s with none present: state and latents in place, what
-shards say."""
+"""The steps of models with recurrent layers compiled for H100s with none present: loops within kernels, state and
+latents in place, what shards say."""
 
 import re
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 from support.lowering import Compiled, abstract_model, compile_step, h100_mesh, large_copies, require_cuda_compiler
+from support.ptx import compiled_kernels, spilled
 
 from jaxinfer.engine.runner.buckets import Needs, decode_bucket, prefill_bucket
 from jaxinfer.engine.runner.steps import Shapes
+from jaxinfer.kernels.state import triton_delta
+from jaxinfer.kernels.state.delta import Tokens
+from jaxinfer.kernels.state.slots import Segments
+from jaxinfer.kernels.triton.triton_launch import Target
 from jaxinfer.sharding.collectives import DECODE, PREFILL
 
 pytestmark = [pytest.mark.xdist_group("h100"), pytest.mark.usefixtures("cuda_compiler"), pytest.mark.slow]
@@ -57,6 +67,34 @@ SHAPES = Shapes(
     sampled_vocab=CONFIG["vocab_size"],
     state_slots=4 * ROWS,
 )
+QWEN_NEXT = dict(
+    architectures=["Qwen3NextForCausalLM"],
+    vocab_size=32000,
+    hidden_size=2048,
+    intermediate_size=5120,
+    num_hidden_layers=2,
+    layer_types=["linear_attention", "full_attention"],
+    num_attention_heads=16,
+    num_key_value_heads=2,
+    head_dim=256,
+    linear_num_key_heads=16,
+    linear_num_value_heads=32,
+    linear_key_head_dim=128,
+    linear_value_head_dim=128,
+    linear_conv_kernel_dim=4,
+    num_experts=16,
+    num_experts_per_tok=2,
+    moe_intermediate_size=512,
+    shared_expert_intermediate_size=512,
+    decoder_sparse_step=1,
+    mlp_only_layers=[],
+    norm_topk_prob=True,
+    partial_rotary_factor=0.25,
+    max_position_embeddings=262144,
+    rms_norm_eps=1e-6,
+    dtype="bfloat16",
+)
+"""Qwen3-Next-80B-A3B with two layers, few experts and a small vocabulary."""
 STATE = SHAPES.state_slots * 32 * 128 * 128
 """Elements of what one layer remembers; the last inputs of its convolution are a thirtieth of that."""
 
@@ -74,6 +112,60 @@ def step(kind: str, tp: int = 1) -> Compiled:
     return compile_step(program, params, SHAPES, make(program, SHAPES, *size, Needs()))
 
 
+@cache
+def net_step(kind: str) -> Compiled:
+    program, params = abstract_model(QWEN_NEXT, h100_mesh(1))
+    shapes = replace(SHAPES, sampled_vocab=QWEN_NEXT["vocab_size"])
+    make = decode_bucket if kind == DECODE else prefill_bucket
+    size = (ROWS, 0) if kind == DECODE else (CHUNK,)
+    return compile_step(program, params, shapes, make(program, shapes, *size, Needs()))
+
+
+@pytest.mark.parametrize("kind", [DECODE, PREFILL])
+@pytest.mark.parametrize(("compiled", "layers"), [(step, 3), (net_step, 1)], ids=["kda", "gated delta net"])
+def test_a_step_is_one_command_buffer_without_a_loop(compiled: Callable[[str], Compiled], layers: int, kind: str):
+    """A loop whose length is data is driven by the host, which reads its condition before each iteration."""
+    made = compiled(kind)
+    assert "While" not in made.thunks and " while(" not in made.executable.as_text()
+    assert made.command_buffers == 1 and made.launched_alone == []
+    names = Counter(made.kernels)
+    assert {name: names[name] for name in ("prepare", "advance", "step")} == (
+        {"prepare": 0, "advance": 0, "step": layers}
+        if kind == DECODE
+        else {"prepare": layers, "advance": layers, "step": 0}
+    )
+
+
+def test_a_prefill_step_of_a_recurrent_layer_needs_little_memory():
+    """Per token and head five rows of 128 in float32 beside q, k, v and decays."""
+    assert step(PREFILL).temporary_bytes < 100 << 20
+
+
+@pytest.mark.parametrize(
+    ("heads", "key_dim", "value_dim", "decays"),
+    [(32, 128, 128, 128), (32, 128, 128, 1), (16, 64, 64, 64), (8, 96, 192, 1)],
+    ids=["Kimi Linear", "Qwen3-Next", "heads of 64", "heads of no power of two"],
+)
+def test_the_kernels_suit_the_device(tmp_path: Path, heads: int, key_dim: int, value_dim: int, decays: int):
+    tokens, rows, array = 64, 4, jax.ShapeDtypeStruct
+    widths = dict(q=key_dim, k=key_dim, v=value_dim, g=decays, beta=1)
+    given = Tokens(**{name: array((tokens, heads, width), jnp.float32) for name, width in widths.items()})
+    fields = [array((rows,), jnp.int32)] * 4
+    states, segments = (
+        array((8, heads, key_dim, value_dim), jnp.float32),
+        Segments(*fields, array((rows,), jnp.bool_)),
+    )
+    with compiled_kernels() as made:
+        for call in triton_delta.prefill, triton_delta.prefill_steps:
+            jax.eval_shape(lambda *operands, call=call: call(*operands, Target(90, 132)), given, states, segments)
+    assert [kernel.name for kernel in made] == ["prepare", "advance", "step"]
+    for kernel in made:
+        assert spilled(kernel.ptx, tmp_path) == 0
+        assert 2 * kernel.shared_bytes <= 227 << 10, "two programs on a multiprocessor"
+    assert "cp.async" in made[1].ptx  # the next chunk is loaded while one is computed
+    assert re.search(r"mma\S*\.tf32", made[1].ptx)
+
+
 @pytest.mark.parametrize("kind", [DECODE, PREFILL])
 def test_states_and_latents_stay_in_place(kind: str):
     compiled = step(kind)
@@ -87,10 +179,10 @@ def test_shards_add_up_what_rows_make_and_nothing_else():
 
 
 def test_a_kda_layer_has_one_product_for_six_projections_and_one_for_two():
-    """q, k, v, b, f_a and g_a; f_b and g_b. Beside them its recurrence, and what comes out of it."""
+    """q, k, v, b, f_a and g_a; f_b and g_b. Beside them what comes out of its recurrence, which is a kernel."""
     kda, experts = 3, 3
     dims = re.findall(r"= \w+\[([\d,]+)\]\S* dot\(", step(DECODE).executable.as_text())
     assert dims.count(f"{3 * 4096 + 32 + 2 * 128},{ROWS}") == kda
     assert dims.count(f"2,4096,{ROWS}") == kda
     # Of the others: latents and queries, the two halves of absorbed attention, its end; MLPs, routers, the head.
-    assert len(dims) == 4 * kda + 4 + 2 + 3 * experts + 1
+    assert len(dims) == 3 * kda + 4 + 2 + 3 * experts + 1

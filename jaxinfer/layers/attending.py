@@ -1,0 +1,17 @@
+"""Choice of the attention kernel for modules that attend or keep a state without the paged cache's step context."""
+
+from flax import nnx
+
+
+class AttentionModule(nnx.Module):
+    """Base of recurrent layers and of encoders' attention, which follow the setting `attention_kernel`."""
+
+    attention_kernel: str = "xla"
+    """Implementation (`kernels.attention.choose`); set by `use_attention`."""
+
+
+def use_attention(module: nnx.Module, kernel: str) -> None:
+    """Set the attention implementation of all such parts of a module."""
+    for _, part in nnx.iter_modules(module):
+        if isinstance(part, AttentionModule):
+            part.attention_kernel = kernel
