@@ -56,7 +56,7 @@ def test_lines_are_wrapped(page: Path):
 def test_sources_are_wrapped_and_formatted_without_exceptions():
     """Ruff checks the width of Python alone, and leaves alone what a comment takes out of it."""
     exempt = re.compile(r"# fmt: (?:skip|off)\b")
-    folders = [ROOT / name for name in ("jaxinfer", "scripts", "tests", "notebooks")]
+    folders = [ROOT / name for name in ("jaxinfer", "scripts", "tests", "notebooks", "examples")]
     sources = [path for folder in folders for end in ("*.py", "*.cc", "*.h") for path in folder.rglob(end)]
     wrong = [
         f"{path.relative_to(ROOT)}:{number}"
