@@ -49,7 +49,7 @@ def test_a_duration_ends_the_load(url, capsys):
 @pytest.mark.parametrize(
     ("words", "status", "message"),
     [
-        (["serve", "--base-url", "http://127.0.0.1:9"], 1, "names no model"),
+        (["serve", "--base-url", "http://127.0.0.1:9"], 1, ":9/v1/models names no model"),
         (["serve", "--base-url", "ftp://x"], 2, "--base-url must start with"),
         (["serve", "--num-prompts", "0"], 2, "at least 1"),
         (["serve", "--request-rate", "nan"], 2, "above 0"),

@@ -84,7 +84,8 @@ async def model_of(client: Any) -> str:
         found.raise_for_status()
         return found.json()["data"][0]["id"]
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, IndexError, TypeError) as error:
-        raise RuntimeError(f"{client.base_url}v1/models names no model: {error or type(error).__name__}") from error
+        address = f"{str(client.base_url).rstrip('/')}/v1/models"
+        raise RuntimeError(f"{address} names no model: {error or type(error).__name__}") from error
 
 
 async def send(client: Any, target: Target, prompt: str) -> Answer:
