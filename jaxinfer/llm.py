@@ -36,7 +36,10 @@ class LLM(TranscriptionCalls, PrefillOnly, WeightsAndPauses, Views):
         chat_template: Jinja source to use instead of the tokenizer's chat template.
         hf_overrides: values that override those of config.json.
         mesh: device mesh with the axis `model`, and for a model with a vision tower the axis `data` to shard images
-            over; by default a mesh over `tensor_parallel_size` devices.
+            over; by default a mesh over `tensor_parallel_size` devices. A mesh with other names takes `axes`.
+        axes: what the axes of a trainer's mesh are for: `{"model": "tp"}`, several as `{"model": ("fsdp", "tp")}`, or
+            `{"model": "tp", "fsdp": "fsdp"}` to keep weights divided over `fsdp` and gather them layer by layer. Axes
+            that are not named hold replicas (`sharding.serving_mesh`).
         use_tqdm: whether to show a progress bar while the weights are loaded.
         settings: fields of `EngineConfig`.
 

@@ -75,7 +75,7 @@ def _copy_param(
     if "outputs" not in metadata:
         return _copy_plain(made, own, shape, metadata, filled[0].source, source)
     for part, number in zip(made, range(own[0].start, own[0].stop), strict=True):
-        _copy_fused(part, metadata["outputs"], number, shape[0], filled, source)
+        _copy_fused(part, own[2:], metadata["outputs"], number, shape[0], filled, source)
 
 
 def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
@@ -120,8 +120,17 @@ def _copy_plain(
         _copy(into, source, name, [part[0], slice(piece.start, piece.stop)])
 
 
-def _copy_fused(target: np.ndarray, outputs: Sequence, shard: int, tp: int, filled: list[Rule], source: Source) -> None:
-    """Fill one shard `[columns, in]` of a fused parameter: the shard's rows of each output, in sequence."""
+def _copy_fused(
+    target: np.ndarray,
+    inside: Sequence[slice],
+    outputs: Sequence,
+    shard: int,
+    tp: int,
+    filled: list[Rule],
+    source: Source,
+) -> None:
+    """Fill one shard `[columns, in]` of a fused parameter, or the slices `inside` of its columns: the shard's rows of
+    each output, in sequence."""
     found = {}
     sizes = {output.name: output.rows for output in outputs}
     for rule in filled:
@@ -134,5 +143,5 @@ def _copy_fused(target: np.ndarray, outputs: Sequence, shard: int, tp: int, fill
         name, offset = found[output.name]
         for piece in output.pieces(shard, tp):
             at, rows = column + piece.column, slice(offset + piece.start, offset + piece.stop)
-            _copy(target[at : at + rows.stop - rows.start], source, name, [rows, *map(slice, target.shape[1:])])
+            _copy(target[at : at + rows.stop - rows.start], source, name, [rows, *inside])
         column += output.columns(tp)

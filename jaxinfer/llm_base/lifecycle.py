@@ -24,6 +24,7 @@ from jaxinfer.inputs.input_processor import InputProcessor
 from jaxinfer.inputs.loaded_model import LoadedModel
 from jaxinfer.loading.load import ModelArguments, open_model, place
 from jaxinfer.loading.update import WeightTable
+from jaxinfer.sharding.serving_mesh import Axes
 
 
 class EngineOwner:
@@ -39,6 +40,7 @@ class EngineOwner:
         chat_template: str | None = None,
         hf_overrides: Mapping[str, Any] | None = None,
         mesh: Mesh | None = None,
+        axes: Axes | None = None,
         use_tqdm: bool = True,
         **settings: Any,
     ):
@@ -53,7 +55,7 @@ class EngineOwner:
             heap.thaw(collect=True)  # free the weights of an earlier LLM that was deleted without `close`
             if self._group is not None:
                 config, hf_overrides = handshake.share_config(self._group, config, hf_overrides)
-            self._mesh, self.config = place(mesh, config, "tensor_parallel_size" in settings, self._group)
+            self._mesh, self.config = place(mesh, axes, config, "tensor_parallel_size" in settings, self._group)
             named = ModelArguments(model, tokenizer, skip_tokenizer_init, revision, hf_overrides)
             self._start(named, chat_template, use_tqdm)
 

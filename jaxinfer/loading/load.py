@@ -29,6 +29,7 @@ from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.sharding import make_mesh
 from jaxinfer.sharding import mesh as meshes
 from jaxinfer.sharding.policy import Placement
+from jaxinfer.sharding.serving_mesh import Axes, serving_mesh
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,25 @@ class ModelArguments:
     overrides: Mapping[str, Any] | None = None
 
 
-def place(given: Mesh | None, config: EngineConfig, size_given: bool, group: Group | None) -> tuple[Mesh, EngineConfig]:
+def place(
+    given: Mesh | None, axes: Axes | None, config: EngineConfig, size_given: bool, group: Group | None
+) -> tuple[Mesh, EngineConfig]:
     """Return the mesh, the user's or one over `tensor_parallel_size` devices, and the settings matching it.
 
-    `size_given`: whether tensor_parallel_size was passed by the user.
+    Args:
+        given: the user's mesh, if any.
+        axes: what its axes are for; None if they have the engine's names.
+        config: the settings.
+        size_given: whether tensor_parallel_size was passed by the user.
+        group: processes that serve the model together.
+
+    Raises:
+        ConfigError: the mesh, its axes and the size contradict each other.
     """
+    if axes is not None:
+        if given is None:
+            raise ConfigError(f"axes is {axes!r}, but there is no mesh whose axes it names; pass mesh= as well")
+        given = serving_mesh(given, axes)
     if given is None:
         mesh = make_mesh(config.tensor_parallel_size)
         if group is not None:

@@ -81,6 +81,11 @@ def plan(
     config = EngineConfig.of(settings)
     _check_bytes(memory, step_bytes)
     mesh = meshes.normalise(_mesh(mesh, config.tensor_parallel_size), tensor_parallel_size)
+    if mesh.shape.get(axes.FSDP, 1) > 1:
+        raise ConfigError(
+            f"mesh: axis {axes.FSDP!r} of size {mesh.shape[axes.FSDP]} divides weights that each layer gathers, and a "
+            "plan does not list these collectives; leave it out"
+        )
     model_family, parsed = weights.parse(hf, directory)
     dtype, how = _settings(config, hf, directory, model_family)
     module = weights.abstract(model_family, parsed, dtype, mesh, **how)

@@ -179,6 +179,7 @@ def abstract(
     """
     mesh = meshes.normalise(mesh)
     meshes.check_data_axis(mesh, config.features is not None)
+    meshes.check_fsdp(mesh, config.features is None and config.cross is None)
     build = partial(Build, dtype=dtype, mesh=mesh, quantization=quantization, placement=placement, pad_heads=pad_heads)
     module = nnx.eval_shape(lambda: model_family.build(build(nnx.Rngs(0)), config))
     module.architecture = model_family.architecture  # names the weight table that `LLM.update_weights` reads by

@@ -15,6 +15,7 @@ from jaxinfer.layers.attention import Attention, AttentionSpec, StepContext
 from jaxinfer.layers.delta import DeltaSpec
 from jaxinfer.layers.delta_net import DeltaNetSpec, GatedDeltaNet
 from jaxinfer.layers.embedding import Embedding
+from jaxinfer.layers.gathering import gather
 from jaxinfer.layers.kda import KdaSpec, KimiDeltaAttention
 from jaxinfer.layers.mla import LatentAttention, LatentSpec
 from jaxinfer.layers.mlp import GatedMLP
@@ -118,7 +119,7 @@ class Decoder(nnx.Module):
     """
 
     def __init__(self, build: Build, config: DecoderConfig, block: type[Layer] = Layer):
-        self.config = config
+        self.config, self.mesh = config, build.mesh
         # A table used for lookups only gains nothing from int8.
         lookup = build if config.tied else build._replace(quantization=None)
         sizes = config.vocab_size, config.attention.width
@@ -142,7 +143,8 @@ class Decoder(nnx.Module):
 
         `features` are encoder rows that replace the embeddings of some tokens.
         """
-        x = self.embedding(tokens)
+        embedding, tokens = gather(self.embedding, self.mesh, tokens)
+        x = embedding(tokens)
         if features is not None:
             rows = jnp.take(features.pool, features.index, axis=0, mode="clip").astype(x.dtype)
             x = jnp.where((features.index >= 0)[:, None], rows, x)
@@ -156,6 +158,7 @@ class Decoder(nnx.Module):
         cache = list(cache)
         for number, layer in enumerate(self.layers):
             index = step.array_index(number)
+            layer, x = gather(layer, self.mesh, x)
             apply = partial(layer, rope=turned[ropes[number]], step=step.of(number))
             apply = jax.checkpoint(apply) if step.remat else apply
             x, cache[index] = apply(x, cache[index])
@@ -163,7 +166,8 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Compute float32 logits `[B, V']` of hidden states `[B, M]`."""
-        return (self.embedding if self.head is None else self.head).logits(hidden)
+        head, hidden = gather(self.embedding if self.head is None else self.head, self.mesh, hidden)
+        return head.logits(hidden)
 
     def cache_specs(self) -> Sequence[Full | State]:
         """Return what each layer caches."""

@@ -14,6 +14,7 @@ from jaxinfer.sharding import mesh as mesh
 from jaxinfer.sharding import rules as rules
 from jaxinfer.sharding.mesh import make_mesh as make_mesh
 from jaxinfer.sharding.placement import Plan as Plan
+from jaxinfer.sharding.serving_mesh import serving_mesh as serving_mesh
 
 if TYPE_CHECKING:
     plan: Any

@@ -42,16 +42,17 @@ def normalise(mesh: Mesh | AbstractMesh, tensor_parallel_size: int | None = None
         ConfigError: there is no axis `model`, an unknown axis, or a size that differs from `tensor_parallel_size`.
     """
     for name, count in mesh.shape.items():
-        if name not in (axes.MODEL, axes.DATA):
+        if name not in (axes.MODEL, axes.DATA, axes.FSDP) and not name.startswith(axes.REPLICA):
             raise ConfigError(
                 f"mesh: axis {name!r} of size {count} is unknown; {axes.MODEL!r} shards weights and kv heads and, with "
-                f"a vision tower, {axes.DATA!r} shards images; rename it, or make the mesh with "
+                f"a vision tower, {axes.DATA!r} shards images; say what it is for with axes={{{axes.MODEL!r}: "
+                f"{name!r}}} (jaxinfer.sharding.serving_mesh), or make the mesh with "
                 f"jaxinfer.sharding.make_mesh({mesh.size})"
             )
     if axes.MODEL not in mesh.shape:
         raise ConfigError(
-            f"mesh: there is no axis {axes.MODEL!r}, only {dict(mesh.shape)}; add one of size 1, or make the mesh with "
-            f"jaxinfer.sharding.make_mesh({mesh.size})"
+            f"mesh: there is no axis {axes.MODEL!r}, only {dict(mesh.shape)}; add one of size 1, say which it is with "
+            f"axes= (jaxinfer.sharding.serving_mesh), or make the mesh with jaxinfer.sharding.make_mesh({mesh.size})"
         )
     if tensor_parallel_size not in (None, size(mesh)):
         raise ConfigError(
@@ -76,6 +77,19 @@ def check_data_axis(mesh: Mesh | AbstractMesh, has_tower: bool) -> None:
         )
 
 
+def check_fsdp(mesh: Mesh | AbstractMesh, decoder: bool) -> None:
+    """Check that a mesh that divides weights over `fsdp` is used with a model that gathers them.
+
+    Raises:
+        ConfigError: the model is no text-only decoder.
+    """
+    if mesh.shape.get(axes.FSDP, 1) > 1 and not decoder:
+        raise ConfigError(
+            f"mesh: axis {axes.FSDP!r} of size {mesh.shape[axes.FSDP]} divides the weights of text-only decoders, and "
+            "this model reads images, audio or encoder inputs; leave it out of axes, so that it holds replicas"
+        )
+
+
 def size(mesh: Mesh | AbstractMesh) -> int:
     """Return the number of shards of a tensor-parallel weight on this mesh."""
     return mesh.shape[axes.MODEL]
@@ -87,5 +101,5 @@ def processes(mesh: Mesh) -> int:
 
 
 def copies(mesh: Mesh | AbstractMesh) -> int:
-    """Return the number of devices that hold the same shard of a tensor-parallel weight: those along `data`."""
+    """Return the number of devices that hold the same kv heads: those along every axis but `model`."""
     return mesh.size // size(mesh)

@@ -99,17 +99,51 @@ def indivisible(
     )
 
 
-def of(mesh: Mesh | AbstractMesh, metadata: Mapping[str, Any], shape: Sequence[int], where: str) -> NamedSharding:
+def of(
+    mesh: Mesh | AbstractMesh,
+    metadata: Mapping[str, Any],
+    shape: Sequence[int],
+    where: str,
+    *,
+    gathered: bool = False,
+) -> NamedSharding:
     """Return the sharding of a parameter from its metadata (`logical_axes`, `replicated`).
 
+    Args:
+        mesh: the mesh. If it has the axis `fsdp`, a matrix is divided over it as well, along the first axis that is not
+            sharded and that its size divides; never within the columns of a fused projection.
+        metadata: of the parameter.
+        shape: global shape.
+        where: path of the parameter, for errors.
+        gathered: whether to leave out `fsdp`: the sharding in which a layer takes its weights.
+
     Raises:
-        ConfigError: see `sharding`.
+        ConfigError: see `sharding`; or no axis of a matrix divides over `fsdp`.
     """
-    return sharding(
+    placed = sharding(
         mesh,
         metadata["logical_axes"],
         shape,
         where,
         replicated=metadata.get("replicated", False),
         module=metadata.get("module", ""),
+    )
+    return placed if gathered else _over_fsdp(placed, metadata, shape, where)
+
+
+def _over_fsdp(placed: NamedSharding, metadata: Mapping[str, Any], shape: Sequence[int], where: str) -> NamedSharding:
+    """Return the sharding of a parameter that is divided over the axis `fsdp` as well, if there is one."""
+    count, logical = placed.mesh.shape.get(axes.FSDP, 1), metadata["logical_axes"]
+    rank = len(shape) - bool(metadata.get("stacked")) - (axes.SHARD in logical)
+    if count == 1 or rank < 2:  # norms, biases and scales are small
+        return placed
+    partition = [*placed.spec, *[None] * (len(shape) - len(placed.spec))]
+    free = [i for i, name in enumerate(logical) if partition[i] is None and name != axes.COLUMNS]
+    for index in free:
+        if shape[index] % count == 0:
+            partition[index] = axes.FSDP
+            return NamedSharding(placed.mesh, PartitionSpec(*partition))
+    raise ConfigError(
+        f"{where}: no free axis of shape {list(shape)}, sharded as {tuple(partition)}, divides over mesh axis "
+        f"{axes.FSDP!r} of size {count}; leave {axes.FSDP!r} out of axes, so that it holds replicas, or make it smaller"
     )

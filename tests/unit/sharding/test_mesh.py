@@ -42,7 +42,7 @@ def test_make_mesh_needs_no_normalization():
 @pytest.mark.parametrize(
     ("sizes", "asked", "message"),
     [
-        (dict(tp=4), None, "axis 'tp' of size 4 is unknown.*rename it, or .*make_mesh\\(4\\)"),
+        (dict(tp=4), None, "axis 'tp' of size 4 is unknown.*say what it is for .*, or .*make_mesh\\(4\\)"),
         (dict(model=2, expert=2), None, "axis 'expert' of size 2 is unknown"),
         (dict(data=4), None, "no axis 'model', only {'data': 4}; add one of size 1"),
         (dict(model=4), 2, "tensor_parallel_size is 2, but axis 'model' of the mesh has size 4; pass one"),
