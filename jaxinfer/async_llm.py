@@ -339,6 +339,10 @@ class AsyncLLM:
         """Return the weights; arguments and errors are those of `LLM.weights`."""
         return await self._apart(self._llm.weights, names)
 
+    async def module(self) -> Any:
+        """Return a module with the engine's weights, as `LLM.module`."""
+        return await self._apart(self._llm.module)
+
     async def weights_checksum(self) -> str:
         """Return the checksum of the weights, as `LLM.weights_checksum`."""
         return await self._apart(self._llm.weights_checksum)

@@ -5,6 +5,7 @@ from functools import partial as bind
 from typing import Any
 
 import jax
+from flax import nnx
 
 from jaxinfer.engine.control import LEVELS, PAUSE_MODES
 from jaxinfer.errors import DistributedError
@@ -71,6 +72,18 @@ class WeightsAndPauses(EngineOwner):
         self._check_local("weights")
         params = self._thread.run(self._params)
         return dict(self._weights.tensors(params)) if names == HF else self._weights.state(params)
+
+    def module(self) -> nnx.Module:
+        """Return a module with the engine's weights, for a trainer; it shares their arrays, and no settings.
+
+        `functional.training` takes it after `prepare`. It keeps its weights when the engine's are replaced.
+
+        Raises:
+            RuntimeError: `sleep(level=2)` has dropped the weights.
+        """
+        self._check_local("module")
+        params = self._thread.run(self._params)
+        return self._engine.runner.program.module(params)
 
     def weights_checksum(self) -> str:
         """Return `loading.checksum.checksum(weights(names="hf"))`, made from one parameter at a time.

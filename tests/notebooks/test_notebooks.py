@@ -23,6 +23,7 @@ SHOWN = {
     "growth": ("times as fast as concatenation", "CacheConsumedError", "image/png"),
     "serving": ("Paris", "Timeline of 20 sequences", "prompt tokens", "image/png"),
     "quickstart": ("42", "Paris", "image/png"),
+    "grpo": ("serving=llm.step_shape     100.0% of", "held-out questions are answered right", "image/png"),
     "placement": ("layers.0 ... layers.79", "none lies on the first device only", "pad_heads=True", "46 all-reduce"),
 }
 """What each must show."""
@@ -43,7 +44,8 @@ def test_it_is_paired(script):
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
-def test_it_runs(script):
+def test_it_runs(script, monkeypatch):
+    monkeypatch.setenv("GRPO_STEPS", "1")
     book = jupytext.read(script)
     NotebookClient(book, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(FOLDER)}}).execute()
     text = " ".join(str(output) for cell in book.cells for output in cell.get("outputs", []))

@@ -72,7 +72,11 @@ def test_files_that_are_named_exist(page: Path):
     paths = {word.strip("'\"(),") for word in code(page)}
     named = {path for path in paths if PATH.fullmatch(path) and not re.search(r"[A-Z]{3}", path)}
     assert sorted(path for path in named if path.endswith((".py", ".md")) and not exists(path, page)) == []
-    folders = {path for path in named if path.split("/")[0] in {"jaxinfer", "tests", "scripts", "docs", "notebooks"}}
+    folders = {
+        path
+        for path in named
+        if path.split("/")[0] in {"jaxinfer", "tests", "scripts", "docs", "notebooks", "examples"}
+    }
     assert sorted(path for path in folders if not exists(path, page)) == []
 
 

@@ -20,6 +20,18 @@ def test_the_ten_lines_of_the_readme(capsys):
     assert len(code.strip().splitlines()) <= 12
 
 
+@pytest.mark.slow
+def test_the_loop_of_rl_in_thirty_lines(capsys):
+    text = (README.parent / "docs/rl.md").read_text()
+    code, *_ = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names = {}
+    exec(compile(code, "rl.md", "exec"), names)
+    assert re.findall(r"^\d \S+ (\S+) (\S+)$", capsys.readouterr().out, re.MULTILINE) == [("1.0", "1.0")] * 3
+    assert names["llm"].weight_version == 3
+    names["llm"].close()
+    assert len([line for line in code.splitlines() if line.strip()]) <= 36
+
+
 def run_example(module):
     """The names that the indented lines of a module's docstring leave."""
     lines = module.__doc__.splitlines()

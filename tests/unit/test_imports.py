@@ -47,7 +47,7 @@ TRITON = (
 """What imports triton."""
 SERVER = "jaxinfer.serve."
 """What imports the libraries of the extra `serve`."""
-ADAPTERS = {"jaxinfer.integrations.lm_eval": "lm_eval"}
+ADAPTERS = {"jaxinfer.integrations.lm_eval": "lm_eval", "jaxinfer.integrations.tunix": "tunix"}
 """What imports the library that it adapts `LLM` to."""
 
 
