@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxinfer.functional import growing, program
+from jaxinfer.functional import forward, growing
 
 pytestmark = pytest.mark.xdist_group("demo")
 README = Path(__file__).parents[2] / "README.md"
@@ -42,7 +42,7 @@ def run_example(module):
 
 
 def test_the_example_of_functional():
-    names = run_example(program)
+    names = run_example(forward)
     assert names["position"] == 19 and names["logits"].shape == (1, names["program"].vocab)
 
 
