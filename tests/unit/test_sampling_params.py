@@ -155,7 +155,7 @@ def test_values_of_a_wrong_type_are_named(fields, message):
 @pytest.mark.parametrize(
     ("name", "hint"),
     [
-        ("best_of", "best_of is gone: use n"),
+        ("best_of", "best_of is not supported: use n"),
         ("max_new_tokens", "use max_tokens"),
         ("guided_decoding", "use structured_outputs"),
         ("temprature", "did you mean temperature?"),

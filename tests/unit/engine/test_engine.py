@@ -117,7 +117,7 @@ def test_the_engine_reports_what_it_did(runner):
     assert read["num_requests_running"] == read["num_requests_waiting"] == read["kv_cache_usage_perc"] == 0
     assert sum(read["e2e_request_latency_seconds"].counts) == 4
     assert sum(read["time_to_first_token_seconds"].counts) == 4
-    reasons = {m.labels: m.value for m in engine.readings() if m.labels}
+    reasons = {m.labels: m.value for m in engine.readings() if m.name.endswith("request_success")}
     assert reasons == {(("finished_reason", "length"),): 4}
 
 
