@@ -11,7 +11,19 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from jaxinfer.async_llm import AsyncLLM
-from jaxinfer.serve import anthropic, audio, chat, completions, debug, embeddings, metrics, models, openapi, responses
+from jaxinfer.serve import (
+    anthropic,
+    audio,
+    chat,
+    completions,
+    debug,
+    embeddings,
+    metrics,
+    models,
+    openapi,
+    profile,
+    responses,
+)
 from jaxinfer.serve.config import ServerConfig
 from jaxinfer.serve.context import Context
 from jaxinfer.serve.errors import APIError, endpoint, on_error, response
@@ -36,6 +48,8 @@ ROUTES = (
 """Method, path and handler of each endpoint."""
 DEBUG_ROUTES = (("GET", debug.PATH, debug.page), ("GET", f"{debug.PATH}/data", debug.data))
 """Endpoints with `ServerConfig.debug_cache`."""
+PROFILE_ROUTES = (("POST", "/start_profile", profile.start), ("POST", "/stop_profile", profile.stop))
+"""Endpoints with `ServerConfig.profile_dir`; their names are vLLM's."""
 OPEN = ("/health",)
 """Paths that need no key: load balancers ask them."""
 
@@ -92,6 +106,7 @@ def create_app(llm: AsyncLLM, config: ServerConfig) -> Starlette:
     """
     checks = [] if config.api_key is None else [Middleware(KeyCheck, key=config.api_key)]
     routes = ROUTES + (DEBUG_ROUTES if config.debug_cache else ())
+    routes += PROFILE_ROUTES if config.profile_dir is not None else ()
     app = Starlette(
         routes=[Route(path, endpoint(handler), methods=[method]) for method, path, handler in routes],
         middleware=checks,

@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     server("--warmup", action="store_true", help="compile all steps before the first request")
     server("--access-log", action="store_true", help="log each request")
     server("--debug-cache", action="store_true", help="show blocks and requests at /debug/cache")
+    server("--profile", metavar="DIR", help="traces by POST /start_profile and /stop_profile, written to DIR")
     limit = parser.add_argument_group("limits").add_argument
     limit("--max-body-bytes", type=int, metavar="N", help="bytes of a request")
     limit("--body-timeout", type=float, metavar="S", help="seconds for a request to arrive")
@@ -84,7 +85,8 @@ def run(_: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         key = args.api_key if args.api_key is not None else os.environ.get(KEY)
         if (args.ssl_certfile is None) != (args.ssl_keyfile is None):
             raise ConfigError("--ssl-certfile and --ssl-keyfile belong together: give both")
-        config = ServerConfig(args.served_model_name or args.model, key, args.debug_cache, **_given(args, LIMITS))
+        name = args.served_model_name or args.model
+        config = ServerConfig(name, key, args.debug_cache, args.profile, **_given(args, LIMITS))
         llm = _load(args)
     except (JaxInferError, ValueError, TypeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

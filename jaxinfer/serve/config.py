@@ -17,6 +17,10 @@ class ServerConfig:
     """Whether `/debug/cache` shows blocks and requests: ids, numbers of tokens and times, no text. The engine's steps
     are recorded while somebody looks at it.
     """
+    profile_dir: str | None = None
+    """Folder for traces of JAX's profiler, which `POST /start_profile` and `/stop_profile` start and end; None for no
+    such endpoints.
+    """
     max_body_bytes: int = 32 << 20
     """Maximum size of a request body; images arrive in it as data URLs."""
     body_timeout: float = 60.0
@@ -43,6 +47,8 @@ class ServerConfig:
                 raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}")
         if not isinstance(self.debug_cache, bool):
             raise ConfigError(f"debug_cache must be True or False, got {self.debug_cache!r}")
+        if self.profile_dir is not None and not (isinstance(self.profile_dir, str) and self.profile_dir):
+            raise ConfigError(f"profile_dir must be the path of a folder, got {self.profile_dir!r}")
         for name in ("body_timeout", "write_timeout"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 86400:

@@ -22,6 +22,8 @@ class Context:
     """When the server was started, in seconds since 1970."""
     accepted: int = 0
     """Number of requests that are being answered."""
+    profiling: bool = False
+    """Whether a trace of JAX's profiler runs (`serve.profile`)."""
 
     def enter(self) -> Callable[[], None]:
         """Accept a request and return the function that ends it; may be called several times.

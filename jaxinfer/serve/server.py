@@ -7,6 +7,7 @@ from typing import Any
 import uvicorn
 
 from jaxinfer.async_llm import AsyncLLM
+from jaxinfer.serve import profile
 from jaxinfer.serve.app import create_app
 from jaxinfer.serve.config import ServerConfig
 
@@ -16,8 +17,9 @@ CLOSING = 5
 
 def make_server(llm: AsyncLLM, config: ServerConfig, args: argparse.Namespace) -> uvicorn.Server:
     """Return uvicorn's server of the API; it closes the LLM when it stops. `args`: see `serve.cli.add_arguments`."""
+    app = create_app(llm, config)
     options = uvicorn.Config(
-        create_app(llm, config),
+        app,
         host=args.host,
         port=args.port,
         ssl_certfile=args.ssl_certfile,
@@ -34,6 +36,7 @@ def make_server(llm: AsyncLLM, config: ServerConfig, args: argparse.Namespace) -
             closing = asyncio.ensure_future(_close_after(llm, args.shutdown_timeout))
             await super().shutdown(sockets)
             closing.cancel()
+            profile.end(app)
             await llm.close()
 
     return Server(options)

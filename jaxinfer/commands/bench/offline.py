@@ -4,7 +4,7 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import islice
 from typing import Any
 
@@ -49,7 +49,15 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     add("--quantization", choices=("int8",), help="keep the weights in int8")
     for name in ("tensor-parallel-size", "max-model-len", "max-num-seqs"):
         add(f"--{name}", type=count, metavar="N", help="as in jaxinfer.LLM")
+    add("--profile", metavar="DIR", help="trace one more pass with JAX's profiler into DIR")
     add_hf_overrides(parser)
+
+
+def _traced(args: argparse.Namespace) -> AbstractContextManager[Any]:
+    """Trace what runs within the context, for `--profile`."""
+    import jax
+
+    return jax.profiler.trace(args.profile)
 
 
 @contextmanager
@@ -85,6 +93,9 @@ def throughput(args: argparse.Namespace) -> dict[str, Any]:
     with _loaded(args, max_model_len=args.input_len + args.output_len) as made:
         work = _random(args, made, args.num_prompts)
         runs = alternate(made, [], work, repeats=args.repeats)[made.name]
+        if args.profile is not None:
+            with _traced(args):
+                made.run(work)
         figures = traces.medians([traces.throughput(work, run) for run in runs])
         sizes = {"num_requests": args.num_prompts, "total_num_tokens": work.prompt_tokens + work.new_tokens}
         return _finish(made, sizes | figures)
@@ -117,6 +128,9 @@ def _text_throughput(args: argparse.Namespace) -> dict[str, Any]:
                     "output_tokens_per_second": made / seconds,
                 }
             )
+        if args.profile is not None:
+            with _traced(args):
+                llm.generate(list(islice(source, args.num_prompts)), params, use_tqdm=False)
     return {"num_requests": args.num_prompts} | traces.medians(runs[1:])
 
 
@@ -125,4 +139,7 @@ def latency(args: argparse.Namespace) -> dict[str, Any]:
     with _loaded(args, max_model_len=args.input_len + args.output_len) as made:
         work = _random(args, made, args.batch_size)
         runs = alternate(made, [], work, repeats=args.num_iters, warmup=args.num_iters_warmup)[made.name]
+        if args.profile is not None:
+            with _traced(args):
+                made.run(work)
         return _finish(made, {"batch_size": args.batch_size, **traces.latency(runs)})
