@@ -67,7 +67,9 @@ def stub_device() -> Iterator[None]:
     traced = set()
 
     def stub(name: str) -> Callable[..., Any]:
-        def hidden(program: Any, params: list[jax.Array], cache: Any, batch: Any, features: None = None) -> Any:
+        def hidden(
+            program: Any, params: list[jax.Array], cache: Any, batch: Any, features: None = None, taps: None = None
+        ) -> Any:
             traced.add(name)
             width = program.module(params).config.attention.width
             return jnp.zeros((len(batch.tokens), width), program.dtype) + touched(params).astype(program.dtype), cache
