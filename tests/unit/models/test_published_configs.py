@@ -7,19 +7,17 @@ from support import families
 
 from jaxinfer import sharding
 from jaxinfer.checkpoint.hf import apply_overrides
-from jaxinfer.errors import ConfigError
+from jaxinfer.checkpoint.packed.declared import declared
 from jaxinfer.loading import weights
 from jaxinfer.models import registry
 from jaxinfer.models.registry import architecture
 
 PUBLISHED = families.published()
 NAMES = sorted(PUBLISHED)
-UNQUANTISED = {"quantization_config": None}
-"""Override for DeepSeek-V3, whose weights are FP8: bfloat16 conversions have otherwise the same file."""
 
 
 def published(name: str) -> dict[str, Any]:
-    return apply_overrides(PUBLISHED[name], UNQUANTISED if name.startswith("DeepSeek") else None)
+    return apply_overrides(PUBLISHED[name])
 
 
 def shallow(hf: dict[str, Any]) -> dict[str, Any]:
@@ -65,6 +63,6 @@ def test_published_configs_are_planned(name):
     assert plan.rows and plan.cache.layers
 
 
-def test_an_unsupported_quantisation_format_is_refused():
-    with pytest.raises(ConfigError, match=r"quantization_config='fp8' .*not supported in this format .*mxfp4"):
-        apply_overrides(PUBLISHED["DeepSeek-V3"])
+def test_the_blocks_of_deepseek_s_fp8_are_read():
+    format = declared(PUBLISHED["DeepSeek-V3"])
+    assert (format.method, format.block) == ("fp8", (128, 128))
