@@ -1,6 +1,7 @@
 """`jaxinfer bench serve` against a server, and the formulas of its figures."""
 
 import argparse
+import asyncio
 import json
 from itertools import islice
 
@@ -8,7 +9,7 @@ import pytest
 from serve.conftest import MODEL
 
 from jaxinfer import cli
-from jaxinfer.commands.bench.client import Answer
+from jaxinfer.commands.bench.client import Answer, Target, send
 from jaxinfer.commands.bench.serving import arrivals, figures
 from jaxinfer.commands.bench.texts import texts
 
@@ -96,3 +97,22 @@ def test_arrivals_have_their_rate_and_prompts_share_no_prefix():
     made = list(islice(texts(8, None), 100))
     assert len({text[:10] for text in made}) == 100 and {len(text.split()) for text in made} == {9}
     assert list(islice(texts(8, 1), 3)) == list(islice(texts(8, 1), 3))
+
+
+def test_an_answer_of_tokens_without_text_is_no_failure(monkeypatch):
+    """An answer may be special tokens alone; its times are those of the end of the stream."""
+    import httpx
+
+    def served(usage: dict) -> Answer:
+        lines = [f"data: {json.dumps(event)}\n\n" for event in ({"choices": [{"text": ""}]}, {"usage": usage})]
+        transport = httpx.MockTransport(lambda request: httpx.Response(200, text="".join(lines) + "data: [DONE]\n\n"))
+
+        async def ask() -> Answer:
+            async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+                return await send(client, Target("m", "completions", 2, ignore_eos=True), "hello")
+
+        return asyncio.run(ask())
+
+    found = served({"prompt_tokens": 3, "completion_tokens": 2})
+    assert found.error is None and found.new_tokens == 2 and 0 < found.first <= found.seconds
+    assert served({"prompt_tokens": 3, "completion_tokens": 0}).error == "the stream had no tokens"

@@ -117,8 +117,11 @@ async def send(client: Any, target: Target, prompt: str) -> Answer:
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
         answer.error = f"{type(error).__name__}: {error}"
         return answer
-    if not events:
-        answer.error = "the stream had no text"
+    if not events and answer.new_tokens:  # tokens without text, such as special ones: known at the end of the stream
+        last = time.perf_counter()
+        answer.first = last - start
+    elif not events:
+        answer.error = "the stream had no tokens"
     answer.seconds, answer.new_tokens = last - start, answer.new_tokens or events
     return answer
 

@@ -171,7 +171,6 @@ def test_the_tower_ends_with_the_selected_layer():
         ),
         ("text_config.architectures", ["InternLM2ForCausalLM"], "InternLM2ForCausalLM.*supported: Qwen2"),
         ("text_config.rope_scaling", {"rope_type": "unheard_of"}, "'unheard_of'.*supported: default"),
-        ("text_config.quantization_config", {"bits": 4}, "quantization_config"),
         ("downsample_ratio", 0.3, "downsample_ratio is 0.3"),
         ("downsample_ratio", 0, "downsample_ratio is 0"),
         ("downsample_ratio", -0.5, "downsample_ratio is -0.5"),
