@@ -295,8 +295,11 @@ def test_a_close_that_is_interrupted_lets_go_of_everything_all_the_same(make_llm
         with contextlib.suppress(KeyboardInterrupt):
             llm.close()
     thread.join()
-    gc.collect()
-    assert engine() is None
+    until = time.monotonic() + 10  # threads that compile may hold what they compile for a little longer
+    while engine() is not None and time.monotonic() < until:
+        gc.collect()
+        time.sleep(0.02)
+    assert engine() is None, gc.get_referrers(engine())
     llm.close()
 
 
