@@ -18,14 +18,15 @@ class Steering:
         llm.generate(prompts, steering=Steering({"layers.11": vector}, scale=4.0))
 
     Args:
-        vectors: vector `[M]` by path of a module (`functional.taps`), each a list or an array; M is the model's width.
+        vectors: a mapping from paths of modules (`functional.taps`) to vectors `[M]`, each a list or an array; M is the
+            model's width.
         scale: multiplier of all vectors.
 
     Raises:
         TypeError, ValueError: a path or vector is invalid; the error names it.
     """
 
-    def __init__(self, vectors: Mapping[str, Any], *, scale: float = 1.0):
+    def __init__(self, vectors: Any, *, scale: float = 1.0):
         if not isinstance(vectors, Mapping) or not vectors:
             raise TypeError(
                 f"steering must be a mapping from paths such as 'layers.11' to vectors, got {_show(vectors)}"

@@ -7,6 +7,9 @@ from typing import NamedTuple
 from jaxinfer.llm import LLM
 from jaxinfer.outputs import RequestOutput
 
+LEAST = 1e-3
+"""Seconds that must be left beside compilation for a rate."""
+
 
 class Mark(NamedTuple):
     """Timestamp of a run, with the compilation time up to then."""
@@ -16,9 +19,13 @@ class Mark(NamedTuple):
     compiling: float
     """Total compilation time of the engine so far, in seconds."""
 
-    def since(self, other: "Mark") -> float:
-        """Return the seconds since another mark, excluding compilation."""
-        return max(self.time - other.time - (self.compiling - other.compiling), 1e-9)
+    def rate(self, tokens: int, since: "Mark") -> str:
+        """Format the tokens per second since another mark, excluding compilation.
+
+        Programs that are compiled at the same time count twice, so that no time may be left.
+        """
+        seconds = self.time - since.time - (self.compiling - since.compiling)
+        return f"{tokens / seconds:.1f} tok/s" if seconds > LEAST else "all of it compiling"
 
 
 class Rates:
@@ -47,8 +54,8 @@ class Rates:
         made = sum(len(sample.token_ids) for output in outputs for sample in output.outputs)
         rates = "nothing was generated"
         if self._begun:
-            reading, writing = self._last.since(self._start), end.since(self._first)
-            rates = f"prompt: {prompt / reading:.1f} tok/s, generation: {made / writing:.1f} tok/s"
+            reading, writing = self._last.rate(prompt, self._start), end.rate(made, self._first)
+            rates = f"prompt: {reading}, generation: {writing}"
         total, compiling = end.time - self._start.time, end.compiling - self._start.compiling
         left_out = f"{compiling:.1f} s of it compiling, which the rates leave out"
         return f"{rates} ({prompt} + {made} tokens in {total:.1f} s; {left_out})"
