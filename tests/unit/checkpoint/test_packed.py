@@ -287,3 +287,16 @@ def test_formats_and_settings_that_are_not_read_are_refused(stated, message):
 def test_mlx_is_read_for_architectures_whose_weights_it_keeps():
     with pytest.raises(ConfigError, match="MLX changes weights of this architecture"):
         declared({"architectures": ["Qwen3NextForCausalLM"], "quantization": {"bits": 4, "group_size": 64}})
+
+
+@pytest.mark.parametrize(
+    ("packing", "method"), [("auto_round:auto_gptq", "gptq"), ("auto_round:auto_awq", "awq"), ("auto_round:nvfp", None)]
+)
+def test_auto_round_is_read_by_its_packing(packing, method):
+    stated = {"quant_method": "auto-round", "packing_format": packing, "bits": 4, "group_size": 128}
+    if method is None:
+        with pytest.raises(ConfigError, match="'auto-round'.*this format is not read"):
+            declared(LLAMA | {"quantization_config": stated})
+    else:
+        format = declared(LLAMA | {"quantization_config": stated})
+        assert (format.method, format.bits, format.group_sizes) == (method, (4,), (128,))
