@@ -33,7 +33,7 @@ def headers() -> str:
     """Return the requirement of the oldest jaxlib supported: newer ones run what was compiled with its headers."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     (lowest,) = (name for name in project["dependencies"] if name.startswith("jaxlib>="))
-    return lowest.replace(">=", "==")
+    return lowest.partition(",")[0].replace(">=", "==")
 
 
 def compiled(target: Path) -> bool:

@@ -2,15 +2,19 @@
 
 from typing import Any
 
+import numpy as np
 from jax.sharding import Mesh
 
 from jaxinfer._utils.log import warn_once
 from jaxinfer.errors import ConfigError
 from jaxinfer.kernels.attention import native_attention, triton_attention, uncached_attention, xla_attention
+from jaxinfer.kernels.attention.quantised_cache import FORMATS, FP8
 from jaxinfer.kernels.native import build
 from jaxinfer.kernels.triton import triton_launch, triton_tiles
 
 AUTO, XLA, TRITON, NATIVE = "auto", "xla", "triton", "native"
+FP8_CAPABILITY = 89
+"""Ada: the first architecture with instructions that convert FP8."""
 WHOLE = "whole"
 """Differentiable attention for training (`jaxinfer.functional.training`); not a user setting."""
 
@@ -40,11 +44,34 @@ def choose(requested: str, mesh: Mesh) -> str:
     return XLA
 
 
+def check_cache(kernel: str, kv_cache_dtype: str, dtype: np.dtype, mesh: Mesh) -> None:
+    """Check that an implementation from `choose` reads keys and values stored as `kv_cache_dtype` says.
+
+    Raises:
+        ConfigError: the format is unknown, or not for this dtype or these devices.
+    """
+    if kv_cache_dtype == AUTO:
+        return
+    if kv_cache_dtype not in FORMATS:
+        raise ConfigError(f"kv_cache_dtype must be {AUTO}, {', '.join(FORMATS)}, got {kv_cache_dtype!r}")
+    if dtype == np.float16:
+        raise ConfigError(
+            f"kv_cache_dtype is {kv_cache_dtype!r}, but dtype float16 has too few exponents for attention weights "
+            "times scales; use dtype='bfloat16', or kv_cache_dtype='auto'"
+        )
+    device = triton_launch.target(mesh)
+    if kernel == TRITON and FORMATS[kv_cache_dtype] == FP8 and device.capability < FP8_CAPABILITY:
+        raise ConfigError(
+            f"kv_cache_dtype is {kv_cache_dtype!r}, which needs a GPU of compute capability {FP8_CAPABILITY / 10}; "
+            f"this one has {device.capability / 10}; use 'int8'"
+        )
+
+
 def implementation(name: str, mesh: Mesh, *, deterministic: bool = False) -> Any:
     """Return the object with `decode` and `prefill` for a name from `choose`, or with `prefill` alone for `WHOLE`.
 
-    With `deterministic`, a query's result from `prefill` does not depend on its tile. XLA's and the native one always
-    are so.
+    With `deterministic`, a query's result from `prefill` does not depend on its tile. The XLA and native
+    implementations always have this property.
     """
     if name == WHOLE:
         return uncached_attention
@@ -60,7 +87,7 @@ def prefill_tile(name: str, group: int, value_dim: int, itemsize: int) -> int:
         name: result of `choose`.
         group: query heads per kv head, G.
         value_dim: Dv.
-        itemsize: bytes per element of the cache.
+        itemsize: bytes per element of the queries.
     """
     if name == TRITON:
         return triton_tiles.tile(group, value_dim, itemsize)

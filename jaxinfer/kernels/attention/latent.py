@@ -4,13 +4,11 @@ The cache array is `[N, 1, P, L + R]`: a latent c of L columns and a key r of R 
 models with rope). Head h has keys `[U_h c | r]` and values `W_h c`. Two computations give the same result:
 
 - *absorbed*: `q . U c = (U^T q) . c`. Queries are projected to the latent space, where latents are the keys and, in
-  their
-  first L columns, the values; outputs are projected with W. This is a `paged.KVCache` without values, with one kv head
-  shared
-  by all heads, so every attention implementation supports it. It reads least: used for decode.
+  their first L columns, the values; outputs are projected with W. This is a `paged.KVCache` without values, with one kv
+  head shared by all heads, so every attention implementation supports it. It reads the fewest bytes, and is used for
+  decode.
 - *expanded*: keys and values of all heads are computed from the latents, once per step, and attended to directly, with
-  a
-  third of the multiplications per query-key pair. Used by `prefill`, with many queries per sequence.
+  a third of the multiplications per query-key pair. Used by `prefill`, with many queries per sequence.
 """
 
 from functools import partial
@@ -114,7 +112,7 @@ def prefill(
 
         def keys(number: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             blocks = jax.lax.dynamic_slice(tables[row], (number * width,), (width,))
-            found, first = paged.gather(kv_cache.keys, blocks)[0], number * width * block
+            found, first = paged.gather_latents(kv_cache, blocks, q.dtype), number * width * block
             own = (first + jnp.arange(width * block) < length)[:, None]
             place = rows.starts[row], position, length, first
             return attend_chunk(jnp.where(own, found, 0), place, carry)

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinfer._utils.log import warn_once
-from jaxinfer.kernels.attention import xla_attention
+from jaxinfer.kernels.attention import paged, xla_attention
 from jaxinfer.kernels.attention.paged import DecodeRows, KVCache, PrefillTiles, Scoring, Slots
+from jaxinfer.kernels.attention.quantised_cache import SCALE
 
 TILE = 64
 """Queries per prefill tile; 6% faster than 32, where the packing of keys is shared by half as many rows."""
@@ -18,7 +19,7 @@ TILE = 64
 
 def _served(q: jax.Array, kv_cache: KVCache) -> bool:
     """Return whether the kernel computes these arrays; warn if it does not."""
-    if q.dtype not in (jnp.bfloat16, jnp.float32) or kv_cache.keys.dtype != q.dtype:
+    if q.dtype not in (jnp.bfloat16, jnp.float32) or not (kv_cache.quantised or kv_cache.keys.dtype == q.dtype):
         reason = f"the CPU kernel computes float32 and bfloat16, not {q.dtype} with a cache of {kv_cache.keys.dtype}"
     elif q.shape[-1] * q.dtype.itemsize % 4:
         reason = f"the CPU kernel computes even head dims in bfloat16, not {q.shape[-1]}"
@@ -79,28 +80,34 @@ def _call(
     scoring: Scoring,
     sinks: jax.Array | None,
 ) -> tuple[jax.Array, KVCache]:
-    none, nowhere = jnp.zeros((0,), q.dtype), jnp.zeros((0,), jnp.int32)
     value_dim = scoring.value_dim if kv_cache.values is None else kv_cache.values.shape[3]
-    values = none if kv_cache.values is None else kv_cache.values
-    results = [
-        jax.ShapeDtypeStruct(shape, q.dtype) for shape in ((*q.shape[:2], value_dim), kv_cache.keys.shape, values.shape)
-    ]
-    call = jax.ffi.ffi_call("jaxinfer_attention", results, input_output_aliases={9: 1, 10: 2})
+    new = KVCache(None, None) if k is None else paged.as_stored(kv_cache, k, v)
+    # The kernel gets empty arrays for those that there are none of.
+    dtypes = KVCache(*[kv_cache.keys.dtype] * 2, *[SCALE] * 2)
+    given, arrays = (
+        [jnp.zeros((0,), dtype) if array is None else array for array, dtype in zip(pair, dtypes, strict=True)]
+        for pair in (new, kv_cache)
+    )
+    results = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays]
+    call = jax.ffi.ffi_call(
+        "jaxinfer_attention",
+        [jax.ShapeDtypeStruct((*q.shape[:2], value_dim), q.dtype), *results],
+        input_output_aliases={11 + i: 1 + i for i in range(len(arrays))},
+    )
+    nowhere = jnp.zeros((0,), jnp.int32)
     slots = Slots(nowhere, nowhere) if slots is None else slots
     integers = (a.astype(jnp.int32) for a in (*slots, step.tables, _spanned(step), step.count))
-    out, keys, values = call(
+    out, *written = call(
         q,
-        none if k is None else k.astype(q.dtype),
-        none if v is None else v.astype(q.dtype),
+        *given,
         *integers,
         jnp.zeros((0,), jnp.float32) if sinks is None else sinks.astype(jnp.float32),
-        kv_cache.keys,
-        values,
+        *arrays,
         scale=np.float32(scoring.scale),
         softcap=np.float32(scoring.softcap or 0),
         window=np.int64(scoring.window or 0),
     )
-    return out, KVCache(keys, None if kv_cache.values is None else values)
+    return out, KVCache(*(None if old is None else a for old, a in zip(kv_cache, written, strict=True)))
 
 
 def _spanned(step: PrefillTiles) -> jax.Array:

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 
+from jaxinfer.kernels.attention.quantised_cache import FLOAT32, Codes, dequantise, quantise, widen
+
 
 class KVCache(NamedTuple):
     """Pair of cache arrays; layers of different groups may share it (`kv.groups`)."""
@@ -20,6 +22,15 @@ class KVCache(NamedTuple):
     """`[N, K, P, D]`."""
     values: jax.Array | None
     """`[N, K, P, Dv]`; None if the values are the first `Scoring.value_dim` columns of the keys (MLA)."""
+    key_scales: jax.Array | None = None
+    """`[N, K, P, 1]` if the keys are codes (`quantised_cache`), else None."""
+    value_scales: jax.Array | None = None
+    """Likewise; None without values, which have the scales of the keys then."""
+
+    @property
+    def quantised(self) -> bool:
+        """Whether keys and values are codes with scales."""
+        return self.key_scales is not None
 
 
 Cache: TypeAlias = list[Any]
@@ -92,15 +103,24 @@ class Scoring:
         return scores if self.softcap is None else self.softcap * jnp.tanh(scores / self.softcap)
 
 
+def as_stored(kv_cache: KVCache, keys: jax.Array, values: jax.Array | None) -> KVCache:
+    """Return new keys `[T, K, D]` and values `[T, K, Dv]` as the cache stores them: cast, or as codes with scales."""
+    kind = kv_cache.keys.dtype
+    if not kv_cache.quantised:
+        return KVCache(keys.astype(kind), None if values is None else values.astype(kind))
+    (codes, scales), own = quantise(keys, kind), Codes(None, None) if values is None else quantise(values, kind)
+    return KVCache(codes, own.codes, scales, own.scales)
+
+
 def write(kv_cache: KVCache, keys: jax.Array | None, values: jax.Array | None, slots: Slots | None) -> KVCache:
     """Write keys `[T, K, D]` and values `[T, K, Dv]` to their slots; without keys the cache is unchanged."""
     if keys is None:
         return kv_cache
 
     def put(array: jax.Array, new: jax.Array) -> jax.Array:
-        return array.at[slots.blocks, :, slots.offsets].set(new.astype(array.dtype), mode="drop")
+        return array.at[slots.blocks, :, slots.offsets].set(new, mode="drop")
 
-    return KVCache(put(kv_cache.keys, keys), None if kv_cache.values is None else put(kv_cache.values, values))
+    return jax.tree.map(put, kv_cache, as_stored(kv_cache, keys, values))
 
 
 def gather(cache: jax.Array, tables: jax.Array) -> jax.Array:
@@ -115,10 +135,26 @@ def gather(cache: jax.Array, tables: jax.Array) -> jax.Array:
     return picked.reshape(*tables.shape[:-1], heads, tables.shape[-1] * positions, dim)
 
 
-def gather_kv(kv_cache: KVCache, tables: jax.Array, scoring: Scoring) -> tuple[jax.Array, jax.Array]:
-    """Gather keys `[..., K, S, D]` and values `[..., K, S, Dv]` of the blocks in `tables` `[..., W]`, S = W * P."""
-    keys = gather(kv_cache.keys, tables)
-    return keys, keys[..., : scoring.value_dim] if kv_cache.values is None else gather(kv_cache.values, tables)
+def gather_kv(kv_cache: KVCache, tables: jax.Array, scoring: Scoring, dtype: jnp.dtype) -> KVCache:
+    """Gather keys `[..., K, S, D]`, values `[..., K, S, Dv]` and their scales `[..., K, S, 1]` by tables `[..., W]`.
+
+    S = W * P. Keys and values, or their codes, are converted to `dtype` and scales to float32. Without values, those of
+    the keys are returned.
+    """
+
+    def found(array: jax.Array | None, dtype: jnp.dtype) -> jax.Array | None:
+        return None if array is None else widen(gather(array, tables), dtype)
+
+    keys, scales = found(kv_cache.keys, dtype), found(kv_cache.key_scales, FLOAT32)
+    if kv_cache.values is None:
+        return KVCache(keys, keys[..., : scoring.value_dim], scales, scales)
+    return KVCache(keys, found(kv_cache.values, dtype), scales, found(kv_cache.value_scales, FLOAT32))
+
+
+def gather_latents(kv_cache: KVCache, tables: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Gather and dequantise the keys `[S, D]` of the only kv head of the blocks in `tables` `[W]`, S = W * P (MLA)."""
+    scales = None if kv_cache.key_scales is None else gather(kv_cache.key_scales, tables)[0]
+    return dequantise(gather(kv_cache.keys, tables)[0], scales, dtype)
 
 
 def reference(
@@ -131,7 +167,7 @@ def reference(
     sinks: jax.Array | None = None,
     spans: jax.Array | None = None,
 ) -> jax.Array:
-    """Reference implementation: every token gathers all blocks of its sequence and computes a plain softmax.
+    """Compute paged attention without tiling: every token gathers all blocks of its sequence for a plain softmax.
 
     Args:
         q: `[T, H, D]`.
@@ -146,9 +182,10 @@ def reference(
     Returns:
         `[T, H, Dv]`.
     """
-    keys, values = gather_kv(kv_cache, tables[rows], scoring)
+    found = gather_kv(kv_cache, tables[rows], scoring, FLOAT32)
+    keys, values = dequantise(found.keys, found.key_scales), dequantise(found.values, found.value_scales)
     group = q.shape[1] // keys.shape[1]
-    keys, values = (jnp.repeat(a, group, axis=1).astype(jnp.float32) for a in (keys, values))
+    keys, values = (jnp.repeat(a, group, axis=1) for a in (keys, values))
     at, last = jnp.arange(keys.shape[2]), positions[:, None]
     if spans is None:
         seen = ((at <= last) & (at >= scoring.first_key(last)))[:, None]

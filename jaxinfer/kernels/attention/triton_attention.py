@@ -7,6 +7,7 @@ not read from the cache what another one writes in the same step (the engine pub
 step that fills it).
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxinfer.kernels.attention.paged import DecodeRows, KVCache, PrefillTiles, Scoring, Slots
+from jaxinfer.kernels.attention.quantised_cache import FP8, quantise
 from jaxinfer.kernels.triton import triton_launch
 from jaxinfer.kernels.triton.triton_launch import Options, Target
 from jaxinfer.kernels.triton.triton_tiles import Layout, power, tiling
@@ -24,6 +26,8 @@ SLOTS_A_CORE = 2
 """Decode programs that run concurrently on a multiprocessor; all tilings leave shared memory for two."""
 PIECES = 16
 """Split-K pieces that `combine` reads at a time."""
+NEW = {f"new_{name}": name for name in KVCache._fields}
+"""Results of the kernel by the cache array in whose memory they are."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,8 @@ class TritonAttention:
     target: Target
     deterministic: bool = False
     """Whether a query's result from `prefill` does not depend on its tile: keys are read in pieces that begin at the
-    same positions for every tile, and all pieces with a mask, as the compiler may round otherwise without."""
+    same positions for every tile, and all pieces with a mask, since the compiler may round differently in code without
+    one."""
 
     def decode(
         self,
@@ -66,7 +71,7 @@ class TritonAttention:
             options=Options(4, 2),
             constants=dict(H=layout.heads, DV=layout.value_dim, V_COLUMNS=power(layout.value_dim), PIECES=PIECES),
         )
-        return whole["whole"], kv_cache if k is None else KVCache(found["new_keys"], found["new_values"])
+        return whole["whole"], found["kv_cache"]
 
     def prefill(
         self,
@@ -86,7 +91,7 @@ class TritonAttention:
         align = tiling(layout).block_n if self.deterministic else 1
         work = prefill_work(step, scoring, tokens=q.shape[0], tile=tile, align=align)
         found = self._attend((q, k, v), kv_cache, slots, step.tables, work, scoring, sinks, layout)
-        return found["out"], kv_cache if k is None else KVCache(found["new_keys"], found["new_values"])
+        return found["out"], found["kv_cache"]
 
     def _attend(
         self,
@@ -99,31 +104,27 @@ class TritonAttention:
         sinks: jax.Array | None,
         layout: Layout,
     ) -> dict[str, Any]:
-        """Launch the kernel over work items."""
-        (q, k, v), tiles, dtype = qkv, tiling(layout), kv_cache.keys.dtype
+        """Launch the kernel over work items; the result has its arrays by name, and the cache as `kv_cache`."""
+        (q, k, v), tiles = qkv, tiling(layout)
         blocks, kv_heads, block, dim = kv_cache.keys.shape
         shape, items = jax.ShapeDtypeStruct, work.shape[0]
         heads, value_dim = layout.heads, layout.value_dim
         out_shape = shape((q.shape[0], heads, value_dim), q.dtype)
-        q, k, v, places = _beside(*(None if x is None else x.astype(dtype) for x in (q, k, v)))
+        given, places = _beside(q, k, v, kv_cache)
         blocks_of, offsets = (None, None) if slots is None else slots
         operands = dict(
             items=work,
             tables=tables,
             blocks=blocks_of,
             offsets=offsets,
-            q=q,
-            k=k,
-            v=v,
-            keys=kv_cache.keys,
-            values=kv_cache.values,
+            **given,
+            **kv_cache._asdict(),
             sinks=sinks,
         )
-        written = [None if array is None or k is None else _shape(array) for array in kv_cache]
+        written = {} if k is None else NEW
         results = dict(
             out=out_shape,
-            new_keys=written[0],
-            new_values=written[1],
+            **{new: getattr(kv_cache, name) if new in written else None for new, name in NEW.items()},
             sums=shape((items, heads, value_dim), jnp.float32) if layout.decode else None,
             stats=shape((items, 2, heads), jnp.float32) if layout.decode else None,
         )
@@ -145,22 +146,24 @@ class TritonAttention:
             W=tables.shape[1],
             TILE=power(layout.tile, 1),
             UNMASKED=not (layout.decode or self.deterministic) and scoring.window is None,
-            K_ALIGN=math.gcd(16, dim * layout.itemsize),
-            V_ALIGN=math.gcd(16, value_dim * layout.itemsize),
+            K_ALIGN=math.gcd(16, dim * kv_cache.keys.dtype.itemsize),
+            V_ALIGN=math.gcd(16, value_dim * kv_cache.keys.dtype.itemsize),
             **places,
             BLOCK_M=tiles.block_m,
             BLOCK_N=tiles.block_n,
             PRECISION="ieee" if layout.itemsize == 4 else "tf32",
+            FP8=kv_cache.keys.dtype == FP8,
         )
-        return self._launch(
+        found = self._launch(
             "attend",
             operands,
             results,
-            aliases={} if k is None else {"keys": "new_keys", "values": "new_values"},
+            aliases={name: new for new, name in written.items()},
             constants=constants,
             grid=(kv_heads * tiles.parts(heads // kv_heads), items),
             options=tiles.options,
         )
+        return found | {"kv_cache": KVCache(*map(found.get, written)) if written else kv_cache}
 
     def _launch(self, name: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         from jaxinfer.kernels.triton import triton_kernels  # imports triton
@@ -169,32 +172,35 @@ class TritonAttention:
 
 
 def _beside(
-    q: jax.Array, k: jax.Array | None, v: jax.Array | None
-) -> tuple[jax.Array, jax.Array | None, jax.Array | None, dict[str, int]]:
-    """Return queries, keys and values for the kernel with their offsets and strides, concatenated if their widths are
-    equal.
+    q: jax.Array, k: jax.Array | None, v: jax.Array | None, kv_cache: KVCache
+) -> tuple[dict[str, jax.Array | None], dict[str, int]]:
+    """Return queries, keys and values for the kernel as the cache stores them, with their offsets and strides.
 
-    They come from one GEMM through rope: as one array XLA computes them with one kernel, as three arrays with three.
+    They come from one GEMM through rope: as one array XLA computes them with one kernel, as three arrays with three. So
+    they are concatenated if their widths are equal; codes, which are not of the queries' dtype, without the queries.
     """
-    parts = [x for x in (q, k, v) if x is not None]
-    rows = [math.prod(x.shape[1:]) for x in parts]
-    firsts = [0] * len(parts)
-    if v is not None and v.shape[2] == q.shape[2]:
-        firsts = [0, rows[0], rows[0] + rows[1]]
-        q = k = v = jnp.concatenate(parts, axis=1)
-        rows = [sum(rows)] * 3
-    # Without values (MLA) the keys' offsets stand in for them.
-    firsts, rows = (firsts + firsts[-1:] * 2)[:3], (rows + rows[-1:] * 2)[:3]
-    names = ("Q", "K", "V")
-    return (
-        q,
-        k,
-        v,
-        {
-            **{f"{name}_FIRST": first for name, first in zip(names, firsts, strict=True)},
-            **{f"{name}_ROW": row for name, row in zip(names, rows, strict=True)},
-        },
-    )
+    parts = {name: x for name, x in (("q", q), ("k", k), ("v", v)) if x is not None}
+    joined = [name for name in parts if name != "q" or not kv_cache.quantised]
+    if v is None or v.shape[2] != q.shape[2]:
+        joined = []
+    rows = {name: math.prod(x.shape[1:]) for name, x in parts.items()}
+    firsts, row = dict.fromkeys(parts, 0), sum(rows[name] for name in joined)
+    for before, name in itertools.pairwise(joined):
+        firsts[name] = firsts[before] + rows[before]
+    rows |= dict.fromkeys(joined, row)
+    if joined:
+        parts |= dict.fromkeys(joined, jnp.concatenate([parts[name] for name in joined], axis=1))
+    if kv_cache.quantised:
+        made = {id(x): quantise(x, kv_cache.keys.dtype) for name, x in parts.items() if name != "q"}
+        codes = {name: made[id(x)] for name, x in parts.items() if name != "q"}
+        parts |= {name: own.codes for name, own in codes.items()}
+        parts |= {f"{name}_scales": own.scales for name, own in codes.items()}
+    else:
+        parts = {name: x.astype(kv_cache.keys.dtype) for name, x in parts.items()}
+    # Without keys (cross-attention) or values (MLA) other offsets stand in for theirs.
+    places = {f"{name}_FIRST": firsts.get(name.lower(), firsts.get("k", 0)) for name in "QKV"}
+    places |= {f"{name}_ROW": rows.get(name.lower(), rows.get("k", rows["q"])) for name in "QKV"}
+    return dict.fromkeys(("q", "k", "v", "k_scales", "v_scales")) | parts, places
 
 
 def _shape(array: jax.Array) -> jax.ShapeDtypeStruct:
@@ -204,5 +210,6 @@ def _shape(array: jax.Array) -> jax.ShapeDtypeStruct:
 def _layout(q: jax.Array, kv_cache: KVCache, scoring: Scoring, *, tile: int, decode: bool) -> Layout:
     latent = kv_cache.values is None
     value_dim = scoring.value_dim if latent else kv_cache.values.shape[3]
-    itemsize = jnp.dtype(kv_cache.keys.dtype).itemsize
-    return Layout(q.shape[1], kv_cache.keys.shape[1], kv_cache.keys.shape[3], value_dim, latent, itemsize, tile, decode)
+    itemsize = jnp.dtype(q.dtype if kv_cache.quantised else kv_cache.keys.dtype).itemsize
+    _, kv_heads, _, dim = kv_cache.keys.shape
+    return Layout(q.shape[1], kv_heads, dim, value_dim, latent, itemsize, tile, decode, kv_cache.quantised)

@@ -93,27 +93,30 @@ def decode(
         # The window, and the part of its first block before it.
         items = min(items, decode_items(batch, scoring.window + block - 1, block))
     rows, starts, blocks = _decode_work(step, items, block, scoring)
-    keys, values = paged.gather_kv(kv_cache, blocks, scoring)
-    kv_heads, span = keys.shape[1:3]
+    found = paged.gather_kv(kv_cache, blocks, scoring, q.dtype)
+    kv_heads, span = found.keys.shape[1:3]
     grouped = q.reshape(batch, kv_heads, heads // kv_heads, dim).at[rows].get(mode="clip")
     lengths = step.lengths.at[rows].get(mode="fill", fill_value=0)[:, None]
     at = starts[:, None] + jnp.arange(span)
     live = (at < lengths) & (at >= step.first_keys(scoring).at[rows].get(mode="fill", fill_value=0)[:, None])
     precision = _precision(q.dtype)
-    scores = scoring.cap(
-        scoring.scale
-        * jnp.einsum("ikgd,iksd->ikgs", grouped, keys, precision=precision, preferred_element_type=jnp.float32)
+    scores = scoring.scale * jnp.einsum(
+        "ikgd,iksd->ikgs", grouped, found.keys, precision=precision, preferred_element_type=jnp.float32
     )
-    scores = jnp.where(live[:, None, None], scores, -jnp.inf)
+    if kv_cache.quantised:
+        scores *= found.key_scales[:, :, None, :, 0]
+    scores = jnp.where(live[:, None, None], scoring.cap(scores), -jnp.inf)
     mine = rows == jnp.arange(batch)[:, None]
     top = jnp.where(mine[..., None, None], scores.max(axis=-1), LEAST).max(axis=1)
     if sinks is not None:
         sinks = sinks.astype(jnp.float32).reshape(kv_heads, -1)
         top = jnp.maximum(top, sinks)
     weights = jnp.exp(scores - top.at[rows].get(mode="clip")[..., None])
-    values = jnp.where(live[:, None, :, None], values, 0)
+    values, of_values = jnp.where(live[:, None, :, None], found.values, 0), weights
+    if kv_cache.quantised:
+        of_values = weights * jnp.where(live[:, None, None], found.value_scales[:, :, None, :, 0], 0)
     parts = jnp.einsum(
-        "ikgs,iksd->ikgd", weights.astype(q.dtype), values, precision=precision, preferred_element_type=jnp.float32
+        "ikgs,iksd->ikgd", of_values.astype(q.dtype), values, precision=precision, preferred_element_type=jnp.float32
     )
     whole = _add_pieces(jnp.concatenate([parts, weights.sum(axis=-1, keepdims=True)], axis=-1), mine)
     total = whole[..., -1:] if sinks is None else whole[..., -1:] + jnp.exp(sinks - top)[..., None]
@@ -211,20 +214,24 @@ def _tile(
     def body(chunk: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
         top, total, acc = carry
         blocks = jax.lax.dynamic_slice(table, (chunk * width,), (width,))
-        keys, values = paged.gather_kv(kv_cache, blocks, scoring)
+        found = paged.gather_kv(kv_cache, blocks, scoring, q.dtype)
         at = chunk * keys_read + jnp.arange(keys_read)
-        scores = scoring.cap(
-            scoring.scale
-            * jnp.einsum("ckgd,ksd->kgcs", q, keys, precision=precision, preferred_element_type=jnp.float32)
+        scores = scoring.scale * jnp.einsum(
+            "ckgd,ksd->kgcs", q, found.keys, precision=precision, preferred_element_type=jnp.float32
         )
-        scores = jnp.where((at <= q_at) & (at >= least) & (at < length), scores, -jnp.inf)
+        if kv_cache.quantised:
+            scores *= found.key_scales[:, None, None, :, 0]
+        scores = jnp.where((at <= q_at) & (at >= least) & (at < length), scoring.cap(scores), -jnp.inf)
         new_top = jnp.maximum(top, scores.max(axis=-1))
         weights = jnp.exp(scores - new_top[..., None])
         shrink = jnp.exp(top - new_top)
-        values = jnp.where(((at >= least[0]) & (at < length))[:, None], values, 0)
+        live, of_values = (at >= least[0]) & (at < length), weights
+        values = jnp.where(live[:, None], found.values, 0)
+        if kv_cache.quantised:
+            of_values = weights * jnp.where(live, found.value_scales[:, None, None, :, 0], 0)
         part = jnp.einsum(
             "kgcs,ksd->kgcd",
-            weights.astype(q.dtype),
+            of_values.astype(q.dtype),
             values,
             precision=precision,
             preferred_element_type=jnp.float32,

@@ -11,18 +11,19 @@ from jaxinfer.kernels.native import build
 from jaxinfer.kernels.triton import triton_launch
 
 XLA, NATIVE, TRITON = "xla", "native", "triton"
-"""Triton's is for products of groups alone (`kernels.grouped`); all others are XLA's beside it."""
+"""Names of implementations. "triton" has grouped products (`kernels.matmul.grouped`) and those with weights of 4 bits
+(`packed_matmul`); XLA computes the others."""
 RAGGED = "ragged"
-"""XLA's, and for products of groups its own, which is differentiable (`jaxinfer.functional.training`); no user chooses
-it."""
+"""XLA's products, with `jax.lax.ragged_dot` for groups, which is differentiable (`jaxinfer.functional.training`); not a
+user setting."""
 STABLE = "stable"
-"""The native product, whose result for a row then has the same bits however many rows there are; rows of zeros at the
-end are skipped. `deterministic` makes it of "native" (`stable`); no user chooses it."""
+"""The native product in a form whose result for a row has the same bits for any number of rows; it skips rows of zeros
+at the end. Deterministic engines use it in place of "native" (`stable`); not a user setting."""
 NATIVES = (NATIVE, STABLE)
 
 MATRIX_UNIT_ROWS = 16
 """Most rows for which the native bfloat16 product is used on a CPU with matrix units (AMX); XLA uses these units for
-more rows. Up to here reading the weights dominates, which XLA does at a little over half the speed."""
+more rows. Up to this number, reading the weights takes the time, which XLA does at a little over half the speed."""
 
 
 def choose(requested: str, mesh: Mesh) -> str:
@@ -58,7 +59,7 @@ def matmul(
     kernel: str = XLA,
     part: tuple[int, int] | None = None,
 ) -> jax.Array:
-    """Compute `[T, in] x [out, in]^T -> [T, out]` in `dtype`, by default that of `x`; sums are taken in float32.
+    """Compute `[T, in] x [out, in]^T -> [T, out]` in `dtype`, by default that of `x`, with float32 sums.
 
     `part`: first and end of the weight's rows to multiply with, which are not copied; None for all.
     """
@@ -82,5 +83,14 @@ def _native(x: jax.Array, weight: jax.Array, dtype: jnp.dtype) -> bool:
         warn_once(
             "products run in XLA, which is slower", f"the CPU kernel computes float32 and bfloat16, not {x.dtype}"
         )
-    units = "amx_bf16" in build.cpu_flags()
-    return x.dtype == jnp.bfloat16 and x.shape[1] % 2 == 0 and not (units and x.shape[0] > MATRIX_UNIT_ROWS)
+    return x.dtype == jnp.bfloat16 and x.shape[1] % 2 == 0 and not prefers_matrix_units(x)
+
+
+def prefers_matrix_units(x: jax.Array) -> bool:
+    """Return whether XLA's product of these rows is faster than the native one, on a CPU with matrix units."""
+    return x.dtype == jnp.bfloat16 and x.shape[0] > MATRIX_UNIT_ROWS and cpu_has_matrix_units()
+
+
+def cpu_has_matrix_units() -> bool:
+    """Return whether this CPU multiplies matrices in bfloat16 (AMX)."""
+    return "amx_bf16" in build.cpu_flags()

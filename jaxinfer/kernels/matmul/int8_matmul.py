@@ -1,7 +1,7 @@
 """Matmul in int8: weights quantised at load time, activations at run time; both are rotated first.
 
 `x W^T` with one scale a row of W (an output channel) and one a row of x (a token) is an int8 x int8 -> int32 GEMM
-and two multiplications behind it: `y[t, o] = (q_x[t] . q_w[o]) s_x[t] s_w[o]` (arXiv:2206.01861, token-wise and
+followed by two multiplications: `y[t, o] = (q_x[t] . q_w[o]) s_x[t] s_w[o]` (arXiv:2206.01861, token-wise and
 group-wise quantisation; arXiv:2211.10438). int32 holds the sum exactly up to 133,000 columns. Weights stay
 `[out, in]`, contracted on the last axis of both sides, which was the fastest form on a CPU.
 
@@ -183,6 +183,6 @@ def _product(x: jax.Array, weight: jax.Array, scales: jax.Array, dtype: jax.typi
 
 
 def reference(x: np.ndarray, weight: np.ndarray, scales: np.ndarray, block: int = 1) -> np.ndarray:
-    """Reference implementation of `matmul` for `[T, in]`: rounds on the host and sums in float64."""
+    """Compute `matmul` for `[T, in]` on the host, with sums in float64, as a reference."""
     units, own = quantise(rotate(x, block))
     return (units[:, None, :] * weight.astype(np.float64)).sum(-1) * own[:, None] * scales

@@ -3,13 +3,15 @@
 // A tile is a number of queries of one sequence; together with the G query heads of a kv head they are the rows that
 // share keys and values. For each kChunk key positions: gather keys and values of live positions into panels (zeros for
 // others, so that stale memory is never used), compute scores = rows x keys, an online softmax (arXiv:2205.14135), and
-// accumulate weights x values. Reference: jaxinfer.kernels.attention.paged.reference.
+// accumulate weights x values. Of a quantised cache codes are gathered; scales of keys multiply scores, those of values
+// weights. Reference: jaxinfer.kernels.attention.paged.reference.
 
 #include <cmath>
 #include <limits>
 #include <type_traits>
 #include <vector>
 
+#include "codes.h"
 #include "parallel.h"
 #include "simd.h"
 
@@ -32,14 +34,15 @@ struct Scoring {
   int64_t window;        // 0: no window
 };
 
-template <typename Kind>
+template <typename Stored>
 struct KVCache {
-  typename Kind::Element *keys, *values;  // null values: the first value_dim columns of the keys (MLA)
+  Stored *keys, *values;             // null values: the first value_dim columns of the keys (MLA)
+  BF16 *key_scales, *value_scales;   // null unless the elements are codes
   int64_t blocks, heads, block, dim, value_dim;
 
   int64_t At(int64_t id, int64_t head, int64_t offset) const { return (id * heads + head) * block + offset; }
-  const typename Kind::Element* Key(int64_t place) const { return keys + place * dim; }
-  const typename Kind::Element* Value(int64_t place) const { return values ? values + place * value_dim : Key(place); }
+  const Stored* Key(int64_t place) const { return keys + place * dim; }
+  const Stored* Value(int64_t place) const { return values ? values + place * value_dim : Key(place); }
 };
 
 // Per-thread buffers.
@@ -50,6 +53,7 @@ struct Scratch {
   std::vector<float> tops, totals;
   alignas(64) float scores[kRows][kChunk];
   alignas(64) typename Kind::Element weights[kRows][kChunk];
+  alignas(64) float key_scales[kChunk], value_scales[kChunk];
 };
 
 struct Tile {
@@ -80,8 +84,8 @@ inline void PackValues(const float* const rows[1], int64_t dim, uint32_t* line) 
 }
 
 // Computes the cache index of key positions [first, first + kChunk); -1 outside [begin, end).
-template <typename Kind>
-void Find(const KVCache<Kind>& cache, const int32_t* table, int64_t head, int64_t first, int64_t begin, int64_t end,
+template <typename Stored>
+void Find(const KVCache<Stored>& cache, const int32_t* table, int64_t head, int64_t first, int64_t begin, int64_t end,
           int64_t places[kChunk]) {
   for (int64_t i = 0; i < kChunk; ++i) {
     const int64_t at = first + i;
@@ -100,27 +104,46 @@ inline void Prefetch(const void* row, int64_t bytes) {
 
 // Gathers the positions at `places` into panels, and prefetches those at `next`: blocks are scattered, so the hardware
 // prefetcher cannot predict them.
-template <typename Kind>
-void Gather(const KVCache<Kind>& cache, const int64_t places[kChunk], const int64_t next[kChunk],
+template <typename Kind, typename Stored>
+void Gather(const KVCache<Stored>& cache, const int64_t places[kChunk], const int64_t next[kChunk],
             Scratch<Kind>& scratch) {
-  using Element = typename Kind::Element;
-  const int64_t bytes = cache.dim * sizeof(Element), words = bytes / 4;
+  const int64_t bytes = cache.dim * sizeof(Stored);
   for (int64_t i = 0; i < kChunk; i += kLanes) {
-    const char* rows[kLanes];
+    const Stored* rows[kLanes];
     for (int j = 0; j < kLanes; ++j) {
-      rows[j] = places[i + j] < 0 ? nullptr : reinterpret_cast<const char*>(cache.Key(places[i + j]));
+      rows[j] = places[i + j] < 0 ? nullptr : cache.Key(places[i + j]);
       if (next[i + j] >= 0) Prefetch(cache.Key(next[i + j]), bytes);
     }
-    PackColumns<Kind>(rows, words, bytes, scratch.keys.data() + i, kChunk);
+    if constexpr (kIsCode<Stored>) {
+      PackCodeColumns<Kind>(rows, cache.dim, scratch.keys.data() + i, kChunk);
+    } else {
+      const char* raw[kLanes];
+      for (int j = 0; j < kLanes; ++j) raw[j] = reinterpret_cast<const char*>(rows[j]);
+      PackColumns<Kind>(raw, bytes / 4, bytes, scratch.keys.data() + i, kChunk);
+    }
   }
   const int64_t stride = RoundUp(cache.value_dim, kWide);
   for (int64_t i = 0; i < kChunk; i += Kind::kPerWord) {
-    const Element* rows[Kind::kPerWord];
+    const Stored* rows[Kind::kPerWord];
     for (int j = 0; j < Kind::kPerWord; ++j) {
       rows[j] = places[i + j] < 0 ? nullptr : cache.Value(places[i + j]);
-      if (next[i + j] >= 0) Prefetch(cache.Value(next[i + j]), cache.value_dim * sizeof(Element));
+      if (next[i + j] >= 0) Prefetch(cache.Value(next[i + j]), cache.value_dim * sizeof(Stored));
     }
-    PackValues(rows, cache.value_dim, scratch.values.data() + i / Kind::kPerWord * stride);
+    uint32_t* line = scratch.values.data() + i / Kind::kPerWord * stride;
+    if constexpr (kIsCode<Stored>) PackValueCodes<Kind>(rows, cache.value_dim, line);
+    else PackValues(rows, cache.value_dim, line);
+  }
+  if constexpr (kIsCode<Stored>) {
+    const BF16* own = cache.value_scales ? cache.value_scales : cache.key_scales;
+    for (int64_t i = 0; i < kChunk; ++i) {
+      const int64_t at = places[i];
+      scratch.key_scales[i] = at < 0 ? 0 : ToFloat(cache.key_scales[at]);
+      scratch.value_scales[i] = at < 0 ? 0 : ToFloat(own[at]);
+      if (next[i] >= 0) {
+        Prefetch(cache.key_scales + next[i], sizeof(BF16));
+        Prefetch(own + next[i], sizeof(BF16));
+      }
+    }
   }
 }
 
@@ -133,7 +156,7 @@ inline __m512 Capped(__m512 x, float cap) {  // cap * tanh(x / cap)
 
 // Processes R rows of a tile against one chunk, of which row r sees positions [low[r], high[r]); with `kAll` all of it.
 // Scores and maxima are in base 2.
-template <typename Kind, int R, bool kAll>
+template <typename Kind, int R, bool kAll, bool kScaled>
 void Turn(const uint32_t* const q[R], const int64_t low[R], const int64_t high[R], int64_t row, int64_t words,
           int64_t stride, const Scoring& scoring, Scratch<Kind>& scratch) {
   using Sum = typename Kind::Sum;
@@ -150,6 +173,7 @@ void Turn(const uint32_t* const q[R], const int64_t low[R], const int64_t high[R
     for (int r = 0; r < R; ++r) {
       for (int v = 0; v < kPanel; ++v) {
         __m512 x = _mm512_mul_ps(sums[r][v], scale);
+        if constexpr (kScaled) x = _mm512_mul_ps(x, _mm512_load_ps(scratch.key_scales + c + v * kLanes));
         if (scoring.softcap > 0) x = _mm512_mul_ps(Capped(x, scoring.softcap), _mm512_set1_ps(kLog2e));
         if (!kAll) x = _mm512_mask_blend_ps(seen(r, c + v * kLanes), never, x);
         _mm512_store_ps(scratch.scores[r] + c + v * kLanes, x);
@@ -171,6 +195,7 @@ void Turn(const uint32_t* const q[R], const int64_t low[R], const int64_t high[R
       __m512 w = Exp2<typename Kind::Element>(_mm512_sub_ps(_mm512_load_ps(scratch.scores[r] + i), peak));
       if (!kAll) w = _mm512_maskz_mov_ps(seen(r, i), w);
       sum = _mm512_add_ps(sum, w);
+      if constexpr (kScaled) w = _mm512_mul_ps(w, _mm512_load_ps(scratch.value_scales + i));
       Store(scratch.weights[r] + i, w, 0xffff);
     }
     scratch.totals[row + r] = scratch.totals[row + r] * shrink[r] + _mm512_reduce_add_ps(sum);
@@ -189,13 +214,13 @@ void Turn(const uint32_t* const q[R], const int64_t low[R], const int64_t high[R
 }
 
 // Processes the queries of a tile for the G query heads of one kv head. `more`: the next kv head is processed next.
-template <typename Kind>
-void Attend(const typename Kind::Element* q, const KVCache<Kind>& cache, const int32_t* table, const Tile& tile,
+template <typename Kind, typename Stored>
+void Attend(const typename Kind::Element* q, const KVCache<Stored>& cache, const int32_t* table, const Tile& tile,
             int64_t heads, int64_t head, bool more, const Scoring& scoring, const float* sinks,
             typename Kind::Element* out) {
   thread_local Scratch<Kind> scratch;
   const int64_t group = heads / cache.heads, rows = tile.count * group;
-  const int64_t stride = RoundUp(cache.value_dim, kWide), words = cache.dim * sizeof(*q) / 4;
+  const int64_t stride = RoundUp(cache.value_dim, kWide), words = cache.dim / Kind::kPerWord;
   scratch.keys.resize(words * kChunk);
   scratch.values.assign(kChunk / Kind::kPerWord * stride, 0);
   scratch.sums.assign(rows * stride, 0);
@@ -234,8 +259,8 @@ void Attend(const typename Kind::Element* q, const KVCache<Kind>& cache, const i
         high[r] = std::min(position + 1, tile.end) - first;
       }
       const bool all = *std::max_element(low, low + R) <= 0 && *std::min_element(high, high + R) >= kChunk;
-      if (all) Turn<Kind, R, true>(qs, low, high, row, words, stride, scoring, scratch);
-      else Turn<Kind, R, false>(qs, low, high, row, words, stride, scoring, scratch);
+      if (all) Turn<Kind, R, true, kIsCode<Stored>>(qs, low, high, row, words, stride, scoring, scratch);
+      else Turn<Kind, R, false, kIsCode<Stored>>(qs, low, high, row, words, stride, scoring, scratch);
     };
     int64_t row = 0;
     for (; row + kRows <= rows; row += kRows) turn(row, std::integral_constant<int, kRows>{});
@@ -253,30 +278,35 @@ void Attend(const typename Kind::Element* q, const KVCache<Kind>& cache, const i
 
 struct Step {
   ffi::AnyBuffer q, k, v;
+  ffi::Buffer<ffi::BF16> k_scales, v_scales;  // empty unless the cache is quantised, as k and v are then
   ffi::Buffer<ffi::S32> blocks, offsets, tables, tiles, count;
   ffi::Buffer<ffi::F32> sinks;  // empty: no sinks
 };
 
-template <typename Kind>
-void Write(const Step& step, const KVCache<Kind>& cache) {
-  using Element = typename Kind::Element;
-  const auto* keys = static_cast<const Element*>(step.k.untyped_data());
-  const auto* values = static_cast<const Element*>(step.v.untyped_data());
+// Copies one head of a token, if the cache has the array.
+template <typename Element>
+inline void Keep(Element* array, int64_t place, const void* given, int64_t from, int64_t width) {
+  if (array)
+    std::memcpy(array + place * width, static_cast<const Element*>(given) + from * width, width * sizeof(Element));
+}
+
+template <typename Stored>
+void Write(const Step& step, const KVCache<Stored>& cache) {
   for (int64_t t = 0; t < step.k.dimensions()[0]; ++t) {
     const int64_t id = step.blocks.typed_data()[t];
     if (id < 0 || id >= cache.blocks) continue;
     for (int64_t head = 0; head < cache.heads; ++head) {
       const int64_t place = cache.At(id, head, step.offsets.typed_data()[t]), from = t * cache.heads + head;
-      std::memcpy(cache.keys + place * cache.dim, keys + from * cache.dim, cache.dim * sizeof(Element));
-      if (cache.values)
-        std::memcpy(cache.values + place * cache.value_dim, values + from * cache.value_dim,
-                    cache.value_dim * sizeof(Element));
+      Keep(cache.keys, place, step.k.untyped_data(), from, cache.dim);
+      Keep(cache.values, place, step.v.untyped_data(), from, cache.value_dim);
+      Keep(cache.key_scales, place, step.k_scales.untyped_data(), from, 1);
+      Keep(cache.value_scales, place, step.v_scales.untyped_data(), from, 1);
     }
   }
 }
 
-template <typename Kind>
-void Run(ffi::ThreadPool& pool, const Step& step, const Scoring& scoring, const KVCache<Kind>& cache, void* result) {
+template <typename Kind, typename Stored>
+void Run(ffi::ThreadPool& pool, const Step& step, const Scoring& scoring, const KVCache<Stored>& cache, void* result) {
   using Element = typename Kind::Element;
   Write(step, cache);
   const int64_t heads = step.q.dimensions()[1], width = step.tables.dimensions()[1];
@@ -299,26 +329,37 @@ void Run(ffi::ThreadPool& pool, const Step& step, const Scoring& scoring, const 
   });
 }
 
+template <typename Element>
+Element* Data(ffi::Result<ffi::AnyBuffer>& array) {
+  return array->element_count() ? static_cast<Element*>(array->untyped_data()) : nullptr;
+}
+
 // The cache arrays are operands aliased to results.
 ffi::Error AttentionImpl(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
+                         ffi::Buffer<ffi::BF16> k_scales, ffi::Buffer<ffi::BF16> v_scales,
                          ffi::Buffer<ffi::S32> blocks, ffi::Buffer<ffi::S32> offsets, ffi::Buffer<ffi::S32> tables,
                          ffi::Buffer<ffi::S32> tiles, ffi::Buffer<ffi::S32> count, ffi::Buffer<ffi::F32> sinks,
-                         ffi::AnyBuffer, ffi::AnyBuffer, ffi::Result<ffi::AnyBuffer> out,
-                         ffi::Result<ffi::AnyBuffer> keys, ffi::Result<ffi::AnyBuffer> values, float scale,
-                         float softcap, int64_t window) {
-  const Step step{q, k, v, blocks, offsets, tables, tiles, count, sinks};
+                         ffi::AnyBuffer, ffi::AnyBuffer, ffi::AnyBuffer, ffi::AnyBuffer,
+                         ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> keys,
+                         ffi::Result<ffi::AnyBuffer> values, ffi::Result<ffi::AnyBuffer> key_scales,
+                         ffi::Result<ffi::AnyBuffer> value_scales, float scale, float softcap, int64_t window) {
+  const Step step{q, k, v, k_scales, v_scales, blocks, offsets, tables, tiles, count, sinks};
   const Scoring scoring{scale, softcap, window};
   const auto shape = keys->dimensions();
-  auto run = [&](auto kind) {
-    using Kind = decltype(kind);
-    using Element = typename Kind::Element;
-    auto* own = values->element_count() ? static_cast<Element*>(values->untyped_data()) : nullptr;
-    const KVCache<Kind> cache{static_cast<Element*>(keys->untyped_data()), own, shape[0], shape[1], shape[2], shape[3],
-                            out->dimensions()[2]};
-    Run<Kind>(pool, step, scoring, cache, out->untyped_data());
+  auto run = [&](auto kind, auto stored) {
+    using Stored = decltype(stored);
+    const KVCache<Stored> cache{Data<Stored>(keys),     Data<Stored>(values), Data<BF16>(key_scales),
+                                Data<BF16>(value_scales), shape[0],             shape[1],
+                                shape[2],               shape[3],             out->dimensions()[2]};
+    Run<decltype(kind), Stored>(pool, step, scoring, cache, out->untyped_data());
   };
-  if (q.element_type() == ffi::DataType::BF16) run(KindBF16{});
-  else run(KindF32{});
+  auto of_kind = [&](auto kind) {
+    if (keys->element_type() == ffi::DataType::S8) run(kind, Int8Code{});
+    else if (keys->element_type() == ffi::DataType::U8) run(kind, FP8Code{});
+    else run(kind, typename decltype(kind)::Element{});
+  };
+  if (q.element_type() == ffi::DataType::BF16) of_kind(KindBF16{});
+  else of_kind(KindF32{});
   return ffi::Error::Success();
 }
 
@@ -351,6 +392,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxinferAttention, jaxinfer::AttentionImpl,
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::BF16>>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::BF16>>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
@@ -359,6 +402,10 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxinferAttention, jaxinfer::AttentionImpl,
                                   .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Ret<xla::ffi::AnyBuffer>()
+                                  .Ret<xla::ffi::AnyBuffer>()
                                   .Ret<xla::ffi::AnyBuffer>()
                                   .Ret<xla::ffi::AnyBuffer>()
                                   .Ret<xla::ffi::AnyBuffer>()

@@ -1,4 +1,4 @@
-"""The C++ kernels of this machine's CPU, and their registration with XLA.
+"""Build the C++ kernels for this machine's CPU and register them with XLA.
 
 A wheel may carry them compiled (`setup.py`). Otherwise, or if this JAX or this system cannot use those, they are built
 on first use with the machine's C++17 compiler for its own instruction set, and cached in the user's cache folder under
@@ -27,6 +27,8 @@ TARGETS = {
     "jaxinfer_int8_matmul": "JaxinferInt8Matmul",
     "jaxinfer_grouped_matmul": "JaxinferGroupedMatmul",
     "jaxinfer_grouped_int8_matmul": "JaxinferGroupedInt8Matmul",
+    "jaxinfer_packed_matmul": "JaxinferPackedMatmul",
+    "jaxinfer_unpack": "JaxinferUnpack",
     "jaxinfer_attention": "JaxinferAttention",
     "jaxinfer_copy_blocks": "JaxinferCopyBlocks",
 }

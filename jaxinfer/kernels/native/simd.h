@@ -21,11 +21,17 @@ struct BF16 {
   uint16_t bits;
 };
 
+inline float ToFloat(BF16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float wide;
+  std::memcpy(&wide, &bits, sizeof(wide));
+  return wide;
+}
 inline __m512 ToFloat(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
 inline __m256i ToBF16(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
 
-// Each kind says how many elements a word holds, what becomes of the right operand's words when they are loaded, and
-// how words are multiplied and added up.
+// Each kind of operands defines the elements per word, the conversion of the right operand's words when they are loaded
+// (`Right`), and the multiply-add of words.
 struct KindBF16 {
   using Element = BF16;
   using Sum = __m512;
@@ -46,8 +52,8 @@ struct KindF32 {
   }
 };
 
-// The instruction multiplies unsigned with signed bytes, so the right operand is moved up by 128. That adds 128 times
-// the sum of the left operand's row, to be taken off the whole sum; int32 may overflow on the way and comes back.
+// The instruction multiplies unsigned by signed bytes, so 128 is added to the right operand. The caller subtracts 128
+// times the sum of the left operand's row from the result; int32 may wrap around before, and the difference is exact.
 struct KindInt8 {
   using Element = int8_t;
   using Sum = __m512i;
@@ -61,7 +67,7 @@ inline __mmask16 FirstLanes(int64_t count) {
   return count >= kLanes ? 0xffff : count <= 0 ? 0 : static_cast<__mmask16>((1u << count) - 1);
 }
 
-// Loads the words of a row from `word` on; what lies beyond `bytes` of the row reads as zero.
+// Loads the words of a row from `word` on; bytes from `bytes` of the row on read as zero.
 inline __m512i LoadWords(const char* row, int64_t word, int64_t bytes) {
   const int64_t left = bytes - word * 4;
   if (left >= 64) return _mm512_loadu_si512(row + word * 4);
@@ -129,7 +135,7 @@ inline void RowsTimesPanel(const uint32_t* const a[R], const uint32_t* panel, in
     for (int v = 0; v < NV; ++v) sums[r][v] = acc[r][v];
 }
 
-// The sums of the lanes of 16 registers, as the lanes of one.
+// Sums the lanes of each of 16 registers; the sums are the lanes of the result.
 inline __m512 SumLanes(const __m512 x[16]) {
   __m512i r[16];
   for (int i = 0; i < 16; ++i) r[i] = _mm512_castps_si512(x[i]);
@@ -152,12 +158,11 @@ inline void Store(BF16* out, __m512 x, __mmask16 mask) { _mm256_mask_storeu_epi1
 inline __m512 Load(const float* in, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, in); }
 inline __m512 Load(const BF16* in, __mmask16 mask) { return ToFloat(_mm256_maskz_loadu_epi16(mask, in)); }
 
-// 2^x; NaN stays NaN. To about one unit in the last place of float32, and for bfloat16 to a hundredth of one of its
-// own.
-// Polynomials of least relative error for 2^r with r in [-1/2, 1/2].
+// 2^x by a polynomial of least relative error for 2^r, r in [-1/2, 1/2]; NaN stays NaN. The error is about one unit in
+// the last place of float32, and for bfloat16 a hundredth of its own unit.
 template <typename Element>
 inline __m512 Exp2(__m512 x) {
-  // The second operand is what max and min give when one is NaN. Weights are never above one.
+  // max and min return the second operand if either is NaN. Attention weights are at most one.
   x = _mm512_max_ps(_mm512_set1_ps(-127.0f), x);
   if constexpr (sizeof(Element) == 4) x = _mm512_min_ps(_mm512_set1_ps(128.0f), x);
   const __m512 n = _mm512_roundscale_ps(x, 0), r = _mm512_sub_ps(x, n);

@@ -1,6 +1,6 @@
-"""Short causal convolution before a recurrence: a depthwise convolution over all columns, then SiLU.
+"""Short causal convolution: a depthwise convolution over all columns, before a recurrence or by itself.
 
-    y_t = silu(sum_j w_j * x_(t - W + 1 + j)),  j of [0, W)
+    y_t = sum_j w_j * x_(t - W + 1 + j),  j of [0, W)
 
 Its state is the last W - 1 inputs of a sequence, `[N, W - 1, columns]`, initially zero; columns are last, so that a row
 of the state is a row of the step. States have the inputs' dtype and store them unchanged; sums are float32.
@@ -19,13 +19,23 @@ def _weighted(inputs: list[jax.Array], weight: jax.Array) -> jax.Array:
 
 
 def decode(x: jax.Array, weight: jax.Array, states: jax.Array, rows: DecodeSlots) -> tuple[jax.Array, jax.Array]:
-    """Process one token per sequence: `[B, columns]`, `[columns, W]` -> float32 `[B, columns]` and new states."""
+    """Process one token per sequence.
+
+    Args:
+        x: `[B, columns]`, the tokens.
+        weight: `[columns, W]`.
+        states: `[N, W - 1, columns]`.
+        rows: state slots of the sequences.
+
+    Returns:
+        float32 `[B, columns]` and the updated states.
+    """
     # Clamp instead of filling with zeros: results for padding are dropped anyway.
     past = states.at[rows.sources].get(mode="clip")
     y = _weighted([*(past[:, j] for j in range(past.shape[1])), x], weight)
     new = jnp.concatenate([past[:, 1:], x[:, None].astype(past.dtype)], axis=1)
     # If XLA fuses the gather with the scatter it copies all states, to avoid overwriting values still to be read.
-    return jax.nn.silu(y), write(states, rows.targets, jax.lax.optimization_barrier(new))
+    return y, write(states, rows.targets, jax.lax.optimization_barrier(new))
 
 
 def prefill(x: jax.Array, weight: jax.Array, states: jax.Array, segments: Segments) -> tuple[jax.Array, jax.Array]:
@@ -56,7 +66,7 @@ def prefill(x: jax.Array, weight: jax.Array, states: jax.Array, segments: Segmen
     last = segments.starts + segments.counts - kept + jnp.arange(kept)[:, None]
     new = [_input(x, past, starts, place) for place in last]
     targets = jnp.where(segments.counts > 0, segments.targets, states.shape[0])
-    return jax.nn.silu(y), write(states, targets, jnp.stack(new, axis=1))
+    return y, write(states, targets, jnp.stack(new, axis=1))
 
 
 def full_sequences(
@@ -67,7 +77,7 @@ def full_sequences(
     kept = states.shape[1]
     padded = jnp.pad(x.reshape(-1, length, x.shape[1]), ((0, 0), (kept, 0), (0, 0)))
     y = _weighted([padded[:, back : back + length] for back in range(kept + 1)], weight)
-    return jax.nn.silu(y).reshape(count, -1), states
+    return y.reshape(count, -1), states
 
 
 def _input(x: jax.Array, past: jax.Array, starts: jax.Array, place: jax.Array) -> jax.Array:

@@ -4,7 +4,7 @@
 prefill; `combine` merges the split-K pieces of a row (Flash-Decoding). `triton_attention` makes their arguments.
 Parameters annotated `tl.constexpr` are compile-time constants; all others are pointers.
 
-Triton has no structs, so each call lists all pointers and constants: `attend` and `_scan` are longer than they do work.
+Triton has no structs, so each call lists all pointers and constants, and signatures are long.
 """
 
 import triton.language as tl
@@ -32,6 +32,16 @@ def _rows(start, live, FIRST: tl.constexpr, WIDTH: tl.constexpr, LIMIT: tl.const
 
 
 @jit
+def _widen(codes, FP8: tl.constexpr, DTYPE: tl.constexpr):
+    """Convert codes of a quantised cache to DTYPE, which holds them exactly."""
+    if FP8:
+        codes = codes.to(tl.float8e4nv, bitcast=True)
+    else:
+        codes = codes.to(tl.float32)  # Triton's interpreter cannot convert integers to bfloat16
+    return codes.to(DTYPE)
+
+
+@jit
 def _scan(
     top,
     total,
@@ -50,6 +60,10 @@ def _scan(
     v,
     keys,
     values,
+    k_scales,
+    v_scales,
+    key_scales,
+    value_scales,
     SCALE: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -66,9 +80,13 @@ def _scan(
     P: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
+    FP8: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Run the online softmax over keys [first, stop), BLOCK_N at a time; unless MASKED, every query sees all."""
+    """Run the online softmax over keys [first, stop), BLOCK_N at a time; unless MASKED, every query sees all.
+
+    With `key_scales`, keys and values are codes: their scales multiply scores and weights.
+    """
     for start in range(first, stop, BLOCK_N):
         at = start + tl.arange(0, BLOCK_N)
         live = at < end
@@ -82,10 +100,20 @@ def _scan(
             key_at = tl.where(old, key_at, k + own * K_ROW + head * D)
         key_at = tl.multiple_of(key_at, K_ALIGN)
         key = _rows(key_at, live, 0, MAIN, D, MASKED)
+        if key_scales is not None:
+            key = _widen(key, FP8, q.dtype)
+            scale_at = key_scales + place
+            if k is not None:
+                scale_at = tl.where(old, scale_at, k_scales + own * (K_ROW // D) + head)
+            key_scale = tl.load(scale_at, mask=live, other=0.0).to(tl.float32)
         scores = tl.dot(q, tl.trans(key), input_precision=PRECISION)
         if REST > 0:
             rest = _rows(key_at, live, MAIN, REST, D, MASKED)
+            if key_scales is not None:
+                rest = _widen(rest, FP8, q.dtype)
             scores = tl.dot(q_rest, tl.trans(rest), scores, input_precision=PRECISION)
+        if key_scales is not None:
+            scores *= key_scale[None, :]
         if SOFTCAP is None:
             scores *= SCALE * LOG2E
         else:
@@ -103,12 +131,20 @@ def _scan(
         total = total * shrink + tl.sum(weights, 1)
         if values is None:
             value = key
+            if key_scales is not None:
+                weights *= key_scale[None, :]
         else:
             value_at = values + place * DV
             if v is not None:
                 value_at = tl.where(old, value_at, v + own * V_ROW + head * DV)
             value_at = tl.multiple_of(value_at, V_ALIGN)
             value = _rows(value_at, live, 0, V_COLUMNS, DV, MASKED)
+            if value_scales is not None:
+                value = _widen(value, FP8, q.dtype)
+                scale_at = value_scales + place
+                if v is not None:
+                    scale_at = tl.where(old, scale_at, v_scales + own * (V_ROW // DV) + head)
+                weights *= tl.load(scale_at, mask=live, other=0.0).to(tl.float32)[None, :]
         acc = tl.dot(weights.to(value.dtype), value, acc * shrink[:, None], input_precision=PRECISION)
         top = new_top
     return top, total, acc
@@ -154,10 +190,16 @@ def attend(
     v,
     keys,
     values,
+    k_scales,
+    v_scales,
+    key_scales,
+    value_scales,
     sinks,
     out,
     new_keys,
     new_values,
+    new_key_scales,
+    new_value_scales,
     sums,
     stats,
     SCALE: tl.constexpr,
@@ -188,6 +230,7 @@ def attend(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
+    FP8: tl.constexpr,
 ):
     """Write the tokens of one work item to the cache and attend to its keys, for one kv head.
 
@@ -209,6 +252,10 @@ def attend(
         v: `[T, K, DV]` or None (columns of the keys).
         keys: `[N, K, P, D]`, the same memory as new_keys.
         values: `[N, K, P, DV]`, the same memory as new_values, or None.
+        k_scales: `[T, K, 1]` if k, v, keys and values are codes, with rows as far apart as those of k; else None.
+        v_scales: likewise; None without v.
+        key_scales: `[N, K, P, 1]`, the same memory as new_key_scales, or None.
+        value_scales: `[N, K, P, 1]`, the same memory as new_value_scales, or None.
         sinks: `[H]` or None.
         out: `[T, H, DV]`.
         sums: `[I, H, DV]` float32 for pieces; None if there are none.
@@ -239,8 +286,12 @@ def attend(
         q_rest = _rows(q_start, live, MAIN, REST, D, True)
     if k is not None:
         k += K_FIRST
+        if k_scales is not None:
+            k_scales += K_FIRST // D
     if v is not None:
         v += V_FIRST
+        if v_scales is not None:
+            v_scales += V_FIRST // DV
 
     top = tl.full([BLOCK_M], LEAST, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -270,6 +321,10 @@ def attend(
             v,
             keys,
             values,
+            k_scales,
+            v_scales,
+            key_scales,
+            value_scales,
             SCALE,
             WINDOW,
             SOFTCAP,
@@ -286,6 +341,7 @@ def attend(
             P,
             BLOCK_N,
             PRECISION,
+            FP8,
             False,
         )
     top, total, acc = _scan(
@@ -306,6 +362,10 @@ def attend(
         v,
         keys,
         values,
+        k_scales,
+        v_scales,
+        key_scales,
+        value_scales,
         SCALE,
         WINDOW,
         SOFTCAP,
@@ -322,6 +382,7 @@ def attend(
         P,
         BLOCK_N,
         PRECISION,
+        FP8,
         True,
     )
 
@@ -330,6 +391,10 @@ def attend(
             _keep(k, new_keys, token, count, head, blocks, offsets, K, K_ROW, D, K_COLUMNS, N, P, TILE)
             if v is not None:
                 _keep(v, new_values, token, count, head, blocks, offsets, K, V_ROW, DV, V_COLUMNS, N, P, TILE)
+            if k_scales is not None:
+                _keep(k_scales, new_key_scales, token, count, head, blocks, offsets, K, K_ROW // D, 1, 1, N, P, TILE)
+            if v_scales is not None:
+                _keep(v_scales, new_value_scales, token, count, head, blocks, offsets, K, V_ROW // DV, 1, 1, N, P, TILE)
 
     columns = tl.arange(0, V_COLUMNS)
     stored = live[:, None] & (columns < DV)[None, :]

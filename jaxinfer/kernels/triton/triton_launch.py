@@ -25,7 +25,7 @@ OLDEST = (3, 6)
 """Oldest supported triton version."""
 LEAST_CAPABILITY = 80
 """Ampere: the first architecture with bfloat16 and asynchronous copies to shared memory."""
-TYPES = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32", "int32": "*i32", "int8": "*i8"}
+TYPES = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32", "int32": "*i32", "int8": "*i8", "uint8": "*u8"}
 """Triton signature types by dtype."""
 ALIGNED = [["tt.divisibility", 16]]
 """XLA aligns every buffer to more than 16 bytes."""
@@ -71,7 +71,7 @@ class Options:
 def lacking() -> str | None:
     """Return why triton cannot be used, with the remedy, or None."""
     if importlib.util.find_spec("triton") is None:
-        return "triton is not installed; pip install 'jaxinfer[cuda13]' (or cuda12) brings it"
+        return "triton is not installed; pip install 'jaxinfer[cuda13]' (or cuda12) installs it"
     version = importlib.metadata.version("triton")
     if tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST:
         return f"triton is {version}, older than {'.'.join(map(str, OLDEST))}; pip install -U triton"

@@ -1,6 +1,6 @@
 """Triton kernels of the gated delta rule (`kernels.state.delta`). Imports triton, so it is imported only when launched.
 
-`prepare` computes what does not depend on the state, for all chunks side by side; `advance` then takes one sequence
+`prepare` computes what does not depend on the state, for all chunks in parallel; `advance` then takes one sequence
 through its chunks in order, with a part of a head's state in registers. `step` is the plain recurrence: decode, and
 steps whose bits must not depend on where chunks begin. A loop of XLA would return to the host for each iteration.
 
@@ -11,6 +11,7 @@ others are pointers. `triton_delta` makes their arguments.
 import triton.language as tl
 
 from jaxinfer.kernels.triton.jit import jit
+from jaxinfer.kernels.triton.triton_states import load_state, store_state
 
 
 @jit
@@ -104,66 +105,6 @@ def prepare(
 
 
 @jit
-def _place(
-    slot,
-    head,
-    part,
-    FIRST: tl.constexpr,
-    H: tl.constexpr,
-    DK: tl.constexpr,
-    DV: tl.constexpr,
-    N: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    """Return offsets and mask of key rows [FIRST, FIRST + ROWS) and BLOCK_V columns of a head's state `[DK, DV]`."""
-    row = FIRST + tl.arange(0, ROWS)
-    column = part * BLOCK_V + tl.arange(0, BLOCK_V)
-    at = ((slot.to(tl.int64) * H + head) * DK + row[:, None]) * DV + column[None, :]
-    known = row * 0 + slot < N  # of the caller's shape, as Triton's interpreter takes no scalar mask
-    return at, ((row < DK) & known)[:, None] & (column < DV)[None, :]
-
-
-@jit
-def _load(
-    states,
-    slot,
-    head,
-    part,
-    FIRST: tl.constexpr,
-    H: tl.constexpr,
-    DK: tl.constexpr,
-    DV: tl.constexpr,
-    N: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    """Load a part of a head's state, zeros for a slot that is out of range."""
-    at, inside = _place(slot, head, part, FIRST, H, DK, DV, N, ROWS, BLOCK_V)
-    return tl.load(states + at, mask=inside, other=0.0)
-
-
-@jit
-def _store(
-    states,
-    slot,
-    state,
-    head,
-    part,
-    FIRST: tl.constexpr,
-    H: tl.constexpr,
-    DK: tl.constexpr,
-    DV: tl.constexpr,
-    N: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    """Store a part of a head's state, unless the slot is out of range."""
-    at, inside = _place(slot, head, part, FIRST, H, DK, DV, N, ROWS, BLOCK_V)
-    tl.store(states + at, state, mask=inside)
-
-
-@jit
 def advance(
     segments,
     reads,
@@ -185,12 +126,12 @@ def advance(
     BLOCK_V: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Take a sequence through its chunks: program (x, y) is BLOCK_V columns of a head's values, and segment y.
+    """Process a sequence's chunks in order: program (x, y) is BLOCK_V columns of a head's values, and segment y.
 
     Args:
         segments: `[R, 6]` int32: first token, tokens, source, target, first chunk, and the number of segments of the
-            run that begins here (0: another program computes this segment, or nobody).
-        reads: and up to `decay`: results of `prepare`.
+            run that begins here (0: another program computes this segment, or it is padding).
+        reads: result of `prepare`; likewise queries, keys, values, local and decay.
         states: `[N, H, DK, DV]`, the same memory as new_states.
         out: `[T, H, DV]`; tokens of no segment are not written.
     """
@@ -202,8 +143,8 @@ def advance(
     source = tl.load(segments + run * 6 + 2)
     # Two halves of the keys: fragments of products over all of them at once would not fit in registers.
     HALF: tl.constexpr = K_COLUMNS // 2
-    upper = _load(states, source, head, part, 0, H, DK, DV, N, HALF, BLOCK_V)
-    lower = _load(states, source, head, part, HALF, H, DK, DV, N, HALF, BLOCK_V)
+    upper = load_state(states, source, head, part, 0, H, DK, DV, N, HALF, BLOCK_V)
+    lower = load_state(states, source, head, part, HALF, H, DK, DV, N, HALF, BLOCK_V)
     token = tl.arange(0, SIZE)
     v_column = part * BLOCK_V + tl.arange(0, BLOCK_V)
     for segment in range(run, run + count):
@@ -229,8 +170,8 @@ def advance(
             tl.store(out + out_at[:, None] * DV + v_column[None, :], found, mask=stored)
         target = tl.load(segments + segment * 6 + 3)
         if tokens > 0:
-            _store(new_states, target, upper, head, part, 0, H, DK, DV, N, HALF, BLOCK_V)
-            _store(new_states, target, lower, head, part, HALF, H, DK, DV, N, HALF, BLOCK_V)
+            store_state(new_states, target, upper, head, part, 0, H, DK, DV, N, HALF, BLOCK_V)
+            store_state(new_states, target, lower, head, part, HALF, H, DK, DV, N, HALF, BLOCK_V)
 
 
 @jit
@@ -253,14 +194,14 @@ def step(
     V_COLUMNS: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Take a sequence through its tokens one by one; programs and arguments as of `advance` and `prepare`."""
+    """Process a sequence's tokens one at a time; programs and arguments are those of `advance` and `prepare`."""
     parts: tl.constexpr = V_COLUMNS // BLOCK_V
     head, part, run = tl.program_id(0) // parts, tl.program_id(0) % parts, tl.program_id(1)
     count = tl.load(segments + run * 6 + 5)
     if count == 0:
         return
     source = tl.load(segments + run * 6 + 2)
-    state = _load(states, source, head, part, 0, H, DK, DV, N, K_COLUMNS, BLOCK_V)
+    state = load_state(states, source, head, part, 0, H, DK, DV, N, K_COLUMNS, BLOCK_V)
     column = tl.arange(0, K_COLUMNS)
     v_column = part * BLOCK_V + tl.arange(0, BLOCK_V)
     in_k, in_v = column < DK, v_column < DV
@@ -280,4 +221,4 @@ def step(
             tl.store(out + place * DV + v_column, tl.sum(state * query[:, None], 0), mask=in_v)
         target = tl.load(segments + segment * 6 + 3)
         if tokens > 0:
-            _store(new_states, target, state, head, part, 0, H, DK, DV, N, K_COLUMNS, BLOCK_V)
+            store_state(new_states, target, state, head, part, 0, H, DK, DV, N, K_COLUMNS, BLOCK_V)

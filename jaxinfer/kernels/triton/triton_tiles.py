@@ -19,10 +19,12 @@ class Layout:
     value_dim: int
     latent: bool
     itemsize: int
-    """Bytes per element."""
+    """Bytes per element that is multiplied; those of a quantised cache are widened before."""
     tile: int
     """Queries of one row per program; 1 for decode."""
     decode: bool
+    codes: bool = False
+    """Whether the cache is quantised."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,9 @@ def tiling(layout: Layout) -> Tiling:
     block_m = power(layout.tile * members)
     key_bytes = (main + rest + (0 if layout.latent else value_columns)) * layout.itemsize
     least = 16 if layout.itemsize == 4 else 32
-    block_n = max(least, min(128, 1 << max(0, (TURN_BYTES // key_bytes).bit_length() - 1)))
+    # Prefill keeps widened keys and values in registers, beside the query tile's sums.
+    widest = 64 if layout.codes and not layout.decode else 128
+    block_n = max(least, min(widest, 1 << max(0, (TURN_BYTES // key_bytes).bit_length() - 1)))
     warps = 4 if layout.itemsize == 2 and block_m * value_columns <= 4096 else 8
     stages = 2 if layout.itemsize == 4 else 5 if layout.decode else 3
     return Tiling(members, block_m, block_n, main, rest, value_columns, Options(warps, stages))

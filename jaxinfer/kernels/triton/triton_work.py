@@ -13,7 +13,16 @@ part of the whole; shorter pieces into one wave, as each piece waits for its fir
 
 
 def decode_items(rows: int, longest: int, running: int, block_n: int) -> int:
-    """Return the most pieces `decode_work` makes: one per row and `WAVES` per slot, at most the number of tiles."""
+    """Return the maximum number of pieces that `decode_work` makes.
+
+    It is one per row and `WAVES` per program that runs at a time, and at most the number of tiles.
+
+    Args:
+        rows: rows of a step.
+        longest: maximum number of keys of a row.
+        running: programs that the device runs at a time.
+        block_n: keys of a tile.
+    """
     return min(rows + WAVES * running, rows * -(-longest // block_n))
 
 

@@ -1,0 +1,145 @@
+"""Products with weights in codes of 4 bits, as GPTQ, AWQ and compressed-tensors quantise them.
+
+A weight is `(code - zero) * scale`, with a scale and a zero point for each group of columns of a row (arXiv:2210.17323,
+arXiv:2306.00978). Activations are not quantised: the result is that of the dequantised weight, but for rounding.
+On a CPU a native product turns codes into values in registers (`native/packed_matmul.cc`), on an NVIDIA GPU a Triton
+kernel does for few rows (`triton_packed`). Elsewhere the weight of one product is dequantised within the step that
+multiplies it.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxinfer.kernels.matmul import choose, triton_packed
+from jaxinfer.kernels.matmul.choose import NATIVES, STABLE, TRITON, XLA
+from jaxinfer.kernels.triton.triton_launch import Target
+
+Array = TypeVar("Array", jax.Array, np.ndarray)
+
+CODES = 2
+"""Codes in a byte."""
+MIDDLE = 8
+"""Zero point of weights without zero points of their own."""
+LEAST_GROUP = 8
+"""Fewest columns with a scale of their own; a group has a multiple of it. The native product adds eight columns in each
+lane before it scales them, and a scale of 16 bits for fewer would take half as much as the codes."""
+BLOCK = 128
+"""Columns of a register of codes; the native product reorders columns within as many."""
+DIRECT_ROWS = {"bfloat16": 8, "float32": 4}
+"""Most rows that the native product multiplies with codes; for more it unpacks some of the weight's rows at a time."""
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How a weight is packed."""
+
+    group: int
+    """Columns that share a scale and a zero point."""
+    symmetric: bool
+    """Whether all zero points are `MIDDLE` and not stored."""
+    scale_dtype: str
+    """Dtype of the scales: that of the checkpoint, which `float16` and `bfloat16` represent."""
+
+
+class Packed(NamedTuple):
+    """A packed weight `[N, K]`."""
+
+    codes: jax.Array
+    """`[N, K / 2]` uint8: columns 2i (low half) and 2i + 1."""
+    scales: jax.Array
+    """`[N, K / group]`."""
+    zeros: jax.Array | None = None
+    """`[N, K / group]` uint8; None if all are `MIDDLE`."""
+
+    @property
+    def group(self) -> int:
+        """Columns that share a scale."""
+        return self.codes.shape[-1] * CODES // self.scales.shape[-1]
+
+
+def pack(codes: Array) -> Array:
+    """Pack codes `[..., K]`, integers of 0 to 15, into bytes `[..., K / 2]`."""
+    codes = codes.astype(np.uint8)
+    return codes[..., ::2] | codes[..., 1::2] << 4
+
+
+def quantise(rows: jax.Array, packing: Packing) -> Packed:
+    """Round rows `[..., K]` to the nearest codes, between the least and greatest value of each group.
+
+    For random weights and tests: tools that make checkpoints choose codes with more care.
+    """
+    groups = rows.astype(jnp.float32).reshape(*rows.shape[:-1], -1, packing.group)
+    low, high = jnp.minimum(groups.min(-1), 0), jnp.maximum(groups.max(-1), 0)
+    if packing.symmetric:
+        largest = jnp.maximum(high / (MIDDLE - 1), -low / MIDDLE)
+    scales = (largest if packing.symmetric else (high - low) / 15).astype(packing.scale_dtype)
+    usable = jnp.where(scales > 0, scales.astype(jnp.float32), 1)
+    zeros = jnp.full(scales.shape, MIDDLE, jnp.uint8)
+    if not packing.symmetric:
+        zeros = jnp.clip(jnp.rint(-low / usable), 0, 15).astype(jnp.uint8)
+    codes = jnp.clip(jnp.rint(groups / usable[..., None]) + zeros[..., None], 0, 15)
+    return Packed(pack(codes.reshape(rows.shape)), scales, None if packing.symmetric else zeros)
+
+
+def dequantise(packed: Packed, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Return the weight `[..., K]`, computed in float32 and rounded to `dtype`."""
+    codes, scales, zeros = packed
+    whole = jnp.stack([codes & 15, codes >> 4], axis=-1).astype(jnp.float32)
+    groups = whole.reshape(*scales.shape, packed.group)
+    offsets = MIDDLE if zeros is None else zeros.astype(jnp.float32)[..., None]
+    values = (groups - offsets) * scales.astype(jnp.float32)[..., None]
+    return values.reshape(*codes.shape[:-1], -1).astype(dtype)
+
+
+def matmul(
+    x: jax.Array,
+    packed: Packed,
+    dtype: jax.typing.DTypeLike | None = None,
+    *,
+    kernel: str = XLA,
+    part: tuple[int, int] | None = None,
+    target: Target | None = None,
+) -> jax.Array:
+    """Compute `[T, K] x [N, K]^T -> [T, N]` in `dtype`, by default that of `x`, with float32 sums.
+
+    Args:
+        x: `[T, K]`.
+        packed: the weight.
+        dtype: of the result.
+        kernel: "xla" or, where nothing is divided, "native", "stable" or "triton" (`kernels.matmul.choose`).
+        part: first and end of the weight's rows to multiply with; None for all.
+        target: kind of device, for "triton".
+    """
+    dtype = jnp.dtype(x.dtype if dtype is None else dtype)
+    first, end = part or (0, packed.codes.shape[0])
+    if kernel in NATIVES and _native(x, packed, dtype):
+        zeros = jnp.zeros(0, jnp.uint8) if packed.zeros is None else packed.zeros
+        operands, group = (packed.codes, packed.scales, zeros), np.int64(packed.group)
+        if kernel == STABLE or not choose.prefers_matrix_units(x):
+            result = jax.ShapeDtypeStruct((x.shape[0], end - first), dtype)
+            return jax.ffi.ffi_call("jaxinfer_packed_matmul", result)(
+                x, *operands, first=np.int64(first), group=group, stable=kernel == STABLE
+            )
+        blocks = -(-x.shape[1] // BLOCK)
+        whole = jax.ShapeDtypeStruct((end - first, blocks * BLOCK), x.dtype)
+        weight = jax.ffi.ffi_call("jaxinfer_unpack", whole)(*operands, first=np.int64(first), group=group)
+        return choose.matmul(_ordered(x, blocks), weight, dtype)
+    own = Packed(*(None if one is None else one[first:end] for one in packed))
+    if kernel == TRITON and target is not None and x.shape[0] <= triton_packed.MOST_ROWS:
+        return triton_packed.matmul(x, *own, dtype, target)
+    return choose.matmul(x, dequantise(own, x.dtype), dtype)
+
+
+def _ordered(x: jax.Array, blocks: int) -> jax.Array:
+    """Return the columns of x `[T, K]` bfloat16 in the order of unpacked weights, zeros at the end: `[T, K']`."""
+    x = jnp.pad(x, ((0, 0), (0, blocks * BLOCK - x.shape[1])))
+    return x.reshape(len(x), blocks, BLOCK // 4, 4).swapaxes(2, 3).reshape(len(x), -1)
+
+
+def _native(x: jax.Array, packed: Packed, dtype: jnp.dtype) -> bool:
+    fits = packed.group % LEAST_GROUP == 0 and packed.scales.dtype in (jnp.bfloat16, jnp.float16, jnp.float32)
+    return fits and x.dtype in (jnp.bfloat16, jnp.float32) and dtype in (x.dtype, jnp.float32)

@@ -1,0 +1,386 @@
+// y = x w^T for rows x [M, K] and weights w [N, K] in codes of 4 bits, whose values are (code - zero) * scale with a
+// scale and a zero point for each group of columns of a row. Byte i of a row has the codes of columns 2i (low half) and
+// 2i + 1.
+//
+// Codes become values of x's type in registers, by a table of code - 8. Words are shifted, not unpacked: a register of
+// words of 4 (bfloat16) or 8 (float32) codes gives, by one shift and one look-up for each, as many registers with every
+// fourth or eighth column. So x is brought into that order once, and lane i of the sums has columns 8i .. 8i + 7 of
+// each 128: groups of a multiple of 8 columns need no sum over lanes. Products and their sums are in float32, and the
+// scale multiplies sums, so that a weight is never rounded.
+
+#include <vector>
+
+#include "parallel.h"
+#include "products.h"
+#include "rows.h"
+
+namespace jaxinfer {
+namespace {
+
+namespace ffi = xla::ffi;
+
+constexpr int64_t kBlock = 128;      // columns of a register of codes
+constexpr int64_t kPerLane = 8;      // columns of a block in one lane of the sums
+constexpr int64_t kAhead = 8;        // rows of w between a load and its prefetch
+constexpr int kTileColumns = 2;      // rows of w multiplied at a time
+
+// Tables are looked up by the low bits of a word, so that bits of its other codes do not matter.
+struct PackedBF16 {
+  using Element = BF16;
+  using Unpacked = KindBF16;
+  static constexpr int kParts = 4;             // registers of a block
+  static constexpr int64_t kDirectRows = 8;    // most rows of x multiplied with codes, not with unpacked rows of w
+  static __m512i Table() {
+    alignas(64) uint16_t values[32];
+    for (int i = 0; i < 32; ++i) {
+      const float value = static_cast<float>((i & 15) - 8);
+      uint32_t bits;
+      std::memcpy(&bits, &value, 4);
+      values[i] = bits >> 16;
+    }
+    return _mm512_load_si512(values);
+  }
+  template <int P>
+  static __m512i Part(__m512i codes, __m512i table) {
+    return _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 4 * P), table);
+  }
+  static __m512 MultiplyAdd(__m512 sum, __m512i a, __m512i b) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+  }
+  // Values of columns 8i + p of a block, in lanes i -> its parts.
+  static void StoreParts(const __m512 values[8], BF16* to) {
+    // Columns 4i + p are 8i + p and 8i + 4 + p.
+    alignas(64) static constexpr uint16_t kOrder[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    const __m512i order = _mm512_load_si512(kOrder);
+    for (int p = 0; p < 4; ++p) {
+      const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(values[p + 4], values[p]);
+      _mm512_storeu_si512(to + p * 32, _mm512_permutexvar_epi16(order, both));
+    }
+  }
+  // x [128], of which `count` exist -> its parts, 64 bytes each.
+  static void Order(const BF16* x, int64_t count, char* to) {
+    const auto* words = reinterpret_cast<const char*>(x);
+    for (int64_t q = 0; q < 4; ++q) {
+      const __m512i v = LoadWords(words, q * kLanes, count * 2);
+      for (int p = 0; p < 4; ++p) {
+        const __m128i part = _mm512_cvtepi64_epi16(_mm512_srl_epi64(v, _mm_cvtsi32_si128(16 * p)));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + p * 64 + q * 16), part);
+      }
+    }
+  }
+};
+
+struct PackedF32 {
+  using Element = float;
+  using Unpacked = KindF32;
+  static constexpr int kParts = 8;
+  static constexpr int64_t kDirectRows = 4;
+  static __m512i Table() {
+    return _mm512_castps_si512(_mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7));
+  }
+  template <int P>
+  static __m512i Part(__m512i codes, __m512i table) {
+    return _mm512_permutexvar_epi32(_mm512_srli_epi32(codes, 4 * P), table);
+  }
+  static __m512 MultiplyAdd(__m512 sum, __m512i a, __m512i b) {
+    return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum);
+  }
+  static void StoreParts(const __m512 values[8], float* to) {
+    for (int p = 0; p < 8; ++p) _mm512_storeu_ps(to + p * kLanes, values[p]);
+  }
+  static void Order(const float* x, int64_t count, char* to) {
+    const __m512i lanes = _mm512_setr_epi32(0, 8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 96, 104, 112, 120);
+    for (int p = 0; p < 8; ++p) {
+      const __mmask16 mask = FirstLanes((count - p + kPerLane - 1) / kPerLane);
+      const __m512 part = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), mask, lanes, x + p, 4);
+      _mm512_storeu_ps(to + p * 64, part);
+    }
+  }
+};
+
+// Operands of a product, and the number of blocks and groups of a row.
+struct Weights {
+  const uint8_t* codes;
+  const void* scales;
+  ffi::DataType scale_type;
+  const uint8_t* zeros;  // null if all are 8
+  int64_t k, blocks, group, groups;
+
+  __m512 Scales(int64_t row, int64_t group, __mmask16 mask) const {
+    const int64_t at = row * groups + group;
+    if (scale_type == ffi::DataType::F32) return Load(static_cast<const float*>(scales) + at, mask);
+    if (scale_type == ffi::DataType::BF16) return Load(static_cast<const BF16*>(scales) + at, mask);
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(scales) + at));
+  }
+};
+
+Weights Operands(const ffi::AnyBuffer& codes, const ffi::AnyBuffer& scales, const ffi::AnyBuffer& zeros,
+                 int64_t group) {
+  const int64_t k = codes.dimensions()[1] * 2;
+  const auto* z = zeros.element_count() ? static_cast<const uint8_t*>(zeros.untyped_data()) : nullptr;
+  return {static_cast<const uint8_t*>(codes.untyped_data()), scales.untyped_data(), scales.element_type(), z, k,
+          (k + kBlock - 1) / kBlock, group, scales.dimensions()[1]};
+}
+
+// The groups of the lanes of each block: the first of them, and each lane's distance from it.
+class Lanes {
+ public:
+  explicit Lanes(const Weights& w) : first_(w.blocks), lanes_(w.blocks * kLanes) {
+    for (int64_t b = 0; b < w.blocks; ++b) {
+      first_[b] = b * kBlock / w.group;
+      for (int64_t i = 0; i < kLanes; ++i)
+        lanes_[b * kLanes + i] = std::min(w.groups - 1, (b * kBlock + i * kPerLane) / w.group) - first_[b];
+    }
+  }
+
+  // The values of a block's lanes, of values by group; kLanes more than there are groups can be read.
+  __m512 Of(const float* values, int64_t block) const {
+    return _mm512_permutexvar_ps(_mm512_loadu_si512(lanes_.data() + block * kLanes),
+                                 _mm512_loadu_ps(values + first_[block]));
+  }
+
+ private:
+  std::vector<int32_t> first_, lanes_;
+};
+
+// Rows of x in the order of the codes, and the sums of each lane's columns.
+template <typename Kind>
+struct Ordered {
+  std::vector<char> rows;
+  std::vector<float> sums;  // for zero points other than 8
+  int64_t size;             // bytes of a row
+
+  Ordered(ffi::ThreadPool& pool, const typename Kind::Element* x, int64_t m, const Weights& w, bool summed)
+      : rows(m * w.blocks * Kind::kParts * 64 + 64),
+        sums(summed ? m * w.blocks * kLanes : 0),
+        size(w.blocks * Kind::kParts * 64) {
+    const __m512i ones = _mm512_set1_epi32(sizeof(typename Kind::Element) == 2 ? 0x3f803f80 : 0x3f800000);
+    auto order = [&](int64_t row) {
+      for (int64_t b = 0; b < w.blocks; ++b) {
+        char* to = Row(row) + b * Kind::kParts * 64;
+        Kind::Order(x + row * w.k + b * kBlock, std::min(kBlock, w.k - b * kBlock), to);
+        if (sums.empty()) continue;
+        __m512 sum = _mm512_setzero_ps();
+        for (int p = 0; p < Kind::kParts; ++p) sum = Kind::MultiplyAdd(sum, _mm512_load_si512(to + p * 64), ones);
+        _mm512_storeu_ps(sums.data() + (row * w.blocks + b) * kLanes, sum);
+      }
+    };
+    if (m == 1) order(0);
+    else ParallelFor(pool, m, order);
+  }
+
+  // The rows begin at a multiple of 64 bytes.
+  char* Row(int64_t row) { return rows.data() + (-reinterpret_cast<uintptr_t>(rows.data()) & 63) + row * size; }
+};
+
+// Scales, and 8 - zero, of some rows of w by group.
+struct Factors {
+  std::vector<float> scales, zeros;
+  int64_t stride = 0;
+
+  void Read(const Weights& w, int64_t first, int64_t count) {
+    stride = w.groups + 2 * kLanes;
+    scales.resize(count * stride);
+    zeros.resize(w.zeros ? count * stride : 0);
+    for (int64_t c = 0; c < count; ++c)
+      for (int64_t g = 0; g < w.groups; g += kLanes) {
+        const __mmask16 mask = FirstLanes(w.groups - g);
+        _mm512_storeu_ps(scales.data() + c * stride + g, w.Scales(first + c, g, mask));
+        if (!w.zeros) continue;
+        const __m512i z = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, w.zeros + (first + c) * w.groups + g));
+        _mm512_storeu_ps(zeros.data() + c * stride + g, _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_set1_epi32(8), z)));
+      }
+  }
+};
+
+template <typename Kind, int... P>
+inline void Values(__m512i codes, __m512i table, __m512i values[Kind::kParts], std::integer_sequence<int, P...>) {
+  ((values[P] = Kind::template Part<P>(codes, table)), ...);
+}
+
+// Sums of R rows of x times C rows of w, before their lanes are added.
+template <typename Kind, int R, int C, bool Zeros>
+inline void PackedDots(Ordered<Kind>& x, int64_t row, const Weights& w, int64_t column, const Factors& factors,
+                 int64_t factor, const Lanes& lanes, bool prefetch, __m512 out[R][C]) {
+  const __m512i table = Kind::Table();
+  const int64_t bytes = w.k / 2;
+  const char* xs[R];
+  const float* sums[R];
+  for (int r = 0; r < R; ++r) {
+    xs[r] = x.Row(row + r);
+    if constexpr (Zeros) sums[r] = x.sums.data() + (row + r) * w.blocks * kLanes;
+  }
+  __m512 totals[R][C];  // not `out`, which would be written in every turn
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < C; ++c) totals[r][c] = _mm512_setzero_ps();
+  for (int64_t b = 0; b < w.blocks; ++b) {
+    for (int c = 0; c < C; ++c) {
+      const char* codes = reinterpret_cast<const char*>(w.codes) + (column + c) * bytes;
+      if (prefetch) _mm_prefetch(codes + b * 64 + kAhead * bytes, _MM_HINT_T0);
+      __m512i values[Kind::kParts];
+      Values<Kind>(LoadWords(codes, b * kLanes, bytes), table, values,
+                   std::make_integer_sequence<int, Kind::kParts>());
+      const __m512 scale = lanes.Of(factors.scales.data() + (factor + c) * factors.stride, b);
+      __m512 zero;
+      if constexpr (Zeros) zero = lanes.Of(factors.zeros.data() + (factor + c) * factors.stride, b);
+      for (int r = 0; r < R; ++r) {
+        const char* part = xs[r] + b * Kind::kParts * 64;
+        __m512 sum = _mm512_setzero_ps();
+        if constexpr (Zeros) sum = _mm512_mul_ps(zero, _mm512_loadu_ps(sums[r] + b * kLanes));
+        for (int p = 0; p < Kind::kParts; ++p)
+          sum = Kind::MultiplyAdd(sum, _mm512_load_si512(part + p * 64), values[p]);
+        totals[r][c] = _mm512_fmadd_ps(sum, scale, totals[r][c]);
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < C; ++c) out[r][c] = totals[r][c];
+}
+
+// Up to kLanes rows of w from `column` on times up to kFewRows rows of x from `first` on, into y [rows, stride].
+template <typename Kind, bool Zeros, typename Out>
+void Tile(Ordered<Kind>& x, int64_t first, int64_t m, const Weights& w, int64_t column, int64_t columns,
+          const Factors& factors, int64_t factor, const Lanes& lanes, Out* y, int64_t stride) {
+  __m512 totals[kFewRows][kLanes];
+  if (columns < kLanes) std::fill_n(&totals[0][0], m * kLanes, _mm512_setzero_ps());
+  auto run = [&](int64_t row, int64_t c, auto rows, auto count) {
+    constexpr int R = decltype(rows)::value, C = decltype(count)::value;
+    __m512 sums[R][C];
+    PackedDots<Kind, R, C, Zeros>(x, first + row, w, column + c, factors, factor + c, lanes, row == 0, sums);
+    for (int r = 0; r < R; ++r)
+      for (int i = 0; i < C; ++i) totals[row + r][c + i] = sums[r][i];
+  };
+  auto all = [&](int64_t c, auto count) {
+    int64_t row = 0;
+    for (; row + kDotRows <= m; row += kDotRows) run(row, c, Constant<kDotRows>{}, count);
+    for (; row + 2 <= m; row += 2) run(row, c, Constant<2>{}, count);
+    if (row < m) run(row, c, Constant<1>{}, count);
+  };
+  int64_t c = 0;
+  for (; c + kTileColumns <= columns; c += kTileColumns) all(c, Constant<kTileColumns>{});
+  for (; c < columns; ++c) all(c, Constant<1>{});
+  for (int64_t row = 0; row < m; ++row) Store(y + row * stride, SumLanes(totals[row]), FirstLanes(columns));
+}
+
+template <typename Kind, bool Zeros, typename Out>
+void Product(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const Weights& w, int64_t m, int64_t first, int64_t n,
+             Out* y) {
+  Ordered<Kind> ordered(pool, static_cast<const typename Kind::Element*>(x.untyped_data()), m, w, Zeros);
+  const Lanes lanes(w);
+  ParallelFor(pool, (n + kColumns - 1) / kColumns, [&](int64_t task) {
+    thread_local Factors factors;
+    const int64_t begin = task * kColumns, end = std::min(n, begin + kColumns);
+    factors.Read(w, first + begin, end - begin);
+    for (int64_t row = 0; row < m; row += kFewRows)
+      for (int64_t at = begin; at < end; at += kLanes)
+        Tile<Kind, Zeros>(ordered, row, std::min(kFewRows, m - row), w, first + at, std::min<int64_t>(kLanes, end - at),
+                          factors, at - begin, lanes, y + row * n + at, n);
+  });
+}
+
+// A row of w as values of x's type, in the order of the rows of x.
+template <typename Kind>
+void UnpackRow(const Weights& w, const Lanes& lanes, int64_t row, const Factors& factors, int64_t factor,
+               typename Kind::Element* out) {
+  const __m512i table = PackedF32::Table();
+  const auto* codes = reinterpret_cast<const char*>(w.codes) + row * (w.k / 2);
+  for (int64_t b = 0; b < w.blocks; ++b) {
+    __m512i found[8];
+    __m512 values[8];
+    Values<PackedF32>(LoadWords(codes, b * kLanes, w.k / 2), table, found, std::make_integer_sequence<int, 8>());
+    const __m512 scale = lanes.Of(factors.scales.data() + factor * factors.stride, b);
+    const __m512 zero = w.zeros ? lanes.Of(factors.zeros.data() + factor * factors.stride, b) : _mm512_setzero_ps();
+    for (int p = 0; p < 8; ++p)
+      values[p] = _mm512_mul_ps(_mm512_add_ps(_mm512_castsi512_ps(found[p]), zero), scale);
+    Kind::StoreParts(values, out + b * kBlock);
+  }
+}
+
+// Unpacks the rows of w of a task, and multiplies them as `matmul.cc` does.
+template <typename Kind, typename Out>
+void UnpackedProduct(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const Weights& w, int64_t m, int64_t first,
+                     int64_t n, Out* y) {
+  using Element = typename Kind::Element;
+  Ordered<Kind> ordered(pool, static_cast<const Element*>(x.untyped_data()), m, w, false);
+  const auto* rows = reinterpret_cast<const Element*>(ordered.Row(0));
+  const Lanes lanes(w);
+  const int64_t k = w.blocks * kBlock;
+  ParallelFor(pool, (n + kColumns - 1) / kColumns, [&](int64_t task) {
+    thread_local Factors factors;
+    thread_local std::vector<Element> values;
+    const int64_t begin = task * kColumns, count = std::min(kColumns, n - begin);
+    values.resize(count * k);
+    factors.Read(w, first + begin, count);
+    for (int64_t c = 0; c < count; ++c) UnpackRow<Kind>(w, lanes, first + begin + c, factors, c, values.data() + c * k);
+    auto emit = [&](int64_t row, int64_t column, __m512 sums, __mmask16 mask) {
+      Store(y + row * n + begin + column, sums, mask);
+    };
+    if (m > kFewRows) ManyRows<typename Kind::Unpacked>(rows, values.data(), m, k, 0, count, emit);
+    else FewRows<typename Kind::Unpacked>(rows, values.data(), m, k, 0, count, emit);
+  });
+}
+
+template <typename Kind, typename Out>
+void AnyProduct(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const Weights& w, int64_t m, int64_t first, int64_t n,
+                bool stable, void* y) {
+  if (m > Kind::kDirectRows && !stable) UnpackedProduct<Kind>(pool, x, w, m, first, n, static_cast<Out*>(y));
+  else if (w.zeros) Product<Kind, true>(pool, x, w, m, first, n, static_cast<Out*>(y));
+  else Product<Kind, false>(pool, x, w, m, first, n, static_cast<Out*>(y));
+}
+
+ffi::Error PackedMatmulImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer codes, ffi::AnyBuffer scales,
+                            ffi::AnyBuffer zeros, ffi::Result<ffi::AnyBuffer> y, int64_t first, int64_t group,
+                            bool stable) {
+  const int64_t m = RowsToCompute(x, stable, y), n = y->dimensions()[1];
+  if (m == 0) return ffi::Error::Success();
+  const Weights w = Operands(codes, scales, zeros, group);
+  void* out = y->untyped_data();
+  const bool half = x.element_type() == ffi::DataType::BF16, rounded = y->element_type() == ffi::DataType::BF16;
+  if (rounded) AnyProduct<PackedBF16, BF16>(pool, x, w, m, first, n, stable, out);
+  else if (half) AnyProduct<PackedBF16, float>(pool, x, w, m, first, n, stable, out);
+  else AnyProduct<PackedF32, float>(pool, x, w, m, first, n, stable, out);
+  return ffi::Error::Success();
+}
+
+// The rows of w, in the order in which rows of x of this type are multiplied with them.
+ffi::Error UnpackImpl(ffi::ThreadPool pool, ffi::AnyBuffer codes, ffi::AnyBuffer scales, ffi::AnyBuffer zeros,
+                      ffi::Result<ffi::Buffer<ffi::BF16>> y, int64_t first, int64_t group) {
+  const Weights w = Operands(codes, scales, zeros, group);
+  const Lanes lanes(w);
+  const int64_t n = y->dimensions()[0];
+  ParallelFor(pool, (n + kLanes - 1) / kLanes, [&](int64_t task) {
+    thread_local Factors factors;
+    const int64_t begin = task * kLanes, end = std::min<int64_t>(n, begin + kLanes);
+    factors.Read(w, first + begin, end - begin);
+    auto* out = static_cast<BF16*>(y->untyped_data());
+    for (int64_t row = begin; row < end; ++row)
+      UnpackRow<PackedBF16>(w, lanes, first + row, factors, row - begin, out + row * w.blocks * kBlock);
+  });
+  return ffi::Error::Success();
+}
+
+}  // namespace
+}  // namespace jaxinfer
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxinferPackedMatmul, jaxinfer::PackedMatmulImpl,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Ret<xla::ffi::AnyBuffer>()
+                                  .Attr<int64_t>("first")
+                                  .Attr<int64_t>("group")
+                                  .Attr<bool>("stable"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxinferUnpack, jaxinfer::UnpackImpl,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Ret<xla::ffi::Buffer<xla::ffi::BF16>>()
+                                  .Attr<int64_t>("first")
+                                  .Attr<int64_t>("group"));
