@@ -5,6 +5,7 @@ from functools import partial
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
@@ -14,9 +15,9 @@ from jaxinfer.kernels.state.slots import DecodeSlots, FullSequences, Segments
 from jaxinfer.kv.groups import Place
 from jaxinfer.kv.spec import Full, Sliding
 from jaxinfer.layers.heads import HeadLayout
-from jaxinfer.layers.linear import FusedLinear, Output, RowLinear
+from jaxinfer.layers.linear import FusedLinear, RowLinear, by_columns
 from jaxinfer.layers.norms import RMSNorm, Scaling, normalise_together
-from jaxinfer.layers.params import Build, constant
+from jaxinfer.layers.params import Build
 from jaxinfer.layers.rope import apply_rope, deinterleave
 from jaxinfer.layers.sharded import model_axis, on_shards
 from jaxinfer.sharding import axes
@@ -171,6 +172,9 @@ class AttentionSpec:
     (arXiv:2505.06708)."""
     interleaved: bool = False
     """Whether rope pairs the rotated columns as (2i, 2i + 1) (GPT-J, Cohere); False for (i, i + R/2)."""
+    query_growth: tuple[float, int] | None = None
+    """(beta, length): queries at position p are multiplied by 1 + beta ln(1 + floor(p / length)), which keeps attention
+    sharp in long sequences (Llama 4, Ministral 3); None for no factor."""
     sinks: bool = False
     """Whether each head has an attention sink: a learned logit in the softmax beside the keys (arXiv:2309.17453)."""
 
@@ -186,6 +190,8 @@ class Attention(nnx.Module):
 
     no_split = True
     """A placement shards or replicates all parts together (`loading.weights.placeable`)."""
+    adaptable = True
+    """Whether its projections may have LoRA adapters (`layers.adapters`)."""
 
     def __init__(self, build: Build, spec: AttentionSpec):
         self.spec = spec
@@ -201,8 +207,8 @@ class Attention(nnx.Module):
         self.k_norm = RMSNorm(build, spec.head_dim, spec.norm_eps, axes.HEAD_DIM, scaling) if each else None
         # Scales of q, then of k, sharded like their columns.
         whole = normed and spec.norm_whole
-        self.norm_scale = _by_columns(build, heads[:2], 1.0 - scaling.offset) if whole else None
-        self.sinks = _by_columns(build, (replace(heads[0], name="sinks", width=1),), 0.0) if spec.sinks else None
+        self.norm_scale = by_columns(build, heads[:2], 1.0 - scaling.offset) if whole else None
+        self.sinks = by_columns(build, (replace(heads[0], name="sinks", width=1),), 0.0) if spec.sinks else None
 
     @property
     def cache_spec(self) -> Full:
@@ -240,6 +246,10 @@ class Attention(nnx.Module):
                 rotated = 2 * rope[0].shape[-1]
                 q, k = deinterleave(q, rotated), deinterleave(k, rotated)
             q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        if self.spec.query_growth is not None:
+            beta, length = self.spec.query_growth
+            growth = 1 + beta * jnp.log1p((step.positions // length).astype(jnp.float32))
+            q = q * growth.astype(q.dtype)[:, None, None, None]
         sinks = None if self.sinks is None else self.sinks[...]
         y, kv_cache = attend(q, k, v, kv_cache, step, self.spec.scoring, sinks)
         if gate is not None:
@@ -270,9 +280,3 @@ class Attention(nnx.Module):
         if self.norm_scale is None or self.norm_scale.shape[0] == 1:
             return []
         return [Collective(ALL_REDUCE, "squares of q and k", 2, itemsize=4)]
-
-
-def _by_columns(build: Build, outputs: tuple[Output, ...], value: float) -> nnx.Param:
-    """Make a parameter `[tp, columns]` with one value per column of these outputs, sharded like them."""
-    shape = build.tp, sum(output.columns(build.tp) for output in outputs)
-    return constant(build, shape, (axes.SHARD, axes.COLUMNS), value, outputs=outputs)

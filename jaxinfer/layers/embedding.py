@@ -8,7 +8,7 @@ from flax import nnx
 from jaxinfer.kernels.matmul import int8_matmul
 from jaxinfer.layers.linear import MatmulModule
 from jaxinfer.layers.norms import scale_by
-from jaxinfer.layers.params import Build, matrix, weight
+from jaxinfer.layers.params import Build, constant, matrix, weight
 from jaxinfer.sharding import axes
 from jaxinfer.sharding import mesh as meshes
 from jaxinfer.sharding.collectives import ALL_REDUCE, Collective
@@ -27,6 +27,7 @@ class Embedding(MatmulModule):
         round_scale: whether `scale` is first rounded to the embeddings' dtype, as for Gemma in transformers.
         softcap: maps logits x to cap * tanh(x / cap); None for no softcap.
         logit_scale: multiplier of logits, before the softcap; None for no scaling.
+        bias: whether logits have a bias.
     """
 
     no_split = True
@@ -43,6 +44,7 @@ class Embedding(MatmulModule):
         round_scale: bool = True,
         softcap: float | None = None,
         logit_scale: float | None = None,
+        bias: bool = False,
     ):
         self.vocab, self.tp, self.lookup, self.head = vocab, build.tp, lookup, head
         rounded = scale is not None and round_scale
@@ -56,6 +58,7 @@ class Embedding(MatmulModule):
         self.weight, self.weight_scale = matrix(
             build, shape, names, 0.02, block=self.block, whole_scales=True, unpadded=(vocab, width)
         )
+        self.bias = constant(build, (padded,), (axes.VOCAB,), 0.0, unpadded=(vocab,)) if bias else None
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Embed token ids `[T]` as `[T, M]`; ids of padding are clamped, their embeddings are not used."""
@@ -68,7 +71,9 @@ class Embedding(MatmulModule):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Compute float32 logits `[B, V']` of hidden states `[B, M]`; logits of vocabulary padding are -inf."""
-        logits = self.product(hidden, self.weight, self.weight_scale, jnp.dtype("float32"))
+        logits = self.product(hidden, self.weights, jnp.dtype("float32"))
+        if self.bias is not None:
+            logits = logits + self.bias[...].astype(jnp.float32)
         if self.logit_scale is not None:
             logits = logits * self.logit_scale
         if self.softcap is not None:

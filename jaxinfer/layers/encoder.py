@@ -13,7 +13,8 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxinfer.kernels.attention import choose as attention
-from jaxinfer.kernels.attention.paged import KVCache, PrefillTiles, Scoring, Slots
+from jaxinfer.kernels.attention.paged import PrefillTiles, Scoring, Slots
+from jaxinfer.kernels.attention.whole import attend_spans
 from jaxinfer.kv.groups import Place
 from jaxinfer.layers.heads import HeadLayout
 from jaxinfer.layers.linear import FusedLinear, RowLinear
@@ -57,14 +58,12 @@ class EncodeStep:
 def attend_both_ways(q: jax.Array, k: jax.Array, v: jax.Array, step: EncodeStep, scoring: Scoring) -> jax.Array:
     """Attend bidirectionally within each input: q, k and v `[S, tp, H / tp, D]` -> `[S, tp, H / tp, D]`.
 
-    Uses the paged kernels with blocks of one position: nothing is copied, the score matrix is not materialized, and the
-    work is proportional to the inputs' lengths. Outputs at padding are finite.
+    Outputs at padding are finite.
     """
     kernel = attention.implementation(step.kernel, step.mesh)
 
     def local(q: jax.Array, k: jax.Array, v: jax.Array, step: EncodeStep) -> jax.Array:
-        kv_cache = KVCache(*(x[:, 0, :, None] for x in (k, v)))
-        out, _ = kernel.prefill(q[:, 0], None, None, kv_cache, None, step.rows, scoring, tile=step.tile)
+        out = attend_spans(kernel, q[:, 0], k[:, 0], v[:, 0], step.rows, scoring, tile=step.tile)
         return out[:, None]
 
     heads = PartitionSpec(None, model_axis(q.shape[1]))

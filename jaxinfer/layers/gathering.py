@@ -1,4 +1,4 @@
-"""Gathering of weights that are divided over the mesh axis `fsdp`, a module at a time."""
+"""Gather weights that are divided over the mesh axis `fsdp`, a module at a time."""
 
 from typing import TypeVar
 
@@ -12,7 +12,7 @@ Part = TypeVar("Part", bound=nnx.Module)
 
 
 def gather(part: Part, mesh: Mesh | AbstractMesh, x: jax.Array) -> tuple[Part, jax.Array]:
-    """Gather a module's weights over `fsdp`, once its input is there; without such an axis nothing is done.
+    """Gather a module's weights over `fsdp`, once its input is available; without such an axis nothing is done.
 
     The barrier ties the weights to the input: otherwise the compiler could gather all layers before the first, and
     hoist them out of a loop over steps.
@@ -23,7 +23,7 @@ def gather(part: Part, mesh: Mesh | AbstractMesh, x: jax.Array) -> tuple[Part, j
         x: the module's input.
 
     Returns:
-        The module, with weights that `fsdp` does not divide, and the input to give it.
+        The module, with weights that `fsdp` does not divide, and the input to call it with.
     """
     if mesh.shape.get(axes.FSDP, 1) == 1:
         return part, x

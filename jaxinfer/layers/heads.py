@@ -36,8 +36,7 @@ class HeadLayout:
 
         Raises:
             ConfigError: the heads do not divide over the shards and `build.pad_heads` is False; names module, axis,
-                sizes and
-                remedies.
+                sizes and remedies.
         """
         tp, group = build.tp, heads // kv_heads
         if _fits(tp, kv_heads, group):

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 
 from jaxinfer.kv.spec import State
 from jaxinfer.layers.attending import AttentionModule
-from jaxinfer.layers.delta import DeltaSpec, DeltaState, Rows, Way, gated_norm, run, run_on_shards
+from jaxinfer.layers.delta import DeltaSpec, gated_norm, run
 from jaxinfer.layers.linear import BatchedLinear, FusedLinear, Output, RowLinear
-from jaxinfer.layers.params import Build, constant, param, weight
+from jaxinfer.layers.params import Build, constant, param
+from jaxinfer.layers.recurrent import RecurrentState, Rows, Way, convolution, run_on_shards
 from jaxinfer.sharding import axes
 
 
@@ -37,10 +38,7 @@ class KimiDeltaAttention(AttentionModule):
         low_rank = Output("f_a", 1, dim, sharded=False), Output("g_a", 1, dim, sharded=False)
         self.projection = FusedLinear(build, spec.width, (*spec.convolved, Output("b", heads), *low_rank))
         self.gates = BatchedLinear(build, dim, (Output("f_b", heads, dim), Output("g_b", heads, dim)))
-        columns = sum(output.columns(build.tp) for output in spec.convolved)
-        # Same shape as the convolution weight in the checkpoint.
-        shape, names = (build.tp, columns, 1, spec.taps), (axes.SHARD, axes.COLUMNS, None, None)
-        self.conv = weight(build, shape, names, spec.taps**-0.5, outputs=spec.convolved)
+        self.conv = convolution(build, spec.convolved, spec.taps)
         self.decay = param(build, jnp.zeros((1, 1, heads, 1)), (None, None, axes.HEADS, None))
         self.decay_bias = param(build, jnp.zeros((heads * dim,)), (axes.HEADS,))
         self.norm = constant(build, (dim,), (axes.HEAD_DIM,), 1.0)
@@ -51,7 +49,7 @@ class KimiDeltaAttention(AttentionModule):
         """Cache spec of the layer."""
         return self.spec.cache_spec(self.dtype, self.replicated)
 
-    def __call__(self, x: jax.Array, state: DeltaState, rows: Rows) -> tuple[jax.Array, DeltaState]:
+    def __call__(self, x: jax.Array, state: RecurrentState, rows: Rows) -> tuple[jax.Array, RecurrentState]:
         """Map `[T, M]` to `[T, M]` and the state after the step's tokens."""
         q, k, v, b, f, g = self.projection(x)
         forget, gate = self.gates(f, g)
@@ -59,7 +57,15 @@ class KimiDeltaAttention(AttentionModule):
         by_token = jnp.concatenate([q, k, v], axis=-1), b, *(y.reshape(*y.shape[:2], -1, dim) for y in (forget, gate))
         by_shard = self.conv[...][:, :, 0], self.decay[...].reshape(tp, -1), self.decay_bias[...].reshape(tp, -1, dim)
         y, state = run_on_shards(
-            self._local, self.mesh, self.attention_kernel, by_token, by_shard, self.norm[...], state, rows
+            self._local,
+            self.mesh,
+            self.attention_kernel,
+            self.cache_spec,
+            by_token,
+            by_shard,
+            self.norm[...],
+            state,
+            rows,
         )
         return self.out(y), state
 
@@ -68,10 +74,10 @@ class KimiDeltaAttention(AttentionModule):
         by_token: tuple[jax.Array, ...],
         by_shard: tuple[jax.Array, ...],
         norm: jax.Array,
-        state: DeltaState,
+        state: RecurrentState,
         rows: Rows,
         way: Way,
-    ) -> tuple[jax.Array, DeltaState]:
+    ) -> tuple[jax.Array, RecurrentState]:
         """Compute `[T, 1, H Dv]` for the local heads."""
         (columns, b, forget, gate), (conv, decay, bias) = by_token, by_shard
         g = -jnp.exp(decay)[:, None] * jax.nn.softplus(forget.astype(jnp.float32) + bias)

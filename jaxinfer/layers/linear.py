@@ -6,18 +6,20 @@ layer on eight devices). They are always multiplied as a matrix, `[tp * columns,
 projections are declarations of outputs, not classes.
 """
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, groupby, pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxinfer.kernels.matmul import int8_matmul
+from jaxinfer.kernels.matmul import int8_matmul, packed_matmul
 from jaxinfer.kernels.matmul.choose import NATIVES, XLA, matmul
+from jaxinfer.kernels.matmul.packed_matmul import Packed
+from jaxinfer.kernels.triton.triton_launch import Target
 from jaxinfer.layers.params import Build, constant, matrix
 from jaxinfer.sharding import axes
 from jaxinfer.sharding.collectives import ALL_REDUCE, Collective
@@ -61,6 +63,14 @@ class Output:
         """Stored units, padding included; repeated units count once."""
         return self.units if self.stored is None else len(self.stored)
 
+    def divided(self, count: int) -> "Output":
+        """Return the output with `count` columns taken as one, which must not cross units where these are reordered."""
+        if self.width % count == 0:
+            return replace(self, width=self.width // count)
+        if self.stored is not None or self.rows % count:
+            raise ValueError(f"{count} columns cross the units of {self}")
+        return Output(self.name, self.rows // count, sharded=self.sharded)
+
     def columns(self, tp: int, where: str = "") -> int:
         """Return the columns of this output on one shard of `tp`.
 
@@ -96,19 +106,50 @@ class Output:
         return found
 
 
+def by_columns(build: Build, outputs: Sequence[Output], value: float) -> nnx.Param:
+    """Make a parameter `[tp, columns]` with one value per column of these outputs, sharded like them."""
+    shape = build.tp, sum(output.columns(build.tp) for output in outputs)
+    return constant(build, shape, (axes.SHARD, axes.COLUMNS), value, outputs=tuple(outputs))
+
+
+class Weights(NamedTuple):
+    """Arrays of a weight `[..., in]` made by `params.matrix`; leading axes are flattened in products."""
+
+    values: jax.Array
+    """The weight, its int8 values, or codes of four bits, `[..., in / 2]` uint8 (`packed_matmul.Packed`)."""
+    scales: jax.Array | None = None
+    """`[...]` of the rows of an int8 weight, or `[..., groups]` of codes."""
+    zeros: jax.Array | None = None
+    """`[..., groups]` zero points of codes."""
+
+    @classmethod
+    def of(cls, arrays: Mapping[str, jax.Array]) -> "Weights":
+        """Return those among the arrays of a `MatmulModule` by name."""
+        return cls(arrays["weight"], arrays.get("weight_scale"), arrays.get("weight_zero"))
+
+
 class MatmulModule(nnx.Module):
     """Base of modules that multiply activations with weights made by `params.matrix`."""
 
     kernel: str = XLA
     """Implementation of matmul (`kernels.matmul.choose`); set by `use_kernel`."""
+    target: Target | None = None
+    """GPU that kernels of dense products are compiled for, if weights are not divided; set by `use_kernel`."""
     block: int = 1
     """Columns per block that int8 matmuls rotate (`int8_matmul.rotation`)."""
+    weight: nnx.Param
+    weight_scale: nnx.Param | None = None
+    weight_zero: nnx.Param | None = None
+
+    @property
+    def weights(self) -> Weights:
+        """The module's own weight."""
+        return Weights(*(None if p is None else p[...] for p in (self.weight, self.weight_scale, self.weight_zero)))
 
     def product(
         self,
         x: jax.Array,
-        weight: nnx.Param | jax.Array,
-        scales: nnx.Param | jax.Array | None,
+        weights: Weights,
         dtype: jax.typing.DTypeLike | None = None,
         part: tuple[int, int] | None = None,
     ) -> jax.Array:
@@ -116,27 +157,29 @@ class MatmulModule(nnx.Module):
 
         Args:
             x: `[T, in]`, or `[T, tp, in / tp]` if the columns are divided over shards.
-            weight: `[..., in]`; leading axes are flattened.
-            scales: `[...]` scales of an int8 weight; None if not quantized.
+            weights: the weight, `[..., in]`.
             dtype: of the result; None for that of `x`.
             part: start and end of the weight's rows to use; None for all.
 
         Returns:
             `[T, out]`.
         """
-        rows = weight[...].reshape(-1, weight.shape[-1])
+        lead = weights.values.ndim - 1
+        rows, scales, zeros = (None if one is None else one.reshape(-1, *one.shape[lead:]) for one in weights)
+        how = {"kernel": self.kernel, "part": part}
         if scales is None:
-            return matmul(x.reshape(x.shape[0], -1), rows, dtype, kernel=self.kernel, part=part)
-        return int8_matmul.matmul(
-            x, rows, scales[...].reshape(-1), dtype, kernel=self.kernel, part=part, block=self.block
-        )
+            return matmul(x.reshape(x.shape[0], -1), rows, dtype, **how)
+        if rows.dtype == jnp.uint8:
+            own = Packed(rows, scales, zeros)
+            return packed_matmul.matmul(x.reshape(x.shape[0], -1), own, dtype, target=self.target, **how)
+        return int8_matmul.matmul(x, rows, scales, dtype, block=self.block, **how)
 
 
-def use_kernel(module: nnx.Module, kernel: str) -> None:
-    """Set the matmul implementation of all parts of a module."""
+def use_kernel(module: nnx.Module, kernel: str, target: Target | None = None) -> None:
+    """Set the matmul implementation of all parts of a module, and the GPU it is for where weights are not divided."""
     for _, part in nnx.iter_modules(module):
         if isinstance(part, MatmulModule):
-            part.kernel = kernel
+            part.kernel, part.target = kernel, target
 
 
 def use_fusion(module: nnx.Module, fused: bool) -> None:
@@ -158,11 +201,13 @@ class FusedLinear(MatmulModule):
 
     fused: bool = True
     """Set by `use_fusion`."""
+    adapters: Any = None
+    """LoRA adapters of the outputs (`layers.adapters.FusedAdapters`); None without."""
 
     def __init__(
         self, build: Build, in_features: int, outputs: Sequence[Output], *, bias: bool | Collection[str] = False
     ):
-        self.outputs = tuple(outputs)
+        self.outputs, self.in_features = tuple(outputs), in_features
         self.tp = build.tp
         columns = sum(output.columns(self.tp, build.path) for output in self.outputs)
         shape, names = (self.tp, columns, in_features), (axes.SHARD, axes.COLUMNS, axes.EMBED)
@@ -178,10 +223,15 @@ class FusedLinear(MatmulModule):
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, ...]:
         """Map `[T, in]` to one `[T, tp, columns_i]` per output, in the declared order."""
+        parts = self._outputs(x)
+        return parts if self.adapters is None else self.adapters.add(x, parts)
+
+    def _outputs(self, x: jax.Array) -> tuple[jax.Array, ...]:
+        """Compute the outputs without adapters."""
         if not self.fused:
             parts = self._apart(x)
         else:
-            y = self.product(x, self.weight, self.weight_scale).reshape(x.shape[0], self.tp, -1)
+            y = self.product(x, self.weights).reshape(x.shape[0], self.tp, -1)
             if self.bias is not None and len(self.biased) == len(self.outputs):
                 return self._split(y + self.bias[...], self.outputs)
             parts = self._split(y, self.outputs)
@@ -196,12 +246,9 @@ class FusedLinear(MatmulModule):
         """Run one GEMM per output on its columns of the fused weight."""
         parts = pairwise(accumulate((output.columns(self.tp) for output in self.outputs), initial=0))
         if self.tp == 1:
-            return tuple(self.product(x, self.weight, self.weight_scale, part=part)[:, None] for part in parts)
-        own = (
-            [None if p is None else p[...][:, start:end] for p in (self.weight, self.weight_scale)]
-            for start, end in parts
-        )
-        return tuple(self.product(x, *pair).reshape(x.shape[0], self.tp, -1) for pair in own)
+            return tuple(self.product(x, self.weights, part=part)[:, None] for part in parts)
+        own = (Weights(*(None if one is None else one[:, start:end] for one in self.weights)) for start, end in parts)
+        return tuple(self.product(x, part).reshape(x.shape[0], self.tp, -1) for part in own)
 
     def _split(self, y: jax.Array, outputs: Sequence[Output]) -> tuple[jax.Array, ...]:
         """Split `[..., columns]` by outputs."""
@@ -236,10 +283,7 @@ class BatchedLinear(MatmulModule):
         ):  # single shard only (XLA cannot partition it); no batched form, which would gain nothing
             width = self.weight.shape[1] // len(self.outputs)
             parts = ((i * width, (i + 1) * width) for i in range(len(inputs)))
-            made = (
-                self.product(x[:, 0], self.weight, self.weight_scale, part=p)
-                for x, p in zip(inputs, parts, strict=True)
-            )
+            made = (self.product(x[:, 0], self.weights, part=p) for x, p in zip(inputs, parts, strict=True))
             return tuple(y[:, None] for y in made)
         shape = self.tp, len(self.outputs), -1
         weight = self.weight[...].reshape(*shape, self.weight.shape[-1])
@@ -256,7 +300,7 @@ class BatchedLinear(MatmulModule):
 
 
 class RowLinear(MatmulModule):
-    """Row-parallel `y = x W^T (+ b)`: the input is sharded, and the output is the all-reduce of a block.
+    """Row-parallel `y = x W^T (+ b)`: the input is sharded, and an all-reduce sums the output over the devices.
 
     Args:
         build: how parameters are made.
@@ -269,6 +313,9 @@ class RowLinear(MatmulModule):
             themselves.
     """
 
+    adapters: Any = None
+    """LoRA adapters (`layers.adapters.RowAdapters`); None without."""
+
     def __init__(
         self,
         build: Build,
@@ -280,8 +327,9 @@ class RowLinear(MatmulModule):
         summed: bool = True,
     ):
         inputs = Output(in_axis, inputs) if isinstance(inputs, int) else inputs
-        self.tp, self.summed = build.tp, summed
+        self.tp, self.summed, self.inputs = build.tp, summed, inputs
         shape, names = (out_features, inputs.columns(build.tp, build.path) * build.tp), (axes.EMBED, in_axis)
+        self.in_features = shape[1]
         # Shards hold whole units, so blocks within a unit fit every number of shards.
         self.block = int8_matmul.rotation(*(inputs.rows, build.tp) if inputs.width == 1 else (inputs.width,))
         self.weight, self.weight_scale = matrix(
@@ -297,7 +345,8 @@ class RowLinear(MatmulModule):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map `[T, tp, in / tp]` to `[T, out]`."""
-        y = self.product(x, self.weight, self.weight_scale)
+        y = self.product(x, self.weights)
+        y = y if self.adapters is None else self.adapters.add(x, y)
         return y if self.bias is None else y + self.bias[...]
 
     def collectives(self) -> list[Collective]:

@@ -16,18 +16,34 @@ ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
+    "relu2": lambda x: jax.numpy.square(jax.nn.relu(x)),
 }
 """Activation functions by Hugging Face's `hidden_act` names."""
 
 
 class GatedMLP(nnx.Module):
-    """`down(act(gate(x)) * up(x))`, with gate and up as one GEMM (arXiv:2002.05202); `summed` as in `RowLinear`."""
+    """`down(act(gate(x)) * up(x))`, with gate and up as one GEMM (arXiv:2002.05202); `summed` as in `RowLinear`.
+
+    Without `gated` it is `down(act(up(x)))` (Nemotron-H).
+    """
 
     no_split = True
     """A placement shards or replicates all parts together (`loading.weights.placeable`)."""
+    adaptable = True
+    """Whether its projections may have LoRA adapters (`layers.adapters`)."""
 
-    def __init__(self, build: Build, width: int, ffn: int, activation: str, *, bias: bool = False, summed: bool = True):
-        outputs = Output("gate", ffn), Output("up", ffn)
+    def __init__(
+        self,
+        build: Build,
+        width: int,
+        ffn: int,
+        activation: str,
+        *,
+        bias: bool = False,
+        summed: bool = True,
+        gated: bool = True,
+    ):
+        outputs = tuple(Output(name, ffn) for name in (("gate", "up") if gated else ("up",)))
         self.gate_up = FusedLinear(build, width, outputs, bias=bias)
         self.down = RowLinear(build, axes.FFN, outputs[0], width, bias=bias, summed=summed)
         self.activation = activation
@@ -38,8 +54,9 @@ class GatedMLP(nnx.Module):
 
     def hidden(self, x: jax.Array) -> jax.Array:
         """Map `[T, M]` to the input of `down`, `[T, tp, F / tp]`."""
-        gate, up = self.gate_up(x)
-        return ACTIVATIONS[self.activation](gate) * up
+        active, *up = self.gate_up(x)
+        active = ACTIVATIONS[self.activation](active)
+        return active * up[0] if up else active
 
 
 class MLP(nnx.Module):

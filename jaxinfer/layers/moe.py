@@ -26,7 +26,7 @@ from jaxinfer.kernels.matmul.grouped import Dispatch
 from jaxinfer.kernels.triton import triton_launch
 from jaxinfer.kernels.triton.triton_launch import Target
 from jaxinfer.layers.attention import StepContext
-from jaxinfer.layers.linear import MatmulModule, Output
+from jaxinfer.layers.linear import MatmulModule, Output, Weights
 from jaxinfer.layers.mlp import ACTIVATIONS, GatedMLP
 from jaxinfer.layers.params import Build, constant, matrix, weight
 from jaxinfer.layers.router import Router, RouterConfig
@@ -72,6 +72,8 @@ class MoEConfig:
     """Name in `layers.mlp.ACTIVATIONS`, applied to the gate before multiplying with up, or a function of both."""
     bias: bool = False
     """Whether the experts' gate, up and down projections have biases."""
+    gated: bool = True
+    """Whether experts, shared ones too, have a gate; False: `down(act(up(x)))` (Nemotron-H)."""
     shared: int = 0
     """Total F of the shared experts, which every token goes to; 0 for none."""
     shared_gate: bool = False
@@ -81,11 +83,21 @@ class MoEConfig:
         self.router.check(self.experts, self.per_token)
         if isinstance(self.activation, str) and self.activation not in ACTIVATIONS:
             raise ConfigError(f"experts: activation is {self.activation!r}; supported: {', '.join(ACTIVATIONS)}")
+        if not self.gated and not isinstance(self.activation, str):
+            raise ConfigError("experts: an activation of gate and up needs gated=True")
         if self.shared_gate and not self.shared:
             raise ConfigError("experts: shared_gate is set without shared experts; set shared to their width")
 
-    def activate(self, gate: jax.Array, up: jax.Array) -> jax.Array:
-        """Apply the activation to gate and up `[..., F]`."""
+    @property
+    def outputs(self) -> tuple[Output, ...]:
+        """Outputs of an expert's first projection."""
+        return tuple(Output(name, self.ffn) for name in (("gate", "up") if self.gated else ("up",)))
+
+    def activate(self, hidden: jax.Array) -> jax.Array:
+        """Apply the activation to gate and up, `[..., 2 F]` -> `[..., F]`, or to up alone, `[..., F]`."""
+        if not self.gated:
+            return ACTIVATIONS[str(self.activation)](hidden)
+        gate, up = jnp.split(hidden, 2, axis=-1)
         if isinstance(self.activation, str):
             return ACTIVATIONS[self.activation](gate) * up
         return self.activation(gate, up)
@@ -153,7 +165,7 @@ class MoE(MatmulModule):
         _check_divides(build, config)
         self.router = Router(build.at("router"), width, config.experts, config.per_token, config.router)
         shards, stack, ffn = (1, axes.EXPERT, None) if self.by_expert else (build.tp, None, axes.FFN)
-        outputs = Output("gate", config.ffn), Output("up", config.ffn)
+        outputs = config.outputs
         columns = sum(output.columns(shards) for output in outputs)
         self.gate_up = ExpertLinear(
             build.at("gate_up"),
@@ -171,7 +183,7 @@ class MoE(MatmulModule):
             block=int8_matmul.rotation(config.ffn, build.tp),
         )
         self.shared = (
-            GatedMLP(build.at("shared"), width, config.shared, str(config.activation), summed=False)
+            GatedMLP(build.at("shared"), width, config.shared, str(config.activation), summed=False, gated=config.gated)
             if config.shared
             else None
         )
@@ -195,7 +207,7 @@ class MoE(MatmulModule):
         """Gate the shared experts' hidden states `[T, tp, F / tp]`, which commutes with `down` as it has no bias."""
         if self.shared_gate is None:
             return hidden
-        gate = jax.nn.sigmoid(self.product(x, self.shared_gate, None, jnp.float32))
+        gate = jax.nn.sigmoid(self.product(x, Weights(self.shared_gate[...]), jnp.float32))
         return (hidden * gate[..., None]).astype(hidden.dtype)
 
     def _local(
@@ -215,12 +227,12 @@ class MoE(MatmulModule):
         y = self.gate_up.rows(x[pairs.tokens], pairs, own["gate_up"], target)
         if self.config.bias:
             y = y + own["gate_up"]["bias"].reshape(experts, -1)[pairs.experts]
-        y = self.down.rows(self.config.activate(*jnp.split(y, 2, axis=-1)), pairs, own["down"], target)
+        y = self.down.rows(self.config.activate(y), pairs, own["down"], target)
         if self.config.bias:
             y = y + self._once(own["down"]["bias"])[pairs.experts]
         y = grouped.combine(y, weights, pairs.places, pairs.offsets[-1])
         if self.shared is not None and hidden is not None:
-            y = y + self.shared.down.product(hidden[:, 0], own["shared"]["weight"], own["shared"].get("weight_scale"))
+            y = y + self.shared.down.product(hidden[:, 0], Weights.of(own["shared"]))
         return y if self.tp == 1 else jax.lax.psum(y, axes.MODEL)
 
     def _once(self, bias: jax.Array) -> jax.Array:

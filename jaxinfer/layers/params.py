@@ -13,7 +13,7 @@ from jaxinfer.sharding.policy import EXPERTS, REPLICATE, Placement
 
 
 class Build(NamedTuple):
-    """What modules need to create their parameters."""
+    """Arguments with which modules create their parameters."""
 
     rngs: nnx.Rngs
     dtype: jnp.dtype

@@ -67,6 +67,9 @@ def cos_sin(config: RopeConfig, positions: jax.Array, rope_length: jax.Array) ->
         inv_freq = jnp.where(is_long, _dynamic(config, rope_length), inv_freq)
     angles = positions.astype(jnp.float32)[:, None] * inv_freq
     scaling = frequencies.attention_scaling
+    if config.kind == "longrope" and (config.short_mscale, config.long_mscale) != (None, None):
+        short, long = (scaling if own is None else own for own in (config.short_mscale, config.long_mscale))
+        scaling = jnp.where(is_long, long, short)
     return jnp.cos(angles) * scaling, jnp.sin(angles) * scaling
 
 

@@ -46,10 +46,14 @@ _OPTIONAL = {
     "dynamic": (),
     "llama3": (_ORIGINAL,),
     "yarn": (_ORIGINAL, "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
-    "longrope": (_ORIGINAL, "attention_factor", "factor"),
+    "longrope": (_ORIGINAL, "attention_factor", "factor", "short_mscale", "long_mscale"),
 }
 REMEDY = "correct config.json, or pass the right value with hf_overrides"
-_EVERY_KIND = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned"}
+# mrope assigns a token's time, height and width to sections of the frequencies; for tokens of text the three are equal.
+_EVERY_KIND = {
+    *("rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned"),
+    *("mrope_section", "mrope_interleaved"),
+}
 # Keys of some kinds only: transformers ignores them for other kinds, so they are ignored here too.
 _OF_SOME_KIND = {name for table in (_REQUIRED, _OPTIONAL) for names in table.values() for name in names}
 
@@ -86,6 +90,10 @@ class RopeConfig:
     """longrope: divisor of each frequency, [R/2], for sequences up to original_max_position."""
     long_factor: tuple[float, ...] | None = None
     """longrope: divisor of each frequency, [R/2], for longer sequences."""
+    short_mscale: float | None = None
+    """longrope: multiplier of cos and sin for sequences up to original_max_position, in place of `attention_factor`."""
+    long_mscale: float | None = None
+    """longrope: the same for longer sequences."""
 
     @classmethod
     def from_hf(cls, config: dict[str, Any], head_dim: int, default_theta: float = 10_000.0) -> RopeConfig:

@@ -10,8 +10,8 @@ from jaxinfer.layers.linear import MatmulModule
 from jaxinfer.layers.params import Build, constant, param, weight
 from jaxinfer.sharding import axes
 
-SOFTMAX, SIGMOID = "softmax", "sigmoid"
-SCORES = (SOFTMAX, SIGMOID)
+SOFTMAX, SIGMOID, SPARSEMIXER = "softmax", "sigmoid", "sparsemixer"
+SCORES = (SOFTMAX, SIGMOID, SPARSEMIXER)
 COUNTS, TAKEN = "num_experts, num_local_experts or n_routed_experts", "num_experts_per_tok or num_experts_per_token"
 GROUPS = "n_group or num_expert_group"
 """Names in config.json of the number of experts, experts per token and expert groups, by family."""
@@ -24,13 +24,14 @@ class RouterConfig:
     - Mixtral (arXiv:2401.04088), Qwen3-MoE and Qwen3-Next with `norm_topk_prob`: the defaults;
     - Qwen3-MoE without `norm_topk_prob`: `renormalise=False`;
     - gpt-oss, a softmax over the selected logits: the defaults with `bias=True`, which equals a renormalized softmax
-      over
-      all logits;
-    - DeepSeek-V3 (arXiv:2412.19437) and Kimi: `score="sigmoid", correction=True, scale=2.5, groups=8, chosen_groups=4`.
+      over all logits;
+    - DeepSeek-V3 (arXiv:2412.19437) and Kimi: `score="sigmoid", correction=True, scale=2.5, groups=8, chosen_groups=4`;
+    - Phi-MoE: `score="sparsemixer", jitter=0.01`.
     """
 
     score: str = SOFTMAX
-    """"softmax" over all experts, or "sigmoid" of each logit."""
+    """"softmax" over all experts, "sigmoid" of each logit, or "sparsemixer" (arXiv:2409.12136): the best two experts,
+    each weighted by a softmax over those experts whose logits are close to its own."""
     renormalise: bool = True
     """Whether the weights of a token's experts are divided by their sum."""
     scale: float = 1.0
@@ -45,6 +46,10 @@ class RouterConfig:
     """Groups a token's experts are selected from: those with the largest sums of best scores (topk_group)."""
     group_best: int = 2
     """Number of best expert scores summed to rank a group."""
+    jitter: float = 0.01
+    """SparseMixer: half the relative distance of logits that counts as close."""
+    epsilon: float = 1e-20
+    """Added to the sum of sigmoids that weights are divided by, all of which may be zero (DeepSeek's own)."""
 
     def check(self, experts: int, per_token: int) -> None:
         """Check the settings for `per_token` of `experts` experts.
@@ -58,6 +63,11 @@ class RouterConfig:
             raise ConfigError(
                 f"router: {per_token} experts per token ({TAKEN}) are not possible; with {experts} experts ({COUNTS}) "
                 f"choose 1 to {experts}"
+            )
+        if self.score == SPARSEMIXER and (per_token != 2 or self.groups > 1 or self.correction):
+            raise ConfigError(
+                f"router: sparsemixer chooses 2 experts a token, but {TAKEN} is {per_token}, with {self.groups} groups "
+                f"({GROUPS}); set 2 and 1, without a bias of the choice"
             )
         if not 1 <= self.chosen_groups <= self.groups:
             raise ConfigError(
@@ -96,7 +106,7 @@ class Router(MatmulModule):
 
     def __call__(self, x: jax.Array, given: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
         """Return experts `[T, k]` int32 and weights `[T, k]` float32, best first; `given` as in `route`."""
-        logits = self.product(x, self.weight, None, jnp.float32)
+        logits = self.product(x, self.weights, jnp.float32)
         if self.bias is not None:
             logits = logits + self.bias[...].astype(jnp.float32)
         correction = None if self.correction is None else self.correction[...]
@@ -122,6 +132,8 @@ def route(
     Returns:
         Experts `[T, k]` int32 and weights `[T, k]` float32, best first.
     """
+    if config.score == SPARSEMIXER:
+        return _sparse_mixer(logits, config, jax.lax.top_k(logits, per_token)[1] if given is None else given)
     sigmoid = config.score == SIGMOID
     ranks = jax.nn.sigmoid(logits) if sigmoid else logits  # softmax preserves the order
     if not sigmoid and (correction is not None or config.groups > 1):
@@ -140,9 +152,20 @@ def route(
     if scores is logits:
         return chosen, config.scale * _softmax(best, logits, config.renormalise)
     if config.renormalise:
-        # DeepSeek's own epsilon: all sigmoids may be zero.
-        best = best / (jnp.sum(best, axis=-1, keepdims=True) + 1e-20)
+        best = best / (jnp.sum(best, axis=-1, keepdims=True) + config.epsilon)
     return chosen, config.scale * best
+
+
+def _sparse_mixer(logits: jax.Array, config: RouterConfig, chosen: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the two experts `[T, 2]` and their weights; the second one's softmax is without the first."""
+    weights, left = [], logits
+    for place in (0, 1):
+        best = jnp.take_along_axis(logits, chosen[:, place : place + 1], axis=-1)
+        far = (best - logits) / jnp.maximum(jnp.abs(logits), best) > 2 * config.jitter
+        close = jnp.where(far, -jnp.inf, left)
+        weights.append(jnp.exp(best - jax.nn.logsumexp(close, axis=-1, keepdims=True)))
+        left = jnp.where(jnp.arange(logits.shape[-1]) == chosen[:, place : place + 1], -jnp.inf, left)
+    return chosen, config.scale * jnp.concatenate(weights, axis=-1)
 
 
 def _softmax(best: jax.Array, logits: jax.Array, renormalise: bool) -> jax.Array:

@@ -6,6 +6,7 @@ of them the CLS token.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,10 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxinfer.kernels.attention import choose as attention
+from jaxinfer.kernels.attention.whole import attend_whole
 from jaxinfer.kernels.matmul.choose import matmul
+from jaxinfer.layers.attending import AttentionModule
 from jaxinfer.layers.heads import HeadLayout
 from jaxinfer.layers.linear import FusedLinear, MatmulModule, RowLinear
 from jaxinfer.layers.mlp import MLP
@@ -129,48 +133,7 @@ def bicubic(old: int, new: int) -> np.ndarray:
     return made.astype(np.float32)
 
 
-QUERIES = 1024
-"""Queries scored at a time for images with more than twice as many tokens, whose full scores would take gigabytes."""
-
-
-def attend_whole(q: jax.Array, k: jax.Array, v: jax.Array, padding: jax.Array | None = None) -> jax.Array:
-    """Attend among all tokens of a tile, with a float32 softmax: q, k and v `[n, t, H, D]` -> `[n, t, H, D]`.
-
-    Args:
-        q: queries.
-        k: keys.
-        v: values.
-        padding: `[n, t]` bool; padding tokens do not attend to other padding tokens, but to all others.
-    """
-    count, tokens = q.shape[:2]
-    if tokens <= 2 * QUERIES:
-        return _attend(q, k, v, padding, padding)
-    filled = -tokens % QUERIES
-
-    def pieces(x: jax.Array | None) -> jax.Array | None:
-        if x is None:
-            return None
-        x = jnp.pad(x, ((0, 0), (0, filled), *[(0, 0)] * (x.ndim - 2)))
-        return x.reshape(count, -1, QUERIES, *x.shape[2:]).swapaxes(0, 1)
-
-    out = jax.lax.map(lambda piece: _attend(piece[0], k, v, piece[1], padding), (pieces(q), pieces(padding)))
-    return out.swapaxes(0, 1).reshape(count, tokens + filled, *out.shape[3:])[:, :tokens]
-
-
-def _attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, of_queries: jax.Array | None, of_keys: jax.Array | None
-) -> jax.Array:
-    """Attend for some queries `[n, q, H, D]`, with padding masks of these and of the keys."""
-    precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
-    scores = jnp.einsum("nqhd,nkhd->nhqk", q, k, precision=precision, preferred_element_type=jnp.float32)
-    scores = scores * q.shape[-1] ** -0.5
-    if of_keys is not None:
-        scores = jnp.where((of_queries[:, :, None] & of_keys[:, None])[:, None], -jnp.inf, scores)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("nhqk,nkhd->nqhd", weights, v, precision=precision)
-
-
-class VisionAttention(nnx.Module):
+class VisionAttention(AttentionModule):
     """Bidirectional attention, optionally with q/k norms over the whole width."""
 
     no_split = True
@@ -206,6 +169,9 @@ class VisionAttention(nnx.Module):
         collectives.
         """
         divided, head_dim = q.shape[1] > 1, self.config.width // self.config.heads
+        how: dict[str, Any] = {"unrolled": self.mesh.devices.flat[0].platform != "cpu"}
+        if self.attention_kernel == attention.TRITON:
+            how["triton"] = attention.implementation(attention.TRITON, self.mesh)
 
         def local(
             q: jax.Array, k: jax.Array, v: jax.Array, scale: jax.Array | None, padding: jax.Array | None
@@ -215,7 +181,7 @@ class VisionAttention(nnx.Module):
                 over = axes.MODEL if divided else None
                 q, k = normalise_together((q, k), scale, widths, self.config.qk_norm_eps, over=over)
             q, k, v = (y.reshape(-1, tokens, y.shape[-1] // head_dim, head_dim) for y in (q, k, v))
-            return attend_whole(q, k, v, padding).reshape(q.shape[0] * tokens, 1, -1)
+            return attend_whole(q, k, v, padding, **how).reshape(q.shape[0] * tokens, 1, -1)
 
         data, model = axes.DATA if axes.DATA in self.mesh.shape else None, model_axis(q.shape[1])
         rows = PartitionSpec(data, model)
