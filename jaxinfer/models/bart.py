@@ -67,7 +67,7 @@ class BartConfig:
     features: None = None
     """Encoder inputs that replace token embeddings: none."""
     recompute_after: None = None
-    """Rope changes: none, positions are learned."""
+    """Length beyond which rope changes; None, as positions are learned."""
     query_group: int = 1
     """Number of query heads per kv head."""
     biases: tuple[str, ...] = ("q", "k", "v")
@@ -80,7 +80,7 @@ class BartConfig:
 
     @property
     def cross(self) -> CrossSource:
-        """A text of up to as many tokens as the encoder has positions, encoded together."""
+        """Encoder inputs: texts of up to the encoder's number of positions, whose tokens are encoded together."""
         return CrossSource("text", (), 1, self.encoder.positions, joint=True)
 
     @property

@@ -80,7 +80,7 @@ class FeatureRows:
 
 @runtime_checkable
 class ModelConfig(Protocol):
-    """What the engine reads from a model's configuration."""
+    """Attributes of a model's configuration that the engine reads."""
 
     vocab_size: int
     num_layers: int

@@ -1,6 +1,6 @@
 """Decoder stack of Llama and its relatives: attention, gated MLP or experts, and norms, unrolled over layers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,22 +12,23 @@ from jaxinfer.checkpoint.weight_table import Rule, expand
 from jaxinfer.kernels.attention.paged import Cache
 from jaxinfer.kv.spec import Full, State
 from jaxinfer.layers.attention import Attention, AttentionSpec, StepContext
-from jaxinfer.layers.delta import DeltaSpec
 from jaxinfer.layers.delta_net import DeltaNetSpec, GatedDeltaNet
 from jaxinfer.layers.embedding import Embedding
 from jaxinfer.layers.gathering import gather
 from jaxinfer.layers.kda import KdaSpec, KimiDeltaAttention
+from jaxinfer.layers.mamba import Mamba, MambaSpec
 from jaxinfer.layers.mla import LatentAttention, LatentSpec
 from jaxinfer.layers.mlp import GatedMLP
 from jaxinfer.layers.moe import MoE
 from jaxinfer.layers.norms import LayerNorm, RMSNorm
 from jaxinfer.layers.params import Build
 from jaxinfer.layers.rope import cos_sin
+from jaxinfer.layers.short_conv import ShortConv, ShortConvSpec
 from jaxinfer.models.base import FeatureRows
 from jaxinfer.models.decoder_config import AFTER, BEFORE, DecoderConfig, Mixer
-from jaxinfer.models.delta_rules import delta_net_rules, kda_rules
 from jaxinfer.models.mla_rules import mla_rules
 from jaxinfer.models.moe_rules import MoENames, moe_rules
+from jaxinfer.models.recurrent_rules import recurrent_rules
 from jaxinfer.sharding import axes
 
 MIXERS: Mapping[type, type[nnx.Module]] = {
@@ -35,6 +36,8 @@ MIXERS: Mapping[type, type[nnx.Module]] = {
     LatentSpec: LatentAttention,
     KdaSpec: KimiDeltaAttention,
     DeltaNetSpec: GatedDeltaNet,
+    ShortConvSpec: ShortConv,
+    MambaSpec: Mamba,
 }
 """Module class of each token mixer spec, constructed from a `Build` and the spec; each has a `cache_spec`."""
 
@@ -47,7 +50,9 @@ class Layer(nnx.Module):
     """
 
     def __init__(self, build: Build, config: DecoderConfig, number: int):
-        width, norms = config.attention.width, self.norm_names(config)
+        width, norms = config.attention.width, set(self.norm_names(config))
+        bare = number in config.bare_layers
+        norms -= {"mlp_norm", "mlp_post_norm"} if bare else set()
 
         def norm(name: str) -> RMSNorm | LayerNorm | None:
             return _norm(build.at(name), config) if name in norms else None
@@ -58,11 +63,7 @@ class Layer(nnx.Module):
         self.attention_post_norm = norm("attention_post_norm")
         self.mlp_norm = norm("mlp_norm")
         moe = config.moe_of(number)
-        self.mlp = (
-            GatedMLP(build.at("mlp"), width, config.ffn, config.activation, bias=config.mlp_bias)
-            if moe is None
-            else MoE(build.at("mlp"), width, moe)
-        )
+        self.mlp = None if bare else _mlp(build.at("mlp"), config) if moe is None else MoE(build.at("mlp"), width, moe)
         self.mlp_post_norm = norm("mlp_post_norm")
 
     @staticmethod
@@ -76,6 +77,8 @@ class Layer(nnx.Module):
         """Map hidden states `[T, M]` to `[T, M]`; also return the layer's new cache or state."""
         y, kv_cache = self.attend(_normed(self.attention_norm, x), kv_cache, rope, step)
         x = self.add(x, _normed(self.attention_post_norm, y))
+        if self.mlp is None:
+            return x, kv_cache
         y = self.feed_forward(_normed(self.mlp_norm, x), step)
         return self.add(x, _normed(self.mlp_post_norm, y)), kv_cache
 
@@ -87,7 +90,7 @@ class Layer(nnx.Module):
         self, x: jax.Array, kv_cache: Any, rope: tuple[jax.Array, jax.Array] | None, step: StepContext
     ) -> tuple[jax.Array, Any]:
         """Mix the tokens of each sequence, `[T, M]` to `[T, M]`; also return the layer's new cache or state."""
-        if isinstance(self.attention.spec, DeltaSpec):
+        if isinstance(self.attention.cache_spec, State):
             return self.attention(x, kv_cache, step.states)
         return self.attention(x, kv_cache, rope, step)
 
@@ -96,11 +99,17 @@ class Layer(nnx.Module):
         return self.mlp(x, step) if isinstance(self.mlp, MoE) else self.mlp(x)
 
 
+def _mlp(build: Build, config: DecoderConfig) -> GatedMLP:
+    """Build the MLP of a layer without experts."""
+    options = dict(bias=config.mlp_bias, gated=config.mlp_gated)
+    return GatedMLP(build, config.attention.width, config.ffn, config.activation, **options)
+
+
 def _norm(build: Build, config: DecoderConfig) -> RMSNorm | LayerNorm:
     """Build a norm of the model's width."""
     width = config.attention.width
     if config.centred_norms:
-        return LayerNorm(build, width, config.norm_eps, axes.EMBED, bias=False)
+        return LayerNorm(build, width, config.norm_eps, axes.EMBED, bias=config.norm_bias)
     return RMSNorm(build, width, config.norm_eps, axes.EMBED, config.norm_scaling)
 
 
@@ -134,7 +143,8 @@ class Decoder(nnx.Module):
         )
         self.layers = nnx.List([block(build.at("layers", i), config, i) for i in range(config.num_layers)])
         self.norm = _norm(build.at("norm"), config)
-        self.head = None if config.tied else Embedding(build.at("head"), *sizes, lookup=False, head=True, **logits)
+        own = {"lookup": False, "head": True, "bias": config.head_bias}
+        self.head = None if config.tied else Embedding(build.at("head"), *sizes, **own, **logits)
 
     def __call__(
         self, tokens: jax.Array, step: StepContext, cache: Cache, features: FeatureRows | None = None
@@ -157,12 +167,29 @@ class Decoder(nnx.Module):
         }
         cache = list(cache)
         for number, layer in enumerate(self.layers):
-            index = step.array_index(number)
             layer, x = gather(layer, self.mesh, x)
-            apply = partial(layer, rope=turned[ropes[number]], step=step.of(number))
-            apply = jax.checkpoint(apply) if step.remat else apply
-            x, cache[index] = apply(x, cache[index])
+            x = self.apply(number, layer, x, turned[ropes[number]], step, cache)
         return self.norm(x), cache
+
+    def apply(
+        self,
+        number: int,
+        layer: Layer,
+        x: jax.Array,
+        rope: tuple[jax.Array, jax.Array] | None,
+        step: StepContext,
+        cache: list[Any],
+    ) -> jax.Array:
+        """Apply a layer to `[T, M]`, and replace its entries of `cache`."""
+        index = step.array_index(number)
+        run = self.remembering(partial(layer, rope=rope, step=step.of(number)), step)
+        x, cache[index] = run(x, cache[index])
+        return x
+
+    @staticmethod
+    def remembering(run: Callable[..., Any], step: StepContext) -> Callable[..., Any]:
+        """Return a layer's call; with `step.remat` a gradient computes its activations again."""
+        return jax.checkpoint(run) if step.remat else run
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Compute float32 logits `[B, V']` of hidden states `[B, M]`."""
@@ -186,17 +213,20 @@ def weight_rules(
         block: class of the layers, which names its norms.
     """
     layer = "model.layers.{i}"
-    gate_up = [("gate_up", ("gate", "up"))] if fused else [(part, (part,)) for part in ("gate", "up")]
+    first = ("gate", "up") if config.mlp_gated else ("up",)
+    gate_up = [("gate_up", first)] if fused else [(part, (part,)) for part in first]
+    norms = {
+        "model.norm": "norm",
+        **{f"{layer}.{name}": f"layers.{{i}}.{own}" for own, name in block.norm_names(config).items()},
+    }
+    parts = {"weight": "scale", "bias": "bias"} if config.norm_bias else {"weight": "scale"}
     table = [
         Rule("model.embed_tokens.weight", "embedding.weight"),
-        Rule("model.norm.weight", "norm.scale"),
         Rule("lm_head.weight", "embedding.weight", tied="head")
         if config.tied
         else Rule("lm_head.weight", "head.weight"),
-        *(
-            Rule(f"{layer}.{name}.weight", f"layers.{{i}}.{norm}.scale")
-            for norm, name in block.norm_names(config).items()
-        ),
+        *([Rule("lm_head.bias", "head.bias")] if config.head_bias else []),
+        *(Rule(f"{norm}.{name}", f"{own}.{part}") for norm, own in norms.items() for name, part in parts.items()),
     ]
 
     def linear(name: str, target: str, parts: tuple[str, ...]) -> None:
@@ -210,10 +240,12 @@ def weight_rules(
         linear(f"{name}_proj", "gate_up", parts)
     linear("down_proj", "down", ())
     for i in range(config.num_layers):
-        moe = config.moe_of(i)
-        rules = _mixer_rules(config.attention_of(i), fused=fused)
-        made += [rule.of_layer(i) for rule in rules + (table if moe is None else moe_rules(moe, names))]
-    return made
+        moe, rules = config.moe_of(i), _mixer_rules(config.attention_of(i), fused=fused)
+        if i not in config.bare_layers:
+            rules = rules + (table if moe is None else moe_rules(moe, names))
+        made += [rule.of_layer(i) for rule in rules]
+    bare = tuple(f"layers.{i}.mlp_" for i in config.bare_layers)
+    return [rule for rule in made if not str(rule.target).startswith(bare)]
 
 
 def _mixer_rules(spec: Mixer, *, fused: bool) -> list[Rule]:
@@ -222,7 +254,7 @@ def _mixer_rules(spec: Mixer, *, fused: bool) -> list[Rule]:
         return _attention_rules(spec, fused=fused)
     if isinstance(spec, LatentSpec):
         return mla_rules(query_rank=spec.query_rank is not None, bias=spec.bias)
-    return kda_rules() if isinstance(spec, KdaSpec) else delta_net_rules()
+    return recurrent_rules(spec)
 
 
 def _attention_rules(spec: AttentionSpec, *, fused: bool) -> list[Rule]:

@@ -6,10 +6,12 @@ from typing import TypeAlias
 from jaxinfer.layers.attention import AttentionSpec
 from jaxinfer.layers.delta_net import DeltaNetSpec
 from jaxinfer.layers.kda import KdaSpec
+from jaxinfer.layers.mamba import MambaSpec
 from jaxinfer.layers.mla import LatentSpec
 from jaxinfer.layers.moe import MoEConfig
 from jaxinfer.layers.norms import Scaling
 from jaxinfer.layers.rope import RopeConfig
+from jaxinfer.layers.short_conv import ShortConvSpec
 from jaxinfer.media.inputs import Features
 from jaxinfer.models.base import CrossSource
 
@@ -19,8 +21,10 @@ FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention
 BEFORE, AFTER = "before", "after"
 """Position of an RMSNorm: on the input of attention or the MLP, or on the output before the residual is added."""
 
-Mixer: TypeAlias = AttentionSpec | LatentSpec | KdaSpec | DeltaNetSpec
-"""Token mixer of a layer (attention, MLA, KDA, gated DeltaNet)."""
+Linear: TypeAlias = KdaSpec | DeltaNetSpec | ShortConvSpec | MambaSpec
+"""Token mixer with a recurrent state (KDA, gated DeltaNet, short convolution, Mamba-2)."""
+Mixer: TypeAlias = AttentionSpec | LatentSpec | Linear
+"""Token mixer of a layer (attention, MLA, or one with a recurrent state)."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +50,13 @@ class DecoderConfig:
     norm_scaling: Scaling = Scaling()
     """Scaling of all norms of width M."""
     centred_norms: bool = False
-    """Whether norms of width M subtract the mean first (a LayerNorm without bias, Cohere); otherwise they are
+    """Whether norms of width M subtract the mean first (a LayerNorm, Cohere); otherwise they are
     RMSNorms.
     """
+    norm_bias: bool = False
+    """Whether centred norms have a bias (Phi-MoE)."""
+    head_bias: bool = False
+    """Whether logits have a bias; only with a head of its own."""
     embedding_scale: float | None = None
     """Factor on token embeddings; None for 1."""
     round_embedding_scale: bool = True
@@ -61,11 +69,15 @@ class DecoderConfig:
     """Window of `SLIDING` layers: number of positions visible to a token, itself included."""
     kinds: tuple[str, ...] = ()
     """Kind of each layer, `FULL`, `SLIDING` or `LINEAR`; empty if all are full."""
-    linear: KdaSpec | DeltaNetSpec | None = None
+    linear: Linear | None = None
     """Token mixer of `LINEAR` layers, which have a recurrent state."""
     recomputed: bool = False
     """Whether a sequence is recomputed when longrope's frequencies change (Phi-3)."""
     mlp_bias: bool = False
+    mlp_gated: bool = True
+    """Whether MLPs have a gate; False: `down(act(up(x)))` (Nemotron-H)."""
+    bare_layers: tuple[int, ...] = ()
+    """Layers of a token mixer alone, without an MLP (Nemotron-H)."""
     moe: MoEConfig | None = None
     """Mixture of experts of the layers that have one in place of an MLP."""
     dense_layers: tuple[int, ...] = ()
@@ -101,6 +113,10 @@ class DecoderConfig:
             raise ValueError(f"norms={self.norms} must be {BEFORE!r}, {AFTER!r} or both")
         if self.centred_norms and self.norm_scaling != Scaling():
             raise ValueError(f"norm_scaling={self.norm_scaling} applies to RMSNorm only, but centred_norms is set")
+        if self.norm_bias and not self.centred_norms:
+            raise ValueError("norm_bias is set, but RMSNorms have no bias; set centred_norms")
+        if self.head_bias and self.tied:
+            raise ValueError("head_bias is set, but the head is the token embedding, which has no bias")
         if self.recomputed and self.rope is None:
             raise ValueError("recomputed is for models whose rope changes with length, but rope is None")
 
@@ -149,7 +165,7 @@ class DecoderConfig:
 
 
 class CompositeConfig:
-    """Mixin for configurations of models around a decoder: passes on what the decoder's configuration says."""
+    """Mixin for configurations of models that contain a decoder: returns values of the decoder's configuration."""
 
     text: DecoderConfig
 

@@ -7,13 +7,11 @@ from jaxinfer.checkpoint.config_reader import ConfigReader
 from jaxinfer.checkpoint.plain_json import show
 from jaxinfer.errors import ConfigError
 from jaxinfer.layers.attention import AttentionSpec
-from jaxinfer.layers.delta_net import DeltaNetSpec
-from jaxinfer.layers.kda import KdaSpec
 from jaxinfer.layers.mlp import ACTIVATIONS
 from jaxinfer.layers.moe import MoEConfig
 from jaxinfer.layers.rope import RopeConfig
 from jaxinfer.models.decoder_attributes import one_values
-from jaxinfer.models.decoder_config import FULL, SLIDING, DecoderConfig
+from jaxinfer.models.decoder_config import FULL, SLIDING, DecoderConfig, Linear
 
 
 def read_config(
@@ -31,7 +29,7 @@ def read_config(
     activation: str = "hidden_act",
     local_rope: Mapping[str, Any] | None = None,
     norm_eps: tuple[str, float] = ("rms_norm_eps", 1e-6),
-    linear: KdaSpec | DeltaNetSpec | None = None,
+    linear: Linear | None = None,
 ) -> DecoderConfig:
     """Read the config.json attributes that all families of this stack share; require fixed values of unsupported ones.
 
@@ -106,6 +104,27 @@ def _refuse_partial_rope(reader: ConfigReader, head_dim: int, rope: RopeConfig, 
             f"config.json: rope rotates {rotated} of {head_dim} dimensions (partial_rotary_factor), which "
             f"{reader.family} does not support; remove it, or use a family that does (Phi3ForCausalLM)"
         )
+
+
+def text_part(reader: ConfigReader, others: Sequence[str]) -> ConfigReader:
+    """Return the reader of `text_config`, or `reader` itself for a model of text alone.
+
+    Args:
+        reader: config.json.
+        others: attributes beside `text_config` that do not concern text.
+    """
+    if not reader.has("text_config"):
+        return reader
+    tied = reader.get_bool("tie_word_embeddings", None)
+    reader.skip(*others)
+    return reader.part("text_config", **{} if tied is None else {"tie_word_embeddings": tied})
+
+
+def default_rotary_part(reader: ConfigReader, factor: float) -> None:
+    """Set the default of `partial_rotary_factor`, which may stand beside `rope_parameters` or in it."""
+    stated = reader.get("rope_parameters", None) or {}
+    if not isinstance(stated, dict) or "partial_rotary_factor" not in stated:
+        reader.defaults(partial_rotary_factor=factor)
 
 
 def window_of(reader: ConfigReader) -> int | None:

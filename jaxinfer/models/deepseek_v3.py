@@ -51,7 +51,13 @@ def latent_spec(reader: ConfigReader, *, rotated: bool) -> LatentSpec:
 
 
 def experts(
-    reader: ConfigReader, *, count: str, per_token: str, shared: str, groups: str, renormalise: str
+    reader: ConfigReader,
+    *,
+    count: str = "n_routed_experts",
+    per_token: str = "num_experts_per_tok",
+    shared: str = "n_shared_experts",
+    groups: str = "n_group",
+    renormalise: str = "norm_topk_prob",
 ) -> MoEConfig:
     """Read the mixture of experts, whose attribute names differ between families."""
     for name, value in ("scoring_func", SIGMOID), ("topk_method", "noaux_tc"), ("moe_layer_freq", 1):
@@ -120,14 +126,7 @@ def config(reader: ConfigReader) -> DecoderConfig:
     reader.defaults(n_group=8, topk_group=4, routed_scaling_factor=2.5, max_position_embeddings=4096)
     eps, layers = reader.get_float("rms_norm_eps", 1e-6, above=0), reader.get_int("num_hidden_layers")
     attention = latent_spec(reader, rotated=True)
-    moe = experts(
-        reader,
-        count="n_routed_experts",
-        per_token="num_experts_per_tok",
-        shared="n_shared_experts",
-        groups="n_group",
-        renormalise="norm_topk_prob",
-    )
+    moe = experts(reader)
     rope = reader.rope(attention.shared_dim)
     dense = range(min(layers, reader.get_int("first_k_dense_replace", 3, least=0)))
     attention = replace(attention, scale=attention.scale * _score_factor(rope) ** 2)

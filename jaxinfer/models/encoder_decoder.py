@@ -40,7 +40,7 @@ class StackConfig:
 
 @runtime_checkable
 class LayerConfig(Protocol):
-    """What all layers of a model have in common."""
+    """Settings that all layers of a model share."""
 
     @property
     def width(self) -> int:
@@ -63,7 +63,7 @@ def read_stack(reader: ConfigReader, name: str, width: int, positions: str) -> S
     """Read the sizes of the "encoder" or the "decoder".
 
     Args:
-        reader: of config.json.
+        reader: config.json.
         name: the prefix of the fields.
         width: M.
         positions: the field with the maximum number of positions.
@@ -211,7 +211,7 @@ def layer_rules(source: str, target: str, layers: int, biases: Sequence[str], *,
     Args:
         source: prefix of the tensors, up to the layer's index.
         target: path of the modules, up to the layer's index.
-        layers: their number.
+        layers: number of layers.
         biases: those of "q", "k" and "v" that have a bias.
         cross: whether the layers have cross-attention.
     """

@@ -16,7 +16,7 @@ SCALING = Scaling(offset=1.0, wide=True)
 
 
 def gemma(reader: ConfigReader, kinds: Sequence[str], **more: Any) -> DecoderConfig:
-    """Read what Gemma 2 and 3 share; `more` are arguments of `decoder_reader.read_config`.
+    """Read the attributes that Gemma 2 and 3 share; `more` are arguments of `decoder_reader.read_config`.
 
     `hidden_act` is present in old files and was never used.
     """

@@ -9,6 +9,7 @@ from jaxinfer.checkpoint.config_reader import ConfigReader
 from jaxinfer.models.base import Family
 from jaxinfer.models.decoder import Decoder, weight_rules
 from jaxinfer.models.decoder_config import FULL, SLIDING, DecoderConfig
+from jaxinfer.models.decoder_reader import text_part
 from jaxinfer.models.gemma2 import gemma
 
 THETA, LOCAL_THETA = 1_000_000.0, 10_000.0
@@ -33,10 +34,8 @@ def config(reader: ConfigReader) -> DecoderConfig:
 
     The `text_config` of a multimodal checkpoint may omit what equals the smallest model's value.
     """
-    if reader.has("text_config"):
-        tied = reader.get_bool("tie_word_embeddings", None)
-        reader.skip(*IMAGES)
-        reader = reader.part("text_config", **{} if tied is None else {"tie_word_embeddings": tied})
+    whole, reader = reader, text_part(reader, IMAGES)
+    if reader is not whole:
         reader.defaults(hidden_size=2304, intermediate_size=9216, num_hidden_layers=26)
     reader.defaults_if_absent(sliding_window=4096)
     reader.defaults(

@@ -9,7 +9,7 @@ from jaxinfer.checkpoint.weight_table import Rule
 from jaxinfer.models.base import Family
 from jaxinfer.models.decoder import Decoder, Layer, weight_rules
 from jaxinfer.models.decoder_config import AFTER, BEFORE, DecoderConfig
-from jaxinfer.models.decoder_reader import read_config
+from jaxinfer.models.decoder_reader import default_rotary_part, read_config
 
 
 class Glm4Layer(Layer):
@@ -30,9 +30,7 @@ def config(reader: ConfigReader) -> DecoderConfig:
     """Read the configuration; `attention_bias` applies to q, k and v."""
     reader.defaults_if_absent(num_key_value_heads=2, head_dim=128)
     reader.defaults(max_position_embeddings=131_072, rms_norm_eps=1.5625e-07)
-    stated = reader.get("rope_parameters", None) or {}
-    if not isinstance(stated, dict) or "partial_rotary_factor" not in stated:
-        reader.defaults(partial_rotary_factor=0.5)
+    default_rotary_part(reader, 0.5)
     shared = read_config(reader, qkv_bias=reader.get_bool("attention_bias", True), partial_rotary=True)
     return replace(shared, attention=replace(shared.attention, interleaved=True), norms=(BEFORE, AFTER))
 

@@ -39,7 +39,11 @@ class GraniteLayer(Layer):
 
 def config(reader: ConfigReader) -> GraniteConfig:
     """Read the configuration: Llama's attributes and the four multipliers."""
-    shared = llama.config(reader)
+    return multiplied(reader, llama.config(reader))
+
+
+def multiplied(reader: ConfigReader, shared: DecoderConfig) -> GraniteConfig:
+    """Return a configuration with the four multipliers of config.json."""
     shared = replace(
         shared,
         attention=replace(shared.attention, scale=reader.get_float("attention_multiplier", 1.0)),

@@ -12,10 +12,11 @@ def config(reader: ConfigReader) -> DecoderConfig:
     reader.defaults_if_absent(sliding_window=4096, num_key_value_heads=8)
     reader.defaults(max_position_embeddings=131_072)
     window = window_of(reader)
-    reader.require("use_sliding_window", window is not None)
-    reader.skip("max_window_layers")
     default = [SLIDING if window else FULL] * reader.get_int("num_hidden_layers")
-    return read_config(reader, window=window, kinds=layer_kinds(reader, default))
+    kinds = layer_kinds(reader, default)
+    reader.skip("max_window_layers")
+    reader.require("use_sliding_window", *([True] if SLIDING in kinds else [True, False]))
+    return read_config(reader, window=window, kinds=kinds)
 
 
 FAMILY = Family({"MistralForCausalLM": "mistral"}, config, Decoder, weight_rules)

@@ -57,7 +57,11 @@ def moe_rules(
 
     table = [
         rule(f"{names.router}.weight", "router.weight"),
-        *experts("gate_up_proj", "gate_up", {"gate": names.gate, "up": names.up}),
+        *(
+            experts("gate_up_proj", "gate_up", {"gate": names.gate, "up": names.up})
+            if config.gated
+            else experts("up_proj", "gate_up", {"up": names.up})
+        ),
         *experts("down_proj", "down", {"": names.down}),
     ]
     if config.router.bias:
@@ -65,7 +69,7 @@ def moe_rules(
     if config.router.correction:
         table.append(rule(f"{names.router}.e_score_correction_bias", "router.correction"))
     if config.shared:
-        for part in ("gate", "up"):
+        for part in ("gate", "up") if config.gated else ("up",):
             table.append(rule(f"{names.shared}.{part}_proj.weight", "shared.gate_up.weight", (part,)))
         table.append(rule(f"{names.shared}.down_proj.weight", "shared.down.weight"))
     if config.shared_gate:

@@ -12,8 +12,8 @@ from jaxinfer.checkpoint.plain_json import show
 from jaxinfer.errors import ConfigError
 from jaxinfer.models.base import Family
 
-ALIASES: Mapping[str, str] = {"LLaMAForCausalLM": "LlamaForCausalLM"}
-"""Architecture names written by early versions of transformers."""
+ALIASES: Mapping[str, str] = {"LLaMAForCausalLM": "LlamaForCausalLM", "PhiMoEForCausalLM": "PhimoeForCausalLM"}
+"""Architecture names written by early versions of transformers, or by the code that a model was published with."""
 SHARDED = "FSDP"
 """Prefix that PyTorch's `fully_shard` puts before the name of a model's class, which is saved as its architecture."""
 WRAPPERS = ("PeftModel", "PeftModelForCausalLM", "PeftModelForSeq2SeqLM")

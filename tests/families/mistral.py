@@ -1,7 +1,7 @@
 """Tests' data of `models/mistral.py`."""
 
 from support import reference_changes as ref
-from support.families import Case, FamilyData, Published
+from support.families import NULL, Case, FamilyData, Published
 from support.parity_options import GROUPS, HEAD_DIM, NORMS, PLAIN, yarn
 
 DATA = FamilyData(
@@ -16,7 +16,7 @@ DATA = FamilyData(
     },
     cases={
         "mistral": Case({}, {**GROUPS, **HEAD_DIM, **NORMS}),
-        "mistral yarn": Case(yarn(), {"yarn": PLAIN}),
+        "mistral yarn": Case({"sliding_window": NULL, **yarn()}, {"yarn": PLAIN}),
         # Prompts shorter and longer than the window, by one and by many; chunks (16) are mostly longer than it.
         "mistral window": Case(
             {"sliding_window": 12},

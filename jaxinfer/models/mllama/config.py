@@ -16,7 +16,7 @@ from jaxinfer.models.mllama.vision import MllamaVisionConfig
 
 RATIOS = ([1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1])
 TAPS, CROSS_LAYERS = (3, 7, 15, 23, 30), (3, 8, 13, 18, 23, 28, 33, 38)
-"""Defaults of config.json."""
+"""Defaults of `intermediate_layers_indices` and `cross_attention_layers` in config.json."""
 EXTRA_TOKENS = 8
 """Number of embedding rows beyond the head's; the image token is the first."""
 MOST_IMAGES = 8

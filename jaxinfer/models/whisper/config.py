@@ -90,7 +90,7 @@ class WhisperConfig:
 
     @property
     def recompute_after(self) -> None:
-        """Rope changes: none."""
+        """Length beyond which rope changes; None, as positions are learned."""
         return None
 
 
