@@ -110,8 +110,8 @@ class ConfigReader:
             return
         known = " or ".join(json.dumps(one) for one in values) or "null"
         raise ConfigError(
-            f"{self.family}: {name}={show(value)} is not supported: this architecture is computed as with {known}. If "
-            f"that is what the weights were trained for, pass hf_overrides={{{name!r}: None}}."
+            f"{self.family}: {name}={show(value)} is not supported: this architecture is implemented for {known} "
+            f"only. If the weights were trained for that, pass hf_overrides={{{name!r}: None}}."
         )
 
     def restrict(self, values: Mapping[str, tuple[Any, ...]]) -> None:
@@ -139,6 +139,10 @@ class ConfigReader:
         no cap).
         """
         self.config = {**values, **self.config}
+
+    def replace(self, **values: Any) -> None:
+        """Read these values in place of those of config.json, which the family has read."""
+        self.config = {**self.config, **values}
 
     def rope(self, head_dim: int, **changed: Any) -> RopeConfig:
         """Read the rotary embedding from the fields of `ROPE_FIELDS`, with the `changed` values overriding them.
@@ -203,7 +207,7 @@ def _is_empty(value: Any) -> bool:
 @cache
 def _log_labels(family: str, names: tuple[str, ...]) -> None:
     logger.info(
-        "%s: config.json has %s, which jaxinfer does not know; ignored as notes by their names.",
+        "%s: config.json has %s, which are ignored: their names mark them as metadata of a tool.",
         family,
         ", ".join(names),
     )

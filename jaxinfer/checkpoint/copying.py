@@ -20,8 +20,16 @@ COPY_ELEMENTS = 1 << 21
 """Elements copied from the file at a time: 8 MiB of float32, the dtype in which they are quantised."""
 
 
-def load_param(path: str, param: nnx.Param, filled: list[Rule], source: Source, mesh: Mesh) -> jax.Array:
-    """Load a parameter as one sharded array; each device's shard is read separately."""
+def load_param(path: str, param: nnx.Variable, filled: list[Rule], source: Source, mesh: Mesh) -> jax.Array:
+    """Load a parameter as one sharded array; each device's shard is read separately.
+
+    Args:
+        path: path of the parameter in the module, for errors.
+        param: the parameter, with its shape, dtype and layout metadata.
+        filled: rules that name the tensors of the parameter; if empty, the parameter is zero.
+        source: tensors of the checkpoint.
+        mesh: mesh that the parameter is placed on.
+    """
     metadata = param.get_metadata()
     placed = sharding_rules.of(mesh, metadata, param.shape, path)
 

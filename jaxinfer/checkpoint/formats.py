@@ -13,8 +13,8 @@ log = logging.getLogger(__name__)
 _FOLDERS: Sequence[tuple[str, str]] = (
     (
         r"adapter_config\.json",
-        "it is a PEFT adapter ({found}). Adapters are not read; merge it into its base model and save that: "
-        "PeftModel.merge_and_unload().save_pretrained(path)",
+        "it is a PEFT adapter ({found}). Pass its base model as model and this folder as adapters={{name: folder}}, or "
+        "merge them and save that: PeftModel.merge_and_unload().save_pretrained(path)",
     ),
     (r".*\.gguf", "it holds GGUF files ({found}). Pass the path of the file as the model"),
     (

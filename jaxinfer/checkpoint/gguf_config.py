@@ -17,7 +17,7 @@ LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_positio
 """Rope parameters of all Llama 3.1, 3.2 and 3.3 models, which GGUF files keep as a tensor of divisors."""
 ROPE_FREQS = "rope_freqs.weight"
 GEMMA2_27B, GEMMA3_27B = 46, 62
-"""Layers of the models of Gemma whose scores are scaled by hidden_size / heads and not by head_dim."""
+"""Numbers of layers of the Gemma models whose attention scores are scaled by hidden_size / heads, not head_dim."""
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 _HARMLESS = ("attention.causal",)
 
@@ -60,7 +60,7 @@ class _Keys:
 
 
 def _shared(keys: _Keys) -> dict[str, Any]:
-    """Return what every decoder states."""
+    """Return the config.json fields that all decoders have."""
     file = keys.file
     width, heads = keys.require("embedding_length", int), keys.uniform("attention.head_count")
     if not heads or width % heads and keys.get("attention.key_length", int) is None:

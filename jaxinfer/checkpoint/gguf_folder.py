@@ -31,7 +31,7 @@ def is_gguf(path: Path) -> bool:
 def folder_of(path: Path) -> Path:
     """Return a cached folder with the config.json of a GGUF file and a link to it; create it if needed.
 
-    Its name has the version of the file and of the code, so that it never is out of date.
+    The folder's name includes the versions of the file and of the code, so that its contents are never stale.
 
     Raises:
         CheckpointError, ConfigError: as `GgufFile` and `gguf_config.config`.

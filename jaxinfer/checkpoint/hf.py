@@ -64,7 +64,7 @@ def _rope_base(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[
     """Return the base of the rope that a file states inside `rope_parameters`, where overrides replace that object
     without stating one.
 
-    A user who overrides the scaling of a rope means the base that the model was trained with.
+    An override of the scaling alone must not change the base that the model was trained with.
     """
     stated, given = config.get("rope_parameters"), overrides.get("rope_scaling") or overrides.get("rope_parameters")
     if not isinstance(stated, Mapping) or not isinstance(given, Mapping):

@@ -68,7 +68,7 @@ def _fetch(model: str, revision: str | None, patterns: Sequence[str]) -> Path:
         raise CheckpointError(f"model={model!r} is neither a directory nor a Hub id (owner/name).") from error
     except Exception as error:  # The client, its HTTP library and its transfer library raise errors of their own.
         raise OfflineError(
-            f"model={model!r} is not a directory here and cannot be had from the Hugging Face Hub: "
+            f"model={model!r} is not a directory here and cannot be downloaded from the Hugging Face Hub: "
             f"{_reason(error, model, revision)} Or fetch it on another machine "
             f"(`hf download {model} --local-dir DIR`), copy DIR here and pass its path as the model."
         ) from error

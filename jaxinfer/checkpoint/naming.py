@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
+from jaxinfer.checkpoint.packed.matrix import PackedMatrix
 from jaxinfer.checkpoint.rules import format_names
 from jaxinfer.checkpoint.source import Info, Source
 from jaxinfer.checkpoint.weight_table import Rule
@@ -95,6 +96,11 @@ class Renamed:
         """Return a tensor's shape and dtype."""
         return self._source.info(self._names[name])
 
+    def packed(self, name: str) -> PackedMatrix | None:
+        """Return a quantised matrix that can be kept in 4 bits, or None (`DequantisedSource.packed`)."""
+        find = getattr(self._source, "packed", None)
+        return find and find(self._names[name])
+
     def read(self, name: str, slices: tuple[slice, ...] | None = None) -> np.ndarray:
         """Read a tensor, or the part selected by slices of step 1, one per leading axis."""
         return self._source.read(self._names[name], slices)
@@ -124,7 +130,7 @@ def rename_tensors(source: Source, table: Sequence[Rule], where: object, ignored
     if all(name.startswith(PEFT) for name in bare.values()):
         bare = {name: WRAPPERS.sub("", short.removeprefix(PEFT)) for name, short in bare.items()}
     for name in names:
-        own = name if name in known else _canonical(bare[name], known)
+        own = name if name in known else canonical(bare[name], known)
         if own in known and own not in found and (own == name or own not in taken):
             found[own] = name
         else:
@@ -148,8 +154,8 @@ def known_names(table: Iterable[Rule]) -> Iterator[str]:
         yield from known_names(rule.instead)
 
 
-def _canonical(bare: str, known: set[str]) -> str:
-    """Return the name in the weight table of a tensor's name without wrapper components; that name if it has none."""
+def canonical(bare: str, known: set[str]) -> str:
+    """Map a tensor name without wrapper components to the weight table; return it unchanged if the table has none."""
     candidates = (here + bare.removeprefix(there) for there, here in PREFIXES if bare.startswith(there))
     return bare if bare in known else next((one for one in candidates if one in known), bare)
 
@@ -159,8 +165,9 @@ def _check_format(where: object, source: Source, found: Mapping[str, str], left:
     adapter = [name for name in left if _ADAPTER.fullmatch(name)]
     if adapter:
         raise CheckpointError(
-            f"{where} has {len(adapter)} tensor(s) of a PEFT adapter: {format_names(adapter)}. Adapters are not read; "
-            "merge it into its base model and save that: PeftModel.merge_and_unload().save_pretrained(path)."
+            f"{where} has {len(adapter)} tensor(s) of a PEFT adapter: {format_names(adapter)}. Pass the base model as "
+            "model and the adapter's folder as adapters={name: folder}, or merge them and save that: "
+            "PeftModel.merge_and_unload().save_pretrained(path)."
         )
     scales = [name for name in left if _QUANTISED.fullmatch(name)]
     kinds = {name: getattr(source.info(there), "dtype", "F32") for name, there in found.items()}

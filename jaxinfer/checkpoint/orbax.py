@@ -77,6 +77,14 @@ def restore(
 ) -> None:
     """Fill an abstract module from a converted folder.
 
+    Args:
+        module: module with shapes in place of arrays.
+        table: weight table of the model's family, for parameters whose layout differs.
+        directory: the converted folder.
+        manifest: the folder's manifest.
+        mesh: mesh that the parameters are placed on.
+        progress: whether a progress bar is shown.
+
     Raises:
         CheckpointError: files are missing or changed, or the parameters are not those of this model.
     """

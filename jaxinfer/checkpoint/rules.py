@@ -12,10 +12,12 @@ from jax.sharding import Mesh
 from tqdm.auto import tqdm
 
 from jaxinfer.checkpoint.copying import load_param
+from jaxinfer.checkpoint.packed.kept import PackedSource
 from jaxinfer.checkpoint.quantised import Int8Source
 from jaxinfer.checkpoint.source import Source
 from jaxinfer.checkpoint.weight_table import Rule
 from jaxinfer.errors import CheckpointError
+from jaxinfer.kernels.matmul.packed_matmul import CODES
 
 
 def parameters(module: nnx.Module) -> dict[str, nnx.Param]:
@@ -88,8 +90,13 @@ def read(
     int8 = int8 or int8_source(wanted, planned, source)
     for path, sources in planned.items():
         param = wanted[path]
-        quantised = param.dtype == np.int8 or "scales_of" in param.get_metadata()
-        yield path, load_param(path, param, sources, int8 if quantised else source, mesh)
+        metadata = param.get_metadata()
+        own = source
+        if "packing" in metadata:
+            own = PackedSource(source, metadata["packed"], metadata["packing"])
+        elif param.dtype == np.int8 or "scales_of" in metadata:
+            own = int8
+        yield path, load_param(path, param, sources, own, mesh)
 
 
 def int8_source(wanted: Mapping[str, nnx.Param], planned: Mapping[str, list[Rule]], source: Source) -> Int8Source:
@@ -156,6 +163,19 @@ def plan(
         if not incomplete and (filled or path not in zero):
             _check_whole(path, wanted[path], filled)
     return planned | {path: planned[weight] for path, weight in scales.items()}
+
+
+def sources(table: Sequence[Rule], source: Source | None = None) -> dict[str, list[str]]:
+    """Return the names of the tensors that fill each parameter, by its path: those that the checkpoint has, if given.
+
+    Nothing is checked (`plan`).
+    """
+    names = {rule.source for rule in table} if source is None else set(source.names())
+    found: dict[str, list[str]] = {}
+    for name, rule in _by_tensor(table, names).items():
+        if rule.target is not None:
+            found.setdefault(rule.target, []).append(name)
+    return found
 
 
 def _by_tensor(table: Sequence[Rule], names: set[str]) -> dict[str, Rule]:
@@ -229,7 +249,7 @@ def _check_whole(path: str, param: nnx.Param, filled: Sequence[Rule]) -> None:
 
 
 def weight_of(path: str, scales: nnx.Param) -> str:
-    """Return the path of the int8 weight that these row scales belong to."""
+    """Return the path of the quantised weight that these scales or zero points belong to."""
     return ".".join([*path.split(".")[:-1], scales.get_metadata()["scales_of"]])
 
 
@@ -249,6 +269,8 @@ def _check_shape(rule: Rule, param: nnx.Param, source: Source, where: object, re
         expected = metadata.get("unpadded") or shape
     if rule.index is None:
         expected = (*stack, *expected)
+    if "packing" in metadata:
+        expected = (*expected[:-1], expected[-1] * CODES)
     found = tuple(source.info(rule.source).shape)
     if found != expected:
         raise CheckpointError(

@@ -25,7 +25,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class SafetensorsReader:
-    """Reader of the tensors in model.safetensors, or in the shards listed by model.safetensors.index.json.
+    """Reader of the tensors in `single`, or in the shards listed by model.safetensors.index.json.
 
     Every header is read and checked on construction. Can be used as a context manager; returned arrays stay valid after
     `close`.
@@ -34,12 +34,12 @@ class SafetensorsReader:
         CheckpointError: a header is invalid; names the file and the tensor.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, single: str = SINGLE) -> None:
         self.directory = Path(directory)
         self._maps: dict[Path, mmap.mmap] = {}
         self._closed = False
-        if (self.directory / SINGLE).is_file():
-            self._tensors = read_header(self.directory / SINGLE)
+        if (self.directory / single).is_file():
+            self._tensors = read_header(self.directory / single)
         elif (self.directory / INDEX).is_file():
             self._tensors = _read_shards(self.directory)
         else:

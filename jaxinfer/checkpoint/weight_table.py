@@ -1,6 +1,6 @@
 """Lines of a weight table: which parameter each tensor of a checkpoint fills."""
 
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 
@@ -21,8 +21,8 @@ class Rule:
     instead: tuple["Rule", ...] = ()
     """Rules of the tensors that hold the same values in checkpoints without this one (`models.moe_rules`)."""
     tied: str = ""
-    """Name that `Family.untie` has for the tie, for a tensor that config.json ties to the target's own
-    (`checkpoint.ties`)."""
+    """Name of the tie in `Family.untie`, for a tensor that config.json ties to the target's own tensor
+    (`checkpoint.ties`); empty for other tensors."""
     optional: bool = False
     """Whether a checkpoint may omit the tensor; its parameter is then zero."""
 
@@ -41,3 +41,26 @@ class Rule:
 def expand(table: Iterable[Rule], layers: int) -> list[Rule]:
     """Return the table with `{i}` expanded for every layer."""
     return [rule.of_layer(i) for rule in table for i in (range(layers) if "{i}" in rule.source else (0,))]
+
+
+def renamed(table: Iterable[Rule], names: Mapping[str, str], *, keep: bool = False) -> list[Rule]:
+    """Return the table with parts of tensor names replaced; a name has at most one of the parts `names`.
+
+    Args:
+        table: the rules.
+        names: part of a name in `table` -> the same in checkpoints.
+        keep: whether checkpoints may also have the names in `table`.
+    """
+
+    def rename(name: str) -> str:
+        return next((name.replace(old, new) for old, new in names.items() if old in name), name)
+
+    return [
+        replace(
+            rule,
+            source=rename(rule.source),
+            also=(*map(rename, rule.also), *([rule.source, *rule.also] if keep else [])),
+            instead=tuple(renamed(rule.instead, names, keep=keep)),
+        )
+        for rule in table
+    ]

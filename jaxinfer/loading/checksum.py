@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 HOST_ELEMENTS = 1 << 20
 """Elements of a NumPy array that are summed at a time."""
@@ -51,10 +52,18 @@ def combine(tensors: Mapping[str, Any], found: Mapping[str, Sums], dtypes: Mappi
 def sums(tensors: Mapping[str, Any], dtypes: Mapping[str, np.dtype] = {}) -> dict[str, Sums]:
     """Return the sums of each tensor, after conversion to its dtype in `dtypes`; JAX arrays stay on their devices."""
     found = {}
-    for name, values in tensors.items():
+    for name, values in sorted(tensors.items()):  # in the same order in all processes
         dtype = np.dtype(dtypes.get(name, values.dtype))
-        found[name] = _on_host(values, dtype) if isinstance(values, np.ndarray) else _on_device(values, dtype=dtype)
+        found[name] = _on_host(values, dtype) if isinstance(values, np.ndarray) else _summed(values, dtype)
     return {name: Sums(*map(int, np.asarray(one))) for name, one in found.items()}
+
+
+def _summed(values: jax.Array, dtype: np.dtype) -> jax.Array:
+    """Sum an array where it lies; the sums of one that lies in several processes are in all of them."""
+    if values.is_fully_addressable or not isinstance(values.sharding, NamedSharding):
+        return _on_device(values, dtype=dtype)
+    everywhere = NamedSharding(values.sharding.mesh, PartitionSpec())
+    return jax.jit(_on_device, static_argnames="dtype", out_shardings=everywhere)(values, dtype=dtype)
 
 
 @partial(jax.jit, static_argnames="dtype")
@@ -83,7 +92,7 @@ def _on_host(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def _mixed(bits: Any, index: Any) -> tuple[Any, Any]:
-    """Return what the two sums are over, for arrays of uint32."""
+    """Return the terms of the two sums, for arrays of uint32."""
     return _mix(bits ^ index * np.uint32(0x9E3779B9)), _mix(bits + index * np.uint32(0x85EBCA6B) + np.uint32(1))
 
 

@@ -23,7 +23,7 @@ from jaxinfer.checkpoint.weight_table import Rule
 from jaxinfer.errors import CheckpointError
 from jaxinfer.inputs import gguf_tokenizer
 from jaxinfer.inputs.tokenizer import load_tokenizer
-from jaxinfer.loading import weights
+from jaxinfer.loading import quantised, weights
 from jaxinfer.sharding import mesh as meshes
 from jaxinfer.sharding.policy import Placement
 
@@ -47,11 +47,21 @@ def convert(
 ) -> Manifest:
     """Write the weights, as laid out on the devices of `mesh`, to folder `out`, which `loading.load` can restore.
 
-    `overrides` are merged into its config.json, so that they need not be passed again.
-
     Peak host memory for weights is about the size of the largest parameter. `out` is created by renaming when
     everything is written; an interrupted conversion leaves `.NAME.partial` beside it, without a manifest, which the
     next one removes.
+
+    Args:
+        directory: folder of the original checkpoint.
+        out: folder to create; it must not exist or be empty.
+        mesh: mesh whose devices the layout is made for.
+        dtype, placement, pad_heads: as for `loading.weights.load`.
+        quantization: "int8" or None; weights that the checkpoint has in fewer bits are converted to `dtype`.
+        overrides: values merged into the config.json of `out`, so that they need not be passed again.
+        progress: whether a progress bar is shown.
+
+    Returns:
+        The manifest, as written to `out`.
 
     Raises:
         ConfigError: as `loading.load`.
@@ -62,6 +72,7 @@ def convert(
         raise CheckpointError(f"{directory} is a converted checkpoint already; convert the original checkpoint.")
     model_family, config = weights.parse(hf := read_config(directory, overrides), directory)
     mesh = meshes.normalise(mesh)
+    quantization = quantised.applied(quantization, hf, directory)
     how = dict(quantization=quantization, placement=placement, pad_heads=pad_heads)
     with open_weights(directory) as reader, _new_folder(out) as folder:
         # Keep the stored dtype: this machine's preference does not matter where the folder is loaded.

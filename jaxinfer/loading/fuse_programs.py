@@ -1,7 +1,7 @@
-"""Compiled programs that fuse tensors into parameters on the devices (`checkpoint.fusing`), and split parameters.
+"""Compile programs that fuse tensors into parameters on the devices (`checkpoint.fusing`), or split parameters.
 
-Layers of the same shape share a program. A stack of experts whose tensors come one by one is filled entry by entry, in
-place, so that no second copy of it is needed.
+Layers of the same shape share a program. A stack of experts whose tensors are passed one by one is filled entry by
+entry, in place, so that no second copy of it is needed.
 """
 
 import re
@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from jaxinfer.checkpoint.fusing import Layout, fuse, unfuse
 from jaxinfer.checkpoint.safetensors_header import DTYPES
@@ -54,7 +54,7 @@ class ArraySource:
 
 @dataclass(frozen=True)
 class Job:
-    """A parameter, and its scales if it is int8, to be made of tensors."""
+    """A parameter, with its scales if it is int8, to be fused from tensors."""
 
     places: list[int]
     """Indices in the flat list of parameters."""
@@ -88,7 +88,19 @@ class Step:
     @property
     def tensors(self) -> list[jax.Array]:
         """The tensors on the engine's devices."""
-        return list(map(jax.device_put, self.arrays, self.shardings))
+        return list(map(put, self.arrays, self.shardings))
+
+
+def put(array: Any, sharding: Sharding) -> jax.Array:
+    """Put an array where a sharding says.
+
+    With several processes, all of them must call it. An array of one process alone must be equal in all of them.
+    """
+    whole = not isinstance(array, jax.Array) or array.is_fully_addressable
+    if not whole or sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    values = np.asarray(array, jax.dtypes.canonicalize_dtype(array.dtype))
+    return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
 
 
 class FusePrograms:
@@ -99,7 +111,7 @@ class FusePrograms:
         self._ready: dict[Any, Any] = {}
 
     def steps(self, job: Job, family: Family) -> list[Step]:
-        """Compile what makes a parameter: one step, or one for each entry of a stack that comes in single tensors."""
+        """Compile the steps that make a parameter: one, or one per entry of a stack with a tensor for each entry."""
         entries: dict[int | None, list[tuple[Rule, Any]]] = {}
         for rule, array in zip(job.rules, job.arrays, strict=True):
             entries.setdefault(rule.index, []).append((rule, array))
@@ -160,7 +172,7 @@ class FusePrograms:
             params[place] = jax.block_until_ready(array)
 
     def take_apart(self, layout: Layout, rules: Sequence[Rule], family: Family, value: jax.Array) -> list[jax.Array]:
-        """Return the tensors of a parameter; one that is all of it is the same array and no copy."""
+        """Return the tensors of a parameter; a parameter that is a single tensor is returned without a copy."""
         if layout.plain:
             return [family.restore(rule.source, value) for rule in rules]
         parts, names = tuple(rule.parts for rule in rules), tuple(_pattern(rule.source) for rule in rules)
@@ -176,14 +188,14 @@ def _pattern(name: str) -> str:
 
 
 def _read(names: Sequence[str], source: Callable[[Source], Source], tensors: Sequence[jax.Array]) -> list[jax.Array]:
-    """Return tensors as the weight table has them, whatever their layout in the family's checkpoints is."""
+    """Convert tensors from the layout of the family's checkpoints to that of the weight table."""
     return [source(ArraySource({name: one})).read(name) for name, one in zip(names, tensors, strict=True)]
 
 
 def _fuse(
     layout: Layout, parts: Any, names: Any, source: Any, old: list[jax.Array] | None, *tensors: jax.Array
 ) -> list[jax.Array]:
-    """Make a parameter from its tensors; the outputs that they lack are those of the old one."""
+    """Make a parameter from tensors; outputs without a tensor are copied from the old parameter."""
     return list(fuse(layout, parts, _read(names, source, tensors), old))
 
 
@@ -197,12 +209,12 @@ def _put(
     index: jax.Array,
     *tensors: jax.Array,
 ) -> list[jax.Array]:
-    """Replace one entry of a stack, in place; with `keeps`, only the outputs that the tensors have."""
+    """Replace one entry of a stack in place; with `keeps`, outputs without a tensor keep their values."""
     old = [jax.lax.dynamic_index_in_dim(array, index, keepdims=False) for array in made] if keeps else None
     new = fuse(entry, parts, _read(names, source, tensors), old)
     return [jax.lax.dynamic_update_index_in_dim(array, one, index, 0) for array, one in zip(made, new, strict=True)]
 
 
 def _unfuse(layout: Layout, parts: Any, names: Any, restore: Any, value: jax.Array) -> list[jax.Array]:
-    """Return the tensors of a parameter as the family's checkpoints have them."""
+    """Return the tensors of a parameter in the layout of the family's checkpoints."""
     return [restore(name, one) for name, one in zip(names, unfuse(layout, parts, value), strict=True)]

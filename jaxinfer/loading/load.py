@@ -16,6 +16,7 @@ from jaxinfer.checkpoint.hub import resolve_model
 from jaxinfer.config import EngineConfig
 from jaxinfer.distributed.group import Group
 from jaxinfer.engine.multihost import handshake
+from jaxinfer.engine.sizing.setup import longest_sequence
 from jaxinfer.errors import ConfigError
 from jaxinfer.inputs.generation_config import FORCED, default_params, eos_ids, forced_id
 from jaxinfer.inputs.loaded_model import LoadedModel
@@ -50,7 +51,7 @@ def place(
 
     Args:
         given: the user's mesh, if any.
-        axes: what its axes are for; None if they have the engine's names.
+        axes: the engine's axes, mapped to the names that they have in the mesh; None if the names are the same.
         config: the settings.
         size_given: whether tensor_parallel_size was passed by the user.
         group: processes that serve the model together.
@@ -76,11 +77,16 @@ def open_model(
 ) -> LoadedModel:
     """Load a model from a checkpoint, or wrap a given module.
 
-    Configuration, tokenizer and processors are read before the weights, which take longest, so that what they lack
-    is reported at once.
+    Configuration, tokenizer and processors are read before the weights, which take longest, so that errors in them are
+    reported at once.
 
-    `group` is the group of processes that serve the model; all must have the same files, and only the first needs a
-    tokenizer.
+    Args:
+        arguments: model, tokenizer and their options.
+        config: the engine's settings.
+        mesh: mesh that the weights are placed on, or that the given module is on.
+        group: processes that serve the model together; all must have the same files, and only the first needs a
+            tokenizer.
+        progress: whether a progress bar is shown.
 
     Raises:
         ConfigError, CheckpointError, OfflineError, DistributedError: see `jaxinfer.errors`.
@@ -97,6 +103,7 @@ def open_model(
         hf, generation = read_config(directory, arguments.overrides), read_generation_config(directory)
         params = default_params(generation, encoder_decoder=bool(hf.get("is_encoder_decoder")))
         model_config = weights.parse(hf, directory)[1]
+        longest_sequence(model_config, config)
     source = directory if arguments.tokenizer is None else arguments.tokenizer
     tokenizer = None if source is None or arguments.skip_tokenizer_init or follows else load_tokenizer(source)
     ends = eos_ids(hf, generation, tokenizer)

@@ -13,7 +13,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from jaxinfer.checkpoint.hf import apply_overrides, read_config
 from jaxinfer.checkpoint.hub import resolve_model
 from jaxinfer.checkpoint.manifest import NAME, Manifest
-from jaxinfer.checkpoint.packed import declared as quantised
+from jaxinfer.checkpoint.packed.declared import FILES as QUANTISED
+from jaxinfer.checkpoint.packed.declared import declared
 from jaxinfer.checkpoint.safetensors import SafetensorsReader
 from jaxinfer.config import EngineConfig
 from jaxinfer.engine.sampling import sampler
@@ -21,8 +22,8 @@ from jaxinfer.engine.sizing import slots as slots_of
 from jaxinfer.errors import ConfigError
 from jaxinfer.kv import cache as kv_cache
 from jaxinfer.kv import groups
-from jaxinfer.kv.spec import State
-from jaxinfer.loading import weights
+from jaxinfer.kv.spec import State, with_codes
+from jaxinfer.loading import adapters, weights
 from jaxinfer.models.base import Family, LanguageModel
 from jaxinfer.sharding import axes, placement
 from jaxinfer.sharding import mesh as meshes
@@ -33,7 +34,7 @@ from jaxinfer.sharding.policy import Placement
 
 log = logging.getLogger(__name__)
 
-FILES = ("config.json", NAME, *quantised.FILES)
+FILES = ("config.json", NAME, *QUANTISED)
 """Files fetched for a Hub id."""
 
 
@@ -65,9 +66,9 @@ def plan(
             plan divides memory between weights and cache alone.
         revision: revision of the Hub id.
         hf_overrides: values that override config.json.
-        settings: `placement`, `pad_heads`, `dtype`, `quantization`, `block_size`, `gpu_memory_utilization` of
-            `EngineConfig`; for models with recurrent layers also `max_num_seqs`, `snapshot_memory_fraction` and
-            `enable_prefix_caching`.
+        settings: `placement`, `pad_heads`, `dtype`, `quantization`, `block_size`, `gpu_memory_utilization`,
+            `max_adapters` and `max_adapter_rank` of `EngineConfig`; for models with recurrent layers also
+            `max_num_seqs`, `snapshot_memory_fraction` and `enable_prefix_caching`.
 
     Raises:
         ConfigError: an architecture, size, mesh or placement is not supported, or something is not divisible over the
@@ -88,13 +89,14 @@ def plan(
         )
     model_family, parsed = weights.parse(hf, directory)
     dtype, how = _settings(config, hf, directory, model_family)
-    module = weights.abstract(model_family, parsed, dtype, mesh, **how)
+    module = _module(model_family, parsed, dtype, mesh, hf, directory, how)
+    adapters.add_room(module, config, mesh)
     made = placement.plan(
         module,
         mesh,
         itemsize=dtype.itemsize,
         more=_sampling(module, dtype),
-        cache=cache_plan(module, config.block_size, dtype, mesh),
+        cache=cache_plan(module, config, dtype, mesh),
         model=_title(model, hf),
         patterns=how["placement"].patterns,
         memory=memory,
@@ -102,6 +104,26 @@ def plan(
         step_bytes=step_bytes,
     )
     return _with_states(made, config)
+
+
+def _module(
+    model_family: Family,
+    parsed: Any,
+    dtype: jnp.dtype,
+    mesh: Mesh | AbstractMesh,
+    hf: Mapping[str, Any],
+    directory: Path | None,
+    how: Mapping[str, Any],
+) -> LanguageModel:
+    """Build the module that `LLM` would load: by the folder's tensors or, without, by config.json."""
+    if directory is not None and Manifest.read(directory) is not None:
+        return weights.abstract(model_family, parsed, dtype, mesh, **how)
+    how = dict(hf=hf, directory=directory, **how)
+    if directory is None or declared(hf, directory) is None or not any(directory.glob("*.safetensors")):
+        return weights.abstract_stored(model_family, parsed, dtype, mesh, **how)
+    with SafetensorsReader(directory) as reader:
+        settled, source = weights.match_tensors(model_family, parsed, hf, reader, directory)
+        return weights.abstract_stored(model_family, settled, dtype, mesh, source=source, **how)
 
 
 def _check_bytes(memory: object, step_bytes: object) -> None:
@@ -112,9 +134,16 @@ def _check_bytes(memory: object, step_bytes: object) -> None:
         raise ConfigError(f"step_bytes must be an integer of at least 0, bytes of a device, got {step_bytes!r}")
 
 
-def cache_plan(module: LanguageModel, block_size: int, dtype: jnp.dtype, mesh: Mesh | AbstractMesh) -> CachePlan:
-    """Count the bytes of a model's cache per device, in the same way as the engine."""
-    specs = tuple(module.cache_specs())
+def cache_plan(module: LanguageModel, config: EngineConfig, dtype: jnp.dtype, mesh: Mesh | AbstractMesh) -> CachePlan:
+    """Count the bytes of a model's cache per device, in the same way as the engine.
+
+    Args:
+        module: the model, abstract or with weights.
+        config: its block size, and how keys and values are stored.
+        dtype: dtype of states, and of keys and values that are not quantised.
+        mesh: mesh of the devices.
+    """
+    specs, block_size = with_codes(module.cache_specs(), config.kv_cache_dtype), config.block_size
     cache_layout = groups.layout(specs)
     layers = []
     for layer, (spec, stored) in enumerate(

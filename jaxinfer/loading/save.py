@@ -23,7 +23,7 @@ def tensors(module: nnx.Module, table: Sequence[Rule]) -> dict[str, np.ndarray]:
     params, found = parameters(module), {}
     for path, param in params.items():
         if "scales_of" in param.get_metadata():
-            raise ValueError(f"{path} is quantised to int8; load the module with quantization=None to export it")
+            raise ValueError(f"{path} is quantised; load the module with quantization='dequantize' to export it")
     for path, (layout, rules) in named(params, table).items():
         parts = unfuse(layout, [rule.parts for rule in rules], np.asarray(params[path][...]))
         found.update({rule.source: np.ascontiguousarray(part) for rule, part in zip(rules, parts, strict=True)})

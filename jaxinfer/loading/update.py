@@ -1,11 +1,12 @@
-"""Replace the weights of a running engine, and give them back, by the names of a checkpoint or the model's own.
+"""Replace and return the weights of a running engine, under the names of a checkpoint or of the engine's module.
 
-Tensors by their Hugging Face names go through the weight table that reads checkpoints (`checkpoint.rules.plan`), and
+Tensors under Hugging Face names go through the weight table that reads checkpoints (`checkpoint.rules.plan`), and
 are fused on the devices (`loading.fuse_programs`). Everything about them is checked, and every program compiled, before
 the first parameter is replaced. The parameters are then replaced one at a time, so that the memory of one of them is
 all that is needed beside the weights and the tensors given.
 """
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,8 +22,9 @@ from jaxinfer.checkpoint.rules import format_names
 from jaxinfer.checkpoint.weight_table import Rule
 from jaxinfer.errors import CheckpointError, ConfigError
 from jaxinfer.functional import Program
+from jaxinfer.layers.adapters import AdapterWeight
 from jaxinfer.loading import checksum
-from jaxinfer.loading.fuse_programs import ArraySource, FusePrograms, Job, Step
+from jaxinfer.loading.fuse_programs import ArraySource, FusePrograms, Job, Step, put
 from jaxinfer.models import registry
 from jaxinfer.models.base import Family
 
@@ -40,16 +42,39 @@ Arrays = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class WeightUpdate:
-    """What `LLM.update_weights` has replaced."""
+    """Summary of a call of `LLM.update_weights`."""
 
     tensors: int
     """Number of tensors given that the model reads."""
     nbytes: int
-    """Their bytes, as given."""
+    """Size of these tensors in bytes, in the dtypes that were passed."""
     checksum: str
-    """Checksum of what arrived, in the dtypes that the engine keeps (`loading.checksum`)."""
+    """Checksum of these tensors in the engine's dtypes (`loading.checksum`)."""
     version: int = 0
-    """Version of the weights from here on (`LLM.weight_version`)."""
+    """Version of the weights after the update (`LLM.weight_version`)."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """An update whose names, shapes and dtypes are right; its values are not read yet."""
+
+    arrays: Arrays
+    dtypes: Mapping[str, np.dtype]
+    """Dtypes in which the engine takes the values of arrays, by their names."""
+    tied: Sequence[tuple[str, str]] = ()
+    """Names of arrays that must be equal."""
+    placed: dict[int, Any] = field(default_factory=dict)
+    jobs: list[Job] = field(default_factory=list)
+    """Parameters given in the engine's own form, and those to be made of tensors, as in `Prepared`."""
+
+    @property
+    def facts(self) -> str:
+        """Digest of all names, shapes and dtypes, and of which arrays lie in several processes, to be compared."""
+        found = sorted(
+            (name, tuple(array.shape), str(array.dtype), getattr(array, "is_fully_addressable", True))
+            for name, array in self.arrays.items()
+        )
+        return hashlib.sha256(repr(found).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -64,7 +89,7 @@ class Prepared:
 
 
 class WeightTable:
-    """Weights of an engine under names: takes them in and gives them out.
+    """Converter between an engine's parameters and tensors under Hugging Face names or module paths.
 
     Args:
         program: static part of the module.
@@ -78,26 +103,32 @@ class WeightTable:
         """The module with shapes in place of arrays."""
         self._params = rules.parameters(self.module)
         numbered = jax.tree.unflatten(program.tree, range(len(self._specs)))
-        self._places: dict[str, int] = {_path(path): one.get_value() for path, one in nnx.to_flat_state(numbered)}
+        own = nnx.filter_state(numbered, nnx.Not(AdapterWeight))
+        self._places: dict[str, int] = {_path(path): one.get_value() for path, one in nnx.to_flat_state(own)}
         scales = {path: param for path, param in self._params.items() if "scales_of" in param.get_metadata()}
         self._scales = {rules.weight_of(path, param): path for path, param in scales.items()}
+        self._packed = {path for path, param in self._params.items() if "packing" in param.get_metadata()}
         self._found: tuple[Family, Sequence[Rule]] | None = None
 
     def prepare(self, tree: Any, *, partial: bool = False, cast: bool = False) -> Prepared:
-        """Check an update against the model; arguments and errors are those of `LLM.update_weights`."""
+        """Check an update and its values; arguments and errors are those of `LLM.update_weights`."""
+        return self.inspect(self.check(tree, partial=partial, cast=cast))
+
+    def check(self, tree: Any, *, partial: bool = False, cast: bool = False) -> Checked:
+        """Check names, shapes and dtypes of an update; arguments and errors are those of `LLM.update_weights`."""
         if isinstance(tree, nnx.Module):
             tree = nnx.state(tree)
         if isinstance(tree, nnx.State):
             state = {_path(path): value for path, value in nnx.to_flat_state(tree)}
-            return self._prepare_state({name: _as_array(name, value) for name, value in state.items()}, partial, cast)
+            return self._check_state({name: _as_array(name, value) for name, value in state.items()}, partial, cast)
         if not isinstance(tree, Mapping) or not tree or not all(isinstance(name, str) for name in tree):
             raise TypeError(
                 "update_weights: weights must be an NNX module, its nnx.state, or a dict of Hugging Face names to "
                 f"arrays with at least one entry, got {type(tree).__name__}"
             )
-        return self._prepare_named({name: _as_array(name, value) for name, value in tree.items()}, partial, cast)
+        return self._check_named({name: _as_array(name, value) for name, value in tree.items()}, partial, cast)
 
-    def _prepare_state(self, arrays: Arrays, partial: bool, cast: bool) -> Prepared:
+    def _check_state(self, arrays: Arrays, partial: bool, cast: bool) -> Checked:
         """Check parameters by their paths in the engine's module."""
         unknown, missing = sorted(arrays.keys() - self._places), sorted(self._places.keys() - arrays)
         if unknown:
@@ -115,9 +146,9 @@ class WeightTable:
                     f"{REMEDY}"
                 )
             dtypes[path] = _check_dtype(path, array.dtype, (np.dtype(wanted.dtype).name,), cast)
-        return Prepared(_inspect(arrays, dtypes), {self._places[path]: array for path, array in arrays.items()})
+        return Checked(arrays, dtypes, placed={self._places[path]: array for path, array in arrays.items()})
 
-    def _prepare_named(self, arrays: Arrays, partial: bool, cast: bool) -> Prepared:
+    def _check_named(self, arrays: Arrays, partial: bool, cast: bool) -> Checked:
         """Check tensors by their Hugging Face names."""
         family, table = self._family()
         for name in set(naming.known_names(table)).intersection(arrays):
@@ -130,12 +161,19 @@ class WeightTable:
         packed = [name for name in source.names() if source.original(name) not in arrays]
         if packed:
             raise CheckpointError(
-                f"{WHERE}: {format_names(packed)} is given in MXFP4; give it in a dtype of {', '.join(FLOATS)}"
+                f"{WHERE}: {format_names(packed)} is in MXFP4; pass it in one of the dtypes {', '.join(FLOATS)}"
             )
         given = {name: arrays[source.original(name)] for name in source.names()}
         jobs, dtypes = [], {}
         for path, filled in planned.items():
-            if path in self._scales.values() or partial and not filled:
+            if partial and not filled:
+                continue
+            if path in self._packed:
+                raise CheckpointError(
+                    f"{WHERE}: {filled[0].source!r} is kept in 4 bits, to which a new value would have to be rounded; "
+                    "load with quantization='dequantize' to replace it"
+                )
+            if path in self._scales.values():
                 continue
             layout = Layout.of(self._params[path])
             wanted = FLOATS if layout.block is not None else (layout.dtype.name,)
@@ -146,14 +184,22 @@ class WeightTable:
             jobs.append(Job(places, specs, layout, filled, [given[rule.source] for rule in filled]))
         tied = [(rule.source, other) for rule, other in ties.pairs(table, set(given))]
         dtypes |= {name: dtypes[other] for name, other in tied}
-        report = _inspect(given, dtypes, tied)
-        return Prepared(report, jobs=[(job, self._programs.steps(job, family)) for job in jobs])
+        return Checked(given, dtypes, tied, jobs=jobs)
+
+    def inspect(self, checked: Checked) -> Prepared:
+        """Check the values of an update, and compile the programs that it needs; raises as `LLM.update_weights`.
+
+        With several processes, all of them must call it.
+        """
+        report = _inspect(checked.arrays, checked.dtypes, checked.tied)
+        jobs = [(job, self._programs.steps(job, self._family()[0])) for job in checked.jobs]
+        return Prepared(report, checked.placed, jobs)
 
     def apply(self, prepared: Prepared, params: list[Any]) -> None:
         """Replace parameters in the list, one at a time."""
-        for place, array in prepared.placed.items():
+        for place, array in sorted(prepared.placed.items()):  # in the same order in all processes
             wanted = self._specs[place]
-            params[place] = jax.device_put(array, wanted.sharding).astype(wanted.dtype)
+            params[place] = put(array, wanted.sharding).astype(wanted.dtype)
         for job, steps in prepared.jobs:
             self._programs.make(job, steps, params)
 
@@ -165,9 +211,11 @@ class WeightTable:
         """
         family, table = self._family()
         if self._scales:
+            kept = min(self._scales)
+            what = "in 4 bits" if kept in self._packed else "quantised to int8, and their original values are not kept"
             raise ConfigError(
-                f"weights: {min(self._scales)!r} and others are quantised to int8, and what they were before is not "
-                "known; weights(names='jaxinfer') gives the int8 values and their scales"
+                f"weights: {kept!r} and others are {what}; weights(names='jaxinfer') gives the engine's own values and "
+                "their scales"
             )
         for path, (layout, filled) in fusing.named(self._params, table).items():
             found = self._programs.take_apart(layout, filled, family, params[self._places[path]])
@@ -183,7 +231,7 @@ class WeightTable:
 
     def state(self, params: Sequence[jax.Array]) -> Any:
         """Return the weights in the engine's own form: the state of its module."""
-        return jax.tree.unflatten(self._program.tree, params)
+        return nnx.filter_state(jax.tree.unflatten(self._program.tree, params), nnx.Not(AdapterWeight))
 
     def _family(self) -> tuple[Family, Sequence[Rule]]:
         """Return the model's family and its weight table.
@@ -213,7 +261,7 @@ def _as_array(name: str, value: Any) -> Any:
         value = value.get_value()
     if isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer):
         if value.is_deleted():
-            raise CheckpointError(f"{WHERE}: {name!r} is an array that was deleted or donated; give it again")
+            raise CheckpointError(f"{WHERE}: {name!r} is an array that was deleted or donated; pass it again")
         return value
     if isinstance(value, np.ndarray):
         return value

@@ -17,14 +17,18 @@ from jaxinfer.checkpoint.formats import warn_of_adapter
 from jaxinfer.checkpoint.gguf_folder import open_weights
 from jaxinfer.checkpoint.hf import read_config
 from jaxinfer.checkpoint.manifest import Manifest
+from jaxinfer.checkpoint.packed.declared import declared
 from jaxinfer.checkpoint.packed.source import dequantised
 from jaxinfer.checkpoint.plain_json import show
 from jaxinfer.checkpoint.size_limits import check_sizes, int_if_whole
 from jaxinfer.checkpoint.source import Source
 from jaxinfer.errors import ConfigError
+from jaxinfer.kernels.matmul.packed_matmul import Packing
 from jaxinfer.kernels.native import build as native
 from jaxinfer.kv import cache as kv_cache
+from jaxinfer.layers.packing import pack, packings_of
 from jaxinfer.layers.params import Build
+from jaxinfer.loading import quantised
 from jaxinfer.models.base import Family, LanguageModel
 from jaxinfer.models.registry import architecture, family
 from jaxinfer.sharding import mesh as meshes
@@ -63,14 +67,22 @@ def load(
 ) -> LanguageModel:
     """Load a Hugging Face folder; each weight is transferred directly to the device that owns it.
 
-    With `quantization="int8"` matrices are quantised as they are read (`kernels.matmul.int8_matmul`). With `pad_heads`
-    zero heads are added if the checkpoint's are not divisible (`layers.heads`). Sizes and placement are checked from
-    config.json and the mesh before any weight is read or allocated.
+    Sizes and placement are checked from config.json and the mesh before any weight is read or allocated.
 
     A folder written by `loading.convert.convert` is restored as it is: its dtype, quantisation, placement and padding
     apply unless others are requested. For another mesh or placement the same values are laid out again.
 
-    `hf`: contents of config.json (`checkpoint.hf.read_config`) if already read; `overrides` are then not applied.
+    Args:
+        directory: folder with config.json and weights.
+        mesh: mesh that the weights are placed on.
+        dtype: "bfloat16", "float16", "float32", or "auto" for the checkpoint's (`resolve_dtype`).
+        quantization: "int8" quantises matrices as they are read (`kernels.matmul.int8_matmul`); None keeps those that
+            the checkpoint has in 4 bits, and dequantises others; see `EngineConfig.quantization`.
+        overrides: values merged into config.json.
+        hf: contents of config.json (`checkpoint.hf.read_config`) if already read; `overrides` are then not applied.
+        placement: sharding of single modules, in place of the default.
+        pad_heads: whether zero heads are added if the number of heads is not divisible (`layers.heads`).
+        progress: whether a progress bar is shown.
 
     Raises:
         ConfigError: an architecture, attribute, size, mesh or placement is not supported, or a converted folder does
@@ -85,16 +97,18 @@ def load(
     manifest = Manifest.read(directory)
     if manifest is not None:
         return _restore(directory, mesh, manifest, model_family, config, dtype, how, progress)
+    how = dict(hf=hf, directory=directory, **how)
     stated = config_dtype(hf)
-    module = abstract(
-        model_family, config, resolve_dtype(dtype, stated or "float32", platform, model_family), mesh, **how
-    )
+    kind = resolve_dtype(dtype, stated or "float32", platform, model_family)
+    module = abstract_stored(model_family, config, kind, mesh, **how)
     with open_weights(directory) as reader:
         settled, source = match_tensors(model_family, config, hf, reader, directory)
-        if settled != config or not stated:
-            kind = resolve_dtype(dtype, stated or stored_dtype(reader), platform, model_family)
-            module = abstract(model_family, settled, kind, mesh, **how)
-        rules.load(module, model_family.weight_rules(settled), source, mesh, progress=progress, where=directory)
+        if not stated:
+            kind = resolve_dtype(dtype, stored_dtype(reader), platform, model_family)
+        if settled != config or not stated or declared(hf, directory) is not None:
+            module = abstract_stored(model_family, settled, kind, mesh, source=source, **how)
+        table = model_family.weight_rules(settled)
+        rules.load(module, table, source, mesh, progress=progress, where=directory)
     return module
 
 
@@ -170,8 +184,17 @@ def abstract(
     quantization: str | None = None,
     placement: Placement = Placement(),
     pad_heads: bool = False,
+    packings: Mapping[str, Packing] = {},
 ) -> LanguageModel:
     """Build the module with shapes in place of arrays.
+
+    Args:
+        model_family, config: as returned by `parse`.
+        dtype: dtype of the weights that are not quantised.
+        mesh: mesh, or an abstract one, which needs no devices.
+        quantization: "int8" or None.
+        placement, pad_heads: as for `load`.
+        packings: weights that are kept in 4 bits, by path (`layers.packing.pack`).
 
     Raises:
         ConfigError: the placement names unknown modules or contradicts itself, the mesh is not supported by the model,
@@ -181,13 +204,46 @@ def abstract(
     meshes.check_data_axis(mesh, config.features is not None)
     meshes.check_fsdp(mesh, config.features is None and config.cross is None)
     build = partial(Build, dtype=dtype, mesh=mesh, quantization=quantization, placement=placement, pad_heads=pad_heads)
-    module = nnx.eval_shape(lambda: model_family.build(build(nnx.Rngs(0)), config))
-    module.architecture = model_family.architecture  # names the weight table that `LLM.update_weights` reads by
+    module = nnx.eval_shape(lambda: pack(model_family.build(build(nnx.Rngs(0)), config), packings))
+    module.architecture = model_family.architecture  # selects the weight table of `LLM.update_weights`
     placement.check(*placeable(module), with_experts(module))
     for path, param in rules.parameters(module).items():
         sharding_rules.of(mesh, param.get_metadata(), param.shape, path)
     kv_cache.abstract(module.cache_specs(), 1, 1, dtype, mesh)
     return module
+
+
+def abstract_stored(
+    model_family: Family,
+    config: Any,
+    dtype: jnp.dtype,
+    mesh: Mesh | AbstractMesh,
+    *,
+    hf: Mapping[str, Any],
+    quantization: str | None = None,
+    directory: Path | None = None,
+    source: Source | None = None,
+    **how: Any,
+) -> LanguageModel:
+    """Build the module of a checkpoint with shapes in place of arrays, its weights in 4 bits where they are kept so.
+
+    Args:
+        model_family, config, dtype, mesh: as for `abstract`.
+        hf: contents of config.json.
+        quantization: as for `load`.
+        directory: checkpoint folder, if there is one.
+        source: the tensors under the names of the weight table; without it, what config.json says counts.
+        **how: `placement` and `pad_heads`.
+
+    Raises:
+        ConfigError: as `abstract`, or the quantisation is not the checkpoint's.
+    """
+    applied = quantised.applied(quantization, hf, directory)
+    module = abstract(model_family, config, dtype, mesh, quantization=applied, **how)
+    tensors = rules.sources(model_family.weight_rules(config), source)
+    stated = config_dtype(hf)
+    packings = quantised.packings(module, mesh, quantization, hf, directory, tensors, source, stated)
+    return abstract(model_family, config, dtype, mesh, **how, packings=packings) if packings else module
 
 
 def placeable(module: nnx.Module) -> tuple[list[str], list[str]]:
@@ -222,12 +278,21 @@ def random(
     """Build a model with random weights, initialised on their devices; for benchmarks.
 
     Padding heads are random as well: their cost is that of real ones, and the values have no meaning anyway.
+
+    Args:
+        hf: contents of config.json.
+        seed: seed of the initialisation.
+        mesh, dtype, quantization, placement, pad_heads: as for `load`.
+
+    Raises:
+        ConfigError: as `load`.
     """
     mesh = meshes.normalise(mesh)
     model_family, config = parse(hf)
     kind = resolve_dtype(dtype, config_dtype(hf) or "bfloat16", mesh.devices.flat[0].platform, model_family)
-    how = dict(quantization=quantization, placement=placement, pad_heads=pad_heads)
-    module = abstract(model_family, config, kind, mesh, **how)
+    how = dict(placement=placement, pad_heads=pad_heads)
+    module = abstract_stored(model_family, config, kind, mesh, hf=hf, quantization=quantization, **how)
+    packings, how["quantization"] = packings_of(module), quantised.applied(quantization, hf)
     graph, state = nnx.split(module)
     shardings = [
         sharding_rules.of(mesh, param.get_metadata(), param.shape, path)
@@ -235,7 +300,7 @@ def random(
     ]
 
     def make() -> list[jax.Array]:
-        made = model_family.build(Build(nnx.Rngs(seed), kind, mesh, **how), config)
+        made = pack(model_family.build(Build(nnx.Rngs(seed), kind, mesh, **how), config), packings)
         return jax.tree.leaves(nnx.split(made)[1])
 
     return nnx.merge(graph, jax.tree.unflatten(jax.tree.structure(state), jax.jit(make, out_shardings=shardings)()))
@@ -245,6 +310,12 @@ def resolve_dtype(requested: str, stored: str, platform: str, model_family: Fami
     """Return the dtype to run in: the requested one, or the checkpoint's if the device computes it fast.
 
     Families whose activations overflow in float16 run float16 weights in bfloat16.
+
+    Args:
+        requested: dtype setting of the user, "auto" for the checkpoint's.
+        stored: dtype of the checkpoint, as named in config.json.
+        platform: "cpu" or "gpu", of the devices; empty to ignore which dtypes they compute fast.
+        model_family: family of the model, if known.
 
     Raises:
         ConfigError: float16 is requested for such a family, or the checkpoint's dtype is not supported for computation.

@@ -65,7 +65,14 @@ def pack_quantized(source: Tensors, name: str, declared: Declared) -> PackedMatr
     if source.has(zeros, "I32"):
         source.expect(zeros, (ceil(rows * bits / 32), groups))
         zero = grid(transposed(packed_bits(source, zeros, bits, words_first=True)))
-    return PackedMatrix(shape, packed_bits(source, packed, bits), grid(plain(source, scale)), zero)
+    return PackedMatrix(
+        shape,
+        packed_bits(source, packed, bits),
+        grid(plain(source, scale)),
+        zero,
+        bits=bits,
+        scale_dtype=source.dtype_of(scale),
+    )
 
 
 def four_bit_floats(source: Tensors, name: str, declared: Declared) -> PackedMatrix | None:
@@ -111,6 +118,8 @@ def gptq(source: Tensors, name: str, declared: Declared) -> PackedMatrix | None:
         packed_bits(source, qweight, bits, words_first=True),
         grid(transposed(plain(source, scales))),
         grid(lambda *part: stored(*part) + offset),
+        bits=bits,
+        scale_dtype=source.dtype_of(scales),
     )
 
 
@@ -129,6 +138,8 @@ def awq(source: Tensors, name: str, declared: Declared) -> PackedMatrix | None:
         transposed(packed_bits(source, qweight, 4, order=AWQ_ORDER)),
         grid(transposed(plain(source, scales))),
         grid(transposed(packed_bits(source, zeros, 4, order=AWQ_ORDER))),
+        bits=4,
+        scale_dtype=source.dtype_of(scales),
     )
 
 
@@ -227,6 +238,8 @@ def _by_group(
     order = source.read(index).astype(np.int64)
     if order.size and not 0 <= order.min() <= order.max() < groups:
         raise CheckpointError(f"tensor {index!r} has groups from {order.min()} to {order.max()}; there are {groups}")
+    if np.array_equal(order, np.arange(columns) // size):
+        return partial(Grid, columns=size)
     return partial(Grid, order=order)
 
 

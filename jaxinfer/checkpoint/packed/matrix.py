@@ -1,11 +1,13 @@
-"""Matrices of quantised values with scales and zero points per block, dequantised part by part."""
+"""Matrices of quantised values with scales and zero points per block, dequantised part by part or kept in 4 bits."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from jaxinfer.checkpoint.packed.tensors import Tensors
+from jaxinfer.kernels.matmul.packed_matmul import MIDDLE, Packing
 
 Read = Callable[[slice, slice], np.ndarray]
 """Reads rows and columns of a matrix: two slices of step 1 -> `[rows, columns]`."""
@@ -25,21 +27,29 @@ class Grid:
     """
 
     read: Read
-    """Reads entries as float32."""
+    """Reads entries."""
     rows: int = 1
     columns: int = 1
     order: np.ndarray | None = None
     """Column of the grid for each column of the matrix, where these are not in order (`g_idx` of GPTQ)."""
 
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """Rows and columns of a block."""
+        return self.rows, self.columns
+
     def part(self, rows: slice, columns: slice) -> np.ndarray:
         """Return the values of a part of the matrix, `[rows, columns]`."""
+        return self.at(rows, np.arange(columns.start, columns.stop))
+
+    def at(self, rows: slice, columns: np.ndarray) -> np.ndarray:
+        """Return the values of some columns of the matrix, `[rows, columns]`."""
         down = np.arange(rows.start, rows.stop) // self.rows
-        across = np.arange(columns.start, columns.stop) // self.columns
-        across = across if self.order is None else self.order[columns]
+        across = columns // self.columns if self.order is None else self.order[columns]
         if not down.size or not across.size:
             return np.zeros((down.size, across.size), np.float32)
         above, left = int(down[0]), int(across.min())
-        values = self.read(slice(above, int(down[-1]) + 1), slice(left, int(across.max()) + 1))
+        values = self.read(slice(above, int(down[-1]) + 1), slice(left, int(across.max()) + 1)).astype(np.float32)
         return values[(down - above)[:, None], (across - left)[None]]
 
 
@@ -49,16 +59,35 @@ class PackedMatrix:
 
     shape: tuple[int, int]
     codes: Read
-    """Reads quantised values as float32."""
+    """Reads quantised values."""
     scales: Grid
     zeros: Grid | None = None
     biases: Grid | None = None
     dtype: str = "F32"
     """Safetensors name of the dtype of the dequantised values."""
+    bits: int | None = None
+    """Bits of a code, for codes that are unsigned integers."""
+    scale_dtype: str = "F32"
+    """Safetensors name of the dtype of the scales."""
+
+    @cached_property
+    def packing(self) -> Packing | None:
+        """How the matrix can be kept in 4 bits; None if it cannot, such as with groups in another order."""
+        grids = [self.scales, *([] if self.zeros is None else [self.zeros])]
+        if self.bits != 4 or self.biases is not None or self.zeros is None:
+            return None
+        if self.scales.rows != 1 or any(grid.order is not None for grid in grids):
+            return None
+        zeros = self.zeros.read(*(slice(0, -(-size // own)) for size, own in zip(self.shape, self.zeros.blocks)))
+        apart = self.zeros.columns % self.scales.columns and self.zeros.columns < self.shape[1]
+        if apart or not 0 <= zeros.min() <= zeros.max() <= 2 * MIDDLE:
+            return None
+        dtype = {"F16": "float16", "BF16": "bfloat16"}.get(self.scale_dtype, "float32")
+        return Packing(min(self.scales.columns, self.shape[1]), bool((zeros == MIDDLE).all()), dtype)
 
     def read(self, rows: slice, columns: slice) -> np.ndarray:
         """Dequantise a part of the matrix, `[rows, columns]` float32."""
-        values = self.codes(rows, columns)
+        values = self.codes(rows, columns).astype(np.float32)
         if self.zeros is not None:
             values = values - self.zeros.part(rows, columns)
         values = values * self.scales.part(rows, columns)
@@ -78,7 +107,7 @@ def transposed(read: Read) -> Read:
 def packed_bits(
     source: Tensors, name: str, bits: int, *, order: tuple[int, ...] = (), words_first: bool = False
 ) -> Read:
-    """Return the reader of unsigned integers of a few bits that are packed into the 32-bit words of a tensor.
+    """Return the reader of unsigned integers of a few bits that are packed into the 32-bit words of a tensor, as uint8.
 
     Value i of a row has the bits from `i * bits` on of the row's words, the lowest bits first, as GPTQ, AWQ, MLX and
     `pack-quantized` of compressed-tensors store them.
@@ -103,7 +132,7 @@ def packed_bits(
             in_words = values.reshape(len(values), values.shape[1] // group, group)
             values = in_words[..., list(order)].reshape(values.shape)
         start = columns.start - first * group
-        return values[:, start : start + columns.stop - columns.start].astype(np.float32)
+        return values[:, start : start + columns.stop - columns.start]
 
     return read
 

@@ -1,6 +1,5 @@
 """Present the weights of a quantised checkpoint under their usual names, dequantised when they are read."""
 
-import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,11 +9,10 @@ import numpy as np
 
 from jaxinfer.checkpoint.packed.declared import Declared, declared
 from jaxinfer.checkpoint.packed.layouts import LAYOUTS
+from jaxinfer.checkpoint.packed.matrix import PackedMatrix
 from jaxinfer.checkpoint.packed.tensors import Tensors
 from jaxinfer.checkpoint.source import Info, Matrix, Source
 from jaxinfer.errors import CheckpointError
-
-log = logging.getLogger(__name__)
 
 _PACKED = re.compile(r"(.*)\.(weight|weight_packed|qweight)")
 """Names of tensors that hold the values of a quantised module."""
@@ -71,6 +69,11 @@ class DequantisedSource:
         given = (*(slices or ()), slice(None), slice(None))[:2]
         return matrix.read(*(slice(*one.indices(size)[:2]) for one, size in zip(given, matrix.shape, strict=True)))
 
+    def packed(self, name: str) -> PackedMatrix | None:
+        """Return a matrix that can be kept in 4 bits (`PackedMatrix.packing`), or None."""
+        matrix = self._matrices.get(name)
+        return matrix if isinstance(matrix, PackedMatrix) and matrix.packing is not None else None
+
     def release(self) -> None:
         """Release the memory of data read so far."""
         self._source.release()
@@ -91,10 +94,4 @@ def dequantised(source: Source, config: Mapping[str, Any], directory: Path) -> S
     format = declared(config, directory)
     if format is None or format.method not in LAYOUTS:
         return source
-    made = DequantisedSource(source, format)
-    log.info(
-        "%s: weights quantised with %s are dequantised as they are loaded; quantization='int8' keeps 8 bits.",
-        directory,
-        format.method,
-    )
-    return made
+    return DequantisedSource(source, format)

@@ -1,0 +1,125 @@
+"""Weights that stay in 4 bits: which ones a model can keep, and the tensors that fill them."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from math import gcd
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from jaxinfer._utils.checks import KEPT_QUANTIZATIONS
+from jaxinfer.checkpoint.packed.declared import Declared
+from jaxinfer.checkpoint.source import Info
+from jaxinfer.kernels.matmul.packed_matmul import CODES, Packing, pack
+from jaxinfer.layers.packing import CODES_OF, SCALES, group_within, packable
+
+_OTHER = re.compile(r"vision|visual|audio|projector")
+"""Modules beside the language model, which tools for 4 bits leave as they are."""
+
+
+class PackedSource:
+    """Source of one part of packed weights: codes two a byte, or scales or zero points by group.
+
+    Args:
+        source: source whose method `packed` gives the matrices.
+        part: "codes", "scales" or "zeros".
+        packing: how the parameter is packed; its groups divide those of the file.
+    """
+
+    def __init__(self, source: Any, part: str, packing: Packing) -> None:
+        self._source, self._part = source, part
+        self._columns = CODES if part == CODES_OF else packing.group
+
+    def names(self) -> list[str]:
+        return self._source.names()
+
+    def info(self, name: str) -> Info:
+        return self._source.info(name)
+
+    def release(self) -> None:
+        self._source.release()
+
+    def read(self, name: str, slices: tuple[slice, ...] | None = None) -> np.ndarray:
+        """Read the part's rows and columns, by slices for both."""
+        matrix = self._source.packed(name)
+        shape = matrix.shape[0], matrix.shape[1] // self._columns
+        rows, columns = (slice(*one.indices(size)[:2]) for one, size in zip(slices or map(slice, shape), shape))
+        first, end = columns.start * self._columns, columns.stop * self._columns
+        if self._part == CODES_OF:
+            return pack(matrix.codes(rows, slice(first, end)))
+        grid = matrix.scales if self._part == SCALES else matrix.zeros
+        return grid.at(rows, np.arange(first, end, self._columns))
+
+
+def packings(
+    module: nnx.Module, tensors: Mapping[str, Sequence[str]], packing: Callable[[str], Packing | None]
+) -> dict[str, Packing]:
+    """Return how each weight of a model can be kept in 4 bits, by its path.
+
+    A fused weight is kept if all of its tensors can be. Groups become smaller where shards or fused tensors need it.
+
+    Args:
+        module: the model with shapes in place of arrays, its weights not packed.
+        tensors: names of the tensors that fill each parameter, by its path.
+        packing: returns how a tensor is packed, None if it is not in 4 bits.
+    """
+    found = {}
+    for path, part in packable(module).items():
+        own = [packing(name) for name in tensors.get(path, ())]
+        if not own or None in own or part.weight.get_metadata().get("stacked"):
+            continue
+        group = group_within(part, gcd(*(one.group for one in own)))
+        if group:
+            dtypes = {one.scale_dtype for one in own}
+            symmetric = all(one.symmetric for one in own)
+            found[path] = Packing(group, symmetric, dtypes.pop() if len(dtypes) == 1 else "float32")
+    return found
+
+
+def stated(declared: Declared, scale_dtype: str) -> Callable[[str], Packing | None]:
+    """Return how tensors are packed as far as config.json says, for plans without weights.
+
+    Args:
+        declared: what the checkpoint declares.
+        scale_dtype: dtype of its scales.
+    """
+    settings = declared.settings
+    if declared.method not in KEPT_QUANTIZATIONS or declared.bits != (4,) or len(declared.group_sizes) > 1:
+        return lambda name: None
+    symmetric, ordered = _options(declared)
+    if not ordered:
+        return lambda name: None
+    ignored = [str(one) for one in (settings.get("ignore") or settings.get("modules_to_not_convert") or ())]
+    heads = bool(settings.get("lm_head", False)) or declared.method == "compressed-tensors"
+    size = declared.group_sizes[0] if declared.group_sizes else -1
+
+    def packing(name: str) -> Packing | None:
+        module = name.removesuffix(".weight")
+        unnamed = _OTHER.search(module) or not heads and module.split(".")[-1] == "lm_head"
+        if unnamed or any(_names(one, module) for one in ignored):
+            return None
+        return Packing(size if size > 0 else 0, symmetric, scale_dtype)
+
+    return packing
+
+
+def _options(declared: Declared) -> tuple[bool, bool]:
+    """Return whether zero points are all in the middle, and whether groups are in the order of the columns."""
+    settings = declared.settings
+    if declared.method == "gptq":
+        # With one group a row the order of the columns makes no difference.
+        return bool(settings.get("sym", True)), not settings.get("desc_act", False) or settings.get("group_size") == -1
+    if declared.method == "awq":
+        return not settings.get("zero_point", True), True
+    weights = [one.get("weights") or {} for one in (settings.get("config_groups") or {}).values()]
+    packed = settings.get("format") == "pack-quantized"
+    ordered = all(one.get("actorder") in (None, False, "weight", "static") for one in weights)
+    return all(one.get("symmetric", True) for one in weights), packed and ordered
+
+
+def _names(pattern: str, module: str) -> bool:
+    """Return whether an entry of a list of modules that are not quantised names a module."""
+    if pattern.startswith("re:"):
+        return re.match(pattern[3:], module) is not None
+    return pattern == module or module.endswith(f".{pattern}") or f"{pattern}." in module
