@@ -37,6 +37,13 @@ first."""
 REASON_SECONDS = 2.0
 """Seconds that a process whose step failed waits for another process to report the cause."""
 
+CALLED = {
+    Kind.FOLLOWS: "it called llm.follow()",
+    Kind.SHARE: "it called update_weights or another method of all processes; it has to call llm.follow() first",
+    Kind.END: "it ended",
+}
+"""What a process has done that sent a frame which was not expected."""
+
 
 class Group:
     """Connections of a process to the others: process 0 to all of them, another process to process 0.
@@ -55,9 +62,11 @@ class Group:
         """Whether an exception has reported the failure to the user."""
         self._lock = threading.Lock()
         self._over = threading.Event()
-        self._inbox: dict[int, queue.SimpleQueue[tuple[Kind, bytes] | None]] = {
-            peer.process: queue.SimpleQueue() for peer in self.peers
+        self._inbox: dict[int, queue.Queue[tuple[Kind, bytes] | None]] = {
+            peer.process: queue.Queue() for peer in self.peers
         }
+        self.released = False
+        """Whether process 0 has let `LLM.follow` return here, so that this process may end."""
         for peer in self.peers:
             threading.Thread(target=self._listen, args=(peer,), name=f"from-{peer.process}", daemon=True).start()
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
@@ -119,6 +128,11 @@ class Group:
                 self.fail(f"{peer} has died: {error}")
                 raise self.error() from error
 
+    def has_sent(self, kind: Kind) -> bool:
+        """Return whether the next frame of some other process is of this kind, without taking it."""
+        frames = [inbox.queue[0] for inbox in self._inbox.values() if not inbox.empty()]
+        return any(frame is not None and frame[0] == kind for frame in frames)
+
     def take(self, peer: Peer, *kinds: Kind) -> tuple[Kind, bytes]:
         """Wait for the next frame of a peer, which must be of one of these kinds.
 
@@ -130,7 +144,8 @@ class Group:
             self._inbox[peer.process].put(None)
             raise self.error()
         if found[0] not in kinds:
-            self.fail(f"{peer} sent {found[0].name}, expected {' or '.join(k.name for k in kinds)}")
+            called = f" ({CALLED[found[0]]})" if found[0] in CALLED else ""
+            self.fail(f"{peer} sent {found[0].name}{called}, expected {' or '.join(k.name for k in kinds)}")
             raise self.error()
         return found
 
@@ -213,7 +228,10 @@ class Group:
         """
         if self._over.is_set() and self.failure is None:
             return
-        self.broadcast(Kind.END)
+        self.check()
+        for peer in self.peers:
+            if not peer.ended:  # one that was released may have ended before
+                _send_quietly(peer, Kind.END)
         deadline = time.monotonic() + END_LIMITS * self.limit
         for peer in self.peers:
             while not peer.ended and self.failure is None and time.monotonic() < deadline:
@@ -230,6 +248,9 @@ class Group:
     def end_quietly(self) -> None:
         """Tell the others at interpreter exit that this process ends, without waiting for them."""
         if self._over.is_set() or self.failure is not None:
+            return
+        if self.process and self.released:
+            self.answer_end()
             return
         if self.process:
             self.abandon(f"process {self.process} ended before process 0; it has to call llm.follow() until that ends")
@@ -282,7 +303,9 @@ class Group:
                 return
             if kind == Kind.END:
                 peer.ended = True
-                if data == NOW:
+                if self.released:  # this process does something else, and ends or follows later
+                    _send_quietly(peer, Kind.END)
+                elif data == NOW:
                     self._leave_with(peer)
             self._inbox[peer.process].put((kind, data))
 

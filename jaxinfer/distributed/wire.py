@@ -63,6 +63,16 @@ class Kind(IntEnum):
     """Description of a failure: all processes end."""
     END = 7
     """Regular end."""
+    CACHE = 8
+    """Device memory is freed or allocated: `FREED`, `ALLOCATED` or `DROPPED`."""
+    RELEASE = 9
+    """`LLM.follow` returns."""
+    FOLLOWS = 10
+    """The sender has called `LLM.follow`."""
+
+
+FREED, ALLOCATED, DROPPED = b"0", b"1", b"2"
+"""States of the cache, and that the weights are freed as well."""
 
 
 def pack_arrays(arrays: Sequence[np.ndarray]) -> bytes:

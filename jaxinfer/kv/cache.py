@@ -9,6 +9,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from jaxinfer.kernels.attention import native_attention
 from jaxinfer.kernels.attention.paged import Cache, KVCache
+from jaxinfer.kernels.attention.quantised_cache import SCALE
 from jaxinfer.kv.spec import Full, Latent, State, StateArray
 from jaxinfer.sharding import axes, rules
 from jaxinfer.sharding import mesh as meshes
@@ -31,13 +32,13 @@ def abstract(
         specs: what each layer stores.
         num_blocks: N.
         block_size: P.
-        dtype: of keys and values.
+        dtype: of keys and values that are not quantised.
         mesh: the devices.
         slots: state slots of recurrent layers.
 
     Returns:
-        One entry per layer: a `KVCache` of arrays `[N, K, P, D]` (values are None for `Latent`), or for a recurrent
-        layer its own arrays `[slots, ...]`.
+        One entry per layer: a `KVCache` of arrays `[N, K, P, D]` (values are None for `Latent`) and, if quantised,
+        scales `[N, K, P, 1]`, or for a recurrent layer its own arrays `[slots, ...]`.
     """
     cache = []
     for layer, spec in enumerate(specs):
@@ -45,11 +46,20 @@ def abstract(
             make = partial(_state_array, spec, slots, mesh, f"state of layer {layer}")
             cache.append(jax.tree.map(make, spec.arrays, is_leaf=lambda x: isinstance(x, StateArray)))
             continue
-        shape = (num_blocks, spec.heads_on(meshes.size(mesh)), block_size, spec.head_dim)
-        placed = rules.sharding(mesh, CACHE_AXES, shape, f"cache of layer {layer}", replicated=spec.replicated)
-        array = jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
-        cache.append(KVCache(array, None if isinstance(spec, Latent) else array))
+        shape = num_blocks, spec.heads_on(meshes.size(mesh)), block_size
+        make = partial(_array, mesh=mesh, where=f"cache of layer {layer}", replicated=spec.replicated)
+        array = make((*shape, spec.head_dim), spec.codes or dtype)
+        scales = None if spec.codes is None else make((*shape, 1), SCALE)
+        both = not isinstance(spec, Latent)
+        cache.append(KVCache(array, array if both else None, scales, scales if both else None))
     return cache
+
+
+def _array(
+    shape: tuple[int, ...], dtype: jnp.dtype, *, mesh: Mesh | AbstractMesh, where: str, replicated: bool
+) -> jax.ShapeDtypeStruct:
+    placed = rules.sharding(mesh, CACHE_AXES, shape, where, replicated=replicated)
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
 
 
 def _state_array(

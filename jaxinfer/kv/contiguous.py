@@ -29,6 +29,7 @@ from jaxinfer.kv.prefix import PrefixIndex
 from jaxinfer.kv.prefix_match import Hit
 from jaxinfer.kv.recurrent import RecurrentStates
 from jaxinfer.kv.tables import Tables
+from jaxinfer.kv.written import WrittenPositions
 
 NO_PREFIXES = "a contiguous cache has no prefix cache"
 
@@ -96,7 +97,7 @@ class Reserved(NamedTuple):
     """Blocks reserved for rows in use, whatever the length of their sequences."""
 
 
-class RowManager:
+class RowManager(WrittenPositions):
     """Host-side manager of the contiguous cache, replacing `kv.manager.BlockManager`: tracks rows and fork copies."""
 
     prefix_caching = False
@@ -146,13 +147,19 @@ class RowManager:
         return self.encoded.lookup(content, np.empty(0, bool))
 
     def admit(
-        self, row: int, _hit: Hit, _tokens: int, _chunk_end: int | None = None, encoded: EncodedHit = NO_ENCODER_INPUT
+        self,
+        row: int,
+        _hit: Hit,
+        _tokens: int,
+        _chunk_end: int | None = None,
+        encoded: EncodedHit = NO_ENCODER_INPUT,
+        seen: tuple[int, int] = (0, 0),
     ) -> bool:
         """Assign an empty row to a sequence; False if a pending fork still has to be copied from that row."""
         if row in self._forks.values():
             return False
         self.tables.counts[:, row] = self.regions.width
-        self.tables.lengths[row], self.tables.read[row] = 0, encoded.length
+        self.tables.lengths[row], self.tables.read[row], self.tables.seen[row] = 0, encoded.length, seen
         if self.states is not None:
             self.states.admit(row, None, 0)
         if encoded.missing:

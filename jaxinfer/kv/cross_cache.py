@@ -29,7 +29,7 @@ from jaxinfer.kv.prefix import PrefixIndex
 
 @dataclass(frozen=True)
 class Encoded:
-    """Identifies the encoder input of one request."""
+    """Identity of the encoder input of one request."""
 
     salt: bytes
     """The caller's `cache_salt`."""
@@ -62,7 +62,7 @@ class Encoded:
         return len(self.numbers) // self.block_size
 
     def tokens(self, number: int) -> np.ndarray:
-        """Position numbers `[P]` of one block."""
+        """Return the position numbers `[P]` of one block."""
         return self.numbers[number * self.block_size : (number + 1) * self.block_size]
 
     @cached_property
@@ -94,7 +94,7 @@ NO_ENCODER_INPUT = EncodedHit(np.empty((0, 0), np.int32), None)
 
 
 class EncodedBlocks:
-    """Tracks encoder inputs about to be written, and looks up written ones in the prefix index.
+    """Tracker of encoder inputs that are about to be written; looks up written ones in the prefix index.
 
     Does nothing for models without cross-attention layers.
 

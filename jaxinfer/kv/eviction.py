@@ -8,7 +8,7 @@ from jaxinfer.kv.pool import BlockPool
 
 
 class EvictFirst:
-    """Keep cached blocks to be evicted before all others, in the order they were added.
+    """Queue of cached blocks that are evicted before all others, in the order they were added.
 
     These are blocks left behind by a sliding window, away from any known shared prefix end. A block may have been held,
     evicted or freed since it was added; `take` skips such blocks.

@@ -5,10 +5,10 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from jaxinfer.kv.cross_cache import Encoded, EncodedBlocks, EncodedHit
+from jaxinfer.kv.cross_cache import Encoded, EncodedHit
 from jaxinfer.kv.digests import Extras
 from jaxinfer.kv.prefix_match import Hit
-from jaxinfer.kv.recurrent import RecurrentStates
+from jaxinfer.kv.recurrent import Segment
 from jaxinfer.kv.tables import Tables
 
 
@@ -23,10 +23,9 @@ class CacheManager(Protocol):
     block_size: int
     """P."""
     tables: Tables
-    """Lengths of rows, and their block tables unless these are computed from the row number."""
-    encoded: EncodedBlocks
-    states: RecurrentStates | None
-    """State slots of recurrent layers; None if the model has none."""
+    """Lengths of rows, and their block tables unless these are computed from the row number. Only the manager writes
+    them.
+    """
 
     @property
     def pool(self) -> Any:
@@ -59,10 +58,19 @@ class CacheManager(Protocol):
         """Find the blocks of an encoder input."""
         ...
 
-    def admit(self, row: int, hit: Hit, tokens: int, chunk_end: int | None, encoded: EncodedHit) -> bool:
+    def admit(
+        self,
+        row: int,
+        hit: Hit,
+        tokens: int,
+        chunk_end: int | None,
+        encoded: EncodedHit,
+        seen: tuple[int, int],
+    ) -> bool:
         """Admit a sequence of `tokens` positions to an empty row; False if there is no room.
 
-        Kinds that are filled chunk by chunk get blocks up to position `chunk_end` only.
+        Kinds that are filled chunk by chunk get blocks up to position `chunk_end` only. Its new tokens see the encoder
+        positions `seen`.
         """
         ...
 
@@ -80,6 +88,34 @@ class CacheManager(Protocol):
         Returns:
             Source and target block ids of the copies that must run before the rows write, or None if there is no room.
         """
+        ...
+
+    def begin_plan(self) -> None:
+        """Begin a plan of the next step."""
+        ...
+
+    def length(self, row: int) -> int:
+        """Return the number of positions of a row that the steps planned so far write."""
+        ...
+
+    def advance(self, rows: np.ndarray, steps: int) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
+        """Let each row write `steps` more positions; return the first ones, and the state slots of each step."""
+        ...
+
+    def advance_drafts(self, rows: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """Let each row write `tokens` more positions in one step; return the first ones."""
+        ...
+
+    def take_back(self, row: int, tokens: int) -> None:
+        """Forget the last positions of a row."""
+        ...
+
+    def advance_prompt(self, row: int, stop: int) -> tuple[Segment, ...]:
+        """Let a row write its prompt up to position `stop`; return the parts after which states are stored."""
+        ...
+
+    def encoder_writes(self, row: int) -> np.ndarray | None:
+        """Return the blocks that the next step writes a row's encoder input to; None if it writes none."""
         ...
 
     def fork(self, source: int, target: int) -> None:

@@ -19,9 +19,10 @@ from jaxinfer.kv.prefix_cache import PrefixCache
 from jaxinfer.kv.prefix_match import Hit
 from jaxinfer.kv.tables import Tables
 from jaxinfer.kv.windows import Windows
+from jaxinfer.kv.written import WrittenPositions
 
 
-class BlockManager(PrefixCache):
+class BlockManager(PrefixCache, WrittenPositions):
     """Block tables of a paged cache over its prefix cache.
 
     Args:
@@ -70,7 +71,13 @@ class BlockManager(PrefixCache):
         return -(-tokens // self.block_size)
 
     def admit(
-        self, row: int, hit: Hit, tokens: int, chunk_end: int | None = None, encoded: EncodedHit = NO_ENCODER_INPUT
+        self,
+        row: int,
+        hit: Hit,
+        tokens: int,
+        chunk_end: int | None = None,
+        encoded: EncodedHit = NO_ENCODER_INPUT,
+        seen: tuple[int, int] = (0, 0),
     ) -> bool:
         """Give a row the blocks of its hits and new blocks for the rest of `tokens` positions, or nothing at all.
 
@@ -82,6 +89,7 @@ class BlockManager(PrefixCache):
             tokens: positions of the sequence.
             chunk_end: positions to allocate for now; None for all.
             encoded: the encoder input's hit.
+            seen: start and end of the encoder positions that the sequence's new tokens see.
 
         Returns:
             Whether there were enough blocks.
@@ -105,7 +113,7 @@ class BlockManager(PrefixCache):
         for kind, end, some in zip(self.kinds, ends, own_ids, strict=True):
             table[kind.span, hit.blocks : end] = some.reshape(-1, kind.count).T
         table[len(own) :, : read.shape[1]] = read
-        self.tables.assign(row, table, hit.blocks * self.block_size, encoded.length)
+        self.tables.assign(row, table, hit.blocks * self.block_size, encoded.length, seen)
         self.boundaries[:, row] = hit.known, max(0, (tokens - 1) // self.block_size)
         if self.states is not None:
             snapshot = int(hit.ids[-1, -1]) if hit.blocks else None
@@ -175,13 +183,10 @@ class BlockManager(PrefixCache):
         if self._windows.numbers:
             pool, passed = self._windows.release(pool, rows, lengths)
         at = lengths // self.block_size
-        last = (lengths + (steps - 1)) // self.block_size + 1
-        added = [np.maximum(last - counts[rows], 0) for counts in tables.counts[: len(self.kinds)]]
-        news = [kind.count * int(more.sum()) for kind, more in zip(self.kinds, added, strict=True)]
+        added, new = self._added(rows, lengths, steps)
         # The blocks to be written, group after group; -1 where a row has no block there yet.
         current = tables.at(rows, at).ravel()
         copied = self._must_copy(pool, current)
-        new = sum(news)
         if not new and not len(copied):
             self.pool = pools.commit(pool)
             self._windows.clear(passed)
@@ -192,17 +197,19 @@ class BlockManager(PrefixCache):
             return None
         pool, ids = taken
         self._windows.clear(passed)
-        start = 0
-        for k, (more, n) in enumerate(zip(added, news, strict=True)):
-            if n:
-                tables.append_to(k, rows, more, ids[start : start + n])
-            start += n
+        tables.append_all(rows, added, ids[:new])
         targets, sources = ids[new:], current[copied]
         if len(copied):
             tables.replace(rows, at, copied, targets)
             pool = pools.release(pool, sources)
         self.pool = pools.commit(pool)
         return sources, targets
+
+    def _added(self, rows: np.ndarray, lengths: np.ndarray, steps: int) -> tuple[list[np.ndarray], int]:
+        """Return for each kind the blocks `[B]` that the rows need for `steps` more positions, and the ids of all."""
+        last = (lengths + (steps - 1)) // self.block_size + 1
+        added = [np.maximum(last - counts[rows], 0) for counts in self.tables.counts[: len(self.kinds)]]
+        return added, sum(kind.count * int(more.sum()) for kind, more in zip(self.kinds, added, strict=True))
 
     def _must_copy(self, pool: BlockPool, current: np.ndarray) -> np.ndarray:
         """Return the indices into `current` of blocks that must be copied before rows write them."""

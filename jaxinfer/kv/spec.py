@@ -5,10 +5,13 @@ new kind is one class with `first_needed`. A spec is a kind together with the sh
 """
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
+
+from jaxinfer.kernels.attention import quantised_cache
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,15 @@ class Full:
     """D."""
     replicated: bool = False
     """Whether every device computes the whole layer and stores all its heads (`sharding.policy`)."""
+    codes: np.dtype | None = None
+    """Format of keys and values that are stored quantised (`kernels.attention.quantised_cache`); None for the model's
+    dtype."""
+
+    def row_bytes(self, itemsize: int) -> int:
+        """Return the bytes of one position's keys, or values, in one head; `itemsize` is that of the model's dtype."""
+        if self.codes is None:
+            return self.head_dim * itemsize
+        return self.head_dim * self.codes.itemsize + quantised_cache.SCALE.itemsize
 
     def heads_on(self, tp: int) -> int:
         """Return K of the cache array over `tp` shards."""
@@ -112,7 +124,7 @@ class Full:
     def block_bytes(self, block_size: int, itemsize: int, tp: int) -> int:
         """Return the bytes of one block of this layer, keys and values, over all `tp` shards."""
         copies = tp if self.replicated else 1
-        return 2 * self.heads_on(tp) * copies * block_size * self.head_dim * itemsize
+        return 2 * self.heads_on(tp) * copies * block_size * self.row_bytes(itemsize)
 
     @property
     def kind(self) -> Kind:
@@ -122,7 +134,7 @@ class Full:
     @property
     def array_spec(self) -> "Full":
         """Spec of the cache array, without the kind."""
-        return Full(self.kv_heads, self.head_dim, self.replicated)
+        return Full(self.kv_heads, self.head_dim, self.replicated, self.codes)
 
 
 @dataclass(frozen=True)
@@ -161,7 +173,7 @@ class Latent(Full):
 
     def block_bytes(self, block_size: int, itemsize: int, tp: int) -> int:
         """Return the bytes of one block of this layer, over all `tp` shards."""
-        return tp * block_size * self.head_dim * itemsize
+        return tp * block_size * self.row_bytes(itemsize)
 
     @property
     def array_spec(self) -> "Full":
@@ -197,3 +209,12 @@ class State:
         """Return the bytes of one slot of this layer, over all `tp` shards."""
         copies = tp if self.replicated else 1
         return copies * sum(math.prod(a.shape) * np.dtype(a.dtype).itemsize for a in self.arrays)
+
+
+def with_codes(specs: Sequence[Full | State], kv_cache_dtype: str) -> tuple[Full | State, ...]:
+    """Return the specs of layers whose keys and values are stored as `EngineConfig.kv_cache_dtype` says.
+
+    Recurrent states are unchanged: they are computed again from themselves in each step, so that errors would add up.
+    """
+    codes = quantised_cache.format_of(kv_cache_dtype)
+    return tuple(replace(spec, codes=codes) if isinstance(spec, Full) else spec for spec in specs)

@@ -49,7 +49,7 @@ class Tables:
         """Return the rows that hold blocks."""
         return np.flatnonzero(self.counts.any(axis=0)).tolist()
 
-    def assign(self, row: int, ids: np.ndarray, length: int, read: int = 0) -> None:
+    def assign(self, row: int, ids: np.ndarray, length: int, read: int = 0, seen: tuple[int, int] = (0, 0)) -> None:
         """Give an empty row its first blocks.
 
         Args:
@@ -57,13 +57,14 @@ class Tables:
             ids: block ids `[G, n]`; -1 where a group needs none. The needed ones are contiguous.
             length: positions already written.
             read: encoder positions.
+            seen: start and end of the encoder positions that the row's new tokens see.
         """
         self.blocks[:, row, : ids.shape[1]] = ids
         for k, kind in enumerate(self.kinds):
             held = np.flatnonzero(ids[kind.first] >= 0)
             if len(held):
                 self.firsts[k, row], self.counts[k, row] = held[0], held[-1] + 1
-        self.lengths[row], self.read[row] = length, read
+        self.lengths[row], self.read[row], self.seen[row] = length, read, seen
         self._sent[:, row] = 0
         self.unsent.add(row)
 
@@ -75,6 +76,15 @@ class Tables:
             self._sent[:, row] = self.counts[:, row]
             self.unsent.add(row)
         self.counts[k, row] = stop
+
+    def append_all(self, rows: np.ndarray, added: Sequence[np.ndarray], ids: np.ndarray) -> None:
+        """Append `added[k]` `[B]` blocks of each kind k that grows to rows `[B]`; `ids` are kind after kind."""
+        start = 0
+        for k, more in enumerate(added):
+            n = self.kinds[k].count * int(more.sum())
+            if n:
+                self.append_to(k, rows, more, ids[start : start + n])
+            start += n
 
     def append_to(self, k: int, rows: np.ndarray, added: np.ndarray, ids: np.ndarray) -> None:
         """Append `added[i]` blocks of kind `k` to each row, which the next decode step sends to the device.
@@ -154,6 +164,14 @@ class Tables:
                     f"row {row} of {lengths[row]} positions holds blocks {self.blocks[kind.span, row].tolist()} of "
                     f"{kind.kind.name}; recorded are [{firsts[row]}, {counts[row]}), needed from {needed[row]} on."
                 )
+
+    def send_from(self, rows: np.ndarray, numbers: np.ndarray) -> None:
+        """Mark the entries of rows `[B]` from block `numbers` `[B]` on as not known to the device."""
+        for row, number in zip(rows.tolist(), numbers.tolist(), strict=True):
+            if row not in self.unsent:
+                self._sent[:, row] = self.counts[:, row]
+                self.unsent.add(row)
+            self._sent[:, row] = np.minimum(self._sent[:, row], number)
 
     def resend(self, rows: Sequence[int]) -> None:
         """Mark all entries of these rows as not known to the device."""

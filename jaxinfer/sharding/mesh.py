@@ -1,10 +1,12 @@
 """Device meshes: the axis `model` shards tensor-parallel weights, the axis `data` shards images."""
 
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from jaxinfer.errors import ConfigError
 from jaxinfer.sharding import axes
+from jaxinfer.sharding.devices import visible_devices
 
 
 def make_mesh(tensor_parallel_size: int = 1, devices: list[jax.Device] | None = None) -> Mesh:
@@ -15,12 +17,12 @@ def make_mesh(tensor_parallel_size: int = 1, devices: list[jax.Device] | None = 
 
     Args:
         tensor_parallel_size: number of devices.
-        devices: devices to take the first ones of; None for `jax.devices()`.
+        devices: devices to take the first ones of; None for all that JAX has.
 
     Raises:
-        ConfigError: there are fewer devices than `tensor_parallel_size`.
+        ConfigError: there are fewer devices than `tensor_parallel_size`, or none of those that JAX was asked for.
     """
-    devices = jax.devices() if devices is None else devices
+    devices = visible_devices() if devices is None else devices
     if tensor_parallel_size > len(devices):
         raise ConfigError(
             f"tensor_parallel_size is {tensor_parallel_size}, but JAX sees {len(devices)} device(s); lower it, or on "
@@ -42,7 +44,7 @@ def normalise(mesh: Mesh | AbstractMesh, tensor_parallel_size: int | None = None
         ConfigError: there is no axis `model`, an unknown axis, or a size that differs from `tensor_parallel_size`.
     """
     for name, count in mesh.shape.items():
-        if name not in (axes.MODEL, axes.DATA, axes.FSDP) and not name.startswith(axes.REPLICA):
+        if name not in (axes.MODEL, axes.DATA, axes.FSDP, axes.BATCHES) and not name.startswith(axes.REPLICA):
             raise ConfigError(
                 f"mesh: axis {name!r} of size {count} is unknown; {axes.MODEL!r} shards weights and kv heads and, with "
                 f"a vision tower, {axes.DATA!r} shards images; say what it is for with axes={{{axes.MODEL!r}: "
@@ -88,6 +90,16 @@ def check_fsdp(mesh: Mesh | AbstractMesh, decoder: bool) -> None:
             f"mesh: axis {axes.FSDP!r} of size {mesh.shape[axes.FSDP]} divides the weights of text-only decoders, and "
             "this model reads images, audio or encoder inputs; leave it out of axes, so that it holds replicas"
         )
+
+
+def of_replicas(mesh: Mesh) -> list[Mesh]:
+    """Return the mesh of each index of the axis `batches`; the mesh itself if it has no such axis."""
+    if axes.BATCHES not in mesh.shape:
+        return [mesh]
+    place = mesh.axis_names.index(axes.BATCHES)
+    names = tuple(name for name in mesh.axis_names if name != axes.BATCHES)
+    parts = np.moveaxis(mesh.devices, place, 0)
+    return [Mesh(part, names, axis_types=(AxisType.Auto,) * len(names)) for part in parts]
 
 
 def size(mesh: Mesh | AbstractMesh) -> int:

@@ -118,7 +118,7 @@ def device_bytes(array: jax.ShapeDtypeStruct | jax.Array) -> int:
 
 def _rows(path: Sequence[str], part: nnx.Module, mesh: Mesh | AbstractMesh, steps: tuple[str, ...]) -> Iterator[Row]:
     for name, param in vars(part).items():
-        if not isinstance(param, nnx.Param):
+        if not isinstance(param, nnx.Variable) or "logical_axes" not in param.get_metadata():
             continue
         metadata, where, shape = param.get_metadata(), ".".join([*path, name]), tuple(param.shape)
         placed = rules.of(mesh, metadata, shape, where)
@@ -132,7 +132,8 @@ def _rows(path: Sequence[str], part: nnx.Module, mesh: Mesh | AbstractMesh, step
             spec=placed.spec,
             device_bytes=array_bytes(placed.shard_shape(shape), param.dtype),
             copies=_copies(placed, mesh),
-            checkpoint_bytes=array_bytes(_own_shape(metadata, shape), param.dtype),
+            # Adapters are no part of the checkpoint.
+            checkpoint_bytes=array_bytes(_own_shape(metadata, shape), param.dtype) * isinstance(param, nnx.Param),
             steps=steps,
         )
 

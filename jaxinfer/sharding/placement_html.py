@@ -9,7 +9,7 @@ from jaxinfer.sharding.collectives import DECODE, PREFILL, STEPS, TOKEN
 from jaxinfer.sharding.placement_rows import REPLICATION_NOTE, Placed, Row
 from jaxinfer.sharding.placement_tree import Node, tree
 
-# A module's tree beside what all objects have (`_utils.html`).
+# Styles of the module tree, in addition to those of `_utils.html`.
 STYLE = """
 .jxp{--shard:#4a8cf7;--copy:#ee9a2f;--cache:#3fae7b;}
 .jxp .s{background:var(--shard)}.jxp .c{background:var(--copy)}.jxp .k{background:var(--cache)}

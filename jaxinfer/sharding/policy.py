@@ -78,8 +78,8 @@ class Placement:
 
         Raises:
             ConfigError: a pattern matches nothing, or only paths in `inside`; two patterns contradict each other, also
-                about a
-                module all of whose parts another pattern matches; or "experts" is given to a module without experts.
+                about a module all of whose parts another pattern matches; or "experts" is given to a module without
+                experts.
         """
         modules, inside, experts = list(modules), list(inside), list(experts)
         for path in modules:

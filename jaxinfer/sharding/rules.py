@@ -112,7 +112,7 @@ def of(
     Args:
         mesh: the mesh. If it has the axis `fsdp`, a matrix is divided over it as well, along the first axis that is not
             sharded and that its size divides; never within the columns of a fused projection.
-        metadata: of the parameter.
+        metadata: metadata of the parameter.
         shape: global shape.
         where: path of the parameter, for errors.
         gathered: whether to leave out `fsdp`: the sharding in which a layer takes its weights.

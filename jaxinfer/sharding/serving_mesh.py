@@ -11,8 +11,9 @@ from jaxinfer.sharding import axes as names
 NAMED = {
     names.MODEL: "divides weights and kv heads",
     names.FSDP: "divides weights that are gathered layer by layer",
+    names.DATA: "runs a batch of its own at each index",
 }
-"""What `axes` maps to axes of a user's mesh."""
+"""Axes of the engine that `axes` may map to those of a user's mesh, each with its purpose."""
 
 Axes = Mapping[str, str | Sequence[str]]
 """Names of `NAMED`, each mapped to an axis of the user's mesh, or to several that it stands for together."""
@@ -21,12 +22,13 @@ Axes = Mapping[str, str | Sequence[str]]
 def serving_mesh(mesh: Mesh, axes: Axes) -> Mesh:
     """Return a mesh over the devices of a trainer's mesh, with the engine's names for its axes.
 
-    Axes that are not named hold replicas. Devices keep their order, unless axes are named together that are not
-    neighbours in the trainer's mesh.
+    Axes that are not named hold replicas. What `data` names becomes one axis, `batches`. Devices keep their order,
+    unless axes are named together that are not neighbours in the trainer's mesh.
 
     Args:
         mesh: the trainer's mesh, such as one with the axes `("dp", "fsdp", "tp")`.
-        axes: such as `{"model": "tp"}`, `{"model": ("fsdp", "tp")}` or `{"model": "tp", "fsdp": "fsdp"}`.
+        axes: such as `{"model": "tp"}`, `{"model": ("fsdp", "tp")}`, `{"model": "tp", "fsdp": "fsdp"}` or
+            `{"model": "tp", "data": "dp"}`.
 
     Raises:
         ConfigError: the mesh lacks an axis, an axis is named twice, or a name is unknown.
@@ -39,7 +41,7 @@ def serving_mesh(mesh: Mesh, axes: Axes) -> Mesh:
             before = [axis for axis in order[:first] if axis not in own]
             order = [*before, *own, *(axis for axis in order if axis not in own and axis not in before)]
     devices = mesh.devices.transpose([mesh.axis_names.index(axis) for axis in order])
-    owner = {axis: name for name, own in named.items() for axis in own}
+    owner = {axis: names.BATCHES if name == names.DATA else name for name, own in named.items() for axis in own}
     sizes: dict[str, int] = {}
     for axis in order:
         name = owner.get(axis, names.REPLICA + axis)
