@@ -28,7 +28,7 @@ def read(engine: Engine, decode: Decode | None = None, *, tree: bool = True) -> 
         tree: whether to read the prefix tree, which costs as much as it has blocks.
     """
     scheduler, manager, counters = engine.scheduler, engine.manager, engine.metrics.counters
-    active = scheduler.active
+    active = scheduler.rows.active
     shown = [*active, *islice(scheduler.waiting, MOST_WAITING)]
     numbers = {sequence: _number(engine, sequence, place) for place, sequence in enumerate(shown)}
     prefixes, more = prefix_tree(manager, decode) if tree and isinstance(manager, BlockManager) else ([], 0)
@@ -57,8 +57,8 @@ def _state(engine: Engine, sequence: Sequence, number: int) -> RequestState:
     scheduler, owner = engine.scheduler, owner_of(sequence, number)
     if sequence.row < 0:
         return RequestState(owner, "preempted" if sequence.made else "waiting", 0, 0)
-    phase = "decode" if scheduler.decoding[sequence.row] else "prefill"
-    length = int(scheduler.manager.tables.lengths[sequence.row])
+    phase = "decode" if scheduler.rows.decoding[sequence.row] else "prefill"
+    length = scheduler.manager.length(sequence.row)
     return RequestState(owner, phase, len(scheduler.manager.blocks_of(sequence.row)), length)
 
 

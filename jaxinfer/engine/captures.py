@@ -1,11 +1,12 @@
-"""Pass what a step has captured to the requests that want it."""
+"""Pass the module outputs that a step has captured to the requests that asked for them."""
 
 import numpy as np
 
 from jaxinfer.engine.plan import Chunk, Plan
-from jaxinfer.engine.request import Sequence, Status
+from jaxinfer.engine.request import Sequence
 from jaxinfer.engine.runner.batch import spans
-from jaxinfer.engine.runner.runner import Result
+from jaxinfer.engine.runner.flight import Result
+from jaxinfer.engine.sequence_state import Status
 from jaxinfer.functional.taps import EXPERTS
 
 

@@ -4,11 +4,12 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
-from jaxinfer.engine.request import Sequence, Status
+from jaxinfer.engine.request import Sequence
+from jaxinfer.engine.sequence_state import Status
 from jaxinfer.errors import EngineDeadError
 from jaxinfer.outputs import WeightSegment
 
-PAUSE_MODES = ("keep", "abort", "wait")
+PAUSE_MODES = (KEEP, ABORT, WAIT) = ("keep", "abort", "wait")
 LEVELS = (1, 2)
 """Levels of sleep: without the cache; without the weights, too."""
 
@@ -24,16 +25,19 @@ class EngineControl:
         """Whether no more steps are planned, while a planned one waits for its programs."""
         self.level = 0
         """Level of sleep; 0 while awake."""
-        self.weightless = False
-        """Whether the weights were dropped and none were given since."""
         self.version = 0
         """Number of times that weights were replaced."""
+
+    @property
+    def weightless(self) -> bool:
+        """Whether the weights were dropped (`sleep(level=2)`) and have not been replaced since."""
+        return self._engine.runner.params[0] is None
 
     def stop(self, mode: str) -> None:
         """Plan no more steps, and abort all requests if the mode is "abort"."""
         self.check_awake("pause")
         self.pausing = not self.paused
-        for name in list(self._engine.requests) if mode == "abort" else ():
+        for name in list(self._engine.requests) if mode == ABORT else ():
             self._engine.abort(name)
 
     def stopped(self) -> bool:
@@ -43,7 +47,7 @@ class EngineControl:
         if self._engine.is_held:
             return False
         self._engine.settle()
-        self._engine.scheduler.last_arrival = None
+        self._engine.scheduler.waiting.last_arrival = None
         self.paused, self.pausing = True, False
         return True
 
@@ -53,11 +57,11 @@ class EngineControl:
         if self.paused:
             raise RuntimeError("pause('wait'): the engine is paused, so no request would end; resume() first")
         arrivals = [request.arrival for request in self._engine.requests.values()]
-        self._engine.scheduler.last_arrival = max(arrivals, default=-1)
+        self._engine.scheduler.waiting.last_arrival = max(arrivals, default=-1)
 
     def drained(self) -> bool:
         """Pause and return True once all requests from before `drain` have ended."""
-        last = self._engine.scheduler.last_arrival
+        last = self._engine.scheduler.waiting.last_arrival
         if last is None:
             return True
         if any(request.arrival <= last for request in self._engine.requests.values()):
@@ -65,9 +69,9 @@ class EngineControl:
         self.pausing = True
         return self.stopped()
 
-    def give_up(self) -> None:
-        """Undo a pause that is not reached, as the call that waits for it was interrupted."""
-        self._engine.scheduler.last_arrival, self.pausing = None, False
+    def give_up(self, *, paused: bool) -> None:
+        """Cancel a pause whose caller was interrupted while it waited; `paused`: whether it was paused before."""
+        self._engine.scheduler.waiting.last_arrival, self.pausing, self.paused = None, False, paused
 
     def resume(self, *, recompute: bool) -> None:
         """Run steps again.
@@ -82,7 +86,7 @@ class EngineControl:
         if not self.paused:
             raise RuntimeError("resume: the engine is not paused")
         if recompute:
-            for sequence in sorted(self._engine.scheduler.active, key=lambda s: s.age, reverse=True):
+            for sequence in sorted(self._engine.scheduler.rows.active, key=lambda s: s.age, reverse=True):
                 self._engine.scheduler.preempt(sequence)
         self.paused = False
 
@@ -93,6 +97,16 @@ class EngineControl:
             RuntimeError: requests are running, or the engine sleeps at this level or a deeper one already.
         """
         engine = self._engine
+        self.check_sleep(level)
+        engine.reset_prefix_cache()
+        engine.runner.release()
+        self.level = level
+        if level == LEVELS[-1]:
+            engine.runner.drop_weights()
+
+    def check_sleep(self, level: int) -> None:
+        """Check that the engine can sleep now; raises as `sleep`."""
+        engine = self._engine
         engine.check_alive()
         if level <= self.level:
             raise RuntimeError(f"sleep(level={level}): the engine sleeps at level {self.level} already")
@@ -100,12 +114,6 @@ class EngineControl:
             raise RuntimeError(
                 f"sleep while {len(engine.requests)} request(s) are running or paused; finish or abort them first"
             )
-        engine.reset_prefix_cache()
-        engine.runner.release()
-        self.level = level
-        if level == LEVELS[-1]:
-            engine.runner.params[:] = [None] * len(engine.runner.params)
-            self.weightless = True
 
     def wake_up(self) -> None:
         """Allocate the cache again.
@@ -123,7 +131,8 @@ class EngineControl:
         """Check that the engine is alive and does not sleep.
 
         Raises:
-            RuntimeError, EngineDeadError: it is not, or does.
+            RuntimeError: the engine sleeps.
+            EngineDeadError: it has failed.
         """
         self._engine.check_alive()
         if self.level:
@@ -133,13 +142,26 @@ class EngineControl:
         """Check that requests can be taken.
 
         Raises:
-            RuntimeError, EngineDeadError: they cannot.
+            RuntimeError: the engine sleeps, or has no weights.
+            EngineDeadError: it has failed.
         """
-        self.check_awake("a request")
+        self.check_awake("requests cannot be served")
         if self.weightless:
             raise RuntimeError(
-                "a request: sleep(level=2) has dropped the weights; give them with update_weights() first"
+                "requests cannot be served: sleep(level=2) has dropped the weights; pass new ones with "
+                "update_weights() first"
             )
+
+    def check_idle(self, method: str) -> None:
+        """Check that no step runs, and that none will be planned for a request that is there.
+
+        Raises:
+            RuntimeError: requests are running and not paused.
+            EngineDeadError: no step can run.
+        """
+        self._engine.check_alive()
+        if not self.paused and not self._engine.settle():
+            raise RuntimeError(f"{method} while requests are running; pause(), or finish or abort them, first")
 
     def check_replaceable(self, *, partial: bool = False) -> None:
         """Check that weights can be replaced now.
@@ -148,9 +170,7 @@ class EngineControl:
             RuntimeError: requests are running, or some weights are to be kept that were dropped.
             EngineDeadError: no step can run.
         """
-        self._engine.check_alive()
-        if not self.paused and not self._engine.settle():
-            raise RuntimeError("update_weights while requests are running; pause(), or finish or abort them, first")
+        self.check_idle("update_weights")
         if partial and self.weightless:
             raise RuntimeError("update_weights(partial=True): sleep(level=2) has dropped the weights; give all of them")
 
@@ -172,11 +192,11 @@ class EngineControl:
         try:
             replace(engine.runner.params)
         except BaseException as error:
-            engine.kill(f"replacing its weights failed half way ({type(error).__name__}: {error})")
+            engine.recovery.kill(f"replacing its weights failed half way ({type(error).__name__}: {error})")
             raise EngineDeadError(engine.dead) from error
-        self.weightless, self.version = False, self.version + 1
-        for sequence in sorted(scheduler.active, key=lambda s: s.age, reverse=True):
-            if scheduler.decoding[sequence.row]:
+        self.version += 1
+        for sequence in sorted(scheduler.rows.active, key=lambda s: s.age, reverse=True):
+            if scheduler.rows.decoding[sequence.row]:
                 scheduler.inflight.unregister(sequence, sequence.num_registered)
                 sequence.stale = True
             else:

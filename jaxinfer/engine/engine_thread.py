@@ -43,6 +43,21 @@ class Replies(Protocol):
         ...
 
 
+def take_reply(replies: SimpleQueue[Any], alive: Callable[[], bool], show: Callable[[], None] = lambda: None) -> Any:
+    """Wait for a reply and return it; `show` runs ten times a second.
+
+    Raises:
+        EngineClosedError: no reply can come, as the engine threads have ended.
+    """
+    while True:
+        try:
+            return replies.get(timeout=TURN)
+        except Empty:
+            if not alive() and replies.empty():
+                raise EngineClosedError(CLOSED) from None
+            show()
+
+
 class Call:
     """The requests of one caller, and the condition until which the engine steps for it."""
 
@@ -60,12 +75,16 @@ class Lease:
     interrupt.
     """
 
+    release: Callable[[Any], None] | None = None
+    """None where an interrupt came before the call began."""
+
     def __init__(self, commands: SimpleQueue[Any]):
         self.call = Call()
         self.release = commands.put
 
     def __del__(self) -> None:
-        self.release(self.call)
+        if self.release is not None:
+            self.release(self.call)
 
 
 class EngineThread:
@@ -110,23 +129,14 @@ class EngineThread:
 
         self.run(queue, list(requests))
 
-    def drive(self, call: Call, busy: Callable[[], bool], show: Callable[[], None] = lambda: None) -> None:
-        """Step the engine until `busy`, called after each step, returns False.
+    def drive(self, call: Call, busy: Callable[[], bool]) -> None:
+        """Step the engine until `busy`, called on its thread after each step, returns False.
 
-        Args:
-            call: the call whose requests are waited for.
-            busy: runs on the engine's thread.
-            show: runs on the calling thread, ten times a second and at the end.
-
-        Raises:
-            EngineError: the engine has failed for good.
-            EngineClosedError: the engine was closed meanwhile.
+        It does not wait: `call.replies` gets the reply, or the error of an engine that has failed or was closed.
         """
         self._check_caller()
         call.busy = busy
         self._commands.put((self._drive, (call,), None))
-        self._wait(call.replies, show)
-        show()
 
     def post(self, function: Callable[..., Any], *arguments: Any, done: Replies) -> None:
         """Call a function between two steps without waiting; `done` gets its result or error on the engine thread."""
@@ -193,18 +203,11 @@ class EngineThread:
                 "an LLM was called from its own engine thread; finalizers and callbacks may only call abort and close"
             )
 
-    def _wait(self, replies: SimpleQueue[Reply], show: Callable[[], None] = lambda: None) -> Any:
-        while True:
-            try:
-                result, error = replies.get(timeout=TURN)
-            except Empty:
-                if self._thread.is_alive() or not replies.empty():
-                    show()
-                    continue
-                raise EngineClosedError(CLOSED) from None
-            if error is not None:
-                raise error
-            return result
+    def _wait(self, replies: SimpleQueue[Reply]) -> Any:
+        result, error = take_reply(replies, self._thread.is_alive)
+        if error is not None:
+            raise error
+        return result
 
     def _run(self) -> None:
         """Take commands and, unless paused, step until stopped."""
@@ -246,7 +249,7 @@ class EngineThread:
             del command, function, arguments, replies, result, error
 
     def _drive(self, call: Call) -> None:
-        if self._still(call):
+        if self._waits(call):
             self._driven.append(call)
 
     def _step(self) -> None:
@@ -256,7 +259,7 @@ class EngineThread:
         except BaseException as error:
             self._fail_calls(error)
             return
-        self._driven[:] = [call for call in self._driven if self._still(call)]
+        self._driven[:] = [call for call in self._driven if self._waits(call)]
 
     def _close(self) -> None:
         """Close the engine; waiting callers get EngineClosedError, not the results of their aborted requests."""
@@ -268,8 +271,8 @@ class EngineThread:
             call.replies.put((None, error))
         self._driven.clear()
 
-    def _still(self, call: Call) -> bool:
-        """Return whether a call is still waited for; if not, reply to it."""
+    def _waits(self, call: Call) -> bool:
+        """Return whether a call still waits for requests; otherwise reply to it."""
         try:
             if call.busy():
                 return True

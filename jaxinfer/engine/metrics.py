@@ -23,11 +23,14 @@ COUNTERS = (
     "mm_cache_queries",
     "mm_cache_hits",
     "encoder_inputs",
+    "spec_decode_num_drafts",
+    "spec_decode_num_draft_tokens",
+    "spec_decode_num_accepted_tokens",
 )
 SUCCESS = "request_success"
 """Counter of finished requests by their finish reason."""
 LOOKUPS = "prefix_cache_lookups"
-"""Counter of requests by why no more of their prompt was found in the prefix cache; "complete" is no miss."""
+"""Counter of requests by the reason why no longer prefix of the prompt was cached; "complete" is not a miss."""
 
 
 @dataclass
@@ -82,7 +85,7 @@ class Metrics:
         }
         self.histograms["iteration_tokens_total"] = Histogram(TOKENS)
         self._interval = interval
-        self._last = time.monotonic()
+        self._last = self._stepped = time.monotonic()
         self._seen = (0, 0)
 
     def add(self, name: str, amount: int = 1) -> None:
@@ -97,8 +100,9 @@ class Metrics:
         """Count the tokens computed by a plan's steps."""
         if plan:
             prompts = sum(chunk.count for chunk in plan.chunks)
+            decodes = sum(plan.tokens) // plan.steps
             for _ in range(plan.steps):
-                self.observe("iteration_tokens_total", prompts + len(plan.decodes))
+                self.observe("iteration_tokens_total", prompts + decodes)
 
     def count_hits(self, request: Request) -> None:
         """Count the prefix cache hits of a request."""
@@ -135,12 +139,22 @@ class Metrics:
         rows += [Metric(PREFIX + LOOKUPS, n, (("reason", r),)) for r, n in dict(self.lookups).items()]
         return rows + [Metric(PREFIX + name, histogram.copy()) for name, histogram in self.histograms.items()]
 
+    def wake(self) -> None:
+        """Begin a new interval of the log where the engine was idle for one: its rates are not averaged over that."""
+        now = time.monotonic()
+        if now - self._stepped >= self._interval:
+            self._last, self._seen = now, self._tokens
+
+    @property
+    def _tokens(self) -> tuple[int, int]:
+        return self.counters["prompt_tokens"], self.counters["generation_tokens"]
+
     def maybe_log(self, running: int, waiting: int, usage: float) -> None:
         """Log one line per interval while there is work."""
-        now = time.monotonic()
+        now = self._stepped = time.monotonic()
         if now - self._last < self._interval:
             return
-        seen = self.counters["prompt_tokens"], self.counters["generation_tokens"]
+        seen = self._tokens
         prompt, made = ((b - a) / (now - self._last) for a, b in zip(self._seen, seen, strict=True))
         queries = self.counters["prefix_cache_queries"]
         rate = self.counters["prefix_cache_hits"] / queries if queries else 0.0

@@ -1,4 +1,4 @@
-"""The plan of one step: written by the scheduler, run by the runner, committed by the engine."""
+"""The plan of one step and its limits: written by the scheduler, run by the runner, committed by the engine."""
 
 from dataclasses import dataclass, field
 
@@ -9,6 +9,26 @@ from jaxinfer.functional.encoder_batch import EncodeJob
 from jaxinfer.kv.encoder_pool import Slots
 from jaxinfer.kv.recurrent import Segment
 from jaxinfer.media import EncoderInput
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits of one step."""
+
+    tokens: int
+    """Token budget of prefill and decode together."""
+    prefill_rows: int
+    """Maximum number of sequences, and of samples, in one prefill."""
+    share_blocks: bool = True
+    """Whether samples of a request share their prompt's blocks by forking."""
+    feature_slots: int = 0
+    """Number of slots of the feature pool (in total, not per step)."""
+    encode_units: int = 0
+    """Maximum number of values encoded for cross-attention in one step; a single request may exceed it."""
+    whole_prompts: bool = False
+    """Whether no prompt uses the prefix cache, because results of all prompt tokens are requested and the cache does
+    not keep them.
+    """
 
 
 @dataclass(frozen=True)
@@ -65,6 +85,17 @@ class Plan:
     """Number of inputs of the chunks that were already in the feature pool or the cache."""
     reads: list[EncodeJob] = field(default_factory=list)
     """Inputs to encode into the cache for cross-attention before the chunks run."""
+    drafts: list[np.ndarray] | None = None
+    """With speculative decoding: tokens drafted for each of `decodes`, `[n]` int32 each and possibly none. The step
+    then verifies them and makes up to n + 1 tokens of each sequence. None if no sequence has a draft.
+    """
+
+    @property
+    def tokens(self) -> list[int]:
+        """Number of positions that each of `decodes` writes."""
+        if self.drafts is None:
+            return [self.steps] * len(self.decodes)
+        return [len(draft) + 1 for draft in self.drafts]
 
     @property
     def sequences(self) -> list[Sequence]:

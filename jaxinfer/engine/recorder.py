@@ -7,8 +7,9 @@ from itertools import islice
 import numpy as np
 
 from jaxinfer.engine.plan import Plan
-from jaxinfer.engine.request import Sequence, Status
+from jaxinfer.engine.request import Sequence
 from jaxinfer.engine.scheduler import Scheduler
+from jaxinfer.engine.sequence_state import Status
 from jaxinfer.kv.interface import CacheManager
 from jaxinfer.recording.events import CACHED, FREE, MAX_STEPS, EventLog, Owner
 from jaxinfer.recording.recording import Recording
@@ -18,7 +19,7 @@ MOST_WAITING = 256
 
 
 class Recorder:
-    """Writes the event log of an engine; all methods run on the engine thread.
+    """Writer of an engine's event log; all methods run on the engine thread.
 
     An event costs O(N) for a pool of N blocks, so that no operation of the cache is slower without a recording.
     """
@@ -50,14 +51,14 @@ class Recorder:
             ),
         )
         preempted = self._update(now)
-        codes = block_codes(scheduler.manager, scheduler.active, number)
+        codes = block_codes(scheduler.manager, scheduler.rows.active, number)
         copies = tuple(zip(*(ids.tolist() for ids in plan.copies), strict=True))
         self.log.append(now, codes, preempted=preempted, copies=copies, **took_part)
         self._closed = not plan
         self._running.update(sequence for sequence in self._live if sequence.status is Status.RUNNING)
 
     def wait(self, now: float) -> None:
-        """Note that the next step waits for its programs, so that the time counts for none of the sequences."""
+        """Record that the next step waits for its programs, so that no sequence is charged with this time."""
         preempted = self._update(now)
         if preempted or not self._closed:
             self.log.append(now, self.log.codes, preempted=preempted)
@@ -114,7 +115,7 @@ def owner_of(sequence: Sequence, number: int = 0) -> Owner:
 
 
 def block_codes(manager: CacheManager, active: Iterable[Sequence], number: Callable[[Sequence], int]) -> np.ndarray:
-    """Return who holds each block, `[N]` int32 (`recording.events`).
+    """Return a code of each block's owner, `[N]` int32 (`recording.events`).
 
     Args:
         manager: the cache's manager.

@@ -3,35 +3,25 @@
 import itertools
 import time
 from collections.abc import Callable
-from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
-from enum import Enum
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from jaxinfer.adapter import Adapter
 from jaxinfer.engine.beam_search.beams import Beams
 from jaxinfer.engine.sampling.sampler import Candidates, Logprobs
-from jaxinfer.engine.sampling.sampling_rows import Level, SamplingRows, pack_rows
+from jaxinfer.engine.sequence_state import SequenceState, Status
 from jaxinfer.engine.structured.grammar import Grammar, Matcher
 from jaxinfer.engine.wanted import Wanted
 from jaxinfer.kv.cross_cache import Encoded
 from jaxinfer.kv.digests import NO_EXTRAS, Extras, root
-from jaxinfer.kv.prefix_match import Hit
 from jaxinfer.media import CrossInputs, PlacedInputs
 from jaxinfer.outputs import CacheHit
 from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.steering import Steering
 
 _arrivals = itertools.count()
-
-
-class Status(Enum):
-    """Scheduling state of a sequence. A preempted sequence is WAITING again."""
-
-    WAITING = "waiting"
-    RUNNING = "running"
-    FINISHED = "finished"
 
 
 @runtime_checkable
@@ -89,8 +79,10 @@ class Request:
     """State of a beam search. `sequences` are then the running beams, initially one, and finish together."""
     steering: Steering | None = None
     """Vectors added to the outputs of modules for all tokens of the request."""
+    adapter: Adapter | None = None
+    """LoRA adapter of all tokens of the request; None for the model as it is."""
     wanted: Wanted | None = None
-    """What the request wants of its prefill, after which it ends; None if it samples tokens."""
+    """Results of the prefill that the request asks for, after which it ends; None if it samples tokens."""
     listener: Listener | None = None
     on_finish: Callable[["Request"], None] | None = None
     """Called when all sequences have finished; may be called a second time after a failed step."""
@@ -120,7 +112,7 @@ class Request:
 
     @property
     def first_scored(self) -> int:
-        """First position whose successor's log-probability is wanted, if any is."""
+        """First position whose successor's log-probability is requested, if any."""
         return 0 if self.wanted is None else self.wanted.first
 
     @property
@@ -143,38 +135,13 @@ class Request:
         if self.cross is not None and self.cross.token_ids is None:
             self.cross = None
 
-    @property
-    def level(self) -> Level:
-        """Lowest sampler level that serves every step of the request, apart from the temporary masks of `forbidden`."""
-        p = self.params
-        penalties = p.repetition_penalty, p.presence_penalty, p.frequency_penalty, p.no_repeat_ngram_size
-        if penalties != (1, 0, 0, 0) or self.biased or self.rule:
-            return Level.EDITED
-        if p.temperature == 0:
-            return Level.GREEDY
-        return Level.TRUNCATED if p.top_k > 0 or p.top_p < 1 else Level.RANDOM
-
-    @property
-    def biased(self) -> bool:
-        """Whether some tokens are biased or forbidden in every step."""
-        p = self.params
-        return bool(p.logit_bias or p.allowed_token_ids is not None or any(len(words) == 1 for words in _bad_words(p)))
-
-    @property
-    def forbids_for_a_while(self) -> bool:
-        """Whether `forbidden` may return tokens in some steps."""
-        return (self.params.min_tokens > 0 and bool(self.stop_ids)) or bool(_phrases(self.params))
-
 
 @dataclass(eq=False, slots=True)
-class Sequence:
+class Sequence(SequenceState):
     """One sample of a request."""
 
     request: Request
     index: int
-    status: Status = Status.WAITING
-    row: int = -1
-    """Row in the block tables and in the sampler state while running, else -1."""
     tokens: np.ndarray = field(init=False)
     """Token ids, `[T]` int32, of which the first `length` are valid: prompt and output. The request's own prompt
     array until the sequence gets a row; then T is the maximum length (`reserve`), and after the end the final length
@@ -183,43 +150,8 @@ class Sequence:
     length: int = field(init=False)
     rope_base: int = field(init=False)
     """Length in tokens that rope is computed for: the prompt's length, or the length at the last recomputation."""
-    computed: int = 0
-    """Number of tokens whose keys and values are in the cache: from dispatched prefills or a prefix hit."""
-    prefilled: int = 0
-    """Number of tokens to prefill before decoding starts: all tokens known at admission."""
-    digests: list[bytes] = field(default_factory=list)
-    published: int = 0
-    """Number of leading blocks in the prefix index."""
-    hit_blocks: int = 0
-    """Number of leading blocks that were found in the prefix index at admission."""
-    num_registered: int = 0
-    """Number of leading blocks registered with `InflightPrefixes`, for which other sequences may wait."""
-    awaited_digest: bytes | None = None
-    """While waiting: digest of the last prompt block that another sequence is computing."""
-    pending: int = 0
-    """Number of tokens sampled by dispatched steps that the host has not read yet."""
     candidates: Candidates | None = None
     """Most likely continuations of a beam that has been stepped, until all beams of the search have theirs."""
-    bias_version: int | tuple[int, ...] = -1
-    """While running: version of the bias row on the device (the temporarily forbidden token ids); -1 if none is
-    installed.
-    """
-    commit_limit: int = 0
-    """While running: length in tokens at which commit must handle the sequence (`stage_limit`)."""
-    needs_full_commit: bool = False
-    """While running: whether each token needs more than being appended (a listener, log-probabilities, beams)."""
-    needed_blocks: int = 0
-    """While waiting: number of available blocks required, as found by the last failed admission; 0 if blocks were
-    not what it failed on.
-    """
-    last_hit: tuple[tuple[int, int], Hit] | None = None
-    """While waiting: the last prefix hit, with the version of the prefix index and the length it was found for."""
-    checked_inflight: tuple[int, int] | None = None
-    """While waiting: version of `InflightPrefixes` and length for which the sequence need not wait for a prefix."""
-    first_missing: bytes | None = None
-    """Digest of the first prompt block missing from the prefix index at the last failed admission; once it is
-    published fewer blocks are needed.
-    """
     _root: bytes | None = None
     _key: np.ndarray | None = None
     matcher: Matcher | None = None
@@ -231,8 +163,6 @@ class Sequence:
     """Number of consecutive failed steps the sequence took part in."""
     failed_at: int = 0
     """Number of output tokens at the last failure."""
-    stale: bool = False
-    """While running: whether its cache was computed with weights that have been replaced, so it is never published."""
     experts: list[np.ndarray] = field(default_factory=list)
     """Experts of each token computed so far, `[n, L, k]` each, with `return_routed_experts`."""
     weight_changes: tuple[tuple[int, int], ...] = ()
@@ -257,8 +187,9 @@ class Sequence:
         """Parent digest of the first block in the prefix index."""
         if self._root is None:
             request = self.request
-            read = () if request.cross is None else (request.cross.digest,)
-            self._root = root(request.salt, request.length_key(self.rope_base), *read)
+            own = () if request.cross is None else (request.cross.digest,)
+            own += () if request.adapter is None else (b"adapter", request.adapter.digest)
+            self._root = root(request.salt, request.length_key(self.rope_base), *own)
         return self._root
 
     @property
@@ -274,14 +205,9 @@ class Sequence:
     def prepare(self) -> None:
         """Allocate room for the output and cache what commit needs per token; called when the sequence gets a row."""
         self.reserve()
-        self.commit_limit = self.stage_limit
         request = self.request
-        self.needs_full_commit = (
-            request.listener is not None
-            or request.params.logprobs is not None
-            or request.beams is not None
-            or request.grammar is not None
-        )
+        more = request.listener, request.params.logprobs, request.beams, request.grammar
+        self.commit_limit = self.stage_limit if more == (None,) * 4 else 0
         if request.grammar is not None and self.matcher is None:
             forced = request.params.forced_bos_token_id is not None and len(request.prompt) == 1
             self.matcher = Matcher(request.grammar, int(forced))
@@ -300,6 +226,7 @@ class Sequence:
 
     def trim(self) -> None:
         """Shrink `tokens` to the final length; the caller may hold the sequence much longer."""
+        self.commit_limit = 0
         self.tokens, self.digests, self.matcher = self.tokens[: self.length].copy(), [], None
 
     def adopt(self, other: "Sequence") -> None:
@@ -330,7 +257,7 @@ class Sequence:
             self.stop_reason = None if token in request.params.eos_token_ids else token
             return "stop"
         if self.matcher is not None and token not in request.stop_ids:
-            self.matcher.follow(self.output_ids)
+            self.matcher.advance(self.output_ids)
             if self.matcher.stopped:
                 return "stop"
         return "length" if self.length >= request.limit else None
@@ -345,97 +272,7 @@ class Sequence:
         return self.failures
 
     def add(self, token: int) -> str | None:
-        """Append a sampled token and return the finish reason, or None.
-
-        The request's listener checks for stop strings and may end the sequence as well.
-        """
+        """Append a sampled token and return the finish reason, stop strings aside, or None."""
         self.tokens[self.length] = token
         self.length += 1
-        request, reason = self.request, self.end()
-        if request.listener is not None:
-            stop = request.listener.on_token(self, reason)
-            if stop is not None:
-                self.stop_reason, reason = stop, "stop"
-        return reason
-
-
-def sampling_row(sequence: Sequence) -> np.ndarray:
-    """Return the packed sampling parameters of a running sequence, `[WIDTH]`; the step sets the position."""
-    request, p = sequence.request, sequence.request.params
-    values = SamplingRows(
-        row=sequence.row,
-        position=0,
-        key=sequence.key[None],
-        temperature=p.temperature,
-        top_k=p.top_k,
-        top_p=p.top_p,
-        min_p=p.min_p,
-        presence=p.presence_penalty,
-        frequency=p.frequency_penalty,
-        repetition=p.repetition_penalty,
-        edited=request.level >= Level.EDITED,
-        prompt_length=len(request.prompt),
-        logprobs=p.logprobs is not None,
-        ngram=p.no_repeat_ngram_size,
-        forced_first=_forced(p.forced_bos_token_id if len(request.prompt) == 1 else None),
-        forced_last=_forced(p.forced_eos_token_id),
-        last_position=request.limit - 1,
-        rule=request.rule,
-    )
-    return pack_rows(SamplingRows(*map(np.atleast_1d, values)))[0]
-
-
-def _forced(token: int | None) -> int:
-    """Encode a forced token for the sampler: token id + 1, or 0 for none."""
-    return 0 if token is None or token < 0 else token + 1
-
-
-def _bad_words(params: SamplingParams) -> tuple[tuple[int, ...], ...]:
-    """Return all token sequences that must not be completed."""
-    return params.bad_words_token_ids + params.bad_words_ids
-
-
-def _phrases(params: SamplingParams) -> list[tuple[int, ...]]:
-    """Return the bad words of several tokens: the last token is forbidden only after the others."""
-    return [words for words in _bad_words(params) if len(words) > 1]
-
-
-def forbidden(sequence: Sequence, position: int) -> tuple[int, ...]:
-    """Return the sorted token ids that are forbidden at `position` but not in every step.
-
-    They are stop tokens before `min_tokens`, and the last token of each bad word whose other tokens precede the
-    position: in the output, or for transformers' `bad_words_ids` in prompt and output.
-    """
-    request, params = sequence.request, sequence.request.params
-    prompt, found = len(request.prompt), set()
-    if position - prompt < params.min_tokens:
-        found |= request.stop_ids
-    for words in _phrases(params):
-        start = position - len(words) + 1
-        first = 0 if words in params.bad_words_ids else prompt
-        if start >= first and np.array_equal(sequence.tokens[start:position], words[:-1]):
-            found.add(words[-1])
-    return tuple(sorted(found))
-
-
-def bias_row(sequence: Sequence, position: int, vocab: int) -> tuple[tuple[int, ...], Items[Any] | np.ndarray]:
-    """Return version and bias `[V']` of the token at `position`; the bias is empty if the device has it.
-
-    The version is `forbidden`, as everything else is the same in every step.
-    """
-    params, version = sequence.request.params, forbidden(sequence, position)
-    if version == sequence.bias_version:
-        return version, ()
-    bias = np.zeros(vocab, np.float32)
-    if params.allowed_token_ids is not None:
-        bias[:] = -np.inf
-        bias[list(params.allowed_token_ids)] = 0
-    for token, value in (params.logit_bias or {}).items():
-        bias[token] += value
-    bias[[words[0] for words in _bad_words(params) if len(words) == 1] + list(version)] = -np.inf
-    return version, bias
-
-
-def depends_on_history(request: Request) -> bool:
-    """Return whether the host must have read every token before it can prepare the next step."""
-    return request.beams is not None or bool(_phrases(request.params))
+        return self.end()

@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
+from itertools import islice
 
 from jaxinfer.engine.request import Sequence
 
@@ -11,12 +12,19 @@ class Waiting:
 
     def __init__(self) -> None:
         self._sequences: OrderedDict[Sequence, None] = OrderedDict()
+        self.last_arrival: int | None = None
+        """While draining: number of the last request to start (`Request.arrival`); None if all may start."""
 
     def __len__(self) -> int:
         return len(self._sequences)
 
     def __iter__(self) -> Iterator[Sequence]:
         return iter(self._sequences)
+
+    def head(self, most: int) -> list[Sequence]:
+        """Return those of the first `most` sequences that may start."""
+        head, last = list(islice(self._sequences, most)), self.last_arrival
+        return head if last is None else [sequence for sequence in head if sequence.request.arrival <= last]
 
     def extend(self, sequences: Iterable[Sequence]) -> None:
         """Append sequences at the end."""

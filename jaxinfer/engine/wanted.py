@@ -1,4 +1,4 @@
-"""What a request wants of its prefill alone: log-probabilities of given tokens, hidden states, embeddings."""
+"""Results of requests that end with their prefill: log-probabilities of given tokens, hidden states, embeddings."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ Rows = Mapping[str, np.ndarray]
 
 
 class Captures:
-    """Receives captured rows of one prompt, in order; those of a prompt that is computed again are taken once.
+    """Receiver of the captured rows of one prompt, in token order; rows that are computed again are taken once.
 
     `first`: position of the first token whose rows are taken.
     """
@@ -36,7 +36,7 @@ class Captures:
 
 
 class Kept(Captures):
-    """Keeps all rows."""
+    """Receiver that keeps all rows."""
 
     def __init__(self, first: int = 0):
         super().__init__(first)
@@ -60,7 +60,7 @@ class Kept(Captures):
 
 
 class Pooled(Captures):
-    """Keeps the mean of all rows, or the last row, of one module."""
+    """Receiver that keeps the mean of all rows, or the last row, of one module."""
 
     def __init__(self, first: int, *, mean: bool):
         super().__init__(first)
@@ -88,11 +88,11 @@ class Pooled(Captures):
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a request wants of its prefill, after which it ends without a sampled token."""
+    """Results of the prefill that a request asks for; it ends after the prefill, without a sampled token."""
 
     first: int
-    """First position whose results are wanted; a cached prefix is used up to it."""
+    """First position whose results are requested; a cached prefix is used up to it."""
     modules: Sequence[str] = ()
-    """Paths of the modules whose outputs are wanted (`functional.taps`)."""
+    """Paths of the modules whose outputs are requested (`functional.taps`)."""
     captures: Captures | None = None
-    """Receives them."""
+    """Receiver of these outputs; None without `modules`."""

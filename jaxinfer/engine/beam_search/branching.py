@@ -12,8 +12,9 @@ while the others wait with their candidates (`Sequence.candidates`).
 
 from collections.abc import Sequence as Items
 
-from jaxinfer.engine.request import Request, Sequence, Status
+from jaxinfer.engine.request import Request, Sequence
 from jaxinfer.engine.scheduler import Scheduler
+from jaxinfer.engine.sequence_state import Status
 
 
 def running(request: Request) -> list[Sequence]:
@@ -78,12 +79,13 @@ def _newcomer(scheduler: Scheduler, request: Request) -> Sequence:
 
 
 def _add(scheduler: Scheduler, beam: Sequence, token: int) -> None:
-    if beam.status is Status.RUNNING and scheduler.manager.tables.lengths[beam.row] % scheduler.manager.block_size == 0:
-        scheduler.publish(beam)
+    manager = scheduler.manager
+    if beam.status is Status.RUNNING and manager.length(beam.row) % manager.block_size == 0:
+        scheduler.publisher.publish(beam)
     beam.tokens[beam.length] = token
     beam.length += 1
     beam.bias_version = -1  # the history on the device is not the chosen one
     if beam.length == beam.stage_limit:
         scheduler.recompute(beam)
     elif beam.status is Status.RUNNING:
-        scheduler.remaining[beam.row] = 1
+        scheduler.rows.remaining[beam.row] = 1

@@ -1,8 +1,8 @@
 """Detect when the devices of several processes compute different hidden states, by comparing a few sums.
 
 The residual stream is replicated: every device computes its own copy, and nothing sums the copies up again. If one
-device computes it wrongly, the output head, sharded over all devices, still gives all of them the same tokens, and
-wrong ones.
+device computes it wrongly, the logits of the sharded output head are still the same on all devices, so all sample the
+same, wrong tokens and nothing else detects the error.
 """
 
 import jax

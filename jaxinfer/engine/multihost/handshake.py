@@ -46,6 +46,8 @@ def share_config(
     )
     values = {f.name: getattr(config, f.name) for f in fields(config)}
     values["placement"] = dict(Placement.of(config.placement).patterns)
+    if config.speculative_config is not None:
+        values["speculative_config"] = asdict(config.speculative_config)
     if config.compiler_options is not None:
         values["compiler_options"] = dict(config.compiler_options)
     try:
@@ -98,6 +100,7 @@ def check_programs(group: Group, runner: Runner) -> None:
         | {
             "its mesh": str(program.mesh.device_ids.tolist()),
             "its dtype": str(program.dtype),
+            "its kv_cache_dtype": program.kv_cache_dtype,
             "its attention kernel": f"{program.kernel}, tiles of {program.tile}",
             "its parameters": [f"{p.dtype}{list(p.shape)} {p.sharding.spec}" for p in runner.params],
         }

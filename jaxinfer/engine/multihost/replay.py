@@ -3,7 +3,7 @@
 Each process has a `Runner` over its own shards of the same arrays. Process 0 sends every dispatch, the program's key
 and the host arrays, before it makes it; the others make the same dispatches in the same order, as their collectives
 require. This module does not depend on what a program does: its key says what state it takes and returns
-(`runner.programs.Key`).
+(`runner.keys.Key`).
 
 Sampled tokens are compared: process 0 sends a digest of them with a later dispatch, once they are there, so nothing
 waits for it. A sharded output head gives all devices the same tokens even if one device's hidden states are wrong, so a
@@ -23,11 +23,12 @@ import jax
 import numpy as np
 
 from jaxinfer.distributed.group import Group
-from jaxinfer.distributed.wire import Kind, pack_arrays, unpack_arrays
+from jaxinfer.distributed.wire import ALLOCATED, DROPPED, FREED, Kind, pack_arrays, unpack_arrays
 from jaxinfer.engine.multihost import divergence
-from jaxinfer.engine.runner.programs import Key
+from jaxinfer.engine.runner.keys import Key
+from jaxinfer.engine.runner.logits import SampleLogits
 from jaxinfer.engine.runner.runner import Runner
-from jaxinfer.engine.runner.steps import Sampled
+from jaxinfer.engine.runner.step_sampling import Sampled
 from jaxinfer.engine.runner.warmup import warm_up
 from jaxinfer.errors import DistributedError
 
@@ -78,6 +79,29 @@ class Leader:
         self._keys: dict[Key, int] = {}
         self._launches = 0
         self._sampled: deque[tuple[int, Sampled]] = deque()
+        self.followed = self.has_released = False
+        """Whether the other processes replay what this one dispatches, as far as is known here; and whether they did,
+        and were let go."""
+
+    def release(self) -> None:
+        """Let `follow` return in the other processes once they have replayed and compared everything.
+
+        Raises:
+            DistributedError: a process has died or diverged, or all have ended.
+        """
+        self._wait_until_followed()
+        self._compare(wait=True)
+        self._group.broadcast(Kind.RELEASE)
+        self.followed, self.has_released = False, True
+        self._launches = 0  # the next call of `follow` counts anew, and knows no keys
+        self._keys.clear()
+
+    def _wait_until_followed(self) -> None:
+        """Wait until all other processes have called `follow`, so that all dispatch in the same order."""
+        if not self.followed:
+            for peer in self._group.peers:
+                self._group.take(peer, Kind.FOLLOWS)
+            self.followed, self.has_released = True, False
 
     def launch(self, key: Key, arrays: Sequence[np.ndarray]) -> None:
         """Send a program that is about to be dispatched with these arrays.
@@ -85,6 +109,7 @@ class Leader:
         Raises:
             DistributedError: a process has died or diverged, or all have ended.
         """
+        self._wait_until_followed()
         self._compare(wait=False)
         if key not in self._keys:
             self._keys[key] = len(self._keys)
@@ -100,11 +125,17 @@ class Leader:
 
     def warm(self, sampling: Collection[str], threads: int | None) -> None:
         """Have the other processes compile the programs that this one is about to compile; `warmed` waits for them."""
+        self._wait_until_followed()
         self._group.broadcast(Kind.WARM, json.dumps([list(sampling), threads]).encode())
 
     def warmed(self) -> None:
         """Wait until all processes have compiled."""
         self._group.gather()
+
+    def cache(self, state: bytes) -> None:
+        """Have the other processes free or allocate memory: `FREED`, `ALLOCATED` or `DROPPED`."""
+        self._wait_until_followed()
+        self._group.broadcast(Kind.CACHE, state)
 
     def give_up(self, error: BaseException) -> None:
         """End all processes after a failed step, as their states are no longer known to be equal.
@@ -124,7 +155,7 @@ class Leader:
         """End all processes once they have replayed and compared everything.
 
         Raises:
-            DistributedError: they failed to; not raised a second time.
+            DistributedError: a process failed before the end. It is raised only once.
         """
         if self._group.failure_raised or self._group.has_left:
             return
@@ -143,7 +174,7 @@ class Leader:
 
 
 def follow(runner: Runner, group: Group) -> None:
-    """Run any other process: dispatch what process 0 dispatches, until it ends.
+    """Run any other process: dispatch what process 0 dispatches, until it ends or releases this one.
 
     Raises:
         DistributedError: a process has died or diverged.
@@ -160,9 +191,20 @@ class _Follower:
         self._sampled: dict[int, tuple[Key, Sampled]] = {}
 
     def run(self) -> None:
-        actions = {Kind.KEY: self._learn, Kind.LAUNCH: self._launch, Kind.CHECK: self._check, Kind.WARM: self._warm}
+        actions = {
+            Kind.KEY: self._learn,
+            Kind.LAUNCH: self._launch,
+            Kind.CHECK: self._check,
+            Kind.WARM: self._warm,
+            Kind.CACHE: self._cache,
+        }
+        self._group.released = False
+        self._group.peers[0].send(Kind.FOLLOWS)
         while True:
-            kind, data = self._group.take(self._group.peers[0], *actions, Kind.END)
+            kind, data = self._group.take(self._group.peers[0], *actions, Kind.RELEASE, Kind.END)
+            if kind == Kind.RELEASE:
+                self._group.released = True
+                return
             if kind == Kind.END:
                 self._group.answer_end()
                 return
@@ -176,9 +218,12 @@ class _Follower:
         if number >= len(self._keys):
             raise DistributedError(f"process 0 sent key number {number}, but only {len(self._keys)} keys are known")
         self._launches += 1
-        result = self._runner.replay(self._keys[number], unpack_arrays(data[_NUMBER.size :]))
+        key = self._keys[number]
+        result = self._runner.replay(key, unpack_arrays(data[_NUMBER.size :]))
+        if isinstance(key, SampleLogits):
+            self._runner.forget_pending()
         if result is not None:
-            self._sampled[self._launches] = self._keys[number], result
+            self._sampled[self._launches] = key, result
 
     def _check(self, data: bytes) -> None:
         number, expected, *reference = _CHECK.unpack(data)
@@ -198,6 +243,10 @@ class _Follower:
                 "weights, programs or devices differ"
             )
             raise self._group.error()
+
+    def _cache(self, data: bytes) -> None:
+        actions = {FREED: self._runner.release, ALLOCATED: self._runner.reset, DROPPED: self._runner.drop_weights}
+        actions[data]()
 
     def _warm(self, data: bytes) -> None:
         sampling, threads = json.loads(data)

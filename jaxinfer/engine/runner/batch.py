@@ -11,7 +11,7 @@ import numpy as np
 from jaxinfer import functional
 from jaxinfer.config import RAW_LOGPROBS
 from jaxinfer.engine.plan import Chunk, Plan
-from jaxinfer.engine.runner import steered
+from jaxinfer.engine.runner import adapted, steered
 from jaxinfer.engine.sampling.sampling_rows import POSITION, ROW, WIDTH, Level
 from jaxinfer.functional import PrefillBatch
 from jaxinfer.kernels.attention.xla_attention import TILE
@@ -26,12 +26,16 @@ NO_SLOT = 2**30
 """Slot id of padding: out of range, so reads return zeros and writes are dropped (`kernels.state`)."""
 
 
+VERIFY = "verify"
+"""Kind of the steps that verify drafts: a prefill of few tokens, each of which is sampled after."""
+
+
 @dataclass(frozen=True)
 class Bucket:
     """Static shape of a compiled step: one program per bucket."""
 
     kind: str
-    """"prefill" or "decode"."""
+    """"prefill", "decode" or `VERIFY`."""
     tokens: int
     """Number of tokens: T for prefill, B for decode."""
     rows: int
@@ -68,11 +72,13 @@ class Bucket:
     cross: bool = False
     """Whether tokens attend to encoder positions."""
     pending: bool = False
-    """Whether the step ends with logits, from which `programs.SampleMasked` samples; `level` and `logprobs` are then
-    the least.
+    """Whether the step ends with logits, from which another program samples (`runner.logits`); `level` and `logprobs`
+    then have their lowest values.
     """
+    logit_rows: int = 0
+    """Pending: number of rows of logits that the step returns, at least `rows`."""
     logprobs_mode: str = RAW_LOGPROBS
-    """What log-probabilities are of (`EngineConfig.logprobs_mode`)."""
+    """Logits from which log-probabilities are computed (`EngineConfig.logprobs_mode`)."""
     capture: tuple[str, ...] = ()
     """Paths of the modules whose outputs the step returns (`functional.taps`)."""
     steer: tuple[str, ...] = ()
@@ -81,6 +87,8 @@ class Bucket:
     """Number of different vectors per path."""
     steer_width: int = 0
     """Length of a vector."""
+    adapters: bool = False
+    """Whether projections have LoRA adapters (`functional.Program.adapters`)."""
 
     def __str__(self) -> str:
         keys = "" if self.items is None else f" items={self.items}"
@@ -94,13 +102,13 @@ class Bucket:
 
     @property
     def takes(self) -> tuple[str | None, ...]:
-        """Runner state passed to the step (see `programs.Key`)."""
+        """Runner state passed to the step (see `keys.Key`)."""
         return ("params", "cache", "rows", self._edits, *(["features"] if self.features else []))
 
     @property
     def gives(self) -> tuple[str | None, ...]:
-        """Runner state returned by the step before `Sampled` (see `programs.Key`)."""
-        logits = ("logits", "summary", "prompt_logprobs", "captured") if self.pending else ()
+        """Runner state returned by the step before `Sampled` (see `keys.Key`)."""
+        logits = ("logits", "prompt_logprobs", "captured") if self.pending else ()
         return ("cache", "rows", self._edits, *logits)
 
     @property
@@ -111,7 +119,7 @@ class Bucket:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the parts of the packed vector, in order."""
         seen = {"seen": (self.tokens, 2)} if self.cross else {}
-        seen |= steered.shapes(self)
+        seen |= steered.shapes(self) | adapted.shapes(self)
         if self.states:
             seen["states"] = (2, self.rows) if self.kind == "decode" else (len(Segments._fields), self.segments)
         if self.kind == "decode":
@@ -212,7 +220,8 @@ def decode_parts(plan: Plan, bucket: Bucket, tables: Tables, params: np.ndarray,
     if bucket.candidates:
         parts["tokens"] = np.full(bucket.rows, -1, np.int32)
         parts["tokens"][at] = [-1 if s.request.beams is None else s.tokens[s.length - 1] for s in plan.decodes]
-    return parts | steered.parts(bucket, plan.decodes, at.tolist())
+    places = at.tolist()
+    return parts | steered.parts(bucket, plan.decodes, places) | adapted.parts(bucket, plan.decodes, places)
 
 
 def prefill_parts(plan: Plan, bucket: Bucket, params: np.ndarray) -> dict[str, np.ndarray]:
@@ -246,8 +255,35 @@ def prefill_parts(plan: Plan, bucket: Bucket, params: np.ndarray) -> dict[str, n
                 parts["features"][span] = chunk.features
     if bucket.states:
         parts["states"] = segments(plan, bucket)
-    steering = steered.parts(bucket, [chunk.sequence for chunk in plan.chunks], spans(plan))
-    return parts | {"targets": targets} | steering
+    own = [chunk.sequence for chunk in plan.chunks], spans(plan)
+    return parts | {"targets": targets} | steered.parts(bucket, *own) | adapted.parts(bucket, *own)
+
+
+def verify_parts(plan: Plan, bucket: Bucket, params: np.ndarray) -> dict[str, np.ndarray]:
+    """Build the inputs of the step that verifies a plan's drafts: of each sequence its last token and its draft."""
+    chunks, owners, positions = [], [], []
+    for sequence, row, start, draft in zip(plan.decodes, plan.rows, plan.positions.tolist(), plan.drafts, strict=True):
+        chunks.append((np.append(sequence.tokens[start], draft), start, sequence.rope_base))
+        owners += [row] * (len(draft) + 1)
+        positions.append(np.arange(start, start + len(draft) + 1))
+    batch = functional.prefill_batch(
+        chunks, np.empty((len(chunks), 0), np.int32), tokens=bucket.tokens, rows=bucket.rows, tile=bucket.tile
+    )
+    parts = {f.name: getattr(batch, f.name) for f in fields(PrefillBatch) if f.name not in ("tile", "tables")}
+    parts["owners"] = np.zeros(bucket.rows, np.int32)
+    parts["owners"][: len(chunks)] = plan.rows
+    parts["last"] = np.arange(bucket.tokens)
+    after = np.concatenate(positions) + 1
+    parts["sampling"] = sampling_rows(params, np.array(owners), np.arange(len(owners)), after, bucket.rows)
+    own = plan.decodes, draft_spans(plan)
+    parts["targets"] = np.empty(0, np.int32)
+    return parts | steered.parts(bucket, *own) | adapted.parts(bucket, *own)
+
+
+def draft_spans(plan: Plan) -> list[slice]:
+    """Return the slice of each sequence's tokens in the step that verifies a plan's drafts."""
+    ends = np.cumsum([len(draft) + 1 for draft in plan.drafts]).tolist()
+    return [slice(end - len(draft) - 1, end) for end, draft in zip(ends, plan.drafts, strict=True)]
 
 
 def chunk_segments(plan: Plan) -> list[Segments]:

@@ -1,8 +1,8 @@
 """Choice of the compiled step for a plan.
 
 On a CPU one program per bucket contains the whole sampler and skips at run time what no row needs. On a GPU, whose host
-would have to wait for each such condition, sampler variants are separate programs; there are few of them, and each step
-uses the first of `variants` that supports everything its rows need.
+would have to wait for each such condition, samplers are programs of their own (`runner.logits`), one for each of a few
+variants; a step uses the first of `variants` that supports everything its rows need.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxinfer.engine.runner.batch import Bucket
+from jaxinfer.engine.runner.batch import VERIFY, Bucket
 from jaxinfer.engine.runner.mixed import Mixed
-from jaxinfer.engine.runner.steps import SampleMasked, Shapes
+from jaxinfer.engine.runner.shapes import Shapes
 from jaxinfer.engine.sampling.sampling_rows import Level
 from jaxinfer.functional import Program
 from jaxinfer.functional.deterministic import StepShape
@@ -25,10 +25,10 @@ from jaxinfer.kv import groups as kv_groups
 SAMPLING = (*(level.name.lower() for level in Level), "logprobs", "prompt_logprobs")
 """Names of sampling features that a warm-up can be restricted to."""
 STRUCTURED = "structured"
-"""Name of a further feature for a warm-up, not among the default ones as it doubles the number of steps."""
+"""Name of a further feature for a warm-up, not among the default ones as it adds as many programs again."""
 HEAD_ROWS, SAMPLED_ROWS = 32, 8
-"""Deterministic steps on a CPU: tokens whose logits are computed at a time, and of these, those that the sampler looks
-at at a time, which takes as long as it has rows. The first is a multiple of the second."""
+"""Deterministic steps on a CPU: number of tokens whose logits are computed at a time, and number of these that are
+sampled at a time, as the time of the sampler grows with its rows. The first is a multiple of the second."""
 COPY_WIDTH = 16
 """Block copies of a step are padded to this many (or to one of the larger sizes of `copy_widths`)."""
 LEAST_CANDIDATES = 16
@@ -56,7 +56,7 @@ def logprob_counts(most: int) -> tuple[int, ...]:
     """Return the numbers of log-probabilities that programs are compiled for, up to `most` per position.
 
     Training needs only those of the chosen tokens, at the cost of a maximum; a request for more gets the maximum
-    number. An intermediate count would add four programs to each bucket and save one kernel.
+    number. An intermediate count would add three samplers for each number of rows and save one kernel.
     """
     return tuple(sorted({min(1, most), most}))
 
@@ -64,13 +64,14 @@ def logprob_counts(most: int) -> tuple[int, ...]:
 def variants(most: int) -> list[Needs]:
     """Return the sampler variants of a bucket on a GPU, the cheapest first.
 
-    Every level has variants with log-probabilities, as the next level costs more than they do; those of prompts, which
-    are rarely requested, are a single variant.
+    Levels below EDITED have variants with log-probabilities, as the next level costs more than they do. EDITED always
+    has them: they add 15 kernels to 90, and each of its variants takes as long to compile as a small model's layers.
 
     Args:
         most: maximum number of log-probabilities a request may ask for.
     """
-    return [Needs(*each) for each in product(Level, (-1, *logprob_counts(most)))] + [Needs(Level.EDITED, most, True)]
+    below = [level for level in Level if level < Level.EDITED]
+    return [Needs(*each) for each in product(below, (-1, *logprob_counts(most)))] + [Needs(Level.EDITED, most)]
 
 
 def prefill_bucket(
@@ -90,9 +91,17 @@ def prefill_bucket(
         features=program.features is not None,
         cross=program.cross is not None,
         states=bool(program.layout.states),
+        adapters=program.adapters,
         capture=tuple(dict.fromkeys((*shapes.capture, *capture))),
         **steering,
     )
+
+
+def verify_bucket(program: Program, shapes: Shapes, tokens: int, needs: Needs, **steering: Any) -> Bucket:
+    """Return the bucket of the step that verifies drafts with this many tokens; `steering` as in `prefill_bucket`."""
+    size = least(shapes.verify_buckets, tokens)
+    own = {"tile": program.tile, "adapters": program.adapters, "capture": shapes.capture, **steering}
+    return _bucket(shapes, VERIFY, size, size, needs, **own)
 
 
 def read_size(shapes: Shapes, positions: np.ndarray, seen: np.ndarray) -> int:
@@ -128,6 +137,7 @@ def decode_bucket(program: Program, shapes: Shapes, rows: int, reads: int, needs
         groups=groups,
         cross=program.cross is not None,
         states=bool(program.layout.states),
+        adapters=program.adapters,
         **own,
     )
 
@@ -148,6 +158,7 @@ def mixed_bucket(program: Program, shapes: Shapes) -> Mixed:
         features=program.features is not None,
         cross=program.cross is not None,
         states=bool(program.layout.states),
+        adapters=program.adapters,
         contiguous=shapes.contiguous,
         logprobs_mode=shapes.logprobs_mode,
         capture=shapes.capture,
@@ -155,7 +166,7 @@ def mixed_bucket(program: Program, shapes: Shapes) -> Mixed:
 
 
 def step_shape(program: Program, shapes: Shapes, matmul_kernel: str) -> StepShape:
-    """Return what a trainer needs to compute the bits of a deterministic engine (`functional.deterministic`)."""
+    """Return the step shape with which a trainer computes the bits of the engine (`functional.deterministic`)."""
     bucket = mixed_bucket(program, shapes)
     return StepShape(
         attention_kernel=program.kernel,
@@ -168,6 +179,7 @@ def step_shape(program: Program, shapes: Shapes, matmul_kernel: str) -> StepShap
         sampled_rows=bucket.sampled_rows,
         width=bucket.width,
         block_size=shapes.block_size,
+        kv_cache_dtype=program.kv_cache_dtype,
     )
 
 
@@ -175,7 +187,9 @@ def _bucket(shapes: Shapes, kind: str, tokens: int, rows: int, needs: Needs, **o
     if shapes.switched:
         can = Needs(Level.EDITED, shapes.max_logprobs, kind == "prefill")
     else:
-        can = next(variant for variant in variants(shapes.max_logprobs) if variant.covers(needs))
+        sampled = needs._replace(prompt_logprobs=False)
+        can = next(variant for variant in variants(shapes.max_logprobs) if variant.covers(sampled))
+        can = can._replace(prompt_logprobs=needs.prompt_logprobs)
     prompt = shapes.max_logprobs if can.prompt_logprobs else -1
     own = {"width": shapes.width, "switched": shapes.switched, "contiguous": shapes.contiguous} | own
     own = {"logprobs_mode": shapes.logprobs_mode, "capture": shapes.capture} | own
@@ -184,16 +198,14 @@ def _bucket(shapes: Shapes, kind: str, tokens: int, rows: int, needs: Needs, **o
     return Bucket(kind, tokens, rows, **own, level=can.level, logprobs=can.logprobs, prompt_logprobs=prompt)
 
 
-def masked(bucket: Bucket) -> tuple[Bucket, SampleMasked]:
-    """Split a step in two: the bucket of the step up to its logits, and the program that samples with masks."""
-    names = ("rows", "level", "logprobs", "candidates", "switched", "logprobs_mode")
-    sampler = SampleMasked(**{name: getattr(bucket, name) for name in names})
-    return replace(bucket, pending=True, level=Level.GREEDY, logprobs=-1), sampler
-
-
-def masked_keys(buckets: Collection[Bucket]) -> list[Bucket | SampleMasked]:
-    """Return the keys of all programs that these steps need for rows with structure."""
-    return list(dict.fromkeys(key for pair in map(masked, buckets) for key in pair))
+def covers(bucket: Bucket, other: Bucket) -> bool:
+    """Return whether a decode step can do all that another one does, perhaps with more padding or an idle sampler."""
+    if bucket.kind != "decode" or bucket.pending or (bucket.level >= Level.EDITED > other.level):
+        return False  # the arrays that edit logits are made when the first request needs them
+    sizes = ("tokens", "rows", "width", "level", "logprobs", "items")
+    if any((getattr(bucket, name) or 0) < (getattr(other, name) or 0) for name in sizes):
+        return False
+    return replace(bucket, **{name: getattr(other, name) for name in sizes}) == other
 
 
 def all_buckets(program: Program, shapes: Shapes, sampling: Collection[str] = SAMPLING) -> list[Bucket]:
@@ -209,6 +221,11 @@ def all_buckets(program: Program, shapes: Shapes, sampling: Collection[str] = SA
         decode_bucket(program, shapes, rows, reads, needs._replace(prompt_logprobs=False))
         for rows in shapes.decode_buckets
         for reads in _read_sizes(shapes, rows)
+        for needs in mixtures
+    }
+    found |= {
+        verify_bucket(program, shapes, tokens, needs._replace(prompt_logprobs=False))
+        for tokens in shapes.verify_buckets
         for needs in mixtures
     }
     return sorted(found, key=lambda b: (b.tokens, b.items or 0, b.width, b.level, b.logprobs), reverse=True)

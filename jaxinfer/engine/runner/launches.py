@@ -4,14 +4,13 @@ Packing reads all that a launch needs of the host's state, so the engine may cha
 dispatched: a step waits for its programs to be compiled while requests are aborted and queued.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from jaxinfer.engine.plan import Plan
 from jaxinfer.engine.request import Sequence as Sample
-from jaxinfer.engine.request import bias_row
 from jaxinfer.engine.runner import batch as batches
 from jaxinfer.engine.runner import steered
 from jaxinfer.engine.runner.batch import Bucket
@@ -24,15 +23,18 @@ from jaxinfer.engine.runner.buckets import (
     encode_shape,
     encode_steps,
     least,
-    masked,
     mixed_bucket,
     prefill_bucket,
     read_size,
+    verify_bucket,
 )
+from jaxinfer.engine.runner.device_state import abstract_edits
+from jaxinfer.engine.runner.keys import Copies, Encode, EncodeCross, Install, InstallTables, Key
+from jaxinfer.engine.runner.logits import programs as programs_of
 from jaxinfer.engine.runner.mixed import Mixed, mixed_parts
-from jaxinfer.engine.runner.programs import Copies, Encode, EncodeCross, Install, InstallTables, Key
 from jaxinfer.engine.runner.row_params import RowParams
-from jaxinfer.engine.runner.steps import Shapes, abstract_edits
+from jaxinfer.engine.runner.shapes import Shapes
+from jaxinfer.engine.sampling.parameters import bias_row
 from jaxinfer.engine.sampling.sampling_rows import Level
 from jaxinfer.functional import Program
 from jaxinfer.functional.encoder_batch import EncodeJob, encode_batch
@@ -42,7 +44,7 @@ from jaxinfer.kv.tables import Tables
 
 @dataclass(frozen=True)
 class Step:
-    """What becomes of the tokens that a prefill or decode program samples."""
+    """Destination of the tokens that a prefill or decode program samples: sequences and places in its output."""
 
     samples: Sequence[Sample]
     indices: np.ndarray
@@ -56,6 +58,8 @@ class Step:
     """Decode: index of each sequence's token among those of the step."""
     capture: tuple[str, ...] = ()
     """Outputs of modules that sequences of the step want."""
+    drafts: Sequence[np.ndarray] | None = None
+    """Drafts that the step verifies, in the order of the sequences; None if it verifies none."""
 
 
 @dataclass(frozen=True)
@@ -71,35 +75,59 @@ class Launch:
 
 
 class Packer:
-    """Packs plans of a model (`program`) for steps of these shapes."""
+    """Packer of a model's plans (`program`) into the inputs of steps of these shapes."""
 
-    def __init__(self, program: Program, shapes: Shapes):
-        self._program, self._shapes = program, shapes
+    def __init__(self, program: Program, shapes: Shapes, substitute: Callable[[Bucket], Bucket]):
+        """Pack for a model.
+
+        Args:
+            program, shapes: the model's program and step shapes.
+            substitute: returns the decode program to run in place of one that may not be compiled yet.
+        """
+        self._program, self._shapes, self._substitute = program, shapes, substitute
         edits = abstract_edits(program, shapes)
         self._history_length, self._vocab = edits.history.shape[1], edits.bias.shape[1]
 
-    def pack(self, plan: Plan, tables: Tables, params: RowParams) -> list[Launch]:
-        """Return the launches of a plan in order: block copies, tables, encoders, prefill, decode steps.
+    def prefill(self, plan: Plan, params: RowParams) -> list[Launch]:
+        """Return the launches of a plan's encoders and chunks; those of a deterministic engine belong to `decodes`.
 
         The rows' sampling parameters `params` are updated to those of the plan's sequences.
         """
-        launches = [*self._copies(*plan.copies), *self._tables(tables.take_unsent())]
+        launches: list[Launch] = []
         if plan.encodes:
             launches += self._encodes(plan)
         if plan.reads:
             launches += self._encodes_cross(plan.reads)
-        if self._program.deterministic:
-            for ahead in range(plan.steps if plan.decodes else 1):
-                launches += self._mixed(plan, tables, params, ahead)
-            return launches
-        if plan.chunks:
+        if plan.chunks and not self._program.deterministic:
             launches += self._prefill(plan, params)
-        if plan.decodes:
-            for ahead in range(plan.steps):
-                launches += self._decode(plan, tables, params, ahead)
         return launches
 
-    def _copies(self, sources: np.ndarray, targets: np.ndarray) -> Iterator[Launch]:
+    def decodes(self, plan: Plan, tables: Tables, params: RowParams) -> list[Launch]:
+        """Return the launches of a plan's decode steps, or of all steps of a deterministic engine."""
+        if self._program.deterministic:
+            steps = range(plan.steps if plan.decodes else 1)
+            return [launch for ahead in steps for launch in self._mixed(plan, tables, params, ahead)]
+        if plan.drafts is not None:
+            return self._verify(plan, params)
+        steps = range(plan.steps if plan.decodes else 0)
+        return [launch for ahead in steps for launch in self._decode(plan, tables, params, ahead)]
+
+    def verify_keys(
+        self, samples: Sequence[Sample], rows: np.ndarray, tokens: int, params: RowParams
+    ) -> tuple[Key, ...]:
+        """Return the programs of the step that verifies drafts of these rows, whose sequences are `samples`."""
+        return programs_of(self._shapes, self._verify_bucket(samples, rows, tokens, params))
+
+    def decode_keys(
+        self, samples: Sequence[Sample], rows: np.ndarray, positions: np.ndarray, tables: Tables, params: RowParams
+    ) -> tuple[Key, ...]:
+        """Return the programs of a decode step of these rows, whose sequences `samples` write `positions`."""
+        self._update_levels(samples, rows, positions, params)
+        bucket = self._decode_bucket(samples, rows, positions, tables, params, params.needs(rows))
+        return programs_of(self._shapes, bucket, masked=bool(params.structured[rows].any()))
+
+    def copies(self, sources: np.ndarray, targets: np.ndarray) -> Iterator[Launch]:
+        """Copy blocks."""
         widths = copy_widths(self._shapes)
         for start in range(0, len(sources), widths[-1]):
             some = slice(start, start + widths[-1])
@@ -109,7 +137,7 @@ class Packer:
             ids[0][:count], ids[1][:count] = sources[some], targets[some]
             yield Launch(Copies(width), ids)
 
-    def _tables(self, entries: np.ndarray) -> Iterator[Launch]:
+    def tables(self, entries: np.ndarray) -> Iterator[Launch]:
         """Send block table updates `[4, n]` (`Tables.take_unsent`)."""
         while count := entries.shape[1]:
             width = least(TABLE_WIDTHS, min(count, TABLE_WIDTHS[-1]))
@@ -156,22 +184,65 @@ class Packer:
         bucket = prefill_bucket(self._program, self._shapes, tokens, needs, capture, **steering)
         parts = batches.prefill_parts(plan, bucket, params.packed)
         step = Step(samples, np.arange(len(samples)), needs, tokens, first=True, capture=capture)
-        return [*edits, *_launches(bucket, parts, step, bool(params.structured[rows].any()))]
+        return [*edits, *self._launches(bucket, parts, step, masked=bool(params.structured[rows].any()))]
 
     def _decode(self, plan: Plan, tables: Tables, params: RowParams, ahead: int) -> list[Launch]:
-        if not ahead and params.varying[plan.rows].any():  # a plan ends before a bias changes
-            params.update_levels(plan.decodes, plan.positions + 1)
+        if not ahead:  # a plan ends before a bias changes
+            self._update_levels(plan.decodes, plan.rows, plan.positions, params)
         needs, count = params.needs(plan.rows), len(plan.rows)
         edits: Iterable[Launch] = ()
         if needs.level >= Level.EDITED and not ahead:
             edits = self._edits(plan.decodes, (plan.positions + 1).tolist(), params)
-        reads = read_size(self._shapes, plan.positions + ahead, tables.seen[plan.rows])
-        steering = steered.fields(plan.decodes)
-        bucket = decode_bucket(self._program, self._shapes, count, reads, needs, **steering)
+        bucket = self._decode_bucket(plan.decodes, plan.rows, plan.positions + ahead, tables, params, needs)
         parts = batches.decode_parts(plan, bucket, tables, params.packed, ahead)
         indices = batches.batch_indices(plan.rows, bucket.rows, tables.rows)
         step = Step(plan.decodes, indices, needs, count, first=False, places=indices, capture=self._experts)
-        return [*edits, *_launches(bucket, parts, step, bool(params.structured[plan.rows].any()))]
+        return [*edits, *self._launches(bucket, parts, step, masked=bool(params.structured[plan.rows].any()))]
+
+    def _verify(self, plan: Plan, params: RowParams) -> list[Launch]:
+        """Pack the step that verifies a plan's drafts."""
+        self._update_levels(plan.decodes, plan.rows, plan.positions, params)
+        needs, edits = params.needs(plan.rows), []
+        if needs.level >= Level.EDITED:
+            edits = list(self._edits(plan.decodes, (plan.positions + 1).tolist(), params))
+        tokens = len(plan.rows) + sum(map(len, plan.drafts))
+        bucket = self._verify_bucket(plan.decodes, plan.rows, tokens, params)
+        parts = batches.verify_parts(plan, bucket, params.packed)
+        samples = [s for s, draft in zip(plan.decodes, plan.drafts, strict=True) for _ in range(len(draft) + 1)]
+        step = Step(samples, np.arange(tokens), needs, tokens, first=False, drafts=plan.drafts)
+        return [*edits, *self._launches(bucket, parts, step)]
+
+    def _verify_bucket(self, samples: Sequence[Sample], rows: np.ndarray, tokens: int, params: RowParams) -> Bucket:
+        return verify_bucket(self._program, self._shapes, tokens, params.needs(rows), **steered.fields(samples))
+
+    def _decode_bucket(
+        self,
+        samples: Sequence[Sample],
+        rows: np.ndarray,
+        positions: np.ndarray,
+        tables: Tables,
+        params: RowParams,
+        needs: Needs,
+    ) -> Bucket:
+        reads = read_size(self._shapes, positions, tables.seen[rows])
+        bucket = decode_bucket(self._program, self._shapes, len(rows), reads, needs, **steered.fields(samples))
+        return bucket if params.structured[rows].any() else self._substitute(bucket)
+
+    def _launches(
+        self, bucket: Bucket, parts: Mapping[str, np.ndarray], step: Step, *, masked: bool = False
+    ) -> list[Launch]:
+        """Return the launches of a step: the first takes its arrays, and a second one samples from its logits.
+
+        With `masked`, the latter takes the rows' masks, which are computed when it is dispatched.
+        """
+        first, *rest = programs_of(self._shapes, bucket, masked=masked)
+        return [Launch(first, (batches.pack(first, parts),), step), *(Launch(key, (), step) for key in rest)]
+
+    def _update_levels(
+        self, samples: Sequence[Sample], rows: np.ndarray, positions: np.ndarray, params: RowParams
+    ) -> None:
+        if params.varying[rows].any():
+            params.update_levels(samples, positions + 1)
 
     def _mixed(self, plan: Plan, tables: Tables, params: RowParams, ahead: int) -> list[Launch]:
         """Pack step number `ahead` of a plan for the one program of a deterministic engine."""
@@ -198,11 +269,11 @@ class Packer:
 
     @property
     def _experts(self) -> tuple[str, ...]:
-        """Outputs that all requests want."""
+        """Module outputs that the steps of every request return."""
         return (EXPERTS,) if EXPERTS in self._shapes.capture else ()
 
     def _capture(self, plan: Plan) -> tuple[str, ...]:
-        """Return the outputs of modules that requests of a plan's chunks want."""
+        """Return the paths of modules whose outputs were requested for a plan's chunks."""
         return (*self._experts, *batches.wanted_modules(plan)) if plan.chunks else ()
 
     def _edits(self, samples: Sequence[Sample], positions: Sequence[int], params: RowParams) -> Iterator[Launch]:
@@ -219,19 +290,8 @@ class Packer:
                 sequence.bias_version = version
 
 
-def _launches(bucket: Bucket, parts: Mapping[str, np.ndarray], step: Step, structured: bool) -> list[Launch]:
-    """Return the launch of a prefill or decode step, or if a row has a grammar those of its logits and of its tokens.
-
-    The latter takes the rows' masks as well, which are computed when it is dispatched.
-    """
-    if not structured:
-        return [Launch(bucket, (batches.pack(bucket, parts),), step)]
-    pending, sampler = masked(bucket)
-    return [Launch(pending, (batches.pack(pending, parts),), step), Launch(sampler, (parts["sampling"],), step)]
-
-
 def describe(key: Key) -> str:
-    """Return the name of a program in an error."""
+    """Return a program's name for an error message."""
     if isinstance(key, Bucket | Mixed):
         return f"the step {key}"
     if isinstance(key, Encode):

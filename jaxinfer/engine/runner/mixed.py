@@ -13,6 +13,7 @@ import numpy as np
 from jaxinfer import functional
 from jaxinfer.config import RAW_LOGPROBS
 from jaxinfer.engine.plan import Plan
+from jaxinfer.engine.runner import adapted
 from jaxinfer.engine.runner.batch import (
     NO_SLOT,
     PARTS,
@@ -29,7 +30,7 @@ from jaxinfer.kv.tables import Tables
 
 @dataclass(frozen=True)
 class Mixed:
-    """Static shape of the step of a deterministic engine (a `programs.Key`)."""
+    """Static shape of the step of a deterministic engine (a `keys.Key`)."""
 
     tokens: int
     """T: number of tokens, prefill and decode together."""
@@ -59,8 +60,10 @@ class Mixed:
     """Whether the model has recurrent layers."""
     contiguous: bool
     """Whether block tables follow from the rows (`kv.contiguous`)."""
+    adapters: bool = False
+    """Whether projections have LoRA adapters (`functional.Program.adapters`)."""
     logprobs_mode: str = RAW_LOGPROBS
-    """What log-probabilities are of (`EngineConfig.logprobs_mode`)."""
+    """Logits from which log-probabilities are computed (`EngineConfig.logprobs_mode`)."""
     capture: tuple[str, ...] = ()
     """Paths of the modules whose outputs the step returns (`functional.taps`)."""
 
@@ -79,12 +82,12 @@ class Mixed:
 
     @property
     def takes(self) -> tuple[str, ...]:
-        """Runner state passed to the step (see `programs.Key`)."""
+        """Runner state passed to the step (see `keys.Key`)."""
         return ("params", *self.gives, *(["features"] if self.features else []))
 
     @property
     def gives(self) -> tuple[str, ...]:
-        """Runner state returned by the step before `Sampled` (see `programs.Key`)."""
+        """Runner state returned by the step before `Sampled` (see `keys.Key`)."""
         return ("cache", "rows", "edits")
 
     @property
@@ -123,7 +126,7 @@ class Mixed:
             shapes["seen"] = (self.tokens, 2)
         if self.states:
             shapes["states"] = (len(Segments._fields), self.segments)
-        return shapes
+        return shapes | adapted.shapes(self)
 
 
 def _whole(count: int, size: int) -> int:
@@ -156,7 +159,8 @@ def mixed_parts(plan: Plan, bucket: Mixed, tables: Tables, params: np.ndarray, a
     if bucket.states:
         _state_segments(plan, first, ahead, parts["states"])
     _places(plan, bucket, here, params, now, parts)
-    return parts
+    own = [*(chunk.sequence for chunk in plan.chunks), *plan.decodes], [*spans(plan), *range(first, here.stop)]
+    return parts | adapted.parts(bucket, *own)
 
 
 def _chunk_tokens(plan: Plan, bucket: Mixed, parts: dict[str, np.ndarray]) -> int:

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 
 from jaxinfer import functional
 from jaxinfer.engine.runner import batch as batches
+from jaxinfer.engine.runner.device_state import RowState
 from jaxinfer.engine.runner.mixed import Mixed
-from jaxinfer.engine.runner.steps import RowState, Sampled, hidden_summary, mask_padding, reserved
+from jaxinfer.engine.runner.step_sampling import Sampled, hidden_summary, mask_padding
+from jaxinfer.engine.runner.steps import reserved
 from jaxinfer.engine.sampling.sampler import Edits, Logprobs, logprobs, reported, sample
 from jaxinfer.engine.sampling.sampling_rows import unpack_rows
 from jaxinfer.functional import PrefillBatch, Program
@@ -64,6 +66,7 @@ def mixed_step(
         last=parts["at"],
         states=StepSegments(*parts["states"]) if bucket.states else None,
         seen=parts.get("seen"),
+        adapters=parts.get("adapters"),
         tile=bucket.tile,
         **{name: parts[name] for name in ("positions", "rows", "rope_lengths", "tiles", "count")},
     )
@@ -119,7 +122,7 @@ def _sample(
 
         def of() -> jax.Array:
             drawn_by = reported(logits, allowed, sampling, state, bucket.level, bucket.logprobs_mode, **how)
-            return jnp.where((targets >= 0)[:, None], logits, drawn_by)  # parameters are not those of a prompt's tokens
+            return jnp.where((targets >= 0)[:, None], logits, drawn_by)  # sampling parameters do not apply to a prompt
 
         found = _logprobs(bucket, of, targets_or_tokens, requested, outputs.logprobs)
         return _Outputs(
@@ -141,7 +144,7 @@ def _logprobs(
 ) -> Logprobs:
     """Compute log-probabilities of tokens; in a switched program, return zeros if no row requests them.
 
-    `logits` makes those that they are of.
+    `logits` computes the logits of these tokens; it is called only if a row requests log-probabilities.
     """
 
     def compute() -> Logprobs:

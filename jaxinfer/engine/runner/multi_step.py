@@ -25,7 +25,7 @@ class MultiStep:
             return 1
         return max(1, min(MAX_STEPS, int(MAX_SECONDS / self._seconds)))
 
-    def note(self, steps: int, started: float, now: float, *, late: bool) -> None:
+    def note(self, steps: int, started: float, now: float, *, late: bool) -> float:
         """Record that the host now reads what was dispatched at `started`.
 
         A measurement above the estimate counts half, so that a single slow step (another program on the machine, a
@@ -36,14 +36,18 @@ class MultiStep:
             started: time of dispatch.
             now: time of reading.
             late: whether the steps had already finished, so that the measured time is an upper bound.
+
+        Returns:
+            The measured seconds.
         """
         began = started if self._late else max(started, self._ready_at)
         exact = not (late or self._late)
         self._ready_at, self._late = now, late
         if not steps:
-            return
+            return now - began
         seconds, known = max((now - began) / steps, 1e-6), self._seconds
         if known is None or seconds < known:
             self._seconds = seconds
         elif exact:
             self._seconds = (known + seconds) / 2
+        return now - began

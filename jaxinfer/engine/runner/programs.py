@@ -7,15 +7,14 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from weakref import WeakSet
 
 import jax
-import numpy as np
 
 from jaxinfer._utils.units import size_text
 from jaxinfer.engine.runner.batch import Bucket
@@ -26,86 +25,27 @@ from jaxinfer.engine.runner.buckets import (
     Needs,
     all_buckets,
     copy_widths,
+    covers,
     encode_shape,
-    masked_keys,
     mixed_bucket,
     prefill_bucket,
 )
-from jaxinfer.engine.runner.mixed import Mixed
-from jaxinfer.engine.runner.mixed_step import mixed_step
-from jaxinfer.engine.runner.steps import (
-    Sampled,
-    SampleMasked,
-    Shapes,
-    abstract_arguments,
-    abstract_cache,
-    abstract_edits,
-    abstract_encode_arguments,
-    abstract_features,
-    abstract_rows,
-    abstract_sample_arguments,
-    encode_step,
-    install_tables,
-    make_encode_step,
-    make_sample_masked,
-    make_step,
-    prefill_step,
-    replicated,
-    shardings,
+from jaxinfer.engine.runner.keys import Copies, Encode, EncodeCross, Install, InstallTables, Key
+from jaxinfer.engine.runner.logits import (
+    SampleLogits,
+    joined,
+    logits_bytes,
 )
-from jaxinfer.engine.sampling.sampler import install
+from jaxinfer.engine.runner.logits import programs as programs_of
+from jaxinfer.engine.runner.lowering import lower
+from jaxinfer.engine.runner.mixed_step import mixed_step
+from jaxinfer.engine.runner.shapes import Shapes
+from jaxinfer.engine.runner.step_sampling import Sampled
+from jaxinfer.engine.runner.steps import abstract_arguments, prefill_step
 from jaxinfer.errors import EngineError
 from jaxinfer.functional import Program
-from jaxinfer.functional.encoder_batch import EncodeShape
-from jaxinfer.kernels.attention import choose as attention
-from jaxinfer.kv import cache as kv_cache
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Copies:
-    """Key of the program that copies `width` blocks."""
-
-    takes = gives = ("cache",)
-    width: int
-
-
-@dataclass(frozen=True)
-class Install:
-    """Key of the program that sets history and bias of one row."""
-
-    takes = gives = ("edits",)
-
-
-@dataclass(frozen=True)
-class InstallTables:
-    """Key of the program that writes `width` entries of the block tables."""
-
-    takes = gives = ("rows",)
-    width: int
-
-
-@dataclass(frozen=True)
-class Encode:
-    """Key of the program that encodes `count` inputs into the feature pool."""
-
-    takes, gives = ("params", "features"), ("features",)
-    count: int
-
-
-@dataclass(frozen=True)
-class EncodeCross(EncodeShape):
-    """Key of the program that encodes inputs of this shape into the cache for cross-attention."""
-
-    takes, gives = ("params", "cache"), ("cache",)
-
-
-Key = Bucket | Mixed | SampleMasked | Copies | Install | InstallTables | Encode | EncodeCross
-"""Key of a program. `takes` names the runner state passed before the call's own arrays, `gives` the runner state
-that the program returns first (not in a tuple if it is a single value). None marks state that this program does not
-use.
-"""
 
 
 class CompilationError(EngineError):
@@ -140,10 +80,12 @@ class Programs:
         self._pending: dict[Key, Future[jax.stages.Compiled]] = {}
         self._traced: dict[tuple[str, ...], Sampled] = {}
         self._lock = threading.Lock()
+        self.failed: set[Key] = set()
+        """Programs whose last compilation failed."""
         self.room: int | None = None
         """Bytes of device memory left for the temporaries of a program; None: unknown."""
         self.temporaries: dict[Key, int] = {}
-        """Bytes of device memory that each program needs beside its arguments while it runs."""
+        """Bytes of device memory that each program needs while it runs, beside the arguments that outlive it."""
         self.seconds: dict[Key, float] = {}
         """Seconds that tracing and compiling each program, or reading it from JAX's compilation cache, took."""
 
@@ -161,8 +103,11 @@ class Programs:
         if program.deterministic:
             return [mixed_bucket(program, shapes), *encodes, *copies, *tables, *edits]
         buckets = all_buckets(program, shapes, sampling)
-        masked = masked_keys(buckets) if STRUCTURED in sampling else []
-        return [*buckets, *masked, *encodes, *copies, *tables, *edits]
+        masks = (False, True) if STRUCTURED in sampling else (False,)
+        steps = dict.fromkeys(
+            key for masked in masks for bucket in buckets for key in programs_of(shapes, bucket, masked=masked)
+        )
+        return [*steps, *encodes, *copies, *tables, *edits]
 
     def get(self, key: Key) -> jax.stages.Compiled:
         """Return a program, compiling it if needed. A compilation error is raised in all waiting threads."""
@@ -183,6 +128,10 @@ class Programs:
             self._traced[key] = jax.eval_shape(step, self._params, *abstract_arguments(program, shapes, bucket))[-1]
         found = self._traced[key].captured
         return {path: found[path] for path in paths}
+
+    def lower(self, key: Key) -> jax.stages.Lowered:
+        """Trace and lower a program, without compiling it."""
+        return lower(key, self._program, self._shapes, self._params, self._options)
 
     def prepare(self, keys: Iterable[Key], threads: int, done: Callable[[Key], None]) -> None:
         """Compile programs in `threads` threads and call `done` after each. XLA compiles without holding Python's GIL.
@@ -235,6 +184,27 @@ class Programs:
         future.add_done_callback(lambda _: done())
         return future
 
+    def covering(self, bucket: Bucket, allowed: Callable[[Key], bool] = lambda key: True) -> Bucket | None:
+        """Return the smallest compiled decode step whose programs are allowed that can do the work of another one."""
+        found = [step for step in self._decode_steps(allowed) if covers(step, bucket)]
+        return min(found, key=lambda key: (key.rows, key.items or 0, key.width, key.level, key.logprobs), default=None)
+
+    def _decode_steps(self, allowed: Callable[[Key], bool]) -> Iterator[Bucket]:
+        """Yield the decode steps all of whose programs are compiled and allowed."""
+        ready = [key for key in tuple(self._ready) if allowed(key)]
+        samplers = [key for key in ready if isinstance(key, SampleLogits) and not key.masked]
+        for key in ready:
+            if not isinstance(key, Bucket) or key.kind != "decode":
+                continue
+            if not key.pending:
+                yield key
+            elif not self._shapes.switched:
+                yield from (
+                    joined(key, sampler)
+                    for sampler in samplers
+                    if programs_of(self._shapes, joined(key, sampler)) == (key, sampler)
+                )
+
     def _make(self, key: Key) -> jax.stages.Compiled:
         future, mine = self._claim(key)
         if mine:
@@ -257,7 +227,7 @@ class Programs:
         """Compile a claimed program and settle its future."""
         try:
             started = time.perf_counter()
-            made = self._lower(key).compile()
+            made = self.lower(key).compile()
             self.seconds[key] = time.perf_counter() - started
             self._measure(key, made)
             log.info("compiled %s in %.1f s", key, self.seconds[key])
@@ -266,12 +236,14 @@ class Programs:
             return
         with self._lock:
             self._ready[key] = made
+            self.failed.discard(key)
             del self._pending[key]
         future.set_result(made)
 
     def _fail(self, key: Key, future: Future[jax.stages.Compiled], error: BaseException) -> None:
         """Settle the future of a program that could not be compiled; the next caller tries again."""
         with self._lock:
+            self.failed.add(key)
             del self._pending[key]
         future.set_exception(error)
 
@@ -281,6 +253,8 @@ class Programs:
         if memory is None:  # a backend that does not say
             return
         needed = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        if isinstance(key, SampleLogits):
+            needed += logits_bytes(self._program, key)
         self.temporaries[key] = needed
         if self.room is not None and needed > self.room:
             log.warning(
@@ -290,41 +264,6 @@ class Programs:
                 size_text(needed),
                 size_text(self.room),
             )
-
-    def _lower(self, key: Key) -> jax.stages.Lowered:
-        program, shapes = self._program, self._shapes
-        if isinstance(key, Bucket | Mixed):
-            body = mixed_step if isinstance(key, Mixed) else None
-            step = make_step(program, shapes, key, self._options, body)
-            return step.lower(self._params, *abstract_arguments(program, shapes, key))
-        if isinstance(key, SampleMasked):
-            arguments = abstract_sample_arguments(program, shapes, key)
-            return make_sample_masked(program, shapes, key, self._options).lower(*arguments)
-        sharding = replicated(program)
-        array = partial(jax.ShapeDtypeStruct, sharding=sharding)
-        if isinstance(key, Encode):
-            pool, inputs = abstract_features(program, shapes), array((key.count, *program.features.shape), np.float32)
-            options = None if self._options is None else dict(self._options)
-            step = jax.jit(
-                partial(encode_step, program), donate_argnums=1, out_shardings=sharding, compiler_options=options
-            )
-            return step.lower(self._params, pool, inputs, array((key.count,), np.int32))
-        if isinstance(key, EncodeCross):
-            step = make_encode_step(program, shapes, key, self._options)
-            return step.lower(self._params, *abstract_encode_arguments(program, shapes, key))
-        if isinstance(key, Copies):
-            cache, ids = abstract_cache(program, shapes), array((key.width,), np.int32)
-            native = program.kernel == attention.NATIVE and program.mesh.size == 1
-            copy = partial(kv_cache.copy_blocks, native=native)
-            copy = jax.jit(copy, donate_argnums=0, out_shardings=shardings(cache))
-            return copy.lower(cache, ids, ids)
-        if isinstance(key, InstallTables):
-            entries = array((4, key.width), np.int32)
-            fill = jax.jit(install_tables, donate_argnums=0, out_shardings=sharding)
-            return fill.lower(abstract_rows(program, shapes), entries)
-        edits, number = abstract_edits(program, shapes), array((), np.int32)
-        history, bias = (array(one.shape[1:], one.dtype) for one in edits)
-        return jax.jit(install, donate_argnums=0, out_shardings=sharding).lower(edits, number, history, number, bias)
 
 
 _compiling: WeakSet[threading.Thread] = WeakSet()

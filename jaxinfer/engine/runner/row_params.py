@@ -5,8 +5,9 @@ from collections.abc import Sequence as Items
 
 import numpy as np
 
-from jaxinfer.engine.request import Sequence, forbidden, sampling_row
+from jaxinfer.engine.request import Sequence
 from jaxinfer.engine.runner.buckets import Needs
+from jaxinfer.engine.sampling.parameters import forbidden, forbids_for_a_while, sampler_level, sampling_row
 from jaxinfer.engine.sampling.sampling_rows import EDITED, WIDTH, Level
 
 
@@ -32,8 +33,8 @@ class RowParams:
         for sequence in samples:
             row, request, count = sequence.row, sequence.request, sequence.request.params.logprobs
             self.packed[row] = sampling_row(sequence)
-            self.levels[row], self._logprobs[row] = request.level, -1 if count is None else count
-            self.varying[row] = request.forbids_for_a_while
+            self.levels[row], self._logprobs[row] = sampler_level(request), -1 if count is None else count
+            self.varying[row] = forbids_for_a_while(request)
             self.structured[row] = request.grammar is not None
             self._candidates[row] = 0 if request.beams is None else request.beams.count
 
@@ -42,7 +43,7 @@ class RowParams:
         rows = np.array([sequence.row for sequence in samples], np.int32)
         for i in np.flatnonzero(self.varying[rows]).tolist():
             sequence, row = samples[i], rows[i]
-            level = Level.EDITED if forbidden(sequence, int(positions[i])) else sequence.request.level
+            level = Level.EDITED if forbidden(sequence, int(positions[i])) else sampler_level(sequence.request)
             self.levels[row], self.packed[row, EDITED] = level, level >= Level.EDITED
 
     def needs(self, rows: np.ndarray) -> Needs:

@@ -166,7 +166,7 @@ def reported(
     switched: bool = False,
     rule: Rule | None = None,
 ) -> jax.Array:
-    """Return the logits `[B, V']` that log-probabilities of sampled tokens are of (`EngineConfig.logprobs_mode`).
+    """Return the logits `[B, V']` from which tokens' log-probabilities are computed (`EngineConfig.logprobs_mode`).
 
     Args:
         logits: the model's own.

@@ -1,5 +1,6 @@
-"""Check that a request fits in the cache before it is queued."""
+"""Check that a request fits in the cache before it is queued, and clamp its length to what fits."""
 
+import logging
 from functools import cache
 
 from jaxinfer.engine.request import Request
@@ -9,6 +10,8 @@ from jaxinfer.errors import CapacityError
 from jaxinfer.kv.groups import blocks_of_beams, longest
 from jaxinfer.media import PlacedInputs
 
+log = logging.getLogger(__name__)
+
 
 class Capacity:
     """Capacity of a runner's cache under an engine's settings."""
@@ -17,6 +20,7 @@ class Capacity:
         self._shapes, self._program, self._settings = runner.shapes, runner.program, settings
         self._kinds = runner.program.layout.kinds
         self.tokens = cache(self._tokens)
+        self._said_clamped = False
 
     @property
     def longest(self) -> int:
@@ -51,6 +55,26 @@ class Capacity:
             self._check_beams(request, read)
         if request.inputs is not None:
             self._check_inputs(request.inputs)
+
+    def clamp(self, request: Request) -> None:
+        """Clamp a request's maximum length to the cache's capacity; log the first time that this reduces it."""
+        prompt, asked = len(request.prompt), request.limit if request.asked is None else request.asked
+        request.limit = min(request.limit, self.tokens(0 if request.cross is None else request.cross.length))
+        if request.limit >= asked:
+            return
+        request.clamped_max_tokens = request.limit - prompt
+        if not self._said_clamped:
+            self._said_clamped = True
+            log.warning(
+                "request %s: max_tokens lowered to %d from %d: the cache holds sequences of at most %d tokens and the "
+                "prompt has %d; raise kv_cache_memory_bytes (or pool_blocks, if set). Logged once; each such result "
+                "has metrics.clamped_max_tokens",
+                request.id,
+                request.limit - prompt,
+                asked - prompt,
+                request.limit,
+                prompt,
+            )
 
     def _check_beams(self, request: Request, read: int) -> None:
         shapes, width = self._shapes, request.beams.params.width

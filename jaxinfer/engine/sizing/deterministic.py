@@ -1,4 +1,4 @@
-"""Settings of a deterministic engine: one size of step, and what cannot be combined with it."""
+"""Settings of a deterministic engine: its single step size, and settings that contradict it."""
 
 import logging
 from dataclasses import replace
@@ -13,8 +13,8 @@ log = logging.getLogger(__name__)
 NATIVE_TOKENS, XLA_TOKENS, GPU_TOKENS = 64, 32, 256
 """Tokens of the one step, by default. The native products skip padding, XLA's compute it; on a GPU a step of this many
 takes about as long as reading the weights."""
-PRICE = {attention.NATIVE: "0.78 to 0.82 x the throughput of the default steps on the machine of docs/rl.md"}
-"""What `scripts/bench.py deterministic` measured there, by attention kernel."""
+COST = {attention.NATIVE: "0.78 to 0.82 x the throughput of the default steps on the machine of docs/rl.md"}
+"""Cost by attention kernel, measured with `scripts/bench.py deterministic`."""
 GPU_OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_exclude_nondeterministic_ops": True}
 """XLA options of a deterministic engine's programs on a GPU. Autotuning times candidates, and may choose another one in
 each process; without it XLA takes a fixed one. The second option leaves out operations whose order of additions is not
@@ -40,7 +40,7 @@ def settings(config: EngineConfig, program: Program) -> EngineConfig:
         "deterministic: prefill and decode in one program of %d tokens, %s (python scripts/bench.py deterministic "
         "measures it here); the bits are the same on this model of processor with these versions of jaxinfer and jax",
         tokens,
-        PRICE.get(program.kernel, "whose price was not measured on such devices and kernels"),
+        COST.get(program.kernel, "whose cost on these devices and kernels is not known"),
     )
     options = GPU_OPTIONS | dict(config.compiler_options or {}) if gpu else config.compiler_options
     return replace(config, max_num_batched_tokens=tokens, compiler_options=options)

@@ -19,8 +19,11 @@ from jaxinfer._utils import html
 from jaxinfer._utils.units import size_text
 from jaxinfer.config import EngineConfig
 from jaxinfer.engine.runner.buckets import copy_widths, encode_shape, largest_buckets, mixed_bucket
-from jaxinfer.engine.runner.programs import Copies, Encode, EncodeCross, Key, Programs
-from jaxinfer.engine.runner.steps import Shapes, abstract_cache, abstract_edits, abstract_features, abstract_rows
+from jaxinfer.engine.runner.device_state import abstract_cache, abstract_edits, abstract_features, abstract_rows
+from jaxinfer.engine.runner.keys import Copies, Encode, EncodeCross, Key
+from jaxinfer.engine.runner.logits import programs as programs_of
+from jaxinfer.engine.runner.programs import Programs
+from jaxinfer.engine.runner.shapes import Shapes
 from jaxinfer.engine.runner.warmup import default_threads
 from jaxinfer.errors import CapacityError, ConfigError
 from jaxinfer.functional import Program
@@ -79,7 +82,7 @@ class DeviceMemory:
             arrays: bytes of arrays beside the cache on each device.
             devices: number of devices.
         """
-        beside = "what steps and the sampler need not counted yet"
+        beside = "memory of steps and the sampler not counted yet"
         if temporaries is not None:
             beside = (
                 f"{size_text(temporaries)} of temporaries of steps and {size_text(arrays)} of arrays beside the cache"
@@ -272,8 +275,10 @@ def _nearly(shapes: Shapes, better: Shapes) -> bool:
 
 def largest_programs(program: Program, shapes: Shapes) -> list[Key]:
     """Return the keys of the programs that need the most memory: each sampler level includes those below it."""
-    steps = [mixed_bucket(program, shapes)] if program.deterministic else largest_buckets(program, shapes)
-    keys: list[Key] = [*steps, Copies(copy_widths(shapes)[-1])]
+    steps: list[Key] = [mixed_bucket(program, shapes)]
+    if not program.deterministic:
+        steps = [key for bucket in largest_buckets(program, shapes) for key in programs_of(shapes, bucket)]
+    keys: list[Key] = [*dict.fromkeys(steps), Copies(copy_widths(shapes)[-1])]
     if shapes.encode_buckets:
         keys.append(Encode(shapes.encode_buckets[-1]))
     if shapes.cross_buckets:

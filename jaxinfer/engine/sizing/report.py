@@ -4,7 +4,7 @@ import logging
 
 from jaxinfer._utils.units import size_text
 from jaxinfer.config import EngineConfig
-from jaxinfer.engine.runner.steps import Shapes
+from jaxinfer.engine.runner.shapes import Shapes
 from jaxinfer.engine.sizing.memory import Budget, MemoryUse
 from jaxinfer.engine.sizing.slots import SLOTS_PER_ROW
 from jaxinfer.functional import Program
@@ -35,6 +35,8 @@ def report(
         )
     block = kv_cache.block_bytes(program.layout.array_specs, config.block_size, program.dtype, program.mesh)
     sizes = size_text(shapes.num_blocks * block), size_text(budget.size - taken), budget.source
+    if program.kv_cache_dtype != "auto":
+        log.info("keys and values are stored in %s (kv_cache_dtype)", program.kv_cache_dtype)
     if shapes.contiguous:
         _contiguous(shapes, longest, sizes)
     else:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from jaxinfer.config import EngineConfig
 from jaxinfer.engine.runner.runner import Runner
+from jaxinfer.speculative_config import SpeculativeConfig
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,7 @@ class HostSettings:
     check_invariants: bool = False
     log_interval: float = 10.0
     decode_steps: int | str = 1
+    speculative: SpeculativeConfig | None = None
 
     @classmethod
     def of(cls, config: EngineConfig, runner: Runner) -> "HostSettings":
@@ -31,4 +33,5 @@ class HostSettings:
             config.check_invariants,
             config.log_interval,
             config.decode_steps,
+            config.speculative_config,
         )

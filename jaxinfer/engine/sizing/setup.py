@@ -3,7 +3,8 @@
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
@@ -14,8 +15,15 @@ from jaxinfer.config import CONTIGUOUS, CPU_CACHE_BYTES, EngineConfig
 from jaxinfer.engine.engine import Engine
 from jaxinfer.engine.runner.programs import Programs
 from jaxinfer.engine.runner.runner import Runner
-from jaxinfer.engine.runner.steps import Shapes
+from jaxinfer.engine.runner.shapes import Shapes
 from jaxinfer.engine.sizing import deterministic, memory
+from jaxinfer.engine.sizing.bucket_sizes import (
+    cross_buckets,
+    decode_buckets,
+    encode_buckets,
+    prefill_buckets,
+    verify_buckets,
+)
 from jaxinfer.engine.sizing.memory import Budget, MemoryUse
 from jaxinfer.engine.sizing.report import report
 from jaxinfer.engine.sizing.reserve import reserve
@@ -24,23 +32,12 @@ from jaxinfer.engine.sizing.slots import GPU_SEQUENCES, state_slots
 from jaxinfer.errors import CapacityError, ConfigError
 from jaxinfer.functional import Program, split
 from jaxinfer.functional.taps import EXPERTS, LAST, normalise
-from jaxinfer.kernels.matmul import choose as matmul
 from jaxinfer.kv import cache as kv_cache
 from jaxinfer.kv import groups as kv_groups
 from jaxinfer.models.base import LanguageModel, ModelConfig
 from jaxinfer.sharding import Mesh
 
 log = logging.getLogger(__name__)
-
-CPU_DECODE, CPU_PREFILL = (1, 2, 4, 8, 16), (32, 64)
-"""Smallest buckets in tokens. On a CPU the time of a step is proportional to its size, so there are sizes between the
-doublings, too."""
-CPU_ENCODE, GPU_ENCODE = (1, 2, 4, 8), (1, 2, 4, 8, 16, 32)
-"""Inputs per encoder step. The remaining inputs are encoded in a smaller step instead of being padded."""
-CPU_CROSS, GPU_CROSS = (1, 2, 4), (1, 2, 4, 8, 16)
-"""The same for cross-attention to audio and images; texts have the buckets of prefill, up to the longest."""
-GPU_DECODE, GPU_PREFILL = (1, 8, 32), (256, 512)
-"""Smallest buckets in tokens. On a GPU any small step takes as long as reading the weights."""
 
 
 def build_engine(
@@ -65,22 +62,15 @@ def build_engine(
         matmul_kernel=config.matmul_kernel,
         fuse_projections=config.fuse_projections,
         deterministic=config.deterministic,
+        kv_cache_dtype=config.kv_cache_dtype,
     )
     if config.deterministic:
         config = deterministic.settings(config, program)
     shapes, programs, use = _size(module.config, program, params, config, sampled_vocab or program.vocab)
-    try:
+    with _cache_in_memory(shapes, program, config):
         runner = Runner(
             program, params, shapes, compiler_options=config.compiler_options, programs=programs, memory=use
         )
-    except (RuntimeError, MemoryError, ValueError) as error:
-        if "RESOURCE_EXHAUSTED" not in str(error) and "memory" not in str(error).lower():
-            raise
-        needed = shapes.num_blocks * _block_bytes(program, config)
-        raise CapacityError(
-            f"the cache of {shapes.num_blocks} blocks ({size_text(needed)}) does not fit in the device's memory; "
-            "lower kv_cache_memory_bytes or gpu_memory_utilization"
-        ) from error
     if named := _named(config):
         runner.programs.captured(named)
     engine = Engine(runner, HostSettings.of(config, runner))
@@ -92,6 +82,21 @@ def build_engine(
             shapes.max_length,
         )
     return engine
+
+
+@contextmanager
+def _cache_in_memory(shapes: Shapes, program: Program, config: EngineConfig) -> Iterator[None]:
+    """Say that the cache does not fit where the device's memory ends while it is allocated."""
+    try:
+        yield
+    except (RuntimeError, MemoryError, ValueError) as error:
+        if "RESOURCE_EXHAUSTED" not in str(error) and "memory" not in str(error).lower():
+            raise
+        needed = shapes.num_blocks * _block_bytes(program, config)
+        raise CapacityError(
+            f"the cache of {shapes.num_blocks} blocks ({size_text(needed)}) does not fit in the device's memory; "
+            "lower kv_cache_memory_bytes or gpu_memory_utilization"
+        ) from error
 
 
 def _size(
@@ -115,17 +120,19 @@ def _size(
     return shapes, programs, use
 
 
-def choose_shapes(model: ModelConfig, program: Program, config: EngineConfig, budget: Budget) -> Shapes:
-    """Choose the shapes of the compiled steps from the settings, the model and the cache's budget."""
-    gpu = _platform(program) != "cpu"
-    native = matmul.choose(config.matmul_kernel, program.mesh) == matmul.NATIVE
-    rows = config.max_num_seqs or min(GPU_SEQUENCES if gpu else 64, config.max_num_batched_tokens or 1 << 30)
-    tokens = config.max_num_batched_tokens or max(2048 if gpu else 512, rows)
-    if tokens < rows:
-        raise ConfigError(
-            f"max_num_batched_tokens is {tokens}, less than max_num_seqs = {rows}: each running sequence takes a token "
-            "of every step; raise the first or lower the second"
-        )
+def choose_shapes(
+    model: ModelConfig, program: Program, config: EngineConfig, budget: Budget, *, platform: str | None = None
+) -> Shapes:
+    """Choose the shapes of the compiled steps from the settings, the model and the cache's budget.
+
+    Args:
+        model, program: the model.
+        config: engine settings.
+        budget: memory for the cache.
+        platform: of the devices that the shapes are for, "cpu" or "gpu"; by default the mesh's.
+    """
+    gpu = (platform or _platform(program)) != "cpu"
+    rows, tokens = _step_sizes(config, gpu=gpu)
     block = config.block_size
     longest = longest_sequence(model, config)
     rows, slots, taken = state_slots(program, config, rows, budget)
@@ -137,18 +144,13 @@ def choose_shapes(model: ModelConfig, program: Program, config: EngineConfig, bu
         num_blocks = rows * program.layout.groups * math.ceil(max(length, read) / block)
     else:
         num_blocks, length = _pool(program, config, rows, longest, read, tokens, budget)
-    decode, prefill = (GPU_DECODE, GPU_PREFILL) if gpu else (CPU_DECODE, CPU_PREFILL)
-    if not gpu and not native:
-        decode = CPU_DECODE[2:]  # XLA on a CPU takes ten times as long for one row of bfloat16 as for four
     return Shapes(
         num_blocks=num_blocks,
         block_size=block,
         rows=rows,
         width=math.ceil(max(length, read) / block),
-        decode_buckets=_buckets(config.decode_buckets, rows, decode, "decode_buckets", halves=not gpu),
-        prefill_buckets=(tokens,)
-        if program.deterministic
-        else _buckets(config.prefill_buckets, tokens, prefill, "prefill_buckets", halves=True),
+        decode_buckets=decode_buckets(program, config, rows, gpu=gpu),
+        prefill_buckets=prefill_buckets(program, config, tokens, gpu=gpu),
         prefill_rows=min(rows, 64 if gpu else 16),
         max_logprobs=config.max_logprobs,
         max_length=length,
@@ -156,13 +158,30 @@ def choose_shapes(model: ModelConfig, program: Program, config: EngineConfig, bu
         groups=program.layout.groups,
         switched=not gpu,
         feature_slots=feature_slots(program, config, tokens),
-        encode_buckets=_encode_buckets(program, gpu=gpu),
-        cross_buckets=_cross_buckets(program, tokens, gpu=gpu),
+        encode_buckets=encode_buckets(program, gpu=gpu),
+        cross_buckets=cross_buckets(program, tokens, gpu=gpu),
         contiguous=config.cache == CONTIGUOUS,
         state_slots=slots,
         logprobs_mode=config.logprobs_mode,
         capture=_capture(config),
+        verify_buckets=verify_buckets(program, config, rows, gpu=gpu),
     )
+
+
+def _step_sizes(config: EngineConfig, *, gpu: bool) -> tuple[int, int]:
+    """Return the running sequences and the tokens of a step: those of the settings, or the default.
+
+    Raises:
+        ConfigError: a step has fewer tokens than there are sequences.
+    """
+    rows = config.max_num_seqs or min(GPU_SEQUENCES if gpu else 64, config.max_num_batched_tokens or 1 << 30)
+    tokens = config.max_num_batched_tokens or max(2048 if gpu else 512, rows)
+    if tokens < rows:
+        raise ConfigError(
+            f"max_num_batched_tokens is {tokens}, less than max_num_seqs = {rows}: each running sequence takes a token "
+            "of every step; raise the first or lower the second"
+        )
+    return rows, tokens
 
 
 def _capture(config: EngineConfig) -> tuple[str, ...]:
@@ -172,7 +191,7 @@ def _capture(config: EngineConfig) -> tuple[str, ...]:
 
 
 def _named(config: EngineConfig) -> tuple[str, ...]:
-    """Return what the settings ask steps to return: outputs of modules, then the experts."""
+    """Return the outputs that the settings request of every step: module paths, then the experts."""
     return (*map(normalise, config.capture), *([EXPERTS] if config.return_routed_experts else []))
 
 
@@ -183,30 +202,13 @@ def _pool(
     block = config.block_size
     needed = partial(kv_groups.blocks_needed, program.layout.kinds, block_size=block, chunk=tokens, read=read)
     lengths = [read if kind.kind.encoded else longest for kind in program.layout.kinds]
-    # As many blocks as there are if those behind windows stay cached.
+    # Number of blocks if those that sliding windows have left behind stay cached.
     most = rows * sum(
         kind.count * math.ceil(length / block) for kind, length in zip(program.layout.kinds, lengths, strict=True)
     )
     num_blocks = min(budget.size // _block_bytes(program, config), most)
     capacity = kv_groups.longest(program.layout.kinds, num_blocks, block, tokens, longest, read)
     return num_blocks, _check_length(capacity, longest, needed(longest), budget, program, config)
-
-
-def _encode_buckets(program: Program, *, gpu: bool) -> tuple[int, ...]:
-    """Inputs of an encoder step: with `deterministic`, each is encoded alone."""
-    if program.features is None:
-        return ()
-    return (1,) if program.deterministic else GPU_ENCODE if gpu else CPU_ENCODE
-
-
-def _cross_buckets(program: Program, tokens: int, *, gpu: bool) -> tuple[int, ...]:
-    """Return the numbers of values per encoder step for cross-attention; the longest text fits in the largest."""
-    if program.cross is None:
-        return ()
-    if not program.cross.joint:
-        return GPU_CROSS if gpu else CPU_CROSS
-    largest = max(tokens, program.cross.longest // program.cross.rows)
-    return _buckets(None, largest, GPU_PREFILL if gpu else CPU_PREFILL, "cross_buckets", halves=True)
 
 
 def _platform(program: Program) -> str:
@@ -291,20 +293,3 @@ def _check_length(
             f"max_model_len = {longest}, which needs {size_text(needed)}; lower max_model_len, or {budget.remedy}"
         )
     return min(capacity, longest)
-
-
-def _buckets(
-    requested: Sequence[int] | None, largest: int, first: Sequence[int], name: str, *, halves: bool
-) -> tuple[int, ...]:
-    """Return the requested buckets, else the `first` ones, doubled up to `largest`; `halves`: with 1.5 times each."""
-    if requested is not None:
-        if max(requested) < largest:
-            raise ConfigError(
-                f"{name} ends at {max(requested)}, but up to {largest} are needed; add a bucket of {largest}"
-            )
-        return tuple(sorted(set(requested)))
-    sizes = list(first)
-    while (size := sizes[-1]) < largest:
-        sizes += [size * 3 // 2, size * 2] if halves else [size * 2]
-    # A size that is nearly the largest saves little.
-    return (*(size for size in sizes if size * 4 <= largest * 3), largest)

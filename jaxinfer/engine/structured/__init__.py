@@ -1,1 +1,4 @@
-"""Structured output: what a grammar allows next, as bit masks computed on the host while the device works."""
+"""Structured output: bit masks of the tokens that a grammar allows next.
+
+They are computed on the host while the device works.
+"""

@@ -10,16 +10,16 @@ from typing import Any, TypeVar
 import numpy as np
 
 STACK_BYTES = 256 << 20
-"""Stack of a thread that compiles: llguidance recurses over rules, and a process whose stack overflows dies. Of this
-address space only what is used takes memory."""
+"""Stack of a thread that compiles: llguidance recurses over rules, and a process whose stack overflows dies. Only
+pages of it that are used take memory."""
 LIMITS = {
     "step_lexer_fuel": 100_000,
     "step_max_items": 20_000,
     "max_lexer_states": 50_000,
     "verbose_errors": False,
 }
-"""Limits of one mask (about 10 ms, most take 0.1 ms) and of one grammar (about 100 MB); llguidance's others, of the
-size of a grammar, stay as they are."""
+"""Limits of computing one mask (about 10 ms; most take 0.1 ms) and of one grammar's lexer (about 100 MB). llguidance's
+limits of grammar size keep their defaults."""
 MAX_REASON = 200
 """Maximum number of characters of a reason in an error."""
 
@@ -48,11 +48,10 @@ def with_large_stack(function: Callable[..., _T], *arguments: Any) -> _T:
 
 
 class Grammar:
-    """A compiled grammar, shared by the sequences that must follow it.
+    """A compiled grammar, shared by the sequences that must match it.
 
-    Matchers of one grammar share llguidance's lexer, which keeps the states that it has visited: the second sequence
-    finds the work of the first. It has a maximum number of states, so a sequence that finds it full gets a new one,
-    which then serves later sequences too.
+    Matchers of one grammar share a lexer of llguidance, which caches its states, so that later sequences reuse them.
+    When its limit of states is reached, the next sequence starts a new lexer, which replaces it.
 
     Args:
         tokenizer: llguidance's tokenizer of the model.
@@ -140,10 +139,11 @@ class Matcher:
         """Whether the output is complete, and nothing may follow."""
         return self.error is None and self.state.is_stopped() and self.state.is_accepting()
 
-    def follow(self, output: np.ndarray) -> None:
+    def advance(self, output: np.ndarray) -> None:
         """Include the output tokens `[made]` that the state does not include yet.
 
-        An interrupt may have come between a token and this call, and after it a token may have been taken back.
+        After an interrupt, tokens may be missing from the state, or be in it although they were removed from the
+        output.
         """
         if self.error is not None or len(output) == self._taken:
             return
@@ -155,9 +155,10 @@ class Matcher:
             self.recover(output)
 
     def recover(self, output: np.ndarray) -> bool:
-        """Make the state again after an error, which may come from what other sequences left in the lexer.
+        """Rebuild the state after an error: states that other sequences added may have filled the shared lexer.
 
-        A sequence that had its lexer to itself, or that fails a second time at the same token, is the cause itself.
+        If the sequence was the only one with this lexer, or fails at the same token again, its own output is the cause,
+        and `error` is set.
 
         Returns:
             Whether the state includes the output; `error` is set if not.
@@ -171,7 +172,7 @@ class Matcher:
                 self._generation = grammar.generation
                 if self.state.consume_tokens(output[self._skip :].tolist()):
                     return True
-            except ValueError:  # within its limits it cannot even be compiled again
+            except ValueError:  # compiling the grammar again exceeds the limits
                 pass
         self.error = f"structured_outputs: the output cannot be continued: {reason(failed)}"
         return False

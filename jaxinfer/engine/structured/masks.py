@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from jaxinfer.engine.request import Sequence, Status
+from jaxinfer.engine.request import Sequence
+from jaxinfer.engine.sampling.parameters import forbids_for_a_while, is_biased
 from jaxinfer.engine.sampling.sampler import mask_width
+from jaxinfer.engine.sequence_state import Status
 from jaxinfer.engine.structured.grammar import allow_ends
 
 
@@ -40,7 +42,7 @@ def fill_masks(samples: Items[Sequence], indices: np.ndarray, rows: int, vocab: 
     width = mask_width(vocab)
     masks = np.full((rows, bound[0][0].matcher.grammar.mask_words if bound else width), 0xFFFFFFFF, np.uint32)
     for sequence, _ in bound:
-        sequence.matcher.follow(sequence.output_ids)
+        sequence.matcher.advance(sequence.output_ids)
     _compute([(s, i) for s, i in bound if s.matcher.error is None], masks)
     for sequence, index in bound:
         if sequence.matcher.error is not None:
@@ -63,10 +65,10 @@ def _compute(bound: list[tuple[Sequence, int]], masks: np.ndarray) -> None:
 def ends_without_token(sequence: Sequence) -> bool:
     """Return whether a sequence for which no token was left ends as complete.
 
-    That is so where its structure allows the end, and the request's other masks forbid the end token.
+    This is the case if its grammar allows the end, but the request's other masks forbid the stop token.
     """
     request = sequence.request
     if sequence.matcher is None or not sequence.matcher.accepting:
         return False
     repeats = request.params.no_repeat_ngram_size > 0
-    return request.biased or request.forbids_for_a_while or repeats or not request.stop_ids
+    return is_biased(request) or forbids_for_a_while(request) or repeats or not request.stop_ids

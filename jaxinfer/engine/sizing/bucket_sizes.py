@@ -1,0 +1,93 @@
+"""Choose the sizes of batches that steps are compiled for, by the device."""
+
+from collections.abc import Sequence
+
+from jaxinfer.config import CONTIGUOUS, EngineConfig
+from jaxinfer.errors import ConfigError
+from jaxinfer.functional import Program
+from jaxinfer.kernels.matmul import choose as matmul
+
+CPU_DECODE, CPU_PREFILL = (1, 2, 4, 8, 16), (32, 64)
+"""Smallest buckets in tokens. On a CPU the time of a step is proportional to its size, so there are sizes between the
+doublings, too."""
+CPU_ENCODE, GPU_ENCODE = (1, 2, 4, 8), (1, 2, 4, 8, 16, 32)
+"""Inputs per encoder step. The remaining inputs are encoded in a smaller step instead of being padded."""
+CPU_CROSS, GPU_CROSS = (1, 2, 4), (1, 2, 4, 8, 16)
+"""The same for cross-attention to audio and images; texts have the buckets of prefill, up to the longest."""
+CPU_VERIFY, GPU_VERIFY = (2, 4, 8, 16), (16, 64)
+"""Tokens of steps that verify drafts. More tokens would take longer than the decode steps that they save."""
+GPU_DECODE, GPU_PREFILL = (1, 8, 32), (256, 512)
+"""Smallest buckets in tokens. On a GPU any small step takes as long as reading the weights."""
+
+
+def decode_buckets(program: Program, config: EngineConfig, rows: int, *, gpu: bool) -> tuple[int, ...]:
+    """Return the numbers of rows that decode steps are compiled for."""
+    first = GPU_DECODE if gpu else CPU_DECODE
+    if not gpu and matmul.choose(config.matmul_kernel, program.mesh) != matmul.NATIVE:
+        first = CPU_DECODE[2:]  # XLA on a CPU takes ten times as long for one row of bfloat16 as for four
+    return _buckets(config.decode_buckets, rows, first, "decode_buckets", halves=not gpu)
+
+
+def prefill_buckets(program: Program, config: EngineConfig, tokens: int, *, gpu: bool) -> tuple[int, ...]:
+    """Return the numbers of tokens that prefill steps are compiled for; a deterministic engine has one."""
+    if program.deterministic:
+        return (tokens,)
+    first = GPU_PREFILL if gpu else CPU_PREFILL
+    return _buckets(config.prefill_buckets, tokens, first, "prefill_buckets", halves=True)
+
+
+def verify_buckets(program: Program, config: EngineConfig, rows: int, *, gpu: bool) -> tuple[int, ...]:
+    """Return the numbers of tokens of the steps that verify drafts.
+
+    Raises:
+        ConfigError: the model or another setting does not support speculative decoding.
+    """
+    speculative = config.speculative_config
+    if speculative is None:
+        return ()
+    reasons = {
+        "deterministic=True": config.deterministic,
+        "cache='contiguous'": config.cache == CONTIGUOUS,
+        "return_routed_experts=True": config.return_routed_experts,
+        "a model with recurrent layers": bool(program.layout.states),
+        "a model with an encoder for cross-attention": program.cross is not None,
+    }
+    if found := next((reason for reason, holds in reasons.items() if holds), None):
+        raise ConfigError(f"speculative_config does not support {found} yet; leave one of them out")
+    most = min(GPU_VERIFY[-1] if gpu else CPU_VERIFY[-1], rows * (speculative.num_speculative_tokens + 1))
+    sizes = [size for size in (GPU_VERIFY if gpu else CPU_VERIFY) if size < most]
+    return (*sizes, most)
+
+
+def encode_buckets(program: Program, *, gpu: bool) -> tuple[int, ...]:
+    """Return the numbers of inputs per encoder step; a deterministic engine encodes one at a time."""
+    if program.features is None:
+        return ()
+    return (1,) if program.deterministic else GPU_ENCODE if gpu else CPU_ENCODE
+
+
+def cross_buckets(program: Program, tokens: int, *, gpu: bool) -> tuple[int, ...]:
+    """Return the numbers of values per encoder step for cross-attention; the longest text fits in the largest."""
+    if program.cross is None:
+        return ()
+    if not program.cross.joint:
+        return GPU_CROSS if gpu else CPU_CROSS
+    largest = max(tokens, program.cross.longest // program.cross.rows)
+    return _buckets(None, largest, GPU_PREFILL if gpu else CPU_PREFILL, "cross_buckets", halves=True)
+
+
+def _buckets(
+    requested: Sequence[int] | None, largest: int, first: Sequence[int], name: str, *, halves: bool
+) -> tuple[int, ...]:
+    """Return the requested buckets, else the `first` ones, doubled up to `largest`; `halves`: with 1.5 times each."""
+    if requested is not None:
+        if max(requested) < largest:
+            raise ConfigError(
+                f"{name} ends at {max(requested)}, but up to {largest} are needed; add a bucket of {largest}"
+            )
+        return tuple(sorted(set(requested)))
+    sizes = list(first)
+    while (size := sizes[-1]) < largest:
+        sizes += [size * 3 // 2, size * 2] if halves else [size * 2]
+    # A size that is nearly the largest saves little.
+    return (*(size for size in sizes if size * 4 <= largest * 3), largest)
