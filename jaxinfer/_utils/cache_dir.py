@@ -25,7 +25,7 @@ def cache_folder(name: str) -> Path:
         _keep_group_out(folder)
         if is_private(folder):
             return folder
-        log.warning("%s is not used, as other users can write to it; own it with mode 700, or delete it", folder)
+        log.warning("%s is not used, as other users can write to it; set its mode to 700, or delete it", folder)
     except (OSError, RuntimeError):
         pass  # read-only, or no home directory
     folder = _temporary() / name

@@ -12,6 +12,13 @@ MAX_INT32 = 2**31 - 1
 """Largest count, position or token id, which are int32 on the device."""
 MAX_LOGPROBS = 20
 """Most alternatives per position of `logprobs` and `prompt_logprobs`."""
+INT8, DEQUANTIZE = "int8", "dequantize"
+KEPT_QUANTIZATIONS = ("awq", "gptq", "compressed-tensors")
+"""Formats of checkpoints with weights in 4 bits that are kept so."""
+QUANTIZATIONS = (INT8, DEQUANTIZE, *KEPT_QUANTIZATIONS)
+"""Values of `EngineConfig.quantization`."""
+KV_CACHE_DTYPES = ("auto", "fp8", "fp8_e4m3", "int8")
+"""How keys and values may be stored (`EngineConfig.kv_cache_dtype`), named as in vLLM."""
 
 
 def describe(value: Any) -> str:

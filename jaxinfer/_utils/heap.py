@@ -6,8 +6,11 @@ meanwhile, delaying a step of every running request. `gc.freeze` excludes them.
 Frozen objects are never collected: an object of the caller that was alive when a model was loaded, and is dropped later
 as part of a reference cycle, stays in memory with all it refers to. Therefore everything is unfrozen when an LLM is
 closed or dropped, and before the next one is loaded, which also frees an LLM that was dropped in such a cycle.
+
+The C library keeps freed memory for later allocations; `trim` returns it to the operating system.
 """
 
+import ctypes
 import gc
 
 _frozen = False
@@ -35,3 +38,16 @@ def thaw(*, collect: bool = False) -> None:
         gc.unfreeze()
         if collect:
             gc.collect()
+
+
+def trim() -> None:
+    """Return freed memory to the operating system, if the C library can (glibc's `malloc_trim`).
+
+    glibc keeps what lies below a block that is still in use. After loading or closing a model of 135M parameters in
+    float32 that is 0.5 to 0.8 GB.
+    """
+    try:
+        malloc_trim = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):  # another C library, or none that can be opened by name
+        return
+    malloc_trim(0)

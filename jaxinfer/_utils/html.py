@@ -1,4 +1,4 @@
-"""HTML that objects show in notebooks: one style and its parts.
+"""Build the HTML with which notebooks display objects: one style sheet and the elements that use it.
 
 Text and background are the notebook's, in light and in dark mode: only marks are coloured, and lines are translucent.
 """
@@ -32,7 +32,7 @@ STYLE = """
 
 
 def element(*parts: str, style: str = "", name: str = "") -> str:
-    """Join parts in one element that brings its style; `name`: a further class, for `style`."""
+    """Join parts in one element with its style sheet; `name`: a further CSS class, which `style` can refer to."""
     return f'<div class="{f"jx {name}".rstrip()}"><style>{STYLE}{style}</style>{"".join(parts)}</div>'
 
 
@@ -42,7 +42,7 @@ def title(text: str, below: str = "") -> str:
 
 
 def tiles(values: Iterable[tuple[str, str]]) -> str:
-    """Return a row of tiles: a value and what it is."""
+    """Return a row of tiles, one for each pair of a value and its description."""
     made = "".join(
         f'<div class="tile"><b>{escape(big)}</b><span class="dim">{escape(small)}</span></div>' for big, small in values
     )

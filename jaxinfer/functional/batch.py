@@ -18,7 +18,7 @@ Array: TypeAlias = Any
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["tokens", "positions", "tables", "seen", "states"],
+    data_fields=["tokens", "positions", "tables", "seen", "states", "adapters"],
     meta_fields=["items"],
 )
 @dataclass(frozen=True)
@@ -39,12 +39,17 @@ class DecodeBatch:
     """With cross-attention: first and end of the encoder positions visible to each token, `[B, 2]`."""
     states: DecodeSlots | None = None
     """With recurrent layers: state slot of each sequence."""
+    adapters: Array | None = None
+    """With adapters: slot of each sequence's adapter, `[B]`; -1 for none (`layers.adapters`)."""
 
 
 @partial(
     jax.tree_util.register_dataclass,
     meta_fields=["tile"],
-    data_fields=["tokens", "positions", "rows", "rope_lengths", "tables", "tiles", "count", "last", "seen", "states"],
+    data_fields=[
+        *("tokens", "positions", "rows", "rope_lengths", "tables", "tiles", "count", "last"),
+        *("seen", "states", "adapters"),
+    ],
 )
 @dataclass(frozen=True)
 class PrefillBatch:
@@ -76,6 +81,8 @@ class PrefillBatch:
     """
     states: Segments | None = None
     """With recurrent layers: slots that segments of the tokens start from and store their states to."""
+    adapters: Array | None = None
+    """With adapters: slot of each token's adapter, `[T]`; -1 for none (`layers.adapters`)."""
 
 
 def prefill_batch(

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from jaxinfer.errors import ConfigError
 from jaxinfer.functional import taps
@@ -20,6 +21,7 @@ from jaxinfer.functional.batch import PrefillBatch, tile_count
 from jaxinfer.functional.forward import prefill_hidden
 from jaxinfer.functional.program import Program, abstract_cache, split
 from jaxinfer.kernels.attention.paged import Cache
+from jaxinfer.kernels.attention.quantised_cache import AUTO
 from jaxinfer.kernels.state.slots import StepSegments
 from jaxinfer.models.base import LanguageModel
 from jaxinfer.sharding import make_mesh
@@ -37,7 +39,7 @@ class StepShape:
 
     attention_kernel: str
     matmul_kernel: str
-    """As the engine's settings of these names."""
+    """Kernels, as in the engine's settings of these names."""
     tokens: int
     """T: tokens of a step."""
     rows: int
@@ -54,6 +56,13 @@ class StepShape:
     """W: blocks of a block table."""
     block_size: int
     """P."""
+    kv_cache_dtype: str = AUTO
+    """How keys and values are stored, as in the engine's setting of this name."""
+
+
+def mesh_of(module: LanguageModel) -> Mesh:
+    """Return the mesh that a module was made on; one device for a module that does not say it."""
+    return getattr(module, "mesh", None) or make_mesh(1)
 
 
 def log_probabilities(logits: jax.Array) -> jax.Array:
@@ -62,7 +71,7 @@ def log_probabilities(logits: jax.Array) -> jax.Array:
 
 
 def chosen(normal: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Return `[B]` of log-probabilities `[B, V]`, those of `tokens` `[B]`; -inf for ids of V or more."""
+    """Select the log-probability of each of `tokens` `[B]` from `[B, V]`; -inf for ids of V or more."""
     ids = jnp.maximum(tokens, 0)[:, None]
     return jnp.take_along_axis(normal, ids, axis=-1, mode="fill", fill_value=-jnp.inf)[:, 0]
 
@@ -70,7 +79,14 @@ def chosen(normal: jax.Array, tokens: jax.Array) -> jax.Array:
 def logits(module: LanguageModel, tokens: jax.Array, shape: StepShape, experts: jax.Array | None = None) -> jax.Array:
     """Return the engine's next-token logits, float32 `[B, L, V]`, for token ids `[B, L]`.
 
-    `experts` `[B, L, N, k]`: experts of each token in the N layers that have some; None to choose them.
+    Args:
+        module: the model, with the engine's weights.
+        tokens: token ids `[B, L]`; shorter sequences are padded at the end.
+        shape: the engine's step, `LLM.step_shape`.
+        experts: experts `[B, L, N, k]` of each token in the N layers that have some; None for the routers' choice.
+
+    Raises:
+        ConfigError: the sequences are longer than the engine's, or `experts` has another shape.
     """
     program, params, hidden = _hidden(module, tokens, shape, experts)
     own = program.module(params)
@@ -81,7 +97,7 @@ def logits(module: LanguageModel, tokens: jax.Array, shape: StepShape, experts: 
 def logprobs(module: LanguageModel, tokens: jax.Array, shape: StepShape, experts: jax.Array | None = None) -> jax.Array:
     """Return the engine's log-probability of each token after the first, float32 `[B, L - 1]`, for ids `[B, L]`.
 
-    `experts` as in `logits`.
+    Arguments and errors are those of `logits`.
     """
     program, params, hidden = _hidden(module, tokens, shape, experts)
     own = program.module(params)
@@ -144,7 +160,7 @@ def _hidden(
         )
     own = nnx.merge(*nnx.split(module))  # `split` sets the kernels of its module
     kernels = {"attention_kernel": shape.attention_kernel, "matmul_kernel": shape.matmul_kernel}
-    program, params = split(own, make_mesh(1), deterministic=True, **kernels)
+    program, params = split(own, mesh_of(module), deterministic=True, kv_cache_dtype=shape.kv_cache_dtype, **kernels)
     chunks = -(-length // shape.tokens)
     padded = jnp.pad(tokens.astype(jnp.int32), ((0, 0), (0, chunks * shape.tokens - length)))
     steps = _steps(count, length, chunks, program, shape)

@@ -34,6 +34,7 @@ from jaxinfer.kernels.attention.paged import Cache, DecodeRows, PrefillTiles, Sl
 from jaxinfer.kernels.attention.xla_attention import TILE
 from jaxinfer.kv import groups as kv_groups
 from jaxinfer.kv.groups import Place
+from jaxinfer.layers import adapters
 from jaxinfer.layers.attention import GroupStep, StepContext
 from jaxinfer.layers.encoder import EncodeStep
 from jaxinfer.models.base import FeatureRows, LanguageModel
@@ -71,9 +72,19 @@ def prefill(
     batch: PrefillBatch,
     features: FeatureRows | None = None,
 ) -> tuple[jax.Array, Cache]:
-    """Run prefill chunks and return float32 logits `[S, V']` of the tokens in `batch.last`, and the new cache.
+    """Run prefill chunks of S sequences.
 
-    `features` are encoder rows that replace the embeddings of some tokens.
+    Args:
+        program, params: model, from `split`.
+        cache: cache of `init_cache`, or the one that the previous call returned; donate it.
+        batch: chunks, made by `prefill_batch`.
+        features: encoder rows that replace the embeddings of some tokens; None without images.
+
+    Returns:
+        Float32 logits `[S, V']` of the tokens in `batch.last`, and the cache with the tokens' keys and values.
+
+    Raises:
+        ValueError: `batch.tables` are not those of the model's groups, or `batch.seen` is missing.
     """
     hidden, cache = prefill_hidden(program, params, cache, batch, features)
     return program.module(params).logits(hidden[batch.last]), cache
@@ -91,8 +102,10 @@ def prefill_hidden(
 ) -> tuple[jax.Array, Cache]:
     """Run `prefill`, but return the hidden states `[T, M]` of all tokens in place of logits.
 
-    `taps` read and change the outputs of modules (`functional.taps`). `routed` are experts of each layer's tokens, in
-    place of the routers' own choice (`StepContext.routed`).
+    Args:
+        program, params, cache, batch, features: as for `prefill`.
+        taps: module outputs that are recorded or changed (`functional.taps`).
+        routed: experts of each layer's tokens, in place of the routers' own choice (`StepContext.routed`).
     """
     tables, size = _flat(program, batch.tables)
     tiles = [batch.tiles.at[:, 0].add(group * size) if group else batch.tiles for group in range(program.layout.groups)]
@@ -102,11 +115,22 @@ def prefill_hidden(
     ]
     step = _context(program, cache, batch, batch.rows, batch.rope_lengths, rows, tile=batch.tile)
     step = replace(step, routed=routed)
-    return _tapped(program, params, taps)(batch.tokens, step, cache, features)
+    return _prepared(program, params, batch, taps)(batch.tokens, step, cache, features)
 
 
 def decode(program: Program, params: Sequence[jax.Array], cache: Cache, batch: DecodeBatch) -> tuple[jax.Array, Cache]:
-    """Run one decode step and return float32 logits `[B, V']` and the new cache."""
+    """Run one decode step of B sequences.
+
+    Args:
+        program, params, cache: as for `prefill`.
+        batch: one token, position and block table per sequence.
+
+    Returns:
+        Float32 logits `[B, V']`, and the cache with the tokens' keys and values.
+
+    Raises:
+        ValueError: as `prefill`.
+    """
     hidden, cache = decode_hidden(program, params, cache, batch)
     return program.module(params).logits(hidden), cache
 
@@ -124,11 +148,16 @@ def decode_hidden(
     ]
     owners = jnp.arange(size)
     step = _context(program, cache, batch, owners, batch.positions + 1, rows, items=batch.items)
-    return _tapped(program, params, taps)(batch.tokens, step, cache)
+    return _prepared(program, params, batch, taps)(batch.tokens, step, cache)
 
 
-def _tapped(program: Program, params: Sequence[jax.Array], taps: Taps | None) -> LanguageModel:
+def _prepared(
+    program: Program, params: Sequence[jax.Array], batch: DecodeBatch | PrefillBatch, taps: Taps | None
+) -> LanguageModel:
+    """Return the module of this trace, with the adapters of the batch's tokens and the taps."""
     module = program.module(params)
+    if batch.adapters is not None:
+        adapters.attach(module, batch.adapters)
     if taps is not None:
         taps.attach(module)
     return module

@@ -28,7 +28,9 @@ import numpy as np
 from jaxinfer import functional
 from jaxinfer.errors import CacheConsumedError, CapacityError, ConfigError
 from jaxinfer.functional import DecodeBatch, PrefillBatch, Program
+from jaxinfer.kernels.attention import paged
 from jaxinfer.kernels.attention.paged import Cache, KVCache
+from jaxinfer.kernels.attention.quantised_cache import dequantise
 from jaxinfer.kernels.attention.xla_attention import item_keys
 from jaxinfer.kv import contiguous
 from jaxinfer.kv import groups as kv_groups
@@ -44,7 +46,7 @@ class GrowingCache:
 
     program: Program
     arrays: Cache
-    """Keys and values, `[N, K, P, D]`."""
+    """Keys and values, `[N, K, P, D]`, as `Program.kv_cache_dtype` says."""
     regions: Regions
     """Layout of the rows' blocks."""
     lengths: tuple[int, ...]
@@ -104,7 +106,7 @@ class GrowingCache:
         empty, places = cls.reserve(program, rows, capacity, step), program.layout.places
         for number, (layer, place) in enumerate(zip(layers, places, strict=True)):
             pair = empty.arrays[place.array]
-            for name, given, array in zip(("keys", "values"), layer, pair, strict=True):
+            for name, given, array in zip(("keys", "values"), layer, pair[:2], strict=True):
                 expected = None if array is None else (rows, array.shape[1], length, array.shape[3])
                 found = None if given is None else np.shape(given)
                 if found != expected:
@@ -139,12 +141,19 @@ class GrowingCache:
         return self.regions.tables(np.arange(self.regions.rows), self.regions.width)
 
     def layer(self, number: int, length: int | None = None) -> tuple[jax.Array, jax.Array | None]:
-        """Copy keys and values `[R, K, S, D]` of a layer's first `length` positions (default: the longest row's)."""
+        """Copy keys and values `[R, K, S, D]` of a layer's first `length` positions (default: the longest row's).
+
+        They are of the model's dtype, also from a quantised cache.
+        """
         self._check_current()
         place, length = self.program.layout.places[number], max(self.lengths) if length is None else length
         table = self._tables()[place.group]
-        keys, values = jax.tree.map(lambda array: contiguous.read(array, table, length), self.arrays[place.array])
-        return keys, values
+        found = jax.tree.map(lambda array: contiguous.read(array, table, length), self.arrays[place.array])
+        keys, values, *scales = found
+        if not found.quantised:
+            return keys, values
+        wide = (None if codes is None else dequantise(codes, own) for codes, own in zip((keys, values), scales))
+        return tuple(None if array is None else array.astype(self.program.dtype) for array in wide)
 
     def copy(self) -> "GrowingCache":
         """Copy the cache to new memory."""
@@ -217,7 +226,8 @@ class GrowingCache:
 
 @partial(jax.jit, donate_argnums=0)
 def _fill(pair: KVCache, layer: Sequence[jax.Array | None], table: jax.Array) -> KVCache:
-    return jax.tree.map(lambda array, given: contiguous.fill(array, given, table), pair, KVCache(*layer))
+    given = paged.as_stored(pair, *layer)
+    return jax.tree.map(lambda array, own: contiguous.fill(array, own, table), pair, given)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)

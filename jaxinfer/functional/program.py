@@ -15,11 +15,14 @@ from jaxinfer.errors import ConfigError
 from jaxinfer.functional.batch import Array
 from jaxinfer.kernels.attention import choose as attention
 from jaxinfer.kernels.attention.paged import Cache
+from jaxinfer.kernels.attention.quantised_cache import AUTO
 from jaxinfer.kernels.attention.xla_attention import TILE
 from jaxinfer.kernels.matmul import choose as matmul
+from jaxinfer.kernels.triton import triton_launch
 from jaxinfer.kv import cache as kv_cache
 from jaxinfer.kv.groups import Layout, layout
-from jaxinfer.kv.spec import Full, State
+from jaxinfer.kv.spec import Full, State, with_codes
+from jaxinfer.layers import adapters
 from jaxinfer.layers.attending import use_attention
 from jaxinfer.layers.embedding import Embedding
 from jaxinfer.layers.linear import use_fusion, use_kernel
@@ -56,6 +59,12 @@ class Program:
     deterministic: bool = False
     """Whether a token's result may depend on nothing but its own sequence: kernels divide their work in the same way
     for every token, and recurrent layers advance one token at a time (`engine.runner.mixed`)."""
+    divided_logits: bool = False
+    """Whether logits are divided over the mesh by columns, as the head's rows are."""
+    kv_cache_dtype: str = AUTO
+    """How keys and values are stored, as in `EngineConfig`; the specs say it for each layer."""
+    adapters: bool = False
+    """Whether projections have LoRA adapters, so that batches say which one each token has (`layers.adapters`)."""
 
     @property
     def layout(self) -> Layout:
@@ -75,17 +84,26 @@ def split(
     matmul_kernel: str = attention.AUTO,
     fuse_projections: bool = True,
     deterministic: bool = False,
+    kv_cache_dtype: str = AUTO,
 ) -> tuple[Program, list[Array]]:
     """Split a module into a static program and the flat list of its parameters (shapes if the module is abstract).
 
     The list is flat because dispatch takes 0.08 ms with it and 11.6 ms through `nnx.jit`.
 
+    Args:
+        module: the model; its layers are set to the chosen kernels.
+        mesh: mesh of the parameters; None for one over a single device.
+        attention_kernel, matmul_kernel, deterministic, kv_cache_dtype: as in `EngineConfig`.
+        fuse_projections: whether projections with the same input are computed by one product.
+
     Raises:
-        ConfigError: a kernel is unknown or does not support these devices.
+        ConfigError: a kernel or `kv_cache_dtype` is unknown or does not support these devices.
     """
     mesh = make_mesh() if mesh is None else meshes.normalise(mesh)
     product = matmul.choose(matmul_kernel, mesh)
-    use_kernel(module, matmul.stable(product) if deterministic else product)
+    # XLA cannot divide the call of a kernel over devices.
+    target = triton_launch.target(mesh) if mesh.size == 1 else None
+    use_kernel(module, matmul.stable(product) if deterministic else product, target)
     use_fusion(module, fuse_projections)
     kernel = attention.choose(attention_kernel, mesh)
     use_attention(module, kernel)
@@ -93,14 +111,27 @@ def split(
     params, tree = jax.tree.flatten(state)
     dtype = _activation_dtype(module, params)
     vocab = -(-module.config.vocab_size // meshes.size(mesh)) * meshes.size(mesh)
-    specs = tuple(module.cache_specs())
-    widest = max(spec.head_dim for spec in specs if isinstance(spec, Full))
+    attention.check_cache(kernel, kv_cache_dtype, dtype, mesh)
+    specs = with_codes(module.cache_specs(), kv_cache_dtype)
+    widths = [spec.head_dim for spec in specs if isinstance(spec, Full)]
+    if not widths:
+        raise ConfigError(
+            f"the {type(module).__name__} has no attention layer (layer_types, attn_layer_indices), and needs one: the "
+            "lengths of sequences are those of its blocks"
+        )
+    widest = max(widths)
     tile = attention.prefill_tile(kernel, module.config.query_group, widest, dtype.itemsize)
     if deterministic and kernel == attention.XLA:
         tile = SMALL_TILE
     program = Program(graph, tree, specs, vocab, dtype, mesh, kernel, tile, module.config.features)
+    program = replace(program, adapters=bool(adapters.parts(module)), divided_logits=_divides_logits(module))
     width, cross = _feature_width(program, params), module.config.cross
-    return replace(program, feature_width=width, cross=cross, deterministic=deterministic), params
+    program = replace(program, deterministic=deterministic, kv_cache_dtype=kv_cache_dtype)
+    return replace(program, feature_width=width, cross=cross), params
+
+
+def _divides_logits(module: nnx.Module) -> bool:
+    return any(part.logit_shards > 1 for _, part in nnx.iter_modules(module) if isinstance(part, Embedding))
 
 
 def _activation_dtype(module: nnx.Module, params: Sequence[Array]) -> jnp.dtype:
@@ -145,6 +176,11 @@ def init_cache(program: Program, num_blocks: int, block_size: int = 16, slots: i
 
     A layer has arrays of its own, or shares them with layers of other groups (`Program.layout`). A recurrent layer has
     its own arrays, `[slots, ...]`.
+
+    Args:
+        num_blocks: N, blocks of each array.
+        block_size: P, positions in a block.
+        slots: states of each recurrent layer; ignored without such layers.
     """
     return kv_cache.allocate(abstract_cache(program, num_blocks, block_size, slots))
 

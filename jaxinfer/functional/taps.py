@@ -1,8 +1,8 @@
 """Read and change the outputs of a model's modules, by path, while a step is traced.
 
-A step that reads nothing has no taps, so it is the same program as without this file. A path is that of the module in
-jaxinfer's model: "layers.11" (the output of a layer, after both residuals), "layers.11.attention", "layers.11.mlp",
-"embedding", "norm". Names of Hugging Face with "model." in front are accepted where they are the same otherwise.
+A step that neither captures nor changes outputs has no taps and is compiled without any change. A path is that of the
+module in jaxinfer's model: "layers.11" (the output of a layer, after both residuals), "layers.11.attention",
+"layers.11.mlp", "embedding", "norm". Hugging Face names that differ only by the prefix "model." are accepted.
 """
 
 import math
@@ -60,7 +60,7 @@ class Taps:
         several = type(output) is tuple
         value = output[0] if several else output
         if not isinstance(value, jax.Array) or value.ndim < 2:
-            raise ConfigError(f"{path} gives no array [tokens, ...] that could be read; name the module around it")
+            raise ConfigError(f"{path} has no output array [tokens, ...]; name the module that contains it")
         if path in self._add:
             value = (value + self._add[path]).astype(value.dtype)
         self._found[path] = value
@@ -74,7 +74,7 @@ class Taps:
         """
         for path in (*self._capture, *self._add):
             if path not in (LAST, EXPERTS) and path not in self._found:
-                raise ConfigError(f"{path} is not called in a step of text; name the module around it")
+                raise ConfigError(f"{path} is not called when text is computed; name the module that contains it")
         found = {LAST: hidden} | self._found
         if EXPERTS in self._capture:
             found[EXPERTS] = jnp.stack([self._found[path] for path in self._routers], axis=1)
@@ -92,7 +92,7 @@ def _tapped(kind: type) -> type:
 
 
 def normalise(path: str) -> str:
-    """Return a path as this file uses it."""
+    """Return a path without the prefix "model." of Hugging Face names."""
     return path.removeprefix("model.")
 
 

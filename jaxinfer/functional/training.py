@@ -7,7 +7,7 @@
 
 The serving kernels use loops with run-time bounds, which have no derivative. Here all sequences have one length, so
 attention (`kernels.attention.uncached_attention`), recurrence (`kernels.state.delta`), convolutions and expert products
-are plain operations. Everything else is the same code. On one device only.
+are plain operations. Everything else is the same code. A module that was made on a mesh is computed there.
 
 Their sums are taken in another order than serving's, so that log-probabilities differ from a rollout's in their last
 bits. With `serving=llm.step_shape` of an `LLM(deterministic=True)` they do not: values are computed by the serving
@@ -20,6 +20,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from jaxinfer.errors import ConfigError
 from jaxinfer.functional import deterministic
@@ -33,20 +34,30 @@ from jaxinfer.kv.groups import layout
 from jaxinfer.layers.attention import GroupStep, StepContext
 from jaxinfer.layers.linear import use_kernel
 from jaxinfer.models.base import LanguageModel
-from jaxinfer.sharding import make_mesh
 
 
 def prepare(module: LanguageModel) -> None:
     """Set the module to differentiable matrix products; `functional.split` sets it back for serving.
 
     Raises:
-        ConfigError: the model reads more than tokens.
+        ConfigError: the model reads more than tokens, or weights are kept in 4 bits, which have no gradients.
     """
+    packed = [path for path, param in nnx.to_flat_state(nnx.state(module, nnx.Param)) if _is_packed(param)]
+    if packed:
+        name = ".".join(map(str, packed[0]))
+        raise ConfigError(
+            f"{name} and {len(packed) - 1} other parameters are codes of 4 bits, which have no gradients; load the "
+            "checkpoint with quantization='dequantize' to train it"
+        )
     if module.config.features is not None or module.config.cross is not None:
         raise ConfigError(
             f"{type(module).__name__} reads images, audio or encoder inputs; training supports text-only models"
         )
     use_kernel(module, matmul.RAGGED)
+
+
+def _is_packed(param: nnx.Variable) -> bool:
+    return param.get_value().dtype == jnp.uint8
 
 
 def logits(
@@ -65,10 +76,10 @@ def logits(
         module: the model, after `prepare`.
         tokens: `[B, L]`.
         serving: `LLM.step_shape`, for the bits that this engine serves; None for plain operations.
-        remat: whether the gradient computes each layer's activations again in place of keeping them.
+        remat: whether the gradient computes each layer's activations again instead of keeping them.
         routed_experts: experts of each token, `[B, L, N, k]` for N layers with experts, which take the place of the
-            routers' own choice, or `[B, L - 1, N, k]`, where the last token's make no difference, as rollouts give them
-            (`CompletionOutput.routed_experts`). Weights of the experts are computed as ever, and have gradients.
+            routers' own choice, or `[B, L - 1, N, k]` as in `CompletionOutput.routed_experts`, since the last token's
+            do not matter. The router's weights of these experts are computed as usual, and have gradients.
     """
     experts = _padded(routed_experts, tokens)
 
@@ -88,9 +99,9 @@ def logprobs(
     remat: bool = False,
     routed_experts: jax.Array | None = None,
 ) -> jax.Array:
-    """Return the log-probability of each token after the first, float32 `[B, L - 1]`; arguments as of `logits`.
+    """Return the log-probability of each token after the first, float32 `[B, L - 1]`; arguments as for `logits`.
 
-    With `serving` they are those of `SamplingParams(logprobs=0)` and `prompt_logprobs`, bit for bit.
+    With `serving` the values equal those of `SamplingParams(logprobs=0)` and `prompt_logprobs` bit for bit.
     """
     experts = _padded(routed_experts, tokens)
 
@@ -148,7 +159,7 @@ def _plain_logits(
 ) -> jax.Array:
     """Return `[B, L, V]`, computed by plain operations."""
     batch, length = tokens.shape
-    mesh, cache_layout = make_mesh(1), layout(tuple(module.cache_specs()))
+    mesh, cache_layout = deterministic.mesh_of(module), layout(tuple(module.cache_specs()))
     whole, positions = FullSequences(length), jnp.tile(jnp.arange(length, dtype=jnp.int32), batch)
     step = StepContext(
         positions=positions,
@@ -162,12 +173,12 @@ def _plain_logits(
         remat=remat,
         routed=deterministic.by_layer(module, None if experts is None else experts.reshape(-1, *experts.shape[2:])),
     )
-    hidden, _ = module(tokens.reshape(-1), step, _nothing(module, cache_layout.array_specs, cache_layout.states))
+    hidden, _ = module(tokens.reshape(-1), step, _nothing(module, mesh, cache_layout.array_specs, cache_layout.states))
     return module.logits(hidden).reshape(batch, length, -1)[..., : module.config.vocab_size]
 
 
-def _nothing(module: LanguageModel, cache: tuple, states: tuple) -> Cache:
+def _nothing(module: LanguageModel, mesh: Mesh, cache: tuple, states: tuple) -> Cache:
     """Allocate a cache of one position, which layers pass through unused."""
     dtype = module.embedding.dtype
-    shapes = kv_cache.abstract((*cache, *states), 1, 1, dtype, make_mesh(1), 1)
+    shapes = kv_cache.abstract((*cache, *states), 1, 1, dtype, mesh, 1)
     return jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)

@@ -74,7 +74,8 @@ def render_chat(
         ChatTemplateError: the template is missing, raises (on an unknown role, for example), or exceeds the time,
             memory or length limit.
     """
-    given = {"tools": tools, "continue_final_message": continue_final_message or None}
+    continued = None if continue_final_message is False else continue_final_message
+    given = {"tools": tools, "continue_final_message": continued}
     variables = _variables(chat_template_kwargs, given)
     field = _continued(variables.pop("continue_final_message", None), add_generation_prompt)
     chats, several = conversations(messages, images=image_marker is not None)
@@ -123,8 +124,7 @@ def _variables(kwargs: Any, given: Mapping[str, Any]) -> dict[str, Any]:
             raise TypeError(f"every key of chat_template_kwargs must be a string, got {describe(key)}.")
         if key in _RESERVED or key.startswith("_"):
             raise ValueError(
-                f"chat_template_kwargs cannot set {key!r}: the name is reserved, since it is no variable of the "
-                "template."
+                f"chat_template_kwargs cannot set {key!r}: the name is reserved and is not a variable of the template."
             )
         if given.get(key) is not None:
             raise ValueError(f"{key} is given twice: leave it out of chat_template_kwargs.")

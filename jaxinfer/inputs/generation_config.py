@@ -145,8 +145,8 @@ def forced_id(source: Mapping[str, Any], name: str) -> int | None:
 def eos_ids(config: Mapping[str, Any], generation_config: Mapping[str, Any], tokenizer: Any = None) -> tuple[int, ...]:
     """Return the EOS token ids of generation_config.json, else of config.json, and that of the tokenizer, as in vLLM.
 
-    Fine-tuning tools give the tokenizer the end of a chat's turn as its EOS token, and often leave the base model's in
-    the other files. Answers of such a model would never end without the tokenizer's.
+    Fine-tuning tools often set the tokenizer's EOS token to the end of a chat turn, and leave the base model's EOS id
+    in the other files. Without the tokenizer's, the answers of such a model would never end.
 
     Args:
         config: config.json as plain JSON; `text_config`, then `llm_config`, is read if the top level has no

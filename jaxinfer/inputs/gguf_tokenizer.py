@@ -1,7 +1,7 @@
 """Build the tokenizer of a GGUF file from its metadata: byte-level BPE ("gpt2"), or SentencePiece BPE ("llama").
 
-The tokenizers are those that Hugging Face publishes for the same models; what splits a text before merges is known to a
-GGUF file by name only (`llama-vocab.cpp` of llama.cpp has the patterns).
+The tokenizers equal those that Hugging Face publishes for the same models. A GGUF file has only the name of the pattern
+that splits a text before merges; the patterns are those of `llama-vocab.cpp` of llama.cpp.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from jaxinfer.inputs.byte_bpe import byte_letters
 UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 2, 3, 4, 5
 """Values of `tokenizer.ggml.token_type`."""
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
-"""What SentencePiece writes for a space."""
+"""Character that SentencePiece writes for a space."""
 
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -42,8 +42,8 @@ PATTERNS: Mapping[str, str | None] = {
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), QWEN2),
     "tekken": TEKKEN,
 }
-"""Pattern that isolates pieces of a text, by `tokenizer.ggml.pre`; None for GPT-2's alone. GPT-2's splitting follows
-where digits alone are isolated."""
+"""Pattern that splits a text into pieces, by `tokenizer.ggml.pre`; None for GPT-2's pattern. If the pattern isolates
+only digits, GPT-2's pattern splits the rest."""
 WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "tekken")
 """Values of `tokenizer.ggml.pre` of vocabularies made of ranks: a piece that is a token is not merged from parts, and
 texts begin with BOS unless the file says otherwise."""
@@ -79,7 +79,7 @@ def backend(directory: Path) -> tuple[Tokenizer, dict[str, Any]]:
     made, add_bos = _BUILDERS[kind](file, tokens, types)
     for added, special in ((CONTROL, True), (USER_DEFINED, False)):
         texts = [text for text, own in zip(tokens, types, strict=True) if own == added and text]
-        # A run of spaces that is spelt otherwise in the vocabulary would get an id of its own.
+        # Adding a run of spaces that the vocabulary spells differently would give it a new id.
         known = [text for text in texts if made.token_to_id(text) is not None]
         made.add_tokens([AddedToken(text, special=special, normalized=False) for text in known])
     known = {
@@ -96,14 +96,14 @@ def _byte_level(file: GgufFile, tokens: list[str], types: list[int]) -> tuple[To
     kind = file.get("tokenizer.ggml.pre", str, "default")
     if kind not in PATTERNS:
         raise CheckpointError(
-            f"{file.path}: tokenizer.ggml.pre is {kind!r}, and how it splits a text is not known here; known: "
+            f"{file.path}: tokenizer.ggml.pre is {kind!r}, whose way of splitting a text is not supported; supported: "
             f"{', '.join(PATTERNS)}. To serve the model, {REMEDY}."
         )
     letters = byte_letters()
     alphabet = set(letters)
     vocab: dict[str, int] = {}
     for number, (text, own) in enumerate(zip(tokens, types, strict=True)):
-        if own not in (CONTROL, USER_DEFINED) and not set(text) <= alphabet:  # a token that is not spelt in bytes
+        if own not in (CONTROL, USER_DEFINED) and not set(text) <= alphabet:  # text in UTF-8 instead of byte letters
             text = "".join(letters[byte] for byte in text.encode())
         if own != UNUSED:
             vocab.setdefault(text, number)
@@ -177,7 +177,7 @@ def _merges(vocab: Mapping[str, int], scores: list[float]) -> list[tuple[str, st
 
 
 def _token(file: GgufFile, key: str, tokens: list[str]) -> str | None:
-    """Return the text of a special token that the metadata names by its id."""
+    """Return the text of the special token whose id is in metadata `key`; None if the file has none."""
     number = file.get(f"tokenizer.ggml.{key}", int)
     if number is not None and number >= len(tokens):
         raise CheckpointError(
@@ -188,7 +188,7 @@ def _token(file: GgufFile, key: str, tokens: list[str]) -> str | None:
 
 
 def _add_ends(made: Tokenizer, file: GgufFile, known: Mapping[str, str], add_bos: bool) -> None:
-    """Add BOS and EOS to encoded texts where the file says so."""
+    """Make the tokenizer add BOS and EOS to texts if the file sets this."""
     bos = known.get("bos_token") if file.get("tokenizer.ggml.add_bos_token", bool, add_bos) else None
     eos = known.get("eos_token") if file.get("tokenizer.ggml.add_eos_token", bool, False) else None
     if bos is None and eos is None:

@@ -18,8 +18,8 @@ from jaxinfer.structured_outputs import StructuredOutputsParams
 log = logging.getLogger(__name__)
 
 WHITESPACE = r"\x20|\r?\n[\x20\t]{0,40}"
-"""Whitespace between the parts of JSON: one space, or a line break and an indentation. Small models repeat whitespace
-without end where they may."""
+"""Whitespace between the parts of JSON: one space, or a line break and an indentation. Small models that
+may write any whitespace repeat it without end."""
 MAX_GRAMMARS = 32
 """Maximum number of compiled grammars that are kept for later requests, the least recently used dropped first."""
 MAX_REASON = 200
@@ -91,7 +91,7 @@ class Grammars:
         return made
 
     def _stand_in(self) -> int:
-        """Return a token for llguidance to mark ends by, which is never sampled: this model has no EOS token."""
+        """Return a token id, never sampled, that llguidance takes for EOS, as this model has no EOS token."""
         own = self._hf.eos_token_id
         if own is not None:
             return own
@@ -100,7 +100,7 @@ class Grammars:
 
 
 def _source(params: StructuredOutputsParams) -> str:
-    """Return a structure in llguidance's own form; raises ValueError if it is none."""
+    """Convert a structure to llguidance's grammar format; raises ValueError if it is invalid."""
     matcher = _library("llguidance").LLMatcher
     if params.kind in ("json", "json_object"):
         options: dict[str, Any] = {"whitespace_pattern": WHITESPACE}

@@ -2,13 +2,14 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from jaxinfer._utils.checks import as_token_id, describe
+from jaxinfer.adapter import Adapter, find
 from jaxinfer.beam_params import BeamParams, beam_sampling
 from jaxinfer.config import EngineConfig
 from jaxinfer.engine.beam_search.beams import Beams
@@ -53,11 +54,19 @@ Params = SamplingParams | Sequence[SamplingParams] | Any | None
 class InputProcessor:
     """Input processor of a model: parses prompts, renders chats and makes checked requests.
 
-    `limits`: vocabulary and length limits of the model and its engine.
+    `limits`: vocabulary and length limits of the model and its engine; `adapters`: the engine's adapters by name, None
+        if it takes none.
     """
 
-    def __init__(self, opened: LoadedModel, config: EngineConfig, limits: ModelLimits, chat_template: str | None):
-        self.limits = limits
+    def __init__(
+        self,
+        opened: LoadedModel,
+        config: EngineConfig,
+        limits: ModelLimits,
+        chat_template: str | None,
+        adapters: Mapping[str, Adapter] | None = None,
+    ):
+        self.limits, self._adapters = limits, adapters
         self._opened, self._config, self._chat_template = opened, config, chat_template
         self._grammars = Grammars(opened.tokenizer, limits.vocab_size, limits.eos_token_ids)
         self._numbers = itertools.count()
@@ -112,7 +121,7 @@ class InputProcessor:
         """
         if self._config.deterministic:
             raise ValueError(
-                "beam_search is not available with deterministic=True, whose one step program does not rank "
+                "beam_search is not available with deterministic=True, whose step program does not rank "
                 "continuations; make another LLM without it, or sample with n"
             )
         requests = self.requests(prompts, beam_sampling(params, self._opened.default_params, most))
@@ -162,10 +171,12 @@ class InputProcessor:
         room = (self._config.max_model_len or config.max_length) - len(ids)
         asked = len(ids) + (room if params.max_tokens is None else min(params.max_tokens + extra, room))
         fields = dict(limit=len(ids) + own.max_tokens, asked=asked, inputs=inputs, cross=cross, rule=rule)
-        return self._made(prompt, ids, own, **fields, grammar=self._grammar(index, own, rule))
+        return self._made(index, prompt, ids, own, **fields, grammar=self._grammar(index, own, rule))
 
-    def _made(self, prompt: Prompt, ids: Sequence[int], params: SamplingParams, **fields: Any) -> Request:
+    def _made(self, index: int, prompt: Prompt, ids: Sequence[int], params: SamplingParams, **fields: Any) -> Request:
         number, config = next(self._numbers), self._opened.module.config
+        if prompt.adapter is not None:
+            fields["adapter"] = find(self._adapters, prompt.adapter, f"prompt {index}")
         return Request(
             id=str(number),
             prompt=np.array(ids, np.int32),
@@ -187,7 +198,8 @@ class InputProcessor:
 
         Args:
             prompts: parsed prompts.
-            wants: makes what a request wants from the number of tokens of its prompt, and with its completion.
+            wants: function from the number of tokens of a prompt, and of the prompt with its completion, to what its
+                request computes.
             completions: token ids after each prompt, which are scored; by default none.
 
         Raises:
@@ -201,7 +213,7 @@ class InputProcessor:
                 (ids, cross, _, _), inputs = self._read(index, prompt, encoded, after)
                 whole = [*ids, *after]
                 fields = dict(limit=len(whole), inputs=inputs, cross=cross, wanted=wants(len(ids), len(whole)))
-                made.append(self._made(prompt, whole, params, **fields))
+                made.append(self._made(index, prompt, whole, params, **fields))
         return made
 
     def completions(self, values: Any, count: int) -> list[list[int]]:
@@ -243,12 +255,13 @@ class InputProcessor:
             return None
         if self._config.deterministic:
             raise ValueError(
-                f"structured_outputs of prompt {index} is not available with deterministic=True, whose one step takes "
-                "no masks; make another LLM without it"
+                f"structured_outputs of prompt {index} is not available with deterministic=True, whose step program "
+                "takes no masks; make another LLM without it"
             )
         if rule:
             raise ValueError(
-                f"structured_outputs does not apply to prompt {index}: this model's own rule says which tokens follow."
+                f"structured_outputs does not apply to prompt {index}: this model's own decoding rule decides which "
+                "tokens follow."
             )
         return self._grammars.get(params.structured_outputs)
 
@@ -287,7 +300,7 @@ class InputProcessor:
     ) -> tuple[CrossPrompt, PlacedInputs | None]:
         """Return a prompt's checked token ids with its cross-attention inputs, and its media inputs if it has any.
 
-        `after`: tokens that must fit behind it; None for one that is sampled.
+        `after`: completion tokens that must fit after the prompt; None if a token is sampled instead.
         """
         media, inputs, ids, text = self._opened.media, (), encoded or prompt.token_ids, prompt.text
         read, known = CrossPrompt([], None), self.limits.vocab_size
@@ -303,7 +316,7 @@ class InputProcessor:
             text = media.expand(text, inputs, index) if ids is None else text
         ids = self._encode(text, prompt.special_tokens) if ids is None else ids
         if not ids:
-            raise ValueError(f"prompt {index} has no tokens; pass a text that is not empty, or at least one token id")
+            raise ValueError(f"prompt {index} has no tokens; pass a non-empty text, or at least one token id")
         check_token_ids(ids, known, index)
         limits, of_images = self.limits, sum(one.length for one in inputs)
         if after is None:

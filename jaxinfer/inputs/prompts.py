@@ -13,6 +13,7 @@ from jaxinfer._utils.checks import describe, show_int
 from jaxinfer.media import PromptForms
 
 _KEYS = ("prompt", "prompt_token_ids", "cache_salt")
+_ADAPTER = "adapter"
 _MEDIA = "multi_modal_data"
 _PAIR = ("encoder_prompt", "decoder_prompt")
 _ENCODER, _DECODER = "encoder", "decoder"
@@ -38,6 +39,8 @@ class Prompt:
     """Prompt of the encoder; None for models whose encoder takes no prompt."""
     options: Mapping[str, Any] = field(default_factory=dict, compare=False)
     """Model-specific keys of the prompt's dict (`PromptForms.options`), unchanged."""
+    adapter: str | None = None
+    """Name of the LoRA adapter of the prompt and its output; None for the model as it is."""
 
     @property
     def encoder_text(self) -> str | None:
@@ -49,8 +52,8 @@ def parse_prompts(prompts: Any, *, max_chars: int | None = None, forms: PromptFo
     """Parse prompts in any of the accepted forms.
 
     A prompt is a string, a list of token ids, or a dict with "prompt" or "prompt_token_ids" (or both: the ids are used
-    and the text is returned in the output) and optionally "cache_salt" and "multi_modal_data". `prompts` is one prompt
-    or a list or tuple of prompts; a list of numbers is one prompt of token ids, an empty list is no prompt.
+    and the text is returned in the output) and optionally "cache_salt", "adapter" and "multi_modal_data". `prompts` is
+    one prompt or a list or tuple of prompts; a list of numbers is one prompt of token ids, an empty list is no prompt.
 
     For an encoder-decoder model of text, such a prompt is the encoder's. To set both prompts, pass a dict with
     "encoder_prompt" and "decoder_prompt", each a string, token ids, or a dict with "prompt" or "prompt_token_ids"; the
@@ -143,7 +146,7 @@ def _parse(prompt: Any, index: int, max_chars: int | None, forms: PromptForms) -
     if is_sequence(prompt):
         return Prompt(token_ids=_token_ids(prompt, index))
     if isinstance(prompt, Mapping):
-        return _parse_dict(prompt, index, max_chars, forms)
+        return _parse_dict(prompt, index, max_chars, forms, adapted=True)
     raise TypeError(f"prompt {index} must be a string, a list of token ids or a dict, got {describe(prompt)}.")
 
 
@@ -191,8 +194,11 @@ def _parse_dict(
     forms: PromptForms,
     side: str = _DECODER,
     others: str = "",
+    *,
+    adapted: bool = False,
 ) -> Prompt:
-    keys = (*_KEYS, *([_MEDIA] if forms.media else []), *forms.options)
+    """Parse a dict; `adapted`: whether it may name an adapter, which is that of the decoder."""
+    keys = (*_KEYS, *([_ADAPTER] if adapted else []), *([_MEDIA] if forms.media else []), *forms.options)
     for key in prompt:
         if key in keys:
             continue
@@ -216,7 +222,39 @@ def _parse_dict(
         cache_salt=None if salt is None else _salt(salt, index),
         media=data,
         options={name: prompt[name] for name in forms.options if prompt.get(name) is not None},
+        adapter=adapter_name(prompt.get(_ADAPTER), f"prompt {index}"),
     )
+
+
+def adapter_name(name: Any, where: str) -> str | None:
+    """Return the name of an adapter, or None for none.
+
+    Raises:
+        TypeError: it is no string.
+    """
+    if name is not None and not isinstance(name, str):
+        raise TypeError(f"{where}: adapter must be the name of an adapter, got {describe(name)}")
+    return name
+
+
+def with_adapter(prompts: Sequence[Prompt], adapter: Any) -> list[Prompt]:
+    """Return prompts with an adapter where they name none.
+
+    Args:
+        prompts: parsed prompts.
+        adapter: a name for all of them, or a list with one for each; None for none.
+
+    Raises:
+        TypeError, ValueError: a name is no string, or there are not as many as prompts.
+    """
+    each = list(adapter) if isinstance(adapter, list | tuple) else [adapter] * len(prompts)
+    if len(each) != len(prompts):
+        raise ValueError(f"adapter has {len(each)} entries for {len(prompts)} prompts: pass one for each")
+    names = [adapter_name(one, f"prompt {index}") for index, one in enumerate(each)]
+    return [
+        prompt if prompt.adapter is not None or name is None else replace(prompt, adapter=name)
+        for prompt, name in zip(prompts, names, strict=True)
+    ]
 
 
 def _text(text: str, index: int, max_chars: int | None, side: str = _DECODER) -> str:

@@ -141,5 +141,5 @@ def _ranks(entries: list[Any], path: Path) -> dict[bytes, int]:
         ranks[token] = at
     missing = next((byte for byte in range(256) if bytes([byte]) not in ranks), None)
     if missing is not None:
-        raise CheckpointError(f"{path}: vocab has no token for the byte {missing}, so that not every text can be read.")
+        raise CheckpointError(f"{path}: vocab has no token for the byte {missing}, so some texts cannot be encoded.")
     return ranks

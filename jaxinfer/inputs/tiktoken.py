@@ -68,7 +68,7 @@ def backend(directory: Path) -> tuple[Tokenizer, dict[str, Any]]:
     named = settings.get("tokenizer_class")
     if named != CLASS:
         raise CheckpointError(
-            f"{directory / FILE} says nothing of how text is divided before it, and tokenizer_class in "
+            f"{directory / FILE} does not say how text is split before merging, and tokenizer_class in "
             f"tokenizer_config.json is {named!r}; known is {CLASS!r}. Add a tokenizer.json, which transformers writes "
             "if it may run the checkpoint's code."
         )
@@ -117,7 +117,7 @@ def read_ranks(path: Path) -> dict[bytes, int]:
         raise CheckpointError(f"{path}: the ranks of its {len(ranks)} tokens must be 0 to {len(ranks) - 1}, each once.")
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing:
-        raise CheckpointError(f"{path} has no token for the byte {missing[0]}, so that not every text can be read.")
+        raise CheckpointError(f"{path} has no token for the byte {missing[0]}, so some texts cannot be encoded.")
     return ranks
 
 

@@ -124,7 +124,7 @@ def explain(directory: Path, error: BaseException) -> CheckpointError:
     except CheckpointError as found:
         found.__cause__ = error
         return found
-    made = CheckpointError(f"no tokenizer can be made of {directory} ({cause(error)}): {REMEDY}.")
+    made = CheckpointError(f"the tokenizer of {directory} cannot be loaded ({cause(error)}): {REMEDY}.")
     made.__cause__ = error
     return made
 

@@ -66,7 +66,7 @@ def _check_model_file(directory: Path) -> None:
     kind = model_kind(path)
     if kind == "tiktoken":
         raise CheckpointError(
-            f"{path} holds tiktoken's ranks, which say nothing of how text is divided and which tokens are special; "
+            f"{path} holds tiktoken's ranks, which do not say how text is split and which tokens are special; "
             "give the tokenizer.json of this model."
         )
     if kind is None:

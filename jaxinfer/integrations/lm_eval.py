@@ -34,7 +34,7 @@ class JaxInferLM(TemplateLM):
         settings: arguments of `LLM`, such as `dtype` and `max_model_len`.
 
     Raises:
-        ValueError: the model has no tokenizer, is not a decoder alone, or `max_length` is too large.
+        ValueError: the model has no tokenizer, is not decoder-only, or `max_length` is too large.
     """
 
     def __init__(
@@ -57,11 +57,13 @@ class JaxInferLM(TemplateLM):
         if self.tokenizer is None:
             raise ValueError("lm_eval needs a tokenizer: open the LLM without skip_tokenizer_init")
         if self.llm._opened.cross is not None:
-            raise ValueError("lm_eval runs on models that are decoders alone, and this one reads an encoder's prompt")
-        # A prompt whose log-probabilities are asked has a last token that is only scored, and one that is generated.
-        most = self.llm._input_processor.limits.max_model_len - 2
+            raise ValueError(
+                "lm_eval needs a decoder-only model, and this model has an encoder prompt; open another one"
+            )
+        # The last token of a continuation is scored and not seen.
+        most = self.llm._input_processor.limits.max_model_len - 1
         if max_length is not None and not 1 <= max_length <= most:
-            raise ValueError(f"max_length must be from 1 to {most} (max_model_len - 2), got {max_length}")
+            raise ValueError(f"max_length must be from 1 to {most} (max_model_len - 1), got {max_length}")
         self.max_length, self.max_gen_toks = max_length or most, int(max_gen_toks)
         self.batch_size = 256 if batch_size == "auto" else int(batch_size)
         self._add_bos = add_bos_token

@@ -34,7 +34,6 @@ def score(llm: LLM, pairs: Sequence[tuple[list[int], list[int]]], max_length: in
     Raises:
         ValueError: a context or continuation is empty, or a continuation has more than `max_length` tokens.
     """
-    prompts = []
     for context, continuation in pairs:
         if not context or not continuation:
             raise ValueError(
@@ -43,18 +42,11 @@ def score(llm: LLM, pairs: Sequence[tuple[list[int], list[int]]], max_length: in
             )
         if len(continuation) > max_length:
             raise ValueError(f"a continuation has {len(continuation)} tokens, and max_length is {max_length}")
-        prompts.append((context + continuation)[-(max_length + 1) :])
-    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1, detokenize=False)
-    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
-    return [_sum(output, len(continuation)) for output, (_, continuation) in zip(outputs, pairs, strict=True)]
-
-
-def _sum(output: RequestOutput, count: int) -> Score:
-    """Add up the log-probabilities of the last `count` prompt tokens."""
-    check(output)
-    tokens, tables = output.prompt_token_ids[-count:], output.prompt_logprobs[-count:]
-    entries = [table[token] for token, table in zip(tokens, tables, strict=True)]
-    return Score(sum(entry.logprob for entry in entries), all(entry.rank == 1 for entry in entries))
+    if not pairs:
+        return []
+    prompts = [context[-(max_length + 1 - len(continuation)) :] for context, continuation in pairs]
+    outputs = llm.score([{"prompt_token_ids": prompt} for prompt in prompts], [own for _, own in pairs], use_tqdm=False)
+    return [Score(output.cumulative_logprob, all(rank == 1 for rank in output.ranks)) for output in outputs]
 
 
 def check(output: RequestOutput) -> None:

@@ -38,7 +38,7 @@ class Rollout(BaseRollout):
         tokenizer: tunix' tokenizer adapter. It makes the tokens of prompts and the texts of samples.
         mesh: tunix' mesh of the rollout.
         rollout_config: tunix' settings of sampling and lengths.
-        model: what is served: a directory or Hub id, or the contents of its config.json.
+        model: the served model: a directory or Hub id, or the contents of its config.json.
         to_hf: converts the actor's parameters, by their dotted paths, to tensors by Hugging Face names; by default as
             the actor's package of tunix reads a checkpoint.
         **settings: fields of `EngineConfig`; the engine has the maximum length of `rollout_config` unless

@@ -1,1 +1,1 @@
-"""Base classes of `LLM`: its lifecycle, the requests of a call, methods for people who train, and pictures."""
+"""Base classes of `LLM`: lifecycle, requests of a call, scoring, transcription, weights for trainers, and plots."""

@@ -3,7 +3,8 @@
 import dataclasses
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,24 @@ from jax.sharding import Mesh
 
 from jaxinfer import distributed
 from jaxinfer._utils import compilation_cache, heap
+from jaxinfer.checkpoint import peft
 from jaxinfer.config import CONTIGUOUS, EngineConfig
 from jaxinfer.engine.engine import Engine
 from jaxinfer.engine.engine_thread import CLOSED, EngineThread
 from jaxinfer.engine.multihost import handshake
 from jaxinfer.engine.multihost.replay import Leader, follow
 from jaxinfer.engine.sizing.setup import build_engine
-from jaxinfer.errors import DistributedError, EngineClosedError
+from jaxinfer.errors import ConfigError, DistributedError, EngineClosedError, JaxInferError
 from jaxinfer.inputs.defaults import ModelLimits, length_remedy
 from jaxinfer.inputs.input_processor import InputProcessor
 from jaxinfer.inputs.loaded_model import LoadedModel
+from jaxinfer.llm_base.replicas import Replica, name_of, named
+from jaxinfer.loading.adapters import AdapterTable, extended, with_adapters
 from jaxinfer.loading.load import ModelArguments, open_model, place
+from jaxinfer.loading.replicas import on_mesh
 from jaxinfer.loading.update import WeightTable
+from jaxinfer.sharding import mesh as meshes
+from jaxinfer.sharding.devices import visible_devices
 from jaxinfer.sharding.serving_mesh import Axes
 
 
@@ -42,12 +49,14 @@ class EngineOwner:
         mesh: Mesh | None = None,
         axes: Axes | None = None,
         use_tqdm: bool = True,
+        adapters: Mapping[str, Any] | None = None,
         **settings: Any,
     ):
-        self._closed = False
+        self._closed = self._following = False
         self._name = _name_of(model)
         if mesh is not None and not isinstance(mesh, Mesh):
             raise TypeError(f"mesh must be a jax.sharding.Mesh, got {type(mesh).__name__}")
+        visible_devices()  # joining asks JAX for devices too, and would raise what JAX raises
         self._group = distributed.join(mesh, settings.get("peer_timeout"))
         with distributed.guard(self._group):
             config = EngineConfig.of(settings)
@@ -56,55 +65,110 @@ class EngineOwner:
             if self._group is not None:
                 config, hf_overrides = handshake.share_config(self._group, config, hf_overrides)
             self._mesh, self.config = place(mesh, axes, config, "tensor_parallel_size" in settings, self._group)
-            named = ModelArguments(model, tokenizer, skip_tokenizer_init, revision, hf_overrides)
-            self._start(named, chat_template, use_tqdm)
+            self._meshes = meshes.of_replicas(self._mesh)
+            self._check_replicas()
+            self.config = with_adapters(self.config, adapters, self._group, len(self._meshes))
+            arguments = ModelArguments(model, tokenizer, skip_tokenizer_init, revision, hf_overrides)
+            self._start(arguments, chat_template, use_tqdm, adapters or {})
 
-    def _start(self, named: ModelArguments, chat_template: str | None, use_tqdm: bool) -> None:
-        """Load the model, build its engine and start the engine thread."""
-        group = self._group
-        opened = open_model(named, self.config, self._mesh, group, progress=use_tqdm)
-        module, known = opened.module, opened.tokenizer_len
+    def _start(
+        self, arguments: ModelArguments, chat_template: str | None, use_tqdm: bool, adapters: Mapping[str, Any]
+    ) -> None:
+        """Load the model and its adapters, build its engines and start their threads."""
+        group, config = self._group, self.config
+        for name, given in adapters.items():
+            if not isinstance(given, Mapping):
+                peft.locate(given, f"adapter {name!r}")  # before the weights are loaded
+        opened = open_model(arguments, config, self._mesh, group, progress=use_tqdm)
+        known = opened.tokenizer_len
         self._tokenizer = opened.tokenizer
         if group is not None:
             known = group.all_gather(known)[0]
-        engine = build_engine(module, self.config, self._mesh, sampled_vocab=known)
-        if group is not None:
-            handshake.check_programs(group, engine.runner)
-            engine.runner.leader = None if self._follows else Leader(group)
-        longest, config = engine.runner.shapes.max_length, self.config
-        length_hint = length_remedy(
-            longest, config.max_model_len, module.config.max_length, contiguous=config.cache == CONTIGUOUS
-        )
+        engines = [self._build(index, opened.module, known) for index in range(len(self._meshes))]
+        longest, length = min(engine.runner.shapes.max_length for engine in engines), opened.module.config.max_length
         limits = ModelLimits(
-            module.config.vocab_size,
+            opened.module.config.vocab_size,
             longest,
             opened.eos_token_ids,
             tokenizer_len=known,
-            length_hint=length_hint,
+            length_hint=length_remedy(longest, config.max_model_len, length, contiguous=config.cache == CONTIGUOUS),
             **opened.forced,
         )
-        self._weights = WeightTable(engine.runner.program, engine.runner.params)
-        self._updating = threading.Lock()
+        tables = [WeightTable(engine.runner.program, engine.runner.params) for engine in engines]
         # Without its weights, which would stay in memory after others have replaced them.
-        opened = dataclasses.replace(opened, module=self._weights.module)
-        del module
+        opened = dataclasses.replace(opened, module=tables[0].module)
+        self._updating = threading.Lock()
+        table = AdapterTable(engines[0].runner.program, opened.module, config)
+        for name, given in adapters.items():
+            table.install(table.prepare(name, given, None), engines[0].runner.params)
         self._loaded: tuple[LoadedModel, InputProcessor] | None = (
             opened,
-            InputProcessor(opened, self.config, limits, chat_template),
+            InputProcessor(opened, config, limits, chat_template, table.by_name if config.max_adapters else None),
         )
-        self._thread = EngineThread(engine)
-        # Stops the thread if the LLM is garbage-collected without `close`, and when the interpreter exits.
-        self._finalizer = weakref.finalize(self, _drop, self._thread)
-        if self.config.freeze_gc:
+        self._replicas = [Replica(engine, own, table) for engine, own in zip(engines, tables, strict=True)]
+        del engines
+        # Stops the threads if the LLM is garbage-collected without `close`, and when the interpreter exits.
+        self._finalizer = weakref.finalize(self, _drop, self._threads)
+        if config.freeze_gc:
             heap.freeze()
+        heap.trim()
+
+    def _check_replicas(self) -> None:
+        """Refuse replicas over the devices of several processes."""
+        if len(self._meshes) > 1 and self._group is not None:
+            raise ConfigError(
+                f"axes: 'data' runs {len(self._meshes)} batches, which is not supported for a mesh over several "
+                "processes; leave it out of axes, or make an LLM in each process with a mesh over jax.local_devices()"
+            )
+
+    def _build(self, index: int, module: nnx.Module, sampled_vocab: int | None) -> Engine:
+        """Build the engine of a replica."""
+        mesh, name = self._meshes[index], name_of(index, self._meshes)
+        if len(self._meshes) > 1:
+            module = on_mesh(module, mesh)
+        try:
+            engine = build_engine(extended(module, self.config, mesh), self.config, mesh, sampled_vocab=sampled_vocab)
+        except JaxInferError as error:
+            raise named(error, name) from error
+        engine.name = name
+        if self._group is not None:
+            handshake.check_programs(self._group, engine.runner)
+            engine.runner.leader = None if self._follows else Leader(self._group)
+        return engine
+
+    @property
+    def _threads(self) -> list[EngineThread]:
+        return [replica.thread for replica in self._replicas]
+
+    @property
+    def _thread(self) -> EngineThread:
+        """The engine thread, or that of the first replica."""
+        return self._replicas[0].thread
 
     @property
     def _engine(self) -> Engine:
-        """The engine. The engine thread owns it; code on other threads must only read from it."""
-        engine = getattr(self._thread, "engine", None)
-        if engine is None:
-            raise EngineClosedError(CLOSED)
-        return engine
+        """The engine, or that of the first replica. Code on other threads than its own must only read from it."""
+        return self._replicas[0].engine
+
+    def _together(self, function: Callable[[list[Engine]], Any]) -> Any:
+        """Call a function with all engines while none of them steps, and return its result.
+
+        Each engine's thread waits in a command of the one before it, in the order of the replicas.
+
+        Raises:
+            EngineDeadError: one of several engines is dead.
+        """
+
+        def enter(left: list[Replica]) -> Any:
+            return left[0].thread.run(enter, left[1:]) if left else call()
+
+        def call() -> Any:
+            engines = [replica.engine for replica in self._replicas]
+            for engine in engines:
+                engine.check_alive()
+            return function(engines)
+
+        return enter(self._replicas)
 
     @property
     def _opened(self) -> LoadedModel:
@@ -127,7 +191,7 @@ class EngineOwner:
         return self._group is not None and self._group.process > 0
 
     def follow(self) -> None:
-        """Replay the steps of process 0 until it closes its `LLM`.
+        """Replay the steps of process 0 until it closes its `LLM` or calls `release_followers`.
 
         Call this in every process except process 0 when several processes serve one model:
 
@@ -141,13 +205,23 @@ class EngineOwner:
             RuntimeError: this is process 0, which takes the requests.
             DistributedError: a process has died, or its tokens differ from those of process 0.
         """
-        if self._closed:
-            raise EngineClosedError("this LLM is closed; make a new one")
+        self._check_not_closed()
         if not self._follows:
             raise RuntimeError(
-                "follow is for processes other than 0 of several; this one takes the requests: use generate"
+                "follow() is for processes other than process 0; this process takes the requests: use generate()"
             )
-        follow(self._engine.runner, self._group)
+        self._following = True
+        try:
+            follow(self._engine.runner, self._group)
+        finally:
+            self._following = False
+
+    def _abandon(self, error: BaseException | None) -> None:
+        """Tell the other processes of an error in this one while all of them train, where nobody else would notice."""
+        group, leader = self._group, self._engine.runner.leader
+        released = group is not None and (group.released or (leader is not None and leader.has_released))
+        if released and isinstance(error, Exception):
+            group.abandon(f"process {group.process} failed: {type(error).__name__}: {error}")
 
     def close(self) -> None:
         """Abort all requests and free the cache's memory; further calls do nothing.
@@ -163,7 +237,9 @@ class EngineOwner:
             return
         leader = self._engine.runner.leader
         try:
-            self._thread.close()
+            with ExitStack() as closing:
+                for thread in self._threads:
+                    closing.callback(thread.close)
         finally:
             self._finalizer.detach()
             if leader is not None:
@@ -172,15 +248,19 @@ class EngineOwner:
                 self._group.end_quietly()
             self._loaded = None
             self._tokenizer = None
-            heap.thaw()
+            heap.thaw(collect=True)  # the engine's objects refer to each other, and to weights and cache
+            heap.trim()
 
-    def _check_open(self) -> None:
+    def _check_not_closed(self) -> None:
         if self._closed:
             raise EngineClosedError(CLOSED)
+
+    def _check_open(self) -> None:
+        self._check_not_closed()
         if self._follows:
             raise DistributedError(
-                f"this is process {self._group.process} of a model on several: requests enter at process 0; call "
-                "llm.follow() here, which serves that one until it ends"
+                f"this is process {self._group.process} of several that serve the model, and only process 0 takes "
+                "requests; call llm.follow() here, which replays the steps of process 0"
             )
 
 
@@ -192,7 +272,8 @@ def _name_of(model: str | Path | nnx.Module) -> str:
     return path.resolve().name if path.exists() else str(model)
 
 
-def _drop(thread: EngineThread) -> None:
-    """Stop the engine thread of a garbage-collected LLM."""
-    thread.stop()
+def _drop(threads: list[EngineThread]) -> None:
+    """Stop the engine threads of a garbage-collected LLM."""
+    for thread in threads:
+        thread.stop()
     heap.thaw()

@@ -15,7 +15,7 @@ from jaxinfer.outputs import EmbeddingOutput, HiddenStates, ScoreOutput
 from jaxinfer.results.output_processor import Handle
 
 POOLINGS = (LAST_TOKEN, MEAN) = ("last", "mean")
-"""How `embed` makes one vector of a prompt's hidden states."""
+"""Ways in which `embed` pools a prompt's hidden states to one vector."""
 
 
 class PrefillOnly(RequestCalls):
@@ -24,13 +24,13 @@ class PrefillOnly(RequestCalls):
     def score(self, prompts: Any, completions: Any, *, use_tqdm: bool = True) -> list[ScoreOutput]:
         """Compute the log-probabilities of given completions, without sampling a token.
 
-        They are what `generate` reports (`SamplingParams.logprobs`) for these tokens after this prompt; with
-        `deterministic` bit for bit. Prompts that begin alike are computed once.
+        They equal those that `generate` reports (`SamplingParams.logprobs`) for the same tokens after the same prompt,
+        bit for bit with `deterministic`. A common prefix of several prompts is computed once.
 
         Args:
             prompts: in any form that `generate` takes.
-            completions: one a prompt, each a text or token ids; several for one prompt. A text is tokenised by itself,
-                without special tokens.
+            completions: one per prompt, or several for a single prompt; each is a text or token ids. A text is
+                tokenised on its own, without special tokens.
             use_tqdm: whether to show a progress bar.
 
         Returns:
@@ -51,9 +51,13 @@ class PrefillOnly(RequestCalls):
 
         Args:
             prompts: in any form that `generate` takes.
-            pooling: "last", the last token's; "mean" of all tokens, for which no cached prefix is used.
+            pooling: "last" for the hidden state of the last token; "mean" for the mean over all tokens, for which no
+                cached prefix is used.
             normalize: whether embeddings are divided by their Euclidean norm.
             use_tqdm: whether to show a progress bar.
+
+        Returns:
+            One embedding per prompt, in order.
 
         Raises:
             TypeError, ValueError: a prompt or option is invalid; nothing was queued.
@@ -70,7 +74,10 @@ class PrefillOnly(RequestCalls):
             prompts: in any form that `generate` takes.
             capture: paths such as "layers.11", "layers.11.attention", "layers.11.mlp", "embedding", "norm", or
                 "last_hidden_state", the output of the model.
-            use_tqdm: whether to show a progress bar.
+                use_tqdm: whether to show a progress bar.
+
+            Returns:
+                One result per prompt, in order.
 
         Raises:
             TypeError, ValueError: a prompt is invalid; nothing was queued.
@@ -118,7 +125,7 @@ class PrefillOnly(RequestCalls):
         missing = [path for path in paths if path not in runner.shapes.capture]
         if runner.program.deterministic and missing:
             raise ConfigError(
-                f"capture: the one program of a deterministic engine does not return {', '.join(missing)}; make the "
+                f"capture: the step of this deterministic engine does not return {', '.join(missing)}; make the "
                 f"LLM with capture={missing}"
             )
         parsed = self._input_processor.parse(prompts)
@@ -141,7 +148,8 @@ def score_of(request: Request) -> ScoreOutput:
     """Return the result of a request made for `score`."""
     ids, first = request.prompt.tolist(), request.first_scored + 1
     found = [float(value) for part in request.prompt_logprobs for value in part.chosen]
-    return ScoreOutput(ids[:first], ids[first:], found, request.cached_tokens)
+    ranks = [int(rank) for part in request.prompt_logprobs for rank in part.rank]
+    return ScoreOutput(ids[:first], ids[first:], found, request.cached_tokens, ranks)
 
 
 def embedding_of(request: Request, *, normalize: bool) -> EmbeddingOutput:

@@ -1,18 +1,20 @@
 """Base class of `LLM` that turns the prompts of a call into requests and waits for their outputs."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from tqdm.auto import tqdm
 
-from jaxinfer.engine.engine_thread import Lease
+from jaxinfer.engine.divided_call import DividedCall
+from jaxinfer.engine.engine import Engine
 from jaxinfer.engine.request import Request
 from jaxinfer.engine.runner import steered
 from jaxinfer.errors import CapacityError
 from jaxinfer.inputs.input_processor import Params
-from jaxinfer.inputs.prompts import Prompt
+from jaxinfer.inputs.prompts import Prompt, with_adapter
 from jaxinfer.llm_base.lifecycle import EngineOwner
+from jaxinfer.llm_base.replicas import Replica, divide
 from jaxinfer.outputs import RequestOutput, RequestOutputs
 from jaxinfer.results.output_processor import Handle
 from jaxinfer.results.progress import Progress, Updates, warn_if_truncated
@@ -20,20 +22,25 @@ from jaxinfer.steering import Steering
 
 
 class RequestCalls(EngineOwner):
-    """The steps that all calls of `LLM` share: check all prompts, queue their requests, wait or watch."""
+    """Methods that all calls of `LLM` share: check all prompts, queue their requests, wait for or yield results."""
 
-    def _prepare(self, prompts: Any, params: Params, *, streaming: bool = False, steering: Any = None) -> list[Handle]:
+    def _prepare(
+        self, prompts: Any, params: Params, *, streaming: bool = False, steering: Any = None, adapter: Any = None
+    ) -> list[Handle]:
         """Parse and check all prompts of a call and return their handles, without queueing requests."""
         self._check_open()
-        return self._handles(self._input_processor.parse(prompts), params, streaming, steering)
+        parsed = with_adapter(self._input_processor.parse(prompts), adapter)
+        return self._handles(parsed, params, streaming, steering)
 
-    def _prepare_chat(self, messages: Any, params: Params, *, streaming: bool = False, **options: Any) -> list[Handle]:
+    def _prepare_chat(
+        self, messages: Any, params: Params, *, streaming: bool = False, adapter: Any = None, **options: Any
+    ) -> list[Handle]:
         """Render and check all conversations of a `chat` call and return their handles, without queueing requests.
 
         `options`: keyword arguments of `InputProcessor.render`.
         """
         self._check_open()
-        prompts = self._input_processor.render(messages, **options)
+        prompts = with_adapter(self._input_processor.render(messages, **options), adapter)
         return self._handles(prompts, self._input_processor.chat_params(params), streaming)
 
     def _handles(
@@ -61,22 +68,24 @@ class RequestCalls(EngineOwner):
         self, requests: Sequence[Request], prompts: Sequence[Prompt], make_handle: Callable[..., Handle]
     ) -> list[Handle]:
         self._check_open()
-        self._thread.run(self._check_requests, requests)
+        for replica in self._serving:
+            replica.thread.run(self._check_requests, replica.engine, requests)
         return [
             make_handle(request, prompt.text, self._tokenizer, encoder_text=prompt.encoder_text)
             for request, prompt in zip(requests, prompts, strict=True)
         ]
 
-    def _check_requests(self, requests: Sequence[Request]) -> None:
+    @property
+    def _serving(self) -> list[Replica]:
+        """Replicas whose engines are alive; all if there are none, so that their error is raised."""
+        return [replica for replica in self._replicas if replica.engine.dead is None] or self._replicas
+
+    def _check_requests(self, engine: Engine, requests: Sequence[Request]) -> None:
         for index, request in enumerate(requests):
             try:
-                self._engine.check(request)
+                engine.check(request)
             except CapacityError as error:
                 raise CapacityError(f"prompt {index}: {error}") from None
-
-    def _queue(self, lease: Lease, handles: Sequence[Handle]) -> None:
-        self._check_open()
-        self._thread.add(lease.call, (handle.request for handle in handles))
 
     def _finish(self, handles: list[Handle], use_tqdm: bool) -> list[RequestOutput]:
         """Queue requests, wait for all of them and return their outputs."""
@@ -86,26 +95,44 @@ class RequestCalls(EngineOwner):
 
     def _serve(self, handles: list[Handle], use_tqdm: bool) -> None:
         """Queue requests and wait for all of them; abort them on an exception."""
-        lease = self._thread.lease()
-        release, call = lease.release, lease.call
+        shares = divide(self._replicas, handles)
+        call = DividedCall([replica.thread for replica in shares])
+        release = call.release
         try:
             with tqdm(total=len(handles), desc="Processed prompts", disable=not use_tqdm, dynamic_ncols=True) as bar:
-                progress = Progress(bar, handles)  # first, as a request may be aborted as soon as it is queued
-                self._queue(lease, handles)
-                self._thread.drive(call, progress.unfinished, progress.show)
+                # First, as a request may be aborted as soon as it is queued.
+                progress = Progress(bar, shares.values())
+                self._queue(call, shares)
+                for replica, part in zip(shares, progress.parts, strict=True):
+                    call.drive(replica.thread, part.unfinished)
+                call.wait_for_all(progress.show)
         finally:
-            release(call)  # must come first, so that an interrupt cannot leave requests running
+            list(release)  # must come first, so that an interrupt cannot leave requests running
+
+    def _queue(self, call: DividedCall, shares: Mapping[Replica, Sequence[Handle]]) -> None:
+        self._check_open()
+        for replica, handles in shares.items():
+            call.add(replica.thread, (handle.request for handle in handles))
 
     def _watch(self, handles: list[Handle]) -> Iterator[RequestOutput]:
         """Queue requests and yield new outputs after each step; abort them if the iterator is closed or fails."""
-        updates = Updates(handles)
-        lease = self._thread.lease()
-        release, call = lease.release, lease.call
+        shares = divide(self._replicas, handles)
+        left = {replica.thread: Updates(own) for replica, own in shares.items()}
+        call = DividedCall(left)
+        release = call.release
         try:
-            self._queue(lease, handles)
-            while updates.left:
+            self._queue(call, shares)
+            for thread, updates in left.items():
+                call.drive(thread, updates.awaited)
+            while left:
                 self._check_open()
-                self._thread.drive(call, updates.awaited)
+                thread = call.wait()
+                updates = left[thread]
                 yield from updates.found
+                if not updates.left:
+                    del left[thread]
+                    continue
+                self._check_open()
+                call.drive(thread, updates.awaited)
         finally:
-            release(call)
+            list(release)

@@ -4,8 +4,9 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from jaxinfer.engine.engine_thread import Lease
+from jaxinfer.engine.divided_call import DividedCall
 from jaxinfer.inputs.input_processor import Params
+from jaxinfer.llm_base.replicas import Replica, divide
 from jaxinfer.llm_base.requests import RequestCalls
 from jaxinfer.models.whisper.transcription import Transcribing, Transcript, begin
 from jaxinfer.results.output_processor import Handle
@@ -51,22 +52,30 @@ class TranscriptionCalls(RequestCalls):
         jobs = begin(self._opened.cross, audio, params, options)
         handles = self._prepare([job.prompt() for job in jobs], params)
         jobs_of = dict(zip(handles, jobs, strict=True))
-        running = Running(handles)
+        shares = divide(self._replicas, handles)
         with tqdm(total=sum(job.total for job in jobs), unit="s", desc="Transcribed", disable=not use_tqdm) as bar:
-            lease = self._thread.lease()
-            release, call = lease.release, lease.call
+            left = {replica: Running(own) for replica, own in shares.items()}
+            call = DividedCall([replica.thread for replica in left])
+            release = call.release
             try:
-                self._queue(lease, handles)
-                while running:
-                    self._thread.drive(call, lambda: not running.some_ended)
-                    self._next_windows(lease, running, jobs_of, params)
+                self._queue(call, shares)
+                for replica, running in left.items():
+                    call.drive(replica.thread, running.undisturbed)
+                while any(left.values()):
+                    thread = call.wait()
+                    [replica] = [one for one in left if one.thread is thread]
+                    self._next_windows(call, replica, left[replica], jobs_of, params)
                     bar.update(sum(job.seconds for job in jobs) - bar.n)
+                    if left[replica]:
+                        call.drive(thread, left[replica].undisturbed)
             finally:
-                release(call)
+                list(release)
         return [job.transcript(self._tokenizer) for job in jobs]
 
-    def _next_windows(self, lease: Lease, running: Running, jobs: dict[Handle, Transcribing], params: Params) -> None:
-        """Collect the results of finished windows and queue the next window of each recording."""
+    def _next_windows(
+        self, call: DividedCall, replica: Replica, running: Running, jobs: dict[Handle, Transcribing], params: Params
+    ) -> None:
+        """Collect the results of a replica's finished windows and queue the next window of each recording there."""
         for handle in running.take_ended():
             job = jobs.pop(handle)
             job.take(handle.output(), handle.request.rule)
@@ -74,4 +83,4 @@ class TranscriptionCalls(RequestCalls):
                 [following] = self._prepare([job.prompt()], params)
                 jobs[following] = job
                 running.add(following)
-                self._queue(lease, [following])
+                self._queue(call, {replica: [following]})

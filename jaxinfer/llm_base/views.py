@@ -1,11 +1,16 @@
-"""Base class of `LLM` that shows what its engine does: recordings, the cache, memory, pictures."""
+"""Base class of `LLM` that shows the engine's state: recordings, cache, memory, plots."""
 
+from collections.abc import Sequence
 from typing import Any
+
+import jax
+import jax.numpy as jnp
 
 from jaxinfer._utils import html
 from jaxinfer.engine import cache_state
 from jaxinfer.engine.recorder import Recorder
 from jaxinfer.engine.sizing.memory import MemoryUse, memory_use
+from jaxinfer.errors import ConfigError
 from jaxinfer.llm_base.lifecycle import EngineOwner
 from jaxinfer.recording.cache_state import CacheState
 from jaxinfer.recording.events import MAX_STEPS
@@ -17,16 +22,16 @@ TEXT = 80
 
 
 class Views(EngineOwner):
-    """Methods of `LLM` that return values which show the engine, and outlive it."""
+    """Methods of `LLM` that return the engine's state as values, which stay valid after `close`."""
 
     _recorded: Recording | None = None
     """The last recording that was stopped."""
 
     def start_recording(self, *, max_steps: int = MAX_STEPS) -> None:
-        """Record the steps from now on: who owns which block, and what each sequence does.
+        """Record the steps from now on: which sequence owns each block, and what each sequence does.
 
         A recording keeps the newest steps in a few MiB, and costs each step time in proportion to the blocks of the
-        cache. Without one nothing is kept. Starting again drops what was recorded.
+        cache. Starting again drops what was recorded before.
 
         Args:
             max_steps: number of steps to keep.
@@ -36,7 +41,7 @@ class Views(EngineOwner):
         """
         if isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 1:
             raise ValueError(f"max_steps must be a positive integer, got {max_steps!r}")
-        self._check_open()
+        self._check_single("start_recording")
         self._thread.run(self._set_recorder, max_steps)
         self._recorded = None
 
@@ -59,7 +64,7 @@ class Views(EngineOwner):
 
     @property
     def recording(self) -> Recording:
-        """What was recorded since `start_recording`, up to now or to `stop_recording`; a value that does not change.
+        """Steps recorded since `start_recording`, up to now or to `stop_recording`, as a value that does not change.
 
         Raises:
             RuntimeError: nothing was recorded.
@@ -76,7 +81,7 @@ class Views(EngineOwner):
 
     @property
     def timeline(self) -> Timeline:
-        """What each recorded sequence did when: waiting, prefill, decode, preempted."""
+        """Phases of each recorded sequence by step: waiting, prefill, decode, preempted."""
         return self.recording.timeline
 
     @property
@@ -84,8 +89,17 @@ class Views(EngineOwner):
         """State of the cache now: blocks by owner, requests, hits and misses, the prefix tree."""
         return self._read_cache()
 
-    def _read_cache(self, prefixes: bool = True) -> CacheState:
+    def _check_single(self, what: str) -> None:
+        """Check that the LLM is open and has one engine, of which a view can be shown."""
         self._check_open()
+        if len(self._replicas) > 1:
+            raise ConfigError(
+                f"{what}: this LLM has {len(self._replicas)} engines (axes 'data'), and what is shown is the cache of "
+                "one; look at an LLM without 'data' in axes. get_metrics() has figures of all engines"
+            )
+
+    def _read_cache(self, prefixes: bool = True) -> CacheState:
+        self._check_single("cache")
         tokenizer = self._tokenizer
         decode = None if tokenizer is None else lambda tokens: _shorten(tokenizer.decode(tokens[:TEXT]))
         return self._thread.run(lambda: cache_state.read(self._engine, decode, tree=prefixes))
@@ -130,21 +144,22 @@ class Views(EngineOwner):
         return self.recording.plot_timeline(ax, last=last)
 
     def _facts(self) -> list[tuple[str, str]]:
-        """List what the LLM is and does, without waiting for a step."""
-        engine = self._engine
-        program, shapes, scheduler = engine.runner.program, engine.runner.shapes, engine.scheduler
+        """List sizes and current use of the engine, without waiting for a step."""
+        engine, engines = self._engine, [replica.engine for replica in self._replicas]
+        program, shapes = engine.runner.program, engine.runner.shapes
         blocks = shapes.num_blocks if shapes.contiguous else engine.settings.pool_blocks
-        state = "dead" if engine.dead else "asleep" if engine.control.level else ""
+        stored = "" if program.kv_cache_dtype == "auto" else f" in {program.kv_cache_dtype}"
+        state = "dead" if any(one.dead for one in engines) else "asleep" if engine.control.level else ""
         state = state or ("paused" if engine.control.paused else "ready")
         return [
-            (state, "engine"),
-            (str(program.mesh.size), "device" if program.mesh.size == 1 else "devices"),
-            (str(program.dtype), "weights" if self.config.quantization is None else "activations"),
-            (f"{blocks:,}", f"blocks of {shapes.block_size} tokens, {self.config.cache} cache"),
-            (f"{100 * engine.manager.usage:.0f}%", "of the blocks held"),
+            (state, "engine" if len(engines) == 1 else f"{len(engines)} engines"),
+            (str(self._mesh.size), "device" if self._mesh.size == 1 else "devices"),
+            (str(program.dtype), "activations" if _quantised(engine.runner.params) else "weights"),
+            (f"{blocks:,}", f"blocks of {shapes.block_size} tokens, {self.config.cache} cache{stored}"),
+            (f"{100 * sum(one.manager.usage for one in engines) / len(engines):.0f}%", "of the blocks held"),
             (f"{shapes.max_length:,}", "tokens of a sequence at most"),
-            (str(scheduler.rows_in_use), f"of {shapes.rows} rows run"),
-            (str(len(scheduler.waiting)), "sequences wait"),
+            (str(sum(one.scheduler.rows.num_used for one in engines)), f"of {len(engines) * shapes.rows} rows run"),
+            (str(sum(len(one.scheduler.waiting) for one in engines)), "sequences wait"),
         ]
 
     def __repr__(self) -> str:
@@ -160,3 +175,8 @@ class Views(EngineOwner):
 
 def _shorten(text: str) -> str:
     return text if len(text) <= TEXT else text[: TEXT - 1] + "…"
+
+
+def _quantised(params: Sequence[jax.Array | None]) -> bool:
+    """Return whether some parameters are integers; those that `sleep(level=2)` has dropped are None."""
+    return any(array is not None and not jnp.issubdtype(array.dtype, jnp.floating) for array in params)

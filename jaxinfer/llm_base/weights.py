@@ -1,5 +1,6 @@
 """Base class of `LLM` for training loops: weights in and out, pauses, sleep."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial as bind
 from typing import Any
@@ -7,10 +8,18 @@ from typing import Any
 import jax
 from flax import nnx
 
-from jaxinfer.engine.control import LEVELS, PAUSE_MODES
-from jaxinfer.errors import DistributedError
+from jaxinfer.distributed.wire import Kind
+from jaxinfer.engine.control import KEEP, LEVELS, PAUSE_MODES, WAIT
+from jaxinfer.engine.divided_call import DividedCall
+from jaxinfer.engine.engine import Engine
+from jaxinfer.engine.multihost.agreement import agree
+from jaxinfer.errors import DistributedError, EngineError
+from jaxinfer.layers import adapters
 from jaxinfer.llm_base.lifecycle import EngineOwner
-from jaxinfer.loading.update import HF, JAXINFER, WeightUpdate
+from jaxinfer.llm_base.replicas import Replica
+from jaxinfer.loading.update import HF, JAXINFER, Checked, Prepared, WeightUpdate
+
+UPDATE = "update_weights"
 
 
 class WeightsAndPauses(EngineOwner):
@@ -36,32 +45,82 @@ class WeightsAndPauses(EngineOwner):
         Raises:
             CheckpointError: a tensor is missing, unknown, or of another shape or dtype, not finite, or differs from
                 one that it is tied to; names it, with what was expected and found.
-            ConfigError: names of Hugging Face for a module that was not made by `loading.weights`.
+            ConfigError: the tensors have Hugging Face names, but the module was not made by `loading.weights`.
             TypeError: the weights are of another type.
             RuntimeError: requests are running and not paused, or another update is running.
             EngineDeadError: the device failed while weights were replaced.
-            DistributedError: several processes serve the model.
+            DistributedError: several processes serve the model, and they do not all call this, or with other weights.
         """
-        self._check_local("update_weights")
+        self._check_all(UPDATE)
         if not self._updating.acquire(blocking=False):
             raise RuntimeError("update_weights while another update is running; wait for it")
         try:
-            control = self._engine.control
-            self._thread.run(bind(control.check_replaceable, partial=partial))
-            prepared = self._weights.prepare(weights, partial=partial, cast=cast)
-            apply = bind(self._weights.apply, prepared)
-            version = self._thread.run(bind(control.replace_weights, apply, partial=partial))
-            return replace(prepared.report, version=version)
+            if self._group is not None:
+                return self._together(bind(self._update_in_all, weights=weights, partial=partial, cast=cast))
+            self._together(bind(_check_replaceable, partial=partial))
+            prepared = [one.weights.prepare(weights, partial=partial, cast=cast) for one in self._replicas]
+
+            def replace_all(engines: list[Engine]) -> int:
+                _check_replaceable(engines, partial=partial)
+                versions = [
+                    engine.control.replace_weights(bind(_apply, replica, own), partial=partial)
+                    for engine, replica, own in zip(engines, self._replicas, prepared, strict=True)
+                ]
+                return versions[0]
+
+            return replace(prepared[0].report, version=self._together(replace_all))
         finally:
             self._updating.release()
+
+    def _update_in_all(self, engines: list[Engine], *, weights: Any, partial: bool, cast: bool) -> WeightUpdate:
+        """Replace weights that lie in several processes; runs in all of them, so that no step comes in between."""
+        group, [engine], [replica] = self._group, engines, self._replicas
+
+        def check() -> tuple[Checked, str]:
+            _check_replaceable(engines, partial=partial)
+            found = replica.weights.check(weights, partial=partial, cast=cast)
+            return found, f"{found.facts} {partial} {cast}"
+
+        def inspect() -> tuple[Prepared, str]:
+            found = replica.weights.inspect(checked)
+            return found, found.report.checksum
+
+        checked = agree(group, UPDATE, "the names, shapes or dtypes of the weights", check)
+        prepared = agree(group, UPDATE, "the values of the weights", inspect)
+        with group.guard():
+            version = engine.control.replace_weights(bind(_apply, replica, prepared), partial=partial)
+        return replace(prepared.report, version=version)
+
+    def release_followers(self) -> None:
+        """Let `follow` return in the other processes, so that all processes can train.
+
+        Until they call `follow` again, `update_weights`, `weights`, `module` and `weights_checksum` may be called, by
+        all processes in the same order. Requests wait meanwhile: while other threads of this process send any, call
+        `pause` before.
+
+        Raises:
+            RuntimeError: requests are running and not paused; or a single process serves the model.
+            DistributedError: this is not process 0, or another process has died or diverged.
+        """
+        self._check_open()
+        if self._group is None:
+            raise RuntimeError("release_followers: a single process serves the model, and no other one follows it")
+
+        def release(engines: list[Engine]) -> None:
+            for engine in engines:
+                engine.control.check_idle("release_followers")
+                engine.runner.leader.release()
+
+        self._together(release)
 
     def weights(self, names: str = "hf") -> Any:
         """Return the weights; arrays stay on their devices, and keep their values when the engine's are replaced.
 
         Args:
-            names: "hf" for a dict of the names and shapes of transformers' state dict to arrays: equal bit for bit to
-                a checkpoint in the engine's dtype, experts stacked, tied tensors once, without tensors that the model
-                does not read; "jaxinfer" for the `nnx.state` of the engine's module, fused as they are.
+            names: "hf" for a dict of arrays with the names and shapes of transformers' state dict. The values equal a
+                checkpoint in the engine's dtype bit for bit; experts are stacked, tied tensors occur once, and tensors
+                that the model does not read are absent. "jaxinfer" for the `nnx.state` of the engine's module, with
+                its fused projections.
 
         Raises:
             ConfigError: the weights are quantised, which only "jaxinfer" can give; or the module was not made by
@@ -69,9 +128,9 @@ class WeightsAndPauses(EngineOwner):
         """
         if names not in (HF, JAXINFER):
             raise ValueError(f"weights: names must be {HF!r} or {JAXINFER!r}, got {names!r}")
-        self._check_local("weights")
-        params = self._thread.run(self._params)
-        return dict(self._weights.tensors(params)) if names == HF else self._weights.state(params)
+        self._check_all("weights")
+        params, table = self._thread.run(self._params, self._replicas[0]), self._replicas[0].weights
+        return dict(table.tensors(params)) if names == HF else table.state(params)
 
     def module(self) -> nnx.Module:
         """Return a module with the engine's weights, for a trainer; it shares their arrays, and no settings.
@@ -81,26 +140,30 @@ class WeightsAndPauses(EngineOwner):
         Raises:
             RuntimeError: `sleep(level=2)` has dropped the weights.
         """
-        self._check_local("module")
-        params = self._thread.run(self._params)
-        return self._engine.runner.program.module(params)
+        self._check_all("module")
+        params = self._thread.run(self._params, self._replicas[0])
+        return adapters.remove(self._engine.runner.program.module(params))
 
     def weights_checksum(self) -> str:
         """Return `loading.checksum.checksum(weights(names="hf"))`, made from one parameter at a time.
 
         Raises:
             ConfigError: as `weights`.
+            EngineError: replicas have different weights.
         """
-        self._check_local("weights_checksum")
-        return self._weights.checksum(self._thread.run(self._params))
+        self._check_all("weights_checksum")
+        found = [one.weights.checksum(one.thread.run(self._params, one)) for one in self._replicas]
+        if len(set(found)) > 1:
+            raise EngineError(f"weights_checksum: the replicas have different weights, with the checksums {found}")
+        return found[0]
 
     @property
     def weight_version(self) -> int:
         """Number of times that the weights were replaced (`CompletionOutput.weight_segments`)."""
         return self._engine.control.version
 
-    def pause(self, mode: str = "keep") -> None:
-        """Run no more steps until `resume`; returns when none is running.
+    def pause(self, mode: str = KEEP) -> None:
+        """Run no more steps until `resume`; returns once no step is running.
 
         Requests that arrive meanwhile wait: `generate` on this thread would wait for ever. Weights may be replaced, and
         requests aborted.
@@ -112,23 +175,25 @@ class WeightsAndPauses(EngineOwner):
         Raises:
             ValueError: the mode is unknown.
             RuntimeError: the engine sleeps.
-            DistributedError: several processes serve the model.
         """
         if mode not in PAUSE_MODES:
             raise ValueError(f"pause: mode must be one of {', '.join(PAUSE_MODES)}, got {mode!r}")
-        self._check_local("pause")
-        control, lease = self._engine.control, self._thread.lease()
-        waits = mode == "wait"
+        self._check_open()
+        paused, call = self._engine.control.paused, DividedCall(self._threads)
+        release = call.release
         try:
-            self._thread.run(*((control.drain,) if waits else (control.stop, mode)))
-            done = control.drained if waits else control.stopped
+            self._together(bind(_begin_pause, mode=mode))
             try:
-                self._thread.drive(lease.call, lambda: not done())
+                for replica in self._replicas:
+                    control = replica.engine.control
+                    done = control.drained if mode == WAIT else control.stopped
+                    call.drive(replica.thread, bind(_negated, done))
+                call.wait_for_all()
             except BaseException:
-                self._thread.run(control.give_up)
+                self._together(lambda engines: [one.control.give_up(paused=paused) for one in engines])
                 raise
         finally:
-            lease.release(lease.call)
+            list(release)
 
     def resume(self, *, recompute: bool = False) -> None:
         """Run steps again.
@@ -140,25 +205,24 @@ class WeightsAndPauses(EngineOwner):
         Raises:
             RuntimeError: the engine is not paused, or sleeps.
         """
-        self._check_local("resume")
-        self._thread.run(bind(self._engine.control.resume, recompute=recompute))
+        self._check_open()
+        self._together(lambda engines: [one.control.resume(recompute=recompute) for one in engines])
 
     def sleep(self, level: int = 1) -> None:
         """Free the memory of the cache and, at level 2, of the weights, and keep compiled programs.
 
-        Requests are refused until `wake_up` and, after level 2, until `update_weights` has given all weights, which it
-        may do before or after. Weights that the caller holds (`LLM(module)`, a state) stay in memory as long as they
-        are held.
+        Requests are refused until `wake_up` and, after level 2, until `update_weights` has given all weights, before or
+        after `wake_up`; those that are kept in 4 bits only by a module or a state (`weights(names="jaxinfer")`).
+        Weights that the caller holds (`LLM(module)`, a state) stay in memory as long as they are held.
 
         Raises:
             ValueError: the level is unknown.
             RuntimeError: requests are running or paused, or the engine sleeps at this level or a deeper one.
-            DistributedError: several processes serve the model.
         """
         if level not in LEVELS or isinstance(level, bool):
             raise ValueError(f"sleep: level must be 1 (free the cache) or 2 (the weights, too), got {level!r}")
-        self._check_local("sleep")
-        self._thread.run(self._engine.control.sleep, level)
+        self._check_open()
+        self._together(bind(_sleep, level=level))
 
     def wake_up(self) -> None:
         """Allocate the cache again after `sleep`.
@@ -166,21 +230,63 @@ class WeightsAndPauses(EngineOwner):
         Raises:
             RuntimeError: the engine does not sleep.
         """
-        self._check_local("wake_up")
-        self._thread.run(self._engine.control.wake_up)
-
-    def _params(self) -> list[jax.Array]:
-        """Return the parameters; runs on the engine thread."""
-        self._engine.check_alive()
-        if self._engine.control.weightless:
-            raise RuntimeError("weights: sleep(level=2) has dropped them; give them with update_weights()")
-        return list(self._engine.runner.params)
-
-    def _check_local(self, method: str) -> None:
-        """Check that the LLM is open and that all of its weights can be reached from this process."""
         self._check_open()
-        if self._group is not None:
+        self._together(lambda engines: [one.control.wake_up() for one in engines])
+
+    def _params(self, replica: Replica) -> list[jax.Array]:
+        """Return the parameters; runs on the engine thread."""
+        replica.engine.check_alive()
+        if replica.engine.control.weightless:
+            raise RuntimeError("weights: sleep(level=2) has dropped them; give them with update_weights()")
+        return list(replica.engine.runner.params)
+
+    def _check_all(self, method: str) -> None:
+        """Check that the LLM is open and that the weights are not in use by steps of other processes.
+
+        Raises:
+            DistributedError: the other processes replay the steps of this one, or this one those of process 0.
+        """
+        if self._group is None:
+            self._check_open()
+            return
+        self._check_not_closed()
+        leader = self._engine.runner.leader
+        if self._following or (leader is not None and (leader.followed or self._group.has_sent(Kind.FOLLOWS))):
             raise DistributedError(
-                f"{method}: the weights lie in several processes, and those of the others cannot be reached from here; "
-                "close this LLM in each of them and make a new one"
+                f"{method}: the weights lie in several processes, and processes other than 0 are in follow(); call "
+                f"release_followers() in process 0, then {method} in all of them"
             )
+        if method != UPDATE:  # which does so itself
+            agree(self._group, method, "", lambda: (None, ""))
+
+
+def _apply(replica: Replica, prepared: Prepared, params: list[Any]) -> None:
+    """Replace a replica's parameters in the list."""
+    replica.weights.apply(prepared, params)
+    replica.adapters.restore(params)
+
+
+def _check_replaceable(engines: Sequence[Engine], *, partial: bool) -> None:
+    for engine in engines:
+        engine.control.check_replaceable(partial=partial)
+
+
+def _begin_pause(engines: Sequence[Engine], *, mode: str) -> None:
+    """Let engines run no more steps, or with "wait" start no more requests; they are paused when `stopped` says so."""
+    for engine in engines:
+        if mode == WAIT:
+            engine.control.drain()
+        else:
+            engine.control.stop(mode)
+
+
+def _sleep(engines: Sequence[Engine], *, level: int) -> None:
+    """Put all engines to sleep, or none."""
+    for engine in engines:
+        engine.control.check_sleep(level)
+    for engine in engines:
+        engine.control.sleep(level)
+
+
+def _negated(condition: Callable[[], bool]) -> bool:
+    return not condition()

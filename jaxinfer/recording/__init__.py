@@ -1,1 +1,1 @@
-"""What an engine did, as values: events of its steps, the blocks and the timeline made of them, and pictures."""
+"""Recordings of an engine's steps as values: events, owners of blocks, timelines, and plots of them."""

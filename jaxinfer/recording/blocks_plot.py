@@ -1,4 +1,4 @@
-"""Picture of a recording's blocks: blocks x steps, coloured by owner, with forks and copies on write."""
+"""Plot of a recording's blocks: blocks x steps, coloured by owner, with forks and copies on write."""
 
 from typing import Any
 
@@ -20,11 +20,11 @@ NO_OWNER = 4
 
 
 def draw(recording: Any, ax: Any = None, *, last: int | None = None) -> Any:
-    """Draw who owns each block after each step.
+    """Draw the owner of each block after each step.
 
     A column is a step as the host planned it, with the tokens of the step before read. Arrows show copies on write:
-    from the shared block to the new one, in the column of the step that writes it. Numbers in shared blocks are the
-    sequences that hold them, where there is room. Marks above show forks and preemptions.
+    from the shared block to the new one, in the column of the step that writes it. Numbers in shared blocks say how
+    many sequences hold them, where there is room. Marks above show forks and preemptions.
 
     Args:
         recording: a `Recording`.
@@ -82,7 +82,7 @@ def _draw_copies(ax: Any, steps: Any) -> None:
 
 
 def _draw_marks(ax: Any, steps: Any) -> None:
-    """Mark above the picture in which steps samples began to share their parent's blocks, and which were preempted."""
+    """Mark above the plot the steps in which samples began to share their parent's blocks or were preempted."""
     across = ax.get_xaxis_transform()
     beside = {"transform": across, "clip_on": False}
     for step in steps:

@@ -58,7 +58,7 @@ class CacheState:
     """Cache of an engine between two steps. Shown with its requests, hits, misses and the prefix tree."""
 
     codes: np.ndarray
-    """Who holds each block, `[N]` int32 (`recording.events`); numbers are those of `requests`."""
+    """Code of each block, which tells its owner, `[N]` int32 (`recording.events`); numbers are those of `requests`."""
     block_size: int
     groups: int
     """Number of blocks that one block of tokens takes: one in each group of layers."""
@@ -70,7 +70,7 @@ class CacheState:
     hit_tokens: int
     """Number of those that were found."""
     lookups: Mapping[str, int]
-    """Number of requests by why no more of their prompt was found; "complete" is no miss."""
+    """Number of requests by miss reason (`RequestMetrics.cache_miss_reason`); "complete" is not a miss."""
     preemptions: int
     compiling: bool = False
     """Whether the next step waits for programs that are being compiled."""

@@ -47,13 +47,13 @@ class Owner:
 
     @property
     def label(self) -> str:
-        """Name for pictures: the request's id, and the sample's number if there are several."""
+        """Name in plots: the request's id, and the sample's number if there are several."""
         return self.request_id if self.samples == 1 else f"{self.request_id} #{self.sample}"
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One event: a plan that was dispatched, or that nothing was left to do."""
+    """One event: a dispatched plan, or an idle engine."""
 
     number: int
     time: float

@@ -1,4 +1,4 @@
-"""Axes shared by the pictures: a transparent background, readable in light and dark."""
+"""Create and label the axes of plots: a transparent background, readable in light and dark."""
 
 from typing import Any
 

@@ -14,7 +14,7 @@ from jaxinfer.recording.timeline import Timeline
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Recording:
-    """Steps of an engine: who owned which block, and what each sequence did.
+    """Steps of an engine: the owner of each block, and the phases of each sequence.
 
     Shown as a summary; `plot_blocks` and `plot_timeline` draw it with matplotlib.
     """
@@ -65,7 +65,7 @@ class Recording:
 
     @cached_property
     def timeline(self) -> Timeline:
-        """What each sequence did when."""
+        """Phases of each sequence over time."""
         return Timeline.of(self.steps, self.owners, self.time, self.start)
 
     def plot_blocks(self, ax: Any = None, *, last: int | None = None) -> Any:

@@ -15,7 +15,7 @@ SHOWN = 20
 
 @dataclass(frozen=True)
 class Span:
-    """Time within which a sequence did one thing, in seconds since the timeline's start."""
+    """Interval in which a sequence was in one phase, in seconds since the timeline's start."""
 
     phase: str
     """"waiting", "prefill", "decode" or "preempted"."""
@@ -38,7 +38,7 @@ class TimelineRow:
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Timeline:
-    """What each sequence did when, in order of arrival.
+    """Phases of each sequence over time, in order of arrival.
 
     A span of a step begins when the step was dispatched and ends when the next one was, after which the host had read
     its tokens.
@@ -128,7 +128,7 @@ def _phases(row: TimelineRow) -> list[str]:
 
 
 def _spans(done: Sequence[tuple[str, float, float]], owner: Owner, first: float, now: float) -> tuple[Span, ...]:
-    """Join the steps of a sequence to spans; fill the gaps between them with what it waited for.
+    """Join the steps of a sequence to spans; fill the gaps between them with waiting phases.
 
     Args:
         done: phase, start and stop of each step that it took part in, in order.

@@ -1,4 +1,4 @@
-"""Picture of a timeline: a line for each sequence, coloured by what it did."""
+"""Plot of a timeline: a line for each sequence, coloured by phase."""
 
 from typing import Any
 

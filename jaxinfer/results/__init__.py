@@ -1,4 +1,4 @@
-"""Convert token ids to text, stop-string matches and tables of log-probabilities; runs on the host only."""
+"""Convert sampled tokens to request outputs: text, stop strings, log-probabilities; runs on the host only."""
 
 from jaxinfer.results.detokenizer import Detokenizer as Detokenizer
 from jaxinfer.results.logprobs import LogprobTable as LogprobTable

@@ -8,7 +8,8 @@ import numpy as np
 
 from jaxinfer.engine.beam_search.beams import Finished
 from jaxinfer.engine.control import weight_segments
-from jaxinfer.engine.request import Request, Sequence, Status
+from jaxinfer.engine.request import Request, Sequence
+from jaxinfer.engine.sequence_state import Status
 from jaxinfer.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from jaxinfer.results.detokenizer import Detokenizer
 from jaxinfer.results.logprobs import Likely, LogprobTable

@@ -199,7 +199,7 @@ class StreamHub:
                     self.thread.engine.abort(stream.handle.request.id)
 
     def _stopped(self, error: BaseException | None) -> None:
-        """End all streams in the error that ended the engine; without one, nothing was left to step for."""
+        """End all streams with the error that stopped the engine thread; None means that no request was left."""
         if error is not None:
             self._fail_all(error)
 

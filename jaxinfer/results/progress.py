@@ -39,6 +39,10 @@ class Running:
         """Whether requests have finished since the last `take_ended`."""
         return bool(self._ended)
 
+    def undisturbed(self) -> bool:
+        """Return whether no request has finished since the last `take_ended`."""
+        return not self._ended
+
     def add(self, handle: Handle) -> None:
         """Track a handle whose request is not queued yet."""
         self._left[handle.request.id] = handle
@@ -102,32 +106,43 @@ class _UpdateRecorder:
         return None if self._own is None else self._own.on_token(sequence, *rest)
 
 
-class Progress:
-    """Progress bar of a call: finished prompts and tokens per second.
+class Counted:
+    """Finished requests of a call on one engine, and their tokens."""
 
-    `unfinished` runs on the engine thread and only counts; `show` draws on the caller's thread.
-    """
-
-    def __init__(self, bar: tqdm, handles: Sequence[Handle]):
-        self._bar, self._running = bar, Running(handles)
-        self._start, self._prompt, self._made, self._done = time.perf_counter(), 0, 0, 0
+    def __init__(self, handles: Sequence[Handle]):
+        self._running = Running(handles)
+        self.prompt, self.made, self.done = 0, 0, 0
 
     def unfinished(self) -> bool:
-        """Count finished requests and return whether any are left."""
+        """Count finished requests and return whether any are left; runs on the engine's thread."""
         if self._running.some_ended:
             done = self._running.take_ended()
-            self._prompt += sum(len(handle.request.prompt) for handle in done)
-            self._made += sum(s.made for handle in done for s in handle.request.sequences)
-            self._done += len(done)
+            self.prompt += sum(len(handle.request.prompt) for handle in done)
+            self.made += sum(s.made for handle in done for s in handle.request.sequences)
+            self.done += len(done)
         return len(self._running) > 0
+
+
+class Progress:
+    """Progress bar of a call, drawn on its caller's thread: finished prompts and tokens per second.
+
+    Args:
+        bar: the bar.
+        shares: the requests that each engine has.
+    """
+
+    def __init__(self, bar: tqdm, shares: Iterable[Sequence[Handle]]):
+        self._bar, self.parts = bar, [Counted(handles) for handles in shares]
+        self._start = time.perf_counter()
 
     def show(self) -> None:
         """Update the bar with the requests finished since the last call."""
-        fresh = self._done - self._bar.n
+        fresh = sum(part.done for part in self.parts) - self._bar.n
         if fresh:
             passed = max(time.perf_counter() - self._start, 1e-9)
+            prompt, made = (sum(counts) for counts in zip(*((part.prompt, part.made) for part in self.parts)))
             self._bar.set_postfix_str(
-                f"est. speed input: {self._prompt / passed:.2f} toks/s, output: {self._made / passed:.2f} toks/s",
+                f"est. speed input: {prompt / passed:.2f} toks/s, output: {made / passed:.2f} toks/s",
                 refresh=False,
             )
             self._bar.update(fresh)

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Mapping
 from functools import cached_property
 
-from jaxinfer.engine.request import Sequence, Status
+from jaxinfer.engine.request import Sequence
+from jaxinfer.engine.sequence_state import Status
 from jaxinfer.outputs import Logprob
 from jaxinfer.results.logprobs import Likely, LogprobTable
 from jaxinfer.results.text_stream import TextStream

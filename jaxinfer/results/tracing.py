@@ -1,4 +1,4 @@
-"""OpenTelemetry spans of requests, by its API alone: without an SDK in the process they cost nothing.
+"""OpenTelemetry spans of requests. Only the API is used: without an SDK in the process, no span is recorded.
 
 The names are those of vLLM's spans, most of which are OpenTelemetry's conventions for generative models.
 """
