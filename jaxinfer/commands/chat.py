@@ -1,6 +1,6 @@
 """Chat with a model in the terminal: `jaxinfer chat`.
 
-Each turn sends the whole conversation; the prefix cache makes that cost no more than the new message.
+Each turn sends the whole conversation; with the prefix cache only the new message is computed.
 """
 
 import argparse
@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from jaxinfer._utils.checks import QUANTIZATIONS
 from jaxinfer.commands.exit_status import status_of
-from jaxinfer.commands.overrides import add_hf_overrides
+from jaxinfer.commands.overrides import add_hf_overrides, read_template
 from jaxinfer.errors import EngineError, JaxInferError
 
 HELP = "/clear starts a new conversation, /exit or Ctrl-D ends, Ctrl-C stops an answer."
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--top-k", type=int, default=None, help="by default the model's own value")
     add("--seed", type=int, default=None, help="makes sampled answers repeatable")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
-    add("--quantization", default=None, choices=("int8",), help="keep the weights in int8")
+    add("--quantization", default=None, choices=QUANTIZATIONS, help="int8, or what to do with 4 bits")
     add("--max-model-len", type=int, default=None, help="tokens that a conversation may have")
     add("--tensor-parallel-size", type=int, default=1, help="devices that share the weights (%(default)s)")
     add("--chat-template", type=Path, metavar="FILE", help="Jinja source to use instead of the model's")
@@ -47,7 +48,6 @@ def _run(args: argparse.Namespace) -> int:
     from jaxinfer import demo
     from jaxinfer.llm import LLM
 
-    template = None if args.chat_template is None else args.chat_template.read_text(encoding="utf-8")
     with LLM(
         args.model or demo.path(),
         dtype=args.dtype,
@@ -55,7 +55,7 @@ def _run(args: argparse.Namespace) -> int:
         max_model_len=args.max_model_len,
         max_num_seqs=1,
         tensor_parallel_size=args.tensor_parallel_size,
-        chat_template=template,
+        chat_template=read_template(args.chat_template),
         hf_overrides=args.hf_overrides,
     ) as llm:
         changes = {name: getattr(args, name) for name in ("temperature", "top_p", "top_k", "seed")}
@@ -75,7 +75,7 @@ def converse(answer: Callable[[list[dict[str, str]]], Iterator[Any]], system: st
         interactive: whether a person types: prints a prompt and help, and goes on after an error.
 
     Returns:
-        Exit status: 1 if a turn failed and nobody types.
+        Exit status: 1 if a turn failed and the input is not interactive.
     """
     first = [] if system is None else [{"role": "system", "content": system}]
     messages, status = list(first), 0

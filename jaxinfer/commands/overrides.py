@@ -1,14 +1,13 @@
-"""Parse and apply `--hf-overrides`, the config.json overrides accepted by every command that reads a model."""
+"""Options of several commands: config.json overrides (`--hf-overrides`) and chat templates."""
 
 import argparse
 import json
 from pathlib import Path
 from typing import Any
 
-HELP = (
-    "values laid over config.json, as a JSON object or as @FILE with one; null means as if the name were not there: "
-    """'{"rope_scaling": {"type": "yarn", "factor": 4.0}, "what": null}'"""
-)
+from jaxinfer.errors import ConfigError
+
+HELP = """values over config.json's, as JSON or @FILE (null removes): '{"rope_theta": 1e6}'"""
 
 
 def add_hf_overrides(parser: Any) -> None:
@@ -40,3 +39,15 @@ def parse_overrides(text: str) -> dict[str, Any]:
             f"{source} must be a JSON object of config.json's names, not {type(value).__name__}"
         )
     return value
+
+
+def read_template(file: Path | None) -> str | None:
+    """Read the Jinja source of `--chat-template`; None if the option is not given.
+
+    Raises:
+        ConfigError: the file cannot be read, or is not UTF-8.
+    """
+    try:
+        return None if file is None else file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--chat-template {str(file)!r} cannot be read: {error}") from None

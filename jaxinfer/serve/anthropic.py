@@ -1,4 +1,4 @@
-"""`POST /v1/messages` and `/v1/messages/count_tokens`: Anthropic's API, over the same chats."""
+"""`POST /v1/messages` and `/v1/messages/count_tokens`: Anthropic's API, converted to chat completions."""
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
@@ -13,7 +13,7 @@ from jaxinfer.serve import anthropic_input, sampling, structure
 from jaxinfer.serve.body import Fields, read_json
 from jaxinfer.serve.chat import ChatCall, add, visible
 from jaxinfer.serve.context import Context, new_id, of
-from jaxinfer.serve.errors import APIError, Json
+from jaxinfer.serve.errors import APIError, Json, about
 from jaxinfer.serve.parsing import CALLS, AnswerParser, message_of
 from jaxinfer.serve.streaming import event, merged, respond
 from jaxinfer.serve.structure import CallParser, Structure
@@ -22,7 +22,7 @@ from jaxinfer.serve.usage import first_of
 PROMPT = ("model", "messages", "system", "tools", "tool_choice")
 IGNORED = ("metadata", "service_tier", "thinking", "cache_control", "context_management", "inference_geo")
 IGNORED += ("output_config", "diagnostics", "speed", "user_profile_id", "workspace_id")
-"""Fields that change nothing about the answer: whether a model thinks is for its chat template."""
+"""Fields without effect on the answer. Whether a model thinks depends on its chat template."""
 READ = ("max_tokens", "stop_sequences", "stream", "temperature", "top_p", "top_k")
 KNOWN = frozenset({*PROMPT, *IGNORED, *READ})
 NEUTRAL: Mapping[str, Sequence[Any]] = {"mcp_servers": [[]], "container": []}
@@ -38,10 +38,13 @@ async def messages(request: Request) -> Response:
     given = {name: fields.raw(name) for name in READ if name != "stop_sequences"}
     common = Fields(given | {"stop": fields.get("stop_sequences", list)})
     chat, options = _prompt(context, fields)
+    options["adapter"] = context.check_model(fields.get("model", str))
     shape = _structure(fields, options.get("tools"))
     params = visible(context, sampling.read(context, common, logprobs=None, structure=shape))
     streamed = fields.get("stream", bool, False)
-    call, name = ChatCall(chat, params, options, streamed=streamed, structure=shape), new_id("msg")
+    before = 0 if fields.raw("system") is None else 1
+    call = ChatCall(chat, params, options, streamed=streamed, structure=shape, before=before)
+    name = new_id("msg")
 
     async def queue() -> list[OutputStream]:
         return [await add(context, call, name)]
@@ -62,7 +65,8 @@ async def count_tokens(request: Request) -> Response:
     fields = Fields(await read_json(request, context.config))
     fields.check_known({*PROMPT, *IGNORED}, NEUTRAL)
     chat, options = _prompt(context, fields)
-    return Json({"input_tokens": len(await context.llm.tokenize_chat(chat, **options))})
+    with about("messages", before=0 if fields.raw("system") is None else 1):
+        return Json({"input_tokens": len(await context.llm.tokenize_chat(chat, **options))})
 
 
 def _prompt(context: Context, fields: Fields) -> tuple[list[Any], dict[str, Any]]:
@@ -118,8 +122,8 @@ def _stop(sample: CompletionOutput, parser: AnswerParser | CallParser) -> dict[s
     return {"stop_reason": "tool_use" if parser.calls else "end_turn", "stop_sequence": None}
 
 
-def _message(context: Context, name: str, content: list[Any], usage: dict[str, Any]) -> dict[str, Any]:
-    made = {"id": name, "type": "message", "role": "assistant", "model": context.config.model_name}
+def _message(model: str, name: str, content: list[Any], usage: dict[str, Any]) -> dict[str, Any]:
+    made = {"id": name, "type": "message", "role": "assistant", "model": model}
     return made | {"content": content, "stop_reason": None, "stop_sequence": None, "usage": usage}
 
 
@@ -137,7 +141,7 @@ def _complete(context: Context, call: ChatCall, name: str, output: RequestOutput
         values = anthropic_input.arguments(function["arguments"])
         content.append({"type": "tool_use", "id": one["id"], "name": function["name"], "input": values})
     usage = _usage(output, len(sample.token_ids))
-    return _message(context, name, content, usage) | _stop(sample, parser)
+    return _message(call.model(context), name, content, usage) | _stop(sample, parser)
 
 
 class Blocks:
@@ -189,7 +193,8 @@ async def _events(
         [sample] = output.outputs
         if parser is None:
             parser = call.parser(context, output.prompt)
-            yield _named({"type": "message_start", "message": _message(context, name, [], _usage(output, 0))})
+            message = _message(call.model(context), name, [], _usage(output, 0))
+            yield _named({"type": "message_start", "message": message})
         made += len(sample.token_ids)
         for delta in parser.push(sample.text, last=sample.finished):
             for data in blocks.add(delta):

@@ -66,9 +66,12 @@ def _text(content: Any, where: str) -> str:
 
 
 def _field(block: Mapping[str, Any], name: str, where: str) -> str:
-    if not isinstance(block.get(name), str):
-        raise APIError(f"{where} has a block of type {describe(block['type'])} where text belongs.", param="messages")
-    return block[name]
+    if isinstance(block.get(name), str):
+        return block[name]
+    if block["type"] in ("text", "thinking", "tool_use"):
+        kind, value = block["type"], describe(block.get(name))
+        raise APIError(f"{where}: {name} of a block of type {kind} must be a string, got {value}.", param="messages")
+    raise APIError(f"{where} has a block of type {describe(block['type'])} where text belongs.", param="messages")
 
 
 def _answer(blocks: list[Mapping[str, Any]], where: str) -> dict[str, Any]:
@@ -88,6 +91,8 @@ def _answer(blocks: list[Mapping[str, Any]], where: str) -> dict[str, Any]:
 def _question(blocks: list[Mapping[str, Any]], role: str, where: str) -> list[dict[str, Any]]:
     """Return the messages of a user's turn: results of tools, each a message of its own, then the rest."""
     results, parts = [], []
+    if not blocks:
+        raise APIError(f"{where}.content must have at least one content block.", param="messages")
     for block in blocks:
         if block["type"] == "tool_result":
             content = block.get("content")

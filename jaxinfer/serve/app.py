@@ -51,7 +51,7 @@ DEBUG_ROUTES = (("GET", debug.PATH, debug.page), ("GET", f"{debug.PATH}/data", d
 PROFILE_ROUTES = (("POST", "/start_profile", profile.start), ("POST", "/stop_profile", profile.stop))
 """Endpoints with `ServerConfig.profile_dir`; their names are vLLM's."""
 OPEN = ("/health",)
-"""Paths that need no key: load balancers ask them."""
+"""Paths that need no key, for load balancers."""
 
 
 class KeyCheck:

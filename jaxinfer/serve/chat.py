@@ -15,7 +15,7 @@ from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.serve import sampling, structure
 from jaxinfer.serve.body import Fields, read_json
 from jaxinfer.serve.context import Context, new_id, of
-from jaxinfer.serve.errors import APIError, wrong_type
+from jaxinfer.serve.errors import APIError, about, wrong_type
 from jaxinfer.serve.parsing import AnswerParser, has_template, message_of
 from jaxinfer.serve.streaming import DONE, event, merged, respond
 from jaxinfer.serve.structure import FIELD, CallParser, Structure, named
@@ -66,11 +66,19 @@ class ChatCall:
     """Whether the stream ends with a chunk of usage."""
     structure: Structure | None = None
     """Structure of the answer; None if it is free."""
+    field: str = "messages"
+    """Field of the request with the messages, for errors."""
+    before: int = 0
+    """Number of messages that come from other fields, before those of `field`."""
 
     @property
     def tools(self) -> Sequence[Any] | None:
         """Tools that the model may call."""
         return self.options.get("tools")
+
+    def model(self, context: Context) -> str:
+        """Return the name of the model or adapter that answers."""
+        return self.options.get("adapter") or context.config.model_name
 
     def parser(self, context: Context, prompt: str | None) -> AnswerParser | CallParser:
         """Return the parser of a sample; an answer with a structure is content or tool calls as a whole."""
@@ -85,7 +93,7 @@ async def chat_completions(request: Request) -> Response:
     """Answer a conversation."""
     context = of(request)
     call = read_call(context, Fields(await read_json(request, context.config)))
-    base = {"id": new_id("chatcmpl"), "created": int(time.time()), "model": context.config.model_name}
+    base = {"id": new_id("chatcmpl"), "created": int(time.time()), "model": call.model(context)}
 
     async def queue() -> list[OutputStream]:
         return [await add(context, call, base["id"])]
@@ -101,20 +109,23 @@ async def chat_completions(request: Request) -> Response:
 
 async def add(context: Context, call: ChatCall, request_id: str) -> OutputStream:
     """Queue a chat request."""
-    with named(FIELD if call.structure is None else call.structure.field):
+    structured = named(FIELD if call.structure is None else call.structure.field)
+    with about(call.field, before=call.before), structured:
         return await context.llm.add_chat(call.messages, call.params, request_id=request_id, **call.options)
 
 
 def read_call(context: Context, fields: Fields) -> ChatCall:
     """Check the body of a chat request."""
     fields.check_known(KNOWN, NEUTRAL)
-    context.check_model(fields.get("model", str))
+    adapter = context.check_model(fields.get("model", str))
     messages = fields.need("messages", list)
     wanted, top = fields.get("logprobs", bool, False), fields.within("top_logprobs", int, 0, 20)
     if top is not None and not wanted:
         raise APIError("top_logprobs needs logprobs=true.", param="top_logprobs")
     limit = "max_tokens" if fields.raw("max_completion_tokens") is None else "max_completion_tokens"
-    tools = _tools(fields)
+    tools = tools_of(fields)
+    if fields.raw("tool_choice") == "none":
+        tools = None
     shape = _structure(fields, tools)
     logprobs = (top or 0) if wanted else None
     params = sampling.read(context, fields, logprobs=logprobs, limit=limit, structure=shape)
@@ -125,6 +136,7 @@ def read_call(context: Context, fields: Fields) -> ChatCall:
         options["chat_template_kwargs"] = {"reasoning_effort": effort} | variables
     if tools is not None:
         options["tools"] = tools
+    options["adapter"] = adapter
     params = visible(context, params)
     streamed = fields.get("stream", bool, False)
     return ChatCall(messages, params, options, top or 0, streamed, sampling.stream_usage(fields), shape)
@@ -146,15 +158,17 @@ def visible(context: Context, params: SamplingParams) -> SamplingParams:
     return params
 
 
-def _tools(fields: Fields) -> list[Any] | None:
-    """Return the tools to render into the prompt; None if there are none or they must not be called."""
-    tools, choice = fields.get("tools", list), fields.raw("tool_choice")
+def tools_of(fields: Fields) -> list[Any] | None:
+    """Return the checked tools of a request in OpenAI's form; None if there are none."""
+    tools = fields.get("tools", list)
     for index, tool in enumerate(tools or ()):
-        function = tool.get("function") if isinstance(tool, dict) else None
+        is_function = isinstance(tool, dict) and tool.get("type", "function") == "function"
+        function = tool.get("function") if is_function else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             expected = "an object with type 'function' and a function with a name"
             raise wrong_type(f"tools[{index}]", expected, tool)
-    return None if choice == "none" else tools or None
+    # Templates may read the type, which clients of other servers leave out.
+    return [{"type": "function", **tool} for tool in tools or ()] or None
 
 
 def _complete(context: Context, call: ChatCall, base: dict[str, Any], output: RequestOutput) -> dict[str, Any]:

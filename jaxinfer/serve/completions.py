@@ -13,7 +13,7 @@ from jaxinfer.results.output_streams import OutputStream
 from jaxinfer.serve import sampling, structure
 from jaxinfer.serve.body import Fields, read_json
 from jaxinfer.serve.context import new_id, of
-from jaxinfer.serve.errors import APIError, wrong_type
+from jaxinfer.serve.errors import APIError, about, wrong_type
 from jaxinfer.serve.streaming import DONE, event, merged, respond
 from jaxinfer.serve.usage import Usage, completion_logprobs, finish_reason
 
@@ -29,7 +29,7 @@ async def completions(request: Request) -> Response:
     context = of(request)
     fields = Fields(await read_json(request, context.config))
     fields.check_known(KNOWN, NEUTRAL)
-    context.check_model(fields.get("model", str))
+    adapter = context.check_model(fields.get("model", str))
     asked = structure.of_fields(fields)
     prompts, salt = prompts_of(fields.raw("prompt")), fields.get("cache_salt", str)
     logprobs, default = fields.within("logprobs", int, 0, 20), context.llm.default_params.max_tokens
@@ -39,15 +39,18 @@ async def completions(request: Request) -> Response:
         "id": new_id("cmpl"),
         "object": "text_completion",
         "created": int(time.time()),
-        "model": context.config.model_name,
+        "model": adapter or context.config.model_name,
     }
 
     async def queue() -> list[OutputStream]:
         found = []
         for index, prompt in enumerate(prompts):
             given = prompt if salt is None else prompt | {"cache_salt": salt}
-            with structure.named(structure.FIELD if asked is None else asked.field):
-                found.append(await context.llm.add_request(given, params, request_id=f"{base['id']}-{index}"))
+            structured = structure.named(structure.FIELD if asked is None else asked.field)
+            with about("prompt", index if len(prompts) > 1 else None), structured:
+                found.append(
+                    await context.llm.add_request(given, params, request_id=f"{base['id']}-{index}", adapter=adapter)
+                )
         return found
 
     return await respond(

@@ -15,7 +15,7 @@ class ServerConfig:
     """Key that requests must carry, as `Authorization: Bearer KEY` or `x-api-key: KEY`; None for no check."""
     debug_cache: bool = False
     """Whether `/debug/cache` shows blocks and requests: ids, numbers of tokens and times, no text. The engine's steps
-    are recorded while somebody looks at it.
+    are recorded while the page is open.
     """
     profile_dir: str | None = None
     """Folder for traces of JAX's profiler, which `POST /start_profile` and `/stop_profile` start and end; None for no
@@ -24,7 +24,7 @@ class ServerConfig:
     max_body_bytes: int = 32 << 20
     """Maximum size of a request body; images arrive in it as data URLs."""
     body_timeout: float = 60.0
-    """Seconds within which a request body must have arrived."""
+    """Seconds within which the headers of a request must arrive, and then its body."""
     write_timeout: float = 60.0
     """Seconds that a client may leave a part of a streamed response unread before its request is aborted."""
     max_n: int = 64

@@ -54,15 +54,29 @@ class Context:
 
         return leave
 
-    def check_model(self, name: str | None) -> None:
-        """Check the model that a request names; None is the model that is served."""
-        if name is not None and name != self.config.model_name:
+    @property
+    def models(self) -> list[str]:
+        """Names of the model and of its adapters."""
+        own = self.config.model_name
+        return [own, *(name for name in self.llm.adapters if name != own)]
+
+    def check_model(self, name: str | None) -> str | None:
+        """Check the model that a request names; None is the model that is served.
+
+        Returns:
+            The name of the adapter that the request asks for; None for the model itself.
+        """
+        there = self.models
+        if name is None or name == there[0]:
+            return None
+        if name not in there:
             raise APIError(
-                f"The model `{name[:200]}` does not exist; this server has `{self.config.model_name}`.",
+                f"The model `{name[:200]}` does not exist; this server has `{'`, `'.join(there)}`.",
                 status=404,
                 param="model",
                 code="model_not_found",
             )
+        return name
 
     def check_samples(self, n: int, prompts: int = 1) -> None:
         """Check the number of samples of a request."""

@@ -20,16 +20,16 @@ PATH = "/debug/cache"
 STEPS, BLOCKS, ROWS = 240, 1024, 80
 """Number of the newest steps, of the first blocks, and of the newest sequences that the page shows over time."""
 UNWATCHED = 30.0
-"""Seconds after the last look at which the recording ends."""
+"""Seconds from the last request of the page to the end of the recording."""
 LEAST = 0.2
-"""Seconds for which an answer serves further readers, so that many pages cost no more than one."""
+"""Seconds for which an answer is reused, so that many open pages cost no more than one."""
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
 POLICY += "frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 """Content security policy: the page loads nothing, and asks only this server."""
 
 
 class Watch:
-    """Records the engine's steps while somebody looks at the page."""
+    """Recorder of the engine's steps while the page is open."""
 
     def __init__(self, llm: AsyncLLM):
         self._llm = llm

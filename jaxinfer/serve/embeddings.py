@@ -14,7 +14,7 @@ from jaxinfer.results.output_streams import OutputStream
 from jaxinfer.serve.body import Fields, read_json
 from jaxinfer.serve.completions import prompts_of
 from jaxinfer.serve.context import of
-from jaxinfer.serve.errors import APIError
+from jaxinfer.serve.errors import APIError, about
 from jaxinfer.serve.streaming import respond
 from jaxinfer.serve.usage import Usage
 
@@ -30,8 +30,8 @@ async def embeddings(request: Request) -> Response:
     context = of(request)
     fields = Fields(await read_json(request, context.config))
     fields.check_known(KNOWN, {})
-    context.check_model(fields.get("model", str))
-    prompts = prompts_of(fields.raw("input"), "input")
+    adapter = context.check_model(fields.get("model", str))
+    prompts = [prompt | {"adapter": adapter} for prompt in prompts_of(fields.raw("input"), "input")]
     if len(prompts) > MAX_INPUTS:
         raise APIError(f"input has {len(prompts)} entries; send at most {MAX_INPUTS} a request.", param="input")
     shape = _choice(fields, "encoding_format", FORMATS, FLOAT)
@@ -39,8 +39,9 @@ async def embeddings(request: Request) -> Response:
     streams: list[OutputStream] = []
 
     async def queue() -> list[OutputStream]:
-        for prompt in prompts:
-            streams.append(await context.llm.add_embed(prompt, pooling))
+        for index, prompt in enumerate(prompts):
+            with about("input", index if len(prompts) > 1 else None):
+                streams.append(await context.llm.add_embed(prompt, pooling))
         return streams
 
     def whole(outputs: Sequence[RequestOutput]) -> dict[str, Any]:
@@ -52,7 +53,7 @@ async def embeddings(request: Request) -> Response:
                 {"object": "embedding", "index": index, "embedding": _encoded(vector, shape)}
                 for index, vector in enumerate(vectors)
             ],
-            "model": context.config.model_name,
+            "model": adapter or context.config.model_name,
             "usage": {name: usage[name] for name in ("prompt_tokens", "total_tokens", "prompt_tokens_details")},
         }
 

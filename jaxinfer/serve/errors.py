@@ -3,7 +3,9 @@
 import functools
 import json
 import logging
-from collections.abc import Awaitable, Callable
+import re
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -29,6 +31,14 @@ TYPES = {
     503: "overloaded_error",
 }
 """Type of an error by its HTTP status; the names are those of Anthropic's API, most of which are OpenAI's too."""
+
+
+CHAT = ("messages", "tools", "chat_template_kwargs", "add_generation_prompt", "continue_final_message")
+"""Arguments of `LLM.chat` that are fields of requests by the same names."""
+
+
+ONLY_PROMPT = "prompt 0"
+"""How errors of the engine's input processing name the only prompt of a call."""
 
 
 class APIError(Exception):
@@ -74,7 +84,7 @@ def as_api_error(error: BaseException) -> APIError:
     if isinstance(error, ClientDisconnect):
         return APIError("the client has disconnected", status=499)
     if isinstance(error, (EngineClosedError, EngineError)):
-        return APIError("the engine does not run any more; ask the operator of this server", status=503)
+        return APIError("the engine has stopped; ask the operator of this server", status=503)
     if isinstance(error, (TypeError, ValueError)):  # how jaxinfer reports invalid input
         message = str(error)
         return APIError(message, param=_field(message))
@@ -85,9 +95,30 @@ def as_api_error(error: BaseException) -> APIError:
 def _field(message: str) -> str | None:
     """Return the field that a message of jaxinfer begins with, if it begins with one."""
     first = message.split(" ", 1)[0].split("[", 1)[0]
-    if first in SamplingParams.__dataclass_fields__ or first in ("messages", "tools", "chat_template_kwargs"):
-        return first
-    return None
+    return first if first in SamplingParams.__dataclass_fields__ or first in CHAT else None
+
+
+@contextmanager
+def about(field: str, index: int | None = None, *, before: int = 0) -> Iterator[None]:
+    """Make errors about a prompt or a message name the field of the request that it comes from.
+
+    Args:
+        field: field with the prompt or the messages.
+        index: place of the prompt in it; None if it is the field's only one.
+        before: number of messages that come before those of the field.
+    """
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        message = str(error)
+        own = field if index is None else f"{field}[{index}]"
+        if message.startswith(ONLY_PROMPT):
+            raise APIError(own + message.removeprefix(ONLY_PROMPT), param=field) from None
+        named = re.match(r"messages(?:\[(\d+)\])?", message)
+        if named is None or int(named[1] or before) < before:
+            raise
+        place = "" if named[1] is None else f"[{int(named[1]) - before}]"
+        raise APIError(field + place + message[named.end() :], param=field) from None
 
 
 def response(error: BaseException, anthropic: bool = False) -> Json:

@@ -15,7 +15,7 @@ MODEL = "model_name"
 
 
 class Collector:
-    """Prometheus collector that reads the engine's metrics when it is asked."""
+    """Prometheus collector that reads the engine's metrics on each scrape."""
 
     def __init__(self, context: Context):
         self._context = context

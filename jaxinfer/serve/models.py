@@ -7,8 +7,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from jaxinfer.serve.body import Fields, read_json
+from jaxinfer.serve.chat import tools_of
 from jaxinfer.serve.context import Context, of
-from jaxinfer.serve.errors import APIError, Json
+from jaxinfer.serve.errors import APIError, Json, about
 
 CHAT_OPTIONS = ("add_generation_prompt", "continue_final_message", "chat_template_kwargs", "tools")
 """Fields of `/tokenize` that are arguments of `AsyncLLM.tokenize_chat`."""
@@ -20,25 +21,28 @@ async def health(request: Request) -> Response:
     return Response(status_code=200)
 
 
-def _model(context: Context) -> dict[str, Any]:
+def _model(context: Context, adapter: str | None = None) -> dict[str, Any]:
+    parent = {} if adapter is None else {"parent": context.config.model_name}
     return {
-        "id": context.config.model_name,
+        "id": adapter or context.config.model_name,
         "object": "model",
         "created": context.created,
         "owned_by": "jaxinfer",
         "max_model_len": context.llm.max_model_len,
+        **parent,
     }
 
 
 async def models(request: Request) -> Response:
-    """List the model."""
-    return Json({"object": "list", "data": [_model(of(request))]})
+    """List the model and its adapters."""
+    context = of(request)
+    return Json({"object": "list", "data": [_model(context, context.check_model(name)) for name in context.models]})
 
 
 async def model(request: Request) -> Response:
-    """Describe the model."""
-    of(request).check_model(request.path_params["name"])
-    return Json(_model(of(request)))
+    """Describe the model or an adapter."""
+    context = of(request)
+    return Json(_model(context, context.check_model(request.path_params["name"])))
 
 
 async def tokenize(request: Request) -> Response:
@@ -47,14 +51,17 @@ async def tokenize(request: Request) -> Response:
     fields = Fields(await read_json(request, context.config))
     fields.check_known(("model", "prompt", "messages", *CHAT_OPTIONS), {})
     context.check_model(fields.get("model", str))
+    tools_of(fields)
     prompt, messages = fields.get("prompt", str), fields.get("messages", list)
     if (prompt is None) == (messages is None):
         raise APIError("tokenize takes either prompt or messages.", param="prompt")
     if prompt is not None:
-        tokens = await context.llm.tokenize(prompt)
+        with about("prompt"):
+            tokens = await context.llm.tokenize(prompt)
     else:
         given = {name: fields.raw(name) for name in CHAT_OPTIONS if fields.raw(name) is not None}
-        tokens = await context.llm.tokenize_chat(messages, **given)
+        with about("messages"):
+            tokens = await context.llm.tokenize_chat(messages, **given)
     return Json({"tokens": tokens, "count": len(tokens), "max_model_len": context.llm.max_model_len})
 
 

@@ -1,4 +1,4 @@
-"""`GET /openapi.json`: the API as an OpenAPI 3.1 document, made of the tables that requests are checked with."""
+"""`GET /openapi.json`: the API as an OpenAPI 3.1 document, generated from the tables that check requests."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from starlette.responses import Response
 
 from jaxinfer.llm_base.prefill import POOLINGS
 from jaxinfer.sampling_params import MAX_LOGPROBS, MAX_REPETITION_PENALTY, MIN_REPETITION_PENALTY
-from jaxinfer.serve import anthropic, audio, chat, completions, embeddings, models, responses
+from jaxinfer.serve import anthropic, audio, chat, completions, embeddings, models, responses, sampling
 from jaxinfer.serve.context import Context, of
 from jaxinfer.serve.errors import TYPES, Json
 
@@ -21,13 +21,13 @@ MESSAGE = {
     "required": ["role", "content"],
     "properties": {
         "role": STRING,
-        "content": {"anyOf": [STRING, {"type": "array", "items": OBJECT}, {"type": "null"}]},
+        "content": {"anyOf": [STRING, {"type": "array", "items": {"anyOf": [STRING, OBJECT]}}, {"type": "null"}]},
     },
 }
 FUNCTION = {"type": "object", "required": ["name"], "properties": {"name": STRING}}
 TOOL = {
     "type": "object",
-    "required": ["type", "function"],
+    "required": ["function"],
     "properties": {"type": {"const": "function"}, "function": FUNCTION},
 }
 FORMAT = {
@@ -57,11 +57,11 @@ def _choice(*values: Any) -> Schema:
 
 
 def fields(context: Context) -> dict[str, Schema]:
-    """Return the schema of each field by its name; endpoints that read one in another way have their own."""
+    """Return the schema of each field by its name, for endpoints without a schema of their own for it."""
     config, tokenizer = context.config, context.llm.get_tokenizer()
     tokens = _integer(1, config.max_tokens)
     return {
-        "model": {"const": config.model_name},
+        "model": {"enum": context.models},
         "n": _integer(1, config.max_n),
         "stop": {"anyOf": [STRING | {"minLength": 1}, {"type": "array", "items": STRING | {"minLength": 1}}]},
         "seed": _integer(-(2**63), 2**63 - 1),
@@ -72,7 +72,10 @@ def fields(context: Context) -> dict[str, Schema]:
         "presence_penalty": _number(-2, 2),
         "frequency_penalty": _number(-2, 2),
         "repetition_penalty": _number(MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY),
-        "logit_bias": {"type": "object", "patternProperties": {"^[0-9]{1,10}$": _number(-100, 100)}},
+        "logit_bias": {
+            "type": "object",
+            "patternProperties": {"^[0-9]{1,10}$": _number(-sampling.MAX_BIAS, sampling.MAX_BIAS)},
+        },
         "max_tokens": tokens,
         "max_completion_tokens": tokens,
         "max_output_tokens": tokens,
@@ -133,7 +136,7 @@ OWN: Mapping[str, Mapping[str, Schema]] = {
         "normalize": BOOLEAN,
     },
 }
-"""Fields that an endpoint reads in another way than the others."""
+"""Schemas of fields, by endpoint, that differ from those of the other endpoints."""
 BODIES: Mapping[str, tuple[Sequence[str], Mapping[str, Any], Sequence[str], str]] = {
     "/v1/completions": (sorted(completions.KNOWN), completions.NEUTRAL, ("prompt",), "Continue prompts"),
     "/v1/chat/completions": (sorted(chat.KNOWN), chat.NEUTRAL, ("messages",), "Answer a conversation"),
@@ -164,7 +167,7 @@ READS: Mapping[str, tuple[str, str]] = {
     "/v1/models/{name}": ("Describe the model", JSON),
     "/openapi.json": ("Return this document", JSON),
 }
-"""Summary and media type of what is read."""
+"""Summary and media type of each GET endpoint."""
 
 
 def _nullable(schema: Schema) -> Schema:

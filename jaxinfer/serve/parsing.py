@@ -14,7 +14,7 @@ CALLS = "tool_calls"
 
 
 def has_template(tokenizer: Any) -> bool:
-    """Return whether a tokenizer says how its model's answers are parsed."""
+    """Return whether a tokenizer has a response template, which says how its model's answers are parsed."""
     return getattr(tokenizer, "response_template", None) is not None
 
 

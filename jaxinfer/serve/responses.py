@@ -1,4 +1,4 @@
-"""`POST /v1/responses`: OpenAI's responses without state, over the same chats."""
+"""`POST /v1/responses`: OpenAI's responses without stored state, converted to chat completions."""
 
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -44,8 +44,8 @@ async def responses(request: Request) -> Response:
     context = of(request)
     fields = Fields(await read_json(request, context.config))
     fields.check_known(KNOWN, NEUTRAL)
-    context.check_model(fields.get("model", str))
-    options, form = _options(fields), fields.get("text", dict, {}).get("format")
+    adapter = context.check_model(fields.get("model", str))
+    options, form = _options(fields) | {"adapter": adapter}, fields.get("text", dict, {}).get("format")
     parallel = fields.get("parallel_tool_calls", bool, True)
     shape = structure.of_choice(_choice(fields), options.get("tools"), parallel=parallel)
     if shape is None:
@@ -54,8 +54,11 @@ async def responses(request: Request) -> Response:
     params = sampling.read(context, common, logprobs=None, limit="max_output_tokens", structure=shape)
     params = visible(context, params)
     streamed = fields.get("stream", bool, False)
-    call = ChatCall(conversation(fields), params, options, streamed=streamed, structure=shape)
-    base = _base(fields, context.config.model_name, params.temperature, params.top_p)
+    before = 0 if fields.raw("instructions") is None else 1
+    call = ChatCall(
+        conversation(fields), params, options, streamed=streamed, structure=shape, field="input", before=before
+    )
+    base = _base(fields, call.model(context), params.temperature, params.top_p)
 
     async def queue() -> list[OutputStream]:
         return [await add(context, call, base["id"])]
@@ -90,7 +93,7 @@ def _item(item: Any, where: str) -> dict[str, Any]:
         raise wrong_type(where, "an item, an object with a type", item)
     kind = item.get("type", "message")
     if kind == "message":
-        return {"role": item.get("role"), "content": item.get("content")}
+        return {name: item[name] for name in ("role", "content") if name in item}
     if kind == "function_call":
         function = {"name": item.get("name"), "arguments": item.get("arguments")}
         call = {"id": item.get("call_id"), "type": "function", "function": function}

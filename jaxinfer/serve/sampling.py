@@ -51,6 +51,9 @@ IGNORED = (
 )
 """Fields that change nothing about the answer of a server with one model."""
 
+MAX_BIAS = 100
+"""Largest absolute value of a bias, as in OpenAI's API."""
+
 
 def read(
     context: Context,
@@ -108,9 +111,14 @@ def _limit(context: Context, fields: Fields, name: str, default: int | None) -> 
 
 def _logit_bias(values: dict[str, Any]) -> dict[int, Any]:
     """Convert the keys of a JSON object to token ids."""
-    for key in values:
+    for key, value in values.items():
         if not key.isascii() or not key.isdecimal() or len(key) > 10:
             raise wrong_type("logit_bias", "an object from token ids to biases", key)
+        if isinstance(value, int | float) and not -MAX_BIAS <= value <= MAX_BIAS:
+            raise APIError(
+                f"logit_bias of token {key} must be between -{MAX_BIAS} and {MAX_BIAS}, got {value}.",
+                param="logit_bias",
+            )
     return {int(key): value for key, value in values.items()}
 
 

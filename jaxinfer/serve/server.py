@@ -1,4 +1,4 @@
-"""uvicorn's server of the HTTP API, stopped without losing the answers of running requests."""
+"""uvicorn server of the HTTP API that waits for running requests when it is stopped."""
 
 import argparse
 import asyncio
@@ -10,9 +10,10 @@ from jaxinfer.async_llm import AsyncLLM
 from jaxinfer.serve import profile
 from jaxinfer.serve.app import create_app
 from jaxinfer.serve.config import ServerConfig
+from jaxinfer.serve.connection import protocol
 
 CLOSING = 5
-"""Seconds for the responses to requests that the stop of the server ends."""
+"""Seconds to send the responses of requests that the shutdown aborts."""
 
 
 def make_server(llm: AsyncLLM, config: ServerConfig, args: argparse.Namespace) -> uvicorn.Server:
@@ -22,6 +23,7 @@ def make_server(llm: AsyncLLM, config: ServerConfig, args: argparse.Namespace) -
         app,
         host=args.host,
         port=args.port,
+        http=protocol(config.body_timeout),
         ssl_certfile=args.ssl_certfile,
         ssl_keyfile=args.ssl_keyfile,
         timeout_graceful_shutdown=args.shutdown_timeout + CLOSING,

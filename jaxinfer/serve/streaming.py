@@ -1,4 +1,4 @@
-"""Send responses as long as the client is there: server-sent events, and results of requests that run to their end."""
+"""Send responses while the client is connected: server-sent events, or the final outputs of requests."""
 
 import asyncio
 import json
@@ -37,7 +37,7 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, Any]) -> A
     """Return the result of a coroutine; cancel it if the client disconnects.
 
     Raises:
-        APIError: the client has disconnected, so that it does not get this error.
+        APIError: the client has disconnected; nobody receives this error.
     """
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request.receive))
     try:

@@ -1,4 +1,4 @@
-"""Read the structure that a request asks of its answer: a response format, or a tool that must be called."""
+"""Read the structure that a request requires of its answer: a response format, or a tool that must be called."""
 
 import json
 import re

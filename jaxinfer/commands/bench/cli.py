@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             name,
             help=about,
             description=f"Measure {about}.",
+            prog=f"jaxinfer bench {name}",
             usage=f"jaxinfer bench {name} [OPTIONS]",
             formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=32),
         )

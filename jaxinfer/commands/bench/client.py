@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Target:
-    """What all requests have in common."""
+    """Settings that all requests share."""
 
     model: str
     endpoint: str
@@ -17,7 +17,7 @@ class Target:
     output_len: int
     """New tokens of a request."""
     ignore_eos: bool
-    """Whether requests run to their length, which is a field that is not OpenAI's."""
+    """Whether requests run to their length; the field is not OpenAI's."""
 
     @property
     def path(self) -> str:
@@ -59,7 +59,7 @@ def make_client(base_url: str, key: str | None, timeout: float, connections: int
     """Return an HTTP client of a server.
 
     Raises:
-        ValueError: httpx is missing, or the address is not one.
+        ValueError: httpx is missing, or the address is not an HTTP URL.
     """
     try:
         import httpx
@@ -83,6 +83,8 @@ async def model_of(client: Any) -> str:
         found = await client.get("/v1/models")
         found.raise_for_status()
         return found.json()["data"][0]["id"]
+    except httpx.TransportError as error:
+        raise RuntimeError(f"{client.base_url} cannot be reached: {error or type(error).__name__}") from error
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, IndexError, TypeError) as error:
         address = f"{str(client.base_url).rstrip('/')}/v1/models"
         raise RuntimeError(f"{address} names no model: {error or type(error).__name__}") from error

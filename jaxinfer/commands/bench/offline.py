@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from itertools import islice
 from typing import Any
 
+from jaxinfer._utils.checks import KV_CACHE_DTYPES, QUANTIZATIONS
 from jaxinfer.commands.bench import trace as traces
 from jaxinfer.commands.bench.measure import alternate
 from jaxinfer.commands.bench.options import count
@@ -15,7 +16,8 @@ from jaxinfer.commands.bench.texts import texts
 from jaxinfer.commands.bench.work import Work, random_work
 from jaxinfer.commands.overrides import add_hf_overrides
 
-ENGINE = ("dtype", "quantization", "tensor_parallel_size", "max_model_len", "max_num_seqs", "hf_overrides")
+ENGINE = ("dtype", "quantization", "kv_cache_dtype", "tensor_parallel_size", "max_model_len", "max_num_seqs")
+ENGINE += ("hf_overrides",)
 """Options that are arguments of `LLM`, passed on where they are given."""
 
 
@@ -46,7 +48,8 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     add("--model", help="a checkpoint's directory, GGUF file or Hub id, or smollm2; by default the packaged one")
     add("--seed", type=int, default=0, metavar="N", help="seed of the prompts (%(default)s)")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"))
-    add("--quantization", choices=("int8",), help="keep the weights in int8")
+    add("--quantization", choices=QUANTIZATIONS, help="int8, or what to do with 4 bits")
+    add("--kv-cache-dtype", choices=KV_CACHE_DTYPES, help="keep keys and values in a byte an element")
     for name in ("tensor-parallel-size", "max-model-len", "max-num-seqs"):
         add(f"--{name}", type=count, metavar="N", help="as in jaxinfer.LLM")
     add("--profile", metavar="DIR", help="trace one more pass with JAX's profiler into DIR")

@@ -11,6 +11,11 @@ def count(text: str) -> int:
     return int(text)
 
 
+def whole(text: str) -> int:
+    """Parse a whole number of at least 0."""
+    return 0 if text == "0" else count(text)
+
+
 def positive(text: str) -> float:
     """Parse a number above 0; it may be infinite."""
     try:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from jaxinfer.commands.bench.client import Answer, Target, make_client, model_of, send
-from jaxinfer.commands.bench.options import count, percentiles, positive
+from jaxinfer.commands.bench.options import count, percentiles, positive, whole
 from jaxinfer.commands.bench.texts import texts
 
 
@@ -24,6 +24,7 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
     add("--endpoint", choices=("completions", "chat"), default="completions", help="of /v1 (%(default)s)")
     add("--api-key", metavar="KEY", help="by default the environment's OPENAI_API_KEY")
     add("--num-prompts", type=count, default=256, metavar="N", help="requests (%(default)s)")
+    add("--num-warmups", type=whole, metavar="N", help="requests before, not measured; by default --max-concurrency")
     add("--duration", type=positive, metavar="S", help="send requests for S seconds instead")
     add("--max-concurrency", type=count, default=64, metavar="N", help="requests at a time (%(default)s)")
     add("--request-rate", type=positive, metavar="R", help="requests a second, at random times; default: no limit")
@@ -40,7 +41,7 @@ def serve(args: argparse.Namespace) -> dict[str, Any]:
 
     Raises:
         RuntimeError: the server cannot be reached, or no request was answered.
-        ValueError: httpx is missing, or the address is not one.
+        ValueError: httpx is missing, or the address is not an HTTP URL.
     """
     return asyncio.run(_serve(args))
 
@@ -61,6 +62,8 @@ async def _serve(args: argparse.Namespace) -> dict[str, Any]:
         model = args.model or await model_of(client)
         target = Target(model, args.endpoint, args.output_len, ignore_eos=not args.stop_at_eos)
         prompts, times, answers = texts(args.input_len, args.seed), arrivals(args), []
+        warmups = args.max_concurrency if args.num_warmups is None else args.num_warmups
+        await asyncio.gather(*(send(client, target, next(prompts)) for _ in range(warmups)))
         start = time.perf_counter()
 
         async def worker() -> None:

@@ -12,6 +12,7 @@ from jaxinfer.commands.generate import sanity
 from jaxinfer.commands.generate.options import add_arguments, as_inputs, finish, open_image, read_prompts
 from jaxinfer.commands.generate.printing import as_json, collect, report, show
 from jaxinfer.commands.generate.rates import Rates
+from jaxinfer.commands.overrides import read_template
 from jaxinfer.llm import LLM
 from jaxinfer.media import read_wav
 from jaxinfer.sampling_params import SamplingParams
@@ -21,8 +22,8 @@ DEFAULT_PROMPTS = ("What is 17 plus 25?", "What is the capital of France?")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command as a program of its own."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Run the command without `python -m jaxinfer`; return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, usage="%(prog)s [OPTIONS]")
     add_arguments(parser)
     return run(parser, parser.parse_args(argv))
 
@@ -58,6 +59,7 @@ def make_llm(args: argparse.Namespace, **settings: Any) -> LLM:
         tensor_parallel_size=args.tensor_parallel_size,
         peer_timeout=args.peer_timeout,
         hf_overrides=args.hf_overrides,
+        chat_template=read_template(args.chat_template),
         **settings,
     )
 
@@ -88,8 +90,8 @@ def generate(args: argparse.Namespace) -> int:
         updates = rates.watch(llm.stream_chat(inputs, params) if args.chat else llm.stream(inputs, params))
         if args.json:
             outputs = collect(updates, prompts, params.n)
-            for output in outputs:
-                print(json.dumps(as_json(output)), flush=True)
+            for prompt, output in zip(prompts, outputs, strict=True):
+                print(json.dumps({"prompt": prompt, **as_json(output)}), flush=True)
         else:
             outputs = show(updates, prompts, params.n, args.chat)
         report(rates.of(outputs))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxinfer import demo, distributed
+from jaxinfer._utils.checks import QUANTIZATIONS
 from jaxinfer.commands.overrides import add_hf_overrides
 
 
@@ -14,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", help="a checkpoint's directory, GGUF file or Hub id, or smollm2; by default the packaged one")
     add("--prompt", action="append", default=[], help="repeatable")
-    add("--prompts-file", type=Path, help="a text file with a prompt a line")
+    add("--prompts-file", type=Path, help="a text file with a prompt a line; blank lines are left out")
     add(
         "--image",
         type=Path,
@@ -30,18 +31,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FILE.wav",
-        help="repeatable: sound of any length, which a model that does so transcribes, with times",
+        help="repeatable: an audio file of any length to transcribe with timestamps, by a speech model",
     )
     add("--language", help="with --audio: its code or name; by default it is detected")
     add("--task", choices=("transcribe", "translate"), help="with --audio: translate is into English")
     add("--max-tokens", type=int, default=None, help="by default to the end for chat and --audio, else 128")
-    add("--temperature", type=float, default=0.0, help="0 is greedy")
-    add("--top-p", type=float, default=1.0)
-    add("--top-k", type=int, default=0)
+    add("--temperature", type=float, default=0.0, help="0 is greedy (%(default)g)")
+    add("--top-p", type=float, default=1.0, help="(%(default)g)")
+    add("--top-k", type=int, default=0, help="0 is all tokens (%(default)s)")
     add("--seed", type=int, default=None, help="by default one that is the same for every run")
     add("--n", type=int, default=1, help="samples a prompt")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
-    add("--quantization", default=None, choices=("int8",), help="keep the weights in int8")
+    add("--quantization", default=None, choices=QUANTIZATIONS, help="int8, or what to do with 4 bits")
     add("--max-model-len", type=int, default=None)
     add_hf_overrides(parser)
     add("--tensor-parallel-size", type=int, default=None, help="by default 1, or all devices of several processes")
@@ -64,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --coordinator: how soon a process that has died or hangs ends all of them",
     )
     add("--chat", action="store_true", help="put each prompt through the chat template")
+    add("--chat-template", type=Path, metavar="FILE", help="with --chat: Jinja source instead of the model's")
     add("--json", action="store_true", help="one object a request on stdout, everything else on stderr")
     add("--samples", type=int, default=0, metavar="N", help="ask N built-in questions (at most 20)")
     add("--add-prefix", action="store_true", help="with --samples: put a shared prefix before each question")
@@ -98,6 +100,10 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error("--audio needs --model, one that transcribes")
     if not args.audio and (args.language or args.task):
         parser.error("--language and --task go with --audio")
+    if any(not prompt for prompt in args.prompt):
+        parser.error("--prompt is empty; write what the model is to continue")
+    if args.chat_template is not None and not (args.chat or args.samples):
+        parser.error("--chat-template goes with --chat")
     if args.model == "":
         parser.error("--model is empty; leave it out for the packaged checkpoint")
 

@@ -25,7 +25,7 @@ class Mark(NamedTuple):
         Programs that are compiled at the same time count twice, so that no time may be left.
         """
         seconds = self.time - since.time - (self.compiling - since.compiling)
-        return f"{tokens / seconds:.1f} tok/s" if seconds > LEAST else "all of it compiling"
+        return f"{tokens / seconds:.1f} tok/s" if seconds > LEAST else "too short to say"
 
 
 class Rates:
@@ -57,8 +57,8 @@ class Rates:
             reading, writing = self._last.rate(prompt, self._start), end.rate(made, self._first)
             rates = f"prompt: {reading}, generation: {writing}"
         total, compiling = end.time - self._start.time, end.compiling - self._start.compiling
-        left_out = f"{compiling:.1f} s of it compiling, which the rates leave out"
-        return f"{rates} ({prompt} + {made} tokens in {total:.1f} s; {left_out})"
+        left_out = f"; compiling took {compiling:.1f} s of it, which the rates leave out" if compiling > LEAST else ""
+        return f"{rates} ({prompt} + {made} tokens in {total:.1f} s{left_out})"
 
     def _mark(self) -> Mark:
         [seconds] = [metric.value for metric in self._llm.get_metrics() if metric.name.endswith("compile_seconds")]

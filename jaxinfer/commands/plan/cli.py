@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from jaxinfer import demo
+from jaxinfer._utils.checks import KV_CACHE_DTYPES, QUANTIZATIONS
 from jaxinfer.commands.exit_status import status_of
 from jaxinfer.commands.overrides import add_hf_overrides
 from jaxinfer.commands.plan import table
@@ -54,12 +55,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--pad-heads", action="store_true", help="add attention heads of zeroes where they do not divide")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
-    add("--quantization", default=None, choices=("int8",))
+    add("--quantization", choices=QUANTIZATIONS, metavar="METHOD", help=", ".join(QUANTIZATIONS))
+    add("--kv-cache-dtype", default="auto", choices=KV_CACHE_DTYPES, help="of keys and values")
     add("--block-size", type=count, default=16, metavar="N", help="tokens of a block of the cache")
-    add("--memory", type=_size, default=None, metavar="SIZE", help="of a device, for instance 80GiB: says what fits")
+    add(
+        "--memory",
+        type=parse_size,
+        default=None,
+        metavar="SIZE",
+        help="of a device, for instance 80GiB: says what fits",
+    )
     add(
         "--step-memory",
-        type=_size,
+        type=parse_size,
         default=0,
         metavar="SIZE",
         help="of a device, for steps while they run: an engine logs what it has measured",
@@ -67,8 +75,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--revision", default=None, help="of the Hub id")
     add_hf_overrides(parser)
     shown = parser.add_argument_group("what is shown").add_mutually_exclusive_group()
-    shown.add_argument("--json", action="store_true", help="all of it as one object, to stdout")
-    shown.add_argument("--html", type=Path, metavar="FILE", help="a picture of it, as a page of its own")
+    shown.add_argument("--json", action="store_true", help="print it as one JSON object")
+    shown.add_argument("--html", type=Path, metavar="FILE", help="write it as an HTML page")
 
 
 def finish(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -101,6 +109,7 @@ def make(args: argparse.Namespace, hf: Mapping[str, Any] | None = None, **change
         "step_bytes": args.step_memory,
         "dtype": args.dtype,
         "quantization": args.quantization,
+        "kv_cache_dtype": args.kv_cache_dtype,
         "block_size": args.block_size,
         "pad_heads": args.pad_heads,
         "revision": args.revision,
@@ -143,7 +152,8 @@ def count(text: str) -> int:
     return int(text)
 
 
-def _size(text: str) -> int:
+def parse_size(text: str) -> int:
+    """Parse a size such as 80GiB to bytes."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text)
     if found is None or found[2] not in UNITS or not int(float(found[1]) * UNITS[found[2]]):
         raise argparse.ArgumentTypeError(f"{text!r} must be a size such as 80GiB, 24GB or a number of bytes")

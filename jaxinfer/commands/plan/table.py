@@ -92,7 +92,7 @@ def sentences(plan: Plan) -> Iterator[str]:
     """Yield the summary of a plan, one sentence a line."""
     yield (
         f"Each device holds {size_text(plan.device_bytes)} of weights, "
-        f"{size_text(plan.device_bytes * plan.devices)} on all {plan.devices}; once, in these dtypes, they are "
+        f"{size_text(plan.device_bytes * plan.devices)} on all {plan.devices}; a single copy of them takes "
         f"{size_text(plan.checkpoint_bytes)}."
     )
     if plan.devices > 1:
@@ -101,7 +101,7 @@ def sentences(plan: Plan) -> Iterator[str]:
         what = f"{counts(plan, step)}, {size_text(token_bytes(plan, step))} a token on each device"
         yield f"Each {step} step exchanges {what if plan.collectives(step) else 'nothing'}."
     if any(e.collective.rows == SAMPLE and DECODE in e.steps for e in plan.exchanges):
-        yield f"The sampler's is for greedy rows; what is exchanged a sampled sequence is not counted as a {TOKEN}'s."
+        yield f"The sampler's collectives are those of greedy rows; their bytes are not counted per {TOKEN}."
     if plan.cache is not None:
         yield from _cache(plan)
 
@@ -113,7 +113,7 @@ def _cache(plan: Plan) -> Iterator[str]:
     yield f"The cache takes {block} on each device, {token} a token."
     if cache.encoded_block_device_bytes:
         position = size_text(cache.encoded_block_device_bytes / cache.block_size)
-        yield f"What the encoder reads takes {position} a position as well, on each device."
+        yield f"Each encoder position takes {position} on each device as well."
     if cache.state_device_bytes:
         state = size_text(cache.state_device_bytes)
         yield f"Each sequence also has a recurrent state of {state} on each device, whatever its length."
