@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from jaxinfer.outputs import RequestOutput as RequestOutput
     from jaxinfer.sampling_params import RequestOutputKind as RequestOutputKind
     from jaxinfer.sampling_params import SamplingParams as SamplingParams
+    from jaxinfer.speculative_config import SpeculativeConfig as SpeculativeConfig
     from jaxinfer.steering import Steering as Steering
     from jaxinfer.structured_outputs import StructuredOutputsParams as StructuredOutputsParams
 
@@ -37,6 +38,7 @@ _MODULES = {
     "RequestOutput": "outputs",
     "RequestOutputKind": "sampling_params",
     "SamplingParams": "sampling_params",
+    "SpeculativeConfig": "speculative_config",
     "Steering": "steering",
     "Segment": "models.whisper.transcription",
     "StructuredOutputsParams": "structured_outputs",

@@ -8,14 +8,17 @@ from contextlib import aclosing
 from functools import partial
 from typing import Any
 
+from jaxinfer.adapter import Adapter
 from jaxinfer.config import EngineConfig
 from jaxinfer.engine.engine_thread import CLOSED
 from jaxinfer.engine.metrics import Metric
 from jaxinfer.engine.request import Request
 from jaxinfer.engine.runner.warmup import Warmup
 from jaxinfer.errors import EngineClosedError
+from jaxinfer.inputs.prompts import with_adapter
 from jaxinfer.llm import LLM
 from jaxinfer.llm_base.prefill import LAST_TOKEN, check_ended, embedding_of, score_of, states_of
+from jaxinfer.llm_base.replicas import divide
 from jaxinfer.loading.update import WeightUpdate
 from jaxinfer.models.whisper.transcription import Transcript, begin
 from jaxinfer.outputs import EmbeddingOutput, HiddenStates, RequestOutput, ScoreOutput
@@ -62,7 +65,7 @@ class AsyncLLM:
 
     def _attach(self, llm: LLM) -> None:
         self._llm = llm
-        self._hub = StreamHub(llm._thread)
+        self._hubs = {replica: StreamHub(replica.thread) for replica in llm._replicas}
         self._threads = ThreadPoolExecutor(INPUT_THREADS, thread_name_prefix="jaxinfer inputs")
 
     @property
@@ -83,17 +86,18 @@ class AsyncLLM:
     @property
     def num_waiting(self) -> int:
         """Number of sequences that wait in the engine's queue."""
-        return len(self._llm._engine.scheduler.waiting)
+        return sum(len(replica.engine.scheduler.waiting) for replica in self._llm._replicas)
 
     def check_alive(self) -> None:
         """Check that requests can be served.
 
         Raises:
-            EngineDeadError: the device was lost.
-            EngineClosedError: this was closed.
+            EngineDeadError: a device was lost.
+            EngineClosedError: the LLM was closed.
         """
         self._llm._check_open()
-        self._llm._engine.check_alive()
+        for replica in self._llm._replicas:
+            replica.engine.check_alive()
 
     async def generate(
         self,
@@ -102,6 +106,7 @@ class AsyncLLM:
         *,
         request_id: str | None = None,
         steering: Any = None,
+        adapter: str | None = None,
     ) -> AsyncIterator[RequestOutput]:
         """Generate completions of one prompt and yield outputs as tokens arrive, in the form set by `output_kind`.
 
@@ -110,13 +115,14 @@ class AsyncLLM:
             sampling_params: by default `default_params`.
             request_id: id for `abort` and in the outputs; by default a new one.
             steering: vectors added to the outputs of modules, as in `LLM.generate`.
+            adapter: name of the LoRA adapter, if the prompt's dict has none.
 
         Raises:
             TypeError, ValueError: the prompt or a parameter is invalid, or the id is in use; nothing was queued.
             EngineDeadError: the device was lost.
             EngineClosedError: the LLM was closed meanwhile.
         """
-        queued = self.add_request(prompt, sampling_params, request_id=request_id, steering=steering)
+        queued = self.add_request(prompt, sampling_params, request_id=request_id, steering=steering, adapter=adapter)
         async with aclosing(await queued) as stream:
             async for output in stream:
                 yield output
@@ -149,12 +155,13 @@ class AsyncLLM:
         *,
         request_id: str | None = None,
         steering: Any = None,
+        adapter: str | None = None,
     ) -> OutputStream:
         """Check and queue one prompt, and return its outputs; arguments and errors are those of `generate`.
 
         The errors of invalid input are raised here, before the first token.
         """
-        return await self._add(partial(self._parse, prompt, sampling_params, steering), request_id)
+        return await self._add(partial(self._parse, prompt, sampling_params, steering, adapter), request_id)
 
     async def add_chat(
         self,
@@ -167,6 +174,7 @@ class AsyncLLM:
         continue_final_message: bool | str = False,
         tools: Sequence[Any] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        adapter: str | None = None,
     ) -> OutputStream:
         """Render and queue one conversation and return its outputs; arguments and errors are those of `chat`."""
         render = partial(
@@ -178,17 +186,22 @@ class AsyncLLM:
             continue_final_message=continue_final_message,
             tools=tools,
             chat_template_kwargs=chat_template_kwargs,
+            adapter=adapter,
         )
         return await self._add(render, request_id)
 
-    def _parse(self, prompt: Any, params: SamplingParams | None, steering: Any = None) -> Handle:
-        handle = self._handle(self._llm._input_processor.parse(prompt), params)
+    def _parse(
+        self, prompt: Any, params: SamplingParams | None, steering: Any = None, adapter: str | None = None
+    ) -> Handle:
+        handle = self._handle(with_adapter(self._llm._input_processor.parse(prompt), adapter), params)
         self._llm._steer([handle.request], steering)
         return handle
 
-    def _render(self, messages: Any, params: SamplingParams | None, **options: Any) -> Handle:
+    def _render(
+        self, messages: Any, params: SamplingParams | None, *, adapter: str | None = None, **options: Any
+    ) -> Handle:
         processor = self._llm._input_processor
-        return self._handle(processor.render(messages, **options), processor.chat_params(params))
+        return self._handle(with_adapter(processor.render(messages, **options), adapter), processor.chat_params(params))
 
     def _handle(self, prompts: Sequence[Any], params: SamplingParams | None) -> Handle:
         """Make the unqueued request of a call's only prompt, with its output processor."""
@@ -200,7 +213,7 @@ class AsyncLLM:
 
     async def _add(self, prepare: Callable[[], Handle], request_id: str | None) -> OutputStream:
         if request_id is not None and (not isinstance(request_id, str) or not request_id):
-            raise TypeError(f"request_id must be a string that is not empty, got {request_id!r}")
+            raise TypeError(f"request_id must be a non-empty string, got {request_id!r}")
         handle = await self.run_on_thread(prepare)
         if request_id is not None:
             handle.request.id = request_id
@@ -208,7 +221,8 @@ class AsyncLLM:
 
     async def _queued(self, handle: Handle) -> OutputStream:
         """Queue a request and return its outputs."""
-        stream = OutputStream(handle, self._hub)
+        [replica] = divide(self._llm._replicas, [handle])
+        stream = OutputStream(handle, self._hubs[replica])
         await stream.queue()
         return stream
 
@@ -335,6 +349,23 @@ class AsyncLLM:
         """Replace the weights; arguments and errors are those of `LLM.update_weights`."""
         return await self._apart(self._llm.update_weights, weights, **options)
 
+    @property
+    def adapters(self) -> Mapping[str, Adapter]:
+        """The LoRA adapters there are, by name."""
+        return self._llm.adapters
+
+    async def add_adapter(self, name: str, adapter: Any, *, config: Mapping[str, Any] | None = None) -> Adapter:
+        """Add a LoRA adapter; arguments and errors are those of `LLM.add_adapter`."""
+        return await self._apart(self._llm.add_adapter, name, adapter, config=config)
+
+    async def remove_adapter(self, name: str) -> None:
+        """Remove a LoRA adapter; errors are those of `LLM.remove_adapter`."""
+        await self._apart(self._llm.remove_adapter, name)
+
+    async def release_followers(self) -> None:
+        """Let `follow` return in the other processes, as `LLM.release_followers`."""
+        await self._apart(self._llm.release_followers)
+
     async def weights(self, names: str = "hf") -> Any:
         """Return the weights; arguments and errors are those of `LLM.weights`."""
         return await self._apart(self._llm.weights, names)
@@ -370,21 +401,23 @@ class AsyncLLM:
 
     async def _apart(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         """Call a method of the LLM that may take long on a thread of its own."""
-        self._llm._check_open()
+        self._llm._check_not_closed()
         return await asyncio.to_thread(function, *arguments, **options)
 
     def follow(self) -> None:
-        """Replay the steps of process 0, as `LLM.follow`; blocks until process 0 closes its LLM."""
+        """Replay the steps of process 0, as `LLM.follow`; blocks until that closes its LLM or releases this process."""
         self._llm.follow()
 
     async def close(self) -> None:
         """Abort all requests and free the cache's memory; streams raise EngineClosedError. Further calls do nothing."""
-        self._hub.end_all(EngineClosedError(CLOSED))
+        for hub in self._hubs.values():
+            hub.end_all(EngineClosedError(CLOSED))
         await asyncio.to_thread(self._llm.close)
         self._threads.shutdown(wait=False)
 
     async def __aenter__(self) -> "AsyncLLM":
         return self
 
-    async def __aexit__(self, *exception: object) -> None:
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self._llm._abandon(error)
         await self.close()

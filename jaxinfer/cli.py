@@ -44,7 +44,10 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse
     }
     if words and words[0] in COMMANDS:  # only that one is imported: `--help` needs no JAX
         _module(words[0]).add_arguments(parsers[words[0]])
-    args = parser.parse_args(words)
+    args, unknown = parser.parse_known_args(words)
+    own = getattr(args, "parser", parsers[args.command])
+    if unknown:
+        own.error(f"unrecognized arguments: {' '.join(unknown)}")
     return parsers[args.command], args
 
 

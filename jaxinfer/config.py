@@ -7,17 +7,16 @@ from typing import Any
 
 import numpy as np
 
-from jaxinfer._utils.checks import MAX_LOGPROBS
+from jaxinfer._utils.checks import KV_CACHE_DTYPES, MAX_LOGPROBS, QUANTIZATIONS
 from jaxinfer.distributed import PEER_TIMEOUT
 from jaxinfer.errors import ConfigError
 from jaxinfer.sharding.policy import Placement
+from jaxinfer.speculative_config import SpeculativeConfig
 
 CPU_CACHE_BYTES = 1 << 30
 """Default cache size on a CPU in bytes: fixed, as the host has other work."""
 CACHES = (PAGED, CONTIGUOUS) = ("paged", "contiguous")
 """Cache implementations."""
-QUANTIZATIONS = ("int8",)
-"""Quantisation formats of matrices."""
 LOGPROBS_MODES = (RAW_LOGPROBS, PROCESSED_LOGPROBS, RAW_LOGITS, PROCESSED_LOGITS) = (
     "raw_logprobs",
     "processed_logprobs",
@@ -41,6 +40,8 @@ _LIMITS = {
     "pool_blocks": (1, 1 << 31),
     "max_logprobs": (0, MAX_LOGPROBS),
     "feature_cache_tokens": (1, 1 << 30),
+    "max_adapters": (0, 1024),
+    "max_adapter_rank": (1, 1024),
     "seed": (0, 2**63 - 1),
 }
 """Smallest and largest value of each integer setting."""
@@ -54,6 +55,28 @@ _BOOLEANS = (
     "deterministic",
     "return_routed_experts",
 )
+CLOSE = 0.75
+"""Similarity from which a known setting is suggested for an unknown one."""
+REPLACED = {
+    "enable_lora": "pass adapters={name: folder}, or max_adapters for those added later",
+    "lora_modules": "pass adapters={name: folder}",
+    "max_loras": "use max_adapters",
+    "max_lora_rank": "use max_adapter_rank",
+    "enforce_eager": "leave it out: every step is a compiled program",
+    "trust_remote_code": "leave it out: code of checkpoints is never run",
+    "num_gpu_blocks_override": "use pool_blocks",
+    "swap_space": "leave it out: preempted sequences are computed again",
+    "cpu_offload_gb": "leave it out: weights are not offloaded",
+    "pipeline_parallel_size": "use tensor_parallel_size",
+    "data_parallel_size": 'pass axes={"data": AXIS} and a mesh',
+    "device": "set JAX_PLATFORMS in the environment",
+    "device_map": "use tensor_parallel_size or mesh",
+    "torch_dtype": "use dtype",
+    "load_in_8bit": 'use quantization="int8"',
+    "max_length": "use max_model_len",
+    "max_batch_size": "use max_num_seqs",
+}
+"""Hints for settings of other libraries."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +86,10 @@ class EngineConfig:
     dtype: str = "auto"
     """Dtype of weights, activations and cache: "auto" (the checkpoint's), "float32", "bfloat16" or "float16"."""
     quantization: str | None = None
-    """"int8": matrices are stored in int8 with a scale per output channel and multiplied in int8; None: stored in
-    `dtype`.
+    """None: matrices have the checkpoint's form where products with it exist (4 bits of AWQ, GPTQ and
+    compressed-tensors), else `dtype`. "int8": they are stored in int8 with a scale per output channel and multiplied in
+    int8. "dequantize": quantised ones are converted to `dtype`. "awq", "gptq" or "compressed-tensors": as None, and an
+    error if the checkpoint has another format.
     """
     tensor_parallel_size: int = 1
     """Number of devices that weights and kv heads are divided over."""
@@ -89,8 +114,8 @@ class EngineConfig:
     "xla" (everywhere), or "auto": the first of these that is available.
     """
     matmul_kernel: str = "auto"
-    """"native" (CPUs, as above, on one device), "triton" (GPUs, as above, for products of experts; XLA's for all
-    others), "xla" (everywhere), or "auto": the first of these that is available.
+    """"native" (CPUs, as above, on one device), "triton" (GPUs, as above, for products of experts and, on one device,
+    with weights of 4 bits; XLA's for all others), "xla" (everywhere), or "auto": the first of these that is available.
     """
     fuse_projections: bool = True
     """Whether projections of the same input are one GEMM; False: one each. The output is the same."""
@@ -101,6 +126,11 @@ class EngineConfig:
     """
     block_size: int = 16
     """Number of positions in a cache block; for a contiguous cache, the step by which the read length grows."""
+    kv_cache_dtype: str = "auto"
+    """How keys and values are stored: "auto", in `dtype`; "int8" or "fp8" (also "fp8_e4m3"), in one byte an element
+    with a bfloat16 scale for each position and head, which takes half the memory of bfloat16 and changes results
+    slightly.
+    """
     kv_cache_memory_bytes: int | None = None
     """Cache size in bytes over all devices; by default 1 GiB on a CPU, on a GPU what `gpu_memory_utilization` leaves.
     If set, no step is compiled at start to measure its memory.
@@ -150,19 +180,29 @@ class EngineConfig:
     them; "auto": as many as take 0.1 s, at most 8. Tokens are the same; they, and new requests, wait for the last
     step.
     """
+    speculative_config: Mapping[str, Any] | SpeculativeConfig | None = None
+    """Speculative decoding: `{"method": "ngram"}` drafts the tokens that followed the last ones where they occurred
+    before, and verifies several in one step; fields as in `SpeculativeConfig`. None for one token a step.
+    """
     deterministic: bool = False
     """Whether tokens and log-probabilities are the same bit for bit whatever else runs: batch, order, chunks, prefix
     hits, preemption, forks, restarts. Prefill and decode then run in one program of `max_num_batched_tokens` tokens (by
     default 64 on a CPU, 256 on a GPU), which costs throughput; the log says how much (docs/rl.md).
     """
     capture: Sequence[str] = ()
-    """Paths of modules whose outputs `LLM.hidden_states` may return with `deterministic`, beside the model's own: its
-    one program has to return them in each step. Other engines compile a program for the paths of a call.
+    """Deterministic engines: paths of modules whose outputs `LLM.hidden_states` may return, beside the model's own. The
+    one program of such an engine returns them in each step; other engines compile a program for the paths of a call.
     """
     return_routed_experts: bool = False
     """Whether outputs have the experts of each token (`CompletionOutput.routed_experts`). Steps then return them, and
     prompts do not reuse cached prefixes, which keep none.
     """
+    max_adapters: int | None = None
+    """Maximum number of LoRA adapters at a time; by default as many as are given to `LLM`, at least 4, and 0 without:
+    only then steps are compiled without them. Each takes memory and time in every step, used or not.
+    """
+    max_adapter_rank: int = 16
+    """Largest rank of an adapter; all take the memory and time of this rank."""
     seed: int = 0
     """Seed of requests without one of their own."""
     check_invariants: bool = False
@@ -175,8 +215,8 @@ class EngineConfig:
     """
     freeze_gc: bool = True
     """Whether objects that are alive once the model is loaded are excluded from Python's garbage collection
-    (`gc.freeze`), whose full collections stall every request; closing the `LLM` undoes it. Set it to False in a
-    program that calls gc.freeze itself, or that drops large objects in reference cycles while serving.
+    (`gc.freeze`), whose full collections stall every request; closing the `LLM` undoes it. Set it to False in an
+    application that calls gc.freeze itself, or that drops large objects in reference cycles while serving.
     """
     compiler_options: Mapping[str, bool | int | float | str] | None = None
     """XLA compiler options for the steps, by name; None for none. They are passed with each compilation, so that the
@@ -194,6 +234,8 @@ class EngineConfig:
         self._check_choices()
         if isinstance(self.capture, str) or not all(isinstance(path, str) for path in self.capture):
             raise ConfigError(f"capture must be a list of paths such as 'layers.11', got {self.capture!r}")
+        if self.speculative_config is not None:
+            object.__setattr__(self, "speculative_config", SpeculativeConfig.of(self.speculative_config))
         self._check_cache()
         self._check_compilation()
 
@@ -238,6 +280,10 @@ class EngineConfig:
     def _check_cache(self) -> None:
         if self.cache not in CACHES:
             raise ConfigError(f"cache must be {' or '.join(map(repr, CACHES))}, got {self.cache!r}")
+        if self.kv_cache_dtype not in KV_CACHE_DTYPES:
+            raise ConfigError(
+                f"kv_cache_dtype must be one of {', '.join(KV_CACHE_DTYPES)}, got {self.kv_cache_dtype!r}"
+            )
         if self.cache == CONTIGUOUS and self.pool_blocks is not None:
             raise ConfigError(
                 f"pool_blocks is {self.pool_blocks}, but cache='contiguous' has no block pool; set max_num_seqs and "
@@ -268,8 +314,9 @@ class EngineConfig:
         known = [f.name for f in fields(cls)]
         for name in settings:
             if name not in known:
-                close = get_close_matches(name, known, 1)
+                close = get_close_matches(name, known, 1, CLOSE)
                 hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+                hint = f": {REPLACED[name]}" if name in REPLACED else hint
                 raise TypeError(f"unknown setting {name!r}{hint}")
         if settings.get("cache") == CONTIGUOUS and settings.get("enable_prefix_caching"):
             raise ConfigError(

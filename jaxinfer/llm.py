@@ -1,10 +1,12 @@
 """`LLM`, the offline inference API: generate, chat, beam search, streaming and transcription."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import astuple, replace
 from typing import Any
 
 from jaxinfer._utils import heap
 from jaxinfer.beam_params import BeamParams
+from jaxinfer.engine.engine import Engine
 from jaxinfer.engine.engine_thread import CLOSED
 from jaxinfer.engine.metrics import Metric
 from jaxinfer.engine.multihost.replay import Leader
@@ -14,7 +16,9 @@ from jaxinfer.engine.runner.warmup import Warmup, check_sampling, warm_up
 from jaxinfer.errors import ConfigError, EngineClosedError
 from jaxinfer.functional.deterministic import StepShape
 from jaxinfer.inputs.input_processor import Params
+from jaxinfer.llm_base.adapters import AdapterCalls
 from jaxinfer.llm_base.prefill import PrefillOnly
+from jaxinfer.llm_base.replicas import Replica
 from jaxinfer.llm_base.transcription import TranscriptionCalls
 from jaxinfer.llm_base.views import Views
 from jaxinfer.llm_base.weights import WeightsAndPauses
@@ -23,13 +27,12 @@ from jaxinfer.results.output_processor import BeamHandle
 from jaxinfer.sampling_params import SamplingParams
 
 
-class LLM(TranscriptionCalls, PrefillOnly, WeightsAndPauses, Views):
+class LLM(TranscriptionCalls, PrefillOnly, WeightsAndPauses, AdapterCalls, Views):
     """A language model with its inference engine; methods may be called from several threads.
 
     Args:
         model: a directory with a Hugging Face checkpoint, a GGUF file, "smollm2" (`checkpoint.packaged`), a Hub id, or
-            an NNX module (which takes and returns token
-            ids only, unless `tokenizer` is given).
+            an NNX module (which takes and returns token ids only, unless `tokenizer` is given).
         tokenizer: directory, Hub id or transformers tokenizer to use instead of the model's own.
         skip_tokenizer_init: load no tokenizer; prompts and outputs are token ids only.
         revision: Git revision of the Hub id.
@@ -37,10 +40,14 @@ class LLM(TranscriptionCalls, PrefillOnly, WeightsAndPauses, Views):
         hf_overrides: values that override those of config.json.
         mesh: device mesh with the axis `model`, and for a model with a vision tower the axis `data` to shard images
             over; by default a mesh over `tensor_parallel_size` devices. A mesh with other names takes `axes`.
-        axes: what the axes of a trainer's mesh are for: `{"model": "tp"}`, several as `{"model": ("fsdp", "tp")}`, or
-            `{"model": "tp", "fsdp": "fsdp"}` to keep weights divided over `fsdp` and gather them layer by layer. Axes
-            that are not named hold replicas (`sharding.serving_mesh`).
+        axes: the engine's axes, mapped to the names that they have in a trainer's mesh: `{"model": "tp"}`, several as
+            `{"model": ("fsdp", "tp")}`, or `{"model": "tp", "fsdp": "fsdp"}` to keep weights divided over `fsdp` and
+            gather them layer by layer. Axes that are not named hold replicas (`sharding.serving_mesh`), which compute
+            the same; with `"data": "dp"` each index of `dp` runs a batch of its own, and a request goes to the one with
+            the fewest samples.
         use_tqdm: whether to show a progress bar while the weights are loaded.
+        adapters: LoRA adapters by name: folders that PEFT saved, or Hub ids. Prompts choose one by its name; more can
+            be added and removed while the LLM serves (`add_adapter`, `remove_adapter`).
         settings: fields of `EngineConfig`.
 
     Raises:
@@ -53,16 +60,11 @@ class LLM(TranscriptionCalls, PrefillOnly, WeightsAndPauses, Views):
         """Shape of the one step of a deterministic engine, for a trainer (`functional.training.logits`).
 
         Raises:
-            ConfigError: the engine is not deterministic, or spans several devices.
+            ConfigError: the engine is not deterministic.
         """
         program, shapes = self._engine.runner.program, self._engine.runner.shapes
         if not program.deterministic:
-            raise ConfigError("step_shape is that of a deterministic engine; make the LLM with deterministic=True")
-        if program.mesh.size > 1:
-            raise ConfigError(
-                f"step_shape: the engine runs on {program.mesh.size} devices, and training on one; make the LLM with "
-                "tensor_parallel_size=1"
-            )
+            raise ConfigError("only a deterministic engine has a step_shape; make the LLM with deterministic=True")
         return step_shape(program, shapes, self.config.matmul_kernel)
 
     @property
@@ -71,13 +73,19 @@ class LLM(TranscriptionCalls, PrefillOnly, WeightsAndPauses, Views):
         return self._opened.default_params
 
     def generate(
-        self, prompts: Any, sampling_params: Params = None, *, steering: Any = None, use_tqdm: bool = True
+        self,
+        prompts: Any,
+        sampling_params: Params = None,
+        *,
+        steering: Any = None,
+        adapter: Any = None,
+        use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Generate completions for each prompt.
 
         Args:
             prompts: a string, a list of token ids, `{"prompt": ...}` or `{"prompt_token_ids": ...}` with an optional
-                `"cache_salt"`, or a list of these. Multimodal models also accept `"multi_modal_data"`:
+                `"cache_salt"` and `"adapter"`, or a list of these. Multimodal models also accept `"multi_modal_data"`:
                 `{"image": one or a list of PIL images or arrays}` (`media.images.as_rgb`) or, for preprocessed images,
                 `{"pixel_values": one or a list of arrays [n, C, height, width], one per image}`. A text must contain
                 the model's image marker at the place of each image; token ids must contain all tokens of each image.
@@ -87,6 +95,8 @@ class LLM(TranscriptionCalls, PrefillOnly, WeightsAndPauses, Views):
             sampling_params: one for all prompts or one per prompt; by default `default_params`.
             steering: vectors added to the outputs of modules: a `Steering`, a dict of paths to vectors, or a list of
                 these and None, one per prompt.
+            adapter: name of the LoRA adapter of prompts whose dict has no `"adapter"`, or a list of names and None, one
+                per prompt.
             use_tqdm: whether to show a progress bar.
 
         Returns:
@@ -95,7 +105,7 @@ class LLM(TranscriptionCalls, PrefillOnly, WeightsAndPauses, Views):
         Raises:
             TypeError, ValueError: a prompt or parameter is invalid; no request of the call was queued.
         """
-        return self._finish(self._prepare(prompts, sampling_params, steering=steering), use_tqdm)
+        return self._finish(self._prepare(prompts, sampling_params, steering=steering, adapter=adapter), use_tqdm)
 
     def chat(
         self,
@@ -108,6 +118,7 @@ class LLM(TranscriptionCalls, PrefillOnly, WeightsAndPauses, Views):
         continue_final_message: bool | str = False,
         tools: Sequence[Any] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        adapter: Any = None,
     ) -> list[RequestOutput]:
         """Answer a conversation, or each of a list of conversations.
 
@@ -125,6 +136,7 @@ class LLM(TranscriptionCalls, PrefillOnly, WeightsAndPauses, Views):
             tools: tools that the model may call: dicts with the JSON schema of a function, or Python functions with
                 type hints and a docstring.
             chat_template_kwargs: further template variables, such as `{"enable_thinking": False}`.
+            adapter: name of the LoRA adapter that answers, or a list of names and None, one per conversation.
 
         Returns:
             One output per conversation, in order.
@@ -141,6 +153,7 @@ class LLM(TranscriptionCalls, PrefillOnly, WeightsAndPauses, Views):
             continue_final_message=continue_final_message,
             tools=tools,
             chat_template_kwargs=chat_template_kwargs,
+            adapter=adapter,
         )
         return self._finish(handles, use_tqdm)
 
@@ -191,12 +204,15 @@ class LLM(TranscriptionCalls, PrefillOnly, WeightsAndPauses, Views):
         requests = self._input_processor.beams(parsed, sampling_params, search, max_tokens)
         return self._finish(self._checked(requests, parsed, BeamHandle), use_tqdm)
 
-    def stream(self, prompts: Any, sampling_params: Params = None, *, steering: Any = None) -> Iterator[RequestOutput]:
+    def stream(
+        self, prompts: Any, sampling_params: Params = None, *, steering: Any = None, adapter: Any = None
+    ) -> Iterator[RequestOutput]:
         """Generate completions for each prompt and yield outputs as tokens arrive, in the form set by `output_kind`.
 
         The deltas of a sample concatenate to its final text. Closing the iterator aborts unfinished requests.
         """
-        return self._watch(self._prepare(prompts, sampling_params, streaming=True, steering=steering))
+        handles = self._prepare(prompts, sampling_params, streaming=True, steering=steering, adapter=adapter)
+        return self._watch(handles)
 
     def stream_chat(
         self,
@@ -208,6 +224,7 @@ class LLM(TranscriptionCalls, PrefillOnly, WeightsAndPauses, Views):
         continue_final_message: bool | str = False,
         tools: Sequence[Any] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        adapter: Any = None,
     ) -> Iterator[RequestOutput]:
         """Answer conversations like `chat` and yield outputs as tokens arrive, like `stream`."""
         handles = self._prepare_chat(
@@ -219,6 +236,7 @@ class LLM(TranscriptionCalls, PrefillOnly, WeightsAndPauses, Views):
             continue_final_message=continue_final_message,
             tools=tools,
             chat_template_kwargs=chat_template_kwargs,
+            adapter=adapter,
         )
         return self._watch(handles)
 
@@ -231,7 +249,8 @@ class LLM(TranscriptionCalls, PrefillOnly, WeightsAndPauses, Views):
         if not isinstance(ids, (list, tuple, set)) or not all(isinstance(one, str) for one in ids):
             raise TypeError(f"request_id must be a string or a list of strings, got {request_id!r}")
         self._check_open()
-        self._thread.abort(list(ids))
+        for thread in self._threads:
+            thread.abort(list(ids))
 
     def get_tokenizer(self) -> Any:
         """Return the transformers tokenizer; None with `skip_tokenizer_init`."""
@@ -240,9 +259,18 @@ class LLM(TranscriptionCalls, PrefillOnly, WeightsAndPauses, Views):
         return self._tokenizer
 
     def get_metrics(self) -> list[Metric]:
-        """Return current counters, gauges and histograms without waiting for a running or compiling step."""
+        """Return current counters, gauges and histograms without waiting for a running or compiling step.
+
+        Each of several replicas (`axes`) has its own, with the label `engine`.
+        """
         self._check_open()
-        return self._engine.readings()
+        if len(self._replicas) == 1:
+            return self._engine.readings()
+        return [
+            replace(metric, labels=(*metric.labels, ("engine", str(number))))
+            for number, replica in enumerate(self._replicas)
+            for metric in replica.engine.readings()
+        ]
 
     def warmup(
         self, *, sampling: Collection[str] = SAMPLING, threads: int | None = None, use_tqdm: bool = True
@@ -264,20 +292,25 @@ class LLM(TranscriptionCalls, PrefillOnly, WeightsAndPauses, Views):
         """
         names = check_sampling(sampling)
         self._check_open()
-        programs, leader = self._thread.run(self._prepare_programs, names, threads)
+        done = [self._warm_up(replica, names, threads, use_tqdm) for replica in self._replicas]
+        if self.config.freeze_gc:
+            heap.freeze()  # exclude the compiled programs from garbage collection, too
+        return Warmup(*(sum(counts) for counts in zip(*map(astuple, done))))
+
+    def _warm_up(self, replica: Replica, names: tuple[str, ...], threads: int | None, use_tqdm: bool) -> Warmup:
+        programs, leader = replica.thread.run(self._prepare_programs, replica.engine, names, threads)
         try:
-            done = warm_up(programs, names, threads=threads, use_tqdm=use_tqdm)
+            return warm_up(programs, names, threads=threads, use_tqdm=use_tqdm)
         finally:
             if leader is not None:
                 leader.warmed()
-        if self.config.freeze_gc:
-            heap.freeze()  # exclude the compiled programs from garbage collection, too
-        return done
 
-    def _prepare_programs(self, names: Collection[str], threads: int | None) -> tuple[Programs, Leader | None]:
+    def _prepare_programs(
+        self, engine: Engine, names: Collection[str], threads: int | None
+    ) -> tuple[Programs, Leader | None]:
         """Prepare the programs to compile, on the engine thread, and tell the other processes to compile as well."""
-        self._engine.check_alive()
-        runner = self._engine.runner
+        engine.check_alive()
+        runner = engine.runner
         programs = runner.prepare(names)
         if runner.leader is not None:
             runner.leader.warm(names, threads)
@@ -286,10 +319,12 @@ class LLM(TranscriptionCalls, PrefillOnly, WeightsAndPauses, Views):
     def reset_prefix_cache(self) -> None:
         """Clear the prefix cache."""
         self._check_open()
-        self._thread.run(self._engine.reset_prefix_cache)
+        for replica in self._replicas:
+            replica.thread.run(replica.engine.reset_prefix_cache)
 
     def __enter__(self) -> "LLM":
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self._abandon(error)
         self.close()

@@ -20,7 +20,7 @@ class Logprob:
     """Log-probability of a candidate token at one position."""
 
     logprob: float
-    """Natural logarithm of the token's probability, or what else `EngineConfig.logprobs_mode` says."""
+    """Natural logarithm of the token's probability, or the value that `EngineConfig.logprobs_mode` selects."""
     rank: int | None = None
     """Rank in the vocabulary, 1 for the most likely token."""
     decoded_token: str | None = None
@@ -177,7 +177,7 @@ class RequestOutput:
 
 
 class RequestOutputs(list):
-    """List of `RequestOutput`: a plain list that shows itself as a table in notebooks."""
+    """List of `RequestOutput` that notebooks display as a table."""
 
     def __getitem__(self, index: Any) -> Any:
         found = super().__getitem__(index)
@@ -237,6 +237,8 @@ class ScoreOutput:
     """Log-probability of each token of the completion."""
     num_cached_tokens: int = 0
     """Number of prompt tokens whose keys and values came from the prefix cache."""
+    ranks: Sequence[int] = ()
+    """Rank of each token of the completion among all tokens; 1 is the most likely one."""
 
     @property
     def cumulative_logprob(self) -> float:

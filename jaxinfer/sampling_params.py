@@ -118,9 +118,9 @@ class SamplingParams:
     """Drop tokens whose probability is below this fraction of the most likely token's; in [0, 1]."""
     seed: int | None = None
     """Random seed, 0 to 2**63 - 1. The same seed gives the same tokens whatever else runs, as long as the logits are
-    equal up to rounding in float32. In bfloat16 and float16 the logits of a row may differ by more between batches
+    equal up to rounding in float32. In bfloat16 and float16 the logits of a token may differ by more between batches
     of different sizes: such a difference can still decide between two nearly tied tokens. None derives a seed from
-    the engine's seed and the request's number, so that a program is reproducible.
+    the engine's seed and the request's number, so that a script gives the same tokens each time it runs.
     """
     stop: Sequence[str] | str | None = ()
     """Strings that end the output; at most `MAX_STOP_STRINGS` of `MAX_STOP_LENGTH` characters. They are matched in

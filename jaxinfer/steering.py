@@ -44,7 +44,7 @@ class Steering:
 
     @classmethod
     def of(cls, value: Any) -> "Steering | None":
-        """Return a value as steering: a mapping is steering by its vectors; None is none."""
+        """Convert a value to a `Steering`: a mapping from paths to vectors, or None for no steering."""
         return value if value is None or isinstance(value, cls) else cls(value)
 
 

@@ -82,7 +82,9 @@ class StructuredOutputsParams:
         try:
             self.text.encode()
         except UnicodeEncodeError:
-            raise ValueError(f"{self.field(self.kind)} contains a lone surrogate, which is no Unicode text.") from None
+            raise ValueError(
+                f"{self.field(self.kind)} contains a lone surrogate, which is not valid Unicode; remove it."
+            ) from None
 
     @property
     def kind(self) -> str:
