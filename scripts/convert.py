@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxinfer.commands.exit_status import status_of
+from jaxinfer.commands.help import Paragraphs
 from jaxinfer.commands.overrides import add_hf_overrides
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Paragraphs)
     add = parser.add_argument
     add("--model", help="a checkpoint's directory, GGUF file or Hub id")
     add("--out", type=Path, metavar="DIR", help="the folder to write, which must not be there yet")
@@ -50,7 +51,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--quantization", default=None, choices=("int8",), help="keep the matrices in int8")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="auto: the checkpoint's")
     add_hf_overrides(parser)
-    add("--verify", type=Path, metavar="DIR", help="hold every byte of a converted folder against its manifest instead")
+    add(
+        "--verify", type=Path, metavar="DIR", help="check every byte of a converted folder against its manifest instead"
+    )
     args = parser.parse_args(argv)
     if (args.verify is None) == (args.model is None and args.out is None) or (args.model is None) != (args.out is None):
         parser.error("give --model and --out, or --verify alone")

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Measure a model's accuracy on the questions of a file, or its perplexity on a text.
 
-    python scripts/eval.py --model DIR --questions gsm8k_test.jsonl --shots 5 --max-tokens 512
-    python scripts/eval.py --questions demo          # held-out questions of the packaged checkpoint
+    python scripts/eval.py --model DIR --questions FILE --shots 5
+    python scripts/eval.py --questions demo     # of the packaged checkpoint
     python scripts/eval.py --model DIR --perplexity text.txt --quantization int8
 
 The questions file has one JSON object per line with "question" and "answer", as in GSM8K (arXiv:2110.14168). Decoding
@@ -28,7 +28,9 @@ from typing import Any
 import perplexity
 
 from jaxinfer import LLM, SamplingParams, demo
+from jaxinfer._utils.checks import QUANTIZATIONS
 from jaxinfer.commands.exit_status import status_of
+from jaxinfer.commands.help import Paragraphs
 from jaxinfer.commands.overrides import add_hf_overrides
 
 MARK = "####"
@@ -167,7 +169,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Paragraphs)
     add = parser.add_argument
     add("--model", help="a checkpoint's directory, GGUF file or Hub id, or smollm2; by default the packaged one")
     work = parser.add_mutually_exclusive_group(required=True)
@@ -198,7 +200,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--tensor-parallel-size", type=int, default=1, metavar="N", help="devices (default: %(default)s)")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
-    add("--quantization", default=None, choices=("int8",), help="keep the matrices in int8")
+    add("--quantization", default=None, choices=QUANTIZATIONS, help="int8, or what to do with 4 bits")
     add("--max-model-len", type=int, default=None)
     add_hf_overrides(parser)
     add("--wrong", type=int, default=0, metavar="N", help="show the first N wrong answers, on stderr")

@@ -2,7 +2,7 @@
 """Fuzz the readers of checkpoint files: a broken file may only raise public errors, in bounded time.
 
     python scripts/fuzz.py --seconds 30
-    python scripts/fuzz.py --part config --seed 7 --case 123    # repeat one input of a report
+    python scripts/fuzz.py --part config --seed 7 --case 123  # one input again
 
 Inputs are generated from the seed, so runs with the same seed produce the same inputs in the same order.
 """

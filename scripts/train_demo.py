@@ -1,13 +1,13 @@
 """Train a small checkpoint on text that `jaxinfer.demo` generates, and measure it.
 
-    python scripts/train_demo.py --out DIR                      # the checkpoint that comes with the package
-    python scripts/train_demo.py --out DIR --arch kimi_linear   # a hybrid with recurrent layers, MLA and experts
+    python scripts/train_demo.py --out DIR      # what comes with the package
+    python scripts/train_demo.py --out DIR --arch kimi_linear
 
 Trains the tokenizer and the model, writes them to DIR, reads them back and prints the accuracy on held-out questions.
 
-`llama`, two million parameters, is trained with torch and takes about 17 minutes of CPU time. `kimi_linear`, one
-million, is trained through jaxinfer's own layers (`jaxinfer.functional.training`) with optax, which comes with flax.
-Both need the extra `test`.
+`llama`, two million parameters, is trained with torch and takes about 17 minutes of CPU time. `kimi_linear`, a hybrid
+of one million with recurrent layers, MLA and experts, is trained through jaxinfer's own layers
+(`jaxinfer.functional.training`) with optax, which comes with flax. Both need the extra `test`.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 
 from demos import text
 
+from jaxinfer.commands.help import Paragraphs
 from jaxinfer.demo import corpus
 
 ARCHITECTURES = ("llama", "kimi_linear")
@@ -103,8 +104,7 @@ def evaluate(answers: Callable[..., list[list[int]]], out: pathlib.Path, n: int)
 
 def arguments() -> argparse.Namespace:
     """Parse the command line; the packaged checkpoint was trained with the defaults and `--threads 1`."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Paragraphs)
     add = parser.add_argument
     add("--out", type=pathlib.Path, required=True, help="directory to write the checkpoint to")
     add("--arch", choices=ARCHITECTURES, default=ARCHITECTURES[0], help="what to train (default: %(default)s)")

@@ -1,10 +1,12 @@
 """Count the cache blocks that an engine's steps hold, and the blocks they need."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 from jaxinfer.engine.engine import Engine
 from jaxinfer.engine.plan import Plan
-from jaxinfer.engine.runner.runner import Flight
+from jaxinfer.engine.runner.flight import Flight
 from jaxinfer.kv.tables import Tables
 
 
@@ -26,10 +28,10 @@ class Counted:
     def __exit__(self, *exception: object) -> None:
         del self._engine.runner.run
 
-    def _count(self, plan: Plan, tables: Tables) -> Flight:
+    def _count(self, plan: Plan, tables: Tables, postpone: Callable[..., Plan]) -> Flight:
         self.held = max(self.held, self._holding(plan, tables))
         self.fewest = max(self.fewest, self._needed(plan))
-        return self._run(plan, tables)
+        return self._run(plan, tables, postpone)
 
     def _holding(self, plan: Plan, tables: Tables) -> int:
         return int(self._engine.manager.pool.num_held)

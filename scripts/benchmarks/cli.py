@@ -24,6 +24,7 @@ WITHOUT_MODEL = (
     "projections",
     "cross",
     "structured",
+    "speculative",
 )
 """Subcommands that need no random checkpoint, because they use a model of their own or the packaged one."""
 

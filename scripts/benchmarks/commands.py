@@ -245,6 +245,19 @@ def structured(args: argparse.Namespace, model: Subject | None) -> Report:
     return report
 
 
+def speculative(args: argparse.Namespace, model: Subject | None) -> Report:
+    """Measure decoding with drafts against decoding one token at a time, for three kinds of text."""
+    from benchmarks import speculative
+    from jaxinfer import demo
+
+    folder = demo.path() if model is None else model.folder
+    work = speculative.Work(args.output_len, args.repeats)
+    report = Report({"command": "speculative", "model": str(folder), "settings": args.settings, **asdict(work)})
+    report.jaxinfer |= speculative.measure(str(folder), work, args.settings)
+    report.work |= versions()
+    return report
+
+
 def sharing(args: argparse.Namespace, model: Subject | None) -> Report:
     """Measure block sharing of hybrid models' samples, their prefix cache hits, and the cost of sharing."""
     from benchmarks import sharing

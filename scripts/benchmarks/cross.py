@@ -1,4 +1,4 @@
-"""Measure the steps of `bench.py cross`: cross-attention projections of the needed stream, against Q, K and V of both.
+"""Measure the steps of `bench.py cross`: cross-attention with the needed projections, or with Q, K, V of both streams.
 
 Before vLLM's PR #12325, cross-attention had one QKV projection. It was applied to the decoder's stream, of which only
 the queries were kept, and to the encoder's, of which only keys and values were kept: `padded` here. It replaces

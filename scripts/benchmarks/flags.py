@@ -4,12 +4,14 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks import commands
 from benchmarks.peer import PEERS
 from benchmarks.standard import STANDARDS
+from jaxinfer.commands.help import Defaults
 from jaxinfer.commands.overrides import add_hf_overrides
 
 SIZES = {
@@ -27,7 +29,7 @@ SIZES = {
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of all subcommands."""
     parser = argparse.ArgumentParser(prog="bench.py", description="Figures of jaxinfer and of peers, in one run.")
-    subcommands = parser.add_subparsers(dest="command", required=True)
+    subcommands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     common = _common()
 
     for flags in (
@@ -47,6 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
         _projections,
         _cross,
         _structured,
+        _speculative,
     ):
         name = flags.__name__.removeprefix("_")
         what = getattr(commands, name).__doc__
@@ -56,7 +59,8 @@ def make_parser() -> argparse.ArgumentParser:
                 parents=[common],
                 help=what,
                 description=what,
-                formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                usage=f"bench.py {name} [OPTIONS]",
+                formatter_class=partial(Defaults, max_help_position=32),
             )
         )
     return parser
@@ -194,8 +198,16 @@ def _structured(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _speculative(parser: argparse.ArgumentParser) -> None:
+    sizes = {
+        "output_len": (160, "new tokens of each prompt"),
+        "repeats": (3, "passes with drafts and without, in turns"),
+    }
+    _positive(parser, sizes)
+
+
 def _sharing(parser: argparse.ArgumentParser) -> None:
-    names = ("gemma3", "gpt_oss", "kimi_linear")
+    names = ("gemma3", "gpt_oss", "kimi_linear", "qwen3_5")
     what = f"{', '.join(names)}: their layers, small"
     parser.add_argument("models", nargs="*", type=_one_of(*names), default=list(names), metavar="MODEL", help=what)
     _positive(
@@ -266,8 +278,10 @@ def _common() -> argparse.ArgumentParser:
     _positive(model, SIZES)
     peers = parser.add_argument_group("peers")
     peers.add_argument("--peer", choices=PEERS, action="append", default=[], help="measured beside; may be repeated")
-    peers.add_argument("--peer-python", default=sys.executable, help="the interpreter with torch and transformers")
-    peers.add_argument("--openvino-python", default=sys.executable, help="the one with openvino-genai, optimum-intel")
+    peers.add_argument(
+        "--peer-python", default=sys.executable, help="one with torch and transformers; by default this one"
+    )
+    peers.add_argument("--openvino-python", default=sys.executable, help="one with openvino-genai and optimum-intel")
     peers.add_argument("--openvino-model", type=Path, help="keeps the exported models; by default a temporary folder")
     peers.add_argument("--peer-dtype", default="auto", help="auto is the checkpoint's")
     parser.add_argument(

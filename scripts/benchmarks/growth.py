@@ -159,7 +159,8 @@ class Bench:
         }
 
     def _contiguous(self, layers: list[KVCache], length: int, room: int) -> Step:
-        cache = GrowingCache.adopt(self.program, layers, self.work.end * room, self.work.step)
+        pairs = [(layer.keys, layer.values) for layer in layers]
+        cache = GrowingCache.adopt(self.program, pairs, self.work.end * room, self.work.step)
         tables = cache.regions.tables(jnp.arange(self.work.rows), cache.read_width(length + 1))[0]
         return Step(self.program, self.params, cache.arrays, tables)
 

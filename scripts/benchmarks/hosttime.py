@@ -81,7 +81,7 @@ def stub_device() -> Iterator[None]:
         yield
     if traced != set(stubs):
         raise RuntimeError(
-            f"the steps no longer call {', '.join(set(stubs) - traced)}: the model was computed in what was timed"
+            f"the steps no longer call {', '.join(set(stubs) - traced)}: so the timed steps computed the model"
         )
 
 
@@ -107,7 +107,7 @@ def measure(rows: int, length: int, steps: int, layers: int, queued: int = 0) ->
         _queue(llm, rows, length, new)
         waiting = queue(llm, queued) if queued else {}
         _watch(engine, clock)
-        while int(engine.scheduler.decoding.sum()) < rows:
+        while int(engine.scheduler.rows.decoding.sum()) < rows:
             engine.step()
             if not engine.has_work:
                 raise RuntimeError(f"{rows} sequences of {length} tokens never decoded together")
@@ -156,7 +156,7 @@ def _watch(engine: Engine, clock: Clock) -> None:
     programs.get = lambda key: clock.wrap("dispatch", compiled(key))
     engine.scheduler.schedule = clock.wrap("schedule", engine.scheduler.schedule)
     engine.runner.run = clock.wrap("run", engine.runner.run)
-    engine._commit = clock.wrap("commit", engine._commit)
+    engine.pipeline.commit = clock.wrap("commit", engine.pipeline.commit)
 
 
 def _parts(clock: Clock, engine: Engine) -> dict[str, float]:
@@ -166,7 +166,7 @@ def _parts(clock: Clock, engine: Engine) -> dict[str, float]:
     whole, seconds = time.perf_counter() - started, clock.take()
     missing = [name for name in ("schedule", "run", "dispatch", "commit") if name not in seconds]
     if missing:
-        raise RuntimeError(f"a decode step without {', '.join(missing)}: the engine's parts are named otherwise now")
+        raise RuntimeError(f"a decode step without {', '.join(missing)}: the engine's functions have other names")
     parts = {
         "schedule": seconds["schedule"],
         "pack": seconds["run"] - seconds["dispatch"],

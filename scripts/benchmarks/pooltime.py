@@ -6,8 +6,10 @@ from statistics import median
 import numpy as np
 
 from jaxinfer import SamplingParams
-from jaxinfer.engine.request import Request, Status
-from jaxinfer.engine.scheduler import Limits, Scheduler
+from jaxinfer.engine.plan import Limits
+from jaxinfer.engine.request import Request
+from jaxinfer.engine.scheduler import Scheduler
+from jaxinfer.engine.sequence_state import Status
 from jaxinfer.kv import pool as pools
 from jaxinfer.kv import pool_check
 from jaxinfer.kv.manager import BlockManager
@@ -62,12 +64,12 @@ class Steps:
         plan = self.scheduler.schedule()
         seconds = time.perf_counter() - started
         for sequence in [chunk.sequence for chunk in plan.chunks]:
-            self.scheduler.publish(sequence)
+            self.scheduler.publisher.publish(sequence)
         for sequence in [*(sequence for _, sequence in plan.samples), *plan.decodes]:
             sequence.pending -= 1
             reason = sequence.add(sequence.length % VOCAB)
             if reason is None:
-                self.scheduler.publish(sequence)
+                self.scheduler.publisher.publish(sequence)
             else:
                 self.scheduler.finish(sequence, reason)
         return seconds
@@ -91,7 +93,7 @@ def blocked_head(rows: int, tokens: int = CACHED_PROMPT, steps: int = 100) -> di
         run.step()
     for _ in range(rows):
         run.add(rng.integers(3, VOCAB, short).astype(np.int32), new)
-    while int(run.scheduler.decoding.sum()) < rows:
+    while int(run.scheduler.rows.decoding.sum()) < rows:
         run.step()
     # One block more than there are: what is free goes to the rows, and the rest of the prompt is cached.
     extra = BLOCK * (run.manager.pool.num_available - len(prompt) // BLOCK + 1)

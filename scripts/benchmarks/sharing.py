@@ -1,7 +1,7 @@
 """Measure what hybrid models' sequences share (blocks of samples, prompt prefixes), and the cost (`bench.py sharing`).
 
 Uses small random models with the layers of Gemma 3 (five sliding-window per full one), gpt-oss (sliding-window and full
-in turn, sinks, experts) and Kimi-Linear (three recurrent per MLA layer):
+in turn, sinks, experts), Kimi-Linear (three recurrent per MLA layer) and Qwen3.5 (three recurrent per full layer):
 
 - samples: the most blocks held at a time while n samples of one prompt are drawn, relative to the fewest possible (for
   each layer, the blocks that the step's tokens read or write, each counted once) and to no sharing.
@@ -72,6 +72,14 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
         "moe_intermediate_size": 128,
         "first_k_dense_replace": 1,
         "model_max_length": 8192,
+    },
+    "qwen3_5": {
+        "architectures": ["Qwen3_5ForCausalLM"],
+        "intermediate_size": 512,
+        "linear_num_key_heads": 4,
+        "linear_key_head_dim": 32,
+        "linear_num_value_heads": 8,
+        "linear_value_head_dim": 32,
     },
 }
 """Fields of each config.json beyond `COMMON`: the windows are those of Gemma 3 1B and gpt-oss."""

@@ -69,7 +69,7 @@ class Waits:
                 plain(flight)
                 return
             ready: list[float] = []
-            logits = runner.logits
+            logits = runner.logits.values
             thread = threading.Thread(target=lambda: ready.append(_when_ready(logits)))
             thread.start()
             plain(flight)

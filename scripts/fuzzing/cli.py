@@ -31,11 +31,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(prog="fuzz.py", description="Feed broken files of checkpoints to what reads them.")
+    parser = argparse.ArgumentParser(prog="fuzz.py", description="Feed broken checkpoint files to their readers.")
     add = parser.add_argument
     add("--seconds", type=float, default=30.0, help="for all parts together (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the inputs (default: %(default)s)")
-    add("--part", choices=[part.name for part in PARTS], help="this kind of file alone")
+    names = [part.name for part in PARTS]
+    add("--part", choices=names, metavar="PART", help=f"this kind of file alone: {', '.join(names)}")
     add("--case", type=int, metavar="N", help="the Nth input alone")
     args = parser.parse_args(argv)
     if args.case is not None and args.part is None:

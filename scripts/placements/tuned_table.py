@@ -45,7 +45,7 @@ def _timings(found: Tuned) -> Table:
 
 def conclusions(found: Tuned) -> Iterator[str]:
     """Yield the conclusions of the measurements, one line each."""
-    yield "Times are of all layers, from those of a few with random weights; 0 is where the passes do not agree."
+    yield "Times are of all layers, extrapolated from a few with random weights; 0 means that the passes disagree."
     if found.devices == 1:
         yield "There is one device: nothing is divided, so sharded and replicated are the same."
         return

@@ -16,6 +16,13 @@ def main(words: Sequence[str]) -> int:
     """Run the rows; return 0 unless one failed."""
     args = parser().parse_args(words)
     try:
+        if args.predict:
+            from benchmarks.gpu import predict  # compiles for an H100, which needs JAX's CUDA plugin
+
+            print(predict.table())
+            return 0
+        if args.out is None:
+            raise ValueError("--out DIR is needed: the folder of results")
         return suite.run(args)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -32,12 +39,15 @@ def parser() -> argparse.ArgumentParser:
         "command goes on where it was interrupted.",
         epilog=f"rows:\n{table}",
     )
+    made.add_argument("--out", type=Path, help="the folder of results, logs, the checkpoint and the compilation cache")
     made.add_argument(
-        "--out", type=Path, required=True, help="the folder of results, logs, the checkpoint and the compilation cache"
+        "--predict", action="store_true", help="prints what an H100 is expected to give, without a GPU, and ends"
     )
     made.add_argument("--only", nargs="+", metavar="ROW", help="these rows, and those they need")
     made.add_argument("--force", action="store_true", help="runs them again; with --only, those named")
     made.add_argument("--dry-run", action="store_true", help="toy sizes, on whatever device there is")
-    made.add_argument("--seconds", type=float, default=SECONDS, help="no row is started or goes on after so many")
-    made.add_argument("--peer-python", default=sys.executable, help="the interpreter with torch and transformers")
+    made.add_argument("--seconds", type=float, default=SECONDS, help="time limit of all rows together")
+    made.add_argument(
+        "--peer-python", default=sys.executable, help="one with torch and transformers; by default this one"
+    )
     return made

@@ -78,37 +78,54 @@ def _row(model: str, step: str, tp: int, layers: int | None) -> list[Any]:
     ]
 
 
-def compile_step(hf: dict[str, Any], step: str, tp: int, *, fuse_projections: bool = True, **options: Any) -> Any:
-    """Compile an engine step for `tp` H100s to a `support.lowering.Compiled`; `options` are compiler options."""
+def compile_step(hf: dict[str, Any], step: str, tp: int, **options: Any) -> Any:
+    """Compile an engine step for `tp` H100s to a `support.lowering.Compiled`; `options` as in `step_and_lowered`."""
+    return step_and_lowered(hf, step, tp, **options)[0]
+
+
+def step_and_lowered(
+    hf: dict[str, Any],
+    step: str,
+    tp: int,
+    *,
+    fuse_projections: bool = True,
+    rows: int = ROWS,
+    chunk: int = CHUNK,
+    **options: Any,
+) -> tuple[Any, Any]:
+    """Return a compiled engine step, and its logits' program before compilation; `options` are compiler options."""
     if str(TESTS) not in sys.path:
         sys.path.insert(0, str(TESTS))
     from support import lowering  # the only code that compiles without a device
 
     from jaxinfer.engine.runner.buckets import Needs, decode_bucket, prefill_bucket
-    from jaxinfer.engine.runner.steps import Shapes
+    from jaxinfer.engine.runner.logits import programs as programs_of
+    from jaxinfer.engine.runner.lowering import lower
+    from jaxinfer.engine.runner.shapes import Shapes
 
     program, params = lowering.abstract_model(hf, lowering.h100_mesh(tp), fuse_projections=fuse_projections)
     width = POSITIONS // BLOCK
     shapes = Shapes(
         # Large enough that no activation array has the size of a cache array.
-        num_blocks=16 * ROWS * width,
+        num_blocks=16 * rows * width,
         block_size=BLOCK,
-        rows=ROWS,
+        rows=rows,
         width=width,
-        decode_buckets=(ROWS,),
-        prefill_buckets=(CHUNK,),
-        prefill_rows=ROWS,
+        decode_buckets=(rows,),
+        prefill_buckets=(chunk,),
+        prefill_rows=rows,
         max_logprobs=5,
         max_length=POSITIONS,
         sampled_vocab=hf["vocab_size"],
         groups=program.layout.groups,
-        state_slots=4 * ROWS if program.layout.states else 0,
+        state_slots=4 * rows if program.layout.states else 0,
     )
     if step == "decode":
-        bucket = decode_bucket(program, shapes, ROWS, 0, Needs())
+        bucket = decode_bucket(program, shapes, rows, 0, Needs())
     else:
-        bucket = prefill_bucket(program, shapes, CHUNK, Needs())
-    return lowering.compile_step(program, params, shapes, bucket, **options)
+        bucket = prefill_bucket(program, shapes, chunk, Needs())
+    lowered = lower(programs_of(shapes, bucket)[0], program, shapes, params, None)
+    return lowering.compile_step(program, params, shapes, bucket, **options), lowered
 
 
 def fewest_bytes(hf: dict[str, Any], step: str, tp: int) -> int:

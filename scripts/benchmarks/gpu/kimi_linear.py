@@ -1,6 +1,6 @@
 """Measure decoding of one sequence with Kimi-Linear's widths, relative to the weights that a token uses."""
 
-from benchmarks.gpu import engines, models
+from benchmarks.gpu import cost, engines, models
 from benchmarks.gpu.context import Context, Figures, bandwidth_shares
 
 PROMPT, STEPS = 128, 256
@@ -20,6 +20,8 @@ def decode(context: Context) -> Figures:
         max_num_batched_tokens=prompt,
     )
     found = engines.decode(subject.engine, rows=1, prompt=prompt, steps=steps)
+    # XLA knows the products of all experts' shapes; a token touches those that it is routed to.
+    touched = cost.Cost(models.touched_bytes(subject.module), 2 * models.touched_bytes(subject.module) / 2)
     weights, config = models.touched_bytes(subject.module), subject.module.config
     return {
         "kernel": subject.engine.runner.program.kernel,
@@ -33,4 +35,5 @@ def decode(context: Context) -> Figures:
         "init_seconds": subject.init_seconds,
         "compile_seconds": subject.compile_seconds,
         **bandwidth_shares(context, "step", weights / found.seconds),
+        **cost.roofline(context, found.seconds, touched),
     }

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from benchmarks.gpu import engines, models, xplane
+from benchmarks.gpu import cost, engines, models, xplane
 from benchmarks.gpu.context import Context, Figures, Skip, bandwidth_shares
 from benchmarks.gpu.engines import Subject
 
@@ -53,7 +53,14 @@ def decode(context: Context) -> Figures:
         "init_seconds": subject.init_seconds,
         "compile_seconds": subject.compile_seconds,
         **bandwidth_shares(context, "step", bytes_ / found.seconds),
+        **cost.roofline(context, found.seconds, _with_attention(engine, subject.token_bytes * found.positions)),
     }
+
+
+def _with_attention(engine: Any, bytes_: float) -> cost.Cost | None:
+    """Return the cost of a decode step, with the keys and values that the attention kernel reads."""
+    step = cost.of_step(engine, "decode")
+    return None if step is None else step.more(bytes=bytes_ if engine.runner.program.kernel == "triton" else 0)
 
 
 def prefill(context: Context) -> Figures:
@@ -77,6 +84,9 @@ def prefill(context: Context) -> Figures:
         "gemm_tflops": gemms / seconds / 1e12,
         "compile_seconds": subject.compile_seconds,
     }
+    step = cost.of_step(subject.engine, "prefill")
+    own = attention if subject.engine.runner.program.kernel == "triton" else 0
+    figures |= cost.roofline(context, seconds, None if step is None else step.more(flops=own))
     rate = context.figures("roofline").get("matmul_square_tflops")
     if rate:
         figures |= {"share_of_matmul": figures["tflops"] / rate, "gemm_share_of_matmul": figures["gemm_tflops"] / rate}

@@ -21,7 +21,7 @@ def markdown(machine: Mapping[str, Any], results: Mapping[str, Mapping[str, Any]
     lines = [f"{key}: {value}" for key, value in machine.items() if key != "versions"]
     lines.append("versions: " + ", ".join(f"{name} {version}" for name, version in machine["versions"].items()))
     if any(result["dry"] for result in results.values()):
-        lines += ["", "**A dry run at toy sizes: these figures say nothing.**"]
+        lines += ["", "**A dry run at toy sizes: these figures are meaningless.**"]
     lines += ["", "| row | what | goal | measured | |", "|---|---|---|---|---|"]
     for row in ROWS:
         lines += _goals(row, results.get(row.name))

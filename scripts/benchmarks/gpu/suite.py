@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
         if wanted:
             left = deadline - time.monotonic()
             if left < LEAST:
-                _say(f"{row.name}: not run, the {args.seconds:g} s are over; the same command goes on here")
+                _say(f"{row.name}: not run, {args.seconds:g} s have passed; run the same command to continue")
                 continue
             _run(row, out, args, min(row.limit, left))
         _say(f"{row.name}: {report.state(_read(out / f'{row.name}.json'))}")
@@ -121,7 +121,7 @@ def _driver() -> str:
     try:
         return subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
-        return "nvidia-smi is not here"
+        return "nvidia-smi is not installed"
 
 
 def _read(path: Path) -> dict[str, Any] | None:

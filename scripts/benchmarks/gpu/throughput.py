@@ -13,38 +13,48 @@ from benchmarks.gpu.context import Context, Figures
 from benchmarks.peer import Peer
 from jaxinfer.commands.bench.work import Work, random_work
 
-PEERS = ("hf-static", "hf-cb")
-"""Peers: transformers' `generate` with a static cache, which it compiles on a GPU, and its continuous batching."""
 REPEATS = 2
 
 
 def run(context: Context) -> Figures:
-    """Measure generated tokens per second of 64 requests of 512 + 256 tokens on a 1 B-shaped Llama: medians over the
-    passes.
-
-    Systems run one after another, each with the whole GPU memory; peers run first, because JAX does not return memory.
+    """Measure generated tokens per second of 64 requests of 512 + 256 tokens on a 1 B-shaped Llama: the median over
+    the passes.
     """
+    folder, work = _given(context)
+    return {
+        "requests": len(work.prompts),
+        "prompt_tokens": len(work.prompts[0]),
+        "new_tokens": work.new_tokens // len(work.prompts),
+        **_ours(folder, work),
+    }
+
+
+def static(context: Context) -> Figures:
+    """Measure transformers' `generate` with a static cache, which it compiles on a GPU."""
+    return _beside(context, "hf-static")
+
+
+def batching(context: Context) -> Figures:
+    """Measure transformers' continuous batching."""
+    return _beside(context, "hf-cb")
+
+
+def _beside(context: Context, name: str) -> Figures:
+    """Measure a peer on the same work; systems run one after another, each with the whole GPU memory."""
+    if context.dry:
+        return {}
+    figures = _peer(context, name, *_given(context))
+    mine = context.figures("throughput-64").get("tokens_per_second")
+    return figures | ({f"over_{name}": mine / figures[f"{name}_tokens_per_second"]} if mine else {})
+
+
+def _given(context: Context) -> tuple[Path, Work]:
+    """Return the checkpoint and the requests, the same for all systems."""
     from benchmarks.gpu.models import LLAMA_1B, TOY  # imports JAX, which does not allocate GPU memory yet
 
     config: dict[str, Any] = context.size(LLAMA_1B, TOY)
     requests, prompt, new = context.size((64, 512, 256), (3, 12, 6))
-    folder = _checkpoint(config)
-    work = random_work(requests, (prompt, prompt), (new, new), vocab=config["vocab_size"], seed=0)
-    figures: Figures = dict(context.kept) | {"requests": requests, "prompt_tokens": prompt, "new_tokens": new}
-    for name in () if context.dry else PEERS:
-        if f"{name}_tokens_per_second" in figures:
-            continue
-        try:
-            figures |= _peer(context, name, folder, work)
-        except RuntimeError as error:  # the figures of the other systems still count
-            figures[f"{name}_error"] = str(error)[:300]
-        context.save(figures)
-    figures |= _ours(folder, work)
-    mine = figures["tokens_per_second"]
-    for name in PEERS:
-        if f"{name}_tokens_per_second" in figures:
-            figures[f"over_{name}"] = mine / figures[f"{name}_tokens_per_second"]
-    return figures
+    return _checkpoint(config), random_work(requests, (prompt, prompt), (new, new), vocab=config["vocab_size"], seed=0)
 
 
 def _checkpoint(config: dict[str, Any]) -> Path:
