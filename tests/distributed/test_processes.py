@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -38,9 +39,12 @@ def serve() -> Iterator[Serve]:
     processes.end(started)
 
 
-def in_this_process(model: Path) -> list[list[list[int]]]:
+def in_this_process(model: Path, change: Callable[[jax.Array], jax.Array] | None = None) -> list[list[list[int]]]:
+    """Return the tokens of one process and device; `change` is applied to each weight before."""
     settings = processes.SETTINGS | {"tensor_parallel_size": 1}
     with LLM(model, skip_tokenizer_init=True, use_tqdm=False, **settings) as llm:
+        if change is not None:
+            llm.update_weights({name: change(array) for name, array in llm.weights().items()})
         prompts = [{"prompt_token_ids": list(prompt)} for prompt in worker.PROMPTS]
         outputs = llm.generate(prompts, worker.requests(), use_tqdm=False)
         return [[list(c.token_ids) for c in output.outputs] for output in outputs]
@@ -118,11 +122,34 @@ def test_an_interrupt_of_process_0_ends_the_other_in_order(serve, model):
 
 @pytest.mark.slow
 def test_warming_up_is_done_by_all_and_what_cannot_be_is_refused_by_name(serve, model):
-    first, second = serve([model, model], ["warm", "generate"])
+    """In between requests are paused for longer than the timeout, and both processes free their caches, twice."""
+    first, second = serve([model, model], ["warm", "generate"], timeout=15)
     assert [first.wait(), second.wait()] == [0, 0], first.stderr + second.stderr
     assert first.said()["free"] == second.said()["free"] == 5 << 30  # the least of all decides
-    assert "update_weights" in first.said()["refused"]
+    refused = first.said()["refused"]
+    names = [message.split(": ")[:2] for message in refused]
+    assert names == [["DistributedError", method] for method in ("update_weights", "weights", "module")]
+    assert first.said()["freed"] and second.said()["freed"]
+    assert first.said()["tokens"] == in_this_process(model)
     assert "this is process 1" in second.said()["refused"] and "llm.follow()" in second.said()["refused"]
+
+
+@pytest.mark.slow
+def test_weights_are_changed_in_all_processes_between_two_generations(serve, model):
+    """Wrong weights in one process are an error in both, after which the old ones stand; sleep drops and gets them."""
+    first, second = serve([model, model], ["train", "train"])
+    assert [first.wait(), second.wait()] == [0, 0], first.stderr + second.stderr
+    before, changed, again = first.said()["trained"]
+    assert before == again == in_this_process(model) != changed
+    assert changed == in_this_process(model, worker.changed_weight)
+    in_use, missing, differ, infinite, some, *rest = first.said()["refused"]
+    assert in_use.startswith("DistributedError: weights:") and "call release_followers()" in in_use
+    assert missing.startswith("CheckpointError: process 1: the update lacks 1") and "model.norm.weight" in missing
+    assert differ.startswith("DistributedError: update_weights: process 1 differs from process 0 in the values")
+    assert "expected finite values" in infinite and "lacks" in some and rest == [in_use, in_use]
+    others = second.said()["refused"]
+    assert others[0].startswith("CheckpointError: the update lacks 1") and others[1:3] == [differ, infinite]
+    assert others[3].startswith("CheckpointError: process 0: the update lacks")
 
 
 @pytest.mark.slow

@@ -42,10 +42,10 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Runner]:
         return checkpoint.write(tmp_path_factory.mktemp(family), hf, with_tokenizer=False)
 
     @cache
-    def made(family: str, tp: int, placement: str, pad_heads: bool, changes: str) -> Runner:
+    def made(family: str, tp: int, placement: str, pad_heads: bool, codes: str, changes: str) -> Runner:
         mesh, policy = make_mesh(tp), Placement(json.loads(placement))
         module = weights.load(folder(family, changes), mesh, placement=policy, pad_heads=pad_heads, progress=False)
-        program, params = split(module, mesh)
+        program, params = split(module, mesh, kv_cache_dtype=codes)
         return Runner(program, params, shapes_of(program))
 
     def runner(
@@ -54,8 +54,9 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Runner]:
         placement: Mapping[str, str] | None = None,
         *,
         pad_heads: bool = False,
+        kv_cache_dtype: str = "auto",
         **changes: Any,
     ) -> Runner:
-        return made(family, tp, json.dumps(placement or {}), pad_heads, json.dumps(changes))
+        return made(family, tp, json.dumps(placement or {}), pad_heads, kv_cache_dtype, json.dumps(changes))
 
     return runner

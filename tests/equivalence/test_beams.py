@@ -174,7 +174,7 @@ def test_any_step_may_preempt_any_beam(name):
             engine.step()
             steps += 1
             assert steps < 2000, "the searches do not progress"
-            for beam in engine.scheduler.active:
+            for beam in engine.scheduler.rows.active:
                 if random.random() < 0.04:
                     engine.scheduler.preempt(beam)
         assert [found(request) for request in wanted] == expected
@@ -212,7 +212,7 @@ def test_a_forked_beam_copies_its_block_on_first_write():
     [request] = searches([2 * BLOCK + 2], eos=())
     engine.add(request)
     engine.step()
-    engine._commit(engine._take_flight())
+    engine.pipeline.commit()
     rows = [s.row for s in request.sequences]
     assert len(rows) == WIDTH and int(engine.manager.pool.num_held) == 3, "all tables refer to the prompt's blocks"
     plan = engine.scheduler.schedule()

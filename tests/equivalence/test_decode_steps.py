@@ -4,7 +4,7 @@ import pytest
 from support.cases import EDGES, GREEDY, SEEDED, alone, mixed
 from support.tiny import BLOCK, CHUNK, ROWS, make_engine, make_request, prompt, random_runner, run
 
-from jaxinfer.engine.request import Status
+from jaxinfer.engine.sequence_state import Status
 from jaxinfer.sampling_params import SamplingParams
 
 pytestmark = pytest.mark.xdist_group("llama")
@@ -19,9 +19,9 @@ def steps_taken(monkeypatch):
     runner, taken = random_runner(), []
     dispatch = runner.run
 
-    def watch(plan, tables):
+    def watch(plan, *rest):
         taken.append(plan.steps if plan.decodes else 0)
-        return dispatch(plan, tables)
+        return dispatch(plan, *rest)
 
     monkeypatch.setattr(runner, "run", watch)
     return taken
@@ -43,7 +43,7 @@ def test_auto_takes_many_where_steps_are_short(steps_taken, monkeypatch):
     expected = alone(runner, mixed(FEW))
     steps_taken.clear()
     engine = make_engine(runner, decode_steps="auto")
-    monkeypatch.setattr(type(engine._multi_step), "steps", property(lambda multi: 1 if multi._seconds is None else 4))
+    monkeypatch.setattr(type(engine.multi_step), "steps", property(lambda multi: 1 if multi._seconds is None else 4))
     assert run(engine, mixed(FEW)) == expected
     assert max(steps_taken) > 1, "the time of a step was measured"
 
@@ -118,6 +118,8 @@ def test_a_stop_string_in_the_middle(at):
     expected = alone(runner, wanted)
     assert results[:3] == expected[:3]
     assert results[3] == [expected[3][0][:at]]
+    [stopped] = wanted[3].sequences
+    assert (stopped.finish_reason, stopped.stop_reason) == ("stop", "END")
     assert listener.seen == list(range(1, at + 1)), "the listener gets each token once, and none after the end"
 
 

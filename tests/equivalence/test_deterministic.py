@@ -1,5 +1,6 @@
 """deterministic=True: tokens and log-probabilities are the same bit for bit whatever else runs."""
 
+import os
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
@@ -15,7 +16,7 @@ from support.tiny import BLOCK, CHUNK, deterministic_runner, make_engine, make_r
 from jaxinfer.engine.engine import Engine
 from jaxinfer.engine.request import Request
 from jaxinfer.engine.runner.buckets import step_shape
-from jaxinfer.engine.runner.programs import EncodeCross
+from jaxinfer.engine.runner.keys import EncodeCross
 from jaxinfer.engine.runner.runner import Runner
 from jaxinfer.functional import training
 from jaxinfer.kv import groups as kv_groups
@@ -26,19 +27,35 @@ Made: TypeAlias = list[list[tuple[list[int], list[float]]]]
 
 MADE = 10
 PREFIX = prompt(3 * BLOCK, 99)
-QUICK = [("llama", "bfloat16", "auto"), ("gemma3", "bfloat16", "auto"), ("qwen3_moe", "bfloat16", "auto")]
+Case: TypeAlias = tuple[str, str, str] | tuple[str, str, str, int]
+QUICK: list[Case] = [("llama", "bfloat16", "auto"), ("gemma3", "bfloat16", "auto"), ("qwen3_moe", "bfloat16", "auto")]
 QUICK += [("deepseek_v3", "bfloat16", "auto"), ("qwen3_next", "bfloat16", "auto"), ("llama", "int8", "auto")]
-QUICK += [("llama", "float32", "xla")]
-OTHERS = [("kimi_linear", "float32", "auto"), ("gpt_oss", "bfloat16", "auto"), ("qwen3_moe", "int8", "xla")]
-OTHERS += [("gemma2", "bfloat16", "xla"), ("qwen3_next", "float32", "xla")]
+QUICK += [("llama", "float32", "xla"), ("llama", "bfloat16", "auto", 2), ("llama", "4 bits", "auto")]
+QUICK += [("llama", "bfloat16/int8", "auto")]
+OTHERS: list[Case] = [("kimi_linear", "float32", "auto"), ("gpt_oss", "bfloat16", "auto"), ("qwen3_moe", "int8", "xla")]
+OTHERS += [("gemma2", "bfloat16", "xla"), ("qwen3_next", "float32", "xla"), ("gemma3", "bfloat16/fp8", "auto")]
+OTHERS += [
+    ("deepseek_v3", "bfloat16/fp8", "auto"),
+    ("llama", "bfloat16/fp8", "auto", 2),
+    ("gemma2", "float32/int8", "xla"),
+]
 
 
-def _case(case: tuple[str, str, str], *marks: pytest.MarkDecorator) -> object:
-    return pytest.param(*case, marks=(*marks, pytest.mark.xdist_group(f"deterministic {case[0]}")), id=" ".join(case))
+OF_A_FAMILY = [("bfloat16", "auto"), ("int8", "auto"), ("float32", "xla"), ("bfloat16", "auto", 2)]
+WIDE = [(family, *case) for family in (*tiny.ARCHITECTURES, *tiny.VARIANTS) for case in OF_A_FAMILY]
+"""Every text family, which takes an hour: with JAXINFER_ALL_FAMILIES=1 only."""
+
+
+def _case(case: Case, *marks: pytest.MarkDecorator) -> object:
+    family, *how, tp = case if len(case) == 4 else (*case, 1)
+    name = " ".join([family, *how, *([f"tp{tp}"] if tp > 1 else [])])
+    return pytest.param(family, *how, tp, marks=(*marks, pytest.mark.xdist_group(f"deterministic {family}")), id=name)
 
 
 CASES = [_case(case) for case in QUICK] + [_case(case, pytest.mark.slow) for case in OTHERS]
-"""Family, dtype and kernels ("auto" is native where this machine has AVX-512)."""
+if os.environ.get("JAXINFER_ALL_FAMILIES"):
+    CASES += [_case(case, pytest.mark.slow) for case in WIDE if case not in QUICK + OTHERS]
+"""Family, dtype, kernels ("auto" is native where this machine has AVX-512), and devices if more than one."""
 
 
 def requests() -> list[Request]:
@@ -122,25 +139,25 @@ WAYS: dict[str, Callable[[Runner], Made]] = {
 }
 
 
-@pytest.mark.parametrize(("family", "dtype", "kernel"), CASES)
-def test_whatever_else_runs(family: str, dtype: str, kernel: str):
-    runner = deterministic_runner(family, dtype, kernel)
+@pytest.mark.parametrize(("family", "dtype", "kernel", "tp"), CASES)
+def test_whatever_else_runs(family: str, dtype: str, kernel: str, tp: int):
+    runner = deterministic_runner(family, dtype, kernel, tp=tp)
     expected = alone(runner, requests())
     assert len({tuple(tokens) for ((tokens, _),) in expected}) > len(expected) // 2, "prompts make no difference"
     for name, way in WAYS.items():
         assert way(runner) == expected, name
 
 
-@pytest.mark.parametrize(("family", "dtype", "kernel"), CASES)
-def test_a_decode_step_gives_what_prefill_gives(family: str, dtype: str, kernel: str):
-    runner = deterministic_runner(family, dtype, kernel)
+@pytest.mark.parametrize(("family", "dtype", "kernel", "tp"), CASES)
+def test_a_decode_step_gives_what_prefill_gives(family: str, dtype: str, kernel: str, tp: int):
+    runner = deterministic_runner(family, dtype, kernel, tp=tp)
     for request, ((tokens, logprobs),) in zip(requests(), alone(runner, requests()), strict=True):
         assert scored(runner, request.prompt.tolist() + tokens, len(tokens)) == logprobs, request.id
 
 
-@pytest.mark.parametrize(("family", "dtype", "kernel"), CASES)
-def test_a_fork_is_a_lone_sample(family: str, dtype: str, kernel: str):
-    runner = deterministic_runner(family, dtype, kernel)
+@pytest.mark.parametrize(("family", "dtype", "kernel", "tp"), CASES)
+def test_a_fork_is_a_lone_sample(family: str, dtype: str, kernel: str, tp: int):
+    runner = deterministic_runner(family, dtype, kernel, tp=tp)
     params = SamplingParams(temperature=0.8, seed=5, max_tokens=MADE, n=3, logprobs=0)
     ids = prompt(2 * CHUNK - 1, 7)
     [together] = run(make_engine(runner), [make_request("n", ids, params)], _request(8, prompt(9, 8)))
@@ -151,15 +168,26 @@ def test_a_fork_is_a_lone_sample(family: str, dtype: str, kernel: str):
 
 
 @pytest.mark.parametrize(
-    "family",
+    ("family", "dtype", "tp"),
     [
-        pytest.param(family, marks=pytest.mark.xdist_group(f"deterministic {family}"))
-        for family in ("llama", "gemma3", "qwen3_moe", "qwen3_next")
+        pytest.param(family, dtype, tp, marks=[pytest.mark.xdist_group(f"deterministic {family}"), *marks])
+        for family, dtype, tp, *marks in (
+            ("llama", "bfloat16", 1),
+            ("gemma3", "bfloat16", 1),
+            ("qwen3_moe", "bfloat16", 1),
+            ("qwen3_next", "bfloat16", 1),
+            ("llama", "bfloat16", 2),
+            ("gemma3", "bfloat16", 2, pytest.mark.slow),
+            ("qwen3_moe", "bfloat16", 2, pytest.mark.slow),
+            ("qwen3_next", "bfloat16", 2, pytest.mark.slow),
+            ("llama", "bfloat16/int8", 1, pytest.mark.slow),
+        )
     ],
 )
-def test_a_trainer_gets_the_engines_bits(family: str):
-    """Prompts of several lengths and what was sampled after them, of one length in all."""
-    runner, length = deterministic_runner(family), 2 * CHUNK + 8
+def test_a_trainer_gets_the_engines_bits(family: str, dtype: str, tp: int):
+    """Prompts of several lengths and what was sampled after them, of one length in all; with `remat`, which may change
+    no value, and on a mesh."""
+    runner, length = deterministic_runner(family, dtype, tp=tp), 2 * CHUNK + 8
     params = [SamplingParams(temperature=0.7, seed=n, max_tokens=length - n, logprobs=0) for n in (1, CHUNK, 21, 33)]
     wanted = [make_request(str(p.seed), prompt(p.seed, p.seed), p) for p in params]
     rollouts = run(make_engine(runner), wanted)
@@ -172,7 +200,8 @@ def test_a_trainer_gets_the_engines_bits(family: str):
     @jax.jit
     def trained(weights: nnx.State) -> tuple[jax.Array, jax.Array]:
         own = nnx.merge(graph, weights)
-        return training.logprobs(own, jnp.asarray(ids), serving=shape), training.logprobs(own, jnp.asarray(ids))
+        served = training.logprobs(own, jnp.asarray(ids), serving=shape, remat=True)
+        return served, training.logprobs(own, jnp.asarray(ids))
 
     served, plain = (np.asarray(found) for found in trained(weights))
     equal = []

@@ -94,7 +94,7 @@ def test_a_sample_that_ends_early_leaves_the_others_intact():
     engine = make_engine(runner)
     [expected] = alone(runner, [make_request("all", prompt(BLOCK + 2), sampled(3))])
     request = start(engine)
-    engine._finish(request.sequences[0], "abort")
+    engine.endings.finish(request.sequences[0], "abort")
     newcomers = [make_request(f"n{i}", prompt(CHUNK, 40 + i), SEEDED) for i in range(3)]
     assert run(engine, newcomers) == alone(runner, newcomers)
     assert [s.output_ids.tolist() for s in request.sequences[1:]] == expected[1:]

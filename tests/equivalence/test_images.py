@@ -163,7 +163,7 @@ def test_a_failed_step_makes_a_new_pool():
     for _ in range(2):
         engine.step()
     pool = engine.runner.features
-    engine._recover(KeyboardInterrupt())
+    engine.recovery.recover(KeyboardInterrupt())
     assert engine.runner.features is not pool and not np.asarray(engine.runner.features).any()
     while engine.has_work:
         engine.step()

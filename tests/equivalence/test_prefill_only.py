@@ -129,14 +129,14 @@ def test_an_engine_that_captures_nothing_has_the_same_programs(monkeypatch):
     engine = make_engine(runner)
     params = SamplingParams(temperature=0, max_tokens=3)
     packed, kept = [], Kept()
-    pack = runner._packer.pack
-    monkeypatch.setattr(runner._packer, "pack", lambda *given: packed.append(pack(*given)) or packed[-1])
+    launch = runner._launch
+    monkeypatch.setattr(runner, "_launch", lambda key, *given: packed.append(key) or launch(key, *given))
     run(engine, [make_request("a", prompt(5), params)])
-    assert not any(getattr(launch.key, "capture", ()) for launches in packed for launch in launches)
+    assert packed and not any(getattr(key, "capture", ()) for key in packed)
     run(
         engine, [embed("b", prompt(5), kept), make_request("c", prompt(9), SamplingParams(temperature=0, max_tokens=3))]
     )
-    captures = {getattr(launch.key, "capture", ()) for launches in packed for launch in launches}
+    captures = {getattr(key, "capture", ()) for key in packed}
     assert (LAST,) in captures and () in captures and kept.arrays()[LAST].shape[0] == 5
 
 

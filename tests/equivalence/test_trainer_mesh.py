@@ -9,16 +9,18 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from support import checkpoint
 from support.cases import EDGES, GREEDY, requests
 from support.lowering import abstract_model, compile_step
-from support.tiny import BLOCK, LENGTH, ROWS, config, make_engine, run, shapes, shapes_of
+from support.tiny import BLOCK, CHUNK, LENGTH, ROWS, VOCAB, config, make_engine, run, shapes, shapes_of
 
 from jaxinfer.engine.runner.batch import Bucket
+from jaxinfer.engine.runner.buckets import step_shape
 from jaxinfer.engine.runner.runner import Runner
 from jaxinfer.engine.sampling.sampling_rows import Level
-from jaxinfer.functional import split
+from jaxinfer.functional import split, training
 from jaxinfer.loading import weights
 from jaxinfer.loading.update import WeightTable
 from jaxinfer.sharding import make_mesh, serving_mesh
@@ -127,3 +129,27 @@ def test_weights_of_the_trainer_s_mesh_reach_the_engine_without_the_host(loaded,
     for new, param in zip(found, runner.params, strict=True):
         assert new.sharding == param.sharding
         np.testing.assert_array_equal(new, param)
+
+
+@pytest.mark.slow
+def test_gradients_on_a_mesh_are_those_of_one_device(tmp_path):
+    """Of log-probabilities with the bits of serving, layers computed again."""
+    folder = checkpoint.write(tmp_path / "llama", config("llama"), with_tokenizer=False)
+    ids = np.random.default_rng(0).integers(3, VOCAB, (2, 2 * CHUNK + 3))
+    found = {}
+    for tp in (1, 2):
+        mesh = make_mesh(tp)
+        program, params = split(weights.load(folder, mesh, progress=False), mesh, deterministic=True)
+        shape = step_shape(program, shapes_of(program, switched=True), "auto")
+        module = program.module(params)
+        training.prepare(module)
+        graph, state = nnx.split(module, nnx.Param)
+
+        def loss(state: nnx.State, graph=graph, shape=shape) -> jax.Array:
+            return training.logprobs(nnx.merge(graph, state), jax.numpy.asarray(ids), serving=shape, remat=True).mean()
+
+        slope = jax.tree.leaves(jax.jit(jax.grad(loss))(state))
+        assert tp == 1 or {x.sharding.is_fully_replicated for x in slope} == {True, False}
+        found[tp] = {name: np.asarray(x) for name, x in WeightTable(program, params).tensors(slope)}
+    for name, expected in found[1].items():
+        np.testing.assert_allclose(found[2][name], expected, atol=1e-5 * np.abs(expected).max(), err_msg=name)

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from support import ray_processes
 
 ROOT = Path(__file__).parents[2]
 SPEC = importlib.util.spec_from_file_location("ray_batch", ROOT / "examples" / "ray_batch.py")
@@ -39,14 +40,11 @@ def test_a_broken_line_is_named(line, tmp_path):
 
 def kill_one_worker(out: Path, killed: list[int]) -> None:
     """Kill an actor once the first block is written."""
-    psutil = pytest.importorskip("psutil")
     while not list(out.glob("block-*.jsonl")):
         time.sleep(0.1)
-    for process in psutil.Process().children(recursive=True):
-        if "MapWorker" in " ".join(process.cmdline()):
-            os.kill(process.pid, signal.SIGKILL)
-            killed.append(process.pid)
-            return
+    for process in ray_processes.named("MapWorker")[:1]:
+        os.kill(process, signal.SIGKILL)
+        killed.append(process)
 
 
 @pytest.mark.slow
@@ -63,7 +61,7 @@ def test_results_are_complete_and_in_order_when_an_actor_is_killed(tmp_path, mon
     settings = json.dumps({"max_model_len": 64, "max_num_seqs": 4})
     args = argparse.Namespace(model=str(demo.path()), prompts=file, out=out, actors=2, block=4, max_tokens=8, cpus=1)
     args.settings = settings
-    ray.init(num_cpus=2, object_store_memory=100 << 20, include_dashboard=False)
+    ray_processes.start()
     try:
         killer = threading.Thread(target=kill_one_worker, args=(out, killed), daemon=True)
         killer.start()

@@ -123,7 +123,7 @@ def test_a_consumer_that_goes_aborts_its_request(llm, async_llm, ending):
     asyncio.run(run())
     settle(llm)
     assert not llm._engine.requests
-    while async_llm._hub.streams:  # the stream is told after one more step
+    while async_llm._hubs[async_llm._llm._replicas[0]].streams:  # the stream is told after one more step
         settle(llm)
     assert llm._engine.metrics.counters["generation_tokens"] - made < 100
 

@@ -12,6 +12,7 @@ from support import checkpoint
 from jaxinfer import LLM
 from jaxinfer.checkpoint import hf
 from jaxinfer.errors import CheckpointError, ConfigError
+from jaxinfer.loading import load
 from jaxinfer.loading.convert import convert
 from jaxinfer.sharding import make_mesh
 
@@ -109,6 +110,19 @@ def test_no_tokenizer(tmp_path):
     folder = checkpoint.write(tmp_path / "bare", with_tokenizer=False)
     with pytest.raises(CheckpointError, match="pass tokenizer=DIR .*, or skip_tokenizer_init=True"):
         LLM(folder, use_tqdm=False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"max_model_len": 100_000}, ConfigError, "max_model_len is 100000, more than the"),
+        ({"adapters": {"sql": "/nope"}}, CheckpointError, "adapter 'sql': '/nope': the file or directory does not"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_before_the_weights_are_read(folder, monkeypatch, settings, error, message):
+    monkeypatch.setattr(load, "_load_weights", None)
+    with pytest.raises(error, match=message):
+        LLM(folder, **settings)
 
 
 def test_a_tokenizer_fails_before_the_weights_are_read_and_config_json_is_read_once(copy, monkeypatch):

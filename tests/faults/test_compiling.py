@@ -9,6 +9,7 @@ from faults.conftest import assert_idle, settle
 from support.compiling import Gate, is_decode
 
 from jaxinfer import AsyncLLM, SamplingParams
+from jaxinfer.engine.divided_call import DividedCall
 from jaxinfer.errors import EngineClosedError
 
 pytestmark = pytest.mark.xdist_group("faults")
@@ -109,14 +110,15 @@ def test_an_interrupted_call_and_the_next(llm, gate, monkeypatch):
         def __call__(self):
             raise KeyboardInterrupt
 
-    lease, handles = llm._thread.lease(), llm._prepare([[9] * 20], LONG)
+    call, handles = DividedCall([llm._thread]), llm._prepare([[9] * 20], LONG)
     began = time.perf_counter()
     with pytest.raises(KeyboardInterrupt):
         try:
-            llm._queue(lease, handles)
-            llm._thread.drive(lease.call, lambda: not handles[0].finished, Bar())
+            call.add(llm._thread, [handles[0].request])
+            call.drive(llm._thread, lambda: not handles[0].finished)
+            call.wait(Bar())
         finally:
-            lease.release(lease.call)
+            list(call.release)
     settle(llm)
     assert time.perf_counter() - began < SOON and list(llm._engine.requests) and gate.pending
     assert handles[0].finished and handles[0].output().outputs[0].finish_reason == "abort"

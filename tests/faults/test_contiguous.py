@@ -1,5 +1,6 @@
 """`LLM(cache="contiguous")`: its memory, what it refuses, and steps that fail."""
 
+import jax
 import pytest
 
 from jaxinfer import SamplingParams
@@ -56,7 +57,7 @@ def test_after_a_failed_step_all_goes_on(contiguous, monkeypatch):
 def test_its_bytes_are_in_the_one_budget(contiguous, make_llm):
     shapes = contiguous._engine.runner.shapes
     assert (shapes.rows, shapes.width, shapes.num_blocks) == (8, 32, 8 * 32)
-    assert sum(array.nbytes for layer in contiguous._engine.runner.cache for array in layer) == 8 * ROW_BYTES
+    assert sum(array.nbytes for array in jax.tree.leaves(contiguous._engine.runner.cache)) == 8 * ROW_BYTES
     with pytest.raises(
         CapacityError,
         match=r"511 KiB.*8 rows \(max_num_seqs\) of 124 positions.*128.*512 KiB; raise kv_cache_memory_bytes",

@@ -1,12 +1,17 @@
 """Frozen objects are not collected, so nothing may be frozen that keeps an LLM's weights alive."""
 
+import ctypes
 import gc
+import os
 import weakref
+from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 from jaxinfer._utils import heap
-from jaxinfer._utils.heap import freeze, thaw
+from jaxinfer._utils.heap import freeze, thaw, trim
 
 pytestmark = pytest.mark.xdist_group("faults")
 
@@ -51,13 +56,41 @@ def test_nothing_is_frozen_where_the_collector_is_off(unfrozen):
         gc.enable()
 
 
+def resident() -> int:
+    """Return the bytes of memory that this process has from the operating system."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="the C library is not glibc")
+def test_freed_memory_below_a_block_in_use_is_returned():
+    arrays = [np.ones(12_000) for _ in range(2_000)]  # 192 MB in blocks that glibc takes from its heap
+    last = arrays.pop()
+    del arrays[:]
+    before = resident()
+    trim()
+    assert before - resident() > 100e6 and last.all()
+
+
+def test_a_closed_llm_has_given_back_weights_and_cache(make_llm, unfrozen, monkeypatch):
+    monkeypatch.setattr(heap, "freeze", freeze)
+    gc.collect()
+    before = len(jax.live_arrays())
+    llm = make_llm()
+    gc.disable()
+    try:
+        llm.close()
+        assert len(jax.live_arrays()) == before
+    finally:
+        gc.enable()
+
+
 def test_an_llm_is_loaded_thawed_freezes_and_gives_back(make_llm, monkeypatch):
     calls = []
     monkeypatch.setattr(heap, "freeze", lambda: calls.append("freeze"))
     monkeypatch.setattr(heap, "thaw", lambda collect=False: calls.append("collect" if collect else "thaw"))
     with make_llm():
         assert calls == ["collect", "freeze"]
-    assert calls == ["collect", "freeze", "thaw"]
+    assert calls == ["collect", "freeze", "collect"]
     llm = make_llm(freeze_gc=False)
     assert calls[3:] == ["collect"]
     del llm  # without closing it

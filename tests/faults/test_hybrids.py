@@ -81,7 +81,7 @@ def test_a_fork_whose_parent_ends(runner):
     engine.add(request)
     for _ in range(4):
         engine.step()
-    engine._finish(request.sequences[0], "abort")
+    engine.endings.finish(request.sequences[0], "abort")
     newcomers = [make_request(f"n{i}", prompt(2 * CHUNK, 40 + i), GREEDY) for i in range(3)]
     assert run(engine, newcomers) == alone(runner, newcomers)
     assert [s.output_ids.tolist() for s in request.sequences[1:]] == expected[1:]
@@ -202,7 +202,7 @@ def test_the_first_of_those_that_share_a_prefix_ends_early(runner):
     for request in (first, *others):
         engine.add(request)
     engine.step()
-    assert [s.request.id for s in engine.scheduler.prefilling] == ["0"], "the others wait"
+    assert [s.request.id for s in engine.scheduler.rows.prefilling] == ["0"], "the others wait"
     engine.abort("0")
     while engine.has_work:
         engine.step()

@@ -11,6 +11,7 @@ import pytest
 from faults.conftest import assert_idle, settle
 
 from jaxinfer import LLM, SamplingParams
+from jaxinfer.engine.divided_call import DividedCall
 from jaxinfer.errors import EngineDeadError
 
 pytestmark = pytest.mark.xdist_group("faults")
@@ -135,8 +136,8 @@ def test_a_lost_device_is_one_clear_error(make_llm, monkeypatch):
     llm = make_llm()
     stream, other = llm.stream([IDS], LONG), llm._prepare([IDS], SHORT)
     next(stream)
-    lease = llm._thread.lease()
-    llm._queue(lease, other)
+    waiting = DividedCall([llm._thread])
+    waiting.add(llm._thread, [other[0].request])
     runner = llm._engine.runner
 
     def lost(*_):
@@ -149,7 +150,7 @@ def test_a_lost_device_is_one_clear_error(make_llm, monkeypatch):
     monkeypatch.setattr(runner, "reset", gone)
     calls = [
         lambda: next(stream),
-        lambda: llm._thread.drive(lease.call, lambda: not other[0].finished),  # it had not come to wait yet
+        lambda: waiting.drive(llm._thread, lambda: not other[0].finished) or waiting.wait(),  # it came to wait only now
         lambda: llm.generate([IDS], SHORT),
         lambda: llm.warmup(use_tqdm=False),
         lambda: llm.update_weights({}),

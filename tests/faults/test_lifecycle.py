@@ -93,7 +93,7 @@ def test_abort_wherever_it_is(llm, n, steps):
     [expected] = tokens(llm.generate([IDS], SHORT))
     handles = llm._prepare([[9] * 70, IDS], [params, SHORT])
     lease = llm._thread.lease()
-    llm._queue(lease, handles)
+    llm._thread.add(lease.call, [handle.request for handle in handles])
     for _ in range(steps):
         llm._thread.run(llm._engine.step)
     llm.abort(handles[0].request.id)
@@ -130,9 +130,9 @@ def test_an_interrupted_call_and_the_next(llm, monkeypatch, at):
     expected = tokens(llm.generate([IDS, [9] * 40], SHORT))
     engine = llm._engine
     owner, name = {
-        "schedule": (engine.scheduler, "_prefills"),
+        "schedule": (engine.scheduler.prefills, "plan"),
         "run": (engine.runner, "run"),
-        "commit": (engine, "_take_token"),
+        "commit": (engine.committer, "_take_token"),
     }[at]
     whole, calls = getattr(owner, name), []
 

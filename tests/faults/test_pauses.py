@@ -174,10 +174,10 @@ def test_weights_are_replaced_under_a_paused_request(llm, other, slowly, recompu
 def test_a_prompt_that_is_not_computed_yet_starts_over(llm, other, slowly):
     long = [5 + i for i in range(100)]  # four chunks
     caller = Caller(llm, long)
-    while llm._thread.run(lambda: [s.computed for s in llm._engine.scheduler.active]) in ([], [0]):
+    while llm._thread.run(lambda: [s.computed for s in llm._engine.scheduler.rows.active]) in ([], [0]):
         assert caller.is_alive()
     llm.pause()
-    [computed] = llm._thread.run(lambda: [s.computed for s in llm._engine.scheduler.active])
+    [computed] = llm._thread.run(lambda: [s.computed for s in llm._engine.scheduler.rows.active])
     assert 0 < computed < len(long)
     version = llm.update_weights(other).version
     llm.resume()
@@ -201,12 +201,13 @@ def test_sleep_frees_the_cache_and_the_weights_and_keeps_programs(llm):
         llm.generate([PROMPT], GREEDY)
     llm.sleep(2)  # deeper; the fixture holds the weights, so they stay
     assert all(param is None for param in llm._engine.runner.params) and weights
+    assert "asleep" in repr(llm) and "asleep" in llm._repr_html_()
     with pytest.raises(RuntimeError, match="level=1.*sleeps at level 2 already"):
         llm.sleep(1)
     with pytest.raises(RuntimeError, match="give all of them"):
         llm.update_weights({"model.norm.weight": names["model.norm.weight"]}, partial=True)
     llm.wake_up()
-    with pytest.raises(RuntimeError, match="dropped the weights; give them with update_weights"):
+    with pytest.raises(RuntimeError, match="dropped the weights; pass new ones with update_weights"):
         llm.generate([PROMPT], GREEDY)
     with pytest.raises(RuntimeError, match="has dropped them"):
         llm.weights()

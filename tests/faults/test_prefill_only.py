@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxinfer import AsyncLLM, SamplingParams, Steering
-from jaxinfer.engine.engine import RETRIES
+from jaxinfer.engine.recovery import RETRIES
 from jaxinfer.errors import ConfigError, EngineError
 
 pytestmark = pytest.mark.xdist_group("faults")

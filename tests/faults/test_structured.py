@@ -3,9 +3,11 @@
 import json
 import re
 import sys
+import threading
 import time
 
 import pytest
+from support.compiling import Gate, is_prefill
 
 from jaxinfer import SamplingParams, StructuredOutputsParams
 from jaxinfer.engine.structured import grammar
@@ -73,6 +75,30 @@ def test_preempted_and_prefixes_found(llm, host, expected):
     results = llm.generate([PROMPTS[2]] * 2, MIXED[2])
     again = llm.generate(PROMPTS[2], MIXED[2])
     assert again[0].num_cached_tokens > 0 and outputs(again) == outputs(results)[:1] == expected[2]
+
+
+def test_prefills_that_wait_for_their_programs(llm, expected, monkeypatch):
+    """A structured request decodes meanwhile."""
+    found, taken_back, engine = {}, [], llm._engine
+    gate = Gate(engine.runner.programs, lambda key: armed and is_prefill(key))
+    armed, postpone = False, engine.scheduler.postpone
+    monkeypatch.setattr(engine.runner, "programs", gate)
+    monkeypatch.setattr(engine.scheduler, "postpone", lambda *given: taken_back.append(1) or postpone(*given))
+
+    def call(some):
+        thread = threading.Thread(target=lambda: found.update({some.start: llm.generate(PROMPTS[some], MIXED[some])}))
+        thread.start()
+        return thread
+
+    first = call(slice(1))
+    while not any(s.made > 1 for request in tuple(engine.requests.values()) for s in request.sequences):
+        time.sleep(0.001)
+    armed, others = True, call(slice(1, None))
+    while first.is_alive() or others.is_alive():
+        others.join(0.02)
+        gate.release()
+    assert taken_back
+    assert outputs(found[None]) + outputs(found[1]) == [one for each in expected for one in each]
 
 
 def test_a_failed_step_is_computed_again(llm, expected, monkeypatch):

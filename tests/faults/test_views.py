@@ -4,6 +4,7 @@ import pickle
 import re
 import signal
 import threading
+import time
 
 import pytest
 
@@ -81,12 +82,28 @@ def test_pictures_of_a_recording_are_drawn_without_the_engine(make_llm):
 
 def test_an_interrupted_call_leaves_a_recording_that_goes_on(llm):
     llm.start_recording()
-    timer = threading.Timer(0.3, signal.raise_signal, (signal.SIGINT,))
-    timer.start()
-    with pytest.raises(KeyboardInterrupt):
-        while True:
-            llm.generate("hello", SamplingParams(max_tokens=100, ignore_eos=True), **SHORT)
-    timer.join()
+    # Tests started in the background of a shell inherit an ignored SIGINT.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    came, deadline = threading.Event(), time.monotonic() + 60
+
+    def interrupt():
+        # Python drops an interrupt that falls into a callback of the garbage collector, and hypothesis has one. So the
+        # key is pressed again until the call has ended.
+        signalled = came.wait(0.3)
+        while not signalled:
+            signal.raise_signal(signal.SIGINT)
+            signalled = came.wait(5)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            while time.monotonic() < deadline:
+                llm.generate("hello", SamplingParams(max_tokens=100, ignore_eos=True), **SHORT)
+    finally:
+        came.set()
+        thread.join()
+        signal.signal(signal.SIGINT, before)
     llm.generate("cat", GREEDY, **SHORT)
     reasons = [row.owner.finish_reason for row in llm.timeline.rows]
     assert reasons[-1] == "length" and all(reasons), "the interrupted request has ended too"

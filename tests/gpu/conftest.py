@@ -1,12 +1,15 @@
-"""What needs a GPU is run with JAXINFER_TEST_GPU=1 where there is one, and skipped elsewhere."""
+"""What needs a device of its own is run by `tests/gpu/run.py`, on a GPU or on a CPU, and skipped elsewhere."""
+
+import os
 
 import jax
 import pytest
 
 
 @pytest.fixture(scope="session", autouse=True)
-def gpu() -> jax.Device:
-    """The device the tests run on."""
-    if jax.default_backend() != "gpu":
-        pytest.skip("needs a GPU: JAXINFER_TEST_GPU=1 python -m pytest tests/gpu on a machine with one")
-    return jax.devices()[0]
+def device() -> str:
+    """The platform that the tests run on, "gpu" or "cpu"; on a CPU their sizes are small."""
+    platform = jax.default_backend()
+    if platform != "gpu" and os.environ.get("JAXINFER_TEST_DEVICES") != "1":
+        pytest.skip("runs by itself: python tests/gpu/run.py --out DIR")
+    return platform

@@ -1,4 +1,4 @@
-"""The attention kernel on the device itself, against the oracle."""
+"""The device's own attention kernel, against the oracle."""
 
 from dataclasses import replace
 from functools import partial
@@ -26,9 +26,21 @@ PADDING = 3
 
 
 @pytest.fixture(scope="module")
-def kernel() -> Any:
-    mesh = make_mesh()
-    return attention.implementation(attention.choose(attention.TRITON, mesh), mesh)
+def name(device: str) -> str:
+    """The implementation that the device's users get: on a GPU the Triton kernel, or the test fails."""
+    return attention.choose(attention.TRITON if device == "gpu" else attention.AUTO, make_mesh())
+
+
+@pytest.fixture(scope="module")
+def kernel(name: str) -> Any:
+    return attention.implementation(name, make_mesh())
+
+
+def sized(chosen: str, device: str) -> Shape:
+    """Return a shape as models have it; on a CPU with fewer heads."""
+    shape = CHOSEN[chosen]
+    few = chosen in REAL and device == "cpu"
+    return replace(shape, heads=shape.heads // 4, kv_heads=max(1, shape.kv_heads // 4)) if few else shape
 
 
 def check(case: Case, call: Any, step: Any, values: tuple) -> None:
@@ -43,32 +55,34 @@ def check(case: Case, call: Any, step: Any, values: tuple) -> None:
     assert np.isfinite(np.asarray(found[-PADDING:], np.float32)).all(), "padding gives what harms nobody"
 
 
-@pytest.mark.parametrize("name", CHOSEN)
-def test_decode_is_the_oracle(kernel: Any, name: str):
-    shape = CHOSEN[name]
+@pytest.mark.parametrize("chosen", CHOSEN)
+def test_decode_is_the_oracle(kernel: Any, device: str, chosen: str):
+    shape = sized(chosen, device)
     block = shape.block
-    lengths = [1, block - 1, block, block + 1, 4 * block + 2, 700 if name in REAL else 50]
+    lengths = [1, block - 1, block, block + 1, 4 * block + 2, 700 if chosen in REAL else 50]
     case = Case(shape, lengths, [1] * len(lengths))
     check(case, kernel.decode, case.decode_rows(padding=PADDING), case.step(padding=PADDING))
 
 
 @pytest.mark.parametrize("lengths", [[20_000], [5000, 1, 17, 300]], ids=["one long", "ragged"])
-def test_decode_in_pieces_is_the_oracle(kernel: Any, lengths: list[int]):
+def test_decode_in_pieces_is_the_oracle(kernel: Any, device: str, lengths: list[int]):
+    lengths = lengths if device == "gpu" else [-(-length // 10) for length in lengths]
     case = Case(replace(REAL["GQA of 8"], heads=8, kv_heads=1, dim=64), lengths, [1] * len(lengths))
     check(case, kernel.decode, case.decode_rows(padding=PADDING), case.step(padding=PADDING))
 
 
 @pytest.mark.parametrize(
-    ("name", "chunks"), [*((name, "several") for name in CHOSEN), ("plain", "one token"), ("plain", "more than a tile")]
+    ("chosen", "chunks"),
+    [*((chosen, "several") for chosen in CHOSEN), ("plain", "one token"), ("plain", "more than a tile")],
 )
-def test_prefill_is_the_oracle(kernel: Any, name: str, chunks: str):
-    shape = CHOSEN[name]
+def test_prefill_is_the_oracle(kernel: Any, name: str, device: str, chosen: str, chunks: str):
+    shape = sized(chosen, device)
     # The chunks are in terms of the small block.
     wide = [(start * shape.block // PLAIN.block, count) for start, count in CHUNKS[chunks]]
     case = Case(shape, [start + count for start, count in wide], [count for _, count in wide])
     value_dim = shape.value_dim or shape.dim
     tile = attention.prefill_tile(
-        attention.TRITON, shape.heads // shape.kv_heads, value_dim, np.dtype(case.kv_cache.keys.dtype).itemsize
+        name, shape.heads // shape.kv_heads, value_dim, np.dtype(case.kv_cache.keys.dtype).itemsize
     )
     call = partial(kernel.prefill, tile=tile)
     check(case, call, case.prefill_tiles(tile, padding=PADDING), case.step(padding=PADDING))

@@ -1,4 +1,4 @@
-"""The kernel of grouped products on the device itself, against the oracle."""
+"""The device's own kernel of grouped products, against the oracle."""
 
 from functools import partial
 
@@ -23,16 +23,19 @@ CASES = {
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "int8"])
 @pytest.mark.parametrize("name", CASES)
-def test_each_row_is_multiplied_with_the_matrix_of_its_group(name: str, dtype: str):
+def test_each_row_is_multiplied_with_the_matrix_of_its_group(device: str, name: str, dtype: str):
     sizes, rows, out, inner = CASES[name]
+    if device == "cpu":
+        out, inner = out // 4, inner // 4
     mesh, rng = make_mesh(), np.random.default_rng(0)
-    assert matmul.choose("auto", mesh) == matmul.TRITON
+    kernel = matmul.choose("auto", mesh)
+    assert device == "cpu" or kernel == matmul.TRITON
     offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
     end, kind = offsets[-1], jnp.bfloat16 if dtype == "bfloat16" else jnp.float32
     x, weight = (rng.standard_normal(shape).astype(kind) for shape in ((rows, inner), (len(sizes), out, inner)))
     x[end:] = np.nan
     block = int8_matmul.rotation(inner)
-    call = jax.jit(partial(grouped.matmul, kernel=matmul.TRITON, target=triton_launch.target(mesh), block=block))
+    call = jax.jit(partial(grouped.matmul, kernel=kernel, target=triton_launch.target(mesh), block=block))
     if dtype == "int8":
         values, scales = int8_matmul.quantise_weight(weight, block)
         found = np.asarray(call(x, values, offsets, scales), np.float64)[:end]

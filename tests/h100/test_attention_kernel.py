@@ -10,6 +10,7 @@ from support.ptx import compiled_kernels, spilled
 
 from jaxinfer.kernels.attention import triton_attention
 from jaxinfer.kernels.attention.paged import DecodeRows, KVCache, PrefillTiles, Scoring, Slots
+from jaxinfer.kernels.attention.quantised_cache import SCALE, format_of
 from jaxinfer.kernels.attention.triton_attention import TritonAttention
 from jaxinfer.kernels.triton import triton_tiles
 from jaxinfer.kernels.triton.triton_launch import Target
@@ -21,7 +22,8 @@ H100 = Target(90, 132)
 SHARED = 227 << 10
 """Bytes of shared memory of one multiprocessor."""
 BLOCK, BLOCKS, WIDTH = 16, 4096, 256
-# heads, kv heads, key width, value width (None: the keys' columns), dtype, scoring, sinks
+# heads, kv heads, key width, value width (None: the keys' columns), dtype, scoring, sinks; and the format of a
+# quantised cache
 LAYERS = {
     "Llama 3 8B": (32, 8, 128, 128, "bfloat16", Scoring(0.1), False),
     "one kv head of 64": (71, 1, 64, 64, "float16", Scoring(0.1), False),
@@ -30,14 +32,24 @@ LAYERS = {
     "Gemma 2": (16, 8, 256, 256, "bfloat16", Scoring(0.1, window=4096, softcap=50.0), False),
     "gpt-oss": (64, 8, 64, 64, "bfloat16", Scoring(0.1, window=128), True),
     "float32": (32, 8, 128, 128, "float32", Scoring(0.1), False),
+    "Llama 3 8B, int8 codes": (32, 8, 128, 128, "bfloat16", Scoring(0.1), False, "int8"),
+    "Llama 3 8B, fp8 codes": (32, 8, 128, 128, "bfloat16", Scoring(0.1), False, "fp8"),
+    "latent, fp8 codes": (32, 1, 576, None, "bfloat16", Scoring(0.1, value_dim=512), False, "fp8"),
+    "Gemma 2, int8 codes": (16, 8, 256, 256, "bfloat16", Scoring(0.1, window=4096, softcap=50.0), False, "int8"),
+    "gpt-oss, fp8 codes": (64, 8, 64, 64, "bfloat16", Scoring(0.1, window=128), True, "fp8"),
 }
 
 
 def trace(name: str, kind: str) -> None:
     """Builds the program of one attention call, for which its kernels are compiled."""
-    heads, kv_heads, dim, value_dim, dtype, scoring, sinks = LAYERS[name]
+    heads, kv_heads, dim, value_dim, dtype, scoring, sinks, *codes = LAYERS[name]
     tokens, array, ints = 8 if kind == "decode" else 512, jax.ShapeDtypeStruct, jnp.int32
-    kv_cache = KVCache(*(None if d is None else array((BLOCKS, kv_heads, BLOCK, d), dtype) for d in (dim, value_dim)))
+    widths, kinds = (dim, value_dim), (format_of(*codes) if codes else dtype, SCALE)
+    if codes:
+        widths += 1, None if value_dim is None else 1
+    kv_cache = KVCache(
+        *(None if d is None else array((BLOCKS, kv_heads, BLOCK, d), kinds[n // 2]) for n, d in enumerate(widths))
+    )
     q, k = array((tokens, heads, dim), dtype), array((tokens, kv_heads, dim), dtype)
     v = None if value_dim is None else array((tokens, kv_heads, value_dim), dtype)
     slots, tables = Slots(array((tokens,), ints), array((tokens,), ints)), array((8, WIDTH), ints)
@@ -67,9 +79,13 @@ def test_the_kernel_suits_the_device(tmp_path: Path, name: str, kind: str):
     assert attend.shared_bytes * at_a_time <= SHARED
     for kernel in made:
         assert spilled(kernel.ptx, tmp_path) == 0
-    # Keys and values come in 16 bytes at a time, asynchronously.
-    assert re.search(r"cp\.async\.cg\.shared\.global \[[^]]*\], \[[^]]*\], (?:0x10|16)", attend.ptx)
+    # Keys and values come in 16 bytes at a time, asynchronously; codes of latents, which are keys and values, are
+    # widened in registers before.
+    if name == "latent, fp8 codes":
+        assert re.search(r"ld\.global\.[a-zA-Z:.0-9]*v4\.b32", attend.ptx)
+    else:
+        assert re.search(r"cp\.async\.cg\.shared\.global \[[^]]*\], \[[^]]*\], (?:0x10|16)", attend.ptx)
     if name != "float32":
         assert re.search(r"wgmma\.mma_async|mma\.sync", attend.ptx)
-    if kind == "prefill" and name not in ("float32", "latent"):
+    if kind == "prefill" and "latent" not in name and name != "float32":
         assert "wgmma.mma_async" in attend.ptx

@@ -1,10 +1,15 @@
 """The readings that the other tests rely on can fail."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import pytest
 from support import lowering
-from support.lowering import large_copies, require_cuda_compiler
+from support.lowering import FALLBACK, large_copies, require_cuda_compiler
 
 
 def test_copies_are_seen_by_size_in_any_computation_and_layout():
@@ -41,3 +46,24 @@ def test_a_missing_compiler_skips_but_fails_in_ci(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("CI", "true")
     with pytest.raises(pytest.fail.Exception, match="no reason to skip"):
         require_cuda_compiler()
+
+
+SORT = """
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+from support.lowering import h100_mesh
+
+logits = jax.ShapeDtypeStruct((64, 151936), "float32", sharding=NamedSharding(h100_mesh(1), PartitionSpec()))
+jax.jit(jax.numpy.sort).lower(logits).compile(compiler_options={"xla_backend_optimization_level": 3})
+"""
+
+
+@pytest.mark.slow
+def test_a_sort_that_is_not_a_gpus_is_seen():
+    """The warning that fails the other tests of this folder still reads so. XLA prints it once in a process."""
+    require_cuda_compiler()
+    path = os.pathsep.join(str(Path(lowering.__file__).parents[up]) for up in (1, 2))
+    environment = os.environ | {"PYTHONPATH": path, "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    done = subprocess.run([sys.executable, "-c", SORT], capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert FALLBACK in done.stderr

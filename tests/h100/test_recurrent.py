@@ -15,8 +15,8 @@ from support.lowering import Compiled, abstract_model, compile_step, h100_mesh, 
 from support.ptx import compiled_kernels, spilled
 
 from jaxinfer.engine.runner.buckets import Needs, decode_bucket, prefill_bucket
-from jaxinfer.engine.runner.steps import Shapes
-from jaxinfer.kernels.state import triton_delta
+from jaxinfer.engine.runner.shapes import Shapes
+from jaxinfer.kernels.state import ssd, triton_delta, triton_ssd
 from jaxinfer.kernels.state.delta import Tokens
 from jaxinfer.kernels.state.slots import Segments
 from jaxinfer.kernels.triton.triton_launch import Target
@@ -95,6 +95,25 @@ QWEN_NEXT = dict(
     dtype="bfloat16",
 )
 """Qwen3-Next-80B-A3B with two layers, few experts and a small vocabulary."""
+GRANITE = dict(
+    architectures=["GraniteMoeHybridForCausalLM"],
+    vocab_size=32000,
+    hidden_size=4096,
+    intermediate_size=768,
+    shared_intermediate_size=1536,
+    num_hidden_layers=2,
+    layer_types=["mamba", "attention"],
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    num_local_experts=8,
+    num_experts_per_tok=2,
+    mamba_n_heads=128,
+    mamba_d_state=128,
+    max_position_embeddings=131072,
+    rms_norm_eps=1e-5,
+    dtype="bfloat16",
+)
+"""Granite-4.0-H-Small with two layers, few experts and a small vocabulary."""
 STATE = SHAPES.state_slots * 32 * 128 * 128
 """Elements of what one layer remembers; the last inputs of its convolution are a thirtieth of that."""
 
@@ -112,28 +131,46 @@ def step(kind: str, tp: int = 1) -> Compiled:
     return compile_step(program, params, SHAPES, make(program, SHAPES, *size, Needs()))
 
 
-@cache
 def net_step(kind: str) -> Compiled:
-    program, params = abstract_model(QWEN_NEXT, h100_mesh(1))
-    shapes = replace(SHAPES, sampled_vocab=QWEN_NEXT["vocab_size"])
+    return _small_step("qwen3_next", kind)
+
+
+def mamba_step(kind: str) -> Compiled:
+    return _small_step("granite", kind)
+
+
+@cache
+def _small_step(name: str, kind: str) -> Compiled:
+    config = QWEN_NEXT if name == "qwen3_next" else GRANITE
+    program, params = abstract_model(config, h100_mesh(1))
+    shapes = replace(SHAPES, sampled_vocab=config["vocab_size"])
     make = decode_bucket if kind == DECODE else prefill_bucket
     size = (ROWS, 0) if kind == DECODE else (CHUNK,)
     return compile_step(program, params, shapes, make(program, shapes, *size, Needs()))
 
 
 @pytest.mark.parametrize("kind", [DECODE, PREFILL])
-@pytest.mark.parametrize(("compiled", "layers"), [(step, 3), (net_step, 1)], ids=["kda", "gated delta net"])
-def test_a_step_is_one_command_buffer_without_a_loop(compiled: Callable[[str], Compiled], layers: int, kind: str):
+@pytest.mark.parametrize(
+    ("compiled", "layers", "prefill", "decode"),
+    [
+        (step, 3, ("prepare", "advance"), "step"),
+        (net_step, 1, ("prepare", "advance"), "step"),
+        (mamba_step, 1, ("scan",), "scan_steps"),
+    ],
+    ids=["kda", "gated delta net", "mamba"],
+)
+def test_a_step_is_one_command_buffer_without_a_loop(
+    compiled: Callable[[str], Compiled], layers: int, prefill: tuple[str, ...], decode: str, kind: str
+):
     """A loop whose length is data is driven by the host, which reads its condition before each iteration."""
     made = compiled(kind)
     assert "While" not in made.thunks and " while(" not in made.executable.as_text()
-    assert made.command_buffers == 1 and made.launched_alone == []
+    assert made.command_buffers == 1 and len(made.launched_alone) == len(made.sampler.kernels) == 4
     names = Counter(made.kernels)
-    assert {name: names[name] for name in ("prepare", "advance", "step")} == (
-        {"prepare": 0, "advance": 0, "step": layers}
-        if kind == DECODE
-        else {"prepare": layers, "advance": layers, "step": 0}
-    )
+    wanted = (decode,) if kind == DECODE else prefill
+    assert {name: names[name] for name in (*prefill, decode)} == {
+        name: layers * (name in wanted) for name in (*prefill, decode)
+    }
 
 
 def test_a_prefill_step_of_a_recurrent_layer_needs_little_memory():
@@ -166,11 +203,38 @@ def test_the_kernels_suit_the_device(tmp_path: Path, heads: int, key_dim: int, v
     assert re.search(r"mma\S*\.tf32", made[1].ptx)
 
 
+@pytest.mark.parametrize(
+    ("heads", "groups", "key_dim", "value_dim"),
+    [(128, 1, 128, 64), (24, 1, 256, 64), (112, 8, 128, 80)],
+    ids=["Granite 4", "Falcon H1", "Nemotron-H"],
+)
+def test_mambas_kernels_suit_the_device(tmp_path: Path, heads: int, groups: int, key_dim: int, value_dim: int):
+    tokens, rows, array = 64, 4, jax.ShapeDtypeStruct
+    widths = dict(q=(groups, key_dim), k=(groups, key_dim), v=(heads, value_dim), g=(heads, 1))
+    given = ssd.Tokens(**{name: array((tokens, *width), jnp.float32) for name, width in widths.items()})
+    states = array((8, heads, key_dim, value_dim), jnp.float32)
+    segments = Segments(*[array((rows,), jnp.int32)] * 4, array((rows,), jnp.bool_))
+    with compiled_kernels() as made:
+        for call in triton_ssd.prefill, triton_ssd.prefill_steps:
+            jax.eval_shape(lambda *operands, call=call: call(*operands, Target(90, 132)), given, states, segments)
+    assert [kernel.name for kernel in made] == ["scan", "scan_steps"]
+    for kernel in made:
+        assert spilled(kernel.ptx, tmp_path) == 0
+        assert 2 * kernel.shared_bytes <= 227 << 10, "two programs on a multiprocessor"
+    assert re.search(r"mma\S*\.tf32", made[0].ptx)
+
+
+def test_a_prefill_step_of_mamba_keeps_nothing_but_its_rows():
+    """Values, outputs and projections of 8192 columns in float32, and no copy of keys for each of 128 heads."""
+    assert mamba_step(PREFILL).temporary_bytes < 40 * CHUNK * 8192 * 4 // 8
+
+
+@pytest.mark.parametrize("compiled", [step, mamba_step], ids=["kda", "mamba"])
 @pytest.mark.parametrize("kind", [DECODE, PREFILL])
-def test_states_and_latents_stay_in_place(kind: str):
-    compiled = step(kind)
-    assert compiled.aliased_bytes >= compiled.cache_bytes
-    assert large_copies(compiled.executable.as_text(), STATE) == []
+def test_states_and_latents_stay_in_place(compiled: Callable[[str], Compiled], kind: str):
+    made = compiled(kind)
+    assert made.aliased_bytes >= made.cache_bytes
+    assert large_copies(made.executable.as_text(), STATE) == []
 
 
 def test_shards_add_up_what_rows_make_and_nothing_else():

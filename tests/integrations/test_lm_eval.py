@@ -68,8 +68,8 @@ def test_scores_and_texts_are_those_of_the_hf_model(llm, tasks):
     from jaxinfer import demo
     from jaxinfer.integrations.lm_eval import JaxInferLM
 
-    ours = evaluate(JaxInferLM(llm, max_length=20, batch_size=2), tasks)
-    args = {"pretrained": str(demo.path()), "dtype": "float32", "max_length": 20}
+    ours = evaluate(JaxInferLM(llm, max_length=24, batch_size=2), tasks)
+    args = {"pretrained": str(demo.path()), "dtype": "float32", "max_length": 24}
     theirs = evaluate("hf", tasks, model_args=args, device="cpu", batch_size=2)
     assert ours["answers"] == theirs["answers"] and any(text for [[text]] in ours["answers"])
     for mine, other in zip(ours["choices"], theirs["choices"], strict=True):
@@ -82,11 +82,11 @@ def test_scores_and_texts_are_those_of_the_hf_model(llm, tasks):
 def test_what_cannot_be_evaluated_is_refused(llm):
     from jaxinfer.integrations.lm_eval import JaxInferLM
 
-    with pytest.raises(ValueError, match=r"from 1 to 62 \(max_model_len - 2\), got 63"):
-        JaxInferLM(llm, max_length=63)
+    with pytest.raises(ValueError, match=r"from 1 to 63 \(max_model_len - 1\), got 64"):
+        JaxInferLM(llm, max_length=64)
     with pytest.raises(ValueError, match="batch_size"):
         JaxInferLM(llm, batch_size=0)
-    model = JaxInferLM(llm, max_gen_toks=62)
-    with pytest.raises(ValueError, match="max_gen_toks is 62"):
+    model = JaxInferLM(llm, max_gen_toks=63)
+    with pytest.raises(ValueError, match="max_gen_toks is 63"):
         model._asked("hello", {})
     assert llm.get_tokenizer() is model.tokenizer  # an LLM that was passed stays open

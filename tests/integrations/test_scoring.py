@@ -35,6 +35,9 @@ def test_a_long_context_is_cut_off_at_the_left(llm):
     ids = np.random.default_rng(0).integers(3, 300, 90).tolist()
     cut, short = score(llm, [(ids[:80], ids[80:90]), (ids[69:80], ids[80:90])], 20)
     assert cut == short and math.isfinite(cut.logprob)
+    assert score(llm, [], 20) == []
+    [longest] = score(llm, [(ids[:60], ids[60:70])], 63)  # 64 tokens with the last, which is max_model_len
+    assert math.isfinite(longest.logprob)
     with pytest.raises(ValueError, match="21 tokens, and max_length is 20"):
         score(llm, [(ids[:5], ids[5:26])], 20)
     for pair in (([], [1]), ([1], [])):

@@ -48,7 +48,7 @@ def served(vocabulary: int) -> dict[str, Any]:
         num_key_value_heads=2,
         head_dim=16,
         rms_norm_eps=1e-6,
-        rope_theta=10000.0,
+        rope_theta=1e6,  # what tunix' Qwen 3 rotates by, whatever its configuration says
         max_position_embeddings=256,
         dtype="float32",
     )
@@ -58,7 +58,7 @@ def make_cluster() -> rl_cluster.RLCluster:
     """Make tunix' cluster, with the same model as the actor."""
     tokenizer = AutoTokenizer.from_pretrained(demo.path())
     sizes = dict(num_layers=2, embed_dim=32, hidden_dim=64, num_heads=4, head_dim=16, num_kv_heads=2)
-    config = qwen3.ModelConfig(vocab_size=len(tokenizer), rope_theta=10000, norm_eps=1e-6, **sizes)
+    config = qwen3.ModelConfig(vocab_size=len(tokenizer), rope_theta=1_000_000, norm_eps=1e-6, **sizes)
     mesh = jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     roles = rl_cluster.Role.ACTOR, rl_cluster.Role.REFERENCE, rl_cluster.Role.ROLLOUT
     return rl_cluster.RLCluster(

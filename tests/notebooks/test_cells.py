@@ -67,7 +67,7 @@ def test_an_interrupted_cell_frees_its_blocks_and_the_next_one_runs(run):
     assert run(INTERRUPT) == "KeyboardInterrupt"
     assert "OK 0" in run("""
 llm.generate("Hello", SamplingParams(max_tokens=4), use_tqdm=False)
-print("OK", llm.cache.counts["one owner"] + llm.cache.counts["shared"], llm._engine.scheduler.rows_in_use)
+print("OK", llm.cache.counts["one owner"] + llm.cache.counts["shared"], llm._engine.scheduler.rows.num_used)
 """)
     assert number(run("print(used())")) == before
 

@@ -18,7 +18,7 @@ pytest.importorskip("torch", reason="the reference of the parity tests; it comes
 
 from support import reference as ref
 from support.layers import assert_logits_close
-from support.reference_changes import with_weights
+from support.reference_changes import with_config, with_weights
 
 GREEDY = 64
 
@@ -83,9 +83,9 @@ def test_logits_at_every_position_equal_transformers(name, folder):
     asked = prompts(name)
     following = FOLLOWING[: len(asked)]
     found = loaded.logits(folder(name), asked, following)
-    for ids, after, ours in zip(asked, following, found, strict=True):
-        theirs = ref.logits(model(name), ids, after, cached=CASES[name].cached)
-        assert_logits_close(folder(name), model(name), ours, theirs, ids, CASES[name].tolerance)
+    tokens = list(zip(asked, following, strict=True))
+    expected = [ref.logits(model(name), *each, cached=CASES[name].cached) for each in tokens]
+    assert_logits_close(folder(name), model(name), found, expected, tokens, CASES[name].tolerance)
 
 
 @pytest.mark.xdist_group("llama")
@@ -93,10 +93,23 @@ def test_logits_at_every_position_equal_transformers(name, folder):
 def test_a_failure_names_the_first_layer_that_differs(broken, folder):
     other = with_weights(f"layers.{broken}.mlp.down_proj.weight", 0.0)(model("llama"))
     ids = prompts("llama")[1]
-    ours, theirs = (ref.logits(reference, ids) for reference in (model("llama"), other))
-    assert_logits_close(folder("llama"), model("llama"), ours, ours, ids, TOLERANCE)
+    ours, theirs = ([ref.logits(reference, ids)] for reference in (model("llama"), other))
+    assert_logits_close(folder("llama"), model("llama"), ours, ours, [(ids, ())], TOLERANCE)
     with pytest.raises(AssertionError, match=f"first to differ: layer {broken}$"):
-        assert_logits_close(folder("llama"), other, ours, theirs, ids, TOLERANCE)
+        assert_logits_close(folder("llama"), other, ours, theirs, [(ids, ())], TOLERANCE)
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("mistral")
+def test_a_failure_in_a_decode_step_names_the_layer(folder):
+    """A window that is one position too small changes nothing before the decode steps of this prompt."""
+    name = "mistral window"
+    other = with_config(sliding_window=model(name).config.sliding_window - 1)(model(name))
+    tokens = [(prompt(3), ()), (prompt(other.config.sliding_window, 1), prompt(4, 10))]
+    ours, theirs = ([ref.logits(reference, *each) for each in tokens] for reference in (model(name), other))
+    found = r"prompt 1 \(.*first at decode step 0(.|\n)*first to differ: layer 0$"
+    with pytest.raises(AssertionError, match=found):
+        assert_logits_close(folder(name), other, ours, theirs, tokens, TOLERANCE)
 
 
 @cases(ENGINE, quick=("llama",))
@@ -124,6 +137,7 @@ def test_every_family_and_option_has_a_case():
 
     configs = [model(name).config for name in CASES]
     assert all(data.cases for data in families().values() if data.architecture)
-    assert {getattr(config, "hidden_act", "silu") for config in configs} | {"swish"} == set(ACTIVATIONS)
+    named = {getattr(config, name, "silu") for config in configs for name in ("hidden_act", "mlp_hidden_act")}
+    assert named | {"swish"} == set(ACTIVATIONS)
     ropes = [getattr(config, "rope_parameters", {}) for config in configs]
     assert {rope.get("rope_type", "default") for rope in ropes} == set(ROPE_KINDS)

@@ -77,8 +77,8 @@ def old_style(values: dict) -> dict:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_config_in_the_style_of_transformers_4_says_the_same(family, tmp_path):
-    # For Phi-3 transformers only supports longrope.
-    rope = {"rope_type": "default"} if family == "phi3" else {"rope_type": "linear", "factor": 2.0}
+    # For Phi-3 and Phi-MoE transformers only supports longrope.
+    rope = {"rope_type": "default"} if family in ("phi3", "phimoe") else {"rope_type": "linear", "factor": 2.0}
     rope["rope_theta"] = 5e5
     if family in LOCAL:  # a rope for each kind of layers
         rope = {FULL: rope, SLIDING: {"rope_type": "default", "rope_theta": LOCAL[family]}}

@@ -46,9 +46,11 @@ class RealModel:
         return self.tokenizer(WORKSHOP.read_text(encoding="utf-8"), add_special_tokens=False).input_ids
 
     def llm(self, dtype: str = "float32") -> LLM:
-        """The checkpoint here; "int8" is a dtype for this purpose."""
+        """The checkpoint here; "int8" is a dtype for this purpose, and "float32/fp8" one with a quantised cache."""
         if dtype not in self._llms:
-            own = dict(dtype="bfloat16", quantization="int8") if dtype == "int8" else dict(dtype=dtype)
+            kind, _, codes = dtype.partition("/")
+            own = dict(dtype="bfloat16", quantization="int8") if kind == "int8" else dict(dtype=kind)
+            own |= dict(kv_cache_dtype=codes or "auto")
             self._llms[dtype] = LLM(str(self.folder), **SETTINGS | own)
         return self._llms[dtype]
 

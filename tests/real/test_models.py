@@ -118,6 +118,16 @@ def test_int8_costs_at_most_one_percent_of_perplexity(model):
     assert rounded <= 1.01 * exact
 
 
+@pytest.mark.parametrize(("codes", "most"), [("int8", 1.003), ("fp8", 1.01)])
+def test_perplexity_with_a_quantised_cache(model, codes: str, most: float):
+    script, text = scripts.load("perplexity"), WORKSHOP.read_text(encoding="utf-8")
+    exact = script.measure(model.llm(), text).perplexity
+    rounded = script.measure(model.llm(f"float32/{codes}"), text).perplexity
+    model.forget(f"float32/{codes}")
+    print(f"perplexity in float32 {exact:.4f}, with a cache in {codes} {rounded:.4f}")
+    assert 0.99 * exact < rounded <= most * exact
+
+
 def error(found, exact):
     """Root of the mean square."""
     return np.sqrt(np.square(found - exact).mean())

@@ -22,16 +22,6 @@ def exit_status(*words: str) -> int:
         return exit.code
 
 
-@pytest.mark.parametrize(
-    "command", ["generate", "chat", "plan", "serve", "bench", "bench throughput", "bench latency", "bench serve"]
-)
-def test_help_fits_a_screen(command, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "120")
-    assert exit_status(*command.split(), "--help") == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith(f"usage: jaxinfer {command} ") and len(lines) <= 50
-
-
 def test_a_command_line_without_a_command_is_refused_without_importing_jax():
     program = "import sys; from jaxinfer import cli\ntry: cli.main({})\nfinally: assert 'jax' not in sys.modules"
     for words, status, text in (

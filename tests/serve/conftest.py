@@ -19,7 +19,7 @@ CHAT = [{"role": "user", "content": "hello cat"}]
 @pytest.fixture(scope="session")
 def llm(tmp_path_factory) -> Iterator[LLM]:
     folder = checkpoint.write(tmp_path_factory.mktemp("tiny"), scale=4.0)
-    with LLM(folder, **SETTINGS) as made:
+    with LLM(folder, **SETTINGS, max_adapters=1, max_adapter_rank=2) as made:
         made.generate("hello", SamplingParams(max_tokens=2), use_tqdm=False)  # compiled before a client waits
         yield made
 
@@ -31,9 +31,11 @@ def serving(llm: LLM, **settings: Any) -> Iterator[str]:
 
     from jaxinfer.serve.app import create_app
     from jaxinfer.serve.config import ServerConfig
+    from jaxinfer.serve.connection import protocol
 
-    app = create_app(AsyncLLM.of(llm), ServerConfig(MODEL, **settings))
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=2))
+    config = ServerConfig(MODEL, **settings)
+    app, http = create_app(AsyncLLM.of(llm), config), protocol(config.body_timeout)
+    server = uvicorn.Server(uvicorn.Config(app, port=0, http=http, log_level="error", timeout_graceful_shutdown=2))
     started = threading.Event()
 
     async def run() -> None:

@@ -55,6 +55,8 @@ IMAGE = {"type": "image", "source": {"type": "url", "url": "http://x"}}
         ({"model": "other"}, anthropic.NotFoundError, "does not exist"),
         ({"messages": []}, anthropic.BadRequestError, "cannot be empty"),
         ({"messages": [{"role": "user", "content": 3}]}, anthropic.BadRequestError, "messages.0..content must be"),
+        ({"messages": [{"role": "user", "content": []}]}, anthropic.BadRequestError, "at least one content block"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, anthropic.BadRequestError, "text of a block"),
         ({"messages": [{"role": "user", "content": [IMAGE]}]}, anthropic.BadRequestError, "fetches no URLs"),
         ({"tool_choice": {"type": "any"}}, anthropic.BadRequestError, "has no tools"),
         ({"tools": [{"name": "f", "type": "web_search"}]}, anthropic.BadRequestError, "no input_schema"),

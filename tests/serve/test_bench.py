@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import json
+import re
 from itertools import islice
 
 import pytest
@@ -14,7 +15,7 @@ from jaxinfer.commands.bench.serving import arrivals, figures
 from jaxinfer.commands.bench.texts import texts
 
 pytest.importorskip("uvicorn")
-pytest.importorskip("httpx")
+httpx = pytest.importorskip("httpx")
 pytestmark = pytest.mark.xdist_group("serve")
 
 
@@ -25,12 +26,20 @@ def exit_status(*words: str) -> int:
         return exit.code
 
 
+def served(url: str) -> int:
+    """Return the number of requests that a server has answered."""
+    text = httpx.get(f"{url}/metrics").text
+    return int(sum(map(float, re.findall(r"^jaxinfer:request_success_total.* ([\d.]+)$", text, re.MULTILINE))))
+
+
 @pytest.mark.parametrize("endpoint", ["completions", "chat"])
 def test_a_load_is_measured(url, endpoint, capsys, tmp_path):
     file = tmp_path / "figures.json"
     words = ["--base-url", url, "--endpoint", endpoint, "--num-prompts", "6", "--max-concurrency", "3"]
     words += ["--input-len", "2", "--output-len", "5", "--output-json", str(file), "--percentiles", "50,90"]
-    assert exit_status("serve", "--json", *words) == 0
+    before = served(url)
+    assert exit_status("serve", "--json", "--num-warmups", "2", *words) == 0
+    assert served(url) == before + 2 + 6
     found = json.loads(capsys.readouterr().out)
     assert found == json.loads(file.read_text()) and found["model"] == MODEL
     assert (found["completed"], found["failed"], found["total_output_tokens"]) == (6, 0, 30)
@@ -50,7 +59,7 @@ def test_a_duration_ends_the_load(url, capsys):
 @pytest.mark.parametrize(
     ("words", "status", "message"),
     [
-        (["serve", "--base-url", "http://127.0.0.1:9"], 1, ":9/v1/models names no model"),
+        (["serve", "--base-url", "http://127.0.0.1:9"], 1, "http://127.0.0.1:9 cannot be reached"),
         (["serve", "--base-url", "ftp://x"], 2, "--base-url must start with"),
         (["serve", "--num-prompts", "0"], 2, "at least 1"),
         (["serve", "--request-rate", "nan"], 2, "above 0"),
@@ -116,3 +125,16 @@ def test_an_answer_of_tokens_without_text_is_no_failure(monkeypatch):
     found = served({"prompt_tokens": 3, "completion_tokens": 2})
     assert found.error is None and found.new_tokens == 2 and 0 < found.first <= found.seconds
     assert served({"prompt_tokens": 3, "completion_tokens": 0}).error == "the stream had no tokens"
+
+
+def test_a_stream_that_is_cut_is_a_failed_request():
+    import httpx
+
+    def cut(request: httpx.Request) -> httpx.Response:
+        raise httpx.RemoteProtocolError("peer closed connection")
+
+    async def ask() -> Answer:
+        async with httpx.AsyncClient(transport=httpx.MockTransport(cut), base_url="http://test") as client:
+            return await send(client, Target("m", "completions", 2, ignore_eos=True), "hello")
+
+    assert asyncio.run(ask()).error == "RemoteProtocolError: peer closed connection"

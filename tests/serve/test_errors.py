@@ -1,8 +1,10 @@
 """Requests that are refused: each error has OpenAI's form and names the field and the limit."""
 
 import re
+import select
 import socket
 import threading
+import time
 
 import pytest
 from serve.conftest import CHAT, MODEL
@@ -39,11 +41,13 @@ def refused(url: str, path: str, body, **headers) -> tuple[int, dict]:
         ("seed", 2**70, "seed must be"),
         ("logit_bias", {"x": 1}, "token ids"),
         ("logit_bias", {"999": 1}, "outside the vocabulary"),
+        ("logit_bias", {"7": 100.5}, "token 7 must be between -100 and 100"),
         ("top_logprobs", 3, "logprobs=true"),
         ("top_logprobs", 21, "between 0 and 20"),
         ("stream", "yes", "true or false"),
         ("stream_options", {"include_usage": True}, "stream=true"),
         ("tools", [{}], r"tools\[0\] must be"),
+        ("tools", [{"type": "web_search", "function": {"name": "f"}}], r"tools\[0\] must be .*'function'"),
         ("functions", [{"name": "f"}], "not supported"),
         ("best_of", 2, "Unrecognized request argument supplied: best_of"),
         ("messages", [], "cannot be empty"),
@@ -75,7 +79,29 @@ def test_wrong_prompts(url, prompt):
     status, error = refused(
         url, "/v1/completions", {"prompt": prompt} if prompt != "\ud800" else b'{"prompt":"\\ud800"}'
     )
-    assert status == 400 and "prompt" in error["message"]
+    assert status == 400 and "prompt" in error["message"] and error["param"] == "prompt"
+
+
+@pytest.mark.parametrize(
+    "path, body, message",
+    [
+        ("/v1/completions", {"prompt": ["a", [999]]}, "prompt[1]: token id 999"),
+        ("/v1/completions", {"prompt": [999]}, "prompt: token id 999"),
+        ("/v1/embeddings", {"input": ["a", ""]}, "input[1]: The decoder prompt cannot be empty"),
+        ("/v1/embeddings", {"input": ""}, "input: The decoder prompt cannot be empty"),
+        ("/v1/chat/completions", {"messages": [*CHAT, {"role": "user"}]}, "messages[1]['content'] must be"),
+        ("/v1/chat/completions", {"messages": [CHAT[0] | {"content": "a " * 999}]}, "messages: The decoder prompt"),
+        ("/v1/responses", {"input": []}, "input cannot be empty"),
+        ("/v1/responses", {"input": [*CHAT, {"role": "user"}]}, "input[1]['content'] must be"),
+        ("/v1/responses", {"input": [{"role": "user"}], "instructions": "a"}, "input[0]['content'] must be"),
+        ("/tokenize", {"prompt": ""}, "prompt: The decoder prompt cannot be empty"),
+        ("/tokenize", {"messages": [{"role": 5}]}, "messages[0]['role'] must be"),
+    ],
+)
+def test_an_error_names_the_field_and_the_place_that_the_client_sent(url, path, body, message):
+    status, error = refused(url, path, body)
+    assert status == 400 and error["message"].startswith(message), error["message"]
+    assert error["param"] == message.split("[")[0].split(" ")[0].rstrip(":")
 
 
 def test_unknown_paths_and_methods(url):
@@ -83,6 +109,24 @@ def test_unknown_paths_and_methods(url):
     assert refused(url, "/health", {})[0] == 405
     assert "GET" in httpx.post(f"{url}/health").headers["allow"]
     assert httpx.request("TRACE", f"{url}/v1/completions").headers["allow"] == "POST"
+
+
+@pytest.mark.parametrize(
+    "body, message",
+    [
+        ({"messages": CHAT, "tools": [{"type": "function", "function": {"name": {}}}]}, "tools[0] must be"),
+        ({"prompt": "a", "tools": 3}, "tools must be a list"),
+        ({"prompt": "a", "messages": CHAT}, "either prompt or messages"),
+        ({}, "either prompt or messages"),
+        ({"messages": CHAT, "add_generation_prompt": "yes"}, "add_generation_prompt"),
+        ({"messages": CHAT, "continue_final_message": {}}, "continue_final_message must be"),
+        ({"messages": CHAT, "continue_final_message": 0}, "continue_final_message must be"),
+        ({"messages": CHAT, "chat_template_kwargs": {"tokenize": True}}, "reserved"),
+    ],
+)
+def test_wrong_fields_of_tokenize(url, body, message):
+    status, error = refused(url, "/tokenize", body)
+    assert status == 400 and message in error["message"] and error["param"]
 
 
 def test_what_the_model_cannot_do_is_said(url):
@@ -151,12 +195,42 @@ def test_a_body_that_arrives_a_byte_at_a_time_is_given_up(make_server):
             assert b"408" in slow.recv(4096).split(b"\r\n")[0]
 
 
+HEALTH = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
+
+
+@pytest.mark.parametrize("before", [b"", HEALTH], ids=["new connection", "after a request"])
+def test_headers_that_arrive_a_byte_at_a_time_are_given_up(make_server, before):
+    with make_server(body_timeout=0.3) as url:
+        address = url.removeprefix("http://").split(":")
+        with socket.create_connection((address[0], int(address[1])), timeout=10) as slow:
+            slow.sendall(before)
+            if before:
+                assert b" 200 " in slow.recv(4096).split(b"\r\n")[0]
+                time.sleep(0.5)  # an idle connection is kept
+            for number in range(100):
+                slow.sendall(HEALTH[number % 10 : number % 10 + 1] if number else b"G")
+                time.sleep(0.05)
+                if select.select([slow], [], [], 0)[0]:
+                    break
+            assert 4 <= number <= 12 and b"408" in slow.recv(4096).split(b"\r\n")[0] and slow.recv(1) == b""
+        with socket.create_connection((address[0], int(address[1])), timeout=10) as quick:
+            quick.sendall(HEALTH[:9])
+            time.sleep(0.1)
+            quick.sendall(HEALTH[9:])
+            assert b" 200 " in quick.recv(4096).split(b"\r\n")[0]
+            time.sleep(0.5)
+            quick.sendall(HEALTH)
+            assert b" 200 " in quick.recv(4096).split(b"\r\n")[0]
+
+
 def test_a_request_whose_logits_are_not_finite_ends_alone(url, llm, monkeypatch):
-    engine, fail = llm._engine, type(llm._engine)._fail
-    take = engine._take_token
-    monkeypatch.setattr(engine, "_take_token", lambda sequence, *_: fail(engine, sequence, "not finite"))
+    engine = llm._engine
+    take = engine.committer._take_token
+    monkeypatch.setattr(
+        engine.committer, "_take_token", lambda sequence, *_: engine.endings.fail(sequence, "not finite")
+    )
     assert refused(url, "/v1/completions", {"prompt": "a"})[0] == 500
     streamed = httpx.post(f"{url}/v1/completions", json={"prompt": "a", "stream": True})
     assert streamed.status_code == 200 and '"error":{' in streamed.text and "not finite" in streamed.text
-    monkeypatch.setattr(engine, "_take_token", take)
+    monkeypatch.setattr(engine.committer, "_take_token", take)
     assert httpx.post(f"{url}/v1/completions", json={"prompt": "a"}).status_code == 200

@@ -94,4 +94,4 @@ def test_a_key_is_part_of_the_document(make_server):
         assert found["security"] == [{"key": []}] and found["paths"]["/health"]["get"]["security"] == []
         assert found["paths"]["/v1/completions"]["post"]["requestBody"]["content"]
         properties = schema(found, "/v1/completions")["properties"]
-        assert properties["model"]["anyOf"][0] == {"const": MODEL}
+        assert properties["model"]["anyOf"][0] == {"enum": [MODEL]}

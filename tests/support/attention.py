@@ -11,6 +11,7 @@ import numpy as np
 from jaxinfer.functional import prefill_batch
 from jaxinfer.kernels.attention import paged
 from jaxinfer.kernels.attention.paged import DecodeRows, KVCache, PrefillTiles, Scoring, Slots
+from jaxinfer.kernels.attention.quantised_cache import format_of, quantise
 from jaxinfer.kernels.attention.xla_attention import TILE
 
 TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2, "float16": 4e-3}
@@ -34,6 +35,8 @@ class Shape:
     """Head size of the values, Dv; None for that of the keys."""
     latent: bool = False
     """Whether the values are the first `value_dim` columns of the keys (MLA)."""
+    codes: str | None = None
+    """Format of a quantised cache: "int8" or "fp8"."""
 
     @property
     def scoring(self) -> Scoring:
@@ -54,6 +57,12 @@ SHAPES = {
     "window of one token": replace(PLAIN, window=1),
     "narrow values": replace(PLAIN, value_dim=5),
     "latent": replace(PLAIN, kv_heads=1, value_dim=6, latent=True),
+    "int8 codes": replace(PLAIN, codes="int8"),
+    "fp8 codes, bfloat16, narrow values": replace(PLAIN, codes="fp8", dtype="bfloat16", value_dim=5),
+    "int8 codes, bfloat16, window, sinks, softcap": replace(
+        PLAIN, codes="int8", dtype="bfloat16", window=5, sinks=True, softcap=2.0
+    ),
+    "latent of fp8 codes": replace(PLAIN, kv_heads=1, value_dim=6, latent=True, codes="fp8"),
 }
 """Layer shapes that every implementation must support."""
 
@@ -91,7 +100,11 @@ class Case:
                 for at in range(first, length - new):
                     array[self.tables[row, at // shape.block], :, at % shape.block] = values[at]
         arrays = [jax.device_put(array.astype(jnp.dtype(shape.dtype))) for array in cached]
-        self.kv_cache = KVCache(arrays[0], None if shape.latent else arrays[1])
+        self.kv_cache = KVCache(*arrays, *[None] * (2 - len(arrays)))
+        if shape.codes is not None:  # codes are arbitrary and scales NaN where a slot is unused
+            made = [quantise(array, format_of(shape.codes)) for array in arrays]
+            codes, scales = ([*part, *[None] * (2 - len(made))] for part in zip(*made, strict=True))
+            self.kv_cache = KVCache(*codes, *scales)
         sinks = rng.normal(size=shape.heads).astype(jnp.dtype(shape.dtype))
         self.sinks = jax.device_put(sinks) if shape.sinks else None
 

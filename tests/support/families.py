@@ -32,6 +32,8 @@ LATENT = dict(
 )
 """Fields of config.json for latent attention (MLA) and experts of DeepSeek models."""
 
+NULL: Any = object()
+"""Marks an attribute of config.json that a case sets to null; None removes the attribute."""
 Change = Callable[[Any], Any]
 """Function from a reference model to one that ignores an option (`support.reference_changes`)."""
 
@@ -41,7 +43,7 @@ class Case:
     """A tiny checkpoint of a family with some options enabled, compared with transformers."""
 
     changes: Mapping[str, Any] = field(default_factory=dict)
-    """Changes of config.json relative to the family's tiny model."""
+    """Changes of config.json relative to the family's tiny model: None removes an attribute, `NULL` sets it to null."""
     without: Mapping[str, Change] = field(default_factory=dict)
     """Option -> the reference of a program that ignores it."""
     lengths: tuple[int, ...] = LENGTHS
@@ -60,7 +62,8 @@ class Published:
     hub: str
     """Id on the Hub."""
     source: str
-    """Where the values are from."""
+    """Where the values are from: "the file on the Hub" and its revision, "the defaults of transformers' NAME", or "from
+    memory of the published values; not compared with the file"."""
     config: Mapping[str, Any] | None = None
     """The values; None if a file in `tests/real/configs` has them."""
 

@@ -16,37 +16,51 @@ from jaxinfer.kernels.attention.paged import Cache
 from support import loaded
 from support.reference import Model, fresh
 
+FINAL_NORMS = "norm", "embedding_norm", "final_layernorm", "norm_f"
+"""Attribute of a decoder of transformers with the norm before the head, by family."""
+
 
 def assert_logits_close(
-    folder: Path, reference: Model, ours: np.ndarray, theirs: np.ndarray, prompt: Sequence[int], tolerance: float
+    folder: Path,
+    reference: Model,
+    ours: Sequence[np.ndarray],
+    theirs: Sequence[np.ndarray],
+    tokens: Sequence[tuple[Sequence[int], Sequence[int]]],
+    tolerance: float,
 ) -> None:
-    """Assert that logits `[T, V]` agree; a failure names the first layer that differs.
+    """Assert that the logits of a batch agree; a failure names the first layer that differs.
+
+    The layers are compared in one prefill of the sequence whose logits differ most, up to the first position that
+    differs: a window, for example, may change nothing in a shorter sequence.
 
     Args:
         folder: checkpoint that jaxinfer has loaded.
         reference: transformers model that the checkpoint was saved from.
-        ours: logits of jaxinfer.
+        ours: logits `[T, V]` of jaxinfer, an array for each sequence.
         theirs: logits of the reference.
-        prompt: token ids of the first positions of the logits; the layers are compared on them.
+        tokens: prompt and decoded tokens of each sequence, `T` in all.
         tolerance: largest absolute difference of a logit.
     """
-    worst = np.abs(ours - theirs).max(axis=1)
-    if (worst <= tolerance).all():
+    worst = [np.abs(a - b).max(axis=1) for a, b in zip(ours, theirs, strict=True)]
+    if all((each <= tolerance).all() for each in worst):
         return
-    first = int(np.argmax(~(worst <= tolerance)))
+    # NaN counts as the largest difference.
+    number = int(np.argmax([np.where(np.isnan(each), np.inf, each).max() for each in worst]))
+    (prompt, following), each = tokens[number], worst[number]
+    first = int(np.argmax(~(each <= tolerance)))
     where = f"position {first} of the prompt" if first < len(prompt) else f"decode step {first - len(prompt)}"
     raise AssertionError(
-        f"logits differ by up to {worst.max():.3g} (tolerance {tolerance:g}), first at {where}\n"
-        + compare_layers(folder, reference, prompt, tolerance)
+        f"logits of prompt {number} ({len(prompt)} tokens) differ by up to {each.max():.3g} (tolerance {tolerance:g}), "
+        f"first at {where}\n" + compare_layers(folder, reference, [*prompt, *following][: first + 1], tolerance)
     )
 
 
-def compare_layers(folder: Path, reference: Model, prompt: Sequence[int], tolerance: float) -> str:
+def compare_layers(folder: Path, reference: Model, tokens: Sequence[int], tolerance: float) -> str:
     """Return a table of the differences after each layer; the last line names the first layer that differs.
 
     A hidden state may differ by `tolerance` times the largest hidden state of the reference, or times 1.
     """
-    ours, theirs = hidden_states(folder, prompt), reference_hidden_states(reference, prompt)
+    ours, theirs = hidden_states(folder, tokens), reference_hidden_states(reference, tokens)
     names = ["embedding", *(f"layer {number}" for number in range(len(theirs) - 2)), "final norm"]
     lines, first = [], None
     for name, a, b in zip(names, ours, theirs, strict=True):
@@ -54,7 +68,7 @@ def compare_layers(folder: Path, reference: Model, prompt: Sequence[int], tolera
         if not difference <= limit and first is None:
             first = name
         lines.append(f"  {name:<10}  {difference:.3g} (limit {limit:.3g})")
-    verdict = "no layer differs on the prompt: compare the head and the decode steps"
+    verdict = "no layer differs in a prefill of these tokens: compare the head and the decode steps"
     return "\n".join(["hidden states differ by", *lines, verdict if first is None else f"first to differ: {first}"])
 
 
@@ -97,7 +111,8 @@ def reference_hidden_states(reference: Model, prompt: Sequence[int]) -> list[np.
 
     hooks = [layer.register_forward_hook(lambda _, __, out: keep(out)) for layer in decoder.layers]
     hooks.append(decoder.layers[0].register_forward_pre_hook(lambda _, inputs: keep(inputs)))
-    hooks.append(decoder.norm.register_forward_hook(lambda _, __, out: keep(out)))
+    final = next(getattr(decoder, name) for name in FINAL_NORMS if hasattr(decoder, name))
+    hooks.append(final.register_forward_hook(lambda _, __, out: keep(out)))
     try:
         reference(torch.tensor([prompt]), use_cache=False)
     finally:

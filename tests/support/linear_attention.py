@@ -1,4 +1,4 @@
-"""Linear-attention layers: transformers' modules with random weights, jaxinfer's with the same weights, and runners."""
+"""Recurrent layers: transformers' modules with random weights, jaxinfer's with the same weights, and runners."""
 
 from collections.abc import Mapping
 from functools import cache, partial
@@ -9,30 +9,38 @@ import numpy as np
 import torch
 from flax import nnx
 from jax.sharding import Mesh
-from transformers import KimiLinearConfig, Qwen3NextConfig
+from transformers import GraniteMoeHybridConfig, KimiLinearConfig, Qwen3NextConfig
+from transformers.models.granitemoehybrid.modeling_granitemoehybrid import GraniteMoeHybridMambaLayer
 from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearDeltaAttention
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
 from jaxinfer.checkpoint import rules
 from jaxinfer.kernels.state.slots import DecodeSlots, Segments
-from jaxinfer.layers.delta import DeltaSpec, DeltaState
-from jaxinfer.layers.delta_net import GatedDeltaNet
+from jaxinfer.layers.delta import DeltaSpec
+from jaxinfer.layers.delta_net import DeltaNetSpec, GatedDeltaNet
 from jaxinfer.layers.kda import KimiDeltaAttention
 from jaxinfer.layers.linear import use_fusion
+from jaxinfer.layers.mamba import Mamba, MambaSpec
 from jaxinfer.layers.params import Build
-from jaxinfer.models.delta_rules import delta_net_rules, kda_rules
+from jaxinfer.layers.recurrent import RecurrentState
+from jaxinfer.models.recurrent_rules import delta_net_rules, kda_rules, mamba_rules
 from jaxinfer.sharding import make_mesh
 from jaxinfer.sharding import rules as sharding_rules
 from jaxinfer.sharding.policy import Placement
 
 M, SLOTS = 32, 6
-KDA, NET = "kda", "delta net"
+KDA, NET, MAMBA = "kda", "delta net", "mamba"
 SPECS = {
     KDA: DeltaSpec(M, 4, 8, 4, 8, 4, 1e-5),
-    NET: DeltaSpec(M, 4, 8, 8, 12, 4, 1e-6),
+    NET: DeltaNetSpec(M, 4, 8, 8, 12, 4, 1e-6),
+    MAMBA: MambaSpec(M, 4, 16, 2, 12, 4),
 }
-MODULES = {KDA: KimiDeltaAttention, NET: GatedDeltaNet}
-RULES = {KDA: kda_rules("a", "layer"), NET: delta_net_rules("a", "layer")}
+MODULES = {KDA: KimiDeltaAttention, NET: GatedDeltaNet, MAMBA: Mamba}
+RULES = {
+    KDA: kda_rules("a", "layer"),
+    NET: delta_net_rules(SPECS[NET], "a", "layer"),
+    MAMBA: mamba_rules(SPECS[MAMBA], "a", "layer"),
+}
 
 
 @cache
@@ -49,6 +57,17 @@ def reference(kind: str) -> torch.nn.Module:
             num_hidden_layers=2,
         )
         made = KimiLinearDeltaAttention(config, 0)
+    elif kind == MAMBA:
+        config = GraniteMoeHybridConfig(
+            hidden_size=M,
+            mamba_n_heads=spec.heads,
+            mamba_n_groups=spec.groups,
+            mamba_d_state=spec.state_dim,
+            mamba_d_conv=spec.taps,
+            rms_norm_eps=spec.norm_eps,
+            num_hidden_layers=2,
+        )
+        made = GraniteMoeHybridMambaLayer(config, 0)
     else:
         config = Qwen3NextConfig(
             hidden_size=M,
@@ -139,19 +158,19 @@ def layer(
     return holder.layer
 
 
-def empty(made: nnx.Module, mesh: Mesh, slots: int = SLOTS, value: float = np.nan) -> DeltaState:
+def empty(made: nnx.Module, mesh: Mesh, slots: int = SLOTS, value: float = np.nan) -> RecurrentState:
     """Return the sharded state of all slots, filled with `value`, which the layer must not read."""
     arrays = []
     for own in made.cache_spec.arrays:
         shape = slots, *own.shape
         placed = sharding_rules.sharding(mesh, (None, *own.axes), shape, "state", replicated=made.replicated)
         arrays.append(jax.device_put(np.full(shape, value, own.dtype), placed))
-    return DeltaState(*arrays)
+    return RecurrentState(*arrays)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=3)
 def step(
-    graph: nnx.GraphDef, params: nnx.State, x: jax.Array, state: DeltaState, rows: DecodeSlots | Segments
-) -> tuple[jax.Array, DeltaState]:
+    graph: nnx.GraphDef, params: nnx.State, x: jax.Array, state: RecurrentState, rows: DecodeSlots | Segments
+) -> tuple[jax.Array, RecurrentState]:
     """Run one step of the layer."""
     return nnx.merge(graph, params)(x, state, rows)

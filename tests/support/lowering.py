@@ -6,7 +6,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,7 +21,10 @@ from jax.sharding import Mesh
 
 from jaxinfer.checkpoint import rules
 from jaxinfer.engine.runner.batch import Bucket
-from jaxinfer.engine.runner.steps import Shapes, abstract_arguments, make_step
+from jaxinfer.engine.runner.device_state import abstract_cache
+from jaxinfer.engine.runner.logits import programs as programs_of
+from jaxinfer.engine.runner.lowering import lower
+from jaxinfer.engine.runner.shapes import Shapes
 from jaxinfer.functional import DecodeBatch, Program, decode, split
 from jaxinfer.kv import cache as kv_cache
 from jaxinfer.loading import weights
@@ -31,6 +34,8 @@ from support import compiler
 
 PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
 """JAX plugins that can compile for NVIDIA GPUs; one suffices."""
+FALLBACK = "Missing deviceless CUB scratch size"
+"""Start of XLA's warning that a program compiled without a device has another sort than on one."""
 TARGET = Path(__file__).parent.parent / "h100" / "h100.txtpb"
 
 MEDIUM = dict(
@@ -85,15 +90,15 @@ def h100_mesh(tp: int) -> Mesh:
 
 
 def abstract_model(
-    hf: Mapping[str, Any], mesh: Mesh, *, fuse_projections: bool = True, **how: Any
+    hf: Mapping[str, Any], mesh: Mesh, *, fuse_projections: bool = True, kv_cache_dtype: str = "auto", **how: Any
 ) -> tuple[Program, list[jax.ShapeDtypeStruct]]:
     """Return the program of a config.json, with the shapes and shardings of its parameters.
 
-    `how`: quantisation and placement arguments of `weights.abstract`.
+    `how`: quantisation and placement arguments of `weights.abstract_stored`.
     """
     model_family, config = weights.parse(hf)
-    module = weights.abstract(model_family, config, jnp.dtype(hf["dtype"]), mesh, **how)
-    program, leaves = split(module, mesh, fuse_projections=fuse_projections)
+    module = weights.abstract_stored(model_family, config, jnp.dtype(hf["dtype"]), mesh, hf=hf, **how)
+    program, leaves = split(module, mesh, fuse_projections=fuse_projections, kv_cache_dtype=kv_cache_dtype)
     params = []
     for leaf, (path, param) in zip(leaves, rules.parameters(module).items(), strict=True):
         placed = sharding_rules.of(mesh, param.get_metadata(), leaf.shape, path)
@@ -103,7 +108,7 @@ def abstract_model(
 
 @dataclass(frozen=True)
 class Compiled:
-    """A compiled step, with the sizes of its cache per device."""
+    """A compiled step, with the sizes of its cache per device; figures include those of its sampler."""
 
     executable: jax.stages.Compiled
     cache_bytes: int
@@ -112,47 +117,60 @@ class Compiled:
     """Number of elements of one array of keys or values."""
     thunks: str = ""
     """XLA's dump of the launched thunks, in order and grouped by command buffer; GPU programs only."""
+    sampler: "Compiled | None" = None
+    """Program of the sampler, if it is one of its own."""
+
+    @property
+    def texts(self) -> list[str]:
+        """Return the text of each program."""
+        return [one.executable.as_text() for one in self.programs]
+
+    @property
+    def programs(self) -> list["Compiled"]:
+        """Return the programs of the step in their order."""
+        return [self] if self.sampler is None else [self, self.sampler]
 
     @property
     def kernels(self) -> list[str]:
         """Return the names of the kernels, copies and collectives that the device runs."""
-        return [name for kind, name in _THUNK.findall(self.thunks) if kind not in _NO_KERNELS]
+        return [name for one in self.programs for kind, name in _THUNK.findall(one.thunks) if kind not in _NO_KERNELS]
 
     @property
     def command_buffers(self) -> int:
         """Return the number of command buffers (CUDA graphs), each of which the host launches once."""
-        return self.thunks.count("kCommandBuffer")
+        return sum(one.thunks.count("kCommandBuffer") for one in self.programs)
 
     @property
     def launched_alone(self) -> list[str]:
         """Return the kernels outside command buffers, each of which the host launches by itself."""
-        alone = "\n".join(line for line in self.thunks.splitlines() if not line.startswith(" "))
+        thunks = "\n".join(one.thunks for one in self.programs)
+        alone = "\n".join(line for line in thunks.splitlines() if not line.startswith(" "))
         return [name for kind, name in _THUNK.findall(alone) if kind not in _NO_KERNELS]
 
     @property
     def moved_bytes(self) -> int:
         """Return the bytes of operands and results of all launches but custom kernels, which may read only parts."""
-        return moved_bytes(self.executable.as_text())
+        return sum(map(moved_bytes, self.texts))
 
     @property
     def aliased_bytes(self) -> int:
         """Return the bytes of arguments whose buffers are reused for results (donated)."""
-        return self.executable.memory_analysis().alias_size_in_bytes
+        return sum(one.executable.memory_analysis().alias_size_in_bytes for one in self.programs)
 
     @property
     def temporary_bytes(self) -> int:
-        """Return the bytes that the step needs in addition to its arguments and results."""
-        return self.executable.memory_analysis().temp_size_in_bytes
+        """Return the bytes that one of the programs needs in addition to its arguments and results."""
+        return max(one.executable.memory_analysis().temp_size_in_bytes for one in self.programs)
 
     @property
     def large_copies(self) -> list[str]:
         """Return copies, also in fusions and loops, of at least as many elements as one array of the cache."""
-        return large_copies(self.executable.as_text(), self.array_elements)
+        return [copy for text in self.texts for copy in large_copies(text, self.array_elements)]
 
     @property
     def collectives(self) -> Counter[str]:
-        """How often each kind occurs in the program."""
-        return collectives(self.executable.as_text())
+        """How often each kind occurs in the step."""
+        return sum(map(collectives, self.texts), Counter())
 
 
 def collectives(program: str) -> Counter[str]:
@@ -171,18 +189,20 @@ def large_copies(program: str, elements: int) -> list[str]:
 
 
 def moved_bytes(program: str) -> int:
-    """Return the bytes of operands and results of the instructions of a program's entry, without custom calls.
+    """Return the bytes of operands and results of the instructions of a program's entry, without custom kernels.
 
     For a fusion that gathers or slices, the largest operand counts with the size of the result.
     """
     bodies = dict(re.findall(r"^%(\S+) [^\n]*\{\n(.*?)^\}", program, re.MULTILINE | re.DOTALL))
+    program = re.sub(r"/\*index=\d+\*/", "", program)  # in the types of long tuples
     sizes, total = {}, 0
     for name, shape, op, rest in _INSTRUCTION.findall(program[program.index("\nENTRY") :]):
         sizes[name] = sum(
             _BITS.get(kind, 32) // 8 * math.prod(map(int, filter(None, dims.split(","))))
             for kind, dims in re.findall(r"(\w+)\[([\d,]*)\]", shape)
         )
-        if op in ("parameter", "constant", "bitcast", "tuple", "get-tuple-element", "custom-call"):
+        own = op == "custom-call" and not re.search(r'custom_call_target="__cu(blas|dnn)', rest)
+        if own or op in ("parameter", "constant", "bitcast", "tuple", "get-tuple-element"):
             continue
         read = [sizes[operand] for operand in dict.fromkeys(re.findall(r"%([\w.-]+)", rest.split(")")[0]))]
         called = re.search(r"calls=%([\w.-]+)", rest)
@@ -196,8 +216,12 @@ def moved_bytes(program: str) -> int:
 
 def compile_step(program: Program, params: list[Any], shapes: Shapes, bucket: Bucket, **options: Any) -> Compiled:
     """Compile the engine's step for a bucket, for the devices of the program's mesh; `options`: compiler options."""
-    arguments = abstract_arguments(program, shapes, bucket)
-    return compile_lowered(make_step(program, shapes, bucket).lower(params, *arguments), arguments[0], **options)
+    cache = abstract_cache(program, shapes)
+    made, *rest = (
+        compile_lowered(lower(key, program, shapes, params, None), cache, **options)
+        for key in programs_of(shapes, bucket)
+    )
+    return replace(made, sampler=rest[0]) if rest else made
 
 
 def unread_in_decode(hf: Mapping[str, Any], mesh: Mesh, rows: int = 8) -> tuple[set[str], list[str]]:
@@ -218,10 +242,12 @@ def compile_lowered(lowered: jax.stages.Lowered, cache: Any, **options: Any) -> 
     arrays = jax.tree.leaves(cache)
     local = [math.prod(array.sharding.shard_shape(array.shape)) for array in arrays]
     size = sum(np.dtype(array.dtype).itemsize * count for array, count in zip(arrays, local, strict=True))
+    least = min(count for array, count in zip(arrays, local, strict=True) if array.shape[-1] > 1)  # not of scales
     if arrays[0].sharding.mesh.devices.flat[0].platform == "cpu":
-        return Compiled(lowered.compile(compiler_options=options or None), size, min(local))
+        return Compiled(lowered.compile(compiler_options=options or None), size, least)
     with TemporaryDirectory() as folder:
         options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True} | compiler.GPU | options
         executable = lowered.compile(compiler_options=options)
-        (thunks,) = Path(folder).glob("*.thunk_sequence_after_thunk_passes.txt")
-        return Compiled(executable, size, min(local), thunks.read_text())
+        # Of a program with fewer kernels than a command buffer must have, XLA writes only the first of the two.
+        *_, thunks = sorted(Path(folder).glob("*.thunk_sequence*.txt"))
+        return Compiled(executable, size, least, thunks.read_text())

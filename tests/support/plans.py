@@ -15,7 +15,7 @@ from jaxinfer.sharding.collectives import DECODE
 from jaxinfer.sharding.policy import Placement
 from support import cross, internvl, mllama, whisper
 from support.lowering import Compiled, abstract_model, compile_step
-from support.tiny import ARCHITECTURES, BLOCK, CHUNK, CONFIG, FULL, LENGTH, ROWS, config, shapes
+from support.tiny import ARCHITECTURES, BLOCK, CHUNK, CONFIG, FOUR_BITS, FULL, LENGTH, ROWS, config, shapes
 
 LLAMA = CONFIG | {"architectures": ["LlamaForCausalLM"], "num_attention_heads": 8, "dtype": "bfloat16"}
 """Llama with eight query heads, two KV heads, and a vocabulary of 97 that is padded."""
@@ -35,6 +35,7 @@ CASES: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
     "tied": (TIED, {}),
     "tied, int8": (TIED, {"quantization": "int8"}),
     "int8": (LLAMA, {"quantization": "int8"}),
+    "4 bits": (LLAMA | FOUR_BITS, {}),
     "norms over the whole width": (OLMO, {}),
     "norms over the whole width, attention replicated": (OLMO, {"placement": {"*.attention": "replicate"}}),
     "experts": (MOE, {}),

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import transformers
 
+from support.families import NULL
 from support.tiny import ARCHITECTURES, CONFIG, OWN, VARIANTS
 
 Model = transformers.PreTrainedModel
@@ -18,9 +19,9 @@ COMMON = dict(CONFIG, rms_norm_eps=0.05, bos_token_id=1, eos_token_id=2, pad_tok
 
 
 def config(family: str, **changes: Any) -> transformers.PreTrainedConfig:
-    """Return a tiny configuration of the family; a change to None removes the attribute."""
+    """Return a tiny configuration of the family; a change to None removes an attribute, to `NULL` sets it to null."""
     own = COMMON | OWN.get(family, {}) | changes
-    values = {name: value for name, value in own.items() if value is not None}
+    values = {name: None if value is NULL else value for name, value in own.items() if value is not None}
     return getattr(transformers, CLASSES[family]).config_class(**values, attn_implementation="eager")
 
 
@@ -35,7 +36,7 @@ def model(family: str, *, seed: int = 0, head: float = 0.7, **changes: Any) -> M
     with torch.no_grad():
         for name, value in made.named_parameters():
             noise = torch.randn(value.shape, generator=generator)
-            if name.endswith("norm.weight"):
+            if name.endswith(("norm.weight", "norm_f.weight")):
                 value.copy_(_norm_weight(made, name) + 0.4 * noise)
             elif name.endswith(("bias", "A_log")):
                 value.copy_(0.5 * noise)
@@ -44,12 +45,15 @@ def model(family: str, *, seed: int = 0, head: float = 0.7, **changes: Any) -> M
             elif "embed" in name:
                 # With tied embeddings, a large embedding would make every token predict itself.
                 value.copy_((0.25 if tied else 1.0) * noise)
-            elif name.endswith("sinks"):
+            elif name.endswith(("sinks", "mamba.D", "mixer.D")):
                 value.copy_(1 + noise)
             else:
                 # The MLP outweighs the embedding, so that a wrong gelu variant shows in the logits.
                 scale = 3.0 if "down_proj" in name else 1.5
                 value.copy_(scale * value.shape[1] ** -0.5 * noise)
+        for name, value in made.named_buffers():
+            if name.endswith(("expert_bias", "mixer.gate.e_score_correction_bias")):
+                value.copy_(0.5 * torch.randn(value.shape, generator=generator))
     return made
 
 

@@ -8,8 +8,9 @@ import numpy as np
 
 from jaxinfer.engine.engine import Engine
 from jaxinfer.engine.request import Request
+from jaxinfer.engine.request import Sequence as Sample
 from jaxinfer.engine.runner.runner import Runner
-from jaxinfer.engine.runner.steps import Shapes
+from jaxinfer.engine.runner.shapes import Shapes
 from jaxinfer.engine.sizing.settings import HostSettings
 from jaxinfer.functional import Program, split
 from jaxinfer.inputs.defaults import ModelLimits, resolve
@@ -36,6 +37,11 @@ CONFIG = dict(
     dtype="float32",
 )
 """config.json of a Llama whose head_dim differs from hidden_size / heads."""
+
+FOUR_BITS = {
+    "quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 16, "zero_point": True, "version": "gemm"}
+}
+"""Fields of config.json of a model whose projections are kept in 4 bits."""
 
 ARCHITECTURES = {name: data.architecture for name, data in families().items() if data.architecture and not data.variant}
 """Architecture of each family that the tests of equivalences, plans and saved checkpoints run over."""
@@ -104,6 +110,14 @@ def random_runner(family: str = "llama", tp: int = 1, quantization: str | None =
     return _random_runner(family, tp, quantization)
 
 
+@cache
+def divided_runner() -> Runner:
+    """Return a runner of the shared llama whose steps are two programs, as on a GPU."""
+    model = random_runner()
+    shapes = shapes_of(model.program, switched=False, decode_buckets=(2, ROWS))
+    return Runner(model.program, model.params, shapes)
+
+
 @cache  # positional key of all three arguments, whether a test passes them by position or by name
 def _random_runner(family: str, tp: int, quantization: str | None) -> Runner:
     mesh = make_mesh(tp)
@@ -120,19 +134,31 @@ def deterministic_runner(
     *,
     on: bool = True,
     capture: tuple[str, ...] = (),
+    tp: int = 1,
 ) -> Runner:
-    """Return the runner of a deterministic engine; `dtype` may be "int8", of weights in a bfloat16 model.
+    """Return the runner of a deterministic engine; `dtype` may be "int8" or "4 bits", of weights in a bfloat16 model,
+    and end with the format of a quantised cache: "bfloat16/fp8".
 
     `on=False`: the same without `deterministic`, with prefill steps of 64 tokens. `capture`: outputs of modules that
-    its steps return.
+    its steps return. `tp`: devices that its weights are divided over.
     """
-    mesh, int8 = make_mesh(1), dtype == "int8"
-    hf = config(family) | {"dtype": "bfloat16" if int8 else dtype}
-    module = weights.random(hf, mesh, quantization="int8" if int8 else None)
-    program, params = split(module, mesh, attention_kernel=kernel, matmul_kernel=kernel, deterministic=on)
+    dtype, _, codes = dtype.partition("/")
+    mesh, own = make_mesh(tp), FOUR_BITS if dtype == "4 bits" else {}
+    hf = config(family) | {"dtype": "bfloat16" if dtype in ("int8", "4 bits") else dtype} | own
+    module = weights.random(hf, mesh, quantization="int8" if dtype == "int8" else None)
+    kernels = dict(attention_kernel=kernel, matmul_kernel=kernel, kv_cache_dtype=codes or "auto")
+    program, params = split(module, mesh, deterministic=on, **kernels)
     buckets = (CHUNK,) if on else (64,)
     own = dict(switched=True, prefill_buckets=buckets, capture=capture)
     return Runner(program, params, shapes_of(program, **own))
+
+
+@cache
+def quantised_runner(family: str, codes: str) -> Runner:
+    """Return the runner of a model with random weights whose cache is quantised."""
+    mesh, hf = make_mesh(1), CONFIG | HYBRIDS[family] if family in HYBRIDS else config(family)
+    program, params = split(weights.random(hf, mesh), mesh, kv_cache_dtype=codes)
+    return Runner(program, params, shapes_of(program, switched=family == "llama"))
 
 
 @cache
@@ -173,3 +199,17 @@ def run(engine: Engine, requests: Sequence[Request]) -> list[list[list[int]]]:
 def prompt(length: int, seed: int = 0) -> list[int]:
     """Return random token ids; the first id already differs between seeds."""
     return np.random.default_rng(seed).integers(3, VOCAB, length).tolist()
+
+
+def resolved_request(eos: Sequence[int] = (), length: int = 4, **fields: Any) -> Request:
+    """Make a request whose `SamplingParams` fields are resolved for a model with EOS ids `eos`."""
+    params = resolve(SamplingParams(**fields), ModelLimits(VOCAB, LENGTH, tuple(eos)), prompt_len=length)
+    made = make_request("x", prompt(length), SamplingParams(max_tokens=params.max_tokens, n=params.n))
+    made.params, made.stop_ids = params, params.all_stop_token_ids
+    return made
+
+
+def add_tokens(sequence: Sample, *tokens: int) -> list[str | None]:
+    """Append sampled tokens to a sequence as if it had a row; return the finish reason after each."""
+    sequence.prepare()
+    return [sequence.add(token) for token in tokens]

@@ -3,13 +3,14 @@
 import re
 import subprocess
 import sys
+from dataclasses import fields
 
 import jax.numpy as jnp
 import pytest
 from flax import nnx
 
 from jaxinfer import LLM
-from jaxinfer.config import EngineConfig
+from jaxinfer.config import REPLACED, EngineConfig
 from jaxinfer.errors import ConfigError
 from jaxinfer.sharding.policy import Placement
 
@@ -29,8 +30,14 @@ CASES = [
     ({"decode_steps": True}, "decode_steps must be 'auto' or an integer in .* got True"),
     ({"prefill_buckets": (0,)}, "prefill_buckets must be a list of positive integers"),
     ({"dtype": "int8"}, "dtype must be auto, float32, bfloat16 or float16, got 'int8'"),
-    ({"quantization": "int4"}, "quantization must be None or int8, got 'int4'"),
-    ({"quantization": ["int8"]}, r"quantization must be None or int8, got \['int8'\]"),
+    (
+        {"quantization": "int4"},
+        "quantization must be None or int8, dequantize, .*, got 'int4'",
+    ),
+    (
+        {"quantization": ["int8"]},
+        r"quantization must be None or int8, dequantize, .*, got \['int8'\]",
+    ),
     ({"dtype": 5.5}, "dtype must be a name or a NumPy dtype, got 5.5"),
     ({"compilation_cache_dir": 5}, "compilation_cache_dir must be 'auto', a folder or None, got 5"),
     ({"compilation_cache_dir": ""}, "compilation_cache_dir must be 'auto', a folder or None, got ''"),
@@ -41,6 +48,8 @@ CASES = [
     ),
     ({"placement": {"*.mlp": None}}, r"placement: the tactic of '\*.mlp' is None"),
     ({"placement": {3: "shard"}}, "placement: a pattern must be a string such as 'layers.*.mlp', got 3"),
+    ({"kv_cache_dtype": "fp8_e5m2"}, "kv_cache_dtype must be one of auto, fp8, fp8_e4m3, int8, got 'fp8_e5m2'"),
+    ({"kv_cache_dtype": None}, "kv_cache_dtype must be one of auto, fp8, fp8_e4m3, int8, got None"),
     ({"cache": "ring"}, "cache must be 'paged' or 'contiguous', got 'ring'"),
     ({"cache": "contiguous", "pool_blocks": 9}, "pool_blocks is 9, but cache='contiguous' has no block pool"),
     ({"cache": "contiguous", "enable_prefix_caching": True}, "enable_prefix_caching is True, but cache='contiguous'"),
@@ -77,6 +86,27 @@ def test_a_wrong_value_is_named(number, messages):
 def test_an_unknown_setting_is_named_with_the_closest():
     with pytest.raises(TypeError, match="unknown setting 'max_num_seq'; did you mean 'max_num_seqs'?"):
         EngineConfig.of({"max_num_seq": 4})
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("enable_lora", "adapters="),
+        ("max_loras", "use max_adapters"),
+        ("enforce_eager", "leave it out"),
+        ("x", "known"),
+    ],
+)
+def test_settings_of_other_libraries_are_translated(name, hint):
+    with pytest.raises(TypeError, match=rf"unknown setting '{name}'.*{hint}"):
+        EngineConfig.of({name: 1})
+
+
+def test_hints_are_for_settings_that_do_not_exist_and_name_such_that_do():
+    known = {field.name for field in fields(EngineConfig)}
+    assert not known & set(REPLACED)
+    used = {match for hint in REPLACED.values() for match in re.findall(r"use (\w+)", hint)}
+    assert used and used <= known
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.dtype("bfloat16"), "bfloat16"])

@@ -95,18 +95,6 @@ def test_links_lead_somewhere(page: Path):
     assert sorted(link for link, _ in links if link and not (page.parent / link).exists()) == []
 
 
-def test_the_calls_of_a_request_exist():
-    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
-    calls = re.findall(r"^\| (\d+) \| (.*?) \| `(.*?)` \|", text, re.MULTILINE)
-    assert [int(number) for number, _, _ in calls] == list(range(1, len(calls) + 1)) and 15 < len(calls) <= 20
-    for _, functions, file in calls:
-        source = (PACKAGE / file).read_text(encoding="utf-8")
-        for function in re.findall(r"`(.*?)`", functions):
-            *owner, name = function.split(".")
-            assert re.search(rf"\bdef {name}\(", source), function
-            assert not owner or re.search(rf"^class {owner[0]}\b", source, re.MULTILINE), function
-
-
 def test_decisions_are_numbered_newest_first():
     text = (ROOT / "docs/decisions.md").read_text(encoding="utf-8")
     numbers = [int(number) for number in re.findall(r"^## (\d+)\. ", text, re.MULTILINE)]

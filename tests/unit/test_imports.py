@@ -17,8 +17,8 @@ PACKAGE = Path(jaxinfer.__file__).parent
 
 TIERS = (
     {"errors", "_utils"},
-    {"distributed", "sharding", "structured_outputs"},
-    {"kernels", "outputs", "sampling_params", "config", "demo", "steering"},
+    {"distributed", "sharding", "structured_outputs", "speculative_config"},
+    {"kernels", "outputs", "sampling_params", "config", "demo", "steering", "adapter"},
     {"beam_params", "kv", "recording"},
     {"layers"},
     {"checkpoint"},
@@ -36,6 +36,7 @@ TIERS = (
     {"serve"},
     {"jaxinfer"},
     {"cli"},
+    {"__main__"},
 )
 """The files and folders of the package, lowest first: each imports only from lines above its own."""
 

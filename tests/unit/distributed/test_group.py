@@ -1,71 +1,18 @@
 """Failure detection between processes, here simulated by threads of one process."""
 
-import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from support.groups import together
 
 from jaxinfer.distributed import initialize
 from jaxinfer.distributed.group import Group
 from jaxinfer.distributed.wire import Kind, Peer
 from jaxinfer.errors import ConfigError, DistributedError
-
-
-@pytest.fixture
-def exits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Processes that would have exited."""
-    found: list[int] = []
-    monkeypatch.setattr(Group, "_exit_after", lambda group, seconds, code: found.append(group.process))
-    return found
-
-
-@pytest.fixture
-def make(exits: list[int]) -> Iterator[Callable[..., list[Group]]]:
-    """Make groups of a number of processes."""
-    groups: list[Group] = []
-
-    def build(count: int = 3, limit: float = 600.0) -> list[Group]:
-        leaders = []
-        for process in range(1, count):
-            with socket.create_server(("127.0.0.1", 0)) as listener:
-                mine, theirs = socket.create_connection(listener.getsockname()), listener.accept()[0]
-            groups.append(Group(process, [Peer(0, "a", mine)], limit))
-            leaders.append(Peer(process, "b", theirs))
-        groups.insert(0, Group(0, leaders, limit))
-        return groups
-
-    yield build
-    for group in groups:
-        group.leave()
-    for group in groups:
-        for peer in group.peers:
-            peer.close()
-    for thread in threading.enumerate():  # threads that exit their process must finish before os._exit is restored
-        if thread.name.startswith(("from-", "watch", "leave")):
-            thread.join(120)
-
-
-def together(*calls: Callable[[], Any]) -> list[Any]:
-    """Run calls that wait for each other; return their results or exceptions."""
-    found: list[Any] = [None] * len(calls)
-
-    def run(i: int) -> None:
-        try:
-            found[i] = calls[i]()
-        except Exception as error:
-            found[i] = error
-
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(calls))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-    assert not any(thread.is_alive() for thread in threads)
-    return found
 
 
 def until(condition: Callable[[], Any]) -> None:

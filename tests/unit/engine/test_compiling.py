@@ -7,7 +7,7 @@ from support.cases import GREEDY, alone, mixed
 from support.compiling import Gate, is_decode, is_prefill
 from support.tiny import BLOCK, CHUNK, make_engine, make_request, prompt, run
 
-from jaxinfer.engine.runner.programs import InstallTables
+from jaxinfer.engine.runner.keys import InstallTables
 from jaxinfer.sampling_params import SamplingParams
 
 pytestmark = pytest.mark.xdist_group("llama")
@@ -112,7 +112,7 @@ def test_what_dropped_samples_would_have_written_is_not_found(gated, runner):
     ids = prompt(2 * BLOCK + 1)
     engine.add(make_request("x", ids, SamplingParams(temperature=1, n=3, seed=1, max_tokens=4)))
     engine.step()
-    assert engine.is_compiling and engine.scheduler.rows_in_use == 3
+    assert engine.is_compiling and engine.scheduler.rows.num_used == 3
     engine.abort("x")
     gate.release()
     again = make_request("again", ids, GREEDY)

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
 from support.cases import GREEDY
@@ -10,7 +11,7 @@ from support.tiny import BLOCK, CHUNK, ROWS, make_engine, random_runner, run
 
 from jaxinfer.engine.multihost.replay import decode_key, encode_key
 from jaxinfer.engine.runner.buckets import Needs, decode_bucket, encode_shape, encode_steps, prefill_bucket
-from jaxinfer.engine.runner.programs import EncodeCross
+from jaxinfer.engine.runner.keys import EncodeCross
 from jaxinfer.functional.encoder_batch import EncodeJob, EncodeShape, encode_batch
 from jaxinfer.media import CrossInputs, EncoderInput
 from jaxinfer.models.base import CrossSource
@@ -98,21 +99,20 @@ def test_encoding_writes_its_blocks_and_no_others():
     blocks = np.array([[7, 9, 0, 0]], np.int32)
     for launch in runner._packer._encodes_cross([EncodeJob(text(BLOCK + 1), blocks, 0)]):
         runner._run_launch(launch)
-    for layer in runner.cache:
-        for array in layer:
-            written = np.asarray(array).any(axis=(1, 3))
-            assert written[7].all() and written[9].tolist() == [True] + [False] * (BLOCK - 1)
-            assert not np.delete(written, [7, 9], axis=0).any()
+    for array in jax.tree.leaves(runner.cache):
+        written = np.asarray(array).any(axis=(1, 3))
+        assert written[7].all() and written[9].tolist() == [True] + [False] * (BLOCK - 1)
+        assert not np.delete(written, [7, 9], axis=0).any()
     key = EncodeCross(**vars(encode_shape(runner.program, runner.shapes, BLOCK + 1)))
     memory = runner.programs.get(key).memory_analysis()
-    assert memory.alias_size_in_bytes >= sum(a.nbytes for layer in runner.cache for a in layer), (
+    assert memory.alias_size_in_bytes >= sum(a.nbytes for a in jax.tree.leaves(runner.cache)), (
         "the cache is updated in place"
     )
 
 
 def test_a_plan_encodes_at_most_one_steps_inputs():
     engine = make_engine(cross_runner())
-    engine.scheduler.limits = replace(engine.scheduler.limits, encode_units=20)
+    engine.scheduler.admission.limits = replace(engine.scheduler.limits, encode_units=20)
     for i, length in enumerate((12, 8, 30, 5)):
         engine.add(cross_request(str(i), text(length, i), GREEDY))
     made = []

@@ -12,7 +12,7 @@ from support.tiny import CHUNK, make_engine, random_runner, run, shapes
 from jaxinfer import functional
 from jaxinfer.config import EngineConfig
 from jaxinfer.engine.runner.buckets import Needs, encode_pieces, prefill_bucket
-from jaxinfer.engine.runner.programs import Encode
+from jaxinfer.engine.runner.keys import Encode
 from jaxinfer.engine.runner.steps import abstract_arguments
 from jaxinfer.engine.sizing.memory import Budget
 from jaxinfer.engine.sizing.setup import choose_shapes

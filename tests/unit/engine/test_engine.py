@@ -6,7 +6,7 @@ from support.tiny import BLOCK, CHUNK, make_engine, make_request, prompt, run
 
 from jaxinfer import LLM
 from jaxinfer.config import EngineConfig
-from jaxinfer.engine.request import Status
+from jaxinfer.engine.sequence_state import Status
 from jaxinfer.engine.sizing.settings import HostSettings
 from jaxinfer.errors import CapacityError
 from jaxinfer.sampling_params import SamplingParams
@@ -94,9 +94,9 @@ def test_nothing_is_published_before_its_step_was_dispatched(runner, monkeypatch
     seen = []
     dispatch = runner.run
 
-    def watch(plan, tables):
+    def watch(*arguments):
         seen.append(int(engine.manager.pool.published.sum()))
-        return dispatch(plan, tables)
+        return dispatch(*arguments)
 
     monkeypatch.setattr(runner, "run", watch)
     run(engine, [make_request("x", prompt(3 * BLOCK), GREEDY)])
@@ -154,3 +154,13 @@ def test_the_token_budget_setting_limits_a_step(runner):
 def test_default_parameters_cannot_be_set():
     with pytest.raises(AttributeError, match="default_params"):
         LLM.__new__(LLM).default_params = SamplingParams(max_tokens=3)
+
+
+def test_the_log_is_told_when_work_begins_after_none(runner, monkeypatch):
+    engine, told = make_engine(runner), []
+    monkeypatch.setattr(engine.metrics, "wake", lambda: told.append(len(engine.requests)))
+    for _ in range(2):
+        engine.add(make_request("a", prompt(4), GREEDY))
+        engine.add(make_request("b", prompt(5), GREEDY))
+        finish(engine)
+    assert told == [0, 0]

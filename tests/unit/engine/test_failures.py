@@ -7,8 +7,9 @@ import pytest
 from support.cases import GREEDY, SEEDED, alone, mixed
 from support.tiny import BLOCK, CHUNK, make_engine, make_request, prompt, run
 
-from jaxinfer.engine.request import Status
-from jaxinfer.engine.runner import programs
+from jaxinfer.engine.runner import lowering, programs
+from jaxinfer.engine.runner.keys import Install
+from jaxinfer.engine.sequence_state import Status
 from jaxinfer.sampling_params import SamplingParams
 
 pytestmark = pytest.mark.xdist_group("llama")
@@ -118,12 +119,12 @@ class Fails:
     def __init__(self, runner, *calls, error=RuntimeError("device lost"), when=lambda plan: True):
         self.run, self.calls, self.error, self.when, self.count = runner.run, calls, error, when, 0
 
-    def __call__(self, plan, tables):
+    def __call__(self, plan, *rest):
         if self.when(plan):
             self.count += 1
             if not self.calls or self.count in self.calls:
                 raise self.error
-        return self.run(plan, tables)
+        return self.run(plan, *rest)
 
 
 @pytest.mark.parametrize("call", range(1, 12, 2))
@@ -140,7 +141,7 @@ def test_a_failure_raised_when_results_are_read(runner, monkeypatch, caplog):
     """A device error may only be raised when the results are read, with the next step already planned."""
     expected = alone(runner, mixed(LENGTHS))
     engine = make_engine(runner)
-    take, calls = engine._take_tokens, []
+    take, calls = engine.committer._take_tokens, []
 
     def fails(result):
         calls.append(1)
@@ -148,7 +149,7 @@ def test_a_failure_raised_when_results_are_read(runner, monkeypatch, caplog):
             raise RuntimeError("device lost")
         take(result)
 
-    monkeypatch.setattr(engine, "_take_tokens", fails)
+    monkeypatch.setattr(engine.committer, "_take_tokens", fails)
     assert run(engine, mixed(LENGTHS)) == expected
     assert "device lost" in caplog.text
 
@@ -200,9 +201,9 @@ def test_a_program_that_does_not_compile(runner, monkeypatch):
     def fails(*arguments):
         raise RuntimeError("no kernel for this shape")
 
-    monkeypatch.setattr(programs, "install", fails)
+    monkeypatch.setattr(lowering, "install", fails)
     fresh = programs.Programs(runner.program, runner.shapes, runner.params)
-    others = {key: made for key, made in runner.programs._ready.items() if not isinstance(key, programs.Install)}
+    others = {key: made for key, made in runner.programs._ready.items() if not isinstance(key, Install)}
     monkeypatch.setattr(fresh, "_ready", others)
     monkeypatch.setattr(runner, "programs", fresh)
     engine = make_engine(runner)

@@ -152,6 +152,19 @@ def test_the_state_of_the_cache_has_requests_lookups_and_the_prefix_tree(runner)
     engine.close()
 
 
+def test_blocks_in_a_row_are_apart_in_the_tree_where_their_holders_differ(runner):
+    engine = make_engine(runner)
+    first = prompt(4 * BLOCK)
+    run(engine, [make_request("a", [*first, 5], SamplingParams(temperature=0, max_tokens=1))])
+    engine.add(make_request("b", first[: 2 * BLOCK + 1], GREEDY))
+    engine.step()
+    state = cache_state.read(engine)
+    assert [(p.blocks, p.holders) for p in state.prefixes] == [(2, 1), (2, 0)], "no branch, and b holds the first two"
+    assert [p.tokens for p in state.prefixes] == [tuple(first[: 2 * BLOCK]), tuple(first[2 * BLOCK :])]
+    assert "2 block(s), 1 sequence" in repr(state) and "2 block(s), cached" in repr(state)
+    engine.close()
+
+
 def test_more_prefixes_than_are_shown_are_counted(runner, monkeypatch):
     monkeypatch.setattr(cache_state, "MOST_PREFIXES", 2)
     engine = make_engine(runner)

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.tiny import BLOCK, make_request, prompt
 
-from jaxinfer.engine.request import Status
-from jaxinfer.engine.scheduler import Limits, Scheduler
+from jaxinfer.engine.plan import Limits
+from jaxinfer.engine.scheduler import Scheduler
+from jaxinfer.engine.sequence_state import Status
 from jaxinfer.engine.waiting import Waiting
 from jaxinfer.kv.groups import SINGLE, KindGroups, blocks_needed
 from jaxinfer.kv.manager import BlockManager
@@ -39,7 +40,7 @@ class Host:
         plan = self.scheduler.schedule(self.most)
         self.plans.append(plan)
         for chunk in plan.chunks:
-            self.scheduler.publish(chunk.sequence)
+            self.scheduler.publisher.publish(chunk.sequence)
         self.commit()
         self.flight = plan
         self.scheduler.manager.check()
@@ -67,9 +68,9 @@ def test_states_of_a_sequence():
     host, request = Host(scheduler), new("a", 6, made=2)
     [sequence] = request.sequences
     scheduler.add(request)
-    assert sequence.status is Status.WAITING and scheduler.has_work and not scheduler.active
+    assert sequence.status is Status.WAITING and scheduler.has_work and not scheduler.rows.active
     host.step()
-    assert sequence.status is Status.RUNNING and scheduler.rows_in_use == 1
+    assert sequence.status is Status.RUNNING and scheduler.rows.num_used == 1
     scheduler.preempt(sequence)
     assert sequence.status is Status.WAITING and sequence.row == -1 and request.preemptions == 1
     assert int(scheduler.manager.pool.num_held) == 0
@@ -160,11 +161,11 @@ def test_admission_is_a_transaction():
     manager = scheduler.manager
     pool, blocks, counts = manager.pool, manager.tables.blocks.copy(), manager.tables.counts.copy()
     large = new("b", 12).sequences[0]
-    assert not scheduler._admit(large, 16)
+    assert not scheduler.admission.admit(large, 16)
     assert manager.pool is pool
     np.testing.assert_array_equal(manager.tables.blocks, blocks)
     np.testing.assert_array_equal(manager.tables.counts, counts)
-    assert large.status is Status.WAITING and large.row == -1 and scheduler.rows_in_use == 1
+    assert large.status is Status.WAITING and large.row == -1 and scheduler.rows.num_used == 1
 
 
 def test_the_youngest_is_preempted_and_comes_back_first():
@@ -382,7 +383,7 @@ def test_every_mix_ends_with_every_token_and_nothing_held(wanted, spare, tokens,
         start = len(request.prompt)
         for sequence in request.sequences:
             assert sequence.output_ids.tolist() == [t % 90 for t in range(start, request.limit)]
-    assert int(manager.pool.num_held) == 0 and len(scheduler.free_rows) == ROWS
+    assert int(manager.pool.num_held) == 0 and len(scheduler.rows.free) == ROWS
     used = [sum(c.count for c in plan.chunks) + len(plan.decodes) for plan in host.plans]
     assert max(used) <= tokens
     assert all(max(len(p.samples), len(p.chunks), len(p.decodes)) <= ROWS for p in host.plans)
@@ -427,13 +428,13 @@ def test_a_head_that_is_blocked_for_another_reason_is_looked_up_only_when_the_in
     scheduler.add(make_request("again", text, SamplingParams(max_tokens=1)))
     [waiting] = scheduler.waiting
     for _ in range(20):
-        scheduler._prefills(4)
+        scheduler.prefills.plan(4)
     assert [len(found) for found in calls] == [1, 2, 1] and waiting.status is Status.WAITING
     manager.index.insert(b"digest", b"", np.zeros(BLOCK, np.int32))
-    scheduler._prefills(4)
+    scheduler.prefills.plan(4)
     assert [len(found) for found in calls] == [2, 3, 1], "the index has changed, the prefixes in flight have not"
     monkeypatch.setattr(scheduler.encoder_cache, "find_room", room)
-    assert scheduler._admit(waiting, 4) and len(calls[0]) == 2 and waiting.request.cached_tokens == 16
+    assert scheduler.admission.admit(waiting, 4) and len(calls[0]) == 2 and waiting.request.cached_tokens == 16
     assert waiting.last_hit is None
     versions = [(one.manager.index_version, one.inflight.version) for one in (make(), make())]
     assert all(one != other for one, other in zip(*versions, strict=True)), "a failed step makes both anew"
@@ -443,11 +444,11 @@ def test_a_blocked_head_is_admitted_once_its_missing_block_is_published():
     scheduler = make(blocks=8, tokens=16)
     [sequence] = new("x", 16).sequences
     sequence.needed_blocks, sequence.first_missing = 9, b"digest"
-    assert scheduler._lacks_blocks(sequence)
+    assert scheduler.admission.lacks_blocks(sequence)
     scheduler.manager.index.insert(b"digest", b"", np.zeros(BLOCK, np.int32))
-    assert not scheduler._lacks_blocks(sequence)
+    assert not scheduler.admission.lacks_blocks(sequence)
     sequence.start_over()
-    assert not scheduler._lacks_blocks(sequence), "another rope needs other blocks"
+    assert not scheduler.admission.lacks_blocks(sequence), "another rope needs other blocks"
 
 
 def test_needed_blocks_are_those_with_which_it_is_admitted():
@@ -477,7 +478,7 @@ def test_a_step_examines_a_bounded_part_of_the_queue(monkeypatch):
     scheduler = make(tokens=8, blocks=64)
     for i in range(6 * ROWS):
         scheduler.add(new(str(i), 16, made=2))
-    calls = counted(monkeypatch, scheduler, "_waits_for_prefix")
+    calls = counted(monkeypatch, scheduler.admission, "waits_for_prefix")
     scheduler.schedule()
     assert 0 < len(calls) <= 2 * ROWS
     for request in [s.request for s in scheduler.waiting]:

@@ -51,7 +51,7 @@ def test_tables_are_sent_again_after_a_failed_step(runner, monkeypatch):
     for _ in range(4):
         engine.step()
     runner.rows = runner.rows._replace(tables=runner.rows.tables + 1)
-    engine._recover(RuntimeError("device lost"))
+    engine.recovery.recover(RuntimeError("device lost"))
     assert not np.asarray(runner.rows.tables).any()
     while engine.has_work:
         engine.step()

@@ -1,4 +1,4 @@
-"""Kimi Delta Attention and gated DeltaNet against transformers' layers, fused and separate, over several devices."""
+"""KDA, gated DeltaNet and Mamba-2 against transformers' layers, fused and separate, over several devices."""
 
 from collections import Counter
 from dataclasses import replace
@@ -11,7 +11,7 @@ pytest.importorskip("torch", reason="the reference; it comes with the extra `tes
 
 from flax import nnx
 from support import linear_attention as support
-from support.linear_attention import KDA, NET, SLOTS
+from support.linear_attention import KDA, MAMBA, NET, SLOTS
 from support.lowering import collectives
 
 from jaxinfer.errors import CheckpointError, ConfigError
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.xdist_group("linear attention")
 
 T, B, NO_SLOT = 48, 4, 99
 LENGTHS = (29, 3, 16)
-kinds = pytest.mark.parametrize("kind", [KDA, NET])
+kinds = pytest.mark.parametrize("kind", [KDA, NET, MAMBA])
 
 
 def inputs(length: int, seed: int) -> np.ndarray:
@@ -64,7 +64,7 @@ def run(made: nnx.Module, tp: int = 1) -> list[np.ndarray]:
 
 @pytest.fixture(scope="module")
 def expected() -> dict[str, list[np.ndarray]]:
-    return {kind: [support.expected(kind, sequence) for sequence in SEQUENCES] for kind in (KDA, NET)}
+    return {kind: [support.expected(kind, sequence) for sequence in SEQUENCES] for kind in (KDA, NET, MAMBA)}
 
 
 def close(found: list[np.ndarray], expected: list[np.ndarray], atol: float = 1e-4) -> None:
@@ -123,15 +123,17 @@ def test_int8_stays_fused_and_close(kind, expected):
 @pytest.mark.parametrize("fused", [False, True], ids=["apart", "fused"])
 @pytest.mark.parametrize("tp", [2, 4])
 @kinds
-def test_the_only_collective_is_the_all_reduce_of_the_output(kind, tp, fused):
+def test_the_only_collectives_are_those_declared(kind, tp, fused):
+    """The all-reduce of the output, and that of a norm whose columns are on several shards: Mamba's two groups."""
     made = support.layer(kind, tp, fused=fused)
+    assert len(getattr(made, "collectives", list)()) == (kind == MAMBA and tp == 4)
     graph, params = nnx.split(made)
     state = support.empty(made, make_mesh(tp))
     segments = Segments(*(np.zeros(B, np.int32) for _ in range(4)), np.zeros(B, bool))
     for count, rows in ((B, DecodeSlots(np.arange(B), np.arange(B))), (T, segments)):
         x = np.zeros((count, support.M), np.float32)
         compiled = support.step.lower(graph, params, x, state, rows).compile()
-        assert collectives(compiled.as_text()) == Counter({"all-reduce": 1})
+        assert collectives(compiled.as_text()) == Counter({"all-reduce": 1 + (kind == MAMBA and tp == 4)})
         assert compiled.memory_analysis().alias_size_in_bytes >= state.recurrent.nbytes // tp
 
 

@@ -172,12 +172,19 @@ def test_what_transformers_ignores_is_ignored_and_logged(caplog):
     assert "beta_fast" in caplog.text
 
 
+def test_sections_of_multimodal_rope_do_not_matter_for_text():
+    """A token of text has the same position in time, height and width."""
+    sections = {"mrope_section": [1, 1, 2], "mrope_interleaved": True}
+    plain, stated = (RopeConfig.from_hf(config(rope_type="default", **more), 8) for more in ({}, sections))
+    assert plain == stated
+
+
 @pytest.mark.parametrize(
     ("parameters", "named"),
     [
         ({"rope_type": "mrope", "mrope_section": [1, 1]}, ["'mrope'", *ROPE_KINDS]),
         ({"rope_type": ["yarn"]}, ["['yarn']", *ROPE_KINDS]),
-        ({"rope_type": "default", "mrope_section": [1, 1]}, ["mrope_section=[1, 1]", "hf_overrides"]),
+        ({"rope_type": "default", "axial_section": [1, 1]}, ["axial_section=[1, 1]", "hf_overrides"]),
         ({"rope_type": "linear"}, ["factor", "linear"]),
         ({"rope_type": "linear", "factor": None}, ["factor", "null"]),
         ({"rope_type": "linear", "factor": 0}, ["factor", "0"]),

@@ -17,6 +17,7 @@ KINDS = {
     "sigmoid alone": RouterConfig("sigmoid", renormalise=False),
     "deepseek_v2": RouterConfig(renormalise=False, scale=16.0, groups=4, chosen_groups=1, group_best=1),
     "softmax, corrected": RouterConfig(correction=True),
+    "phimoe": RouterConfig("sparsemixer", jitter=0.2),
 }
 
 
@@ -25,6 +26,8 @@ def plain(
 ) -> tuple[list[int], list[float]]:
     """Route one token in float64."""
     exact = logits.astype(np.float64)
+    if config.score == "sparsemixer":
+        return sparse_mixer(exact, config.jitter)
     scores = 1 / (1 + np.exp(-exact)) if config.score == "sigmoid" else np.exp(exact) / np.exp(exact).sum()
     ranks = scores + correction if config.correction else scores
     if config.groups > 1:
@@ -40,8 +43,18 @@ def plain(
     return chosen.tolist(), (config.scale * weights).tolist()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("count", [1, 2])
+def sparse_mixer(logits: np.ndarray, jitter: float) -> tuple[list[int], list[float]]:
+    """Route one token by the definition: the best expert among those close to it, then the same without it."""
+    chosen, weights, left = [], [], dict(enumerate(logits))
+    for _ in range(2):
+        best = max(left, key=left.get)
+        close = [x for x in left.values() if (left[best] - x) / max(abs(x), left[best]) <= 2 * jitter]
+        chosen.append(best)
+        weights.append(np.exp(left.pop(best)) / np.exp(close).sum())
+    return chosen, weights
+
+
+@pytest.mark.parametrize(("kind", "count"), [(kind, 2) for kind in KINDS] + [(k, 1) for k in KINDS if k != "phimoe"])
 def test_selected_experts_and_their_weights(kind: str, count: int):
     config, rng = KINDS[kind], np.random.default_rng(0)
     logits = (2 * rng.standard_normal((TOKENS, EXPERTS))).astype(np.float32)
@@ -70,7 +83,7 @@ def test_sigmoids_that_are_all_zero_give_no_nan():
 @pytest.mark.parametrize(
     ("config", "experts", "count", "message"),
     [
-        (RouterConfig("tanh"), 8, 2, "score is 'tanh'; it may be softmax or sigmoid"),
+        (RouterConfig("tanh"), 8, 2, "score is 'tanh'; it may be softmax or sigmoid or sparsemixer"),
         (
             RouterConfig(),
             8,

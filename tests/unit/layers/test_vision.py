@@ -1,4 +1,4 @@
-"""Vision tower: bicubic resampling, attention within tiles, and patches."""
+"""Vision tower: bicubic resampling and patches."""
 
 from functools import partial
 
@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxinfer.layers.vision import attend_whole, bicubic
+from jaxinfer.layers.vision import bicubic
 from jaxinfer.models.internvl.model import pixel_shuffle
 
 
@@ -30,16 +30,6 @@ def test_doubling_places_points_a_quarter_beside_the_old_ones():
 def test_points_beyond_the_edge_repeat_the_edge():
     first = bicubic(8, 16)[0]
     np.testing.assert_allclose(first[:2], [-0.03515625 + 0.26171875 + 0.87890625, -0.10546875], atol=1e-6)
-
-
-def test_every_token_reads_all_of_its_own_tile_and_of_no_other():
-    q, k, v = np.random.default_rng(0).standard_normal((3, 2, 5, 3, 4), np.float32)
-    found = np.asarray(jax.jit(attend_whole)(q, k, v))
-    for tile in range(2):
-        for head in range(3):
-            scores = q[tile, :, head].astype(np.float64) @ k[tile, :, head].T / 2
-            weights = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
-            np.testing.assert_allclose(found[tile, :, head], weights @ v[tile, :, head], atol=1e-5)
 
 
 _shuffle = jax.jit(partial(pixel_shuffle, block=2), static_argnames="transposed")

@@ -59,7 +59,7 @@ LLAMA = tiny.config("llama")
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"is_causal": False}, "is_causal=False is not supported: this architecture is computed as with true"),
+        ({"is_causal": False}, "is_causal=False is not supported: this architecture is implemented for true only"),
         ({"use_rope": False}, "use_rope=False"),
         ({"use_gated_activation": False}, "use_gated_activation=False"),
         ({"norm_topk_prob": False}, "norm_topk_prob=False"),
@@ -201,6 +201,18 @@ def test_float16_is_refused_for_families_that_overflow(family, tmp_path):
     assert weights.resolve_dtype("float16", "float32", "gpu", weights.parse(LLAMA)[0]) == jnp.float16
 
 
+def test_use_sliding_window_must_agree_with_the_layers_of_mistral():
+    base = tiny.CONFIG | {"architectures": ["MistralForCausalLM"], "sliding_window": 8, "use_sliding_window": False}
+    with pytest.raises(ConfigError, match="use_sliding_window=False is not supported.* for true only"):
+        parsed(base)
+    full = parsed(base | {"layer_types": ["full_attention"] * 2})
+    assert not any(full.slides(layer) for layer in range(2))
+    assert parsed(base | {"sliding_window": None, "use_sliding_window": True}) == parsed(
+        base | {"sliding_window": None}
+    )
+    assert parsed(base | {"use_sliding_window": True}).slides(0)
+
+
 def test_layers_of_exaone_4_have_a_rope_unless_they_are_full_beside_sliding_ones():
     base = tiny.CONFIG | {"architectures": ["Exaone4ForCausalLM"], "num_hidden_layers": 4}
     hybrid = parsed(base | {"sliding_window": 8})
@@ -223,7 +235,7 @@ def test_the_class_around_a_model_is_not_its_architecture(named):
 
 @pytest.mark.parametrize(
     ("named", "nearest"),
-    [("Qwen3_5ForCausalLM", "Qwen3ForCausalLM"), ("Olmo4ForCausalLM", "Olmo"), ("Gemma4ForCausalLM", "Gemma")],
+    [("Qwen4ForCausalLM", "Qwen"), ("Olmo4ForCausalLM", "Olmo"), ("Gemma4ForCausalLM", "Gemma")],
 )
 def test_an_unknown_architecture_names_the_nearest_by_name(named, nearest):
     with pytest.raises(ConfigError, match=f"{named}.*supported: .*LlamaForCausalLM.*Nearest by name: {nearest}"):

@@ -138,7 +138,7 @@ def linear(**changes: Any) -> dict[str, Any]:
             "layer_types must be a list of num_hidden_layers = 27",
         ),
         ({"linear_attn_config": [4]}, r"linear_attn_config=\[4\] must be an object"),
-        ({"mla_use_nope": False}, "mla_use_nope=False is not supported: .* as with true"),
+        ({"mla_use_nope": False}, "mla_use_nope=False is not supported: .* for true only"),
         ({"moe_router_activation_func": "softmax"}, "moe_router_activation_func='softmax' is not supported"),
         ({"num_key_value_heads": 8}, "num_key_value_heads is 8, but all 32 heads read one latent"),
         (

@@ -31,9 +31,13 @@ def shallow(hf: dict[str, Any]) -> dict[str, Any]:
         for name in ("num_hidden_layers", "encoder_layers", "decoder_layers", "num_global_layers")
         if name in made
     }
-    made |= {name: made[name][-2:] for name in ("layer_types",) if isinstance(made.get(name), list)}
+    if isinstance(made.get("layer_types"), list):
+        *others, last = made["layer_types"]
+        made |= {"layer_types": [next((kind for kind in reversed(others) if kind != last), last), last]}
     if "full_attn_layers" in made:
         made |= {"full_attn_layers": [2], "kda_layers": [1]}
+    made |= {name: [1] for name in ("full_attn_idxs", "attn_layer_indices") if made.get(name) is not None}
+    made |= {"hybrid_override_pattern": "M-*-"} if "hybrid_override_pattern" in made else {}
     made |= {"full_attention_interval": 2} if "full_attention_interval" in made else {}
     made |= {"cross_attention_layers": [1]} if "cross_attention_layers" in made else {}
     if "intermediate_layers_indices" in made:

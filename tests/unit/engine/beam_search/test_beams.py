@@ -195,10 +195,10 @@ def test_a_search_whose_steps_always_fail_ends_alone(runner, monkeypatch, least)
     engine, [bad, _] = make_engine(runner), searches()
     real = runner.run
 
-    def fails(plan, tables):
+    def fails(plan, *rest):
         if any(s.request is bad and s.made > least for s in plan.sequences):
             raise RuntimeError("device lost")
-        return real(plan, tables)
+        return real(plan, *rest)
 
     monkeypatch.setattr(runner, "run", fails)
     search(engine, [bad])

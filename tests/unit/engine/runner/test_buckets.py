@@ -1,5 +1,6 @@
 """Buckets: every one that a plan can need is compiled by a warm-up, and there are few."""
 
+from collections import Counter
 from dataclasses import replace
 from itertools import product, starmap
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from support.tiny import CONFIG, shapes
 
+from jaxinfer.engine.runner.batch import Bucket
 from jaxinfer.engine.runner.buckets import (
     SAMPLING,
     Needs,
@@ -17,6 +19,8 @@ from jaxinfer.engine.runner.buckets import (
     prefill_bucket,
     read_size,
 )
+from jaxinfer.engine.runner.logits import SampleLogits
+from jaxinfer.engine.runner.programs import Programs
 from jaxinfer.engine.sampling.sampling_rows import Level
 from jaxinfer.functional import Program, split
 from jaxinfer.loading import weights
@@ -55,19 +59,29 @@ def test_every_bucket_of_a_plan_is_among_all_buckets(program, kernel, switched, 
 
 def test_a_bucket_supports_the_needed_features(program):
     """The bucket has exactly the needed level; log-probabilities are those of the chosen token alone, or the maximum
-    number.
+    number, as always with the highest level.
     """
     for level, count in product(Level, (-1, 0, 1, 2, 5)):
         bucket = decode_bucket(program, SIZES, 3, 3, Needs(level, count))
-        assert (bucket.level, bucket.logprobs, bucket.prompt_logprobs) == (level, {0: 1, 2: 5}.get(count, count), -1)
+        found = 5 if level is Level.EDITED else {0: 1, 2: 5}.get(count, count)
+        assert (bucket.level, bucket.logprobs, bucket.prompt_logprobs) == (level, found, -1)
         bucket = prefill_bucket(program, SIZES, 10, Needs(level, count, True))
         assert bucket.logprobs >= count and bucket.prompt_logprobs == 5
 
 
-def test_a_bucket_has_few_programs(program):
-    sizes = replace(SIZES, decode_buckets=(20,), prefill_buckets=(48,))
-    kinds = [bucket.kind for bucket in all_buckets(replace(program, kernel="native"), sizes)]
-    assert (kinds.count("decode"), kinds.count("prefill")) == (12, 13)
+def test_layers_are_compiled_once_for_each_size_and_samplers_for_few_numbers_of_rows(program):
+    """Ten variants of the sampler for each of three numbers of rows, whatever the sizes of steps."""
+    sizes = dict(decode_buckets=(1, 8, 32, 64, 128, 256), prefill_buckets=(256, 512, 1024, 2048))
+    sizes = replace(SIZES, rows=256, prefill_rows=64, **sizes)
+    keys = Programs(replace(program, kernel="native"), sizes, []).keys()
+    buckets = [key for key in keys if isinstance(key, Bucket)]
+    kinds = Counter((bucket.kind, bucket.prompt_logprobs >= 0) for bucket in buckets)
+    assert kinds == {("decode", False): 6, ("prefill", False): 4, ("prefill", True): 4}
+    assert all(bucket.pending and bucket.level is Level.GREEDY and bucket.logprobs == -1 for bucket in buckets)
+    samplers = [key for key in keys if isinstance(key, SampleLogits)]
+    assert Counter(key.rows for key in samplers) == {8: 10, 64: 10, 256: 10} and len(set(samplers)) == 30
+    for bucket in buckets:
+        assert bucket.logit_rows == min(rows for rows in (8, 64, 256) if rows >= bucket.rows)
 
 
 def test_a_switched_bucket_has_one_program(program):

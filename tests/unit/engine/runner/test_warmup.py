@@ -11,7 +11,8 @@ import pytest
 from support.tiny import CHUNK, ROWS, make_engine, make_request, prompt, random_runner, shapes
 
 from jaxinfer.engine.runner.buckets import SAMPLING
-from jaxinfer.engine.runner.programs import Copies, Programs
+from jaxinfer.engine.runner.keys import Copies
+from jaxinfer.engine.runner.programs import Programs
 from jaxinfer.engine.runner.runner import Runner
 from jaxinfer.engine.runner.warmup import check_sampling, warm_up
 from jaxinfer.sampling_params import SamplingParams
@@ -96,7 +97,7 @@ def test_a_random_workload_compiles_nothing_after_warm_up(compilations, seed):
             aborted += 1
         if added == REQUESTS // 2 and not failed:
             failed = True
-            engine._recover(RuntimeError("a step failed"))
+            engine.recovery.recover(RuntimeError("a step failed"))
         engine.step()
     assert compilations == []
     assert copies and aborted and engine.scheduler.preempted, "the workload must cause copies, aborts and preemptions"
@@ -128,7 +129,7 @@ class Slow(Programs):
         super().__init__(runner.program, runner.shapes, runner.params)
         self.calls, self.fails, self.free = 0, fails, threading.Event()
 
-    def _lower(self, key):
+    def lower(self, key):
         self.calls += 1
         number = self.calls
         assert self.free.wait(10)

@@ -9,7 +9,8 @@ from support import tiny
 
 from jaxinfer.config import EngineConfig
 from jaxinfer.engine.engine import Engine
-from jaxinfer.engine.runner.programs import Copies, InstallTables, Key, Programs
+from jaxinfer.engine.runner.keys import Copies, InstallTables, Key
+from jaxinfer.engine.runner.programs import Programs
 from jaxinfer.engine.runner.warmup import warm_up
 from jaxinfer.engine.sizing import memory
 from jaxinfer.engine.sizing.setup import build_engine
@@ -46,13 +47,13 @@ def device_limit(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 def compiled(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[int, Key]]:
     """How often each program is compiled: by the blocks of its cache and its key."""
     found: Counter[tuple[int, Key]] = Counter()
-    lower = Programs._lower
+    lower = Programs.lower
 
     def count(self: Programs, key: Key) -> jax.stages.Lowered:
         found[self._shapes.num_blocks, key] += 1
         return lower(self, key)
 
-    monkeypatch.setattr(Programs, "_lower", count)
+    monkeypatch.setattr(Programs, "lower", count)
     return found
 
 

@@ -27,6 +27,7 @@ SHAPES = {
     "bfloat16, sinks, softcap": replace(PLAIN, dtype="bfloat16", sinks=True, softcap=2.0),
     "blocks of one": replace(PLAIN, block=1),
     "narrow values": replace(PLAIN, value_dim=6),
+    "int8 codes, bfloat16": replace(PLAIN, codes="int8", dtype="bfloat16"),
 }
 SPANS = [(0, 0), (0, 1), (0, P), (3, 3), (0, 4 * P + 1), (P - 1, 2 * P + 1), (2 * P, 9 * P), (5, 6), (0, 9 * P + 3)]
 """Key spans that a sequence's queries see: none, around block boundaries, all."""
@@ -54,12 +55,13 @@ def cached(shape: Shape) -> SimpleNamespace:
     """Make sequences whose visible keys are in a cache that is NaN everywhere else."""
     lengths = [end for _, end in SPANS]
     case = Case(shape, lengths, [0] * len(lengths))
-    keys, values = (np.array(a) for a in case.kv_cache)
+    kv_cache = jax.tree.map(np.array, case.kv_cache)
+    marked = kv_cache[2:] if kv_cache.quantised else kv_cache[:2]
     for row, (first, _) in enumerate(SPANS):
         for at in range(first):
-            for array in (keys, values):
+            for array in marked:
                 array[case.tables[row, at // shape.block], :, at % shape.block] = np.nan
-    kv_cache = paged.KVCache(jax.device_put(keys), jax.device_put(values))
+    kv_cache = jax.device_put(kv_cache)
     return SimpleNamespace(
         case=case, kv_cache=kv_cache, tables=jax.device_put(case.tables), shape=shape, sinks=case.sinks
     )
@@ -69,7 +71,7 @@ def queries(work: SimpleNamespace, rows: np.ndarray) -> tuple[jax.Array, np.ndar
     """Make the queries of these rows and the reference's result."""
     shape = work.shape
     q = np.random.default_rng(1).normal(size=(len(rows), shape.heads, shape.dim)).astype(np.float32)
-    q = jax.device_put(q.astype(work.kv_cache.keys.dtype))
+    q = jax.device_put(q.astype(shape.dtype))
     spans = np.array(SPANS, np.int32)[rows]
     expected = jax.jit(paged.reference, static_argnums=5)(
         q, work.kv_cache, work.tables, rows, np.zeros(len(rows), np.int32), shape.scoring, work.sinks, spans

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from support.attention import CHUNKS, PLAIN, SHAPES, Case, same_cache
@@ -19,6 +20,11 @@ WIDE = {
     "no multiple of a register": replace(PLAIN, heads=5, kv_heads=1, dim=72, value_dim=40, block=8),
     "latent of MLA": replace(PLAIN, heads=4, kv_heads=1, dim=144, value_dim=128, latent=True, block=16),
     "long window": replace(PLAIN, window=150, sinks=True, block=16),
+    "Llama, int8 codes": replace(PLAIN, heads=8, kv_heads=2, dim=64, block=16, dtype="bfloat16", codes="int8"),
+    "fp8 codes, no multiple of a register": replace(PLAIN, heads=5, kv_heads=1, dim=72, value_dim=40, codes="fp8"),
+    "latent of MLA, int8 codes": replace(
+        PLAIN, heads=4, kv_heads=1, dim=144, value_dim=128, latent=True, block=16, dtype="bfloat16", codes="int8"
+    ),
 }
 SHAPES = SHAPES | WIDE
 
@@ -79,9 +85,11 @@ def test_the_bits_of_a_query_do_not_depend_on_its_tile():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("where", ["keys", "values"])
+@pytest.mark.parametrize("where", ["keys", "values", "key_scales", "value_scales"])
 def test_nan_stays_in_its_sequence(where: str, dtype: str):
-    case = Case(replace(PLAIN, dtype=dtype), [5, 140, 9], [1, 1, 1])
+    """A NaN of a quantised position is in its scale."""
+    codes = "int8" if where.endswith("scales") else None
+    case = Case(replace(PLAIN, dtype=dtype, codes=codes), [5, 140, 9], [1, 1, 1])
     q, k, v, rows, positions = case.step()
     run = jax.jit(lambda *args: native_attention.decode(*args, case.shape.scoring))
     arguments = case.slots(rows, positions), case.decode_rows()
@@ -92,14 +100,34 @@ def test_nan_stays_in_its_sequence(where: str, dtype: str):
     np.testing.assert_array_equal(np.asarray(found, np.float32)[[0, 2]], np.asarray(whole, np.float32)[[0, 2]])
 
 
-def test_the_cache_is_written_in_place():
-    case = Case(PLAIN, [5, 9], [1, 1])
+@pytest.mark.parametrize("codes", [None, "fp8"])
+def test_the_cache_is_written_in_place(codes: str | None):
+    case = Case(replace(PLAIN, codes=codes), [5, 9], [1, 1])
     q, k, v, rows, positions = case.step()
     run = jax.jit(lambda *args: native_attention.decode(*args, case.shape.scoring), donate_argnums=3)
     made = jax.tree.map(jnp.copy, case.kv_cache)  # arrays made from NumPy cannot be donated
-    addresses = [array.unsafe_buffer_pointer() for array in made]
+    addresses = [array.unsafe_buffer_pointer() for array in jax.tree.leaves(made)]
     _, kv_cache = run(q, k, v, made, case.slots(rows, positions), case.decode_rows())
-    assert [array.unsafe_buffer_pointer() for array in kv_cache] == addresses
+    assert [array.unsafe_buffer_pointer() for array in jax.tree.leaves(kv_cache)] == addresses
+
+
+@pytest.mark.parametrize("codes", ["int8", "fp8"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_code_is_multiplied_as_its_value(codes: str, dtype: str):
+    """With one key, the output is its value: 256 columns with all codes but NaN."""
+    case = Case(replace(PLAIN, heads=1, kv_heads=1, dim=256, dtype=dtype, codes=codes), [1], [1])
+    every = np.arange(256, dtype=np.uint8)
+    every[[0x7F, 0xFF]] = 0
+    expected = every.view(np.int8 if codes == "int8" else ml_dtypes.float8_e4m3fn).astype(np.float32) / 2
+    every = every.view(case.kv_cache.keys.dtype)
+    values = case.kv_cache.values.at[case.tables[0, 0], 0, 0].set(every)
+    scales = case.kv_cache.value_scales.at[case.tables[0, 0], 0, 0].set(0.5)
+    keys = case.kv_cache.key_scales.at[case.tables[0, 0], 0, 0].set(1)
+    kv_cache = case.kv_cache._replace(values=values, value_scales=scales, key_scales=keys)
+    q, *_ = case.step()
+    step = case.decode_rows()._replace(starts=jnp.array([0]))
+    found, _ = native_attention.decode(q, None, None, kv_cache, None, step, case.shape.scoring)
+    np.testing.assert_array_equal(np.asarray(found[0, 0], np.float32), expected)
 
 
 def test_unsupported_cases_fall_back_to_xla():
@@ -108,7 +136,7 @@ def test_unsupported_cases_fall_back_to_xla():
     case.close(found, expected)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "int8"])
 def test_blocks_are_copied_in_place(dtype: str):
     blocks = np.arange(6 * 2 * P * 8).reshape(6, 2, P, 8).astype(jnp.dtype(dtype))
     sources, targets = np.array([1, 4, 0, 0], np.int32), np.array([2, 5, 6, 9], np.int32)

@@ -26,6 +26,7 @@ MORE_SHAPES = {
     "latent in two parts, sinks": Shape(heads=2, kv_heads=1, dim=40, value_dim=30, latent=True, sinks=True),
     "latent wider than the first part": Shape(heads=2, kv_heads=1, dim=40, value_dim=36, latent=True),
     "blocks of one": Shape(block=1, window=9),
+    "fp8 codes of keys in two parts": Shape(heads=2, kv_heads=1, dim=40, value_dim=20, codes="fp8"),
 }
 ALL = SHAPES | MORE_SHAPES
 NAMES = list(ALL)
@@ -98,12 +99,14 @@ def shapes(draw: st.DrawFn) -> Shape:
     """Draw a small attention layer."""
     kv_heads, group = draw(st.sampled_from([(1, 1), (1, 5), (2, 2), (3, 1), (1, 17)]))
     dim, latent = draw(st.sampled_from([4, 8, 16, 20, 40])), draw(st.booleans())
+    dtype = draw(st.sampled_from(["float32", "bfloat16", "float16"]))
     return Shape(
         heads=kv_heads * group,
         kv_heads=kv_heads,
         dim=dim,
         block=draw(st.sampled_from([1, 2, 3, 4, 8, 16, 32])),
-        dtype=draw(st.sampled_from(["float32", "bfloat16", "float16"])),
+        dtype=dtype,
+        codes=None if dtype == "float16" else draw(st.sampled_from([None, "int8", "fp8"])),
         latent=latent,
         window=draw(st.none() | st.integers(1, 60)),
         softcap=draw(st.none() | st.just(2.0)),

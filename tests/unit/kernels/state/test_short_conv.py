@@ -20,7 +20,7 @@ def alone(x: np.ndarray, past: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Process one sequence after its past inputs, in float64; return outputs and the last inputs."""
     whole = np.concatenate([past, x]).astype(np.float64)
     y = sum(whole[j : j + len(x)] * WEIGHT[:, j] for j in range(TAPS))
-    return y / (1 + np.exp(-y)), whole[len(x) :]
+    return y, whole[len(x) :]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -64,6 +64,17 @@ def test_targets_are_nvidia_gpus_from_ampere_on(
     assert kernels == (xla_attention if expected is None else TritonAttention(expected))
 
 
+def test_fp8_codes_need_a_gpu_that_converts_them(monkeypatch: pytest.MonkeyPatch):
+    for device, codes in ((Device(), "fp8"), (Device("cuda", "8.9"), "fp8_e4m3"), (Device("cuda", "8.0"), "int8")):
+        attention.check_cache("triton", codes, np.dtype(jnp.bfloat16), given(monkeypatch, device))
+    old = given(monkeypatch, Device("cuda", "8.0"))
+    with pytest.raises(ConfigError, match="kv_cache_dtype is 'fp8', which needs .* 8.9; this one has 8.0; use 'int8'"):
+        attention.check_cache("triton", "fp8", np.dtype(jnp.bfloat16), old)
+    attention.check_cache("xla", "fp8", np.dtype(jnp.bfloat16), old)
+    with pytest.raises(ConfigError, match="kv_cache_dtype must be auto, int8, fp8, fp8_e4m3, got 'int4'"):
+        attention.check_cache("xla", "int4", np.dtype(jnp.bfloat16), old)
+
+
 def test_triton_where_it_cannot_run_is_an_error(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ConfigError, match="NVIDIA GPU of compute capability 8.0 or more; 'auto' selects"):
         attention.choose("triton", make_mesh())
