@@ -32,7 +32,7 @@ ENGINE = {"deterministic": True, "max_model_len": 64, "max_num_seqs": 64}
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run does."""
+    """Settings of a run."""
 
     steps: int = 20
     questions: int = 8
@@ -42,7 +42,7 @@ class Settings:
     updates: int = 1
     """Updates of the weights by the samples of a step."""
     layers: int | None = None
-    """How many layers are trained, the last ones; None for all weights."""
+    """Number of layers to train, from the last one back; None for all weights."""
     rate: float = 1e-4
     """Learning rate of Adam."""
     clip: float = 0.2
@@ -72,7 +72,7 @@ class Batch(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What a step did."""
+    """Results of a step."""
 
     step: int
     reward: float

@@ -16,8 +16,8 @@
 #
 # In a model with cross-attention the decoder's tokens attend to the positions of an encoder. Their keys and values are
 # made once for each input, kept in blocks of the same cache, and shared: by the samples of a request, and by every
-# request with an equal input. Nobody writes them again, so they are never copied. The model here is a BART of two
-# layers with random weights: what it says means nothing, where its blocks lie does.
+# request with an equal input. They are never written again, so they are never copied. The model here is a BART of two
+# layers with random weights: its text is meaningless, and the example shows where its blocks lie.
 
 # %%
 import numpy as np

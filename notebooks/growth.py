@@ -61,8 +61,8 @@ print(f"reserving four times the room: {found['four_times_the_room_over_once']:.
 # %% [markdown]
 # ## Read off the compiled programs
 #
-# Whether the cache stayed in place is no matter of trust. The program says how many bytes of its results lie where its
-# arguments lay (aliased), and how many it makes anew.
+# Each compiled program states how many bytes of its results lie where its arguments lay (aliased), and how many it
+# allocates anew: a cache that stays in place is aliased.
 
 # %%
 print(f"{'MiB':14}{'aliased':>10}{'made anew':>12}{'temporary':>12}{'at the peak':>14}")

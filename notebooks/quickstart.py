@@ -36,7 +36,8 @@ for question, result in zip(questions, results):
     print(f"{question:35}{result.outputs[0].text.strip()}")
 
 # %% [markdown]
-# A result shows itself. Its metrics say when what happened, and what was found in the prefix cache.
+# A notebook shows a result as a table. Its metrics have the times of the request, and how much of the prompt was found
+# in the prefix cache.
 
 # %%
 results[0]
