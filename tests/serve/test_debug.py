@@ -21,7 +21,18 @@ def test_it_is_off_by_default(url):
     assert [httpx.get(url + path).status_code for path in ("/debug/cache", DATA)] == [404, 404]
 
 
-def test_it_shows_blocks_and_requests_while_they_run(llm, make_server):
+def test_it_shows_blocks_and_requests_while_they_run(llm, make_server, monkeypatch):
+    shown_running, step = threading.Event(), llm._engine.step
+
+    def wait_for_the_page() -> None:
+        """Leave a request where it is after its first token until the page has shown it."""
+        begun = any(sequence.made for request in llm._engine.requests.values() for sequence in request.sequences)
+        if begun and not shown_running.is_set():
+            time.sleep(0.005)
+        else:
+            step()
+
+    monkeypatch.setattr(llm._engine, "step", wait_for_the_page)
     with make_server(debug_cache=True) as url:
         assert llm._engine.recorder is None
         assert httpx.get(url + DATA).status_code == 200
@@ -31,9 +42,12 @@ def test_it_shows_blocks_and_requests_while_they_run(llm, make_server):
         seen, until = [], time.monotonic() + 60
         while threads[0].is_alive() and time.monotonic() < until:
             seen.append(httpx.get(url + DATA).json())
+            if seen[-1]["requests"]:
+                shown_running.set()
+        shown_running.set()
         threads[0].join()
-        time.sleep(0.3)
-        last = httpx.get(url + DATA).json()
+        while (last := httpx.get(url + DATA).json())["requests"] and time.monotonic() < until:
+            time.sleep(0.05)
     running = [one for shown in seen for one in shown["requests"]]
     assert {one["phase"] for one in running} & {"prefill", "decode"} and all(one["blocks"] > 0 for one in running)
     for shown in [*seen, last]:
