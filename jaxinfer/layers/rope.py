@@ -55,7 +55,8 @@ def cos_sin(config: RopeConfig, positions: jax.Array, rope_length: jax.Array) ->
             tokens, position + 1 for generated ones. Only dynamic and longrope use it.
 
     Returns:
-        cos [T, R/2] and sin [T, R/2], float32.
+        cos [T, R/2] and sin [T, R/2], float32. A barrier keeps XLA from fusing them into each layer, where they would
+        be computed again for each head, from positions whose address on a GPU changes with every step.
     """
     frequencies = rope_frequencies(config)
     inv_freq = jnp.asarray(frequencies.inv_freq)
@@ -70,7 +71,7 @@ def cos_sin(config: RopeConfig, positions: jax.Array, rope_length: jax.Array) ->
     if config.kind == "longrope" and (config.short_mscale, config.long_mscale) != (None, None):
         short, long = (scaling if own is None else own for own in (config.short_mscale, config.long_mscale))
         scaling = jnp.where(is_long, long, short)
-    return jnp.cos(angles) * scaling, jnp.sin(angles) * scaling
+    return jax.lax.optimization_barrier((jnp.cos(angles) * scaling, jnp.sin(angles) * scaling))
 
 
 def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

@@ -166,6 +166,7 @@ def test_a_step_is_one_command_buffer_without_a_loop(
     made = compiled(kind)
     assert "While" not in made.thunks and " while(" not in made.executable.as_text()
     assert made.command_buffers == 1 and len(made.launched_alone) == len(made.sampler.kernels) == 4
+    assert len(made.touching_new_addresses) == 3
     names = Counter(made.kernels)
     wanted = (decode,) if kind == DECODE else prefill
     assert {name: names[name] for name in (*prefill, decode)} == {

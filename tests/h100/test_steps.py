@@ -118,9 +118,11 @@ def check_in_place(compiled: Compiled) -> None:
 def check_command_buffers(compiled: Compiled) -> None:
     """Check that the logits are computed by one command buffer, and greedy tokens by 4 kernels.
 
-    XLA makes no command buffer of fewer than five kernels.
+    XLA makes no command buffer of fewer than five kernels. Whatever the number of layers, three kernels use addresses
+    that differ from step to step: those that read the packed inputs, write logits, and return sampling parameters.
     """
     assert compiled.command_buffers == 1 and len(compiled.launched_alone) == len(compiled.sampler.kernels) == 4
+    assert len(compiled.touching_new_addresses) == 3
 
 
 def test_a_decode_step_of_16_layers_updates_the_cache_in_place_in_little_memory():
@@ -158,15 +160,15 @@ def test_a_quantised_cache_is_updated_in_place_with_4_kernels_a_layer_more(kind:
 
 
 # A layer of decode: GEMM of qkv, rope, attend, combine, GEMM, residual, norm, GEMM of gate and up, activation, GEMM,
-# residual and norm. Prefill has no combine, and its second residual is apart. Beside the layers the work items, the
-# embedding, the head and the sampler.
+# residual and norm. Prefill has no combine, and its second residual is apart. Beside the layers the inputs, angles, the
+# work items, the embedding, the head and the sampler.
 @pytest.mark.parametrize(("kind", "layers"), [("decode", 16), ("prefill", 2)])
 def test_a_step_is_one_command_buffer_of_11_kernels_a_layer(kind: str, layers: int):
     compiled = step(kind, layers)
     check_command_buffers(compiled)
     names = Counter(compiled.kernels)
     assert names["attend"] == layers and names["combine"] == (layers if kind == "decode" else 0)
-    assert len(compiled.kernels) <= 11 * layers + 16
+    assert len(compiled.kernels) <= 11 * layers + 18
 
 
 @pytest.mark.parametrize(

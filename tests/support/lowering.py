@@ -168,6 +168,15 @@ class Compiled:
         return [copy for text in self.texts for copy in large_copies(text, self.array_elements)]
 
     @property
+    def touching_new_addresses(self) -> list[str]:
+        """Return the kernels of the first program whose operands or results lie elsewhere at each call.
+
+        These are the step's packed inputs, its last argument, and results that alias no argument. XLA updates the
+        nodes of a CUDA graph that use such an address, before it launches the graph, and leaves the others alone.
+        """
+        return touching_new_addresses(self.texts[0])
+
+    @property
     def collectives(self) -> Counter[str]:
         """How often each kind occurs in the step."""
         return sum(map(collectives, self.texts), Counter())
@@ -176,6 +185,27 @@ class Compiled:
 def collectives(program: str) -> Counter[str]:
     """How often each kind occurs in a program's text."""
     return Counter(_COLLECTIVE.findall(program))
+
+
+def touching_new_addresses(program: str) -> list[str]:
+    """Return the instructions of a program's entry that read its last parameter or write results of their own."""
+    text = re.sub(r"/\*index=\d+\*/", "", program)
+    aliased = {int(index) for index in re.findall(r"\{(\d+)\}: \(\d+,", text[: text.index("\n")])}
+    entry = _INSTRUCTION.findall(text[text.index("\nENTRY") :])
+    operands = {name: re.findall(r"%([\w.-]+)", rest.split(")")[0]) for name, _, _, rest in entry}
+    views = {name for name, _, op, _ in entry if op in ("bitcast", "get-tuple-element")}
+    numbers = {name: int(rest.split(")")[0]) for name, _, op, rest in entry if op == "parameter"}
+    new, found = {max(numbers, key=numbers.__getitem__)}, []
+    for name, _, op, _ in entry:
+        if not new.isdisjoint(operands[name]):
+            (new.add if name in views else found.append)(name)
+    *_, (root, _, op, _) = entry
+    for index, name in enumerate(operands[root] if op == "tuple" else [root]):
+        while name in views:
+            [name] = operands[name]
+        if index not in aliased and name not in numbers:
+            found.append(name)
+    return sorted(set(found) - {root})
 
 
 def large_copies(program: str, elements: int) -> list[str]:

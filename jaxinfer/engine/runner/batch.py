@@ -160,12 +160,18 @@ class StepShapes(Protocol):
 
 
 def pack(bucket: StepShapes, parts: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Pack the parts of a bucket into one int32 vector."""
-    return np.concatenate([np.asarray(parts[name], np.int32).ravel() for name in bucket.shapes])
+    """Pack the parts of a bucket into one int32 vector, which is reversed (see `unpack`)."""
+    packed = np.concatenate([np.asarray(parts[name], np.int32).ravel() for name in bucket.shapes])
+    return np.ascontiguousarray(packed[::-1])
 
 
 def unpack(bucket: StepShapes, packed: jax.Array) -> dict[str, jax.Array]:
-    """Unpack a vector into its parts; the inverse of `pack`. Under jit the slices cost nothing."""
+    """Unpack a vector into its parts; the inverse of `pack`.
+
+    A GPU receives the vector at another address in each step, and every kernel of a CUDA graph that reads it must be
+    updated before the launch. The reversal is a kernel that XLA cannot leave out, so it is the only one.
+    """
+    packed = jax.lax.optimization_barrier(packed[::-1])
     parts, start = {}, 0
     for name, shape in bucket.shapes.items():
         size = math.prod(shape)
