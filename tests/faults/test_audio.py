@@ -13,6 +13,7 @@ from faults.conftest import assert_idle
 from scipy.io import wavfile
 from serve.conftest import MODEL, serving
 from support import checkpoint, whisper
+from support.stepping import PATIENCE, Held
 from support.whisper import RATE, sound, write_folder
 
 from jaxinfer import LLM, AsyncLLM, SamplingParams, Transcript
@@ -280,10 +281,11 @@ def test_a_form_that_is_none_is_refused(server):
         ({"content-type": "multipart/form-data"}, b"x", "not a valid multipart form"),
         ({"content-type": "multipart/form-data; boundary=b"}, b"x", "not a valid multipart form"),
     ):
-        answer = httpx.post(url, headers=headers, content=content)
+        answer = httpx.post(url, headers=headers, content=content, timeout=PATIENCE)
         assert answer.status_code == 400 and words in answer.json()["error"]["message"]
-    assert httpx.post(url, files={"other": ("a.wav", b"")}).json()["error"]["param"] == "other"
-    assert httpx.post(url, data={"model": MODEL}, files={}).status_code == 400
+    answer = httpx.post(url, files={"other": ("a.wav", b"")}, timeout=PATIENCE)
+    assert answer.json()["error"]["param"] == "other"
+    assert httpx.post(url, data={"model": MODEL}, files={}, timeout=PATIENCE).status_code == 400
 
 
 def test_a_cancelled_transcription_is_aborted(shared_llm):
@@ -298,5 +300,7 @@ def test_a_cancelled_transcription_is_aborted(shared_llm):
         while shared_llm._engine.requests:
             await asyncio.sleep(0.005)
 
-    asyncio.run(asyncio.wait_for(run(), 60))
+    engine = shared_llm._engine
+    with Held(engine, until=lambda: not engine.requests):
+        asyncio.run(asyncio.wait_for(run(), PATIENCE))
     assert_idle(shared_llm)

@@ -4,12 +4,15 @@ import asyncio
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import jax
 import pytest
 from support import checkpoint
+from support.compiling import Gate, is_prefill
+from support.stepping import PATIENCE, Held, begun, wait_until
 
 from jaxinfer import LLM, AsyncLLM, RequestOutputKind, SamplingParams
 from jaxinfer.loading import weights
@@ -48,7 +51,7 @@ def ids(output: Any) -> list[int]:
 
 
 class Caller(threading.Thread):
-    """Generates on a thread of its own, and is seen to wait."""
+    """Generates on a thread of its own."""
 
     def __init__(self, llm: LLM, *prompts: list[int]):
         super().__init__(daemon=True)
@@ -58,86 +61,82 @@ class Caller(threading.Thread):
     def run(self) -> None:
         self.made = self.llm.generate(list(self.prompts), GREEDY, use_tqdm=False)
 
-    def wait_until_running(self) -> "Caller":
-        """Return once all of its requests have made some tokens, but by far not all."""
-        engine = self.llm._engine
-        while True:
-            made = self.llm._thread.run(lambda: [s.made for r in engine.requests.values() for s in r.sequences])
-            if len(made) == len(self.prompts) and min(made) > 2:
-                return self
-            assert self.is_alive(), "too fast to be paused"
-            time.sleep(0.001)
-
     def output(self) -> list[Any]:
-        self.join(60)
+        self.join(PATIENCE)
         assert not self.is_alive()
         return self.made
 
 
-@pytest.fixture
-def slowly(llm, monkeypatch) -> None:
-    """Steps of at least 20 ms, so that a pause meets requests half way."""
-    step = llm._engine.step
-
-    def slow() -> None:
-        time.sleep(0.02)
-        step()
-
-    monkeypatch.setattr(llm._engine, "step", slow)
+def made(llm: LLM) -> list[int]:
+    """Number of tokens of each sequence."""
+    return llm._thread.run(_made, llm._engine)
 
 
-def test_a_paused_request_continues_where_it_was(llm, slowly):
+def _made(engine: Any) -> list[int]:
+    return [sequence.made for request in engine.requests.values() for sequence in request.sequences]
+
+
+@contextmanager
+def half_way(llm: LLM, *prompts: list[int]) -> Iterator[Caller]:
+    """A call of which each request has some tokens, and gets no more until the context is left."""
+    with Held(llm._engine, lambda: min(_made(llm._engine), default=0) > 2) as steps:
+        caller = Caller(llm, *prompts)
+        steps.wait(caller.is_alive)
+        yield caller
+
+
+def test_a_paused_request_continues_where_it_was(llm):
     expected = [ids(output) for output in llm.generate([PROMPT, LATER], GREEDY)]
-    caller = Caller(llm, PROMPT, LATER).wait_until_running()
-    llm.pause()
+    with half_way(llm, PROMPT, LATER) as caller:
+        llm.pause()
     llm.pause("keep")  # as it is
-    done = llm._thread.run(lambda: [s.made for r in llm._engine.requests.values() for s in r.sequences])
+    done = made(llm)
     late = Caller(llm, LATER)
+    wait_until(lambda: len(llm._engine.requests) == 3, late.is_alive)
     time.sleep(0.2)
     assert caller.is_alive() and late.is_alive()
-    kept = llm._thread.run(lambda: [s.made for r in llm._engine.requests.values() for s in r.sequences])
-    assert kept == [*done, 0], "nothing was computed, and what arrived waits"
+    assert made(llm) == [*done, 0], "nothing was computed, and what arrived waits"
     llm.resume()
     assert [ids(output) for output in caller.output()] == expected
     assert ids(late.output()[0]) == expected[1]
 
 
-def test_a_pause_lets_a_step_start_that_waits_for_its_programs(llm, make_llm):
+def test_a_pause_lets_a_step_start_that_waits_for_its_programs(llm, monkeypatch):
     """It is planned, so it must run before weights may change."""
-    [expected] = llm.generate([PROMPT], GREEDY)
-    with make_llm() as own:
-        caller = Caller(own, PROMPT)
-        while not own._engine.is_held:
-            assert caller.is_alive()
-        own.pause()
-        assert own._engine.control.paused and not own._engine.is_held
-        made = own._thread.run(lambda: [s.made for r in own._engine.requests.values() for s in r.sequences])
-        assert made == [1] and caller.is_alive()
-        own.resume()
-        assert ids(caller.output()[0]) == ids(expected)
+    [expected], engine = llm.generate([PROMPT], GREEDY), llm._engine
+    gate = Gate(engine.runner.programs, is_prefill)
+    monkeypatch.setattr(engine.runner, "programs", gate)
+    caller = Caller(llm, PROMPT)
+    wait_until(lambda: engine.is_held, caller.is_alive)
+    pausing = threading.Thread(target=llm.pause)
+    pausing.start()
+    wait_until(lambda: engine.control.pausing, pausing.is_alive)
+    llm._thread.run(lambda: None)  # behind what `pause` queues first
+    assert engine.is_held and not engine.control.paused
+    gate.release()
+    pausing.join(PATIENCE)
+    assert engine.control.paused and not engine.is_held
+    assert made(llm) == [1] and caller.is_alive()
+    llm.resume()
+    assert ids(caller.output()[0]) == ids(expected)
 
 
-def test_pause_aborts_or_waits_if_asked(llm, slowly):
-    [expected] = llm.generate([PROMPT], GREEDY)
-    caller = Caller(llm, PROMPT).wait_until_running()
-    llm.pause("abort")
+def test_pause_aborts_or_waits_if_asked(llm):
+    [expected], engine = llm.generate([PROMPT], GREEDY), llm._engine
+    with half_way(llm, PROMPT) as caller:
+        llm.pause("abort")
     [output] = caller.output()
     assert output.outputs[0].finish_reason == "abort" and ids(output) == ids(expected)[: len(ids(output))]
     llm.resume()
-    caller, late = Caller(llm, PROMPT).wait_until_running(), None
-
-    def add() -> None:
-        nonlocal late
-        time.sleep(0.05)
+    with half_way(llm, PROMPT) as caller:
+        pausing = threading.Thread(target=llm.pause, args=("wait",))
+        pausing.start()
+        wait_until(lambda: engine.scheduler.waiting.last_arrival is not None, pausing.is_alive)
         late = Caller(llm, LATER)
-
-    adding = threading.Thread(target=add)
-    adding.start()
-    llm.pause("wait")
-    adding.join()
+        wait_until(lambda: len(engine.requests) == 2, late.is_alive)
+    pausing.join(PATIENCE)
     assert ids(caller.output()[0]) == ids(expected)
-    time.sleep(0.1)
-    assert late.is_alive(), "it came after the pause had begun"
+    assert made(llm) == [0] and late.is_alive(), "it came after the pause had begun"
     llm.resume()
     assert len(ids(late.output()[0])) == LENGTH
     llm.pause("wait")  # with nothing to wait for
@@ -145,14 +144,14 @@ def test_pause_aborts_or_waits_if_asked(llm, slowly):
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_weights_are_replaced_under_a_paused_request(llm, other, slowly, recompute):
+def test_weights_are_replaced_under_a_paused_request(llm, other, recompute):
     """Its tokens say which weights made them, and nobody finds its old cache."""
     old = llm.weight_version
     [before] = llm.generate([PROMPT], GREEDY)
     assert before.outputs[0].weight_segments == (WeightSegment(old, 0, LENGTH),)
     llm.reset_prefix_cache()
-    caller = Caller(llm, PROMPT).wait_until_running()
-    llm.pause()
+    with half_way(llm, PROMPT) as caller:
+        llm.pause()
     assert llm.update_weights(other).version == llm.weight_version == old + 1
     llm.resume(recompute=recompute)
     [output] = caller.output()
@@ -171,12 +170,12 @@ def test_weights_are_replaced_under_a_paused_request(llm, other, slowly, recompu
     assert ids(again) == ids(after) != ids(before)
 
 
-def test_a_prompt_that_is_not_computed_yet_starts_over(llm, other, slowly):
+def test_a_prompt_that_is_not_computed_yet_starts_over(llm, other):
     long = [5 + i for i in range(100)]  # four chunks
-    caller = Caller(llm, long)
-    while llm._thread.run(lambda: [s.computed for s in llm._engine.scheduler.rows.active]) in ([], [0]):
-        assert caller.is_alive()
-    llm.pause()
+    with Held(llm._engine, lambda: any(s.computed for s in llm._engine.scheduler.rows.active)) as steps:
+        caller = Caller(llm, long)
+        steps.wait(caller.is_alive)
+        llm.pause()
     [computed] = llm._thread.run(lambda: [s.computed for s in llm._engine.scheduler.rows.active])
     assert 0 < computed < len(long)
     version = llm.update_weights(other).version
@@ -217,7 +216,7 @@ def test_sleep_frees_the_cache_and_the_weights_and_keeps_programs(llm):
     assert len(llm._engine.runner.compile_seconds) == compiled
 
 
-def test_what_cannot_be_is_refused_and_the_engine_serves_on(llm, other, slowly):
+def test_what_cannot_be_is_refused_and_the_engine_serves_on(llm, other):
     [expected] = llm.generate([PROMPT], GREEDY)
     for call, error, message in [
         (llm.resume, RuntimeError, "resume: the engine is not paused"),
@@ -228,12 +227,12 @@ def test_what_cannot_be_is_refused_and_the_engine_serves_on(llm, other, slowly):
     ]:
         with pytest.raises(error, match=message):
             call()
-    caller = Caller(llm, PROMPT).wait_until_running()
-    with pytest.raises(RuntimeError, match=r"sleep while 1 request\(s\) are running or paused"):
-        llm.sleep()
-    with pytest.raises(RuntimeError, match="update_weights while requests are running; pause"):
-        llm.update_weights(other)
-    llm.pause()
+    with half_way(llm, PROMPT) as caller:
+        with pytest.raises(RuntimeError, match=r"sleep while 1 request\(s\) are running or paused"):
+            llm.sleep()
+        with pytest.raises(RuntimeError, match="update_weights while requests are running; pause"):
+            llm.update_weights(other)
+        llm.pause()
     with pytest.raises(RuntimeError, match=r"sleep while 1 request\(s\)"):
         llm.sleep()
     llm.resume()
@@ -270,19 +269,21 @@ def test_async_streams_keep_their_place_over_an_update(llm, other):
     llm.reset_prefix_cache()
     version = llm.weight_version
 
-    async def main() -> Any:
+    async def main(steps: Held) -> Any:
         own = AsyncLLM.of(llm)
         last, params = None, replace(GREEDY, output_kind=RequestOutputKind.CUMULATIVE)
         async for output in own.generate(PROMPT, params):
             last = output
             if own.weight_version == version:
                 await own.pause()
+                steps.release()
                 report = await own.update_weights(other)
                 assert report.version == own.weight_version
                 assert report.checksum != await own.weights_checksum(), "of paths, and of names"
                 await own.resume()
         return last
 
-    last = asyncio.run(main())
+    with Held(llm._engine, lambda: begun(llm._engine)) as steps:
+        last = asyncio.run(main(steps))
     first, second = last.outputs[0].weight_segments
     assert ids(last)[: first.stop] == expected[: first.stop] and second.stop == LENGTH

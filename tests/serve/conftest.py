@@ -1,6 +1,7 @@
 """A server in this process, on a port of its own, over a tiny checkpoint."""
 
 import asyncio
+import inspect
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,11 +10,23 @@ from typing import Any
 import pytest
 from faults.conftest import SETTINGS, assert_idle
 from support import checkpoint
+from support.stepping import PATIENCE
 
 from jaxinfer import LLM, AsyncLLM, SamplingParams
 
 MODEL = "tiny"
 CHAT = [{"role": "user", "content": "hello cat"}]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _patient() -> Iterator[None]:
+    """Let httpx wait longer than its 5 seconds, within which a busy machine may not compile a step."""
+    httpx = pytest.importorskip("httpx")
+    limits = inspect.signature(httpx.get).parameters["timeout"].default  # the same object in all of its functions
+    with pytest.MonkeyPatch.context() as patch:
+        for name in limits.as_dict():
+            patch.setattr(limits, name, PATIENCE)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,8 @@ from support import checkpoint
 from jaxinfer import LLM, SamplingParams
 from jaxinfer.serve.cli import _adapters
 
+pytestmark = pytest.mark.xdist_group("serve")
+
 CHAT = [{"role": "user", "content": "hello cat"}]
 ASKED = {"temperature": 0, "max_tokens": 8}
 

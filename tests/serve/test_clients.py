@@ -1,9 +1,10 @@
 """Clients that go away or do not read: their requests end, the engine has nothing left, and others go on."""
 
+import json
 import socket
-import time
 
 import pytest
+from support.stepping import Held, begun, wait_until
 
 pytest.importorskip("uvicorn")
 httpx = pytest.importorskip("httpx")
@@ -21,27 +22,33 @@ def gauges(url: str) -> tuple[float, float]:
 
 def wait_until_idle(url: str) -> None:
     """Poll the metrics until nothing runs and no block is held."""
-    ends = time.monotonic() + 20
-    while gauges(url) != (0, 0):
-        assert time.monotonic() < ends, gauges(url)
+    wait_until(lambda: gauges(url) == (0, 0))
 
 
 def made(llm) -> int:
     return llm._engine.metrics.counters["generation_tokens"]
 
 
+def post(url: str, **fields) -> socket.socket:
+    """Ask for a long completion on a connection of its own."""
+    host, port = url.removeprefix("http://").split(":")
+    body = json.dumps(LONG | fields)
+    connection = socket.create_connection((host, int(port)))
+    connection.sendall(
+        f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n{body}".encode()
+    )
+    return connection
+
+
 @pytest.mark.parametrize("streamed", [True, False])
-def test_a_client_that_hangs_up(url, llm, streamed, monkeypatch):
-    before, step = made(llm), llm._engine.step
-    monkeypatch.setattr(llm._engine, "step", lambda: (time.sleep(0.01), step()))  # a second for all tokens
-    with httpx.Client(timeout=60) as client:
-        if streamed:
-            with client.stream("POST", f"{url}/v1/completions", json=LONG | {"stream": True}) as response:
-                next(response.iter_bytes())
-        else:
-            with pytest.raises(httpx.ReadTimeout):
-                client.post(f"{url}/v1/completions", json=LONG, timeout=0.2)
-    wait_until_idle(url)
+def test_a_client_that_hangs_up(url, llm, streamed):
+    before, engine = made(llm), llm._engine
+    with Held(engine, lambda: begun(engine), until=lambda: not engine.requests) as steps:
+        with post(url, stream=streamed) as connection:
+            steps.wait()
+            if streamed:
+                assert connection.recv(1)
+        wait_until_idle(url)
     assert made(llm) - before < 100
 
 
@@ -50,14 +57,9 @@ def test_a_client_that_never_reads(make_server, llm, monkeypatch):
     from jaxinfer.serve import completions
 
     monkeypatch.setattr(completions, "event", lambda data: b"data: " + b"x" * (1 << 20) + b"\n\n")
-    body = b'{"prompt": [5, 6, 7], "max_tokens": 100, "ignore_eos": true, "temperature": 0, "stream": true}'
-    with make_server(write_timeout=0.3) as url:
-        host, port = url.removeprefix("http://").split(":")
-        with socket.create_connection((host, int(port))) as silent:
-            head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
-            silent.sendall(head.encode() + body)
-            assert httpx.post(f"{url}/v1/completions", json=LONG).status_code == 200
-            wait_until_idle(url)
+    with make_server(write_timeout=0.3) as url, post(url, stream=True):
+        assert httpx.post(f"{url}/v1/completions", json=LONG).status_code == 200
+        wait_until_idle(url)
 
 
 def test_stopping_the_server_ends_streams(make_server, llm):

@@ -3,11 +3,11 @@
 import json
 import re
 import threading
-import time
 from importlib.resources import files
 
 import pytest
 from serve.conftest import MODEL
+from support.stepping import Held, begun, wait_until
 
 pytest.importorskip("uvicorn")
 httpx = pytest.importorskip("httpx")
@@ -21,35 +21,28 @@ def test_it_is_off_by_default(url):
     assert [httpx.get(url + path).status_code for path in ("/debug/cache", DATA)] == [404, 404]
 
 
-def test_it_shows_blocks_and_requests_while_they_run(llm, make_server, monkeypatch):
-    shown_running, step = threading.Event(), llm._engine.step
+def running(shown: dict) -> list[dict]:
+    """Requests on the page that do not wait."""
+    return [one for one in shown["requests"] if one["phase"] in ("prefill", "decode")]
 
-    def wait_for_the_page() -> None:
-        """Leave a request where it is after its first token until the page has shown it."""
-        begun = any(sequence.made for request in llm._engine.requests.values() for sequence in request.sequences)
-        if begun and not shown_running.is_set():
-            time.sleep(0.005)
-        else:
-            step()
 
-    monkeypatch.setattr(llm._engine, "step", wait_for_the_page)
-    with make_server(debug_cache=True) as url:
-        assert llm._engine.recorder is None
+def test_it_shows_blocks_and_requests_while_they_run(llm, make_server):
+    """They stay where they are after the first token until the page has shown them."""
+    seen, engine = [], llm._engine
+    with make_server(debug_cache=True) as url, Held(engine, lambda: begun(engine)) as steps:
+        assert engine.recorder is None
         assert httpx.get(url + DATA).status_code == 200
-        assert llm._engine.recorder is not None, "a first look starts the recording"
-        threads = [threading.Thread(target=httpx.post, args=(url + "/v1/completions",), kwargs=dict(json=PROMPT))]
-        threads[0].start()
-        seen, until = [], time.monotonic() + 60
-        while threads[0].is_alive() and time.monotonic() < until:
+        assert engine.recorder is not None, "a first look starts the recording"
+        asking = threading.Thread(target=httpx.post, args=(url + "/v1/completions",), kwargs=dict(json=PROMPT))
+        asking.start()
+        while asking.is_alive():
             seen.append(httpx.get(url + DATA).json())
-            if seen[-1]["requests"]:
-                shown_running.set()
-        shown_running.set()
-        threads[0].join()
-        while (last := httpx.get(url + DATA).json())["requests"] and time.monotonic() < until:
-            time.sleep(0.05)
-    running = [one for shown in seen for one in shown["requests"]]
-    assert {one["phase"] for one in running} & {"prefill", "decode"} and all(one["blocks"] > 0 for one in running)
+            if running(seen[-1]):
+                steps.release()
+        wait_until(lambda: not httpx.get(url + DATA).json()["requests"])
+        last = httpx.get(url + DATA).json()
+    shown_running = [one for shown in seen for one in running(shown)]
+    assert shown_running and all(one["blocks"] > 0 for one in shown_running)
     for shown in [*seen, last]:
         assert sum(n for _, n in shown["codes"]) == shown["num_blocks"] == sum(shown["counts"].values())
         assert all(sum(n for _, n in step["codes"]) == shown["shown_blocks"] for step in shown["steps"])
@@ -60,13 +53,11 @@ def test_it_shows_blocks_and_requests_while_they_run(llm, make_server, monkeypat
 
 
 def test_the_recording_ends_when_nobody_looks(llm, make_server, monkeypatch):
-    monkeypatch.setattr("jaxinfer.serve.debug.UNWATCHED", 0.2)
     with make_server(debug_cache=True) as url:
-        httpx.get(url + DATA)
-        until = time.monotonic() + 20
-        while llm._engine.recorder is not None and time.monotonic() < until:
-            time.sleep(0.05)
-        assert llm._engine.recorder is None
+        with monkeypatch.context() as patch:
+            patch.setattr("jaxinfer.serve.debug.UNWATCHED", 0.2)
+            httpx.get(url + DATA)
+            wait_until(lambda: llm._engine.recorder is None)
         assert httpx.get(url + DATA).status_code == 200 and llm._engine.recorder is not None
 
 
