@@ -5,6 +5,7 @@ from contextlib import aclosing
 
 import pytest
 from faults.conftest import settle
+from support.stepping import Held, begun
 
 from jaxinfer import AsyncLLM, RequestOutputKind, SamplingParams
 from jaxinfer.errors import EngineClosedError, EngineDeadError
@@ -97,7 +98,7 @@ def test_a_consumer_that_goes_aborts_its_request(llm, async_llm, ending):
     async def run():
         if ending == "cancel":
             task = asyncio.create_task(consume())
-            while not llm._engine.requests:
+            while not llm._engine.requests and not task.done():
                 await asyncio.sleep(0)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
@@ -119,9 +120,10 @@ def test_a_consumer_that_goes_aborts_its_request(llm, async_llm, ending):
             await anext(stream)
             del stream
 
-    kept, made = [], llm._engine.metrics.counters["generation_tokens"]
-    asyncio.run(run())
-    settle(llm)
+    kept, made, engine = [], llm._engine.metrics.counters["generation_tokens"], llm._engine
+    with Held(engine, lambda: begun(engine), until=lambda: not engine.requests):
+        asyncio.run(run())
+        settle(llm)
     assert not llm._engine.requests
     while async_llm._hubs[async_llm._llm._replicas[0]].streams:  # the stream is told after one more step
         settle(llm)
@@ -136,7 +138,9 @@ def test_abort_by_id_and_an_id_in_use(llm, async_llm):
         await async_llm.abort(["one", "unknown"])
         return [output async for output in stream][-1]
 
-    assert asyncio.run(run()).outputs[0].finish_reason == "abort"
+    engine = llm._engine
+    with Held(engine, until=lambda: not engine.requests):
+        assert asyncio.run(run()).outputs[0].finish_reason == "abort"
 
 
 @pytest.mark.parametrize("prompt", ["", [999], None, ["a", "b"]])
@@ -162,9 +166,10 @@ def test_a_dead_engine_raises_in_each_stream(llm, async_llm, host, monkeypatch):
         raise RuntimeError("device lost")
 
     async def run():
-        streams = [await async_llm.add_request(IDS, LONG) for _ in range(3)]
-        monkeypatch.setattr(engine.runner, "run", fail)
-        monkeypatch.setattr(engine.runner, "reset", fail)
+        with Held(engine):
+            streams = [await async_llm.add_request(IDS, LONG) for _ in range(3)]
+            monkeypatch.setattr(engine.runner, "run", fail)
+            monkeypatch.setattr(engine.runner, "reset", fail)
         found = await asyncio.gather(*map(joined, streams), return_exceptions=True)
         with pytest.raises(EngineDeadError, match="device lost"):
             await async_llm.add_request(IDS, LONG)
@@ -178,8 +183,10 @@ def test_a_dead_engine_raises_in_each_stream(llm, async_llm, host, monkeypatch):
 
 def test_closing_ends_every_stream(make_llm):
     async def run():
-        async with AsyncLLM.of(make_llm()) as llm:
-            stream = await llm.add_request(IDS, LONG)
+        own = make_llm()
+        with Held(own._engine):
+            async with AsyncLLM.of(own) as llm:
+                stream = await llm.add_request(IDS, LONG)
         with pytest.raises(EngineClosedError):
             await joined(stream)
         with pytest.raises(EngineClosedError):

@@ -79,7 +79,7 @@ def test_a_closed_llm_has_given_back_weights_and_cache(make_llm, unfrozen, monke
     gc.disable()
     try:
         llm.close()
-        assert len(jax.live_arrays()) == before
+        assert len(jax.live_arrays()) <= before  # fewer, if another test's threads end meanwhile
     finally:
         gc.enable()
 

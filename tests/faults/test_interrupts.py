@@ -91,7 +91,7 @@ def test_a_neighbour_of_an_interrupted_call_goes_on(llm):
                 stream(llm)
         except KeyboardInterrupt:
             pass
-    neighbour.join(60)
+    neighbour.join(120)
     assert found == [expected] * 20
 
 
@@ -122,12 +122,12 @@ def test_a_stream_in_a_cycle_that_is_collected_within_a_step(llm, monkeypatch):
 def test_an_interrupt_does_not_wait_for_a_step(llm, monkeypatch):
     run = llm._engine.runner.run
     monkeypatch.setattr(llm._engine.runner, "run", lambda *args: (time.sleep(0.5), run(*args))[1])
-    start = time.perf_counter()
+    start = time.perf_counter()  # all 60 steps would take 30 seconds
     with pytest.raises(KeyboardInterrupt), Interrupts(400):
         llm.generate([IDS], LONG, use_tqdm=False)
     taken = time.perf_counter() - start
     monkeypatch.undo()
-    assert taken < 3
+    assert taken < 15
     settle(llm)
 
 

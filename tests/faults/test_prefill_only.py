@@ -5,6 +5,7 @@ import threading
 
 import numpy as np
 import pytest
+from support.stepping import wait_until
 
 from jaxinfer import AsyncLLM, SamplingParams, Steering
 from jaxinfer.engine.recovery import RETRIES
@@ -102,10 +103,11 @@ def test_a_pause_holds_them(llm):
     llm.pause()
     thread = threading.Thread(target=lambda: found.extend(llm.embed([IDS], use_tqdm=False)))
     thread.start()
+    wait_until(lambda: llm._engine.requests, thread.is_alive)
     thread.join(0.3)
     assert thread.is_alive() and not found
     llm.resume()
-    thread.join(60)
+    thread.join(120)
     np.testing.assert_allclose(found[0].embedding, expected, atol=1e-5)
 
 

@@ -107,10 +107,12 @@ def test_async_requests_go_to_both(llm, one):
     async def run() -> list[Any]:
         shared = AsyncLLM.of(llm)
         assert shared.num_waiting == 0
+        llm.pause()  # or the first may have ended before the last is queued
         streams = [await shared.add_request(p, LONG, request_id=f"r{i}") for i, p in enumerate(PROMPTS)]
         assert sorted(len(replica.engine.requests) for replica in llm._replicas) == [3, 4]
         with pytest.raises(ValueError, match="request id 'r1' is in use"):
             await shared.add_request(PROMPTS[0], LONG, request_id="r1")
+        llm.resume()
         return [[token async for output in one for token in output.outputs[0].token_ids] for one in streams]
 
     assert asyncio.run(run()) == [output.outputs[0].token_ids for output in one.generate(PROMPTS, LONG, use_tqdm=False)]
