@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
+from support import scripts  # noqa: F401, the folder of `tuning`
 from support.lowering import FALLBACK
 
 

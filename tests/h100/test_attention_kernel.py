@@ -1,26 +1,24 @@
 """The attention kernel compiled for an H100: tensor cores, wide loads, nothing spilled, and what fits beside it."""
 
 import re
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
-from support.ptx import compiled_kernels, spilled
+from support.ptx import assemble, compiled_kernels
 
-from jaxinfer.kernels.attention import triton_attention
 from jaxinfer.kernels.attention.paged import DecodeRows, KVCache, PrefillTiles, Scoring, Slots
 from jaxinfer.kernels.attention.quantised_cache import SCALE, format_of
 from jaxinfer.kernels.attention.triton_attention import TritonAttention
-from jaxinfer.kernels.triton import triton_tiles
+from jaxinfer.kernels.triton import triton_tiles, tuned
 from jaxinfer.kernels.triton.triton_launch import Target
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.xdist_group("h100")
 
 H100 = Target(90, 132)
-SHARED = 227 << 10
-"""Bytes of shared memory of one multiprocessor."""
+SHARED, REGISTERS = 227 << 10, 65536
+"""Bytes of shared memory, and registers, of one multiprocessor."""
 BLOCK, BLOCKS, WIDTH = 16, 4096, 256
 # heads, kv heads, key width, value width (None: the keys' columns), dtype, scoring, sinks; and the format of a
 # quantised cache
@@ -70,15 +68,17 @@ def trace(name: str, kind: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["decode", "prefill"])
 @pytest.mark.parametrize("name", LAYERS)
-def test_the_kernel_suits_the_device(tmp_path: Path, name: str, kind: str):
-    with compiled_kernels() as made:
+def test_the_kernel_suits_the_device(name: str, kind: str):
+    with compiled_kernels() as made, tuned.watching() as calls:
         trace(name, kind)
     attend = made[0]
+    [tiles] = calls.estimated.values()
     assert [kernel.name for kernel in made] == ["attend", "combine"][: 2 if kind == "decode" else 1]
-    at_a_time = triton_attention.SLOTS_A_CORE if kind == "decode" else 1
+    at_a_time = tiles.decode_programs if kind == "decode" else 1
     assert attend.shared_bytes * at_a_time <= SHARED
-    for kernel in made:
-        assert spilled(kernel.ptx, tmp_path) == 0
+    found = [assemble(kernel.ptx) for kernel in made]
+    assert not any(one.spilled for one in found)
+    assert found[0].registers * attend.threads * at_a_time <= REGISTERS
     # Keys and values come in 16 bytes at a time, asynchronously; codes of latents, which are keys and values, are
     # widened in registers before.
     if name == "latent, fp8 codes":

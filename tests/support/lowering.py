@@ -196,11 +196,11 @@ def touching_new_addresses(program: str) -> list[str]:
     views = {name for name, _, op, _ in entry if op in ("bitcast", "get-tuple-element")}
     numbers = {name: int(rest.split(")")[0]) for name, _, op, rest in entry if op == "parameter"}
     new, found = {max(numbers, key=numbers.__getitem__)}, []
-    for name, _, op, _ in entry:
+    for name in operands:
         if not new.isdisjoint(operands[name]):
             (new.add if name in views else found.append)(name)
-    *_, (root, _, op, _) = entry
-    for index, name in enumerate(operands[root] if op == "tuple" else [root]):
+    root, _, operation, _ = entry[-1]
+    for index, name in enumerate(operands[root] if operation == "tuple" else [root]):
         while name in views:
             [name] = operands[name]
         if index not in aliased and name not in numbers:

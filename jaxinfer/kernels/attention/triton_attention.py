@@ -17,13 +17,11 @@ import jax.numpy as jnp
 
 from jaxinfer.kernels.attention.paged import DecodeRows, KVCache, PrefillTiles, Scoring, Slots
 from jaxinfer.kernels.attention.quantised_cache import FP8, quantise
-from jaxinfer.kernels.triton import triton_launch
+from jaxinfer.kernels.triton import triton_launch, tuned
 from jaxinfer.kernels.triton.triton_launch import Options, Target
-from jaxinfer.kernels.triton.triton_tiles import Layout, power, tiling
+from jaxinfer.kernels.triton.triton_tiles import Layout, Tiling, power, tiling
 from jaxinfer.kernels.triton.triton_work import decode_items, decode_work, prefill_work
 
-SLOTS_A_CORE = 2
-"""Decode programs that run concurrently on a multiprocessor; all tilings leave shared memory for two."""
 PIECES = 16
 """Split-K pieces that `combine` reads at a time."""
 NEW = {f"new_{name}": name for name in KVCache._fields}
@@ -55,9 +53,9 @@ class TritonAttention:
     ) -> tuple[jax.Array, KVCache]:
         """Attend as `xla_attention.decode`; `items` is ignored: pieces are computed from lengths on the device."""
         layout = _layout(q, kv_cache, scoring, tile=1, decode=True)
-        tiles = tiling(layout)
+        tiles = self._tiling(layout)
         batch, group = q.shape[0], layout.heads // layout.kv_heads
-        running = max(1, SLOTS_A_CORE * self.target.cores // (layout.kv_heads * tiles.parts(group)))
+        running = max(1, tiles.decode_programs * self.target.cores // (layout.kv_heads * tiles.parts(group)))
         longest = step.tables.shape[1] * kv_cache.keys.shape[2]
         items = decode_items(batch, min(longest, scoring.window or longest), running, tiles.block_n)
         work, spans = decode_work(step, scoring, items=items, running=running, block_n=tiles.block_n)
@@ -88,7 +86,7 @@ class TritonAttention:
     ) -> tuple[jax.Array, KVCache]:
         """Attend as `xla_attention.prefill`; fastest with tiles of `tile()` queries; outputs of padding are 0."""
         layout = _layout(q, kv_cache, scoring, tile=tile, decode=False)
-        align = tiling(layout).block_n if self.deterministic else 1
+        align = self._tiling(layout).block_n if self.deterministic else 1
         work = prefill_work(step, scoring, tokens=q.shape[0], tile=tile, align=align)
         found = self._attend((q, k, v), kv_cache, slots, step.tables, work, scoring, sinks, layout)
         return found["out"], found["kv_cache"]
@@ -105,7 +103,7 @@ class TritonAttention:
         layout: Layout,
     ) -> dict[str, Any]:
         """Launch the kernel over work items; the result has its arrays by name, and the cache as `kv_cache`."""
-        (q, k, v), tiles = qkv, tiling(layout)
+        (q, k, v), tiles = qkv, self._tiling(layout)
         blocks, kv_heads, block, dim = kv_cache.keys.shape
         shape, items = jax.ShapeDtypeStruct, work.shape[0]
         heads, value_dim = layout.heads, layout.value_dim
@@ -164,6 +162,9 @@ class TritonAttention:
             options=tiles.options,
         )
         return found | {"kv_cache": KVCache(*map(found.get, written)) if written else kv_cache}
+
+    def _tiling(self, layout: Layout) -> Tiling:
+        return tuned.choose("attend", vars(layout), tiling(layout), self.target)
 
     def _launch(self, name: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         from jaxinfer.kernels.triton import triton_kernels  # imports triton

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxinfer.kernels.matmul import int8_matmul
-from jaxinfer.kernels.triton import triton_launch
+from jaxinfer.kernels.triton import triton_launch, tuned
 from jaxinfer.kernels.triton.triton_launch import Options, Target
 
 
@@ -68,7 +68,10 @@ def matmul(
     from jaxinfer.kernels.matmul import triton_products  # imports triton
 
     (rows, inner), (groups, columns, _) = x.shape, weight.shape
-    tiles = tiling(rows, groups, inner, weight.dtype.itemsize)
+    itemsize = weight.dtype.itemsize
+    mean = 1 << (-(-rows // groups) - 1).bit_length()  # rows of a group, as a power of two
+    shape = dict(mean=mean, groups=groups, columns=columns, inner=inner, itemsize=itemsize)
+    tiles = tuned.choose("grouped", shape, tiling(rows, groups, inner, itemsize), target)
     values, own = (x, None) if scales is None else int8_matmul.quantise(int8_matmul.rotate(x, block))
     work = cut(offsets, rows, tiles.block_m)
     found = triton_launch.launch(

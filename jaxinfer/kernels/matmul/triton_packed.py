@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxinfer.kernels.matmul.triton_grouped import Tiling
-from jaxinfer.kernels.triton import triton_launch
+from jaxinfer.kernels.triton import triton_launch, tuned
 from jaxinfer.kernels.triton.triton_launch import Options, Target
 
 MOST_ROWS = 64
@@ -38,7 +38,9 @@ def matmul(
 
     (rows, inner), columns = x.shape, codes.shape[0]
     group = inner // scales.shape[1]
-    tiles = tiling(rows, group, x.dtype.itemsize)
+    itemsize = x.dtype.itemsize
+    shape = dict(rows=rows, columns=columns, inner=inner, group=group, itemsize=itemsize, asymmetric=zeros is not None)
+    tiles = tuned.choose("packed", shape, tiling(rows, group, itemsize), target)
     halves = jnp.moveaxis(x.reshape(rows, inner // 2, 2), 2, 0)
     found = triton_launch.launch(
         triton_products.packed,

@@ -44,6 +44,8 @@ class Target:
     """Compute capability, 90 for 9.0."""
     cores: int
     """Number of streaming multiprocessors."""
+    kind: str = ""
+    """JAX's `device_kind`, by which measured tiles are found (`tuned`)."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def target(mesh: Mesh) -> Target | None:
     capability = re.fullmatch(r"(\d+)\.(\d)", str(getattr(device, "compute_capability", "")))
     if device.platform not in ("gpu", "cuda") or capability is None:
         return None
-    found = Target(int(capability[1]) * 10 + int(capability[2]), device.core_count)
+    found = Target(int(capability[1]) * 10 + int(capability[2]), device.core_count, device.device_kind)
     return found if found.capability >= LEAST_CAPABILITY else None
 
 

@@ -45,6 +45,15 @@ class Tiling:
     """Dv padded to a power of two."""
     options: Options
 
+    @property
+    def decode_programs(self) -> int:
+        """Return the number of decode programs that a multiprocessor runs at a time.
+
+        Its shared memory has room for two, its 65,536 registers only if the sums of one take up to 8192 (MLA's take
+        twice as many).
+        """
+        return 2 if self.block_m * self.value_columns <= 8192 else 1
+
     def parts(self, group: int) -> int:
         """Return the number of programs that share the G query heads of a kv head."""
         return -(-group // self.members)

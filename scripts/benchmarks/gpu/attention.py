@@ -1,25 +1,23 @@
 """Measure the attention of one layer alone, over the cache of many sequences."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tuning.candidates import Call
+from tuning.problems import Load
 
 from benchmarks.gpu.context import Context, Figures, bandwidth_shares
 from benchmarks.gpu.models import values
 from benchmarks.gpu.timing import measure
 from jaxinfer.errors import ConfigError
 from jaxinfer.kernels.attention import choose as attention
-from jaxinfer.kernels.attention import triton_attention
 from jaxinfer.kernels.attention.paged import DecodeRows, KVCache, Scoring, Slots
 from jaxinfer.kernels.attention.xla_attention import item_keys
 from jaxinfer.kernels.triton import triton_launch
-from jaxinfer.kernels.triton.triton_tiles import Tiling
 from jaxinfer.sharding import make_mesh
 
 HEADS, KV_HEADS, DIM, BLOCK = 32, 4, 128, 16
@@ -34,8 +32,8 @@ CASES = {
 """Cached positions of each sequence, by case."""
 TOY_CASES = {"64x4096": (24, 24), "ragged_to_8192": (7, 33, 0)}
 MAIN = "64x4096"
-CANDIDATES = tuple((block, warps, stages) for block in (32, 64, 128) for warps in (4, 8) for stages in (3, 5, 7))
-"""Candidate tilings (keys per iteration, warps, stages), tried beside the choice of `triton_tiles.tiling`."""
+SHAPE = dict(heads=HEADS, kv_heads=KV_HEADS, dim=DIM, value_dim=DIM, latent=0, itemsize=2, tile=1, decode=1, codes=0)
+"""The layer of `attention-tiles`, as tables of tiles name it."""
 
 
 @dataclass(frozen=True)
@@ -136,37 +134,27 @@ def _kernels() -> list[str]:
 
 
 def tiles(context: Context) -> Figures:
-    """Compare candidate tilings of the case `64x4096` with the tiling chosen from the shapes."""
+    """Compare candidate tilings of the case `64x4096` with the tiling chosen from the shapes (`scripts/tune.py`)."""
     if attention.TRITON not in _kernels():
         if context.dry:
             return {}
         attention.choose(attention.TRITON, make_mesh())  # raises with the reason
-    figures, given = dict(context.kept), problem(CASES[MAIN])
-    for block, warps, stages in CANDIDATES:
-        key = f"us keys={block} warps={warps} stages={stages}"
+    call = Call("attend", SHAPE, triton_launch.target(make_mesh()), Load())
+    figures = dict(context.kept)
+    for entry in call.candidates():
+        key = "us " + " ".join(f"{name}={value}" for name, value in entry.items())
         if key in figures:
             continue
-        with _tiled(
-            lambda chosen, b=block, w=warps, s=stages: replace(chosen, block_n=b, options=triton_launch.Options(w, s))
-        ):
-            try:
-                figures[key] = 1e6 * seconds(attention.TRITON, given)
-            except Exception as error:  # for example too little shared memory; the other candidates still count
-                figures[key] = f"{type(error).__name__}: {error}"[:160]
+        try:
+            figures[key] = 1e6 * call.seconds(entry)
+        except Exception as error:  # for example too little shared memory; the other candidates still count
+            figures[key] = f"{type(error).__name__}: {error}"[:160]
         context.save(figures)
     best = min((key for key in figures if isinstance(figures[key], float)), key=lambda key: figures[key])
-    chosen = 1e6 * seconds(attention.TRITON, given)
+    chosen = 1e6 * call.seconds(call.estimated)
     return figures | {
         "chosen_us": chosen,
         "best": best,
         "best_us": figures[best],
         "chosen_over_best": chosen / figures[best],
     }
-
-
-@contextmanager
-def _tiled(change: Callable[[Tiling], Tiling]) -> Iterator[None]:
-    """Trace the kernel with another tiling."""
-    chosen = triton_attention.tiling
-    with mock.patch.object(triton_attention, "tiling", lambda layout: change(chosen(layout))):
-        yield

@@ -83,17 +83,31 @@ def compile_step(hf: dict[str, Any], step: str, tp: int, **options: Any) -> Any:
     return step_and_lowered(hf, step, tp, **options)[0]
 
 
-def step_and_lowered(
-    hf: dict[str, Any],
-    step: str,
-    tp: int,
-    *,
-    fuse_projections: bool = True,
-    rows: int = ROWS,
-    chunk: int = CHUNK,
-    **options: Any,
-) -> tuple[Any, Any]:
-    """Return a compiled engine step, and its logits' program before compilation; `options` are compiler options."""
+def step_and_lowered(hf: dict[str, Any], step: str, tp: int, **options: Any) -> tuple[Any, Any]:
+    """Return a compiled engine step, and its logits' program before compilation.
+
+    `options` are sizes as in `lower_step`, and compiler options.
+    """
+    sizes = {name: options.pop(name) for name in ("fuse_projections", "rows", "chunk") if name in options}
+    lowered, described = lower_step(hf, step, tp, **sizes)
+    from support import lowering
+
+    return lowering.compile_step(*described, **options), lowered
+
+
+def lower_step(
+    hf: dict[str, Any], step: str, tp: int, *, fuse_projections: bool = True, rows: int = ROWS, chunk: int = CHUNK
+) -> tuple[Any, tuple[Any, ...]]:
+    """Return the logits' program of an engine step for `tp` H100s before compilation, and what describes the step.
+
+    Args:
+        hf: contents of config.json.
+        step: "decode" or "prefill".
+        tp: number of devices.
+        fuse_projections: as in `EngineConfig`.
+        rows: number of sequences.
+        chunk: number of tokens of a prefill.
+    """
     if str(TESTS) not in sys.path:
         sys.path.insert(0, str(TESTS))
     from support import lowering  # the only code that compiles without a device
@@ -125,7 +139,7 @@ def step_and_lowered(
     else:
         bucket = prefill_bucket(program, shapes, chunk, Needs())
     lowered = lower(programs_of(shapes, bucket)[0], program, shapes, params, None)
-    return lowering.compile_step(program, params, shapes, bucket, **options), lowered
+    return lowered, (program, params, shapes, bucket)
 
 
 def fewest_bytes(hf: dict[str, Any], step: str, tp: int) -> int:

@@ -47,9 +47,9 @@ def given(monkeypatch: pytest.MonkeyPatch, device: Device, version: str | None =
 @pytest.mark.parametrize(
     ("device", "expected"),
     [
-        (Device(), Target(90, 132)),
-        (Device("cuda", "8.0"), Target(80, 132)),
-        (Device("gpu", "12.0"), Target(120, 132)),
+        (Device(), Target(90, 132, "NVIDIA H100")),
+        (Device("cuda", "8.0"), Target(80, 132, "NVIDIA H100")),
+        (Device("gpu", "12.0"), Target(120, 132, "NVIDIA H100")),
         (Device("gpu", "7.5"), None),
         (Device("gpu", "gfx942"), None),
     ],

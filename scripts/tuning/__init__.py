@@ -1,0 +1,1 @@
+"""Tune the tiles of Triton kernels (`scripts/tune.py`)."""
