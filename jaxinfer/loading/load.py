@@ -21,6 +21,8 @@ from jaxinfer.errors import ConfigError
 from jaxinfer.inputs.generation_config import FORCED, default_params, eos_ids, forced_id
 from jaxinfer.inputs.loaded_model import LoadedModel
 from jaxinfer.inputs.tokenizer import load_tokenizer
+from jaxinfer.kernels.attention.choose import check_cache_dtype
+from jaxinfer.kernels.attention.quantised_cache import AUTO
 from jaxinfer.loading import weights
 from jaxinfer.media import ImageProcessor, MediaReader, ReaderSources, TextReader
 from jaxinfer.media.inputs import Features
@@ -102,8 +104,12 @@ def open_model(
             handshake.check_checkpoint(group, directory)
         hf, generation = read_config(directory, arguments.overrides), read_generation_config(directory)
         params = default_params(generation, encoder_decoder=bool(hf.get("is_encoder_decoder")))
-        model_config = weights.parse(hf, directory)[1]
+        model_family, model_config = weights.parse(hf, directory)
         longest_sequence(model_config, config)
+        if config.kv_cache_dtype != AUTO:
+            stored, platform = weights.config_dtype(hf) or "float32", mesh.devices.flat[0].platform
+            dtype = weights.resolve_dtype(config.dtype, stored, platform, model_family)
+            check_cache_dtype(config.kv_cache_dtype, dtype)
     source = directory if arguments.tokenizer is None else arguments.tokenizer
     tokenizer = None if source is None or arguments.skip_tokenizer_init or follows else load_tokenizer(source)
     ends = eos_ids(hf, generation, tokenizer)

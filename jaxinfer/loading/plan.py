@@ -20,6 +20,7 @@ from jaxinfer.config import EngineConfig
 from jaxinfer.engine.sampling import sampler
 from jaxinfer.engine.sizing import slots as slots_of
 from jaxinfer.errors import ConfigError
+from jaxinfer.kernels.attention.choose import check_cache_dtype
 from jaxinfer.kv import cache as kv_cache
 from jaxinfer.kv import groups
 from jaxinfer.kv.spec import State, with_codes
@@ -89,6 +90,7 @@ def plan(
         )
     model_family, parsed = weights.parse(hf, directory)
     dtype, how = _settings(config, hf, directory, model_family)
+    check_cache_dtype(config.kv_cache_dtype, dtype)
     module = _module(model_family, parsed, dtype, mesh, hf, directory, how)
     adapters.add_room(module, config, mesh)
     made = placement.plan(

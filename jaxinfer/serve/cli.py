@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from jaxinfer._utils.checks import KV_CACHE_DTYPES, QUANTIZATIONS
 from jaxinfer.commands.overrides import add_hf_overrides, read_template
 from jaxinfer.errors import ConfigError, JaxInferError
 from jaxinfer.serve import listening
+from jaxinfer.serve.config import ServerConfig
 from jaxinfer.speculative_config import SpeculativeConfig
 
 KEY = "JAXINFER_API_KEY"
@@ -23,9 +25,16 @@ ENGINE += ("kv_cache_dtype", "kv_cache_memory_bytes", "gpu_memory_utilization", 
 ENGINE += ("tokenizer", "revision", "hf_overrides", "max_adapters", "max_adapter_rank")
 ENGINE += ("speculative_config",)
 """Options that are arguments of `LLM`, passed on where they are given."""
-LIMITS = ("max_body_bytes", "body_timeout", "write_timeout", "max_n", "max_tokens", "max_concurrent_requests")
-LIMITS += ("max_queue_length",)
-"""Options that are fields of `ServerConfig`."""
+LIMITS = {
+    "max_body_bytes": "bytes of a request",
+    "body_timeout": "seconds for a request to arrive",
+    "write_timeout": "seconds that a stream may stay unread",
+    "max_n": "samples of a request",
+    "max_tokens": "new tokens of a sample",
+    "max_concurrent_requests": "requests that are answered at a time",
+    "max_queue_length": "waiting sequences above which requests are refused",
+}
+"""Options that are fields of `ServerConfig`, with their help."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,13 +55,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     server("--debug-cache", action="store_true", help="show blocks and requests at /debug/cache")
     server("--profile", metavar="DIR", help="traces by POST /start_profile and /stop_profile, written to DIR")
     limit = parser.add_argument_group("limits").add_argument
-    limit("--max-body-bytes", type=int, metavar="N", help="bytes of a request")
-    limit("--body-timeout", type=float, metavar="S", help="seconds for a request to arrive")
-    limit("--write-timeout", type=float, metavar="S", help="seconds that a stream may stay unread")
-    limit("--max-n", type=int, metavar="N", help="samples of a request")
-    limit("--max-tokens", type=int, metavar="N", help="new tokens of a sample")
-    limit("--max-concurrent-requests", type=int, metavar="N", help="requests that are answered at a time")
-    limit("--max-queue-length", type=int, metavar="N", help="waiting sequences above which requests are refused")
+    defaults = {field.name: field.default for field in fields(ServerConfig)}
+    for name, text in LIMITS.items():
+        kind, metavar = (float, "S") if isinstance(defaults[name], float) else (int, "N")
+        shown = "none" if defaults[name] is None else f"{defaults[name]:g}" if kind is float else defaults[name]
+        limit(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=f"{text} ({shown})")
     engine = parser.add_argument_group("engine (see jaxinfer.EngineConfig)").add_argument
     engine("--dtype", choices=("auto", "float32", "bfloat16", "float16"))
     engine("--quantization", choices=QUANTIZATIONS)
@@ -94,7 +101,6 @@ def run(_: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     except ImportError as error:
         print(f"error: {error.name} is missing: pip install 'jaxinfer[serve]'", file=sys.stderr)
         return 2
-    from jaxinfer.serve.config import ServerConfig
 
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     logging.getLogger("jaxinfer").setLevel(logging.INFO)

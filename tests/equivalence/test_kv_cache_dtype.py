@@ -40,8 +40,9 @@ from jaxinfer.kernels.attention import quantised_cache
 from jaxinfer.kv import cache as kv_cache
 from jaxinfer.kv import groups
 from jaxinfer.loading import weights
+from jaxinfer.loading.plan import plan
 from jaxinfer.serve import cli as serve
-from jaxinfer.sharding import make_mesh, plan
+from jaxinfer.sharding import make_mesh
 from jaxinfer.speculative_config import SpeculativeConfig
 
 pytestmark = pytest.mark.xdist_group("kv cache dtype")
@@ -194,7 +195,11 @@ def test_command_lines_pass_it_on(folder: Path, capsys: pytest.CaptureFixture[st
     assert sizes[1] * 128 == sizes[0] * 66
 
 
-def test_float16_is_refused_by_name():
+def test_float16_is_refused_by_name(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config("llama")))
+    for call in (LLM, plan):  # before weights are looked for
+        with pytest.raises(ConfigError, match="kv_cache_dtype is 'int8', but dtype float16"):
+            call(tmp_path, dtype="float16", kv_cache_dtype="int8")
     mesh = make_mesh(1)
     module = weights.random(config("llama"), mesh, dtype="float16")
     with pytest.raises(ConfigError, match="kv_cache_dtype is 'int8', but dtype float16 .* use dtype='bfloat16'"):

@@ -44,21 +44,30 @@ def choose(requested: str, mesh: Mesh) -> str:
     return XLA
 
 
+def check_cache_dtype(kv_cache_dtype: str, dtype: np.dtype) -> None:
+    """Check that keys and values of activations in `dtype` can be stored as `kv_cache_dtype` says.
+
+    Raises:
+        ConfigError: the format is unknown, or not for this dtype.
+    """
+    if kv_cache_dtype not in (AUTO, *FORMATS):
+        raise ConfigError(f"kv_cache_dtype must be {AUTO}, {', '.join(FORMATS)}, got {kv_cache_dtype!r}")
+    if kv_cache_dtype != AUTO and dtype == np.float16:
+        raise ConfigError(
+            f"kv_cache_dtype is {kv_cache_dtype!r}, but dtype float16 has too few exponents for attention weights "
+            "times scales; use dtype='bfloat16', or kv_cache_dtype='auto'"
+        )
+
+
 def check_cache(kernel: str, kv_cache_dtype: str, dtype: np.dtype, mesh: Mesh) -> None:
     """Check that an implementation from `choose` reads keys and values stored as `kv_cache_dtype` says.
 
     Raises:
         ConfigError: the format is unknown, or not for this dtype or these devices.
     """
+    check_cache_dtype(kv_cache_dtype, dtype)
     if kv_cache_dtype == AUTO:
         return
-    if kv_cache_dtype not in FORMATS:
-        raise ConfigError(f"kv_cache_dtype must be {AUTO}, {', '.join(FORMATS)}, got {kv_cache_dtype!r}")
-    if dtype == np.float16:
-        raise ConfigError(
-            f"kv_cache_dtype is {kv_cache_dtype!r}, but dtype float16 has too few exponents for attention weights "
-            "times scales; use dtype='bfloat16', or kv_cache_dtype='auto'"
-        )
     device = triton_launch.target(mesh)
     if kernel == TRITON and FORMATS[kv_cache_dtype] == FP8 and device.capability < FP8_CAPABILITY:
         raise ConfigError(
