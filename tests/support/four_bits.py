@@ -1,17 +1,22 @@
 """Quantise the projections of a checkpoint to 4 bits, in the layouts of GPTQ, AWQ and compressed-tensors."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from jaxinfer.kernels.matmul.packed_matmul import Packed
 
+PROJECTION = re.compile(r"(_proj|\.w[123])\.weight$")
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Value that AWQ puts at each position of a word."""
+FLOATS = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+"""Value of each code of MXFP4."""
 
 
 def words(codes: np.ndarray, order: tuple[int, ...] = tuple(range(8))) -> np.ndarray:
@@ -81,7 +86,7 @@ def quantise(
     """Write a checkpoint with its projections in 4 bits, but for those whose name contains `skip`."""
     shutil.copytree(folder, out, dirs_exist_ok=True)
     tensors = load_file(folder / "model.safetensors")
-    for name in [name for name in tensors if name.endswith("_proj.weight") and skip not in name]:
+    for name in [name for name in tensors if PROJECTION.search(name) and skip not in name]:
         module = name.removesuffix(".weight")
         parts = layout(form, *nearest(tensors.pop(name), group, symmetric, dtype))
         tensors |= {f"{module}.{part}": np.ascontiguousarray(value) for part, value in parts.items()}
@@ -92,8 +97,29 @@ def quantise(
 
 
 def dequantised(packed: Packed) -> np.ndarray:
-    """Return the weight `[N, K]` in float32, computed on the host."""
+    """Return the weight `[..., K]` in float32, computed on the host."""
     codes, scales, zeros = (None if one is None else np.asarray(one) for one in packed)
-    whole = np.stack([codes & 15, codes >> 4], axis=-1).reshape(len(codes), -1).astype(np.float32)
-    offsets = 8 if zeros is None else np.repeat(zeros.astype(np.float32), packed.group, axis=1)
-    return (whole - offsets) * np.repeat(scales.astype(np.float32), packed.group, axis=1)
+    whole = np.stack([codes & 15, codes >> 4], axis=-1).reshape(*codes.shape[:-1], -1)
+    if scales.dtype == np.uint8:  # MXFP4
+        values, scales = (
+            FLOATS[whole],
+            np.where(scales < 255, np.exp2(np.minimum(scales, 254) - np.float32(127)), np.nan),
+        )
+    else:
+        offsets = 8 if zeros is None else np.repeat(zeros.astype(np.float32), packed.group, axis=-1)
+        values = whole.astype(np.float32) - offsets
+    return values * np.repeat(scales.astype(np.float32), packed.group, axis=-1)
+
+
+def random(shape: tuple[int, ...], group: int, form: str) -> Packed:
+    """Make a weight of random codes; `form` is the dtype of its scales, with " zeros" for every zero point.
+
+    Those of the first format of GPTQ are from 0 to 16.
+    """
+    dtype, _, zeros = form.partition(" ")
+    rng, grid = np.random.default_rng(shape[-2]), (*shape[:-1], shape[-1] // group)
+    codes = rng.integers(0, 256, (*shape[:-1], shape[-1] // 2)).astype(np.uint8)
+    if dtype == "uint8":
+        return Packed(codes, rng.integers(119, 125, grid).astype(np.uint8))
+    scales = (rng.random(grid) * 0.1 + 0.01).astype(jnp.dtype(dtype))
+    return Packed(codes, scales, (np.arange(np.prod(grid)).reshape(grid) % 17).astype(np.uint8) if zeros else None)

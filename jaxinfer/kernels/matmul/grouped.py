@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinfer.kernels.matmul import int8_matmul, triton_grouped
+from jaxinfer.kernels.matmul import int8_matmul, packed_matmul, triton_grouped, triton_packed
 from jaxinfer.kernels.matmul.choose import NATIVES, RAGGED, STABLE, TRITON, XLA
 from jaxinfer.kernels.matmul.choose import matmul as dense
+from jaxinfer.kernels.matmul.packed_matmul import Packed
 from jaxinfer.kernels.triton.triton_launch import Target
 
 KEYS = 1 << 31
@@ -123,6 +124,29 @@ def matmul(
         return int8_matmul.matmul(rows, weight[group], scales[group], block=block)
 
     return _tiles(x, offsets, weight.shape[1], product)
+
+
+def packed(
+    x: jax.Array, weight: Packed, offsets: jax.Array, *, kernel: str = XLA, target: Target | None = None
+) -> jax.Array:
+    """Compute `matmul` with a weight `[E, out, in]` in codes of 4 bits.
+
+    Args and the result are those of `matmul`. A kernel makes values in registers; XLA dequantises the matrix of each
+    tile.
+    """
+    if kernel == TRITON and target is not None:
+        return triton_packed.matmul(x, *weight, x.dtype, target, offsets)
+    if kernel in NATIVES and packed_matmul.is_native(x, weight, x.dtype):
+        result = jax.ShapeDtypeStruct((x.shape[0], weight.codes.shape[1]), x.dtype)
+        return jax.ffi.ffi_call("jaxinfer_grouped_packed_matmul", result)(
+            x, *weight.operands, offsets, group=np.int64(weight.group), stable=kernel == STABLE
+        )
+
+    def product(rows: jax.Array, group: jax.Array) -> jax.Array:
+        own = Packed(*(None if one is None else one[group] for one in weight))
+        return dense(rows, packed_matmul.dequantise(own, rows.dtype))
+
+    return _tiles(x, offsets, weight.codes.shape[1], product)
 
 
 def _native(x: jax.Array, weight: jax.Array) -> bool:

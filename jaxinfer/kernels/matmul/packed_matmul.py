@@ -1,10 +1,12 @@
-"""Products with weights in codes of 4 bits, as GPTQ, AWQ and compressed-tensors quantise them.
+"""Products with weights in codes of 4 bits, as GPTQ, AWQ, compressed-tensors and MXFP4 quantise them.
 
 A weight is `(code - zero) * scale`, with a scale and a zero point for each group of columns of a row (arXiv:2210.17323,
-arXiv:2306.00978). Activations are not quantised: the result is that of the dequantised weight, but for rounding.
-On a CPU a native product turns codes into values in registers (`native/packed_matmul.cc`), on an NVIDIA GPU a Triton
-kernel does for few rows (`triton_packed`). Elsewhere the weight of one product is dequantised within the step that
-multiplies it.
+arXiv:2306.00978). Where the scales are uint8, they are the exponents of MXFP4 (OCP Microscaling Formats), and codes are
+floats of 4 bits (e2m1): a weight is `value(code) * 2^(scale - 127)`, and NaN for the exponent 255. Activations are not
+quantised: the result is that of the dequantised weight, but for rounding. On a CPU a native product turns codes into
+values in registers (`native/packed_matmul.cc`), on an NVIDIA GPU a Triton kernel does for few rows (`triton_packed`).
+Elsewhere the weight of one product is dequantised within the step that multiplies it. `grouped.packed` has the products
+of experts.
 """
 
 from dataclasses import dataclass
@@ -29,6 +31,10 @@ LEAST_GROUP = 8
 lane before it scales them, and a scale of 16 bits for fewer would take half as much as the codes."""
 BLOCK = 128
 """Columns of a register of codes; the native product reorders columns within as many."""
+EXPONENT = "uint8"
+"""Dtype of the scales of MXFP4, whose codes are floats."""
+DOUBLED = 0xC8643210
+"""Twice the magnitude of each of the eight floats, four bits each from the lowest on: 0, 1, 2, 3, 4, 6, 8 and 12."""
 DIRECT_ROWS = {"bfloat16": 8, "float32": 4}
 """Most rows that the native product multiplies with codes; for more it unpacks some of the weight's rows at a time."""
 
@@ -42,23 +48,33 @@ class Packing:
     symmetric: bool
     """Whether all zero points are `MIDDLE` and not stored."""
     scale_dtype: str
-    """Dtype of the scales: that of the checkpoint, which `float16` and `bfloat16` represent."""
+    """Dtype of the scales: that of the checkpoint, which `float16` and `bfloat16` represent; `EXPONENT` for MXFP4."""
 
 
 class Packed(NamedTuple):
-    """A packed weight `[N, K]`."""
+    """A packed weight `[N, K]`, or a stack `[E, N, K]`."""
 
     codes: jax.Array
-    """`[N, K / 2]` uint8: columns 2i (low half) and 2i + 1."""
+    """`[..., K / 2]` uint8: columns 2i (low half) and 2i + 1."""
     scales: jax.Array
-    """`[N, K / group]`."""
+    """`[..., K / group]`."""
     zeros: jax.Array | None = None
-    """`[N, K / group]` uint8; None if all are `MIDDLE`."""
+    """`[..., K / group]` uint8; None if all are `MIDDLE`, and for floats."""
 
     @property
     def group(self) -> int:
         """Columns that share a scale."""
         return self.codes.shape[-1] * CODES // self.scales.shape[-1]
+
+    @property
+    def floats(self) -> bool:
+        """Whether codes are floats and scales exponents (MXFP4)."""
+        return self.scales.dtype == jnp.uint8
+
+    @property
+    def operands(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The arrays, with an empty one in place of zero points that are not stored, for the native product."""
+        return self.codes, self.scales, jnp.zeros(0, jnp.uint8) if self.zeros is None else self.zeros
 
 
 def pack(codes: Array) -> Array:
@@ -73,6 +89,8 @@ def quantise(rows: jax.Array, packing: Packing) -> Packed:
     For random weights and tests: tools that make checkpoints choose codes with more care.
     """
     groups = rows.astype(jnp.float32).reshape(*rows.shape[:-1], -1, packing.group)
+    if packing.scale_dtype == EXPONENT:
+        return _quantise_to_floats(groups, rows.shape)
     low, high = jnp.minimum(groups.min(-1), 0), jnp.maximum(groups.max(-1), 0)
     if packing.symmetric:
         largest = jnp.maximum(high / (MIDDLE - 1), -low / MIDDLE)
@@ -85,13 +103,33 @@ def quantise(rows: jax.Array, packing: Packing) -> Packed:
     return Packed(pack(codes.reshape(rows.shape)), scales, None if packing.symmetric else zeros)
 
 
+def _quantise_to_floats(groups: jax.Array, shape: tuple[int, ...]) -> Packed:
+    """Round groups `[..., K / group, group]` of rows of this shape to floats whose largest is at most 8 (MXFP4)."""
+    largest = jnp.max(jnp.abs(groups), axis=-1)
+    exponents = jnp.clip(jnp.floor(jnp.log2(jnp.where(largest > 0, largest, 1))) - 2 + 127, 1, 254).astype(jnp.uint8)
+    sizes = jnp.abs(groups) / exponents_to_scales(exponents)[..., None]
+    bounds = jnp.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5])  # between the magnitudes
+    codes = jnp.sum(sizes[..., None] > bounds, axis=-1).astype(jnp.uint8) | (groups < 0).astype(jnp.uint8) << 3
+    return Packed(pack(codes.reshape(shape)), exponents)
+
+
+def exponents_to_scales(exponents: jax.Array) -> jax.Array:
+    """Return the scales of MXFP4's exponents, float32: their bits are those of the exponent; 255 is NaN."""
+    bits = exponents.astype(jnp.uint32)
+    return jax.lax.bitcast_convert_type(bits << 23 | (bits == 255).astype(jnp.uint32) << 22, jnp.float32)
+
+
 def dequantise(packed: Packed, dtype: jax.typing.DTypeLike) -> jax.Array:
     """Return the weight `[..., K]`, computed in float32 and rounded to `dtype`."""
     codes, scales, zeros = packed
-    whole = jnp.stack([codes & 15, codes >> 4], axis=-1).astype(jnp.float32)
-    groups = whole.reshape(*scales.shape, packed.group)
-    offsets = MIDDLE if zeros is None else zeros.astype(jnp.float32)[..., None]
-    values = (groups - offsets) * scales.astype(jnp.float32)[..., None]
+    whole = jnp.stack([codes & 15, codes >> 4], axis=-1).reshape(*scales.shape, packed.group)
+    if packed.floats:
+        sizes = jnp.uint32(DOUBLED) >> (4 * (whole & 7)).astype(jnp.uint32) & 15
+        values = jnp.where(whole & 8, -0.5, 0.5) * sizes.astype(jnp.float32)
+        scales = exponents_to_scales(scales)
+    else:
+        values = whole.astype(jnp.float32) - (MIDDLE if zeros is None else zeros.astype(jnp.float32)[..., None])
+    values = values * scales.astype(jnp.float32)[..., None]
     return values.reshape(*codes.shape[:-1], -1).astype(dtype)
 
 
@@ -116,9 +154,8 @@ def matmul(
     """
     dtype = jnp.dtype(x.dtype if dtype is None else dtype)
     first, end = part or (0, packed.codes.shape[0])
-    if kernel in NATIVES and _native(x, packed, dtype):
-        zeros = jnp.zeros(0, jnp.uint8) if packed.zeros is None else packed.zeros
-        operands, group = (packed.codes, packed.scales, zeros), np.int64(packed.group)
+    if kernel in NATIVES and is_native(x, packed, dtype):
+        operands, group = packed.operands, np.int64(packed.group)
         if kernel == STABLE or not choose.prefers_matrix_units(x):
             result = jax.ShapeDtypeStruct((x.shape[0], end - first), dtype)
             return jax.ffi.ffi_call("jaxinfer_packed_matmul", result)(
@@ -140,6 +177,8 @@ def _ordered(x: jax.Array, blocks: int) -> jax.Array:
     return x.reshape(len(x), blocks, BLOCK // 4, 4).swapaxes(2, 3).reshape(len(x), -1)
 
 
-def _native(x: jax.Array, packed: Packed, dtype: jnp.dtype) -> bool:
-    fits = packed.group % LEAST_GROUP == 0 and packed.scales.dtype in (jnp.bfloat16, jnp.float16, jnp.float32)
+def is_native(x: jax.Array, packed: Packed, dtype: jnp.dtype) -> bool:
+    """Return whether the native product takes these operands."""
+    kinds = (jnp.bfloat16, jnp.float16, jnp.float32, jnp.uint8)
+    fits = packed.group % LEAST_GROUP == 0 and packed.scales.dtype in kinds
     return fits and x.dtype in (jnp.bfloat16, jnp.float32) and dtype in (x.dtype, jnp.float32)

@@ -62,6 +62,7 @@ def grouped(
 
 @jit
 def packed(
+    tiles,
     x,
     codes,
     scales,
@@ -78,43 +79,85 @@ def packed(
 ):
     """Multiply BLOCK_M rows with BLOCK_N rows of a weight in codes of 4 bits, whose values are made in registers.
 
-    `x` `[2, ROWS, K / 2]`: even and odd columns; `codes` `[N, K / 2]`: those of column 2i in the low half of byte i;
-    `scales` and `zeros` `[N, K / GROUP]`, `y` `[ROWS, N]`.
+    `tiles` as in `grouped`, None for a single matrix; `x` `[2, ROWS, K / 2]`: even and odd columns; `codes` `[E, N, K /
+    2]`: those of column 2i in the low half of byte i; `scales` and `zeros` `[E, N, K / GROUP]`, `y` `[ROWS, N]`.
     """
     HALF: tl.constexpr = BLOCK_K // 2
-    row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    live = row < ROWS
-    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = column < N
-    matrix_row = tl.where(inside, column, 0).to(tl.int64)
-    within = tl.arange(0, HALF)
-    x_at = x + row[:, None] * (K // 2) + within[None, :]
-    codes_at = codes + matrix_row[None, :] * (K // 2) + within[:, None]
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, K, BLOCK_K):
-        if K % BLOCK_K == 0:
-            even = tl.load(x_at, mask=live[:, None], other=0)
-            odd = tl.load(x_at + ROWS * (K // 2), mask=live[:, None], other=0)
-            both = tl.load(codes_at)
-        else:
-            left = within < (K - start) // 2
-            even = tl.load(x_at, mask=live[:, None] & left[None, :], other=0)
-            odd = tl.load(x_at + ROWS * (K // 2), mask=live[:, None] & left[None, :], other=0)
-            both = tl.load(codes_at, mask=left[:, None], other=0)
-        if GROUP % BLOCK_K == 0:  # one group in an iteration
-            at = matrix_row[None, :] * (K // GROUP) + start // GROUP
-        else:
-            group = tl.minimum((start + 2 * within) // GROUP, K // GROUP - 1)
-            at = matrix_row[None, :] * (K // GROUP) + group[:, None]
-        scale = tl.load(scales + at).to(tl.float32)
-        zero = 8.0
-        if zeros is not None:
-            zero = tl.load(zeros + at).to(tl.float32)
-        low = (((both & 15).to(tl.float32) - zero) * scale).to(x.dtype.element_ty)
-        high = (((both >> 4).to(tl.float32) - zero) * scale).to(x.dtype.element_ty)
-        acc = tl.dot(even, low, acc, input_precision=PRECISION)
-        acc = tl.dot(odd, high, acc, input_precision=PRECISION)
-        x_at += HALF
-        codes_at += HALF
-    at = y + row[:, None].to(tl.int64) * N + column[None, :]
-    tl.store(at, acc.to(y.dtype.element_ty), mask=live[:, None] & inside[None, :])
+    tile = tl.program_id(1)
+    if tiles is None:
+        group, first, count = 0, tile * BLOCK_M, ROWS - tile * BLOCK_M
+    else:
+        group = tl.load(tiles + tile * 3).to(tl.int64)
+        first = tl.load(tiles + tile * 3 + 1)
+        count = tl.load(tiles + tile * 3 + 2)
+    if count > 0:
+        row = first + tl.arange(0, BLOCK_M)
+        live = tl.arange(0, BLOCK_M) < count
+        column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        inside = column < N
+        matrix_row = group * N + tl.where(inside, column, 0).to(tl.int64)
+        within = tl.arange(0, HALF)
+        x_at = x + row[:, None].to(tl.int64) * (K // 2) + within[None, :]
+        codes_at = codes + matrix_row[None, :] * (K // 2) + within[:, None]
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for start in range(0, K, BLOCK_K):
+            if K % BLOCK_K == 0:
+                even = tl.load(x_at, mask=live[:, None], other=0)
+                odd = tl.load(x_at + ROWS * (K // 2), mask=live[:, None], other=0)
+                both = tl.load(codes_at)
+            else:
+                left = within < (K - start) // 2
+                even = tl.load(x_at, mask=live[:, None] & left[None, :], other=0)
+                odd = tl.load(x_at + ROWS * (K // 2), mask=live[:, None] & left[None, :], other=0)
+                both = tl.load(codes_at, mask=left[:, None], other=0)
+            # Groups of an iteration: one, several whole ones, or another for each column.
+            if GROUP % BLOCK_K == 0:
+                number = start // GROUP + tl.arange(0, 1)
+            elif BLOCK_K % GROUP == 0:
+                number = tl.minimum(start // GROUP + tl.arange(0, BLOCK_K // GROUP), K // GROUP - 1)
+            else:
+                number = tl.minimum((start + 2 * within) // GROUP, K // GROUP - 1)
+            at = matrix_row[None, :] * (K // GROUP) + number[:, None]
+            scale = tl.load(scales + at)
+            if scales.dtype.element_ty == tl.uint8:
+                scale = by_row(exponents(scale), HALF)
+                low, high = floats(both), floats(both >> 4)
+            else:
+                scale, zero = by_row(scale.to(tl.float32), HALF), 8.0
+                if zeros is not None:
+                    zero = by_row(tl.load(zeros + at).to(tl.float32), HALF)
+                low, high = (both & 15).to(tl.float32) - zero, (both >> 4).to(tl.float32) - zero
+            acc = tl.dot(even, (low * scale).to(x.dtype.element_ty), acc, input_precision=PRECISION)
+            acc = tl.dot(odd, (high * scale).to(x.dtype.element_ty), acc, input_precision=PRECISION)
+            x_at += HALF
+            codes_at += HALF
+        at = y + row[:, None].to(tl.int64) * N + column[None, :]
+        tl.store(at, acc.to(y.dtype.element_ty), mask=live[:, None] & inside[None, :])
+
+
+@jit
+def by_row(values, ROWS: tl.constexpr):
+    """Return values of equal numbers of rows, `[groups, N]`, for each of ROWS rows, or one group's as they are."""
+    if values.shape[0] == 1 or values.shape[0] == ROWS:
+        return values
+    else:
+        shape: tl.constexpr = (values.shape[0], ROWS // values.shape[0], values.shape[1])
+        return tl.broadcast_to(values[:, None, :], shape).reshape(ROWS, values.shape[1])
+
+
+@jit
+def exponents(bits):
+    """Return the scales of MXFP4's exponents, `2^(bits - 127)`, NaN for 255."""
+    bits = bits.to(tl.uint32)
+    return ((bits << 23) | ((bits == 255).to(tl.uint32) << 22)).to(tl.float32, bitcast=True)
+
+
+@jit
+def floats(codes):
+    """Return the values of floats of 4 bits (e2m1) in the low halves of bytes.
+
+    Sign, exponent and mantissa are put where float16 has them, which differs in the bias of the exponent alone.
+    """
+    codes = codes.to(tl.uint16)
+    bits = ((codes & 8) << 12) | ((codes & 7) << 9)
+    return (bits.to(tl.float16, bitcast=True) * 16384.0).to(tl.float32)

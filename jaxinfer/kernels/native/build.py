@@ -28,6 +28,7 @@ TARGETS = {
     "jaxinfer_grouped_matmul": "JaxinferGroupedMatmul",
     "jaxinfer_grouped_int8_matmul": "JaxinferGroupedInt8Matmul",
     "jaxinfer_packed_matmul": "JaxinferPackedMatmul",
+    "jaxinfer_grouped_packed_matmul": "JaxinferGroupedPackedMatmul",
     "jaxinfer_unpack": "JaxinferUnpack",
     "jaxinfer_attention": "JaxinferAttention",
     "jaxinfer_copy_blocks": "JaxinferCopyBlocks",

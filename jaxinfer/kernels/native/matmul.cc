@@ -14,23 +14,15 @@
 #include <type_traits>
 #include <vector>
 
+#include "groups.h"
 #include "parallel.h"
 #include "products.h"
 #include "rotate.h"
-#include "rows.h"
 
 namespace jaxinfer {
 namespace {
 
 namespace ffi = xla::ffi;
-
-// Rows of x that are multiplied with one matrix.
-struct Group {
-  int64_t first;   // first of its rows in x
-  int64_t rows;    // number of its rows
-  int64_t result;  // row of y of the first row
-  int64_t matrix;  // first row of w of its matrix
-};
 
 // Computes x w^T of all groups in parallel; `make_emit(group, begin)` returns the function that stores the results of
 // one task.
@@ -79,22 +71,6 @@ void AnyFloats(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const ffi::AnyBuf
   if (rounded) Floats<KindBF16>(pool, x, w, groups, n, stable, static_cast<BF16*>(out));
   else if (half) Floats<KindBF16>(pool, x, w, groups, n, stable, static_cast<float*>(out));
   else Floats<KindF32>(pool, x, w, groups, n, stable, static_cast<float*>(out));
-}
-
-// One group of all rows of x with the rows of w from `first` on. With `stable`, trailing rows of zeros are left out.
-std::vector<Group> OneGroup(const ffi::AnyBuffer& x, int64_t first, bool stable, ffi::Result<ffi::AnyBuffer>& y) {
-  const int64_t live = RowsToCompute(x, stable, y);
-  if (live == 0) return {};
-  return {{0, live, 0, first}};
-}
-
-// Groups of rows [offsets[e], offsets[e + 1]) with matrix e, which has n rows; empty groups are left out.
-std::vector<Group> Groups(const ffi::Buffer<ffi::S32>& offsets, int64_t n) {
-  const int32_t* at = offsets.typed_data();
-  std::vector<Group> groups;
-  for (int64_t e = 0; e + 1 < offsets.dimensions()[0]; ++e)
-    if (at[e] < at[e + 1]) groups.push_back({at[e], at[e + 1] - at[e], at[e], e * n});
-  return groups;
 }
 
 ffi::Error MatmulImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::Result<ffi::AnyBuffer> y,

@@ -1,18 +1,19 @@
-// y = x w^T for rows x [M, K] and weights w [N, K] in codes of 4 bits, whose values are (code - zero) * scale with a
-// scale and a zero point for each group of columns of a row. Byte i of a row has the codes of columns 2i (low half) and
-// 2i + 1.
+// y = x w^T for rows x [M, K] and weights w [N, K] in codes of 4 bits, or grouped: groups of rows, each times its own
+// weights. Values are (code - zero) * scale with a scale and a zero point for each group of columns of a row or, where
+// scales are the exponents of MXFP4, floats of 4 bits (e2m1) times 2^(scale - 127). Byte i of a row has the codes of
+// columns 2i (low half) and 2i + 1.
 //
-// Codes become values of x's type in registers, by a table of code - 8. Words are shifted, not unpacked: a register of
-// words of 4 (bfloat16) or 8 (float32) codes gives, by one shift and one look-up for each, as many registers with every
-// fourth or eighth column. So x is brought into that order once, and lane i of the sums has columns 8i .. 8i + 7 of
-// each 128: groups of a multiple of 8 columns need no sum over lanes. Products and their sums are in float32, and the
-// scale multiplies sums, so that a weight is never rounded.
+// Codes become values of x's type in registers, by a table of code - 8 or of the floats. Words are shifted, not
+// unpacked: a register of words of 4 (bfloat16) or 8 (float32) codes gives, by one shift and one look-up for each, as
+// many registers with every fourth or eighth column. So x is brought into that order once, and lane i of the sums has
+// columns 8i .. 8i + 7 of each 128: groups of a multiple of 8 columns need no sum over lanes. Products and their sums
+// are in float32, and the scale multiplies sums, so that a weight is never rounded.
 
 #include <vector>
 
+#include "groups.h"
 #include "parallel.h"
 #include "products.h"
-#include "rows.h"
 
 namespace jaxinfer {
 namespace {
@@ -24,21 +25,19 @@ constexpr int64_t kPerLane = 8;      // columns of a block in one lane of the su
 constexpr int64_t kAhead = 8;        // rows of w between a load and its prefetch
 constexpr int kTileColumns = 2;      // rows of w multiplied at a time
 
+// Values of codes, before zero points and scales.
+constexpr float kIntegers[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
+constexpr float kFloats[16] = {0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6};
+
 // Tables are looked up by the low bits of a word, so that bits of its other codes do not matter.
 struct PackedBF16 {
   using Element = BF16;
   using Unpacked = KindBF16;
   static constexpr int kParts = 4;             // registers of a block
   static constexpr int64_t kDirectRows = 8;    // most rows of x multiplied with codes, not with unpacked rows of w
-  static __m512i Table() {
-    alignas(64) uint16_t values[32];
-    for (int i = 0; i < 32; ++i) {
-      const float value = static_cast<float>((i & 15) - 8);
-      uint32_t bits;
-      std::memcpy(&bits, &value, 4);
-      values[i] = bits >> 16;
-    }
-    return _mm512_load_si512(values);
+  static __m512i Table(const float values[16]) {
+    const __m512i upper = _mm512_srli_epi32(_mm512_loadu_si512(values), 16);
+    return _mm512_broadcast_i64x4(_mm512_cvtepi32_epi16(upper));
   }
   template <int P>
   static __m512i Part(__m512i codes, __m512i table) {
@@ -76,9 +75,7 @@ struct PackedF32 {
   using Unpacked = KindF32;
   static constexpr int kParts = 8;
   static constexpr int64_t kDirectRows = 4;
-  static __m512i Table() {
-    return _mm512_castps_si512(_mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7));
-  }
+  static __m512i Table(const float values[16]) { return _mm512_loadu_si512(values); }
   template <int P>
   static __m512i Part(__m512i codes, __m512i table) {
     return _mm512_permutexvar_epi32(_mm512_srli_epi32(codes, 4 * P), table);
@@ -104,23 +101,30 @@ struct Weights {
   const uint8_t* codes;
   const void* scales;
   ffi::DataType scale_type;
-  const uint8_t* zeros;  // null if all are 8
+  const uint8_t* zeros;  // null if all are 8, and for floats
   int64_t k, blocks, group, groups;
+
+  const float* Values() const { return scale_type == ffi::DataType::U8 ? kFloats : kIntegers; }
 
   __m512 Scales(int64_t row, int64_t group, __mmask16 mask) const {
     const int64_t at = row * groups + group;
     if (scale_type == ffi::DataType::F32) return Load(static_cast<const float*>(scales) + at, mask);
     if (scale_type == ffi::DataType::BF16) return Load(static_cast<const BF16*>(scales) + at, mask);
+    if (scale_type == ffi::DataType::U8) {  // the bits of an exponent; 255 is NaN
+      const __m512i e = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, static_cast<const uint8_t*>(scales) + at));
+      const __mmask16 nan = _mm512_cmpeq_epi32_mask(e, _mm512_set1_epi32(255));
+      return _mm512_castsi512_ps(_mm512_mask_mov_epi32(_mm512_slli_epi32(e, 23), nan, _mm512_set1_epi32(0x7fc00000)));
+    }
     return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(scales) + at));
   }
 };
 
 Weights Operands(const ffi::AnyBuffer& codes, const ffi::AnyBuffer& scales, const ffi::AnyBuffer& zeros,
                  int64_t group) {
-  const int64_t k = codes.dimensions()[1] * 2;
+  const int64_t k = codes.dimensions().back() * 2;
   const auto* z = zeros.element_count() ? static_cast<const uint8_t*>(zeros.untyped_data()) : nullptr;
   return {static_cast<const uint8_t*>(codes.untyped_data()), scales.untyped_data(), scales.element_type(), z, k,
-          (k + kBlock - 1) / kBlock, group, scales.dimensions()[1]};
+          (k + kBlock - 1) / kBlock, group, scales.dimensions().back()};
 }
 
 // The groups of the lanes of each block: the first of them, and each lane's distance from it.
@@ -203,7 +207,7 @@ inline void Values(__m512i codes, __m512i table, __m512i values[Kind::kParts], s
 template <typename Kind, int R, int C, bool Zeros>
 inline void PackedDots(Ordered<Kind>& x, int64_t row, const Weights& w, int64_t column, const Factors& factors,
                  int64_t factor, const Lanes& lanes, bool prefetch, __m512 out[R][C]) {
-  const __m512i table = Kind::Table();
+  const __m512i table = Kind::Table(w.Values());
   const int64_t bytes = w.k / 2;
   const char* xs[R];
   const float* sums[R];
@@ -263,27 +267,24 @@ void Tile(Ordered<Kind>& x, int64_t first, int64_t m, const Weights& w, int64_t 
   for (int64_t row = 0; row < m; ++row) Store(y + row * stride, SumLanes(totals[row]), FirstLanes(columns));
 }
 
+// Some columns of a group's product: `count` rows of w from `column` on times its rows of x, by codes; y is the result
+// of the first of them.
 template <typename Kind, bool Zeros, typename Out>
-void Product(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const Weights& w, int64_t m, int64_t first, int64_t n,
-             Out* y) {
-  Ordered<Kind> ordered(pool, static_cast<const typename Kind::Element*>(x.untyped_data()), m, w, Zeros);
-  const Lanes lanes(w);
-  ParallelFor(pool, (n + kColumns - 1) / kColumns, [&](int64_t task) {
-    thread_local Factors factors;
-    const int64_t begin = task * kColumns, end = std::min(n, begin + kColumns);
-    factors.Read(w, first + begin, end - begin);
-    for (int64_t row = 0; row < m; row += kFewRows)
-      for (int64_t at = begin; at < end; at += kLanes)
-        Tile<Kind, Zeros>(ordered, row, std::min(kFewRows, m - row), w, first + at, std::min<int64_t>(kLanes, end - at),
-                          factors, at - begin, lanes, y + row * n + at, n);
-  });
+void Direct(Ordered<Kind>& x, const Group& group, const Weights& w, const Lanes& lanes, int64_t column, int64_t count,
+            Out* y, int64_t n) {
+  thread_local Factors factors;
+  factors.Read(w, column, count);
+  for (int64_t row = 0; row < group.rows; row += kFewRows)
+    for (int64_t at = 0; at < count; at += kLanes)
+      Tile<Kind, Zeros>(x, group.first + row, std::min(kFewRows, group.rows - row), w, column + at,
+                        std::min<int64_t>(kLanes, count - at), factors, at, lanes, y + row * n + at, n);
 }
 
 // A row of w as values of x's type, in the order of the rows of x.
 template <typename Kind>
 void UnpackRow(const Weights& w, const Lanes& lanes, int64_t row, const Factors& factors, int64_t factor,
                typename Kind::Element* out) {
-  const __m512i table = PackedF32::Table();
+  const __m512i table = PackedF32::Table(w.Values());
   const auto* codes = reinterpret_cast<const char*>(w.codes) + row * (w.k / 2);
   for (int64_t b = 0; b < w.blocks; ++b) {
     __m512i found[8];
@@ -297,49 +298,62 @@ void UnpackRow(const Weights& w, const Lanes& lanes, int64_t row, const Factors&
   }
 }
 
-// Unpacks the rows of w of a task, and multiplies them as `matmul.cc` does.
+// As Direct, but unpacks the rows of w, and multiplies them as `matmul.cc` does.
 template <typename Kind, typename Out>
-void UnpackedProduct(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const Weights& w, int64_t m, int64_t first,
-                     int64_t n, Out* y) {
+void Unpacked(Ordered<Kind>& x, const Group& group, const Weights& w, const Lanes& lanes, int64_t column, int64_t count,
+              Out* y, int64_t n) {
   using Element = typename Kind::Element;
-  Ordered<Kind> ordered(pool, static_cast<const Element*>(x.untyped_data()), m, w, false);
-  const auto* rows = reinterpret_cast<const Element*>(ordered.Row(0));
-  const Lanes lanes(w);
+  thread_local Factors factors;
+  thread_local std::vector<Element> values;
   const int64_t k = w.blocks * kBlock;
-  ParallelFor(pool, (n + kColumns - 1) / kColumns, [&](int64_t task) {
-    thread_local Factors factors;
-    thread_local std::vector<Element> values;
-    const int64_t begin = task * kColumns, count = std::min(kColumns, n - begin);
-    values.resize(count * k);
-    factors.Read(w, first + begin, count);
-    for (int64_t c = 0; c < count; ++c) UnpackRow<Kind>(w, lanes, first + begin + c, factors, c, values.data() + c * k);
-    auto emit = [&](int64_t row, int64_t column, __m512 sums, __mmask16 mask) {
-      Store(y + row * n + begin + column, sums, mask);
-    };
-    if (m > kFewRows) ManyRows<typename Kind::Unpacked>(rows, values.data(), m, k, 0, count, emit);
-    else FewRows<typename Kind::Unpacked>(rows, values.data(), m, k, 0, count, emit);
-  });
+  values.resize(count * k);
+  factors.Read(w, column, count);
+  for (int64_t c = 0; c < count; ++c) UnpackRow<Kind>(w, lanes, column + c, factors, c, values.data() + c * k);
+  const auto* rows = reinterpret_cast<const Element*>(x.Row(group.first));
+  auto emit = [&](int64_t row, int64_t at, __m512 sums, __mmask16 mask) { Store(y + row * n + at, sums, mask); };
+  if (group.rows > kFewRows) ManyRows<typename Kind::Unpacked>(rows, values.data(), group.rows, k, 0, count, emit);
+  else FewRows<typename Kind::Unpacked>(rows, values.data(), group.rows, k, 0, count, emit);
 }
 
 template <typename Kind, typename Out>
-void AnyProduct(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const Weights& w, int64_t m, int64_t first, int64_t n,
-                bool stable, void* y) {
-  if (m > Kind::kDirectRows && !stable) UnpackedProduct<Kind>(pool, x, w, m, first, n, static_cast<Out*>(y));
-  else if (w.zeros) Product<Kind, true>(pool, x, w, m, first, n, static_cast<Out*>(y));
-  else Product<Kind, false>(pool, x, w, m, first, n, static_cast<Out*>(y));
+void Product(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const Weights& w, const std::vector<Group>& groups,
+             int64_t n, bool stable, Out* y) {
+  if (groups.empty()) return;
+  const int64_t rows = groups.back().first + groups.back().rows, tasks = (n + kColumns - 1) / kColumns;
+  Ordered<Kind> ordered(pool, static_cast<const typename Kind::Element*>(x.untyped_data()), rows, w, w.zeros);
+  const Lanes lanes(w);
+  ParallelFor(pool, groups.size() * tasks, [&](int64_t task) {
+    const Group& group = groups[task / tasks];
+    const int64_t begin = task % tasks * kColumns, count = std::min(kColumns, n - begin);
+    const int64_t column = group.matrix + begin;
+    Out* to = y + group.result * n + begin;
+    if (group.rows > Kind::kDirectRows && !stable) Unpacked<Kind>(ordered, group, w, lanes, column, count, to, n);
+    else if (w.zeros) Direct<Kind, true>(ordered, group, w, lanes, column, count, to, n);
+    else Direct<Kind, false>(ordered, group, w, lanes, column, count, to, n);
+  });
+}
+
+void AnyProduct(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const Weights& w, const std::vector<Group>& groups,
+                bool stable, ffi::Result<ffi::AnyBuffer>& y) {
+  const int64_t n = y->dimensions()[1];
+  void* out = y->untyped_data();
+  const bool half = x.element_type() == ffi::DataType::BF16, rounded = y->element_type() == ffi::DataType::BF16;
+  if (rounded) Product<PackedBF16>(pool, x, w, groups, n, stable, static_cast<BF16*>(out));
+  else if (half) Product<PackedBF16>(pool, x, w, groups, n, stable, static_cast<float*>(out));
+  else Product<PackedF32>(pool, x, w, groups, n, stable, static_cast<float*>(out));
 }
 
 ffi::Error PackedMatmulImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer codes, ffi::AnyBuffer scales,
                             ffi::AnyBuffer zeros, ffi::Result<ffi::AnyBuffer> y, int64_t first, int64_t group,
                             bool stable) {
-  const int64_t m = RowsToCompute(x, stable, y), n = y->dimensions()[1];
-  if (m == 0) return ffi::Error::Success();
-  const Weights w = Operands(codes, scales, zeros, group);
-  void* out = y->untyped_data();
-  const bool half = x.element_type() == ffi::DataType::BF16, rounded = y->element_type() == ffi::DataType::BF16;
-  if (rounded) AnyProduct<PackedBF16, BF16>(pool, x, w, m, first, n, stable, out);
-  else if (half) AnyProduct<PackedBF16, float>(pool, x, w, m, first, n, stable, out);
-  else AnyProduct<PackedF32, float>(pool, x, w, m, first, n, stable, out);
+  AnyProduct(pool, x, Operands(codes, scales, zeros, group), OneGroup(x, first, stable, y), stable, y);
+  return ffi::Error::Success();
+}
+
+ffi::Error GroupedPackedMatmulImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer codes, ffi::AnyBuffer scales,
+                                   ffi::AnyBuffer zeros, ffi::Buffer<ffi::S32> offsets,
+                                   ffi::Result<ffi::AnyBuffer> y, int64_t group, bool stable) {
+  AnyProduct(pool, x, Operands(codes, scales, zeros, group), Groups(offsets, y->dimensions()[1]), stable, y);
   return ffi::Error::Success();
 }
 
@@ -372,6 +386,18 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxinferPackedMatmul, jaxinfer::PackedMatmulImpl,
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Ret<xla::ffi::AnyBuffer>()
                                   .Attr<int64_t>("first")
+                                  .Attr<int64_t>("group")
+                                  .Attr<bool>("stable"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxinferGroupedPackedMatmul, jaxinfer::GroupedPackedMatmulImpl,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
+                                  .Ret<xla::ffi::AnyBuffer>()
                                   .Attr<int64_t>("group")
                                   .Attr<bool>("stable"));
 

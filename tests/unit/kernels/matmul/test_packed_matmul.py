@@ -1,15 +1,17 @@
 """Products with weights of 4 bits against float64: native and XLA's, every way rows, columns and groups can be left."""
 
 from functools import partial
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support import four_bits
 from support.four_bits import dequantised
 from support.native import require_native_kernels
 
-from jaxinfer.kernels.matmul import choose, packed_matmul
+from jaxinfer.kernels.matmul import choose, grouped, packed_matmul
 from jaxinfer.kernels.matmul.choose import NATIVE, STABLE, XLA
 from jaxinfer.kernels.matmul.packed_matmul import Packed
 
@@ -25,15 +27,10 @@ SHAPES = [
 ]
 """Rows, columns, inner dimension, columns of a group: few rows (up to 32) and many, whole blocks of 128 and parts,
 groups within, across and of several blocks."""
-
-
-def weight(columns: int, inner: int, group: int, *, symmetric: bool = False, scales: str = "float16") -> Packed:
-    """Make random codes, with every zero point from 0 to 16, as the first format of GPTQ has them."""
-    rng = np.random.default_rng(columns)
-    codes = rng.integers(0, 256, (columns, inner // 2)).astype(np.uint8)
-    shape = columns, inner // group
-    zeros = None if symmetric else (np.arange(columns * shape[1]).reshape(shape) % 17).astype(np.uint8)
-    return Packed(codes, (rng.random(shape) * 0.1 + 0.01).astype(jnp.dtype(scales)), zeros)
+FORMS = ("float16", "float16 zeros", "bfloat16 zeros", "float32 zeros", "uint8")
+"""Dtypes of scales, and whether there are zero points; uint8 is MXFP4."""
+SIZES = {"one each": ([1] * 4, 4), "few and many, padding": ([3, 0, 9, 40], 60), "none": ([0, 0], 3)}
+"""Rows of each group, and how many there are with those of none."""
 
 
 def numbers(rows: int, inner: int, dtype: str) -> np.ndarray:
@@ -57,9 +54,9 @@ def test_products(kernel: str, number: int, kind: str):
     if kernel != XLA:
         require_native_kernels()
     (rows, columns, inner, group), (name, _, result) = SHAPES[number], kind.partition(" to ")
-    x, scales = numbers(rows, inner, name), ("float16", "bfloat16", "float32")[number % 3]
-    for symmetric in (False, True) if result == "" else (False,):
-        packed = weight(columns, inner, group, symmetric=symmetric, scales=scales)
+    x = numbers(rows, inner, name)
+    for form in (FORMS[0], FORMS[1 + number % 3], FORMS[-1]) if result == "" else FORMS[1:2]:
+        packed = four_bits.random((columns, inner), group, form)
         found = product(x, packed, kernel, dtype=result or None)
         expected = reference(x, packed)
         assert found.shape == expected.shape and found.dtype == jnp.dtype(result or name)
@@ -71,14 +68,54 @@ def test_products(kernel: str, number: int, kind: str):
         assert (np.abs(found.astype(np.float64) - expected) <= tolerance).all()
 
 
+def by_group(x: np.ndarray, packed: Packed, offsets: np.ndarray, kernel: str) -> np.ndarray:
+    return np.asarray(jax.jit(partial(grouped.packed, kernel=kernel))(x, packed, offsets))
+
+
+@pytest.mark.parametrize("kernel", [NATIVE, STABLE, XLA])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", SIZES)
+def test_each_row_is_multiplied_with_the_matrix_of_its_group(name: str, dtype: str, kernel: str):
+    """Rows of no group are NaN, and so are the matrices of groups without rows."""
+    if kernel != XLA:
+        require_native_kernels()
+    sizes, rows = SIZES[name]
+    offsets, x = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32), numbers(rows, 192, dtype)
+    x[offsets[-1] :] = np.nan
+    for form in ("bfloat16 zeros", "uint8"):
+        packed = four_bits.random((len(sizes), 50, 192), 32, form)
+        packed.scales[np.array(sizes) == 0] = 255 if form == "uint8" else np.nan
+        found, whole = by_group(x, packed, offsets, kernel), dequantised(packed)
+        assert found.shape == (rows, 50)
+        for group, (first, last) in enumerate(pairwise(offsets)):
+            own, wanted = x[first:last].astype(np.float64), whole[group].astype(np.float64).T
+            tolerance = (2**-7 if dtype == "bfloat16" else 2e-6) * (np.abs(own) @ np.abs(wanted))
+            assert (np.abs(found[first:last].astype(np.float64) - own @ wanted) <= tolerance).all()
+
+
+@pytest.mark.parametrize("kernel", [NATIVE, XLA])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_the_exponent_255_is_nan_and_others_are_exact(rows: int, kernel: str):
+    require_native_kernels()
+    packed = four_bits.random((3, 96), 32, "uint8")
+    packed.scales[:] = [[127, 1, 252], [0, 127, 127], [127, 255, 127]]
+    codes = packed.codes[:2].copy()
+    packed.codes[:] = 0x7A  # -1 and 6
+    packed.codes[:2, 32:] = codes[:, 32:]
+    x = np.zeros((rows, 96), np.float32)
+    x[:, :2] = 1
+    found = product(x, packed, kernel)
+    assert (found[:, 0] == 5).all() and np.isnan(found[:, 2]).all() and (np.abs(found[:, 1]) < 1e-36).all()
+
+
 @pytest.mark.parametrize("units", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_many_rows_are_multiplied_with_the_dequantised_weight(dtype: str, units: bool, monkeypatch):
     """The native product unpacks to the bits that the loader dequantises to, also for XLA's matrix units."""
     require_native_kernels()
     monkeypatch.setattr(choose, "cpu_has_matrix_units", lambda: units)
-    for symmetric in (False, True):
-        packed = weight(21, 288, 48, symmetric=symmetric)
+    for form in FORMS:
+        packed = four_bits.random((21, 288), 48, form)
         x = np.eye(288, dtype=np.float32).astype(jnp.dtype(dtype))
         found = product(x, packed, NATIVE).T
         np.testing.assert_array_equal(found, dequantised(packed).astype(x.dtype))
@@ -88,7 +125,7 @@ def test_many_rows_are_multiplied_with_the_dequantised_weight(dtype: str, units:
 @pytest.mark.parametrize("rows", [3, 40])
 def test_a_part_of_the_weight(rows: int, kernel: str):
     require_native_kernels()
-    x, packed = numbers(rows, 256, "float32"), weight(90, 256, 32)
+    x, packed = numbers(rows, 256, "float32"), four_bits.random((90, 256), 32, "float16 zeros")
     for first, end in ((0, 50), (37, 90)):
         found = product(x, packed, kernel, part=(first, end))
         np.testing.assert_allclose(found, product(x, packed, kernel)[:, first:end], rtol=1e-5, atol=1e-5)
@@ -97,7 +134,7 @@ def test_a_part_of_the_weight(rows: int, kernel: str):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_stable_product_of_a_row_has_the_same_bits_among_any_rows(dtype: str):
     require_native_kernels()
-    x, packed = numbers(70, 320, dtype), weight(50, 320, 64)
+    x, packed = numbers(70, 320, dtype), four_bits.random((50, 320), 64, "float16 zeros")
     whole = product(x, packed, STABLE)
     for count in (1, 34):
         np.testing.assert_array_equal(product(x[:count], packed, STABLE), whole[:count])
@@ -110,7 +147,7 @@ def test_the_stable_product_of_a_row_has_the_same_bits_among_any_rows(dtype: str
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_row_that_is_not_finite_stays_alone(value: float):
     require_native_kernels()
-    x, packed = numbers(6, 192, "bfloat16"), weight(34, 192, 32)
+    x, packed = numbers(6, 192, "bfloat16"), four_bits.random((34, 192), 32, "float16 zeros")
     whole = product(x, packed, NATIVE)
     x[2, 5] = value
     found = product(x, packed, NATIVE)
@@ -128,3 +165,15 @@ def test_rows_are_rounded_to_the_nearest_code(symmetric: bool):
     error = np.abs(dequantised(packed) - rows)
     assert (error <= 0.5001 * step).mean() > (0.97 if symmetric else 0.99) and (error <= 1.001 * step).all()
     assert not error[1, :32].any()
+
+
+def test_rows_are_rounded_to_floats_of_a_power_of_two():
+    rows = np.random.default_rng(0).standard_normal((5, 64)).astype(np.float32)
+    rows[1, :32], rows[2] = 0, np.abs(rows[2])
+    packed = packed_matmul.quantise(jnp.asarray(rows), packed_matmul.Packing(32, True, packed_matmul.EXPONENT))
+    found = dequantised(packed)
+    assert packed.scales.dtype == jnp.uint8 and packed.zeros is None and not found[1, :32].any()
+    largest = np.repeat(np.abs(rows.reshape(5, 2, 32)).max(-1), 32, axis=1)
+    assert (np.abs(found - rows) <= largest / 4).all()
+    again = packed_matmul.quantise(jnp.asarray(found), packed_matmul.Packing(32, True, packed_matmul.EXPONENT))
+    np.testing.assert_array_equal(dequantised(again), found)
