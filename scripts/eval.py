@@ -200,7 +200,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--tensor-parallel-size", type=int, default=1, metavar="N", help="devices (default: %(default)s)")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
-    add("--quantization", default=None, choices=QUANTIZATIONS, help="int8, or what to do with 4 bits")
+    add("--quantization", choices=QUANTIZATIONS, metavar="METHOD", help=", ".join(QUANTIZATIONS))
     add("--max-model-len", type=int, default=None)
     add_hf_overrides(parser)
     add("--wrong", type=int, default=0, metavar="N", help="show the first N wrong answers, on stderr")

@@ -13,7 +13,7 @@ MAX_INT32 = 2**31 - 1
 MAX_LOGPROBS = 20
 """Most alternatives per position of `logprobs` and `prompt_logprobs`."""
 INT8, DEQUANTIZE = "int8", "dequantize"
-KEPT_QUANTIZATIONS = ("awq", "gptq", "compressed-tensors")
+KEPT_QUANTIZATIONS = ("awq", "gptq", "compressed-tensors", "mxfp4")
 """Formats of checkpoints with weights in 4 bits that are kept so."""
 QUANTIZATIONS = (INT8, DEQUANTIZE, *KEPT_QUANTIZATIONS)
 """Values of `EngineConfig.quantization`."""

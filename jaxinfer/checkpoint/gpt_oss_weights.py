@@ -13,22 +13,51 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from jaxinfer.checkpoint.packed.matrix import E2M1_PAIRS
+from jaxinfer.checkpoint.packed.matrix import E2M1_PAIRS, MXFP4, Kept
 from jaxinfer.checkpoint.source import Info, Source
 from jaxinfer.errors import CheckpointError
 
-GROUP = 32
+GROUP = MXFP4.group
 """Number of values that share a scale."""
 
 _EXPERTS = re.compile(r"(.*\.experts\.(gate_up_proj|down_proj))(_blocks|_bias)?")
 
 
-class Kept(NamedTuple):
+class Stored(NamedTuple):
     """Shape and dtype of a tensor in the layout of `models.moe_rules`."""
 
     shape: tuple[int, ...]
     dtype: str
     """Safetensors name of a dtype that represents every value exactly."""
+
+
+class PackedExperts:
+    """Stack of matrices in MXFP4, `[E, out, in]`, as `PackedMatrix` keeps one, with gate rows before up rows."""
+
+    packing = MXFP4
+
+    def __init__(self, source: Source, name: str, shape: tuple[int, ...]):
+        self._source, self._name, self.shape = source, name, shape
+
+    def octets(self, stack: slice, rows: slice, columns: slice) -> np.ndarray:
+        """Return the codes of a part of the stack two a byte, `[E', rows, columns / 2]` uint8."""
+        groups = slice(columns.start // GROUP, -(-columns.stop // GROUP))
+        found = self._read("blocks", stack, rows, groups)
+        found = found.reshape(*found.shape[:2], found.shape[2] * found.shape[3])
+        first = (columns.start - groups.start * GROUP) // 2
+        return found[..., first : first + (columns.stop - columns.start) // 2]
+
+    def by_group(self, what: str, stack: slice, rows: slice, columns: np.ndarray) -> np.ndarray:
+        """Return the exponents of some columns, `[E', rows, columns]` uint8."""
+        groups = columns // GROUP
+        found = self._read("scales", stack, rows, slice(int(groups[0]), int(groups[-1]) + 1))
+        return found[..., groups - groups[0]]
+
+    def _read(self, part: str, stack: slice, rows: slice, groups: slice) -> np.ndarray:
+        def read(own: slice) -> np.ndarray:
+            return self._source.read(f"{self._name}_{part}", (stack, own, groups))
+
+        return _in_order(read, rows, self.shape[1] // 2) if "gate_up_proj" in self._name else read(rows)
 
 
 class InterleavedExperts:
@@ -72,14 +101,21 @@ class InterleavedExperts:
             return found
         if not ending:
             first, *others = found.shape
-            return Kept((first, *reversed(others)), found.dtype)
+            return Stored((first, *reversed(others)), found.dtype)
         scales = tuple(self._source.info(f"{base}_scales").shape)
         if found.shape != (*scales, GROUP // 2) or len(scales) != 3:
             raise CheckpointError(
                 f"tensors {base}_blocks of shape {list(found.shape)} and {base}_scales of shape {list(scales)} do not "
                 f"fit: expected [E, out, in / {GROUP}, {GROUP // 2}] and [E, out, in / {GROUP}]"
             )
-        return Kept((*scales[:2], scales[2] * GROUP), "BF16")
+        return Stored((*scales[:2], scales[2] * GROUP), "BF16")
+
+    def packed(self, name: str) -> Kept | None:
+        """Return experts in MXFP4, or another matrix that can be kept in 4 bits (`DequantisedSource.packed`)."""
+        if self._found.get(name, ("", ""))[1] == "_blocks":
+            return PackedExperts(self._source, self._found[name][0], self.info(name).shape)
+        find = getattr(self._source, "packed", None)
+        return find and find(name)
 
     def read(self, name: str, slices: tuple[slice, ...] | None = None) -> Any:
         """Read a tensor, or the part selected by slices of step 1, one per leading axis.

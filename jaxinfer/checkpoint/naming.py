@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from jaxinfer.checkpoint.packed.matrix import PackedMatrix
+from jaxinfer.checkpoint.packed.matrix import Kept
 from jaxinfer.checkpoint.rules import format_names
 from jaxinfer.checkpoint.source import Info, Source
 from jaxinfer.checkpoint.weight_table import Rule
@@ -96,7 +96,7 @@ class Renamed:
         """Return a tensor's shape and dtype."""
         return self._source.info(self._names[name])
 
-    def packed(self, name: str) -> PackedMatrix | None:
+    def packed(self, name: str) -> Kept | None:
         """Return a quantised matrix that can be kept in 4 bits, or None (`DequantisedSource.packed`)."""
         find = getattr(self._source, "packed", None)
         return find and find(self._names[name])

@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec
 from jaxinfer.errors import ConfigError
 from jaxinfer.kernels.matmul import grouped, int8_matmul
 from jaxinfer.kernels.matmul.grouped import Dispatch
+from jaxinfer.kernels.matmul.packed_matmul import Packed
 from jaxinfer.kernels.triton import triton_launch
 from jaxinfer.kernels.triton.triton_launch import Target
 from jaxinfer.layers.attention import StepContext
@@ -112,6 +113,7 @@ class ExpertLinear(MatmulModule):
         names: logical axes.
         bias: number of leading axes a bias has; 0 for no bias.
         block: columns per block that int8 matmuls rotate (`int8_matmul.rotation`).
+        divided: number of devices that the columns of the weight are divided over.
         **metadata: for the loader (`params.weight`).
     """
 
@@ -123,9 +125,10 @@ class ExpertLinear(MatmulModule):
         *,
         bias: int,
         block: int,
+        divided: int = 1,
         **metadata: Any,
     ):
-        self.block = block
+        self.block, self.divided = block, divided
         self.weight, self.weight_scale = matrix(
             build, shape, names, shape[-1] ** -0.5, block=block, stacked=True, **metadata
         )
@@ -141,8 +144,11 @@ class ExpertLinear(MatmulModule):
             own: local parameters.
             target: the GPU that the kernel is compiled for, if any.
         """
-        weight, scales = own["weight"], own.get("weight_scale")
+        weight, scales, zeros = Weights.of(own)
         weight = weight.reshape(weight.shape[0], -1, weight.shape[-1])
+        if weight.dtype == jnp.uint8:
+            grids = (None if one is None else one.reshape(*weight.shape[:2], -1) for one in (scales, zeros))
+            return grouped.packed(x, Packed(weight, *grids), pairs.offsets, kernel=self.kernel, target=target)
         scales = None if scales is None else scales.reshape(weight.shape[:2])
         return grouped.matmul(x, weight, pairs.offsets, scales, kernel=self.kernel, target=target, block=self.block)
 
@@ -181,6 +187,7 @@ class MoE(MatmulModule):
             (stack, axes.EMBED, ffn),
             bias=2 if config.bias else 0,
             block=int8_matmul.rotation(config.ffn, build.tp),
+            divided=1 if self.by_expert else build.tp,
         )
         self.shared = (
             GatedMLP(build.at("shared"), width, config.shared, str(config.activation), summed=False, gated=config.gated)

@@ -10,6 +10,7 @@ from jaxinfer.kernels.matmul import packed_matmul
 from jaxinfer.kernels.matmul.packed_matmul import CODES, LEAST_GROUP, Packing
 from jaxinfer.layers.embedding import Embedding
 from jaxinfer.layers.linear import FusedLinear, MatmulModule, RowLinear
+from jaxinfer.layers.moe import ExpertLinear
 
 CODES_OF, SCALES, ZEROS = "codes", "scales", "zeros"
 """What a parameter of a packed weight holds (`packed` in its metadata)."""
@@ -18,25 +19,27 @@ CODES_OF, SCALES, ZEROS = "codes", "scales", "zeros"
 def packable(module: nnx.Module) -> dict[str, MatmulModule]:
     """Return the modules whose weight can be packed, by the path of the weight.
 
-    These are projections, and heads that are not tied to an embedding. Experts and batched projections have products
-    of their own.
+    These are projections, those of experts too, and heads that are not tied to an embedding. Batched projections have
+    products of their own.
     """
     found = ((".".join(map(str, (*path, "weight"))), part) for path, part in nnx.iter_modules(module))
     return {path: part for path, part in found if _is_packable(part)}
 
 
 def _is_packable(part: nnx.Module) -> bool:
-    return isinstance(part, FusedLinear | RowLinear) or isinstance(part, Embedding) and not part.lookup
+    return isinstance(part, FusedLinear | RowLinear | ExpertLinear) or isinstance(part, Embedding) and not part.lookup
 
 
 def group_within(part: MatmulModule, group: int) -> int:
     """Return the largest group of columns that divides `group` and fits the module, or 0 if there is none.
 
-    A shard of a row-parallel weight, and a unit of its input where units are reordered, has whole groups.
+    A shard of a weight whose columns are divided, and a unit of its input where units are reordered, has whole groups.
     """
     columns = part.weight.shape[-1]
     if isinstance(part, RowLinear):
         columns = columns // part.tp if part.inputs.stored is None else part.inputs.width
+    elif isinstance(part, ExpertLinear):
+        columns //= part.divided
     fitting = gcd(group, columns)
     return fitting if fitting % LEAST_GROUP == 0 else 0
 

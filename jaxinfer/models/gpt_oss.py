@@ -30,8 +30,6 @@ def config(reader: ConfigReader) -> DecoderConfig:
     """Read the configuration; the first layer slides, and `hidden_act` is unused.
 
     `intermediate_size` is the width of one expert.
-
-    MXFP4 experts are dequantised to the model's dtype.
     """
     # Copies of num_experts_per_tok and of rope's original length, in files on the Hub.
     reader.skip("hidden_act", "experts_per_token", "initial_context_length")

@@ -86,16 +86,19 @@ def grouped(shape: Shape, _: Load, target: Target) -> Problem:
 
 
 def packed(shape: Shape, _: Load, target: Target) -> Problem:
-    """Return a product with a weight of 4 bits."""
-    groups = shape["columns"], shape["inner"] // shape["group"]
-    array, dtype = jax.ShapeDtypeStruct, FLOATS[shape["itemsize"]]
+    """Return a product with a weight of 4 bits, or with those of experts to which the rows are routed evenly."""
+    experts, array, dtype = shape.get("experts"), jax.ShapeDtypeStruct, FLOATS[shape["itemsize"]]
+    stack = (experts,) if experts else ()
+    groups = *stack, shape["columns"], shape["inner"] // shape["group"]
+    rows = shape["rows"] * (experts or 1)
     given = (
-        array((shape["rows"], shape["inner"]), dtype),
-        array((shape["columns"], shape["inner"] // 2), jnp.uint8),
-        array(groups, jnp.float16),
+        array((rows, shape["inner"]), dtype),
+        array((*stack, shape["columns"], shape["inner"] // 2), jnp.uint8),
+        array(groups, jnp.uint8 if shape.get("floats") else jnp.float16),
         array(groups, jnp.uint8) if shape["asymmetric"] else None,
     )
-    return Problem(lambda given, state: (triton_packed.matmul(*given, dtype, target), state), given)
+    offsets = np.arange(0, rows + 1, shape["rows"], dtype=np.int32) if experts else None
+    return Problem(lambda given, state: (triton_packed.matmul(*given, dtype, target, offsets), state), given)
 
 
 KERNELS: dict[str, Callable[[Shape, Load, Target], Problem]] = {"attend": attend, "grouped": grouped, "packed": packed}
@@ -115,6 +118,12 @@ def _experts(groups: int, columns: int, inner: int, *means: int) -> list[tuple[s
     return [("grouped", dict(mean=mean, groups=groups, columns=columns, inner=inner, itemsize=2)) for mean in means]
 
 
+def _experts_in_4_bits(experts: int, columns: int, inner: int, *rows: int) -> list[tuple[str, Shape]]:
+    """Return the shapes of products with experts in MXFP4, by the rows of one."""
+    own = dict(columns=columns, inner=inner, group=32, itemsize=2, asymmetric=0, experts=experts, floats=1)
+    return [("packed", {"rows": count} | own) for count in rows]
+
+
 COMMON: dict[str, list[tuple[str, Shape]]] = {
     "llama-8b": _attention(32, 8, 128),
     "llama-1b": _attention(32, 8, 64),
@@ -122,6 +131,8 @@ COMMON: dict[str, list[tuple[str, Shape]]] = {
     "gpt-oss": _attention(64, 8, 64),
     "mla": _attention(128, 1, 576, value_dim=512, latent=1),
     "qwen3-30b-experts": _experts(128, 1536, 2048, 1, 4, 128) + _experts(128, 2048, 768, 1, 4, 128),
+    "gpt-oss-20b-experts": _experts_in_4_bits(32, 5760, 2880, 1, 8, 256),
+    "gpt-oss-120b-experts": _experts_in_4_bits(128, 5760, 2880, 1, 2, 64),
     "mixtral-experts": _experts(8, 28672, 4096, 2, 16, 512),
 }
 """Kernels and shapes of common layers, by name."""

@@ -33,7 +33,12 @@ QUICK += [("deepseek_v3", "bfloat16", "auto"), ("qwen3_next", "bfloat16", "auto"
 QUICK += [("llama", "float32", "xla"), ("llama", "bfloat16", "auto", 2), ("llama", "4 bits", "auto")]
 QUICK += [("llama", "bfloat16/int8", "auto")]
 OTHERS: list[Case] = [("kimi_linear", "float32", "auto"), ("gpt_oss", "bfloat16", "auto"), ("qwen3_moe", "int8", "xla")]
-OTHERS += [("gemma2", "bfloat16", "xla"), ("qwen3_next", "float32", "xla"), ("gemma3", "bfloat16/fp8", "auto")]
+OTHERS += [
+    ("gpt_oss", "4 bits", "auto"),
+    ("gemma2", "bfloat16", "xla"),
+    ("qwen3_next", "float32", "xla"),
+    ("gemma3", "bfloat16/fp8", "auto"),
+]
 OTHERS += [
     ("deepseek_v3", "bfloat16/fp8", "auto"),
     ("llama", "bfloat16/fp8", "auto", 2),

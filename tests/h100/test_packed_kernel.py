@@ -2,7 +2,9 @@
 
 import re
 from collections import Counter
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +16,11 @@ from support.tiny import FOUR_BITS
 from jaxinfer.engine.runner.batch import Bucket
 from jaxinfer.engine.runner.shapes import Shapes
 from jaxinfer.engine.sampling.sampling_rows import Level
-from jaxinfer.kernels.matmul import packed_matmul
+from jaxinfer.kernels.matmul import grouped, packed_matmul
 from jaxinfer.kernels.matmul.choose import TRITON
 from jaxinfer.kernels.matmul.packed_matmul import Packed
-from jaxinfer.kernels.triton.triton_launch import Target
+from jaxinfer.kernels.triton.triton_launch import Binary, Target
+from jaxinfer.sharding.policy import Placement
 
 pytest.importorskip("triton")
 pytestmark = [pytest.mark.xdist_group("h100"), pytest.mark.slow]
@@ -49,26 +52,76 @@ SHAPES = Shapes(
 )
 
 
+EXPERTS = {
+    "gpt-oss 20b, a token": (4, 32, 5760, 2880, 32, "uint8", "bfloat16"),
+    "gpt-oss 120b, 64 tokens, down": (256, 128, 2880, 2880, 32, "uint8", "bfloat16"),
+    "gpt-oss 20b, 256 tokens": (1024, 32, 5760, 2880, 32, "uint8", "bfloat16"),
+    "gpt-oss 20b, prefill": (8192, 32, 5760, 2880, 32, "uint8", "bfloat16"),
+    "gpt-oss 20b, prefill, 4 devices": (8192, 32, 2880, 720, 16, "uint8", "bfloat16"),
+    "Qwen3-30B, 8 tokens": (64, 128, 1536, 2048, 128, "float16 zeros", "bfloat16"),
+    "Mixtral, prefill": (4096, 8, 28672, 4096, 128, "float16 zeros", "float16"),
+    "float32": (8192, 32, 5760, 2880, 32, "uint8", "float32"),
+}
+"""Rows, experts, out, in, columns of a group, form of the scales, dtype of the activations."""
+
+
+def abstract(shape: tuple[int, ...], group: int, form: str) -> Packed:
+    """Return the shapes of a weight; see `support.four_bits.random`."""
+    dtype, _, zeros = form.partition(" ")
+    array, grid = jax.ShapeDtypeStruct, (*shape[:-1], shape[-1] // group)
+    codes = array((*shape[:-1], shape[-1] // 2), jnp.uint8)
+    return Packed(codes, array(grid, jnp.dtype(dtype)), array(grid, jnp.uint8) if zeros else None)
+
+
+def suitable(kernels: list[Binary], dtype: str) -> str:
+    """Return the code of the one kernel, which leaves room for another on its multiprocessor and spills nothing."""
+    (kernel,) = kernels
+    assert kernel.shared_bytes * 2 <= SHARED
+    assert spilled(kernel.ptx) == 0
+    if dtype != "float32":
+        assert re.search(r"wgmma\.mma_async|mma\.sync", kernel.ptx)
+    return kernel.ptx
+
+
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_the_kernel_suits_the_device(name: str):
     rows, out, inner, group, asymmetric, dtype = PRODUCTS[name]
-    array, groups = jax.ShapeDtypeStruct, (out, inner // group)
-    zeros = array(groups, jnp.uint8) if asymmetric else None
-    packed = Packed(array((out, inner // 2), jnp.uint8), array(groups, jnp.float16), zeros)
+    packed = abstract((out, inner), group, "float16 zeros" if asymmetric else "float16")
     with compiled_kernels() as made:
         call = partial(packed_matmul.matmul, kernel=TRITON, target=H100)
-        jax.eval_shape(call, array((rows, inner), dtype), packed)
-    (kernel,) = made
-    assert kernel.shared_bytes * 2 <= SHARED
-    assert spilled(kernel.ptx) == 0
-    assert re.search(r"cp\.async\.c[ag]\.shared\.global|ld\.global\S*\.v[24]\.b32", kernel.ptx)
-    if dtype != "float32":
-        assert re.search(r"wgmma\.mma_async|mma\.sync", kernel.ptx)
+        jax.eval_shape(call, jax.ShapeDtypeStruct((rows, inner), dtype), packed)
+    ptx = suitable(made, dtype)
+    assert re.search(r"cp\.async\.c[ag]\.shared\.global|ld\.global\S*\.v[24]\.b32", ptx)
 
 
-def step(kind: str, tp: int = 1) -> Compiled:
+@pytest.mark.parametrize("name", EXPERTS)
+def test_the_kernel_of_experts_suits_the_device(name: str):
+    rows, experts, out, inner, group, form, dtype = EXPERTS[name]
+    with compiled_kernels() as made:
+        call = partial(grouped.packed, kernel=TRITON, target=H100)
+        offsets = jax.ShapeDtypeStruct((experts + 1,), jnp.int32)
+        jax.eval_shape(
+            call, jax.ShapeDtypeStruct((rows, inner), dtype), abstract((experts, out, inner), group, form), offsets
+        )
+    ptx = suitable(made, dtype)
+    assert dtype == "float32" or re.search(r"cp\.async\.cg\.shared\.global \[[^]]*\], \[[^]]*\], (?:0x10|16)", ptx)
+    assert "wgmma.mma_async" in ptx or rows <= 32 * experts or dtype == "float32"
+
+
+GPT_OSS = dict(
+    architectures=["GptOssForCausalLM"],
+    num_local_experts=32,
+    num_experts_per_tok=4,
+    intermediate_size=512,
+    layer_types=["full_attention"] * LAYERS,
+    quantization_config={"quant_method": "mxfp4"},
+)
+
+
+def step(kind: str, tp: int = 1, changes: Mapping[str, Any] = FOUR_BITS, placement: str = "shard") -> Compiled:
     require_cuda_compiler()
-    program, params = abstract_model(MEDIUM | FOUR_BITS | {"num_hidden_layers": LAYERS}, h100_mesh(tp))
+    config = MEDIUM | changes | {"num_hidden_layers": LAYERS}
+    program, params = abstract_model(config, h100_mesh(tp), placement=Placement({"*.mlp": placement}))
     tokens = ROWS if kind == "decode" else CHUNK
     return compile_step(program, params, SHAPES, Bucket(kind, tokens, ROWS, WIDTH, Level.GREEDY, -1, tile=program.tile))
 
@@ -85,3 +138,19 @@ def test_a_decode_step_reads_codes_and_makes_no_weight():
 def test_devices_dequantise_their_own_part(kind: str):
     """Two all-reduces a layer, as with other weights, and no codes are gathered."""
     assert step(kind, 4).collectives == Counter({"all-reduce": 2 * LAYERS + 1, "all-gather": 1})
+
+
+@pytest.mark.parametrize("kind", ["decode", "prefill"])
+def test_a_step_with_experts_reads_their_codes_and_makes_no_weight(kind: str):
+    compiled = step(kind, changes=GPT_OSS)
+    assert Counter(compiled.kernels)["packed"] == 2 * LAYERS and "grouped" not in compiled.kernels
+    assert compiled.command_buffers == 1
+    assert compiled.aliased_bytes >= compiled.cache_bytes and compiled.large_copies == []
+    assert not re.search(r"(?:bf16|f32)\[32,(?:1,)?(?:1024|512),(?:1024|512)\]", compiled.executable.as_text())
+
+
+@pytest.mark.parametrize("placement", ["shard", "experts"])
+def test_devices_multiply_with_their_own_part_of_the_experts(placement: str):
+    compiled = step("decode", 4, GPT_OSS, placement)
+    assert compiled.collectives == Counter({"all-reduce": 2 * LAYERS + 1, "all-gather": 1})
+    assert Counter(compiled.kernels)["packed"] == 2 * LAYERS

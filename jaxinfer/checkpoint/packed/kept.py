@@ -10,9 +10,10 @@ from flax import nnx
 
 from jaxinfer._utils.checks import KEPT_QUANTIZATIONS
 from jaxinfer.checkpoint.packed.declared import Declared
+from jaxinfer.checkpoint.packed.matrix import MXFP4
 from jaxinfer.checkpoint.source import Info
-from jaxinfer.kernels.matmul.packed_matmul import CODES, Packing, pack
-from jaxinfer.layers.packing import CODES_OF, SCALES, group_within, packable
+from jaxinfer.kernels.matmul.packed_matmul import CODES, Packing
+from jaxinfer.layers.packing import CODES_OF, group_within, packable
 
 _OTHER = re.compile(r"vision|visual|audio|projector")
 """Modules beside the language model, which tools for 4 bits leave as they are."""
@@ -41,15 +42,14 @@ class PackedSource:
         self._source.release()
 
     def read(self, name: str, slices: tuple[slice, ...] | None = None) -> np.ndarray:
-        """Read the part's rows and columns, by slices for both."""
+        """Read the part's rows and columns, by slices for both; of a stack, by one for its entries before these."""
         matrix = self._source.packed(name)
-        shape = matrix.shape[0], matrix.shape[1] // self._columns
-        rows, columns = (slice(*one.indices(size)[:2]) for one, size in zip(slices or map(slice, shape), shape))
+        shape = *matrix.shape[:-1], matrix.shape[-1] // self._columns
+        *rows, columns = (slice(*one.indices(size)[:2]) for one, size in zip(slices or map(slice, shape), shape))
         first, end = columns.start * self._columns, columns.stop * self._columns
         if self._part == CODES_OF:
-            return pack(matrix.codes(rows, slice(first, end)))
-        grid = matrix.scales if self._part == SCALES else matrix.zeros
-        return grid.at(rows, np.arange(first, end, self._columns))
+            return matrix.octets(*rows, slice(first, end))
+        return matrix.by_group(self._part, *rows, np.arange(first, end, self._columns))
 
 
 def packings(
@@ -67,7 +67,7 @@ def packings(
     found = {}
     for path, part in packable(module).items():
         own = [packing(name) for name in tensors.get(path, ())]
-        if not own or None in own or part.weight.get_metadata().get("stacked"):
+        if not own or None in own:
             continue
         group = group_within(part, gcd(*(one.group for one in own)))
         if group:
@@ -85,6 +85,8 @@ def stated(declared: Declared, scale_dtype: str) -> Callable[[str], Packing | No
         scale_dtype: dtype of its scales.
     """
     settings = declared.settings
+    if declared.method == "mxfp4":
+        return lambda name: MXFP4 if ".experts." in name else None
     if declared.method not in KEPT_QUANTIZATIONS or declared.bits != (4,) or len(declared.group_sizes) > 1:
         return lambda name: None
     symmetric, ordered = _options(declared)

@@ -3,11 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from jaxinfer.checkpoint.packed.tensors import Tensors
-from jaxinfer.kernels.matmul.packed_matmul import MIDDLE, Packing
+from jaxinfer.kernels.matmul.packed_matmul import EXPONENT, MIDDLE, Packing, pack
 
 Read = Callable[[slice, slice], np.ndarray]
 """Reads rows and columns of a matrix: two slices of step 1 -> `[rows, columns]`."""
@@ -17,6 +18,9 @@ E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 SIGNED_E2M1 = np.concatenate([E2M1, -E2M1])
 E2M1_PAIRS = np.stack([SIGNED_E2M1[np.arange(256) & 15], SIGNED_E2M1[np.arange(256) >> 4]], axis=-1)
 """Table `[256, 2]` of the two values encoded by each byte, the low half first."""
+
+MXFP4 = Packing(32, True, EXPONENT)
+"""How a matrix of MXFP4 is kept."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,21 @@ class Grid:
         return values[(down - above)[:, None], (across - left)[None]]
 
 
+@runtime_checkable
+class Kept(Protocol):
+    """Matrix, or stack of matrices, that can be kept in 4 bits: `PackedMatrix`, `gpt_oss_weights.PackedExperts`."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def packing(self) -> Packing | None: ...
+    def octets(self, *part: slice) -> np.ndarray:
+        """Return the codes of a part two a byte, `[..., columns / 2]` uint8."""
+
+    def by_group(self, what: str, *part: Any) -> np.ndarray:
+        """Return the "scales" or "zeros" of a part, whose columns are given as an array."""
+
+
 @dataclass(frozen=True)
 class PackedMatrix:
     """Matrix whose values are `(codes - zeros) * scales + biases`, computed in float32 for the part that is read."""
@@ -84,6 +103,14 @@ class PackedMatrix:
             return None
         dtype = {"F16": "float16", "BF16": "bfloat16"}.get(self.scale_dtype, "float32")
         return Packing(min(self.scales.columns, self.shape[1]), bool((zeros == MIDDLE).all()), dtype)
+
+    def octets(self, rows: slice, columns: slice) -> np.ndarray:
+        """Return the codes of a part of the matrix two a byte, `[rows, columns / 2]` uint8."""
+        return pack(self.codes(rows, columns))
+
+    def by_group(self, what: str, rows: slice, columns: np.ndarray) -> np.ndarray:
+        """Return the "scales" or "zeros" of some columns, `[rows, columns]`."""
+        return getattr(self, what).at(rows, columns)
 
     def read(self, rows: slice, columns: slice) -> np.ndarray:
         """Dequantise a part of the matrix, `[rows, columns]` float32."""

@@ -3,7 +3,6 @@ weights.
 """
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 from support import checkpoint
+from support.experts import EACH, one_by_one
 from support.memory import MemorySource
 from support.tiny import config
 
@@ -30,8 +30,6 @@ from jaxinfer.sharding.policy import Placement
 
 pytestmark = [pytest.mark.xdist_group("experts"), pytest.mark.slow]
 
-STACKED = re.compile(r"(.*\.experts)\.(gate_up|down)_proj")
-EACH = {"qwen3_moe": ("gate_proj", "up_proj", "down_proj"), "mixtral": ("w1", "w3", "w2")}
 HF = {family: config(family) | {"num_hidden_layers": 1} for family in EACH}
 WAYS: Mapping[str, Any] = {
     "one": (1, {}),
@@ -47,24 +45,6 @@ def stacked(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
     return {
         family: checkpoint.write(tmp_path_factory.mktemp(family), HF[family], with_tokenizer=False) for family in EACH
     }
-
-
-def one_by_one(family: str, source: Path, folder: Path) -> Path:
-    """Rewrite a checkpoint with one tensor per expert and projection."""
-    names, found = EACH[family], {}
-    for name, value in load_file(source / "model.safetensors").items():
-        match = STACKED.fullmatch(name)
-        if match is None:
-            found[name] = value
-            continue
-        for expert, one in enumerate(value):
-            parts = np.split(one, 2) if match[2] == "gate_up" else [one]
-            for part, own in zip(parts, names[:2] if match[2] == "gate_up" else names[2:], strict=True):
-                found[f"{match[1]}.{expert}.{own}.weight"] = np.ascontiguousarray(part)
-    folder.mkdir()
-    save_file(found, folder / "model.safetensors")
-    (folder / "config.json").write_text((source / "config.json").read_text())
-    return folder
 
 
 def load(folder: Path, way: str, quantization: str | None = None) -> dict[str, nnx.Param]:

@@ -3,18 +3,17 @@
 import json
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import checkpoint, four_bits, loaded
+from support.kept import assert_kept, parameters
 from support.tiny import prompt
 
 from jaxinfer.checkpoint import rules
 from jaxinfer.config import EngineConfig
 from jaxinfer.errors import CheckpointError, ConfigError
 from jaxinfer.functional import training
-from jaxinfer.kernels.matmul.packed_matmul import Packed
 from jaxinfer.loading import weights
 from jaxinfer.loading.convert import convert
 from jaxinfer.loading.update import WeightTable
@@ -41,28 +40,6 @@ def folders(tmp_path_factory) -> dict[str, Path]:
         "partly": four_bits.quantise(plain, root / "partly", "awq", group=16, skip="k_proj"),
         **made,
     }
-
-
-def parameters(folder: Path, tp: int = 1, **how) -> dict[str, jax.Array]:
-    module = weights.load(folder, make_mesh(tp), dtype="float32", progress=False, **how)
-    return {path: param[...] for path, param in rules.parameters(module).items()}
-
-
-def assert_kept(folder: Path, tp: int, **how) -> None:
-    """Compare each packed weight with the one that the loader dequantises, and where their shards lie."""
-    found, expected = parameters(folder, tp, **how), parameters(folder, tp, quantization="dequantize", **how)
-    packed = [path for path, array in found.items() if array.dtype == jnp.uint8 and path.endswith(".weight")]
-    assert len(packed) == 8 and not any(path.startswith(("embedding", "head")) for path in packed)
-    for path, wanted in expected.items():
-        if path not in packed:
-            np.testing.assert_array_equal(found[path], wanted)
-            continue
-        stem = path.removesuffix("weight")
-        own = Packed(found[path], found[f"{stem}weight_scale"], found.get(f"{stem}weight_zero"))
-        rows = Packed(*(None if one is None else np.asarray(one).reshape(-1, one.shape[-1]) for one in own))
-        np.testing.assert_array_equal(four_bits.dequantised(rows).reshape(wanted.shape), wanted)
-        for array in own:
-            assert array is None or array.sharding.spec == wanted.sharding.spec
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -148,7 +125,7 @@ def test_the_plan_counts_packed_bytes(how: dict, folders, tmp_path):
     ("quantization", "message"),
     [
         ("gptq", r"quantization is 'gptq', but the checkpoint is quantised with 'awq' \(quantization_config\)"),
-        ("fp4", "quantization must be None or int8, dequantize, awq, gptq, compressed-tensors, got 'fp4'"),
+        ("fp4", "quantization must be None or int8, dequantize, awq, gptq, compressed-tensors, mxfp4, got 'fp4'"),
     ],
 )
 def test_other_formats_are_refused(quantization: str, message: str, folders):

@@ -1,0 +1,39 @@
+"""Compare weights that are kept in 4 bits with those that the loader dequantises."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxinfer.checkpoint import rules
+from jaxinfer.kernels.matmul.packed_matmul import Packed
+from jaxinfer.loading import weights
+from jaxinfer.sharding import make_mesh
+from support import four_bits
+
+
+def parameters(folder: Path, tp: int = 1, **how: Any) -> dict[str, jax.Array]:
+    module = weights.load(folder, make_mesh(tp), dtype="float32", progress=False, **how)
+    return {path: param[...] for path, param in rules.parameters(module).items()}
+
+
+def assert_kept(folder: Path, tp: int, count: int = 8, **how: Any) -> None:
+    """Compare each packed weight with the one that the loader dequantises, and where their shards lie.
+
+    `count`: how many weights are packed.
+    """
+    found, expected = parameters(folder, tp, **how), parameters(folder, tp, quantization="dequantize", **how)
+    packed = [path for path, array in found.items() if array.dtype == jnp.uint8 and path.endswith(".weight")]
+    assert len(packed) == count and not any(path.startswith(("embedding", "head")) for path in packed)
+    for path, wanted in expected.items():
+        if path not in packed:
+            np.testing.assert_array_equal(found[path], wanted)
+            continue
+        stem = path.removesuffix("weight")
+        own = Packed(found[path], found[f"{stem}weight_scale"], found.get(f"{stem}weight_zero"))
+        rows = Packed(*(None if one is None else np.asarray(one).reshape(-1, one.shape[-1]) for one in own))
+        np.testing.assert_array_equal(four_bits.dequantised(rows).reshape(wanted.shape), wanted)
+        for array in own:
+            assert array is None or array.sharding.spec == wanted.sharding.spec
