@@ -96,9 +96,12 @@ def packed(shape: Shape, _: Load, target: Target) -> Problem:
         array((*stack, shape["columns"], shape["inner"] // 2), jnp.uint8),
         array(groups, jnp.uint8 if shape.get("floats") else jnp.float16),
         array(groups, jnp.uint8) if shape["asymmetric"] else None,
+        np.arange(0, rows + 1, shape["rows"], dtype=np.int32) if experts else None,
     )
-    offsets = np.arange(0, rows + 1, shape["rows"], dtype=np.int32) if experts else None
-    return Problem(lambda given, state: (triton_packed.matmul(*given, dtype, target, offsets), state), given)
+    return Problem(
+        lambda given, state: (triton_packed.matmul(*given[:4], dtype, target, given[4]), state),
+        given,
+    )
 
 
 KERNELS: dict[str, Callable[[Shape, Load, Target], Problem]] = {"attend": attend, "grouped": grouped, "packed": packed}

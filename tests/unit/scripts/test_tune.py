@@ -27,6 +27,10 @@ CALLS = {
     "experts": ("grouped", dict(mean=2, groups=3, columns=32, inner=32, itemsize=4)),
     "int8 experts": ("grouped", dict(mean=2, groups=3, columns=32, inner=32, itemsize=1)),
     "4 bits": ("packed", dict(rows=3, columns=32, inner=64, group=32, itemsize=4, asymmetric=1)),
+    "experts in 4 bits": (
+        "packed",
+        dict(rows=2, columns=32, inner=64, group=32, itemsize=4, asymmetric=0, experts=3, floats=1),
+    ),
 }
 
 
