@@ -4,6 +4,7 @@ With JAXINFER_TEST_GPU=1, JAX uses the GPU instead, and with JAXINFER_TEST_DEVIC
 (`tests/gpu/run.py`).
 """
 
+import contextlib
 import gc
 import os
 import sys
@@ -22,6 +23,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # with several test workers, torch's threads contend for cores
 os.environ |= compiler.cache_settings(os.environ)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+with contextlib.suppress(ImportError):  # tests that need hypothesis are skipped
+    import hypothesis
+
+    # Otherwise a test fails outside CI if one example takes 200 ms.
+    hypothesis.settings.register_profile(
+        "patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+    )
+    hypothesis.settings.load_profile("patient")
 
 import jax
 import pytest

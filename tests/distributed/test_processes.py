@@ -1,8 +1,10 @@
 """Two processes of two virtual devices each serve one model, over gloo."""
 
+import contextlib
 import json
 import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -82,7 +84,7 @@ def test_a_killed_process_ends_the_other_in_time_with_an_error_that_names_it(ser
     status = pair[1 - dead].wait()
     # Where process 0 is gone JAX's own service is too, and JAX aborts: after the reason has been said.
     assert status == 1 if dead else status in (1, -signal.SIGABRT)
-    assert time.monotonic() - started < 60
+    assert time.monotonic() - started < 120
     assert f"jaxinfer: process {1 - dead} ends: process {dead} (127.0.0.1" in pair[1 - dead].stderr
     assert "has died" in pair[1 - dead].stderr
 
@@ -95,7 +97,7 @@ def test_a_process_that_hangs_ends_all_of_them(serve, model):
     second.popen.send_signal(signal.SIGSTOP)
     try:
         assert first.wait() == 1
-        assert time.monotonic() - started < 20 + 10  # the machine has other work
+        assert time.monotonic() - started < 120  # the machine has other work
     finally:
         second.popen.send_signal(signal.SIGCONT)
     assert "jaxinfer: process 0 ends: process 1 (127.0.0.1" in first.stderr
@@ -115,7 +117,10 @@ def test_an_interrupt_of_process_0_ends_the_other_in_order(serve, model):
     first, second = serve([model, model], ["long", ""])
     first.wait_for("RUNNING")
     time.sleep(1)
-    first.popen.send_signal(signal.SIGINT)
+    while first.popen.poll() is None:  # again, as Python drops one that falls into a callback of the garbage collector
+        first.popen.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            first.popen.wait(60)
     assert [first.wait(), second.wait()] == [0, 0], first.stderr + second.stderr
     assert first.said()["interrupted"] and second.said() == {"ended": 1}
 
@@ -123,7 +128,7 @@ def test_an_interrupt_of_process_0_ends_the_other_in_order(serve, model):
 @pytest.mark.slow
 def test_warming_up_is_done_by_all_and_what_cannot_be_is_refused_by_name(serve, model):
     """In between requests are paused for longer than the timeout, and both processes free their caches, twice."""
-    first, second = serve([model, model], ["warm", "generate"], timeout=15)
+    first, second = serve([model, model], ["warm", "generate"], timeout=20)
     assert [first.wait(), second.wait()] == [0, 0], first.stderr + second.stderr
     assert first.said()["free"] == second.said()["free"] == 5 << 30  # the least of all decides
     refused = first.said()["refused"]

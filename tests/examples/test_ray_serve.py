@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from support import ray_processes
+from support.processes import free_port
 
 pytest.importorskip("ray.serve", reason="ray[serve] is not installed")
 ROOT = Path(__file__).parents[2]
@@ -61,11 +62,12 @@ def url(tmp_path_factory):
     os.environ["PYTHONPATH"] = f"{ROOT}:{ROOT / 'examples'}"
     ray_processes.start()
     settings = {"max_model_len": 256, "max_num_seqs": 4, "dtype": "float32", "block_size": 16}
-    serve.start(http_options={"host": "127.0.0.1", "port": 8765})
+    port = free_port()
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
     app = ray_serve.build(str(demo.path()), MODEL, settings, replicas=2, cpus=1, imbalance=16)
     try:
         serve.run(app)
-        yield "http://127.0.0.1:8765"
+        yield f"http://127.0.0.1:{port}"
     finally:
         serve.shutdown()
         ray.shutdown()

@@ -110,9 +110,8 @@ def test_a_pause_lets_a_step_start_that_waits_for_its_programs(llm, monkeypatch)
     wait_until(lambda: engine.is_held, caller.is_alive)
     pausing = threading.Thread(target=llm.pause)
     pausing.start()
-    wait_until(lambda: engine.control.pausing, pausing.is_alive)
-    llm._thread.run(lambda: None)  # behind what `pause` queues first
-    assert engine.is_held and not engine.control.paused
+    wait_until(lambda: len(llm._thread._driven) == 2, pausing.is_alive)  # the call's and the pause's
+    assert engine.is_held and engine.control.pausing and not engine.control.paused
     gate.release()
     pausing.join(PATIENCE)
     assert engine.control.paused and not engine.is_held

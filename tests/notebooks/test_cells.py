@@ -25,9 +25,17 @@ llm.generate("Question: What is 17 plus 25?\\nAnswer:", SamplingParams(temperatu
 """
 PICTURES = "axes = llm.plot_blocks(), llm.plot_timeline(); llm.cache"
 INTERRUPT = """
-threading.Timer(0.4, signal.raise_signal, (signal.SIGINT,)).start()
-while True:
-    llm.generate(["Hello"] * 12, LONG, use_tqdm=False)
+came = threading.Event()
+def interrupt(seconds=0.4):  # again, as Python drops an interrupt that falls into a callback of the garbage collector
+    while not came.wait(seconds):
+        signal.raise_signal(signal.SIGINT)
+        seconds = 20
+threading.Thread(target=interrupt).start()
+try:
+    while True:
+        llm.generate(["Hello"] * 12, LONG, use_tqdm=False)
+finally:
+    came.set()
 """
 
 

@@ -117,8 +117,8 @@ def compile():
 
 thread = threading.Thread(target=compile, daemon=True)
 programs._compiling.add(thread)
-thread.start()
 print("begun")
+thread.start()
 """
 """A process that ends while a program is compiled."""
 
@@ -126,13 +126,13 @@ print("begun")
 @pytest.mark.parametrize(
     ("seconds", "ending", "status", "out"),
     [
-        ("60", "end(3)", 3, "begun\n"),
+        ("600", "end(3)", 3, "begun\n"),
         ("0.5", "", 0, "begun\ncompiled\n"),
         ("0.5", "sys.exit(4)", 4, "begun\ncompiled\n"),
     ],
 )
 def test_a_command_ends_while_a_program_compiles_and_python_waits_for_it(seconds, ending, status, out):
     run = subprocess.run(
-        [sys.executable, "-c", COMPILING + ending, seconds], capture_output=True, text=True, timeout=50
+        [sys.executable, "-c", COMPILING + ending, seconds], capture_output=True, text=True, timeout=300
     )
     assert (run.returncode, run.stdout) == (status, out)

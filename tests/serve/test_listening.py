@@ -3,6 +3,7 @@
 import socket
 
 import pytest
+from support.processes import free_port
 
 from jaxinfer import cli
 from jaxinfer.errors import ConfigError
@@ -38,10 +39,9 @@ def test_a_wrong_option_is_refused_before_the_model_is_looked_for(options, messa
 
 
 def test_a_port_in_use_is_refused_and_a_free_one_is_not_taken():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-        with pytest.raises(ConfigError, match=f"--port {port}: .*in use"):
-            check_address("127.0.0.1", port)
+    port = free_port()
+    with socket.create_server(("127.0.0.1", port)), pytest.raises(ConfigError, match=f"--port {port}: .*in use"):
+        check_address("127.0.0.1", port)
     check_address("127.0.0.1", port)
     check_address("localhost", port)
     socket.create_server(("127.0.0.1", port)).close()

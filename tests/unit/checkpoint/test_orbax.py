@@ -438,7 +438,7 @@ def test_a_failed_conversion_leaves_nothing(make, tmp_path, monkeypatch):
 
 
 KILLED = """
-import os, signal, sys, threading
+import os, signal, sys
 from pathlib import Path
 from jaxinfer.checkpoint import orbax
 from jaxinfer.checkpoint.manifest import Manifest
@@ -457,16 +457,16 @@ def dies_in(owner, name, calls=1, after=False):
         return made
     setattr(owner, name, called)
 
-def dies_with(name):
-    while not (Path(sys.argv[2]) / f".{point}.partial" / name).exists():
-        pass
-    os.kill(os.getpid(), signal.SIGKILL)
+def dies_with(name):  # before the next change of a file after this folder was made
+    folder = Path(sys.argv[2]) / f".{point}.partial" / name
+    events = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.listdir", "os.scandir")
+    sys.addaudithook(lambda event, _: event in events and folder.exists() and os.kill(os.getpid(), signal.SIGKILL))
 
 POINTS = {
     "before": lambda: dies_in(orbax, "save"),
     "between": lambda: dies_in(orbax, "save", 3),
     "written": lambda: dies_in(orbax, "finalize"),
-    "merging": lambda: threading.Thread(target=dies_with, args=["weights.partial_save/state"], daemon=True).start(),
+    "merging": lambda: dies_with("weights.partial_save/state"),
     "finalized": lambda: dies_in(orbax, "finalize", after=True),
     "copied": lambda: dies_in(convert, "_copy_others", after=True),
     "manifest": lambda: dies_in(Manifest, "write"),

@@ -4,23 +4,15 @@ import threading
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from support.groups import together
+from support.stepping import wait_until
 
 from jaxinfer.distributed import initialize
 from jaxinfer.distributed.group import Group
 from jaxinfer.distributed.wire import Kind, Peer
 from jaxinfer.errors import ConfigError, DistributedError
-
-
-def until(condition: Callable[[], Any]) -> None:
-    """Wait until the condition holds."""
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_every_process_gets_every_value(make):
@@ -44,13 +36,13 @@ def test_a_dead_process_is_named_in_all_others(make, exits, capsys):
     first, second, third = make()
     second.leave()  # its own failure detection is not tested here
     second.peers[0].close()
-    until(lambda: first.failure and third.failure)
+    wait_until(lambda: first.failure and third.failure)
     assert first.failure == third.failure and first.failure.startswith("process 1 (b) has died")
     with pytest.raises(DistributedError, match="process 1 .b. has died"):
         first.broadcast(Kind.LAUNCH)
     with pytest.raises(DistributedError, match="process 1 .b. has died"):
         third.take(third.peers[0], Kind.LAUNCH)
-    assert sorted(exits) == [0, 2]
+    wait_until(lambda: sorted(exits) == [0, 2])
     assert "jaxinfer: process 2 ends: process 1 (b) has died" in capsys.readouterr().err
 
 
@@ -60,7 +52,7 @@ def test_a_silent_process_is_named(make, exits, monkeypatch):
     quiet = None
     groups = make(limit=2.0)
     quiet = groups[2].peers[0]
-    until(lambda: groups[0].failure)
+    wait_until(lambda: groups[0].failure)
     assert groups[0].failure.startswith("process 2 (b) has sent no heartbeat for")
 
 
@@ -81,7 +73,7 @@ def test_an_error_in_one_process_reaches_the_others_and_keeps_its_type(make):
     first, second, third = make()
     with pytest.raises(ValueError, match="mine"), second.guard():
         raise ValueError("mine")
-    until(lambda: first.failure and third.failure)
+    wait_until(lambda: first.failure and third.failure)
     assert first.failure == third.failure == "process 1 failed: ValueError: mine"
 
 
@@ -116,10 +108,10 @@ def test_ended_groups_are_garbage_collected(make, monkeypatch):
     first.broadcast(Kind.END)
     second.take(second.peers[0], Kind.END)
     second.answer_end()
-    until(lambda: first.peers[0].ended)
+    wait_until(lambda: first.peers[0].ended)
     first.end()
     assert registered == []
-    until(lambda: not any(thread.name.startswith(("from-", "watch")) for thread in threading.enumerate()))
+    wait_until(lambda: not any(thread.name.startswith(("from-", "watch")) for thread in threading.enumerate()))
     assert first.failure is None and second.failure is None
 
 
@@ -134,7 +126,7 @@ def test_a_process_that_waits_for_an_interrupted_one_is_ended(make, exits):
     first, _, third = make(limit=0.4)
     third.fail = lambda text: None  # ignore the silence of the interrupted process
     first.end_quietly()
-    until(lambda: 2 in exits)
+    wait_until(lambda: 2 in exits)
 
 
 def test_an_unexpected_frame_is_an_error(make, exits):

@@ -101,12 +101,14 @@ def test_a_template_joins_parts_of_text_itself(tokenizer):
 
 
 def test_channels_of_gpt_oss(tokenizer):
+    days = [datetime.date.today().isoformat()]
     text = render_chat(tokenizer, CHAT, chat_template=HARMONY, chat_template_kwargs={"reasoning_effort": "low"})
-    today = datetime.date.today().isoformat()
-    assert text == (
+    days.append(datetime.date.today().isoformat())  # the next one, over midnight
+    assert text in [
         f"<|start|>system<|message|>Current date: {today}\nReasoning: low<|end|><|start|>user<|message|> hi é <|end|>"
         "<|start|>assistant<|channel|>final<|message|>yes<|end|><|start|>user<|message|>so?<|end|><|start|>assistant"
-    )
+        for today in days
+    ]
     assert markers(tokenizer, text).count("<|message|>") == 4
     assert "Reasoning: medium" in render_chat(tokenizer, CHAT, chat_template=HARMONY)
 

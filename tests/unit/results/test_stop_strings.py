@@ -61,4 +61,4 @@ def test_the_largest_allowed_set_of_strings_is_cheap():
     start = time.perf_counter()
     checker = StopChecker(StopStrings(["a" * 1000 + f"{i:02d}" for i in range(64)]))
     assert checker.push("a" * 100_000) == "a" * 99_000
-    assert time.perf_counter() - start < 10
+    assert time.perf_counter() - start < 60

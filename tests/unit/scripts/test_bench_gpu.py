@@ -101,7 +101,7 @@ before = json.loads(path.read_text())["figures"] if path.exists() else {}
 result = {"row": name, "what": "", "dry": True, "seconds": 1.0, "reason": ""}
 path.write_text(json.dumps(result | {"status": "partial", "figures": before | {"a": len(before)}}))
 if name == "slow" and not before:
-    time.sleep(60)
+    time.sleep(600)
 if name == "broken":
     sys.exit(3)
 path.write_text(json.dumps(result | {"status": "done", "figures": before | {"b": len(before)}}))
@@ -114,10 +114,10 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Namespace:
     worker = tmp_path / "worker.py"
     worker.write_text(WORKER)
     monkeypatch.setattr(suite, "WORKER", (sys.executable, str(worker)))
-    made = tuple(Row(name, "", "", 1.0 if name == "slow" else 30.0) for name in ("slow", "quick", "broken"))
+    made = tuple(Row(name, "", "", 10.0 if name == "slow" else 120.0) for name in ("slow", "quick", "broken"))
     for module in (suite, rows, report):
         monkeypatch.setattr(module, "ROWS", made)
-    return Namespace(out=tmp_path / "out", only=None, force=False, dry_run=True, seconds=60.0, peer_python="")
+    return Namespace(out=tmp_path / "out", only=None, force=False, dry_run=True, seconds=600.0, peer_python="")
 
 
 def test_a_row_over_its_limit_keeps_what_it_had_and_goes_on_the_next_time(fake: Namespace):
@@ -128,7 +128,7 @@ def test_a_row_over_its_limit_keeps_what_it_had_and_goes_on_the_next_time(fake: 
     assert suite.run(fake) == 0
     assert status() == {"slow": "partial", "quick": "done", "broken": "partial"}
     slow, broken = (json.loads((fake.out / f"{name}.json").read_text()) for name in ("slow", "broken"))
-    assert slow["reason"] == "ended after 1 s" and slow["figures"] == {"a": 0}
+    assert slow["reason"] == "ended after 10 s" and slow["figures"] == {"a": 0}
     assert "code 3" in broken["reason"]
     suite.run(fake)
     assert status()["slow"] == "done"

@@ -1,13 +1,13 @@
 """Warm-up: afterwards no request compiles anything."""
 
 import threading
-import time
 from concurrent.futures import wait
 from functools import cache
 
 import jax
 import numpy as np
 import pytest
+from support.stepping import PATIENCE, wait_until
 from support.tiny import CHUNK, ROWS, make_engine, make_request, prompt, random_runner, shapes
 
 from jaxinfer.engine.runner.buckets import SAMPLING
@@ -128,11 +128,18 @@ class Slow(Programs):
         runner = random_runner()
         super().__init__(runner.program, runner.shapes, runner.params)
         self.calls, self.fails, self.free = 0, fails, threading.Event()
+        self.claims: list[object] = []
+        """What each thread has asked for."""
+
+    def _claim(self, key):
+        found = super()._claim(key)
+        self.claims.append(key)
+        return found
 
     def lower(self, key):
         self.calls += 1
         number = self.calls
-        assert self.free.wait(10)
+        assert self.free.wait(PATIENCE)
         if number <= self.fails:
             raise RuntimeError("no kernel for this shape")
         return jax.jit(lambda: number).lower()
@@ -151,10 +158,10 @@ def ask(programs: Programs, threads: int) -> list[object]:
     asking = [threading.Thread(target=get) for _ in range(threads)]
     for thread in asking:
         thread.start()
-    time.sleep(0.05)
+    wait_until(lambda: len(programs.claims) == threads)
     programs.free.set()
     for thread in asking:
-        thread.join(10)
+        thread.join(PATIENCE)
     return answers
 
 
@@ -178,16 +185,17 @@ def test_a_program_is_compiled_on_a_thread_of_its_own(fails):
     """It is begun once, whoever asks for it, and the thread ends with it."""
     programs, told = Slow(fails), threading.Event()
     first, second = (programs.start(Copies(1), told.set) for _ in range(2))
+    wait_until(lambda: programs.calls)
     assert first is second and not told.is_set() and programs.calls == 1
     programs.free.set()
-    assert told.wait(10)
+    assert told.wait(PATIENCE)
     if fails:
         assert str(first.exception()) == "no kernel for this shape"
         assert int(programs.get(Copies(1))()) == 2, "the next use begins another compilation"
     assert programs.start(Copies(1), told.set) is None
     for thread in threading.enumerate():
         if thread.name.startswith("jaxinfer compile"):
-            thread.join(10)
+            thread.join(PATIENCE)
             assert not thread.is_alive()
 
 
