@@ -37,7 +37,8 @@ CMD ["--help"]
 
 FROM base AS cuda
 # CUDA's libraries come as wheels; the driver is the host's (`docker run --gpus all`, NVIDIA's container toolkit).
-ENV NVIDIA_VISIBLE_DEVICES=all \
+ENV CUDA_CACHE_PATH=/cache/cuda \
+    NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 RUN --mount=type=bind,from=build,source=/wheels,target=/wheels \
     pip install --no-cache-dir "$(echo /wheels/*.whl)[serve,cuda13,vision,gguf,sentencepiece]"
