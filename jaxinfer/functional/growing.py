@@ -24,6 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from jaxinfer import functional
 from jaxinfer.errors import CacheConsumedError, CapacityError, ConfigError
@@ -35,6 +36,9 @@ from jaxinfer.kernels.attention.xla_attention import item_keys
 from jaxinfer.kv import contiguous
 from jaxinfer.kv import groups as kv_groups
 from jaxinfer.kv.contiguous import Regions
+from jaxinfer.kv.spec import Full, Lent
+from jaxinfer.layers.sharded import model_axis, on_shards
+from jaxinfer.sharding import mesh as meshes
 
 LEAST_TOKENS = 16
 """Minimum number of tokens that steps with several tokens are compiled for; longer ones use doublings of it."""
@@ -105,7 +109,7 @@ class GrowingCache:
         rows, _, length, _ = np.shape(layers[0][0])
         empty, places = cls.reserve(program, rows, capacity, step), program.layout.places
         for number, (layer, place) in enumerate(zip(layers, places, strict=True)):
-            pair = empty.arrays[place.array]
+            pair = jax.eval_shape(partial(_seen, program, number), empty.arrays[place.array])
             for name, given, array in zip(("keys", "values"), layer, pair[:2], strict=True):
                 expected = None if array is None else (rows, array.shape[1], length, array.shape[3])
                 found = None if given is None else np.shape(given)
@@ -119,8 +123,8 @@ class GrowingCache:
         empty._check_room((length,) * rows)
         arrays = list(empty.arrays)
         tables = empty._tables()
-        for place, layer in zip(places, layers, strict=True):
-            arrays[place.array] = _fill(arrays[place.array], layer, tables[place.group])
+        for number, (place, layer) in enumerate(zip(places, layers, strict=True)):
+            arrays[place.array] = _fill(program, number, arrays[place.array], layer, place.ids(tables[place.group]))
         return replace(empty, arrays=arrays, lengths=counts)
 
     @property
@@ -147,8 +151,8 @@ class GrowingCache:
         """
         self._check_current()
         place, length = self.program.layout.places[number], max(self.lengths) if length is None else length
-        table = self._tables()[place.group]
-        found = jax.tree.map(lambda array: contiguous.read(array, table, length), self.arrays[place.array])
+        table, pair = place.ids(self._tables()[place.group]), _seen(self.program, number, self.arrays[place.array])
+        found = jax.tree.map(lambda array: contiguous.read(array, table, length), pair)
         keys, values, *scales = found
         if not found.quantised:
             return keys, values
@@ -224,10 +228,34 @@ class GrowingCache:
             )
 
 
-@partial(jax.jit, donate_argnums=0)
-def _fill(pair: KVCache, layer: Sequence[jax.Array | None], table: jax.Array) -> KVCache:
-    given = paged.as_stored(pair, *layer)
-    return jax.tree.map(lambda array, own: contiguous.fill(array, own, table), pair, given)
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+def _fill(program: Program, number: int, pair: KVCache, layer: Sequence[jax.Array | None], table: jax.Array) -> KVCache:
+    seen = _seen(program, number, pair)
+    given = paged.as_stored(seen, *layer)
+    filled = jax.tree.map(lambda array, own: contiguous.fill(array, own, table), seen, given)
+    return _shaped(program, number, filled, *pair.keys.shape[1::2])
+
+
+def _seen(program: Program, number: int, pair: KVCache) -> KVCache:
+    """See the arrays that hold a layer's keys and values in the layer's own shape."""
+    spec = _stored(program, number)
+    return _shaped(program, number, pair, spec.heads_on(meshes.size(program.mesh)), spec.head_dim)
+
+
+def _stored(program: Program, number: int) -> Full:
+    """Return the spec of the layer that stores a layer's keys and values."""
+    spec = program.specs[number]
+    return program.specs[spec.lender] if isinstance(spec, Lent) else spec
+
+
+def _shaped(program: Program, number: int, pair: KVCache, kv_heads: int, head_dim: int) -> KVCache:
+    """See the arrays of a layer with heads of another number and size, on each device by itself."""
+    if pair.keys.shape[1::2] == (kv_heads, head_dim):
+        return pair
+    shards = 1 if _stored(program, number).replicated else meshes.size(program.mesh)
+    local = partial(paged.viewed, kv_heads=kv_heads // shards, head_dim=head_dim)
+    divided = PartitionSpec(None, model_axis(shards))
+    return on_shards(local, program.mesh, (divided,), divided, pair)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)

@@ -21,7 +21,7 @@ from jaxinfer.kernels.matmul import choose as matmul
 from jaxinfer.kernels.triton import triton_launch
 from jaxinfer.kv import cache as kv_cache
 from jaxinfer.kv.groups import Layout, layout
-from jaxinfer.kv.spec import Full, State, with_codes
+from jaxinfer.kv.spec import Full, Spec, with_codes
 from jaxinfer.layers import adapters
 from jaxinfer.layers.attending import use_attention
 from jaxinfer.layers.embedding import Embedding
@@ -41,7 +41,7 @@ class Program:
 
     graph: nnx.GraphDef
     tree: jax.tree_util.PyTreeDef
-    specs: tuple[Full | State, ...]
+    specs: tuple[Spec, ...]
     vocab: int
     """V': number of columns of the logits."""
     dtype: jnp.dtype

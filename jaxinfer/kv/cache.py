@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jaxinfer.kernels.attention import native_attention
 from jaxinfer.kernels.attention.paged import Cache, KVCache
 from jaxinfer.kernels.attention.quantised_cache import SCALE
-from jaxinfer.kv.spec import Full, Latent, State, StateArray
+from jaxinfer.kv.spec import Full, Latent, Lent, Spec, State, StateArray
 from jaxinfer.sharding import axes, rules
 from jaxinfer.sharding import mesh as meshes
 
@@ -19,7 +19,7 @@ CACHE_AXES = (axes.BLOCKS, axes.KV_HEADS, axes.BLOCK, axes.HEAD_DIM)
 
 
 def abstract(
-    specs: Sequence[Full | State],
+    specs: Sequence[Spec],
     num_blocks: int,
     block_size: int,
     dtype: jnp.dtype,
@@ -38,13 +38,16 @@ def abstract(
 
     Returns:
         One entry per layer: a `KVCache` of arrays `[N, K, P, D]` (values are None for `Latent`) and, if quantised,
-        scales `[N, K, P, 1]`, or for a recurrent layer its own arrays `[slots, ...]`.
+        scales `[N, K, P, 1]`, or for a recurrent layer its own arrays `[slots, ...]`; None for `Lent`.
     """
     cache = []
     for layer, spec in enumerate(specs):
         if isinstance(spec, State):
             make = partial(_state_array, spec, slots, mesh, f"state of layer {layer}")
             cache.append(jax.tree.map(make, spec.arrays, is_leaf=lambda x: isinstance(x, StateArray)))
+            continue
+        if isinstance(spec, Lent):
+            cache.append(None)
             continue
         shape = num_blocks, spec.heads_on(meshes.size(mesh)), block_size
         make = partial(_array, mesh=mesh, where=f"cache of layer {layer}", replicated=spec.replicated)

@@ -6,6 +6,10 @@ at a time, so one pool of ids is an elastic memory budget: blocks that sliding-w
 full-attention layers. A kind with m groups takes m ids for each logical block; they are allocated, reference-counted,
 published and evicted together.
 
+Where kinds need arrays of different shapes, an array is as large as the largest needs, and as many narrower layers as
+fill it lie side by side in its blocks: block b of part i of n is block n b + i of the array seen in the layer's shape.
+Gemma 4 31B has 16 heads of 256 columns in sliding layers and 4 of 512 in full ones, two of which share an array.
+
     6 layers, 5 sliding and 1 full: g = 1, one array; 5 groups of one layer for the sliding kind, 1 for the full kind
     24 layers, alternating:         g = 12, 12 arrays; one group per kind
 
@@ -14,24 +18,31 @@ Recurrent layers have no blocks; their state arrays follow the block arrays in t
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from jaxinfer.errors import ConfigError
-from jaxinfer.kv.spec import Full, Kind, State
+from jaxinfer.kv.spec import Full, Kind, Lent, Spec, State
 
 MAX_PADDING = 0.03
 """Largest allowed ratio of unused (group, array) places to layers: each wastes one layer's memory in every block."""
 
 
 class Place(NamedTuple):
-    """Location of a layer's keys and values."""
+    """Location of a layer's keys and values; layers that attend to another one's have its place."""
 
     group: int
     """Group, i.e. block table, of the layer; -1 for recurrent layers, which have none."""
     array: int
     """Index of the layer's array in the cache."""
+    part: int = 0
+    """Which of `parts` equal parts of a block is the layer's."""
+    parts: int = 1
+
+    def ids(self, blocks: Any) -> Any:
+        """Return the ids of the layer's parts of blocks, in the array seen in the layer's shape."""
+        return blocks if self.parts == 1 else blocks * self.parts + self.part
 
 
 @dataclass(frozen=True)
@@ -87,7 +98,7 @@ def count(kinds: Sequence[KindGroups]) -> int:
 
 
 @cache
-def layout(specs: tuple[Full | State, ...]) -> Layout:
+def layout(specs: tuple[Spec, ...]) -> Layout:
     """Compute the layout for layers with these cache specs.
 
     Raises:
@@ -98,48 +109,107 @@ def layout(specs: tuple[Full | State, ...]) -> Layout:
         raise ConfigError(
             "no layer stores keys and values; beside recurrent layers a model needs at least one attention layer"
         )
-    layers: dict[Kind, list[int]] = {}
-    for number, spec in enumerate(specs):
-        if not isinstance(spec, State):
-            layers.setdefault(spec.kind, []).append(number)
-    most = MAX_PADDING * (len(specs) - len(states))
-    sizes = [size for size in range(len(specs), 0, -1) if _padding(layers, size) <= most]
-    fitting = next((size for size in sizes if _clash(specs, layers, size) is None), None)
-    if fitting is None:
-        one, other = _clash(specs, layers, sizes[-1])
+    # Layers side by side in one array only where they cannot share arrays otherwise.
+    made = next(filter(None, (_arrange(specs, _cells(specs, packed=packed)) for packed in (False, True))), None)
+    if made is None:
+        one, other = _clash(specs, _cells(specs, packed=False), 1)
         raise ConfigError(
             f"layers {one} and {other} need cache arrays of different shapes ({specs[one]}, {specs[other]}), which "
-            "cannot share memory; if placement makes them differ, give all attention layers the same tactic"
+            "cannot share memory; if placement makes them differ, give all attention layers the same tactic; if "
+            "kv_cache_dtype is set and their head dims differ, leave it out"
         )
-    places, kinds, groups = [Place(0, 0)] * len(specs), [], 0
-    # Encoder kinds come last, so that the groups a decode step writes to come first.
-    for kind, members in sorted(layers.items(), key=lambda item: item[0].encoded):
-        for index, number in enumerate(members):
-            places[number] = Place(groups + index // fitting, index % fitting)
-        kinds.append(KindGroups(kind, groups, -(-len(members) // fitting)))
-        groups += kinds[-1].count
+    places, kinds, arrays = made
     for index, number in enumerate(n for n, spec in enumerate(specs) if isinstance(spec, State)):
-        places[number] = Place(-1, fitting + index)
-    specs_of = {place.array: spec.array_spec for place, spec in zip(places, specs, strict=True) if place.group >= 0}
-    return Layout(tuple(places), tuple(specs_of[index] for index in range(fitting)), tuple(kinds), states)
+        places[number] = Place(-1, len(arrays) + index)
+    for number, spec in enumerate(specs):
+        if isinstance(spec, Lent):
+            places[number] = places[spec.lender]
+    return Layout(tuple(places[number] for number in range(len(specs))), arrays, kinds, states)
 
 
-def _padding(layers: dict[Kind, list[int]], size: int) -> float:
+class Cell(NamedTuple):
+    """Layers of one kind that lie side by side in an array's blocks."""
+
+    layers: tuple[int, ...]
+    parts: int
+    """Layers that there is room for."""
+    array: Full
+    """Spec of an array with that room."""
+
+
+Cells: TypeAlias = dict[Kind, list[Cell]]
+
+
+def _cells(specs: Sequence[Spec], *, packed: bool) -> Cells:
+    """Divide layers with keys and values into cells by kind: one layer each, or as many as the largest has room for."""
+    own = [(number, spec) for number, spec in enumerate(specs) if isinstance(spec, Full)]
+    largest, cells = max(map(_elements, dict(own).values())), {}
+    for number, spec in own:
+        parts = largest // _elements(spec) if packed and type(spec.array_spec) is Full else 1
+        array = spec.array_spec if parts == 1 else replace(spec.array_spec, kv_heads=parts * spec.kv_heads)
+        found = cells.setdefault(spec.kind, [])
+        last = found[-1] if found else None
+        if last and last.parts == parts and last.array == array and len(last.layers) < parts:
+            found[-1] = last._replace(layers=(*last.layers, number))
+        else:
+            found.append(Cell((number,), parts, array))
+    return cells
+
+
+def _elements(spec: Full) -> int:
+    """Return the elements of one position's keys."""
+    return spec.kv_heads * spec.head_dim
+
+
+def _arrange(
+    specs: Sequence[Spec], cells: Cells
+) -> tuple[dict[int, Place], tuple[KindGroups, ...], tuple[Full, ...]] | None:
+    """Place cells in arrays; return places by layer, kinds and arrays, or None if shapes do not allow it."""
+    most = MAX_PADDING * sum(map(len, cells.values()))
+    sizes = [size for size in range(len(specs), 0, -1) if _padding(cells, size) <= most]
+    size = next((size for size in sizes if _clash(specs, cells, size) is None), None)
+    if size is None:
+        return None
+    places, kinds, arrays, groups = {}, [], {}, 0
+    # Encoder kinds come last, so that the groups a decode step writes to come first.
+    for kind, members in sorted(cells.items(), key=lambda item: item[0].encoded):
+        for index, cell in enumerate(members):
+            arrays.setdefault(index % size, cell.array)
+            for part, number in enumerate(cell.layers):
+                places[number] = Place(groups + index // size, index % size, part, cell.parts)
+        kinds.append(KindGroups(kind, groups, -(-len(members) // size)))
+        groups += kinds[-1].count
+    return places, tuple(kinds), tuple(arrays[index] for index in range(size))
+
+
+def _padding(cells: Cells, size: int) -> float:
     """Count the unused places in groups of this size; infinite if an array would have no layer at all."""
-    if size > max(map(len, layers.values())):
+    if size > max(map(len, cells.values())):
         return math.inf
-    return sum(-len(members) % size for members in layers.values())
+    return sum(-len(members) % size for members in cells.values())
 
 
-def _clash(specs: Sequence[Full | State], layers: dict[Kind, list[int]], size: int) -> tuple[int, int] | None:
+def _clash(specs: Sequence[Spec], cells: Cells, size: int) -> tuple[int, int] | None:
     """Find two layers that would share a cache array but need different shapes."""
-    owners: dict[int, int] = {}
-    for members in layers.values():
-        for index, number in enumerate(members):
-            owner = owners.setdefault(index % size, number)
-            if specs[owner].array_spec != specs[number].array_spec:
-                return owner, number
+    owners: dict[int, Cell] = {}
+    for members in cells.values():
+        for index, cell in enumerate(members):
+            owner = owners.setdefault(index % size, cell)
+            if owner.array != cell.array and not _alike(owner, cell):
+                return owner.layers[0], cell.layers[0]
     return None
+
+
+def _alike(one: Cell, other: Cell) -> bool:
+    """Return whether the blocks of one array can be read as those of the other (`kernels.attention.paged.viewed`)."""
+    first, second = one.array, other.array
+    same_scales = first.codes is None or first.head_dim == second.head_dim
+    return (
+        type(first) is type(second) is Full
+        and _elements(first) == _elements(second)
+        and (first.replicated, first.codes) == (second.replicated, second.codes)
+        and same_scales
+    )
 
 
 def blocks_needed(kinds: Sequence[KindGroups], tokens: int, block_size: int, chunk: int, read: int = 0) -> int:

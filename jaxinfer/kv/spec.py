@@ -7,7 +7,7 @@ new kind is one class with `first_needed`. A spec is a kind together with the sh
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -161,6 +161,23 @@ class Cross(Full):
 
 
 @dataclass(frozen=True)
+class Lent:
+    """Keys and values of an earlier layer: the layer attends to these and stores nothing (Gemma 4)."""
+
+    lender: int
+    """Number of the layer that stores them."""
+
+    @property
+    def kind(self) -> Kind:
+        """How long entries of its own, of which it has none, are needed."""
+        return Kind()
+
+    def block_bytes(self, block_size: int, itemsize: int, tp: int) -> int:
+        """Return the bytes of one block of this layer."""
+        return 0
+
+
+@dataclass(frozen=True)
 class Latent(Full):
     """MLA latents: one vector of `head_dim` columns per position, the keys of all heads and, in its first columns,
     their values.
@@ -211,7 +228,11 @@ class State:
         return copies * sum(math.prod(a.shape) * np.dtype(a.dtype).itemsize for a in self.arrays)
 
 
-def with_codes(specs: Sequence[Full | State], kv_cache_dtype: str) -> tuple[Full | State, ...]:
+Spec: TypeAlias = Full | Lent | State
+"""What a layer stores."""
+
+
+def with_codes(specs: Sequence[Spec], kv_cache_dtype: str) -> tuple[Spec, ...]:
     """Return the specs of layers whose keys and values are stored as `EngineConfig.kv_cache_dtype` says.
 
     Recurrent states are unchanged: they are computed again from themselves in each step, so that errors would add up.

@@ -10,18 +10,33 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxinfer.kernels.attention import choose as attention
-from jaxinfer.kernels.attention.paged import DecodeRows, KVCache, PrefillTiles, Scoring, Slots
+from jaxinfer.kernels.attention.paged import DecodeRows, KVCache, PrefillTiles, Scoring, Slots, viewed
 from jaxinfer.kernels.state.slots import DecodeSlots, FullSequences, Segments
 from jaxinfer.kv.groups import Place
-from jaxinfer.kv.spec import Full, Sliding
+from jaxinfer.kv.spec import Full, Lent, Sliding
 from jaxinfer.layers.heads import HeadLayout
 from jaxinfer.layers.linear import FusedLinear, RowLinear, by_columns
-from jaxinfer.layers.norms import RMSNorm, Scaling, normalise_together
+from jaxinfer.layers.norms import RMSNorm, Scaling, normalise, normalise_together
 from jaxinfer.layers.params import Build
 from jaxinfer.layers.rope import apply_rope, deinterleave
 from jaxinfer.layers.sharded import model_axis, on_shards
 from jaxinfer.sharding import axes
 from jaxinfer.sharding.collectives import ALL_REDUCE, Collective
+
+
+class Loan(NamedTuple):
+    """Keys and values of a step's tokens that a layer lends to later ones (`kv.spec.Lent`)."""
+
+    keys: jax.Array
+    """`[T, tp, K / tp, D]`, as they are attended to; likewise `values`."""
+    values: jax.Array
+
+
+class Lending(NamedTuple):
+    """What the attention of a layer that lends returns in place of its cache arrays."""
+
+    kv_cache: KVCache
+    loan: Loan
 
 
 class GroupStep(NamedTuple):
@@ -32,10 +47,17 @@ class GroupStep(NamedTuple):
     rows: DecodeRows | PrefillTiles | FullSequences
     """Block tables, and the tokens that read each of them."""
 
+    def part(self, place: Place) -> "GroupStep":
+        """Return the step of layers that have a part of each block (`kv.groups`)."""
+        if isinstance(self.rows, FullSequences):
+            return self
+        slots = None if self.slots is None else self.slots._replace(blocks=place.ids(self.slots.blocks))
+        return GroupStep(slots, self.rows._replace(tables=place.ids(self.rows.tables)))
+
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["positions", "real", "rope_lengths", "groups", "seen", "states", "routed"],
+    data_fields=["positions", "real", "rope_lengths", "groups", "seen", "states", "routed", "lent"],
     meta_fields=["mesh", "kernel", "tile", "items", "places", "deterministic", "remat"],
 )
 @dataclass(frozen=True)
@@ -67,6 +89,8 @@ class StepContext:
     routed: tuple[jax.Array | None, ...] | None = None
     """Experts `[T, k]` of each layer's tokens, in place of the router's own choice; a single entry in a layer's view.
     None to let routers choose."""
+    lent: Loan | None = None
+    """Keys and values of the layer whose keys and values this layer attends to; in the view of such a layer."""
     deterministic: bool = field(default=False, metadata={"static": True})
     """Whether each token is computed in the same way whatever else the step has (`functional.Program`)."""
     remat: bool = field(default=False, metadata={"static": True})
@@ -88,9 +112,10 @@ class StepContext:
 
     def of(self, layer: int) -> "StepContext":
         """Return the view of one layer."""
-        group = self.places[layer].group
+        place = self.places[layer]
         routed = None if self.routed is None else (self.routed[layer],)
-        return replace(self, groups=() if group < 0 else (self.groups[group],), places=(), routed=routed)
+        groups = () if place.group < 0 else (self.groups[place.group].part(place),)
+        return replace(self, groups=groups, places=(), routed=routed)
 
 
 def attend(
@@ -110,7 +135,8 @@ def attend(
         q: `[T, tp, H / tp, D]`.
         k: `[T, tp, K / tp, D]`; None if all keys are in the cache (cross-attention).
         v: `[T, tp, K / tp, Dv]`; None without keys, or if the values are columns of the keys.
-        kv_cache: cache arrays `[N, K, P, D]` of keys and values, sharded on K.
+        kv_cache: cache arrays `[N, K, P, D]` of keys and values, sharded on K; other shapes of as many elements are
+            seen in this one (`paged.viewed`).
         step: positions, slots and block tables.
         scoring: scale, window, softcap.
         sinks: attention sink logit per head, `[tp, H / tp]`.
@@ -130,11 +156,13 @@ def attend(
     ) -> tuple[jax.Array, KVCache]:
         q, k, v = (None if x is None else x[:, 0] for x in (q, k, v))
         sinks = None if sinks is None else sinks[0]
+        stored = kv_cache
+        kv_cache = kv_cache if k is None else viewed(kv_cache, k.shape[1], k.shape[2])
         if isinstance(step.rows, DecodeRows):
             out, kv_cache = kernel.decode(q, k, v, kv_cache, step.slots, step.rows, scoring, sinks, items=step.items)
         else:
             out, kv_cache = kernel.prefill(q, k, v, kv_cache, step.slots, step.rows, scoring, sinks, tile=step.tile)
-        return out[:, None], kv_cache
+        return out[:, None], jax.tree.map(lambda new, old: new.reshape(old.shape), kv_cache, stored)
 
     model = model_axis(q.shape[1])
     heads, specs = PartitionSpec(None, model), (PartitionSpec(model), PartitionSpec())
@@ -175,6 +203,14 @@ class AttentionSpec:
     query_growth: tuple[float, int] | None = None
     """(beta, length): queries at position p are multiplied by 1 + beta ln(1 + floor(p / length)), which keeps attention
     sharp in long sequences (Llama 4, Ministral 3); None for no factor."""
+    value_norm: bool = False
+    """Whether values are divided by their root mean square, with the epsilon of the other norms (Gemma 4)."""
+    keys_are_values: bool = False
+    """Whether values are the projected keys, before norm and rope (Gemma 4)."""
+    lends: bool = False
+    """Whether later layers attend to this layer's keys and values."""
+    lender: int | None = None
+    """Layer whose keys and values this one attends to, so that it has queries alone; None for its own."""
     sinks: bool = False
     """Whether each head has an attention sink: a learned logit in the softmax beside the keys (arXiv:2309.17453)."""
 
@@ -199,28 +235,34 @@ class Attention(nnx.Module):
         self.layout = HeadLayout.of(build, spec.heads, spec.kv_heads)
         heads = self.layout.outputs(spec.head_dim)
         queries = replace(heads[0], width=2 * spec.head_dim) if spec.gated else heads[0]
-        self.qkv = FusedLinear(build, spec.width, (queries, *heads[1:]), bias=spec.qkv_bias)
+        self.tp, made = build.tp, heads[1:2] if spec.keys_are_values else heads[1:]
+        self.qkv = FusedLinear(
+            build, spec.width, (queries, *made) if spec.lender is None else (queries,), bias=spec.qkv_bias
+        )
         self.out = RowLinear(build, axes.HEADS, heads[0], spec.width, bias=spec.out_bias)
         normed, scaling = spec.norm_eps is not None, spec.norm_scaling
         each = normed and not spec.norm_whole
         self.q_norm = RMSNorm(build, spec.head_dim, spec.norm_eps, axes.HEAD_DIM, scaling) if each else None
-        self.k_norm = RMSNorm(build, spec.head_dim, spec.norm_eps, axes.HEAD_DIM, scaling) if each else None
+        own = each and spec.lender is None
+        self.k_norm = RMSNorm(build, spec.head_dim, spec.norm_eps, axes.HEAD_DIM, scaling) if own else None
         # Scales of q, then of k, sharded like their columns.
         whole = normed and spec.norm_whole
         self.norm_scale = by_columns(build, heads[:2], 1.0 - scaling.offset) if whole else None
         self.sinks = by_columns(build, (replace(heads[0], name="sinks", width=1),), 0.0) if spec.sinks else None
 
     @property
-    def cache_spec(self) -> Full:
+    def cache_spec(self) -> Full | Lent:
         """Cache spec of the layer."""
-        spec = Full(self.layout.stored_kv_heads, self.spec.head_dim, self.replicated)
+        if self.spec.lender is not None:
+            return Lent(self.spec.lender)
+        spec = Full(self.layout.kv_heads_on(self.tp), self.spec.head_dim, self.replicated)
         if self.spec.window is None:
             return spec
         return Sliding(spec.kv_heads, spec.head_dim, spec.replicated, window=self.spec.window)
 
     def __call__(
         self, x: jax.Array, kv_cache: KVCache, rope: tuple[jax.Array, jax.Array] | None, step: StepContext
-    ) -> tuple[jax.Array, KVCache]:
+    ) -> tuple[jax.Array, KVCache | Lending]:
         """Apply attention.
 
         Args:
@@ -230,31 +272,46 @@ class Attention(nnx.Module):
             step: the layer's view of the step.
 
         Returns:
-            `[T, M]` and the cache arrays with this step's keys and values.
+            `[T, M]` and the cache arrays with this step's keys and values, which a layer that lends returns beside.
         """
-        q, k, v = self.qkv(x)
-        if self.norm_scale is not None:
-            q, k = self._normalise(q, k, step.mesh)
-        q, k, v = (y.reshape(*y.shape[:2], -1, self.spec.head_dim) for y in (q, k, v))
-        gate = None
-        if self.spec.gated:
-            q, gate = q[:, :, ::2], q[:, :, 1::2]
-        if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if rope is not None:
-            if self.spec.interleaved:
-                rotated = 2 * rope[0].shape[-1]
-                q, k = deinterleave(q, rotated), deinterleave(k, rotated)
-            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-        if self.spec.query_growth is not None:
-            beta, length = self.spec.query_growth
-            growth = 1 + beta * jnp.log1p((step.positions // length).astype(jnp.float32))
-            q = q * growth.astype(q.dtype)[:, None, None, None]
+        q, k, v, gate = self._project(x, rope, step)
         sinks = None if self.sinks is None else self.sinks[...]
         y, kv_cache = attend(q, k, v, kv_cache, step, self.spec.scoring, sinks)
         if gate is not None:
             y = y * jax.nn.sigmoid(gate)
-        return self.out(y.reshape(*y.shape[:2], -1)), kv_cache
+        y = self.out(y.reshape(*y.shape[:2], -1))
+        return y, Lending(kv_cache, Loan(k, v)) if self.spec.lends else kv_cache
+
+    def _project(
+        self, x: jax.Array, rope: tuple[jax.Array, jax.Array] | None, step: StepContext
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+        """Return queries, keys, values and the gate, each `[T, tp, heads / tp, D]`, as they are attended to."""
+        q, *kv = self.qkv(x)
+        if self.norm_scale is not None:
+            q, kv[0] = self._normalise(q, kv[0], step.mesh)
+        q, *kv = (y.reshape(*y.shape[:2], -1, self.spec.head_dim) for y in (q, *kv))
+        gate = None
+        if self.spec.gated:
+            q, gate = q[:, :, ::2], q[:, :, 1::2]
+        q = self._turned(q if self.q_norm is None else self.q_norm(q), rope)
+        if self.spec.query_growth is not None:
+            beta, length = self.spec.query_growth
+            growth = 1 + beta * jnp.log1p((step.positions // length).astype(jnp.float32))
+            q = q * growth.astype(q.dtype)[:, None, None, None]
+        if not kv:
+            # Kernels read a step's own keys from their arguments, and write them again where the lender has.
+            return q, step.lent.keys, step.lent.values, gate
+        k, v = kv[0], kv[-1]
+        v = normalise(v, self.spec.norm_eps).astype(v.dtype) if self.spec.value_norm else v
+        return q, self._turned(k if self.k_norm is None else self.k_norm(k), rope), v, gate
+
+    def _turned(self, x: jax.Array, rope: tuple[jax.Array, jax.Array] | None) -> jax.Array:
+        """Rotate queries or keys."""
+        if rope is None:
+            return x
+        if self.spec.interleaved:
+            x = deinterleave(x, 2 * rope[0].shape[-1])
+        return apply_rope(x, *rope)
 
     def _normalise(self, q: jax.Array, k: jax.Array, mesh: Mesh) -> tuple[jax.Array, ...]:
         """Apply the q and k norms over the whole width of each; `[T, tp, columns]`."""

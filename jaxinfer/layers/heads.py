@@ -59,6 +59,10 @@ class HeadLayout:
         """H as stored, padding included."""
         return self.stored_kv_heads * self.stored_group
 
+    def kv_heads_on(self, tp: int) -> int:
+        """Return K of the cache over `tp` shards, where heads are repeated if there are more shards."""
+        return self.stored_kv_heads if tp % self.stored_kv_heads else max(tp, self.stored_kv_heads)
+
     def outputs(self, head_dim: int) -> tuple[Output, Output, Output]:
         """Return the outputs q, k and v of a fused projection; q is also the `inputs` of the output projection."""
         group = self.heads // self.kv_heads

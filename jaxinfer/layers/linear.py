@@ -352,3 +352,16 @@ class RowLinear(MatmulModule):
     def collectives(self) -> list[Collective]:
         """Return the all-reduce of partial sums."""
         return [Collective(ALL_REDUCE, "partial sums", self.weight.shape[0])] if self.tp > 1 and self.summed else []
+
+
+class WholeLinear(MatmulModule):
+    """`y = x W^T`, computed whole on every device: for narrow products, whose all-reduce would take longer."""
+
+    def __init__(self, build: Build, in_features: int, out_features: int):
+        self.block = int8_matmul.rotation(in_features)
+        shape, names = (out_features, in_features), (None, axes.EMBED)
+        self.weight, self.weight_scale = matrix(build, shape, names, in_features**-0.5, block=self.block)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map `[T, in]` to `[T, out]`."""
+        return self.product(x, self.weights)

@@ -196,9 +196,12 @@ class MoE(MatmulModule):
         )
         self.shared_gate = weight(build, (1, width), (None, axes.EMBED), width**-0.5) if config.shared_gate else None
 
-    def __call__(self, x: jax.Array, step: StepContext) -> jax.Array:
-        """Map `[T, M]` to `[T, M]`; padding rows get only the shared experts' output."""
-        chosen, weights = self.router(x, None if step.routed is None else step.routed[0])
+    def __call__(self, x: jax.Array, step: StepContext, ranked: jax.Array | None = None) -> jax.Array:
+        """Map `[T, M]` to `[T, M]`; padding rows get only the shared experts' output.
+
+        `ranked` is the router's input `[T, M]`, if it is not that of the experts.
+        """
+        chosen, weights = self.router(x if ranked is None else ranked, None if step.routed is None else step.routed[0])
         chosen = jnp.where(step.real[:, None], chosen, self.config.experts)
         hidden = None if self.shared is None else self._gated(x, self.shared.hidden(x))
         parts = {"gate_up": self.gate_up, "down": self.down}

@@ -30,6 +30,12 @@ def scale_by(x: jax.Array, factor: float) -> jax.Array:
     return (x.astype(jnp.float32) * jnp.float32(factor)).astype(x.dtype)
 
 
+def normalise(x: jax.Array, eps: float) -> jax.Array:
+    """Return `x / sqrt(mean(x^2) + eps)` over the last axis, in float32."""
+    wide = x.astype(jnp.float32)
+    return wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+
+
 class RMSNorm(nnx.Module):
     """`x / sqrt(mean(x^2) + eps) * scale` over the last axis, in float32 (arXiv:1910.07467)."""
 
@@ -39,9 +45,7 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalize `[..., size]` in the dtype of `x`."""
-        wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return self.scaling(wide, self.scale[...], x.dtype)
+        return self.scaling(normalise(x, self.eps), self.scale[...], x.dtype)
 
 
 def normalise_together(

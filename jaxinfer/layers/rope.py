@@ -32,6 +32,9 @@ def rope_frequencies(config: RopeConfig) -> RopeFrequencies:
     plain = np.float32(1) / _wavelengths(config)
     if config.kind == "linear":
         return RopeFrequencies(plain / np.float32(config.factor), None, 1.0)
+    if config.kind == "proportional":
+        turns = np.arange(len(plain)) < config.turning
+        return RopeFrequencies(np.where(turns, plain / np.float32(config.factor or 1), np.float32(0)), None, 1.0)
     if config.kind == "llama3":
         return RopeFrequencies(_llama3(config, plain), None, 1.0)
     if config.kind == "yarn":

@@ -14,7 +14,7 @@ from jaxinfer.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional")
 
 ROPE_FIELDS = (
     "rope_parameters",
@@ -39,6 +39,7 @@ _REQUIRED = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "yarn": ("factor",),
     "longrope": ("short_factor", "long_factor"),
+    "proportional": (),
 }
 _OPTIONAL = {
     "default": (),
@@ -47,6 +48,7 @@ _OPTIONAL = {
     "llama3": (_ORIGINAL,),
     "yarn": (_ORIGINAL, "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
     "longrope": (_ORIGINAL, "attention_factor", "factor", "short_mscale", "long_mscale"),
+    "proportional": ("factor",),
 }
 REMEDY = "correct config.json, or pass the right value with hf_overrides"
 # mrope assigns a token's time, height and width to sections of the frequencies; for tokens of text the three are equal.
@@ -69,7 +71,7 @@ class RopeConfig:
     head_dim: int
     """D, the full width of a head."""
     rotary_dim: int
-    """Leading dims of a head that are rotated (partial_rotary_factor x D)."""
+    """Leading dims of a head that are rotated (partial_rotary_factor x D); for proportional all."""
     max_position: int
     """max_position_embeddings: the longest sequence the checkpoint is declared for."""
     factor: float | None = None
@@ -94,6 +96,8 @@ class RopeConfig:
     """longrope: multiplier of cos and sin for sequences up to original_max_position, in place of `attention_factor`."""
     long_mscale: float | None = None
     """longrope: the same for longer sequences."""
+    turning: int | None = None
+    """proportional: leading frequencies, of the series over all dims, that turn; the others are 0."""
 
     @classmethod
     def from_hf(cls, config: dict[str, Any], head_dim: int, default_theta: float = 10_000.0) -> RopeConfig:
@@ -122,6 +126,8 @@ class RopeConfig:
         }
         for name in _REQUIRED[kind] + _OPTIONAL[kind]:
             fields["original_max_position" if name == _ORIGINAL else name] = _read(parameters, name)
+        if kind == "proportional":
+            fields |= {"rotary_dim": head_dim, "turning": int(partial * head_dim // 2)}
         if kind in ("llama3", "yarn", "longrope"):
             fields["original_max_position"] = _original_length(config, parameters)
         rope = cls(**fields)

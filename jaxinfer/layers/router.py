@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from jaxinfer.errors import ConfigError
 from jaxinfer.layers.linear import MatmulModule
+from jaxinfer.layers.norms import normalise, scale_by
 from jaxinfer.layers.params import Build, constant, param, weight
 from jaxinfer.sharding import axes
 
@@ -48,6 +49,11 @@ class RouterConfig:
     """Number of best expert scores summed to rank a group."""
     jitter: float = 0.01
     """SparseMixer: half the relative distance of logits that counts as close."""
+    input_norm: float | None = None
+    """Epsilon of a norm of the router's input, whose result is multiplied by a learned vector and M ** -0.5 (Gemma 4);
+    None for no norm."""
+    expert_scale: bool = False
+    """Whether each expert's weight is multiplied by a learned factor of its own (Gemma 4)."""
     epsilon: float = 1e-20
     """Added to the sum of sigmoids that weights are divided by, all of which may be zero (DeepSeek's own)."""
 
@@ -103,14 +109,22 @@ class Router(MatmulModule):
         self.weight = weight(build, (experts, width), (None, axes.EMBED), width**-0.5)
         self.bias = constant(build, (experts,), (None,), 0.0) if config.bias else None
         self.correction = param(build, jnp.zeros(experts, jnp.float32), (None,)) if config.correction else None
+        self.scale = constant(build, (width,), (axes.EMBED,), 1.0) if config.input_norm else None
+        self.expert_scale = constant(build, (experts,), (None,), 1.0) if config.expert_scale else None
 
     def __call__(self, x: jax.Array, given: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
         """Return experts `[T, k]` int32 and weights `[T, k]` float32, best first; `given` as in `route`."""
+        if self.scale is not None:
+            x = normalise(x, self.config.input_norm).astype(x.dtype)
+            x = scale_by(x * self.scale[...], x.shape[-1] ** -0.5)
         logits = self.product(x, self.weights, jnp.float32)
         if self.bias is not None:
             logits = logits + self.bias[...].astype(jnp.float32)
         correction = None if self.correction is None else self.correction[...]
-        return route(logits, self.per_token, self.config, correction, given)
+        chosen, weights = route(logits, self.per_token, self.config, correction, given)
+        if self.expert_scale is not None:
+            weights = weights * self.expert_scale[...].astype(jnp.float32)[chosen]
+        return chosen, weights
 
 
 def route(

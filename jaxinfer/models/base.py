@@ -13,7 +13,7 @@ from jaxinfer.checkpoint.config_reader import ConfigReader
 from jaxinfer.checkpoint.source import Source
 from jaxinfer.checkpoint.weight_table import Rule
 from jaxinfer.kernels.attention.paged import Cache
-from jaxinfer.kv.spec import Full, State
+from jaxinfer.kv.spec import Spec
 from jaxinfer.layers.attention import StepContext
 from jaxinfer.layers.encoder import EncodeStep
 from jaxinfer.layers.params import Build
@@ -131,7 +131,7 @@ class LanguageModel(Protocol):
         """Compute float32 logits `[B, V']` of hidden states `[B, M]`; columns past the vocabulary are -inf."""
         ...
 
-    def cache_specs(self) -> Sequence[Full | State]:
+    def cache_specs(self) -> Sequence[Spec]:
         """Return what each layer caches."""
         ...
 

@@ -1,6 +1,7 @@
 """Decoder stack of Llama and its relatives: attention, gated MLP or experts, and norms, unrolled over layers."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -10,8 +11,8 @@ from flax import nnx
 
 from jaxinfer.checkpoint.weight_table import Rule, expand
 from jaxinfer.kernels.attention.paged import Cache
-from jaxinfer.kv.spec import Full, State
-from jaxinfer.layers.attention import Attention, AttentionSpec, StepContext
+from jaxinfer.kv.spec import Spec, State
+from jaxinfer.layers.attention import Attention, AttentionSpec, Lending, Loan, StepContext
 from jaxinfer.layers.delta_net import DeltaNetSpec, GatedDeltaNet
 from jaxinfer.layers.embedding import Embedding
 from jaxinfer.layers.gathering import gather
@@ -63,7 +64,8 @@ class Layer(nnx.Module):
         self.attention_post_norm = norm("attention_post_norm")
         self.mlp_norm = norm("mlp_norm")
         moe = config.moe_of(number)
-        self.mlp = None if bare else _mlp(build.at("mlp"), config) if moe is None else MoE(build.at("mlp"), width, moe)
+        mlp = build.at("mlp")
+        self.mlp = None if bare else _mlp(mlp, config, number) if moe is None else MoE(mlp, width, moe)
         self.mlp_post_norm = norm("mlp_post_norm")
 
     @staticmethod
@@ -99,10 +101,10 @@ class Layer(nnx.Module):
         return self.mlp(x, step) if isinstance(self.mlp, MoE) else self.mlp(x)
 
 
-def _mlp(build: Build, config: DecoderConfig) -> GatedMLP:
+def _mlp(build: Build, config: DecoderConfig, number: int) -> GatedMLP:
     """Build the MLP of a layer without experts."""
     options = dict(bias=config.mlp_bias, gated=config.mlp_gated)
-    return GatedMLP(build, config.attention.width, config.ffn, config.activation, **options)
+    return GatedMLP(build, config.attention.width, config.ffn_of(number), config.activation, **options)
 
 
 def _norm(build: Build, config: DecoderConfig) -> RMSNorm | LayerNorm:
@@ -116,6 +118,18 @@ def _norm(build: Build, config: DecoderConfig) -> RMSNorm | LayerNorm:
 def _normed(norm: nnx.Module | None, x: jax.Array) -> jax.Array:
     """Apply a norm; None is the identity."""
     return x if norm is None else norm(x)
+
+
+@dataclass
+class Pass:
+    """What layers hand on beside hidden states while a step is traced."""
+
+    cache: list[Any]
+    """Cache arrays, each replaced by the layer that writes it."""
+    beside: Any = None
+    """Result of `Decoder.beside`."""
+    loans: dict[int, Loan] = field(default_factory=dict)
+    """Keys and values of this step's tokens, by the layer that lends them."""
 
 
 class Decoder(nnx.Module):
@@ -165,11 +179,14 @@ class Decoder(nnx.Module):
             rope: None if rope is None else cos_sin(rope, step.positions, step.rope_lengths)
             for rope in dict.fromkeys(ropes)
         }
-        cache = list(cache)
+        run = Pass(list(cache), beside=self.beside(tokens, x, step))
         for number, layer in enumerate(self.layers):
             layer, x = gather(layer, self.mesh, x)
-            x = self.apply(number, layer, x, turned[ropes[number]], step, cache)
-        return self.norm(x), cache
+            x = self.apply(number, layer, x, turned[ropes[number]], step, run)
+        return self.norm(x), run.cache
+
+    def beside(self, tokens: jax.Array, x: jax.Array, step: StepContext) -> Any:
+        """Return what layers get beside hidden states, from token ids `[T]` and embeddings `[T, M]`; nothing here."""
 
     def apply(
         self,
@@ -178,12 +195,16 @@ class Decoder(nnx.Module):
         x: jax.Array,
         rope: tuple[jax.Array, jax.Array] | None,
         step: StepContext,
-        cache: list[Any],
+        run: Pass,
     ) -> jax.Array:
-        """Apply a layer to `[T, M]`, and replace its entries of `cache`."""
-        index = step.array_index(number)
-        run = self.remembering(partial(layer, rope=rope, step=step.of(number)), step)
-        x, cache[index] = run(x, cache[index])
+        """Apply a layer to `[T, M]`, and replace its entries of the cache."""
+        index, lender = step.array_index(number), self.config.lender_of(number)
+        own = step.of(number) if lender is None else replace(step.of(number), lent=run.loans[lender])
+        call = self.remembering(partial(layer, rope=rope, step=own), step)
+        x, stored = call(x, run.cache[index])
+        if isinstance(stored, Lending):
+            stored, run.loans[number] = stored
+        run.cache[index] = stored
         return x
 
     @staticmethod
@@ -196,7 +217,7 @@ class Decoder(nnx.Module):
         head, hidden = gather(self.embedding if self.head is None else self.head, self.mesh, hidden)
         return head.logits(hidden)
 
-    def cache_specs(self) -> Sequence[Full | State]:
+    def cache_specs(self) -> Sequence[Spec]:
         """Return what each layer caches."""
         return [layer.attention.cache_spec for layer in self.layers]
 
@@ -258,13 +279,19 @@ def _mixer_rules(spec: Mixer, *, fused: bool) -> list[Rule]:
 
 
 def _attention_rules(spec: AttentionSpec, *, fused: bool) -> list[Rule]:
-    qkv = [("qkv", ("q", "k", "v"))] if fused else [(part, (part,)) for part in ("q", "k", "v")]
+    made = ("q",) if spec.lender is not None else ("q", "k") if spec.keys_are_values else ("q", "k", "v")
+    qkv = [("qkv", made)] if fused else [(part, (part,)) for part in made]
     source, target, table = "model.layers.{i}.self_attn", "layers.{i}.attention", []
     linears = [*((name, "qkv", parts, spec.qkv_bias) for name, parts in qkv), ("o", "out", (), spec.out_bias)]
     for name, path, parts, bias in linears:
         for kind in ("weight", "bias") if bias else ("weight",):
             table.append(Rule(f"{source}.{name}_proj.{kind}", f"{target}.{path}.{kind}", parts))
+    for part in ("k", "v") if spec.lender is not None else ():
+        table.append(Rule(f"{source}.{part}_proj.weight", None, optional=True))
     for part in ("q", "k") if spec.norm_eps is not None else ():
+        if part not in made:
+            table.append(Rule(f"{source}.{part}_norm.weight", None, optional=True))
+            continue
         path, outputs = ("norm_scale", (part,)) if spec.norm_whole else (f"{part}_norm.scale", ())
         table.append(Rule(f"{source}.{part}_norm.weight", f"{target}.{path}", outputs))
     if spec.sinks:

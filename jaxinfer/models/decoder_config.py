@@ -45,6 +45,11 @@ class DecoderConfig:
     """Maximum number of positions the model was trained for."""
     local_rope: RopeConfig | None = None
     """Rotary embedding of `SLIDING` layers; None if it is the same as `rope`."""
+    local_attention: AttentionSpec | None = None
+    """Attention of `SLIDING` layers, if it differs by more than its window (Gemma 4)."""
+    lent_layers: int = 0
+    """Number of last layers without keys and values: each attends to those of the last layer of its kind before them
+    (Gemma 4)."""
     norms: tuple[str, ...] = (BEFORE,)
     """Norms around attention and the MLP: `BEFORE`, `AFTER`, or both (Gemma 2)."""
     norm_scaling: Scaling = Scaling()
@@ -117,14 +122,16 @@ class DecoderConfig:
             raise ValueError("norm_bias is set, but RMSNorms have no bias; set centred_norms")
         if self.head_bias and self.tied:
             raise ValueError("head_bias is set, but the head is the token embedding, which has no bias")
+        if not {self.slides(i) for i in range(layers)} <= {self.slides(i) for i in range(layers - self.lent_layers)}:
+            raise ValueError(f"lent_layers={self.lent_layers}, but no layer of a kind is left to lend; choose fewer")
         if self.recomputed and self.rope is None:
             raise ValueError("recomputed is for models whose rope changes with length, but rope is None")
 
     @property
     def query_group(self) -> int:
         """Number of query heads per kv head."""
-        spec = self.attention
-        return spec.heads if isinstance(spec, LatentSpec) else spec.heads // spec.kv_heads
+        specs = [self.attention] if self.local_attention is None else [self.attention, self.local_attention]
+        return min(one.heads if isinstance(one, LatentSpec) else one.heads // one.kv_heads for one in specs)
 
     @property
     def max_length(self) -> int:
@@ -142,7 +149,24 @@ class DecoderConfig:
         """Return the token mixer of a layer."""
         if self.kinds and self.kinds[layer] == LINEAR:
             return self.linear
-        return replace(self.attention, window=self.window) if self.slides(layer) else self.attention
+        spec = self.attention
+        if self.slides(layer):
+            spec = replace(spec if self.local_attention is None else self.local_attention, window=self.window)
+        if not self.lent_layers:
+            return spec
+        lenders = {self.lender_of(number) for number in range(self.num_layers)}
+        return replace(spec, lender=self.lender_of(layer), lends=layer in lenders)
+
+    def lender_of(self, layer: int) -> int | None:
+        """Return the layer whose keys and values a layer attends to; None for its own."""
+        first = self.num_layers - self.lent_layers
+        if layer < first:
+            return None
+        return max(number for number in range(first) if self.slides(number) == self.slides(layer))
+
+    def ffn_of(self, layer: int) -> int:
+        """Return the width of a layer's MLP."""
+        return self.ffn
 
     def rope_of(self, layer: int) -> RopeConfig | None:
         """Return the rotary embedding of a layer."""

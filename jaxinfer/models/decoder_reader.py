@@ -1,6 +1,7 @@
 """Read the config.json attributes that decoder families share."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from jaxinfer.checkpoint.config_reader import ConfigReader
@@ -30,6 +31,7 @@ def read_config(
     local_rope: Mapping[str, Any] | None = None,
     norm_eps: tuple[str, float] = ("rms_norm_eps", 1e-6),
     linear: Linear | None = None,
+    full_heads: tuple[int, int] | None = None,
 ) -> DecoderConfig:
     """Read the config.json attributes that all families of this stack share; require fixed values of unsupported ones.
 
@@ -46,6 +48,7 @@ def read_config(
         local_rope: rope attributes that differ for sliding layers, if config.json does not state both.
         norm_eps: name of the norm epsilon's attribute and its default.
         linear: token mixer of `LINEAR` layers.
+        full_heads: kv heads and head dim of full layers, if only sliding layers have those of config.json.
 
     Raises:
         ConfigError: sizes do not fit each other, or an activation or rope is unknown.
@@ -54,9 +57,13 @@ def read_config(
     attention = _attention_spec(reader, qkv_bias, out_bias, eps if qk_norm else None)
     chosen = reader.get_choice(activation, "silu", ACTIVATIONS)
     reader.restrict(one_values(qk_norm=qk_norm, experts=moe is not None))
-    rope, local = _ropes(reader, attention.head_dim, local_rope)
+    sliding = attention
+    if full_heads is not None:
+        attention = replace(attention, kv_heads=full_heads[0], head_dim=full_heads[1])
+        reader.divide("num_attention_heads", attention.heads, "the number of kv heads of full layers", full_heads[0])
+    rope, local = _ropes(reader, (attention.head_dim, sliding.head_dim), local_rope)
     if not partial_rotary:
-        _refuse_partial_rope(reader, attention.head_dim, rope, local)
+        _refuse_partial_rope(reader, rope, local)
     layers = reader.get_int("num_hidden_layers")
     return DecoderConfig(
         vocab_size=reader.get_int("vocab_size"),
@@ -65,6 +72,7 @@ def read_config(
         activation=chosen,
         norm_eps=eps,
         attention=attention,
+        local_attention=None if full_heads is None else sliding,
         rope=rope,
         local_rope=local,
         max_position=reader.get_int("max_position_embeddings"),
@@ -96,14 +104,14 @@ def _attention_spec(reader: ConfigReader, qkv_bias: bool, out_bias: bool, norm_e
     return AttentionSpec(width, heads, kv_heads, head_dim, qkv_bias, out_bias, norm_eps)
 
 
-def _refuse_partial_rope(reader: ConfigReader, head_dim: int, rope: RopeConfig, local: RopeConfig | None) -> None:
+def _refuse_partial_rope(reader: ConfigReader, rope: RopeConfig, local: RopeConfig | None) -> None:
     """Refuse a rope that rotates a part of a head's dimensions."""
-    rotated = min(one.rotary_dim for one in (rope, local) if one is not None)
-    if rotated != head_dim:
-        raise ConfigError(
-            f"config.json: rope rotates {rotated} of {head_dim} dimensions (partial_rotary_factor), which "
-            f"{reader.family} does not support; remove it, or use a family that does (Phi3ForCausalLM)"
-        )
+    for one in (rope, local):
+        if one is not None and one.rotary_dim != one.head_dim:
+            raise ConfigError(
+                f"config.json: rope rotates {one.rotary_dim} of {one.head_dim} dimensions (partial_rotary_factor), "
+                f"which {reader.family} does not support; remove it, or use a family that does (Phi3ForCausalLM)"
+            )
 
 
 def text_part(reader: ConfigReader, others: Sequence[str]) -> ConfigReader:
@@ -155,9 +163,9 @@ def layer_kinds(
 
 
 def _ropes(
-    reader: ConfigReader, head_dim: int, local: Mapping[str, Any] | None
+    reader: ConfigReader, head_dims: tuple[int, int], local: Mapping[str, Any] | None
 ) -> tuple[RopeConfig, RopeConfig | None]:
-    """Read the ropes of full and of sliding layers; `local` has the attributes that differ for the latter.
+    """Read the ropes of full and of sliding layers, by their head dims; `local` has what differs for the latter.
 
     `rope_parameters` may have an object per kind, as written by transformers 5; it states everything but the base, for
     which the family may have a default.
@@ -169,13 +177,13 @@ def _ropes(
                 f"config.json: rope_parameters is {show(each)}; {reader.family} has a rope per kind of layer: put them "
                 f"in rope_parameters.{FULL} and rope_parameters.{SLIDING}"
             )
-        rope = reader.rope(head_dim)
-        return rope, None if local is None else reader.rope(head_dim, **local)
-    return _ropes_of_kinds(reader, head_dim, each, local or {})
+        rope = reader.rope(head_dims[0])
+        return rope, None if local is None else reader.rope(head_dims[1], **local)
+    return _ropes_of_kinds(reader, head_dims, each, local or {})
 
 
 def _ropes_of_kinds(
-    reader: ConfigReader, head_dim: int, each: Mapping[str, Any], local: Mapping[str, Any]
+    reader: ConfigReader, head_dims: tuple[int, int], each: Mapping[str, Any], local: Mapping[str, Any]
 ) -> tuple[RopeConfig, RopeConfig]:
     """Read the ropes of full and of sliding layers from `rope_parameters` with an object per kind.
 
@@ -199,7 +207,7 @@ def _ropes_of_kinds(
             rope_theta=None,
             rope_parameters={**({} if bases[kind] is None else {"rope_theta": bases[kind]}), **own},
         )
-        for kind, own in stated.items()
+        for (kind, own), head_dim in zip(stated.items(), head_dims, strict=True)
     )
     return full, sliding
 

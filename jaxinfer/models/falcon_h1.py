@@ -6,7 +6,6 @@ Multipliers (muP, arXiv:2203.03466) scale embeddings, keys, inputs and outputs o
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Any
 
 import jax
 
@@ -15,7 +14,7 @@ from jaxinfer.checkpoint.plain_json import show
 from jaxinfer.checkpoint.weight_table import Rule, expand, renamed
 from jaxinfer.errors import ConfigError
 from jaxinfer.kernels.attention.paged import KVCache
-from jaxinfer.kv.spec import Full, State
+from jaxinfer.kv.spec import Spec
 from jaxinfer.layers.attention import StepContext
 from jaxinfer.layers.mamba import Mamba, MambaSpec
 from jaxinfer.layers.mlp import ACTIVATIONS
@@ -24,7 +23,7 @@ from jaxinfer.layers.params import Build
 from jaxinfer.layers.recurrent import RecurrentState
 from jaxinfer.models.bamba import NAMES
 from jaxinfer.models.base import Family
-from jaxinfer.models.decoder import Decoder, Layer, weight_rules
+from jaxinfer.models.decoder import Decoder, Layer, Pass, weight_rules
 from jaxinfer.models.decoder_config import FULL, DecoderConfig
 from jaxinfer.models.decoder_reader import read_config
 from jaxinfer.models.mamba_reader import mamba_spec
@@ -86,15 +85,15 @@ class FalconH1Decoder(Decoder):
         x: jax.Array,
         rope: tuple[jax.Array, jax.Array] | None,
         step: StepContext,
-        cache: list[Any],
+        run: Pass,
     ) -> jax.Array:
-        """Apply a layer to `[T, M]`, and replace its entries of `cache`."""
+        """Apply a layer to `[T, M]`, and replace its entries of the cache."""
         state, keys = (step.array_index(2 * number + place) for place in (0, 1))
-        run = self.remembering(partial(layer, rope=rope, step=step.of(2 * number + 1)), step)
-        x, (cache[state], cache[keys]) = run(x, (cache[state], cache[keys]))
+        call = self.remembering(partial(layer, rope=rope, step=step.of(2 * number + 1)), step)
+        x, (run.cache[state], run.cache[keys]) = call(x, (run.cache[state], run.cache[keys]))
         return x
 
-    def cache_specs(self) -> Sequence[Full | State]:
+    def cache_specs(self) -> Sequence[Spec]:
         """Return what each layer caches."""
         return [part.cache_spec for layer in self.layers for part in (layer.mamba, layer.attention)]
 

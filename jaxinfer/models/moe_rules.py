@@ -66,6 +66,10 @@ def moe_rules(
     ]
     if config.router.bias:
         table.append(rule(f"{names.router}.bias", "router.bias"))
+    if config.router.input_norm is not None:
+        table.append(rule(f"{names.router}.scale", "router.scale"))
+    if config.router.expert_scale:
+        table.append(rule(f"{names.router}.per_expert_scale", "router.expert_scale"))
     if config.router.correction:
         table.append(rule(f"{names.router}.e_score_correction_bias", "router.correction"))
     if config.shared:

@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 from benchmarks.gpu.predict import COPY_SHARE, GAP, MATMUL_SHARE
 
-from jaxinfer.kv.spec import Full
+from jaxinfer.kv.spec import Full, Lent
 from jaxinfer.models.base import LanguageModel
 from jaxinfer.sharding import Plan
 from jaxinfer.sharding.collectives import DECODE, PREFILL
@@ -83,10 +83,11 @@ class Roofline:
             dtype_bytes: bytes of an element of the cache.
         """
         self._device, self._made = device, made
-        moe = getattr(module.config, "moe", None)
+        moe = getattr(module.config, "moe", None) or getattr(module.config, "experts", None)
         used = [row for row in made.rows if DECODE in row.steps]
         if any(row.path.startswith("head.") for row in used):  # of a table that is not tied, steps read few rows
             used = [row for row in used if not row.path.startswith("embedding.")]
+        used = [row for row in used if not row.path.startswith("inputs.embedding.")]
         routed = [row for row in used if moe is not None and _of_experts(row, moe.experts)]
         plain = [row for row in used if row not in routed]
         self._plain, self._plain_elements = sum(r.device_bytes for r in plain), _elements(plain)
@@ -94,7 +95,9 @@ class Roofline:
         self._chosen = moe.per_token / moe.experts if routed else 0.0
         self._state = 0 if made.cache is None else made.cache.state_device_bytes
         shards, group, layers = made.devices, module.config.query_group, Counter()
-        for spec in module.cache_specs():
+        specs = module.cache_specs()
+        for spec in specs:
+            spec = specs[spec.lender] if isinstance(spec, Lent) else spec  # which reads the same keys
             if isinstance(spec, Full) and not spec.kind.encoded:
                 layers[getattr(spec.kind, "size", None)] += spec.heads_on(shards) / shards * spec.head_dim
         elements = [layers[size] for size in windows(module.cache_specs())]

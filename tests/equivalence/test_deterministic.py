@@ -38,6 +38,7 @@ OTHERS += [
     ("gemma2", "bfloat16", "xla"),
     ("qwen3_next", "float32", "xla"),
     ("gemma3", "bfloat16/fp8", "auto"),
+    ("gemma4", "bfloat16", "auto"),
 ]
 OTHERS += [
     ("deepseek_v3", "bfloat16/fp8", "auto"),
@@ -186,6 +187,7 @@ def test_a_fork_is_a_lone_sample(family: str, dtype: str, kernel: str, tp: int):
             ("qwen3_moe", "bfloat16", 2, pytest.mark.slow),
             ("qwen3_next", "bfloat16", 2, pytest.mark.slow),
             ("llama", "bfloat16/int8", 1, pytest.mark.slow),
+            ("gemma4", "bfloat16", 1, pytest.mark.slow),
         )
     ],
 )

@@ -211,9 +211,16 @@ def test_steps_without_drafts_follow_one_with_drafts_in_flight(oracle):
     assert counts(engine)[0] > 2
 
 
-@pytest.mark.xdist_group("hybrids")
-def test_sliding_windows(oracle):
-    base = hybrid_runner("alternating")
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("alternating", marks=pytest.mark.xdist_group("hybrids")),
+        pytest.param("gemma4", marks=[pytest.mark.slow, pytest.mark.xdist_group("gemma4")]),
+    ],
+)
+def test_sliding_windows(oracle, name):
+    """In Gemma 4 with layers that attend to another one's keys."""
+    base = random_runner(name) if name == "gemma4" else hybrid_runner(name)
     wanted = requests([3, 12, 17, 30], SamplingParams(temperature=0, max_tokens=20, ignore_eos=True))
     expected = alone(base, wanted)
     learn(oracle, wanted, expected)

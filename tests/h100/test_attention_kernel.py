@@ -28,6 +28,8 @@ LAYERS = {
     "no groups, width 96": (32, 32, 96, 96, "bfloat16", Scoring(0.1), False),
     "latent": (32, 1, 576, None, "bfloat16", Scoring(0.1, value_dim=512), False),
     "Gemma 2": (16, 8, 256, 256, "bfloat16", Scoring(0.1, window=4096, softcap=50.0), False),
+    "Gemma 4, full": (32, 4, 512, 512, "bfloat16", Scoring(1.0), False),
+    "Gemma 4 E2B, full": (8, 1, 512, 512, "bfloat16", Scoring(1.0), False),
     "gpt-oss": (64, 8, 64, 64, "bfloat16", Scoring(0.1, window=128), True),
     "float32": (32, 8, 128, 128, "float32", Scoring(0.1), False),
     "Llama 3 8B, int8 codes": (32, 8, 128, 128, "bfloat16", Scoring(0.1), False, "int8"),
@@ -87,5 +89,6 @@ def test_the_kernel_suits_the_device(name: str, kind: str):
         assert re.search(r"cp\.async\.cg\.shared\.global \[[^]]*\], \[[^]]*\], (?:0x10|16)", attend.ptx)
     if name != "float32":
         assert re.search(r"wgmma\.mma_async|mma\.sync", attend.ptx)
-    if kind == "prefill" and "latent" not in name and name != "float32":
+    wide = LAYERS[name][2] > 256  # 32 queries, too few for these instructions
+    if kind == "prefill" and not wide and name != "float32":
         assert "wgmma.mma_async" in attend.ptx

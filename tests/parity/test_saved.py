@@ -75,7 +75,8 @@ def old_style(values: dict) -> dict:
     return values | {"rope_scaling": None if rope["rope_type"] == "default" else rope}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# Gemma 4 is newer than transformers 5.
+@pytest.mark.parametrize("family", [one for one in FAMILIES if one.values != ("gemma4",)])
 def test_a_config_in_the_style_of_transformers_4_says_the_same(family, tmp_path):
     # For Phi-3 and Phi-MoE transformers only supports longrope.
     rope = {"rope_type": "default"} if family in ("phi3", "phimoe") else {"rope_type": "linear", "factor": 2.0}

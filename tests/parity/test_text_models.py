@@ -49,9 +49,26 @@ def qwen3_5(config: type[transformers.PreTrainedConfig], **experts: int) -> tran
     return config(text_config=text, vision_config=vision, attn_implementation="eager", **ids)
 
 
+def gemma4() -> transformers.PreTrainedConfig:
+    text = TEXT | families()["gemma4"].config
+    tower = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    vision = dict(tower, intermediate_size=16, num_key_value_heads=2, head_dim=8, patch_size=4)
+    audio = dict(tower, output_proj_dims=16, subsampling_conv_channels=[4, 4])
+    ids = dict(image_token_id=0, video_token_id=1, audio_token_id=2)  # of none in a prompt, which would be padding
+    return transformers.Gemma4Config(
+        text_config=text,
+        vision_config=vision | {"position_embedding_size": 16},
+        audio_config=audio,
+        tie_word_embeddings=False,
+        attn_implementation="eager",
+        **ids,
+    )
+
+
 EXPERTS = dict(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=24, shared_expert_intermediate_size=20)
 MODELS = {
     "gemma3": (transformers.Gemma3ForConditionalGeneration, gemma3),
+    "gemma4": (transformers.Gemma4ForConditionalGeneration, gemma4),
     "qwen3_5": (transformers.Qwen3_5ForConditionalGeneration, lambda: qwen3_5(transformers.Qwen3_5Config)),
     "qwen3_5_moe": (
         transformers.Qwen3_5MoeForConditionalGeneration,

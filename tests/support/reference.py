@@ -36,7 +36,7 @@ def model(family: str, *, seed: int = 0, head: float = 0.7, **changes: Any) -> M
     with torch.no_grad():
         for name, value in made.named_parameters():
             noise = torch.randn(value.shape, generator=generator)
-            if name.endswith(("norm.weight", "norm_f.weight")):
+            if value.ndim == 1 and "norm" in name and name.endswith("weight"):
                 value.copy_(_norm_weight(made, name) + 0.4 * noise)
             elif name.endswith(("bias", "A_log")):
                 value.copy_(0.5 * noise)
@@ -45,7 +45,7 @@ def model(family: str, *, seed: int = 0, head: float = 0.7, **changes: Any) -> M
             elif "embed" in name:
                 # With tied embeddings, a large embedding would make every token predict itself.
                 value.copy_((0.25 if tied else 1.0) * noise)
-            elif name.endswith(("sinks", "mamba.D", "mixer.D")):
+            elif name.endswith(("sinks", "mamba.D", "mixer.D", "router.scale", "per_expert_scale")):
                 value.copy_(1 + noise)
             else:
                 # The MLP outweighs the embedding, so that a wrong gelu variant shows in the logits.
@@ -54,17 +54,21 @@ def model(family: str, *, seed: int = 0, head: float = 0.7, **changes: Any) -> M
         for name, value in made.named_buffers():
             if name.endswith(("expert_bias", "mixer.gate.e_score_correction_bias")):
                 value.copy_(0.5 * torch.randn(value.shape, generator=generator))
+            elif name.endswith("layer_scalar"):
+                value.copy_(1 + 0.2 * torch.randn(value.shape, generator=generator))
     return made
 
 
 def _norm_weight(reference: Model, name: str) -> float:
-    """Return the mean of a norm's stored weights: 1, or 0 for Gemma, which stores weights minus 1.
+    """Return the mean of a norm's stored weights: 1, or 0 for Gemma up to 3, which stores weights minus 1.
 
     Gemma scales its tied embedding up and normalises the outputs of attention and MLP (`post_` norms): those norms get
     a mean of 3, to match the embedding.
     """
     if not reference.config.model_type.startswith("gemma"):
         return 1.0
+    if reference.config.model_type.startswith("gemma4"):
+        return 3.0 if ".post_" in name else 1.0
     return 3.0 if ".post_" in name else 0.0
 
 

@@ -103,6 +103,23 @@ class Scoring:
         return scores if self.softcap is None else self.softcap * jnp.tanh(scores / self.softcap)
 
 
+def viewed(kv_cache: KVCache, kv_heads: int, head_dim: int) -> KVCache:
+    """See cache arrays in the shape of a layer with other heads, `[n N, kv_heads, P, head_dim]`, without a copy.
+
+    n layers lie side by side in a block if each has an n-th of its elements.
+    """
+    if kv_cache.keys.shape[1::2] == (kv_heads, head_dim):
+        return kv_cache
+    block = kv_cache.keys.shape[2]
+    widths = (head_dim, head_dim, 1, 1)
+    return KVCache(
+        *(
+            None if array is None else array.reshape(-1, kv_heads, block, width)
+            for array, width in zip(kv_cache, widths, strict=True)
+        )
+    )
+
+
 def as_stored(kv_cache: KVCache, keys: jax.Array, values: jax.Array | None) -> KVCache:
     """Return new keys `[T, K, D]` and values `[T, K, Dv]` as the cache stores them: cast, or as codes with scales."""
     kind = kv_cache.keys.dtype

@@ -95,7 +95,8 @@ def tiling(layout: Layout) -> Tiling:
     members = min(layout.heads // layout.kv_heads, max(1, most // layout.tile))
     block_m = power(layout.tile * members)
     key_bytes = (main + rest + (0 if layout.latent else value_columns)) * layout.itemsize
-    least = 16 if layout.itemsize == 4 else 32
+    # Of heads of 512 columns that have values of their own (Gemma 4), two decode programs fit with 16 keys each.
+    least = 16 if layout.itemsize == 4 or (layout.decode and not layout.latent) else 32
     # Prefill keeps widened keys and values in registers, beside the query tile's sums.
     widest = 64 if layout.codes and not layout.decode else 128
     block_n = max(least, min(widest, 1 << max(0, (TURN_BYTES // key_bytes).bit_length() - 1)))

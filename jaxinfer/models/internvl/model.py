@@ -14,7 +14,7 @@ from flax import nnx
 from jaxinfer.checkpoint.hf import added_token
 from jaxinfer.checkpoint.weight_table import Rule
 from jaxinfer.kernels.attention.paged import Cache
-from jaxinfer.kv.spec import Full, State
+from jaxinfer.kv.spec import Spec
 from jaxinfer.layers.attention import StepContext
 from jaxinfer.layers.mlp import MLP
 from jaxinfer.layers.norms import LayerNorm
@@ -78,7 +78,7 @@ class InternVL(nnx.Module):
         """Compute float32 logits `[B, V']` of hidden states `[B, M]`."""
         return self.language_model.logits(hidden)
 
-    def cache_specs(self) -> Sequence[Full | State]:
+    def cache_specs(self) -> Sequence[Spec]:
         """Return what each layer of the language model caches; the tower caches nothing."""
         return self.language_model.cache_specs()
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from support.cases import GREEDY, alone
 from support.lowering import large_copies
-from support.tiny import CONFIG, HYBRIDS, make_request, prompt, random_runner
+from support.tiny import CONFIG, HYBRIDS, config, make_request, prompt, random_runner
 
 from jaxinfer.errors import CacheConsumedError, CapacityError, ConfigError
 from jaxinfer.functional import prefill_batch, split
@@ -81,11 +81,12 @@ def test_it_grows_through_several_read_lengths_in_place(model):
     np.testing.assert_allclose(made[-1], logits, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["alternating", "five to one"])
+@pytest.mark.parametrize(("name", "tp"), [("alternating", 1), ("five to one", 1), ("gemma4", 2)])
 @pytest.mark.slow
-def test_windows_are_masked(name):
-    mesh = make_mesh(1)
-    program, params = split(weights.random(CONFIG | HYBRIDS[name], mesh), mesh)
+def test_windows_are_masked(name, tp):
+    """In Gemma 4 with layers that lie side by side, and some that attend to another one's keys."""
+    mesh, hf = make_mesh(tp), CONFIG | HYBRIDS[name] if name in HYBRIDS else config(name)
+    program, params = split(weights.random(hf, mesh), mesh)
     text = prompt(50, 3)
     whole, _ = GrowingCache.reserve(program, 1, 64, 8).append(params, [text])
     logits, cache = GrowingCache.reserve(program, 1, 64, 8).append(params, [text[:20]])

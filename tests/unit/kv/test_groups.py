@@ -1,10 +1,11 @@
 """Assignment of layers to cache arrays and groups, and blocks per sequence."""
 
+import numpy as np
 import pytest
 
 from jaxinfer.errors import ConfigError
 from jaxinfer.kv.groups import MAX_PADDING, KindGroups, Place, blocks_needed, layout, longest
-from jaxinfer.kv.spec import Full, Kind, Sliding, Window
+from jaxinfer.kv.spec import Full, Kind, Lent, Sliding, Window
 
 FULL, SLIDING = Full(2, 16), Sliding(2, 16, window=8)
 
@@ -40,7 +41,7 @@ def test_a_model_of_one_kind_has_an_array_per_layer_and_one_group():
 
 def test_layers_of_different_shapes_do_not_share_an_array():
     """With fewer arrays, layers of equal shapes can share them."""
-    narrow = Sliding(1, 16, window=8)
+    narrow = Sliding(3, 8, window=8)
     made = layout((FULL, FULL, SLIDING, SLIDING))
     assert len(made.array_specs) == 2
     with pytest.raises(
@@ -48,6 +49,36 @@ def test_layers_of_different_shapes_do_not_share_an_array():
         match="layers 0 and 1 need cache arrays of different shapes.*give all attention layers the same tactic",
     ):
         layout((FULL, narrow))
+
+
+def test_narrower_layers_lie_side_by_side():
+    """As in Gemma 4: three sliding layers and a full one of twice the size, which other layers attend to as well."""
+    narrow = Sliding(2, 16, window=8)
+    made = layout((narrow, narrow, narrow, Full(1, 64), Lent(2), Lent(3)))
+
+    assert [(place.array, place.part, place.parts) for place in made.places] == [
+        (0, 0, 2),
+        (0, 1, 2),
+        (0, 0, 2),
+        (0, 0, 1),
+        (0, 0, 2),
+        (0, 0, 1),
+    ]
+    assert made.places[4:] == made.places[2:4], "layers that borrow have the place of their lender"
+    assert made.places[0].group == made.places[1].group != made.places[2].group
+    assert [kind.count for kind in made.kinds] == [2, 1] and made.groups == 3
+    assert made.array_specs == (Full(4, 16),), "64 elements a position, in whichever shape"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"head_dim": 24}, {"replicated": True}, {"codes": np.dtype(np.int8)}],
+    ids=["no multiple", "another placement", "scales for another head dim"],
+)
+def test_layers_that_cannot_lie_side_by_side_are_refused(changes):
+    narrow = Sliding(2, 16, window=8, codes=changes.get("codes"))
+    with pytest.raises(ConfigError, match="different shapes.*same tactic.*kv_cache_dtype"):
+        layout((narrow, Full(**{"kv_heads": 1, "head_dim": 64} | changes)))
 
 
 @pytest.mark.parametrize(("length", "first"), [(0, 0), (1, 0), (7, 0), (8, 1), (9, 2), (100, 93)])

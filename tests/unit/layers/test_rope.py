@@ -263,6 +263,8 @@ REFERENCE = {
         "truncate": False,
         "partial_rotary_factor": 0.5,
     },
+    "proportional": {"rope_type": "proportional", "factor": 2.0},
+    "proportional-partial": {"rope_type": "proportional", "partial_rotary_factor": 0.45},
     "longrope": {"rope_type": "longrope", "original_max_position_embeddings": 16, **SETS},
     "longrope-factor": {"rope_type": "longrope", "original_max_position_embeddings": 16, "factor": 2.0, **SETS},
 }

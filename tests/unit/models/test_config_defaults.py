@@ -235,7 +235,7 @@ def test_the_class_around_a_model_is_not_its_architecture(named):
 
 @pytest.mark.parametrize(
     ("named", "nearest"),
-    [("Qwen4ForCausalLM", "Qwen"), ("Olmo4ForCausalLM", "Olmo"), ("Gemma4ForCausalLM", "Gemma")],
+    [("Qwen4ForCausalLM", "Qwen"), ("Olmo4ForCausalLM", "Olmo"), ("Gemma9ForCausalLM", "Gemma")],
 )
 def test_an_unknown_architecture_names_the_nearest_by_name(named, nearest):
     with pytest.raises(ConfigError, match=f"{named}.*supported: .*LlamaForCausalLM.*Nearest by name: {nearest}"):

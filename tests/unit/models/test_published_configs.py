@@ -34,6 +34,8 @@ def shallow(hf: dict[str, Any]) -> dict[str, Any]:
     if isinstance(made.get("layer_types"), list):
         *others, last = made["layer_types"]
         made |= {"layer_types": [next((kind for kind in reversed(others) if kind != last), last), last]}
+    if made.get("num_kv_shared_layers"):  # two that lend, and two that borrow
+        made |= {"num_hidden_layers": 4, "layer_types": 2 * made["layer_types"], "num_kv_shared_layers": 2}
     if "full_attn_layers" in made:
         made |= {"full_attn_layers": [2], "kda_layers": [1]}
     made |= {name: [1] for name in ("full_attn_idxs", "attn_layer_indices") if made.get(name) is not None}
