@@ -174,7 +174,7 @@ def _arrange(
     # Encoder kinds come last, so that the groups a decode step writes to come first.
     for kind, members in sorted(cells.items(), key=lambda item: item[0].encoded):
         for index, cell in enumerate(members):
-            arrays.setdefault(index % size, cell.array)
+            arrays[index % size] = min(arrays.get(index % size, cell.array), cell.array, key=lambda one: one.head_dim)
             for part, number in enumerate(cell.layers):
                 places[number] = Place(groups + index // size, index % size, part, cell.parts)
         kinds.append(KindGroups(kind, groups, -(-len(members) // size)))
@@ -201,14 +201,16 @@ def _clash(specs: Sequence[Spec], cells: Cells, size: int) -> tuple[int, int] | 
 
 
 def _alike(one: Cell, other: Cell) -> bool:
-    """Return whether the blocks of one array can be read as those of the other (`kernels.attention.paged.viewed`)."""
+    """Return whether layers of one may see an array of the other (`kernels.attention.paged.seen_shape`)."""
     first, second = one.array, other.array
-    same_scales = first.codes is None or first.head_dim == second.head_dim
+    narrow, wide = sorted((first.head_dim, second.head_dim))
+    same_scales = first.codes is None or narrow == wide
     return (
         type(first) is type(second) is Full
         and _elements(first) == _elements(second)
         and (first.replicated, first.codes) == (second.replicated, second.codes)
         and same_scales
+        and wide % narrow == 0
     )
 
 

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from jaxinfer.kernels.attention import choose as attention
-from jaxinfer.kernels.attention.paged import DecodeRows, KVCache, PrefillTiles, Scoring, Slots, viewed
+from jaxinfer.kernels.attention.paged import DecodeRows, KVCache, PrefillTiles, Scoring, Slots
 from jaxinfer.kernels.state.slots import DecodeSlots, FullSequences, Segments
 from jaxinfer.kv.groups import Place
 from jaxinfer.kv.spec import Full, Lent, Sliding
@@ -135,8 +135,8 @@ def attend(
         q: `[T, tp, H / tp, D]`.
         k: `[T, tp, K / tp, D]`; None if all keys are in the cache (cross-attention).
         v: `[T, tp, K / tp, Dv]`; None without keys, or if the values are columns of the keys.
-        kv_cache: cache arrays `[N, K, P, D]` of keys and values, sharded on K; other shapes of as many elements are
-            seen in this one (`paged.viewed`).
+        kv_cache: cache arrays `[N, K, P, D]` of keys and values, sharded on K; the layer may see them in another shape
+            (`paged.seen_shape`).
         step: positions, slots and block tables.
         scoring: scale, window, softcap.
         sinks: attention sink logit per head, `[tp, H / tp]`.
@@ -156,13 +156,11 @@ def attend(
     ) -> tuple[jax.Array, KVCache]:
         q, k, v = (None if x is None else x[:, 0] for x in (q, k, v))
         sinks = None if sinks is None else sinks[0]
-        stored = kv_cache
-        kv_cache = kv_cache if k is None else viewed(kv_cache, k.shape[1], k.shape[2])
         if isinstance(step.rows, DecodeRows):
             out, kv_cache = kernel.decode(q, k, v, kv_cache, step.slots, step.rows, scoring, sinks, items=step.items)
         else:
             out, kv_cache = kernel.prefill(q, k, v, kv_cache, step.slots, step.rows, scoring, sinks, tile=step.tile)
-        return out[:, None], jax.tree.map(lambda new, old: new.reshape(old.shape), kv_cache, stored)
+        return out[:, None], kv_cache
 
     model = model_axis(q.shape[1])
     heads, specs = PartitionSpec(None, model), (PartitionSpec(model), PartitionSpec())

@@ -4,17 +4,16 @@ import jax
 import pytest
 from support.lowering import Compiled, abstract_model, compile_step
 from support.tiny import (
-    ARCHITECTURES,
     BLOCK,
     CHUNK,
-    CONFIG,
     LENGTH,
     ROWS,
+    config,
     make_engine,
     make_request,
     prompt,
     random_runner,
-    shapes,
+    shapes_of,
 )
 
 from jaxinfer.engine.runner.batch import Bucket
@@ -26,11 +25,12 @@ from jaxinfer.sharding import make_mesh
 pytestmark = [pytest.mark.xdist_group("llama"), pytest.mark.slow]
 
 
-def step(kind: str, level: Level, dtype: str = "float32", *, contiguous: bool = False) -> Compiled:
-    hf = CONFIG | {"architectures": [ARCHITECTURES["llama"]], "dtype": dtype}
-    program, params = abstract_model(hf, make_mesh())
+def step(
+    kind: str, level: Level, dtype: str = "float32", *, contiguous: bool = False, family: str = "llama"
+) -> Compiled:
+    program, params = abstract_model(config(family) | {"dtype": dtype}, make_mesh())
     # More than a step gathers; of a contiguous cache four times as much for each row as the step reads.
-    wide = shapes(num_blocks=4 * ROWS * LENGTH // BLOCK, contiguous=contiguous)
+    wide = shapes_of(program, num_blocks=4 * ROWS * LENGTH // BLOCK, contiguous=contiguous)
     tokens = ROWS if kind == "decode" else CHUNK
     bucket = Bucket(kind, tokens, ROWS, LENGTH // BLOCK, level, -1, contiguous=contiguous)
     return compile_step(program, params, wide, bucket)
@@ -41,6 +41,13 @@ def step(kind: str, level: Level, dtype: str = "float32", *, contiguous: bool = 
 @pytest.mark.parametrize("kind", ["decode", "prefill"])
 def test_the_program_updates_the_cache_in_place(kind: str, level: Level, contiguous: bool):
     compiled = step(kind, level, contiguous=contiguous)
+    assert compiled.aliased_bytes >= compiled.cache_bytes
+    assert compiled.large_copies == []
+
+
+@pytest.mark.parametrize("kind", ["decode", "prefill"])
+def test_layers_see_arrays_in_other_shapes_without_a_copy(kind: str):
+    compiled = step(kind, Level.GREEDY, family="gemma4")
     assert compiled.aliased_bytes >= compiled.cache_bytes
     assert compiled.large_copies == []
 

@@ -80,7 +80,8 @@ def _call(
     scoring: Scoring,
     sinks: jax.Array | None,
 ) -> tuple[jax.Array, KVCache]:
-    value_dim = scoring.value_dim if kv_cache.values is None else kv_cache.values.shape[3]
+    _, heads, _, dim = paged.seen_shape(kv_cache, k)
+    value_dim = scoring.value_dim if kv_cache.values is None else (kv_cache.values if v is None else v).shape[-1]
     new = KVCache(None, None) if k is None else paged.as_stored(kv_cache, k, v)
     # The kernel gets empty arrays for those that there are none of.
     dtypes = KVCache(*[kv_cache.keys.dtype] * 2, *[SCALE] * 2)
@@ -106,6 +107,8 @@ def _call(
         scale=np.float32(scoring.scale),
         softcap=np.float32(scoring.softcap or 0),
         window=np.int64(scoring.window or 0),
+        heads=np.int64(heads),
+        dim=np.int64(dim),
     )
     return out, KVCache(*(None if old is None else a for old, a in zip(kv_cache, written, strict=True)))
 

@@ -103,21 +103,25 @@ class Scoring:
         return scores if self.softcap is None else self.softcap * jnp.tanh(scores / self.softcap)
 
 
-def viewed(kv_cache: KVCache, kv_heads: int, head_dim: int) -> KVCache:
-    """See cache arrays in the shape of a layer with other heads, `[n N, kv_heads, P, head_dim]`, without a copy.
+def seen_shape(kv_cache: KVCache, k: jax.Array | None) -> tuple[int, int, int, int]:
+    """Return the shape `[N, K, P, D]` in which a layer with keys `[T, K, D]` sees the arrays; without, their own.
 
-    n layers lie side by side in a block if each has an n-th of its elements.
+    Several layers lie side by side in a block if each has an n-th of its elements (`kv.groups`); the arrays have the
+    narrowest heads. Kernels compute addresses with this shape: XLA would copy an array that it reshapes and a kernel
+    then writes.
     """
+    blocks, heads, block, dim = kv_cache.keys.shape
+    if k is None or k.shape[1:] == (heads, dim):
+        return blocks, heads, block, dim
+    return blocks * heads * dim // (k.shape[1] * k.shape[2]), k.shape[1], block, k.shape[2]
+
+
+def viewed(kv_cache: KVCache, kv_heads: int, head_dim: int) -> KVCache:
+    """See cache arrays in the shape of a layer with other heads (`seen_shape`), to read them."""
     if kv_cache.keys.shape[1::2] == (kv_heads, head_dim):
         return kv_cache
     block = kv_cache.keys.shape[2]
-    widths = (head_dim, head_dim, 1, 1)
-    return KVCache(
-        *(
-            None if array is None else array.reshape(-1, kv_heads, block, width)
-            for array, width in zip(kv_cache, widths, strict=True)
-        )
-    )
+    return jax.tree.map(lambda array: array.reshape(-1, kv_heads, block, head_dim), kv_cache)
 
 
 def as_stored(kv_cache: KVCache, keys: jax.Array, values: jax.Array | None) -> KVCache:
@@ -135,7 +139,14 @@ def write(kv_cache: KVCache, keys: jax.Array | None, values: jax.Array | None, s
         return kv_cache
 
     def put(array: jax.Array, new: jax.Array) -> jax.Array:
-        return array.at[slots.blocks, :, slots.offsets].set(new, mode="drop")
+        _, heads, block, dim = array.shape
+        if new.shape[1:] == (heads, dim):
+            return array.at[slots.blocks, :, slots.offsets].set(new, mode="drop")
+        # In the shape that the array has, or XLA would copy all of it: a wide head is several rows there.
+        rows = new.reshape(*new.shape[:2], -1, dim)
+        place = (slots.blocks[:, None] * new.shape[1] + jnp.arange(new.shape[1])) * block + slots.offsets[:, None]
+        place = place[..., None] * rows.shape[2] + jnp.arange(rows.shape[2])
+        return array.at[place // (heads * block), place // block % heads, place % block].set(rows, mode="drop")
 
     return jax.tree.map(put, kv_cache, as_stored(kv_cache, keys, values))
 

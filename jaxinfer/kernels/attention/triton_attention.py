@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxinfer.kernels.attention.paged import DecodeRows, KVCache, PrefillTiles, Scoring, Slots
+from jaxinfer.kernels.attention.paged import DecodeRows, KVCache, PrefillTiles, Scoring, Slots, seen_shape
 from jaxinfer.kernels.attention.quantised_cache import FP8, quantise
 from jaxinfer.kernels.triton import triton_launch, tuned
 from jaxinfer.kernels.triton.triton_launch import Options, Target
@@ -52,7 +52,7 @@ class TritonAttention:
         items: int | None = None,
     ) -> tuple[jax.Array, KVCache]:
         """Attend as `xla_attention.decode`; `items` is ignored: pieces are computed from lengths on the device."""
-        layout = _layout(q, kv_cache, scoring, tile=1, decode=True)
+        layout = _layout(q, v, kv_cache, scoring, tile=1, decode=True)
         tiles = self._tiling(layout)
         batch, group = q.shape[0], layout.heads // layout.kv_heads
         running = max(1, tiles.decode_programs * self.target.cores // (layout.kv_heads * tiles.parts(group)))
@@ -85,7 +85,7 @@ class TritonAttention:
         tile: int,
     ) -> tuple[jax.Array, KVCache]:
         """Attend as `xla_attention.prefill`; fastest with tiles of `tile()` queries; outputs of padding are 0."""
-        layout = _layout(q, kv_cache, scoring, tile=tile, decode=False)
+        layout = _layout(q, v, kv_cache, scoring, tile=tile, decode=False)
         align = self._tiling(layout).block_n if self.deterministic else 1
         work = prefill_work(step, scoring, tokens=q.shape[0], tile=tile, align=align)
         found = self._attend((q, k, v), kv_cache, slots, step.tables, work, scoring, sinks, layout)
@@ -104,7 +104,7 @@ class TritonAttention:
     ) -> dict[str, Any]:
         """Launch the kernel over work items; the result has its arrays by name, and the cache as `kv_cache`."""
         (q, k, v), tiles = qkv, self._tiling(layout)
-        blocks, kv_heads, block, dim = kv_cache.keys.shape
+        blocks, kv_heads, block, dim = seen_shape(kv_cache, k)
         shape, items = jax.ShapeDtypeStruct, work.shape[0]
         heads, value_dim = layout.heads, layout.value_dim
         out_shape = shape((q.shape[0], heads, value_dim), q.dtype)
@@ -208,9 +208,12 @@ def _shape(array: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(array.shape, array.dtype)
 
 
-def _layout(q: jax.Array, kv_cache: KVCache, scoring: Scoring, *, tile: int, decode: bool) -> Layout:
+def _layout(
+    q: jax.Array, v: jax.Array | None, kv_cache: KVCache, scoring: Scoring, *, tile: int, decode: bool
+) -> Layout:
     latent = kv_cache.values is None
-    value_dim = scoring.value_dim if latent else kv_cache.values.shape[3]
+    value_dim = scoring.value_dim if latent else (kv_cache.values if v is None else v).shape[-1]
     itemsize = jnp.dtype(q.dtype if kv_cache.quantised else kv_cache.keys.dtype).itemsize
-    _, kv_heads, _, dim = kv_cache.keys.shape
+    kv_heads = (kv_cache.keys if v is None else v).shape[1]
+    dim = q.shape[2]
     return Layout(q.shape[1], kv_heads, dim, value_dim, latent, itemsize, tile, decode, kv_cache.quantised)

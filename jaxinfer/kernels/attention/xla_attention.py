@@ -85,7 +85,8 @@ def decode(
     Returns:
         `[B, H, Dv]`, 0 for padding, and the updated cache arrays.
     """
-    kv_cache = paged.write(kv_cache, k, v, slots)
+    stored = paged.write(kv_cache, k, v, slots)
+    kv_cache = stored if k is None else paged.viewed(stored, *k.shape[1:])
     batch, heads, dim = q.shape
     block = kv_cache.keys.shape[2]
     items = items or decode_items(batch, step.tables.shape[1] * block, block)
@@ -121,7 +122,7 @@ def decode(
     whole = _add_pieces(jnp.concatenate([parts, weights.sum(axis=-1, keepdims=True)], axis=-1), mine)
     total = whole[..., -1:] if sinks is None else whole[..., -1:] + jnp.exp(sinks - top)[..., None]
     out = whole[..., :-1] / jnp.maximum(total, 1e-30)
-    return out.reshape(batch, heads, -1).astype(q.dtype), kv_cache
+    return out.reshape(batch, heads, -1).astype(q.dtype), stored
 
 
 def _add_pieces(parts: jax.Array, mine: jax.Array) -> jax.Array:
@@ -167,7 +168,8 @@ def prefill(
     Returns:
         `[T, H, Dv]` and the updated cache arrays.
     """
-    kv_cache = paged.write(kv_cache, k, v, slots)
+    stored = paged.write(kv_cache, k, v, slots)
+    kv_cache = stored if k is None else paged.viewed(stored, *k.shape[1:])
     tokens, heads, dim = q.shape
     kv_heads, block = kv_cache.keys.shape[1], kv_cache.keys.shape[2]
     value_dim = scoring.value_dim if kv_cache.values is None else kv_cache.values.shape[3]
@@ -190,7 +192,7 @@ def prefill(
         return jax.lax.dynamic_update_slice(out, result.reshape(tile, heads, value_dim), (start, 0, 0))
 
     empty = jnp.zeros((*padded.shape[:2], value_dim), q.dtype)
-    return jax.lax.fori_loop(0, step.count, one_tile, empty)[:tokens], kv_cache
+    return jax.lax.fori_loop(0, step.count, one_tile, empty)[:tokens], stored
 
 
 def _tile(

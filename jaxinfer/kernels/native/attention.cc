@@ -342,15 +342,17 @@ ffi::Error AttentionImpl(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer 
                          ffi::AnyBuffer, ffi::AnyBuffer, ffi::AnyBuffer, ffi::AnyBuffer,
                          ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> keys,
                          ffi::Result<ffi::AnyBuffer> values, ffi::Result<ffi::AnyBuffer> key_scales,
-                         ffi::Result<ffi::AnyBuffer> value_scales, float scale, float softcap, int64_t window) {
+                         ffi::Result<ffi::AnyBuffer> value_scales, float scale, float softcap, int64_t window,
+                         int64_t heads, int64_t dim) {
   const Step step{q, k, v, k_scales, v_scales, blocks, offsets, tables, tiles, count, sinks};
   const Scoring scoring{scale, softcap, window};
-  const auto shape = keys->dimensions();
+  // A layer may see the arrays with other heads than their shape has.
+  const int64_t block = keys->dimensions()[2], blocks_seen = keys->element_count() / (heads * block * dim);
   auto run = [&](auto kind, auto stored) {
     using Stored = decltype(stored);
     const KVCache<Stored> cache{Data<Stored>(keys),     Data<Stored>(values), Data<BF16>(key_scales),
-                                Data<BF16>(value_scales), shape[0],             shape[1],
-                                shape[2],               shape[3],             out->dimensions()[2]};
+                                Data<BF16>(value_scales), blocks_seen,          heads,
+                                block,                  dim,                  out->dimensions()[2]};
     Run<decltype(kind), Stored>(pool, step, scoring, cache, out->untyped_data());
   };
   auto of_kind = [&](auto kind) {
@@ -411,4 +413,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxinferAttention, jaxinfer::AttentionImpl,
                                   .Ret<xla::ffi::AnyBuffer>()
                                   .Attr<float>("scale")
                                   .Attr<float>("softcap")
-                                  .Attr<int64_t>("window"));
+                                  .Attr<int64_t>("window")
+                                  .Attr<int64_t>("heads")
+                                  .Attr<int64_t>("dim"));
