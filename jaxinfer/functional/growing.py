@@ -156,7 +156,9 @@ class GrowingCache:
         keys, values, *scales = found
         if not found.quantised:
             return keys, values
-        wide = (None if codes is None else dequantise(codes, own) for codes, own in zip((keys, values), scales))
+        wide = (
+            None if codes is None else dequantise(codes, own[..., :1]) for codes, own in zip((keys, values), scales)
+        )
         return tuple(None if array is None else array.astype(self.program.dtype) for array in wide)
 
     def copy(self) -> "GrowingCache":
@@ -232,6 +234,8 @@ class GrowingCache:
 def _fill(program: Program, number: int, pair: KVCache, layer: Sequence[jax.Array | None], table: jax.Array) -> KVCache:
     seen = _seen(program, number, pair)
     given = paged.as_stored(seen, *layer)
+    # Of the scales that a head has room for the first is used.
+    given = jax.tree.map(lambda array, own: jnp.broadcast_to(own, (*own.shape[:-1], array.shape[-1])), seen, given)
     filled = jax.tree.map(lambda array, own: contiguous.fill(array, own, table), seen, given)
     return _shaped(program, number, filled, *pair.keys.shape[1::2])
 

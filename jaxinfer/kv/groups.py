@@ -115,8 +115,7 @@ def layout(specs: tuple[Spec, ...]) -> Layout:
         one, other = _clash(specs, _cells(specs, packed=False), 1)
         raise ConfigError(
             f"layers {one} and {other} need cache arrays of different shapes ({specs[one]}, {specs[other]}), which "
-            "cannot share memory; if placement makes them differ, give all attention layers the same tactic; if "
-            "kv_cache_dtype is set and their head dims differ, leave it out"
+            "cannot share memory; if placement makes them differ, give all attention layers the same tactic"
         )
     places, kinds, arrays = made
     for index, number in enumerate(n for n, spec in enumerate(specs) if isinstance(spec, State)):
@@ -204,12 +203,10 @@ def _alike(one: Cell, other: Cell) -> bool:
     """Return whether layers of one may see an array of the other (`kernels.attention.paged.seen_shape`)."""
     first, second = one.array, other.array
     narrow, wide = sorted((first.head_dim, second.head_dim))
-    same_scales = first.codes is None or narrow == wide
     return (
         type(first) is type(second) is Full
         and _elements(first) == _elements(second)
         and (first.replicated, first.codes) == (second.replicated, second.codes)
-        and same_scales
         and wide % narrow == 0
     )
 

@@ -47,9 +47,12 @@ from jaxinfer.speculative_config import SpeculativeConfig
 
 pytestmark = pytest.mark.xdist_group("kv cache dtype")
 
-MODELS = [("llama", "int8"), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("alternating", "fp8"),))]
+MODELS = [
+    ("llama", "int8"),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (("alternating", "fp8"), ("gemma4", "int8"))),
+]
 MODELS += [pytest.param(*case, marks=pytest.mark.slow) for case in (("deepseek_v3", "fp8"), ("kimi_linear", "int8"))]
-"""A model for each kind of layer: full, sliding, latent, and latent beside recurrent ones."""
+"""A model for each kind of layer: full, sliding, both side by side, latent, and latent beside recurrent ones."""
 
 
 def everything() -> list[Any]:

@@ -37,6 +37,8 @@ class Shape:
     """Whether the values are the first `value_dim` columns of the keys (MLA)."""
     codes: str | None = None
     """Format of a quantised cache: "int8" or "fp8"."""
+    wide: int = 1
+    """How many times as wide the heads are as those of the arrays, which other layers have, too."""
 
     @property
     def scoring(self) -> Scoring:
@@ -62,6 +64,8 @@ SHAPES = {
     "int8 codes, bfloat16, window, sinks, softcap": replace(
         PLAIN, codes="int8", dtype="bfloat16", window=5, sinks=True, softcap=2.0
     ),
+    "wide heads": replace(PLAIN, wide=2),
+    "wide heads of int8 codes, bfloat16": replace(PLAIN, dtype="bfloat16", codes="int8", wide=2),
     "latent of fp8 codes": replace(PLAIN, kv_heads=1, value_dim=6, latent=True, codes="fp8"),
 }
 """Layer shapes that every implementation must support."""
@@ -105,8 +109,18 @@ class Case:
             made = [quantise(array, format_of(shape.codes)) for array in arrays]
             codes, scales = ([*part, *[None] * (2 - len(made))] for part in zip(*made, strict=True))
             self.kv_cache = KVCache(*codes, *scales)
+        self._seen, self.kv_cache = self.kv_cache, self.stored(self.kv_cache)
         sinks = rng.normal(size=shape.heads).astype(jnp.dtype(shape.dtype))
         self.sinks = jax.device_put(sinks) if shape.sinks else None
+
+    def stored(self, kv_cache: KVCache) -> KVCache:
+        """Return the arrays in the shape of narrower heads; each head has one scale, and room for several."""
+        wide = self.shape.wide
+        if wide == 1:
+            return kv_cache
+        pairs = (None if one is None else jnp.repeat(one, wide, axis=3) for one in kv_cache[2:])
+        arrays = [*kv_cache[:2], *pairs]
+        return KVCache(*(None if a is None else a.reshape(len(a), -1, a.shape[2], a.shape[3] // wide) for a in arrays))
 
     def step(self, padding: int = 0) -> tuple[jax.Array, jax.Array, jax.Array | None, np.ndarray, np.ndarray]:
         """Return q, k, v of the step's tokens plus `padding` padding tokens, and each token's row and position (-1 for
@@ -148,7 +162,7 @@ class Case:
             q,
             k,
             v,
-            self.kv_cache,
+            self._seen,
             self.slots(rows, positions),
             self.tables,
             rows,
@@ -156,7 +170,7 @@ class Case:
             self.sinks,
             scoring=self.shape.scoring,
         )
-        return np.asarray(out, np.float32), kv_cache
+        return np.asarray(out, np.float32), self.stored(kv_cache)
 
     def close(self, found: jax.Array, expected: np.ndarray) -> None:
         assert found.dtype == jnp.dtype(self.shape.dtype)
@@ -171,9 +185,14 @@ def _oracle(q, k, v, kv_cache, slots, tables, rows, positions, sinks, *, scoring
     return paged.reference(q, kv_cache, tables, rows, positions, scoring, sinks), kv_cache
 
 
-def same_cache(found: KVCache, expected: KVCache) -> None:
-    """Assert that two caches are bitwise equal, with NaN equal to NaN."""
-    for one, other in zip(found, expected, strict=True):
+def same_cache(found: KVCache, expected: KVCache, wide: int = 1) -> None:
+    """Assert that two caches are bitwise equal, with NaN equal to NaN.
+
+    `wide`: scales that a head has room for, of which the first is compared.
+    """
+    for name, one, other in zip(KVCache._fields, found, expected, strict=True):
         assert (one is None) == (other is None)
+        if one is not None and "scales" in name:
+            one, other = (array.ravel()[::wide] for array in (one, other))
         if one is not None:
             np.testing.assert_array_equal(np.asarray(one, np.float32), np.asarray(other, np.float32))

@@ -117,11 +117,14 @@ def seen_shape(kv_cache: KVCache, k: jax.Array | None) -> tuple[int, int, int, i
 
 
 def viewed(kv_cache: KVCache, kv_heads: int, head_dim: int) -> KVCache:
-    """See cache arrays in the shape of a layer with other heads (`seen_shape`), to read them."""
+    """See cache arrays in the shape of a layer with other heads (`seen_shape`), to read them.
+
+    Heads n times as wide as the arrays' have room for n scales, `[N, K, P, n]`, and use the first.
+    """
     if kv_cache.keys.shape[1::2] == (kv_heads, head_dim):
         return kv_cache
-    block = kv_cache.keys.shape[2]
-    return jax.tree.map(lambda array: array.reshape(-1, kv_heads, block, head_dim), kv_cache)
+    block, dim = kv_cache.keys.shape[2:]
+    return jax.tree.map(lambda array: array.reshape(-1, kv_heads, block, array.shape[3] * head_dim // dim), kv_cache)
 
 
 def as_stored(kv_cache: KVCache, keys: jax.Array, values: jax.Array | None) -> KVCache:
@@ -138,14 +141,17 @@ def write(kv_cache: KVCache, keys: jax.Array | None, values: jax.Array | None, s
     if keys is None:
         return kv_cache
 
+    same = keys.shape[1:] == kv_cache.keys.shape[1::2]
+    wide = keys.shape[2] // kv_cache.keys.shape[3]
+
     def put(array: jax.Array, new: jax.Array) -> jax.Array:
-        _, heads, block, dim = array.shape
-        if new.shape[1:] == (heads, dim):
+        if same:
             return array.at[slots.blocks, :, slots.offsets].set(new, mode="drop")
         # In the shape that the array has, or XLA would copy all of it: a wide head is several rows there.
+        _, heads, block, dim = array.shape
         rows = new.reshape(*new.shape[:2], -1, dim)
         place = (slots.blocks[:, None] * new.shape[1] + jnp.arange(new.shape[1])) * block + slots.offsets[:, None]
-        place = place[..., None] * rows.shape[2] + jnp.arange(rows.shape[2])
+        place = place[..., None] * wide + jnp.arange(rows.shape[2])
         return array.at[place // (heads * block), place // block % heads, place % block].set(rows, mode="drop")
 
     return jax.tree.map(put, kv_cache, as_stored(kv_cache, keys, values))
@@ -173,10 +179,13 @@ def gather_kv(kv_cache: KVCache, tables: jax.Array, scoring: Scoring, dtype: jnp
     def found(array: jax.Array | None, dtype: jnp.dtype) -> jax.Array | None:
         return None if array is None else widen(gather(array, tables), dtype)
 
-    keys, scales = found(kv_cache.keys, dtype), found(kv_cache.key_scales, FLOAT32)
+    def scales_of(array: jax.Array | None) -> jax.Array | None:
+        return None if array is None else found(array, FLOAT32)[..., :1]
+
+    keys, scales = found(kv_cache.keys, dtype), scales_of(kv_cache.key_scales)
     if kv_cache.values is None:
         return KVCache(keys, keys[..., : scoring.value_dim], scales, scales)
-    return KVCache(keys, found(kv_cache.values, dtype), scales, found(kv_cache.value_scales, FLOAT32))
+    return KVCache(keys, found(kv_cache.values, dtype), scales, scales_of(kv_cache.value_scales))
 
 
 def gather_latents(kv_cache: KVCache, tables: jax.Array, dtype: jnp.dtype) -> jax.Array:

@@ -141,6 +141,7 @@ class TritonAttention:
             V_COLUMNS=tiles.value_columns,
             N=blocks,
             P=block,
+            WIDE=dim // kv_cache.keys.shape[3],
             W=tables.shape[1],
             TILE=power(layout.tile, 1),
             UNMASKED=not (layout.decode or self.deterministic) and scoring.window is None,

@@ -39,6 +39,7 @@ struct KVCache {
   Stored *keys, *values;             // null values: the first value_dim columns of the keys (MLA)
   BF16 *key_scales, *value_scales;   // null unless the elements are codes
   int64_t blocks, heads, block, dim, value_dim;
+  int64_t wide;  // scales that a head has room for, of which it uses the first
 
   int64_t At(int64_t id, int64_t head, int64_t offset) const { return (id * heads + head) * block + offset; }
   const Stored* Key(int64_t place) const { return keys + place * dim; }
@@ -137,11 +138,11 @@ void Gather(const KVCache<Stored>& cache, const int64_t places[kChunk], const in
     const BF16* own = cache.value_scales ? cache.value_scales : cache.key_scales;
     for (int64_t i = 0; i < kChunk; ++i) {
       const int64_t at = places[i];
-      scratch.key_scales[i] = at < 0 ? 0 : ToFloat(cache.key_scales[at]);
-      scratch.value_scales[i] = at < 0 ? 0 : ToFloat(own[at]);
+      scratch.key_scales[i] = at < 0 ? 0 : ToFloat(cache.key_scales[at * cache.wide]);
+      scratch.value_scales[i] = at < 0 ? 0 : ToFloat(own[at * cache.wide]);
       if (next[i] >= 0) {
-        Prefetch(cache.key_scales + next[i], sizeof(BF16));
-        Prefetch(own + next[i], sizeof(BF16));
+        Prefetch(cache.key_scales + next[i] * cache.wide, sizeof(BF16));
+        Prefetch(own + next[i] * cache.wide, sizeof(BF16));
       }
     }
   }
@@ -299,8 +300,8 @@ void Write(const Step& step, const KVCache<Stored>& cache) {
       const int64_t place = cache.At(id, head, step.offsets.typed_data()[t]), from = t * cache.heads + head;
       Keep(cache.keys, place, step.k.untyped_data(), from, cache.dim);
       Keep(cache.values, place, step.v.untyped_data(), from, cache.value_dim);
-      Keep(cache.key_scales, place, step.k_scales.untyped_data(), from, 1);
-      Keep(cache.value_scales, place, step.v_scales.untyped_data(), from, 1);
+      Keep(cache.key_scales, place * cache.wide, step.k_scales.untyped_data(), from, 1);
+      Keep(cache.value_scales, place * cache.wide, step.v_scales.untyped_data(), from, 1);
     }
   }
 }
@@ -352,7 +353,8 @@ ffi::Error AttentionImpl(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer 
     using Stored = decltype(stored);
     const KVCache<Stored> cache{Data<Stored>(keys),     Data<Stored>(values), Data<BF16>(key_scales),
                                 Data<BF16>(value_scales), blocks_seen,          heads,
-                                block,                  dim,                  out->dimensions()[2]};
+                                block,                  dim,                  out->dimensions()[2],
+                                dim / keys->dimensions()[3]};
     Run<decltype(kind), Stored>(pool, step, scoring, cache, out->untyped_data());
   };
   auto of_kind = [&](auto kind) {

@@ -78,6 +78,7 @@ def _scan(
     REST: tl.constexpr,
     V_COLUMNS: tl.constexpr,
     P: tl.constexpr,
+    WIDE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
     FP8: tl.constexpr,
@@ -102,7 +103,7 @@ def _scan(
         key = _rows(key_at, live, 0, MAIN, D, MASKED)
         if key_scales is not None:
             key = _widen(key, FP8, q.dtype)
-            scale_at = key_scales + place
+            scale_at = key_scales + place * WIDE
             if k is not None:
                 scale_at = tl.where(old, scale_at, k_scales + own * (K_ROW // D) + head)
             key_scale = tl.load(scale_at, mask=live, other=0.0).to(tl.float32)
@@ -141,7 +142,7 @@ def _scan(
             value = _rows(value_at, live, 0, V_COLUMNS, DV, MASKED)
             if value_scales is not None:
                 value = _widen(value, FP8, q.dtype)
-                scale_at = value_scales + place
+                scale_at = value_scales + place * WIDE
                 if v is not None:
                     scale_at = tl.where(old, scale_at, v_scales + own * (V_ROW // DV) + head)
                 weights *= tl.load(scale_at, mask=live, other=0.0).to(tl.float32)[None, :]
@@ -166,15 +167,19 @@ def _keep(
     N: tl.constexpr,
     P: tl.constexpr,
     TILE: tl.constexpr,
+    APART: tl.constexpr,
 ):
-    """Copy one head of tokens [token, token + count) of `new`, ROW elements apart, to the cache `[N, K, P, WIDTH]`."""
+    """Copy one head of tokens [token, token + count) of `new`, ROW elements apart, to the cache `[N, K, P, APART]`.
+
+    A head has WIDTH elements.
+    """
     query = tl.arange(0, TILE)
     columns = tl.arange(0, COLUMNS)
     block = tl.load(blocks + token + query, mask=query < count, other=N).to(tl.int64)
     offset = tl.load(offsets + token + query, mask=query < count, other=0)
     kept = ((block >= 0) & (block < N))[:, None] & (columns < WIDTH)[None, :]
     source = (token + query).to(tl.int64) * ROW + head * WIDTH
-    target = ((block * K + head) * P + offset) * WIDTH
+    target = ((block * K + head) * P + offset) * APART
     x = tl.load(new + source[:, None] + columns[None, :], mask=kept, other=0.0)
     tl.store(cache + target[:, None] + columns[None, :], x, mask=kept)
 
@@ -224,6 +229,7 @@ def attend(
     V_COLUMNS: tl.constexpr,
     N: tl.constexpr,
     P: tl.constexpr,
+    WIDE: tl.constexpr,
     W: tl.constexpr,
     TILE: tl.constexpr,
     UNMASKED: tl.constexpr,
@@ -254,8 +260,8 @@ def attend(
         values: `[N, K, P, DV]`, the same memory as new_values, or None.
         k_scales: `[T, K, 1]` if k, v, keys and values are codes, with rows as far apart as those of k; else None.
         v_scales: likewise; None without v.
-        key_scales: `[N, K, P, 1]`, the same memory as new_key_scales, or None.
-        value_scales: `[N, K, P, 1]`, the same memory as new_value_scales, or None.
+        key_scales: `[N, K, P, WIDE]`, of which the first is used, the same memory as new_key_scales, or None.
+        value_scales: `[N, K, P, WIDE]`, likewise new_value_scales, or None.
         sinks: `[H]` or None.
         out: `[T, H, DV]`.
         sums: `[I, H, DV]` float32 for pieces; None if there are none.
@@ -339,6 +345,7 @@ def attend(
             REST,
             V_COLUMNS,
             P,
+            WIDE,
             BLOCK_N,
             PRECISION,
             FP8,
@@ -380,6 +387,7 @@ def attend(
         REST,
         V_COLUMNS,
         P,
+        WIDE,
         BLOCK_N,
         PRECISION,
         FP8,
@@ -388,13 +396,15 @@ def attend(
 
     if k is not None:
         if (end == position + count) & (first_member == 0):
-            _keep(k, new_keys, token, count, head, blocks, offsets, K, K_ROW, D, K_COLUMNS, N, P, TILE)
+            _keep(k, new_keys, token, count, head, blocks, offsets, K, K_ROW, D, K_COLUMNS, N, P, TILE, D)
             if v is not None:
-                _keep(v, new_values, token, count, head, blocks, offsets, K, V_ROW, DV, V_COLUMNS, N, P, TILE)
+                _keep(v, new_values, token, count, head, blocks, offsets, K, V_ROW, DV, V_COLUMNS, N, P, TILE, DV)
             if k_scales is not None:
-                _keep(k_scales, new_key_scales, token, count, head, blocks, offsets, K, K_ROW // D, 1, 1, N, P, TILE)
+                own: tl.constexpr = K_ROW // D
+                _keep(k_scales, new_key_scales, token, count, head, blocks, offsets, K, own, 1, 1, N, P, TILE, WIDE)
             if v_scales is not None:
-                _keep(v_scales, new_value_scales, token, count, head, blocks, offsets, K, V_ROW // DV, 1, 1, N, P, TILE)
+                row_v: tl.constexpr = V_ROW // DV
+                _keep(v_scales, new_value_scales, token, count, head, blocks, offsets, K, row_v, 1, 1, N, P, TILE, WIDE)
 
     columns = tl.arange(0, V_COLUMNS)
     stored = live[:, None] & (columns < DV)[None, :]

@@ -104,6 +104,8 @@ def test_what_cannot_be_computed_is_refused(changes: dict[str, Any], message: st
         tiny(**changes)
 
 
-def test_what_is_not_supported_beside_it_is_refused():
-    with pytest.raises(ConfigError, match="cache arrays of different shapes.*kv_cache_dtype is set.*leave it out"):
-        plan(config("gemma4"), kv_cache_dtype="int8")
+def test_a_quantised_cache_has_a_scale_for_each_narrow_head():
+    """Wide heads have room for several, and use one."""
+    made = plan(config("gemma4"), kv_cache_dtype="int8", block_size=16, dtype="bfloat16").cache
+    heads, columns = 2 * 4 + 2 * 4, 2 * 4 * 16 + 2 * 64  # of a position in a block of each of the two groups
+    assert made.block_device_bytes == 2 * 16 * (columns + 2 * heads)

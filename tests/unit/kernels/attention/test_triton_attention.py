@@ -53,7 +53,7 @@ def check_decode(case: Case, *, cores: int, padding: int = 2) -> None:
     found, kv_cache = run(q, k, v, case.kv_cache, slots, step)
     expected, expected_cache = case.expected(q, k, v, rows, positions)
     case.close(found, expected)
-    same_cache(kv_cache, expected_cache)
+    same_cache(kv_cache, expected_cache, case.shape.wide)
     assert not np.asarray(found[len(found) - padding :], np.float32).any(), "padding gives 0"
 
 
@@ -65,7 +65,7 @@ def check_prefill(case: Case, *, tile: int, padding: int = 5) -> None:
     found, kv_cache = run(q, k, v, case.kv_cache, slots, step)
     expected, expected_cache = case.expected(q, k, v, rows, positions)
     case.close(found, expected)
-    same_cache(kv_cache, expected_cache)
+    same_cache(kv_cache, expected_cache, case.shape.wide)
 
 
 @pytest.mark.parametrize("name", NAMES)
