@@ -17,6 +17,14 @@ DATA = "/debug/cache/data"
 PROMPT = {"model": MODEL, "prompt": "hello cat hello cat", "max_tokens": 60, "n": 2, "seed": 1, "ignore_eos": True}
 
 
+@pytest.fixture(autouse=True)
+def _unrecorded(llm):
+    """End the recording that a server has left, or the next test finds it."""
+    yield
+    if llm._engine.recorder is not None:
+        llm.stop_recording()
+
+
 def test_it_is_off_by_default(url):
     assert [httpx.get(url + path).status_code for path in ("/debug/cache", DATA)] == [404, 404]
 
