@@ -30,7 +30,7 @@ FORMS = {
 OWN: Mapping[str, Any] = {
     "qwen3_moe": dict(moe_intermediate_size=32),
     "mixtral": dict(intermediate_size=32),
-    "gpt_oss": dict(intermediate_size=64),
+    "gpt_oss": dict(intermediate_size=96),
 }
 WAYS: Mapping[str, Any] = {
     "one": (1, {}),
@@ -39,7 +39,7 @@ WAYS: Mapping[str, Any] = {
     "by experts": (2, {"*.mlp": "experts"}),
     "replicated": (2, {"*.mlp": "replicate"}),
 }
-"""Devices and placement; four devices have fewer columns of `down` than a group."""
+"""Devices and placement; shards of gpt-oss cut groups: 48 or 24 columns of `down` are not a multiple of 32."""
 GATE_UP, DOWN = "layers.1.mlp.gate_up.weight", "layers.1.mlp.down.weight"
 GPT_OSS = json.loads((Path(__file__).parents[2] / "real/configs/gpt-oss-20b.json").read_text()) | {"dtype": "bfloat16"}
 LARGE = GPT_OSS | dict(num_hidden_layers=36, num_local_experts=128, layer_types=GPT_OSS["layer_types"][:2] * 18)
@@ -112,15 +112,15 @@ def test_experts_in_4_bits_are_not_replaced_by_name(folders):
     program, params = loaded.load(folders["gpt_oss mxfp4"])
     name = "model.layers.1.mlp.experts.down_proj"
     with pytest.raises(CheckpointError, match=f"the update: '{name}' is kept in 4 bits.*quantization='dequantize'"):
-        WeightTable(program, params).prepare({name: np.zeros((6, 64, 32), np.float32)}, partial=True)
+        WeightTable(program, params).prepare({name: np.zeros((6, 96, 32), np.float32)}, partial=True)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda blocks, scales: (blocks, scales[:, :, :1]), r"_scales of shape \[6, 32, 1\] do not fit"),
-        (lambda blocks, scales: (blocks[:, 1:], scales[:, 1:]), r"expected shape \[6, 32, 64\], found \[6, 31, 64\]"),
-        (lambda blocks, scales: (blocks[:, :, :1], scales[:, :, :1]), r"\[6, 32, 64\], found \[6, 32, 32\]"),
+        (lambda blocks, scales: (blocks[:, 1:], scales[:, 1:]), r"expected shape \[6, 32, 96\], found \[6, 31, 96\]"),
+        (lambda blocks, scales: (blocks[:, :, :1], scales[:, :, :1]), r"\[6, 32, 96\], found \[6, 32, 32\]"),
     ],
 )
 def test_experts_of_other_shapes_are_named(change: Any, message: str, folders, tmp_path: Path):
