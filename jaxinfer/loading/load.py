@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxinfer import distributed
 from jaxinfer.checkpoint.hf import read_config, read_generation_config
 from jaxinfer.checkpoint.hub import resolve_model
+from jaxinfer.checkpoint.manifest import Manifest
 from jaxinfer.config import EngineConfig
 from jaxinfer.distributed.group import Group
 from jaxinfer.engine.multihost import handshake
@@ -107,7 +108,8 @@ def open_model(
         model_family, model_config = weights.parse(hf, directory)
         longest_sequence(model_config, config)
         if config.kv_cache_dtype != AUTO:
-            stored, platform = weights.config_dtype(hf) or "float32", mesh.devices.flat[0].platform
+            manifest, platform = Manifest.read(directory), mesh.devices.flat[0].platform
+            stored = (weights.config_dtype(hf) or "float32") if manifest is None else manifest.dtype
             dtype = weights.resolve_dtype(config.dtype, stored, platform, model_family)
             check_cache_dtype(config.kv_cache_dtype, dtype)
     source = directory if arguments.tokenizer is None else arguments.tokenizer

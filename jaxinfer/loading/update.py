@@ -161,7 +161,8 @@ class WeightTable:
         packed = [name for name in source.names() if source.original(name) not in arrays]
         if packed:
             raise CheckpointError(
-                f"{WHERE}: {format_names(packed)} is in MXFP4; pass it in one of the dtypes {', '.join(FLOATS)}"
+                f"{WHERE}: {format_names(packed)} is in MXFP4; pass it in one of the dtypes {', '.join(FLOATS)}, to an "
+                "engine loaded with quantization='dequantize'"
             )
         given = {name: arrays[source.original(name)] for name in source.names()}
         jobs, dtypes = [], {}

@@ -7,12 +7,16 @@ from benchmarks.gpu.compiled import lower_step
 
 from jaxinfer.checkpoint.hf import read_config
 from jaxinfer.kernels.triton import tuned
+from jaxinfer.loading import weights
 from tuning.problems import KERNELS, Shape
 
 
 def calls_of(folder: Path, tp: int, batch_sizes: Sequence[int], tokens: int) -> list[tuple[str, Shape]]:
     """Return kernels and shapes of a model's decode steps for these numbers of sequences, and of its prefill."""
     hf = read_config(folder, None)
+    family, _ = weights.parse(hf, folder)
+    stored = weights.config_dtype(hf) or family.stored_dtype
+    hf = hf | {"dtype": weights.resolve_dtype("auto", stored, "gpu", family).name}
     with tuned.watching() as calls:
         for rows in batch_sizes:
             lower_step(hf, "decode", tp, rows=rows, chunk=tokens)

@@ -134,8 +134,10 @@ COMMON: dict[str, list[tuple[str, Shape]]] = {
     "gpt-oss": _attention(64, 8, 64),
     "mla": _attention(128, 1, 576, value_dim=512, latent=1),
     "qwen3-30b-experts": _experts(128, 1536, 2048, 1, 4, 128) + _experts(128, 2048, 768, 1, 4, 128),
-    "gpt-oss-20b-experts": _experts_in_4_bits(32, 5760, 2880, 1, 8, 256),
-    "gpt-oss-120b-experts": _experts_in_4_bits(128, 5760, 2880, 1, 2, 64),
-    "mixtral-experts": _experts(8, 28672, 4096, 2, 16, 512),
+    "gpt-oss-20b-experts": _experts_in_4_bits(32, 5760, 2880, 1, 8, 256)
+    + _experts_in_4_bits(32, 2880, 2880, 1, 8, 256),
+    "gpt-oss-120b-experts": _experts_in_4_bits(128, 5760, 2880, 1, 2, 64)
+    + _experts_in_4_bits(128, 2880, 2880, 1, 2, 64),
+    "mixtral-experts": _experts(8, 28672, 4096, 2, 16, 512) + _experts(8, 4096, 14336, 2, 16, 512),
 }
 """Kernels and shapes of common layers, by name."""

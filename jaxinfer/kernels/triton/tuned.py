@@ -25,6 +25,8 @@ FOLDER = "JAXINFER_TUNED_TILES"
 """Environment variable with the folder of a user's tables."""
 PACKAGED = Path(__file__).parent / "tuned"
 TILE_SIZES = ("block_m", "block_n", "block_k")
+LEAST = 16
+"""Smallest tile size: what a matrix product in Triton takes at least."""
 OPTIONS = ("warps", "stages")
 FIGURES = ("us", "estimated_us")
 """Fields of an entry that are not read: microseconds of a call with these tiles, and with those estimated."""
@@ -79,7 +81,7 @@ def choose(kernel: str, shape: Mapping[str, int], estimated: Tiles, target: Targ
 
 def changed(tiles: Tiles, entry: Mapping[str, int]) -> Tiles:
     """Return tiles with the sizes and options of a table's entry."""
-    sizes = {name: entry[name] for name in TILE_SIZES if name in entry}
+    sizes = {name: entry[name] for name in _sizes(tiles) if name in entry}
     options = {name: entry[name] for name in OPTIONS if name in entry}
     return replace(tiles, **sizes, options=replace(tiles.options, **options))
 
@@ -87,7 +89,14 @@ def changed(tiles: Tiles, entry: Mapping[str, int]) -> Tiles:
 def entry_of(tiles: Any) -> dict[str, int]:
     """Return the table entry of tiles; the inverse of `changed`."""
     options: Options = tiles.options
-    return {name: getattr(tiles, name) for name in TILE_SIZES if hasattr(tiles, name)} | vars(options)
+    return {name: getattr(tiles, name) for name in _sizes(tiles)} | vars(options)
+
+
+def _sizes(tiles: Any) -> list[str]:
+    """Return the names of the sizes that may be chosen: not the rows of a query tile, which hold its heads."""
+    return [
+        name for name in TILE_SIZES if hasattr(tiles, name) and not (name == "block_m" and hasattr(tiles, "members"))
+    ]
 
 
 def shape_text(shape: Mapping[str, int]) -> str:
@@ -141,6 +150,8 @@ def _wrong(entry: Any) -> str | None:
         whole = isinstance(value, int) and not isinstance(value, bool) and value > 0
         if name not in (*TILE_SIZES, *OPTIONS):
             return f"unknown field {name!r}"
-        if not whole or value > 1024 or (name != "stages" and value & (value - 1)):
-            return f"{name} must be a{'n integer' if name == 'stages' else ' power of two'} up to 1024, got {value!r}"
+        least = LEAST if name in TILE_SIZES else 1
+        if not whole or not least <= value <= 1024 or (name != "stages" and value & (value - 1)):
+            form = "an integer" if name == "stages" else "a power of two"
+            return f"{name} must be {form} in [{least}, 1024], got {value!r}"
     return None

@@ -130,7 +130,7 @@ def lower_step(
         prefill_rows=rows,
         max_logprobs=5,
         max_length=POSITIONS,
-        sampled_vocab=hf["vocab_size"],
+        sampled_vocab=program.vocab,
         groups=program.layout.groups,
         state_slots=4 * rows if program.layout.states else 0,
     )

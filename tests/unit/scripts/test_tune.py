@@ -97,7 +97,9 @@ def test_the_calls_of_a_model_are_found_without_its_weights(tmp_path: Path):
     require_cuda_compiler()
     from tuning.model import calls_of
 
-    (tmp_path / "config.json").write_text(json.dumps(MEDIUM | {"num_hidden_layers": 1, "model_type": "llama"}))
+    hf = MEDIUM | {"num_hidden_layers": 1, "model_type": "llama", "torch_dtype": "bfloat16"}
+    del hf["dtype"]
+    (tmp_path / "config.json").write_text(json.dumps(hf))
     shape = dict(heads=8, kv_heads=2, dim=64, value_dim=64, latent=0, itemsize=2, tile=1, decode=1, codes=0)
     assert calls_of(tmp_path, 2, [4], 128) == [("attend", shape), ("attend", shape | dict(tile=32, decode=0))]
 

@@ -98,15 +98,16 @@ def test_each_row_is_multiplied_with_the_matrix_of_its_group(name: str, dtype: s
 def test_the_exponent_255_is_nan_and_others_are_exact(rows: int, kernel: str):
     require_native_kernels()
     packed = four_bits.random((3, 96), 32, "uint8")
-    packed.scales[:] = [[127, 1, 252], [0, 127, 127], [255, 127, 127]]
-    codes = packed.codes[:2].copy()
+    packed.scales[:] = [[127, 1, 130], [0, 127, 127], [255, 127, 127]]
     packed.codes[:] = 0x7A  # -1 and 6
-    packed.codes[:2, 32:] = codes[:, 32:]
     assert np.isnan(packed_matmul.dequantise(Packed(*map(jnp.asarray, packed[:2])), "float32")[2, :32]).all()
-    x = np.zeros((rows, 96), np.float32)
-    x[:, :2] = 1
-    found = product(x, packed, kernel)
-    assert (found[:, 0] == 5).all() and np.isnan(found[:, 2]).all() and (np.abs(found[:, 1]) < 1e-36).all()
+    sums = []
+    for group in range(3):
+        x = np.zeros((rows, 96), np.float32)
+        x[:, 32 * group : 32 * group + 2] = 2.0**60 if group == 1 else 1
+        sums.append(product(x, packed, kernel))
+    assert (sums[0][:, 0] == 5).all() and (sums[1][:, 0] == 5 * 2.0**-66).all() and (sums[2][:, 0] == 40).all()
+    assert np.isnan(sums[0][:, 2]).all() and (np.abs(sums[0][:, 1]) < 1e-36).all() and (sums[2][:, 1] == 5).all()
 
 
 @pytest.mark.parametrize("units", [False, True])

@@ -8,8 +8,9 @@ import pytest
 
 from jaxinfer.errors import ConfigError
 from jaxinfer.kernels.matmul import triton_grouped
-from jaxinfer.kernels.triton import tuned
+from jaxinfer.kernels.triton import triton_tiles, tuned
 from jaxinfer.kernels.triton.triton_launch import Options, Target
+from jaxinfer.kernels.triton.triton_tiles import Layout
 
 DEVICE = Target(90, 132, "NVIDIA H100 80GB HBM3")
 SHAPE = dict(mean=4, groups=8, columns=1024, inner=512, itemsize=2)
@@ -40,6 +41,14 @@ def test_measured_tiles_replace_those_of_their_shape_and_device(write):
     assert tuned.choose("grouped", SHAPE, ESTIMATED, replace(DEVICE, kind="NVIDIA H200")) == ESTIMATED
 
 
+def test_rows_of_a_query_tile_are_those_of_its_heads(write):
+    layout = Layout(32, 8, 128, 128, latent=False, itemsize=2, tile=32, decode=False)
+    write(json.dumps({"tiles": {"attend": {tuned.shape_text(vars(layout)): {"block_m": 16, "block_n": 32}}}}))
+    estimated = triton_tiles.tiling(layout)
+    assert tuned.choose("attend", vars(layout), estimated, DEVICE) == replace(estimated, block_n=32)
+    assert "block_m" not in tuned.entry_of(estimated)
+
+
 def test_a_device_without_a_table_gets_estimated_tiles(write):
     assert chosen() == ESTIMATED
 
@@ -59,8 +68,15 @@ def test_calls_are_collected_and_their_tiles_forced(write):
         ("[]", "is no table of tiles"),
         ('{"tiles": {"grouped": []}}', "is no table of tiles"),
         (json.dumps({"tiles": {"grouped": {KEY: 3}}}), f"grouped, {KEY}: it must be an object, got 3"),
-        (json.dumps({"tiles": {"grouped": {KEY: {"block_n": 48}}}}), "block_n must be a power of two up to 1024"),
-        (json.dumps({"tiles": {"grouped": {KEY: {"stages": True}}}}), "stages must be an integer up to 1024, got True"),
+        (
+            json.dumps({"tiles": {"grouped": {KEY: {"block_n": 48}}}}),
+            "block_n must be a power of two in [16, 1024], got 48",
+        ),
+        (
+            json.dumps({"tiles": {"grouped": {KEY: {"stages": True}}}}),
+            "stages must be an integer in [1, 1024], got True",
+        ),
+        (json.dumps({"tiles": {"grouped": {KEY: {"block_k": 8}}}}), "block_k must be a power of two in [16, 1024]"),
         (json.dumps({"tiles": {"grouped": {KEY: {"blocks": 2}}}}), "unknown field 'blocks'"),
     ],
 )
