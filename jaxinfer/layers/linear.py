@@ -116,7 +116,7 @@ class Weights(NamedTuple):
     """Arrays of a weight `[..., in]` made by `params.matrix`; leading axes are flattened in products."""
 
     values: jax.Array
-    """The weight, its int8 values, or codes of four bits, `[..., in / 2]` uint8 (`packed_matmul.Packed`)."""
+    """The weight, its int8 values, or its codes (`packed_matmul.Packed`)."""
     scales: jax.Array | None = None
     """`[...]` of the rows of an int8 weight, or `[..., groups]` of codes."""
     zeros: jax.Array | None = None
@@ -137,6 +137,8 @@ class MatmulModule(nnx.Module):
     """GPU that kernels of dense products are compiled for, if weights are not divided; set by `use_kernel`."""
     block: int = 1
     """Columns per block that int8 matmuls rotate (`int8_matmul.rotation`)."""
+    activations: bool = False
+    """Whether products with codes quantise activations, too; set by `layers.packing.pack`."""
     weight: nnx.Param
     weight_scale: nnx.Param | None = None
     weight_zero: nnx.Param | None = None
@@ -169,10 +171,10 @@ class MatmulModule(nnx.Module):
         how = {"kernel": self.kernel, "part": part}
         if scales is None:
             return matmul(x.reshape(x.shape[0], -1), rows, dtype, **how)
-        if rows.dtype == jnp.uint8:
-            own = Packed(rows, scales, zeros)
-            return packed_matmul.matmul(x.reshape(x.shape[0], -1), own, dtype, target=self.target, **how)
-        return int8_matmul.matmul(x, rows, scales, dtype, block=self.block, **how)
+        if rows.dtype == jnp.int8:
+            return int8_matmul.matmul(x, rows, scales, dtype, block=self.block, **how)
+        own = Packed(rows, scales, zeros)
+        return packed_matmul.matmul(x, own, dtype, target=self.target, activations=self.activations, **how)
 
 
 def use_kernel(module: nnx.Module, kernel: str, target: Target | None = None) -> None:

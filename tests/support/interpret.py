@@ -86,13 +86,13 @@ def _interpreted(function: Callable[..., Any]) -> Any:
 
 
 def _dot(_builder: Any, a: Any, b: Any, acc: Any, *_precision: Any) -> Any:
-    """Return a b + acc; the interpreter's own version misreads bfloat16 as the integers it stores them as."""
+    """Return a b + acc; the interpreter's own version misreads bfloat16 and FP8 as the integers it stores them as."""
     return type(acc)((np.matmul(_wide(a), _wide(b)) + acc.data).astype(acc.data.dtype), acc.dtype.scalar)
 
 
 def _wide(operand: Any) -> np.ndarray:
-    bfloat16 = operand.dtype.scalar.name == "bf16"
-    return (operand.data.view(ml_dtypes.bfloat16) if bfloat16 else operand.data).astype(np.float32)
+    own = {"bf16": ml_dtypes.bfloat16, "fp8e4nv": ml_dtypes.float8_e4m3fn}.get(operand.dtype.scalar.name)
+    return (operand.data if own is None else operand.data.view(own)).astype(np.float32)
 
 
 def _unwritten(shape: jax.ShapeDtypeStruct) -> np.ndarray:

@@ -11,7 +11,7 @@ from jaxinfer.kernels.native import build
 from jaxinfer.kernels.triton import triton_launch
 
 XLA, NATIVE, TRITON = "xla", "native", "triton"
-"""Names of implementations. "triton" has grouped products (`kernels.matmul.grouped`) and those with weights of 4 bits
+"""Names of implementations. "triton" has grouped products (`kernels.matmul.grouped`) and those with weights in codes
 (`packed_matmul`); XLA computes the others."""
 RAGGED = "ragged"
 """XLA's products, with `jax.lax.ragged_dot` for groups, which is differentiable (`jaxinfer.functional.training`); not a

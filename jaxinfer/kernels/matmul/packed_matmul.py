@@ -1,4 +1,4 @@
-"""Products with weights in codes of 4 bits, as GPTQ, AWQ, compressed-tensors and MXFP4 quantise them.
+"""Products with weights in codes: of 4 bits, as GPTQ, AWQ, compressed-tensors and MXFP4 have them, or in FP8.
 
 A weight is `(code - zero) * scale`, with a scale and a zero point for each group of columns of a row (arXiv:2210.17323,
 arXiv:2306.00978). Where the scales are uint8, they are the exponents of MXFP4 (OCP Microscaling Formats), and codes are
@@ -6,7 +6,7 @@ floats of 4 bits (e2m1): a weight is `value(code) * 2^(scale - 127)`, and NaN fo
 quantised: the result is that of the dequantised weight, but for rounding. On a CPU a native product turns codes into
 values in registers (`native/packed_matmul.cc`), on an NVIDIA GPU a Triton kernel does for few rows (`triton_packed`).
 Elsewhere the weight of one product is dequantised within the step that multiplies it. `grouped.packed` has the products
-of experts.
+of experts, `fp8_matmul` those with codes in FP8, which have no zero points.
 """
 
 from dataclasses import dataclass
@@ -16,14 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinfer.kernels.matmul import choose, triton_packed
+from jaxinfer.kernels.matmul import choose, fp8_matmul, triton_packed
 from jaxinfer.kernels.matmul.choose import NATIVES, STABLE, TRITON, XLA
 from jaxinfer.kernels.triton.triton_launch import Target
 
 Array = TypeVar("Array", jax.Array, np.ndarray)
 
 CODES = 2
-"""Codes in a byte."""
+"""Codes of 4 bits in a byte."""
 MIDDLE = 8
 """Zero point of weights without zero points of their own."""
 LEAST_GROUP = 8
@@ -49,13 +49,27 @@ class Packing:
     """Whether all zero points are `MIDDLE` and not stored."""
     scale_dtype: str
     """Dtype of the scales: that of the checkpoint, which `float16` and `bfloat16` represent; `EXPONENT` for MXFP4."""
+    fp8: bool = False
+    """Whether codes are FP8 (e4m3) and not integers of 4 bits."""
+    activations: bool = False
+    """Whether activations are quantised to FP8, too; a row has one scale, which all of its groups have."""
+
+    @property
+    def codes(self) -> int:
+        """Codes in a byte."""
+        return 1 if self.fp8 else CODES
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        return 8 // self.codes
 
 
 class Packed(NamedTuple):
     """A packed weight `[N, K]`, or a stack `[E, N, K]`."""
 
     codes: jax.Array
-    """`[..., K / 2]` uint8: columns 2i (low half) and 2i + 1."""
+    """`[..., K / 2]` uint8: columns 2i (low half) and 2i + 1. Or `[..., K]` float8_e4m3fn."""
     scales: jax.Array
     """`[..., K / group]`."""
     zeros: jax.Array | None = None
@@ -64,7 +78,12 @@ class Packed(NamedTuple):
     @property
     def group(self) -> int:
         """Columns that share a scale."""
-        return self.codes.shape[-1] * CODES // self.scales.shape[-1]
+        return self.codes.shape[-1] * (1 if self.fp8 else CODES) // self.scales.shape[-1]
+
+    @property
+    def fp8(self) -> bool:
+        """Whether codes are FP8."""
+        return self.codes.dtype == fp8_matmul.CODE
 
     @property
     def floats(self) -> bool:
@@ -86,8 +105,10 @@ def pack(codes: Array) -> Array:
 def quantise(rows: jax.Array, packing: Packing) -> Packed:
     """Round rows `[..., K]` to the nearest codes, between the least and greatest value of each group.
 
-    For random weights and tests: tools that make checkpoints choose codes with more care.
+    For FP8, and for random weights and tests: tools that make checkpoints of 4 bits choose codes with more care.
     """
+    if packing.fp8:
+        return _quantise_to_fp8(rows, packing)
     groups = rows.astype(jnp.float32).reshape(*rows.shape[:-1], -1, packing.group)
     if packing.scale_dtype == EXPONENT:
         return _quantise_to_floats(groups, rows.shape)
@@ -119,8 +140,20 @@ def exponents_to_scales(exponents: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(bits << 23 | (bits == 255).astype(jnp.uint32) << 22, jnp.float32)
 
 
+def _quantise_to_fp8(rows: jax.Array, packing: Packing) -> Packed:
+    count = rows.shape[-1] // packing.group
+    if packing.activations:
+        codes, scales = fp8_matmul.quantise(rows)
+        scales = jnp.repeat(scales[..., None], count, axis=-1)
+    else:
+        codes, scales = fp8_matmul.quantise(rows.reshape(*rows.shape[:-1], count, packing.group))
+    return Packed(codes.reshape(rows.shape), scales.astype(packing.scale_dtype))
+
+
 def dequantise(packed: Packed, dtype: jax.typing.DTypeLike) -> jax.Array:
     """Return the weight `[..., K]`, computed in float32 and rounded to `dtype`."""
+    if packed.fp8:
+        return fp8_matmul.dequantise(packed.codes, packed.scales, dtype)
     codes, scales, zeros = packed
     whole = jnp.stack([codes & 15, codes >> 4], axis=-1).reshape(*scales.shape, packed.group)
     if packed.floats:
@@ -141,17 +174,23 @@ def matmul(
     kernel: str = XLA,
     part: tuple[int, int] | None = None,
     target: Target | None = None,
+    activations: bool = False,
 ) -> jax.Array:
     """Compute `[T, K] x [N, K]^T -> [T, N]` in `dtype`, by default that of `x`, with float32 sums.
 
     Args:
-        x: `[T, K]`.
+        x: `[T, K]`, or `[T, tp, K / tp]` if the columns are divided over devices.
         packed: the weight.
         dtype: of the result.
         kernel: "xla" or, where nothing is divided, "native", "stable" or "triton" (`kernels.matmul.choose`).
         part: first and end of the weight's rows to multiply with; None for all.
         target: kind of device, for "triton".
+        activations: whether activations are quantised (`fp8_matmul.matmul`).
     """
+    if packed.fp8:
+        how = dict(kernel=kernel, part=part, target=target, activations=activations)
+        return fp8_matmul.matmul(x, packed.codes, packed.scales, dtype, **how)
+    x = x.reshape(x.shape[0], -1)
     dtype = jnp.dtype(x.dtype if dtype is None else dtype)
     first, end = part or (0, packed.codes.shape[0])
     if kernel in NATIVES and is_native(x, packed, dtype):

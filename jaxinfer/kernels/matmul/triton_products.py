@@ -161,3 +161,81 @@ def floats(codes):
     codes = codes.to(tl.uint16)
     bits = ((codes & 8) << 12) | ((codes & 7) << 9)
     return (bits.to(tl.float16, bitcast=True) * 16384.0).to(tl.float32)
+
+
+@jit
+def fp8(
+    x,
+    codes,
+    x_scales,
+    scales,
+    y,
+    ROWS: tl.constexpr,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Multiply BLOCK_M rows with BLOCK_N rows of a weight in codes of FP8.
+
+    `x` `[ROWS, K]`: with `x_scales` `[ROWS]` codes, too; `codes` `[N, K]`, `scales` `[N, K / GROUP]`, `y` `[ROWS, N]`.
+    Codes are bits. An iteration has columns of one group.
+    """
+    row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    live = row < ROWS
+    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = column < N
+    matrix_row = tl.where(inside, column, 0).to(tl.int64)
+    within = tl.arange(0, BLOCK_K)
+    # Rows out of range read row 0, columns likewise: with a mask the loads would not be asynchronous.
+    x_at = x + tl.where(live, row, 0).to(tl.int64)[:, None] * K + within[None, :]
+    codes_at = codes + matrix_row[None, :] * K + within[:, None]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, K, BLOCK_K):
+        if K % BLOCK_K == 0:
+            rows = tl.load(x_at)
+            bits = tl.load(codes_at)
+        else:
+            left = within < K - start
+            rows = tl.load(x_at, mask=left[None, :], other=0)
+            bits = tl.load(codes_at, mask=left[:, None], other=0)
+        columns = bits.to(tl.float8e4nv, bitcast=True)
+        if x_scales is not None:
+            # Tensor cores add up FP8 with few bits: sums of so many columns are added in float32.
+            acc = tl.dot(rows.to(tl.float8e4nv, bitcast=True), columns, acc, max_num_imprecise_acc=BLOCK_K)
+        elif GROUP == K:
+            acc = tl.dot(rows, columns.to(rows.dtype), acc, input_precision=PRECISION)
+        else:
+            scale = tl.load(scales + matrix_row * (K // GROUP) + start // GROUP).to(tl.float32)
+            acc += tl.dot(rows, columns.to(rows.dtype), input_precision=PRECISION) * scale[None, :]
+        x_at += BLOCK_K
+        codes_at += BLOCK_K
+    if x_scales is not None:
+        acc *= tl.load(x_scales + row, mask=live, other=0.0)[:, None]
+    if GROUP == K:
+        acc *= tl.load(scales + matrix_row).to(tl.float32)[None, :]
+    at = y + row[:, None].to(tl.int64) * N + column[None, :]
+    tl.store(at, acc.to(y.dtype.element_ty), mask=live[:, None] & inside[None, :])
+
+
+@jit
+def rows_to_fp8(x, codes, scales, K: tl.constexpr, BLOCK: tl.constexpr):
+    """Quantise one row of `x` `[T, K]` to codes of FP8, as bits, and a scale, as `fp8_matmul.quantise`."""
+    row = tl.program_id(0).to(tl.int64)
+    within = tl.arange(0, BLOCK)
+    largest = tl.zeros((BLOCK,), tl.float32)
+    wrong = tl.zeros((BLOCK,), tl.float32)  # NaN for values that are not finite, which a maximum leaves out
+    for start in range(0, K, BLOCK):
+        values = tl.load(x + row * K + start + within, mask=within < K - start, other=0).to(tl.float32)
+        largest = tl.maximum(largest, tl.abs(values))
+        wrong += values * 0
+    scale = tl.maximum(tl.max(largest, 0) * (1 / 448), 1e-30) + tl.sum(wrong, 0)
+    for start in range(0, K, BLOCK):
+        inside = within < K - start
+        values = tl.load(x + row * K + start + within, mask=inside, other=0).to(tl.float32)
+        made = (values / scale).to(tl.float8e4nv)
+        tl.store(codes + row * K + start + within, made.to(tl.uint8, bitcast=True), mask=inside)
+    tl.store(scales + row, scale)

@@ -1,17 +1,18 @@
-// y = x w^T for rows x [M, K] and weights w [N, K] in codes of 4 bits, or grouped: groups of rows, each times its own
-// weights. Values are (code - zero) * scale with a scale and a zero point for each group of columns of a row or, where
-// scales are the exponents of MXFP4, floats of 4 bits (e2m1) times 2^(scale - 127). Byte i of a row has the codes of
-// columns 2i (low half) and 2i + 1.
+// y = x w^T for rows x [M, K] and weights w [N, K] in codes of 4 bits or FP8, or grouped: groups of rows, each times its
+// own weights. Values are (code - zero) * scale with a scale and, for 4 bits, a zero point for each group of columns of
+// a row or, where scales are the exponents of MXFP4, floats of 4 bits (e2m1) times 2^(scale - 127). Byte i of a row has
+// the codes of columns 2i (low half) and 2i + 1, or that of column i in FP8.
 //
-// Codes become values of x's type in registers, by a table of code - 8 or of the floats. Words are shifted, not
-// unpacked: a register of words of 4 (bfloat16) or 8 (float32) codes gives, by one shift and one look-up for each, as
-// many registers with every fourth or eighth column. So x is brought into that order once, and lane i of the sums has
-// columns 8i .. 8i + 7 of each 128: groups of a multiple of 8 columns need no sum over lanes. Products and their sums
-// are in float32, and the scale multiplies sums, so that a weight is never rounded.
+// Codes become values of x's type in registers (`packed_codes.h`). Words are shifted, not unpacked: a register of words
+// gives several registers with, for 4 bits, every fourth or eighth column. So x is brought into that order once, and
+// lane i of the sums has columns 8i .. 8i + 7 of each 128, in FP8 4i .. 4i + 3 of each 64: groups of a multiple of 8
+// columns need no sum over lanes. Products and their sums are in float32, and the scale multiplies sums, so that a
+// weight is never rounded.
 
 #include <vector>
 
 #include "groups.h"
+#include "packed_codes.h"
 #include "parallel.h"
 #include "products.h"
 
@@ -20,81 +21,8 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-constexpr int64_t kBlock = 128;      // columns of a register of codes
-constexpr int64_t kPerLane = 8;      // columns of a block in one lane of the sums
-constexpr int64_t kAhead = 8;        // rows of w between a load and its prefetch
-constexpr int kTileColumns = 2;      // rows of w multiplied at a time
-
-// Values of codes, before zero points and scales.
-constexpr float kIntegers[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
-constexpr float kFloats[16] = {0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6};
-
-// Tables are looked up by the low bits of a word, so that bits of its other codes do not matter.
-struct PackedBF16 {
-  using Element = BF16;
-  using Unpacked = KindBF16;
-  static constexpr int kParts = 4;             // registers of a block
-  static constexpr int64_t kDirectRows = 8;    // most rows of x multiplied with codes, not with unpacked rows of w
-  static __m512i Table(const float values[16]) {
-    const __m512i upper = _mm512_srli_epi32(_mm512_loadu_si512(values), 16);
-    return _mm512_broadcast_i64x4(_mm512_cvtepi32_epi16(upper));
-  }
-  template <int P>
-  static __m512i Part(__m512i codes, __m512i table) {
-    return _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 4 * P), table);
-  }
-  static __m512 MultiplyAdd(__m512 sum, __m512i a, __m512i b) {
-    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
-  }
-  // Values of columns 8i + p of a block, in lanes i -> its parts.
-  static void StoreParts(const __m512 values[8], BF16* to) {
-    // Columns 4i + p are 8i + p and 8i + 4 + p.
-    alignas(64) static constexpr uint16_t kOrder[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                        8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    const __m512i order = _mm512_load_si512(kOrder);
-    for (int p = 0; p < 4; ++p) {
-      const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(values[p + 4], values[p]);
-      _mm512_storeu_si512(to + p * 32, _mm512_permutexvar_epi16(order, both));
-    }
-  }
-  // x [128], of which `count` exist -> its parts, 64 bytes each.
-  static void Order(const BF16* x, int64_t count, char* to) {
-    const auto* words = reinterpret_cast<const char*>(x);
-    for (int64_t q = 0; q < 4; ++q) {
-      const __m512i v = LoadWords(words, q * kLanes, count * 2);
-      for (int p = 0; p < 4; ++p) {
-        const __m128i part = _mm512_cvtepi64_epi16(_mm512_srl_epi64(v, _mm_cvtsi32_si128(16 * p)));
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + p * 64 + q * 16), part);
-      }
-    }
-  }
-};
-
-struct PackedF32 {
-  using Element = float;
-  using Unpacked = KindF32;
-  static constexpr int kParts = 8;
-  static constexpr int64_t kDirectRows = 4;
-  static __m512i Table(const float values[16]) { return _mm512_loadu_si512(values); }
-  template <int P>
-  static __m512i Part(__m512i codes, __m512i table) {
-    return _mm512_permutexvar_epi32(_mm512_srli_epi32(codes, 4 * P), table);
-  }
-  static __m512 MultiplyAdd(__m512 sum, __m512i a, __m512i b) {
-    return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum);
-  }
-  static void StoreParts(const __m512 values[8], float* to) {
-    for (int p = 0; p < 8; ++p) _mm512_storeu_ps(to + p * kLanes, values[p]);
-  }
-  static void Order(const float* x, int64_t count, char* to) {
-    const __m512i lanes = _mm512_setr_epi32(0, 8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 96, 104, 112, 120);
-    for (int p = 0; p < 8; ++p) {
-      const __mmask16 mask = FirstLanes((count - p + kPerLane - 1) / kPerLane);
-      const __m512 part = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), mask, lanes, x + p, 4);
-      _mm512_storeu_ps(to + p * 64, part);
-    }
-  }
-};
+constexpr int64_t kAhead = 8;    // rows of w between a load and its prefetch
+constexpr int kTileColumns = 2;  // rows of w multiplied at a time
 
 // Operands of a product, and the number of blocks and groups of a row.
 struct Weights {
@@ -102,7 +30,7 @@ struct Weights {
   const void* scales;
   ffi::DataType scale_type;
   const uint8_t* zeros;  // null if all are 8, and for floats
-  int64_t k, blocks, group, groups;
+  int64_t k, bytes, block, blocks, group, groups;  // columns, bytes of a row, columns of a register of codes
 
   const float* Values() const { return scale_type == ffi::DataType::U8 ? kFloats : kIntegers; }
 
@@ -119,12 +47,14 @@ struct Weights {
   }
 };
 
+bool IsFP8(const ffi::AnyBuffer& codes) { return codes.element_type() == ffi::DataType::F8E4M3FN; }
+
 Weights Operands(const ffi::AnyBuffer& codes, const ffi::AnyBuffer& scales, const ffi::AnyBuffer& zeros,
                  int64_t group) {
-  const int64_t k = codes.dimensions().back() * 2;
+  const int64_t bytes = codes.dimensions().back(), per_byte = IsFP8(codes) ? 1 : 2, k = bytes * per_byte;
   const auto* z = zeros.element_count() ? static_cast<const uint8_t*>(zeros.untyped_data()) : nullptr;
-  return {static_cast<const uint8_t*>(codes.untyped_data()), scales.untyped_data(), scales.element_type(), z, k,
-          (k + kBlock - 1) / kBlock, group, scales.dimensions().back()};
+  return {static_cast<const uint8_t*>(codes.untyped_data()), scales.untyped_data(), scales.element_type(), z, k, bytes,
+          64 * per_byte, (bytes + 63) / 64, group, scales.dimensions().back()};
 }
 
 // The groups of the lanes of each block: the first of them, and each lane's distance from it.
@@ -132,9 +62,10 @@ class Lanes {
  public:
   explicit Lanes(const Weights& w) : first_(w.blocks), lanes_(w.blocks * kLanes) {
     for (int64_t b = 0; b < w.blocks; ++b) {
-      first_[b] = b * kBlock / w.group;
+      first_[b] = b * w.block / w.group;
       for (int64_t i = 0; i < kLanes; ++i)
-        lanes_[b * kLanes + i] = std::min(w.groups - 1, (b * kBlock + i * kPerLane) / w.group) - first_[b];
+        lanes_[b * kLanes + i] =
+            std::min(w.groups - 1, (b * kLanes + i) * (w.block / kLanes) / w.group) - first_[b];
     }
   }
 
@@ -163,7 +94,7 @@ struct Ordered {
     auto order = [&](int64_t row) {
       for (int64_t b = 0; b < w.blocks; ++b) {
         char* to = Row(row) + b * Kind::kParts * 64;
-        Kind::Order(x + row * w.k + b * kBlock, std::min(kBlock, w.k - b * kBlock), to);
+        Kind::Order(x + row * w.k + b * w.block, std::min(w.block, w.k - b * w.block), to);
         if (sums.empty()) continue;
         __m512 sum = _mm512_setzero_ps();
         for (int p = 0; p < Kind::kParts; ++p) sum = Kind::MultiplyAdd(sum, _mm512_load_si512(to + p * 64), ones);
@@ -208,7 +139,6 @@ template <typename Kind, int R, int C, bool Zeros>
 inline void PackedDots(Ordered<Kind>& x, int64_t row, const Weights& w, int64_t column, const Factors& factors,
                  int64_t factor, const Lanes& lanes, bool prefetch, __m512 out[R][C]) {
   const __m512i table = Kind::Table(w.Values());
-  const int64_t bytes = w.k / 2;
   const char* xs[R];
   const float* sums[R];
   for (int r = 0; r < R; ++r) {
@@ -220,10 +150,10 @@ inline void PackedDots(Ordered<Kind>& x, int64_t row, const Weights& w, int64_t 
     for (int c = 0; c < C; ++c) totals[r][c] = _mm512_setzero_ps();
   for (int64_t b = 0; b < w.blocks; ++b) {
     for (int c = 0; c < C; ++c) {
-      const char* codes = reinterpret_cast<const char*>(w.codes) + (column + c) * bytes;
-      if (prefetch) _mm_prefetch(codes + b * 64 + kAhead * bytes, _MM_HINT_T0);
+      const char* codes = reinterpret_cast<const char*>(w.codes) + (column + c) * w.bytes;
+      if (prefetch) _mm_prefetch(codes + b * 64 + kAhead * w.bytes, _MM_HINT_T0);
       __m512i values[Kind::kParts];
-      Values<Kind>(LoadWords(codes, b * kLanes, bytes), table, values,
+      Values<Kind>(LoadWords(codes, b * kLanes, w.bytes), table, values,
                    std::make_integer_sequence<int, Kind::kParts>());
       const __m512 scale = lanes.Of(factors.scales.data() + (factor + c) * factors.stride, b);
       __m512 zero;
@@ -284,17 +214,19 @@ void Direct(Ordered<Kind>& x, const Group& group, const Weights& w, const Lanes&
 template <typename Kind>
 void UnpackRow(const Weights& w, const Lanes& lanes, int64_t row, const Factors& factors, int64_t factor,
                typename Kind::Element* out) {
-  const __m512i table = PackedF32::Table(w.Values());
-  const auto* codes = reinterpret_cast<const char*>(w.codes) + row * (w.k / 2);
+  using Wide = typename Kind::Wide;
+  constexpr int P = Wide::kParts;
+  const __m512i table = Wide::Table(w.Values());
+  const auto* codes = reinterpret_cast<const char*>(w.codes) + row * w.bytes;
   for (int64_t b = 0; b < w.blocks; ++b) {
-    __m512i found[8];
-    __m512 values[8];
-    Values<PackedF32>(LoadWords(codes, b * kLanes, w.k / 2), table, found, std::make_integer_sequence<int, 8>());
+    __m512i found[P];
+    __m512 values[P];
+    Values<Wide>(LoadWords(codes, b * kLanes, w.bytes), table, found, std::make_integer_sequence<int, P>());
     const __m512 scale = lanes.Of(factors.scales.data() + factor * factors.stride, b);
     const __m512 zero = w.zeros ? lanes.Of(factors.zeros.data() + factor * factors.stride, b) : _mm512_setzero_ps();
-    for (int p = 0; p < 8; ++p)
+    for (int p = 0; p < P; ++p)
       values[p] = _mm512_mul_ps(_mm512_add_ps(_mm512_castsi512_ps(found[p]), zero), scale);
-    Kind::StoreParts(values, out + b * kBlock);
+    Kind::StoreParts(values, out + b * w.block);
   }
 }
 
@@ -305,7 +237,7 @@ void Unpacked(Ordered<Kind>& x, const Group& group, const Weights& w, const Lane
   using Element = typename Kind::Element;
   thread_local Factors factors;
   thread_local std::vector<Element> values;
-  const int64_t k = w.blocks * kBlock;
+  const int64_t k = w.blocks * w.block;
   values.resize(count * k);
   factors.Read(w, column, count);
   for (int64_t c = 0; c < count; ++c) UnpackRow<Kind>(w, lanes, column + c, factors, c, values.data() + c * k);
@@ -328,7 +260,7 @@ void Product(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const Weights& w, c
     const int64_t column = group.matrix + begin;
     Out* to = y + group.result * n + begin;
     if (group.rows > Kind::kDirectRows && !stable) Unpacked<Kind>(ordered, group, w, lanes, column, count, to, n);
-    else if (w.zeros) Direct<Kind, true>(ordered, group, w, lanes, column, count, to, n);
+    else if (Kind::kZeros && w.zeros) Direct<Kind, Kind::kZeros>(ordered, group, w, lanes, column, count, to, n);
     else Direct<Kind, false>(ordered, group, w, lanes, column, count, to, n);
   });
 }
@@ -338,9 +270,13 @@ void AnyProduct(ffi::ThreadPool& pool, const ffi::AnyBuffer& x, const Weights& w
   const int64_t n = y->dimensions()[1];
   void* out = y->untyped_data();
   const bool half = x.element_type() == ffi::DataType::BF16, rounded = y->element_type() == ffi::DataType::BF16;
-  if (rounded) Product<PackedBF16>(pool, x, w, groups, n, stable, static_cast<BF16*>(out));
-  else if (half) Product<PackedBF16>(pool, x, w, groups, n, stable, static_cast<float*>(out));
-  else Product<PackedF32>(pool, x, w, groups, n, stable, static_cast<float*>(out));
+  auto run = [&](auto packed, auto fp8, auto* to) {
+    if (w.block == 64) Product<decltype(fp8)>(pool, x, w, groups, n, stable, to);
+    else Product<decltype(packed)>(pool, x, w, groups, n, stable, to);
+  };
+  if (rounded) run(PackedBF16{}, FP8BF16{}, static_cast<BF16*>(out));
+  else if (half) run(PackedBF16{}, FP8BF16{}, static_cast<float*>(out));
+  else run(PackedF32{}, FP8F32{}, static_cast<float*>(out));
 }
 
 ffi::Error PackedMatmulImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer codes, ffi::AnyBuffer scales,
@@ -369,7 +305,7 @@ ffi::Error UnpackImpl(ffi::ThreadPool pool, ffi::AnyBuffer codes, ffi::AnyBuffer
     factors.Read(w, first + begin, end - begin);
     auto* out = static_cast<BF16*>(y->untyped_data());
     for (int64_t row = begin; row < end; ++row)
-      UnpackRow<PackedBF16>(w, lanes, first + row, factors, row - begin, out + row * w.blocks * kBlock);
+      UnpackRow<PackedBF16>(w, lanes, first + row, factors, row - begin, out + row * w.blocks * w.block);
   });
   return ffi::Error::Success();
 }

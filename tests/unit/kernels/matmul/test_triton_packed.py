@@ -1,4 +1,4 @@
-"""The Triton kernel of products with weights of 4 bits, interpreted, against float64 over random shapes."""
+"""The Triton kernels of products with weights of 4 bits and FP8, interpreted, against float64 over random shapes."""
 
 from functools import partial
 from itertools import pairwise
@@ -13,8 +13,10 @@ from support import four_bits
 from support.four_bits import dequantised
 from support.interpret import interpreted
 
-from jaxinfer.kernels.matmul import grouped, packed_matmul, triton_packed
+from jaxinfer.kernels.matmul import fp8_matmul, grouped, packed_matmul, triton_fp8, triton_packed
 from jaxinfer.kernels.matmul.choose import TRITON
+from jaxinfer.kernels.matmul.packed_matmul import Packed
+from jaxinfer.kernels.triton import triton_launch
 from jaxinfer.kernels.triton.triton_launch import Target
 
 pytestmark = [pytest.mark.xdist_group("triton"), pytest.mark.slow]
@@ -81,6 +83,54 @@ def test_products_of_experts(
     assert np.isnan(found[offsets[-1] :].astype(np.float32)).all(), "rows of no group are not written"
 
 
+@settings(deadline=None, max_examples=12, derandomize=True)
+@given(
+    rows=st.integers(1, triton_fp8.MOST_ROWS + 30),
+    columns=st.integers(1, 150),
+    group=st.sampled_from([32, 96, 128, 200]),
+    groups=st.sampled_from([0, 0, 1, 3]),
+    dtype=st.sampled_from(["float32", "bfloat16"]),
+)
+def test_products_in_fp8(rows: int, columns: int, group: int, groups: int, dtype: str):
+    """With quantised activations for 0 groups; whole rows and groups of a weight otherwise, for few rows."""
+    rng, activations = np.random.default_rng(rows), groups == 0
+    inner = group * max(1, groups)
+    bits = rng.integers(0, 126, (columns, inner)).astype(np.uint8) | rng.integers(0, 2, (columns, inner)) << 7
+    codes = bits.astype(np.uint8).view(fp8_matmul.CODE)
+    scales = (rng.random((columns, max(1, groups))) * 0.1 + 0.01).astype(np.float32)
+    x = rng.standard_normal((rows, inner)).astype(jnp.dtype(dtype))
+    call = partial(packed_matmul.matmul, kernel=TRITON, target=TARGET, activations=activations)
+    with interpreted() as patch:
+        launched = []
+        real = triton_launch.launch
+        patch.setattr(triton_fp8, "quantise", lambda x, target: fp8_matmul.quantise(x))
+        patch.setattr(triton_launch, "launch", lambda kernel, *a, **k: launched.append(kernel) or real(kernel, *a, **k))
+        found = np.asarray(jax.jit(call)(x, Packed(codes, scales)))
+    assert len(launched) == (activations or rows <= triton_fp8.MOST_ROWS and (groups == 1 or group % 32 == 0))
+    whole = codes.astype(np.float64) * np.repeat(scales, inner // scales.shape[1], axis=1)
+    left = x.astype(np.float64)
+    if activations:
+        made, own = fp8_matmul.quantise(x)
+        left = made.astype(np.float64) * own[:, None]
+    expected, size = left @ whole.T, np.abs(left) @ np.abs(whole).T
+    tolerance = 1e-5 if dtype == "float32" else 2 * BFLOAT16
+    assert found.shape == expected.shape and found.dtype == x.dtype
+    assert (np.abs(found.astype(np.float64) - expected) <= tolerance * size + 1e-6).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rows_are_quantised_to_fp8(dtype: str):
+    x = np.random.default_rng(1).standard_normal((5, 2500)).astype(jnp.dtype(dtype))
+    x[1], x[2, 3], x[3, 2400] = 0, np.inf, np.nan
+    with interpreted():
+        codes, scales = jax.jit(partial(triton_fp8.quantise, target=TARGET))(x)
+    expected, own = fp8_matmul.quantise(x)
+    np.testing.assert_array_equal(scales, own)
+    assert np.isnan(own[2:4]).all() and np.isfinite(own[[0, 1, 4]]).all()
+    steps = np.asarray(codes).view(np.uint8)[[0, 1, 4]].astype(int) - expected.view(np.uint8)[[0, 1, 4]]
+    assert set(np.unique(steps)) <= {-8, 0, 1}, "the interpreter rounds ties up, and carries no bit into the exponent"
+
+
 @pytest.mark.parametrize("rows", [1, 20, 64, 65, 4096])
 @pytest.mark.parametrize(("group", "inner"), [(8, 200), (24, 96), (32, 2880), (32, 64), (128, 4096), (4096, 4096)])
 def test_tiles_are_what_the_device_takes(rows: int, group: int, inner: int):
@@ -90,3 +140,14 @@ def test_tiles_are_what_the_device_takes(rows: int, group: int, inner: int):
             assert side >= 16 and side & (side - 1) == 0, "powers of two, 16 at least for a product"
         assert group % made.block_k == 0 or made.block_k % group == 0 or made.block_k == 32
         assert inner % made.block_k == 0 or inner % 32
+
+
+@pytest.mark.parametrize("rows", [1, 20, 64, 2048])
+@pytest.mark.parametrize("group", [None, 32, 96, 4096])
+def test_tiles_of_fp8_are_what_the_device_takes(rows: int, group: int | None):
+    for itemsize in (1, 2, 4):
+        made = triton_fp8.tiling(rows, group, itemsize)
+        least = 64 if itemsize == 1 else 16, 16, 32
+        for side, fewest in zip((made.block_m, made.block_n, made.block_k), least, strict=True):
+            assert side >= fewest and side & (side - 1) == 0, "powers of two, enough for the device's products"
+        assert itemsize == 1 or group is None or group % made.block_k == 0
