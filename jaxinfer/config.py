@@ -87,8 +87,10 @@ class EngineConfig:
     """Dtype of weights, activations and cache: "auto" (the checkpoint's), "float32", "bfloat16" or "float16"."""
     quantization: str | None = None
     """None: matrices have the checkpoint's form where products with it exist (4 bits of AWQ, GPTQ,
-    compressed-tensors and MXFP4), else `dtype`. "int8": they are stored in int8 with a scale per output channel and
-    multiplied in int8. "dequantize": quantised ones are converted to `dtype`. "awq", "gptq", "compressed-tensors" or
+    compressed-tensors and MXFP4; FP8), else `dtype`. "int8": they are stored in int8 with a scale per output channel
+    and multiplied in int8. "fp8": projections of the language model are stored in FP8 (e4m3) with a scale per output
+    channel, and multiplied with activations in FP8 with a scale per token; heads, experts and embeddings have `dtype`.
+    "dequantize": quantised ones are converted to `dtype`. "awq", "gptq", "compressed-tensors", "modelopt" or
     "mxfp4": as None, and an error if the checkpoint has another format.
     """
     tensor_parallel_size: int = 1
@@ -115,8 +117,8 @@ class EngineConfig:
     """
     matmul_kernel: str = "auto"
     """"native" (CPUs, as above, on one device), "triton" (GPUs, as above, for products of experts and, on one device,
-    with dense weights of 4 bits; XLA's for all others), "xla" (everywhere), or "auto": the first of these that is
-    available.
+    with dense weights of 4 bits or FP8; XLA's for all others), "xla" (everywhere), or "auto": the first of these
+    that is available.
     """
     fuse_projections: bool = True
     """Whether projections of the same input are one GEMM; False: one each. The output is the same."""

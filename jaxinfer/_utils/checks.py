@@ -12,10 +12,11 @@ MAX_INT32 = 2**31 - 1
 """Largest count, position or token id, which are int32 on the device."""
 MAX_LOGPROBS = 20
 """Most alternatives per position of `logprobs` and `prompt_logprobs`."""
-INT8, DEQUANTIZE = "int8", "dequantize"
-KEPT_QUANTIZATIONS = ("awq", "gptq", "compressed-tensors", "mxfp4")
-"""Formats of checkpoints with weights in 4 bits that are kept so."""
-QUANTIZATIONS = (INT8, DEQUANTIZE, *KEPT_QUANTIZATIONS)
+INT8, FP8, DEQUANTIZE = "int8", "fp8", "dequantize"
+KEPT_QUANTIZATIONS = ("awq", "gptq", "compressed-tensors", "modelopt", "mxfp4")
+"""Formats of checkpoints with weights in 4 bits or FP8 that are kept so. FP8 in the format of that name is, too; the
+setting "fp8" quantises activations as well."""
+QUANTIZATIONS = (INT8, FP8, DEQUANTIZE, *KEPT_QUANTIZATIONS)
 """Values of `EngineConfig.quantization`."""
 KV_CACHE_DTYPES = ("auto", "fp8", "fp8_e4m3", "int8")
 """How keys and values may be stored (`EngineConfig.kv_cache_dtype`), named as in vLLM."""

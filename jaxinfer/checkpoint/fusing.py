@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from jaxinfer.kernels.matmul import int8_matmul
+from jaxinfer.kernels.matmul import int8_matmul, packed_matmul
+from jaxinfer.kernels.matmul.packed_matmul import Packing
 from jaxinfer.layers.linear import Output
 
 Array = Any
@@ -34,10 +35,12 @@ class Layout:
     """Whether the first axis stacks several such weights."""
     block: int | None = None
     """For an int8 weight, which has scales: columns per block that are rotated (`int8_matmul.rotation`)."""
+    packing: Packing | None = None
+    """For a weight that is quantised to FP8, which has scales, too."""
 
     @classmethod
     def of(cls, param: nnx.Param) -> "Layout":
-        """Read the layout of a parameter other than the scales of an int8 weight."""
+        """Read the layout of a parameter other than the scales of a quantised weight."""
         metadata = param.get_metadata()
         return cls(
             tuple(param.shape),
@@ -47,7 +50,13 @@ class Layout:
             metadata.get("unpadded"),
             bool(metadata.get("stacked", False)),
             metadata["block"] if param.dtype == np.int8 else None,
+            metadata.get("packing"),
         )
+
+    @property
+    def quantised(self) -> bool:
+        """Whether tensors are quantised, and the parameter has scales."""
+        return self.block is not None or self.packing is not None
 
     @property
     def entry(self) -> "Layout":
@@ -78,10 +87,10 @@ def fuse(
         layout: layout of the parameter.
         parts: outputs whose rows each tensor stacks; empty for a tensor that is all of the parameter.
         tensors: the tensors; of a stacked parameter, each with the stack's axis first.
-        old: the parameter before, and its scales if it is int8, for outputs that no tensor has.
+        old: the parameter before, and its scales if it is quantised, for outputs that no tensor has.
 
     Returns:
-        The parameter; for int8 also the scales of its rows.
+        The parameter; if it is quantised, also its scales.
     """
     lead = int(layout.stacked)
     if not layout.outputs:
@@ -146,7 +155,9 @@ def _placed(layout: Layout, values: Array, lead: int) -> Array:
 
 
 def _finish(layout: Layout, values: Array) -> tuple[Array, ...]:
-    """Convert placed values to the parameter's dtype, or to int8 and scales."""
+    """Convert placed values to the parameter's dtype, or to codes and scales."""
+    if layout.packing is not None:
+        return packed_matmul.quantise(values, layout.packing)[:2]
     if layout.block is None:
         return (values.astype(layout.dtype),)
     return int8_matmul.quantise_weight(values, layout.block)

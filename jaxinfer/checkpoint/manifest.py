@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxinfer._utils.checks import DEQUANTIZE, KEPT_QUANTIZATIONS
+from jaxinfer._utils.checks import DEQUANTIZE, FP8, KEPT_QUANTIZATIONS
 from jaxinfer.checkpoint.plain_json import read_json
 from jaxinfer.checkpoint.safetensors_header import DTYPES
 from jaxinfer.checkpoint.source import Source
@@ -176,7 +176,7 @@ class Manifest:
         Raises:
             ConfigError: the folder's weights were rounded, so the requested dtype or quantisation is not available.
         """
-        if quantization in KEPT_QUANTIZATIONS:
+        if quantization == FP8 or quantization in KEPT_QUANTIZATIONS:
             raise ConfigError(
                 f"quantization is {quantization!r}, but {directory} is a converted folder, whose weights are in "
                 f"{self.quantization or self.dtype}; leave quantization out, or load the original checkpoint"

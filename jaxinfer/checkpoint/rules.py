@@ -13,11 +13,11 @@ from tqdm.auto import tqdm
 
 from jaxinfer.checkpoint.copying import load_param
 from jaxinfer.checkpoint.packed.kept import PackedSource
+from jaxinfer.checkpoint.packed.made import FP8Source
 from jaxinfer.checkpoint.quantised import Int8Source
 from jaxinfer.checkpoint.source import Source
 from jaxinfer.checkpoint.weight_table import Rule
 from jaxinfer.errors import CheckpointError
-from jaxinfer.kernels.matmul.packed_matmul import CODES
 
 
 def parameters(module: nnx.Module) -> dict[str, nnx.Param]:
@@ -87,13 +87,14 @@ def read(
         mesh: device mesh of the parameters.
         int8: source of int8 matrices and their row scales (`Int8Source`); by default made from `source`.
     """
-    int8 = int8 or int8_source(wanted, planned, source)
+    int8, fp8 = int8 or int8_source(wanted, planned, source), FP8Source(source)
     for path, sources in planned.items():
         param = wanted[path]
         metadata = param.get_metadata()
         own = source
         if "packing" in metadata:
-            own = PackedSource(source, metadata["packed"], metadata["packing"])
+            packing = metadata["packing"]
+            own = PackedSource(fp8 if packing.activations else source, metadata["packed"], packing)
         elif param.dtype == np.int8 or "scales_of" in metadata:
             own = int8
         yield path, load_param(path, param, sources, own, mesh)
@@ -270,7 +271,7 @@ def _check_shape(rule: Rule, param: nnx.Param, source: Source, where: object, re
     if rule.index is None:
         expected = (*stack, *expected)
     if "packing" in metadata:
-        expected = (*expected[:-1], expected[-1] * CODES)
+        expected = (*expected[:-1], expected[-1] * metadata["packing"].codes)
     found = tuple(source.info(rule.source).shape)
     if found != expected:
         raise CheckpointError(

@@ -40,13 +40,13 @@ def prepare(module: LanguageModel) -> None:
     """Set the module to differentiable matrix products; `functional.split` sets it back for serving.
 
     Raises:
-        ConfigError: the model reads more than tokens, or weights are kept in 4 bits, which have no gradients.
+        ConfigError: the model reads more than tokens, or weights are codes of 4 bits or FP8, which have no gradients.
     """
     packed = [path for path, param in nnx.to_flat_state(nnx.state(module, nnx.Param)) if _is_packed(param)]
     if packed:
         name = ".".join(map(str, packed[0]))
         raise ConfigError(
-            f"{name} and {len(packed) - 1} other parameters are codes of 4 bits, which have no gradients; load the "
+            f"{name} and {len(packed) - 1} other parameters are codes, which have no gradients; load the "
             "checkpoint with quantization='dequantize' to train it"
         )
     if module.config.features is not None or module.config.cross is not None:
@@ -57,7 +57,7 @@ def prepare(module: LanguageModel) -> None:
 
 
 def _is_packed(param: nnx.Variable) -> bool:
-    return param.get_value().dtype == jnp.uint8
+    return param.get_value().dtype in (jnp.uint8, jnp.float8_e4m3fn)
 
 
 def logits(

@@ -1,4 +1,4 @@
-"""Weights kept in codes of four bits: which modules can have them, and their parameters (`kernels.packed_matmul`)."""
+"""Weights in codes of 4 or 8 bits: which modules can have them, and their parameters (`kernels.packed_matmul`)."""
 
 from collections.abc import Mapping
 from math import gcd
@@ -7,7 +7,7 @@ from typing import Any
 from flax import nnx
 
 from jaxinfer.kernels.matmul import packed_matmul
-from jaxinfer.kernels.matmul.packed_matmul import CODES, LEAST_GROUP, Packing
+from jaxinfer.kernels.matmul.packed_matmul import LEAST_GROUP, Packing
 from jaxinfer.layers.embedding import Embedding
 from jaxinfer.layers.linear import FusedLinear, MatmulModule, RowLinear
 from jaxinfer.layers.moe import ExpertLinear
@@ -56,7 +56,8 @@ def pack(module: nnx.Module, packings: Mapping[str, Packing]) -> nnx.Module:
         part = parts[path]
         codes, scales, zeros = packed_matmul.quantise(part.weight[...], packing)
         metadata = {**part.weight.get_metadata(), "packing": packing}
-        part.weight = nnx.Param(codes, packed=CODES_OF, **_divided(metadata, CODES))
+        part.activations = packing.activations
+        part.weight = nnx.Param(codes, packed=CODES_OF, **_divided(metadata, packing.codes))
         shared = {"scales_of": "weight", **_divided(metadata, packing.group)}
         part.weight_scale = nnx.data(nnx.Param(scales, packed=SCALES, **shared))
         if zeros is not None:

@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from tqdm.auto import tqdm
 
+from jaxinfer._utils.checks import FP8
 from jaxinfer.checkpoint import orbax, rules
 from jaxinfer.checkpoint.gguf_folder import open_weights
 from jaxinfer.checkpoint.hf import read_config
@@ -20,7 +21,7 @@ from jaxinfer.checkpoint.manifest import NAME, WEIGHTS, Manifest, Stored, files_
 from jaxinfer.checkpoint.safetensors_header import DTYPES
 from jaxinfer.checkpoint.source import Source
 from jaxinfer.checkpoint.weight_table import Rule
-from jaxinfer.errors import CheckpointError
+from jaxinfer.errors import CheckpointError, ConfigError
 from jaxinfer.inputs import gguf_tokenizer
 from jaxinfer.inputs.tokenizer import load_tokenizer
 from jaxinfer.loading import quantised, weights
@@ -72,6 +73,11 @@ def convert(
         raise CheckpointError(f"{directory} is a converted checkpoint already; convert the original checkpoint.")
     model_family, config = weights.parse(hf := read_config(directory, overrides), directory)
     mesh = meshes.normalise(mesh)
+    if quantization == FP8:
+        raise ConfigError(
+            f"quantization is {FP8!r}, which converted folders do not have; convert with 'int8', or without "
+            f"quantization, and pass {FP8!r} where the original checkpoint is loaded"
+        )
     quantization = quantised.applied(quantization, hf, directory)
     how = dict(quantization=quantization, placement=placement, pad_heads=pad_heads)
     with open_weights(directory) as reader, _new_folder(out) as folder:

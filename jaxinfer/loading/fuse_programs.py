@@ -54,7 +54,7 @@ class ArraySource:
 
 @dataclass(frozen=True)
 class Job:
-    """A parameter, with its scales if it is int8, to be fused from tensors."""
+    """A parameter, with its scales if it is quantised, to be fused from tensors."""
 
     places: list[int]
     """Indices in the flat list of parameters."""

@@ -9,7 +9,7 @@ from typing import Any
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
-from jaxinfer._utils.checks import DEQUANTIZE, INT8, KEPT_QUANTIZATIONS
+from jaxinfer._utils.checks import DEQUANTIZE, FP8, INT8, KEPT_QUANTIZATIONS
 from jaxinfer.checkpoint.packed import kept
 from jaxinfer.checkpoint.packed.declared import declared
 from jaxinfer.errors import ConfigError
@@ -51,7 +51,7 @@ def packings(
     source: Any = None,
     stated: str = "",
 ) -> dict[str, Packing]:
-    """Return which weights of a model are kept in 4 bits, by path.
+    """Return which weights of a model are kept in 4 bits or FP8, or quantised to FP8, by path.
 
     Args:
         module: the model with shapes in place of arrays, its weights not packed.
@@ -63,11 +63,18 @@ def packings(
         source: the tensors; without it the answer is what config.json says.
         stated: dtype that config.json states; empty if it states none.
     """
-    format = declared(hf, directory)
+    format, divided = declared(hf, directory), mesh.shape.get(axes.FSDP, 1) > 1
+    if quantization == FP8:
+        if divided:
+            raise ConfigError(
+                f"quantization is {FP8!r}, whose weights cannot be divided over the axis {axes.FSDP!r} of the mesh; "
+                f"use {INT8!r}, or None"
+            )
+        return kept.in_fp8(module)
     if format is None or quantization in (INT8, DEQUANTIZE):
         return {}
-    if mesh.shape.get(axes.FSDP, 1) > 1:
-        log.info("weights are dequantised, as those in 4 bits cannot be divided over %r", axes.FSDP)
+    if divided:
+        log.info("weights are dequantised, as packed ones cannot be divided over %r", axes.FSDP)
         return {}
     if source is None:
         packing = kept.stated(format, stated if stated in ("float16", "bfloat16") else "float32")
@@ -76,8 +83,8 @@ def packings(
     found = kept.packings(module, tensors, packing)
     if source is not None:
         log.info(
-            "%s: %d of %d projections are kept in 4 bits; other quantised weights (%s) are dequantised. "
-            "quantization='dequantize' dequantises all, 'int8' keeps 8 bits.",
+            "%s: %d of %d projections are kept as they are quantised; other quantised weights (%s) are dequantised. "
+            "quantization='dequantize' dequantises all.",
             directory,
             len(found),
             len(packable(module)),

@@ -34,7 +34,7 @@ WHERE = "the update"
 REMEDY = "LLM.weights() gives the names, shapes and dtypes of this model"
 INCOMPLETE = f"{REMEDY}; partial=True replaces only what is given"
 FLOATS = ("float32", "bfloat16", "float16")
-"""Dtypes from which a matrix is quantised to int8."""
+"""Dtypes from which a matrix is quantised."""
 
 Arrays = Mapping[str, Any]
 """JAX or NumPy arrays by name."""
@@ -107,7 +107,8 @@ class WeightTable:
         self._places: dict[str, int] = {_path(path): one.get_value() for path, one in nnx.to_flat_state(own)}
         scales = {path: param for path, param in self._params.items() if "scales_of" in param.get_metadata()}
         self._scales = {rules.weight_of(path, param): path for path, param in scales.items()}
-        self._packed = {path for path, param in self._params.items() if "packing" in param.get_metadata()}
+        packings = ((path, param.get_metadata().get("packing")) for path, param in self._params.items())
+        self._packed = {path: packing for path, packing in packings if packing is not None}
         self._found: tuple[Family, Sequence[Rule]] | None = None
 
     def prepare(self, tree: Any, *, partial: bool = False, cast: bool = False) -> Prepared:
@@ -169,15 +170,16 @@ class WeightTable:
         for path, filled in planned.items():
             if partial and not filled:
                 continue
-            if path in self._packed:
+            packing = self._packed.get(path)
+            if packing is not None and not packing.activations:
                 raise CheckpointError(
-                    f"{WHERE}: {filled[0].source!r} is kept in 4 bits, to which a new value would have to be rounded; "
-                    "load with quantization='dequantize' to replace it"
+                    f"{WHERE}: {filled[0].source!r} is kept in {packing.bits} bits, to which a new value would have to "
+                    "be rounded; load with quantization='dequantize' to replace it"
                 )
             if path in self._scales.values():
                 continue
             layout = Layout.of(self._params[path])
-            wanted = FLOATS if layout.block is not None else (layout.dtype.name,)
+            wanted = FLOATS if layout.quantised else (layout.dtype.name,)
             for rule in filled:
                 dtypes[rule.source] = _check_dtype(rule.source, given[rule.source].dtype, wanted, cast)
             places = [self._places[own] for own in (path, self._scales.get(path)) if own is not None]
@@ -213,7 +215,10 @@ class WeightTable:
         family, table = self._family()
         if self._scales:
             kept = min(self._scales)
-            what = "in 4 bits" if kept in self._packed else "quantised to int8, and their original values are not kept"
+            packing = self._packed.get(kept)
+            what = f"quantised to {'int8' if packing is None else 'fp8'}, and their original values are not kept"
+            if packing is not None and not packing.activations:
+                what = f"in {packing.bits} bits"
             raise ConfigError(
                 f"weights: {kept!r} and others are {what}; weights(names='jaxinfer') gives the engine's own values and "
                 "their scales"

@@ -76,8 +76,9 @@ def load(
         directory: folder with config.json and weights.
         mesh: mesh that the weights are placed on.
         dtype: "bfloat16", "float16", "float32", or "auto" for the checkpoint's (`resolve_dtype`).
-        quantization: "int8" quantises matrices as they are read (`kernels.matmul.int8_matmul`); None keeps those that
-            the checkpoint has in 4 bits, and dequantises others; see `EngineConfig.quantization`.
+        quantization: "int8" and "fp8" quantise matrices as they are read (`kernels.matmul.int8_matmul`,
+            `fp8_matmul`); None keeps those that the checkpoint has in 4 bits or FP8, and dequantises others; see
+            `EngineConfig.quantization`.
         overrides: values merged into config.json.
         hf: contents of config.json (`checkpoint.hf.read_config`) if already read; `overrides` are then not applied.
         placement: sharding of single modules, in place of the default.
@@ -194,7 +195,7 @@ def abstract(
         mesh: mesh, or an abstract one, which needs no devices.
         quantization: "int8" or None.
         placement, pad_heads: as for `load`.
-        packings: weights that are kept in 4 bits, by path (`layers.packing.pack`).
+        packings: weights that are codes of 4 bits or FP8, by path (`layers.packing.pack`).
 
     Raises:
         ConfigError: the placement names unknown modules or contradicts itself, the mesh is not supported by the model,
@@ -225,7 +226,7 @@ def abstract_stored(
     source: Source | None = None,
     **how: Any,
 ) -> LanguageModel:
-    """Build the module of a checkpoint with shapes in place of arrays, its weights in 4 bits where they are kept so.
+    """Build the module of a checkpoint with shapes in place of arrays, its weights in codes where they are kept so.
 
     Args:
         model_family, config, dtype, mesh: as for `abstract`.

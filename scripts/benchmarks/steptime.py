@@ -93,9 +93,8 @@ class Model:
     def program(self, hf: Mapping[str, Any], placement: Mapping[str, str]) -> tuple[Program, list[jax.Array]]:
         """Return the program and the parameters of the model, or of a shortened one, under a placement."""
         model_family, config = weights.parse(hf)
-        module = weights.abstract(
-            model_family, config, self.dtype, self.mesh, placement=Placement.of(placement), **self.how
-        )
+        how = dict(hf=hf, placement=Placement.of(placement), **self.how)
+        module = weights.abstract_stored(model_family, config, self.dtype, self.mesh, **how)
         program, _ = functional.split(module, self.mesh)
         params = rules.parameters(module).items()
         return program, [self._weights[param.get_metadata()["replicated"]][path][...] for path, param in params]

@@ -92,11 +92,12 @@ def _config(settings: dict[str, Any]) -> EngineConfig:
 
 def _module(model: str | Path, config: EngineConfig, made: Plan) -> Any:
     directory = resolve_model(model, None, patterns=FILES)
-    family, parsed = weights.parse(read_config(directory, None), directory)
-    stored = weights.config_dtype(read_config(directory, None)) or family.stored_dtype
+    family, parsed = weights.parse(hf := read_config(directory, None), directory)
+    stored = weights.config_dtype(hf) or family.stored_dtype
     dtype = weights.resolve_dtype(config.dtype, stored, "gpu", family)
     mesh = make_mesh(made.devices)
-    return weights.abstract(family, parsed, dtype, mesh, quantization=config.quantization), dtype, mesh
+    how = dict(hf=hf, directory=directory, quantization=config.quantization)
+    return weights.abstract_stored(family, parsed, dtype, mesh, **how), dtype, mesh
 
 
 def _simulated(

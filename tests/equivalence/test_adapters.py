@@ -110,9 +110,10 @@ def test_logits_are_those_of_the_merged_weights(family: str, tp: int):
         np.testing.assert_allclose(mixed[row], logits(loaded, [-1, -1, -1])[row], atol=1e-4)
 
 
-def test_int8_weights_keep_their_product():
+@pytest.mark.parametrize("quantization", ["int8", "fp8"])
+def test_quantised_weights_keep_their_product(quantization: str):
     """The change of the logits is that of the adapter, not of a second rounding of merged weights."""
-    loaded, whole = load(quantization="int8"), load()
+    loaded, whole = load(quantization=quantization), load()
     tensors = adapter(loaded.tensors, "first")
     for one in (loaded, whole):
         one.install("first", tensors)

@@ -31,7 +31,7 @@ Case: TypeAlias = tuple[str, str, str] | tuple[str, str, str, int]
 QUICK: list[Case] = [("llama", "bfloat16", "auto"), ("gemma3", "bfloat16", "auto"), ("qwen3_moe", "bfloat16", "auto")]
 QUICK += [("deepseek_v3", "bfloat16", "auto"), ("qwen3_next", "bfloat16", "auto"), ("llama", "int8", "auto")]
 QUICK += [("llama", "float32", "xla"), ("llama", "bfloat16", "auto", 2), ("llama", "4 bits", "auto")]
-QUICK += [("llama", "bfloat16/int8", "auto")]
+QUICK += [("llama", "bfloat16/int8", "auto"), ("llama", "fp8", "auto")]
 OTHERS: list[Case] = [("kimi_linear", "float32", "auto"), ("gpt_oss", "bfloat16", "auto"), ("qwen3_moe", "int8", "xla")]
 OTHERS += [
     ("gpt_oss", "4 bits", "auto"),

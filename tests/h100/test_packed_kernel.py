@@ -1,4 +1,4 @@
-"""The kernel of products with weights of 4 bits compiled for an H100, and steps of a model that has them."""
+"""Kernels of products with weights of 4 bits and FP8 compiled for an H100, and steps of models that have them."""
 
 import re
 from collections import Counter
@@ -36,6 +36,18 @@ PRODUCTS = {
     "float32": (16, 1024, 2048, 64, True, "float32"),
 }
 """Rows, out, in, columns of a group, whether there are zero points, dtype of the activations."""
+IN_FP8 = {
+    "Llama 8B, a token": (1, 28672, 4096, 4096, True, "bfloat16"),
+    "64 tokens, down": (64, 4096, 14336, 14336, True, "bfloat16"),
+    "a prefill": (2048, 6144, 4096, 4096, True, "bfloat16"),
+    "columns that tiles cut": (200, 1000, 2880, 2880, True, "float32"),
+    "blocks, a token": (1, 28672, 4096, 128, False, "bfloat16"),
+    "blocks, 64 tokens": (64, 4096, 14336, 128, False, "bfloat16"),
+    "rows, 64 tokens": (64, 4096, 14336, 14336, False, "bfloat16"),
+    "float32": (16, 1024, 2048, 64, False, "float32"),
+}
+"""Rows, out, in, columns of a group, whether activations are quantised, their dtype."""
+BLOCKS = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
 LAYERS = 3
 ROWS, BLOCK, WIDTH, CHUNK = 8, 16, 64, 256
 SHAPES = Shapes(
@@ -118,10 +130,30 @@ GPT_OSS = dict(
 )
 
 
-def step(kind: str, tp: int = 1, changes: Mapping[str, Any] = FOUR_BITS, placement: str = "shard") -> Compiled:
+@pytest.mark.parametrize("name", IN_FP8)
+def test_kernels_of_fp8_suit_the_device(name: str):
+    """With quantised activations both operands go to the tensor cores as e4m3, for any number of rows."""
+    rows, out, inner, group, activations, dtype = IN_FP8[name]
+    array = jax.ShapeDtypeStruct
+    packed = Packed(array((out, inner), jnp.float8_e4m3fn), array((out, inner // group), jnp.float32))
+    with compiled_kernels() as made:
+        call = partial(packed_matmul.matmul, kernel=TRITON, target=H100, activations=activations)
+        jax.eval_shape(call, array((rows, inner), dtype), packed)
+    assert [kernel.name for kernel in made] == (["rows_to_fp8"] if activations else []) + ["fp8"]
+    for kernel in made:
+        assert spilled(kernel.ptx) == 0
+    assert made[-1].shared_bytes * 2 <= SHARED
+    assert re.search(r"cp\.async\.c[ag]\.shared\.global|ld\.global\S*\.v[24]\.b32", made[-1].ptx)
+    units = set(re.findall(r"(?:wgmma\.mma_async|mma\.sync)\S*?\.(e4m3\.e4m3|bf16\.bf16)", made[-1].ptx))
+    assert units == ({"e4m3.e4m3"} if activations else {"bf16.bf16"} if dtype == "bfloat16" else set())
+
+
+def step(
+    kind: str, tp: int = 1, changes: Mapping[str, Any] = FOUR_BITS, placement: str = "shard", **how: Any
+) -> Compiled:
     require_cuda_compiler()
     config = MEDIUM | changes | {"num_hidden_layers": LAYERS}
-    program, params = abstract_model(config, h100_mesh(tp), placement=Placement({"*.mlp": placement}))
+    program, params = abstract_model(config, h100_mesh(tp), placement=Placement({"*.mlp": placement}), **how)
     tokens = ROWS if kind == "decode" else CHUNK
     return compile_step(program, params, SHAPES, Bucket(kind, tokens, ROWS, WIDTH, Level.GREEDY, -1, tile=program.tile))
 
@@ -132,6 +164,31 @@ def test_a_decode_step_reads_codes_and_makes_no_weight():
     assert compiled.command_buffers == 1
     assert compiled.aliased_bytes >= compiled.cache_bytes
     assert not re.search(r"bf16\[(?:1536|5632),1024\]|bf16\[1024,(?:1024|2816)\]", compiled.executable.as_text())
+
+
+@pytest.mark.parametrize("kind", ["decode", "prefill"])
+def test_a_step_in_fp8_quantises_rows_and_makes_no_weight(kind: str):
+    """Two kernels a product."""
+    compiled = step(kind, changes={}, quantization="fp8")
+    assert Counter(compiled.kernels) & Counter(["fp8", "rows_to_fp8"] * 4 * LAYERS) == Counter(
+        ["fp8", "rows_to_fp8"] * 4 * LAYERS
+    )
+    assert compiled.command_buffers == 1 and compiled.aliased_bytes >= compiled.cache_bytes
+    assert not re.search(r"bf16\[(?:1536|5632),1024\]|bf16\[1024,(?:1024|2816)\]", compiled.executable.as_text())
+
+
+def test_a_decode_step_reads_blocks_of_fp8_and_makes_no_weight():
+    compiled = step("decode", changes=BLOCKS)
+    assert Counter(compiled.kernels)["fp8"] == 4 * LAYERS
+    assert not re.search(r"bf16\[(?:1536|5632),1024\]|bf16\[1024,(?:1024|2816)\]", compiled.executable.as_text())
+
+
+def test_devices_quantise_their_own_columns():
+    """No more collectives than with other weights, and products of FP8 on each device."""
+    compiled = step("decode", 4, changes={}, quantization="fp8")
+    assert compiled.collectives == Counter({"all-reduce": 2 * LAYERS + 1, "all-gather": 1})
+    parts = [part for part in compiled.executable.as_text().split("\n}") if " dot(" in part]
+    assert sum(len(re.findall(r"f8e4m3fn\S+ parameter\(", part)) == 2 for part in parts) == 4 * LAYERS
 
 
 @pytest.mark.parametrize("kind", ["decode", "prefill"])

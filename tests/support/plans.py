@@ -35,6 +35,7 @@ CASES: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
     "tied": (TIED, {}),
     "tied, int8": (TIED, {"quantization": "int8"}),
     "int8": (LLAMA, {"quantization": "int8"}),
+    "fp8": (LLAMA, {"quantization": "fp8"}),
     "4 bits": (LLAMA | FOUR_BITS, {}),
     "norms over the whole width": (OLMO, {}),
     "norms over the whole width, attention replicated": (OLMO, {"placement": {"*.attention": "replicate"}}),

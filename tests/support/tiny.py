@@ -136,16 +136,16 @@ def deterministic_runner(
     capture: tuple[str, ...] = (),
     tp: int = 1,
 ) -> Runner:
-    """Return the runner of a deterministic engine; `dtype` may be "int8" or "4 bits", of weights in a bfloat16 model,
-    and end with the format of a quantised cache: "bfloat16/fp8".
+    """Return the runner of a deterministic engine; `dtype` may be "int8", "fp8" or "4 bits", of weights in a bfloat16
+    model, and end with the format of a quantised cache: "bfloat16/fp8".
 
     `on=False`: the same without `deterministic`, with prefill steps of 64 tokens. `capture`: outputs of modules that
     its steps return. `tp`: devices that its weights are divided over.
     """
     dtype, _, codes = dtype.partition("/")
     mesh, own = make_mesh(tp), FOUR_BITS if dtype == "4 bits" else {}
-    hf = config(family) | {"dtype": "bfloat16" if dtype in ("int8", "4 bits") else dtype} | own
-    module = weights.random(hf, mesh, quantization="int8" if dtype == "int8" else None)
+    hf = config(family) | {"dtype": "bfloat16" if dtype in ("int8", "fp8", "4 bits") else dtype} | own
+    module = weights.random(hf, mesh, quantization=dtype if dtype in ("int8", "fp8") else None)
     kernels = dict(attention_kernel=kernel, matmul_kernel=kernel, kv_cache_dtype=codes or "auto")
     program, params = split(module, mesh, deterministic=on, **kernels)
     buckets = (CHUNK,) if on else (64,)

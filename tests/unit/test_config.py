@@ -32,11 +32,11 @@ CASES = [
     ({"dtype": "int8"}, "dtype must be auto, float32, bfloat16 or float16, got 'int8'"),
     (
         {"quantization": "int4"},
-        "quantization must be None or int8, dequantize, .*, got 'int4'",
+        "quantization must be None or int8, fp8, dequantize, .*, got 'int4'",
     ),
     (
         {"quantization": ["int8"]},
-        r"quantization must be None or int8, dequantize, .*, got \['int8'\]",
+        r"quantization must be None or int8, fp8, dequantize, .*, got \['int8'\]",
     ),
     ({"dtype": 5.5}, "dtype must be a name or a NumPy dtype, got 5.5"),
     ({"compilation_cache_dir": 5}, "compilation_cache_dir must be 'auto', a folder or None, got 5"),

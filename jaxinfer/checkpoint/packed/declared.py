@@ -57,6 +57,8 @@ class Declared:
     """Rows and columns that share a scale, for formats with blocks of both."""
     zero_offset: int = 0
     """Value that is added to stored zero points: GPTQ's first format stores them minus one."""
+    fp8: bool = False
+    """Whether all quantised weights are FP8 (e4m3)."""
     settings: Mapping[str, Any] = field(default_factory=dict, compare=False)
     """Settings as declared."""
 
@@ -135,7 +137,7 @@ def _fp8(where: str, settings: Mapping[str, Any], config: Mapping[str, Any]) -> 
     block = settings.get("weight_block_size")
     if block is not None and not _is_block(block):
         return f"weight_block_size={show(block)} must be two positive integers"
-    return Declared("fp8", where, block=tuple(block) if block else None, settings=settings)
+    return Declared("fp8", where, block=tuple(block) if block else None, fp8=True, settings=settings)
 
 
 def _compressed(where: str, settings: Mapping[str, Any], config: Mapping[str, Any]) -> Declared | str:
@@ -160,6 +162,7 @@ def _compressed(where: str, settings: Mapping[str, Any], config: Mapping[str, An
         bits=tuple(sorted({one["num_bits"] for one in weights if is_int(one.get("num_bits"))})),
         group_sizes=tuple(sorted({one["group_size"] for one in weights if is_int(one.get("group_size"))})),
         block=tuple(blocks[0]) if blocks else None,
+        fp8=bool(weights) and all(one.get("type") == "float" and one.get("num_bits") == 8 for one in weights),
         settings=settings,
     )
 
@@ -169,7 +172,8 @@ def _modelopt(where: str, settings: Mapping[str, Any], config: Mapping[str, Any]
     algorithm = inner.get("quant_algo")
     if algorithm not in _MODELOPT:
         return f"quant_algo={show(algorithm)} is not one of {', '.join(_MODELOPT)}"
-    return Declared("modelopt", where, settings=settings)
+    fp8 = algorithm in ("FP8", "FP8_PER_CHANNEL_PER_TOKEN")
+    return Declared("modelopt", where, fp8=fp8, settings=inner)
 
 
 def _gptq(where: str, settings: Mapping[str, Any], config: Mapping[str, Any]) -> Declared | str:

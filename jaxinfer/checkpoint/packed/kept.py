@@ -1,7 +1,8 @@
-"""Weights that stay in 4 bits: which ones a model can keep, and the tensors that fill them."""
+"""Weights that stay in 4 bits or FP8: which ones a model can keep, and the tensors that fill them."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from math import gcd
 from typing import Any
 
@@ -12,15 +13,17 @@ from jaxinfer._utils.checks import KEPT_QUANTIZATIONS
 from jaxinfer.checkpoint.packed.declared import Declared
 from jaxinfer.checkpoint.packed.matrix import MXFP4
 from jaxinfer.checkpoint.source import Info
-from jaxinfer.kernels.matmul.packed_matmul import CODES, Packing
+from jaxinfer.kernels.matmul.packed_matmul import Packing
+from jaxinfer.layers.embedding import Embedding
+from jaxinfer.layers.moe import ExpertLinear
 from jaxinfer.layers.packing import CODES_OF, group_within, packable
 
 _OTHER = re.compile(r"vision|visual|audio|projector")
-"""Modules beside the language model, which tools for 4 bits leave as they are."""
+"""Modules beside the language model, which tools leave as they are."""
 
 
 class PackedSource:
-    """Source of one part of packed weights: codes two a byte, or scales or zero points by group.
+    """Source of one part of packed weights: codes, those of 4 bits two a byte, or scales or zero points by group.
 
     Args:
         source: source whose method `packed` gives the matrices.
@@ -30,7 +33,7 @@ class PackedSource:
 
     def __init__(self, source: Any, part: str, packing: Packing) -> None:
         self._source, self._part = source, part
-        self._columns = CODES if part == CODES_OF else packing.group
+        self._columns = packing.codes if part == CODES_OF else packing.group
 
     def names(self) -> list[str]:
         return self._source.names()
@@ -55,25 +58,43 @@ class PackedSource:
 def packings(
     module: nnx.Module, tensors: Mapping[str, Sequence[str]], packing: Callable[[str], Packing | None]
 ) -> dict[str, Packing]:
-    """Return how each weight of a model can be kept in 4 bits, by its path.
+    """Return how each weight of a model can be kept in 4 bits or FP8, by its path.
 
     A fused weight is kept if all of its tensors can be. Groups become smaller where shards or fused tensors need it.
 
     Args:
         module: the model with shapes in place of arrays, its weights not packed.
         tensors: names of the tensors that fill each parameter, by its path.
-        packing: returns how a tensor is packed, None if it is not in 4 bits.
+        packing: returns how a tensor is packed, None if it is not.
     """
     found = {}
     for path, part in packable(module).items():
         own = [packing(name) for name in tensors.get(path, ())]
-        if not own or None in own:
+        kinds = {one.fp8 for one in own if one is not None}
+        # Products of experts take no FP8.
+        if not own or None in own or len(kinds) > 1 or kinds == {True} and isinstance(part, ExpertLinear):
             continue
         group = group_within(part, gcd(*(one.group for one in own)))
         if group:
             dtypes = {one.scale_dtype for one in own}
             symmetric = all(one.symmetric for one in own)
-            found[path] = Packing(group, symmetric, dtypes.pop() if len(dtypes) == 1 else "float32")
+            dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
+            found[path] = replace(own[0], group=group, symmetric=symmetric, scale_dtype=dtype)
+    return found
+
+
+def in_fp8(module: nnx.Module) -> dict[str, Packing]:
+    """Return how projections are quantised to FP8 with a scale a row, by the paths of their weights.
+
+    Heads are left as they are, and projections beside the language model: tools for FP8 do so, too. Products of experts
+    take no FP8.
+    """
+    found = {}
+    for path, part in packable(module).items():
+        left = isinstance(part, Embedding | ExpertLinear) or _OTHER.search(path)
+        group = 0 if left else group_within(part, part.weight.shape[-1])
+        if group:
+            found[path] = Packing(group, True, "float32", fp8=True, activations=True)
     return found
 
 
@@ -84,26 +105,38 @@ def stated(declared: Declared, scale_dtype: str) -> Callable[[str], Packing | No
         declared: what the checkpoint declares.
         scale_dtype: dtype of its scales.
     """
-    settings = declared.settings
     if declared.method == "mxfp4":
         return lambda name: MXFP4 if ".experts." in name else None
-    if declared.method not in KEPT_QUANTIZATIONS or declared.bits != (4,) or len(declared.group_sizes) > 1:
+    made = _stated(declared, scale_dtype)
+    if made is None:
         return lambda name: None
-    symmetric, ordered = _options(declared)
-    if not ordered:
-        return lambda name: None
-    ignored = [str(one) for one in (settings.get("ignore") or settings.get("modules_to_not_convert") or ())]
-    heads = bool(settings.get("lm_head", False)) or declared.method == "compressed-tensors"
-    size = declared.group_sizes[0] if declared.group_sizes else -1
+    settings = declared.settings
+    lists = ("ignore", "modules_to_not_convert", "exclude_modules")
+    ignored = [str(one) for name in lists for one in settings.get(name) or ()]
+    heads = bool(settings.get("lm_head", False)) or declared.method in ("compressed-tensors", "modelopt")
 
     def packing(name: str) -> Packing | None:
         module = name.removesuffix(".weight")
         unnamed = _OTHER.search(module) or not heads and module.split(".")[-1] == "lm_head"
         if unnamed or any(_names(one, module) for one in ignored):
             return None
-        return Packing(size if size > 0 else 0, symmetric, scale_dtype)
+        return made
 
     return packing
+
+
+def _stated(declared: Declared, scale_dtype: str) -> Packing | None:
+    """Return how all quantised tensors are packed; a group of 0 columns is a whole row."""
+    if declared.fp8:
+        # Other tools than those of compressed-tensors write float32.
+        scale_dtype = scale_dtype if declared.method == "compressed-tensors" else "float32"
+        size = declared.block[1] if declared.block else max(0, *declared.group_sizes, -1)
+        return Packing(size, True, scale_dtype, fp8=True)
+    if declared.method not in KEPT_QUANTIZATIONS or declared.bits != (4,) or len(declared.group_sizes) > 1:
+        return None
+    symmetric, ordered = _options(declared)
+    size = declared.group_sizes[0] if declared.group_sizes else -1
+    return Packing(max(0, size), symmetric, scale_dtype) if ordered else None
 
 
 def _options(declared: Declared) -> tuple[bool, bool]:

@@ -35,9 +35,11 @@ def scaled(source: Tensors, name: str, declared: Declared) -> PackedMatrix | Non
     shape = source.matrix_shape(weight)
     return PackedMatrix(
         shape,
-        plain(source, weight),
+        lambda *part: source.read(weight, part),
         _grid(source, scale, shape, declared),
         _grid(source, zeros, shape, declared) if source.has(zeros) else None,
+        fp8=source.dtype_of(weight) == "F8_E4M3",
+        scale_dtype=source.dtype_of(scale),
     )
 
 

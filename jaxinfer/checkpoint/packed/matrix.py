@@ -1,4 +1,4 @@
-"""Matrices of quantised values with scales and zero points per block, dequantised part by part or kept in 4 bits."""
+"""Matrices of quantised values with scales and zero points per block, dequantised part by part or kept in codes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -87,11 +87,18 @@ class PackedMatrix:
     bits: int | None = None
     """Bits of a code, for codes that are unsigned integers."""
     scale_dtype: str = "F32"
-    """Safetensors name of the dtype of the scales."""
+    """Safetensors name of the dtype of the scales; "U8" for exponents of two."""
+    fp8: bool = False
+    """Whether codes are FP8 (e4m3)."""
 
     @cached_property
     def packing(self) -> Packing | None:
-        """How the matrix can be kept in 4 bits; None if it cannot, such as with groups in another order."""
+        """How the matrix can be kept in codes; None if it cannot, such as with groups in another order."""
+        dtype = {"F16": "float16", "BF16": "bfloat16", "U8": "bfloat16"}.get(self.scale_dtype, "float32")
+        group = min(self.scales.columns, self.shape[1])
+        if self.fp8:
+            # Rows of a block have its scale each, so that they can lie where fused or padded weights have them.
+            return Packing(group, True, dtype, fp8=True) if self.zeros is None else None
         grids = [self.scales, *([] if self.zeros is None else [self.zeros])]
         if self.bits != 4 or self.biases is not None or self.zeros is None:
             return None
@@ -101,12 +108,12 @@ class PackedMatrix:
         apart = self.zeros.columns % self.scales.columns and self.zeros.columns < self.shape[1]
         if apart or not 0 <= zeros.min() <= zeros.max() <= 2 * MIDDLE:
             return None
-        dtype = {"F16": "float16", "BF16": "bfloat16"}.get(self.scale_dtype, "float32")
-        return Packing(min(self.scales.columns, self.shape[1]), bool((zeros == MIDDLE).all()), dtype)
+        return Packing(group, bool((zeros == MIDDLE).all()), dtype)
 
     def octets(self, rows: slice, columns: slice) -> np.ndarray:
-        """Return the codes of a part of the matrix two a byte, `[rows, columns / 2]` uint8."""
-        return pack(self.codes(rows, columns))
+        """Return the codes of a part of the matrix two a byte, `[rows, columns / 2]` uint8, or those of FP8."""
+        codes = self.codes(rows, columns)
+        return codes if self.fp8 else pack(codes)
 
     def by_group(self, what: str, rows: slice, columns: np.ndarray) -> np.ndarray:
         """Return the "scales" or "zeros" of some columns, `[rows, columns]`."""

@@ -70,7 +70,7 @@ class DequantisedSource:
         return matrix.read(*(slice(*one.indices(size)[:2]) for one, size in zip(given, matrix.shape, strict=True)))
 
     def packed(self, name: str) -> PackedMatrix | None:
-        """Return a matrix that can be kept in 4 bits (`PackedMatrix.packing`), or None."""
+        """Return a matrix that can be kept in codes (`PackedMatrix.packing`), or None."""
         matrix = self._matrices.get(name)
         return matrix if isinstance(matrix, PackedMatrix) and matrix.packing is not None else None
 

@@ -1,4 +1,4 @@
-"""Weights of 4-bit checkpoints stay in 4 bits: their values are those that the loader dequantises to."""
+"""Weights of 4-bit and FP8 checkpoints stay as they are: their values are those that the loader dequantises to."""
 
 import json
 from pathlib import Path
@@ -6,11 +6,12 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import checkpoint, four_bits, loaded
-from support.kept import assert_kept, parameters
+from support import checkpoint, four_bits, fp8, loaded
+from support.kept import CODES, assert_kept, parameters
 from support.tiny import prompt
 
 from jaxinfer.checkpoint import rules
+from jaxinfer.checkpoint.safetensors import SafetensorsReader
 from jaxinfer.config import EngineConfig
 from jaxinfer.errors import CheckpointError, ConfigError
 from jaxinfer.functional import training
@@ -39,6 +40,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
         "plain": plain,
         "partly": four_bits.quantise(plain, root / "partly", "awq", group=16, skip="k_proj"),
         **made,
+        **{f"{form} in FP8": fp8.quantise(plain, root / f"{form} in FP8", form) for form in fp8.STATED},
     }
 
 
@@ -53,17 +55,43 @@ def test_packed_weights_are_the_dequantised_ones(form: str, folders):
     assert sum(bytes_of.values()) == 64 * 96 // 2 + stored * 64 * 96 // group
 
 
-@pytest.mark.parametrize(("tp", "how"), [(2, {}), (4, {}), (3, {"pad_heads": True}), (2, {"replicate": True})])
-def test_devices_hold_their_own_part(tp: int, how: dict, folders):
+@pytest.mark.parametrize("form", fp8.STATED)
+def test_fp8_weights_are_the_dequantised_ones(form: str, folders):
+    """Rows of a block have its scale each."""
+    folder = folders[f"{form} in FP8"]
+    assert_kept(folder, 1)
+    found = parameters(folder)
+    codes, scales = found["layers.0.mlp.down.weight"], found["layers.0.mlp.down.weight_scale"]
+    with SafetensorsReader(folder) as reader:
+        stored = reader.read("model.layers.0.mlp.down_proj.weight")
+    np.testing.assert_array_equal(np.asarray(codes).view(np.uint8), stored.view(np.uint8))
+    assert scales.shape == (64, 96 // fp8.BLOCK[1] if form == "fp8" else 1) and scales.dtype == (
+        jnp.bfloat16 if form == "compressed-tensors" else jnp.float32
+    )
+
+
+@pytest.mark.parametrize(
+    ("form", "tp", "how"),
+    [
+        ("awq", 2, {}),
+        ("awq", 4, {}),
+        ("awq", 3, {"pad_heads": True}),
+        ("awq", 2, {"replicate": True}),
+        ("fp8 in FP8", 4, {}),
+        ("fp8 in FP8", 3, {"pad_heads": True}),
+    ],
+)
+def test_devices_hold_their_own_part(form: str, tp: int, how: dict, folders):
     """Also with repeated kv heads, heads of padding, and replicated modules."""
-    if how.pop("replicate", False):
+    if how.get("replicate"):
         how = {"placement": weights.Placement({"layers.*.attention": "replicate"})}
-    assert_kept(folders["awq"], tp, **how)
+    assert_kept(folders[form], tp, **how)
 
 
 def test_logits_are_those_of_the_dequantised_weights(folders):
     prompts, following = [prompt(20, 0), prompt(7, 1)], [prompt(3, 2), prompt(2, 3)]
-    for form, tp in (("gptq", 1), ("compressed-tensors symmetric", 1), ("awq", 2)):
+    cases = ("gptq", 1), ("compressed-tensors symmetric", 1), ("awq", 2), ("fp8 in FP8", 2), ("modelopt in FP8", 1)
+    for form, tp in cases:
         ours = loaded.logits(folders[form], prompts, following, tp=tp)
         theirs = loaded.logits(folders[form], prompts, following, tp=tp, quantization="dequantize")
         for own, wanted in zip(ours, theirs, strict=True):
@@ -86,14 +114,17 @@ def test_groups_are_cut_where_shards_are_smaller(folders, tmp_path):
     folder = folders["gptq symmetric"]
     assert_kept(folder, 2)
     found = parameters(folder, 2)
+    assert parameters(folders["compressed-tensors in FP8"], 2)["layers.0.mlp.down.weight_scale"].shape == (64, 2)
     assert found["layers.0.mlp.down.weight_scale"].shape == (64, 96 // 16)
     assert found["layers.0.attention.qkv.weight_scale"].shape[-1] == 64 // 32
 
 
 def test_packed_weights_are_not_trained(folders):
     module = weights.load(folders["awq"], make_mesh(), progress=False)
-    with pytest.raises(ConfigError, match="codes of 4 bits.*quantization='dequantize'"):
+    with pytest.raises(ConfigError, match="are codes.*quantization='dequantize'"):
         training.prepare(module)
+    with pytest.raises(ConfigError, match="are codes, which have no gradients"):
+        training.prepare(weights.load(folders["fp8 in FP8"], make_mesh(), progress=False))
     training.prepare(weights.load(folders["awq"], make_mesh(), progress=False, quantization="dequantize"))
 
 
@@ -104,17 +135,27 @@ def test_the_order_of_columns_matters_only_with_several_groups(group: int, kept:
     assert ("uint8" in {row.dtype for row in made.rows}) == kept
 
 
-@pytest.mark.parametrize("how", [dict(), dict(tensor_parallel_size=2), dict(quantization="dequantize")])
-def test_the_plan_counts_packed_bytes(how: dict, folders, tmp_path):
+@pytest.mark.parametrize(
+    ("form", "how"),
+    [
+        ("compressed-tensors", dict()),
+        ("compressed-tensors", dict(tensor_parallel_size=2)),
+        ("compressed-tensors", dict(quantization="dequantize")),
+        ("fp8 in FP8", dict(tensor_parallel_size=2)),
+        ("compressed-tensors in FP8", dict()),
+        ("modelopt in FP8", dict(quantization="modelopt")),
+    ],
+)
+def test_the_plan_counts_packed_bytes(form: str, how: dict, folders, tmp_path):
     """Read from the tensors, and from config.json alone as for a model that is not fetched yet."""
-    folder = folders["compressed-tensors"]
-    mesh, kept = make_mesh(how.get("tensor_parallel_size", 1)), how.get("quantization") is None
+    folder = folders[form]
+    mesh, kept = make_mesh(how.get("tensor_parallel_size", 1)), how.get("quantization") != "dequantize"
     module = weights.load(folder, mesh, dtype="bfloat16", progress=False, quantization=how.get("quantization"))
     found = rules.parameters(module).values()
     held = sum(array[...].addressable_shards[0].data.nbytes for array in found)
     made = plan(folder, dtype="bfloat16", **how)
     assert made.device_bytes == held
-    assert ("uint8" in {row.dtype for row in made.rows}) == kept
+    assert any(row.dtype in map(np.dtype, CODES) for row in made.rows) == kept
     (tmp_path / "config.json").write_text(
         json.dumps(json.loads((folder / "config.json").read_text()) | {"dtype": "bfloat16"})
     )
@@ -125,7 +166,10 @@ def test_the_plan_counts_packed_bytes(how: dict, folders, tmp_path):
     ("quantization", "message"),
     [
         ("gptq", r"quantization is 'gptq', but the checkpoint is quantised with 'awq' \(quantization_config\)"),
-        ("fp4", "quantization must be None or int8, dequantize, awq, gptq, compressed-tensors, mxfp4, got 'fp4'"),
+        (
+            "fp4",
+            "None or int8, fp8, dequantize, awq, gptq, compressed-tensors, modelopt, mxfp4, got 'fp4'",
+        ),
     ],
 )
 def test_other_formats_are_refused(quantization: str, message: str, folders):
@@ -143,13 +187,14 @@ def test_other_quantisations_apply_to_the_dequantised_values(folders):
     assert parameters(folders["awq"], quantization="dequantize")["layers.0.mlp.down.weight"].dtype == jnp.float32
 
 
-def test_packed_weights_are_not_replaced_or_returned_by_name(folders):
-    program, params = loaded.load(folders["awq"])
+@pytest.mark.parametrize(("form", "bits"), [("awq", 4), ("fp8 in FP8", 8)])
+def test_packed_weights_are_not_replaced_or_returned_by_name(form: str, bits: int, folders):
+    program, params = loaded.load(folders[form])
     table = WeightTable(program, params)
     name = "model.layers.1.mlp.down_proj.weight"
-    with pytest.raises(CheckpointError, match=f"the update: '{name}' is kept in 4 bits.*quantization='dequantize'"):
+    with pytest.raises(CheckpointError, match=f"'{name}' is kept in {bits} bits.*quantization='dequantize'"):
         table.prepare({name: np.zeros((64, 96), np.float32)}, partial=True)
-    with pytest.raises(ConfigError, match="'layers.0.attention.out.weight' and others are in 4 bits; .*'jaxinfer'"):
+    with pytest.raises(ConfigError, match=f"'layers.0.attention.out.weight' and others are in {bits} bits; .*'jax"):
         next(iter(table.tensors(params)))
     norm = {"model.norm.weight": np.full(64, 2, np.float32)}
     changed = list(params)

@@ -55,7 +55,7 @@ def model(
     tensors = {name: 0.1 * value for name, value in checkpoint.shaped(hf).items()}
     (model_family, own), mesh = weights.parse(hf), make_mesh(tp)
     options = dict(quantization=quantization, placement=Placement(how), pad_heads=pad)
-    module = weights.abstract(model_family, own, np.dtype(np.float32), mesh, **options)
+    module = weights.abstract_stored(model_family, own, np.dtype(np.float32), mesh, hf=hf, **options)
     source = model_family.source(MemorySource(tensors))
     rules.load(module, model_family.weight_rules(own), source, mesh, progress=False)
     program, params = functional.split(module, mesh)
@@ -95,6 +95,7 @@ def on_device(tensors: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         ("llama", 4, None, {}),  # each kv head on two devices, a padded vocabulary
         ("llama", 3, None, {"pad": True}),  # heads of zeros
         ("llama", 2, "int8", {}),
+        ("llama", 2, "fp8", {}),
         ("qwen3_moe", 2, None, {"*.mlp": "experts"}),
         ("qwen3_moe", 2, "int8", {"*.mlp": "experts"}),
     ],
@@ -107,7 +108,7 @@ def test_an_update_is_what_the_loader_makes_of_the_same_tensors(family, tp, quan
         if param.dtype == np.int8:  # rotated in float32, by the loader in float64
             assert np.abs(np.asarray(found, np.int32) - np.asarray(param, np.int32)).max() <= 1
             assert np.mean(np.asarray(found) != np.asarray(param)) < 1e-3
-        elif quantization is None:
+        elif quantization is None or param.dtype == jnp.float8_e4m3fn:
             np.testing.assert_array_equal(found, param)
         else:
             np.testing.assert_allclose(found, param, rtol=1e-6)
@@ -197,15 +198,16 @@ def test_a_partial_update_keeps_the_rest():
     assert made.table.prepare(given, partial=True).report.checksum == checksum(given)
 
 
-def test_a_partial_update_of_int8_keeps_the_rows_of_other_outputs():
-    made = model("llama", 2, "int8")
+@pytest.mark.parametrize("quantization", ["int8", "fp8"])
+def test_a_partial_update_of_quantised_rows_keeps_those_of_other_outputs(quantization: str):
+    made = model("llama", 2, quantization)
     name = f"{LAYER}.self_attn.v_proj.weight"
     found = updated(made, {name: 2 * made.tensors[name]}, made.params, partial=True)
     for end, factor in ("weight", 1), ("weight_scale", 2):
         place = made.table._places[f"layers.0.attention.qkv.{end}"]
         old, new = (np.split(np.asarray(params[place]), [32, 48], axis=1) for params in (made.params, found))
         for part, rows, kept in zip((1, 1, factor), new, old, strict=True):
-            np.testing.assert_allclose(rows, part * kept, rtol=1e-6)
+            np.testing.assert_allclose(*(one.astype(np.float32) for one in (rows, part * kept)), rtol=1e-6)
 
 
 NORM, QUERY = f"{LAYER}.input_layernorm.weight", f"{LAYER}.self_attn.q_proj.weight"
@@ -283,8 +285,9 @@ def test_tied_tensors_must_agree():
 
 
 def test_names_need_weights_that_are_not_quantised_and_an_architecture():
-    with pytest.raises(ConfigError, match="quantised to int8.*names='jaxinfer'"):
-        list(model(quantization="int8").table.tensors([]))
+    for kind, tp in (("int8", 1), ("fp8", 2)):
+        with pytest.raises(ConfigError, match=f"quantised to {kind}, .*names='jaxinfer'"):
+            list(model("llama", tp, kind).table.tensors([]))
     made = model()
     module = made.table.module
     del module.architecture
