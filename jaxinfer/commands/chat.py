@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--top-k", type=int, default=None, help="by default the model's own value")
     add("--seed", type=int, default=None, help="makes sampled answers repeatable")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
-    add("--quantization", default=None, choices=QUANTIZATIONS, help="int8 or fp8, or what to do with quantised weights")
+    add("--quantization", default=None, choices=QUANTIZATIONS, metavar="METHOD", help=", ".join(QUANTIZATIONS))
     add("--max-model-len", type=int, default=None, help="tokens that a conversation may have")
     add("--tensor-parallel-size", type=int, default=1, help="devices that share the weights (%(default)s)")
     add("--chat-template", type=Path, metavar="FILE", help="Jinja source to use instead of the model's")

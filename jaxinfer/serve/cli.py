@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         limit(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=f"{text} ({shown})")
     engine = parser.add_argument_group("engine (see jaxinfer.EngineConfig)").add_argument
     engine("--dtype", choices=("auto", "float32", "bfloat16", "float16"))
-    engine("--quantization", choices=QUANTIZATIONS)
+    engine("--quantization", choices=QUANTIZATIONS, metavar="FORM", help="int8, fp8, dequantize, or its own format")
     for name in ("tensor-parallel-size", "max-model-len", "max-num-seqs", "max-num-batched-tokens"):
         engine(f"--{name}", type=int, metavar="N")
     engine("--kv-cache-dtype", choices=KV_CACHE_DTYPES, help="int8 and fp8: half the memory of keys and values")

@@ -48,7 +48,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     add("--model", help="a checkpoint's directory, GGUF file or Hub id, or smollm2; by default the packaged one")
     add("--seed", type=int, default=0, metavar="N", help="seed of the prompts (%(default)s)")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"))
-    add("--quantization", choices=QUANTIZATIONS, help="int8 or fp8, or what to do with quantised weights")
+    add("--quantization", choices=QUANTIZATIONS, metavar="METHOD", help=", ".join(QUANTIZATIONS))
     add("--kv-cache-dtype", choices=KV_CACHE_DTYPES, help="keep keys and values in a byte an element")
     for name in ("tensor-parallel-size", "max-model-len", "max-num-seqs"):
         add(f"--{name}", type=count, metavar="N", help="as in jaxinfer.LLM")

@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=None, help="by default one that is the same for every run")
     add("--n", type=int, default=1, help="samples a prompt")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
-    add("--quantization", default=None, choices=QUANTIZATIONS, help="int8 or fp8, or what to do with quantised weights")
+    add("--quantization", default=None, choices=QUANTIZATIONS, metavar="METHOD", help=", ".join(QUANTIZATIONS))
     add("--max-model-len", type=int, default=None)
     add_hf_overrides(parser)
     add("--tensor-parallel-size", type=int, default=None, help="by default 1, or all devices of several processes")

@@ -1,7 +1,7 @@
-// y = x w^T for rows x [M, K] and weights w [N, K] in codes of 4 bits or FP8, or grouped: groups of rows, each times its
-// own weights. Values are (code - zero) * scale with a scale and, for 4 bits, a zero point for each group of columns of
-// a row or, where scales are the exponents of MXFP4, floats of 4 bits (e2m1) times 2^(scale - 127). Byte i of a row has
-// the codes of columns 2i (low half) and 2i + 1, or that of column i in FP8.
+// y = x w^T for rows x [M, K] and weights w [N, K] in codes of 4 bits or FP8, or grouped: groups of rows, each times
+// its own weights. Values are (code - zero) * scale with a scale and, for 4 bits, a zero point for each group of
+// columns of a row or, where scales are the exponents of MXFP4, floats of 4 bits (e2m1) times 2^(scale - 127). Byte i
+// of a row has the codes of columns 2i (low half) and 2i + 1, or that of column i in FP8.
 //
 // Codes become values of x's type in registers (`packed_codes.h`). Words are shifted, not unpacked: a register of words
 // gives several registers with, for 4 bits, every fourth or eighth column. So x is brought into that order once, and
