@@ -51,6 +51,8 @@ Triton 3.9, for about 470, and a decoder family for 25, or 12 if it is compared 
 _compiled: Counter[str] = Counter()
 """Number of programs compiled or read from the compilation cache so far, by test file."""
 _running = ["collection"]
+_crashed: list[object] = []
+"""What workers that ended too early said."""
 
 
 def _count(name: str, _seconds: float, **_labels: object) -> None:
@@ -92,18 +94,22 @@ def pytest_runtest_protocol(item: pytest.Item) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Add up the counts of the workers; fail the run if the total exceeds the budget."""
+    """Add up the counts of the workers; fail the run if the total exceeds the budget or a worker has crashed."""
     output = getattr(session.config, "workeroutput", None)
     if output is not None:
         output["compilations"] = dict(_compiled)
         return
     if _compiled.total() > COMPILE_BUDGET and session.exitstatus == 0:
         session.exitstatus = 1
+    if _crashed:  # a fault of native code, which may not show again: not the status of tests that failed
+        session.exitstatus = pytest.ExitCode.INTERNAL_ERROR
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_testnodedown(node: object) -> None:
-    """Add the counts of a finished worker."""
+def pytest_testnodedown(node: object, error: object) -> None:
+    """Add the counts of a finished worker, or record that it crashed."""
+    if error:
+        _crashed.append(error)
     _compiled.update(getattr(node, "workeroutput", {}).get("compilations", {}))
 
 
