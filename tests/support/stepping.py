@@ -11,6 +11,8 @@ from jaxinfer.engine.engine import Engine
 PATIENCE = 120.0
 """Seconds until a wait fails. On a busy machine milliseconds become seconds; only a fault takes longer than this."""
 
+IN_VAIN = "what the steps are held for does not come"
+
 
 def always() -> bool:
     """Return True."""
@@ -44,7 +46,7 @@ def begun(engine: Engine) -> bool:
 class Held:
     """Context in which an engine's steps do nothing from one moment on until another; commands are taken meanwhile.
 
-    Leaving the context lets the steps go on.
+    Leaving the context lets the steps go on, and fails if what they were held for has not come.
     """
 
     def __init__(self, engine: Engine, when: Callable[[], Any] = always, until: Callable[[], Any] = never):
@@ -57,6 +59,7 @@ class Held:
         """
         self._engine, self._when, self._until = engine, when, until
         self._reached, self._released = Event(), Event()
+        self._in_vain = False
 
     def __enter__(self) -> "Held":
         self._patched = "step" in vars(self._engine)
@@ -64,12 +67,14 @@ class Held:
         self._engine.step = self._hold_or_step
         return self
 
-    def __exit__(self, *_exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_exception: object) -> None:
         self.release()
         if self._patched:
             self._engine.step = self._step
         else:
             del self._engine.step
+        # The error of a step ends its requests, and where nobody waits for these, nobody hears of it.
+        assert kind is not None or not self._in_vain, IN_VAIN
 
     def wait(self, alive: Callable[[], bool] = always) -> None:
         """Wait until the steps are held, as `wait_until`."""
@@ -88,5 +93,6 @@ class Held:
         if self._until():
             self.release()
             return self._step()
-        assert time.monotonic() < self._began + PATIENCE, "what the steps are held for does not come"
+        self._in_vain = time.monotonic() > self._began + PATIENCE
+        assert not self._in_vain, IN_VAIN
         self._released.wait(0.001)
