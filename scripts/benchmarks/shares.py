@@ -37,7 +37,8 @@ class Costs:
         module, runner = llm._opened.module, llm._engine.runner
         config, found = module.config, parameters(module)
         read = {path: p for path, p in found.items() if config.tied or not path.startswith("embedding.")}
-        matrices = {path: p.size for path, p in read.items() if path.endswith("weight")}
+        # Codes of 4 bits lie two a byte.
+        matrices = {path: p.size * (1 + (p.dtype == np.uint8)) for path, p in read.items() if path.endswith("weight")}
         positions = runner.shapes.num_blocks * runner.shapes.block_size
         quantised = any(p.dtype == np.int8 for p in read.values())
         return cls(

@@ -133,8 +133,11 @@ class Roofline:
 
 
 def _elements(rows: Sequence[Row]) -> float:
-    """Return the elements that each device holds."""
-    return float(sum(row.device_bytes / np.dtype(row.dtype).itemsize for row in rows))
+    """Return the elements of weights that each device holds. Codes of 4 bits lie two a byte."""
+    weights = [row for row in rows if not row.path.endswith(("_scale", "_zero"))]
+    return float(
+        sum(row.device_bytes * (2 if row.dtype == "uint8" else 1 / np.dtype(row.dtype).itemsize) for row in weights)
+    )
 
 
 def _of_experts(row: Row, experts: int) -> bool:

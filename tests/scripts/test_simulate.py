@@ -12,7 +12,7 @@ from jaxinfer.sharding import plan
 
 pytestmark = pytest.mark.xdist_group("tiny")
 scripts.load("simulate")
-from simulating import cli, engines, replay, trace
+from simulating import cli, engines, replay, times, trace
 from simulating.runner import Clock, SimulatedRunner
 from simulating.times import DEVICES, TERMS, Measured, Roofline
 from simulating.trace import Arrival
@@ -258,3 +258,9 @@ def test_the_script_counts_the_devices_of_its_command_line_before_jax_starts():
 
     assert simulated_devices(["simulate.py", "--device", "h100", "--tensor-parallel-size", "4"]) == 4
     assert simulated_devices(["simulate.py", "--step-times", "x"]) == 0
+
+
+def test_packed_weights_are_multiplied_like_others():
+    made = [plan(LLAMA | tiny.FOUR_BITS, quantization=kept).rows for kept in (None, "dequantize")]
+    assert {row.dtype for row in made[0]} >= {"uint8"}
+    assert times._elements(made[0]) == times._elements(made[1])
