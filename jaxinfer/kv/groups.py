@@ -122,6 +122,11 @@ def layout(specs: tuple[Spec, ...]) -> Layout:
         places[number] = Place(-1, len(arrays) + index)
     for number, spec in enumerate(specs):
         if isinstance(spec, Lent):
+            if spec.replicated != specs[spec.lender].replicated:
+                raise ConfigError(
+                    f"layer {number} attends to the keys and values of layer {spec.lender}, but one of them is "
+                    "replicated and the other is not; give all attention layers the same tactic"
+                )
             places[number] = places[spec.lender]
     return Layout(tuple(places[number] for number in range(len(specs))), arrays, kinds, states)
 

@@ -166,6 +166,8 @@ class Lent:
 
     lender: int
     """Number of the layer that stores them."""
+    replicated: bool = False
+    """Whether each device has all heads of the layer; the lender's placement must be the same."""
 
     @property
     def kind(self) -> Kind:

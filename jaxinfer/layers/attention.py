@@ -252,7 +252,7 @@ class Attention(nnx.Module):
     def cache_spec(self) -> Full | Lent:
         """Cache spec of the layer."""
         if self.spec.lender is not None:
-            return Lent(self.spec.lender)
+            return Lent(self.spec.lender, self.replicated)
         spec = Full(self.layout.kv_heads_on(self.tp), self.spec.head_dim, self.replicated)
         if self.spec.window is None:
             return spec

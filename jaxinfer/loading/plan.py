@@ -153,7 +153,7 @@ def cache_plan(module: LanguageModel, config: EngineConfig, dtype: jnp.dtype, me
     ):
         arrays = jax.tree.leaves(stored)
         whole, size = (
-            all(array.sharding.is_fully_replicated for array in arrays),
+            bool(arrays) and all(array.sharding.is_fully_replicated for array in arrays),
             sum(map(placement.device_bytes, arrays)),
         )
         sizes = {"state_device_bytes" if isinstance(spec, State) else "block_device_bytes": size}

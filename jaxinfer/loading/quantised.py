@@ -70,7 +70,9 @@ def packings(
                 f"quantization is {FP8!r}, whose weights cannot be divided over the axis {axes.FSDP!r} of the mesh; "
                 f"use {INT8!r}, or None"
             )
-        return kept.in_fp8(module)
+        found = kept.in_fp8(module)
+        log.info("%d of %d projections are quantised to FP8", len(found), len(packable(module)))
+        return found
     if format is None or quantization in (INT8, DEQUANTIZE):
         return {}
     if divided:

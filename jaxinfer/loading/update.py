@@ -280,11 +280,17 @@ def _check_dtype(name: str, found: Any, wanted: Sequence[str], cast: bool) -> np
     """Return the dtype in which the engine takes a tensor's values.
 
     Raises:
-        CheckpointError: values would be rounded and not `cast`, or they are not floating-point numbers.
+        CheckpointError: values would be rounded and not `cast`, they are not floating-point numbers, or the engine has
+            codes, which have no values without their scales.
     """
     found = np.dtype(found)
     if found.name in wanted:
         return found
+    if wanted[0] not in FLOATS:
+        raise CheckpointError(
+            f"{WHERE}: {name!r}: expected codes of dtype {wanted[0]}, found {found.name}; give the weights by the "
+            "names of Hugging Face, or load the engine without quantization"
+        )
     if jnp.issubdtype(found, jnp.floating) and (cast or found.name in FLOATS[1:] and wanted[0] == FLOATS[0]):
         return np.dtype(wanted[0])
     remedy = "pass cast=True to round it, or convert it" if jnp.issubdtype(found, jnp.floating) else "convert it"

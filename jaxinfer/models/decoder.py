@@ -188,6 +188,10 @@ class Decoder(nnx.Module):
     def beside(self, tokens: jax.Array, x: jax.Array, step: StepContext) -> Any:
         """Return what layers get beside hidden states, from token ids `[T]` and embeddings `[T, M]`; nothing here."""
 
+    def more(self, number: int, run: Pass) -> Mapping[str, Any]:
+        """Return further arguments of a layer's call; none here."""
+        return {}
+
     def apply(
         self,
         number: int,
@@ -200,7 +204,7 @@ class Decoder(nnx.Module):
         """Apply a layer to `[T, M]`, and replace its entries of the cache."""
         index, lender = step.array_index(number), self.config.lender_of(number)
         own = step.of(number) if lender is None else replace(step.of(number), lent=run.loans[lender])
-        call = self.remembering(partial(layer, rope=rope, step=own), step)
+        call = self.remembering(partial(layer, rope=rope, step=own, **self.more(number, run)), step)
         x, stored = call(x, run.cache[index])
         if isinstance(stored, Lending):
             stored, run.loans[number] = stored
@@ -287,7 +291,7 @@ def _attention_rules(spec: AttentionSpec, *, fused: bool) -> list[Rule]:
         for kind in ("weight", "bias") if bias else ("weight",):
             table.append(Rule(f"{source}.{name}_proj.{kind}", f"{target}.{path}.{kind}", parts))
     for part in ("k", "v") if spec.lender is not None else ():
-        table.append(Rule(f"{source}.{part}_proj.weight", None, optional=True))
+        table += [Rule(f"{source}.{part}_proj.{kind}", None, optional=True) for kind in ("weight", "bias")]
     for part in ("q", "k") if spec.norm_eps is not None else ():
         if part not in made:
             table.append(Rule(f"{source}.{part}_norm.weight", None, optional=True))

@@ -87,20 +87,22 @@ class Gemma4Layer(Layer):
         return {**Layer.norm_names(config), **({} if config.experts is None else EXPERTS_NORMS)}
 
     def __call__(
-        self, x: jax.Array, kv_cache: Any, rope: tuple[jax.Array, jax.Array] | None, step: StepContext
+        self,
+        x: jax.Array,
+        kv_cache: Any,
+        rope: tuple[jax.Array, jax.Array] | None,
+        step: StepContext,
+        inputs: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
-        """Map hidden states `[T, M]` to `[T, M]`, without the layer's inputs and scale; also return its new cache."""
+        """Map hidden states `[T, M]` to `[T, M]`, with the layer's inputs `[T, P]`; also return its new cache."""
         y, kv_cache = self.attend(self.attention_norm(x), kv_cache, rope, step)
         x = x + self.attention_post_norm(y)
         y = self.mlp(self.mlp_norm(x))
         if self.experts is not None:
             chosen = self.experts(self.experts_norm(x), step, ranked=x)
             y = self.mlp_own_norm(y) + self.experts_post_norm(chosen)
-        return x + self.mlp_post_norm(y), kv_cache
-
-    def end(self, x: jax.Array, inputs: jax.Array | None) -> jax.Array:
-        """Add what the layer makes of its inputs `[T, P]` to `[T, M]`, and scale the sum."""
-        return (x if inputs is None else x + self.inputs(x, inputs)) * self.scale[...]
+        x = x + self.mlp_post_norm(y)
+        return (x if inputs is None else x + self.inputs(x, inputs)) * self.scale[...], kv_cache
 
 
 class Gemma4Decoder(Decoder):
@@ -120,18 +122,9 @@ class Gemma4Decoder(Decoder):
         made = inputs(tokens, x)
         return jnp.where(step.real[:, None, None], made, 0) if step.deterministic else made
 
-    def apply(
-        self,
-        number: int,
-        layer: Gemma4Layer,
-        x: jax.Array,
-        rope: tuple[jax.Array, jax.Array] | None,
-        step: StepContext,
-        run: Pass,
-    ) -> jax.Array:
-        """Apply a layer to `[T, M]`, and replace its entries of the cache."""
-        x = super().apply(number, layer, x, rope, step, run)
-        return layer.end(x, None if run.beside is None else run.beside[:, number])
+    def more(self, number: int, run: Pass) -> Mapping[str, Any]:
+        """Return further arguments of a layer's call: its inputs."""
+        return {} if run.beside is None else {"inputs": run.beside[:, number]}
 
 
 def config(reader: ConfigReader) -> Gemma4Config:
@@ -203,17 +196,22 @@ def _full_heads(reader: ConfigReader, kinds: tuple[str, ...]) -> tuple[int, int]
     each = reader.get("per_layer_config", None)
     if each is None:
         return kv_heads, head_dim
-    full = {str(number) for number, kind in enumerate(kinds) if kind == FULL}
+    kv_heads, head_dim = reader.get_int("num_key_value_heads"), reader.get_int("head_dim")
+    full = {number for number, kind in enumerate(kinds) if kind == FULL}
+    numbers = isinstance(each, Mapping) and all(isinstance(key, str) and key.isdecimal() for key in each)
+    if numbers and not each:  # full layers have the shape of the others
+        return kv_heads, head_dim
     known = {"head_dim", "num_key_value_heads"}
-    first = next(iter(each.values()), None) if isinstance(each, Mapping) else None
-    alike = isinstance(first, Mapping) and set(each) == full and all(own == first for own in each.values())
+    first = next(iter(each.values())) if numbers else None
+    # transformers pads the numbers of layers with zeros.
+    alike = isinstance(first, Mapping) and {*map(int, each)} == full and all(own == first for own in each.values())
     if not alike or not set(first) <= known:
         raise ConfigError(
             f"{reader.family}: per_layer_config={show(each)} must have the same head_dim and num_key_value_heads for "
-            f"each full layer ({', '.join(sorted(full, key=int))}) and nothing else; jaxinfer has one shape a kind"
+            f"each full layer ({', '.join(map(str, sorted(full)))}) and nothing else; jaxinfer has one shape a kind"
         )
     own = ConfigReader(first, f"{reader.family}, per_layer_config")
-    return own.get_int("num_key_value_heads", reader.get_int("num_key_value_heads")), own.get_int("head_dim", head_dim)
+    return own.get_int("num_key_value_heads", kv_heads), own.get_int("head_dim", head_dim)
 
 
 def _lent_layers(reader: ConfigReader, kinds: tuple[str, ...]) -> int:

@@ -5,7 +5,7 @@ from contextlib import aclosing
 
 import pytest
 from faults.conftest import settle
-from support.stepping import Held, begun
+from support.stepping import Held, begun, wait_until
 
 from jaxinfer import AsyncLLM, RequestOutputKind, SamplingParams
 from jaxinfer.errors import EngineClosedError, EngineDeadError
@@ -125,8 +125,7 @@ def test_a_consumer_that_goes_aborts_its_request(llm, async_llm, ending):
         asyncio.run(run())
         settle(llm)
     assert not llm._engine.requests
-    while async_llm._hubs[async_llm._llm._replicas[0]].streams:  # the stream is told after one more step
-        settle(llm)
+    wait_until(lambda: settle(llm) or not async_llm._hubs[async_llm._llm._replicas[0]].streams)  # told a step later
     assert llm._engine.metrics.counters["generation_tokens"] - made < 100
 
 

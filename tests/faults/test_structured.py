@@ -97,9 +97,7 @@ def test_prefills_that_wait_for_their_programs(llm, expected, monkeypatch):
         armed = True
         others = call(slice(1, None))
         wait_until(lambda: len(engine.requests) == len(PROMPTS), others.is_alive)
-    while first.is_alive() or others.is_alive():
-        others.join(0.02)
-        gate.release()
+    wait_until(lambda: gate.release() or not (first.is_alive() or others.is_alive()))
     assert taken_back
     assert outputs(found[None]) + outputs(found[1]) == [one for each in expected for one in each]
 

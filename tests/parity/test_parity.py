@@ -17,7 +17,7 @@ from support.tiny import prompt
 pytest.importorskip("torch", reason="the reference of the parity tests; it comes with the extra `test`")
 
 from support import reference as ref
-from support.layers import assert_logits_close
+from support.layers import assert_logits_close, compare_layers
 from support.reference_changes import with_config, with_weights
 
 GREEDY = 64
@@ -74,6 +74,8 @@ def prompts(name: str) -> list[list[int]]:
     return [prompt(length, seed) for seed, length in enumerate(CASES[name].lengths)]
 
 
+BEYOND = ("gemma4", "falcon_h1")
+"""Families whose layers do more than a mixer and an MLP."""
 FOLLOWING = [prompt(4, 10), prompt(2, 11), prompt(4, 12), prompt(1, 13)]
 """Tokens fed to decode steps after each prompt: rows leave the batch at different times."""
 
@@ -97,6 +99,14 @@ def test_a_failure_names_the_first_layer_that_differs(broken, folder):
     assert_logits_close(folder("llama"), model("llama"), ours, ours, [(ids, ())], TOLERANCE)
     with pytest.raises(AssertionError, match=f"first to differ: layer {broken}$"):
         assert_logits_close(folder("llama"), other, ours, theirs, [(ids, ())], TOLERANCE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [pytest.param(one, marks=pytest.mark.xdist_group(one)) for one in BEYOND])
+def test_a_layer_returns_what_that_of_transformers_returns(name, folder):
+    """It is what `capture` reads and what steering changes."""
+    found = compare_layers(folder(name), model(name), prompts(name)[0], CASES[name].tolerance)
+    assert "first to differ" not in found, found
 
 
 @pytest.mark.slow

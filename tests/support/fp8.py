@@ -37,7 +37,7 @@ def layout(form: str, weight: np.ndarray) -> dict[str, np.ndarray]:
     each = np.kron(scales.astype(np.float32), np.ones((down, across), np.float32))[:rows, :columns]
     codes = np.clip(weight / each, -448, 448).astype(ml_dtypes.float8_e4m3fn)
     if form == "fp8":
-        return {"weight": codes, "weight_scale_inv": scales}
+        return {"weight": codes, "weight_scale_inv": scales, "activation_scale": np.ones((), np.float32)}
     if form == "modelopt":
         return {"weight": codes, "weight_scale": scales.reshape(()), "input_scale": np.ones((), np.float32)}
     return {"weight": codes, "weight_scale": scales}

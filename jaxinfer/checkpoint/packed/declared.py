@@ -38,7 +38,7 @@ _COMPRESSED = (
     "mxfp8-quantized",
     "mixed-precision",
 )
-_MODELOPT = ("FP8", "FP8_PB_WO", "FP8_PB", "FP8_PER_CHANNEL_PER_TOKEN", "NVFP4", "MIXED_PRECISION")
+_MODELOPT = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "NVFP4", "MIXED_PRECISION")
 
 
 @dataclass(frozen=True)

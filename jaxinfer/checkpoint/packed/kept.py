@@ -1,5 +1,6 @@
 """Weights that stay in 4 bits or FP8: which ones a model can keep, and the tensors that fill them."""
 
+import fnmatch
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -111,7 +112,7 @@ def stated(declared: Declared, scale_dtype: str) -> Callable[[str], Packing | No
     if made is None:
         return lambda name: None
     settings = declared.settings
-    lists = ("ignore", "modules_to_not_convert", "exclude_modules")
+    lists = ("ignore", "modules_to_not_convert", "exclude_modules", "ignored_layers")
     ignored = [str(one) for name in lists for one in settings.get(name) or ()]
     heads = bool(settings.get("lm_head", False)) or declared.method in ("compressed-tensors", "modelopt")
 
@@ -128,7 +129,7 @@ def stated(declared: Declared, scale_dtype: str) -> Callable[[str], Packing | No
 def _stated(declared: Declared, scale_dtype: str) -> Packing | None:
     """Return how all quantised tensors are packed; a group of 0 columns is a whole row."""
     if declared.fp8:
-        # Other tools than those of compressed-tensors write float32.
+        # Others write float32 or a half of it, which config.json does not say: an upper bound.
         scale_dtype = scale_dtype if declared.method == "compressed-tensors" else "float32"
         size = declared.block[1] if declared.block else max(0, *declared.group_sizes, -1)
         return Packing(size, True, scale_dtype, fp8=True)
@@ -157,4 +158,6 @@ def _names(pattern: str, module: str) -> bool:
     """Return whether an entry of a list of modules that are not quantised names a module."""
     if pattern.startswith("re:"):
         return re.match(pattern[3:], module) is not None
+    if "*" in pattern:  # ModelOpt
+        return fnmatch.fnmatchcase(module, pattern)
     return pattern == module or module.endswith(f".{pattern}") or f"{pattern}." in module

@@ -129,8 +129,9 @@ def _code_sums(x: jax.Array, codes: jax.Array, kernel: str, part: tuple[int, int
         return _sums(x.astype(jnp.bfloat16), codes, kernel, part)
 
     def in_fp8(x: jax.Array, codes: jax.Array) -> jax.Array:
-        sizes = (((1,), (1,)), ((), ()))
-        return jax.lax.dot_general(x, codes[slice(*part)], sizes, preferred_element_type=jnp.float32)
+        # With another precision cuBLASLt may add up in fewer bits ("fast accumulation").
+        options = dict(precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+        return jax.lax.dot_general(x, codes[slice(*part)], (((1,), (1,)), ((), ())), **options)
 
     return jax.lax.platform_dependent(x, codes, cpu=in_bfloat16, default=in_fp8)
 

@@ -275,6 +275,15 @@ def test_dtypes_that_lose_nothing_are_taken_and_others_rounded_if_asked():
         made.table.prepare(made.tensors | {NORM: np.full(32, 1e300)}, cast=True)
 
 
+@pytest.mark.parametrize(("kind", "tp"), [("int8", 1), ("fp8", 2)])
+def test_values_without_scales_are_not_rounded_to_codes(kind: str, tp: int):
+    made = model("llama", tp, kind)
+    [weight, *_] = [one for one in jax.tree.leaves(made.table.state(made.params)) if one.dtype.itemsize == 1]
+    state = jax.tree.map(lambda one: one.astype(jnp.float32) if one is weight else one, made.table.state(made.params))
+    with pytest.raises(CheckpointError, match=f"expected codes of dtype {weight.dtype.name}, found float32"):
+        made.table.prepare(state, partial=True, cast=True)
+
+
 def test_tied_tensors_must_agree():
     tensors, table, _ = model(tied=True)
     embedding = tensors["model.embed_tokens.weight"]

@@ -69,6 +69,13 @@ def test_narrower_layers_lie_side_by_side():
     assert made.array_specs == (Full(4, 16),), "64 elements a position, in whichever shape"
 
 
+def test_a_layer_that_borrows_is_placed_as_its_lender():
+    assert layout((Full(2, 16, replicated=True), Lent(0, replicated=True))).groups == 1
+    for lender in (True, False):
+        with pytest.raises(ConfigError, match="layer 1 attends to the keys.*layer 0.*the same tactic"):
+            layout((Full(2, 16, replicated=lender), Lent(0, replicated=not lender)))
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"head_dim": 24}, {"replicated": True}, {"kv_heads": 4, "head_dim": 24}],

@@ -73,6 +73,17 @@ def test_a_file_that_transformers_wrote_has_the_shape_of_full_layers_by_number()
     assert tiny(per_layer_config={"2": shape, "4": shape}, **nothing) == tiny()
     without = tiny(per_layer_config={"2": {"head_dim": 64}, "4": {"head_dim": 64}}, **nothing)
     assert (without.attention.kv_heads, without.attention.head_dim) == (4, 64)
+    heads = tiny(per_layer_config={"2": {"num_key_value_heads": 2}, "4": {"num_key_value_heads": 2}}, **nothing)
+    assert (heads.attention.kv_heads, heads.attention.head_dim) == (2, 16)
+    same = tiny(per_layer_config={}, **nothing)
+    assert (same.attention.kv_heads, same.attention.head_dim) == (4, 16)
+
+
+def test_numbers_of_layers_are_padded_with_zeros_where_there_are_ten_or_more():
+    kinds, shape = [SLIDING, SLIDING, FULL] * 4, {"head_dim": 64, "num_key_value_heads": 2}
+    each = {f"{number:02}": shape for number in (2, 5, 8, 11)}
+    made = tiny(num_hidden_layers=12, layer_types=kinds, per_layer_config=each)
+    assert (made.attention.kv_heads, made.attention.head_dim) == (2, 64)
 
 
 def test_the_last_layer_is_full():
