@@ -149,5 +149,6 @@ def test_every_family_and_option_has_a_case():
     assert all(data.cases for data in families().values() if data.architecture)
     named = {getattr(config, name, "silu") for config in configs for name in ("hidden_act", "mlp_hidden_act")}
     assert named | {"swish"} == set(ACTIVATIONS)
-    ropes = [getattr(config, "rope_parameters", {}) for config in configs]
+    stated = [getattr(config, "rope_parameters", {}) for config in configs]
+    ropes = [rope for own in stated for rope in (own, *own.values()) if isinstance(rope, dict)]  # by kind of layer
     assert {rope.get("rope_type", "default") for rope in ropes} == set(ROPE_KINDS)
