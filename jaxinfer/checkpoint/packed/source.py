@@ -17,7 +17,8 @@ from jaxinfer.errors import CheckpointError
 _PACKED = re.compile(r"(.*)\.(weight|weight_packed|qweight)")
 """Names of tensors that hold the values of a quantised module."""
 _ACTIVATIONS = re.compile(
-    r"(.*)\.(input_scale|activation_scale|input_zero_point|input_global_scale|output_scale|output_zero_point|weight_shape)"
+    r"(.*)\.(input_scale|activation_scale|input_zero_point|input_global_scale|output_scale|output_zero_point"
+    r"|weight_shape)"
 )
 """Tensors for the quantisation of activations, which are computed in `dtype` here."""
 
