@@ -108,7 +108,7 @@ def run(_: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         key = args.api_key if args.api_key is not None else os.environ.get(KEY)
         _check(args)
         name = args.served_model_name or args.model
-        config = ServerConfig(name, key, args.debug_cache, args.profile, **_given(args, LIMITS))
+        config = ServerConfig(name, key, args.debug_cache, args.profile, **_given(args, tuple(LIMITS)))
         llm = _load(args, _adapters(args.adapter or (), name))
     except (JaxInferError, ValueError, TypeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
