@@ -113,7 +113,8 @@ class EngineConfig:
     """Maximum number of tokens per step, prefill and decode together; by default 512 on a CPU, 2048 on a GPU."""
     attention_kernel: str = "auto"
     """"triton" (NVIDIA GPUs, with extra `cuda13` or `cuda12`), "native" (CPUs with AVX-512 and a C++ compiler),
-    "xla" (everywhere), or "auto": the first of these that is available.
+    "xla" (everywhere), or "auto": the first of these that is available. "mosaic" (Hopper) decodes with a Pallas
+    kernel and prefills with XLA: slower than "triton", for a JAX that cannot launch Triton's kernels.
     """
     matmul_kernel: str = "auto"
     """"native" (CPUs, as above, on one device), "triton" (GPUs, as above, for products of experts and, on one device,

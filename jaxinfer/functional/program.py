@@ -121,7 +121,7 @@ def split(
         )
     widest = max(widths)
     tile = attention.prefill_tile(kernel, module.config.query_group, widest, dtype.itemsize)
-    if deterministic and kernel == attention.XLA:
+    if deterministic and kernel in attention.XLA_PREFILL:
         tile = SMALL_TILE
     program = Program(graph, tree, specs, vocab, dtype, mesh, kernel, tile, module.config.features)
     program = replace(program, adapters=bool(adapters.parts(module)), divided_logits=_divides_logits(module))

@@ -25,7 +25,7 @@ from jaxinfer.layers.rope import apply_rope, deinterleave
 from jaxinfer.layers.sharded import model_axis, on_shards
 from jaxinfer.sharding import axes
 
-EXPANDING = frozenset({attention.XLA, attention.NATIVE})
+EXPANDING = attention.XLA_PREFILL | {attention.NATIVE}
 """Attention implementations with which prefill expands latents to keys and values, in XLA.
 
 On a CPU that is faster than the native kernel on absorbed queries: 16 heads of 128, bfloat16, 512 prompt tokens take 17

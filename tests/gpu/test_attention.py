@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from support.attention import CHUNKS, PLAIN, SHAPES, Case, Shape, same_cache
 
+from jaxinfer.errors import ConfigError
 from jaxinfer.kernels.attention import choose as attention
 from jaxinfer.sharding import make_mesh
 
@@ -86,3 +87,15 @@ def test_prefill_is_the_oracle(kernel: Any, name: str, device: str, chosen: str,
     )
     call = partial(kernel.prefill, tile=tile)
     check(case, call, case.prefill_tiles(tile, padding=PADDING), case.step(padding=PADDING))
+
+
+@pytest.mark.parametrize("chosen", ["GQA of 8", "heads of 64, float16", "window, sinks, softcap"])
+def test_decode_by_the_mosaic_kernel_is_the_oracle(device: str, chosen: str):
+    """On a CPU this kernel is interpreted (`tests/unit/kernels/attention/test_mosaic_attention.py`)."""
+    try:
+        kernel = attention.implementation(attention.choose(attention.MOSAIC, make_mesh()), make_mesh())
+    except ConfigError as error:
+        pytest.skip(str(error))
+    lengths = [1, 15, 16, 17, 66, 3000]
+    case = Case(REAL[chosen], lengths, [1] * len(lengths))
+    check(case, kernel.decode, case.decode_rows(padding=PADDING), case.step(padding=PADDING))

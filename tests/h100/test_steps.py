@@ -1,9 +1,12 @@
 """The engine's steps compiled for H100s, with none present: the cache stays in place, layers have two all-reduces."""
 
+import re
 from collections import Counter
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
+import jax
 import pytest
 from support.lowering import (
     MEDIUM,
@@ -21,12 +24,15 @@ from jaxinfer.engine.runner.logits import SampleLogits
 from jaxinfer.engine.runner.lowering import lower
 from jaxinfer.engine.runner.shapes import Shapes
 from jaxinfer.engine.sampling.sampling_rows import Level
+from jaxinfer.kernels.attention.mosaic_tiles import PROGRAMS
 from jaxinfer.sharding.policy import REPLICATE, Placement
 
 pytestmark = [pytest.mark.xdist_group("h100"), pytest.mark.usefixtures("cuda_compiler"), pytest.mark.slow]
 
 ROWS, POSITIONS, BLOCK, CHUNK = 8, 1024, 16, 512
 WIDTH = POSITIONS // BLOCK
+REGISTERS, THREADS = 65536, 128
+"""Registers of a multiprocessor; threads of a program of the Mosaic kernel."""
 SHAPES = Shapes(
     # Twice what the rows can hold, so that what attention gathers is not mistaken for the cache.
     num_blocks=2 * ROWS * WIDTH,
@@ -58,6 +64,7 @@ def step(
     kv_heads: int = 4,
     contiguous: bool = False,
     kv_cache_dtype: str = "auto",
+    attention_kernel: str = "triton",
 ) -> Compiled:
     """Compile a greedy step: its logits and their sampler."""
     hf = MEDIUM | dict(num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads)
@@ -69,9 +76,10 @@ def step(
         placement=placement,
         pad_heads=heads != 16,
         kv_cache_dtype=kv_cache_dtype,
+        attention_kernel=attention_kernel,
     )
     tokens = ROWS if kind == "decode" else CHUNK
-    assert program.kernel == "triton"
+    assert program.kernel == attention_kernel
     bucket = Bucket(kind, tokens, ROWS, WIDTH, Level.GREEDY, -1, tile=program.tile, contiguous=contiguous)
     return compile_step(program, params, replace(SHAPES, contiguous=contiguous), bucket)
 
@@ -130,6 +138,23 @@ def test_a_decode_step_of_16_layers_updates_the_cache_in_place_in_little_memory(
     check_in_place(compiled)
     assert compiled.temporary_bytes < 8 << 20
     assert compiled.collectives == Counter()
+
+
+def test_a_decode_step_with_the_mosaic_kernel_is_one_command_buffer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
+    compiled = step("decode", 2, attention_kernel="mosaic")
+    check_in_place(compiled)
+    if jax.__version_info__ >= (0, 12):
+        check_command_buffers(compiled)
+    else:  # Mosaic kernels cannot be recorded yet
+        assert compiled.launched_alone.count("kCustomCall") == 2
+    [ptx], [assembler] = (
+        [file.read_text("latin1") for file in tmp_path.glob(f"*.{kind}")] for kind in ("ptx", "ptxas")
+    )
+    assert "wgmma.mma_async" in ptx and "cp.async.bulk.tensor" in ptx
+    assert "0 bytes spill stores, 0 bytes spill loads" in assembler
+    registers = int(re.search(r"Used (\d+) registers", assembler)[1])
+    assert registers * THREADS * PROGRAMS <= REGISTERS
 
 
 @pytest.mark.parametrize("kind", ["decode", "prefill"])

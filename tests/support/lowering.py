@@ -90,7 +90,13 @@ def h100_mesh(tp: int) -> Mesh:
 
 
 def abstract_model(
-    hf: Mapping[str, Any], mesh: Mesh, *, fuse_projections: bool = True, kv_cache_dtype: str = "auto", **how: Any
+    hf: Mapping[str, Any],
+    mesh: Mesh,
+    *,
+    fuse_projections: bool = True,
+    kv_cache_dtype: str = "auto",
+    attention_kernel: str = "auto",
+    **how: Any,
 ) -> tuple[Program, list[jax.ShapeDtypeStruct]]:
     """Return the program of a config.json, with the shapes and shardings of its parameters.
 
@@ -98,7 +104,8 @@ def abstract_model(
     """
     model_family, config = weights.parse(hf)
     module = weights.abstract_stored(model_family, config, jnp.dtype(hf["dtype"]), mesh, hf=hf, **how)
-    program, leaves = split(module, mesh, fuse_projections=fuse_projections, kv_cache_dtype=kv_cache_dtype)
+    settings = {"kv_cache_dtype": kv_cache_dtype, "attention_kernel": attention_kernel}
+    program, leaves = split(module, mesh, fuse_projections=fuse_projections, **settings)
     params = []
     for leaf, (path, param) in zip(leaves, rules.parameters(module).items(), strict=True):
         placed = sharding_rules.of(mesh, param.get_metadata(), leaf.shape, path)

@@ -7,12 +7,20 @@ from jax.sharding import Mesh
 
 from jaxinfer._utils.log import warn_once
 from jaxinfer.errors import ConfigError
-from jaxinfer.kernels.attention import native_attention, triton_attention, uncached_attention, xla_attention
+from jaxinfer.kernels.attention import (
+    mosaic_attention,
+    native_attention,
+    triton_attention,
+    uncached_attention,
+    xla_attention,
+)
 from jaxinfer.kernels.attention.quantised_cache import FORMATS, FP8
 from jaxinfer.kernels.native import build
 from jaxinfer.kernels.triton import triton_launch, triton_tiles
 
-AUTO, XLA, TRITON, NATIVE = "auto", "xla", "triton", "native"
+AUTO, XLA, TRITON, NATIVE, MOSAIC = "auto", "xla", "triton", "native", "mosaic"
+XLA_PREFILL = frozenset({XLA, MOSAIC})
+"""Implementations whose prefill is XLA's."""
 FP8_CAPABILITY = 89
 """Ada: the first architecture with instructions that convert FP8."""
 WHOLE = "whole"
@@ -23,19 +31,22 @@ def choose(requested: str, mesh: Mesh) -> str:
     """Choose the implementation for a mesh: Triton on GPUs, native on CPUs, and XLA where those cannot run.
 
     Args:
-        requested: the setting: "auto", "xla", "native" or "triton".
+        requested: the setting: "auto", "xla", "native", "triton" or "mosaic".
         mesh: the devices.
 
     Raises:
         ConfigError: an unknown implementation, or one that cannot run on these devices.
     """
-    if requested not in (AUTO, XLA, TRITON, NATIVE):
-        raise ConfigError(f"attention_kernel must be {AUTO}, {XLA}, {NATIVE} or {TRITON}, got {requested!r}")
+    if requested not in (AUTO, XLA, TRITON, NATIVE, MOSAIC):
+        raise ConfigError(f"attention_kernel must be {AUTO}, {XLA}, {NATIVE}, {TRITON} or {MOSAIC}, got {requested!r}")
     if requested == XLA:
         return XLA
     device = mesh.devices.flat[0]
     if requested == NATIVE or requested == AUTO and device.platform == "cpu":
         return build.choose("attention_kernel", requested, mesh)
+    if requested == MOSAIC:
+        mosaic_attention.check("attention_kernel", mesh)
+        return MOSAIC
     supported, lacking = triton_launch.supports("attention_kernel", requested, mesh)
     if supported:
         return TRITON
@@ -86,6 +97,8 @@ def implementation(name: str, mesh: Mesh, *, deterministic: bool = False) -> Any
         return uncached_attention
     if name in (XLA, NATIVE):
         return xla_attention if name == XLA else native_attention
+    if name == MOSAIC:
+        return mosaic_attention.MosaicAttention(triton_launch.target(mesh))
     return triton_attention.TritonAttention(triton_launch.target(mesh), deterministic)
 
 
