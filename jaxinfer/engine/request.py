@@ -17,6 +17,7 @@ from jaxinfer.engine.wanted import Wanted
 from jaxinfer.kv.cross_cache import Encoded
 from jaxinfer.kv.digests import NO_EXTRAS, Extras, root
 from jaxinfer.media import CrossInputs, PlacedInputs
+from jaxinfer.media.rope_positions import RopePositions
 from jaxinfer.outputs import CacheHit
 from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.steering import Steering
@@ -103,17 +104,26 @@ class Request:
     error: str | None = None
     weight_version: int = 0
     """Version of the weights when the request was queued (`engine.control`)."""
+    rope: RopePositions | None = field(init=False)
+    """Positions that rope rotates by, if they are not those in the sequence; kept when `inputs` are dropped, as steps
+    may be under way."""
     stop_ids: frozenset[int] = field(init=False)
     """Token ids that end a sequence."""
 
     def __post_init__(self) -> None:
         self.sequences = [Sequence(self, index) for index in range(self.params.n)]
         self.stop_ids = self.params.all_stop_token_ids
+        self.rope = None if self.inputs is None else self.inputs.rope
 
     @property
     def first_scored(self) -> int:
         """First position whose successor's log-probability is requested, if any."""
         return 0 if self.wanted is None else self.wanted.first
+
+    @property
+    def rope_shift(self) -> int:
+        """Position that rope rotates a generated token by, less its position in the sequence."""
+        return 0 if self.rope is None else self.rope.shift
 
     @property
     def finished(self) -> bool:

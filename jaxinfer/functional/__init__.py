@@ -8,6 +8,7 @@ from jaxinfer.functional.batch import tile_count as tile_count
 from jaxinfer.functional.forward import decode as decode
 from jaxinfer.functional.forward import decode_hidden as decode_hidden
 from jaxinfer.functional.forward import encode_cross as encode_cross
+from jaxinfer.functional.forward import encode_joint as encode_joint
 from jaxinfer.functional.forward import encode_step as encode_step
 from jaxinfer.functional.forward import prefill as prefill
 from jaxinfer.functional.forward import prefill_hidden as prefill_hidden

@@ -18,7 +18,7 @@ Array: TypeAlias = Any
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["tokens", "positions", "tables", "seen", "states", "adapters"],
+    data_fields=["tokens", "positions", "tables", "seen", "states", "adapters", "rope_positions"],
     meta_fields=["items"],
 )
 @dataclass(frozen=True)
@@ -41,6 +41,8 @@ class DecodeBatch:
     """With recurrent layers: state slot of each sequence."""
     adapters: Array | None = None
     """With adapters: slot of each sequence's adapter, `[B]`; -1 for none (`layers.adapters`)."""
+    rope_positions: Array | None = None
+    """With M-RoPE: position that rope rotates each token by, `[B]`; None if it is `positions`."""
 
 
 @partial(
@@ -48,7 +50,7 @@ class DecodeBatch:
     meta_fields=["tile"],
     data_fields=[
         *("tokens", "positions", "rows", "rope_lengths", "tables", "tiles", "count", "last"),
-        *("seen", "states", "adapters"),
+        *("seen", "states", "adapters", "rope_positions"),
     ],
 )
 @dataclass(frozen=True)
@@ -83,6 +85,10 @@ class PrefillBatch:
     """With recurrent layers: slots that segments of the tokens start from and store their states to."""
     adapters: Array | None = None
     """With adapters: slot of each token's adapter, `[T]`; -1 for none (`layers.adapters`)."""
+    rope_positions: Array | None = None
+    """With M-RoPE: positions that rope rotates each token by, `[T, 3]` (`media.rope_positions`); None if all are
+    `positions`.
+    """
 
 
 def prefill_batch(
@@ -94,6 +100,7 @@ def prefill_batch(
     samples: np.ndarray | None = None,
     tile: int = TILE,
     seen: np.ndarray | None = None,
+    rope_positions: np.ndarray | None = None,
 ) -> PrefillBatch:
     """Concatenate prefill chunks of sequences into a batch, in NumPy.
 
@@ -107,6 +114,8 @@ def prefill_batch(
         tile: maximum number of queries in a tile; `Program.tile` is best for the program's devices.
         seen: with cross-attention, visible encoder positions of all tokens of the chunks, `[., 2]`. Where it changes
             within a chunk, the parts count as rows.
+        rope_positions: with M-RoPE, positions that rope rotates all tokens of the chunks by, `[., 3]`; None for their
+            positions in their sequences.
     """
     tables = np.asarray(tables, np.int32)
     starts = np.cumsum([0, *(len(ids) for ids, _, _ in chunks)]).astype(np.int32)
@@ -115,6 +124,9 @@ def prefill_batch(
     if seen is not None:
         columns["seen"] = np.zeros((total, 2), np.int32)
         columns["seen"][: len(seen)] = seen
+    if rope_positions is not None:
+        columns["rope_positions"] = np.zeros((total, 3), np.int32)
+        columns["rope_positions"][: len(rope_positions)] = rope_positions
     cut = _cut_tiles(chunks, starts, tile, seen)
     tiles = np.zeros((tile_count(total, batch, tile), 4), np.int32)
     tiles[: len(cut)] = cut

@@ -10,17 +10,21 @@ import numpy as np
 
 from jaxinfer.kernels.attention.xla_attention import TILE
 from jaxinfer.media import EncoderInput
+from jaxinfer.media.inputs import Features
 from jaxinfer.models.base import CrossSource
 
 
 class EncodeJob(NamedTuple):
-    """An encoder input, and the cache blocks for the keys and values of its positions."""
+    """An encoder input, and where its results go: cache blocks for cross-attention, else slots of the feature pool."""
 
     input: EncoderInput
     blocks: np.ndarray
-    """For each group of cross-attention layers, the blocks of all encoder positions of its request, `[m, n]` int32."""
-    first: int
+    """For each group of cross-attention layers, the blocks of all encoder positions of its request, `[m, n]` int32; `[0,
+    0]` without."""
+    first: int = 0
     """Index of the input's first position among them."""
+    slots: tuple[int, ...] = ()
+    """Slots of the feature pool for its values."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class EncodeShape:
     rows: int
     """Number of positions per value; S = U * rows."""
     groups: int
-    """m: number of groups of cross-attention layers."""
+    """m: number of groups of cross-attention layers; 0 if results go to the feature pool."""
     inputs: int
     """Maximum number of inputs; equal to `units` if each value is encoded by itself."""
     tile: int = TILE
@@ -91,12 +95,16 @@ class EncodeBatch:
 
 
 def encode_batch(
-    source: CrossSource, jobs: Sequence[EncodeJob], block_size: int, num_blocks: int, shape: EncodeShape | None = None
+    source: CrossSource | Features,
+    jobs: Sequence[EncodeJob],
+    block_size: int,
+    num_blocks: int,
+    shape: EncodeShape | None = None,
 ) -> EncodeBatch:
     """Concatenate encoder inputs into a batch, in NumPy.
 
     Args:
-        source: description of the encoder's inputs.
+        source: description of the encoder's inputs: for cross-attention, or of features that are encoded together.
         jobs: the inputs.
         block_size: P.
         num_blocks: N.
@@ -107,21 +115,23 @@ def encode_batch(
     parts = {name: np.zeros(size, np.int32) for name, size in shape.shapes.items()}
     parts["blocks"][:] = num_blocks
     inputs = np.zeros((shape.units, *source.shape), np.float32 if source.shape else np.int32)
-    numbers, unit, tile = np.zeros((shape.units, source.numbers), np.int32), 0, 0
+    count = source.joint.numbers if isinstance(source, Features) else source.numbers
+    numbers, unit, tile = np.zeros((shape.units, count), np.int32), 0, 0
     for job in jobs:
-        some, start = slice(unit, unit + job.input.count), unit * source.rows
+        some, start = slice(unit, unit + job.input.count), unit * shape.rows
         inputs[some], numbers[some] = job.input.values, job.input.numbers
-        total = job.input.count * source.rows
-        size = total if source.joint else source.rows
+        total = job.input.count * shape.rows
+        size = total if source.joint else shape.rows
         for first in range(start, start + total, size):
             parts["positions"][first : first + size] = np.arange(size)
             for at in range(first, first + size, shape.tile):
                 parts["tiles"][tile] = 0, at, at - first, min(shape.tile, first + size - at)
                 parts["spans"][tile] = first, first + size
                 tile += 1
-        kept = slice(start, start + job.input.length)
-        places = job.first + np.arange(job.input.length)
-        parts["blocks"][:, kept], parts["offsets"][kept] = job.blocks[:, places // block_size], places % block_size
+        if shape.groups:
+            kept = slice(start, start + job.input.length)
+            places = job.first + np.arange(job.input.length)
+            parts["blocks"][:, kept], parts["offsets"][kept] = job.blocks[:, places // block_size], places % block_size
         unit += job.input.count
     parts["count"] = np.int32(tile)
     return EncodeBatch(inputs, numbers, **parts, tile=shape.tile)

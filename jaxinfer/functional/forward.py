@@ -40,6 +40,12 @@ from jaxinfer.layers.encoder import EncodeStep
 from jaxinfer.models.base import FeatureRows, LanguageModel
 
 
+def encode_joint(program: Program, params: Sequence[jax.Array], batch: EncodeBatch) -> jax.Array:
+    """Run an encoder of inputs whose values attend to each other; return rows `[U, rows, width]`."""
+    inputs = batch.inputs.astype(program.dtype)
+    return program.module(params).encode_joint(inputs, batch.numbers, encode_step(program, batch))
+
+
 def encode_cross(program: Program, params: Sequence[jax.Array], cache: Cache, batch: EncodeBatch) -> Cache:
     """Run the encoder of a model with cross-attention and return the cache with keys and values of its positions.
 
@@ -52,7 +58,8 @@ def encode_cross(program: Program, params: Sequence[jax.Array], cache: Cache, ba
 
 def encode_step(program: Program, batch: EncodeBatch) -> EncodeStep:
     """Return the attention context of an encoder batch."""
-    first = kv_groups.encoded(program.layout.kinds).first
+    cross = kv_groups.encoded(program.layout.kinds)
+    first = 0 if cross is None else cross.first
     tables = jnp.arange(batch.positions.shape[0], dtype=jnp.int32)[None]
     return EncodeStep(
         positions=batch.positions,
@@ -231,6 +238,7 @@ def _context(
             for group, (own, reads) in enumerate(zip(rows, _reading(program, batch.seen), strict=True))
         ),
         places=program.layout.places,
+        rope_positions=batch.rope_positions,
         seen=batch.seen,
         states=batch.states,
         deterministic=program.deterministic,

@@ -156,6 +156,8 @@ def _feature_width(program: Program, params: Sequence[Array]) -> int:
     features = program.features
     if features is None:
         return 0
+    if features.joint is not None:
+        return features.joint.width
     inputs = jax.ShapeDtypeStruct((1, *features.shape), program.dtype)
     made = jax.eval_shape(partial(encode, program), params, inputs).shape
     if made[:-1] != (1, features.rows):

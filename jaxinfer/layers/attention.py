@@ -57,7 +57,7 @@ class GroupStep(NamedTuple):
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["positions", "real", "rope_lengths", "groups", "seen", "states", "routed", "lent"],
+    data_fields=["positions", "real", "rope_lengths", "groups", "rope_positions", "seen", "states", "routed", "lent"],
     meta_fields=["mesh", "kernel", "tile", "items", "places", "deterministic", "remat"],
 )
 @dataclass(frozen=True)
@@ -81,6 +81,8 @@ class StepContext:
     """Work items that decode has room for (`kernels.attention.xla_attention.decode`)."""
     places: tuple[Place, ...] = field(default=(), metadata={"static": True})
     """Group and cache array of every layer."""
+    rope_positions: jax.Array | None = None
+    """With M-RoPE: positions that rope rotates each token by, `[T]` or `[T, 3]` int32; None if they are `positions`."""
     states: DecodeSlots | Segments | FullSequences | None = None
     """State slots that recurrent layers read and write."""
     seen: jax.Array | None = None

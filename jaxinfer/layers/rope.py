@@ -7,6 +7,7 @@ traced step, `apply_rope` on queries and keys. Axes: T tokens, R rotated dims of
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -53,7 +54,8 @@ def cos_sin(config: RopeConfig, positions: jax.Array, rope_length: jax.Array) ->
 
     Args:
         config: the rotary embedding.
-        positions: [T] int32, the position of each token in its sequence.
+        positions: [T] int32, the position of each token in its sequence; with M-RoPE also [T, 3], one for each of
+            `config.sections`.
         rope_length: [T] int32, the sequence length that selects a token's frequencies: the prompt's length for prompt
             tokens, position + 1 for generated ones. Only dynamic and longrope use it.
 
@@ -69,12 +71,28 @@ def cos_sin(config: RopeConfig, positions: jax.Array, rope_length: jax.Array) ->
     elif config.kind == "dynamic":
         is_long = rope_length[:, None] > config.max_position
         inv_freq = jnp.where(is_long, _dynamic(config, rope_length), inv_freq)
-    angles = positions.astype(jnp.float32)[:, None] * inv_freq
+    if positions.ndim > 1:
+        positions = positions[:, frequency_axes(len(frequencies.inv_freq), config.sections)]
+    else:
+        positions = positions[:, None]
+    angles = positions.astype(jnp.float32) * inv_freq
     scaling = frequencies.attention_scaling
     if config.kind == "longrope" and (config.short_mscale, config.long_mscale) != (None, None):
         short, long = (scaling if own is None else own for own in (config.short_mscale, config.long_mscale))
         scaling = jnp.where(is_long, long, short)
     return jax.lax.optimization_barrier((jnp.cos(angles) * scaling, jnp.sin(angles) * scaling))
+
+
+def frequency_axes(count: int, sections: Sequence[int]) -> np.ndarray:
+    """Return the axis (time, row or column) whose position turns each of `count` frequencies with M-RoPE, [R/2] int32.
+
+    Rows have every third frequency from the second on, columns from the third on, as many as their sections say
+    (arXiv:2511.21631); all others belong to time.
+    """
+    axes = np.zeros(count, np.int32)
+    for axis in (1, 2):
+        axes[axis : 3 * sections[axis] : 3] = axis
+    return axes
 
 
 def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

@@ -96,6 +96,8 @@ class RopeConfig:
     """longrope: multiplier of cos and sin for sequences up to original_max_position, in place of `attention_factor`."""
     long_mscale: float | None = None
     """longrope: the same for longer sequences."""
+    sections: tuple[int, ...] | None = None
+    """M-RoPE: number of frequencies that time, rows and columns turn (`layers.rope`); None for one position a token."""
     turning: int | None = None
     """proportional: leading frequencies, of the series over all dims, that turn; the others are 0."""
 

@@ -165,7 +165,8 @@ def _check_module(module: nnx.Module, config: EngineConfig, mesh: Mesh) -> None:
                 f"the module's {'.'.join(map(str, path))} is a shape without values; load the weights with "
                 "loading.weights.load(directory, mesh)"
             )
-    meshes.check_data_axis(mesh, getattr(module.config, "features", None) is not None)
+    features = getattr(module.config, "features", None)
+    meshes.check_data_axis(mesh, features is not None and features.joint is None)
     shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(nnx.state(module))]
     for own in {sharding.mesh for sharding in shardings if isinstance(sharding, NamedSharding)}:
         if own.shape != mesh.shape or (own.devices != mesh.devices).any():

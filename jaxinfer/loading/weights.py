@@ -202,7 +202,7 @@ def abstract(
             or something is not divisible over it.
     """
     mesh = meshes.normalise(mesh)
-    meshes.check_data_axis(mesh, config.features is not None)
+    meshes.check_data_axis(mesh, config.features is not None and config.features.joint is None)
     meshes.check_fsdp(mesh, config.features is None and config.cross is None)
     build = partial(Build, dtype=dtype, mesh=mesh, quantization=quantization, placement=placement, pad_heads=pad_heads)
     module = nnx.eval_shape(lambda: pack(model_family.build(build(nnx.Rngs(0)), config), packings))

@@ -9,6 +9,7 @@ from jaxinfer.media.cross import TextReader as TextReader
 from jaxinfer.media.inputs import CrossInputs as CrossInputs
 from jaxinfer.media.inputs import EncoderInput as EncoderInput
 from jaxinfer.media.inputs import Features as Features
+from jaxinfer.media.inputs import Joint as Joint
 from jaxinfer.media.inputs import PlacedInputs as PlacedInputs
 from jaxinfer.media.processor import ImageFormat as ImageFormat
 from jaxinfer.media.processor import ImageProcessor as ImageProcessor

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from jaxinfer.media.rope_positions import RopePositions
+
 
 @dataclass(frozen=True, eq=False)
 class EncoderInput:
@@ -72,6 +74,8 @@ class PlacedInputs:
     inputs: tuple[EncoderInput, ...]
     places: np.ndarray
     """Positions in the prompt, ascending: those of the first input's rows, then of the second's, and so on."""
+    rope: RopePositions | None = None
+    """Positions that rope rotates by, if they are not those in the prompt (`Features.rope_axes`)."""
 
     def spans(self) -> list[tuple[EncoderInput, np.ndarray]]:
         """Return each input with its positions."""
@@ -183,3 +187,25 @@ class Features:
     """Number of embeddings `[rows, M]` per input, in the order of the tokens that they replace."""
     placeholder: int
     """Id of the placeholder token; -1 if the checkpoint does not say."""
+    joint: "Joint | None" = None
+    """How the values of an input are encoded together; None if each is encoded by itself."""
+    rope_axes: int = 0
+    """Number of positions that rope rotates a token by: 3 with M-RoPE (time, row and column of an image's grid); 0 if
+    they are the position in the sequence alone."""
+
+
+@dataclass(frozen=True)
+class Joint:
+    """Encoder of inputs whose values attend to each other, so that an input is encoded whole: an image of any size is
+    one value for each token that it becomes."""
+
+    positions: int
+    """Number of encoder positions of a value: the patches that are merged to a row."""
+    width: int
+    """Columns of a row of the feature pool: (1 + n) M, if the outputs of the n first decoder layers get features added at
+    an input's tokens (DeepStack, arXiv:2406.04334)."""
+    head_dim: int
+    """D of the encoder's attention, which decides about its tiles."""
+    numbers: int = 4
+    """A: number of integers that come with each value: row and column in the input's grid, rows and columns of the
+    grid."""

@@ -39,6 +39,10 @@ class ImageFormat:
     """Options of each call of the checkpoint's image processor, as passed by the family's processor in transformers."""
     tiling: Callable[[Mapping[str, Any]], Tiling | None] = lambda hf: None
     """Return the image processor configured by config.json; None if the checkpoint has processor files."""
+    units: Callable[[Any, Mapping[str, Any], tuple[int, ...]], tuple[np.ndarray, np.ndarray]] | None = None
+    """Return the values `[n, *shape]` and the integers `[n, A]` of an image that is encoded whole (`Features.joint`),
+    from its processor in transformers, the outputs of that and the values' shape; None for tiles.
+    """
 
 
 class ImageProcessor:
@@ -56,13 +60,22 @@ class ImageProcessor:
         self._tiling = form.tiling(hf)
         self._made: Any = None
 
-    def __call__(self, rgb: np.ndarray) -> np.ndarray:
-        """Preprocess an image `[height, width, 3]` uint8 to tiles `[n, C, height, width]` float32.
+    def __call__(self, rgb: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """Preprocess an image `[height, width, 3]` uint8 to values `[n, *shape]` float32, such as tiles.
+
+        Returns:
+            The values, and the integers `[n, A]` that come with them, None for tiles.
 
         Raises:
             CheckpointError: the processor's configuration is missing, unusable, or does not match the model.
             ImportError: Pillow or transformers' processor is missing; the message says what to install.
         """
+        if self._form.units is not None:
+            try:
+                outputs = self.outputs(rgb)
+                return self._form.units(self._made, outputs, self._shape)
+            except CheckpointError as error:
+                raise CheckpointError(f"{self._directory}: {error}") from error
         tiles = np.asarray(self.outputs(rgb)["pixel_values"], np.float32)
         if self._tiling is not None and not self._tiling.thumbnail and len(tiles) > 1:
             tiles = tiles[:-1]
@@ -71,7 +84,7 @@ class ImageProcessor:
                 f"{self._directory}: the image processor returns tiles of shape {list(tiles.shape[1:])}, but the model "
                 f"takes {list(self._shape)}; preprocessor_config.json and config.json do not match"
             )
-        return tiles
+        return tiles, None
 
     def outputs(self, rgb: np.ndarray) -> Mapping[str, Any]:
         """Run transformers' processor on an image `[height, width, 3]` uint8; raises as `__call__`."""

@@ -11,6 +11,7 @@ from jaxinfer.errors import CheckpointError
 from jaxinfer.media.images import as_rgb, as_values
 from jaxinfer.media.inputs import EncoderInput, Features, PlacedInputs
 from jaxinfer.media.processor import ImageFormat, ImageProcessor
+from jaxinfer.media.rope_positions import with_grids
 
 PREPROCESSED = "pixel_values"
 
@@ -49,12 +50,13 @@ class MediaReader:
         Raises:
             TypeError, ValueError: an input is not an image that the model supports; names prompt and image.
         """
-        given, keys = data or {}, (self.features.modality, PREPROCESSED)
+        given, whole = data or {}, self.features.joint is not None
+        keys = (self.features.modality, *(() if whole else (PREPROCESSED,)))
         for key in given:
             if key not in keys:
+                also = "" if whole else f", or preprocessed {PREPROCESSED!r}"
                 raise ValueError(
-                    f"prompt {index}: multi_modal_data has {describe(key)}; this model takes {keys[0]!r}, or "
-                    f"preprocessed {keys[1]!r}."
+                    f"prompt {index}: multi_modal_data has {describe(key)}; this model takes {keys[0]!r}{also}."
                 )
         if len(given) > 1:
             raise ValueError(
@@ -73,9 +75,10 @@ class MediaReader:
             )
         rgb = as_rgb(value, where)
         if self._processor is None:
-            raise ValueError(f"{where}: there is no checkpoint with an image processor; pass {PREPROCESSED!r}.")
+            instead = f"pass {PREPROCESSED!r}" if features.joint is None else "load the model from its checkpoint"
+            raise ValueError(f"{where}: there is no checkpoint with an image processor; {instead}.")
         try:
-            tiles = self._processor(rgb)
+            values, numbers = self._processor(rgb)
         except (CheckpointError, ImportError):
             raise
         except Exception as error:  # any error of transformers or Pillow
@@ -83,7 +86,7 @@ class MediaReader:
                 f"{where} of {rgb.shape[0]} x {rgb.shape[1]} pixels cannot be preprocessed: {type(error).__name__}: "
                 f"{error}."
             ) from error
-        return EncoderInput(features.modality, tiles, features.rows)
+        return EncoderInput(features.modality, values, features.rows, numbers=numbers)
 
     def expand(self, text: str, inputs: Sequence[EncoderInput], index: int) -> str:
         """Replace each image marker of a text by as many placeholders as the image has rows.
@@ -119,14 +122,28 @@ class MediaReader:
         places = np.flatnonzero(np.asarray(token_ids, np.int64) == self.placeholder)
         wanted = sum(one.length for one in inputs)
         if len(places) == wanted:
-            return PlacedInputs(inputs, places) if inputs else None
+            return self._placed(inputs, places, index) if inputs else None
         found = f"prompt {index} has {plural(len(places), 'image token')} (id {self.placeholder})"
         if not inputs:
             raise ValueError(
                 f"{found}, but no image is given; pass multi_modal_data={{{self.features.modality!r}: ...}}."
             )
         tiles = " + ".join(str(one.count) for one in inputs)
+        each = f"tiles x {self.features.rows} tokens" if self.features.joint is None else "tokens"
         raise ValueError(
-            f"{found}, but {plural(len(inputs), 'image')} of {tiles} tiles x {self.features.rows} tokens need "
-            f"{wanted}; prompt_token_ids must contain them all."
+            f"{found}, but {plural(len(inputs), 'image')} of {tiles} {each} need {wanted}; prompt_token_ids must "
+            "contain them all."
         )
+
+    def _placed(self, inputs: tuple[EncoderInput, ...], places: np.ndarray, index: int) -> PlacedInputs:
+        """Return the inputs at their places, with rope's positions if the model has positions of its own."""
+        placed = PlacedInputs(inputs, places)
+        if not self.features.rope_axes:
+            return placed
+        for at, (one, own) in enumerate(placed.spans()):
+            if own[-1] - own[0] != one.length - 1:
+                raise ValueError(
+                    f"prompt {index}: other tokens stand between the {one.length} image tokens (id {self.placeholder}) "
+                    f"of image {at}; put them next to each other, as their positions are those of a grid."
+                )
+        return PlacedInputs(inputs, places, with_grids([(own, one.numbers) for one, own in placed.spans()]))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from jaxinfer.checkpoint.config_reader import ConfigReader
@@ -73,9 +74,20 @@ class FeatureRows:
     """Encoder rows that replace the embeddings of some tokens of a step."""
 
     pool: Any
-    """Feature pool: rows computed by encoders, `[F, M]`."""
+    """Feature pool: rows computed by encoders, `[F, M]`, or wider with DeepStack (`media.inputs.Joint.width`)."""
     index: Any
     """Row of the pool for each token, `[T]` int32; -1 for the token's own embedding."""
+
+    def placed(self, embedded: jax.Array) -> list[jax.Array]:
+        """Return embeddings `[T, M]` with those of the pool in their places, then what layers get added (DeepStack).
+
+        A row of the pool has the embedding first, then M columns for the output of each of the first layers; tokens
+        without a row get zeros there.
+        """
+        rows = jnp.take(self.pool, self.index, axis=0, mode="clip").astype(embedded.dtype)
+        first, *deeper = jnp.split(rows, self.pool.shape[1] // embedded.shape[1], axis=1)
+        takes = (self.index >= 0)[:, None]
+        return [jnp.where(takes, first, embedded), *(jnp.where(takes, one, 0) for one in deeper)]
 
 
 @runtime_checkable
@@ -145,6 +157,18 @@ class MultimodalModel(LanguageModel, Protocol):
 
         Called under jit. If the mesh has an axis `data`, the n inputs, padded with zeros to a multiple of its size, are
         divided over it; the result is replicated.
+        """
+        ...
+
+
+@runtime_checkable
+class JointModel(LanguageModel, Protocol):
+    """A language model whose `config.features.joint` is not None: its encoder sees whole inputs."""
+
+    def encode_joint(self, inputs: jax.Array, numbers: jax.Array, step: EncodeStep) -> jax.Array:
+        """Encode values `[U, *features.shape]` with integers `[U, A]` to rows `[U, features.rows, width]`.
+
+        Called under jit. Values of several inputs lie one after another; `step` says which positions see each other.
         """
         ...
 

@@ -168,21 +168,23 @@ class Decoder(nnx.Module):
         `features` are encoder rows that replace the embeddings of some tokens.
         """
         embedding, tokens = gather(self.embedding, self.mesh, tokens)
-        x = embedding(tokens)
+        x, deeper = embedding(tokens), ()
         if features is not None:
-            rows = jnp.take(features.pool, features.index, axis=0, mode="clip").astype(x.dtype)
-            x = jnp.where((features.index >= 0)[:, None], rows, x)
+            x, *deeper = features.placed(x)
         if step.deterministic:  # products skip padding that is zero (`kernels.matmul.choose.STABLE`)
             x = jnp.where(step.real[:, None], x, 0)
         ropes = [self.config.rope_of(number) for number in range(self.config.num_layers)]
+        positions = step.positions if step.rope_positions is None else step.rope_positions
         turned = {
-            rope: None if rope is None else cos_sin(rope, step.positions, step.rope_lengths)
+            rope: None if rope is None else cos_sin(rope, positions, step.rope_lengths)
             for rope in dict.fromkeys(ropes)
         }
         run = Pass(list(cache), beside=self.beside(tokens, x, step))
         for number, layer in enumerate(self.layers):
             layer, x = gather(layer, self.mesh, x)
             x = self.apply(number, layer, x, turned[ropes[number]], step, run)
+            if number < len(deeper):
+                x = x + deeper[number]
         return self.norm(x), run.cache
 
     def beside(self, tokens: jax.Array, x: jax.Array, step: StepContext) -> Any:

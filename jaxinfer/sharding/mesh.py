@@ -67,7 +67,7 @@ def normalise(mesh: Mesh | AbstractMesh, tensor_parallel_size: int | None = None
 
 
 def check_data_axis(mesh: Mesh | AbstractMesh, has_tower: bool) -> None:
-    """Check that a mesh with an axis `data`, which shards images, is used with a vision tower.
+    """Check that a mesh with an axis `data`, which shards images, is used with a vision tower that takes tiles.
 
     Raises:
         ConfigError: there is such an axis and no vision tower.
@@ -75,7 +75,7 @@ def check_data_axis(mesh: Mesh | AbstractMesh, has_tower: bool) -> None:
     if axes.DATA in mesh.shape and not has_tower:
         raise ConfigError(
             f"mesh: axis {axes.DATA!r} of size {mesh.shape[axes.DATA]} divides the images of a vision tower, and this "
-            f"model has none; put those devices on axis {axes.MODEL!r}, or run an LLM for each group of devices"
+            f"model has none that takes tiles of one size; put those devices on axis {axes.MODEL!r}, or run an LLM for each group of devices"
         )
 
 

@@ -17,6 +17,7 @@ from jaxinfer.kernels.attention.paged import Cache
 from jaxinfer.kernels.state.slots import DecodeSlots, Segments
 from jaxinfer.loading import weights
 from jaxinfer.loading.update import WeightTable
+from jaxinfer.media.rope_positions import RopePositions
 from jaxinfer.models.base import FeatureRows
 from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.sharding import make_mesh
@@ -109,15 +110,19 @@ def logits(
     following: Sequence[Sequence[int]],
     dtype: str = "float32",
     features: FeatureRows | None = None,
+    ropes: Sequence[RopePositions] | None = None,
     **how: Any,
 ) -> list[np.ndarray]:
     """Return, per prompt, logits `[T, V]` at all its positions, then of its following tokens, decoded one by one.
 
     All prompts share one prefill and the same decode steps. `features` are those of the `PROMPT_TOKENS` tokens of the
-    prefill.
+    prefill, `ropes` each prompt's positions with M-RoPE.
     """
     program, params = load(folder, dtype, **how)
     cache, batch = prefill_inputs(program, prompts)
+    if ropes is not None:
+        known = np.concatenate([rope.at(0, len(prompt)) for rope, prompt in zip(ropes, prompts, strict=True)])
+        batch = replace(batch, rope_positions=np.pad(known, ((0, PROMPT_TOKENS - len(known)), (0, 0))))
     tables = batch.tables
     recurrent = bool(program.layout.states)
     flat, cache = _prompt_logits(program, params, cache, batch, features)
@@ -130,7 +135,10 @@ def logits(
                 tokens[row], positions[row] = after[step], len(prompt) + step
         slots = np.where(positions >= 0, np.arange(PROMPTS), PROMPTS)
         states = DecodeSlots(slots, slots) if recurrent else None
-        rows, cache = _decode(program, params, cache, DecodeBatch(tokens, positions, tables, states=states))
+        decoded = DecodeBatch(tokens, positions, tables, states=states)
+        if ropes is not None:
+            decoded = replace(decoded, rope_positions=positions + np.array([rope.shift for rope in ropes], np.int32))
+        rows, cache = _decode(program, params, cache, decoded)
         for row, after in enumerate(following):
             if step < len(after):
                 found[row].append(np.asarray(rows[row : row + 1]))

@@ -1,7 +1,7 @@
 """Step inputs: a plan as arrays, padded to a bucket and packed into one int32 vector, i.e. one transfer per step."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Protocol, runtime_checkable
 
@@ -11,12 +11,14 @@ import numpy as np
 from jaxinfer import functional
 from jaxinfer.config import RAW_LOGPROBS
 from jaxinfer.engine.plan import Chunk, Plan
+from jaxinfer.engine.request import Sequence
 from jaxinfer.engine.runner import adapted, steered
 from jaxinfer.engine.sampling.sampling_rows import POSITION, ROW, WIDTH, Level
 from jaxinfer.functional import PrefillBatch
 from jaxinfer.kernels.attention.xla_attention import TILE
 from jaxinfer.kernels.state.slots import Segments
 from jaxinfer.kv.tables import Tables
+from jaxinfer.media.rope_positions import plain
 
 PARTS = 3
 """Maximum number of parts of a chunk after each of which recurrent layers store a state: a prompt has two boundaries
@@ -89,6 +91,8 @@ class Bucket:
     """Length of a vector."""
     adapters: bool = False
     """Whether projections have LoRA adapters (`functional.Program.adapters`)."""
+    rope_axes: int = 0
+    """Number of positions that rope rotates a token by (`media.inputs.Features.rope_axes`); 0 for its position alone."""
 
     def __str__(self) -> str:
         keys = "" if self.items is None else f" items={self.items}"
@@ -122,6 +126,8 @@ class Bucket:
         seen |= steered.shapes(self) | adapted.shapes(self)
         if self.states:
             seen["states"] = (2, self.rows) if self.kind == "decode" else (len(Segments._fields), self.segments)
+        if self.rope_axes:
+            seen["rope_positions"] = (self.rows,) if self.kind == "decode" else (self.tokens, self.rope_axes)
         if self.kind == "decode":
             return {
                 "sampling": (self.rows, WIDTH),
@@ -226,6 +232,9 @@ def decode_parts(plan: Plan, bucket: Bucket, tables: Tables, params: np.ndarray,
     if bucket.candidates:
         parts["tokens"] = np.full(bucket.rows, -1, np.int32)
         parts["tokens"][at] = [-1 if s.request.beams is None else s.tokens[s.length - 1] for s in plan.decodes]
+    if bucket.rope_axes:
+        parts["rope_positions"] = np.zeros(bucket.rows, np.int32)
+        parts["rope_positions"][at] = now + np.array([s.request.rope_shift for s in plan.decodes], np.int32)
     places = at.tolist()
     return parts | steered.parts(bucket, plan.decodes, places) | adapted.parts(bucket, plan.decodes, places)
 
@@ -242,6 +251,7 @@ def prefill_parts(plan: Plan, bucket: Bucket, params: np.ndarray) -> dict[str, n
         samples=np.array([chunk for chunk, _ in plan.samples], np.int32),
         tile=bucket.tile,
         seen=seen,
+        rope_positions=rope_positions((c.sequence, c.start, c.count) for c in plan.chunks) if bucket.rope_axes else None,
     )
     parts = {f.name: getattr(batch, f.name) for f in fields(PrefillBatch) if f.name not in ("tile", "tables")}
     parts["owners"] = np.zeros(bucket.rows, np.int32)
@@ -272,8 +282,14 @@ def verify_parts(plan: Plan, bucket: Bucket, params: np.ndarray) -> dict[str, np
         chunks.append((np.append(sequence.tokens[start], draft), start, sequence.rope_base))
         owners += [row] * (len(draft) + 1)
         positions.append(np.arange(start, start + len(draft) + 1))
+    drafted = zip(plan.decodes, plan.positions.tolist(), (len(draft) + 1 for draft in plan.drafts), strict=True)
     batch = functional.prefill_batch(
-        chunks, np.empty((len(chunks), 0), np.int32), tokens=bucket.tokens, rows=bucket.rows, tile=bucket.tile
+        chunks,
+        np.empty((len(chunks), 0), np.int32),
+        tokens=bucket.tokens,
+        rows=bucket.rows,
+        tile=bucket.tile,
+        rope_positions=rope_positions(drafted) if bucket.rope_axes else None,
     )
     parts = {f.name: getattr(batch, f.name) for f in fields(PrefillBatch) if f.name not in ("tile", "tables")}
     parts["owners"] = np.zeros(bucket.rows, np.int32)
@@ -284,6 +300,15 @@ def verify_parts(plan: Plan, bucket: Bucket, params: np.ndarray) -> dict[str, np
     own = plan.decodes, draft_spans(plan)
     parts["targets"] = np.empty(0, np.int32)
     return parts | steered.parts(bucket, *own) | adapted.parts(bucket, *own)
+
+
+def rope_positions(parts: Iterable[tuple[Sequence, int, int]]) -> np.ndarray:
+    """Return the positions that rope rotates tokens by, `[T, 3]`: of each sequence `count` from position `start` on."""
+    made = []
+    for sequence, start, count in parts:
+        rope = sequence.request.rope
+        made.append(plain(start, count) if rope is None else rope.at(start, count))
+    return np.concatenate(made)
 
 
 def draft_spans(plan: Plan) -> list[slice]:

@@ -13,12 +13,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxinfer.engine.runner.batch import VERIFY, Bucket
+from jaxinfer.engine.runner.keys import Encode, EncodeJoint
 from jaxinfer.engine.runner.mixed import Mixed
 from jaxinfer.engine.runner.shapes import Shapes
 from jaxinfer.engine.sampling.sampling_rows import Level
 from jaxinfer.functional import Program
 from jaxinfer.functional.deterministic import StepShape
 from jaxinfer.functional.encoder_batch import EncodeJob, EncodeShape
+from jaxinfer.kernels.attention import choose as attention
 from jaxinfer.kernels.attention.xla_attention import decode_items, item_keys
 from jaxinfer.kv import groups as kv_groups
 
@@ -89,6 +91,7 @@ def prefill_bucket(
         needs,
         tile=program.tile,
         features=program.features is not None,
+        rope_axes=rope_axes(program),
         cross=program.cross is not None,
         states=bool(program.layout.states),
         adapters=program.adapters,
@@ -97,11 +100,16 @@ def prefill_bucket(
     )
 
 
+def rope_axes(program: Program) -> int:
+    """Return the number of positions that rope rotates a token by; 0 if that is its position in the sequence."""
+    return 0 if program.features is None else program.features.rope_axes
+
+
 def verify_bucket(program: Program, shapes: Shapes, tokens: int, needs: Needs, **steering: Any) -> Bucket:
     """Return the bucket of the step that verifies drafts with this many tokens; `steering` as in `prefill_bucket`."""
     size = least(shapes.verify_buckets, tokens)
     own = {"tile": program.tile, "adapters": program.adapters, "capture": shapes.capture, **steering}
-    return _bucket(shapes, VERIFY, size, size, needs, **own)
+    return _bucket(shapes, VERIFY, size, size, needs, rope_axes=rope_axes(program), **own)
 
 
 def read_size(shapes: Shapes, positions: np.ndarray, seen: np.ndarray) -> int:
@@ -138,6 +146,7 @@ def decode_bucket(program: Program, shapes: Shapes, rows: int, reads: int, needs
         cross=program.cross is not None,
         states=bool(program.layout.states),
         adapters=program.adapters,
+        rope_axes=rope_axes(program),
         **own,
     )
 
@@ -156,6 +165,7 @@ def mixed_bucket(program: Program, shapes: Shapes) -> Mixed:
         groups=kv_groups.count(kv_groups.own(program.layout.kinds)),
         switched=shapes.switched,
         features=program.features is not None,
+        rope_axes=rope_axes(program),
         cross=program.cross is not None,
         states=bool(program.layout.states),
         adapters=program.adapters,
@@ -275,6 +285,15 @@ def encode_pieces(shapes: Shapes, count: int) -> Iterator[int]:
         size = max((size for size in shapes.encode_buckets if size <= count), default=shapes.encode_buckets[0])
         yield size
         count -= size
+
+
+def encode_key(program: Program, shapes: Shapes, count: int) -> Encode | EncodeJoint:
+    """Return the key of the smallest program that encodes `count` inputs, or their values, into the feature pool."""
+    joint, count = program.features.joint, least(shapes.encode_buckets, count)
+    if joint is None:
+        return Encode(count)
+    tile = attention.prefill_tile(program.kernel, 1, joint.head_dim, program.dtype.itemsize)
+    return EncodeJoint(count, joint.positions, 0, min(count, shapes.prefill_rows), tile)
 
 
 def encode_shape(program: Program, shapes: Shapes, units: int) -> EncodeShape:

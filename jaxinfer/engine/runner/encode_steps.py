@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxinfer import functional
 from jaxinfer.engine.runner import batch as batches
-from jaxinfer.engine.runner.device_state import abstract_cache, replicated, shardings
+from jaxinfer.engine.runner.device_state import abstract_cache, abstract_features, replicated, shardings
 from jaxinfer.engine.runner.shapes import Shapes
 from jaxinfer.functional import Program
 from jaxinfer.functional.encoder_batch import EncodeBatch, EncodeShape
@@ -25,6 +25,22 @@ def encode_step(
     Slots out of range belong to padding and are dropped.
     """
     made = functional.encode(program, params, inputs)
+    return pool.reshape(-1, *made.shape[1:]).at[slots].set(made.astype(pool.dtype), mode="drop").reshape(pool.shape)
+
+
+def encode_joint_step(
+    program: Program,
+    shape: EncodeShape,
+    params: list[jax.Array],
+    pool: jax.Array,
+    inputs: jax.Array,
+    numbers: jax.Array,
+    slots: jax.Array,
+    packed: jax.Array,
+) -> jax.Array:
+    """Encode whole inputs of values `[U, *shape]` with numbers `[U, A]` into slots `[U]` of the feature pool."""
+    batch = EncodeBatch(inputs, numbers, **batches.unpack(shape, packed), tile=shape.tile)
+    made = functional.encode_joint(program, params, batch)
     return pool.reshape(-1, *made.shape[1:]).at[slots].set(made.astype(pool.dtype), mode="drop").reshape(pool.shape)
 
 
@@ -51,6 +67,18 @@ def make_encode_step(
         donate_argnums=1,
         out_shardings=shardings(abstract_cache(program, shapes)),
         compiler_options=None if compiler_options is None else dict(compiler_options),
+    )
+
+
+def abstract_joint_arguments(program: Program, shapes: Shapes, shape: EncodeShape) -> tuple[Any, ...]:
+    """Return shapes and shardings of the arguments of `encode_joint_step` after the parameters."""
+    features, array = program.features, partial(jax.ShapeDtypeStruct, sharding=replicated(program))
+    return (
+        abstract_features(program, shapes),
+        array((shape.units, *features.shape), jnp.float32),
+        array((shape.units, features.joint.numbers), jnp.int32),
+        array((shape.units,), jnp.int32),
+        array((sum(map(math.prod, shape.shapes.values())),), jnp.int32),
     )
 
 

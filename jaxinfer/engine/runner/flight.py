@@ -12,7 +12,7 @@ import numpy as np
 from jaxinfer.engine.plan import Plan
 from jaxinfer.engine.request import Sequence as Sample
 from jaxinfer.engine.runner.batch import Bucket
-from jaxinfer.engine.runner.keys import Encode, EncodeCross, Key
+from jaxinfer.engine.runner.keys import Encode, EncodeCross, EncodeJoint, Key
 from jaxinfer.engine.runner.launches import Launch, Step, describe
 from jaxinfer.engine.runner.logits import SampleLogits
 from jaxinfer.engine.runner.programs import CompilationError
@@ -89,7 +89,8 @@ class Flight:
         prefills = {launch.step.first for launch in self.launches if launch.key == key and launch.step is not None}
         if isinstance(key, (Bucket, SampleLogits)) and prefills == {False}:
             return replace(self.plan, chunks=[], samples=[])
-        own = isinstance(key, (Encode, EncodeCross)) or (isinstance(key, (Bucket, SampleLogits)) and prefills == {True})
+        own = isinstance(key, (Bucket, SampleLogits)) and prefills == {True}
+        own = own or isinstance(key, (Encode, EncodeJoint, EncodeCross))
         return replace(self.plan, decodes=[]) if own else self.plan
 
 

@@ -40,13 +40,20 @@ class Encode:
 
 
 @dataclass(frozen=True)
+class EncodeJoint(EncodeShape):
+    """Key of the program that encodes whole inputs of this shape into the feature pool (`Features.joint`)."""
+
+    takes, gives = ("params", "features"), ("features",)
+
+
+@dataclass(frozen=True)
 class EncodeCross(EncodeShape):
     """Key of the program that encodes inputs of this shape into the cache for cross-attention."""
 
     takes, gives = ("params", "cache"), ("cache",)
 
 
-Key = Bucket | Mixed | SampleLogits | Copies | Install | InstallTables | Encode | EncodeCross
+Key = Bucket | Mixed | SampleLogits | Copies | Install | InstallTables | Encode | EncodeJoint | EncodeCross
 """Key of a program. `takes` names the runner state passed before the call's own arrays, `gives` the runner state
 that the program returns first (not in a tuple if it is a single value). None marks state that this program does not
 use.

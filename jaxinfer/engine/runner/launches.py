@@ -19,6 +19,7 @@ from jaxinfer.engine.runner.buckets import (
     Needs,
     copy_widths,
     decode_bucket,
+    encode_key,
     encode_pieces,
     encode_shape,
     encode_steps,
@@ -29,7 +30,7 @@ from jaxinfer.engine.runner.buckets import (
     verify_bucket,
 )
 from jaxinfer.engine.runner.device_state import abstract_edits
-from jaxinfer.engine.runner.keys import Copies, Encode, EncodeCross, Install, InstallTables, Key
+from jaxinfer.engine.runner.keys import Copies, Encode, EncodeCross, EncodeJoint, Install, InstallTables, Key
 from jaxinfer.engine.runner.logits import programs as programs_of
 from jaxinfer.engine.runner.mixed import Mixed, mixed_parts
 from jaxinfer.engine.runner.row_params import RowParams
@@ -148,6 +149,9 @@ class Packer:
 
     def _encodes(self, plan: Plan) -> Iterator[Launch]:
         """Encode all inputs of a plan together, whichever prompts they belong to."""
+        if self._program.features.joint is not None:
+            yield from self._encodes_joint(plan)
+            return
         values = np.concatenate([one.values for one, _ in plan.encodes])
         slots = np.concatenate([np.asarray(slots, np.int32) for _, slots in plan.encodes])
         start = 0
@@ -159,6 +163,20 @@ class Packer:
             targets = np.pad(targets, (0, padding), constant_values=self._shapes.feature_slots)
             yield Launch(Encode(size), (inputs, targets))
             start += size
+
+    def _encodes_joint(self, plan: Plan) -> Iterator[Launch]:
+        """Encode inputs whole, as many together as the largest step has room for; a deterministic engine, each alone."""
+        program, shapes = self._program, self._shapes
+        jobs = [EncodeJob(one, np.empty((0, 0), np.int32), slots=slots) for one, slots in plan.encodes]
+        together = encode_steps(jobs, encode_key(program, shapes, shapes.encode_buckets[-1]))
+        for step in [[job] for job in jobs] if program.deterministic else together:
+            key = encode_key(program, shapes, sum(job.input.count for job in step))
+            batch = encode_batch(program.features, step, 1, 0, key)
+            slots = np.full(key.units, shapes.feature_slots, np.int32)
+            known = [slot for job in step for slot in job.slots]
+            slots[: len(known)] = known
+            packed = batches.pack(key, {name: getattr(batch, name) for name in key.shapes})
+            yield Launch(key, (batch.inputs, batch.numbers, slots, packed))
 
     def _encodes_cross(self, jobs: Sequence[EncodeJob]) -> Iterator[Launch]:
         """Encode the cross-attention inputs of a plan's prompts into the cache."""
@@ -296,6 +314,6 @@ def describe(key: Key) -> str:
         return f"the step {key}"
     if isinstance(key, Encode):
         return f"the encoder step of {key.count}"
-    if isinstance(key, EncodeCross):
+    if isinstance(key, EncodeJoint | EncodeCross):
         return f"the encoder step of {key.units}"
     return f"the program {key}"

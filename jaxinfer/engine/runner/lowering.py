@@ -17,8 +17,14 @@ from jaxinfer.engine.runner.device_state import (
     replicated,
     shardings,
 )
-from jaxinfer.engine.runner.encode_steps import abstract_encode_arguments, encode_step, make_encode_step
-from jaxinfer.engine.runner.keys import Copies, Encode, EncodeCross, InstallTables, Key
+from jaxinfer.engine.runner.encode_steps import (
+    abstract_encode_arguments,
+    abstract_joint_arguments,
+    encode_joint_step,
+    encode_step,
+    make_encode_step,
+)
+from jaxinfer.engine.runner.keys import Copies, Encode, EncodeCross, EncodeJoint, InstallTables, Key
 from jaxinfer.engine.runner.logits import SampleLogits, abstract_sample_arguments, make_sample_logits
 from jaxinfer.engine.runner.mixed import Mixed
 from jaxinfer.engine.runner.mixed_step import mixed_step
@@ -43,13 +49,15 @@ def lower(
         return make_sample_logits(program, shapes, key, options).lower(*arguments)
     sharding = replicated(program)
     array = partial(jax.ShapeDtypeStruct, sharding=sharding)
-    if isinstance(key, Encode):
-        pool, inputs = abstract_features(program, shapes), array((key.count, *program.features.shape), np.float32)
+    if isinstance(key, Encode | EncodeJoint):
+        if isinstance(key, Encode):
+            body, inputs = partial(encode_step, program), array((key.count, *program.features.shape), np.float32)
+            arguments = abstract_features(program, shapes), inputs, array((key.count,), np.int32)
+        else:
+            body, arguments = partial(encode_joint_step, program, key), abstract_joint_arguments(program, shapes, key)
         options = None if options is None else dict(options)
-        step = jax.jit(
-            partial(encode_step, program), donate_argnums=1, out_shardings=sharding, compiler_options=options
-        )
-        return step.lower(params, pool, inputs, array((key.count,), np.int32))
+        step = jax.jit(body, donate_argnums=1, out_shardings=sharding, compiler_options=options)
+        return step.lower(params, *arguments)
     if isinstance(key, EncodeCross):
         step = make_encode_step(program, shapes, key, options)
         return step.lower(params, *abstract_encode_arguments(program, shapes, key))

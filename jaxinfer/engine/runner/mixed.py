@@ -18,6 +18,7 @@ from jaxinfer.engine.runner.batch import (
     NO_SLOT,
     PARTS,
     chunk_segments,
+    rope_positions,
     sampling_rows,
     scored_tokens,
     spans,
@@ -60,6 +61,8 @@ class Mixed:
     """Whether the model has recurrent layers."""
     contiguous: bool
     """Whether block tables follow from the rows (`kv.contiguous`)."""
+    rope_axes: int = 0
+    """Number of positions that rope rotates a token by (`media.inputs.Features.rope_axes`); 0 for its position alone."""
     adapters: bool = False
     """Whether projections have LoRA adapters (`functional.Program.adapters`)."""
     logprobs_mode: str = RAW_LOGPROBS
@@ -126,6 +129,8 @@ class Mixed:
             shapes["seen"] = (self.tokens, 2)
         if self.states:
             shapes["states"] = (len(Segments._fields), self.segments)
+        if self.rope_axes:
+            shapes["rope_positions"] = (self.tokens, self.rope_axes)
         return shapes | adapted.shapes(self)
 
 
@@ -156,6 +161,9 @@ def mixed_parts(plan: Plan, bucket: Mixed, tables: Tables, params: np.ndarray, a
         parts["blocks"][:, : len(rows)] = tables.at(rows, number)
     if bucket.cross:
         parts["seen"][here] = tables.seen[rows]
+    if bucket.rope_axes:
+        shifts = np.array([s.request.rope_shift for s in plan.decodes], np.int32)
+        parts["rope_positions"][here] = (now + shifts)[:, None]
     if bucket.states:
         _state_segments(plan, first, ahead, parts["states"])
     _places(plan, bucket, here, params, now, parts)
@@ -177,6 +185,8 @@ def _chunk_tokens(plan: Plan, bucket: Mixed, parts: dict[str, np.ndarray]) -> in
     count = len(batch.tokens)
     for name in ("tokens", "positions", "rows", "rope_lengths", *(["seen"] if bucket.cross else [])):
         parts[name][:count] = getattr(batch, name)
+    if bucket.rope_axes:
+        parts["rope_positions"][:count] = rope_positions((c.sequence, c.start, c.count) for c in plan.chunks)
     tiles = int(batch.count)
     parts["tiles"][:tiles], parts["count"][...] = batch.tiles[:tiles], tiles
     parts["owners"][: len(chunks)] = [c.sequence.row for c in plan.chunks]

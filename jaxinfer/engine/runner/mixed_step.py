@@ -67,6 +67,7 @@ def mixed_step(
         states=StepSegments(*parts["states"]) if bucket.states else None,
         seen=parts.get("seen"),
         adapters=parts.get("adapters"),
+        rope_positions=parts.get("rope_positions"),
         tile=bucket.tile,
         **{name: parts[name] for name in ("positions", "rows", "rope_lengths", "tiles", "count")},
     )

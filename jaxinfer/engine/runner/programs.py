@@ -26,11 +26,12 @@ from jaxinfer.engine.runner.buckets import (
     all_buckets,
     copy_widths,
     covers,
+    encode_key,
     encode_shape,
     mixed_bucket,
     prefill_bucket,
 )
-from jaxinfer.engine.runner.keys import Copies, Encode, EncodeCross, Install, InstallTables, Key
+from jaxinfer.engine.runner.keys import Copies, EncodeCross, Install, InstallTables, Key
 from jaxinfer.engine.runner.logits import (
     SampleLogits,
     joined,
@@ -94,7 +95,7 @@ class Programs:
         copies = [Copies(width) for width in copy_widths(self._shapes)]
         tables = [] if self._shapes.contiguous else [InstallTables(width) for width in TABLE_WIDTHS]
         edits = [Install()] if "edited" in sampling else []
-        encodes = [Encode(count) for count in self._shapes.encode_buckets]
+        encodes = [encode_key(self._program, self._shapes, count) for count in self._shapes.encode_buckets]
         encodes += [
             EncodeCross(**vars(encode_shape(self._program, self._shapes, units)))
             for units in self._shapes.cross_buckets

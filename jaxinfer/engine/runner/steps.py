@@ -119,7 +119,8 @@ def decode_step(
         tables = tables.at[group, sampling.row, number].set(parts["blocks"], mode="drop")
         own = tables if owners is None else tables.at[:, owners].get(mode="clip")
     states = DecodeSlots(*parts["states"]) if bucket.states else None
-    batch = DecodeBatch(last, positions, own, bucket.items, parts.get("seen"), states, parts.get("adapters"))
+    beside = {name: parts.get(name) for name in ("seen", "adapters", "rope_positions")}
+    batch = DecodeBatch(last, positions, own, bucket.items, states=states, **beside)
     taps = Taps(bucket.capture, steered.added(bucket, parts))
     hidden, cache = functional.decode_hidden(program, params, cache, batch, taps=taps)
     logits = program.module(params).logits(hidden)

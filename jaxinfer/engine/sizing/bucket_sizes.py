@@ -12,6 +12,8 @@ CPU_DECODE, CPU_PREFILL = (1, 2, 4, 8, 16), (32, 64)
 doublings, too."""
 CPU_ENCODE, GPU_ENCODE = (1, 2, 4, 8), (1, 2, 4, 8, 16, 32)
 """Inputs per encoder step. The remaining inputs are encoded in a smaller step instead of being padded."""
+CPU_JOINT, GPU_JOINT = (16, 64), (64, 256)
+"""Values per step of an encoder that sees images whole; an image of 256 x 256 pixels has 64 for Qwen3-VL."""
 CPU_CROSS, GPU_CROSS = (1, 2, 4), (1, 2, 4, 8, 16)
 """The same for cross-attention to audio and images; texts have the buckets of prefill, up to the longest."""
 CPU_VERIFY, GPU_VERIFY = (2, 4, 8, 16), (16, 64)
@@ -59,10 +61,16 @@ def verify_buckets(program: Program, config: EngineConfig, rows: int, *, gpu: bo
     return (*sizes, most)
 
 
-def encode_buckets(program: Program, *, gpu: bool) -> tuple[int, ...]:
-    """Return the numbers of inputs per encoder step; a deterministic engine encodes one at a time."""
+def encode_buckets(program: Program, largest: int, *, gpu: bool) -> tuple[int, ...]:
+    """Return the numbers of inputs per encoder step; a deterministic engine encodes one at a time.
+
+    Where an input is encoded whole, they are numbers of its values, up to the `largest` input.
+    """
     if program.features is None:
         return ()
+    if program.features.joint is not None:
+        first = [size for size in (GPU_JOINT if gpu else CPU_JOINT) if size < largest] or [largest]
+        return _buckets(None, largest, first, "encode_buckets", halves=False)
     return (1,) if program.deterministic else GPU_ENCODE if gpu else CPU_ENCODE
 
 

@@ -99,8 +99,10 @@ class Capacity:
         slots, needed = self._shapes.feature_slots, sum(one.count for one in inputs.distinct().values())
         if needed > slots:
             rows = inputs.inputs[0].rows
+            tiles, of = f" {needed} tiles ({needed * rows} tokens)", f"{slots} tiles of {rows} tokens"
+            if self._program.features.joint is not None:
+                tiles, of = f" {needed} tokens", f"{slots} tokens"
             raise CapacityError(
-                f"a prompt whose images have {needed} tiles ({needed * rows} tokens) can never fit in the feature "
-                f"cache: it holds {slots} tiles of {rows} tokens; pass fewer or smaller images, or make the LLM with "
-                f"feature_cache_tokens={needed * rows}"
+                f"a prompt whose images have{tiles} can never fit in the feature cache: it holds {of}; pass fewer or "
+                f"smaller images, or make the LLM with feature_cache_tokens={needed * rows}"
             )

@@ -18,9 +18,9 @@ from jax.experimental import multihost_utils
 from jaxinfer._utils import html
 from jaxinfer._utils.units import size_text
 from jaxinfer.config import EngineConfig
-from jaxinfer.engine.runner.buckets import copy_widths, encode_shape, largest_buckets, mixed_bucket
+from jaxinfer.engine.runner.buckets import copy_widths, encode_key, encode_shape, largest_buckets, mixed_bucket
 from jaxinfer.engine.runner.device_state import abstract_cache, abstract_edits, abstract_features, abstract_rows
-from jaxinfer.engine.runner.keys import Copies, Encode, EncodeCross, Key
+from jaxinfer.engine.runner.keys import Copies, EncodeCross, Key
 from jaxinfer.engine.runner.logits import programs as programs_of
 from jaxinfer.engine.runner.programs import Programs
 from jaxinfer.engine.runner.shapes import Shapes
@@ -280,7 +280,7 @@ def largest_programs(program: Program, shapes: Shapes) -> list[Key]:
         steps = [key for bucket in largest_buckets(program, shapes) for key in programs_of(shapes, bucket)]
     keys: list[Key] = [*dict.fromkeys(steps), Copies(copy_widths(shapes)[-1])]
     if shapes.encode_buckets:
-        keys.append(Encode(shapes.encode_buckets[-1]))
+        keys.append(encode_key(program, shapes, shapes.encode_buckets[-1]))
     if shapes.cross_buckets:
         keys.append(EncodeCross(**vars(encode_shape(program, shapes, shapes.cross_buckets[-1]))))
     return keys

@@ -29,7 +29,9 @@ def report(
     taken = _states(program, config, shapes)
     if shapes.feature_slots:
         log.info(
-            "feature cache: %d tiles of images, %d tokens (feature_cache_tokens)",
+            "feature cache: %d tiles of images, %d tokens (feature_cache_tokens)"
+            if program.features.joint is None
+            else "feature cache: %d patches of images, %d tokens (feature_cache_tokens)",
             shapes.feature_slots,
             shapes.feature_slots * program.features.rows,
         )

@@ -133,7 +133,7 @@ def choose_shapes(
     """
     gpu = (platform or _platform(program)) != "cpu"
     rows, tokens = _step_sizes(config, gpu=gpu)
-    block = config.block_size
+    block, images = config.block_size, feature_slots(program, config, tokens)
     longest = longest_sequence(model, config)
     rows, slots, taken = state_slots(program, config, rows, budget)
     budget = replace(budget, size=budget.size - taken)
@@ -157,8 +157,8 @@ def choose_shapes(
         sampled_vocab=program.vocab,
         groups=program.layout.groups,
         switched=not gpu,
-        feature_slots=feature_slots(program, config, tokens),
-        encode_buckets=encode_buckets(program, gpu=gpu),
+        feature_slots=images,
+        encode_buckets=encode_buckets(program, min(images, length), gpu=gpu),
         cross_buckets=cross_buckets(program, tokens, gpu=gpu),
         contiguous=config.cache == CONTIGUOUS,
         state_slots=slots,
