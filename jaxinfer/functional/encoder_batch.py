@@ -19,8 +19,8 @@ class EncodeJob(NamedTuple):
 
     input: EncoderInput
     blocks: np.ndarray
-    """For each group of cross-attention layers, the blocks of all encoder positions of its request, `[m, n]` int32; `[0,
-    0]` without."""
+    """For each group of cross-attention layers, the blocks of all encoder positions of its request, `[m, n]` int32;
+    `[0, 0]` without."""
     first: int = 0
     """Index of the input's first position among them."""
     slots: tuple[int, ...] = ()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import io
 from collections.abc import Mapping
 from typing import Any
@@ -96,19 +95,21 @@ def _image(fields: Mapping[Any, Any], kind: str, where: str) -> Any:
 
 
 def open_image(image: Any, where: str) -> Any:
-    """Open the image of a data URL; any other image is returned unchanged.
+    """Open the image of a data URL and apply its EXIF orientation; any other image is returned unchanged.
 
     Raises:
         ValueError: the data URL is not in base64 or does not contain a readable image.
     """
     if not isinstance(image, str):
         return image
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     head, _, data = image.partition(",")
     try:
         if not head.endswith(";base64"):
             raise ValueError("it is not in base64")
-        return Image.open(io.BytesIO(base64.b64decode(data, validate=True)))
-    except (ValueError, binascii.Error, OSError, Image.DecompressionBombError) as error:
+        found = Image.open(io.BytesIO(base64.b64decode(data, validate=True)))
+        ImageOps.exif_transpose(found, in_place=True)
+        return found
+    except Exception as error:  # Pillow raises errors of many types for broken files
         raise ValueError(f"{where}: the data URL cannot be read as an image: {error}.") from error

@@ -202,8 +202,8 @@ class Joint:
     positions: int
     """Number of encoder positions of a value: the patches that are merged to a row."""
     width: int
-    """Columns of a row of the feature pool: (1 + n) M, if the outputs of the n first decoder layers get features added at
-    an input's tokens (DeepStack, arXiv:2406.04334)."""
+    """Columns of a row of the feature pool: (1 + n) M, if the outputs of the n first decoder layers get features added
+    at an input's tokens (DeepStack, arXiv:2406.04334)."""
     head_dim: int
     """D of the encoder's attention, which decides about its tiles."""
     numbers: int = 4

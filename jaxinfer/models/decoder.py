@@ -176,8 +176,7 @@ class Decoder(nnx.Module):
         ropes = [self.config.rope_of(number) for number in range(self.config.num_layers)]
         positions = step.positions if step.rope_positions is None else step.rope_positions
         turned = {
-            rope: None if rope is None else cos_sin(rope, positions, step.rope_lengths)
-            for rope in dict.fromkeys(ropes)
+            rope: None if rope is None else cos_sin(rope, positions, step.rope_lengths) for rope in dict.fromkeys(ropes)
         }
         run = Pass(list(cache), beside=self.beside(tokens, x, step))
         for number, layer in enumerate(self.layers):

@@ -13,7 +13,7 @@ from jaxinfer.engine.sampling.sampling_rows import Level
 from jaxinfer.sharding import Plan, plan
 from jaxinfer.sharding.collectives import DECODE
 from jaxinfer.sharding.policy import Placement
-from support import cross, internvl, mllama, whisper
+from support import cross, internvl, mllama, qwen3_vl, whisper
 from support.lowering import Compiled, abstract_model, compile_step
 from support.tiny import ARCHITECTURES, BLOCK, CHUNK, CONFIG, FOUR_BITS, FULL, LENGTH, ROWS, config, shapes
 
@@ -53,6 +53,7 @@ EVERY: Mapping[str, Mapping[str, Any]] = {
     "whisper": whisper.CONFIG,
     "internvl": internvl.config(),
     "mllama": mllama.config(),
+    "qwen3_vl": qwen3_vl.config(),
 }
 """A tiny config.json of every family, without the dtype."""
 

@@ -92,7 +92,7 @@ class Bucket:
     adapters: bool = False
     """Whether projections have LoRA adapters (`functional.Program.adapters`)."""
     rope_axes: int = 0
-    """Number of positions that rope rotates a token by (`media.inputs.Features.rope_axes`); 0 for its position alone."""
+    """Number of positions that rope rotates a token by (`Features.rope_axes`); 0 for its position alone."""
 
     def __str__(self) -> str:
         keys = "" if self.items is None else f" items={self.items}"
@@ -251,7 +251,9 @@ def prefill_parts(plan: Plan, bucket: Bucket, params: np.ndarray) -> dict[str, n
         samples=np.array([chunk for chunk, _ in plan.samples], np.int32),
         tile=bucket.tile,
         seen=seen,
-        rope_positions=rope_positions((c.sequence, c.start, c.count) for c in plan.chunks) if bucket.rope_axes else None,
+        rope_positions=rope_positions((c.sequence, c.start, c.count) for c in plan.chunks)
+        if bucket.rope_axes
+        else None,
     )
     parts = {f.name: getattr(batch, f.name) for f in fields(PrefillBatch) if f.name not in ("tile", "tables")}
     parts["owners"] = np.zeros(bucket.rows, np.int32)

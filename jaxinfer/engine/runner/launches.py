@@ -165,7 +165,7 @@ class Packer:
             start += size
 
     def _encodes_joint(self, plan: Plan) -> Iterator[Launch]:
-        """Encode inputs whole, as many together as the largest step has room for; a deterministic engine, each alone."""
+        """Encode inputs whole: as many as the largest step has room for, or each alone in a deterministic engine."""
         program, shapes = self._program, self._shapes
         jobs = [EncodeJob(one, np.empty((0, 0), np.int32), slots=slots) for one, slots in plan.encodes]
         together = encode_steps(jobs, encode_key(program, shapes, shapes.encode_buckets[-1]))

@@ -62,7 +62,7 @@ class Mixed:
     contiguous: bool
     """Whether block tables follow from the rows (`kv.contiguous`)."""
     rope_axes: int = 0
-    """Number of positions that rope rotates a token by (`media.inputs.Features.rope_axes`); 0 for its position alone."""
+    """Number of positions that rope rotates a token by (`Features.rope_axes`); 0 for its position alone."""
     adapters: bool = False
     """Whether projections have LoRA adapters (`functional.Program.adapters`)."""
     logprobs_mode: str = RAW_LOGPROBS

@@ -83,7 +83,7 @@ class Qwen3VLConfig(CompositeConfig):
         vision = self.vision
         width = (1 + len(vision.taps)) * vision.out
         shape = (vision.merged, vision.channels, vision.patch, vision.patch)
-        joint = Joint(width, vision.head_dim, vision.merged)
+        joint = Joint(positions=vision.merged, width=width, head_dim=vision.head_dim)
         return Features("image", shape, 1, self.image_token, joint, rope_axes=3)
 
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 import jax
 from flax import nnx
 
-from jaxinfer.checkpoint.weight_table import Rule
+from jaxinfer.checkpoint.weight_table import Rule, renamed
 from jaxinfer.kernels.attention.paged import Cache
 from jaxinfer.kv.spec import Spec
 from jaxinfer.layers.attention import StepContext
@@ -58,16 +58,9 @@ def weight_rules(config: Qwen3VLConfig) -> list[Rule]:
         replace(rule, source=f"model.visual.{rule.source}", target=f"visual.{rule.target}")
         for rule in vision.weight_rules(config.vision)
     ]
-    for rule in decoder_rules(config.text):
-        # The head is outside of `model`.
-        source = rule.source.replace("model.", "model.language_model.", 1)
-        also = tuple(name.replace("model.", "model.language_model.", 1) for name in rule.also)
-        instead = tuple(
-            replace(one, source=one.source.replace("model.", "model.language_model.", 1), target=f"language_model.{one.target}")
-            for one in rule.instead
-        )
-        target = rule.target and f"language_model.{rule.target}"
-        table.append(replace(rule, source=source, target=target, also=also, instead=instead))
+    for rule in renamed(decoder_rules(config.text), {"model.": "model.language_model."}):  # the head is outside
+        instead = tuple(replace(one, target=f"language_model.{one.target}") for one in rule.instead)
+        table.append(replace(rule, target=rule.target and f"language_model.{rule.target}", instead=instead))
     return table
 
 

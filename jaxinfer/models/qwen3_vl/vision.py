@@ -60,26 +60,38 @@ class Patches(MatmulModule):
         return made
 
 
-class TowerLayer(nnx.Module):
-    """`x + attention(norm(x))`, then `x + mlp(norm(x))`; queries and keys rotate by row and column."""
+class TowerAttention(nnx.Module):
+    """Bidirectional attention within each image; queries and keys rotate by row and column."""
 
     no_split = True
 
     def __init__(self, build: Build, config: TowerConfig):
-        self.head_dim, width = config.head_dim, config.width
+        self.head_dim = config.head_dim
         outputs = HeadLayout.of(build, config.heads, config.heads).outputs(config.head_dim)
+        self.qkv = FusedLinear(build, config.width, outputs, bias=True)
+        self.out = RowLinear(build, axes.HEADS, outputs[0], config.width, bias=True)
+
+    def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array], step: EncodeStep) -> jax.Array:
+        """Map `[S, W]` to `[S, W]`; `rope` has cosines and sines `[S, D/2]`."""
+        q, k, v = (y.reshape(*y.shape[:2], -1, self.head_dim) for y in self.qkv(x))
+        q, k = (apply_rope(y.astype(jnp.float32), *rope).astype(y.dtype) for y in (q, k))
+        y = attend_both_ways(q, k, v, step, Scoring(self.head_dim**-0.5))
+        return self.out(y.reshape(*y.shape[:2], -1))
+
+
+class TowerLayer(nnx.Module):
+    """`x + attention(norm(x))`, then `x + mlp(norm(x))`."""
+
+    def __init__(self, build: Build, config: TowerConfig):
+        width = config.width
         self.attention_norm = LayerNorm(build.at("attention_norm"), width, EPS, axes.EMBED)
-        self.qkv = FusedLinear(build, width, outputs, bias=True)
-        self.out = RowLinear(build, axes.HEADS, outputs[0], width, bias=True)
+        self.attention = TowerAttention(build.at("attention"), config)
         self.mlp_norm = LayerNorm(build.at("mlp_norm"), width, EPS, axes.EMBED)
         self.mlp = MLP(build.at("mlp"), width, config.ffn, width, config.activation)
 
     def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array], step: EncodeStep) -> jax.Array:
         """Map `[S, W]` to `[S, W]`; `rope` has cosines and sines `[S, D/2]`."""
-        q, k, v = (y.reshape(*y.shape[:2], -1, self.head_dim) for y in self.qkv(self.attention_norm(x)))
-        q, k = (apply_rope(y.astype(jnp.float32), *rope).astype(y.dtype) for y in (q, k))
-        y = attend_both_ways(q, k, v, step, Scoring(self.head_dim**-0.5))
-        x = x + self.out(y.reshape(*y.shape[:2], -1))
+        x = x + self.attention(self.attention_norm(x), rope, step)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -155,8 +167,8 @@ def weight_rules(config: TowerConfig) -> list[Rule]:
     for i in range(config.layers):
         source, target = f"blocks.{i}", f"layers.{i}"
         both(f"{source}.norm1", f"{target}.attention_norm", weight="scale")
-        both(f"{source}.attn.qkv", f"{target}.qkv", ("q", "k", "v"))
-        both(f"{source}.attn.proj", f"{target}.out")
+        both(f"{source}.attn.qkv", f"{target}.attention.qkv", ("q", "k", "v"))
+        both(f"{source}.attn.proj", f"{target}.attention.out")
         both(f"{source}.norm2", f"{target}.mlp_norm", weight="scale")
         both(f"{source}.mlp.linear_fc1", f"{target}.mlp.up", ("up",))
         both(f"{source}.mlp.linear_fc2", f"{target}.mlp.down")

@@ -252,6 +252,12 @@ def test_images_of_data_urls(byte_bpe):
         )
         [[found]] = chat_images(given)
         assert found.size == (3, 2)
+    turned, exif = io.BytesIO(), image.Exif()
+    exif[0x0112] = 6  # taken with the camera upright
+    image.new("RGB", (3, 2)).save(turned, "PNG", exif=exif)
+    url = "data:image/png;base64," + base64.b64encode(turned.getvalue()).decode()
+    [[found]] = chat_images([{"role": "user", "content": [{"type": "image_url", "image_url": url}]}])
+    assert found.size == (2, 3)
     for bad in ("data:image/png;base64,AAAA", "data:image/png;base64,%%", "data:,x"):
         with pytest.raises(ValueError, match="conversation 0, image 0: the data URL cannot be read"):
             chat_images([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": bad}}]}])

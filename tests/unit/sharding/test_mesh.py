@@ -58,7 +58,9 @@ def test_the_data_axis_needs_a_vision_tower():
     mesh = meshes.normalise(user_mesh(data=2, model=2))
     meshes.check_data_axis(mesh, True)
     meshes.check_data_axis(make_mesh(2), False)
-    with pytest.raises(ConfigError, match="axis 'data' of size 2 divides the images .* this model has none that .*; put"):
+    with pytest.raises(
+        ConfigError, match="axis 'data' of size 2 divides the images .* this model has none that .*; put"
+    ):
         meshes.check_data_axis(mesh, False)
 
 
