@@ -75,8 +75,8 @@ def check_data_axis(mesh: Mesh | AbstractMesh, has_tower: bool) -> None:
     if axes.DATA in mesh.shape and not has_tower:
         raise ConfigError(
             f"mesh: axis {axes.DATA!r} of size {mesh.shape[axes.DATA]} divides the images of a vision tower, and this "
-            f"model has none that takes tiles of one size; put those devices on axis {axes.MODEL!r}, or run an LLM for each "
-            "group of devices"
+            f"model has none that takes tiles of one size; put those devices on axis {axes.MODEL!r}, or run an LLM for "
+            "each group of devices"
         )
 
 
