@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
+from jaxinfer.kernels import rowwise
 from jaxinfer.kernels.attention import choose as attention
 from jaxinfer.kernels.attention.paged import DecodeRows, KVCache, PrefillTiles, Scoring, Slots
 from jaxinfer.kernels.state.slots import DecodeSlots, FullSequences, Segments
@@ -286,6 +287,9 @@ class Attention(nnx.Module):
         self, x: jax.Array, rope: tuple[jax.Array, jax.Array] | None, step: StepContext
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
         """Return queries, keys, values and the gate, each `[T, tp, heads / tp, D]`, as they are attended to."""
+        if rope is not None and self._turns(x):
+            q, k, v = self._native(x, rope)
+            return self._grown(q, step), k, v, None
         q, *kv = self.qkv(x)
         if self.norm_scale is not None:
             q, kv[0] = self._normalise(q, kv[0], step.mesh)
@@ -293,17 +297,40 @@ class Attention(nnx.Module):
         gate = None
         if self.spec.gated:
             q, gate = q[:, :, ::2], q[:, :, 1::2]
-        q = self._turned(q if self.q_norm is None else self.q_norm(q), rope)
-        if self.spec.query_growth is not None:
-            beta, length = self.spec.query_growth
-            growth = 1 + beta * jnp.log1p((step.positions // length).astype(jnp.float32))
-            q = q * growth.astype(q.dtype)[:, None, None, None]
+        q = self._grown(self._turned(q if self.q_norm is None else self.q_norm(q), rope), step)
         if not kv:
             # Kernels read a step's own keys from their arguments, and write them again where the lender has.
             return q, step.lent.keys, step.lent.values, gate
         k, v = kv[0], kv[-1]
         v = normalise(v, self.spec.norm_eps).astype(v.dtype) if self.spec.value_norm else v
         return q, self._turned(k if self.k_norm is None else self.k_norm(k), rope), v, gate
+
+    def _grown(self, q: jax.Array, step: StepContext) -> jax.Array:
+        """Multiply queries by the factor of their positions, if there is one."""
+        if self.spec.query_growth is None:
+            return q
+        beta, length = self.spec.query_growth
+        growth = 1 + beta * jnp.log1p((step.positions // length).astype(jnp.float32))
+        return q * growth.astype(q.dtype)[:, None, None, None]
+
+    def _turns(self, x: jax.Array) -> bool:
+        """Return whether one kernel norms and rotates queries and keys (`_native`)."""
+        spec, norms = self.spec, [norm for norm in (self.q_norm, self.k_norm) if norm is not None]
+        other = spec.lender is not None or spec.keys_are_values or spec.gated or spec.norm_whole or spec.value_norm
+        if other or not self.qkv.is_whole or any(norm.tapped for norm in norms):
+            return False
+        return rowwise.serves(self.qkv.kernel, x, *(norm.scale[...] for norm in norms))
+
+    def _native(self, x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+        """Return queries, keys and values, each `[T, 1, heads, D]`, before `_grown`."""
+        scales, how = None, rowwise.RmsScaling(0.0, *Scaling())
+        if self.q_norm is not None:
+            scales, how = (self.q_norm.scale[...], self.k_norm.scale[...]), self.q_norm.how
+        heads = tuple(output.columns(1) // self.spec.head_dim for output in self.qkv.outputs[:2])
+        made = rowwise.turn(
+            self.qkv.whole(x), *rope, scales, how, heads, self.spec.head_dim, interleaved=self.spec.interleaved
+        )
+        return tuple(part[:, None] for part in made)
 
     def _turned(self, x: jax.Array, rope: tuple[jax.Array, jax.Array] | None) -> jax.Array:
         """Rotate queries or keys."""

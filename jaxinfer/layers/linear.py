@@ -20,6 +20,7 @@ from jaxinfer.kernels.matmul import int8_matmul, packed_matmul
 from jaxinfer.kernels.matmul.choose import NATIVES, XLA, matmul
 from jaxinfer.kernels.matmul.packed_matmul import Packed
 from jaxinfer.kernels.triton.triton_launch import Target
+from jaxinfer.layers.norms import RMSNorm
 from jaxinfer.layers.params import Build, constant, matrix
 from jaxinfer.sharding import axes
 from jaxinfer.sharding.collectives import ALL_REDUCE, Collective
@@ -178,10 +179,15 @@ class MatmulModule(nnx.Module):
 
 
 def use_kernel(module: nnx.Module, kernel: str, target: Target | None = None) -> None:
-    """Set the matmul implementation of all parts of a module, and the GPU it is for where weights are not divided."""
+    """Set the matmul implementation of all parts of a module, and the GPU it is for where weights are not divided.
+
+    Norms, and activations beside projections, have native kernels where products do.
+    """
     for _, part in nnx.iter_modules(module):
         if isinstance(part, MatmulModule):
             part.kernel, part.target = kernel, target
+        elif isinstance(part, RMSNorm):
+            part.kernel = kernel
 
 
 def use_fusion(module: nnx.Module, fused: bool) -> None:
@@ -233,16 +239,32 @@ class FusedLinear(MatmulModule):
         if not self.fused:
             parts = self._apart(x)
         else:
-            y = self.product(x, self.weights).reshape(x.shape[0], self.tp, -1)
-            if self.bias is not None and len(self.biased) == len(self.outputs):
-                return self._split(y + self.bias[...], self.outputs)
-            parts = self._split(y, self.outputs)
-        if self.bias is None:
+            parts = self._split(self._whole(x), self.outputs)
+        if self.bias is None or self.fused and self._all_biased:
             return parts
         having = [output for output in self.outputs if output.name in self.biased]
         biases = dict(zip(self.biased, self._split(self.bias[...], having), strict=True))
         parts = zip(self.outputs, parts, strict=True)
         return tuple(part + biases[output.name] if output.name in biases else part for output, part in parts)
+
+    @property
+    def _all_biased(self) -> bool:
+        return self.bias is not None and len(self.biased) == len(self.outputs)
+
+    def _whole(self, x: jax.Array) -> jax.Array:
+        """Run one GEMM, `[T, tp, columns]`, and add the bias if all outputs have one."""
+        y = self.product(x, self.weights).reshape(x.shape[0], self.tp, -1)
+        return y + self.bias[...] if self._all_biased else y
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all outputs are made as one array on one device, which nothing reads or changes apart (`whole`)."""
+        alone = self.fused and self.tp == 1 and self.adapters is None and (self.bias is None or self._all_biased)
+        return alone and type(self).__call__ is FusedLinear.__call__  # not tapped (`functional.taps`)
+
+    def whole(self, x: jax.Array) -> jax.Array:
+        """Map `[T, in]` to all outputs side by side, `[T, columns]`; for projections that are `is_whole`."""
+        return self._whole(x)[:, 0]
 
     def _apart(self, x: jax.Array) -> tuple[jax.Array, ...]:
         """Run one GEMM per output on its columns of the fused weight."""

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 import jax
 from flax import nnx
 
+from jaxinfer.kernels import rowwise
 from jaxinfer.layers.linear import FusedLinear, Output, RowLinear
 from jaxinfer.layers.params import Build
 from jaxinfer.sharding import axes
@@ -54,9 +55,20 @@ class GatedMLP(nnx.Module):
 
     def hidden(self, x: jax.Array) -> jax.Array:
         """Map `[T, M]` to the input of `down`, `[T, tp, F / tp]`."""
+        if len(self.gate_up.outputs) > 1 and self.gate_up.tp == 1 and rowwise.serves(self.gate_up.kernel, x):
+            return self._native(x)[:, None]
         active, *up = self.gate_up(x)
         active = ACTIVATIONS[self.activation](active)
         return active * up[0] if up else active
+
+    def _native(self, x: jax.Array) -> jax.Array:
+        """Compute `hidden` on one device, `[T, F]`, without copies of gate and up where they are made as one array."""
+        columns = self.gate_up.outputs[0].columns(1)
+        if self.gate_up.is_whole:
+            both = self.gate_up.whole(x)
+            return rowwise.gated(both, both, self.activation, columns, (0, columns))
+        gate, up = self.gate_up(x)
+        return rowwise.gated(gate[:, 0], up[:, 0], self.activation, columns, (0, 0))
 
 
 class MLP(nnx.Module):

@@ -21,6 +21,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from jaxinfer.errors import ConfigError
+from jaxinfer.kernels import rowwise
 from jaxinfer.kernels.matmul import grouped, int8_matmul
 from jaxinfer.kernels.matmul.grouped import Dispatch
 from jaxinfer.kernels.matmul.packed_matmul import Packed
@@ -94,10 +95,16 @@ class MoEConfig:
         """Outputs of an expert's first projection."""
         return tuple(Output(name, self.ffn) for name in (("gate", "up") if self.gated else ("up",)))
 
-    def activate(self, hidden: jax.Array) -> jax.Array:
-        """Apply the activation to gate and up, `[..., 2 F]` -> `[..., F]`, or to up alone, `[..., F]`."""
+    def activate(self, hidden: jax.Array, kernel: str) -> jax.Array:
+        """Apply the activation to gate and up, `[R, 2 F]` -> `[R, F]`, or to up alone, `[R, F]`.
+
+        `kernel` is the implementation of products (`kernels.matmul.choose`).
+        """
         if not self.gated:
             return ACTIVATIONS[str(self.activation)](hidden)
+        if isinstance(self.activation, str) and rowwise.serves(kernel, hidden):
+            columns = hidden.shape[-1] // 2
+            return rowwise.gated(hidden, hidden, self.activation, columns, (0, columns))
         gate, up = jnp.split(hidden, 2, axis=-1)
         if isinstance(self.activation, str):
             return ACTIVATIONS[self.activation](gate) * up
@@ -237,7 +244,7 @@ class MoE(MatmulModule):
         y = self.gate_up.rows(x[pairs.tokens], pairs, own["gate_up"], target)
         if self.config.bias:
             y = y + own["gate_up"]["bias"].reshape(experts, -1)[pairs.experts]
-        y = self.down.rows(self.config.activate(y), pairs, own["down"], target)
+        y = self.down.rows(self.config.activate(y, self.down.kernel), pairs, own["down"], target)
         if self.config.bias:
             y = y + self._once(own["down"]["bias"])[pairs.experts]
         y = grouped.combine(y, weights, pairs.places, pairs.offsets[-1])

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxinfer.kernels import rowwise
+from jaxinfer.kernels.matmul.choose import XLA
 from jaxinfer.layers.params import Build, constant
 
 
@@ -39,13 +41,37 @@ def normalise(x: jax.Array, eps: float) -> jax.Array:
 class RMSNorm(nnx.Module):
     """`x / sqrt(mean(x^2) + eps) * scale` over the last axis, in float32 (arXiv:1910.07467)."""
 
+    kernel: str = XLA
+    """Implementation, as that of products; set by `layers.linear.use_kernel`."""
+
     def __init__(self, build: Build, size: int, eps: float, axis: str | None, scaling: Scaling = Scaling()):
         self.scale = constant(build, (size,), (axis,), 1.0 - scaling.offset)
         self.eps, self.scaling = eps, scaling
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalize `[..., size]` in the dtype of `x`."""
-        return self.scaling(normalise(x, self.eps), self.scale[...], x.dtype)
+        scale = self.scale[...]
+        if rowwise.serves(self.kernel, x, scale):
+            return rowwise.rms_norm(x, scale, self.how)
+        return self.scaling(normalise(x, self.eps), scale, x.dtype)
+
+    def of_sum(self, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return `x + y` and that sum normalized."""
+        scale = self.scale[...]
+        if rowwise.serves(self.kernel, x, y, scale) and not self.tapped:
+            return rowwise.add_rms_norm(x, y, scale, self.how)
+        x = x + y
+        return x, self(x)
+
+    @property
+    def how(self) -> rowwise.RmsScaling:
+        """The norm as kernels take it."""
+        return rowwise.RmsScaling(self.eps, *self.scaling)
+
+    @property
+    def tapped(self) -> bool:
+        """Whether the output of calls is read or changed (`functional.taps`): then no kernel takes their place."""
+        return type(self).__call__ is not RMSNorm.__call__
 
 
 def normalise_together(

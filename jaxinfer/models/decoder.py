@@ -78,15 +78,23 @@ class Layer(nnx.Module):
     ) -> tuple[jax.Array, Any]:
         """Map hidden states `[T, M]` to `[T, M]`; also return the layer's new cache or state."""
         y, kv_cache = self.attend(_normed(self.attention_norm, x), kv_cache, rope, step)
-        x = self.add(x, _normed(self.attention_post_norm, y))
+        y = _normed(self.attention_post_norm, y)
         if self.mlp is None:
-            return x, kv_cache
-        y = self.feed_forward(_normed(self.mlp_norm, x), step)
+            return self.add(x, y), kv_cache
+        x, normed = self.added(x, y)
+        y = self.feed_forward(normed, step)
         return self.add(x, _normed(self.mlp_post_norm, y)), kv_cache
 
     def add(self, x: jax.Array, y: jax.Array) -> jax.Array:
         """Add the output of attention or the MLP, `[T, M]`, to the residual `[T, M]`."""
         return x + y
+
+    def added(self, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return the residual with the output of attention added, and the input of the MLP."""
+        if isinstance(self.mlp_norm, RMSNorm) and type(self).add is Layer.add:
+            return self.mlp_norm.of_sum(x, y)
+        x = self.add(x, y)
+        return x, _normed(self.mlp_norm, x)
 
     def attend(
         self, x: jax.Array, kv_cache: Any, rope: tuple[jax.Array, jax.Array] | None, step: StepContext

@@ -32,6 +32,10 @@ TARGETS = {
     "jaxinfer_unpack": "JaxinferUnpack",
     "jaxinfer_attention": "JaxinferAttention",
     "jaxinfer_copy_blocks": "JaxinferCopyBlocks",
+    "jaxinfer_gated": "JaxinferGated",
+    "jaxinfer_rms_norm": "JaxinferRmsNorm",
+    "jaxinfer_add_rms_norm": "JaxinferAddRmsNorm",
+    "jaxinfer_turn": "JaxinferTurn",
 }
 """XLA call targets and the library's symbols."""
 

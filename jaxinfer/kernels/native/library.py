@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SOURCES = ("matmul.cc", "packed_matmul.cc", "attention.cc")
+SOURCES = ("matmul.cc", "packed_matmul.cc", "attention.cc", "rowwise.cc")
 HEADERS = ("simd.h", "parallel.h", "rotate.h", "rows.h", "groups.h", "products.h", "codes.h", "packed_codes.h")
 COMPILERS = ("g++", "clang++", "c++")
 NEEDED = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "avx512_vnni"})

@@ -158,14 +158,10 @@ inline void Store(BF16* out, __m512 x, __mmask16 mask) { _mm256_mask_storeu_epi1
 inline __m512 Load(const float* in, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, in); }
 inline __m512 Load(const BF16* in, __mmask16 mask) { return ToFloat(_mm256_maskz_loadu_epi16(mask, in)); }
 
-// 2^x by a polynomial of least relative error for 2^r, r in [-1/2, 1/2]; NaN stays NaN. The error is about one unit in
-// the last place of float32, and for bfloat16 a hundredth of its own unit.
+// 2^(n + r) by a polynomial of least relative error for r in [-1/2, 1/2]. The error is about one unit in the last place
+// of float32, and for bfloat16 a hundredth of its own unit.
 template <typename Element>
-inline __m512 Exp2(__m512 x) {
-  // max and min return the second operand if either is NaN. Attention weights are at most one.
-  x = _mm512_max_ps(_mm512_set1_ps(-127.0f), x);
-  if constexpr (sizeof(Element) == 4) x = _mm512_min_ps(_mm512_set1_ps(128.0f), x);
-  const __m512 n = _mm512_roundscale_ps(x, 0), r = _mm512_sub_ps(x, n);
+inline __m512 Power(__m512 n, __m512 r) {
   auto next = [&](__m512 p, float c) { return _mm512_fmadd_ps(p, r, _mm512_set1_ps(c)); };
   __m512 p;
   if constexpr (sizeof(Element) == 4) {
@@ -177,6 +173,26 @@ inline __m512 Exp2(__m512 x) {
     p = next(p, 9.999280572e-1f);
   }
   return _mm512_scalef_ps(p, n);
+}
+
+// 2^x; NaN stays NaN.
+template <typename Element>
+inline __m512 Exp2(__m512 x) {
+  // max and min return the second operand if either is NaN. Attention weights are at most one.
+  x = _mm512_max_ps(_mm512_set1_ps(-127.0f), x);
+  if constexpr (sizeof(Element) == 4) x = _mm512_min_ps(_mm512_set1_ps(128.0f), x);
+  const __m512 n = _mm512_roundscale_ps(x, 0);
+  return Power<Element>(n, _mm512_sub_ps(x, n));
+}
+
+// e^x in float32's precision; NaN stays NaN, and results beyond the largest number are infinite.
+inline __m512 Exp(__m512 x) {
+  x = _mm512_min_ps(_mm512_set1_ps(89.0f), _mm512_max_ps(_mm512_set1_ps(-104.0f), x));
+  const __m512 log2e = _mm512_set1_ps(1.44269504f), n = _mm512_roundscale_ps(_mm512_mul_ps(x, log2e), 0);
+  // ln 2 in two parts, of which the first times n is exact.
+  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+  return Power<float>(n, _mm512_mul_ps(r, log2e));
 }
 
 }  // namespace jaxinfer
