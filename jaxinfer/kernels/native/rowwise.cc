@@ -245,7 +245,9 @@ void TurnRows(ffi::ThreadPool& pool, const ffi::AnyBuffer& qkv, const ffi::AnyBu
   const int64_t dim = q->dimensions()[2], queries = q->dimensions()[1], keys = k->dimensions()[1];
   const auto* in = static_cast<const Element*>(qkv.untyped_data());
   auto data = [](auto& buffer) { return static_cast<Element*>(buffer->untyped_data()); };
-  auto scale = [](auto& own) { return own.element_count() ? static_cast<const Element*>(own.untyped_data()) : nullptr; };
+  auto scale = [](auto& own) {
+    return own.element_count() ? static_cast<const Element*>(own.untyped_data()) : nullptr;
+  };
   const Element *q_scales = scale(q_scale), *k_scales = scale(k_scale);
   ForRows(pool, rows, columns, [&](int64_t row) {
     const Element* from = in + row * columns;

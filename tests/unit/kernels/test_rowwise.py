@@ -142,8 +142,8 @@ def test_a_row_has_the_same_bits_among_any_others_and_padding_gives_zeros(dtype:
     scale, angles = jnp.asarray(values(columns, dtype=dtype)), values(ROWS, 11, dtype="float32", seed=2)
 
     def run(first: int, end: int, real: int) -> list[np.ndarray]:
-        a, b, wide = (jnp.asarray((part * (np.arange(ROWS) < real)[:, None].astype(part.dtype))[first:end])
-                      for part in (x, y, np.concatenate([x, y], axis=1)))  # fmt: skip
+        live = (np.arange(ROWS) < real)[:, None].astype(x.dtype)
+        a, b, wide = (jnp.asarray((part * live)[first:end]) for part in (x, y, np.concatenate([x, y], axis=1)))
         turns = jnp.asarray(angles[first:end])
         made = rowwise.turn(wide, turns, turns, None, how, (2, 1), COLUMNS, interleaved=False)
         results = (rowwise.gated(a, a, "gelu", COLUMNS, (0, COLUMNS)), *rowwise.add_rms_norm(a, b, scale, how), *made)
