@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from jaxinfer.errors import ConfigError
 
-METHODS = (NGRAM,) = ("ngram",)
+METHODS = NGRAM, DRAFT_MODEL = "ngram", "draft_model"
 MOST_TOKENS = 32
 
 
@@ -20,7 +21,14 @@ class SpeculativeConfig:
     """
 
     method: str = NGRAM
-    """"ngram": the tokens that followed the last ones where they occurred before (prompt lookup)."""
+    """"ngram": the tokens that followed the last ones where they occurred before (prompt lookup). "draft_model": those
+    that a smaller model with the same tokens samples.
+    """
+    model: str | None = None
+    """Draft model: a directory, GGUF file or Hub id. Its layers must all have full attention. It has the engine's
+    dtype, placement of devices and `kv_cache_dtype`, and cache arrays of its own in the same blocks. It keeps its
+    weights when the engine sleeps or gets others.
+    """
     num_speculative_tokens: int = 7
     """Maximum number of tokens of a draft."""
     prompt_lookup_max: int = 4
@@ -30,7 +38,8 @@ class SpeculativeConfig:
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
-            raise ConfigError(f"speculative_config: method must be {', '.join(METHODS)}, got {self.method!r}")
+            raise ConfigError(f"speculative_config: method must be {' or '.join(METHODS)}, got {self.method!r}")
+        self._check_model()
         limits = {"num_speculative_tokens": MOST_TOKENS, "prompt_lookup_max": 64, "prompt_lookup_min": 64}
         for name, most in limits.items():
             value = getattr(self, name)
@@ -41,6 +50,30 @@ class SpeculativeConfig:
                 f"speculative_config: prompt_lookup_min is {self.prompt_lookup_min}, more than prompt_lookup_max = "
                 f"{self.prompt_lookup_max}; lower it"
             )
+
+    def _check_model(self) -> None:
+        """Check the draft model's name, and that no field of another method is set.
+
+        Raises:
+            ConfigError: it is missing, empty or not a text, or the method has no use for a field.
+        """
+        if isinstance(self.model, Path):
+            object.__setattr__(self, "model", str(self.model))
+        if self.method != DRAFT_MODEL:
+            if self.model is not None:
+                raise ConfigError(
+                    f"speculative_config: model is {self.model!r}, and method {self.method!r} has none; pass "
+                    f"'method': '{DRAFT_MODEL}', or leave model out"
+                )
+            return
+        if not isinstance(self.model, str) or not self.model:
+            raise ConfigError(
+                f"speculative_config: method '{DRAFT_MODEL}' needs a model, a directory, GGUF file or Hub id; got "
+                f"{self.model!r}"
+            )
+        for field in fields(self):
+            if field.name.startswith("prompt_lookup") and getattr(self, field.name) != field.default:
+                raise ConfigError(f"speculative_config: {field.name} is for method '{NGRAM}'; leave it out")
 
     @classmethod
     def of(cls, value: Any) -> "SpeculativeConfig":

@@ -19,6 +19,7 @@ from jaxinfer.engine.scheduler import Scheduler
 from jaxinfer.engine.sizing.capacity import Capacity
 from jaxinfer.engine.sizing.settings import HostSettings
 from jaxinfer.engine.speculation.drafter import Drafter
+from jaxinfer.engine.speculation.model_drafter import ModelDrafter
 from jaxinfer.errors import EngineDeadError, EngineError
 from jaxinfer.functional.taps import EXPERTS
 from jaxinfer.kv.contiguous import RowManager
@@ -68,7 +69,11 @@ class Engine:
 
     def _make_drafter(self) -> Drafter | None:
         config, runner = self.settings.speculative, self.runner
-        return Drafter(config, runner.shapes.verify_buckets[-1], runner.lacks_to_verify) if config else None
+        if config is None:
+            return None
+        if runner.program.draft is not None:
+            return ModelDrafter(config, runner, self.manager)
+        return Drafter(config, runner.shapes.verify_buckets[-1], runner.lacks_to_verify)
 
     def _make_manager(self) -> CacheManager:
         shapes, settings = self.runner.shapes, self.settings
@@ -196,6 +201,8 @@ class Engine:
         """Drop all cached prefixes and encoded images, e.g. after new weights."""
         self.manager.reset_index()
         self.scheduler.encoder_cache.reset()
+        if self.scheduler.drafter is not None:
+            self.scheduler.drafter.forget()
         for sequence in self.scheduler.rows.active:
             sequence.published = sequence.hit_blocks = 0
 

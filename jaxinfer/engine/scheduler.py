@@ -224,6 +224,8 @@ class Scheduler:
     def _leave(self, sequence: Sequence) -> None:
         self.inflight.unregister(sequence, sequence.num_registered)
         self.encoder_cache.release(sequence.row)
+        if self.drafter is not None:
+            self.drafter.leave(sequence)
         self.manager.free(sequence.row, sequence.digests)
         self.rows.release(sequence)
 

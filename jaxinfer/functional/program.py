@@ -65,11 +65,18 @@ class Program:
     """How keys and values are stored, as in `EngineConfig`; the specs say it for each layer."""
     adapters: bool = False
     """Whether projections have LoRA adapters, so that batches say which one each token has (`layers.adapters`)."""
+    draft: "Program | None" = None
+    """Program of the draft model, whose keys and values lie in arrays of their own under the same block ids."""
 
     @property
     def layout(self) -> Layout:
         """Assignment of layers to cache arrays and block tables."""
         return layout(self.specs)
+
+    def block_bytes(self, block_size: int) -> int:
+        """Return the bytes that one block id takes over all devices, the draft model's included."""
+        own = kv_cache.block_bytes(self.layout.array_specs, block_size, self.dtype, self.mesh)
+        return own + (0 if self.draft is None else self.draft.block_bytes(block_size))
 
     def module(self, params: Sequence[Array]) -> LanguageModel:
         """Return the module with these parameters; under a trace this costs nothing at run time."""

@@ -109,7 +109,7 @@ class Views(EngineOwner):
         """Bytes that the engine takes on each device, by purpose."""
         self._check_open()
         runner = self._engine.runner
-        return runner.memory or memory_use(runner.program, runner.params, runner.shapes)
+        return runner.memory or memory_use(runner.program, [*runner.params, *runner.draft_params], runner.shapes)
 
     def plot_blocks(self, ax: Any = None, *, last: int | None = None) -> Any:
         """Draw the recorded blocks over steps, coloured by owner, with forks and copies on write.

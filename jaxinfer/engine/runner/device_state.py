@@ -35,6 +35,11 @@ def abstract_cache(program: Program, shapes: Shapes) -> Cache:
     return functional.abstract_cache(program, shapes.num_blocks, shapes.block_size, shapes.state_slots)
 
 
+def abstract_draft_cache(program: Program, shapes: Shapes) -> Cache:
+    """Return shapes and shardings of the draft model's cache, which has the blocks of the model's; empty without."""
+    return [] if program.draft is None else abstract_cache(program.draft, shapes)
+
+
 def by_device(program: Program) -> NamedSharding:
     return NamedSharding(program.mesh, PartitionSpec(program.mesh.axis_names))
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from jaxinfer.engine.runner.batch import Bucket
+from jaxinfer.engine.runner.draft_steps import DraftFill, DraftSteps
 from jaxinfer.engine.runner.logits import SampleLogits
 from jaxinfer.engine.runner.mixed import Mixed
 from jaxinfer.functional.encoder_batch import EncodeShape
@@ -53,7 +54,19 @@ class EncodeCross(EncodeShape):
     takes, gives = ("params", "cache"), ("cache",)
 
 
-Key = Bucket | Mixed | SampleLogits | Copies | Install | InstallTables | Encode | EncodeJoint | EncodeCross
+Key = (
+    Bucket
+    | Mixed
+    | SampleLogits
+    | DraftFill
+    | DraftSteps
+    | Copies
+    | Install
+    | InstallTables
+    | Encode
+    | EncodeJoint
+    | EncodeCross
+)
 """Key of a program. `takes` names the runner state passed before the call's own arrays, `gives` the runner state
 that the program returns first (not in a tuple if it is a single value). None marks state that this program does not
 use.

@@ -17,6 +17,7 @@ from jaxinfer.engine.runner.device_state import (
     replicated,
     shardings,
 )
+from jaxinfer.engine.runner.draft_steps import DraftFill, DraftSteps, abstract_draft_arguments, make_draft_step
 from jaxinfer.engine.runner.encode_steps import (
     abstract_encode_arguments,
     abstract_joint_arguments,
@@ -37,9 +38,17 @@ from jaxinfer.kv import cache as kv_cache
 
 
 def lower(
-    key: Key, program: Program, shapes: Shapes, params: Sequence[Any], options: Mapping[str, Any] | None
+    key: Key,
+    program: Program,
+    shapes: Shapes,
+    params: Sequence[Any],
+    options: Mapping[str, Any] | None,
+    draft_params: Sequence[Any] = (),
 ) -> jax.stages.Lowered:
     """Trace and lower a program; the other arguments are those of `Programs`."""
+    if isinstance(key, DraftFill | DraftSteps):
+        step = make_draft_step(program, shapes, key, options)
+        return step.lower(draft_params, *abstract_draft_arguments(program, shapes, key))
     if isinstance(key, Bucket | Mixed):
         body = mixed_step if isinstance(key, Mixed) else None
         step = make_step(program, shapes, key, options, body)

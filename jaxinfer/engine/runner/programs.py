@@ -31,6 +31,7 @@ from jaxinfer.engine.runner.buckets import (
     mixed_bucket,
     prefill_bucket,
 )
+from jaxinfer.engine.runner.draft_steps import all_keys as draft_keys
 from jaxinfer.engine.runner.keys import Copies, EncodeCross, Install, InstallTables, Key
 from jaxinfer.engine.runner.logits import (
     SampleLogits,
@@ -67,16 +68,20 @@ class Programs:
         program, shapes: the model's program and step shapes.
         params: the model's parameters, or their shapes; only shapes and shardings are kept.
         options: XLA compiler options for the steps.
+        draft_params: as `params`, of the draft model.
     """
 
     def __init__(
-        self, program: Program, shapes: Shapes, params: Sequence[Any], options: Mapping[str, Any] | None = None
+        self,
+        program: Program,
+        shapes: Shapes,
+        params: Sequence[Any],
+        options: Mapping[str, Any] | None = None,
+        *,
+        draft_params: Sequence[Any] = (),
     ):
         self._program, self._shapes, self._options = program, shapes, options
-        self._params = [
-            jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding if getattr(p, "committed", True) else None)
-            for p in params
-        ]
+        self._params, self._draft_params = _abstract(params), _abstract(draft_params)
         self._ready: dict[Key, jax.stages.Compiled] = {}
         self._pending: dict[Key, Future[jax.stages.Compiled]] = {}
         self._traced: dict[tuple[str, ...], Sampled] = {}
@@ -108,7 +113,8 @@ class Programs:
         steps = dict.fromkeys(
             key for masked in masks for bucket in buckets for key in programs_of(shapes, bucket, masked=masked)
         )
-        return [*steps, *encodes, *copies, *tables, *edits]
+        drafts = [] if program.draft is None else draft_keys(program, shapes, sampling)
+        return [*steps, *drafts, *encodes, *copies, *tables, *edits]
 
     def get(self, key: Key) -> jax.stages.Compiled:
         """Return a program, compiling it if needed. A compilation error is raised in all waiting threads."""
@@ -132,7 +138,7 @@ class Programs:
 
     def lower(self, key: Key) -> jax.stages.Lowered:
         """Trace and lower a program, without compiling it."""
-        return lower(key, self._program, self._shapes, self._params, self._options)
+        return lower(key, self._program, self._shapes, self._params, self._options, self._draft_params)
 
     def prepare(self, keys: Iterable[Key], threads: int, done: Callable[[Key], None]) -> None:
         """Compile programs in `threads` threads and call `done` after each. XLA compiles without holding Python's GIL.
@@ -265,6 +271,13 @@ class Programs:
                 size_text(needed),
                 size_text(self.room),
             )
+
+
+def _abstract(params: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:
+    return [
+        jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding if getattr(p, "committed", True) else None)
+        for p in params
+    ]
 
 
 _compiling: WeakSet[threading.Thread] = WeakSet()

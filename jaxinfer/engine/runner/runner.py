@@ -12,14 +12,17 @@ import numpy as np
 from jaxinfer.distributed.wire import ALLOCATED, DROPPED, FREED
 from jaxinfer.engine.plan import Plan
 from jaxinfer.engine.request import Sequence as Sample
+from jaxinfer.engine.runner import batch as batches
 from jaxinfer.engine.runner.batch import Bucket
 from jaxinfer.engine.runner.device_state import (
     abstract_cache,
+    abstract_draft_cache,
     abstract_edits,
     abstract_features,
     abstract_rows,
     replicated,
 )
+from jaxinfer.engine.runner.draft_steps import DraftFill, DraftSteps
 from jaxinfer.engine.runner.flight import Compilations, Flight, Result, check_compiled, of_decodes
 from jaxinfer.engine.runner.keys import Key
 from jaxinfer.engine.runner.launches import Launch, Packer, Step, describe
@@ -50,12 +53,15 @@ class Runner:
         params: list[Any],
         shapes: Shapes,
         *,
+        draft_params: Sequence[Any] = (),
         compiler_options: Mapping[str, Any] | None = None,
         programs: Programs | None = None,
         memory: MemoryUse | None = None,
     ):
         self.program, self.params, self.shapes = program, params, shapes
-        self.programs = programs or Programs(program, shapes, params, compiler_options)
+        self.draft_params = list(draft_params)
+        """Parameters of the draft model; empty without one."""
+        self.programs = programs or Programs(program, shapes, params, compiler_options, draft_params=draft_params)
         self.memory = memory
         """Memory use of the engine on each device; None if the cache was not sized by memory."""
         self.leader: Leader | None = None
@@ -80,8 +86,12 @@ class Runner:
         """
         if self.leader is not None:
             self.leader.cache(ALLOCATED)
-        self.cache: Cache = []  # free the old one before the new one is allocated
+        self.cache: Cache = []  # free the old ones before the new ones are allocated
+        self.draft_cache: Cache = []
+        self.drafted: jax.Array | None = None
+        """Tokens that the draft model has made last."""
         self.cache = kv_cache.allocate(self._abstract_cache)
+        self.draft_cache = kv_cache.allocate(abstract_draft_cache(self.program, self.shapes))
         rows = self.shapes.rows
         empty = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), abstract_rows(self.program, self.shapes))
         self.rows = jax.device_put(empty, self._replicated)
@@ -104,7 +114,7 @@ class Runner:
         """Free cache, sampler state and feature pool until `reset`, in all processes."""
         if self.leader is not None:
             self.leader.cache(FREED)
-        self.cache, self.rows, self.features, self.edits = [], None, None, None
+        self.cache, self.draft_cache, self.rows, self.features, self.edits = [], [], None, None, None
         self.forget_pending()
 
     def forget_pending(self) -> None:
@@ -166,10 +176,27 @@ class Runner:
 
         One that did not compile is missing for good, and nothing is drafted that would need it.
         """
+        return self.compiled_aside is not None and self.lacks(
+            self._packer.verify_keys(samples, rows, tokens, self.row_params)
+        )
+
+    def lacks(self, keys: Collection[Key]) -> bool:
+        """Return whether one of these programs did not compile, or is missing and is then compiled aside."""
         if self.compiled_aside is None:
             return False
-        keys = self._packer.verify_keys(samples, rows, tokens, self.row_params)
         return not self.programs.failed.isdisjoint(keys) or bool(self._start(keys))
+
+    def draft(self, key: DraftFill | DraftSteps, parts: Mapping[str, np.ndarray]) -> np.ndarray | None:
+        """Run a step of the draft model on the parts of its packed vector; return what it drafts, `[most, B]`.
+
+        Raises:
+            EngineError: the step failed.
+        """
+        try:
+            self._launch(key, batches.pack(key, parts))
+            return np.asarray(self.drafted) if isinstance(key, DraftSteps) else None
+        except Exception as error:
+            raise EngineError(f"the {key} failed: {type(error).__name__}: {error}") from error
 
     def _missing(self, launches: Iterable[Launch]) -> Compilations:
         """Begin to compile the programs that launches lack, and return them."""

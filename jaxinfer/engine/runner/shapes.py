@@ -50,6 +50,8 @@ class Shapes:
 
     verify_buckets: tuple[int, ...] = ()
     """Numbers of tokens of the steps that verify drafts; empty without speculative decoding."""
+    draft_tokens: int = 0
+    """Maximum number of tokens that a draft model makes at once; 0 without one."""
 
     @property
     def regions(self) -> Regions:

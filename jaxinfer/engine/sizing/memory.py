@@ -19,7 +19,14 @@ from jaxinfer._utils import html
 from jaxinfer._utils.units import size_text
 from jaxinfer.config import EngineConfig
 from jaxinfer.engine.runner.buckets import copy_widths, encode_key, encode_shape, largest_buckets, mixed_bucket
-from jaxinfer.engine.runner.device_state import abstract_cache, abstract_edits, abstract_features, abstract_rows
+from jaxinfer.engine.runner.device_state import (
+    abstract_cache,
+    abstract_draft_cache,
+    abstract_edits,
+    abstract_features,
+    abstract_rows,
+)
+from jaxinfer.engine.runner.draft_steps import largest_keys
 from jaxinfer.engine.runner.keys import Copies, EncodeCross, Key
 from jaxinfer.engine.runner.logits import programs as programs_of
 from jaxinfer.engine.runner.programs import Programs
@@ -196,8 +203,9 @@ def memory_use(
     device: DeviceMemory | None = None,
     temporaries: int | None = None,
 ) -> MemoryUse:
-    """Return the memory that an engine of these shapes takes on each device."""
+    """Return the memory that an engine of these shapes takes on each device; `params` with those of a draft model."""
     weights, cache = device_bytes(params), device_bytes(abstract_cache(program, shapes))
+    cache += device_bytes(abstract_draft_cache(program, shapes))
     beside = {} if device is None else {"other": device.in_use - weights, "limit": device.limit}
     return MemoryUse(weights, cache, beside_cache(program, shapes), temporaries, **beside)
 
@@ -208,6 +216,8 @@ def fit(
     config: EngineConfig,
     device: DeviceMemory,
     choose: Callable[[Budget], Shapes],
+    *,
+    draft_params: Sequence[Any] = (),
 ) -> Fitted:
     """Size the cache by the temporaries of the largest steps; return the shapes and the compiled programs.
 
@@ -217,13 +227,14 @@ def fit(
         config: engine settings.
         device: memory to divide.
         choose: function from a budget to shapes.
+        draft_params: as `params`, of the draft model.
 
     Raises:
         CapacityError: too little memory is left for a cache; names all figures and the settings to change.
     """
     shapes, found = _first_candidate(program, device, choose), []
     for _ in range(ROUNDS):
-        fitted = _measured(program, params, config, device, shapes)
+        fitted = _measured(program, (params, draft_params), config, device, shapes)
         if fitted.use.total <= device.in_use + device.left:
             found.append(fitted)
         try:
@@ -257,11 +268,19 @@ def _first_candidate(program: Program, device: DeviceMemory, choose: Callable[[B
 
 
 def _measured(
-    program: Program, params: Sequence[Any], config: EngineConfig, device: DeviceMemory, shapes: Shapes
+    program: Program,
+    weights: tuple[Sequence[Any], Sequence[Any]],
+    config: EngineConfig,
+    device: DeviceMemory,
+    shapes: Shapes,
 ) -> Fitted:
-    """Compile the programs of these shapes; return them with their memory use and the budget left for the cache."""
-    programs = Programs(program, shapes, params, config.compiler_options)
-    use = memory_use(program, params, shapes, device, measure(program, shapes, programs))
+    """Compile the programs of these shapes; return them with their memory use and the budget left for the cache.
+
+    `weights`: parameters of the model, and of its draft model.
+    """
+    params, draft_params = weights
+    programs = Programs(program, shapes, params, config.compiler_options, draft_params=draft_params)
+    use = memory_use(program, [*params, *draft_params], shapes, device, measure(program, shapes, programs))
     programs.room = device.limit - (use.total - use.temporaries)
     return Fitted(shapes, programs, device.budget(use.temporaries, use.arrays, program.mesh.size), use)
 
@@ -279,6 +298,8 @@ def largest_programs(program: Program, shapes: Shapes) -> list[Key]:
     if not program.deterministic:
         steps = [key for bucket in largest_buckets(program, shapes) for key in programs_of(shapes, bucket)]
     keys: list[Key] = [*dict.fromkeys(steps), Copies(copy_widths(shapes)[-1])]
+    if program.draft is not None:
+        keys += largest_keys(program, shapes)
     if shapes.encode_buckets:
         keys.append(encode_key(program, shapes, shapes.encode_buckets[-1]))
     if shapes.cross_buckets:

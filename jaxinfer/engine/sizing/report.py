@@ -35,7 +35,7 @@ def report(
             shapes.feature_slots,
             shapes.feature_slots * program.features.rows,
         )
-    block = kv_cache.block_bytes(program.layout.array_specs, config.block_size, program.dtype, program.mesh)
+    block = program.block_bytes(config.block_size)
     sizes = size_text(shapes.num_blocks * block), size_text(budget.size - taken), budget.source
     if program.kv_cache_dtype != "auto":
         log.info("keys and values are stored in %s (kv_cache_dtype)", program.kv_cache_dtype)

@@ -32,7 +32,6 @@ from jaxinfer.engine.sizing.slots import GPU_SEQUENCES, state_slots
 from jaxinfer.errors import CapacityError, ConfigError
 from jaxinfer.functional import Program, split
 from jaxinfer.functional.taps import EXPERTS, LAST, normalise
-from jaxinfer.kv import cache as kv_cache
 from jaxinfer.kv import groups as kv_groups
 from jaxinfer.models.base import LanguageModel, ModelConfig
 from jaxinfer.sharding import Mesh
@@ -41,7 +40,12 @@ log = logging.getLogger(__name__)
 
 
 def build_engine(
-    module: LanguageModel, config: EngineConfig, mesh: Mesh, *, sampled_vocab: int | None = None
+    module: LanguageModel,
+    config: EngineConfig,
+    mesh: Mesh,
+    *,
+    sampled_vocab: int | None = None,
+    draft: LanguageModel | None = None,
 ) -> Engine:
     """Build the engine of a loaded module.
 
@@ -50,26 +54,32 @@ def build_engine(
         config: engine settings.
         mesh: device mesh of the parameters.
         sampled_vocab: number of token ids that may be sampled; higher ones are padding of the embedding.
+        draft: draft model of speculative decoding, on the same mesh.
 
     Raises:
         ConfigError: settings contradict each other or the model.
         CapacityError: the cache is too small, or too large for the memory; names the sizes and the setting.
     """
-    program, params = split(
-        module,
-        mesh,
-        attention_kernel=config.attention_kernel,
-        matmul_kernel=config.matmul_kernel,
-        fuse_projections=config.fuse_projections,
-        deterministic=config.deterministic,
-        kv_cache_dtype=config.kv_cache_dtype,
-    )
+    kernels = ("attention_kernel", "matmul_kernel", "fuse_projections", "kv_cache_dtype")
+    how = {name: getattr(config, name) for name in kernels}
+    program, params = split(module, mesh, deterministic=config.deterministic, **how)
+    draft_params: list[jax.Array] = []
+    if draft is not None:
+        own, draft_params = split(draft, mesh, **how)
+        program = replace(program, draft=own)
     if config.deterministic:
         config = deterministic.settings(config, program)
-    shapes, programs, use = _size(module.config, program, params, config, sampled_vocab or program.vocab)
+    weights = params, draft_params
+    shapes, programs, use = _size(module.config, program, weights, config, sampled_vocab or program.vocab)
     with _cache_in_memory(shapes, program, config):
         runner = Runner(
-            program, params, shapes, compiler_options=config.compiler_options, programs=programs, memory=use
+            program,
+            params,
+            shapes,
+            draft_params=draft_params,
+            compiler_options=config.compiler_options,
+            programs=programs,
+            memory=use,
         )
     if named := _named(config):
         runner.programs.captured(named)
@@ -92,7 +102,7 @@ def _cache_in_memory(shapes: Shapes, program: Program, config: EngineConfig) -> 
     except (RuntimeError, MemoryError, ValueError) as error:
         if "RESOURCE_EXHAUSTED" not in str(error) and "memory" not in str(error).lower():
             raise
-        needed = shapes.num_blocks * _block_bytes(program, config)
+        needed = shapes.num_blocks * program.block_bytes(config.block_size)
         raise CapacityError(
             f"the cache of {shapes.num_blocks} blocks ({size_text(needed)}) does not fit in the device's memory; "
             "lower kv_cache_memory_bytes or gpu_memory_utilization"
@@ -100,21 +110,25 @@ def _cache_in_memory(shapes: Shapes, program: Program, config: EngineConfig) -> 
 
 
 def _size(
-    model: ModelConfig, program: Program, params: Sequence[jax.Array], config: EngineConfig, vocab: int
+    model: ModelConfig, program: Program, weights: Sequence[list[jax.Array]], config: EngineConfig, vocab: int
 ) -> tuple[Shapes, Programs | None, MemoryUse]:
-    """Choose the shapes of the steps and log them; return them with the programs compiled to measure memory, if any."""
+    """Choose the shapes of the steps and log them; return them with the programs compiled to measure memory, if any.
+
+    `weights`: parameters of the model, and of its draft model.
+    """
+    params, draft_params = weights
 
     def choose(budget: Budget) -> Shapes:
         return replace(choose_shapes(model, program, config, budget), sampled_vocab=min(vocab, program.vocab))
 
     budget, device = default_budget(program, config), None
     if config.kv_cache_memory_bytes is None:
-        device = memory.device_memory(program.mesh, params, config.gpu_memory_utilization)
+        device = memory.device_memory(program.mesh, [*params, *draft_params], config.gpu_memory_utilization)
     if device is None:
         shapes, programs = choose(budget), None
-        use = memory.memory_use(program, params, shapes)
+        use = memory.memory_use(program, [*params, *draft_params], shapes)
     else:
-        fitted = memory.fit(program, params, config, device, choose)
+        fitted = memory.fit(program, params, config, device, choose, draft_params=draft_params)
         shapes, programs, use, budget = fitted.shapes, fitted.programs, fitted.use, fitted.budget
     report(program, config, shapes, budget, use, longest_sequence(model, config))
     return shapes, programs, use
@@ -139,7 +153,7 @@ def choose_shapes(
     budget = replace(budget, size=budget.size - taken)
     read = 0 if program.cross is None else program.cross.longest
     if config.cache == CONTIGUOUS:
-        block_bytes = program.layout.groups * _block_bytes(program, config)
+        block_bytes = program.layout.groups * program.block_bytes(config.block_size)
         rows, length = reserve(config, rows, longest, read, budget, block_bytes)
         num_blocks = rows * program.layout.groups * math.ceil(max(length, read) / block)
     else:
@@ -165,6 +179,7 @@ def choose_shapes(
         logprobs_mode=config.logprobs_mode,
         capture=_capture(config),
         verify_buckets=verify_buckets(program, config, rows, gpu=gpu),
+        draft_tokens=0 if program.draft is None else config.speculative_config.num_speculative_tokens,
     )
 
 
@@ -206,17 +221,13 @@ def _pool(
     most = rows * sum(
         kind.count * math.ceil(length / block) for kind, length in zip(program.layout.kinds, lengths, strict=True)
     )
-    num_blocks = min(budget.size // _block_bytes(program, config), most)
+    num_blocks = min(budget.size // program.block_bytes(block), most)
     capacity = kv_groups.longest(program.layout.kinds, num_blocks, block, tokens, longest, read)
     return num_blocks, _check_length(capacity, longest, needed(longest), budget, program, config)
 
 
 def _platform(program: Program) -> str:
     return program.mesh.devices.flat[0].platform
-
-
-def _block_bytes(program: Program, config: EngineConfig) -> int:
-    return kv_cache.block_bytes(program.layout.array_specs, config.block_size, program.dtype, program.mesh)
 
 
 def longest_sequence(model: ModelConfig, config: EngineConfig) -> int:
@@ -274,7 +285,7 @@ def _check_length(
     capacity: int, longest: int, blocks: int, budget: Budget, program: Program, config: EngineConfig
 ) -> int:
     """Return the longest sequence that can be served: `longest`, which needs `blocks` blocks, or else `capacity`."""
-    block = _block_bytes(program, config)
+    block = program.block_bytes(config.block_size)
     if capacity < 2:
         read = 0 if program.cross is None else program.cross.longest
         least = block * kv_groups.blocks_needed(program.layout.kinds, 2, config.block_size, 2, read)

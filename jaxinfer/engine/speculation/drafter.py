@@ -15,7 +15,9 @@ LONGEST_WAIT = 64
 LONGEST_SEARCH = 8
 """Most tokens that a sequence makes between two look-ups that find nothing."""
 PAUSE = 64
-"""Decode steps without drafts after steps with drafts made fewer tokens a second than decode steps."""
+"""Decode steps without drafts after steps with drafts made fewer tokens a second than decode steps; twice as many each
+time that the steps after a pause do so again, up to `LONGEST_PAUSE`."""
+LONGEST_PAUSE = 1024
 WINDOW = 8
 """Number of steps with drafts after which their speed is judged; the slowest, which may have compiled, is left out."""
 
@@ -30,6 +32,7 @@ class Payoff:
         """Seconds of a decode step; None if none was measured."""
         self._verified: list[tuple[float, float]] = []
         """Seconds of the last steps with drafts, and the tokens that each made of a sequence."""
+        self._next = PAUSE
 
     def note_decode(self, seconds: float) -> None:
         """Record a decode step. A time above the estimate counts half, as one slow step is no measure of the others."""
@@ -44,7 +47,9 @@ class Payoff:
             return
         kept, self._verified = sorted(self._verified)[:-1], []
         if self._decode is not None and sum(s for s, _ in kept) > self._decode * sum(made for _, made in kept):
-            self.pause = PAUSE
+            self.pause, self._next = self._next, min(2 * self._next, LONGEST_PAUSE)
+        else:
+            self._next = PAUSE
 
 
 class Drafter:
@@ -75,6 +80,8 @@ class Drafter:
         self.payoff = Payoff()
         self._made: list[int] = []
         """Tokens made of each sequence by the step that is being committed."""
+        self._spent = 0.0
+        """Seconds that drafting has taken since the last step with drafts."""
 
     def may_draft(self, sequences: Sequence[Sample]) -> bool:
         """Return whether some of the running sequences may get a draft, so that their tokens must be read first."""
@@ -115,6 +122,12 @@ class Drafter:
         free = sampler_level(request) < Level.EDITED and not forbids_for_a_while(request)
         return free and sequence.length >= sequence.draft_from
 
+    def leave(self, sequence: Sample) -> None:
+        """Forget a running sequence that is about to lose its row."""
+
+    def forget(self) -> None:
+        """Forget what is cached of all sequences."""
+
     def note(self, sequence: Sample, drafted: int, accepted: int) -> None:
         """Record how many of a draft's tokens were right; the sequence has none of the step's tokens yet."""
         self._made.append(accepted + 1)
@@ -132,10 +145,12 @@ class Drafter:
         None for a step with a prefill, whose time is no measure of either.
         """
         made, self._made = self._made, []
+        if made:
+            spent, self._spent = self._spent, 0.0
         if seconds is None:
             return
         if made:
-            self.payoff.note_verify(seconds, sum(made) / len(made))
+            self.payoff.note_verify(seconds + spent, sum(made) / len(made))
         else:
             self.payoff.note_decode(seconds)
 
