@@ -27,6 +27,8 @@ class LoadedModel:
     """Forced first and last output tokens: `SamplingParams` field name -> token id."""
     generation_config: Mapping[str, Any] = field(default_factory=dict)
     """generation_config.json as plain JSON; empty if the model has no such file."""
+    draft: LanguageModel | None = None
+    """Draft model of speculative decoding."""
 
     @property
     def tokenizer_len(self) -> int | None:

@@ -74,6 +74,11 @@ def encoded(kinds: Sequence[KindGroups]) -> KindGroups | None:
     return next((kind for kind in kinds if kind.kind.encoded), None)
 
 
+def full_group(kinds: Sequence[KindGroups]) -> int | None:
+    """Return a group whose blocks hold every position of a sequence; None if there is none."""
+    return next((kind.first for kind in kinds if kind.kind == Kind()), None)
+
+
 @dataclass(frozen=True)
 class Layout:
     """Assignment of a model's layers to cache arrays and groups."""

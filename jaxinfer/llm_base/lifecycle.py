@@ -84,7 +84,7 @@ class EngineOwner:
         self._tokenizer = opened.tokenizer
         if group is not None:
             known = group.all_gather(known)[0]
-        engines = [self._build(index, opened.module, known) for index in range(len(self._meshes))]
+        engines = [self._build(index, opened, known) for index in range(len(self._meshes))]
         longest, length = min(engine.runner.shapes.max_length for engine in engines), opened.module.config.max_length
         limits = ModelLimits(
             opened.module.config.vocab_size,
@@ -96,7 +96,7 @@ class EngineOwner:
         )
         tables = [WeightTable(engine.runner.program, engine.runner.params) for engine in engines]
         # Without its weights, which would stay in memory after others have replaced them.
-        opened = dataclasses.replace(opened, module=tables[0].module)
+        opened = dataclasses.replace(opened, module=tables[0].module, draft=None)
         self._updating = threading.Lock()
         table = AdapterTable(engines[0].runner.program, opened.module, config)
         for name, given in adapters.items():
@@ -121,13 +121,15 @@ class EngineOwner:
                 "processes; leave it out of axes, or make an LLM in each process with a mesh over jax.local_devices()"
             )
 
-    def _build(self, index: int, module: nnx.Module, sampled_vocab: int | None) -> Engine:
+    def _build(self, index: int, opened: LoadedModel, sampled_vocab: int | None) -> Engine:
         """Build the engine of a replica."""
         mesh, name = self._meshes[index], name_of(index, self._meshes)
+        module, draft = opened.module, opened.draft
         if len(self._meshes) > 1:
-            module = on_mesh(module, mesh)
+            module, draft = (None if one is None else on_mesh(one, mesh) for one in (module, draft))
         try:
-            engine = build_engine(extended(module, self.config, mesh), self.config, mesh, sampled_vocab=sampled_vocab)
+            module = extended(module, self.config, mesh)
+            engine = build_engine(module, self.config, mesh, sampled_vocab=sampled_vocab, draft=draft)
         except JaxInferError as error:
             raise named(error, name) from error
         engine.name = name

@@ -25,6 +25,7 @@ from jaxinfer.inputs.tokenizer import load_tokenizer
 from jaxinfer.kernels.attention.choose import check_cache_dtype
 from jaxinfer.kernels.attention.quantised_cache import AUTO
 from jaxinfer.loading import weights
+from jaxinfer.loading.draft import DraftCheckpoint
 from jaxinfer.media import ImageProcessor, MediaReader, ReaderSources, TextReader
 from jaxinfer.media.inputs import Features
 from jaxinfer.models.base import LanguageModel
@@ -94,7 +95,7 @@ def open_model(
     Raises:
         ConfigError, CheckpointError, OfflineError, DistributedError: see `jaxinfer.errors`.
     """
-    follows = group is not None and group.process > 0
+    follows, draft = group is not None and group.process > 0, DraftCheckpoint.find(config, group)
     if isinstance(arguments.model, nnx.Module):
         _check_module(arguments.model, config, mesh)
         directory, params = None, SamplingParams()
@@ -115,6 +116,8 @@ def open_model(
     source = directory if arguments.tokenizer is None else arguments.tokenizer
     tokenizer = None if source is None or arguments.skip_tokenizer_init or follows else load_tokenizer(source)
     ends = eos_ids(hf, generation, tokenizer)
+    if draft is not None:
+        draft.check(model_config, tokenizer, config, mesh)
     features = model_config.features
     media = None if features is None else _media_reader(features, tokenizer, directory, hf)
     sources = ReaderSources(model_config, hf, generation, tokenizer, directory)
@@ -123,7 +126,8 @@ def open_model(
         reader = (TextReader if directory is None else family(hf).reader)(sources)
     forced = {name: forced_id({name: sources.lookup(name)}, name) for name in FORCED}
     module = arguments.model if directory is None else _load_weights(directory, hf, config, mesh, progress)
-    return LoadedModel(module, tokenizer, media, reader, params, ends, forced, generation)
+    own = None if draft is None else draft.load(config, mesh, progress=progress)
+    return LoadedModel(module, tokenizer, media, reader, params, ends, forced, generation, own)
 
 
 def _load_weights(

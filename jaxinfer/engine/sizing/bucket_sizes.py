@@ -6,6 +6,8 @@ from jaxinfer.config import CONTIGUOUS, EngineConfig
 from jaxinfer.errors import ConfigError
 from jaxinfer.functional import Program
 from jaxinfer.kernels.matmul import choose as matmul
+from jaxinfer.kv.groups import full_group
+from jaxinfer.speculative_config import DRAFT_MODEL
 
 CPU_DECODE, CPU_PREFILL = (1, 2, 4, 8, 16), (32, 64)
 """Smallest buckets in tokens. On a CPU the time of a step is proportional to its size, so there are sizes between the
@@ -53,6 +55,9 @@ def verify_buckets(program: Program, config: EngineConfig, rows: int, *, gpu: bo
         "return_routed_experts=True": config.return_routed_experts,
         "a model with recurrent layers": bool(program.layout.states),
         "a model with an encoder for cross-attention": program.cross is not None,
+        "a draft model for one whose layers all have sliding windows": (
+            speculative.method == DRAFT_MODEL and full_group(program.layout.kinds) is None
+        ),
     }
     if found := next((reason for reason, holds in reasons.items() if holds), None):
         raise ConfigError(f"speculative_config does not support {found} yet; leave one of them out")

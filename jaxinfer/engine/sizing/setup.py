@@ -35,6 +35,7 @@ from jaxinfer.functional.taps import EXPERTS, LAST, normalise
 from jaxinfer.kv import groups as kv_groups
 from jaxinfer.models.base import LanguageModel, ModelConfig
 from jaxinfer.sharding import Mesh
+from jaxinfer.speculative_config import DRAFT_MODEL
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +61,11 @@ def build_engine(
         ConfigError: settings contradict each other or the model.
         CapacityError: the cache is too small, or too large for the memory; names the sizes and the setting.
     """
+    speculative = config.speculative_config
+    if (draft is not None) != (speculative is not None and speculative.method == DRAFT_MODEL):
+        raise ConfigError(
+            f"speculative_config: a draft model and method '{DRAFT_MODEL}' go together; pass both or neither"
+        )
     kernels = ("attention_kernel", "matmul_kernel", "fuse_projections", "kv_cache_dtype")
     how = {name: getattr(config, name) for name in kernels}
     program, params = split(module, mesh, deterministic=config.deterministic, **how)

@@ -14,14 +14,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from jaxinfer.engine.request import Sequence
-from jaxinfer.kv.groups import KindGroups
-from jaxinfer.kv.spec import Kind
+from jaxinfer.kv.groups import full_group
 from jaxinfer.kv.tables import Tables
-
-
-def full_group(kinds: Items[KindGroups]) -> int | None:
-    """Return a group of layers whose blocks hold every position, which the draft model writes, too; None if none is."""
-    return next((kind.first for kind in kinds if kind.kind == Kind()), None)
 
 
 @dataclass
